@@ -1,0 +1,43 @@
+# make demo: build everything, then the real node on a camera bag the package makes itself. make test: the test suite.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(abspath $(VENV))/bin
+MESSAGES := install/kpmatch_ros/share/kpmatch_ros/package.xml
+# CMake refuses to export the include folder of a NumPy that lies below the source folder, as .venv/ does: colcon
+# is shown a copy of the package's parts.
+STAGE    := build/source/kpmatch_ros
+PARTS    := CMakeLists.txt LICENSE config kpmatch_ros launch msg package.xml scripts
+SOURCES  := $(shell find kpmatch_ros launch config msg scripts -type f -not -name '*.pyc') CMakeLists.txt package.xml
+
+.PHONY: demo test env build lint docs clean
+
+demo: build  ## the node on a synthetic camera bag, its poses against the truth, and a picture
+	tools/with_ros kpmatch demo
+
+test: build  ## every test; pass pytest's arguments with ARGS=
+	tools/with_ros pytest $(ARGS)
+
+env: $(VENV)/.ready  ## the Python environment with ROS 2 in .venv/
+
+build: $(MESSAGES)  ## the ROS package in install/
+
+lint: env  ## ruff and mypy (part of the tests)
+	$(BIN)/ruff check . && $(BIN)/mypy
+
+docs: build  ## config/matcher.yaml and the README's parameter table, from their declaration
+	tools/with_ros python tools/generate_docs.py
+
+clean:  ## everything that was built, the environment too
+	rm -rf $(VENV) build install log demo
+
+$(VENV)/.ready: requirements-dev.txt tools/check_prerequisites tools/fix_ros_wheels.py
+	PYTHON=$(PYTHON) tools/check_prerequisites
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python tools/fix_ros_wheels.py
+	touch $@
+
+$(MESSAGES): $(VENV)/.ready $(SOURCES)
+	rm -rf $(STAGE) && mkdir -p $(STAGE) && cp -a $(PARTS) $(STAGE)/
+	tools/with_ros colcon build --base-paths build/source --event-handlers console_cohesion- --cmake-args -DBUILD_TESTING=OFF
+	touch $@

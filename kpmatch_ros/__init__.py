@@ -1,0 +1,1 @@
+"""Learned feature matching for ROS 2."""
