@@ -1,1 +1,41 @@
-"""Learned feature matching for ROS 2."""
+"""Learned feature matching for ROS 2: SuperPoint with LightGlue on camera frames.
+
+This package without its node runs on machines without ROS::
+
+    from kpmatch_ros import FeatureMatcher
+
+    matcher = FeatureMatcher(max_keypoints=1024)
+    features0, features1 = matcher.extract(image0), matcher.extract(image1)
+    matches = matcher.match(features0, features1)
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kpmatch_ros.feature_matcher import FeatureMatcher, Features, Matches
+    from kpmatch_ros.front_end import FrontEnd
+    from kpmatch_ros.parameters import ParameterError, Parameters
+    from kpmatch_ros.weights import WeightsError
+
+__all__ = ["FeatureMatcher", "Features", "FrontEnd", "Matches", "ParameterError", "Parameters", "WeightsError"]
+__version__ = "0.1.0"
+
+_HOME = {
+    "FeatureMatcher": "feature_matcher",
+    "Features": "feature_matcher",
+    "Matches": "feature_matcher",
+    "FrontEnd": "front_end",
+    "ParameterError": "parameters",
+    "Parameters": "parameters",
+    "WeightsError": "weights",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Subscribers that import only kpmatch_ros.msg must not pay for, or need, PyTorch.
+    if name in _HOME:
+        from importlib import import_module
+
+        return getattr(import_module(f"kpmatch_ros.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,79 @@
+"""From a matrix of similarities to one-to-one matches."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Assignment", "mutual_matches"]
+
+
+class Assignment(NamedTuple):
+    """What a matcher found between B pairs of images with N0 and N1 keypoints.
+
+    Attributes:
+        matches0: (B, N0) int64, the index into image 1's keypoints, -1 where there is no match.
+        matches1: (B, N1) int64, the same for image 0.
+        scores0: (B, N0) float32 in [0, 1], 0 where a keypoint is not the mutual best of another.
+        scores1: (B, N1) float32, the same for image 1.
+        layers: (B,) int64, transformer layers run; 0 where that has no meaning.
+        layers0: (B, N0) int64, layers that each keypoint took part in before it was pruned.
+        layers1: (B, N1) int64, the same for image 1.
+    """
+
+    matches0: Tensor
+    matches1: Tensor
+    scores0: Tensor
+    scores1: Tensor
+    layers: Tensor
+    layers0: Tensor
+    layers1: Tensor
+
+    @classmethod
+    def empty(cls, batch: int, count0: int, count1: int, device: torch.device, layers: int = 0) -> Assignment:
+        """No matches at all."""
+
+        def full(count: int, value: int) -> Tensor:
+            return torch.full((batch, count), value, dtype=torch.int64, device=device)
+
+        return cls(
+            full(count0, -1),
+            full(count1, -1),
+            torch.zeros(batch, count0, device=device),
+            torch.zeros(batch, count1, device=device),
+            torch.full((batch,), layers, dtype=torch.int64, device=device),
+            full(count0, layers),
+            full(count1, layers),
+        )
+
+    def keep(self, keep0: Tensor) -> Assignment:
+        """Without the matches of those keypoints of image 0 for which ``keep0`` (B, N0) is false."""
+        matches0 = self.matches0.masked_fill(~keep0, -1)
+        kept1 = torch.gather(keep0, 1, self.matches1.clamp(min=0)) & (self.matches1 >= 0)
+        return self._replace(matches0=matches0, matches1=self.matches1.masked_fill(~kept1, -1))
+
+
+def mutual_matches(similarity: Tensor, scores: Tensor, threshold: float) -> Assignment:
+    """Pairs that are each other's best and score above ``threshold``.
+
+    Args:
+        similarity: (B, N0, N1) the larger the more alike; decides who is best.
+        scores: (B, N0, N1) in [0, 1].
+    """
+    batch, count0, count1 = similarity.shape
+    if count0 == 0 or count1 == 0:
+        return Assignment.empty(batch, count0, count1, similarity.device)
+    best0 = similarity.argmax(dim=2)
+    best1 = similarity.argmax(dim=1)
+    mutual0 = best1.gather(1, best0) == torch.arange(count0, device=best0.device)
+    mutual1 = best0.gather(1, best1) == torch.arange(count1, device=best1.device)
+    scores0 = scores.gather(2, best0[..., None])[..., 0].float() * mutual0
+    scores1 = scores0.gather(1, best1) * mutual1
+    empty = Assignment.empty(batch, count0, count1, similarity.device)
+    return empty._replace(
+        matches0=best0.masked_fill(~(mutual0 & (scores0 > threshold)), -1),
+        matches1=best1.masked_fill(~(mutual1 & (scores1 > threshold)), -1),
+        scores0=scores0,
+        scores1=scores1,
+    )

@@ -1,0 +1,151 @@
+"""Reading weights from disk, without ever running code from a file."""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from kpmatch_ros import weights
+
+__all__ = ["Checkpoint", "build", "read_checkpoint"]
+
+# Keys of a Hugging Face config.json that say nothing about what the network computes.
+_DESCRIPTIVE = {
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",  # a regulariser of training
+    "attn_implementation",
+    "dtype",
+    "initializer_range",
+    "is_decoder",
+    "model_type",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Named tensors and the configuration stored with them (empty where the format has none)."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    source: str
+
+    def part(self, config_key: str, prefix: str) -> Checkpoint:
+        """The network stored inside this one under ``prefix``."""
+        tensors = {name[len(prefix) :]: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+        return Checkpoint(dict(self.config[config_key]), tensors, self.source)
+
+
+class _Buildable(Protocol):
+    MODEL_TYPE: str
+    DEFAULTS: dict[str, Any]
+
+    @classmethod
+    def prepare(cls, checkpoint: Checkpoint) -> Checkpoint: ...
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a Hugging Face folder (``config.json``, ``model.safetensors``), a ``.safetensors`` file or a ``.pth``.
+
+    Raises:
+        WeightsError: when a file is missing, damaged, of an unknown format, or holds anything but tensors.
+    """
+    if path.is_dir():
+        config_path = path / "config.json"
+        try:
+            config = json.loads(config_path.read_text())
+        except (OSError, ValueError) as error:
+            raise weights.WeightsError(
+                f"{path} is no folder of weights: its config.json cannot be read ({error})"
+            ) from error
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if (path / name).exists():
+                return Checkpoint(config, _read_tensors(path / name), str(path))
+        raise weights.WeightsError(f"{path} has a config.json but no model.safetensors")
+    return Checkpoint({}, _read_tensors(path), str(path))
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise _damaged(path, error) from error
+    except Exception as error:  # pickle.UnpicklingError and what malformed archives raise besides
+        raise _damaged(path, error) from error
+    tensors = dict(loaded) if isinstance(loaded, Mapping) else {}
+    while len(tensors) == 1 and isinstance(next(iter(tensors.values())), Mapping):
+        tensors = dict(next(iter(tensors.values())))  # {"model": {...}} and the like
+    tensors = {str(name): tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise weights.WeightsError(f"{path} holds no named tensors, so these are no weights")
+    return tensors
+
+
+def _damaged(path: Path, error: Exception) -> weights.WeightsError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return weights.WeightsError(
+        f"{path} cannot be read as weights ({reason}); it may be cut off, or a web page saved under this name: "
+        "fetch it again"
+    )
+
+
+def build(cls: type[Model], source: str | Path, options: Mapping[str, Any]) -> Model:
+    """Construct the network ``cls`` from weights: a registered name, a folder or a file.
+
+    Args:
+        options: configuration that replaces the checkpoint's own.
+
+    Raises:
+        WeightsError: when the weights are missing, damaged, or made for another network or configuration.
+    """
+    network: type[_Buildable] = cls  # type: ignore[assignment]
+    checkpoint = network.prepare(read_checkpoint(weights.resolve(source)))
+    made_for = checkpoint.config.get("model_type", network.MODEL_TYPE)
+    if made_for != network.MODEL_TYPE:
+        raise weights.WeightsError(
+            f"{checkpoint.source} holds a {made_for}, not a {network.MODEL_TYPE}; check which is given as extractor "
+            "and which as matcher"
+        )
+    config = {**checkpoint.config, **options}
+    unknown = sorted(set(config) - set(network.DEFAULTS) - _DESCRIPTIVE)
+    if unknown:
+        raise weights.WeightsError(
+            f"{checkpoint.source} sets {', '.join(unknown)}, which this {network.MODEL_TYPE} does not know; matches "
+            "would differ from what the weights were made for"
+        )
+    model = cls(**{key: value for key, value in config.items() if key in network.DEFAULTS and value is not None})
+    expected = model.state_dict()
+    given = {name: tensor.to(torch.float32) for name, tensor in checkpoint.tensors.items() if name in expected}
+    problems = [f"{name} is missing" for name in expected if name not in given]
+    problems += [f"{name} is unknown" for name in checkpoint.tensors if name not in expected]
+    problems += [
+        f"{name} is {tuple(given[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise weights.WeightsError(
+            f"{checkpoint.source} does not fit {network.MODEL_TYPE}: {', '.join(problems[:3])}{more}"
+        )
+    if not all(torch.isfinite(tensor).all() for tensor in given.values()):
+        raise weights.WeightsError(f"{checkpoint.source} holds weights that are not finite: the file is damaged")
+    model.load_state_dict(given)
+    return model

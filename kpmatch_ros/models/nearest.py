@@ -1,0 +1,60 @@
+"""Mutual nearest neighbours: matching without a network."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kpmatch_ros.models.assignment import Assignment, mutual_matches
+
+__all__ = ["NearestNeighbour"]
+
+
+class NearestNeighbour(nn.Module):
+    """Matches descriptors that are each other's nearest, by cosine similarity.
+
+    The score of a match is the similarity, clipped to [0, 1].
+
+    Args:
+        ratio_threshold: the ratio test of Lowe (IJCV 2004): highest ratio of the Euclidean distances to the nearest
+            and the second nearest descriptor of the other image; 1 turns it off.
+        filter_threshold: lowest score of a match.
+    """
+
+    def __init__(self, ratio_threshold: float = 1.0, filter_threshold: float = 0.0) -> None:
+        super().__init__()
+        self.ratio_threshold = ratio_threshold
+        self.filter_threshold = filter_threshold
+
+    def forward(
+        self,
+        keypoints0: Tensor,
+        keypoints1: Tensor,
+        descriptors0: Tensor,
+        descriptors1: Tensor,
+        size0: Tensor,
+        size1: Tensor,
+        mask0: Tensor | None = None,
+        mask1: Tensor | None = None,
+    ) -> Assignment:
+        """Match descriptors (B, N0, D) with (B, N1, D), unit vectors; keypoints and sizes play no part."""
+        similarity = descriptors0.float() @ descriptors1.float().transpose(-1, -2)
+        if mask0 is not None:
+            similarity = similarity.masked_fill(~mask0[:, :, None], -2)
+        if mask1 is not None:
+            similarity = similarity.masked_fill(~mask1[:, None, :], -2)
+        assignment = mutual_matches(similarity, similarity.clamp(0, 1), self.filter_threshold)
+        if self.ratio_threshold < 1 and min(similarity.shape[1:]) > 1:
+            passed = self._passes_ratio_test(similarity) & _at(
+                self._passes_ratio_test(similarity.transpose(-1, -2)), assignment.matches0
+            )
+            assignment = assignment.keep(passed)
+        return assignment
+
+    def _passes_ratio_test(self, similarity: Tensor) -> Tensor:
+        best = similarity.topk(2, dim=-1).values.clamp(-1, 1)
+        distance = (2 - 2 * best).sqrt()  # between unit vectors
+        return distance[..., 0] <= self.ratio_threshold * distance[..., 1]
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    return torch.gather(values, 1, index.clamp(min=0)) & (index >= 0)

@@ -1,0 +1,289 @@
+"""SuperPoint: a network that finds keypoints in a grey image and describes them.
+
+DeTone, Malisiewicz, Rabinovich: SuperPoint: Self-Supervised Interest Point Detection and Description, CVPR Workshops
+2018 (arXiv:1712.07629).
+"""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kpmatch_ros.models.checkpoint import Checkpoint, build
+
+__all__ = ["Detections", "SuperPoint"]
+
+CELL = 8  # pixels: one vector of scores and one descriptor for each 8 x 8 cell of the image
+
+
+class Detections(NamedTuple):
+    """Keypoints of a batch of B images, padded to the same number N; best scores first.
+
+    Attributes:
+        keypoints: (B, N, 2) float32 x, y in pixels; the centre of the top-left pixel is (0, 0).
+        scores: (B, N) float32, 0 where padded.
+        descriptors: (B, N, D) unit vectors in the network's precision, float32 at least where normalised.
+        mask: (B, N) bool, true for keypoints, false for padding.
+    """
+
+    keypoints: Tensor
+    scores: Tensor
+    descriptors: Tensor
+    mask: Tensor
+
+
+class ConvBlock(nn.Module):
+    """Two 3 x 3 convolutions, with 2 x 2 max pooling after them where ``pooling`` is set."""
+
+    def __init__(self, inputs: int, outputs: int, pooling: bool) -> None:
+        super().__init__()
+        self.conv_a = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv_b = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.pooling = pooling
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv_a(x), inplace=True)
+        x = F.relu(self.conv_b(x), inplace=True)
+        return F.max_pool2d(x, 2) if self.pooling else x
+
+
+class Encoder(nn.Module):
+    """The shared backbone: (B, 1, H, W) image to (B, C, H/8, W/8) feature map."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        inputs = [1, *sizes[:-1]]
+        last = len(sizes) - 1
+        self.conv_blocks = nn.ModuleList(
+            ConvBlock(inputs[i], sizes[i], pooling=i < last) for i in range(len(sizes))
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        for block in self.conv_blocks:
+            image = block(image)
+        return image
+
+
+class KeypointDecoder(nn.Module):
+    """Feature map to the score of each pixel: a softmax over a cell's 64 pixels and "no keypoint here"."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.conv_score_a = nn.Conv2d(inputs, hidden, 3, padding=1)
+        self.conv_score_b = nn.Conv2d(hidden, outputs, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits = self.conv_score_b(F.relu(self.conv_score_a(features), inplace=True))
+        # float32 from here on: in half precision neighbouring scores become equal, and suppression lets both through
+        # or neither (LightGlue-ONNX #77).
+        scores = logits.float().softmax(dim=1)[:, :-1]
+        return F.pixel_shuffle(scores, CELL).squeeze(1)
+
+
+class DescriptorDecoder(nn.Module):
+    """Feature map to one unit descriptor per cell."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.conv_descriptor_a = nn.Conv2d(inputs, hidden, 3, padding=1)
+        self.conv_descriptor_b = nn.Conv2d(hidden, outputs, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        descriptors = self.conv_descriptor_b(F.relu(self.conv_descriptor_a(features), inplace=True))
+        return F.normalize(descriptors.float(), dim=1)
+
+
+class SuperPoint(nn.Module):
+    """Detector and descriptor. Build it with :meth:`from_pretrained`.
+
+    Args:
+        config: any of the keys of :attr:`DEFAULTS`, named as in `transformers`' ``SuperPointConfig``.
+    """
+
+    MODEL_TYPE = "superpoint"
+    DEFAULTS: dict[str, Any] = {
+        "encoder_hidden_sizes": [64, 64, 128, 128],
+        "decoder_hidden_size": 256,
+        "keypoint_decoder_dim": 65,
+        "descriptor_decoder_dim": 256,
+        "keypoint_threshold": 0.005,
+        "max_keypoints": -1,
+        "nms_radius": 4,
+        "border_removal_distance": 4,
+    }
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = {**self.DEFAULTS, **config}
+        sizes = list(self.config["encoder_hidden_sizes"])
+        hidden = self.config["decoder_hidden_size"]
+        self.encoder = Encoder(sizes)
+        self.keypoint_decoder = KeypointDecoder(sizes[-1], hidden, self.config["keypoint_decoder_dim"])
+        self.descriptor_decoder = DescriptorDecoder(sizes[-1], hidden, self.config["descriptor_decoder_dim"])
+        self.keypoint_threshold: float = self.config["keypoint_threshold"]
+        self.max_keypoints: int = self.config["max_keypoints"]
+        self.nms_radius: int = self.config["nms_radius"]
+        self.border: int = self.config["border_removal_distance"]
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> SuperPoint:
+        """Load weights from a Hugging Face folder, a ``.safetensors`` or authors' ``.pth`` file, or a registered name.
+
+        Args:
+            options: keys of :attr:`DEFAULTS` that replace the checkpoint's own.
+
+        Raises:
+            WeightsError: when there are no such weights, or they are damaged, or made for another network.
+        """
+        return build(cls, source, options)
+
+    @classmethod
+    def prepare(cls, checkpoint: Checkpoint) -> Checkpoint:
+        """Translate a checkpoint of either family into this module's configuration and parameter names."""
+        if checkpoint.config.get("model_type") != "superpoint" and "keypoint_detector_config" in checkpoint.config:
+            checkpoint = checkpoint.part("keypoint_detector_config", "keypoint_detector.")
+        if "conv1a.weight" not in checkpoint.tensors:
+            return checkpoint
+        heads = {
+            "Pa": "keypoint_decoder.conv_score_a",
+            "Pb": "keypoint_decoder.conv_score_b",
+            "Da": "descriptor_decoder.conv_descriptor_a",
+            "Db": "descriptor_decoder.conv_descriptor_b",
+        }
+        tensors = {}
+        for name, tensor in checkpoint.tensors.items():
+            layer, kind = name.rsplit(".", 1)
+            block = re.fullmatch(r"conv(\d)([ab])", layer)
+            if block:
+                layer = f"encoder.conv_blocks.{int(block[1]) - 1}.conv_{block[2]}"
+            else:
+                layer = heads.get(layer.removeprefix("conv"), layer)
+            tensors[f"{layer}.{kind}"] = tensor
+        blocks = sum(name.endswith("conv_a.weight") and name.startswith("encoder.") for name in tensors)
+        config = {
+            "model_type": "superpoint",
+            "encoder_hidden_sizes": [
+                tensors[f"encoder.conv_blocks.{i}.conv_a.weight"].shape[0] for i in range(blocks)
+            ],
+            "decoder_hidden_size": checkpoint.tensors["convPa.weight"].shape[0],
+            "descriptor_decoder_dim": checkpoint.tensors["convDb.weight"].shape[0],
+        }
+        return Checkpoint({**config, **checkpoint.config}, tensors, checkpoint.source)
+
+    @property
+    def descriptor_size(self) -> int:
+        """Length D of a descriptor."""
+        return self.config["descriptor_decoder_dim"]
+
+    def forward(self, image: Tensor) -> Detections:
+        """Find and describe keypoints.
+
+        Args:
+            image: (B, 1, H, W) grey values in [0, 1], float.
+
+        Returns:
+            the keypoints, padded to the largest number in the batch.
+        """
+        batch, _, height, width = image.shape
+        if height < CELL or width < CELL:
+            return self._no_detections(batch, image.device)
+        features = self.encoder(image.to(self.dtype))
+        scores = self.keypoint_decoder(features)
+        scores = suppress_non_maxima(scores, self.nms_radius)
+        scores = clear_border(scores, self.border, height, width)
+        keypoints, scores, mask = select_keypoints(scores, self.keypoint_threshold, self.max_keypoints)
+        descriptors = sample_descriptors(self.descriptor_decoder(features), keypoints)
+        return Detections(keypoints, scores, descriptors, mask)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the convolutions."""
+        return self.keypoint_decoder.conv_score_a.weight.dtype
+
+    def _no_detections(self, batch: int, device: torch.device) -> Detections:
+        return Detections(
+            torch.zeros(batch, 0, 2, device=device),
+            torch.zeros(batch, 0, device=device),
+            torch.zeros(batch, 0, self.descriptor_size, device=device),
+            torch.zeros(batch, 0, dtype=torch.bool, device=device),
+        )
+
+
+def suppress_non_maxima(scores: Tensor, radius: int) -> Tensor:
+    """Keep scores that are the largest within ``radius`` pixels in x and y, set the others to zero.
+
+    As in the authors' code, two more rounds look for maxima among what the first ones did not suppress.
+
+    Args:
+        scores: (B, H, W) scores.
+    """
+
+    def largest_nearby(x: Tensor) -> Tensor:
+        # A square window's maximum is that of its rows' maxima: 2 (2r+1) comparisons a pixel in place of (2r+1)^2.
+        rows = F.max_pool2d(x[:, None], (1, 2 * radius + 1), stride=1, padding=(0, radius))
+        return F.max_pool2d(rows, (2 * radius + 1, 1), stride=1, padding=(radius, 0))[:, 0]
+
+    if radius == 0:
+        return scores
+    maxima = scores == largest_nearby(scores)
+    for _ in range(2):
+        suppressed = largest_nearby(maxima.to(scores.dtype)) > 0
+        remaining = scores.masked_fill(suppressed, 0)
+        maxima |= (remaining == largest_nearby(remaining)) & ~suppressed
+    return scores.masked_fill(~maxima, 0)
+
+
+def clear_border(scores: Tensor, border: int, height: int, width: int) -> Tensor:
+    """Set the scores within ``border`` pixels of the sides of the (height, width) image to zero, in place."""
+    if border > 0:
+        scores[:, :border] = 0
+        scores[:, :, :border] = 0
+        scores[:, max(height - border, 0) :] = 0
+        scores[:, :, max(width - border, 0) :] = 0
+    return scores
+
+
+def select_keypoints(scores: Tensor, threshold: float, max_keypoints: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The pixels of highest score above ``threshold``, at most ``max_keypoints`` of each image (-1: all).
+
+    Args:
+        scores: (B, H, W) scores after suppression.
+
+    Returns:
+        keypoints (B, N, 2) as x, y; scores (B, N), descending; mask (B, N).
+    """
+    batch, height, width = scores.shape
+    flat = scores.reshape(batch, -1)
+    count = int((flat > threshold).sum(dim=1).max())
+    if max_keypoints >= 0:
+        count = min(count, max_keypoints)
+    best, index = flat.topk(count, dim=1)
+    mask = best > threshold
+    rows = torch.div(index, width, rounding_mode="floor")
+    keypoints = torch.stack([index - rows * width, rows], dim=-1).float()
+    return keypoints * mask[..., None], best * mask, mask
+
+
+def sample_descriptors(descriptors: Tensor, keypoints: Tensor) -> Tensor:
+    """Bilinear samples of a descriptor map at keypoints, of unit length.
+
+    The map's corner cells are taken to lie at (3.5, 3.5) and (W-1, H-1), as in the authors' code: a shift of up to
+    3.5 pixels at the far borders that published weights were trained with.
+
+    Args:
+        descriptors: (B, D, H/8, W/8).
+        keypoints: (B, N, 2) x, y in pixels.
+
+    Returns:
+        (B, N, D).
+    """
+    height, width = descriptors.shape[-2:]
+    far_corner = keypoints.new_tensor([width * CELL - CELL / 2 - 0.5, height * CELL - CELL / 2 - 0.5])
+    grid = (keypoints - CELL / 2 + 0.5) / far_corner * 2 - 1
+    samples = F.grid_sample(descriptors, grid[:, None].to(descriptors.dtype), align_corners=True)[:, :, 0]
+    return F.normalize(samples, dim=1).transpose(1, 2)

@@ -1,0 +1,280 @@
+"""Every parameter of the package, declared once.
+
+The node's ROS parameters, ``config/matcher.yaml``, the README's table, the options of the ``kpmatch`` command and the
+keyword arguments of :class:`kpmatch_ros.FeatureMatcher` all come from the fields of :class:`Parameters`.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["ParameterError", "Parameters", "declarations", "Declaration"]
+
+
+class ParameterError(ValueError):
+    """A parameter has a value it may not have; the text names the parameter, the value and what would do."""
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What is known of one parameter besides its value."""
+
+    name: str
+    default: Any
+    description: str
+    unit: str
+    minimum: float | None
+    maximum: float | None
+    choices: tuple[str, ...]
+    pattern: str
+    dynamic: bool
+
+    @property
+    def type(self) -> type:
+        """``bool``, ``int``, ``float`` or ``str``."""
+        return type(self.default)
+
+    @property
+    def constraint(self) -> str:
+        """The allowed values in words, empty where anything of the type goes."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        if self.minimum is not None and self.maximum is not None:
+            return f"{self.minimum:g} to {self.maximum:g}"
+        if self.minimum is not None:
+            return f"at least {self.minimum:g}"
+        return ""
+
+    def check(self, value: Any) -> Any:
+        """Return ``value`` as the parameter's type, or raise :class:`ParameterError`."""
+        if self.type is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not self.type:
+            raise ParameterError(f"{self.name} is {value!r}; it must be a {self.type.__name__}")
+        if self.choices and value not in self.choices:
+            raise ParameterError(f"{self.name} is {value!r}; it must be {self.constraint}")
+        if self.pattern and not re.fullmatch(self.pattern, value):
+            raise ParameterError(f"{self.name} is {value!r}; {self.description}")
+        if self.type is float and not math.isfinite(value):
+            raise ParameterError(f"{self.name} is {value!r}; it must be a finite number")
+        too_low = self.minimum is not None and value < self.minimum
+        too_high = self.maximum is not None and value > self.maximum
+        if too_low or too_high:
+            raise ParameterError(f"{self.name} is {value!r}; it must be {self.constraint}")
+        return value
+
+
+def _parameter(
+    default: Any,
+    description: str,
+    *,
+    unit: str = "",
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] = (),
+    pattern: str = "",
+    dynamic: bool = False,
+) -> Any:
+    return field(
+        default=default,
+        metadata=dict(
+            description=description,
+            unit=unit,
+            minimum=minimum,
+            maximum=maximum,
+            choices=choices,
+            pattern=pattern,
+            dynamic=dynamic,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """One checked, immutable set of all parameters.
+
+    Raises:
+        ParameterError: when a value, or a combination of values, is not allowed.
+    """
+
+    mode: str = _parameter("mono", "one camera over time, or a stereo pair", choices=("mono", "stereo"))
+    extractor: str = _parameter(
+        "superpoint-open", "weights that find and describe keypoints: a registered name, a folder or a file"
+    )
+    matcher: str = _parameter(
+        "lightglue-superpoint-open",
+        "weights that match: a registered name, a folder or a file made for the extractor, or 'nearest' for mutual "
+        "nearest neighbours",
+    )
+    device: str = _parameter(
+        "auto",
+        "where the networks run: auto (the GPU where there is one), cpu, cuda or cuda:N",
+        pattern=r"auto|cpu|cuda(:\d+)?",
+    )
+    precision: str = _parameter(
+        "auto",
+        "number format of the networks; auto takes the fastest the device computes in hardware",
+        choices=("auto", "float32", "float16", "bfloat16"),
+    )
+    max_keypoints: int = _parameter(
+        1024, "keypoints kept per image, those of highest score", minimum=1, maximum=16384, dynamic=True
+    )
+    keypoint_threshold: float = _parameter(
+        -1.0,
+        "lowest detection score of a keypoint; -1 takes the value published with the weights",
+        minimum=-1.0,
+        maximum=1.0,
+        dynamic=True,
+    )
+    nms_radius: int = _parameter(
+        4, "no two keypoints are closer than this (non-maximum suppression)", unit="pixels", minimum=0, maximum=64
+    )
+    border: int = _parameter(4, "no keypoint is closer to the image's border than this", unit="pixels", minimum=0)
+    resize: int = _parameter(
+        0, "longest side of the image that the extractor sees; 0 keeps the size", unit="pixels", minimum=0, maximum=8192
+    )
+    filter_threshold: float = _parameter(
+        0.1, "lowest score of a match", minimum=0.0, maximum=1.0, dynamic=True
+    )
+    ratio_threshold: float = _parameter(
+        1.0,
+        "with matcher 'nearest': highest ratio of the distances to the nearest and the second nearest descriptor; 1 "
+        "turns the test off",
+        minimum=0.0,
+        maximum=1.0,
+        dynamic=True,
+    )
+    depth_confidence: float = _parameter(
+        0.95,
+        "LightGlue stops early once this share of the points is sure of its matches; -1 always runs every layer",
+        minimum=-1.0,
+        maximum=1.0,
+        dynamic=True,
+    )
+    width_confidence: float = _parameter(
+        0.99,
+        "LightGlue drops points that are unmatchable with this confidence; -1 keeps every point",
+        minimum=-1.0,
+        maximum=1.0,
+        dynamic=True,
+    )
+    reference: str = _parameter(
+        "previous",
+        "what a frame is matched with: the previous frame, or a keyframe kept for as long as it is seen well",
+        choices=("previous", "keyframe"),
+        dynamic=True,
+    )
+    keyframe_min_matches: int = _parameter(
+        100, "with reference 'keyframe': fewer matches than this make the frame the new keyframe", minimum=1, dynamic=True
+    )
+    keyframe_max_parallax: float = _parameter(
+        40.0,
+        "with reference 'keyframe': a larger median displacement of the matches makes the frame the new keyframe",
+        unit="pixels",
+        minimum=0.0,
+        dynamic=True,
+    )
+    max_gap: float = _parameter(
+        5.0,
+        "a longer time between two frames empties the cache and begins the tracks anew; 0 allows any gap",
+        unit="seconds",
+        minimum=0.0,
+        dynamic=True,
+    )
+    queue: str = _parameter(
+        "latest",
+        "latest drops frames that a newer one has overtaken; all processes every frame in order, for bags",
+        choices=("latest", "all"),
+    )
+    image_transport: str = _parameter(
+        "raw", "raw images, or compressed ones on <image>/compressed", choices=("raw", "compressed")
+    )
+    rectified: bool = _parameter(
+        False, "the images are rectified: use the projection matrix of camera_info and no distortion"
+    )
+    max_reprojection_error: float = _parameter(
+        1.0,
+        "a match further than this from its epipolar line is an outlier",
+        unit="pixels",
+        minimum=0.01,
+        maximum=100.0,
+        dynamic=True,
+    )
+    min_inliers: int = _parameter(
+        15, "a relative pose needs at least so many matches that agree with it", minimum=6, dynamic=True
+    )
+    sync_tolerance: float = _parameter(
+        0.01, "stereo: largest difference of the stamps of a pair", unit="seconds", minimum=0.0, maximum=1.0
+    )
+    autostart: bool = _parameter(True, "configure and activate the node when it starts")
+
+    def __post_init__(self) -> None:
+        for declaration in declarations():
+            value = declaration.check(getattr(self, declaration.name))
+            object.__setattr__(self, declaration.name, value)
+        if self.device == "cpu" and self.precision == "float16":
+            raise ParameterError("precision float16 needs a GPU; with device cpu use float32, bfloat16 or auto")
+
+    def replace(self, changes: Mapping[str, Any]) -> Parameters:
+        """A copy with ``changes`` applied and everything checked again.
+
+        Raises:
+            ParameterError: for a name that is not a parameter or a value that is not allowed.
+        """
+        for name in changes:
+            declaration(name)
+        return dataclasses.replace(self, **changes)
+
+
+def declarations() -> list[Declaration]:
+    """The declarations of all parameters, in the order of their fields."""
+    return [
+        Declaration(name=item.name, default=item.default, **item.metadata)  # type: ignore[arg-type]
+        for item in dataclasses.fields(Parameters)
+    ]
+
+
+def declaration(name: str) -> Declaration:
+    """The declaration of the parameter ``name``.
+
+    Raises:
+        ParameterError: when there is no such parameter.
+    """
+    for candidate in declarations():
+        if candidate.name == name:
+            return candidate
+    known = ", ".join(item.name for item in declarations())
+    raise ParameterError(f"there is no parameter {name!r}; the parameters are {known}")
+
+
+def config_file() -> str:
+    """The text of ``config/matcher.yaml``: every parameter at its default, with its description."""
+    lines = [
+        "# The matcher node's parameters at their defaults; `make docs` writes this file from kpmatch_ros/parameters.py.",
+        "# Those marked with ° may change while the node runs (ros2 param set).",
+        "/**:",
+        "  ros__parameters:",
+    ]
+    for item in declarations():
+        notes = ", ".join(part for part in (item.constraint, item.unit) if part)
+        lines.append(f"    # {'° ' if item.dynamic else ''}{item.description}{f' ({notes})' if notes else ''}")
+        value = str(item.default).lower() if item.type is bool else item.default
+        lines.append(f"    {item.name}: {value}")
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table() -> str:
+    """The README's table of parameters."""
+    rows = ["| parameter | type | default | allowed | unit | description |", "|---|---|---|---|---|---|"]
+    for item in declarations():
+        default = str(item.default).lower() if item.type is bool else item.default
+        mark = "°" if item.dynamic else ""
+        rows.append(
+            f"| `{item.name}`{mark} | {item.type.__name__} | `{default}` | {item.constraint} | {item.unit} "
+            f"| {item.description} |"
+        )
+    return "\n".join(rows) + "\n"
