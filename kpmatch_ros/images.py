@@ -1,0 +1,263 @@
+"""ROS image messages as NumPy arrays.
+
+`to_array` takes a `sensor_msgs/Image` or a `sensor_msgs/CompressedImage`, from rclpy or from rosbags, and gives 8-bit
+grey or RGB pixels. ROS need not be installed.
+
+What an encoding means, where `sensor_msgs/image_encodings` leaves it open:
+
+- `mono8`, `rgb8`, `bgr8`, `rgba8`, `bgra8` and the types `8UC1`, `8UC3`, `8UC4` are views of the message's data,
+  without a copy. Alpha is left out.
+- A type that names no colours (`8UC3`, `16UC4`, `32FC3`) is blue first, as in OpenCV and RViz; one channel is grey.
+  (cv_bridge leaves it open: it refuses to convert these to colours or `mono8`.)
+- 16 bits become 8 as value / 257, rounded, so 65535 becomes 255. The scale never depends on the picture, else the
+  brightness would jump between frames; so a camera that leaves the upper bits empty (12 bits in `mono16`) looks dark,
+  and has to be scaled where it is published.
+- Floats are a picture where every value is in [0, 1], which becomes [0, 255]. Others (depth in metres, NaN) are
+  refused.
+- Bayer and YUV are converted by the ROS 2 `cv_bridge` where that works, by `rosbags-image` otherwise; YUV is BT.601 of
+  limited range, as in OpenCV. In `nv12`, `nv21` and `nv24` the chroma rows follow the `height` rows of luma; they are
+  `step` bytes apart too, in `nv24` twice that.
+- Types of two channels, signed types and 32-bit integers hold no picture and are refused.
+
+The last row may lack its padding, as in a window of a larger image; data after the image is ignored.
+"""
+from __future__ import annotations
+
+import functools
+import operator
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_SIDE = 65535  # pixels; a header that says more is broken
+
+# What the files begin with: PNG with its header chunk, without which OpenCV takes any bytes for a chunk's size.
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+
+
+class ImageError(ValueError):
+    """An image message that cannot be used.
+
+    Attributes:
+        reason: what was wrong, as a short, stable key for counters: "encoding" (unknown, no picture, or no converter
+            installed), "size" (width or height), "step", "data" (too short, or not bytes), "decode" (compressed data
+            that is broken or of another format) or "value" (floats outside [0, 1]).
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class _Layout(NamedTuple):
+    dtype: str  # of one sample, without byte order
+    channels: int  # samples per pixel in the first plane
+    colour: str  # a key of _CHANNELS, an 8-bit encoding that both converters know, or one with a chroma plane
+
+
+# The channels that make the picture.
+_CHANNELS: dict[str, Any] = {"grey": np.s_[..., 0], "rgb": np.s_[..., :3], "bgr": np.s_[..., 2::-1]}
+
+
+def _layouts() -> dict[str, _Layout]:
+    layouts = {}
+    for bits, dtype in (("8", "u1"), ("16", "u2")):
+        layouts["mono" + bits] = _Layout(dtype, 1, "grey")
+        for colour in ("rgb", "bgr"):
+            layouts[colour + bits] = _Layout(dtype, 3, colour)
+            layouts[colour + "a" + bits] = _Layout(dtype, 4, colour)
+        for pattern in ("rggb", "bggr", "gbrg", "grbg"):
+            layouts[f"bayer_{pattern}{bits}"] = _Layout(dtype, 1, f"bayer_{pattern}8")
+    for depth, dtype in (("8U", "u1"), ("16U", "u2"), ("32F", "f4"), ("64F", "f8")):
+        layouts[depth] = layouts[depth + "C1"] = _Layout(dtype, 1, "grey")
+        layouts[depth + "C3"] = _Layout(dtype, 3, "bgr")
+        layouts[depth + "C4"] = _Layout(dtype, 4, "bgr")
+    # cv_bridge knows the packed YUV encodings by their deprecated names only.
+    layouts["uyvy"] = layouts["yuv422"] = _Layout("u1", 2, "yuv422")
+    layouts["yuyv"] = layouts["yuv422_yuy2"] = _Layout("u1", 2, "yuv422_yuy2")
+    for name in ("nv12", "nv21", "nv24"):
+        layouts[name] = _Layout("u1", 1, name)
+    return layouts
+
+
+_LAYOUTS = _layouts()
+
+
+def to_array(message: Any) -> NDArray[np.uint8]:
+    """The pixels of an image message.
+
+    Args:
+        message: a `sensor_msgs/Image`, or a `sensor_msgs/CompressedImage` holding JPEG or PNG. Anything with their
+            fields will do, `data` being bytes, `array.array` or a NumPy array. A compressed image has the colours that
+            its file declares; its `format` is read only to refuse depth and to recognise Bayer mosaics kept as grey.
+
+    Returns:
+        uint8, (H, W) where the message is grey, else (H, W, 3) in RGB order. Often a view of `message.data`: do not
+        write to it, and expect it to be read-only, to have padded rows, and where blue came first a negative last
+        stride, which `torch.from_numpy` takes only after `np.ascontiguousarray`.
+
+    Raises:
+        ImageError: where the content of the message is no picture.
+    """
+    if hasattr(message, "format"):
+        return _decompress(message)
+    layout = _LAYOUTS.get(message.encoding) if isinstance(message.encoding, str) else None
+    if layout is None:
+        raise ImageError("encoding", f"encoding {message.encoding!r:.80} is none that holds a picture: publish "
+                                     "mono8, rgb8, bgr8, mono16, bayer_rggb8, yuv422_yuy2, nv12 or the like")
+    width, height = _integer(message, "width", "size"), _integer(message, "height", "size")
+    what = f"{message.encoding} image of {width} x {height} pixels"
+    _check_size(width, height, layout.colour, what)
+    dtype = np.dtype(layout.dtype).newbyteorder(">" if message.is_bigendian else "<")
+    step, row = _integer(message, "step", "step"), width * layout.channels * dtype.itemsize
+    if step < row:
+        raise ImageError("step", f"{what}: step is {step}, but a row holds {row} bytes: correct the publisher")
+
+    data = _bytes(message.data, what)
+
+    def plane(offset: int, rows: int, step: int, channels: int) -> NDArray[Any]:
+        strides = (step, channels * dtype.itemsize, dtype.itemsize)
+        end = offset + (rows - 1) * step + width * strides[1]
+        if end > data.size:
+            raise ImageError("data", f"{what} with step {step}: holds {data.size} bytes of data, but needs {end}: the "
+                                     "message was cut short, or its width, height or step is wrong")
+        return np.ndarray((rows, width, channels), dtype, data, offset, strides)
+
+    pixels = plane(0, height, step, layout.channels)
+    if layout.colour in ("nv12", "nv21"):
+        # YUYV whose rows share their chroma in pairs: one path for all of YUV, and the same with both converters.
+        chroma = plane(step * height, (height + 1) // 2, step, 1)
+        if layout.colour == "nv21":  # V comes first
+            chroma = chroma.reshape(-1, width // 2, 2)[..., ::-1].reshape(chroma.shape)
+        return _convert(np.concatenate([pixels, np.repeat(chroma, 2, axis=0)[:height]], axis=2), "yuv422_yuy2", what)
+    if layout.colour == "nv24":
+        # YUYV with every pixel doubled.
+        chroma = plane(step * height, height, 2 * step, 2)
+        doubled = np.concatenate([pixels, chroma[..., :1], pixels, chroma[..., 1:]], axis=2)
+        return _convert(doubled.reshape(height, 2 * width, 2), "yuv422_yuy2", what)[:, ::2]
+    return _picture(pixels, layout.colour, what)
+
+
+def _decompress(message: Any) -> NDArray[np.uint8]:
+    encoding = str(message.format).split(";")[0].strip()  # as in "rgb8; jpeg compressed bgr8", or "jpeg" alone
+    what = f"compressed image with format {message.format!r:.80}"
+    if "compressedDepth" in str(message.format):
+        raise ImageError("encoding", f"{what}: holds depth, not a picture: subscribe to the camera's grey or "
+                                     "colour image")
+    data = _bytes(message.data, what).tobytes()
+    # OpenCV 4 fills what a truncated JPEG lacks with grey, so look for the end marker; after the last start of scan no
+    # marker but that one follows. Decoders of rarer formats stay out of reach of what arrives over the network.
+    if data.startswith(JPEG):
+        complete = data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+    elif data.startswith(PNG):
+        complete = data.rfind(b"IEND") > 0
+    else:
+        raise ImageError("decode", f"{what}: its {len(data)} bytes are neither JPEG nor PNG: publish one of these")
+    flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if complete else None
+    except cv2.error:  # a size beyond OpenCV's limit
+        pixels = None
+    if pixels is None:
+        raise ImageError("decode", f"{what}: its {len(data)} bytes are {'damaged' if complete else 'cut short'}: "
+                                   "look for losses on the way here, or a fault in the camera or its driver")
+    if pixels.ndim == 3:
+        return _picture(pixels, "bgr", what)
+    # Without a converted encoding behind "compressed", Bayer images are sent as the mosaic.
+    layout = _LAYOUTS.get(encoding)
+    colour = layout.colour if layout and layout.colour.startswith("bayer") else "grey"
+    _check_size(pixels.shape[1], pixels.shape[0], colour, what)
+    return _picture(pixels[..., None], colour, what)
+
+
+def _integer(message: Any, name: str, reason: str) -> int:
+    try:
+        return operator.index(getattr(message, name))
+    except TypeError:
+        raise ImageError(reason, f"{name} is {getattr(message, name)!r:.80}, not a whole number") from None
+
+
+def _bytes(data: Any, what: str) -> NDArray[np.uint8]:
+    try:
+        return np.frombuffer(data, np.uint8)
+    except (TypeError, ValueError, BufferError):
+        raise ImageError("data", f"{what}: data is a {type(data).__name__}, not contiguous bytes") from None
+
+
+def _check_size(width: int, height: int, colour: str, what: str) -> None:
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+        raise ImageError("size", f"{what}: width and height must be from 1 to {MAX_SIDE}: correct the publisher")
+    if colour in ("yuv422", "yuv422_yuy2", "nv12", "nv21") and width % 2:
+        raise ImageError("size", f"{what}: two neighbours share a colour, so the width must be even")
+    if colour.startswith("bayer") and min(width, height) < 3:  # OpenCV gives black
+        raise ImageError("size", f"{what}: a Bayer mosaic needs at least 3 x 3 pixels")
+
+
+def _picture(pixels: NDArray[Any], colour: str, what: str) -> NDArray[np.uint8]:
+    """Grey or RGB from (H, W, channels) of any depth and byte order."""
+    if pixels.dtype.itemsize > 1:
+        pixels = np.require(pixels, pixels.dtype.newbyteorder("="), ("C", "A"))
+        if pixels.dtype.kind == "f":
+            visible = pixels[_CHANNELS[colour]]
+            with np.errstate(invalid="ignore"):
+                low, high = visible.min(), visible.max()
+            if not (low > -0.5 / 255 and high < 1 + 0.5 / 255):  # what rounds to [0, 255]; not NaN
+                raise ImageError("value", f"{what}: floats from {low:g} to {high:g}, but only [0, 1] is a picture: "
+                                          "scale them, or publish mono8; depth images cannot be matched")
+        scale = 255.0 if pixels.dtype.kind == "f" else 1 / 257
+        pixels = cv2.convertScaleAbs(pixels, alpha=scale).reshape(pixels.shape)
+    if colour not in _CHANNELS:
+        return _convert(pixels, colour, what)
+    picture: NDArray[np.uint8] = pixels[_CHANNELS[colour]]
+    return picture
+
+
+def _convert(pixels: NDArray[np.uint8], encoding: str, what: str) -> NDArray[np.uint8]:
+    """RGB from 8-bit Bayer or packed YUV; padding, byte order and 16 bits, where the converters differ, are gone."""
+    convert, faults = _converter()
+    if convert is None:
+        raise ImageError("encoding", f"{what}: needs a converter: apt install ros-$ROS_DISTRO-cv-bridge, or "
+                                     f"pip install rosbags-image ({faults})")
+    rgb: NDArray[np.uint8] = convert(_message(np.ascontiguousarray(pixels), encoding), "rgb8")
+    return rgb
+
+
+@functools.cache
+def _converter() -> tuple[Callable[[Any, str], Any] | None, str]:
+    """The first converter that works, a function of a message and the encoding wanted; why those before it do not."""
+    faults = []
+    for load in (_cv_bridge, _rosbags_image):
+        try:
+            convert = load()
+            # PyPI's cv-bridge, a port of ROS 1's, does not know this encoding; a cv_bridge that was built for another
+            # NumPy fails on any.
+            convert(_message(np.zeros((1, 2, 2), np.uint8), "yuv422_yuy2"), "rgb8")
+        except Exception as error:  # noqa: BLE001 (whatever fails, the next one may work)
+            faults.append(f"{load.__name__[1:]}: {error!r}")
+        else:
+            return convert, "; ".join(faults)
+    return None, "; ".join(faults)
+
+
+def _cv_bridge() -> Callable[[Any, str], Any]:
+    from cv_bridge import CvBridge  # type: ignore[import-not-found,unused-ignore]
+
+    convert: Callable[[Any, str], Any] = CvBridge().imgmsg_to_cv2
+    return convert
+
+
+def _rosbags_image() -> Callable[[Any, str], Any]:
+    from rosbags.image import image_to_cvimage
+
+    return image_to_cvimage
+
+
+def _message(pixels: NDArray[np.uint8], encoding: str) -> SimpleNamespace:
+    height, width, channels = pixels.shape
+    return SimpleNamespace(height=height, width=width, encoding=encoding, is_bigendian=int(sys.byteorder == "big"),
+                           step=width * channels, data=pixels)

@@ -1,0 +1,498 @@
+"""Every encoding, written here by hand from pictures of known colour, read back by to_array."""
+from __future__ import annotations
+
+import array
+import importlib.util
+import itertools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from rosbags.typesys import Stores, get_typestore
+from sensor_msgs.msg import CompressedImage, Image
+
+from kpmatch_ros import images
+from kpmatch_ros.images import ImageError, to_array
+
+Array = NDArray[Any]
+PATCH = 8  # pixels; even, so that no patch shares its chroma with its neighbour
+ROSBAGS = get_typestore(Stores.ROS2_JAZZY).types
+CONVERTERS = [name for name in ("cv_bridge", "rosbags.image") if importlib.util.find_spec(name)]
+
+# Encodings whose pixels are samples in a row: dtype, and per sample the channel of RGB (3: alpha), or grey.
+PIXELS: dict[str, tuple[str, list[int] | str]] = {
+    "mono8": ("u1", "grey"), "mono16": ("u2", "grey"),
+    "rgb8": ("u1", [0, 1, 2]), "bgr8": ("u1", [2, 1, 0]), "rgba8": ("u1", [0, 1, 2, 3]), "bgra8": ("u1", [2, 1, 0, 3]),
+    "rgb16": ("u2", [0, 1, 2]), "bgr16": ("u2", [2, 1, 0]),
+    "rgba16": ("u2", [0, 1, 2, 3]), "bgra16": ("u2", [2, 1, 0, 3]),
+    "8U": ("u1", "grey"), "16U": ("u2", "grey"), "32F": ("f4", "grey"), "64F": ("f8", "grey"),
+    "8UC1": ("u1", "grey"), "16UC1": ("u2", "grey"), "32FC1": ("f4", "grey"), "64FC1": ("f8", "grey"),
+    "8UC3": ("u1", [2, 1, 0]), "16UC3": ("u2", [2, 1, 0]), "32FC3": ("f4", [2, 1, 0]), "64FC3": ("f8", [2, 1, 0]),
+    "8UC4": ("u1", [2, 1, 0, 3]), "16UC4": ("u2", [2, 1, 0, 3]),
+    "32FC4": ("f4", [2, 1, 0, 3]), "64FC4": ("f8", [2, 1, 0, 3]),
+}
+BAYER = [f"bayer_{pattern}{bits}" for pattern in ("rggb", "bggr", "gbrg", "grbg") for bits in (8, 16)]
+PACKED_YUV = {"uyvy": "uyvy", "yuv422": "uyvy", "yuyv": "yuyv", "yuv422_yuy2": "yuyv"}
+PLANAR_YUV = ["nv12", "nv21", "nv24"]
+WITHOUT_COPY = [name for name, (dtype, _) in PIXELS.items() if dtype == "u1"]
+NO_PICTURE = {f"{depth}C{channels}" for depth in ("8S", "16S", "32S") for channels in (1, 2, 3, 4)}
+NO_PICTURE |= {f"{depth}C2" for depth in ("8U", "16U", "32F", "64F")}
+
+
+def noise(height: int = 16, width: int = 24) -> Array:
+    """RGB, every pixel another colour."""
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def patches() -> Array:
+    """RGB, squares of one colour each: what Bayer and shared chroma can keep."""
+    return noise(3, 4).repeat(PATCH, axis=0).repeat(PATCH, axis=1)
+
+
+def inside_patches(picture: Array) -> Array:
+    """The pixels whose neighbours have their colour."""
+    rows, columns = (np.arange(length) % PATCH for length in picture.shape[:2])
+    return picture[(rows > 0) & (rows < PATCH - 1)][:, (columns > 0) & (columns < PATCH - 1)]
+
+
+def deepen(values: Array, dtype: str) -> Array:
+    """8-bit values as samples of another depth that stand for the same brightness."""
+    if dtype == "u2":  # within what rounds to the same 8 bits
+        jitter = np.random.default_rng(1).integers(-128, 129, values.shape)
+        return np.asarray(np.clip(values.astype(int) * 257 + jitter, 0, 65535), "u2")
+    return values if dtype == "u1" else np.asarray(values / 255, dtype)
+
+
+def yuv(rgb: Array) -> Array:
+    """BT.601, limited range: Y in [16, 235], U and V in [16, 240]."""
+    matrix = np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]])
+    return np.asarray(np.rint(rgb / 255 @ matrix.T + (16, 128, 128)), np.uint8)
+
+
+def planes(encoding: str, rgb: Array) -> list[Array]:
+    """The image as one or two planes of samples, (rows, samples in a row) each."""
+    height, width = rgb.shape[:2]
+    if encoding in PIXELS:
+        dtype, order = PIXELS[encoding]
+        if order == "grey":
+            return [deepen(rgb[..., 0], dtype)]
+        alpha = np.random.default_rng(2).integers(0, 256, (height, width, 1), dtype=np.uint8)
+        return [deepen(np.concatenate([rgb, alpha], axis=2)[..., order], dtype).reshape(height, -1)]
+    if encoding in BAYER:
+        mosaic = np.empty((height, width), np.uint8)
+        for place, colour in enumerate(encoding[6:10]):
+            mosaic[place // 2::2, place % 2::2] = rgb[place // 2::2, place % 2::2, "rgb".index(colour)]
+        return [deepen(mosaic, "u2" if encoding.endswith("16") else "u1")]
+    luma, u, v = np.moveaxis(yuv(rgb), 2, 0)
+    if encoding in PACKED_YUV:
+        first, second, u, v = luma[:, 0::2], luma[:, 1::2], u[:, ::2], v[:, ::2]
+        samples = [u, first, v, second] if PACKED_YUV[encoding] == "uyvy" else [first, u, second, v]
+        return [np.stack(samples, axis=2).reshape(height, -1)]
+    if encoding == "nv24":
+        return [luma, np.stack([u, v], axis=2).reshape(height, -1)]
+    chroma = [u[::2, ::2], v[::2, ::2]] if encoding == "nv12" else [v[::2, ::2], u[::2, ::2]]
+    return [luma, np.stack(chroma, axis=2).reshape((height + 1) // 2, -1)]
+
+
+def image(encoding: str, rgb: Array, *, big: bool = False, padding: int = 0, kind: str = "rclpy") -> Any:
+    """The message: every row followed by `padding` bytes of rubbish."""
+    data, steps = b"", list[int]()
+    for plane in planes(encoding, rgb):
+        ordered = plane.astype(plane.dtype.newbyteorder(">" if big else "<"))
+        extra = padding * (2 if encoding == "nv24" and steps else 1)  # its chroma rows are two luma rows long
+        steps.append(ordered.shape[1] * ordered.itemsize + extra)
+        data += b"".join(row.tobytes() + b"\xa5" * extra for row in ordered)
+    fields: dict[str, Any] = {"height": rgb.shape[0], "width": rgb.shape[1], "encoding": encoding,
+                              "is_bigendian": int(big), "step": steps[0]}
+    if kind == "rosbags":
+        header = ROSBAGS["std_msgs/msg/Header"](ROSBAGS["builtin_interfaces/msg/Time"](0, 0), "camera")
+        return ROSBAGS["sensor_msgs/msg/Image"](header=header, data=np.frombuffer(data, np.uint8), **fields)
+    if kind == "bytes":
+        return SimpleNamespace(data=data, **fields)
+    return Image(data=array.array("B", data), **fields)
+
+
+def compressed(data: bytes, format: str = "jpeg") -> CompressedImage:
+    return CompressedImage(format=format, data=array.array("B", data))
+
+
+def encode(extension: str, rgb: Array) -> bytes:
+    channels = rgb if rgb.ndim == 2 else rgb[..., [2, 1, 0, 3][:rgb.shape[2]]]
+    return bytes(cv2.imencode(extension, channels)[1].tobytes())
+
+
+def refused(message: Any, reason: str) -> str:
+    """The error's text; its reason is checked."""
+    with pytest.raises(ImageError) as error:
+        to_array(message)
+    assert error.value.reason == reason
+    return str(error.value)
+
+
+@pytest.fixture(params=CONVERTERS)
+def converter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Only this converter can be imported."""
+    for other in CONVERTERS:
+        if other != request.param:
+            monkeypatch.setitem(sys.modules, other, None)
+    images._converter.cache_clear()
+    convert, faults = images._converter()
+    if convert is None and request.param == "cv_bridge":
+        pytest.skip(faults)  # the ROS 1 port, say
+    yield request.param
+    images._converter.cache_clear()
+
+
+layouts = pytest.mark.parametrize(("big", "padding"), list(itertools.product((False, True), (0, 1, 6))))
+
+
+@layouts
+@pytest.mark.parametrize("kind", ["rclpy", "rosbags", "bytes"])
+@pytest.mark.parametrize("encoding", PIXELS)
+def test_grey_and_colour_of_every_depth_come_back_exactly(encoding: str, kind: str, big: bool, padding: int) -> None:
+    picture = noise()
+    result = to_array(image(encoding, picture, big=big, padding=padding, kind=kind))
+    assert result.dtype == np.uint8
+    np.testing.assert_array_equal(result, picture[..., 0] if PIXELS[encoding][1] == "grey" else picture)
+
+
+@layouts
+@pytest.mark.parametrize("encoding", BAYER)
+def test_a_bayer_mosaic_gives_its_colours(converter: str, encoding: str, big: bool, padding: int) -> None:
+    result = to_array(image(encoding, patches(), big=big, padding=padding))
+    assert result.dtype == np.uint8 and result.shape == patches().shape
+    np.testing.assert_array_equal(inside_patches(result), inside_patches(patches()))
+
+
+@layouts
+@pytest.mark.parametrize("encoding", [*PACKED_YUV, *PLANAR_YUV])
+def test_yuv_gives_its_colours(converter: str, encoding: str, big: bool, padding: int) -> None:
+    picture = noise(15, 23) if encoding == "nv24" else patches()
+    result = to_array(image(encoding, picture, big=big, padding=padding))
+    assert result.dtype == np.uint8
+    np.testing.assert_allclose(result.astype(int), picture, atol=3)  # Y, U and V are rounded, over a shorter range
+
+
+@pytest.mark.parametrize("encoding", ["nv12", "nv21"])
+def test_an_odd_height_has_a_last_chroma_row_of_its_own(converter: str, encoding: str) -> None:
+    result = to_array(image(encoding, patches()[:15], padding=3))
+    np.testing.assert_allclose(result.astype(int), patches()[:15], atol=3)
+
+
+@pytest.mark.parametrize("kind", ["rclpy", "rosbags", "bytes"])
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("encoding", WITHOUT_COPY)
+def test_8_bit_grey_and_colour_are_not_copied(encoding: str, kind: str, padding: int) -> None:
+    message = image(encoding, noise(), kind=kind, padding=padding)
+    assert np.shares_memory(to_array(message), np.frombuffer(message.data, np.uint8))
+
+
+def test_every_encoding_of_the_standard_is_either_read_or_refused_as_no_picture() -> None:
+    folders = [Path(prefix) for prefix in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep)]
+    headers = [folder / "include/sensor_msgs/sensor_msgs/image_encodings.hpp" for folder in folders]
+    present = [header for header in headers if header.exists()]
+    if not present:
+        pytest.skip("sensor_msgs comes without image_encodings.hpp here")
+    standard = set(re.findall(r'const char \w+\[\] = "(\w+)"', present[0].read_text()))
+    assert len(standard) > 40
+    assert standard <= {*PIXELS, *BAYER, *PACKED_YUV, *PLANAR_YUV} | NO_PICTURE
+
+
+@pytest.mark.parametrize("encoding", [*sorted(NO_PICTURE), "", "BGR8", "8UC0", "8UC33", "32FC", "x" * 9999])
+def test_an_encoding_that_holds_no_picture_is_refused_and_known_ones_are_named(encoding: str) -> None:
+    message = image("mono8", noise())
+    message.encoding = encoding
+    text = refused(message, "encoding")
+    assert repr(encoding)[:20] in text and "bgr8" in text and len(text) < 300
+
+
+def test_16_bits_are_rounded_to_the_nearest_of_8() -> None:
+    every = np.arange(65536, dtype=np.uint16)
+    data = array.array("B", every.astype("<u2").tobytes())
+    message = Image(height=256, width=256, encoding="mono16", step=512, data=data)
+    np.testing.assert_array_equal(to_array(message).ravel(), (every.astype(int) + 128) // 257)
+
+
+def test_16_bit_data_at_an_odd_address_is_read() -> None:
+    message = image("mono16", noise(), kind="bytes")
+    message.data = memoryview(b"\0" + message.data)[1:]
+    np.testing.assert_array_equal(to_array(message), noise()[..., 0])
+
+
+@pytest.mark.parametrize("encoding", ["32FC1", "64FC1", "32FC3", "64FC4"])
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), -0.01, 1.01, 3.5, 1e30])
+def test_floats_outside_0_to_1_are_refused_as_no_picture(encoding: str, big: bool, bad: float) -> None:
+    message = image(encoding, noise(), big=big, kind="bytes")
+    dtype = (">" if big else "<") + PIXELS[encoding][0]
+    values = np.frombuffer(message.data, dtype).copy()
+    values[0] = bad
+    message.data = values.tobytes()
+    assert "[0, 1]" in refused(message, "value")
+
+
+def test_alpha_may_hold_any_float() -> None:
+    message = image("32FC4", noise(), kind="bytes")
+    values = np.frombuffer(message.data, "<f4").copy()
+    values[3::4] = np.nan
+    message.data = values.tobytes()
+    np.testing.assert_array_equal(to_array(message), noise())
+
+
+@pytest.mark.parametrize("encoding", [*PIXELS, *BAYER, *PACKED_YUV, *PLANAR_YUV])
+def test_the_last_rows_padding_may_be_missing_but_not_one_byte_of_the_picture(encoding: str) -> None:
+    message = image(encoding, patches(), padding=4)
+    data, padding, whole = message.data, 8 if encoding == "nv24" else 4, to_array(message)
+    message.data = data[:-padding]
+    np.testing.assert_array_equal(to_array(message), whole)
+    message.data = data[:-padding - 1]
+    text = refused(message, "data")
+    assert str(len(message.data)) in text and str(len(message.data) + 1) in text
+
+
+def test_data_after_the_image_is_ignored() -> None:
+    message = image("bgr8", noise())
+    message.data.frombytes(b"\xff" * 1000)
+    np.testing.assert_array_equal(to_array(message), noise())
+
+
+def test_an_image_without_data_is_refused() -> None:
+    message = image("mono8", noise())
+    message.data = array.array("B")
+    refused(message, "data")
+
+
+@pytest.mark.parametrize("data", [None, 7, "text", [1, 2, 3], np.zeros((64, 64), np.uint8)[:, ::2]])
+def test_data_that_is_not_contiguous_bytes_is_refused(data: Any) -> None:
+    message = image("mono8", noise(), kind="bytes")
+    message.data = data
+    refused(message, "data")
+
+
+@pytest.mark.parametrize("field", ["width", "height"])
+@pytest.mark.parametrize("value", [0, 65536, 2**32 - 1])
+def test_a_width_or_height_that_no_image_has_is_refused(field: str, value: int) -> None:
+    message = image("mono8", noise())
+    setattr(message, field, value)
+    assert str(value) in refused(message, "size")
+
+
+@pytest.mark.parametrize("encoding", [*PACKED_YUV, "nv12", "nv21"])
+def test_an_odd_width_is_refused_where_two_pixels_share_their_colour(encoding: str) -> None:
+    message = image(encoding, patches())
+    message.width -= 1
+    assert "even" in refused(message, "size")
+
+
+@pytest.mark.parametrize("shape", [(2, 16), (16, 2), (1, 1)])
+def test_a_bayer_mosaic_too_small_to_interpolate_is_refused_instead_of_black(shape: tuple[int, int]) -> None:
+    assert "3 x 3" in refused(image("bayer_rggb8", noise(*shape)), "size")
+
+
+@pytest.mark.parametrize("encoding", [*PIXELS, *BAYER, *PACKED_YUV, *PLANAR_YUV])
+def test_a_step_shorter_than_a_row_is_refused(encoding: str) -> None:
+    message = image(encoding, patches())
+    message.step -= 1
+    text = refused(message, "step")
+    assert str(message.step) in text and str(message.step + 1) in text
+
+
+@pytest.mark.parametrize(("field", "reason"), [("width", "size"), ("height", "size"), ("step", "step")])
+def test_a_size_that_is_no_whole_number_is_refused(field: str, reason: str) -> None:
+    message = image("mono8", noise(), kind="bytes")
+    setattr(message, field, 16.5)
+    assert "16.5" in refused(message, reason)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1)])
+def test_the_smallest_images_are_read(shape: tuple[int, int]) -> None:
+    for encoding in ("mono8", "bgr8", "mono16", "rgba16", "32FC1", "nv24"):
+        assert to_array(image(encoding, noise(*shape), padding=1)).shape[:2] == shape
+
+
+FORMATS = ["jpeg", "png", "rgb8; jpeg compressed bgr8", "bgr8; png compressed bgr8", "mono8; png compressed ", ""]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("kind", ["rclpy", "rosbags", "bytes"])
+def test_compressed_colour_comes_back_whatever_format_says(format: str, kind: str) -> None:
+    data = encode(".png", noise())
+    if kind == "rosbags":
+        header = ROSBAGS["std_msgs/msg/Header"](ROSBAGS["builtin_interfaces/msg/Time"](0, 0), "camera")
+        message: Any = ROSBAGS["sensor_msgs/msg/CompressedImage"](header, format, np.frombuffer(data, np.uint8))
+    else:
+        message = compressed(data, format) if kind == "rclpy" else SimpleNamespace(format=format, data=data)
+    np.testing.assert_array_equal(to_array(message), noise())
+
+
+def test_a_jpeg_gives_its_colours() -> None:
+    picture = np.full((32, 48, 3), (200, 100, 30), np.uint8)
+    np.testing.assert_allclose(to_array(compressed(encode(".jpg", picture))).astype(int), picture, atol=3)
+
+
+@pytest.mark.parametrize("extension", [".jpg", ".png"])
+def test_a_compressed_grey_image_stays_grey(extension: str) -> None:
+    picture = np.full((32, 48), 90, np.uint8)
+    np.testing.assert_array_equal(to_array(compressed(encode(extension, picture), "mono8; jpeg compressed ")), picture)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_16_bit_png_is_scaled_as_a_raw_image_is(channels: int) -> None:
+    picture = np.concatenate([noise(), noise()[..., :1]], axis=2)[..., :channels]
+    result = to_array(compressed(encode(".png", deepen(picture, "u2").squeeze()), "16UC1; png compressed "))
+    np.testing.assert_array_equal(result, picture.squeeze()[..., :3] if channels > 1 else picture[..., 0])
+
+
+@pytest.mark.parametrize("encoding", BAYER)
+def test_a_mosaic_compressed_as_grey_is_developed(converter: str, encoding: str) -> None:
+    data = encode(".png", planes(encoding, patches())[0])
+    result = to_array(compressed(data, f"{encoding}; png compressed "))
+    np.testing.assert_array_equal(inside_patches(result), inside_patches(patches()))
+
+
+def test_a_jpegs_orientation_tag_leaves_the_pixels_where_the_camera_has_them() -> None:
+    # Exif, big-endian: one entry, tag 0x112 (orientation), one short of value 6 (turned by 90 degrees).
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    data = encode(".jpg", noise(16, 24))
+    tagged = data[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + data[2:]
+    turned = cv2.imdecode(np.frombuffer(tagged, np.uint8), cv2.IMREAD_COLOR)
+    assert turned is not None and turned.shape[:2] == (24, 16)
+    assert to_array(compressed(tagged)).shape == (16, 24, 3)
+
+
+@pytest.mark.parametrize("extension", [".jpg", ".png"])
+@pytest.mark.parametrize("kept", [0.02, 0.3, 0.6, 0.9, 0.99])
+def test_a_truncated_file_is_refused_and_nothing_is_printed(
+        extension: str, kept: float, capfd: pytest.CaptureFixture[str]) -> None:
+    data = encode(extension, noise(64, 64))
+    refused(compressed(data[:int(kept * len(data))]), "decode")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_padding_after_a_jpeg_is_ignored() -> None:
+    data = encode(".jpg", noise())
+    np.testing.assert_array_equal(to_array(compressed(data + bytes(4096))), to_array(compressed(data)))
+
+
+NO_FILES = [b"", bytes(64), b"junk" * 100, b"BM" + bytes(100), images.JPEG, images.PNG, b"\x89PNG\r\n\x1a\nIEND"]
+
+
+@pytest.mark.parametrize("data", NO_FILES)
+def test_data_that_is_no_jpeg_or_png_is_refused_and_nothing_is_printed(
+        data: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    assert str(len(data)) in refused(compressed(data), "decode")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_damaged_png_is_refused() -> None:
+    data = bytearray(encode(".png", noise()))
+    data[len(data) // 2] ^= 0xFF
+    refused(compressed(bytes(data), "png"), "decode")
+
+
+def test_a_file_that_declares_an_absurd_size_is_refused() -> None:
+    data = bytearray(encode(".jpg", noise()))
+    size = data.index(b"\xff\xc0") + 5  # in the start-of-frame segment
+    data[size:size + 4] = (60000).to_bytes(2, "big") * 2
+    refused(compressed(bytes(data)), "decode")
+
+
+def test_compressed_depth_is_refused_by_name() -> None:
+    data = bytes(12) + encode(".png", deepen(noise()[..., 0], "u2"))
+    assert "depth" in refused(compressed(data, "16UC1; compressedDepth png"), "encoding")
+
+
+def test_compressed_data_that_is_no_bytes_is_refused() -> None:
+    refused(SimpleNamespace(format="jpeg", data=[255, 216, 255]), "data")
+
+
+def test_a_cv_bridge_that_does_not_work_gives_way_to_rosbags_image(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cv_bridge.py").write_text(
+        "class CvBridge:\n    def imgmsg_to_cv2(self, message, encoding):\n        raise KeyError(message.encoding)\n")
+    monkeypatch.delitem(sys.modules, "cv_bridge", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    images._converter.cache_clear()
+    try:
+        result = to_array(image("uyvy", patches()))
+        assert "cv_bridge: KeyError" in images._converter()[1]
+    finally:
+        images._converter.cache_clear()
+        sys.modules.pop("cv_bridge", None)
+    np.testing.assert_allclose(result.astype(int), patches(), atol=3)
+
+
+def test_without_a_converter_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cv_bridge", None)
+    monkeypatch.setitem(sys.modules, "rosbags.image", None)
+    images._converter.cache_clear()
+    try:
+        text = refused(image("bayer_rggb8", patches()), "encoding")
+        np.testing.assert_array_equal(to_array(image("bgr16", noise())), noise())
+    finally:
+        images._converter.cache_clear()
+    assert "cv-bridge" in text and "pip install rosbags-image" in text
+
+
+def test_the_module_works_where_neither_ros_nor_a_converter_is_installed() -> None:
+    script = """
+import sys
+for name in ("rclpy", "sensor_msgs", "cv_bridge", "rosbags", "rosbags.image"):
+    sys.modules[name] = None
+from types import SimpleNamespace
+from kpmatch_ros.images import to_array
+message = SimpleNamespace(height=1, width=2, encoding="bgr8", is_bigendian=0, step=6, data=bytes(range(6)))
+print(to_array(message).tolist())
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/", check=True)
+    assert result.stdout.strip() == "[[[2, 1, 0], [5, 4, 3]]]"
+
+
+sizes = st.one_of(st.integers(0, 20), st.integers(-(2**40), 2**40), st.none(), st.floats())
+names = st.one_of(st.sampled_from([*PIXELS, *BAYER, *PACKED_YUV, *PLANAR_YUV]), st.text(), st.none())
+
+
+@settings(max_examples=500, deadline=None)
+@given(height=sizes, width=sizes, step=sizes, encoding=names, big=st.integers(0, 255), data=st.binary(max_size=3000))
+def test_any_image_gives_a_picture_or_an_image_error(
+        height: Any, width: Any, step: Any, encoding: Any, big: int, data: bytes) -> None:
+    message = SimpleNamespace(height=height, width=width, step=step, encoding=encoding, is_bigendian=big, data=data)
+    check_any(message, lambda result: result.shape[:2] == (height, width))
+
+
+@settings(max_examples=300, deadline=None)
+@given(extension=st.sampled_from([".jpg", ".png"]), format=st.sampled_from([*FORMATS, *BAYER, *PIXELS]) | st.text(),
+       changes=st.lists(st.tuples(st.integers(0, 10**4), st.integers(0, 255)), max_size=8), cut=st.integers(0, 400))
+def test_any_compressed_image_gives_a_picture_or_an_image_error(
+        extension: str, format: str, changes: list[tuple[int, int]], cut: int) -> None:
+    data = bytearray(encode(extension, noise(9, 11)))
+    for place, value in changes:
+        data[place % len(data)] = value
+    check_any(SimpleNamespace(format=format, data=bytes(data[:len(data) - cut % 3])), lambda result: True)
+
+
+@settings(deadline=None)
+@given(data=st.binary())
+def test_any_bytes_after_a_files_first_ones_give_a_picture_or_an_image_error(data: bytes) -> None:
+    for start, end in ((images.JPEG, b"\xff\xd9"), (images.PNG, b"IEND")):
+        check_any(SimpleNamespace(format="", data=start + data + end), lambda result: True)
+
+
+def check_any(message: Any, right_shape: Callable[[Array], bool]) -> None:
+    try:
+        result = to_array(message)
+    except ImageError as error:
+        assert error.reason in {"encoding", "size", "step", "data", "decode", "value"} and str(error)
+    else:
+        assert result.dtype == np.uint8 and (result.ndim == 2 or result.shape[2:] == (3,)) and right_shape(result)
