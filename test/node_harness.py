@@ -1,0 +1,136 @@
+"""Runs the real node as its own process and talks to it over DDS, as a robot's other nodes would."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
+from domain_coordinator import domain_id
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.qos import QoSProfile
+from sensor_msgs.msg import CameraInfo, Image
+
+from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
+
+PARAMETERS = {"device": "cpu", "precision": "float32", "queue": "all"}
+
+
+class NodeUnderTest:
+    """A matcher process and a peer that publishes to it and keeps what it sends."""
+
+    def __init__(self, process: subprocess.Popen[str], node: Any, executor: Any, log: Path) -> None:
+        self.process = process
+        self.node = node
+        self._executor = executor
+        self._log = log
+        self.matches: list[MatchArray] = []
+        self.poses: list[RelativePose] = []
+        self.features: list[FeatureArray] = []
+        self.pictures: list[Image] = []
+        self.diagnostics: list[DiagnosticArray] = []
+        self.subscribe(MatchArray, "matches", self.matches.append)
+        self.subscribe(RelativePose, "relative_pose", self.poses.append)
+        self.node.create_subscription(DiagnosticArray, "/diagnostics", self.diagnostics.append, 10)
+        self._images = self.node.create_publisher(Image, "image", QoSProfile(depth=1000))
+        self._infos = self.node.create_publisher(CameraInfo, "camera_info", QoSProfile(depth=1000))
+
+    def subscribe(self, kind: type, topic: str, callback: Callable[[Any], None]) -> Any:
+        """Receive from the node without losing anything."""
+        return self.node.create_subscription(kind, topic, callback, QoSProfile(depth=1000))
+
+    @property
+    def log(self) -> str:
+        """What the node has printed."""
+        return self._log.read_text()
+
+    def spin(self, seconds: float = 0.05) -> None:
+        """Receive for a while."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self._executor.spin_once(timeout_sec=left)
+
+    def wait_for(self, condition: Callable[[], Any], what: str, timeout: float = 60.0) -> None:
+        """Receive until a condition holds."""
+        end = time.monotonic() + timeout
+        while not condition():
+            assert self.process.poll() is None, f"the node ended while the test waited for {what}:\n{self.log}"
+            assert time.monotonic() < end, f"waited {timeout} s in vain for {what}:\n{self.log}"
+            self._executor.spin_once(timeout_sec=0.05)
+
+    def wait_until_connected(self) -> None:
+        """Wait until the node is active: it subscribes, and its publications are known here."""
+
+        def connected() -> bool:
+            ours = self._images.get_subscription_count() and self._infos.get_subscription_count()
+            return bool(ours and self.node.count_publishers("/relative_pose") and self.node.count_publishers("/matches"))
+
+        self.wait_for(connected, "the node to come up")
+        self.spin(0.3)  # discovery is done on this side; let the other side finish too
+
+    def send(self, image: Image, info: CameraInfo | None = None) -> None:
+        """Publish a frame, its calibration first."""
+        if info is not None:
+            self._infos.publish(info)
+        self._images.publish(image)
+
+    def figures(self) -> dict[str, str]:
+        """The newest diagnostics."""
+        return {item.key: item.value for item in self.diagnostics[-1].status[0].values}
+
+    def wait_for_figure(self, key: str, value: str, timeout: float = 60.0) -> dict[str, str]:
+        """Wait until the diagnostics show a value, and return all of them."""
+        self.wait_for(
+            lambda: self.diagnostics and self.figures().get(key) == value, f"diagnostics to show {key} = {value}", timeout
+        )
+        return self.figures()
+
+    def stop(self, sent: signal.Signals = signal.SIGINT) -> int:
+        """End the node as a launch file does, and return its exit status."""
+        self.process.send_signal(sent)
+        return self.process.wait(timeout=30)
+
+
+@contextmanager
+def running_node(tmp_path: Path, arguments: tuple[str, ...] = (), **parameters: Any) -> Iterator[NodeUnderTest]:
+    """Start the node in a ROS domain of its own."""
+    with domain_id() as domain:
+        environment = {
+            **os.environ,
+            "ROS_DOMAIN_ID": str(domain),
+            "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
+            "ROS_LOG_DIR": str(tmp_path / "ros_log"),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = ["matcher", "--ros-args"]
+        for name, value in {**PARAMETERS, **parameters}.items():
+            command += ["-p", f"{name}:={str(value).lower() if isinstance(value, bool) else value}"]
+        log = tmp_path / "node.log"
+        with log.open("w") as stream:
+            process = subprocess.Popen(
+                [*command, *arguments], env=environment, stdout=stream, stderr=subprocess.STDOUT, text=True
+            )
+        context = rclpy.Context()
+        os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
+        rclpy.init(context=context, domain_id=domain)
+        node = rclpy.create_node("peer", context=context)
+        executor = SingleThreadedExecutor(context=context)
+        executor.add_node(node)
+        try:
+            yield NodeUnderTest(process, node, executor, log)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            executor.shutdown()
+            node.destroy_node()
+            rclpy.shutdown(context=context)
+
+
+__all__ = ["PARAMETERS", "NodeUnderTest", "running_node"]
