@@ -4,7 +4,7 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,7 +17,7 @@ from kpmatch_ros.parameters import ParameterError, Parameters
 
 __all__ = ["FeatureMatcher", "Features", "Matches"]
 
-Array = Union[Tensor, np.ndarray]
+Array = Tensor | np.ndarray
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as OpenCV and the authors of SuperPoint convert colour to grey
 
@@ -127,12 +127,14 @@ class FeatureMatcher:
             image: uint8 grey (H, W) or RGB (H, W, 3).
 
         Raises:
-            ValueError: when the image has another shape or type.
+            ValueError: when the image has another shape or type, or no pixels.
         """
-        pixels = image.numpy() if isinstance(image, Tensor) else image
-        if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3):
+        pixels = _numpy(image)
+        is_image = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
+        if pixels.dtype != np.uint8 or not is_image or pixels.size == 0:
             raise ValueError(
-                f"the image is {pixels.dtype} of shape {pixels.shape}; it must be uint8 and (H, W) grey or (H, W, 3) RGB"
+                f"the image is {pixels.dtype} of shape {pixels.shape}; it must be uint8 and (H, W) grey or (H, W, 3) "
+                "RGB, with at least one pixel"
             )
         height, width = pixels.shape[:2]
         seen = _resize(pixels, self.parameters.resize)
@@ -172,9 +174,11 @@ class FeatureMatcher:
     def _upload(self, pixels: np.ndarray) -> Tensor:
         """uint8 pixels to a (1, 1, H, W) grey image in [0, 1] on the device."""
         luma = _LUMA
-        if pixels.ndim == 3 and pixels.strides[2] < 0:  # a view of BGR as RGB: torch takes no negative strides
+        if pixels.ndim == 3 and pixels.strides[2] < 0:  # a view of BGR as RGB
             pixels, luma = pixels[..., ::-1], luma[::-1]
-        image = torch.from_numpy(np.ascontiguousarray(pixels) if min(pixels.strides) < 0 else pixels).to(self.device)
+        if min(pixels.strides) < 0 or not pixels.flags.writeable:  # neither of which torch takes
+            pixels = pixels.copy()
+        image = torch.from_numpy(pixels).to(self.device)
         grey = image.float() if image.ndim == 2 else image.float() @ torch.tensor(luma, device=self.device)
         return (grey / 255)[None, None]
 
@@ -211,7 +215,7 @@ class FeatureMatcher:
 
 def _resize(pixels: np.ndarray, longest: int) -> np.ndarray:
     height, width = pixels.shape[:2]
-    if longest == 0 or max(height, width) in (0, longest):
+    if longest in (0, max(height, width)):
         return pixels
     scale = longest / max(height, width)
     size = (max(round(width * scale), 1), max(round(height * scale), 1))

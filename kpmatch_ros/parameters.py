@@ -51,10 +51,14 @@ class Declaration:
 
     def check(self, value: Any) -> Any:
         """Return ``value`` as the parameter's type, or raise :class:`ParameterError`."""
-        if self.type is float and isinstance(value, int) and not isinstance(value, bool):
+        if self.type is float and type(value) is int:
             value = float(value)
-        if type(value) is not self.type:
+        if type(value) is not self.type:  # True is no number here, though isinstance says so
             raise ParameterError(f"{self.name} is {value!r}; it must be a {self.type.__name__}")
+        self._check_range(value)
+        return value
+
+    def _check_range(self, value: Any) -> None:
         if self.choices and value not in self.choices:
             raise ParameterError(f"{self.name} is {value!r}; it must be {self.constraint}")
         if self.pattern and not re.fullmatch(self.pattern, value):
@@ -65,7 +69,6 @@ class Declaration:
         too_high = self.maximum is not None and value > self.maximum
         if too_low or too_high:
             raise ParameterError(f"{self.name} is {value!r}; it must be {self.constraint}")
-        return value
 
 
 def _parameter(
@@ -113,7 +116,7 @@ class Parameters:
     device: str = _parameter(
         "auto",
         "where the networks run: auto (the GPU where there is one), cpu, cuda or cuda:N",
-        pattern=r"auto|cpu|cuda(:\d+)?",
+        pattern=r"auto|cpu|cuda(:\d{1,2})?",
     )
     precision: str = _parameter(
         "auto",
@@ -169,7 +172,10 @@ class Parameters:
         dynamic=True,
     )
     keyframe_min_matches: int = _parameter(
-        100, "with reference 'keyframe': fewer matches than this make the frame the new keyframe", minimum=1, dynamic=True
+        100,
+        "with reference 'keyframe': fewer matches than this make the frame the new keyframe",
+        minimum=1,
+        dynamic=True,
     )
     keyframe_max_parallax: float = _parameter(
         40.0,
@@ -254,7 +260,7 @@ def declaration(name: str) -> Declaration:
 def config_file() -> str:
     """The text of ``config/matcher.yaml``: every parameter at its default, with its description."""
     lines = [
-        "# The matcher node's parameters at their defaults; `make docs` writes this file from kpmatch_ros/parameters.py.",
+        "# The matcher node's parameters at their defaults, written from kpmatch_ros/parameters.py by `make docs`.",
         "# Those marked with ° may change while the node runs (ros2 param set).",
         "/**:",
         "  ros__parameters:",

@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import os
 import tempfile
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -183,19 +183,21 @@ def fetch(name: str, progress: Callable[[int], None] = lambda size: None) -> Pat
     try:
         item.file.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=item.file.parent, suffix=".part")
-        digest = hashlib.sha256()
+        digest, received = hashlib.sha256(), 0
         with os.fdopen(handle, "wb") as stream, urllib.request.urlopen(item.url, timeout=30) as response:
             while block := response.read(1 << 16):
                 digest.update(block)
                 stream.write(block)
+                received += len(block)
                 progress(len(block))
         if digest.hexdigest() != item.sha256:
             raise WeightsError(
-                f"{item.url} sent a file with SHA-256 {digest.hexdigest()}, not the registered {item.sha256}; nothing "
-                "was kept"
+                f"{item.url} sent {received} bytes with SHA-256 {digest.hexdigest()}, not the registered {item.size} "
+                f"bytes with {item.sha256}; nothing was kept: try again, or put the file at {item.file} yourself"
             )
+        os.chmod(partial, 0o644)  # temporary files are private; a cache may be shared
         os.replace(partial, item.file)
-    except (urllib.error.URLError, OSError, TimeoutError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise WeightsError(
             f"{name} could not be fetched from {item.url} ({error}); fetch it on another machine, put it at "
             f"{item.file}, and run kpmatch weights info {name}"

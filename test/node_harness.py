@@ -69,7 +69,8 @@ class NodeUnderTest:
 
         def connected() -> bool:
             ours = self._images.get_subscription_count() and self._infos.get_subscription_count()
-            return bool(ours and self.node.count_publishers("/relative_pose") and self.node.count_publishers("/matches"))
+            theirs = self.node.count_publishers("/relative_pose") and self.node.count_publishers("/matches")
+            return bool(ours and theirs)
 
         self.wait_for(connected, "the node to come up")
         self.spin(0.3)  # discovery is done on this side; let the other side finish too
@@ -87,7 +88,9 @@ class NodeUnderTest:
     def wait_for_figure(self, key: str, value: str, timeout: float = 60.0) -> dict[str, str]:
         """Wait until the diagnostics show a value, and return all of them."""
         self.wait_for(
-            lambda: self.diagnostics and self.figures().get(key) == value, f"diagnostics to show {key} = {value}", timeout
+            lambda: self.diagnostics and self.figures().get(key) == value,
+            f"diagnostics to show {key} = {value}",
+            timeout,
         )
         return self.figures()
 

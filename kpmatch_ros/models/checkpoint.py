@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -69,7 +69,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         config_path = path / "config.json"
         try:
             config = json.loads(config_path.read_text())
-        except (OSError, ValueError) as error:
+            if not isinstance(config, dict):
+                raise TypeError("it holds no object")
+        except (OSError, TypeError, ValueError) as error:
             raise weights.WeightsError(
                 f"{path} is no folder of weights: its config.json cannot be read ({error})"
             ) from error
@@ -85,9 +87,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise _damaged(path, error) from error
-    except Exception as error:  # pickle.UnpicklingError and what malformed archives raise besides
+    except Exception as error:  # SafetensorError, UnpicklingError, OSError, and what malformed archives raise besides
         raise _damaged(path, error) from error
     tensors = dict(loaded) if isinstance(loaded, Mapping) else {}
     while len(tensors) == 1 and isinstance(next(iter(tensors.values())), Mapping):
@@ -116,13 +116,13 @@ def build(cls: type[Model], source: str | Path, options: Mapping[str, Any]) -> M
         WeightsError: when the weights are missing, damaged, or made for another network or configuration.
     """
     network: type[_Buildable] = cls  # type: ignore[assignment]
-    checkpoint = network.prepare(read_checkpoint(weights.resolve(source)))
-    made_for = checkpoint.config.get("model_type", network.MODEL_TYPE)
-    if made_for != network.MODEL_TYPE:
-        raise weights.WeightsError(
-            f"{checkpoint.source} holds a {made_for}, not a {network.MODEL_TYPE}; check which is given as extractor "
-            "and which as matcher"
-        )
+    registered = weights.REGISTRY.get(str(source))
+    if registered is not None:  # a folder may hold both networks, a registered name means one of them
+        _check_kind(registered.name, registered.model, network.MODEL_TYPE)
+    read = read_checkpoint(weights.resolve(source))
+    with _explained(read.source, network.MODEL_TYPE):
+        checkpoint = network.prepare(read)
+    _check_kind(checkpoint.source, checkpoint.config.get("model_type", network.MODEL_TYPE), network.MODEL_TYPE)
     config = {**checkpoint.config, **options}
     unknown = sorted(set(config) - set(network.DEFAULTS) - _DESCRIPTIVE)
     if unknown:
@@ -130,7 +130,8 @@ def build(cls: type[Model], source: str | Path, options: Mapping[str, Any]) -> M
             f"{checkpoint.source} sets {', '.join(unknown)}, which this {network.MODEL_TYPE} does not know; matches "
             "would differ from what the weights were made for"
         )
-    model = cls(**{key: value for key, value in config.items() if key in network.DEFAULTS and value is not None})
+    with _explained(checkpoint.source, network.MODEL_TYPE):
+        model = cls(**{key: value for key, value in config.items() if key in network.DEFAULTS and value is not None})
     expected = model.state_dict()
     given = {name: tensor.to(torch.float32) for name, tensor in checkpoint.tensors.items() if name in expected}
     problems = [f"{name} is missing" for name in expected if name not in given]
@@ -149,3 +150,23 @@ def build(cls: type[Model], source: str | Path, options: Mapping[str, Any]) -> M
         raise weights.WeightsError(f"{checkpoint.source} holds weights that are not finite: the file is damaged")
     model.load_state_dict(given)
     return model
+
+
+@contextmanager
+def _explained(source: str, kind: str) -> Iterator[None]:
+    """Turns whatever a malformed checkpoint leads to into an error that names the file."""
+    try:
+        yield
+    except weights.WeightsError as error:
+        raise weights.WeightsError(f"{source}: {error}") from error
+    except Exception as error:
+        raise weights.WeightsError(
+            f"{source} is no {kind}: its configuration or its tensors are incomplete or contradictory ({error!r})"
+        ) from error
+
+
+def _check_kind(source: str, kind: str, wanted: str) -> None:
+    if kind != wanted:
+        raise weights.WeightsError(
+            f"{source} holds a {kind}, not a {wanted}; check which is given as extractor and which as matcher"
+        )

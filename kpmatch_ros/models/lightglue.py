@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None, rotation: Rotation | None = None) -> Tensor:
         """Messages to x (B, N, C) from source (B, M, C); ``mask`` (B, M) marks the source's real points."""
-        query, key, value = self._heads(self.q_proj(x)), self._heads(self.k_proj(source)), self._heads(self.v_proj(source))
+        query = self._heads(self.q_proj(x))
+        key, value = self._heads(self.k_proj(source)), self._heads(self.v_proj(source))
         if rotation is not None:
             query, key = rotate(query, rotation).to(value.dtype), rotate(key, rotation).to(value.dtype)
         if self.groups > 1:
@@ -275,8 +276,9 @@ class LightGlue(nn.Module):
 
     def to_precision(self, dtype: torch.dtype) -> LightGlue:
         """Convert the weights, all but the positions': 8 bits of mantissa cannot tell neighbouring pixels apart."""
-        self.to(dtype)
-        self.positional_encoder.float()
+        for module in self.children():
+            if module is not self.positional_encoder:
+                module.to(dtype)
         return self
 
     @property
@@ -287,7 +289,7 @@ class LightGlue(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the layers."""
-        return self.match_assignment_layers[0].matchability.weight.dtype
+        return next(self.transformer_layers.parameters()).dtype
 
     def forward(
         self,
@@ -366,7 +368,8 @@ class LightGlue(nn.Module):
 
     def _prune(self, points: Points, confidence: Tensor | None, layer: int) -> None:
         """Drop the points that are sure of having no match (section 3.3)."""
-        keep = self.match_assignment_layers[layer].matchabilities(points.x)[0] > 1 - self.width_confidence
+        assignment = cast(MatchAssignment, self.match_assignment_layers[layer])
+        keep = assignment.matchabilities(points.x)[0] > 1 - self.width_confidence
         if confidence is not None:
             keep |= confidence <= self._confidence_threshold(layer)
         points.keep(keep)
@@ -479,11 +482,11 @@ def _from_authors(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Ten
             tensors[name] = tensor
     size = tensors["match_assignment_layers.0.final_projection.weight"].shape[0]
     head_size = 2 * tensors["positional_encoder.projector.weight"].shape[0]
-    projection = tensors.get("input_projection.weight")
+    input_projection = tensors.get("input_projection.weight")
     config = {
         "model_type": "lightglue",
         "descriptor_dim": size,
-        "input_dim": size if projection is None else projection.shape[1],
+        "input_dim": size if input_projection is None else input_projection.shape[1],
         "num_hidden_layers": sum(name.endswith(".final_projection.weight") for name in tensors),
         "num_attention_heads": size // head_size,
     }

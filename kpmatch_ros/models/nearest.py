@@ -3,10 +3,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kpmatch_ros.models.assignment import Assignment, mutual_matches
 
 __all__ = ["NearestNeighbour"]
+
+_PADDED = -2.0  # similarity to padding: below that of any two unit vectors
 
 
 class NearestNeighbour(nn.Module):
@@ -39,11 +42,11 @@ class NearestNeighbour(nn.Module):
         """Match descriptors (B, N0, D) with (B, N1, D), unit vectors; keypoints and sizes play no part."""
         similarity = descriptors0.float() @ descriptors1.float().transpose(-1, -2)
         if mask0 is not None:
-            similarity = similarity.masked_fill(~mask0[:, :, None], -2)
+            similarity = similarity.masked_fill(~mask0[:, :, None], _PADDED)
         if mask1 is not None:
-            similarity = similarity.masked_fill(~mask1[:, None, :], -2)
+            similarity = similarity.masked_fill(~mask1[:, None, :], _PADDED)
         assignment = mutual_matches(similarity, similarity.clamp(0, 1), self.filter_threshold)
-        if self.ratio_threshold < 1 and min(similarity.shape[1:]) > 1:
+        if self.ratio_threshold < 1 and similarity.numel() > 0:
             passed = self._passes_ratio_test(similarity) & _at(
                 self._passes_ratio_test(similarity.transpose(-1, -2)), assignment.matches0
             )
@@ -51,9 +54,12 @@ class NearestNeighbour(nn.Module):
         return assignment
 
     def _passes_ratio_test(self, similarity: Tensor) -> Tensor:
-        best = similarity.topk(2, dim=-1).values.clamp(-1, 1)
-        distance = (2 - 2 * best).sqrt()  # between unit vectors
-        return distance[..., 0] <= self.ratio_threshold * distance[..., 1]
+        if similarity.shape[-1] == 1:
+            similarity = F.pad(similarity, (0, 1), value=_PADDED)
+        best = similarity.topk(2, dim=-1).values
+        distance = (2 - 2 * best.clamp(-1, 1)).sqrt()  # between unit vectors
+        alone = best[..., 1] == _PADDED  # without a second nearest there is nothing to confuse the nearest with
+        return alone | (distance[..., 0] <= self.ratio_threshold * distance[..., 1])
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ class SuperPoint(nn.Module):
         features = self.encoder(image.to(self.dtype))
         scores = self.keypoint_decoder(features)
         scores = suppress_non_maxima(scores, self.nms_radius)
-        scores = clear_border(scores, self.border, height, width)
+        scores = clear_border(scores, self.border)
         keypoints, scores, mask = select_keypoints(scores, self.keypoint_threshold, self.max_keypoints)
         descriptors = sample_descriptors(self.descriptor_decoder(features), keypoints)
         return Detections(keypoints, scores, descriptors, mask)
@@ -238,13 +238,16 @@ def suppress_non_maxima(scores: Tensor, radius: int) -> Tensor:
     return scores.masked_fill(~maxima, 0)
 
 
-def clear_border(scores: Tensor, border: int, height: int, width: int) -> Tensor:
-    """Set the scores within ``border`` pixels of the sides of the (height, width) image to zero, in place."""
+def clear_border(scores: Tensor, border: int) -> Tensor:
+    """Set the scores (B, H, W) within ``border`` pixels of the sides to zero, in place.
+
+    H and W are whole cells, as in the authors' code: what an image has beyond its last whole cell has no scores.
+    """
     if border > 0:
         scores[:, :border] = 0
+        scores[:, -border:] = 0
         scores[:, :, :border] = 0
-        scores[:, max(height - border, 0) :] = 0
-        scores[:, :, max(width - border, 0) :] = 0
+        scores[:, :, -border:] = 0
     return scores
 
 
@@ -257,7 +260,7 @@ def select_keypoints(scores: Tensor, threshold: float, max_keypoints: int) -> tu
     Returns:
         keypoints (B, N, 2) as x, y; scores (B, N), descending; mask (B, N).
     """
-    batch, height, width = scores.shape
+    batch, _, width = scores.shape
     flat = scores.reshape(batch, -1)
     count = int((flat > threshold).sum(dim=1).max())
     if max_keypoints >= 0:

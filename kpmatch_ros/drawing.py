@@ -1,0 +1,191 @@
+"""Pictures of matches."""
+from __future__ import annotations
+
+from functools import lru_cache
+
+import cv2
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["draw_matches"]
+
+Image = NDArray[np.uint8]
+
+_SHIFT = 4  # OpenCV's drawing functions take fixed-point coordinates: 1/16 pixel
+_LEVELS = 24  # colours in use: lines of one colour are drawn in a single call
+_BACKGROUND = 20
+_MOST_LINES = 80  # of inliers, and half as many of outliers
+_LINE_OPACITY = 0.6
+_OUTLIER_OPACITY = 0.3
+_DIM = 0.85
+_SATURATION = 0.7
+_OUTLIER = (255, 64, 72)  # red stands apart from every colour of the map below
+_TEXT = (240, 240, 240)
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+
+
+def draw_matches(
+    image0: Image,
+    image1: Image,
+    points0: ArrayLike,
+    points1: ArrayLike,
+    scores: ArrayLike,
+    inliers: ArrayLike | None = None,
+    text: str = "",
+) -> Image:
+    """Draw two images side by side and their matches as lines between them.
+
+    A match is a dot in either image and a line between them in the colour of its score, from violet (0) over blue to
+    light green (1), best scores on top; outliers are red crosses with thin red lines, beneath the others. Hundreds of
+    lines would hide the images: of many matches only some have one, evenly chosen.
+
+    Args:
+        image0: the left picture, uint8, (H, W) grey or (H, W, 3) RGB; views with any strides will do.
+        image1: the right picture; it may have another size.
+        points0: (M, 2) x, y in pixels of image0; the centre of the top-left pixel is (0, 0).
+        points1: (M, 2) in pixels of image1.
+        scores: (M,) in [0, 1].
+        inliers: (M,) which matches agree with the estimated geometry; None where nothing was estimated, and no match
+            is marked as an outlier.
+        text: one line, written over the lower edge.
+
+    Returns:
+        (max(H0, H1), W0 + W1 + gap, 3) uint8 RGB.
+
+    Raises:
+        ValueError: when an image is not as described, or the arrays differ in length.
+    """
+    canvas, offset = _side_by_side(image0, image1)
+    ends0 = np.asarray(points0, np.float64).reshape(-1, 2)
+    ends1 = np.asarray(points1, np.float64).reshape(-1, 2) + (offset, 0)
+    quality = np.asarray(scores, np.float64).reshape(-1)
+    good = np.ones(len(ends0), bool) if inliers is None else np.asarray(inliers).astype(bool).reshape(-1)
+    if not len(ends0) == len(ends1) == len(quality) == len(good):
+        raise ValueError(
+            f"there are {len(ends0)} points0, {len(ends1)} points1, {len(quality)} scores and {len(good)} inliers; a "
+            "match needs one of each"
+        )
+    segments = np.rint(np.stack([ends0, ends1], axis=1) * (1 << _SHIFT)).astype(np.int32)
+    _draw_outliers(canvas, segments[~good])
+    _draw_inliers(canvas, segments[good], quality[good])
+    if text:
+        _draw_text(canvas, text)
+    return canvas
+
+
+def _side_by_side(image0: Image, image1: Image) -> tuple[Image, int]:
+    """Both images on one canvas, and where the second one begins."""
+    for name, image in (("image0", image0), ("image1", image1)):
+        shaped = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+        if image.dtype != np.uint8 or not shaped or 0 in image.shape:
+            raise ValueError(
+                f"{name} is {image.dtype} of shape {image.shape}; it must be uint8 and (H, W) grey or (H, W, 3) RGB"
+            )
+    gap = max(2, (image0.shape[1] + image1.shape[1]) // 320)
+    offset = image0.shape[1] + gap
+    height = max(image0.shape[0], image1.shape[0])
+    canvas = np.full((height, offset + image1.shape[1], 3), _BACKGROUND, np.uint8)
+    for image, left in ((image0, 0), (image1, offset)):
+        rows, columns = image.shape[:2]
+        canvas[:rows, left : left + columns] = _dimmed(image)
+    return canvas, offset
+
+
+def _dimmed(image: Image) -> Image:
+    """RGB, a little darker and greyer than the image, so that the colours of the matches stand out."""
+    if image.ndim == 2:
+        grey = np.ascontiguousarray(image)
+        return np.asarray(cv2.cvtColor(cv2.convertScaleAbs(grey, alpha=_DIM), cv2.COLOR_GRAY2RGB))
+    reversed_view = image.strides[2] < 0  # of a BGR image: NumPy would copy it pixel by pixel
+    rgb = cv2.cvtColor(image[..., ::-1], cv2.COLOR_BGR2RGB) if reversed_view else np.ascontiguousarray(image)
+    luma = cv2.cvtColor(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return np.asarray(cv2.addWeighted(rgb, _DIM * _SATURATION, luma, _DIM * (1 - _SATURATION), 0))
+
+
+def _draw_outliers(canvas: Image, segments: NDArray[np.int32]) -> None:
+    if not len(segments):
+        return
+    layer = canvas.copy()
+    lines = segments[_some(len(segments), _MOST_LINES // 2)]
+    cv2.polylines(layer, list(lines), False, _OUTLIER, 1, cv2.LINE_AA, _SHIFT)
+    cv2.addWeighted(layer, _OUTLIER_OPACITY, canvas, 1 - _OUTLIER_OPACITY, 0, dst=canvas)
+    reach = round(2.5 * _scale_of(canvas) * (1 << _SHIFT))
+    diagonals = np.array([[[-reach, -reach], [reach, reach]], [[-reach, reach], [reach, -reach]]], np.int32)
+    crosses = segments.reshape(-1, 1, 1, 2) + diagonals
+    cv2.polylines(canvas, list(crosses.reshape(-1, 2, 2)), False, _OUTLIER, 1, cv2.LINE_AA, _SHIFT)
+
+
+def _draw_inliers(canvas: Image, segments: NDArray[np.int32], scores: NDArray[np.float64]) -> None:
+    if not len(segments):
+        return
+    order = np.argsort(np.nan_to_num(scores), kind="stable")  # the best last, on top
+    segments = segments[order]
+    levels = np.clip(np.rint(np.nan_to_num(scores[order]) * (_LEVELS - 1)), 0, _LEVELS - 1).astype(int)
+    with_line = _some(len(segments), _MOST_LINES)
+    scale = _scale_of(canvas)
+    groups = [(tuple(_colours()[level].tolist()), levels == level) for level in np.unique(levels)]
+    layer = canvas.copy()
+    for colour, chosen in groups:
+        lines = segments[chosen & with_line]
+        cv2.polylines(layer, list(lines), False, colour, max(1, round(scale)), cv2.LINE_AA, _SHIFT)
+    cv2.addWeighted(layer, _LINE_OPACITY, canvas, 1 - _LINE_OPACITY, 0, dst=canvas)
+    # A line from a point to itself is a dot: one call for all of them, unlike circles. First the dark rims.
+    rims = np.repeat(segments.reshape(-1, 1, 2), 2, axis=1)
+    cv2.polylines(canvas, list(rims), False, (0, 0, 0), round(5 * scale), cv2.LINE_8, _SHIFT)
+    for colour, chosen in groups:
+        dots = np.repeat(segments[chosen].reshape(-1, 1, 2), 2, axis=1)
+        cv2.polylines(canvas, list(dots), False, colour, round(3 * scale), cv2.LINE_AA, _SHIFT)
+
+
+def _some(count: int, most: int) -> NDArray[np.bool_]:
+    """At most ``most`` of so many, evenly spread."""
+    step = max(1.0, count / most)
+    chosen = np.zeros(count, bool)
+    chosen[np.arange(0, count, step).astype(int)] = True
+    return chosen
+
+
+def _scale_of(canvas: Image) -> float:
+    """1 for two VGA images side by side, larger for larger pictures, which are seen from further away."""
+    return max(1.0, canvas.shape[1] / 1300)
+
+
+@lru_cache(maxsize=1)
+def _colours() -> Image:
+    """(levels, 3) RGB, violet to light green: lightness grows evenly (CIE L*a*b*), and no hue is near the outliers'."""
+    share = np.linspace(0, 1, _LEVELS)
+    hue = np.radians(305 - 180 * share)
+    lab = np.stack([42 + 52 * share, 64 * np.cos(hue), 64 * np.sin(hue)], axis=-1)[None].astype(np.float32)
+    return np.asarray(np.rint(cv2.cvtColor(lab, cv2.COLOR_LAB2RGB)[0] * 255).clip(0, 255).astype(np.uint8))
+
+
+def _draw_text(canvas: Image, text: str) -> None:
+    """A line of text over a shaded band along the lower edge, as large as fits; beside it, given room, the key."""
+    height, width = canvas.shape[:2]
+    scale = _scale_of(canvas)
+    margin = round(6 * scale)
+    size = 0.5 * scale
+    length, ascent, descent = _extent(text, size)
+    size *= min(1.0, max(width - 2 * margin, 1) / max(length, 1), height / (ascent + 2 * descent + 4))
+    length, ascent, descent = _extent(text, size)
+    band = canvas[max(0, height - ascent - 2 * descent - 4) :]
+    np.copyto(band, band // 4 + 8)
+    baseline = height - descent - 2
+    cv2.putText(canvas, text, (margin, baseline), _FONT, size, _TEXT, 1, cv2.LINE_AA)
+
+    before, after = "score 0", "1"
+    ramp_width = round(70 * scale)
+    left = width - 4 * margin - ramp_width - _extent(before, size)[0] - _extent(after, size)[0]
+    if left < 4 * margin + length or baseline < ascent:
+        return
+    cv2.putText(canvas, before, (left, baseline), _FONT, size, _TEXT, 1, cv2.LINE_AA)
+    left += _extent(before, size)[0] + margin
+    ramp = cv2.resize(_colours()[None], (ramp_width, ascent), interpolation=cv2.INTER_LINEAR)
+    canvas[baseline - ascent : baseline, left : left + ramp_width] = ramp
+    cv2.putText(canvas, after, (left + ramp_width + margin, baseline), _FONT, size, _TEXT, 1, cv2.LINE_AA)
+
+
+def _extent(text: str, size: float) -> tuple[int, int, int]:
+    """Width, height above and below the baseline, pixels."""
+    (width, ascent), descent = cv2.getTextSize(text, _FONT, size, 1)
+    return width, ascent, descent

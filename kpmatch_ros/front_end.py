@@ -1,0 +1,213 @@
+"""Frames in, matches with the reference frame, tracks and relative pose out: the flow of the package, without ROS."""
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kpmatch_ros.camera import Camera
+from kpmatch_ros.feature_matcher import FeatureMatcher, Features
+from kpmatch_ros.geometry import PoseStatus, RelativePose, estimate_relative_pose
+from kpmatch_ros.parameters import Parameters
+
+__all__ = ["Frame", "FrontEnd", "Pair"]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One image and what is kept of it as long as it serves as the reference.
+
+    Attributes:
+        stamp: time of the image, nanoseconds.
+        image: the pixels, uint8 grey (H, W) or RGB (H, W, 3).
+        frame_id: the camera's optical frame.
+        camera: its calibration; None where there is none.
+        features: on the device.
+        keypoints: (N, 2) float32 keypoints of the features, on the host.
+        track_ids: (N,) uint64 the track of each keypoint; 0 as long as it was never matched.
+        extract_ms: what finding and describing the keypoints took, milliseconds.
+    """
+
+    stamp: int
+    image: np.ndarray
+    frame_id: str
+    camera: Camera | None
+    features: Features
+    keypoints: np.ndarray
+    track_ids: np.ndarray
+    extract_ms: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A frame matched with its reference: M matches, parallel arrays.
+
+    Attributes:
+        reference: the reference frame.
+        current: the frame just registered.
+        indices: (M, 2) int64 indices into the features of reference and current.
+        scores: (M,) float32 in [0, 1].
+        track_ids: (M,) uint64.
+        layers: transformer layers run.
+        pose: of the current camera in the reference camera's frame.
+        reset: the first pair after the cache was emptied.
+        match_ms: what matching took, milliseconds.
+    """
+
+    reference: Frame
+    current: Frame
+    indices: np.ndarray
+    scores: np.ndarray
+    track_ids: np.ndarray
+    layers: int
+    pose: RelativePose
+    reset: bool
+    match_ms: float
+
+    @property
+    def reference_points(self) -> np.ndarray:
+        """(M, 2) float32 matched keypoints in the reference image, pixels."""
+        return self.reference.keypoints[self.indices[:, 0]]
+
+    @property
+    def points(self) -> np.ndarray:
+        """(M, 2) float32 matched keypoints in the current image, pixels."""
+        return self.current.keypoints[self.indices[:, 1]]
+
+    @property
+    def inlier_ratio(self) -> float:
+        """Share of the matches that agree with the pose; 0 where none was estimated."""
+        return self.pose.num_inliers / len(self.indices) if len(self.indices) else 0.0
+
+
+@dataclass
+class FrontEnd:
+    """Registers frame after frame of one camera. Each image is described once: as current, then as reference.
+
+    Attributes:
+        parameters: may be exchanged between two frames with :meth:`configure`.
+        matcher: the networks.
+        reference: the frame that the next one is matched with; None after a reset.
+    """
+
+    parameters: Parameters = field(default_factory=Parameters)
+    matcher: FeatureMatcher = None  # type: ignore[assignment]
+    reference: Frame | None = None
+    _last_stamp: int | None = None
+    _next_track_id: int = 1
+    _fresh: bool = True
+
+    def __post_init__(self) -> None:
+        if self.matcher is None:
+            self.matcher = FeatureMatcher(self.parameters)
+
+    def configure(self, parameters: Parameters) -> None:
+        """Take over the parameters that may change while running."""
+        self.parameters = parameters
+        self.matcher.configure(parameters)
+
+    def reset(self) -> None:
+        """Forget the cached features and the tracks; the next frame starts anew."""
+        self.reference = None
+        self._last_stamp = None
+        self._fresh = True
+
+    def register_frame(
+        self, image: np.ndarray, stamp: int, camera: Camera | None = None, frame_id: str = ""
+    ) -> tuple[Frame, Pair | None]:
+        """Match an image with the reference and estimate how the camera moved in between.
+
+        Args:
+            image: uint8 grey (H, W) or RGB (H, W, 3).
+            stamp: time of the image, nanoseconds.
+            camera: calibration; without one the pose has the status NO_CALIBRATION.
+            frame_id: name of the camera's optical frame.
+
+        Returns:
+            the frame, and its pair with the reference; None for the first frame after a reset.
+        """
+        if self.breaks_off(stamp):
+            self.reset()
+        self._last_stamp = stamp
+        current = self._describe(image, stamp, camera, frame_id)
+        reference, self.reference = self.reference, self.reference or current
+        if reference is None:
+            return current, None
+        started = time.perf_counter()
+        matches = self.matcher.match(reference.features, current.features).numpy()
+        match_ms = _milliseconds_since(started)
+        indices = np.asarray(matches.indices)
+        pair = Pair(
+            reference=reference,
+            current=current,
+            indices=indices,
+            scores=np.asarray(matches.scores),
+            track_ids=self._continue_tracks(reference, current, indices),
+            layers=matches.layers,
+            pose=self._estimate_pose(reference, current, indices),
+            reset=self._fresh,
+            match_ms=match_ms,
+        )
+        self._fresh = False
+        if self._wants_new_reference(pair):
+            self.reference = current
+        return current, pair
+
+    def breaks_off(self, stamp: int) -> bool:
+        """Whether a frame of this time cannot follow the last one: time went back, or the gap is too long."""
+        if self._last_stamp is None:
+            return False
+        elapsed = (stamp - self._last_stamp) * 1e-9
+        return elapsed < 0 or 0 < self.parameters.max_gap < elapsed
+
+    def _describe(self, image: np.ndarray, stamp: int, camera: Camera | None, frame_id: str) -> Frame:
+        started = time.perf_counter()
+        features = self.matcher.extract(image)
+        keypoints = np.asarray(features.numpy().keypoints)  # also waits for the device
+        return Frame(
+            stamp=stamp,
+            image=image,
+            frame_id=frame_id,
+            camera=camera,
+            features=features,
+            keypoints=keypoints,
+            track_ids=np.zeros(len(keypoints), np.uint64),
+            extract_ms=_milliseconds_since(started),
+        )
+
+    def _continue_tracks(self, reference: Frame, current: Frame, indices: np.ndarray) -> np.ndarray:
+        """Hand the tracks of matched reference keypoints on to the current ones, and begin new ones."""
+        ids = reference.track_ids[indices[:, 0]]
+        new = ids == 0
+        count = int(new.sum())
+        ids[new] = np.arange(self._next_track_id, self._next_track_id + count, dtype=np.uint64)
+        self._next_track_id += count
+        reference.track_ids[indices[:, 0]] = ids
+        current.track_ids[indices[:, 1]] = ids
+        return ids
+
+    def _estimate_pose(self, reference: Frame, current: Frame, indices: np.ndarray) -> RelativePose:
+        if reference.camera is None or current.camera is None:
+            return RelativePose.undefined(PoseStatus.NO_CALIBRATION, num_matches=len(indices))
+        return estimate_relative_pose(
+            reference.keypoints[indices[:, 0]],
+            current.keypoints[indices[:, 1]],
+            reference.camera,
+            current.camera,
+            max_reprojection_error=self.parameters.max_reprojection_error,
+            min_inliers=self.parameters.min_inliers,
+        )
+
+    def _wants_new_reference(self, pair: Pair) -> bool:
+        if self.parameters.reference == "previous" or len(pair.indices) < self.parameters.keyframe_min_matches:
+            return True
+        if pair.pose.inliers is not None:
+            parallax = pair.pose.median_parallax
+        else:
+            parallax = float(np.median(np.linalg.norm(pair.points - pair.reference_points, axis=1)))
+        return parallax > self.parameters.keyframe_max_parallax
+
+
+def _milliseconds_since(started: float) -> float:
+    return (time.perf_counter() - started) * 1e3

@@ -1,0 +1,133 @@
+"""What the node has done and how well it goes: counters, rates, percentiles, and what is wrong. No ROS in here."""
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+
+import numpy as np
+
+from kpmatch_ros.front_end import Pair
+from kpmatch_ros.geometry import PoseStatus
+
+__all__ = ["Monitor"]
+
+
+class Monitor:
+    """Counts frames and remembers the last seconds. Safe to use from several threads.
+
+    Every frame received ends up in exactly one of processed, dropped and rejected, or is still waiting.
+
+    Args:
+        window: over how long rates and percentiles are taken, seconds.
+        clock: monotonic time in seconds.
+    """
+
+    def __init__(self, window: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._window = window
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._received = 0
+        self._processed = 0
+        self._dropped = 0
+        self._rejected: Counter[str] = Counter()
+        self._calibrations_refused: Counter[str] = Counter()
+        self._failures: deque[tuple[float, str]] = deque()
+        self._arrivals: deque[float] = deque()
+        self._latencies: deque[tuple[float, float]] = deque()
+        self._statuses: Counter[str] = Counter()
+        self._last = {"keypoints": "", "matches": "", "inlier ratio": "", "layers": ""}
+
+    def received(self) -> None:
+        """A frame arrived."""
+        with self._lock:
+            self._received += 1
+            self._arrivals.append(self._clock())
+
+    def dropped(self, frames: int = 1) -> None:
+        """Frames were overtaken by a newer one, or left behind when the node stopped."""
+        with self._lock:
+            self._dropped += frames
+
+    def rejected(self, reason: str, explanation: str) -> None:
+        """A frame could not be used.
+
+        Args:
+            reason: short and stable, it names the counter.
+            explanation: for the user.
+        """
+        with self._lock:
+            self._rejected[reason] += 1
+            self._failures.append((self._clock(), explanation))
+
+    def calibration_refused(self, reason: str, explanation: str) -> None:
+        """A camera_info could not be used, for itself or with the frame at hand."""
+        with self._lock:
+            self._calibrations_refused[reason] += 1
+            self._failures.append((self._clock(), explanation))
+
+    def processed(self, latency_ms: float, keypoints: int, pair: Pair | None) -> None:
+        """A frame went all the way, in ``latency_ms`` from arrival to publication."""
+        with self._lock:
+            self._processed += 1
+            self._latencies.append((self._clock(), latency_ms))
+            self._last["keypoints"] = str(keypoints)
+            if pair is not None:
+                self._last["matches"] = str(len(pair.indices))
+                self._last["inlier ratio"] = f"{pair.inlier_ratio:.3f}"
+                self._last["layers"] = str(pair.layers)
+                self._statuses[pair.pose.status.name] += 1
+
+    @property
+    def silence(self) -> float | None:
+        """Seconds since the last frame arrived; None before the first."""
+        with self._lock:
+            return self._clock() - self._arrivals[-1] if self._arrivals else None
+
+    def problems(self) -> list[str]:
+        """What went wrong in the last seconds, in the user's words, each once."""
+        with self._lock:
+            self._forget()
+            return list(dict.fromkeys(explanation for _, explanation in self._failures))
+
+    def values(self) -> dict[str, str]:
+        """All figures, ready to be shown."""
+        with self._lock:
+            self._forget()
+            now = self._clock()
+            rejected = sum(self._rejected.values())
+            latencies = [latency for _, latency in self._latencies]
+            values = {
+                "frames received": str(self._received),
+                "frames processed": str(self._processed),
+                "frames dropped": str(self._dropped),
+                "frames rejected": str(rejected),
+                "frames waiting": str(self._received - self._processed - self._dropped - rejected),
+                "input rate (Hz)": f"{_rate(self._arrivals, now, self._window):.2f}",
+                "output rate (Hz)": f"{_rate([t for t, _ in self._latencies], now, self._window):.2f}",
+            }
+            for percentile in (50, 95, 99):
+                figure = f"{np.percentile(latencies, percentile):.1f}" if latencies else ""
+                values[f"latency, {percentile}th percentile (ms)"] = figure
+            values.update(self._last)
+            for reason, count in sorted(self._rejected.items()):
+                values[f"rejected: {reason}"] = str(count)
+            for reason, count in sorted(self._calibrations_refused.items()):
+                values[f"camera_info refused: {reason}"] = str(count)
+            for status in PoseStatus:
+                values[f"poses {status.name}"] = str(self._statuses[status.name])
+            return values
+
+    def _forget(self) -> None:
+        limit = self._clock() - self._window
+        while len(self._arrivals) > 1 and self._arrivals[1] < limit:  # the last arrival tells how long it is silent
+            self._arrivals.popleft()
+        for timed in (self._latencies, self._failures):
+            while timed and timed[0][0] < limit:
+                timed.popleft()
+
+
+def _rate(times: deque[float] | list[float], now: float, window: float) -> float:
+    recent = [t for t in times if now - t <= window]
+    return len(recent) / window

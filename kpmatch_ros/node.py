@@ -1,0 +1,484 @@
+"""The matcher node: a thin lifecycle wrapper that carries images to the front end and its results to topics."""
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import rclpy
+import torch
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from rcl_interfaces.msg import SetParametersResult
+from rclpy.clock import Clock, ClockType
+from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
+from rclpy.executors import ExternalShutdownException
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.parameter import Parameter
+from rclpy.qos import HistoryPolicy, QoSPolicyKind, QoSProfile, ReliabilityPolicy
+from rclpy.qos_overriding_options import QoSOverridingOptions
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from std_srvs.srv import Trigger
+
+from kpmatch_ros import messages
+from kpmatch_ros.camera import CalibrationError, Camera
+from kpmatch_ros.drawing import draw_matches
+from kpmatch_ros.feature_matcher import FeatureMatcher
+from kpmatch_ros.front_end import Frame, FrontEnd, Pair
+from kpmatch_ros.images import ImageError, to_array
+from kpmatch_ros.inbox import Inbox
+from kpmatch_ros.monitor import Monitor
+from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
+from kpmatch_ros.parameters import ParameterError, Parameters, declarations
+from kpmatch_ros.weights import REGISTRY, WeightsError
+
+try:
+    from rclpy.event_handler import SubscriptionEventCallbacks
+except ImportError:  # ROS 2 Humble
+    from rclpy.qos_event import SubscriptionEventCallbacks
+
+__all__ = ["MatcherNode", "main"]
+
+_SILENT_AFTER = 2.0  # seconds without an image that are worth a warning
+_CALIBRATION_WAIT = 1.0  # seconds that the very first frame waits for a camera_info that somebody publishes
+
+
+Transition = Callable[[Any, LifecycleState], TransitionCallbackReturn]
+
+
+def _explained(callback: Transition) -> Transition:
+    """Make a transition that raises fail and say why: rclpy would swallow the exception."""
+
+    @functools.wraps(callback)
+    def wrapped(self: MatcherNode, state: LifecycleState) -> TransitionCallbackReturn:
+        try:
+            return callback(self, state)
+        except (ParameterError, WeightsError) as error:
+            self._fault = str(error)
+            self.get_logger().error(f"{callback.__name__} failed: {error}")
+            return TransitionCallbackReturn.FAILURE
+        except Exception as error:  # noqa: BLE001  (whatever it is, the node lives on and names it)
+            self._fault = f"{type(error).__name__}: {error}"
+            self.get_logger().error(f"{callback.__name__} failed:\n{traceback.format_exc()}")
+            return TransitionCallbackReturn.FAILURE
+
+    return wrapped
+
+
+class MatcherNode(LifecycleNode):
+    """Images and calibration in; matches, relative poses and diagnostics out.
+
+    Callbacks only store what arrives. One thread of its own loads the networks, runs them, and publishes.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__("matcher", **options)
+        for item in declarations():
+            self.declare_parameter(item.name, item.default, messages.parameter_descriptor(item))
+        values = {item.name: self.get_parameter(item.name).value for item in declarations()}
+        self._matching_parameters = Parameters(**values)
+        self._changed_parameters: Parameters | None = None
+        self.add_on_set_parameters_callback(self._check_parameters)
+
+        self._monitor = Monitor()
+        self._fault = ""
+        self._state = "unconfigured"
+        self._front_end: FrontEnd | None = None
+        self._inference: ThreadPoolExecutor | None = None
+        self._inbox: Inbox[tuple[Image | CompressedImage, float]] | None = None
+        self._outputs: dict[str, Any] = {}
+        self._image_subscription: Any = None
+        self._info_subscription: Any = None
+        self._reset_service: Any = None
+        self._reset_requested = threading.Event()
+        self._camera_info: CameraInfo | None = None
+        self._camera_info_arrived = threading.Event()
+        self._camera: Camera | None = None
+        self._camera_source: CameraInfo | None = None
+        self._incompatible_qos: dict[str, str] = {}
+        self._best_effort_wanted = False
+        self._activated_at = 0.0
+
+        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        # Wall time: diagnostics go on while a bag's clock stands still.
+        self._diagnostics_timer = self.create_timer(
+            1.0, self._every_second, clock=Clock(clock_type=ClockType.STEADY_TIME)
+        )
+
+    @property
+    def parameters(self) -> Parameters:
+        """The parameters in force."""
+        return self._matching_parameters
+
+    # Lifecycle
+
+    @_explained
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Load the weights, run the networks once, offer the topics and the service."""
+        parameters = self._matching_parameters
+        if parameters.mode != "mono":
+            raise ParameterError(f"mode is {parameters.mode!r}, which this version does not have yet; use mono")
+        self._inference = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inference")
+        try:
+            self._front_end = self._inference.submit(_load, parameters).result()
+        except BaseException:
+            self._inference.shutdown()
+            self._inference = None
+            raise
+        for name, kind, depth in (
+            ("matches", MatchArray, 10),
+            ("relative_pose", RelativePose, 10),
+            ("features", FeatureArray, 2),
+            ("match_image", Image, 2),
+        ):
+            # A replay may run faster than a subscriber for a while: nothing is to be lost then.
+            depth = 1000 if parameters.queue == "all" and depth == 10 else depth
+            self._outputs[name] = self.create_lifecycle_publisher(
+                kind, name, QoSProfile(depth=depth), qos_overriding_options=QoSOverridingOptions.with_default_policies()
+            )
+        self._reset_service = self.create_service(Trigger, "reset", self._reset)
+        self._fault = ""
+        self._state = "inactive"
+        self._log_weights(self._front_end.matcher)
+        return super().on_configure(state)
+
+    @_explained
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Subscribe, and start the thread that processes frames."""
+        assert self._front_end is not None and self._inference is not None
+        super().on_activate(state)  # the publishers first: the first frame's results need them
+        self._front_end.reset()
+        self._inbox = Inbox(latest=self._matching_parameters.queue == "latest")
+        self._incompatible_qos.clear()
+        self._activated_at = time.monotonic()
+        self._inference.submit(self._process_frames, self._inbox, self._front_end)
+        self._best_effort_wanted = False
+        self._subscribe(reliable=self._matching_parameters.queue == "all")
+        self._state = "active"
+        return TransitionCallbackReturn.SUCCESS
+
+    @_explained
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Unsubscribe and let the frame at hand finish."""
+        self._stop_processing()
+        self._state = "inactive"
+        return super().on_deactivate(state)
+
+    @_explained
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Let go of the networks and the topics."""
+        self._release()
+        return super().on_cleanup(state)
+
+    @_explained
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """The end, from any state."""
+        self._release()
+        return super().on_shutdown(state)
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Back to unconfigured, from where the node can be configured again."""
+        self._release()
+        return TransitionCallbackReturn.SUCCESS
+
+    def _release(self) -> None:
+        self._stop_processing()
+        if self._inference is not None:
+            self._inference.shutdown()
+            self._inference = None
+        for publisher in self._outputs.values():
+            self.destroy_lifecycle_publisher(publisher)
+        self._outputs = {}
+        if self._reset_service is not None:
+            self.destroy_service(self._reset_service)
+            self._reset_service = None
+        self._front_end = None
+        self._state = "unconfigured"
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _stop_processing(self) -> None:
+        self._unsubscribe()
+        if self._inbox is not None:
+            self._monitor.dropped(self._inbox.close())
+            self._inbox = None
+            assert self._inference is not None
+            self._inference.submit(lambda: None).result()  # the frame at hand is done
+
+    # Input
+
+    def _subscribe(self, reliable: bool) -> None:
+        """Subscribe to images and calibration: as drivers send, or reliably so that a replay loses nothing."""
+        compressed = self._matching_parameters.image_transport == "compressed"
+        topic = self.resolve_topic_name("image") + ("/compressed" if compressed else "")
+        image_qos = QoSProfile(
+            depth=1 if self._matching_parameters.queue == "latest" else 1000,
+            history=HistoryPolicy.KEEP_LAST,
+            reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
+        )
+        info_qos = QoSProfile(depth=10, reliability=image_qos.reliability)
+        self._image_subscription = self._create_input(
+            CompressedImage if compressed else Image, topic, self._store_image, image_qos
+        )
+        self._info_subscription = self._create_input(
+            CameraInfo, self.resolve_topic_name("camera_info"), self._store_camera_info, info_qos
+        )
+
+    def _unsubscribe(self) -> None:
+        for subscription in (self._image_subscription, self._info_subscription):
+            if subscription is not None:
+                self.destroy_subscription(subscription)
+        self._image_subscription = self._info_subscription = None
+
+    def _create_input(self, kind: type, topic: str, callback: Callable[[Any], None], qos: QoSProfile) -> Any:
+        def report(event: Any) -> None:
+            policy = QoSPolicyKind(int(event.last_policy_kind)).name.lower()
+            if policy == "reliability" and qos.reliability == ReliabilityPolicy.RELIABLE:
+                self._best_effort_wanted = True
+                remedy = "receiving it best effort instead: frames may be lost on the way"
+            else:
+                remedy = (
+                    "no message arrives; change the publisher, or this node's parameter "
+                    f"qos_overrides.{topic}.subscription.{policy}"
+                )
+                self._incompatible_qos[topic] = f"the publisher of {topic} offers another {policy}: {remedy}"
+            self.get_logger().warning(f"the publisher of {topic} offers another {policy}: {remedy}")
+
+        overriding = None if self._best_effort_wanted else QoSOverridingOptions.with_default_policies()
+        return self.create_subscription(
+            kind,
+            topic,
+            callback,
+            qos,
+            event_callbacks=SubscriptionEventCallbacks(incompatible_qos=report, use_default_callbacks=False),
+            qos_overriding_options=overriding,
+        )
+
+    def _store_image(self, message: Image | CompressedImage) -> None:
+        self._monitor.received()
+        inbox = self._inbox
+        self._monitor.dropped(1 if inbox is None else inbox.put((message, time.monotonic())))
+
+    def _store_camera_info(self, message: CameraInfo) -> None:
+        self._camera_info = message
+        self._camera_info_arrived.set()
+
+    def _reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        self._reset_requested.set()
+        response.success = True
+        response.message = "features and tracks are forgotten; the next frame starts anew"
+        return response
+
+    def _check_parameters(self, changes: list[Parameter]) -> SetParametersResult:
+        """Accept a change when the whole set that results from it is allowed; it takes effect with the next frame."""
+        known = {item.name: item for item in declarations()}
+        values = {change.name: change.value for change in changes if change.name in known}
+        try:
+            parameters = self._matching_parameters.replace(values)
+            fixed = [
+                name
+                for name in values
+                if not known[name].dynamic and getattr(parameters, name) != getattr(self._matching_parameters, name)
+            ]
+            if fixed and self._state != "unconfigured":
+                raise ParameterError(
+                    f"{', '.join(fixed)} takes effect when the node is configured: deactivate it and clean it up first "
+                    "(ros2 lifecycle set)"
+                )
+        except ParameterError as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        self._matching_parameters = parameters
+        self._changed_parameters = parameters
+        return SetParametersResult(successful=True)
+
+    # Processing, on the inference thread
+
+    def _process_frames(self, inbox: Inbox[tuple[Image | CompressedImage, float]], front_end: FrontEnd) -> None:
+        while (item := inbox.take()) is not None:
+            message, arrived = item
+            try:
+                self._process(message, arrived, front_end)
+            except ImageError as error:
+                self._reject(error.reason, f"an image was rejected: {error}")
+            except Exception as error:  # noqa: BLE001  (one bad frame must not end the node)
+                if not self.context.ok():
+                    return  # told to end while a frame was under way: there is nobody left to publish to
+                front_end.reset()
+                self._reject("internal error", f"a frame was lost to {type(error).__name__}: {error}")
+                self.get_logger().error(traceback.format_exc())
+
+    def _process(self, message: Image | CompressedImage, arrived: float, front_end: FrontEnd) -> None:
+        parameters, self._changed_parameters = self._changed_parameters, None
+        if parameters is not None:
+            front_end.configure(parameters)
+        if self._reset_requested.is_set():
+            self._reset_requested.clear()
+            front_end.reset()
+        image = to_array(message)
+        stamp = messages.nanoseconds(message.header.stamp)
+        if front_end.breaks_off(stamp):
+            self.get_logger().warning("time went back, or too far ahead: features and tracks are forgotten")
+        camera = self._camera_for(image.shape[1], image.shape[0])
+        frame, pair = front_end.register_frame(image, stamp, camera, message.header.frame_id)
+        self._publish(frame, pair)
+        self._monitor.processed((time.monotonic() - arrived) * 1e3, len(frame.keypoints), pair)
+
+    def _reject(self, reason: str, explanation: str) -> None:
+        self._monitor.rejected(reason, explanation)
+        self.get_logger().warning(explanation, throttle_duration_sec=5.0)
+
+    def _camera_for(self, width: int, height: int) -> Camera | None:
+        """The calibration, if there is one and it fits an image of this size."""
+        if not self._camera_info_arrived.is_set() and self.count_publishers(
+            self.resolve_topic_name("camera_info")
+        ):
+            self._camera_info_arrived.wait(_CALIBRATION_WAIT)
+            self._camera_info_arrived.set()  # waited for once only
+        info = self._camera_info
+        if info is None:
+            return None
+        try:
+            if info is not self._camera_source:
+                self._camera, self._camera_source = None, info
+                self._camera = Camera.from_camera_info(info, rectified=self._matching_parameters.rectified)
+            if self._camera is not None:
+                self._camera.check_size(width, height)
+        except CalibrationError as error:
+            explanation = f"camera_info is of no use: {error}"
+            self._monitor.calibration_refused(error.reason, explanation)
+            self.get_logger().warning(explanation, throttle_duration_sec=5.0)
+            return None
+        return self._camera
+
+    # Output
+
+    def _publish(self, frame: Frame, pair: Pair | None) -> None:
+        extractor, matcher = self._matching_parameters.extractor, self._matching_parameters.matcher
+        if self._outputs["features"].get_subscription_count():
+            self._outputs["features"].publish(messages.feature_array(frame, extractor))
+        if pair is None:
+            return
+        self._outputs["matches"].publish(messages.match_array(pair, MatchArray.CONSECUTIVE, extractor, matcher))
+        self._outputs["relative_pose"].publish(messages.relative_pose(pair))
+        if self._outputs["match_image"].get_subscription_count():
+            picture = draw_matches(
+                pair.reference.image,
+                frame.image,
+                pair.reference_points,
+                pair.points,
+                pair.scores,
+                pair.pose.inliers,
+                _caption(pair),
+            )
+            self._outputs["match_image"].publish(messages.image_message(picture, messages.header_of(frame)))
+
+    def _every_second(self) -> None:
+        if self._best_effort_wanted and self._state == "active":
+            self._unsubscribe()
+            self._subscribe(reliable=False)
+            self._best_effort_wanted = False
+        self._publish_diagnostics()
+
+    def _publish_diagnostics(self) -> None:
+        level, text = self._assess()
+        values = {"state": self._state, **self._monitor.values(), **self._resources()}
+        array = DiagnosticArray()
+        array.header.stamp = self.get_clock().now().to_msg()
+        name = f"{self.get_fully_qualified_name().lstrip('/')}: feature matching"
+        array.status = [messages.diagnostic_status(level, name, text, self.resolve_topic_name("image"), values)]
+        self._diagnostics.publish(array)
+
+    def _assess(self) -> tuple[bytes, str]:
+        """How the node is, in a word to the user."""
+        if self._fault:
+            return DiagnosticStatus.ERROR, self._fault
+        if self._state != "active":
+            return DiagnosticStatus.OK, f"{self._state}: activate the node to have it process images"
+        problems = [*self._silence(), *self._monitor.problems()]
+        if problems:
+            return DiagnosticStatus.WARN, "; ".join(problems)
+        return DiagnosticStatus.OK, "matching"
+
+    def _silence(self) -> list[str]:
+        """Why nothing arrives, by topic."""
+        image, info = self._image_subscription, self._info_subscription
+        if image is None or info is None:
+            return []
+        reasons = list(self._incompatible_qos.values())
+        waited = time.monotonic() - self._activated_at
+        silence = self._monitor.silence
+        silent = waited if silence is None else min(silence, waited)
+        if silent > _SILENT_AFTER and image.topic_name not in self._incompatible_qos:
+            publishers = self.count_publishers(image.topic_name)
+            why = "nobody publishes it" if not publishers else f"{publishers} publish it, but send nothing"
+            reasons.append(f"no image on {image.topic_name} for {silent:.0f} s: {why}")
+        if self._camera_info is None and waited > _SILENT_AFTER and info.topic_name not in self._incompatible_qos:
+            why = "sends nothing" if self.count_publishers(info.topic_name) else "nobody publishes it"
+            reasons.append(f"no calibration on {info.topic_name}, so no relative pose: {why}")
+        return reasons
+
+    def _resources(self) -> dict[str, str]:
+        with open("/proc/self/statm") as stream:
+            resident = int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        values = {"resident memory (MB)": f"{resident / 1e6:.0f}"}
+        if self._front_end is not None:
+            matcher = self._front_end.matcher
+            values["device"] = str(matcher.device)
+            values["precision"] = str(matcher.dtype).removeprefix("torch.")
+            values["extractor"] = matcher.parameters.extractor
+            values["matcher"] = matcher.parameters.matcher
+            if matcher.device.type == "cuda":
+                values["GPU"] = torch.cuda.get_device_name(matcher.device)
+                values["GPU memory (MB)"] = f"{torch.cuda.memory_allocated(matcher.device) / 1e6:.0f}"
+        return values
+
+    def _log_weights(self, matcher: FeatureMatcher) -> None:
+        for role in ("extractor", "matcher"):
+            name = getattr(matcher.parameters, role)
+            item = REGISTRY.get(name)
+            if item is not None:
+                terms = f"{item.licence}, {'commercial use allowed' if item.commercial else 'no commercial use'}"
+            else:
+                terms = "no network" if name == "nearest" else "licence unknown: see where it comes from"
+            self.get_logger().info(f"{role} {name} ({terms})")
+        self.get_logger().info(f"on {matcher.device} in {str(matcher.dtype).removeprefix('torch.')}")
+
+
+def _load(parameters: Parameters) -> FrontEnd:
+    front_end = FrontEnd(parameters)
+    front_end.matcher.warm_up()
+    return front_end
+
+
+def _caption(pair: Pair) -> str:
+    return (
+        f"{len(pair.indices)} matches, {pair.pose.num_inliers} inliers, {pair.layers} layers, "
+        f"{pair.current.extract_ms + pair.match_ms:.0f} ms, {pair.pose.status.name}"
+    )
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the node until it is told to stop. 0 on a clean end, 1 where it could not start."""
+    rclpy.init(args=args)
+    node = None
+    try:
+        node = MatcherNode()
+        if node.parameters.autostart and node.trigger_configure() == TransitionCallbackReturn.SUCCESS:
+            node.trigger_activate()
+        rclpy.spin(node)
+    except (ParameterError, InvalidParameterTypeException, InvalidParameterValueException) as error:
+        print(f"matcher: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, ExternalShutdownException):
+        pass
+    finally:
+        if node is not None:
+            node._release()
+            node.destroy_node()
+        rclpy.try_shutdown()
+    return 0

@@ -1,0 +1,326 @@
+"""The node as a robot sees it: its own process, real DDS, good input and bad."""
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from diagnostic_msgs.msg import DiagnosticStatus
+from lifecycle_msgs.srv import ChangeState, GetState
+from node_harness import NodeUnderTest, running_node
+from rcl_interfaces.srv import DescribeParameters, SetParametersAtomically
+from rclpy.parameter import Parameter
+from rclpy.qos import qos_profile_sensor_data
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from std_srvs.srv import Trigger
+
+from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
+
+WIDTH, HEIGHT = 320, 240
+FAST = {"max_keypoints": 256}
+
+
+def textured(shift: int = 0) -> np.ndarray:
+    """A picture full of corners, moved to the left by ``shift`` pixels."""
+    rng = np.random.default_rng(7)
+    picture = np.full((HEIGHT, WIDTH + 200), 128, np.uint8)
+    for _ in range(400):
+        x, y, size = rng.integers(0, WIDTH + 200), rng.integers(0, HEIGHT), rng.integers(5, 30)
+        shade = int(rng.integers(0, 256))
+        cv2.rectangle(picture, (int(x), int(y)), (int(x + size), int(y + size)), shade, -1)
+    return np.ascontiguousarray(cv2.GaussianBlur(picture, (0, 0), 0.8)[:, shift : shift + WIDTH])
+
+
+def image(pixels: np.ndarray, seconds: float, encoding: str = "mono8") -> Image:
+    """An image message as a camera driver fills it."""
+    message = Image(encoding=encoding, height=pixels.shape[0], width=pixels.shape[1])
+    message.step = pixels.strides[0]
+    message.data = pixels.tobytes()
+    return stamped(message, seconds)
+
+
+def stamped(message, seconds: float):
+    nanoseconds = round(seconds * 1e9)
+    message.header.stamp.sec, message.header.stamp.nanosec = divmod(nanoseconds, 1_000_000_000)
+    message.header.frame_id = "camera_optical"
+    return message
+
+
+def calibration(seconds: float, focal: float = 300.0) -> CameraInfo:
+    info = CameraInfo(width=WIDTH, height=HEIGHT, distortion_model="plumb_bob")
+    info.d = [0.0] * 5
+    info.k = [focal, 0.0, WIDTH / 2, 0.0, focal, HEIGHT / 2, 0.0, 0.0, 1.0 if focal else 0.0]
+    info.p = [focal, 0.0, WIDTH / 2, 0.0, 0.0, focal, HEIGHT / 2, 0.0, 0.0, 0.0, 1.0 if focal else 0.0, 0.0]
+    return stamped(info, seconds)
+
+
+def send_frames(node: NodeUnderTest, count: int, start: float = 100.0, calibrated: bool = True) -> None:
+    """A camera that looks at a wall and moves sideways, 4 pixels a frame."""
+    for i in range(count):
+        seconds = start + 0.1 * i
+        node.send(image(textured(4 * i), seconds), calibration(seconds) if calibrated else None)
+        node.spin(0.02)
+
+
+def call(node: NodeUnderTest, kind: type, name: str, request):
+    client = node.node.create_client(kind, name)
+    node.wait_for(client.service_is_ready, f"the service {name}")
+    future = client.call_async(request)
+    node.wait_for(future.done, f"the answer of {name}")
+    return future.result()
+
+
+def set_parameters(node: NodeUnderTest, **values):
+    request = SetParametersAtomically.Request()
+    request.parameters = [Parameter(name, value=value).to_parameter_msg() for name, value in values.items()]
+    return call(node, SetParametersAtomically, "/matcher/set_parameters_atomically", request).result
+
+
+def change_state(node: NodeUnderTest, transition: str) -> bool:
+    request = ChangeState.Request()
+    request.transition.label = transition
+    return call(node, ChangeState, "/matcher/change_state", request).success
+
+
+def state(node: NodeUnderTest) -> str:
+    return call(node, GetState, "/matcher/get_state", GetState.Request()).current_state.label
+
+
+def stamp_of(header) -> float:
+    return header.stamp.sec + header.stamp.nanosec * 1e-9
+
+
+def test_every_pair_of_frames_gives_one_match_array_and_one_pose(tmp_path: Path) -> None:
+    with running_node(tmp_path, **FAST) as node:
+        features: list[FeatureArray] = []
+        node.subscribe(FeatureArray, "features", features.append)
+        node.wait_until_connected()
+        send_frames(node, 5)
+        node.wait_for(lambda: len(node.poses) == 4 and len(node.matches) == 4 and len(features) == 5, "four pairs")
+        for i, (matches, pose) in enumerate(zip(node.matches, node.poses)):
+            assert stamp_of(matches.header) == pytest.approx(100.1 + 0.1 * i)
+            assert stamp_of(matches.reference) == pytest.approx(100.0 + 0.1 * i)
+            assert matches.header == pose.header and matches.reference == pose.reference
+            assert matches.header.frame_id == "camera_optical"
+            assert matches.pairing == MatchArray.CONSECUTIVE
+            count = len(matches.scores)
+            assert count > 50
+            assert len(matches.points) == len(matches.reference_points) == 2 * count
+            assert len(matches.indices) == len(matches.reference_indices) == len(matches.track_ids) == count
+            assert len(matches.inliers) == count and pose.num_matches == count
+            assert sum(matches.inliers) == pose.num_inliers
+            assert (matches.width, matches.height) == (WIDTH, HEIGHT)
+            assert 0 < matches.num_keypoints <= 256
+            assert matches.reset == (i == 0)
+            assert len(set(matches.indices)) == len(set(matches.track_ids)) == count
+            assert 1 <= matches.layers <= 9
+            assert (matches.extractor, matches.matcher) == ("superpoint-open", "lightglue-superpoint-open")
+            # What was published as features of a frame is what the next pair refers to: nothing was described twice.
+            for own, points, indices in (
+                (features[i], matches.reference_points, matches.reference_indices),
+                (features[i + 1], matches.points, matches.indices),
+            ):
+                published = np.array(own.points).reshape(-1, 2)
+                np.testing.assert_array_equal(published[list(indices)], np.array(points).reshape(-1, 2))
+            assert own.descriptor_size * len(own.scores) == len(own.descriptors)
+            shift = np.median(np.array(matches.points) - np.array(matches.reference_points), axis=0)
+            assert shift == pytest.approx(0, abs=4)
+        first, last = node.matches[0], node.matches[-1]
+        survivors = set(first.track_ids) & set(last.track_ids)
+        assert len(survivors) > 20, "tracks persist over frames"
+        where = {track: i for i, track in enumerate(last.track_ids)}
+        for i, track in enumerate(first.track_ids):
+            if track in survivors:
+                moved = last.points[2 * where[track]] - first.reference_points[2 * i]
+                assert moved == pytest.approx(-16, abs=6), "a track is the same point of the scene throughout"
+        assert node.stop() == 0
+
+
+def test_bad_input_is_counted_named_and_followed_by_good_frames(tmp_path: Path) -> None:
+    short = image(textured(), 50.0)
+    short.data = short.data[:-100]
+    unknown = image(textured(), 50.1, encoding="rgb7")
+    empty = image(textured(), 50.2)
+    empty.width = empty.height = 0
+    empty.data = b""
+    with running_node(tmp_path, **FAST) as node:
+        node.wait_until_connected()
+        for bad in (short, unknown, empty):
+            node.send(bad)
+        node.send(image(textured(), 60.0), calibration(60.0, focal=0.0))
+        figures = node.wait_for_figure("frames rejected", "3")
+        assert figures["rejected: data"] == figures["rejected: encoding"] == figures["rejected: size"] == "1"
+        status = node.diagnostics[-1].status[0]
+        assert status.level == DiagnosticStatus.WARN
+        assert "rgb7" in status.message
+        node.wait_for_figure("frames processed", "1")
+        node.wait_for(lambda: "camera_info refused: uncalibrated" in node.figures(), "its calibration to be named")
+        send_frames(node, 3, start=60.1)
+        node.wait_for(lambda: len(node.poses) == 3, "the good frames")
+        assert node.poses[0].status == RelativePose.NO_CALIBRATION, "the reference had no calibration"
+        # A wall seen through 4 pixels of motion: whether the camera moved or turned is not for this test to say.
+        assert all(pose.status in (RelativePose.OK, RelativePose.NO_TRANSLATION) for pose in node.poses[1:])
+        figures = node.wait_for_figure("frames processed", "4")
+        assert figures["frames received"] == "7"
+
+
+def test_a_black_frame_gives_an_empty_valid_message(tmp_path: Path) -> None:
+    with running_node(tmp_path, **FAST) as node:
+        node.wait_until_connected()
+        node.send(image(textured(), 1.0), calibration(1.0))
+        node.send(image(np.zeros((HEIGHT, WIDTH), np.uint8), 1.1), calibration(1.1))
+        node.send(image(textured(), 1.2), calibration(1.2))
+        node.wait_for(lambda: len(node.poses) == 2, "two pairs")
+        for matches, pose in zip(node.matches, node.poses):
+            assert len(matches.points) == len(matches.scores) == 0
+            assert pose.status == RelativePose.TOO_FEW_MATCHES
+            assert pose.pose.pose.orientation.w == 1.0
+
+
+def test_a_pose_without_calibration_says_so(tmp_path: Path) -> None:
+    with running_node(tmp_path, **FAST) as node:
+        node.wait_until_connected()
+        send_frames(node, 2, calibrated=False)
+        node.wait_for(lambda: len(node.poses) == 1, "a pair")
+        assert node.poses[0].status == RelativePose.NO_CALIBRATION
+        assert len(node.matches[0].scores) > 50 and len(node.matches[0].inliers) == 0
+        node.wait_for(lambda: "no calibration on /camera_info" in node.diagnostics[-1].status[0].message, "the reason")
+
+
+def test_reset_a_jump_back_and_a_long_gap_begin_the_tracks_anew(tmp_path: Path) -> None:
+    with running_node(tmp_path, max_gap=2.0, **FAST) as node:
+        node.wait_until_connected()
+        send_frames(node, 3, start=100.0)
+        node.wait_for(lambda: len(node.matches) == 2, "two pairs")
+        assert call(node, Trigger, "/reset", Trigger.Request()).success
+        send_frames(node, 2, start=100.3)
+        node.wait_for(lambda: len(node.matches) == 3, "one pair after the reset")
+        send_frames(node, 2, start=50.0)
+        node.wait_for(lambda: len(node.matches) == 4, "one pair after the jump back")
+        send_frames(node, 2, start=60.0)
+        node.wait_for(lambda: len(node.matches) == 5, "one pair after the gap")
+        assert [matches.reset for matches in node.matches] == [True, False, True, True, True]
+        ids = [set(matches.track_ids) for matches in node.matches]
+        assert not (ids[2] & ids[1]) and not (ids[3] & ids[2]) and not (ids[4] & ids[3])
+        node.spin(0.5)
+        assert len(node.matches) == len(node.poses) == 5
+
+
+def test_only_the_newest_frame_is_processed_unless_all_are_wanted(tmp_path: Path) -> None:
+    with running_node(tmp_path, queue="latest", **FAST) as node:
+        node.wait_until_connected()
+        for i in range(60):
+            node.send(image(textured(i), 10 + 0.01 * i))
+        node.wait_for(lambda: node.diagnostics and int(node.figures()["frames received"]) > 0, "frames to arrive")
+        node.spin(2.5)
+        figures = {key: int(value) for key, value in node.figures().items() if key.startswith("frames")}
+        assert figures["frames dropped"] > 0
+        assert figures["frames waiting"] == figures["frames rejected"] == 0
+        assert figures["frames received"] == figures["frames processed"] + figures["frames dropped"]
+        assert len(node.matches) == figures["frames processed"] - 1
+        assert stamp_of(node.matches[-1].header) == pytest.approx(10.59), "the newest frame was not the one dropped"
+
+
+def test_a_best_effort_camera_is_heard_in_both_queues(tmp_path: Path) -> None:
+    for queue in ("latest", "all"):
+        folder = tmp_path / queue
+        folder.mkdir()
+        with running_node(folder, queue=queue, **FAST) as node:
+            node.node.destroy_publisher(node._images)
+            node._images = node.node.create_publisher(Image, "image", qos_profile_sensor_data)
+            node.wait_until_connected()
+            for i in range(100):
+                node.send(image(textured(i % 20), 10 + 0.1 * i))
+                node.spin(0.1)
+                if len(node.matches) > 2:
+                    break
+            assert len(node.matches) > 2, node.log
+
+
+def test_compressed_images_are_heard_on_their_own_topic(tmp_path: Path) -> None:
+    arguments = ("-r", "image:=/camera/image_raw")
+    with running_node(tmp_path, arguments, image_transport="compressed", **FAST) as node:
+        publisher = node.node.create_publisher(CompressedImage, "/camera/image_raw/compressed", 10)
+        node.wait_for(publisher.get_subscription_count, "the node to come up")
+        node.wait_for(lambda: node.node.count_publishers("/matches"), "its topics")
+        node.spin(0.3)
+        for i in range(3):
+            jpeg = cv2.imencode(".jpg", textured(4 * i))[1].tobytes()
+            publisher.publish(stamped(CompressedImage(format="jpeg", data=jpeg), 1 + 0.1 * i))
+        publisher.publish(stamped(CompressedImage(format="jpeg", data=jpeg[: len(jpeg) // 3]), 2.0))
+        publisher.publish(stamped(CompressedImage(format="jpeg", data=jpeg), 2.1))
+        node.wait_for(lambda: len(node.matches) == 3, "three pairs")
+        assert node.wait_for_figure("frames processed", "4")["rejected: decode"] == "1"
+
+
+def test_pictures_are_sent_on_demand(tmp_path: Path) -> None:
+    with running_node(tmp_path, **FAST) as node:
+        node.subscribe(Image, "match_image", node.pictures.append)
+        node.wait_until_connected()
+        node.wait_for(lambda: node.node.count_publishers("/match_image"), "the topic")
+        send_frames(node, 2)
+        node.wait_for(lambda: node.pictures, "a picture")
+        picture = node.pictures[0]
+        assert picture.encoding == "rgb8" and picture.step == 3 * picture.width
+        pixels = np.array(picture.data, np.uint8).reshape(picture.height, picture.width, 3)
+        assert picture.width >= 2 * WIDTH and picture.height >= HEIGHT
+        assert (pixels.max(axis=2) != pixels.min(axis=2)).sum() > 500, "the matches are drawn in colour"
+
+
+def test_parameters_change_at_a_frame_boundary_or_are_refused_with_the_reason(tmp_path: Path) -> None:
+    with running_node(tmp_path, **FAST) as node:
+        node.wait_until_connected()
+        assert set_parameters(node, max_keypoints=40).successful
+        refused = set_parameters(node, max_keypoints=50, filter_threshold=1.5)
+        assert not refused.successful and "filter_threshold" in refused.reason and "1.5" in refused.reason
+        refused = set_parameters(node, nms_radius=2)
+        assert not refused.successful and "deactivate" in refused.reason
+        send_frames(node, 2)
+        node.wait_for(lambda: node.matches, "a pair")
+        assert node.matches[0].num_keypoints == 40, "the accepted change took effect, the refused set left it alone"
+        request = DescribeParameters.Request(names=["max_keypoints", "filter_threshold", "device"])
+        described = call(node, DescribeParameters, "/matcher/describe_parameters", request).descriptors
+        assert "keypoints kept per image" in described[0].description
+        assert (described[0].integer_range[0].from_value, described[0].integer_range[0].to_value) == (1, 16384)
+        assert described[1].floating_point_range[0].to_value == 1.0
+        assert "set before configuring" in described[2].additional_constraints
+
+
+def test_the_lifecycle_can_be_walked_and_a_failed_configuration_mended(tmp_path: Path) -> None:
+    with running_node(tmp_path, autostart=False, extractor="no-such-weights", **FAST) as node:
+        assert state(node) == "unconfigured"
+        assert not change_state(node, "configure")
+        assert state(node) == "unconfigured"
+        node.wait_for(
+            lambda: node.diagnostics and "no-such-weights" in node.diagnostics[-1].status[0].message, "the reason"
+        )
+        assert node.diagnostics[-1].status[0].level == DiagnosticStatus.ERROR
+        assert set_parameters(node, extractor="superpoint-open").successful
+        for _ in range(2):
+            assert change_state(node, "configure") and state(node) == "inactive"
+            assert change_state(node, "activate") and state(node) == "active"
+            node.wait_until_connected()
+            node.matches.clear()
+            send_frames(node, 3)
+            node.wait_for(lambda: len(node.matches) == 2, "two pairs")
+            assert change_state(node, "deactivate") and state(node) == "inactive"
+            assert change_state(node, "cleanup") and state(node) == "unconfigured"
+        assert set_parameters(node, mode="stereo").successful
+        assert not change_state(node, "configure")
+        assert node.stop() == 0
+
+
+def test_the_node_ends_cleanly_when_asked_to_while_it_works(tmp_path: Path) -> None:
+    with running_node(tmp_path, **FAST) as node:
+        node.wait_until_connected()
+        send_frames(node, 8)
+        assert node.stop(signal.SIGTERM) == 0
+        assert "Traceback" not in node.log
+
+
+def test_a_start_with_a_bad_parameter_says_what_is_wrong(tmp_path: Path) -> None:
+    with running_node(tmp_path, precision="float12") as node:
+        assert node.process.wait(timeout=60) == 1
+        assert "precision is 'float12'" in node.log and "Traceback" not in node.log
