@@ -197,7 +197,13 @@ class FrontEnd:
             current.camera,
             max_reprojection_error=self.parameters.max_reprojection_error,
             min_inliers=self.parameters.min_inliers,
+            keypoint_resolution=self._keypoint_resolution(current),
         )
+
+    def _keypoint_resolution(self, frame: Frame) -> float:
+        """Pixels of the image received between neighbouring positions that the extractor can give."""
+        seen = self.parameters.resize
+        return max(frame.features.size) / seen if seen else 1.0
 
     def _wants_new_reference(self, pair: Pair) -> bool:
         if self.parameters.reference == "previous" or len(pair.indices) < self.parameters.keyframe_min_matches:
