@@ -1,0 +1,402 @@
+"""ROS 2 bags (rosbag2: MCAP and sqlite3) without ROS, through rosbags.
+
+Messages are rosbags' dataclasses: the fields of the .msg file, arrays as NumPy arrays. `new_message` makes one with
+every field zero or empty, the package's own messages included:
+
+    with BagWriter("out") as bag:
+        message = new_message("kpmatch_ros/msg/MatchArray", width=640, height=480)
+        bag.write("matches", message, stamp)
+    for topic, type_name, stamp, message in read_messages("out"):
+        ...
+
+Bags are written so that ROS 2 Humble and later can play them (version 8 of the metadata); bags of all distributions up
+to Kilted are read, whether they carry their message definitions or not. A bag that cannot be read raises BagError.
+"""
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from rosbags.interfaces import MessageDefinitionFormat, Nodetype
+from rosbags.rosbag2 import Reader, StoragePlugin, Writer
+from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
+from rosbags.typesys.store import Typestore
+from scipy.spatial.transform import Rotation
+
+from kpmatch_ros.camera import Camera
+from kpmatch_ros.synthetic import Pose, Scene, camera_path, demo_camera, stereo_right
+
+__all__ = [
+    "BagError",
+    "BagWriter",
+    "Record",
+    "Topic",
+    "bag_topics",
+    "camera_info_message",
+    "image_message",
+    "image_topics",
+    "new_message",
+    "read_ground_truth",
+    "read_messages",
+    "typestore",
+    "write_camera_bag",
+    "write_demo_bag",
+]
+
+IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
+GROUND_TRUTH = "/ground_truth/pose"
+FIRST_STAMP = 1_700_000_000_000_000_000  # of bags made here, nanoseconds: any time that is not zero
+
+Encoding = Literal["rgb8", "bgr8", "mono8"]
+Storage = Literal["mcap", "sqlite3"]
+
+
+class BagError(ValueError):
+    """A bag that is missing, broken, no bag, lacks what is asked for, or cannot be written; the text says which."""
+
+
+class Record(NamedTuple):
+    """A message in a bag."""
+
+    topic: str
+    type: str  # such as "sensor_msgs/msg/Image"
+    stamp: int  # when it was recorded, nanoseconds
+    message: Any
+
+
+class Topic(NamedTuple):
+    """A topic in a bag."""
+
+    name: str
+    type: str
+    num_messages: int
+
+
+# --- messages -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def typestore() -> Typestore:
+    """The message types of ROS 2 Jazzy and of this package, for rosbags."""
+    store = get_typestore(Stores.ROS2_JAZZY)
+    for name, text in _own_definitions().items():
+        store.register(get_types_from_msg(text, name))
+    return store
+
+
+def _own_definitions() -> dict[str, str]:
+    """The package's .msg files by type name: from msg/ of a checkout, or share/kpmatch_ros/msg of an installation."""
+    above = Path(__file__).resolve().parents[1:]
+    for folder in (above[0] / "msg", *(prefix / "share" / "kpmatch_ros" / "msg" for prefix in above)):
+        if (folder / "MatchArray.msg").is_file():
+            return {f"kpmatch_ros/msg/{path.stem}": path.read_text() for path in sorted(folder.glob("*.msg"))}
+    raise FileNotFoundError(f"the package's .msg files are not installed: no share/kpmatch_ros/msg above {above[0]}")
+
+
+def new_message(type_name: str, **fields: Any) -> Any:
+    """A message of any type in `typestore`, its fields zero or empty but for those given. KeyError: unknown type."""
+    store = typestore()
+    defaults = {name: _default(kind, detail) for name, (kind, detail) in store.fielddefs[type_name][1]}
+    if unknown := fields.keys() - defaults:
+        raise TypeError(f"{type_name} has no field {', '.join(sorted(unknown))}; it has {', '.join(defaults)}")
+    return store.types[type_name](**{**defaults, **fields})
+
+
+def _default(kind: Nodetype, detail: Any) -> Any:
+    if kind == Nodetype.NAME:
+        return new_message(detail)
+    if kind == Nodetype.BASE:
+        name = detail[0]
+        return "" if name == "string" else False if name == "bool" else 0.0 if name.startswith("float") else 0
+    (element, element_detail), length = detail
+    count = length if kind == Nodetype.ARRAY else 0
+    if element == Nodetype.BASE and element_detail[0] != "string":
+        name = element_detail[0]
+        return np.zeros(count, np.uint8 if name in ("byte", "char") else np.dtype(name))
+    return [_default(element, element_detail) for _ in range(count)]
+
+
+def _header(stamp: int, frame_id: str) -> Any:
+    seconds, nanoseconds = divmod(int(stamp), 10**9)
+    time = new_message("builtin_interfaces/msg/Time", sec=seconds, nanosec=nanoseconds)
+    return new_message("std_msgs/msg/Header", stamp=time, frame_id=frame_id)
+
+
+def image_message(image: NDArray[np.uint8], stamp: int, frame_id: str, encoding: Encoding = "rgb8",
+                  compressed: Literal["", "png", "jpeg"] = "") -> Any:
+    """A sensor_msgs/Image, or a CompressedImage, of an RGB (H, W, 3) or grey (H, W) uint8 image."""
+    grey = image.ndim == 2
+    if encoding == "mono8":
+        pixels = image if grey else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    else:
+        pixels = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if grey else image
+    header = _header(stamp, frame_id)
+    if compressed:
+        # cv2 takes blue first; the format is spelt as ROS's compressed_image_transport does.
+        ok, data = cv2.imencode(f".{compressed}", pixels if pixels.ndim == 2 else pixels[..., ::-1])
+        if not ok:
+            raise BagError(f"an image of shape {image.shape} cannot be stored as {compressed}")
+        stored = "mono8" if pixels.ndim == 2 else "bgr8"
+        return new_message(IMAGE_TYPES[1], header=header, format=f"{encoding}; {compressed} compressed {stored}",
+                           data=np.asarray(data, np.uint8).ravel())
+    if encoding == "bgr8":
+        pixels = pixels[..., ::-1]
+    data = np.ascontiguousarray(pixels, np.uint8)
+    return new_message(IMAGE_TYPES[0], header=header, height=data.shape[0], width=data.shape[1], encoding=encoding,
+                       step=data.strides[0], data=data.ravel())
+
+
+def camera_info_message(camera: Camera, stamp: int, frame_id: str, baseline: float = 0.0) -> Any:
+    """A sensor_msgs/CameraInfo; its P holds the `baseline`, metres, of the right camera of a rectified stereo pair."""
+    projection = np.column_stack([camera.matrix, [-camera.matrix[0, 0] * baseline, 0.0, 0.0]])
+    distortion = camera.distortion if camera.distortion.size else np.zeros(5)
+    return new_message("sensor_msgs/msg/CameraInfo", header=_header(stamp, frame_id), height=camera.height,
+                       width=camera.width, distortion_model=camera.distortion_model or "plumb_bob", d=distortion.copy(),
+                       k=camera.matrix.ravel(), r=np.eye(3).ravel(), p=projection.ravel())
+
+
+def _pose_message(pose: Pose, stamp: int, frame_id: str) -> Any:
+    x, y, z = (float(value) for value in pose.position)
+    qx, qy, qz, qw = (float(value) for value in Rotation.from_matrix(pose.rotation).as_quat())
+    return new_message(
+        "geometry_msgs/msg/PoseStamped", header=_header(stamp, frame_id),
+        pose=new_message("geometry_msgs/msg/Pose", position=new_message("geometry_msgs/msg/Point", x=x, y=y, z=z),
+                         orientation=new_message("geometry_msgs/msg/Quaternion", x=qx, y=qy, z=qz, w=qw)))
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Reader]:
+    """A reader on a bag: a folder with metadata.yaml, or a bare .mcap or .db3 file."""
+    if not path.exists():
+        raise BagError(f"{path}: there is no such bag")
+    source = path
+    if path.is_dir() and not (path / "metadata.yaml").exists():
+        files = sorted(entry for entry in path.iterdir() if entry.suffix in (".mcap", ".db3"))
+        if not files:
+            raise BagError(f"{path}: is not a bag; a bag's folder holds metadata.yaml and .mcap or .db3 files")
+        if len(files) > 1:
+            raise BagError(f"{path}: has {len(files)} files but no metadata.yaml; ros2 bag reindex {path} writes one")
+        source = files[0]  # a recording that was killed before it wrote its metadata
+    elif path.suffix == ".bag":
+        raise BagError(f"{path}: is a bag of ROS 1; rosbags-convert --src {path} --dst FOLDER makes one of ROS 2")
+    elif path.is_file() and path.suffix not in (".mcap", ".db3"):
+        raise BagError(f"{path}: is not a bag; give a bag's folder, or a .mcap or .db3 file")
+    with _explained(path):
+        reader = Reader(source)
+        reader.open()
+    try:
+        if not reader.message_count:
+            raise BagError(f"{path}: the bag holds no messages")
+        yield reader
+    finally:
+        with suppress(Exception):
+            reader.close()
+
+
+@contextmanager
+def _explained(path: Path, what: str = "cannot be read") -> Iterator[None]:
+    """Turns whatever a broken file makes the parsers raise into a BagError."""
+    try:
+        yield
+    except Exception as error:
+        # Each storage, compression and message parser has its own errors; a truncated file raises any of them.
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        if isinstance(error, KeyError):
+            reason += " is missing"
+        hint = ""
+        if "magic" in reason or "runcated" in reason or "malformed" in reason:
+            hint = "; if the recording was cut short, `mcap recover` (MCAP) or `ros2 bag reindex` may save it"
+        raise BagError(f"{path}: {what}: {reason}{hint}") from error
+
+
+def bag_topics(path: str | Path) -> list[Topic]:
+    """The topics of a bag that hold messages, by name. Raises BagError."""
+    with _opened(Path(path)) as reader:
+        return sorted(Topic(c.topic, c.msgtype, c.msgcount) for c in reader.connections if c.msgcount)
+
+
+def image_topics(path: str | Path) -> list[Topic]:
+    """The topics with images, compressed or not, that hold messages, by name. Raises BagError."""
+    return [topic for topic in bag_topics(path) if topic.type in IMAGE_TYPES]
+
+
+def read_messages(path: str | Path, topics: Collection[str] | None = None) -> Iterator[Record]:
+    """The messages of a bag, or of some of its topics, in the order of recording.
+
+    Where the bag is split over several files, these are read one after the other, as `ros2 bag play` does. Raises
+    BagError, also in the middle of a bag that is broken there, and for a topic that is not in the bag.
+    """
+    path = Path(path)
+    with _opened(path) as reader:
+        known = {connection.topic for connection in reader.connections}
+        if topics is not None and (missing := [topic for topic in topics if topic not in known]):
+            raise BagError(f"{path}: has no topic {', '.join(missing)}; it has {', '.join(sorted(known))}")
+        wanted = [c for c in reader.connections if topics is None or c.topic in topics]
+        stores: dict[str, Typestore] = {}
+        for connection in wanted:
+            if connection.msgtype not in stores:
+                with _explained(path, f"the definition of {connection.msgtype} cannot be understood"):
+                    stores[connection.msgtype] = _store_for(connection)
+                if connection.msgtype not in stores[connection.msgtype].types:
+                    raise BagError(f"{path}: {connection.topic} has the type {connection.msgtype}, which is not known "
+                                   "here and which the bag does not define; leave that topic out")
+        raw = iter(reader.messages(wanted)) if wanted else iter(())
+        while True:
+            with _explained(path):
+                found = next(raw, None)
+            if found is None:
+                return
+            connection, stamp, data = found
+            with _explained(path, f"a message on {connection.topic} at {stamp / 1e9:.9f} s cannot be decoded"):
+                message = stores[connection.msgtype].deserialize_cdr(data, connection.msgtype)
+            yield Record(connection.topic, connection.msgtype, stamp, message)
+
+
+def _store_for(connection: Any) -> Typestore:
+    """What decodes a connection's messages: the definition it carries, else the types known here."""
+    form, text = connection.msgdef
+    if form == MessageDefinitionFormat.NONE:
+        return typestore()
+    if form == MessageDefinitionFormat.MSG:
+        types = get_types_from_msg(text, connection.msgtype)
+    else:  # one .idl file, or several, each below a line of "=" and its name
+        types = {}
+        for part in text.split("=" * 80 + "\n"):
+            if part:
+                types.update(get_types_from_idl(part.split("\n", 1)[1] if part.startswith("IDL: ") else part))
+    store = get_typestore(Stores.EMPTY)
+    store.register(types)
+    return store
+
+
+def read_ground_truth(path: str | Path, topic: str = GROUND_TRUTH) -> tuple[NDArray[np.int64], list[Pose]]:
+    """Stamps (N,), nanoseconds, and poses of the camera in the world from a topic of geometry_msgs/PoseStamped.
+
+    The pose is that of the optical frame: x_world = rotation x_camera + position. Raises BagError.
+    """
+    stamps, poses = [], []
+    for _, type_name, _, message in read_messages(path, [topic]):
+        if type_name != "geometry_msgs/msg/PoseStamped":
+            raise BagError(f"{path}: {topic} has the type {type_name} instead of geometry_msgs/msg/PoseStamped")
+        position, q = message.pose.position, message.pose.orientation
+        stamps.append(message.header.stamp.sec * 10**9 + message.header.stamp.nanosec)
+        poses.append(Pose(Rotation.from_quat([q.x, q.y, q.z, q.w]).as_matrix(),
+                          np.array([position.x, position.y, position.z])))
+    return np.array(stamps, np.int64), poses
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+class BagWriter:
+    """Writes a bag, a folder that must not exist yet; `overwrite` replaces one that is a bag.
+
+    A context manager: what was begun is removed if an exception ends it. Raises BagError where the folder cannot be
+    written.
+    """
+
+    def __init__(self, path: str | Path, storage: Storage = "mcap", overwrite: bool = False) -> None:
+        self.path = Path(path)
+        if self.path.exists():
+            if not overwrite:
+                raise BagError(f"{self.path}: exists already; remove it or choose another name")
+            if not (self.path / "metadata.yaml").is_file():
+                raise BagError(f"{self.path}: exists and is not a bag, so it is not replaced")
+            shutil.rmtree(self.path)
+        self._connections: dict[tuple[str, str], Any] = {}
+        plugin = StoragePlugin.MCAP if storage == "mcap" else StoragePlugin.SQLITE3
+        with _explained(self.path, "cannot be written"):
+            self._writer = Writer(self.path, version=8, storage_plugin=plugin)
+            self._writer.open()
+
+    def write(self, topic: str, message: Any, stamp: int) -> None:
+        """Add a message of rosbags' typestore, recorded at `stamp`, nanoseconds."""
+        type_name = message.__msgtype__
+        if (topic, type_name) not in self._connections:
+            self._connections[topic, type_name] = self._writer.add_connection(topic, type_name, typestore=typestore())
+        data = typestore().serialize_cdr(message, type_name)
+        with _explained(self.path, "cannot be written"):
+            self._writer.write(self._connections[topic, type_name], int(stamp), data)
+
+    def close(self) -> None:
+        """Finish the bag: it has no metadata before."""
+        with _explained(self.path, "cannot be written"):
+            self._writer.close()
+
+    def __enter__(self) -> BagWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            with suppress(Exception):
+                self._writer.abort()
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def write_camera_bag(path: str | Path, images: Iterable[NDArray[np.uint8]], stamps: Iterable[int],
+                     camera: Camera | None, *, image_topic: str = "/camera/image_raw", info_topic: str | None = None,
+                     frame_id: str = "camera_optical_frame", encoding: Encoding = "rgb8",
+                     compressed: Literal["", "png", "jpeg"] = "", storage: Storage = "mcap",
+                     overwrite: bool = False) -> None:
+    """A bag of one camera: RGB (H, W, 3) or grey (H, W) uint8 images, recorded at `stamps`, nanoseconds.
+
+    With a camera, its calibration goes with every image, on `info_topic` or on camera_info beside the image topic.
+    Raises BagError.
+    """
+    info_topic = info_topic or f"{image_topic.rsplit('/', 1)[0]}/camera_info"
+    with BagWriter(path, storage, overwrite) as bag:
+        for image, stamp in zip(images, stamps):
+            bag.write(image_topic, image_message(image, stamp, frame_id, encoding, compressed), stamp)
+            if camera is not None:
+                bag.write(info_topic, camera_info_message(camera, stamp, frame_id), stamp)
+
+
+@functools.lru_cache(maxsize=1)
+def _scene(seed: int) -> Scene:
+    return Scene(seed)
+
+
+def write_demo_bag(path: str | Path, *, num_frames: int = 40, size: tuple[int, int] = (640, 480), seed: int = 0,
+                   motions: Iterable[tuple[str, int]] | None = None, baseline: float | None = None, rate: float = 10.0,
+                   encoding: Encoding = "rgb8", compressed: Literal["", "png", "jpeg"] = "", storage: Storage = "mcap",
+                   overwrite: bool = False) -> list[Pose]:
+    """A bag of a camera that walks through the synthetic courtyard, and the truth: the camera's poses in the world.
+
+    Topics: /camera/image_raw (with a little lens distortion and noise), /camera/camera_info and /ground_truth/pose.
+    With a `baseline` in metres, a rectified stereo pair instead: image_rect and camera_info in /left and /right; the
+    truth is the left camera's. `motions` are those of `synthetic.camera_path`, in place of num_frames of walking. Equal
+    arguments make equal bags. Raises BagError.
+    """
+    poses = camera_path(num_frames if motions is None else motions)
+    period = round(1e9 / rate)
+    camera = demo_camera(*size, distorted=baseline is None)
+    if baseline is None:
+        eyes = [("/camera/image_raw", "/camera/camera_info", "camera_optical_frame", poses, 0.0)]
+    else:
+        right = [stereo_right(pose, baseline) for pose in poses]
+        eyes = [("/left/image_rect", "/left/camera_info", "left_optical_frame", poses, 0.0),
+                ("/right/image_rect", "/right/camera_info", "right_optical_frame", right, baseline)]
+    with BagWriter(path, storage, overwrite) as bag:
+        films = [_scene(seed).film(path_, camera, noise=2.0, noise_seed=1000 * seed + 10**6 * eye)
+                 for eye, (*_, path_, _) in enumerate(eyes)]
+        for number, (pose, *views) in enumerate(zip(poses, *films)):
+            stamp = FIRST_STAMP + number * period
+            bag.write(GROUND_TRUTH, _pose_message(pose, stamp, "world"), stamp)
+            for view, (image_topic, info_topic, frame_id, _, offset) in zip(views, eyes):
+                bag.write(image_topic, image_message(view.image, stamp, frame_id, encoding, compressed), stamp)
+                bag.write(info_topic, camera_info_message(camera, stamp, frame_id, offset), stamp)
+    return poses
