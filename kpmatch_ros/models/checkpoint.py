@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,7 +100,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, error: Exception) -> weights.WeightsError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, pickle.UnpicklingError):  # PyTorch's text recommends running the file's code
+        reason = "it holds something other than tensors, which is not loaded because it could run code"
+    else:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return weights.WeightsError(
         f"{path} cannot be read as weights ({reason}); it may be cut off, or a web page saved under this name: "
         "fetch it again"

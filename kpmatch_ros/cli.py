@@ -1,0 +1,607 @@
+"""The `kpmatch` command.
+
+Exit status 0 on success and 2 on bad usage or input, with one line on stderr that says what was wrong.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import textwrap
+import time
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import kpmatch_ros
+from kpmatch_ros import weights
+from kpmatch_ros.parameters import Declaration, ParameterError, Parameters, declaration
+
+# PyTorch and OpenCV take seconds to import: only the commands that need them do, so that --help is instant.
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from kpmatch_ros.camera import Camera
+    from kpmatch_ros.front_end import Pair
+
+__all__ = ["CommandError", "main"]
+
+# The parameters that say how two images are matched; the others are the node's alone.
+MATCHING_OPTIONS = (
+    "extractor",
+    "matcher",
+    "device",
+    "precision",
+    "max_keypoints",
+    "keypoint_threshold",
+    "nms_radius",
+    "border",
+    "resize",
+    "filter_threshold",
+    "ratio_threshold",
+    "depth_confidence",
+    "width_confidence",
+    "max_reprojection_error",
+    "min_inliers",
+)
+
+
+class CommandError(Exception):
+    """What a command was given is no good; the text goes to the user as it is."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage is a --help away."""
+
+    def __init__(self, **options: Any) -> None:
+        # Abbreviations would change their meaning with every option added.
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    Args:
+        arguments: the words after `kpmatch`; those of this process where not given.
+    """
+    parser = _build_parser()
+    options = parser.parse_args(_join_negative_values(sys.argv[1:] if arguments is None else arguments))
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, `head` say, had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"{options.name}: stopped", file=sys.stderr)
+        return 130
+    except (CommandError, ParameterError, weights.WeightsError, OSError) as error:
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"
+        print(f"{options.name}: {' '.join(text.split())}", file=sys.stderr)
+        return 2
+
+
+def _join_negative_values(arguments: Sequence[str]) -> list[str]:
+    """Write `--distortion -0.2,0.1,0,0` as `--distortion=-0.2,0.1,0,0`: argparse would take the value for an option."""
+    joined: list[str] = []
+    for word in arguments:
+        if re.match(r"-[\d.]", word) and joined and re.fullmatch(r"--[a-z][a-z0-9-]*", joined[-1]):
+            joined[-1] += "=" + word
+        else:
+            joined.append(word)
+    return joined
+
+
+def _build_parser() -> _Parser:
+    parser = _Parser(
+        prog="kpmatch",
+        description="Learned feature matching: SuperPoint and LightGlue on images and ROS 2 camera topics.",
+        epilog="example:\n  kpmatch match left.png right.png --save matches.png",
+    )
+    parser.add_argument("--version", action="version", version=f"kpmatch_ros {kpmatch_ros.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_match(commands)
+    _add_demo(commands)
+    _add_weights(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_command(commands: Any, name: str, run: Any, summary: str, description: str, *examples: str) -> _Parser:
+    parser: _Parser = commands.add_parser(
+        name,
+        help=summary,
+        description=textwrap.fill(description, 100),
+        epilog="\n  ".join(["examples:" if len(examples) > 1 else "example:", *examples]),
+    )
+    parser.set_defaults(run=run, name=parser.prog)
+    return parser
+
+
+# kpmatch match
+
+
+def _add_match(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "match",
+        _match,
+        "match two image files",
+        "Match two image files. A is the reference and B the current image: the pose is that of B's camera in A's "
+        "optical frame, x_A = R x_B + t. A photograph whose file says how the camera was held (EXIF) is turned "
+        "upright, as image viewers do: points and intrinsics are in pixels of the upright image, and the centre of "
+        "its top-left pixel is (0, 0).",
+        "kpmatch match a.jpg b.jpg --save matches.png",
+        "kpmatch match a.jpg b.jpg --intrinsics 520,521,322,236 --distortion -0.2,0.05,0,0 --json",
+    )
+    parser.add_argument("image_a", metavar="A", type=Path, help="reference image: JPEG, PNG, or what else OpenCV reads")
+    parser.add_argument("image_b", metavar="B", type=Path, help="current image")
+    parser.add_argument(
+        "--intrinsics", metavar="FX,FY,CX,CY", type=_numbers(4), help="of the camera, pixels; gives the pose too"
+    )
+    parser.add_argument(
+        "--intrinsics1", metavar="FX,FY,CX,CY", type=_numbers(4), help="of the camera of B, where it is another one"
+    )
+    parser.add_argument(
+        "--distortion",
+        metavar="K1,K2,P1,P2[,K3]",
+        type=_numbers(4, 5),
+        help="of the lens, as in camera_info's plumb_bob; needs --intrinsics",
+    )
+    parser.add_argument("--save", metavar="FILE", type=Path, help="draw the matches: .png, .jpg, ...")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with everything")
+    group = parser.add_argument_group("matching options", "the matcher node's parameters of the same names")
+    for name in MATCHING_OPTIONS:
+        _add_parameter(group, declaration(name))
+
+
+def _add_parameter(group: Any, item: Declaration) -> None:
+    def value(text: str) -> Any:
+        try:
+            return item.check(item.type(text))
+        except ParameterError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+    default = f"{item.default:g}" if item.type is float else item.default
+    notes = ["" if item.choices else item.constraint, item.unit, f"default {default}"]
+    help_text = f"{item.description} ({', '.join(note for note in notes if note)})"
+    group.add_argument(
+        f"--{item.name.replace('_', '-')}",
+        dest=item.name,
+        metavar={int: "N", float: "X"}.get(item.type, "|".join(item.choices) or item.name.upper()),
+        type=value,
+        default=item.default,
+        help=help_text.replace("%", "%%"),
+    )
+
+
+def _numbers(*counts: int) -> Any:
+    def parse(text: str) -> tuple[float, ...]:
+        try:
+            values = tuple(float(part) for part in text.split(","))
+        except ValueError:
+            values = ()
+        if len(values) not in counts:
+            expected = " or ".join(str(count) for count in counts)
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected} numbers with commas between them")
+        return values
+
+    return parse
+
+
+def _count(least: int) -> Any:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def _match(options: argparse.Namespace) -> int:
+    parameters = Parameters(**{name: getattr(options, name) for name in MATCHING_OPTIONS})
+    if options.intrinsics is None and (options.intrinsics1 is not None or options.distortion is not None):
+        given = "--intrinsics1" if options.intrinsics1 is not None else "--distortion"
+        raise CommandError(f"{given} needs --intrinsics too")
+    if options.save is not None:
+        _check_picture_file(options.save)
+    image_a, image_b = read_image(options.image_a), read_image(options.image_b)
+    camera_a = _camera(image_a, options.intrinsics, options.distortion)
+    camera_b = _camera(image_b, options.intrinsics1 or options.intrinsics, options.distortion)
+
+    from kpmatch_ros.front_end import FrontEnd
+
+    front_end = FrontEnd(parameters)
+    started = time.perf_counter()
+    front_end.register_frame(image_a, 0, camera_a)
+    _, pair = front_end.register_frame(image_b, 1, camera_b)
+    milliseconds = (time.perf_counter() - started) * 1e3
+    assert pair is not None
+    if options.save is not None:
+        _save_picture(options.save, pair)
+    if options.json:
+        print(json.dumps(_report(pair, parameters, milliseconds)))
+    else:
+        print(_summary(pair, parameters, milliseconds))
+    return 0
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """The picture in a file: uint8, grey (H, W) or RGB (H, W, 3), upright where its EXIF data says how it was held.
+
+    Raises:
+        CommandError: when there is no whole picture in it.
+        OSError: when it cannot be read.
+    """
+    import cv2
+    import numpy as np
+
+    data = path.read_bytes()
+    # OpenCV 4.6 fills in what a JPEG cut short lacks. After its last scan there is only the end marker.
+    complete = not data.startswith(b"\xff\xd8\xff") or data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+    pixels = None
+    if data and complete:
+        with _quiet_stderr():
+            try:
+                pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYCOLOR)
+            except cv2.error:  # a size beyond OpenCV's limit, a codec that is switched off
+                pixels = None
+    if pixels is None:
+        reason = "is empty" if not data else "is no image that OpenCV reads" if complete else "is cut short"
+        raise CommandError(f"{path} {reason}{', or it is damaged or cut short' if data and complete else ''}")
+    return np.asarray(pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Silence the image libraries, which write to the process's stderr themselves."""
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+def _camera(
+    image: NDArray[np.uint8], intrinsics: tuple[float, ...] | None, distortion: tuple[float, ...] | None
+) -> Camera | None:
+    import numpy as np
+
+    from kpmatch_ros.camera import CalibrationError, Camera
+
+    if intrinsics is None:
+        return None
+    fx, fy, cx, cy = intrinsics
+    height, width = image.shape[:2]
+    matrix = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+    try:
+        return Camera(width, height, matrix, "plumb_bob", np.array(distortion or ()))
+    except CalibrationError as error:
+        raise CommandError(str(error)) from error
+
+
+def _report(pair: Pair, parameters: Parameters, milliseconds: float) -> dict[str, Any]:
+    """What --json prints."""
+    pose = pair.pose
+    return {
+        "points0": pair.reference_points.tolist(),
+        "points1": pair.points.tolist(),
+        "scores": pair.scores.tolist(),
+        "inliers": None if pose.inliers is None else [bool(flag) for flag in pose.inliers],
+        "num_keypoints": [len(pair.reference.keypoints), len(pair.current.keypoints)],
+        "layers": pair.layers,
+        "pose": None if pair.current.camera is None else {
+            "status": pose.status.name,
+            "rotation": pose.rotation.tolist(),
+            "translation": pose.translation.tolist(),
+            "metric": bool(pose.metric),
+        },
+        "extractor": parameters.extractor,
+        "matcher": parameters.matcher,
+        "milliseconds": round(milliseconds, 3),
+    }
+
+
+def _summary(pair: Pair, parameters: Parameters, milliseconds: float) -> str:
+    """What is printed for people."""
+    sizes = (pair.reference.features.size, pair.current.features.size)
+    lines = [
+        f"images     {' and '.join(f'{width} x {height}' for width, height in sizes)}",
+        f"keypoints  {len(pair.reference.keypoints)} and {len(pair.current.keypoints)} ({parameters.extractor})",
+        f"matches    {_figures_of(pair)} ({parameters.matcher})",
+    ]
+    if pair.current.camera is not None:
+        lines += [f"pose       {line}" if n == 0 else f"           {line}" for n, line in enumerate(_pose_of(pair))]
+    lines.append(f"time       {milliseconds:.0f} ms for both images, the first run of the networks included")
+    return "\n".join(lines)
+
+
+def _figures_of(pair: Pair) -> str:
+    figures = f"{len(pair.indices)}"
+    if pair.pose.inliers is not None:
+        figures += f", {pair.pose.num_inliers} inliers ({100 * pair.inlier_ratio:.0f} %)"
+    return figures + (f", {pair.layers} layers" if pair.layers else "")
+
+
+def _pose_of(pair: Pair) -> list[str]:
+    import numpy as np
+
+    pose = pair.pose
+    if pose.status.name not in ("OK", "NO_TRANSLATION"):
+        return [pose.status.name]
+    turned = np.degrees(np.arccos(np.clip((np.trace(pose.rotation) - 1) / 2, -1, 1)))
+    x, y, z = pose.translation
+    direction = f"translation direction ({x:.3f}, {y:.3f}, {z:.3f})" if pose.status.name == "OK" else "no translation"
+    return [f"{pose.status.name}: turned by {turned:.2f} degrees, {direction}; x right, y down, z forward in A"]
+
+
+def _check_picture_file(path: Path) -> None:
+    """Before the work rather than after it."""
+    import cv2
+
+    try:
+        known = cv2.haveImageWriter(str(path))
+    except cv2.error:
+        known = False
+    if not known:
+        raise CommandError(f"--save {path}: pictures are written as .png or .jpg")
+    if not path.resolve().parent.is_dir():
+        raise CommandError(f"--save {path}: there is no folder {path.parent}")
+
+
+def _save_picture(path: Path, pair: Pair) -> None:
+    import cv2
+
+    from kpmatch_ros.drawing import draw_matches
+
+    picture = draw_matches(
+        pair.reference.image,
+        pair.current.image,
+        pair.reference_points,
+        pair.points,
+        pair.scores,
+        pair.pose.inliers,
+        f"matches {_figures_of(pair)}",
+    )
+    with _quiet_stderr():
+        saved = cv2.imwrite(str(path), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    if not saved:
+        raise CommandError(f"--save {path}: the picture could not be written")
+
+
+# kpmatch demo
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "demo",
+        _demo,
+        "run the whole node on a camera bag made here, and compare its poses with the truth",
+        "Make a short camera bag of a synthetic scene with known motion, start the matcher node as a process of its "
+        "own, send it the bag over DDS, receive what it publishes, and compare with the truth. Needs ROS 2 and the "
+        "built messages.",
+        "kpmatch demo --out demo",
+    )
+    parser.add_argument(
+        "--out", metavar="FOLDER", type=Path, default=Path("demo"), help="for the bag and the picture (default demo)"
+    )
+    parser.add_argument("--frames", metavar="N", type=_count(2), default=16, help="images in the bag (default 16)")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from kpmatch_ros.demo import run_demo
+
+    run_demo(options.out, options.frames)
+    return 0
+
+
+# kpmatch weights
+
+
+def _add_weights(commands: Any) -> None:
+    parser = commands.add_parser(
+        "weights",
+        help="list, fetch, inspect and convert weights",
+        description="The weights of the networks: what is known by name, its licence, size and origin.",
+        epilog="example:\n  kpmatch weights list",
+    )
+    actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_command(
+        actions, "list", _weights_list, "weights known by name", "The weights known by name.", "kpmatch weights list"
+    )
+    fetch = _add_command(
+        actions,
+        "fetch",
+        _weights_fetch,
+        "fetch registered weights",
+        "Fetch registered weights, unless they are here, and check their hash. They go to $KPMATCH_WEIGHTS, or to "
+        "kpmatch_ros in the user's cache folder.",
+        "kpmatch weights fetch superpoint-open",
+    )
+    fetch.add_argument("weights", metavar="NAME", help="a registered name (kpmatch weights list)")
+    info = _add_command(
+        actions,
+        "info",
+        _weights_info,
+        "what is known of weights, and what is in them",
+        "What is known of weights, and what is in them. Reading them never runs code from a file.",
+        "kpmatch weights info superpoint-open",
+        "kpmatch weights info superpoint_lightglue.pth",
+    )
+    info.add_argument("weights", metavar="NAME-or-FILE", help="a registered name, a Hugging Face folder or a file")
+    convert = _add_command(
+        actions,
+        "convert",
+        _weights_convert,
+        "write weights in another format",
+        "Write weights in another format. IN is a registered name, a Hugging Face folder, a .safetensors file or a "
+        ".pth of the networks' authors. OUT becomes a Hugging Face folder (config.json, model.safetensors), which "
+        "transformers loads too; if it ends in .safetensors, a file with the tensors of one network. A folder with a "
+        "LightGlue holds its SuperPoint too: for a LightGlue without one, name it with --extractor.",
+        "kpmatch weights convert superpoint_v1.pth superpoint",
+        "kpmatch weights convert superpoint_lightglue.pth lightglue --extractor superpoint_v1.pth",
+    )
+    convert.add_argument("source", metavar="IN", help="weights to read")
+    convert.add_argument("target", metavar="OUT", type=Path, help="folder or .safetensors file to write")
+    convert.add_argument("--extractor", metavar="IN", help="the SuperPoint that the LightGlue was made for")
+
+
+def _weights_list(options: argparse.Namespace) -> int:
+    rows = [("name", "network", "licence", "commercial use", "size", "here", "origin")]
+    for item in weights.REGISTRY.values():
+        rows.append(
+            (
+                item.name,
+                item.model,
+                item.licence,
+                "yes" if item.commercial else "NO",
+                _megabytes(item.size),
+                _presence(item),
+                item.origin,
+            )
+        )
+    print(format_table(rows))
+    return 0
+
+
+def _presence(item: weights.Weights) -> str:
+    if not item.file.exists():
+        return "no"
+    try:
+        weights.verify(item)
+    except weights.WeightsError:
+        return "DAMAGED"
+    return "yes"
+
+
+def _weights_fetch(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    item = weights.find(options.weights)
+    with tqdm(
+        total=item.size, unit="B", unit_scale=True, unit_divisor=1024, desc=item.name, disable=None, delay=0.5
+    ) as bar:
+
+        def received(size: int) -> None:
+            bar.update(size)
+
+        path = weights.fetch(item.name, received)
+    print(f"{item.name} is at {path} ({item.licence}; {'' if item.commercial else 'NO '}commercial use)")
+    return 0
+
+
+def _weights_info(options: argparse.Namespace) -> int:
+    from kpmatch_ros.conversion import describe
+
+    source = options.weights
+    item = weights.REGISTRY.get(source)
+    here = item is None or item.file.exists()
+    networks = describe(source) if here else []
+    rows: list[tuple[str, ...]] = []
+    known = [] if item is None else [item]
+    if here:
+        file = _tensor_file(weights.resolve(source))
+        sha256 = weights.file_hash(file)
+        rows += [("file", str(file)), ("size", _megabytes(file.stat().st_size)), ("SHA-256", sha256)]
+        known = known or [one for one in weights.REGISTRY.values() if one.sha256 == sha256]
+    elif item is not None:
+        rows += [("file", f"not on this machine: kpmatch weights fetch {item.name}"), ("size", _megabytes(item.size))]
+    for one in known:
+        rows += [
+            ("name", f"{one.name} ({one.model}{f' for {one.extractor}' if one.extractor else ''})"),
+            ("licence", f"{one.licence}, {'commercial use allowed' if one.commercial else 'NO COMMERCIAL USE'}"),
+            ("origin", one.origin),
+        ]
+    if not known:
+        rows.append(("licence", "unknown: this file is not registered, ask where it came from"))
+    print(format_table(rows))
+    for network in networks:
+        rows = [
+            ("network", network.model),
+            ("tensors", f"{len(network.tensors)} ({network.precision})"),
+            ("parameters", f"{network.parameters:,}"),
+            *((f"  {key}", str(value)) for key, value in network.config.items()),
+        ]
+        print(f"\n{format_table(rows)}")
+    return 0
+
+
+def _tensor_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    return next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()), path)
+
+
+def _weights_convert(options: argparse.Namespace) -> int:
+    from kpmatch_ros.conversion import convert
+
+    networks = convert(options.source, options.target, options.extractor)
+    for network in networks:
+        print(f"{options.target}: {network.model}, {network.parameters:,} parameters, {network.precision}")
+    return 0
+
+
+# kpmatch doctor
+
+
+def _add_doctor(commands: Any) -> None:
+    _add_command(
+        commands,
+        "doctor",
+        _doctor,
+        "check this machine, and say what to do about each fault",
+        "Check PyTorch, the GPU, OpenCV, the weights, ROS 2 and the build of the messages. Exit status 0 where what is "
+        "installed works, 2 where something is at fault. ROS 2 may be absent: the Python API does not need it.",
+        "kpmatch doctor",
+    )
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from kpmatch_ros.doctor import run_doctor
+
+    return 0 if run_doctor() else 2
+
+
+# Tables
+
+
+def format_table(rows: Iterable[Sequence[str]], right: Container[int] = ()) -> str:
+    """Rows of text in columns as wide as their longest entry, those numbered in ``right`` flush right."""
+    rows = [list(row) for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            text.rjust(width) if column in right else text.ljust(width)
+            for column, (text, width) in enumerate(zip(row, widths))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+if __name__ == "__main__":
+    # Not this module's own main: the demo raises kpmatch_ros.cli's CommandError, which is not __main__'s.
+    from kpmatch_ros.cli import main as imported_main
+
+    sys.exit(imported_main())

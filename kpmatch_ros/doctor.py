@@ -1,0 +1,357 @@
+"""What works on this machine, what does not, and what to do about it."""
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kpmatch_ros
+from kpmatch_ros import weights
+from kpmatch_ros.parameters import Parameters
+
+__all__ = ["FAIL", "OK", "WARN", "Finding", "examine", "run_doctor"]
+
+OK, WARN, FAIL = "OK", "WARN", "FAIL"
+_TIMEOUT = 60.0  # seconds for a question to another process
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's.
+
+    Attributes:
+        level: OK; WARN where something is missing that not everybody needs; FAIL where something is at fault.
+        subject: what was looked at.
+        text: what was found.
+        remedy: what to do; empty where there is nothing to do.
+    """
+
+    level: str
+    subject: str
+    text: str
+    remedy: str = ""
+
+
+def run_doctor() -> bool:
+    """Print every finding as it is made, and say whether there is none at fault."""
+    marks = {OK: "\033[32m OK \033[0m", WARN: "\033[33mWARN\033[0m", FAIL: "\033[31mFAIL\033[0m"}
+    if not sys.stdout.isatty():
+        marks = {OK: " OK ", WARN: "WARN", FAIL: "FAIL"}
+    counts = {OK: 0, WARN: 0, FAIL: 0}
+    for finding in examine():
+        counts[finding.level] += 1
+        print(f"[{marks[finding.level]}] {finding.subject:<12} {finding.text}", flush=True)
+        if finding.remedy:
+            print(f"{'':<20}-> {finding.remedy}", flush=True)
+    if counts[FAIL]:
+        print(f"\n{counts[FAIL]} at fault, {counts[WARN]} to know about")
+    else:
+        print("\neverything needed works" + (f", {counts[WARN]} to know about" if counts[WARN] else ""))
+    return counts[FAIL] == 0
+
+
+def examine() -> Iterator[Finding]:
+    """All findings. A check that fails itself is a finding, too."""
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _package,
+        _opencv,
+        _pytorch,
+        _weights,
+        _networks,
+        _ros,
+    )
+    for check in checks:
+        try:
+            yield from check()
+        except Exception as error:  # noqa: BLE001 (whatever is broken here must not hide what comes after)
+            yield Finding(FAIL, check.__name__.strip("_"), f"{type(error).__name__}: {_first_line(error)}")
+
+
+def _first_line(error: object) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def _package() -> Iterator[Finding]:
+    place = Path(kpmatch_ros.__file__).parent
+    yield Finding(OK, "kpmatch_ros", f"{kpmatch_ros.__version__} at {place}")
+    yield Finding(OK, "Python", f"{platform.python_version()} at {sys.executable}")
+
+
+def _opencv() -> Iterator[Finding]:
+    try:
+        import cv2
+    except Exception as error:  # noqa: BLE001 (ImportError, and what a clash of NumPy versions raises)
+        yield Finding(FAIL, "OpenCV", _first_line(error), "pip install opencv-python-headless (or apt python3-opencv)")
+        return
+    import numpy as np
+
+    text = f"{cv2.__version__}, NumPy {np.__version__}"
+    pixels = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64).astype(np.uint8)
+    broken = []
+    for extension in (".png", ".jpg"):
+        _, encoded = cv2.imencode(extension, pixels)
+        decoded = cv2.imdecode(np.frombuffer(encoded.tobytes(), np.uint8), cv2.IMREAD_GRAYSCALE)
+        if decoded is None or decoded.shape != pixels.shape:
+            broken.append(extension)
+    if broken:
+        remedy = "install opencv-python-headless in place of this build"
+        yield Finding(FAIL, "OpenCV", f"{text}, cannot read its own {' and '.join(broken)}", remedy)
+    else:
+        yield Finding(OK, "OpenCV", text)
+
+
+def _pytorch() -> Iterator[Finding]:
+    try:
+        import torch
+    except Exception as error:  # noqa: BLE001 (ImportError, and OSError for libraries that it does not find)
+        yield Finding(
+            FAIL, "PyTorch", f"{_first_line(error)} ({sys.executable})", f"{sys.executable} -m pip install torch"
+        )
+        return
+    from kpmatch_ros.feature_matcher import choose_device, choose_precision
+
+    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    yield Finding(OK, "PyTorch", f"{torch.__version__}, {threads}")
+    yield _gpu(torch)
+    device = choose_device("auto")
+    precision = str(choose_precision("auto", device)).removeprefix("torch.")
+    yield Finding(OK, "precision", f"auto means device {device}, {precision}")
+
+
+def _gpu(torch: Any) -> Finding:
+    signs = ("/dev/nvidia0", "/dev/nvhost-gpu")  # of a PC's and of a Jetson's
+    present = any(Path(sign).exists() for sign in signs) or shutil.which("nvidia-smi") is not None
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        text = (
+            f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, compute capability "
+            f"{properties.major}.{properties.minor}, CUDA {torch.version.cuda}"
+        )
+        try:
+            torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda")).sum().item()
+        except RuntimeError as error:
+            remedy = "install a PyTorch that was built for this GPU, or set device to cpu"
+            return Finding(FAIL, "GPU", f"{text}, but it computes nothing: {_first_line(error)}", remedy)
+        return Finding(OK, "GPU", text)
+    if not present:
+        return Finding(OK, "GPU", "none; the networks run on the processor")
+    if torch.version.cuda is None:
+        remedy = "install a PyTorch built for CUDA (on a Jetson, NVIDIA's) to use it"
+        return Finding(WARN, "GPU", f"there is one, but PyTorch {torch.__version__} is built for the processor", remedy)
+    remedy = "compare nvidia-smi's driver and CUDA version with PyTorch's; in a container, pass the GPU on (--gpus all)"
+    return Finding(WARN, "GPU", f"there is one, but PyTorch (CUDA {torch.version.cuda}) cannot use it", remedy)
+
+
+def _weights() -> Iterator[Finding]:
+    defaults = Parameters()
+    for item in weights.REGISTRY.values():
+        wanted = item.name in (defaults.extractor, defaults.matcher)
+        try:
+            weights.verify(item)
+        except weights.WeightsError as error:
+            if not wanted and not item.file.exists():
+                continue  # to be fetched by who wants them: kpmatch weights list
+            text, _, remedy = str(error).rpartition(": ")
+            yield Finding(FAIL, "weights", text, remedy)
+        else:
+            terms = item.licence if item.commercial else f"{item.licence}, NO COMMERCIAL USE"
+            yield Finding(OK, "weights", f"{item.name}: {item.size / 1e6:.1f} MB, hash right, {terms}")
+
+
+def _networks() -> Iterator[Finding]:
+    """The default networks on a small picture: finds what imports and versions do not show."""
+    import time
+
+    import numpy as np
+
+    from kpmatch_ros.feature_matcher import FeatureMatcher
+
+    started = time.perf_counter()
+    matcher = FeatureMatcher()
+    loading = time.perf_counter() - started
+    picture = np.kron(np.random.default_rng(0).integers(0, 256, (30, 40), dtype=np.uint8), np.ones((8, 8), np.uint8))
+    matcher.match(matcher.extract(picture), matcher.extract(picture))
+    started = time.perf_counter()
+    features = matcher.extract(picture)
+    matches = matcher.match(features, features).numpy()
+    taken = (time.perf_counter() - started) * 1e3
+    itself = np.asarray(matches.indices)
+    right = int((itself[:, 0] == itself[:, 1]).sum())
+    text = f"loaded in {loading:.1f} s; describing and matching a 320 x 240 image takes {taken:.0f} ms"
+    if len(features) == 0 or right < 0.8 * len(features):
+        text += f", but only {right} of {len(features)} keypoints match themselves"
+        yield Finding(FAIL, "networks", text, "try precision float32; if that helps, report it with these lines")
+    else:
+        yield Finding(OK, "networks", text)
+
+
+# Asked in a process of its own: importing rclpy may replace the process or, with libraries that clash, end it. Without
+# the working folder on its path, where a source checkout would stand in for the installed package.
+_ROS_QUESTIONS = """
+import json, sys, traceback
+sys.path = [path for path in sys.path if path]
+answers = {}
+
+def ask(name):
+    def run(question):
+        try:
+            answers[name] = {"value": question()}
+        except BaseException as error:
+            last = traceback.extract_tb(error.__traceback__)[-1].filename
+            answers[name] = {"error": f"{type(error).__name__}: {error}", "type": type(error).__name__, "file": last}
+    return run
+
+@ask("rclpy")
+def _():
+    import rclpy
+    return rclpy.__file__
+
+@ask("rmw")
+def _():
+    from rclpy.utilities import get_rmw_implementation_identifier
+    return get_rmw_implementation_identifier()
+
+@ask("package")
+def _():
+    import kpmatch_ros
+    return [kpmatch_ros.__file__, getattr(kpmatch_ros, "__version__", "")]
+
+@ask("messages")
+def _():
+    from rclpy.serialization import deserialize_message, serialize_message
+    from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
+    for kind in (FeatureArray, MatchArray, RelativePose):
+        if deserialize_message(serialize_message(kind()), kind) != kind():
+            raise RuntimeError(f"{kind.__name__} does not survive being sent")
+    import kpmatch_ros.msg
+    return kpmatch_ros.msg.__file__
+
+@ask("installed")
+def _():
+    from ament_index_python.packages import get_package_prefix
+    return get_package_prefix("kpmatch_ros")
+
+@ask("converter")
+def _():
+    from kpmatch_ros.images import _converter
+    convert, faults = _converter()
+    return [getattr(convert, "__module__", ""), faults]
+
+print(json.dumps(answers))
+"""
+
+
+def _ros() -> Iterator[Finding]:
+    process = subprocess.run(
+        [sys.executable, "-c", _ROS_QUESTIONS], capture_output=True, text=True, timeout=_TIMEOUT, check=False
+    )
+    try:
+        answers: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        said = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        remedy = f"run {sys.executable} -c 'import rclpy' and look for libraries of two ROS versions"
+        yield Finding(FAIL, "ROS 2", f"importing it ended the process ({process.returncode}): {said}", remedy)
+        return
+    if "error" in answers["rclpy"]:
+        yield _no_rclpy(answers["rclpy"])
+        return
+    domain = os.environ.get("ROS_DOMAIN_ID", "0")
+    distribution = os.environ.get("ROS_DISTRO", "distribution unknown, ROS_DISTRO is not set")
+    yield Finding(OK, "ROS 2", f"{distribution}; rclpy at {Path(answers['rclpy']['value']).parent}; domain {domain}")
+    if "error" in answers["rmw"]:
+        wanted = os.environ.get("RMW_IMPLEMENTATION", "the default")
+        remedy = "install that middleware (ros-$ROS_DISTRO-rmw-...), or unset RMW_IMPLEMENTATION"
+        yield Finding(FAIL, "middleware", f"{wanted} does not load: {_first_line(answers['rmw']['error'])}", remedy)
+    else:
+        yield Finding(OK, "middleware", answers["rmw"]["value"])
+    yield _messages(answers)
+    yield _converter(answers["converter"])
+    yield _executable(answers)
+
+
+def _no_rclpy(answer: dict[str, str]) -> Finding:
+    installed = sorted(Path("/opt/ros").glob("*/setup.bash"))
+    if answer["error"] == "ModuleNotFoundError: No module named 'rclpy'":
+        remedy = f". {installed[-1]}" if installed and "ROS_DISTRO" not in os.environ else "install ROS 2 for the node"
+        text = "not here for this Python; the Python API and kpmatch match work without it, the node does not"
+        return Finding(WARN, "ROS 2", text, remedy)
+    remedy = (
+        "use the Python version that this ROS was built for, a virtual environment with --system-site-packages, and a "
+        "new shell with only one ROS sourced"
+    )
+    return Finding(FAIL, "ROS 2", f"rclpy cannot be imported: {_first_line(answer['error'])}", remedy)
+
+
+def _messages(answers: dict[str, Any]) -> Finding:
+    build = "build it: colcon build --packages-select kpmatch_ros; . install/setup.sh (in a checkout: make build)"
+    prefix = answers["installed"].get("value")
+    if "error" in answers["messages"]:
+        problem = answers["messages"]
+        if prefix is None:
+            return Finding(FAIL, "messages", "not built with colcon, or the workspace is not sourced", build)
+        used = Path(answers["package"].get("value", [""])[0]).parent
+        if problem["type"] == "ModuleNotFoundError" and Path(prefix) not in used.parents:
+            text = f"the Python package at {used} hides the one with the messages in {prefix}"
+            return Finding(FAIL, "messages", text, "pip uninstall kpmatch_ros, or source the workspace after all else")
+        text = f"built in {prefix}, but not usable: {_first_line(problem['error'])}"
+        return Finding(FAIL, "messages", text, "remove build/ and install/, and " + build)
+    manifest = Path(prefix or "", "share", "kpmatch_ros", "package.xml")
+    found = re.search(r"<version>\s*(.*?)\s*</version>", manifest.read_text()) if manifest.is_file() else None
+    version = found[1] if found else "unknown"
+    if version != kpmatch_ros.__version__:
+        text = f"built from version {version}, but this is {kpmatch_ros.__version__}"
+        return Finding(FAIL, "messages", text, build)
+    return Finding(OK, "messages", f"version {version}, built in {prefix}")
+
+
+def _converter(answer: dict[str, Any]) -> Finding:
+    remedy = "apt install ros-$ROS_DISTRO-cv-bridge, or pip install rosbags-image"
+    if "error" in answer:
+        return Finding(FAIL, "converter", _first_line(answer["error"]), remedy)
+    module, faults = answer["value"]
+    if not module:
+        text = f"none: Bayer and YUV images will be refused, mono8, rgb8 and the like work ({faults[:200]})"
+        return Finding(WARN, "converter", text, remedy)
+    return Finding(OK, "converter", f"{module.split('.')[0]}, for Bayer and YUV images")
+
+
+_NODE_NEEDS = ("rclpy", "kpmatch_ros.msg", "torch", "cv2", "numpy", "scipy", "safetensors")
+
+
+def _executable(answers: dict[str, Any]) -> Finding:
+    """`ros2 run` starts the node with the Python of its first line, whatever environment has PyTorch."""
+    prefix = answers["installed"].get("value")
+    script = Path(prefix or "", "lib", "kpmatch_ros", "matcher")
+    if prefix is None or not script.is_file():
+        return Finding(FAIL, "node", "the executable matcher is not installed", "build and source the workspace")
+    first = script.read_text().splitlines()[0].removeprefix("#!").split()
+    python = shutil.which(first[-1]) or first[-1]
+    question = (
+        "import importlib.util, json, sys\n"
+        "sys.path = [path for path in sys.path if path]\n"
+        "def lacks(name):\n"
+        "    try: return importlib.util.find_spec(name) is None\n"
+        "    except Exception: return True\n"
+        "print(json.dumps([name for name in sys.argv[1:] if lacks(name)]))"
+    )
+    process = subprocess.run(
+        [python, "-c", question, *_NODE_NEEDS], capture_output=True, text=True, timeout=_TIMEOUT, check=False
+    )
+    if process.returncode:
+        said = (process.stderr.strip().splitlines() or [""])[-1]
+        return Finding(FAIL, "node", f"{script} runs {python}, which fails: {said}", "repair that Python")
+    lacking = json.loads(process.stdout)
+    if not lacking:
+        return Finding(OK, "node", f"ros2 run starts it with {python}, which has everything")
+    remedy = f"{python} -m pip install what is missing"
+    if Path(python).resolve() != Path(sys.executable).resolve() or sys.prefix != sys.base_prefix:
+        remedy = f". {sys.prefix}/bin/activate before ros2 run and ros2 launch, or {remedy}"
+    return Finding(FAIL, "node", f"ros2 run starts it with {python}, which lacks {', '.join(lacking)}", remedy)

@@ -1,0 +1,502 @@
+"""The kpmatch command: what it prints, what it writes, and how it refuses."""
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from test_lightglue import authors_names as lightglue_of_the_authors
+from test_superpoint import authors_names as superpoint_of_the_authors
+from torch import Tensor
+
+import kpmatch_ros
+from kpmatch_ros import FeatureMatcher, weights
+from kpmatch_ros.cli import MATCHING_OPTIONS, main, read_image
+from kpmatch_ros.models import LightGlue, SuperPoint
+from kpmatch_ros.parameters import declaration, declarations
+
+SHIFT = (7, 3)  # pixels that image B is to the left of and above image A
+CAMERA = ["--intrinsics", "300,300,160,120"]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """run(words...): exit status, stdout and stderr of the command."""
+
+    def run_command(*words: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            status = main([str(word) for word in words])
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run_command
+
+
+@pytest.fixture(scope="module")
+def pictures(texture: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two image files: the same texture, moved by SHIFT."""
+    folder = tmp_path_factory.mktemp("pictures")
+    wide = texture(260, 340, 5)
+    paths = folder / "a.png", folder / "b.png"
+    for path, (x, y) in zip(paths, ((0, 0), SHIFT)):
+        cv2.imwrite(str(path), wide[y : y + 240, x : x + 320])
+    return paths
+
+
+def refused(result: tuple[int, str, str]) -> str:
+    """The one line with which a command refused what it was given."""
+    status, out, err = result
+    assert status == 2 and out == ""
+    assert err.endswith("\n") and err.count("\n") == 1 and "Traceback" not in err
+    return err
+
+
+# kpmatch match
+
+
+def test_json_holds_the_matches_under_the_documented_keys(run: Run, pictures: tuple[Path, Path]) -> None:
+    status, out, err = run("match", *pictures, "--json", "--device", "cpu")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert list(found) == [
+        "points0", "points1", "scores", "inliers", "num_keypoints", "layers", "pose", "extractor", "matcher",
+        "milliseconds",
+    ]  # fmt: skip
+    count = len(found["scores"])
+    assert count > 50 and np.shape(found["points0"]) == np.shape(found["points1"]) == (count, 2)
+    assert np.median(np.subtract(found["points0"], found["points1"]), axis=0) == pytest.approx(SHIFT, abs=0.5)
+    assert all(0 < score <= 1 for score in found["scores"])
+    assert found["inliers"] is None and found["pose"] is None
+    assert len(found["num_keypoints"]) == 2 and min(found["num_keypoints"]) >= count
+    assert 1 <= found["layers"] <= 9 and found["milliseconds"] > 0
+    assert (found["extractor"], found["matcher"]) == ("superpoint-open", "lightglue-superpoint-open")
+
+
+def test_json_holds_the_pose_where_intrinsics_are_given(run: Run, pictures: tuple[Path, Path]) -> None:
+    status, out, _ = run("match", *pictures, "--json", "--device", "cpu", *CAMERA)
+    found = json.loads(out)
+    assert status == 0 and list(found["pose"]) == ["status", "rotation", "translation", "metric"]
+    assert found["pose"]["status"] in ("OK", "NO_TRANSLATION") and found["pose"]["metric"] is False
+    rotation = np.array(found["pose"]["rotation"])
+    assert rotation @ rotation.T == pytest.approx(np.eye(3), abs=1e-9) and len(found["pose"]["translation"]) == 3
+    assert len(found["inliers"]) == len(found["scores"]) and set(found["inliers"]) <= {True, False}
+    assert sum(found["inliers"]) >= 15
+
+
+def test_a_pose_that_cannot_be_had_says_why(run: Run, pictures: tuple[Path, Path]) -> None:
+    _, out, _ = run("match", *pictures, "--json", "--device", "cpu", "--max-keypoints", 5, *CAMERA)
+    found = json.loads(out)
+    assert found["pose"]["status"] == "TOO_FEW_MATCHES" and found["pose"]["translation"] == [0, 0, 0]
+    _, out, _ = run("match", *pictures, "--device", "cpu", "--max-keypoints", 5, *CAMERA)
+    assert "TOO_FEW_MATCHES" in out
+
+
+def test_the_camera_of_b_and_the_lens_change_the_pose(run: Run, pictures: tuple[Path, Path]) -> None:
+    def rotation(*options: str) -> Any:
+        quick = ("--device", "cpu", "--matcher", "nearest", "--max-keypoints", 300)
+        _, out, _ = run("match", *pictures, "--json", *quick, *CAMERA, *options)
+        return np.array(json.loads(out)["pose"]["rotation"])
+
+    plain = rotation()
+    assert np.abs(rotation("--intrinsics1", "300,300,220,120") - plain).max() > 0.01
+    assert np.abs(rotation("--distortion", "-0.3,0.1,0,0") - plain).max() > 1e-4
+    assert np.array_equal(rotation("--distortion", "0,0,0,0,0", "--intrinsics1", "300,300,160,120"), plain)
+
+
+def test_without_json_a_few_readable_lines_are_printed(run: Run, pictures: tuple[Path, Path]) -> None:
+    status, out, err = run("match", *pictures, "--device", "cpu", *CAMERA)
+    assert (status, err) == (0, "")
+    assert "320 x 240" in out and "inliers" in out and "degrees" in out and 3 < out.count("\n") < 8
+
+
+def test_the_matches_are_drawn_into_a_file(run: Run, pictures: tuple[Path, Path], tmp_path: Path) -> None:
+    status, _, _ = run("match", *pictures, "--device", "cpu", "--save", tmp_path / "drawn.png")
+    drawn = cv2.imread(str(tmp_path / "drawn.png"))
+    assert status == 0 and drawn.shape[0] == 240 and drawn.shape[1] > 640
+    assert drawn.std(axis=2).max() > 40  # the images are grey, the lines are not
+
+
+def test_options_mean_what_the_parameters_of_their_names_mean(run: Run, pictures: tuple[Path, Path]) -> None:
+    options = {"max_keypoints": 100, "matcher": "nearest", "filter_threshold": 0.5, "border": 40, "device": "cpu"}
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    _, out, _ = run("match", *pictures, "--json", *words)
+    found = json.loads(out)
+    matcher = FeatureMatcher(**options)
+    features = [matcher.extract(read_image(path)) for path in pictures]
+    expected = matcher.match(*features)
+    assert found["matcher"] == "nearest" and found["num_keypoints"] == [100, 100]
+    assert np.array_equal(found["points0"], features[0].keypoints[expected.indices[:, 0]])
+    assert min(np.min(found["points0"], axis=0)) >= 40
+
+
+def test_the_options_are_those_of_the_parameters_that_concern_matching() -> None:
+    node_alone = {
+        "mode", "reference", "keyframe_min_matches", "keyframe_max_parallax", "max_gap", "queue", "image_transport",
+        "rectified", "sync_tolerance", "autostart",
+    }  # fmt: skip
+    assert set(MATCHING_OPTIONS) | node_alone == {item.name for item in declarations()}
+    assert not set(MATCHING_OPTIONS) & node_alone
+
+
+def test_help_shows_each_option_with_its_description_range_and_default(run: Run) -> None:
+    status, out, _ = run("match", "--help")
+    text = " ".join(out.split())
+    assert status == 0 and "example" in text
+    for name in MATCHING_OPTIONS:
+        item = declaration(name)
+        assert f"--{name.replace('_', '-')}" in text and item.description.split(" (")[0] in text
+    assert "(1 to 16384, default 1024)" in text and "auto|float32|float16|bfloat16" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--max-keypoints", "0"], "max_keypoints is 0; it must be 1 to 16384"),
+        (["--max-keypoints", "many"], "'many' is not a number"),
+        (["--filter-threshold", "nan"], "filter_threshold is nan"),
+        (["--precision", "float8"], "must be one of auto, float32"),
+        (["--device", "gpu"], "device is 'gpu'"),
+        (["--device", "cuda:77"], "device is 'cuda:77'"),
+        (["--extractor", "superpint"], "no weights are called 'superpint'"),
+        (["--matcher", "superpoint-open"], "holds a superpoint, not a lightglue"),
+        (["--intrinsics", "300,300,160"], "'300,300,160' is not 4 numbers"),
+        (["--intrinsics", "0,300,160,120"], "focal lengths of 0 and 300"),
+        (["--intrinsics1", "300,300,160,120"], "--intrinsics1 needs --intrinsics"),
+        (["--distortion", "-0.1,0,0,0"], "--distortion needs --intrinsics"),
+        ([*CAMERA, "--distortion", "-0.1"], "'-0.1' is not 4 or 5 numbers"),
+        (["--save", "matches.xyz"], "--save matches.xyz"),
+        (["--save", "no-such-folder/matches.png"], "there is no folder no-such-folder"),
+        (["--max-keypoint", "5"], "unrecognized arguments: --max-keypoint"),
+    ],
+)
+def test_a_bad_option_is_refused_in_one_line(
+    run: Run, pictures: tuple[Path, Path], words: list[str], said: str
+) -> None:
+    assert said in refused(run("match", *pictures, *words))
+
+
+def test_a_command_without_what_it_needs_is_refused_in_one_line(run: Run, pictures: tuple[Path, Path]) -> None:
+    assert "B" in refused(run("match", pictures[0]))
+    assert "COMMAND" in refused(run())
+    assert "'matsch'" in refused(run("matsch"))
+    assert "COMMAND" in refused(run("weights"))
+
+
+# Image files
+
+
+def encoded(image: np.ndarray, extension: str) -> bytes:
+    return bytes(cv2.imencode(extension, image)[1].tobytes())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("empty.png", lambda data: b"", "is empty"),
+        ("note.png", lambda data: b"not a picture", "is no image"),
+        ("half.png", lambda data: data[: len(data) // 2], "cut short"),
+        ("end.png", lambda data: data[:-20], "cut short"),
+        ("half.jpg", lambda data: data[: len(data) // 2], "cut short"),
+        ("end.jpg", lambda data: data[:-2], "cut short"),
+        ("half.bmp", lambda data: data[: len(data) // 2], "cut short"),
+        ("holes.png", lambda data: data[:2000] + bytes(200) + data[2200:], "damaged"),
+    ],
+)
+def test_a_damaged_image_is_refused_in_one_line(
+    tmp_path: Path, pictures: tuple[Path, Path], texture: Any, name: str, change: Callable[[bytes], bytes], said: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(change(encoded(texture(240, 320, 5), path.suffix)))
+    # As its own process: the image libraries write to stderr themselves.
+    command = [sys.executable, "-m", "kpmatch_ros.cli", "match", str(pictures[0]), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    line = refused((done.returncode, done.stdout, done.stderr))
+    assert name in line and said in line
+
+
+def test_a_file_that_is_not_there_is_named(run: Run, pictures: tuple[Path, Path], tmp_path: Path) -> None:
+    assert "nowhere.png: No such file" in refused(run("match", pictures[0], tmp_path / "nowhere.png"))
+    assert f"{tmp_path}: Is a directory" in refused(run("match", pictures[0], tmp_path))
+
+
+@pytest.mark.parametrize("extension", [".png", ".jpg", ".bmp", ".webp", ".tif"])
+def test_the_usual_image_files_are_read_in_rgb(tmp_path: Path, extension: str) -> None:
+    bgr = np.zeros((48, 64, 3), np.uint8)
+    bgr[..., 2] = 200
+    path = tmp_path / f"red{extension}"
+    path.write_bytes(encoded(bgr, extension))
+    image = read_image(path)
+    assert image.shape == (48, 64, 3) and image.dtype == np.uint8
+    assert np.abs(image.astype(int) - (200, 0, 0)).max() < 16
+
+
+def test_grey_images_stay_grey_and_16_bits_become_8(tmp_path: Path) -> None:
+    ramp = np.arange(64 * 48).reshape(48, 64) * 20
+    (tmp_path / "deep.png").write_bytes(encoded(ramp.astype(np.uint16), ".png"))
+    image = read_image(tmp_path / "deep.png")
+    assert image.shape == (48, 64) and image.dtype == np.uint8
+    assert np.abs(image.astype(int) - ramp / 257).max() <= 1
+
+
+def test_transparency_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "clear.png").write_bytes(encoded(np.full((48, 64, 4), 77, np.uint8), ".png"))
+    assert (read_image(tmp_path / "clear.png") == 77).all() and read_image(tmp_path / "clear.png").shape == (48, 64, 3)
+
+
+@pytest.mark.parametrize(("orientation", "turn"), [(1, 0), (3, 2), (6, 3), (8, 1)])
+def test_a_photograph_is_turned_upright_as_its_exif_data_says(
+    tmp_path: Path, texture: Any, orientation: int, turn: int
+) -> None:
+    stored = texture(48, 64, 1)
+    jpeg = encoded(stored, ".jpg")
+    # One EXIF entry: tag Orientation, type SHORT, one value.
+    entry = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)
+    exif = b"Exif\0\0" + b"II*\0" + struct.pack("<IH", 8, 1) + entry + struct.pack("<I", 0)
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    (tmp_path / "held.jpg").write_bytes(jpeg[:2] + segment + jpeg[2:])
+    upright = read_image(tmp_path / "held.jpg")
+    assert upright.shape == ((48, 64) if turn % 2 == 0 else (64, 48))
+    assert np.abs(upright.astype(int) - np.rot90(stored, turn)).mean() < 5
+
+
+# kpmatch weights
+
+
+def test_the_list_names_each_registered_weights_with_its_licence_size_and_origin(run: Run) -> None:
+    status, out, _ = run("weights", "list")
+    assert status == 0
+    for item in weights.REGISTRY.values():
+        (line,) = (line for line in out.splitlines() if line.split()[0] == item.name)
+        assert item.licence in line and item.origin in line and f"{item.size / 1e6:.1f} MB" in line and "yes" in line
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> weights.Weights:
+    """Registered weights that are fetched from a file on this machine."""
+    source = tmp_path / "server" / "net.safetensors"
+    source.parent.mkdir()
+    source.write_bytes(weights.find("superpoint-open").file.read_bytes())
+    item = weights.Weights(
+        name="far-away", model="superpoint", licence="CC-BY-NC-4.0", commercial=False, origin="a test",
+        size=source.stat().st_size, sha256=weights.file_hash(source), url=source.as_uri(),
+    )  # fmt: skip
+    monkeypatch.setitem(weights.REGISTRY, item.name, item)
+    monkeypatch.setenv("KPMATCH_WEIGHTS", str(tmp_path / "cache"))
+    return item
+
+
+def test_fetching_puts_the_file_in_the_cache_once(run: Run, served: weights.Weights) -> None:
+    assert "no " in next(line for line in run("weights", "list")[1].splitlines() if line.startswith("far-away"))
+    assert "kpmatch weights fetch far-away" in run("weights", "info", "far-away")[1]
+    status, out, err = run("weights", "fetch", "far-away")
+    assert status == 0 and str(served.path) in out and "NO commercial use" in out
+    assert err == ""  # no progress bar where stderr is no terminal
+    assert weights.file_hash(served.file) == served.sha256
+    first = served.file.stat().st_mtime_ns
+    assert run("weights", "fetch", "far-away")[0] == 0 and served.file.stat().st_mtime_ns == first
+
+
+def test_a_damaged_file_is_shown_as_such(run: Run, served: weights.Weights) -> None:
+    served.file.parent.mkdir(parents=True)
+    served.file.write_bytes(b"<html>404</html>")
+    assert "DAMAGED" in run("weights", "list")[1]
+    assert "kpmatch weights fetch far-away" in refused(run("weights", "info", "far-away"))
+
+
+def test_fetching_what_cannot_be_had_says_so(run: Run, served: weights.Weights) -> None:
+    Path(served.url.removeprefix("file://")).unlink()
+    assert "could not be fetched" in refused(run("weights", "fetch", "far-away"))
+    assert "no weights are called 'superpint'" in refused(run("weights", "fetch", "superpint"))
+
+
+def test_info_shows_configuration_size_hash_and_licence(run: Run) -> None:
+    item = weights.find("superpoint-open")
+    status, out, _ = run("weights", "info", item.name)
+    assert status == 0 and "descriptor_decoder_dim" in out and "1,267,969" in out and "24 (float16)" in out
+    assert item.sha256 in out and "Apache-2.0" in out and out.count("network ") == 1
+
+
+def test_info_recognises_registered_weights_by_their_hash(run: Run, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in weights.find("superpoint-open").path.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    _, out, _ = run("weights", "info", copy)
+    assert "superpoint-open" in out and "lightglue-superpoint-open" in out and "Apache-2.0" in out
+    assert out.count("network ") == 2
+
+
+def test_info_on_an_unregistered_folder_says_that_its_licence_is_unknown(run: Run, random_folder: Any) -> None:
+    status, out, _ = run("weights", "info", random_folder())
+    assert status == 0 and "unknown" in out and "(float32)" in out
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"PK\x03\x04 cut off"])
+@pytest.mark.parametrize("name", ["net.pth", "net.safetensors"])
+def test_what_is_no_weights_is_refused_in_one_line(run: Run, tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert name in refused(run("weights", "info", path))
+    assert name in refused(run("weights", "convert", path, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_another_network_are_refused(run: Run, tmp_path: Path) -> None:
+    torch.save({"conv.weight": torch.zeros(3, 3)}, tmp_path / "other.pth")
+    assert "neither a SuperPoint nor a LightGlue" in refused(run("weights", "info", tmp_path / "other.pth"))
+
+
+# kpmatch weights convert
+
+
+def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    one, other = first.state_dict(), second.state_dict()
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def authors_files(random_folder: Any, tmp_path: Path) -> tuple[Path, Path]:
+    """A SuperPoint and its LightGlue as the networks' authors store them."""
+    folder = random_folder(lightglue={"num_hidden_layers": 3})
+    matcher = LightGlue.from_pretrained(folder)
+    for layer in matcher.transformer_layers:
+        layer.cross_attention.k_proj.load_state_dict(layer.cross_attention.q_proj.state_dict())
+    paths = tmp_path / "superpoint.pth", tmp_path / "lightglue.pth"
+    torch.save(superpoint_of_the_authors(SuperPoint.from_pretrained(folder)), paths[0])
+    torch.save(lightglue_of_the_authors(matcher, old=True), paths[1])
+    return paths
+
+
+def test_the_authors_files_become_a_folder_that_this_package_and_transformers_load(
+    run: Run, authors_files: tuple[Path, Path], tmp_path: Path, texture: Any
+) -> None:
+    folder = tmp_path / "folder"
+    status, out, err = run("weights", "convert", authors_files[1], folder, "--extractor", authors_files[0])
+    assert (status, err) == (0, "") and "lightglue" in out and "superpoint" in out
+    assert same(SuperPoint.from_pretrained(folder), SuperPoint.from_pretrained(authors_files[0]))
+    assert same(LightGlue.from_pretrained(folder), LightGlue.from_pretrained(authors_files[1]))
+    matcher = FeatureMatcher.from_pretrained(folder, device="cpu", precision="float32", keypoint_threshold=0.1)
+    features = matcher.extract(texture(96, 128, 0))
+    assert len(matcher.match(features, features)) > 10
+
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    model, loading = transformers.LightGlueForKeypointMatching.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours = LightGlue.from_pretrained(folder).state_dict()
+    theirs: dict[str, Tensor] = model.state_dict()
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+
+
+def test_a_superpoint_becomes_a_folder_that_transformers_loads(
+    run: Run, authors_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    assert run("weights", "convert", authors_files[0], tmp_path / "folder")[0] == 0
+    assert same(SuperPoint.from_pretrained(tmp_path / "folder"), SuperPoint.from_pretrained(authors_files[0]))
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    _, loading = transformers.SuperPointForKeypointDetection.from_pretrained(
+        tmp_path / "folder", output_loading_info=True
+    )
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_registered_weights_convert_with_their_precision_and_their_extractor(run: Run, tmp_path: Path) -> None:
+    assert run("weights", "convert", "lightglue-superpoint-open", tmp_path / "folder")[0] == 0
+    written, original = tmp_path / "folder" / "model.safetensors", weights.find("superpoint-open").file
+    assert written.stat().st_size == original.stat().st_size
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_a_network_of_the_usual_configuration_fits_a_single_file(run: Run, tmp_path: Path) -> None:
+    model = SuperPoint()
+    torch.save(superpoint_of_the_authors(model), tmp_path / "usual.pth")
+    assert run("weights", "convert", tmp_path / "usual.pth", tmp_path / "usual.safetensors")[0] == 0
+    assert same(SuperPoint.from_pretrained(tmp_path / "usual.safetensors"), model)
+    assert run("weights", "convert", tmp_path / "usual.safetensors", tmp_path / "back")[0] == 0
+    assert same(SuperPoint.from_pretrained(tmp_path / "back"), model)
+
+
+def test_a_conversion_that_would_lose_something_is_refused(
+    run: Run, authors_files: tuple[Path, Path], random_folder: Any, tmp_path: Path
+) -> None:
+    folder, target = random_folder(), tmp_path / "out.safetensors"
+    assert "holds no configuration" in refused(run("weights", "convert", authors_files[0], target))
+    assert "only one network" in refused(run("weights", "convert", folder, target))
+    assert "--extractor" in refused(run("weights", "convert", authors_files[1], tmp_path / "out"))
+    assert "only a lightglue" in refused(
+        run("weights", "convert", authors_files[0], tmp_path / "out", "--extractor", authors_files[0])
+    )
+    assert "do not belong together" in refused(
+        run("weights", "convert", authors_files[1], tmp_path / "out", "--extractor", "superpoint-open")
+    )
+    assert not target.exists() and not (tmp_path / "out").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_target_that_exists_is_left_alone(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    assert "is there already" in refused(run("weights", "convert", "superpoint-open", tmp_path / "folder"))
+    assert not list((tmp_path / "folder").iterdir())
+
+
+# The command as a process
+
+
+def kpmatch(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    # From another folder: in a checkout, python -m would take the package there instead of the installed one.
+    command = [sys.executable, "-m", "kpmatch_ros.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "match", "demo", "weights", "weights list", "weights fetch", "weights info", "weights convert", "doctor"],
+)
+def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
+    status, out, err = run(*command.split(), "--help")
+    assert (status, err) == (0, "")
+    assert f"kpmatch {command}" in out.split("example")[-1]
+
+
+def test_help_does_not_wait_for_pytorch_and_opencv(tmp_path: Path) -> None:
+    code = (
+        "import sys; from kpmatch_ros.cli import main\n"
+        "try: main(['match', '--help'])\n"
+        "finally: print([name for name in ('torch', 'cv2', 'numpy', 'rclpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_version_is_that_of_the_package(run: Run) -> None:
+    assert run("--version")[1].split() == ["kpmatch_ros", kpmatch_ros.__version__]
+
+
+def test_a_reader_that_stops_reading_is_no_fault(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stdout:
+        done = subprocess.run(
+            [sys.executable, "-m", "kpmatch_ros.cli", "weights", "list"],
+            stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_bad_usage_ends_the_process_with_status_2(tmp_path: Path) -> None:
+    done = kpmatch("match", "nowhere.png", "nowhere.png", folder=tmp_path)
+    assert "nowhere.png: No such file" in refused((done.returncode, done.stdout, done.stderr))

@@ -1,0 +1,88 @@
+"""kpmatch demo: the whole job over DDS, as a user starts it."""
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from kpmatch_ros.bags import bag_topics, read_ground_truth
+from kpmatch_ros.cli import main
+
+FRAMES = 4
+
+
+def test_the_demo_shows_figures_close_to_the_truth_and_leaves_a_picture_the_bag_and_a_log(tmp_path: Path) -> None:
+    # One test for all of it: it starts a node and draws a scene.
+    command = [sys.executable, "-m", "kpmatch_ros.cli", "demo", "--out", "out", "--frames", str(FRAMES)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=280)
+    assert done.returncode == 0, done.stderr
+
+    lines = re.findall(
+        r"^ *\d+ -> \d+ +(\d+) +(\d+) % +(\d+) ms +([\d.]+) ° +([\d.]+) ° +OK$", done.stdout, flags=re.MULTILINE
+    )
+    assert len(lines) == FRAMES - 1, done.stdout
+    matches, inliers, latency, rotation, direction = np.array(lines, float).T
+    assert matches.min() > 200 and inliers.min() > 50 and latency.min() > 0
+    assert rotation.max() < 0.3 and np.median(direction) < 5
+    assert "3 of 3 OK" in done.stdout and "out/matches.png" in done.stdout
+
+    out = tmp_path / "out"
+    picture = cv2.imread(str(out / "matches.png"))
+    assert picture.shape[0] == 480 and picture.shape[1] > 1280
+    counts = {topic.name: topic.num_messages for topic in bag_topics(out / "bag")}
+    assert counts["/camera/image_raw"] == counts["/camera/camera_info"] == FRAMES
+    assert len(read_ground_truth(out / "bag")[0]) == FRAMES
+    assert "superpoint-open" in (out / "node.log").read_text()
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_the_node_ends_with_the_demo(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kpmatch_ros.cli", "demo", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        end = time.monotonic() + 60
+        while not (nodes := children(process.pid)) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert nodes
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in err
+    assert not any(Path(f"/proc/{node}").exists() for node in nodes)
+
+
+@pytest.mark.parametrize(
+    ("module", "said"), [("rclpy", "ROS 2 is not here"), ("kpmatch_ros.msg", "messages of kpmatch_ros are not built")]
+)
+def test_without_ros_or_messages_it_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, module: str, said: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert said in err and "make demo" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_place_of_the_folder_is_left_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main(["demo", "--out", str(tmp_path / "file")]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_single_frame_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--frames", "1"])
+    assert "at least 2" in capsys.readouterr().err

@@ -1,0 +1,195 @@
+"""What kpmatch doctor finds, on this machine and on ones with faults."""
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kpmatch_ros
+from kpmatch_ros import doctor, weights
+from kpmatch_ros.doctor import FAIL, OK, WARN, Finding
+
+
+def findings(check: Any) -> dict[str, Finding]:
+    """What one check finds, by subject; the last where there are several of one subject."""
+    return {finding.subject: finding for finding in check()}
+
+
+def run(tmp_path: Path, **environment: str | None) -> subprocess.CompletedProcess[str]:
+    """The command as its own process, from a folder without a package, with some environment variables changed."""
+    changed = {**os.environ, **environment}
+    command = [sys.executable, "-m", "kpmatch_ros.cli", "doctor"]
+    variables = {name: value for name, value in changed.items() if value is not None}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=variables)
+
+
+def test_where_everything_is_built_everything_is_well(tmp_path: Path) -> None:
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAIL" not in done.stdout and "everything needed works" in done.stdout and done.stderr == ""
+    for subject in ("PyTorch", "GPU", "precision", "OpenCV", "weights", "networks", "ROS 2", "middleware", "messages"):
+        assert f"] {subject}" in done.stdout
+    assert f"version {kpmatch_ros.__version__}, built in" in done.stdout and "converter" in done.stdout
+    assert "ros2 run starts it with" in done.stdout
+
+
+def test_where_ros_is_missing_the_rest_is_still_well(tmp_path: Path) -> None:
+    # An empty module hides the real one, as in a Python without ROS.
+    (tmp_path / "rclpy.py").write_text("raise ModuleNotFoundError(\"No module named 'rclpy'\", name='rclpy')")
+    done = run(tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    assert done.returncode == 0 and "FAIL" not in done.stdout
+    assert "[WARN] ROS 2" in done.stdout and "Python API and kpmatch match work without it" in done.stdout
+
+
+def test_a_ros_for_another_python_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rclpy.py").write_text("import rclpy._rclpy_pybind11")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    (finding,) = doctor._ros()
+    assert finding.level == FAIL and "Python version" in finding.remedy
+
+
+def test_a_ros_that_ends_the_process_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rclpy.py").write_text("import os; os.abort()")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    (finding,) = doctor._ros()
+    assert finding.level == FAIL and "ended the process" in finding.text
+
+
+def test_a_middleware_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RMW_IMPLEMENTATION", "rmw_no_such_thing")
+    faults = [finding for finding in doctor._ros() if finding.level == FAIL]
+    assert faults and "rmw_no_such_thing" in " ".join(finding.text + finding.remedy for finding in faults)
+
+
+def test_messages_that_are_not_built_are_a_fault_with_the_command_that_builds_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def without(variable: str) -> str:
+        entries = os.environ.get(variable, "").split(os.pathsep)
+        return os.pathsep.join(entry for entry in entries if "kpmatch_ros" not in entry)
+
+    for variable in ("PYTHONPATH", "AMENT_PREFIX_PATH"):
+        monkeypatch.setenv(variable, without(variable))
+    found = findings(doctor._ros)
+    assert found["messages"].level == FAIL and "colcon build" in found["messages"].remedy
+    assert found["node"].level == FAIL
+
+
+def test_a_copy_installed_by_pip_that_hides_the_messages_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / "kpmatch_ros"
+    package.mkdir()
+    (package / "__init__.py").write_text("__version__ = '9'")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
+    finding = findings(doctor._ros)["messages"]
+    assert finding.level == FAIL and str(package) in finding.text and "pip uninstall" in finding.remedy
+
+
+def test_messages_of_another_version_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kpmatch_ros, "__version__", "99.0.0")
+    finding = findings(doctor._ros)["messages"]
+    assert finding.level == FAIL and "99.0.0" in finding.text and "colcon build" in finding.remedy
+
+
+def test_a_node_that_ros2_run_starts_with_a_python_without_pytorch_is_a_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bare = tmp_path / "python3"  # first on the path, as the system's Python is where no environment is activated
+    bare.write_text(f"#!/bin/sh\nexec {sys.executable} -I -S \"$@\"\n")
+    bare.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    finding = findings(doctor._ros)["node"]
+    assert finding.level == FAIL and str(bare) in finding.text and "torch" in finding.text
+    assert "activate" in finding.remedy and f"{bare} -m pip install" in finding.remedy
+
+
+def test_damaged_weights_are_a_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    item = weights.find("superpoint-open")
+    shutil.copytree(item.path, tmp_path / "copy")
+    with (tmp_path / "copy" / "model.safetensors").open("r+b") as stream:
+        stream.seek(100_000)
+        stream.write(b"?")
+    monkeypatch.setattr(weights.resources, "files", lambda package: tmp_path)
+    damaged = weights.Weights(**{**vars(item), "packaged": "copy"})
+    monkeypatch.setitem(weights.REGISTRY, item.name, damaged)
+    levels = [finding.level for finding in doctor._weights() if item.name in finding.text]
+    assert levels[0] == FAIL
+
+
+def test_weights_that_may_not_be_used_commercially_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    item = weights.find("superpoint-open")
+    limited = weights.Weights(**{**vars(item), "commercial": False, "licence": "CC-BY-NC-4.0"})
+    monkeypatch.setitem(weights.REGISTRY, item.name, limited)
+    text = next(finding.text for finding in doctor._weights() if item.name in finding.text)
+    assert "CC-BY-NC-4.0, NO COMMERCIAL USE" in text
+
+
+def test_weights_that_nobody_fetched_and_nobody_needs_are_no_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    far = weights.Weights("far-away", "superpoint", "MIT", True, "a test", 1, "0" * 64, url="http://127.0.0.1:9/x.pth")
+    monkeypatch.setenv("KPMATCH_WEIGHTS", str(tmp_path))
+    monkeypatch.setitem(weights.REGISTRY, far.name, far)
+    assert {finding.level for finding in doctor._weights()} == {OK}
+
+
+def test_without_pytorch_the_command_that_installs_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (finding,) = doctor._pytorch()
+    assert finding.level == FAIL and "pip install torch" in finding.remedy
+
+
+def test_an_opencv_that_does_not_fit_numpy_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cv2.py").write_text("raise AttributeError('_ARRAY_API not found')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cv2")
+    (finding,) = doctor._opencv()
+    assert finding.level == FAIL and "_ARRAY_API" in finding.text and "opencv" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("built_for", "remedy"), [(None, "built for CUDA"), ("12.8", "nvidia-smi")], ids=["processor", "CUDA"]
+)
+def test_a_gpu_that_pytorch_does_not_use_is_worth_a_warning(
+    monkeypatch: pytest.MonkeyPatch, built_for: str | None, remedy: str
+) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("PyTorch uses the GPU here")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    finding = doctor._gpu(torch)
+    assert finding.level == WARN and remedy in finding.remedy
+
+
+def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Any:
+        raise RuntimeError("the disk is on fire")
+        yield
+
+    for name in ("_opencv", "_pytorch", "_weights", "_networks", "_ros"):
+        monkeypatch.setattr(doctor, name, broken)
+    found = list(doctor.examine())
+    assert [finding.level for finding in found] == [OK, OK, FAIL, FAIL, FAIL, FAIL, FAIL]
+    assert "the disk is on fire" in found[-1].text
+
+
+def test_a_fault_gives_status_2_and_each_line_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kpmatch_ros.cli import main
+
+    lines = [Finding(OK, "one", "well"), Finding(WARN, "two", "odd", "look"), Finding(FAIL, "three", "bad", "fix it")]
+    monkeypatch.setattr(doctor, "examine", lambda: iter(lines))
+    assert main(["doctor"]) == 2
+    out = capsys.readouterr().out
+    assert "[FAIL] three" in out and "-> fix it" in out and "-> look" in out and "1 at fault, 1 to know about" in out
+    monkeypatch.setattr(doctor, "examine", lambda: iter(lines[:2]))
+    assert main(["doctor"]) == 0
