@@ -124,10 +124,11 @@ def diagnostic_status(level: bytes, name: str, text: str, hardware_id: str, valu
 
 def parameter_descriptor(item: Declaration) -> ParameterDescriptor:
     """What `ros2 param describe` shows of a parameter."""
-    notes = ", ".join(part for part in (item.constraint, item.unit) if part)
+    constraints = [item.constraint] if item.choices else []
+    constraints += [] if item.dynamic else ["takes effect when the node is configured"]
     descriptor = ParameterDescriptor(
         description=f"{item.description}{f' [{item.unit}]' if item.unit else ''}",
-        additional_constraints=notes if item.dynamic else f"{notes}{'; ' if notes else ''}set before configuring",
+        additional_constraints="; ".join(constraints),
         # A whole number in a file is an integer to ROS; Declaration.check takes it for a float and checks the rest.
         dynamic_typing=item.type is float,
     )

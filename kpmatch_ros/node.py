@@ -160,6 +160,7 @@ class MatcherNode(LifecycleNode):
         self._best_effort_wanted = False
         self._subscribe(reliable=self._matching_parameters.queue == "all")
         self._state = "active"
+        self.get_logger().info(f"active: waiting for images on {self._image_subscription.topic_name}")
         return TransitionCallbackReturn.SUCCESS
 
     @_explained
@@ -415,7 +416,12 @@ class MatcherNode(LifecycleNode):
         silent = waited if silence is None else min(silence, waited)
         if silent > _SILENT_AFTER and image.topic_name not in self._incompatible_qos:
             publishers = self.count_publishers(image.topic_name)
-            why = "nobody publishes it" if not publishers else f"{publishers} publish it, but send nothing"
+            why = "nobody publishes it"
+            if publishers:
+                why = (
+                    f"it has {publishers} publisher(s), but nothing comes; large images are easily lost best effort, which "
+                    f"qos_overrides.{image.topic_name}.subscription.reliability: reliable prevents"
+                )
             reasons.append(f"no image on {image.topic_name} for {silent:.0f} s: {why}")
         if self._camera_info is None and waited > _SILENT_AFTER and info.topic_name not in self._incompatible_qos:
             why = "sends nothing" if self.count_publishers(info.topic_name) else "nobody publishes it"

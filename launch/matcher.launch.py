@@ -17,7 +17,6 @@ from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
 from launch.logging import get_logger
 from launch_ros.actions import LifecycleNode
-from launch_ros.parameter_descriptions import ParameterValue
 from launch_ros.utilities import make_namespace_absolute, prefix_namespace
 
 from kpmatch_ros.parameters import declaration
@@ -104,12 +103,11 @@ def start_node(context: LaunchContext) -> list[LifecycleNode]:
             f"{', '.join(found) or 'no section with ros__parameters'}; name the section {node_name} or /**"
         )
 
-    overrides: dict[str, Any] = {}
-    for name in (*NODE_PARAMETERS, "use_sim_time"):
-        if given[name] in BOOLEANS:
-            overrides[name] = given[name].lower() == "true"
-        elif given[name]:
-            overrides[name] = ParameterValue(given[name], value_type=str)  # or a folder named 2024 became a number
+    overrides = {
+        name: given[name].lower() == "true" if given[name] in BOOLEANS else given[name]
+        for name in (*NODE_PARAMETERS, "use_sim_time")
+        if given[name]
+    }
 
     remappings = []
     for argument, topic, _ in CAMERAS:

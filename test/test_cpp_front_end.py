@@ -23,7 +23,6 @@ rclpy = pytest.importorskip("rclpy")
 
 from builtin_interfaces.msg import Time  # noqa: E402
 from domain_coordinator import domain_id  # noqa: E402
-from node_harness import running_node  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
 from rclpy.qos import DurabilityPolicy, QoSProfile  # noqa: E402
 from rclpy.serialization import serialize_message  # noqa: E402
@@ -31,6 +30,7 @@ from sensor_msgs.msg import Image  # noqa: E402
 from std_msgs.msg import Header  # noqa: E402
 
 from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose  # noqa: E402
+from node_harness import running_node  # noqa: E402
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Program = Callable[[type, bytes], "subprocess.CompletedProcess[str]"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -238,8 +239,8 @@ def test_the_launch_file_is_read_without_loading_torch(tmp_path: Path) -> None:
     assert done.stdout.strip() == "False"
 
 
-def wait_for_state(node_name: str, label: str, seconds: float) -> str:
-    """The node's lifecycle state once it is `label`, or the last one seen."""
+def wait_for_state(node_name: str, label: str, ended: threading.Event) -> str:
+    """The node's lifecycle state once it is `label`, or the last one seen before the process ended."""
     context = rclpy.Context()
     rclpy.init(context=context)
     seen = "no node"
@@ -247,8 +248,8 @@ def wait_for_state(node_name: str, label: str, seconds: float) -> str:
         node = rclpy.create_node("observer", context=context)
         executor = SingleThreadedExecutor(context=context)
         client = node.create_client(GetState, f"{node_name}/get_state")
-        deadline = time.monotonic() + seconds
-        while seen != label and time.monotonic() < deadline:
+        deadline = time.monotonic() + 120.0
+        while seen != label and not ended.is_set() and time.monotonic() < deadline:
             if client.wait_for_service(timeout_sec=0.5):
                 answer = client.call_async(GetState.Request())
                 rclpy.spin_until_future_complete(node, answer, executor, timeout_sec=1.0)
@@ -263,18 +264,20 @@ def wait_for_state(node_name: str, label: str, seconds: float) -> str:
 def test_the_launched_node_becomes_active_and_ends_cleanly() -> None:
     service = LaunchService(noninteractive=True)
     exit_codes: list[int] = []
+    ended = threading.Event()
     note = OnProcessExit(on_exit=lambda event, _context: exit_codes.append(event.returncode))
     actions = [RegisterEventHandler(note), include(namespace="robot", device="cpu")]
     service.include_launch_description(LaunchDescription(actions))
 
     def watch() -> str:
         try:
-            return wait_for_state("/robot/matcher", "active", seconds=120.0)
+            return wait_for_state("/robot/matcher", "active", ended)
         finally:
             service.shutdown()
 
     with ThreadPoolExecutor() as pool:
         state = pool.submit(watch)
-        assert service.run() == 0
+        return_code = service.run()
+        ended.set()
     assert state.result() == "active"
-    assert exit_codes == [0]
+    assert (return_code, exit_codes) == (0, [0])

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from diagnostic_msgs.msg import DiagnosticStatus
 from lifecycle_msgs.srv import ChangeState, GetState
-from node_harness import NodeUnderTest, running_node
 from rcl_interfaces.srv import DescribeParameters, SetParametersAtomically
 from rclpy.parameter import Parameter
 from rclpy.qos import qos_profile_sensor_data
@@ -17,6 +16,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_srvs.srv import Trigger
 
 from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
+from node_harness import NodeUnderTest, running_node
 
 WIDTH, HEIGHT = 320, 240
 FAST = {"max_keypoints": 256}
@@ -285,7 +285,7 @@ def test_parameters_change_at_a_frame_boundary_or_are_refused_with_the_reason(tm
         assert "keypoints kept per image" in described[0].description
         assert (described[0].integer_range[0].from_value, described[0].integer_range[0].to_value) == (1, 16384)
         assert described[1].floating_point_range[0].to_value == 1.0
-        assert "set before configuring" in described[2].additional_constraints
+        assert "when the node is configured" in described[2].additional_constraints
 
 
 def test_the_lifecycle_can_be_walked_and_a_failed_configuration_mended(tmp_path: Path) -> None:

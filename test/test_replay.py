@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from node_harness import NodeUnderTest, running_node
 from rosbags.highlevel import AnyReader
 from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.bags import GROUND_TRUTH, write_demo_bag
 from kpmatch_ros.msg import MatchArray, RelativePose
+from node_harness import NodeUnderTest, running_node
 
 
 def replay(node: NodeUnderTest, bag: Path, image_topic: str, info_topic: str) -> int:
