@@ -62,7 +62,7 @@ class Camera:
 
         if self.width <= 0 or self.height <= 0:
             raise CalibrationError(
-                "size", f"the calibration is for an image of {self.width}x{self.height} pixels: set its width and height"
+                "size", f"the calibration is for images of {self.width}x{self.height} pixels: set its width and height"
             )
         _check_matrix(self.matrix, max(self.width, self.height))
         _check_distortion(self.distortion_model, self.distortion)
@@ -83,8 +83,8 @@ class Camera:
         if numbers[0] == 0.0:  # how sensor_msgs/CameraInfo says so
             raise CalibrationError(
                 "uncalibrated",
-                f"camera_info: {name}[0] is 0, the camera is not calibrated. Calibrate it (camera_calibration) and give "
-                "its driver the file (camera_info_url)",
+                f"camera_info: {name}[0] is 0, the camera is not calibrated. Calibrate it (camera_calibration) and "
+                "give its driver the file (camera_info_url)",
             )
         matrix = numbers.reshape(3, -1)[:, :3].copy()
 

@@ -419,8 +419,8 @@ class MatcherNode(LifecycleNode):
             why = "nobody publishes it"
             if publishers:
                 why = (
-                    f"it has {publishers} publisher(s), but nothing comes; large images are easily lost best effort, which "
-                    f"qos_overrides.{image.topic_name}.subscription.reliability: reliable prevents"
+                    f"it has {publishers} publisher(s), but nothing comes; large images are easily lost best effort, "
+                    f"which qos_overrides.{image.topic_name}.subscription.reliability: reliable prevents"
                 )
             reasons.append(f"no image on {image.topic_name} for {silent:.0f} s: {why}")
         if self._camera_info is None and waited > _SILENT_AFTER and info.topic_name not in self._incompatible_qos:
