@@ -1,0 +1,207 @@
+"""What several test files need: recorded data, textured images, random weights that behave like trained ones."""
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kpmatch_ros.models import LightGlue, SuperPoint
+
+Texture = Callable[[int, int, int], NDArray[np.uint8]]
+Randomise = Callable[[nn.Module, int], None]
+SaveFolder = Callable[..., Path]
+RecordDifference = Callable[[str, float], None]
+
+torch.set_num_threads(1)  # small networks gain nothing from more, and where other work shares the cores lose a lot
+
+_DIFFERENCE = "largest difference: "
+
+
+@pytest.fixture(scope="session")
+def recorded_data() -> Path:
+    """A folder of recorded bags and image pairs beside the checkout; its tests are skipped where there is none."""
+    chosen = os.environ.get("KPMATCH_DATA")
+    folder = Path(chosen) if chosen else Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"there is no recorded data at {folder}; KPMATCH_DATA names another folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texture() -> Texture:
+    """texture(height, width, seed): a uint8 grey image with structure of several sizes everywhere."""
+
+    def make(height: int, width: int, seed: int) -> NDArray[np.uint8]:
+        random = np.random.default_rng(seed)
+        image = np.zeros((height, width))
+        for scale in (2, 5, 13):
+            noise = random.normal(size=(max(height // scale, 2), max(width // scale, 2)))
+            image += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+        image = (image - image.min()) / (image.max() - image.min())
+        return (255 * image).round().astype(np.uint8)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def randomise_superpoint(texture: Texture) -> Randomise:
+    """randomise_superpoint(model, seed): random weights with scores that differ and descriptors that tell apart.
+
+    Plain random weights give flat scores and nearly equal descriptors. So every convolution is scaled until its outputs
+    on a textured image have mean 0 and a given spread in each channel, as batch normalisation would have done.
+    """
+
+    def randomise(model: nn.Module, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        hooks: list[RemovableHandle] = []
+
+        def normalise(spread: float) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor]:
+            def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                mean, scale = output.mean((0, 2, 3)), output.std((0, 2, 3)) / spread
+                module.weight.data /= scale[:, None, None, None]
+                module.bias.data.copy_((module.bias - mean) / scale)
+                return (output - mean[:, None, None]) / scale[:, None, None]
+
+            return hook
+
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.data.copy_(torch.randn(module.weight.shape, generator=generator))
+                spread = 3.0 if name.endswith("conv_score_b") else 1.0
+                hooks.append(module.register_forward_hook(normalise(spread)))
+        image = torch.from_numpy(texture(96, 128, seed)).float()[None, None] / 255
+        with torch.no_grad():
+            features: Any = model.get_submodule("encoder")(image)
+            features = getattr(features, "last_hidden_state", features)
+            for head in ("keypoint_decoder.conv_score_", "descriptor_decoder.conv_descriptor_"):
+                hidden = model.get_submodule(head + "a")(features).relu()
+                model.get_submodule(head + "b")(hidden)
+        for handle in hooks:
+            handle.remove()
+
+    return randomise
+
+
+@pytest.fixture(scope="session")
+def randomise_lightglue() -> Randomise:
+    """randomise_lightglue(model, seed): random weights that match alike descriptors, grow sure, and reject some points.
+
+    Attention is peaked, so that errors in it show; every layer is surer than the one before, so that early stopping
+    happens after some of them; matchability differs from point to point, so that some are pruned.
+    """
+    spreads = {
+        "projector": lambda fan: 1.0,
+        "input_projection": lambda fan: 1 / math.sqrt(fan),
+        "q_proj": lambda fan: 1.2,
+        "k_proj": lambda fan: 1.2,
+        "v_proj": lambda fan: 1 / math.sqrt(fan),
+        "o_proj": lambda fan: 1 / math.sqrt(fan),
+        "fc1": lambda fan: 1 / math.sqrt(fan),
+        "fc2": lambda fan: 0.2 / fan,  # states change by little from layer to layer, else matches would be chance
+        "final_projection": lambda fan: 24 / math.sqrt(fan),
+        "matchability": lambda fan: 3.0,
+        "token": lambda fan: 3.0,
+    }
+
+    def randomise(model: nn.Module, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if name.startswith("keypoint_detector."):
+                continue
+            layer = re.search(r"\.(\d+)\.", name)
+            module, kind = name.rsplit(".", 2)[-2:]
+            mean = 0.0
+            if module == "layer_norm":
+                spread, mean = 0.2, float(kind == "weight")
+            elif kind == "weight":
+                spread = spreads[module](parameter.shape[-1])
+            elif module == "token" and layer is not None:
+                spread, mean = 0.0, 2.0 * int(layer[1]) - 3.0
+            elif module == "matchability":
+                spread, mean = 0.0, 1.0
+            else:
+                spread = 0.01
+            parameter.data.copy_(mean + spread * torch.randn(parameter.shape, generator=generator))
+
+    return randomise
+
+
+SMALL_SUPERPOINT: dict[str, Any] = {
+    "encoder_hidden_sizes": [16, 16, 32, 32],
+    "decoder_hidden_size": 32,
+    "descriptor_decoder_dim": 64,
+    "keypoint_threshold": 0.1,
+    "max_keypoints": -1,
+    "border_removal_distance": 0,
+}
+SMALL_LIGHTGLUE: dict[str, Any] = {"descriptor_dim": 64, "num_hidden_layers": 5, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="session")
+def small_superpoint() -> dict[str, Any]:
+    """The configuration of a SuperPoint of the usual shape, but quick."""
+    return dict(SMALL_SUPERPOINT)
+
+
+@pytest.fixture(scope="session")
+def small_lightglue() -> dict[str, Any]:
+    """The configuration of a LightGlue for its descriptors."""
+    return dict(SMALL_LIGHTGLUE)
+
+
+@pytest.fixture(scope="session")
+def random_folder(
+    tmp_path_factory: pytest.TempPathFactory, randomise_superpoint: Randomise, randomise_lightglue: Randomise
+) -> SaveFolder:
+    """random_folder(seed=0, superpoint={}, lightglue={}): a folder with a small LightGlue and its detector."""
+
+    def save(seed: int = 0, superpoint: dict[str, Any] | None = None, lightglue: dict[str, Any] | None = None) -> Path:
+        detector_config = {**SMALL_SUPERPOINT, **(superpoint or {})}
+        config = {**SMALL_LIGHTGLUE, **(lightglue or {})}
+        detector = SuperPoint(**detector_config)
+        matcher = LightGlue(input_dim=detector.descriptor_size, **config)
+        randomise_superpoint(detector, seed)
+        randomise_lightglue(matcher, seed)
+        tensors = {f"keypoint_detector.{name}": tensor for name, tensor in detector.state_dict().items()}
+        folder = tmp_path_factory.mktemp("weights")
+        save_file({**tensors, **matcher.state_dict()}, folder / "model.safetensors")
+        detector_config["model_type"] = "superpoint"
+        config.update(model_type="lightglue", keypoint_detector_config=detector_config)
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def record_difference(record_property: Callable[[str, object], None]) -> RecordDifference:
+    """record_difference(what, value): shown at the end of the run, the largest of all tests."""
+    return lambda what, value: record_property(_DIFFERENCE + what, float(value))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """A table of how far results are from the reference implementation."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for report in terminalreporter.getreports("passed"):
+        for name, value in getattr(report, "user_properties", []):
+            if name.startswith(_DIFFERENCE):
+                found[name.removeprefix(_DIFFERENCE)].append(value)
+    if found:
+        terminalreporter.section("largest difference from transformers")
+        width = max(map(len, found))
+        for name, values in sorted(found.items()):
+            terminalreporter.line(f"{name:{width}}  {max(values):8.2g}  ({len(values)} comparisons)")

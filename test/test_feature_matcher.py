@@ -1,0 +1,441 @@
+"""From images to matches with the shipped weights: every image gives valid features, in the image's own pixels."""
+from __future__ import annotations
+
+import resource
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from kpmatch_ros import FeatureMatcher, Features, Matches, ParameterError, Parameters
+from kpmatch_ros.feature_matcher import choose_device, choose_precision
+
+Image = NDArray[np.uint8]
+
+
+PARAMETERS = Parameters(device="cpu", precision="float32", max_keypoints=300)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> FeatureMatcher:
+    return FeatureMatcher(PARAMETERS)
+
+
+@pytest.fixture
+def matcher(loaded: FeatureMatcher) -> FeatureMatcher:
+    """With PARAMETERS, whatever the test before did to it."""
+    loaded.configure(PARAMETERS)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def views(texture: Any) -> tuple[Image, Image, NDArray[np.float64]]:
+    """Two images, and the homography from the first to the second."""
+    homography = np.array([[0.97, 0.05, 6.0], [-0.04, 0.98, 9.0], [8e-5, -4e-5, 1.0]])
+    picture = cv2.GaussianBlur(texture(180, 240, 3), (0, 0), 1)
+    return picture, cv2.warpPerspective(picture, homography, (240, 180)), homography
+
+
+def correct_share(
+    matches: Matches, features0: Features, features1: Features, homography: NDArray[np.float64], pixels: float
+) -> float:
+    points0, points1 = features0.keypoints[matches.indices[:, 0]], features1.keypoints[matches.indices[:, 1]]
+    expected = cv2.perspectiveTransform(np.asarray(points0, np.float64)[:, None], homography)[:, 0]
+    return float((np.linalg.norm(expected - np.asarray(points1), axis=1) < pixels).mean())
+
+
+def assert_valid(features: Features, width: int, height: int) -> None:
+    found = features.numpy()
+    count = len(features)
+    assert (found.keypoints.shape, found.scores.shape) == ((count, 2), (count,))
+    assert found.descriptors.shape == (count, 128)
+    assert found.keypoints.dtype == found.scores.dtype == found.descriptors.dtype == np.float32
+    for array in (found.keypoints, found.scores, found.descriptors):
+        assert np.isfinite(array).all()
+    assert features.size == (width, height)
+    assert (found.keypoints >= -0.5).all()  # the image's area; enlarged, it is seen in fractions of a pixel
+    assert (found.keypoints <= (width - 0.5, height - 0.5)).all()
+    assert (np.diff(found.scores) <= 0).all()
+    np.testing.assert_allclose(np.linalg.norm(found.descriptors, axis=1), 1, atol=1e-5)
+
+
+def same(first: Features, second: Features) -> bool:
+    return all(
+        torch.equal(torch.as_tensor(getattr(first, name)), torch.as_tensor(getattr(second, name)))
+        for name in ("keypoints", "scores", "descriptors")
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ matching
+
+
+def test_two_views_are_matched_where_they_show_the_same_point(
+    matcher: FeatureMatcher, views: tuple[Image, Image, NDArray[np.float64]]
+) -> None:
+    features0, features1 = (matcher.extract(image) for image in views[:2])
+    matches = matcher.match(features0, features1)
+    assert len(matches) == len(matches.scores) > 80
+    assert correct_share(matches, features0, features1, views[2], pixels=3) > 0.9
+    assert matches.indices.dtype == torch.int64
+    assert 0 < matches.layers <= 9
+    assert ((matches.scores > 0.1) & (matches.scores <= 1)).all()
+    for column in matches.indices.T:
+        assert len(column.unique()) == len(column)
+
+
+def test_features_extracted_once_serve_for_many_pairs(
+    matcher: FeatureMatcher, views: tuple[Image, Image, NDArray[np.float64]]
+) -> None:
+    features0, features1 = (matcher.extract(image) for image in views[:2])
+    before = [tensor.clone() for tensor in (features0.keypoints, features0.scores, features0.descriptors)]
+    first = matcher.match(features0, features1)
+    matcher.match(features1, features0)
+    matcher.match(features0, features0)
+    again = matcher.match(features0, features1)
+    assert torch.equal(first.indices, again.indices)
+    assert torch.equal(first.scores, again.scores)
+    for tensor, copy in zip((features0.keypoints, features0.scores, features0.descriptors), before):
+        assert torch.equal(tensor, copy)
+
+
+def test_numpy_features_match_as_tensors_do(
+    matcher: FeatureMatcher, views: tuple[Image, Image, NDArray[np.float64]]
+) -> None:
+    features0, features1 = (matcher.extract(image) for image in views[:2])
+    arrays0, arrays1 = features0.numpy(), features1.numpy()
+    for array in (arrays0.keypoints, arrays0.scores, arrays0.descriptors):
+        assert isinstance(array, np.ndarray)
+    assert same(arrays0, features0)
+    assert same(arrays0.numpy(), features0)
+    expected, found = matcher.match(features0, features1), matcher.match(arrays0, arrays1)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.scores, expected.scores)
+    assert isinstance(found.numpy().indices, np.ndarray)
+    assert found.numpy().indices.tolist() == found.indices.tolist()
+    assert (found.numpy().layers, len(found.numpy())) == (found.layers, len(found))
+
+
+def test_the_same_images_give_exactly_the_same_results(
+    matcher: FeatureMatcher,
+    views: tuple[Image, Image, NDArray[np.float64]],
+) -> None:
+    results = []
+    for each in (matcher, matcher, FeatureMatcher(PARAMETERS)):
+        features0, features1 = (each.extract(image) for image in views[:2])
+        results.append((features0, each.match(features0, features1)))
+    for features, matches in results[1:]:
+        assert same(features, results[0][0])
+        assert torch.equal(matches.indices, results[0][1].indices)
+        assert torch.equal(matches.scores, results[0][1].scores)
+
+
+def test_nearest_neighbours_match_the_same_features(
+    matcher: FeatureMatcher,
+    views: tuple[Image, Image, NDArray[np.float64]],
+) -> None:
+    nearest = FeatureMatcher(PARAMETERS, matcher="nearest")
+    features0, features1 = (nearest.extract(image) for image in views[:2])
+    assert same(features0, matcher.extract(views[0]))
+    matches = nearest.match(features0, features1)
+    similarity = features0.numpy().descriptors @ features1.numpy().descriptors.T
+    best0, best1 = similarity.argmax(1), similarity.argmax(0)
+    expected = [[i, j] for i, j in enumerate(best0) if best1[j] == i and similarity[i, j] > 0.1]
+    assert matches.indices.tolist() == expected
+    assert matches.layers == 0
+    nearest.configure(nearest.parameters.replace({"ratio_threshold": 0.8}))
+    strict = nearest.match(features0, features1)
+    assert 20 < len(strict) < len(matches)
+    shares = [correct_share(each, features0, features1, views[2], pixels=3) for each in (matches, strict)]
+    assert shares[1] > shares[0]
+
+
+def test_bfloat16_keeps_most_matches(
+    matcher: FeatureMatcher,
+    views: tuple[Image, Image, NDArray[np.float64]],
+) -> None:
+    half = FeatureMatcher(PARAMETERS, precision="bfloat16")
+    features0, features1 = (half.extract(image) for image in views[:2])
+    assert_valid(features0, 240, 180)
+    matches = half.match(features0, features1)
+    reference = matcher.match(*(matcher.extract(image) for image in views[:2]))
+    assert len(matches) > 0.9 * len(reference)
+    assert correct_share(matches, features0, features1, views[2], pixels=3) > 0.9
+    exact = [matcher.extract(image) for image in views[:2]]
+    pairs = {tuple(pair) for pair in half.match(*exact).indices.tolist()}
+    expected = {tuple(pair) for pair in reference.indices.tolist()}
+    assert len(pairs & expected) > 0.9 * len(expected)
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+def test_grey_as_colour_gives_the_same_features(matcher: FeatureMatcher, views: Any) -> None:
+    expected = matcher.extract(views[0]).numpy()
+    found = matcher.extract(np.repeat(views[0][..., None], 3, axis=2)).numpy()
+    assert found.keypoints.tolist() == expected.keypoints.tolist()
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+    np.testing.assert_allclose(found.descriptors, expected.descriptors, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def colour(texture: Any) -> Image:
+    """An RGB image whose channels differ."""
+    return np.dstack([texture(96, 128, seed) for seed in (4, 5, 6)])
+
+
+def points_of(features: Features) -> set[tuple[float, ...]]:
+    return {tuple(point) for point in features.keypoints.tolist()}
+
+
+def test_colour_is_weighted_as_by_opencv(matcher: FeatureMatcher, colour: Image) -> None:
+    # OpenCV rounds the grey values.
+    found = points_of(matcher.extract(colour))
+    grey, swapped = (
+        points_of(matcher.extract(cv2.cvtColor(colour, code))) for code in (cv2.COLOR_RGB2GRAY, cv2.COLOR_BGR2GRAY)
+    )
+    assert len(found & grey) > 0.9 * len(found)
+    assert len(found & swapped) < 0.7 * len(found)
+
+
+def layouts(colour: Image) -> dict[str, Image]:
+    """The same RGB image as the views that image messages give."""
+    alpha = np.dstack([colour, np.full_like(colour[..., :1], 99)])
+    padded = np.zeros((96, 150, 3), np.uint8)
+    padded[:, :128] = colour
+    read_only = colour.copy()
+    read_only.flags.writeable = False
+    bgr = np.ascontiguousarray(colour[..., ::-1])
+    bgr.flags.writeable = False
+    return {
+        "bgr": np.ascontiguousarray(colour[..., ::-1])[..., ::-1],
+        "read-only": read_only,
+        "read-only bgr": bgr[..., ::-1],
+        "rgba": alpha[..., :3],
+        "bgra": np.ascontiguousarray(alpha[..., [2, 1, 0, 3]])[..., 2::-1],
+        "padded rows": padded[:, :128],
+        "upside down in memory": np.ascontiguousarray(colour[::-1])[::-1],
+        "mirrored in memory": np.ascontiguousarray(colour[:, ::-1])[:, ::-1],
+        "column by column": np.asfortranarray(colour),
+    }
+
+
+@pytest.mark.parametrize("layout", layouts(np.zeros((96, 128, 3), np.uint8)))
+@pytest.mark.parametrize("resize", [0, 100])
+def test_how_an_image_lies_in_memory_plays_no_part(
+    matcher: FeatureMatcher, colour: Image, layout: str, resize: int
+) -> None:
+    matcher.configure(PARAMETERS.replace({"resize": resize}))
+    image = layouts(colour)[layout]
+    assert np.array_equal(image, colour)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = matcher.extract(image).numpy()
+    expected = matcher.extract(colour).numpy()
+    assert len(expected.keypoints) > 50
+    np.testing.assert_allclose(found.keypoints, expected.keypoints, atol=1e-4)
+    np.testing.assert_allclose(found.descriptors, expected.descriptors, atol=1e-4)
+    assert np.array_equal(image, layouts(colour)[layout])  # and it is left as it was
+
+
+def test_a_tensor_will_do_for_an_image(matcher: FeatureMatcher, views: Any) -> None:
+    assert same(matcher.extract(torch.from_numpy(views[0])), matcher.extract(views[0]))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((48, 64), np.float32),
+        np.zeros((48, 64), np.uint16),
+        np.zeros((48, 64), bool),
+        np.zeros((48, 64, 4), np.uint8),
+        np.zeros((48, 64, 1), np.uint8),
+        np.zeros((3, 48, 64), np.uint8),
+        np.zeros((1, 1, 48, 64), np.uint8),
+        np.zeros(64, np.uint8),
+        np.zeros((0, 0), np.uint8),
+        np.zeros((0, 5), np.uint8),
+        np.zeros((5, 0, 3), np.uint8),
+    ],
+    ids=lambda image: f"{image.dtype} {image.shape}",
+)
+def test_what_is_no_image_is_refused(matcher: FeatureMatcher, image: NDArray[Any]) -> None:
+    with pytest.raises(ValueError, match=r"the image is .* must be uint8"):
+        matcher.extract(image)
+
+
+@pytest.mark.parametrize("resize", [0, 64])
+@pytest.mark.parametrize("content", ["black", "white", "noise"])
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 1), (7, 7), (8, 8), (9, 17), (16, 16), (7, 900), (900, 7), (33, 200), (61, 67)]
+)
+def test_images_of_any_size_and_content_give_valid_features_that_can_be_matched(
+    matcher: FeatureMatcher, content: str, height: int, width: int, resize: int
+) -> None:
+    matcher.configure(PARAMETERS.replace({"resize": resize}))
+    value = {"black": 0, "white": 255}.get(content)
+    noise = np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
+    features = matcher.extract(noise if value is None else np.full((height, width), value, np.uint8))
+    assert_valid(features, width, height)
+    matches = matcher.match(features, features).numpy()
+    assert matches.indices.shape == (len(matches.scores), 2)
+    assert np.isfinite(matches.scores).all()
+
+
+def test_a_covered_camera_gives_next_to_no_matches(matcher: FeatureMatcher, views: Any) -> None:
+    # It does give keypoints: the network sees the image's border as an edge.
+    picture, random = matcher.extract(views[0]), np.random.default_rng(0)
+    dark = [matcher.extract(random.normal(20, noise, (180, 240)).round().astype(np.uint8)) for noise in (0, 0, 1, 1)]
+    for pair in ((dark[0], dark[1]), (dark[2], dark[3]), (dark[0], picture), (picture, dark[2])):
+        assert len(matcher.match(*pair)) <= 3
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def test_an_enlarged_image_gives_keypoints_in_the_pixels_of_the_one_received(
+    matcher: FeatureMatcher, texture: Any
+) -> None:
+    picture = texture(48, 64, 9)
+    enlarged = matcher.extract(cv2.resize(picture, (192, 144), interpolation=cv2.INTER_LINEAR)).numpy()
+    matcher.configure(PARAMETERS.replace({"resize": 192}))
+    found = matcher.extract(picture).numpy()
+    assert found.size == (64, 48)
+    assert len(found.keypoints) > 30
+    np.testing.assert_allclose(found.keypoints, (enlarged.keypoints - 1) / 3, atol=1e-4)
+
+
+def test_resized_keypoints_are_centres_of_the_pixels_that_were_seen(matcher: FeatureMatcher, texture: Any) -> None:
+    picture = texture(96, 128, 8)
+    expected = matcher.extract(picture).numpy()
+    # Each pixel of the picture as a block of 3 x 3: seen at a third of its size, it is the picture again.
+    matcher.configure(PARAMETERS.replace({"resize": 128}))
+    found = matcher.extract(np.kron(picture, np.ones((3, 3), np.uint8))).numpy()
+    assert found.size == (384, 288)
+    assert len(found.keypoints) > 50
+    np.testing.assert_allclose(found.keypoints, 3 * expected.keypoints + 1, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "seen"), [(480, 640, (48, 64)), (640, 480, (64, 48)), (33, 640, (3, 64)), (1, 900, (1, 64))]
+)
+def test_resizing_sets_the_longest_side(
+    matcher: FeatureMatcher, monkeypatch: pytest.MonkeyPatch, height: int, width: int, seen: tuple[int, int]
+) -> None:
+    shapes = []
+    forward = matcher.extractor.forward
+    monkeypatch.setattr(matcher.extractor, "forward", lambda image: shapes.append(image.shape) or forward(image))
+    matcher.configure(PARAMETERS.replace({"resize": 64}))
+    matcher.extract(np.zeros((height, width), np.uint8))
+    assert shapes == [(1, 1, *seen)]
+
+
+def test_max_keypoints_keeps_the_best(matcher: FeatureMatcher, views: Any) -> None:
+    matcher.configure(PARAMETERS.replace({"max_keypoints": 16384}))
+    everything = matcher.extract(views[0])
+    for count in (1, 7, 100):
+        matcher.configure(PARAMETERS.replace({"max_keypoints": count}))
+        best = matcher.extract(views[0])
+        assert len(best) == count < len(everything)
+        assert torch.equal(best.keypoints, everything.keypoints[:count])
+        assert torch.allclose(best.descriptors, everything.descriptors[:count], atol=1e-6)
+
+
+def test_parameters_take_effect_while_running(matcher: FeatureMatcher, views: Any) -> None:
+    features0, features1 = (matcher.extract(image) for image in views[:2])
+    median = float(features0.scores.median())
+    matcher.configure(PARAMETERS.replace({"keypoint_threshold": median}))
+    assert (matcher.extract(views[0]).scores > median).all()
+    matcher.configure(PARAMETERS.replace({"keypoint_threshold": 1.0}))
+    assert len(matcher.extract(views[0])) == 0
+    matcher.configure(PARAMETERS.replace({"nms_radius": 12}))
+    points = matcher.extract(views[0]).keypoints
+    apart = (points[:, None] - points[None]).abs().amax(-1).fill_diagonal_(99)
+    assert apart.min() > 12
+    matcher.configure(PARAMETERS.replace({"border": 30}))
+    points = matcher.extract(views[0]).keypoints
+    assert (points >= 30).all()
+    assert (points < torch.tensor([240 - 30, 180 - 30])).all()
+    matcher.configure(PARAMETERS.replace({"filter_threshold": 0.8}))
+    assert 0 < matcher.match(features0, features1).scores.min() > 0.8
+    matcher.configure(PARAMETERS.replace({"depth_confidence": -1.0, "width_confidence": -1.0}))
+    assert matcher.match(features0, features1).layers == 9
+    matcher.configure(PARAMETERS.replace({"depth_confidence": 0.01}))
+    assert matcher.match(features0, features1).layers < 9
+    matcher.configure(PARAMETERS)
+    assert same(matcher.extract(views[0]), features0)
+
+
+def test_a_folder_brings_its_own_detector(random_folder: Callable[..., Path], texture: Any) -> None:
+    matcher = FeatureMatcher.from_pretrained(random_folder(), device="cpu", precision="float32", max_keypoints=50)
+    features = matcher.extract(texture(64, 96, 0))
+    assert features.descriptors.shape == (50, 64)
+    assert len(matcher.match(features, features)) > 5
+
+
+def test_warming_up_changes_nothing(matcher: FeatureMatcher) -> None:
+    fresh = FeatureMatcher(PARAMETERS)
+    fresh.warm_up(96, 64)
+    image = np.random.default_rng(1).integers(0, 256, (64, 96), dtype=np.uint8)
+    assert same(fresh.extract(image), matcher.extract(image))
+
+
+def test_unknown_options_and_wrong_values_are_refused() -> None:
+    with pytest.raises(ParameterError, match="no parameter 'max_keypoint'"):
+        FeatureMatcher(max_keypoint=3)
+    with pytest.raises(ParameterError, match="max_keypoints is 0; it must be 1 to 16384"):
+        FeatureMatcher(max_keypoints=0)
+
+
+# --------------------------------------------------------------------------------------------------- device and memory
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ParameterError, match=r"device is 'cuda:99', but PyTorch .* sees \d+ GPUs; use cpu or auto"):
+        choose_device("cuda:99")
+
+
+def test_the_processor_computes_in_what_it_can() -> None:
+    cpu = torch.device("cpu")
+    assert choose_device("cpu") == cpu
+    assert choose_precision("auto", cpu) in (torch.float32, torch.bfloat16)
+    assert choose_precision("auto", torch.device("cuda")) == torch.float16
+    assert choose_precision("bfloat16", cpu) == torch.bfloat16
+    with pytest.raises(ParameterError, match="precision is 'float16', but the device is the CPU"):
+        choose_precision("float16", cpu)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_stays_flat_over_many_frames(random_folder: Callable[..., Path], texture: Any) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    matcher = FeatureMatcher.from_pretrained(random_folder(), device="cpu", precision="float32")
+    images = [texture(64, 96, seed) for seed in range(5)]
+    previous = matcher.extract(images[0])
+    for frame in range(240):
+        if frame == 40:
+            before = resident()
+        current = matcher.extract(images[frame % 5])
+        assert len(matcher.match(previous, current)) > 0
+        previous = current
+    assert resident() - before < 2e6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+def test_a_gpu_finds_what_the_processor_does(matcher: FeatureMatcher, views: Any, precision: str) -> None:
+    on_gpu = FeatureMatcher(PARAMETERS, device="cuda", precision=precision)
+    features = [on_gpu.extract(image) for image in views[:2]]
+    assert features[0].keypoints.is_cuda
+    matches = on_gpu.match(*features).numpy()
+    reference = matcher.match(*(matcher.extract(image) for image in views[:2]))
+    assert len(matches) > 0.9 * len(reference)
+    assert correct_share(matches, features[0].numpy(), features[1].numpy(), views[2], pixels=3) > 0.9
+    on_gpu.match(features[0].numpy(), features[1].numpy())

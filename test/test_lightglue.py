@@ -1,0 +1,564 @@
+"""LightGlue finds the matches that the reference implementations find, stops early and prunes as they do.
+Weights are random unless said; `transformers` saves them and this package loads its folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kpmatch_ros import weights
+from kpmatch_ros.models import LightGlue, SuperPoint
+from kpmatch_ros.models.assignment import Assignment
+from kpmatch_ros.models.lightglue import normalise_keypoints
+
+Networks = tuple[Any, Any, Any]  # of transformers, and a SuperPoint and a LightGlue of ours
+Pair = Callable[..., Networks]
+RecordDifference = Callable[[str, float], None]
+Modes = dict[str, float]
+
+SIZES = [(96, 128), (123, 87), (80, 104), (67, 203), (136, 176)]  # height, width
+FIXED: Modes = {"depth_confidence": -1.0, "width_confidence": -1.0}
+ADAPTIVE: Modes = {"depth_confidence": 0.5, "width_confidence": 0.8}  # stops and prunes with random weights
+DEFAULT: Modes = {"depth_confidence": 0.95, "width_confidence": 0.99}
+
+
+@pytest.fixture(scope="module")
+def pair(
+    tmp_path_factory: pytest.TempPathFactory,
+    small_superpoint: dict[str, Any],
+    small_lightglue: dict[str, Any],
+    randomise_superpoint: Callable[[Any, int], None],
+    randomise_lightglue: Callable[[Any, int], None],
+) -> Pair:
+    """pair(seed, modes, superpoint={}, **config): the same weights in `transformers`' LightGlue and in ours."""
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    made: dict[str, Networks] = {}
+
+    def make(seed: int, modes: Modes, superpoint: dict[str, Any] | None = None, **config: Any) -> Networks:
+        key = f"{seed} {superpoint} {config}"
+        if key not in made:
+            made[key] = save_and_load(seed, superpoint, **config)
+        return with_modes(made[key], modes)
+
+    def save_and_load(seed: int, superpoint: dict[str, Any] | None, **config: Any) -> Networks:
+        detector = transformers.SuperPointConfig(**{**small_superpoint, **(superpoint or {})})
+        theirs = transformers.LightGlueForKeypointMatching(
+            transformers.LightGlueConfig(keypoint_detector_config=detector.to_dict(), **{**small_lightglue, **config})
+        ).eval()
+        randomise_superpoint(theirs.keypoint_detector, seed)
+        randomise_lightglue(theirs, seed)
+        folder = tmp_path_factory.mktemp("lightglue")
+        theirs.save_pretrained(folder)
+        return theirs, SuperPoint.from_pretrained(folder), LightGlue.from_pretrained(folder)
+
+    return make
+
+
+def with_modes(networks: Networks, modes: Modes) -> Networks:
+    """The networks, stopping and pruning as told."""
+    for name, value in modes.items():
+        setattr(networks[0], name, value)
+        setattr(networks[2], name, value)
+    return networks
+
+
+def two_views(texture: Any, height: int, width: int, seed: int) -> Tensor:
+    """(2, 1, height, width): the second view is 16 pixels further right, and 8 further down."""
+    picture = texture(height + 8, width + 16, 100 + seed)
+    return torch.from_numpy(np.stack([picture[:height, :width], picture[8:, 16:]])).float()[:, None] / 255
+
+
+def run_ours(detector: SuperPoint, matcher: LightGlue, images: Tensor) -> tuple[list[Tensor], Assignment]:
+    """The keypoints of images (2 B, 1, H, W), and the assignment of the B pairs, with padding."""
+    found = detector(images)
+    size = torch.tensor([[images.shape[3], images.shape[2]]]).expand(len(images) // 2, 2)
+    inputs = [tensor[i::2] for tensor in (found.keypoints, found.descriptors) for i in range(2)]
+    assignment = matcher(*inputs, size, size, found.mask[0::2], found.mask[1::2])
+    return [points[mask] for points, mask in zip(found.keypoints, found.mask)], assignment
+
+
+Matches = dict[tuple[int, ...], tuple[int, ...]]
+Numbers = dict[tuple[int, ...], float]
+
+
+class Result:
+    """What was found for one pair, by pixels instead of indices, so that the keypoints' order plays no part."""
+
+    def __init__(self, points: list[Tensor], matches: list[Tensor], scores: list[Tensor], layers: list[Tensor]) -> None:
+        pixels = [[tuple(point) for point in each.round().int().tolist()] for each in points]
+        self.matches: list[Matches] = [
+            {pixels[i][k]: pixels[1 - i][m] for k, m in enumerate(matches[i][: len(pixels[i])].tolist()) if m >= 0}
+            for i in range(2)
+        ]
+        self.scores: list[Numbers] = [dict(zip(pixels[i], scores[i].tolist())) for i in range(2)]
+        self.layers: list[Numbers] = [dict(zip(pixels[i], layers[i].tolist())) for i in range(2)]
+
+
+def as_results(points: list[Tensor], found: Assignment) -> list[Result]:
+    """Of each pair in turn."""
+    return [
+        Result(
+            points[2 * b : 2 * b + 2],
+            [found.matches0[b], found.matches1[b]],
+            [found.scores0[b], found.scores1[b]],
+            [found.layers0[b], found.layers1[b]],
+        )
+        for b in range(len(found.layers))
+    ]
+
+
+def their_results(model: Any, images: Tensor) -> list[Result]:
+    """`transformers`' of each pair in turn."""
+    with torch.inference_mode():
+        output = model(images.unflatten(0, (-1, 2)).repeat(1, 1, 3, 1, 1))
+    pairs, _, count = output.mask.shape
+    matches, scores = (t.reshape(pairs, 2, count) for t in (output.matches, output.matching_scores))
+    size = torch.tensor([images.shape[3], images.shape[2]])
+    results = []
+    for b in range(pairs):
+        points = [output.keypoints[b, i][output.mask[b, i] > 0] * size for i in range(2)]
+        result = Result(points, list(matches[b]), list(scores[b]), list(output.prune[b]))
+        kept = [int((output.prune[b, i] == output.prune[b].max()).sum()) for i in range(2)]
+        if kept[0] != kept[1]:
+            # It writes the padding of pruned pairs to index -1, over what belongs to the image's last keypoint.
+            for i in range(2):
+                if len(points[i]) == count:
+                    last = tuple(points[i][-1].round().int().tolist())
+                    for values in (result.matches[i], result.scores[i]):
+                        values.pop(last, None)
+        results.append(result)
+    return results
+
+
+def assert_equal(found: Result, expected: Result, record_difference: RecordDifference) -> None:
+    """At least 99.9 % of the same matches, scores within 1e-3, the same pruning."""
+    for i in range(2):
+        assert found.layers[i] == expected.layers[i]
+        compared = expected.scores[i].keys()
+        ours = {point: match for point, match in found.matches[i].items() if point in compared}
+        theirs = expected.matches[i]
+        either = ours.items() | theirs.items()
+        same = len(ours.items() & theirs.items()) / max(len(either), 1) if either else 1.0
+        difference = max((abs(found.scores[i][point] - expected.scores[i][point]) for point in compared), default=0)
+        record_difference("LightGlue, share of matches that differ", 1 - same)
+        record_difference("LightGlue, matching scores", difference)
+        assert same >= 0.999
+        assert difference < 1e-3
+
+
+def assert_many_matches(result: Result) -> None:
+    right = sum(abs(x - 16 - u) <= 2 and abs(y - 8 - v) <= 2 for (x, y), (u, v) in result.matches[0].items())
+    assert right > 5
+    assert np.ptp([result.scores[0][point] for point in result.matches[0]]) > 0.3
+
+
+@pytest.mark.parametrize(("seed", "height", "width"), [(seed, *size) for seed, size in enumerate(SIZES)])
+def test_matches_as_transformers_does_without_stopping_and_pruning(
+    pair: Pair, texture: Any, record_difference: RecordDifference, height: int, width: int, seed: int
+) -> None:
+    theirs, *ours = pair(seed, FIXED)
+    images = two_views(texture, height, width, seed)
+    (expected,) = their_results(theirs, images)
+    points, assignment = run_ours(*ours, images)
+    assert_equal(as_results(points, assignment)[0], expected, record_difference)
+    assert_many_matches(expected)
+    assert assignment.layers.tolist() == [5]
+
+
+@pytest.mark.parametrize(("seed", "height", "width"), [(seed, *size) for seed, size in enumerate(SIZES)])
+def test_matches_as_transformers_does_with_stopping_and_pruning(
+    pair: Pair, texture: Any, record_difference: RecordDifference, height: int, width: int, seed: int
+) -> None:
+    theirs, *ours = pair(seed, ADAPTIVE)
+    images = two_views(texture, height, width, seed)
+    (expected,) = their_results(theirs, images)
+    points, assignment = run_ours(*ours, images)
+    assert_equal(as_results(points, assignment)[0], expected, record_difference)
+    assert_many_matches(expected)
+    assert 1 < assignment.layers < 5
+    assert (assignment.layers0[0, : len(points[0])] < assignment.layers).any()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_stops_without_pruning_as_transformers_does(
+    pair: Pair, texture: Any, record_difference: RecordDifference, seed: int
+) -> None:
+    theirs, detector, matcher = pair(seed, {"depth_confidence": 0.5, "width_confidence": 1.0})
+    matcher.width_confidence = -1.0  # transformers fails there, but with 1 it prunes only what is surely unmatchable
+    images = two_views(texture, 96, 128, seed)
+    points, assignment = run_ours(detector, matcher, images)
+    assert 1 < assignment.layers < 5
+    assert_equal(as_results(points, assignment)[0], their_results(theirs, images)[0], record_difference)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_prunes_without_stopping_as_transformers_does(
+    pair: Pair, texture: Any, record_difference: RecordDifference, seed: int
+) -> None:
+    theirs, detector, matcher = pair(seed, {"depth_confidence": 1.0, "width_confidence": 0.8})
+    matcher.depth_confidence = -1.0
+    # transformers fails there; with 1 it never stops, and where every point is sure, matchability alone decides.
+    theirs = copy.deepcopy(theirs)
+    for layer in theirs.token_confidence:
+        layer.token.weight.data.zero_()
+        layer.token.bias.data.fill_(50)
+    images = two_views(texture, 96, 128, seed)
+    points, assignment = run_ours(detector, matcher, images)
+    assert assignment.layers == 5
+    assert (assignment.layers0[0, : len(points[0])] < 5).sum() > 20
+    assert_equal(as_results(points, assignment)[0], their_results(theirs, images)[0], record_difference)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"superpoint": {"descriptor_decoder_dim": 32}},
+        {"superpoint": {"descriptor_decoder_dim": 128}, "descriptor_dim": 96},
+        {"num_key_value_heads": 2},
+        {"num_key_value_heads": 1},
+        {"num_attention_heads": 2},
+        {"num_attention_heads": 8},
+        {"num_hidden_layers": 1},
+        {"num_hidden_layers": 2},
+        {"hidden_act": "relu"},
+        {"hidden_act": "silu"},
+        {"hidden_act": "gelu_new"},
+        {"attention_bias": False},
+        {"filter_threshold": 0.6},
+    ],
+    ids=str,
+)
+def test_follows_every_option_of_the_configuration_as_transformers_does(
+    pair: Pair, texture: Any, record_difference: RecordDifference, config: dict[str, Any]
+) -> None:
+    images = two_views(texture, 80, 104, 6)
+    for modes in (FIXED, ADAPTIVE):
+        theirs, *ours = pair(6, modes, **config)
+        if config.get("num_hidden_layers") == 1 and modes == ADAPTIVE:
+            continue  # transformers fails there
+        (expected,) = their_results(theirs, images)
+        assert len(expected.matches[0]) > 5
+        assert_equal(as_results(*run_ours(*ours, images))[0], expected, record_difference)
+
+
+def test_the_usual_size_matches_as_transformers_does(
+    pair: Pair, texture: Any, record_difference: RecordDifference
+) -> None:
+    superpoint = {"descriptor_decoder_dim": 256, "max_keypoints": 100}
+    theirs, *ours = pair(7, DEFAULT, superpoint, descriptor_dim=256, num_hidden_layers=9)
+    images = two_views(texture, 80, 104, 7)
+    points, assignment = run_ours(*ours, images)
+    assert 1 < assignment.layers < 9
+    assert_equal(as_results(points, assignment)[0], their_results(theirs, images)[0], record_difference)
+
+
+def test_the_confidences_and_the_threshold_come_from_the_configuration(
+    random_folder: Callable[..., Path],
+) -> None:
+    folder = random_folder(lightglue={"depth_confidence": 0.5, "width_confidence": 0.75, "filter_threshold": 0.25})
+    loaded = LightGlue.from_pretrained(folder)
+    assert (loaded.depth_confidence, loaded.width_confidence, loaded.filter_threshold) == (0.5, 0.75, 0.25)
+    assert LightGlue.from_pretrained(folder, depth_confidence=-1.0).depth_confidence == -1
+
+
+@pytest.fixture
+def three_pairs(texture: Any) -> Tensor:
+    """Six images with different numbers of keypoints."""
+    views = [two_views(texture, 80, 104, seed) for seed in range(3)]
+    views[0][1, :, :40], views[1][0, :, :, 70:], views[2][0, :, 30:60] = 0.5, 0.5, 0.5
+    return torch.cat(views)
+
+
+def test_batches_of_pairs_match_as_in_transformers(
+    pair: Pair, three_pairs: Tensor, record_difference: RecordDifference
+) -> None:
+    theirs, *ours = pair(18, FIXED)
+    points, assignment = run_ours(*ours, three_pairs)
+    assert len({len(each) for each in points}) > 4
+    for found, expected in zip(as_results(points, assignment), their_results(theirs, three_pairs)):
+        assert len(expected.matches[0]) > 5
+        assert_equal(found, expected, record_difference)
+
+
+@pytest.mark.parametrize("modes", [FIXED, ADAPTIVE], ids=["fixed", "adaptive"])
+def test_pairs_of_a_batch_match_as_each_alone(
+    pair: Pair, three_pairs: Tensor, record_difference: RecordDifference, modes: Modes
+) -> None:
+    # (transformers returns the pairs of a batch in the order in which they stopped.)
+    theirs, *ours = pair(18, modes)
+    points, assignment = run_ours(*ours, three_pairs)
+    for b, found in enumerate(as_results(points, assignment)):
+        images = three_pairs[2 * b : 2 * b + 2]
+        assert_equal(found, their_results(theirs, images)[0], record_difference)
+        alone = as_results(*run_ours(*ours, images))[0]
+        assert_equal(found, alone, record_difference)
+    if modes == ADAPTIVE:
+        assert len(set(assignment.layers.tolist())) > 1
+
+
+@pytest.fixture(scope="module")
+def lightglue(
+    small_lightglue: dict[str, Any], randomise_lightglue: Callable[[Any, int], None]
+) -> Callable[..., LightGlue]:
+    """lightglue(**config): random weights."""
+
+    def make(seed: int = 0, **config: Any) -> LightGlue:
+        model = LightGlue(**{**small_lightglue, "input_dim": 64, **config})
+        randomise_lightglue(model, seed)
+        return model
+
+    return make
+
+
+def scene(count0: int, count1: int, seed: int = 0, size: int = 64) -> tuple[Tensor, ...]:
+    """keypoints0, keypoints1, descriptors0, descriptors1, size0, size1: image 1 has image 0's first points, moved."""
+    random = torch.Generator().manual_seed(seed)
+    count = max(count0, count1)
+    keypoints = torch.rand(1, count, 2, generator=random) * torch.tensor([200.0, 150.0])
+    descriptors = torch.nn.functional.normalize(torch.randn(1, count, size, generator=random), dim=-1)
+    size0 = torch.tensor([[200, 150]])
+    moved = keypoints + torch.tensor([16.0, 8.0])
+    return keypoints[:, :count0], moved[:, :count1], descriptors[:, :count0], descriptors[:, :count1], size0, size0
+
+
+@pytest.mark.parametrize("modes", [FIXED, ADAPTIVE], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize(("count0", "count1"), [(0, 0), (0, 30), (30, 0), (1, 1), (1, 30), (30, 1), (2, 50)])
+def test_few_or_no_keypoints_give_few_or_no_matches(
+    lightglue: Callable[..., LightGlue], count0: int, count1: int, modes: Modes
+) -> None:
+    found = lightglue(filter_threshold=0.0, **modes)(*scene(count0, count1))
+    assert found.matches0.shape == found.scores0.shape == found.layers0.shape == (1, count0)
+    assert found.matches1.shape == found.scores1.shape == found.layers1.shape == (1, count1)
+    assert (found.matches0 >= 0).sum() == (found.matches1 >= 0).sum() <= min(count0, count1)
+    for scores in (found.scores0, found.scores1):
+        assert ((scores >= 0) & (scores <= 1)).all()
+
+
+def test_a_single_keypoint_matches_a_single_keypoint_as_in_transformers(
+    pair: Pair, texture: Any, record_difference: RecordDifference
+) -> None:
+    for modes in (FIXED, ADAPTIVE):
+        theirs, *ours = pair(1, modes, {"max_keypoints": 1}, filter_threshold=0.0)
+        images = two_views(texture, 96, 128, 0)
+        (expected,) = their_results(theirs, images)
+        assert len(expected.matches[0]) == 1
+        assert_equal(as_results(*run_ours(*ours, images))[0], expected, record_difference)
+
+
+@pytest.mark.parametrize("modes", [FIXED, ADAPTIVE], ids=["fixed", "adaptive"])
+def test_a_pair_with_an_image_without_keypoints_leaves_the_others_of_its_batch_alone(
+    lightglue: Callable[..., LightGlue], modes: Modes
+) -> None:
+    model = lightglue(filter_threshold=0.0, **modes)
+    inputs = [torch.cat([tensor, tensor]) for tensor in scene(40, 50)]
+    mask0, mask1 = torch.ones(2, 40, dtype=torch.bool), torch.ones(2, 50, dtype=torch.bool)
+    mask0[0] = False
+    found, alone = model(*inputs, mask0, mask1), model(*scene(40, 50))
+    assert (found.matches0[0] == -1).all()
+    assert (found.matches1[0] == -1).all()
+    assert not found.scores0[0].any()
+    assert not found.scores1[0].any()
+    assert torch.equal(found.matches0[1], alone.matches0[0])
+    assert torch.allclose(found.scores0[1], alone.scores0[0], atol=1e-5)
+    assert (alone.matches0 >= 0).sum() > 20
+
+
+@pytest.mark.parametrize("modes", [FIXED, ADAPTIVE], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_padding_of_one_image_changes_nothing(lightglue: Callable[..., LightGlue], modes: Modes, which: int) -> None:
+    model, inputs = lightglue(**modes), list(scene(40, 50))
+    expected = model(*inputs)
+    count = (40, 50)[which]
+    for i in (which, which + 2):
+        inputs[i] = torch.cat([inputs[i], torch.rand(1, 7, inputs[i].shape[2])], dim=1)
+    mask = torch.arange(count + 7)[None] < count
+    found = model(*inputs, **{f"mask{which}": mask})
+    matches = (found.matches0, found.matches1)[which]
+    scores = (found.scores0, found.scores1)[which]
+    assert torch.equal(matches[:, :count], (expected.matches0, expected.matches1)[which])
+    assert torch.allclose(scores[:, :count], (expected.scores0, expected.scores1)[which], atol=1e-5)
+    assert (matches[:, count:] == -1).all()
+    assert not scores[:, count:].any()
+
+
+def test_when_every_point_is_pruned_there_are_no_matches(lightglue: Callable[..., LightGlue]) -> None:
+    model = lightglue(depth_confidence=1.0, width_confidence=0.99)
+    model.match_assignment_layers[1].matchability.weight.zero_()
+    model.match_assignment_layers[1].matchability.bias.fill_(-20)
+    model.token_confidence[1].token.weight.zero_()
+    model.token_confidence[1].token.bias.fill_(20)
+    model.depth_confidence = 1.0
+    found = model(*scene(40, 50))
+    assert found.layers.tolist() == [2]
+    assert set(found.layers0[0].tolist()) | set(found.layers1[0].tolist()) <= {1, 2}
+    assert (found.matches0 == -1).all()
+    assert (found.matches1 == -1).all()
+    assert not found.scores0.any()
+
+
+@pytest.mark.parametrize("modes", [FIXED, ADAPTIVE], ids=["fixed", "adaptive"])
+def test_matches_are_one_to_one_and_agree_in_both_directions(lightglue: Callable[..., LightGlue], modes: Modes) -> None:
+    found = lightglue(**modes)(*scene(60, 80))
+    index0 = (found.matches0[0] >= 0).nonzero()[:, 0]
+    index1 = found.matches0[0, index0]
+    assert len(index0) > 20
+    assert torch.equal(found.matches1[0, index1], index0)
+    assert (found.matches1 >= 0).sum() == len(index0)
+    assert torch.equal(found.scores1[0, index1], found.scores0[0, index0])
+    assert (found.scores0[0, index0] > 0.1).all()
+
+
+@pytest.mark.parametrize("modes", [FIXED, ADAPTIVE], ids=["fixed", "adaptive"])
+def test_the_order_of_keypoints_and_of_images_plays_no_part(lightglue: Callable[..., LightGlue], modes: Modes) -> None:
+    model, (k0, k1, d0, d1, size0, size1) = lightglue(**modes), scene(60, 80)
+    expected = model(k0, k1, d0, d1, size0, size1)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    found = model(k1, k0[:, order], d1, d0[:, order], size1, size0)
+    assert (expected.matches0 >= 0).sum() > 20
+    assert torch.equal(found.matches1, expected.matches0[:, order])
+    assert torch.allclose(found.scores1, expected.scores0[:, order], atol=1e-4)
+    assert torch.equal(found.layers1, expected.layers0[:, order])
+
+
+def test_an_image_and_its_enlargement_match_alike(lightglue: Callable[..., LightGlue]) -> None:
+    model, (k0, k1, d0, d1, size0, size1) = lightglue(**FIXED), scene(60, 80)
+    expected, found = model(k0, k1, d0, d1, size0, size1), model(k0, 3 * k1, d0, d1, size0, 3 * size1)
+    assert torch.equal(found.matches0, expected.matches0)
+    assert torch.allclose(found.scores0, expected.scores0, atol=1e-4)
+
+
+def test_positions_matter(lightglue: Callable[..., LightGlue]) -> None:
+    model, (k0, k1, d0, d1, size0, size1) = lightglue(**FIXED), scene(60, 80)
+    expected, found = model(k0, k1, d0, d1, size0, size1), model(k0, k1.flip(-1), d0, d1, size0, size1)
+    assert (found.scores0 - expected.scores0).abs().max() > 0.05
+
+
+def test_normalised_positions_keep_the_aspect_ratio() -> None:
+    keypoints = torch.tensor([[[320.0, 240.0], [0.0, 0.0], [640.0, 480.0]]])
+    expected = [[[0.0, 0.0], [-1.0, -0.75], [1.0, 0.75]]]
+    assert normalise_keypoints(keypoints, torch.tensor([[640, 480]])).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_most_matches(lightglue: Callable[..., LightGlue], dtype: torch.dtype) -> None:
+    # Random weights are far more sensitive than trained ones.
+    model, inputs = lightglue(**FIXED), scene(100, 120)
+    expected = model(*inputs)
+    projector = model.positional_encoder.projector.weight.clone()
+    found = model.to_precision(dtype)(*inputs)
+    assert model.dtype == dtype
+    assert torch.equal(model.positional_encoder.projector.weight, projector)
+    assert found.scores0.dtype == torch.float32
+    assert found.scores0.isfinite().all()
+    matched = expected.matches0 >= 0
+    assert matched.sum() > 40
+    assert (found.matches0 == expected.matches0)[matched].float().mean() > 0.7
+
+
+def authors_names(model: LightGlue, old: bool) -> dict[str, Tensor]:
+    """The tensors under the names of cvg/LightGlue; ``old`` as in its first release.
+
+    There cross-attention has one projection for queries and keys, and self-attention one for queries, keys and values,
+    which stand next to each other for each channel.
+    """
+    mine = model.state_dict()
+    layers = len(model.transformer_layers)
+    tensors = {
+        "posenc.Wr.weight": mine["positional_encoder.projector.weight"],
+        "confidence_thresholds": torch.tensor([0.8 + 0.1 * math.exp(-4 * i / layers) for i in range(layers)]),
+    }
+    for kind in ("weight", "bias"):
+        if f"input_projection.{kind}" in mine:
+            tensors[f"input_proj.{kind}"] = mine[f"input_projection.{kind}"]
+        for i in range(layers):
+            self_block, cross_block = (
+                (f"{block}_attn.{i}" if old else f"transformers.{i}.{block}_attn") for block in ("self", "cross")
+            )
+            layer = f"transformer_layers.{i}"
+            qkv = [mine[f"{layer}.self_attention.{part}_proj.{kind}"] for part in "qkv"]
+            tensors[f"{self_block}.Wqkv.{kind}"] = torch.stack(qkv, dim=1).flatten(0, 1)
+            tensors[f"{self_block}.out_proj.{kind}"] = mine[f"{layer}.self_attention.o_proj.{kind}"]
+            tensors[f"{cross_block}.to_qk.{kind}"] = mine[f"{layer}.cross_attention.q_proj.{kind}"]
+            tensors[f"{cross_block}.to_v.{kind}"] = mine[f"{layer}.cross_attention.v_proj.{kind}"]
+            tensors[f"{cross_block}.to_out.{kind}"] = mine[f"{layer}.cross_attention.o_proj.{kind}"]
+            for block, mlp in ((self_block, "self_mlp"), (cross_block, "cross_mlp")):
+                for theirs, name in ((0, "fc1"), (1, "layer_norm"), (3, "fc2")):
+                    tensors[f"{block}.ffn.{theirs}.{kind}"] = mine[f"{layer}.{mlp}.{name}.{kind}"]
+            assignment = f"match_assignment_layers.{i}"
+            tensors[f"log_assignment.{i}.final_proj.{kind}"] = mine[f"{assignment}.final_projection.{kind}"]
+            tensors[f"log_assignment.{i}.matchability.{kind}"] = mine[f"{assignment}.matchability.{kind}"]
+            if i < layers - 1:
+                tensors[f"token_confidence.{i}.token.0.{kind}"] = mine[f"token_confidence.{i}.token.{kind}"]
+    return tensors
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new names", "old names"])
+@pytest.mark.parametrize("input_dim", [64, 128])
+@pytest.mark.parametrize(("heads", "layers"), [(4, 5), (2, 3)])
+def test_the_authors_file_gives_the_same_network(
+    lightglue: Callable[..., LightGlue], tmp_path: Path, heads: int, layers: int, input_dim: int, old: bool
+) -> None:
+    model = lightglue(num_attention_heads=heads, num_hidden_layers=layers, input_dim=input_dim)
+    for layer in model.transformer_layers:
+        layer.cross_attention.k_proj.load_state_dict(layer.cross_attention.q_proj.state_dict())
+    path = tmp_path / "lightglue.pth"
+    torch.save(authors_names(model, old), path)
+    loaded = LightGlue.from_pretrained(path)
+    inputs = scene(50, 60, size=input_dim)
+    expected, found = model(*inputs), loaded(*inputs)
+    assert (expected.matches0 >= 0).sum() > 10
+    for ours, theirs in zip(found, expected):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Networks:
+    """The weights inside the package, in `transformers` and here, at all four borders."""
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    theirs = transformers.LightGlueForKeypointMatching.from_pretrained(
+        weights.find("lightglue-superpoint-open").path, dtype=torch.float32
+    ).eval()
+    theirs.keypoint_detector.keypoint_decoder.border_removal_distance = 0  # it has another idea of borders than ours
+    theirs.keypoint_detector.keypoint_decoder.max_keypoints = 400
+    detector = SuperPoint.from_pretrained("superpoint-open", border_removal_distance=0, max_keypoints=400)
+    return theirs, detector, LightGlue.from_pretrained("lightglue-superpoint-open")
+
+
+@pytest.mark.parametrize("modes", [FIXED, DEFAULT], ids=["fixed", "adaptive"])
+def test_the_shipped_weights_match_as_in_transformers(
+    shipped: Networks, texture: Any, record_difference: RecordDifference, modes: Modes
+) -> None:
+    warp = np.array([[0.95, 0.06, 5.0], [-0.05, 0.97, 9.0], [1e-4, -5e-5, 1.0]])
+    picture = texture(240, 320, 11)
+    images = np.stack([picture, cv2.warpPerspective(picture, warp, (320, 240))])
+    compare_shipped(shipped, images, record_difference, modes)
+
+
+@pytest.mark.parametrize("modes", [FIXED, DEFAULT], ids=["fixed", "adaptive"])
+def test_the_shipped_weights_match_recorded_images_as_in_transformers(
+    shipped: Networks, recorded_data: Path, record_difference: RecordDifference, modes: Modes
+) -> None:
+    names = ["scene0738_00_frame-000885.jpg", "scene0738_00_frame-001065.jpg"]
+    pictures = [cv2.imread(str(recorded_data / "scannet_pairs" / name), cv2.IMREAD_GRAYSCALE) for name in names]
+    images = np.stack([cv2.resize(picture, (320, 240), interpolation=cv2.INTER_AREA) for picture in pictures])
+    compare_shipped(shipped, images, record_difference, modes)
+
+
+def compare_shipped(networks: Networks, images: np.ndarray, record_difference: RecordDifference, modes: Modes) -> None:
+    theirs, detector, matcher = with_modes(networks, modes)
+    pixels = torch.from_numpy(images).float()[:, None] / 255
+    (expected,) = their_results(theirs, pixels)
+    assert len(expected.matches[0]) > 20
+    assert_equal(as_results(*run_ours(detector, matcher, pixels))[0], expected, record_difference)

@@ -1,0 +1,150 @@
+"""Every parameter is declared once, and no wrong value gets past its declaration."""
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kpmatch_ros.parameters import Declaration, ParameterError, Parameters, config_file, declarations, markdown_table
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# What users write into their launch files; those with a star may change while the node runs.
+CONTRACT = (
+    "mode extractor matcher device precision max_keypoints* keypoint_threshold* nms_radius border resize "
+    "filter_threshold* depth_confidence* width_confidence* reference* keyframe_min_matches* keyframe_max_parallax* "
+    "queue image_transport rectified max_reprojection_error* min_inliers* sync_tolerance autostart"
+)
+
+
+def wrong_values(item: Declaration) -> list[Any]:
+    wrong: list[Any] = [None, [item.default], {}]
+    if item.type is not str:
+        wrong += ["wrong", ""]
+    if item.type is not bool:
+        wrong += [True]
+    if item.type in (bool, str):
+        wrong += [0, 1.5]
+    if item.type is int:
+        wrong += [0.5, float(item.default)]
+    if item.type is float:
+        wrong += [math.nan, math.inf, -math.inf]
+    if item.minimum is not None:
+        wrong += [item.type(item.minimum - 1), item.type(-(10**12))]
+    if item.maximum is not None:
+        wrong += [item.type(item.maximum + 1), item.type(10**12)]
+    if item.choices:
+        wrong += ["wrong", "", item.choices[0].upper(), item.choices[0] + " "]
+    if item.pattern:
+        wrong += ["wrong", "", f"{item.default} ", f"{item.default}\n"]
+    return wrong
+
+
+each_parameter = pytest.mark.parametrize("item", declarations(), ids=lambda item: item.name)
+
+
+@each_parameter
+def test_wrong_values_are_refused_and_named(item: Declaration) -> None:
+    for value in wrong_values(item):
+        with pytest.raises(ParameterError, match=rf"^{item.name} is {re.escape(repr(value))}; ."):
+            Parameters(**{item.name: value})
+        with pytest.raises(ParameterError, match=f"^{item.name} is "):
+            Parameters().replace({item.name: value})
+
+
+def right_values(item: Declaration) -> list[Any]:
+    right = [item.default, *item.choices]
+    right += [item.type(limit) for limit in (item.minimum, item.maximum) if limit is not None]
+    if item.type is bool:
+        right += [True, False]
+    if item.name == "device":
+        right += ["auto", "cpu", "cuda", "cuda:0", "cuda:12"]
+    return right
+
+
+@each_parameter
+def test_allowed_values_are_taken_over(item: Declaration) -> None:
+    for value in right_values(item):
+        parameters = Parameters().replace({item.name: value})
+        assert getattr(parameters, item.name) == value
+        assert type(getattr(parameters, item.name)) is item.type
+
+
+@pytest.mark.parametrize("device", ["cuda:", "cuda:-1", "cuda:x", "gpu", "cuda:999999999999", "CPU", "mps:0"])
+def test_a_device_that_cannot_be_is_refused(device: str) -> None:
+    with pytest.raises(ParameterError, match="device is "):
+        Parameters(device=device)
+
+
+def test_whole_numbers_do_for_floats() -> None:
+    assert Parameters(max_gap=2).max_gap == 2.0
+    assert type(Parameters(max_gap=2).max_gap) is float
+
+
+def test_float16_on_the_processor_is_refused() -> None:
+    with pytest.raises(ParameterError, match=r"precision float16 .* float32, bfloat16 or auto"):
+        Parameters(device="cpu", precision="float16")
+    with pytest.raises(ParameterError, match="precision float16"):
+        Parameters(device="cpu").replace({"precision": "float16"})
+
+
+def test_replacing_leaves_the_rest_and_the_original_as_they_were() -> None:
+    original = Parameters(max_keypoints=77, queue="all")
+    changed = original.replace({"max_keypoints": 88, "resize": 640})
+    assert (original.max_keypoints, original.resize) == (77, 0)
+    assert (changed.max_keypoints, changed.resize, changed.queue) == (88, 640, "all")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        original.max_keypoints = 5  # type: ignore[misc]
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ParameterError, match=r"no parameter 'max_keypoint'.*max_keypoints"):
+        Parameters().replace({"max_keypoint": 5})
+
+
+def test_the_parameters_users_rely_on_are_there_and_change_while_running_where_promised() -> None:
+    dynamic = {item.name: item.dynamic for item in declarations()}
+    for entry in CONTRACT.split():
+        assert dynamic[entry.removesuffix("*")] == entry.endswith("*"), entry
+
+
+def test_every_parameter_is_described() -> None:
+    for item in declarations():
+        assert len(item.description) > 20
+        assert item.description[0].islower() or item.description.startswith("LightGlue")
+        assert not item.description.endswith(".")
+
+
+def test_the_configuration_file_sets_every_parameter_to_its_default() -> None:
+    parsed = yaml.safe_load(config_file())
+    assert list(parsed) == ["/**"]
+    values = parsed["/**"]["ros__parameters"]
+    assert list(values) == [item.name for item in declarations()]
+    for item in declarations():
+        assert values[item.name] == item.default
+        assert type(values[item.name]) is item.type  # 1 in place of 1.0 would be another type to ROS
+    assert Parameters(**values) == Parameters()
+
+
+def test_the_shipped_configuration_file_is_up_to_date() -> None:
+    assert (REPOSITORY / "config" / "matcher.yaml").read_text() == config_file(), "run make docs"
+
+
+def test_the_table_lists_every_parameter() -> None:
+    header, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in markdown_table().strip().splitlines()
+    ]
+    assert len(rows) == len(declarations())
+    for row, item in zip(rows, declarations()):
+        assert len(row) == len(header)
+        assert row[0].rstrip("°") == f"`{item.name}`"
+        assert ("°" in row[0]) == item.dynamic
+        assert row[1] == item.type.__name__
+        assert yaml.safe_load(row[2].strip("`")) == item.default
+        assert item.constraint in row
+        assert item.description in row
