@@ -174,11 +174,12 @@ def estimate_relative_pose(
         return mask
 
     candidates = _search_motions(matches, gate, 2 * gate / (camera0.focal + camera1.focal))
-    rotation = _fit_rotation(matches, gate, [np.eye(3)] + [candidate.rotation for candidate in candidates])
+    starts = [np.eye(3)] + [candidate.rotation for candidate in candidates]
+    rotation = _fit_rotation(matches, starts, gate, keypoint_resolution)
     turning = _length(_rotation_errors(matches, rotation)) < gate
     candidates += _search_translations(matches.select(~turning), rotation, gate)
 
-    fit = _fit_motion(matches, gate, candidates)
+    fit = _fit_motion(matches, candidates, gate, keypoint_resolution)
     moving = np.zeros(len(matches), dtype=bool) if fit is None else _agrees(matches, fit.motion, gate)
     # A wrong match is within the gate of its epipolar line with at most this chance: the line is no longer than the
     # image's diagonal, and the error is one in two images.
@@ -379,11 +380,12 @@ def _tukey(lengths: np.ndarray, cutoff: float) -> tuple[np.ndarray, float]:
     return (1 - squares) ** 2, float((squares * (3 - 3 * squares + squares**2)).sum()) * cutoff**2 / 3
 
 
-def _cutoff(errors: np.ndarray, gate: float) -> float:
-    """Where Tukey's loss ends, pixels: so many standard deviations of the noise that these errors show."""
+def _cutoff(errors: np.ndarray, gate: float, resolution: float) -> float:
+    """Where Tukey's loss ends, pixels: so many standard deviations of the noise in these errors, or of rounding."""
     sizes = np.abs(errors)
     near = sizes[sizes < 2 * gate]
-    return max(_TUKEY * _DEVIATIONS_PER_MEDIAN * float(np.median(near)), 1e-9) if len(near) else gate
+    noise = _DEVIATIONS_PER_MEDIAN * float(np.median(near)) if len(near) else gate
+    return _TUKEY * max(noise, resolution / math.sqrt(12), 1e-9)
 
 
 # The motion with translation.
@@ -457,7 +459,7 @@ class _Fit(NamedTuple):
     support: _Matches
 
 
-def _fit_motion(matches: _Matches, gate: float, candidates: list[_Motion]) -> _Fit | None:
+def _fit_motion(matches: _Matches, candidates: list[_Motion], gate: float, resolution: float) -> _Fit | None:
     """The best candidate, refined; None if there is none."""
     if not candidates:
         return None
@@ -466,7 +468,7 @@ def _fit_motion(matches: _Matches, gate: float, candidates: list[_Motion]) -> _F
     for _ in range(3):
         support = matches.select(_is_in_front(matches, motion, gate))
         errors, slopes = _motion_slopes(support, motion)
-        cutoff = _cutoff(errors, gate)
+        cutoff = _cutoff(errors, gate, resolution)
         weighted = slopes[:, 0] * np.sqrt(_tukey(_length(errors), cutoff)[0])[:, None]
         leverage = _dot(weighted @ np.linalg.pinv(weighted.T @ weighted), weighted)
         support = support.select(leverage < _LARGEST_LEVERAGE)
@@ -503,14 +505,14 @@ def _is_in_front(matches: _Matches, motion: _Motion, gate: float) -> np.ndarray:
 # The rotation alone.
 
 
-def _fit_rotation(matches: _Matches, gate: float, starts: list[np.ndarray]) -> np.ndarray:
+def _fit_rotation(matches: _Matches, starts: list[np.ndarray], gate: float, resolution: float) -> np.ndarray:
     """The rotation (3, 3) that brings most matches within the gate, from the best of the starts."""
     wide = 16 * gate
     still = [_Motion(rotation, np.zeros(3)) for rotation in starts]
     motion = min(still, key=lambda motion: _tukey(_length(_rotation_errors(matches, motion.rotation)), wide)[1])
     for cutoff in (wide, 6 * gate, 2.5 * gate):
         motion = _minimise(_rotation_slopes, matches, motion, cutoff, 10)
-    cutoff = _cutoff(_rotation_errors(matches, motion.rotation), gate)
+    cutoff = _cutoff(_rotation_errors(matches, motion.rotation), gate, resolution)
     return _minimise(_rotation_slopes, matches, motion, cutoff, 10).rotation
 
 
@@ -603,7 +605,7 @@ def _covariance(slopes_of: _Slopes, matches: _Matches, motion: _Motion, gate: fl
     """
     errors, slopes = slopes_of(matches, motion)
     size = slopes.shape[2]
-    cutoff = _cutoff(errors, gate)
+    cutoff = _cutoff(errors, gate, resolution)
 
     def gradient(motion: _Motion) -> np.ndarray:
         errors, slopes = slopes_of(matches, motion)

@@ -262,7 +262,7 @@ def test_a_point_suppressed_only_by_a_suppressed_neighbour_comes_back() -> None:
 def test_selection_gives_x_before_y_and_leaves_out_what_is_not_above_the_threshold() -> None:
     scores = torch.zeros(2, 6, 9)
     scores[0, 2, 7], scores[0, 5, 1], scores[0, 0, 0] = 0.75, 0.875, 0.25
-    scores[1, 1, 3] = 0.5
+    scores[1, 1, 3], scores[1, 4, 4] = 0.5, 0.25
     keypoints, best, mask = select_keypoints(scores, 0.25, -1)
     assert keypoints.tolist() == [[[1, 5], [7, 2]], [[3, 1], [0, 0]]]
     assert best.tolist() == [[0.875, 0.75], [0.5, 0]]

@@ -1,0 +1,325 @@
+"""Calibration: what camera_info means for the image received, and directions from pixels through real lenses."""
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kpmatch_ros.camera import CalibrationError, Camera
+
+K = (458.654, 0.0, 367.215, 0.0, 457.296, 248.375, 0.0, 0.0, 1.0)
+P = (436.2, 0.0, 364.4, -48.0, 0.0, 436.2, 256.9, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+# Lenses as real calibrations have them: name, model, coefficients, focal length, width, height, and the part of the
+# image in which the model is a lens at all.
+LENSES = [
+    ("drone", "plumb_bob", (-0.28340811, 0.07395907, 0.00019359, 1.76e-05, 0.0), 458.0, 752, 480, 1.0),
+    ("four coefficients", "plumb_bob", (-0.28, 0.07, 0.0002, -0.0001), 458.0, 752, 480, 1.0),
+    ("pincushion", "plumb_bob", (0.3, 0.1, 0.002, 0.001, 0.0), 400.0, 640, 480, 1.0),
+    ("webcam with a fold", "plumb_bob", (-0.35, 0.12, 0.001, -0.001, -0.02), 300.0, 640, 480, 0.7),
+    ("depth camera", "rational_polynomial", (0.48, -2.65, 6e-4, -3e-4, 1.57, 0.36, -2.48, 1.49), 610.0, 1280, 720, 1.0),
+    (
+        "tilted sensor",
+        "rational_polynomial",
+        (0.1, 0.02, 1e-4, 1e-4, 0.01, 0.4, 0.05, 0.01, 0.001, -0.001, 0.001, 2e-4, 0.01, -0.01),
+        700.0,
+        1280,
+        800,
+        1.0,
+    ),
+    ("fisheye", "equidistant", (0.1, -0.05, 0.02, -0.01), 350.0, 848, 480, 0.98),
+    ("fisheye beyond 180 degrees", "equidistant", (-0.01, 0.02, -0.015, 0.003), 285.0, 848, 800, 0.84),
+]
+
+
+def camera_info(**changes: Any) -> SimpleNamespace:
+    """A sensor_msgs/CameraInfo of ROS 2 with these fields changed."""
+    roi = SimpleNamespace(x_offset=0, y_offset=0, width=0, height=0, do_rectify=False)
+    values: dict[str, Any] = dict(
+        width=752, height=480, distortion_model="plumb_bob", d=[-0.28, 0.07, 0.0002, 1e-05, 0.0], k=list(K), p=list(P),
+        binning_x=0, binning_y=0, roi=roi,
+    )
+    return SimpleNamespace(**{**values, **changes})
+
+
+def region(x: int, y: int, width: int, height: int) -> SimpleNamespace:
+    return SimpleNamespace(x_offset=x, y_offset=y, width=width, height=height, do_rectify=False)
+
+
+def lens(model: str, coefficients: tuple[float, ...], focal: float, width: int, height: int) -> Camera:
+    matrix = [[focal, 0, width / 2 + 3.3], [0, 1.01 * focal, height / 2 - 2.2], [0, 0, 1]]
+    return Camera(width, height, np.array(matrix), model, np.array(coefficients))
+
+
+def pixel_grid(camera: Camera, step: int = 16) -> np.ndarray:
+    x, y = np.meshgrid(np.arange(0, camera.width, step), np.arange(0, camera.height, step))
+    return np.column_stack([x.ravel(), y.ravel()]).astype(np.float64)
+
+
+def project(camera: Camera, normalised: np.ndarray) -> np.ndarray:
+    """OpenCV's forward model."""
+    rays = np.column_stack([normalised, np.ones(len(normalised))])[:, None]
+    model = cv2.fisheye if camera.distortion_model == "equidistant" else cv2
+    pixels, _ = model.projectPoints(rays, np.zeros(3), np.zeros(3), camera.matrix, camera.distortion)
+    return np.asarray(pixels).reshape(-1, 2)
+
+
+def reason_of(info: Any, rectified: bool = False) -> tuple[str, str]:
+    with pytest.raises(CalibrationError) as caught:
+        Camera.from_camera_info(info, rectified=rectified)
+    return caught.value.reason, str(caught.value)
+
+
+# Lenses
+
+
+@pytest.mark.parametrize("name,model,coefficients,focal,width,height,part", LENSES, ids=[entry[0] for entry in LENSES])
+def test_directions_project_back_to_the_pixels_they_came_from(
+    name: str, model: str, coefficients: tuple[float, ...], focal: float, width: int, height: int, part: float
+) -> None:
+    camera = lens(model, coefficients, focal, width, height)
+    pixels = pixel_grid(camera)
+    normalised = camera.normalise(pixels)
+    good = np.isfinite(normalised).all(axis=1)
+    assert good.mean() >= part
+    np.testing.assert_allclose(project(camera, normalised[good]), pixels[good], atol=1e-6)
+
+
+@pytest.mark.parametrize("name,model,coefficients,focal,width,height,part", LENSES, ids=[entry[0] for entry in LENSES])
+def test_the_jacobian_is_the_derivative_of_the_directions(
+    name: str, model: str, coefficients: tuple[float, ...], focal: float, width: int, height: int, part: float
+) -> None:
+    camera = lens(model, coefficients, focal, width, height)
+    pixels = camera.matrix[:2, 2] + np.random.default_rng(0).uniform(-0.3, 0.3, (50, 2)) * min(width, height)
+    _, jacobian = camera.normalise_with_jacobian(pixels)
+    for axis in range(2):
+        step = np.eye(2)[axis] * 0.01
+        difference = (camera.normalise(pixels + step) - camera.normalise(pixels - step)) / 0.02
+        np.testing.assert_allclose(jacobian[:, :, axis], difference, atol=2e-5 / focal * np.abs(jacobian).max() * focal)
+
+
+def test_without_distortion_a_direction_is_the_offset_over_the_focal_length() -> None:
+    camera = Camera(640, 480, np.array([[500.0, 0, 320], [0, 400.0, 240], [0, 0, 1]]))
+    np.testing.assert_allclose(camera.normalise(np.array([[320.0, 240], [820, 640]])), [[0, 0], [1, 1]], atol=1e-12)
+    assert camera.focal == 450
+
+
+def test_skew_is_honoured() -> None:
+    matrix = np.array([[500.0, 7.0, 320], [0, 400.0, 240], [0, 0, 1]])
+    for model, coefficients in (("", ()), ("plumb_bob", (-0.2, 0.05, 0.001, 0.001, 0.0))):
+        camera = Camera(640, 480, matrix, model, np.array(coefficients))
+        x, y = cv2.undistortPoints(np.array([[[0.3, -0.2]]]), np.eye(3), np.array(coefficients or (0.0,) * 5))[0, 0]
+        pixel = matrix @ [0.3, -0.2, 1]
+        np.testing.assert_allclose(camera.normalise(pixel[None, :2]), [[x, y]], atol=1e-4)
+
+
+def test_pixels_beyond_the_fold_of_the_lens_model_have_no_direction() -> None:
+    matrix = np.array([[300.0, 0, 320], [0, 300.0, 240], [0, 0, 1]])
+    camera = Camera(640, 480, matrix, "plumb_bob", np.array([-0.4, 0, 0, 0]))
+    # r (1 - 0.4 r^2) has its maximum 0.608 at r = 0.913.
+    inside, outside = camera.normalise(np.array([[320 + 0.6 * 300, 240], [320 + 0.62 * 300, 240]]))
+    assert inside[0] < 0.913 and math.isclose(inside[0] * (1 - 0.4 * inside[0] ** 2), 0.6, abs_tol=1e-9)
+    assert np.isnan(outside).all()
+
+
+def test_a_fisheye_pixel_ninety_degrees_off_the_axis_has_no_direction() -> None:
+    coefficients = np.array([0.0, 0.0, 0.0, 1e-12])  # equidistant to the last digit, but not "no distortion"
+    camera = Camera(1000, 1000, np.array([[300.0, 0, 500], [0, 300.0, 500], [0, 0, 1]]), "equidistant", coefficients)
+    angles = np.radians([30.0, 85.0, 90.0, 95.0])
+    normalised, jacobian = camera.normalise_with_jacobian(np.column_stack([500 + 300 * angles, np.full(4, 500.0)]))
+    np.testing.assert_allclose(normalised[:2, 0], np.tan(angles[:2]), rtol=1e-6)
+    assert np.isnan(normalised[2:]).all() and np.isnan(jacobian[2:]).all()
+
+
+def test_a_zero_distortion_is_none_whatever_the_model() -> None:
+    matrix = np.array([[300.0, 0, 320], [0, 300.0, 240], [0, 0, 1]])
+    for model in ("", "plumb_bob", "rational_polynomial", "equidistant"):
+        for count in (0, 4):
+            camera = Camera(640, 480, matrix, model, np.zeros(count))
+            np.testing.assert_array_equal(camera.normalise(np.array([[620.0, 240.0]])), [[1.0, 0.0]])
+
+
+@given(
+    st.sampled_from(LENSES),
+    st.lists(st.tuples(*2 * [st.floats(width=32)]), max_size=8),
+)
+@settings(max_examples=100, deadline=None)
+def test_any_pixel_gives_a_direction_or_nan_and_never_an_error(entry: Any, pixels: list[tuple[float, float]]) -> None:
+    _, model, coefficients, focal, width, height, _ = entry
+    camera = lens(model, coefficients, focal, width, height)
+    points = np.array(pixels, dtype=np.float32).reshape(-1, 2)
+    normalised, jacobian = camera.normalise_with_jacobian(points)
+    assert normalised.shape == points.shape and jacobian.shape == (len(points), 2, 2)
+    good = np.isfinite(normalised).all(axis=1)
+    assert (good == np.isfinite(jacobian).all(axis=(1, 2))).all()
+    assert not good[~np.isfinite(points).all(axis=1)].any()
+    if good.any():
+        np.testing.assert_allclose(project(camera, normalised[good]), points[good].astype(np.float64), atol=1e-5)
+
+
+def test_points_of_another_shape_are_refused() -> None:
+    camera = Camera(640, 480, np.array([[300.0, 0, 320], [0, 300.0, 240], [0, 0, 1]]))
+    for points in (np.zeros(2), np.zeros((3, 3))):
+        with pytest.raises(ValueError, match=r"\(N, 2\)"):
+            camera.normalise(points)
+
+
+# camera_info
+
+
+def test_camera_info_gives_matrix_distortion_and_size() -> None:
+    camera = Camera.from_camera_info(camera_info(), rectified=False)
+    assert (camera.width, camera.height, camera.distortion_model) == (752, 480, "plumb_bob")
+    np.testing.assert_array_equal(camera.matrix, np.reshape(K, (3, 3)))
+    np.testing.assert_array_equal(camera.distortion, [-0.28, 0.07, 0.0002, 1e-05, 0.0])
+
+
+def test_the_camera_keeps_its_numbers_when_the_message_is_reused() -> None:
+    info = camera_info(k=np.array(K), d=np.array([0.1, 0.0, 0.0, 0.0, 0.0]))
+    camera = Camera.from_camera_info(info, rectified=False)
+    info.k[:], info.d[:] = 0, 0
+    assert camera.matrix[0, 0] == K[0] and camera.distortion[0] == 0.1
+    with pytest.raises(ValueError, match="read-only"):
+        camera.matrix[0, 0] = 1
+
+
+def test_camera_info_of_ros_1_is_understood() -> None:
+    info = camera_info()
+    old = SimpleNamespace(**{name.upper() if name in "kdp" else name: value for name, value in vars(info).items()})
+    np.testing.assert_array_equal(Camera.from_camera_info(old, rectified=False).matrix, np.reshape(K, (3, 3)))
+
+
+def test_real_messages_are_understood() -> None:
+    stores = pytest.importorskip("rosbags.typesys")
+    store = stores.get_typestore(stores.Stores.ROS2_JAZZY)
+    empty = store.types["sensor_msgs/msg/RegionOfInterest"](0, 0, 0, 0, False)
+    header = store.types["std_msgs/msg/Header"](store.types["builtin_interfaces/msg/Time"](0, 0), "camera")
+    info = store.types["sensor_msgs/msg/CameraInfo"](
+        header, 480, 752, "plumb_bob", np.array([-0.28, 0.07, 0.0002, 1e-05, 0.0]), np.array(K), np.eye(3).ravel(),
+        np.array(P), 0, 0, empty,
+    )
+    camera = Camera.from_camera_info(info, rectified=False)
+    expected = Camera.from_camera_info(camera_info(), rectified=False)
+    pixel = np.array([[10.0, 20.0]])
+    np.testing.assert_array_equal(camera.normalise(pixel), expected.normalise(pixel))
+
+
+def test_a_region_of_interest_sees_the_same_directions_at_shifted_pixels() -> None:
+    whole = Camera.from_camera_info(camera_info(), rectified=False)
+    part = Camera.from_camera_info(camera_info(roi=region(100, 60, 400, 300)), rectified=False)
+    assert (part.width, part.height) == (400, 300)
+    pixels = np.random.default_rng(0).uniform(0, 300, (20, 2))
+    np.testing.assert_allclose(part.normalise(pixels), whole.normalise(pixels + (100, 60)), atol=1e-9)
+
+
+def test_binning_sees_the_same_directions_at_fewer_pixels() -> None:
+    whole = Camera.from_camera_info(camera_info(), rectified=False)
+    binned = Camera.from_camera_info(camera_info(binning_x=2, binning_y=3), rectified=False)
+    assert (binned.width, binned.height) == (376, 160)
+    pixels = np.random.default_rng(0).uniform(0, 160, (20, 2))
+    np.testing.assert_allclose(binned.normalise(pixels), whole.normalise(pixels * (2, 3)), atol=1e-9)
+
+
+def test_the_region_of_interest_is_in_pixels_before_binning() -> None:
+    whole = Camera.from_camera_info(camera_info(), rectified=False)
+    both = Camera.from_camera_info(
+        camera_info(roi=region(100, 60, 400, 300), binning_x=2, binning_y=2), rectified=False
+    )
+    assert (both.width, both.height) == (200, 150)
+    np.testing.assert_allclose(
+        both.normalise(np.array([[10.0, 20.0]])), whole.normalise(np.array([[120.0, 100.0]])), atol=1e-9
+    )
+
+
+def test_rectified_images_use_the_projection_without_distortion() -> None:
+    camera = Camera.from_camera_info(camera_info(binning_x=2, binning_y=2), rectified=True)
+    assert camera.distortion_model == "" and camera.distortion.size == 0
+    np.testing.assert_allclose(camera.matrix, [[218.1, 0, 182.2], [0, 218.1, 128.45], [0, 0, 1]])
+
+
+def test_rectified_pixels_have_the_raw_pixels_directions_turned_by_the_rectification() -> None:
+    turn = cv2.Rodrigues(np.array([0.01, -0.02, 0.015]))[0]
+    raw = Camera.from_camera_info(camera_info(), rectified=False)
+    rectified = Camera.from_camera_info(camera_info(), rectified=True)
+    pixels = np.random.default_rng(0).uniform((200, 100), (550, 380), (20, 2))
+    directions = np.column_stack([raw.normalise(pixels), np.ones(20)]) @ turn.T
+    image = directions @ np.reshape(P, (3, 4))[:, :3].T
+    np.testing.assert_allclose(
+        rectified.normalise(image[:, :2] / image[:, 2:]), directions[:, :2] / directions[:, 2:], atol=1e-9
+    )
+
+
+def test_the_lens_does_not_matter_for_rectified_images() -> None:
+    info = camera_info(distortion_model="something new", d=[1.0, 2.0])
+    assert Camera.from_camera_info(info, rectified=True).distortion.size == 0
+
+
+# What is refused, and how
+
+
+def test_an_uncalibrated_camera_is_named_so() -> None:
+    reason, text = reason_of(camera_info(k=[0.0] * 9))
+    assert reason == "uncalibrated" and "K[0]" in text and "camera_info_url" in text
+    reason, text = reason_of(camera_info(p=[0.0] * 12), rectified=True)
+    assert reason == "uncalibrated" and "P[0]" in text
+
+
+def test_a_camera_info_of_zeros_is_an_uncalibrated_camera() -> None:
+    info = camera_info(width=0, height=0, k=[0.0] * 9, d=[], p=[0.0] * 12, distortion_model="")
+    assert reason_of(info)[0] == "uncalibrated"
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(width=0), dict(height=0), dict(roi=region(10, 10, 0, 0)), dict(binning_x=1000)]
+)
+def test_an_image_without_pixels_is_refused(changes: dict[str, Any]) -> None:
+    assert reason_of(camera_info(**changes))[0] == "size"
+
+
+def test_an_image_of_another_size_is_refused_naming_both() -> None:
+    camera = Camera.from_camera_info(camera_info(), rectified=False)
+    camera.check_size(752, 480)
+    with pytest.raises(CalibrationError, match=r"1504x960.*752x480") as caught:
+        camera.check_size(1504, 960)
+    assert caught.value.reason == "size"
+
+
+@pytest.mark.parametrize(
+    "model,coefficients", [("kannala_brandt", (0.1, 0.0, 0.0, 0.0)), ("", (0.1, 0.0, 0.0, 0.0)), ("fov", ())]
+)
+def test_an_unknown_lens_model_is_refused_naming_the_known_ones(model: str, coefficients: tuple[float, ...]) -> None:
+    reason, text = reason_of(camera_info(distortion_model=model, d=list(coefficients)))
+    assert reason == "model" and all(known in text for known in ("plumb_bob", "rational_polynomial", "equidistant"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(k=[math.nan, *K[1:]]),
+        dict(k=[*K[:2], math.inf, *K[3:]]),
+        dict(k=[-458.0, *K[1:]]),
+        dict(k=[3.6, *K[1:]]),  # millimetres
+        dict(k=[0.61, 0, 0.49, 0, 0.95, 0.52, 0, 0, 1]),  # parts of the image's size
+        dict(k=[1e9, *K[1:]]),
+        dict(k=np.reshape(K, (3, 3)).T.ravel()),  # column by column
+        dict(k=list(K[:8])),
+        dict(d=[math.nan, 0, 0, 0, 0]),
+        dict(d=[0.1, 0.2, 0.3]),
+        dict(distortion_model="equidistant", d=[0.1, 0.2, 0.3, 0.4, 0.5]),
+    ],
+)
+def test_numbers_that_no_camera_has_are_refused(changes: dict[str, Any]) -> None:
+    assert reason_of(camera_info(**changes))[0] == "value"
+
+
+def test_a_camera_made_by_hand_is_checked_too() -> None:
+    with pytest.raises(CalibrationError, match="focal lengths"):
+        Camera(640, 480, np.eye(3))
+    with pytest.raises(CalibrationError, match="shape"):
+        Camera(640, 480, np.eye(4))
