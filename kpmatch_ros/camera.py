@@ -130,15 +130,17 @@ class Camera:
         pixels = np.asarray(points, dtype=np.float64)
         if pixels.ndim != 2 or pixels.shape[1] != 2:
             raise ValueError(f"points must have shape (N, 2), not {pixels.shape}")
+        normalised = np.full_like(pixels, np.nan)
+        jacobian = np.full((len(pixels), 2, 2), np.nan)
+        good = np.isfinite(pixels).all(axis=1)
         per_pixel = np.linalg.inv(self.matrix[:2, :2])
-        distorted = (pixels - self.matrix[:2, 2]) @ per_pixel.T
-        normalised = np.full_like(distorted, np.nan)
-        jacobian = np.full((len(distorted), 2, 2), np.nan)
-        good = np.isfinite(distorted).all(axis=1)
+        distorted = (pixels[good] - self.matrix[:2, 2]) @ per_pixel.T
         if not self.distortion.any():
-            normalised[good], jacobian[good] = distorted[good], per_pixel
+            near = np.abs(distorted).max(axis=1) < _LARGEST_TANGENT
+            good[good] = near
+            normalised[good], jacobian[good] = distorted[near], per_pixel
         elif good.any():
-            normalised[good], inverse = self._undistort(distorted[good])
+            normalised[good], inverse = self._undistort(distorted)
             jacobian[good] = inverse @ per_pixel
         return normalised, jacobian
 

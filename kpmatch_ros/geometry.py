@@ -50,6 +50,7 @@ _UNEQUAL = 2.0
 _INDEPENDENT_DIRECTIONS = 50
 
 _TINY = 1e-30  # instead of zero under a fraction
+_AHEAD = 0.02  # cosine: what is further off a camera's axis, 89 degrees, is behind it
 _BEHIND = 1e6  # pixels: the error of what is behind a camera
 _EVERYTHING = 1e9  # pixels: a cutoff beyond all errors
 
@@ -173,7 +174,9 @@ def estimate_relative_pose(
         mask[usable] = inliers
         return mask
 
-    candidates = _search_motions(matches, gate, 2 * gate / (camera0.focal + camera1.focal))
+    threshold = 2 * gate / (camera0.focal + camera1.focal)
+    candidates = _search_motions(matches, gate, threshold)
+    candidates += _search_plane(matches, gate, threshold, candidates)
     starts = [np.eye(3)] + [candidate.rotation for candidate in candidates]
     rotation = _fit_rotation(matches, starts, gate, keypoint_resolution)
     turning = _length(_rotation_errors(matches, rotation)) < gate
@@ -320,7 +323,7 @@ def _project_turned(matches: _Matches, rotation: np.ndarray) -> tuple[np.ndarray
     Cholesky factor l00, l10, l11 (3, n) of the difference's covariance for keypoint noise of one pixel in both images.
     """
     turned = rotation @ matches.rays1.T
-    ahead = turned[2] > 1e-3
+    ahead = turned[2] > _AHEAD * _length(matches.rays1)
     depth = np.where(ahead, turned[2], 1.0)
     x, y = projected = turned[:2] / depth
     # The derivative of x, y by the current image's coordinates carries that image's noise over.
@@ -332,7 +335,8 @@ def _project_turned(matches: _Matches, rotation: np.ndarray) -> tuple[np.ndarray
     noise11 = own[1, 1] + yx * (yx * a + 2 * yy * b) + yy * yy * c
     factor00 = np.sqrt(noise00)
     factor10 = noise10 / factor00
-    return projected, ahead, np.array([factor00, factor10, np.sqrt(noise11 - factor10 * factor10)])
+    factor11 = np.sqrt(np.maximum(noise11 - factor10 * factor10, _TINY))
+    return projected, ahead, np.array([factor00, factor10, factor11])
 
 
 def _whiten(x: np.ndarray, y: np.ndarray, factors: np.ndarray) -> np.ndarray:
@@ -420,6 +424,30 @@ def _search_motions(matches: _Matches, gate: float, threshold: float) -> list[_M
         ]
         candidates.append(min(four, key=lambda motion: _disagreement(matches, motion, gate)))
     return candidates
+
+
+def _search_plane(matches: _Matches, gate: float, threshold: float, candidates: list[_Motion]) -> list[_Motion]:
+    """The two motions that a plane allows, from the matches of the best candidate: a search often finds the wrong one.
+
+    If the scene is no plane they are far off, and do no harm.
+    """
+    if not candidates:
+        return []
+    best = min(candidates, key=lambda motion: _disagreement(matches, motion, gate))
+    inliers = matches.select(_agrees(matches, best, gate))
+    if len(inliers) < _SMALLEST_SAMPLE:
+        return []
+    rays1, rays0 = inliers.rays1[:, :2].copy(), inliers.rays0[:, :2].copy()
+    homography, _ = cv2.findHomography(rays1, rays0, cv2.RANSAC, 2 * threshold, maxIters=200)
+    if homography is None or not np.isfinite(homography).all() or abs(np.linalg.det(homography)) < 1e-9:
+        return []
+    _, rotations, translations, _ = cv2.decomposeHomographyMat(homography, np.eye(3))
+    motions = [
+        _Motion(rotation, translation.ravel() / length)
+        for rotation, translation in zip(rotations, translations)
+        if (length := float(np.linalg.norm(translation))) > 1e-6
+    ]
+    return sorted(motions, key=lambda motion: _disagreement(inliers, motion, gate))[:2]
 
 
 def _search_translations(matches: _Matches, rotation: np.ndarray, gate: float) -> list[_Motion]:
@@ -634,11 +662,10 @@ def _covariance(slopes_of: _Slopes, matches: _Matches, motion: _Motion, gate: fl
 
 def _median_parallax(inliers: _Matches, rotation: np.ndarray) -> float:
     """Median displacement, pixels of the reference image, between the matches and where the rotation takes them."""
-    turned = inliers.rays1 @ rotation.T
-    ahead = turned[:, 2] > 1e-3
+    projected, ahead, _ = _project_turned(inliers, rotation)
     if not ahead.any():
         return 0.0
-    shift = inliers.rays0[ahead, :2] - turned[ahead, :2] / turned[ahead, 2:]
+    shift = (inliers.rays0.T[:2] - projected).T[ahead]
     return float(np.median(np.sqrt(_quadratic(np.linalg.inv(inliers.noise0[ahead]), shift))))
 
 

@@ -114,6 +114,15 @@ def test_pairs_of_a_batch_match_as_each_alone(ratio: float) -> None:
         assert (found.matches1[b, len(alone1) :] == -1).all()
 
 
+def test_without_a_second_nearest_there_is_nothing_to_confuse_the_nearest_with() -> None:
+    first, second = torch.eye(16)[:1], torch.eye(16)[:1] * 0.3 + torch.eye(16)[1:2] * 0.91**0.5
+    padding = torch.tensor([[True, False]])
+    model = NearestNeighbour(ratio_threshold=0.3)
+    assert match(model, first, second).matches0.tolist() == [[0]]
+    first, second = first.repeat(2, 1), second.repeat(2, 1)
+    assert match(model, first, second, mask0=padding, mask1=padding).matches0.tolist() == [[0, -1]]
+
+
 @pytest.mark.parametrize("ratio", [1.0, 0.9])
 @pytest.mark.parametrize(("count0", "count1"), [(0, 0), (0, 5), (5, 0)])
 def test_no_descriptors_give_no_matches(count0: int, count1: int, ratio: float) -> None:

@@ -427,6 +427,7 @@ def test_a_flipped_bit_is_found_and_healed_by_fetching_again(
 ) -> None:
     register("good")
     path = weights.fetch("test")
+    weights.resolve("test")  # found to be good, once
     damaged = bytearray(server.content)
     damaged[1000] ^= 1
     path.write_bytes(damaged)
