@@ -132,7 +132,7 @@ class Camera:
             raise ValueError(f"points must have shape (N, 2), not {pixels.shape}")
         normalised = np.full_like(pixels, np.nan)
         jacobian = np.full((len(pixels), 2, 2), np.nan)
-        good: np.ndarray = np.isfinite(pixels).all(axis=1)
+        good = np.asarray(np.isfinite(pixels).all(axis=1))
         per_pixel = np.linalg.inv(self.matrix[:2, :2])
         distorted = (pixels[good] - self.matrix[:2, 2]) @ per_pixel.T
         if not self.distortion.any():
