@@ -402,7 +402,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument(
         "--out", metavar="FOLDER", type=Path, default=Path("demo"), help="for the bag and the picture (default demo)"
     )
-    parser.add_argument("--frames", metavar="N", type=_count(2), default=16, help="images in the bag (default 16)")
+    parser.add_argument("--frames", metavar="N", type=_count(2), default=12, help="images in the bag (default 12)")
 
 
 def _demo(options: argparse.Namespace) -> int:
