@@ -1,6 +1,9 @@
 """The networks, in plain PyTorch, for inference."""
+from kpmatch_ros.models.aliked import ALIKED
+from kpmatch_ros.models.disk import DISK
 from kpmatch_ros.models.lightglue import LightGlue
 from kpmatch_ros.models.nearest import NearestNeighbour
+from kpmatch_ros.models.superglue import SuperGlue
 from kpmatch_ros.models.superpoint import SuperPoint
 
-__all__ = ["LightGlue", "NearestNeighbour", "SuperPoint"]
+__all__ = ["ALIKED", "DISK", "LightGlue", "NearestNeighbour", "SuperGlue", "SuperPoint"]

@@ -1,0 +1,366 @@
+"""ALIKED: a light network that finds keypoints to a fraction of a pixel and describes them by deformable sampling.
+
+Zhao, Wu, Chen, Chen, Xu, Li: ALIKED: A Lighter Keypoint and Descriptor Extraction Network via Deformable
+Transformation, IEEE Transactions on Instrumentation and Measurement 2023 (arXiv:2304.03608).
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from kpmatch_ros.models.checkpoint import Checkpoint, build
+from kpmatch_ros.models.superpoint import Detections, clear_border, select_keypoints, suppress_non_maxima
+
+__all__ = ["ALIKED"]
+
+STRIDES = (1, 2, 8, 32)  # pixels between the features of each level
+SMALLEST = 8  # pixels: an image less wide or high has no keypoints
+
+
+class DeformableConv(nn.Module):
+    """A 3 x 3 convolution whose nine taps each move to where the features themselves say (Dai et al., ICCV 2017)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.offset_conv = nn.Conv2d(inputs, 2 * 9, 3, padding=1)
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        furthest = max(height, width) / 4
+        # Positions in float32: half precision cannot tell neighbouring pixels apart.
+        offsets = self.offset_conv(x).float().clamp(-furthest, furthest).unflatten(1, (9, 2))  # of y, then x
+        taps = torch.arange(9, device=x.device)[:, None, None]
+        rows = torch.arange(height, device=x.device)[:, None] + torch.div(taps, 3, rounding_mode="floor") - 1
+        columns = torch.arange(width, device=x.device) + taps % 3 - 1
+        grid = torch.stack(
+            [(offsets[:, :, 1] + columns) * 2 + 1, (offsets[:, :, 0] + rows) * 2 + 1], dim=-1
+        ) / grid_size(x) - 1
+        samples = F.grid_sample(x.float(), grid.flatten(1, 2), align_corners=False)  # zero outside, as padding
+        samples = samples.unflatten(2, (9, height)).flatten(1, 2).to(x.dtype)
+        return F.conv2d(samples, self.conv.weight.flatten(1)[:, :, None, None], self.conv.bias)
+
+
+def grid_size(x: Tensor) -> Tensor:
+    """Width and height of a map (..., H, W)."""
+    return torch.tensor([x.shape[-1], x.shape[-2]], dtype=torch.float32, device=x.device)
+
+
+class Block(nn.Module):
+    """Two convolutions, deformable or not, around which a shortcut leads where ``shortcut`` is set."""
+
+    def __init__(self, inputs: int, outputs: int, deformable: bool, shortcut: bool) -> None:
+        super().__init__()
+
+        def conv(channels: int) -> nn.Module:
+            return DeformableConv(channels, outputs) if deformable else nn.Conv2d(channels, outputs, 3, padding=1)
+
+        self.conv_a = conv(inputs)
+        self.conv_b = conv(outputs)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1) if shortcut else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv_b(F.selu(self.conv_a(x), inplace=True))
+        return F.selu(y if self.shortcut is None else y + self.shortcut(x), inplace=True)
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) image to features at four scales, each (B, dim / 4, H / stride, W / stride)."""
+
+    def __init__(self, sizes: list[int], dim: int) -> None:
+        super().__init__()
+        inputs = [3, *sizes[:-1]]
+        self.blocks = nn.ModuleList(
+            Block(inputs[i], sizes[i], deformable=i >= 2, shortcut=i >= 1) for i in range(len(sizes))
+        )
+        self.projections = nn.ModuleList(nn.Conv2d(size, dim // 4, 1, bias=False) for size in sizes)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        levels = []
+        stride = 1
+        for block, projection, next_stride in zip(self.blocks, self.projections, STRIDES):
+            if next_stride > stride:
+                x = F.avg_pool2d(x, next_stride // stride)
+            stride = next_stride
+            x = block(x)
+            levels.append(F.selu(projection(x), inplace=True))
+        return levels
+
+
+class ScoreHead(nn.Module):
+    """Features of all scales to the score of each pixel."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Conv2d(dim, 8, 1, bias=False)
+        sizes = [8, 4, 4, 1]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False) for inputs, outputs in zip(sizes[:-1], sizes[1:])
+        )
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        """(B, H, W) scores in [0, 1] of the padded image."""
+        # Bilinear upsampling and a 1 x 1 convolution may change places: 8 channels to enlarge instead of 128. In
+        # float32: in half precision neighbouring scores become equal, and suppression and refinement need differences.
+        parts = self.reduction.weight.split([level.shape[1] for level in levels], dim=1)
+        x = torch.stack(
+            [
+                F.interpolate(
+                    F.conv2d(level, part).float(), levels[0].shape[-2:], mode="bilinear", align_corners=True
+                )
+                for level, part in zip(levels, parts)
+            ]
+        ).sum(dim=0)
+        for conv in self.convs:
+            x = F.conv2d(F.selu(x), conv.weight.float(), padding=1)  # type: ignore[arg-type,operator]
+        return x.sigmoid()[:, 0]
+
+
+@dataclass
+class FeatureMap:
+    """One unit vector for each pixel, worked out only where asked for: a thousand keypoints need a quarter of them.
+
+    Attributes:
+        levels: features at four scales of the padded image.
+        padding: columns and rows of padding at the left and at the top.
+        width: of the image without padding, pixels.
+        height: of the image without padding, pixels.
+    """
+
+    levels: list[Tensor]
+    padding: tuple[int, int]
+    width: int
+    height: int
+
+    def at(self, pixels: Tensor) -> Tensor:
+        """(B, P, 2) whole x, y to (B, P, C)."""
+        far_corner = grid_size(self.levels[0]) - 1
+        grid = (pixels + pixels.new_tensor(self.padding)) / far_corner * 2 - 1
+        samples = [F.grid_sample(level.float(), grid[:, None], align_corners=True)[:, :, 0] for level in self.levels]
+        return F.normalize(torch.cat(samples, dim=1), dim=1).transpose(1, 2)
+
+    def between(self, positions: Tensor) -> Tensor:
+        """(B, P, 2) x, y to (B, P, C), bilinear, zero outside of the image."""
+        first = positions.floor()
+        size = positions.new_tensor([self.width, self.height])
+        total = torch.zeros(())
+        for x in (0, 1):
+            for y in (0, 1):
+                pixels = first + positions.new_tensor([x, y])
+                inside = ((pixels >= 0) & (pixels < size)).all(dim=-1)
+                weights = (1 - (positions - pixels).abs()).prod(dim=-1) * inside
+                total = total + self.at(torch.minimum(pixels.clamp(min=0), size - 1)) * weights[..., None]
+        return total
+
+
+class DescriptorHead(nn.Module):
+    """Describes a keypoint by features sampled where the features around it say (SDDH, section III-C)."""
+
+    def __init__(self, dim: int, samples: int) -> None:
+        super().__init__()
+        self.offset_a = nn.Linear(9 * dim, 2 * samples)
+        self.offset_b = nn.Linear(2 * samples, 2 * samples)
+        self.feature = nn.Linear(dim, dim, bias=False)
+        self.aggregation = nn.Linear(samples * dim, dim, bias=False)
+
+    def forward(self, features: FeatureMap, keypoints: Tensor) -> Tensor:
+        """(B, N, 2) keypoints in pixels to (B, N, dim) unit vectors."""
+        batch, count = keypoints.shape[:2]
+        furthest = max(features.width, features.height) / 4
+        # The 3 x 3 pixels around the keypoint; at the border those nearest, and as in the authors' code never the last.
+        limit = keypoints.new_tensor([features.width - 4, features.height - 4])
+        corner = torch.minimum((keypoints.floor() - 1).clamp(min=0), limit)
+        taps = torch.arange(9, device=keypoints.device)
+        patch = corner[:, :, None] + torch.stack([taps % 3, torch.div(taps, 3, rounding_mode="floor")], dim=-1)
+        around = features.at(patch.flatten(1, 2)).unflatten(1, (count, 9)).flatten(2)
+        dtype = self.offset_a.weight.dtype
+        offsets = self.offset_b(F.selu(self.offset_a(around.to(dtype)))).float().clamp(-furthest, furthest)
+        offsets = offsets.unflatten(2, (2, -1)).transpose(2, 3)  # (B, N, samples, 2)
+        sampled = features.between((keypoints[:, :, None] + offsets).flatten(1, 2)).to(dtype)
+        described = self.aggregation(F.selu(self.feature(sampled)).reshape(batch, count, -1))
+        return F.normalize(described.float(), dim=-1)
+
+
+class ALIKED(nn.Module):
+    """Detector and descriptor. Build it with :meth:`from_pretrained`.
+
+    Args:
+        config: any of the keys of :attr:`DEFAULTS`: the channels of the four scales (``encoder_sizes``) and of the
+            descriptor, the number of ``samples`` that make a descriptor, and which keypoints to keep.
+    """
+
+    MODEL_TYPE = "aliked"
+    CHANNELS = 3  # it sees colour
+    DEFAULTS: dict[str, Any] = {
+        "encoder_sizes": [16, 32, 64, 128],
+        "descriptor_dim": 128,
+        "samples": 16,
+        "keypoint_threshold": 0.2,
+        "max_keypoints": -1,
+        "nms_radius": 2,
+        "refinement_radius": 2,
+        "border_removal_distance": 2,
+    }
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = {**self.DEFAULTS, **config}
+        sizes, dim = list(self.config["encoder_sizes"]), self.config["descriptor_dim"]
+        self.encoder = Encoder(sizes, dim)
+        self.score_head = ScoreHead(dim)
+        self.descriptor_head = DescriptorHead(dim, self.config["samples"])
+        self.keypoint_threshold: float = self.config["keypoint_threshold"]
+        self.max_keypoints: int = self.config["max_keypoints"]
+        self.nms_radius: int = self.config["nms_radius"]
+        # The authors' code has one radius for suppression and this, but the scores were trained for 2: refining with 4
+        # costs 7 % of the correct matches.
+        self.refinement_radius: int = self.config["refinement_radius"]
+        self.border: int = self.config["border_removal_distance"]
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> ALIKED:
+        """Load weights from the authors' ``.pth`` file, a ``.safetensors`` file or folder, or a registered name.
+
+        Args:
+            options: keys of :attr:`DEFAULTS` that replace the checkpoint's own.
+
+        Raises:
+            WeightsError: when there are no such weights, or they are damaged, or made for another network.
+        """
+        return build(cls, source, options)
+
+    @classmethod
+    def prepare(cls, checkpoint: Checkpoint) -> Checkpoint:
+        """Translate the authors' checkpoint into this module's configuration and parameter names."""
+        if "desc_head.agg_weights" not in checkpoint.tensors:
+            return checkpoint
+        return _from_authors(checkpoint)
+
+    @property
+    def descriptor_size(self) -> int:
+        """Length D of a descriptor."""
+        return self.config["descriptor_dim"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the convolutions."""
+        return self.score_head.reduction.weight.dtype
+
+    def forward(self, image: Tensor) -> Detections:
+        """Find and describe keypoints.
+
+        Args:
+            image: (B, 3, H, W) RGB or (B, 1, H, W) grey values in [0, 1], float.
+
+        Returns:
+            the keypoints, padded to the largest number in the batch.
+        """
+        batch, _, height, width = image.shape
+        if min(height, width) < SMALLEST:
+            return self._no_detections(batch, image.device)
+        padded, padding = pad_to_multiple(image.expand(-1, 3, -1, -1).to(self.dtype), STRIDES[-1])
+        levels = self.encoder(padded)
+        left, top = padding
+        scores = self.score_head(levels)[:, top : top + height, left : left + width]
+        peaks = clear_border(suppress_non_maxima(scores, self.nms_radius).clone(), self.border)
+        keypoints, _, mask = select_keypoints(peaks, self.keypoint_threshold, self.max_keypoints)
+        if keypoints.shape[1] == 0:
+            return self._no_detections(batch, image.device)
+        keypoints, scores = refine(scores, keypoints, self.refinement_radius)
+        scores, order = (scores * mask).sort(dim=1, descending=True)
+        mask = mask.gather(1, order)
+        keypoints = keypoints.gather(1, order[..., None].expand_as(keypoints)) * mask[..., None]
+        descriptors = self.descriptor_head(FeatureMap(levels, padding, width, height), keypoints)
+        return Detections(keypoints, scores, descriptors, mask)
+
+    def _no_detections(self, batch: int, device: torch.device) -> Detections:
+        return Detections(
+            torch.zeros(batch, 0, 2, device=device),
+            torch.zeros(batch, 0, device=device),
+            torch.zeros(batch, 0, self.descriptor_size, device=device),
+            torch.zeros(batch, 0, dtype=torch.bool, device=device),
+        )
+
+
+def pad_to_multiple(image: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int]]:
+    """Repeat an image's outermost pixels on all sides until width and height are multiples of ``multiple``.
+
+    Returns:
+        the padded image, and how many columns there are before the first and rows above the first.
+    """
+    extra_height, extra_width = (-size % multiple for size in image.shape[-2:])
+    left, top = extra_width // 2, extra_height // 2
+    return F.pad(image, (left, extra_width - left, top, extra_height - top), mode="replicate"), (left, top)
+
+
+def refine(scores: Tensor, keypoints: Tensor, radius: int, temperature: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Move keypoints to the centre of the scores around them (DKD, section III-B).
+
+    Args:
+        scores: (B, H, W).
+        keypoints: (B, N, 2) x, y of the peaks, whole pixels.
+        radius: how far around a peak scores count, pixels.
+        temperature: the smaller, the more only the highest scores count.
+
+    Returns:
+        keypoints (B, N, 2), and the scores (B, N) at their new place.
+    """
+    padded = F.pad(scores, (radius, radius, radius, radius))
+    steps = torch.arange(2 * radius + 1, device=scores.device)
+    shift_y, shift_x = (shift.flatten() for shift in torch.meshgrid(steps, steps, indexing="ij"))
+    whole = keypoints.long()
+    index = (whole[..., 1:] + shift_y) * padded.shape[-1] + whole[..., :1] + shift_x  # (B, N, window)
+    window = padded.flatten(1).gather(1, index.flatten(1)).view_as(index)
+    shares = (window / temperature).softmax(dim=-1)
+    shifts = torch.stack([shift_x, shift_y], dim=-1).float() - radius
+    keypoints = keypoints + shares @ shifts
+    grid = (keypoints * 2 + 1) / grid_size(scores) - 1
+    return keypoints, F.grid_sample(scores[:, None], grid[:, None], align_corners=False)[:, 0, 0]
+
+
+def _from_authors(checkpoint: Checkpoint) -> Checkpoint:
+    """The authors' ``.pth`` (Shiaoming/ALIKED) under this module's names, batch norms folded into the convolutions."""
+    theirs = {name: tensor.float() for name, tensor in checkpoint.tensors.items()}
+    tensors: dict[str, Tensor] = {}
+    for block in range(4):
+        ours = f"encoder.blocks.{block}"
+        for layer, new in (("1", "conv_a"), ("2", "conv_b")):
+            conv, norm = f"block{block + 1}.conv{layer}", f"block{block + 1}.bn{layer}"
+            target = f"{ours}.{new}"
+            if f"{conv}.regular_conv.weight" in theirs:
+                for kind in ("weight", "bias"):
+                    tensors[f"{target}.offset_conv.{kind}"] = theirs[f"{conv}.offset_conv.{kind}"]
+                conv, target = f"{conv}.regular_conv", f"{target}.conv"
+            mean, variance = theirs[f"{norm}.running_mean"], theirs[f"{norm}.running_var"]
+            tensors[f"{target}.weight"], tensors[f"{target}.bias"] = fuse_conv_bn_weights(
+                theirs[f"{conv}.weight"], None, mean, variance, 1e-5, theirs[f"{norm}.weight"], theirs[f"{norm}.bias"]
+            )
+        if block > 0:
+            for kind in ("weight", "bias"):
+                tensors[f"{ours}.shortcut.{kind}"] = theirs[f"block{block + 1}.downsample.{kind}"]
+        tensors[f"encoder.projections.{block}.weight"] = theirs[f"conv{block + 1}.weight"]
+    tensors["score_head.reduction.weight"] = theirs["score_head.0.weight"]
+    for i in range(3):
+        tensors[f"score_head.convs.{i}.weight"] = theirs[f"score_head.{2 * i + 2}.weight"]
+    aggregation = theirs["desc_head.agg_weights"]  # (samples, in, out)
+    tensors["descriptor_head.aggregation.weight"] = aggregation.flatten(0, 1).T
+    # Channels of a pixel stand together here, pixels of a channel there.
+    tensors["descriptor_head.offset_a.weight"] = theirs["desc_head.offset_conv.0.weight"].permute(0, 2, 3, 1).flatten(1)
+    tensors["descriptor_head.offset_a.bias"] = theirs["desc_head.offset_conv.0.bias"]
+    tensors["descriptor_head.offset_b.weight"] = theirs["desc_head.offset_conv.2.weight"].flatten(1)
+    tensors["descriptor_head.offset_b.bias"] = theirs["desc_head.offset_conv.2.bias"]
+    tensors["descriptor_head.feature.weight"] = theirs["desc_head.sf_conv.weight"].flatten(1)
+    config = {
+        "model_type": "aliked",
+        "encoder_sizes": [tensors[f"encoder.projections.{block}.weight"].shape[1] for block in range(4)],
+        "descriptor_dim": aggregation.shape[2],
+        "samples": aggregation.shape[0],
+    }
+    return Checkpoint({**config, **checkpoint.config}, tensors, checkpoint.source)

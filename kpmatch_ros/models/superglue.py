@@ -1,0 +1,370 @@
+"""SuperGlue: a graph neural network that matches two sets of keypoints, and optimal transport that decides.
+
+Sarlin, DeTone, Malisiewicz, Rabinovich: SuperGlue: Learning Feature Matching with Graph Neural Networks, CVPR 2020
+(arXiv:1911.11763). Equation numbers below are the paper's.
+"""
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kpmatch_ros.models.assignment import Assignment, mutual_matches
+from kpmatch_ros.models.checkpoint import Checkpoint, build
+from kpmatch_ros.weights import WeightsError
+
+__all__ = ["SuperGlue"]
+
+
+class HiddenLayer(nn.Module):
+    """Linear, batch norm, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+        self.batch_norm = nn.BatchNorm1d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return F.relu(self.batch_norm(x.flatten(0, 1)).view_as(x))
+
+
+def perceptron(sizes: list[int]) -> nn.Sequential:
+    """Hidden layers of ``sizes[1:-1]`` channels, then a linear one."""
+    hidden = [HiddenLayer(inputs, outputs) for inputs, outputs in zip(sizes[:-2], sizes[1:-1])]
+    return nn.Sequential(*hidden, nn.Linear(sizes[-2], sizes[-1]))
+
+
+class KeypointEncoder(nn.Module):
+    """What a keypoint's position and detection score add to its descriptor (eq. 2)."""
+
+    def __init__(self, hidden_sizes: list[int], size: int) -> None:
+        super().__init__()
+        self.encoder = perceptron([3, *hidden_sizes, size])
+
+    def forward(self, positions: Tensor, scores: Tensor) -> Tensor:
+        """(B, N, 2) normalised positions and (B, N) scores to (B, N, C)."""
+        return self.encoder(torch.cat([positions, scores[..., None]], dim=-1))
+
+
+class Attention(nn.Module):
+    """Multi-head attention (eqs. 4 and 5)."""
+
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        # Grouped and named as in `transformers`, so that the tensors have the same names there and here.
+        self.self = nn.ModuleDict({name: nn.Linear(size, size) for name in ("query", "key", "value")})
+        self.output = nn.ModuleDict({"dense": nn.Linear(size, size)})
+
+    def forward(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
+        """Messages to x (B, N, C) from source (B, M, C); ``mask`` (B, M) marks the source's real points."""
+        inputs = {"query": x, "key": source, "value": source}
+        query, key, value = (
+            projection(inputs[name]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for name, projection in self.self.items()
+        )
+        message = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=None if mask is None else mask[:, None, None, :]
+        )
+        return self.output["dense"](message.transpose(1, 2).flatten(-2))
+
+
+class Propagation(nn.Module):
+    """One layer of the graph network: a message, and what a point makes of it (eq. 3)."""
+
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.attention = Attention(size, heads)
+        self.mlp = perceptron([2 * size, 2 * size, size])
+
+    def forward(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
+        """The new states of x (B, N, C), which listens to source (B, M, C)."""
+        return x + self.mlp(torch.cat([x, self.attention(x, source, mask)], dim=-1))
+
+
+class GraphNetwork(nn.Module):
+    """Layers in which points listen to their own image's points ("self") or to the other's ("cross")."""
+
+    def __init__(self, size: int, heads: int, types: list[str]) -> None:
+        super().__init__()
+        self.types = types
+        self.layers = nn.ModuleList(Propagation(size, heads) for _ in types)
+
+    def forward(self, x0: Tensor, x1: Tensor, mask0: Tensor | None, mask1: Tensor | None) -> tuple[Tensor, Tensor]:
+        for layer, kind in zip(self.layers, self.types):
+            if kind == "cross":
+                x0, x1 = layer(x0, x1, mask1), layer(x1, x0, mask0)
+            else:
+                x0, x1 = layer(x0, x0, mask0), layer(x1, x1, mask1)
+        return x0, x1
+
+
+class SuperGlue(nn.Module):
+    """The matcher. Build it with :meth:`from_pretrained`.
+
+    Args:
+        config: any of the keys of :attr:`DEFAULTS`, named as in `transformers`' ``SuperGlueConfig``.
+    """
+
+    MODEL_TYPE = "superglue"
+    DEFAULTS: dict[str, Any] = {
+        "hidden_size": 256,
+        "keypoint_encoder_sizes": [32, 64, 128, 256],
+        "gnn_layers_types": ["self", "cross"] * 9,
+        "num_attention_heads": 4,
+        "sinkhorn_iterations": 100,
+        "matching_threshold": 0.0,
+    }
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = {**self.DEFAULTS, **config}
+        size, heads = self.config["hidden_size"], self.config["num_attention_heads"]
+        types = list(self.config["gnn_layers_types"])
+        if size % heads:
+            raise WeightsError(f"SuperGlue cannot split {size} channels into {heads} heads")
+        unknown = sorted(set(types) - {"self", "cross"})
+        if unknown:
+            raise WeightsError(f"SuperGlue knows the layers self and cross, not {', '.join(map(str, unknown))}")
+        self.keypoint_encoder = KeypointEncoder(list(self.config["keypoint_encoder_sizes"]), size)
+        self.gnn = GraphNetwork(size, heads, types)
+        self.final_projection = nn.ModuleDict({"final_proj": nn.Linear(size, size)})
+        self.bin_score = nn.Parameter(torch.ones(()))
+        self.sinkhorn_iterations: int = self.config["sinkhorn_iterations"]
+        self.filter_threshold: float = self.config["matching_threshold"]
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> SuperGlue:
+        """Load weights from a Hugging Face folder, a ``.safetensors`` or authors' ``.pth`` file, or a registered name.
+
+        Args:
+            options: keys of :attr:`DEFAULTS` that replace the checkpoint's own.
+
+        Raises:
+            WeightsError: when there are no such weights, or they are damaged, or made for another network.
+        """
+        return build(cls, source, options)
+
+    @classmethod
+    def prepare(cls, checkpoint: Checkpoint) -> Checkpoint:
+        """Translate a checkpoint of either family into this module's configuration and parameter names."""
+        if "final_proj.weight" in checkpoint.tensors:
+            return _from_authors(checkpoint)
+        tensors = {k: v for k, v in checkpoint.tensors.items() if not k.startswith("keypoint_detector.")}
+        # The detector is no setting of ours, and dropout plays no part after training.
+        others = ("keypoint_detector_config", "attention_probs_dropout_prob")
+        config = {key: value for key, value in checkpoint.config.items() if key not in others}
+        return Checkpoint(config, tensors, checkpoint.source)
+
+    def to_precision(self, dtype: torch.dtype) -> SuperGlue:
+        """Convert the weights of the graph network, all but its batch norms'; not those of the keypoint encoder: 8 bits
+        of mantissa cannot tell neighbouring pixels apart."""
+        for module in (*self.gnn.modules(), self.final_projection["final_proj"]):
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+        return self
+
+    @property
+    def input_dim(self) -> int:
+        """Size of the descriptors it takes."""
+        return self.config["hidden_size"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the layers."""
+        return next(self.final_projection.parameters()).dtype
+
+    def forward(
+        self,
+        keypoints0: Tensor,
+        keypoints1: Tensor,
+        descriptors0: Tensor,
+        descriptors1: Tensor,
+        size0: Tensor,
+        size1: Tensor,
+        mask0: Tensor | None = None,
+        mask1: Tensor | None = None,
+        scores0: Tensor | None = None,
+        scores1: Tensor | None = None,
+    ) -> Assignment:
+        """Match B pairs of images.
+
+        Args:
+            keypoints0: (B, N0, 2) x, y in pixels.
+            keypoints1: (B, N1, 2).
+            descriptors0: (B, N0, hidden_size).
+            descriptors1: (B, N1, hidden_size).
+            size0: (B, 2) width and height of the images, pixels.
+            size1: (B, 2).
+            mask0: (B, N0) bool, true for keypoints, false for padding; None where there is no padding.
+            mask1: (B, N1).
+            scores0: (B, N0) detection scores in [0, 1]; SuperGlue cannot do without.
+            scores1: (B, N1).
+
+        Raises:
+            ValueError: when the detection scores are missing.
+        """
+        if scores0 is None or scores1 is None:
+            raise ValueError("SuperGlue needs the keypoints' detection scores: give scores0 and scores1")
+        batch, count0, count1 = len(keypoints0), keypoints0.shape[1], keypoints1.shape[1]
+        layers = len(self.gnn.layers)
+        if count0 == 0 or count1 == 0:
+            return Assignment.empty(batch, count0, count1, keypoints0.device)
+        if (mask0 is None) != (mask1 is None):
+            mask0 = mask0 if mask0 is not None else torch.ones_like(keypoints0[..., 0], dtype=torch.bool)
+            mask1 = mask1 if mask1 is not None else torch.ones_like(keypoints1[..., 0], dtype=torch.bool)
+        x0 = self._encode(keypoints0, descriptors0, size0, scores0)
+        x1 = self._encode(keypoints1, descriptors1, size1, scores1)
+        x0, x1 = (self.final_projection["final_proj"](x).float() for x in self.gnn(x0, x1, mask0, mask1))
+        # In float32: half precision cannot tell the best two of a thousand scores apart.
+        similarity = x0 @ x1.transpose(-1, -2) / math.sqrt(x0.shape[-1])
+        plan = transport(similarity, self.bin_score, self.sinkhorn_iterations, mask0, mask1)
+        assignment = mutual_matches(plan, plan.exp(), self.filter_threshold)
+        return assignment._replace(
+            layers=torch.full_like(assignment.layers, layers),
+            layers0=torch.full_like(assignment.layers0, layers),
+            layers1=torch.full_like(assignment.layers1, layers),
+        )
+
+    def _encode(self, keypoints: Tensor, descriptors: Tensor, size: Tensor, scores: Tensor) -> Tensor:
+        encoded = self.keypoint_encoder(normalise_keypoints(keypoints.float(), size), scores.float())
+        return (descriptors + encoded).to(self.dtype)
+
+
+def normalise_keypoints(keypoints: Tensor, size: Tensor) -> Tensor:
+    """Pixels to positions around the image's centre, in units of 0.7 times its longer side.
+
+    Args:
+        keypoints: (B, N, 2) x, y.
+        size: (B, 2) width, height.
+    """
+    size = size.to(keypoints)[:, None]
+    return (keypoints - size / 2) / (size.amax(dim=-1, keepdim=True) * 0.7)
+
+
+def transport(
+    similarity: Tensor, bin_score: Tensor, iterations: int, mask0: Tensor | None = None, mask1: Tensor | None = None
+) -> Tensor:
+    """Share each point out over the other image's points and a dustbin for points without a match (eqs. 7 to 9).
+
+    Args:
+        similarity: (B, N0, N1) float32.
+        bin_score: () similarity of any point with the dustbin.
+        iterations: of Sinkhorn's algorithm.
+        mask0: (B, N0) bool, true for points, false for padding, which takes no part; None where there is none.
+        mask1: (B, N1), None where ``mask0`` is.
+
+    Returns:
+        logarithms (B, N0, N1) of the share of point i of image 0 that goes to point j of image 1; -inf for padding.
+    """
+    augmented = F.pad(similarity, (0, 1, 0, 1))
+    augmented[:, -1] = bin_score
+    augmented[:, :, -1] = bin_score
+    if mask0 is None or mask1 is None:
+        mask0, mask1 = (torch.ones_like(similarity.select(dim, 0), dtype=torch.bool) for dim in (2, 1))
+    pairs = mask0[:, :, None] & mask1[:, None, :]
+    augmented[:, :-1, :-1].masked_fill_(~pairs, -torch.inf)
+    # A point weighs 1, padding nothing, and a dustbin has room for all of the other image's points.
+    count0, count1 = (mask.sum(dim=1, keepdim=True).clamp(min=1) for mask in (mask0, mask1))
+    log_rows = torch.cat([mask0, count1], dim=1).to(similarity).log()
+    log_columns = torch.cat([mask1, count0], dim=1).to(similarity).log()
+    row_factors, column_factors = sinkhorn(augmented, log_rows, log_columns, iterations)
+    plan = augmented + row_factors[:, :, None] + column_factors[:, None, :]
+    return plan[:, :-1, :-1].masked_fill(~pairs, -torch.inf)
+
+
+STEPS_BETWEEN = 15  # iterations as products between two with logarithms
+LARGEST_CHANGE = 40.0  # of a factor's logarithm in these: float32 can represent exp(-87) to exp(88)
+
+
+def sinkhorn(matrix: Tensor, log_rows: Tensor, log_columns: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Scale the rows and columns of exp(matrix) in turn until both sum to what they should.
+
+    Logarithms can represent every factor, but cost an exponential per entry and iteration. Therefore, as in Schmitzer:
+    Stabilized Sparse Scaling Algorithms, SIAM J. Sci. Comput. 2019 (arXiv:1610.06519), most iterations are products of
+    the matrix scaled so far with vectors, which is ten times as fast for a thousand points. Should a factor change so
+    much in these that float32 may lose entries, they are thrown away and done again with logarithms.
+
+    Args:
+        matrix: (B, R, C) logarithms of the entries.
+        log_rows: (B, R) logarithms of the sums of the rows, -inf for padding.
+        log_columns: (B, C) logarithms of the sums of the columns, -inf for padding.
+        iterations: how often the rows and then the columns are scaled.
+
+    Returns:
+        logarithms of the rows' (B, R) and of the columns' (B, C) factors.
+    """
+    u, v = torch.zeros_like(log_rows), torch.zeros_like(log_columns)
+    v.masked_fill_(log_columns == -torch.inf, -torch.inf)  # what has no weight is not there from the first step on
+    rows, columns = log_rows.exp()[..., None], log_columns.exp()[..., None]
+    smallest = torch.finfo(matrix.dtype).tiny
+    while iterations > 0:
+        u = log_rows - (matrix + v[:, None, :]).logsumexp(dim=2)
+        v = log_columns - (matrix + u[:, :, None]).logsumexp(dim=1)
+        iterations -= 1
+        steps = min(iterations, STEPS_BETWEEN)
+        if steps == 0:
+            break
+        scaled = (matrix + u[:, :, None] + v[:, None, :]).exp()
+        b = torch.ones_like(columns)
+        for _ in range(steps):
+            a = rows / (scaled @ b).clamp(min=smallest)
+            b = columns / (scaled.transpose(1, 2) @ a).clamp(min=smallest)
+        change_u, change_v = (torch.where(sums > 0, x.log(), 0.0)[..., 0] for sums, x in ((rows, a), (columns, b)))
+        if torch.cat([change_u, change_v], dim=1).abs().max() < LARGEST_CHANGE:
+            u, v, iterations = u + change_u, v + change_v, iterations - steps
+    return u, v
+
+
+def _from_authors(checkpoint: Checkpoint) -> Checkpoint:
+    """The authors' ``.pth`` (magicleap/SuperGluePretrainedNetwork) under this module's names."""
+    heads = 4  # fixed in the authors' code
+    tensors = {}
+    for name, tensor in checkpoint.tensors.items():
+        if name.endswith(".weight") and tensor.ndim == 3:
+            tensor = tensor[..., 0]  # a convolution of width 1 is a linear layer
+        # A head's channels lie `heads` apart there and together here; of the merging layer these are the inputs.
+        if name.endswith(".attn.merge.weight"):
+            tensor = tensor.unflatten(1, (-1, heads)).transpose(1, 2).flatten(1, 2)
+        elif ".attn.proj." in name:
+            tensor = tensor.unflatten(0, (-1, heads)).transpose(0, 1).flatten(0, 1)
+        for i, projection in enumerate(("query", "key", "value")):
+            name = name.replace(f".attn.proj.{i}.", f".attention.self.{projection}.")
+        name = name.replace(".attn.merge.", ".attention.output.dense.")
+        name = re.sub(r"^kenc\.", "keypoint_encoder.", name)
+        name = re.sub(r"^final_proj\.", "final_projection.final_proj.", name)
+        tensors[name] = tensor
+    tensors = {_grouped(name, tensors): tensor for name, tensor in tensors.items()}
+    encoder_layers = sum(bool(re.fullmatch(r"keypoint_encoder\..*\.linear\.weight", name)) for name in tensors)
+    layers = sum(name.endswith(".query.weight") for name in tensors)
+    config = {
+        "model_type": "superglue",
+        "hidden_size": tensors["final_projection.final_proj.weight"].shape[0],
+        "keypoint_encoder_sizes": [
+            tensors[f"keypoint_encoder.encoder.{i}.linear.weight"].shape[0] for i in range(encoder_layers)
+        ],
+        "gnn_layers_types": (["self", "cross"] * layers)[:layers],
+        "num_attention_heads": heads,
+        "matching_threshold": 0.2,  # the authors' default
+    }
+    return Checkpoint({**config, **checkpoint.config}, tensors, checkpoint.source)
+
+
+def _grouped(name: str, names: Collection[str]) -> str:
+    """Count linear layer, batch norm and ReLU of a perceptron as one layer instead of three."""
+    found = re.fullmatch(r"(keypoint_encoder\.encoder|gnn\.layers\.\d+\.mlp)\.(\d+)\.(\w+)", name)
+    if not found:
+        return name
+    block, index, kind = found[1], int(found[2]), found[3]
+    if index % 3 == 1:
+        return f"{block}.{index // 3}.batch_norm.{kind}"
+    hidden = f"{block}.{index + 1}.running_var" in names
+    return f"{block}.{index // 3}.{'linear.' if hidden else ''}{kind}"

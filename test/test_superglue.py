@@ -1,0 +1,594 @@
+"""SuperGlue finds the matches that `transformers` finds with the same weights, from either family of files.
+
+Weights are random, scaled so that descriptors decide and the layers in between have a say.
+"""
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from scipy.special import logsumexp
+from torch import Tensor, nn
+
+import kpmatch_ros.models.superglue as superglue_module
+from kpmatch_ros.models import LightGlue, SuperPoint
+from kpmatch_ros.models.assignment import Assignment
+from kpmatch_ros.models.superglue import SuperGlue, normalise_keypoints, sinkhorn, transport
+from kpmatch_ros.weights import WeightsError
+
+Pair = Callable[..., tuple[Any, SuperGlue]]  # of transformers and ours
+RecordDifference = Callable[[str, float], None]
+Inputs = tuple[Tensor, ...]  # keypoints, descriptors and detection scores, each of image 0 and of image 1
+
+SIZE = (640, 480)
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "keypoint_encoder_sizes": [16, 32],
+    "gnn_layers_types": ["self", "cross", "self", "cross"],
+}
+COUNTS = [(150, 150), (150, 100), (90, 150), (1, 1), (1, 7), (7, 1)]
+
+
+def randomise(model: nn.Module, seed: int, sharpness: float = 10.0, bin_score: float = 2.0) -> None:
+    """Random weights under which alike descriptors match, and every layer changes the scores."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(tensor: Tensor, spread: float) -> None:
+        tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * spread)
+
+    for name, module in model.named_modules():
+        if name.startswith("keypoint_detector"):
+            continue
+        if isinstance(module, nn.BatchNorm1d):
+            normal(module.running_mean, 0.3)
+            module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+            normal(module.weight, 0.2)
+            module.weight.data += 1
+            normal(module.bias, 0.1)
+        if isinstance(module, nn.Linear):
+            size = module.in_features
+            last = re.search(r"(encoder|mlp)\.\d+$", name) is not None  # of a perceptron: small beside the descriptors
+            normal(module.weight, (0.15 if last else 1.0) / math.sqrt(size))
+            normal(module.bias, 0.02 if last else 0.1)
+        if name.endswith("final_proj"):
+            rotation = torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
+            module.weight.data.copy_(rotation * math.sqrt(sharpness * math.sqrt(size)))
+            module.bias.data.zero_()
+    model.bin_score.data.fill_(bin_score)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, small_superpoint: dict[str, Any]) -> Pair:
+    """pair(seed, sharpness=10.0, **config): the same weights in `transformers`' SuperGlue and in ours."""
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    made: dict[str, tuple[Any, SuperGlue]] = {}
+
+    def make(seed: int, sharpness: float = 10.0, **config: Any) -> tuple[Any, SuperGlue]:
+        key = f"{seed} {sharpness} {config}"
+        if key not in made:
+            config = {**SMALL, **config}
+            detector = {**small_superpoint, "descriptor_decoder_dim": config["hidden_size"]}
+            theirs = transformers.SuperGlueForKeypointMatching(
+                transformers.SuperGlueConfig(
+                    keypoint_detector_config=transformers.SuperPointConfig(**detector).to_dict(), **config
+                )
+            ).eval()
+            randomise(theirs, seed, sharpness)
+            folder = tmp_path_factory.mktemp("superglue")
+            theirs.save_pretrained(folder)
+            made[key] = theirs, SuperGlue.from_pretrained(folder)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def superglue() -> Callable[..., SuperGlue]:
+    """superglue(seed=0, **config): ours alone, for where `transformers` has no say."""
+
+    def make(seed: int = 0, **config: Any) -> SuperGlue:
+        model = SuperGlue(**{**SMALL, **config})
+        randomise(model, seed)
+        return model
+
+    return make
+
+
+def features(seed: int, count0: int, count1: int, dim: int = 64) -> Inputs:
+    """Two images of the same points, as far as their numbers allow, in another order, some alike and some less so."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    most = max(count0, count1)
+    keypoints = torch.rand(most, 2, generator=generator) * torch.tensor(SIZE)
+    descriptors = nn.functional.normalize(noise(most, dim), dim=1)
+    scores = torch.rand(most, generator=generator)
+    order = torch.randperm(most, generator=generator)[:count1]
+    strength = 0.3 * torch.rand(count1, 1, generator=generator)
+    moved = nn.functional.normalize(descriptors[order] + strength * noise(count1, dim), dim=1)
+    image0 = keypoints[:count0], descriptors[:count0], scores[:count0]
+    image1 = keypoints[order] + 3 * noise(count1, 2), moved, scores[order]
+    return tuple(tensor[None] for both in zip(image0, image1) for tensor in both)
+
+
+def pad(tensor: Tensor, count: int) -> Tensor:
+    """To ``count`` points, with numbers that would show if they were used."""
+    return torch.cat([tensor, torch.full((1, count - tensor.shape[1], *tensor.shape[2:]), 7.0)], dim=1)
+
+
+def run(matcher: SuperGlue, inputs: Inputs, mask0: Tensor | None = None, mask1: Tensor | None = None) -> Assignment:
+    keypoints0, keypoints1, descriptors0, descriptors1, scores0, scores1 = inputs
+    size = torch.tensor([SIZE]).expand(len(keypoints0), 2)
+    return matcher(
+        keypoints0, keypoints1, descriptors0, descriptors1, size, size, mask0, mask1, scores0=scores0, scores1=scores1
+    )
+
+
+def run_theirs(model: Any, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
+    """`transformers`' matches and scores of both images; it takes as many keypoints in both, so one may be padded."""
+    counts = [tensor.shape[1] for tensor in inputs[:2]]
+
+    def both(index: int) -> Tensor:
+        return torch.cat([pad(tensor, max(counts)) for tensor in inputs[index : index + 2]])[None]
+
+    mask = torch.stack([torch.arange(max(counts)) < count for count in counts])[None].int()
+    with torch.inference_mode():
+        matches, scores, *_ = model._match_image_pair(both(0), both(2), both(4), SIZE[1], SIZE[0], mask=mask)
+    return [matches[0, i, : counts[i]] for i in range(2)], [scores[0, i, : counts[i]] for i in range(2)]
+
+
+@pytest.fixture
+def transport_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`transformers` lets padding take part in optimal transport, with a weight of 1 each, which a dustbin takes.
+
+    That changes nothing where Sinkhorn's algorithm has converged, but it converges another way. To compare step by
+    step, its own function is given the real keypoints alone, as the authors' code gives them.
+    """
+    modeling = pytest.importorskip("transformers.models.superglue.modeling_superglue")
+    original = modeling.log_optimal_transport
+
+    def cropped(scores: Tensor, reg_param: Tensor, iterations: int) -> Tensor:
+        padding = scores == torch.finfo(scores.dtype).min
+        plan = nn.functional.pad(scores, (0, 1, 0, 1)).fill_(-1e9)
+        for i, real in enumerate(~padding):
+            rows, columns = real.any(dim=1).sum(), real.any(dim=0).sum()
+            if rows > 0:
+                found = original(scores[i : i + 1, :rows, :columns], reg_param, iterations)[0]
+                plan[i, :rows, :columns] = found[:-1, :-1]
+        return plan
+
+    monkeypatch.setattr(modeling, "log_optimal_transport", cropped)
+
+
+def assert_equal(
+    found: Assignment,
+    matches: list[Tensor],
+    scores: list[Tensor],
+    threshold: float,
+    record_difference: RecordDifference | None = None,
+    note: str = "",
+) -> None:
+    """At least 99.9 % of the same matches, scores within 1e-3, for a batch of one."""
+    for ours, our_scores, theirs, their_scores in zip(found[:2], found[2:4], matches, scores):
+        same = float((ours[0] == theirs).float().mean())
+        # `transformers` sets scores below the threshold to zero.
+        difference = float((our_scores[0] * (our_scores[0] > threshold) - their_scores).abs().max())
+        assert same >= 0.999
+        assert difference < 1e-3
+        if record_difference is not None:
+            record_difference("SuperGlue, share of matches that differ", 1 - same)
+            record_difference(f"SuperGlue, matching scores{note}", difference)
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_matches_as_transformers_does(
+    pair: Pair, seed: int, counts: tuple[int, int], record_difference: RecordDifference
+) -> None:
+    theirs, ours = pair(seed)
+    inputs = features(seed, *counts)
+    matches, scores = run_theirs(theirs, inputs)
+    assert (matches[0] >= 0).sum() > 0.8 * min(counts)
+    assert scores[0].max() > 0.1
+    note = "" if counts[0] == counts[1] else ", its padding in the transport"
+    assert_equal(run(ours, inputs), matches, scores, 0.0, record_difference, note)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"hidden_size": 128, "keypoint_encoder_sizes": [8, 16, 32, 64]},
+        {"hidden_size": 48, "num_attention_heads": 3},
+        {"num_attention_heads": 1},
+        {"num_attention_heads": 16},
+        {"gnn_layers_types": ["cross", "cross", "self"]},
+        {"gnn_layers_types": ["self"]},
+        {"sinkhorn_iterations": 1},
+        {"sinkhorn_iterations": 20},
+        {"matching_threshold": 0.8},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("counts", [(150, 150), (150, 90), (90, 150), (1, 7)], ids=str)
+@pytest.mark.usefixtures("transport_without_padding")
+def test_follows_every_option_of_the_configuration_as_transformers_does(
+    pair: Pair, config: dict[str, Any], counts: tuple[int, int], record_difference: RecordDifference
+) -> None:
+    theirs, ours = pair(3, **config)
+    inputs = features(3, *counts, dim=theirs.config.hidden_size)
+    matches, scores = run_theirs(theirs, inputs)
+    assert "matching_threshold" in config or (matches[0] >= 0).any()
+    assert_equal(run(ours, inputs), matches, scores, theirs.config.matching_threshold, record_difference)
+
+
+def test_the_threshold_of_the_configuration_separates_matches_from_the_rest(pair: Pair) -> None:
+    theirs, ours = pair(3, matching_threshold=0.8)
+    inputs = features(3, 150, 150)
+    strict, matches = run(ours, inputs), run_theirs(theirs, inputs)[0]
+    assert torch.equal(strict.matches0[0], matches[0])
+    assert 0 < (strict.matches0 >= 0).sum() < 150
+    ours.filter_threshold = 0.0
+    every = run(ours, inputs)
+    ours.filter_threshold = 0.8
+    assert (every.matches0 >= 0).sum() > (strict.matches0 >= 0).sum()
+    assert torch.equal(every.scores0, strict.scores0)
+
+
+@pytest.mark.usefixtures("transport_without_padding")
+def test_the_usual_size_matches_as_transformers_does(pair: Pair, record_difference: RecordDifference) -> None:
+    layers = {"keypoint_encoder_sizes": [32, 64, 128, 256], "gnn_layers_types": ["self", "cross"] * 9}
+    theirs, ours = pair(5, hidden_size=256, **layers)
+    inputs = features(5, 300, 260, dim=256)
+    matches, scores = run_theirs(theirs, inputs)
+    assert (matches[0] >= 0).sum() > 200
+    assert_equal(run(ours, inputs), matches, scores, 0.0, record_difference)
+
+
+@pytest.mark.usefixtures("transport_without_padding")
+def test_images_match_through_the_detector_of_the_same_folder_as_in_transformers(
+    tmp_path: Path,
+    pair: Pair,
+    texture: Any,
+    randomise_superpoint: Callable[[Any, int], None],
+    record_difference: RecordDifference,
+) -> None:
+    theirs, _ = pair(6)
+    randomise_superpoint(theirs.keypoint_detector, 6)
+    theirs.save_pretrained(tmp_path)
+    picture = texture(104, 144, 7)
+    views = [picture[:96, :128], picture[8:, 16:], texture(96, 128, 8), texture(96, 128, 9)]
+    images = torch.from_numpy(np.stack(views)).float()[:, None] / 255  # two pairs, with different numbers of keypoints
+    with torch.inference_mode():
+        expected = theirs(images.unflatten(0, (2, 2)).repeat(1, 1, 3, 1, 1))
+    found = SuperPoint.from_pretrained(tmp_path)(images)
+    size = torch.tensor([[128, 96]] * 2)
+    inputs = [t[i::2] for t in (found.keypoints, found.descriptors) for i in range(2)]
+    masks, scores = ([t[i::2] for i in range(2)] for t in (found.mask, found.scores))
+    assignment = SuperGlue.from_pretrained(tmp_path)(*inputs, size, size, *masks, *scores)
+    assert (assignment.matches0[0] >= 0).sum() > 20
+    assert len({int(count) for count in found.mask.sum(dim=1)}) > 1
+    for b in range(2):
+        for i in range(2):
+            # Their keypoints come in another order: compare by pixel.
+            points = [(expected.keypoints[b, k] * size[0]).round().int().tolist() for k in range(2)]
+            real = expected.mask[b, i].bool()
+            mine = [found.keypoints[2 * b + k].round().int().tolist() for k in range(2)]
+            matches = zip(mine[i], assignment[i][b].tolist(), assignment[2 + i][b].tolist(), found.mask[2 * b + i])
+            ours = {tuple(p): (tuple(mine[1 - i][m]) if m >= 0 else None, s) for p, m, s, is_real in matches if is_real}
+            wanted = zip(points[i], expected.matches[b, i].tolist(), expected.matching_scores[b, i].tolist(), real)
+            for point, match, score, is_real in wanted:
+                if is_real:
+                    ours_match, ours_score = ours[tuple(point)]
+                    assert ours_match == (tuple(points[1 - i][match]) if match >= 0 else None)
+                    assert ours_score == pytest.approx(score, abs=1e-3)
+                    record_difference("SuperGlue, matching scores", abs(ours_score - score))
+
+
+def test_no_keypoints_give_no_matches_as_in_transformers(pair: Pair) -> None:
+    theirs, ours = pair(0)
+    for counts in ((0, 7), (7, 0), (0, 0)):
+        inputs = features(0, *counts)
+        found = run(ours, inputs)
+        assert found.matches0.shape == (1, counts[0]) and found.matches1.shape == (1, counts[1])
+        assert (found.matches0 == -1).all() and (found.matches1 == -1).all()
+        matches, _ = run_theirs(theirs, inputs)
+        assert all((each == -1).all() for each in matches)
+
+
+def padded_batch(*pairs: Inputs) -> tuple[Inputs, Tensor, Tensor]:
+    counts = [[inputs[i].shape[1] for inputs in pairs] for i in range(2)]
+    batch = tuple(
+        torch.cat([pad(tensor, max(counts[i % 2]) + 3) for tensor in tensors]) for i, tensors in enumerate(zip(*pairs))
+    )
+    mask0, mask1 = (torch.arange(max(c) + 3) < torch.tensor(c)[:, None] for c in counts)
+    return batch, mask0, mask1
+
+
+def test_pairs_of_a_padded_batch_match_as_each_alone(superglue: Callable[..., SuperGlue]) -> None:
+    matcher = superglue()
+    pairs = [features(1, 50, 40), features(2, 30, 61), features(3, 1, 5)]
+    batch, mask0, mask1 = padded_batch(*pairs)
+    together = run(matcher, batch, mask0, mask1)
+    for i, inputs in enumerate(pairs):
+        alone = run(matcher, inputs)
+        assert (alone.matches0 >= 0).any()
+        for field, mask in (("matches0", mask0[i]), ("matches1", mask1[i])):
+            assert torch.equal(getattr(together, field)[i][mask], getattr(alone, field)[0])
+            assert (getattr(together, field)[i][~mask] == -1).all()
+        for field, mask in (("scores0", mask0[i]), ("scores1", mask1[i])):
+            assert torch.allclose(getattr(together, field)[i][mask], getattr(alone, field)[0], atol=1e-4)
+            assert (getattr(together, field)[i][~mask] == 0).all()
+
+
+def test_padding_of_one_image_changes_nothing(superglue: Callable[..., SuperGlue]) -> None:
+    matcher, inputs = superglue(), features(1, 40, 30)
+    alone = run(matcher, inputs)
+    padded = tuple(pad(tensor, 36) if i % 2 else tensor for i, tensor in enumerate(inputs))
+    found = run(matcher, padded, None, torch.arange(36)[None] < 30)
+    assert torch.equal(found.matches0, alone.matches0)
+    assert torch.allclose(found.scores0, alone.scores0, atol=1e-4)
+
+
+def test_a_pair_with_an_image_without_keypoints_leaves_the_others_of_its_batch_alone(
+    superglue: Callable[..., SuperGlue],
+) -> None:
+    matcher = superglue()
+    batch, mask0, mask1 = padded_batch(features(1, 50, 40), features(2, 30, 20), features(3, 30, 20))
+    mask0[1] = False
+    mask0[2] = mask1[2] = False
+    found = run(matcher, batch, mask0, mask1)
+    assert torch.equal(found.matches0[0, :50], run(matcher, features(1, 50, 40)).matches0[0])
+    assert (found.matches0[1:] == -1).all() and (found.matches1[1:] == -1).all()
+    assert (found.scores0[1:] == 0).all() and (found.scores1[1:] == 0).all()
+
+
+def test_the_order_of_keypoints_plays_no_part(superglue: Callable[..., SuperGlue]) -> None:
+    matcher, inputs = superglue(), features(1, 40, 40)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    shuffled = run(matcher, tuple(t if i % 2 else t[:, order] for i, t in enumerate(inputs)))
+    assert torch.equal(shuffled.matches0[0], run(matcher, inputs).matches0[0, order])
+
+
+def test_positions_and_detection_scores_matter(superglue: Callable[..., SuperGlue]) -> None:
+    matcher, inputs = superglue(), features(1, 40, 40)
+    usual = run(matcher, inputs).scores0
+    for changed in (0, 4):  # keypoints, detection scores
+        other = run(matcher, tuple(t.flip(1) if i == changed else t for i, t in enumerate(inputs))).scores0
+        assert (other - usual).abs().max() > 1e-3
+
+
+def test_detection_scores_cannot_be_left_out(superglue: Callable[..., SuperGlue]) -> None:
+    inputs, size = features(1, 5, 5), torch.tensor([SIZE])
+    with pytest.raises(ValueError, match="detection scores"):
+        superglue()(*inputs[:4], size, size)
+
+
+def test_every_layer_is_run_for_every_keypoint(superglue: Callable[..., SuperGlue]) -> None:
+    found = run(superglue(), features(1, 5, 6))
+    assert found.layers.tolist() == [4]
+    assert found.layers0.tolist() == [[4] * 5] and found.layers1.tolist() == [[4] * 6]
+
+
+def test_normalised_positions_keep_the_aspect_ratio() -> None:
+    corners = torch.tensor([[[0.0, 0.0], [640.0, 480.0]]])
+    expected = torch.tensor([[[-1, -0.75], [1, 0.75]]]) / 1.4
+    assert torch.allclose(normalise_keypoints(corners, torch.tensor([SIZE])), expected)
+
+
+def test_half_precision_keeps_most_matches_and_sees_positions_in_single(superglue: Callable[..., SuperGlue]) -> None:
+    matcher, inputs = superglue(), features(1, 100, 100)
+    single = run(matcher, inputs)
+    encoder = matcher.keypoint_encoder.state_dict()
+    halved = matcher.to_precision(torch.bfloat16)
+    assert halved.dtype == torch.bfloat16
+    assert all(torch.equal(halved.keypoint_encoder.state_dict()[name], tensor) for name, tensor in encoder.items())
+    found = run(halved, inputs)
+    assert found.scores0.dtype == torch.float32
+    assert not torch.equal(found.scores0, single.scores0)
+    assert (found.matches0 == single.matches0).float().mean() > 0.95
+
+
+# Optimal transport
+
+
+def plain_sinkhorn(matrix: Any, rows: Any, columns: Any, iterations: int) -> Any:
+    """In float64 and with logarithms throughout: the logarithm of the scaled matrix."""
+    u, v = np.zeros_like(rows), np.zeros_like(columns)
+    for _ in range(iterations):
+        u = rows - logsumexp(matrix + v[None], axis=1)
+        v = columns - logsumexp(matrix + u[:, None], axis=0)
+    return matrix + u[:, None] + v[None]
+
+
+@given(
+    seed=st.integers(0, 1000),
+    rows=st.integers(1, 30),
+    columns=st.integers(1, 30),
+    spread=st.sampled_from([0.1, 1.0, 5.0, 20.0, 100.0]),
+    iterations=st.sampled_from([1, 2, 16, 17, 50, 100]),
+)
+@settings(max_examples=60, deadline=None)
+def test_sinkhorn_scales_as_with_logarithms_in_double(
+    seed: int, rows: int, columns: int, spread: float, iterations: int
+) -> None:
+    random = np.random.default_rng(seed)
+    matrix = random.normal(size=(rows, columns)) * spread
+    log_rows, log_columns = np.log(random.random(rows) + 0.1), np.log(random.random(columns) + 0.1)
+    inputs = [torch.from_numpy(each).float()[None] for each in (matrix, log_rows, log_columns)]
+    u, v = sinkhorn(*inputs, iterations)
+    found = (inputs[0] + u[:, :, None] + v[:, None, :])[0].exp().numpy()
+    expected = np.exp(plain_sinkhorn(*(each[0].double().numpy() for each in inputs), iterations))
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_sinkhorn_is_right_whether_it_trusts_products_or_not(monkeypatch: pytest.MonkeyPatch, trusted: bool) -> None:
+    # Rows compete for one column, each with e^100 times the claim of the one before: it takes iterations to settle.
+    matrix = np.stack([np.arange(6) * 100.0, np.zeros(6)], axis=1)
+    rows, columns = np.zeros(6), np.log([3.0, 3.0])
+    if not trusted:
+        monkeypatch.setattr(superglue_module, "LARGEST_CHANGE", 0.0)
+    for iterations in (1, 2, 20, 40, 150):
+        u, v = sinkhorn(*(torch.from_numpy(each).float()[None] for each in (matrix, rows, columns)), iterations)
+        found = torch.from_numpy(matrix).float() + u[0][:, None] + v[0][None]
+        expected = plain_sinkhorn(matrix, rows, columns, iterations)
+        assert found.numpy() == pytest.approx(expected, abs=0.01)
+
+
+def test_a_transport_plan_gives_every_point_away_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    similarity = torch.randn(2, 20, 30, generator=generator) * 3
+    mask0 = torch.arange(20)[None] < torch.tensor([[20], [12]])
+    mask1 = torch.arange(30)[None] < torch.tensor([[30], [9]])
+    plan = transport(similarity, torch.tensor(1.0), 200, mask0, mask1).exp()
+    assert (plan.sum(dim=1) <= 1 + 1e-4).all() and (plan.sum(dim=2) <= 1 + 1e-4).all()
+    assert (plan[1, 12:] == 0).all() and (plan[1, :, 9:] == 0).all()
+    generous = transport(similarity, torch.tensor(-20.0), 200, mask0, mask1).exp()
+    assert generous[0].sum(dim=1) == pytest.approx(torch.ones(20).numpy(), abs=1e-2)  # nothing goes into the dustbin
+    assert transport(similarity, torch.tensor(50.0), 200).exp().max() < 1e-3  # everything does
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 17, 100])
+def test_padding_takes_no_part_in_transport_from_the_first_step_on(iterations: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    similarity = torch.randn(1, 20, 30, generator=generator) * 3
+    mask0, mask1 = torch.arange(20)[None] < 13, torch.arange(30)[None] < 9
+    padded = transport(similarity, torch.tensor(1.0), iterations, mask0, mask1)[:, :13, :9]
+    alone = transport(similarity[:, :13, :9], torch.tensor(1.0), iterations)
+    assert torch.allclose(padded, alone, atol=1e-4)
+
+
+# Files
+
+
+def authors_file(tensors: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
+    """A Hugging Face SuperGlue's tensors as Magic Leap's code names and arranges them."""
+
+    def spread(tensor: Tensor, dim: int) -> Tensor:
+        """Channel c of head h from place h * size + c to place c * heads + h."""
+        size = tensor.shape[dim] // heads
+        return tensor.index_select(dim, torch.tensor([h * size + c for c in range(size) for h in range(heads)]))
+
+    result = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if name.startswith("keypoint_detector."):
+            continue
+        if parts[0] == "keypoint_encoder" or parts[3:4] == ["mlp"]:
+            block = "kenc.encoder" if parts[0] == "keypoint_encoder" else f"gnn.layers.{parts[2]}.mlp"
+            rest = parts[2:] if parts[0] == "keypoint_encoder" else parts[4:]
+            index = 3 * int(rest[0]) + (rest[1] == "batch_norm")
+            name = f"{block}.{index}.{rest[-1]}"
+        elif parts[0] == "gnn":
+            if parts[4] == "self":
+                index = ["query", "key", "value"].index(parts[5])
+                name, tensor = f"gnn.layers.{parts[2]}.attn.proj.{index}.{parts[-1]}", spread(tensor, 0)
+            else:
+                name = f"gnn.layers.{parts[2]}.attn.merge.{parts[-1]}"
+                tensor = spread(tensor, 1) if parts[-1] == "weight" else tensor
+        elif parts[0] == "final_projection":
+            name = f"final_proj.{parts[-1]}"
+        result[name] = tensor[..., None] if tensor.ndim == 2 else tensor  # convolutions of width 1
+    return result
+
+
+def test_the_authors_file_gives_the_same_network(pair: Pair, tmp_path: Path) -> None:
+    theirs, ours = pair(4)
+    torch.save(authors_file(theirs.state_dict(), heads=4), tmp_path / "superglue_indoor.pth")
+    found = SuperGlue.from_pretrained(tmp_path / "superglue_indoor.pth")
+    assert found.config == {**ours.config, "matching_threshold": 0.2}
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor.float()), name
+    options = SuperGlue.from_pretrained(tmp_path / "superglue_indoor.pth", sinkhorn_iterations=20)
+    assert options.sinkhorn_iterations == 20 and options.filter_threshold == 0.2
+
+
+def test_attention_is_that_of_the_authors_arrangement(pair: Pair) -> None:
+    tensors, ours = authors_file(pair(4)[0].state_dict(), heads=4), pair(4)[1]
+    x, source = torch.randn(2, 64, 7), torch.randn(2, 64, 9)
+
+    def layer(name: str, inputs: Tensor) -> Tensor:
+        name = f"gnn.layers.0.attn.{name}"
+        return nn.functional.conv1d(inputs, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    query, key, value = (
+        layer(f"proj.{i}", inputs).unflatten(1, (-1, 4)) for i, inputs in enumerate((x, source, source))
+    )
+    weights = (torch.einsum("bchn,bchm->bhnm", query, key) / math.sqrt(16)).softmax(dim=-1)
+    expected = layer("merge", torch.einsum("bhnm,bchm->bchn", weights, value).flatten(1, 2))
+    found = ours.gnn.layers[0].attention(x.mT, source.mT, None).mT  # type: ignore[operator,union-attr]
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_transformers_loads_what_this_network_saves(superglue: Callable[..., SuperGlue], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    ours, inputs = superglue(8), features(8, 60, 60)
+    save_file(ours.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps({**ours.config, "model_type": "superglue"}))
+    theirs = transformers.SuperGlueForKeypointMatching.from_pretrained(tmp_path).eval()
+    assert_equal(run(ours, inputs), *run_theirs(theirs, inputs), threshold=0.0)
+
+
+@pytest.fixture
+def folder(superglue: Callable[..., SuperGlue], tmp_path: Path) -> Path:
+    """A Hugging Face folder of weights."""
+    save_file(superglue().state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL, "model_type": "superglue"}))
+    return tmp_path
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"rotary_value": True}, "rotary_value"),
+        ({"gnn_layers_types": ["self", "both"]}, "both"),
+        ({"num_attention_heads": 5}, "64 channels into 5 heads"),
+        ({"hidden_size": 32}, "does not fit superglue"),
+        ({"gnn_layers_types": ["self"] * 3}, "does not fit superglue"),
+        ({"model_type": "lightglue"}, "holds a lightglue, not a superglue"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_does_not_fit_is_refused(folder: Path, changes: dict[str, Any], complaint: str) -> None:
+    change_config(folder, **changes)
+    with pytest.raises(WeightsError, match=complaint):
+        SuperGlue.from_pretrained(folder)
+
+
+def test_a_file_that_lacks_tensors_is_refused(folder: Path, pair: Pair, tmp_path: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["bin_score"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match="bin_score is missing"):
+        SuperGlue.from_pretrained(folder)
+    authors = authors_file(pair(4)[0].state_dict(), heads=4)
+    del authors["kenc.encoder.0.weight"]
+    torch.save(authors, tmp_path / "superglue.pth")
+    with pytest.raises(WeightsError, match=r"superglue\.pth"):
+        SuperGlue.from_pretrained(tmp_path / "superglue.pth")
+
+
+def test_the_weights_of_another_network_are_refused(folder: Path, random_folder: Callable[..., Path]) -> None:
+    with pytest.raises(WeightsError, match="lightglue"):
+        SuperGlue.from_pretrained(random_folder())
+    with pytest.raises(WeightsError, match="superglue"):
+        LightGlue.from_pretrained(folder)
