@@ -439,7 +439,9 @@ def _search_plane(matches: _Matches, gate: float, threshold: float, candidates: 
         return []
     rays1, rays0 = inliers.rays1[:, :2].copy(), inliers.rays0[:, :2].copy()
     homography, _ = cv2.findHomography(rays1, rays0, cv2.RANSAC, 2 * threshold, maxIters=200)
-    if homography is None or not np.isfinite(homography).all() or abs(float(np.linalg.det(homography.astype(np.float64)))) < 1e-9:
+    if homography is None or not np.isfinite(homography).all():
+        return []
+    if abs(float(np.linalg.det(homography.astype(np.float64)))) < 1e-9:
         return []
     _, rotations, translations, _ = cv2.decomposeHomographyMat(homography, np.eye(3))
     motions = [
