@@ -197,6 +197,7 @@ class ALIKED(nn.Module):
 
     MODEL_TYPE = "aliked"
     CHANNELS = 3  # it sees colour
+    RESOLUTION = 0.0  # it finds fractions of a pixel
     DEFAULTS: dict[str, Any] = {
         "encoder_sizes": [16, 32, 64, 128],
         "descriptor_dim": 128,
