@@ -320,6 +320,13 @@ def test_an_image_too_small_has_no_keypoints(ours: Ours, shape: tuple[int, ...])
     assert_nothing_found(ours()(torch.rand(shape)), shape[0])
 
 
+def test_no_keypoints_have_no_descriptors(ours: Ours) -> None:
+    model = ours()
+    levels = model.encoder(torch.rand(2, 3, 64, 96))
+    described = model.descriptor_head(FeatureMap(levels, (0, 0), 96, 64), torch.zeros(2, 0, 2))
+    assert described.shape == (2, 0, model.descriptor_size)
+
+
 def test_an_image_without_keypoints_gives_none(ours: Ours, picture: Callable[..., Tensor]) -> None:
     assert_nothing_found(ours(keypoint_threshold=1.0)(picture(64, 96)[None].repeat(2, 1, 1, 1)), 2)
 
