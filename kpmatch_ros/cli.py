@@ -509,6 +509,7 @@ def _weights_fetch(options: argparse.Namespace) -> int:
 
 def _weights_info(options: argparse.Namespace) -> int:
     from kpmatch_ros.conversion import describe
+    from kpmatch_ros.models.checkpoint import tensor_file
 
     source = options.weights
     item = weights.REGISTRY.get(source)
@@ -517,7 +518,7 @@ def _weights_info(options: argparse.Namespace) -> int:
     rows: list[tuple[str, ...]] = []
     known = [] if item is None else [item]
     if here:
-        file = _tensor_file(weights.resolve(source))
+        file = tensor_file(weights.resolve(source))
         sha256 = weights.file_hash(file)
         rows += [("file", str(file)), ("size", _megabytes(file.stat().st_size)), ("SHA-256", sha256)]
         known = known or [one for one in weights.REGISTRY.values() if one.sha256 == sha256]
@@ -541,12 +542,6 @@ def _weights_info(options: argparse.Namespace) -> int:
         ]
         print(f"\n{format_table(rows)}")
     return 0
-
-
-def _tensor_file(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    return next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()), path)
 
 
 def _weights_convert(options: argparse.Namespace) -> int:

@@ -15,17 +15,12 @@ from torch import Tensor
 
 from kpmatch_ros import weights
 from kpmatch_ros.models import LightGlue, SuperPoint
-from kpmatch_ros.models.checkpoint import Checkpoint, build, read_checkpoint
+from kpmatch_ros.models.checkpoint import Checkpoint, build, network_types, no_network, read_checkpoint
 from kpmatch_ros.weights import WeightsError
 
 __all__ = ["Network", "convert", "describe"]
 
 _ARCHITECTURES = {"superpoint": "SuperPointForKeypointDetection", "lightglue": "LightGlueForKeypointMatching"}
-# Tensors that only this network has, under the authors' name and under transformers'.
-_MARKS = {
-    "lightglue": ("log_assignment.0.final_proj.weight", "match_assignment_layers.0.final_projection.weight"),
-    "superpoint": ("convPa.weight", "keypoint_decoder.conv_score_a.weight"),
-}
 _DETECTOR = "keypoint_detector."
 
 
@@ -64,14 +59,9 @@ def describe(source: str | Path) -> list[Network]:
     registered = weights.REGISTRY.get(str(source))
     if registered is not None:
         return [_network(registered.model, source, read)]
-    found = []
-    for model, marks in _MARKS.items():
-        prefixes = ("", _DETECTOR) if model == "superpoint" else ("",)
-        if any(prefix + mark in read.tensors for prefix in prefixes for mark in marks):
-            found.append(_network(model, source, read))
+    found = [_network(model, source, read) for model in network_types(read.tensors)]
     if not found:
-        names = ", ".join(list(read.tensors)[:3])
-        raise WeightsError(f"{read.source} holds neither a SuperPoint nor a LightGlue, but {names} and so on")
+        raise no_network(read.source, read.tensors)
     return found
 
 
