@@ -162,11 +162,19 @@ class Hub:
         """
         try:
             from huggingface_hub import constants, snapshot_download
-            from huggingface_hub.utils import RepositoryNotFoundError
+            from huggingface_hub.utils import (
+                RepositoryNotFoundError,
+                are_progress_bars_disabled,
+                disable_progress_bars,
+                enable_progress_bars,
+            )
         except ImportError as error:
             raise OSError(f"huggingface_hub is missing: {sys.executable} -m pip install huggingface_hub") from error
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set: unset it to fetch")
+        quiet = not sys.stderr.isatty() and not are_progress_bars_disabled()
+        if quiet:
+            disable_progress_bars()
         try:
             snapshot_download(self.repository, allow_patterns=list(self._FILES), force_download=again)
         except RepositoryNotFoundError as error:
@@ -175,6 +183,9 @@ class Hub:
         except Exception as error:  # OSError, and those of the HTTP client, which has changed before
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise OSError(f"{constants.ENDPOINT}: {lines[0]}") from error
+        finally:
+            if quiet:
+                enable_progress_bars()
         if self.cached() is None:
             raise OSError("the repository has no config.json or no model.safetensors")
 
