@@ -288,7 +288,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             if name.startswith(_DIFFERENCE):
                 found[name.removeprefix(_DIFFERENCE)].append(value)
     if found:
-        terminalreporter.section("largest difference from transformers")
+        terminalreporter.section("largest difference from the reference implementations")
         width = max(map(len, found))
         for name, values in sorted(found.items()):
             terminalreporter.line(f"{name:{width}}  {max(values):8.2g}  ({len(values)} comparisons)")

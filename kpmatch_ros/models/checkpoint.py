@@ -96,8 +96,8 @@ def network_type(source: str | Path, kinds: Collection[str]) -> str:
             hold and what was wanted.
     """
     registered = weights.REGISTRY.get(str(source))
-    if registered is not None:  # a folder may hold both networks, a registered name means one of them
-        found, holder = [registered.model], registered.name
+    if registered is not None:  # a folder may hold more than the registered name means
+        found, holder = list(registered.networks), registered.name
     else:
         file = tensor_file(weights.resolve(source))
         names = _tensor_names(file)
@@ -191,6 +191,14 @@ def _damaged(path: Path, error: Exception) -> weights.WeightsError:
     )
 
 
+def prepared(network: type[_Buildable], read: Checkpoint) -> Checkpoint:
+    """What is read for ``network``, in its own terms; taken out of a matcher's folder where it lies in one."""
+    part, own_name = "keypoint_detector.", _MARKS[network.MODEL_TYPE][-1]
+    if read.config.get("model_type") != network.MODEL_TYPE and part + own_name in read.tensors:
+        read = read.part("keypoint_detector_config", part)
+    return network.prepare(read)
+
+
 def build(cls: type[Model], source: str | Path, options: Mapping[str, Any]) -> Model:
     """Construct the network ``cls`` from weights: a registered name, a folder or a file.
 
@@ -202,11 +210,11 @@ def build(cls: type[Model], source: str | Path, options: Mapping[str, Any]) -> M
     """
     network: type[_Buildable] = cls  # type: ignore[assignment]
     registered = weights.REGISTRY.get(str(source))
-    if registered is not None:  # a folder may hold both networks, a registered name means one of them
+    if registered is not None and network.MODEL_TYPE not in registered.networks:
         _check_kind(registered.name, registered.model, network.MODEL_TYPE)
     read = read_checkpoint(weights.resolve(source))
     with _explained(read.source, network.MODEL_TYPE):
-        checkpoint = network.prepare(read)
+        checkpoint = prepared(network, read)
     _check_kind(checkpoint.source, checkpoint.config.get("model_type", network.MODEL_TYPE), network.MODEL_TYPE)
     config = {**checkpoint.config, **options}
     unknown = sorted(set(config) - set(network.DEFAULTS) - _DESCRIPTIVE)
