@@ -268,11 +268,11 @@ class FeatureMatcher:
         name, extractor = self.parameters.matcher, self.parameters.extractor
         if name == "nearest":
             return NearestNeighbour()
-        made_for = weights.REGISTRY[name].extractor if name in weights.REGISTRY else ""
-        if made_for and extractor in weights.REGISTRY and extractor != made_for:
+        registered = weights.REGISTRY.get(name)
+        if registered is not None and not registered.fits(extractor):
             raise weights.WeightsError(
-                f"the matcher {name} was made for the extractor {made_for}, not for {extractor}: it would find next to "
-                "no matches"
+                f"the matcher {name} was made for the extractor {registered.extractor}, not for {extractor}: it would "
+                "find next to no matches"
             )
         matcher = _MATCHERS[network_type(name, _MATCHERS)].from_pretrained(name)
         if matcher.input_dim != self.extractor.descriptor_size:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from kpmatch_ros import weights
+from kpmatch_ros import FeatureMatcher, weights
 from kpmatch_ros.models import LightGlue, SuperGlue, SuperPoint
 from kpmatch_ros.models.checkpoint import network_type
 from kpmatch_ros.weights import REGISTRY, Hub, Weights, WeightsError, Wheel
@@ -170,6 +170,10 @@ def test_weights_of_the_hub_are_fetched_into_its_own_cache_once(
     for network in (LightGlue, SuperPoint):
         there, here = network.from_pretrained(PAIR).state_dict(), network.from_pretrained(pair).state_dict()
         assert all(torch.equal(there[name], tensor) for name, tensor in here.items())
+    both = FeatureMatcher.from_pretrained(PAIR, device="cpu")
+    assert isinstance(both.matcher, LightGlue) and isinstance(both.extractor, SuperPoint)
+    with pytest.raises(WeightsError, match="made for the extractor magic-leap-community/superpoint, not"):
+        FeatureMatcher(matcher=PAIR, device="cpu")
     asked = len(hub.requests)
     again = kpmatch("weights", "fetch", PAIR)
     assert (again.returncode, again.stderr) == (0, "") and PAIR in again.stdout
