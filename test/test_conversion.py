@@ -126,12 +126,12 @@ def test_transformers_loads_a_superglue_folder_made_from_the_authors_files(
 
 
 def test_a_superglue_that_transformers_saved_is_described_and_converted(
-    tmp_path: Path, small_superpoint: dict[str, Any]
+    tmp_path: Path, small_superpoint: dict[str, Any], small_superglue: dict[str, Any]
 ) -> None:
     transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
     config = transformers.SuperGlueConfig(
-        **SMALL_SUPERGLUE, keypoint_detector_config={"model_type": "superpoint", **small_superpoint}
+        **small_superglue, keypoint_detector_config={"model_type": "superpoint", **small_superpoint}
     )
     model = transformers.SuperGlueForKeypointMatching(config)
     model.save_pretrained(tmp_path / "theirs")
