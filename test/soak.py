@@ -197,9 +197,10 @@ class Soak:
 
     def set_parameters(self) -> None:
         request = SetParametersAtomically.Request()
-        name, value = [("max_keypoints", 512), ("max_keypoints", 1024), ("max_keypoints", -5), ("reference", "keyframe"),
-                       ("reference", "previous"), ("filter_threshold", 0.3), ("filter_threshold", 2.0),
-                       ("depth_confidence", -1.0), ("depth_confidence", 0.95)][int(self.rng.integers(0, 9))]
+        changes = [("max_keypoints", 512), ("max_keypoints", 1024), ("max_keypoints", -5), ("reference", "keyframe"),
+                   ("reference", "previous"), ("filter_threshold", 0.3), ("filter_threshold", 2.0),
+                   ("depth_confidence", -1.0), ("depth_confidence", 0.95)]
+        name, value = changes[int(self.rng.integers(0, len(changes)))]
         request.parameters = [Parameter(name, value=value).to_parameter_msg()]
         self.call(SetParametersAtomically, "/matcher/set_parameters_atomically", request)
 
