@@ -235,8 +235,9 @@ def image_topics(path: str | Path) -> list[Topic]:
 def bag_storage(path: str | Path) -> Storage:
     """How a bag is stored. Raises BagError."""
     with _opened(Path(path)) as reader:
-        files = [reader.path] if reader.path.is_file() else list(reader.path.iterdir())
-    return "mcap" if any(".mcap" in file.suffixes for file in map(Path, files)) else "sqlite3"
+        source = Path(str(reader.path))
+    files = [source] if source.is_file() else source.iterdir()
+    return "mcap" if any(".mcap" in file.suffixes for file in files) else "sqlite3"  # .mcap.zstd too
 
 
 def read_messages(path: str | Path, topics: Collection[str] | None = None) -> Iterator[Record]:
