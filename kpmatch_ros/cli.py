@@ -453,15 +453,14 @@ def _bag(options: argparse.Namespace) -> int:
     parameters = parameters.replace({name: given[name] for name in BAG_OPTIONS if name in given})
     try:
         topics = choose_camera(options.source, options.image, options.camera_info)
-        if not topics.camera_info:
-            print(f"{options.name}: no camera_info beside {topics.image}, so no relative pose; --camera-info names "
-                  "one", file=sys.stderr)
         report = replay(
             options.source, options.target, topics, parameters, poses=options.poses, features=options.features,
             match_image=options.match_image,
         )  # fmt: skip
     except BagError as error:
         raise CommandError(str(error)) from error
+    if not topics.camera_info:
+        report.faults.append(f"no camera_info beside {topics.image}, so no relative pose; --camera-info names one")
     for fault in report.faults:
         print(f"{options.name}: {fault}", file=sys.stderr)
     if options.json:
