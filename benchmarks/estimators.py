@@ -119,14 +119,11 @@ def estimators() -> dict[str, Estimator]:
     else:
 
         def lo_ransac(problem: Problem, gate: float) -> Motion | None:
-            cameras = [
-                {"model": "PINHOLE", "width": c.width, "height": c.height,
-                 "params": [c.matrix[0, 0], c.matrix[1, 1], c.matrix[0, 2], c.matrix[1, 2]]}
-                for c in (problem.camera0, problem.camera1)
-            ]  # fmt: skip
-            pose, _ = poselib.estimate_relative_pose(
-                problem.points0, problem.points1, *cameras, {"max_epipolar_error": gate}, {}
-            )
+            sides = ((problem.points0, problem.camera0), (problem.points1, problem.camera1))
+            focal = (problem.camera0.focal + problem.camera1.focal) / 2
+            points = [focal * camera.normalise(pixels) for pixels, camera in sides]  # without the lens's distortion
+            camera = {"model": "SIMPLE_PINHOLE", "width": 0, "height": 0, "params": [focal, 0.0, 0.0]}
+            pose, _ = poselib.estimate_relative_pose(*points, camera, camera, {"max_epipolar_error": gate}, {})
             return Motion(np.array(pose.R), np.array(pose.t)).inverse() if np.any(pose.t) else None
 
         found["PoseLib"] = lo_ransac
