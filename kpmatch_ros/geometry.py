@@ -45,6 +45,11 @@ _SMALLEST_CURVATURE = 0.1  # of the loss, in units of Gauss and Newton's approxi
 _LONGEST_SLIP = 5.0
 _SLIPS = 1 / 3
 _UNEQUAL = 2.0
+# Keypoints jitter along the edges that they lie on, which often have one direction in common: the variance of their
+# noise, but for rounding, may be so many times that across this direction (measured: 2.9). And the noise has tails,
+# which are left out of the test for small parallax beyond so many standard deviations.
+_UNEVEN = 3.0
+_TYPICAL = 3.0
 # The smallest F-test probability over all directions of translation is about that of the smallest of 50 independent
 # ones (simulated: 10 to 50, for 20 to 150 degrees of view and 30 to 800 matches).
 _INDEPENDENT_DIRECTIONS = 50
@@ -561,7 +566,8 @@ def _is_translation(
     """Whether the rotation alone leaves something to explain, with a false-alarm rate of FALSE_ALARM_RATE.
 
     Two tests share the rate. For large parallax: whether too many of the matches that the rotation does not explain lie
-    along their epipolar lines, on the side of points in front. For small parallax: the F-test of those it does explain.
+    along their epipolar lines, on the side of points in front; those that may have slipped are not counted at all. For
+    small parallax: the F-test of those it does explain, but for the tails of the noise.
     """
     rate = FALSE_ALARM_RATE / 2
     others = matches.select(~turning)
@@ -570,10 +576,14 @@ def _is_translation(
     chances = _UNEQUAL * np.arcsin(np.minimum(gate / np.maximum(distance, _TINY), 1)) / math.pi
     along = _agrees(others, motion, gate)
     slipped = np.flatnonzero(along & (distance < _LONGEST_SLIP * gate))
-    along[slipped[np.argsort(-distance[slipped])][: int(_SLIPS * turning.sum())]] = False
-    if _log_false_alarms(along, np.minimum(chances, 1), 2) < math.log(rate):
+    counted = np.ones(len(others), dtype=bool)
+    counted[slipped[np.argsort(-distance[slipped])][: int(_SLIPS * turning.sum())]] = False
+    if _log_false_alarms(along[counted], np.minimum(chances, 1)[counted], 2) < math.log(rate):
         return True
-    return _small_parallax_chance(matches.select(turning), motion, rotation, resolution) < rate
+    errors = _rotation_errors(matches, rotation)
+    deviation = _cutoff(errors, gate, resolution) / _TUKEY
+    typical = turning & (_length(errors) < _TYPICAL * deviation)
+    return _small_parallax_chance(matches.select(typical), motion, rotation, resolution) < rate
 
 
 def _log_false_alarms(hits: np.ndarray, chances: np.ndarray, sample: int) -> float:
@@ -599,7 +609,8 @@ def _small_parallax_chance(matches: _Matches, motion: _Motion, rotation: np.ndar
 
     The F-test of nested models: least squares with a rotation (two conditions a match, three parameters) and with a
     translation (one condition, five parameters). Rounding a displacement to `resolution` pixels can make an error of
-    up to half of that in each match and in one direction only, so errors across below that are not believed.
+    up to half of that in each match and in one direction only, so errors across below that are not believed; what is
+    not rounding may be _UNEVEN.
     """
     count = len(matches)
     if count < _SMALLEST_SAMPLE:
@@ -611,8 +622,10 @@ def _small_parallax_chance(matches: _Matches, motion: _Motion, rotation: np.ndar
     starts = (motion, _Motion(turned, np.linalg.eigh(normals.T @ normals)[1][:, 0]))
     fits = [_minimise(_motion_slopes, matches, start, _EVERYTHING, 10) for start in starts]
     across = min(float((_motion_errors(matches, fit) ** 2).sum()) for fit in fits)
-    variance = max(across / (count - 5), resolution**2 / 8, _TINY)
-    ratio = max(total - across, 0.0) / (count + 2) / variance
+    variance = across / (count - 5)
+    jitter = max(variance - resolution**2 / 12, 0.0)
+    allowed = max(variance, resolution**2 / 8, _TINY) + (_UNEVEN - 1) * jitter
+    ratio = max(total - across, 0.0) / (count + 2) / allowed
     return _INDEPENDENT_DIRECTIONS * float(fdtrc(count + 2, count - 5, ratio))
 
 
