@@ -72,11 +72,8 @@ def choose_camera(bag: Path, image: str | None = None, camera_info: str | None =
     if camera_info is not None:
         info = _only(bag, infos, camera_info, "camera_info", "--camera-info").name
     else:
-        raw = chosen.name
-        if chosen.type == IMAGE_TYPES[1]:  # <image>/compressed
-            raw = dirname(raw)
         names = [topic.name for topic in infos]
-        beside = join(dirname(raw), "camera_info")
+        beside = join(dirname(chosen.name.removesuffix("/compressed")), "camera_info")
         info = beside if beside in names else names[0] if len(names) == 1 else ""
     return CameraTopics(chosen.name, info, chosen.num_messages)
 

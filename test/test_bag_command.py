@@ -31,6 +31,7 @@ from kpmatch_ros.bags import (
 )
 from kpmatch_ros.cli import main
 from kpmatch_ros.messages import nanoseconds
+from kpmatch_ros.replay import choose_camera
 from kpmatch_ros.synthetic import demo_camera, relative_motion
 from node_harness import NodeUnderTest, running_node
 
@@ -316,6 +317,18 @@ def test_the_only_calibration_of_a_bag_is_taken_wherever_it_is(
 ) -> None:
     write_camera_bag(tmp_path / "in", views, stamps(6), demo_camera(*SIZE), info_topic="/calibration")
     assert json.loads(run(tmp_path / "in", tmp_path / "out", *QUICK, "--json")[1])["camera_info"] == "/calibration"
+
+
+@pytest.mark.parametrize("image", ["/eye/image_raw/compressed", "/eye/compressed_image"])
+def test_the_calibration_beside_compressed_images_is_found(
+    views: list[NDArray[np.uint8]], tmp_path: Path, image: str
+) -> None:
+    camera = demo_camera(*SIZE)
+    with BagWriter(tmp_path / "in") as bag:
+        bag.write(image, image_message(views[0], FIRST, "eye", "mono8", "png"), FIRST)
+        for name in ("/eye/camera_info", "/other/camera_info"):
+            bag.write(name, camera_info_message(camera, FIRST, "eye"), FIRST)
+    assert choose_camera(tmp_path / "in").camera_info == "/eye/camera_info"
 
 
 def test_without_calibration_there_are_matches_and_no_poses(
