@@ -431,9 +431,11 @@ def _add_weights(commands: Any) -> None:
         "fetch",
         _weights_fetch,
         "fetch registered weights",
-        "Fetch registered weights, unless they are here, and check their hash. They go to $KPMATCH_WEIGHTS, or to "
+        "Fetch registered weights, unless they are here, and check their hash. Their licence is shown first. Those of "
+        "the Hugging Face hub go into its own cache, by way of huggingface_hub, the others to $KPMATCH_WEIGHTS, or to "
         "kpmatch_ros in the user's cache folder.",
-        "kpmatch weights fetch superpoint-open",
+        "kpmatch weights fetch aliked-n16",
+        "kpmatch weights fetch ETH-CVG/lightglue_disk",
     )
     fetch.add_argument("weights", metavar="NAME", help="a registered name (kpmatch weights list)")
     info = _add_command(
@@ -453,31 +455,33 @@ def _add_weights(commands: Any) -> None:
         "write weights in another format",
         "Write weights in another format. IN is a registered name, a Hugging Face folder, a .safetensors file or a "
         ".pth of the networks' authors. OUT becomes a Hugging Face folder (config.json, model.safetensors), which "
-        "transformers loads too; if it ends in .safetensors, a file with the tensors of one network. A folder with a "
-        "LightGlue holds its SuperPoint too: for a LightGlue without one, name it with --extractor.",
+        "transformers loads too where it has the network; if it ends in .safetensors, a file with one network. A "
+        "matcher's folder holds its extractor too: for a matcher without one, name it with --extractor.",
         "kpmatch weights convert superpoint_v1.pth superpoint",
         "kpmatch weights convert superpoint_lightglue.pth lightglue --extractor superpoint_v1.pth",
     )
     convert.add_argument("source", metavar="IN", help="weights to read")
     convert.add_argument("target", metavar="OUT", type=Path, help="folder or .safetensors file to write")
-    convert.add_argument("--extractor", metavar="IN", help="the SuperPoint that the LightGlue was made for")
+    convert.add_argument("--extractor", metavar="IN", help="the extractor that the matcher was made for")
 
 
 def _weights_list(options: argparse.Namespace) -> int:
-    rows = [("name", "network", "licence", "commercial use", "size", "here", "origin")]
+    rows = [("name", "network", "licence", "commercial use", "size", "here", "from", "origin")]
     for item in weights.REGISTRY.values():
         rows.append(
             (
                 item.name,
-                item.model,
+                " + ".join(item.networks),
                 item.licence,
                 "yes" if item.commercial else "NO",
                 _megabytes(item.size),
                 _presence(item),
+                type(item.source).__name__.lower(),
                 item.origin,
             )
         )
     print(format_table(rows))
+    print("\nhub: the Hugging Face hub's current revision; no hash is registered for it, the hub's own is checked")
     return 0
 
 
@@ -496,19 +500,26 @@ def _weights_fetch(options: argparse.Namespace) -> int:
 
     item = weights.find(options.weights)
     with tqdm(
-        total=item.size, unit="B", unit_scale=True, unit_divisor=1024, desc=item.name, disable=None, delay=0.5
+        total=item.size,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        desc=item.name,
+        disable=None if isinstance(item.source, weights.Url) else True,  # pip and the hub's library show their own
+        delay=0.5,
     ) as bar:
 
         def received(size: int) -> None:
             bar.update(size)
 
-        path = weights.fetch(item.name, received)
-    print(f"{item.name} is at {path} ({item.licence}; {'' if item.commercial else 'NO '}commercial use)")
+        path = weights.fetch(item.name, received, announce=lambda text: print(text, file=sys.stderr))
+    print(f"{item.name} is at {path} ({item.terms})")
     return 0
 
 
 def _weights_info(options: argparse.Namespace) -> int:
     from kpmatch_ros.conversion import describe
+    from kpmatch_ros.models.checkpoint import tensor_file
 
     source = options.weights
     item = weights.REGISTRY.get(source)
@@ -517,7 +528,7 @@ def _weights_info(options: argparse.Namespace) -> int:
     rows: list[tuple[str, ...]] = []
     known = [] if item is None else [item]
     if here:
-        file = _tensor_file(weights.resolve(source))
+        file = tensor_file(weights.resolve(source))
         sha256 = weights.file_hash(file)
         rows += [("file", str(file)), ("size", _megabytes(file.stat().st_size)), ("SHA-256", sha256)]
         known = known or [one for one in weights.REGISTRY.values() if one.sha256 == sha256]
@@ -526,8 +537,10 @@ def _weights_info(options: argparse.Namespace) -> int:
     for one in known:
         rows += [
             ("name", f"{one.name} ({one.model}{f' for {one.extractor}' if one.extractor else ''})"),
-            ("licence", f"{one.licence}, {'commercial use allowed' if one.commercial else 'NO COMMERCIAL USE'}"),
+            ("licence", one.terms),
             ("origin", one.origin),
+            ("from", str(one.source)),
+            ("hash", _hash_note(one)),
         ]
     if not known:
         rows.append(("licence", "unknown: this file is not registered, ask where it came from"))
@@ -543,10 +556,12 @@ def _weights_info(options: argparse.Namespace) -> int:
     return 0
 
 
-def _tensor_file(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    return next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()), path)
+def _hash_note(item: weights.Weights) -> str:
+    if item.sha256:
+        return f"registered: {item.sha256}"
+    if item.file.exists() and weights.expected_hash(item):
+        return "none registered: the hub's revision of the day; the file is as the hub sent it"
+    return "none registered: the hub's revision of the day"
 
 
 def _weights_convert(options: argparse.Namespace) -> int:

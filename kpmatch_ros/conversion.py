@@ -14,17 +14,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kpmatch_ros import weights
-from kpmatch_ros.models import LightGlue, SuperPoint
-from kpmatch_ros.models.checkpoint import Checkpoint, build, read_checkpoint
+from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue, SuperPoint
+from kpmatch_ros.models.checkpoint import Checkpoint, build, network_types, no_network, prepared, read_checkpoint
 from kpmatch_ros.weights import WeightsError
 
 __all__ = ["Network", "convert", "describe"]
 
-_ARCHITECTURES = {"superpoint": "SuperPointForKeypointDetection", "lightglue": "LightGlueForKeypointMatching"}
-# Tensors that only this network has, under the authors' name and under transformers'.
-_MARKS = {
-    "lightglue": ("log_assignment.0.final_proj.weight", "match_assignment_layers.0.final_projection.weight"),
-    "superpoint": ("convPa.weight", "keypoint_decoder.conv_score_a.weight"),
+_KINDS: dict[str, Any] = {kind.MODEL_TYPE: kind for kind in (LightGlue, SuperGlue, SuperPoint, ALIKED, DISK)}
+_MATCHERS = ("lightglue", "superglue")
+# Of those that `transformers` has.
+_ARCHITECTURES = {
+    "lightglue": "LightGlueForKeypointMatching",
+    "superglue": "SuperGlueForKeypointMatching",
+    "superpoint": "SuperPointForKeypointDetection",
 }
 _DETECTOR = "keypoint_detector."
 
@@ -34,7 +36,7 @@ class Network:
     """One network found in a file or folder of weights.
 
     Attributes:
-        model: ``superpoint`` or ``lightglue``.
+        model: one of :data:`kpmatch_ros.models.checkpoint.NETWORKS`.
         config: everything it was built with.
         tensors: by the names of this package and of `transformers`, as stored: in the precision of the file.
     """
@@ -46,12 +48,19 @@ class Network:
     @property
     def parameters(self) -> int:
         """How many numbers were learned."""
-        return sum(tensor.numel() for tensor in self.tensors.values())
+        return sum(tensor.numel() for tensor in self.tensors.values() if tensor.is_floating_point())
 
     @property
     def precision(self) -> str:
         """The number formats of the tensors, such as ``float16``."""
-        return ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()}))
+        formats = {tensor.dtype for tensor in self.tensors.values() if tensor.is_floating_point()}
+        return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in formats))
+
+    @property
+    def descriptor_size(self) -> int:
+        """Size of the descriptors that a matcher takes, or that another network makes."""
+        names = {"lightglue": "input_dim", "superglue": "hidden_size", "superpoint": "descriptor_decoder_dim"}
+        return self.config[names.get(self.model, "descriptor_dim")]
 
 
 def describe(source: str | Path) -> list[Network]:
@@ -63,23 +72,17 @@ def describe(source: str | Path) -> list[Network]:
     read = read_checkpoint(weights.resolve(source))
     registered = weights.REGISTRY.get(str(source))
     if registered is not None:
-        return [_network(registered.model, source, read)]
-    found = []
-    for model, marks in _MARKS.items():
-        prefixes = ("", _DETECTOR) if model == "superpoint" else ("",)
-        if any(prefix + mark in read.tensors for prefix in prefixes for mark in marks):
-            found.append(_network(model, source, read))
+        return [_network(model, source, read) for model in registered.networks]
+    found = [_network(model, source, read) for model in network_types(read.tensors)]
     if not found:
-        names = ", ".join(list(read.tensors)[:3])
-        raise WeightsError(f"{read.source} holds neither a SuperPoint nor a LightGlue, but {names} and so on")
+        raise no_network(read.source, read.tensors)
     return found
 
 
 def _network(model: str, source: str | Path, read: Checkpoint) -> Network:
-    kind: type[LightGlue | SuperPoint] = LightGlue if model == "lightglue" else SuperPoint
     # Building it checks everything: names, shapes, finite values, and that the configuration is understood.
-    built: LightGlue | SuperPoint = build(kind, weights.resolve(source), {})
-    stored = kind.prepare(read).tensors
+    built = build(_KINDS[model], weights.resolve(source), {})
+    stored = prepared(_KINDS[model], read).tensors
     return Network(model, built.config, {name: stored[name] for name in built.state_dict()})
 
 
@@ -89,9 +92,9 @@ def convert(source: str | Path, target: Path, extractor: str | Path | None = Non
     Args:
         source: a registered name, a Hugging Face folder, a ``.safetensors`` or an authors' ``.pth`` file.
         target: ``*.safetensors`` for the tensors of one network alone; anything else becomes a Hugging Face folder,
-            which `transformers` loads too.
-        extractor: for a LightGlue, the SuperPoint that it was made for, where the source does not hold it: a Hugging
-            Face folder holds both. A registered LightGlue brings its own.
+            which `transformers` loads too where it has the network.
+        extractor: for a matcher, the extractor that it was made for, where the source does not hold it: a Hugging Face
+            folder holds both. A registered matcher brings its own.
 
     Returns:
         the networks written.
@@ -104,14 +107,14 @@ def convert(source: str | Path, target: Path, extractor: str | Path | None = Non
     single_file = target.suffix == ".safetensors"
     networks = describe(source)
     registered = weights.REGISTRY.get(str(source))
-    if extractor is None and registered is not None and not single_file:
+    if extractor is None and registered is not None and not single_file and len(networks) == 1:
         extractor = registered.extractor or None
     if extractor is not None:
-        if networks[0].model != "lightglue":
-            raise WeightsError(f"{source} is a {networks[0].model}; only a lightglue has an extractor beside it")
-        networks = [networks[0], *(network for network in describe(extractor) if network.model == "superpoint")]
+        if networks[0].model not in _MATCHERS:
+            raise WeightsError(f"{source} is a {networks[0].model}; only a matcher has an extractor beside it")
+        networks = [networks[0], *(network for network in describe(extractor) if network.model not in _MATCHERS)]
         if len(networks) == 1:
-            raise WeightsError(f"{extractor} holds no superpoint, so it is no extractor for {source}")
+            raise WeightsError(f"{extractor} holds no extractor, so none for {source}")
     if single_file:
         _check_fits_file(source, networks)
         config: dict[str, Any] = {}
@@ -146,7 +149,7 @@ def _check_fits_file(source: str | Path, networks: list[Network]) -> None:
     if len(networks) > 1:
         names = " and ".join(network.model for network in networks)
         raise WeightsError(f"{source} holds {names}, a .safetensors file only one network: convert to a folder")
-    defaults = (LightGlue if networks[0].model == "lightglue" else SuperPoint).DEFAULTS
+    defaults = _KINDS[networks[0].model].DEFAULTS
     lost = [f"{key} {value}" for key, value in networks[0].config.items() if value not in (defaults[key], None)]
     if lost:
         raise WeightsError(
@@ -158,30 +161,27 @@ def _check_fits_file(source: str | Path, networks: list[Network]) -> None:
 def _folder_content(source: str | Path, networks: list[Network]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and tensors of a Hugging Face folder."""
     configs = [
-        {
-            **{key: value for key, value in network.config.items() if value is not None and key != "input_dim"},
-            "model_type": network.model,
-        }
+        {**{key: value for key, value in network.config.items() if value is not None}, "model_type": network.model}
         for network in networks
     ]
     precisions = {network.precision for network in networks}
-    head = {
-        **configs[0],
-        "architectures": [_ARCHITECTURES[networks[0].model]],
-        "dtype": precisions.pop() if precisions in ({"float16"}, {"bfloat16"}) else "float32",
-    }
-    if networks[0].model == "superpoint":
+    head = {**configs[0], "dtype": precisions.pop() if precisions in ({"float16"}, {"bfloat16"}) else "float32"}
+    if networks[0].model in _ARCHITECTURES:
+        head["architectures"] = [_ARCHITECTURES[networks[0].model]]
+    if networks[0].model not in _MATCHERS:
         return head, networks[0].tensors
     if len(networks) == 1:
         raise WeightsError(
-            f"{source} holds a LightGlue without the SuperPoint that it was made for, and a Hugging Face folder holds "
+            f"{source} holds a matcher without the extractor that it was made for, and a Hugging Face folder holds "
             "both: name it with --extractor"
         )
-    takes, makes = networks[0].config["input_dim"], networks[1].config["descriptor_decoder_dim"]
-    if takes != makes:
+    matcher, detector = networks
+    if matcher.descriptor_size != detector.descriptor_size:
         raise WeightsError(
-            f"the LightGlue takes descriptors of size {takes}, the SuperPoint makes descriptors of size {makes}: they "
-            "do not belong together"
+            f"the {matcher.model} takes descriptors of size {matcher.descriptor_size}, the {detector.model} makes "
+            f"descriptors of size {detector.descriptor_size}: they do not belong together"
         )
-    tensors = {**networks[0].tensors, **{_DETECTOR + name: tensor for name, tensor in networks[1].tensors.items()}}
+    if detector.model == "superpoint":
+        head.pop("input_dim", None)  # follows from the SuperPoint's configuration, and `transformers` does not know it
+    tensors = {**matcher.tensors, **{_DETECTOR + name: tensor for name, tensor in detector.tensors.items()}}
     return {**head, "keypoint_detector_config": configs[1]}, tensors

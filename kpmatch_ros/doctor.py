@@ -162,8 +162,9 @@ def _weights() -> Iterator[Finding]:
             text, _, remedy = str(error).rpartition(": ")
             yield Finding(FAIL, "weights", text, remedy)
         else:
-            terms = item.licence if item.commercial else f"{item.licence}, NO COMMERCIAL USE"
-            yield Finding(OK, "weights", f"{item.name}: {item.size / 1e6:.1f} MB, hash right, {terms}")
+            checked = "hash right" if weights.expected_hash(item) else "no hash to check"
+            size = f"{item.file.stat().st_size / 1e6:.1f} MB"
+            yield Finding(OK, "weights", f"{item.name}: {size}, {checked}, {item.terms}")
 
 
 def _networks() -> Iterator[Finding]:

@@ -2,22 +2,32 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from kpmatch_ros import weights
-from kpmatch_ros.models import LightGlue, NearestNeighbour, SuperPoint
+from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint
+from kpmatch_ros.models.assignment import Assignment
+from kpmatch_ros.models.checkpoint import network_type
 from kpmatch_ros.parameters import ParameterError, Parameters
 
 __all__ = ["FeatureMatcher", "Features", "Matches"]
 
 Array = Tensor | np.ndarray
+
+Extractor = SuperPoint | ALIKED | DISK
+Matcher = LightGlue | SuperGlue | NearestNeighbour
+
+_EXTRACTORS: dict[str, type[Extractor]] = {kind.MODEL_TYPE: kind for kind in (SuperPoint, ALIKED, DISK)}
+_MATCHERS: dict[str, type[LightGlue | SuperGlue]] = {kind.MODEL_TYPE: kind for kind in (LightGlue, SuperGlue)}
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as OpenCV and the authors of SuperPoint convert colour to grey
 
@@ -59,18 +69,26 @@ class Matches:
         indices: (M, 2) int64, indices into the features of image 0 and of image 1.
         scores: (M,) float32 in [0, 1].
         layers: transformer layers run before the matcher was sure; 0 where that has no meaning.
+        assignment: for every keypoint of both images its match or none, its score, and after how many layers it was
+            pruned; of a batch of one pair.
     """
 
     indices: Array
     scores: Array
     layers: int
+    assignment: Assignment
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def numpy(self) -> Matches:
         """The same with NumPy arrays."""
-        return replace(self, indices=_numpy(self.indices), scores=_numpy(self.scores))
+        return replace(
+            self,
+            indices=_numpy(self.indices),
+            scores=_numpy(self.scores),
+            assignment=Assignment(*map(_numpy, self.assignment)),  # type: ignore[arg-type]
+        )
 
 
 def _numpy(array: Array) -> np.ndarray:
@@ -96,30 +114,34 @@ class FeatureMatcher:
         self.dtype = choose_precision(self.parameters.precision, self.device)
         self.extractor = self._load_extractor()
         self.matcher = self._load_matcher()
-        self._published_threshold = self.extractor.keypoint_threshold
+        followed = ("keypoint_threshold", "nms_radius", "border")
+        self._published = {name: getattr(self.extractor, name) for name in followed}
         self.configure(self.parameters)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> FeatureMatcher:
-        """From a Hugging Face LightGlue folder, which holds its detector too."""
+        """From a Hugging Face LightGlue or SuperGlue folder, or its name on the hub: it holds its detector too."""
         return cls(extractor=str(folder), matcher=str(folder), **options)
 
     def configure(self, parameters: Parameters) -> None:
         """Take over the parameters that may change while running."""
         self.parameters = parameters
-        published = parameters.keypoint_threshold < 0
-        self.extractor.keypoint_threshold = self._published_threshold if published else parameters.keypoint_threshold
         self.extractor.max_keypoints = parameters.max_keypoints
-        self.extractor.nms_radius = parameters.nms_radius
-        self.extractor.border = parameters.border
+        for name, published in self._published.items():
+            chosen = getattr(parameters, name)
+            setattr(self.extractor, name, published if chosen < 0 else chosen)
         self.matcher.filter_threshold = parameters.filter_threshold
         if isinstance(self.matcher, LightGlue):
             self.matcher.depth_confidence = parameters.depth_confidence
             self.matcher.width_confidence = parameters.width_confidence
-        else:
+        elif isinstance(self.matcher, NearestNeighbour):
             self.matcher.ratio_threshold = parameters.ratio_threshold
 
-    @torch.inference_mode()
+    @property
+    def keypoint_resolution(self) -> float:
+        """Pixels of the image seen between neighbouring positions that keypoints can have; 0 where there is no grid."""
+        return self.extractor.RESOLUTION
+
     def extract(self, image: np.ndarray | Tensor) -> Features:
         """Find and describe the keypoints of an image.
 
@@ -129,24 +151,34 @@ class FeatureMatcher:
         Raises:
             ValueError: when the image has another shape or type, or no pixels.
         """
-        pixels = _numpy(image)
-        is_image = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
-        if pixels.dtype != np.uint8 or not is_image or pixels.size == 0:
-            raise ValueError(
-                f"the image is {pixels.dtype} of shape {pixels.shape}; it must be uint8 and (H, W) grey or (H, W, 3) "
-                "RGB, with at least one pixel"
-            )
-        height, width = pixels.shape[:2]
-        seen = _resize(pixels, self.parameters.resize)
-        found = self.extractor(self._upload(seen))
-        real = found.mask[0]
-        scale = found.keypoints.new_tensor([width / seen.shape[1], height / seen.shape[0]])
-        return Features(
-            keypoints=(found.keypoints[0][real] + 0.5) * scale - 0.5,
-            scores=found.scores[0][real],
-            descriptors=found.descriptors[0][real],
-            size=(width, height),
-        )
+        return self.extract_batch([image])[0]
+
+    @torch.inference_mode()
+    def extract_batch(self, images: Sequence[np.ndarray | Tensor]) -> list[Features]:
+        """Find and describe the keypoints of several images; those of one size go through the network together.
+
+        Args:
+            images: as for :meth:`extract`, of any sizes.
+
+        Raises:
+            ValueError: as :meth:`extract`.
+        """
+        received = [_pixels(image) for image in images]
+        seen = [self._upload(_resize(pixels, self.parameters.resize)) for pixels in received]
+        found: list[Features | None] = [None] * len(seen)
+        for shape in {image.shape for image in seen}:
+            group = [i for i, image in enumerate(seen) if image.shape == shape]
+            detections = self.extractor(torch.cat([seen[i] for i in group]))
+            for i, keypoints, scores, descriptors, mask in zip(group, *detections):
+                height, width = received[i].shape[:2]
+                scale = keypoints.new_tensor([width / shape[-1], height / shape[-2]])
+                found[i] = Features(
+                    keypoints=(keypoints[mask] + 0.5) * scale - 0.5,
+                    scores=scores[mask],
+                    descriptors=descriptors[mask],
+                    size=(width, height),
+                )
+        return [features for features in found if features is not None]
 
     @torch.inference_mode()
     def match(self, features0: Features, features1: Features) -> Matches:
@@ -155,15 +187,30 @@ class FeatureMatcher:
         Args:
             features0: of the reference image, as :meth:`extract` gives them (or their ``numpy()``).
             features1: of the current image.
+
+        Raises:
+            ValueError: when they are of another size than the matcher takes.
         """
-        keypoints, descriptors, sizes = zip(*(self._batch_of_one(f) for f in (features0, features1)))
-        found = self.matcher(*keypoints, *descriptors, *sizes)
-        index0 = (found.matches0[0] >= 0).nonzero()[:, 0]
-        return Matches(
-            indices=torch.stack([index0, found.matches0[0, index0]], dim=1),
-            scores=found.scores0[0, index0],
-            layers=int(found.layers[0]),
-        )
+        return self.match_batch([features0], [features1])[0]
+
+    @torch.inference_mode()
+    def match_batch(self, features0: Sequence[Features], features1: Sequence[Features]) -> list[Matches]:
+        """Match several pairs of images at once.
+
+        Args:
+            features0: of the reference images.
+            features1: of the current images, one for each.
+
+        Raises:
+            ValueError: when there are not as many of these as of those, or as :meth:`match`.
+        """
+        if len(features0) != len(features1):
+            raise ValueError(f"there are {len(features0)} reference images and {len(features1)} current ones")
+        if not features0:
+            return []
+        batch0, batch1 = self._batch(features0), self._batch(features1)
+        found = self.matcher(*(part for both in zip(batch0, batch1) for part in both))
+        return [_one_pair(found, i, len(f0), len(f1)) for i, (f0, f1) in enumerate(zip(features0, features1))]
 
     def warm_up(self, width: int = 640, height: int = 480) -> None:
         """Run everything once, so that the first frame costs what every frame costs."""
@@ -172,45 +219,110 @@ class FeatureMatcher:
         self.match(features, features)
 
     def _upload(self, pixels: np.ndarray) -> Tensor:
-        """uint8 pixels to a (1, 1, H, W) grey image in [0, 1] on the device."""
-        luma = _LUMA
-        if pixels.ndim == 3 and pixels.strides[2] < 0:  # a view of BGR as RGB
-            pixels, luma = pixels[..., ::-1], luma[::-1]
+        """uint8 pixels to an image (1, C, H, W) in [0, 1] on the device, in colour where the extractor sees colour."""
+        reversed_colours = pixels.ndim == 3 and pixels.strides[2] < 0  # a view of BGR as RGB
+        if reversed_colours:
+            pixels = pixels[..., ::-1]
         if min(pixels.strides) < 0 or not pixels.flags.writeable:  # neither of which torch takes
             pixels = pixels.copy()
-        image = torch.from_numpy(pixels).to(self.device)
-        grey = image.float() if image.ndim == 2 else image.float() @ torch.tensor(luma, device=self.device)
-        return (grey / 255)[None, None]
+        image = torch.from_numpy(pixels).to(self.device).float() / 255
+        if image.ndim == 2:
+            return image[None, None]
+        colours = [2, 1, 0] if reversed_colours else [0, 1, 2]
+        if self.extractor.CHANNELS == 3:
+            return image[..., colours].permute(2, 0, 1)[None]
+        return (image @ torch.tensor(_LUMA, device=self.device)[colours])[None, None]
 
-    def _batch_of_one(self, features: Features) -> tuple[Tensor, Tensor, Tensor]:
-        return (
-            torch.as_tensor(features.keypoints, device=self.device)[None],
-            torch.as_tensor(features.descriptors, device=self.device)[None],
-            torch.tensor([features.size], device=self.device),
+    def _batch(self, features: Sequence[Features]) -> _Batch:
+        """Features of several images, padded to the same number; without a mask where none needed padding."""
+        expected = getattr(self.matcher, "input_dim", None)
+        for item in features:
+            if item.descriptors.ndim != 2 or expected not in (None, item.descriptors.shape[1]):
+                raise ValueError(
+                    f"the descriptors are of shape {tuple(item.descriptors.shape)}; the matcher "
+                    f"{self.parameters.matcher} takes (N, {expected or 'D'}): extract them with the extractor it was "
+                    "made for"
+                )
+
+        def padded(arrays: list[Array]) -> Tensor:
+            tensors = [torch.as_tensor(array, device=self.device) for array in arrays]
+            return tensors[0][None] if len(tensors) == 1 else pad_sequence(tensors, batch_first=True)
+
+        counts = torch.tensor([len(item) for item in features], device=self.device)
+        most = max(map(len, features))
+        return _Batch(
+            keypoints=padded([item.keypoints for item in features]),
+            descriptors=padded([item.descriptors for item in features]),
+            size=torch.tensor([item.size for item in features], device=self.device),
+            mask=None if len(features) == 1 else torch.arange(most, device=self.device) < counts[:, None],
+            scores=padded([item.scores for item in features]),
         )
 
-    def _load_extractor(self) -> SuperPoint:
-        extractor = SuperPoint.from_pretrained(self.parameters.extractor)
+    def _load_extractor(self) -> Extractor:
+        name = self.parameters.extractor
+        extractor = _EXTRACTORS[network_type(name, _EXTRACTORS)].from_pretrained(name)
         # Channels-last is how convolutions run fastest on processors and tensor cores alike.
         return extractor.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def _load_matcher(self) -> LightGlue | NearestNeighbour:
+    def _load_matcher(self) -> Matcher:
         name, extractor = self.parameters.matcher, self.parameters.extractor
         if name == "nearest":
             return NearestNeighbour()
-        made_for = weights.REGISTRY[name].extractor if name in weights.REGISTRY else ""
-        if made_for and extractor in weights.REGISTRY and extractor != made_for:
+        registered = weights.REGISTRY.get(name)
+        if registered is not None and not registered.fits(extractor):
             raise weights.WeightsError(
-                f"the matcher {name} was made for the extractor {made_for}, not for {extractor}: it would find next to "
-                "no matches"
+                f"the matcher {name} was made for the extractor {registered.extractor}, not for {extractor}: it would "
+                "find next to no matches"
             )
-        matcher = LightGlue.from_pretrained(name)
+        matcher = _MATCHERS[network_type(name, _MATCHERS)].from_pretrained(name)
         if matcher.input_dim != self.extractor.descriptor_size:
             raise weights.WeightsError(
                 f"the matcher {name} takes descriptors of size {matcher.input_dim}, but {extractor} makes descriptors "
                 f"of size {self.extractor.descriptor_size}: they do not belong together"
             )
         return matcher.to(self.device).to_precision(self.dtype)
+
+
+class _Batch(NamedTuple):
+    """Features of B images, padded to the same number N, in the order in which the matchers take them."""
+
+    keypoints: Tensor  # (B, N, 2)
+    descriptors: Tensor  # (B, N, D)
+    size: Tensor  # (B, 2)
+    mask: Tensor | None  # (B, N)
+    scores: Tensor  # (B, N)
+
+
+def _one_pair(found: Assignment, i: int, count0: int, count1: int) -> Matches:
+    """Pair i of a batch, without its padding."""
+    one, first, second = slice(i, i + 1), slice(count0), slice(count1)
+    assignment = Assignment(
+        matches0=found.matches0[one, first],
+        matches1=found.matches1[one, second],
+        scores0=found.scores0[one, first],
+        scores1=found.scores1[one, second],
+        layers=found.layers[one],
+        layers0=found.layers0[one, first],
+        layers1=found.layers1[one, second],
+    )
+    index0 = (assignment.matches0[0] >= 0).nonzero()[:, 0]
+    return Matches(
+        indices=torch.stack([index0, assignment.matches0[0, index0]], dim=1),
+        scores=assignment.scores0[0, index0],
+        layers=int(assignment.layers[0]),
+        assignment=assignment,
+    )
+
+
+def _pixels(image: np.ndarray | Tensor) -> np.ndarray:
+    pixels = _numpy(image)
+    is_image = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
+    if pixels.dtype != np.uint8 or not is_image or pixels.size == 0:
+        raise ValueError(
+            f"the image is {pixels.dtype} of shape {pixels.shape}; it must be uint8 and (H, W) grey or (H, W, 3) "
+            "RGB, with at least one pixel"
+        )
+    return pixels
 
 
 def _resize(pixels: np.ndarray, longest: int) -> np.ndarray:

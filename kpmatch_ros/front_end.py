@@ -203,7 +203,7 @@ class FrontEnd:
     def _keypoint_resolution(self, frame: Frame) -> float:
         """Pixels of the image received between neighbouring positions that the extractor can give."""
         seen = self.parameters.resize
-        return max(frame.features.size) / seen if seen else 1.0
+        return self.matcher.keypoint_resolution * (max(frame.features.size) / seen if seen else 1.0)
 
     def _wants_new_reference(self, pair: Pair) -> bool:
         if self.parameters.reference == "previous" or len(pair.indices) < self.parameters.keyframe_min_matches:

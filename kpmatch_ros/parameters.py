@@ -134,9 +134,19 @@ class Parameters:
         dynamic=True,
     )
     nms_radius: int = _parameter(
-        4, "no two keypoints are closer than this (non-maximum suppression)", unit="pixels", minimum=0, maximum=64
+        -1,
+        "no two keypoints are closer than this (non-maximum suppression); -1 takes the value published with the "
+        "weights",
+        unit="pixels",
+        minimum=-1,
+        maximum=64,
     )
-    border: int = _parameter(4, "no keypoint is closer to the image's border than this", unit="pixels", minimum=0)
+    border: int = _parameter(
+        -1,
+        "no keypoint is closer to the image's border than this; -1 takes the value published with the weights",
+        unit="pixels",
+        minimum=-1,
+    )
     resize: int = _parameter(
         0, "longest side of the image that the extractor sees; 0 keeps the size", unit="pixels", minimum=0, maximum=8192
     )

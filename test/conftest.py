@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kpmatch_ros.models import LightGlue, SuperPoint
+from kpmatch_ros import weights
+from kpmatch_ros.models import LightGlue, SuperGlue, SuperPoint
 
 Texture = Callable[[int, int, int], NDArray[np.uint8]]
 Randomise = Callable[[nn.Module, int], None]
@@ -55,6 +56,30 @@ def texture() -> Texture:
         return (255 * image).round().astype(np.uint8)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def picture(texture: Texture) -> Callable[..., Tensor]:
+    """picture(height, width, seed=0): a colourful (3, H, W) image in [0, 1]."""
+
+    def make(height: int, width: int, seed: int = 0) -> Tensor:
+        channels = [texture(height, width, 10 * seed + i) for i in range(3)]
+        return torch.from_numpy(np.stack(channels)).float() / 255
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fetched() -> Callable[[str], Path]:
+    """fetched(name): the file of registered weights, fetched if need be; the test is skipped where that cannot be."""
+
+    def fetch(name: str) -> Path:
+        try:
+            return weights.fetch(name)
+        except weights.WeightsError as error:
+            pytest.skip(str(error))
+
+    return fetch
 
 
 @pytest.fixture(scope="session")
@@ -140,6 +165,40 @@ def randomise_lightglue() -> Randomise:
     return randomise
 
 
+@pytest.fixture(scope="session")
+def randomise_superglue() -> Randomise:
+    """randomise_superglue(model, seed): random weights under which alike descriptors match, and every layer counts."""
+
+    def randomise(model: nn.Module, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(tensor: Tensor, spread: float) -> None:
+            tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * spread)
+
+        for name, module in model.named_modules():
+            if name.startswith("keypoint_detector"):
+                continue
+            if isinstance(module, nn.BatchNorm1d):
+                assert module.running_mean is not None and module.running_var is not None
+                normal(module.running_mean, 0.3)
+                module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+                normal(module.weight, 0.2)
+                module.weight.data += 1
+                normal(module.bias, 0.1)
+            if isinstance(module, nn.Linear):
+                size = module.in_features
+                last = re.search(r"(encoder|mlp)\.\d+$", name) is not None  # of a perceptron: small
+                normal(module.weight, (0.15 if last else 1.0) / math.sqrt(size))
+                normal(module.bias, 0.02 if last else 0.1)
+            if name.endswith("final_proj"):
+                rotation = torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
+                module.weight.data.copy_(rotation * math.sqrt(10 * math.sqrt(size)))
+                module.bias.data.zero_()
+        model.bin_score.data.fill_(2.0)  # type: ignore[union-attr,operator]
+
+    return randomise
+
+
 SMALL_SUPERPOINT: dict[str, Any] = {
     "encoder_hidden_sizes": [16, 16, 32, 32],
     "decoder_hidden_size": 32,
@@ -149,6 +208,11 @@ SMALL_SUPERPOINT: dict[str, Any] = {
     "border_removal_distance": 0,
 }
 SMALL_LIGHTGLUE: dict[str, Any] = {"descriptor_dim": 64, "num_hidden_layers": 5, "num_attention_heads": 4}
+SMALL_SUPERGLUE: dict[str, Any] = {
+    "hidden_size": 64,
+    "keypoint_encoder_sizes": [16, 32],
+    "gnn_layers_types": ["self", "cross", "self", "cross"],
+}
 
 
 @pytest.fixture(scope="session")
@@ -164,23 +228,46 @@ def small_lightglue() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def random_folder(
-    tmp_path_factory: pytest.TempPathFactory, randomise_superpoint: Randomise, randomise_lightglue: Randomise
-) -> SaveFolder:
-    """random_folder(seed=0, superpoint={}, lightglue={}): a folder with a small LightGlue and its detector."""
+def small_superglue() -> dict[str, Any]:
+    """The configuration of a SuperGlue for its descriptors."""
+    return dict(SMALL_SUPERGLUE)
 
-    def save(seed: int = 0, superpoint: dict[str, Any] | None = None, lightglue: dict[str, Any] | None = None) -> Path:
+
+@pytest.fixture(scope="session")
+def random_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    randomise_superpoint: Randomise,
+    randomise_lightglue: Randomise,
+    randomise_superglue: Randomise,
+) -> SaveFolder:
+    """random_folder(seed=0, superpoint={}, lightglue={}, superglue=None): a folder with a matcher and its detector.
+
+    The matcher is a LightGlue, or a SuperGlue where its configuration is given.
+    """
+
+    def save(
+        seed: int = 0,
+        superpoint: dict[str, Any] | None = None,
+        lightglue: dict[str, Any] | None = None,
+        superglue: dict[str, Any] | None = None,
+    ) -> Path:
         detector_config = {**SMALL_SUPERPOINT, **(superpoint or {})}
-        config = {**SMALL_LIGHTGLUE, **(lightglue or {})}
         detector = SuperPoint(**detector_config)
-        matcher = LightGlue(input_dim=detector.descriptor_size, **config)
         randomise_superpoint(detector, seed)
-        randomise_lightglue(matcher, seed)
+        matcher: LightGlue | SuperGlue
+        if superglue is None:
+            config = {**SMALL_LIGHTGLUE, **(lightglue or {})}
+            matcher = LightGlue(input_dim=detector.descriptor_size, **config)
+            randomise_lightglue(matcher, seed)
+        else:
+            config = {**SMALL_SUPERGLUE, **superglue}
+            matcher = SuperGlue(**config)
+            randomise_superglue(matcher, seed)
         tensors = {f"keypoint_detector.{name}": tensor for name, tensor in detector.state_dict().items()}
         folder = tmp_path_factory.mktemp("weights")
         save_file({**tensors, **matcher.state_dict()}, folder / "model.safetensors")
         detector_config["model_type"] = "superpoint"
-        config.update(model_type="lightglue", keypoint_detector_config=detector_config)
+        config.update(model_type=matcher.MODEL_TYPE, keypoint_detector_config=detector_config)
         (folder / "config.json").write_text(json.dumps(config))
         return folder
 
@@ -201,7 +288,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             if name.startswith(_DIFFERENCE):
                 found[name.removeprefix(_DIFFERENCE)].append(value)
     if found:
-        terminalreporter.section("largest difference from transformers")
+        terminalreporter.section("largest difference from the reference implementations")
         width = max(map(len, found))
         for name, values in sorted(found.items()):
             terminalreporter.line(f"{name:{width}}  {max(values):8.2g}  ({len(values)} comparisons)")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from kpmatch_ros.models import LightGlue
+from kpmatch_ros import FeatureMatcher
 from kpmatch_ros.models.aliked import ALIKED, DeformableConv, FeatureMap, refine
 from kpmatch_ros.models.superpoint import Detections, suppress_non_maxima
 from kpmatch_ros.weights import WeightsError
@@ -183,17 +182,6 @@ def random_tensors(seed: int, picture: Tensor) -> Tensors:
     return tensors
 
 
-@pytest.fixture(scope="session")
-def picture(texture: Any) -> Callable[..., Tensor]:
-    """picture(height, width, seed=0): a colourful (3, H, W) image in [0, 1]."""
-
-    def make(height: int, width: int, seed: int = 0) -> Tensor:
-        channels = [texture(height, width, 10 * seed + i) for i in range(3)]
-        return torch.from_numpy(np.stack(channels)).float() / 255
-
-    return make
-
-
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory, picture: Callable[..., Tensor]) -> Ours:
     """ours(seed=0, **options): an ALIKED with random weights, loaded from a file as the authors' are."""
@@ -332,6 +320,13 @@ def test_an_image_too_small_has_no_keypoints(ours: Ours, shape: tuple[int, ...])
     assert_nothing_found(ours()(torch.rand(shape)), shape[0])
 
 
+def test_no_keypoints_have_no_descriptors(ours: Ours) -> None:
+    model = ours()
+    levels = model.encoder(torch.rand(2, 3, 64, 96))
+    described = model.descriptor_head(FeatureMap(levels, (0, 0), 96, 64), torch.zeros(2, 0, 2))
+    assert described.shape == (2, 0, model.descriptor_size)
+
+
 def test_an_image_without_keypoints_gives_none(ours: Ours, picture: Callable[..., Tensor]) -> None:
     assert_nothing_found(ours(keypoint_threshold=1.0)(picture(64, 96)[None].repeat(2, 1, 1, 1)), 2)
 
@@ -378,24 +373,12 @@ def test_a_file_that_lacks_tensors_or_is_another_network_is_refused(
 # Real weights and other implementations
 
 
-@pytest.fixture(scope="session")
-def real_weights() -> Path:
-    """The folder of the authors' files."""
-    folder = os.environ.get("KPMATCH_TEST_WEIGHTS")
-    if not folder:
-        pytest.skip("KPMATCH_TEST_WEIGHTS names no folder of weights")
-    return Path(folder)
-
-
-@pytest.mark.parametrize("name", ["aliked-t16", "aliked-n16", "aliked-n16rot", "aliked-n32"])
-def test_real_weights_find_what_kornia_finds(
-    name: str, real_weights: Path, picture: Callable[..., Tensor]
-) -> None:
+def test_real_weights_find_what_kornia_finds(fetched: Callable[[str], Path], picture: Callable[..., Tensor]) -> None:
     feature = pytest.importorskip("kornia.feature")
-    theirs = feature.ALIKED(model_name=name, detection_threshold=0.05).eval()
-    stored = torch.load(real_weights / f"{name}.pth", map_location="cpu", weights_only=True)
+    theirs = feature.ALIKED(model_name="aliked-n16", detection_threshold=0.05).eval()
+    stored = torch.load(fetched("aliked-n16"), map_location="cpu", weights_only=True)
     theirs.load_state_dict(stored, strict=False)  # it lacks a constant
-    ours = ALIKED.from_pretrained(real_weights / f"{name}.pth", keypoint_threshold=0.05)
+    ours = ALIKED.from_pretrained("aliked-n16", keypoint_threshold=0.05)
     image = picture(203, 317)[None]
     with torch.inference_mode():
         (expected,) = theirs(image)
@@ -431,21 +414,21 @@ def count_correct(points: list[Tensor], numbers: NDArray[np.float64]) -> int:
 
 @pytest.mark.timeout(900)
 def test_real_weights_match_recorded_images_as_well_as_the_authors_code(
-    real_weights: Path, recorded_data: Path
+    fetched: Callable[[str], Path], recorded_data: Path
 ) -> None:
-    extractor = ALIKED.from_pretrained(real_weights / "aliked-n16.pth", max_keypoints=1024, keypoint_threshold=0.0)
-    matcher = LightGlue.from_pretrained(real_weights / "aliked_lightglue.pth")
-    folder, size, correct = recorded_data / "scannet_pairs", torch.tensor([[640, 480]]), 0
+    for name in ("aliked-n16", "lightglue-aliked"):
+        fetched(name)
+    matcher = FeatureMatcher(
+        extractor="aliked-n16", matcher="lightglue-aliked", device="cpu", precision="float32", keypoint_threshold=0.0
+    )
+    folder, correct = recorded_data / "scannet_pairs", 0
     for line in (folder / "pairs_with_gt.txt").read_text().splitlines():
         names, numbers = line.split()[:2], np.array(line.split()[4:], dtype=float)
         found = []
         for name in names:
             image = cv2.resize(cv2.imread(str(folder / name)), (640, 480), interpolation=cv2.INTER_AREA)
-            rgb = torch.from_numpy(np.ascontiguousarray(image[..., ::-1])).permute(2, 0, 1)[None].float() / 255
-            found.append(extractor(rgb))
-        inputs = [getattr(each, field) for field in ("keypoints", "descriptors") for each in found]
-        matches = matcher(*inputs, size, size).matches0[0]
-        matched = (matches >= 0).nonzero()[:, 0]
-        correct += count_correct([found[0].keypoints[0, matched], found[1].keypoints[0, matches[matched]]], numbers)
+            found.append(matcher.extract(image[..., ::-1]))
+        matches = matcher.match(*found)
+        correct += count_correct([each.keypoints[matches.indices[:, i]] for i, each in enumerate(found)], numbers)
     # 397 with the authors' ALIKED and LightGlue (torch 2.13, float32) on the same images.
     assert correct == pytest.approx(397, rel=0.02)

@@ -279,8 +279,9 @@ def test_the_list_names_each_registered_weights_with_its_licence_size_and_origin
     status, out, _ = run("weights", "list")
     assert status == 0
     for item in weights.REGISTRY.values():
-        (line,) = (line for line in out.splitlines() if line.split()[0] == item.name)
-        assert item.licence in line and item.origin in line and f"{item.size / 1e6:.1f} MB" in line and "yes" in line
+        (line,) = (line for line in out.splitlines() if line.startswith(f"{item.name} "))
+        assert item.licence in line and item.origin in line and f"{item.size / 1e6:.1f} MB" in line
+        assert (" yes " if item.commercial else " NO ") in line
 
 
 @pytest.fixture
@@ -291,7 +292,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> weights.Weights:
     source.write_bytes(weights.find("superpoint-open").file.read_bytes())
     item = weights.Weights(
         name="far-away", model="superpoint", licence="CC-BY-NC-4.0", commercial=False, origin="a test",
-        size=source.stat().st_size, sha256=weights.file_hash(source), url=source.as_uri(),
+        size=source.stat().st_size, sha256=weights.file_hash(source), source=weights.Url(source.as_uri()),
     )  # fmt: skip
     monkeypatch.setitem(weights.REGISTRY, item.name, item)
     monkeypatch.setenv("KPMATCH_WEIGHTS", str(tmp_path / "cache"))
@@ -302,8 +303,9 @@ def test_fetching_puts_the_file_in_the_cache_once(run: Run, served: weights.Weig
     assert "no " in next(line for line in run("weights", "list")[1].splitlines() if line.startswith("far-away"))
     assert "kpmatch weights fetch far-away" in run("weights", "info", "far-away")[1]
     status, out, err = run("weights", "fetch", "far-away")
-    assert status == 0 and str(served.path) in out and "NO commercial use" in out
-    assert err == ""  # no progress bar where stderr is no terminal
+    assert status == 0 and str(served.path) in out and "NO COMMERCIAL USE" in out
+    # The licence comes first; there is no progress bar where stderr is no terminal.
+    assert err == f"far-away: from {served.source}, by a test. Licence: CC-BY-NC-4.0, NO COMMERCIAL USE\n"
     assert weights.file_hash(served.file) == served.sha256
     first = served.file.stat().st_mtime_ns
     assert run("weights", "fetch", "far-away")[0] == 0 and served.file.stat().st_mtime_ns == first
@@ -317,8 +319,11 @@ def test_a_damaged_file_is_shown_as_such(run: Run, served: weights.Weights) -> N
 
 
 def test_fetching_what_cannot_be_had_says_so(run: Run, served: weights.Weights) -> None:
-    Path(served.url.removeprefix("file://")).unlink()
-    assert "could not be fetched" in refused(run("weights", "fetch", "far-away"))
+    Path(str(served.source).removeprefix("file://")).unlink()
+    status, out, err = run("weights", "fetch", "far-away")
+    assert status == 2 and out == ""
+    announced, said = err.splitlines()
+    assert "CC-BY-NC-4.0" in announced and "far-away could not be fetched from file://" in said
     assert "no weights are called 'superpint'" in refused(run("weights", "fetch", "superpint"))
 
 
@@ -356,7 +361,7 @@ def test_what_is_no_weights_is_refused_in_one_line(run: Run, tmp_path: Path, nam
 
 def test_weights_of_another_network_are_refused(run: Run, tmp_path: Path) -> None:
     torch.save({"conv.weight": torch.zeros(3, 3)}, tmp_path / "other.pth")
-    assert "neither a SuperPoint nor a LightGlue" in refused(run("weights", "info", tmp_path / "other.pth"))
+    assert "holds none of the networks" in refused(run("weights", "info", tmp_path / "other.pth"))
 
 
 # kpmatch weights convert
@@ -437,7 +442,7 @@ def test_a_conversion_that_would_lose_something_is_refused(
     assert "holds no configuration" in refused(run("weights", "convert", authors_files[0], target))
     assert "only one network" in refused(run("weights", "convert", folder, target))
     assert "--extractor" in refused(run("weights", "convert", authors_files[1], tmp_path / "out"))
-    assert "only a lightglue" in refused(
+    assert "only a matcher" in refused(
         run("weights", "convert", authors_files[0], tmp_path / "out", "--extractor", authors_files[0])
     )
     assert "do not belong together" in refused(

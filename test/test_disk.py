@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from kpmatch_ros.models import LightGlue
+from kpmatch_ros import FeatureMatcher
 from kpmatch_ros.models.disk import DISK, activate, strict_maxima
 from kpmatch_ros.models.superpoint import Detections
 from kpmatch_ros.weights import WeightsError
@@ -93,17 +92,6 @@ def random_tensors(seed: int) -> Tensors:
     for i, (below, beside, outputs) in enumerate(zip([DOWN[-1], *UP], DOWN[-2::-1], UP)):
         add(f"unet.path_up.{i}.conv", below + beside, outputs)
     return tensors
-
-
-@pytest.fixture(scope="session")
-def picture(texture: Any) -> Callable[..., Tensor]:
-    """picture(height, width, seed=0): a colourful (3, H, W) image in [0, 1]."""
-
-    def make(height: int, width: int, seed: int = 0) -> Tensor:
-        channels = [texture(height, width, 10 * seed + i) for i in range(3)]
-        return torch.from_numpy(np.stack(channels)).float() / 255
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -279,27 +267,18 @@ def test_a_file_that_lacks_tensors_or_is_another_network_is_refused(
 # Real weights and other implementations
 
 
-@pytest.fixture(scope="session")
-def real_weights() -> Path:
-    """The folder of the authors' files."""
-    folder = os.environ.get("KPMATCH_TEST_WEIGHTS")
-    if not folder:
-        pytest.skip("KPMATCH_TEST_WEIGHTS names no folder of weights")
-    return Path(folder)
-
-
 @pytest.mark.parametrize(("height", "width"), [(160, 240), (203, 317)])
 def test_real_weights_find_what_kornia_finds(
-    real_weights: Path, picture: Callable[..., Tensor], height: int, width: int
+    fetched: Callable[[str], Path], picture: Callable[..., Tensor], height: int, width: int
 ) -> None:
     feature = pytest.importorskip("kornia.feature")
     theirs = feature.DISK().eval()
-    stored = torch.load(real_weights / "disk-depth-save.pth", map_location="cpu", weights_only=True)
+    stored = torch.load(fetched("disk"), map_location="cpu", weights_only=True)
     theirs.load_state_dict(stored["extractor"])
     image = picture(height, width)[None]
     with torch.inference_mode():
         (expected,) = theirs(image, n=400, pad_if_not_divisible=True)
-    (found,) = as_found(DISK.from_pretrained(real_weights / "disk-depth-save.pth", max_keypoints=400)(image))
+    (found,) = as_found(DISK.from_pretrained("disk", max_keypoints=400)(image))
     points = [tuple(point) for point in expected.keypoints.int().tolist()]
     assert len(points) > 100 and len(found) == len(points)
     common = found.keys() & set(points)
@@ -310,15 +289,15 @@ def test_real_weights_find_what_kornia_finds(
             assert torch.allclose(found[point][1], descriptor, atol=1e-3)
 
 
-def test_real_weights_match_two_recorded_images(real_weights: Path, recorded_data: Path) -> None:
-    extractor = DISK.from_pretrained(real_weights / "disk-depth-save.pth", max_keypoints=512)
-    matcher = LightGlue.from_pretrained(real_weights / "disk_lightglue.pth")
+def test_real_weights_match_two_recorded_images(fetched: Callable[[str], Path], recorded_data: Path) -> None:
+    for name in ("disk", "lightglue-disk"):
+        fetched(name)
+    matcher = FeatureMatcher(
+        extractor="disk", matcher="lightglue-disk", device="cpu", precision="float32", max_keypoints=512
+    )
     found = []
     for frame in ("000135", "000210"):
         path = recorded_data / "scannet_pairs" / f"scene0726_00_frame-{frame}.jpg"
         image = cv2.resize(cv2.imread(str(path)), (320, 240), interpolation=cv2.INTER_AREA)
-        rgb = torch.from_numpy(np.ascontiguousarray(image[..., ::-1])).permute(2, 0, 1)[None].float() / 255
-        found.append(extractor(rgb))
-    inputs = [getattr(each, field) for field in ("keypoints", "descriptors") for each in found]
-    size = torch.tensor([[320, 240]])
-    assert (matcher(*inputs, size, size).matches0 >= 0).sum() > 20
+        found.append(matcher.extract(image[..., ::-1]))
+    assert len(matcher.match(*found)) > 20

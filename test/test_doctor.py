@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import kpmatch_ros
-from kpmatch_ros import doctor, weights
+from kpmatch_ros import doctor, sources, weights
 from kpmatch_ros.doctor import FAIL, OK, WARN, Finding
 
 
@@ -115,8 +115,8 @@ def test_damaged_weights_are_a_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with (tmp_path / "copy" / "model.safetensors").open("r+b") as stream:
         stream.seek(100_000)
         stream.write(b"?")
-    monkeypatch.setattr(weights.resources, "files", lambda package: tmp_path)
-    damaged = weights.Weights(**{**vars(item), "packaged": "copy"})
+    monkeypatch.setattr(sources.resources, "files", lambda package: tmp_path)
+    damaged = weights.Weights(**{**vars(item), "source": weights.Packaged("copy")})
     monkeypatch.setitem(weights.REGISTRY, item.name, damaged)
     levels = [finding.level for finding in doctor._weights() if item.name in finding.text]
     assert levels[0] == FAIL
@@ -133,7 +133,9 @@ def test_weights_that_may_not_be_used_commercially_are_marked(monkeypatch: pytes
 def test_weights_that_nobody_fetched_and_nobody_needs_are_no_fault(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    far = weights.Weights("far-away", "superpoint", "MIT", True, "a test", 1, "0" * 64, url="http://127.0.0.1:9/x.pth")
+    far = weights.Weights(
+        "far-away", "superpoint", "MIT", True, "a test", weights.Url("http://127.0.0.1:9/x.pth"), 1, "0" * 64
+    )
     monkeypatch.setenv("KPMATCH_WEIGHTS", str(tmp_path))
     monkeypatch.setitem(weights.REGISTRY, far.name, far)
     assert {finding.level for finding in doctor._weights()} == {OK}

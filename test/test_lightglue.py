@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kpmatch_ros import weights
-from kpmatch_ros.models import LightGlue, SuperPoint
+from kpmatch_ros.models import LightGlue, NearestNeighbour, SuperPoint, trace
 from kpmatch_ros.models.assignment import Assignment
 from kpmatch_ros.models.lightglue import normalise_keypoints
 
@@ -566,3 +566,113 @@ def compare_shipped(networks: Networks, images: np.ndarray, record_difference: R
     (expected,) = their_results(theirs, pixels)
     assert len(expected.matches[0]) > 20
     assert_equal(as_results(*run_ours(detector, matcher, pixels))[0], expected, record_difference)
+
+
+def in_kornia(model: LightGlue) -> Any:
+    """kornia's LightGlue with the weights, under the names of the authors."""
+    feature = pytest.importorskip("kornia.feature")
+    config = model.config
+    theirs = feature.LightGlue(
+        None,
+        input_dim=config["input_dim"],
+        descriptor_dim=config["descriptor_dim"],
+        num_heads=config["num_attention_heads"],
+        n_layers=config["num_hidden_layers"],
+        depth_confidence=model.depth_confidence,
+        width_confidence=model.width_confidence,
+        filter_threshold=model.filter_threshold,
+        flash=False,
+    ).eval()
+    theirs.load_state_dict(authors_names(model, old=False))
+    return theirs
+
+
+@pytest.mark.parametrize("modes", [FIXED, ADAPTIVE], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize(("count0", "count1"), [(120, 120), (120, 80), (70, 120), (1, 30), (1, 1)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"num_attention_heads": 2, "num_hidden_layers": 3},
+        {"input_dim": 48},
+        {"descriptor_dim": 128, "filter_threshold": 0.4},
+    ],
+    ids=str,
+)
+def test_matches_as_kornia_does(
+    lightglue: Callable[..., LightGlue],
+    record_difference: RecordDifference,
+    count0: int,
+    count1: int,
+    config: dict[str, Any],
+    modes: Modes,
+) -> None:
+    ours = lightglue(seed=count0, **config, **modes)
+    for layer in ours.transformer_layers:
+        layer.cross_attention.k_proj.load_state_dict(layer.cross_attention.q_proj.state_dict())
+    inputs = list(scene(count0, count1, size=ours.input_dim))
+    inputs[:2] = (points * 0.9 for points in inputs[:2])  # all inside the image, which kornia demands
+    images = [
+        {"keypoints": inputs[i], "descriptors": inputs[2 + i], "image_size": inputs[4 + i].float()} for i in range(2)
+    ]
+    with torch.inference_mode():
+        expected = in_kornia(ours)({"image0": images[0], "image1": images[1]})
+    found = ours(*inputs)
+    assert count0 < 70 or (found.matches0 >= 0).sum() > 10
+    assert found.layers.item() == expected["stop"]
+    for i in range(2):
+        matches, scores = found[i], found[2 + i]
+        same = float((matches == expected[f"matches{i}"]).float().mean())
+        # Where there is no match, kornia gives the score of the pairs that are no mutual best as 0 too.
+        difference = float((scores - expected[f"matching_scores{i}"]).abs().max())
+        record_difference("LightGlue and kornia's, share of matches that differ", 1 - same)
+        record_difference("LightGlue and kornia's, matching scores", difference)
+        assert same >= 0.999
+        assert difference < 1e-3
+        if modes is ADAPTIVE:
+            assert torch.equal(found[5 + i].float(), expected[f"prune{i}"].float())
+
+
+def test_hidden_states_and_attention_maps_are_those_of_transformers(
+    pair: Pair, record_difference: RecordDifference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, _, ours = pair(0, FIXED)
+    inputs = scene(40, 40)
+    monkeypatch.setattr(theirs.config, "_attn_implementation", "eager")  # the fast one keeps no maps
+    with torch.inference_mode():
+        *_, states, attentions = theirs._match_image_pair(
+            torch.stack(inputs[:2], dim=1), torch.stack(inputs[2:4], dim=1), 150, 200,
+            mask=torch.ones(1, 2, 40, dtype=torch.bool), output_hidden_states=True, output_attentions=True,
+        )
+    with trace(ours) as recorded:
+        ours(*inputs)
+    layers = len(ours.transformer_layers)
+    # Of seven states a layer, ours are the one that enters the first, and those after self- and cross-attention.
+    expected = [states[0], *(states[7 * layer + k] for layer in range(layers) for k in (1, 4))]
+    assert len(recorded.hidden_states) == 2 * len(expected) == 2 * (1 + 2 * layers)
+    assert len(recorded.attentions) == 2 * len(attentions) == 4 * layers
+    for name, found, reference in (
+        ("hidden states", recorded.hidden_states, expected), ("attention maps", recorded.attentions, attentions)
+    ):
+        images = [image[None] for both in reference for image in both]
+        difference = np.max([(mine - theirs).abs().max() for mine, theirs in zip(found, images, strict=True)])
+        record_difference(f"LightGlue, {name}", difference)
+        assert difference < 1e-4
+
+
+def test_recording_ends_with_its_context_and_changes_nothing(lightglue: Callable[..., LightGlue]) -> None:
+    model = lightglue(**ADAPTIVE)
+    inputs = scene(60, 50)
+    before = model(*inputs)
+    with trace(model) as recorded:
+        during = model(*inputs)
+    count = len(recorded.attentions)
+    model(*inputs)
+    assert len(recorded.attentions) == count == 4 * int(during.layers)
+    assert all(torch.equal(x, y) for x, y in zip(before, during))
+    assert recorded.attentions[0].sum(dim=-1).allclose(torch.tensor(1.0))
+
+
+def test_a_network_without_attention_has_nothing_to_record() -> None:
+    with pytest.raises(TypeError, match="NearestNeighbour"), trace(NearestNeighbour()):
+        pass

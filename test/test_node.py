@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -136,6 +137,20 @@ def test_every_pair_of_frames_gives_one_match_array_and_one_pose(tmp_path: Path)
                 moved = last.points[2 * where[track]] - first.reference_points[2 * i]
                 assert moved == pytest.approx(-16, abs=6), "a track is the same point of the scene throughout"
         assert node.stop() == 0
+
+
+def test_superglue_serves_as_the_matcher_too(tmp_path: Path, random_folder: Callable[..., Path]) -> None:
+    folder = str(random_folder(superglue={}))
+    with running_node(tmp_path, extractor=folder, matcher=folder, **FAST) as node:
+        node.wait_until_connected()
+        for i in range(3):  # whole cells further, as random weights see no others alike
+            node.send(image(textured(16 * i), 100.0 + i))
+        node.wait_for(lambda: len(node.matches) == 2, "two pairs")
+        for matches in node.matches:
+            assert (matches.extractor, matches.matcher) == (folder, folder)
+            assert matches.layers == 4
+            moved = np.reshape(matches.reference_points, (-1, 2)) - np.reshape(matches.points, (-1, 2))
+            assert (np.linalg.norm(moved - (16, 0), axis=1) < 2).sum() > 20
 
 
 def test_bad_input_is_counted_named_and_followed_by_good_frames(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from scipy.special import logsumexp
 from torch import Tensor, nn
 
 import kpmatch_ros.models.superglue as superglue_module
-from kpmatch_ros.models import LightGlue, SuperPoint
+from kpmatch_ros.models import LightGlue, SuperPoint, trace
 from kpmatch_ros.models.assignment import Assignment
 from kpmatch_ros.models.superglue import SuperGlue, normalise_keypoints, sinkhorn, transport
 from kpmatch_ros.weights import WeightsError
@@ -31,60 +30,32 @@ RecordDifference = Callable[[str, float], None]
 Inputs = tuple[Tensor, ...]  # keypoints, descriptors and detection scores, each of image 0 and of image 1
 
 SIZE = (640, 480)
-SMALL: dict[str, Any] = {
-    "hidden_size": 64,
-    "keypoint_encoder_sizes": [16, 32],
-    "gnn_layers_types": ["self", "cross", "self", "cross"],
-}
 COUNTS = [(150, 150), (150, 100), (90, 150), (1, 1), (1, 7), (7, 1)]
 
 
-def randomise(model: nn.Module, seed: int, sharpness: float = 10.0, bin_score: float = 2.0) -> None:
-    """Random weights under which alike descriptors match, and every layer changes the scores."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(tensor: Tensor, spread: float) -> None:
-        tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * spread)
-
-    for name, module in model.named_modules():
-        if name.startswith("keypoint_detector"):
-            continue
-        if isinstance(module, nn.BatchNorm1d):
-            normal(module.running_mean, 0.3)
-            module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
-            normal(module.weight, 0.2)
-            module.weight.data += 1
-            normal(module.bias, 0.1)
-        if isinstance(module, nn.Linear):
-            size = module.in_features
-            last = re.search(r"(encoder|mlp)\.\d+$", name) is not None  # of a perceptron: small beside the descriptors
-            normal(module.weight, (0.15 if last else 1.0) / math.sqrt(size))
-            normal(module.bias, 0.02 if last else 0.1)
-        if name.endswith("final_proj"):
-            rotation = torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
-            module.weight.data.copy_(rotation * math.sqrt(sharpness * math.sqrt(size)))
-            module.bias.data.zero_()
-    model.bin_score.data.fill_(bin_score)
-
-
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory, small_superpoint: dict[str, Any]) -> Pair:
-    """pair(seed, sharpness=10.0, **config): the same weights in `transformers`' SuperGlue and in ours."""
+def pair(
+    tmp_path_factory: pytest.TempPathFactory,
+    small_superpoint: dict[str, Any],
+    small_superglue: dict[str, Any],
+    randomise_superglue: Callable[[Any, int], None],
+) -> Pair:
+    """pair(seed, **config): the same weights in `transformers`' SuperGlue and in ours."""
     transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
     made: dict[str, tuple[Any, SuperGlue]] = {}
 
-    def make(seed: int, sharpness: float = 10.0, **config: Any) -> tuple[Any, SuperGlue]:
-        key = f"{seed} {sharpness} {config}"
+    def make(seed: int, **config: Any) -> tuple[Any, SuperGlue]:
+        key = f"{seed} {config}"
         if key not in made:
-            config = {**SMALL, **config}
+            config = {**small_superglue, **config}
             detector = {**small_superpoint, "descriptor_decoder_dim": config["hidden_size"]}
             theirs = transformers.SuperGlueForKeypointMatching(
                 transformers.SuperGlueConfig(
                     keypoint_detector_config=transformers.SuperPointConfig(**detector).to_dict(), **config
                 )
             ).eval()
-            randomise(theirs, seed, sharpness)
+            randomise_superglue(theirs, seed)
             folder = tmp_path_factory.mktemp("superglue")
             theirs.save_pretrained(folder)
             made[key] = theirs, SuperGlue.from_pretrained(folder)
@@ -94,12 +65,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory, small_superpoint: dict[str, A
 
 
 @pytest.fixture
-def superglue() -> Callable[..., SuperGlue]:
+def superglue(
+    small_superglue: dict[str, Any], randomise_superglue: Callable[[Any, int], None]
+) -> Callable[..., SuperGlue]:
     """superglue(seed=0, **config): ours alone, for where `transformers` has no say."""
 
     def make(seed: int = 0, **config: Any) -> SuperGlue:
-        model = SuperGlue(**{**SMALL, **config})
-        randomise(model, seed)
+        model = SuperGlue(**{**small_superglue, **config})
+        randomise_superglue(model, seed)
         return model
 
     return make
@@ -295,6 +268,37 @@ def test_images_match_through_the_detector_of_the_same_folder_as_in_transformers
                     assert ours_match == (tuple(points[1 - i][match]) if match >= 0 else None)
                     assert ours_score == pytest.approx(score, abs=1e-3)
                     record_difference("SuperGlue, matching scores", abs(ours_score - score))
+
+
+def test_hidden_states_and_attention_maps_are_those_of_transformers(
+    pair: Pair, record_difference: RecordDifference
+) -> None:
+    theirs, ours = pair(0)
+    inputs = features(0, 40, 40)
+    size = ours.config["hidden_size"]
+    both = [torch.stack(inputs[i : i + 2], dim=1) for i in (0, 2, 4)]
+    with torch.inference_mode():
+        *_, states, attentions = theirs._match_image_pair(
+            *both, SIZE[1], SIZE[0], mask=torch.ones(1, 2, 40, dtype=torch.int),
+            output_hidden_states=True, output_attentions=True,
+        )
+    with trace(ours) as recorded:
+        run(ours, inputs)
+    # Theirs are what each layer adds, with the perceptrons' inner layers; ours are the sums.
+    encoder = len(ours.config["keypoint_encoder_sizes"]) + 1
+    expected = [states[encoder]]
+    expected += [state for state in states[encoder + 1 : -1] if state.shape[-2] == size]
+    assert len(expected) == 1 + len(ours.gnn.layers)
+    sums = torch.stack(expected).cumsum(dim=0).transpose(-1, -2)  # (layers, 1, 2, N, C)
+    assert len(recorded.hidden_states) == 2 * len(sums)
+    assert len(recorded.attentions) == 2 * len(attentions) == 2 * len(ours.gnn.layers)
+    for name, found, reference in (
+        ("hidden states", recorded.hidden_states, sums), ("attention maps", recorded.attentions, attentions)
+    ):
+        images = [image[None] for both in reference for image in both[0]]
+        difference = np.max([(mine - theirs).abs().max() for mine, theirs in zip(found, images, strict=True)])
+        record_difference(f"SuperGlue, {name}", difference)
+        assert difference < 1e-4
 
 
 def test_no_keypoints_give_no_matches_as_in_transformers(pair: Pair) -> None:
@@ -544,11 +548,9 @@ def test_transformers_loads_what_this_network_saves(superglue: Callable[..., Sup
 
 
 @pytest.fixture
-def folder(superglue: Callable[..., SuperGlue], tmp_path: Path) -> Path:
+def folder(random_folder: Callable[..., Path]) -> Path:
     """A Hugging Face folder of weights."""
-    save_file(superglue().state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({**SMALL, "model_type": "superglue"}))
-    return tmp_path
+    return random_folder(superglue={})
 
 
 def change_config(folder: Path, **changes: Any) -> None:

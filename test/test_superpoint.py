@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kpmatch_ros.models import SuperPoint
+from kpmatch_ros.models import SuperPoint, trace
 from kpmatch_ros.models.superpoint import Detections, select_keypoints, suppress_non_maxima
 
 Pair = Callable[..., tuple[Any, SuperPoint]]
@@ -110,6 +110,20 @@ def test_finds_and_describes_the_keypoints_that_transformers_does(
     assert len(expected) > height * width / 100
     assert np.ptp([score for score, _ in expected.values()]) > 0.5
     assert_equal(found, expected, record_difference)
+
+
+def test_hidden_states_are_those_of_transformers(pair: Pair, texture: Any, record_difference: Any) -> None:
+    theirs, ours = pair(0)
+    images = batch(texture(64, 72, 1), texture(64, 72, 2))
+    with torch.inference_mode():
+        expected = theirs(images.repeat(1, 3, 1, 1), output_hidden_states=True).hidden_states
+    with trace(ours) as recorded:
+        ours(images)
+    assert len(recorded.hidden_states) == len(expected) == 4 and not recorded.attentions
+    for mine, reference in zip(recorded.hidden_states, expected):
+        difference = float((mine - reference).abs().max())
+        record_difference("SuperPoint, hidden states", difference)
+        assert difference < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from kpmatch_ros import FeatureMatcher, weights
 from kpmatch_ros.models import LightGlue, SuperPoint
-from kpmatch_ros.weights import REGISTRY, Weights, WeightsError
+from kpmatch_ros.models.checkpoint import NETWORKS
+from kpmatch_ros.weights import REGISTRY, Hub, Packaged, Url, Weights, WeightsError
 
 SaveFolder = Callable[..., Path]
 
@@ -55,14 +56,23 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Any]], object]) -> No
 def test_registered_weights_say_where_they_come_from_and_what_one_may_do(item: Weights) -> None:
     assert item.licence
     assert item.origin
-    assert len(item.sha256) == 64
-    assert bool(item.packaged) != bool(item.url)
+    assert len(item.sha256) == (0 if isinstance(item.source, Hub) else 64)
+    assert set(item.networks) <= set(NETWORKS)
     if item.extractor:
-        assert REGISTRY[item.extractor].model == "superpoint"
+        assert REGISTRY[item.extractor].model in ("superpoint", "aliked", "disk")
+        assert item.commercial <= REGISTRY[item.extractor].commercial
 
 
-@pytest.mark.parametrize("item", [item for item in REGISTRY.values() if item.packaged], ids=lambda item: item.name)
-def test_weights_inside_the_package_are_there_and_whole(item: Weights) -> None:
+def test_a_registered_matcher_fits_its_own_extractor_and_unknown_ones() -> None:
+    item = REGISTRY["ETH-CVG/lightglue_superpoint"]
+    assert item.fits("magic-leap-community/superpoint") and item.fits("ETH-CVG/lightglue_superpoint")
+    assert item.fits("some/folder") and not item.fits("superpoint-open")
+    assert not REGISTRY["lightglue-aliked"].fits("lightglue-aliked")
+
+
+@pytest.mark.parametrize("name", [name for name, item in REGISTRY.items() if isinstance(item.source, Packaged)])
+def test_weights_inside_the_package_are_there_and_whole(name: str) -> None:
+    item = REGISTRY[name]
     assert item.file.stat().st_size == item.size
     weights.verify(item)
     assert weights.resolve(item.name) == item.path
@@ -265,8 +275,7 @@ def test_descriptors_of_another_size_are_refused(good_folder: Path) -> None:
 
 
 def test_a_registered_matcher_wants_the_extractor_it_was_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = Weights("superpoint-other", "superpoint", "MIT", True, "a test", 0, "0" * 64, packaged="data/other")
-    monkeypatch.setitem(REGISTRY, other.name, REGISTRY["superpoint-open"])
+    monkeypatch.setitem(REGISTRY, "superpoint-other", REGISTRY["superpoint-open"])
     with pytest.raises(WeightsError, match="lightglue-superpoint-open was made for the extractor superpoint-open, not"):
         FeatureMatcher(extractor="superpoint-other", device="cpu")
 
@@ -330,7 +339,7 @@ def register(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def make(way: str) -> Weights:
         url = f"http://127.0.0.1:{server.server_port}/{way}/test.pth"
         digest = hashlib.sha256(server.content).hexdigest()
-        item = Weights("test", "superpoint", "MIT", True, "a test", len(server.content), digest, url=url)
+        item = Weights("test", "superpoint", "MIT", True, "a test", Url(url), len(server.content), digest)
         monkeypatch.setitem(REGISTRY, "test", item)
         return item
 
@@ -379,7 +388,7 @@ def test_a_fetch_that_fails_leaves_nothing_behind(register: Callable[[str], Weig
     item = register(way)
     with pytest.raises(WeightsError, match="404" if way == "missing" else "150000 bytes|Incomplete") as error:
         weights.fetch("test")
-    assert item.url in str(error.value)
+    assert str(item.source) in str(error.value)
     assert str(item.file) in str(error.value)
     assert files_below(tmp_path) == []
     register("good")
@@ -445,7 +454,7 @@ def test_damaged_weights_of_the_package_ask_for_another_installation(
     damaged = bytearray(item.file.read_bytes())
     damaged[-1] ^= 1
     (tmp_path / "model.safetensors").write_bytes(damaged)
-    moved = Weights(**{**vars(item), "packaged": str(tmp_path)})
+    moved = Weights(**{**vars(item), "source": Packaged(str(tmp_path))})
     monkeypatch.setitem(REGISTRY, item.name, moved)
     for action in (SuperPoint.from_pretrained, weights.fetch):
         with pytest.raises(WeightsError, match=r"damaged or was replaced: install kpmatch_ros again"):

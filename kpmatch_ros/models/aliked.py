@@ -183,7 +183,8 @@ class DescriptorHead(nn.Module):
         offsets = self.offset_b(F.selu(self.offset_a(around.to(dtype)))).float().clamp(-furthest, furthest)
         offsets = offsets.unflatten(2, (2, -1)).transpose(2, 3)  # (B, N, samples, 2)
         sampled = features.between((keypoints[:, :, None] + offsets).flatten(1, 2)).to(dtype)
-        described = self.aggregation(F.selu(self.feature(sampled)).reshape(batch, count, -1))
+        samples = F.selu(self.feature(sampled)).reshape(batch, count, self.aggregation.in_features)
+        described = self.aggregation(samples)
         return F.normalize(described.float(), dim=-1)
 
 
@@ -197,6 +198,7 @@ class ALIKED(nn.Module):
 
     MODEL_TYPE = "aliked"
     CHANNELS = 3  # it sees colour
+    RESOLUTION = 0.0  # it finds fractions of a pixel
     DEFAULTS: dict[str, Any] = {
         "encoder_sizes": [16, 32, 64, 128],
         "descriptor_dim": 128,

@@ -1,12 +1,13 @@
-"""From a matrix of similarities to one-to-one matches."""
+"""What the matchers share: from a matrix of similarities to one-to-one matches, and the weights of attention."""
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Assignment", "mutual_matches"]
+__all__ = ["Assignment", "attention_weights", "mutual_matches"]
 
 
 class Assignment(NamedTuple):
@@ -77,3 +78,20 @@ def mutual_matches(similarity: Tensor, scores: Tensor, threshold: float) -> Assi
         scores0=scores0,
         scores1=scores1,
     )
+
+
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """What scaled-dot-product attention weighs the values with, float32.
+
+    Args:
+        query: (B, heads, N, C).
+        key: (B, heads, M, C).
+        mask: (B, M) bool, true for what may be listened to; None where all may.
+
+    Returns:
+        (B, heads, N, M), rows with sum 1.
+    """
+    similarity = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.shape[-1])
+    if mask is not None:
+        similarity = similarity.masked_fill(~mask[:, None, None, :], -torch.inf)
+    return similarity.softmax(dim=-1)

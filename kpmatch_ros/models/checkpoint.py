@@ -3,19 +3,32 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kpmatch_ros import weights
 
-__all__ = ["Checkpoint", "build", "read_checkpoint"]
+__all__ = ["NETWORKS", "Checkpoint", "build", "network_type", "network_types", "read_checkpoint"]
+
+# One tensor that only this network has: its name in the authors' files and in this package's (and `transformers`').
+# Matchers come first: the folder of a matcher can hold its detector too, under a longer name.
+_MARKS = {
+    "lightglue": ("log_assignment.0.final_proj.weight", "match_assignment_layers.0.final_projection.weight"),
+    "superglue": ("bin_score",),
+    "superpoint": ("convPa.weight", "keypoint_decoder.conv_score_a.weight"),
+    "aliked": ("desc_head.agg_weights", "descriptor_head.aggregation.weight"),
+    "disk": ("unet.path_down.0.1.3.weight", "unet.down.0.conv.weight"),
+}
+NETWORKS = tuple(_MARKS)
 
 # Keys of a Hugging Face config.json that say nothing about what the network computes.
 _DESCRIPTIVE = {
@@ -60,6 +73,53 @@ class _Buildable(Protocol):
 Model = TypeVar("Model", bound=nn.Module)
 
 
+def network_types(names: Iterable[str]) -> list[str]:
+    """Which of :data:`NETWORKS` a file holds, by the names of its tensors; a matcher comes before its detector."""
+    names = list(names)
+    found = []
+    for kind, marks in _MARKS.items():
+        pattern = re.compile(rf"(keypoint_detector\.(\w+\.)*)?({'|'.join(map(re.escape, marks))})")
+        if any(pattern.fullmatch(name) for name in names):
+            found.append(kind)
+    return found
+
+
+def network_type(source: str | Path, kinds: Collection[str]) -> str:
+    """Which of the networks ``kinds`` the weights are for; the tensors themselves are not read.
+
+    Args:
+        source: a registered name, a Hugging Face folder, a ``.safetensors`` or an authors' ``.pth`` file.
+        kinds: some of :data:`NETWORKS`, such as all matchers.
+
+    Raises:
+        WeightsError: when the weights are missing or damaged, or hold none of these networks; the text names what they
+            hold and what was wanted.
+    """
+    registered = weights.REGISTRY.get(str(source))
+    if registered is not None:  # a folder may hold more than the registered name means
+        found, holder = list(registered.networks), registered.name
+    else:
+        file = tensor_file(weights.resolve(source))
+        names = _tensor_names(file)
+        found, holder = network_types(names), str(source)
+        if not found:
+            raise no_network(holder, names)
+    for kind in found:
+        if kind in kinds:
+            return kind
+    raise weights.WeightsError(
+        f"{holder} holds a {' and a '.join(found)}, not a {' or a '.join(kinds)}; check which is given as extractor "
+        "and which as matcher"
+    )
+
+
+def no_network(source: str, names: Collection[str]) -> weights.WeightsError:
+    """The error for a file whose tensors are of no network that this package has."""
+    return weights.WeightsError(
+        f"{source} holds none of the networks {', '.join(NETWORKS)}, but {', '.join(list(names)[:3])} and so on"
+    )
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a Hugging Face folder (``config.json``, ``model.safetensors``), a ``.safetensors`` file or a ``.pth``.
 
@@ -76,11 +136,32 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise weights.WeightsError(
                 f"{path} is no folder of weights: its config.json cannot be read ({error})"
             ) from error
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            if (path / name).exists():
-                return Checkpoint(config, _read_tensors(path / name), str(path))
-        raise weights.WeightsError(f"{path} has a config.json but no model.safetensors")
+        return Checkpoint(config, _read_tensors(tensor_file(path)), str(path))
     return Checkpoint({}, _read_tensors(path), str(path))
+
+
+def tensor_file(path: Path) -> Path:
+    """The file of tensors in a Hugging Face folder; a file is that itself.
+
+    Raises:
+        WeightsError: when the folder has none.
+    """
+    if not path.is_dir():
+        return path
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).exists():
+            return path / name
+    raise weights.WeightsError(f"{path} is no folder of weights: it has no model.safetensors")
+
+
+def _tensor_names(path: Path) -> list[str]:
+    if path.suffix != ".safetensors":
+        return list(_read_tensors(path))
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except Exception as error:  # SafetensorError, OSError
+        raise _damaged(path, error) from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -110,6 +191,14 @@ def _damaged(path: Path, error: Exception) -> weights.WeightsError:
     )
 
 
+def prepared(network: type[_Buildable], read: Checkpoint) -> Checkpoint:
+    """What is read for ``network``, in its own terms; taken out of a matcher's folder where it lies in one."""
+    part, own_name = "keypoint_detector.", _MARKS[network.MODEL_TYPE][-1]
+    if read.config.get("model_type") != network.MODEL_TYPE and part + own_name in read.tensors:
+        read = read.part("keypoint_detector_config", part)
+    return network.prepare(read)
+
+
 def build(cls: type[Model], source: str | Path, options: Mapping[str, Any]) -> Model:
     """Construct the network ``cls`` from weights: a registered name, a folder or a file.
 
@@ -121,11 +210,11 @@ def build(cls: type[Model], source: str | Path, options: Mapping[str, Any]) -> M
     """
     network: type[_Buildable] = cls  # type: ignore[assignment]
     registered = weights.REGISTRY.get(str(source))
-    if registered is not None:  # a folder may hold both networks, a registered name means one of them
+    if registered is not None and network.MODEL_TYPE not in registered.networks:
         _check_kind(registered.name, registered.model, network.MODEL_TYPE)
     read = read_checkpoint(weights.resolve(source))
     with _explained(read.source, network.MODEL_TYPE):
-        checkpoint = network.prepare(read)
+        checkpoint = prepared(network, read)
     _check_kind(checkpoint.source, checkpoint.config.get("model_type", network.MODEL_TYPE), network.MODEL_TYPE)
     config = {**checkpoint.config, **options}
     unknown = sorted(set(config) - set(network.DEFAULTS) - _DESCRIPTIVE)

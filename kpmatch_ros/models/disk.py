@@ -112,6 +112,7 @@ class DISK(nn.Module):
 
     MODEL_TYPE = "disk"
     CHANNELS = 3  # it sees colour
+    RESOLUTION = 1.0  # it finds whole pixels
     DEFAULTS: dict[str, Any] = {
         "down": [16, 32, 64, 64, 64],
         "up": [64, 64, 64],

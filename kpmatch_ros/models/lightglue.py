@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kpmatch_ros.models.assignment import Assignment, mutual_matches
+from kpmatch_ros.models.assignment import Assignment, attention_weights, mutual_matches
 from kpmatch_ros.models.checkpoint import Checkpoint, build
 from kpmatch_ros.weights import WeightsError
 
@@ -70,19 +70,29 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None, rotation: Rotation | None = None) -> Tensor:
         """Messages to x (B, N, C) from source (B, M, C); ``mask`` (B, M) marks the source's real points."""
-        query = self._heads(self.q_proj(x))
-        key, value = self._heads(self.k_proj(source)), self._heads(self.v_proj(source))
-        if rotation is not None:
-            query, key = rotate(query, rotation).to(value.dtype), rotate(key, rotation).to(value.dtype)
-        if self.groups > 1:
-            key, value = (t.repeat_interleave(self.groups, dim=1) for t in (key, value))
+        query, key = self._query_and_key(x, source, rotation)
+        value = self._shared_heads(self.v_proj(source))
         message = F.scaled_dot_product_attention(
             query, key, value, attn_mask=None if mask is None else mask[:, None, None, :]
         )
         return self.o_proj(message.transpose(1, 2).flatten(-2))
 
+    def weights(self, x: Tensor, source: Tensor, mask: Tensor | None, rotation: Rotation | None = None) -> Tensor:
+        """How much (B, heads, N, M) each point of x listens to each of source, arguments as for :meth:`forward`."""
+        return attention_weights(*self._query_and_key(x, source, rotation), mask)
+
+    def _query_and_key(self, x: Tensor, source: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        query, key = self._heads(self.q_proj(x)), self._shared_heads(self.k_proj(source))
+        if rotation is not None:
+            query, key = rotate(query, rotation).to(x.dtype), rotate(key, rotation).to(x.dtype)
+        return query, key
+
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+    def _shared_heads(self, x: Tensor) -> Tensor:
+        heads = self._heads(x)
+        return heads if self.groups == 1 else heads.repeat_interleave(self.groups, dim=1)
 
 
 class FeedForward(nn.Module):
@@ -301,6 +311,8 @@ class LightGlue(nn.Module):
         size1: Tensor,
         mask0: Tensor | None = None,
         mask1: Tensor | None = None,
+        scores0: Tensor | None = None,
+        scores1: Tensor | None = None,
     ) -> Assignment:
         """Match B pairs of images.
 
@@ -313,6 +325,8 @@ class LightGlue(nn.Module):
             size1: (B, 2).
             mask0: (B, N0) bool, true for keypoints, false for padding; None where there is no padding.
             mask1: (B, N1).
+            scores0: (B, N0) detection scores, which play no part here.
+            scores1: (B, N1).
         """
         batch, count0, count1 = len(keypoints0), keypoints0.shape[1], keypoints1.shape[1]
         if count0 == 0 or count1 == 0:

@@ -38,8 +38,10 @@ class NearestNeighbour(nn.Module):
         size1: Tensor,
         mask0: Tensor | None = None,
         mask1: Tensor | None = None,
+        scores0: Tensor | None = None,
+        scores1: Tensor | None = None,
     ) -> Assignment:
-        """Match descriptors (B, N0, D) with (B, N1, D), unit vectors; keypoints and sizes play no part."""
+        """Match descriptors (B, N0, D) with (B, N1, D), unit vectors; nothing else plays a part."""
         similarity = descriptors0.float() @ descriptors1.float().transpose(-1, -2)
         if mask0 is not None:
             similarity = similarity.masked_fill(~mask0[:, :, None], _PADDED)

