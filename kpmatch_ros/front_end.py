@@ -11,9 +11,29 @@ from kpmatch_ros.camera import Camera
 from kpmatch_ros.feature_matcher import FeatureMatcher, Features
 from kpmatch_ros.geometry import PoseStatus, RelativePose, estimate_relative_pose
 from kpmatch_ros.parameters import Parameters
+from kpmatch_ros.refinement import REFINED_RESOLUTION, flatten, refine
 from kpmatch_ros.stereo import StereoCamera, check_stereo_matches, estimate_stereo_motion
 
-__all__ = ["Frame", "FrontEnd", "Pair"]
+__all__ = ["Frame", "FrontEnd", "Pair", "Stereo"]
+
+_REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much, and the keypoints are taken as they are
+
+
+@dataclass(frozen=True)
+class Stereo:
+    """What a stereo frame adds to its left image.
+
+    Attributes:
+        camera: the calibration of the pair; None where there is none, or where the matches contradict it.
+        right_points: (N, 2) float32 the left image's keypoints in the right image, NaN where there is no match.
+        left_flat: the left image as :func:`kpmatch_ros.refinement.flatten` gives it.
+        right_flat: the right image, the same.
+    """
+
+    camera: StereoCamera | None
+    right_points: np.ndarray
+    left_flat: np.ndarray
+    right_flat: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -29,9 +49,7 @@ class Frame:
         keypoints: (N, 2) float32 keypoints of the features, on the host.
         track_ids: (N,) uint64 the track of each keypoint; 0 as long as it was never matched.
         extract_ms: what finding and describing the keypoints took, milliseconds.
-        stereo: of a left image: the calibration of the pair; None where there is none, or where the matches with the
-            right image contradict it.
-        right_points: of a left image: (N, 2) float32 the keypoints in the right image, NaN where there is no match.
+        stereo: what a left image has besides; None for one camera.
     """
 
     stamp: int
@@ -42,8 +60,7 @@ class Frame:
     keypoints: np.ndarray
     track_ids: np.ndarray
     extract_ms: float
-    stereo: StereoCamera | None = None
-    right_points: np.ndarray | None = None
+    stereo: Stereo | None = None
 
 
 @dataclass(frozen=True)
@@ -211,7 +228,7 @@ class FrontEnd:
         right_points[indices[:, 0]] = right.keypoints[indices[:, 1]]
         usable = camera if pose.status is PoseStatus.OK else None
         return Pair(
-            reference=replace(left, stereo=usable, right_points=right_points),
+            reference=replace(left, stereo=Stereo(usable, right_points, flatten(left.image), flatten(right.image))),
             current=right,
             indices=indices,
             scores=scores,
@@ -275,19 +292,8 @@ class FrontEnd:
         return ids
 
     def _estimate_pose(self, reference: Frame, current: Frame, indices: np.ndarray) -> RelativePose:
-        if reference.right_points is not None and current.right_points is not None:
-            index0, index1 = indices.T
-            return estimate_stereo_motion(
-                reference.keypoints[index0],
-                reference.right_points[index0],
-                current.keypoints[index1],
-                current.right_points[index1],
-                reference.stereo,
-                current.stereo,
-                max_reprojection_error=self.parameters.max_reprojection_error,
-                min_inliers=self.parameters.min_inliers,
-                keypoint_resolution=self._keypoint_resolution(current),
-            )
+        if reference.stereo is not None and current.stereo is not None:
+            return self._estimate_stereo_pose(reference, reference.stereo, current, current.stereo, indices)
         if reference.camera is None or current.camera is None:
             return RelativePose.undefined(PoseStatus.NO_CALIBRATION, num_matches=len(indices))
         return estimate_relative_pose(
@@ -298,6 +304,31 @@ class FrontEnd:
             max_reprojection_error=self.parameters.max_reprojection_error,
             min_inliers=self.parameters.min_inliers,
             keypoint_resolution=self._keypoint_resolution(current),
+        )
+
+    def _estimate_stereo_pose(
+        self, reference: Frame, stereo0: Stereo, current: Frame, stereo1: Stereo, indices: np.ndarray
+    ) -> RelativePose:
+        index0, index1 = indices.T
+        left0, left1 = reference.keypoints[index0], current.keypoints[index1]
+        right0, right1 = stereo0.right_points[index0], stereo1.right_points[index1]
+        resolution = self._keypoint_resolution(current)
+        # In all images where the surroundings of the reference's keypoint are, unless they changed too much for that.
+        fine_left1 = refine(stereo0.left_flat, stereo1.left_flat, left0, left1, resolution)
+        if np.isfinite(fine_left1[:, 0]).sum() > _REFINABLE * len(indices):
+            right0 = refine(stereo0.left_flat, stereo0.right_flat, left0, right0, resolution)
+            right1 = refine(stereo1.left_flat, stereo1.right_flat, fine_left1, right1 + fine_left1 - left1, resolution)
+            left1, resolution = fine_left1, REFINED_RESOLUTION
+        return estimate_stereo_motion(
+            left0,
+            right0,
+            left1,
+            right1,
+            stereo0.camera,
+            stereo1.camera,
+            max_reprojection_error=self.parameters.max_reprojection_error,
+            min_inliers=self.parameters.min_inliers,
+            keypoint_resolution=resolution,
         )
 
     def _keypoint_resolution(self, frame: Frame) -> float:

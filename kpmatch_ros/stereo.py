@@ -627,9 +627,9 @@ def _squares(errors: np.ndarray) -> np.ndarray:
 
 
 def _largest_error(views: _Views, poses: _Poses, points: np.ndarray) -> np.ndarray:
-    """(n,) pixels: where two images see a point, of both together, from the epipolar line; otherwise in any image."""
-    squares = (_errors(views, poses, points) ** 2).sum(axis=1)
-    return np.sqrt(np.where(views.seen.sum(axis=0) <= 2, squares.sum(axis=0), squares.max(axis=0)))
+    """(n,) pixels: where two images see a point, how far one is from the other's epipolar line; else in any image."""
+    lengths = np.sqrt((_errors(views, poses, points) ** 2).sum(axis=1))
+    return np.where(views.seen.sum(axis=0) <= 2, lengths.sum(axis=0), lengths.max(axis=0))
 
 
 def _inverse(slopes: np.ndarray) -> np.ndarray:
