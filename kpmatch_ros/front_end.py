@@ -189,7 +189,7 @@ class FrontEnd:
         return stereo, self._match_with_reference(stereo.reference)
 
     def _begin(self, stamp: int) -> None:
-        if self.breaks_off(stamp):
+        if self.interruption(stamp):
             self.reset()
         self._last_stamp = stamp
 
@@ -246,12 +246,16 @@ class FrontEnd:
         indices, scores = np.asarray(matches.indices), np.asarray(matches.scores)
         return indices, scores, matches.layers, _milliseconds_since(started)
 
-    def breaks_off(self, stamp: int) -> bool:
-        """Whether a frame of this time cannot follow the last one: time went back, or the gap is too long."""
+    def interruption(self, stamp: int) -> str:
+        """Why a frame of this time cannot follow the last one, in words: time went back, or the gap is too long."""
         if self._last_stamp is None:
-            return False
+            return ""
         elapsed = (stamp - self._last_stamp) * 1e-9
-        return elapsed < 0 or 0 < self.parameters.max_gap < elapsed
+        if elapsed < 0:
+            return f"the stamps went back by {-elapsed:.3f} s"
+        if 0 < self.parameters.max_gap < elapsed:
+            return f"there was no frame for {elapsed:.3f} s, more than max_gap"
+        return ""
 
     def _describe(
         self,

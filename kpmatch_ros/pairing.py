@@ -13,7 +13,7 @@ class Pairing(Generic[Item]):
     """Puts two streams of images together: those of equal stamps, or else the nearest within a tolerance.
 
     Each stream comes in order; the two may come at any time. An image whose partner can no longer come is unpaired and
-    let go of: once a later one of its stream has a partner, or too many wait.
+    let go of: once the other stream is past its time, a later one of its stream has a partner, or too many wait.
 
     Args:
         tolerance: largest difference of two stamps that are not equal, nanoseconds. Half the time between two images of
@@ -45,6 +45,9 @@ class Pairing(Generic[Item]):
         if nearest is None or differences[nearest] > self._limit():
             if nearest is not None:
                 self.offset = differences[nearest]
+            while others and others[0][0] < stamp - self._tolerance:  # this stream is past their partner's time
+                others.popleft()
+                self.unpaired[1 - side] += 1
             self.unpaired[side] += len(own) == own.maxlen  # the oldest makes way
             own.append((stamp, item))
             return None

@@ -78,7 +78,13 @@ def test_one_side_running_backwards_gives_no_pairs() -> None:
     pairing: Pairing[str] = Pairing(10 * MS, 5)
     events = [event for i in range(30) for event in ((LEFT, 1025 + 50 * i), (RIGHT, 1000 - 50 * i))]
     assert feed(pairing, *events) == []
-    assert pairing.unpaired == [25, 25] and pairing.offset is not None
+    assert pairing.unpaired == [25, 29] and pairing.offset is not None
+
+
+def test_streams_whose_stamps_do_not_fit_are_unpaired_at_once() -> None:
+    pairing: Pairing[str] = Pairing(10 * MS, 100)
+    assert feed(pairing, *((side, 50 * i + 20 * side) for i in range(5) for side in (LEFT, RIGHT))) == []
+    assert pairing.unpaired == [5, 4] and pairing.offset == 20 * MS
 
 
 @pytest.mark.parametrize("seed", range(20))
