@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
+from geometry_msgs.msg import Pose, TransformStamped
+from nav_msgs.msg import Odometry
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from scipy.spatial.transform import Rotation
 from sensor_msgs.msg import Image
@@ -14,6 +16,7 @@ from std_msgs.msg import Header
 
 from kpmatch_ros.front_end import Frame, Pair
 from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
+from kpmatch_ros.odometry import OdometryPose
 from kpmatch_ros.parameters import Declaration
 
 __all__ = [
@@ -23,9 +26,13 @@ __all__ = [
     "image_message",
     "match_array",
     "nanoseconds",
+    "odometry",
     "parameter_descriptor",
     "relative_pose",
+    "transform_of",
 ]
+
+_UNKNOWN = 1e9  # variance of a velocity that nobody estimated
 
 
 def nanoseconds(stamp: Time) -> int:
@@ -74,11 +81,7 @@ def relative_pose(pair: Pair) -> RelativePose:
     message = RelativePose()
     message.header = header_of(pair.current)
     message.reference = header_of(pair.reference)
-    position, orientation = message.pose.pose.position, message.pose.pose.orientation
-    position.x, position.y, position.z = (float(value) for value in pose.translation)
-    orientation.x, orientation.y, orientation.z, orientation.w = (
-        float(value) for value in Rotation.from_matrix(pose.rotation).as_quat()
-    )
+    _fill(message.pose.pose, pose.rotation, pose.translation)
     message.pose.covariance = np.ascontiguousarray(pose.covariance, np.float64).reshape(36)
     message.metric = pose.metric
     message.status = int(pose.status)
@@ -86,6 +89,34 @@ def relative_pose(pair: Pair) -> RelativePose:
     message.num_inliers = pose.num_inliers
     message.median_parallax = float(pose.median_parallax)
     return message
+
+
+def odometry(frame: Frame, pose: OdometryPose) -> Odometry:
+    """Every chain has a frame of its own, so that nobody takes one for the other's continuation."""
+    message = Odometry(header=header_of(frame), child_frame_id=frame.frame_id)
+    message.header.frame_id = f"odom_{pose.chain}" if pose.chain else "odom"
+    _fill(message.pose.pose, pose.rotation, pose.position)
+    message.pose.covariance = np.ascontiguousarray(pose.covariance, np.float64).reshape(36)
+    message.twist.covariance = _UNKNOWN * np.eye(6).reshape(36)
+    return message
+
+
+def transform_of(message: Odometry) -> TransformStamped:
+    """The same for TF: the camera's frame below the odometry frame."""
+    found = TransformStamped(header=message.header, child_frame_id=message.child_frame_id)
+    position = message.pose.pose.position
+    found.transform.translation.x, found.transform.translation.y = position.x, position.y
+    found.transform.translation.z = position.z
+    found.transform.rotation = message.pose.pose.orientation
+    return found
+
+
+def _fill(pose: Pose, rotation: np.ndarray, translation: np.ndarray) -> None:
+    position, orientation = pose.position, pose.orientation
+    position.x, position.y, position.z = (float(value) for value in translation)
+    orientation.x, orientation.y, orientation.z, orientation.w = (
+        float(value) for value in Rotation.from_matrix(rotation).as_quat()
+    )
 
 
 def feature_array(frame: Frame, extractor: str) -> FeatureArray:

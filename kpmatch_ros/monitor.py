@@ -35,6 +35,7 @@ class Monitor:
         self._calibrations_refused: Counter[str] = Counter()
         self._unpaired: Counter[str] = Counter()
         self._interruptions = 0
+        self._odometry_breaks: int | None = None
         self._failures: deque[tuple[float, str]] = deque()
         self._arrivals: deque[float] = deque()
         self._latencies: deque[tuple[float, float]] = deque()
@@ -80,6 +81,13 @@ class Monitor:
         with self._lock:
             self._unpaired[topic] += images
             self._failures.append((self._clock(), explanation))
+
+    def odometry(self, breaks: int, explanation: str) -> None:
+        """A pose was added to the chain, which broke so many times till now; the explanation is for a new break."""
+        with self._lock:
+            if breaks > (self._odometry_breaks or 0):
+                self._failures.append((self._clock(), explanation))
+            self._odometry_breaks = breaks
 
     def processed(self, latency_ms: float, keypoints: int, pair: Pair | None, stereo: Pair | None = None) -> None:
         """A frame went all the way, in ``latency_ms`` from arrival to publication."""
@@ -129,6 +137,8 @@ class Monitor:
             for topic, count in sorted(self._unpaired.items()):
                 values[f"unpaired: {topic}"] = str(count)
             values["interruptions"] = str(self._interruptions)
+            if self._odometry_breaks is not None:
+                values["odometry breaks"] = str(self._odometry_breaks)
             for status in PoseStatus:
                 values[f"poses {status.name}"] = str(self._statuses[status.name])
             return values

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import rclpy
 import torch
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from nav_msgs.msg import Odometry as OdometryMessage
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
 from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
@@ -36,6 +37,7 @@ from kpmatch_ros.images import ImageError, to_array
 from kpmatch_ros.inbox import Inbox
 from kpmatch_ros.monitor import Monitor
 from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
+from kpmatch_ros.odometry import Odometry
 from kpmatch_ros.pairing import Pairing
 from kpmatch_ros.parameters import ParameterError, Parameters, declarations
 from kpmatch_ros.stereo import StereoCamera
@@ -45,6 +47,11 @@ try:
     from rclpy.event_handler import SubscriptionEventCallbacks
 except ImportError:  # ROS 2 Humble
     from rclpy.qos_event import SubscriptionEventCallbacks
+
+try:
+    from tf2_msgs.msg import TFMessage
+except ImportError:  # it is no part of a minimal ROS
+    TFMessage = None
 
 __all__ = ["MatcherNode", "main"]
 
@@ -120,6 +127,7 @@ class MatcherNode(LifecycleNode):
         self._inbox: Inbox[tuple[tuple[ImageMessage, ...], float]] | None = None
         self._pairing: Pairing[ImageMessage] | None = None
         self._inputs = _inputs(self._matching_parameters.mode)
+        self._odometry: Odometry | None = None
         self._outputs: dict[str, Any] = {}
         self._reset_service: Any = None
         self._reset_requested = threading.Event()
@@ -148,6 +156,8 @@ class MatcherNode(LifecycleNode):
         """Load the weights, run the networks once, offer the topics and the service."""
         parameters = self._matching_parameters
         stereo = parameters.mode == "stereo"
+        if parameters.publish_odometry and not stereo:
+            raise ParameterError("publish_odometry needs mode stereo: the poses of one camera are without metres")
         self._inputs = _inputs(parameters.mode)
         self._calibrated.clear()
         self._camera, self._camera_source = None, ()
@@ -161,6 +171,8 @@ class MatcherNode(LifecycleNode):
         for name, kind, depth in (
             ("matches", MatchArray, 10),
             *([("stereo_matches", MatchArray, 10)] if stereo else []),
+            *([("odometry", OdometryMessage, 10)] if parameters.publish_odometry else []),
+            *([("/tf", TFMessage, 100)] if parameters.publish_odometry and TFMessage is not None else []),
             ("relative_pose", RelativePose, 10),
             ("features", FeatureArray, 2),
             ("match_image", Image, 2),
@@ -182,6 +194,7 @@ class MatcherNode(LifecycleNode):
         assert self._front_end is not None and self._inference is not None
         super().on_activate(state)  # the publishers first: the first frame's results need them
         self._front_end.reset()
+        self._odometry = Odometry() if self._matching_parameters.publish_odometry else None
         latest = self._matching_parameters.queue == "latest"
         self._inbox = Inbox(latest=latest)
         self._pairing = Pairing(round(self._matching_parameters.sync_tolerance * 1e9), 10 if latest else 100)
@@ -463,6 +476,8 @@ class MatcherNode(LifecycleNode):
             return
         self._outputs["matches"].publish(messages.match_array(pair, MatchArray.CONSECUTIVE, extractor, matcher))
         self._outputs["relative_pose"].publish(messages.relative_pose(pair))
+        if self._odometry is not None:
+            self._publish_odometry(self._odometry, pair)
         if self._outputs["match_image"].get_subscription_count():
             picture = draw_matches(
                 pair.reference.image,
@@ -474,6 +489,18 @@ class MatcherNode(LifecycleNode):
                 _caption(pair),
             )
             self._outputs["match_image"].publish(messages.image_message(picture, messages.header_of(frame)))
+
+    def _publish_odometry(self, odometry: Odometry, pair: Pair) -> None:
+        pose = odometry.add(pair)
+        if pose is None:
+            return
+        message = messages.odometry(pair.current, pose)
+        self._monitor.odometry(
+            odometry.breaks, f"the chain of poses broke: odometry begins anew in the frame {message.header.frame_id}"
+        )
+        self._outputs["odometry"].publish(message)
+        if "/tf" in self._outputs:
+            self._outputs["/tf"].publish(TFMessage(transforms=[messages.transform_of(message)]))
 
     def _every_second(self) -> None:
         if self._best_effort_wanted and self._state == "active":

@@ -9,6 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from nav_msgs.msg import Odometry
 from rclpy.qos import QoSProfile
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
@@ -187,3 +188,29 @@ def test_stamps_that_go_back_begin_anew_and_are_named(tmp_path: Path) -> None:
         camera.wait_for_warning("the stamps went back by 50.1")
         assert node.figures()["interruptions"] == "1"
         assert all(pose.status == RelativePose.NO_TRANSLATION for pose in node.poses)
+
+
+def test_odometry_chains_the_poses_and_a_lost_frame_begins_another_frame(tmp_path: Path) -> None:
+    with rig(tmp_path, publish_odometry=True) as camera:
+        node = camera.node
+        found: list[Odometry] = []
+        node.subscribe(Odometry, "odometry", found.append)
+        node.wait_for(lambda: node.node.count_publishers("/odometry"), "the topic")
+        node.spin(0.3)
+        for i in range(4):
+            camera.send(10 + 0.1 * i, 0.05 * i)
+        node.wait_for(lambda: len(found) == 3, "three poses")
+        positions = np.array([[p.x, p.y, p.z] for p in (message.pose.pose.position for message in found)])
+        # To the camera's right is minus y of a frame whose x points forward.
+        np.testing.assert_allclose(positions, [[0, -0.05, 0], [0, -0.10, 0], [0, -0.15, 0]], atol=0.008)
+        assert {message.header.frame_id for message in found} == {"odom"}
+        assert {message.child_frame_id for message in found} == {"left_optical"}
+        spread = [np.trace(np.reshape(message.pose.covariance, (6, 6))) for message in found]
+        assert 0 < spread[0] < spread[1] < spread[2]
+        for i in range(3):
+            camera.send(10.4 + 0.1 * i, 0.05 * i, baseline=0.0 if i == 0 else BASELINE)
+            node.wait_for(lambda frames=4 + i: len(node.poses) == frames, "the pair")
+        node.wait_for(lambda: len(found) == 4, "a pose after the lost ones")
+        assert found[-1].header.frame_id == "odom_1" and found[-1].header.stamp.nanosec == 600_000_000
+        camera.wait_for_warning("odometry begins anew in the frame odom_1")
+        assert node.figures()["odometry breaks"] == "1"
