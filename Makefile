@@ -1,4 +1,5 @@
 # make demo: build everything, then the real node on a camera bag the package makes itself. make test: the test suite.
+# make soak: an hour of overload and faults.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(abspath $(VENV))/bin
@@ -9,13 +10,16 @@ STAGE    := build/source/kpmatch_ros
 PARTS    := CMakeLists.txt LICENSE config kpmatch_ros launch msg package.xml scripts
 SOURCES  := $(shell find kpmatch_ros launch config msg scripts -type f -not -name '*.pyc') CMakeLists.txt package.xml
 
-.PHONY: demo test env build lint docs clean
+.PHONY: demo test soak env build lint docs clean
 
 demo: build  ## the node on a synthetic camera bag, its poses against the truth, and a picture
 	tools/with_ros kpmatch demo
 
 test: build  ## every test; pass pytest's arguments with ARGS=
 	tools/with_ros pytest $(ARGS)
+
+soak: build  ## an hour of overload and faults, with a table of what came of it; ARGS="--minutes 10"
+	tools/with_ros python test/soak.py $(ARGS)
 
 env: $(VENV)/.ready  ## the Python environment with ROS 2 in .venv/
 

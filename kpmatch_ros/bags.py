@@ -39,6 +39,7 @@ __all__ = [
     "BagWriter",
     "Record",
     "Topic",
+    "bag_storage",
     "bag_topics",
     "camera_info_message",
     "image_message",
@@ -229,6 +230,14 @@ def bag_topics(path: str | Path) -> list[Topic]:
 def image_topics(path: str | Path) -> list[Topic]:
     """The topics with images, compressed or not, that hold messages, by name. Raises BagError."""
     return [topic for topic in bag_topics(path) if topic.type in IMAGE_TYPES]
+
+
+def bag_storage(path: str | Path) -> Storage:
+    """How a bag is stored. Raises BagError."""
+    with _opened(Path(path)) as reader:
+        source = Path(str(reader.path))
+    files = [source] if source.is_file() else source.iterdir()
+    return "mcap" if any(".mcap" in file.suffixes for file in files) else "sqlite3"  # .mcap.zstd too
 
 
 def read_messages(path: str | Path, topics: Collection[str] | None = None) -> Iterator[Record]:

@@ -135,10 +135,10 @@ class Camera:
         good = np.asarray(np.isfinite(pixels).all(axis=1))
         per_pixel = np.linalg.inv(self.matrix[:2, :2])
         distorted = (pixels[good] - self.matrix[:2, 2]) @ per_pixel.T
+        near = np.abs(distorted).max(axis=1) < _LARGEST_TANGENT
+        good[good], distorted = near, distorted[near]
         if not self.distortion.any():
-            near = np.abs(distorted).max(axis=1) < _LARGEST_TANGENT
-            good[good] = near
-            normalised[good], jacobian[good] = distorted[near], per_pixel
+            normalised[good], jacobian[good] = distorted, per_pixel
         elif good.any():
             normalised[good], inverse = self._undistort(distorted)
             jacobian[good] = inverse @ per_pixel

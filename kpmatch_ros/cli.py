@@ -48,6 +48,15 @@ MATCHING_OPTIONS = (
     "max_reprojection_error",
     "min_inliers",
 )
+# Those that say, besides, how frames follow one another and what the images are.
+BAG_OPTIONS = (
+    *MATCHING_OPTIONS,
+    "reference",
+    "keyframe_min_matches",
+    "keyframe_max_parallax",
+    "max_gap",
+    "rectified",
+)
 
 
 class CommandError(Exception):
@@ -111,6 +120,7 @@ def _build_parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"kpmatch_ros {kpmatch_ros.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_match(commands)
+    _add_bag(commands)
     _add_demo(commands)
     _add_weights(commands)
     _add_doctor(commands)
@@ -162,10 +172,12 @@ def _add_match(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object with everything")
     group = parser.add_argument_group("matching options", "the matcher node's parameters of the same names")
     for name in MATCHING_OPTIONS:
-        _add_parameter(group, declaration(name))
+        _add_parameter(group, declaration(name), declaration(name).default)
 
 
-def _add_parameter(group: Any, item: Declaration) -> None:
+def _add_parameter(group: Any, item: Declaration, default: Any) -> None:
+    """An option of the parameter's name; `default` is what it is where the option is not given."""
+
     def value(text: str) -> Any:
         try:
             return item.check(item.type(text))
@@ -174,16 +186,22 @@ def _add_parameter(group: Any, item: Declaration) -> None:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
-    default = f"{item.default:g}" if item.type is float else item.default
-    notes = ["" if item.choices else item.constraint, item.unit, f"default {default}"]
-    help_text = f"{item.description} ({', '.join(note for note in notes if note)})"
+    shown = f"{item.default:g}" if item.type is float else str(item.default).lower()
+    notes = ["" if item.choices else item.constraint, item.unit, f"default {shown}"]
+    help_text = f"{item.description} ({', '.join(note for note in notes if note)})".replace("%", "%%")
+    option = f"--{item.name.replace('_', '-')}"
+    if item.type is bool:
+        group.add_argument(
+            option, dest=item.name, action=argparse.BooleanOptionalAction, default=default, help=help_text
+        )
+        return
     group.add_argument(
-        f"--{item.name.replace('_', '-')}",
+        option,
         dest=item.name,
         metavar={int: "N", float: "X"}.get(item.type, "|".join(item.choices) or item.name.upper()),
         type=value,
-        default=item.default,
-        help=help_text.replace("%", "%%"),
+        default=default,
+        help=help_text,
     )
 
 
@@ -383,6 +401,73 @@ def _save_picture(path: Path, pair: Pair) -> None:
         saved = cv2.imwrite(str(path), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     if not saved:
         raise CommandError(f"--save {path}: the picture could not be written")
+
+
+# kpmatch bag
+
+
+def _add_bag(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "bag",
+        _bag,
+        "run the matcher on a bag, and write another bag with what the node would publish",
+        "Run the matcher on a camera in a bag (rosbag2: MCAP or sqlite3), every frame in order, without ROS. The bag "
+        "written holds /matches and /relative_pose, the node's messages for these frames with the images' stamps, and "
+        "not the images. Options override the parameter file; what neither names has the node's default.",
+        "kpmatch bag drive out --poses poses.txt",
+        "kpmatch bag drive out --image /camera/image_raw --params matcher.yaml --device cuda",
+    )
+    parser.add_argument("source", metavar="IN", type=Path, help="bag to read: a folder, or a .mcap or .db3 file")
+    parser.add_argument("target", metavar="OUT", type=Path, help="bag to write: a folder that does not exist yet")
+    parser.add_argument(
+        "--image", metavar="TOPIC", help="images, compressed or not; not needed where the bag has one such topic"
+    )
+    parser.add_argument(
+        "--camera-info", metavar="TOPIC", help="their calibration (default camera_info beside the image topic)"
+    )
+    parser.add_argument(
+        "--params", metavar="FILE", type=Path, help="ROS 2 parameter file like config/matcher.yaml, for /matcher"
+    )
+    parser.add_argument(
+        "--poses",
+        metavar="FILE",
+        type=Path,
+        help="also write the chained poses, as TUM's text format has them (evo reads it); the scale is arbitrary",
+    )
+    parser.add_argument("--features", action="store_true", help="also write /features, with the descriptors")
+    parser.add_argument("--match-image", action="store_true", help="also write /match_image, pictures of the matches")
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    group = parser.add_argument_group("parameters", "the matcher node's of the same names")
+    for name in BAG_OPTIONS:
+        _add_parameter(group, declaration(name), argparse.SUPPRESS)
+
+
+def _bag(options: argparse.Namespace) -> int:
+    from kpmatch_ros.bags import BagError
+    from kpmatch_ros.parameter_file import read_parameter_file
+    from kpmatch_ros.replay import choose_camera, replay
+
+    parameters = Parameters() if options.params is None else read_parameter_file(options.params)
+    given = vars(options)
+    parameters = parameters.replace({name: given[name] for name in BAG_OPTIONS if name in given})
+    try:
+        topics = choose_camera(options.source, options.image, options.camera_info)
+        report = replay(
+            options.source, options.target, topics, parameters, poses=options.poses, features=options.features,
+            match_image=options.match_image,
+        )  # fmt: skip
+    except BagError as error:
+        raise CommandError(str(error)) from error
+    if not topics.camera_info:
+        report.faults.append(f"no camera_info beside {topics.image}, so no relative pose; --camera-info names one")
+    for fault in report.faults:
+        print(f"{options.name}: {fault}", file=sys.stderr)
+    if options.json:
+        print(json.dumps({**report.figures(), "out": str(options.target)}))
+    else:
+        print(format_table([*report.rows(), ("bag", str(options.target))]))
+    return 0
 
 
 # kpmatch demo

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from kpmatch_ros import weights
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue, SuperPoint
-from kpmatch_ros.models.checkpoint import Checkpoint, build, network_types, no_network, prepared, read_checkpoint
+from kpmatch_ros.models.checkpoint import (
+    CONFIG_KEY,
+    Checkpoint,
+    build,
+    network_types,
+    no_network,
+    prepared,
+    read_checkpoint,
+)
 from kpmatch_ros.weights import WeightsError
 
 __all__ = ["Network", "convert", "describe"]
@@ -91,8 +99,8 @@ def convert(source: str | Path, target: Path, extractor: str | Path | None = Non
 
     Args:
         source: a registered name, a Hugging Face folder, a ``.safetensors`` or an authors' ``.pth`` file.
-        target: ``*.safetensors`` for the tensors of one network alone; anything else becomes a Hugging Face folder,
-            which `transformers` loads too where it has the network.
+        target: ``*.safetensors`` for one network alone, its configuration in the header; anything else becomes a
+            Hugging Face folder, which `transformers` loads too where it has the network.
         extractor: for a matcher, the extractor that it was made for, where the source does not hold it: a Hugging Face
             folder holds both. A registered matcher brings its own.
 
@@ -115,10 +123,13 @@ def convert(source: str | Path, target: Path, extractor: str | Path | None = Non
         networks = [networks[0], *(network for network in describe(extractor) if network.model not in _MATCHERS)]
         if len(networks) == 1:
             raise WeightsError(f"{extractor} holds no extractor, so none for {source}")
+    metadata = {"format": "pt"}
     if single_file:
-        _check_fits_file(source, networks)
-        config: dict[str, Any] = {}
-        tensors = networks[0].tensors
+        if len(networks) > 1:
+            names = " and ".join(network.model for network in networks)
+            raise WeightsError(f"{source} holds {names}, a .safetensors file only one network: convert to a folder")
+        config, tensors = _config(networks[0]), networks[0].tensors
+        metadata[CONFIG_KEY] = json.dumps(config, sort_keys=True)
     else:
         config, tensors = _folder_content(source, networks)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -131,13 +142,14 @@ def convert(source: str | Path, target: Path, extractor: str | Path | None = Non
         # Two projections of an authors' file can share memory, which the format refuses.
         copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         file = content if single_file else folder / "model.safetensors"
-        save_file(copies, file, metadata={"format": "pt"})
+        save_file(copies, file, metadata=metadata)
         file.chmod(0o644)  # it is written for this user alone
         if not single_file:
             (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         written = describe(content)
         for before, after in zip(networks, written, strict=True):
-            if any(not torch.equal(after.tensors[name], tensor) for name, tensor in before.tensors.items()):
+            same = all(torch.equal(after.tensors[name], tensor) for name, tensor in before.tensors.items())
+            if not same or after.config != before.config:
                 raise WeightsError(f"{target} does not read back as it was written: check the disk")
         os.rename(content, target)
     finally:
@@ -145,25 +157,13 @@ def convert(source: str | Path, target: Path, extractor: str | Path | None = Non
     return written
 
 
-def _check_fits_file(source: str | Path, networks: list[Network]) -> None:
-    if len(networks) > 1:
-        names = " and ".join(network.model for network in networks)
-        raise WeightsError(f"{source} holds {names}, a .safetensors file only one network: convert to a folder")
-    defaults = _KINDS[networks[0].model].DEFAULTS
-    lost = [f"{key} {value}" for key, value in networks[0].config.items() if value not in (defaults[key], None)]
-    if lost:
-        raise WeightsError(
-            f"a .safetensors file holds no configuration, and that of {source} is not the usual one "
-            f"({', '.join(lost)}): convert to a folder"
-        )
+def _config(network: Network) -> dict[str, Any]:
+    return {**{key: value for key, value in network.config.items() if value is not None}, "model_type": network.model}
 
 
 def _folder_content(source: str | Path, networks: list[Network]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and tensors of a Hugging Face folder."""
-    configs = [
-        {**{key: value for key, value in network.config.items() if value is not None}, "model_type": network.model}
-        for network in networks
-    ]
+    configs = [_config(network) for network in networks]
     precisions = {network.precision for network in networks}
     head = {**configs[0], "dtype": precisions.pop() if precisions in ({"float16"}, {"bfloat16"}) else "float32"}
     if networks[0].model in _ARCHITECTURES:

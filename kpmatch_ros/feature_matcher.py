@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kpmatch_ros import weights
+from kpmatch_ros.images import ImageError
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint
 from kpmatch_ros.models.assignment import Assignment
 from kpmatch_ros.models.checkpoint import network_type
@@ -28,6 +29,8 @@ Matcher = LightGlue | SuperGlue | NearestNeighbour
 
 _EXTRACTORS: dict[str, type[Extractor]] = {kind.MODEL_TYPE: kind for kind in (SuperPoint, ALIKED, DISK)}
 _MATCHERS: dict[str, type[LightGlue | SuperGlue]] = {kind.MODEL_TYPE: kind for kind in (LightGlue, SuperGlue)}
+
+LARGEST_IMAGE = 3840 * 2176  # pixels: SuperPoint's first layers take 6 GB of memory for it in float32
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as OpenCV and the authors of SuperPoint convert colour to grey
 
@@ -149,7 +152,7 @@ class FeatureMatcher:
             image: uint8 grey (H, W) or RGB (H, W, 3).
 
         Raises:
-            ValueError: when the image has another shape or type, or no pixels.
+            ValueError: when the image has another shape or type, or no pixels; an ImageError when it is too large.
         """
         return self.extract_batch([image])[0]
 
@@ -164,7 +167,7 @@ class FeatureMatcher:
             ValueError: as :meth:`extract`.
         """
         received = [_pixels(image) for image in images]
-        seen = [self._upload(_resize(pixels, self.parameters.resize)) for pixels in received]
+        seen = [self._upload(self._resize(pixels)) for pixels in received]
         found: list[Features | None] = [None] * len(seen)
         for shape in {image.shape for image in seen}:
             group = [i for i, image in enumerate(seen) if image.shape == shape]
@@ -217,6 +220,18 @@ class FeatureMatcher:
         noise = np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
         features = self.extract(noise)
         self.match(features, features)
+
+    def _resize(self, pixels: np.ndarray) -> np.ndarray:
+        """The image as the extractor sees it."""
+        seen = resize(pixels, self.parameters.resize)
+        height, width = seen.shape[:2]
+        if height * width > LARGEST_IMAGE:
+            raise ImageError(
+                "size",
+                f"an image of {width} x {height} pixels is too large for the networks, which take "
+                f"{LARGEST_IMAGE / 1e6:.1f} million: set the parameter resize to its longest side that you need",
+            )
+        return seen
 
     def _upload(self, pixels: np.ndarray) -> Tensor:
         """uint8 pixels to an image (1, C, H, W) in [0, 1] on the device, in colour where the extractor sees colour."""
@@ -325,7 +340,8 @@ def _pixels(image: np.ndarray | Tensor) -> np.ndarray:
     return pixels
 
 
-def _resize(pixels: np.ndarray, longest: int) -> np.ndarray:
+def resize(pixels: np.ndarray, longest: int) -> np.ndarray:
+    """The image with its longest side of so many pixels, 0 keeps it; by area averaging down and bilinear up."""
     height, width = pixels.shape[:2]
     if longest in (0, max(height, width)):
         return pixels

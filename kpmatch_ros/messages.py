@@ -1,25 +1,31 @@
-"""Results to ROS messages. Arrays are filled from memory, never element by element."""
+"""Results to messages: of rclpy for the node, of rosbags for bags. Arrays are filled from memory, never one by one.
+
+Each function here fills the fields of a message and leaves its making to `new`, called as
+
+    new("std_msgs/msg/Header", stamp=stamp, frame_id="camera")
+
+with NumPy arrays for the fields that are arrays: `ros_message`, the default, or `kpmatch_ros.bags.new_message`, which
+needs no ROS. Nothing of ROS is imported before the first message of rclpy is made.
+"""
 from __future__ import annotations
 
+import functools
 from array import array
+from collections.abc import Callable
+from enum import IntEnum
+from importlib import import_module
 from typing import Any
 
 import numpy as np
-from builtin_interfaces.msg import Time
-from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
-from geometry_msgs.msg import Pose, TransformStamped
-from nav_msgs.msg import Odometry
-from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from scipy.spatial.transform import Rotation
-from sensor_msgs.msg import Image
-from std_msgs.msg import Header
 
 from kpmatch_ros.front_end import Frame, Pair
-from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
 from kpmatch_ros.odometry import OdometryPose
 from kpmatch_ros.parameters import Declaration
 
 __all__ = [
+    "NewMessage",
+    "Pairing",
     "diagnostic_status",
     "feature_array",
     "header_of",
@@ -29,135 +35,191 @@ __all__ = [
     "odometry",
     "parameter_descriptor",
     "relative_pose",
+    "ros_message",
     "transform_of",
 ]
 
+NewMessage = Callable[..., Any]
+
 _UNKNOWN = 1e9  # variance of a velocity that nobody estimated
+_TYPECODES = {"u1": "B", "u4": "I", "u8": "Q", "f4": "f"}  # of rclpy's arrays, by NumPy's types
 
 
-def nanoseconds(stamp: Time) -> int:
-    """A stamp as one number."""
-    return stamp.sec * 1_000_000_000 + stamp.nanosec
+class Pairing(IntEnum):
+    """What was matched with what: the constants of msg/MatchArray."""
+
+    CONSECUTIVE = 0
+    STEREO = 1
 
 
-def header_of(frame: Frame) -> Header:
-    """Stamp and frame id of the image a frame was made from."""
+def ros_message(type_name: str, **fields: Any) -> Any:
+    """A message of rclpy, such as "std_msgs/msg/Header", with these fields. Needs ROS and the built message."""
+    message_class, kinds = _ros_class(type_name)
+    for name, value in fields.items():
+        if isinstance(value, np.ndarray) and kinds[name].startswith("sequence"):
+            # rclpy takes an array.array as it is, but assigns a NumPy array element by element.
+            fields[name] = array(_TYPECODES[value.dtype.str[1:]])
+            fields[name].frombytes(value.tobytes())
+    return message_class(**fields)
+
+
+@functools.cache
+def _ros_class(type_name: str) -> tuple[Callable[..., Any], dict[str, str]]:
+    """The class of a message and the types of its fields."""
+    module, name = type_name.rsplit("/", 1)
+    message_class = getattr(import_module(module.replace("/", ".")), name)
+    return message_class, message_class.get_fields_and_field_types()
+
+
+def nanoseconds(stamp: Any) -> int:
+    """A builtin_interfaces/Time as one number."""
+    return int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
+
+
+def header_of(frame: Frame, new: NewMessage = ros_message) -> Any:
+    """std_msgs/Header: stamp and frame id of the image a frame was made from."""
     seconds, nanosec = divmod(frame.stamp, 1_000_000_000)
-    return Header(stamp=Time(sec=seconds, nanosec=nanosec), frame_id=frame.frame_id)
+    time = new("builtin_interfaces/msg/Time", sec=seconds, nanosec=nanosec)
+    return new("std_msgs/msg/Header", stamp=time, frame_id=frame.frame_id)
 
 
-def match_array(pair: Pair, pairing: int, extractor: str, matcher: str) -> MatchArray:
-    """The matches of a pair of frames."""
+def match_array(pair: Pair, pairing: int, extractor: str, matcher: str, new: NewMessage = ros_message) -> Any:
+    """kpmatch_ros/MatchArray: the matches of a pair of frames."""
     current, reference = pair.current, pair.reference
-    message = MatchArray()
-    message.header = header_of(current)
-    message.reference = header_of(reference)
-    message.pairing = pairing
-    message.width, message.height = current.features.size
-    message.reference_width, message.reference_height = reference.features.size
-    message.num_keypoints = len(current.keypoints)
-    message.reference_num_keypoints = len(reference.keypoints)
-    message.points = _array("f", pair.points)
-    message.reference_points = _array("f", pair.reference_points)
-    message.indices = _array("I", pair.indices[:, 1])
-    message.reference_indices = _array("I", pair.indices[:, 0])
-    message.scores = _array("f", pair.scores)
-    if pairing == MatchArray.CONSECUTIVE:
-        message.track_ids = _array("Q", pair.track_ids)
-    if pair.pose.inliers is not None:
-        message.inliers = _array("B", pair.pose.inliers)
-    message.layers = pair.layers
-    message.reset = pair.reset
-    message.extract_ms = current.extract_ms
-    message.match_ms = pair.match_ms
-    message.extractor = extractor
-    message.matcher = matcher
-    return message
-
-
-def relative_pose(pair: Pair) -> RelativePose:
-    """The pose of the current camera in the reference camera's frame."""
-    pose = pair.pose
-    message = RelativePose()
-    message.header = header_of(pair.current)
-    message.reference = header_of(pair.reference)
-    _fill(message.pose.pose, pose.rotation, pose.translation)
-    message.pose.covariance = np.ascontiguousarray(pose.covariance, np.float64).reshape(36)
-    message.metric = pose.metric
-    message.status = int(pose.status)
-    message.num_matches = pose.num_matches
-    message.num_inliers = pose.num_inliers
-    message.median_parallax = float(pose.median_parallax)
-    return message
-
-
-def odometry(frame: Frame, pose: OdometryPose) -> Odometry:
-    """Every chain has a frame of its own, so that nobody takes one for the other's continuation."""
-    message = Odometry(header=header_of(frame), child_frame_id=frame.frame_id)
-    message.header.frame_id = f"odom_{pose.chain}" if pose.chain else "odom"
-    _fill(message.pose.pose, pose.rotation, pose.position)
-    message.pose.covariance = np.ascontiguousarray(pose.covariance, np.float64).reshape(36)
-    message.twist.covariance = _UNKNOWN * np.eye(6).reshape(36)
-    return message
-
-
-def transform_of(message: Odometry) -> TransformStamped:
-    """The same for TF: the camera's frame below the odometry frame."""
-    found = TransformStamped(header=message.header, child_frame_id=message.child_frame_id)
-    position = message.pose.pose.position
-    found.transform.translation.x, found.transform.translation.y = position.x, position.y
-    found.transform.translation.z = position.z
-    found.transform.rotation = message.pose.pose.orientation
-    return found
-
-
-def _fill(pose: Pose, rotation: np.ndarray, translation: np.ndarray) -> None:
-    position, orientation = pose.position, pose.orientation
-    position.x, position.y, position.z = (float(value) for value in translation)
-    orientation.x, orientation.y, orientation.z, orientation.w = (
-        float(value) for value in Rotation.from_matrix(rotation).as_quat()
+    width, height = current.features.size
+    reference_width, reference_height = reference.features.size
+    return new(
+        "kpmatch_ros/msg/MatchArray",
+        header=header_of(current, new),
+        reference=header_of(reference, new),
+        pairing=int(pairing),
+        width=width,
+        height=height,
+        reference_width=reference_width,
+        reference_height=reference_height,
+        num_keypoints=len(current.keypoints),
+        reference_num_keypoints=len(reference.keypoints),
+        points=_flat(pair.points, np.float32),
+        reference_points=_flat(pair.reference_points, np.float32),
+        indices=_flat(pair.indices[:, 1], np.uint32),
+        reference_indices=_flat(pair.indices[:, 0], np.uint32),
+        scores=_flat(pair.scores, np.float32),
+        track_ids=_flat(pair.track_ids if pairing == Pairing.CONSECUTIVE else (), np.uint64),
+        inliers=_flat(() if pair.pose.inliers is None else pair.pose.inliers, np.uint8),
+        layers=pair.layers,
+        reset=pair.reset,
+        extract_ms=current.extract_ms,
+        match_ms=pair.match_ms,
+        extractor=extractor,
+        matcher=matcher,
     )
 
 
-def feature_array(frame: Frame, extractor: str) -> FeatureArray:
-    """The keypoints and descriptors of a frame."""
+def relative_pose(pair: Pair, new: NewMessage = ros_message) -> Any:
+    """kpmatch_ros/RelativePose: the pose of the current camera in the reference camera's frame."""
+    pose = pair.pose
+    return new(
+        "kpmatch_ros/msg/RelativePose",
+        header=header_of(pair.current, new),
+        reference=header_of(pair.reference, new),
+        pose=_pose_message(pose.rotation, pose.translation, pose.covariance, new),
+        metric=pose.metric,
+        status=int(pose.status),
+        num_matches=pose.num_matches,
+        num_inliers=pose.num_inliers,
+        median_parallax=float(pose.median_parallax),
+    )
+
+
+def odometry(frame: Frame, pose: OdometryPose, new: NewMessage = ros_message) -> Any:
+    """nav_msgs/Odometry. Each chain has a frame of its own: nobody shall take one for the other's continuation."""
+    header = header_of(frame, new)
+    header.frame_id = f"odom_{pose.chain}" if pose.chain else "odom"
+    return new(
+        "nav_msgs/msg/Odometry",
+        header=header,
+        child_frame_id=frame.frame_id,
+        pose=_pose_message(pose.rotation, pose.position, pose.covariance, new),
+        twist=new("geometry_msgs/msg/TwistWithCovariance", covariance=_flat(_UNKNOWN * np.eye(6), np.float64)),
+    )
+
+
+def transform_of(message: Any, new: NewMessage = ros_message) -> Any:
+    """geometry_msgs/TransformStamped of an Odometry: the camera's frame below the odometry frame."""
+    position = message.pose.pose.position
+    return new(
+        "geometry_msgs/msg/TransformStamped",
+        header=message.header,
+        child_frame_id=message.child_frame_id,
+        transform=new(
+            "geometry_msgs/msg/Transform",
+            translation=new("geometry_msgs/msg/Vector3", x=position.x, y=position.y, z=position.z),
+            rotation=message.pose.pose.orientation,
+        ),
+    )
+
+
+def _pose_message(rotation: np.ndarray, translation: np.ndarray, covariance: np.ndarray, new: NewMessage) -> Any:
+    x, y, z = (float(value) for value in translation)
+    qx, qy, qz, qw = (float(value) for value in Rotation.from_matrix(rotation).as_quat())
+    position = new("geometry_msgs/msg/Point", x=x, y=y, z=z)
+    orientation = new("geometry_msgs/msg/Quaternion", x=qx, y=qy, z=qz, w=qw)
+    return new(
+        "geometry_msgs/msg/PoseWithCovariance",
+        pose=new("geometry_msgs/msg/Pose", position=position, orientation=orientation),
+        covariance=_flat(covariance, np.float64),
+    )
+
+
+def feature_array(frame: Frame, extractor: str, new: NewMessage = ros_message) -> Any:
+    """kpmatch_ros/FeatureArray: the keypoints and descriptors of a frame."""
     features = frame.features.numpy()
-    message = FeatureArray()
-    message.header = header_of(frame)
-    message.width, message.height = features.size
-    message.points = _array("f", frame.keypoints)
-    message.scores = _array("f", features.scores)
-    message.descriptor_size = features.descriptors.shape[1]
-    message.descriptors = _array("f", features.descriptors)
-    message.extractor = extractor
-    return message
+    width, height = features.size
+    return new(
+        "kpmatch_ros/msg/FeatureArray",
+        header=header_of(frame, new),
+        width=width,
+        height=height,
+        points=_flat(frame.keypoints, np.float32),
+        scores=_flat(features.scores, np.float32),
+        descriptor_size=features.descriptors.shape[1],
+        descriptors=_flat(features.descriptors, np.float32),
+        extractor=extractor,
+    )
 
 
-def image_message(pixels: np.ndarray, header: Header) -> Image:
-    """An RGB picture (H, W, 3) as ``rgb8``."""
-    message = Image(header=header, encoding="rgb8")
-    message.height, message.width = pixels.shape[:2]
-    message.step = 3 * message.width
-    message.data = _array("B", pixels)
-    return message
+def image_message(pixels: np.ndarray, header: Any, new: NewMessage = ros_message) -> Any:
+    """sensor_msgs/Image: an RGB picture (H, W, 3) as ``rgb8``."""
+    height, width = pixels.shape[:2]
+    return new(
+        "sensor_msgs/msg/Image",
+        header=header,
+        height=height,
+        width=width,
+        encoding="rgb8",
+        step=3 * width,
+        data=_flat(pixels, np.uint8),
+    )
 
 
-def diagnostic_status(level: bytes, name: str, text: str, hardware_id: str, values: dict[str, str]) -> DiagnosticStatus:
-    """One entry of ``/diagnostics``."""
-    return DiagnosticStatus(
+def diagnostic_status(level: bytes, name: str, text: str, hardware_id: str, values: dict[str, str]) -> Any:
+    """diagnostic_msgs/DiagnosticStatus: one entry of ``/diagnostics``."""
+    return ros_message(
+        "diagnostic_msgs/msg/DiagnosticStatus",
         level=level,
         name=name,
         message=text,
         hardware_id=hardware_id,
-        values=[KeyValue(key=key, value=value) for key, value in values.items()],
+        values=[ros_message("diagnostic_msgs/msg/KeyValue", key=key, value=value) for key, value in values.items()],
     )
 
 
-def parameter_descriptor(item: Declaration) -> ParameterDescriptor:
-    """What `ros2 param describe` shows of a parameter."""
+def parameter_descriptor(item: Declaration) -> Any:
+    """rcl_interfaces/ParameterDescriptor: what `ros2 param describe` shows of a parameter."""
     constraints = [item.constraint] if item.choices else []
     constraints += [] if item.dynamic else ["takes effect when the node is configured"]
-    descriptor = ParameterDescriptor(
+    descriptor = ros_message(
+        "rcl_interfaces/msg/ParameterDescriptor",
         description=f"{item.description}{f' [{item.unit}]' if item.unit else ''}",
         additional_constraints="; ".join(constraints),
         # A whole number in a file is an integer to ROS; Declaration.check takes it for a float and checks the rest.
@@ -167,15 +229,16 @@ def parameter_descriptor(item: Declaration) -> ParameterDescriptor:
         return descriptor
     if item.type is int:
         highest = 2**31 - 1 if item.maximum is None else int(item.maximum)
-        descriptor.integer_range = [IntegerRange(from_value=int(item.minimum), to_value=highest, step=1)]
+        descriptor.integer_range = [
+            ros_message("rcl_interfaces/msg/IntegerRange", from_value=int(item.minimum), to_value=highest, step=1)
+        ]
     elif item.type is float:
         upper = 1e9 if item.maximum is None else item.maximum
-        descriptor.floating_point_range = [FloatingPointRange(from_value=item.minimum, to_value=upper, step=0.0)]
+        descriptor.floating_point_range = [
+            ros_message("rcl_interfaces/msg/FloatingPointRange", from_value=item.minimum, to_value=upper, step=0.0)
+        ]
     return descriptor
 
 
-def _array(typecode: str, values: Any) -> array:
-    # rclpy takes an array.array as it is, but assigns a NumPy array element by element.
-    filled = array(typecode)
-    filled.frombytes(np.ascontiguousarray(values, dtype=np.dtype(typecode)).tobytes())
-    return filled
+def _flat(values: Any, dtype: type) -> np.ndarray:
+    return np.ascontiguousarray(values, dtype).reshape(-1)

@@ -1,16 +1,19 @@
 """The matcher node: a thin lifecycle wrapper that carries images to the front end and its results to topics."""
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FuturesTimeoutError  # another one than TimeoutError in Python 3.10
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import rclpy
 import torch
@@ -58,10 +61,12 @@ __all__ = ["MatcherNode", "main"]
 _SILENT_AFTER = 2.0  # seconds without an image that are worth a warning
 _SILENT_IMAGES = 3  # of one camera of a stereo pair without any of the other
 _CALIBRATION_WAIT = 1.0  # seconds that the very first frame waits for a camera_info that somebody publishes
-
+_LAST_FRAME_WAIT = 1.0  # seconds that the frame at hand has to finish when the process is told to end
+_THREAD_NAME = "inference"
 
 ImageMessage: TypeAlias = "Image | CompressedImage"
 Transition = Callable[[Any, LifecycleState], TransitionCallbackReturn]
+Result = TypeVar("Result")
 
 
 def _explained(callback: Transition) -> Transition:
@@ -71,6 +76,8 @@ def _explained(callback: Transition) -> Transition:
     def wrapped(self: MatcherNode, state: LifecycleState) -> TransitionCallbackReturn:
         try:
             return callback(self, state)
+        except ExternalShutdownException:
+            return TransitionCallbackReturn.FAILURE  # told to end meanwhile
         except (ParameterError, WeightsError) as error:
             self._fault = str(error)
             self.get_logger().error(f"{callback.__name__} failed: {error}")
@@ -161,11 +168,11 @@ class MatcherNode(LifecycleNode):
         self._inputs = _inputs(parameters.mode)
         self._calibrated.clear()
         self._camera, self._camera_source = None, ()
-        self._inference = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inference")
+        self._inference = ThreadPoolExecutor(max_workers=1, thread_name_prefix=_THREAD_NAME)
         try:
-            self._front_end = self._inference.submit(_load, parameters).result()
+            self._front_end = self._wait_for(self._inference.submit(_load, parameters))
         except BaseException:
-            self._inference.shutdown()
+            self._inference.shutdown(wait=False)
             self._inference = None
             raise
         for name, kind, depth in (
@@ -232,10 +239,16 @@ class MatcherNode(LifecycleNode):
         self._release()
         return TransitionCallbackReturn.SUCCESS
 
-    def _release(self) -> None:
-        self._stop_processing()
+    def end(self) -> None:
+        """Let go of everything, without waiting for long: the process is about to end."""
+        self._release(_LAST_FRAME_WAIT)
+        self.destroy_node()
+
+    def _release(self, patience: float | None = None) -> None:
+        """Let go of the networks and the topics; ``patience`` in seconds limits the wait for the frame at hand."""
+        self._stop_processing(patience)
         if self._inference is not None:
-            self._inference.shutdown()
+            self._inference.shutdown(wait=patience is None)
             self._inference = None
         for publisher in self._outputs.values():
             self.destroy_lifecycle_publisher(publisher)
@@ -248,13 +261,21 @@ class MatcherNode(LifecycleNode):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _stop_processing(self) -> None:
+    def _stop_processing(self, patience: float | None = None) -> None:
         self._unsubscribe()
         if self._inbox is not None:
             self._monitor.dropped(self._inbox.close())
             self._inbox = None
             assert self._inference is not None
-            self._inference.submit(lambda: None).result()  # the frame at hand is done
+            with contextlib.suppress(TimeoutError, FuturesTimeoutError):
+                self._inference.submit(lambda: None).result(patience)  # the frame at hand is done
+
+    def _wait_for(self, future: Future[Result]) -> Result:
+        """The result, unless the process is told to end in the meantime."""
+        while self.context.ok():
+            with contextlib.suppress(TimeoutError, FuturesTimeoutError):
+                return future.result(0.1)
+        raise ExternalShutdownException
 
     # Input
 
@@ -610,8 +631,14 @@ def main(args: list[str] | None = None) -> int:
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     finally:
+        for sent in (signal.SIGINT, signal.SIGTERM):  # ending is under way: a second Ctrl-C must not break into it
+            signal.signal(sent, signal.SIG_IGN)
         if node is not None:
-            node._release()
-            node.destroy_node()
+            node.end()
         rclpy.try_shutdown()
+        if any(thread.name.startswith(_THREAD_NAME) for thread in threading.enumerate()):
+            # A network is still at work on the last frame, or loading. Nothing can interrupt it but the process's end.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     return 0

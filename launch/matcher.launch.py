@@ -5,11 +5,8 @@ parameter file decides.
 """
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from posixpath import dirname, join
-from typing import Any
 
 import yaml
 from ament_index_python.packages import get_package_share_directory
@@ -19,6 +16,7 @@ from launch.logging import get_logger
 from launch_ros.actions import LifecycleNode
 from launch_ros.utilities import make_namespace_absolute, prefix_namespace
 
+from kpmatch_ros.parameter_file import applies, sections
 from kpmatch_ros.parameters import declaration
 
 NODE_PARAMETERS = (
@@ -70,21 +68,6 @@ def parameter_argument(name: str) -> DeclareLaunchArgument:
     )
 
 
-def sections(tree: Any, path: str = "") -> Iterator[str]:
-    """The names of the nodes that a parameter file is for, which may be patterns and may be nested by namespace."""
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        if key == "ros__parameters":
-            yield path
-        else:
-            yield from sections(value, f"{path}/{str(key).strip('/')}")
-
-
-def applies(section: str, node_name: str) -> bool:
-    """Whether a node takes its parameters from a section: * stands for one part of its name, ** for any number."""
-    pattern = section.replace("/**", r"(/\w+)*").replace("/*", r"/\w+")
-    return re.fullmatch(pattern, node_name) is not None
-
-
 def start_node(context: LaunchContext) -> list[LifecycleNode]:
     """The node's action, with the values that the arguments were given."""
     given = context.launch_configurations
@@ -96,7 +79,7 @@ def start_node(context: LaunchContext) -> list[LifecycleNode]:
         )
     namespace = make_namespace_absolute(prefix_namespace(given.get("ros_namespace"), given["namespace"]))
     node_name = f"{namespace.rstrip('/')}/matcher"
-    found = list(sections(yaml.safe_load(params_file.read_text())))
+    found = [section for section, _ in sections(yaml.safe_load(params_file.read_text()))]
     if not any(applies(section, node_name) for section in found):  # ROS says nothing and takes the defaults
         get_logger("matcher.launch.py").warning(
             f"params_file: {params_file} has no section for {node_name}, so nothing in it applies; it has "

@@ -25,8 +25,9 @@ PARAMETERS = {"device": "cpu", "precision": "float32", "queue": "all"}
 class NodeUnderTest:
     """A matcher process and a peer that publishes to it and keeps what it sends."""
 
-    def __init__(self, process: subprocess.Popen[str], node: Any, executor: Any, log: Path) -> None:
-        self.process = process
+    def __init__(self, start: Callable[[], subprocess.Popen[str]], node: Any, executor: Any, log: Path) -> None:
+        self._start = start
+        self.process = start()
         self.node = node
         self._executor = executor
         self._log = log
@@ -96,6 +97,12 @@ class NodeUnderTest:
         )
         return self.figures()
 
+    def restart(self, sent: signal.Signals) -> None:
+        """End the node by a signal and start it again; this side keeps its publishers and subscriptions."""
+        self.process.send_signal(sent)
+        self.process.wait(timeout=30)
+        self.process = self._start()
+
     def stop(self, sent: signal.Signals = signal.SIGINT) -> int:
         """End the node as a launch file does, and return its exit status."""
         self.process.send_signal(sent)
@@ -117,22 +124,27 @@ def running_node(tmp_path: Path, arguments: tuple[str, ...] = (), **parameters: 
         for name, value in {**PARAMETERS, **parameters}.items():
             command += ["-p", f"{name}:={str(value).lower() if isinstance(value, bool) else value}"]
         log = tmp_path / "node.log"
-        with log.open("w") as stream:
-            process = subprocess.Popen(
-                [*command, *arguments], env=environment, stdout=stream, stderr=subprocess.STDOUT, text=True
-            )
+        log.unlink(missing_ok=True)
+
+        def start() -> subprocess.Popen[str]:
+            with log.open("a") as stream:
+                return subprocess.Popen(
+                    [*command, *arguments], env=environment, stdout=stream, stderr=subprocess.STDOUT, text=True
+                )
+
         context = rclpy.Context()
         os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
         rclpy.init(context=context, domain_id=domain)
         node = rclpy.create_node("peer", context=context)
         executor = SingleThreadedExecutor(context=context)
         executor.add_node(node)
+        under_test = NodeUnderTest(start, node, executor, log)
         try:
-            yield NodeUnderTest(process, node, executor, log)
+            yield under_test
         finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+            if under_test.process.poll() is None:
+                under_test.process.kill()
+            under_test.process.wait()
             executor.shutdown()
             node.destroy_node()
             rclpy.shutdown(context=context)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from kpmatch_ros import FeatureMatcher, Features, Matches, ParameterError, Parameters
 from kpmatch_ros.feature_matcher import choose_device, choose_precision
+from kpmatch_ros.images import ImageError
 from kpmatch_ros.models import ALIKED, DISK, SuperGlue
 
 Image = NDArray[np.uint8]
@@ -272,6 +273,15 @@ def test_a_tensor_will_do_for_an_image(matcher: FeatureMatcher, views: Any) -> N
 def test_what_is_no_image_is_refused(matcher: FeatureMatcher, image: NDArray[Any]) -> None:
     with pytest.raises(ValueError, match=r"the image is .* must be uint8"):
         matcher.extract(image)
+
+
+def test_an_image_too_large_for_the_networks_is_refused_with_the_remedy(matcher: FeatureMatcher) -> None:
+    huge = np.zeros((4320, 7680), np.uint8)
+    with pytest.raises(ImageError, match=r"7680 x 4320 pixels is too large .* set the parameter resize") as error:
+        matcher.extract(huge)
+    assert error.value.reason == "size"
+    matcher.configure(PARAMETERS.replace({"resize": 160}))
+    matcher.extract(huge)
 
 
 @pytest.mark.parametrize("resize", [0, 64])

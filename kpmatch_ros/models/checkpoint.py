@@ -29,6 +29,7 @@ _MARKS = {
     "disk": ("unet.path_down.0.1.3.weight", "unet.down.0.conv.weight"),
 }
 NETWORKS = tuple(_MARKS)
+CONFIG_KEY = "kpmatch_config"  # of the header of a .safetensors file, which has no place for a configuration otherwise
 
 # Keys of a Hugging Face config.json that say nothing about what the network computes.
 _DESCRIPTIVE = {
@@ -137,7 +138,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 f"{path} is no folder of weights: its config.json cannot be read ({error})"
             ) from error
         return Checkpoint(config, _read_tensors(tensor_file(path)), str(path))
-    return Checkpoint({}, _read_tensors(path), str(path))
+    return Checkpoint(_own_config(path), _read_tensors(path), str(path))
+
+
+def _own_config(path: Path) -> dict[str, Any]:
+    """The configuration in the header of a ``.safetensors`` file that this package wrote; empty in other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(CONFIG_KEY, "{}")
+        config = json.loads(text)
+    except Exception as error:  # SafetensorError, OSError, JSONDecodeError
+        raise _damaged(path, error) from error
+    return config if isinstance(config, dict) else {}
 
 
 def tensor_file(path: Path) -> Path:

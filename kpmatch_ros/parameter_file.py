@@ -1,0 +1,70 @@
+"""ROS 2 parameter files, such as config/matcher.yaml, without ROS."""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kpmatch_ros.parameters import ParameterError, Parameters, declaration
+
+__all__ = ["applies", "read_parameter_file", "sections"]
+
+# Of every node, and not this package's.
+_FOREIGN = re.compile(r"use_sim_time|start_type_description_service|qos_overrides(\..*)?")
+
+
+def sections(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The sections of a parameter file: the name of the node each is for, which may be a pattern and may be nested by
+
+    namespace, and what is below its ros__parameters.
+    """
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if key == "ros__parameters":
+            yield path, value
+        else:
+            yield from sections(value, f"{path}/{str(key).strip('/')}")
+
+
+def applies(section: str, node_name: str) -> bool:
+    """Whether a node takes its parameters from a section: * stands for one part of its name, ** for any number."""
+    pattern = section.replace("/**", r"(/\w+)*").replace("/*", r"/\w+")
+    return re.fullmatch(pattern, node_name) is not None
+
+
+def read_parameter_file(path: Path, node_name: str = "/matcher") -> Parameters:
+    """The parameters that a file gives a node, the defaults where it is silent.
+
+    Raises:
+        ParameterError: when it is no parameter file, has no section for the node, or a parameter in it is unknown or
+            has a value it may not have.
+        OSError: when it cannot be read.
+    """
+    try:
+        found = list(sections(yaml.safe_load(path.read_text())))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParameterError(f"{path}: is no YAML file: {error}") from error
+    own = [values for section, values in found if applies(section, node_name)]
+    if not own:
+        raise ParameterError(
+            f"{path}: has no section for {node_name}; it has {', '.join(name for name, _ in found) or 'none'}; name "
+            f"the section {node_name} or /**, with ros__parameters below it"
+        )
+    changes: dict[str, Any] = {}
+    for values in own:
+        if not isinstance(values, dict):
+            raise ParameterError(f"{path}: below ros__parameters there must be parameters, not {values!r}")
+        for name, value in values.items():
+            if _FOREIGN.fullmatch(str(name)):
+                continue
+            if isinstance(value, str) and declaration(str(name)).type is float:
+                with suppress(ValueError):
+                    value = float(value)  # ROS takes 1e-3 for a number; YAML 1.1 wants a point in it
+            changes[str(name)] = value
+    try:
+        return Parameters().replace(changes)
+    except ParameterError as error:
+        raise ParameterError(f"{path}: {error}") from error

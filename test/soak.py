@@ -1,0 +1,301 @@
+"""A long run of everything a robot's other nodes do, right and wrong, and a table of what came of it (make soak).
+
+The node runs as its own process. A camera bag is played to it in a loop, faster than it can process, with faults mixed
+in: broken messages, calibrations of no use, silences, jumps in time, subscribers that come and go, resets, parameter
+changes, deactivation. Ends with status 1 where something did not hold: the node died, a diagnostics message did not
+account for every frame, a result was older than the processing of two frames, memory, threads or files grew, or
+something published was not a number.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState
+from rcl_interfaces.srv import SetParametersAtomically
+from rclpy.parameter import Parameter
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.serialization import deserialize_message
+from sensor_msgs.msg import CameraInfo, Image
+from std_srvs.srv import Trigger
+from test_endurance import Resources
+from test_fuzz import assert_nothing_but_numbers, random_calibration, random_frame, random_image, random_stamp, stamped
+
+from kpmatch_ros.bags import image_topics, read_messages, typestore, write_demo_bag
+from kpmatch_ros.msg import FeatureArray, MatchArray
+from node_harness import NodeUnderTest, running_node
+
+SLACK = 0.15  # seconds beside inference: the pose, publishing, and the way here
+WARM_UP = 0.2  # part of the run after which memory has to stay as it is
+
+
+@dataclass
+class Camera:
+    """Plays a bag's images and calibrations in a loop, at stamps that go on, and now and then jump."""
+
+    frames: list[tuple[Image, CameraInfo]]
+    number: int = 0
+    jump: float = 0.0
+    sent: dict[int, float] = field(default_factory=dict)
+
+    def send(self, node: NodeUnderTest) -> None:
+        image, info = self.frames[self.number % len(self.frames)]
+        seconds = 1000.0 + 0.05 * self.number + self.jump
+        self.number += 1
+        node.send(stamped(image, seconds, "camera"), stamped(info, seconds, "camera"))
+        self.sent[nanoseconds(image.header.stamp)] = time.monotonic()
+        while len(self.sent) > 1000:
+            self.sent.pop(next(iter(self.sent)))
+
+
+def nanoseconds(stamp: Any) -> int:
+    return int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
+
+
+def read_bag(path: Path) -> list[tuple[Image, CameraInfo]]:
+    """The images of a bag's only camera with their calibrations, as rclpy's messages."""
+    topic = image_topics(path)[0].name
+    info_topic = f"{topic.rsplit('/', 1)[0]}/camera_info"
+    store = typestore()
+    images, infos = [], []
+    for record in read_messages(path, [topic, info_topic]):
+        kind, into = (Image, images) if record.topic == topic else (CameraInfo, infos)
+        raw = store.serialize_cdr(record.message, record.message.__msgtype__)
+        into.append(deserialize_message(bytes(raw), kind))
+    return list(zip(images, infos, strict=True))
+
+
+@dataclass
+class Soak:
+    """The run: what is done to the node, and what is seen of it."""
+
+    node: NodeUnderTest
+    camera: Camera
+    rng: np.random.Generator
+    ages: deque[float] = field(default_factory=deque)
+    late: int = 0
+    oldest: float = 0.0
+    results: int = 0
+    events: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    _last_cost: float = 0.0
+    _subscriptions: list[Any] = field(default_factory=list)
+    _seen: int = 0
+
+    def measure_processing(self, frames: int = 12) -> float:
+        """Seconds that a frame takes, one sent after the other."""
+        started = 0.0
+        for i in range(frames):
+            if i == 2:
+                started = time.monotonic()
+            self.node.matches.clear()
+            self.camera.send(self.node)
+            if i == 0:
+                self.node.wait_for_figure("frames processed", "1")
+            else:
+                self.node.wait_for(lambda: self.node.matches, "a pair")
+        self.node.matches.clear()
+        self.node.poses.clear()
+        return (time.monotonic() - started) / (frames - 2)
+
+    def run(self, seconds: float, interval: float, report: Callable[[float], None]) -> None:
+        """Send a frame every ``interval`` seconds, faults among them, and call ``report`` once a minute."""
+        started = due = time.monotonic()
+        next_event, next_report = started + 5, started + 60
+        while (now := time.monotonic()) < started + seconds:
+            if self.node.process.poll() is not None:
+                self.faults.append(f"the node ended with status {self.node.process.returncode}")
+                return
+            if now >= due:
+                self.send_something()
+                due = max(due + interval, now - 1.0)
+            self.node.spin(min(max(due - time.monotonic(), 0.0), 0.02))
+            self.look()
+            if now >= next_event:
+                self.do_something_else()
+                next_event = time.monotonic() + float(self.rng.uniform(2, 15))
+            if now >= next_report:
+                report(now - started)
+                next_report += 60
+        report(seconds)
+
+    def send_something(self) -> None:
+        """A frame, or now and then something broken."""
+        kind = self.rng.random()
+        if kind < 0.03:
+            self.node._images.publish(stamped(random_image(self.rng), random_stamp(self.rng), random_frame(self.rng)))
+        elif kind < 0.04:
+            self.node._infos.publish(stamped(random_calibration(self.rng), 1.0, random_frame(self.rng)))
+        else:
+            self.camera.send(self.node)
+
+    def look(self) -> None:
+        """Check what has come."""
+        for matches in self.node.matches:
+            cost = (matches.extract_ms + matches.match_ms) / 1e3
+            sent = self.camera.sent.get(nanoseconds(matches.header.stamp))
+            if sent is not None:
+                age = time.monotonic() - sent
+                self.ages.append(age)
+                self.oldest = max(self.oldest, age)
+                self.late += age > 2 * max(cost, self._last_cost) + SLACK
+                self.results += 1
+            self._last_cost = cost
+        try:
+            assert_nothing_but_numbers(self.node.matches, self.node.poses)
+        except AssertionError as error:
+            self.faults.append(f"published: {error}")
+        self.node.matches.clear()
+        self.node.poses.clear()
+        self.node.pictures.clear()
+        self.node.features.clear()
+        for array in self.node.diagnostics[self._seen :]:
+            counts = {item.key: int(item.value) for item in array.status[0].values if item.key.startswith("frames ")}
+            received = counts.pop("frames received")
+            if received != sum(counts.values()) or min(counts.values()) < 0:
+                self.faults.append(f"diagnostics: {received} frames received, but {counts}")
+        del self.node.diagnostics[:-1]
+        self._seen = len(self.node.diagnostics)
+
+    def do_something_else(self) -> None:
+        """One of the things that happen between frames."""
+        events = (self.subscribe, self.unsubscribe, self.reset, self.set_parameters, self.be_silent, self.jump_in_time,
+                  self.offer_another_qos, self.deactivate_for_a_moment)
+        event = events[int(self.rng.integers(0, len(events)))]
+        self.events[event.__name__.replace("_", " ")] += 1
+        event()
+
+    def call(self, kind: type, name: str, request: Any) -> Any:
+        client = self.node.node.create_client(kind, name)
+        self.node.wait_for(client.service_is_ready, f"the service {name}")
+        future = client.call_async(request)
+        self.node.wait_for(future.done, f"the answer of {name}")
+        self.node.node.destroy_client(client)
+        return future.result()
+
+    def subscribe(self) -> None:
+        kind, topic = ((Image, "match_image"), (FeatureArray, "features"), (MatchArray, "matches"))[
+            int(self.rng.integers(0, 3))
+        ]
+        self._subscriptions.append(self.node.subscribe(kind, topic, lambda message: None))
+
+    def unsubscribe(self) -> None:
+        if self._subscriptions:
+            self.node.node.destroy_subscription(self._subscriptions.pop(0))
+
+    def reset(self) -> None:
+        self.call(Trigger, "/reset", Trigger.Request())
+
+    def set_parameters(self) -> None:
+        request = SetParametersAtomically.Request()
+        changes = [("max_keypoints", 512), ("max_keypoints", 1024), ("max_keypoints", -5), ("reference", "keyframe"),
+                   ("reference", "previous"), ("filter_threshold", 0.3), ("filter_threshold", 2.0),
+                   ("depth_confidence", -1.0), ("depth_confidence", 0.95)]
+        name, value = changes[int(self.rng.integers(0, len(changes)))]
+        request.parameters = [Parameter(name, value=value).to_parameter_msg()]
+        self.call(SetParametersAtomically, "/matcher/set_parameters_atomically", request)
+
+    def be_silent(self) -> None:
+        self.node.spin(float(self.rng.uniform(1, 4)))
+
+    def jump_in_time(self) -> None:
+        self.camera.jump += float(self.rng.choice([-500.0, 0.001, 3600.0, 31_557_600.0]))
+        self.camera.jump = float(np.clip(self.camera.jump, -900, 1e9))
+
+    def offer_another_qos(self) -> None:
+        profile = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+        publisher = self.node.node.create_publisher(Image, "image", profile)
+        self.node.spin(0.5)
+        publisher.publish(stamped(random_image(self.rng), 1.0, "other"))
+        self.node.node.destroy_publisher(publisher)
+
+    def deactivate_for_a_moment(self) -> None:
+        for transition in (Transition.TRANSITION_DEACTIVATE, Transition.TRANSITION_ACTIVATE):
+            request = ChangeState.Request(transition=Transition(id=transition))
+            if not self.call(ChangeState, "/matcher/change_state", request).success:
+                self.faults.append(f"transition {transition} failed")
+
+
+HEADER = (" minute  received  processed  dropped  rejected  age 50 %  age 99 %   oldest  memory MB  threads  files")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--overload", type=float, default=4.0, help="frames sent for each that can be processed")
+    parser.add_argument("--bag", type=Path, help="of one camera; a synthetic one by default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parameter", action="append", default=[], metavar="NAME=VALUE", help="of the node")
+    options = parser.parse_args()
+    parameters = dict(item.split("=", 1) for item in options.parameter)
+    with tempfile.TemporaryDirectory() as folder:
+        bag = options.bag
+        if bag is None:
+            bag = Path(folder) / "bag"
+            write_demo_bag(bag, num_frames=8, size=(320, 240), encoding="mono8")
+        with running_node(Path(folder), queue="latest", **parameters) as node:
+            return soak(node, Camera(read_bag(bag)), options)
+
+
+def soak(node: NodeUnderTest, camera: Camera, options: argparse.Namespace) -> int:
+    """Run, print the table and the verdict."""
+    run = Soak(node, camera, np.random.default_rng(options.seed))
+    node.wait_until_connected()
+    processing = run.measure_processing()
+    interval = processing / options.overload
+    print(f"a frame takes {1e3 * processing:.0f} ms; one is sent every {1e3 * interval:.0f} ms, faults among them")
+    print(HEADER, flush=True)
+    history: list[tuple[float, Resources]] = []
+
+    def report(elapsed: float) -> None:
+        held = Resources(node.process.pid)
+        history.append((elapsed, held))
+        figures = node.figures()
+        ages = 1e3 * np.array(run.ages or [np.nan])
+        print(
+            f"{elapsed / 60:7.1f} {figures['frames received']:>9} {figures['frames processed']:>10}"
+            f" {figures['frames dropped']:>8} {figures['frames rejected']:>9} {np.percentile(ages, 50):>6.0f} ms"
+            f" {np.percentile(ages, 99):>6.0f} ms {1e3 * run.oldest:>5.0f} ms {held.memory / 1e6:>10.1f}"
+            f" {held.threads:>8} {held.files:>6}",
+            flush=True,
+        )
+        run.ages.clear()
+
+    run.run(60 * options.minutes, interval, report)
+    faults = list(dict.fromkeys(run.faults))
+    warm = [held for elapsed, held in history if elapsed >= WARM_UP * 60 * options.minutes]
+    growth = warm[-1].memory / warm[0].memory - 1
+    if len(warm) > 1 and growth > 0.01:
+        faults.append(f"memory grew by {100 * growth:.1f} % after the warm-up")
+    if warm[-1].threads > warm[0].threads + 1 or warm[-1].files > warm[0].files + 2:
+        faults.append(f"threads {warm[0].threads} to {warm[-1].threads}, files {warm[0].files} to {warm[-1].files}")
+    if run.late > 0.01 * run.results:
+        faults.append(f"{run.late} of {run.results} results were older than the processing of two frames")
+    if "Traceback" in node.log:
+        faults.append("the node's log holds a traceback")
+    if node.process.poll() is None and node.stop() != 0:
+        faults.append("the node did not end cleanly")
+    print("\nevents: " + ", ".join(f"{count} x {name}" for name, count in sorted(run.events.items())))
+    print("rejected: " + ", ".join(
+        f"{key.removeprefix('rejected: ')} {value}" for key, value in sorted(node.figures().items())
+        if key.startswith("rejected: ")
+    ))
+    print(f"{run.late} of {run.results} results older than the processing of two frames; "
+          f"memory {100 * growth:+.2f} % after the warm-up")
+    for fault in faults:
+        print(f"FAULT: {fault}")
+    print("passed" if not faults else "failed")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,439 @@
+"""kpmatch bag: the bag it writes is what the node publishes, and whatever is wrong with a bag is said in a line."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from rosbags.highlevel import AnyReader
+from scipy.spatial.transform import Rotation
+
+from kpmatch_ros.bags import (
+    BagWriter,
+    bag_storage,
+    bag_topics,
+    camera_info_message,
+    image_message,
+    new_message,
+    read_ground_truth,
+    read_messages,
+    write_camera_bag,
+    write_demo_bag,
+)
+from kpmatch_ros.cli import main
+from kpmatch_ros.messages import nanoseconds
+from kpmatch_ros.synthetic import demo_camera, relative_motion
+from node_harness import NodeUnderTest, running_node
+
+Run = Callable[..., tuple[int, str, str]]
+QUICK = ("--device", "cpu", "--precision", "float32", "--matcher", "nearest", "--max-keypoints", "256")
+FIRST = 1_700_000_000_000_000_000
+SIZE = (160, 120)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """run(words...): exit status, stdout and stderr of `kpmatch bag`."""
+
+    def run_command(*words: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            status = main(["bag", *(str(word) for word in words)])
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run_command
+
+
+@pytest.fixture(scope="module")
+def views(texture: Any) -> list[NDArray[np.uint8]]:
+    """Six images of a textured plane that moves by."""
+    wide = texture(150, 240, 5)
+    return [np.ascontiguousarray(wide[i : i + SIZE[1], 4 * i : 4 * i + SIZE[0]]) for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def bag(views: list[NDArray[np.uint8]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bag") / "in"
+    write_camera_bag(path, views, stamps(6), demo_camera(*SIZE))
+    return path
+
+
+def stamps(count: int, period: int = 100_000_000) -> list[int]:
+    return [FIRST + i * period for i in range(count)]
+
+
+def refused(result: tuple[int, str, str]) -> str:
+    """The one line with which the command refused what it was given."""
+    status, out, err = result
+    assert status == 2 and out == ""
+    assert err.endswith("\n") and err.count("\n") == 1 and err.startswith("kpmatch bag: ")
+    return err
+
+
+def by_topic(path: Path) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for record in read_messages(path):
+        found.setdefault(record.topic, []).append(record)
+    return found
+
+
+def header_stamp(message: Any) -> int:
+    return nanoseconds(message.header.stamp)
+
+
+# The messages
+
+
+def publish(node: NodeUnderTest, bag: Path) -> None:
+    with AnyReader([bag]) as reader:
+        for connection, _, raw in reader.messages():
+            if connection.topic == "/camera/image_raw":
+                node._images.publish(bytes(raw))
+            elif connection.topic == "/camera/camera_info":
+                node._infos.publish(bytes(raw))
+            node.spin(0.01)
+
+
+def test_the_bag_holds_what_the_node_publishes_bit_for_bit(run: Run, tmp_path: Path) -> None:
+    from rclpy.serialization import deserialize_message
+
+    from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
+
+    write_demo_bag(tmp_path / "in", num_frames=5, size=(320, 240))
+    with running_node(tmp_path, max_keypoints=512) as node:
+        node.subscribe(FeatureArray, "features", node.features.append)
+        node.wait_until_connected()
+        node.wait_for(lambda: node.node.count_subscribers("/features") == 1, "the subscription")
+        publish(node, tmp_path / "in")
+        node.wait_for(lambda: len(node.poses) == len(node.matches) == 4 and len(node.features) == 5, "every pair")
+    # The node ran the networks on one thread; results on several differ in the last bits.
+    status, _, _ = run(tmp_path / "in", tmp_path / "out", "--device", "cpu", "--precision", "float32",
+                       "--max-keypoints", 512, "--features")  # fmt: skip
+    assert status == 0
+    written: dict[str, list[Any]] = {"/matches": [], "/relative_pose": [], "/features": []}
+    kinds = {"/matches": MatchArray, "/relative_pose": RelativePose, "/features": FeatureArray}
+    with AnyReader([tmp_path / "out"]) as reader:
+        for connection, _, raw in reader.messages():
+            written[connection.topic].append(deserialize_message(bytes(raw), kinds[connection.topic]))
+    for message in [*node.matches, *written["/matches"]]:
+        message.extract_ms = message.match_ms = 0.0  # what it cost is the only thing that differs
+    assert written["/matches"] == node.matches and len(node.matches[0].scores) > 50
+    assert written["/relative_pose"] == node.poses
+    assert written["/features"] == node.features
+
+
+def test_messages_have_the_stamps_of_their_images_and_are_recorded_when_these_were(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    delay = 7_000_000  # from exposure to recording
+    with BagWriter(tmp_path / "in") as bag:
+        for stamp, view in zip(stamps(6), views):
+            bag.write("/eye/image", image_message(view, stamp, "eye", "mono8"), stamp + delay)
+            bag.write("/eye/camera_info", camera_info_message(demo_camera(*SIZE), stamp, "eye"), stamp + delay)
+    status, _, err = run(tmp_path / "in", tmp_path / "out", *QUICK)
+    assert (status, err) == (0, "")
+    found = by_topic(tmp_path / "out")
+    assert set(found) == {"/matches", "/relative_pose"}
+    for records in found.values():
+        assert [header_stamp(record.message) for record in records] == stamps(6)[1:]
+        assert [record.stamp for record in records] == [stamp + delay for stamp in stamps(6)[1:]]
+        assert {record.message.header.frame_id for record in records} == {"eye"}
+
+
+def test_the_other_topics_are_written_on_demand(run: Run, bag: Path, tmp_path: Path) -> None:
+    assert run(bag, tmp_path / "out", *QUICK, "--features", "--match-image")[0] == 0
+    counts = {topic.name: topic.num_messages for topic in bag_topics(tmp_path / "out")}
+    assert counts == {"/features": 6, "/matches": 5, "/match_image": 5, "/relative_pose": 5}
+    picture = by_topic(tmp_path / "out")["/match_image"][0].message
+    assert picture.width > 2 * SIZE[0] and len(picture.data) == picture.step * picture.height
+
+
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_the_bag_is_stored_as_the_one_it_is_made_from(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path, storage: Any
+) -> None:
+    write_camera_bag(tmp_path / "in", views[:2], stamps(2), None, storage=storage)
+    assert run(tmp_path / "in", tmp_path / "out", *QUICK)[0] == 0
+    assert bag_storage(tmp_path / "out") == storage
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"metadata.yaml", "out.mcap" if storage == "mcap" else "out.db3"}
+
+
+def test_compressed_images_are_matched_too(run: Run, views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
+    topic = "/camera/image_raw/compressed"
+    write_camera_bag(tmp_path / "in", views, stamps(6), demo_camera(*SIZE), image_topic=topic,
+                     info_topic="/camera/camera_info", compressed="png")  # fmt: skip
+    write_camera_bag(tmp_path / "raw", views, stamps(6), demo_camera(*SIZE))
+    found = []
+    for name in ("in", "raw"):
+        assert run(tmp_path / name, tmp_path / f"out_{name}", *QUICK)[0] == 0
+        found.append([record.message.points for record in by_topic(tmp_path / f"out_{name}")["/matches"]])
+    assert all(np.array_equal(one, other) for one, other in zip(*found)) and len(found[0][0]) > 20
+
+
+# The figures
+
+
+def test_it_ends_with_a_table(run: Run, bag: Path, tmp_path: Path) -> None:
+    status, out, err = run(bag, tmp_path / "out", *QUICK)
+    assert (status, err) == (0, "")
+    rows = {line.split()[0]: line for line in out.splitlines()}
+    assert list(rows) == ["frames", "rate", "latency", "keypoints", "matches", "inliers", "poses", "bag"]
+    assert "6 of 160 x 120 (/camera/image_raw)" in rows["frames"] and "95 %" in rows["latency"]
+
+
+def test_json_holds_the_figures(run: Run, bag: Path, tmp_path: Path) -> None:
+    figures = json.loads(run(bag, tmp_path / "out", *QUICK, "--json")[1])
+    found = by_topic(tmp_path / "out")
+    assert figures["frames"] == 6 and sum(figures["poses"].values()) == 5 and figures["rejected"] == {}
+    assert figures["matches"] == np.median([len(record.message.scores) for record in found["/matches"]])
+    assert figures["inliers"] == np.median([record.message.num_inliers for record in found["/relative_pose"]])
+    assert figures["rate"] > 0 and 0 < figures["latency_ms"]["median"] <= figures["latency_ms"]["95 %"]
+
+
+def test_images_that_cannot_be_used_are_counted_and_the_run_goes_on(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    with BagWriter(tmp_path / "in") as bag:
+        for number, (stamp, view) in enumerate(zip(stamps(6), views)):
+            message = image_message(view, stamp, "eye", "mono8")
+            if number == 2:
+                message.encoding = "mono7"
+            if number in (3, 4):
+                message.data = message.data[:100]
+            bag.write("/image", message, stamp)
+    status, out, err = run(tmp_path / "in", tmp_path / "out", *QUICK, "--json")
+    figures = json.loads(out)
+    assert status == 0 and figures["frames"] == 3 and figures["rejected"] == {"encoding": 1, "data": 2}
+    assert "mono7" in err and err.count("an image was rejected") == 2  # each reason once
+    matches = by_topic(tmp_path / "out")["/matches"]
+    assert [header_stamp(record.message) for record in matches] == [stamps(6)[1], stamps(6)[5]]
+
+
+def test_a_calibration_for_another_size_gives_no_pose_and_says_so(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    write_camera_bag(tmp_path / "in", views, stamps(6), demo_camera(320, 240))
+    status, out, err = run(tmp_path / "in", tmp_path / "out", *QUICK, "--json")
+    figures = json.loads(out)
+    assert status == 0 and figures["poses"] == {"NO_CALIBRATION": 5} and figures["camera_info_refused"] == {"size": 6}
+    assert "the image is 160x120 pixels but its calibration is for 320x240" in err and err.count("\n") == 1
+
+
+# Parameters
+
+
+def test_options_override_the_parameter_file_which_overrides_the_defaults(
+    run: Run, bag: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "matcher.yaml").write_text(
+        "/**:\n  ros__parameters:\n    max_keypoints: 50\n    matcher: nearest\n    use_sim_time: true\n"
+        "/other:\n  ros__parameters: {max_keypoints: 7}\n"
+        "/matcher:\n  ros__parameters: {border: 9, device: cpu, keypoint_threshold: 1e-4}\n"
+    )
+    assert run(bag, tmp_path / "out", "--params", tmp_path / "matcher.yaml", "--border", 20)[0] == 0
+    matches = by_topic(tmp_path / "out")["/matches"][0].message
+    assert matches.num_keypoints == 50 and matches.matcher == "nearest"
+    assert matches.points.min() >= 20
+    assert run(bag, tmp_path / "out2", "--params", tmp_path / "matcher.yaml")[0] == 0
+    assert by_topic(tmp_path / "out2")["/matches"][0].message.points.min() < 20
+
+
+def test_the_packages_own_parameter_file_gives_the_defaults() -> None:
+    from kpmatch_ros.parameter_file import read_parameter_file
+    from kpmatch_ros.parameters import Parameters
+
+    assert read_parameter_file(Path(__file__).parents[1] / "config" / "matcher.yaml") == Parameters()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("/**:\n  ros__parameters:\n    max_keypoints: 0\n", "max_keypoints is 0; it must be 1 to 16384"),
+        ("/**:\n  ros__parameters:\n    max_keypoint: 5\n", "there is no parameter 'max_keypoint'"),
+        ("/camera:\n  ros__parameters:\n    rate: 5\n", "has no section for /matcher; it has /camera"),
+        ("max_keypoints: 5\n", "has no section for /matcher; it has none"),
+        ("/**:\n  ros__parameters: [1]\n", "there must be parameters"),
+        ("a: [\n", "is no YAML file"),
+        ("/**:\n  ros__parameters:\n    mode: stereo\n", "mode is 'stereo'"),
+    ],
+)
+def test_a_bad_parameter_file_is_refused_in_one_line(
+    run: Run, bag: Path, tmp_path: Path, text: str, said: str
+) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    assert said in refused(run(bag, tmp_path / "out", "--params", tmp_path / "bad.yaml"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_reference_may_be_a_keyframe(run: Run, bag: Path, tmp_path: Path) -> None:
+    assert run(bag, tmp_path / "out", *QUICK, "--reference", "keyframe", "--keyframe-min-matches", 1)[0] == 0
+    matches = by_topic(tmp_path / "out")["/matches"]
+    assert [nanoseconds(record.message.reference.stamp) for record in matches] == [FIRST] * 5
+
+
+# Topics
+
+
+def two_cameras(path: Path, views: list[NDArray[np.uint8]]) -> Path:
+    with BagWriter(path) as bag:
+        for stamp, view in zip(stamps(3), views):
+            for eye, size in (("left", SIZE), ("right", (320, 240))):
+                bag.write(f"/{eye}/image_rect", image_message(view, stamp, eye, "mono8"), stamp)
+                bag.write(f"/{eye}/camera_info", camera_info_message(demo_camera(*size), stamp, eye), stamp)
+    return path
+
+
+def test_a_choice_of_cameras_is_left_to_the_user(run: Run, views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
+    bag = two_cameras(tmp_path / "in", views)
+    line = refused(run(bag, tmp_path / "out", *QUICK))
+    assert "has 2 image topics, choose one with --image: /left/image_rect, /right/image_rect" in line
+    line = refused(run(bag, tmp_path / "out", *QUICK, "--image", "/up/image_rect"))
+    assert "--image /up/image_rect: there is no such image topic" in line and "/left/image_rect" in line
+    line = refused(run(bag, tmp_path / "out", *QUICK, "--image", "/left/image_rect", "--camera-info", "/info"))
+    assert "--camera-info /info" in line and "/right/camera_info" in line
+    figures = json.loads(run(bag, tmp_path / "out", *QUICK, "--image", "/left/image_rect", "--json")[1])
+    assert figures["camera_info"] == "/left/camera_info" and figures["camera_info_refused"] == {}
+    other = ("--image", "left/image_rect", "--camera-info", "right/camera_info")
+    figures = json.loads(run(bag, tmp_path / "out2", *QUICK, *other, "--json")[1])
+    assert figures["camera_info"] == "/right/camera_info" and figures["camera_info_refused"] == {"size": 3}
+
+
+def test_the_only_calibration_of_a_bag_is_taken_wherever_it_is(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    write_camera_bag(tmp_path / "in", views, stamps(6), demo_camera(*SIZE), info_topic="/calibration")
+    assert json.loads(run(tmp_path / "in", tmp_path / "out", *QUICK, "--json")[1])["camera_info"] == "/calibration"
+
+
+def test_without_calibration_there_are_matches_and_no_poses(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    write_camera_bag(tmp_path / "in", views, stamps(6), None)
+    status, out, err = run(tmp_path / "in", tmp_path / "out", *QUICK)
+    assert status == 0 and "no camera_info beside /camera/image_raw" in err and "NO_CALIBRATION 5" in out
+
+
+# Poses
+
+
+def read_tum(path: Path) -> tuple[list[str], np.ndarray]:
+    lines = path.read_text().splitlines()
+    rows = [line.split() for line in lines if not line.startswith("#")]
+    return [row[0] for row in rows], np.array([[float(value) for value in row] for row in rows])
+
+
+def test_poses_are_chained_from_the_first_camera(run: Run, tmp_path: Path) -> None:
+    write_demo_bag(tmp_path / "in", num_frames=4, size=(320, 240))
+    assert run(tmp_path / "in", tmp_path / "out", "--device", "cpu", "--poses", tmp_path / "poses.txt")[0] == 0
+    times, rows = read_tum(tmp_path / "poses.txt")
+    true_stamps, truth = read_ground_truth(tmp_path / "in")
+    assert times == [f"{stamp // 10**9}.{stamp % 10**9:09d}" for stamp in true_stamps.tolist()]
+    rotation, position = Rotation.identity(), np.zeros(3)
+    chain = [(rotation, position)]
+    for record in by_topic(tmp_path / "out")["/relative_pose"]:
+        p, q = record.message.pose.pose.position, record.message.pose.pose.orientation
+        position = position + rotation.apply([p.x, p.y, p.z])
+        rotation = rotation * Rotation.from_quat([q.x, q.y, q.z, q.w])
+        chain.append((rotation, position))
+    for row, (rotation, position) in zip(rows, chain):
+        assert row[1:4] == pytest.approx(position, abs=1e-6)
+        assert (Rotation.from_quat(row[4:]).inv() * rotation).magnitude() < 1e-6
+    # And the third camera is where it truly is in the first one's frame, but for the scale.
+    turned, moved = relative_motion(truth[0], truth[2])
+    assert np.degrees((Rotation.from_quat(rows[2, 4:]).inv() * Rotation.from_matrix(turned)).magnitude()) < 1.5
+    assert rows[2, 1:4] @ moved > 0.97 * np.linalg.norm(rows[2, 1:4]) * np.linalg.norm(moved)
+
+
+def test_a_frame_that_cannot_be_related_breaks_the_chain_visibly(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    blank = np.full_like(views[0], 128)
+    write_camera_bag(tmp_path / "in", [*views[:3], blank, *views[3:]], stamps(7), demo_camera(*SIZE))
+    status, out, _ = run(tmp_path / "in", tmp_path / "out", *QUICK, "--poses", tmp_path / "poses.txt")
+    poses = [record.message for record in by_topic(tmp_path / "out")["/relative_pose"]]
+    known = [FIRST, *(header_stamp(pose) for pose in poses if pose.status in (pose.OK, pose.NO_TRANSLATION))]
+    assert known == [stamps(7)[i] for i in (0, 1, 2, 5, 6)]
+    times, rows = read_tum(tmp_path / "poses.txt")
+    assert [float(time) for time in times] == pytest.approx([stamp * 1e-9 for stamp in known])
+    lines = (tmp_path / "poses.txt").read_text().splitlines()
+    broken = [number for number, line in enumerate(lines) if line.startswith("# broken")]
+    assert status == 0 and broken == [4] and "broken 1 time" in out
+    # The chain goes on from the last known pose, as if the camera had not moved in between.
+    step = poses[4].pose.pose
+    q, p = step.orientation, step.position
+    last = Rotation.from_quat(rows[2, 4:])
+    assert rows[3, 1:4] == pytest.approx(rows[2, 1:4] + last.apply([p.x, p.y, p.z]), abs=1e-6)
+    turned = last * Rotation.from_quat([q.x, q.y, q.z, q.w])
+    assert (turned.inv() * Rotation.from_quat(rows[3, 4:])).magnitude() < 1e-6
+
+
+# What is not written
+
+
+def test_a_target_that_exists_is_left_alone(run: Run, bag: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "note").write_text("mine")
+    assert "out: exists already" in refused(run(bag, tmp_path / "out", *QUICK))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["note"]
+    assert "there is no folder" in refused(run(bag, tmp_path / "nowhere" / "out", *QUICK))
+    assert "there is no folder" in refused(run(bag, tmp_path / "new", *QUICK, "--poses", tmp_path / "nowhere" / "p"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_bag_that_is_none_is_refused_in_one_line(run: Run, tmp_path: Path) -> None:
+    assert "there is no such bag" in refused(run(tmp_path / "in", tmp_path / "out"))
+    (tmp_path / "in").mkdir()
+    assert "is not a bag" in refused(run(tmp_path / "in", tmp_path / "out"))
+    with BagWriter(tmp_path / "text") as bag:
+        bag.write("/text", new_message("std_msgs/msg/String", data="hello"), FIRST)
+    assert "has no image topic" in refused(run(tmp_path / "text", tmp_path / "out"))
+
+
+def test_a_bag_without_a_usable_image_leaves_nothing_behind(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    with BagWriter(tmp_path / "in") as bag:
+        for stamp in stamps(2):
+            bag.write("/depth", new_message("sensor_msgs/msg/Image", encoding="16SC1", width=4, height=4), stamp)
+    line = refused(run(tmp_path / "in", tmp_path / "out", *QUICK, "--poses", tmp_path / "poses.txt"))
+    assert "none of the 2 images on /depth can be used" in line and "16SC1" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_ctrl_c_leaves_no_half_bag_behind(views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
+    write_camera_bag(tmp_path / "in", views * 300, stamps(1800), demo_camera(*SIZE))
+    command = [sys.executable, "-m", "kpmatch_ros.cli", "bag", "in", "out", "--poses", "poses.txt", *QUICK]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.*/out/*")):  # until it is writing
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)  # to a shell, both are 130
+    assert err == "kpmatch bag: stopped\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_command_needs_no_ros(bag: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from kpmatch_ros.cli import main\n"
+        f"status = main(['bag', {str(bag)!r}, 'out', *{QUICK!r}])\n"
+        "print(status, [name for name in sys.modules if name in ('rclpy', 'kpmatch_ros.msg', 'std_msgs')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "0 []"

@@ -1,0 +1,190 @@
+"""What a robot does to a node over days, in a minute: cycles, signals at bad moments, kills, changes under load."""
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState
+from rcl_interfaces.srv import SetParametersAtomically
+from rclpy.parameter import Parameter
+from sensor_msgs.msg import Image
+
+from node_harness import NodeUnderTest, running_node
+
+WIDTH, HEIGHT = 128, 96
+
+
+@pytest.fixture
+def frames(texture: Any) -> list[Image]:
+    """A camera that moves 8 pixels a frame over a wall."""
+    picture = texture(HEIGHT, WIDTH + 8 * 20, 3)
+    views = [np.ascontiguousarray(picture[:, 8 * i : 8 * i + WIDTH]) for i in range(20)]
+    return [Image(encoding="mono8", width=WIDTH, height=HEIGHT, step=WIDTH, data=view.tobytes()) for view in views]
+
+
+def stamped(message: Image, seconds: float) -> Image:
+    message.header.stamp.sec, message.header.stamp.nanosec = divmod(round(seconds * 1e9), 1_000_000_000)
+    return message
+
+
+def change_state(node: NodeUnderTest, client: Any, transition: int) -> None:
+    future = client.call_async(ChangeState.Request(transition=Transition(id=transition)))
+    node.wait_for(future.done, "a transition")
+    assert future.result().success, node.log
+
+
+class Resources:
+    """What a process holds at present."""
+
+    def __init__(self, process: int) -> None:
+        folder = Path(f"/proc/{process}")
+        self.memory = int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        self.threads = len(list((folder / "task").iterdir()))
+        self.files = len(list((folder / "fd").iterdir()))
+
+
+@pytest.mark.timeout(600)
+def test_two_hundred_lifecycle_cycles_leave_nothing_behind(
+    tmp_path: Path, random_folder: Callable[..., Path], frames: list[Image]
+) -> None:
+    folder = str(random_folder())
+    cycle = (
+        Transition.TRANSITION_CONFIGURE,
+        Transition.TRANSITION_ACTIVATE,
+        Transition.TRANSITION_DEACTIVATE,
+        Transition.TRANSITION_CLEANUP,
+    )
+    with running_node(tmp_path, autostart=False, extractor=folder, matcher=folder, max_keypoints=60) as node:
+        client = node.node.create_client(ChangeState, "/matcher/change_state")
+        node.wait_for(client.service_is_ready, "the node")
+        for number in range(200):
+            for transition in cycle:
+                change_state(node, client, transition)
+                if transition == Transition.TRANSITION_ACTIVATE and number % 20 == 0:
+                    node.matches.clear()
+                    node.wait_until_connected()
+                    for i in range(3):
+                        node.send(stamped(frames[i], 10.0 * number + 0.1 * i))
+                    node.wait_for(lambda: len(node.matches) == 2, "two pairs")
+            if number == 60:
+                early = Resources(node.process.pid)
+        late = Resources(node.process.pid)
+        assert (late.threads, late.files) == (early.threads, early.files)
+        assert late.memory - early.memory < 10e6
+        node.wait_for(lambda: node.node.count_publishers("/matches") == 0, "the topics to go")
+        assert node.node.count_subscribers("/image") == 0
+        assert node.stop() == 0
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_the_node_ends_cleanly_in_the_middle_of_inference(tmp_path: Path, sent: signal.Signals, texture: Any) -> None:
+    # Large enough to take several seconds: the end must not wait for it.
+    pixels = texture(1440, 1920, 1)
+    large = Image(encoding="mono8", width=1920, height=1440, step=1920, data=pixels.tobytes())
+    with running_node(tmp_path, max_keypoints=4096) as node:
+        node.wait_until_connected()
+        node.send(stamped(large, 1.0))
+        node.wait_for_figure("frames waiting", "1")
+        node.process.send_signal(sent)
+        started = time.monotonic()
+        assert node.process.wait(timeout=30) == 0, node.log
+        assert time.monotonic() - started < 2 + 3  # 2 s of its own, and what a busy machine adds
+        assert "Traceback" not in node.log and "terminate" not in node.log
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.3])
+def test_ctrl_c_twice_while_the_weights_load_ends_the_node_without_a_fuss(tmp_path: Path, delay: float) -> None:
+    with running_node(tmp_path, max_keypoints=4096) as node:
+        node.wait_for(lambda: node.node.count_publishers("/diagnostics"), "the node to be there")
+        time.sleep(delay)
+        for _ in range(2):
+            node.process.send_signal(signal.SIGINT)
+            time.sleep(0.1)
+        assert node.process.wait(timeout=30) in (0, 130), node.log
+        assert "terminate" not in node.log and "Aborted" not in node.log
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_node_publishes_again_once_started_and_subscribers_stay(
+    tmp_path: Path, random_folder: Callable[..., Path], frames: list[Image]
+) -> None:
+    folder = str(random_folder())
+    random = np.random.default_rng(5)
+    with running_node(tmp_path, extractor=folder, matcher=folder, max_keypoints=60, queue="latest") as node:
+        seconds = 0.0
+        for restart in range(21):
+            node.matches.clear()
+
+            def frame_is_matched() -> bool:
+                nonlocal seconds
+                seconds += 0.05
+                node.send(stamped(frames[int(seconds * 20) % len(frames)], seconds))
+                node.spin(0.03)
+                return bool(node.matches)
+
+            node.wait_for(frame_is_matched, f"matches after restart {restart}")
+            end = time.monotonic() + 0.5 * random.random()
+            while time.monotonic() < end:
+                frame_is_matched()
+            if restart < 20:
+                node.restart(signal.SIGKILL)
+        assert node.stop() == 0
+
+
+def test_parameters_that_change_at_random_under_load_are_all_or_nothing(
+    tmp_path: Path, random_folder: Callable[..., Path], frames: list[Image]
+) -> None:
+    folder = str(random_folder())
+    random = np.random.default_rng(11)
+    # Values of each, good ones first, and how many are good.
+    values: dict[str, tuple[list[Any], int]] = {
+        "max_keypoints": ([20, 60, 100, 0, -3, 99999], 3),
+        "keypoint_threshold": ([-1.0, 0.0, 0.2, 1.5, float("nan")], 3),
+        "filter_threshold": ([0.0, 0.1, 0.3, -0.2, 7.0], 3),
+        "depth_confidence": ([-1.0, 0.5, 0.95, 2.0], 3),
+        "width_confidence": ([-1.0, 0.8, 0.99, -7.0], 3),
+        "reference": (["previous", "keyframe", "next", ""], 2),
+        "keyframe_min_matches": ([1, 50, 0], 2),
+        "max_reprojection_error": ([0.5, 3.0, 0.0], 2),
+        "nms_radius": ([3], 0),  # not while it runs
+        "min_inliers": ([6, 15, "many"], 2),
+    }
+    with running_node(tmp_path, extractor=folder, matcher=folder) as node:
+        node.wait_until_connected()
+        client = node.node.create_client(SetParametersAtomically, "/matcher/set_parameters_atomically")
+        node.wait_for(client.service_is_ready, "the service")
+        limits, number = [1024], 0
+        for _ in range(150):
+            node.send(stamped(frames[number % len(frames)], 1 + 0.1 * number))
+            number += 1
+            request, good, limit = SetParametersAtomically.Request(), True, limits[-1]
+            for name in random.choice(list(values), random.integers(1, 4), replace=False):
+                choices, good_ones = values[name]
+                index = int(random.integers(0, len(choices)))
+                good &= index < good_ones
+                limit = choices[index] if name == "max_keypoints" else limit
+                request.parameters.append(Parameter(str(name), value=choices[index]).to_parameter_msg())
+            future = client.call_async(request)
+            node.wait_for(future.done, "an answer")
+            result = future.result().result
+            assert result.successful == good, (request.parameters, result.reason)
+            assert good or result.reason
+            limits.append(limit if good else limits[-1])
+        node.wait_for_figure("frames waiting", "0")
+        node.wait_for(lambda: len(node.matches) == number - 1, "every pair")
+        # A refused set leaves everything as it was, so no frame ever had another number of keypoints than accepted.
+        for matches in node.matches:
+            assert matches.num_keypoints <= max(limits)
+        node.send(stamped(frames[0], 500.0))
+        node.send(stamped(frames[1], 500.1))
+        node.wait_for(lambda: len(node.matches) > number - 1, "the last pair")
+        assert node.matches[-1].num_keypoints <= limits[-1]
+        assert "Traceback" not in node.log
+        assert node.stop() == 0
