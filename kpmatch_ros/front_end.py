@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -10,8 +11,29 @@ from kpmatch_ros.camera import Camera
 from kpmatch_ros.feature_matcher import FeatureMatcher, Features
 from kpmatch_ros.geometry import PoseStatus, RelativePose, estimate_relative_pose
 from kpmatch_ros.parameters import Parameters
+from kpmatch_ros.refinement import REFINED_RESOLUTION, flatten, refine
+from kpmatch_ros.stereo import StereoCamera, check_stereo_matches, estimate_stereo_motion
 
-__all__ = ["Frame", "FrontEnd", "Pair"]
+__all__ = ["Frame", "FrontEnd", "Pair", "Stereo"]
+
+_REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much, and the keypoints are taken as they are
+
+
+@dataclass(frozen=True)
+class Stereo:
+    """What a stereo frame adds to its left image.
+
+    Attributes:
+        camera: the calibration of the pair; None where there is none, or where the matches contradict it.
+        right_points: (N, 2) float32 the left image's keypoints in the right image, NaN where there is no match.
+        left_flat: the left image as :func:`kpmatch_ros.refinement.flatten` gives it.
+        right_flat: the right image, the same.
+    """
+
+    camera: StereoCamera | None
+    right_points: np.ndarray
+    left_flat: np.ndarray
+    right_flat: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -27,6 +49,7 @@ class Frame:
         keypoints: (N, 2) float32 keypoints of the features, on the host.
         track_ids: (N,) uint64 the track of each keypoint; 0 as long as it was never matched.
         extract_ms: what finding and describing the keypoints took, milliseconds.
+        stereo: what a left image has besides; None for one camera.
     """
 
     stamp: int
@@ -37,20 +60,22 @@ class Frame:
     keypoints: np.ndarray
     track_ids: np.ndarray
     extract_ms: float
+    stereo: Stereo | None = None
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A frame matched with its reference: M matches, parallel arrays.
+    """A frame matched with its reference, or the right image with the left: M matches, parallel arrays.
 
     Attributes:
-        reference: the reference frame.
-        current: the frame just registered.
+        reference: the reference frame, or the left image's.
+        current: the frame just registered, or the right image's.
         indices: (M, 2) int64 indices into the features of reference and current.
         scores: (M,) float32 in [0, 1].
-        track_ids: (M,) uint64.
+        track_ids: (M,) uint64; empty for left and right.
         layers: transformer layers run.
-        pose: of the current camera in the reference camera's frame.
+        pose: of the current camera in the reference camera's frame. From left to right it is the calibration's, and
+            tells which matches agree with it (see stereo.check_stereo_matches).
         reset: the first pair after the cache was emptied.
         match_ms: what matching took, milliseconds.
     """
@@ -83,7 +108,9 @@ class Pair:
 
 @dataclass
 class FrontEnd:
-    """Registers frame after frame of one camera. Each image is described once: as current, then as reference.
+    """Registers frame after frame of one camera, or of a stereo pair of cameras.
+
+    Each image is described once: as current, then as reference.
 
     Attributes:
         parameters: may be exchanged between two frames with :meth:`configure`.
@@ -127,24 +154,57 @@ class FrontEnd:
         Returns:
             the frame, and its pair with the reference; None for the first frame after a reset.
         """
-        if self.breaks_off(stamp):
+        self._begin(stamp)
+        (current,) = self._describe([image], [stamp], [camera], [frame_id])
+        return current, self._match_with_reference(current)
+
+    def register_stereo_frame(
+        self,
+        left: np.ndarray,
+        right: np.ndarray,
+        stamp: int,
+        camera: StereoCamera | None = None,
+        frame_ids: tuple[str, str] = ("", ""),
+        right_stamp: int | None = None,
+    ) -> tuple[Pair, Pair | None]:
+        """Match left with right, and left with the reference frame's left; estimate the motion in metres.
+
+        Args:
+            left: the left image, uint8 grey (H, W) or RGB (H, W, 3).
+            right: the right image. Both go through the network together where their sizes are equal.
+            stamp: time of the left image, nanoseconds.
+            camera: calibration of the pair; without one the pose has the status NO_CALIBRATION.
+            frame_ids: names of the left and the right camera's optical frames.
+            right_stamp: time of the right image where it is another.
+
+        Returns:
+            left (its frame is the pair's reference) with right, and left with the reference, which is None for the
+            first frame after a reset.
+        """
+        self._begin(stamp)
+        cameras = (None, None) if camera is None else (camera.left, camera.right)
+        stamps = [stamp, stamp if right_stamp is None else right_stamp]
+        left_frame, right_frame = self._describe([left, right], stamps, cameras, frame_ids)
+        stereo = self._match_sides(left_frame, right_frame, camera)
+        return stereo, self._match_with_reference(stereo.reference)
+
+    def _begin(self, stamp: int) -> None:
+        if self.interruption(stamp):
             self.reset()
         self._last_stamp = stamp
-        current = self._describe(image, stamp, camera, frame_id)
+
+    def _match_with_reference(self, current: Frame) -> Pair | None:
         reference, self.reference = self.reference, self.reference or current
         if reference is None:
-            return current, None
-        started = time.perf_counter()
-        matches = self.matcher.match(reference.features, current.features).numpy()
-        match_ms = _milliseconds_since(started)
-        indices = np.asarray(matches.indices)
+            return None
+        indices, scores, layers, match_ms = self._match(reference, current)
         pair = Pair(
             reference=reference,
             current=current,
             indices=indices,
-            scores=np.asarray(matches.scores),
+            scores=scores,
             track_ids=self._continue_tracks(reference, current, indices),
-            layers=matches.layers,
+            layers=layers,
             pose=self._estimate_pose(reference, current, indices),
             reset=self._fresh,
             match_ms=match_ms,
@@ -152,29 +212,77 @@ class FrontEnd:
         self._fresh = False
         if self._wants_new_reference(pair):
             self.reference = current
-        return current, pair
+        return pair
 
-    def breaks_off(self, stamp: int) -> bool:
-        """Whether a frame of this time cannot follow the last one: time went back, or the gap is too long."""
-        if self._last_stamp is None:
-            return False
-        elapsed = (stamp - self._last_stamp) * 1e-9
-        return elapsed < 0 or 0 < self.parameters.max_gap < elapsed
-
-    def _describe(self, image: np.ndarray, stamp: int, camera: Camera | None, frame_id: str) -> Frame:
-        started = time.perf_counter()
-        features = self.matcher.extract(image)
-        keypoints = np.asarray(features.numpy().keypoints)  # also waits for the device
-        return Frame(
-            stamp=stamp,
-            image=image,
-            frame_id=frame_id,
-            camera=camera,
-            features=features,
-            keypoints=keypoints,
-            track_ids=np.zeros(len(keypoints), np.uint64),
-            extract_ms=_milliseconds_since(started),
+    def _match_sides(self, left: Frame, right: Frame, camera: StereoCamera | None) -> Pair:
+        """The left frame with what it needs of the right one for a pose in metres, matched with the right frame."""
+        indices, scores, layers, match_ms = self._match(left, right)
+        pose = check_stereo_matches(
+            left.keypoints[indices[:, 0]],
+            right.keypoints[indices[:, 1]],
+            camera,
+            max_reprojection_error=self.parameters.max_reprojection_error,
+            min_inliers=self.parameters.min_inliers,
         )
+        right_points = np.full_like(left.keypoints, np.nan)
+        right_points[indices[:, 0]] = right.keypoints[indices[:, 1]]
+        usable = camera if pose.status is PoseStatus.OK else None
+        return Pair(
+            reference=replace(left, stereo=Stereo(usable, right_points, flatten(left.image), flatten(right.image))),
+            current=right,
+            indices=indices,
+            scores=scores,
+            track_ids=np.zeros(0, np.uint64),
+            layers=layers,
+            pose=pose,
+            reset=self.reference is None,
+            match_ms=match_ms,
+        )
+
+    def _match(self, reference: Frame, current: Frame) -> tuple[np.ndarray, np.ndarray, int, float]:
+        """Indices, scores, layers, and milliseconds."""
+        started = time.perf_counter()
+        matches = self.matcher.match(reference.features, current.features).numpy()
+        indices, scores = np.asarray(matches.indices), np.asarray(matches.scores)
+        return indices, scores, matches.layers, _milliseconds_since(started)
+
+    def interruption(self, stamp: int) -> str:
+        """Why a frame of this time cannot follow the last one, in words: time went back, or the gap is too long."""
+        if self._last_stamp is None:
+            return ""
+        elapsed = (stamp - self._last_stamp) * 1e-9
+        if elapsed < 0:
+            return f"the stamps went back by {-elapsed:.3f} s"
+        if 0 < self.parameters.max_gap < elapsed:
+            return f"there was no frame for {elapsed:.3f} s, more than max_gap"
+        return ""
+
+    def _describe(
+        self,
+        images: Sequence[np.ndarray],
+        stamps: Sequence[int],
+        cameras: Sequence[Camera | None],
+        frame_ids: Sequence[str],
+    ) -> list[Frame]:
+        started = time.perf_counter()
+        found = self.matcher.extract_batch(images)
+        keypoints = [np.asarray(features.numpy().keypoints) for features in found]  # also waits for the device
+        extract_ms = _milliseconds_since(started) / len(images)
+        return [
+            Frame(
+                stamp=stamp,
+                image=image,
+                frame_id=frame_id,
+                camera=camera,
+                features=features,
+                keypoints=points,
+                track_ids=np.zeros(len(points), np.uint64),
+                extract_ms=extract_ms,
+            )
+            for image, stamp, camera, frame_id, features, points in zip(
+                images, stamps, cameras, frame_ids, found, keypoints
+            )
+        ]
 
     def _continue_tracks(self, reference: Frame, current: Frame, indices: np.ndarray) -> np.ndarray:
         """Hand the tracks of matched reference keypoints on to the current ones, and begin new ones."""
@@ -188,6 +296,8 @@ class FrontEnd:
         return ids
 
     def _estimate_pose(self, reference: Frame, current: Frame, indices: np.ndarray) -> RelativePose:
+        if reference.stereo is not None and current.stereo is not None:
+            return self._estimate_stereo_pose(reference, reference.stereo, current, current.stereo, indices)
         if reference.camera is None or current.camera is None:
             return RelativePose.undefined(PoseStatus.NO_CALIBRATION, num_matches=len(indices))
         return estimate_relative_pose(
@@ -198,6 +308,31 @@ class FrontEnd:
             max_reprojection_error=self.parameters.max_reprojection_error,
             min_inliers=self.parameters.min_inliers,
             keypoint_resolution=self._keypoint_resolution(current),
+        )
+
+    def _estimate_stereo_pose(
+        self, reference: Frame, stereo0: Stereo, current: Frame, stereo1: Stereo, indices: np.ndarray
+    ) -> RelativePose:
+        index0, index1 = indices.T
+        left0, left1 = reference.keypoints[index0], current.keypoints[index1]
+        right0, right1 = stereo0.right_points[index0], stereo1.right_points[index1]
+        resolution = self._keypoint_resolution(current)
+        # In all images where the surroundings of the reference's keypoint are, unless they changed too much for that.
+        fine_left1 = refine(stereo0.left_flat, stereo1.left_flat, left0, left1, resolution)
+        if np.isfinite(fine_left1[:, 0]).sum() > _REFINABLE * len(indices):
+            right0 = refine(stereo0.left_flat, stereo0.right_flat, left0, right0, resolution)
+            right1 = refine(stereo1.left_flat, stereo1.right_flat, fine_left1, right1 + fine_left1 - left1, resolution)
+            left1, resolution = fine_left1, REFINED_RESOLUTION
+        return estimate_stereo_motion(
+            left0,
+            right0,
+            left1,
+            right1,
+            stereo0.camera,
+            stereo1.camera,
+            max_reprojection_error=self.parameters.max_reprojection_error,
+            min_inliers=self.parameters.min_inliers,
+            keypoint_resolution=resolution,
         )
 
     def _keypoint_resolution(self, frame: Frame) -> float:

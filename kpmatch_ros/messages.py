@@ -20,6 +20,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.front_end import Frame, Pair
+from kpmatch_ros.odometry import OdometryPose
 from kpmatch_ros.parameters import Declaration
 
 __all__ = [
@@ -31,13 +32,16 @@ __all__ = [
     "image_message",
     "match_array",
     "nanoseconds",
+    "odometry",
     "parameter_descriptor",
     "relative_pose",
     "ros_message",
+    "transform_of",
 ]
 
 NewMessage = Callable[..., Any]
 
+_UNKNOWN = 1e9  # variance of a velocity that nobody estimated
 _TYPECODES = {"u1": "B", "u4": "I", "u8": "Q", "f4": "f"}  # of rclpy's arrays, by NumPy's types
 
 
@@ -114,24 +118,56 @@ def match_array(pair: Pair, pairing: int, extractor: str, matcher: str, new: New
 def relative_pose(pair: Pair, new: NewMessage = ros_message) -> Any:
     """kpmatch_ros/RelativePose: the pose of the current camera in the reference camera's frame."""
     pose = pair.pose
-    x, y, z = (float(value) for value in pose.translation)
-    qx, qy, qz, qw = (float(value) for value in Rotation.from_matrix(pose.rotation).as_quat())
-    position = new("geometry_msgs/msg/Point", x=x, y=y, z=z)
-    orientation = new("geometry_msgs/msg/Quaternion", x=qx, y=qy, z=qz, w=qw)
     return new(
         "kpmatch_ros/msg/RelativePose",
         header=header_of(pair.current, new),
         reference=header_of(pair.reference, new),
-        pose=new(
-            "geometry_msgs/msg/PoseWithCovariance",
-            pose=new("geometry_msgs/msg/Pose", position=position, orientation=orientation),
-            covariance=_flat(pose.covariance, np.float64),
-        ),
+        pose=_pose_message(pose.rotation, pose.translation, pose.covariance, new),
         metric=pose.metric,
         status=int(pose.status),
         num_matches=pose.num_matches,
         num_inliers=pose.num_inliers,
         median_parallax=float(pose.median_parallax),
+    )
+
+
+def odometry(frame: Frame, pose: OdometryPose, new: NewMessage = ros_message) -> Any:
+    """nav_msgs/Odometry. Each chain has a frame of its own: nobody shall take one for the other's continuation."""
+    header = header_of(frame, new)
+    header.frame_id = f"odom_{pose.chain}" if pose.chain else "odom"
+    return new(
+        "nav_msgs/msg/Odometry",
+        header=header,
+        child_frame_id=frame.frame_id,
+        pose=_pose_message(pose.rotation, pose.position, pose.covariance, new),
+        twist=new("geometry_msgs/msg/TwistWithCovariance", covariance=_flat(_UNKNOWN * np.eye(6), np.float64)),
+    )
+
+
+def transform_of(message: Any, new: NewMessage = ros_message) -> Any:
+    """geometry_msgs/TransformStamped of an Odometry: the camera's frame below the odometry frame."""
+    position = message.pose.pose.position
+    return new(
+        "geometry_msgs/msg/TransformStamped",
+        header=message.header,
+        child_frame_id=message.child_frame_id,
+        transform=new(
+            "geometry_msgs/msg/Transform",
+            translation=new("geometry_msgs/msg/Vector3", x=position.x, y=position.y, z=position.z),
+            rotation=message.pose.pose.orientation,
+        ),
+    )
+
+
+def _pose_message(rotation: np.ndarray, translation: np.ndarray, covariance: np.ndarray, new: NewMessage) -> Any:
+    x, y, z = (float(value) for value in translation)
+    qx, qy, qz, qw = (float(value) for value in Rotation.from_matrix(rotation).as_quat())
+    position = new("geometry_msgs/msg/Point", x=x, y=y, z=z)
+    orientation = new("geometry_msgs/msg/Quaternion", x=qx, y=qy, z=qz, w=qw)
+    return new(
+        "geometry_msgs/msg/PoseWithCovariance",
+        pose=new("geometry_msgs/msg/Pose", position=position, orientation=orientation),
+        covariance=_flat(covariance, np.float64),
     )
 
 

@@ -33,11 +33,14 @@ class Monitor:
         self._dropped = 0
         self._rejected: Counter[str] = Counter()
         self._calibrations_refused: Counter[str] = Counter()
+        self._unpaired: Counter[str] = Counter()
+        self._interruptions = 0
+        self._odometry_breaks: int | None = None
         self._failures: deque[tuple[float, str]] = deque()
         self._arrivals: deque[float] = deque()
         self._latencies: deque[tuple[float, float]] = deque()
         self._statuses: Counter[str] = Counter()
-        self._last = {"keypoints": "", "matches": "", "inlier ratio": "", "layers": ""}
+        self._last: dict[str, str] = {"keypoints": "", "matches": "", "inlier ratio": "", "layers": ""}
 
     def received(self) -> None:
         """A frame arrived."""
@@ -67,9 +70,31 @@ class Monitor:
             self._calibrations_refused[reason] += 1
             self._failures.append((self._clock(), explanation))
 
-    def processed(self, latency_ms: float, keypoints: int, pair: Pair | None) -> None:
+    def interrupted(self, explanation: str) -> None:
+        """The frames' times jumped, and the tracks began anew."""
+        with self._lock:
+            self._interruptions += 1
+            self._failures.append((self._clock(), explanation))
+
+    def unpaired(self, topic: str, images: int, explanation: str) -> None:
+        """Images of one camera of a stereo pair found no partner; they are no frames."""
+        with self._lock:
+            self._unpaired[topic] += images
+            self._failures.append((self._clock(), explanation))
+
+    def odometry(self, breaks: int, explanation: str) -> None:
+        """A pose was added to the chain, which broke so many times till now; the explanation is for a new break."""
+        with self._lock:
+            if breaks > (self._odometry_breaks or 0):
+                self._failures.append((self._clock(), explanation))
+            self._odometry_breaks = breaks
+
+    def processed(self, latency_ms: float, keypoints: int, pair: Pair | None, stereo: Pair | None = None) -> None:
         """A frame went all the way, in ``latency_ms`` from arrival to publication."""
         with self._lock:
+            if stereo is not None:
+                self._last["stereo matches"] = str(len(stereo.indices))
+                self._last["stereo inlier ratio"] = f"{stereo.inlier_ratio:.3f}"
             self._processed += 1
             self._latencies.append((self._clock(), latency_ms))
             self._last["keypoints"] = str(keypoints)
@@ -78,12 +103,6 @@ class Monitor:
                 self._last["inlier ratio"] = f"{pair.inlier_ratio:.3f}"
                 self._last["layers"] = str(pair.layers)
                 self._statuses[pair.pose.status.name] += 1
-
-    @property
-    def silence(self) -> float | None:
-        """Seconds since the last frame arrived; None before the first."""
-        with self._lock:
-            return self._clock() - self._arrivals[-1] if self._arrivals else None
 
     def problems(self) -> list[str]:
         """What went wrong in the last seconds, in the user's words, each once."""
@@ -115,13 +134,18 @@ class Monitor:
                 values[f"rejected: {reason}"] = str(count)
             for reason, count in sorted(self._calibrations_refused.items()):
                 values[f"camera_info refused: {reason}"] = str(count)
+            for topic, count in sorted(self._unpaired.items()):
+                values[f"unpaired: {topic}"] = str(count)
+            values["interruptions"] = str(self._interruptions)
+            if self._odometry_breaks is not None:
+                values["odometry breaks"] = str(self._odometry_breaks)
             for status in PoseStatus:
                 values[f"poses {status.name}"] = str(self._statuses[status.name])
             return values
 
     def _forget(self) -> None:
         limit = self._clock() - self._window
-        while len(self._arrivals) > 1 and self._arrivals[1] < limit:  # the last arrival tells how long it is silent
+        while self._arrivals and self._arrivals[0] < limit:
             self._arrivals.popleft()
         for timed in (self._latencies, self._failures):
             while timed and timed[0][0] < limit:

@@ -12,11 +12,13 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FuturesTimeoutError  # another one than TimeoutError in Python 3.10
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
 
 import rclpy
 import torch
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from nav_msgs.msg import Odometry as OdometryMessage
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
 from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
@@ -33,11 +35,15 @@ from kpmatch_ros.camera import CalibrationError, Camera
 from kpmatch_ros.drawing import draw_matches
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.front_end import Frame, FrontEnd, Pair
+from kpmatch_ros.geometry import PoseStatus
 from kpmatch_ros.images import ImageError, to_array
 from kpmatch_ros.inbox import Inbox
 from kpmatch_ros.monitor import Monitor
 from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
+from kpmatch_ros.odometry import Odometry
+from kpmatch_ros.pairing import Pairing
 from kpmatch_ros.parameters import ParameterError, Parameters, declarations
+from kpmatch_ros.stereo import StereoCamera
 from kpmatch_ros.weights import REGISTRY, WeightsError
 
 try:
@@ -45,13 +51,20 @@ try:
 except ImportError:  # ROS 2 Humble
     from rclpy.qos_event import SubscriptionEventCallbacks
 
+try:
+    from tf2_msgs.msg import TFMessage
+except ImportError:  # it is no part of a minimal ROS
+    TFMessage = None
+
 __all__ = ["MatcherNode", "main"]
 
 _SILENT_AFTER = 2.0  # seconds without an image that are worth a warning
+_SILENT_IMAGES = 3  # of one camera of a stereo pair without any of the other
 _CALIBRATION_WAIT = 1.0  # seconds that the very first frame waits for a camera_info that somebody publishes
 _LAST_FRAME_WAIT = 1.0  # seconds that the frame at hand has to finish when the process is told to end
 _THREAD_NAME = "inference"
 
+ImageMessage: TypeAlias = "Image | CompressedImage"
 Transition = Callable[[Any, LifecycleState], TransitionCallbackReturn]
 Result = TypeVar("Result")
 
@@ -77,6 +90,27 @@ def _explained(callback: Transition) -> Transition:
     return wrapped
 
 
+@dataclass
+class _Input:
+    """One camera's topics, and what last came on them."""
+
+    image_name: str  # before remapping
+    info_name: str
+    image: Any = None  # the subscriptions
+    info: Any = None
+    calibration: CameraInfo | None = None
+    arrived: float | None = None  # the last image, monotonic seconds
+
+    @property
+    def topic(self) -> str:
+        return self.image.topic_name if self.image is not None else self.image_name
+
+
+def _inputs(mode: str) -> list[_Input]:
+    cameras = ("left/", "right/") if mode == "stereo" else ("",)
+    return [_Input(f"{camera}image", f"{camera}camera_info") for camera in cameras]
+
+
 class MatcherNode(LifecycleNode):
     """Images and calibration in; matches, relative poses and diagnostics out.
 
@@ -97,16 +131,16 @@ class MatcherNode(LifecycleNode):
         self._state = "unconfigured"
         self._front_end: FrontEnd | None = None
         self._inference: ThreadPoolExecutor | None = None
-        self._inbox: Inbox[tuple[Image | CompressedImage, float]] | None = None
+        self._inbox: Inbox[tuple[tuple[ImageMessage, ...], float]] | None = None
+        self._pairing: Pairing[ImageMessage] | None = None
+        self._inputs = _inputs(self._matching_parameters.mode)
+        self._odometry: Odometry | None = None
         self._outputs: dict[str, Any] = {}
-        self._image_subscription: Any = None
-        self._info_subscription: Any = None
         self._reset_service: Any = None
         self._reset_requested = threading.Event()
-        self._camera_info: CameraInfo | None = None
-        self._camera_info_arrived = threading.Event()
-        self._camera: Camera | None = None
-        self._camera_source: CameraInfo | None = None
+        self._calibrated = threading.Event()
+        self._camera: Camera | StereoCamera | None = None
+        self._camera_source: tuple[CameraInfo, ...] = ()
         self._incompatible_qos: dict[str, str] = {}
         self._best_effort_wanted = False
         self._activated_at = 0.0
@@ -128,8 +162,12 @@ class MatcherNode(LifecycleNode):
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Load the weights, run the networks once, offer the topics and the service."""
         parameters = self._matching_parameters
-        if parameters.mode != "mono":
-            raise ParameterError(f"mode is {parameters.mode!r}, which this version does not have yet; use mono")
+        stereo = parameters.mode == "stereo"
+        if parameters.publish_odometry and not stereo:
+            raise ParameterError("publish_odometry needs mode stereo: the poses of one camera are without metres")
+        self._inputs = _inputs(parameters.mode)
+        self._calibrated.clear()
+        self._camera, self._camera_source = None, ()
         self._inference = ThreadPoolExecutor(max_workers=1, thread_name_prefix=_THREAD_NAME)
         try:
             self._front_end = self._wait_for(self._inference.submit(_load, parameters))
@@ -139,6 +177,9 @@ class MatcherNode(LifecycleNode):
             raise
         for name, kind, depth in (
             ("matches", MatchArray, 10),
+            *([("stereo_matches", MatchArray, 10)] if stereo else []),
+            *([("odometry", OdometryMessage, 10)] if parameters.publish_odometry else []),
+            *([("/tf", TFMessage, 100)] if parameters.publish_odometry and TFMessage is not None else []),
             ("relative_pose", RelativePose, 10),
             ("features", FeatureArray, 2),
             ("match_image", Image, 2),
@@ -160,14 +201,18 @@ class MatcherNode(LifecycleNode):
         assert self._front_end is not None and self._inference is not None
         super().on_activate(state)  # the publishers first: the first frame's results need them
         self._front_end.reset()
-        self._inbox = Inbox(latest=self._matching_parameters.queue == "latest")
+        self._odometry = Odometry() if self._matching_parameters.publish_odometry else None
+        latest = self._matching_parameters.queue == "latest"
+        self._inbox = Inbox(latest=latest)
+        self._pairing = Pairing(round(self._matching_parameters.sync_tolerance * 1e9), 10 if latest else 100)
         self._incompatible_qos.clear()
         self._activated_at = time.monotonic()
         self._inference.submit(self._process_frames, self._inbox, self._front_end)
         self._best_effort_wanted = False
         self._subscribe(reliable=self._matching_parameters.queue == "all")
         self._state = "active"
-        self.get_logger().info(f"active: waiting for images on {self._image_subscription.topic_name}")
+        topics = " and ".join(camera.topic for camera in self._inputs)
+        self.get_logger().info(f"active: waiting for images on {topics}")
         return TransitionCallbackReturn.SUCCESS
 
     @_explained
@@ -237,25 +282,32 @@ class MatcherNode(LifecycleNode):
     def _subscribe(self, reliable: bool) -> None:
         """Subscribe to images and calibration: as drivers send, or reliably so that a replay loses nothing."""
         compressed = self._matching_parameters.image_transport == "compressed"
-        topic = self.resolve_topic_name("image") + ("/compressed" if compressed else "")
+        # A stereo pair's partner may come some images later.
+        newest = 1 if len(self._inputs) == 1 else 5
         image_qos = QoSProfile(
-            depth=1 if self._matching_parameters.queue == "latest" else 1000,
+            depth=newest if self._matching_parameters.queue == "latest" else 1000,
             history=HistoryPolicy.KEEP_LAST,
             reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
         )
         info_qos = QoSProfile(depth=10, reliability=image_qos.reliability)
-        self._image_subscription = self._create_input(
-            CompressedImage if compressed else Image, topic, self._store_image, image_qos
-        )
-        self._info_subscription = self._create_input(
-            CameraInfo, self.resolve_topic_name("camera_info"), self._store_camera_info, info_qos
-        )
+        for side, camera in enumerate(self._inputs):
+            topic = self.resolve_topic_name(camera.image_name) + ("/compressed" if compressed else "")
+            camera.image = self._create_input(
+                CompressedImage if compressed else Image, topic, functools.partial(self._store_image, side), image_qos
+            )
+            camera.info = self._create_input(
+                CameraInfo,
+                self.resolve_topic_name(camera.info_name),
+                functools.partial(self._store_camera_info, side),
+                info_qos,
+            )
 
     def _unsubscribe(self) -> None:
-        for subscription in (self._image_subscription, self._info_subscription):
-            if subscription is not None:
-                self.destroy_subscription(subscription)
-        self._image_subscription = self._info_subscription = None
+        for camera in self._inputs:
+            for subscription in (camera.image, camera.info):
+                if subscription is not None:
+                    self.destroy_subscription(subscription)
+            camera.image = camera.info = None
 
     def _create_input(self, kind: type, topic: str, callback: Callable[[Any], None], qos: QoSProfile) -> Any:
         def report(event: Any) -> None:
@@ -281,14 +333,36 @@ class MatcherNode(LifecycleNode):
             qos_overriding_options=overriding,
         )
 
-    def _store_image(self, message: Image | CompressedImage) -> None:
+    def _store_image(self, side: int, message: ImageMessage) -> None:
+        self._inputs[side].arrived = now = time.monotonic()
+        images = self._paired(side, message) if len(self._inputs) == 2 else (message,)
+        if images is None:
+            return
         self._monitor.received()
         inbox = self._inbox
-        self._monitor.dropped(1 if inbox is None else inbox.put((message, time.monotonic())))
+        self._monitor.dropped(1 if inbox is None else inbox.put((images, now)))
 
-    def _store_camera_info(self, message: CameraInfo) -> None:
-        self._camera_info = message
-        self._camera_info_arrived.set()
+    def _paired(self, side: int, message: ImageMessage) -> tuple[ImageMessage, ImageMessage] | None:
+        """The stereo pair that an image completes; those left without a partner are counted and named."""
+        pairing = self._pairing
+        if pairing is None:
+            return None
+        before = list(pairing.unpaired)
+        pair = pairing.put(side, messages.nanoseconds(message.header.stamp), message)
+        for camera, count in zip(self._inputs, (now - then for now, then in zip(pairing.unpaired, before))):
+            if count:
+                near = "" if pairing.offset is None else f"; the last near miss was {pairing.offset * 1e-9:.6f} s off"
+                self._monitor.unpaired(
+                    camera.topic,
+                    count,
+                    f"images on {camera.topic} find no partner within sync_tolerance of their stamps{near}",
+                )
+        return pair
+
+    def _store_camera_info(self, side: int, message: CameraInfo) -> None:
+        self._inputs[side].calibration = message
+        if all(camera.calibration is not None for camera in self._inputs):
+            self._calibrated.set()
 
     def _reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         self._reset_requested.set()
@@ -320,11 +394,13 @@ class MatcherNode(LifecycleNode):
 
     # Processing, on the inference thread
 
-    def _process_frames(self, inbox: Inbox[tuple[Image | CompressedImage, float]], front_end: FrontEnd) -> None:
+    def _process_frames(
+        self, inbox: Inbox[tuple[tuple[ImageMessage, ...], float]], front_end: FrontEnd
+    ) -> None:
         while (item := inbox.take()) is not None:
-            message, arrived = item
+            received, arrived = item
             try:
-                self._process(message, arrived, front_end)
+                self._process(received, arrived, front_end)
             except ImageError as error:
                 self._reject(error.reason, f"an image was rejected: {error}")
             except Exception as error:  # noqa: BLE001  (one bad frame must not end the node)
@@ -334,59 +410,95 @@ class MatcherNode(LifecycleNode):
                 self._reject("internal error", f"a frame was lost to {type(error).__name__}: {error}")
                 self.get_logger().error(traceback.format_exc())
 
-    def _process(self, message: Image | CompressedImage, arrived: float, front_end: FrontEnd) -> None:
+    def _process(self, received: tuple[ImageMessage, ...], arrived: float, front_end: FrontEnd) -> None:
         parameters, self._changed_parameters = self._changed_parameters, None
         if parameters is not None:
             front_end.configure(parameters)
         if self._reset_requested.is_set():
             self._reset_requested.clear()
             front_end.reset()
-        image = to_array(message)
-        stamp = messages.nanoseconds(message.header.stamp)
-        if front_end.breaks_off(stamp):
-            self.get_logger().warning("time went back, or too far ahead: features and tracks are forgotten")
-        camera = self._camera_for(image.shape[1], image.shape[0])
-        frame, pair = front_end.register_frame(image, stamp, camera, message.header.frame_id)
-        self._publish(frame, pair)
-        self._monitor.processed((time.monotonic() - arrived) * 1e3, len(frame.keypoints), pair)
+        images = [to_array(message) for message in received]
+        stamps = [messages.nanoseconds(message.header.stamp) for message in received]
+        if why := front_end.interruption(stamps[0]):
+            explanation = f"{why}: features and tracks are forgotten"
+            self._monitor.interrupted(explanation)
+            self.get_logger().warning(explanation)
+        camera = self._camera_for([(image.shape[1], image.shape[0]) for image in images])
+        names = [message.header.frame_id for message in received]
+        stereo: Pair | None = None
+        if len(images) == 1:
+            assert not isinstance(camera, StereoCamera)
+            frame, pair = front_end.register_frame(images[0], stamps[0], camera, names[0])
+        else:
+            assert not isinstance(camera, Camera)
+            stereo, pair = front_end.register_stereo_frame(
+                images[0], images[1], stamps[0], camera, (names[0], names[1]), stamps[1]
+            )
+            frame = stereo.reference
+            self._check_stereo(stereo)
+        self._publish(frame, pair, stereo)
+        self._monitor.processed((time.monotonic() - arrived) * 1e3, len(frame.keypoints), pair, stereo)
+
+    def _check_stereo(self, stereo: Pair) -> None:
+        if stereo.pose.status is not PoseStatus.FAILED:
+            return
+        self._refuse_calibration(
+            "stereo matches",
+            f"only {stereo.pose.num_inliers} of {len(stereo.indices)} stereo matches agree with the camera_infos: left "
+            "and right images are swapped, or the calibration is another pair's, or no longer right",
+        )
 
     def _reject(self, reason: str, explanation: str) -> None:
         self._monitor.rejected(reason, explanation)
         self.get_logger().warning(explanation, throttle_duration_sec=5.0)
 
-    def _camera_for(self, width: int, height: int) -> Camera | None:
-        """The calibration, if there is one and it fits an image of this size."""
-        if not self._camera_info_arrived.is_set() and self.count_publishers(
-            self.resolve_topic_name("camera_info")
+    def _camera_for(self, sizes: list[tuple[int, int]]) -> Camera | StereoCamera | None:
+        """The calibration, if there is one and it fits images of these sizes."""
+        if not self._calibrated.is_set() and all(
+            self.count_publishers(self.resolve_topic_name(camera.info_name)) for camera in self._inputs
         ):
-            self._camera_info_arrived.wait(_CALIBRATION_WAIT)
-            self._camera_info_arrived.set()  # waited for once only
-        info = self._camera_info
-        if info is None:
+            self._calibrated.wait(_CALIBRATION_WAIT)
+            self._calibrated.set()  # waited for once only
+        infos = tuple(camera.calibration for camera in self._inputs if camera.calibration is not None)
+        if len(infos) < len(self._inputs):
             return None
+        rectified = self._matching_parameters.rectified
         try:
-            if info is not self._camera_source:
-                self._camera, self._camera_source = None, info
-                self._camera = Camera.from_camera_info(info, rectified=self._matching_parameters.rectified)
-            if self._camera is not None:
-                self._camera.check_size(width, height)
+            if len(infos) != len(self._camera_source) or any(a is not b for a, b in zip(infos, self._camera_source)):
+                self._camera, self._camera_source = None, infos
+                if len(infos) == 1:
+                    self._camera = Camera.from_camera_info(infos[0], rectified=rectified)
+                else:
+                    self._camera = StereoCamera.from_camera_infos(infos[0], infos[1], rectified=rectified)
+            if isinstance(self._camera, StereoCamera):
+                self._camera.check_size(sizes[0], sizes[1])
+            elif self._camera is not None:
+                self._camera.check_size(*sizes[0])
         except CalibrationError as error:
-            explanation = f"camera_info is of no use: {error}"
-            self._monitor.calibration_refused(error.reason, explanation)
-            self.get_logger().warning(explanation, throttle_duration_sec=5.0)
+            self._refuse_calibration(error.reason, f"camera_info is of no use: {error}")
             return None
         return self._camera
 
+    def _refuse_calibration(self, reason: str, explanation: str) -> None:
+        self._monitor.calibration_refused(reason, explanation)
+        self.get_logger().warning(explanation, throttle_duration_sec=5.0)
+
     # Output
 
-    def _publish(self, frame: Frame, pair: Pair | None) -> None:
+    def _publish(self, frame: Frame, pair: Pair | None, stereo: Pair | None) -> None:
         extractor, matcher = self._matching_parameters.extractor, self._matching_parameters.matcher
         if self._outputs["features"].get_subscription_count():
-            self._outputs["features"].publish(messages.feature_array(frame, extractor))
+            for described in [frame] if stereo is None else [frame, stereo.current]:
+                self._outputs["features"].publish(messages.feature_array(described, extractor))
+        if stereo is not None:
+            message = messages.match_array(stereo, MatchArray.STEREO, extractor, matcher)
+            self._outputs["stereo_matches"].publish(message)
         if pair is None:
             return
         self._outputs["matches"].publish(messages.match_array(pair, MatchArray.CONSECUTIVE, extractor, matcher))
         self._outputs["relative_pose"].publish(messages.relative_pose(pair))
+        if self._odometry is not None:
+            self._publish_odometry(self._odometry, pair)
         if self._outputs["match_image"].get_subscription_count():
             picture = draw_matches(
                 pair.reference.image,
@@ -398,6 +510,18 @@ class MatcherNode(LifecycleNode):
                 _caption(pair),
             )
             self._outputs["match_image"].publish(messages.image_message(picture, messages.header_of(frame)))
+
+    def _publish_odometry(self, odometry: Odometry, pair: Pair) -> None:
+        pose = odometry.add(pair)
+        if pose is None:
+            return
+        message = messages.odometry(pair.current, pose)
+        self._monitor.odometry(
+            odometry.breaks, f"the chain of poses broke: odometry begins anew in the frame {message.header.frame_id}"
+        )
+        self._outputs["odometry"].publish(message)
+        if "/tf" in self._outputs:
+            self._outputs["/tf"].publish(TFMessage(transforms=[messages.transform_of(message)]))
 
     def _every_second(self) -> None:
         if self._best_effort_wanted and self._state == "active":
@@ -412,7 +536,8 @@ class MatcherNode(LifecycleNode):
         array = DiagnosticArray()
         array.header.stamp = self.get_clock().now().to_msg()
         name = f"{self.get_fully_qualified_name().lstrip('/')}: feature matching"
-        array.status = [messages.diagnostic_status(level, name, text, self.resolve_topic_name("image"), values)]
+        hardware = " and ".join(self.resolve_topic_name(camera.image_name) for camera in self._inputs)
+        array.status = [messages.diagnostic_status(level, name, text, hardware, values)]
         self._diagnostics.publish(array)
 
     def _assess(self) -> tuple[bytes, str]:
@@ -428,25 +553,27 @@ class MatcherNode(LifecycleNode):
 
     def _silence(self) -> list[str]:
         """Why nothing arrives, by topic."""
-        image, info = self._image_subscription, self._info_subscription
-        if image is None or info is None:
-            return []
         reasons = list(self._incompatible_qos.values())
+        since = self._pairing.since if self._pairing is not None else [0, 0]
         waited = time.monotonic() - self._activated_at
-        silence = self._monitor.silence
-        silent = waited if silence is None else min(silence, waited)
-        if silent > _SILENT_AFTER and image.topic_name not in self._incompatible_qos:
-            publishers = self.count_publishers(image.topic_name)
-            why = "nobody publishes it"
-            if publishers:
-                why = (
-                    f"it has {publishers} publisher(s), but nothing comes; large images are easily lost best effort, "
-                    f"which qos_overrides.{image.topic_name}.subscription.reliability: reliable prevents"
-                )
-            reasons.append(f"no image on {image.topic_name} for {silent:.0f} s: {why}")
-        if self._camera_info is None and waited > _SILENT_AFTER and info.topic_name not in self._incompatible_qos:
-            why = "sends nothing" if self.count_publishers(info.topic_name) else "nobody publishes it"
-            reasons.append(f"no calibration on {info.topic_name}, so no relative pose: {why}")
+        for camera, missed in zip(self._inputs, since):
+            if camera.image is None or camera.info is None:
+                continue
+            silent = waited if camera.arrived is None else min(time.monotonic() - camera.arrived, waited)
+            if (silent > _SILENT_AFTER or missed >= _SILENT_IMAGES) and camera.topic not in self._incompatible_qos:
+                publishers = self.count_publishers(camera.topic)
+                why = "nobody publishes it"
+                if publishers:
+                    why = (
+                        f"it has {publishers} publisher(s), but nothing comes; large images are easily lost best "
+                        f"effort, which qos_overrides.{camera.topic}.subscription.reliability: reliable prevents"
+                    )
+                meanwhile = f", {missed} images of the other camera" if missed else ""
+                reasons.append(f"no image on {camera.topic} for {silent:.0f} s{meanwhile}: {why}")
+            info = camera.info.topic_name
+            if camera.calibration is None and waited > _SILENT_AFTER and info not in self._incompatible_qos:
+                why = "sends nothing" if self.count_publishers(info) else "nobody publishes it"
+                reasons.append(f"no calibration on {info}, so no relative pose: {why}")
         return reasons
 
     def _resources(self) -> dict[str, str]:

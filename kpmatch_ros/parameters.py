@@ -226,6 +226,9 @@ class Parameters:
     sync_tolerance: float = _parameter(
         0.01, "stereo: largest difference of the stamps of a pair", unit="seconds", minimum=0.0, maximum=1.0
     )
+    publish_odometry: bool = _parameter(
+        False, "stereo: chain the poses into nav_msgs/Odometry on 'odometry', and into TF where tf2_msgs is installed"
+    )
     autostart: bool = _parameter(True, "configure and activate the node when it starts")
 
     def __post_init__(self) -> None:

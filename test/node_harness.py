@@ -32,11 +32,13 @@ class NodeUnderTest:
         self._executor = executor
         self._log = log
         self.matches: list[MatchArray] = []
+        self.stereo_matches: list[MatchArray] = []
         self.poses: list[RelativePose] = []
         self.features: list[FeatureArray] = []
         self.pictures: list[Image] = []
         self.diagnostics: list[DiagnosticArray] = []
         self.subscribe(MatchArray, "matches", self.matches.append)
+        self.subscribe(MatchArray, "stereo_matches", self.stereo_matches.append)
         self.subscribe(RelativePose, "relative_pose", self.poses.append)
         self.node.create_subscription(DiagnosticArray, "/diagnostics", self.diagnostics.append, 10)
         self._images = self.node.create_publisher(Image, "image", QoSProfile(depth=1000))

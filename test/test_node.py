@@ -327,7 +327,9 @@ def test_the_lifecycle_can_be_walked_and_a_failed_configuration_mended(tmp_path:
             assert change_state(node, "deactivate") and state(node) == "inactive"
             assert change_state(node, "cleanup") and state(node) == "unconfigured"
         assert set_parameters(node, mode="stereo").successful
-        assert not change_state(node, "configure")
+        assert change_state(node, "configure") and change_state(node, "activate")
+        node.wait_for(lambda: node.node.count_subscribers("/right/camera_info"), "the topics of a stereo pair")
+        assert change_state(node, "deactivate") and change_state(node, "cleanup")
         assert node.stop() == 0
 
 

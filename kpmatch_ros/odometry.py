@@ -1,0 +1,80 @@
+"""Relative poses in metres, one after the other: where the camera is, and how sure that is. No ROS in here."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kpmatch_ros.front_end import Pair
+from kpmatch_ros.geometry import PoseStatus, RelativePose, _cross_matrix
+
+__all__ = ["Odometry", "OdometryPose", "compose"]
+
+# An odometry frame has x forward, y left and z up (REP-103) as the first camera has them, whose own frame, an optical
+# one, has z forward and x right.
+_FIRST_CAMERA = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
+
+
+@dataclass(frozen=True, eq=False)
+class OdometryPose:
+    """Pose of the camera's optical frame in an odometry frame: x_odom = rotation x_camera + position.
+
+    Attributes:
+        rotation: (3, 3) float64.
+        position: (3,) float64, metres.
+        covariance: (6, 6) float64, position then rotation about the odometry frame's axes, w in
+            R_true = exp([w]x) rotation, as in geometry_msgs/PoseWithCovariance.
+        chain: how many times the chain of poses broke before. Poses of different chains have nothing in common: each
+            chain has an odometry frame of its own, whose origin is the first camera of the chain.
+    """
+
+    rotation: np.ndarray
+    position: np.ndarray
+    covariance: np.ndarray
+    chain: int
+
+
+def compose(pose: OdometryPose, step: RelativePose) -> OdometryPose:
+    """The pose after a step from it; errors of pose and step are taken to be independent.
+
+    To first order (adjoint of SE(3); Barfoot and Furgale, IEEE Transactions on Robotics 2014), for errors that are
+    added to a position and multiplied to a rotation from the left.
+    """
+    moved = pose.rotation @ step.translation
+    carried = np.eye(6)
+    carried[:3, 3:] = -_cross_matrix(moved)
+    turned = np.kron(np.eye(2), pose.rotation)
+    covariance = carried @ pose.covariance @ carried.T + turned @ step.covariance @ turned.T
+    return OdometryPose(pose.rotation @ step.rotation, pose.position + moved, covariance, pose.chain)
+
+
+class Odometry:
+    """Chains the poses of pairs.
+
+    A pair continues the chain where its reference's pose is known: the frame before, or a keyframe. Where it is not, as
+    the pose of a reference could not be had or the tracks began anew, the chain is broken, and the reference is the
+    origin of a new one.
+
+    Attributes:
+        breaks: how many times the chain broke.
+    """
+
+    def __init__(self) -> None:
+        self.breaks = 0
+        self._known: dict[int, OdometryPose] = {}  # by the frame's stamp
+        self._begun = False
+
+    def add(self, pair: Pair) -> OdometryPose | None:
+        """The pose of the pair's current frame; None where the pair has no pose in metres."""
+        pose, reference = pair.pose, pair.reference.stamp
+        origin = None if pair.reset else self._known.get(reference)
+        if pose.status not in (PoseStatus.OK, PoseStatus.NO_TRANSLATION) or not pose.metric:
+            self._known = {} if origin is None else {reference: origin}
+            return None
+        if origin is None:
+            self.breaks += self._begun
+            self._begun = True
+            origin = OdometryPose(_FIRST_CAMERA, np.zeros(3), np.zeros((6, 6)), self.breaks)
+        current = compose(origin, pose)
+        self._known = {reference: origin, pair.current.stamp: current}
+        return current

@@ -1,0 +1,71 @@
+"""Left and right images by their stamps. No ROS in here."""
+from __future__ import annotations
+
+from collections import deque
+from typing import Generic, TypeVar
+
+__all__ = ["Pairing"]
+
+Item = TypeVar("Item")
+
+
+class Pairing(Generic[Item]):
+    """Puts two streams of images together: those of equal stamps, or else the nearest within a tolerance.
+
+    Each stream comes in order; the two may come at any time. An image whose partner can no longer come is unpaired and
+    let go of: once the other stream is past its time, a later one of its stream has a partner, or too many wait.
+
+    Args:
+        tolerance: largest difference of two stamps that are not equal, nanoseconds. Half the time between two images of
+            a stream is never exceeded: at that, the partner might as well be another one's.
+        capacity: how many images of a stream wait at most.
+
+    Attributes:
+        unpaired: (left, right), images that found no partner.
+        since: (left, right), images of the other stream since the last one of this: how long it has been silent.
+        offset: difference of the stamps where an image last came near one of the other stream, but not near enough,
+            nanoseconds; None before.
+    """
+
+    def __init__(self, tolerance: int, capacity: int) -> None:
+        self._tolerance = tolerance
+        self._waiting: tuple[deque[tuple[int, Item]], ...] = (deque(maxlen=capacity), deque(maxlen=capacity))
+        self._last: list[int | None] = [None, None]
+        self._periods: list[int | None] = [None, None]
+        self.unpaired = [0, 0]
+        self.since = [0, 0]
+        self.offset: int | None = None
+
+    def put(self, side: int, stamp: int, item: Item) -> tuple[Item, Item] | None:
+        """Add an image of the left (0) or right (1) stream; the pair that it completes, left first."""
+        self._measure(side, stamp)
+        own, others = self._waiting[side], self._waiting[1 - side]
+        differences = [abs(stamp - other) for other, _ in others]
+        nearest = min(range(len(others)), key=differences.__getitem__, default=None)
+        if nearest is None or differences[nearest] > self._limit():
+            if nearest is not None:
+                self.offset = differences[nearest]
+            while others and others[0][0] < stamp - self._tolerance:  # this stream is past their partner's time
+                others.popleft()
+                self.unpaired[1 - side] += 1
+            self.unpaired[side] += len(own) == own.maxlen  # the oldest makes way
+            own.append((stamp, item))
+            return None
+        # What came before either of the two has no partner: by arrival, as stamps may have gone back.
+        self.unpaired[side] += len(own)
+        own.clear()
+        for _ in range(nearest):
+            others.popleft()
+        self.unpaired[1 - side] += nearest
+        _, partner = others.popleft()
+        return (item, partner) if side == 0 else (partner, item)
+
+    def _measure(self, side: int, stamp: int) -> None:
+        last, self._last[side] = self._last[side], stamp
+        if last is not None and stamp > last:
+            self._periods[side] = stamp - last
+        self.since[side] = 0
+        self.since[1 - side] += 1
+
+    def _limit(self) -> int:
+        return min([self._tolerance, *(period // 2 for period in self._periods if period is not None)])

@@ -1,0 +1,68 @@
+"""Matches to a fraction of a pixel.
+
+A detector finds the same point of the scene again to about a pixel, which for points far from a stereo pair is a good
+part of their disparity. What is around the keypoint in one image is found in the other one to about a tenth of that.
+"""
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+__all__ = ["REFINED_RESOLUTION", "flatten", "refine"]
+
+REFINED_RESOLUTION = 0.5
+"""Pixels of keypoint resolution that refined matches are worth: they err alike where the view of a surface changes."""
+
+_WINDOW = 13  # pixels
+_LONGEST_STEP = 3.0  # pixels, or as many steps of the detector's grid: what moves further was not the same corner
+_STOP = (cv2.TERM_CRITERIA_COUNT + cv2.TERM_CRITERIA_EPS, 20, 0.01)
+_SMALLEST_DEVIATION = 2.0  # grey levels: less is noise
+
+
+def flatten(image: np.ndarray) -> np.ndarray:
+    """The image, uint8 grey (H, W) or RGB (H, W, 3), grey and of one brightness and contrast all over, uint8 (H, W).
+
+    So that exposure, which differs from frame to frame and from camera to camera, moves no match.
+    """
+    grey = image if image.ndim == 2 else cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
+    values = grey.astype(np.float32)
+    size = (2 * _WINDOW + 1, 2 * _WINDOW + 1)
+    mean = cv2.boxFilter(values, -1, size)
+    variance = np.maximum(cv2.boxFilter(values * values, -1, size) - mean * mean, _SMALLEST_DEVIATION**2)
+    return np.asarray(np.clip(128 + 48 * (values - mean) / np.sqrt(variance), 0, 255).astype(np.uint8))
+
+
+def refine(
+    image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, points1: np.ndarray, resolution: float = 1.0
+) -> np.ndarray:
+    """Where in image 1 the surroundings of points0 are, near points1 (Lucas and Kanade, IJCAI 1981; OpenCV).
+
+    Args:
+        image0: uint8 (H, W), from :func:`flatten`.
+        image1: the same of the other image.
+        points0: (M, 2) pixels in image 0; NaN is allowed.
+        points1: (M, 2) pixels in image 1, the same matches.
+        resolution: pixels between neighbouring positions that the detector can give.
+
+    Returns:
+        (M, 2) float32; NaN where they are not found, or too far from points1.
+    """
+    found = np.full(points1.shape, np.nan, np.float32)
+    known = np.isfinite(points0).all(axis=1) & np.isfinite(points1).all(axis=1)
+    if not known.any():
+        return found
+    start = np.ascontiguousarray(points1[known], np.float32)
+    moved, status, _ = cv2.calcOpticalFlowPyrLK(
+        image0,
+        image1,
+        np.ascontiguousarray(points0[known], np.float32)[:, None],
+        start[:, None].copy(),
+        winSize=(_WINDOW, _WINDOW),
+        maxLevel=0,
+        criteria=_STOP,
+        flags=cv2.OPTFLOW_USE_INITIAL_FLOW,
+    )
+    moved = moved.reshape(-1, 2)
+    good = (status.ravel() > 0) & (np.linalg.norm(moved - start, axis=1) < _LONGEST_STEP * max(resolution, 1.0))
+    found[known] = np.where(good[:, None], moved, np.nan)
+    return found

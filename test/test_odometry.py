@@ -1,0 +1,100 @@
+"""Chained poses: where the camera is, an uncertainty that grows as the errors do, and breaks that show."""
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+from scipy.stats import chi2
+
+from kpmatch_ros.geometry import PoseStatus, RelativePose
+from kpmatch_ros.odometry import Odometry, OdometryPose, compose
+
+TURN, STEP = np.array([0.02, -0.3, 0.01]), np.array([0.1, 0.02, 0.5])
+SPREAD = np.diag([0.01, 0.02, 0.03, 0.004, 0.006, 0.002])
+SPREAD[0, 4] = 0.003  # position and rotation of a step depend on one another
+
+
+def step(translation: np.ndarray = STEP, turn: np.ndarray = TURN, status: PoseStatus = PoseStatus.OK) -> RelativePose:
+    return RelativePose(status, cv2.Rodrigues(turn)[0], translation, SPREAD @ SPREAD.T, True, 100, 90, 5.0, None)
+
+
+def pair(reference: int, current: int, pose: RelativePose | None = None, reset: bool = False) -> Any:
+    return SimpleNamespace(
+        reference=SimpleNamespace(stamp=reference), current=SimpleNamespace(stamp=current), reset=reset,
+        pose=step() if pose is None else pose,
+    )
+
+
+LOST = RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, 3)
+
+
+def test_forward_is_x_of_the_odometry_frame_and_left_is_y() -> None:
+    odometry = Odometry()
+    first = odometry.add(pair(1, 2, step(np.array([0, 0, 1.0]), np.zeros(3)), reset=True))
+    second = odometry.add(pair(2, 3, step(np.array([-1.0, 0, 0]), np.zeros(3))))
+    third = odometry.add(pair(3, 4, step(np.array([0, -1.0, 0]), np.zeros(3))))
+    assert first is not None and second is not None and third is not None
+    np.testing.assert_allclose([first.position, second.position, third.position], [[1, 0, 0], [1, 1, 0], [1, 1, 1]])
+
+
+def test_the_covariance_is_that_of_the_chained_errors() -> None:
+    random, trials, steps = np.random.default_rng(0), 1000, 6
+    exact = start = OdometryPose(np.eye(3), np.zeros(3), np.zeros((6, 6)), 0)
+    for _ in range(steps):
+        exact = compose(exact, step())
+    values = []
+    for _ in range(trials):
+        pose = start
+        for _ in range(steps):
+            error = SPREAD @ random.normal(size=6)
+            noisy = cv2.Rodrigues(cv2.Rodrigues(error[3:])[0] @ cv2.Rodrigues(TURN)[0])[0].ravel()
+            pose = compose(pose, step(STEP + error[:3], noisy))
+        turn = cv2.Rodrigues(exact.rotation @ pose.rotation.T)[0].ravel()
+        error = np.concatenate([exact.position - pose.position, turn])
+        values.append(error @ np.linalg.solve(pose.covariance, error))
+    low, high = chi2.ppf([0.001, 0.999], 6 * trials) / trials
+    assert low < np.mean(values) < high
+
+
+def test_the_uncertainty_grows_also_while_standing() -> None:
+    odometry = Odometry()
+    poses = [
+        odometry.add(pair(i, i + 1, step(np.zeros(3), np.zeros(3), PoseStatus.NO_TRANSLATION), i == 1))
+        for i in range(1, 6)
+    ]
+    sizes = [np.trace(pose.covariance) for pose in poses if pose is not None]
+    assert len(sizes) == 5 and sizes == sorted(set(sizes))
+
+
+def test_a_lost_frame_breaks_the_chain_and_a_new_one_begins() -> None:
+    odometry = Odometry()
+    assert [odometry.add(pair(1, 2, reset=True)).chain, odometry.add(pair(2, 3)).chain] == [0, 0]
+    assert odometry.add(pair(3, 4, LOST)) is None and odometry.breaks == 0
+    after = odometry.add(pair(4, 5))
+    assert after.chain == odometry.breaks == 1
+    np.testing.assert_allclose(after.covariance, odometry.add(pair(1, 2, reset=True)).covariance)
+    assert odometry.breaks == 2, "a reset is a break"
+
+
+def test_a_frame_lost_between_others_that_see_the_keyframe_breaks_nothing() -> None:
+    odometry = Odometry()
+    first = odometry.add(pair(1, 2, reset=True))
+    assert odometry.add(pair(1, 3, LOST)) is None
+    third = odometry.add(pair(1, 4))
+    assert third.chain == 0
+    np.testing.assert_allclose(third.position, first.position)
+
+
+def test_frames_of_one_keyframe_are_no_less_certain_one_after_the_other() -> None:
+    odometry = Odometry()
+    first, second = odometry.add(pair(1, 2, reset=True)), odometry.add(pair(1, 3))
+    np.testing.assert_allclose(first.covariance, second.covariance)
+    assert np.trace(odometry.add(pair(3, 4)).covariance) > np.trace(second.covariance)
+
+
+def test_poses_without_metres_are_not_chained() -> None:
+    unit = RelativePose(PoseStatus.OK, np.eye(3), np.array([1.0, 0, 0]), np.eye(6), False, 100, 90, 5.0, None)
+    odometry = Odometry()
+    assert odometry.add(pair(1, 2, unit, reset=True)) is None and odometry.breaks == 0

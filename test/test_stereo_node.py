@@ -1,0 +1,216 @@
+"""A stereo pair of cameras before the real node over DDS: its messages, and what it says of one that is not right."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from nav_msgs.msg import Odometry
+from rclpy.qos import QoSProfile
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+
+from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
+from node_harness import NodeUnderTest, running_node
+
+WIDTH, HEIGHT, FOCAL, BASELINE = 320, 240, 300.0, 0.1
+NEAR, FAR = 2.0, 5.0  # metres
+PARAMETERS = {"mode": "stereo", "rectified": True, "max_keypoints": 200}
+
+
+def picture(seed: int, width: int) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    pixels = np.full((HEIGHT, width), 128, np.uint8)
+    for _ in range(width):
+        x, y = (int(value) for value in random.integers((0, 0), (width, HEIGHT)))
+        size, shade = int(random.integers(5, 25)), int(random.integers(0, 256))
+        cv2.rectangle(pixels, (x, y), (x + size, y + size), shade, -1)
+    return cv2.GaussianBlur(pixels, (0, 0), 0.8)
+
+
+UPPER, LOWER = picture(1, 1000), picture(2, 1000)
+
+
+def view(x: float) -> np.ndarray:
+    """A far wall in the upper half and a near one in the lower, seen from `x` metres to the right."""
+    image = np.empty((HEIGHT, WIDTH), np.uint8)
+    for rows, wall, depth in ((slice(0, 120), UPPER, FAR), (slice(120, 240), LOWER, NEAR)):
+        shift = np.float32([[1, 0, -300 - FOCAL * x / depth], [0, 1, 0]])
+        image[rows] = cv2.warpAffine(wall, shift, (WIDTH, HEIGHT), flags=cv2.INTER_LINEAR)[rows]
+    return image
+
+
+def stamped(message: Any, seconds: float, frame: str) -> Any:
+    message.header.stamp.sec, message.header.stamp.nanosec = divmod(round(seconds * 1e9), 1_000_000_000)
+    message.header.frame_id = frame
+    return message
+
+
+def info(seconds: float, side: str, baseline: float = BASELINE, size: tuple[int, int] = (WIDTH, HEIGHT)) -> CameraInfo:
+    message = CameraInfo(width=size[0], height=size[1], distortion_model="plumb_bob", d=[0.0] * 5)
+    offset = -FOCAL * baseline if side == "right" else 0.0
+    message.k = [FOCAL, 0.0, WIDTH / 2, 0.0, FOCAL, HEIGHT / 2, 0.0, 0.0, 1.0]
+    message.p = [FOCAL, 0.0, WIDTH / 2, offset, 0.0, FOCAL, HEIGHT / 2, 0.0, 0.0, 0.0, 1.0, 0.0]
+    return stamped(message, seconds, f"{side}_optical")
+
+
+class Rig:
+    """A stereo camera driver and the node that it talks to."""
+
+    def __init__(self, node: NodeUnderTest, compressed: bool) -> None:
+        self.node, self.compressed = node, compressed
+        self._publishers = {}
+        for side in ("left", "right"):
+            kind, name = (CompressedImage, "/image/compressed") if compressed else (Image, "/image")
+            self._publishers[side] = node.node.create_publisher(kind, side + name, QoSProfile(depth=100))
+            self._publishers[side + " info"] = node.node.create_publisher(
+                CameraInfo, f"{side}/camera_info", QoSProfile(depth=100)
+            )
+        publishers = self._publishers.values()
+        node.wait_for(lambda: all(one.get_subscription_count() for one in publishers), "the node to subscribe")
+        topics = ("/stereo_matches", "/relative_pose", "/matches")
+        node.wait_for(lambda: all(node.node.count_publishers(topic) for topic in topics), "its topics")
+        node.spin(0.3)
+
+    def send(self, seconds: float, x: float, late: float = 0.0, images: str = "left right", swapped: bool = False,
+             **calibration: Any) -> None:
+        """A frame from `x` metres to the right; the right one's stamp is `late` seconds later."""
+        for side, offset, delay in (("left", BASELINE * swapped, 0.0), ("right", BASELINE * (not swapped), late)):
+            stamp = seconds + delay
+            self._publishers[side + " info"].publish(info(stamp, side, **calibration))
+            if side in images:
+                pixels = view(x + offset)
+                if self.compressed:
+                    message = CompressedImage(format="png", data=cv2.imencode(".png", pixels)[1].tobytes())
+                else:
+                    message = Image(encoding="mono8", width=WIDTH, height=HEIGHT, step=WIDTH, data=pixels.tobytes())
+                self._publishers[side].publish(stamped(message, stamp, f"{side}_optical"))
+        self.node.spin(0.02)
+
+    def wait_for_warning(self, text: str) -> None:
+        self.node.diagnostics.clear()
+
+        def named() -> bool:
+            return bool(self.node.diagnostics) and text in self.node.diagnostics[-1].status[0].message
+
+        self.node.wait_for(named, f"the warning {text!r}", timeout=10.0)
+
+
+@contextmanager
+def rig(tmp_path: Path, compressed: bool = False, **parameters: Any) -> Iterator[Rig]:
+    if compressed:
+        parameters["image_transport"] = "compressed"
+    with running_node(tmp_path, **PARAMETERS, **parameters) as node:
+        yield Rig(node, compressed)
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["raw", "compressed"])
+def test_every_frame_gives_stereo_matches_and_a_pose_in_metres(tmp_path: Path, compressed: bool) -> None:
+    with rig(tmp_path, compressed) as camera:
+        node = camera.node
+        features: list[FeatureArray] = []
+        node.subscribe(FeatureArray, "features", features.append)
+        node.wait_for(lambda: node.node.count_publishers("/features"), "the topic")
+        node.spin(0.3)
+        for i in range(4):
+            camera.send(10 + 0.1 * i, 0.05 * i, late=0.004)
+        node.wait_for(lambda: len(node.poses) == len(node.matches) == 3 and len(node.stereo_matches) == 4, "the frames")
+        node.wait_for(lambda: len(features) == 8, "left and right features of four frames")
+        assert {message.header.frame_id for message in features} == {"left_optical", "right_optical"}
+        for pose, matches in zip(node.poses, node.matches):
+            assert pose.status == RelativePose.OK and pose.metric
+            position = pose.pose.pose.position
+            assert [position.x, position.y, position.z] == pytest.approx([0.05, 0, 0], abs=0.003)
+            assert pose.header == matches.header and pose.header.frame_id == "left_optical"
+            assert matches.pairing == MatchArray.CONSECUTIVE and len(matches.track_ids) == len(matches.scores) > 50
+        for i, stereo in enumerate(node.stereo_matches):
+            assert stereo.pairing == MatchArray.STEREO and len(stereo.track_ids) == 0
+            assert (stereo.reference.frame_id, stereo.header.frame_id) == ("left_optical", "right_optical")
+            assert stereo.header.stamp.nanosec == 4_000_000 + 100_000_000 * i
+            inliers = np.array(stereo.inliers, bool)
+            assert inliers.sum() > 50 and stereo.num_keypoints <= 200
+            points, reference = (np.array(a).reshape(-1, 2) for a in (stereo.points, stereo.reference_points))
+            assert (np.abs((reference - points)[inliers, 1]) <= 1).all() and (reference - points)[inliers, 0].min() > 0
+        figures = node.wait_for_figure("frames processed", "4")
+        assert figures["frames received"] == "4" and int(figures["stereo matches"]) > 50
+        assert node.stop() == 0
+
+
+def test_a_calibration_of_no_use_is_named_and_gives_no_pose(tmp_path: Path) -> None:
+    with rig(tmp_path) as camera:
+        node, seconds, frames = camera.node, 10.0, 0
+        for changes, reason in (
+            ({"baseline": 0.0}, "the baseline is zero"),
+            ({"baseline": -BASELINE}, "left and right are swapped"),
+            ({"size": (640, 480)}, "its calibration is for 640x480"),
+            ({"swapped": True}, "left and right images are swapped"),
+        ):
+            for _ in range(2):
+                seconds += 0.1
+                camera.send(seconds, 0.0, **changes)
+            camera.wait_for_warning(reason)
+            frames += 2
+            node.wait_for(lambda frames=frames: len(node.poses) == frames - 1, "both frames")
+        assert [pose.status for pose in node.poses] == [RelativePose.NO_CALIBRATION] * 7
+        assert len(node.stereo_matches[-1].scores) > 50
+        for i in range(2):
+            camera.send(seconds + 0.1 + 0.1 * i, 0.05 * i)
+        node.wait_for(lambda: node.poses[-1].status == RelativePose.OK, "a pose with the right calibration")
+
+
+def test_a_silent_camera_and_stamps_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    with rig(tmp_path) as camera:
+        for i in range(5):
+            camera.send(10 + 0.05 * i, 0.0, images="left")
+        camera.wait_for_warning("no image on /right/image")
+        for i in range(24):
+            camera.send(20 + 0.05 * i, 0.0, late=0.02)
+        camera.wait_for_warning("find no partner within sync_tolerance")
+        assert "0.020000 s off" in camera.node.diagnostics[-1].status[0].message
+        figures = camera.node.figures()
+        assert int(figures["unpaired: /left/image"]) > 0 and figures["frames received"] == "0"
+
+
+def test_stamps_that_go_back_begin_anew_and_are_named(tmp_path: Path) -> None:
+    with rig(tmp_path) as camera:
+        node = camera.node
+        for seconds in (100.0, 100.1, 50.0, 50.1):
+            camera.send(seconds, 0.0)
+        node.wait_for(
+            lambda: len(node.matches) == len(node.poses) == 2 and len(node.stereo_matches) == 4,
+            "a pair before the jump and one after it",
+        )
+        assert [matches.reset for matches in node.matches] == [True, True]
+        assert [matches.reset for matches in node.stereo_matches] == [True, False, True, False]
+        camera.wait_for_warning("the stamps went back by 50.1")
+        assert node.figures()["interruptions"] == "1"
+        assert all(pose.status == RelativePose.NO_TRANSLATION for pose in node.poses)
+
+
+def test_odometry_chains_the_poses_and_a_lost_frame_begins_another_frame(tmp_path: Path) -> None:
+    with rig(tmp_path, publish_odometry=True) as camera:
+        node = camera.node
+        found: list[Odometry] = []
+        node.subscribe(Odometry, "odometry", found.append)
+        node.wait_for(lambda: node.node.count_publishers("/odometry"), "the topic")
+        node.spin(0.3)
+        for i in range(4):
+            camera.send(10 + 0.1 * i, 0.05 * i)
+        node.wait_for(lambda: len(found) == 3, "three poses")
+        positions = np.array([[p.x, p.y, p.z] for p in (message.pose.pose.position for message in found)])
+        # To the camera's right is minus y of a frame whose x points forward.
+        np.testing.assert_allclose(positions, [[0, -0.05, 0], [0, -0.10, 0], [0, -0.15, 0]], atol=0.008)
+        assert {message.header.frame_id for message in found} == {"odom"}
+        assert {message.child_frame_id for message in found} == {"left_optical"}
+        spread = [np.trace(np.reshape(message.pose.covariance, (6, 6))) for message in found]
+        assert 0 < spread[0] < spread[1] < spread[2]
+        for i in range(3):
+            camera.send(10.4 + 0.1 * i, 0.05 * i, baseline=0.0 if i == 0 else BASELINE)
+            node.wait_for(lambda frames=4 + i: len(node.poses) == frames, "the pair")
+        node.wait_for(lambda: len(found) == 4, "a pose after the lost ones")
+        assert found[-1].header.frame_id == "odom_1" and found[-1].header.stamp.nanosec == 600_000_000
+        camera.wait_for_warning("odometry begins anew in the frame odom_1")
+        assert node.figures()["odometry breaks"] == "1"

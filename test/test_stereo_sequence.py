@@ -1,0 +1,168 @@
+"""Stereo frames through the networks: matches of left and right, matches over time, and motion in metres."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from kpmatch_ros.bags import read_ground_truth, read_messages, write_demo_bag
+from kpmatch_ros.front_end import FrontEnd, Pair
+from kpmatch_ros.geometry import PoseStatus
+from kpmatch_ros.images import to_array
+from kpmatch_ros.parameters import Parameters
+from kpmatch_ros.refinement import flatten, refine
+from kpmatch_ros.stereo import StereoCamera
+from kpmatch_ros.synthetic import Pose, relative_motion
+
+Registered = list[tuple[Pair, "Pair | None"]]
+
+
+def register(bag: Path, left: str, right: str, rectified: bool, **parameters: Any) -> Registered:
+    """A bag of a stereo pair through the front end, the images of its topics `left` and `right`."""
+    front_end = FrontEnd(Parameters(device="cpu", precision="float32", rectified=rectified, **parameters))
+    found: dict[str, list[Any]] = {}
+    for topic, _, _, message in read_messages(bag):
+        found.setdefault(topic, []).append(message)
+    infos = [found[f"{image.rsplit('/', 1)[0]}/camera_info"][0] for image in (left, right)]
+    camera = StereoCamera.from_camera_infos(*infos, rectified=rectified)
+    results = []
+    for images in zip(found[left], found[right]):
+        stamps = [image.header.stamp.sec * 10**9 + image.header.stamp.nanosec for image in images]
+        results.append(front_end.register_stereo_frame(*map(to_array, images), stamps[0], camera))
+    return results
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    bag = tmp_path_factory.mktemp("bag") / "stereo"
+    write_demo_bag(bag, num_frames=5, baseline=0.12, encoding="mono8")
+    yield bag
+
+
+@pytest.fixture(scope="module")
+def walked(walk: Path) -> Registered:
+    return register(walk, "/left/image_rect", "/right/image_rect", rectified=True)
+
+
+@pytest.fixture(scope="module")
+def truth(walk: Path) -> dict[int, Pose]:
+    stamps, poses = read_ground_truth(walk)
+    return dict(zip(stamps.tolist(), poses))
+
+
+def test_the_motion_of_a_walk_is_right_to_a_hundredth(walked: Registered, truth: dict[int, Pose]) -> None:
+    assert walked[0][1] is None
+    translation_errors, rotation_errors = [], []
+    for _, pair in walked[1:]:
+        assert pair is not None and pair.pose.status is PoseStatus.OK and pair.pose.metric
+        motion = relative_motion(truth[pair.reference.stamp], truth[pair.current.stamp])
+        error = np.linalg.norm(pair.pose.translation - motion.position) / np.linalg.norm(motion.position)
+        translation_errors.append(error)
+        turn = cv2.Rodrigues(motion.rotation @ pair.pose.rotation.T)[0]
+        rotation_errors.append(np.degrees(np.linalg.norm(turn)))
+    assert np.median(translation_errors) < 0.01, translation_errors
+    assert max(rotation_errors) < 0.1, rotation_errors
+
+
+def test_left_and_right_are_matched_in_every_frame(walked: Registered) -> None:
+    for stereo, pair in walked:
+        assert stereo.pose.status is PoseStatus.OK and stereo.pose.num_inliers > 400
+        assert stereo.reference.stamp == stereo.current.stamp and len(stereo.track_ids) == 0
+        assert stereo.pose.inliers is not None
+        shift = (stereo.reference_points - stereo.points)[stereo.pose.inliers]
+        assert (np.abs(shift[:, 1]) < 1.5).all() and (shift[:, 0] > 0).all()
+        assert pair is None or pair.current is stereo.reference
+    assert [stereo.reset for stereo, _ in walked] == [True, False, False, False, False]
+    assert [pair.reset for _, pair in walked[1:] if pair] == [True, False, False, False]
+
+
+def test_tracks_and_keyframes_live_on_in_stereo(walk: Path) -> None:
+    pairs = [
+        pair
+        for _, pair in register(walk, "/left/image_rect", "/right/image_rect", True, max_keypoints=256,
+                                reference="keyframe", keyframe_max_parallax=1000.0, keyframe_min_matches=10)
+        if pair
+    ]
+    assert len({pair.reference.stamp for pair in pairs}) == 1
+    first, last = (dict(zip(pair.track_ids.tolist(), pair.indices[:, 0])) for pair in (pairs[0], pairs[-1]))
+    shared = first.keys() & last.keys()
+    assert len(shared) > 20 and all(first[track] == last[track] for track in shared)
+
+
+def test_swapped_images_are_noticed(walk: Path) -> None:
+    front_end = FrontEnd(Parameters(device="cpu", precision="float32", max_keypoints=256))
+    messages = {topic: message for topic, _, _, message in read_messages(walk)}
+    camera = StereoCamera.from_camera_infos(
+        messages["/left/camera_info"], messages["/right/camera_info"], rectified=True
+    )
+    left, right = (to_array(messages[f"/{side}/image_rect"]) for side in ("left", "right"))
+    for stamp in (1, 2):
+        stereo, pair = front_end.register_stereo_frame(right, left, stamp, camera)
+        assert stereo.pose.status is PoseStatus.FAILED
+    assert pair is not None and pair.pose.status is PoseStatus.NO_CALIBRATION
+
+
+def test_a_standing_drone_stands_and_its_stereo_matches_lie_on_opencvs_epipolar_lines(recorded_data: Path) -> None:
+    bag = recorded_data / "euroc_v101_still_stereo"
+    results = register(bag, "/cam0/image_raw", "/cam1/image_raw", rectified=False, max_keypoints=512)
+    assert len(results) == 12
+    infos = {topic: message for topic, _, _, message in read_messages(bag) if topic.endswith("camera_info")}
+    left, right = infos["/cam0/camera_info"], infos["/cam1/camera_info"]
+
+    def rectify(points: np.ndarray, info: Any) -> np.ndarray:
+        k, r, p = info.k.reshape(3, 3), info.r.reshape(3, 3), info.p.reshape(3, 4)
+        return cv2.undistortPoints(points[:, None].astype(np.float64), k, info.d, R=r, P=p)[:, 0]
+
+    on_line, depths = [], []
+    for stereo, pair in results:
+        rectified = [
+            rectify(points[stereo.pose.inliers], info)
+            for points, info in ((stereo.reference_points, left), (stereo.points, right))
+        ]
+        disparity, off = (rectified[0] - rectified[1]).T
+        on_line.append(np.abs(off) < 1.5)
+        depths.append(-right.p[3] / disparity)
+        if pair is not None:
+            assert pair.pose.status in (PoseStatus.OK, PoseStatus.NO_TRANSLATION) and pair.pose.metric
+            assert np.linalg.norm(pair.pose.translation) < 0.003
+            assert np.degrees(np.linalg.norm(cv2.Rodrigues(pair.pose.rotation)[0])) < 0.1
+    assert len(np.concatenate(on_line)) > 12 * 200
+    assert np.concatenate(on_line).mean() >= 0.99
+    assert (np.concatenate(depths) > 0).all() and 0.5 < np.median(np.concatenate(depths)) < 15
+
+
+# Refinement
+
+
+def textured(shift: float, gain: float = 1.0, offset: float = 0.0) -> np.ndarray:
+    """A blurred pattern moved to the right by `shift` pixels, the same at any fraction of a pixel."""
+    random = np.random.default_rng(3)
+    x, y = np.meshgrid(np.arange(160.0) - shift, np.arange(120.0))
+    waves = random.uniform(-0.8, 0.8, (40, 2))
+    values = np.cos(x[..., None] * waves[:, 0] + y[..., None] * waves[:, 1] + np.arange(40)).sum(axis=2)
+    return np.clip(gain * (110 + 9 * values) + offset, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("gain", "offset"), [(1.0, 0.0), (0.7, 30.0)], ids=["equal", "other exposure"])
+def test_whole_pixel_matches_become_exact_in_any_light(gain: float, offset: float) -> None:
+    random = np.random.default_rng(0)
+    points0 = np.round(random.uniform(20, 100, (60, 2)))
+    guess = points0 + (3, 0) + random.integers(-1, 2, points0.shape)
+    found = refine(flatten(textured(0)), flatten(textured(3.4, gain, offset)), points0, guess)
+    error = found - points0 - (3.4, 0)
+    assert np.isfinite(found).all() and np.abs(error).max() < 0.1
+
+
+def test_what_is_not_found_is_nan() -> None:
+    image = flatten(textured(0))
+    assert np.isnan(refine(image, np.zeros_like(image), np.array([[50.0, 50.0]]), np.array([[50.0, 50.0]]))).all()
+    unknown = np.array([[np.nan, np.nan], [50.0, 50.0]])
+    found = refine(image, image, unknown, np.array([[50.0, 50.0], [50.0, 50.0]]))
+    assert np.isnan(found[0]).all() and np.abs(found[1] - 50).max() < 0.01
+    assert refine(image, image, np.zeros((0, 2)), np.zeros((0, 2))).shape == (0, 2)
+    far = refine(image, flatten(textured(8)), np.array([[50.0, 50.0]]), np.array([[50.0, 50.0]]))
+    assert np.isnan(far).all(), "what moves further than a detector errs was another point"
