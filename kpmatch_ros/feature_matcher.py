@@ -350,6 +350,18 @@ def resize(pixels: np.ndarray, longest: int) -> np.ndarray:
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of a network says that the GPU's memory, or the machine's, was not enough."""
+    # For the machine's, PyTorch raises a plain RuntimeError.
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def release_memory() -> None:
+    """Give what PyTorch keeps for later back to the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def choose_device(name: str) -> torch.device:
     """The device a parameter names; ``auto`` is the GPU where there is one.
 

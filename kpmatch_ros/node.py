@@ -33,7 +33,7 @@ from std_srvs.srv import Trigger
 from kpmatch_ros import messages
 from kpmatch_ros.camera import CalibrationError, Camera
 from kpmatch_ros.drawing import draw_matches
-from kpmatch_ros.feature_matcher import FeatureMatcher
+from kpmatch_ros.feature_matcher import FeatureMatcher, is_out_of_memory, release_memory
 from kpmatch_ros.front_end import Frame, FrontEnd, Pair
 from kpmatch_ros.geometry import PoseStatus
 from kpmatch_ros.images import ImageError, to_array
@@ -47,9 +47,9 @@ from kpmatch_ros.stereo import StereoCamera
 from kpmatch_ros.weights import REGISTRY, WeightsError
 
 try:
-    from rclpy.event_handler import SubscriptionEventCallbacks
+    from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
 except ImportError:  # ROS 2 Humble
-    from rclpy.qos_event import SubscriptionEventCallbacks
+    from rclpy.qos_event import PublisherEventCallbacks, SubscriptionEventCallbacks
 
 try:
     from tf2_msgs.msg import TFMessage
@@ -63,6 +63,9 @@ _SILENT_IMAGES = 3  # of one camera of a stereo pair without any of the other
 _CALIBRATION_WAIT = 1.0  # seconds that the very first frame waits for a camera_info that somebody publishes
 _LAST_FRAME_WAIT = 1.0  # seconds that the frame at hand has to finish when the process is told to end
 _THREAD_NAME = "inference"
+
+# rclpy's default lacks durability, which two sides can disagree on too.
+_OVERRIDABLE = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY, QoSPolicyKind.DURABILITY)
 
 ImageMessage: TypeAlias = "Image | CompressedImage"
 Transition = Callable[[Any, LifecycleState], TransitionCallbackReturn]
@@ -142,6 +145,7 @@ class MatcherNode(LifecycleNode):
         self._camera: Camera | StereoCamera | None = None
         self._camera_source: tuple[CameraInfo, ...] = ()
         self._incompatible_qos: dict[str, str] = {}
+        self._refused_subscribers: dict[str, str] = {}
         self._best_effort_wanted = False
         self._activated_at = 0.0
 
@@ -187,7 +191,14 @@ class MatcherNode(LifecycleNode):
             # A replay may run faster than a subscriber for a while: nothing is to be lost then.
             depth = 1000 if parameters.queue == "all" and depth == 10 else depth
             self._outputs[name] = self.create_lifecycle_publisher(
-                kind, name, QoSProfile(depth=depth), qos_overriding_options=QoSOverridingOptions.with_default_policies()
+                kind,
+                name,
+                QoSProfile(depth=depth),
+                qos_overriding_options=_overridable(),
+                event_callbacks=PublisherEventCallbacks(
+                    incompatible_qos=functools.partial(self._report_subscriber, self.resolve_topic_name(name)),
+                    use_default_callbacks=False,
+                ),
             )
         self._reset_service = self.create_service(Trigger, "reset", self._reset)
         self._fault = ""
@@ -258,8 +269,7 @@ class MatcherNode(LifecycleNode):
             self._reset_service = None
         self._front_end = None
         self._state = "unconfigured"
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
 
     def _stop_processing(self, patience: float | None = None) -> None:
         self._unsubscribe()
@@ -316,14 +326,11 @@ class MatcherNode(LifecycleNode):
                 self._best_effort_wanted = True
                 remedy = "receiving it best effort instead: frames may be lost on the way"
             else:
-                remedy = (
-                    "no message arrives; change the publisher, or this node's parameter "
-                    f"qos_overrides.{topic}.subscription.{policy}"
-                )
+                remedy = f"no message arrives; change the publisher{_or_override(topic, 'subscription', policy)}"
                 self._incompatible_qos[topic] = f"the publisher of {topic} offers another {policy}: {remedy}"
             self.get_logger().warning(f"the publisher of {topic} offers another {policy}: {remedy}")
 
-        overriding = None if self._best_effort_wanted else QoSOverridingOptions.with_default_policies()
+        overriding = None if self._best_effort_wanted else _overridable()
         return self.create_subscription(
             kind,
             topic,
@@ -332,6 +339,15 @@ class MatcherNode(LifecycleNode):
             event_callbacks=SubscriptionEventCallbacks(incompatible_qos=report, use_default_callbacks=False),
             qos_overriding_options=overriding,
         )
+
+    def _report_subscriber(self, topic: str, event: Any) -> None:
+        policy = QoSPolicyKind(int(event.last_policy_kind)).name.lower()
+        explanation = (
+            f"a subscriber of {topic} asks for another {policy} and receives nothing; change it"
+            f"{_or_override(topic, 'publisher', policy)}"
+        )
+        self._refused_subscribers[topic] = explanation
+        self.get_logger().warning(explanation)
 
     def _store_image(self, side: int, message: ImageMessage) -> None:
         self._inputs[side].arrived = now = time.monotonic()
@@ -407,6 +423,10 @@ class MatcherNode(LifecycleNode):
                 if not self.context.ok():
                     return  # told to end while a frame was under way: there is nobody left to publish to
                 front_end.reset()
+                if is_out_of_memory(error):
+                    release_memory()
+                    self._reject("memory", f"out of memory: {_first_line(error)}; lower resize or max_keypoints")
+                    continue
                 self._reject("internal error", f"a frame was lost to {type(error).__name__}: {error}")
                 self.get_logger().error(traceback.format_exc())
 
@@ -552,8 +572,12 @@ class MatcherNode(LifecycleNode):
         return DiagnosticStatus.OK, "matching"
 
     def _silence(self) -> list[str]:
-        """Why nothing arrives, by topic."""
+        """Why nothing arrives here or there, by topic."""
         reasons = list(self._incompatible_qos.values())
+        for publisher in self._outputs.values():
+            refused = self._refused_subscribers.get(publisher.topic_name)
+            if refused and self.count_subscribers(publisher.topic_name) > publisher.get_subscription_count():
+                reasons.append(refused)  # it is still there
         since = self._pairing.since if self._pairing is not None else [0, 0]
         waited = time.monotonic() - self._activated_at
         for camera, missed in zip(self._inputs, since):
@@ -601,6 +625,20 @@ class MatcherNode(LifecycleNode):
                 terms = "no network" if name == "nearest" else "licence unknown: see where it comes from"
             self.get_logger().info(f"{role} {name} ({terms})")
         self.get_logger().info(f"on {matcher.device} in {str(matcher.dtype).removeprefix('torch.')}")
+
+
+def _overridable() -> QoSOverridingOptions:
+    return QoSOverridingOptions(_OVERRIDABLE)
+
+
+def _or_override(topic: str, entity: str, policy: str) -> str:
+    if QoSPolicyKind[policy.upper()] not in _OVERRIDABLE:
+        return ""
+    return f", or this node's parameter qos_overrides.{topic}.{entity}.{policy}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _load(parameters: Parameters) -> FrontEnd:

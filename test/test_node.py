@@ -1,6 +1,7 @@
 """The node as a robot sees it: its own process, real DDS, good input and bad."""
 from __future__ import annotations
 
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from diagnostic_msgs.msg import DiagnosticStatus
 from lifecycle_msgs.srv import ChangeState, GetState
 from rcl_interfaces.srv import DescribeParameters, SetParametersAtomically
 from rclpy.parameter import Parameter
-from rclpy.qos import qos_profile_sensor_data
+from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_srvs.srv import Trigger
 
@@ -345,3 +346,44 @@ def test_a_start_with_a_bad_parameter_says_what_is_wrong(tmp_path: Path) -> None
     with running_node(tmp_path, precision="float12") as node:
         assert node.process.wait(timeout=60) == 1
         assert "precision is 'float12'" in node.log and "Traceback" not in node.log
+
+
+def message_of(node: NodeUnderTest) -> str:
+    return node.diagnostics[-1].status[0].message if node.diagnostics else ""
+
+
+def test_a_quality_of_service_that_does_not_match_is_named_whoever_asks_for_it(tmp_path: Path) -> None:
+    demanding = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+    wanted = {"qos_overrides./image.subscription.durability": "transient_local"}
+    with running_node(tmp_path, **wanted, **FAST) as node:
+        late = node.node.create_subscription(MatchArray, "matches", lambda message: None, demanding)
+        node.wait_for(lambda: "a subscriber of /matches asks for another durability" in message_of(node), "ours")
+        assert "qos_overrides./matches.publisher.durability" in message_of(node)
+        node.wait_for(lambda: "the publisher of /image offers another durability" in message_of(node), "theirs")
+        assert "qos_overrides./image.subscription.durability" in message_of(node)
+        node.node.destroy_subscription(late)
+        node.wait_for(lambda: "a subscriber of" not in message_of(node), "the subscriber to be forgotten")
+
+
+def test_simulated_time_that_stands_still_stops_nothing(tmp_path: Path) -> None:
+    with running_node(tmp_path, use_sim_time=True, **FAST) as node:
+        node.wait_until_connected()
+        send_frames(node, 3)
+        node.wait_for(lambda: len(node.matches) == 2, "two pairs")
+        node.wait_for_figure("frames processed", "3")
+
+
+def test_a_frame_that_needs_more_memory_than_there_is_is_given_up_and_the_next_one_matched(tmp_path: Path) -> None:
+    with running_node(tmp_path, **FAST) as node:
+        node.wait_until_connected()
+        send_frames(node, 2)
+        node.wait_for(lambda: len(node.matches) == 1, "a pair")
+        pages = int(Path(f"/proc/{node.process.pid}/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + 300_000_000
+        resource.prlimit(node.process.pid, resource.RLIMIT_AS, (limit, limit))
+        node.send(image(np.tile(textured(), (8, 8)), 101.0))
+        node.wait_for_figure("rejected: memory", "1")
+        assert "out of memory" in message_of(node) and "lower resize" in message_of(node)
+        send_frames(node, 2, start=102.0)
+        node.wait_for(lambda: len(node.matches) == 2, "the pair after it")
+        assert "Traceback" not in node.log
