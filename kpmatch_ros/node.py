@@ -275,7 +275,7 @@ class MatcherNode(LifecycleNode):
         self._unsubscribe()
         if self._inbox is not None:
             self._monitor.dropped(self._inbox.close())
-            self._inbox = None
+            self._inbox = self._pairing = None
             assert self._inference is not None
             with contextlib.suppress(TimeoutError, FuturesTimeoutError):
                 self._inference.submit(lambda: None).result(patience)  # the frame at hand is done

@@ -430,7 +430,7 @@ class _Pair:
                 damping *= 10
             else:
                 return fit
-            settled = fit.cost - trial.cost < 1e-7 * fit.cost
+            settled = fit.cost - trial.cost < 1e-6 * fit.cost
             fit, damping = trial, max(damping / 10, 1e-9)
             if settled:
                 break
@@ -445,11 +445,7 @@ class _Pair:
         point_steps = np.einsum("ijn,jn->in", inverse, pull)
         point_slopes = np.einsum("ijn,jpn->ipn", inverse, mixed)
         weighted, weighted_mixed = (_flat(array * weights) for array in (by_motion, mixed))
-        # The slopes by the translation are a multiple of the inverse depth, whose variance is inverse[2, 2].
-        depth = np.where(np.abs(fit.points[2]) > _TINY, fit.points[2], 1.0)
-        across = (by_motion - np.einsum("rin,ipn->rpn", by_point, point_slopes))[:, :3] * np.sqrt(inverse[2, 2]) / depth
         return _System(
-            per_depth_noise=_flat(across * weights) @ _flat(across).T,
             hessian=weighted @ _flat(by_motion).T - weighted_mixed @ _flat(point_slopes).T,
             gradient=weighted @ errors.ravel() - weighted_mixed @ point_steps.ravel(),
             point_steps=point_steps,
@@ -477,15 +473,28 @@ class _Pair:
         rounding = resolution**2 / 6
         variance = max(spread / curvature**2, rounding, _TINY)
 
-        system = self.eliminate(fit, used.astype(np.float64))
-        values, axes = np.linalg.eigh(system.hessian)
+        whole = self.eliminate(fit, used.astype(np.float64)).hessian
+        values, axes = np.linalg.eigh(whole)
         axes = axes / np.sqrt(np.maximum(values, _WEAK))
-        whole = system.hessian.copy()
-        whole[:3, :3] -= variance * system.per_depth_noise
+        whole[:3, :3] -= variance * self.hessian_of_depth_noise(fit, used)
         # In these axes Gauss and Newton's Hessian is the identity.
         curvatures, turn = np.linalg.eigh(axes.T @ whole @ axes)
         axes = axes @ turn / np.maximum(curvatures, _SMALLEST_CURVATURE)
         return variance * axes @ axes.T, max(spread / curvature, rounding, _TINY), freedom
+
+
+    def hessian_of_depth_noise(self, fit: _Fit, used: np.ndarray) -> np.ndarray:
+        """(3, 3): what the noise of the used points' depths adds to the translation's part, for a variance of one.
+
+        Its slopes are a multiple of the inverse depth, and so their products of its square, not of its variance.
+        """
+        _, by_point, by_motion = _slopes(self.views, self.poses(fit.rotation, fit.translation), fit)
+        inverse = _inverse(by_point)
+        mixed = np.einsum("rin,rpn->ipn", by_point, by_motion[:, :3])
+        across = by_motion[:, :3] - np.einsum("rin,ijn,jpn->rpn", by_point, inverse, mixed, optimize=True)
+        depth = np.where(np.abs(fit.points[2]) > _TINY, fit.points[2], 1.0)
+        noise = _flat(across * np.sqrt(inverse[2, 2]) / depth * used)
+        return np.asarray(noise @ noise.T)
 
 
 class _System(NamedTuple):
@@ -495,7 +504,6 @@ class _System(NamedTuple):
     gradient: np.ndarray  # (6,)
     point_steps: np.ndarray  # (3, n)
     point_slopes: np.ndarray  # (3, 6, n)
-    per_depth_noise: np.ndarray  # (3, 3): what the noise of the depths adds to the hessian, for a variance of one
 
 
 def _search(views: _Views, cameras: tuple[StereoCamera, StereoCamera], gate: float) -> list[_Start]:
@@ -563,7 +571,7 @@ def _project_slopes(views: _Views, poses: _Poses, points: np.ndarray) -> np.ndar
 def _by_points(slopes: np.ndarray, poses: _Poses) -> np.ndarray:
     """Slopes of the errors by the points, (2 k, 3, n)."""
     moves = np.concatenate([poses.turns[..., :2], poses.shifts[..., None]], axis=-1)
-    return -np.einsum("kijn,kjl->kiln", slopes, moves).reshape(2 * len(slopes), 3, slopes.shape[-1])
+    return -(moves.transpose(0, 2, 1)[:, None] @ slopes).reshape(2 * len(slopes), 3, slopes.shape[-1])
 
 
 def _slopes(views: _Views, poses: _Poses, fit: _Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -573,7 +581,7 @@ def _slopes(views: _Views, poses: _Poses, fit: _Fit) -> tuple[np.ndarray, np.nda
     # In a current camera's frame a point is its turn times (direction - inverse depth translation), and a small
     # rotation w of the motion takes turn (w x (...)) away.
     x, y, z = _directions(fit.points) - fit.translation[:, None] * fit.points[2]
-    moved = np.einsum("kijn,kjl->kiln", slopes[2:], poses.turns[2:])
+    moved = poses.turns[2:].transpose(0, 2, 1)[:, None] @ slopes[2:]
     by_motion = np.zeros((4, 2, 6, count))
     by_motion[2:, :, :3] = moved * fit.points[2]
     by_motion[2:, :, 3] = y * moved[:, :, 2] - z * moved[:, :, 1]

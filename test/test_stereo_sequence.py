@@ -106,35 +106,6 @@ def test_swapped_images_are_noticed(walk: Path) -> None:
     assert pair is not None and pair.pose.status is PoseStatus.NO_CALIBRATION
 
 
-def test_a_standing_drone_stands_and_its_stereo_matches_lie_on_opencvs_epipolar_lines(recorded_data: Path) -> None:
-    bag = recorded_data / "euroc_v101_still_stereo"
-    results = register(bag, "/cam0/image_raw", "/cam1/image_raw", rectified=False, max_keypoints=512)
-    assert len(results) == 12
-    infos = {topic: message for topic, _, _, message in read_messages(bag) if topic.endswith("camera_info")}
-    left, right = infos["/cam0/camera_info"], infos["/cam1/camera_info"]
-
-    def rectify(points: np.ndarray, info: Any) -> np.ndarray:
-        k, r, p = info.k.reshape(3, 3), info.r.reshape(3, 3), info.p.reshape(3, 4)
-        return cv2.undistortPoints(points[:, None].astype(np.float64), k, info.d, R=r, P=p)[:, 0]
-
-    on_line, depths = [], []
-    for stereo, pair in results:
-        rectified = [
-            rectify(points[stereo.pose.inliers], info)
-            for points, info in ((stereo.reference_points, left), (stereo.points, right))
-        ]
-        disparity, off = (rectified[0] - rectified[1]).T
-        on_line.append(np.abs(off) < 1.5)
-        depths.append(-right.p[3] / disparity)
-        if pair is not None:
-            assert pair.pose.status in (PoseStatus.OK, PoseStatus.NO_TRANSLATION) and pair.pose.metric
-            assert np.linalg.norm(pair.pose.translation) < 0.003
-            assert np.degrees(np.linalg.norm(cv2.Rodrigues(pair.pose.rotation)[0])) < 0.1
-    assert len(np.concatenate(on_line)) > 12 * 200
-    assert np.concatenate(on_line).mean() >= 0.99
-    assert (np.concatenate(depths) > 0).all() and 0.5 < np.median(np.concatenate(depths)) < 15
-
-
 # Refinement
 
 
