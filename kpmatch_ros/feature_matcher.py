@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from kpmatch_ros.images import ImageError
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint
 from kpmatch_ros.models.assignment import Assignment
 from kpmatch_ros.models.checkpoint import network_type
+from kpmatch_ros.models.superpoint import Detections
 from kpmatch_ros.parameters import ParameterError, Parameters
 
 __all__ = ["FeatureMatcher", "Features", "Matches"]
@@ -106,6 +107,9 @@ class FeatureMatcher:
         options: single parameters by name (see :class:`kpmatch_ros.parameters.Parameters`), such as ``extractor``,
             ``matcher``, ``device``, ``precision`` and ``max_keypoints``.
 
+    Attributes:
+        repeated_in_float32: how often a network was run again in float32, as half precision gave NaN or no keypoint.
+
     Raises:
         ParameterError: when a parameter has a value it may not have, or the device is not there.
         WeightsError: when weights are missing or damaged, or extractor and matcher do not belong together.
@@ -118,6 +122,7 @@ class FeatureMatcher:
         self.extractor = self._load_extractor()
         self.matcher = self._load_matcher()
         followed = ("keypoint_threshold", "nms_radius", "border")
+        self.repeated_in_float32 = 0
         self._published = {name: getattr(self.extractor, name) for name in followed}
         self.configure(self.parameters)
 
@@ -171,7 +176,7 @@ class FeatureMatcher:
         found: list[Features | None] = [None] * len(seen)
         for shape in {image.shape for image in seen}:
             group = [i for i, image in enumerate(seen) if image.shape == shape]
-            detections = self.extractor(torch.cat([seen[i] for i in group]))
+            detections = self._run(self.extractor, _is_sound, torch.cat([seen[i] for i in group]))
             for i, keypoints, scores, descriptors, mask in zip(group, *detections):
                 height, width = received[i].shape[:2]
                 scale = keypoints.new_tensor([width / shape[-1], height / shape[-2]])
@@ -212,7 +217,8 @@ class FeatureMatcher:
         if not features0:
             return []
         batch0, batch1 = self._batch(features0), self._batch(features1)
-        found = self.matcher(*(part for both in zip(batch0, batch1) for part in both))
+        inputs = [part for both in zip(batch0, batch1) for part in both]
+        found = self._run(self.matcher, lambda found: bool(torch.isfinite(found.scores0).all()), *inputs)
         return [_one_pair(found, i, len(f0), len(f1)) for i, (f0, f1) in enumerate(zip(features0, features1))]
 
     def warm_up(self, width: int = 640, height: int = 480) -> None:
@@ -220,6 +226,24 @@ class FeatureMatcher:
         noise = np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
         features = self.extract(noise)
         self.match(features, features)
+
+    def _run(self, network: Any, is_sound: Callable[[Any], bool], *inputs: Tensor | None) -> Any:
+        """Run a network; once more in float32 where half precision overflowed."""
+        found = network(*inputs)
+        if self.dtype == torch.float32 or isinstance(network, NearestNeighbour) or is_sound(found):
+            return found
+        self.repeated_in_float32 += 1
+        network.float()
+        try:
+            return network(*inputs)
+        finally:
+            self._to_precision(network)
+
+    def _to_precision(self, network: Any) -> Any:
+        if isinstance(network, (LightGlue, SuperGlue)):
+            return network.to_precision(self.dtype)
+        # Channels-last is how convolutions run fastest on processors and tensor cores alike.
+        return network.to(self.dtype, memory_format=torch.channels_last)
 
     def _resize(self, pixels: np.ndarray) -> np.ndarray:
         """The image as the extractor sees it."""
@@ -276,8 +300,8 @@ class FeatureMatcher:
     def _load_extractor(self) -> Extractor:
         name = self.parameters.extractor
         extractor = _EXTRACTORS[network_type(name, _EXTRACTORS)].from_pretrained(name)
-        # Channels-last is how convolutions run fastest on processors and tensor cores alike.
-        return extractor.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        loaded: Extractor = self._to_precision(extractor.to(self.device))
+        return loaded
 
     def _load_matcher(self) -> Matcher:
         name, extractor = self.parameters.matcher, self.parameters.extractor
@@ -295,7 +319,13 @@ class FeatureMatcher:
                 f"the matcher {name} takes descriptors of size {matcher.input_dim}, but {extractor} makes descriptors "
                 f"of size {self.extractor.descriptor_size}: they do not belong together"
             )
-        return matcher.to(self.device).to_precision(self.dtype)
+        loaded: Matcher = self._to_precision(matcher.to(self.device))
+        return loaded
+
+
+def _is_sound(found: Detections) -> bool:
+    """Whether half precision sufficed. NaN among the scores shows as an image without any keypoint."""
+    return bool(found.mask.any(dim=-1).all()) and bool(torch.isfinite(found.descriptors).all())
 
 
 class _Batch(NamedTuple):

@@ -608,6 +608,7 @@ class MatcherNode(LifecycleNode):
             matcher = self._front_end.matcher
             values["device"] = str(matcher.device)
             values["precision"] = str(matcher.dtype).removeprefix("torch.")
+            values["repeated in float32"] = str(matcher.repeated_in_float32)
             values["extractor"] = matcher.parameters.extractor
             values["matcher"] = matcher.parameters.matcher
             if matcher.device.type == "cuda":

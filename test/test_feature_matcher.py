@@ -181,6 +181,31 @@ def test_bfloat16_keeps_most_matches(
 # -------------------------------------------------------------------------------------------------------------- images
 
 
+def test_what_half_precision_cannot_represent_is_computed_again_in_single(
+    views: tuple[Image, Image, NDArray[np.float64]]
+) -> None:
+    half = FeatureMatcher(PARAMETERS, precision="bfloat16")
+    single = FeatureMatcher(PARAMETERS)
+
+    def overflow(module: Any, inputs: Any, output: Any) -> Any:
+        if module.dtype != torch.bfloat16:
+            return output
+        broken = "descriptors" if hasattr(output, "descriptors") else "scores0"
+        return output._replace(**{broken: torch.full_like(getattr(output, broken), torch.nan)})
+
+    half.extractor.register_forward_hook(overflow)
+    half.matcher.register_forward_hook(overflow)
+    features = [half.extract(image) for image in views[:2]]
+    assert all(torch.isfinite(torch.as_tensor(each.descriptors)).all() for each in features)
+    matches = half.match(*features)
+    assert torch.isfinite(torch.as_tensor(matches.scores)).all()
+    assert half.repeated_in_float32 == 3
+    assert half.extractor.dtype == half.matcher.dtype == torch.bfloat16  # type: ignore[union-attr]
+    reference = single.match(*(single.extract(image) for image in views[:2]))
+    # The weights were rounded, the arithmetic was not.
+    assert abs(len(matches) - len(reference)) < 0.1 * len(reference)
+
+
 def test_grey_as_colour_gives_the_same_features(matcher: FeatureMatcher, views: Any) -> None:
     expected = matcher.extract(views[0]).numpy()
     found = matcher.extract(np.repeat(views[0][..., None], 3, axis=2)).numpy()
