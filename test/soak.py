@@ -38,20 +38,26 @@ SLACK = 0.15  # seconds beside inference: the pose, publishing, and the way here
 WARM_UP = 0.2  # part of the run after which memory has to stay as it is
 
 
-@dataclass
 class Camera:
-    """Plays a bag's images and calibrations in a loop, at stamps that go on, and now and then jump."""
+    """Plays the images and calibrations of a camera, or of a stereo pair, in a loop, at stamps that go on, or jump."""
 
-    frames: list[tuple[Image, CameraInfo]]
-    number: int = 0
-    jump: float = 0.0
-    sent: dict[int, float] = field(default_factory=dict)
+    def __init__(self, node: NodeUnderTest, sides: list[list[tuple[Image, CameraInfo]]]) -> None:
+        topics = ["left/", "right/"] if len(sides) == 2 else [""]
+        qos = QoSProfile(depth=1000)
+        self.images = [node.node.create_publisher(Image, f"{topic}image", qos) for topic in topics]
+        self.infos = [node.node.create_publisher(CameraInfo, f"{topic}camera_info", qos) for topic in topics]
+        self.jump = 0.0
+        self.sent: dict[int, float] = {}
+        self._sides = sides
+        self._number = 0
 
-    def send(self, node: NodeUnderTest) -> None:
-        image, info = self.frames[self.number % len(self.frames)]
-        seconds = 1000.0 + 0.05 * self.number + self.jump
-        self.number += 1
-        node.send(stamped(image, seconds, "camera"), stamped(info, seconds, "camera"))
+    def send(self) -> None:
+        seconds = 1000.0 + 0.05 * self._number + self.jump
+        for side, image_publisher, info_publisher in zip(self._sides, self.images, self.infos):
+            image, info = side[self._number % len(side)]
+            info_publisher.publish(stamped(info, seconds, "camera"))
+            image_publisher.publish(stamped(image, seconds, "camera"))
+        self._number += 1
         self.sent[nanoseconds(image.header.stamp)] = time.monotonic()
         while len(self.sent) > 1000:
             self.sent.pop(next(iter(self.sent)))
@@ -61,9 +67,8 @@ def nanoseconds(stamp: Any) -> int:
     return int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
 
 
-def read_bag(path: Path) -> list[tuple[Image, CameraInfo]]:
-    """The images of a bag's only camera with their calibrations, as rclpy's messages."""
-    topic = image_topics(path)[0].name
+def read_bag(path: Path, topic: str) -> list[tuple[Image, CameraInfo]]:
+    """The images of a topic with their calibrations, as rclpy's messages."""
     info_topic = f"{topic.rsplit('/', 1)[0]}/camera_info"
     store = typestore()
     images, infos = [], []
@@ -98,9 +103,9 @@ class Soak:
             if i == 2:
                 started = time.monotonic()
             self.node.matches.clear()
-            self.camera.send(self.node)
+            self.camera.send()
             if i == 0:
-                self.node.wait_for_figure("frames processed", "1")
+                self.node.wait_for_figure("frames processed", "1", timeout=120)
             else:
                 self.node.wait_for(lambda: self.node.matches, "a pair")
         self.node.matches.clear()
@@ -132,11 +137,17 @@ class Soak:
         """A frame, or now and then something broken."""
         kind = self.rng.random()
         if kind < 0.03:
-            self.node._images.publish(stamped(random_image(self.rng), random_stamp(self.rng), random_frame(self.rng)))
+            # To all sides at the same stamp, as otherwise no pair would hold it.
+            stamp, frame = random_stamp(self.rng), random_frame(self.rng)
+            for publisher in self.camera.images:
+                publisher.publish(stamped(random_image(self.rng), stamp, frame))
         elif kind < 0.04:
-            self.node._infos.publish(stamped(random_calibration(self.rng), 1.0, random_frame(self.rng)))
+            publisher = self.camera.infos[int(self.rng.integers(0, len(self.camera.infos)))]
+            publisher.publish(stamped(random_calibration(self.rng), 1.0, random_frame(self.rng)))
+        elif kind < 0.05:
+            self.camera.images[-1].publish(stamped(random_image(self.rng), random_stamp(self.rng), "lonely"))
         else:
-            self.camera.send(self.node)
+            self.camera.send()
 
     def look(self) -> None:
         """Check what has come."""
@@ -213,7 +224,7 @@ class Soak:
 
     def offer_another_qos(self) -> None:
         profile = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
-        publisher = self.node.node.create_publisher(Image, "image", profile)
+        publisher = self.node.node.create_publisher(Image, self.camera.images[0].topic_name, profile)
         self.node.spin(0.5)
         publisher.publish(stamped(random_image(self.rng), 1.0, "other"))
         self.node.node.destroy_publisher(publisher)
@@ -232,7 +243,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--overload", type=float, default=4.0, help="frames sent for each that can be processed")
-    parser.add_argument("--bag", type=Path, help="of one camera; a synthetic one by default")
+    parser.add_argument("--stereo", action="store_true", help="a pair of cameras instead of one")
+    parser.add_argument("--bag", type=Path, help="of one camera, or of a pair; a synthetic one by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parameter", action="append", default=[], metavar="NAME=VALUE", help="of the node")
     options = parser.parse_args()
@@ -241,15 +253,21 @@ def main() -> int:
         bag = options.bag
         if bag is None:
             bag = Path(folder) / "bag"
-            write_demo_bag(bag, num_frames=8, size=(320, 240), encoding="mono8")
+            baseline = 0.11 if options.stereo else None
+            write_demo_bag(bag, num_frames=8, size=(320, 240), encoding="mono8", baseline=baseline)
+        if options.stereo:
+            parameters = {"mode": "stereo", "rectified": options.bag is None, "publish_odometry": True, **parameters}
+        topics = sorted(topic.name for topic in image_topics(bag))[: 2 if options.stereo else 1]
         with running_node(Path(folder), queue="latest", **parameters) as node:
-            return soak(node, Camera(read_bag(bag)), options)
+            return soak(node, Camera(node, [read_bag(bag, topic) for topic in topics]), options)
 
 
 def soak(node: NodeUnderTest, camera: Camera, options: argparse.Namespace) -> int:
     """Run, print the table and the verdict."""
     run = Soak(node, camera, np.random.default_rng(options.seed))
-    node.wait_until_connected()
+    node.wait_for(lambda: node.node.count_publishers("/matches"), "the node to come up")
+    node.wait_for(lambda: all(publisher.get_subscription_count() for publisher in camera.images), "its subscriptions")
+    node.spin(0.5)
     processing = run.measure_processing()
     interval = processing / options.overload
     print(f"a frame takes {1e3 * processing:.0f} ms; one is sent every {1e3 * interval:.0f} ms, faults among them")
