@@ -35,7 +35,7 @@ from kpmatch_ros.msg import FeatureArray, MatchArray
 from node_harness import NodeUnderTest, running_node
 
 SLACK = 0.15  # seconds beside inference: the pose, publishing, and the way here
-WARM_UP = 0.2  # part of the run after which memory has to stay as it is
+WARM_UP = 0.3  # part of the run after which memory has to stay as it is
 
 
 class Camera:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import resource
 import shutil
 import stat
 import threading
@@ -414,6 +415,21 @@ def test_a_cache_that_cannot_be_written_is_reported(
     monkeypatch.setenv("KPMATCH_WEIGHTS", str(tmp_path / "file"))
     with pytest.raises(WeightsError, match="could not be fetched"):
         weights.fetch("test")
+
+
+def test_a_disk_without_room_is_reported_and_left_as_it_was(
+    register: Callable[[str], Weights], tmp_path: Path
+) -> None:
+    register("good")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # bytes that a file may have from now on
+    try:
+        with pytest.raises(WeightsError, match=r"could not be fetched from .* \(.*too large"):
+            weights.fetch("test")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files_below(tmp_path) == []
+    assert weights.fetch("test").exists()
 
 
 def test_two_fetches_at_once_both_succeed(server: Server, register: Callable[[str], Weights], tmp_path: Path) -> None:
