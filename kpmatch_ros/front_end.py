@@ -1,6 +1,7 @@
 """Frames in, matches with the reference frame, tracks and relative pose out: the flow of the package, without ROS."""
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from kpmatch_ros.camera import Camera
 from kpmatch_ros.feature_matcher import FeatureMatcher, Features
 from kpmatch_ros.geometry import PoseStatus, RelativePose, estimate_relative_pose
 from kpmatch_ros.parameters import Parameters
-from kpmatch_ros.refinement import REFINED_RESOLUTION, flatten, refine
+from kpmatch_ros.refinement import INDEPENDENT_POINTS, REFINED_RESOLUTION, flatten, refine
 from kpmatch_ros.stereo import StereoCamera, check_stereo_matches, estimate_stereo_motion
 
 __all__ = ["Frame", "FrontEnd", "Pair", "Stereo"]
@@ -316,13 +317,13 @@ class FrontEnd:
         index0, index1 = indices.T
         left0, left1 = reference.keypoints[index0], current.keypoints[index1]
         right0, right1 = stereo0.right_points[index0], stereo1.right_points[index1]
-        resolution = self._keypoint_resolution(current)
+        resolution, independent = self._keypoint_resolution(current), math.inf
         # In all images where the surroundings of the reference's keypoint are, unless they changed too much for that.
         fine_left1 = refine(stereo0.left_flat, stereo1.left_flat, left0, left1, resolution)
         if np.isfinite(fine_left1[:, 0]).sum() > _REFINABLE * len(indices):
             right0 = refine(stereo0.left_flat, stereo0.right_flat, left0, right0, resolution)
             right1 = refine(stereo1.left_flat, stereo1.right_flat, fine_left1, right1 + fine_left1 - left1, resolution)
-            left1, resolution = fine_left1, REFINED_RESOLUTION
+            left1, resolution, independent = fine_left1, REFINED_RESOLUTION, INDEPENDENT_POINTS
         return estimate_stereo_motion(
             left0,
             right0,
@@ -333,6 +334,7 @@ class FrontEnd:
             max_reprojection_error=self.parameters.max_reprojection_error,
             min_inliers=self.parameters.min_inliers,
             keypoint_resolution=resolution,
+            independent_points=independent,
         )
 
     def _keypoint_resolution(self, frame: Frame) -> float:

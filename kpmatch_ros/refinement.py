@@ -8,10 +8,15 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-__all__ = ["REFINED_RESOLUTION", "flatten", "refine"]
+__all__ = ["INDEPENDENT_POINTS", "REFINED_RESOLUTION", "flatten", "refine"]
 
 REFINED_RESOLUTION = 0.5
 """Pixels of keypoint resolution that refined matches are worth: they err alike where the view of a surface changes."""
+
+INDEPENDENT_POINTS = 120
+"""Refined matches that err independently of each other: what is seen from elsewhere, or in another light, is found a
+little off, in the same direction all over a surface. On a walk of 39 pairs of stereo frames, with 550 matches each, the
+squared errors were 4.5 times what independent matches would give."""
 
 _WINDOW = 13  # pixels
 _LONGEST_STEP = 3.0  # pixels, or as many steps of the detector's grid: what moves further was not the same corner

@@ -212,6 +212,7 @@ def estimate_stereo_motion(
     max_reprojection_error: float = 1.0,
     min_inliers: int = 15,
     keypoint_resolution: float = 1.0,
+    independent_points: float = math.inf,
 ) -> RelativePose:
     """Pose of the current left camera in the reference left camera's optical frame, in metres.
 
@@ -234,6 +235,8 @@ def estimate_stereo_motion(
         min_inliers: fewer matches, or inliers, give TOO_FEW_MATCHES; so do fewer than 8 that have a depth.
         keypoint_resolution: pixels between neighbouring positions that the detector can give, as in
             geometry.estimate_relative_pose: the covariance is no smaller than rounding allows.
+        independent_points: how many points at most err independently of each other. Where there are more, the
+            covariance is that of so many: more points on the same surfaces would not make the pose surer.
 
     Returns:
         The pose, or why there is none. With NO_TRANSLATION the covariance is that of the estimate whose translation
@@ -276,6 +279,8 @@ def estimate_stereo_motion(
         return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total, mask)
 
     covariance, variance, freedom = pair.covariance(fit, keypoint_resolution)
+    alike = max(1.0, float((fit.squares < fit.cutoffs).sum()) / independent_points)
+    covariance, variance = alike * covariance, alike * variance
     still = pair.minimise(pair.settle(fit.rotation, np.zeros(3), fit.cutoffs), 20, rotation_only=True)
     status = PoseStatus.OK
     if fdtrc(3, freedom, max(still.cost - fit.cost, 0.0) / variance / 3) > FALSE_ALARM_RATE:

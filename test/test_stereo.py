@@ -409,3 +409,12 @@ def test_misuse_is_refused() -> None:
         estimate_stereo_motion(*(points.ravel() for points in images), pair(), pair())
     with pytest.raises(ValueError, match="positive number of pixels"):
         estimate_stereo_motion(*images, pair(), pair(), max_reprojection_error=0.0)
+
+
+def test_points_that_err_alike_make_the_covariance_that_of_fewer() -> None:
+    scene = Scene(noise=0.3)
+    alone, alike = (scene.estimate(400, independent_points=count) for count in (np.inf, 50))
+    used = alone.num_inliers
+    assert np.array_equal(alone.rotation, alike.rotation)
+    ratio = alike.covariance / alone.covariance
+    assert np.allclose(ratio, ratio[0, 0]) and 0.5 * used / 50 < ratio[0, 0] <= used / 50

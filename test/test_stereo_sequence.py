@@ -8,6 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from scipy.stats import chi2
 
 from kpmatch_ros.bags import read_ground_truth, read_messages, write_demo_bag
 from kpmatch_ros.front_end import FrontEnd, Pair
@@ -66,6 +67,18 @@ def test_the_motion_of_a_walk_is_right_to_a_hundredth(walked: Registered, truth:
         rotation_errors.append(np.degrees(np.linalg.norm(turn)))
     assert np.median(translation_errors) < 0.01, translation_errors
     assert max(rotation_errors) < 0.1, rotation_errors
+
+
+def test_the_covariance_of_a_walk_is_no_smaller_than_its_errors(walked: Registered, truth: dict[int, Pose]) -> None:
+    squares = []
+    for _, pair in walked[1:]:
+        assert pair is not None
+        motion = relative_motion(truth[pair.reference.stamp], truth[pair.current.stamp])
+        turn = cv2.Rodrigues(motion.rotation @ pair.pose.rotation.T)[0].ravel()
+        error = np.concatenate([motion.position - pair.pose.translation, turn])
+        squares.append(error @ np.linalg.solve(pair.pose.covariance, error))
+    assert max(squares) < chi2.ppf(0.999, 6), squares
+    assert np.mean(squares) < chi2.ppf(0.95, 6), squares
 
 
 def test_left_and_right_are_matched_in_every_frame(walked: Registered) -> None:
