@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from kpmatch_ros.camera import Camera
     from kpmatch_ros.front_end import Pair
+    from kpmatch_ros.replay import CameraTopics
 
 __all__ = ["CommandError", "main"]
 
@@ -56,7 +57,12 @@ BAG_OPTIONS = (
     "keyframe_max_parallax",
     "max_gap",
     "rectified",
+    "mode",
+    "sync_tolerance",
+    "publish_odometry",
 )
+MONO_TOPICS: tuple[str, ...] = ("image", "camera_info")
+STEREO_TOPICS: tuple[str, ...] = ("left", "right", "left_info", "right_info")
 
 
 class CommandError(Exception):
@@ -412,11 +418,13 @@ def _add_bag(commands: Any) -> None:
         "bag",
         _bag,
         "run the matcher on a bag, and write another bag with what the node would publish",
-        "Run the matcher on a camera in a bag (rosbag2: MCAP or sqlite3), every frame in order, without ROS. The bag "
-        "written holds /matches and /relative_pose, the node's messages for these frames with the images' stamps, and "
-        "not the images. Options override the parameter file; what neither names has the node's default.",
+        "Run the matcher on a camera, or a stereo pair of cameras, in a bag (rosbag2: MCAP or sqlite3), every frame in "
+        "order, without ROS. The bag written holds /matches and /relative_pose, and in stereo /stereo_matches: the "
+        "node's messages for these frames with the images' stamps, and not the images. Options override the parameter "
+        "file; what neither names has the node's default.",
         "kpmatch bag drive out --poses poses.txt",
         "kpmatch bag drive out --image /camera/image_raw --params matcher.yaml --device cuda",
+        "kpmatch bag drive out --left /cam0/image_raw --right /cam1/image_raw --poses poses.txt",
     )
     parser.add_argument("source", metavar="IN", type=Path, help="bag to read: a folder, or a .mcap or .db3 file")
     parser.add_argument("target", metavar="OUT", type=Path, help="bag to write: a folder that does not exist yet")
@@ -426,6 +434,17 @@ def _add_bag(commands: Any) -> None:
     parser.add_argument(
         "--camera-info", metavar="TOPIC", help="their calibration (default camera_info beside the image topic)"
     )
+    for side in ("left", "right"):
+        parser.add_argument(
+            f"--{side}",
+            metavar="TOPIC",
+            help=f"images of a stereo pair's {side} camera; not needed with --mode stereo where two topics are named "
+            "left and right, cam0 and cam1, or infra1 and infra2",
+        )
+    for side in ("left", "right"):
+        parser.add_argument(
+            f"--{side}-info", metavar="TOPIC", help="their calibration (default camera_info beside the image topic)"
+        )
     parser.add_argument(
         "--params", metavar="FILE", type=Path, help="ROS 2 parameter file like config/matcher.yaml, for /matcher"
     )
@@ -433,7 +452,8 @@ def _add_bag(commands: Any) -> None:
         "--poses",
         metavar="FILE",
         type=Path,
-        help="also write the chained poses, as TUM's text format has them (evo reads it); the scale is arbitrary",
+        help="also write the chained poses, as TUM's text format has them (evo reads it): in metres in stereo; "
+        "of one camera the scale is arbitrary",
     )
     parser.add_argument("--features", action="store_true", help="also write /features, with the descriptors")
     parser.add_argument("--match-image", action="store_true", help="also write /match_image, pictures of the matches")
@@ -446,21 +466,33 @@ def _add_bag(commands: Any) -> None:
 def _bag(options: argparse.Namespace) -> int:
     from kpmatch_ros.bags import BagError
     from kpmatch_ros.parameter_file import read_parameter_file
-    from kpmatch_ros.replay import choose_camera, replay
+    from kpmatch_ros.replay import choose_camera, choose_stereo_cameras, replay
 
     parameters = Parameters() if options.params is None else read_parameter_file(options.params)
     given = vars(options)
-    parameters = parameters.replace({name: given[name] for name in BAG_OPTIONS if name in given})
+    changes = {name: given[name] for name in BAG_OPTIONS if name in given}
+    if any(given[name] is not None for name in STEREO_TOPICS):
+        changes.setdefault("mode", "stereo")
+    parameters = parameters.replace(changes)
+    _check_topic_options(given, parameters.mode)
+    source = options.source
+    cameras: tuple[CameraTopics, ...]
     try:
-        topics = choose_camera(options.source, options.image, options.camera_info)
+        if parameters.mode == "stereo":
+            cameras = choose_stereo_cameras(source, *(given[name] for name in STEREO_TOPICS))
+            info_options = ["--left-info", "--right-info"]
+        else:
+            cameras = (choose_camera(source, options.image, options.camera_info),)
+            info_options = ["--camera-info"]
         report = replay(
-            options.source, options.target, topics, parameters, poses=options.poses, features=options.features,
+            source, options.target, cameras, parameters, poses=options.poses, features=options.features,
             match_image=options.match_image,
         )  # fmt: skip
     except BagError as error:
         raise CommandError(str(error)) from error
-    if not topics.camera_info:
-        report.faults.append(f"no camera_info beside {topics.image}, so no relative pose; --camera-info names one")
+    for camera, option in zip(cameras, info_options):
+        if not camera.camera_info:
+            report.faults.append(f"no camera_info beside {camera.image}, so no relative pose; {option} names one")
     for fault in report.faults:
         print(f"{options.name}: {fault}", file=sys.stderr)
     if options.json:
@@ -468,6 +500,15 @@ def _bag(options: argparse.Namespace) -> int:
     else:
         print(format_table([*report.rows(), ("bag", str(options.target))]))
     return 0
+
+
+def _check_topic_options(given: dict[str, Any], mode: str) -> None:
+    """Topics of one mode say nothing in the other."""
+    foreign, own = (STEREO_TOPICS, "--image") if mode == "mono" else (MONO_TOPICS, "--left and --right")
+    for name in foreign:
+        if given[name] is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise CommandError(f"{option} {given[name]}: the mode is {mode}, whose images are named with {own}")
 
 
 # kpmatch demo

@@ -8,9 +8,11 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 from scipy.stats import chi2
 
 from kpmatch_ros.bags import read_ground_truth, read_messages, write_demo_bag
+from kpmatch_ros.cli import main
 from kpmatch_ros.front_end import FrontEnd, Pair
 from kpmatch_ros.geometry import PoseStatus
 from kpmatch_ros.images import to_array
@@ -22,16 +24,16 @@ from kpmatch_ros.synthetic import Pose, relative_motion
 Registered = list[tuple[Pair, "Pair | None"]]
 
 
-def register(bag: Path, left: str, right: str, rectified: bool, **parameters: Any) -> Registered:
-    """A bag of a stereo pair through the front end, the images of its topics `left` and `right`."""
-    front_end = FrontEnd(Parameters(device="cpu", precision="float32", rectified=rectified, **parameters))
+def register(bag: Path, **parameters: Any) -> Registered:
+    """A bag of a rectified stereo pair through the front end."""
+    front_end = FrontEnd(Parameters(device="cpu", precision="float32", rectified=True, **parameters))
     found: dict[str, list[Any]] = {}
     for topic, _, _, message in read_messages(bag):
         found.setdefault(topic, []).append(message)
-    infos = [found[f"{image.rsplit('/', 1)[0]}/camera_info"][0] for image in (left, right)]
-    camera = StereoCamera.from_camera_infos(*infos, rectified=rectified)
+    infos = [found[f"/{side}/camera_info"][0] for side in ("left", "right")]
+    camera = StereoCamera.from_camera_infos(*infos, rectified=True)
     results = []
-    for images in zip(found[left], found[right]):
+    for images in zip(found["/left/image_rect"], found["/right/image_rect"]):
         stamps = [image.header.stamp.sec * 10**9 + image.header.stamp.nanosec for image in images]
         results.append(front_end.register_stereo_frame(*map(to_array, images), stamps[0], camera))
     return results
@@ -46,7 +48,7 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def walked(walk: Path) -> Registered:
-    return register(walk, "/left/image_rect", "/right/image_rect", rectified=True)
+    return register(walk)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +98,8 @@ def test_left_and_right_are_matched_in_every_frame(walked: Registered) -> None:
 def test_tracks_and_keyframes_live_on_in_stereo(walk: Path) -> None:
     pairs = [
         pair
-        for _, pair in register(walk, "/left/image_rect", "/right/image_rect", True, max_keypoints=256,
-                                reference="keyframe", keyframe_max_parallax=1000.0, keyframe_min_matches=10)
+        for _, pair in register(walk, max_keypoints=256, reference="keyframe", keyframe_max_parallax=1000.0,
+                                keyframe_min_matches=10)
         if pair
     ]
     assert len({pair.reference.stamp for pair in pairs}) == 1
@@ -117,6 +119,49 @@ def test_swapped_images_are_noticed(walk: Path) -> None:
         stereo, pair = front_end.register_stereo_frame(right, left, stamp, camera)
         assert stereo.pose.status is PoseStatus.FAILED
     assert pair is not None and pair.pose.status is PoseStatus.NO_CALIBRATION
+
+
+def test_a_standing_drone_stands_and_its_stereo_matches_lie_on_opencvs_epipolar_lines(
+    recorded_data: Path, tmp_path: Path
+) -> None:
+    bag = recorded_data / "euroc_v101_still_stereo"
+    words = ("--mode", "stereo", "--device", "cpu", "--precision", "float32", "--max-keypoints", "512")
+    assert main(["bag", str(bag), str(tmp_path / "out"), *words, "--poses", str(tmp_path / "poses.txt")]) == 0
+    found: dict[str, list[Any]] = {}
+    for topic, _, _, message in read_messages(tmp_path / "out"):
+        found.setdefault(topic, []).append(message)
+    assert {topic: len(messages) for topic, messages in found.items()} == {
+        "/stereo_matches": 12, "/matches": 11, "/relative_pose": 11
+    }  # fmt: skip
+    infos = {topic: message for topic, _, _, message in read_messages(bag) if topic.endswith("camera_info")}
+    left, right = infos["/cam0/camera_info"], infos["/cam1/camera_info"]
+
+    def rectify(points: np.ndarray, info: Any) -> np.ndarray:
+        k, r, p = info.k.reshape(3, 3), info.r.reshape(3, 3), info.p.reshape(3, 4)
+        return cv2.undistortPoints(points[:, None].astype(np.float64), k, info.d, R=r, P=p)[:, 0]
+
+    on_line, depths = [], []
+    for stereo in found["/stereo_matches"]:
+        rectified = [
+            rectify(points.reshape(-1, 2)[stereo.inliers == 1], info)
+            for points, info in ((stereo.reference_points, left), (stereo.points, right))
+        ]
+        disparity, off = (rectified[0] - rectified[1]).T
+        on_line.append(np.abs(off) < 1.5)
+        depths.append(-right.p[3] / disparity)
+    assert len(np.concatenate(on_line)) > 12 * 200
+    assert np.concatenate(on_line).mean() >= 0.99
+    assert (np.concatenate(depths) > 0).all() and 0.5 < np.median(np.concatenate(depths)) < 15
+
+    def stands(position: np.ndarray, quaternion: np.ndarray) -> bool:
+        return bool(np.linalg.norm(position) < 0.003 and np.degrees(Rotation.from_quat(quaternion).magnitude()) < 0.1)
+
+    for pose in found["/relative_pose"]:
+        assert pose.status in (PoseStatus.OK, PoseStatus.NO_TRANSLATION) and pose.metric
+        p, q = pose.pose.pose.position, pose.pose.pose.orientation
+        assert stands(np.array([p.x, p.y, p.z]), np.array([q.x, q.y, q.z, q.w]))
+    path = np.loadtxt(tmp_path / "poses.txt")
+    assert path.shape == (12, 8) and all(stands(row[1:4], row[4:]) for row in path), "nor does it drift away"
 
 
 # Refinement
