@@ -280,6 +280,8 @@ class FeatureMatcher:
                 f"the matcher {name} takes descriptors of size {matcher.input_dim}, but {extractor} makes descriptors "
                 f"of size {self.extractor.descriptor_size}: they do not belong together"
             )
+        if isinstance(matcher, LightGlue):
+            matcher.fuse()
         return matcher.to(self.device).to_precision(self.dtype)
 
 
