@@ -36,6 +36,7 @@ MATCHING_OPTIONS = (
     "matcher",
     "device",
     "precision",
+    "threads",
     "max_keypoints",
     "keypoint_threshold",
     "nms_radius",

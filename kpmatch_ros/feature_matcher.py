@@ -110,6 +110,8 @@ class FeatureMatcher:
 
     def __init__(self, parameters: Parameters | None = None, **options: Any) -> None:
         self.parameters = (parameters or Parameters()).replace(options)
+        if self.parameters.threads > 0:
+            torch.set_num_threads(self.parameters.threads)
         self.device = choose_device(self.parameters.device)
         self.dtype = choose_precision(self.parameters.precision, self.device)
         self.extractor = self._load_extractor()

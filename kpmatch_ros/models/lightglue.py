@@ -118,7 +118,7 @@ class FeedForward(nn.Module):
         assert isinstance(projection, nn.Linear)
         of_message = self.fc1.weight[:, projection.out_features :]
         if projection.bias is not None:
-            self.fc1.bias += of_message @ projection.bias
+            self.fc1.bias.add_(of_message @ projection.bias)
         of_message.copy_(of_message @ projection.weight)
 
 
