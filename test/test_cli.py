@@ -470,7 +470,18 @@ def kpmatch(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "match", "demo", "weights", "weights list", "weights fetch", "weights info", "weights convert", "doctor"],
+    [
+        "",
+        "match",
+        "demo",
+        "weights",
+        "weights list",
+        "weights fetch",
+        "weights info",
+        "weights convert",
+        "bench",
+        "doctor",
+    ],
 )
 def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
     status, out, err = run(*command.split(), "--help")
