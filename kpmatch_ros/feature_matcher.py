@@ -264,7 +264,8 @@ class FeatureMatcher:
         name = self.parameters.extractor
         extractor = _EXTRACTORS[network_type(name, _EXTRACTORS)].from_pretrained(name)
         # Channels-last is how convolutions run fastest on processors and tensor cores alike.
-        return extractor.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        extractor.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return extractor.to_precision(self.dtype) if isinstance(extractor, SuperPoint) else extractor.to(self.dtype)
 
     def _load_matcher(self) -> Matcher:
         name, extractor = self.parameters.matcher, self.parameters.extractor

@@ -110,7 +110,7 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(2 * size, size)
 
     def forward(self, x: Tensor, message: Tensor) -> Tensor:
-        hidden = self.layer_norm(self.fc1(torch.cat([x, message], dim=-1)))
+        hidden = self.layer_norm(self.fc1(torch.cat([x.to(message.dtype), message], dim=-1)))
         return x + self.fc2(self.activation(hidden))
 
     def absorb(self, projection: nn.Module) -> None:
@@ -135,15 +135,20 @@ class TransformerLayer(nn.Module):
     def forward(self, points0: Points, points1: Points) -> tuple[Tensor, Tensor]:
         """The new states of both images' points."""
         x0, x1 = (self._within(points) for points in (points0, points1))
-        heads0, heads1 = (self.cross_attention.project(x) for x in (x0, x1))
+        heads0, heads1 = (self.cross_attention.project(x.to(self.dtype)) for x in (x0, x1))
         return (
             self.cross_mlp(x0, self.cross_attention(heads0, heads1, points1.mask)),
             self.cross_mlp(x1, self.cross_attention(heads1, heads0, points0.mask)),
         )
 
     def _within(self, points: Points) -> Tensor:
-        heads = self.self_attention.project(points.x, points.rotation)
+        heads = self.self_attention.project(points.x.to(self.dtype), points.rotation)
         return self.self_mlp(points.x, self.self_attention(heads, heads, points.mask))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of its products."""
+        return self.self_mlp.fc1.weight.dtype
 
     def fuse(self) -> None:
         """As :meth:`LightGlue.fuse`."""
@@ -204,7 +209,7 @@ class Points:
     """The points of one image on their way through the layers.
 
     Attributes:
-        x: (B, N, C) states.
+        x: (B, N, C) states, float32.
         rotation: the rotary encoding of their positions.
         mask: (B, N) bool, true for real points; None where all are.
         index: (N,) where they stand among the keypoints given; points that were pruned are gone from it.
@@ -319,10 +324,13 @@ class LightGlue(nn.Module):
         return self
 
     def to_precision(self, dtype: torch.dtype) -> LightGlue:
-        """Convert the weights, all but the positions': 8 bits of mantissa cannot tell neighbouring pixels apart."""
-        for module in self.children():
-            if module is not self.positional_encoder:
-                module.to(dtype)
+        """Convert the weights of the transformer's layers.
+
+        The points' states stay float32, as sums of all layers' changes, and so do the small layers that read them:
+        scores are products of four probabilities, and half precision cannot tell the best two of a thousand apart. Nor
+        can 8 bits of mantissa tell neighbouring pixels apart, so the positions stay as well.
+        """
+        self.transformer_layers.to(dtype)
         return self
 
     @property
@@ -333,7 +341,7 @@ class LightGlue(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the layers."""
-        return next(self.transformer_layers.parameters()).dtype
+        return cast(TransformerLayer, self.transformer_layers[0]).dtype
 
     def forward(
         self,
@@ -385,7 +393,7 @@ class LightGlue(nn.Module):
     def _encode(self, keypoints: Tensor, descriptors: Tensor, size: Tensor, mask: Tensor | None) -> Points:
         positions = normalise_keypoints(keypoints.float(), size)
         return Points(
-            x=self.input_projection(descriptors.to(self.dtype)),
+            x=self.input_projection(descriptors.float()),
             rotation=self.positional_encoder(positions),
             mask=mask,
             index=torch.arange(keypoints.shape[1], device=keypoints.device),
