@@ -37,6 +37,7 @@ MATCHING_OPTIONS = (
     "matcher",
     "device",
     "precision",
+    "threads",
     "max_keypoints",
     "keypoint_threshold",
     "nms_radius",
@@ -129,6 +130,7 @@ def _build_parser() -> _Parser:
     _add_bag(commands)
     _add_demo(commands)
     _add_weights(commands)
+    _add_bench(commands)
     _add_doctor(commands)
     return parser
 
@@ -696,6 +698,119 @@ def _weights_convert(options: argparse.Namespace) -> int:
     networks = convert(options.source, options.target, options.extractor)
     for network in networks:
         print(f"{options.target}: {network.model}, {network.parameters:,} parameters, {network.precision}")
+    return 0
+
+
+# kpmatch bench
+
+
+def _add_bench(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "bench",
+        _bench,
+        "measure the speed on this machine",
+        "Measure how long each step takes, on a still pair and on a sequence whose features are cached, by device, "
+        "precision, image size and number of keypoints; beside other implementations with the same weights, on the "
+        "same images, in turn, in the same process. Times are medians, in milliseconds.",
+        "kpmatch bench --keypoints 512,1024",
+        "kpmatch bench --bag recording --against transformers --depth-confidence -1 --width-confidence -1",
+        "kpmatch bench --device cpu,cuda --json speed.json --plot speed.png",
+    )
+    parser.add_argument(
+        "--keypoints",
+        metavar="N,...",
+        type=_list_of("max_keypoints"),
+        default=[512, 1024, 2048, 4096],
+        help="per image; fewer where the image has fewer above --keypoint-threshold (default 512,1024,2048,4096)",
+    )
+    parser.add_argument(
+        "--sizes", metavar="WxH,...", type=_sizes, default=[], help="of the images (default their own, or 640x480)"
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--images", metavar="FOLDER", type=Path, help="pictures, in the order of their names")
+    source.add_argument("--bag", metavar="BAG", type=Path, help="its first images; both default to synthetic ones")
+    parser.add_argument("--image", metavar="TOPIC", default="", help="of the images in the bag")
+    parser.add_argument("--repeats", metavar="N", type=_count(1), default=8, help="measurements of each (default 8)")
+    parser.add_argument(
+        "--against",
+        metavar="NAME",
+        action="append",
+        choices=("transformers", "lightglue"),
+        default=[],
+        help="another implementation: transformers, or lightglue (cvg's package); may be given twice",
+    )
+    parser.add_argument(
+        "--peer-precision",
+        choices=declaration("precision").choices,
+        default="float32",
+        help="number format of the other implementations (default float32)",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw time against keypoints (needs matplotlib)")
+    group = parser.add_argument_group("matching options", "the matcher node's parameters of the same names")
+    for name in ("device", "precision"):
+        group.add_argument(
+            f"--{name}",
+            metavar=f"{name.upper()},...",
+            type=_list_of(name),
+            default=["auto"],
+            help=f"{declaration(name).description} (default auto)",
+        )
+    for name in _BENCH_OPTIONS:
+        _add_parameter(group, declaration(name), declaration(name).default)
+
+
+_BENCH_OPTIONS = [name for name in MATCHING_OPTIONS if name not in ("device", "precision", "max_keypoints", "resize")]
+
+
+def _list_of(name: str) -> Any:
+    """Values of a parameter with commas between them."""
+    item = declaration(name)
+
+    def parse(text: str) -> list[Any]:
+        try:
+            return [item.check(item.type(part)) for part in text.split(",")]
+        except ParameterError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers with commas between them") from None
+
+    return parse
+
+
+def _sizes(text: str) -> list[tuple[int, int]]:
+    sizes = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", part)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{part!r} is not a size such as 640x480")
+        sizes.append((int(match[1]), int(match[2])))
+    return sizes
+
+
+def _bench(options: argparse.Namespace) -> int:
+    if options.image and options.bag is None:
+        raise CommandError("--image names a topic of a bag: it needs --bag")
+    from kpmatch_ros.bench import Request, run_bench
+
+    run_bench(
+        Request(
+            parameters=Parameters(**{name: getattr(options, name) for name in _BENCH_OPTIONS}),
+            devices=options.device,
+            precisions=options.precision,
+            keypoints=options.keypoints,
+            sizes=options.sizes,
+            repeats=options.repeats,
+            images=options.images,
+            bag=options.bag,
+            topic=options.image,
+            against=options.against,
+            peer_precision=options.peer_precision,
+            json=options.json,
+            plot=options.plot,
+        )
+    )
     return 0
 
 

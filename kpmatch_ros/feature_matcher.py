@@ -117,6 +117,8 @@ class FeatureMatcher:
 
     def __init__(self, parameters: Parameters | None = None, **options: Any) -> None:
         self.parameters = (parameters or Parameters()).replace(options)
+        if self.parameters.threads > 0:
+            torch.set_num_threads(self.parameters.threads)
         self.device = choose_device(self.parameters.device)
         self.dtype = choose_precision(self.parameters.precision, self.device)
         self.extractor = self._load_extractor()
@@ -243,7 +245,8 @@ class FeatureMatcher:
         if isinstance(network, (LightGlue, SuperGlue)):
             return network.to_precision(self.dtype)
         # Channels-last is how convolutions run fastest on processors and tensor cores alike.
-        return network.to(self.dtype, memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)
+        return network.to_precision(self.dtype) if isinstance(network, SuperPoint) else network.to(self.dtype)
 
     def _resize(self, pixels: np.ndarray) -> np.ndarray:
         """The image as the extractor sees it."""
@@ -319,6 +322,8 @@ class FeatureMatcher:
                 f"the matcher {name} takes descriptors of size {matcher.input_dim}, but {extractor} makes descriptors "
                 f"of size {self.extractor.descriptor_size}: they do not belong together"
             )
+        if isinstance(matcher, LightGlue):
+            matcher.fuse()
         loaded: Matcher = self._to_precision(matcher.to(self.device))
         return loaded
 

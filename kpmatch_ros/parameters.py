@@ -123,6 +123,13 @@ class Parameters:
         "number format of the networks; auto takes the fastest the device computes in hardware",
         choices=("auto", "float32", "float16", "bfloat16"),
     )
+    threads: int = _parameter(
+        0,
+        "threads that the networks compute with on the processor, for the whole process: the number of cores that the "
+        "robot's other processes leave free; 0 leaves it to PyTorch, which takes all",
+        minimum=0,
+        maximum=1024,
+    )
     max_keypoints: int = _parameter(
         1024, "keypoints kept per image, those of highest score", minimum=1, maximum=16384, dynamic=True
     )

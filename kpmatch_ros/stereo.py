@@ -517,33 +517,28 @@ def _search(views: _Views, cameras: tuple[StereoCamera, StereoCamera], gate: flo
     frame = int(views.seen[3].sum() > views.seen[1].sum())
     points = _settle(views.images(slice(2 * frame, 2 * frame + 2)), _rig(cameras[frame]))
     deep = views.seen[2 * frame + 1] & (points[2] > _FARTHEST)
+    # Where the disparity is less than its error the depth is anything; one point kilometres away, and what OpenCV makes
+    # of all inliers in the end (EPnP) is metres off. Where there is nothing nearer, the rotation can be had from these.
+    camera = cameras[frame]
+    disparities = camera.left.focal * float(np.linalg.norm(camera.translation)) * points[2]
+    if (certain := deep & (disparities > gate)).sum() >= _SMALLEST_SAMPLE:
+        deep = certain
     if deep.sum() < 4:
         return starts
-    known = np.ascontiguousarray((_directions(points)[:, deep] / points[2, deep]).T)
-    seen = np.ascontiguousarray(views.rays[2 - 2 * frame][:, deep].T)
     try:
-        found, turn, shift, inliers = cv2.solvePnPRansac(
-            known,
-            seen,
+        found, turn, shift, _ = cv2.solvePnPRansac(
+            np.ascontiguousarray((_directions(points)[:, deep] / points[2, deep]).T),
+            np.ascontiguousarray(views.rays[2 - 2 * frame][:, deep].T),
             np.eye(3),
             np.zeros(4),
             iterationsCount=_SEARCH_ITERATIONS,
-            reprojectionError=_SEARCH_GATE * gate / cameras[frame].left.focal,
+            reprojectionError=_SEARCH_GATE * gate / camera.left.focal,
             confidence=0.999,
             flags=cv2.SOLVEPNP_P3P,
         )
-        if not found:
-            return starts
-        # What OpenCV makes of the inliers in the end (EPnP) is far off where one of the points is kilometres away.
-        chosen = np.asarray(inliers).ravel()
-        _, turn_again, shift_again = cv2.solvePnP(
-            known[chosen], seen[chosen], np.eye(3), np.zeros(4), flags=cv2.SOLVEPNP_SQPNP
-        )
     except cv2.error:  # degenerate points
         return starts
-    for turn, shift in ((turn, shift), (turn_again, shift_again)):
-        if not (np.isfinite(turn).all() and np.isfinite(shift).all()):
-            continue
+    if found and np.isfinite(turn).all() and np.isfinite(shift).all():
         rotation = np.asarray(cv2.Rodrigues(turn)[0], dtype=np.float64)
         translation = np.asarray(shift, dtype=np.float64).ravel()
         # The points were the reference's: that is the motion's inverse. Or the current frame's: that is the motion.

@@ -145,7 +145,7 @@ def test_options_mean_what_the_parameters_of_their_names_mean(run: Run, pictures
 def test_the_options_are_those_of_the_parameters_that_concern_matching() -> None:
     node_alone = {
         "mode", "reference", "keyframe_min_matches", "keyframe_max_parallax", "max_gap", "queue", "image_transport",
-        "rectified", "sync_tolerance", "autostart",
+        "rectified", "sync_tolerance", "publish_odometry", "autostart",
     }  # fmt: skip
     assert set(MATCHING_OPTIONS) | node_alone == {item.name for item in declarations()}
     assert not set(MATCHING_OPTIONS) & node_alone
@@ -471,7 +471,7 @@ def kpmatch(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "command",
     ["", "match", "bag", "demo", "weights", "weights list", "weights fetch", "weights info", "weights convert",
-     "doctor"],
+     "bench", "doctor"],
 )
 def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
     status, out, err = run(*command.split(), "--help")

@@ -596,6 +596,17 @@ def test_the_processor_computes_in_what_it_can() -> None:
         choose_precision("float16", cpu)
 
 
+def test_threads_are_as_many_as_chosen_and_otherwise_left_alone() -> None:
+    before = torch.get_num_threads()
+    try:
+        FeatureMatcher(PARAMETERS, matcher="nearest", threads=2)
+        assert torch.get_num_threads() == 2
+        FeatureMatcher(PARAMETERS, matcher="nearest")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_flat_over_many_frames(random_folder: Callable[..., Path], texture: Any) -> None:
     def resident() -> int:

@@ -470,6 +470,39 @@ def test_half_precision_keeps_most_matches(lightglue: Callable[..., LightGlue], 
     assert (found.matches0 == expected.matches0)[matched].float().mean() > 0.7
 
 
+@pytest.mark.parametrize("modes", [FIXED, ADAPTIVE], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize("config", [{}, {"attention_bias": False}, {"num_key_value_heads": 2}], ids=str)
+@pytest.mark.parametrize("shared", [False, True], ids=["", "queries are keys"])
+def test_a_fused_network_matches_as_before_with_fewer_products(
+    lightglue: Callable[..., LightGlue], modes: Modes, config: dict[str, Any], shared: bool
+) -> None:
+    model = lightglue(**modes, **config)
+    shared &= "num_key_value_heads" not in config  # queries are more than keys there
+    if shared:
+        for layer in model.transformer_layers:
+            layer.cross_attention.k_proj.load_state_dict(layer.cross_attention.q_proj.state_dict())
+    inputs = scene(100, 120)
+    expected, before = model(*inputs), linear_layers_run(model, inputs)
+    found = model.fuse()(*inputs)
+    assert (expected.matches0 >= 0).sum() > 40
+    assert torch.equal(found.matches0, expected.matches0)
+    assert torch.equal(found.layers0, expected.layers0)
+    assert torch.allclose(found.scores0, expected.scores0, rtol=0, atol=1e-4)
+    layers = int(expected.layers)
+    assert before - linear_layers_run(model, inputs) == (6 if shared else 4) * layers
+
+
+def linear_layers_run(model: LightGlue, inputs: tuple[Tensor, ...]) -> int:
+    """How often a linear layer is applied to match these."""
+    runs = []
+    layers = {module for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    hooks = [layer.register_forward_hook(lambda *_: runs.append(1)) for layer in layers]
+    model(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return len(runs)
+
+
 def authors_names(model: LightGlue, old: bool) -> dict[str, Tensor]:
     """The tensors under the names of cvg/LightGlue; ``old`` as in its first release.
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kpmatch_ros.models import SuperPoint, trace
+from kpmatch_ros.models import SuperPoint, superpoint, trace
 from kpmatch_ros.models.superpoint import Detections, select_keypoints, suppress_non_maxima
 
 Pair = Callable[..., tuple[Any, SuperPoint]]
@@ -223,6 +223,20 @@ def test_an_image_of_one_cell_is_looked_at(ours: Callable[..., SuperPoint], text
     assert detections.keypoints.shape[1] > 0
     assert detections.keypoints.max() < 8
     assert detections.descriptors.isfinite().all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 80), (57, 40), (97, 75), (131, 64)])
+def test_an_image_worked_on_in_bands_gives_what_it_gives_as_a_whole(
+    ours: Callable[..., SuperPoint], texture: Any, monkeypatch: pytest.MonkeyPatch, height: int, width: int
+) -> None:
+    model, images = ours(), batch(texture(height, width, 1), texture(height, width, 2))
+    expected = model.encoder(images)
+    monkeypatch.setattr(superpoint, "BAND", 1)
+    shapes: list[torch.Size] = []
+    model.encoder.conv_blocks[0].conv_b.register_forward_hook(lambda _, inputs, output: shapes.append(output.shape))
+    assert torch.allclose(model.encoder(images), expected, rtol=0, atol=1e-5)
+    assert len(shapes) >= height // 8
+    assert all(shape[2] <= 13 for shape in shapes)
 
 
 def test_keypoints_come_best_first_and_the_best_are_kept(ours: Callable[..., SuperPoint], texture: Any) -> None:

@@ -285,7 +285,7 @@ def assignment_loss(head: MatchAssignment, points: tuple[Points, Points], scores
 
 def best_partners(scores: Tensor) -> tuple[Tensor, Tensor]:
     """The match of every point of both images, -1 where it has none."""
-    found = mutual_matches(scores, scores.exp(), 0.1)
+    found = mutual_matches(scores, torch.exp, 0.1)
     return found.matches0, found.matches1
 
 

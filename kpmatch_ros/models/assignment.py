@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -55,21 +56,21 @@ class Assignment(NamedTuple):
         return self._replace(matches0=matches0, matches1=self.matches1.masked_fill(~kept1, -1))
 
 
-def mutual_matches(similarity: Tensor, scores: Tensor, threshold: float) -> Assignment:
+def mutual_matches(similarity: Tensor, score: Callable[[Tensor], Tensor], threshold: float) -> Assignment:
     """Pairs that are each other's best and score above ``threshold``.
 
     Args:
-        similarity: (B, N0, N1) the larger the more alike; decides who is best.
-        scores: (B, N0, N1) in [0, 1].
+        similarity: (B, N0, N1) the larger the more alike.
+        score: of the similarities given, in [0, 1]. Only those of best pairs are asked for.
     """
     batch, count0, count1 = similarity.shape
     if count0 == 0 or count1 == 0:
         return Assignment.empty(batch, count0, count1, similarity.device)
-    best0 = similarity.argmax(dim=2)
+    most0, best0 = similarity.max(dim=2)
     best1 = similarity.argmax(dim=1)
     mutual0 = best1.gather(1, best0) == torch.arange(count0, device=best0.device)
     mutual1 = best0.gather(1, best1) == torch.arange(count1, device=best1.device)
-    scores0 = scores.gather(2, best0[..., None])[..., 0].float() * mutual0
+    scores0 = score(most0).float() * mutual0
     scores1 = scores0.gather(1, best1) * mutual1
     empty = Assignment.empty(batch, count0, count1, similarity.device)
     return empty._replace(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,6 @@ from kpmatch_ros.models.checkpoint import Checkpoint, build
 from kpmatch_ros.weights import WeightsError
 
 __all__ = ["LightGlue"]
-
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (B, 1, N, head size)
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -43,17 +41,24 @@ class PositionalEncoder(nn.Module):
         super().__init__()
         self.projector = nn.Linear(2, head_size // 2, bias=False)
 
-    def forward(self, positions: Tensor) -> Rotation:
-        """(B, N, 2) normalised positions to cosines and sines."""
-        angles = self.projector(positions).repeat_interleave(2, dim=-1)[:, None]
-        return angles.cos(), angles.sin()
+    def forward(self, positions: Tensor) -> Tensor:
+        """(B, N, 2) normalised positions to rotations (B, 1, N, head size / 2): complex numbers of length 1."""
+        angles = self.projector(positions)[:, None]
+        return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn each pair of channels of x (B, heads, N, head size) by its angle."""
-    cosines, sines = rotation
-    turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
-    return x * cosines + turned * sines
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each pair of channels of x (B, heads, N, head size) by its angle, in float32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+
+
+class Heads(NamedTuple):
+    """What the points of an image ask, answer to and tell: (B, heads, N, head size) each."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
 
 
 class Attention(nn.Module):
@@ -66,32 +71,31 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(size, size, bias=bias)
         self.k_proj = nn.Linear(size, key_value_heads * self.head_size, bias=bias)
         self.v_proj = nn.Linear(size, key_value_heads * self.head_size, bias=bias)
-        self.o_proj = nn.Linear(size, size, bias=bias)
+        self.o_proj: nn.Module = nn.Linear(size, size, bias=bias)
 
-    def forward(self, x: Tensor, source: Tensor, mask: Tensor | None, rotation: Rotation | None = None) -> Tensor:
-        """Messages to x (B, N, C) from source (B, M, C); ``mask`` (B, M) marks the source's real points."""
-        query, key = self._query_and_key(x, source, rotation)
-        value = self._shared_heads(self.v_proj(source))
+    def project(self, x: Tensor, rotation: Tensor | None = None) -> Heads:
+        """The parts that the points x (B, N, C) take in attention."""
+        query = self._heads(self.q_proj(x))
+        key = query if self.k_proj is self.q_proj else self._heads(self.k_proj(x))
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        return Heads(query, self._shared(key), self._shared(self._heads(self.v_proj(x))))
+
+    def forward(self, points: Heads, source: Heads, mask: Tensor | None) -> Tensor:
+        """Messages (B, N, C) to points from a source of M points; ``mask`` (B, M) marks the source's real ones."""
         message = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=None if mask is None else mask[:, None, None, :]
+            points.query, source.key, source.value, attn_mask=None if mask is None else mask[:, None, None, :]
         )
         return self.o_proj(message.transpose(1, 2).flatten(-2))
 
-    def weights(self, x: Tensor, source: Tensor, mask: Tensor | None, rotation: Rotation | None = None) -> Tensor:
-        """How much (B, heads, N, M) each point of x listens to each of source, arguments as for :meth:`forward`."""
-        return attention_weights(*self._query_and_key(x, source, rotation), mask)
-
-    def _query_and_key(self, x: Tensor, source: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        query, key = self._heads(self.q_proj(x)), self._shared_heads(self.k_proj(source))
-        if rotation is not None:
-            query, key = rotate(query, rotation).to(x.dtype), rotate(key, rotation).to(x.dtype)
-        return query, key
+    def weights(self, points: Heads, source: Heads, mask: Tensor | None) -> Tensor:
+        """How much (B, heads, N, M) each point listens to each of the source, arguments as for :meth:`forward`."""
+        return attention_weights(points.query, source.key, mask)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
-    def _shared_heads(self, x: Tensor) -> Tensor:
-        heads = self._heads(x)
+    def _shared(self, heads: Tensor) -> Tensor:
         return heads if self.groups == 1 else heads.repeat_interleave(self.groups, dim=1)
 
 
@@ -106,8 +110,16 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(2 * size, size)
 
     def forward(self, x: Tensor, message: Tensor) -> Tensor:
-        hidden = self.layer_norm(self.fc1(torch.cat([x, message], dim=-1)))
+        hidden = self.layer_norm(self.fc1(torch.cat([x.to(message.dtype), message], dim=-1)))
         return x + self.fc2(self.activation(hidden))
+
+    def absorb(self, projection: nn.Module) -> None:
+        """Take messages as they are before this linear layer from now on."""
+        assert isinstance(projection, nn.Linear)
+        of_message = self.fc1.weight[:, projection.out_features :]
+        if projection.bias is not None:
+            self.fc1.bias.add_(of_message @ projection.bias)
+        of_message.copy_(of_message @ projection.weight)
 
 
 class TransformerLayer(nn.Module):
@@ -122,14 +134,30 @@ class TransformerLayer(nn.Module):
 
     def forward(self, points0: Points, points1: Points) -> tuple[Tensor, Tensor]:
         """The new states of both images' points."""
-        x0, x1 = (
-            self.self_mlp(points.x, self.self_attention(points.x, points.x, points.mask, points.rotation))
-            for points in (points0, points1)
-        )
+        x0, x1 = (self._within(points) for points in (points0, points1))
+        heads0, heads1 = (self.cross_attention.project(x.to(self.dtype)) for x in (x0, x1))
         return (
-            self.cross_mlp(x0, self.cross_attention(x0, x1, points1.mask)),
-            self.cross_mlp(x1, self.cross_attention(x1, x0, points0.mask)),
+            self.cross_mlp(x0, self.cross_attention(heads0, heads1, points1.mask)),
+            self.cross_mlp(x1, self.cross_attention(heads1, heads0, points0.mask)),
         )
+
+    def _within(self, points: Points) -> Tensor:
+        heads = self.self_attention.project(points.x.to(self.dtype), points.rotation)
+        return self.self_mlp(points.x, self.self_attention(heads, heads, points.mask))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of its products."""
+        return self.self_mlp.fc1.weight.dtype
+
+    def fuse(self) -> None:
+        """As :meth:`LightGlue.fuse`."""
+        for attention, mlp in ((self.self_attention, self.self_mlp), (self.cross_attention, self.cross_mlp)):
+            mlp.absorb(attention.o_proj)
+            attention.o_proj = nn.Identity()
+        cross = self.cross_attention
+        if all(torch.equal(*pair) for pair in zip(cross.q_proj.parameters(), cross.k_proj.parameters())):
+            cross.k_proj = cross.q_proj
 
 
 class MatchAssignment(nn.Module):
@@ -181,7 +209,7 @@ class Points:
     """The points of one image on their way through the layers.
 
     Attributes:
-        x: (B, N, C) states.
+        x: (B, N, C) states, float32.
         rotation: the rotary encoding of their positions.
         mask: (B, N) bool, true for real points; None where all are.
         index: (N,) where they stand among the keypoints given; points that were pruned are gone from it.
@@ -189,7 +217,7 @@ class Points:
     """
 
     x: Tensor
-    rotation: Rotation
+    rotation: Tensor
     mask: Tensor | None
     index: Tensor
     layers: Tensor
@@ -201,7 +229,7 @@ class Points:
         """Drop the points for which ``keep`` (N,) is false."""
         chosen = keep.nonzero()[:, 0]
         self.x = self.x[:, chosen]
-        self.rotation = (self.rotation[0][:, :, chosen], self.rotation[1][:, :, chosen])
+        self.rotation = self.rotation[:, :, chosen]
         self.index = self.index[chosen]
 
 
@@ -284,11 +312,25 @@ class LightGlue(nn.Module):
                 config["input_dim"] = detector["descriptor_decoder_dim"]
         return Checkpoint(config, tensors, checkpoint.source)
 
+    @torch.no_grad()
+    def fuse(self) -> LightGlue:
+        """Merge neighbouring linear layers, for inference: the matches stay, the names of the tensors do not.
+
+        Attention's output projection goes into the layer that reads its messages; where queries and keys of
+        cross-attention have the same weights, as in the authors' networks, they are computed once.
+        """
+        for layer in self.transformer_layers:
+            cast(TransformerLayer, layer).fuse()
+        return self
+
     def to_precision(self, dtype: torch.dtype) -> LightGlue:
-        """Convert the weights, all but the positions': 8 bits of mantissa cannot tell neighbouring pixels apart."""
-        for module in self.children():
-            if module is not self.positional_encoder:
-                module.to(dtype)
+        """Convert the weights of the transformer's layers.
+
+        The points' states stay float32, as sums of all layers' changes, and so do the small layers that read them:
+        scores are products of four probabilities, and half precision cannot tell the best two of a thousand apart. Nor
+        can 8 bits of mantissa tell neighbouring pixels apart, so the positions stay as well.
+        """
+        self.transformer_layers.to(dtype)
         return self
 
     @property
@@ -299,7 +341,7 @@ class LightGlue(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the layers."""
-        return next(self.transformer_layers.parameters()).dtype
+        return cast(TransformerLayer, self.transformer_layers[0]).dtype
 
     def forward(
         self,
@@ -345,13 +387,13 @@ class LightGlue(nn.Module):
             assignment = Assignment.empty(batch, len(points0), len(points1), keypoints0.device)
         else:
             scores = self.match_assignment_layers[layers - 1](points0, points1)
-            assignment = mutual_matches(scores, scores.exp(), self.filter_threshold)
+            assignment = mutual_matches(scores, torch.exp, self.filter_threshold)
         return _unpruned(assignment, points0, points1, count0, count1, layers)
 
     def _encode(self, keypoints: Tensor, descriptors: Tensor, size: Tensor, mask: Tensor | None) -> Points:
         positions = normalise_keypoints(keypoints.float(), size)
         return Points(
-            x=self.input_projection(descriptors.to(self.dtype)),
+            x=self.input_projection(descriptors.float()),
             rotation=self.positional_encoder(positions),
             mask=mask,
             index=torch.arange(keypoints.shape[1], device=keypoints.device),

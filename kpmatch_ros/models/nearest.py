@@ -47,7 +47,7 @@ class NearestNeighbour(nn.Module):
             similarity = similarity.masked_fill(~mask0[:, :, None], _PADDED)
         if mask1 is not None:
             similarity = similarity.masked_fill(~mask1[:, None, :], _PADDED)
-        assignment = mutual_matches(similarity, similarity.clamp(0, 1), self.filter_threshold)
+        assignment = mutual_matches(similarity, lambda best: best.clamp(0, 1), self.filter_threshold)
         if self.ratio_threshold < 1 and similarity.numel() > 0:
             passed = self._passes_ratio_test(similarity) & _at(
                 self._passes_ratio_test(similarity.transpose(-1, -2)), assignment.matches0

@@ -230,7 +230,7 @@ class SuperGlue(nn.Module):
         # In float32: half precision cannot tell the best two of a thousand scores apart.
         similarity = x0 @ x1.transpose(-1, -2) / math.sqrt(x0.shape[-1])
         plan = transport(similarity, self.bin_score, self.sinkhorn_iterations, mask0, mask1)
-        assignment = mutual_matches(plan, plan.exp(), self.filter_threshold)
+        assignment = mutual_matches(plan, torch.exp, self.filter_threshold)
         return assignment._replace(
             layers=torch.full_like(assignment.layers, layers),
             layers0=torch.full_like(assignment.layers0, layers),

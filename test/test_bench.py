@@ -1,0 +1,289 @@
+"""kpmatch bench: what is measured, compared, written and refused. Times are not judged: they are the machine's."""
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from kpmatch_ros import bench
+from kpmatch_ros.bags import write_camera_bag
+from kpmatch_ros.cli import main
+from kpmatch_ros.models import LightGlue, SuperPoint
+
+Run = Callable[..., tuple[int, str, str]]
+SMALL = ["--keypoints", "40", "--repeats", "2", "--device", "cpu", "--precision", "float32"]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """run(words...): exit status, stdout and stderr of `kpmatch bench`."""
+
+    def run_command(*words: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            status = main(["bench", *map(str, words)])
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run_command
+
+
+@pytest.fixture(scope="module")
+def folder(random_folder: Callable[..., Path]) -> Path:
+    """Weights of small networks."""
+    return random_folder()
+
+
+@pytest.fixture(scope="module")
+def pictures(texture: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three views of a texture and a file that is no picture."""
+    folder = tmp_path_factory.mktemp("pictures")
+    wide = texture(100, 140, 5)
+    for i in range(3):
+        cv2.imwrite(str(folder / f"{i}.png"), wide[4 * i : 4 * i + 80, 6 * i : 6 * i + 96])
+    (folder / "notes.txt").write_text("none")
+    return folder
+
+
+def test_every_stage_of_every_setting_is_in_the_table_and_in_the_file(run: Run, folder: Path, tmp_path: Path) -> None:
+    file, plot = tmp_path / "speed.json", tmp_path / "speed.svg"
+    words = ["--extractor", folder, "--matcher", folder, "--sizes", "96x80,64x64", "--keypoints", "20,40"]
+    words += ["--repeats", "2", "--device", "cpu", "--precision", "float32,bfloat16", "--json", file]
+    matplotlib = importlib.util.find_spec("matplotlib") is not None
+    status, out, err = run(*words, *(["--plot", plot] if matplotlib else []))
+    assert (status, err) == (0, "")
+    content = json.loads(file.read_text())
+    assert content["machine"]["torch"] == torch.__version__
+    assert content["machine"]["processor"] in out and "threads" in out
+    settings = [(row["precision"], row["width"], row["height"], row["max_keypoints"]) for row in content["rows"]]
+    assert settings == [
+        (precision, width, height, count)
+        for precision in ("float32", "bfloat16")
+        for width, height in ((96, 80), (64, 64))
+        for count in (20, 40)
+    ]
+    for row in content["rows"]:
+        assert {"decode", "convert", "upload", "extract", "match", "pose"} <= row["stages"].keys()
+        assert 0 < row["keypoints"] <= row["max_keypoints"]
+        for spread in (*row["stages"].values(), row["frame"], row["frame_cpu"], row["pair"], row["pair_cpu"]):
+            assert 0 < spread["lower"] <= spread["median"] <= spread["upper"]
+        assert row["stages"]["extract"]["lower"] < row["frame"]["upper"]
+        assert row["stages"]["upload"]["lower"] < row["stages"]["extract"]["upper"]
+        if sys.platform == "linux":
+            assert 20 < row["resident_mb"] < 10_000
+        assert row["comparisons"] == []
+    for column in ("extract", "match", "pose", "frames/s", "20/20", "64x64", "bfloat16"):
+        assert column in out
+    if matplotlib:
+        assert "keypoints in an image" in plot.read_text()
+
+
+def test_publishing_is_measured_where_the_messages_are_built(
+    run: Run, folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("kpmatch_ros.msg")
+    file = tmp_path / "speed.json"
+    assert run("--extractor", folder, "--matcher", folder, "--images", pictures, *SMALL, "--json", file)[0] == 0
+    assert json.loads(file.read_text())["rows"][0]["stages"]["publish"]["median"] > 0
+
+
+@pytest.mark.parametrize("stopping", [["--depth-confidence", -1, "--width-confidence", -1], []], ids=["fixed", ""])
+def test_transformers_finds_the_same_matches_with_the_same_weights(
+    run: Run, tmp_path: Path, pictures: Path, stopping: list[Any]
+) -> None:
+    pytest.importorskip("transformers")
+    file = tmp_path / "speed.json"
+    words = ["--images", pictures, "--keypoints", "150", "--repeats", "2", "--device", "cpu", "--precision", "float32"]
+    # A keypoint near the border is the only one on which they do not agree.
+    status, out, _ = run(*words, "--border", 0, *stopping, "--against", "transformers", "--json", file)
+    assert status == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    assert [one["work"] for one in row["comparisons"]] == ["pair", "sequence"]
+    for one in row["comparisons"]:
+        assert one["peer"].startswith("transformers 5")
+        assert abs(one["matches"] - row["matches"]) < 0.1 * row["matches"]
+        assert 0 < one["wall_ratio"]["lower"] <= one["wall_ratio"]["median"] <= one["wall_ratio"]["upper"]
+        assert one["cpu_ratio"]["median"] > 0
+    assert row["resident_mb"] is None  # not of this package alone
+    assert "theirs over ours" in out
+
+
+def test_the_authors_package_is_given_the_weights_under_its_names(
+    run: Run, folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their package is on no registry: one of the same interface, made of the networks here, stands in its place."""
+    given: dict[str, Any] = {}
+
+    class TheirSuperPoint(torch.nn.Module):
+        def __init__(self, **conf: Any) -> None:
+            super().__init__()
+            self.conf = type("Conf", (), conf)()
+            given["superpoint"] = torch.hub.load_state_dict_from_url("https://example.com/superpoint_v1.pth")
+            torch.save(given["superpoint"], tmp_path / "superpoint.pth")
+            self.network = SuperPoint.from_pretrained(tmp_path / "superpoint.pth")
+            self.network.keypoint_threshold, self.network.border = conf["detection_threshold"], conf["remove_borders"]
+
+        def extract(self, image: torch.Tensor, resize: int | None = 1024) -> dict[str, torch.Tensor]:
+            assert resize is None and image.shape == (1, 80, 96)
+            self.network.max_keypoints = self.conf.max_num_keypoints
+            keypoints, scores, descriptors, _ = self.network(image[None])
+            size = torch.tensor([[96, 80]])
+            return {"keypoints": keypoints, "descriptors": descriptors, "image_size": size}
+
+    class TheirLightGlue(torch.nn.Module):
+        def __init__(self, features: str | None, **conf: Any) -> None:
+            super().__init__()
+            assert features is None
+            self.conf = conf
+            self.register_buffer("nothing", torch.zeros(1))
+
+        def load_state_dict(self, tensors: Any, strict: bool = True, assign: bool = False) -> Any:
+            assert not strict  # theirs holds a table beside the weights
+            given["lightglue"] = tensors
+            torch.save(tensors, tmp_path / "lightglue.pth")
+            self.network = LightGlue.from_pretrained(tmp_path / "lightglue.pth")
+            for name in ("depth_confidence", "width_confidence", "filter_threshold"):
+                setattr(self.network, name, self.conf[name])
+
+        def forward(self, data: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
+            parts = [data[f"image{i}"][name] for name in ("keypoints", "descriptors", "image_size") for i in (0, 1)]
+            return {"matches": [(self.network(*parts).matches0[0] >= 0).nonzero()]}
+
+    package = ModuleType("lightglue")
+    package.SuperPoint, package.LightGlue = TheirSuperPoint, TheirLightGlue  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lightglue", package)
+    file = tmp_path / "speed.json"
+    words = ["--images", pictures, "--keypoints", "150", "--repeats", "2", "--device", "cpu", "--precision", "float32"]
+    assert run(*words, "--against", "lightglue", "--json", file)[0] == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    assert [one["work"] for one in row["comparisons"]] == ["pair", "sequence", "sequence, features kept"]
+    assert all(one["matches"] == row["matches"] for one in row["comparisons"][1:])
+    assert row["comparisons"][2]["cpu"]["median"] < row["comparisons"][1]["cpu"]["median"]
+    assert given["lightglue"]["transformers.0.self_attn.Wqkv.weight"].shape == (768, 256)
+    assert given["superpoint"]["conv1a.weight"].shape == (64, 1, 3, 3)
+
+
+def test_weights_that_the_authors_package_cannot_hold_are_refused(
+    run: Run, folder: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lightglue", ModuleType("lightglue"))
+    monkeypatch.setattr(sys.modules["lightglue"], "SuperPoint", lambda **conf: torch.nn.Identity(), raising=False)
+    monkeypatch.setattr(sys.modules["lightglue"], "LightGlue", lambda **conf: torch.nn.Identity(), raising=False)
+    words = ["--extractor", folder, "--matcher", folder, "--images", pictures, *SMALL]
+    status, out, err = run(*words, "--against", "lightglue")
+    assert (status, out) == (2, "")
+    assert err == "kpmatch bench: --against lightglue: it has one projection for queries and keys, these weights two\n"
+
+
+def test_images_come_from_a_bag(run: Run, folder: Path, texture: Any, tmp_path: Path) -> None:
+    images = [texture(80, 96, seed) for seed in range(2)]
+    for topic in ("/front/image_raw", "/rear/image_raw"):
+        write_camera_bag(tmp_path / topic.split("/")[1], images, [0, 10**8], None, image_topic=topic, encoding="mono8")
+    words = ["--extractor", folder, "--matcher", folder, *SMALL, "--json", tmp_path / "speed.json"]
+    assert run(*words, "--bag", tmp_path / "front")[0] == 0
+    (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert (row["width"], row["height"]) == (96, 80)
+    status, _, err = run(*words, "--bag", tmp_path / "front", "--image", "/rear/image_raw")
+    assert status == 2 and "has no topic /rear/image_raw; it has /front/image_raw" in err
+
+
+def test_threads_are_those_of_the_option(
+    run: Run, folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    before = torch.get_num_threads()
+    try:
+        words = ["--extractor", folder, "--matcher", folder, "--images", pictures, *SMALL]
+        assert run(*words, "--threads", before + 1, "--json", tmp_path / "speed.json")[0] == 0
+        assert json.loads((tmp_path / "speed.json").read_text())["machine"]["threads"] == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_precision_that_a_device_lacks_is_left_out_of_several(
+    run: Run, folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    words = ["--extractor", folder, "--matcher", folder, "--images", pictures, *SMALL[:-1], "float32,float16"]
+    status, _, err = run(*words, "--json", tmp_path / "a.json")
+    assert status == 0
+    assert err.startswith("kpmatch bench: left out: precision float16 needs a GPU")
+    assert [row["precision"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]] == ["float32"]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--keypoints", "0"], "max_keypoints is 0; it must be 1 to 16384"),
+        (["--keypoints", "many"], "'many' is not a list of numbers with commas between them"),
+        (["--sizes", "640"], "'640' is not a size such as 640x480"),
+        (["--precision", "float8"], "precision is 'float8'; it must be one of"),
+        (["--device", "cpu", "--precision", "float16"], "precision float16 needs a GPU"),
+        (["--device", "cuda:99"], "device is 'cuda:99'"),
+        (["--repeats", "0"], "'0' is not a whole number of at least 1"),
+        (["--image", "/camera"], "--image names a topic of a bag: it needs --bag"),
+        (["--images", "nowhere"], "--images nowhere: there is no such folder"),
+        (["--images", "."], "--images .: holds 0 pictures; a pair needs two"),
+        (["--bag", "nowhere"], "nowhere"),
+        (["--images", ".", "--bag", "x"], "not allowed with argument"),
+        (["--against", "colmap"], "invalid choice: 'colmap'"),
+        (["--json", "nowhere/a.json"], "--json nowhere/a.json: there is no folder nowhere"),
+        (["--plot", "a.wmf"], "--plot a.wmf: pictures are written as .png, .svg or .pdf"),
+        (["--extractor", "nowhere"], "nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(
+    run: Run, words: list[str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "--plot" in words:
+        pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run("--sizes", "64x64", *words)
+    assert (status, out) == (2, "")
+    assert reason in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "reason"),
+    [
+        (["--plot", "a.png"], "matplotlib", "--plot draws with matplotlib"),
+        (["--against", "transformers"], "transformers", "pip install transformers"),
+        (["--against", "lightglue"], "lightglue", "install it from github.com/cvg/LightGlue"),
+    ],
+)
+def test_a_package_that_is_not_there_is_named_with_what_to_do(
+    run: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], module: str, reason: str
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    status, out, err = run("--images", pictures, *SMALL, *words)
+    assert (status, out) == (2, "")
+    assert reason in err and err.count("\n") == 1
+
+
+def test_one_peer_goes_first_as_often_as_the_other() -> None:
+    first = [bench._in_turn(["ours", "theirs"], [1, 2], turn)[0] for turn in range(4)]
+    assert first == [("ours", 1), ("theirs", 2)] * 2
+
+
+def test_the_spread_is_of_the_middle_half() -> None:
+    spread = bench.Spread.of([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (spread.lower, spread.median, spread.upper) == (2, 3, 4)
+    assert bench.Spread.of([7.0]) == bench.Spread(7, 7, 7)
+
+
+def test_frames_go_forth_and_back_without_a_jump() -> None:
+    film = [np.full((1, 1), i, np.uint8) for i in range(3)]
+    images = bench._forth_and_back(film)
+    assert [int(next(images)[0, 0]) for _ in range(8)] == [0, 1, 2, 1, 0, 1, 2, 1]

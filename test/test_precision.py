@@ -1,0 +1,112 @@
+"""Half precision is not bought with matches: bfloat16 finds again what float32 finds, with the shipped weights.
+
+Processors without bfloat16 compute the same in software, slowly: the images are few and small.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from kpmatch_ros import FeatureMatcher, Features, Matches
+from kpmatch_ros.bags import read_messages
+from kpmatch_ros.images import to_array
+from kpmatch_ros.models import SuperPoint
+from kpmatch_ros.synthetic import Scene, camera_path, demo_camera
+
+Image = NDArray[np.uint8]
+Film = list[Image]
+SIZE = (240, 180)
+
+
+@pytest.fixture(scope="module")
+def matchers() -> tuple[FeatureMatcher, FeatureMatcher]:
+    """In float32 and in bfloat16."""
+    both = [FeatureMatcher(device="cpu", precision=name, max_keypoints=384) for name in ("float32", "bfloat16")]
+    return both[0], both[1]
+
+
+@pytest.fixture(scope="module")
+def synthetic() -> Film:
+    return [view.image for view in Scene(seed=0).film(camera_path(3), demo_camera(*SIZE), noise=2.0)]
+
+
+@pytest.fixture(scope="module")
+def recorded(recorded_data: Path) -> Film:
+    records = list(read_messages(recorded_data / "tum_fr3_office_1hz", ["/camera/image_raw"]))[:4]
+    return [cv2.resize(to_array(record.message), SIZE, interpolation=cv2.INTER_AREA) for record in records]
+
+
+@pytest.fixture(params=["synthetic", "recorded"])
+def film(request: pytest.FixtureRequest) -> Film:
+    """Consecutive frames of a camera."""
+    found: Film = request.getfixturevalue(request.param)
+    return found
+
+
+def matched_points(features: Sequence[Features], matches: Matches) -> NDArray[np.float64]:
+    """(M, 4) x, y in the one and x, y in the other image."""
+    points = [np.asarray(each.keypoints, np.float64) for each in features]
+    return np.hstack([points[i][np.asarray(matches.indices)[:, i]] for i in range(2)])
+
+
+def found_again(points: NDArray[np.float64], others: NDArray[np.float64], pixels: float) -> int:
+    """How many of the matches are among the others, each end within so many pixels."""
+    return int((np.abs(points[:, None] - others[None]).max(axis=2).min(axis=1, initial=np.inf) <= pixels).sum())
+
+
+def test_bfloat16_keeps_the_matches_of_float32(matchers: tuple[FeatureMatcher, FeatureMatcher], film: Film) -> None:
+    features = [[matcher.extract(image) for image in film] for matcher in matchers]
+    counts, again = np.zeros(2), 0
+    for pair in range(len(film) - 1):
+        exact, half = (
+            matched_points(found[pair : pair + 2], matcher.match(*found[pair : pair + 2]))
+            for matcher, found in zip(matchers, features)
+        )
+        counts += len(exact), len(half)
+        again += found_again(exact, half, 1.0)
+    assert counts[0] > 150
+    assert counts[1] >= 0.98 * counts[0]
+    assert again >= 0.93 * counts[0]  # rounding decides which of many weak keypoints are the best: 1 to 2 % are others
+
+
+def test_bfloat16_matches_given_features_as_float32_does(
+    matchers: tuple[FeatureMatcher, FeatureMatcher], film: Film
+) -> None:
+    features = [matchers[0].extract(image) for image in film]
+    counts, same = np.zeros(2), 0
+    for pair in range(len(film) - 1):
+        exact, half = (
+            set(map(tuple, matcher.match(*features[pair : pair + 2]).indices.tolist())) for matcher in matchers
+        )
+        counts += len(exact), len(half)
+        same += len(exact & half)
+    assert counts[0] > 150
+    assert counts[1] >= 0.98 * counts[0]
+    assert same >= 0.96 * counts[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layers_that_decide_which_keypoints_are_found_stay_precise(
+    texture: Callable[..., Image], dtype: torch.dtype
+) -> None:
+    image = torch.from_numpy(texture(96, 128, 0)).float()[None, None] / 255
+    found: list[Any] = []
+    for model in (
+        SuperPoint.from_pretrained("superpoint-open", max_keypoints=100),
+        SuperPoint.from_pretrained("superpoint-open", max_keypoints=100).to_precision(dtype),
+        SuperPoint.from_pretrained("superpoint-open", max_keypoints=100).to(dtype),
+    ):
+        keypoints = model(image).keypoints[0]
+        found.append({tuple(point) for point in keypoints.tolist()})
+    lost, lost_altogether = (len(found[0] - other) for other in found[1:])
+    assert len(found[0]) == 100
+    assert lost <= 3
+    if dtype == torch.bfloat16:
+        assert lost < lost_altogether
