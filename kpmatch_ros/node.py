@@ -669,6 +669,10 @@ def main(args: list[str] | None = None) -> int:
         return 1
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
+    except Exception:
+        if rclpy.ok():
+            raise
+        # Told to end in the middle of the executor's work, which then stumbles over what is not there any more.
     finally:
         for sent in (signal.SIGINT, signal.SIGTERM):  # ending is under way: a second Ctrl-C must not break into it
             signal.signal(sent, signal.SIG_IGN)

@@ -64,6 +64,7 @@ def test_two_hundred_lifecycle_cycles_leave_nothing_behind(
     with running_node(tmp_path, autostart=False, extractor=folder, matcher=folder, max_keypoints=60) as node:
         client = node.node.create_client(ChangeState, "/matcher/change_state")
         node.wait_for(client.service_is_ready, "the node")
+        held = []
         for number in range(200):
             for transition in cycle:
                 change_state(node, client, transition)
@@ -73,11 +74,11 @@ def test_two_hundred_lifecycle_cycles_leave_nothing_behind(
                     for i in range(3):
                         node.send(stamped(frames[i], 10.0 * number + 0.1 * i))
                     node.wait_for(lambda: len(node.matches) == 2, "two pairs")
-            if number == 60:
-                early = Resources(node.process.pid)
-        late = Resources(node.process.pid)
-        assert (late.threads, late.files) == (early.threads, early.files)
-        assert late.memory - early.memory < 10e6
+            held.append(Resources(node.process.pid))
+        assert (held[-1].threads, held[-1].files) == (held[60].threads, held[60].files)
+        # What the allocator keeps for a while differs by 20 MB from cycle to cycle: the least of many tells a leak.
+        early, late = (min(each.memory for each in some) for some in (held[60:100], held[160:]))
+        assert late - early < 10e6
         node.wait_for(lambda: node.node.count_publishers("/matches") == 0, "the topics to go")
         assert node.node.count_subscribers("/image") == 0
         assert node.stop() == 0
