@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kpmatch_ros.front_end import Pair
     from kpmatch_ros.replay import CameraTopics
 
-__all__ = ["CommandError", "main", "run"]
+__all__ = ["CommandError", "main"]
 
 # The parameters that say how two images are matched; the others are the node's alone.
 MATCHING_OPTIONS = (
@@ -105,17 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = f"{error.filename}: {error.strerror}"
         print(f"{options.name}: {' '.join(text.split())}", file=sys.stderr)
         return 2
-
-
-def run() -> NoReturn:
-    """The command as a process: :func:`main` with the words after `kpmatch`."""
-    status = main()
-    if status == 130:
-        # Libraries' threads may be in the middle of work that the interpreter would wait for; files are closed already.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
 
 
 def _join_negative_values(arguments: Sequence[str]) -> list[str]:
@@ -869,6 +858,6 @@ def _megabytes(size: int) -> str:
 
 if __name__ == "__main__":
     # Not this module's own main: the demo raises kpmatch_ros.cli's CommandError, which is not __main__'s.
-    from kpmatch_ros.cli import run as imported_run
+    from kpmatch_ros.cli import main as imported_main
 
-    imported_run()
+    sys.exit(imported_main())

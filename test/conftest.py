@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import signal
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,10 @@ Texture = Callable[[int, int, int], NDArray[np.uint8]]
 Randomise = Callable[[nn.Module, int], None]
 SaveFolder = Callable[..., Path]
 RecordDifference = Callable[[str, float], None]
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts and interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # small networks gain nothing from more, and where other work shares the cores lose a lot
 
