@@ -266,7 +266,7 @@ class ALIKED(nn.Module):
         """
         batch, _, height, width = image.shape
         if min(height, width) < SMALLEST:
-            return self._no_detections(batch, image.device)
+            return Detections.none(batch, self.descriptor_size, image.device)
         padded, padding = pad_to_multiple(image.expand(-1, 3, -1, -1).to(self.dtype), STRIDES[-1])
         levels = self.encoder(padded)
         left, top = padding
@@ -274,21 +274,13 @@ class ALIKED(nn.Module):
         peaks = clear_border(suppress_non_maxima(scores, self.nms_radius).clone(), self.border)
         keypoints, _, mask = select_keypoints(peaks, self.keypoint_threshold, self.max_keypoints)
         if keypoints.shape[1] == 0:
-            return self._no_detections(batch, image.device)
+            return Detections.none(batch, self.descriptor_size, image.device)
         keypoints, scores = refine(scores, keypoints, self.refinement_radius)
         scores, order = (scores * mask).sort(dim=1, descending=True)
         mask = mask.gather(1, order)
         keypoints = keypoints.gather(1, order[..., None].expand_as(keypoints)) * mask[..., None]
         descriptors = self.descriptor_head(FeatureMap(levels, padding, width, height), keypoints)
         return Detections(keypoints, scores, descriptors, mask)
-
-    def _no_detections(self, batch: int, device: torch.device) -> Detections:
-        return Detections(
-            torch.zeros(batch, 0, 2, device=device),
-            torch.zeros(batch, 0, device=device),
-            torch.zeros(batch, 0, self.descriptor_size, device=device),
-            torch.zeros(batch, 0, dtype=torch.bool, device=device),
-        )
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int]]:

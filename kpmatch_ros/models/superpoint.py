@@ -38,6 +38,16 @@ class Detections(NamedTuple):
     descriptors: Tensor
     mask: Tensor
 
+    @classmethod
+    def none(cls, batch: int, descriptor_size: int, device: torch.device) -> Detections:
+        """No keypoints at all."""
+        return cls(
+            torch.zeros(batch, 0, 2, device=device),
+            torch.zeros(batch, 0, device=device),
+            torch.zeros(batch, 0, descriptor_size, device=device),
+            torch.zeros(batch, 0, dtype=torch.bool, device=device),
+        )
+
 
 class ConvBlock(nn.Module):
     """Two 3 x 3 convolutions, with 2 x 2 max pooling after them where ``pooling`` is set."""
@@ -237,7 +247,7 @@ class SuperPoint(nn.Module):
         """
         batch, _, height, width = image.shape
         if height < CELL or width < CELL:
-            return self._no_detections(batch, image.device)
+            return Detections.none(batch, self.descriptor_size, image.device)
         features = self.encoder(image)
         scores = self.keypoint_decoder(features)
         scores = suppress_non_maxima(scores, self.nms_radius)
@@ -250,14 +260,6 @@ class SuperPoint(nn.Module):
     def dtype(self) -> torch.dtype:
         """The precision of the convolutions."""
         return self.keypoint_decoder.conv_score_a.weight.dtype
-
-    def _no_detections(self, batch: int, device: torch.device) -> Detections:
-        return Detections(
-            torch.zeros(batch, 0, 2, device=device),
-            torch.zeros(batch, 0, device=device),
-            torch.zeros(batch, 0, self.descriptor_size, device=device),
-            torch.zeros(batch, 0, dtype=torch.bool, device=device),
-        )
 
 
 def suppress_non_maxima(scores: Tensor, radius: int) -> Tensor:
