@@ -59,9 +59,9 @@ class Features:
         """The same with NumPy arrays."""
         return replace(
             self,
-            keypoints=_numpy(self.keypoints),
-            scores=_numpy(self.scores),
-            descriptors=_numpy(self.descriptors),
+            keypoints=to_numpy(self.keypoints),
+            scores=to_numpy(self.scores),
+            descriptors=to_numpy(self.descriptors),
         )
 
 
@@ -89,13 +89,14 @@ class Matches:
         """The same with NumPy arrays."""
         return replace(
             self,
-            indices=_numpy(self.indices),
-            scores=_numpy(self.scores),
-            assignment=Assignment(*map(_numpy, self.assignment)),  # type: ignore[arg-type]
+            indices=to_numpy(self.indices),
+            scores=to_numpy(self.scores),
+            assignment=Assignment(*map(to_numpy, self.assignment)),  # type: ignore[arg-type]
         )
 
 
-def _numpy(array: Array) -> np.ndarray:
+def to_numpy(array: Array) -> np.ndarray:
+    """The array itself, or a tensor from whatever device."""
     return array.cpu().numpy() if isinstance(array, Tensor) else array
 
 
@@ -365,7 +366,7 @@ def _one_pair(found: Assignment, i: int, count0: int, count1: int) -> Matches:
 
 
 def _pixels(image: np.ndarray | Tensor) -> np.ndarray:
-    pixels = _numpy(image)
+    pixels = to_numpy(image)
     is_image = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
     if pixels.dtype != np.uint8 or not is_image or pixels.size == 0:
         raise ValueError(

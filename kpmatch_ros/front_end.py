@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from kpmatch_ros.camera import Camera
-from kpmatch_ros.feature_matcher import FeatureMatcher, Features
+from kpmatch_ros.feature_matcher import FeatureMatcher, Features, to_numpy
 from kpmatch_ros.geometry import PoseStatus, RelativePose, estimate_relative_pose
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.refinement import INDEPENDENT_POINTS, REFINED_RESOLUTION, flatten, refine
@@ -243,8 +243,8 @@ class FrontEnd:
     def _match(self, reference: Frame, current: Frame) -> tuple[np.ndarray, np.ndarray, int, float]:
         """Indices, scores, layers, and milliseconds."""
         started = time.perf_counter()
-        matches = self.matcher.match(reference.features, current.features).numpy()
-        indices, scores = np.asarray(matches.indices), np.asarray(matches.scores)
+        matches = self.matcher.match(reference.features, current.features)
+        indices, scores = to_numpy(matches.indices), to_numpy(matches.scores)  # alone: the rest stays on the device
         return indices, scores, matches.layers, _milliseconds_since(started)
 
     def interruption(self, stamp: int) -> str:
@@ -267,7 +267,7 @@ class FrontEnd:
     ) -> list[Frame]:
         started = time.perf_counter()
         found = self.matcher.extract_batch(images)
-        keypoints = [np.asarray(features.numpy().keypoints) for features in found]  # also waits for the device
+        keypoints = [to_numpy(features.keypoints) for features in found]  # also waits for the device
         extract_ms = _milliseconds_since(started) / len(images)
         return [
             Frame(
