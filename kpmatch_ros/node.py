@@ -60,7 +60,8 @@ __all__ = ["MatcherNode", "main"]
 
 _SILENT_AFTER = 2.0  # seconds without an image that are worth a warning
 _SILENT_IMAGES = 3  # of one camera of a stereo pair without any of the other
-_CALIBRATION_WAIT = 1.0  # seconds that the very first frame waits for a camera_info that somebody publishes
+# Seconds that the very first frame waits for a camera_info that somebody publishes. A replay (queue: all) has the time.
+_CALIBRATION_WAIT = {"latest": 1.0, "all": 10.0}
 _LAST_FRAME_WAIT = 1.0  # seconds that the frame at hand has to finish when the process is told to end
 _THREAD_NAME = "inference"
 
@@ -477,7 +478,7 @@ class MatcherNode(LifecycleNode):
         if not self._calibrated.is_set() and all(
             self.count_publishers(self.resolve_topic_name(camera.info_name)) for camera in self._inputs
         ):
-            self._calibrated.wait(_CALIBRATION_WAIT)
+            self._calibrated.wait(_CALIBRATION_WAIT[self._matching_parameters.queue])
             self._calibrated.set()  # waited for once only
         infos = tuple(camera.calibration for camera in self._inputs if camera.calibration is not None)
         if len(infos) < len(self._inputs):

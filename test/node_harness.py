@@ -25,7 +25,9 @@ PARAMETERS = {"device": "cpu", "precision": "float32", "queue": "all"}
 class NodeUnderTest:
     """A matcher process and a peer that publishes to it and keeps what it sends."""
 
-    def __init__(self, start: Callable[[], subprocess.Popen[str]], node: Any, executor: Any, log: Path) -> None:
+    def __init__(
+        self, start: Callable[[], subprocess.Popen[str]], node: Any, executor: Any, log: Path, calibrated: bool
+    ) -> None:
         self._start = start
         self.process = start()
         self.node = node
@@ -42,7 +44,10 @@ class NodeUnderTest:
         self.subscribe(RelativePose, "relative_pose", self.poses.append)
         self.node.create_subscription(DiagnosticArray, "/diagnostics", self.diagnostics.append, 10)
         self._images = self.node.create_publisher(Image, "image", QoSProfile(depth=1000))
-        self._infos = self.node.create_publisher(CameraInfo, "camera_info", QoSProfile(depth=1000))
+        # The node waits for the calibration that somebody offers: only those who send one offer it.
+        self._infos = (
+            self.node.create_publisher(CameraInfo, "camera_info", QoSProfile(depth=1000)) if calibrated else None
+        )
 
     def subscribe(self, kind: type, topic: str, callback: Callable[[Any], None]) -> Any:
         """Receive from the node without losing anything."""
@@ -71,7 +76,7 @@ class NodeUnderTest:
         """Wait until the node is active: it subscribes, and its publications are known here."""
 
         def connected() -> bool:
-            ours = self._images.get_subscription_count() and self._infos.get_subscription_count()
+            ours = all(one.get_subscription_count() for one in (self._images, self._infos) if one is not None)
             theirs = self.node.count_publishers("/relative_pose") and self.node.count_publishers("/matches")
             return bool(ours and theirs)
 
@@ -81,6 +86,7 @@ class NodeUnderTest:
     def send(self, image: Image, info: CameraInfo | None = None) -> None:
         """Publish a frame, its calibration first."""
         if info is not None:
+            assert self._infos is not None
             self._infos.publish(info)
         self._images.publish(image)
 
@@ -110,8 +116,10 @@ class NodeUnderTest:
 
 
 @contextmanager
-def running_node(tmp_path: Path, arguments: tuple[str, ...] = (), **parameters: Any) -> Iterator[NodeUnderTest]:
-    """Start the node in a ROS domain of its own."""
+def running_node(
+    tmp_path: Path, arguments: tuple[str, ...] = (), calibrated: bool = True, **parameters: Any
+) -> Iterator[NodeUnderTest]:
+    """Start the node in a ROS domain of its own; ``calibrated`` tells whether camera_info is offered to it."""
     with domain_id() as domain:
         environment = {
             **os.environ,
@@ -138,7 +146,7 @@ def running_node(tmp_path: Path, arguments: tuple[str, ...] = (), **parameters: 
         node = rclpy.create_node("peer", context=context)
         executor = SingleThreadedExecutor(context=context)
         executor.add_node(node)
-        under_test = NodeUnderTest(start, node, executor, log)
+        under_test = NodeUnderTest(start, node, executor, log, calibrated)
         try:
             yield under_test
         finally:

@@ -67,6 +67,11 @@ def nanoseconds(stamp: Any) -> int:
     return int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
 
 
+def inference(matches: MatchArray) -> float:
+    """What a message's image and pair cost, seconds."""
+    return float(matches.extract_ms + matches.match_ms) / 1e3
+
+
 def read_bag(path: Path, topic: str) -> list[tuple[Image, CameraInfo]]:
     """The images of a topic with their calibrations, as rclpy's messages."""
     info_topic = f"{topic.rsplit('/', 1)[0]}/camera_info"
@@ -93,6 +98,7 @@ class Soak:
     events: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     _last_cost: float = 0.0
+    _stereo_costs: dict[int, float] = field(default_factory=dict)
     _subscriptions: list[Any] = field(default_factory=list)
     _seen: int = 0
 
@@ -151,8 +157,11 @@ class Soak:
 
     def look(self) -> None:
         """Check what has come."""
+        for matches in self.node.stereo_matches:
+            self._stereo_costs[nanoseconds(matches.header.stamp)] = inference(matches)
         for matches in self.node.matches:
-            cost = (matches.extract_ms + matches.match_ms) / 1e3
+            # A stereo frame is two images and two pairs.
+            cost = inference(matches) + self._stereo_costs.pop(nanoseconds(matches.header.stamp), 0.0)
             sent = self.camera.sent.get(nanoseconds(matches.header.stamp))
             if sent is not None:
                 age = time.monotonic() - sent
@@ -162,10 +171,11 @@ class Soak:
                 self.results += 1
             self._last_cost = cost
         try:
-            assert_nothing_but_numbers(self.node.matches, self.node.poses)
+            assert_nothing_but_numbers(self.node.matches + self.node.stereo_matches, self.node.poses)
         except AssertionError as error:
             self.faults.append(f"published: {error}")
         self.node.matches.clear()
+        self.node.stereo_matches.clear()
         self.node.poses.clear()
         self.node.pictures.clear()
         self.node.features.clear()

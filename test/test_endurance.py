@@ -61,7 +61,8 @@ def test_two_hundred_lifecycle_cycles_leave_nothing_behind(
         Transition.TRANSITION_DEACTIVATE,
         Transition.TRANSITION_CLEANUP,
     )
-    with running_node(tmp_path, autostart=False, extractor=folder, matcher=folder, max_keypoints=60) as node:
+    network = {"extractor": folder, "matcher": folder, "max_keypoints": 60}
+    with running_node(tmp_path, calibrated=False, autostart=False, **network) as node:
         client = node.node.create_client(ChangeState, "/matcher/change_state")
         node.wait_for(client.service_is_ready, "the node")
         held = []
@@ -89,7 +90,7 @@ def test_the_node_ends_cleanly_in_the_middle_of_inference(tmp_path: Path, sent: 
     # Large enough to take several seconds: the end must not wait for it.
     pixels = texture(1440, 1920, 1)
     large = Image(encoding="mono8", width=1920, height=1440, step=1920, data=pixels.tobytes())
-    with running_node(tmp_path, max_keypoints=4096) as node:
+    with running_node(tmp_path, calibrated=False, max_keypoints=4096) as node:
         node.wait_until_connected()
         node.send(stamped(large, 1.0))
         node.wait_for_figure("frames waiting", "1")
@@ -102,7 +103,7 @@ def test_the_node_ends_cleanly_in_the_middle_of_inference(tmp_path: Path, sent: 
 
 @pytest.mark.parametrize("delay", [0.0, 0.3])
 def test_ctrl_c_twice_while_the_weights_load_ends_the_node_without_a_fuss(tmp_path: Path, delay: float) -> None:
-    with running_node(tmp_path, max_keypoints=4096) as node:
+    with running_node(tmp_path, calibrated=False, max_keypoints=4096) as node:
         node.wait_for(lambda: node.node.count_publishers("/diagnostics"), "the node to be there")
         time.sleep(delay)
         for _ in range(2):
@@ -118,7 +119,8 @@ def test_a_killed_node_publishes_again_once_started_and_subscribers_stay(
 ) -> None:
     folder = str(random_folder())
     random = np.random.default_rng(5)
-    with running_node(tmp_path, extractor=folder, matcher=folder, max_keypoints=60, queue="latest") as node:
+    network = {"extractor": folder, "matcher": folder, "max_keypoints": 60}
+    with running_node(tmp_path, calibrated=False, queue="latest", **network) as node:
         seconds = 0.0
         for restart in range(21):
             node.matches.clear()
@@ -157,7 +159,7 @@ def test_parameters_that_change_at_random_under_load_are_all_or_nothing(
         "nms_radius": ([3], 0),  # not while it runs
         "min_inliers": ([6, 15, "many"], 2),
     }
-    with running_node(tmp_path, extractor=folder, matcher=folder) as node:
+    with running_node(tmp_path, calibrated=False, extractor=folder, matcher=folder) as node:
         node.wait_until_connected()
         client = node.node.create_client(SetParametersAtomically, "/matcher/set_parameters_atomically")
         node.wait_for(client.service_is_ready, "the service")

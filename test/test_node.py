@@ -196,13 +196,24 @@ def test_a_black_frame_gives_an_empty_valid_message(tmp_path: Path) -> None:
 
 
 def test_a_pose_without_calibration_says_so(tmp_path: Path) -> None:
-    with running_node(tmp_path, **FAST) as node:
+    with running_node(tmp_path, calibrated=False, **FAST) as node:
         node.wait_until_connected()
         send_frames(node, 2, calibrated=False)
         node.wait_for(lambda: len(node.poses) == 1, "a pair")
         assert node.poses[0].status == RelativePose.NO_CALIBRATION
         assert len(node.matches[0].scores) > 50 and len(node.matches[0].inliers) == 0
         node.wait_for(lambda: "no calibration on /camera_info" in node.diagnostics[-1].status[0].message, "the reason")
+
+
+def test_a_replays_first_frame_waits_for_a_calibration_that_comes_late(tmp_path: Path) -> None:
+    with running_node(tmp_path, queue="all", **FAST) as node:
+        node.wait_until_connected()
+        node.send(image(textured(), 1.0))
+        node.wait_for_figure("frames waiting", "1")
+        node.spin(2)
+        node.send(image(textured(1), 1.1), calibration(1.0))
+        node.wait_for(lambda: node.poses, "a pair")
+        assert node.poses[0].status != RelativePose.NO_CALIBRATION
 
 
 def test_reset_a_jump_back_and_a_long_gap_begin_the_tracks_anew(tmp_path: Path) -> None:
@@ -247,7 +258,7 @@ def test_a_best_effort_camera_is_heard_in_both_queues(tmp_path: Path) -> None:
     for queue in ("latest", "all"):
         folder = tmp_path / queue
         folder.mkdir()
-        with running_node(folder, queue=queue, **FAST) as node:
+        with running_node(folder, calibrated=False, queue=queue, **FAST) as node:
             node.node.destroy_publisher(node._images)
             node._images = node.node.create_publisher(Image, "image", qos_profile_sensor_data)
             node.wait_until_connected()
