@@ -5,13 +5,21 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from kpmatch_ros.front_end import Pair
 from kpmatch_ros.geometry import PoseStatus
 
-__all__ = ["Monitor"]
+__all__ = ["Monitor", "Problem"]
+
+
+class Problem(NamedTuple):
+    """What is wrong: of which kind, a stable name, and in the user's words, which may have figures in them."""
+
+    kind: str
+    explanation: str
 
 
 class Monitor:
@@ -36,7 +44,7 @@ class Monitor:
         self._unpaired: Counter[str] = Counter()
         self._interruptions = 0
         self._odometry_breaks: int | None = None
-        self._failures: deque[tuple[float, str]] = deque()
+        self._failures: deque[tuple[float, Problem]] = deque()
         self._arrivals: deque[float] = deque()
         self._latencies: deque[tuple[float, float]] = deque()
         self._statuses: Counter[str] = Counter()
@@ -62,31 +70,31 @@ class Monitor:
         """
         with self._lock:
             self._rejected[reason] += 1
-            self._failures.append((self._clock(), explanation))
+            self._fail(f"rejected: {reason}", explanation)
 
     def calibration_refused(self, reason: str, explanation: str) -> None:
         """A camera_info could not be used, for itself or with the frame at hand."""
         with self._lock:
             self._calibrations_refused[reason] += 1
-            self._failures.append((self._clock(), explanation))
+            self._fail(f"camera_info refused: {reason}", explanation)
 
     def interrupted(self, explanation: str) -> None:
         """The frames' times jumped, and the tracks began anew."""
         with self._lock:
             self._interruptions += 1
-            self._failures.append((self._clock(), explanation))
+            self._fail("interruption", explanation)
 
     def unpaired(self, topic: str, images: int, explanation: str) -> None:
         """Images of one camera of a stereo pair found no partner; they are no frames."""
         with self._lock:
             self._unpaired[topic] += images
-            self._failures.append((self._clock(), explanation))
+            self._fail(f"unpaired: {topic}", explanation)
 
     def odometry(self, breaks: int, explanation: str) -> None:
         """A pose was added to the chain, which broke so many times till now; the explanation is for a new break."""
         with self._lock:
             if breaks > (self._odometry_breaks or 0):
-                self._failures.append((self._clock(), explanation))
+                self._fail("odometry break", explanation)
             self._odometry_breaks = breaks
 
     def processed(self, latency_ms: float, keypoints: int, pair: Pair | None, stereo: Pair | None = None) -> None:
@@ -104,11 +112,11 @@ class Monitor:
                 self._last["layers"] = str(pair.layers)
                 self._statuses[pair.pose.status.name] += 1
 
-    def problems(self) -> list[str]:
-        """What went wrong in the last seconds, in the user's words, each once."""
+    def problems(self) -> list[Problem]:
+        """What went wrong in the last seconds, each once."""
         with self._lock:
             self._forget()
-            return list(dict.fromkeys(explanation for _, explanation in self._failures))
+            return list(dict.fromkeys(problem for _, problem in self._failures))
 
     def values(self) -> dict[str, str]:
         """All figures, ready to be shown."""
@@ -142,6 +150,9 @@ class Monitor:
             for status in PoseStatus:
                 values[f"poses {status.name}"] = str(self._statuses[status.name])
             return values
+
+    def _fail(self, kind: str, explanation: str) -> None:
+        self._failures.append((self._clock(), Problem(kind, explanation)))
 
     def _forget(self) -> None:
         limit = self._clock() - self._window

@@ -38,7 +38,7 @@ from kpmatch_ros.front_end import Frame, FrontEnd, Pair
 from kpmatch_ros.geometry import PoseStatus
 from kpmatch_ros.images import ImageError, to_array
 from kpmatch_ros.inbox import Inbox
-from kpmatch_ros.monitor import Monitor
+from kpmatch_ros.monitor import Monitor, Problem
 from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
 from kpmatch_ros.odometry import Odometry
 from kpmatch_ros.pairing import Pairing
@@ -59,7 +59,7 @@ except ImportError:  # it is no part of a minimal ROS
 __all__ = ["MatcherNode", "main"]
 
 _SILENT_AFTER = 2.0  # seconds without an image that are worth a warning
-_SILENT_IMAGES = 3  # of one camera of a stereo pair without any of the other
+_WATCH_PERIOD = 0.1  # seconds after which at the latest something new that is wrong is noticed
 # Seconds that the very first frame waits for a camera_info that somebody publishes. A replay (queue: all) has the time.
 _CALIBRATION_WAIT = {"latest": 1.0, "all": 10.0}
 _LAST_FRAME_WAIT = 1.0  # seconds that the frame at hand has to finish when the process is told to end
@@ -149,11 +149,16 @@ class MatcherNode(LifecycleNode):
         self._refused_subscribers: dict[str, str] = {}
         self._best_effort_wanted = False
         self._activated_at = 0.0
+        self._told: set[str] = set()  # the kinds of problems in the last diagnostics
+        self._told_early = False
 
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         # Wall time: diagnostics go on while a bag's clock stands still.
         self._diagnostics_timer = self.create_timer(
             1.0, self._every_second, clock=Clock(clock_type=ClockType.STEADY_TIME)
+        )
+        self._watch_timer = self.create_timer(
+            _WATCH_PERIOD, self._watch, clock=Clock(clock_type=ClockType.STEADY_TIME)
         )
 
     @property
@@ -352,20 +357,20 @@ class MatcherNode(LifecycleNode):
 
     def _store_image(self, side: int, message: ImageMessage) -> None:
         self._inputs[side].arrived = now = time.monotonic()
-        images = self._paired(side, message) if len(self._inputs) == 2 else (message,)
+        images = self._paired(side, message, now) if len(self._inputs) == 2 else (message,)
         if images is None:
             return
         self._monitor.received()
         inbox = self._inbox
         self._monitor.dropped(1 if inbox is None else inbox.put((images, now)))
 
-    def _paired(self, side: int, message: ImageMessage) -> tuple[ImageMessage, ImageMessage] | None:
+    def _paired(self, side: int, message: ImageMessage, arrived: float) -> tuple[ImageMessage, ImageMessage] | None:
         """The stereo pair that an image completes; those left without a partner are counted and named."""
         pairing = self._pairing
         if pairing is None:
             return None
         before = list(pairing.unpaired)
-        pair = pairing.put(side, messages.nanoseconds(message.header.stamp), message)
+        pair = pairing.put(side, messages.nanoseconds(message.header.stamp), message, arrived)
         for camera, count in zip(self._inputs, (now - then for now, then in zip(pairing.unpaired, before))):
             if count:
                 near = "" if pairing.offset is None else f"; the last near miss was {pairing.offset * 1e-9:.6f} s off"
@@ -550,9 +555,18 @@ class MatcherNode(LifecycleNode):
             self._subscribe(reliable=False)
             self._best_effort_wanted = False
         self._publish_diagnostics()
+        self._told_early = False
+
+    def _watch(self) -> None:
+        """Diagnostics at once where something new is wrong: one message at most between two of the steady ones."""
+        if not self._told_early and {problem.kind for problem in self._problems()} - self._told:
+            self._told_early = True
+            self._publish_diagnostics()
 
     def _publish_diagnostics(self) -> None:
-        level, text = self._assess()
+        problems = self._problems()
+        self._told = {problem.kind for problem in problems}
+        level, text = self._assess(problems)
         values = {"state": self._state, **self._monitor.values(), **self._resources()}
         array = DiagnosticArray()
         array.header.stamp = self.get_clock().now().to_msg()
@@ -561,31 +575,36 @@ class MatcherNode(LifecycleNode):
         array.status = [messages.diagnostic_status(level, name, text, hardware, values)]
         self._diagnostics.publish(array)
 
-    def _assess(self) -> tuple[bytes, str]:
+    def _problems(self) -> list[Problem]:
+        return [*self._silence(), *self._monitor.problems()] if self._state == "active" else []
+
+    def _assess(self, problems: list[Problem]) -> tuple[bytes, str]:
         """How the node is, in a word to the user."""
         if self._fault:
             return DiagnosticStatus.ERROR, self._fault
         if self._state != "active":
             return DiagnosticStatus.OK, f"{self._state}: activate the node to have it process images"
-        problems = [*self._silence(), *self._monitor.problems()]
         if problems:
-            return DiagnosticStatus.WARN, "; ".join(problems)
+            return DiagnosticStatus.WARN, "; ".join(dict.fromkeys(problem.explanation for problem in problems))
         return DiagnosticStatus.OK, "matching"
 
-    def _silence(self) -> list[str]:
+    def _silence(self) -> list[Problem]:
         """Why nothing arrives here or there, by topic."""
-        reasons = list(self._incompatible_qos.values())
+        found = [Problem(f"QoS: {topic}", explanation) for topic, explanation in self._incompatible_qos.items()]
         for publisher in self._outputs.values():
             refused = self._refused_subscribers.get(publisher.topic_name)
             if refused and self.count_subscribers(publisher.topic_name) > publisher.get_subscription_count():
-                reasons.append(refused)  # it is still there
-        since = self._pairing.since if self._pairing is not None else [0, 0]
-        waited = time.monotonic() - self._activated_at
-        for camera, missed in zip(self._inputs, since):
+                found.append(Problem(f"QoS: {publisher.topic_name}", refused))  # it is still there
+        now = time.monotonic()
+        waited = now - self._activated_at
+        for side, camera in enumerate(self._inputs):
             if camera.image is None or camera.info is None:
                 continue
-            silent = waited if camera.arrived is None else min(time.monotonic() - camera.arrived, waited)
-            if (silent > _SILENT_AFTER or missed >= _SILENT_IMAGES) and camera.topic not in self._incompatible_qos:
+            silent = waited if camera.arrived is None else min(now - camera.arrived, waited)
+            missed, alone = 0, False  # images of the other camera of a pair, which goes on
+            if self._pairing is not None and len(self._inputs) == 2:
+                missed, alone = self._pairing.since[side], self._pairing.silent(side, now)
+            if (silent > _SILENT_AFTER or alone) and camera.topic not in self._incompatible_qos:
                 publishers = self.count_publishers(camera.topic)
                 why = "nobody publishes it"
                 if publishers:
@@ -594,12 +613,14 @@ class MatcherNode(LifecycleNode):
                         f"effort, which qos_overrides.{camera.topic}.subscription.reliability: reliable prevents"
                     )
                 meanwhile = f", {missed} images of the other camera" if missed else ""
-                reasons.append(f"no image on {camera.topic} for {silent:.0f} s{meanwhile}: {why}")
+                explanation = f"no image on {camera.topic} for {silent:.1f} s{meanwhile}: {why}"
+                found.append(Problem(f"silent: {camera.topic}", explanation))
             info = camera.info.topic_name
             if camera.calibration is None and waited > _SILENT_AFTER and info not in self._incompatible_qos:
                 why = "sends nothing" if self.count_publishers(info) else "nobody publishes it"
-                reasons.append(f"no calibration on {info}, so no relative pose: {why}")
-        return reasons
+                explanation = f"no calibration on {info}, so no relative pose: {why}"
+                found.append(Problem(f"no calibration: {info}", explanation))
+        return found
 
     def _resources(self) -> dict[str, str]:
         with open("/proc/self/statm") as stream:

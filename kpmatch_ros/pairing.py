@@ -8,6 +8,9 @@ __all__ = ["Pairing"]
 
 Item = TypeVar("Item")
 
+_SILENT_IMAGES = 3  # of the other stream without any of this
+_SILENT_AFTER = 0.5  # seconds that an image of the other stream has gone without one of this: slow cameras
+
 
 class Pairing(Generic[Item]):
     """Puts two streams of images together: those of equal stamps, or else the nearest within a tolerance.
@@ -22,7 +25,7 @@ class Pairing(Generic[Item]):
 
     Attributes:
         unpaired: (left, right), images that found no partner.
-        since: (left, right), images of the other stream since the last one of this: how long it has been silent.
+        since: (left, right), images of the other stream since the last one of this.
         offset: difference of the stamps where an image last came near one of the other stream, but not near enough,
             nanoseconds; None before.
     """
@@ -34,11 +37,18 @@ class Pairing(Generic[Item]):
         self._periods: list[int | None] = [None, None]
         self.unpaired = [0, 0]
         self.since = [0, 0]
+        self._unanswered: list[float | None] = [None, None]  # when the first of these came, seconds
         self.offset: int | None = None
 
-    def put(self, side: int, stamp: int, item: Item) -> tuple[Item, Item] | None:
-        """Add an image of the left (0) or right (1) stream; the pair that it completes, left first."""
+    def put(self, side: int, stamp: int, item: Item, now: float = 0.0) -> tuple[Item, Item] | None:
+        """Add an image of the left (0) or right (1) stream; the pair that it completes, left first.
+
+        now: when it came, seconds of any clock; :meth:`silent` needs it.
+        """
         self._measure(side, stamp)
+        self._unanswered[side] = None
+        if self._unanswered[1 - side] is None:
+            self._unanswered[1 - side] = now
         own, others = self._waiting[side], self._waiting[1 - side]
         differences = [abs(stamp - other) for other, _ in others]
         nearest = min(range(len(others)), key=differences.__getitem__, default=None)
@@ -59,6 +69,11 @@ class Pairing(Generic[Item]):
         self.unpaired[1 - side] += nearest
         _, partner = others.popleft()
         return (item, partner) if side == 0 else (partner, item)
+
+    def silent(self, side: int, now: float) -> bool:
+        """Whether the left (0) or right (1) stream has stopped, or not begun, while the other one goes on."""
+        unanswered = self._unanswered[side]
+        return self.since[side] >= _SILENT_IMAGES or (unanswered is not None and now - unanswered > _SILENT_AFTER)
 
     def _measure(self, side: int, stamp: int) -> None:
         last, self._last[side] = self._last[side], stamp
