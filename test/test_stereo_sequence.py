@@ -186,6 +186,18 @@ def test_whole_pixel_matches_become_exact_in_any_light(gain: float, offset: floa
     assert np.isfinite(found).all() and np.abs(error).max() < 0.1
 
 
+def test_a_slanting_surface_is_matched_as_exactly_as_one_seen_straight() -> None:
+    random = np.random.default_rng(0)
+    image = textured(0)
+    slant = np.array([[1.06, 0.12, -9.3], [0.0, 1.03, -2.6]])  # stretched and sheared by another view
+    seen = cv2.warpAffine(image, slant, image.shape[::-1], flags=cv2.INTER_CUBIC)
+    points0 = np.round(random.uniform(20, 100, (60, 2)))
+    expected = points0 @ slant[:, :2].T + slant[:, 2]
+    found = refine(flatten(image), flatten(seen), points0, np.round(expected))
+    assert np.isfinite(found).all()
+    assert np.sqrt(np.mean((found - expected) ** 2)) < 0.05
+
+
 def test_what_is_not_found_is_nan() -> None:
     image = flatten(textured(0))
     assert np.isnan(refine(image, np.zeros_like(image), np.array([[50.0, 50.0]]), np.array([[50.0, 50.0]]))).all()
