@@ -1,6 +1,6 @@
 """Are stereo poses as good as their covariance says? Errors and NEES on the package's own stereo walk.
 
-    tools/with_ros python benchmarks/stereo_consistency.py            # 200 pairs of frames; on a processor it takes a while
+    tools/with_ros python benchmarks/stereo_consistency.py  # 200 pairs; on a processor it takes half an hour
     tools/with_ros python benchmarks/stereo_consistency.py --seeds 10 --frames 11
 
 A walk through the synthetic courtyard is cut into as many parts as there are seeds, each with another courtyard. Every
@@ -74,8 +74,9 @@ def main() -> None:
     print(f"{len(squares)} pairs with a pose, {lost} without")
     print(f"translation: median error {np.median(shares):.3f} % of the distance moved, largest {max(shares):.3f} %")
     print(f"rotation: median error {np.median(angles):.4f} degrees, largest {max(angles):.4f}")
+    within = np.mean(np.array(squares) < chi2.ppf(0.95, 6))
     print(f"NEES: mean {np.mean(squares):.2f}, 95 % bounds {low:.2f} to {high:.2f}; median {np.median(squares):.2f} of "
-          f"{chi2.median(6):.2f}; {np.mean(np.array(squares) < chi2.ppf(0.95, 6)):.1%} below the 95 % point of one pair")
+          f"{chi2.median(6):.2f}; {within:.1%} of the pairs below the 95 % point")
 
 
 if __name__ == "__main__":

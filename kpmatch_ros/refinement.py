@@ -102,7 +102,7 @@ def _deform(image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, points1
     normal = slopes @ slopes.transpose(0, 2, 1)
     points, shape = points1.astype(np.float32), np.tile(np.eye(2, dtype=np.float32), (count, 1, 1))
     for _ in range(_DEFORMATIONS):
-        points = np.round(points / _FRACTION) * _FRACTION
+        points = np.round(points / np.float32(_FRACTION)) * np.float32(_FRACTION)
         (xx, xy), (yx, yy) = shape.transpose(1, 2, 0)[..., None, None]
         error = _sample(image1, points, xx * x + xy * y, yx * x + yy * y).reshape(count, -1) - template
         trust = np.maximum((error**2).mean(axis=1), 1.0) / _DEFORMATION**2  # in no deformation, by the noise
