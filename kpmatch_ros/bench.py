@@ -30,12 +30,10 @@ from tqdm import tqdm
 
 import kpmatch_ros
 from kpmatch_ros.bags import BagError, image_message, image_topics, read_messages
-from kpmatch_ros.camera import Camera
 from kpmatch_ros.cli import CommandError, format_table, read_image
 from kpmatch_ros.conversion import convert
 from kpmatch_ros.feature_matcher import FeatureMatcher, choose_device, choose_precision
-from kpmatch_ros.front_end import FrontEnd, Pair
-from kpmatch_ros.geometry import RelativePose, estimate_relative_pose
+from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.images import ImageError, to_array
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.synthetic import Scene, camera_path, demo_camera
@@ -357,7 +355,8 @@ def _measure(
     peer_frames: list[list[Served]] = [[] for _ in peers]
     images = _forth_and_back(film)
     previous = next(images)
-    front_end.register_frame(previous, 0)
+    first, _ = front_end.register_frame(previous, 0)
+    reference = replace(first, camera=camera)
     for i in range(repeats):
         image, stamp = next(images), (i + 1) * _PERIOD
         for peer, served in _in_turn([None, *peers], [[], *peer_frames], i):
@@ -366,7 +365,9 @@ def _measure(
                 continue
             # Without calibration, and the pose by itself: the others estimate none.
             (frame, pair), lap = _timed(lambda: front_end.register_frame(image, stamp))  # noqa: B023
-            pose, pose_lap = _timed(lambda: _pose(pair, camera, matcher))  # noqa: B023
+            current = replace(frame, camera=camera)
+            pose, pose_lap = _timed(lambda: front_end.estimate_pose(reference, current, pair.indices))  # noqa: B023
+            reference = current
             frame_laps.append(lap)
             pose_laps.append(pose_lap)
             pair = replace(pair, pose=pose)
@@ -404,18 +405,6 @@ def _measure(
         resident_mb=_peak_memory() if can_tell_memory else None,
         gpu_mb=torch.cuda.max_memory_allocated(matcher.device) / 1e6 if cuda else None,
         comparisons=[each for args in zip(peers, peer_pairs, peer_frames) for each in comparisons(*args)],
-    )
-
-
-def _pose(pair: Pair, camera: Camera, matcher: FeatureMatcher) -> RelativePose:
-    return estimate_relative_pose(
-        pair.reference_points,
-        pair.points,
-        camera,
-        camera,
-        max_reprojection_error=matcher.parameters.max_reprojection_error,
-        min_inliers=matcher.parameters.min_inliers,
-        keypoint_resolution=matcher.keypoint_resolution,
     )
 
 

@@ -8,12 +8,15 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import kpmatch_ros
@@ -90,9 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _build_parser()
     options = parser.parse_args(_join_negative_values(sys.argv[1:] if arguments is None else arguments))
     try:
-        status: int = options.run(options)
-        sys.stdout.flush()
-        return status
+        with _sigterm_as_ctrl_c():
+            status: int = options.run(options)
+            sys.stdout.flush()
+            return status
     except BrokenPipeError:  # the reader, `head` say, had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -105,6 +109,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = f"{error.filename}: {error.strerror}"
         print(f"{options.name}: {' '.join(text.split())}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """What a command began is undone or ended in its `finally`s, whichever way it is stopped."""
+    if threading.current_thread() is not threading.main_thread():  # nobody else may handle signals
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _join_negative_values(arguments: Sequence[str]) -> list[str]:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from kpmatch_ros.cli import CommandError, format_table
@@ -158,11 +157,6 @@ def _node_process(domain: int, log: Path) -> Iterator[_Node]:
         *("-p", "queue:=all"),
     ]
     environment = {**os.environ, "ROS_DOMAIN_ID": str(domain), "PYTHONUNBUFFERED": "1"}
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt  # so that SIGTERM passes through the finally below as Ctrl-C does
-
-    before = signal.signal(signal.SIGTERM, stop)
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT
@@ -176,7 +170,6 @@ def _node_process(domain: int, log: Path) -> Iterator[_Node]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        signal.signal(signal.SIGTERM, before)
 
 
 def _executable() -> list[str]:

@@ -176,7 +176,7 @@ class FeatureMatcher:
         """
         received = [_pixels(image) for image in images]
         seen = [self._upload(self._resize(pixels)) for pixels in received]
-        found: list[Features | None] = [None] * len(seen)
+        found: dict[int, Features] = {}
         for shape in {image.shape for image in seen}:
             group = [i for i, image in enumerate(seen) if image.shape == shape]
             detections = self._run(self.extractor, _is_sound, torch.cat([seen[i] for i in group]))
@@ -189,7 +189,7 @@ class FeatureMatcher:
                     descriptors=descriptors[mask],
                     size=(width, height),
                 )
-        return [features for features in found if features is not None]
+        return [found[i] for i in range(len(seen))]
 
     @torch.inference_mode()
     def match(self, features0: Features, features1: Features) -> Matches:

@@ -5,6 +5,8 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from kpmatch_ros.stereo import StereoCamera, check_stereo_matches, estimate_ster
 
 __all__ = ["Frame", "FrontEnd", "Pair", "Stereo"]
 
-_REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much, and the keypoints are taken as they are
+_REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much, and all are taken as they are
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,11 @@ class Stereo:
     Attributes:
         camera: the calibration of the pair; None where there is none, or where the matches contradict it.
         right_points: (N, 2) float32 the left image's keypoints in the right image, NaN where there is no match.
-        left_flat: the left image as :func:`kpmatch_ros.refinement.flatten` gives it.
-        right_flat: the right image, the same.
+        right_flat: the right image as :func:`kpmatch_ros.refinement.flatten` gives it.
     """
 
     camera: StereoCamera | None
     right_points: np.ndarray
-    left_flat: np.ndarray
     right_flat: np.ndarray
 
 
@@ -62,6 +62,11 @@ class Frame:
     track_ids: np.ndarray
     extract_ms: float
     stereo: Stereo | None = None
+
+    @cached_property
+    def flat(self) -> np.ndarray:
+        """The image as :func:`kpmatch_ros.refinement.flatten` gives it, once for all pairs."""
+        return flatten(self.image)
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,7 @@ class FrontEnd:
             scores=scores,
             track_ids=self._continue_tracks(reference, current, indices),
             layers=layers,
-            pose=self._estimate_pose(reference, current, indices),
+            pose=self.estimate_pose(reference, current, indices),
             reset=self._fresh,
             match_ms=match_ms,
         )
@@ -229,7 +234,7 @@ class FrontEnd:
         right_points[indices[:, 0]] = right.keypoints[indices[:, 1]]
         usable = camera if pose.status is PoseStatus.OK else None
         return Pair(
-            reference=replace(left, stereo=Stereo(usable, right_points, flatten(left.image), flatten(right.image))),
+            reference=replace(left, stereo=Stereo(usable, right_points, right.flat)),
             current=right,
             indices=indices,
             scores=scores,
@@ -296,46 +301,35 @@ class FrontEnd:
         current.track_ids[indices[:, 1]] = ids
         return ids
 
-    def _estimate_pose(self, reference: Frame, current: Frame, indices: np.ndarray) -> RelativePose:
-        if reference.stereo is not None and current.stereo is not None:
-            return self._estimate_stereo_pose(reference, reference.stereo, current, current.stereo, indices)
-        if reference.camera is None or current.camera is None:
-            return RelativePose.undefined(PoseStatus.NO_CALIBRATION, num_matches=len(indices))
-        return estimate_relative_pose(
-            reference.keypoints[indices[:, 0]],
-            current.keypoints[indices[:, 1]],
-            reference.camera,
-            current.camera,
-            max_reprojection_error=self.parameters.max_reprojection_error,
-            min_inliers=self.parameters.min_inliers,
-            keypoint_resolution=self._keypoint_resolution(current),
-        )
+    def estimate_pose(self, reference: Frame, current: Frame, indices: np.ndarray) -> RelativePose:
+        """How the camera moved between two frames, from their matches ``indices`` (M, 2); in metres with stereo frames.
 
-    def _estimate_stereo_pose(
-        self, reference: Frame, stereo0: Stereo, current: Frame, stereo1: Stereo, indices: np.ndarray
-    ) -> RelativePose:
+        The keypoints, which a detector finds again to about a pixel, are first refined to a fraction of one: in all
+        images where the surroundings of the reference's keypoint are, unless they changed too much for that.
+        """
         index0, index1 = indices.T
-        left0, left1 = reference.keypoints[index0], current.keypoints[index1]
+        points0, points1 = reference.keypoints[index0], current.keypoints[index1]
+        stereo0, stereo1 = reference.stereo, current.stereo
+        calibrated = reference.camera is not None and current.camera is not None
+        found = self._keypoint_resolution(current)
+        fine = refine(reference.flat, current.flat, points0, points1, found) if calibrated else np.empty((0, 2))
+        refined = np.isfinite(fine[:, 0]).sum() > _REFINABLE * len(indices)
+        options: dict[str, Any] = {
+            "max_reprojection_error": self.parameters.max_reprojection_error,
+            "min_inliers": self.parameters.min_inliers,
+            "keypoint_resolution": REFINED_RESOLUTION if refined else found,
+            "independent_points": INDEPENDENT_POINTS if refined else math.inf,
+        }
+        if stereo0 is None or stereo1 is None:
+            if refined:
+                points1 = np.where(np.isfinite(fine), fine, points1)
+            return estimate_relative_pose(points0, points1, reference.camera, current.camera, **options)
         right0, right1 = stereo0.right_points[index0], stereo1.right_points[index1]
-        resolution, independent = self._keypoint_resolution(current), math.inf
-        # In all images where the surroundings of the reference's keypoint are, unless they changed too much for that.
-        fine_left1 = refine(stereo0.left_flat, stereo1.left_flat, left0, left1, resolution)
-        if np.isfinite(fine_left1[:, 0]).sum() > _REFINABLE * len(indices):
-            right0 = refine(stereo0.left_flat, stereo0.right_flat, left0, right0, resolution)
-            right1 = refine(stereo1.left_flat, stereo1.right_flat, fine_left1, right1 + fine_left1 - left1, resolution)
-            left1, resolution, independent = fine_left1, REFINED_RESOLUTION, INDEPENDENT_POINTS
-        return estimate_stereo_motion(
-            left0,
-            right0,
-            left1,
-            right1,
-            stereo0.camera,
-            stereo1.camera,
-            max_reprojection_error=self.parameters.max_reprojection_error,
-            min_inliers=self.parameters.min_inliers,
-            keypoint_resolution=resolution,
-            independent_points=independent,
-        )
+        if refined:
+            right0 = refine(reference.flat, stereo0.right_flat, points0, right0, found)
+            right1 = refine(current.flat, stereo1.right_flat, fine, right1 + fine - points1, found)
+            points1 = fine
+        return estimate_stereo_motion(points0, right0, points1, right1, stereo0.camera, stereo1.camera, **options)
 
     def _keypoint_resolution(self, frame: Frame) -> float:
         """Pixels of the image received between neighbouring positions that the extractor can give."""

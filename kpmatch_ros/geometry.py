@@ -129,6 +129,7 @@ def estimate_relative_pose(
     max_reprojection_error: float = 1.0,
     min_inliers: int = 15,
     keypoint_resolution: float = 1.0,
+    independent_points: float = math.inf,
 ) -> RelativePose:
     """Pose of the current camera in the reference camera's optical frame, from matched keypoints.
 
@@ -151,6 +152,8 @@ def estimate_relative_pose(
         keypoint_resolution: pixels between neighbouring positions that the detector can give: 1 for whole pixels, more
             where it sees the image made smaller, 0 for none. Parallax below it is taken for rounding, and the
             covariance is no smaller than rounding allows.
+        independent_points: how many points at most err independently of each other. Where there are more, the test and
+            the covariance are those of so many: more points on the same surfaces would not make the pose surer.
 
     Returns:
         The pose, or why there is none.
@@ -197,18 +200,23 @@ def estimate_relative_pose(
     if _log_false_alarms(moving, np.full(len(matches), chance), 5) > math.log(FALSE_ALARM_RATE):
         fit = None
 
-    if fit is not None and _is_translation(matches, fit.motion, rotation, turning, gate, keypoint_resolution):
+    def alike(inliers: np.ndarray) -> float:
+        """How many of these err together: their noise counts for so many times its variance."""
+        return max(1.0, float(inliers.sum()) / independent_points)
+
+    noise = _Noise(gate, keypoint_resolution, alike(turning))
+    if fit is not None and _is_translation(matches, fit.motion, rotation, turning, noise):
         if moving.sum() < required:
             return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total, to_mask(moving))
         status, motion, inliers = PoseStatus.OK, fit.motion, moving
-        covariance = _motion_covariance(fit, gate, keypoint_resolution)
+        covariance = _motion_covariance(fit, noise._replace(alike=alike(moving)))
     else:
         if turning.sum() < required:
             if fit is None:
                 return RelativePose.undefined(PoseStatus.FAILED, total)
             return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total, to_mask(turning))
         status, motion, inliers = PoseStatus.NO_TRANSLATION, _Motion(rotation, np.zeros(3)), turning
-        covariance = _rotation_covariance(matches, rotation, gate, keypoint_resolution)
+        covariance = _rotation_covariance(matches, rotation, noise)
 
     return RelativePose(
         status=status,
@@ -236,6 +244,18 @@ class _Motion(NamedTuple):
             return _Motion(rotation, self.translation)
         translation = self.translation + _tangents(self.translation) @ step[3:]
         return _Motion(rotation, translation / np.linalg.norm(translation))
+
+
+class _Noise(NamedTuple):
+    """What is known of the keypoints' noise.
+
+    gate: largest error of an inlier, pixels. resolution: of the detector, pixels. alike: points that err together, so
+    that the variance of what is estimated from all of them is so many times what independent errors give.
+    """
+
+    gate: float
+    resolution: float
+    alike: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -561,7 +581,7 @@ def _fit_rotation(matches: _Matches, starts: list[np.ndarray], gate: float, reso
 
 
 def _is_translation(
-    matches: _Matches, motion: _Motion, rotation: np.ndarray, turning: np.ndarray, gate: float, resolution: float
+    matches: _Matches, motion: _Motion, rotation: np.ndarray, turning: np.ndarray, noise: _Noise
 ) -> bool:
     """Whether the rotation alone leaves something to explain, with a false-alarm rate of FALSE_ALARM_RATE.
 
@@ -569,7 +589,7 @@ def _is_translation(
     along their epipolar lines, on the side of points in front; those that may have slipped are not counted at all. For
     small parallax: the F-test of those it does explain, but for the tails of the noise.
     """
-    rate = FALSE_ALARM_RATE / 2
+    rate, gate = FALSE_ALARM_RATE / 2, noise.gate
     others = matches.select(~turning)
     distance = _length(_rotation_errors(others, rotation))
     # The chance that an error of this length, in a random direction, ends within the gate of a half-line:
@@ -581,9 +601,9 @@ def _is_translation(
     if _log_false_alarms(along[counted], np.minimum(chances, 1)[counted], 2) < math.log(rate):
         return True
     errors = _rotation_errors(matches, rotation)
-    deviation = _cutoff(errors, gate, resolution) / _TUKEY
+    deviation = _cutoff(errors, gate, noise.resolution) / _TUKEY
     typical = turning & (_length(errors) < _TYPICAL * deviation)
-    return _small_parallax_chance(matches.select(typical), motion, rotation, resolution) < rate
+    return _small_parallax_chance(matches.select(typical), motion, rotation, noise) < rate
 
 
 def _log_false_alarms(hits: np.ndarray, chances: np.ndarray, sample: int) -> float:
@@ -604,11 +624,11 @@ def _log_false_alarms(hits: np.ndarray, chances: np.ndarray, sample: int) -> flo
     return float(models + bounds.min())
 
 
-def _small_parallax_chance(matches: _Matches, motion: _Motion, rotation: np.ndarray, resolution: float) -> float:
+def _small_parallax_chance(matches: _Matches, motion: _Motion, rotation: np.ndarray, noise: _Noise) -> float:
     """The chance of such errors along the epipolar lines if they are noise, as those across the lines are.
 
     The F-test of nested models: least squares with a rotation (two conditions a match, three parameters) and with a
-    translation (one condition, five parameters). Rounding a displacement to `resolution` pixels can make an error of
+    translation (one condition, five parameters). Rounding a displacement to the resolution can make an error of
     up to half of that in each match and in one direction only, so errors across below that are not believed; what is
     not rounding may be _UNEVEN.
     """
@@ -623,30 +643,30 @@ def _small_parallax_chance(matches: _Matches, motion: _Motion, rotation: np.ndar
     fits = [_minimise(_motion_slopes, matches, start, _EVERYTHING, 10) for start in starts]
     across = min(float((_motion_errors(matches, fit) ** 2).sum()) for fit in fits)
     variance = across / (count - 5)
-    jitter = max(variance - resolution**2 / 12, 0.0)
-    allowed = max(variance, resolution**2 / 8, _TINY) + (_UNEVEN - 1) * jitter
+    jitter = max(variance - noise.resolution**2 / 12, 0.0)
+    allowed = noise.alike * (max(variance, noise.resolution**2 / 8, _TINY) + (_UNEVEN - 1) * jitter)
     ratio = max(total - across, 0.0) / (count + 2) / allowed
     return _INDEPENDENT_DIRECTIONS * float(fdtrc(count + 2, count - 5, ratio))
 
 
-def _motion_covariance(fit: _Fit, gate: float, resolution: float) -> np.ndarray:
+def _motion_covariance(fit: _Fit, noise: _Noise) -> np.ndarray:
     """(6, 6) covariance of the translation's direction and the rotation."""
     expand = np.zeros((6, 5))
     expand[3:, :3] = np.eye(3)
     expand[:3, 3:] = _tangents(fit.motion.translation)
-    return expand @ _covariance(_motion_slopes, fit.support, fit.motion, gate, resolution) @ expand.T
+    return expand @ _covariance(_motion_slopes, fit.support, fit.motion, noise) @ expand.T
 
 
-def _rotation_covariance(matches: _Matches, rotation: np.ndarray, gate: float, resolution: float) -> np.ndarray:
+def _rotation_covariance(matches: _Matches, rotation: np.ndarray, noise: _Noise) -> np.ndarray:
     """(6, 6) covariance of a unit vector of unknown direction and the rotation."""
     turn = _Motion(rotation, np.zeros(3))
     covariance = np.zeros((6, 6))
     covariance[:3, :3] = np.eye(3) / 3
-    covariance[3:, 3:] = _covariance(_rotation_slopes, matches, turn, gate, resolution)
+    covariance[3:, 3:] = _covariance(_rotation_slopes, matches, turn, noise)
     return covariance
 
 
-def _covariance(slopes_of: _Slopes, matches: _Matches, motion: _Motion, gate: float, resolution: float) -> np.ndarray:
+def _covariance(slopes_of: _Slopes, matches: _Matches, motion: _Motion, noise: _Noise) -> np.ndarray:
     """Covariance (p, p) of an estimate with Tukey's loss: H^-1 G H^-1, of the loss's Hessian and gradient's covariance.
 
     With the whole Hessian. Gauss and Newton's part of it takes noise along the epipolar lines for parallax, and is many
@@ -654,7 +674,7 @@ def _covariance(slopes_of: _Slopes, matches: _Matches, motion: _Motion, gate: fl
     """
     errors, slopes = slopes_of(matches, motion)
     size = slopes.shape[2]
-    cutoff = _cutoff(errors, gate, resolution)
+    cutoff = _cutoff(errors, noise.gate, noise.resolution)
 
     def gradient(motion: _Motion) -> np.ndarray:
         errors, slopes = slopes_of(matches, motion)
@@ -670,14 +690,14 @@ def _covariance(slopes_of: _Slopes, matches: _Matches, motion: _Motion, gate: fl
     variance = float((influences**2).sum()) / max(influences.size - size, 1)
     flat = slopes[used].reshape(-1, size)
     information, axes = np.linalg.eigh(flat.T @ flat)
-    floor = max(variance, resolution**2 / 12) / _LARGEST_VARIANCE
+    floor = max(variance, noise.resolution**2 / 12) / _LARGEST_VARIANCE
     axes = axes / np.sqrt(np.maximum(information, max(floor, _TINY)))
     # In these axes Gauss and Newton's Hessian is the identity, and the whole one not far from it.
     curvatures, turn = np.linalg.eigh(axes.T @ hessian @ axes)
     curvatures = np.maximum(curvatures, _SMALLEST_CURVATURE)
-    variance = max(variance, float(curvatures.mean()) ** 2 * resolution**2 / 12)  # the second: of rounding
+    variance = max(variance, float(curvatures.mean()) ** 2 * noise.resolution**2 / 12)  # the second: of rounding
     axes = axes @ turn / curvatures
-    variances, axes = np.linalg.eigh(variance * axes @ axes.T)
+    variances, axes = np.linalg.eigh(noise.alike * variance * axes @ axes.T)
     return (axes * np.clip(variances, 0, _LARGEST_VARIANCE)) @ axes.T
 
 

@@ -641,9 +641,8 @@ class MatcherNode(LifecycleNode):
     def _log_weights(self, matcher: FeatureMatcher) -> None:
         for role in ("extractor", "matcher"):
             name = getattr(matcher.parameters, role)
-            item = REGISTRY.get(name)
-            if item is not None:
-                terms = f"{item.licence}, {'commercial use allowed' if item.commercial else 'no commercial use'}"
+            if name in REGISTRY:
+                terms = REGISTRY[name].terms
             else:
                 terms = "no network" if name == "nearest" else "licence unknown: see where it comes from"
             self.get_logger().info(f"{role} {name} ({terms})")

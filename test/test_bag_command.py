@@ -660,7 +660,10 @@ def test_a_bag_without_a_usable_image_leaves_nothing_behind(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_ctrl_c_leaves_no_half_bag_behind(views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_being_stopped_leaves_no_half_bag_behind(
+    views: list[NDArray[np.uint8]], tmp_path: Path, sent: signal.Signals
+) -> None:
     write_camera_bag(tmp_path / "in", views * 300, stamps(1800), demo_camera(*SIZE))
     command = [sys.executable, "-m", "kpmatch_ros.cli", "bag", "in", "out", "--poses", "poses.txt", *QUICK]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
@@ -669,7 +672,7 @@ def test_ctrl_c_leaves_no_half_bag_behind(views: list[NDArray[np.uint8]], tmp_pa
     while not list(tmp_path.glob(".out.*/out/*")):  # until it is writing
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT)  # to a shell, both are 130
     assert err == "kpmatch bag: stopped\n"

@@ -59,7 +59,8 @@ def test_the_node_ends_with_the_demo(tmp_path: Path) -> None:
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130 and "Traceback" not in err
+    # To a shell both are 130. Python ends by the signal itself where it came while a module was being imported.
+    assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in err
     assert not any(Path(f"/proc/{node}").exists() for node in nodes)
 
 

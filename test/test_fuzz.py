@@ -1,6 +1,7 @@
 """Ten thousand broken, odd and valid messages: none ends the node, publishes NaN, or costs a good frame after it."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -208,18 +209,18 @@ def test_each_reason_to_refuse_a_calibration_is_counted_and_costs_no_frame(
     images = good_images(texture)
     with running_node(tmp_path, extractor=folder, matcher=folder, max_keypoints=100) as node:
         node.wait_until_connected()
+        node.wait_for(lambda: node.diagnostics, "diagnostics")
         sent = 0
+
+        def is_refused(reason: str, info: CameraInfo) -> bool:
+            nonlocal sent
+            node.send(stamped(images[sent % 2], 10.0 + sent, "camera"), stamped(info, 10.0 + sent, "camera"))
+            sent += 1
+            node.spin(0.5)
+            return f"camera_info refused: {reason}" in node.figures()
+
         for reason, info in unusable_calibrations().items():
-
-            def is_refused() -> bool:
-                nonlocal sent
-                node.send(stamped(images[sent % 2], 10.0 + sent, "camera"), stamped(info, 10.0 + sent, "camera"))
-                sent += 1
-                node.spin(0.5)
-                return f"camera_info refused: {reason}" in node.figures()
-
-            node.wait_for(lambda: node.diagnostics, "diagnostics")
-            node.wait_for(is_refused, f"a calibration to be refused: {reason}")
+            node.wait_for(functools.partial(is_refused, reason, info), f"a calibration to be refused: {reason}")
         node.wait_for(lambda: len(node.poses) == sent - 1, "every frame")
         assert {pose.status for pose in node.poses} == {RelativePose.NO_CALIBRATION}
         assert node.stop() == 0

@@ -295,7 +295,7 @@ def test_the_small_parallax_test_alone_keeps_its_false_alarm_rate() -> None:
         matches, _ = geometry._normalise(points0, points1, CAMERA, CAMERA)
         rotation = geometry._fit_rotation(matches, [np.eye(3)], 1.0, 0.0)
         start = geometry._Motion(rotation, np.array([1.0, 0.0, 0.0]))
-        fired += geometry._small_parallax_chance(matches, start, rotation, 0.0) < 0.05
+        fired += geometry._small_parallax_chance(matches, start, rotation, geometry._Noise(1.0, 0.0)) < 0.05
     assert fired <= 0.05 * trials
 
 
