@@ -46,8 +46,9 @@ class Pairing(Generic[Item]):
         now: when it came, seconds of any clock; :meth:`silent` needs it.
         """
         self._measure(side, stamp)
-        self._unanswered[side] = None
-        if self._unanswered[1 - side] is None:
+        if self._unanswered[side] is not None:  # this is the answer
+            self._unanswered[side] = None
+        elif self._unanswered[1 - side] is None:
             self._unanswered[1 - side] = now
         own, others = self._waiting[side], self._waiting[1 - side]
         differences = [abs(stamp - other) for other, _ in others]

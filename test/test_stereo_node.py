@@ -1,6 +1,7 @@
 """A stereo pair of cameras before the real node over DDS: its messages, and what it says of one that is not right."""
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,6 +173,48 @@ def test_a_silent_camera_and_stamps_that_do_not_fit_are_named(tmp_path: Path) ->
         assert "0.020000 s off" in camera.node.diagnostics[-1].status[0].message
         figures = camera.node.figures()
         assert int(figures["unpaired: /left/image"]) > 0 and figures["frames received"] == "0"
+
+
+def test_what_is_newly_wrong_is_told_before_the_next_regular_diagnostics(tmp_path: Path) -> None:
+    """Diagnostics come once a second; the first ones after a fault's result name it, without waiting for that second."""
+    with rig(tmp_path) as camera:
+        node, early = camera.node, 0
+        camera.send(10.0, 0.0)
+        node.wait_for(lambda: node.stereo_matches and len(node.diagnostics) > 1, "the first frame")
+        for number, (reason, changes) in enumerate(
+            {
+                "the baseline is zero": {"baseline": 0.0},
+                "left and right are swapped": {"baseline": -BASELINE},
+                "its calibration is for 640x480": {"size": (640, 480)},
+                "left and right images are swapped": {"swapped": True},
+                "the stamps went back by": {"seconds": 5.0},
+            }.items()
+        ):
+            frames = number + 2
+            camera.send(changes.pop("seconds", 10.1 + 0.1 * number), 0.0, **changes)
+            node.wait_for(lambda frames=frames: len(node.stereo_matches) == frames, "the frame's result")
+            known = len(node.diagnostics)
+            node.wait_for(lambda known=known: len(node.diagnostics) > known, "the next diagnostics")
+            told = [reason in array.status[0].message for array in node.diagnostics]
+            assert told[-1], node.diagnostics[-1].status[0].message
+            stamps = [array.header.stamp.sec + 1e-9 * array.header.stamp.nanosec for array in node.diagnostics]
+            first = told.index(True)
+            early += stamps[first] - stamps[first - 1] < 0.9
+            node.spin(1.5)  # two of the regular ones
+        assert early >= 2, "an early message only by chance"
+        assert [pose.status for pose in node.poses] == [RelativePose.NO_CALIBRATION] * 4, "stamps go back: no pair"
+
+
+def test_a_slow_camera_that_falls_silent_is_named_after_one_image_of_the_other(tmp_path: Path) -> None:
+    with rig(tmp_path) as camera:
+        camera.send(10.0, 0.0)
+        camera.node.wait_for(lambda: camera.node.stereo_matches, "the frame")
+        camera.send(11.0, 0.0)
+        camera.send(12.0, 0.0, images="left")
+        camera.wait_for_warning("no image on /right/image")
+        named = next(m for m in (a.status[0].message for a in camera.node.diagnostics) if "no image on /right" in m)
+        silent, images = re.search(r"/right/image for ([0-9.]+) s, (\d+) images of the other camera", named).groups()
+        assert float(silent) < 2 and images == "1"
 
 
 def test_stamps_that_go_back_begin_anew_and_are_named(tmp_path: Path) -> None:
