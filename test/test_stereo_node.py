@@ -176,7 +176,7 @@ def test_a_silent_camera_and_stamps_that_do_not_fit_are_named(tmp_path: Path) ->
 
 
 def test_what_is_newly_wrong_is_told_before_the_next_regular_diagnostics(tmp_path: Path) -> None:
-    """Diagnostics come once a second; the first ones after a fault's result name it, without waiting for that second."""
+    """Diagnostics come once a second; the first ones after a fault's result name it, not waiting for that second."""
     with rig(tmp_path) as camera:
         node, early = camera.node, 0
         camera.send(10.0, 0.0)
