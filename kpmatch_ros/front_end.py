@@ -14,14 +14,7 @@ from kpmatch_ros.camera import Camera
 from kpmatch_ros.feature_matcher import FeatureMatcher, Features, to_numpy
 from kpmatch_ros.geometry import PoseStatus, RelativePose, estimate_relative_pose
 from kpmatch_ros.parameters import Parameters
-from kpmatch_ros.refinement import (
-    INDEPENDENT_POINTS,
-    REFINED_RESOLUTION,
-    STEREO_INDEPENDENT_POINTS,
-    STEREO_RESOLUTION,
-    flatten,
-    refine,
-)
+from kpmatch_ros.refinement import INDEPENDENT_POINTS, REFINED_RESOLUTION, flatten, refine
 from kpmatch_ros.stereo import StereoCamera, check_stereo_matches, estimate_stereo_motion
 
 __all__ = ["Frame", "FrontEnd", "Pair", "Stereo"]
@@ -324,20 +317,18 @@ class FrontEnd:
         options: dict[str, Any] = {
             "max_reprojection_error": self.parameters.max_reprojection_error,
             "min_inliers": self.parameters.min_inliers,
-            "keypoint_resolution": found,
-            "independent_points": math.inf,
+            "keypoint_resolution": REFINED_RESOLUTION if refined else found,
+            "independent_points": INDEPENDENT_POINTS if refined else math.inf,
         }
         if stereo0 is None or stereo1 is None:
             if refined:
                 points1 = np.where(np.isfinite(fine), fine, points1)
-                options.update(keypoint_resolution=REFINED_RESOLUTION, independent_points=INDEPENDENT_POINTS)
             return estimate_relative_pose(points0, points1, reference.camera, current.camera, **options)
         right0, right1 = stereo0.right_points[index0], stereo1.right_points[index1]
         if refined:
             right0 = refine(reference.flat, stereo0.right_flat, points0, right0, found)
             right1 = refine(current.flat, stereo1.right_flat, fine, right1 + fine - points1, found)
             points1 = fine
-            options.update(keypoint_resolution=STEREO_RESOLUTION, independent_points=STEREO_INDEPENDENT_POINTS)
         return estimate_stereo_motion(points0, right0, points1, right1, stereo0.camera, stereo1.camera, **options)
 
     def _keypoint_resolution(self, frame: Frame) -> float:

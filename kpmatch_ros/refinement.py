@@ -8,32 +8,19 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-__all__ = [
-    "INDEPENDENT_POINTS",
-    "REFINED_RESOLUTION",
-    "STEREO_INDEPENDENT_POINTS",
-    "STEREO_RESOLUTION",
-    "flatten",
-    "refine",
-]
+__all__ = ["INDEPENDENT_POINTS", "REFINED_RESOLUTION", "flatten", "refine"]
 
 _FRACTION = 1 / 32  # of a pixel: all that OpenCV's interpolation tells apart
 
-STEREO_RESOLUTION = _FRACTION
-"""Pixels of keypoint resolution that matches refined in stereo are worth; that they err more, their errors say."""
+REFINED_RESOLUTION = _FRACTION
+"""Pixels of keypoint resolution that refined matches are worth; that they err more, their errors say."""
 
-STEREO_INDEPENDENT_POINTS = 72
+INDEPENDENT_POINTS = 72
 """Refined matches that err independently of each other: what is left of an error, from interpolation, light and curved
 surfaces, is alike for neighbours, and the motion can follow a part of it, so that it does not show. A design effect
 (Kish, Survey Sampling, 1965), measured: on 60 pairs of synthetic stereo frames, with 580 matches used each, the squared
 errors of the motion were 8 times what independent matches would give. docs/relative_pose.md has the figures of others.
 """
-
-REFINED_RESOLUTION = 0.5
-"""The same for one camera, which must not take for parallax what errs alike: pixels, chosen with much in hand."""
-
-INDEPENDENT_POINTS = 120
-"""The same for one camera, on top of REFINED_RESOLUTION."""
 
 _WINDOW = 13  # pixels
 _LONGEST_STEP = 3.0  # pixels, or as many steps of the detector's grid: what moves further was not the same corner

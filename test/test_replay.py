@@ -116,8 +116,8 @@ def test_poses_of_a_camera_walk_agree_with_the_truth(tmp_path: Path, demo_bag: P
         position = pose.pose.pose.position
         cosine = np.dot([position.x, position.y, position.z], direction) / np.linalg.norm(direction)
         direction_errors.append(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
-    assert np.median(rotation_errors) < 0.2, rotation_errors
-    assert np.median(direction_errors) < 3.0, direction_errors
+    assert np.median(rotation_errors) < 0.02, rotation_errors
+    assert np.median(direction_errors) < 0.5, direction_errors
 
 
 def test_a_replay_of_every_frame_gives_the_same_messages_every_time(tmp_path: Path, demo_bag: Path) -> None:
