@@ -115,7 +115,7 @@ _OPEN_PAIR: dict[str, Any] = dict(
     commercial=True,
     source=Packaged("data/kpmatch-superpoint-lightglue"),
     size=27_527_212,
-    sha256="12b9e8d58c34b8e254e62998f07e4a6d933b7b49af9696f20a8981a5012f083b",
+    sha256="a21fadd148e0b099f5afd061065eb0a8419db40b0a41d905594596c43069c84c",
 )
 _ALIKED: dict[str, Any] = dict(licence="BSD-3-Clause", origin="the authors of ALIKED (Shiaoming/ALIKED)")
 _MAGIC_LEAP = "Magic Leap's, academic or non-profit noncommercial research only"
