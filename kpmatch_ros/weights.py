@@ -115,7 +115,7 @@ _OPEN_PAIR: dict[str, Any] = dict(
     commercial=True,
     source=Packaged("data/kpmatch-superpoint-lightglue"),
     size=27_527_212,
-    sha256="a21fadd148e0b099f5afd061065eb0a8419db40b0a41d905594596c43069c84c",
+    sha256="f4a1d168f80424830585ed24385723caa82f91adb74e41f0913709262e0c4663",
 )
 _ALIKED: dict[str, Any] = dict(licence="BSD-3-Clause", origin="the authors of ALIKED (Shiaoming/ALIKED)")
 _MAGIC_LEAP = "Magic Leap's, academic or non-profit noncommercial research only"

@@ -165,7 +165,8 @@ def test_the_authors_package_is_given_the_weights_under_its_names(
     monkeypatch.setitem(sys.modules, "lightglue", package)
     file = tmp_path / "speed.json"
     words = ["--images", pictures, "--keypoints", "150", "--repeats", "2", "--device", "cpu", "--precision", "float32"]
-    assert run(*words, "--against", "lightglue", "--json", file)[0] == 0
+    status, _, err = run(*words, "--against", "lightglue", "--json", file)
+    assert status == 0, err
     (row,) = json.loads(file.read_text())["rows"]
     assert [one["work"] for one in row["comparisons"]] == ["pair", "sequence", "sequence, features kept"]
     assert all(one["matches"] == row["matches"] for one in row["comparisons"][1:])

@@ -105,15 +105,16 @@ def test_a_pose_that_cannot_be_had_says_why(run: Run, pictures: tuple[Path, Path
 
 
 def test_the_camera_of_b_and_the_lens_change_the_pose(run: Run, pictures: tuple[Path, Path]) -> None:
-    def rotation(*options: str) -> Any:
+    def pose(*options: str) -> Any:
         quick = ("--device", "cpu", "--matcher", "nearest", "--max-keypoints", 300)
         _, out, _ = run("match", *pictures, "--json", *quick, *CAMERA, *options)
-        return np.array(json.loads(out)["pose"]["rotation"])
+        found = json.loads(out)["pose"]
+        return np.append(found["rotation"], found["translation"])
 
-    plain = rotation()
-    assert np.abs(rotation("--intrinsics1", "300,300,220,120") - plain).max() > 0.01
-    assert np.abs(rotation("--distortion", "-0.3,0.1,0,0") - plain).max() > 1e-4
-    assert np.array_equal(rotation("--distortion", "0,0,0,0,0", "--intrinsics1", "300,300,160,120"), plain)
+    plain = pose()
+    assert np.abs(pose("--intrinsics1", "300,300,160,180") - plain).max() > 0.01
+    assert np.abs(pose("--distortion", "-0.3,0.1,0,0") - plain).max() > 1e-4
+    assert np.array_equal(pose("--distortion", "0,0,0,0,0", "--intrinsics1", "300,300,160,120"), plain)
 
 
 def test_without_json_a_few_readable_lines_are_printed(run: Run, pictures: tuple[Path, Path]) -> None:

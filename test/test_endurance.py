@@ -1,7 +1,6 @@
 """What a robot does to a node over days, in a minute: cycles, signals at bad moments, kills, changes under load."""
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -45,7 +44,9 @@ class Resources:
 
     def __init__(self, process: int) -> None:
         folder = Path(f"/proc/{process}")
-        self.memory = int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+        # Of its own: parts of libraries that are read when first needed are given back when memory is short.
+        self.memory = 1024 * sum(int(status[kind].split()[0]) for kind in ("RssAnon", "RssShmem"))
         self.threads = len(list((folder / "task").iterdir()))
         self.files = len(list((folder / "fd").iterdir()))
 

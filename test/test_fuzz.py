@@ -123,7 +123,8 @@ def assert_nothing_but_numbers(matches: list[MatchArray], poses: list[RelativePo
     for message in matches:
         count = len(message.scores)
         assert len(message.points) == len(message.reference_points) == 2 * count
-        assert len(message.indices) == len(message.reference_indices) == len(message.track_ids) == count
+        assert len(message.indices) == len(message.reference_indices) == count
+        assert len(message.track_ids) == (0 if message.pairing == MatchArray.STEREO else count)
         assert len(message.inliers) in (0, count)
         for values in (message.points, message.reference_points, message.scores):
             assert np.isfinite(np.asarray(values)).all()
