@@ -89,7 +89,7 @@ def test_bfloat16_matches_given_features_as_float32_does(
         same += len(exact & half)
     assert counts[0] > 150
     assert counts[1] >= 0.98 * counts[0]
-    assert same >= 0.96 * counts[0]
+    assert same >= 0.93 * counts[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
