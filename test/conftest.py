@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kpmatch_ros import weights
+from kpmatch_ros.cli import main
 from kpmatch_ros.models import LightGlue, SuperGlue, SuperPoint
 
 Texture = Callable[[int, int, int], NDArray[np.uint8]]
@@ -45,6 +46,22 @@ def recorded_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"there is no recorded data at {folder}; KPMATCH_DATA names another folder")
     return folder
+
+
+@pytest.fixture
+def kpmatch(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """kpmatch(words...): exit status, stdout and stderr of the command."""
+
+    def run(*words: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            status = main([str(word) for word in words])
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

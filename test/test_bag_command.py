@@ -1,6 +1,7 @@
 """kpmatch bag: the bag it writes is what the node publishes, and whatever is wrong with a bag is said in a line."""
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -42,19 +43,9 @@ SIZE = (160, 120)
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def run(kpmatch: Run) -> Run:
     """run(words...): exit status, stdout and stderr of `kpmatch bag`."""
-
-    def run_command(*words: Any) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status = main(["bag", *(str(word) for word in words)])
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return run_command
+    return functools.partial(kpmatch, "bag")
 
 
 @pytest.fixture(scope="module")

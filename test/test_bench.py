@@ -1,6 +1,7 @@
 """kpmatch bench: what is measured, compared, written and refused. Times are not judged: they are the machine's."""
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import sys
@@ -16,7 +17,6 @@ import torch
 
 from kpmatch_ros import bench
 from kpmatch_ros.bags import write_camera_bag
-from kpmatch_ros.cli import main
 from kpmatch_ros.models import LightGlue, SuperPoint
 
 Run = Callable[..., tuple[int, str, str]]
@@ -24,19 +24,9 @@ SMALL = ["--keypoints", "40", "--repeats", "2", "--device", "cpu", "--precision"
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def run(kpmatch: Run) -> Run:
     """run(words...): exit status, stdout and stderr of `kpmatch bench`."""
-
-    def run_command(*words: Any) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status = main(["bench", *map(str, words)])
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return run_command
+    return functools.partial(kpmatch, "bench")
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import kpmatch_ros
 from kpmatch_ros import FeatureMatcher, weights
-from kpmatch_ros.cli import MATCHING_OPTIONS, main, read_image
+from kpmatch_ros.cli import MATCHING_OPTIONS, read_image
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.parameters import declaration, declarations
 
@@ -30,19 +30,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def run(kpmatch: Run) -> Run:
     """run(words...): exit status, stdout and stderr of the command."""
-
-    def run_command(*words: Any) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status = main([str(word) for word in words])
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return run_command
+    return kpmatch
 
 
 @pytest.fixture(scope="module")
