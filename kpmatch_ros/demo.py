@@ -352,7 +352,7 @@ def _print_results(steps: list[Step], bag: Path, picture: Path | None, elapsed: 
 
     from kpmatch_ros.msg import RelativePose
 
-    names = ("OK", "NO_CALIBRATION", "TOO_FEW_MATCHES", "NO_TRANSLATION", "FAILED")
+    names = ("OK", "NO_CALIBRATION", "TOO_FEW_MATCHES", "NO_TRANSLATION", "FAILED", "INTERRUPTED")
     statuses = {getattr(RelativePose, name): name for name in names}
 
     def row(name: str, values: Sequence[float | None], status: str) -> tuple[str, ...]:

@@ -69,6 +69,7 @@ class PoseStatus(IntEnum):
     TOO_FEW_MATCHES = 2
     NO_TRANSLATION = 3
     FAILED = 4
+    INTERRUPTED = 5
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.front_end import Frame, Pair
+from kpmatch_ros.geometry import PoseStatus
 from kpmatch_ros.odometry import OdometryPose
 from kpmatch_ros.parameters import Declaration
 
@@ -30,6 +31,7 @@ __all__ = [
     "feature_array",
     "header_of",
     "image_message",
+    "interruption",
     "match_array",
     "nanoseconds",
     "odometry",
@@ -128,6 +130,16 @@ def relative_pose(pair: Pair, new: NewMessage = ros_message) -> Any:
         num_matches=pose.num_matches,
         num_inliers=pose.num_inliers,
         median_parallax=float(pose.median_parallax),
+    )
+
+
+def interruption(header: Any, new: NewMessage = ros_message) -> Any:
+    """kpmatch_ros/RelativePose of an image (its std_msgs/Header) that there is nothing to match with."""
+    return new(
+        "kpmatch_ros/msg/RelativePose",
+        header=header,
+        pose=_pose_message(np.eye(3), np.zeros(3), np.zeros((6, 6)), new),
+        status=int(PoseStatus.INTERRUPTED),
     )
 
 

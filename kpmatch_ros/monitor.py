@@ -84,6 +84,11 @@ class Monitor:
             self._interruptions += 1
             self._fail("interruption", explanation)
 
+    def pose(self, status: PoseStatus) -> None:
+        """A pose was published."""
+        with self._lock:
+            self._statuses[status.name] += 1
+
     def unpaired(self, topic: str, images: int, explanation: str) -> None:
         """Images of one camera of a stereo pair found no partner; they are no frames."""
         with self._lock:
@@ -110,7 +115,6 @@ class Monitor:
                 self._last["matches"] = str(len(pair.indices))
                 self._last["inlier ratio"] = f"{pair.inlier_ratio:.3f}"
                 self._last["layers"] = str(pair.layers)
-                self._statuses[pair.pose.status.name] += 1
 
     def problems(self) -> list[Problem]:
         """What went wrong in the last seconds, each once."""

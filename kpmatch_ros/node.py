@@ -28,6 +28,7 @@ from rclpy.parameter import Parameter
 from rclpy.qos import HistoryPolicy, QoSPolicyKind, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from std_msgs.msg import Header
 from std_srvs.srv import Trigger
 
 from kpmatch_ros import messages
@@ -151,6 +152,7 @@ class MatcherNode(LifecycleNode):
         self._activated_at = 0.0
         self._told: set[str] = set()  # the kinds of problems in the last diagnostics
         self._told_early = False
+        self._told_alone: ImageMessage | None = None  # the last image whose partner did not come
 
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         # Wall time: diagnostics go on while a bag's clock stands still.
@@ -357,20 +359,20 @@ class MatcherNode(LifecycleNode):
 
     def _store_image(self, side: int, message: ImageMessage) -> None:
         self._inputs[side].arrived = now = time.monotonic()
-        images = self._paired(side, message, now) if len(self._inputs) == 2 else (message,)
+        images = self._paired(side, message) if len(self._inputs) == 2 else (message,)
         if images is None:
             return
         self._monitor.received()
         inbox = self._inbox
         self._monitor.dropped(1 if inbox is None else inbox.put((images, now)))
 
-    def _paired(self, side: int, message: ImageMessage, arrived: float) -> tuple[ImageMessage, ImageMessage] | None:
+    def _paired(self, side: int, message: ImageMessage) -> tuple[ImageMessage, ImageMessage] | None:
         """The stereo pair that an image completes; those left without a partner are counted and named."""
         pairing = self._pairing
         if pairing is None:
             return None
         before = list(pairing.unpaired)
-        pair = pairing.put(side, messages.nanoseconds(message.header.stamp), message, arrived)
+        pair = pairing.put(side, messages.nanoseconds(message.header.stamp), message)
         for camera, count in zip(self._inputs, (now - then for now, then in zip(pairing.unpaired, before))):
             if count:
                 near = "" if pairing.offset is None else f"; the last near miss was {pairing.offset * 1e-9:.6f} s off"
@@ -463,6 +465,8 @@ class MatcherNode(LifecycleNode):
             frame = stereo.reference
             self._check_stereo(stereo)
         self._publish(frame, pair, stereo)
+        if why:
+            self._publish_interruption(messages.header_of(frame))
         self._monitor.processed((time.monotonic() - arrived) * 1e3, len(frame.keypoints), pair, stereo)
 
     def _check_stereo(self, stereo: Pair) -> None:
@@ -523,6 +527,7 @@ class MatcherNode(LifecycleNode):
             return
         self._outputs["matches"].publish(messages.match_array(pair, MatchArray.CONSECUTIVE, extractor, matcher))
         self._outputs["relative_pose"].publish(messages.relative_pose(pair))
+        self._monitor.pose(pair.pose.status)
         if self._odometry is not None:
             self._publish_odometry(self._odometry, pair)
         if self._outputs["match_image"].get_subscription_count():
@@ -536,6 +541,11 @@ class MatcherNode(LifecycleNode):
                 _caption(pair),
             )
             self._outputs["match_image"].publish(messages.image_message(picture, messages.header_of(frame)))
+
+    def _publish_interruption(self, header: Header) -> None:
+        """Tell those who wait for the pose of an image that it has none."""
+        self._outputs["relative_pose"].publish(messages.interruption(header))
+        self._monitor.pose(PoseStatus.INTERRUPTED)
 
     def _publish_odometry(self, odometry: Odometry, pair: Pair) -> None:
         pose = odometry.add(pair)
@@ -559,11 +569,14 @@ class MatcherNode(LifecycleNode):
 
     def _watch(self) -> None:
         """Diagnostics at once where something new is wrong: one message at most between two of the steady ones."""
+        if self._pairing is not None:
+            self._pairing.wait(time.monotonic())
         if not self._told_early and {problem.kind for problem in self._problems()} - self._told:
             self._told_early = True
             self._publish_diagnostics()
 
     def _publish_diagnostics(self) -> None:
+        self._report_alone()
         problems = self._problems()
         self._told = {problem.kind for problem in problems}
         level, text = self._assess(problems)
@@ -574,6 +587,15 @@ class MatcherNode(LifecycleNode):
         hardware = " and ".join(self.resolve_topic_name(camera.image_name) for camera in self._inputs)
         array.status = [messages.diagnostic_status(level, name, text, hardware, values)]
         self._diagnostics.publish(array)
+
+    def _report_alone(self) -> None:
+        """An INTERRUPTED pose for the newest image whose partner does not come, as the other camera is silent."""
+        for side in range(2):
+            if self._pairing is not None and self._pairing.silent(side):
+                alone = self._pairing.newest(1 - side)
+                if alone is not None and alone is not self._told_alone:
+                    self._told_alone = alone
+                    self._publish_interruption(alone.header)
 
     def _problems(self) -> list[Problem]:
         return [*self._silence(), *self._monitor.problems()] if self._state == "active" else []
@@ -603,7 +625,7 @@ class MatcherNode(LifecycleNode):
             silent = waited if camera.arrived is None else min(now - camera.arrived, waited)
             missed, alone = 0, False  # images of the other camera of a pair, which goes on
             if self._pairing is not None and len(self._inputs) == 2:
-                missed, alone = self._pairing.since[side], self._pairing.silent(side, now)
+                missed, alone = self._pairing.since[side], self._pairing.silent(side)
             if (silent > _SILENT_AFTER or alone) and camera.topic not in self._incompatible_qos:
                 publishers = self.count_publishers(camera.topic)
                 why = "nobody publishes it"

@@ -8,8 +8,8 @@ __all__ = ["Pairing"]
 
 Item = TypeVar("Item")
 
-_SILENT_IMAGES = 3  # of the other stream without any of this
-_SILENT_AFTER = 0.5  # seconds that an image of the other stream has gone without one of this: slow cameras
+_SILENT_AFTER = 0.5  # seconds that an image of the other stream has gone without one of this
+_LONGEST_STEP = 0.2  # seconds that count of those between two calls: who was held up has not been listening
 
 
 class Pairing(Generic[Item]):
@@ -37,19 +37,17 @@ class Pairing(Generic[Item]):
         self._periods: list[int | None] = [None, None]
         self.unpaired = [0, 0]
         self.since = [0, 0]
-        self._unanswered: list[float | None] = [None, None]  # when the first of these came, seconds
+        self._waited: list[float | None] = [None, None]  # seconds, of images of the other stream, for one of this
+        self._now: float | None = None
         self.offset: int | None = None
 
-    def put(self, side: int, stamp: int, item: Item, now: float = 0.0) -> tuple[Item, Item] | None:
-        """Add an image of the left (0) or right (1) stream; the pair that it completes, left first.
-
-        now: when it came, seconds of any clock; :meth:`silent` needs it.
-        """
+    def put(self, side: int, stamp: int, item: Item) -> tuple[Item, Item] | None:
+        """Add an image of the left (0) or right (1) stream; the pair that it completes, left first."""
         self._measure(side, stamp)
-        if self._unanswered[side] is not None:  # this is the answer
-            self._unanswered[side] = None
-        elif self._unanswered[1 - side] is None:
-            self._unanswered[1 - side] = now
+        if self._waited[side] is not None:  # this is the answer
+            self._waited[side] = None
+        elif self._waited[1 - side] is None:
+            self._waited[1 - side] = 0.0
         own, others = self._waiting[side], self._waiting[1 - side]
         differences = [abs(stamp - other) for other, _ in others]
         nearest = min(range(len(others)), key=differences.__getitem__, default=None)
@@ -71,10 +69,20 @@ class Pairing(Generic[Item]):
         _, partner = others.popleft()
         return (item, partner) if side == 0 else (partner, item)
 
-    def silent(self, side: int, now: float) -> bool:
+    def newest(self, side: int) -> Item | None:
+        """The last image of the left (0) or right (1) stream, where it has no partner yet."""
+        return self._waiting[side][-1][1] if self._waiting[side] else None
+
+    def wait(self, now: float) -> None:
+        """Let time pass: to be called every tenth of a second or so, with the seconds of any clock."""
+        step = 0.0 if self._now is None else min(now - self._now, _LONGEST_STEP)
+        self._now = now
+        self._waited = [None if waited is None else waited + step for waited in self._waited]
+
+    def silent(self, side: int) -> bool:
         """Whether the left (0) or right (1) stream has stopped, or not begun, while the other one goes on."""
-        unanswered = self._unanswered[side]
-        return self.since[side] >= _SILENT_IMAGES or (unanswered is not None and now - unanswered > _SILENT_AFTER)
+        waited = self._waited[side]
+        return waited is not None and waited > _SILENT_AFTER
 
     def _measure(self, side: int, stamp: int) -> None:
         last, self._last[side] = self._last[side], stamp

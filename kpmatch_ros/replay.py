@@ -284,7 +284,7 @@ class Report:
         keypoints: of each frame.
         matches, inliers: of each pair of frames.
         stereo_matches, stereo_inliers: of each pair of images.
-        poses: how many pairs have which status.
+        poses: how many frames have which status.
         rejected, calibrations_refused: how many frames could not be used, or had a calibration that could not, by
             reason.
         faults: what was wrong, in words: the first of each kind.
@@ -500,15 +500,18 @@ def _process(
             except CalibrationError as error:
                 camera = None
                 report.fault(report.calibrations_refused, error.reason, f"camera_info is of no use: {error}")
+            interrupted = bool(front_end.interruption(messages.nanoseconds(received[0].header.stamp)))
             frame, pair, stereo = _register(front_end, received, images, camera)
             if stereo is not None and stereo.pose.status is PoseStatus.FAILED:
                 text = (f"only {stereo.pose.num_inliers} of {len(stereo.indices)} stereo matches agree with the "
                         "camera_infos: left and right images are swapped, or the calibration is another pair's, or no "
                         "longer right")
                 report.fault(report.calibrations_refused, "stereo matches", text)
-            output.write(recorded_at, frame, pair, stereo)
+            output.write(recorded_at, frame, pair, stereo, interrupted)
             if trajectory is not None:
                 trajectory.add(frame, pair)
+            if interrupted:
+                report.poses[PoseStatus.INTERRUPTED.name] += 1
             report.add(frame, pair, stereo, (time.perf_counter() - arrived) * 1e3)
     report.elapsed = time.perf_counter() - started
     report.recorded = (max(recorded) - min(recorded)) * 1e-9
@@ -556,8 +559,10 @@ class _Output:
     features: bool
     match_image: bool
 
-    def write(self, recorded_at: int, frame: Frame, pair: Pair | None, stereo: Pair | None) -> None:
-        """All there is of a frame."""
+    def write(
+        self, recorded_at: int, frame: Frame, pair: Pair | None, stereo: Pair | None, interrupted: bool
+    ) -> None:
+        """All there is of a frame; ``interrupted`` where it cannot follow the one before."""
 
         def put(topic: str, message: Any) -> None:
             self.writer.write(topic, message, recorded_at)
@@ -568,6 +573,8 @@ class _Output:
                 put("/features", messages.feature_array(described, self.parameters.extractor, new_message))
         if stereo is not None:
             put("/stereo_matches", messages.match_array(stereo, messages.Pairing.STEREO, *names, new_message))
+        if interrupted:
+            put("/relative_pose", messages.interruption(messages.header_of(frame, new_message), new_message))
         if pair is None:
             return
         put("/matches", messages.match_array(pair, messages.Pairing.CONSECUTIVE, *names, new_message))

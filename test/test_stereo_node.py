@@ -13,6 +13,7 @@ import pytest
 from nav_msgs.msg import Odometry
 from rclpy.qos import QoSProfile
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from std_msgs.msg import Header
 
 from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
 from node_harness import NodeUnderTest, running_node
@@ -167,6 +168,11 @@ def test_a_silent_camera_and_stamps_that_do_not_fit_are_named(tmp_path: Path) ->
         for i in range(5):
             camera.send(10 + 0.05 * i, 0.0, images="left")
         camera.wait_for_warning("no image on /right/image")
+        node = camera.node
+        node.wait_for(lambda: node.poses, "word of it to those who wait for poses")
+        pose = node.poses[0]
+        assert pose.status == RelativePose.INTERRUPTED and pose.num_matches == 0
+        assert (pose.header.frame_id, pose.header.stamp.sec) == ("left_optical", 10) and pose.reference == Header()
         for i in range(24):
             camera.send(20 + 0.05 * i, 0.0, late=0.02)
         camera.wait_for_warning("find no partner within sync_tolerance")
@@ -202,7 +208,7 @@ def test_what_is_newly_wrong_is_told_before_the_next_regular_diagnostics(tmp_pat
             early += stamps[first] - stamps[first - 1] < 0.9
             node.spin(1.5)  # two of the regular ones
         assert early >= 2, "an early message only by chance"
-        assert [pose.status for pose in node.poses] == [RelativePose.NO_CALIBRATION] * 4, "stamps go back: no pair"
+        assert [pose.status for pose in node.poses] == [RelativePose.NO_CALIBRATION] * 4 + [RelativePose.INTERRUPTED]
 
 
 def test_a_slow_camera_that_falls_silent_is_named_after_one_image_of_the_other(tmp_path: Path) -> None:
@@ -223,14 +229,16 @@ def test_stamps_that_go_back_begin_anew_and_are_named(tmp_path: Path) -> None:
         for seconds in (100.0, 100.1, 50.0, 50.1):
             camera.send(seconds, 0.0)
         node.wait_for(
-            lambda: len(node.matches) == len(node.poses) == 2 and len(node.stereo_matches) == 4,
+            lambda: len(node.matches) == 2 and len(node.poses) == 3 and len(node.stereo_matches) == 4,
             "a pair before the jump and one after it",
         )
         assert [matches.reset for matches in node.matches] == [True, True]
         assert [matches.reset for matches in node.stereo_matches] == [True, False, True, False]
         camera.wait_for_warning("the stamps went back by 50.1")
         assert node.figures()["interruptions"] == "1"
-        assert all(pose.status == RelativePose.NO_TRANSLATION for pose in node.poses)
+        still, broken = RelativePose.NO_TRANSLATION, RelativePose.INTERRUPTED
+        assert [pose.status for pose in node.poses] == [still, broken, still]
+        assert (node.poses[1].header.stamp.sec, node.poses[1].reference) == (50, Header())
 
 
 def test_odometry_chains_the_poses_and_a_lost_frame_begins_another_frame(tmp_path: Path) -> None:
