@@ -301,23 +301,38 @@ def test_confidences_learn_without_changing_the_layers(lightglue: LightGlue) -> 
     assert all(name.startswith("token_confidence.") for name in touched)
 
 
+def train_for(steps: int, data: Path, run: Path, weights: Path) -> None:
+    train_lightglue.train(Namespace(
+        data=data, run=run, superpoint=str(weights), start_from=str(weights), steps=100, pairs=1,
+        keypoints=64, pool=2, rendered=0.0, learning_rate=1e-4, strength=0.3, seed=0, device="cpu", workers=1,
+        save_every=1e9, examine_every=1000, held_out=1, stop_after=steps,
+    ))
+
+
 def test_a_lightglue_training_that_was_stopped_goes_on_as_if_it_had_not_been(
     data: Path, tmp_path: Path, random_folder: SaveFolder
 ) -> None:
     weights = random_folder()
-
-    def go(run: str, steps: int) -> None:
-        train_lightglue.train(Namespace(
-            data=data, run=tmp_path / run, superpoint=str(weights), start_from=str(weights), steps=100, pairs=1,
-            keypoints=64, pool=2, rendered=0.0, learning_rate=1e-4, strength=0.3, seed=0, device="cpu", workers=1,
-            save_every=1e9, examine_every=1000, held_out=1, stop_after=steps,
-        ))
-
-    go("whole", 3)
-    go("parts", 1)
-    go("parts", 2)
+    train_for(3, data, tmp_path / "whole", weights)
+    train_for(1, data, tmp_path / "parts", weights)
+    train_for(2, data, tmp_path / "parts", weights)
     assert read_log(tmp_path / "parts") == read_log(tmp_path / "whole")
     assert [line["step"] for line in read_log(tmp_path / "whole")] == [0, 1, 2, 3]
+
+
+def test_queries_and_keys_that_share_a_projection_go_on_sharing_it(
+    data: Path, tmp_path: Path, random_folder: SaveFolder
+) -> None:
+    source = random_folder()
+    lightglue = export.with_one_projection(LightGlue.from_pretrained(source))
+    export.export(SuperPoint.from_pretrained(source), lightglue, tmp_path / "shared")
+    train_for(2, data, tmp_path / "run", tmp_path / "shared")
+    trained = export.load_lightglue(tmp_path / "run" / "checkpoint.pt").state_dict()
+    queries = [name for name in trained if "cross_attention.q_proj" in name]
+    assert queries
+    for name in queries:
+        assert torch.equal(trained[name], trained[name.replace("q_proj", "k_proj")])
+        assert not torch.equal(trained[name], lightglue.state_dict()[name])
 
 
 # ------------------------------------------------------------------------------------------------ shipping and judging

@@ -45,7 +45,7 @@ from train_superpoint import load_superpoint
 
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.models.assignment import mutual_matches
-from kpmatch_ros.models.lightglue import MatchAssignment, Points, TokenConfidence
+from kpmatch_ros.models.lightglue import MatchAssignment, Points, TokenConfidence, TransformerLayer
 from kpmatch_ros.synthetic import Pose, Scene, View, camera_path, demo_camera, look
 
 BASE = (960, 720)  # width, height of a crop, of which a view shows a part
@@ -349,6 +349,8 @@ def train(arguments: argparse.Namespace) -> None:
     exam = [make_batch([held_out.pair(i)], arguments.keypoints, device) for i in range(arguments.held_out)]
 
     model = LightGlue.from_pretrained(arguments.start_from).to(device).requires_grad_(True)
+    for layer in cast(list[TransformerLayer], list(model.transformer_layers)):
+        layer.cross_attention.share_equal_projections()  # and train them as one, for the authors' code has only one
     optimiser = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=1e-4)
     average = Average(model)
     first = 0

@@ -88,6 +88,11 @@ class Attention(nn.Module):
         )
         return self.o_proj(message.transpose(1, 2).flatten(-2))
 
+    def share_equal_projections(self) -> None:
+        """Compute queries and keys once where their weights are the same, as in the authors' cross-attention."""
+        if all(torch.equal(*pair) for pair in zip(self.q_proj.parameters(), self.k_proj.parameters())):
+            self.k_proj = self.q_proj
+
     def weights(self, points: Heads, source: Heads, mask: Tensor | None) -> Tensor:
         """How much (B, heads, N, M) each point listens to each of the source, arguments as for :meth:`forward`."""
         return attention_weights(points.query, source.key, mask)
@@ -155,9 +160,7 @@ class TransformerLayer(nn.Module):
         for attention, mlp in ((self.self_attention, self.self_mlp), (self.cross_attention, self.cross_mlp)):
             mlp.absorb(attention.o_proj)
             attention.o_proj = nn.Identity()
-        cross = self.cross_attention
-        if all(torch.equal(*pair) for pair in zip(cross.q_proj.parameters(), cross.k_proj.parameters())):
-            cross.k_proj = cross.q_proj
+        self.cross_attention.share_equal_projections()
 
 
 class MatchAssignment(nn.Module):
