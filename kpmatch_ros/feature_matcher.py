@@ -1,6 +1,8 @@
 """Image to features, features to matches: the networks behind one plain interface, without ROS."""
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -393,9 +395,11 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def release_memory() -> None:
-    """Give what PyTorch keeps for later back to the GPU."""
+    """Give what PyTorch and the C library keep for later back to the GPU and to the system."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    with contextlib.suppress(AttributeError):  # a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def choose_device(name: str) -> torch.device:

@@ -236,8 +236,11 @@ class MatcherNode(LifecycleNode):
 
     @_explained
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Unsubscribe and let the frame at hand finish."""
+        """Unsubscribe, let the frame at hand finish, and give the memory back that only frames need."""
+        assert self._front_end is not None
         self._stop_processing()
+        self._front_end.reset()
+        release_memory()
         self._state = "inactive"
         return super().on_deactivate(state)
 

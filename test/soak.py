@@ -3,7 +3,7 @@
 The node runs as its own process. A camera bag is played to it in a loop, faster than it can process, with faults mixed
 in: broken messages, calibrations of no use, silences, jumps in time, subscribers that come and go, resets, parameter
 changes, deactivation. Ends with status 1 where something did not hold: the node died, a diagnostics message did not
-account for every frame, a result was older than the processing of two frames, memory, threads or files grew, or
+account for every frame, a result was older than the processing of two frames, memory at rest, threads or files grew, or
 something published was not a number.
 """
 from __future__ import annotations
@@ -35,7 +35,8 @@ from kpmatch_ros.msg import FeatureArray, MatchArray
 from node_harness import NodeUnderTest, running_node
 
 SLACK = 0.15  # seconds beside inference: the pose, publishing, and the way here
-WARM_UP = 0.3  # part of the run after which memory has to stay as it is
+WARM_UP = 0.3  # part of the run after which what the node holds while it is inactive has to stay as it is
+ODDITIES = 24  # broken images, and others of all sizes, to choose from
 SUBSCRIPTIONS = ((Image, "match_image"), (FeatureArray, "features"), (MatchArray, "matches"))
 
 
@@ -98,6 +99,7 @@ class Soak:
     results: int = 0
     events: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+    at_rest: list[int] = field(default_factory=list)
     _last_cost: float = 0.0
     _stereo_costs: dict[int, float] = field(default_factory=dict)
     _subscriptions: list[Any] = field(default_factory=list)
@@ -106,6 +108,8 @@ class Soak:
     _seen: int = 0
 
     def __post_init__(self) -> None:
+        # Few enough that each comes before memory is noted: what is compiled for a size of image is kept.
+        self._images = [random_image(self.rng) for _ in range(ODDITIES)]
         self.node.subscribe(MatchArray, "matches", self._note_arrival)
         # Everything once, as far as it takes memory that stays taken; from then on memory has to stay as it is.
         self._rehearsal = [self.send_the_largest, *(self.subscribe,) * len(SUBSCRIPTIONS), *self._kinds()]
@@ -113,6 +117,17 @@ class Soak:
     def _note_arrival(self, matches: MatchArray) -> None:
         """When a result comes, and not when this program next looks at what has come."""
         self._arrived[nanoseconds(matches.header.stamp)] = time.monotonic()
+
+    def send_oddities(self, pause: float) -> None:
+        """Each of the odd images once, to all sides at the same stamp, as otherwise no pair would hold it."""
+        for image in self._images:
+            self.send_oddity(image)
+            self.node.spin(pause)
+
+    def send_oddity(self, image: Image) -> None:
+        stamp, frame = random_stamp(self.rng), random_frame(self.rng)
+        for publisher in self.camera.images:
+            publisher.publish(stamped(image, stamp, frame))
 
     def measure_processing(self, frames: int = 12) -> float:
         """Seconds that a frame takes, one sent after the other."""
@@ -146,26 +161,29 @@ class Soak:
             if now >= next_event:
                 self.do_something_else()
                 next_event = time.monotonic() + float(self.rng.uniform(2, 15))
+            if not self.at_rest and now >= started + WARM_UP * seconds:
+                self.rest()
             if now >= next_report:
                 report(now - started)
                 next_report += 60
         report(seconds)
+        self.rest()
 
     def send_something(self) -> None:
         """A frame, or now and then something broken."""
         kind = self.rng.random()
         if kind < 0.03:
-            # To all sides at the same stamp, as otherwise no pair would hold it.
-            stamp, frame = random_stamp(self.rng), random_frame(self.rng)
-            for publisher in self.camera.images:
-                publisher.publish(stamped(random_image(self.rng), stamp, frame))
+            self.send_oddity(self._random_image())
         elif kind < 0.04:
             publisher = self.camera.infos[int(self.rng.integers(0, len(self.camera.infos)))]
             publisher.publish(stamped(random_calibration(self.rng), 1.0, random_frame(self.rng)))
         elif kind < 0.05:
-            self.camera.images[-1].publish(stamped(random_image(self.rng), random_stamp(self.rng), "lonely"))
+            self.camera.images[-1].publish(stamped(self._random_image(), random_stamp(self.rng), "lonely"))
         else:
             self.camera.send()
+
+    def _random_image(self) -> Image:
+        return self._images[int(self.rng.integers(0, len(self._images)))]
 
     def look(self) -> None:
         """Check what has come."""
@@ -256,14 +274,24 @@ class Soak:
         profile = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
         publisher = self.node.node.create_publisher(Image, self.camera.images[0].topic_name, profile)
         self.node.spin(0.5)
-        publisher.publish(stamped(random_image(self.rng), 1.0, "other"))
+        publisher.publish(stamped(self._random_image(), 1.0, "other"))
         self.node.node.destroy_publisher(publisher)
 
     def deactivate_for_a_moment(self) -> None:
-        for transition in (Transition.TRANSITION_DEACTIVATE, Transition.TRANSITION_ACTIVATE):
-            request = ChangeState.Request(transition=Transition(id=transition))
-            if not self.call(ChangeState, "/matcher/change_state", request).success:
-                self.faults.append(f"transition {transition} failed")
+        self.make(Transition.TRANSITION_DEACTIVATE)
+        self.make(Transition.TRANSITION_ACTIVATE)
+
+    def rest(self) -> None:
+        """Note what memory the node holds while nothing is under way: that must not grow."""
+        self.make(Transition.TRANSITION_DEACTIVATE)
+        self.at_rest.append(Resources(self.node.process.pid).memory)
+        self.make(Transition.TRANSITION_ACTIVATE)
+
+    def make(self, transition: int) -> None:
+        """A step of the node's lifecycle."""
+        request = ChangeState.Request(transition=Transition(id=transition))
+        if not self.call(ChangeState, "/matcher/change_state", request).success:
+            self.faults.append(f"transition {transition} failed")
 
 
 HEADER = (" minute  received  processed  dropped  rejected  age 50 %  age 99 %   oldest  memory MB  threads  files")
@@ -318,12 +346,13 @@ def soak(node: NodeUnderTest, camera: Camera, options: argparse.Namespace) -> in
         )
         run.ages.clear()
 
+    run.send_oddities(1.5 * processing)
     run.run(60 * options.minutes, interval, report)
     faults = list(dict.fromkeys(run.faults))
     warm = [held for elapsed, held in history if elapsed >= WARM_UP * 60 * options.minutes]
-    growth = warm[-1].memory / warm[0].memory - 1
-    if len(warm) > 1 and growth > 0.01:
-        faults.append(f"memory grew by {100 * growth:.1f} % after the warm-up")
+    growth = run.at_rest[-1] / run.at_rest[0] - 1
+    if growth > 0.01:
+        faults.append(f"memory at rest grew by {100 * growth:.1f} % after the warm-up")
     if warm[-1].threads > warm[0].threads + 1 or warm[-1].files > warm[0].files + 2:
         faults.append(f"threads {warm[0].threads} to {warm[-1].threads}, files {warm[0].files} to {warm[-1].files}")
     if run.late > 0.01 * run.results:
@@ -338,7 +367,7 @@ def soak(node: NodeUnderTest, camera: Camera, options: argparse.Namespace) -> in
         if key.startswith("rejected: ")
     ))
     print(f"{run.late} of {run.results} results older than the processing of two frames; "
-          f"memory {100 * growth:+.2f} % after the warm-up")
+          f"memory at rest {' and '.join(f'{held / 1e6:.1f}' for held in run.at_rest)} MB, {100 * growth:+.2f} %")
     for fault in faults:
         print(f"FAULT: {fault}")
     print("passed" if not faults else "failed")

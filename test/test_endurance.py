@@ -86,6 +86,24 @@ def test_two_hundred_lifecycle_cycles_leave_nothing_behind(
         assert node.stop() == 0
 
 
+def test_an_inactive_node_gives_back_the_memory_that_frames_take(tmp_path: Path, texture: Any) -> None:
+    picture = Image(encoding="mono8", width=640, height=480, step=640, data=texture(480, 640, 2).tobytes())
+    with running_node(tmp_path, calibrated=False) as node:
+        node.wait_until_connected()
+        client = node.node.create_client(ChangeState, "/matcher/change_state")
+        for i in range(3):
+            node.send(stamped(picture, 1.0 + 0.1 * i))
+        node.wait_for(lambda: len(node.matches) == 2, "two pairs")
+        active = Resources(node.process.pid).memory
+        change_state(node, client, Transition.TRANSITION_DEACTIVATE)
+        assert Resources(node.process.pid).memory < active - 40e6
+        change_state(node, client, Transition.TRANSITION_ACTIVATE)
+        node.wait_until_connected()
+        for i in range(2):
+            node.send(stamped(picture, 2.0 + 0.1 * i))
+        node.wait_for(lambda: len(node.matches) == 3, "another pair")
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_the_node_ends_cleanly_in_the_middle_of_inference(tmp_path: Path, sent: signal.Signals, texture: Any) -> None:
     # Large enough to take several seconds: the end must not wait for it.
