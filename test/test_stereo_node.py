@@ -64,6 +64,7 @@ class Rig:
 
     def __init__(self, node: NodeUnderTest, compressed: bool) -> None:
         self.node, self.compressed = node, compressed
+        self._waited = True
         self._publishers = {}
         for side in ("left", "right"):
             kind, name = (CompressedImage, "/image/compressed") if compressed else (Image, "/image")
@@ -80,6 +81,9 @@ class Rig:
     def send(self, seconds: float, x: float, late: float = 0.0, images: str = "left right", swapped: bool = False,
              **calibration: Any) -> None:
         """A frame from `x` metres to the right; the right one's stamp is `late` seconds later."""
+        if self._waited:  # what is sent from here on is what the next warning is about
+            self.node.diagnostics.clear()
+            self._waited = False
         for side, offset, delay in (("left", BASELINE * swapped, 0.0), ("right", BASELINE * (not swapped), late)):
             stamp = seconds + delay
             self._publishers[side + " info"].publish(info(stamp, side, **calibration))
@@ -93,12 +97,11 @@ class Rig:
         self.node.spin(0.02)
 
     def wait_for_warning(self, text: str) -> None:
-        self.node.diagnostics.clear()
-
         def named() -> bool:
-            return bool(self.node.diagnostics) and text in self.node.diagnostics[-1].status[0].message
+            return any(text in array.status[0].message for array in self.node.diagnostics)
 
         self.node.wait_for(named, f"the warning {text!r}", timeout=10.0)
+        self._waited = True
 
 
 @contextmanager
