@@ -61,7 +61,7 @@ def ros_message(type_name: str, **fields: Any) -> Any:
         if isinstance(value, np.ndarray) and kinds[name].startswith("sequence"):
             # rclpy takes an array.array as it is, but assigns a NumPy array element by element.
             fields[name] = array(_TYPECODES[value.dtype.str[1:]])
-            fields[name].frombytes(memoryview(value).cast("B") if value.size else b"")
+            fields[name].frombytes(value.data.cast("B") if value.size else b"")
     return message_class(**fields)
 
 

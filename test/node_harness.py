@@ -69,8 +69,16 @@ class NodeUnderTest:
         end = time.monotonic() + timeout
         while not condition():
             assert self.process.poll() is None, f"the node ended while the test waited for {what}:\n{self.log}"
-            assert time.monotonic() < end, f"waited {timeout} s in vain for {what}:\n{self.log}"
+            assert time.monotonic() < end, f"waited {timeout} s in vain for {what}:\n{self._last_words()}"
             self._executor.spin_once(timeout_sec=0.05)
+
+    def _last_words(self) -> str:
+        """What the node printed, and its last diagnostics."""
+        if not self.diagnostics:
+            return f"{self.log}\nno diagnostics"
+        said = self.diagnostics[-1]
+        age = time.time() - said.header.stamp.sec
+        return f"{self.log}\n{len(self.diagnostics)} diagnostics, the last {age:.0f} s ago: {said.status[0]}"
 
     def wait_until_connected(self) -> None:
         """Wait until the node is active: it subscribes, and its publications are known here."""
