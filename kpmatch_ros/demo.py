@@ -350,10 +350,7 @@ def _save_best_picture(path: Path, steps: list[Step], pictures: dict[int, Any]) 
 def _print_results(steps: list[Step], bag: Path, picture: Path | None, elapsed: float) -> None:
     import numpy as np
 
-    from kpmatch_ros.msg import RelativePose
-
-    names = ("OK", "NO_CALIBRATION", "TOO_FEW_MATCHES", "NO_TRANSLATION", "FAILED", "INTERRUPTED")
-    statuses = {getattr(RelativePose, name): name for name in names}
+    from kpmatch_ros.geometry import PoseStatus
 
     def row(name: str, values: Sequence[float | None], status: str) -> tuple[str, ...]:
         formats = ("{:.0f}", "{:.0f} %", "{:.0f} ms", "{:.3f} °", "{:.2f} °")
@@ -367,11 +364,11 @@ def _print_results(steps: list[Step], bag: Path, picture: Path | None, elapsed: 
     for column in zip(*columns):
         known = [value for value in column if value is not None]
         medians.append(float(np.median(known)) if known else None)
-    good = sum(step.pose.status == RelativePose.OK for step in steps)
+    good = sum(step.pose.status == PoseStatus.OK for step in steps)
     rows: list[tuple[str, ...]] = [
         ("frame", "matches", "inlier ratio", "latency", "rotation error", "direction error", "pose"),
         *(
-            row(f"{number - 1} -> {number}", values, statuses[step.pose.status])
+            row(f"{number - 1} -> {number}", values, PoseStatus(step.pose.status).name)
             for number, (step, values) in enumerate(zip(steps, columns), start=1)
         ),
         row("median", medians, f"{good} of {len(steps)} OK"),
