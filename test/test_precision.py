@@ -76,7 +76,7 @@ def test_bfloat16_keeps_the_matches_of_float32(
         again += found_again(exact, half, 1.0)
     assert counts[0] > 500
     assert counts[1] >= 0.98 * counts[0]
-    assert again >= 0.9 * counts[0]  # rounding decides which of many weak keypoints are the best: 1 to 2 % are others
+    assert again >= 0.93 * counts[0]  # rounding decides which of many weak keypoints are the best: 1 to 2 % are others
 
 
 def test_bfloat16_matches_given_features_as_float32_does(
@@ -89,7 +89,7 @@ def test_bfloat16_matches_given_features_as_float32_does(
         same += len(exact & half)
     assert counts[0] > 500
     assert counts[1] >= 0.98 * counts[0]
-    assert same >= 0.93 * counts[0]
+    assert same >= 0.96 * counts[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
