@@ -34,7 +34,7 @@ from std_srvs.srv import Trigger
 from kpmatch_ros import messages
 from kpmatch_ros.camera import CalibrationError, Camera
 from kpmatch_ros.drawing import draw_matches
-from kpmatch_ros.feature_matcher import FeatureMatcher, is_out_of_memory, release_memory
+from kpmatch_ros.feature_matcher import FeatureMatcher, is_out_of_memory, release_memory, trim_heap
 from kpmatch_ros.front_end import Frame, FrontEnd, Pair
 from kpmatch_ros.geometry import PoseStatus
 from kpmatch_ros.images import ImageError, to_array
@@ -64,6 +64,9 @@ _WATCH_PERIOD = 0.1  # seconds after which at the latest something new that is w
 # Seconds that the very first frame waits for a camera_info that somebody publishes. A replay (queue: all) has the time.
 _CALIBRATION_WAIT = {"latest": 1.0, "all": 10.0}
 _LAST_FRAME_WAIT = 1.0  # seconds that the frame at hand has to finish when the process is told to end
+# Seconds after which memory is given back to the system. The networks' buffers leave the heap with holes: a node held
+# 510 MB in place of 340. It takes 10 ms, after a frame is published.
+_TRIM_INTERVAL = 1.0
 _THREAD_NAME = "inference"
 
 # rclpy's default lacks durability, which two sides can disagree on too.
@@ -424,6 +427,7 @@ class MatcherNode(LifecycleNode):
     def _process_frames(
         self, inbox: Inbox[tuple[tuple[ImageMessage, ...], float]], front_end: FrontEnd
     ) -> None:
+        trimmed = time.monotonic()
         while (item := inbox.take()) is not None:
             received, arrived = item
             try:
@@ -440,6 +444,9 @@ class MatcherNode(LifecycleNode):
                     continue
                 self._reject("internal error", f"a frame was lost to {type(error).__name__}: {error}")
                 self.get_logger().error(traceback.format_exc())
+            if time.monotonic() > trimmed + _TRIM_INTERVAL:
+                trim_heap()
+                trimmed = time.monotonic()
 
     def _process(self, received: tuple[ImageMessage, ...], arrived: float, front_end: FrontEnd) -> None:
         parameters, self._changed_parameters = self._changed_parameters, None

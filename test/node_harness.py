@@ -125,14 +125,18 @@ class NodeUnderTest:
 
 @contextmanager
 def running_node(
-    tmp_path: Path, arguments: tuple[str, ...] = (), calibrated: bool = True, **parameters: Any
+    tmp_path: Path,
+    arguments: tuple[str, ...] = (),
+    calibrated: bool = True,
+    discovery_range: str = "LOCALHOST",
+    **parameters: Any,
 ) -> Iterator[NodeUnderTest]:
     """Start the node in a ROS domain of its own; ``calibrated`` tells whether camera_info is offered to it."""
     with domain_id() as domain:
         environment = {
             **os.environ,
             "ROS_DOMAIN_ID": str(domain),
-            "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
+            "ROS_AUTOMATIC_DISCOVERY_RANGE": discovery_range,
             "ROS_LOG_DIR": str(tmp_path / "ros_log"),
             "OMP_NUM_THREADS": "1",
         }
@@ -149,7 +153,7 @@ def running_node(
                 )
 
         context = rclpy.Context()
-        os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
+        os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = discovery_range
         rclpy.init(context=context, domain_id=domain)
         node = rclpy.create_node("peer", context=context)
         executor = SingleThreadedExecutor(context=context)

@@ -3,7 +3,7 @@
 The node runs as its own process. A camera bag is played to it in a loop, faster than it can process, with faults mixed
 in: broken messages, calibrations of no use, silences, jumps in time, subscribers that come and go, resets, parameter
 changes, deactivation. Ends with status 1 where something did not hold: the node died, a diagnostics message did not
-account for every frame, a result was older than the processing of two frames, memory at rest, threads or files grew, or
+account for every frame, a result was older than the processing of two frames, memory, threads or files grew, or
 something published was not a number.
 """
 from __future__ import annotations
@@ -36,6 +36,8 @@ from node_harness import NodeUnderTest, running_node
 
 SLACK = 0.15  # seconds beside inference: the pose, publishing, and the way here
 WARM_UP = 0.3  # part of the run after which what the node holds while it is inactive has to stay as it is
+FRAMES = 12  # after which memory is looked at
+PARAMETERS = {"max_keypoints": 1024, "reference": "previous", "filter_threshold": 0.1, "depth_confidence": 0.95}
 ODDITIES = 24  # broken images, and others of all sizes, to choose from
 SUBSCRIPTIONS = ((Image, "match_image"), (FeatureArray, "features"), (MatchArray, "matches"))
 
@@ -99,7 +101,8 @@ class Soak:
     results: int = 0
     events: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
-    at_rest: list[int] = field(default_factory=list)
+    at_rest: list[float] = field(default_factory=list)
+    between_frames: list[float] = field(default_factory=list)
     _last_cost: float = 0.0
     _stereo_costs: dict[int, float] = field(default_factory=dict)
     _subscriptions: list[Any] = field(default_factory=list)
@@ -145,7 +148,7 @@ class Soak:
         self.node.poses.clear()
         return (time.monotonic() - started) / (frames - 2)
 
-    def run(self, seconds: float, interval: float, report: Callable[[float], None]) -> None:
+    def run(self, seconds: float, processing: float, interval: float, report: Callable[[float], None]) -> None:
         """Send a frame every ``interval`` seconds, faults among them, and call ``report`` once a minute."""
         started = due = time.monotonic()
         next_event, next_report = started + 5, started + 60
@@ -162,12 +165,12 @@ class Soak:
                 self.do_something_else()
                 next_event = time.monotonic() + float(self.rng.uniform(2, 15))
             if not self.at_rest and now >= started + WARM_UP * seconds:
-                self.rest()
-            if now >= next_report:
+                self.note_memory(processing)
+            if next_report <= (now := time.monotonic()) < started + seconds - 5:
                 report(now - started)
-                next_report += 60
+                next_report = max(next_report + 60, now)
         report(seconds)
-        self.rest()
+        self.note_memory(processing)
 
     def send_something(self) -> None:
         """A frame, or now and then something broken."""
@@ -226,7 +229,7 @@ class Soak:
         event()
 
     def _kinds(self) -> tuple[Callable[[], None], ...]:
-        return (self.subscribe, self.unsubscribe, self.reset, self.set_parameters, self.be_silent, self.jump_in_time,
+        return (self.subscribe, self.unsubscribe, self.reset, self.change_parameters, self.be_silent, self.jump_in_time,
                 self.offer_another_qos, self.deactivate_for_a_moment)
 
     def call(self, kind: type, name: str, request: Any) -> Any:
@@ -254,13 +257,14 @@ class Soak:
     def reset(self) -> None:
         self.call(Trigger, "/reset", Trigger.Request())
 
-    def set_parameters(self) -> None:
+    def change_parameters(self) -> None:
+        changes = [*PARAMETERS.items(), ("max_keypoints", 512), ("max_keypoints", -5), ("reference", "keyframe"),
+                   ("filter_threshold", 0.3), ("filter_threshold", 2.0), ("depth_confidence", -1.0)]
+        self.set_parameters(changes[int(self.rng.integers(0, len(changes)))])
+
+    def set_parameters(self, *changes: tuple[str, Any]) -> None:
         request = SetParametersAtomically.Request()
-        changes = [("max_keypoints", 512), ("max_keypoints", 1024), ("max_keypoints", -5), ("reference", "keyframe"),
-                   ("reference", "previous"), ("filter_threshold", 0.3), ("filter_threshold", 2.0),
-                   ("depth_confidence", -1.0), ("depth_confidence", 0.95)]
-        name, value = changes[int(self.rng.integers(0, len(changes)))]
-        request.parameters = [Parameter(name, value=value).to_parameter_msg()]
+        request.parameters = [Parameter(name, value=value).to_parameter_msg() for name, value in changes]
         self.call(SetParametersAtomically, "/matcher/set_parameters_atomically", request)
 
     def be_silent(self) -> None:
@@ -281,11 +285,27 @@ class Soak:
         self.make(Transition.TRANSITION_DEACTIVATE)
         self.make(Transition.TRANSITION_ACTIVATE)
 
-    def rest(self) -> None:
-        """Note what memory the node holds while nothing is under way: that must not grow."""
+    def note_memory(self, processing: float) -> None:
+        """What the node holds between frames, and while it is inactive: neither must grow.
+
+        Always with the same parameters: with half as many keypoints it works in less memory. Within a frame memory
+        comes and goes by a third, so the least counts of several looks, each after a frame of its own.
+        """
+        self.set_parameters(*PARAMETERS.items())
+        held = []
+        for _ in range(FRAMES):
+            self.camera.send()
+            self.node.spin(1.5 * processing)
+            self.look()
+            held.append(self.memory())
+        self.between_frames.append(min(held))
         self.make(Transition.TRANSITION_DEACTIVATE)
-        self.at_rest.append(Resources(self.node.process.pid).memory)
+        self.at_rest.append(self.memory())
         self.make(Transition.TRANSITION_ACTIVATE)
+
+    def memory(self) -> float:
+        """MB that the node holds."""
+        return Resources(self.node.process.pid).memory / 1e6
 
     def make(self, transition: int) -> None:
         """A step of the node's lifecycle."""
@@ -347,12 +367,12 @@ def soak(node: NodeUnderTest, camera: Camera, options: argparse.Namespace) -> in
         run.ages.clear()
 
     run.send_oddities(1.5 * processing)
-    run.run(60 * options.minutes, interval, report)
+    run.run(60 * options.minutes, processing, interval, report)
     faults = list(dict.fromkeys(run.faults))
     warm = [held for elapsed, held in history if elapsed >= WARM_UP * 60 * options.minutes]
-    growth = run.at_rest[-1] / run.at_rest[0] - 1
-    if growth > 0.01:
-        faults.append(f"memory at rest grew by {100 * growth:.1f} % after the warm-up")
+    memory = {"at rest": run.at_rest, "between frames": run.between_frames}
+    growth = {when: 100 * (held[-1] / held[0] - 1) for when, held in memory.items() if held}
+    faults += [f"memory {when} grew by {more:.1f} % after the warm-up" for when, more in growth.items() if more > 1]
     if warm[-1].threads > warm[0].threads + 1 or warm[-1].files > warm[0].files + 2:
         faults.append(f"threads {warm[0].threads} to {warm[-1].threads}, files {warm[0].files} to {warm[-1].files}")
     if run.late > 0.01 * run.results:
@@ -366,8 +386,9 @@ def soak(node: NodeUnderTest, camera: Camera, options: argparse.Namespace) -> in
         f"{key.removeprefix('rejected: ')} {value}" for key, value in sorted(node.figures().items())
         if key.startswith("rejected: ")
     ))
-    print(f"{run.late} of {run.results} results older than the processing of two frames; "
-          f"memory at rest {' and '.join(f'{held / 1e6:.1f}' for held in run.at_rest)} MB, {100 * growth:+.2f} %")
+    print(f"{run.late} of {run.results} results older than the processing of two frames")
+    for when, more in growth.items():
+        print(f"memory {when} {memory[when][0]:.1f} and {memory[when][-1]:.1f} MB, {more:+.2f} %")
     for fault in faults:
         print(f"FAULT: {fault}")
     print("passed" if not faults else "failed")

@@ -134,11 +134,8 @@ def test_ctrl_c_twice_while_the_weights_load_ends_the_node_without_a_fuss(tmp_pa
 
 @pytest.mark.timeout(600)
 def test_a_killed_node_publishes_again_once_started_and_subscribers_stay(
-    tmp_path: Path, random_folder: Callable[..., Path], frames: list[Image], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, random_folder: Callable[..., Path], frames: list[Image]
 ) -> None:
-    # Fast DDS's shared memory does not always survive a kill: publishers go on writing to what the dead process had
-    # (eProsima/Fast-DDS #5053, #5469). That is nothing a node can mend; the README says what to do.
-    monkeypatch.setenv("FASTDDS_BUILTIN_TRANSPORTS", "UDPv4")
     folder = str(random_folder())
     random = np.random.default_rng(5)
     network = {"extractor": folder, "matcher": folder, "max_keypoints": 60}
