@@ -25,6 +25,7 @@ if not TRAINING.is_dir():
     pytest.skip("training/ is not installed with the package", allow_module_level=True)
 sys.path.insert(0, str(TRAINING))
 
+import adapt_superpoint  # noqa: E402
 import common  # noqa: E402
 import evaluate  # noqa: E402
 import export  # noqa: E402
@@ -208,6 +209,70 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path: Path) -> N
     assert run.load(CPU)["step"] == 1  # type: ignore[index]
     run.checkpoint.unlink()  # killed between the two renames
     assert run.load(CPU)["step"] == 1  # type: ignore[index]
+
+
+# --------------------------------------------------------------------------------------------- SuperPoint's detector
+
+
+def adaptation(data: Path, run: Path, weights: str, **changes: Any) -> Namespace:
+    return Namespace(**{
+        "data": data, "run": run, "start_from": weights, "frozen": 1, "steps": 1000, "views": 2, "crops": 1, "seed": 0,
+        "learning_rate": 5e-4, "device": "cpu", "save_every": 1e9, "examine_every": 1000, "held_out": 1,
+        "stop_after": None, **changes,
+    })
+
+
+def test_the_middle_of_what_views_agree_on_is_found_to_a_fraction_of_a_pixel() -> None:
+    rng, (y, x) = common.generator(2), np.mgrid[:120, :160]
+    places = np.array([[40.3, 30.6], [100.0, 80.4], [120.7, 20.0]])
+    scores = np.float32(sum(np.exp(-((x - u) ** 2 + (y - v) ** 2) / 2) / k for k, (u, v) in enumerate(places, start=1)))
+    found = adapt_superpoint.peaks(scores + np.float32(0.01) * rng.random(scores.shape, np.float32))
+    np.testing.assert_allclose(found[:3], places, atol=0.3)
+
+
+def test_views_of_a_crop_are_taught_the_same_places_of_it_and_those_that_are_seen(data: Path) -> None:
+    model = SuperPoint.from_pretrained("superpoint-open")
+    lessons = adapt_superpoint.Lessons(model, common.pictures(data, "train"), data / "adaptation", 3, CPU)
+    lesson = lessons[0]
+    labelled = []
+    for cells in lesson.cells:
+        row, column = np.nonzero((cells >= 0) & (cells < adapt_superpoint.NOTHING))
+        pixel = cells[row, column]
+        labelled.append(np.c_[8 * column + pixel % 8, 8 * row + pixel // 8])
+    shared = 0
+    for homography, points in zip(lesson.homographies[1:], labelled[1:]):
+        expected = common.project(homography @ np.linalg.inv(lesson.homographies[0]), labelled[0].astype(float))
+        expected = expected[common.inside(expected, adapt_superpoint.VIEW, 8)]
+        nearest = np.linalg.norm(expected[:, None] - points[None], axis=2).min(axis=1)
+        shared += len(expected)
+        # Of two in one cell only the better is a label there.
+        assert (nearest < 1.5).mean() > 0.8
+    assert shared > 100
+    scores = torch.from_numpy(lessons.scores(list(lesson.views)))
+    likelier = [scores[i][tuple(points.T[::-1])].mean() / scores[i].mean() for i, points in enumerate(labelled)]
+    assert min(likelier) > 3
+
+
+def test_adapting_teaches_the_detector_and_leaves_descriptors_and_frozen_blocks(data: Path, tmp_path: Path) -> None:
+    adapt_superpoint.train(adaptation(data, tmp_path, "superpoint-open", views=4, stop_after=9))
+    steps = [line for line in read_log(tmp_path) if "detector" in line]
+    assert steps[-1]["detector"] < 0.95 * steps[0]["detector"]
+    assert max(line["descriptors"] for line in steps) < 0.05
+    before, after = (train_superpoint.load_superpoint(source)
+                     for source in ("superpoint-open", tmp_path / "checkpoint.pt"))
+    for name, tensor in after.state_dict().items():
+        same = torch.equal(tensor, before.state_dict()[name])
+        assert same == name.startswith("encoder.conv_blocks.0."), name
+
+
+def test_an_adaptation_that_was_stopped_goes_on_as_if_it_had_not_been(
+    data: Path, tmp_path: Path, random_folder: SaveFolder
+) -> None:
+    weights, whole, parts = str(random_folder()), tmp_path / "whole", tmp_path / "parts"
+    adapt_superpoint.train(adaptation(data, whole, weights, stop_after=3))
+    adapt_superpoint.train(adaptation(data, parts, weights, stop_after=2))
+    adapt_superpoint.train(adaptation(data, parts, weights, stop_after=1))
+    assert read_log(parts) == read_log(whole)
 
 
 # ------------------------------------------------------------------------------------------------------------ LightGlue

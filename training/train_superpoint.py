@@ -283,7 +283,11 @@ def adopt_statistics(model: SuperPoint, images: Tensor) -> None:
 
 def fold(state: dict[str, Tensor], config: dict[str, Any]) -> SuperPoint:
     """The network to ship, from the state of the one in training."""
-    model = add_norms(SuperPoint(**config))
+    model = SuperPoint(**config)
+    if set(state) == set(model.state_dict()):  # trained without norms
+        model.load_state_dict(state)
+        return model
+    model = add_norms(model)
     model.load_state_dict(state)
     for parent, name in HIDDEN:
         module = model.get_submodule(parent)

@@ -1,0 +1,294 @@
+"""Teach the SuperPoint's detector to find the same places in every view: homographic adaptation.
+
+    python training/adapt_superpoint.py --run runs/adapted            # start, or go on after a stop of any kind
+
+What it finds in many views of a crop is laid over each other: where most views agree are the places to learn (DeTone
+et al., SuperPoint, CVPR Workshops 2018, section 5). Its descriptors stay as they are, so that a matcher made for them
+goes on matching. The first blocks are not trained: what they make of each view is worked out once.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from common import (
+    Array,
+    Average,
+    Run,
+    add_data_option,
+    choose_device,
+    degrade,
+    generator,
+    inside,
+    keep,
+    learning_rate,
+    log_line,
+    pictures,
+    project,
+    random_crop,
+    random_homography,
+    read_rgb,
+    to_tensor,
+    warp,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from train_superpoint import CROP, NOTHING, UNKNOWN, VIEW, label_cells, load_superpoint, recognisable, student
+
+from kpmatch_ros.models import SuperPoint
+from kpmatch_ros.models.superpoint import CELL, clear_border, select_keypoints, suppress_non_maxima
+
+VIEWS = 6  # of a crop
+MOTION, DEGRADATION = 0.6, 0.3  # of 1
+POINTS = 480  # of a crop: as dense as 1,000 in an image of 640 x 480
+DEVIATION = 0.8  # pixels: a place is known no better
+DESCRIPTORS = 5.0  # weight of leaving the descriptors as they are
+LESSON, STEP = 10, 11  # what random numbers are for
+
+
+# --- places that many views agree on ---------------------------------------------------------------------------------
+
+
+class Lesson(NamedTuple):
+    """Views (V, H, W) uint8 of a crop, (V, 3, 3) through which they see it, and the cells' labels (V, H/8, W/8)."""
+
+    views: Array
+    homographies: Array
+    cells: Array
+
+
+class Lessons:
+    """Lessons by number, kept on disk once worked out.
+
+    Args:
+        files: the pictures; crop k is of picture k modulo their number.
+        folder: where the lessons are kept, apart for each set of pictures, seed and network.
+    """
+
+    def __init__(self, model: SuperPoint, files: list[Path], folder: Path, seed: int, device: torch.device) -> None:
+        weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values())
+        names = " ".join([str(seed), *(file.name for file in files)]).encode()
+        self.model, self.files, self.seed, self.device = model, files, seed, device
+        self.folder = folder / hashlib.sha256(weights + names).hexdigest()[:12]
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def __getitem__(self, number: int) -> Lesson:
+        path = self.folder / f"{number:06d}.npz"
+        if not path.exists():
+            rng = generator(self.seed, LESSON, number)
+            crop = random_crop(rng, read_rgb(self.files[number % len(self.files)]), *CROP)
+            keep(path, **self.make(rng, cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY))._asdict())
+        with np.load(path) as kept:
+            return Lesson(**kept)
+
+    def make(self, rng: np.random.Generator, image: Array) -> Lesson:
+        homographies = [random_homography(rng, CROP, VIEW, MOTION) for _ in range(VIEWS)]
+        views = [degrade(rng, warp(image, homography, VIEW), DEGRADATION) for homography in homographies]
+        scores = self.scores([image])[0]
+        total, seen = scores.copy(), np.ones_like(scores)
+        for found, homography in zip(self.scores(views), homographies):
+            back = np.linalg.inv(homography)
+            total += cv2.warpPerspective(found, back, CROP)
+            seen += cv2.warpPerspective(np.ones_like(found), back, CROP)
+        points = peaks(total / seen)
+        cells = []
+        for view, homography in zip(views, homographies):
+            places = project(homography, points)
+            places[~recognisable(view, places)] = np.nan
+            cells.append(label_cells(places, homography))
+        return Lesson(np.stack(views), np.stack(homographies), np.stack(cells))
+
+    @torch.inference_mode()
+    def scores(self, images: list[Array]) -> Array:
+        """(V, H, W) of images of one size."""
+        found: Array = self.model.keypoint_decoder(self.model.encoder(to_tensor(images, self.device))).cpu().numpy()
+        return found
+
+
+def peaks(scores: Array) -> Array:
+    """(N, 2) x, y of the highest maxima of scores (H, W), to a fraction of a pixel, best first."""
+    smooth = cv2.GaussianBlur(scores, (0, 0), DEVIATION)
+    maxima = clear_border(suppress_non_maxima(torch.from_numpy(smooth)[None], 4), 4)
+    points = select_keypoints(maxima, 0.0, POINTS)[0][0].numpy().astype(int)
+    shifts = np.array([(x, y) for y in (-1, 0, 1) for x in (-1, 0, 1)])
+    around = points[:, None] + shifts
+    weights = smooth[around[..., 1], around[..., 0]]
+    weights = weights - weights.min(axis=1, keepdims=True) + np.float32(1e-12)
+    middle: Array = points + (weights[..., None] * shifts).sum(axis=1) / weights.sum(axis=1, keepdims=True)
+    return middle
+
+
+# --- the student -----------------------------------------------------------------------------------------------------
+
+
+class Student(nn.Module):
+    """A SuperPoint of which only what comes after the first ``frozen`` blocks learns."""
+
+    def __init__(self, model: SuperPoint, frozen: int) -> None:
+        super().__init__()
+        self.model = model
+        blocks = model.encoder.conv_blocks
+        self.learning = nn.ModuleList([*blocks[frozen:], model.keypoint_decoder, model.descriptor_decoder])
+        self.learning.requires_grad_(True)
+        self.frozen, self.trained = blocks[:frozen], blocks[frozen:]
+
+    @torch.no_grad()
+    def look(self, images: Tensor) -> Tensor:
+        """What the blocks make of images (V, 1, H, W) that do not learn."""
+        for block in self.frozen:
+            images = block(images)
+        return images
+
+    def forward(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the cells (V, 65, H/8, W/8), and descriptors (V, D, H/8, W/8)."""
+        for block in self.trained:
+            seen = block(seen)
+        decoder = self.model.keypoint_decoder
+        return decoder.conv_score_b(F.relu(decoder.conv_score_a(seen))), self.model.descriptor_decoder(seen)
+
+
+def likely_classes() -> Tensor:
+    """(65, 65) for every label of a cell how likely each class is: the label's neighbours a little."""
+    place = torch.arange(CELL * CELL)
+    places = torch.stack([place % CELL, place // CELL], dim=1).float()
+    likely = torch.zeros(NOTHING + 1, NOTHING + 1)
+    likely[:NOTHING, :NOTHING] = (-torch.cdist(places, places) ** 2 / (2 * DEVIATION**2)).softmax(dim=1)
+    likely[NOTHING, NOTHING] = 1
+    return likely
+
+
+def losses(found: tuple[Tensor, Tensor], cells: Tensor, before: Tensor, likely: Tensor) -> dict[str, Tensor]:
+    """``detector``: how far from the labels, nats a cell; ``descriptors``: 1 - cosine to those ``before``."""
+    logits, descriptors = found
+    known = cells != UNKNOWN
+    wanted = likely[cells[known]]
+    logs = logits.permute(0, 2, 3, 1)[known].log_softmax(dim=1)
+    detector = F.kl_div(logs, wanted, reduction="batchmean")
+    moved = 1 - (descriptors * before).sum(dim=1).mean()
+    return {"total": detector + DESCRIPTORS * moved, "detector": detector, "descriptors": moved}
+
+
+# --- how good it is ---------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def examine(model: SuperPoint, lessons: list[Lesson], device: torch.device) -> dict[str, float]:
+    """Which share of a view's points is found again in another one within 1 and 3 pixels."""
+    near: dict[float, list[float]] = {1.0: [], 3.0: []}
+    for lesson in lessons:
+        scores = model.keypoint_decoder(model.encoder(to_tensor(list(lesson.views[:2]), device)))
+        points, _, real = select_keypoints(clear_border(suppress_non_maxima(scores, 4), 4), 0.0, 256)
+        first, second = (each[mask].cpu().numpy() for each, mask in zip(points, real))
+        expected = project(lesson.homographies[1] @ np.linalg.inv(lesson.homographies[0]), first)
+        expected = expected[inside(expected, VIEW, 4)]
+        if len(expected) and len(second):
+            distances = np.linalg.norm(expected[:, None] - second[None], axis=2).min(axis=1)
+            for bound, shares in near.items():
+                shares.append(float((distances <= bound).mean()))
+    return {f"within {bound:.0f} px": float(np.mean(shares)) for bound, shares in near.items()}
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_option(parser)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the checkpoints and the log")
+    parser.add_argument("--start-from", default="superpoint-open", help="a training's checkpoint.pt, a folder, a name")
+    parser.add_argument("--frozen", type=int, default=1, help="blocks that do not learn, 0 to 3")
+    parser.add_argument("--steps", type=int, default=3000, help="until the learning rate is down to zero")
+    parser.add_argument("--views", type=int, default=8, help="in a step")
+    parser.add_argument("--crops", type=int, default=250, help=f"different crops, of {VIEWS} views each, all in memory")
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--save-every", type=float, default=120, help="seconds")
+    parser.add_argument("--examine-every", type=int, default=100, help="steps")
+    parser.add_argument("--held-out", type=int, default=16, help="crops of held-out pictures to examine")
+    parser.add_argument("--stop-after", type=int, help="steps of this call, to come back later")
+    train(parser.parse_args())
+
+
+def train(arguments: argparse.Namespace) -> None:
+    device = choose_device(arguments.device)
+    settings = {name: getattr(arguments, name) for name in
+                ("start_from", "frozen", "views", "crops", "learning_rate", "seed")}
+    run = Run(arguments.run, settings)
+    cv2.setNumThreads(1)
+
+    teacher = load_superpoint(arguments.start_from).to(device)
+    folder = arguments.data / "adaptation"
+    lessons = Lessons(teacher, pictures(arguments.data, "train"), folder, arguments.seed, device)
+    held_out = Lessons(teacher, pictures(arguments.data, "held-out"), folder, 0, device)
+    exam = [held_out[number] for number in range(arguments.held_out)]
+
+    pupil = Student(copy.deepcopy(teacher), arguments.frozen).to(device).train()
+    seen, before, cells = [], [], []
+    for number in tqdm(range(arguments.crops), desc="crops", disable=None):
+        lesson = lessons[number]
+        images = to_tensor(list(lesson.views), device)
+        seen.append(pupil.look(images).half())
+        with torch.no_grad():
+            before.append(student(teacher, images)[1].half())
+        cells.append(torch.from_numpy(lesson.cells).to(device))
+    inputs, descriptors, labels = torch.cat(seen), torch.cat(before), torch.cat(cells)
+    del seen, before, cells
+    likely = likely_classes().to(device)
+
+    optimiser = torch.optim.AdamW(pupil.learning.parameters(), lr=arguments.learning_rate, weight_decay=1e-4)
+    average = Average(pupil.model)
+    first = 0
+    if (state := run.load(device)) is not None:
+        pupil.model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        average.tensors = state["average"]
+        first = state["step"]
+        log_line(f"going on after step {first}")
+
+    def report(step: int) -> None:
+        shadow = SuperPoint(**teacher.config).to(device)
+        shadow.load_state_dict(average.tensors)
+        figures = examine(shadow, exam, device)
+        run.log(step=step, held_out=True, **figures)
+        log_line(f"step {step}, found again " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+
+    def save(step: int) -> None:
+        run.save({"model": pupil.model.state_dict(), "optimiser": optimiser.state_dict(), "average": average.tensors,
+                  "step": step, "config": teacher.config})
+
+    if first == 0:
+        report(0)
+    last = min(arguments.steps, first + (arguments.stop_after or arguments.steps))
+    saved = started = time.monotonic()
+    for step in range(first + 1, last + 1):
+        for group in optimiser.param_groups:
+            group["lr"] = arguments.learning_rate * learning_rate(step - 1, arguments.steps)
+        chosen = torch.from_numpy(generator(arguments.seed, STEP, step).integers(0, len(inputs), arguments.views))
+        chosen = chosen.to(device)
+        parts = losses(pupil(inputs[chosen].float()), labels[chosen], descriptors[chosen].float(), likely)
+        optimiser.zero_grad(set_to_none=True)
+        parts["total"].backward()
+        nn.utils.clip_grad_norm_(pupil.learning.parameters(), 5.0)
+        optimiser.step()
+        average.update(pupil.model, step)
+        figures = {name: float(part.detach()) for name, part in parts.items()}
+        run.log(step=step, seconds=time.monotonic() - started, **figures)
+        if step % arguments.examine_every == 0:
+            report(step)
+        if time.monotonic() - saved > arguments.save_every or step == last:
+            save(step)
+            saved = time.monotonic()
+    log_line(f"stopped after step {last} of {arguments.steps}; checkpoint {run.checkpoint}")
+
+
+if __name__ == "__main__":
+    main()
