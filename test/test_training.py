@@ -217,7 +217,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path: Path) -> N
 def adaptation(data: Path, run: Path, weights: str, **changes: Any) -> Namespace:
     return Namespace(**{
         "data": data, "run": run, "start_from": weights, "frozen": 1, "steps": 1000, "views": 2, "crops": 1, "seed": 0,
-        "learning_rate": 5e-4, "device": "cpu", "save_every": 1e9, "examine_every": 1000, "held_out": 1,
+        "learning_rate": 5e-4, "device": "cpu", "workers": 1, "save_every": 1e9, "examine_every": 1000, "held_out": 1,
         "stop_after": None, **changes,
     })
 
@@ -254,9 +254,11 @@ def test_views_of_a_crop_are_taught_the_same_places_of_it_and_those_that_are_see
 
 
 def test_adapting_teaches_the_detector_and_leaves_descriptors_and_frozen_blocks(data: Path, tmp_path: Path) -> None:
-    adapt_superpoint.train(adaptation(data, tmp_path, "superpoint-open", views=4, stop_after=9))
+    # At a rate of which these first steps of the warm-up are a few hundredths.
+    adapt_superpoint.train(adaptation(data, tmp_path, "superpoint-open", views=4, stop_after=16, learning_rate=1e-2))
     steps = [line for line in read_log(tmp_path) if "detector" in line]
-    assert steps[-1]["detector"] < 0.95 * steps[0]["detector"]
+    first, last = (np.mean([line["detector"] for line in part]) for part in (steps[:4], steps[-4:]))
+    assert last < 0.9 * first
     assert max(line["descriptors"] for line in steps) < 0.05
     before, after = (train_superpoint.load_superpoint(source)
                      for source in ("superpoint-open", tmp_path / "checkpoint.pt"))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,16 +19,14 @@ import numpy as np
 import torch
 from common import (
     Array,
-    Average,
     Run,
     add_data_option,
+    add_run_options,
     choose_device,
     degrade,
+    fit,
     generator,
-    inside,
     keep,
-    learning_rate,
-    log_line,
     pictures,
     project,
     random_crop,
@@ -41,7 +38,17 @@ from common import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from train_superpoint import CROP, NOTHING, UNKNOWN, VIEW, label_cells, load_superpoint, recognisable, student
+from train_superpoint import (
+    CROP,
+    NOTHING,
+    UNKNOWN,
+    VIEW,
+    found_again,
+    label_cells,
+    load_superpoint,
+    recognisable,
+    student,
+)
 
 from kpmatch_ros.models import SuperPoint
 from kpmatch_ros.models.superpoint import CELL, clear_border, select_keypoints, suppress_non_maxima
@@ -179,21 +186,13 @@ def losses(found: tuple[Tensor, Tensor], cells: Tensor, before: Tensor, likely: 
 # --- how good it is ---------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def examine(model: SuperPoint, lessons: list[Lesson], device: torch.device) -> dict[str, float]:
     """Which share of a view's points is found again in another one within 1 and 3 pixels."""
-    near: dict[float, list[float]] = {1.0: [], 3.0: []}
+    distances = []
     for lesson in lessons:
-        scores = model.keypoint_decoder(model.encoder(to_tensor(list(lesson.views[:2]), device)))
-        points, _, real = select_keypoints(clear_border(suppress_non_maxima(scores, 4), 4), 0.0, 256)
-        first, second = (each[mask].cpu().numpy() for each, mask in zip(points, real))
-        expected = project(lesson.homographies[1] @ np.linalg.inv(lesson.homographies[0]), first)
-        expected = expected[inside(expected, VIEW, 4)]
-        if len(expected) and len(second):
-            distances = np.linalg.norm(expected[:, None] - second[None], axis=2).min(axis=1)
-            for bound, shares in near.items():
-                shares.append(float((distances <= bound).mean()))
-    return {f"within {bound:.0f} px": float(np.mean(shares)) for bound, shares in near.items()}
+        between = lesson.homographies[1] @ np.linalg.inv(lesson.homographies[0])
+        distances += found_again(model, to_tensor(list(lesson.views[:2]), device), between[None])
+    return {f"within {bound} px": float(np.mean([(each <= bound).mean() for each in distances])) for bound in (1, 3)}
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -202,19 +201,11 @@ def examine(model: SuperPoint, lessons: list[Lesson], device: torch.device) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_option(parser)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the checkpoints and the log")
+    add_run_options(parser, steps=3000, rate=5e-4, examine_every=100, what="crops")
     parser.add_argument("--start-from", default="superpoint-open", help="a training's checkpoint.pt, a folder, a name")
     parser.add_argument("--frozen", type=int, default=1, help="blocks that do not learn, 0 to 3")
-    parser.add_argument("--steps", type=int, default=3000, help="until the learning rate is down to zero")
     parser.add_argument("--views", type=int, default=8, help="in a step")
     parser.add_argument("--crops", type=int, default=250, help=f"different crops, of {VIEWS} views each, all in memory")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--save-every", type=float, default=120, help="seconds")
-    parser.add_argument("--examine-every", type=int, default=100, help="steps")
-    parser.add_argument("--held-out", type=int, default=16, help="crops of held-out pictures to examine")
-    parser.add_argument("--stop-after", type=int, help="steps of this call, to come back later")
     train(parser.parse_args())
 
 
@@ -231,7 +222,7 @@ def train(arguments: argparse.Namespace) -> None:
     held_out = Lessons(teacher, pictures(arguments.data, "held-out"), folder, 0, device)
     exam = [held_out[number] for number in range(arguments.held_out)]
 
-    pupil = Student(copy.deepcopy(teacher), arguments.frozen).to(device).train()
+    pupil = Student(copy.deepcopy(teacher), arguments.frozen).to(device)
     seen, before, cells = [], [], []
     for number in tqdm(range(arguments.crops), desc="crops", disable=None):
         lesson = lessons[number]
@@ -244,50 +235,27 @@ def train(arguments: argparse.Namespace) -> None:
     del seen, before, cells
     likely = likely_classes().to(device)
 
-    optimiser = torch.optim.AdamW(pupil.learning.parameters(), lr=arguments.learning_rate, weight_decay=1e-4)
-    average = Average(pupil.model)
-    first = 0
-    if (state := run.load(device)) is not None:
-        pupil.model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        average.tensors = state["average"]
-        first = state["step"]
-        log_line(f"going on after step {first}")
+    shadow = SuperPoint(**teacher.config).to(device)
 
-    def report(step: int) -> None:
-        shadow = SuperPoint(**teacher.config).to(device)
-        shadow.load_state_dict(average.tensors)
-        figures = examine(shadow, exam, device)
-        run.log(step=step, held_out=True, **figures)
-        log_line(f"step {step}, found again " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+    def make(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        numbers = generator(arguments.seed, STEP, step).integers(0, len(inputs), arguments.views)
+        chosen = torch.from_numpy(numbers).to(device)
+        return inputs[chosen].float(), labels[chosen], descriptors[chosen].float()
 
-    def save(step: int) -> None:
-        run.save({"model": pupil.model.state_dict(), "optimiser": optimiser.state_dict(), "average": average.tensors,
-                  "step": step, "config": teacher.config})
+    def examined(weights: dict[str, Tensor]) -> dict[str, float]:
+        shadow.load_state_dict(weights)
+        return examine(shadow, exam, device)
 
-    if first == 0:
-        report(0)
-    last = min(arguments.steps, first + (arguments.stop_after or arguments.steps))
-    saved = started = time.monotonic()
-    for step in range(first + 1, last + 1):
-        for group in optimiser.param_groups:
-            group["lr"] = arguments.learning_rate * learning_rate(step - 1, arguments.steps)
-        chosen = torch.from_numpy(generator(arguments.seed, STEP, step).integers(0, len(inputs), arguments.views))
-        chosen = chosen.to(device)
-        parts = losses(pupil(inputs[chosen].float()), labels[chosen], descriptors[chosen].float(), likely)
-        optimiser.zero_grad(set_to_none=True)
-        parts["total"].backward()
-        nn.utils.clip_grad_norm_(pupil.learning.parameters(), 5.0)
-        optimiser.step()
-        average.update(pupil.model, step)
-        figures = {name: float(part.detach()) for name, part in parts.items()}
-        run.log(step=step, seconds=time.monotonic() - started, **figures)
-        if step % arguments.examine_every == 0:
-            report(step)
-        if time.monotonic() - saved > arguments.save_every or step == last:
-            save(step)
-            saved = time.monotonic()
-    log_line(f"stopped after step {last} of {arguments.steps}; checkpoint {run.checkpoint}")
+    fit(
+        pupil.model,
+        teacher.config,
+        run,
+        arguments,
+        make,
+        lambda batch: losses(pupil(batch[0]), *batch[1:], likely),
+        examined,
+        largest_gradient=5.0,
+    )
 
 
 if __name__ == "__main__":

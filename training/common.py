@@ -200,6 +200,82 @@ def ahead(make: Callable[[int], T], numbers: range, workers: int) -> Iterator[T]
                 future.cancel()
 
 
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def add_run_options(parser: argparse.ArgumentParser, steps: int, rate: float, examine_every: int, what: str) -> None:
+    """What every training takes; ``what`` is what of held-out pictures it is examined on."""
+    parser.add_argument("--run", type=Path, required=True, help="folder of the checkpoints and the log")
+    parser.add_argument("--steps", type=int, default=steps, help="until the learning rate is down to zero")
+    parser.add_argument("--learning-rate", type=float, default=rate)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--workers", type=int, default=1, help="threads that make a step's data")
+    parser.add_argument("--save-every", type=float, default=120, help="seconds")
+    parser.add_argument("--examine-every", type=int, default=examine_every, help="steps")
+    parser.add_argument("--held-out", type=int, default=16, help=f"{what} of held-out pictures to examine")
+    parser.add_argument("--stop-after", type=int, help="steps of this call, to come back later")
+
+
+def fit(
+    model: nn.Module,
+    config: dict[str, Any],
+    run: Run,
+    arguments: argparse.Namespace,
+    make: Callable[[int], T],
+    losses: Callable[[T], dict[str, Tensor]],
+    examine: Callable[[dict[str, Tensor]], dict[str, float]],
+    largest_gradient: float,
+) -> None:
+    """Train a model from the run's last checkpoint on, for as many steps as ``arguments`` say.
+
+    Args:
+        config: what the network to export is made from; kept in the checkpoint.
+        make: a step's data, by its number from 0 on; worked out by threads while the step before runs.
+        losses: of these data, by name; ``total`` is what is to fall, the others are logged.
+        examine: figures of the averaged weights, on pictures that are not trained on.
+        largest_gradient: the norm that it is cut down to.
+    """
+    optimiser = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=1e-4)
+    average = Average(model)
+    first = 0
+    if (state := run.load(next(model.parameters()).device)) is not None:
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        average.tensors = state["average"]
+        first = state["step"]
+        log_line(f"going on after step {first}")
+
+    def report(step: int) -> None:
+        figures = examine(average.tensors)
+        run.log(step=step, held_out=True, **figures)
+        log_line(f"step {step}, held out: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+
+    if first == 0:
+        report(0)
+    last = min(arguments.steps, first + (arguments.stop_after or arguments.steps))
+    saved = started = time.monotonic()
+    for step, data in enumerate(ahead(make, range(first, last), arguments.workers), start=first + 1):
+        for group in optimiser.param_groups:
+            group["lr"] = arguments.learning_rate * learning_rate(step - 1, arguments.steps)
+        model.train()
+        parts = losses(data)
+        optimiser.zero_grad(set_to_none=True)
+        parts["total"].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), largest_gradient)
+        optimiser.step()
+        average.update(model, step)
+        figures = {name: float(part.detach()) for name, part in parts.items()}
+        run.log(step=step, seconds=time.monotonic() - started, **figures)
+        if step % arguments.examine_every == 0:
+            report(step)
+        if time.monotonic() - saved > arguments.save_every or step == last:
+            run.save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average.tensors,
+                      "step": step, "config": config})
+            saved = time.monotonic()
+    log_line(f"stopped after step {last} of {arguments.steps}; checkpoint {run.checkpoint}")
+
+
 # --- views of a picture ----------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import time
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -20,17 +19,15 @@ import numpy as np
 import torch
 from common import (
     Array,
-    Average,
     Run,
     add_data_option,
-    ahead,
+    add_run_options,
     choose_device,
     degrade,
+    fit,
     generator,
     inside,
     keep,
-    learning_rate,
-    log_line,
     pictures,
     project,
     random_crop,
@@ -39,7 +36,7 @@ from common import (
     to_tensor,
     warp,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from train_superpoint import load_superpoint
 
@@ -313,23 +310,14 @@ def examine(model: LightGlue, batches: list[Batch]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_option(parser)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the checkpoints and the log")
+    add_run_options(parser, steps=40000, rate=1e-4, examine_every=250, what="pairs")
     parser.add_argument("--superpoint", default="superpoint-open", help="a training's checkpoint.pt, a folder, a name")
     parser.add_argument("--start-from", default="lightglue-superpoint-open", help="weights to start from")
-    parser.add_argument("--steps", type=int, default=40000, help="until the learning rate is down to zero")
     parser.add_argument("--pairs", type=int, default=2, help="pairs of images in a step")
     parser.add_argument("--keypoints", type=int, default=512, help="of each image")
     parser.add_argument("--pool", type=int, default=3000, help="different pairs to learn from")
     parser.add_argument("--rendered", type=float, default=0.25, help="share of the pairs that are rendered scenes")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--strength", type=float, default=0.6, help="of degradation, 0 to 1")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--workers", type=int, default=1, help="threads that make pairs")
-    parser.add_argument("--save-every", type=float, default=180, help="seconds")
-    parser.add_argument("--examine-every", type=int, default=250, help="steps")
-    parser.add_argument("--held-out", type=int, default=16, help="pairs of held-out pictures to examine")
-    parser.add_argument("--stop-after", type=int, help="steps of this call, to come back later")
     train(parser.parse_args())
 
 
@@ -344,61 +332,23 @@ def train(arguments: argparse.Namespace) -> None:
     settings["features"] = training.folder.name  # changes with the SuperPoint's weights
     run = Run(arguments.run, settings)
     cv2.setNumThreads(1)
-    torch.manual_seed(arguments.seed)
     held_out = Pairs(pictures(arguments.data, "held-out"), detector, kept, HELD_OUT_SEED, arguments.rendered, 0.5)
     exam = [make_batch([held_out.pair(i)], arguments.keypoints, device) for i in range(arguments.held_out)]
 
     model = LightGlue.from_pretrained(arguments.start_from).to(device).requires_grad_(True)
     for layer in cast(list[TransformerLayer], list(model.transformer_layers)):
         layer.cross_attention.share_equal_projections()  # and train them as one, for the authors' code has only one
-    optimiser = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=1e-4)
-    average = Average(model)
-    first = 0
-    state = run.load(device)
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        average.tensors = state["average"]
-        first = state["step"]
-        log_line(f"going on after step {first}")
     shadow = LightGlue(**model.config).to(device)
-
-    def report(step: int) -> None:
-        shadow.load_state_dict(average.tensors)
-        figures = examine(shadow, exam)
-        run.log(step=step, held_out=True, **figures)
-        log_line(f"step {step}, held out: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-
-    def save(step: int) -> None:
-        run.save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average.tensors,
-                  "step": step, "config": model.config})
 
     def make(step: int) -> Batch:
         numbers = generator(arguments.seed, STEP, step).integers(0, arguments.pool, arguments.pairs)
         return make_batch([training.pair(int(number)) for number in numbers], arguments.keypoints, device)
 
-    if first == 0:
-        report(0)
-    last = min(arguments.steps, first + (arguments.stop_after or arguments.steps))
-    saved, started = time.monotonic(), time.monotonic()
-    for step, batch in enumerate(ahead(make, range(first, last), arguments.workers), start=first + 1):
-        for group in optimiser.param_groups:
-            group["lr"] = arguments.learning_rate * learning_rate(step - 1, arguments.steps)
-        model.train()
-        parts = losses(model, batch)
-        optimiser.zero_grad(set_to_none=True)
-        parts["total"].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        average.update(model, step)
-        run.log(step=step, seconds=time.monotonic() - started,
-                **{name: float(value.detach()) for name, value in parts.items()})
-        if step % arguments.examine_every == 0:
-            report(step)
-        if time.monotonic() - saved > arguments.save_every or step == last:
-            save(step)
-            saved = time.monotonic()
-    log_line(f"stopped after step {last} of {arguments.steps}; checkpoint {run.checkpoint}")
+    def examined(weights: dict[str, Tensor]) -> dict[str, float]:
+        shadow.load_state_dict(weights)
+        return examine(shadow, exam)
+
+    fit(model, model.config, run, arguments, make, lambda batch: losses(model, batch), examined, largest_gradient=1.0)
 
 
 if __name__ == "__main__":

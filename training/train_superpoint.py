@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +19,15 @@ import numpy as np
 import torch
 from common import (
     Array,
-    Average,
     Run,
     add_data_option,
-    ahead,
+    add_run_options,
     choose_device,
     degrade,
+    fit,
     generator,
     inside,
     keep,
-    learning_rate,
-    log_line,
     pictures,
     project,
     random_crop,
@@ -310,33 +306,16 @@ def student(model: SuperPoint, images: Tensor) -> tuple[Tensor, Tensor]:
     return decoder.conv_score_b(F.relu(decoder.conv_score_a(features))), model.descriptor_decoder(features)
 
 
-@dataclass
-class Losses:
-    """The parts of the loss, and two figures that are easier to read.
+def losses(model: SuperPoint, batch: Batch) -> dict[str, Tensor]:
+    """The parts of the loss, their ``total``, and a figure that is easier to read, ``rank1``.
 
-    Attributes:
+    Returns:
         detector: cross entropy over the 65 classes of a cell.
         cosine: 1 - cosine to the teacher's descriptor.
         teacher: cross entropy of the teacher's own descriptor among those of the view's points.
         views: cross entropy of the same point's descriptor among those of the other view's.
         rank1: share of points whose nearest descriptor in the other view is their own.
     """
-
-    detector: Tensor
-    cosine: Tensor
-    teacher: Tensor
-    views: Tensor
-    rank1: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        return self.detector + self.cosine + self.teacher + self.views
-
-    def figures(self) -> dict[str, float]:
-        return {name: float(value.detach()) for name, value in {"total": self.total, **vars(self)}.items()}
-
-
-def losses(model: SuperPoint, batch: Batch) -> Losses:
     logits, maps = student(model, batch.images)
     detector = F.cross_entropy(logits.float(), batch.cells, ignore_index=UNKNOWN)
     described = sample_descriptors(maps, batch.points)
@@ -346,13 +325,13 @@ def losses(model: SuperPoint, batch: Batch) -> Losses:
     same = torch.einsum("bnd,bmd->bnm", first, second) / 0.07
     best = same.masked_fill(~mask[:, None], -torch.inf).argmax(dim=2)
     right = best == torch.arange(POINTS, device=best.device)
-    return Losses(
-        detector=detector,
-        cosine=1 - _mean(cosine, batch.mask),
-        teacher=_identify(torch.einsum("bnd,bmd->bnm", described, batch.targets) / 0.05, batch.mask),
-        views=(_identify(same, mask) + _identify(same.transpose(1, 2), mask)) / 2,
-        rank1=_mean(right.float(), mask),
-    )
+    parts = {
+        "detector": detector,
+        "cosine": 1 - _mean(cosine, batch.mask),
+        "teacher": _identify(torch.einsum("bnd,bmd->bnm", described, batch.targets) / 0.05, batch.mask),
+        "views": (_identify(same, mask) + _identify(same.transpose(1, 2), mask)) / 2,
+    }
+    return {"total": torch.stack(list(parts.values())).sum(), **parts, "rank1": _mean(right.float(), mask)}
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -372,21 +351,33 @@ def _identify(similarity: Tensor, mask: Tensor) -> Tensor:
 def examine(model: SuperPoint, batches: list[Batch], homographies: list[Array]) -> dict[str, float]:
     """Losses on pictures that are not trained on, and how many points are found again within 3 pixels."""
     model.eval()
-    figures = [losses(model, batch).figures() for batch in batches]
+    figures = [{name: float(value) for name, value in losses(model, batch).items()} for batch in batches]
     result = {name: float(np.mean([figure[name] for figure in figures])) for name in figures[0]}
-    found: list[float] = []
-    for batch, two in zip(batches, homographies):
-        scores = suppress_non_maxima(model.keypoint_decoder(model.encoder(batch.images)), 4)
-        points, _, real = select_keypoints(clear_border(scores, 4), 0.0, 256)
-        pairs = len(points) // 2
-        for i in range(pairs):
-            first, second = (points[j][real[j]].cpu().numpy() for j in (i, i + pairs))
-            expected = project(two[i], first)
-            expected = expected[inside(expected, VIEW, 4)]
-            if len(expected) and len(second):
-                distances = np.linalg.norm(expected[:, None] - second[None], axis=2).min(axis=1)
-                found.append(float((distances <= 3).mean()))
-    return {**result, "repeatability": float(np.mean(found))}
+    distances = [each for batch, two in zip(batches, homographies) for each in found_again(model, batch.images, two)]
+    return {**result, "repeatability": float(np.mean([(each <= 3).mean() for each in distances]))}
+
+
+@torch.no_grad()
+def found_again(model: SuperPoint, images: Tensor, between: Array) -> list[Array]:
+    """How far from a point's place in the second view the nearest point found there is, pixels.
+
+    Args:
+        images: (2 P, 1, H, W) of size VIEW, the first views before the second ones.
+        between: (P, 3, 3) homographies from first to second views.
+
+    Returns:
+        a distance for each point of the first view that lies in the second, for each pair where there are such.
+    """
+    scores = suppress_non_maxima(model.keypoint_decoder(model.encoder(images)), 4)
+    points, _, real = select_keypoints(clear_border(scores, 4), 0.0, 256)
+    distances = []
+    for i, homography in enumerate(between):
+        first, second = (points[j][real[j]].cpu().numpy() for j in (i, i + len(between)))
+        expected = project(homography, first)
+        expected = expected[inside(expected, VIEW, 4)]
+        if len(expected) and len(second):
+            distances.append(np.linalg.norm(expected[:, None] - second[None], axis=2).min(axis=1))
+    return distances
 
 
 def held_out_batches(teachers: Teachers, pairs: int, device: torch.device) -> tuple[list[Batch], list[Array]]:
@@ -406,22 +397,12 @@ def held_out_batches(teachers: Teachers, pairs: int, device: torch.device) -> tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_option(parser)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the checkpoints and the log")
+    add_run_options(parser, steps=60000, rate=1e-3, examine_every=250, what="pairs of views")
     parser.add_argument("--start-from", default="superpoint-open", help="weights to start from, or 'nothing'")
-    parser.add_argument("--steps", type=int, default=60000, help="until the learning rate is down to zero")
     parser.add_argument("--pairs", type=int, default=4, help="pairs of views in a step")
     parser.add_argument("--crops", type=int, default=6000, help="different crops to learn from")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--strength", type=float, default=0.8, help="of motion and degradation, 0 to 1")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--workers", type=int, default=1, help="threads that make views")
-    parser.add_argument("--save-every", type=float, default=120, help="seconds")
-    parser.add_argument("--examine-every", type=int, default=250, help="steps")
-    parser.add_argument("--held-out", type=int, default=16, help="pairs of views of held-out pictures to examine")
-    parser.add_argument("--stop-after", type=int, help="steps of this call, to come back later")
-    arguments = parser.parse_args()
-    train(arguments)
+    train(parser.parse_args())
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -430,7 +411,6 @@ def train(arguments: argparse.Namespace) -> None:
                 ("start_from", "pairs", "crops", "learning_rate", "strength", "seed")}
     run = Run(arguments.run, settings)
     cv2.setNumThreads(1)
-    torch.manual_seed(arguments.seed)
 
     teacher = arguments.data / "teachers" / "aliked-n16.pth"
     lessons = arguments.data / "lessons"
@@ -438,62 +418,27 @@ def train(arguments: argparse.Namespace) -> None:
     held_out = Teachers(pictures(arguments.data, "held-out"), teacher, lessons, 0, device)
     exam = held_out_batches(held_out, arguments.held_out, device)
 
+    torch.manual_seed(arguments.seed)
     if arguments.start_from == "nothing":
         model = add_norms(SuperPoint(descriptor_decoder_dim=128, keypoint_threshold=0.0005, max_keypoints=1024))
     else:
         model = add_norms(SuperPoint.from_pretrained(arguments.start_from))
-    state = run.load(device)
     model.to(device)
-    if state is None and arguments.start_from != "nothing":
+    if arguments.start_from != "nothing":
         adopt_statistics(model, torch.cat([batch.images for batch in exam[0]]))
-    optimiser = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=1e-4)
-    average = Average(model)
-    first = 0
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        average.tensors = state["average"]
-        first = state["step"]
-        log_line(f"going on after step {first}")
     model.to(memory_format=torch.channels_last)
     shadow = add_norms(SuperPoint(**model.config)).to(device)
-
-    def report(step: int) -> None:
-        shadow.load_state_dict(average.tensors)
-        figures = examine(shadow, *exam)
-        run.log(step=step, held_out=True, **figures)
-        log_line(f"step {step}, held out: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-
-    def save(step: int) -> None:
-        run.save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average.tensors,
-                  "step": step, "config": model.config})
 
     def make(step: int) -> Batch:
         rng = generator(arguments.seed, STEP, step)
         numbers = rng.integers(0, arguments.crops, arguments.pairs)
         return make_batch([training.lesson(int(number)) for number in numbers], rng, arguments.strength, device)[0]
 
-    if first == 0:
-        report(0)
-    last = min(arguments.steps, first + (arguments.stop_after or arguments.steps))
-    saved, started = time.monotonic(), time.monotonic()
-    for step, batch in enumerate(ahead(make, range(first, last), arguments.workers), start=first + 1):
-        for group in optimiser.param_groups:
-            group["lr"] = arguments.learning_rate * learning_rate(step - 1, arguments.steps)
-        model.train()
-        parts = losses(model, batch)
-        optimiser.zero_grad(set_to_none=True)
-        parts.total.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimiser.step()
-        average.update(model, step)
-        run.log(step=step, seconds=time.monotonic() - started, **parts.figures())
-        if step % arguments.examine_every == 0:
-            report(step)
-        if time.monotonic() - saved > arguments.save_every or step == last:
-            save(step)
-            saved = time.monotonic()
-    log_line(f"stopped after step {last} of {arguments.steps}; checkpoint {run.checkpoint}")
+    def examined(weights: dict[str, Tensor]) -> dict[str, float]:
+        shadow.load_state_dict(weights)
+        return examine(shadow, *exam)
+
+    fit(model, model.config, run, arguments, make, lambda batch: losses(model, batch), examined, largest_gradient=5.0)
 
 
 if __name__ == "__main__":
