@@ -35,7 +35,7 @@ from kpmatch_ros.msg import FeatureArray, MatchArray
 from node_harness import NodeUnderTest, running_node
 
 SLACK = 0.15  # seconds beside inference: the pose, publishing, and the way here
-WARM_UP = 0.3  # part of the run after which what the node holds while it is inactive has to stay as it is
+WARM_UP = 0.3  # part of the run after which what the node holds has to stay as it is
 FRAMES = 12  # after which memory is looked at
 PARAMETERS = {"max_keypoints": 1024, "reference": "previous", "filter_threshold": 0.1, "depth_confidence": 0.95}
 ODDITIES = 24  # broken images, and others of all sizes, to choose from

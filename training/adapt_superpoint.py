@@ -9,7 +9,6 @@ goes on matching. The first blocks are not trained: what they make of each view 
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from common import (
     degrade,
     fit,
     generator,
-    keep,
+    kept,
     pictures,
     project,
     random_crop,
@@ -34,6 +33,7 @@ from common import (
     read_rgb,
     to_tensor,
     warp,
+    weights_of,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,11 +43,12 @@ from train_superpoint import (
     NOTHING,
     UNKNOWN,
     VIEW,
+    centre_of_mass,
     found_again,
+    heads,
     label_cells,
     load_superpoint,
     recognisable,
-    student,
 )
 
 from kpmatch_ros.models import SuperPoint
@@ -81,20 +82,18 @@ class Lessons:
     """
 
     def __init__(self, model: SuperPoint, files: list[Path], folder: Path, seed: int, device: torch.device) -> None:
-        weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values())
         names = " ".join([str(seed), *(file.name for file in files)]).encode()
         self.model, self.files, self.seed, self.device = model, files, seed, device
-        self.folder = folder / hashlib.sha256(weights + names).hexdigest()[:12]
+        self.folder = folder / hashlib.sha256(weights_of(model) + names).hexdigest()[:12]
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def __getitem__(self, number: int) -> Lesson:
-        path = self.folder / f"{number:06d}.npz"
-        if not path.exists():
+        def make() -> dict[str, Array]:
             rng = generator(self.seed, LESSON, number)
             crop = random_crop(rng, read_rgb(self.files[number % len(self.files)]), *CROP)
-            keep(path, **self.make(rng, cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY))._asdict())
-        with np.load(path) as kept:
-            return Lesson(**kept)
+            return self.make(rng, cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY))._asdict()
+
+        return Lesson(**kept(self.folder / f"{number:06d}.npz", make))
 
     def make(self, rng: np.random.Generator, image: Array) -> Lesson:
         homographies = [random_homography(rng, CROP, VIEW, MOTION) for _ in range(VIEWS)]
@@ -125,41 +124,11 @@ def peaks(scores: Array) -> Array:
     smooth = cv2.GaussianBlur(scores, (0, 0), DEVIATION)
     maxima = clear_border(suppress_non_maxima(torch.from_numpy(smooth)[None], 4), 4)
     points = select_keypoints(maxima, 0.0, POINTS)[0][0].numpy().astype(int)
-    shifts = np.array([(x, y) for y in (-1, 0, 1) for x in (-1, 0, 1)])
-    around = points[:, None] + shifts
-    weights = smooth[around[..., 1], around[..., 0]]
-    weights = weights - weights.min(axis=1, keepdims=True) + np.float32(1e-12)
-    middle: Array = points + (weights[..., None] * shifts).sum(axis=1) / weights.sum(axis=1, keepdims=True)
+    middle: Array = points + centre_of_mass(smooth, points, lambda near: near - near.min(axis=1, keepdims=True))
     return middle
 
 
-# --- the student -----------------------------------------------------------------------------------------------------
-
-
-class Student(nn.Module):
-    """A SuperPoint of which only what comes after the first ``frozen`` blocks learns."""
-
-    def __init__(self, model: SuperPoint, frozen: int) -> None:
-        super().__init__()
-        self.model = model
-        blocks = model.encoder.conv_blocks
-        self.learning = nn.ModuleList([*blocks[frozen:], model.keypoint_decoder, model.descriptor_decoder])
-        self.learning.requires_grad_(True)
-        self.frozen, self.trained = blocks[:frozen], blocks[frozen:]
-
-    @torch.no_grad()
-    def look(self, images: Tensor) -> Tensor:
-        """What the blocks make of images (V, 1, H, W) that do not learn."""
-        for block in self.frozen:
-            images = block(images)
-        return images
-
-    def forward(self, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the cells (V, 65, H/8, W/8), and descriptors (V, D, H/8, W/8)."""
-        for block in self.trained:
-            seen = block(seen)
-        decoder = self.model.keypoint_decoder
-        return decoder.conv_score_b(F.relu(decoder.conv_score_a(seen))), self.model.descriptor_decoder(seen)
+# --- what is asked of a view -----------------------------------------------------------------------------------------
 
 
 def likely_classes() -> Tensor:
@@ -216,26 +185,28 @@ def train(arguments: argparse.Namespace) -> None:
     run = Run(arguments.run, settings)
     cv2.setNumThreads(1)
 
-    teacher = load_superpoint(arguments.start_from).to(device)
+    model = load_superpoint(arguments.start_from).to(device)
     folder = arguments.data / "adaptation"
-    lessons = Lessons(teacher, pictures(arguments.data, "train"), folder, arguments.seed, device)
-    held_out = Lessons(teacher, pictures(arguments.data, "held-out"), folder, 0, device)
+    lessons = Lessons(model, pictures(arguments.data, "train"), folder, arguments.seed, device)
+    held_out = Lessons(model, pictures(arguments.data, "held-out"), folder, 0, device)
     exam = [held_out[number] for number in range(arguments.held_out)]
 
-    pupil = Student(copy.deepcopy(teacher), arguments.frozen).to(device)
+    # What the blocks that do not learn make of each view, and its descriptors as they are, before anything learns.
+    blocks = list(model.encoder.conv_blocks)
+    frozen, trained = nn.Sequential(*blocks[: arguments.frozen]), nn.Sequential(*blocks[arguments.frozen :])
     seen, before, cells = [], [], []
     for number in tqdm(range(arguments.crops), desc="crops", disable=None):
         lesson = lessons[number]
-        images = to_tensor(list(lesson.views), device)
-        seen.append(pupil.look(images).half())
-        with torch.no_grad():
-            before.append(student(teacher, images)[1].half())
+        features = frozen(to_tensor(list(lesson.views), device))
+        seen.append(features.half())
+        before.append(heads(model, trained(features))[1].half())
         cells.append(torch.from_numpy(lesson.cells).to(device))
     inputs, descriptors, labels = torch.cat(seen), torch.cat(before), torch.cat(cells)
     del seen, before, cells
+    model.requires_grad_(True)
+    frozen.requires_grad_(False)
     likely = likely_classes().to(device)
-
-    shadow = SuperPoint(**teacher.config).to(device)
+    shadow = SuperPoint(**model.config).to(device)
 
     def make(step: int) -> tuple[Tensor, Tensor, Tensor]:
         numbers = generator(arguments.seed, STEP, step).integers(0, len(inputs), arguments.views)
@@ -246,16 +217,10 @@ def train(arguments: argparse.Namespace) -> None:
         shadow.load_state_dict(weights)
         return examine(shadow, exam, device)
 
-    fit(
-        pupil.model,
-        teacher.config,
-        run,
-        arguments,
-        make,
-        lambda batch: losses(pupil(batch[0]), *batch[1:], likely),
-        examined,
-        largest_gradient=5.0,
-    )
+    def parts(batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+        return losses(heads(model, trained(batch[0])), *batch[1:], likely)
+
+    fit(model, model.config, run, run.load(device), arguments, make, parts, examined, 5.0)
 
 
 if __name__ == "__main__":

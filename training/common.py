@@ -46,11 +46,20 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(partial, path)
 
 
-def keep(path: Path, **arrays: Array) -> None:
-    """Write an .npz file so that it is there whole or not at all."""
-    partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part.npz")
-    np.savez(partial, **arrays)
-    os.replace(partial, path)
+def kept(path: Path, make: Callable[[], dict[str, Array]]) -> dict[str, Array]:
+    """The arrays of an .npz file; where it is not there they are made, and written whole or not at all."""
+    if not path.exists():
+        partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part.npz")
+        np.savez(partial, **make())  # type: ignore[arg-type]
+        os.replace(partial, path)
+    # Read back even when just made, so that the first time is no different from the others.
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def weights_of(model: nn.Module) -> bytes:
+    """What tells a network's weights from others', to be hashed."""
+    return b"".join(tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values())
 
 
 def read_manifest(data: Path) -> dict[str, Any]:
@@ -221,16 +230,18 @@ def fit(
     model: nn.Module,
     config: dict[str, Any],
     run: Run,
+    state: dict[str, Any] | None,
     arguments: argparse.Namespace,
     make: Callable[[int], T],
     losses: Callable[[T], dict[str, Tensor]],
     examine: Callable[[dict[str, Tensor]], dict[str, float]],
     largest_gradient: float,
 ) -> None:
-    """Train a model from the run's last checkpoint on, for as many steps as ``arguments`` say.
+    """Train a model, for as many steps as ``arguments`` say.
 
     Args:
         config: what the network to export is made from; kept in the checkpoint.
+        state: the run's last checkpoint, to go on from; None at the start.
         make: a step's data, by its number from 0 on; worked out by threads while the step before runs.
         losses: of these data, by name; ``total`` is what is to fall, the others are logged.
         examine: figures of the averaged weights, on pictures that are not trained on.
@@ -239,7 +250,7 @@ def fit(
     optimiser = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=1e-4)
     average = Average(model)
     first = 0
-    if (state := run.load(next(model.parameters()).device)) is not None:
+    if state is not None:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         average.tensors = state["average"]

@@ -27,7 +27,7 @@ from common import (
     fit,
     generator,
     inside,
-    keep,
+    kept,
     pictures,
     project,
     random_crop,
@@ -35,6 +35,7 @@ from common import (
     read_rgb,
     to_tensor,
     warp,
+    weights_of,
 )
 from torch import Tensor
 from torch.nn import functional as F
@@ -82,27 +83,25 @@ class Pairs:
         self.files, self.model, self.seed, self.rendered, self.strength = files, model, seed, rendered, strength
         self.model.keypoint_threshold, self.model.max_keypoints = 0.0, KEPT
         digest = hashlib.sha256(f"{seed} {rendered} {strength} {[file.name for file in files]}".encode())
-        for tensor in model.state_dict().values():
-            digest.update(tensor.cpu().numpy().tobytes())
+        digest.update(weights_of(model))
         self.folder = folder / digest.hexdigest()[:12]
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def pair(self, number: int) -> tuple[Features, Features]:
-        path = self.folder / f"{number:06d}.npz"
-        if not path.exists():
+        def make() -> dict[str, Array]:
             rng = generator(self.seed, PAIR, number)
             both = (self.rendered_pair if rng.random() < self.rendered else self.picture_pair)(rng, number)
-            keep(path, **{
+            return {
                 f"{name}{i}": value.astype(np.float16 if name == "descriptors" else np.float32)
                 for i, features in enumerate(both) for name, value in features._asdict().items()
-            })
-        # Read back even when just made, so that the first time is no different from the others.
-        with np.load(path) as kept:
-            first, second = (
-                Features(kept[f"points{i}"], kept[f"descriptors{i}"].astype(np.float32), kept[f"places{i}"])
-                for i in (0, 1)
-            )
-            return first, second
+            }
+
+        found = kept(self.folder / f"{number:06d}.npz", make)
+        first, second = (
+            Features(found[f"points{i}"], found[f"descriptors{i}"].astype(np.float32), found[f"places{i}"])
+            for i in (0, 1)
+        )
+        return first, second
 
     def picture_pair(self, rng: np.random.Generator, number: int) -> tuple[Features, Features]:
         """Two views of a picture."""
@@ -324,15 +323,15 @@ def main() -> None:
 def train(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     detector = load_superpoint(arguments.superpoint).to(device)
-    kept = arguments.data / "pairs"
-    training = Pairs(pictures(arguments.data, "train"), detector, kept, arguments.seed, arguments.rendered,
+    folder = arguments.data / "pairs"
+    training = Pairs(pictures(arguments.data, "train"), detector, folder, arguments.seed, arguments.rendered,
                      arguments.strength)
     settings = {name: getattr(arguments, name) for name in
                 ("start_from", "pairs", "keypoints", "pool", "rendered", "learning_rate", "strength", "seed")}
     settings["features"] = training.folder.name  # changes with the SuperPoint's weights
     run = Run(arguments.run, settings)
     cv2.setNumThreads(1)
-    held_out = Pairs(pictures(arguments.data, "held-out"), detector, kept, HELD_OUT_SEED, arguments.rendered, 0.5)
+    held_out = Pairs(pictures(arguments.data, "held-out"), detector, folder, HELD_OUT_SEED, arguments.rendered, 0.5)
     exam = [make_batch([held_out.pair(i)], arguments.keypoints, device) for i in range(arguments.held_out)]
 
     model = LightGlue.from_pretrained(arguments.start_from).to(device).requires_grad_(True)
@@ -348,7 +347,8 @@ def train(arguments: argparse.Namespace) -> None:
         shadow.load_state_dict(weights)
         return examine(shadow, exam)
 
-    fit(model, model.config, run, arguments, make, lambda batch: losses(model, batch), examined, largest_gradient=1.0)
+    state = run.load(device)
+    fit(model, model.config, run, state, arguments, make, lambda batch: losses(model, batch), examined, 1.0)
 
 
 if __name__ == "__main__":

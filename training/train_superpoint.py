@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from common import (
     fit,
     generator,
     inside,
-    keep,
+    kept,
     pictures,
     project,
     random_crop,
@@ -79,16 +80,15 @@ class Teachers:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def lesson(self, number: int) -> Lesson:
-        path = self.folder / f"{number:06d}.npz"
-        if not path.exists():
+        def make() -> dict[str, Array]:
             rng = generator(self.seed, CROP_NUMBER, number)
             crop = random_crop(rng, read_rgb(self.files[number % len(self.files)]), *CROP)
             image = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)
             points, descriptors = self.teach(crop, image)
-            keep(path, image=image, points=points, descriptors=descriptors.astype(np.float16))
-        # Read back even when just made, so that the first time is no different from the others.
-        with np.load(path) as kept:
-            return Lesson(kept["image"], kept["points"], kept["descriptors"].astype(np.float32))
+            return {"image": image, "points": points, "descriptors": descriptors.astype(np.float16)}
+
+        found = kept(self.folder / f"{number:06d}.npz", make)
+        return Lesson(found["image"], found["points"], found["descriptors"].astype(np.float32))
 
     @torch.inference_mode()
     def teach(self, rgb: Array, grey: Array) -> tuple[Array, Array]:
@@ -124,7 +124,7 @@ def vote(grey: Array, learned: Array) -> Array:
     votes = 1.0 * splat(learned, 0.05) + 0.7 * splat(corners, 0.05) + 0.3 * splat(fast, 1e-9)
     peaks = suppress_non_maxima(torch.from_numpy(votes)[None], 3)
     points = select_keypoints(clear_border(peaks.clone(), 4), 0.25, LABELS)[0][0].numpy()
-    return np.float32(points + centre_of_mass(votes, points.astype(int)))
+    return np.float32(points + centre_of_mass(votes, points.astype(int), lambda near: near**4))
 
 
 def splat(measure: Array, floor: float) -> Array:
@@ -137,11 +137,15 @@ def splat(measure: Array, floor: float) -> Array:
     return cv2.GaussianBlur(votes.numpy(), (0, 0), 1.2) * np.float32(2 * np.pi * 1.2**2)
 
 
-def centre_of_mass(votes: Array, points: Array) -> Array:
-    """How far (N, 2) the bump around each point (N, 2) lies from it, fractions of a pixel."""
+def centre_of_mass(values: Array, points: Array, weigh: Callable[[Array], Array]) -> Array:
+    """How far (N, 2) the middle of the bump around each point (N, 2) lies from it, fractions of a pixel.
+
+    Args:
+        weigh: values (N, 9) at a point and around it to their weights.
+    """
     shifts = np.array([(x, y) for y in (-1, 0, 1) for x in (-1, 0, 1)])
     around = points[:, None] + shifts
-    weights = votes[around[..., 1], around[..., 0]] ** 4
+    weights = weigh(values[around[..., 1], around[..., 0]])
     return (weights[..., None] * shifts).sum(axis=1) / np.maximum(weights.sum(axis=1), 1e-12)[:, None]
 
 
@@ -301,7 +305,11 @@ def load_superpoint(source: str | Path) -> SuperPoint:
 
 def student(model: SuperPoint, images: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of the cells (V, 65, H/8, W/8) and descriptors (V, D, H/8, W/8)."""
-    features = model.encoder(images)
+    return heads(model, model.encoder(images))
+
+
+def heads(model: SuperPoint, features: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, from the encoder's features (V, C, H/8, W/8)."""
     decoder = model.keypoint_decoder
     return decoder.conv_score_b(F.relu(decoder.conv_score_a(features))), model.descriptor_decoder(features)
 
@@ -423,8 +431,9 @@ def train(arguments: argparse.Namespace) -> None:
         model = add_norms(SuperPoint(descriptor_decoder_dim=128, keypoint_threshold=0.0005, max_keypoints=1024))
     else:
         model = add_norms(SuperPoint.from_pretrained(arguments.start_from))
+    state = run.load(device)
     model.to(device)
-    if arguments.start_from != "nothing":
+    if state is None and arguments.start_from != "nothing":
         adopt_statistics(model, torch.cat([batch.images for batch in exam[0]]))
     model.to(memory_format=torch.channels_last)
     shadow = add_norms(SuperPoint(**model.config)).to(device)
@@ -438,7 +447,7 @@ def train(arguments: argparse.Namespace) -> None:
         shadow.load_state_dict(weights)
         return examine(shadow, *exam)
 
-    fit(model, model.config, run, arguments, make, lambda batch: losses(model, batch), examined, largest_gradient=5.0)
+    fit(model, model.config, run, state, arguments, make, lambda batch: losses(model, batch), examined, 5.0)
 
 
 if __name__ == "__main__":
