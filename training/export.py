@@ -11,20 +11,11 @@ from typing import Any
 import torch
 from common import log_line, write_json
 from safetensors.torch import save_file
+from train_lightglue import load_lightglue
 from train_superpoint import load_superpoint
 
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.weights import file_hash
-
-
-def load_lightglue(source: str | Path) -> LightGlue:
-    """From a training's checkpoint (its averaged weights), or whatever the package itself reads."""
-    if Path(source).suffix != ".pt":
-        return LightGlue.from_pretrained(source)
-    state = torch.load(source, map_location="cpu", weights_only=True)
-    model = LightGlue(**state["config"])
-    model.load_state_dict(state["average"])
-    return model
 
 
 def export(superpoint: SuperPoint, lightglue: LightGlue, folder: Path) -> Path:

@@ -49,7 +49,7 @@ from kpmatch_ros.synthetic import Pose, Scene, View, camera_path, demo_camera, l
 BASE = (960, 720)  # width, height of a crop, of which a view shows a part
 SIZE = (640, 480)  # of a view
 KEPT = 1024  # points of each image that are kept on disk
-NEAR, FAR = 3.0, 5.0  # pixels: a match; certainly none
+NEAR = 3.0  # pixels: a match; a point with none so near has none, or else matches just beside would never be unlearnt
 SCENES = 4  # rendered scenes to choose from
 
 HELD_OUT_SEED = 1000  # far from those of the training, so that the rendered scenes are others too
@@ -217,8 +217,8 @@ def truth(first: Features, second: Features) -> tuple[Array, Array, Array]:
         back = np.linalg.norm(first.points[:, None] - second.places[None], axis=2)
     distance = np.fmax(there, back)
     distance[np.isnan(distance)] = np.inf
-    alone0 = ~np.isnan(first.places).any(axis=1) & (np.nan_to_num(there, nan=np.inf).min(axis=1, initial=np.inf) > FAR)
-    alone1 = ~np.isnan(second.places).any(axis=1) & (np.nan_to_num(back, nan=np.inf).min(axis=0, initial=np.inf) > FAR)
+    alone0 = ~np.isnan(first.places).any(axis=1) & (np.nan_to_num(there, nan=np.inf).min(axis=1, initial=np.inf) > NEAR)
+    alone1 = ~np.isnan(second.places).any(axis=1) & (np.nan_to_num(back, nan=np.inf).min(axis=0, initial=np.inf) > NEAR)
     partners = np.full(len(first.points), -1, np.int64)
     if distance.size:
         best0, best1 = distance.argmin(axis=1), distance.argmin(axis=0)
@@ -229,6 +229,16 @@ def truth(first: Features, second: Features) -> tuple[Array, Array, Array]:
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
+
+
+def load_lightglue(source: str | Path) -> LightGlue:
+    """From a training's checkpoint (its averaged weights), or whatever the package itself reads."""
+    if Path(source).suffix != ".pt":
+        return LightGlue.from_pretrained(source)
+    state = torch.load(source, map_location="cpu", weights_only=True)
+    model = LightGlue(**state["config"])
+    model.load_state_dict(state["average"])
+    return model
 
 
 def layers(model: LightGlue, batch: Batch) -> list[tuple[Points, Points]]:
@@ -311,7 +321,7 @@ def main() -> None:
     add_data_option(parser)
     add_run_options(parser, steps=40000, rate=1e-4, examine_every=250, what="pairs")
     parser.add_argument("--superpoint", default="superpoint-open", help="a training's checkpoint.pt, a folder, a name")
-    parser.add_argument("--start-from", default="lightglue-superpoint-open", help="weights to start from")
+    parser.add_argument("--start-from", default="lightglue-superpoint-open", help="likewise")
     parser.add_argument("--pairs", type=int, default=2, help="pairs of images in a step")
     parser.add_argument("--keypoints", type=int, default=512, help="of each image")
     parser.add_argument("--pool", type=int, default=3000, help="different pairs to learn from")
@@ -334,7 +344,7 @@ def train(arguments: argparse.Namespace) -> None:
     held_out = Pairs(pictures(arguments.data, "held-out"), detector, folder, HELD_OUT_SEED, arguments.rendered, 0.5)
     exam = [make_batch([held_out.pair(i)], arguments.keypoints, device) for i in range(arguments.held_out)]
 
-    model = LightGlue.from_pretrained(arguments.start_from).to(device).requires_grad_(True)
+    model = load_lightglue(arguments.start_from).to(device).requires_grad_(True)
     for layer in cast(list[TransformerLayer], list(model.transformer_layers)):
         layer.cross_attention.share_equal_projections()  # and train them as one, for the authors' code has only one
     shadow = LightGlue(**model.config).to(device)
