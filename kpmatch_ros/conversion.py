@@ -22,7 +22,7 @@ from kpmatch_ros.models.checkpoint import (
     network_types,
     no_network,
     prepared,
-    read_checkpoint,
+    read_source,
 )
 from kpmatch_ros.weights import WeightsError
 
@@ -77,7 +77,7 @@ def describe(source: str | Path) -> list[Network]:
     Raises:
         WeightsError: when there are none that this package knows, or they are damaged.
     """
-    read = read_checkpoint(weights.resolve(source))
+    read = read_source(source)
     registered = weights.REGISTRY.get(str(source))
     if registered is not None:
         return [_network(model, source, read) for model in registered.networks]
@@ -89,7 +89,7 @@ def describe(source: str | Path) -> list[Network]:
 
 def _network(model: str, source: str | Path, read: Checkpoint) -> Network:
     # Building it checks everything: names, shapes, finite values, and that the configuration is understood.
-    built = build(_KINDS[model], weights.resolve(source), {})
+    built = build(_KINDS[model], source, {})
     stored = prepared(_KINDS[model], read).tensors
     return Network(model, built.config, {name: stored[name] for name in built.state_dict()})
 

@@ -51,6 +51,7 @@ class Weights:
         sha256: of the file, hexadecimal; empty for the hub's, of which only the hub knows it.
         extractor: for a matcher, the extractor it was made for.
         detector: for a matcher whose folder holds its keypoint detector too, that network.
+        layers: for a LightGlue of which only the first layers are meant, how many; 0 for all.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Weights:
     sha256: str = ""
     extractor: str = ""
     detector: str = ""
+    layers: int = 0
 
     @property
     def file(self) -> Path:
@@ -139,6 +141,14 @@ REGISTRY: dict[str, Weights] = _registered(
         "lightglue",
         extractor="superpoint-open",
         origin="ALIKED's LightGlue (Apache-2.0), fine-tuned for this package on superpoint-open's features",
+        **_OPEN_PAIR,
+    ),
+    Weights(
+        "lightglue-superpoint-open-small",
+        "lightglue",
+        extractor="superpoint-open",
+        origin="the first 6 of the 9 layers of lightglue-superpoint-open, for robots without a GPU",
+        layers=6,
         **_OPEN_PAIR,
     ),
     _wheel(

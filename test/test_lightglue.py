@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kpmatch_ros import weights
+from kpmatch_ros.conversion import convert
 from kpmatch_ros.models import LightGlue, NearestNeighbour, SuperPoint, trace
 from kpmatch_ros.models.assignment import Assignment
 from kpmatch_ros.models.lightglue import normalise_keypoints
@@ -559,18 +560,20 @@ def test_the_authors_file_gives_the_same_network(
         assert torch.equal(ours, theirs)
 
 
-@pytest.fixture(scope="module")
-def shipped() -> Networks:
+@pytest.fixture(scope="module", params=["lightglue-superpoint-open", "lightglue-superpoint-open-small"])
+def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Networks:
     """The weights inside the package, in `transformers` and here, at all four borders."""
     transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
-    theirs = transformers.LightGlueForKeypointMatching.from_pretrained(
-        weights.find("lightglue-superpoint-open").path, dtype=torch.float32
-    ).eval()
+    folder = weights.find(request.param).path
+    if weights.find(request.param).layers:  # the file itself holds more
+        folder = tmp_path_factory.mktemp("small") / request.param
+        convert(request.param, folder)
+    theirs = transformers.LightGlueForKeypointMatching.from_pretrained(folder, dtype=torch.float32).eval()
     theirs.keypoint_detector.keypoint_decoder.border_removal_distance = 0  # it has another idea of borders than ours
     theirs.keypoint_detector.keypoint_decoder.max_keypoints = 400
     detector = SuperPoint.from_pretrained("superpoint-open", border_removal_distance=0, max_keypoints=400)
-    return theirs, detector, LightGlue.from_pretrained("lightglue-superpoint-open")
+    return theirs, detector, LightGlue.from_pretrained(request.param)
 
 
 @pytest.mark.parametrize("modes", [FIXED, DEFAULT], ids=["fixed", "adaptive"])

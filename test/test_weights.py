@@ -281,6 +281,21 @@ def test_a_registered_matcher_wants_the_extractor_it_was_made_for(monkeypatch: p
         FeatureMatcher(extractor="superpoint-other", device="cpu")
 
 
+def test_the_small_matcher_matches_with_the_first_layers_of_the_large_one() -> None:
+    large, small = (LightGlue.from_pretrained(f"lightglue-superpoint-open{suffix}") for suffix in ("", "-small"))
+    count = len(small.transformer_layers)
+    assert 0 < count == small.config["num_hidden_layers"] < len(large.transformer_layers)
+    large.transformer_layers = large.transformer_layers[:count]
+    large.depth_confidence = large.width_confidence = small.depth_confidence = small.width_confidence = -1
+    points = torch.rand(1, 60, 2) * 300
+    descriptors = torch.nn.functional.normalize(torch.randn(1, 60, large.input_dim), dim=2)
+    size = torch.tensor([[300, 300]])
+    inputs = points, points + 3, descriptors, descriptors, size, size
+    expected, found = large(*inputs), small(*inputs)
+    assert (found.matches0 >= 0).sum() > 30 and torch.equal(found.layers, expected.layers)
+    assert torch.equal(found.matches0, expected.matches0) and torch.equal(found.scores0, expected.scores0)
+
+
 # ------------------------------------------------------------------------------------------------------------ fetching
 
 

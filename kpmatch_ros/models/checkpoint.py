@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kpmatch_ros import weights
 
-__all__ = ["NETWORKS", "Checkpoint", "build", "network_type", "network_types", "read_checkpoint"]
+__all__ = ["NETWORKS", "Checkpoint", "build", "network_type", "network_types", "read_source"]
 
 # One tensor that only this network has: its name in the authors' files and in this package's (and `transformers`').
 # Matchers come first: the folder of a matcher can hold its detector too, under a longer name.
@@ -141,6 +141,32 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(_own_config(path), _read_tensors(path), str(path))
 
 
+def read_source(source: str | Path) -> Checkpoint:
+    """What a registered name, a folder or a file holds; where the name means fewer layers than the file has, those.
+
+    Raises:
+        WeightsError: as :func:`read_checkpoint`, or when there is no such name or file.
+    """
+    read = read_checkpoint(weights.resolve(source))
+    registered = weights.REGISTRY.get(str(source))
+    return first_layers(read, registered.layers) if registered is not None and registered.layers else read
+
+
+def first_layers(lightglue: Checkpoint, count: int) -> Checkpoint:
+    """A LightGlue without the layers after the first ``count``, from a Hugging Face folder.
+
+    Each layer was trained to match by itself, so that matching can stop there.
+    """
+
+    def kept(name: str) -> bool:
+        layer = re.match(r"(transformer_layers|match_assignment_layers|token_confidence)\.(\d+)\.", name)
+        # Whether to stop is asked between layers, of which there is one less.
+        return not layer or int(layer[2]) < count - (layer[1] == "token_confidence")
+
+    tensors = {name: tensor for name, tensor in lightglue.tensors.items() if kept(name)}
+    return Checkpoint({**lightglue.config, "num_hidden_layers": count}, tensors, lightglue.source)
+
+
 def _own_config(path: Path) -> dict[str, Any]:
     """The configuration in the header of a ``.safetensors`` file that this package wrote; empty in other files."""
     if path.suffix != ".safetensors":
@@ -226,7 +252,7 @@ def build(cls: type[Model], source: str | Path, options: Mapping[str, Any]) -> M
     registered = weights.REGISTRY.get(str(source))
     if registered is not None and network.MODEL_TYPE not in registered.networks:
         _check_kind(registered.name, registered.model, network.MODEL_TYPE)
-    read = read_checkpoint(weights.resolve(source))
+    read = read_source(source)
     with _explained(read.source, network.MODEL_TYPE):
         checkpoint = prepared(network, read)
     _check_kind(checkpoint.source, checkpoint.config.get("model_type", network.MODEL_TYPE), network.MODEL_TYPE)
