@@ -39,22 +39,6 @@ def export(superpoint: SuperPoint, lightglue: LightGlue, folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
-@torch.no_grad()
-def with_one_projection(lightglue: LightGlue) -> LightGlue:
-    """The same with one projection for queries and keys of cross-attention, the mean of the two that training makes.
-
-    The authors' network has only one, and this package then computes it once.
-    """
-    tensors = lightglue.state_dict()
-    for name, queries in tensors.items():
-        if "cross_attention.q_proj" in name:
-            keys = tensors[name.replace("q_proj", "k_proj")]
-            mean = (queries + keys) / 2
-            queries.copy_(mean)
-            keys.copy_(mean)
-    return lightglue
-
-
 def configuration(superpoint: dict[str, Any], lightglue: dict[str, Any]) -> dict[str, Any]:
     """The configuration of both, as `transformers` names it."""
     size, heads = lightglue["descriptor_dim"], lightglue["num_attention_heads"]
@@ -78,12 +62,8 @@ def main() -> None:
     parser.add_argument("--superpoint", default="superpoint-open", help="a training's checkpoint.pt, a folder, a name")
     parser.add_argument("--lightglue", default="lightglue-superpoint-open", help="likewise")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--one-projection", action="store_true", help="for queries and keys of cross-attention")
     arguments = parser.parse_args()
-    lightglue = load_lightglue(arguments.lightglue)
-    if arguments.one_projection:
-        lightglue = with_one_projection(lightglue)
-    file = export(load_superpoint(arguments.superpoint), lightglue, arguments.folder)
+    file = export(load_superpoint(arguments.superpoint), load_lightglue(arguments.lightglue), arguments.folder)
     log_line(f"{file}: {file.stat().st_size} bytes, SHA-256 {file_hash(file)}")
 
 
