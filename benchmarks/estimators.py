@@ -275,6 +275,7 @@ def main() -> None:
     parser.add_argument("--gate", type=float, default=1.0, help="largest error of an inlier, pixels (default 1)")
     parser.add_argument("--extractor", default="superpoint-open")
     parser.add_argument("--matcher", default="lightglue-superpoint-open")
+    parser.add_argument("--precision", default="float32", help="of the networks (default float32)")
     parser.add_argument("--resize", type=int, default=0, help="longest side that the extractor sees (default: as is)")
     parser.add_argument("--max-keypoints", type=int, default=1024)
     parser.add_argument("--matches", type=int, nargs="*", default=[300], help="matches of a scene (default 300)")
@@ -283,7 +284,7 @@ def main() -> None:
     options = parser.parse_args()
     cv2.setNumThreads(1)
     if options.data is not None:
-        names = ("extractor", "matcher", "resize", "max_keypoints")
+        names = ("extractor", "matcher", "precision", "resize", "max_keypoints")
         pairs = list(read_pairs(options.data, **{name: getattr(options, name) for name in names}))
         title = f"{len(pairs)} image pairs, {', '.join(str(len(pair.points0)) for pair in pairs)} matches"
         shuffled = [pair.shuffled(order) for pair in pairs for order in range(options.orders)]
