@@ -231,16 +231,6 @@ def truth(first: Features, second: Features) -> tuple[Array, Array, Array]:
 # --- the loss --------------------------------------------------------------------------------------------------------
 
 
-def load_lightglue(source: str | Path) -> LightGlue:
-    """From a training's checkpoint (its averaged weights), or whatever the package itself reads."""
-    if Path(source).suffix != ".pt":
-        return LightGlue.from_pretrained(source)
-    state = torch.load(source, map_location="cpu", weights_only=True)
-    model = LightGlue(**state["config"])
-    model.load_state_dict(state["average"])
-    return model
-
-
 def layers(model: LightGlue, batch: Batch) -> list[tuple[Points, Points]]:
     """The states of both images' points after every layer."""
     size = torch.tensor([SIZE], device=batch.partners.device).expand(len(batch.partners), 2)
@@ -314,6 +304,16 @@ def examine(model: LightGlue, batches: list[Batch]) -> dict[str, float]:
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
+
+
+def load_lightglue(source: str | Path) -> LightGlue:
+    """From a training's checkpoint (its averaged weights), or whatever the package itself reads."""
+    if Path(source).suffix != ".pt":
+        return LightGlue.from_pretrained(source)
+    state = torch.load(source, map_location="cpu", weights_only=True)
+    model = LightGlue(**state["config"])
+    model.load_state_dict(state["average"])
+    return model
 
 
 def main() -> None:
