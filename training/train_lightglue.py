@@ -9,6 +9,7 @@ parallax, occlusion and perspective as a moving camera has them. The features of
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 from functools import lru_cache
 from pathlib import Path
@@ -76,13 +77,14 @@ class Pairs:
     Args:
         files: the pictures.
         rendered: share of the pairs that show a rendered scene from two places.
+        radii: of the non-maximum suppression, pixels; each pair has one of them.
     """
 
     def __init__(self, files: list[Path], model: SuperPoint, folder: Path, seed: int, rendered: float,
-                 strength: float) -> None:
-        self.files, self.model, self.seed, self.rendered, self.strength = files, model, seed, rendered, strength
-        self.model.keypoint_threshold, self.model.max_keypoints = 0.0, KEPT
-        digest = hashlib.sha256(f"{seed} {rendered} {strength} {[file.name for file in files]}".encode())
+                 strength: float, radii: list[int]) -> None:
+        self.files, self.seed, self.rendered, self.strength = files, seed, rendered, strength
+        self.detectors = [with_radius(model, radius) for radius in radii]
+        digest = hashlib.sha256(f"{seed} {rendered} {strength} {radii} {[file.name for file in files]}".encode())
         digest.update(weights_of(model))
         self.folder = folder / digest.hexdigest()[:12]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,8 @@ class Pairs:
     def pair(self, number: int) -> tuple[Features, Features]:
         def make() -> dict[str, Array]:
             rng = generator(self.seed, PAIR, number)
-            both = (self.rendered_pair if rng.random() < self.rendered else self.picture_pair)(rng, number)
+            make_pair = self.rendered_pair if rng.random() < self.rendered else self.picture_pair
+            both = make_pair(rng, number, self.detectors[rng.integers(len(self.detectors))])
             return {
                 f"{name}{i}": value.astype(np.float16 if name == "descriptors" else np.float32)
                 for i, features in enumerate(both) for name, value in features._asdict().items()
@@ -103,17 +106,17 @@ class Pairs:
         )
         return first, second
 
-    def picture_pair(self, rng: np.random.Generator, number: int) -> tuple[Features, Features]:
+    def picture_pair(self, rng: np.random.Generator, number: int, detector: SuperPoint) -> tuple[Features, Features]:
         """Two views of a picture."""
         image = cv2.cvtColor(read_rgb(self.files[number % len(self.files)]), cv2.COLOR_RGB2GRAY)
         crop = random_crop(rng, image, *BASE)
         moves = [random_homography(rng, BASE, SIZE, strength) for strength in (0.3, 1.0)]
-        points = [self.extract(degrade(rng, warp(crop, move, SIZE), self.strength)) for move in moves]
+        points = [extract(detector, degrade(rng, warp(crop, move, SIZE), self.strength)) for move in moves]
         between = moves[1] @ np.linalg.inv(moves[0])
         return _with_places(points, [_planar_places(points[0][0], between),
                                      _planar_places(points[1][0], np.linalg.inv(between))])
 
-    def rendered_pair(self, rng: np.random.Generator, number: int) -> tuple[Features, Features]:
+    def rendered_pair(self, rng: np.random.Generator, number: int, detector: SuperPoint) -> tuple[Features, Features]:
         """A scene from two places."""
         scene, poses = rendered_scene(int(rng.integers(SCENES)) + SCENES * self.seed)
         first = int(rng.integers(len(poses)))
@@ -121,15 +124,22 @@ class Pairs:
         camera = demo_camera(*SIZE, distorted=False)
         views = [scene.render(*shaken(rng, poses[i]), camera) for i in (first, second)]
         greys = [cv2.cvtColor(view.image, cv2.COLOR_RGB2GRAY) for view in views]
-        points = [self.extract(degrade(rng, grey, self.strength)) for grey in greys]
+        points = [extract(detector, degrade(rng, grey, self.strength)) for grey in greys]
         return _with_places(points, [places_in(points[0][0], *views), places_in(points[1][0], *views[::-1])])
 
-    @torch.inference_mode()
-    def extract(self, image: Array) -> tuple[Array, Array]:
-        """Points (N, 2) and descriptors (N, D) of a grey image."""
-        device = next(self.model.parameters()).device
-        found = self.model(to_tensor([image], device))
-        return found.keypoints[0].cpu().numpy(), found.descriptors[0].cpu().numpy()
+
+def with_radius(model: SuperPoint, radius: int) -> SuperPoint:
+    """The same network, finding as many points as are kept, with non-maximum suppression of that radius."""
+    same = copy.copy(model)  # with the same weights, not a copy of them
+    same.keypoint_threshold, same.max_keypoints, same.nms_radius = 0.0, KEPT, radius
+    return same
+
+
+@torch.inference_mode()
+def extract(detector: SuperPoint, image: Array) -> tuple[Array, Array]:
+    """Points (N, 2) and descriptors (N, D) of a grey image."""
+    found = detector(to_tensor([image], next(detector.parameters()).device))
+    return found.keypoints[0].cpu().numpy(), found.descriptors[0].cpu().numpy()
 
 
 def _with_places(points: list[tuple[Array, Array]], places: list[Array]) -> tuple[Features, Features]:
@@ -327,6 +337,8 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=3000, help="different pairs to learn from")
     parser.add_argument("--rendered", type=float, default=0.25, help="share of the pairs that are rendered scenes")
     parser.add_argument("--strength", type=float, default=0.6, help="of degradation, 0 to 1")
+    parser.add_argument("--nms-radii", type=int, nargs="+", metavar="PIXELS",
+                        help="of the non-maximum suppression, one of them for each pair; default: the SuperPoint's own")
     train(parser.parse_args())
 
 
@@ -334,14 +346,16 @@ def train(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     detector = load_superpoint(arguments.superpoint).to(device)
     folder = arguments.data / "pairs"
+    radii = arguments.nms_radii or [detector.nms_radius]
     training = Pairs(pictures(arguments.data, "train"), detector, folder, arguments.seed, arguments.rendered,
-                     arguments.strength)
+                     arguments.strength, radii)
     settings = {name: getattr(arguments, name) for name in
                 ("start_from", "pairs", "keypoints", "pool", "rendered", "learning_rate", "strength", "seed")}
     settings["features"] = training.folder.name  # changes with the SuperPoint's weights
     run = Run(arguments.run, settings)
     cv2.setNumThreads(1)
-    held_out = Pairs(pictures(arguments.data, "held-out"), detector, folder, HELD_OUT_SEED, arguments.rendered, 0.5)
+    held_out = Pairs(pictures(arguments.data, "held-out"), detector, folder, HELD_OUT_SEED, arguments.rendered, 0.5,
+                     radii)
     exam = [make_batch([held_out.pair(i)], arguments.keypoints, device) for i in range(arguments.held_out)]
 
     model = load_lightglue(arguments.start_from).to(device).requires_grad_(True)
