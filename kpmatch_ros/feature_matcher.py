@@ -37,6 +37,10 @@ LARGEST_IMAGE = 3840 * 2176  # pixels: SuperPoint's first layers take 6 GB of me
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as OpenCV and the authors of SuperPoint convert colour to grey
 
+# Of an image: with fewer, a GPU loses more time by looking for points to drop than it gains (cvg/LightGlue's
+# pruning_keypoint_thresholds, with flash attention).
+_PRUNED_ABOVE_ON_GPU = 1536
+
 
 @dataclass(frozen=True)
 class Features:
@@ -124,6 +128,7 @@ class FeatureMatcher:
             torch.set_num_threads(self.parameters.threads)
         self.device = choose_device(self.parameters.device)
         self.dtype = choose_precision(self.parameters.precision, self.device)
+        self._luma = torch.tensor(_LUMA, device=self.device)
         self.extractor = self._load_extractor()
         self.matcher = self._load_matcher()
         followed = ("keypoint_threshold", "nms_radius", "border")
@@ -182,13 +187,16 @@ class FeatureMatcher:
         for shape in {image.shape for image in seen}:
             group = [i for i, image in enumerate(seen) if image.shape == shape]
             detections = self._run(self.extractor, _is_sound, torch.cat([seen[i] for i in group]))
-            for i, keypoints, scores, descriptors, mask in zip(group, *detections):
+            counts = detections.mask.sum(dim=1).tolist()  # the one thing that a GPU has to be waited for
+            for i, count, keypoints, scores, descriptors in zip(group, counts, *detections[:3]):
                 height, width = received[i].shape[:2]
-                scale = keypoints.new_tensor([width / shape[-1], height / shape[-2]])
+                x, y = keypoints[:count].unbind(1)
                 found[i] = Features(
-                    keypoints=(keypoints[mask] + 0.5) * scale - 0.5,
-                    scores=scores[mask],
-                    descriptors=descriptors[mask],
+                    keypoints=torch.stack(
+                        [(x + 0.5) * (width / shape[-1]) - 0.5, (y + 0.5) * (height / shape[-2]) - 0.5], dim=1
+                    ),
+                    scores=scores[:count],
+                    descriptors=descriptors[:count],
                     size=(width, height),
                 )
         return [found[i] for i in range(len(seen))]
@@ -270,13 +278,15 @@ class FeatureMatcher:
             pixels = pixels[..., ::-1]
         if min(pixels.strides) < 0 or not pixels.flags.writeable:  # neither of which torch takes
             pixels = pixels.copy()
-        image = torch.from_numpy(pixels).to(self.device).float() / 255
+        host = torch.from_numpy(pixels)
+        if self.device.type == "cuda":
+            host = host.pin_memory()  # or else the copy would be waited for
+        image = host.to(self.device, non_blocking=True).float() / 255
         if image.ndim == 2:
             return image[None, None]
-        colours = [2, 1, 0] if reversed_colours else [0, 1, 2]
         if self.extractor.CHANNELS == 3:
-            return image[..., colours].permute(2, 0, 1)[None]
-        return (image @ torch.tensor(_LUMA, device=self.device)[colours])[None, None]
+            return (image.flip(-1) if reversed_colours else image).permute(2, 0, 1)[None]
+        return (image @ (self._luma.flip(0) if reversed_colours else self._luma))[None, None]
 
     def _batch(self, features: Sequence[Features]) -> _Batch:
         """Features of several images, padded to the same number; without a mask where none needed padding."""
@@ -327,13 +337,15 @@ class FeatureMatcher:
             )
         if isinstance(matcher, LightGlue):
             matcher.fuse()
+            if self.device.type != "cpu":
+                matcher.run_ahead, matcher.prune_above = True, _PRUNED_ABOVE_ON_GPU
         loaded: Matcher = self._to_precision(matcher.to(self.device))
         return loaded
 
 
 def _is_sound(found: Detections) -> bool:
     """Whether half precision sufficed. NaN among the scores shows as an image without any keypoint."""
-    return bool(found.mask.any(dim=-1).all()) and bool(torch.isfinite(found.descriptors).all())
+    return bool(found.mask.any(dim=-1).all() & torch.isfinite(found.descriptors).all())
 
 
 class _Batch(NamedTuple):

@@ -276,8 +276,9 @@ class ALIKED(nn.Module):
         if keypoints.shape[1] == 0:
             return Detections.none(batch, self.descriptor_size, image.device)
         keypoints, scores = refine(scores, keypoints, self.refinement_radius)
-        scores, order = (scores * mask).sort(dim=1, descending=True)
+        scores, order = scores.masked_fill(~mask, -1.0).sort(dim=1, descending=True)
         mask = mask.gather(1, order)
+        scores = scores * mask
         keypoints = keypoints.gather(1, order[..., None].expand_as(keypoints)) * mask[..., None]
         descriptors = self.descriptor_head(FeatureMap(levels, padding, width, height), keypoints)
         return Detections(keypoints, scores, descriptors, mask)

@@ -236,12 +236,30 @@ class Points:
         self.index = self.index[chosen]
 
 
+class OnItsWay:
+    """A truth value that a device is still working out. The host waits for it when it asks, not before."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value.to("cpu", non_blocking=True)
+        self.copied = torch.cuda.current_stream(value.device).record_event() if value.is_cuda else None
+
+    def __bool__(self) -> bool:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return bool(self.value)
+
+
 class LightGlue(nn.Module):
     """The matcher. Build it with :meth:`from_pretrained`.
 
     Args:
         config: any of the keys of :attr:`DEFAULTS`, named as in `transformers`' ``LightGlueConfig``; ``input_dim`` is
             the size of the extractor's descriptors.
+
+    Attributes:
+        run_ahead: begin the next layer before it is known whether the last one was enough, and drop what it made if it
+            was. For a GPU, which would stand still while the host looks; the matches are the same.
+        prune_above: points are dropped only from images with more of them than this.
     """
 
     MODEL_TYPE = "lightglue"
@@ -285,6 +303,8 @@ class LightGlue(nn.Module):
         self.depth_confidence: float = self.config["depth_confidence"]
         self.width_confidence: float = self.config["width_confidence"]
         self.filter_threshold: float = self.config["filter_threshold"]
+        self.run_ahead = False
+        self.prune_above = 0
         self.requires_grad_(False).eval()
 
     @classmethod
@@ -407,23 +427,35 @@ class LightGlue(nn.Module):
         """Run the points through the layers, dropping and stopping as configured; the number of layers run."""
         last = len(self.transformer_layers) - 1
         total = len(points0) + len(points1)
+        prunes = self.width_confidence > 0 and max(len(points0), len(points1)) > self.prune_above
+        ahead = self.run_ahead and not prunes  # how many points are left has to be waited for anyway
+        enough: OnItsWay | None = None  # whether the points are sure after the layers so far
         for i, layer in enumerate(self.transformer_layers):
+            before = points0.x, points1.x
             points0.x, points1.x = layer(points0, points1)
+            if enough:
+                points0.x, points1.x = before
+                return i
             if i == last:
                 break
             confidence0 = confidence1 = None
             if self.depth_confidence > 0:
                 confidence0 = self.token_confidence[i](points0.x)[0]
                 confidence1 = self.token_confidence[i](points1.x)[0]
-                unsure = (torch.cat([confidence0, confidence1]) < self._confidence_threshold(i)).sum()
-                if 1 - unsure.item() / total > self.depth_confidence:
+                enough = OnItsWay(self._are_sure(confidence0, confidence1, i, total))
+                if not ahead and enough:
                     return i + 1
-            if self.width_confidence > 0:
+            if prunes:
                 self._prune(points0, confidence0, i)
                 self._prune(points1, confidence1, i)
                 if len(points0) == 0 or len(points1) == 0:
                     return i + 1
         return last + 1
+
+    def _are_sure(self, confidence0: Tensor, confidence1: Tensor, layer: int, total: int) -> Tensor:
+        """Whether enough of the ``total`` points are sure, the pruned ones among them (section 3.3)."""
+        unsure = (torch.cat([confidence0, confidence1]) < self._confidence_threshold(layer)).sum()
+        return 1 - unsure.double() / total > self.depth_confidence
 
     def _prune(self, points: Points, confidence: Tensor | None, layer: int) -> None:
         """Drop the points that are sure of having no match (section 3.3)."""

@@ -24,7 +24,7 @@ BAND = 8 << 20  # bytes of activations that a processor's convolutions make at a
 
 
 class Detections(NamedTuple):
-    """Keypoints of a batch of B images, padded to the same number N; best scores first.
+    """Keypoints of a batch of B images, padded to the same number N; best scores first, padding last.
 
     Attributes:
         keypoints: (B, N, 2) float32 x, y in pixels; the centre of the top-left pixel is (0, 0).
@@ -317,9 +317,11 @@ def select_keypoints(scores: Tensor, threshold: float, max_keypoints: int) -> tu
     """
     batch, _, width = scores.shape
     flat = scores.reshape(batch, -1)
-    count = int((flat > threshold).sum(dim=1).max())
-    if max_keypoints >= 0:
-        count = min(count, max_keypoints)
+    count = min(max_keypoints, flat.shape[1])
+    if max_keypoints < 0 or scores.device.type == "cpu":
+        # Not on a GPU, if it can be helped: to ask how many there are is to wait for it.
+        found = int((flat > threshold).sum(dim=1).max())
+        count = found if max_keypoints < 0 else min(count, found)
     best, index = flat.topk(count, dim=1)
     mask = best > threshold
     rows = torch.div(index, width, rounding_mode="floor")
