@@ -183,11 +183,12 @@ class Learned:
     @torch.inference_mode()
     def __call__(self, image0: Array, image1: Array) -> tuple[Array, Array, int]:
         found = [self.extractor(self._pixels(image)) for image in (image0, image1)]
+        keypoints, descriptors = ([getattr(f, part)[f.mask][None] for f in found] for part in ("keypoints", "descriptors"))
         sizes = [torch.tensor([image.shape[1::-1]], device=self.device) for image in (image0, image1)]
-        matches = self.matcher(*(f.keypoints for f in found), *(f.descriptors for f in found), *sizes).matches0[0]
+        matches = self.matcher(*keypoints, *descriptors, *sizes).matches0[0]
         chosen = matches >= 0
-        points = found[0].keypoints[0, chosen], found[1].keypoints[0, matches[chosen]]
-        count = sum(f.keypoints.shape[1] for f in found) // 2
+        points = keypoints[0][0, chosen], keypoints[1][0, matches[chosen]]
+        count = sum(each.shape[1] for each in keypoints) // 2
         return points[0].cpu().numpy(), points[1].cpu().numpy(), count
 
     def _pixels(self, image: Array) -> torch.Tensor:

@@ -139,7 +139,7 @@ def with_radius(model: SuperPoint, radius: int) -> SuperPoint:
 def extract(detector: SuperPoint, image: Array) -> tuple[Array, Array]:
     """Points (N, 2) and descriptors (N, D) of a grey image."""
     found = detector(to_tensor([image], next(detector.parameters()).device))
-    return found.keypoints[0].cpu().numpy(), found.descriptors[0].cpu().numpy()
+    return found.keypoints[found.mask].cpu().numpy(), found.descriptors[found.mask].cpu().numpy()
 
 
 def _with_places(points: list[tuple[Array, Array]], places: list[Array]) -> tuple[Features, Features]:
