@@ -183,7 +183,8 @@ class Learned:
     @torch.inference_mode()
     def __call__(self, image0: Array, image1: Array) -> tuple[Array, Array, int]:
         found = [self.extractor(self._pixels(image)) for image in (image0, image1)]
-        keypoints, descriptors = ([getattr(f, part)[f.mask][None] for f in found] for part in ("keypoints", "descriptors"))
+        keypoints = [f.keypoints[f.mask][None] for f in found]
+        descriptors = [f.descriptors[f.mask][None] for f in found]
         sizes = [torch.tensor([image.shape[1::-1]], device=self.device) for image in (image0, image1)]
         matches = self.matcher(*keypoints, *descriptors, *sizes).matches0[0]
         chosen = matches >= 0
