@@ -379,8 +379,23 @@ def train_for(steps: int, data: Path, run: Path, weights: Path) -> None:
     train_lightglue.train(Namespace(
         data=data, run=run, superpoint=str(weights), start_from=str(weights), steps=100, pairs=1,
         keypoints=64, pool=2, rendered=0.0, learning_rate=1e-4, strength=0.3, seed=0, device="cpu", workers=1,
-        save_every=1e9, examine_every=1000, held_out=1, stop_after=steps,
+        save_every=1e9, examine_every=1000, held_out=1, stop_after=steps, nms_radii=[1, 3],
     ))
+
+
+def test_points_are_as_close_as_one_of_the_radii_allows_and_both_images_of_a_pair_have_the_same(
+    data: Path, tmp_path: Path, random_folder: SaveFolder
+) -> None:
+    detector = SuperPoint.from_pretrained(random_folder())
+    pairs = train_lightglue.Pairs(common.pictures(data, "train"), detector, tmp_path, 0, 0.0, 0.3, [1, 3])
+    closest = []
+    for number in range(8):
+        points = [features.points for features in pairs.pair(number)]
+        assert all(len(each) > 50 for each in points)
+        apart = [np.abs(each[:, None] - each[None]).max(axis=2) + 1e9 * np.eye(len(each)) for each in points]
+        closest.append([int(each.min()) for each in apart])
+    assert {tuple(each) for each in closest} == {(2, 2), (4, 4)}
+    assert detector.nms_radius == 4
 
 
 def test_a_lightglue_training_that_was_stopped_goes_on_as_if_it_had_not_been(
