@@ -15,7 +15,7 @@ _FRACTION = 1 / 32  # of a pixel: all that OpenCV's interpolation tells apart
 REFINED_RESOLUTION = _FRACTION
 """Pixels of keypoint resolution that refined matches are worth; that they err more, their errors say."""
 
-INDEPENDENT_POINTS = 72
+INDEPENDENT_POINTS = 63
 """Refined matches that err independently of each other: what is left of an error, from interpolation, light and curved
 surfaces, is alike for neighbours, and the motion can follow a part of it, so that it does not show. A design effect
 (Kish, Survey Sampling, 1965), measured: on 60 pairs of synthetic stereo frames, with 580 matches used each, the squared

@@ -117,7 +117,7 @@ _OPEN_PAIR: dict[str, Any] = dict(
     commercial=True,
     source=Packaged("data/kpmatch-superpoint-lightglue"),
     size=27_527_212,
-    sha256="019b9f88b09b414a92e7388a9cad3e54c8d635b5d07d9660dbe5901acdc85a9f",
+    sha256="89c9ddde8a185fde277b40947f9ab00fd8a174786df4b75d7d0ac014aaf2dd6c",
 )
 _ALIKED: dict[str, Any] = dict(licence="BSD-3-Clause", origin="the authors of ALIKED (Shiaoming/ALIKED)")
 _MAGIC_LEAP = "Magic Leap's, academic or non-profit noncommercial research only"

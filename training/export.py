@@ -17,6 +17,8 @@ from train_superpoint import load_superpoint
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.weights import file_hash
 
+DETECTION = {"keypoint_threshold": 0.0005, "max_keypoints": 1024, "nms_radius": 1}  # why: README.md, what was measured
+
 
 def export(superpoint: SuperPoint, lightglue: LightGlue, folder: Path) -> Path:
     """Write ``config.json`` and ``model.safetensors`` in float16; the latter's path.
@@ -42,7 +44,7 @@ def export(superpoint: SuperPoint, lightglue: LightGlue, folder: Path) -> Path:
 def configuration(superpoint: dict[str, Any], lightglue: dict[str, Any]) -> dict[str, Any]:
     """The configuration of both, as `transformers` names it."""
     size, heads = lightglue["descriptor_dim"], lightglue["num_attention_heads"]
-    detector = {**superpoint, "model_type": "superpoint", "keypoint_threshold": 0.0005, "max_keypoints": 1024}
+    detector = {**superpoint, "model_type": "superpoint", **DETECTION}
     return {
         "architectures": ["LightGlueForKeypointMatching"],
         "model_type": "lightglue",

@@ -337,8 +337,8 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=3000, help="different pairs to learn from")
     parser.add_argument("--rendered", type=float, default=0.25, help="share of the pairs that are rendered scenes")
     parser.add_argument("--strength", type=float, default=0.6, help="of degradation, 0 to 1")
-    parser.add_argument("--nms-radii", type=int, nargs="+", metavar="PIXELS",
-                        help="of the non-maximum suppression, one of them for each pair; default: the SuperPoint's own")
+    parser.add_argument("--nms-radii", type=int, nargs="+", default=[1, 2], metavar="PIXELS",
+                        help="of the non-maximum suppression, one of them for each pair")
     train(parser.parse_args())
 
 
@@ -346,16 +346,15 @@ def train(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     detector = load_superpoint(arguments.superpoint).to(device)
     folder = arguments.data / "pairs"
-    radii = arguments.nms_radii or [detector.nms_radius]
     training = Pairs(pictures(arguments.data, "train"), detector, folder, arguments.seed, arguments.rendered,
-                     arguments.strength, radii)
+                     arguments.strength, arguments.nms_radii)
     settings = {name: getattr(arguments, name) for name in
                 ("start_from", "pairs", "keypoints", "pool", "rendered", "learning_rate", "strength", "seed")}
-    settings["features"] = training.folder.name  # changes with the SuperPoint's weights
+    settings["features"] = training.folder.name  # changes with the SuperPoint's weights and the radii
     run = Run(arguments.run, settings)
     cv2.setNumThreads(1)
     held_out = Pairs(pictures(arguments.data, "held-out"), detector, folder, HELD_OUT_SEED, arguments.rendered, 0.5,
-                     radii)
+                     arguments.nms_radii)
     exam = [make_batch([held_out.pair(i)], arguments.keypoints, device) for i in range(arguments.held_out)]
 
     model = load_lightglue(arguments.start_from).to(device).requires_grad_(True)
