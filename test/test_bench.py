@@ -123,6 +123,7 @@ def test_the_authors_package_is_given_the_weights_under_its_names(
             torch.save(given["superpoint"], tmp_path / "superpoint.pth")
             self.network = SuperPoint.from_pretrained(tmp_path / "superpoint.pth")
             self.network.keypoint_threshold, self.network.border = conf["detection_threshold"], conf["remove_borders"]
+            self.network.nms_radius = conf["nms_radius"]
 
         def extract(self, image: torch.Tensor, resize: int | None = 1024) -> dict[str, torch.Tensor]:
             assert resize is None and image.shape == (1, 80, 96)
