@@ -317,11 +317,10 @@ def select_keypoints(scores: Tensor, threshold: float, max_keypoints: int) -> tu
     """
     batch, _, width = scores.shape
     flat = scores.reshape(batch, -1)
-    count = min(max_keypoints, flat.shape[1])
+    count = flat.shape[1] if max_keypoints < 0 else min(max_keypoints, flat.shape[1])
     if max_keypoints < 0 or scores.device.type == "cpu":
         # Not on a GPU, if it can be helped: to ask how many there are is to wait for it.
-        found = int((flat > threshold).sum(dim=1).max())
-        count = found if max_keypoints < 0 else min(count, found)
+        count = min(count, int((flat > threshold).sum(dim=1).max()))
     best, index = flat.topk(count, dim=1)
     mask = best > threshold
     rows = torch.div(index, width, rounding_mode="floor")
