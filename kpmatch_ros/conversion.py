@@ -18,7 +18,7 @@ from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue, SuperPoint
 from kpmatch_ros.models.checkpoint import (
     CONFIG_KEY,
     Checkpoint,
-    build,
+    build_from,
     network_types,
     no_network,
     prepared,
@@ -80,16 +80,16 @@ def describe(source: str | Path) -> list[Network]:
     read = read_source(source)
     registered = weights.REGISTRY.get(str(source))
     if registered is not None:
-        return [_network(model, source, read) for model in registered.networks]
-    found = [_network(model, source, read) for model in network_types(read.tensors)]
+        return [_network(model, read) for model in registered.networks]
+    found = [_network(model, read) for model in network_types(read.tensors)]
     if not found:
         raise no_network(read.source, read.tensors)
     return found
 
 
-def _network(model: str, source: str | Path, read: Checkpoint) -> Network:
+def _network(model: str, read: Checkpoint) -> Network:
     # Building it checks everything: names, shapes, finite values, and that the configuration is understood.
-    built = build(_KINDS[model], source, {})
+    built = build_from(_KINDS[model], read, {})
     stored = prepared(_KINDS[model], read).tensors
     return Network(model, built.config, {name: stored[name] for name in built.state_dict()})
 

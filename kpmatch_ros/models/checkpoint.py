@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kpmatch_ros import weights
 
-__all__ = ["NETWORKS", "Checkpoint", "build", "network_type", "network_types", "read_source"]
+__all__ = ["NETWORKS", "Checkpoint", "build", "build_from", "network_type", "network_types", "read_source"]
 
 # One tensor that only this network has: its name in the authors' files and in this package's (and `transformers`').
 # Matchers come first: the folder of a matcher can hold its detector too, under a longer name.
@@ -252,7 +252,16 @@ def build(cls: type[Model], source: str | Path, options: Mapping[str, Any]) -> M
     registered = weights.REGISTRY.get(str(source))
     if registered is not None and network.MODEL_TYPE not in registered.networks:
         _check_kind(registered.name, registered.model, network.MODEL_TYPE)
-    read = read_source(source)
+    return build_from(cls, read_source(source), options)
+
+
+def build_from(cls: type[Model], read: Checkpoint, options: Mapping[str, Any]) -> Model:
+    """As :func:`build`, from what was read of the weights.
+
+    Raises:
+        WeightsError: when it is damaged, or made for another network or configuration.
+    """
+    network: type[_Buildable] = cls  # type: ignore[assignment]
     with _explained(read.source, network.MODEL_TYPE):
         checkpoint = prepared(network, read)
     _check_kind(checkpoint.source, checkpoint.config.get("model_type", network.MODEL_TYPE), network.MODEL_TYPE)
