@@ -20,7 +20,7 @@ from kpmatch_ros import weights
 from kpmatch_ros.conversion import convert
 from kpmatch_ros.models import LightGlue, NearestNeighbour, SuperPoint, trace
 from kpmatch_ros.models.assignment import Assignment
-from kpmatch_ros.models.lightglue import normalise_keypoints
+from kpmatch_ros.models.lightglue import OnItsWay, normalise_keypoints
 
 Networks = tuple[Any, Any, Any]  # of transformers, and a SuperPoint and a LightGlue of ours
 Pair = Callable[..., Networks]
@@ -410,6 +410,48 @@ def test_when_every_point_is_pruned_there_are_no_matches(lightglue: Callable[...
     assert (found.matches0 == -1).all()
     assert (found.matches1 == -1).all()
     assert not found.scores0.any()
+
+
+def run(model: LightGlue, ahead: bool, above: int = 0) -> Assignment:
+    """Of 50 points an image, in the way of a GPU where ``ahead``."""
+    model.run_ahead, model.prune_above = ahead, above
+    return model(*scene(50, 50))
+
+
+@pytest.mark.parametrize("width_confidence", [-1.0, 0.8])
+@pytest.mark.parametrize("depth_confidence", [-1.0, 0.2, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_running_ahead_changes_nothing(
+    lightglue: Callable[..., LightGlue], seed: int, depth_confidence: float, width_confidence: float
+) -> None:
+    model = lightglue(seed, depth_confidence=depth_confidence, width_confidence=width_confidence)
+    for ahead, at_once in zip(run(model, True), run(model, False)):
+        assert torch.equal(ahead, at_once)
+
+
+def test_the_next_layer_has_begun_before_the_host_asks_whether_the_last_was_enough(
+    lightglue: Callable[..., LightGlue], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, events = lightglue(depth_confidence=0.5, width_confidence=-1.0), []
+    for i, layer in enumerate(model.transformer_layers):
+        layer.register_forward_hook(lambda *_, i=i: events.append(f"layer {i + 1}"))
+
+    class Watched(OnItsWay):
+        def __bool__(self) -> bool:
+            events.append("asked")
+            return super().__bool__()
+
+    monkeypatch.setattr("kpmatch_ros.models.lightglue.OnItsWay", Watched)
+    layers = int(run(model, ahead=True).layers)
+    assert 1 < layers < len(model.transformer_layers) - 1
+    assert events == ["layer 1", *(event for i in range(layers) for event in (f"layer {i + 2}", "asked"))]
+
+
+def test_points_are_dropped_only_from_images_with_more_than_so_many(lightglue: Callable[..., LightGlue]) -> None:
+    model = lightglue(depth_confidence=-1.0, width_confidence=0.8)
+    last = len(model.transformer_layers)
+    assert (run(model, ahead=True, above=50).layers0 == last).all()
+    assert (run(model, ahead=True, above=49).layers0 < last).any()
 
 
 @pytest.mark.parametrize("modes", [FIXED, ADAPTIVE], ids=["fixed", "adaptive"])
