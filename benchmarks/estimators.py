@@ -13,7 +13,7 @@ which the sign counts. A pose that is not given is 180 degrees off. AUC at x deg
 share of poses by their error, from 0 to x, over x.
 
 Compared: OpenCV's findEssentialMat with plain RANSAC and with three of the USAC family, each with recoverPose after it;
-PoseLib, where it is installed (pip install poselib); and kpmatch_ros.geometry.estimate_relative_pose.
+PoseLib, where it is installed (pip install poselib); and kpmatch_ros.geometry.two_view.estimate_relative_pose.
 """
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from kpmatch_ros.camera import Camera
-from kpmatch_ros.cli import format_table, read_image
-from kpmatch_ros.geometry import PoseStatus, estimate_relative_pose
+from kpmatch_ros.cli.main import format_table, read_image
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.geometry.two_view import estimate_relative_pose
 
 Array = NDArray[np.float64]
 BOUNDS = (5.0, 10.0, 20.0)  # degrees
@@ -96,7 +97,7 @@ def opencv(method: int, confidence: float = 0.99999) -> Estimator:
 
 
 def ours(problem: Problem, gate: float) -> Motion | None:
-    """kpmatch_ros.geometry."""
+    """kpmatch_ros.geometry.two_view."""
     pose = estimate_relative_pose(
         problem.points0, problem.points1, problem.camera0, problem.camera1, max_reprojection_error=gate,
         keypoint_resolution=problem.resolution,

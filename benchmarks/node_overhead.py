@@ -29,8 +29,8 @@ from sensor_msgs.msg import CameraInfo, Image
 
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
-from kpmatch_ros.node import MatcherNode
-from kpmatch_ros.synthetic import Scene, camera_path, demo_camera
+from kpmatch_ros.ros.node import MatcherNode
+from simulation import Scene, camera_path, demo_camera
 
 
 def film(frames: int) -> list[np.ndarray]:

@@ -21,10 +21,10 @@ import numpy as np
 from scipy.stats import chi2
 
 from kpmatch_ros.front_end import FrontEnd, Pair
-from kpmatch_ros.geometry import PoseStatus
+from kpmatch_ros.geometry.pose import Pose, PoseStatus, relative_motion
+from kpmatch_ros.geometry.stereo_motion import StereoCamera
 from kpmatch_ros.parameters import Parameters
-from kpmatch_ros.stereo import StereoCamera
-from kpmatch_ros.synthetic import Pose, Scene, camera_path, demo_camera, relative_motion, stereo_right
+from simulation import Scene, camera_path, demo_camera, stereo_right
 
 _NOISE = 2.0  # grey levels
 

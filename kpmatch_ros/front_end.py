@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from kpmatch_ros.camera import Camera
 from kpmatch_ros.feature_matcher import FeatureMatcher, Features, to_numpy
-from kpmatch_ros.geometry import PoseStatus, RelativePose, estimate_relative_pose
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
+from kpmatch_ros.geometry.refinement import INDEPENDENT_POINTS, REFINED_RESOLUTION, flatten, refine
+from kpmatch_ros.geometry.stereo_motion import StereoCamera, check_stereo_matches, estimate_stereo_motion
+from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.parameters import Parameters
-from kpmatch_ros.refinement import INDEPENDENT_POINTS, REFINED_RESOLUTION, flatten, refine
-from kpmatch_ros.stereo import StereoCamera, check_stereo_matches, estimate_stereo_motion
 
 __all__ = ["Frame", "FrontEnd", "Pair", "Stereo"]
 
@@ -29,7 +30,7 @@ class Stereo:
     Attributes:
         camera: the calibration of the pair; None where there is none, or where the matches contradict it.
         right_points: (N, 2) float32 the left image's keypoints in the right image, NaN where there is no match.
-        right_flat: the right image as :func:`kpmatch_ros.refinement.flatten` gives it.
+        right_flat: the right image as :func:`kpmatch_ros.geometry.refinement.flatten` gives it.
     """
 
     camera: StereoCamera | None
@@ -65,7 +66,7 @@ class Frame:
 
     @cached_property
     def flat(self) -> np.ndarray:
-        """The image as :func:`kpmatch_ros.refinement.flatten` gives it, once for all pairs."""
+        """The image as :func:`kpmatch_ros.geometry.refinement.flatten` gives it, once for all pairs."""
         return flatten(self.image)
 
 

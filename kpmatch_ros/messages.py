@@ -4,8 +4,8 @@ Each function here fills the fields of a message and leaves its making to `new`,
 
     new("std_msgs/msg/Header", stamp=stamp, frame_id="camera")
 
-with NumPy arrays for the fields that are arrays: `ros_message`, the default, or `kpmatch_ros.bags.new_message`, which
-needs no ROS. Nothing of ROS is imported before the first message of rclpy is made.
+with NumPy arrays for the fields that are arrays: `ros_message`, the default, or `kpmatch_ros.bags.files.new_message`,
+which needs no ROS. Nothing of ROS is imported before the first message of rclpy is made.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.front_end import Frame, Pair
-from kpmatch_ros.geometry import PoseStatus
+from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.odometry import OdometryPose
 from kpmatch_ros.parameters import Declaration
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kpmatch_ros.front_end import Pair
-from kpmatch_ros.geometry import PoseStatus, RelativePose, _cross_matrix
+from kpmatch_ros.geometry.pose import PoseStatus, RelativePose, cross_matrix
 
 __all__ = ["Odometry", "OdometryPose", "compose"]
 
@@ -42,7 +42,7 @@ def compose(pose: OdometryPose, step: RelativePose) -> OdometryPose:
     """
     moved = pose.rotation @ step.translation
     carried = np.eye(6)
-    carried[:3, 3:] = -_cross_matrix(moved)
+    carried[:3, 3:] = -cross_matrix(moved)
     turned = np.kron(np.eye(2), pose.rotation)
     covariance = carried @ pose.covariance @ carried.T + turned @ step.covariance @ turned.T
     return OdometryPose(pose.rotation @ step.rotation, pose.position + moved, covariance, pose.chain)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rosbags.highlevel import AnyReader
 from scipy.spatial.transform import Rotation
 
-from kpmatch_ros.bags import (
+from kpmatch_ros.bags.files import (
     BagWriter,
     bag_storage,
     bag_topics,
@@ -30,11 +30,11 @@ from kpmatch_ros.bags import (
     write_camera_bag,
     write_demo_bag,
 )
-from kpmatch_ros.geometry import PoseStatus
+from kpmatch_ros.bags.replay import choose_camera, choose_stereo_cameras
+from kpmatch_ros.geometry.pose import PoseStatus, relative_motion
 from kpmatch_ros.messages import nanoseconds
-from kpmatch_ros.replay import choose_camera, choose_stereo_cameras
-from kpmatch_ros.synthetic import demo_camera, relative_motion
 from node_harness import NodeUnderTest, running_node
+from simulation import demo_camera
 
 Run = Callable[..., tuple[int, str, str]]
 QUICK = ("--device", "cpu", "--precision", "float32", "--matcher", "nearest", "--max-keypoints", "256")

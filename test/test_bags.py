@@ -13,7 +13,7 @@ from rosbags.highlevel import AnyReader
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
-from kpmatch_ros.bags import (
+from kpmatch_ros.bags.files import (
     GROUND_TRUTH,
     BagError,
     BagWriter,
@@ -29,9 +29,10 @@ from kpmatch_ros.bags import (
     write_camera_bag,
     write_demo_bag,
 )
-from kpmatch_ros.camera import Camera
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import relative_motion
 from kpmatch_ros.images import to_array
-from kpmatch_ros.synthetic import camera_path, demo_camera, relative_motion
+from simulation import camera_path, demo_camera
 
 STAMPS = [1_700_000_000_000_000_000 + 100_000_000 * i for i in range(4)]
 IMAGE, INFO = "sensor_msgs/msg/Image", "sensor_msgs/msg/CameraInfo"

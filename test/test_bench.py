@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from kpmatch_ros import bench
-from kpmatch_ros.bags import write_camera_bag
+from kpmatch_ros.bags.files import write_camera_bag
+from kpmatch_ros.cli import bench
 from kpmatch_ros.models import LightGlue, SuperPoint
 
 Run = Callable[..., tuple[int, str, str]]

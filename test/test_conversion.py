@@ -15,8 +15,8 @@ from test_lightglue import authors_names as lightglue_of_the_authors
 from test_superglue import authors_file as superglue_of_the_authors
 from test_superpoint import authors_names as superpoint_of_the_authors
 
-from kpmatch_ros.conversion import convert, describe
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue, SuperPoint
+from kpmatch_ros.models.convert import convert, describe
 from kpmatch_ros.weights import WeightsError
 
 NETWORKS: dict[str, Any] = {kind.MODEL_TYPE: kind for kind in (LightGlue, SuperGlue, SuperPoint, ALIKED, DISK)}

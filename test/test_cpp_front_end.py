@@ -29,7 +29,7 @@ from rclpy.serialization import serialize_message  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 from std_msgs.msg import Header  # noqa: E402
 
-from kpmatch_ros.geometry import PoseStatus  # noqa: E402
+from kpmatch_ros.geometry.pose import PoseStatus  # noqa: E402
 from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose  # noqa: E402
 from node_harness import running_node  # noqa: E402
 

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kpmatch_ros.bags import bag_topics, read_ground_truth
+from kpmatch_ros.bags.files import bag_topics, read_ground_truth
 from kpmatch_ros.cli import main
 
 FRAMES = 4

@@ -11,8 +11,12 @@ from typing import Any
 import pytest
 
 import kpmatch_ros
-from kpmatch_ros import doctor, sources, weights
-from kpmatch_ros.doctor import FAIL, OK, WARN, Finding
+from kpmatch_ros import weights
+from kpmatch_ros.cli import doctor
+from kpmatch_ros.cli.doctor import FAIL, OK, WARN, Finding
+from kpmatch_ros.weights import sources
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def findings(check: Any) -> dict[str, Finding]:
@@ -71,7 +75,7 @@ def test_messages_that_are_not_built_are_a_fault_with_the_command_that_builds_th
 ) -> None:
     def without(variable: str) -> str:
         entries = os.environ.get(variable, "").split(os.pathsep)
-        return os.pathsep.join(entry for entry in entries if "kpmatch_ros" not in entry)
+        return os.pathsep.join(entry for entry in entries if "kpmatch_ros" not in entry and entry != str(ROOT))
 
     for variable in ("PYTHONPATH", "AMENT_PREFIX_PATH"):
         monkeypatch.setenv(variable, without(variable))

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 from scipy.stats import chi2
 
-from kpmatch_ros.camera import Camera
-from kpmatch_ros.geometry import FALSE_ALARM_RATE, PoseStatus, RelativePose, estimate_relative_pose
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
+from kpmatch_ros.geometry.two_view import FALSE_ALARM_RATE, estimate_relative_pose
 
 
 def pinhole(focal: float = 500.0, width: int = 640, height: int = 480) -> Camera:
@@ -287,15 +288,15 @@ def test_turning_and_standing_cameras_get_a_translation_no_more_often_than_state
 
 def test_the_small_parallax_test_alone_keeps_its_false_alarm_rate() -> None:
     # With alpha a hundred times larger, the rate can be seen: the 5 % test must fire in 5 % of trials at the most.
-    from kpmatch_ros import geometry
+    from kpmatch_ros.geometry import two_view
 
     fired, trials = 0, 150
     for seed in range(trials):
         points0, points1, _ = replace(TURN, noise=0.3).matches(60, seed)
-        matches, _ = geometry._normalise(points0, points1, CAMERA, CAMERA)
-        rotation = geometry._fit_rotation(matches, [np.eye(3)], 1.0, 0.0)
-        start = geometry._Motion(rotation, np.array([1.0, 0.0, 0.0]))
-        fired += geometry._small_parallax_chance(matches, start, rotation, geometry._Noise(1.0, 0.0)) < 0.05
+        matches, _ = two_view._normalise(points0, points1, CAMERA, CAMERA)
+        rotation = two_view._fit_rotation(matches, [np.eye(3)], 1.0, 0.0)
+        start = two_view._Motion(rotation, np.array([1.0, 0.0, 0.0]))
+        fired += two_view._small_parallax_chance(matches, start, rotation, two_view._Noise(1.0, 0.0)) < 0.05
     assert fired <= 0.05 * trials
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from kpmatch_ros import weights
-from kpmatch_ros.conversion import convert
 from kpmatch_ros.models import LightGlue, NearestNeighbour, SuperPoint, trace
 from kpmatch_ros.models.assignment import Assignment
+from kpmatch_ros.models.convert import convert
 from kpmatch_ros.models.lightglue import OnItsWay, normalise_keypoints
 
 Networks = tuple[Any, Any, Any]  # of transformers, and a SuperPoint and a LightGlue of ours

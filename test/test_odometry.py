@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from scipy.stats import chi2
 
-from kpmatch_ros.geometry import PoseStatus, RelativePose
+from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.odometry import Odometry, OdometryPose, compose
 
 TURN, STEP = np.array([0.02, -0.3, 0.01]), np.array([0.1, 0.02, 0.5])

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from kpmatch_ros.pairing import Pairing
+from kpmatch_ros.stereo_sync import Pairing
 
 MS = 1_000_000
 LEFT, RIGHT = 0, 1

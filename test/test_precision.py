@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from kpmatch_ros import FeatureMatcher, Features, Matches
-from kpmatch_ros.bags import read_messages
+from kpmatch_ros.bags.files import read_messages
 from kpmatch_ros.images import to_array
 from kpmatch_ros.models import SuperPoint
-from kpmatch_ros.synthetic import Scene, camera_path, demo_camera
+from simulation import Scene, camera_path, demo_camera
 
 Image = NDArray[np.uint8]
 Pair = tuple[Image, Image]

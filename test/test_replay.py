@@ -13,7 +13,7 @@ from rosbags.highlevel import AnyReader
 from scipy.spatial.transform import Rotation
 from sensor_msgs.msg import CameraInfo, Image
 
-from kpmatch_ros.bags import GROUND_TRUTH, write_demo_bag
+from kpmatch_ros.bags.files import GROUND_TRUTH, write_demo_bag
 from kpmatch_ros.msg import MatchArray, RelativePose
 from node_harness import NodeUnderTest, running_node
 

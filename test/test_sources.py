@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from kpmatch_ros import FeatureMatcher, weights
-from kpmatch_ros.conversion import describe
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.models.checkpoint import network_type
+from kpmatch_ros.models.convert import describe
 from kpmatch_ros.weights import REGISTRY, Packaged, Weights, WeightsError, Wheel
 
 PAIR = "ETH-CVG/lightglue_superpoint"

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from kpmatch_ros.camera import CalibrationError, Camera
-from kpmatch_ros.geometry import PoseStatus, RelativePose
-from kpmatch_ros.stereo import StereoCamera, check_stereo_matches, estimate_stereo_motion
+from kpmatch_ros.geometry.camera import CalibrationError, Camera
+from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
+from kpmatch_ros.geometry.stereo_motion import StereoCamera, check_stereo_matches, estimate_stereo_motion
 
 WIDTH, HEIGHT = 640, 480
 BASELINE = 0.12

@@ -8,17 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kpmatch_ros.camera import Camera
-from kpmatch_ros.synthetic import (
-    Pose,
-    Scene,
-    View,
-    camera_path,
-    demo_camera,
-    look,
-    relative_motion,
-    stereo_right,
-)
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import Pose, relative_motion
+from simulation import Scene, View, camera_path, demo_camera, look, stereo_right
 
 Array = NDArray[np.float64]
 

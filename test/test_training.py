@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from kpmatch_ros import FeatureMatcher
-from kpmatch_ros.camera import Camera
+from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.models.aliked import ALIKED
-from kpmatch_ros.synthetic import View
+from simulation import View
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
 if not TRAINING.is_dir():

@@ -39,8 +39,9 @@ from torch import nn
 from tqdm import tqdm
 from train_superpoint import load_superpoint
 
-from kpmatch_ros.camera import Camera
-from kpmatch_ros.geometry import PoseStatus, estimate_relative_pose
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.models import LightGlue
 from kpmatch_ros.models.aliked import ALIKED
 from kpmatch_ros.models.disk import DISK

@@ -42,10 +42,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from train_superpoint import load_superpoint
 
+from kpmatch_ros.geometry.pose import Pose
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.models.assignment import mutual_matches
 from kpmatch_ros.models.lightglue import MatchAssignment, Points, TokenConfidence, TransformerLayer
-from kpmatch_ros.synthetic import Pose, Scene, View, camera_path, demo_camera, look
+from simulation import Scene, View, camera_path, demo_camera, look
 
 BASE = (960, 720)  # width, height of a crop, of which a view shows a part
 SIZE = (640, 480)  # of a view

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -31,8 +31,11 @@ from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_
 from rosbags.typesys.store import Typestore
 from scipy.spatial.transform import Rotation
 
-from kpmatch_ros.camera import Camera
-from kpmatch_ros.synthetic import Pose, Scene, camera_path, demo_camera, stereo_right
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import Pose
+
+if TYPE_CHECKING:
+    from simulation import Scene
 
 __all__ = [
     "BagError",
@@ -95,7 +98,7 @@ def typestore() -> Typestore:
 
 def _own_definitions() -> dict[str, str]:
     """The package's .msg files by type name: from msg/ of a checkout, or share/kpmatch_ros/msg of an installation."""
-    above = Path(__file__).resolve().parents[1:]
+    above = Path(__file__).resolve().parents[2:]
     for folder in (above[0] / "msg", *(prefix / "share" / "kpmatch_ros" / "msg" for prefix in above)):
         if (folder / "MatchArray.msg").is_file():
             return {f"kpmatch_ros/msg/{path.stem}": path.read_text() for path in sorted(folder.glob("*.msg"))}
@@ -376,6 +379,8 @@ def write_camera_bag(path: str | Path, images: Iterable[NDArray[np.uint8]], stam
 
 @functools.lru_cache(maxsize=1)
 def _scene(seed: int) -> Scene:
+    from simulation import Scene
+
     return Scene(seed)
 
 
@@ -387,9 +392,11 @@ def write_demo_bag(path: str | Path, *, num_frames: int = 40, size: tuple[int, i
 
     Topics: /camera/image_raw (with a little lens distortion and noise), /camera/camera_info and /ground_truth/pose.
     With a `baseline` in metres, a rectified stereo pair instead: image_rect and camera_info in /left and /right; the
-    truth is the left camera's. `motions` are those of `synthetic.camera_path`, in place of num_frames of walking. Equal
-    arguments make equal bags. Raises BagError.
+    truth is the left camera's. `motions` are those of `simulation.camera_path`, in place of num_frames of walking.
+    Equal arguments make equal bags. Raises BagError.
     """
+    from simulation import camera_path, demo_camera, stereo_right  # of the checkout: it is not installed
+
     poses = camera_path(num_frames if motions is None else motions)
     period = round(1e9 / rate)
     camera = demo_camera(*size, distorted=baseline is None)

@@ -15,8 +15,9 @@ import cv2
 import numpy as np
 from scipy.special import fdtrc
 
-from kpmatch_ros.camera import CalibrationError, Camera
-from kpmatch_ros.geometry import FALSE_ALARM_RATE, PoseStatus, RelativePose, _log_false_alarms
+from kpmatch_ros.geometry.camera import CalibrationError, Camera
+from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
+from kpmatch_ros.geometry.two_view import FALSE_ALARM_RATE, _log_false_alarms
 
 __all__ = ["StereoCamera", "check_stereo_matches", "estimate_stereo_motion"]
 

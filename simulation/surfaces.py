@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kpmatch_ros.synthetic.painting import HALF, Image, Paint, Painter
-from kpmatch_ros.synthetic.poses import Vector
+from simulation.painting import HALF, Image, Paint, Painter
+from simulation.poses import Vector
 
 
 class Texture:

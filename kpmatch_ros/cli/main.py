@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kpmatch_ros.camera import Camera
+    from kpmatch_ros.bags.replay import CameraTopics
     from kpmatch_ros.front_end import Pair
-    from kpmatch_ros.replay import CameraTopics
+    from kpmatch_ros.geometry.camera import Camera
 
 __all__ = ["CommandError", "main"]
 
@@ -330,7 +330,7 @@ def _camera(
 ) -> Camera | None:
     import numpy as np
 
-    from kpmatch_ros.camera import CalibrationError, Camera
+    from kpmatch_ros.geometry.camera import CalibrationError, Camera
 
     if intrinsics is None:
         return None
@@ -487,9 +487,9 @@ def _add_bag(commands: Any) -> None:
 
 
 def _bag(options: argparse.Namespace) -> int:
-    from kpmatch_ros.bags import BagError
+    from kpmatch_ros.bags.files import BagError
+    from kpmatch_ros.bags.replay import choose_camera, choose_stereo_cameras, replay
     from kpmatch_ros.parameter_file import read_parameter_file
-    from kpmatch_ros.replay import choose_camera, choose_stereo_cameras, replay
 
     parameters = Parameters() if options.params is None else read_parameter_file(options.params)
     given = vars(options)
@@ -555,7 +555,7 @@ def _add_demo(commands: Any) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from kpmatch_ros.demo import run_demo
+    from kpmatch_ros.cli.demo import run_demo
 
     run_demo(options.out, options.frames)
     return 0
@@ -667,8 +667,8 @@ def _weights_fetch(options: argparse.Namespace) -> int:
 
 
 def _weights_info(options: argparse.Namespace) -> int:
-    from kpmatch_ros.conversion import describe
     from kpmatch_ros.models.checkpoint import tensor_file
+    from kpmatch_ros.models.convert import describe
 
     source = options.weights
     item = weights.REGISTRY.get(source)
@@ -714,7 +714,7 @@ def _hash_note(item: weights.Weights) -> str:
 
 
 def _weights_convert(options: argparse.Namespace) -> int:
-    from kpmatch_ros.conversion import convert
+    from kpmatch_ros.models.convert import convert
 
     networks = convert(options.source, options.target, options.extractor)
     for network in networks:
@@ -813,7 +813,7 @@ def _sizes(text: str) -> list[tuple[int, int]]:
 def _bench(options: argparse.Namespace) -> int:
     if options.image and options.bag is None:
         raise CommandError("--image names a topic of a bag: it needs --bag")
-    from kpmatch_ros.bench import Request, run_bench
+    from kpmatch_ros.cli.bench import Request, run_bench
 
     run_bench(
         Request(
@@ -851,7 +851,7 @@ def _add_doctor(commands: Any) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from kpmatch_ros.doctor import run_doctor
+    from kpmatch_ros.cli.doctor import run_doctor
 
     return 0 if run_doctor() else 2
 
@@ -875,10 +875,3 @@ def format_table(rows: Iterable[Sequence[str]], right: Container[int] = ()) -> s
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
-
-
-if __name__ == "__main__":
-    # Not this module's own main: the demo raises kpmatch_ros.cli's CommandError, which is not __main__'s.
-    from kpmatch_ros.cli import main as imported_main
-
-    sys.exit(imported_main())

@@ -32,19 +32,19 @@ from std_msgs.msg import Header
 from std_srvs.srv import Trigger
 
 from kpmatch_ros import messages
-from kpmatch_ros.camera import CalibrationError, Camera
 from kpmatch_ros.drawing import draw_matches
 from kpmatch_ros.feature_matcher import FeatureMatcher, is_out_of_memory, release_memory, trim_heap
 from kpmatch_ros.front_end import Frame, FrontEnd, Pair
-from kpmatch_ros.geometry import PoseStatus
+from kpmatch_ros.geometry.camera import CalibrationError, Camera
+from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.geometry.stereo_motion import StereoCamera
 from kpmatch_ros.images import ImageError, to_array
-from kpmatch_ros.inbox import Inbox
-from kpmatch_ros.monitor import Monitor, Problem
 from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
 from kpmatch_ros.odometry import Odometry
-from kpmatch_ros.pairing import Pairing
 from kpmatch_ros.parameters import ParameterError, Parameters, declarations
-from kpmatch_ros.stereo import StereoCamera
+from kpmatch_ros.ros.diagnostics import Monitor, Problem
+from kpmatch_ros.ros.inbox import Inbox
+from kpmatch_ros.stereo_sync import Pairing
 from kpmatch_ros.weights import REGISTRY, WeightsError
 
 try:

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kpmatch_ros.cli import CommandError, format_table
+from kpmatch_ros.cli.main import CommandError, format_table
 
 if TYPE_CHECKING:
-    from kpmatch_ros.synthetic import Pose
-
+    from kpmatch_ros.geometry.pose import Pose
 __all__ = ["run_demo"]
 
 _IMAGE_TOPIC = "/camera/image_raw"
@@ -100,7 +99,7 @@ def _check_ros() -> None:
 
 
 def _make_bag(bag: Path, frames: int) -> None:
-    from kpmatch_ros.bags import BagError, write_demo_bag
+    from kpmatch_ros.bags.files import BagError, write_demo_bag
 
     print(f"making a bag of {frames} frames ...", file=sys.stderr)
     try:
@@ -180,7 +179,7 @@ def _executable() -> list[str]:
         script = Path(get_package_prefix("kpmatch_ros"), "lib", "kpmatch_ros", "matcher")
         if script.is_file():
             return [sys.executable, str(script)]
-    return [sys.executable, "-c", "import sys; from kpmatch_ros.node import main; sys.exit(main())"]
+    return [sys.executable, "-c", "import sys; from kpmatch_ros.ros.node import main; sys.exit(main())"]
 
 
 # The replay
@@ -296,7 +295,7 @@ def _read_bag(bag: Path) -> tuple[list[tuple[int, bytes, bytes]], dict[int, Pose
     """Stamp, calibration and image of each frame, as recorded; and the camera's true poses."""
     from rosbags.highlevel import AnyReader
 
-    from kpmatch_ros.bags import read_ground_truth
+    from kpmatch_ros.bags.files import read_ground_truth
 
     recorded: dict[str, dict[int, bytes]] = {_IMAGE_TOPIC: {}, _INFO_TOPIC: {}}
     with AnyReader([bag]) as reader:
@@ -313,8 +312,7 @@ def _errors(pose: Any, reference: Pose, current: Pose) -> tuple[float | None, fl
     import numpy as np
     from scipy.spatial.transform import Rotation
 
-    from kpmatch_ros.synthetic import relative_motion
-
+    from kpmatch_ros.geometry.pose import relative_motion
     if pose.status not in (pose.OK, pose.NO_TRANSLATION):
         return None, None
     turned, moved = relative_motion(reference, current)
@@ -350,7 +348,7 @@ def _save_best_picture(path: Path, steps: list[Step], pictures: dict[int, Any]) 
 def _print_results(steps: list[Step], bag: Path, picture: Path | None, elapsed: float) -> None:
     import numpy as np
 
-    from kpmatch_ros.geometry import PoseStatus
+    from kpmatch_ros.geometry.pose import PoseStatus
 
     def row(name: str, values: Sequence[float | None], status: str) -> tuple[str, ...]:
         formats = ("{:.0f}", "{:.0f} %", "{:.0f} ms", "{:.3f} °", "{:.2f} °")

@@ -11,17 +11,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from kpmatch_ros.sources import Hub, Packaged, Source, Url, Wheel
+from kpmatch_ros.weights.sources import Hub, Packaged, Source, Url, Wheel
 
 __all__ = [
     "REGISTRY",
-    "Hub",
-    "Packaged",
-    "Url",
     "Weights",
     "WeightsError",
-    "Wheel",
     "cache_folder",
+    "expected_hash",
     "fetch",
     "file_hash",
     "find",

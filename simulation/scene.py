@@ -13,13 +13,14 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kpmatch_ros.camera import Camera
-from kpmatch_ros.synthetic.courtyard import furnish
-from kpmatch_ros.synthetic.light import illuminate, paint_sky, sky_colours
-from kpmatch_ros.synthetic.painting import Canvas, Image, Paint
-from kpmatch_ros.synthetic.poses import Pose, View
-from kpmatch_ros.synthetic.surfaces import Texture
-from kpmatch_ros.synthetic.tracer import CHUNK, Tracer, ray_grids, split_tiles
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import Pose
+from simulation.courtyard import furnish
+from simulation.light import illuminate, paint_sky, sky_colours
+from simulation.painting import Canvas, Image, Paint
+from simulation.poses import View
+from simulation.surfaces import Texture
+from simulation.tracer import CHUNK, Tracer, ray_grids, split_tiles
 
 
 class Scene:

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kpmatch_ros.camera import Camera
-from kpmatch_ros.synthetic.painting import Image
-from kpmatch_ros.synthetic.poses import Pose, Vector
-from kpmatch_ros.synthetic.surfaces import Flat, Hit, Surface
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import Pose
+from simulation.painting import Image
+from simulation.poses import Vector
+from simulation.surfaces import Flat, Hit, Surface
 
 NEAR = 0.05  # metres; what is nearer is not seen
 CHUNK = 16384  # samples at a time: they stay in the cache, and cv2.remap takes rows of up to 32767

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from kpmatch_ros.synthetic.painting import Canvas, Image, Paint, Painter, cut, disc, lying, rgb
-from kpmatch_ros.synthetic.paints import (
+from simulation.painting import Canvas, Image, Paint, Painter, cut, disc, lying, rgb
+from simulation.paints import (
     GREEN,
     LIMESTONE,
     MORTAR,
@@ -35,8 +35,8 @@ from kpmatch_ros.synthetic.paints import (
     terracotta,
     window,
 )
-from kpmatch_ros.synthetic.poses import Vector
-from kpmatch_ros.synthetic.surfaces import Flat, Round, Surface
+from simulation.poses import Vector
+from simulation.surfaces import Flat, Round, Surface
 
 EAST, NORTH, UP = np.eye(3)
 EAVES = cut(roof, lambda x, y: y > 0.10 - 0.11 * np.sqrt(np.clip(1 - (((x / 0.21) % 1 - 0.5) * 2) ** 2, 0, 1)))

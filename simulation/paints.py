@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kpmatch_ros.synthetic.painting import (
+from simulation.painting import (
     HALF,
     Canvas,
     Image,

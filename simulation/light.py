@@ -10,10 +10,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kpmatch_ros.synthetic.painting import HALF, Image, fractal, mix, rgb, smooth
-from kpmatch_ros.synthetic.poses import Pose, Vector
-from kpmatch_ros.synthetic.surfaces import Round, Surface, Texture
-from kpmatch_ros.synthetic.tracer import CHUNK, Rays, Tracer, split_tiles
+from kpmatch_ros.geometry.pose import Pose
+from simulation.painting import HALF, Image, fractal, mix, rgb, smooth
+from simulation.poses import Vector
+from simulation.surfaces import Round, Surface, Texture
+from simulation.tracer import CHUNK, Rays, Tracer, split_tiles
 
 SUN = np.array([-0.46, -0.62, 0.63]) / np.linalg.norm([-0.46, -0.62, 0.63])
 SUNLIGHT = np.array([1.0, 0.89, 0.70], np.float32) * np.float32(3.3)

@@ -12,16 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 from scipy.special import fdtrc, gammaln
 
-from kpmatch_ros.camera import Camera
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import PoseStatus, RelativePose, cross_matrix
 
-__all__ = ["FALSE_ALARM_RATE", "PoseStatus", "RelativePose", "estimate_relative_pose"]
+__all__ = ["FALSE_ALARM_RATE", "estimate_relative_pose"]
 
 FALSE_ALARM_RATE = 1e-3
 """How often, at most, noise and wrong matches alone are taken for a translation, or for a geometry at all."""
@@ -59,66 +59,6 @@ _TINY = 1e-30  # instead of zero under a fraction
 _AHEAD = 0.02  # cosine: what is further off a camera's axis, 89 degrees, is behind it
 _BEHIND = 1e6  # pixels: the error of what is behind a camera
 _EVERYTHING = 1e9  # pixels: a cutoff beyond all errors
-
-
-class PoseStatus(IntEnum):
-    """What a RelativePose holds: the statuses of msg/RelativePose."""
-
-    OK = 0
-    NO_CALIBRATION = 1
-    TOO_FEW_MATCHES = 2
-    NO_TRANSLATION = 3
-    FAILED = 4
-    INTERRUPTED = 5
-
-
-@dataclass(frozen=True, eq=False)
-class RelativePose:
-    """Pose of the current camera (image 1) in the reference camera's optical frame (image 0): x_ref = R x_cur + t.
-
-    Never holds NaN or infinity.
-
-    Attributes:
-        status: what the other fields hold. OK: everything. NO_TRANSLATION (standing still, or pure rotation): the
-            rotation; the translation is zero. Otherwise there is no pose, but identity.
-        rotation: (3, 3) float64, R.
-        translation: (3,) float64, t: a unit vector; in metres where `metric` is true; or zero.
-        covariance: (6, 6) float64 in the order of geometry_msgs/PoseWithCovariance: translation x y z, then rotation
-            in radians about the fixed axes x y z of the reference frame, w in R_true = exp([w]x) R. A unit vector has
-            no variance along itself. With NO_TRANSLATION the translation's block is identity / 3, that of a unit
-            vector of unknown direction. All zero, which ROS reads as unknown, where there is no pose.
-        metric: the translation is in metres.
-        num_matches: matches given.
-        num_inliers: matches that agree with the pose.
-        median_parallax: median displacement of the inliers once the rotation is removed, pixels of the reference image.
-        inliers: (num_matches,) bool: which matches are within the largest reprojection error of the pose and in front
-            of both cameras; None where nothing was estimated.
-    """
-
-    status: PoseStatus
-    rotation: np.ndarray
-    translation: np.ndarray
-    covariance: np.ndarray
-    metric: bool
-    num_matches: int
-    num_inliers: int
-    median_parallax: float
-    inliers: np.ndarray | None
-
-    @classmethod
-    def undefined(cls, status: PoseStatus, num_matches: int, inliers: np.ndarray | None = None) -> RelativePose:
-        """No pose, and why: identity, zero covariance."""
-        return cls(
-            status=status,
-            rotation=np.eye(3),
-            translation=np.zeros(3),
-            covariance=np.zeros((6, 6)),
-            metric=False,
-            num_matches=num_matches,
-            num_inliers=0 if inliers is None else int(inliers.sum()),
-            median_parallax=0.0,
-            inliers=inliers,
-        )
 
 
 def estimate_relative_pose(
@@ -295,7 +235,7 @@ def _normalise(
 
 def _motion_errors(matches: _Matches, motion: _Motion) -> np.ndarray:
     """Sampson error (n,) of each match under a motion with translation, pixels, signed."""
-    essential = _cross_matrix(motion.translation) @ motion.rotation
+    essential = cross_matrix(motion.translation) @ motion.rotation
     lines0, lines1 = matches.rays1 @ essential.T, matches.rays0 @ essential
     variance = _quadratic(matches.noise0, lines0[:, :2]) + _quadratic(matches.noise1, lines1[:, :2])
     return _dot(matches.rays0, lines0) / np.sqrt(np.maximum(variance, _TINY))
@@ -304,12 +244,12 @@ def _motion_errors(matches: _Matches, motion: _Motion) -> np.ndarray:
 def _motion_slopes(matches: _Matches, motion: _Motion) -> tuple[np.ndarray, np.ndarray]:
     """Sampson errors (n, 1) and their slopes (n, 1, 5)."""
     rotation, translation = motion
-    cross = _cross_matrix(translation)
+    cross = cross_matrix(translation)
     # The essential matrix, then its derivatives: everything below is linear in it.
     essentials = np.array(
         [cross @ rotation]
-        + [cross @ _cross_matrix(axis) @ rotation for axis in np.eye(3)]
-        + [_cross_matrix(tangent) @ rotation for tangent in _tangents(translation).T]
+        + [cross @ cross_matrix(axis) @ rotation for axis in np.eye(3)]
+        + [cross_matrix(tangent) @ rotation for tangent in _tangents(translation).T]
     )
     n, k = len(matches), len(essentials)
     lines0 = (matches.rays1 @ essentials.transpose(2, 1, 0).reshape(3, -1)).reshape(n, 3, k)
@@ -712,11 +652,6 @@ def _median_parallax(inliers: _Matches, rotation: np.ndarray) -> float:
 
 
 # Small vector algebra.
-
-
-def _cross_matrix(vector: np.ndarray) -> np.ndarray:
-    x, y, z = vector
-    return np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
 
 
 def _tangents(direction: np.ndarray) -> np.ndarray:

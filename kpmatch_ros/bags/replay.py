@@ -18,7 +18,7 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from kpmatch_ros import messages
-from kpmatch_ros.bags import (
+from kpmatch_ros.bags.files import (
     IMAGE_TYPES,
     BagError,
     BagWriter,
@@ -28,15 +28,15 @@ from kpmatch_ros.bags import (
     new_message,
     read_messages,
 )
-from kpmatch_ros.camera import CalibrationError, Camera
 from kpmatch_ros.drawing import draw_matches
 from kpmatch_ros.front_end import Frame, FrontEnd, Pair
-from kpmatch_ros.geometry import PoseStatus
+from kpmatch_ros.geometry.camera import CalibrationError, Camera
+from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.geometry.stereo_motion import StereoCamera
 from kpmatch_ros.images import ImageError, to_array
 from kpmatch_ros.odometry import Odometry
-from kpmatch_ros.pairing import Pairing
 from kpmatch_ros.parameters import ParameterError, Parameters
-from kpmatch_ros.stereo import StereoCamera
+from kpmatch_ros.stereo_sync import Pairing
 
 __all__ = ["CameraTopics", "Report", "Trajectory", "choose_camera", "choose_stereo_cameras", "replay"]
 

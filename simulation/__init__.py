@@ -14,7 +14,7 @@ x right, y down, z forward. Pixel (0, 0) is the centre of the top-left pixel.
 poses: cameras and how they move. painting: what painters paint with; paints: the painters. surfaces: what is painted;
 courtyard: where it stands. tracer: which surface a ray meets. light: sun and sky. scene: all of it, made into images.
 """
-from kpmatch_ros.synthetic.poses import Pose, View, camera_path, demo_camera, look, relative_motion, stereo_right
-from kpmatch_ros.synthetic.scene import Scene
+from simulation.poses import View, camera_path, demo_camera, look, stereo_right
+from simulation.scene import Scene
 
-__all__ = ["Pose", "Scene", "View", "camera_path", "demo_camera", "look", "relative_motion", "stereo_right"]
+__all__ = ["Scene", "View", "camera_path", "demo_camera", "look", "stereo_right"]

@@ -29,14 +29,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kpmatch_ros
-from kpmatch_ros.bags import BagError, image_message, image_topics, read_messages
-from kpmatch_ros.cli import CommandError, format_table, read_image
-from kpmatch_ros.conversion import convert
+from kpmatch_ros.bags.files import BagError, image_message, image_topics, read_messages
+from kpmatch_ros.cli.main import CommandError, format_table, read_image
 from kpmatch_ros.feature_matcher import FeatureMatcher, choose_device, choose_precision
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.images import ImageError, to_array
+from kpmatch_ros.models.convert import convert
 from kpmatch_ros.parameters import ParameterError, Parameters
-from kpmatch_ros.synthetic import Scene, camera_path, demo_camera
 
 __all__ = ["PEERS", "Request", "run_bench"]
 
@@ -246,6 +245,8 @@ def _films(request: Request) -> list[list[Image]]:
     """The sequence of images in each size."""
     count = request.repeats + 1
     if request.images is None and request.bag is None:
+        from simulation import Scene, camera_path, demo_camera  # of the checkout: it is not installed
+
         scene = Scene(seed=0)
         return [
             [view.image for view in scene.film(camera_path(count), demo_camera(*size), noise=2.0)]
@@ -325,6 +326,8 @@ def _publisher() -> Publish | None:
 def _measure(
     matcher: FeatureMatcher, film: list[Image], count: int, repeats: int, peers: Sequence[Peer], publish: Publish | None
 ) -> Row:
+    from simulation import demo_camera
+
     height, width = film[0].shape[:2]
     parameters = matcher.parameters.replace({"max_keypoints": count})
     matcher.configure(parameters)

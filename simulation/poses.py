@@ -4,21 +4,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kpmatch_ros.camera import Camera
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import Pose
 
 Vector = NDArray[np.float64]
-
-
-class Pose(NamedTuple):
-    """Pose of a camera in the world: x_world = rotation x_camera + position."""
-
-    rotation: Vector  # (3, 3)
-    position: Vector  # (3,), metres
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +39,6 @@ def look(position: ArrayLike, yaw: float, pitch: float = 0.0, roll: float = 0.0)
     lean = np.array([[1, 0, 0], [0, cr, -sr], [0, sr, cr]])
     optical = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
     return Pose(turn @ nod @ lean @ optical, np.asarray(position, dtype=np.float64))
-
-
-def relative_motion(reference: View | Pose, current: View | Pose) -> Pose:
-    """Pose of the current camera in the reference camera's optical frame: x_ref = rotation x_cur + position."""
-    return Pose(reference.rotation.T @ current.rotation, reference.rotation.T @ (current.position - reference.position))
 
 
 def stereo_right(left: Pose, baseline: float) -> Pose:

@@ -1,0 +1,1 @@
+"""Bags: reading and writing them, and running the matcher over one, without ROS."""

@@ -1,0 +1,1 @@
+"""Cameras, poses, and the motion between views, from matched keypoints."""

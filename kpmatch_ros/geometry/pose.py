@@ -1,0 +1,101 @@
+"""Poses: of a camera in the world, and of one camera in another's frame."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Placed", "Pose", "PoseStatus", "RelativePose", "cross_matrix", "relative_motion"]
+
+
+class Placed(Protocol):
+    """What has a pose in the world: x_world = rotation x_camera + position."""
+
+    @property
+    def rotation(self) -> NDArray[np.float64]:
+        """(3, 3)."""
+
+    @property
+    def position(self) -> NDArray[np.float64]:
+        """(3,), metres."""
+
+
+class Pose(NamedTuple):
+    """Pose of a camera in the world: x_world = rotation x_camera + position."""
+
+    rotation: NDArray[np.float64]  # (3, 3)
+    position: NDArray[np.float64]  # (3,), metres
+
+
+class PoseStatus(IntEnum):
+    """What a RelativePose holds: the statuses of msg/RelativePose."""
+
+    OK = 0
+    NO_CALIBRATION = 1
+    TOO_FEW_MATCHES = 2
+    NO_TRANSLATION = 3
+    FAILED = 4
+    INTERRUPTED = 5
+
+
+@dataclass(frozen=True, eq=False)
+class RelativePose:
+    """Pose of the current camera (image 1) in the reference camera's optical frame (image 0): x_ref = R x_cur + t.
+
+    Never holds NaN or infinity.
+
+    Attributes:
+        status: what the other fields hold. OK: everything. NO_TRANSLATION (standing still, or pure rotation): the
+            rotation; the translation is zero. Otherwise there is no pose, but identity.
+        rotation: (3, 3) float64, R.
+        translation: (3,) float64, t: a unit vector; in metres where `metric` is true; or zero.
+        covariance: (6, 6) float64 in the order of geometry_msgs/PoseWithCovariance: translation x y z, then rotation
+            in radians about the fixed axes x y z of the reference frame, w in R_true = exp([w]x) R. A unit vector has
+            no variance along itself. With NO_TRANSLATION the translation's block is identity / 3, that of a unit
+            vector of unknown direction. All zero, which ROS reads as unknown, where there is no pose.
+        metric: the translation is in metres.
+        num_matches: matches given.
+        num_inliers: matches that agree with the pose.
+        median_parallax: median displacement of the inliers once the rotation is removed, pixels of the reference image.
+        inliers: (num_matches,) bool: which matches are within the largest reprojection error of the pose and in front
+            of both cameras; None where nothing was estimated.
+    """
+
+    status: PoseStatus
+    rotation: np.ndarray
+    translation: np.ndarray
+    covariance: np.ndarray
+    metric: bool
+    num_matches: int
+    num_inliers: int
+    median_parallax: float
+    inliers: np.ndarray | None
+
+    @classmethod
+    def undefined(cls, status: PoseStatus, num_matches: int, inliers: np.ndarray | None = None) -> RelativePose:
+        """No pose, and why: identity, zero covariance."""
+        return cls(
+            status=status,
+            rotation=np.eye(3),
+            translation=np.zeros(3),
+            covariance=np.zeros((6, 6)),
+            metric=False,
+            num_matches=num_matches,
+            num_inliers=0 if inliers is None else int(inliers.sum()),
+            median_parallax=0.0,
+            inliers=inliers,
+        )
+
+
+def relative_motion(reference: Placed, current: Placed) -> Pose:
+    """Pose of the current camera in the reference camera's optical frame: x_ref = rotation x_cur + position."""
+    return Pose(reference.rotation.T @ current.rotation, reference.rotation.T @ (current.position - reference.position))
+
+
+def cross_matrix(vector: np.ndarray) -> np.ndarray:
+    """(3, 3): times a vector x, it is the cross product of `vector` and x."""
+    x, y, z = vector
+    return np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])

@@ -1,0 +1,1 @@
+"""The matcher node: the only part of the package that needs rclpy."""

@@ -1,0 +1,31 @@
+"""Weights that are known by name, and where they come from. Without PyTorch."""
+from kpmatch_ros.weights.registry import (
+    REGISTRY,
+    Weights,
+    WeightsError,
+    cache_folder,
+    expected_hash,
+    fetch,
+    file_hash,
+    find,
+    resolve,
+    verify,
+)
+from kpmatch_ros.weights.sources import Hub, Packaged, Url, Wheel
+
+__all__ = [
+    "REGISTRY",
+    "Hub",
+    "Packaged",
+    "Url",
+    "Weights",
+    "WeightsError",
+    "Wheel",
+    "cache_folder",
+    "expected_hash",
+    "fetch",
+    "file_hash",
+    "find",
+    "resolve",
+    "verify",
+]
