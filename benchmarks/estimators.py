@@ -15,6 +15,7 @@ share of poses by their error, from 0 to x, over x.
 Compared: OpenCV's findEssentialMat with plain RANSAC and with three of the USAC family, each with recoverPose after it;
 PoseLib, where it is installed (pip install poselib); and kpmatch_ros.geometry.two_view.estimate_relative_pose.
 """
+
 from __future__ import annotations
 
 import argparse

@@ -8,6 +8,7 @@ front end's work is extracting, matching and the pose. What is left is measured 
 DDS delivers (rclpy's work, before the node hears of it), and the node's own: the way to the inference thread, pixels,
 calibration, the messages' making and publishing.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -138,8 +139,10 @@ def main() -> None:
     for _ in range(100):
         timed(deserialize_message, making)(serialized, Image)
     own = np.subtract(latencies, front_end)[2:]  # the first frames find everything cold
-    print(f"{len(own)} frames of 640x480 with {options.keypoints} keypoints, features "
-          f"{'subscribed to' if options.features else 'not subscribed to'}; milliseconds, median (95th percentile)")
+    print(
+        f"{len(own)} frames of 640x480 with {options.keypoints} keypoints, features "
+        f"{'subscribed to' if options.features else 'not subscribed to'}; milliseconds, median (95th percentile)"
+    )
     for name, laps in (("front end", front_end[2:]), ("rclpy makes the Image", making), ("the node's own share", own)):
         print(f"{name:24} {1e3 * np.median(laps):8.2f} ({1e3 * np.percentile(laps, 95):.2f})")
 

@@ -11,6 +11,7 @@ bounds that chi-square gives (Bar-Shalom, Li and Kirubarajan, Estimation with Ap
 
 Constants were chosen on --seeds 1 2 3 --frames 21 --start 200; the default seeds and frames had no part in it.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -75,8 +76,10 @@ def main() -> None:
     print(f"translation: median error {np.median(shares):.3f} % of the distance moved, largest {max(shares):.3f} %")
     print(f"rotation: median error {np.median(angles):.4f} degrees, largest {max(angles):.4f}")
     within = np.mean(np.array(squares) < chi2.ppf(0.95, 6))
-    print(f"NEES: mean {np.mean(squares):.2f}, 95 % bounds {low:.2f} to {high:.2f}; median {np.median(squares):.2f} of "
-          f"{chi2.median(6):.2f}; {within:.1%} of the pairs below the 95 % point")
+    print(
+        f"NEES: mean {np.mean(squares):.2f}, 95 % bounds {low:.2f} to {high:.2f}; median {np.median(squares):.2f} of "
+        f"{chi2.median(6):.2f}; {within:.1%} of the pairs below the 95 % point"
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ This package without its node runs on machines without ROS::
     features0, features1 = matcher.extract(image0), matcher.extract(image1)
     matches = matcher.match(features0, features1)
 """
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any

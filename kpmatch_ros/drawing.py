@@ -1,4 +1,5 @@
 """Pictures of matches."""
+
 from __future__ import annotations
 
 from functools import lru_cache

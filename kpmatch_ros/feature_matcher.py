@@ -1,4 +1,5 @@
 """Image to features, features to matches: the networks behind one plain interface, without ROS."""
+
 from __future__ import annotations
 
 import contextlib

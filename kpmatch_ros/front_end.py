@@ -1,4 +1,5 @@
 """Frames in, matches with the reference frame, tracks and relative pose out: the flow of the package, without ROS."""
+
 from __future__ import annotations
 
 import math

@@ -21,6 +21,7 @@ What an encoding means, where `sensor_msgs/image_encodings` leaves it open:
 
 The last row may lack its padding, as in a window of a larger image; data after the image is ignored.
 """
+
 from __future__ import annotations
 
 import functools
@@ -108,8 +109,11 @@ def to_array(message: Any) -> NDArray[np.uint8]:
         return _decompress(message)
     layout = _LAYOUTS.get(message.encoding) if isinstance(message.encoding, str) else None
     if layout is None:
-        raise ImageError("encoding", f"encoding {message.encoding!r:.80} is none that holds a picture: publish "
-                                     "mono8, rgb8, bgr8, mono16, bayer_rggb8, yuv422_yuy2, nv12 or the like")
+        raise ImageError(
+            "encoding",
+            f"encoding {message.encoding!r:.80} is none that holds a picture: publish "
+            "mono8, rgb8, bgr8, mono16, bayer_rggb8, yuv422_yuy2, nv12 or the like",
+        )
     width, height = _integer(message, "width", "size"), _integer(message, "height", "size")
     what = f"{message.encoding} image of {width} x {height} pixels"
     _check_size(width, height, layout.colour, what)
@@ -124,8 +128,11 @@ def to_array(message: Any) -> NDArray[np.uint8]:
         strides = (step, channels * dtype.itemsize, dtype.itemsize)
         end = offset + (rows - 1) * step + width * strides[1]
         if end > data.size:
-            raise ImageError("data", f"{what} with step {step}: holds {data.size} bytes of data, but needs {end}: the "
-                                     "message was cut short, or its width, height or step is wrong")
+            raise ImageError(
+                "data",
+                f"{what} with step {step}: holds {data.size} bytes of data, but needs {end}: the "
+                "message was cut short, or its width, height or step is wrong",
+            )
         return np.ndarray((rows, width, channels), dtype, data, offset, strides)
 
     pixels = plane(0, height, step, layout.channels)
@@ -147,8 +154,9 @@ def _decompress(message: Any) -> NDArray[np.uint8]:
     encoding = str(message.format).split(";")[0].strip()  # as in "rgb8; jpeg compressed bgr8", or "jpeg" alone
     what = f"compressed image with format {message.format!r:.80}"
     if "compressedDepth" in str(message.format):
-        raise ImageError("encoding", f"{what}: holds depth, not a picture: subscribe to the camera's grey or "
-                                     "colour image")
+        raise ImageError(
+            "encoding", f"{what}: holds depth, not a picture: subscribe to the camera's grey or colour image"
+        )
     data = _bytes(message.data, what).tobytes()
     # OpenCV 4 fills what a truncated JPEG lacks with grey, so look for the end marker; after the last start of scan no
     # marker but that one follows. Decoders of rarer formats stay out of reach of what arrives over the network.
@@ -164,8 +172,11 @@ def _decompress(message: Any) -> NDArray[np.uint8]:
     except cv2.error:  # a size beyond OpenCV's limit
         pixels = None
     if pixels is None:
-        raise ImageError("decode", f"{what}: its {len(data)} bytes are {'damaged' if complete else 'cut short'}: "
-                                   "look for losses on the way here, or a fault in the camera or its driver")
+        raise ImageError(
+            "decode",
+            f"{what}: its {len(data)} bytes are {'damaged' if complete else 'cut short'}: "
+            "look for losses on the way here, or a fault in the camera or its driver",
+        )
     if pixels.ndim == 3:
         return _picture(pixels, "bgr", what)
     # Without a converted encoding behind "compressed", Bayer images are sent as the mosaic.
@@ -207,8 +218,11 @@ def _picture(pixels: NDArray[Any], colour: str, what: str) -> NDArray[np.uint8]:
             with np.errstate(invalid="ignore"):
                 low, high = visible.min(), visible.max()
             if not (low > -0.5 / 255 and high < 1 + 0.5 / 255):  # what rounds to [0, 255]; not NaN
-                raise ImageError("value", f"{what}: floats from {low:g} to {high:g}, but only [0, 1] is a picture: "
-                                          "scale them, or publish mono8; depth images cannot be matched")
+                raise ImageError(
+                    "value",
+                    f"{what}: floats from {low:g} to {high:g}, but only [0, 1] is a picture: "
+                    "scale them, or publish mono8; depth images cannot be matched",
+                )
         scale = 255.0 if pixels.dtype.kind == "f" else 1 / 257
         pixels = cv2.convertScaleAbs(pixels, alpha=scale).reshape(pixels.shape)
     if colour not in _CHANNELS:
@@ -221,8 +235,11 @@ def _convert(pixels: NDArray[np.uint8], encoding: str, what: str) -> NDArray[np.
     """RGB from 8-bit Bayer or packed YUV; padding, byte order and 16 bits, where the converters differ, are gone."""
     convert, faults = _converter()
     if convert is None:
-        raise ImageError("encoding", f"{what}: needs a converter: apt install ros-$ROS_DISTRO-cv-bridge, or "
-                                     f"pip install rosbags-image ({faults})")
+        raise ImageError(
+            "encoding",
+            f"{what}: needs a converter: apt install ros-$ROS_DISTRO-cv-bridge, or "
+            f"pip install rosbags-image ({faults})",
+        )
     rgb: NDArray[np.uint8] = convert(_message(np.ascontiguousarray(pixels), encoding), "rgb8")
     return rgb
 
@@ -259,5 +276,11 @@ def _rosbags_image() -> Callable[[Any, str], Any]:
 
 def _message(pixels: NDArray[np.uint8], encoding: str) -> SimpleNamespace:
     height, width, channels = pixels.shape
-    return SimpleNamespace(height=height, width=width, encoding=encoding, is_bigendian=int(sys.byteorder == "big"),
-                           step=width * channels, data=pixels)
+    return SimpleNamespace(
+        height=height,
+        width=width,
+        encoding=encoding,
+        is_bigendian=int(sys.byteorder == "big"),
+        step=width * channels,
+        data=pixels,
+    )

@@ -7,6 +7,7 @@ Each function here fills the fields of a message and leaves its making to `new`,
 with NumPy arrays for the fields that are arrays: `ros_message`, the default, or `kpmatch_ros.bags.files.new_message`,
 which needs no ROS. Nothing of ROS is imported before the first message of rclpy is made.
 """
+
 from __future__ import annotations
 
 import functools

@@ -1,4 +1,5 @@
 """Relative poses in metres, one after the other: where the camera is, and how sure that is. No ROS in here."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

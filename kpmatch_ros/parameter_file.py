@@ -1,4 +1,5 @@
 """ROS 2 parameter files, such as config/matcher.yaml, without ROS."""
+
 from __future__ import annotations
 
 import re

@@ -3,6 +3,7 @@
 The node's ROS parameters, ``config/matcher.yaml``, the README's table, the options of the ``kpmatch`` command and the
 keyword arguments of :class:`kpmatch_ros.FeatureMatcher` all come from the fields of :class:`Parameters`.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -157,9 +158,7 @@ class Parameters:
     resize: int = _parameter(
         0, "longest side of the image that the extractor sees; 0 keeps the size", unit="pixels", minimum=0, maximum=8192
     )
-    filter_threshold: float = _parameter(
-        0.1, "lowest score of a match", minimum=0.0, maximum=1.0, dynamic=True
-    )
+    filter_threshold: float = _parameter(0.1, "lowest score of a match", minimum=0.0, maximum=1.0, dynamic=True)
     ratio_threshold: float = _parameter(
         1.0,
         "with matcher 'nearest': highest ratio of the distances to the nearest and the second nearest descriptor; 1 "

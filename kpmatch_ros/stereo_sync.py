@@ -1,4 +1,5 @@
 """Left and right images by their stamps. No ROS in here."""
+
 from __future__ import annotations
 
 from collections import deque

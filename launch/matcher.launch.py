@@ -3,6 +3,7 @@
 `--show-args` lists the arguments. Those that stand for a parameter of the node are empty by default, and then the
 parameter file decides.
 """
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -14,6 +14,7 @@ x right, y down, z forward. Pixel (0, 0) is the centre of the top-left pixel.
 poses: cameras and how they move. painting: what painters paint with; paints: the painters. surfaces: what is painted;
 courtyard: where it stands. tracer: which surface a ray meets. light: sun and sky. scene: all of it, made into images.
 """
+
 from simulation.poses import View, camera_path, demo_camera, look, stereo_right
 from simulation.scene import Scene
 

@@ -1,4 +1,5 @@
 """What stands in the courtyard, and what can be seen beyond it."""
+
 from __future__ import annotations
 
 import math
@@ -63,19 +64,35 @@ def _house() -> Iterator[Surface]:
         yield from _box((10.9, y, 0.0), (0.22, 0.22, 2.32), hewn, hidden="back above below")
     yield from _box((10.9, 1.0, 2.32), (0.24, 1.9, 0.26), hewn, hidden="back above")
     yield from _box((10.7, 1.0, 0.0), (0.6, 1.7, 0.14), hewn, hidden="back below")
-    for y, z, wide, high in ((3.7, 1.15, 0.95, 1.3), (-1.6, 1.15, 0.95, 1.3),
-                             (3.7, 3.45, 0.9, 1.15), (1.0, 3.45, 0.9, 1.15), (-1.6, 3.45, 0.9, 1.15)):
+    for y, z, wide, high in (
+        (3.7, 1.15, 0.95, 1.3),
+        (-1.6, 1.15, 0.95, 1.3),
+        (3.7, 3.45, 0.9, 1.15),
+        (1.0, 3.45, 0.9, 1.15),
+        (-1.6, 3.45, 0.9, 1.15),
+    ):
         yield Flat((10.975, y, z + high / 2), -EAST, UP, wide, high, window, 160)
         unseen = "back above" if z > 2 else "back below"
         yield from _box((10.93, y, z - 0.1), (0.24, wide + 0.3, 0.1), hewn, hidden=unseen)
         yield from _box((10.95, y, z + high), (0.14, wide + 0.24, 0.16), hewn, hidden="back above")
         for side in (-1, 1):
-            yield from _box((10.95, y + side * (wide / 2 + 0.25), z), (0.07, 0.48, high), shutter, density=180,
-                            hidden="back above below")
+            yield from _box(
+                (10.95, y + side * (wide / 2 + 0.25), z),
+                (0.07, 0.48, high),
+                shutter,
+                density=180,
+                hidden="back above below",
+            )
     # Bougainvillea, three layers deep.
     for gap, leaf in ((0.10, 0.075), (0.19, 0.07), (0.27, 0.065)):
-        yield Flat((11 - gap, -0.35, 3.55), -EAST, UP, 2.6 - gap, 3.1 - gap,
-                    leaves(GREEN, leaf, creeper, rgb(206, 48, 116), 0.55))
+        yield Flat(
+            (11 - gap, -0.35, 3.55),
+            -EAST,
+            UP,
+            2.6 - gap,
+            3.1 - gap,
+            leaves(GREEN, leaf, creeper, rgb(206, 48, 116), 0.55),
+        )
 
 
 def _gallery() -> Iterator[Surface]:
@@ -87,10 +104,23 @@ def _gallery() -> Iterator[Surface]:
     yield _wall((left, face), (left, back), (0, 4.3), -EAST, masonry())
     for x in (left + middle for middle in ARCHES):
         for side in (-1, 1):
-            yield _wall((x + side * SPAN, face), (x + side * SPAN, back), (0, SPRING), -side * EAST,
-                        masonry((0.35, 0.35), (0.5, 0.6)))
-        yield Round((x, face, SPRING), (SPAN * SPAN, 0.0, 0.0), back - face, masonry((0.5, 0.5), (0.2, 0.22)),
-                     up=NORTH, seam=-EAST, arc=math.pi, hollow=True)
+            yield _wall(
+                (x + side * SPAN, face),
+                (x + side * SPAN, back),
+                (0, SPRING),
+                -side * EAST,
+                masonry((0.35, 0.35), (0.5, 0.6)),
+            )
+        yield Round(
+            (x, face, SPRING),
+            (SPAN * SPAN, 0.0, 0.0),
+            back - face,
+            masonry((0.5, 0.5), (0.2, 0.22)),
+            up=NORTH,
+            seam=-EAST,
+            arc=math.pi,
+            hollow=True,
+        )
     yield _wall((-3, 7.4), (11, 7.4), (0, 3.6), -NORTH, plaster(rgb(214, 168, 118), 0.7), 72)
     yield _wall((-3, face), (left, face), (0, 4.3), -NORTH, masonry(), 96)
     yield Flat((5.75, 6.25, 0.01), UP, EAST, 2.3, 10.5, pavers, 112)
@@ -103,8 +133,13 @@ def _gallery() -> Iterator[Surface]:
 
 def _under_arches(x: Image, y: Image) -> Any:
     """Which points of the arcade, metres from the left and from the bottom, are open, (h, w) bool."""
-    return np.any([np.where(y <= SPRING, np.abs(x - middle) <= SPAN, np.hypot(x - middle, y - SPRING) <= SPAN)
-                   for middle in ARCHES], axis=0)
+    return np.any(
+        [
+            np.where(y <= SPRING, np.abs(x - middle) <= SPAN, np.hypot(x - middle, y - SPRING) <= SPAN)
+            for middle in ARCHES
+        ],
+        axis=0,
+    )
 
 
 def _arcade(c: Canvas) -> Paint:
@@ -123,9 +158,11 @@ def _arcade(c: Canvas) -> Paint:
         labels[stone] = (100 * i + 40 + 2 * np.floor(block) + (dx > 0))[stone]
         trim |= arch | pier
     ashlar = stones(c, labels, LIMESTONE * np.float32(1.06), MORTAR, 0.025, 0.03, 0.002)
-    return Paint(np.where(trim[..., None], ashlar.albedo, wall.albedo),
-                 np.where(trim, ashlar.relief + 0.01, wall.relief),
-                 np.where(_under_arches(x, y), 0, 255).astype(np.uint8))
+    return Paint(
+        np.where(trim[..., None], ashlar.albedo, wall.albedo),
+        np.where(trim, ashlar.relief + 0.01, wall.relief),
+        np.where(_under_arches(x, y), 0, 255).astype(np.uint8),
+    )
 
 
 def _parapet() -> Iterator[Surface]:
@@ -161,9 +198,14 @@ def _things() -> Iterator[Surface]:
     for x, y, r, high in ((6.35, 3.6, 0.32, 0.95), (7.15, 3.75, 0.33, 0.98)):
         yield Round.barrel((x, y, 0), r, r * 1.24, high, staves, density=180)
         yield Flat((x, y, high - 0.02), UP, EAST, 2 * r, 2 * r, disc(planks(rgb(140, 106, 72), 0.11), 0, r), 180)
-    for x, y, r, high, bush in ((10.35, 2.35, 0.27, 0.5, 0.40), (10.35, -0.25, 0.27, 0.5, 0.40),
-                                (2.9, -2.75, 0.3, 0.52, 0.44), (3.75, -3.35, 0.2, 0.36, 0.30),
-                                (8.9, -3.6, 0.27, 0.5, 0.42), (8.8, 3.9, 0.26, 0.46, 0.40)):
+    for x, y, r, high, bush in (
+        (10.35, 2.35, 0.27, 0.5, 0.40),
+        (10.35, -0.25, 0.27, 0.5, 0.40),
+        (2.9, -2.75, 0.3, 0.52, 0.44),
+        (3.75, -3.35, 0.2, 0.36, 0.30),
+        (8.9, -3.6, 0.27, 0.5, 0.42),
+        (8.8, 3.9, 0.26, 0.46, 0.40),
+    ):
         yield from _potted((x, y, 0), r, high, bush)
     for x in (5.8, 7.0):
         yield from _box((x, -3.98, 0), (0.14, 0.4, 0.42), hewn)
@@ -173,40 +215,70 @@ def _things() -> Iterator[Surface]:
 def _land() -> Iterator[Surface]:
     """Beyond the parapet: an old olive tree, cypresses, bushes, and hills."""
     yield Round.cone((2.3, -5.9, -1.0), 0.26, 0.17, 4.2, planks(rgb(128, 116, 98), 0.08, nails=False), density=96)
-    for x, y, z, r in ((2.2, -5.8, 4.1, 1.25), (3.3, -5.3, 3.8, 0.95), (1.2, -6.2, 3.7, 1.0), (2.6, -6.6, 4.5, 1.0),
-                       (2.9, -5.0, 4.5, 0.8)):
+    for x, y, z, r in (
+        (2.2, -5.8, 4.1, 1.25),
+        (3.3, -5.3, 3.8, 0.95),
+        (1.2, -6.2, 3.7, 1.0),
+        (2.6, -6.6, 4.5, 1.0),
+        (2.9, -5.0, 4.5, 0.8),
+    ):
         yield Round.ball((x, y, z), r, leaves(OLIVE, 0.11, bushy(0.05)), 0.72, density=72)
         yield Round.ball((x, y, z), r * 0.75, leaves(OLIVE, 0.11, bushy(0.0)), 0.72, density=72)
-    for x, y, high in ((8.2, -6.6, 6.6), (10.4, -7.4, 7.6), (12.9, -6.3, 6.0), (16.5, -9.0, 8.4), (20.0, -8.0, 8.0),
-                       (24, -13, 9)):
+    for x, y, high in (
+        (8.2, -6.6, 6.6),
+        (10.4, -7.4, 7.6),
+        (12.9, -6.3, 6.0),
+        (16.5, -9.0, 8.4),
+        (20.0, -8.0, 8.0),
+        (24, -13, 9),
+    ):
         yield Flat((x, y, high / 2 - 1.0), (-x, -y, 0), UP, high * 0.24, high, cypress, 64)
     for x, y, r in ((6.0, -6.8, 1.0), (14.2, -7.6, 1.5), (18.0, -6.2, 1.6), (12.0, -9.5, 1.4)):
         yield Round.ball((x, y, -0.7), r, leaves(GREEN, 0.16, bushy(0.25)), 0.9, density=48)
     yield Flat((14.0, -15.0, -0.9), UP, EAST, 20.0, 40.0, grass, 16)
     away = np.array([0.83, -0.56, 0.0])
-    for distance, base, high, rise, haze in ((90.0, 0.66, 18.0, 0.10, 0.12), (260.0, 0.62, 54.0, 0.14, 0.40),
-                                             (700.0, 0.60, 190.0, 0.16, 0.66)):
+    for distance, base, high, rise, haze in (
+        (90.0, 0.66, 18.0, 0.10, 0.12),
+        (260.0, 0.62, 54.0, 0.14, 0.40),
+        (700.0, 0.60, 190.0, 0.16, 0.66),
+    ):
         foot = away * distance + UP * (1.4 + high * (0.5 - base) + 0.012 * distance)
         yield Flat(foot, -away, UP, 2.9 * distance, high, ridge(base, rise, haze), 560 / distance, far=True)
 
 
-def _wall(start: tuple[float, float], end: tuple[float, float], z: tuple[float, float], normal: Vector,
-          painter: Painter, density: float = 128.0) -> Surface:
+def _wall(
+    start: tuple[float, float],
+    end: tuple[float, float],
+    z: tuple[float, float],
+    normal: Vector,
+    painter: Painter,
+    density: float = 128.0,
+) -> Surface:
     """An upright rectangle between two points on the ground plan."""
     centre = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2, (z[0] + z[1]) / 2)
     return Flat(centre, normal, UP, math.dist(start, end), z[1] - z[0], painter, density)
 
 
-def _box(bottom: ArrayLike, size: tuple[float, float, float], painter: Painter, yaw: float = 0.0,
-         density: float = 160.0, hidden: str = "below") -> Iterator[Surface]:
+def _box(
+    bottom: ArrayLike,
+    size: tuple[float, float, float],
+    painter: Painter,
+    yaw: float = 0.0,
+    density: float = 160.0,
+    hidden: str = "below",
+) -> Iterator[Surface]:
     """Depth (along x before it is turned by yaw), width and height. Faces that nobody will see are left out."""
     forward, left = np.array([math.cos(yaw), math.sin(yaw), 0]), np.array([-math.sin(yaw), math.cos(yaw), 0])
     depth, width, height = size
     middle = np.asarray(bottom, float) + UP * height / 2
     for name, normal, half, up, wide, high in (
-            ("front", -forward, depth, UP, width, height), ("back", forward, depth, UP, width, height),
-            ("left", left, width, UP, depth, height), ("right", -left, width, UP, depth, height),
-            ("above", UP, height, forward, width, depth), ("below", -UP, height, forward, width, depth)):
+        ("front", -forward, depth, UP, width, height),
+        ("back", forward, depth, UP, width, height),
+        ("left", left, width, UP, depth, height),
+        ("right", -left, width, UP, depth, height),
+        ("above", UP, height, forward, width, depth),
+        ("below", -UP, height, forward, width, depth),
+    ):
         if name not in hidden.split():
             yield Flat(middle + normal * half / 2, normal, up, wide, high, painter, density)
 

@@ -1,4 +1,5 @@
 """The sun, the sky and their light, which is computed once and baked into the textures."""
+
 from __future__ import annotations
 
 import math
@@ -45,8 +46,12 @@ def illuminate(surfaces: Sequence[Surface], pool: ThreadPoolExecutor) -> None:
         points.append(surface.points(*grid).reshape(-1, 3))
         normals.append(np.broadcast_to(surface.directions(*grid)[0], (rows, columns, 3)).reshape(-1, 3))
     at, facing = np.concatenate(points), np.concatenate(normals)
-    lit = list(pool.map(lambda light: _Shadow(near, *light).lit(at, facing),
-                        [(sun, 704, 0.03) for sun in suns] + [(sky, 224, 0.10) for sky in skies]))
+    lit = list(
+        pool.map(
+            lambda light: _Shadow(near, *light).lit(at, facing),
+            [(sun, 704, 0.03) for sun in suns] + [(sky, 224, 0.10) for sky in skies],
+        )
+    )
     sun_seen = np.mean(lit[:SUNS], axis=0)
     sky, sky_seen = np.zeros((len(at), 3), np.float32), np.zeros(len(at), np.float32)
     for direction, seen in zip(skies, lit[SUNS:]):
@@ -64,7 +69,7 @@ def illuminate(surfaces: Sequence[Surface], pool: ThreadPoolExecutor) -> None:
     list(pool.map(bake, range(len(near))))
     for surface in surfaces:
         if surface.far:
-            surface.texture = Texture(_develop(surface.paint.albedo ** 2 * np.float32(1.75)))
+            surface.texture = Texture(_develop(surface.paint.albedo**2 * np.float32(1.75)))
 
 
 def _grid(surface: Surface, shape: tuple[int, int]) -> tuple[Image, Image]:
@@ -83,14 +88,17 @@ def _bake(surface: Surface, sky: Image, sun_seen: Image) -> None:
     # Relief: its slopes turn the normal, its hollows see less of the sky.
     normal, right, down = surface.directions(*_grid(surface, (h, w)))
     sun = SUN.astype(np.float32)
-    rise_u, rise_v = (np.asarray(cv2.Sobel(paint.relief, cv2.CV_32F, *order, ksize=1, scale=surface.density / 2))
-                      for order in ((1, 0), (0, 1)))
+    rise_u, rise_v = (
+        np.asarray(cv2.Sobel(paint.relief, cv2.CV_32F, *order, ksize=1, scale=surface.density / 2))
+        for order in ((1, 0), (0, 1))
+    )
     cosine = (normal @ sun - rise_u * (right @ sun) - rise_v * (down @ sun)) / np.sqrt(1 + rise_u**2 + rise_v**2)
     hollow = paint.relief - cv2.GaussianBlur(paint.relief, (0, 0), 0.03 * surface.density)
     if surface.mask is not None and isinstance(surface, Round):
         cosine = 0.35 + 0.65 * cosine  # leaves point everywhere and let light through
-    light = sky * np.clip(1 + 22 * hollow, 0.45, 1.25)[..., None] + SUNLIGHT * (
-        np.maximum(cosine, 0) * sun_seen)[..., None]
+    light = (
+        sky * np.clip(1 + 22 * hollow, 0.45, 1.25)[..., None] + SUNLIGHT * (np.maximum(cosine, 0) * sun_seen)[..., None]
+    )
     surface.texture = Texture(_develop(np.square(np.maximum(paint.albedo, np.float32(0.03))) * light))
     del surface.paint
 
@@ -117,12 +125,13 @@ class _Shadow:
         """How much of the light reaches the points (n, 3), from 0 to 1."""
         result = []
         for first in range(0, len(points), CHUNK):
-            facing, at = normals[first:first + CHUNK], points[first:first + CHUNK]
+            facing, at = normals[first : first + CHUNK], points[first : first + CHUNK]
             slant = np.clip(facing @ self.direction, 0.15, 1)
             local = (at + facing * self.bias - MIDDLE.astype(np.float32)) @ self.axes.T.astype(np.float32)
             place = (local[:, :2].T + np.float32(REACH)) * np.float32(self.scale) - HALF
-            nearest: Any = cv2.remap(self.depth, place[:1], place[1:], cv2.INTER_LINEAR,
-                                     borderMode=cv2.BORDER_CONSTANT, borderValue=[1e3])
+            nearest: Any = cv2.remap(
+                self.depth, place[:1], place[1:], cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=[1e3]
+            )
             # Fading over the thickness of `bias`, so that a surface does not shade itself.
             result.append(np.clip((nearest[0] - local[:, 2]) / self.bias + 1 + HALF / slant, 0, 1))
         return np.concatenate(result)
@@ -153,8 +162,9 @@ def paint_sky(rng: np.random.Generator) -> Texture:
     px, py = (((f(azimuth) * reach / 16 + 0.5) * size).astype(np.float32) for f in (np.cos, np.sin))
 
     def overhead(noise: Image, dx: float = 0.0, dy: float = 0.0) -> Image:
-        return np.asarray(cv2.remap(noise, px + np.float32(dx), py + np.float32(dy), cv2.INTER_CUBIC,
-                                    borderMode=cv2.BORDER_REFLECT))
+        return np.asarray(
+            cv2.remap(noise, px + np.float32(dx), py + np.float32(dy), cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
+        )
 
     billow, wisps = fractal(rng, size, size, 150, 150, 8, 0.58), fractal(rng, size, size, 60, 240, 7, 0.6)
     thick = overhead(billow)
@@ -174,5 +184,8 @@ def sky_colours(sky: Texture, direction: Image) -> NDArray[np.uint8]:
     x, y, z = direction
     elevation = np.degrees(np.arctan2(z, np.hypot(x, y)))
     azimuth = np.arctan2(y, x)
-    return sky.at((np.float32(np.pi) - azimuth) * np.float32(SKY_SIZE[1] / (2 * np.pi)),
-                  (np.float32(SKY_TOP) - elevation) * np.float32(SKY_SIZE[0] / (SKY_TOP - SKY_END)), 0)
+    return sky.at(
+        (np.float32(np.pi) - azimuth) * np.float32(SKY_SIZE[1] / (2 * np.pi)),
+        (np.float32(SKY_TOP) - elevation) * np.float32(SKY_SIZE[0] / (SKY_TOP - SKY_END)),
+        0,
+    )

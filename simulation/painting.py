@@ -2,6 +2,7 @@
 
 A painter is a function from a canvas to its paint; the same canvas size and random state give the same paint.
 """
+
 from __future__ import annotations
 
 import math
@@ -32,7 +33,7 @@ class Canvas:
 
     def xy(self) -> tuple[Image, Image]:
         """Metres from the left and from the bottom, both (h, w)."""
-        row, column = np.mgrid[0:self.h, 0:self.w].astype(np.float32)
+        row, column = np.mgrid[0 : self.h, 0 : self.w].astype(np.float32)
         return (column + HALF) / np.float32(self.density), (self.h - HALF - row) / np.float32(self.density)
 
     def noise(self, cell: float | tuple[float, float], octaves: int = 5, gain: float = 0.55) -> Image:
@@ -98,16 +99,18 @@ def dab(image: Image, x: float, y: float, rx: float, ry: float, colour: Image, s
     x0, x1 = max(0, int(x - 2 * rx)), min(w, int(x + 2 * rx) + 2)
     y0, y1 = max(0, int(y - 2 * ry)), min(h, int(y + 2 * ry) + 2)
     if x0 < x1 and y0 < y1:
-        dy, dx = np.ogrid[y0 - y:y1 - y, x0 - x:x1 - x]
-        share = strength * np.exp(-((dx / rx) ** 2 + (dy / ry) ** 2))[:y1 - y0, :x1 - x0]
+        dy, dx = np.ogrid[y0 - y : y1 - y, x0 - x : x1 - x]
+        share = strength * np.exp(-((dx / rx) ** 2 + (dy / ry) ** 2))[: y1 - y0, : x1 - x0]
         image[y0:y1, x0:x1] = mix(image[y0:y1, x0:x1], colour, share.astype(np.float32))
 
 
 def lying(painter: Painter) -> Painter:
     """The same turned by a right angle."""
+
     def paint(c: Canvas) -> Paint:
         albedo, relief, _ = painter(c.turned())
         return Paint(np.ascontiguousarray(albedo.transpose(1, 0, 2)), np.ascontiguousarray(relief.T))
+
     return paint
 
 

@@ -1,4 +1,5 @@
 """The paints of the courtyard and the land beyond: masonry, plaster, wood, tiles, leaves, hills."""
+
 from __future__ import annotations
 
 import itertools
@@ -23,21 +24,42 @@ from simulation.painting import (
     smooth,
 )
 
-LIMESTONE = np.stack([rgb(206, 188, 152), rgb(190, 170, 134), rgb(172, 156, 128), rgb(214, 198, 166),
-                      rgb(180, 150, 112), rgb(160, 150, 134)])
+LIMESTONE = np.stack(
+    [
+        rgb(206, 188, 152),
+        rgb(190, 170, 134),
+        rgb(172, 156, 128),
+        rgb(214, 198, 166),
+        rgb(180, 150, 112),
+        rgb(160, 150, 134),
+    ]
+)
 BRICK = np.stack([rgb(176, 98, 68), rgb(160, 84, 60), rgb(190, 116, 80), rgb(148, 88, 70), rgb(182, 104, 84)])
-BASALT = np.stack([rgb(142, 134, 124), rgb(126, 120, 114), rgb(158, 146, 130), rgb(112, 108, 106),
-                   rgb(148, 130, 112), rgb(168, 158, 142)])
+BASALT = np.stack(
+    [
+        rgb(142, 134, 124),
+        rgb(126, 120, 114),
+        rgb(158, 146, 130),
+        rgb(112, 108, 106),
+        rgb(148, 130, 112),
+        rgb(168, 158, 142),
+    ]
+)
 MORTAR, EARTH, HAZE, IRON = rgb(176, 162, 136), rgb(118, 108, 92), rgb(196, 208, 220), rgb(62, 56, 52)
 OLIVE = np.stack([rgb(112, 124, 72), rgb(138, 148, 98), rgb(90, 104, 60), rgb(158, 164, 120)])
 GREEN = np.stack([rgb(72, 104, 44), rgb(92, 128, 52), rgb(56, 86, 40), rgb(120, 148, 66)])
 DARK = np.stack([rgb(72, 94, 54), rgb(88, 110, 62), rgb(60, 80, 50), rgb(106, 126, 74)])
-FIELDS = np.stack([rgb(196, 176, 104), rgb(134, 146, 76), rgb(164, 158, 90), rgb(112, 130, 70),
-                   rgb(206, 188, 128)])
+FIELDS = np.stack([rgb(196, 176, 104), rgb(134, 146, 76), rgb(164, 158, 90), rgb(112, 130, 70), rgb(206, 188, 128)])
 
 
-def courses(c: Canvas, course: tuple[float, float], length: tuple[float, float], joint: float, waver: float = 0.0,
-             bond: bool = False) -> NDArray[np.int32]:
+def courses(
+    c: Canvas,
+    course: tuple[float, float],
+    length: tuple[float, float],
+    joint: float,
+    waver: float = 0.0,
+    bond: bool = False,
+) -> NDArray[np.int32]:
     """Labels (h, w) of stones laid in courses, 0 in the joints; ranges of their height and length, metres.
 
     `waver` bends the joints; `bond` lays every second course half a stone further, as bricks are.
@@ -50,8 +72,10 @@ def courses(c: Canvas, course: tuple[float, float], length: tuple[float, float],
         while left * scale < c.w:
             long = c.rng.uniform(*length)
             label += 1
-            y0, y1, x0, x1 = (max(0, round(edge * scale)) for edge in (
-                top + joint / 2, top + tall - joint / 2, left + joint / 2, left + long - joint / 2))
+            y0, y1, x0, x1 = (
+                max(0, round(edge * scale))
+                for edge in (top + joint / 2, top + tall - joint / 2, left + joint / 2, left + long - joint / 2)
+            )
             labels[y0:y1, x0:x1] = label
             left += long
         top += tall
@@ -59,8 +83,16 @@ def courses(c: Canvas, course: tuple[float, float], length: tuple[float, float],
     return bend(c, labels, waver, 16 * waver) if waver else labels
 
 
-def stones(c: Canvas, labels: NDArray[np.int32], tones: Image, mortar: Image, round_off: float, thick: float,
-            rough: float = 0.004, vary: float = 0.12) -> Paint:
+def stones(
+    c: Canvas,
+    labels: NDArray[np.int32],
+    tones: Image,
+    mortar: Image,
+    round_off: float,
+    thick: float,
+    rough: float = 0.004,
+    vary: float = 0.12,
+) -> Paint:
     """Stones of varied tones, rounded off over `round_off` metres at their edges, `thick` metres above the mortar."""
     count = int(labels.max()) + 1
     tone = tones[c.rng.integers(0, len(tones), count)] * c.rng.normal(1, vary, (count, 1))
@@ -94,7 +126,7 @@ def pavers(c: Canvas) -> Paint:
 def cobbles(c: Canvas) -> Paint:
     """Every texel belongs to the nearest of scattered points; the borders are joints."""
     spacing = 0.135 * c.density
-    y, x = np.mgrid[-1:c.h / spacing + 1, -1:c.w / spacing + 1]
+    y, x = np.mgrid[-1 : c.h / spacing + 1, -1 : c.w / spacing + 1]
     x += 0.5 * (np.arange(len(x))[:, None] % 2) + c.rng.uniform(0.23, 0.77, x.shape)
     y += c.rng.uniform(0.28, 0.72, y.shape)
     px, py = (x * spacing).astype(int), (y * spacing).astype(int)
@@ -115,6 +147,7 @@ def cobbles(c: Canvas) -> Paint:
 
 def plaster(tone: Image, bare: float) -> Painter:
     """Lime plaster, fallen off in places so that masonry shows; `bare` is where on the noise's scale that begins."""
+
     def paint(c: Canvas) -> Paint:
         under = masonry()(c)
         height = c.xy()[1]
@@ -126,11 +159,13 @@ def plaster(tone: Image, bare: float) -> Painter:
         fresh *= (1 - 0.25 * smooth(-0.16, 0.0, level))[..., None]
         thick = 0.03 + 0.0035 * grain + 0.006 * cloud
         return Paint(mix(fresh, under.albedo, off), thick + (under.relief - thick) * off)
+
     return paint
 
 
 def planks(tone: Image, wide: float = 0.13, peeling: Image | None = None, nails: bool = True) -> Painter:
     """Boards standing upright; `peeling` is the colour of old paint on them."""
+
     def paint(c: Canvas) -> Paint:
         count = max(1, round(c.w / c.density / wide))
         place = np.arange(c.w, dtype=np.float32) / c.w * count
@@ -140,7 +175,8 @@ def planks(tone: Image, wide: float = 0.13, peeling: Image | None = None, nails:
         fibre = c.noise((0.45, max(2 / c.density, 0.012)), 4, 0.8)
         rings = np.sin((x + 0.02 * c.noise((0.7, 0.1), 3)) * 330 + 2.0 * fibre)
         light = c.rng.normal(1, 0.08, count).astype(np.float32)[board] * (
-            1 + 0.09 * rings + 0.12 * fibre + 0.05 * c.noise((0.6, 0.2)))
+            1 + 0.09 * rings + 0.12 * fibre + 0.05 * c.noise((0.6, 0.2))
+        )
         albedo = tone * light[..., None]
         if peeling is not None:
             left = smooth(-0.7, -0.25, c.noise((0.5, 0.09), 6, 0.7))
@@ -154,6 +190,7 @@ def planks(tone: Image, wide: float = 0.13, peeling: Image | None = None, nails:
                 dab(albedo, (i + across) * c.w / count, y, head, head, IRON * np.float32(0.7), 0.9)
         gap = smooth(1 - 0.04 / wide, 1.0, np.abs(place - board - HALF) * 2)
         return Paint(albedo * (1 - 0.75 * gap)[:, None], 0.0012 * rings + 0.001 * fibre - 0.012 * gap)
+
     return paint
 
 
@@ -194,8 +231,11 @@ def roof(c: Canvas) -> Paint:
     count = int(tile.max()) + 1
     tone = (tones[c.rng.integers(0, len(tones), count)] * c.rng.normal(1, 0.1, (count, 1))).astype(np.float32)
     grain = c.noise(0.1, 5, 0.7)
-    albedo = mix(tone[tile] * (1 + 0.12 * grain)[..., None], rgb(150, 146, 116),
-                  0.6 * smooth(0.5, 1.3, c.noise(0.5, 6) + 0.3 * grain))
+    albedo = mix(
+        tone[tile] * (1 + 0.12 * grain)[..., None],
+        rgb(150, 146, 116),
+        0.6 * smooth(0.5, 1.3, c.noise(0.5, 6) + 0.3 * grain),
+    )
     shade = (0.55 + 0.45 * smooth(0.0, 0.35, pipe)) * (0.8 + 0.2 * smooth(0.0, 0.1, along))
     return Paint(albedo * shade[..., None], 0.06 * pipe + 0.025 * along + 0.003 * grain)
 
@@ -205,8 +245,11 @@ def terracotta(c: Canvas) -> Paint:
     x, y = c.xy()
     grain, cloud = c.noise(0.04, 4, 0.8), c.noise(0.3)
     turning = np.sin(y * 420 + 2 * cloud)
-    albedo = mix(rgb(188, 106, 70) * (1 + 0.07 * grain + 0.04 * turning)[..., None], rgb(216, 178, 146),
-                  0.55 * smooth(0.1, 1.2, cloud + 0.4 * grain))
+    albedo = mix(
+        rgb(188, 106, 70) * (1 + 0.07 * grain + 0.04 * turning)[..., None],
+        rgb(216, 178, 146),
+        0.55 * smooth(0.1, 1.2, cloud + 0.4 * grain),
+    )
     band = np.exp(-(((y - 0.72 * c.h / c.density) / 0.022) ** 2)) * (0.6 + 0.4 * np.sign(np.sin(x * 70)))
     return Paint(albedo, 0.0008 * turning + 0.001 * grain + 0.008 * band)
 
@@ -250,9 +293,15 @@ def grass(c: Canvas) -> Paint:
     return Paint(albedo * (1 + 0.2 * grain)[..., None], 0.02 * grain)
 
 
-def leaves(greens: Image, size: float, thickness: Callable[[Canvas, Image], Image], blossom: Image | None = None,
-            flowers: float = 0.0) -> Painter:
+def leaves(
+    greens: Image,
+    size: float,
+    thickness: Callable[[Canvas, Image], Image],
+    blossom: Image | None = None,
+    flowers: float = 0.0,
+) -> Painter:
     """Foliage with holes: leaves of `size` metres where thickness(canvas, noise) is above about 0.2."""
+
     def paint(c: Canvas) -> Paint:
         lumps = c.noise(0.6)
         thick = thickness(c, lumps)
@@ -267,13 +316,15 @@ def leaves(greens: Image, size: float, thickness: Callable[[Canvas, Image], Imag
         colour *= c.rng.uniform(0.75, 1.2, (count, 1))
         turn, long = c.rng.uniform(0, 2 * np.pi, count), size * c.density * c.rng.uniform(0.35, 0.65, count)
         dx, dy = np.cos(turn) * long, np.sin(turn) * long
-        outline = np.stack([px - dx, py - dy, px - 0.45 * dy, py + 0.45 * dx, px + dx, py + dy, px + 0.45 * dy,
-                            py - 0.45 * dx], axis=1)
+        outline = np.stack(
+            [px - dx, py - dy, px - 0.45 * dy, py + 0.45 * dx, px + dx, py + dy, px + 0.45 * dy, py - 0.45 * dx], axis=1
+        )
         corners = np.round(outline * 16).astype(np.int32).reshape(-1, 4, 2)  # in sixteenths of a texel
         for i in np.flatnonzero(grows):
             cv2.fillConvexPoly(albedo, corners[i], colour[i].tolist(), cv2.LINE_8, 4)
             cv2.fillConvexPoly(alpha, corners[i], [255.0], cv2.LINE_8, 4)
         return Paint(albedo, 0.05 * lumps, alpha)
+
     return paint
 
 
@@ -299,6 +350,7 @@ def cypress(c: Canvas) -> Paint:
 
 def ridge(base: float, rise: float, haze: float) -> Painter:
     """A range of hills: an outline cut from a plane, woods and fields on it, paled by `haze`."""
+
     def paint(c: Canvas) -> Paint:
         wide, high = c.w / c.density, c.h / c.density
         y = c.xy()[1] / np.float32(high)
@@ -313,4 +365,5 @@ def ridge(base: float, rise: float, haze: float) -> Painter:
         albedo = mix(tone[fields] * rows[..., None], trees, np.maximum(woods, 0.8 * (fields == 0)))
         albedo = mix(albedo, HAZE, np.minimum(haze + 0.12 * (1 - y / base), 0.95))
         return Paint(albedo, np.zeros_like(y), ((y < line + fuzz) * 255).astype(np.uint8))
+
     return paint

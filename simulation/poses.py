@@ -1,4 +1,5 @@
 """Cameras, where they are and how they move: poses, the round through the courtyard, and views."""
+
 from __future__ import annotations
 
 import math
@@ -57,8 +58,9 @@ def camera_path(motions: int | Iterable[tuple[str, int]] = 40, step: float = 0.2
     parts = [("walk", motions)] if isinstance(motions, int) else list(motions)
     # A closed curve, a lying eight with some height, is tabulated and walked along at a constant speed.
     angle = np.linspace(0, 2 * np.pi, 4001)
-    curve = np.stack([0.9 + 2.3 * np.sin(angle - 1.2), 0.1 + 1.25 * np.sin(2 * angle + 0.7),
-                      1.55 + 0.22 * np.sin(3 * angle)], axis=1)
+    curve = np.stack(
+        [0.9 + 2.3 * np.sin(angle - 1.2), 0.1 + 1.25 * np.sin(2 * angle + 0.7), 1.55 + 0.22 * np.sin(3 * angle)], axis=1
+    )
     length = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(curve, axis=0), axis=1))])
     poses, walked, turned = [], 0.0, 2.2
     for motion, frames in parts:

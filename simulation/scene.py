@@ -1,4 +1,5 @@
 """The courtyard as a whole: built, painted and lit once, then seen by any camera from any pose."""
+
 from __future__ import annotations
 
 import itertools
@@ -60,8 +61,9 @@ class Scene:
             while waiting:
                 yield waiting.popleft().result()
 
-    def render(self, rotation: ArrayLike, position: ArrayLike, camera: Camera, *, noise: float = 0.0,
-               noise_seed: int = 0) -> View:
+    def render(
+        self, rotation: ArrayLike, position: ArrayLike, camera: Camera, *, noise: float = 0.0, noise_seed: int = 0
+    ) -> View:
         """What `camera` sees from the pose x_world = rotation x_camera + position.
 
         `noise` is the sensor's, in grey levels (standard deviation), drawn from `noise_seed`. Raises ValueError where
@@ -85,8 +87,10 @@ class Scene:
             for tile in tiles:
                 edge = edges[tile]
                 if edge.any():
-                    x, y = (np.concatenate([grid[tile][edge] for grid in grids])
-                            for grids in ([point.x for point in points], [point.y for point in points]))
+                    x, y = (
+                        np.concatenate([grid[tile][edge] for grid in grids])
+                        for grids in ([point.x for point in points], [point.y for point in points])
+                    )
                     among = [(index, ...) for index, _ in tracer.within(windows, tile, margin=1)]
                     met = tracer.trace(x, y, among, 2 * focal)[1]
                     colours = self._shade(tracer, met, x, y, 2 * focal)
@@ -102,7 +106,7 @@ class Scene:
         starts = np.searchsorted(which, np.arange(-1, len(tracer.seen) + 1), sorter=order)
         for index, (start, end) in enumerate(itertools.pairwise(starts), -1):
             for first in range(start, end, CHUNK):
-                mine = order[first:min(first + CHUNK, end)]
+                mine = order[first : min(first + CHUNK, end)]
                 if index >= 0:
                     colour[mine] = tracer.colour(index, x[mine], y[mine], focal)
                 else:

@@ -1,4 +1,5 @@
 """What the scene is made of: flat and round surfaces, where rays meet them, and the textures they carry."""
+
 from __future__ import annotations
 
 import math
@@ -29,7 +30,7 @@ class Texture:
         for i, level in enumerate(levels):
             h, w = level.shape[:2]
             x, y = (width, top) if i else (0, 0)
-            self.atlas[y:y + h, x:x + w] = level
+            self.atlas[y : y + h, x : x + w] = level
             table.append((w / width, h / height, w - 1, h - 1, x, y))
             top += h if i else 0
         self.table = np.array(table, np.float32)
@@ -79,8 +80,16 @@ class Surface:
     paint: Paint  # until the light is baked into
     texture: Texture
 
-    def __init__(self, axes: Sequence[Vector], origin: Vector, width: float, height: float, painter: Painter,
-                 density: float, far: bool = False) -> None:
+    def __init__(
+        self,
+        axes: Sequence[Vector],
+        origin: Vector,
+        width: float,
+        height: float,
+        painter: Painter,
+        density: float,
+        far: bool = False,
+    ) -> None:
         self.axes, self.origin = np.stack(axes), origin  # rows: the local axes in the world
         self.width, self.height, self.density = width, height, density  # metres, metres, texels per metre
         self.painter, self.far = painter, far  # far: too far away for shadows
@@ -109,8 +118,17 @@ class Surface:
 class Flat(Surface):
     """A rectangle, seen from the side its normal points to; local axes: right, down, normal."""
 
-    def __init__(self, centre: ArrayLike, normal: ArrayLike, up: ArrayLike, width: float, height: float,
-                 painter: Painter, density: float = 128.0, far: bool = False) -> None:
+    def __init__(
+        self,
+        centre: ArrayLike,
+        normal: ArrayLike,
+        up: ArrayLike,
+        width: float,
+        height: float,
+        painter: Painter,
+        density: float = 128.0,
+        far: bool = False,
+    ) -> None:
         out = np.asarray(normal, float) / np.linalg.norm(normal)
         right = np.cross(np.asarray(up, float), out)
         right /= np.linalg.norm(right)
@@ -146,9 +164,18 @@ class Round(Surface):
     begins; `arc` is how far it goes round; `hollow` shows the inside instead of the outside.
     """
 
-    def __init__(self, bottom: ArrayLike, profile: tuple[float, float, float], height: float, painter: Painter,
-                 density: float = 128.0, up: ArrayLike = (0, 0, 1), seam: ArrayLike = (1, 0.1, 0),
-                 arc: float = 2 * math.pi, hollow: bool = False) -> None:
+    def __init__(
+        self,
+        bottom: ArrayLike,
+        profile: tuple[float, float, float],
+        height: float,
+        painter: Painter,
+        density: float = 128.0,
+        up: ArrayLike = (0, 0, 1),
+        seam: ArrayLike = (1, 0.1, 0),
+        arc: float = 2 * math.pi,
+        hollow: bool = False,
+    ) -> None:
         axis = np.asarray(up, float) / np.linalg.norm(up)
         first = np.asarray(seam, float) - axis * (axis @ np.asarray(seam, float))
         first /= np.linalg.norm(first)
@@ -156,8 +183,9 @@ class Round(Surface):
         h = np.linspace(0, height, 50)
         self.radius = float(np.sqrt((a + b * h + c * h * h).max()))
         self.profile, self.arc, self.hollow = profile, arc, hollow
-        super().__init__((first, np.cross(axis, first), axis), np.asarray(bottom, float), self.radius * arc, height,
-                         painter, density)
+        super().__init__(
+            (first, np.cross(axis, first), axis), np.asarray(bottom, float), self.radius * arc, height, painter, density
+        )
 
     @classmethod
     def cone(cls, bottom: ArrayLike, r0: float, r1: float, height: float, painter: Painter, **more: Any) -> Round:
@@ -213,7 +241,10 @@ class Round(Surface):
         lean = (self.profile[1] / 2 + self.profile[2] * h) / r
         size = np.sqrt(1 + lean * lean)
         side = -1 / size if self.hollow else 1 / size
-        local = ((cos * side, sin * side, -lean * side), (-sin, cos, 0 * u),
-                 (-lean * cos / size, -lean * sin / size, -1 / size))
+        local = (
+            (cos * side, sin * side, -lean * side),
+            (-sin, cos, 0 * u),
+            (-lean * cos / size, -lean * sin / size, -1 / size),
+        )
         normal, right, down = (np.stack(xyz, -1).astype(np.float32) @ self.axes.astype(np.float32) for xyz in local)
         return normal, right, down

@@ -1,4 +1,5 @@
 """Rays through a lens or along a beam of light, and the nearest surface that each of them meets."""
+
 from __future__ import annotations
 
 import functools
@@ -29,19 +30,28 @@ class Rays:
         # Lowest and highest x up to each column, y up to each row: in order, so that windows are found by bisection.
         self._bounds = [
             (np.minimum.accumulate(values.min(axis=axis)[::-1])[::-1], np.maximum.accumulate(values.max(axis=axis)))
-            for values, axis in ((self.y, 1), (self.x, 0))]
+            for values, axis in ((self.y, 1), (self.x, 0))
+        ]
 
     def windows(self, low: Vector, high: Vector) -> NDArray[np.intp]:
         """First row, end row, first column, end column (N, 4) of the rays between low and high, both (x, y) (N, 2)."""
-        return np.stack([index for axis, (lowest, highest) in zip((1, 0), self._bounds)
-                         for index in (np.searchsorted(highest, low[:, axis]),
-                                       np.searchsorted(lowest, high[:, axis], side="right"))], axis=1)
+        return np.stack(
+            [
+                index
+                for axis, (lowest, highest) in zip((1, 0), self._bounds)
+                for index in (
+                    np.searchsorted(highest, low[:, axis]),
+                    np.searchsorted(lowest, high[:, axis], side="right"),
+                )
+            ],
+            axis=1,
+        )
 
 
 @functools.lru_cache(maxsize=4)
 def ray_grids(camera: Camera) -> tuple[Rays, list[Rays]]:
     """Rays through the centres of the pixels, and through each of OFFSETS in all of them."""
-    y, x = np.mgrid[0:camera.height, 0:camera.width]
+    y, x = np.mgrid[0 : camera.height, 0 : camera.width]
     rays, slope = camera.normalise_with_jacobian(np.stack([x.ravel(), y.ravel()], axis=1))
     if not np.isfinite(rays).all():
         raise ValueError(f"the lens with distortion {camera.distortion.tolist()} has no direction for some pixels")
@@ -80,19 +90,23 @@ class Tracer:
         return rays.windows(boxes[:, 0, :2], boxes[:, 1, :2])
 
     @staticmethod
-    def within(windows: NDArray[np.intp], tile: tuple[slice, slice], margin: int = 0
-               ) -> list[tuple[int, tuple[slice, slice]]]:
+    def within(
+        windows: NDArray[np.intp], tile: tuple[slice, slice], margin: int = 0
+    ) -> list[tuple[int, tuple[slice, slice]]]:
         """Which of `seen` may show up in a tile, and in which part of it."""
         rows, columns = tile
         low = np.array([rows.start, rows.start, columns.start, columns.start])
         end = np.array([rows.stop, rows.stop, columns.stop, columns.stop])
         inside = np.clip(windows + np.array([-margin, margin, -margin, margin]), low, end) - low
         found = np.flatnonzero((inside[:, 0] < inside[:, 1]) & (inside[:, 2] < inside[:, 3]))
-        return [(int(index), (slice(top, bottom), slice(left, right)))
-                for index, (top, bottom, left, right) in zip(found, inside[found])]
+        return [
+            (int(index), (slice(top, bottom), slice(left, right)))
+            for index, (top, bottom, left, right) in zip(found, inside[found])
+        ]
 
-    def trace(self, x: Image, y: Image, among: Iterable[tuple[int, Any]], focal: float
-              ) -> tuple[Image, NDArray[np.int16]]:
+    def trace(
+        self, x: Image, y: Image, among: Iterable[tuple[int, Any]], focal: float
+    ) -> tuple[Image, NDArray[np.int16]]:
         """Depth along z, inf where nothing is met, and which of `seen` is met, -1 where none is.
 
         `among` names the surfaces that may be met, nearest first, each with the part of x and y to look in.
@@ -111,8 +125,12 @@ class Tracer:
                 if where[0].size:
                     scale = np.float32(entry.surface.density)
                     size = self._footprint(hit.z[where], hit.facing if self.parallel else hit.facing[where], focal)
-                    new[where] = entry.surface.mask.filtered(
-                        hit.u[where] * scale, hit.v[where] * scale, size * scale, blend=False) > 127
+                    new[where] = (
+                        entry.surface.mask.filtered(
+                            hit.u[where] * scale, hit.v[where] * scale, size * scale, blend=False
+                        )
+                        > 127
+                    )
             np.copyto(depth[part], hit.z, where=new)
             np.copyto(which[part], np.int16(index), where=new)
         return depth, which

@@ -1,4 +1,5 @@
 """What several test files need: recorded data, textured images, random weights that behave like trained ones."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """Runs the real node as its own process and talks to it over DDS, as a robot's other nodes would."""
+
 from __future__ import annotations
 
 import os

@@ -6,6 +6,7 @@ changes, deactivation. Ends with status 1 where something did not hold: the node
 account for every frame, a result was older than the processing of two frames, memory, threads or files grew, or
 something published was not a number.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -229,8 +230,16 @@ class Soak:
         event()
 
     def _kinds(self) -> tuple[Callable[[], None], ...]:
-        return (self.subscribe, self.unsubscribe, self.reset, self.change_parameters, self.be_silent, self.jump_in_time,
-                self.offer_another_qos, self.deactivate_for_a_moment)
+        return (
+            self.subscribe,
+            self.unsubscribe,
+            self.reset,
+            self.change_parameters,
+            self.be_silent,
+            self.jump_in_time,
+            self.offer_another_qos,
+            self.deactivate_for_a_moment,
+        )
 
     def call(self, kind: type, name: str, request: Any) -> Any:
         client = self.node.node.create_client(kind, name)
@@ -258,8 +267,15 @@ class Soak:
         self.call(Trigger, "/reset", Trigger.Request())
 
     def change_parameters(self) -> None:
-        changes = [*PARAMETERS.items(), ("max_keypoints", 512), ("max_keypoints", -5), ("reference", "keyframe"),
-                   ("filter_threshold", 0.3), ("filter_threshold", 2.0), ("depth_confidence", -1.0)]
+        changes = [
+            *PARAMETERS.items(),
+            ("max_keypoints", 512),
+            ("max_keypoints", -5),
+            ("reference", "keyframe"),
+            ("filter_threshold", 0.3),
+            ("filter_threshold", 2.0),
+            ("depth_confidence", -1.0),
+        ]
         self.set_parameters(changes[int(self.rng.integers(0, len(changes)))])
 
     def set_parameters(self, *changes: tuple[str, Any]) -> None:
@@ -314,7 +330,7 @@ class Soak:
             self.faults.append(f"transition {transition} failed")
 
 
-HEADER = (" minute  received  processed  dropped  rejected  age 50 %  age 99 %   oldest  memory MB  threads  files")
+HEADER = " minute  received  processed  dropped  rejected  age 50 %  age 99 %   oldest  memory MB  threads  files"
 
 
 def main() -> int:
@@ -382,10 +398,14 @@ def soak(node: NodeUnderTest, camera: Camera, options: argparse.Namespace) -> in
     if node.process.poll() is None and node.stop() != 0:
         faults.append("the node did not end cleanly")
     print("\nevents: " + ", ".join(f"{count} x {name}" for name, count in sorted(run.events.items())))
-    print("rejected: " + ", ".join(
-        f"{key.removeprefix('rejected: ')} {value}" for key, value in sorted(node.figures().items())
-        if key.startswith("rejected: ")
-    ))
+    print(
+        "rejected: "
+        + ", ".join(
+            f"{key.removeprefix('rejected: ')} {value}"
+            for key, value in sorted(node.figures().items())
+            if key.startswith("rejected: ")
+        )
+    )
     print(f"{run.late} of {run.results} results older than the processing of two frames")
     for when, more in growth.items():
         print(f"memory {when} {memory[when][0]:.1f} and {memory[when][-1]:.1f} MB, {more:+.2f} %")

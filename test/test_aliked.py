@@ -4,6 +4,7 @@ The reference is written out densely in this file: batch norms, deformable convo
 features of all pixels. Real weights are looked for in the folder that KPMATCH_TEST_WEIGHTS names (``aliked-n16.pth``,
 ``aliked_lightglue.pth`` and so on), `kornia` is another reference where it is installed.
 """
+
 from __future__ import annotations
 
 import json

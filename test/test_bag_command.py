@@ -1,4 +1,5 @@
 """kpmatch bag: the bag it writes is what the node publishes, and whatever is wrong with a bag is said in a line."""
+
 from __future__ import annotations
 
 import functools
@@ -265,9 +266,7 @@ def test_a_calibration_for_another_size_gives_no_pose_and_says_so(
 # Parameters
 
 
-def test_options_override_the_parameter_file_which_overrides_the_defaults(
-    run: Run, bag: Path, tmp_path: Path
-) -> None:
+def test_options_override_the_parameter_file_which_overrides_the_defaults(run: Run, bag: Path, tmp_path: Path) -> None:
     (tmp_path / "matcher.yaml").write_text(
         "/**:\n  ros__parameters:\n    max_keypoints: 50\n    matcher: nearest\n    use_sim_time: true\n"
         "/other:\n  ros__parameters: {max_keypoints: 7}\n"
@@ -301,9 +300,7 @@ def test_the_packages_own_parameter_file_gives_the_defaults() -> None:
         ("/**:\n  ros__parameters:\n    publish_odometry: true\n", "publish_odometry needs mode stereo"),
     ],
 )
-def test_a_bad_parameter_file_is_refused_in_one_line(
-    run: Run, bag: Path, tmp_path: Path, text: str, said: str
-) -> None:
+def test_a_bad_parameter_file_is_refused_in_one_line(run: Run, bag: Path, tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     assert said in refused(run(bag, tmp_path / "out", "--params", tmp_path / "bad.yaml"))
     assert not (tmp_path / "out").exists()
@@ -469,8 +466,11 @@ def test_the_stereo_bag_holds_what_the_node_publishes_bit_for_bit(
 
     from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
 
-    inputs = {f"/{side}/{name}": (kind, f"{side}/{topic}") for side in ("left", "right")
-              for name, kind, topic in (("image_rect", Image, "image"), ("camera_info", CameraInfo, "camera_info"))}
+    inputs = {
+        f"/{side}/{name}": (kind, f"{side}/{topic}")
+        for side in ("left", "right")
+        for name, kind, topic in (("image_rect", Image, "image"), ("camera_info", CameraInfo, "camera_info"))
+    }
     odometry: list[Odometry] = []
     with running_node(tmp_path, mode="stereo", rectified=True, publish_odometry=True, max_keypoints=512) as node:
         node.subscribe(Odometry, "odometry", odometry.append)

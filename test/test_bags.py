@@ -1,4 +1,5 @@
 """Bags without ROS: what is written is read back, real recordings are read, and broken bags are explained."""
+
 from __future__ import annotations
 
 import shutil
@@ -69,7 +70,10 @@ def read_all(path: Path) -> list[Any]:
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
 @pytest.mark.parametrize("encoding", ["rgb8", "bgr8", "mono8"])
 def test_images_and_calibration_come_back_bit_for_bit(
-    tmp_path: Path, images: list[NDArray[np.uint8]], camera: Camera, storage: Literal["mcap", "sqlite3"],
+    tmp_path: Path,
+    images: list[NDArray[np.uint8]],
+    camera: Camera,
+    storage: Literal["mcap", "sqlite3"],
     encoding: Literal["rgb8", "bgr8", "mono8"],
 ) -> None:
     if encoding == "mono8":
@@ -77,8 +81,10 @@ def test_images_and_calibration_come_back_bit_for_bit(
     write_camera_bag(tmp_path / "bag", images, STAMPS, camera, encoding=encoding, storage=storage, frame_id="eye")
     records = read_all(tmp_path / "bag")
     assert [(record.topic, record.type, record.stamp) for record in records] == [
-        entry for stamp in STAMPS
-        for entry in (("/camera/image_raw", IMAGE, stamp), ("/camera/camera_info", INFO, stamp))]
+        entry
+        for stamp in STAMPS
+        for entry in (("/camera/image_raw", IMAGE, stamp), ("/camera/camera_info", INFO, stamp))
+    ]
     for record, image in zip(records[::2], images):
         message = record.message
         assert (message.encoding, message.width, message.height) == (encoding, 41, 30)
@@ -104,8 +110,14 @@ def test_png_keeps_every_pixel_and_jpeg_nearly(tmp_path: Path, images: list[NDAr
 
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
 def test_the_package_s_own_messages_come_back(tmp_path: Path, storage: Literal["mcap", "sqlite3"]) -> None:
-    matches = new_message("kpmatch_ros/msg/MatchArray", width=640, scores=np.array([0.5, 0.25], np.float32),
-                          track_ids=np.array([2**40, 7], np.uint64), reset=True, extractor="superpoint-open")
+    matches = new_message(
+        "kpmatch_ros/msg/MatchArray",
+        width=640,
+        scores=np.array([0.5, 0.25], np.float32),
+        track_ids=np.array([2**40, 7], np.uint64),
+        reset=True,
+        extractor="superpoint-open",
+    )
     pose = new_message("kpmatch_ros/msg/RelativePose", status=3, median_parallax=1.5)
     pose.pose.pose.position.x = 2.5
     features = new_message("kpmatch_ros/msg/FeatureArray", descriptors=np.arange(4, dtype=np.float32))
@@ -184,8 +196,12 @@ def test_recordings_are_read(recorded_data: Path) -> None:
     assert len(read_all(storage_file(walk))) == sum(t.num_messages for t in bag_topics(walk))  # the bare file
 
 
-def write_raw(path: Path, types: dict[str, str], storage: StoragePlugin = StoragePlugin.SQLITE3,
-              compression: CompressionMode = CompressionMode.NONE) -> None:
+def write_raw(
+    path: Path,
+    types: dict[str, str],
+    storage: StoragePlugin = StoragePlugin.SQLITE3,
+    compression: CompressionMode = CompressionMode.NONE,
+) -> None:
     """A bag with a message of each type, whose definitions are given."""
     store = get_typestore(Stores.ROS2_HUMBLE)
     writer = Writer(path, version=8, storage_plugin=storage)
@@ -227,10 +243,13 @@ def test_a_bag_of_humble_without_definitions_is_read_where_the_types_are_known(t
             read_all(tmp_path / "bag")
 
 
-@pytest.mark.parametrize(("definition", "said"), [
-    ("int32 [", "the definition of robot_msgs/msg/Odd cannot be understood"),
-    ("Part part", r"a message on /odd at .* cannot be decoded: 'robot_msgs/msg/Part' is missing"),
-])
+@pytest.mark.parametrize(
+    ("definition", "said"),
+    [
+        ("int32 [", "the definition of robot_msgs/msg/Odd cannot be understood"),
+        ("Part part", r"a message on /odd at .* cannot be decoded: 'robot_msgs/msg/Part' is missing"),
+    ],
+)
 def test_a_topic_that_cannot_be_decoded_does_not_hinder_the_others(tmp_path: Path, definition: str, said: str) -> None:
     with Writer(tmp_path / "bag", version=8, storage_plugin=StoragePlugin.MCAP) as writer:
         odd = writer.add_connection("/odd", "robot_msgs/msg/Odd", msgdef=definition, rihs01="RIHS01_0")
@@ -302,7 +321,7 @@ def test_a_file_cut_short_is_explained(
     write_camera_bag(tmp_path / "bag", images, STAMPS, None, storage=storage)
     file = storage_file(tmp_path / "bag")
     content = file.read_bytes()
-    file.write_bytes(content[:int(kept * len(content))])
+    file.write_bytes(content[: int(kept * len(content))])
     with pytest.raises(BagError, match=r"bag: cannot be read: \w+"):
         read_all(tmp_path / "bag")
 
@@ -362,8 +381,10 @@ def test_a_bag_whose_writing_fails_leaves_nothing_behind(tmp_path: Path, images:
 def test_the_demo_bag_holds_pictures_calibration_and_truth_and_is_the_same_every_time(tmp_path: Path) -> None:
     poses = write_demo_bag(tmp_path / "bag", num_frames=3, size=(160, 120))
     assert bag_topics(tmp_path / "bag") == [
-        Topic("/camera/camera_info", INFO, 3), Topic("/camera/image_raw", IMAGE, 3),
-        Topic(GROUND_TRUTH, "geometry_msgs/msg/PoseStamped", 3)]
+        Topic("/camera/camera_info", INFO, 3),
+        Topic("/camera/image_raw", IMAGE, 3),
+        Topic(GROUND_TRUTH, "geometry_msgs/msg/PoseStamped", 3),
+    ]
     stamps, truth = read_ground_truth(tmp_path / "bag")
     records = list(read_messages(tmp_path / "bag", ["/camera/image_raw"]))
     assert [record.stamp for record in records] == stamps.tolist() and np.all(np.diff(stamps) == 100_000_000)

@@ -1,4 +1,5 @@
 """kpmatch bench: what is measured, compared, written and refused. Times are not judged: they are the machine's."""
+
 from __future__ import annotations
 
 import functools
@@ -190,9 +191,7 @@ def test_images_come_from_a_bag(run: Run, folder: Path, texture: Any, tmp_path: 
     assert status == 2 and "has no topic /rear/image_raw; it has /front/image_raw" in err
 
 
-def test_threads_are_those_of_the_option(
-    run: Run, folder: Path, pictures: Path, tmp_path: Path
-) -> None:
+def test_threads_are_those_of_the_option(run: Run, folder: Path, pictures: Path, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     try:
         words = ["--extractor", folder, "--matcher", folder, "--images", pictures, *SMALL]

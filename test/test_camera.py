@@ -1,4 +1,5 @@
 """Calibration: what camera_info means for the image received, and directions from pixels through real lenses."""
+
 from __future__ import annotations
 
 import math
@@ -42,8 +43,15 @@ def camera_info(**changes: Any) -> SimpleNamespace:
     """A sensor_msgs/CameraInfo of ROS 2 with these fields changed."""
     roi = SimpleNamespace(x_offset=0, y_offset=0, width=0, height=0, do_rectify=False)
     values: dict[str, Any] = dict(
-        width=752, height=480, distortion_model="plumb_bob", d=[-0.28, 0.07, 0.0002, 1e-05, 0.0], k=list(K), p=list(P),
-        binning_x=0, binning_y=0, roi=roi,
+        width=752,
+        height=480,
+        distortion_model="plumb_bob",
+        d=[-0.28, 0.07, 0.0002, 1e-05, 0.0],
+        k=list(K),
+        p=list(P),
+        binning_x=0,
+        binning_y=0,
+        roi=roi,
     )
     return SimpleNamespace(**{**values, **changes})
 
@@ -201,8 +209,17 @@ def test_real_messages_are_understood() -> None:
     empty = store.types["sensor_msgs/msg/RegionOfInterest"](0, 0, 0, 0, False)
     header = store.types["std_msgs/msg/Header"](store.types["builtin_interfaces/msg/Time"](0, 0), "camera")
     info = store.types["sensor_msgs/msg/CameraInfo"](
-        header, 480, 752, "plumb_bob", np.array([-0.28, 0.07, 0.0002, 1e-05, 0.0]), np.array(K), np.eye(3).ravel(),
-        np.array(P), 0, 0, empty,
+        header,
+        480,
+        752,
+        "plumb_bob",
+        np.array([-0.28, 0.07, 0.0002, 1e-05, 0.0]),
+        np.array(K),
+        np.eye(3).ravel(),
+        np.array(P),
+        0,
+        0,
+        empty,
     )
     camera = Camera.from_camera_info(info, rectified=False)
     expected = Camera.from_camera_info(camera_info(), rectified=False)

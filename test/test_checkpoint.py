@@ -1,4 +1,5 @@
 """What a file of weights holds is told from the names of its tensors, whoever wrote it."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,4 +1,5 @@
 """The kpmatch command: what it prints, what it writes, and how it refuses."""
+
 from __future__ import annotations
 
 import json
@@ -461,8 +462,19 @@ def kpmatch(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "match", "bag", "demo", "weights", "weights list", "weights fetch", "weights info", "weights convert",
-     "bench", "doctor"],
+    [
+        "",
+        "match",
+        "bag",
+        "demo",
+        "weights",
+        "weights list",
+        "weights fetch",
+        "weights info",
+        "weights convert",
+        "bench",
+        "doctor",
+    ],
 )
 def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
     status, out, err = run(*command.split(), "--help")

@@ -1,4 +1,5 @@
 """All five networks, from their authors' files to folders and files of ours and of `transformers`, and back."""
+
 from __future__ import annotations
 
 import json

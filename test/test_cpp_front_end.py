@@ -2,6 +2,7 @@
 
 The program, cpp/read_message.cpp, refuses a message that breaks the contract and prints any other as JSON.
 """
+
 from __future__ import annotations
 
 import fcntl
@@ -124,7 +125,7 @@ def float32(rng: np.random.Generator) -> float:
 
 def text(rng: np.random.Generator) -> str:
     """Some text, now and then none, with what JSON escapes and with characters of one to four bytes in UTF-8."""
-    return "".join(rng.choice(list("az/_ \"\\\n\t\x01é左🤖"), rng.integers(0, 12)))
+    return "".join(rng.choice(list('az/_ "\\\n\t\x01é左🤖'), rng.integers(0, 12)))
 
 
 def header(rng: np.random.Generator) -> Header:

@@ -1,4 +1,5 @@
 """kpmatch demo: the whole job over DDS, as a user starts it."""
+
 from __future__ import annotations
 
 import re

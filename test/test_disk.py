@@ -4,6 +4,7 @@ The reference is written out in this file: every convolution everywhere, library
 weights are looked for in the folder that KPMATCH_TEST_WEIGHTS names (``disk-depth-save.pth``, ``disk_lightglue.pth``),
 `kornia` is another reference where it is installed.
 """
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """What kpmatch doctor finds, on this machine and on ones with faults."""
+
 from __future__ import annotations
 
 import os
@@ -105,7 +106,7 @@ def test_a_node_that_ros2_run_starts_with_a_python_without_pytorch_is_a_fault(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     bare = tmp_path / "python3"  # first on the path, as the system's Python is where no environment is activated
-    bare.write_text(f"#!/bin/sh\nexec {sys.executable} -I -S \"$@\"\n")
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
     bare.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     finding = findings(doctor._ros)["node"]

@@ -1,4 +1,5 @@
 """What a picture of matches shows."""
+
 from __future__ import annotations
 
 import numpy as np

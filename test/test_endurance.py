@@ -1,4 +1,5 @@
 """What a robot does to a node over days, in a minute: cycles, signals at bad moments, kills, changes under load."""
+
 from __future__ import annotations
 
 import signal

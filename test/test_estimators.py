@@ -1,4 +1,5 @@
 """benchmarks/estimators.py: what it measures is right, and this package's estimator is not below OpenCV's RANSAC."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -32,9 +33,7 @@ def areas(benchmark: ModuleType, name: str, problems: list) -> list[float]:
 def test_on_pairs_with_wide_baselines_the_poses_are_not_below_plain_ransac(
     benchmark: ModuleType, recorded_data: Path
 ) -> None:
-    pairs = list(
-        benchmark.read_pairs(recorded_data / "scannet_pairs", resize=640, device="cpu", precision="float32")
-    )
+    pairs = list(benchmark.read_pairs(recorded_data / "scannet_pairs", resize=640, device="cpu", precision="float32"))
     assert len(pairs) == 7
     shuffled = [pair.shuffled(seed) for pair in pairs for seed in range(5)]
     ours, plain = (areas(benchmark, name, shuffled) for name in ("kpmatch_ros", "OpenCV RANSAC"))

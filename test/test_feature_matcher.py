@@ -1,4 +1,5 @@
 """From images to matches with the shipped weights: every image gives valid features, in the image's own pixels."""
+
 from __future__ import annotations
 
 import json
@@ -182,7 +183,7 @@ def test_bfloat16_keeps_most_matches(
 
 
 def test_what_half_precision_cannot_represent_is_computed_again_in_single(
-    views: tuple[Image, Image, NDArray[np.float64]]
+    views: tuple[Image, Image, NDArray[np.float64]],
 ) -> None:
     half = FeatureMatcher(PARAMETERS, precision="bfloat16")
     single = FeatureMatcher(PARAMETERS)
@@ -473,8 +474,12 @@ def test_extractors_that_see_colour_get_it_however_it_lies_in_memory(
     colour_extractor: Callable[[str], Path], colour: Image, name: str, resolution: float
 ) -> None:
     matcher = FeatureMatcher(
-        extractor=str(colour_extractor(name)), matcher="nearest", device="cpu", precision="float32",
-        keypoint_threshold=0.0, max_keypoints=100,
+        extractor=str(colour_extractor(name)),
+        matcher="nearest",
+        device="cpu",
+        precision="float32",
+        keypoint_threshold=0.0,
+        max_keypoints=100,
     )
     assert matcher.keypoint_resolution == resolution
     features = matcher.extract(colour)
@@ -515,16 +520,20 @@ def test_images_of_different_sizes_give_as_a_batch_what_each_gives_alone(matcher
 
 
 @pytest.mark.parametrize("kind", ["fixed", "adaptive", "superglue", "nearest"])
-def test_pairs_match_as_a_batch_as_each_alone(
-    random_folder: Callable[..., Path], texture: Any, kind: str
-) -> None:
+def test_pairs_match_as_a_batch_as_each_alone(random_folder: Callable[..., Path], texture: Any, kind: str) -> None:
     folder = random_folder(superglue={} if kind == "superglue" else None)
-    confidence = dict(depth_confidence=0.5, width_confidence=0.8) if kind == "adaptive" else dict(
-        depth_confidence=-1.0, width_confidence=-1.0
+    confidence = (
+        dict(depth_confidence=0.5, width_confidence=0.8)
+        if kind == "adaptive"
+        else dict(depth_confidence=-1.0, width_confidence=-1.0)
     )
     matcher = FeatureMatcher(
-        extractor=str(folder), matcher="nearest" if kind == "nearest" else str(folder), device="cpu",
-        precision="float32", max_keypoints=120, **confidence,
+        extractor=str(folder),
+        matcher="nearest" if kind == "nearest" else str(folder),
+        device="cpu",
+        precision="float32",
+        max_keypoints=120,
+        **confidence,
     )
     first, second = (matcher.extract(image) for image in two_views(texture))
     small = matcher.extract(texture(40, 56, 3))

@@ -1,4 +1,5 @@
 """Ten thousand broken, odd and valid messages: none ends the node, publishes NaN, or costs a good frame after it."""
+
 from __future__ import annotations
 
 import functools

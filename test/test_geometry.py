@@ -1,4 +1,5 @@
 """Relative pose of two views: right within what the noise allows, honest about how sure it is, and never an error."""
+
 from __future__ import annotations
 
 import math
@@ -523,7 +524,12 @@ def test_any_matches_give_a_pose_or_none_and_never_an_error(
 ) -> None:
     points = np.array(pairs).reshape(-1, 2, 2)
     pose = estimate_relative_pose(
-        points[:, 0], points[:, 1], camera, camera, max_reprojection_error=gate, min_inliers=8,
+        points[:, 0],
+        points[:, 1],
+        camera,
+        camera,
+        max_reprojection_error=gate,
+        min_inliers=8,
         keypoint_resolution=resolution,
     )
     check(pose, len(pairs))

@@ -39,19 +39,29 @@ def test_finding_and_describing_keypoints_asks_for_nothing(kind: type[SuperPoint
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("make", [
-    lambda: LightGlue(input_dim=128, depth_confidence=-1.0, width_confidence=-1.0).fuse(),
-    lambda: NearestNeighbour(ratio_threshold=0.9),
-], ids=["LightGlue", "nearest"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LightGlue(input_dim=128, depth_confidence=-1.0, width_confidence=-1.0).fuse(),
+        lambda: NearestNeighbour(ratio_threshold=0.9),
+    ],
+    ids=["LightGlue", "nearest"],
+)
 def test_matching_with_all_layers_asks_for_nothing(make: Callable[[], nn.Module], padded: bool) -> None:
     found = make().to(META)(*inputs(padded))
     assert found.matches0.shape == found.matches1.shape == (1, POINTS)
     assert {tensor.device for tensor in found} == {META}
 
 
-@pytest.mark.parametrize("image", [
-    np.zeros((96, 128), np.uint8), np.zeros((96, 128, 3), np.uint8), np.zeros((96, 128, 3), np.uint8)[..., ::-1],
-], ids=["grey", "RGB", "view of BGR"])
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((96, 128), np.uint8),
+        np.zeros((96, 128, 3), np.uint8),
+        np.zeros((96, 128, 3), np.uint8)[..., ::-1],
+    ],
+    ids=["grey", "RGB", "view of BGR"],
+)
 def test_of_an_image_only_its_bytes_travel(image: np.ndarray) -> None:
     matcher = FeatureMatcher(Parameters(device="cpu", precision="float32"), matcher="nearest")
     matcher.device, matcher._luma = META, matcher._luma.to(META)

@@ -1,4 +1,5 @@
 """Every encoding, written here by hand from pictures of known colour, read back by to_array."""
+
 from __future__ import annotations
 
 import array
@@ -32,15 +33,32 @@ CONVERTERS = [name for name in ("cv_bridge", "rosbags.image") if importlib.util.
 
 # Encodings whose pixels are samples in a row: dtype, and per sample the channel of RGB (3: alpha), or grey.
 PIXELS: dict[str, tuple[str, list[int] | str]] = {
-    "mono8": ("u1", "grey"), "mono16": ("u2", "grey"),
-    "rgb8": ("u1", [0, 1, 2]), "bgr8": ("u1", [2, 1, 0]), "rgba8": ("u1", [0, 1, 2, 3]), "bgra8": ("u1", [2, 1, 0, 3]),
-    "rgb16": ("u2", [0, 1, 2]), "bgr16": ("u2", [2, 1, 0]),
-    "rgba16": ("u2", [0, 1, 2, 3]), "bgra16": ("u2", [2, 1, 0, 3]),
-    "8U": ("u1", "grey"), "16U": ("u2", "grey"), "32F": ("f4", "grey"), "64F": ("f8", "grey"),
-    "8UC1": ("u1", "grey"), "16UC1": ("u2", "grey"), "32FC1": ("f4", "grey"), "64FC1": ("f8", "grey"),
-    "8UC3": ("u1", [2, 1, 0]), "16UC3": ("u2", [2, 1, 0]), "32FC3": ("f4", [2, 1, 0]), "64FC3": ("f8", [2, 1, 0]),
-    "8UC4": ("u1", [2, 1, 0, 3]), "16UC4": ("u2", [2, 1, 0, 3]),
-    "32FC4": ("f4", [2, 1, 0, 3]), "64FC4": ("f8", [2, 1, 0, 3]),
+    "mono8": ("u1", "grey"),
+    "mono16": ("u2", "grey"),
+    "rgb8": ("u1", [0, 1, 2]),
+    "bgr8": ("u1", [2, 1, 0]),
+    "rgba8": ("u1", [0, 1, 2, 3]),
+    "bgra8": ("u1", [2, 1, 0, 3]),
+    "rgb16": ("u2", [0, 1, 2]),
+    "bgr16": ("u2", [2, 1, 0]),
+    "rgba16": ("u2", [0, 1, 2, 3]),
+    "bgra16": ("u2", [2, 1, 0, 3]),
+    "8U": ("u1", "grey"),
+    "16U": ("u2", "grey"),
+    "32F": ("f4", "grey"),
+    "64F": ("f8", "grey"),
+    "8UC1": ("u1", "grey"),
+    "16UC1": ("u2", "grey"),
+    "32FC1": ("f4", "grey"),
+    "64FC1": ("f8", "grey"),
+    "8UC3": ("u1", [2, 1, 0]),
+    "16UC3": ("u2", [2, 1, 0]),
+    "32FC3": ("f4", [2, 1, 0]),
+    "64FC3": ("f8", [2, 1, 0]),
+    "8UC4": ("u1", [2, 1, 0, 3]),
+    "16UC4": ("u2", [2, 1, 0, 3]),
+    "32FC4": ("f4", [2, 1, 0, 3]),
+    "64FC4": ("f8", [2, 1, 0, 3]),
 }
 BAYER = [f"bayer_{pattern}{bits}" for pattern in ("rggb", "bggr", "gbrg", "grbg") for bits in (8, 16)]
 PACKED_YUV = {"uyvy": "uyvy", "yuv422": "uyvy", "yuyv": "yuyv", "yuv422_yuy2": "yuyv"}
@@ -92,7 +110,7 @@ def planes(encoding: str, rgb: Array) -> list[Array]:
     if encoding in BAYER:
         mosaic = np.empty((height, width), np.uint8)
         for place, colour in enumerate(encoding[6:10]):
-            mosaic[place // 2::2, place % 2::2] = rgb[place // 2::2, place % 2::2, "rgb".index(colour)]
+            mosaic[place // 2 :: 2, place % 2 :: 2] = rgb[place // 2 :: 2, place % 2 :: 2, "rgb".index(colour)]
         return [deepen(mosaic, "u2" if encoding.endswith("16") else "u1")]
     luma, u, v = np.moveaxis(yuv(rgb), 2, 0)
     if encoding in PACKED_YUV:
@@ -113,8 +131,13 @@ def image(encoding: str, rgb: Array, *, big: bool = False, padding: int = 0, kin
         extra = padding * (2 if encoding == "nv24" and steps else 1)  # its chroma rows are two luma rows long
         steps.append(ordered.shape[1] * ordered.itemsize + extra)
         data += b"".join(row.tobytes() + b"\xa5" * extra for row in ordered)
-    fields: dict[str, Any] = {"height": rgb.shape[0], "width": rgb.shape[1], "encoding": encoding,
-                              "is_bigendian": int(big), "step": steps[0]}
+    fields: dict[str, Any] = {
+        "height": rgb.shape[0],
+        "width": rgb.shape[1],
+        "encoding": encoding,
+        "is_bigendian": int(big),
+        "step": steps[0],
+    }
     if kind == "rosbags":
         header = ROSBAGS["std_msgs/msg/Header"](ROSBAGS["builtin_interfaces/msg/Time"](0, 0), "camera")
         return ROSBAGS["sensor_msgs/msg/Image"](header=header, data=np.frombuffer(data, np.uint8), **fields)
@@ -128,7 +151,7 @@ def compressed(data: bytes, format: str = "jpeg") -> CompressedImage:
 
 
 def encode(extension: str, rgb: Array) -> bytes:
-    channels = rgb if rgb.ndim == 2 else rgb[..., [2, 1, 0, 3][:rgb.shape[2]]]
+    channels = rgb if rgb.ndim == 2 else rgb[..., [2, 1, 0, 3][: rgb.shape[2]]]
     return bytes(cv2.imencode(extension, channels)[1].tobytes())
 
 
@@ -256,7 +279,7 @@ def test_the_last_rows_padding_may_be_missing_but_not_one_byte_of_the_picture(en
     data, padding, whole = message.data, 8 if encoding == "nv24" else 4, to_array(message)
     message.data = data[:-padding]
     np.testing.assert_array_equal(to_array(message), whole)
-    message.data = data[:-padding - 1]
+    message.data = data[: -padding - 1]
     text = refused(message, "data")
     assert str(len(message.data)) in text and str(len(message.data) + 1) in text
 
@@ -374,9 +397,10 @@ def test_a_jpegs_orientation_tag_leaves_the_pixels_where_the_camera_has_them() -
 @pytest.mark.parametrize("extension", [".jpg", ".png"])
 @pytest.mark.parametrize("kept", [0.02, 0.3, 0.6, 0.9, 0.99])
 def test_a_truncated_file_is_refused_and_nothing_is_printed(
-        extension: str, kept: float, capfd: pytest.CaptureFixture[str]) -> None:
+    extension: str, kept: float, capfd: pytest.CaptureFixture[str]
+) -> None:
     data = encode(extension, noise(64, 64))
-    refused(compressed(data[:int(kept * len(data))]), "decode")
+    refused(compressed(data[: int(kept * len(data))]), "decode")
     assert capfd.readouterr() == ("", "")
 
 
@@ -390,7 +414,8 @@ NO_FILES = [b"", bytes(64), b"junk" * 100, b"BM" + bytes(100), images.JPEG, imag
 
 @pytest.mark.parametrize("data", NO_FILES)
 def test_data_that_is_no_jpeg_or_png_is_refused_and_nothing_is_printed(
-        data: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    data: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert str(len(data)) in refused(compressed(data), "decode")
     assert capfd.readouterr() == ("", "")
 
@@ -404,7 +429,7 @@ def test_a_damaged_png_is_refused() -> None:
 def test_a_file_that_declares_an_absurd_size_is_refused() -> None:
     data = bytearray(encode(".jpg", noise()))
     size = data.index(b"\xff\xc0") + 5  # in the start-of-frame segment
-    data[size:size + 4] = (60000).to_bytes(2, "big") * 2
+    data[size : size + 4] = (60000).to_bytes(2, "big") * 2
     refused(compressed(bytes(data)), "decode")
 
 
@@ -418,9 +443,11 @@ def test_compressed_data_that_is_no_bytes_is_refused() -> None:
 
 
 def test_a_cv_bridge_that_does_not_work_gives_way_to_rosbags_image(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "cv_bridge.py").write_text(
-        "class CvBridge:\n    def imgmsg_to_cv2(self, message, encoding):\n        raise KeyError(message.encoding)\n")
+        "class CvBridge:\n    def imgmsg_to_cv2(self, message, encoding):\n        raise KeyError(message.encoding)\n"
+    )
     monkeypatch.delitem(sys.modules, "cv_bridge", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     images._converter.cache_clear()
@@ -466,20 +493,26 @@ names = st.one_of(st.sampled_from([*PIXELS, *BAYER, *PACKED_YUV, *PLANAR_YUV]), 
 @settings(max_examples=500, deadline=None)
 @given(height=sizes, width=sizes, step=sizes, encoding=names, big=st.integers(0, 255), data=st.binary(max_size=3000))
 def test_any_image_gives_a_picture_or_an_image_error(
-        height: Any, width: Any, step: Any, encoding: Any, big: int, data: bytes) -> None:
+    height: Any, width: Any, step: Any, encoding: Any, big: int, data: bytes
+) -> None:
     message = SimpleNamespace(height=height, width=width, step=step, encoding=encoding, is_bigendian=big, data=data)
     check_any(message, lambda result: result.shape[:2] == (height, width))
 
 
 @settings(max_examples=300, deadline=None)
-@given(extension=st.sampled_from([".jpg", ".png"]), format=st.sampled_from([*FORMATS, *BAYER, *PIXELS]) | st.text(),
-       changes=st.lists(st.tuples(st.integers(0, 10**4), st.integers(0, 255)), max_size=8), cut=st.integers(0, 400))
+@given(
+    extension=st.sampled_from([".jpg", ".png"]),
+    format=st.sampled_from([*FORMATS, *BAYER, *PIXELS]) | st.text(),
+    changes=st.lists(st.tuples(st.integers(0, 10**4), st.integers(0, 255)), max_size=8),
+    cut=st.integers(0, 400),
+)
 def test_any_compressed_image_gives_a_picture_or_an_image_error(
-        extension: str, format: str, changes: list[tuple[int, int]], cut: int) -> None:
+    extension: str, format: str, changes: list[tuple[int, int]], cut: int
+) -> None:
     data = bytearray(encode(extension, noise(9, 11)))
     for place, value in changes:
         data[place % len(data)] = value
-    check_any(SimpleNamespace(format=format, data=bytes(data[:len(data) - cut % 3])), lambda result: True)
+    check_any(SimpleNamespace(format=format, data=bytes(data[: len(data) - cut % 3])), lambda result: True)
 
 
 @settings(deadline=None)

@@ -3,6 +3,7 @@
 The launch file is performed for real. To see what the node is told, /bin/true runs in its place (launch's own
 `launch-prefix`) and its command line is given to rclpy, which reads it as it does in the node.
 """
+
 from __future__ import annotations
 
 import subprocess

@@ -719,8 +719,13 @@ def test_hidden_states_and_attention_maps_are_those_of_transformers(
     monkeypatch.setattr(theirs.config, "_attn_implementation", "eager")  # the fast one keeps no maps
     with torch.inference_mode():
         *_, states, attentions = theirs._match_image_pair(
-            torch.stack(inputs[:2], dim=1), torch.stack(inputs[2:4], dim=1), 150, 200,
-            mask=torch.ones(1, 2, 40, dtype=torch.bool), output_hidden_states=True, output_attentions=True,
+            torch.stack(inputs[:2], dim=1),
+            torch.stack(inputs[2:4], dim=1),
+            150,
+            200,
+            mask=torch.ones(1, 2, 40, dtype=torch.bool),
+            output_hidden_states=True,
+            output_attentions=True,
         )
     with trace(ours) as recorded:
         ours(*inputs)
@@ -730,7 +735,8 @@ def test_hidden_states_and_attention_maps_are_those_of_transformers(
     assert len(recorded.hidden_states) == 2 * len(expected) == 2 * (1 + 2 * layers)
     assert len(recorded.attentions) == 2 * len(attentions) == 4 * layers
     for name, found, reference in (
-        ("hidden states", recorded.hidden_states, expected), ("attention maps", recorded.attentions, attentions)
+        ("hidden states", recorded.hidden_states, expected),
+        ("attention maps", recorded.attentions, attentions),
     ):
         images = [image[None] for both in reference for image in both]
         difference = np.max([(mine - theirs).abs().max() for mine, theirs in zip(found, images, strict=True)])

@@ -1,4 +1,5 @@
 """Mutual nearest neighbours are those that a search through all pairs finds."""
+
 from __future__ import annotations
 
 import numpy as np

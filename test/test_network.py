@@ -1,4 +1,5 @@
 """A network interface goes away and returns, under a node that runs: in a network of its own, of one interface."""
+
 from __future__ import annotations
 
 import fcntl

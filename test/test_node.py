@@ -1,4 +1,5 @@
 """The node as a robot sees it: its own process, real DDS, good input and bad."""
+
 from __future__ import annotations
 
 import resource
@@ -133,11 +134,13 @@ def test_every_pair_of_frames_gives_one_match_array_and_one_pose(tmp_path: Path)
         survivors = set(first.track_ids) & set(last.track_ids)
         assert len(survivors) > 20, "tracks persist over frames"
         where = {track: i for i, track in enumerate(last.track_ids)}
-        moved = np.array([
-            last.points[2 * where[track]] - first.reference_points[2 * i]
-            for i, track in enumerate(first.track_ids)
-            if track in survivors
-        ])
+        moved = np.array(
+            [
+                last.points[2 * where[track]] - first.reference_points[2 * i]
+                for i, track in enumerate(first.track_ids)
+                if track in survivors
+            ]
+        )
         # But for a wrong match now and then, which a track follows.
         assert (np.abs(moved + 16) < 6).mean() > 0.95, "a track is the same point of the scene throughout"
         assert node.stop() == 0

@@ -1,4 +1,5 @@
 """Chained poses: where the camera is, an uncertainty that grows as the errors do, and breaks that show."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -22,7 +23,9 @@ def step(translation: np.ndarray = STEP, turn: np.ndarray = TURN, status: PoseSt
 
 def pair(reference: int, current: int, pose: RelativePose | None = None, reset: bool = False) -> Any:
     return SimpleNamespace(
-        reference=SimpleNamespace(stamp=reference), current=SimpleNamespace(stamp=current), reset=reset,
+        reference=SimpleNamespace(stamp=reference),
+        current=SimpleNamespace(stamp=current),
+        reset=reset,
         pose=step() if pose is None else pose,
     )
 

@@ -1,4 +1,5 @@
 """Left and right images find each other by their stamps, and those that do not are counted."""
+
 from __future__ import annotations
 
 import random

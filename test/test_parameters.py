@@ -1,4 +1,5 @@
 """Every parameter is declared once, and no wrong value gets past its declaration."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -2,6 +2,7 @@
 
 Processors without bfloat16 compute the same in software, slowly: the images are few and small.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,5 @@
 """What the repository promises of itself: checked code, and documents that follow from their sources."""
+
 from __future__ import annotations
 
 import re

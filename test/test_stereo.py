@@ -1,4 +1,5 @@
 """Stereo: the calibration of a pair, depth, and motion in metres with a covariance that is that of its errors."""
+
 from __future__ import annotations
 
 import math
@@ -30,8 +31,12 @@ def pair(lens: str = "none") -> StereoCamera:
     """Not quite parallel cameras: only the right calibration fits them."""
     camera = Camera(WIDTH, HEIGHT, MATRIX, LENSES[lens][0], np.array(LENSES[lens][1]))
     rotation = np.eye(3) if lens == "none" else cv2.Rodrigues(np.array([0.01, -0.02, 0.015]))[0]
-    return StereoCamera(camera, camera, rotation, np.array([-BASELINE, 0.002, -0.001]) if lens != "none" else
-                        np.array([-BASELINE, 0, 0]))
+    return StereoCamera(
+        camera,
+        camera,
+        rotation,
+        np.array([-BASELINE, 0.002, -0.001]) if lens != "none" else np.array([-BASELINE, 0, 0]),
+    )
 
 
 def infos(focal: float = 500.0, baseline: float = BASELINE, **changes: Any) -> tuple[Any, Any]:
@@ -40,9 +45,20 @@ def infos(focal: float = 500.0, baseline: float = BASELINE, **changes: Any) -> t
     for offset in (0.0, baseline):
         p = [focal, 0, 320, -focal * offset, 0, focal, 240, 0, 0, 0, 1, 0]
         roi = SimpleNamespace(x_offset=0, y_offset=0, width=0, height=0)
-        found.append(SimpleNamespace(width=WIDTH, height=HEIGHT, distortion_model="plumb_bob", d=[0.0] * 5,
-                                     k=[focal, 0, 320, 0, focal, 240, 0, 0, 1], r=np.eye(3).ravel(), p=p, roi=roi,
-                                     binning_x=0, binning_y=0))
+        found.append(
+            SimpleNamespace(
+                width=WIDTH,
+                height=HEIGHT,
+                distortion_model="plumb_bob",
+                d=[0.0] * 5,
+                k=[focal, 0, 320, 0, focal, 240, 0, 0, 1],
+                r=np.eye(3).ravel(),
+                p=p,
+                roi=roi,
+                binning_x=0,
+                binning_y=0,
+            )
+        )
     vars(found[1]).update(changes)
     return found[0], found[1]
 
@@ -151,10 +167,12 @@ def test_raw_images_have_the_extrinsics_that_opencv_rectified(lens: str) -> None
     size, shift = (WIDTH, HEIGHT), camera.translation.reshape(3, 1)
     if lens == "equidistant":
         r0, r1, p0, p1, _ = cv2.fisheye.stereoRectify(
-            MATRIX, camera.left.distortion, MATRIX, camera.right.distortion, size, camera.rotation, shift, flags=0)
+            MATRIX, camera.left.distortion, MATRIX, camera.right.distortion, size, camera.rotation, shift, flags=0
+        )
     else:
         r0, r1, p0, p1, *_ = cv2.stereoRectify(
-            MATRIX, camera.left.distortion, MATRIX, camera.right.distortion, size, camera.rotation, shift)
+            MATRIX, camera.left.distortion, MATRIX, camera.right.distortion, size, camera.rotation, shift
+        )
     left, right = infos()
     for info, r, p in ((left, r0, p0), (right, r1, p1)):
         info.d, info.distortion_model = camera.left.distortion, camera.left.distortion_model

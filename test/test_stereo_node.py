@@ -1,4 +1,5 @@
 """A stereo pair of cameras before the real node over DDS: its messages, and what it says of one that is not right."""
+
 from __future__ import annotations
 
 import re
@@ -78,8 +79,15 @@ class Rig:
         node.wait_for(lambda: all(node.node.count_publishers(topic) for topic in topics), "its topics")
         node.spin(0.3)
 
-    def send(self, seconds: float, x: float, late: float = 0.0, images: str = "left right", swapped: bool = False,
-             **calibration: Any) -> None:
+    def send(
+        self,
+        seconds: float,
+        x: float,
+        late: float = 0.0,
+        images: str = "left right",
+        swapped: bool = False,
+        **calibration: Any,
+    ) -> None:
         """A frame from `x` metres to the right; the right one's stamp is `late` seconds later."""
         if self._waited:  # what is sent from here on is what the next warning is about
             self.node.diagnostics.clear()

@@ -1,4 +1,5 @@
 """Stereo frames through the networks: matches of left and right, matches over time, and motion in metres."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -97,8 +98,9 @@ def test_left_and_right_are_matched_in_every_frame(walked: Registered) -> None:
 def test_tracks_and_keyframes_live_on_in_stereo(walk: Path) -> None:
     pairs = [
         pair
-        for _, pair in register(walk, max_keypoints=256, reference="keyframe", keyframe_max_parallax=1000.0,
-                                keyframe_min_matches=10)
+        for _, pair in register(
+            walk, max_keypoints=256, reference="keyframe", keyframe_max_parallax=1000.0, keyframe_min_matches=10
+        )
         if pair
     ]
     assert len({pair.reference.stamp for pair in pairs}) == 1

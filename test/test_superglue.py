@@ -2,6 +2,7 @@
 
 Weights are random, scaled so that descriptors decide and the layers in between have a say.
 """
+
 from __future__ import annotations
 
 import json
@@ -279,8 +280,12 @@ def test_hidden_states_and_attention_maps_are_those_of_transformers(
     both = [torch.stack(inputs[i : i + 2], dim=1) for i in (0, 2, 4)]
     with torch.inference_mode():
         *_, states, attentions = theirs._match_image_pair(
-            *both, SIZE[1], SIZE[0], mask=torch.ones(1, 2, 40, dtype=torch.int),
-            output_hidden_states=True, output_attentions=True,
+            *both,
+            SIZE[1],
+            SIZE[0],
+            mask=torch.ones(1, 2, 40, dtype=torch.int),
+            output_hidden_states=True,
+            output_attentions=True,
         )
     with trace(ours) as recorded:
         run(ours, inputs)
@@ -293,7 +298,8 @@ def test_hidden_states_and_attention_maps_are_those_of_transformers(
     assert len(recorded.hidden_states) == 2 * len(sums)
     assert len(recorded.attentions) == 2 * len(attentions) == 2 * len(ours.gnn.layers)
     for name, found, reference in (
-        ("hidden states", recorded.hidden_states, sums), ("attention maps", recorded.attentions, attentions)
+        ("hidden states", recorded.hidden_states, sums),
+        ("attention maps", recorded.attentions, attentions),
     ):
         images = [image[None] for both in reference for image in both[0]]
         difference = np.max([(mine - theirs).abs().max() for mine, theirs in zip(found, images, strict=True)])

@@ -1,4 +1,5 @@
 """The synthetic courtyard: exact geometry, the same bytes every time, and pictures a matcher can work with."""
+
 from __future__ import annotations
 
 import itertools
@@ -70,8 +71,11 @@ def test_looking_down_every_pixel_shows_a_point_of_the_ground(scene: Scene, dist
     points, finite = in_world(view)
     assert finite.all()
     assert np.abs(points[..., 2]).max() < 1e-4
-    assert np.allclose(project(view.camera, seen_points(view)[0].reshape(-1, 3)),
-                       np.stack(np.meshgrid(range(320), range(240)), axis=-1).reshape(-1, 2), atol=1e-3)
+    assert np.allclose(
+        project(view.camera, seen_points(view)[0].reshape(-1, 3)),
+        np.stack(np.meshgrid(range(320), range(240)), axis=-1).reshape(-1, 2),
+        atol=1e-3,
+    )
 
 
 @pytest.mark.parametrize("distorted", [False, True])
@@ -136,7 +140,8 @@ def test_a_rectified_stereo_pair_differs_by_the_disparity_that_depth_gives(scene
     below = right.depth[y[inside], np.floor(found[inside]).astype(int)]
     above = right.depth[y[inside], np.ceil(found[inside]).astype(int)]
     between = (np.minimum(below, above) * 0.999 <= left.depth[y, x][inside]) & (
-        left.depth[y, x][inside] <= np.maximum(below, above) * 1.001)
+        left.depth[y, x][inside] <= np.maximum(below, above) * 1.001
+    )
     assert inside.mean() > 0.9 and between.mean() > 0.95
 
 
@@ -190,7 +195,7 @@ def test_there_is_texture_everywhere_but_in_the_sky(walk: list[View]) -> None:
         assert len(corners) > 1000
         for top in range(0, 480, 80):
             for left in range(0, 640, 80):
-                block = np.isfinite(view.depth[top:top + 80, left:left + 80])
+                block = np.isfinite(view.depth[top : top + 80, left : left + 80])
                 inside = (corners // 80 == (left // 80, top // 80)).all(axis=1)
                 assert inside.sum() >= 3 or block.mean() < 0.5, (left, top)
 
@@ -254,4 +259,5 @@ def test_yaw_turns_left_pitch_down_and_roll_clockwise() -> None:
     assert np.allclose(look((0, 0, 0), 0, np.pi / 2).rotation @ ahead, [0, 0, -1])
     assert np.allclose(look((0, 0, 0), 0, 0, np.pi / 2).rotation @ right, [0, 0, -1])
     assert relative_motion(look((1, 2, 3), 0.3), Pose(look((1, 2, 3), 0.3).rotation, np.array([1, 2, 4.0])))[1] == (
-        pytest.approx([0, -1, 0]))
+        pytest.approx([0, -1, 0])
+    )

@@ -1,4 +1,5 @@
 """Training goes on where it was stopped, shows the student the truth, and ships what it trained."""
+
 from __future__ import annotations
 
 import json
@@ -163,11 +164,26 @@ def data(tmp_path_factory: pytest.TempPathFactory, texture: Texture) -> Path:
 
 
 def superpoint_training(data: Path, run: Path, weights: Path, **changes: Any) -> Namespace:
-    return Namespace(**{
-        "data": data, "run": run, "start_from": str(weights), "steps": 100, "pairs": 1, "crops": 2, "seed": 0,
-        "learning_rate": 1e-3, "strength": 0.5, "device": "cpu", "workers": 1, "save_every": 1e9, "examine_every": 1000,
-        "held_out": 1, "stop_after": None, **changes,
-    })
+    return Namespace(
+        **{
+            "data": data,
+            "run": run,
+            "start_from": str(weights),
+            "steps": 100,
+            "pairs": 1,
+            "crops": 2,
+            "seed": 0,
+            "learning_rate": 1e-3,
+            "strength": 0.5,
+            "device": "cpu",
+            "workers": 1,
+            "save_every": 1e9,
+            "examine_every": 1000,
+            "held_out": 1,
+            "stop_after": None,
+            **changes,
+        }
+    )
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -215,11 +231,26 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path: Path) -> N
 
 
 def adaptation(data: Path, run: Path, weights: str, **changes: Any) -> Namespace:
-    return Namespace(**{
-        "data": data, "run": run, "start_from": weights, "frozen": 1, "steps": 1000, "views": 2, "crops": 1, "seed": 0,
-        "learning_rate": 5e-4, "device": "cpu", "workers": 1, "save_every": 1e9, "examine_every": 1000, "held_out": 1,
-        "stop_after": None, **changes,
-    })
+    return Namespace(
+        **{
+            "data": data,
+            "run": run,
+            "start_from": weights,
+            "frozen": 1,
+            "steps": 1000,
+            "views": 2,
+            "crops": 1,
+            "seed": 0,
+            "learning_rate": 5e-4,
+            "device": "cpu",
+            "workers": 1,
+            "save_every": 1e9,
+            "examine_every": 1000,
+            "held_out": 1,
+            "stop_after": None,
+            **changes,
+        }
+    )
 
 
 def test_the_middle_of_what_views_agree_on_is_found_to_a_fraction_of_a_pixel() -> None:
@@ -376,11 +407,29 @@ def test_confidences_learn_without_changing_the_layers(lightglue: LightGlue) -> 
 
 
 def train_for(steps: int, data: Path, run: Path, weights: Path) -> None:
-    train_lightglue.train(Namespace(
-        data=data, run=run, superpoint=str(weights), start_from=str(weights), steps=100, pairs=1,
-        keypoints=64, pool=2, rendered=0.0, learning_rate=1e-4, strength=0.3, seed=0, device="cpu", workers=1,
-        save_every=1e9, examine_every=1000, held_out=1, stop_after=steps, nms_radii=[1, 3],
-    ))
+    train_lightglue.train(
+        Namespace(
+            data=data,
+            run=run,
+            superpoint=str(weights),
+            start_from=str(weights),
+            steps=100,
+            pairs=1,
+            keypoints=64,
+            pool=2,
+            rendered=0.0,
+            learning_rate=1e-4,
+            strength=0.3,
+            seed=0,
+            device="cpu",
+            workers=1,
+            save_every=1e9,
+            examine_every=1000,
+            held_out=1,
+            stop_after=steps,
+            nms_radii=[1, 3],
+        )
+    )
 
 
 def test_points_are_as_close_as_one_of_the_radii_allows_and_both_images_of_a_pair_have_the_same(
@@ -438,8 +487,14 @@ def test_what_is_exported_is_what_the_package_and_transformers_load(
     export.export(superpoint, LightGlue.from_pretrained(source), tmp_path)
     image0 = texture(120, 160, 0)
     image1 = np.roll(image0, 5, axis=1)
-    ours = FeatureMatcher.from_pretrained(tmp_path, device="cpu", precision="float32", depth_confidence=-1.0,
-                                          width_confidence=-1.0, border=superpoint.border)
+    ours = FeatureMatcher.from_pretrained(
+        tmp_path,
+        device="cpu",
+        precision="float32",
+        depth_confidence=-1.0,
+        width_confidence=-1.0,
+        border=superpoint.border,
+    )
     features0, features1 = ours.extract(image0), ours.extract(image1)
     matches = ours.match(features0, features1)
     assert len(matches) > 20
@@ -453,8 +508,11 @@ def test_what_is_exported_is_what_the_package_and_transformers_load(
     assert count >= max(len(features0), len(features1))
     size = torch.tensor([160, 120])
     pixels = found.keypoints.reshape(2, count, 2) * size
-    expected = {tuple(pixels[0, i].round().int().tolist() + pixels[1, j].round().int().tolist())
-                for i, j in enumerate(matches0.tolist()) if j >= 0}
+    expected = {
+        tuple(pixels[0, i].round().int().tolist() + pixels[1, j].round().int().tolist())
+        for i, j in enumerate(matches0.tolist())
+        if j >= 0
+    }
     pairs = torch.cat([features0.keypoints[matches.indices[:, 0]], features1.keypoints[matches.indices[:, 1]]], dim=1)
     assert {tuple(pair) for pair in pairs.round().int().tolist()} == expected
 

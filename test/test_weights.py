@@ -1,4 +1,5 @@
 """Weights are what they claim to be, or are refused with what to do about it; fetching never leaves half a file."""
+
 from __future__ import annotations
 
 import contextlib
@@ -432,9 +433,7 @@ def test_a_cache_that_cannot_be_written_is_reported(
         weights.fetch("test")
 
 
-def test_a_disk_without_room_is_reported_and_left_as_it_was(
-    register: Callable[[str], Weights], tmp_path: Path
-) -> None:
+def test_a_disk_without_room_is_reported_and_left_as_it_was(register: Callable[[str], Weights], tmp_path: Path) -> None:
     register("good")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # bytes that a file may have from now on

@@ -2,6 +2,7 @@
 
 The wheels export the include folders of the machine they were built on, which CMake then refuses as missing.
 """
+
 import re
 import sys
 import sysconfig

@@ -1,4 +1,5 @@
 """Write config/matcher.yaml and the README's parameter table from kpmatch_ros/parameters.py."""
+
 import re
 from pathlib import Path
 

@@ -6,6 +6,7 @@ What it finds in many views of a crop is laid over each other: where most views 
 et al., SuperPoint, CVPR Workshops 2018, section 5). Its descriptors stay as they are, so that a matcher made for them
 goes on matching. The first blocks are not trained: what they make of each view is worked out once.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -136,7 +137,7 @@ def likely_classes() -> Tensor:
     place = torch.arange(CELL * CELL)
     places = torch.stack([place % CELL, place // CELL], dim=1).float()
     likely = torch.zeros(NOTHING + 1, NOTHING + 1)
-    likely[:NOTHING, :NOTHING] = (-torch.cdist(places, places) ** 2 / (2 * DEVIATION**2)).softmax(dim=1)
+    likely[:NOTHING, :NOTHING] = (-(torch.cdist(places, places) ** 2) / (2 * DEVIATION**2)).softmax(dim=1)
     likely[NOTHING, NOTHING] = 1
     return likely
 
@@ -180,8 +181,9 @@ def main() -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
-    settings = {name: getattr(arguments, name) for name in
-                ("start_from", "frozen", "views", "crops", "learning_rate", "seed")}
+    settings = {
+        name: getattr(arguments, name) for name in ("start_from", "frozen", "views", "crops", "learning_rate", "seed")
+    }
     run = Run(arguments.run, settings)
     cv2.setNumThreads(1)
 

@@ -3,6 +3,7 @@
 Everything random is drawn from (seed, what it is for, step), not from a generator that has to be carried along: a run
 that was killed and resumed sees the same data as one that was not.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -125,8 +126,11 @@ class Run:
         kept = folder / "run.json"
         if kept.exists():
             before = json.loads(kept.read_text())["settings"]
-            changed = [f"{key}: {before.get(key)} then, {value} now" for key, value in settings.items()
-                       if before.get(key) != value]
+            changed = [
+                f"{key}: {before.get(key)} then, {value} now"
+                for key, value in settings.items()
+                if before.get(key) != value
+            ]
             if changed:
                 sys.exit(f"{folder} holds another run ({'; '.join(changed)}): give those or another folder")
         else:
@@ -281,8 +285,15 @@ def fit(
         if step % arguments.examine_every == 0:
             report(step)
         if time.monotonic() - saved > arguments.save_every or step == last:
-            run.save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average.tensors,
-                      "step": step, "config": config})
+            run.save(
+                {
+                    "model": model.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "average": average.tensors,
+                    "step": step,
+                    "config": config,
+                }
+            )
             saved = time.monotonic()
     log_line(f"stopped after step {last} of {arguments.steps}; checkpoint {run.checkpoint}")
 
@@ -306,8 +317,9 @@ def random_crop(rng: np.random.Generator, image: Array, width: int, height: int)
     return part[:, ::-1].copy() if rng.random() < 0.5 else part
 
 
-def random_homography(rng: np.random.Generator, source: tuple[int, int], target: tuple[int, int],
-                      strength: float) -> Array:
+def random_homography(
+    rng: np.random.Generator, source: tuple[int, int], target: tuple[int, int], strength: float
+) -> Array:
     """(3, 3) homography from an image of size ``source`` to a view of size ``target`` (width, height) that it fills.
 
     Args:
@@ -322,8 +334,9 @@ def random_homography(rng: np.random.Generator, source: tuple[int, int], target:
     turn = np.array([[cos * scale * aspect, -sin * scale, 0], [sin * scale * aspect, cos * scale, 0], [*tilt, 1]])
     shift = rng.uniform(-0.5, 0.5, 2) * (np.array(source) - np.array(target)) * min(1.0, strength + 0.3)
     shift = shift + rng.normal(size=2) * 0.05 * strength * np.array(target)
-    centre_target = np.array([[1, 0, (target[0] - 1) / 2 + shift[0]], [0, 1, (target[1] - 1) / 2 + shift[1]],
-                              [0, 0, 1]])
+    centre_target = np.array(
+        [[1, 0, (target[0] - 1) / 2 + shift[0]], [0, 1, (target[1] - 1) / 2 + shift[1]], [0, 0, 1]]
+    )
     return centre_target @ turn @ centre_source
 
 
@@ -371,8 +384,11 @@ def degrade(rng: np.random.Generator, image: Array, strength: float) -> Array:
         x += np.float32(rng.normal() * 0.08 * strength)
     if chance(0.25):  # as a camera of less resolution would give it
         small = rng.uniform(1 - 0.55 * strength, 1.0)
-        x = cv2.resize(cv2.resize(x, None, fx=small, fy=small, interpolation=cv2.INTER_AREA), (width, height),
-                       interpolation=cv2.INTER_LINEAR)
+        x = cv2.resize(
+            cv2.resize(x, None, fx=small, fy=small, interpolation=cv2.INTER_AREA),
+            (width, height),
+            interpolation=cv2.INTER_LINEAR,
+        )
     if chance(0.3):
         x = cv2.GaussianBlur(x, (0, 0), 0.3 + abs(rng.normal()) * 0.9 * strength)
     elif chance(0.25):

@@ -6,6 +6,7 @@ Groups of pairs: views of held-out pictures through homographies, the same degra
 graf1-graf3, aloe, and ScanNet pairs where a folder is given. A match is correct within 3 pixels of its true place; on
 ScanNet, where its symmetric epipolar distance is under 5e-4.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -123,8 +124,10 @@ def opencv_pairs(data: Path) -> Iterator[Pair]:
     store.release()
     yield by_homography("graf1-graf3", (read_rgb(folder / "graf1.png"), read_rgb(folder / "graf3.png")), graf)
     # Half as large, like what cameras give; the disparity is in pixels of the whole.
-    images = tuple(cv2.resize(read_rgb(folder / name), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-                   for name in ("aloeL.jpg", "aloeR.jpg"))
+    images = tuple(
+        cv2.resize(read_rgb(folder / name), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+        for name in ("aloeL.jpg", "aloeR.jpg")
+    )
     disparity = cv2.imread(str(folder / "aloeGT.png"), cv2.IMREAD_GRAYSCALE)[::2, ::2] / 2
 
     def correct(points0: Array, points1: Array) -> Array:
@@ -143,8 +146,9 @@ def scannet_pairs(folder: Path) -> Iterator[Pair]:
         images = tuple(cv2.resize(image, SIZE, interpolation=cv2.INTER_AREA) for image in originals)
         scale = np.diag([SIZE[0] / originals[0].shape[1], SIZE[1] / originals[0].shape[0], 1.0])
         motion = numbers[18:].reshape(4, 4)
-        pose = Pose(motion[:3, :3], motion[:3, 3], scale @ numbers[:9].reshape(3, 3),
-                    scale @ numbers[9:18].reshape(3, 3))
+        pose = Pose(
+            motion[:3, :3], motion[:3, 3], scale @ numbers[:9].reshape(3, 3), scale @ numbers[9:18].reshape(3, 3)
+        )
         yield Pair("ScanNet", images, by_epipolar_lines(pose), pose)
 
 
@@ -153,8 +157,10 @@ def by_epipolar_lines(pose: Pose) -> Callable[[Array, Array], Array]:
     essential = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]) @ pose.rotation
 
     def correct(points0: Array, points1: Array) -> Array:
-        rays0, rays1 = (np.c_[(p - k[:2, 2]) / np.diag(k)[:2], np.ones(len(p))]
-                        for p, k in ((points0, pose.matrix0), (points1, pose.matrix1)))
+        rays0, rays1 = (
+            np.c_[(p - k[:2, 2]) / np.diag(k)[:2], np.ones(len(p))]
+            for p, k in ((points0, pose.matrix0), (points1, pose.matrix1))
+        )
         lines1, lines0 = rays0 @ essential.T, rays1 @ essential
         product = (rays1 * lines1).sum(axis=1)
         weights = 1 / (lines1[:, :2] ** 2).sum(axis=1) + 1 / (lines0[:, :2] ** 2).sum(axis=1)
@@ -205,8 +211,9 @@ class Sift:
         self.detector, self.ratio = cv2.SIFT_create(keypoints), ratio
 
     def __call__(self, image0: Array, image1: Array) -> tuple[Array, Array, int]:
-        found = [self.detector.detectAndCompute(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), None)
-                 for image in (image0, image1)]
+        found = [
+            self.detector.detectAndCompute(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), None) for image in (image0, image1)
+        ]
         points = [np.array([keypoint.pt for keypoint in keypoints]).reshape(-1, 2) for keypoints, _ in found]
         count = sum(map(len, points)) // 2
         if min(map(len, points)) < 2:
@@ -227,11 +234,19 @@ def make_matcher(name: str, arguments: argparse.Namespace, device: torch.device)
         extractor = load_superpoint(arguments.superpoint or arguments.weights)
         return Learned(extractor, LightGlue.from_pretrained(arguments.weights), keypoints, device)
     if name == "aliked":
-        return Learned(ALIKED.from_pretrained(teachers / "aliked-n16.pth"),
-                       LightGlue.from_pretrained(teachers / "aliked_lightglue.pth"), keypoints, device)
+        return Learned(
+            ALIKED.from_pretrained(teachers / "aliked-n16.pth"),
+            LightGlue.from_pretrained(teachers / "aliked_lightglue.pth"),
+            keypoints,
+            device,
+        )
     if name == "disk":
-        return Learned(DISK.from_pretrained(teachers / "disk-depth-save.pth"),
-                       LightGlue.from_pretrained(teachers / "disk_lightglue.pth"), keypoints, device)
+        return Learned(
+            DISK.from_pretrained(teachers / "disk-depth-save.pth"),
+            LightGlue.from_pretrained(teachers / "disk_lightglue.pth"),
+            keypoints,
+            device,
+        )
     return Sift(keypoints)
 
 
@@ -286,9 +301,12 @@ def table(results: dict[str, list[Result]]) -> list[dict[str, object]]:
             here = [result for result in found if result.group == group]
             matches, correct = (sum(getattr(result, kind) for result in here) for kind in ("matches", "correct"))
             row: dict[str, object] = {
-                "group": group, "pairs": len(here), "matcher": NAMES[name],
+                "group": group,
+                "pairs": len(here),
+                "matcher": NAMES[name],
                 "keypoints": round(np.mean([result.keypoints for result in here])),
-                "matches": matches / len(here), "correct": correct / len(here),
+                "matches": matches / len(here),
+                "correct": correct / len(here),
                 "precision": float(np.mean([result.correct / max(result.matches, 1) for result in here])),
             }
             errors = [result.error for result in here if result.error is not None]
@@ -299,12 +317,16 @@ def table(results: dict[str, list[Result]]) -> list[dict[str, object]]:
 
 
 def show(rows: list[dict[str, object]]) -> None:
-    print(f"{'group':<14}{'pairs':>6} {'matcher':<18}{'keypoints':>10}{'matches':>9}{'correct':>9}{'precision':>11}"
-          + "".join(f"{f'AUC@{angle}':>8}" for angle in ANGLES))
+    print(
+        f"{'group':<14}{'pairs':>6} {'matcher':<18}{'keypoints':>10}{'matches':>9}{'correct':>9}{'precision':>11}"
+        + "".join(f"{f'AUC@{angle}':>8}" for angle in ANGLES)
+    )
     for row in rows:
-        print(f"{row['group']:<14}{row['pairs']:>6} {row['matcher']:<18}{row['keypoints']:>10}{row['matches']:>9.1f}"
-              f"{row['correct']:>9.1f}{row['precision']:>11.3f}"
-              + "".join(f"{row[f'AUC@{angle}']:>8.1f}" for angle in ANGLES if f"AUC@{angle}" in row))
+        print(
+            f"{row['group']:<14}{row['pairs']:>6} {row['matcher']:<18}{row['keypoints']:>10}{row['matches']:>9.1f}"
+            f"{row['correct']:>9.1f}{row['precision']:>11.3f}"
+            + "".join(f"{row[f'AUC@{angle}']:>8.1f}" for angle in ANGLES if f"AUC@{angle}" in row)
+        )
 
 
 def main() -> None:
@@ -335,8 +357,15 @@ def main() -> None:
     rows = table(results)
     show(rows)
     if arguments.json is not None:
-        write_json(arguments.json, {"versions": versions(), "weights": str(arguments.weights),
-                                    "superpoint": str(arguments.superpoint), "rows": rows})
+        write_json(
+            arguments.json,
+            {
+                "versions": versions(),
+                "weights": str(arguments.weights),
+                "superpoint": str(arguments.superpoint),
+                "rows": rows,
+            },
+        )
         log_line(f"written to {arguments.json}")
 
 

@@ -1,7 +1,8 @@
 """Write trained weights as the Hugging Face folder that the package ships and `transformers` loads.
 
-    python training/export.py --superpoint runs/superpoint/checkpoint.pt --lightglue runs/lightglue/checkpoint.pt OUT
+python training/export.py --superpoint runs/superpoint/checkpoint.pt --lightglue runs/lightglue/checkpoint.pt OUT
 """
+
 from __future__ import annotations
 
 import argparse
@@ -27,8 +28,10 @@ def export(superpoint: SuperPoint, lightglue: LightGlue, folder: Path) -> Path:
         ValueError: when a weight does not fit into float16, or the two do not belong together.
     """
     if superpoint.descriptor_size != lightglue.input_dim:
-        raise ValueError(f"the SuperPoint's descriptors have {superpoint.descriptor_size} numbers, and the LightGlue "
-                         f"takes {lightglue.input_dim}")
+        raise ValueError(
+            f"the SuperPoint's descriptors have {superpoint.descriptor_size} numbers, and the LightGlue "
+            f"takes {lightglue.input_dim}"
+        )
     tensors = {f"keypoint_detector.{name}": tensor for name, tensor in superpoint.state_dict().items()}
     tensors |= lightglue.state_dict()
     tensors = {name: tensor.to(torch.float16).contiguous() for name, tensor in tensors.items()}

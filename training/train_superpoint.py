@@ -7,6 +7,7 @@ views of each to the student (turned, tilted, blurred, darkened, noisy...), and 
 new place, the teacher's descriptors of the crop as it was, and descriptors that tell a point from all others across the
 views.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -415,8 +416,9 @@ def main() -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
-    settings = {name: getattr(arguments, name) for name in
-                ("start_from", "pairs", "crops", "learning_rate", "strength", "seed")}
+    settings = {
+        name: getattr(arguments, name) for name in ("start_from", "pairs", "crops", "learning_rate", "strength", "seed")
+    }
     run = Run(arguments.run, settings)
     cv2.setNumThreads(1)
 

@@ -12,6 +12,7 @@ every field zero or empty, the package's own messages included:
 Bags are written so that ROS 2 Humble and later can play them (version 8 of the metadata); bags of all distributions up
 to Kilted are read, whether they carry their message definitions or not. A bag that cannot be read raises BagError.
 """
+
 from __future__ import annotations
 
 import functools
@@ -134,8 +135,13 @@ def _header(stamp: int, frame_id: str) -> Any:
     return new_message("std_msgs/msg/Header", stamp=time, frame_id=frame_id)
 
 
-def image_message(image: NDArray[np.uint8], stamp: int, frame_id: str, encoding: Encoding = "rgb8",
-                  compressed: Literal["", "png", "jpeg"] = "") -> Any:
+def image_message(
+    image: NDArray[np.uint8],
+    stamp: int,
+    frame_id: str,
+    encoding: Encoding = "rgb8",
+    compressed: Literal["", "png", "jpeg"] = "",
+) -> Any:
     """A sensor_msgs/Image, or a CompressedImage, of an RGB (H, W, 3) or grey (H, W) uint8 image."""
     grey = image.ndim == 2
     if encoding == "mono8":
@@ -149,31 +155,55 @@ def image_message(image: NDArray[np.uint8], stamp: int, frame_id: str, encoding:
         if not ok:
             raise BagError(f"an image of shape {image.shape} cannot be stored as {compressed}")
         stored = "mono8" if pixels.ndim == 2 else "bgr8"
-        return new_message(IMAGE_TYPES[1], header=header, format=f"{encoding}; {compressed} compressed {stored}",
-                           data=np.asarray(data, np.uint8).ravel())
+        return new_message(
+            IMAGE_TYPES[1],
+            header=header,
+            format=f"{encoding}; {compressed} compressed {stored}",
+            data=np.asarray(data, np.uint8).ravel(),
+        )
     if encoding == "bgr8":
         pixels = pixels[..., ::-1]
     data = np.ascontiguousarray(pixels, np.uint8)
-    return new_message(IMAGE_TYPES[0], header=header, height=data.shape[0], width=data.shape[1], encoding=encoding,
-                       step=data.strides[0], data=data.ravel())
+    return new_message(
+        IMAGE_TYPES[0],
+        header=header,
+        height=data.shape[0],
+        width=data.shape[1],
+        encoding=encoding,
+        step=data.strides[0],
+        data=data.ravel(),
+    )
 
 
 def camera_info_message(camera: Camera, stamp: int, frame_id: str, baseline: float = 0.0) -> Any:
     """A sensor_msgs/CameraInfo; its P holds the `baseline`, metres, of the right camera of a rectified stereo pair."""
     projection = np.column_stack([camera.matrix, [-camera.matrix[0, 0] * baseline, 0.0, 0.0]])
     distortion = camera.distortion if camera.distortion.size else np.zeros(5)
-    return new_message("sensor_msgs/msg/CameraInfo", header=_header(stamp, frame_id), height=camera.height,
-                       width=camera.width, distortion_model=camera.distortion_model or "plumb_bob", d=distortion.copy(),
-                       k=camera.matrix.ravel(), r=np.eye(3).ravel(), p=projection.ravel())
+    return new_message(
+        "sensor_msgs/msg/CameraInfo",
+        header=_header(stamp, frame_id),
+        height=camera.height,
+        width=camera.width,
+        distortion_model=camera.distortion_model or "plumb_bob",
+        d=distortion.copy(),
+        k=camera.matrix.ravel(),
+        r=np.eye(3).ravel(),
+        p=projection.ravel(),
+    )
 
 
 def _pose_message(pose: Pose, stamp: int, frame_id: str) -> Any:
     x, y, z = (float(value) for value in pose.position)
     qx, qy, qz, qw = (float(value) for value in Rotation.from_matrix(pose.rotation).as_quat())
     return new_message(
-        "geometry_msgs/msg/PoseStamped", header=_header(stamp, frame_id),
-        pose=new_message("geometry_msgs/msg/Pose", position=new_message("geometry_msgs/msg/Point", x=x, y=y, z=z),
-                         orientation=new_message("geometry_msgs/msg/Quaternion", x=qx, y=qy, z=qz, w=qw)))
+        "geometry_msgs/msg/PoseStamped",
+        header=_header(stamp, frame_id),
+        pose=new_message(
+            "geometry_msgs/msg/Pose",
+            position=new_message("geometry_msgs/msg/Point", x=x, y=y, z=z),
+            orientation=new_message("geometry_msgs/msg/Quaternion", x=qx, y=qy, z=qz, w=qw),
+        ),
+    )
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -261,8 +291,10 @@ def read_messages(path: str | Path, topics: Collection[str] | None = None) -> It
                 with _explained(path, f"the definition of {connection.msgtype} cannot be understood"):
                     stores[connection.msgtype] = _store_for(connection)
                 if connection.msgtype not in stores[connection.msgtype].types:
-                    raise BagError(f"{path}: {connection.topic} has the type {connection.msgtype}, which is not known "
-                                   "here and which the bag does not define; leave that topic out")
+                    raise BagError(
+                        f"{path}: {connection.topic} has the type {connection.msgtype}, which is not known "
+                        "here and which the bag does not define; leave that topic out"
+                    )
         raw = iter(reader.messages(wanted)) if wanted else iter(())
         while True:
             with _explained(path):
@@ -303,8 +335,9 @@ def read_ground_truth(path: str | Path, topic: str = GROUND_TRUTH) -> tuple[NDAr
             raise BagError(f"{path}: {topic} has the type {type_name} instead of geometry_msgs/msg/PoseStamped")
         position, q = message.pose.position, message.pose.orientation
         stamps.append(message.header.stamp.sec * 10**9 + message.header.stamp.nanosec)
-        poses.append(Pose(Rotation.from_quat([q.x, q.y, q.z, q.w]).as_matrix(),
-                          np.array([position.x, position.y, position.z])))
+        poses.append(
+            Pose(Rotation.from_quat([q.x, q.y, q.z, q.w]).as_matrix(), np.array([position.x, position.y, position.z]))
+        )
     return np.array(stamps, np.int64), poses
 
 
@@ -349,8 +382,9 @@ class BagWriter:
     def __enter__(self) -> BagWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close()
         else:
@@ -359,11 +393,20 @@ class BagWriter:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
-def write_camera_bag(path: str | Path, images: Iterable[NDArray[np.uint8]], stamps: Iterable[int],
-                     camera: Camera | None, *, image_topic: str = "/camera/image_raw", info_topic: str | None = None,
-                     frame_id: str = "camera_optical_frame", encoding: Encoding = "rgb8",
-                     compressed: Literal["", "png", "jpeg"] = "", storage: Storage = "mcap",
-                     overwrite: bool = False) -> None:
+def write_camera_bag(
+    path: str | Path,
+    images: Iterable[NDArray[np.uint8]],
+    stamps: Iterable[int],
+    camera: Camera | None,
+    *,
+    image_topic: str = "/camera/image_raw",
+    info_topic: str | None = None,
+    frame_id: str = "camera_optical_frame",
+    encoding: Encoding = "rgb8",
+    compressed: Literal["", "png", "jpeg"] = "",
+    storage: Storage = "mcap",
+    overwrite: bool = False,
+) -> None:
     """A bag of one camera: RGB (H, W, 3) or grey (H, W) uint8 images, recorded at `stamps`, nanoseconds.
 
     With a camera, its calibration goes with every image, on `info_topic` or on camera_info beside the image topic.
@@ -384,10 +427,20 @@ def _scene(seed: int) -> Scene:
     return Scene(seed)
 
 
-def write_demo_bag(path: str | Path, *, num_frames: int = 40, size: tuple[int, int] = (640, 480), seed: int = 0,
-                   motions: Iterable[tuple[str, int]] | None = None, baseline: float | None = None, rate: float = 10.0,
-                   encoding: Encoding = "rgb8", compressed: Literal["", "png", "jpeg"] = "", storage: Storage = "mcap",
-                   overwrite: bool = False) -> list[Pose]:
+def write_demo_bag(
+    path: str | Path,
+    *,
+    num_frames: int = 40,
+    size: tuple[int, int] = (640, 480),
+    seed: int = 0,
+    motions: Iterable[tuple[str, int]] | None = None,
+    baseline: float | None = None,
+    rate: float = 10.0,
+    encoding: Encoding = "rgb8",
+    compressed: Literal["", "png", "jpeg"] = "",
+    storage: Storage = "mcap",
+    overwrite: bool = False,
+) -> list[Pose]:
     """A bag of a camera that walks through the synthetic courtyard, and the truth: the camera's poses in the world.
 
     Topics: /camera/image_raw (with a little lens distortion and noise), /camera/camera_info and /ground_truth/pose.
@@ -404,11 +457,15 @@ def write_demo_bag(path: str | Path, *, num_frames: int = 40, size: tuple[int, i
         eyes = [("/camera/image_raw", "/camera/camera_info", "camera_optical_frame", poses, 0.0)]
     else:
         right = [stereo_right(pose, baseline) for pose in poses]
-        eyes = [("/left/image_rect", "/left/camera_info", "left_optical_frame", poses, 0.0),
-                ("/right/image_rect", "/right/camera_info", "right_optical_frame", right, baseline)]
+        eyes = [
+            ("/left/image_rect", "/left/camera_info", "left_optical_frame", poses, 0.0),
+            ("/right/image_rect", "/right/camera_info", "right_optical_frame", right, baseline),
+        ]
     with BagWriter(path, storage, overwrite) as bag:
-        films = [_scene(seed).film(path_, camera, noise=2.0, noise_seed=1000 * seed + 10**6 * eye)
-                 for eye, (*_, path_, _) in enumerate(eyes)]
+        films = [
+            _scene(seed).film(path_, camera, noise=2.0, noise_seed=1000 * seed + 10**6 * eye)
+            for eye, (*_, path_, _) in enumerate(eyes)
+        ]
         for number, (pose, *views) in enumerate(zip(poses, *films)):
             stamp = FIRST_STAMP + number * period
             bag.write(GROUND_TRUTH, _pose_message(pose, stamp, "world"), stamp)

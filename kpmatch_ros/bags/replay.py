@@ -1,4 +1,5 @@
 """A bag in, a bag out: what the matcher node would publish, every frame in order, without ROS. `kpmatch bag`."""
+
 from __future__ import annotations
 
 import os
@@ -74,8 +75,10 @@ def choose_camera(bag: Path, image: str | None = None, camera_info: str | None =
     """
     images, infos = _candidates(bag)
     if image is None and len(images) > 1 and _pairs(images):
-        raise BagError(f"{bag}: has {len(images)} image topics, choose one with --image, or a stereo pair with --left "
-                       f"and --right: {_names(images)}")
+        raise BagError(
+            f"{bag}: has {len(images)} image topics, choose one with --image, or a stereo pair with --left "
+            f"and --right: {_names(images)}"
+        )
     chosen = _only(bag, images, image, "image", "--image")
     info = _calibration_of(bag, chosen, infos, camera_info, "--camera-info")
     if not info and len(infos) == 1:
@@ -84,7 +87,10 @@ def choose_camera(bag: Path, image: str | None = None, camera_info: str | None =
 
 
 def choose_stereo_cameras(
-    bag: Path, left: str | None = None, right: str | None = None, left_info: str | None = None,
+    bag: Path,
+    left: str | None = None,
+    right: str | None = None,
+    left_info: str | None = None,
     right_info: str | None = None,
 ) -> tuple[CameraTopics, CameraTopics]:
     """The left and the right camera of a bag: what is not given is guessed where the bag leaves no choice.
@@ -246,8 +252,9 @@ class Trajectory:
             self._stream.write(f"# broken: the pose of the frame at {_seconds(pair.reference.stamp)} is not known\n")
             start = self._last
         rotation, position = start
-        self._write(frame, rotation * Rotation.from_matrix(pair.pose.rotation),
-                    position + rotation.apply(pair.pose.translation))
+        self._write(
+            frame, rotation * Rotation.from_matrix(pair.pose.rotation), position + rotation.apply(pair.pose.translation)
+        )
         reference = pair.reference.stamp
         self._known = {stamp: pose for stamp, pose in self._known.items() if stamp in (reference, frame.stamp)}
 
@@ -384,15 +391,26 @@ class Report:
         ]  # fmt: skip
         stereo = len(self.cameras) == 2
         if stereo:
-            rows.insert(4, ("stereo", f"{figures['stereo_matches']:.0f} matches of left and right, "
-                                      f"{figures['stereo_inliers']:.0f} inliers per frame (median)"))
+            rows.insert(
+                4,
+                (
+                    "stereo",
+                    f"{figures['stereo_matches']:.0f} matches of left and right, "
+                    f"{figures['stereo_inliers']:.0f} inliers per frame (median)",
+                ),
+            )
         if self.odometry_breaks:
             rows.append(("odometry", f"begins anew {self.odometry_breaks} times: in frames of its own, odom_1 and on"))
         if self.breaks:
             rows.append(("chain", f"broken {self.breaks} times: see the comments among the poses"))
         if self.rejected:
-            rows.insert(1, ("rejected", f"{sum(self.rejected.values())} {'frames' if stereo else 'images'}: "
-                                        f"{counts(self.rejected)}"))
+            rows.insert(
+                1,
+                (
+                    "rejected",
+                    f"{sum(self.rejected.values())} {'frames' if stereo else 'images'}: {counts(self.rejected)}",
+                ),
+            )
         if self.unpaired:
             rows.insert(1, ("unpaired", f"images without a partner: {counts(self.unpaired)}"))
         if self.calibrations_refused:
@@ -412,8 +430,14 @@ def _rounded(value: float) -> float:
 
 
 def replay(
-    bag: Path, out: Path, cameras: tuple[CameraTopics, ...], parameters: Parameters, *, poses: Path | None = None,
-    features: bool = False, match_image: bool = False,
+    bag: Path,
+    out: Path,
+    cameras: tuple[CameraTopics, ...],
+    parameters: Parameters,
+    *,
+    poses: Path | None = None,
+    features: bool = False,
+    match_image: bool = False,
 ) -> Report:
     """Write a bag with what the node publishes for a bag's camera, or for its stereo pair of cameras.
 
@@ -458,8 +482,10 @@ def replay(
         report = _process(bag, cameras, front_end, output, trajectory)
         if not report.latencies:
             topics = " and ".join(camera.image for camera in cameras)
-            raise BagError(f"{bag}: none of the {sum(camera.num_images for camera in cameras)} images on {topics} can "
-                           f"be used: {report.faults[0]}")
+            raise BagError(
+                f"{bag}: none of the {sum(camera.num_images for camera in cameras)} images on {topics} can "
+                f"be used: {report.faults[0]}"
+            )
     return report
 
 
@@ -503,9 +529,11 @@ def _process(
             interrupted = bool(front_end.interruption(messages.nanoseconds(received[0].header.stamp)))
             frame, pair, stereo = _register(front_end, received, images, camera)
             if stereo is not None and stereo.pose.status is PoseStatus.FAILED:
-                text = (f"only {stereo.pose.num_inliers} of {len(stereo.indices)} stereo matches agree with the "
-                        "camera_infos: left and right images are swapped, or the calibration is another pair's, or no "
-                        "longer right")
+                text = (
+                    f"only {stereo.pose.num_inliers} of {len(stereo.indices)} stereo matches agree with the "
+                    "camera_infos: left and right images are swapped, or the calibration is another pair's, or no "
+                    "longer right"
+                )
                 report.fault(report.calibrations_refused, "stereo matches", text)
             output.write(recorded_at, frame, pair, stereo, interrupted)
             if trajectory is not None:
@@ -545,8 +573,9 @@ def _count_unpaired(report: Report, frames: int, offset: int | None) -> None:
     for camera in report.cameras:
         if alone := camera.num_images - frames:
             report.unpaired[camera.image] = alone
-            report.faults.append(f"{alone} images on {camera.image} find no partner within sync_tolerance of their "
-                                 f"stamps{near}")
+            report.faults.append(
+                f"{alone} images on {camera.image} find no partner within sync_tolerance of their stamps{near}"
+            )
 
 
 @dataclass
@@ -559,9 +588,7 @@ class _Output:
     features: bool
     match_image: bool
 
-    def write(
-        self, recorded_at: int, frame: Frame, pair: Pair | None, stereo: Pair | None, interrupted: bool
-    ) -> None:
+    def write(self, recorded_at: int, frame: Frame, pair: Pair | None, stereo: Pair | None, interrupted: bool) -> None:
         """All there is of a frame; ``interrupted`` where it cannot follow the one before."""
 
         def put(topic: str, message: Any) -> None:

@@ -3,6 +3,7 @@
 Wall time is what a robot waits for. Processor time, beside it, is what the work cost: on a machine that does other
 things meanwhile it varies far less.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -708,8 +709,12 @@ def _report(rows: list[Row], machine: dict[str, Any], with_ros: bool) -> str:
 
 
 def _short(milliseconds: float) -> str:
-    return f"{milliseconds:.2f}" if milliseconds < 10 else f"{milliseconds:.1f}" if milliseconds < 100 else (
-        f"{milliseconds:.0f}"
+    return (
+        f"{milliseconds:.2f}"
+        if milliseconds < 10
+        else f"{milliseconds:.1f}"
+        if milliseconds < 100
+        else (f"{milliseconds:.0f}")
     )
 
 

@@ -2,6 +2,7 @@
 
 The bag is made here, of a synthetic scene, so that the camera's true motion is known.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -313,6 +314,7 @@ def _errors(pose: Any, reference: Pose, current: Pose) -> tuple[float | None, fl
     from scipy.spatial.transform import Rotation
 
     from kpmatch_ros.geometry.pose import relative_motion
+
     if pose.status not in (pose.OK, pose.NO_TRANSLATION):
         return None, None
     turned, moved = relative_motion(reference, current)

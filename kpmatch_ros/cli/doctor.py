@@ -1,4 +1,5 @@
 """What works on this machine, what does not, and what to do about it."""
+
 from __future__ import annotations
 
 import json

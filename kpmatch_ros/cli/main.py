@@ -2,6 +2,7 @@
 
 Exit status 0 on success and 2 on bad usage or input, with one line on stderr that says what was wrong.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -353,7 +354,9 @@ def _report(pair: Pair, parameters: Parameters, milliseconds: float) -> dict[str
         "inliers": None if pose.inliers is None else [bool(flag) for flag in pose.inliers],
         "num_keypoints": [len(pair.reference.keypoints), len(pair.current.keypoints)],
         "layers": pair.layers,
-        "pose": None if pair.current.camera is None else {
+        "pose": None
+        if pair.current.camera is None
+        else {
             "status": pose.status.name,
             "rotation": pose.rotation.tolist(),
             "translation": pose.translation.tolist(),

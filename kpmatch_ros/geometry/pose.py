@@ -1,4 +1,5 @@
 """Poses: of a camera in the world, and of one camera in another's frame."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -3,6 +3,7 @@
 A detector finds the same point of the scene again to about a pixel, which for points far from a stereo pair is a good
 part of their disparity. What is around the keypoint in one image is found in the other one to about a tenth of that.
 """
+
 from __future__ import annotations
 
 import cv2

@@ -5,6 +5,7 @@ are in pixels of these images as received: keypoints are undistorted, images nev
 many pixels a direction spans where it is seen. A point is x, y and the inverse of its depth in the reference frame's
 left camera, so that one at any distance, or seen by the left camera only, is as good as any other.
 """
+
 from __future__ import annotations
 
 import math
@@ -487,7 +488,6 @@ class _Pair:
         curvatures, turn = np.linalg.eigh(axes.T @ whole @ axes)
         axes = axes @ turn / np.maximum(curvatures, _SMALLEST_CURVATURE)
         return variance * axes @ axes.T, max(spread / curvature, rounding, _TINY), freedom
-
 
     def hessian_of_depth_noise(self, fit: _Fit, used: np.ndarray) -> np.ndarray:
         """(3, 3): what the noise of the used points' depths adds to the translation's part, for a variance of one.

@@ -1,4 +1,5 @@
 """The networks, in plain PyTorch, for inference."""
+
 from kpmatch_ros.models.aliked import ALIKED
 from kpmatch_ros.models.disk import DISK
 from kpmatch_ros.models.inspection import Trace, trace

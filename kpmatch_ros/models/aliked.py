@@ -3,6 +3,7 @@
 Zhao, Wu, Chen, Chen, Xu, Li: ALIKED: A Lighter Keypoint and Descriptor Extraction Network via Deformable
 Transformation, IEEE Transactions on Instrumentation and Measurement 2023 (arXiv:2304.03608).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -39,9 +40,11 @@ class DeformableConv(nn.Module):
         taps = torch.arange(9, device=x.device)[:, None, None]
         rows = torch.arange(height, device=x.device)[:, None] + torch.div(taps, 3, rounding_mode="floor") - 1
         columns = torch.arange(width, device=x.device) + taps % 3 - 1
-        grid = torch.stack(
-            [(offsets[:, :, 1] + columns) * 2 + 1, (offsets[:, :, 0] + rows) * 2 + 1], dim=-1
-        ) / grid_size(x) - 1
+        grid = (
+            torch.stack([(offsets[:, :, 1] + columns) * 2 + 1, (offsets[:, :, 0] + rows) * 2 + 1], dim=-1)
+            / grid_size(x)
+            - 1
+        )
         samples = F.grid_sample(x.float(), grid.flatten(1, 2), align_corners=False)  # zero outside, as padding
         samples = samples.unflatten(2, (9, height)).flatten(1, 2).to(x.dtype)
         return F.conv2d(samples, self.conv.weight.flatten(1)[:, :, None, None], self.conv.bias)
@@ -111,9 +114,7 @@ class ScoreHead(nn.Module):
         parts = self.reduction.weight.split([level.shape[1] for level in levels], dim=1)
         x = torch.stack(
             [
-                F.interpolate(
-                    F.conv2d(level, part).float(), levels[0].shape[-2:], mode="bilinear", align_corners=True
-                )
+                F.interpolate(F.conv2d(level, part).float(), levels[0].shape[-2:], mode="bilinear", align_corners=True)
                 for level, part in zip(levels, parts)
             ]
         ).sum(dim=0)

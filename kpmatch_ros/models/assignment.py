@@ -1,4 +1,5 @@
 """What the matchers share: from a matrix of similarities to one-to-one matches, and the weights of attention."""
+
 from __future__ import annotations
 
 import math

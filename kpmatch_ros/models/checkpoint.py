@@ -1,4 +1,5 @@
 """Reading weights from disk, without ever running code from a file."""
+
 from __future__ import annotations
 
 import json

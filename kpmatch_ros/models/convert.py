@@ -1,4 +1,5 @@
 """Weights from one format to another, and what a file of weights holds."""
+
 from __future__ import annotations
 
 import json

@@ -2,6 +2,7 @@
 
 Tyszkiewicz, Fua, Trulls: DISK: Learning local features with policy gradient, NeurIPS 2020 (arXiv:2006.13566).
 """
+
 from __future__ import annotations
 
 import re

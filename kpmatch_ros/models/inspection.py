@@ -2,6 +2,7 @@
 
 The networks themselves carry nothing for this, so that it costs nothing where nobody asks.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator

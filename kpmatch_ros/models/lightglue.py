@@ -3,6 +3,7 @@
 Lindenberger, Sarlin, Pollefeys: LightGlue: Local Feature Matching at Light Speed, ICCV 2023 (arXiv:2306.13643).
 Equation numbers below are the paper's.
 """
+
 from __future__ import annotations
 
 import math
@@ -290,9 +291,7 @@ class LightGlue(nn.Module):
                 f"LightGlue does not know the activation {self.config['hidden_act']!r}, only {', '.join(_ACTIVATIONS)}"
             )
         layers = self.config["num_hidden_layers"]
-        self.input_projection = (
-            nn.Identity() if self.input_dim == size else nn.Linear(self.input_dim, size)
-        )
+        self.input_projection = nn.Identity() if self.input_dim == size else nn.Linear(self.input_dim, size)
         self.positional_encoder = PositionalEncoder(size // heads)
         self.transformer_layers = nn.ModuleList(
             TransformerLayer(size, heads, key_value_heads, self.config["attention_bias"], self.config["hidden_act"])

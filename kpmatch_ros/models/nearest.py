@@ -1,4 +1,5 @@
 """Mutual nearest neighbours: matching without a network."""
+
 from __future__ import annotations
 
 import torch

@@ -3,6 +3,7 @@
 Sarlin, DeTone, Malisiewicz, Rabinovich: SuperGlue: Learning Feature Matching with Graph Neural Networks, CVPR 2020
 (arXiv:1911.11763). Equation numbers below are the paper's.
 """
+
 from __future__ import annotations
 
 import math

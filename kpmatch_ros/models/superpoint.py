@@ -3,6 +3,7 @@
 DeTone, Malisiewicz, Rabinovich: SuperPoint: Self-Supervised Interest Point Detection and Description, CVPR Workshops
 2018 (arXiv:1712.07629).
 """
+
 from __future__ import annotations
 
 import re
@@ -92,9 +93,7 @@ class Encoder(nn.Module):
         super().__init__()
         inputs = [1, *sizes[:-1]]
         last = len(sizes) - 1
-        self.conv_blocks = nn.ModuleList(
-            ConvBlock(inputs[i], sizes[i], pooling=i < last) for i in range(len(sizes))
-        )
+        self.conv_blocks = nn.ModuleList(ConvBlock(inputs[i], sizes[i], pooling=i < last) for i in range(len(sizes)))
 
     def forward(self, image: Tensor) -> Tensor:
         x = image.to(next(self.parameters()).dtype)
@@ -206,9 +205,7 @@ class SuperPoint(nn.Module):
         blocks = sum(name.endswith("conv_a.weight") and name.startswith("encoder.") for name in tensors)
         config = {
             "model_type": "superpoint",
-            "encoder_hidden_sizes": [
-                tensors[f"encoder.conv_blocks.{i}.conv_a.weight"].shape[0] for i in range(blocks)
-            ],
+            "encoder_hidden_sizes": [tensors[f"encoder.conv_blocks.{i}.conv_a.weight"].shape[0] for i in range(blocks)],
             "decoder_hidden_size": checkpoint.tensors["convPa.weight"].shape[0],
             "descriptor_decoder_dim": checkpoint.tensors["convDb.weight"].shape[0],
         }

@@ -1,4 +1,5 @@
 """What the node has done and how well it goes: counters, rates, percentiles, and what is wrong. No ROS in here."""
+
 from __future__ import annotations
 
 import threading

@@ -1,4 +1,5 @@
 """The queue between the subscription's callback, which must return at once, and the thread that does the work."""
+
 from __future__ import annotations
 
 import threading

@@ -1,4 +1,5 @@
 """The matcher node: a thin lifecycle wrapper that carries images to the front end and its results to topics."""
+
 from __future__ import annotations
 
 import contextlib
@@ -162,9 +163,7 @@ class MatcherNode(LifecycleNode):
         self._diagnostics_timer = self.create_timer(
             1.0, self._every_second, clock=Clock(clock_type=ClockType.STEADY_TIME)
         )
-        self._watch_timer = self.create_timer(
-            _WATCH_PERIOD, self._watch, clock=Clock(clock_type=ClockType.STEADY_TIME)
-        )
+        self._watch_timer = self.create_timer(_WATCH_PERIOD, self._watch, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
     @property
     def parameters(self) -> Parameters:
@@ -424,9 +423,7 @@ class MatcherNode(LifecycleNode):
 
     # Processing, on the inference thread
 
-    def _process_frames(
-        self, inbox: Inbox[tuple[tuple[ImageMessage, ...], float]], front_end: FrontEnd
-    ) -> None:
+    def _process_frames(self, inbox: Inbox[tuple[tuple[ImageMessage, ...], float]], front_end: FrontEnd) -> None:
         trimmed = time.monotonic()
         while (item := inbox.take()) is not None:
             received, arrived = item

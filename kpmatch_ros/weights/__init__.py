@@ -1,4 +1,5 @@
 """Weights that are known by name, and where they come from. Without PyTorch."""
+
 from kpmatch_ros.weights.registry import (
     REGISTRY,
     Weights,

@@ -1,4 +1,5 @@
 """The weights that are known by name: licence, origin, size, hash, and where they lie on this machine."""
+
 from __future__ import annotations
 
 import hashlib

@@ -3,6 +3,7 @@
 Nothing here runs code that was fetched. Whatever goes wrong is an OSError whose text says what, for
 :func:`kpmatch_ros.weights.fetch` to tell the user.
 """
+
 from __future__ import annotations
 
 import http.client
