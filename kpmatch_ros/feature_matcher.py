@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +14,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kpmatch_ros import weights
+from kpmatch_ros.device import choose_device, choose_precision
 from kpmatch_ros.images import ImageError
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint
 from kpmatch_ros.models.assignment import Assignment
 from kpmatch_ros.models.checkpoint import network_type
 from kpmatch_ros.models.superpoint import Detections
-from kpmatch_ros.parameters import ParameterError, Parameters
+from kpmatch_ros.parameters import Parameters
 
 __all__ = ["FeatureMatcher", "Features", "Matches"]
 
@@ -183,7 +181,7 @@ class FeatureMatcher:
             ValueError: as :meth:`extract`.
         """
         received = [_pixels(image) for image in images]
-        seen = [self._upload(self._resize(pixels)) for pixels in received]
+        seen = [self.upload(self._resize(pixels)) for pixels in received]
         found: dict[int, Features] = {}
         for shape in {image.shape for image in seen}:
             group = [i for i, image in enumerate(seen) if image.shape == shape]
@@ -272,7 +270,7 @@ class FeatureMatcher:
             )
         return seen
 
-    def _upload(self, pixels: np.ndarray) -> Tensor:
+    def upload(self, pixels: np.ndarray) -> Tensor:
         """uint8 pixels to an image (1, C, H, W) in [0, 1] on the device, in colour where the extractor sees colour."""
         reversed_colours = pixels.ndim == 3 and pixels.strides[2] < 0  # a view of BGR as RGB
         if reversed_colours:
@@ -399,64 +397,3 @@ def resize(pixels: np.ndarray, longest: int) -> np.ndarray:
     scale = longest / max(height, width)
     size = (max(round(width * scale), 1), max(round(height * scale), 1))
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of a network says that the GPU's memory, or the machine's, was not enough."""
-    # For the machine's, PyTorch raises a plain RuntimeError.
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
-
-def release_memory() -> None:
-    """Give what PyTorch and the C library keep for later back to the GPU and to the system."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    trim_heap()
-
-
-def trim_heap() -> None:
-    """Give the C library's free memory back to the system, what lies between memory in use too; some 10 ms."""
-    with contextlib.suppress(AttributeError):  # a C library other than glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device a parameter names; ``auto`` is the GPU where there is one.
-
-    Raises:
-        ParameterError: when it is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ParameterError(
-            f"device is {name!r}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use cpu or "
-            "auto, or install a PyTorch built for this machine's CUDA (kpmatch doctor)"
-        )
-    return device
-
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The number format a parameter names; ``auto`` is the fastest one that the device computes in hardware.
-
-    Raises:
-        ParameterError: when the device cannot compute in it.
-    """
-    if name == "auto":
-        if device.type == "cuda":
-            return torch.float16
-        return torch.bfloat16 if _processor_has_bfloat16() else torch.float32
-    if name == "float16" and device.type == "cpu":
-        raise ParameterError("precision is 'float16', but the device is the CPU; use float32, bfloat16 or auto")
-    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
-
-
-def _processor_has_bfloat16() -> bool:
-    if platform.system() != "Linux":
-        return False
-    try:
-        features = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return False
-    return bool(features & {"avx512_bf16", "amx_bf16", "bf16"})

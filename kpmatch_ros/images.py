@@ -55,7 +55,9 @@ class ImageError(ValueError):
         self.reason = reason
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
+    """How the samples of an encoding lie in memory."""
+
     dtype: str  # of one sample, without byte order
     channels: int  # samples per pixel in the first plane
     colour: str  # a key of _CHANNELS, an 8-bit encoding that both converters know, or one with a chroma plane
@@ -65,28 +67,28 @@ class _Layout(NamedTuple):
 _CHANNELS: dict[str, Any] = {"grey": np.s_[..., 0], "rgb": np.s_[..., :3], "bgr": np.s_[..., 2::-1]}
 
 
-def _layouts() -> dict[str, _Layout]:
+def _layouts() -> dict[str, Layout]:
     layouts = {}
     for bits, dtype in (("8", "u1"), ("16", "u2")):
-        layouts["mono" + bits] = _Layout(dtype, 1, "grey")
+        layouts["mono" + bits] = Layout(dtype, 1, "grey")
         for colour in ("rgb", "bgr"):
-            layouts[colour + bits] = _Layout(dtype, 3, colour)
-            layouts[colour + "a" + bits] = _Layout(dtype, 4, colour)
+            layouts[colour + bits] = Layout(dtype, 3, colour)
+            layouts[colour + "a" + bits] = Layout(dtype, 4, colour)
         for pattern in ("rggb", "bggr", "gbrg", "grbg"):
-            layouts[f"bayer_{pattern}{bits}"] = _Layout(dtype, 1, f"bayer_{pattern}8")
+            layouts[f"bayer_{pattern}{bits}"] = Layout(dtype, 1, f"bayer_{pattern}8")
     for depth, dtype in (("8U", "u1"), ("16U", "u2"), ("32F", "f4"), ("64F", "f8")):
-        layouts[depth] = layouts[depth + "C1"] = _Layout(dtype, 1, "grey")
-        layouts[depth + "C3"] = _Layout(dtype, 3, "bgr")
-        layouts[depth + "C4"] = _Layout(dtype, 4, "bgr")
+        layouts[depth] = layouts[depth + "C1"] = Layout(dtype, 1, "grey")
+        layouts[depth + "C3"] = Layout(dtype, 3, "bgr")
+        layouts[depth + "C4"] = Layout(dtype, 4, "bgr")
     # cv_bridge knows the packed YUV encodings by their deprecated names only.
-    layouts["uyvy"] = layouts["yuv422"] = _Layout("u1", 2, "yuv422")
-    layouts["yuyv"] = layouts["yuv422_yuy2"] = _Layout("u1", 2, "yuv422_yuy2")
+    layouts["uyvy"] = layouts["yuv422"] = Layout("u1", 2, "yuv422")
+    layouts["yuyv"] = layouts["yuv422_yuy2"] = Layout("u1", 2, "yuv422_yuy2")
     for name in ("nv12", "nv21", "nv24"):
-        layouts[name] = _Layout("u1", 1, name)
+        layouts[name] = Layout("u1", 1, name)
     return layouts
 
 
-_LAYOUTS = _layouts()
+LAYOUTS = _layouts()  # by encoding
 
 
 def to_array(message: Any) -> NDArray[np.uint8]:
@@ -107,7 +109,7 @@ def to_array(message: Any) -> NDArray[np.uint8]:
     """
     if hasattr(message, "format"):
         return _decompress(message)
-    layout = _LAYOUTS.get(message.encoding) if isinstance(message.encoding, str) else None
+    layout = LAYOUTS.get(message.encoding) if isinstance(message.encoding, str) else None
     if layout is None:
         raise ImageError(
             "encoding",
@@ -180,7 +182,7 @@ def _decompress(message: Any) -> NDArray[np.uint8]:
     if pixels.ndim == 3:
         return _picture(pixels, "bgr", what)
     # Without a converted encoding behind "compressed", Bayer images are sent as the mosaic.
-    layout = _LAYOUTS.get(encoding)
+    layout = LAYOUTS.get(encoding)
     colour = layout.colour if layout and layout.colour.startswith("bayer") else "grey"
     _check_size(pixels.shape[1], pixels.shape[0], colour, what)
     return _picture(pixels[..., None], colour, what)
@@ -233,7 +235,7 @@ def _picture(pixels: NDArray[Any], colour: str, what: str) -> NDArray[np.uint8]:
 
 def _convert(pixels: NDArray[np.uint8], encoding: str, what: str) -> NDArray[np.uint8]:
     """RGB from 8-bit Bayer or packed YUV; padding, byte order and 16 bits, where the converters differ, are gone."""
-    convert, faults = _converter()
+    convert, faults = converter()
     if convert is None:
         raise ImageError(
             "encoding",
@@ -245,8 +247,11 @@ def _convert(pixels: NDArray[np.uint8], encoding: str, what: str) -> NDArray[np.
 
 
 @functools.cache
-def _converter() -> tuple[Callable[[Any, str], Any] | None, str]:
-    """The first converter that works, a function of a message and the encoding wanted; why those before it do not."""
+def converter() -> tuple[Callable[[Any, str], Any] | None, str]:
+    """The first converter that works, and why those before it do not.
+
+    A converter is a function of a message and the encoding wanted.
+    """
     faults = []
     for load in (_cv_bridge, _rosbags_image):
         try:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from kpmatch_ros import FeatureMatcher, Features, Matches, ParameterError, Parameters
-from kpmatch_ros.feature_matcher import choose_device, choose_precision
+from kpmatch_ros.device import choose_device, choose_precision
 from kpmatch_ros.images import ImageError
 from kpmatch_ros.models import ALIKED, DISK, SuperGlue
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
-from kpmatch_ros.images import _LAYOUTS
+from kpmatch_ros.images import LAYOUTS
 from kpmatch_ros.msg import MatchArray, RelativePose
 from node_harness import NodeUnderTest, running_node
 
@@ -51,7 +51,7 @@ def random_image(rng: np.random.Generator) -> Image:
     """An image message of which anything may be wrong, and often nothing is."""
     encoding = str(rng.choice(ENCODINGS))
     width, height = (int(side) for side in rng.choice(SIDES, 2))
-    layout = _LAYOUTS.get(encoding)
+    layout = LAYOUTS.get(encoding)
     pixel = layout.channels * np.dtype(layout.dtype).itemsize if layout else int(rng.integers(1, 9))
     step, rows = width * pixel, height * {"nv12": 2, "nv21": 2, "nv24": 3}.get(encoding, 1)
     if rng.random() < 0.2:
@@ -63,7 +63,7 @@ def random_image(rng: np.random.Generator) -> Image:
     if rng.random() < 0.05:
         setattr(message, str(rng.choice(["width", "height"])), int(rng.choice([65_536, 2**31, 2**32 - 1, 7680])))
     if rng.random() < 0.001:
-        message.encoding, layout = "mono8", _LAYOUTS["mono8"]
+        message.encoding, layout = "mono8", LAYOUTS["mono8"]
         message.width, message.height, step, size = 7680, 4320, 7680, 7680 * 4320
     elif rng.random() < 0.15:
         size = int(rng.choice([0, 1, max(size - 1, 0), size // 2, size + 1, 2 * size]))

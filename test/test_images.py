@@ -169,12 +169,12 @@ def converter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     for other in CONVERTERS:
         if other != request.param:
             monkeypatch.setitem(sys.modules, other, None)
-    images._converter.cache_clear()
-    convert, faults = images._converter()
+    images.converter.cache_clear()
+    convert, faults = images.converter()
     if convert is None and request.param == "cv_bridge":
         pytest.skip(faults)  # the ROS 1 port, say
     yield request.param
-    images._converter.cache_clear()
+    images.converter.cache_clear()
 
 
 layouts = pytest.mark.parametrize(("big", "padding"), list(itertools.product((False, True), (0, 1, 6))))
@@ -450,12 +450,12 @@ def test_a_cv_bridge_that_does_not_work_gives_way_to_rosbags_image(
     )
     monkeypatch.delitem(sys.modules, "cv_bridge", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    images._converter.cache_clear()
+    images.converter.cache_clear()
     try:
         result = to_array(image("uyvy", patches()))
-        assert "cv_bridge: KeyError" in images._converter()[1]
+        assert "cv_bridge: KeyError" in images.converter()[1]
     finally:
-        images._converter.cache_clear()
+        images.converter.cache_clear()
         sys.modules.pop("cv_bridge", None)
     np.testing.assert_allclose(result.astype(int), patches(), atol=3)
 
@@ -463,12 +463,12 @@ def test_a_cv_bridge_that_does_not_work_gives_way_to_rosbags_image(
 def test_without_a_converter_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv_bridge", None)
     monkeypatch.setitem(sys.modules, "rosbags.image", None)
-    images._converter.cache_clear()
+    images.converter.cache_clear()
     try:
         text = refused(image("bayer_rggb8", patches()), "encoding")
         np.testing.assert_array_equal(to_array(image("bgr16", noise())), noise())
     finally:
-        images._converter.cache_clear()
+        images.converter.cache_clear()
     assert "cv-bridge" in text and "pip install rosbags-image" in text
 
 

@@ -32,7 +32,8 @@ from tqdm import tqdm
 import kpmatch_ros
 from kpmatch_ros.bags.files import BagError, image_message, image_topics, read_messages
 from kpmatch_ros.cli.main import CommandError, format_table, read_image
-from kpmatch_ros.feature_matcher import FeatureMatcher, choose_device, choose_precision
+from kpmatch_ros.device import choose_device, choose_precision
+from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.images import ImageError, to_array
 from kpmatch_ros.models.convert import convert
@@ -424,7 +425,7 @@ def _small_stages(matcher: FeatureMatcher, image: Image, stamp: int) -> list[tup
     compressed = image_message(image, stamp, "camera", encoding, "jpeg")
 
     def upload() -> None:
-        matcher._upload(image)
+        matcher.upload(image)
         if matcher.device.type == "cuda":
             torch.cuda.synchronize(matcher.device)
 

@@ -117,7 +117,7 @@ def _pytorch() -> Iterator[Finding]:
             FAIL, "PyTorch", f"{_first_line(error)} ({sys.executable})", f"{sys.executable} -m pip install torch"
         )
         return
-    from kpmatch_ros.feature_matcher import choose_device, choose_precision
+    from kpmatch_ros.device import choose_device, choose_precision
 
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     yield Finding(OK, "PyTorch", f"{torch.__version__}, {threads}")
@@ -243,8 +243,8 @@ def _():
 
 @ask("converter")
 def _():
-    from kpmatch_ros.images import _converter
-    convert, faults = _converter()
+    from kpmatch_ros.images import converter
+    convert, faults = converter()
     return [getattr(convert, "__module__", ""), faults]
 
 print(json.dumps(answers))

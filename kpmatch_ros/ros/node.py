@@ -33,8 +33,9 @@ from std_msgs.msg import Header
 from std_srvs.srv import Trigger
 
 from kpmatch_ros import messages
+from kpmatch_ros.device import is_out_of_memory, release_memory, trim_heap
 from kpmatch_ros.drawing import draw_matches
-from kpmatch_ros.feature_matcher import FeatureMatcher, is_out_of_memory, release_memory, trim_heap
+from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.front_end import Frame, FrontEnd, Pair
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.geometry.pose import PoseStatus

@@ -1,0 +1,88 @@
+"""Where the networks run and in which number format, and the memory that they leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import platform
+from pathlib import Path
+
+import psutil
+import torch
+
+from kpmatch_ros.parameters import ParameterError
+
+__all__ = [
+    "choose_device",
+    "choose_precision",
+    "is_out_of_memory",
+    "release_memory",
+    "resident_memory",
+    "trim_heap",
+]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a parameter names; ``auto`` is the GPU where there is one.
+
+    Raises:
+        ParameterError: when it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ParameterError(
+            f"device is {name!r}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use cpu or "
+            "auto, or install a PyTorch built for this machine's CUDA (kpmatch doctor)"
+        )
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The number format a parameter names; ``auto`` is the fastest one that the device computes in hardware.
+
+    Raises:
+        ParameterError: when the device cannot compute in it.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.float16
+        return torch.bfloat16 if _processor_has_bfloat16() else torch.float32
+    if name == "float16" and device.type == "cpu":
+        raise ParameterError("precision is 'float16', but the device is the CPU; use float32, bfloat16 or auto")
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+
+
+def _processor_has_bfloat16() -> bool:
+    if platform.system() != "Linux":
+        return False
+    try:
+        features = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(features & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of a network says that the GPU's memory, or the machine's, was not enough."""
+    # For the machine's, PyTorch raises a plain RuntimeError.
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def release_memory() -> None:
+    """Give what PyTorch and the C library keep for later back to the GPU and to the system."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Give the C library's free memory back to the system, what lies between memory in use too; some 10 ms."""
+    with contextlib.suppress(AttributeError):  # a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in the machine's memory."""
+    return int(psutil.Process().memory_info().rss)
