@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from kpmatch_ros.cli.main import format_table, read_image
+from kpmatch_ros.cli.common import format_table, read_image
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.geometry.two_view import estimate_relative_pose

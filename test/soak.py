@@ -31,9 +31,10 @@ from std_srvs.srv import Trigger
 from test_endurance import Resources
 from test_fuzz import assert_nothing_but_numbers, random_calibration, random_frame, random_image, random_stamp, stamped
 
-from kpmatch_ros.bags.files import image_topics, read_messages, typestore, write_demo_bag
+from kpmatch_ros.bags.files import image_topics, read_messages, typestore
 from kpmatch_ros.msg import FeatureArray, MatchArray
 from node_harness import NodeUnderTest, running_node
+from simulation.bags import write_demo_bag
 
 SLACK = 0.15  # seconds beside inference: the pose, publishing, and the way here
 WARM_UP = 0.3  # part of the run after which what the node holds has to stay as it is

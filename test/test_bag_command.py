@@ -28,14 +28,13 @@ from kpmatch_ros.bags.files import (
     new_message,
     read_ground_truth,
     read_messages,
-    write_camera_bag,
-    write_demo_bag,
 )
 from kpmatch_ros.bags.replay import choose_camera, choose_stereo_cameras
 from kpmatch_ros.geometry.pose import PoseStatus, relative_motion
 from kpmatch_ros.messages import nanoseconds
 from node_harness import NodeUnderTest, running_node
 from simulation import demo_camera
+from simulation.bags import write_camera_bag, write_demo_bag
 
 Run = Callable[..., tuple[int, str, str]]
 QUICK = ("--device", "cpu", "--precision", "float32", "--matcher", "nearest", "--max-keypoints", "256")

@@ -27,13 +27,12 @@ from kpmatch_ros.bags.files import (
     read_ground_truth,
     read_messages,
     typestore,
-    write_camera_bag,
-    write_demo_bag,
 )
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import relative_motion
 from kpmatch_ros.images import to_array
 from simulation import camera_path, demo_camera
+from simulation.bags import write_camera_bag, write_demo_bag
 
 STAMPS = [1_700_000_000_000_000_000 + 100_000_000 * i for i in range(4)]
 IMAGE, INFO = "sensor_msgs/msg/Image", "sensor_msgs/msg/CameraInfo"

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from kpmatch_ros.bags.files import write_camera_bag
-from kpmatch_ros.cli import bench
+from kpmatch_ros.cli.bench_measure import forth_and_back, in_turn
+from kpmatch_ros.cli.bench_report import Spread
 from kpmatch_ros.models import LightGlue, SuperPoint
+from simulation.bags import write_camera_bag
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ["--keypoints", "40", "--repeats", "2", "--device", "cpu", "--precision", "float32"]
@@ -264,17 +265,17 @@ def test_a_package_that_is_not_there_is_named_with_what_to_do(
 
 
 def test_one_peer_goes_first_as_often_as_the_other() -> None:
-    first = [bench._in_turn(["ours", "theirs"], [1, 2], turn)[0] for turn in range(4)]
+    first = [in_turn(["ours", "theirs"], [1, 2], turn)[0] for turn in range(4)]
     assert first == [("ours", 1), ("theirs", 2)] * 2
 
 
 def test_the_spread_is_of_the_middle_half() -> None:
-    spread = bench.Spread.of([5.0, 1.0, 3.0, 2.0, 4.0])
+    spread = Spread.of([5.0, 1.0, 3.0, 2.0, 4.0])
     assert (spread.lower, spread.median, spread.upper) == (2, 3, 4)
-    assert bench.Spread.of([7.0]) == bench.Spread(7, 7, 7)
+    assert Spread.of([7.0]) == Spread(7, 7, 7)
 
 
 def test_frames_go_forth_and_back_without_a_jump() -> None:
     film = [np.full((1, 1), i, np.uint8) for i in range(3)]
-    images = bench._forth_and_back(film)
+    images = forth_and_back(film)
     assert [int(next(images)[0, 0]) for _ in range(8)] == [0, 1, 2, 1, 0, 1, 2, 1]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import kpmatch_ros
 from kpmatch_ros import FeatureMatcher, weights
-from kpmatch_ros.cli.main import MATCHING_OPTIONS, read_image
+from kpmatch_ros.cli.common import MATCHING_OPTIONS, read_image
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.parameters import declaration, declarations
 

@@ -14,9 +14,10 @@ from rosbags.highlevel import AnyReader
 from scipy.spatial.transform import Rotation
 from sensor_msgs.msg import CameraInfo, Image
 
-from kpmatch_ros.bags.files import GROUND_TRUTH, write_demo_bag
+from kpmatch_ros.bags.files import GROUND_TRUTH
 from kpmatch_ros.msg import MatchArray, RelativePose
 from node_harness import NodeUnderTest, running_node
+from simulation.bags import write_demo_bag
 
 
 def replay(node: NodeUnderTest, bag: Path, image_topic: str, info_topic: str) -> int:

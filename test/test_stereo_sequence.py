@@ -12,7 +12,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 from scipy.stats import chi2
 
-from kpmatch_ros.bags.files import read_ground_truth, read_messages, write_demo_bag
+from kpmatch_ros.bags.files import read_ground_truth, read_messages
 from kpmatch_ros.cli import main
 from kpmatch_ros.front_end import FrontEnd, Pair
 from kpmatch_ros.geometry.pose import Pose, PoseStatus, relative_motion
@@ -20,6 +20,7 @@ from kpmatch_ros.geometry.refinement import flatten, refine
 from kpmatch_ros.geometry.stereo_motion import StereoCamera
 from kpmatch_ros.images import to_array
 from kpmatch_ros.parameters import Parameters
+from simulation.bags import write_demo_bag
 
 Registered = list[tuple[Pair, "Pair | None"]]
 

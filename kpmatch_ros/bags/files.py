@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -35,9 +35,6 @@ from scipy.spatial.transform import Rotation
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import Pose
 
-if TYPE_CHECKING:
-    from simulation import Scene
-
 __all__ = [
     "BagError",
     "BagWriter",
@@ -49,16 +46,14 @@ __all__ = [
     "image_message",
     "image_topics",
     "new_message",
+    "pose_message",
     "read_ground_truth",
     "read_messages",
     "typestore",
-    "write_camera_bag",
-    "write_demo_bag",
 ]
 
 IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 GROUND_TRUTH = "/ground_truth/pose"
-FIRST_STAMP = 1_700_000_000_000_000_000  # of bags made here, nanoseconds: any time that is not zero
 
 Encoding = Literal["rgb8", "bgr8", "mono8"]
 Storage = Literal["mcap", "sqlite3"]
@@ -192,7 +187,8 @@ def camera_info_message(camera: Camera, stamp: int, frame_id: str, baseline: flo
     )
 
 
-def _pose_message(pose: Pose, stamp: int, frame_id: str) -> Any:
+def pose_message(pose: Pose, stamp: int, frame_id: str) -> Any:
+    """A geometry_msgs/PoseStamped."""
     x, y, z = (float(value) for value in pose.position)
     qx, qy, qz, qw = (float(value) for value in Rotation.from_matrix(pose.rotation).as_quat())
     return new_message(
@@ -391,85 +387,3 @@ class BagWriter:
             with suppress(Exception):
                 self._writer.abort()
             shutil.rmtree(self.path, ignore_errors=True)
-
-
-def write_camera_bag(
-    path: str | Path,
-    images: Iterable[NDArray[np.uint8]],
-    stamps: Iterable[int],
-    camera: Camera | None,
-    *,
-    image_topic: str = "/camera/image_raw",
-    info_topic: str | None = None,
-    frame_id: str = "camera_optical_frame",
-    encoding: Encoding = "rgb8",
-    compressed: Literal["", "png", "jpeg"] = "",
-    storage: Storage = "mcap",
-    overwrite: bool = False,
-) -> None:
-    """A bag of one camera: RGB (H, W, 3) or grey (H, W) uint8 images, recorded at `stamps`, nanoseconds.
-
-    With a camera, its calibration goes with every image, on `info_topic` or on camera_info beside the image topic.
-    Raises BagError.
-    """
-    info_topic = info_topic or f"{image_topic.rsplit('/', 1)[0]}/camera_info"
-    with BagWriter(path, storage, overwrite) as bag:
-        for image, stamp in zip(images, stamps):
-            bag.write(image_topic, image_message(image, stamp, frame_id, encoding, compressed), stamp)
-            if camera is not None:
-                bag.write(info_topic, camera_info_message(camera, stamp, frame_id), stamp)
-
-
-@functools.lru_cache(maxsize=1)
-def _scene(seed: int) -> Scene:
-    from simulation import Scene
-
-    return Scene(seed)
-
-
-def write_demo_bag(
-    path: str | Path,
-    *,
-    num_frames: int = 40,
-    size: tuple[int, int] = (640, 480),
-    seed: int = 0,
-    motions: Iterable[tuple[str, int]] | None = None,
-    baseline: float | None = None,
-    rate: float = 10.0,
-    encoding: Encoding = "rgb8",
-    compressed: Literal["", "png", "jpeg"] = "",
-    storage: Storage = "mcap",
-    overwrite: bool = False,
-) -> list[Pose]:
-    """A bag of a camera that walks through the synthetic courtyard, and the truth: the camera's poses in the world.
-
-    Topics: /camera/image_raw (with a little lens distortion and noise), /camera/camera_info and /ground_truth/pose.
-    With a `baseline` in metres, a rectified stereo pair instead: image_rect and camera_info in /left and /right; the
-    truth is the left camera's. `motions` are those of `simulation.camera_path`, in place of num_frames of walking.
-    Equal arguments make equal bags. Raises BagError.
-    """
-    from simulation import camera_path, demo_camera, stereo_right  # of the checkout: it is not installed
-
-    poses = camera_path(num_frames if motions is None else motions)
-    period = round(1e9 / rate)
-    camera = demo_camera(*size, distorted=baseline is None)
-    if baseline is None:
-        eyes = [("/camera/image_raw", "/camera/camera_info", "camera_optical_frame", poses, 0.0)]
-    else:
-        right = [stereo_right(pose, baseline) for pose in poses]
-        eyes = [
-            ("/left/image_rect", "/left/camera_info", "left_optical_frame", poses, 0.0),
-            ("/right/image_rect", "/right/camera_info", "right_optical_frame", right, baseline),
-        ]
-    with BagWriter(path, storage, overwrite) as bag:
-        films = [
-            _scene(seed).film(path_, camera, noise=2.0, noise_seed=1000 * seed + 10**6 * eye)
-            for eye, (*_, path_, _) in enumerate(eyes)
-        ]
-        for number, (pose, *views) in enumerate(zip(poses, *films)):
-            stamp = FIRST_STAMP + number * period
-            bag.write(GROUND_TRUTH, _pose_message(pose, stamp, "world"), stamp)
-            for view, (image_topic, info_topic, frame_id, _, offset) in zip(views, eyes):
-                bag.write(image_topic, image_message(view.image, stamp, frame_id, encoding, compressed), stamp)
-                bag.write(info_topic, camera_info_message(camera, stamp, frame_id, offset), stamp)
-    return poses

@@ -1,10 +1,8 @@
-"""The whole main job, for everyone to see: the real node, as its own process, on a camera bag, over DDS.
-
-The bag is made here, of a synthetic scene, so that the camera's true motion is known.
-"""
+"""kpmatch demo: the real node, in a process of its own, on a camera bag whose true motion is known."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import random
@@ -18,17 +16,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kpmatch_ros.cli.main import CommandError, format_table
+from kpmatch_ros.cli.common import CommandError, add_command, format_table, whole_number
 
 if TYPE_CHECKING:
     from kpmatch_ros.geometry.pose import Pose
-__all__ = ["run_demo"]
+
+__all__ = ["add_demo"]
 
 _IMAGE_TOPIC = "/camera/image_raw"
 _INFO_TOPIC = "/camera/camera_info"
 _START_TIMEOUT = 120.0  # seconds for the node to load its networks and subscribe
 _FRAME_TIMEOUT = 60.0  # seconds for the results of one frame
 _FIRST_DOMAIN_PORT = 32768  # whoever holds port 32768 + N uses ROS domain N: the convention of ROS's domain_coordinator
+
+
+def add_demo(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "demo",
+        _demo,
+        "run the whole node on a camera bag, and compare its poses with the truth",
+        "Start the matcher node as a process of its own, send it the camera bag that ships with the package over DDS, "
+        "receive what it publishes, and compare with the true motion. Needs ROS 2 and the built messages.",
+        "kpmatch demo --out demo",
+    )
+    parser.add_argument(
+        "--out", metavar="FOLDER", type=Path, default=Path("demo"), help="for the bag and the picture (default demo)"
+    )
+    parser.add_argument("--frames", metavar="N", type=whole_number(2), default=12, help="images to send (default 12)")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    run_demo(options.out, options.frames)
+    return 0
 
 
 @dataclass(frozen=True)
@@ -100,11 +120,12 @@ def _check_ros() -> None:
 
 
 def _make_bag(bag: Path, frames: int) -> None:
-    from kpmatch_ros.bags.files import BagError, write_demo_bag
+    from kpmatch_ros.bags.demo import unpack_demo_bag
+    from kpmatch_ros.bags.files import BagError
 
-    print(f"making a bag of {frames} frames ...", file=sys.stderr)
+    print(f"unpacking a bag of {frames} frames ...", file=sys.stderr)
     try:
-        write_demo_bag(bag, num_frames=frames, overwrite=True)
+        unpack_demo_bag(bag, frames)
     except BagError as error:
         raise CommandError(str(error)) from error
 

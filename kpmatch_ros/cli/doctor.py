@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -16,12 +17,29 @@ from typing import Any
 
 import kpmatch_ros
 from kpmatch_ros import weights
+from kpmatch_ros.cli.common import add_command
 from kpmatch_ros.parameters import Parameters
 
-__all__ = ["FAIL", "OK", "WARN", "Finding", "examine", "run_doctor"]
+__all__ = ["FAIL", "OK", "WARN", "Finding", "add_doctor", "examine", "run_doctor"]
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 _TIMEOUT = 60.0  # seconds for a question to another process
+
+
+def add_doctor(commands: Any) -> None:
+    add_command(
+        commands,
+        "doctor",
+        _doctor,
+        "check this machine, and say what to do about each fault",
+        "Check PyTorch, the GPU, OpenCV, the weights, ROS 2 and the build of the messages. Exit status 0 where what is "
+        "installed works, 2 where something is at fault. ROS 2 may be absent: the Python API does not need it.",
+        "kpmatch doctor",
+    )
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    return 0 if run_doctor() else 2
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""The camera bag that ships with the package: a short walk with the camera's true poses.
+
+`simulation/` made it (`make demo-bag` in a checkout). Reading it needs neither the simulation nor ROS.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kpmatch_ros.bags.files import (
+    GROUND_TRUTH,
+    BagWriter,
+    image_message,
+    pose_message,
+    read_ground_truth,
+    read_messages,
+)
+from kpmatch_ros.geometry.pose import Pose
+from kpmatch_ros.images import to_array
+
+__all__ = ["DEMO_BAG", "DemoFrame", "demo_frames", "unpack_demo_bag"]
+
+DEMO_BAG = Path(__file__).resolve().parents[1] / "data" / "demo"
+IMAGE_TOPIC = "/camera/image_raw"
+INFO_TOPIC = "/camera/camera_info"
+
+_PERIOD = 100_000_000  # nanoseconds between two frames
+
+
+class DemoFrame(NamedTuple):
+    """One image of the walk.
+
+    Attributes:
+        stamp: nanoseconds.
+        image: RGB.
+        camera_info: its calibration, a sensor_msgs/CameraInfo of rosbags.
+        pose: of the optical frame in the world.
+    """
+
+    stamp: int
+    image: NDArray[np.uint8]
+    camera_info: Any
+    pose: Pose
+
+
+def demo_frames(count: int) -> Iterator[DemoFrame]:
+    """So many frames of the walk. Where the bag holds fewer, the camera walks back and forth."""
+    stamps, poses = read_ground_truth(DEMO_BAG)
+    infos = {record.stamp: record.message for record in read_messages(DEMO_BAG, [INFO_TOPIC])}
+    images = {record.stamp: record.message for record in read_messages(DEMO_BAG, [f"{IMAGE_TOPIC}/compressed"])}
+    recorded = [
+        DemoFrame(stamp, to_array(images[stamp]), infos[stamp], pose) for stamp, pose in zip(stamps.tolist(), poses)
+    ]
+    order = [*range(len(recorded)), *range(len(recorded) - 2, 0, -1)]
+    for number in range(count):
+        frame = recorded[order[number % len(order)]]
+        stamp = recorded[0].stamp + number * _PERIOD
+        info = copy.deepcopy(frame.camera_info)
+        info.header.stamp.sec, info.header.stamp.nanosec = divmod(stamp, 10**9)
+        yield DemoFrame(stamp, frame.image, info, frame.pose)
+
+
+def unpack_demo_bag(path: str | Path, count: int) -> None:
+    """Write so many frames as a bag with raw images, their calibration and the true poses. Raises BagError."""
+    with BagWriter(path, overwrite=True) as bag:
+        for frame in demo_frames(count):
+            frame_id = frame.camera_info.header.frame_id
+            bag.write(GROUND_TRUTH, pose_message(frame.pose, frame.stamp, "world"), frame.stamp)
+            bag.write(IMAGE_TOPIC, image_message(frame.image, frame.stamp, frame_id, "rgb8"), frame.stamp)
+            bag.write(INFO_TOPIC, frame.camera_info, frame.stamp)

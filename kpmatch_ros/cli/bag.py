@@ -1,0 +1,131 @@
+"""kpmatch bag: a bag in, a bag with what the node would publish out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kpmatch_ros.cli.common import MATCHING_OPTIONS, CommandError, add_command, add_parameter, format_table
+from kpmatch_ros.parameters import Parameters, declaration
+
+if TYPE_CHECKING:
+    from kpmatch_ros.bags.replay import CameraTopics
+
+__all__ = ["add_bag"]
+
+# Those that say, besides, how frames follow one another and what the images are.
+BAG_OPTIONS = (
+    *MATCHING_OPTIONS,
+    "reference",
+    "keyframe_min_matches",
+    "keyframe_max_parallax",
+    "max_gap",
+    "rectified",
+    "mode",
+    "sync_tolerance",
+    "publish_odometry",
+)
+MONO_TOPICS: tuple[str, ...] = ("image", "camera_info")
+STEREO_TOPICS: tuple[str, ...] = ("left", "right", "left_info", "right_info")
+
+
+def add_bag(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "bag",
+        _bag,
+        "run the matcher on a bag, and write another bag with what the node would publish",
+        "Run the matcher on a camera, or a stereo pair of cameras, in a bag (rosbag2: MCAP or sqlite3), every frame in "
+        "order, without ROS. The bag written holds /matches and /relative_pose, and in stereo /stereo_matches: the "
+        "node's messages for these frames with the images' stamps, and not the images. Options override the parameter "
+        "file; what neither names has the node's default.",
+        "kpmatch bag drive out --poses poses.txt",
+        "kpmatch bag drive out --image /camera/image_raw --params matcher.yaml --device cuda",
+        "kpmatch bag drive out --left /cam0/image_raw --right /cam1/image_raw --poses poses.txt",
+    )
+    parser.add_argument("source", metavar="IN", type=Path, help="bag to read: a folder, or a .mcap or .db3 file")
+    parser.add_argument("target", metavar="OUT", type=Path, help="bag to write: a folder that does not exist yet")
+    parser.add_argument(
+        "--image", metavar="TOPIC", help="images, compressed or not; not needed where the bag has one such topic"
+    )
+    parser.add_argument(
+        "--camera-info", metavar="TOPIC", help="their calibration (default camera_info beside the image topic)"
+    )
+    for side in ("left", "right"):
+        parser.add_argument(
+            f"--{side}",
+            metavar="TOPIC",
+            help=f"images of a stereo pair's {side} camera; not needed with --mode stereo where two topics are named "
+            "left and right, cam0 and cam1, or infra1 and infra2",
+        )
+    for side in ("left", "right"):
+        parser.add_argument(
+            f"--{side}-info", metavar="TOPIC", help="their calibration (default camera_info beside the image topic)"
+        )
+    parser.add_argument(
+        "--params", metavar="FILE", type=Path, help="ROS 2 parameter file like config/matcher.yaml, for /matcher"
+    )
+    parser.add_argument(
+        "--poses",
+        metavar="FILE",
+        type=Path,
+        help="also write the chained poses, as TUM's text format has them (evo reads it): in metres in stereo; "
+        "of one camera the scale is arbitrary",
+    )
+    parser.add_argument("--features", action="store_true", help="also write /features, with the descriptors")
+    parser.add_argument("--match-image", action="store_true", help="also write /match_image, pictures of the matches")
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    group = parser.add_argument_group("parameters", "the matcher node's of the same names")
+    for name in BAG_OPTIONS:
+        add_parameter(group, declaration(name), argparse.SUPPRESS)
+
+
+def _bag(options: argparse.Namespace) -> int:
+    from kpmatch_ros.bags.files import BagError
+    from kpmatch_ros.bags.replay import choose_camera, choose_stereo_cameras, replay
+    from kpmatch_ros.parameter_file import read_parameter_file
+
+    parameters = Parameters() if options.params is None else read_parameter_file(options.params)
+    given = vars(options)
+    changes = {name: given[name] for name in BAG_OPTIONS if name in given}
+    if any(given[name] is not None for name in STEREO_TOPICS):
+        changes.setdefault("mode", "stereo")
+    parameters = parameters.replace(changes)
+    _check_topic_options(given, parameters.mode)
+    source = options.source
+    cameras: tuple[CameraTopics, ...]
+    try:
+        if parameters.mode == "stereo":
+            cameras = choose_stereo_cameras(source, *(given[name] for name in STEREO_TOPICS))
+            info_options = ["--left-info", "--right-info"]
+        else:
+            cameras = (choose_camera(source, options.image, options.camera_info),)
+            info_options = ["--camera-info"]
+        report = replay(
+            source, options.target, cameras, parameters, poses=options.poses, features=options.features,
+            match_image=options.match_image,
+        )  # fmt: skip
+    except BagError as error:
+        raise CommandError(str(error)) from error
+    for camera, option in zip(cameras, info_options):
+        if not camera.camera_info:
+            report.faults.append(f"no camera_info beside {camera.image}, so no relative pose; {option} names one")
+    for fault in report.faults:
+        print(f"{options.name}: {fault}", file=sys.stderr)
+    if options.json:
+        print(json.dumps({**report.figures(), "out": str(options.target)}))
+    else:
+        print(format_table([*report.rows(), ("bag", str(options.target))]))
+    return 0
+
+
+def _check_topic_options(given: dict[str, Any], mode: str) -> None:
+    """Topics of one mode say nothing in the other."""
+    foreign, own = (STEREO_TOPICS, "--image") if mode == "mono" else (MONO_TOPICS, "--left and --right")
+    for name in foreign:
+        if given[name] is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise CommandError(f"{option} {given[name]}: the mode is {mode}, whose images are named with {own}")

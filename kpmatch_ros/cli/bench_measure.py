@@ -1,0 +1,399 @@
+"""The measuring of kpmatch bench.
+
+Wall time is what a robot waits for. Processor time is what the work costs; on a busy machine it varies far less.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+import kpmatch_ros
+from kpmatch_ros.bags.demo import demo_frames
+from kpmatch_ros.bags.files import BagError, image_message, image_topics, read_messages
+from kpmatch_ros.cli.bench import Request
+from kpmatch_ros.cli.bench_report import STAGES, Comparison, Row, Spread, draw, report
+from kpmatch_ros.cli.common import CommandError, read_image
+from kpmatch_ros.device import choose_device, choose_precision
+from kpmatch_ros.feature_matcher import FeatureMatcher
+from kpmatch_ros.front_end import FrontEnd
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.images import ImageError, to_array
+from kpmatch_ros.parameters import ParameterError, Parameters
+
+__all__ = ["forth_and_back", "in_turn", "run_bench"]
+
+_PERIOD = 100_000_000  # nanoseconds between two frames
+_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".webp")
+
+Image = NDArray[np.uint8]
+
+
+class Lap(NamedTuple):
+    """What some work took, in milliseconds of time and of all processors' time."""
+
+    wall: float
+    cpu: float
+
+    def less(self, other: Lap) -> Lap:
+        """Without a part of it."""
+        return Lap(self.wall - other.wall, self.cpu - other.cpu)
+
+
+class Served(NamedTuple):
+    """What another implementation did for a pair of images."""
+
+    lap: Lap
+    matches: int
+    reference: Lap | None  # the share of describing the reference image; None where features cannot be kept
+
+
+def run_bench(request: Request) -> None:
+    """Measure, print tables, write what was asked for.
+
+    Raises:
+        CommandError: when the request cannot be met.
+        ParameterError: when a parameter has a value it may not have.
+        WeightsError: when the weights are missing or damaged.
+    """
+    publish = _publisher()  # first of all: loading ROS may start the process anew
+    settings = _settings(request)
+    _check_files(request)
+    films = _films(request)
+    rows: list[Row] = []
+    steps = len(settings) * len(films) * len(request.keypoints)
+    with tqdm(total=steps, unit="setting", disable=None, leave=False) as progress:
+        for parameters in settings:
+            matcher = FeatureMatcher(parameters)
+            peers = [_make_peer(name, matcher, request.peer_precision) for name in request.against]
+            for film, count in itertools.product(films, request.keypoints):
+                height, width = film[0].shape[:2]
+                progress.set_postfix_str(f"{matcher.device} {width}x{height} {count} keypoints")
+                rows.append(_measure(matcher, film, count, request.repeats, peers, publish))
+                progress.update()
+    machine = describe_machine({row.device for row in rows})
+    print(report(rows, machine, publish is not None))
+    if request.json is not None:
+        content = {"kpmatch_ros": kpmatch_ros.__version__, "machine": machine, "rows": [asdict(row) for row in rows]}
+        request.json.write_text(json.dumps(content, indent=1) + "\n")
+    if request.plot is not None:
+        draw(request.plot, rows, machine)
+
+
+def _settings(request: Request) -> list[Parameters]:
+    """The combinations of device and precision that there are."""
+    settings, refused = [], []
+    for device, precision in itertools.product(request.devices, request.precisions):
+        try:
+            parameters = request.parameters.replace({"device": device, "precision": precision})
+            choose_precision(precision, choose_device(device))
+            settings.append(parameters)
+        except ParameterError as error:
+            refused.append(error)
+    if not settings:
+        raise refused[0]
+    for reason in refused:
+        print(f"kpmatch bench: left out: {reason}", file=sys.stderr)
+    return settings
+
+
+def _check_files(request: Request) -> None:
+    """Before the work rather than after it."""
+    for option, path in (("--json", request.json), ("--plot", request.plot)):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise CommandError(f"{option} {path}: there is no folder {path.parent}")
+    if request.plot is not None:
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+        except ImportError as error:
+            raise CommandError(f"--plot draws with matplotlib ({error}): pip install matplotlib") from error
+        if request.plot.suffix.lstrip(".").lower() not in FigureCanvasAgg.filetypes:
+            raise CommandError(f"--plot {request.plot}: pictures are written as .png, .svg or .pdf")
+
+
+# Images
+
+
+def _films(request: Request) -> list[list[Image]]:
+    """The sequence of images in each size."""
+    count = request.repeats + 1
+    if request.images is not None:
+        film = _pictures(request.images, count)
+    elif request.bag is not None:
+        film = _recorded(request.bag, request.topic, count)
+    else:
+        film = [frame.image for frame in demo_frames(count)]
+    sizes = request.sizes or [(film[0].shape[1], film[0].shape[0])]
+    return [[_resized(image, size) for image in film] for size in sizes]
+
+
+def _resized(image: Image, size: tuple[int, int]) -> Image:
+    return image if image.shape[1::-1] == size else np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA))
+
+
+def _pictures(folder: Path, count: int) -> list[Image]:
+    if not folder.is_dir():
+        raise CommandError(f"--images {folder}: there is no such folder")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)
+    if len(paths) < 2:
+        raise CommandError(f"--images {folder}: holds {len(paths)} pictures; a pair needs two")
+    return [read_image(path) for path in paths[:count]]
+
+
+def _recorded(bag: Path, topic: str, count: int) -> list[Image]:
+    try:
+        topics = [each.name for each in image_topics(bag)]
+        if not topic and len(topics) != 1:
+            known = ", ".join(topics) or "none"
+            raise CommandError(f"--bag {bag}: has {len(topics)} topics with images ({known}): choose with --image")
+        records = itertools.islice(read_messages(bag, [topic or topics[0]]), count)
+        film = [np.ascontiguousarray(to_array(record.message)) for record in records]
+    except (BagError, ImageError) as error:
+        raise CommandError(str(error)) from error
+    if len(film) < 2:
+        raise CommandError(f"--bag {bag}: holds {len(film)} images on {topic or topics[0]}; a pair needs two")
+    return film
+
+
+def forth_and_back(film: Sequence[Image]) -> Iterator[Image]:
+    """For ever, without a jump."""
+    yield film[0]
+    while True:
+        yield from film[1:]
+        yield from reversed(film[:-1])
+
+
+# Measuring
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, Lap]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = work()
+    return result, Lap((time.perf_counter() - wall) * 1e3, (time.process_time() - cpu) * 1e3)
+
+
+Publish = Callable[[Any, FeatureMatcher], Any]
+
+
+def _publisher() -> Publish | None:
+    """What makes a pair's messages and serialises them; None without ROS."""
+    try:
+        from rclpy.serialization import serialize_message
+
+        from kpmatch_ros import messages
+    except ImportError:
+        return None
+
+    def publish(pair: Any, matcher: FeatureMatcher) -> None:
+        parameters = matcher.parameters
+        serialize_message(messages.match_array(pair, 0, parameters.extractor, parameters.matcher))
+        serialize_message(messages.relative_pose(pair))
+
+    return publish
+
+
+def _measure(
+    matcher: FeatureMatcher, film: list[Image], count: int, repeats: int, peers: Sequence[Any], publish: Publish | None
+) -> Row:
+    height, width = film[0].shape[:2]
+    parameters = matcher.parameters.replace({"max_keypoints": count})
+    matcher.configure(parameters)
+    for peer in peers:
+        peer.max_keypoints(count)
+    # Made up: a pose costs the same with the true calibration.
+    camera = Camera(width, height, np.array([[0.8 * width, 0, width / 2], [0, 0.8 * width, height / 2], [0, 0, 1]]))
+
+    def match_still() -> int:
+        return len(matcher.match(matcher.extract(film[0]), matcher.extract(film[1])).numpy())
+
+    match_still()  # the first run is never like the others
+    cuda = matcher.device.type == "cuda"
+    can_tell_memory = _forget_peak_memory(matcher.device) and not peers
+    pair_laps: list[Lap] = []
+    peer_pairs: list[list[Served]] = [[] for _ in peers]
+    for i in range(repeats):
+        for peer, served in in_turn([None, *peers], [[], *peer_pairs], i):
+            if peer is None:
+                pair_laps.append(_timed(match_still)[1])
+            else:
+                served.append(_serve(peer, film[0], film[1]))
+
+    front_end = FrontEnd(parameters, matcher)
+    stages: dict[str, list[float]] = {name: [] for name in STAGES}
+    frame_laps: list[Lap] = []
+    pose_laps: list[Lap] = []
+    pairs = []
+    peer_frames: list[list[Served]] = [[] for _ in peers]
+    images = forth_and_back(film)
+    previous = next(images)
+    first, _ = front_end.register_frame(previous, 0)
+    reference = replace(first, camera=camera)
+    for i in range(repeats):
+        image, stamp = next(images), (i + 1) * _PERIOD
+        for peer, served in in_turn([None, *peers], [[], *peer_frames], i):
+            if peer is not None:
+                served.append(_serve(peer, previous, image))
+                continue
+            # Without calibration, and the pose by itself: the others estimate none.
+            (frame, pair), lap = _timed(lambda: front_end.register_frame(image, stamp))  # noqa: B023
+            current = replace(frame, camera=camera)
+            pose, pose_lap = _timed(lambda: front_end.estimate_pose(reference, current, pair.indices))  # noqa: B023
+            reference = current
+            frame_laps.append(lap)
+            pose_laps.append(pose_lap)
+            pair = replace(pair, pose=pose)
+            pairs.append(pair)
+            stages["extract"].append(frame.extract_ms)
+            stages["match"].append(pair.match_ms)
+            stages["pose"].append(pose_lap.wall)
+            if publish is not None:
+                stages["publish"].append(_timed(lambda: publish(pair, matcher))[1].wall)  # noqa: B023
+            for name, work in _small_stages(matcher, image, stamp):
+                stages[name].append(_timed(work)[1].wall)
+        previous = image
+
+    def comparisons(peer: Any, still: list[Served], moving: list[Served]) -> Iterator[Comparison]:
+        yield _compare(peer.name, "pair", still, [one.lap for one in still], pair_laps)
+        yield _compare(peer.name, "sequence", moving, [one.lap for one in moving], frame_laps)
+        kept = [one.lap.less(one.reference) for one in moving if one.reference is not None]
+        if kept:
+            yield _compare(peer.name, "sequence, features kept", moving, kept, frame_laps)
+
+    return Row(
+        device=torch.cuda.get_device_name(matcher.device) if cuda else "cpu",
+        precision=str(matcher.dtype).removeprefix("torch."),
+        width=width,
+        height=height,
+        max_keypoints=count,
+        keypoints=statistics.mean(len(pair.current.keypoints) for pair in pairs),
+        matches=statistics.mean(len(pair.indices) for pair in pairs),
+        layers=statistics.mean(pair.layers for pair in pairs),
+        stages={name: Spread.of(times) for name, times in stages.items() if times},
+        frame=Spread.of([lap.wall + pose.wall for lap, pose in zip(frame_laps, pose_laps)]),
+        frame_cpu=Spread.of([lap.cpu + pose.cpu for lap, pose in zip(frame_laps, pose_laps)]),
+        pair=Spread.of([lap.wall for lap in pair_laps]),
+        pair_cpu=Spread.of([lap.cpu for lap in pair_laps]),
+        resident_mb=_peak_memory() if can_tell_memory else None,
+        gpu_mb=torch.cuda.max_memory_allocated(matcher.device) / 1e6 if cuda else None,
+        comparisons=[each for args in zip(peers, peer_pairs, peer_frames) for each in comparisons(*args)],
+    )
+
+
+def in_turn(workers: Sequence[Any], results: Sequence[Any], turn: int) -> list[tuple[Any, Any]]:
+    """Who goes first changes every turn: what warms or cools the machine is the same for all."""
+    order = list(zip(workers, results))
+    return order if turn % 2 == 0 else order[::-1]
+
+
+def _small_stages(matcher: FeatureMatcher, image: Image, stamp: int) -> list[tuple[str, Callable[[], Any]]]:
+    encoding: Literal["mono8", "rgb8"] = "mono8" if image.ndim == 2 else "rgb8"
+    raw = image_message(image, stamp, "camera", encoding)
+    compressed = image_message(image, stamp, "camera", encoding, "jpeg")
+
+    def upload() -> None:
+        matcher.upload(image)
+        if matcher.device.type == "cuda":
+            torch.cuda.synchronize(matcher.device)
+
+    return [("decode", lambda: to_array(compressed)), ("convert", lambda: to_array(raw)), ("upload", upload)]
+
+
+def _compare(peer: str, work: str, served: list[Served], theirs: list[Lap], ours: list[Lap]) -> Comparison:
+    return Comparison(
+        peer=peer,
+        work=work,
+        wall=Spread.of([lap.wall for lap in theirs]),
+        cpu=Spread.of([lap.cpu for lap in theirs]),
+        matches=statistics.mean(one.matches for one in served),
+        wall_ratio=Spread.of([their.wall / our.wall for their, our in zip(theirs, ours)]),
+        cpu_ratio=Spread.of([their.cpu / max(our.cpu, 1e-6) for their, our in zip(theirs, ours)]),
+    )
+
+
+def _forget_peak_memory(device: torch.device) -> bool:
+    """Whether the process's peak can be told from now on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+    except OSError:
+        return False
+    return True
+
+
+def _peak_memory() -> float:
+    """Of the process, MB."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1.024e-3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1.024e-3
+
+
+def describe_machine(devices: set[str] | None = None) -> dict[str, Any]:
+    """What the figures depend on."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+                break
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "processor": processor,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "gpus": sorted((devices or set()) - {"cpu"}),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+# Other implementations
+
+
+def _make_peer(name: str, matcher: FeatureMatcher, precision: str) -> Any:
+    """One of `benchmarks/peers.py`, a plug-in that only the source checkout has."""
+    try:
+        peers = importlib.import_module("benchmarks.peers")
+    except ImportError as error:
+        raise CommandError(
+            f"--against {name}: comparing needs benchmarks/peers.py, which is not installed ({error}): run it in a "
+            f"checkout of kpmatch_ros, as tools/with_ros kpmatch bench --against {name}"
+        ) from error
+    try:
+        return peers.PEERS[name](matcher, choose_precision(precision, matcher.device))
+    except ValueError as error:
+        raise CommandError(f"--against {name}: {error}") from error
+    except ImportError as error:
+        raise CommandError(
+            f"--against {name}: it cannot be imported here ({error}); {peers.PEERS[name].INSTALL}"
+        ) from error
+
+
+def _serve(peer: Any, image0: Image, image1: Image) -> Served:
+    """A pair of images, from pixels to matches on the host."""
+    reference, describing = _timed(lambda: peer.describe(image0))
+    matches, matching = _timed(lambda: peer.match(reference, image1))
+    both = Lap(describing.wall + matching.wall, describing.cpu + matching.cpu)
+    return Served(both, matches, describing if peer.KEEPS_FEATURES else None)

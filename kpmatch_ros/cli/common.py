@@ -1,0 +1,190 @@
+"""What the commands share: their errors, their options, tables and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import textwrap
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from kpmatch_ros.parameters import Declaration, ParameterError
+
+# PyTorch and OpenCV take seconds to import. Only the commands that need them import them, so that --help is instant.
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = [
+    "MATCHING_OPTIONS",
+    "CommandError",
+    "Parser",
+    "add_command",
+    "add_parameter",
+    "comma_separated",
+    "format_table",
+    "megabytes",
+    "quiet_stderr",
+    "read_image",
+    "whole_number",
+]
+
+# The parameters that say how two images are matched; the others are the node's alone.
+MATCHING_OPTIONS = (
+    "extractor",
+    "matcher",
+    "device",
+    "precision",
+    "threads",
+    "max_keypoints",
+    "keypoint_threshold",
+    "nms_radius",
+    "border",
+    "resize",
+    "filter_threshold",
+    "ratio_threshold",
+    "depth_confidence",
+    "width_confidence",
+    "max_reprojection_error",
+    "min_inliers",
+)
+
+
+class CommandError(Exception):
+    """What a command was given is no good; the text goes to the user as it is."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage is a --help away."""
+
+    def __init__(self, **options: Any) -> None:
+        # Abbreviations would change their meaning with every option added.
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help)\n")
+
+
+def add_command(commands: Any, name: str, run: Any, summary: str, description: str, *examples: str) -> Parser:
+    parser: Parser = commands.add_parser(
+        name,
+        help=summary,
+        description=textwrap.fill(description, 100),
+        epilog="\n  ".join(["examples:" if len(examples) > 1 else "example:", *examples]),
+    )
+    parser.set_defaults(run=run, name=parser.prog)
+    return parser
+
+
+def add_parameter(group: Any, item: Declaration, default: Any) -> None:
+    """An option of the parameter's name; `default` is what it is where the option is not given."""
+
+    def value(text: str) -> Any:
+        try:
+            return item.check(item.type(text))
+        except ParameterError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+    shown = f"{item.default:g}" if item.type is float else str(item.default).lower()
+    notes = ["" if item.choices else item.constraint, item.unit, f"default {shown}"]
+    help_text = f"{item.description} ({', '.join(note for note in notes if note)})".replace("%", "%%")
+    option = f"--{item.name.replace('_', '-')}"
+    if item.type is bool:
+        group.add_argument(
+            option, dest=item.name, action=argparse.BooleanOptionalAction, default=default, help=help_text
+        )
+        return
+    group.add_argument(
+        option,
+        dest=item.name,
+        metavar={int: "N", float: "X"}.get(item.type, "|".join(item.choices) or item.name.upper()),
+        type=value,
+        default=default,
+        help=help_text,
+    )
+
+
+def comma_separated(*counts: int) -> Any:
+    def parse(text: str) -> tuple[float, ...]:
+        try:
+            values = tuple(float(part) for part in text.split(","))
+        except ValueError:
+            values = ()
+        if len(values) not in counts:
+            expected = " or ".join(str(count) for count in counts)
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected} numbers with commas between them")
+        return values
+
+    return parse
+
+
+def whole_number(least: int) -> Any:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """The picture in a file: uint8, grey (H, W) or RGB (H, W, 3), upright where its EXIF data says how it was held.
+
+    Raises:
+        CommandError: when there is no whole picture in it.
+        OSError: when it cannot be read.
+    """
+    import cv2
+    import numpy as np
+
+    data = path.read_bytes()
+    # OpenCV 4.6 fills in what a JPEG cut short lacks. After its last scan there is only the end marker.
+    complete = not data.startswith(b"\xff\xd8\xff") or data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+    pixels = None
+    if data and complete:
+        with quiet_stderr():
+            try:
+                pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYCOLOR)
+            except cv2.error:  # a size beyond OpenCV's limit, a codec that is switched off
+                pixels = None
+    if pixels is None:
+        reason = "is empty" if not data else "is no image that OpenCV reads" if complete else "is cut short"
+        raise CommandError(f"{path} {reason}{', or it is damaged or cut short' if data and complete else ''}")
+    return np.asarray(pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+
+
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Silence the image libraries, which write to the process's stderr themselves."""
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+def format_table(rows: Iterable[Sequence[str]], right: Container[int] = ()) -> str:
+    """Rows of text in columns as wide as their longest entry, those numbered in ``right`` flush right."""
+    rows = [list(row) for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            text.rjust(width) if column in right else text.ljust(width)
+            for column, (text, width) in enumerate(zip(row, widths))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

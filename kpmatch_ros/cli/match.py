@@ -1,0 +1,203 @@
+"""kpmatch match: two image files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kpmatch_ros.cli.common import (
+    MATCHING_OPTIONS,
+    CommandError,
+    add_command,
+    add_parameter,
+    comma_separated,
+    quiet_stderr,
+    read_image,
+)
+from kpmatch_ros.parameters import Parameters, declaration
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from kpmatch_ros.front_end import Pair
+    from kpmatch_ros.geometry.camera import Camera
+
+__all__ = ["add_match"]
+
+
+def add_match(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "match",
+        _match,
+        "match two image files",
+        "Match two image files. A is the reference and B the current image: the pose is that of B's camera in A's "
+        "optical frame, x_A = R x_B + t. A photograph whose file says how the camera was held (EXIF) is turned "
+        "upright, as image viewers do: points and intrinsics are in pixels of the upright image, and the centre of "
+        "its top-left pixel is (0, 0).",
+        "kpmatch match a.jpg b.jpg --save matches.png",
+        "kpmatch match a.jpg b.jpg --intrinsics 520,521,322,236 --distortion -0.2,0.05,0,0 --json",
+    )
+    parser.add_argument("image_a", metavar="A", type=Path, help="reference image: JPEG, PNG, or what else OpenCV reads")
+    parser.add_argument("image_b", metavar="B", type=Path, help="current image")
+    parser.add_argument(
+        "--intrinsics", metavar="FX,FY,CX,CY", type=comma_separated(4), help="of the camera, pixels; gives the pose too"
+    )
+    parser.add_argument(
+        "--intrinsics1",
+        metavar="FX,FY,CX,CY",
+        type=comma_separated(4),
+        help="of the camera of B, where it is another one",
+    )
+    parser.add_argument(
+        "--distortion",
+        metavar="K1,K2,P1,P2[,K3]",
+        type=comma_separated(4, 5),
+        help="of the lens, as in camera_info's plumb_bob; needs --intrinsics",
+    )
+    parser.add_argument("--save", metavar="FILE", type=Path, help="draw the matches: .png, .jpg, ...")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with everything")
+    group = parser.add_argument_group("matching options", "the matcher node's parameters of the same names")
+    for name in MATCHING_OPTIONS:
+        add_parameter(group, declaration(name), declaration(name).default)
+
+
+def _match(options: argparse.Namespace) -> int:
+    parameters = Parameters(**{name: getattr(options, name) for name in MATCHING_OPTIONS})
+    if options.intrinsics is None and (options.intrinsics1 is not None or options.distortion is not None):
+        given = "--intrinsics1" if options.intrinsics1 is not None else "--distortion"
+        raise CommandError(f"{given} needs --intrinsics too")
+    if options.save is not None:
+        _check_picture_file(options.save)
+    image_a, image_b = read_image(options.image_a), read_image(options.image_b)
+    camera_a = _camera(image_a, options.intrinsics, options.distortion)
+    camera_b = _camera(image_b, options.intrinsics1 or options.intrinsics, options.distortion)
+
+    from kpmatch_ros.front_end import FrontEnd
+
+    front_end = FrontEnd(parameters)
+    started = time.perf_counter()
+    front_end.register_frame(image_a, 0, camera_a)
+    _, pair = front_end.register_frame(image_b, 1, camera_b)
+    milliseconds = (time.perf_counter() - started) * 1e3
+    assert pair is not None
+    if options.save is not None:
+        _save_picture(options.save, pair)
+    if options.json:
+        print(json.dumps(_report(pair, parameters, milliseconds)))
+    else:
+        print(_summary(pair, parameters, milliseconds))
+    return 0
+
+
+def _camera(
+    image: NDArray[np.uint8], intrinsics: tuple[float, ...] | None, distortion: tuple[float, ...] | None
+) -> Camera | None:
+    import numpy as np
+
+    from kpmatch_ros.geometry.camera import CalibrationError, Camera
+
+    if intrinsics is None:
+        return None
+    fx, fy, cx, cy = intrinsics
+    height, width = image.shape[:2]
+    matrix = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+    try:
+        return Camera(width, height, matrix, "plumb_bob", np.array(distortion or ()))
+    except CalibrationError as error:
+        raise CommandError(str(error)) from error
+
+
+def _report(pair: Pair, parameters: Parameters, milliseconds: float) -> dict[str, Any]:
+    """What --json prints."""
+    pose = pair.pose
+    return {
+        "points0": pair.reference_points.tolist(),
+        "points1": pair.points.tolist(),
+        "scores": pair.scores.tolist(),
+        "inliers": None if pose.inliers is None else [bool(flag) for flag in pose.inliers],
+        "num_keypoints": [len(pair.reference.keypoints), len(pair.current.keypoints)],
+        "layers": pair.layers,
+        "pose": None
+        if pair.current.camera is None
+        else {
+            "status": pose.status.name,
+            "rotation": pose.rotation.tolist(),
+            "translation": pose.translation.tolist(),
+            "metric": bool(pose.metric),
+        },
+        "extractor": parameters.extractor,
+        "matcher": parameters.matcher,
+        "milliseconds": round(milliseconds, 3),
+    }
+
+
+def _summary(pair: Pair, parameters: Parameters, milliseconds: float) -> str:
+    """What is printed for people."""
+    sizes = (pair.reference.features.size, pair.current.features.size)
+    lines = [
+        f"images     {' and '.join(f'{width} x {height}' for width, height in sizes)}",
+        f"keypoints  {len(pair.reference.keypoints)} and {len(pair.current.keypoints)} ({parameters.extractor})",
+        f"matches    {_figures_of(pair)} ({parameters.matcher})",
+    ]
+    if pair.current.camera is not None:
+        lines += [f"pose       {line}" if n == 0 else f"           {line}" for n, line in enumerate(_pose_of(pair))]
+    lines.append(f"time       {milliseconds:.0f} ms for both images, the first run of the networks included")
+    return "\n".join(lines)
+
+
+def _figures_of(pair: Pair) -> str:
+    figures = f"{len(pair.indices)}"
+    if pair.pose.inliers is not None:
+        figures += f", {pair.pose.num_inliers} inliers ({100 * pair.inlier_ratio:.0f} %)"
+    return figures + (f", {pair.layers} layers" if pair.layers else "")
+
+
+def _pose_of(pair: Pair) -> list[str]:
+    import numpy as np
+
+    pose = pair.pose
+    if pose.status.name not in ("OK", "NO_TRANSLATION"):
+        return [pose.status.name]
+    turned = np.degrees(np.arccos(np.clip((np.trace(pose.rotation) - 1) / 2, -1, 1)))
+    x, y, z = pose.translation
+    direction = f"translation direction ({x:.3f}, {y:.3f}, {z:.3f})" if pose.status.name == "OK" else "no translation"
+    return [f"{pose.status.name}: turned by {turned:.2f} degrees, {direction}; x right, y down, z forward in A"]
+
+
+def _check_picture_file(path: Path) -> None:
+    """Before the work rather than after it."""
+    import cv2
+
+    try:
+        known = cv2.haveImageWriter(str(path))
+    except cv2.error:
+        known = False
+    if not known:
+        raise CommandError(f"--save {path}: pictures are written as .png or .jpg")
+    if not path.resolve().parent.is_dir():
+        raise CommandError(f"--save {path}: there is no folder {path.parent}")
+
+
+def _save_picture(path: Path, pair: Pair) -> None:
+    import cv2
+
+    from kpmatch_ros.drawing import draw_matches
+
+    picture = draw_matches(
+        pair.reference.image,
+        pair.current.image,
+        pair.reference_points,
+        pair.points,
+        pair.scores,
+        pair.pose.inliers,
+        f"matches {_figures_of(pair)}",
+    )
+    with quiet_stderr():
+        saved = cv2.imwrite(str(path), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    if not saved:
+        raise CommandError(f"--save {path}: the picture could not be written")
