@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,9 +17,9 @@ from kpmatch_ros import weights
 from kpmatch_ros.device import choose_device, choose_precision
 from kpmatch_ros.images import ImageError
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint
-from kpmatch_ros.models.assignment import Assignment
+from kpmatch_ros.models.assignment import Assignment, ImageFeatures
 from kpmatch_ros.models.checkpoint import network_type
-from kpmatch_ros.models.superpoint import Detections
+from kpmatch_ros.models.detections import Detections
 from kpmatch_ros.parameters import Parameters
 
 __all__ = ["FeatureMatcher", "Features", "Matches"]
@@ -228,9 +228,8 @@ class FeatureMatcher:
             raise ValueError(f"there are {len(features0)} reference images and {len(features1)} current ones")
         if not features0:
             return []
-        batch0, batch1 = self._batch(features0), self._batch(features1)
-        inputs = [part for both in zip(batch0, batch1) for part in both]
-        found = self._run(self.matcher, lambda found: bool(torch.isfinite(found.scores0).all()), *inputs)
+        images = self._batch(features0), self._batch(features1)
+        found = self._run(self.matcher, lambda found: bool(torch.isfinite(found.scores0).all()), *images)
         return [_one_pair(found, i, len(f0), len(f1)) for i, (f0, f1) in enumerate(zip(features0, features1))]
 
     def warm_up(self, width: int = 640, height: int = 480) -> None:
@@ -239,7 +238,7 @@ class FeatureMatcher:
         features = self.extract(noise)
         self.match(features, features)
 
-    def _run(self, network: Any, is_sound: Callable[[Any], bool], *inputs: Tensor | None) -> Any:
+    def _run(self, network: Any, is_sound: Callable[[Any], bool], *inputs: Any) -> Any:
         """Run a network; once more in float32 where half precision overflowed."""
         found = network(*inputs)
         if self.dtype == torch.float32 or isinstance(network, NearestNeighbour) or is_sound(found):
@@ -287,7 +286,7 @@ class FeatureMatcher:
             return (image.flip(-1) if reversed_colours else image).permute(2, 0, 1)[None]
         return (image @ (self._luma.flip(0) if reversed_colours else self._luma))[None, None]
 
-    def _batch(self, features: Sequence[Features]) -> _Batch:
+    def _batch(self, features: Sequence[Features]) -> ImageFeatures:
         """Features of several images, padded to the same number; without a mask where none needed padding."""
         expected = getattr(self.matcher, "input_dim", None)
         for item in features:
@@ -304,7 +303,7 @@ class FeatureMatcher:
 
         counts = torch.tensor([len(item) for item in features], device=self.device)
         most = max(map(len, features))
-        return _Batch(
+        return ImageFeatures(
             keypoints=padded([item.keypoints for item in features]),
             descriptors=padded([item.descriptors for item in features]),
             size=torch.tensor([item.size for item in features], device=self.device),
@@ -345,16 +344,6 @@ class FeatureMatcher:
 def _is_sound(found: Detections) -> bool:
     """Whether half precision sufficed. NaN among the scores shows as an image without any keypoint."""
     return bool(found.mask.any(dim=-1).all() & torch.isfinite(found.descriptors).all())
-
-
-class _Batch(NamedTuple):
-    """Features of B images, padded to the same number N, in the order in which the matchers take them."""
-
-    keypoints: Tensor  # (B, N, 2)
-    descriptors: Tensor  # (B, N, D)
-    size: Tensor  # (B, 2)
-    mask: Tensor | None  # (B, N)
-    scores: Tensor  # (B, N)
 
 
 def _one_pair(found: Assignment, i: int, count0: int, count1: int) -> Matches:

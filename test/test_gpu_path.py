@@ -11,21 +11,25 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kpmatch_ros import FeatureMatcher, Parameters
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperPoint
+from kpmatch_ros.models.assignment import ImageFeatures
 
 META = torch.device("meta")
 POINTS = 50
 
 
-def inputs(padded: bool) -> list[Tensor | None]:
-    """What matchers take, of one pair."""
-    keypoints, descriptors = torch.zeros(1, POINTS, 2, device=META), torch.zeros(1, POINTS, 128, device=META)
-    size, scores = torch.zeros(1, 2, device=META), torch.zeros(1, POINTS, device=META)
-    mask = torch.ones(1, POINTS, dtype=torch.bool, device=META) if padded else None
-    return [keypoints, keypoints, descriptors, descriptors, size, size, mask, mask, scores, scores]
+def features(padded: bool) -> ImageFeatures:
+    """What a matcher takes of one image."""
+    return ImageFeatures(
+        torch.zeros(1, POINTS, 2, device=META),
+        torch.zeros(1, POINTS, 128, device=META),
+        torch.zeros(1, 2, device=META),
+        torch.ones(1, POINTS, dtype=torch.bool, device=META) if padded else None,
+        torch.zeros(1, POINTS, device=META),
+    )
 
 
 @pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK])
@@ -48,7 +52,7 @@ def test_finding_and_describing_keypoints_asks_for_nothing(kind: type[SuperPoint
     ids=["LightGlue", "nearest"],
 )
 def test_matching_with_all_layers_asks_for_nothing(make: Callable[[], nn.Module], padded: bool) -> None:
-    found = make().to(META)(*inputs(padded))
+    found = make().to(META)(features(padded), features(padded))
     assert found.matches0.shape == found.matches1.shape == (1, POINTS)
     assert {tensor.device for tensor in found} == {META}
 

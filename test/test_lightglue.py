@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kpmatch_ros import weights
 from kpmatch_ros.models import LightGlue, NearestNeighbour, SuperPoint, trace
-from kpmatch_ros.models.assignment import Assignment
+from kpmatch_ros.models.assignment import Assignment, ImageFeatures
 from kpmatch_ros.models.convert import convert
 from kpmatch_ros.models.lightglue import OnItsWay, normalise_keypoints
 
@@ -84,8 +84,11 @@ def run_ours(detector: SuperPoint, matcher: LightGlue, images: Tensor) -> tuple[
     """The keypoints of images (2 B, 1, H, W), and the assignment of the B pairs, with padding."""
     found = detector(images)
     size = torch.tensor([[images.shape[3], images.shape[2]]]).expand(len(images) // 2, 2)
-    inputs = [tensor[i::2] for tensor in (found.keypoints, found.descriptors) for i in range(2)]
-    assignment = matcher(*inputs, size, size, found.mask[0::2], found.mask[1::2])
+    features = [
+        ImageFeatures(found.keypoints[i::2], found.descriptors[i::2], size, found.mask[i::2], found.scores[i::2])
+        for i in range(2)
+    ]
+    assignment = matcher(*features)
     return [points[mask] for points, mask in zip(found.keypoints, found.mask)], assignment
 
 
@@ -326,15 +329,18 @@ def lightglue(
     return make
 
 
-def scene(count0: int, count1: int, seed: int = 0, size: int = 64) -> tuple[Tensor, ...]:
-    """keypoints0, keypoints1, descriptors0, descriptors1, size0, size1: image 1 has image 0's first points, moved."""
+def scene(count0: int, count1: int, seed: int = 0, size: int = 64) -> tuple[ImageFeatures, ImageFeatures]:
+    """Two images: the second has the first one's first points, moved."""
     random = torch.Generator().manual_seed(seed)
     count = max(count0, count1)
     keypoints = torch.rand(1, count, 2, generator=random) * torch.tensor([200.0, 150.0])
     descriptors = torch.nn.functional.normalize(torch.randn(1, count, size, generator=random), dim=-1)
-    size0 = torch.tensor([[200, 150]])
+    pixels = torch.tensor([[200, 150]])
     moved = keypoints + torch.tensor([16.0, 8.0])
-    return keypoints[:, :count0], moved[:, :count1], descriptors[:, :count0], descriptors[:, :count1], size0, size0
+    return (
+        ImageFeatures(keypoints[:, :count0], descriptors[:, :count0], pixels),
+        ImageFeatures(moved[:, :count1], descriptors[:, :count1], pixels),
+    )
 
 
 @pytest.mark.parametrize("modes", [FIXED, ADAPTIVE], ids=["fixed", "adaptive"])
@@ -366,10 +372,13 @@ def test_a_pair_with_an_image_without_keypoints_leaves_the_others_of_its_batch_a
     lightglue: Callable[..., LightGlue], modes: Modes
 ) -> None:
     model = lightglue(filter_threshold=0.0, **modes)
-    inputs = [torch.cat([tensor, tensor]) for tensor in scene(40, 50)]
-    mask0, mask1 = torch.ones(2, 40, dtype=torch.bool), torch.ones(2, 50, dtype=torch.bool)
-    mask0[0] = False
-    found, alone = model(*inputs, mask0, mask1), model(*scene(40, 50))
+    masks = torch.ones(2, 40, dtype=torch.bool), torch.ones(2, 50, dtype=torch.bool)
+    masks[0][0] = False
+    twice = [
+        ImageFeatures(*(torch.cat([tensor, tensor]) for tensor in image[:3]), mask)
+        for image, mask in zip(scene(40, 50), masks)
+    ]
+    found, alone = model(*twice), model(*scene(40, 50))
     assert (found.matches0[0] == -1).all()
     assert (found.matches1[0] == -1).all()
     assert not found.scores0[0].any()
@@ -385,10 +394,10 @@ def test_padding_of_one_image_changes_nothing(lightglue: Callable[..., LightGlue
     model, inputs = lightglue(**modes), list(scene(40, 50))
     expected = model(*inputs)
     count = (40, 50)[which]
-    for i in (which, which + 2):
-        inputs[i] = torch.cat([inputs[i], torch.rand(1, 7, inputs[i].shape[2])], dim=1)
+    keypoints, descriptors = (torch.cat([each, torch.rand(1, 7, each.shape[2])], dim=1) for each in inputs[which][:2])
     mask = torch.arange(count + 7)[None] < count
-    found = model(*inputs, **{f"mask{which}": mask})
+    inputs[which] = ImageFeatures(keypoints, descriptors, inputs[which].size, mask)
+    found = model(*inputs)
     matches = (found.matches0, found.matches1)[which]
     scores = (found.scores0, found.scores1)[which]
     assert torch.equal(matches[:, :count], (expected.matches0, expected.matches1)[which])
@@ -468,10 +477,11 @@ def test_matches_are_one_to_one_and_agree_in_both_directions(lightglue: Callable
 
 @pytest.mark.parametrize("modes", [FIXED, ADAPTIVE], ids=["fixed", "adaptive"])
 def test_the_order_of_keypoints_and_of_images_plays_no_part(lightglue: Callable[..., LightGlue], modes: Modes) -> None:
-    model, (k0, k1, d0, d1, size0, size1) = lightglue(**modes), scene(60, 80)
-    expected = model(k0, k1, d0, d1, size0, size1)
+    model, (image0, image1) = lightglue(**modes), scene(60, 80)
+    expected = model(image0, image1)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
-    found = model(k1, k0[:, order], d1, d0[:, order], size1, size0)
+    shuffled = ImageFeatures(image0.keypoints[:, order], image0.descriptors[:, order], image0.size)
+    found = model(image1, shuffled)
     assert (expected.matches0 >= 0).sum() > 20
     assert torch.equal(found.matches1, expected.matches0[:, order])
     assert torch.allclose(found.scores1, expected.scores0[:, order], atol=1e-4)
@@ -479,15 +489,17 @@ def test_the_order_of_keypoints_and_of_images_plays_no_part(lightglue: Callable[
 
 
 def test_an_image_and_its_enlargement_match_alike(lightglue: Callable[..., LightGlue]) -> None:
-    model, (k0, k1, d0, d1, size0, size1) = lightglue(**FIXED), scene(60, 80)
-    expected, found = model(k0, k1, d0, d1, size0, size1), model(k0, 3 * k1, d0, d1, size0, 3 * size1)
+    model, (image0, image1) = lightglue(**FIXED), scene(60, 80)
+    enlarged = image1._replace(keypoints=3 * image1.keypoints, size=3 * image1.size)
+    expected, found = model(image0, image1), model(image0, enlarged)
     assert torch.equal(found.matches0, expected.matches0)
     assert torch.allclose(found.scores0, expected.scores0, atol=1e-4)
 
 
 def test_positions_matter(lightglue: Callable[..., LightGlue]) -> None:
-    model, (k0, k1, d0, d1, size0, size1) = lightglue(**FIXED), scene(60, 80)
-    expected, found = model(k0, k1, d0, d1, size0, size1), model(k0, k1.flip(-1), d0, d1, size0, size1)
+    model, (image0, image1) = lightglue(**FIXED), scene(60, 80)
+    elsewhere = image1._replace(keypoints=image1.keypoints.flip(-1))
+    expected, found = model(image0, image1), model(image0, elsewhere)
     assert (found.scores0 - expected.scores0).abs().max() > 0.05
 
 
@@ -535,7 +547,7 @@ def test_a_fused_network_matches_as_before_with_fewer_products(
     assert before - linear_layers_run(model, inputs) == (6 if shared else 4) * layers
 
 
-def linear_layers_run(model: LightGlue, inputs: tuple[Tensor, ...]) -> int:
+def linear_layers_run(model: LightGlue, inputs: tuple[ImageFeatures, ImageFeatures]) -> int:
     """How often a linear layer is applied to match these."""
     runs = []
     layers = {module for module in model.modules() if isinstance(module, torch.nn.Linear)}
@@ -688,10 +700,11 @@ def test_matches_as_kornia_does(
     ours = lightglue(seed=count0, **config, **modes)
     for layer in ours.transformer_layers:
         layer.cross_attention.k_proj.load_state_dict(layer.cross_attention.q_proj.state_dict())
-    inputs = list(scene(count0, count1, size=ours.input_dim))
-    inputs[:2] = (points * 0.9 for points in inputs[:2])  # all inside the image, which kornia demands
+    # All inside the image, which kornia demands.
+    inputs = [each._replace(keypoints=0.9 * each.keypoints) for each in scene(count0, count1, size=ours.input_dim)]
     images = [
-        {"keypoints": inputs[i], "descriptors": inputs[2 + i], "image_size": inputs[4 + i].float()} for i in range(2)
+        {"keypoints": each.keypoints, "descriptors": each.descriptors, "image_size": each.size.float()}
+        for each in inputs
     ]
     with torch.inference_mode():
         expected = in_kornia(ours)({"image0": images[0], "image1": images[1]})
@@ -719,8 +732,8 @@ def test_hidden_states_and_attention_maps_are_those_of_transformers(
     monkeypatch.setattr(theirs.config, "_attn_implementation", "eager")  # the fast one keeps no maps
     with torch.inference_mode():
         *_, states, attentions = theirs._match_image_pair(
-            torch.stack(inputs[:2], dim=1),
-            torch.stack(inputs[2:4], dim=1),
+            torch.stack([each.keypoints for each in inputs], dim=1),
+            torch.stack([each.descriptors for each in inputs], dim=1),
             150,
             200,
             mask=torch.ones(1, 2, 40, dtype=torch.bool),

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kpmatch_ros.models import NearestNeighbour
-from kpmatch_ros.models.assignment import Assignment
+from kpmatch_ros.models.assignment import Assignment, ImageFeatures
 
 
 def unit_vectors(count: int, seed: int, size: int = 16) -> Tensor:
@@ -25,13 +25,17 @@ def descriptors(count0: int, count1: int, seed: int = 0) -> tuple[Tensor, Tensor
     return first, second.flip(0)
 
 
-def match(model: NearestNeighbour, first: Tensor, second: Tensor, **masks: Tensor) -> Assignment:
+def match(
+    model: NearestNeighbour, first: Tensor, second: Tensor, mask0: Tensor | None = None, mask1: Tensor | None = None
+) -> Assignment:
     """Descriptors (N0, D) and (N1, D), or batches of them."""
     if first.ndim == 2:
         first, second = first[None], second[None]
-    points = [torch.zeros(*each.shape[:2], 2) for each in (first, second)]
     size = torch.tensor([[640, 480]]).expand(len(first), 2)
-    return model(*points, first, second, size, size, **masks)
+    return model(
+        ImageFeatures(torch.zeros(*first.shape[:2], 2), first, size, mask0),
+        ImageFeatures(torch.zeros(*second.shape[:2], 2), second, size, mask1),
+    )
 
 
 def brute_force(

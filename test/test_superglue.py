@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 import kpmatch_ros.models.superglue as superglue_module
 from kpmatch_ros.models import LightGlue, SuperPoint, trace
-from kpmatch_ros.models.assignment import Assignment
+from kpmatch_ros.models.assignment import Assignment, ImageFeatures
 from kpmatch_ros.models.superglue import SuperGlue, normalise_keypoints, sinkhorn, transport
 from kpmatch_ros.weights import WeightsError
 
 Pair = Callable[..., tuple[Any, SuperGlue]]  # of transformers and ours
 RecordDifference = Callable[[str, float], None]
-Inputs = tuple[Tensor, ...]  # keypoints, descriptors and detection scores, each of image 0 and of image 1
+Inputs = tuple[ImageFeatures, ImageFeatures]
 
 SIZE = (640, 480)
 COUNTS = [(150, 150), (150, 100), (90, 150), (1, 1), (1, 7), (7, 1)]
@@ -93,34 +93,36 @@ def features(seed: int, count0: int, count1: int, dim: int = 64) -> Inputs:
     order = torch.randperm(most, generator=generator)[:count1]
     strength = 0.3 * torch.rand(count1, 1, generator=generator)
     moved = nn.functional.normalize(descriptors[order] + strength * noise(count1, dim), dim=1)
-    image0 = keypoints[:count0], descriptors[:count0], scores[:count0]
-    image1 = keypoints[order] + 3 * noise(count1, 2), moved, scores[order]
-    return tuple(tensor[None] for both in zip(image0, image1) for tensor in both)
-
-
-def pad(tensor: Tensor, count: int) -> Tensor:
-    """To ``count`` points, with numbers that would show if they were used."""
-    return torch.cat([tensor, torch.full((1, count - tensor.shape[1], *tensor.shape[2:]), 7.0)], dim=1)
-
-
-def run(matcher: SuperGlue, inputs: Inputs, mask0: Tensor | None = None, mask1: Tensor | None = None) -> Assignment:
-    keypoints0, keypoints1, descriptors0, descriptors1, scores0, scores1 = inputs
-    size = torch.tensor([SIZE]).expand(len(keypoints0), 2)
-    return matcher(
-        keypoints0, keypoints1, descriptors0, descriptors1, size, size, mask0, mask1, scores0=scores0, scores1=scores1
+    return (
+        image(keypoints[None, :count0], descriptors[None, :count0], scores[None, :count0]),
+        image(keypoints[None, order] + 3 * noise(count1, 2), moved[None], scores[None, order]),
     )
+
+
+def image(keypoints: Tensor, descriptors: Tensor, scores: Tensor, mask: Tensor | None = None) -> ImageFeatures:
+    return ImageFeatures(keypoints, descriptors, torch.tensor([SIZE]).expand(len(keypoints), 2), mask, scores)
+
+
+def pad(features: ImageFeatures, count: int) -> ImageFeatures:
+    """To ``count`` points, with numbers that would show if they were used, and the mask that says so."""
+
+    def padded(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, torch.full((1, count - tensor.shape[1], *tensor.shape[2:]), 7.0)], dim=1)
+
+    mask = torch.arange(count)[None] < features.num_keypoints
+    return image(padded(features.keypoints), padded(features.descriptors), padded(features.scores), mask)
 
 
 def run_theirs(model: Any, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
     """`transformers`' matches and scores of both images; it takes as many keypoints in both, so one may be padded."""
-    counts = [tensor.shape[1] for tensor in inputs[:2]]
-
-    def both(index: int) -> Tensor:
-        return torch.cat([pad(tensor, max(counts)) for tensor in inputs[index : index + 2]])[None]
-
-    mask = torch.stack([torch.arange(max(counts)) < count for count in counts])[None].int()
+    counts = [each.num_keypoints for each in inputs]
+    padded = [pad(each, max(counts)) for each in inputs]
+    keypoints, descriptors, scores, mask = (
+        torch.cat([getattr(each, name) for each in padded])[None]
+        for name in ("keypoints", "descriptors", "scores", "mask")
+    )
     with torch.inference_mode():
-        matches, scores, *_ = model._match_image_pair(both(0), both(2), both(4), SIZE[1], SIZE[0], mask=mask)
+        matches, scores, *_ = model._match_image_pair(keypoints, descriptors, scores, SIZE[1], SIZE[0], mask=mask.int())
     return [matches[0, i, : counts[i]] for i in range(2)], [scores[0, i, : counts[i]] for i in range(2)]
 
 
@@ -178,7 +180,7 @@ def test_matches_as_transformers_does(
     assert (matches[0] >= 0).sum() > 0.8 * min(counts)
     assert scores[0].max() > 0.1
     note = "" if counts[0] == counts[1] else ", its padding in the transport"
-    assert_equal(run(ours, inputs), matches, scores, 0.0, record_difference, note)
+    assert_equal(ours(*inputs), matches, scores, 0.0, record_difference, note)
 
 
 @pytest.mark.parametrize(
@@ -205,17 +207,17 @@ def test_follows_every_option_of_the_configuration_as_transformers_does(
     inputs = features(3, *counts, dim=theirs.config.hidden_size)
     matches, scores = run_theirs(theirs, inputs)
     assert "matching_threshold" in config or (matches[0] >= 0).any()
-    assert_equal(run(ours, inputs), matches, scores, theirs.config.matching_threshold, record_difference)
+    assert_equal(ours(*inputs), matches, scores, theirs.config.matching_threshold, record_difference)
 
 
 def test_the_threshold_of_the_configuration_separates_matches_from_the_rest(pair: Pair) -> None:
     theirs, ours = pair(3, matching_threshold=0.8)
     inputs = features(3, 150, 150)
-    strict, matches = run(ours, inputs), run_theirs(theirs, inputs)[0]
+    strict, matches = ours(*inputs), run_theirs(theirs, inputs)[0]
     assert torch.equal(strict.matches0[0], matches[0])
     assert 0 < (strict.matches0 >= 0).sum() < 150
     ours.filter_threshold = 0.0
-    every = run(ours, inputs)
+    every = ours(*inputs)
     ours.filter_threshold = 0.8
     assert (every.matches0 >= 0).sum() > (strict.matches0 >= 0).sum()
     assert torch.equal(every.scores0, strict.scores0)
@@ -228,7 +230,7 @@ def test_the_usual_size_matches_as_transformers_does(pair: Pair, record_differen
     inputs = features(5, 300, 260, dim=256)
     matches, scores = run_theirs(theirs, inputs)
     assert (matches[0] >= 0).sum() > 200
-    assert_equal(run(ours, inputs), matches, scores, 0.0, record_difference)
+    assert_equal(ours(*inputs), matches, scores, 0.0, record_difference)
 
 
 @pytest.mark.usefixtures("transport_without_padding")
@@ -249,9 +251,11 @@ def test_images_match_through_the_detector_of_the_same_folder_as_in_transformers
         expected = theirs(images.unflatten(0, (2, 2)).repeat(1, 1, 3, 1, 1))
     found = SuperPoint.from_pretrained(tmp_path)(images)
     size = torch.tensor([[128, 96]] * 2)
-    inputs = [t[i::2] for t in (found.keypoints, found.descriptors) for i in range(2)]
-    masks, scores = ([t[i::2] for i in range(2)] for t in (found.mask, found.scores))
-    assignment = SuperGlue.from_pretrained(tmp_path)(*inputs, size, size, *masks, *scores)
+    inputs = [
+        ImageFeatures(found.keypoints[i::2], found.descriptors[i::2], size, found.mask[i::2], found.scores[i::2])
+        for i in range(2)
+    ]
+    assignment = SuperGlue.from_pretrained(tmp_path)(*inputs)
     assert (assignment.matches0[0] >= 0).sum() > 20
     assert len({int(count) for count in found.mask.sum(dim=1)}) > 1
     for b in range(2):
@@ -277,7 +281,9 @@ def test_hidden_states_and_attention_maps_are_those_of_transformers(
     theirs, ours = pair(0)
     inputs = features(0, 40, 40)
     size = ours.config["hidden_size"]
-    both = [torch.stack(inputs[i : i + 2], dim=1) for i in (0, 2, 4)]
+    both = [
+        torch.stack([getattr(each, name) for each in inputs], dim=1) for name in ("keypoints", "descriptors", "scores")
+    ]
     with torch.inference_mode():
         *_, states, attentions = theirs._match_image_pair(
             *both,
@@ -288,7 +294,7 @@ def test_hidden_states_and_attention_maps_are_those_of_transformers(
             output_attentions=True,
         )
     with trace(ours) as recorded:
-        run(ours, inputs)
+        ours(*inputs)
     # Theirs are what each layer adds, with the perceptrons' inner layers; ours are the sums.
     encoder = len(ours.config["keypoint_encoder_sizes"]) + 1
     expected = [states[encoder]]
@@ -311,29 +317,32 @@ def test_no_keypoints_give_no_matches_as_in_transformers(pair: Pair) -> None:
     theirs, ours = pair(0)
     for counts in ((0, 7), (7, 0), (0, 0)):
         inputs = features(0, *counts)
-        found = run(ours, inputs)
+        found = ours(*inputs)
         assert found.matches0.shape == (1, counts[0]) and found.matches1.shape == (1, counts[1])
         assert (found.matches0 == -1).all() and (found.matches1 == -1).all()
         matches, _ = run_theirs(theirs, inputs)
         assert all((each == -1).all() for each in matches)
 
 
-def padded_batch(*pairs: Inputs) -> tuple[Inputs, Tensor, Tensor]:
-    counts = [[inputs[i].shape[1] for inputs in pairs] for i in range(2)]
-    batch = tuple(
-        torch.cat([pad(tensor, max(counts[i % 2]) + 3) for tensor in tensors]) for i, tensors in enumerate(zip(*pairs))
-    )
-    mask0, mask1 = (torch.arange(max(c) + 3) < torch.tensor(c)[:, None] for c in counts)
-    return batch, mask0, mask1
+def padded_batch(*pairs: Inputs) -> Inputs:
+    """Pairs in one batch, with at least three points of padding an image."""
+
+    def batch(images: Sequence[ImageFeatures]) -> ImageFeatures:
+        padded = [pad(each, max(each.num_keypoints for each in images) + 3) for each in images]
+        return ImageFeatures(*(torch.cat(tensors) for tensors in zip(*padded)))
+
+    image0, image1 = (batch(images) for images in zip(*pairs))
+    return image0, image1
 
 
 def test_pairs_of_a_padded_batch_match_as_each_alone(superglue: Callable[..., SuperGlue]) -> None:
     matcher = superglue()
     pairs = [features(1, 50, 40), features(2, 30, 61), features(3, 1, 5)]
-    batch, mask0, mask1 = padded_batch(*pairs)
-    together = run(matcher, batch, mask0, mask1)
+    batch = padded_batch(*pairs)
+    mask0, mask1 = (image.mask for image in batch)
+    together = matcher(*batch)
     for i, inputs in enumerate(pairs):
-        alone = run(matcher, inputs)
+        alone = matcher(*inputs)
         assert (alone.matches0 >= 0).any()
         for field, mask in (("matches0", mask0[i]), ("matches1", mask1[i])):
             assert torch.equal(getattr(together, field)[i][mask], getattr(alone, field)[0])
@@ -345,9 +354,8 @@ def test_pairs_of_a_padded_batch_match_as_each_alone(superglue: Callable[..., Su
 
 def test_padding_of_one_image_changes_nothing(superglue: Callable[..., SuperGlue]) -> None:
     matcher, inputs = superglue(), features(1, 40, 30)
-    alone = run(matcher, inputs)
-    padded = tuple(pad(tensor, 36) if i % 2 else tensor for i, tensor in enumerate(inputs))
-    found = run(matcher, padded, None, torch.arange(36)[None] < 30)
+    alone = matcher(*inputs)
+    found = matcher(inputs[0], pad(inputs[1], 36))
     assert torch.equal(found.matches0, alone.matches0)
     assert torch.allclose(found.scores0, alone.scores0, atol=1e-4)
 
@@ -356,11 +364,11 @@ def test_a_pair_with_an_image_without_keypoints_leaves_the_others_of_its_batch_a
     superglue: Callable[..., SuperGlue],
 ) -> None:
     matcher = superglue()
-    batch, mask0, mask1 = padded_batch(features(1, 50, 40), features(2, 30, 20), features(3, 30, 20))
-    mask0[1] = False
-    mask0[2] = mask1[2] = False
-    found = run(matcher, batch, mask0, mask1)
-    assert torch.equal(found.matches0[0, :50], run(matcher, features(1, 50, 40)).matches0[0])
+    image0, image1 = padded_batch(features(1, 50, 40), features(2, 30, 20), features(3, 30, 20))
+    image0.mask[1] = False
+    image0.mask[2] = image1.mask[2] = False
+    found = matcher(image0, image1)
+    assert torch.equal(found.matches0[0, :50], matcher(*features(1, 50, 40)).matches0[0])
     assert (found.matches0[1:] == -1).all() and (found.matches1[1:] == -1).all()
     assert (found.scores0[1:] == 0).all() and (found.scores1[1:] == 0).all()
 
@@ -368,26 +376,29 @@ def test_a_pair_with_an_image_without_keypoints_leaves_the_others_of_its_batch_a
 def test_the_order_of_keypoints_plays_no_part(superglue: Callable[..., SuperGlue]) -> None:
     matcher, inputs = superglue(), features(1, 40, 40)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-    shuffled = run(matcher, tuple(t if i % 2 else t[:, order] for i, t in enumerate(inputs)))
-    assert torch.equal(shuffled.matches0[0], run(matcher, inputs).matches0[0, order])
+    image0, image1 = inputs
+    reordered = image(image0.keypoints[:, order], image0.descriptors[:, order], image0.scores[:, order])
+    shuffled = matcher(reordered, image1)
+    assert torch.equal(shuffled.matches0[0], matcher(*inputs).matches0[0, order])
 
 
 def test_positions_and_detection_scores_matter(superglue: Callable[..., SuperGlue]) -> None:
     matcher, inputs = superglue(), features(1, 40, 40)
-    usual = run(matcher, inputs).scores0
-    for changed in (0, 4):  # keypoints, detection scores
-        other = run(matcher, tuple(t.flip(1) if i == changed else t for i, t in enumerate(inputs))).scores0
+    usual = matcher(*inputs).scores0
+    image0, image1 = inputs
+    for changed in (image0._replace(keypoints=image0.keypoints.flip(1)), image0._replace(scores=image0.scores.flip(1))):
+        other = matcher(changed, image1).scores0
         assert (other - usual).abs().max() > 1e-3
 
 
 def test_detection_scores_cannot_be_left_out(superglue: Callable[..., SuperGlue]) -> None:
-    inputs, size = features(1, 5, 5), torch.tensor([SIZE])
+    image0, image1 = features(1, 5, 5)
     with pytest.raises(ValueError, match="detection scores"):
-        superglue()(*inputs[:4], size, size)
+        superglue()(image0, image1._replace(scores=None))
 
 
 def test_every_layer_is_run_for_every_keypoint(superglue: Callable[..., SuperGlue]) -> None:
-    found = run(superglue(), features(1, 5, 6))
+    found = superglue()(*features(1, 5, 6))
     assert found.layers.tolist() == [4]
     assert found.layers0.tolist() == [[4] * 5] and found.layers1.tolist() == [[4] * 6]
 
@@ -400,12 +411,12 @@ def test_normalised_positions_keep_the_aspect_ratio() -> None:
 
 def test_half_precision_keeps_most_matches_and_sees_positions_in_single(superglue: Callable[..., SuperGlue]) -> None:
     matcher, inputs = superglue(), features(1, 100, 100)
-    single = run(matcher, inputs)
+    single = matcher(*inputs)
     encoder = matcher.keypoint_encoder.state_dict()
     halved = matcher.to_precision(torch.bfloat16)
     assert halved.dtype == torch.bfloat16
     assert all(torch.equal(halved.keypoint_encoder.state_dict()[name], tensor) for name, tensor in encoder.items())
-    found = run(halved, inputs)
+    found = halved(*inputs)
     assert found.scores0.dtype == torch.float32
     assert not torch.equal(found.scores0, single.scores0)
     assert (found.matches0 == single.matches0).float().mean() > 0.95
@@ -550,7 +561,7 @@ def test_transformers_loads_what_this_network_saves(superglue: Callable[..., Sup
     save_file(ours.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps({**ours.config, "model_type": "superglue"}))
     theirs = transformers.SuperGlueForKeypointMatching.from_pretrained(tmp_path).eval()
-    assert_equal(run(ours, inputs), *run_theirs(theirs, inputs), threshold=0.0)
+    assert_equal(ours(*inputs), *run_theirs(theirs, inputs), threshold=0.0)
 
 
 @pytest.fixture

@@ -45,6 +45,7 @@ from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.models import LightGlue
 from kpmatch_ros.models.aliked import ALIKED
+from kpmatch_ros.models.assignment import ImageFeatures
 from kpmatch_ros.models.disk import DISK
 
 CORRECT = 3.0  # pixels
@@ -190,13 +191,18 @@ class Learned:
     @torch.inference_mode()
     def __call__(self, image0: Array, image1: Array) -> tuple[Array, Array, int]:
         found = [self.extractor(self._pixels(image)) for image in (image0, image1)]
-        keypoints = [f.keypoints[f.mask][None] for f in found]
-        descriptors = [f.descriptors[f.mask][None] for f in found]
-        sizes = [torch.tensor([image.shape[1::-1]], device=self.device) for image in (image0, image1)]
-        matches = self.matcher(*keypoints, *descriptors, *sizes).matches0[0]
+        features0, features1 = (
+            ImageFeatures(
+                f.keypoints[f.mask][None],
+                f.descriptors[f.mask][None],
+                torch.tensor([image.shape[1::-1]], device=self.device),
+            )
+            for f, image in zip(found, (image0, image1))
+        )
+        matches = self.matcher(features0, features1).matches0[0]
         chosen = matches >= 0
-        points = keypoints[0][0, chosen], keypoints[1][0, matches[chosen]]
-        count = sum(each.shape[1] for each in keypoints) // 2
+        points = features0.keypoints[0, chosen], features1.keypoints[0, matches[chosen]]
+        count = (features0.num_keypoints + features1.num_keypoints) // 2
         return points[0].cpu().numpy(), points[1].cpu().numpy(), count
 
     def _pixels(self, image: Array) -> torch.Tensor:

@@ -45,7 +45,7 @@ from train_superpoint import load_superpoint
 
 from kpmatch_ros.geometry.pose import Pose
 from kpmatch_ros.models import LightGlue, SuperPoint
-from kpmatch_ros.models.assignment import mutual_matches
+from kpmatch_ros.models.assignment import ImageFeatures, mutual_matches
 from kpmatch_ros.models.lightglue import MatchAssignment, Points, TokenConfidence, TransformerLayer
 from simulation import Scene, View, camera_path, demo_camera, look
 
@@ -269,13 +269,11 @@ def layers(model: LightGlue, batch: Batch) -> list[tuple[Points, Points]]:
     size = torch.tensor([SIZE], device=batch.partners.device).expand(len(batch.partners), 2)
     # Masks only where there is padding: attention is much faster without.
     masks = batch.masks if not all(mask.all() for mask in batch.masks) else (None, None)
-    now = [model._encode(*values, size, mask) for *values, mask in zip(batch.points, batch.descriptors, masks)]
-    states = []
-    for layer in model.transformer_layers:
-        x0, x1 = layer(*now)
-        now = [Points(x, points.rotation, points.mask, points.index, points.layers) for x, points in zip((x0, x1), now)]
-        states.append((now[0], now[1]))
-    return states
+    image0, image1 = (
+        ImageFeatures(points, descriptors, size, mask)
+        for points, descriptors, mask in zip(batch.points, batch.descriptors, masks)
+    )
+    return list(model.states(image0, image1))
 
 
 def losses(model: LightGlue, batch: Batch) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ Transformation, IEEE Transactions on Instrumentation and Measurement 2023 (arXiv
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from kpmatch_ros.models.checkpoint import Checkpoint, build
-from kpmatch_ros.models.superpoint import Detections, clear_border, select_keypoints, suppress_non_maxima
+from kpmatch_ros.models.base import Extractor
+from kpmatch_ros.models.checkpoint import Checkpoint
+from kpmatch_ros.models.detections import Detections, clear_border, select_keypoints, suppress_non_maxima
 
 __all__ = ["ALIKED"]
 
@@ -189,7 +189,7 @@ class DescriptorHead(nn.Module):
         return F.normalize(described.float(), dim=-1)
 
 
-class ALIKED(nn.Module):
+class ALIKED(Extractor):
     """Detector and descriptor. Build it with :meth:`from_pretrained`.
 
     Args:
@@ -200,7 +200,7 @@ class ALIKED(nn.Module):
     MODEL_TYPE = "aliked"
     CHANNELS = 3  # it sees colour
     RESOLUTION = 0.0  # it finds fractions of a pixel
-    DEFAULTS: dict[str, Any] = {
+    DEFAULTS = {
         "encoder_sizes": [16, 32, 64, 128],
         "descriptor_dim": 128,
         "samples": 16,
@@ -212,32 +212,15 @@ class ALIKED(nn.Module):
     }
 
     def __init__(self, **config: Any) -> None:
-        super().__init__()
-        self.config = {**self.DEFAULTS, **config}
+        super().__init__(**config)
         sizes, dim = list(self.config["encoder_sizes"]), self.config["descriptor_dim"]
         self.encoder = Encoder(sizes, dim)
         self.score_head = ScoreHead(dim)
         self.descriptor_head = DescriptorHead(dim, self.config["samples"])
-        self.keypoint_threshold: float = self.config["keypoint_threshold"]
-        self.max_keypoints: int = self.config["max_keypoints"]
-        self.nms_radius: int = self.config["nms_radius"]
         # The authors' code has one radius for suppression and this, but the scores were trained for 2: refining with 4
         # costs 7 % of the correct matches.
         self.refinement_radius: int = self.config["refinement_radius"]
-        self.border: int = self.config["border_removal_distance"]
         self.requires_grad_(False).eval()
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, **options: Any) -> ALIKED:
-        """Load weights from the authors' ``.pth`` file, a ``.safetensors`` file or folder, or a registered name.
-
-        Args:
-            options: keys of :attr:`DEFAULTS` that replace the checkpoint's own.
-
-        Raises:
-            WeightsError: when there are no such weights, or they are damaged, or made for another network.
-        """
-        return build(cls, source, options)
 
     @classmethod
     def prepare(cls, checkpoint: Checkpoint) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""What the matchers share: from a matrix of similarities to one-to-one matches, and the weights of attention."""
+"""What the matchers share: their input and output, one-to-one matches from similarities, and weights of attention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Assignment", "attention_weights", "mutual_matches"]
+__all__ = ["Assignment", "ImageFeatures", "attention_weights", "common_masks", "mutual_matches"]
+
+
+class ImageFeatures(NamedTuple):
+    """The features of B images, padded to the same number N: a matcher takes two of these.
+
+    Attributes:
+        keypoints: (B, N, 2) float32 x, y in pixels.
+        descriptors: (B, N, D) float, unit vectors.
+        size: (B, 2) width and height of the images, pixels.
+        mask: (B, N) bool, true for keypoints, false for padding; None where there is no padding.
+        scores: (B, N) float32 detection scores in [0, 1]; None for a matcher that does without.
+    """
+
+    keypoints: Tensor
+    descriptors: Tensor
+    size: Tensor
+    mask: Tensor | None = None
+    scores: Tensor | None = None
+
+    @property
+    def num_keypoints(self) -> int:
+        """N, the number of keypoints with padding."""
+        return self.keypoints.shape[1]
+
+
+def common_masks(image0: ImageFeatures, image1: ImageFeatures) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The masks (B, N0) and (B, N1) of two images' features, or None for both where neither is padded."""
+    if image0.mask is None and image1.mask is None:
+        return None, None
+    mask0, mask1 = (
+        torch.ones_like(image.keypoints[..., 0], dtype=torch.bool) if image.mask is None else image.mask
+        for image in (image0, image1)
+    )
+    return mask0, mask1
 
 
 class Assignment(NamedTuple):
@@ -34,7 +68,7 @@ class Assignment(NamedTuple):
     layers1: Tensor
 
     @classmethod
-    def empty(cls, batch: int, count0: int, count1: int, device: torch.device, layers: int = 0) -> Assignment:
+    def empty(cls, batch: int, count0: int, count1: int, device: torch.device) -> Assignment:
         """No matches at all."""
 
         def full(count: int, value: int) -> Tensor:
@@ -45,9 +79,9 @@ class Assignment(NamedTuple):
             full(count1, -1),
             torch.zeros(batch, count0, device=device),
             torch.zeros(batch, count1, device=device),
-            torch.full((batch,), layers, dtype=torch.int64, device=device),
-            full(count0, layers),
-            full(count1, layers),
+            torch.zeros(batch, dtype=torch.int64, device=device),
+            full(count0, 0),
+            full(count1, 0),
         )
 
     def keep(self, keep0: Tensor) -> Assignment:

@@ -6,15 +6,15 @@ Tyszkiewicz, Fua, Trulls: DISK: Learning local features with policy gradient, Ne
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kpmatch_ros.models.checkpoint import Checkpoint, build
-from kpmatch_ros.models.superpoint import Detections, clear_border, select_keypoints
+from kpmatch_ros.models.base import Extractor
+from kpmatch_ros.models.checkpoint import Checkpoint
+from kpmatch_ros.models.detections import Detections, clear_border, select_keypoints
 
 __all__ = ["DISK"]
 
@@ -103,7 +103,7 @@ def join(below: Tensor, beside: Tensor) -> Tensor:
     return torch.cat([F.interpolate(below, scale_factor=2, mode="bilinear", align_corners=False), beside], dim=1)
 
 
-class DISK(nn.Module):
+class DISK(Extractor):
     """Detector and descriptor. Build it with :meth:`from_pretrained`.
 
     Args:
@@ -114,7 +114,7 @@ class DISK(nn.Module):
     MODEL_TYPE = "disk"
     CHANNELS = 3  # it sees colour
     RESOLUTION = 1.0  # it finds whole pixels
-    DEFAULTS: dict[str, Any] = {
+    DEFAULTS = {
         "down": [16, 32, 64, 64, 64],
         "up": [64, 64, 64],
         "kernel_size": 5,
@@ -126,31 +126,12 @@ class DISK(nn.Module):
     }
 
     def __init__(self, **config: Any) -> None:
-        super().__init__()
-        self.config = {**self.DEFAULTS, **config}
+        super().__init__(**config)
         down, up, size = list(self.config["down"]), list(self.config["up"]), self.config["kernel_size"]
         self.unet = UNet(down, up, size)
         self.head = Head(up[-1] + down[0], self.config["descriptor_dim"], size)
         self.multiple = 2 ** (len(down) - 1)
-        self.keypoint_threshold: float = self.config["keypoint_threshold"]
-        self.max_keypoints: int = self.config["max_keypoints"]
-        self.nms_radius: int = self.config["nms_radius"]
-        self.border: int = self.config["border_removal_distance"]
         self.requires_grad_(False).eval()
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, **options: Any) -> DISK:
-        """Load weights from the authors' ``.pth`` file, a ``.safetensors`` file or folder, or a registered name.
-
-        A Hugging Face folder of a LightGlue with DISK as its detector does too.
-
-        Args:
-            options: keys of :attr:`DEFAULTS` that replace the checkpoint's own.
-
-        Raises:
-            WeightsError: when there are no such weights, or they are damaged, or made for another network.
-        """
-        return build(cls, source, options)
 
     @classmethod
     def prepare(cls, checkpoint: Checkpoint) -> Checkpoint:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kpmatch_ros.models.assignment import Assignment, attention_weights, mutual_matches
-from kpmatch_ros.models.checkpoint import Checkpoint, build
+from kpmatch_ros.models.assignment import Assignment, ImageFeatures, attention_weights, common_masks, mutual_matches
+from kpmatch_ros.models.base import PretrainedNetwork
+from kpmatch_ros.models.checkpoint import Checkpoint
 from kpmatch_ros.weights import WeightsError
 
 __all__ = ["LightGlue"]
@@ -250,7 +250,7 @@ class OnItsWay:
         return bool(self.value)
 
 
-class LightGlue(nn.Module):
+class LightGlue(PretrainedNetwork):
     """The matcher. Build it with :meth:`from_pretrained`.
 
     Args:
@@ -264,7 +264,7 @@ class LightGlue(nn.Module):
     """
 
     MODEL_TYPE = "lightglue"
-    DEFAULTS: dict[str, Any] = {
+    DEFAULTS = {
         "input_dim": 256,
         "descriptor_dim": 256,
         "num_hidden_layers": 9,
@@ -278,8 +278,7 @@ class LightGlue(nn.Module):
     }
 
     def __init__(self, **config: Any) -> None:
-        super().__init__()
-        self.config = {**self.DEFAULTS, **config}
+        super().__init__(**config)
         size, heads = self.config["descriptor_dim"], self.config["num_attention_heads"]
         key_value_heads = self.config["num_key_value_heads"] or heads
         if size % heads or heads % key_value_heads:
@@ -305,18 +304,6 @@ class LightGlue(nn.Module):
         self.run_ahead = False
         self.prune_above = 0
         self.requires_grad_(False).eval()
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, **options: Any) -> LightGlue:
-        """Load weights from a Hugging Face folder, a ``.safetensors`` or authors' ``.pth`` file, or a registered name.
-
-        Args:
-            options: keys of :attr:`DEFAULTS` that replace the checkpoint's own.
-
-        Raises:
-            WeightsError: when there are no such weights, or they are damaged, or made for another network.
-        """
-        return build(cls, source, options)
 
     @classmethod
     def prepare(cls, checkpoint: Checkpoint) -> Checkpoint:
@@ -365,62 +352,45 @@ class LightGlue(nn.Module):
         """The precision of the layers."""
         return cast(TransformerLayer, self.transformer_layers[0]).dtype
 
-    def forward(
-        self,
-        keypoints0: Tensor,
-        keypoints1: Tensor,
-        descriptors0: Tensor,
-        descriptors1: Tensor,
-        size0: Tensor,
-        size1: Tensor,
-        mask0: Tensor | None = None,
-        mask1: Tensor | None = None,
-        scores0: Tensor | None = None,
-        scores1: Tensor | None = None,
-    ) -> Assignment:
-        """Match B pairs of images.
-
-        Args:
-            keypoints0: (B, N0, 2) x, y in pixels.
-            keypoints1: (B, N1, 2).
-            descriptors0: (B, N0, input_dim).
-            descriptors1: (B, N1, input_dim).
-            size0: (B, 2) width and height of the images, pixels.
-            size1: (B, 2).
-            mask0: (B, N0) bool, true for keypoints, false for padding; None where there is no padding.
-            mask1: (B, N1).
-            scores0: (B, N0) detection scores, which play no part here.
-            scores1: (B, N1).
-        """
-        batch, count0, count1 = len(keypoints0), keypoints0.shape[1], keypoints1.shape[1]
+    def forward(self, image0: ImageFeatures, image1: ImageFeatures) -> Assignment:
+        """Match the features of B pairs of images; detection scores play no part."""
+        batch, count0, count1 = len(image0.keypoints), image0.num_keypoints, image1.num_keypoints
         if count0 == 0 or count1 == 0:
-            return Assignment.empty(batch, count0, count1, keypoints0.device)
+            return Assignment.empty(batch, count0, count1, image0.keypoints.device)
         adaptive = self.depth_confidence > 0 or self.width_confidence > 0
-        if adaptive and (batch > 1 or mask0 is not None or mask1 is not None):
+        if adaptive and (batch > 1 or image0.mask is not None or image1.mask is not None):
             # Each pair stops and drops points in its own time: pairs are matched one by one, without their padding.
-            return self._one_by_one(keypoints0, keypoints1, descriptors0, descriptors1, size0, size1, mask0, mask1)
-        if (mask0 is None) != (mask1 is None):
-            mask0 = mask0 if mask0 is not None else torch.ones_like(keypoints0[..., 0], dtype=torch.bool)
-            mask1 = mask1 if mask1 is not None else torch.ones_like(keypoints1[..., 0], dtype=torch.bool)
-        points0 = self._encode(keypoints0, descriptors0, size0, mask0)
-        points1 = self._encode(keypoints1, descriptors1, size1, mask1)
+            return self._one_by_one(image0, image1)
+        mask0, mask1 = common_masks(image0, image1)
+        points0, points1 = self.encode(image0._replace(mask=mask0)), self.encode(image1._replace(mask=mask1))
         layers = self._run_layers(points0, points1)
         if len(points0) == 0 or len(points1) == 0:
-            assignment = Assignment.empty(batch, len(points0), len(points1), keypoints0.device)
+            assignment = Assignment.empty(batch, len(points0), len(points1), image0.keypoints.device)
         else:
             scores = self.match_assignment_layers[layers - 1](points0, points1)
             assignment = mutual_matches(scores, torch.exp, self.filter_threshold)
         return _unpruned(assignment, points0, points1, count0, count1, layers)
 
-    def _encode(self, keypoints: Tensor, descriptors: Tensor, size: Tensor, mask: Tensor | None) -> Points:
-        positions = normalise_keypoints(keypoints.float(), size)
+    def encode(self, image: ImageFeatures) -> Points:
+        """The points of B images as they enter the first layer."""
+        positions = normalise_keypoints(image.keypoints.float(), image.size)
+        device = image.keypoints.device
         return Points(
-            x=self.input_projection(descriptors.float()),
+            x=self.input_projection(image.descriptors.float()),
             rotation=self.positional_encoder(positions),
-            mask=mask,
-            index=torch.arange(keypoints.shape[1], device=keypoints.device),
-            layers=torch.ones(keypoints.shape[1], dtype=torch.int64, device=keypoints.device),
+            mask=image.mask,
+            index=torch.arange(image.num_keypoints, device=device),
+            layers=torch.ones(image.num_keypoints, dtype=torch.int64, device=device),
         )
+
+    def states(self, image0: ImageFeatures, image1: ImageFeatures) -> Iterator[tuple[Points, Points]]:
+        """Both images' points after each layer in turn, nothing stopped or dropped: what training looks at."""
+        mask0, mask1 = common_masks(image0, image1)
+        points0, points1 = self.encode(image0._replace(mask=mask0)), self.encode(image1._replace(mask=mask1))
+        for layer in self.transformer_layers:
+            x0, x1 = layer(points0, points1)
+            points0, points1 = replace(points0, x=x0.float()), replace(points1, x=x1.float())
+            yield points0, points1
 
     def _run_layers(self, points0: Points, points1: Points) -> int:
         """Run the points through the layers, dropping and stopping as configured; the number of layers run."""
@@ -469,34 +439,26 @@ class LightGlue(nn.Module):
         """Stricter in early layers: 0.8 + 0.1 exp(-4 l / L)."""
         return 0.8 + 0.1 * math.exp(-4 * layer / len(self.transformer_layers))
 
-    def _one_by_one(
-        self,
-        keypoints0: Tensor,
-        keypoints1: Tensor,
-        descriptors0: Tensor,
-        descriptors1: Tensor,
-        size0: Tensor,
-        size1: Tensor,
-        mask0: Tensor | None,
-        mask1: Tensor | None,
-    ) -> Assignment:
-        batch, count0, count1 = len(keypoints0), keypoints0.shape[1], keypoints1.shape[1]
-        total = Assignment.empty(batch, count0, count1, keypoints0.device)
-        for i in range(batch):
-            real0 = torch.arange(count0, device=keypoints0.device) if mask0 is None else mask0[i].nonzero()[:, 0]
-            real1 = torch.arange(count1, device=keypoints1.device) if mask1 is None else mask1[i].nonzero()[:, 0]
-            pair = self(
-                keypoints0[i : i + 1, real0],
-                keypoints1[i : i + 1, real1],
-                descriptors0[i : i + 1, real0],
-                descriptors1[i : i + 1, real1],
-                size0[i : i + 1],
-                size1[i : i + 1],
-            )
-            pair = _spread(pair, real0, real1, count0, count1)
+    def _one_by_one(self, image0: ImageFeatures, image1: ImageFeatures) -> Assignment:
+        total = Assignment.empty(
+            len(image0.keypoints), image0.num_keypoints, image1.num_keypoints, image0.keypoints.device
+        )
+        for i in range(len(image0.keypoints)):
+            (alone0, real0), (alone1, real1) = _without_padding(image0, i), _without_padding(image1, i)
+            pair = _spread(self(alone0, alone1), real0, real1, image0.num_keypoints, image1.num_keypoints)
             for field, values in zip(total, pair):
                 field[i] = values[0]
         return total
+
+
+def _without_padding(images: ImageFeatures, i: int) -> tuple[ImageFeatures, Tensor]:
+    """Image i of a batch, and which of its keypoints are real, as indices."""
+    if images.mask is None:
+        real = torch.arange(images.num_keypoints, device=images.keypoints.device)
+    else:
+        real = images.mask[i].nonzero()[:, 0]
+    one = slice(i, i + 1)
+    return ImageFeatures(images.keypoints[one, real], images.descriptors[one, real], images.size[one]), real
 
 
 def normalise_keypoints(keypoints: Tensor, size: Tensor) -> Tensor:

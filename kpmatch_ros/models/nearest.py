@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kpmatch_ros.models.assignment import Assignment, mutual_matches
+from kpmatch_ros.models.assignment import Assignment, ImageFeatures, mutual_matches
 
 __all__ = ["NearestNeighbour"]
 
@@ -29,25 +29,13 @@ class NearestNeighbour(nn.Module):
         self.ratio_threshold = ratio_threshold
         self.filter_threshold = filter_threshold
 
-    def forward(
-        self,
-        keypoints0: Tensor,
-        keypoints1: Tensor,
-        descriptors0: Tensor,
-        descriptors1: Tensor,
-        size0: Tensor,
-        size1: Tensor,
-        mask0: Tensor | None = None,
-        mask1: Tensor | None = None,
-        scores0: Tensor | None = None,
-        scores1: Tensor | None = None,
-    ) -> Assignment:
-        """Match descriptors (B, N0, D) with (B, N1, D), unit vectors; nothing else plays a part."""
-        similarity = descriptors0.float() @ descriptors1.float().transpose(-1, -2)
-        if mask0 is not None:
-            similarity = similarity.masked_fill(~mask0[:, :, None], _PADDED)
-        if mask1 is not None:
-            similarity = similarity.masked_fill(~mask1[:, None, :], _PADDED)
+    def forward(self, image0: ImageFeatures, image1: ImageFeatures) -> Assignment:
+        """Match the descriptors of B pairs of images, unit vectors; their keypoints and scores play no part."""
+        similarity = image0.descriptors.float() @ image1.descriptors.float().transpose(-1, -2)
+        if image0.mask is not None:
+            similarity = similarity.masked_fill(~image0.mask[:, :, None], _PADDED)
+        if image1.mask is not None:
+            similarity = similarity.masked_fill(~image1.mask[:, None, :], _PADDED)
         assignment = mutual_matches(similarity, lambda best: best.clamp(0, 1), self.filter_threshold)
         if self.ratio_threshold < 1 and similarity.numel() > 0:
             passed = self._passes_ratio_test(similarity) & _at(

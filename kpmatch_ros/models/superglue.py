@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kpmatch_ros.models.assignment import Assignment, attention_weights, mutual_matches
-from kpmatch_ros.models.checkpoint import Checkpoint, build
+from kpmatch_ros.models.assignment import Assignment, ImageFeatures, attention_weights, common_masks, mutual_matches
+from kpmatch_ros.models.base import PretrainedNetwork
+from kpmatch_ros.models.checkpoint import Checkpoint
 from kpmatch_ros.weights import WeightsError
 
 __all__ = ["SuperGlue"]
@@ -110,7 +110,7 @@ class GraphNetwork(nn.Module):
         return x0, x1
 
 
-class SuperGlue(nn.Module):
+class SuperGlue(PretrainedNetwork):
     """The matcher. Build it with :meth:`from_pretrained`.
 
     Args:
@@ -118,7 +118,7 @@ class SuperGlue(nn.Module):
     """
 
     MODEL_TYPE = "superglue"
-    DEFAULTS: dict[str, Any] = {
+    DEFAULTS = {
         "hidden_size": 256,
         "keypoint_encoder_sizes": [32, 64, 128, 256],
         "gnn_layers_types": ["self", "cross"] * 9,
@@ -128,8 +128,7 @@ class SuperGlue(nn.Module):
     }
 
     def __init__(self, **config: Any) -> None:
-        super().__init__()
-        self.config = {**self.DEFAULTS, **config}
+        super().__init__(**config)
         size, heads = self.config["hidden_size"], self.config["num_attention_heads"]
         types = list(self.config["gnn_layers_types"])
         if size % heads:
@@ -144,18 +143,6 @@ class SuperGlue(nn.Module):
         self.sinkhorn_iterations: int = self.config["sinkhorn_iterations"]
         self.filter_threshold: float = self.config["matching_threshold"]
         self.requires_grad_(False).eval()
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, **options: Any) -> SuperGlue:
-        """Load weights from a Hugging Face folder, a ``.safetensors`` or authors' ``.pth`` file, or a registered name.
-
-        Args:
-            options: keys of :attr:`DEFAULTS` that replace the checkpoint's own.
-
-        Raises:
-            WeightsError: when there are no such weights, or they are damaged, or made for another network.
-        """
-        return build(cls, source, options)
 
     @classmethod
     def prepare(cls, checkpoint: Checkpoint) -> Checkpoint:
@@ -186,47 +173,20 @@ class SuperGlue(nn.Module):
         """The precision of the layers."""
         return next(self.final_projection.parameters()).dtype
 
-    def forward(
-        self,
-        keypoints0: Tensor,
-        keypoints1: Tensor,
-        descriptors0: Tensor,
-        descriptors1: Tensor,
-        size0: Tensor,
-        size1: Tensor,
-        mask0: Tensor | None = None,
-        mask1: Tensor | None = None,
-        scores0: Tensor | None = None,
-        scores1: Tensor | None = None,
-    ) -> Assignment:
-        """Match B pairs of images.
-
-        Args:
-            keypoints0: (B, N0, 2) x, y in pixels.
-            keypoints1: (B, N1, 2).
-            descriptors0: (B, N0, hidden_size).
-            descriptors1: (B, N1, hidden_size).
-            size0: (B, 2) width and height of the images, pixels.
-            size1: (B, 2).
-            mask0: (B, N0) bool, true for keypoints, false for padding; None where there is no padding.
-            mask1: (B, N1).
-            scores0: (B, N0) detection scores in [0, 1]; SuperGlue cannot do without.
-            scores1: (B, N1).
+    def forward(self, image0: ImageFeatures, image1: ImageFeatures) -> Assignment:
+        """Match the features of B pairs of images.
 
         Raises:
-            ValueError: when the detection scores are missing.
+            ValueError: the detection scores are missing.
         """
-        if scores0 is None or scores1 is None:
-            raise ValueError("SuperGlue needs the keypoints' detection scores: give scores0 and scores1")
-        batch, count0, count1 = len(keypoints0), keypoints0.shape[1], keypoints1.shape[1]
+        if image0.scores is None or image1.scores is None:
+            raise ValueError("SuperGlue needs the keypoints' detection scores, and one of the images has none")
+        batch, count0, count1 = len(image0.keypoints), image0.num_keypoints, image1.num_keypoints
         layers = len(self.gnn.layers)
         if count0 == 0 or count1 == 0:
-            return Assignment.empty(batch, count0, count1, keypoints0.device)
-        if (mask0 is None) != (mask1 is None):
-            mask0 = mask0 if mask0 is not None else torch.ones_like(keypoints0[..., 0], dtype=torch.bool)
-            mask1 = mask1 if mask1 is not None else torch.ones_like(keypoints1[..., 0], dtype=torch.bool)
-        x0 = self._encode(keypoints0, descriptors0, size0, scores0)
-        x1 = self._encode(keypoints1, descriptors1, size1, scores1)
+            return Assignment.empty(batch, count0, count1, image0.keypoints.device)
+        mask0, mask1 = common_masks(image0, image1)
+        x0, x1 = self._encode(image0, image0.scores), self._encode(image1, image1.scores)
         x0, x1 = (self.final_projection["final_proj"](x).float() for x in self.gnn(x0, x1, mask0, mask1))
         # In float32: half precision cannot tell the best two of a thousand scores apart.
         similarity = x0 @ x1.transpose(-1, -2) / math.sqrt(x0.shape[-1])
@@ -238,9 +198,9 @@ class SuperGlue(nn.Module):
             layers1=torch.full_like(assignment.layers1, layers),
         )
 
-    def _encode(self, keypoints: Tensor, descriptors: Tensor, size: Tensor, scores: Tensor) -> Tensor:
-        encoded = self.keypoint_encoder(normalise_keypoints(keypoints.float(), size), scores.float())
-        return (descriptors + encoded).to(self.dtype)
+    def _encode(self, image: ImageFeatures, scores: Tensor) -> Tensor:
+        positions = normalise_keypoints(image.keypoints.float(), image.size)
+        return (image.descriptors + self.keypoint_encoder(positions, scores.float())).to(self.dtype)
 
 
 def normalise_keypoints(keypoints: Tensor, size: Tensor) -> Tensor:

@@ -7,47 +7,20 @@ DeTone, Malisiewicz, Rabinovich: SuperPoint: Self-Supervised Interest Point Dete
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import cv2
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kpmatch_ros.models.checkpoint import Checkpoint, build
+from kpmatch_ros.models.base import Extractor
+from kpmatch_ros.models.checkpoint import Checkpoint
+from kpmatch_ros.models.detections import Detections, clear_border, select_keypoints, suppress_non_maxima
 
-__all__ = ["Detections", "SuperPoint"]
+__all__ = ["SuperPoint"]
 
 CELL = 8  # pixels: one vector of scores and one descriptor for each 8 x 8 cell of the image
 BAND = 8 << 20  # bytes of activations that a processor's convolutions make at a time
-
-
-class Detections(NamedTuple):
-    """Keypoints of a batch of B images, padded to the same number N; best scores first, padding last.
-
-    Attributes:
-        keypoints: (B, N, 2) float32 x, y in pixels; the centre of the top-left pixel is (0, 0).
-        scores: (B, N) float32, 0 where padded.
-        descriptors: (B, N, D) unit vectors in the network's precision, float32 at least where normalised.
-        mask: (B, N) bool, true for keypoints, false for padding.
-    """
-
-    keypoints: Tensor
-    scores: Tensor
-    descriptors: Tensor
-    mask: Tensor
-
-    @classmethod
-    def none(cls, batch: int, descriptor_size: int, device: torch.device) -> Detections:
-        """No keypoints at all."""
-        return cls(
-            torch.zeros(batch, 0, 2, device=device),
-            torch.zeros(batch, 0, device=device),
-            torch.zeros(batch, 0, descriptor_size, device=device),
-            torch.zeros(batch, 0, dtype=torch.bool, device=device),
-        )
 
 
 class ConvBlock(nn.Module):
@@ -133,7 +106,7 @@ class DescriptorDecoder(nn.Module):
         return F.normalize(descriptors.float(), dim=1)
 
 
-class SuperPoint(nn.Module):
+class SuperPoint(Extractor):
     """Detector and descriptor. Build it with :meth:`from_pretrained`.
 
     Args:
@@ -143,7 +116,7 @@ class SuperPoint(nn.Module):
     MODEL_TYPE = "superpoint"
     CHANNELS = 1  # it sees grey
     RESOLUTION = 1.0  # it finds whole pixels
-    DEFAULTS: dict[str, Any] = {
+    DEFAULTS = {
         "encoder_hidden_sizes": [64, 64, 128, 128],
         "decoder_hidden_size": 256,
         "keypoint_decoder_dim": 65,
@@ -155,30 +128,13 @@ class SuperPoint(nn.Module):
     }
 
     def __init__(self, **config: Any) -> None:
-        super().__init__()
-        self.config = {**self.DEFAULTS, **config}
+        super().__init__(**config)
         sizes = list(self.config["encoder_hidden_sizes"])
         hidden = self.config["decoder_hidden_size"]
         self.encoder = Encoder(sizes)
         self.keypoint_decoder = KeypointDecoder(sizes[-1], hidden, self.config["keypoint_decoder_dim"])
         self.descriptor_decoder = DescriptorDecoder(sizes[-1], hidden, self.config["descriptor_decoder_dim"])
-        self.keypoint_threshold: float = self.config["keypoint_threshold"]
-        self.max_keypoints: int = self.config["max_keypoints"]
-        self.nms_radius: int = self.config["nms_radius"]
-        self.border: int = self.config["border_removal_distance"]
         self.requires_grad_(False).eval()
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, **options: Any) -> SuperPoint:
-        """Load weights from a Hugging Face folder, a ``.safetensors`` or authors' ``.pth`` file, or a registered name.
-
-        Args:
-            options: keys of :attr:`DEFAULTS` that replace the checkpoint's own.
-
-        Raises:
-            WeightsError: when there are no such weights, or they are damaged, or made for another network.
-        """
-        return build(cls, source, options)
 
     @classmethod
     def prepare(cls, checkpoint: Checkpoint) -> Checkpoint:
@@ -257,72 +213,6 @@ class SuperPoint(nn.Module):
     def dtype(self) -> torch.dtype:
         """The precision of the convolutions."""
         return self.keypoint_decoder.conv_score_a.weight.dtype
-
-
-def suppress_non_maxima(scores: Tensor, radius: int) -> Tensor:
-    """Keep scores that are the largest within ``radius`` pixels in x and y, set the others to zero.
-
-    As in the authors' code, two more rounds look for maxima among what the first ones did not suppress.
-
-    Args:
-        scores: (B, H, W) scores.
-    """
-
-    if radius == 0:
-        return scores
-    maxima = scores == _largest_nearby(scores, radius)
-    for _ in range(2):
-        suppressed = _largest_nearby(maxima.view(torch.uint8), radius).view(torch.bool)
-        remaining = scores.masked_fill(suppressed, 0)
-        maxima |= (remaining == _largest_nearby(remaining, radius)) & ~suppressed
-    return scores.masked_fill(~maxima, 0)
-
-
-def _largest_nearby(x: Tensor, radius: int) -> Tensor:
-    """The largest of the values (B, H, W), float32 or uint8, within ``radius`` in both directions of each."""
-    size = 2 * radius + 1
-    if x.device.type == "cpu":
-        # Ten times as fast as PyTorch's pooling, which notes where each maximum came from.
-        window = np.ones((size, size), np.uint8)
-        return torch.stack([torch.from_numpy(cv2.dilate(each.numpy(), window)) for each in x.detach()])
-    # A square window's maximum is that of its rows' maxima: 2 (2r+1) comparisons a pixel in place of (2r+1)^2.
-    rows = F.max_pool2d(x[:, None].float(), (1, size), stride=1, padding=(0, radius))
-    return F.max_pool2d(rows, (size, 1), stride=1, padding=(radius, 0))[:, 0].to(x.dtype)
-
-
-def clear_border(scores: Tensor, border: int) -> Tensor:
-    """Set the scores (B, H, W) within ``border`` pixels of the sides to zero, in place.
-
-    H and W are whole cells, as in the authors' code: what an image has beyond its last whole cell has no scores.
-    """
-    if border > 0:
-        scores[:, :border] = 0
-        scores[:, -border:] = 0
-        scores[:, :, :border] = 0
-        scores[:, :, -border:] = 0
-    return scores
-
-
-def select_keypoints(scores: Tensor, threshold: float, max_keypoints: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The pixels of highest score above ``threshold``, at most ``max_keypoints`` of each image (-1: all).
-
-    Args:
-        scores: (B, H, W) scores after suppression.
-
-    Returns:
-        keypoints (B, N, 2) as x, y; scores (B, N), descending; mask (B, N).
-    """
-    batch, _, width = scores.shape
-    flat = scores.reshape(batch, -1)
-    count = flat.shape[1] if max_keypoints < 0 else min(max_keypoints, flat.shape[1])
-    if max_keypoints < 0 or scores.device.type == "cpu":
-        # Not on a GPU, if it can be helped: to ask how many there are is to wait for it.
-        count = min(count, int((flat > threshold).sum(dim=1).max()))
-    best, index = flat.topk(count, dim=1)
-    mask = best > threshold
-    rows = torch.div(index, width, rounding_mode="floor")
-    keypoints = torch.stack([index - rows * width, rows], dim=-1).float()
-    return keypoints * mask[..., None], best * mask, mask
 
 
 def sample_descriptors(descriptors: Tensor, keypoints: Tensor) -> Tensor:

@@ -1,0 +1,78 @@
+"""What all networks with weights share: their configuration, and loading them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from torch import nn
+
+from kpmatch_ros.models.checkpoint import Checkpoint, build
+
+__all__ = ["Extractor", "PretrainedNetwork"]
+
+Self = TypeVar("Self", bound="PretrainedNetwork")
+
+
+class PretrainedNetwork(nn.Module):
+    """A network that is built from a configuration and loads its weights with :meth:`from_pretrained`.
+
+    Args:
+        config: any of the keys of :attr:`DEFAULTS`.
+
+    Attributes:
+        config: every key of :attr:`DEFAULTS`, with the value given or else the default.
+    """
+
+    MODEL_TYPE: ClassVar[str]
+    """What a Hugging Face ``config.json`` calls the network."""
+
+    DEFAULTS: ClassVar[dict[str, Any]]
+    """The configuration where none is given."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = {**self.DEFAULTS, **config}
+
+    @classmethod
+    def from_pretrained(cls: type[Self], source: str | Path, **options: Any) -> Self:
+        """Load weights from a registered name, a folder or a file.
+
+        Args:
+            source: a registered name (``kpmatch weights list``), a Hugging Face folder, a ``.safetensors`` file, or
+                the original authors' ``.pth`` file. The folder of a matcher may hold its extractor too.
+            options: keys of :attr:`DEFAULTS`. They replace the checkpoint's own.
+
+        Raises:
+            WeightsError: there are no such weights, they are damaged, or they are of another network.
+        """
+        return build(cls, source, options)
+
+    @classmethod
+    def prepare(cls, checkpoint: Checkpoint) -> Checkpoint:
+        """Translate a checkpoint into this network's configuration and names of tensors."""
+        raise NotImplementedError
+
+
+class Extractor(PretrainedNetwork):
+    """A network that finds and describes keypoints; the attributes select them and may change between two images.
+
+    Attributes:
+        keypoint_threshold: lowest score of a keypoint.
+        max_keypoints: largest number of keypoints of an image; -1 for all.
+        nms_radius: two keypoints are further apart than this, pixels.
+        border: no keypoint is nearer to the image's sides, pixels.
+    """
+
+    CHANNELS: ClassVar[int]
+    """What it sees: 1 for grey, 3 for RGB."""
+
+    RESOLUTION: ClassVar[float]
+    """Pixels between neighbouring positions that a keypoint can have; 0 for any position."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+        self.keypoint_threshold: float = self.config["keypoint_threshold"]
+        self.max_keypoints: int = self.config["max_keypoints"]
+        self.nms_radius: int = self.config["nms_radius"]
+        self.border: int = self.config["border_removal_distance"]

@@ -1,0 +1,105 @@
+"""Keypoints of a batch of images, and how a map of scores becomes keypoints."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["Detections", "clear_border", "select_keypoints", "suppress_non_maxima"]
+
+
+class Detections(NamedTuple):
+    """Keypoints of a batch of B images, padded to the same number N; best scores first, padding last.
+
+    Attributes:
+        keypoints: (B, N, 2) float32 x, y in pixels; the centre of the top-left pixel is (0, 0).
+        scores: (B, N) float32, 0 where padded.
+        descriptors: (B, N, D) unit vectors in the network's precision, float32 at least where normalised.
+        mask: (B, N) bool, true for keypoints, false for padding.
+    """
+
+    keypoints: Tensor
+    scores: Tensor
+    descriptors: Tensor
+    mask: Tensor
+
+    @classmethod
+    def none(cls, batch: int, descriptor_size: int, device: torch.device) -> Detections:
+        """No keypoints at all."""
+        return cls(
+            torch.zeros(batch, 0, 2, device=device),
+            torch.zeros(batch, 0, device=device),
+            torch.zeros(batch, 0, descriptor_size, device=device),
+            torch.zeros(batch, 0, dtype=torch.bool, device=device),
+        )
+
+
+def suppress_non_maxima(scores: Tensor, radius: int) -> Tensor:
+    """Keep scores that are the largest within ``radius`` pixels in x and y, set the others to zero.
+
+    As in the authors' code, two more rounds look for maxima among what the first ones did not suppress.
+
+    Args:
+        scores: (B, H, W) scores.
+    """
+
+    if radius == 0:
+        return scores
+    maxima = scores == _largest_nearby(scores, radius)
+    for _ in range(2):
+        suppressed = _largest_nearby(maxima.view(torch.uint8), radius).view(torch.bool)
+        remaining = scores.masked_fill(suppressed, 0)
+        maxima |= (remaining == _largest_nearby(remaining, radius)) & ~suppressed
+    return scores.masked_fill(~maxima, 0)
+
+
+def _largest_nearby(x: Tensor, radius: int) -> Tensor:
+    """The largest of the values (B, H, W), float32 or uint8, within ``radius`` in both directions of each."""
+    size = 2 * radius + 1
+    if x.device.type == "cpu":
+        # Ten times as fast as PyTorch's pooling, which notes where each maximum came from.
+        window = np.ones((size, size), np.uint8)
+        return torch.stack([torch.from_numpy(cv2.dilate(each.numpy(), window)) for each in x.detach()])
+    # A square window's maximum is that of its rows' maxima: 2 (2r+1) comparisons a pixel in place of (2r+1)^2.
+    rows = F.max_pool2d(x[:, None].float(), (1, size), stride=1, padding=(0, radius))
+    return F.max_pool2d(rows, (size, 1), stride=1, padding=(radius, 0))[:, 0].to(x.dtype)
+
+
+def clear_border(scores: Tensor, border: int) -> Tensor:
+    """Set the scores (B, H, W) within ``border`` pixels of the sides to zero, in place.
+
+    H and W are whole cells, as in the authors' code: what an image has beyond its last whole cell has no scores.
+    """
+    if border > 0:
+        scores[:, :border] = 0
+        scores[:, -border:] = 0
+        scores[:, :, :border] = 0
+        scores[:, :, -border:] = 0
+    return scores
+
+
+def select_keypoints(scores: Tensor, threshold: float, max_keypoints: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The pixels of highest score above ``threshold``, at most ``max_keypoints`` of each image (-1: all).
+
+    Args:
+        scores: (B, H, W) scores after suppression.
+
+    Returns:
+        keypoints (B, N, 2) as x, y; scores (B, N), descending; mask (B, N).
+    """
+    batch, _, width = scores.shape
+    flat = scores.reshape(batch, -1)
+    count = flat.shape[1] if max_keypoints < 0 else min(max_keypoints, flat.shape[1])
+    if max_keypoints < 0 or scores.device.type == "cpu":
+        # Not on a GPU, if it can be helped: to ask how many there are is to wait for it.
+        count = min(count, int((flat > threshold).sum(dim=1).max()))
+    best, index = flat.topk(count, dim=1)
+    mask = best > threshold
+    rows = torch.div(index, width, rounding_mode="floor")
+    keypoints = torch.stack([index - rows * width, rows], dim=-1).float()
+    return keypoints * mask[..., None], best * mask, mask
