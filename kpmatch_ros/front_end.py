@@ -1,11 +1,11 @@
-"""Frames in, matches with the reference frame, tracks and relative pose out: the flow of the package, without ROS."""
+"""Frame after frame: features, matches with the reference, tracks and relative pose. No ROS in here."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,29 +19,29 @@ from kpmatch_ros.geometry.stereo_motion import StereoCamera, check_stereo_matche
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.parameters import Parameters
 
-__all__ = ["Frame", "FrontEnd", "Pair", "Stereo"]
+__all__ = ["Frame", "FrontEnd", "ImagePair", "Pair", "Result", "RightImage", "StereoPair"]
 
-_REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much, and all are taken as they are
+_REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much, and none is refined
 
 
 @dataclass(frozen=True)
-class Stereo:
-    """What a stereo frame adds to its left image.
+class RightImage:
+    """What a stereo frame keeps of its right image.
 
     Attributes:
-        camera: the calibration of the pair; None where there is none, or where the matches contradict it.
-        right_points: (N, 2) float32 the left image's keypoints in the right image, NaN where there is no match.
-        right_flat: the right image as :func:`kpmatch_ros.geometry.refinement.flatten` gives it.
+        camera: the calibration of both cameras; None where there is none, or where the matches contradict it.
+        points: (N, 2) float32 the left image's keypoints in the right image, NaN where there is no match.
+        normalized: the right image as :func:`kpmatch_ros.geometry.refinement.flatten` gives it.
     """
 
     camera: StereoCamera | None
-    right_points: np.ndarray
-    right_flat: np.ndarray
+    points: np.ndarray
+    normalized: np.ndarray
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One image and what is kept of it as long as it serves as the reference.
+    """One image and what is kept of it for as long as it serves as the reference.
 
     Attributes:
         stamp: time of the image, nanoseconds.
@@ -50,9 +50,9 @@ class Frame:
         camera: its calibration; None where there is none.
         features: on the device.
         keypoints: (N, 2) float32 keypoints of the features, on the host.
-        track_ids: (N,) uint64 the track of each keypoint; 0 as long as it was never matched.
+        track_ids: (N,) uint64 the track of each keypoint; 0 until it is first matched.
         extract_ms: what finding and describing the keypoints took, milliseconds.
-        stereo: what a left image has besides; None for one camera.
+        right: of a left image, its right image; None for one camera.
     """
 
     stamp: int
@@ -63,27 +63,26 @@ class Frame:
     keypoints: np.ndarray
     track_ids: np.ndarray
     extract_ms: float
-    stereo: Stereo | None = None
+    right: RightImage | None = None
 
     @cached_property
-    def flat(self) -> np.ndarray:
-        """The image as :func:`kpmatch_ros.geometry.refinement.flatten` gives it, once for all pairs."""
+    def normalized(self) -> np.ndarray:
+        """The image as :func:`kpmatch_ros.geometry.refinement.flatten` gives it, made once for all pairs."""
         return flatten(self.image)
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A frame matched with its reference, or the right image with the left: M matches, parallel arrays.
+class ImagePair:
+    """Two images that were matched: M matches, parallel arrays.
 
     Attributes:
         reference: the reference frame, or the left image's.
         current: the frame just registered, or the right image's.
         indices: (M, 2) int64 indices into the features of reference and current.
         scores: (M,) float32 in [0, 1].
-        track_ids: (M,) uint64; empty for left and right.
         layers: transformer layers run.
-        pose: of the current camera in the reference camera's frame. From left to right it is the calibration's, and
-            tells which matches agree with it (see stereo.check_stereo_matches).
+        inliers: (M,) bool which matches agree with the geometry; None where none was estimated or is known.
+        num_inliers: how many do.
         reset: the first pair after the cache was emptied.
         match_ms: what matching took, milliseconds.
     """
@@ -92,11 +91,17 @@ class Pair:
     current: Frame
     indices: np.ndarray
     scores: np.ndarray
-    track_ids: np.ndarray
     layers: int
-    pose: RelativePose
     reset: bool
     match_ms: float
+
+    @property
+    def inliers(self) -> np.ndarray | None:
+        raise NotImplementedError
+
+    @property
+    def num_inliers(self) -> int:
+        raise NotImplementedError
 
     @property
     def reference_points(self) -> np.ndarray:
@@ -110,61 +115,138 @@ class Pair:
 
     @property
     def inlier_ratio(self) -> float:
-        """Share of the matches that agree with the pose; 0 where none was estimated."""
-        return self.pose.num_inliers / len(self.indices) if len(self.indices) else 0.0
+        """Share of the matches that agree with the geometry; 0 where none was estimated."""
+        return self.num_inliers / len(self.indices) if len(self.indices) else 0.0
 
 
-@dataclass
+@dataclass(frozen=True)
+class Pair(ImagePair):
+    """A frame matched with its reference.
+
+    Attributes:
+        track_ids: (M,) uint64.
+        pose: of the current camera in the reference camera's frame.
+    """
+
+    track_ids: np.ndarray
+    pose: RelativePose
+
+    @property
+    def inliers(self) -> np.ndarray | None:
+        return self.pose.inliers
+
+    @property
+    def num_inliers(self) -> int:
+        return self.pose.num_inliers
+
+
+@dataclass(frozen=True)
+class StereoPair(ImagePair):
+    """A left image, the reference, matched with its right image.
+
+    Attributes:
+        agreement: which matches agree with the calibration, and whether it can be right.
+    """
+
+    agreement: RelativePose
+
+    @property
+    def inliers(self) -> np.ndarray | None:
+        return self.agreement.inliers
+
+    @property
+    def num_inliers(self) -> int:
+        return self.agreement.num_inliers
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one frame.
+
+    Attributes:
+        frame: the image, or the left one.
+        pair: the frame with its reference; None for the first frame after a reset.
+        stereo: the left image with the right one; None for one camera.
+    """
+
+    frame: Frame
+    pair: Pair | None
+    stereo: StereoPair | None
+
+
 class FrontEnd:
     """Registers frame after frame of one camera, or of a stereo pair of cameras.
 
-    Each image is described once: as current, then as reference.
+    Each image is described once: it serves as current first, and as reference later.
+
+    Args:
+        parameters: the defaults where not given. Some may change between two frames, see :meth:`configure`.
+        matcher: the networks; loaded as the parameters say where not given.
 
     Attributes:
-        parameters: may be exchanged between two frames with :meth:`configure`.
+        parameters: those in force.
         matcher: the networks.
         reference: the frame that the next one is matched with; None after a reset.
     """
 
-    parameters: Parameters = field(default_factory=Parameters)
-    matcher: FeatureMatcher = None  # type: ignore[assignment]
-    reference: Frame | None = None
-    _last_stamp: int | None = None
-    _next_track_id: int = 1
-    _fresh: bool = True
-
-    def __post_init__(self) -> None:
-        if self.matcher is None:
-            self.matcher = FeatureMatcher(self.parameters)
+    def __init__(self, parameters: Parameters | None = None, matcher: FeatureMatcher | None = None) -> None:
+        self.parameters = parameters or Parameters()
+        self.matcher = matcher or FeatureMatcher(self.parameters)
+        self.reference: Frame | None = None
+        self._last_stamp: int | None = None
+        self._next_track_id = 1
+        self._fresh = True
 
     def configure(self, parameters: Parameters) -> None:
-        """Take over the parameters that may change while running."""
+        """Take over the parameters that may change between two frames."""
         self.parameters = parameters
         self.matcher.configure(parameters)
 
     def reset(self) -> None:
-        """Forget the cached features and the tracks; the next frame starts anew."""
+        """Forget the cached features and the tracks: the next frame has no pair."""
         self.reference = None
         self._last_stamp = None
         self._fresh = True
 
+    def register(
+        self,
+        images: Sequence[np.ndarray],
+        stamps: Sequence[int],
+        camera: Camera | StereoCamera | None = None,
+        frame_ids: Sequence[str] = ("", ""),
+    ) -> Result:
+        """Match a frame with the reference and estimate how the camera moved in between.
+
+        Args:
+            images: one, or the left and the right one, uint8 grey (H, W) or RGB (H, W, 3). Two of one size go through
+                the network together.
+            stamps: time of each image, nanoseconds.
+            camera: calibration of the camera, or of the pair. Without one, poses have the status NO_CALIBRATION.
+            frame_ids: names of the cameras' optical frames.
+
+        Raises:
+            ValueError: when there are more than two images, or the calibration is not of as many cameras.
+        """
+        if len(images) not in (1, 2) or len(stamps) != len(images):
+            raise ValueError(f"a frame is one image or two, each with a stamp, not {len(images)} and {len(stamps)}")
+        if camera is not None and isinstance(camera, StereoCamera) != (len(images) == 2):
+            raise ValueError(f"a {type(camera).__name__} is no calibration for {len(images)} image(s)")
+        if self.interruption(stamps[0]):
+            self.reset()
+        self._last_stamp = stamps[0]
+        cameras = (camera.left, camera.right) if isinstance(camera, StereoCamera) else (camera, None)
+        described = self._describe(images, stamps, cameras, frame_ids)
+        if len(described) == 1:
+            return Result(described[0], self._match_with_reference(described[0]), None)
+        stereo = self._match_sides(described[0], described[1], camera if isinstance(camera, StereoCamera) else None)
+        return Result(stereo.reference, self._match_with_reference(stereo.reference), stereo)
+
     def register_frame(
         self, image: np.ndarray, stamp: int, camera: Camera | None = None, frame_id: str = ""
     ) -> tuple[Frame, Pair | None]:
-        """Match an image with the reference and estimate how the camera moved in between.
-
-        Args:
-            image: uint8 grey (H, W) or RGB (H, W, 3).
-            stamp: time of the image, nanoseconds.
-            camera: calibration; without one the pose has the status NO_CALIBRATION.
-            frame_id: name of the camera's optical frame.
-
-        Returns:
-            the frame, and its pair with the reference; None for the first frame after a reset.
-        """
-        self._begin(stamp)
-        (current,) = self._describe([image], [stamp], [camera], [frame_id])
-        return current, self._match_with_reference(current)
+        """Register an image of one camera: short for :meth:`register`, of which it gives frame and pair."""
+        result = self.register([image], [stamp], camera, [frame_id])
+        return result.frame, result.pair
 
     def register_stereo_frame(
         self,
@@ -174,32 +256,21 @@ class FrontEnd:
         camera: StereoCamera | None = None,
         frame_ids: tuple[str, str] = ("", ""),
         right_stamp: int | None = None,
-    ) -> tuple[Pair, Pair | None]:
-        """Match left with right, and left with the reference frame's left; estimate the motion in metres.
+    ) -> tuple[StereoPair, Pair | None]:
+        """Register a stereo pair of images: short for :meth:`register`, of which it gives stereo and pair.
 
         Args:
-            left: the left image, uint8 grey (H, W) or RGB (H, W, 3).
-            right: the right image. Both go through the network together where their sizes are equal.
+            left: the left image.
+            right: the right image.
             stamp: time of the left image, nanoseconds.
-            camera: calibration of the pair; without one the pose has the status NO_CALIBRATION.
+            camera: calibration of the pair.
             frame_ids: names of the left and the right camera's optical frames.
             right_stamp: time of the right image where it is another.
-
-        Returns:
-            left (its frame is the pair's reference) with right, and left with the reference, which is None for the
-            first frame after a reset.
         """
-        self._begin(stamp)
-        cameras = (None, None) if camera is None else (camera.left, camera.right)
-        stamps = [stamp, stamp if right_stamp is None else right_stamp]
-        left_frame, right_frame = self._describe([left, right], stamps, cameras, frame_ids)
-        stereo = self._match_sides(left_frame, right_frame, camera)
-        return stereo, self._match_with_reference(stereo.reference)
-
-    def _begin(self, stamp: int) -> None:
-        if self.interruption(stamp):
-            self.reset()
-        self._last_stamp = stamp
+        stamps = (stamp, stamp if right_stamp is None else right_stamp)
+        result = self.register((left, right), stamps, camera, frame_ids)
+        assert result.stereo is not None
+        return result.stereo, result.pair
 
     def _match_with_reference(self, current: Frame) -> Pair | None:
         reference, self.reference = self.reference, self.reference or current
@@ -211,21 +282,21 @@ class FrontEnd:
             current=current,
             indices=indices,
             scores=scores,
-            track_ids=self._continue_tracks(reference, current, indices),
             layers=layers,
-            pose=self.estimate_pose(reference, current, indices),
             reset=self._fresh,
             match_ms=match_ms,
+            track_ids=self._continue_tracks(reference, current, indices),
+            pose=self.estimate_pose(reference, current, indices),
         )
         self._fresh = False
         if self._wants_new_reference(pair):
             self.reference = current
         return pair
 
-    def _match_sides(self, left: Frame, right: Frame, camera: StereoCamera | None) -> Pair:
-        """The left frame with what it needs of the right one for a pose in metres, matched with the right frame."""
+    def _match_sides(self, left: Frame, right: Frame, camera: StereoCamera | None) -> StereoPair:
+        """Match left with right, and keep with the left frame what a pose in metres needs of the right one."""
         indices, scores, layers, match_ms = self._match(left, right)
-        pose = check_stereo_matches(
+        agreement = check_stereo_matches(
             left.keypoints[indices[:, 0]],
             right.keypoints[indices[:, 1]],
             camera,
@@ -234,17 +305,16 @@ class FrontEnd:
         )
         right_points = np.full_like(left.keypoints, np.nan)
         right_points[indices[:, 0]] = right.keypoints[indices[:, 1]]
-        usable = camera if pose.status is PoseStatus.OK else None
-        return Pair(
-            reference=replace(left, stereo=Stereo(usable, right_points, right.flat)),
+        usable = camera if agreement.status is PoseStatus.OK else None
+        return StereoPair(
+            reference=replace(left, right=RightImage(usable, right_points, right.normalized)),
             current=right,
             indices=indices,
             scores=scores,
-            track_ids=np.zeros(0, np.uint64),
             layers=layers,
-            pose=pose,
             reset=self.reference is None,
             match_ms=match_ms,
+            agreement=agreement,
         )
 
     def _match(self, reference: Frame, current: Frame) -> tuple[np.ndarray, np.ndarray, int, float]:
@@ -311,10 +381,14 @@ class FrontEnd:
         """
         index0, index1 = indices.T
         points0, points1 = reference.keypoints[index0], current.keypoints[index1]
-        stereo0, stereo1 = reference.stereo, current.stereo
+        right0, right1 = reference.right, current.right
         calibrated = reference.camera is not None and current.camera is not None
         found = self._keypoint_resolution(current)
-        fine = refine(reference.flat, current.flat, points0, points1, found) if calibrated else np.empty((0, 2))
+        fine = (
+            refine(reference.normalized, current.normalized, points0, points1, found)
+            if calibrated
+            else np.empty((0, 2))
+        )
         refined = np.isfinite(fine[:, 0]).sum() > _REFINABLE * len(indices)
         options: dict[str, Any] = {
             "max_reprojection_error": self.parameters.max_reprojection_error,
@@ -322,16 +396,18 @@ class FrontEnd:
             "keypoint_resolution": REFINED_RESOLUTION if refined else found,
             "independent_points": INDEPENDENT_POINTS if refined else math.inf,
         }
-        if stereo0 is None or stereo1 is None:
+        if right0 is None or right1 is None:
             if refined:
                 points1 = np.where(np.isfinite(fine), fine, points1)
             return estimate_relative_pose(points0, points1, reference.camera, current.camera, **options)
-        right0, right1 = stereo0.right_points[index0], stereo1.right_points[index1]
+        right_points0, right_points1 = right0.points[index0], right1.points[index1]
         if refined:
-            right0 = refine(reference.flat, stereo0.right_flat, points0, right0, found)
-            right1 = refine(current.flat, stereo1.right_flat, fine, right1 + fine - points1, found)
+            right_points0 = refine(reference.normalized, right0.normalized, points0, right_points0, found)
+            right_points1 = refine(current.normalized, right1.normalized, fine, right_points1 + fine - points1, found)
             points1 = fine
-        return estimate_stereo_motion(points0, right0, points1, right1, stereo0.camera, stereo1.camera, **options)
+        return estimate_stereo_motion(
+            points0, right_points0, points1, right_points1, right0.camera, right1.camera, **options
+        )
 
     def _keypoint_resolution(self, frame: Frame) -> float:
         """Pixels of the image received between neighbouring positions that the extractor can give."""

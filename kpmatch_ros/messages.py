@@ -1,11 +1,11 @@
-"""Results to messages: of rclpy for the node, of rosbags for bags. Arrays are filled from memory, never one by one.
+"""Results to messages: of rclpy for the node, of rosbags for bags.
 
 Each function here fills the fields of a message and leaves its making to `new`, called as
 
     new("std_msgs/msg/Header", stamp=stamp, frame_id="camera")
 
-with NumPy arrays for the fields that are arrays: `ros_message`, the default, or `kpmatch_ros.bags.files.new_message`,
-which needs no ROS. Nothing of ROS is imported before the first message of rclpy is made.
+with NumPy arrays for the fields that are arrays. `new` is `ros_message`, the default, or `new_message` of
+`kpmatch_ros.bags`, which needs no ROS. ROS is imported when the first of its messages is made.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from kpmatch_ros.front_end import Frame, Pair
+from kpmatch_ros.front_end import Frame, ImagePair, Pair
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.odometry import OdometryPose
-from kpmatch_ros.parameters import Declaration
 
 __all__ = [
     "NewMessage",
     "Pairing",
-    "diagnostic_status",
     "feature_array",
     "header_of",
     "image_message",
@@ -36,7 +34,6 @@ __all__ = [
     "match_array",
     "nanoseconds",
     "odometry",
-    "parameter_descriptor",
     "relative_pose",
     "ros_message",
     "transform_of",
@@ -60,7 +57,7 @@ def ros_message(type_name: str, **fields: Any) -> Any:
     message_class, kinds = _ros_class(type_name)
     for name, value in fields.items():
         if isinstance(value, np.ndarray) and kinds[name].startswith("sequence"):
-            # rclpy takes an array.array as it is, but assigns a NumPy array element by element.
+            # rclpy takes over an array.array whole, but assigns a NumPy array element by element.
             fields[name] = array(_TYPECODES[value.dtype.str[1:]])
             fields[name].frombytes(value.data.cast("B") if value.size else b"")
     return message_class(**fields)
@@ -86,8 +83,8 @@ def header_of(frame: Frame, new: NewMessage = ros_message) -> Any:
     return new("std_msgs/msg/Header", stamp=time, frame_id=frame.frame_id)
 
 
-def match_array(pair: Pair, pairing: int, extractor: str, matcher: str, new: NewMessage = ros_message) -> Any:
-    """kpmatch_ros/MatchArray: the matches of a pair of frames."""
+def match_array(pair: ImagePair, pairing: int, extractor: str, matcher: str, new: NewMessage = ros_message) -> Any:
+    """kpmatch_ros/MatchArray: the matches of a pair of frames, or of a left and a right image."""
     current, reference = pair.current, pair.reference
     width, height = current.features.size
     reference_width, reference_height = reference.features.size
@@ -107,8 +104,8 @@ def match_array(pair: Pair, pairing: int, extractor: str, matcher: str, new: New
         indices=_flat(pair.indices[:, 1], np.uint32),
         reference_indices=_flat(pair.indices[:, 0], np.uint32),
         scores=_flat(pair.scores, np.float32),
-        track_ids=_flat(pair.track_ids if pairing == Pairing.CONSECUTIVE else (), np.uint64),
-        inliers=_flat(() if pair.pose.inliers is None else pair.pose.inliers, np.uint8),
+        track_ids=_flat(pair.track_ids if isinstance(pair, Pair) else (), np.uint64),
+        inliers=_flat(() if pair.inliers is None else pair.inliers, np.uint8),
         layers=pair.layers,
         reset=pair.reset,
         extract_ms=current.extract_ms,
@@ -135,7 +132,7 @@ def relative_pose(pair: Pair, new: NewMessage = ros_message) -> Any:
 
 
 def interruption(header: Any, new: NewMessage = ros_message) -> Any:
-    """kpmatch_ros/RelativePose of an image (its std_msgs/Header) that there is nothing to match with."""
+    """kpmatch_ros/RelativePose of an image that has nothing to be matched with, from its std_msgs/Header."""
     return new(
         "kpmatch_ros/msg/RelativePose",
         header=header,
@@ -145,7 +142,7 @@ def interruption(header: Any, new: NewMessage = ros_message) -> Any:
 
 
 def odometry(frame: Frame, pose: OdometryPose, new: NewMessage = ros_message) -> Any:
-    """nav_msgs/Odometry. Each chain has a frame of its own: nobody shall take one for the other's continuation."""
+    """nav_msgs/Odometry. Each chain has a frame of its own, lest one be taken for another's continuation."""
     header = header_of(frame, new)
     header.frame_id = f"odom_{pose.chain}" if pose.chain else "odom"
     return new(
@@ -213,44 +210,6 @@ def image_message(pixels: np.ndarray, header: Any, new: NewMessage = ros_message
         step=3 * width,
         data=_flat(pixels, np.uint8),
     )
-
-
-def diagnostic_status(level: bytes, name: str, text: str, hardware_id: str, values: dict[str, str]) -> Any:
-    """diagnostic_msgs/DiagnosticStatus: one entry of ``/diagnostics``."""
-    return ros_message(
-        "diagnostic_msgs/msg/DiagnosticStatus",
-        level=level,
-        name=name,
-        message=text,
-        hardware_id=hardware_id,
-        values=[ros_message("diagnostic_msgs/msg/KeyValue", key=key, value=value) for key, value in values.items()],
-    )
-
-
-def parameter_descriptor(item: Declaration) -> Any:
-    """rcl_interfaces/ParameterDescriptor: what `ros2 param describe` shows of a parameter."""
-    constraints = [item.constraint] if item.choices else []
-    constraints += [] if item.dynamic else ["takes effect when the node is configured"]
-    descriptor = ros_message(
-        "rcl_interfaces/msg/ParameterDescriptor",
-        description=f"{item.description}{f' [{item.unit}]' if item.unit else ''}",
-        additional_constraints="; ".join(constraints),
-        # A whole number in a file is an integer to ROS; Declaration.check takes it for a float and checks the rest.
-        dynamic_typing=item.type is float,
-    )
-    if item.minimum is None:
-        return descriptor
-    if item.type is int:
-        highest = 2**31 - 1 if item.maximum is None else int(item.maximum)
-        descriptor.integer_range = [
-            ros_message("rcl_interfaces/msg/IntegerRange", from_value=int(item.minimum), to_value=highest, step=1)
-        ]
-    elif item.type is float:
-        upper = 1e9 if item.maximum is None else item.maximum
-        descriptor.floating_point_range = [
-            ros_message("rcl_interfaces/msg/FloatingPointRange", from_value=item.minimum, to_value=upper, step=0.0)
-        ]
-    return descriptor
 
 
 def _flat(values: Any, dtype: type) -> np.ndarray:

@@ -1,34 +1,33 @@
-"""Left and right images by their stamps. No ROS in here."""
+"""Puts left and right images together by their stamps. No ROS in here."""
 
 from __future__ import annotations
 
 from collections import deque
 from typing import Generic, TypeVar
 
-__all__ = ["Pairing"]
+__all__ = ["StereoSynchroniser"]
 
 Item = TypeVar("Item")
 
 _SILENT_AFTER = 0.5  # seconds that an image of the other stream has gone without one of this
-_LONGEST_STEP = 0.2  # seconds that count of those between two calls: who was held up has not been listening
+_LONGEST_STEP = 0.2  # seconds between two calls that count at most: a caller that was held up did not listen
 
 
-class Pairing(Generic[Item]):
-    """Puts two streams of images together: those of equal stamps, or else the nearest within a tolerance.
+class StereoSynchroniser(Generic[Item]):
+    """Finds each left image's right image: the one of equal stamp, or else the nearest within a tolerance.
 
-    Each stream comes in order; the two may come at any time. An image whose partner can no longer come is unpaired and
-    let go of: once the other stream is past its time, a later one of its stream has a partner, or too many wait.
+    Each stream comes in order; the two may come at any time. An image is unpaired once its partner can no longer come:
+    the other stream is past its time, a later image of its own stream has a partner, or too many images wait.
 
     Args:
-        tolerance: largest difference of two stamps that are not equal, nanoseconds. Half the time between two images of
-            a stream is never exceeded: at that, the partner might as well be another one's.
+        tolerance: largest difference of two stamps that are not equal, nanoseconds. It never exceeds half the time
+            between two images of a stream: at that, the partner might as well be another image's.
         capacity: how many images of a stream wait at most.
 
     Attributes:
         unpaired: (left, right), images that found no partner.
         since: (left, right), images of the other stream since the last one of this.
-        offset: difference of the stamps where an image last came near one of the other stream, but not near enough,
-            nanoseconds; None before.
+        offset: by how much the stamps differed when two images last missed each other, nanoseconds; None before.
     """
 
     def __init__(self, tolerance: int, capacity: int) -> None:
@@ -38,12 +37,12 @@ class Pairing(Generic[Item]):
         self._periods: list[int | None] = [None, None]
         self.unpaired = [0, 0]
         self.since = [0, 0]
-        self._waited: list[float | None] = [None, None]  # seconds, of images of the other stream, for one of this
+        self._waited: list[float | None] = [None, None]  # seconds that the other stream's images waited for this one
         self._now: float | None = None
         self.offset: int | None = None
 
     def put(self, side: int, stamp: int, item: Item) -> tuple[Item, Item] | None:
-        """Add an image of the left (0) or right (1) stream; the pair that it completes, left first."""
+        """Add an image of the left (0) or right (1) stream, and return the pair that it completes, left first."""
         self._measure(side, stamp)
         if self._waited[side] is not None:  # this is the answer
             self._waited[side] = None
@@ -69,6 +68,11 @@ class Pairing(Generic[Item]):
         self.unpaired[1 - side] += nearest
         _, partner = others.popleft()
         return (item, partner) if side == 0 else (partner, item)
+
+    @property
+    def waiting(self) -> list[int]:
+        """How many left and right images still wait for their partner."""
+        return [len(images) for images in self._waiting]
 
     def newest(self, side: int) -> Item | None:
         """The last image of the left (0) or right (1) stream, where it has no partner yet."""

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rosbags.highlevel import AnyReader
 from scipy.spatial.transform import Rotation
 
+from kpmatch_ros.bags.cameras import choose_camera, choose_stereo_cameras
 from kpmatch_ros.bags.files import (
     BagWriter,
     bag_storage,
@@ -29,7 +30,6 @@ from kpmatch_ros.bags.files import (
     read_ground_truth,
     read_messages,
 )
-from kpmatch_ros.bags.replay import choose_camera, choose_stereo_cameras
 from kpmatch_ros.geometry.pose import PoseStatus, relative_motion
 from kpmatch_ros.messages import nanoseconds
 from node_harness import NodeUnderTest, running_node
@@ -600,7 +600,7 @@ def test_a_lost_frame_breaks_the_chain_and_begins_another_odometry_frame(
     assert status == 0 and "the baseline is zero" in err
     rows = {line.split()[0]: line for line in out.splitlines()}
     assert "baseline 1" in rows["camera_info"] and "broken 1 times" in rows["chain"]
-    assert "begins anew 1 times" in rows["odometry"]
+    assert "begins again 1 times" in rows["odometry"]
     found = by_topic(tmp_path / "out")
     frames = [header_stamp(record.message) for record in found["/stereo_matches"]]
     odometry = [(header_stamp(record.message), record.message.header.frame_id) for record in found["/odometry"]]

@@ -6,111 +6,111 @@ import random
 
 import pytest
 
-from kpmatch_ros.stereo_sync import Pairing
+from kpmatch_ros.stereo_sync import StereoSynchroniser
 
 MS = 1_000_000
 LEFT, RIGHT = 0, 1
 
 
-def feed(pairing: Pairing[str], *events: tuple[int, float]) -> list[tuple[str, str]]:
+def feed(synchroniser: StereoSynchroniser[str], *events: tuple[int, float]) -> list[tuple[str, str]]:
     """Sides and stamps, milliseconds, in order of arrival; the pairs by their stamps."""
-    found = [pairing.put(side, round(stamp * MS), f"{'LR'[side]}{stamp:g}") for side, stamp in events]
+    found = [synchroniser.put(side, round(stamp * MS), f"{'LR'[side]}{stamp:g}") for side, stamp in events]
     return [pair for pair in found if pair]
 
 
 def test_equal_stamps_are_a_pair_whichever_side_comes_first() -> None:
-    pairing: Pairing[str] = Pairing(10 * MS, 10)
-    found = feed(pairing, (LEFT, 0), (RIGHT, 0), (RIGHT, 50), (LEFT, 50))
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    found = feed(synchroniser, (LEFT, 0), (RIGHT, 0), (RIGHT, 50), (LEFT, 50))
     assert found == [("L0", "R0"), ("L50", "R50")]
-    assert pairing.unpaired == [0, 0]
+    assert synchroniser.unpaired == [0, 0]
 
 
 def test_near_stamps_are_a_pair_within_the_tolerance() -> None:
-    pairing: Pairing[str] = Pairing(10 * MS, 10)
-    assert feed(pairing, (LEFT, 0), (RIGHT, 9), (LEFT, 50), (RIGHT, 61)) == [("L0", "R9")]
-    assert pairing.offset == 11 * MS
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    assert feed(synchroniser, (LEFT, 0), (RIGHT, 9), (LEFT, 50), (RIGHT, 61)) == [("L0", "R9")]
+    assert synchroniser.offset == 11 * MS
 
 
 def test_without_tolerance_only_equal_stamps_are() -> None:
-    pairing: Pairing[str] = Pairing(0, 10)
-    assert feed(pairing, (LEFT, 0), (RIGHT, 0.001), (RIGHT, 50), (LEFT, 50)) == [("L50", "R50")]
-    assert pairing.unpaired == [1, 1]
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(0, 10)
+    assert feed(synchroniser, (LEFT, 0), (RIGHT, 0.001), (RIGHT, 50), (LEFT, 50)) == [("L50", "R50")]
+    assert synchroniser.unpaired == [1, 1]
 
 
 def test_an_image_does_not_take_the_partner_of_the_next_one() -> None:
-    pairing: Pairing[str] = Pairing(10 * MS, 10)  # at 200 Hz this is two images wide
-    found = feed(pairing, (LEFT, 0), (RIGHT, 0), (LEFT, 5), (RIGHT, 10), (LEFT, 10), (LEFT, 15), (RIGHT, 15))
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)  # at 200 Hz this is two images wide
+    found = feed(synchroniser, (LEFT, 0), (RIGHT, 0), (LEFT, 5), (RIGHT, 10), (LEFT, 10), (LEFT, 15), (RIGHT, 15))
     assert found == [("L0", "R0"), ("L10", "R10"), ("L15", "R15")]
-    assert pairing.unpaired == [1, 0]
+    assert synchroniser.unpaired == [1, 0]
 
 
 def test_lost_images_leave_their_partners_unpaired_and_counted() -> None:
-    pairing: Pairing[str] = Pairing(10 * MS, 10)
-    found = feed(pairing, (LEFT, 0), (LEFT, 50), (RIGHT, 50), (RIGHT, 100), (RIGHT, 150), (LEFT, 150))
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    found = feed(synchroniser, (LEFT, 0), (LEFT, 50), (RIGHT, 50), (RIGHT, 100), (RIGHT, 150), (LEFT, 150))
     assert found == [("L50", "R50"), ("L150", "R150")]
-    assert pairing.unpaired == [1, 1]
+    assert synchroniser.unpaired == [1, 1]
 
 
 def test_a_silent_side_is_noticed_and_memory_stays_bounded() -> None:
-    pairing: Pairing[str] = Pairing(10 * MS, 5)
-    feed(pairing, (LEFT, 0), (RIGHT, 0), *((LEFT, 50 * i) for i in range(1, 101)))
-    assert pairing.since == [0, 100]
-    assert pairing.unpaired == [95, 0]
-    assert feed(pairing, (RIGHT, 5000)) == [("L5000", "R5000")]
-    assert pairing.unpaired == [99, 0] and pairing.since == [1, 0]
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 5)
+    feed(synchroniser, (LEFT, 0), (RIGHT, 0), *((LEFT, 50 * i) for i in range(1, 101)))
+    assert synchroniser.since == [0, 100]
+    assert synchroniser.unpaired == [95, 0]
+    assert feed(synchroniser, (RIGHT, 5000)) == [("L5000", "R5000")]
+    assert synchroniser.unpaired == [99, 0] and synchroniser.since == [1, 0]
 
 
 def test_a_side_is_silent_once_an_image_of_the_other_went_without_for_half_a_second() -> None:
-    pairing: Pairing[str] = Pairing(10 * MS, 10)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
     for tenth in range(200):
         if tenth % 50 == 0:  # one image in 5 s, the right one 0.2 s after the left one; the last left one stays alone
-            pairing.put(LEFT, 100 * tenth * MS, "")
+            synchroniser.put(LEFT, 100 * tenth * MS, "")
         if tenth % 50 == 2 and tenth < 150:
-            pairing.put(RIGHT, 100 * (tenth - 2) * MS, "")
-        pairing.wait(7.0 + 0.1 * tenth)
+            synchroniser.put(RIGHT, 100 * (tenth - 2) * MS, "")
+        synchroniser.wait(7.0 + 0.1 * tenth)
         if tenth not in (153, 154):
-            assert pairing.silent(RIGHT) == (tenth >= 155) and not pairing.silent(LEFT)
-    pairing.put(RIGHT, 15_000 * MS, "")
-    assert not pairing.silent(RIGHT)
+            assert synchroniser.silent(RIGHT) == (tenth >= 155) and not synchroniser.silent(LEFT)
+    synchroniser.put(RIGHT, 15_000 * MS, "")
+    assert not synchroniser.silent(RIGHT)
 
 
 def test_a_side_is_not_silent_because_nobody_was_listening() -> None:
-    pairing: Pairing[str] = Pairing(10 * MS, 10)
-    pairing.wait(1.0)
-    pairing.put(LEFT, 0, "")
-    pairing.wait(5.0)  # the process was held up; the right image lies ready
-    assert not pairing.silent(RIGHT)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    synchroniser.wait(1.0)
+    synchroniser.put(LEFT, 0, "")
+    synchroniser.wait(5.0)  # the process was held up; the right image lies ready
+    assert not synchroniser.silent(RIGHT)
     for tenth in range(5):
-        pairing.wait(5.1 + 0.1 * tenth)
-    assert pairing.silent(RIGHT) and pairing.newest(LEFT) == "" and pairing.newest(RIGHT) is None
+        synchroniser.wait(5.1 + 0.1 * tenth)
+    assert synchroniser.silent(RIGHT) and synchroniser.newest(LEFT) == "" and synchroniser.newest(RIGHT) is None
 
 
 def test_a_delayed_side_catches_up() -> None:
-    pairing: Pairing[str] = Pairing(10 * MS, 10)
-    found = feed(pairing, *((LEFT, 50 * i) for i in range(8)), *((RIGHT, 50 * i) for i in range(8)))
-    assert len(found) == 8 and pairing.unpaired == [0, 0]
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    found = feed(synchroniser, *((LEFT, 50 * i) for i in range(8)), *((RIGHT, 50 * i) for i in range(8)))
+    assert len(found) == 8 and synchroniser.unpaired == [0, 0]
 
 
 def test_stamps_that_go_back_begin_anew_and_lose_nothing_but_what_has_no_partner() -> None:
-    pairing: Pairing[str] = Pairing(10 * MS, 10)
-    found = feed(pairing, (LEFT, 1000), (RIGHT, 1000), (LEFT, 1050), (LEFT, 0), (RIGHT, 1050), (RIGHT, 0))
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    found = feed(synchroniser, (LEFT, 1000), (RIGHT, 1000), (LEFT, 1050), (LEFT, 0), (RIGHT, 1050), (RIGHT, 0))
     assert found == [("L1000", "R1000"), ("L1050", "R1050"), ("L0", "R0")]
-    found = feed(pairing, (LEFT, 1100), (LEFT, 50), (RIGHT, 50), (RIGHT, 1100))
+    found = feed(synchroniser, (LEFT, 1100), (LEFT, 50), (RIGHT, 50), (RIGHT, 1100))
     assert found == [("L50", "R50")], "an image from before the jump is not paired after it"
-    assert pairing.unpaired == [1, 0]
+    assert synchroniser.unpaired == [1, 0]
 
 
 def test_one_side_running_backwards_gives_no_pairs() -> None:
-    pairing: Pairing[str] = Pairing(10 * MS, 5)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 5)
     events = [event for i in range(30) for event in ((LEFT, 1025 + 50 * i), (RIGHT, 1000 - 50 * i))]
-    assert feed(pairing, *events) == []
-    assert pairing.unpaired == [25, 29] and pairing.offset is not None
+    assert feed(synchroniser, *events) == []
+    assert synchroniser.unpaired == [25, 29] and synchroniser.offset is not None
 
 
 def test_streams_whose_stamps_do_not_fit_are_unpaired_at_once() -> None:
-    pairing: Pairing[str] = Pairing(10 * MS, 100)
-    assert feed(pairing, *((side, 50 * i + 20 * side) for i in range(5) for side in (LEFT, RIGHT))) == []
-    assert pairing.unpaired == [5, 4] and pairing.offset == 20 * MS
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 100)
+    assert feed(synchroniser, *((side, 50 * i + 20 * side) for i in range(5) for side in (LEFT, RIGHT))) == []
+    assert synchroniser.unpaired == [5, 4] and synchroniser.offset == 20 * MS
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -119,13 +119,13 @@ def test_every_image_is_paired_or_counted_or_waiting_and_no_pair_is_wrong(seed: 
     streams = [
         [50 * i + generator.uniform(-3, 3) for i in range(40) if generator.random() < 0.8] for _ in (LEFT, RIGHT)
     ]
-    pairing: Pairing[str] = Pairing(10 * MS, 10)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
     found, sent = [], [0, 0]
     while any(streams):
         side = generator.choice([side for side in (LEFT, RIGHT) if streams[side]])
         sent[side] += 1
-        found += feed(pairing, (side, streams[side].pop(0)))
+        found += feed(synchroniser, (side, streams[side].pop(0)))
     assert all(abs(float(left[1:]) - float(right[1:])) <= 10 for left, right in found)
     assert len({left for left, _ in found}) == len(found) == len({right for _, right in found})
     for side in (LEFT, RIGHT):
-        assert sent[side] - len(found) - 10 <= pairing.unpaired[side] <= sent[side] - len(found)
+        assert sent[side] - len(found) - 10 <= synchroniser.unpaired[side] <= sent[side] - len(found)

@@ -274,5 +274,5 @@ def test_odometry_chains_the_poses_and_a_lost_frame_begins_another_frame(tmp_pat
             node.wait_for(lambda frames=4 + i: len(node.poses) == frames, "the pair")
         node.wait_for(lambda: len(found) == 4, "a pose after the lost ones")
         assert found[-1].header.frame_id == "odom_1" and found[-1].header.stamp.nanosec == 600_000_000
-        camera.wait_for_warning("odometry begins anew in the frame odom_1")
+        camera.wait_for_warning("odometry begins again in the frame odom_1")
         assert node.figures()["odometry breaks"] == "1"

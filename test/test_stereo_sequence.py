@@ -14,7 +14,7 @@ from scipy.stats import chi2
 
 from kpmatch_ros.bags.files import read_ground_truth, read_messages
 from kpmatch_ros.cli import main
-from kpmatch_ros.front_end import FrontEnd, Pair
+from kpmatch_ros.front_end import FrontEnd, Pair, StereoPair
 from kpmatch_ros.geometry.pose import Pose, PoseStatus, relative_motion
 from kpmatch_ros.geometry.refinement import flatten, refine
 from kpmatch_ros.geometry.stereo_motion import StereoCamera
@@ -22,7 +22,7 @@ from kpmatch_ros.images import to_array
 from kpmatch_ros.parameters import Parameters
 from simulation.bags import write_demo_bag
 
-Registered = list[tuple[Pair, "Pair | None"]]
+Registered = list[tuple[StereoPair, "Pair | None"]]
 
 
 def register(bag: Path, **parameters: Any) -> Registered:
@@ -86,10 +86,10 @@ def test_the_covariance_of_a_walk_is_no_smaller_than_its_errors(walked: Register
 
 def test_left_and_right_are_matched_in_every_frame(walked: Registered) -> None:
     for stereo, pair in walked:
-        assert stereo.pose.status is PoseStatus.OK and stereo.pose.num_inliers > 400
-        assert stereo.reference.stamp == stereo.current.stamp and len(stereo.track_ids) == 0
-        assert stereo.pose.inliers is not None
-        shift = (stereo.reference_points - stereo.points)[stereo.pose.inliers]
+        assert stereo.agreement.status is PoseStatus.OK and stereo.num_inliers > 400
+        assert stereo.reference.stamp == stereo.current.stamp
+        assert stereo.inliers is not None
+        shift = (stereo.reference_points - stereo.points)[stereo.inliers]
         assert (np.abs(shift[:, 1]) < 1.5).all() and (shift[:, 0] > 0).all()
         assert pair is None or pair.current is stereo.reference
     assert [stereo.reset for stereo, _ in walked] == [True, False, False, False, False]
@@ -119,7 +119,7 @@ def test_swapped_images_are_noticed(walk: Path) -> None:
     left, right = (to_array(messages[f"/{side}/image_rect"]) for side in ("left", "right"))
     for stamp in (1, 2):
         stereo, pair = front_end.register_stereo_frame(right, left, stamp, camera)
-        assert stereo.pose.status is PoseStatus.FAILED
+        assert stereo.agreement.status is PoseStatus.FAILED
     assert pair is not None and pair.pose.status is PoseStatus.NO_CALIBRATION
 
 

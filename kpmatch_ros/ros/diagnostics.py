@@ -1,173 +1,149 @@
-"""What the node has done and how well it goes: counters, rates, percentiles, and what is wrong. No ROS in here."""
+"""What the node says of itself on /diagnostics and in its log."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections import Counter, deque
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
+import torch
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from rclpy.lifecycle import LifecycleNode
 
-from kpmatch_ros.front_end import Pair
-from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.device import resident_memory
+from kpmatch_ros.feature_matcher import FeatureMatcher
+from kpmatch_ros.ros.monitor import Monitor, Problem
+from kpmatch_ros.weights import REGISTRY
 
-__all__ = ["Monitor", "Problem"]
+__all__ = ["Condition", "Diagnostics", "LoggingMonitor", "log_weights"]
 
-
-class Problem(NamedTuple):
-    """What is wrong: of which kind, a stable name, and in the user's words, which may have figures in them."""
-
-    kind: str
-    explanation: str
+_LOG_INTERVAL = 5.0  # seconds between two lines of one kind of warning that every frame may bring
 
 
-class Monitor:
-    """Counts frames and remembers the last seconds. Safe to use from several threads.
+@dataclass
+class Condition:
+    """How the node is at present.
 
-    Every frame received ends up in exactly one of processed, dropped and rejected, or is still waiting.
-
-    Args:
-        window: over how long rates and percentiles are taken, seconds.
-        clock: monotonic time in seconds.
+    Attributes:
+        state: of the lifecycle.
+        fault: why the last transition failed; empty where it did not.
+        hardware: the image topics.
+        problems: what is wrong while the node is active.
+        matcher: the networks, where they are loaded.
     """
 
-    def __init__(self, window: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._window = window
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._received = 0
-        self._processed = 0
-        self._dropped = 0
-        self._rejected: Counter[str] = Counter()
-        self._calibrations_refused: Counter[str] = Counter()
-        self._unpaired: Counter[str] = Counter()
-        self._interruptions = 0
-        self._odometry_breaks: int | None = None
-        self._failures: deque[tuple[float, Problem]] = deque()
-        self._arrivals: deque[float] = deque()
-        self._latencies: deque[tuple[float, float]] = deque()
-        self._statuses: Counter[str] = Counter()
-        self._last: dict[str, str] = {"keypoints": "", "matches": "", "inlier ratio": "", "layers": ""}
+    state: str
+    fault: str
+    hardware: str
+    problems: list[Problem] = field(default_factory=list)
+    matcher: FeatureMatcher | None = None
 
-    def received(self) -> None:
-        """A frame arrived."""
-        with self._lock:
-            self._received += 1
-            self._arrivals.append(self._clock())
 
-    def dropped(self, frames: int = 1) -> None:
-        """Frames were overtaken by a newer one, or left behind when the node stopped."""
-        with self._lock:
-            self._dropped += frames
+class Diagnostics:
+    """Publishes diagnostics once a second, and at once where something new is wrong.
+
+    Args:
+        node: publishes.
+        monitor: has the figures.
+        condition: asks how the node is.
+    """
+
+    def __init__(self, node: LifecycleNode, monitor: Monitor, condition: Callable[[], Condition]) -> None:
+        self._node = node
+        self._monitor = monitor
+        self._condition = condition
+        self._publisher = node.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self._told: set[str] = set()  # the kinds of problems in the last message
+        self._told_early = False
+
+    def every_second(self) -> None:
+        """Publish the message that comes in any case."""
+        self._publish(self._condition())
+        self._told_early = False
+
+    def watch(self) -> None:
+        """Publish where something new is wrong, at most once between two of the steady messages."""
+        if self._told_early:
+            return
+        condition = self._condition()
+        if {problem.kind for problem in condition.problems} - self._told:
+            self._told_early = True
+            self._publish(condition)
+
+    def _publish(self, condition: Condition) -> None:
+        self._told = {problem.kind for problem in condition.problems}
+        level, text = _assess(condition)
+        values = {"state": condition.state, **self._monitor.values(), **_resources(condition.matcher)}
+        array = DiagnosticArray()
+        array.header.stamp = self._node.get_clock().now().to_msg()
+        array.status = [
+            DiagnosticStatus(
+                level=level,
+                name=f"{self._node.get_fully_qualified_name().lstrip('/')}: feature matching",
+                message=text,
+                hardware_id=condition.hardware,
+                values=[KeyValue(key=key, value=value) for key, value in values.items()],
+            )
+        ]
+        self._publisher.publish(array)
+
+
+class LoggingMonitor(Monitor):
+    """A monitor that also writes warnings to the node's log."""
+
+    def __init__(self, logger: Any) -> None:
+        super().__init__()
+        self._logger = logger
 
     def rejected(self, reason: str, explanation: str) -> None:
-        """A frame could not be used.
-
-        Args:
-            reason: short and stable, it names the counter.
-            explanation: for the user.
-        """
-        with self._lock:
-            self._rejected[reason] += 1
-            self._fail(f"rejected: {reason}", explanation)
+        super().rejected(reason, explanation)
+        self._logger.warning(explanation, throttle_duration_sec=_LOG_INTERVAL)
 
     def calibration_refused(self, reason: str, explanation: str) -> None:
-        """A camera_info could not be used, for itself or with the frame at hand."""
-        with self._lock:
-            self._calibrations_refused[reason] += 1
-            self._fail(f"camera_info refused: {reason}", explanation)
+        super().calibration_refused(reason, explanation)
+        self._logger.warning(explanation, throttle_duration_sec=_LOG_INTERVAL)
 
     def interrupted(self, explanation: str) -> None:
-        """The frames' times jumped, and the tracks began anew."""
-        with self._lock:
-            self._interruptions += 1
-            self._fail("interruption", explanation)
-
-    def pose(self, status: PoseStatus) -> None:
-        """A pose was published."""
-        with self._lock:
-            self._statuses[status.name] += 1
-
-    def unpaired(self, topic: str, images: int, explanation: str) -> None:
-        """Images of one camera of a stereo pair found no partner; they are no frames."""
-        with self._lock:
-            self._unpaired[topic] += images
-            self._fail(f"unpaired: {topic}", explanation)
-
-    def odometry(self, breaks: int, explanation: str) -> None:
-        """A pose was added to the chain, which broke so many times till now; the explanation is for a new break."""
-        with self._lock:
-            if breaks > (self._odometry_breaks or 0):
-                self._fail("odometry break", explanation)
-            self._odometry_breaks = breaks
-
-    def processed(self, latency_ms: float, keypoints: int, pair: Pair | None, stereo: Pair | None = None) -> None:
-        """A frame went all the way, in ``latency_ms`` from arrival to publication."""
-        with self._lock:
-            if stereo is not None:
-                self._last["stereo matches"] = str(len(stereo.indices))
-                self._last["stereo inlier ratio"] = f"{stereo.inlier_ratio:.3f}"
-            self._processed += 1
-            self._latencies.append((self._clock(), latency_ms))
-            self._last["keypoints"] = str(keypoints)
-            if pair is not None:
-                self._last["matches"] = str(len(pair.indices))
-                self._last["inlier ratio"] = f"{pair.inlier_ratio:.3f}"
-                self._last["layers"] = str(pair.layers)
-
-    def problems(self) -> list[Problem]:
-        """What went wrong in the last seconds, each once."""
-        with self._lock:
-            self._forget()
-            return list(dict.fromkeys(problem for _, problem in self._failures))
-
-    def values(self) -> dict[str, str]:
-        """All figures, ready to be shown."""
-        with self._lock:
-            self._forget()
-            now = self._clock()
-            rejected = sum(self._rejected.values())
-            latencies = [latency for _, latency in self._latencies]
-            values = {
-                "frames received": str(self._received),
-                "frames processed": str(self._processed),
-                "frames dropped": str(self._dropped),
-                "frames rejected": str(rejected),
-                "frames waiting": str(self._received - self._processed - self._dropped - rejected),
-                "input rate (Hz)": f"{_rate(self._arrivals, now, self._window):.2f}",
-                "output rate (Hz)": f"{_rate([t for t, _ in self._latencies], now, self._window):.2f}",
-            }
-            for percentile in (50, 95, 99):
-                figure = f"{np.percentile(latencies, percentile):.1f}" if latencies else ""
-                values[f"latency, {percentile}th percentile (ms)"] = figure
-            values.update(self._last)
-            for reason, count in sorted(self._rejected.items()):
-                values[f"rejected: {reason}"] = str(count)
-            for reason, count in sorted(self._calibrations_refused.items()):
-                values[f"camera_info refused: {reason}"] = str(count)
-            for topic, count in sorted(self._unpaired.items()):
-                values[f"unpaired: {topic}"] = str(count)
-            values["interruptions"] = str(self._interruptions)
-            if self._odometry_breaks is not None:
-                values["odometry breaks"] = str(self._odometry_breaks)
-            for status in PoseStatus:
-                values[f"poses {status.name}"] = str(self._statuses[status.name])
-            return values
-
-    def _fail(self, kind: str, explanation: str) -> None:
-        self._failures.append((self._clock(), Problem(kind, explanation)))
-
-    def _forget(self) -> None:
-        limit = self._clock() - self._window
-        while self._arrivals and self._arrivals[0] < limit:
-            self._arrivals.popleft()
-        for timed in (self._latencies, self._failures):
-            while timed and timed[0][0] < limit:
-                timed.popleft()
+        super().interrupted(explanation)
+        self._logger.warning(explanation)
 
 
-def _rate(times: deque[float] | list[float], now: float, window: float) -> float:
-    recent = [t for t in times if now - t <= window]
-    return len(recent) / window
+def log_weights(logger: Any, matcher: FeatureMatcher) -> None:
+    """Write which weights were loaded, their terms, and where they run."""
+    for role in ("extractor", "matcher"):
+        name = getattr(matcher.parameters, role)
+        if name in REGISTRY:
+            terms = REGISTRY[name].terms
+        else:
+            terms = "no network" if name == "nearest" else "licence unknown: see where it comes from"
+        logger.info(f"{role} {name} ({terms})")
+    logger.info(f"on {matcher.device} in {_format_of(matcher)}")
+
+
+def _assess(condition: Condition) -> tuple[bytes, str]:
+    """Level and text of the status."""
+    if condition.fault:
+        return DiagnosticStatus.ERROR, condition.fault
+    if condition.state != "active":
+        return DiagnosticStatus.OK, f"{condition.state}: activate the node to have it process images"
+    if condition.problems:
+        return DiagnosticStatus.WARN, "; ".join(dict.fromkeys(problem.explanation for problem in condition.problems))
+    return DiagnosticStatus.OK, "matching"
+
+
+def _resources(matcher: FeatureMatcher | None) -> dict[str, str]:
+    values = {"resident memory (MB)": f"{resident_memory() / 1e6:.0f}"}
+    if matcher is not None:
+        values["device"] = str(matcher.device)
+        values["precision"] = _format_of(matcher)
+        values["repeated in float32"] = str(matcher.repeated_in_float32)
+        values["extractor"] = matcher.parameters.extractor
+        values["matcher"] = matcher.parameters.matcher
+        if matcher.device.type == "cuda":
+            values["GPU"] = torch.cuda.get_device_name(matcher.device)
+            values["GPU memory (MB)"] = f"{torch.cuda.memory_allocated(matcher.device) / 1e6:.0f}"
+    return values
+
+
+def _format_of(matcher: FeatureMatcher) -> str:
+    return str(matcher.dtype).removeprefix("torch.")

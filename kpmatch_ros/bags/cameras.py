@@ -1,0 +1,136 @@
+"""Which topics of a bag are the camera's, or the stereo pair's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from posixpath import dirname, join
+
+from kpmatch_ros.bags.files import IMAGE_TYPES, BagError, Topic, bag_topics
+
+__all__ = ["CameraTopics", "choose_camera", "choose_stereo_cameras"]
+
+_CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
+_SIDES = (("left", "right"), ("cam0", "cam1"), ("infra1", "infra2"))  # how drivers name the two cameras of a pair
+
+
+@dataclass(frozen=True)
+class CameraTopics:
+    """The topics of one camera in a bag.
+
+    Attributes:
+        image: sensor_msgs/Image or CompressedImage.
+        camera_info: its calibration; empty where there is none.
+        num_images: how many images there are.
+    """
+
+    image: str
+    camera_info: str
+    num_images: int
+
+
+def choose_camera(bag: Path, image: str | None = None, camera_info: str | None = None) -> CameraTopics:
+    """The camera of a bag: of the topics that are not given, those that leave no choice.
+
+    The calibration is camera_info beside the image topic, as image_pipeline has it, or else the only one in the bag.
+
+    Raises:
+        BagError: when a topic is not in the bag, or there are several to choose from.
+    """
+    images, infos = _candidates(bag)
+    if image is None and len(images) > 1 and _pairs(images):
+        raise BagError(
+            f"{bag}: has {len(images)} image topics, choose one with --image, or a stereo pair with --left "
+            f"and --right: {_names(images)}"
+        )
+    chosen = _only(bag, images, image, "image", "--image")
+    info = _calibration_of(bag, chosen, infos, camera_info, "--camera-info")
+    if not info and len(infos) == 1:
+        info = infos[0].name
+    return CameraTopics(chosen.name, info, chosen.num_messages)
+
+
+def choose_stereo_cameras(
+    bag: Path,
+    left: str | None = None,
+    right: str | None = None,
+    left_info: str | None = None,
+    right_info: str | None = None,
+) -> tuple[CameraTopics, CameraTopics]:
+    """The left and the right camera of a bag: what is not given is guessed where the bag leaves no choice.
+
+    Image topics are taken for a pair where their names differ in left and right, cam0 and cam1, or infra1 and infra2.
+    The calibration of each is camera_info beside its images.
+
+    Raises:
+        BagError: when a topic is not in the bag, or there is no pair or several to choose from.
+    """
+    images, infos = _candidates(bag)
+    given = [
+        None if name is None else _only(bag, images, name, "image", option)
+        for name, option in ((left, "--left"), (right, "--right"))
+    ]
+    if given[0] is not None and given[1] is not None:
+        pairs = [(given[0], given[1])]
+    else:
+        pairs = [pair for pair in _pairs(images) if all(topic in (None, own) for topic, own in zip(given, pair))]
+    if len(pairs) != 1:
+        why = f"{len(pairs)} pairs of topics may be" if pairs else "no two topics are named like"
+        raise BagError(f"{bag}: {why} a left and a right camera; name them with --left and --right: {_names(images)}")
+    (pair,) = pairs
+    if pair[0] == pair[1]:
+        raise BagError(f"{bag}: --left and --right are both {pair[0].name}; stereo needs two cameras")
+    calibrations = (
+        _calibration_of(bag, topic, infos, name, option)
+        for topic, name, option in zip(pair, (left_info, right_info), ("--left-info", "--right-info"))
+    )
+    first, second = (CameraTopics(topic.name, info, topic.num_messages) for topic, info in zip(pair, calibrations))
+    return first, second
+
+
+def _candidates(bag: Path) -> tuple[list[Topic], list[Topic]]:
+    """The topics with images, at least one, and those with calibrations."""
+    topics = bag_topics(bag)
+    images = [topic for topic in topics if topic.type in IMAGE_TYPES]
+    if not images:
+        raise BagError(f"{bag}: has no image topic with messages in it")
+    return images, [topic for topic in topics if topic.type == _CAMERA_INFO]
+
+
+def _pairs(images: list[Topic]) -> list[tuple[Topic, Topic]]:
+    """Topics whose names differ in the side."""
+    return [
+        (one, other)
+        for one in images
+        for other in images
+        if any(left in one.name and one.name.replace(left, right) == other.name for left, right in _SIDES)
+    ]
+
+
+def _calibration_of(bag: Path, image: Topic, infos: list[Topic], name: str | None, option: str) -> str:
+    """The topic with the calibration of images: the one given, or camera_info beside them, or ""."""
+    if name is not None:
+        return _only(bag, infos, name, "camera_info", option).name
+    beside = join(dirname(image.name.removesuffix("/compressed")), "camera_info")
+    return beside if any(topic.name == beside for topic in infos) else ""
+
+
+def _names(topics: list[Topic]) -> str:
+    return ", ".join(topic.name for topic in topics)
+
+
+def _only(bag: Path, candidates: list[Topic], name: str | None, what: str, option: str) -> Topic:
+    if not candidates:
+        raise BagError(f"{bag}: has no {what} topic with messages in it")
+    if name is None:
+        if len(candidates) > 1:
+            raise BagError(
+                f"{bag}: has {len(candidates)} {what} topics, choose one with {option}: {_names(candidates)}"
+            )
+        return candidates[0]
+    for topic in candidates:
+        if topic.name.lstrip("/") == name.lstrip("/"):
+            return topic
+    raise BagError(
+        f"{bag}: {option} {name}: there is no such {what} topic with messages in it; there is {_names(candidates)}"
+    )

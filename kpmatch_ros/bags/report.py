@@ -1,0 +1,191 @@
+"""The figures of a replay, for people and for programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kpmatch_ros.bags.cameras import CameraTopics
+from kpmatch_ros.front_end import Result
+from kpmatch_ros.geometry.pose import PoseStatus
+
+__all__ = ["Report"]
+
+
+@dataclass
+class Report:
+    """What a replay did.
+
+    It hears of a pipeline's events, see :class:`kpmatch_ros.pipeline.Events`.
+
+    Attributes:
+        cameras: one, or the left and the right one.
+        size: width and height of the last image, pixels.
+        latencies: of each frame, from its (last) message to its results in the bag, milliseconds.
+        keypoints: of each frame.
+        matches, inliers: of each pair of frames.
+        stereo_matches, stereo_inliers: of each pair of images.
+        poses: how many poses have which status.
+        rejections: how many frames could not be used, by reason.
+        refusals: how many frames had a calibration that could not be used, by reason.
+        without_partner: of a stereo pair, how many images on each topic found no partner. A frame is a pair.
+        faults: what was wrong, in words: the first of each kind.
+        recorded: time from the first to the last image, seconds.
+        elapsed: time that the replay took, seconds.
+        breaks: of the chain of poses; None where it was not written.
+        odometry_breaks: of the chain of odometry; None where it was not written.
+    """
+
+    cameras: tuple[CameraTopics, ...]
+    size: tuple[int, int] = (0, 0)
+    latencies: list[float] = field(default_factory=list)
+    keypoints: list[int] = field(default_factory=list)
+    matches: list[int] = field(default_factory=list)
+    inliers: list[int] = field(default_factory=list)
+    stereo_matches: list[int] = field(default_factory=list)
+    stereo_inliers: list[int] = field(default_factory=list)
+    poses: Counter[str] = field(default_factory=Counter)
+    rejections: Counter[str] = field(default_factory=Counter)
+    refusals: Counter[str] = field(default_factory=Counter)
+    without_partner: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    recorded: float = 0.0
+    elapsed: float = 0.0
+    breaks: int | None = None
+    odometry_breaks: int | None = None
+    _unpaired_because: dict[str, str] = field(default_factory=dict)  # the last explanation, by topic
+
+    def processed(self, result: Result, milliseconds: float) -> None:
+        """A frame went all the way."""
+        self.size = result.frame.features.size
+        self.latencies.append(milliseconds)
+        self.keypoints.append(len(result.frame.keypoints))
+        if result.stereo is not None:
+            self.stereo_matches.append(len(result.stereo.indices))
+            self.stereo_inliers.append(result.stereo.num_inliers)
+        if result.pair is not None:
+            self.matches.append(len(result.pair.indices))
+            self.inliers.append(result.pair.num_inliers)
+
+    def rejected(self, reason: str, explanation: str) -> None:
+        """A frame could not be used."""
+        self._fault(self.rejections, reason, explanation)
+
+    def calibration_refused(self, reason: str, explanation: str) -> None:
+        """A frame was processed without its calibration, which could not be used."""
+        self._fault(self.refusals, reason, explanation)
+
+    def interrupted(self, explanation: str) -> None:
+        """The frames' times jumped: a pose with its own status says so."""
+
+    def unpaired(self, topic: str, images: int, explanation: str) -> None:
+        """Images of one camera of a stereo pair found no partner."""
+        self.without_partner[topic] += images
+        self._unpaired_because[topic] = explanation
+
+    def pose(self, status: PoseStatus) -> None:
+        """A pose was written."""
+        self.poses[status.name] += 1
+
+    def odometry(self, breaks: int, explanation: str) -> None:
+        """A pose was added to the odometry, whose chain broke so many times."""
+        self.odometry_breaks = breaks
+
+    def finish(self) -> None:
+        """Name what only the end of the bag tells."""
+        self.faults += [f"{self.without_partner[topic]} {why}" for topic, why in self._unpaired_because.items()]
+
+    def _fault(self, counter: Counter[str], reason: str, explanation: str) -> None:
+        counter[reason] += 1
+        if counter[reason] == 1:
+            self.faults.append(explanation)
+
+    def figures(self) -> dict[str, Any]:
+        """All of it as JSON can hold it; a median of nothing is null."""
+        names = ("image",) if len(self.cameras) == 1 else ("left", "right")
+        infos = ("camera_info",) if len(self.cameras) == 1 else ("left_info", "right_info")
+        figures = {
+            **{name: camera.image for name, camera in zip(names, self.cameras)},
+            **{name: camera.camera_info or None for name, camera in zip(infos, self.cameras)},
+            "frames": len(self.latencies),
+            "rejected": dict(self.rejections),
+            "camera_info_refused": dict(self.refusals),
+            "rate": _rounded(len(self.latencies) / self.elapsed),
+            "times_real_time": _rounded(self.recorded / self.elapsed),
+            "latency_ms": {"median": _percentile(self.latencies, 50), "95 %": _percentile(self.latencies, 95)},
+            "keypoints": _percentile(self.keypoints, 50),
+            "matches": _percentile(self.matches, 50),
+            "inliers": _percentile(self.inliers, 50),
+            "poses": dict(self.poses),
+            "breaks": self.breaks,
+        }
+        if len(self.cameras) == 2:
+            figures |= {
+                "unpaired": dict(self.without_partner),
+                "stereo_matches": _percentile(self.stereo_matches, 50),
+                "stereo_inliers": _percentile(self.stereo_inliers, 50),
+                "odometry_breaks": self.odometry_breaks,
+            }
+        return figures
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The figures in words, with their names."""
+        figures = self.figures()
+
+        def counts(counter: Counter[str]) -> str:
+            return ", ".join(f"{name} {count}" for name, count in sorted(counter.items()))
+
+        def of_pairs(name: str) -> str:
+            return "-" if figures[name] is None else f"{figures[name]:.0f} per pair (median)"
+
+        width, height = self.size
+        latency = figures["latency_ms"]
+        topics = " with ".join(camera.image for camera in self.cameras)
+        rows = [
+            ("frames", f"{figures['frames']} of {width} x {height} ({topics})"),
+            ("rate", f"{figures['rate']:.1f} frames a second, {figures['times_real_time']:.1f} times as fast as "
+                     "recorded"),
+            ("latency", f"{latency['median']:.0f} ms (median), {latency['95 %']:.0f} ms (95 %)"),
+            ("keypoints", f"{figures['keypoints']:.0f} per frame (median)"),
+            ("matches", of_pairs("matches")),
+            ("inliers", of_pairs("inliers")),
+            ("poses", counts(self.poses) or "none"),
+        ]  # fmt: skip
+        stereo = len(self.cameras) == 2
+        if stereo:
+            rows.insert(
+                4,
+                (
+                    "stereo",
+                    f"{figures['stereo_matches']:.0f} matches of left and right, "
+                    f"{figures['stereo_inliers']:.0f} inliers per frame (median)",
+                ),
+            )
+        if self.odometry_breaks:
+            rows.append(("odometry", f"begins again {self.odometry_breaks} times: in frames of its own, odom_1 and on"))
+        if self.breaks:
+            rows.append(("chain", f"broken {self.breaks} times: see the comments among the poses"))
+        if self.rejections:
+            rows.insert(
+                1,
+                (
+                    "rejected",
+                    f"{sum(self.rejections.values())} {'frames' if stereo else 'images'}: {counts(self.rejections)}",
+                ),
+            )
+        if self.without_partner:
+            rows.insert(1, ("unpaired", f"images without a partner: {counts(self.without_partner)}"))
+        if self.refusals:
+            rows.append(("camera_info", f"refused: {counts(self.refusals)}"))
+        return rows
+
+
+def _percentile(values: list[float] | list[int], percent: float) -> float | None:
+    return _rounded(float(np.percentile(values, percent))) if values else None
+
+
+def _rounded(value: float) -> float:
+    return round(value, 3)

@@ -1,0 +1,60 @@
+"""Relative poses chained to a trajectory, in a text file."""
+
+from __future__ import annotations
+
+from typing import TextIO
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from kpmatch_ros.front_end import Frame, Pair
+from kpmatch_ros.geometry.pose import PoseStatus
+
+__all__ = ["Trajectory"]
+
+
+class Trajectory:
+    """Relative poses chained, as lines of a TUM file: seconds, x y z, quaternion x y z w of the camera in the world.
+
+    The world is the first camera's optical frame, in stereo the left one's, and its unit the metre. From one camera,
+    each translation has length one: the path's shape within a pair is right, its scale is arbitrary from pair to pair.
+    A frame whose pose is not known has no line; one that can only be related to such a frame breaks the chain, which
+    goes on from the last known pose after a comment.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.breaks = 0
+        self._stream = stream
+        self._known: dict[int, tuple[Rotation, np.ndarray]] = {}  # by the frames' stamps
+        self._last = Rotation.identity(), np.zeros(3)
+        stream.write("# timestamp tx ty tz qx qy qz qw: pose of the camera in the first camera's optical frame\n")
+
+    def add(self, frame: Frame, pair: Pair | None) -> None:
+        """The next frame, and its pair with the reference."""
+        if pair is None:
+            if not self._known:
+                self._write(frame, *self._last)
+            return
+        if pair.pose.status not in (PoseStatus.OK, PoseStatus.NO_TRANSLATION):
+            self._known.pop(frame.stamp, None)
+            return
+        start = self._known.get(pair.reference.stamp)
+        if start is None:
+            self.breaks += 1
+            self._stream.write(f"# broken: the pose of the frame at {_seconds(pair.reference.stamp)} is not known\n")
+            start = self._last
+        rotation, position = start
+        self._write(
+            frame, rotation * Rotation.from_matrix(pair.pose.rotation), position + rotation.apply(pair.pose.translation)
+        )
+        reference = pair.reference.stamp
+        self._known = {stamp: pose for stamp, pose in self._known.items() if stamp in (reference, frame.stamp)}
+
+    def _write(self, frame: Frame, rotation: Rotation, position: np.ndarray) -> None:
+        self._last = self._known[frame.stamp] = rotation, position
+        numbers = " ".join(f"{value:.9f}" for value in (*position, *rotation.as_quat()))
+        self._stream.write(f"{_seconds(frame.stamp)} {numbers}\n")
+
+
+def _seconds(stamp: int) -> str:
+    return f"{stamp // 10**9}.{stamp % 10**9:09d}"

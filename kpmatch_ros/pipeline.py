@@ -1,0 +1,335 @@
+"""Messages of cameras in, messages with matches and poses out. No ROS in here.
+
+The node feeds a :class:`Pipeline` from its subscriptions and a replay from a file. Both take the same messages out.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from kpmatch_ros import messages
+from kpmatch_ros.drawing import draw_matches
+from kpmatch_ros.front_end import FrontEnd, ImagePair, Pair, Result, StereoPair
+from kpmatch_ros.geometry.camera import CalibrationError, Camera
+from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.geometry.stereo_motion import StereoCamera
+from kpmatch_ros.images import ImageError, to_array
+from kpmatch_ros.odometry import Odometry
+from kpmatch_ros.parameters import ParameterError, Parameters
+from kpmatch_ros.stereo_sync import StereoSynchroniser
+
+__all__ = ["Calibration", "Events", "Pipeline", "caption", "check_odometry"]
+
+# Images of one camera that wait for the other's at most, by the parameter `queue`: all keeps what a busy bag sends.
+_WAITING = {"latest": 10, "all": 100}
+_ALONE_INTERVAL = 1.0  # seconds between two poses that tell of an image without a partner
+
+
+class Events(Protocol):
+    """What a pipeline reports besides its messages.
+
+    Explanations are for the user. Reasons are short and stable: they name counters.
+    """
+
+    def rejected(self, reason: str, explanation: str) -> None:
+        """A frame could not be used."""
+
+    def calibration_refused(self, reason: str, explanation: str) -> None:
+        """A frame was processed without its calibration, which could not be used."""
+
+    def interrupted(self, explanation: str) -> None:
+        """The frames' times jumped. Features and tracks were forgotten."""
+
+    def unpaired(self, topic: str, images: int, explanation: str) -> None:
+        """Images of one camera of a stereo pair found no partner."""
+
+    def pose(self, status: PoseStatus) -> None:
+        """A pose was published."""
+
+    def odometry(self, breaks: int, explanation: str) -> None:
+        """A pose was added to the odometry, whose chain broke so many times. The explanation is for a new break."""
+
+
+class Calibration:
+    """The camera, or the pair of cameras, that the latest camera_infos describe.
+
+    One thread may update it while another asks for the camera.
+
+    Args:
+        cameras: one, or two for a stereo pair.
+        rectified: as the parameter.
+    """
+
+    def __init__(self, cameras: int, rectified: bool) -> None:
+        self._rectified = rectified
+        self._infos: list[Any] = [None] * cameras
+        self._made_of: tuple[Any, ...] = ()
+        self._camera: Camera | StereoCamera | None = None
+        self._fault: CalibrationError | None = None
+
+    def update(self, side: int, info: Any) -> None:
+        """Take over a newer camera_info of camera 0 or 1."""
+        self._infos[side] = info
+
+    @property
+    def complete(self) -> bool:
+        """Whether every camera has sent its calibration."""
+        return all(info is not None for info in self._infos)
+
+    def camera_for(self, sizes: Sequence[tuple[int, int]]) -> Camera | StereoCamera | None:
+        """The camera, or the pair, for images of these (width, height); None where a calibration is missing.
+
+        Raises:
+            CalibrationError: when the calibration cannot be used, for itself or for images of these sizes.
+        """
+        infos = tuple(self._infos)
+        if any(info is None for info in infos):
+            return None
+        if len(infos) != len(self._made_of) or any(a is not b for a, b in zip(infos, self._made_of)):
+            self._made_of, self._camera, self._fault = infos, None, None
+            try:
+                self._camera = self._make(infos)
+            except CalibrationError as error:
+                self._fault = error
+        if self._fault is not None:
+            raise self._fault.with_traceback(None)  # or else it would grow with every frame
+        if isinstance(self._camera, StereoCamera):
+            self._camera.check_size(sizes[0], sizes[1])
+        elif self._camera is not None:
+            self._camera.check_size(*sizes[0])
+        return self._camera
+
+    def _make(self, infos: tuple[Any, ...]) -> Camera | StereoCamera:
+        if len(infos) == 1:
+            return Camera.from_camera_info(infos[0], rectified=self._rectified)
+        return StereoCamera.from_camera_infos(infos[0], infos[1], rectified=self._rectified)
+
+
+class Pipeline:
+    """Turns the messages of a camera, or of a stereo pair, into the node's output messages.
+
+    One thread may receive (:meth:`add_image`, :meth:`watch`, :meth:`configure`, :meth:`request_reset`, and the
+    calibration's update) while another processes.
+
+    Args:
+        front_end: registers the images.
+        topics: of the images, for the user: one, or left and right.
+        publish: takes a topic without a leading slash (but /tf) and its message.
+        wanted: whether anybody wants the messages of a topic that is made on demand: features, match_image, /tf.
+        events: hears of what goes wrong.
+        new: makes messages, see :mod:`kpmatch_ros.messages`.
+
+    Attributes:
+        front_end: as given.
+        calibration: to be updated with every camera_info.
+        synchroniser: puts left and right images together.
+
+    Raises:
+        ParameterError: when odometry is asked of one camera.
+    """
+
+    def __init__(
+        self,
+        front_end: FrontEnd,
+        topics: Sequence[str],
+        publish: Callable[[str, Any], None],
+        wanted: Callable[[str], bool],
+        events: Events,
+        new: messages.NewMessage = messages.ros_message,
+    ) -> None:
+        parameters = front_end.parameters
+        check_odometry(parameters)
+        self.front_end = front_end
+        self.calibration = Calibration(len(topics), parameters.rectified)
+        self._topics = topics
+        self._publish = publish
+        self._wanted = wanted
+        self._events = events
+        self._new = new
+        self._parameters = parameters  # those that the next frame is processed with
+        self._reset_requested = threading.Event()
+        self._odometry: Odometry | None = None
+        self.synchroniser: StereoSynchroniser[Any]
+        self._told_alone: Any = None  # the last image without a partner that a pose told of
+        self._told_alone_at = -float("inf")
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin as if nothing had been received, but for the calibration."""
+        parameters = self._parameters
+        self.front_end.reset()
+        self.synchroniser = StereoSynchroniser(round(parameters.sync_tolerance * 1e9), _WAITING[parameters.queue])
+        self._odometry = Odometry() if parameters.publish_odometry else None
+        self._told_alone = None
+        self._reset_requested.clear()
+
+    @property
+    def odometry_breaks(self) -> int | None:
+        """How many times the chain of odometry broke; None where there is no odometry."""
+        return None if self._odometry is None else self._odometry.breaks
+
+    # Receiving
+
+    def configure(self, parameters: Parameters) -> None:
+        """Process the next frame with these parameters."""
+        self._parameters = parameters
+
+    def request_reset(self) -> None:
+        """Forget features and tracks before the next frame."""
+        self._reset_requested.set()
+
+    def add_image(self, side: int, message: Any) -> tuple[Any, ...] | None:
+        """The frame that an image completes, for :meth:`process`: the image itself, or with its partner, left first."""
+        if len(self._topics) == 1:
+            return (message,)
+        before = list(self.synchroniser.unpaired)
+        frame = self.synchroniser.put(side, messages.nanoseconds(message.header.stamp), message)
+        self._report_unpaired([now - then for now, then in zip(self.synchroniser.unpaired, before)])
+        return frame
+
+    def finish(self) -> None:
+        """Report the images that still wait for a partner when nothing more will come."""
+        self._report_unpaired(self.synchroniser.waiting)
+
+    def watch(self, now: float) -> None:
+        """Let time pass: to be called every tenth of a second or so, with the seconds of any clock.
+
+        Where one camera has fallen silent, an INTERRUPTED pose tells of the other one's newest image, at most once a
+        second: nobody shall wait for a pose that cannot come.
+        """
+        self.synchroniser.wait(now)
+        for side in range(len(self._topics)):
+            if not self.synchroniser.silent(side) or now < self._told_alone_at + _ALONE_INTERVAL:
+                continue
+            alone = self.synchroniser.newest(1 - side)
+            if alone is not None and alone is not self._told_alone:
+                self._told_alone, self._told_alone_at = alone, now
+                self._publish_interruption(alone.header)
+
+    # Processing
+
+    def process(self, received: Sequence[Any]) -> Result | None:
+        """Process a frame and publish what comes of it; None where its images cannot be used.
+
+        Args:
+            received: a frame's image messages, from :meth:`add_image`.
+        """
+        parameters = self._parameters  # read once: another thread may replace them at any time
+        if parameters is not self.front_end.parameters:
+            self.front_end.configure(parameters)
+        if self._reset_requested.is_set():
+            self._reset_requested.clear()
+            self.front_end.reset()
+        stamps = [messages.nanoseconds(message.header.stamp) for message in received]
+        try:
+            images = [to_array(message) for message in received]
+            interruption = self.front_end.interruption(stamps[0])
+            if interruption:
+                self._events.interrupted(f"{interruption}: features and tracks are forgotten")
+            camera = self._camera_for([(image.shape[1], image.shape[0]) for image in images])
+            frame_ids = [message.header.frame_id for message in received]
+            result = self.front_end.register(images, stamps, camera, frame_ids)
+        except ImageError as error:
+            self._events.rejected(error.reason, f"an image was rejected: {error}")
+            return None
+        if result.stereo is not None:
+            self._check_stereo(result.stereo)
+        self._publish_result(result)
+        if interruption:
+            self._publish_interruption(messages.header_of(result.frame, self._new))
+        return result
+
+    def _camera_for(self, sizes: Sequence[tuple[int, int]]) -> Camera | StereoCamera | None:
+        try:
+            return self.calibration.camera_for(sizes)
+        except CalibrationError as error:
+            self._events.calibration_refused(error.reason, f"camera_info cannot be used: {error}")
+            return None
+
+    def _check_stereo(self, stereo: StereoPair) -> None:
+        if stereo.agreement.status is PoseStatus.FAILED:
+            self._events.calibration_refused(
+                "stereo matches",
+                f"only {stereo.num_inliers} of {len(stereo.indices)} stereo matches agree with the camera_infos: left "
+                "and right images are swapped, or the calibration is another pair's, or no longer right",
+            )
+
+    def _report_unpaired(self, counts: Sequence[int]) -> None:
+        offset = self.synchroniser.offset
+        near = "" if offset is None else f"; the last near miss was {offset * 1e-9:.6f} s off"
+        for topic, count in zip(self._topics, counts):
+            if count:
+                explanation = f"images on {topic} find no partner within sync_tolerance of their stamps{near}"
+                self._events.unpaired(topic, count, explanation)
+
+    # Messages
+
+    def _publish_result(self, result: Result) -> None:
+        if self._wanted("features"):
+            for frame in [result.frame] if result.stereo is None else [result.frame, result.stereo.current]:
+                extractor = self.front_end.parameters.extractor
+                self._publish("features", messages.feature_array(frame, extractor, self._new))
+        if result.stereo is not None:
+            self._publish("stereo_matches", self._match_array(result.stereo, messages.Pairing.STEREO))
+        pair = result.pair
+        if pair is None:
+            return
+        self._publish("matches", self._match_array(pair, messages.Pairing.CONSECUTIVE))
+        self._publish("relative_pose", messages.relative_pose(pair, self._new))
+        self._events.pose(pair.pose.status)
+        if self._odometry is not None:
+            self._publish_odometry(self._odometry, pair)
+        if self._wanted("match_image"):
+            picture = draw_matches(
+                pair.reference.image,
+                pair.current.image,
+                pair.reference_points,
+                pair.points,
+                pair.scores,
+                pair.inliers,
+                caption(pair),
+            )
+            header = messages.header_of(pair.current, self._new)
+            self._publish("match_image", messages.image_message(picture, header, self._new))
+
+    def _match_array(self, pair: ImagePair, pairing: messages.Pairing) -> Any:
+        parameters = self.front_end.parameters
+        return messages.match_array(pair, pairing, parameters.extractor, parameters.matcher, self._new)
+
+    def _publish_odometry(self, odometry: Odometry, pair: Pair) -> None:
+        pose = odometry.add(pair)
+        if pose is None:
+            return
+        message = messages.odometry(pair.current, pose, self._new)
+        self._events.odometry(
+            odometry.breaks, f"the chain of poses broke: odometry begins again in the frame {message.header.frame_id}"
+        )
+        self._publish("odometry", message)
+        if self._wanted("/tf"):
+            transform = messages.transform_of(message, self._new)
+            self._publish("/tf", self._new("tf2_msgs/msg/TFMessage", transforms=[transform]))
+
+    def _publish_interruption(self, header: Any) -> None:
+        """Tell those who wait for the pose of an image that it has none."""
+        self._publish("relative_pose", messages.interruption(header, self._new))
+        self._events.pose(PoseStatus.INTERRUPTED)
+
+
+def check_odometry(parameters: Parameters) -> None:
+    """Refuse odometry of one camera, before its networks are loaded.
+
+    Raises:
+        ParameterError: when it is asked for.
+    """
+    if parameters.publish_odometry and parameters.mode != "stereo":
+        raise ParameterError("publish_odometry needs mode stereo: the poses of one camera are without metres")
+
+
+def caption(pair: Pair) -> str:
+    """The line of figures below a picture of matches."""
+    return (
+        f"{len(pair.indices)} matches, {pair.num_inliers} inliers, {pair.layers} layers, "
+        f"{pair.current.extract_ms + pair.match_ms:.0f} ms, {pair.pose.status.name}"
+    )

@@ -1,0 +1,173 @@
+"""Counts what the node does: frames, rates, latencies, and what went wrong lately. No ROS in here."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from kpmatch_ros.front_end import Result
+from kpmatch_ros.geometry.pose import PoseStatus
+
+__all__ = ["Monitor", "Problem"]
+
+
+class Problem(NamedTuple):
+    """Something that is wrong."""
+
+    kind: str  # a stable name
+    explanation: str  # for the user; its figures may change
+
+
+class Monitor:
+    """Counts frames and remembers the last seconds. Safe to use from several threads.
+
+    Every frame received ends up in exactly one of processed, dropped and rejected, or is still waiting.
+
+    Args:
+        window: seconds that rates and percentiles cover.
+        clock: monotonic time in seconds.
+    """
+
+    def __init__(self, window: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._window = window
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._received = 0
+        self._processed = 0
+        self._dropped = 0
+        self._rejected: Counter[str] = Counter()
+        self._calibrations_refused: Counter[str] = Counter()
+        self._unpaired: Counter[str] = Counter()
+        self._interruptions = 0
+        self._odometry_breaks: int | None = None
+        self._failures: deque[tuple[float, Problem]] = deque()
+        self._arrivals: deque[float] = deque()
+        self._latencies: deque[tuple[float, float]] = deque()
+        self._statuses: Counter[str] = Counter()
+        self._last: dict[str, str] = {"keypoints": "", "matches": "", "inlier ratio": "", "layers": ""}
+
+    def received(self) -> None:
+        """A frame arrived."""
+        with self._lock:
+            self._received += 1
+            self._arrivals.append(self._clock())
+
+    def dropped(self, frames: int = 1) -> None:
+        """Frames were overtaken by a newer one, or left behind when the node stopped."""
+        with self._lock:
+            self._dropped += frames
+
+    def rejected(self, reason: str, explanation: str) -> None:
+        """A frame could not be used.
+
+        Args:
+            reason: short and stable, it names the counter.
+            explanation: for the user.
+        """
+        with self._lock:
+            self._rejected[reason] += 1
+            self._fail(f"rejected: {reason}", explanation)
+
+    def calibration_refused(self, reason: str, explanation: str) -> None:
+        """A frame was processed without its calibration, which could not be used."""
+        with self._lock:
+            self._calibrations_refused[reason] += 1
+            self._fail(f"camera_info refused: {reason}", explanation)
+
+    def interrupted(self, explanation: str) -> None:
+        """The frames' times jumped. Features and tracks were forgotten."""
+        with self._lock:
+            self._interruptions += 1
+            self._fail("interruption", explanation)
+
+    def pose(self, status: PoseStatus) -> None:
+        """A pose was published."""
+        with self._lock:
+            self._statuses[status.name] += 1
+
+    def unpaired(self, topic: str, images: int, explanation: str) -> None:
+        """Images of one camera of a stereo pair found no partner. They do not count as frames."""
+        with self._lock:
+            self._unpaired[topic] += images
+            self._fail(f"unpaired: {topic}", explanation)
+
+    def odometry(self, breaks: int, explanation: str) -> None:
+        """A pose was added to the odometry, whose chain broke so many times. The explanation is for a new break."""
+        with self._lock:
+            if breaks > (self._odometry_breaks or 0):
+                self._fail("odometry break", explanation)
+            self._odometry_breaks = breaks
+
+    def processed(self, latency_ms: float, result: Result) -> None:
+        """A frame went all the way, in ``latency_ms`` from arrival to publication."""
+        with self._lock:
+            if result.stereo is not None:
+                self._last["stereo matches"] = str(len(result.stereo.indices))
+                self._last["stereo inlier ratio"] = f"{result.stereo.inlier_ratio:.3f}"
+            self._processed += 1
+            self._latencies.append((self._clock(), latency_ms))
+            self._last["keypoints"] = str(len(result.frame.keypoints))
+            if result.pair is not None:
+                self._last["matches"] = str(len(result.pair.indices))
+                self._last["inlier ratio"] = f"{result.pair.inlier_ratio:.3f}"
+                self._last["layers"] = str(result.pair.layers)
+
+    def problems(self) -> list[Problem]:
+        """What went wrong in the last seconds, each once."""
+        with self._lock:
+            self._forget()
+            return list(dict.fromkeys(problem for _, problem in self._failures))
+
+    def values(self) -> dict[str, str]:
+        """All figures, ready to be shown."""
+        with self._lock:
+            self._forget()
+            now = self._clock()
+            rejected = sum(self._rejected.values())
+            latencies = [latency for _, latency in self._latencies]
+            values = {
+                "frames received": str(self._received),
+                "frames processed": str(self._processed),
+                "frames dropped": str(self._dropped),
+                "frames rejected": str(rejected),
+                "frames waiting": str(self._received - self._processed - self._dropped - rejected),
+                "input rate (Hz)": f"{_rate(self._arrivals, now, self._window):.2f}",
+                "output rate (Hz)": f"{_rate([t for t, _ in self._latencies], now, self._window):.2f}",
+            }
+            for percentile in (50, 95, 99):
+                figure = f"{np.percentile(latencies, percentile):.1f}" if latencies else ""
+                values[f"latency, {percentile}th percentile (ms)"] = figure
+            values.update(self._last)
+            for reason, count in sorted(self._rejected.items()):
+                values[f"rejected: {reason}"] = str(count)
+            for reason, count in sorted(self._calibrations_refused.items()):
+                values[f"camera_info refused: {reason}"] = str(count)
+            for topic, count in sorted(self._unpaired.items()):
+                values[f"unpaired: {topic}"] = str(count)
+            values["interruptions"] = str(self._interruptions)
+            if self._odometry_breaks is not None:
+                values["odometry breaks"] = str(self._odometry_breaks)
+            for status in PoseStatus:
+                values[f"poses {status.name}"] = str(self._statuses[status.name])
+            return values
+
+    def _fail(self, kind: str, explanation: str) -> None:
+        self._failures.append((self._clock(), Problem(kind, explanation)))
+
+    def _forget(self) -> None:
+        limit = self._clock() - self._window
+        while self._arrivals and self._arrivals[0] < limit:
+            self._arrivals.popleft()
+        for timed in (self._latencies, self._failures):
+            while timed and timed[0][0] < limit:
+                timed.popleft()
+
+
+def _rate(times: deque[float] | list[float], now: float, window: float) -> float:
+    recent = [t for t in times if now - t <= window]
+    return len(recent) / window

@@ -1,0 +1,93 @@
+"""The node's publishers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from nav_msgs.msg import Odometry
+from rclpy.lifecycle import LifecycleNode
+from rclpy.qos import QoSProfile
+from sensor_msgs.msg import Image
+
+from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
+from kpmatch_ros.parameters import Parameters
+from kpmatch_ros.ros.monitor import Problem
+from kpmatch_ros.ros.qos import PublisherEventCallbacks, or_override, overridable, policy_of
+
+try:
+    from tf2_msgs.msg import TFMessage
+except ImportError:  # a minimal ROS does not have it
+    TFMessage = None
+
+__all__ = ["Outputs"]
+
+_ON_DEMAND = ("features", "match_image")  # made only while somebody subscribes
+# A replay may be faster than a subscriber for a while: with queue 'all' nothing is to be lost then.
+_DEPTH = {"latest": 10, "all": 1000}
+
+
+class Outputs:
+    """Offers the output topics and publishes on them."""
+
+    def __init__(self, node: LifecycleNode, parameters: Parameters) -> None:
+        self._node = node
+        self._refused: dict[str, str] = {}  # subscribers that ask for another quality of service, by topic
+        depth = _DEPTH[parameters.queue]
+        kinds: dict[str, tuple[Any, int]] = {
+            "matches": (MatchArray, depth),
+            "relative_pose": (RelativePose, depth),
+            "features": (FeatureArray, 2),
+            "match_image": (Image, 2),
+        }
+        if parameters.mode == "stereo":
+            kinds["stereo_matches"] = (MatchArray, depth)
+        if parameters.publish_odometry:
+            kinds["odometry"] = (Odometry, depth)
+            if TFMessage is not None:
+                kinds["/tf"] = (TFMessage, 100)
+        self._publishers = {name: self._offer(name, kind, depth) for name, (kind, depth) in kinds.items()}
+
+    def _offer(self, name: str, kind: Any, depth: int) -> Any:
+        report = functools.partial(self._report_subscriber, self._node.resolve_topic_name(name))
+        return self._node.create_lifecycle_publisher(
+            kind,
+            name,
+            QoSProfile(depth=depth),
+            qos_overriding_options=overridable(),
+            event_callbacks=PublisherEventCallbacks(incompatible_qos=report, use_default_callbacks=False),
+        )
+
+    def publish(self, topic: str, message: Any) -> None:
+        """Publish a message of a pipeline."""
+        self._publishers[topic].publish(message)
+
+    def wanted(self, topic: str) -> bool:
+        """Whether the messages of a topic are to be made at all."""
+        publisher = self._publishers.get(topic)
+        return publisher is not None and (topic not in _ON_DEMAND or publisher.get_subscription_count() > 0)
+
+    def problems(self) -> list[Problem]:
+        """Subscribers that receive nothing because they ask for another quality of service."""
+        found = []
+        for publisher in self._publishers.values():
+            topic = publisher.topic_name
+            refused = self._refused.get(topic)
+            if refused and self._node.count_subscribers(topic) > publisher.get_subscription_count():
+                found.append(Problem(f"QoS: {topic}", refused))  # it is still there
+        return found
+
+    def destroy(self) -> None:
+        """Withdraw the topics."""
+        for publisher in self._publishers.values():
+            self._node.destroy_lifecycle_publisher(publisher)
+        self._publishers = {}
+
+    def _report_subscriber(self, topic: str, event: Any) -> None:
+        policy = policy_of(event)
+        explanation = (
+            f"a subscriber of {topic} asks for another {policy} and receives nothing; change it"
+            f"{or_override(topic, 'publisher', policy)}"
+        )
+        self._refused[topic] = explanation
+        self._node.get_logger().warning(explanation)

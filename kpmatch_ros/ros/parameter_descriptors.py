@@ -1,0 +1,42 @@
+"""The parameters as ROS declares and describes them."""
+
+from __future__ import annotations
+
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.lifecycle import LifecycleNode
+
+from kpmatch_ros.parameters import Declaration, Parameters, declarations
+
+__all__ = ["declare_parameters", "parameter_descriptor"]
+
+
+def declare_parameters(node: LifecycleNode) -> Parameters:
+    """Declare every parameter and return the values that the node was started with.
+
+    Raises:
+        ParameterError: when a value, or a combination of values, is not allowed.
+    """
+    for item in declarations():
+        node.declare_parameter(item.name, item.default, parameter_descriptor(item))
+    return Parameters(**{item.name: node.get_parameter(item.name).value for item in declarations()})
+
+
+def parameter_descriptor(item: Declaration) -> ParameterDescriptor:
+    """What `ros2 param describe` shows of a parameter."""
+    constraints = [item.constraint] if item.choices else []
+    constraints += [] if item.dynamic else ["takes effect when the node is configured"]
+    descriptor = ParameterDescriptor(
+        description=f"{item.description}{f' [{item.unit}]' if item.unit else ''}",
+        additional_constraints="; ".join(constraints),
+        # A whole number in a file is an integer to ROS; Declaration.check takes it for a float and checks the rest.
+        dynamic_typing=item.type is float,
+    )
+    if item.minimum is None:
+        return descriptor
+    if item.type is int:
+        highest = 2**31 - 1 if item.maximum is None else int(item.maximum)
+        descriptor.integer_range = [IntegerRange(from_value=int(item.minimum), to_value=highest, step=1)]
+    elif item.type is float:
+        upper = 1e9 if item.maximum is None else item.maximum
+        descriptor.floating_point_range = [FloatingPointRange(from_value=item.minimum, to_value=upper, step=0.0)]
+    return descriptor

@@ -1,0 +1,35 @@
+"""Quality of service: what users may override, and how a mismatch is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rclpy.qos import QoSPolicyKind
+from rclpy.qos_overriding_options import QoSOverridingOptions
+
+try:
+    from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
+except ImportError:  # ROS 2 Humble
+    from rclpy.qos_event import PublisherEventCallbacks, SubscriptionEventCallbacks
+
+__all__ = ["PublisherEventCallbacks", "SubscriptionEventCallbacks", "or_override", "overridable", "policy_of"]
+
+# rclpy's default lacks durability, which two sides can disagree on too.
+_OVERRIDABLE = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY, QoSPolicyKind.DURABILITY)
+
+
+def overridable() -> QoSOverridingOptions:
+    """Lets parameters such as qos_overrides./image.subscription.reliability change the quality of service."""
+    return QoSOverridingOptions(_OVERRIDABLE)
+
+
+def policy_of(event: Any) -> str:
+    """The policy on which two sides disagree."""
+    return QoSPolicyKind(int(event.last_policy_kind)).name.lower()
+
+
+def or_override(topic: str, entity: str, policy: str) -> str:
+    """The parameter of this node that mends a mismatch, as the end of a sentence; empty where none does."""
+    if QoSPolicyKind[policy.upper()] not in _OVERRIDABLE:
+        return ""
+    return f", or this node's parameter qos_overrides.{topic}.{entity}.{policy}"

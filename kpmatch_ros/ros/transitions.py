@@ -1,0 +1,48 @@
+"""Transitions of a lifecycle node that say why they fail."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from rclpy.executors import ExternalShutdownException
+from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
+
+from kpmatch_ros.parameters import ParameterError
+from kpmatch_ros.weights import WeightsError
+
+__all__ = ["Faulty", "explained"]
+
+Transition = Callable[[Any, LifecycleState], TransitionCallbackReturn]
+
+
+class Faulty(Protocol):
+    """A node that keeps why its last transition failed."""
+
+    fault: str
+
+    def get_logger(self) -> Any:
+        """The node's logger."""
+
+
+def explained(callback: Transition) -> Transition:
+    """Make a transition that raises fail and say why: rclpy would swallow the exception."""
+
+    @functools.wraps(callback)
+    def wrapped(self: Faulty, state: LifecycleState) -> TransitionCallbackReturn:
+        try:
+            return callback(self, state)
+        except ExternalShutdownException:
+            return TransitionCallbackReturn.FAILURE  # told to end meanwhile
+        except (ParameterError, WeightsError) as error:
+            self.fault = str(error)
+            self.get_logger().error(f"{callback.__name__} failed: {error}")
+            return TransitionCallbackReturn.FAILURE
+        except Exception as error:  # noqa: BLE001  (whatever it is, the node lives on and names it)
+            self.fault = f"{type(error).__name__}: {error}"
+            self.get_logger().error(f"{callback.__name__} failed:\n{traceback.format_exc()}")
+            return TransitionCallbackReturn.FAILURE
+
+    return wrapped
