@@ -12,7 +12,7 @@ from kpmatch_ros.cli.common import MATCHING_OPTIONS, CommandError, add_command, 
 from kpmatch_ros.parameters import Parameters, declaration
 
 if TYPE_CHECKING:
-    from kpmatch_ros.bags.replay import CameraTopics
+    from kpmatch_ros.bags.cameras import CameraTopics
 
 __all__ = ["add_bag"]
 
@@ -84,8 +84,9 @@ def add_bag(commands: Any) -> None:
 
 
 def _bag(options: argparse.Namespace) -> int:
+    from kpmatch_ros.bags.cameras import choose_camera, choose_stereo_cameras
     from kpmatch_ros.bags.files import BagError
-    from kpmatch_ros.bags.replay import choose_camera, choose_stereo_cameras, replay
+    from kpmatch_ros.bags.replay import replay
     from kpmatch_ros.parameter_file import read_parameter_file
 
     parameters = Parameters() if options.params is None else read_parameter_file(options.params)
