@@ -23,7 +23,7 @@ from scipy.stats import chi2
 
 from kpmatch_ros.front_end import FrontEnd, Pair
 from kpmatch_ros.geometry.pose import Pose, PoseStatus, relative_motion
-from kpmatch_ros.geometry.stereo_motion import StereoCamera
+from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.parameters import Parameters
 from simulation import Scene, camera_path, demo_camera, stereo_right
 

@@ -14,8 +14,9 @@ import numpy as np
 from kpmatch_ros.feature_matcher import FeatureMatcher, Features, to_numpy
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
-from kpmatch_ros.geometry.refinement import INDEPENDENT_POINTS, REFINED_RESOLUTION, flatten, refine
-from kpmatch_ros.geometry.stereo_motion import StereoCamera, check_stereo_matches, estimate_stereo_motion
+from kpmatch_ros.geometry.refinement import INDEPENDENT_POINTS, REFINED_RESOLUTION, normalize_contrast, refine
+from kpmatch_ros.geometry.stereo_camera import StereoCamera
+from kpmatch_ros.geometry.stereo_motion import StereoAgreement, check_stereo_matches, estimate_stereo_motion
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.parameters import Parameters
 
@@ -31,7 +32,7 @@ class RightImage:
     Attributes:
         camera: the calibration of both cameras; None where there is none, or where the matches contradict it.
         points: (N, 2) float32 the left image's keypoints in the right image, NaN where there is no match.
-        normalized: the right image as :func:`kpmatch_ros.geometry.refinement.flatten` gives it.
+        normalized: the right image as :func:`kpmatch_ros.geometry.refinement.normalize_contrast` gives it.
     """
 
     camera: StereoCamera | None
@@ -67,8 +68,8 @@ class Frame:
 
     @cached_property
     def normalized(self) -> np.ndarray:
-        """The image as :func:`kpmatch_ros.geometry.refinement.flatten` gives it, made once for all pairs."""
-        return flatten(self.image)
+        """The image as :func:`kpmatch_ros.geometry.refinement.normalize_contrast` gives it, made once for all pairs."""
+        return normalize_contrast(self.image)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class StereoPair(ImagePair):
         agreement: which matches agree with the calibration, and whether it can be right.
     """
 
-    agreement: RelativePose
+    agreement: StereoAgreement
 
     @property
     def inliers(self) -> np.ndarray | None:

@@ -14,7 +14,7 @@ from kpmatch_ros.drawing import draw_matches
 from kpmatch_ros.front_end import FrontEnd, ImagePair, Pair, Result, StereoPair
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.geometry.pose import PoseStatus
-from kpmatch_ros.geometry.stereo_motion import StereoCamera
+from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.images import ImageError, to_array
 from kpmatch_ros.odometry import Odometry
 from kpmatch_ros.parameters import ParameterError, Parameters

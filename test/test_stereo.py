@@ -14,7 +14,8 @@ from scipy.stats import chi2
 
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
-from kpmatch_ros.geometry.stereo_motion import StereoCamera, check_stereo_matches, estimate_stereo_motion
+from kpmatch_ros.geometry.stereo_camera import StereoCamera
+from kpmatch_ros.geometry.stereo_motion import check_stereo_matches, estimate_stereo_motion
 
 WIDTH, HEIGHT = 640, 480
 BASELINE = 0.12
@@ -229,12 +230,11 @@ def test_stereo_matches_agree_on_their_epipolar_lines_and_in_front_only(lens: st
     right[20:30] = np.nan
     shift = left[30:40] - right[30:40]
     right[30:40] += 2 * shift if lens == "none" else 0  # behind
-    pose = check_stereo_matches(left, right, camera)
+    found = check_stereo_matches(left, right, camera)
     wrong = 40 if lens == "none" else 30
-    assert pose.status is PoseStatus.OK and pose.metric
-    assert not pose.inliers[:wrong].any() and pose.inliers[wrong:].all()
-    assert math.isclose(np.linalg.norm(pose.translation), camera.baseline)
-    assert 5 < pose.median_parallax < 31  # 500 px * 0.12 m at 2 to 10 m
+    assert found.status is PoseStatus.OK
+    assert not found.inliers[:wrong].any() and found.inliers[wrong:].all()
+    assert (found.num_matches, found.num_inliers) == (200, 200 - wrong)
 
 
 def test_left_and_right_swapped_contradict_the_calibration() -> None:

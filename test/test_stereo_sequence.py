@@ -16,8 +16,8 @@ from kpmatch_ros.bags.files import read_ground_truth, read_messages
 from kpmatch_ros.cli import main
 from kpmatch_ros.front_end import FrontEnd, Pair, StereoPair
 from kpmatch_ros.geometry.pose import Pose, PoseStatus, relative_motion
-from kpmatch_ros.geometry.refinement import flatten, refine
-from kpmatch_ros.geometry.stereo_motion import StereoCamera
+from kpmatch_ros.geometry.refinement import normalize_contrast, refine
+from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.images import to_array
 from kpmatch_ros.parameters import Parameters
 from simulation.bags import write_demo_bag
@@ -183,7 +183,7 @@ def test_whole_pixel_matches_become_exact_in_any_light(gain: float, offset: floa
     random = np.random.default_rng(0)
     points0 = np.round(random.uniform(20, 100, (60, 2)))
     guess = points0 + (3, 0) + random.integers(-1, 2, points0.shape)
-    found = refine(flatten(textured(0)), flatten(textured(3.4, gain, offset)), points0, guess)
+    found = refine(normalize_contrast(textured(0)), normalize_contrast(textured(3.4, gain, offset)), points0, guess)
     error = found - points0 - (3.4, 0)
     assert np.isfinite(found).all() and np.abs(error).max() < 0.1
 
@@ -195,17 +195,17 @@ def test_a_slanting_surface_is_matched_as_exactly_as_one_seen_straight() -> None
     seen = cv2.warpAffine(image, slant, image.shape[::-1], flags=cv2.INTER_CUBIC)
     points0 = np.round(random.uniform(20, 100, (60, 2)))
     expected = points0 @ slant[:, :2].T + slant[:, 2]
-    found = refine(flatten(image), flatten(seen), points0, np.round(expected))
+    found = refine(normalize_contrast(image), normalize_contrast(seen), points0, np.round(expected))
     assert np.isfinite(found).all()
     assert np.sqrt(np.mean((found - expected) ** 2)) < 0.05
 
 
 def test_what_is_not_found_is_nan() -> None:
-    image = flatten(textured(0))
+    image = normalize_contrast(textured(0))
     assert np.isnan(refine(image, np.zeros_like(image), np.array([[50.0, 50.0]]), np.array([[50.0, 50.0]]))).all()
     unknown = np.array([[np.nan, np.nan], [50.0, 50.0]])
     found = refine(image, image, unknown, np.array([[50.0, 50.0], [50.0, 50.0]]))
     assert np.isnan(found[0]).all() and np.abs(found[1] - 50).max() < 0.01
     assert refine(image, image, np.zeros((0, 2)), np.zeros((0, 2))).shape == (0, 2)
-    far = refine(image, flatten(textured(8)), np.array([[50.0, 50.0]]), np.array([[50.0, 50.0]]))
+    far = refine(image, normalize_contrast(textured(8)), np.array([[50.0, 50.0]]), np.array([[50.0, 50.0]]))
     assert np.isnan(far).all(), "what moves further than a detector errs was another point"

@@ -8,6 +8,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+__all__ = ["AHEAD", "BEHIND", "CalibrationError", "Camera"]
+
 _POLYNOMIAL_SIZES = (4, 5, 8, 12, 14)  # what cv2.projectPoints takes
 _COEFFICIENTS = {
     "plumb_bob": _POLYNOMIAL_SIZES,
@@ -19,14 +21,21 @@ _COEFFICIENTS = {
 _FOCAL_RANGE = (0.01, 1000.0)
 _NEWTON_ITERATIONS = 50
 _NEWTON_TOLERANCE = 1e-10  # normalised units: about 1e-7 px
-_LARGEST_TANGENT = 50.0  # directions within about one degree of the image plane's are of no use
+_LARGEST_TANGENT = 50.0  # a direction within about one degree of the image plane is no usable one
+
+AHEAD = 0.02
+"""Cosine to a camera's axis: a point further off, 89 degrees, is behind the camera."""
+
+BEHIND = 1e6
+"""Pixels: the residual of a point behind a camera."""
 
 
 class CalibrationError(ValueError):
-    """A calibration that cannot be used.
+    """A calibration cannot be used; the text says what to do.
 
-    `reason` is one of "uncalibrated" (the driver has no calibration), "size" (it is for another image size), "model"
-    (unknown distortion model) and "value" (numbers that no camera has); the text says what to do.
+    Attributes:
+        reason: "uncalibrated" (the driver has no calibration), "size" (it is for another image size), "model" (unknown
+            distortion model) or "value" (numbers that no camera has). A stereo pair has more: see StereoCamera.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -36,14 +45,18 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Camera:
-    """Pinhole camera with lens distortion, as calibrated for one image size. Checked when made: CalibrationError.
+    """Pinhole camera with lens distortion, as calibrated for one image size.
 
-    width, height: size of the image as received, pixels.
-    matrix: (3, 3) float64, the camera matrix in pixels of that image; the centre of its top-left pixel is (0, 0).
-    distortion_model: "plumb_bob", "rational_polynomial" (both as cv2.projectPoints), "equidistant" (cv2.fisheye), or
-        "" for none (the names of sensor_msgs/distortion_models.hpp).
-    distortion: (n,) float64, the model's coefficients in OpenCV's order. Empty or all zero means no distortion
-        whatever the model, as in image_geometry.
+    Attributes:
+        width, height: size of the image as received, pixels.
+        matrix: (3, 3) float64, the camera matrix in pixels of that image; the centre of its top-left pixel is (0, 0).
+        distortion_model: "plumb_bob", "rational_polynomial" (both as cv2.projectPoints), "equidistant" (cv2.fisheye),
+            or "" for none (the names of sensor_msgs/distortion_models.hpp).
+        distortion: (n,) float64, the model's coefficients in OpenCV's order. Empty or all zero means no distortion
+            whatever the model, as in image_geometry.
+
+    Raises:
+        CalibrationError: no camera has these numbers, or the distortion model is unknown.
     """
 
     width: int
@@ -69,11 +82,17 @@ class Camera:
 
     @classmethod
     def from_camera_info(cls, info: Any, *, rectified: bool) -> Camera:
-        """The camera of a sensor_msgs/CameraInfo message (of rclpy, rosbags or ROS 1: k or K, and so on).
+        """The camera of a sensor_msgs/CameraInfo message.
 
-        rectified: the images are already rectified (image_rect): P is used, without distortion; otherwise K and D.
-        Region of interest and binning (0 means 1) make the full-resolution calibration that of the image received,
-        as in image_geometry. Raises CalibrationError.
+        Region of interest and binning (0 means 1) turn the full-resolution calibration into that of the image received,
+        as in image_geometry.
+
+        Args:
+            info: the message, of rclpy, rosbags or ROS 1 (k or K, and so on).
+            rectified: the images are already rectified (image_rect): P is used, without distortion; otherwise K and D.
+
+        Raises:
+            CalibrationError: it is no calibration, or none that this package can use.
         """
         name = "P" if rectified else "K"
         numbers = np.asarray(_field(info, name), dtype=np.float64).ravel()
@@ -101,7 +120,11 @@ class Camera:
         return cls(width // binning_x, height // binning_y, matrix, model, np.asarray(distortion, dtype=np.float64))
 
     def check_size(self, width: int, height: int) -> None:
-        """Raise CalibrationError ("size") unless the calibration is for images of this size in pixels."""
+        """Check that the calibration is for images of this size in pixels.
+
+        Raises:
+            CalibrationError: it is not ("size").
+        """
         if (width, height) != (self.width, self.height):
             raise CalibrationError(
                 "size",
@@ -117,15 +140,19 @@ class Camera:
     def normalise(self, points: np.ndarray) -> np.ndarray:
         """Pixels (N, 2) to undistorted normalised coordinates x/z, y/z in the optical frame, (N, 2) float64.
 
-        NaN where a pixel is NaN or infinite, or where the lens model has no direction for it: outside the part of the
-        image in which the distortion can be inverted, or 89 degrees and more off the axis.
+        The result is NaN where a pixel is NaN or infinite, and where the lens model has no direction for it: outside
+        the part of the image in which the distortion can be inverted, or 89 degrees and more off the axis.
+
+        Raises:
+            ValueError: the pixels are not of shape (N, 2).
         """
         return self.normalise_with_jacobian(points)[0]
 
     def normalise_with_jacobian(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`normalise`, and its derivative by the pixel's coordinates, (N, 2, 2) float64: how far, locally, a pixel is.
+        """As `normalise`, with the jacobian (N, 2, 2) float64 by the pixel's coordinates; NaN where `normalise` is NaN.
 
-        The second is NaN where the first is.
+        Raises:
+            ValueError: the pixels are not of shape (N, 2).
         """
         pixels = np.asarray(points, dtype=np.float64)
         if pixels.ndim != 2 or pixels.shape[1] != 2:
@@ -145,26 +172,26 @@ class Camera:
         return normalised, jacobian
 
     def _undistort(self, distorted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Newton's method on the distortion, (N, 2) to (N, 2), and the derivative (N, 2, 2); NaN without a solution.
+        """Newton's method on the distortion, (N, 2) to (N, 2), and the jacobian (N, 2, 2); NaN without a solution.
 
         cv2.undistortPoints is not used: it stops after five fixed-point steps (its criteria are no argument of it
-        in the OpenCV 4 of ROS 2 Humble and Jazzy), does not say which points did not converge, and gives no derivative.
+        in the OpenCV 4 of ROS 2 Humble and Jazzy), does not say which points did not converge, and gives no jacobian.
         """
         points = distorted.copy()
         inverses = np.full((len(points), 2, 2), np.nan)
         active = np.arange(len(points))
         for _ in range(_NEWTON_ITERATIONS):
-            error, inverse, determinant = self._distort(points[active])
-            error -= distorted[active]
-            # A determinant that is not positive lies beyond the fold, where the lens model is no lens any more.
+            residuals, inverse, determinant = self._distort(points[active])
+            residuals -= distorted[active]
+            # Where the determinant is not positive the lens model folds over, as no lens does.
             sound = (determinant > 0) & (np.abs(points[active]).max(axis=1) < _LARGEST_TANGENT)
-            converged = sound & (np.abs(error).max(axis=1) < _NEWTON_TOLERANCE)
+            converged = sound & (np.abs(residuals).max(axis=1) < _NEWTON_TOLERANCE)
             inverses[active[converged]] = inverse[converged]
             going_on = sound & ~converged
             if not going_on.any():
                 break
-            active, error, inverse = active[going_on], error[going_on], inverse[going_on]
-            step = np.einsum("nij,nj->ni", inverse, error)
+            active, residuals, inverse = active[going_on], residuals[going_on], inverse[going_on]
+            step = np.einsum("nij,nj->ni", inverse, residuals)
             # Steps shorter than half the way to the axis, plus a half, do not leap over a fold unseen.
             longest = 0.5 * (1 + np.linalg.norm(points[active], axis=1))
             step *= np.minimum(1, longest / np.maximum(np.linalg.norm(step, axis=1), 1e-300))[:, None]
@@ -173,17 +200,17 @@ class Camera:
         return points, inverses
 
     def _distort(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Normalised (N, 2) to distorted normalised (N, 2); the inverse (N, 2, 2) and determinant (N,) of the slope."""
+        """Distorts normalised (N, 2); with the inverse (N, 2, 2) and determinant (N,) of the jacobian."""
         rays = np.column_stack([points, np.ones(len(points))])[:, None, :]
         # With z = 1 and no rotation, the derivative by the camera's position is that by x and y. OpenCV gives it for
         # both lens models, in other columns.
         if self.distortion_model == "equidistant":
-            image, slopes = cv2.fisheye.projectPoints(rays, np.zeros(3), np.zeros(3), np.eye(3), self.distortion)
-            slopes = slopes[:, 11:13]
+            image, jacobian = cv2.fisheye.projectPoints(rays, np.zeros(3), np.zeros(3), np.eye(3), self.distortion)
+            jacobian = jacobian[:, 11:13]
         else:
-            image, slopes = cv2.projectPoints(rays, np.zeros(3), np.zeros(3), np.eye(3), self.distortion)
-            slopes = slopes[:, 3:5]
-        (a, b), (c, d) = slopes.reshape(-1, 2, 2).transpose(1, 2, 0)
+            image, jacobian = cv2.projectPoints(rays, np.zeros(3), np.zeros(3), np.eye(3), self.distortion)
+            jacobian = jacobian[:, 3:5]
+        (a, b), (c, d) = jacobian.reshape(-1, 2, 2).transpose(1, 2, 0)
         determinant = a * d - b * c
         with np.errstate(divide="ignore", invalid="ignore"):  # the caller looks at the determinant
             inverse = np.stack([d, -b, -c, a], axis=-1).reshape(-1, 2, 2) / determinant[:, None, None]

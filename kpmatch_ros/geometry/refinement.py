@@ -9,7 +9,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-__all__ = ["INDEPENDENT_POINTS", "REFINED_RESOLUTION", "flatten", "refine"]
+__all__ = ["INDEPENDENT_POINTS", "REFINED_RESOLUTION", "normalize_contrast", "refine"]
 
 _FRACTION = 1 / 32  # of a pixel: all that OpenCV's interpolation tells apart
 
@@ -32,7 +32,7 @@ _STOP = (cv2.TERM_CRITERIA_COUNT + cv2.TERM_CRITERIA_EPS, 20, 0.01)
 _SMALLEST_DEVIATION = 2.0  # grey levels: less is noise
 
 
-def flatten(image: np.ndarray) -> np.ndarray:
+def normalize_contrast(image: np.ndarray) -> np.ndarray:
     """The image, uint8 grey (H, W) or RGB (H, W, 3), grey and of one brightness and contrast all over, uint8 (H, W).
 
     So that exposure, which differs from frame to frame and from camera to camera, moves no match.
@@ -51,7 +51,7 @@ def refine(
     """Where in image 1 the surroundings of points0 are, near points1 (Lucas and Kanade, IJCAI 1981; OpenCV).
 
     Args:
-        image0: uint8 (H, W), from :func:`flatten`.
+        image0: uint8 (H, W), from :func:`normalize_contrast`.
         image1: the same of the other image.
         points0: (M, 2) pixels in image 0; NaN is allowed.
         points1: (M, 2) pixels in image 1, the same matches.
@@ -98,17 +98,17 @@ def _deform(image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, points1
     across = (patches[:, 1:-1, 2:] - patches[:, 1:-1, :-2]).reshape(count, -1) / 2
     down = (patches[:, 2:, 1:-1] - patches[:, :-2, 1:-1]).reshape(count, -1) / 2
     x, y = np.meshgrid(side[1:-1], side[1:-1])
-    slopes = np.stack(
+    jacobian = np.stack(
         [across, down, across * x.ravel(), across * y.ravel(), down * x.ravel(), down * y.ravel()], axis=1
     )
-    normal = slopes @ slopes.transpose(0, 2, 1)
+    normal = jacobian @ jacobian.transpose(0, 2, 1)
     points, shape = points1.astype(np.float32), np.tile(np.eye(2, dtype=np.float32), (count, 1, 1))
     for _ in range(_DEFORMATIONS):
         points = np.round(points / np.float32(_FRACTION)) * np.float32(_FRACTION)
         (xx, xy), (yx, yy) = shape.transpose(1, 2, 0)[..., None, None]
-        error = _sample(image1, points, xx * x + xy * y, yx * x + yy * y).reshape(count, -1) - template
-        trust = np.maximum((error**2).mean(axis=1), 1.0) / _DEFORMATION**2  # in no deformation, by the noise
-        system, pull = normal.astype(np.float64), (slopes @ error[..., None])[..., 0].astype(np.float64)
+        residuals = _sample(image1, points, xx * x + xy * y, yx * x + yy * y).reshape(count, -1) - template
+        trust = np.maximum((residuals**2).mean(axis=1), 1.0) / _DEFORMATION**2  # in no deformation, by the noise
+        system, pull = normal.astype(np.float64), (jacobian @ residuals[..., None])[..., 0].astype(np.float64)
         system[:, range(6), range(6)] += np.where(np.arange(6) < 2, 1e-3, trust[:, None])
         pull[:, 2:] += trust[:, None] * (shape - np.eye(2, dtype=np.float32)).reshape(count, 4)
         step = np.linalg.solve(system, pull[..., None])[..., 0].astype(np.float32)

@@ -1,0 +1,118 @@
+"""Robust estimation that the motion of two views and that of two stereo frames share."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from scipy.special import gammaln
+
+from kpmatch_ros.geometry.camera import Camera
+
+__all__ = [
+    "FALSE_ALARM_RATE",
+    "SMALLEST_CURVATURE",
+    "SMALLEST_SAMPLE",
+    "TINY",
+    "TUKEY",
+    "check_options",
+    "design_effect",
+    "epipolar_chance",
+    "log_false_alarms",
+    "tukey",
+    "tukey_cost",
+    "tukey_cutoff",
+]
+
+FALSE_ALARM_RATE = 1e-3
+"""How often, at most, noise and wrong matches alone are taken for a translation, or for a geometry at all."""
+
+SMALLEST_SAMPLE = 8
+"""Fewest matches of an estimate: its five or six degrees of freedom, and some left over to tell the noise."""
+
+TUKEY = 4.685
+"""Where Tukey's loss ends, standard deviations: 95 % of the efficiency of least squares under Gaussian noise."""
+
+SMALLEST_CURVATURE = 0.1
+"""Lower bound of the loss's curvature, in units of its Gauss-Newton approximation."""
+
+TINY = 1e-30
+"""Stands for zero in a denominator."""
+
+_DEVIATIONS_PER_MEDIAN = 1.4826  # standard deviation over median absolute deviation, Gaussian noise
+
+
+def check_options(max_reprojection_error: float, keypoint_resolution: float) -> None:
+    """Check what both estimators take, pixels.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
+    if not 0 < max_reprojection_error < math.inf:
+        raise ValueError(f"max_reprojection_error must be a positive number of pixels, not {max_reprojection_error}")
+    if not 0 <= keypoint_resolution < math.inf:
+        raise ValueError(f"keypoint_resolution must be a number of pixels from 0 up, not {keypoint_resolution}")
+
+
+def tukey(lengths: np.ndarray, cutoff: float) -> tuple[np.ndarray, float]:
+    """Weights (n,) and total cost of Tukey's biweight of the residuals' lengths (n,), pixels."""
+    shares = np.minimum((lengths / cutoff) ** 2, 1)
+    return (1 - shares) ** 2, float((shares * (3 - 3 * shares + shares**2)).sum()) * cutoff**2 / 3
+
+
+def tukey_cost(squares: np.ndarray, cutoffs: np.ndarray) -> float:
+    """Total cost of the same loss of squared residuals (n,), each with a cutoff of its own (n,), squared pixels."""
+    shares = np.minimum(squares / cutoffs, 1)
+    return float((cutoffs * shares * (3 - 3 * shares + shares**2)).sum()) / 3
+
+
+def tukey_cutoff(residuals: np.ndarray, inlier_threshold: float, resolution: float) -> float:
+    """Where Tukey's loss ends, pixels: TUKEY standard deviations of the residuals' noise, or of rounding if larger.
+
+    The standard deviation is that of the residuals below twice the inlier threshold, by their median.
+    """
+    sizes = np.abs(residuals)
+    near = sizes[sizes < 2 * inlier_threshold]
+    noise = _DEVIATIONS_PER_MEDIAN * float(np.median(near)) if len(near) else inlier_threshold
+    return TUKEY * max(noise, resolution / math.sqrt(12), 1e-9)
+
+
+def log_false_alarms(hits: np.ndarray, chances: np.ndarray, sample: int) -> float:
+    """Logarithm of a bound on how many models are expected to be hit as much by chance alone.
+
+    A contrario RANSAC (Moisan and Stival, IJCV 2004), where unlikely hits count for more. The bound is Chernoff's.
+
+    Args:
+        hits: (n,) bool, the matches that agree with the model.
+        chances: (n,) how probable it is that a wrong match agrees.
+        sample: how many of the matches determine a model, and so agree with it anyway. There are n over `sample`
+            models.
+    """
+    count = len(hits)
+    if hits.sum() <= sample:
+        return math.inf
+    weights = np.minimum(-np.log(np.maximum(chances, TINY)), 1.0)
+    score = np.sort(weights[hits])[:-sample].sum()
+    powers = np.linspace(0.1, 4, 40)[:, None]
+    bounds = np.log1p(chances * np.expm1(powers * weights)).sum(axis=1) - powers[:, 0] * score
+    models = gammaln(count + 1) - gammaln(sample + 1) - gammaln(count - sample + 1)
+    return float(models + bounds.min())
+
+
+def epipolar_chance(camera: Camera, inlier_threshold: float) -> float:
+    """Probability, at most, that a wrong match is within the threshold (pixels) of its epipolar line.
+
+    The line is no longer than the image's diagonal, and the residual is that of two images.
+    """
+    area = camera.width * camera.height
+    return min(1.0, 2 * math.sqrt(2) * inlier_threshold * math.hypot(camera.width, camera.height) / area)
+
+
+def design_effect(used: np.ndarray, independent_points: float) -> float:
+    """Factor on a variance for matches that err together (Kish, Survey Sampling, 1965).
+
+    Args:
+        used: (n,) bool, the matches that the estimate is made from.
+        independent_points: how many of them, at most, err independently of each other.
+    """
+    return max(1.0, float(used.sum()) / independent_points)
