@@ -1,4 +1,4 @@
-# make demo: build everything, then the real node on a camera bag the package makes itself. make test: the test suite.
+# make demo: build everything, then run the real node on a camera bag. make test: the test suite.
 # make soak: an hour of overload and faults.
 PYTHON ?= python3
 VENV   := .venv
@@ -10,9 +10,9 @@ STAGE    := build/source/kpmatch_ros
 PARTS    := CMakeLists.txt LICENSE config kpmatch_ros launch msg package.xml scripts
 SOURCES  := $(shell find kpmatch_ros launch config msg scripts -type f -not -name '*.pyc') CMakeLists.txt package.xml
 
-.PHONY: demo test soak env build lint docs clean
+.PHONY: demo test soak env build lint docs demo-bag clean
 
-demo: build  ## the node on a synthetic camera bag, its poses against the truth, and a picture
+demo: build  ## the node on a camera bag, its poses against the truth, and a picture
 	tools/with_ros kpmatch demo
 
 test: build  ## every test; pass pytest's arguments with ARGS=
@@ -25,11 +25,14 @@ env: $(VENV)/.ready  ## the Python environment with ROS 2 in .venv/
 
 build: $(MESSAGES)  ## the ROS package in install/
 
-lint: env  ## ruff and mypy (part of the tests)
-	$(BIN)/ruff check . && $(BIN)/mypy
+lint: env  ## layout, ruff, mypy and the import contracts (part of the tests)
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
 
-docs: build  ## config/matcher.yaml and the README's parameter table, from their declaration
+docs: build  ## config/matcher.yaml and docs/parameters.md, from the declaration of the parameters
 	tools/with_ros python tools/generate_docs.py
+
+demo-bag: build  ## the bag that ships with the package, from the simulation
+	tools/with_ros python -m simulation.bags kpmatch_ros/data/demo
 
 clean:  ## everything that was built, the environment too
 	rm -rf $(VENV) build install log demo

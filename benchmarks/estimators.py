@@ -31,10 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from kpmatch_ros.cli.common import format_table, read_image
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
+from kpmatch_ros.tables import format_table
 
 Array = NDArray[np.float64]
 BOUNDS = (5.0, 10.0, 20.0)  # degrees
@@ -195,7 +195,7 @@ def read_pairs(folder: Path, **options: Any) -> Iterator[Problem]:
         if numbers[:2].any():
             raise SystemExit(f"{folder}: {names} are turned, which is not supported here")
         truth = numbers[20:].reshape(4, 4)
-        images = [read_image(folder / name) for name in names]
+        images = [cv2.cvtColor(cv2.imread(str(folder / name)), cv2.COLOR_BGR2RGB) for name in names]
         (height0, width0), (height1, width1) = (image.shape[:2] for image in images)
         features = [matcher.extract(image) for image in images]
         matches = matcher.match(*features).numpy()

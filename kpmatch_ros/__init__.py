@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kpmatch_ros.weights import WeightsError
 
 __all__ = ["FeatureMatcher", "Features", "FrontEnd", "Matches", "ParameterError", "Parameters", "WeightsError"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "FeatureMatcher": "feature_matcher",

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from kpmatch_ros.parameters import ParameterError
+from kpmatch_ros.shell import in_shell
 
 __all__ = [
     "choose_device",
@@ -34,7 +35,7 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ParameterError(
             f"device is {name!r}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use cpu or "
-            "auto, or install a PyTorch built for this machine's CUDA (kpmatch doctor)"
+            f"auto, or install a PyTorch built for this machine's CUDA ({in_shell('kpmatch doctor')})"
         )
     return device
 

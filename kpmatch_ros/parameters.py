@@ -1,7 +1,8 @@
 """Every parameter of the package, declared once.
 
-The node's ROS parameters, ``config/matcher.yaml``, the README's table, the options of the ``kpmatch`` command and the
-keyword arguments of :class:`kpmatch_ros.FeatureMatcher` all come from the fields of :class:`Parameters`.
+The node's ROS parameters, ``config/matcher.yaml``, the table in ``docs/parameters.md``, the options of the ``kpmatch``
+command and the keyword arguments of :class:`kpmatch_ros.FeatureMatcher` all come from the fields of
+:class:`Parameters`.
 """
 
 from __future__ import annotations
@@ -293,7 +294,7 @@ def config_file() -> str:
 
 
 def markdown_table() -> str:
-    """The README's table of parameters."""
+    """The table in docs/parameters.md."""
     rows = ["| parameter | type | default | allowed | unit | description |", "|---|---|---|---|---|---|"]
     for item in declarations():
         default = str(item.default).lower() if item.type is bool else item.default

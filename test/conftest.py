@@ -41,12 +41,12 @@ _DIFFERENCE = "largest difference: "
 
 @pytest.fixture(scope="session")
 def recorded_data() -> Path:
-    """A folder of recorded bags and image pairs beside the checkout; its tests are skipped where there is none."""
-    chosen = os.environ.get("KPMATCH_DATA")
-    folder = Path(chosen) if chosen else Path(__file__).resolve().parents[2] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"there is no recorded data at {folder}; KPMATCH_DATA names another folder")
-    return folder
+    """The folder of recorded bags and image pairs that KPMATCH_DATA names. Without it their tests are skipped."""
+    folder = os.environ.get("KPMATCH_DATA")
+    if not folder:
+        pytest.skip("there is no recorded data: KPMATCH_DATA names its folder")
+    assert Path(folder).is_dir(), f"KPMATCH_DATA names {folder}, which is no folder"
+    return Path(folder)
 
 
 @pytest.fixture

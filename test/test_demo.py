@@ -71,6 +71,7 @@ def test_the_node_ends_with_the_demo(tmp_path: Path) -> None:
 def test_without_ros_or_messages_it_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, module: str, said: str
 ) -> None:
+    monkeypatch.delitem(sys.modules, "kpmatch_ros.ros.player", raising=False)
     monkeypatch.setitem(sys.modules, module, None)  # importing it fails
     assert main(["demo", "--out", str(tmp_path)]) == 2
     err = capsys.readouterr().err

@@ -54,20 +54,20 @@ def test_where_ros_is_missing_the_rest_is_still_well(tmp_path: Path) -> None:
 def test_a_ros_for_another_python_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rclpy.py").write_text("import rclpy._rclpy_pybind11")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    (finding,) = doctor._ros()
+    (finding,) = doctor.check_ros()
     assert finding.level == FAIL and "Python version" in finding.remedy
 
 
 def test_a_ros_that_ends_the_process_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rclpy.py").write_text("import os; os.abort()")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    (finding,) = doctor._ros()
+    (finding,) = doctor.check_ros()
     assert finding.level == FAIL and "ended the process" in finding.text
 
 
 def test_a_middleware_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RMW_IMPLEMENTATION", "rmw_no_such_thing")
-    faults = [finding for finding in doctor._ros() if finding.level == FAIL]
+    faults = [finding for finding in doctor.check_ros() if finding.level == FAIL]
     assert faults and "rmw_no_such_thing" in " ".join(finding.text + finding.remedy for finding in faults)
 
 
@@ -80,7 +80,7 @@ def test_messages_that_are_not_built_are_a_fault_with_the_command_that_builds_th
 
     for variable in ("PYTHONPATH", "AMENT_PREFIX_PATH"):
         monkeypatch.setenv(variable, without(variable))
-    found = findings(doctor._ros)
+    found = findings(doctor.check_ros)
     assert found["messages"].level == FAIL and "colcon build" in found["messages"].remedy
     assert found["node"].level == FAIL
 
@@ -92,13 +92,13 @@ def test_a_copy_installed_by_pip_that_hides_the_messages_is_named(
     package.mkdir()
     (package / "__init__.py").write_text("__version__ = '9'")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
-    finding = findings(doctor._ros)["messages"]
+    finding = findings(doctor.check_ros)["messages"]
     assert finding.level == FAIL and str(package) in finding.text and "pip uninstall" in finding.remedy
 
 
 def test_messages_of_another_version_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kpmatch_ros, "__version__", "99.0.0")
-    finding = findings(doctor._ros)["messages"]
+    finding = findings(doctor.check_ros)["messages"]
     assert finding.level == FAIL and "99.0.0" in finding.text and "colcon build" in finding.remedy
 
 
@@ -109,7 +109,7 @@ def test_a_node_that_ros2_run_starts_with_a_python_without_pytorch_is_a_fault(
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
     bare.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    finding = findings(doctor._ros)["node"]
+    finding = findings(doctor.check_ros)["node"]
     assert finding.level == FAIL and str(bare) in finding.text and "torch" in finding.text
     assert "activate" in finding.remedy and f"{bare} -m pip install" in finding.remedy
 
@@ -123,7 +123,7 @@ def test_damaged_weights_are_a_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(sources.resources, "files", lambda package: tmp_path)
     damaged = weights.Weights(**{**vars(item), "source": weights.Packaged("copy")})
     monkeypatch.setitem(weights.REGISTRY, item.name, damaged)
-    levels = [finding.level for finding in doctor._weights() if item.name in finding.text]
+    levels = [finding.level for finding in doctor.check_weights() if item.name in finding.text]
     assert levels[0] == FAIL
 
 
@@ -131,7 +131,7 @@ def test_weights_that_may_not_be_used_commercially_are_marked(monkeypatch: pytes
     item = weights.find("superpoint-open")
     limited = weights.Weights(**{**vars(item), "commercial": False, "licence": "CC-BY-NC-4.0"})
     monkeypatch.setitem(weights.REGISTRY, item.name, limited)
-    text = next(finding.text for finding in doctor._weights() if item.name in finding.text)
+    text = next(finding.text for finding in doctor.check_weights() if item.name in finding.text)
     assert "CC-BY-NC-4.0, NO COMMERCIAL USE" in text
 
 
@@ -143,12 +143,12 @@ def test_weights_that_nobody_fetched_and_nobody_needs_are_no_fault(
     )
     monkeypatch.setenv("KPMATCH_WEIGHTS", str(tmp_path))
     monkeypatch.setitem(weights.REGISTRY, far.name, far)
-    assert {finding.level for finding in doctor._weights()} == {OK}
+    assert {finding.level for finding in doctor.check_weights()} == {OK}
 
 
 def test_without_pytorch_the_command_that_installs_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    (finding,) = doctor._pytorch()
+    (finding,) = doctor.check_pytorch()
     assert finding.level == FAIL and "pip install torch" in finding.remedy
 
 
@@ -156,7 +156,7 @@ def test_an_opencv_that_does_not_fit_numpy_is_a_fault(tmp_path: Path, monkeypatc
     (tmp_path / "cv2.py").write_text("raise AttributeError('_ARRAY_API not found')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "cv2")
-    (finding,) = doctor._opencv()
+    (finding,) = doctor.check_opencv()
     assert finding.level == FAIL and "_ARRAY_API" in finding.text and "opencv" in finding.remedy
 
 
@@ -172,7 +172,7 @@ def test_a_gpu_that_pytorch_does_not_use_is_worth_a_warning(
         pytest.skip("PyTorch uses the GPU here")
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(torch.version, "cuda", built_for)
-    finding = doctor._gpu(torch)
+    finding = doctor.check_gpu(torch)
     assert finding.level == WARN and remedy in finding.remedy
 
 
@@ -181,7 +181,7 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch: pyte
         raise RuntimeError("the disk is on fire")
         yield
 
-    for name in ("_opencv", "_pytorch", "_weights", "_networks", "_ros"):
+    for name in ("check_opencv", "check_pytorch", "check_weights", "check_networks", "check_ros"):
         monkeypatch.setattr(doctor, name, broken)
     found = list(doctor.examine())
     assert [finding.level for finding in found] == [OK, OK, FAIL, FAIL, FAIL, FAIL, FAIL]

@@ -22,16 +22,35 @@ def test_the_code_passes_ruff() -> None:
     run("ruff", "check", ".")
 
 
+def test_the_layout_is_ruff_formats() -> None:
+    run("ruff", "format", "--check", ".")
+
+
 def test_the_types_hold() -> None:
     run("mypy")
+
+
+def test_imports_keep_the_contracts_of_pyproject() -> None:
+    done = subprocess.run([Path(sys.executable).with_name("lint-imports")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_file_of_the_package_or_its_tests_is_over_500_lines() -> None:
+    files = [*(ROOT / "kpmatch_ros").rglob("*.py"), *(ROOT / "test").rglob("*.py")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert not {name: length for name, length in lengths.items() if length > 500}
 
 
 def test_the_config_file_follows_from_the_declaration_of_the_parameters() -> None:
     assert (ROOT / "config" / "matcher.yaml").read_text() == parameters.config_file(), "run make docs"
 
 
-def test_the_readme_lists_the_parameters_as_declared() -> None:
-    assert parameters.markdown_table() in (ROOT / "README.md").read_text(), "run make docs"
+def test_the_documentation_lists_the_parameters_as_declared() -> None:
+    assert parameters.markdown_table() in (ROOT / "docs" / "parameters.md").read_text(), "run make docs"
+
+
+def test_the_readme_is_for_deciding_and_starting() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
 def test_package_and_python_agree_on_the_version() -> None:

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kpmatch_ros.cli.common import MATCHING_OPTIONS, CommandError, add_command, add_parameter, format_table
+from kpmatch_ros.cli.common import MATCHING_OPTIONS, CommandError, add_command, add_parameter
 from kpmatch_ros.parameters import Parameters, declaration
+from kpmatch_ros.tables import format_table
 
 if TYPE_CHECKING:
     from kpmatch_ros.bags.cameras import CameraTopics

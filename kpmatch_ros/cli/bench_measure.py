@@ -196,18 +196,10 @@ Publish = Callable[[Any, FeatureMatcher], Any]
 def _publisher() -> Publish | None:
     """What makes a pair's messages and serialises them; None without ROS."""
     try:
-        from rclpy.serialization import serialize_message
-
-        from kpmatch_ros import messages
+        from kpmatch_ros.ros.serialization import serialize_pair
     except ImportError:
         return None
-
-    def publish(pair: Any, matcher: FeatureMatcher) -> None:
-        parameters = matcher.parameters
-        serialize_message(messages.match_array(pair, 0, parameters.extractor, parameters.matcher))
-        serialize_message(messages.relative_pose(pair))
-
-    return publish
+    return lambda pair, matcher: serialize_pair(pair, matcher.parameters.extractor, matcher.parameters.matcher)
 
 
 def _measure(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import kpmatch_ros
-from kpmatch_ros.cli.common import format_table
+from kpmatch_ros.tables import format_table
 
 __all__ = ["STAGES", "Comparison", "Row", "Spread", "draw", "report"]
 

@@ -6,12 +6,13 @@ import argparse
 import os
 import sys
 import textwrap
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kpmatch_ros.parameters import Declaration, ParameterError
+from kpmatch_ros.shell import in_shell
 
 # PyTorch and OpenCV take seconds to import. Only the commands that need them import them, so that --help is instant.
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ __all__ = [
     "add_command",
     "add_parameter",
     "comma_separated",
-    "format_table",
     "megabytes",
     "quiet_stderr",
     "read_image",
@@ -73,7 +73,7 @@ def add_command(commands: Any, name: str, run: Any, summary: str, description: s
         name,
         help=summary,
         description=textwrap.fill(description, 100),
-        epilog="\n  ".join(["examples:" if len(examples) > 1 else "example:", *examples]),
+        epilog="\n  ".join(["examples:" if len(examples) > 1 else "example:", *map(in_shell, examples)]),
     )
     parser.set_defaults(run=run, name=parser.prog)
     return parser
@@ -170,20 +170,6 @@ def quiet_stderr() -> Iterator[None]:
         os.dup2(saved, 2)
         os.close(saved)
         os.close(null)
-
-
-def format_table(rows: Iterable[Sequence[str]], right: Container[int] = ()) -> str:
-    """Rows of text in columns as wide as their longest entry, those numbered in ``right`` flush right."""
-    rows = [list(row) for row in rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            text.rjust(width) if column in right else text.ljust(width)
-            for column, (text, width) in enumerate(zip(row, widths))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def megabytes(size: int) -> str:

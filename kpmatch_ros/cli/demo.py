@@ -6,27 +6,27 @@ import argparse
 import contextlib
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kpmatch_ros.cli.common import CommandError, add_command, format_table, whole_number
+from kpmatch_ros.cli.common import CommandError, add_command, whole_number
+from kpmatch_ros.shell import in_shell
+from kpmatch_ros.tables import format_table
 
 if TYPE_CHECKING:
     from kpmatch_ros.geometry.pose import Pose
+    from kpmatch_ros.ros.player import Answers, RecordedFrame
 
 __all__ = ["add_demo"]
 
-_IMAGE_TOPIC = "/camera/image_raw"
-_INFO_TOPIC = "/camera/camera_info"
-_START_TIMEOUT = 120.0  # seconds for the node to load its networks and subscribe
-_FRAME_TIMEOUT = 60.0  # seconds for the results of one frame
 _FIRST_DOMAIN_PORT = 32768  # whoever holds port 32768 + N uses ROS domain N: the convention of ROS's domain_coordinator
 
 
@@ -41,7 +41,7 @@ def add_demo(commands: Any) -> None:
         "kpmatch demo --out demo",
     )
     parser.add_argument(
-        "--out", metavar="FOLDER", type=Path, default=Path("demo"), help="for the bag and the picture (default demo)"
+        "--out", metavar="FOLDER", type=Path, default=Path("demo"), help="for the bag and the pictures (default demo)"
     )
     parser.add_argument("--frames", metavar="N", type=whole_number(2), default=12, help="images to send (default 12)")
 
@@ -81,7 +81,7 @@ class Step:
 
 
 def run_demo(out: Path, frames: int) -> None:
-    """Make a bag, run the node on it, print how well it did, save a picture.
+    """Run the node on the demo bag, print how well it did, save a picture.
 
     Args:
         out: folder for the bag, the picture and the node's log; made where it is missing.
@@ -90,44 +90,54 @@ def run_demo(out: Path, frames: int) -> None:
     Raises:
         CommandError: when ROS 2 or the messages are missing, or the node fails.
     """
-    _check_ros()
+    _load_ros()
+    from kpmatch_ros.bags.demo import IMAGE_TOPIC, INFO_TOPIC
+    from kpmatch_ros.ros.player import play
+
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with _ros_domain() as domain, _node_process(domain, out / "node.log") as node:
-        bag = out / "bag"  # made while the node loads PyTorch and its networks
-        _make_bag(bag, frames)
-        steps, pictures = _replay(bag, domain, node)
-    picture = _save_best_picture(out / "matches.png", steps, pictures)
+        bag = _unpack(out, frames)  # while the node loads PyTorch and its networks
+        recorded, truth = _read_bag(bag)
+        print("waiting for the node ...", file=sys.stderr)
+        answers = play(recorded, IMAGE_TOPIC, INFO_TOPIC, domain, node.check)
+    steps = _compare(answers, truth)
+    picture = _save_best_picture(out / "matches.png", steps, answers.pictures)
     _print_results(steps, bag, picture, time.monotonic() - started)
 
 
-def _check_ros() -> None:
+def _load_ros() -> None:
+    """Import what needs ROS and the messages. Raises CommandError where that fails."""
     try:
-        import rclpy  # noqa: F401
-        import sensor_msgs.msg  # noqa: F401
+        import kpmatch_ros.ros.player  # noqa: F401
     except ImportError as error:
+        if (error.name or "").startswith("kpmatch_ros"):
+            raise CommandError(
+                f"the messages of kpmatch_ros are not built, or their workspace is not sourced ({error}): colcon build "
+                "--packages-select kpmatch_ros and . install/setup.sh, or make demo in a checkout "
+                f"({in_shell('kpmatch doctor')})"
+            ) from error
         raise CommandError(
             f"the demo runs a ROS 2 node, and ROS 2 is not here for {sys.executable} ({error}): source your ROS "
             "installation, or run make demo in a checkout of kpmatch_ros, which installs ROS 2 into .venv/"
         ) from error
-    try:
-        import kpmatch_ros.msg  # noqa: F401
-    except ImportError as error:
-        raise CommandError(
-            f"the messages of kpmatch_ros are not built, or their workspace is not sourced ({error}): colcon build "
-            "--packages-select kpmatch_ros and . install/setup.sh, or make demo in a checkout (kpmatch doctor)"
-        ) from error
 
 
-def _make_bag(bag: Path, frames: int) -> None:
-    from kpmatch_ros.bags.demo import unpack_demo_bag
+def _unpack(folder: Path, frames: int) -> Path:
+    """The demo's frames as a bag, and the first two as picture files."""
+    import cv2
+
+    from kpmatch_ros.bags.demo import demo_frames, unpack_demo_bag
     from kpmatch_ros.bags.files import BagError
 
-    print(f"unpacking a bag of {frames} frames ...", file=sys.stderr)
+    bag = folder / "bag"
     try:
         unpack_demo_bag(bag, frames)
     except BagError as error:
         raise CommandError(str(error)) from error
+    for number, frame in enumerate(demo_frames(2)):
+        cv2.imwrite(str(folder / f"frame{number}.png"), cv2.cvtColor(frame.image, cv2.COLOR_RGB2BGR))
+    return bag
 
 
 # The node
@@ -171,10 +181,12 @@ class _Node:
 @contextlib.contextmanager
 def _node_process(domain: int, log: Path) -> Iterator[_Node]:
     """Start the matcher node, and end it whatever happens here."""
+    from kpmatch_ros.bags.demo import IMAGE_TOPIC, INFO_TOPIC
+
     command = [
         *_executable(),
         "--ros-args",
-        *("-r", f"image:={_IMAGE_TOPIC}", "-r", f"camera_info:={_INFO_TOPIC}"),
+        *("-r", f"image:={IMAGE_TOPIC}", "-r", f"camera_info:={INFO_TOPIC}"),
         *("-p", "queue:=all"),
     ]
     environment = {**os.environ, "ROS_DOMAIN_ID": str(domain), "PYTHONUNBUFFERED": "1"}
@@ -204,129 +216,40 @@ def _executable() -> list[str]:
     return [sys.executable, "-c", "import sys; from kpmatch_ros.ros.node import main; sys.exit(main())"]
 
 
-# The replay
+# The recording
 
 
-class _Peer:
-    """A participant of its own in the node's domain."""
-
-    def __init__(self, name: str, domain: int) -> None:
-        import rclpy
-        from rclpy.executors import SingleThreadedExecutor
-
-        self._context = rclpy.Context()
-        rclpy.init(args=[], context=self._context, domain_id=domain)
-        self.node = rclpy.create_node(name, context=self._context)
-        self._executor = SingleThreadedExecutor(context=self._context)
-        self._executor.add_node(self.node)
-
-    def spin(self) -> None:
-        """Receive for a moment."""
-        self._executor.spin_once(timeout_sec=0.02)
-
-    def close(self) -> None:
-        """Leave the domain."""
-        import rclpy
-
-        self._executor.shutdown()
-        self.node.destroy_node()
-        rclpy.shutdown(context=self._context)
-
-
-def _replay(bag: Path, domain: int, process: _Node) -> tuple[list[Step], dict[int, Any]]:
-    """Publish the bag frame by frame, and collect what the node makes of it.
-
-    Each frame is sent when the results of the one before have arrived: the latency is then that of a frame, not of a
-    queue.
-
-    Returns:
-        what the node said of each pair, and its pictures by their stamps.
-    """
-    from rclpy.qos import QoSProfile
-    from sensor_msgs.msg import CameraInfo, Image
-    from tqdm import tqdm
-
-    from kpmatch_ros.msg import MatchArray, RelativePose
-
-    source, listener = _Peer("demo_camera", domain), _Peer("demo_listener", domain)
-    try:
-        qos = QoSProfile(depth=100)  # reliable: nothing is lost on the way
-        images = source.node.create_publisher(Image, _IMAGE_TOPIC, qos)
-        infos = source.node.create_publisher(CameraInfo, _INFO_TOPIC, qos)
-        matches: dict[int, Any] = {}
-        poses: dict[int, Any] = {}
-        pictures: dict[int, Any] = {}
-        for kind, topic, received in (
-            (MatchArray, "matches", matches),
-            (RelativePose, "relative_pose", poses),
-            (Image, "match_image", pictures),
-        ):
-            listener.node.create_subscription(kind, topic, _keep_in(received), qos)
-
-        def wait_for(condition: Callable[[], bool], what: str, timeout: float) -> None:
-            end = time.monotonic() + timeout
-            while not condition():
-                process.check()
-                if time.monotonic() > end:
-                    raise CommandError(f"waited {timeout:.0f} s in vain for {what}")
-                listener.spin()
-
-        def connected() -> bool:
-            heard = images.get_subscription_count() and infos.get_subscription_count()
-            return bool(heard) and all(
-                listener.node.count_publishers(topic) for topic in ("matches", "relative_pose", "match_image")
-            )
-
-        print("waiting for the node ...", file=sys.stderr)
-        wait_for(connected, "the node to come up", _START_TIMEOUT)
-        frames, truth = _read_bag(bag)
-        steps: list[Step] = []
-        previous = None
-        # disable=None: no bar where stderr is no terminal
-        for stamp, info, image in tqdm(frames, desc="frames", unit="frame", disable=None, leave=False):
-            sent = time.monotonic()
-            infos.publish(info)
-            images.publish(image)
-            if previous is not None:
-
-                def answered(stamp: int = stamp) -> bool:
-                    return stamp in matches and stamp in poses
-
-                wait_for(answered, "the results of a frame", _FRAME_TIMEOUT)
-                latency = (time.monotonic() - sent) * 1e3
-                errors = _errors(poses[stamp], truth[previous], truth[stamp])
-                steps.append(Step(matches[stamp], poses[stamp], latency, *errors))
-            previous = stamp
-        with contextlib.suppress(CommandError):
-            wait_for(lambda: len(pictures) >= len(steps), "the pictures", 2.0)
-        return steps, pictures
-    finally:
-        source.close()
-        listener.close()
-
-
-def _keep_in(received: dict[int, Any]) -> Callable[[Any], None]:
-    return lambda message: received.__setitem__(_nanoseconds(message.header.stamp), message)
-
-
-def _nanoseconds(stamp: Any) -> int:
-    return int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
-
-
-def _read_bag(bag: Path) -> tuple[list[tuple[int, bytes, bytes]], dict[int, Pose]]:
-    """Stamp, calibration and image of each frame, as recorded; and the camera's true poses."""
+def _read_bag(bag: Path) -> tuple[list[RecordedFrame], dict[int, Pose]]:
+    """Each frame as recorded, and the camera's true poses by their stamps."""
     from rosbags.highlevel import AnyReader
 
+    from kpmatch_ros.bags.demo import IMAGE_TOPIC, INFO_TOPIC
     from kpmatch_ros.bags.files import read_ground_truth
+    from kpmatch_ros.ros.player import RecordedFrame, nanoseconds
 
-    recorded: dict[str, dict[int, bytes]] = {_IMAGE_TOPIC: {}, _INFO_TOPIC: {}}
+    recorded: dict[str, dict[int, bytes]] = {IMAGE_TOPIC: {}, INFO_TOPIC: {}}
     with AnyReader([bag]) as reader:
         for connection, _, raw in reader.messages([c for c in reader.connections if c.topic in recorded]):
             message: Any = reader.deserialize(raw, connection.msgtype)
-            recorded[connection.topic][_nanoseconds(message.header.stamp)] = bytes(raw)
-    images, infos = recorded[_IMAGE_TOPIC], recorded[_INFO_TOPIC]
+            recorded[connection.topic][nanoseconds(message.header.stamp)] = bytes(raw)
+    images, infos = recorded[IMAGE_TOPIC], recorded[INFO_TOPIC]
     stamps, poses = read_ground_truth(bag)
-    return [(stamp, infos[stamp], images[stamp]) for stamp in sorted(images)], dict(zip(stamps.tolist(), poses))
+    frames = [RecordedFrame(stamp, infos[stamp], images[stamp]) for stamp in sorted(images)]
+    return frames, dict(zip(stamps.tolist(), poses))
+
+
+def _compare(answers: Answers, truth: dict[int, Pose]) -> list[Step]:
+    """What the node said of each pair, in order."""
+    stamps = sorted(truth)
+    return [
+        Step(
+            answers.matches[current],
+            answers.poses[current],
+            answers.latencies[current],
+            *_errors(answers.poses[current], truth[previous], truth[current]),
+        )
+        for previous, current in zip(stamps, stamps[1:])
+    ]
 
 
 def _errors(pose: Any, reference: Pose, current: Pose) -> tuple[float | None, float | None]:
@@ -357,12 +280,13 @@ def _save_best_picture(path: Path, steps: list[Step], pictures: dict[int, Any]) 
     import cv2
 
     from kpmatch_ros.images import to_array
+    from kpmatch_ros.ros.player import nanoseconds
 
-    shown = [step for step in steps if _nanoseconds(step.matches.header.stamp) in pictures]
+    shown = [step for step in steps if nanoseconds(step.matches.header.stamp) in pictures]
     if not shown:
         return None
     best = max(shown, key=lambda step: step.pose.num_inliers * min(step.pose.median_parallax, 30.0))
-    picture = to_array(pictures[_nanoseconds(best.matches.header.stamp)])
+    picture = to_array(pictures[nanoseconds(best.matches.header.stamp)])
     if not cv2.imwrite(str(path), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)):
         raise CommandError(f"{path} could not be written")
     return path
@@ -394,17 +318,26 @@ def _print_results(steps: list[Step], bag: Path, picture: Path | None, elapsed: 
         ),
         row("median", medians, f"{good} of {len(steps)} OK"),
     ]
-    first = steps[0].matches
+    said = steps[0].matches
     print(format_table(rows, right=range(1, 6)))
     print(
-        f"\n{len(steps) + 1} frames of {first.width} x {first.height}, {first.extractor} with {first.matcher}, "
+        f"\n{len(steps) + 1} frames of {said.width} x {said.height}, {said.extractor} with {said.matcher}, "
         f"{elapsed:.0f} s in all.\n"
         "Latency: from publishing an image to having its matches and its pose. Errors: against the bag's true motion."
     )
     print(f"\npicture    {picture or 'none arrived'}\nbag        {bag}\nnode's log {bag.parent / 'node.log'}")
+    if shutil.which("ros2"):
+        node = "ros2 launch kpmatch_ros matcher.launch.py image:=/camera/image_raw camera_info:=/camera/camera_info"
+    else:
+        node = in_shell("matcher --ros-args -r image:=/camera/image_raw -r camera_info:=/camera/camera_info")
+    first, second = bag.parent / "frame0.png", bag.parent / "frame1.png"
     print(
-        "\nWhat next:\n"
-        "  kpmatch doctor                               checks this machine\n"
-        "  kpmatch match a.jpg b.jpg --save out.png     two images of your own\n"
-        "  ros2 launch kpmatch_ros matcher.launch.py image:=/camera/image_raw camera_info:=/camera/camera_info"
+        f"""
+What next:
+check this machine
+  {in_shell("kpmatch doctor")}
+match two image files
+  {in_shell(f"kpmatch match {first} {second} --save {bag.parent / 'pair.png'}")}
+start the node for a camera of your own
+  {node}"""
     )

@@ -80,31 +80,33 @@ def run_doctor() -> bool:
 def examine() -> Iterator[Finding]:
     """All findings. A check that fails itself is a finding, too."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        _package,
-        _opencv,
-        _pytorch,
-        _weights,
-        _networks,
-        _ros,
+        check_package,
+        check_opencv,
+        check_pytorch,
+        check_weights,
+        check_networks,
+        check_ros,
     )
     for check in checks:
         try:
             yield from check()
         except Exception as error:  # noqa: BLE001 (whatever is broken here must not hide what comes after)
-            yield Finding(FAIL, check.__name__.strip("_"), f"{type(error).__name__}: {_first_line(error)}")
+            yield Finding(FAIL, check.__name__.removeprefix("check_"), f"{type(error).__name__}: {_first_line(error)}")
 
 
 def _first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def _package() -> Iterator[Finding]:
+def check_package() -> Iterator[Finding]:
+    """Where the package and Python are."""
     place = Path(kpmatch_ros.__file__).parent
     yield Finding(OK, "kpmatch_ros", f"{kpmatch_ros.__version__} at {place}")
     yield Finding(OK, "Python", f"{platform.python_version()} at {sys.executable}")
 
 
-def _opencv() -> Iterator[Finding]:
+def check_opencv() -> Iterator[Finding]:
+    """OpenCV: whether it is there and reads what it writes."""
     try:
         import cv2
     except Exception as error:  # noqa: BLE001 (ImportError, and what a clash of NumPy versions raises)
@@ -127,7 +129,8 @@ def _opencv() -> Iterator[Finding]:
         yield Finding(OK, "OpenCV", text)
 
 
-def _pytorch() -> Iterator[Finding]:
+def check_pytorch() -> Iterator[Finding]:
+    """PyTorch, the GPU and what `auto` chooses."""
     try:
         import torch
     except Exception as error:  # noqa: BLE001 (ImportError, and OSError for libraries that it does not find)
@@ -139,13 +142,14 @@ def _pytorch() -> Iterator[Finding]:
 
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     yield Finding(OK, "PyTorch", f"{torch.__version__}, {threads}")
-    yield _gpu(torch)
+    yield check_gpu(torch)
     device = choose_device("auto")
     precision = str(choose_precision("auto", device)).removeprefix("torch.")
     yield Finding(OK, "precision", f"auto means device {device}, {precision}")
 
 
-def _gpu(torch: Any) -> Finding:
+def check_gpu(torch: Any) -> Finding:
+    """Whether there is a GPU, and whether PyTorch computes on it."""
     signs = ("/dev/nvidia0", "/dev/nvhost-gpu")  # of a PC's and of a Jetson's
     present = any(Path(sign).exists() for sign in signs) or shutil.which("nvidia-smi") is not None
     if torch.cuda.is_available():
@@ -169,7 +173,8 @@ def _gpu(torch: Any) -> Finding:
     return Finding(WARN, "GPU", f"there is one, but PyTorch (CUDA {torch.version.cuda}) cannot use it", remedy)
 
 
-def _weights() -> Iterator[Finding]:
+def check_weights() -> Iterator[Finding]:
+    """The weights that are here, and the default ones."""
     defaults = Parameters()
     for item in weights.REGISTRY.values():
         wanted = item.name in (defaults.extractor, defaults.matcher)
@@ -186,7 +191,7 @@ def _weights() -> Iterator[Finding]:
             yield Finding(OK, "weights", f"{item.name}: {size}, {checked}, {item.terms}")
 
 
-def _networks() -> Iterator[Finding]:
+def check_networks() -> Iterator[Finding]:
     """The default networks on a small picture: finds what imports and versions do not show."""
     import time
 
@@ -213,65 +218,14 @@ def _networks() -> Iterator[Finding]:
         yield Finding(OK, "networks", text)
 
 
-# Asked in a process of its own: importing rclpy may replace the process or, with libraries that clash, end it. Without
-# the working folder on its path, where a source checkout would stand in for the installed package.
-_ROS_QUESTIONS = """
-import json, sys, traceback
-sys.path = [path for path in sys.path if path]
-answers = {}
-
-def ask(name):
-    def run(question):
-        try:
-            answers[name] = {"value": question()}
-        except BaseException as error:
-            last = traceback.extract_tb(error.__traceback__)[-1].filename
-            answers[name] = {"error": f"{type(error).__name__}: {error}", "type": type(error).__name__, "file": last}
-    return run
-
-@ask("rclpy")
-def _():
-    import rclpy
-    return rclpy.__file__
-
-@ask("rmw")
-def _():
-    from rclpy.utilities import get_rmw_implementation_identifier
-    return get_rmw_implementation_identifier()
-
-@ask("package")
-def _():
-    import kpmatch_ros
-    return [kpmatch_ros.__file__, getattr(kpmatch_ros, "__version__", "")]
-
-@ask("messages")
-def _():
-    from rclpy.serialization import deserialize_message, serialize_message
-    from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
-    for kind in (FeatureArray, MatchArray, RelativePose):
-        if deserialize_message(serialize_message(kind()), kind) != kind():
-            raise RuntimeError(f"{kind.__name__} does not survive being sent")
-    import kpmatch_ros.msg
-    return kpmatch_ros.msg.__file__
-
-@ask("installed")
-def _():
-    from ament_index_python.packages import get_package_prefix
-    return get_package_prefix("kpmatch_ros")
-
-@ask("converter")
-def _():
-    from kpmatch_ros.images import converter
-    convert, faults = converter()
-    return [getattr(convert, "__module__", ""), faults]
-
-print(json.dumps(answers))
-"""
+# Asked in a process of its own: importing rclpy may replace the process or, with libraries that clash, end it.
+_ROS_QUESTIONS = Path(kpmatch_ros.__file__).parent / "ros" / "questions.py"
 
 
-def _ros() -> Iterator[Finding]:
+def check_ros() -> Iterator[Finding]:
+    """ROS 2, its middleware, the messages, the image converter and the node's executable."""
     process = subprocess.run(
-        [sys.executable, "-c", _ROS_QUESTIONS], capture_output=True, text=True, timeout=_TIMEOUT, check=False
+        [sys.executable, str(_ROS_QUESTIONS)], capture_output=True, text=True, timeout=_TIMEOUT, check=False
     )
     try:
         answers: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
@@ -317,7 +271,7 @@ def _messages(answers: dict[str, Any]) -> Finding:
         problem = answers["messages"]
         if prefix is None:
             return Finding(FAIL, "messages", "not built with colcon, or the workspace is not sourced", build)
-        used = Path(answers["package"].get("value", [""])[0]).parent
+        used = Path(answers["package"].get("value", "")).parent
         if problem["type"] == "ModuleNotFoundError" and Path(prefix) not in used.parents:
             text = f"the Python package at {used} hides the one with the messages in {prefix}"
             return Finding(FAIL, "messages", text, "pip uninstall kpmatch_ros, or source the workspace after all else")

@@ -23,6 +23,7 @@ from kpmatch_ros.cli.doctor import add_doctor
 from kpmatch_ros.cli.match import add_match
 from kpmatch_ros.cli.weights import add_weights
 from kpmatch_ros.parameters import ParameterError
+from kpmatch_ros.shell import in_shell
 from kpmatch_ros.weights import WeightsError
 
 __all__ = ["main"]
@@ -87,7 +88,7 @@ def _build_parser() -> Parser:
     parser = Parser(
         prog="kpmatch",
         description="Learned feature matching: SuperPoint and LightGlue on images and ROS 2 camera topics.",
-        epilog="example:\n  kpmatch match left.png right.png --save matches.png",
+        epilog=f"example:\n  {in_shell('kpmatch match left.png right.png --save matches.png')}",
     )
     parser.add_argument("--version", action="version", version=f"kpmatch_ros {kpmatch_ros.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kpmatch_ros import weights
-from kpmatch_ros.cli.common import add_command, format_table, megabytes
+from kpmatch_ros.cli.common import add_command, megabytes
+from kpmatch_ros.shell import in_shell
+from kpmatch_ros.tables import format_table
 
 __all__ = ["add_weights"]
 
@@ -18,7 +20,7 @@ def add_weights(commands: Any) -> None:
         "weights",
         help="list, fetch, inspect and convert weights",
         description="The weights of the networks: what is known by name, its licence, size and origin.",
-        epilog="example:\n  kpmatch weights list",
+        epilog=f"example:\n  {in_shell('kpmatch weights list')}",
     )
     actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_command(
@@ -131,7 +133,10 @@ def _weights_info(options: argparse.Namespace) -> int:
         rows += [("file", str(file)), ("size", megabytes(file.stat().st_size)), ("SHA-256", sha256)]
         known = known or [one for one in weights.REGISTRY.values() if one.sha256 == sha256]
     elif item is not None:
-        rows += [("file", f"not on this machine: kpmatch weights fetch {item.name}"), ("size", megabytes(item.size))]
+        rows += [
+            ("file", f"not on this machine: {in_shell(f'kpmatch weights fetch {item.name}')}"),
+            ("size", megabytes(item.size)),
+        ]
     for one in known:
         rows += [
             ("name", f"{one.name} ({one.model}{f' for {one.extractor}' if one.extractor else ''})"),

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from kpmatch_ros.shell import in_shell
 from kpmatch_ros.weights.sources import Hub, Packaged, Source, Url, Wheel
 
 __all__ = [
@@ -224,7 +225,7 @@ def find(name: str) -> Weights:
     except KeyError:
         raise WeightsError(
             f"no weights are called {name!r} and there is no such file; registered are {', '.join(REGISTRY)} "
-            "(kpmatch weights list)"
+            f"({in_shell('kpmatch weights list')})"
         ) from None
 
 
@@ -253,7 +254,7 @@ def verify(item: Weights) -> None:
         WeightsError: when it is not.
     """
     packaged = isinstance(item.source, Packaged)
-    remedy = "install kpmatch_ros again" if packaged else f"kpmatch weights fetch {item.name}"
+    remedy = "install kpmatch_ros again" if packaged else in_shell(f"kpmatch weights fetch {item.name}")
     file = item.file
     if not file.exists():
         terms = "" if packaged else f" ({item.terms})"
@@ -326,7 +327,7 @@ def fetch(
         where = f"and its config.json in {target.parent}" if isinstance(item.source, Hub) else f"at {target}"
         raise WeightsError(
             f"{name} could not be fetched from {item.source} ({error}); fetch it on another machine, put it {where}, "
-            f"and run kpmatch weights info {name}"
+            f"and run {in_shell(f'kpmatch weights info {name}')}"
         ) from error
     verify(item)
     return item.path

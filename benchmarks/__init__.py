@@ -1,0 +1,1 @@
+"""Programs that measure this package, and what it is compared with."""

@@ -1,0 +1,42 @@
+"""Subscribe to a running matcher node: python examples/print_matches.py"""
+
+from __future__ import annotations
+
+import numpy as np
+import rclpy
+from rclpy.node import Node
+
+from kpmatch_ros.msg import MatchArray, RelativePose
+
+
+class MatchPrinter(Node):
+    """Prints how many matches each pair of frames has, and whether its pose is known."""
+
+    def __init__(self) -> None:
+        super().__init__("match_printer")
+        self.create_subscription(MatchArray, "matches", self._on_matches, 10)
+        self.create_subscription(RelativePose, "relative_pose", self._on_pose, 10)
+
+    def _on_matches(self, message: MatchArray) -> None:
+        inliers = np.asarray(message.inliers, bool)
+        print(f"{len(message.scores)} matches, {inliers.sum()} inliers, tracks begin again: {message.reset}")
+
+    def _on_pose(self, message: RelativePose) -> None:
+        position = message.pose.pose.position
+        if message.status == RelativePose.OK:
+            print(f"moved ({position.x:.3f}, {position.y:.3f}, {position.z:.3f}){' m' if message.metric else ''}")
+
+
+def main() -> None:
+    """Until Ctrl-C."""
+    rclpy.init()
+    try:
+        rclpy.spin(MatchPrinter())
+    except KeyboardInterrupt:
+        pass
+    finally:
+        rclpy.try_shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""A pair's messages as they go to DDS: `kpmatch bench` measures what that costs."""
+
+from __future__ import annotations
+
+from rclpy.serialization import serialize_message
+
+from kpmatch_ros import messages
+from kpmatch_ros.front_end import Pair
+
+__all__ = ["serialize_pair"]
+
+
+def serialize_pair(pair: Pair, extractor: str, matcher: str) -> tuple[bytes, bytes]:
+    """The MatchArray and the RelativePose of a pair, filled in and serialised."""
+    return (
+        serialize_message(messages.match_array(pair, 0, extractor, matcher)),
+        serialize_message(messages.relative_pose(pair)),
+    )

@@ -1,0 +1,21 @@
+"""Tables of text."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Sequence
+
+__all__ = ["format_table"]
+
+
+def format_table(rows: Iterable[Sequence[str]], right: Container[int] = ()) -> str:
+    """Rows of text in columns as wide as their longest entry, those numbered in ``right`` flush right."""
+    rows = [list(row) for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            text.rjust(width) if column in right else text.ljust(width)
+            for column, (text, width) in enumerate(zip(row, widths))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
