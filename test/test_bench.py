@@ -19,6 +19,7 @@ import torch
 from kpmatch_ros.cli.bench_measure import forth_and_back, in_turn
 from kpmatch_ros.cli.bench_report import Spread
 from kpmatch_ros.models import LightGlue, SuperPoint
+from kpmatch_ros.models.assignment import ImageFeatures
 from simulation.bags import write_camera_bag
 
 Run = Callable[..., tuple[int, str, str]]
@@ -150,8 +151,11 @@ def test_the_authors_package_is_given_the_weights_under_its_names(
                 setattr(self.network, name, self.conf[name])
 
         def forward(self, data: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
-            parts = [data[f"image{i}"][name] for name in ("keypoints", "descriptors", "image_size") for i in (0, 1)]
-            return {"matches": [(self.network(*parts).matches0[0] >= 0).nonzero()]}
+            images = [
+                ImageFeatures(one["keypoints"], one["descriptors"], one["image_size"])
+                for one in (data["image0"], data["image1"])
+            ]
+            return {"matches": [(self.network(*images).matches0[0] >= 0).nonzero()]}
 
     package = ModuleType("lightglue")
     package.SuperPoint, package.LightGlue = TheirSuperPoint, TheirLightGlue  # type: ignore[attr-defined]
