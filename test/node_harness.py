@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ class NodeUnderTest:
     def __init__(
         self, start: Callable[[], subprocess.Popen[str]], node: Any, executor: Any, log: Path, calibrated: bool
     ) -> None:
+        self.namespace: str = node.get_namespace()  # of both
         self._start = start
         self.process = start()
         self.node = node
@@ -43,16 +45,21 @@ class NodeUnderTest:
         self.subscribe(MatchArray, "matches", self.matches.append)
         self.subscribe(MatchArray, "stereo_matches", self.stereo_matches.append)
         self.subscribe(RelativePose, "relative_pose", self.poses.append)
-        self.node.create_subscription(DiagnosticArray, "/diagnostics", self.diagnostics.append, 10)
-        self._images = self.node.create_publisher(Image, "image", QoSProfile(depth=1000))
+        self.node.create_subscription(DiagnosticArray, "/diagnostics", self._take_diagnostics, 10)
+        self.images = self.node.create_publisher(Image, "image", QoSProfile(depth=1000))
         # The node waits for the calibration that somebody offers: only those who send one offer it.
-        self._infos = (
+        self.infos = (
             self.node.create_publisher(CameraInfo, "camera_info", QoSProfile(depth=1000)) if calibrated else None
         )
 
     def subscribe(self, kind: type, topic: str, callback: Callable[[Any], None]) -> Any:
         """Receive from the node without losing anything."""
         return self.node.create_subscription(kind, topic, callback, QoSProfile(depth=1000))
+
+    def _take_diagnostics(self, message: DiagnosticArray) -> None:
+        """Keep what the node under test says, and nothing of another node on the machine."""
+        if message.status[0].name.startswith(f"{self.namespace.lstrip('/')}/"):
+            self.diagnostics.append(message)
 
     @property
     def log(self) -> str:
@@ -69,9 +76,15 @@ class NodeUnderTest:
         """Receive until a condition holds."""
         end = time.monotonic() + timeout
         while not condition():
-            assert self.process.poll() is None, f"the node ended while the test waited for {what}:\n{self.log}"
+            assert self.process.poll() is None, f"{self._ending()} while the test waited for {what}:\n{self.log}"
             assert time.monotonic() < end, f"waited {timeout} s in vain for {what}:\n{self._last_words()}"
             self._executor.spin_once(timeout_sec=0.05)
+
+    def _ending(self) -> str:
+        """How the node's process ended."""
+        status = self.process.returncode
+        how = f"by the signal {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
+        return f"the node ended {how}"
 
     def _last_words(self) -> str:
         """What the node printed, and its last diagnostics."""
@@ -81,12 +94,17 @@ class NodeUnderTest:
         age = time.time() - said.header.stamp.sec
         return f"{self.log}\n{len(self.diagnostics)} diagnostics, the last {age:.0f} s ago: {said.status[0]}"
 
+    def is_there(self) -> bool:
+        """Whether the node has been discovered, configured or not."""
+        offers = self.node.get_publishers_info_by_topic("/diagnostics")
+        return any(offer.node_namespace == self.namespace for offer in offers)
+
     def wait_until_connected(self) -> None:
         """Wait until the node is active: it subscribes, and its publications are known here."""
 
         def connected() -> bool:
-            ours = all(one.get_subscription_count() for one in (self._images, self._infos) if one is not None)
-            theirs = self.node.count_publishers("/relative_pose") and self.node.count_publishers("/matches")
+            ours = all(one.get_subscription_count() for one in (self.images, self.infos) if one is not None)
+            theirs = self.node.count_publishers("relative_pose") and self.node.count_publishers("matches")
             return bool(ours and theirs)
 
         self.wait_for(connected, "the node to come up")
@@ -95,9 +113,9 @@ class NodeUnderTest:
     def send(self, image: Image, info: CameraInfo | None = None) -> None:
         """Publish a frame, its calibration first."""
         if info is not None:
-            assert self._infos is not None
-            self._infos.publish(info)
-        self._images.publish(image)
+            assert self.infos is not None
+            self.infos.publish(info)
+        self.images.publish(image)
 
     def figures(self) -> dict[str, str]:
         """The newest diagnostics."""
@@ -132,7 +150,19 @@ def running_node(
     discovery_range: str = "LOCALHOST",
     **parameters: Any,
 ) -> Iterator[NodeUnderTest]:
-    """Start the node in a ROS domain of its own; ``calibrated`` tells whether camera_info is offered to it."""
+    """Start the node in a ROS domain and a namespace of its own.
+
+    A domain keeps apart what takes part in the choice of domains. Another node on the machine may be in the same one:
+    its topics and services have other names.
+
+    Args:
+        tmp_path: for the logs.
+        arguments: ROS arguments of the node.
+        calibrated: whether camera_info is offered to the node.
+        discovery_range: as ROS_AUTOMATIC_DISCOVERY_RANGE.
+        parameters: of the node. The topics in the names of quality of service overrides are those without a namespace.
+    """
+    namespace = f"/test_{uuid.uuid4().hex[:12]}"
     with domain_id() as domain:
         environment = {
             **os.environ,
@@ -141,8 +171,9 @@ def running_node(
             "ROS_LOG_DIR": str(tmp_path / "ros_log"),
             "OMP_NUM_THREADS": "1",
         }
-        command = ["matcher", "--ros-args"]
+        command = ["matcher", "--ros-args", "-r", f"__ns:={namespace}"]
         for name, value in {**PARAMETERS, **parameters}.items():
+            name = name.replace("qos_overrides./", f"qos_overrides.{namespace}/")
             command += ["-p", f"{name}:={str(value).lower() if isinstance(value, bool) else value}"]
         log = tmp_path / "node.log"
         log.unlink(missing_ok=True)
@@ -156,7 +187,7 @@ def running_node(
         context = rclpy.Context()
         os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = discovery_range
         rclpy.init(context=context, domain_id=domain)
-        node = rclpy.create_node("peer", context=context)
+        node = rclpy.create_node("peer", namespace=namespace, context=context)
         executor = SingleThreadedExecutor(context=context)
         executor.add_node(node)
         under_test = NodeUnderTest(start, node, executor, log, calibrated)

@@ -265,7 +265,7 @@ class Soak:
             self.node.node.destroy_subscription(self._subscriptions.pop(0))
 
     def reset(self) -> None:
-        self.call(Trigger, "/reset", Trigger.Request())
+        self.call(Trigger, "reset", Trigger.Request())
 
     def change_parameters(self) -> None:
         changes = [
@@ -282,7 +282,7 @@ class Soak:
     def set_parameters(self, *changes: tuple[str, Any]) -> None:
         request = SetParametersAtomically.Request()
         request.parameters = [Parameter(name, value=value).to_parameter_msg() for name, value in changes]
-        self.call(SetParametersAtomically, "/matcher/set_parameters_atomically", request)
+        self.call(SetParametersAtomically, "matcher/set_parameters_atomically", request)
 
     def be_silent(self) -> None:
         self.node.spin(float(self.rng.uniform(1, 4)))
@@ -327,7 +327,7 @@ class Soak:
     def make(self, transition: int) -> None:
         """A step of the node's lifecycle."""
         request = ChangeState.Request(transition=Transition(id=transition))
-        if not self.call(ChangeState, "/matcher/change_state", request).success:
+        if not self.call(ChangeState, "matcher/change_state", request).success:
             self.faults.append(f"transition {transition} failed")
 
 
@@ -360,7 +360,7 @@ def main() -> int:
 def soak(node: NodeUnderTest, camera: Camera, options: argparse.Namespace) -> int:
     """Run, print the table and the verdict."""
     run = Soak(node, camera, np.random.default_rng(options.seed))
-    node.wait_for(lambda: node.node.count_publishers("/matches"), "the node to come up")
+    node.wait_for(lambda: node.node.count_publishers("matches"), "the node to come up")
     node.wait_for(lambda: all(publisher.get_subscription_count() for publisher in camera.images), "its subscriptions")
     node.spin(0.5)
     processing = run.measure_processing()

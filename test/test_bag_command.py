@@ -114,9 +114,9 @@ def publish(node: NodeUnderTest, bag: Path) -> None:
     with AnyReader([bag]) as reader:
         for connection, _, raw in reader.messages():
             if connection.topic == "/camera/image_raw":
-                node._images.publish(bytes(raw))
+                node.images.publish(bytes(raw))
             elif connection.topic == "/camera/camera_info":
-                node._infos.publish(bytes(raw))
+                node.infos.publish(bytes(raw))
             node.spin(0.01)
 
 
@@ -129,7 +129,7 @@ def test_the_bag_holds_what_the_node_publishes_bit_for_bit(tmp_path: Path) -> No
     with running_node(tmp_path, max_keypoints=512) as node:
         node.subscribe(FeatureArray, "features", node.features.append)
         node.wait_until_connected()
-        node.wait_for(lambda: node.node.count_subscribers("/features") == 1, "the subscription")
+        node.wait_for(lambda: node.node.count_subscribers("features") == 1, "the subscription")
         publish(node, tmp_path / "in")
         node.wait_for(lambda: len(node.poses) == len(node.matches) == 4 and len(node.features) == 5, "every pair")
     bag_command(tmp_path / "in", tmp_path / "out", "--device", "cpu", "--precision", "float32",
@@ -477,9 +477,9 @@ def test_the_stereo_bag_holds_what_the_node_publishes_bit_for_bit(
         peers = {topic: node.node.create_publisher(kind, name, QoSProfile(depth=100))
                  for topic, (kind, name) in inputs.items()}  # fmt: skip
         node.wait_for(lambda: all(peer.get_subscription_count() for peer in peers.values()), "the node to subscribe")
-        topics = ("/stereo_matches", "/matches", "/relative_pose", "/odometry", "/features")
+        topics = ("stereo_matches", "matches", "relative_pose", "odometry", "features")
         node.wait_for(lambda: all(node.node.count_publishers(topic) for topic in topics), "its topics")
-        node.wait_for(lambda: node.node.count_subscribers("/features") == 1, "the subscription")
+        node.wait_for(lambda: node.node.count_subscribers("features") == 1, "the subscription")
         node.spin(0.3)
         with AnyReader([stereo_bag]) as reader:
             for connection, _, raw in reader.messages():

@@ -65,7 +65,7 @@ def test_two_hundred_lifecycle_cycles_leave_nothing_behind(
     )
     network = {"extractor": folder, "matcher": folder, "max_keypoints": 60}
     with running_node(tmp_path, calibrated=False, autostart=False, **network) as node:
-        client = node.node.create_client(ChangeState, "/matcher/change_state")
+        client = node.node.create_client(ChangeState, "matcher/change_state")
         node.wait_for(client.service_is_ready, "the node")
         held = []
         for number in range(200):
@@ -82,8 +82,8 @@ def test_two_hundred_lifecycle_cycles_leave_nothing_behind(
         # What the allocator keeps for a while differs by 20 MB from cycle to cycle: the least of many tells a leak.
         early, late = (min(each.memory for each in some) for some in (held[60:100], held[160:]))
         assert late - early < 10e6
-        node.wait_for(lambda: node.node.count_publishers("/matches") == 0, "the topics to go")
-        assert node.node.count_subscribers("/image") == 0
+        node.wait_for(lambda: node.node.count_publishers("matches") == 0, "the topics to go")
+        assert node.node.count_subscribers("image") == 0
         assert node.stop() == 0
 
 
@@ -91,7 +91,7 @@ def test_an_inactive_node_gives_back_the_memory_that_frames_take(tmp_path: Path,
     picture = Image(encoding="mono8", width=640, height=480, step=640, data=texture(480, 640, 2).tobytes())
     with running_node(tmp_path, calibrated=False) as node:
         node.wait_until_connected()
-        client = node.node.create_client(ChangeState, "/matcher/change_state")
+        client = node.node.create_client(ChangeState, "matcher/change_state")
         before = Resources(node.process.pid).memory
         for i in range(3):
             node.send(stamped(picture, 1.0 + 0.1 * i))
@@ -125,7 +125,7 @@ def test_the_node_ends_cleanly_in_the_middle_of_inference(tmp_path: Path, sent: 
 @pytest.mark.parametrize("delay", [0.0, 0.3])
 def test_ctrl_c_twice_while_the_weights_load_ends_the_node_without_a_fuss(tmp_path: Path, delay: float) -> None:
     with running_node(tmp_path, calibrated=False, max_keypoints=4096) as node:
-        node.wait_for(lambda: node.node.count_publishers("/diagnostics"), "the node to be there")
+        node.wait_for(node.is_there, "the node to be there")
         time.sleep(delay)
         for _ in range(2):
             node.process.send_signal(signal.SIGINT)
@@ -182,7 +182,7 @@ def test_parameters_that_change_at_random_under_load_are_all_or_nothing(
     }
     with running_node(tmp_path, calibrated=False, extractor=folder, matcher=folder) as node:
         node.wait_until_connected()
-        client = node.node.create_client(SetParametersAtomically, "/matcher/set_parameters_atomically")
+        client = node.node.create_client(SetParametersAtomically, "matcher/set_parameters_atomically")
         node.wait_for(client.service_is_ready, "the service")
         limits, number = [1024], 0
         for _ in range(150):

@@ -175,9 +175,9 @@ def test_ten_thousand_messages_of_any_kind_do_no_harm(
         node.wait_until_connected()
         for number in range(MESSAGES):
             if rng.random() < 0.1:
-                node._infos.publish(stamped(random_calibration(rng), random_stamp(rng), random_frame(rng)))
+                node.infos.publish(stamped(random_calibration(rng), random_stamp(rng), random_frame(rng)))
                 calibrations += 1
-            node._images.publish(stamped(random_image(rng), random_stamp(rng), random_frame(rng)))
+            node.images.publish(stamped(random_image(rng), random_stamp(rng), random_frame(rng)))
             if number % BATCH == BATCH - 1:
                 assert_good_frames_are_processed(node, images, 3000.0 + number)
         figures = node.wait_for_figure("frames received", str(sent))
@@ -256,9 +256,9 @@ def test_compressed_images_of_any_kind_do_no_harm(
     with running_node(
         tmp_path, calibrated=False, extractor=folder, matcher=folder, max_keypoints=100, image_transport="compressed"
     ) as node:
-        publisher = node.node.create_publisher(CompressedImage, "/image/compressed", 1000)
+        publisher = node.node.create_publisher(CompressedImage, "image/compressed", 1000)
         node.wait_for(publisher.get_subscription_count, "the node to come up")
-        node.wait_for(lambda: node.node.count_publishers("/matches"), "its topics")
+        node.wait_for(lambda: node.node.count_publishers("matches"), "its topics")
         node.spin(0.3)
         for message in compressed(rng, texture):
             publisher.publish(stamped(message, random_stamp(rng), random_frame(rng)))

@@ -78,17 +78,17 @@ def call(node: NodeUnderTest, kind: type, name: str, request):
 def set_parameters(node: NodeUnderTest, **values):
     request = SetParametersAtomically.Request()
     request.parameters = [Parameter(name, value=value).to_parameter_msg() for name, value in values.items()]
-    return call(node, SetParametersAtomically, "/matcher/set_parameters_atomically", request).result
+    return call(node, SetParametersAtomically, "matcher/set_parameters_atomically", request).result
 
 
 def change_state(node: NodeUnderTest, transition: str) -> bool:
     request = ChangeState.Request()
     request.transition.label = transition
-    return call(node, ChangeState, "/matcher/change_state", request).success
+    return call(node, ChangeState, "matcher/change_state", request).success
 
 
 def state(node: NodeUnderTest) -> str:
-    return call(node, GetState, "/matcher/get_state", GetState.Request()).current_state.label
+    return call(node, GetState, "matcher/get_state", GetState.Request()).current_state.label
 
 
 def stamp_of(header) -> float:
@@ -208,7 +208,8 @@ def test_a_pose_without_calibration_says_so(tmp_path: Path) -> None:
         node.wait_for(lambda: len(node.poses) == 1, "a pair")
         assert node.poses[0].status == RelativePose.NO_CALIBRATION
         assert len(node.matches[0].scores) > 50 and len(node.matches[0].inliers) == 0
-        node.wait_for(lambda: "no calibration on /camera_info" in node.diagnostics[-1].status[0].message, "the reason")
+        reason = f"no calibration on {node.namespace}/camera_info"
+        node.wait_for(lambda: reason in node.diagnostics[-1].status[0].message, "the reason")
 
 
 def test_a_replays_first_frame_waits_for_a_calibration_that_comes_late(tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def test_reset_a_jump_back_and_a_long_gap_begin_the_tracks_anew(tmp_path: Path) 
         node.wait_until_connected()
         send_frames(node, 3, start=100.0)
         node.wait_for(lambda: len(node.matches) == 2, "two pairs")
-        assert call(node, Trigger, "/reset", Trigger.Request()).success
+        assert call(node, Trigger, "reset", Trigger.Request()).success
         send_frames(node, 2, start=100.3)
         node.wait_for(lambda: len(node.matches) == 3, "one pair after the reset")
         send_frames(node, 2, start=50.0)
@@ -267,8 +268,8 @@ def test_a_best_effort_camera_is_heard_in_both_queues(tmp_path: Path) -> None:
         folder = tmp_path / queue
         folder.mkdir()
         with running_node(folder, calibrated=False, queue=queue, **FAST) as node:
-            node.node.destroy_publisher(node._images)
-            node._images = node.node.create_publisher(Image, "image", qos_profile_sensor_data)
+            node.node.destroy_publisher(node.images)
+            node.images = node.node.create_publisher(Image, "image", qos_profile_sensor_data)
             node.wait_until_connected()
             for i in range(100):
                 node.send(image(textured(i % 20), 10 + 0.1 * i))
@@ -279,11 +280,11 @@ def test_a_best_effort_camera_is_heard_in_both_queues(tmp_path: Path) -> None:
 
 
 def test_compressed_images_are_heard_on_their_own_topic(tmp_path: Path) -> None:
-    arguments = ("-r", "image:=/camera/image_raw")
+    arguments = ("-r", "image:=camera/image_raw")
     with running_node(tmp_path, arguments, image_transport="compressed", **FAST) as node:
-        publisher = node.node.create_publisher(CompressedImage, "/camera/image_raw/compressed", 10)
+        publisher = node.node.create_publisher(CompressedImage, "camera/image_raw/compressed", 10)
         node.wait_for(publisher.get_subscription_count, "the node to come up")
-        node.wait_for(lambda: node.node.count_publishers("/matches"), "its topics")
+        node.wait_for(lambda: node.node.count_publishers("matches"), "its topics")
         node.spin(0.3)
         for i in range(3):
             jpeg = cv2.imencode(".jpg", textured(4 * i))[1].tobytes()
@@ -298,7 +299,7 @@ def test_pictures_are_sent_on_demand(tmp_path: Path) -> None:
     with running_node(tmp_path, **FAST) as node:
         node.subscribe(Image, "match_image", node.pictures.append)
         node.wait_until_connected()
-        node.wait_for(lambda: node.node.count_publishers("/match_image"), "the topic")
+        node.wait_for(lambda: node.node.count_publishers("match_image"), "the topic")
         send_frames(node, 2)
         node.wait_for(lambda: node.pictures, "a picture")
         picture = node.pictures[0]
@@ -320,7 +321,7 @@ def test_parameters_change_at_a_frame_boundary_or_are_refused_with_the_reason(tm
         node.wait_for(lambda: node.matches, "a pair")
         assert node.matches[0].num_keypoints == 40, "the accepted change took effect, the refused set left it alone"
         request = DescribeParameters.Request(names=["max_keypoints", "filter_threshold", "device"])
-        described = call(node, DescribeParameters, "/matcher/describe_parameters", request).descriptors
+        described = call(node, DescribeParameters, "matcher/describe_parameters", request).descriptors
         assert "keypoints kept per image" in described[0].description
         assert (described[0].integer_range[0].from_value, described[0].integer_range[0].to_value) == (1, 16384)
         assert described[1].floating_point_range[0].to_value == 1.0
@@ -348,7 +349,7 @@ def test_the_lifecycle_can_be_walked_and_a_failed_configuration_mended(tmp_path:
             assert change_state(node, "cleanup") and state(node) == "unconfigured"
         assert set_parameters(node, mode="stereo").successful
         assert change_state(node, "configure") and change_state(node, "activate")
-        node.wait_for(lambda: node.node.count_subscribers("/right/camera_info"), "the topics of a stereo pair")
+        node.wait_for(lambda: node.node.count_subscribers("right/camera_info"), "the topics of a stereo pair")
         assert change_state(node, "deactivate") and change_state(node, "cleanup")
         assert node.stop() == 0
 
@@ -375,11 +376,12 @@ def test_a_quality_of_service_that_does_not_match_is_named_whoever_asks_for_it(t
     demanding = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
     wanted = {"qos_overrides./image.subscription.durability": "transient_local"}
     with running_node(tmp_path, **wanted, **FAST) as node:
+        ns = node.namespace
         late = node.node.create_subscription(MatchArray, "matches", lambda message: None, demanding)
-        node.wait_for(lambda: "a subscriber of /matches asks for another durability" in message_of(node), "ours")
-        assert "qos_overrides./matches.publisher.durability" in message_of(node)
-        node.wait_for(lambda: "the publisher of /image offers another durability" in message_of(node), "theirs")
-        assert "qos_overrides./image.subscription.durability" in message_of(node)
+        node.wait_for(lambda: f"a subscriber of {ns}/matches asks for another durability" in message_of(node), "ours")
+        assert f"qos_overrides.{ns}/matches.publisher.durability" in message_of(node)
+        node.wait_for(lambda: f"the publisher of {ns}/image offers another durability" in message_of(node), "theirs")
+        assert f"qos_overrides.{ns}/image.subscription.durability" in message_of(node)
         node.node.destroy_subscription(late)
         node.wait_for(lambda: "a subscriber of" not in message_of(node), "the subscriber to be forgotten")
 

@@ -27,7 +27,7 @@ def replay(node: NodeUnderTest, bag: Path, image_topic: str, info_topic: str) ->
         connections = [c for c in reader.connections if c.topic in (image_topic, info_topic)]
         for connection, _, raw in reader.messages(connections=connections):
             is_image = connection.topic == image_topic
-            (node._images if is_image else node._infos).publish(bytes(raw))
+            (node.images if is_image else node.infos).publish(bytes(raw))
             frames += is_image
             node.spin(0.01)
     return frames
@@ -183,7 +183,7 @@ def test_a_standing_stereo_pair_stands_and_its_matches_lie_on_opencvs_epipolar_l
 ) -> None:
     bag = recorded_data / "euroc_v101_still_stereo"
     topics = {
-        f"/cam{i}/{recorded}": f"/{side}/{name}"
+        f"/cam{i}/{recorded}": f"{side}/{name}"
         for i, side in enumerate(("left", "right"))
         for recorded, name in (("image_raw", "image"), ("camera_info", "camera_info"))
     }
@@ -195,7 +195,7 @@ def test_a_standing_stereo_pair_stands_and_its_matches_lie_on_opencvs_epipolar_l
             for recorded, topic in topics.items()
         }
         node.wait_for(lambda: all(one.get_subscription_count() for one in publishers.values()), "the node")
-        node.wait_for(lambda: node.node.count_publishers("/stereo_matches"), "its topics")
+        node.wait_for(lambda: node.node.count_publishers("stereo_matches"), "its topics")
         node.spin(0.3)
         for connection, _, raw in reader.messages([c for c in reader.connections if c.topic in topics]):
             publishers[connection.topic].publish(bytes(raw))

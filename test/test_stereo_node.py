@@ -75,7 +75,7 @@ class Rig:
             )
         publishers = self._publishers.values()
         node.wait_for(lambda: all(one.get_subscription_count() for one in publishers), "the node to subscribe")
-        topics = ("/stereo_matches", "/relative_pose", "/matches")
+        topics = ("stereo_matches", "relative_pose", "matches")
         node.wait_for(lambda: all(node.node.count_publishers(topic) for topic in topics), "its topics")
         node.spin(0.3)
 
@@ -126,7 +126,7 @@ def test_every_frame_gives_stereo_matches_and_a_pose_in_metres(tmp_path: Path, c
         node = camera.node
         features: list[FeatureArray] = []
         node.subscribe(FeatureArray, "features", features.append)
-        node.wait_for(lambda: node.node.count_publishers("/features"), "the topic")
+        node.wait_for(lambda: node.node.count_publishers("features"), "the topic")
         node.spin(0.3)
         for i in range(4):
             camera.send(10 + 0.1 * i, 0.05 * i, late=0.004)
@@ -178,7 +178,7 @@ def test_a_silent_camera_and_stamps_that_do_not_fit_are_named(tmp_path: Path) ->
     with rig(tmp_path) as camera:
         for i in range(5):
             camera.send(10 + 0.05 * i, 0.0, images="left")
-        camera.wait_for_warning("no image on /right/image")
+        camera.wait_for_warning(f"no image on {camera.node.namespace}/right/image")
         node = camera.node
         node.wait_for(lambda: node.poses, "word of it to those who wait for poses")
         pose = node.poses[0]
@@ -189,7 +189,7 @@ def test_a_silent_camera_and_stamps_that_do_not_fit_are_named(tmp_path: Path) ->
         camera.wait_for_warning("find no partner within sync_tolerance")
         assert any("0.020000 s off" in array.status[0].message for array in camera.node.diagnostics)
         figures = camera.node.figures()
-        assert int(figures["unpaired: /left/image"]) > 0 and figures["frames received"] == "0"
+        assert int(figures[f"unpaired: {node.namespace}/left/image"]) > 0 and figures["frames received"] == "0"
 
 
 def test_what_is_newly_wrong_is_told_before_the_next_regular_diagnostics(tmp_path: Path) -> None:
@@ -228,8 +228,8 @@ def test_a_slow_camera_that_falls_silent_is_named_after_one_image_of_the_other(t
         camera.node.wait_for(lambda: camera.node.stereo_matches, "the frame")
         camera.send(11.0, 0.0)
         camera.send(12.0, 0.0, images="left")
-        camera.wait_for_warning("no image on /right/image")
-        named = next(m for m in (a.status[0].message for a in camera.node.diagnostics) if "no image on /right" in m)
+        camera.wait_for_warning(f"no image on {camera.node.namespace}/right/image")
+        named = next(m for m in (a.status[0].message for a in camera.node.diagnostics) if "/right/image for" in m)
         silent, images = re.search(r"/right/image for ([0-9.]+) s, (\d+) images of the other camera", named).groups()
         assert float(silent) < 2 and images == "1"
 
@@ -257,7 +257,7 @@ def test_odometry_chains_the_poses_and_a_lost_frame_begins_another_frame(tmp_pat
         node = camera.node
         found: list[Odometry] = []
         node.subscribe(Odometry, "odometry", found.append)
-        node.wait_for(lambda: node.node.count_publishers("/odometry"), "the topic")
+        node.wait_for(lambda: node.node.count_publishers("odometry"), "the topic")
         node.spin(0.3)
         for i in range(4):
             camera.send(10 + 0.1 * i, 0.05 * i)

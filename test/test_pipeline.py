@@ -1,0 +1,186 @@
+"""The flow that the node and `kpmatch bag` share, where neither DDS nor a file is needed to show it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kpmatch_ros.bags.files import camera_info_message, image_message, new_message
+from kpmatch_ros.front_end import Result
+from kpmatch_ros.geometry.camera import CalibrationError, Camera
+from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.parameters import ParameterError, Parameters
+from kpmatch_ros.pipeline import Calibration, Pipeline
+
+SECOND = 1_000_000_000
+
+
+class FrontEndStub:
+    """Takes the place of the networks: keeps its parameters and finds nothing."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.parameters = parameters
+
+    def configure(self, parameters: Parameters) -> None:
+        self.parameters = parameters
+
+    def reset(self) -> None:
+        pass
+
+    def interruption(self, stamp: int) -> str:
+        return ""
+
+    def register(self, images: Any, stamps: Any, camera: Any, frame_ids: Any) -> Result:
+        frame: Any = SimpleNamespace(stamp=stamps[0], frame_id=frame_ids[0])
+        return Result(frame, None, None)
+
+
+class Heard:
+    """Keeps what a pipeline publishes and reports."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, Any]] = []
+        self.statuses: list[PoseStatus] = []
+        self.reports: list[tuple[str, ...]] = []
+
+    def publish(self, topic: str, message: Any) -> None:
+        self.messages.append((topic, message))
+
+    def pose(self, status: PoseStatus) -> None:
+        self.statuses.append(status)
+
+    def rejected(self, reason: str, explanation: str) -> None:
+        self.reports.append(("rejected", reason, explanation))
+
+    def calibration_refused(self, reason: str, explanation: str) -> None:
+        self.reports.append(("refused", reason, explanation))
+
+    def interrupted(self, explanation: str) -> None:
+        self.reports.append(("interrupted", explanation))
+
+    def unpaired(self, topic: str, images: int, explanation: str) -> None:
+        self.reports.append(("unpaired", topic, str(images), explanation))
+
+    def odometry(self, breaks: int, explanation: str) -> None:
+        self.reports.append(("odometry", str(breaks), explanation))
+
+
+def make(*topics: str, **parameters: Any) -> tuple[Pipeline, Heard]:
+    mode = "stereo" if len(topics) == 2 else "mono"
+    front_end: Any = FrontEndStub(Parameters(mode=mode, **parameters))
+    heard = Heard()
+    return Pipeline(front_end, topics, heard.publish, lambda topic: False, heard, new_message), heard
+
+
+def image(stamp: int, frame: str = "camera") -> Any:
+    return image_message(np.zeros((8, 8), np.uint8), stamp, frame, "mono8")
+
+
+def interrupted_at(step: int, work: Callable[[], Any], meanwhile: Callable[[], None]) -> bool:
+    """Do the work, and something else before its bytecode instruction of that number; False where it has fewer.
+
+    This is what another thread can do at that point. Instructions of the pipeline's own code are counted.
+    """
+    passed = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal passed
+        if not frame.f_code.co_filename.endswith("kpmatch_ros/pipeline.py"):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            passed += 1
+            if passed == step + 1:
+                sys.settrace(None)
+                meanwhile()
+                sys.settrace(trace)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return passed > step
+
+
+def test_a_parameter_that_changes_at_any_moment_of_a_frame_is_in_force_for_the_next_one() -> None:
+    step = 0
+    while True:
+        pipeline, _ = make("/image")
+        pipeline.configure(Parameters(max_keypoints=100))
+        changed = Parameters(max_keypoints=200)
+
+        def work(pipeline: Pipeline = pipeline) -> None:
+            pipeline.process([image(SECOND)])
+
+        def meanwhile(pipeline: Pipeline = pipeline, changed: Parameters = changed) -> None:
+            pipeline.configure(changed)
+
+        if not interrupted_at(step, work, meanwhile):
+            break
+        pipeline.process([image(2 * SECOND)])
+        assert pipeline.front_end.parameters is changed, f"lost before instruction {step}"
+        step += 1
+    assert step > 50, "the frame was not followed instruction by instruction"
+
+
+def test_odometry_of_one_camera_is_refused() -> None:
+    with pytest.raises(ParameterError, match="publish_odometry needs mode stereo"):
+        make("/image", publish_odometry=True)
+
+
+def test_a_calibration_that_cannot_be_used_is_reported_for_every_frame_and_costs_none() -> None:
+    pipeline, heard = make("/image")
+    info = camera_info_message(Camera(8, 8, np.eye(3)), SECOND, "camera")
+    info.k = np.zeros(9)
+    pipeline.calibration.update(0, info)
+    for number in range(3):
+        assert pipeline.process([image(number * SECOND)]) is not None
+    assert [report[:2] for report in heard.reports] == [("refused", "uncalibrated")] * 3
+
+
+def test_a_fault_that_is_raised_for_frame_after_frame_does_not_grow() -> None:
+    calibration = Calibration(1, rectified=False)
+    info = camera_info_message(Camera(8, 8, np.eye(3)), SECOND, "camera")
+    info.k = np.zeros(9)
+    calibration.update(0, info)
+    depths = []
+    for _ in range(5):
+        with pytest.raises(CalibrationError) as caught:
+            calibration.camera_for([(8, 8)])
+        trace, depth = caught.value.__traceback__, 0
+        while trace is not None:
+            trace, depth = trace.tb_next, depth + 1
+        depths.append(depth)
+    assert len(set(depths)) == 1
+
+
+def test_an_image_without_a_partner_is_told_of_at_most_once_a_second() -> None:
+    pipeline, heard = make("/left/image", "/right/image")
+    for tenth in range(31):
+        assert pipeline.add_image(0, image(tenth * SECOND // 10, "left")) is None
+        pipeline.watch(0.1 * tenth)
+    assert {topic for topic, _ in heard.messages} == {"relative_pose"}
+    assert 2 <= len(heard.messages) <= 3
+    assert heard.statuses == [PoseStatus.INTERRUPTED] * len(heard.messages)
+    assert all(message.header.frame_id == "left" for _, message in heard.messages)
+
+
+def test_images_that_still_wait_for_a_partner_at_the_end_are_reported() -> None:
+    pipeline, heard = make("/left/image", "/right/image")
+    assert pipeline.add_image(0, image(SECOND)) is None
+    assert pipeline.add_image(0, image(2 * SECOND)) is None
+    assert pipeline.add_image(1, image(2 * SECOND)) is not None
+    assert pipeline.add_image(1, image(3 * SECOND)) is None
+    pipeline.finish()
+    assert [report[:3] for report in heard.reports] == [
+        ("unpaired", "/left/image", "1"),
+        ("unpaired", "/right/image", "1"),
+    ]
