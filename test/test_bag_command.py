@@ -9,17 +9,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from bag_harness import (
+    FIRST,
+    QUICK,
+    SIZE,
+    Run,
+    bag_command,
+    by_topic,
+    differences,
+    header_stamp,
+    read_tum,
+    refused,
+    stamps,
+)
 from numpy.typing import NDArray
 from rosbags.highlevel import AnyReader
 from scipy.spatial.transform import Rotation
 
-from kpmatch_ros.bags.cameras import choose_camera, choose_stereo_cameras
+from kpmatch_ros.bags.cameras import choose_camera
 from kpmatch_ros.bags.files import (
     BagWriter,
     bag_storage,
@@ -28,18 +40,12 @@ from kpmatch_ros.bags.files import (
     image_message,
     new_message,
     read_ground_truth,
-    read_messages,
 )
 from kpmatch_ros.geometry.pose import PoseStatus, relative_motion
 from kpmatch_ros.messages import nanoseconds
 from node_harness import NodeUnderTest, running_node
 from simulation import demo_camera
 from simulation.bags import write_camera_bag, write_demo_bag
-
-Run = Callable[..., tuple[int, str, str]]
-QUICK = ("--device", "cpu", "--precision", "float32", "--matcher", "nearest", "--max-keypoints", "256")
-FIRST = 1_700_000_000_000_000_000
-SIZE = (160, 120)
 
 
 @pytest.fixture
@@ -62,52 +68,7 @@ def bag(views: list[NDArray[np.uint8]], tmp_path_factory: pytest.TempPathFactory
     return path
 
 
-def stamps(count: int, period: int = 100_000_000) -> list[int]:
-    return [FIRST + i * period for i in range(count)]
-
-
-def refused(result: tuple[int, str, str]) -> str:
-    """The one line with which the command refused what it was given."""
-    status, out, err = result
-    assert status == 2 and out == ""
-    assert err.endswith("\n") and err.count("\n") == 1 and err.startswith("kpmatch bag: ")
-    return err
-
-
-def by_topic(path: Path) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
-    for record in read_messages(path):
-        found.setdefault(record.topic, []).append(record)
-    return found
-
-
-def header_stamp(message: Any) -> int:
-    return nanoseconds(message.header.stamp)
-
-
 # The messages
-
-
-def bag_command(*words: Any) -> None:
-    """Run `kpmatch bag` as a process like the node's: all its libraries use one thread, the last bits depend on it."""
-    command = [sys.executable, "-m", "kpmatch_ros.cli", "bag", *map(str, words)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def differences(ours: list[Any], theirs: list[Any]) -> list[str]:
-    """Where two lists of messages differ, and by how much where that is a number."""
-    found = [] if len(ours) == len(theirs) else [f"{len(ours)} and {len(theirs)} messages"]
-    for number, (one, other) in enumerate(zip(ours, theirs)):
-        for field in one.get_fields_and_field_types():
-            a, b = getattr(one, field), getattr(other, field)
-            if hasattr(a, "get_fields_and_field_types"):
-                found += [f"{number}.{field}: {inner}" for inner in differences([a], [b])]
-            elif not np.array_equal(np.asarray(a), np.asarray(b)):
-                numbers = np.asarray(a).dtype.kind in "fiu" and np.shape(a) == np.shape(b)
-                by = np.abs(np.subtract(a, b, dtype=np.float64)).max() if numbers else f"{np.shape(a)}, {np.shape(b)}"
-                found.append(f"{number}.{field} by {by}")
-    return found
 
 
 def publish(node: NodeUnderTest, bag: Path) -> None:
@@ -368,12 +329,6 @@ def test_without_calibration_there_are_matches_and_no_poses(
 # Poses
 
 
-def read_tum(path: Path) -> tuple[list[str], np.ndarray]:
-    lines = path.read_text().splitlines()
-    rows = [line.split() for line in lines if not line.startswith("#")]
-    return [row[0] for row in rows], np.array([[float(value) for value in row] for row in rows])
-
-
 def test_poses_are_chained_from_the_first_camera(run: Run, tmp_path: Path) -> None:
     write_demo_bag(tmp_path / "in", num_frames=4, size=(320, 240))
     assert run(tmp_path / "in", tmp_path / "out", "--device", "cpu", "--poses", tmp_path / "poses.txt")[0] == 0
@@ -417,242 +372,6 @@ def test_a_frame_that_cannot_be_related_breaks_the_chain_visibly(
     assert rows[3, 1:4] == pytest.approx(rows[2, 1:4] + last.apply([p.x, p.y, p.z]), abs=1e-6)
     turned = last * Rotation.from_quat([q.x, q.y, q.z, q.w])
     assert (turned.inv() * Rotation.from_quat(rows[3, 4:])).magnitude() < 1e-6
-
-
-# Stereo
-
-
-STEREO = (*QUICK, "--mode", "stereo", "--rectified")
-
-
-@pytest.fixture(scope="module")
-def stereo_bag(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five frames of the courtyard with a baseline of half a metre, which makes up for images that small."""
-    path = tmp_path_factory.mktemp("stereo") / "in"
-    write_demo_bag(path, num_frames=5, size=(320, 240), baseline=0.5, encoding="mono8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def walked(stereo_bag: Path) -> Path:
-    """The folder with `out` and `poses.txt` that the command made of it."""
-    folder = stereo_bag.parent
-    words = ["--left", "/left/image_rect", "--right", "/right/image_rect", "--rectified", "--publish-odometry",
-             "--device", "cpu", "--precision", "float32", "--max-keypoints", "512", "--features"]  # fmt: skip
-    bag_command(stereo_bag, folder / "out", *words, "--poses", folder / "poses.txt")
-    return folder
-
-
-def altered(source: Path, target: Path, change: Callable[[int, Any], Any]) -> Path:
-    """A bag whose records went through `change`, called with the number among its topic's; None leaves one out."""
-    numbers: dict[str, int] = {}
-    with BagWriter(target) as bag:
-        for record in read_messages(source):
-            number = numbers[record.topic] = numbers.get(record.topic, -1) + 1
-            changed = change(number, record)
-            if changed is not None:
-                bag.write(changed.topic, changed.message, changed.stamp)
-    return target
-
-
-def test_the_stereo_bag_holds_what_the_node_publishes_bit_for_bit(
-    stereo_bag: Path, walked: Path, tmp_path: Path
-) -> None:
-    from nav_msgs.msg import Odometry
-    from rclpy.qos import QoSProfile
-    from rclpy.serialization import deserialize_message
-    from sensor_msgs.msg import CameraInfo, Image
-
-    from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
-
-    inputs = {
-        f"/{side}/{name}": (kind, f"{side}/{topic}")
-        for side in ("left", "right")
-        for name, kind, topic in (("image_rect", Image, "image"), ("camera_info", CameraInfo, "camera_info"))
-    }
-    odometry: list[Odometry] = []
-    with running_node(tmp_path, mode="stereo", rectified=True, publish_odometry=True, max_keypoints=512) as node:
-        node.subscribe(Odometry, "odometry", odometry.append)
-        node.subscribe(FeatureArray, "features", node.features.append)
-        peers = {topic: node.node.create_publisher(kind, name, QoSProfile(depth=100))
-                 for topic, (kind, name) in inputs.items()}  # fmt: skip
-        node.wait_for(lambda: all(peer.get_subscription_count() for peer in peers.values()), "the node to subscribe")
-        topics = ("stereo_matches", "matches", "relative_pose", "odometry", "features")
-        node.wait_for(lambda: all(node.node.count_publishers(topic) for topic in topics), "its topics")
-        node.wait_for(lambda: node.node.count_subscribers("features") == 1, "the subscription")
-        node.spin(0.3)
-        with AnyReader([stereo_bag]) as reader:
-            for connection, _, raw in reader.messages():
-                if connection.topic in peers:
-                    peers[connection.topic].publish(bytes(raw))
-                    node.spin(0.01)
-        node.wait_for(lambda: len(node.poses) == len(node.matches) == len(odometry) == 4, "every pair")
-        node.wait_for(lambda: len(node.stereo_matches) == 5 and len(node.features) == 10, "every frame")
-    kinds = {"/stereo_matches": MatchArray, "/matches": MatchArray, "/relative_pose": RelativePose,
-             "/odometry": Odometry, "/features": FeatureArray}  # fmt: skip
-    written: dict[str, list[Any]] = {topic: [] for topic in kinds}
-    with AnyReader([walked / "out"]) as reader:
-        assert {connection.topic for connection in reader.connections} == {*kinds, "/tf"}
-        for connection, _, raw in reader.messages():
-            if connection.topic in kinds:
-                written[connection.topic].append(deserialize_message(bytes(raw), kinds[connection.topic]))
-    found = {"/stereo_matches": node.stereo_matches, "/matches": node.matches, "/relative_pose": node.poses,
-             "/odometry": odometry, "/features": node.features}  # fmt: skip
-    for messages in (found, written):
-        for message in [*messages["/matches"], *messages["/stereo_matches"]]:
-            message.extract_ms = message.match_ms = 0.0  # what it cost is the only thing that differs
-    for topic in ("/features", "/stereo_matches", "/matches", "/relative_pose", "/odometry"):  # from cause to effect
-        assert differences(written[topic], found[topic]) == [], topic
-    assert {pose.status for pose in node.poses} == {RelativePose.OK} and len(node.stereo_matches[0].scores) > 50
-
-
-def test_stereo_poses_are_written_in_metres(stereo_bag: Path, walked: Path) -> None:
-    true_stamps, truth = read_ground_truth(stereo_bag)
-    times, rows = read_tum(walked / "poses.txt")
-    assert times == [f"{stamp // 10**9}.{stamp % 10**9:09d}" for stamp in true_stamps.tolist()]
-    turned, moved = relative_motion(truth[0], truth[4])
-    length = np.linalg.norm(moved)
-    assert np.linalg.norm(rows[4, 1:4] - moved) < 0.03 * length and length > 0.5
-    assert np.degrees((Rotation.from_quat(rows[4, 4:]).inv() * Rotation.from_matrix(turned)).magnitude()) < 0.3
-    found = by_topic(walked / "out")
-    assert all(record.message.metric for record in found["/relative_pose"])
-    # Odometry, whose frame has x forward, ends as far from where it began; TF says the same.
-    last, (transform,) = found["/odometry"][-1].message, found["/tf"][-1].message.transforms
-    position, translation = last.pose.pose.position, transform.transform.translation
-    x, y, z = rows[4, 1:4]
-    assert [position.x, position.y, position.z] == pytest.approx([z, -x, -y], abs=1e-6)
-    assert [translation.x, translation.y, translation.z] == [position.x, position.y, position.z]
-    assert (transform.header.frame_id, transform.child_frame_id) == ("odom", "left_optical_frame")
-
-
-def test_images_without_a_partner_are_counted_and_named(run: Run, stereo_bag: Path, tmp_path: Path) -> None:
-    def change(number: int, record: Any) -> Any:
-        return None if record.topic == "/right/image_rect" and number in (1, 3) else record
-
-    altered(stereo_bag, tmp_path / "in", change)
-    status, out, err = run(tmp_path / "in", tmp_path / "out", *STEREO, "--json")
-    figures = json.loads(out)
-    assert status == 0 and figures["frames"] == 3 and figures["unpaired"] == {"/left/image_rect": 2}
-    assert "2 images on /left/image_rect find no partner within sync_tolerance" in err and err.count("\n") == 1
-    counts = {topic.name: topic.num_messages for topic in bag_topics(tmp_path / "out")}
-    assert counts == {"/stereo_matches": 3, "/matches": 2, "/relative_pose": 2}
-    status, out, _ = run(tmp_path / "in", tmp_path / "again", *STEREO)
-    rows = {line.split()[0]: line for line in out.splitlines()}
-    assert "3 of 320 x 240 (/left/image_rect with /right/image_rect)" in rows["frames"]
-    assert "/left/image_rect 2" in rows["unpaired"] and "of left and right" in rows["stereo"]
-
-
-def test_stamps_are_paired_within_the_tolerance(run: Run, stereo_bag: Path, tmp_path: Path) -> None:
-    def late(number: int, record: Any) -> Any:
-        if record.topic == "/right/image_rect":
-            record.message.header.stamp.nanosec += 20_000_000
-        return record
-
-    altered(stereo_bag, tmp_path / "in", late)
-    line = refused(run(tmp_path / "in", tmp_path / "out", *STEREO))
-    assert "none of the 10 images on /left/image_rect and /right/image_rect can be used: 5 images on" in line
-    assert "find no partner within sync_tolerance" in line and "0.020000 s off" in line
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-    assert run(tmp_path / "in", tmp_path / "out", *STEREO, "--sync-tolerance", "0.03")[0] == 0
-    stereo = by_topic(tmp_path / "out")["/stereo_matches"]
-    late_by = [header_stamp(record.message) - nanoseconds(record.message.reference.stamp) for record in stereo]
-    assert late_by == [20_000_000] * 5
-
-
-def test_a_broken_image_costs_its_frame_and_no_other(run: Run, stereo_bag: Path, tmp_path: Path) -> None:
-    def cut(number: int, record: Any) -> Any:
-        if record.topic == "/right/image_rect" and number == 1:
-            record.message.data = record.message.data[:100]
-        return record
-
-    altered(stereo_bag, tmp_path / "in", cut)
-    figures = json.loads(run(tmp_path / "in", tmp_path / "out", *STEREO, "--json")[1])
-    assert figures["frames"] == 4 and figures["rejected"] == {"data": 1} and figures["unpaired"] == {}
-
-
-def test_a_calibration_that_does_not_fit_the_pair_is_named(run: Run, stereo_bag: Path, tmp_path: Path) -> None:
-    sides = ("--left", "/right/image_rect", "--right", "/left/image_rect")
-    status, out, err = run(stereo_bag, tmp_path / "swapped", *STEREO, *sides, "--json")
-    assert status == 0 and "left and right are swapped" in err and err.count("\n") == 1
-    assert json.loads(out)["poses"] == {"NO_CALIBRATION": 4}
-    assert json.loads(out)["camera_info_refused"] == {"swapped": 5}
-    infos = ("--left-info", "/left/camera_info", "--right-info", "/right/camera_info")
-    status, out, err = run(stereo_bag, tmp_path / "images", *STEREO, *sides, *infos, "--json")
-    assert status == 0 and "stereo matches agree with the camera_infos: left and right images are swapped" in err
-    assert json.loads(out)["camera_info_refused"] == {"stereo matches": 5}
-    altered(stereo_bag, tmp_path / "in", lambda _, record: None if record.topic == "/right/camera_info" else record)
-    status, out, err = run(tmp_path / "in", tmp_path / "none", *STEREO, "--json")
-    assert status == 0 and json.loads(out)["poses"] == {"NO_CALIBRATION": 4}
-    assert "no camera_info beside /right/image_rect, so no relative pose; --right-info names one" in err
-
-
-def test_a_lost_frame_breaks_the_chain_and_begins_another_odometry_frame(
-    run: Run, stereo_bag: Path, tmp_path: Path
-) -> None:
-    def without_baseline(number: int, record: Any) -> Any:
-        if record.topic == "/right/camera_info" and number == 1:  # recorded after its image: it is the next frame's
-            record.message.p = np.where(np.arange(12) == 3, 0.0, record.message.p)
-        return record
-
-    altered(stereo_bag, tmp_path / "in", without_baseline)
-    status, out, err = run(tmp_path / "in", tmp_path / "out", *STEREO, "--max-keypoints", 512, "--publish-odometry",
-                           "--poses", tmp_path / "poses.txt")  # fmt: skip
-    assert status == 0 and "the baseline is zero" in err
-    rows = {line.split()[0]: line for line in out.splitlines()}
-    assert "baseline 1" in rows["camera_info"] and "broken 1 times" in rows["chain"]
-    assert "begins again 1 times" in rows["odometry"]
-    found = by_topic(tmp_path / "out")
-    frames = [header_stamp(record.message) for record in found["/stereo_matches"]]
-    odometry = [(header_stamp(record.message), record.message.header.frame_id) for record in found["/odometry"]]
-    assert odometry == [(frames[1], "odom"), (frames[4], "odom_1")]
-    assert len(read_tum(tmp_path / "poses.txt")[0]) == 3
-
-
-def bag_of(path: Path, *topics: str) -> Path:
-    with BagWriter(path) as bag:
-        for topic in topics:
-            kind = "sensor_msgs/msg/CameraInfo" if topic.endswith("info") else "sensor_msgs/msg/Image"
-            bag.write(topic, new_message(kind), FIRST)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("left", "right"),
-    [
-        ("/stereo/left/image_raw", "/stereo/right/image_raw"),
-        ("/cam0/image_raw", "/cam1/image_raw"),
-        ("/camera/infra1/image_rect_raw", "/camera/infra2/image_rect_raw"),
-        ("/left_camera/image", "/right_camera/image"),
-    ],
-)
-def test_a_pair_is_known_by_its_names(tmp_path: Path, left: str, right: str) -> None:
-    infos = [f"{topic.rsplit('/', 1)[0]}/camera_info" for topic in (left, right)]
-    bag = bag_of(tmp_path / "in", right, left, "/colour/image", *infos)
-    found = choose_stereo_cameras(bag)
-    assert [camera.image for camera in found] == [left, right]
-    assert [camera.camera_info for camera in found] == infos
-    assert choose_stereo_cameras(bag, right=right)[0].image == left
-
-
-def test_where_left_and_right_cannot_be_told_the_user_is_asked(run: Run, tmp_path: Path) -> None:
-    bag = bag_of(tmp_path / "in", "/one/image", "/two/image", "/info")
-    target = tmp_path / "out"
-    line = refused(run(bag, target, "--mode", "stereo"))
-    assert "no two topics are named like a left and a right camera; name them with --left and --right: /one/" in line
-    assert "no two topics" in refused(run(bag, target, "--left", "/one/image"))
-    assert "--right /three: there is no such image topic" in refused(run(bag, target, "--right", "/three"))
-    assert "are both /one/image" in refused(run(bag, target, "--left", "one/image", "--right", "/one/image"))
-    bag = bag_of(tmp_path / "four", "/left/image_raw", "/right/image_raw", "/left/image_rect", "/right/image_rect")
-    assert "2 pairs of topics may be a left and a right camera" in refused(run(bag, target, "--mode", "stereo"))
-    assert choose_stereo_cameras(bag, left="/left/image_raw")[1].image == "/right/image_raw"
-
-
-def test_topics_of_the_other_mode_are_refused(run: Run, stereo_bag: Path, tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    line = refused(run(stereo_bag, target, "--left", "/left/image_rect", "--image", "/left/image_rect"))
-    assert "--image /left/image_rect: the mode is stereo, whose images are named with --left and --right" in line
-    line = refused(run(stereo_bag, target, "--mode", "mono", "--left-info", "/left/camera_info"))
-    assert "--left-info /left/camera_info: the mode is mono, whose images are named with --image" in line
 
 
 # What is not written

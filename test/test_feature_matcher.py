@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import resource
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,12 +13,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 
 from kpmatch_ros import FeatureMatcher, Features, Matches, ParameterError, Parameters
-from kpmatch_ros.device import choose_device, choose_precision
 from kpmatch_ros.images import ImageError
-from kpmatch_ros.models import ALIKED, DISK, SuperGlue
 
 Image = NDArray[np.uint8]
 
@@ -419,92 +413,7 @@ def test_a_folder_brings_its_own_detector(random_folder: Callable[..., Path], te
     assert len(matcher.match(features, features)) > 5
 
 
-# ---------------------------------------------------------------------------------------- other extractors and matchers
-
-
-def same_matches(found: Matches, expected: Matches) -> bool:
-    """The same pairs with the same scores, but for rounding."""
-    return torch.equal(found.indices, expected.indices) and torch.allclose(found.scores, expected.scores, atol=1e-4)
-
-
-def two_views(texture: Any) -> tuple[Image, Image]:
-    """The second 16 pixels further right and 8 further down."""
-    picture = texture(104, 144, 7)
-    return picture[:96, :128], picture[8:, 16:]
-
-
-def test_superglue_matches_cached_features_as_lightglue_does(random_folder: Callable[..., Path], texture: Any) -> None:
-    folder = random_folder(superglue={})
-    matcher = FeatureMatcher.from_pretrained(folder, device="cpu", precision="float32", max_keypoints=150)
-    assert isinstance(matcher.matcher, SuperGlue)
-    features = [matcher.extract(image) for image in two_views(texture)]
-    matches = matcher.match(*features)
-    assert matches.layers == 4
-    moved = features[0].keypoints[matches.indices[:, 0]] - features[1].keypoints[matches.indices[:, 1]]
-    assert ((moved - torch.tensor([16.0, 8.0])).norm(dim=1) < 2).sum() > 20
-    # The detection scores have their say in SuperGlue.
-    other = replace(features[0], scores=features[0].scores.flip(0))
-    assert not same_matches(matcher.match(other, features[1]), matches)
-    strict = matcher.parameters.replace({"filter_threshold": float(matches.scores.median())})
-    matcher.configure(strict)
-    assert 0 < len(matcher.match(*features)) < len(matches)
-
-
-@pytest.fixture(scope="module")
-def colour_extractor(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """colour_extractor(name): a folder with a random ALIKED or DISK."""
-
-    def make(name: str) -> Path:
-        torch.manual_seed(0)
-        model = {"aliked": ALIKED, "disk": DISK}[name]()
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.kaiming_normal_(parameter)
-        folder = tmp_path_factory.mktemp(name)
-        tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps({**model.config, "model_type": name}))
-        return folder
-
-    return make
-
-
-@pytest.mark.parametrize(("name", "resolution"), [("aliked", 0.0), ("disk", 1.0)])
-def test_extractors_that_see_colour_get_it_however_it_lies_in_memory(
-    colour_extractor: Callable[[str], Path], colour: Image, name: str, resolution: float
-) -> None:
-    matcher = FeatureMatcher(
-        extractor=str(colour_extractor(name)),
-        matcher="nearest",
-        device="cpu",
-        precision="float32",
-        keypoint_threshold=0.0,
-        max_keypoints=100,
-    )
-    assert matcher.keypoint_resolution == resolution
-    features = matcher.extract(colour)
-    assert len(features) == 100
-    assert_unit_vectors(features)
-    bgr = np.ascontiguousarray(colour[..., ::-1])
-    assert same(matcher.extract(bgr[..., ::-1]), features)
-    assert not same(matcher.extract(bgr), features)
-    assert len(matcher.match(features, features)) == 100
-    matcher.extract(cv2.cvtColor(colour, cv2.COLOR_RGB2GRAY))
-
-
-def assert_unit_vectors(features: Features) -> None:
-    assert torch.linalg.vector_norm(torch.as_tensor(features.descriptors), dim=1).allclose(torch.tensor(1.0), atol=1e-3)
-
-
-def test_what_the_weights_were_published_with_holds_unless_told_otherwise(random_folder: Callable[..., Path]) -> None:
-    folder = random_folder(superpoint={"nms_radius": 7, "border_removal_distance": 11, "keypoint_threshold": 0.25})
-    matcher = FeatureMatcher.from_pretrained(folder, device="cpu")
-    extractor = matcher.extractor
-    assert (extractor.nms_radius, extractor.border, extractor.keypoint_threshold) == (7, 11, 0.25)
-    matcher.configure(matcher.parameters.replace({"nms_radius": 0, "border": 0, "keypoint_threshold": 0.0}))
-    assert (extractor.nms_radius, extractor.border, extractor.keypoint_threshold) == (0, 0, 0.0)
-    matcher.configure(matcher.parameters.replace({"nms_radius": -1, "border": -1, "keypoint_threshold": -1.0}))
-    assert (extractor.nms_radius, extractor.border, extractor.keypoint_threshold) == (7, 11, 0.25)
+# ------------------------------------------------------------------------------------------------------ several at once
 
 
 def test_images_of_different_sizes_give_as_a_batch_what_each_gives_alone(matcher: FeatureMatcher, texture: Any) -> None:
@@ -517,39 +426,6 @@ def test_images_of_different_sizes_give_as_a_batch_what_each_gives_alone(matcher
         assert torch.equal(features.keypoints, alone.keypoints)
         assert torch.allclose(features.descriptors, alone.descriptors, atol=1e-5)
     assert matcher.extract_batch([]) == []
-
-
-@pytest.mark.parametrize("kind", ["fixed", "adaptive", "superglue", "nearest"])
-def test_pairs_match_as_a_batch_as_each_alone(random_folder: Callable[..., Path], texture: Any, kind: str) -> None:
-    folder = random_folder(superglue={} if kind == "superglue" else None)
-    confidence = (
-        dict(depth_confidence=0.5, width_confidence=0.8)
-        if kind == "adaptive"
-        else dict(depth_confidence=-1.0, width_confidence=-1.0)
-    )
-    matcher = FeatureMatcher(
-        extractor=str(folder),
-        matcher="nearest" if kind == "nearest" else str(folder),
-        device="cpu",
-        precision="float32",
-        max_keypoints=120,
-        **confidence,
-    )
-    first, second = (matcher.extract(image) for image in two_views(texture))
-    small = matcher.extract(texture(40, 56, 3))
-    nothing = matcher.extract(np.zeros((5, 5), np.uint8))
-    assert len(nothing) == 0 and len(small) < len(first)
-    pairs = [(first, second), (small, first), (second, nothing), (second, first)]
-    found = matcher.match_batch(*zip(*pairs))  # type: ignore[arg-type]
-    for pair, matches in zip(pairs, found, strict=True):
-        alone = matcher.match(*pair)
-        assert same_matches(matches, alone)
-        assert matches.layers == alone.layers or len(pair[1]) == 0
-        assert [tensor.shape for tensor in matches.assignment] == [tensor.shape for tensor in alone.assignment]
-    assert len(found[0]) > 20 and len(found[2]) == 0
-    assert matcher.match_batch([], []) == []
-    with pytest.raises(ValueError, match="2 reference images and 1 current"):
-        matcher.match_batch([first, second], [first])
 
 
 def test_matches_tell_about_every_keypoint_of_both_images(matcher: FeatureMatcher, views: Any) -> None:
@@ -585,52 +461,6 @@ def test_unknown_options_and_wrong_values_are_refused() -> None:
         FeatureMatcher(max_keypoint=3)
     with pytest.raises(ParameterError, match="max_keypoints is 0; it must be 1 to 16384"):
         FeatureMatcher(max_keypoints=0)
-
-
-# --------------------------------------------------------------------------------------------------- device and memory
-
-
-def test_a_gpu_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ParameterError, match=r"device is 'cuda:99', but PyTorch .* sees \d+ GPUs; use cpu or auto"):
-        choose_device("cuda:99")
-
-
-def test_the_processor_computes_in_what_it_can() -> None:
-    cpu = torch.device("cpu")
-    assert choose_device("cpu") == cpu
-    assert choose_precision("auto", cpu) in (torch.float32, torch.bfloat16)
-    assert choose_precision("auto", torch.device("cuda")) == torch.float16
-    assert choose_precision("bfloat16", cpu) == torch.bfloat16
-    with pytest.raises(ParameterError, match="precision is 'float16', but the device is the CPU"):
-        choose_precision("float16", cpu)
-
-
-def test_threads_are_as_many_as_chosen_and_otherwise_left_alone() -> None:
-    before = torch.get_num_threads()
-    try:
-        FeatureMatcher(PARAMETERS, matcher="nearest", threads=2)
-        assert torch.get_num_threads() == 2
-        FeatureMatcher(PARAMETERS, matcher="nearest")
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_stays_flat_over_many_frames(random_folder: Callable[..., Path], texture: Any) -> None:
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-    matcher = FeatureMatcher.from_pretrained(random_folder(), device="cpu", precision="float32")
-    images = [texture(64, 96, seed) for seed in range(5)]
-    previous = matcher.extract(images[0])
-    for frame in range(240):
-        if frame == 40:
-            before = resident()
-        current = matcher.extract(images[frame % 5])
-        assert len(matcher.match(previous, current)) > 0
-        previous = current
-    assert resident() - before < 2e6
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

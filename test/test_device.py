@@ -1,0 +1,54 @@
+"""Where the networks run, in which precision and with how many threads, and the memory that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kpmatch_ros import FeatureMatcher, ParameterError, Parameters
+from kpmatch_ros.device import choose_device, choose_precision, resident_memory
+
+PARAMETERS = Parameters(device="cpu", precision="float32", max_keypoints=300)
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ParameterError, match=r"device is 'cuda:99', but PyTorch .* sees \d+ GPUs; use cpu or auto"):
+        choose_device("cuda:99")
+
+
+def test_the_processor_computes_in_what_it_can() -> None:
+    cpu = torch.device("cpu")
+    assert choose_device("cpu") == cpu
+    assert choose_precision("auto", cpu) in (torch.float32, torch.bfloat16)
+    assert choose_precision("auto", torch.device("cuda")) == torch.float16
+    assert choose_precision("bfloat16", cpu) == torch.bfloat16
+    with pytest.raises(ParameterError, match="precision is 'float16', but the device is the CPU"):
+        choose_precision("float16", cpu)
+
+
+def test_threads_are_as_many_as_chosen_and_otherwise_left_alone() -> None:
+    before = torch.get_num_threads()
+    try:
+        FeatureMatcher(PARAMETERS, matcher="nearest", threads=2)
+        assert torch.get_num_threads() == 2
+        FeatureMatcher(PARAMETERS, matcher="nearest")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_memory_stays_flat_over_many_frames(random_folder: Callable[..., Path], texture: Any) -> None:
+    matcher = FeatureMatcher.from_pretrained(random_folder(), device="cpu", precision="float32")
+    images = [texture(64, 96, seed) for seed in range(5)]
+    previous = matcher.extract(images[0])
+    for frame in range(240):
+        if frame == 40:
+            before = resident_memory()
+        current = matcher.extract(images[frame % 5])
+        assert len(matcher.match(previous, current)) > 0
+        previous = current
+    assert resident_memory() - before < 2e6
