@@ -1,4 +1,4 @@
-"""Pictures of matches."""
+"""Draws pictures of matches."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def draw_matches(
 ) -> Image:
     """Draw two images side by side and their matches as lines between them.
 
-    A match is a dot in either image and a line between them in the colour of its score, from violet (0) over blue to
-    light green (1), best scores on top; outliers are red crosses with thin red lines, beneath the others. Hundreds of
-    lines would hide the images: of many matches only some have one, evenly chosen.
+    A match is a dot in each image and a line between them in the colour of its score, from violet (0) over blue to
+    light green (1). The best scores are on top. Outliers are red crosses with thin red lines, below the others.
+    Hundreds of lines would hide the images: of many matches only some have a line, evenly chosen.
 
     Args:
         image0: the left picture, uint8, (H, W) grey or (H, W, 3) RGB; views with any strides will do.
@@ -161,7 +161,7 @@ def _colours() -> Image:
 
 
 def _draw_text(canvas: Image, text: str) -> None:
-    """A line of text over a shaded band along the lower edge, as large as fits; beside it, given room, the key."""
+    """Write a line of text on a shaded band at the lower edge, as large as fits, beside the key if there is room."""
     height, width = canvas.shape[:2]
     scale = _scale_of(canvas)
     margin = round(6 * scale)

@@ -1,4 +1,4 @@
-"""Image to features, features to matches: the networks behind one plain interface, without ROS."""
+"""Extracts features of images and matches them: the networks behind one plain interface. No ROS in here."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LARGEST_IMAGE = 3840 * 2176  # pixels: SuperPoint's first layers take 6 GB of me
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as OpenCV and the authors of SuperPoint convert colour to grey
 
-# Of an image: with fewer, a GPU loses more time by looking for points to drop than it gains (cvg/LightGlue's
+# Keypoints of an image: with fewer, looking for points to drop costs a GPU more time than it saves (cvg/LightGlue's
 # pruning_keypoint_thresholds, with flash attention).
 _PRUNED_ABOVE_ON_GPU = 1536
 
@@ -101,7 +101,7 @@ class Matches:
 
 
 def to_numpy(array: Array) -> np.ndarray:
-    """The array itself, or a tensor from whatever device."""
+    """The array itself, or a tensor's content from any device."""
     return array.cpu().numpy() if isinstance(array, Tensor) else array
 
 
@@ -156,7 +156,7 @@ class FeatureMatcher:
 
     @property
     def keypoint_resolution(self) -> float:
-        """Pixels of the image seen between neighbouring positions that keypoints can have; 0 where there is no grid."""
+        """Distance of neighbouring keypoint positions, pixels of the image that the extractor sees; 0 without a grid."""
         return self.extractor.RESOLUTION
 
     def extract(self, image: np.ndarray | Tensor) -> Features:
@@ -233,7 +233,7 @@ class FeatureMatcher:
         return [_one_pair(found, i, len(f0), len(f1)) for i, (f0, f1) in enumerate(zip(features0, features1))]
 
     def warm_up(self, width: int = 640, height: int = 480) -> None:
-        """Run everything once, so that the first frame costs what every frame costs."""
+        """Run every network once, so that the first frame takes no longer than the others."""
         noise = np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
         features = self.extract(noise)
         self.match(features, features)
@@ -274,7 +274,7 @@ class FeatureMatcher:
         reversed_colours = pixels.ndim == 3 and pixels.strides[2] < 0  # a view of BGR as RGB
         if reversed_colours:
             pixels = pixels[..., ::-1]
-        if min(pixels.strides) < 0 or not pixels.flags.writeable:  # neither of which torch takes
+        if min(pixels.strides) < 0 or not pixels.flags.writeable:  # torch takes neither
             pixels = pixels.copy()
         host = torch.from_numpy(pixels)
         if self.device.type == "cuda":
@@ -342,7 +342,7 @@ class FeatureMatcher:
 
 
 def _is_sound(found: Detections) -> bool:
-    """Whether half precision sufficed. NaN among the scores shows as an image without any keypoint."""
+    """Whether half precision was enough. NaN among the scores shows as an image without any keypoint."""
     return bool(found.mask.any(dim=-1).all() & torch.isfinite(found.descriptors).all())
 
 
@@ -379,7 +379,7 @@ def _pixels(image: np.ndarray | Tensor) -> np.ndarray:
 
 
 def resize(pixels: np.ndarray, longest: int) -> np.ndarray:
-    """The image with its longest side of so many pixels, 0 keeps it; by area averaging down and bilinear up."""
+    """The image with a longest side of so many pixels; 0 keeps its size. Down by area averaging, up bilinearly."""
     height, width = pixels.shape[:2]
     if longest in (0, max(height, width)):
         return pixels

@@ -5,15 +5,14 @@ grey or RGB pixels. ROS need not be installed.
 
 What an encoding means, where `sensor_msgs/image_encodings` leaves it open:
 
-- `mono8`, `rgb8`, `bgr8`, `rgba8`, `bgra8` and the types `8UC1`, `8UC3`, `8UC4` are views of the message's data,
-  without a copy. Alpha is left out.
+- `mono8`, `rgb8`, `bgr8`, `rgba8`, `bgra8` and the types `8UC1`, `8UC3`, `8UC4` are not copied: the pixels are a view
+  of the message's data. Alpha is left out.
 - A type that names no colours (`8UC3`, `16UC4`, `32FC3`) is blue first, as in OpenCV and RViz; one channel is grey.
   (cv_bridge leaves it open: it refuses to convert these to colours or `mono8`.)
-- 16 bits become 8 as value / 257, rounded, so 65535 becomes 255. The scale never depends on the picture, else the
-  brightness would jump between frames; so a camera that leaves the upper bits empty (12 bits in `mono16`) looks dark,
-  and has to be scaled where it is published.
-- Floats are a picture where every value is in [0, 1], which becomes [0, 255]. Others (depth in metres, NaN) are
-  refused.
+- 16 bits become 8 as value / 257, rounded, so 65535 becomes 255. The scale never depends on the picture, or else the
+  brightness would jump between frames. A camera that leaves the upper bits empty (12 bits in `mono16`) therefore looks
+  dark: scale its images where they are published.
+- Floats are a picture if every value is in [0, 1], which becomes [0, 255]. Others (depth in metres, NaN) are refused.
 - Bayer and YUV are converted by the ROS 2 `cv_bridge` where that works, by `rosbags-image` otherwise; YUV is BT.601 of
   limited range, as in OpenCV. In `nv12`, `nv21` and `nv24` the chroma rows follow the `height` rows of luma; they are
   `step` bytes apart too, in `nv24` twice that.
@@ -92,7 +91,7 @@ LAYOUTS = _layouts()  # by encoding
 
 
 def to_array(message: Any) -> NDArray[np.uint8]:
-    """The pixels of an image message.
+    """The pixels of an image message, as 8-bit grey or RGB.
 
     Args:
         message: a `sensor_msgs/Image`, or a `sensor_msgs/CompressedImage` holding JPEG or PNG. Anything with their
@@ -259,7 +258,7 @@ def converter() -> tuple[Callable[[Any, str], Any] | None, str]:
             # PyPI's cv-bridge, a port of ROS 1's, does not know this encoding; a cv_bridge that was built for another
             # NumPy fails on any.
             convert(_message(np.zeros((1, 2, 2), np.uint8), "yuv422_yuy2"), "rgb8")
-        except Exception as error:  # noqa: BLE001 (whatever fails, the next one may work)
+        except Exception as error:  # noqa: BLE001 (the next one may work)
             faults.append(f"{load.__name__[1:]}: {error!r}")
         else:
             return convert, "; ".join(faults)

@@ -1,4 +1,4 @@
-"""Relative poses in metres, one after the other: where the camera is, and how sure that is. No ROS in here."""
+"""Chains relative poses in metres: where the camera is, and how sure that is. No ROS in here."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from kpmatch_ros.geometry.pose import PoseStatus, RelativePose, cross_matrix
 
 __all__ = ["Odometry", "OdometryPose", "compose"]
 
-# An odometry frame has x forward, y left and z up (REP-103) as the first camera has them, whose own frame, an optical
-# one, has z forward and x right.
+# An odometry frame has x forward, y left and z up (REP-103), seen from the first camera. The camera's own frame is an
+# optical one: z forward, x right.
 _FIRST_CAMERA = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
 
 
@@ -25,8 +25,8 @@ class OdometryPose:
         position: (3,) float64, metres.
         covariance: (6, 6) float64, position then rotation about the odometry frame's axes, w in
             R_true = exp([w]x) rotation, as in geometry_msgs/PoseWithCovariance.
-        chain: how many times the chain of poses broke before. Poses of different chains have nothing in common: each
-            chain has an odometry frame of its own, whose origin is the first camera of the chain.
+        chain: how many times the chain of poses broke before. Poses of two chains cannot be compared: each chain has
+            an odometry frame of its own, and its first camera is the origin.
     """
 
     rotation: np.ndarray
@@ -36,10 +36,11 @@ class OdometryPose:
 
 
 def compose(pose: OdometryPose, step: RelativePose) -> OdometryPose:
-    """The pose after a step from it; errors of pose and step are taken to be independent.
+    """The pose after a step from it.
 
-    To first order (adjoint of SE(3); Barfoot and Furgale, IEEE Transactions on Robotics 2014), for errors that are
-    added to a position and multiplied to a rotation from the left.
+    Errors of pose and step are taken to be independent. The covariance is right to first order, for errors that are
+    added to a position and multiplied to a rotation from the left (adjoint of SE(3); Barfoot and Furgale, IEEE
+    Transactions on Robotics 2014).
     """
     moved = pose.rotation @ step.translation
     carried = np.eye(6)
@@ -52,9 +53,8 @@ def compose(pose: OdometryPose, step: RelativePose) -> OdometryPose:
 class Odometry:
     """Chains the poses of pairs.
 
-    A pair continues the chain where its reference's pose is known: the frame before, or a keyframe. Where it is not, as
-    the pose of a reference could not be had or the tracks began anew, the chain is broken, and the reference is the
-    origin of a new one.
+    A pair continues the chain where the pose of its reference is known: the frame before, or a keyframe. It is not
+    known after a reset, or where that frame had no pose. Then the chain breaks, and the reference begins a new one.
 
     Attributes:
         breaks: how many times the chain broke.

@@ -14,14 +14,15 @@ from kpmatch_ros.parameters import ParameterError, Parameters, declaration
 
 __all__ = ["applies", "read_parameter_file", "sections"]
 
-# Of every node, and not this package's.
+# Parameters that every node has.
 _FOREIGN = re.compile(r"use_sim_time|start_type_description_service|qos_overrides(\..*)?")
 
 
 def sections(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The sections of a parameter file: the name of the node each is for, which may be a pattern and may be nested by
+    """The sections of a parameter file, by the node that each is for.
 
-    namespace, and what is below its ros__parameters.
+    The name of the node may be a pattern, and may be nested by namespace. With it comes the content of its
+    ros__parameters.
     """
     for key, value in tree.items() if isinstance(tree, dict) else ():
         if key == "ros__parameters":
@@ -31,18 +32,21 @@ def sections(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def applies(section: str, node_name: str) -> bool:
-    """Whether a node takes its parameters from a section: * stands for one part of its name, ** for any number."""
+    """Whether a node takes its parameters from a section.
+
+    In a section's name * stands for one part of the node's name, and ** for any number of parts.
+    """
     pattern = section.replace("/**", r"(/\w+)*").replace("/*", r"/\w+")
     return re.fullmatch(pattern, node_name) is not None
 
 
 def read_parameter_file(path: Path, node_name: str = "/matcher") -> Parameters:
-    """The parameters that a file gives a node, the defaults where it is silent.
+    """The parameters that a file gives a node, with the defaults for those that it leaves out.
 
     Raises:
-        ParameterError: when it is no parameter file, has no section for the node, or a parameter in it is unknown or
-            has a value it may not have.
-        OSError: when it cannot be read.
+        ParameterError: when the file is no parameter file or has no section for the node, or when a parameter in it
+            is unknown or has a value that is not allowed.
+        OSError: when the file cannot be read.
     """
     try:
         found = list(sections(yaml.safe_load(path.read_text())))
@@ -63,7 +67,7 @@ def read_parameter_file(path: Path, node_name: str = "/matcher") -> Parameters:
                 continue
             if isinstance(value, str) and declaration(str(name)).type is float:
                 with suppress(ValueError):
-                    value = float(value)  # ROS takes 1e-3 for a number; YAML 1.1 wants a point in it
+                    value = float(value)  # to ROS 1e-3 is a number; YAML 1.1 wants a point in it
             changes[str(name)] = value
     try:
         return Parameters().replace(changes)

@@ -1,6 +1,6 @@
 """Starts the matcher node: ros2 launch kpmatch_ros matcher.launch.py image:=/camera/image_raw.
 
-`--show-args` lists the arguments. Those that stand for a parameter of the node are empty by default, and then the
+`--show-args` lists the arguments. An argument that stands for a parameter of the node is empty by default: the
 parameter file decides.
 """
 
@@ -37,7 +37,7 @@ CAMERAS = (
     ("left_", "left/", "the left camera (mode stereo)"),
     ("right_", "right/", "the right camera (mode stereo)"),
 )
-# True and False as well: launch files that include this one hand on what Python's str() makes of a bool.
+# True and False too: a launch file that includes this one may hand on str(True).
 BOOLEANS = ["true", "false", "True", "False"]
 
 

@@ -30,9 +30,9 @@ class CameraTopics:
 
 
 def choose_camera(bag: Path, image: str | None = None, camera_info: str | None = None) -> CameraTopics:
-    """The camera of a bag: of the topics that are not given, those that leave no choice.
+    """The camera of a bag. Topics that are not given are chosen where there is only one.
 
-    The calibration is camera_info beside the image topic, as image_pipeline has it, or else the only one in the bag.
+    The calibration is the topic camera_info beside the images, as in image_pipeline, or else the only one in the bag.
 
     Raises:
         BagError: when a topic is not in the bag, or there are several to choose from.
@@ -57,7 +57,7 @@ def choose_stereo_cameras(
     left_info: str | None = None,
     right_info: str | None = None,
 ) -> tuple[CameraTopics, CameraTopics]:
-    """The left and the right camera of a bag: what is not given is guessed where the bag leaves no choice.
+    """The left and the right camera of a bag. Topics that are not given are guessed where only one pair fits.
 
     Image topics are taken for a pair where their names differ in left and right, cam0 and cam1, or infra1 and infra2.
     The calibration of each is camera_info beside its images.

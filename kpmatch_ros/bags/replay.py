@@ -34,17 +34,17 @@ def replay(
     features: bool = False,
     match_image: bool = False,
 ) -> Report:
-    """Write a bag with what the node publishes for a bag's camera, or for its stereo pair of cameras.
+    """Write a bag of what the node would publish for a bag's camera, or for its stereo pair of cameras.
 
-    That is matches and relative_pose, in stereo stereo_matches and, with publish_odometry, odometry and /tf, and if
-    wanted the others. Messages have the stamps of their images, and are recorded at the times of these: in stereo, of
-    the later one. The bag is stored as the one read is, and is there whole or not at all.
+    The topics are matches and relative_pose, in stereo also stereo_matches, with publish_odometry odometry and /tf, and
+    features and match_image where they are wanted. Messages have the stamps of their images and are recorded when these
+    were: in stereo, when the later one was. The bag has the storage of the one read. It is written whole or not at all.
 
     Args:
         bag: to read.
         out: folder to write, which must not exist.
         cameras: one, or with mode stereo the left and the right one.
-        parameters: as the node's; every frame is processed whatever `queue` says.
+        parameters: as the node's. Every frame is processed: `queue` plays no part.
         poses: text file for the chained poses in TUM's format.
         features: write `features` too.
         match_image: write `match_image` too.
@@ -133,7 +133,7 @@ def _process(
 
 @contextmanager
 def _whole_or_not(path: Path) -> Iterator[Path]:
-    """Where to write what is to be at `path`: it gets there when all went well, and otherwise leaves no trace."""
+    """A place to write a file or folder that moves to `path` when all went well, and otherwise leaves no trace."""
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield folder / path.name

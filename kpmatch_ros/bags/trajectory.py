@@ -16,10 +16,10 @@ __all__ = ["Trajectory"]
 class Trajectory:
     """Relative poses chained, as lines of a TUM file: seconds, x y z, quaternion x y z w of the camera in the world.
 
-    The world is the first camera's optical frame, in stereo the left one's, and its unit the metre. From one camera,
-    each translation has length one: the path's shape within a pair is right, its scale is arbitrary from pair to pair.
-    A frame whose pose is not known has no line; one that can only be related to such a frame breaks the chain, which
-    goes on from the last known pose after a comment.
+    The world is the first camera's optical frame, in stereo the left camera's. Its unit is the metre. From one camera,
+    each translation has length one: its direction is right, and its scale is arbitrary from pair to pair. A frame whose
+    pose is not known has no line. A frame whose reference has no pose breaks the chain: a comment says so, and the
+    chain goes on from the last known pose.
     """
 
     def __init__(self, stream: TextIO) -> None:

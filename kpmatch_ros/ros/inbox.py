@@ -1,4 +1,4 @@
-"""The queue between the subscription's callback, which must return at once, and the thread that does the work."""
+"""Hands frames from the subscriptions, which must return at once, to the thread that does the work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Inbox(Generic[Item]):
     """Hands items from one thread to another, in order.
 
     Args:
-        latest: keep only the newest item: one that arrives overtakes those still waiting.
+        latest: keep only the newest item. Those that still wait when it arrives are dropped.
     """
 
     def __init__(self, latest: bool) -> None:
@@ -25,7 +25,7 @@ class Inbox(Generic[Item]):
         self._closed = False
 
     def put(self, item: Item) -> int:
-        """Add an item and return how many older ones were dropped for it, or 1 where the inbox is closed."""
+        """Add an item, and return how many were dropped: older ones, or this one where the inbox is closed."""
         with self._changed:
             if self._closed:
                 return 1

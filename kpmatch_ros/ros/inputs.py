@@ -39,7 +39,7 @@ class _Camera:
 
 
 class Inputs:
-    """Subscribes to cameras, and tells why nothing arrives.
+    """Subscribes to the cameras, and says why nothing arrives.
 
     Args:
         node: subscribes.
@@ -103,7 +103,7 @@ class Inputs:
             self._best_effort_wanted = False
 
     def wait_for_calibration(self) -> None:
-        """Wait once for the first calibration, if somebody publishes it. Called by the thread that processes frames."""
+        """Wait once for the first calibration, if somebody publishes it; called by the thread that processes."""
         if not self._calibrated.is_set() and all(
             self._node.count_publishers(camera.info_topic) for camera in self._cameras
         ):

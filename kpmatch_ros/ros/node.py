@@ -212,7 +212,7 @@ class MatcherNode(LifecycleNode):
         assert self._pipeline is not None
         self._pipeline.request_reset()
         response.success = True
-        response.message = "features and tracks are forgotten; the next frame starts anew"
+        response.message = "features and tracks are forgotten; the next frame begins new tracks"
         return response
 
     def _check_parameters(self, changes: list[Parameter]) -> SetParametersResult:
@@ -313,7 +313,7 @@ def main(args: list[str] | None = None) -> int:
     except Exception:
         if rclpy.ok():
             raise
-        # Told to end in the middle of the executor's work, which then stumbles over what is not there any more.
+        # Told to end in the middle of the executor's work, which then meets objects that are gone.
     finally:
         for sent in (signal.SIGINT, signal.SIGTERM):  # ending is under way: a second Ctrl-C must not break into it
             signal.signal(sent, signal.SIG_IGN)

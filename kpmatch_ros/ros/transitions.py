@@ -40,7 +40,7 @@ def explained(callback: Transition) -> Transition:
             self.fault = str(error)
             self.get_logger().error(f"{callback.__name__} failed: {error}")
             return TransitionCallbackReturn.FAILURE
-        except Exception as error:  # noqa: BLE001  (whatever it is, the node lives on and names it)
+        except Exception as error:  # noqa: BLE001  (the node lives on and names it)
             self.fault = f"{type(error).__name__}: {error}"
             self.get_logger().error(f"{callback.__name__} failed:\n{traceback.format_exc()}")
             return TransitionCallbackReturn.FAILURE
