@@ -156,7 +156,7 @@ class FeatureMatcher:
 
     @property
     def keypoint_resolution(self) -> float:
-        """Distance of neighbouring keypoint positions, pixels of the image that the extractor sees; 0 without a grid."""
+        """Distance of neighbouring positions that keypoints can have, pixels of the image seen; 0 without a grid."""
         return self.extractor.RESOLUTION
 
     def extract(self, image: np.ndarray | Tensor) -> Features:
