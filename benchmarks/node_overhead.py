@@ -107,7 +107,7 @@ def main() -> None:
 
     camera = multiprocessing.get_context("spawn").Process(target=play, args=(options.frames, options.features))
     front_end: list[float] = []
-    FrontEnd.register_frame = timed(FrontEnd.register_frame, front_end)  # type: ignore[method-assign]
+    FrontEnd.register = timed(FrontEnd.register, front_end)  # type: ignore[method-assign]
     rclpy.init()
     node = MatcherNode(
         parameter_overrides=[
@@ -117,13 +117,13 @@ def main() -> None:
         ]
     )
     latencies: list[float] = []
-    processed = node._monitor.processed
+    processed = node.monitor.processed
 
     def note(latency_ms: float, *rest: Any) -> None:
         latencies.append(latency_ms / 1e3)
         processed(latency_ms, *rest)
 
-    node._monitor.processed = note  # type: ignore[method-assign]
+    node.monitor.processed = note  # type: ignore[method-assign]
     node.trigger_configure()
     node.trigger_activate()
     camera.start()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
@@ -44,12 +45,13 @@ class Resources:
     """What a process holds at present."""
 
     def __init__(self, process: int) -> None:
-        folder = Path(f"/proc/{process}")
-        status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-        # Of its own: parts of libraries that are read when first needed are given back when memory is short.
+        holder = psutil.Process(process)
+        # Parts of libraries, which are read when first needed and given back when memory is short, do not count.
+        # psutil does not tell them from shared memory, which does count.
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
         self.memory = 1024 * sum(int(status[kind].split()[0]) for kind in ("RssAnon", "RssShmem"))
-        self.threads = len(list((folder / "task").iterdir()))
-        self.files = len(list((folder / "fd").iterdir()))
+        self.threads = holder.num_threads()
+        self.files = holder.num_fds()
 
 
 @pytest.mark.timeout(600)

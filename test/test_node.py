@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 from diagnostic_msgs.msg import DiagnosticStatus
 from lifecycle_msgs.srv import ChangeState, GetState
@@ -399,8 +400,7 @@ def test_a_frame_that_needs_more_memory_than_there_is_is_given_up_and_the_next_o
         node.wait_until_connected()
         send_frames(node, 2)
         node.wait_for(lambda: len(node.matches) == 1, "a pair")
-        pages = int(Path(f"/proc/{node.process.pid}/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + 300_000_000
+        limit = psutil.Process(node.process.pid).memory_info().vms + 300_000_000
         resource.prlimit(node.process.pid, resource.RLIMIT_AS, (limit, limit))
         node.send(image(np.tile(textured(), (8, 8)), 101.0))
         node.wait_for_figure("rejected: memory", "1")

@@ -59,6 +59,7 @@ class MatcherNode(LifecycleNode):
 
     Attributes:
         fault: why the last transition failed; empty where it did not.
+        monitor: counts what the node does.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -68,7 +69,7 @@ class MatcherNode(LifecycleNode):
 
         self._state = "unconfigured"
         self.fault = ""
-        self._monitor = LoggingMonitor(self.get_logger())
+        self.monitor = LoggingMonitor(self.get_logger())
         self._inputs = self._make_inputs()
         self._outputs: Outputs | None = None
         self._pipeline: Pipeline | None = None
@@ -76,7 +77,7 @@ class MatcherNode(LifecycleNode):
         self._inbox: Inbox[_Received] | None = None
         self._reset_service: Any = None
 
-        self._diagnostics = Diagnostics(self, self._monitor, self._condition)
+        self._diagnostics = Diagnostics(self, self.monitor, self._condition)
         # Wall time: diagnostics go on while a bag's clock stands still.
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._timers = [
@@ -106,7 +107,7 @@ class MatcherNode(LifecycleNode):
         self._inputs = self._make_inputs()
         self._outputs = Outputs(self, parameters)
         self._pipeline = Pipeline(
-            front_end, self._inputs.topics, self._outputs.publish, self._outputs.wanted, self._monitor
+            front_end, self._inputs.topics, self._outputs.publish, self._outputs.wanted, self.monitor
         )
         self._reset_service = self.create_service(Trigger, "reset", self._reset)
         self.fault = ""
@@ -178,7 +179,7 @@ class MatcherNode(LifecycleNode):
     def _stop_processing(self, patience: float | None = None) -> None:
         self._inputs.unsubscribe()
         if self._inbox is not None:
-            self._monitor.dropped(self._inbox.close())
+            self.monitor.dropped(self._inbox.close())
             self._inbox = None
             assert self._inference is not None
             with contextlib.suppress(TimeoutError, FuturesTimeoutError):
@@ -200,9 +201,9 @@ class MatcherNode(LifecycleNode):
         arrived = time.monotonic()
         if self._pipeline is None or (images := self._pipeline.add_image(side, message)) is None:
             return
-        self._monitor.received()
+        self.monitor.received()
         inbox = self._inbox
-        self._monitor.dropped(1 if inbox is None else inbox.put(_Received(images, arrived)))
+        self.monitor.dropped(1 if inbox is None else inbox.put(_Received(images, arrived)))
 
     def _take_info(self, side: int, message: Any) -> None:
         if self._pipeline is not None:
@@ -248,7 +249,7 @@ class MatcherNode(LifecycleNode):
                 self._inputs.wait_for_calibration()
                 result = pipeline.process(received.images)
                 if result is not None:
-                    self._monitor.processed((time.monotonic() - received.arrived) * 1e3, result)
+                    self.monitor.processed((time.monotonic() - received.arrived) * 1e3, result)
             except Exception as error:  # noqa: BLE001  (one bad frame must not end the node)
                 if not self.context.ok():
                     return  # told to end while a frame was under way: there is nobody left to publish to
@@ -256,9 +257,9 @@ class MatcherNode(LifecycleNode):
                 if is_out_of_memory(error):
                     release_memory()
                     text = (str(error) or type(error).__name__).splitlines()[0]
-                    self._monitor.rejected("memory", f"out of memory: {text}; lower resize or max_keypoints")
+                    self.monitor.rejected("memory", f"out of memory: {text}; lower resize or max_keypoints")
                     continue
-                self._monitor.rejected("internal error", f"a frame was lost to {type(error).__name__}: {error}")
+                self.monitor.rejected("internal error", f"a frame was lost to {type(error).__name__}: {error}")
                 self.get_logger().error(traceback.format_exc())
             if time.monotonic() > trimmed + _TRIM_INTERVAL:
                 trim_heap()
@@ -285,7 +286,7 @@ class MatcherNode(LifecycleNode):
                 condition.problems = [
                     *self._inputs.problems(self._pipeline.synchroniser),
                     *self._outputs.problems(),
-                    *self._monitor.problems(),
+                    *self.monitor.problems(),
                 ]
         return condition
 
