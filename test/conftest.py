@@ -297,6 +297,30 @@ def random_folder(
     return save
 
 
+@pytest.fixture(scope="session")
+def lightglue(small_lightglue: dict[str, Any], randomise_lightglue: Randomise) -> Callable[..., LightGlue]:
+    """lightglue(seed=0, **config): a small one with random weights."""
+
+    def make(seed: int = 0, **config: Any) -> LightGlue:
+        model = LightGlue(**{**small_lightglue, "input_dim": 64, **config})
+        randomise_lightglue(model, seed)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def superglue(small_superglue: dict[str, Any], randomise_superglue: Randomise) -> Callable[..., SuperGlue]:
+    """superglue(seed=0, **config): a small one with random weights."""
+
+    def make(seed: int = 0, **config: Any) -> SuperGlue:
+        model = SuperGlue(**{**small_superglue, **config})
+        randomise_superglue(model, seed)
+        return model
+
+    return make
+
+
 @pytest.fixture
 def record_difference(record_property: Callable[[str, object], None]) -> RecordDifference:
     """record_difference(what, value): shown at the end of the run, the largest of all tests."""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_aliked import random_tensors as aliked_of_the_authors
 from test_disk import random_tensors as disk_of_the_authors
 from test_lightglue import authors_names as lightglue_of_the_authors
-from test_superglue import authors_file as superglue_of_the_authors
+from test_superglue_weights import authors_file as superglue_of_the_authors
 from test_superpoint import authors_names as superpoint_of_the_authors
 
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue, SuperPoint

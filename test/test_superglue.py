@@ -6,7 +6,6 @@ Weights are random, scaled so that descriptors decide and the layers in between 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from scipy.special import logsumexp
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import kpmatch_ros.models.superglue as superglue_module
-from kpmatch_ros.models import LightGlue, SuperPoint, trace
+from kpmatch_ros.models import SuperPoint, trace
 from kpmatch_ros.models.assignment import Assignment, ImageFeatures
-from kpmatch_ros.models.superglue import SuperGlue, normalise_keypoints, sinkhorn, transport
-from kpmatch_ros.weights import WeightsError
+from kpmatch_ros.models.superglue import SuperGlue, normalise_keypoints
 
 Pair = Callable[..., tuple[Any, SuperGlue]]  # of transformers and ours
 RecordDifference = Callable[[str, float], None]
@@ -61,20 +55,6 @@ def pair(
             theirs.save_pretrained(folder)
             made[key] = theirs, SuperGlue.from_pretrained(folder)
         return made[key]
-
-    return make
-
-
-@pytest.fixture
-def superglue(
-    small_superglue: dict[str, Any], randomise_superglue: Callable[[Any, int], None]
-) -> Callable[..., SuperGlue]:
-    """superglue(seed=0, **config): ours alone, for where `transformers` has no say."""
-
-    def make(seed: int = 0, **config: Any) -> SuperGlue:
-        model = SuperGlue(**{**small_superglue, **config})
-        randomise_superglue(model, seed)
-        return model
 
     return make
 
@@ -422,138 +402,6 @@ def test_half_precision_keeps_most_matches_and_sees_positions_in_single(superglu
     assert (found.matches0 == single.matches0).float().mean() > 0.95
 
 
-# Optimal transport
-
-
-def plain_sinkhorn(matrix: Any, rows: Any, columns: Any, iterations: int) -> Any:
-    """In float64 and with logarithms throughout: the logarithm of the scaled matrix."""
-    u, v = np.zeros_like(rows), np.zeros_like(columns)
-    for _ in range(iterations):
-        u = rows - logsumexp(matrix + v[None], axis=1)
-        v = columns - logsumexp(matrix + u[:, None], axis=0)
-    return matrix + u[:, None] + v[None]
-
-
-@given(
-    seed=st.integers(0, 1000),
-    rows=st.integers(1, 30),
-    columns=st.integers(1, 30),
-    spread=st.sampled_from([0.1, 1.0, 5.0, 20.0, 100.0]),
-    iterations=st.sampled_from([1, 2, 16, 17, 50, 100]),
-)
-@settings(max_examples=60, deadline=None)
-def test_sinkhorn_scales_as_with_logarithms_in_double(
-    seed: int, rows: int, columns: int, spread: float, iterations: int
-) -> None:
-    random = np.random.default_rng(seed)
-    matrix = random.normal(size=(rows, columns)) * spread
-    log_rows, log_columns = np.log(random.random(rows) + 0.1), np.log(random.random(columns) + 0.1)
-    inputs = [torch.from_numpy(each).float()[None] for each in (matrix, log_rows, log_columns)]
-    u, v = sinkhorn(*inputs, iterations)
-    found = (inputs[0] + u[:, :, None] + v[:, None, :])[0].exp().numpy()
-    expected = np.exp(plain_sinkhorn(*(each[0].double().numpy() for each in inputs), iterations))
-    assert found == pytest.approx(expected, abs=1e-3)
-
-
-@pytest.mark.parametrize("trusted", [True, False])
-def test_sinkhorn_is_right_whether_it_trusts_products_or_not(monkeypatch: pytest.MonkeyPatch, trusted: bool) -> None:
-    # Rows compete for one column, each with e^100 times the claim of the one before: it takes iterations to settle.
-    matrix = np.stack([np.arange(6) * 100.0, np.zeros(6)], axis=1)
-    rows, columns = np.zeros(6), np.log([3.0, 3.0])
-    if not trusted:
-        monkeypatch.setattr(superglue_module, "LARGEST_CHANGE", 0.0)
-    for iterations in (1, 2, 20, 40, 150):
-        u, v = sinkhorn(*(torch.from_numpy(each).float()[None] for each in (matrix, rows, columns)), iterations)
-        found = torch.from_numpy(matrix).float() + u[0][:, None] + v[0][None]
-        expected = plain_sinkhorn(matrix, rows, columns, iterations)
-        assert found.numpy() == pytest.approx(expected, abs=0.01)
-
-
-def test_a_transport_plan_gives_every_point_away_once() -> None:
-    generator = torch.Generator().manual_seed(0)
-    similarity = torch.randn(2, 20, 30, generator=generator) * 3
-    mask0 = torch.arange(20)[None] < torch.tensor([[20], [12]])
-    mask1 = torch.arange(30)[None] < torch.tensor([[30], [9]])
-    plan = transport(similarity, torch.tensor(1.0), 200, mask0, mask1).exp()
-    assert (plan.sum(dim=1) <= 1 + 1e-4).all() and (plan.sum(dim=2) <= 1 + 1e-4).all()
-    assert (plan[1, 12:] == 0).all() and (plan[1, :, 9:] == 0).all()
-    generous = transport(similarity, torch.tensor(-20.0), 200, mask0, mask1).exp()
-    assert generous[0].sum(dim=1) == pytest.approx(torch.ones(20).numpy(), abs=1e-2)  # nothing goes into the dustbin
-    assert transport(similarity, torch.tensor(50.0), 200).exp().max() < 1e-3  # everything does
-
-
-@pytest.mark.parametrize("iterations", [1, 2, 17, 100])
-def test_padding_takes_no_part_in_transport_from_the_first_step_on(iterations: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    similarity = torch.randn(1, 20, 30, generator=generator) * 3
-    mask0, mask1 = torch.arange(20)[None] < 13, torch.arange(30)[None] < 9
-    padded = transport(similarity, torch.tensor(1.0), iterations, mask0, mask1)[:, :13, :9]
-    alone = transport(similarity[:, :13, :9], torch.tensor(1.0), iterations)
-    assert torch.allclose(padded, alone, atol=1e-4)
-
-
-# Files
-
-
-def authors_file(tensors: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
-    """A Hugging Face SuperGlue's tensors as Magic Leap's code names and arranges them."""
-
-    def spread(tensor: Tensor, dim: int) -> Tensor:
-        """Channel c of head h from place h * size + c to place c * heads + h."""
-        size = tensor.shape[dim] // heads
-        return tensor.index_select(dim, torch.tensor([h * size + c for c in range(size) for h in range(heads)]))
-
-    result = {}
-    for name, tensor in tensors.items():
-        parts = name.split(".")
-        if name.startswith("keypoint_detector."):
-            continue
-        if parts[0] == "keypoint_encoder" or parts[3:4] == ["mlp"]:
-            block = "kenc.encoder" if parts[0] == "keypoint_encoder" else f"gnn.layers.{parts[2]}.mlp"
-            rest = parts[2:] if parts[0] == "keypoint_encoder" else parts[4:]
-            index = 3 * int(rest[0]) + (rest[1] == "batch_norm")
-            name = f"{block}.{index}.{rest[-1]}"
-        elif parts[0] == "gnn":
-            if parts[4] == "self":
-                index = ["query", "key", "value"].index(parts[5])
-                name, tensor = f"gnn.layers.{parts[2]}.attn.proj.{index}.{parts[-1]}", spread(tensor, 0)
-            else:
-                name = f"gnn.layers.{parts[2]}.attn.merge.{parts[-1]}"
-                tensor = spread(tensor, 1) if parts[-1] == "weight" else tensor
-        elif parts[0] == "final_projection":
-            name = f"final_proj.{parts[-1]}"
-        result[name] = tensor[..., None] if tensor.ndim == 2 else tensor  # convolutions of width 1
-    return result
-
-
-def test_the_authors_file_gives_the_same_network(pair: Pair, tmp_path: Path) -> None:
-    theirs, ours = pair(4)
-    torch.save(authors_file(theirs.state_dict(), heads=4), tmp_path / "superglue_indoor.pth")
-    found = SuperGlue.from_pretrained(tmp_path / "superglue_indoor.pth")
-    assert found.config == {**ours.config, "matching_threshold": 0.2}
-    for name, tensor in ours.state_dict().items():
-        assert torch.equal(found.state_dict()[name], tensor.float()), name
-    options = SuperGlue.from_pretrained(tmp_path / "superglue_indoor.pth", sinkhorn_iterations=20)
-    assert options.sinkhorn_iterations == 20 and options.filter_threshold == 0.2
-
-
-def test_attention_is_that_of_the_authors_arrangement(pair: Pair) -> None:
-    tensors, ours = authors_file(pair(4)[0].state_dict(), heads=4), pair(4)[1]
-    x, source = torch.randn(2, 64, 7), torch.randn(2, 64, 9)
-
-    def layer(name: str, inputs: Tensor) -> Tensor:
-        name = f"gnn.layers.0.attn.{name}"
-        return nn.functional.conv1d(inputs, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
-
-    query, key, value = (
-        layer(f"proj.{i}", inputs).unflatten(1, (-1, 4)) for i, inputs in enumerate((x, source, source))
-    )
-    weights = (torch.einsum("bchn,bchm->bhnm", query, key) / math.sqrt(16)).softmax(dim=-1)
-    expected = layer("merge", torch.einsum("bhnm,bchm->bchn", weights, value).flatten(1, 2))
-    found = ours.gnn.layers[0].attention(x.mT, source.mT, None).mT  # type: ignore[operator,union-attr]
-    assert torch.allclose(found, expected, atol=1e-5)
-
-
 def test_transformers_loads_what_this_network_saves(superglue: Callable[..., SuperGlue], tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
@@ -562,52 +410,3 @@ def test_transformers_loads_what_this_network_saves(superglue: Callable[..., Sup
     (tmp_path / "config.json").write_text(json.dumps({**ours.config, "model_type": "superglue"}))
     theirs = transformers.SuperGlueForKeypointMatching.from_pretrained(tmp_path).eval()
     assert_equal(ours(*inputs), *run_theirs(theirs, inputs), threshold=0.0)
-
-
-@pytest.fixture
-def folder(random_folder: Callable[..., Path]) -> Path:
-    """A Hugging Face folder of weights."""
-    return random_folder(superglue={})
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-
-
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [
-        ({"rotary_value": True}, "rotary_value"),
-        ({"gnn_layers_types": ["self", "both"]}, "both"),
-        ({"num_attention_heads": 5}, "64 channels into 5 heads"),
-        ({"hidden_size": 32}, "does not fit superglue"),
-        ({"gnn_layers_types": ["self"] * 3}, "does not fit superglue"),
-        ({"model_type": "lightglue"}, "holds a lightglue, not a superglue"),
-    ],
-    ids=str,
-)
-def test_a_configuration_that_does_not_fit_is_refused(folder: Path, changes: dict[str, Any], complaint: str) -> None:
-    change_config(folder, **changes)
-    with pytest.raises(WeightsError, match=complaint):
-        SuperGlue.from_pretrained(folder)
-
-
-def test_a_file_that_lacks_tensors_is_refused(folder: Path, pair: Pair, tmp_path: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["bin_score"]
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(WeightsError, match="bin_score is missing"):
-        SuperGlue.from_pretrained(folder)
-    authors = authors_file(pair(4)[0].state_dict(), heads=4)
-    del authors["kenc.encoder.0.weight"]
-    torch.save(authors, tmp_path / "superglue.pth")
-    with pytest.raises(WeightsError, match=r"superglue\.pth"):
-        SuperGlue.from_pretrained(tmp_path / "superglue.pth")
-
-
-def test_the_weights_of_another_network_are_refused(folder: Path, random_folder: Callable[..., Path]) -> None:
-    with pytest.raises(WeightsError, match="lightglue"):
-        SuperGlue.from_pretrained(random_folder())
-    with pytest.raises(WeightsError, match="superglue"):
-        LightGlue.from_pretrained(folder)

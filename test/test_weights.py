@@ -1,18 +1,13 @@
-"""Weights are what they claim to be, or are refused with what to do about it; fetching never leaves half a file."""
+"""Weights are what they claim to be, or are refused with what to do about it."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import pickle
-import resource
 import shutil
-import stat
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from kpmatch_ros import FeatureMatcher, weights
 from kpmatch_ros.models import LightGlue, SuperPoint
+from kpmatch_ros.models.assignment import ImageFeatures
 from kpmatch_ros.models.checkpoint import NETWORKS
-from kpmatch_ros.weights import REGISTRY, Hub, Packaged, Url, Weights, WeightsError
+from kpmatch_ros.weights import REGISTRY, Hub, Packaged, Weights, WeightsError
 
 SaveFolder = Callable[..., Path]
 
@@ -291,190 +287,13 @@ def test_the_small_matcher_matches_with_the_first_layers_of_the_large_one() -> N
     points = torch.rand(1, 60, 2) * 300
     descriptors = torch.nn.functional.normalize(torch.randn(1, 60, large.input_dim), dim=2)
     size = torch.tensor([[300, 300]])
-    inputs = points, points + 3, descriptors, descriptors, size, size
-    expected, found = large(*inputs), small(*inputs)
+    images = ImageFeatures(points, descriptors, size), ImageFeatures(points + 3, descriptors, size)
+    expected, found = large(*images), small(*images)
     assert (found.matches0 >= 0).sum() > 30 and torch.equal(found.layers, expected.layers)
     assert torch.equal(found.matches0, expected.matches0) and torch.equal(found.scores0, expected.scores0)
 
 
-# ------------------------------------------------------------------------------------------------------------ fetching
-
-
-class Server(ThreadingHTTPServer):
-    """Serves ``content``, in the way that the path asks for."""
-
-    content = b""
-    both_asked: threading.Barrier | None = None
-    requests = 0
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        self.server.requests += 1
-        content, way = self.server.content, self.path.split("/")[1]
-        if way == "missing":
-            self.send_error(404)
-            return
-        if self.server.both_asked is not None:
-            self.server.both_asked.wait(timeout=20)
-        self.close_connection = True
-        self.send_response(200)
-        if way == "chunked-cut":
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            self.wfile.write(b"%x\r\n" % len(content) + content[: len(content) // 2])
-            return
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: len(content) // 2] if way == "cut" else content)
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        """Quiet."""
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server(("127.0.0.1", 0), Handler) as server:
-        server.content = os.urandom(300_000)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-@pytest.fixture
-def register(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Weights]:
-    """register(way): weights that the server sends in some way."""
-    monkeypatch.setenv("KPMATCH_WEIGHTS", str(tmp_path / "cache"))
-    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(proxy, raising=False)
-
-    def make(way: str) -> Weights:
-        url = f"http://127.0.0.1:{server.server_port}/{way}/test.pth"
-        digest = hashlib.sha256(server.content).hexdigest()
-        item = Weights("test", "superpoint", "MIT", True, "a test", Url(url), len(server.content), digest)
-        monkeypatch.setitem(REGISTRY, "test", item)
-        return item
-
-    return make
-
-
-def files_below(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
-
-
-def test_weights_are_fetched_once_and_found_again(
-    server: Server, register: Callable[[str], Weights], tmp_path: Path
-) -> None:
-    item = register("good")
-    with pytest.raises(WeightsError, match=r"not on this machine .*: kpmatch weights fetch test"):
-        weights.resolve("test")
-    received: list[int] = []
-    path = weights.fetch("test", received.append)
-    assert path == weights.resolve("test") == item.path
-    assert tmp_path in path.parents
-    assert path.read_bytes() == server.content
-    assert sum(received) == len(server.content)
-    assert weights.fetch("test") == path
-    assert server.requests == 1
-    assert files_below(tmp_path) == ["test.pth"]
-
-
-@pytest.mark.skipif(os.name != "posix", reason="permissions of files")
-def test_fetched_weights_can_be_read_by_other_users(register: Callable[[str], Weights]) -> None:
-    register("good")
-    assert stat.S_IMODE(weights.fetch("test").stat().st_mode) & 0o044 == 0o044
-
-
-def test_what_is_not_the_registered_file_is_not_kept(
-    server: Server, register: Callable[[str], Weights], tmp_path: Path
-) -> None:
-    register("good")
-    server.content = bytes(reversed(server.content))
-    with pytest.raises(WeightsError, match=r"sent 300000 bytes with SHA-256 .*, not the registered .*nothing was kept"):
-        weights.fetch("test")
-    assert files_below(tmp_path) == []
-
-
-@pytest.mark.parametrize("way", ["cut", "chunked-cut", "missing"])
-def test_a_fetch_that_fails_leaves_nothing_behind(register: Callable[[str], Weights], tmp_path: Path, way: str) -> None:
-    item = register(way)
-    with pytest.raises(WeightsError, match="404" if way == "missing" else "150000 bytes|Incomplete") as error:
-        weights.fetch("test")
-    assert str(item.source) in str(error.value)
-    assert str(item.file) in str(error.value)
-    assert files_below(tmp_path) == []
-    register("good")
-    assert weights.fetch("test").exists()
-
-
-def test_a_server_that_is_not_there_is_reported(
-    server: Server, register: Callable[[str], Weights], tmp_path: Path
-) -> None:
-    item = register("good")
-    server.server_close()
-    with pytest.raises(WeightsError, match=r"could not be fetched from .*on another machine"):
-        weights.fetch("test")
-    assert files_below(tmp_path) == []
-    assert not item.file.exists()
-
-
-def test_a_cache_that_cannot_be_written_is_reported(
-    register: Callable[[str], Weights], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    register("good")
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("KPMATCH_WEIGHTS", str(tmp_path / "file"))
-    with pytest.raises(WeightsError, match="could not be fetched"):
-        weights.fetch("test")
-
-
-def test_a_disk_without_room_is_reported_and_left_as_it_was(register: Callable[[str], Weights], tmp_path: Path) -> None:
-    register("good")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # bytes that a file may have from now on
-    try:
-        with pytest.raises(WeightsError, match=r"could not be fetched from .* \(.*too large"):
-            weights.fetch("test")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert files_below(tmp_path) == []
-    assert weights.fetch("test").exists()
-
-
-def test_two_fetches_at_once_both_succeed(server: Server, register: Callable[[str], Weights], tmp_path: Path) -> None:
-    register("good")
-    server.both_asked = threading.Barrier(2)
-    results: list[Path] = []
-    threads = [threading.Thread(target=lambda: results.append(weights.fetch("test"))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert server.requests == 2
-    assert len(results) == 2
-    assert results[0].read_bytes() == server.content
-    assert files_below(tmp_path) == ["test.pth"]
-
-
-def test_a_flipped_bit_is_found_and_healed_by_fetching_again(
-    server: Server, register: Callable[[str], Weights]
-) -> None:
-    register("good")
-    path = weights.fetch("test")
-    weights.resolve("test")  # found to be good, once
-    damaged = bytearray(server.content)
-    damaged[1000] ^= 1
-    path.write_bytes(damaged)
-    with pytest.raises(WeightsError, match=r"is not the registered test: its SHA-256 is .*kpmatch weights fetch test"):
-        weights.resolve("test")
-    with pytest.raises(WeightsError, match="is not the registered test"):
-        SuperPoint.from_pretrained("test")
-    assert weights.fetch("test").read_bytes() == server.content
+# ----------------------------------------------------------------------------------------------------- on this machine
 
 
 def test_damaged_weights_of_the_package_ask_for_another_installation(

