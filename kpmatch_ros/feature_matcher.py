@@ -114,6 +114,10 @@ class FeatureMatcher:
             ``matcher``, ``device``, ``precision`` and ``max_keypoints``.
 
     Attributes:
+        parameters: those in force.
+        device: where the networks are.
+        dtype: number format of the networks.
+        luma: (3,) weights of red, green and blue in grey, on the device.
         repeated_in_float32: how often a network was run again in float32, as half precision gave NaN or no keypoint.
 
     Raises:
@@ -127,7 +131,7 @@ class FeatureMatcher:
             torch.set_num_threads(self.parameters.threads)
         self.device = choose_device(self.parameters.device)
         self.dtype = choose_precision(self.parameters.precision, self.device)
-        self._luma = torch.tensor(_LUMA, device=self.device)
+        self.luma = torch.tensor(_LUMA, device=self.device)
         self.extractor = self._load_extractor()
         self.matcher = self._load_matcher()
         followed = ("keypoint_threshold", "nms_radius", "border")
@@ -284,7 +288,7 @@ class FeatureMatcher:
             return image[None, None]
         if self.extractor.CHANNELS == 3:
             return (image.flip(-1) if reversed_colours else image).permute(2, 0, 1)[None]
-        return (image @ (self._luma.flip(0) if reversed_colours else self._luma))[None, None]
+        return (image @ (self.luma.flip(0) if reversed_colours else self.luma))[None, None]
 
     def _batch(self, features: Sequence[Features]) -> ImageFeatures:
         """Features of several images, padded to the same number; without a mask where none needed padding."""

@@ -68,5 +68,5 @@ def test_matching_with_all_layers_asks_for_nothing(make: Callable[[], nn.Module]
 )
 def test_of_an_image_only_its_bytes_travel(image: np.ndarray) -> None:
     matcher = FeatureMatcher(Parameters(device="cpu", precision="float32"), matcher="nearest")
-    matcher.device, matcher._luma = META, matcher._luma.to(META)
+    matcher.device, matcher.luma = META, matcher.luma.to(META)
     assert matcher.upload(image).shape == (1, 1, 96, 128)

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -264,15 +265,16 @@ def wait_for_state(node_name: str, label: str, ended: threading.Event) -> str:
 
 def test_the_launched_node_becomes_active_and_ends_cleanly() -> None:
     service = LaunchService(noninteractive=True)
+    namespace = f"test_{uuid.uuid4().hex[:12]}"  # no other node on the machine answers for this one
     exit_codes: list[int] = []
     ended = threading.Event()
     note = OnProcessExit(on_exit=lambda event, _context: exit_codes.append(event.returncode))
-    actions = [RegisterEventHandler(note), include(namespace="robot", device="cpu")]
+    actions = [RegisterEventHandler(note), include(namespace=namespace, device="cpu")]
     service.include_launch_description(LaunchDescription(actions))
 
     def watch() -> str:
         try:
-            return wait_for_state("/robot/matcher", "active", ended)
+            return wait_for_state(f"/{namespace}/matcher", "active", ended)
         finally:
             service.shutdown()
 

@@ -1,7 +1,7 @@
 """ROS 2 bags (rosbag2: MCAP and sqlite3) without ROS, through rosbags.
 
-Messages are rosbags' dataclasses: the fields of the .msg file, arrays as NumPy arrays. `new_message` makes one with
-every field zero or empty, the package's own messages included:
+Messages are rosbags' dataclasses: they have the fields of the .msg file, and arrays are NumPy arrays. `new_message`
+makes one of any type, this package's included, with every field zero or empty:
 
     with BagWriter("out") as bag:
         message = new_message("kpmatch_ros/msg/MatchArray", width=640, height=480)
@@ -60,7 +60,7 @@ Storage = Literal["mcap", "sqlite3"]
 
 
 class BagError(ValueError):
-    """A bag that is missing, broken, no bag, lacks what is asked for, or cannot be written; the text says which."""
+    """A bag is missing or broken, lacks a topic, or cannot be written. The text says which, and what to do."""
 
 
 class Record(NamedTuple):
@@ -93,7 +93,10 @@ def typestore() -> Typestore:
 
 
 def _own_definitions() -> dict[str, str]:
-    """The package's .msg files by type name: from msg/ of a checkout, or share/kpmatch_ros/msg of an installation."""
+    """The package's .msg files by type name.
+
+    They are in msg/ of a checkout, and in share/kpmatch_ros/msg of an installation.
+    """
     above = Path(__file__).resolve().parents[2:]
     for folder in (above[0] / "msg", *(prefix / "share" / "kpmatch_ros" / "msg" for prefix in above)):
         if (folder / "MatchArray.msg").is_file():
@@ -102,7 +105,12 @@ def _own_definitions() -> dict[str, str]:
 
 
 def new_message(type_name: str, **fields: Any) -> Any:
-    """A message of any type in `typestore`, its fields zero or empty but for those given. KeyError: unknown type."""
+    """A message of any type in `typestore`. Fields that are not given are zero or empty.
+
+    Raises:
+        KeyError: for an unknown type.
+        TypeError: for a field that the type does not have.
+    """
     store = typestore()
     defaults = {name: _default(kind, detail) for name, (kind, detail) in store.fielddefs[type_name][1]}
     if unknown := fields.keys() - defaults:
@@ -171,7 +179,10 @@ def image_message(
 
 
 def camera_info_message(camera: Camera, stamp: int, frame_id: str, baseline: float = 0.0) -> Any:
-    """A sensor_msgs/CameraInfo; its P holds the `baseline`, metres, of the right camera of a rectified stereo pair."""
+    """A sensor_msgs/CameraInfo.
+
+    For the right camera of a rectified stereo pair, its P holds the `baseline` in metres.
+    """
     projection = np.column_stack([camera.matrix, [-camera.matrix[0, 0] * baseline, 0.0, 0.0]])
     distortion = camera.distortion if camera.distortion.size else np.zeros(5)
     return new_message(
@@ -236,11 +247,11 @@ def _opened(path: Path) -> Iterator[Reader]:
 
 @contextmanager
 def _explained(path: Path, what: str = "cannot be read") -> Iterator[None]:
-    """Turns whatever a broken file makes the parsers raise into a BagError."""
+    """Turn any error of the parsers into a BagError."""
     try:
         yield
     except Exception as error:
-        # Each storage, compression and message parser has its own errors; a truncated file raises any of them.
+        # Storages, compressions and message parsers have errors of their own. A truncated file raises any of them.
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         if isinstance(error, KeyError):
             reason += " is missing"
@@ -262,7 +273,7 @@ def image_topics(path: str | Path) -> list[Topic]:
 
 
 def bag_storage(path: str | Path) -> Storage:
-    """How a bag is stored. Raises BagError."""
+    """The storage of a bag. Raises BagError."""
     with _opened(Path(path)) as reader:
         source = Path(str(reader.path))
     files = [source] if source.is_file() else source.iterdir()
@@ -304,7 +315,7 @@ def read_messages(path: str | Path, topics: Collection[str] | None = None) -> It
 
 
 def _store_for(connection: Any) -> Typestore:
-    """What decodes a connection's messages: the definition it carries, else the types known here."""
+    """The types that decode a connection's messages: those that it defines, or else those known here."""
     form, text = connection.msgdef
     if form == MessageDefinitionFormat.NONE:
         return typestore()
@@ -341,10 +352,17 @@ def read_ground_truth(path: str | Path, topic: str = GROUND_TRUTH) -> tuple[NDAr
 
 
 class BagWriter:
-    """Writes a bag, a folder that must not exist yet; `overwrite` replaces one that is a bag.
+    """Writes a bag, which is a folder.
 
-    A context manager: what was begun is removed if an exception ends it. Raises BagError where the folder cannot be
-    written.
+    It is a context manager. An exception removes the bag that was begun.
+
+    Args:
+        path: of the folder, which must not exist yet.
+        storage: of the messages.
+        overwrite: replace the folder if it is a bag.
+
+    Raises:
+        BagError: when the folder cannot be written.
     """
 
     def __init__(self, path: str | Path, storage: Storage = "mcap", overwrite: bool = False) -> None:
@@ -371,7 +389,7 @@ class BagWriter:
             self._writer.write(self._connections[topic, type_name], int(stamp), data)
 
     def close(self) -> None:
-        """Finish the bag: it has no metadata before."""
+        """Finish the bag. Its metadata is written only now."""
         with _explained(self.path, "cannot be written"):
             self._writer.close()
 
