@@ -18,12 +18,12 @@ __all__ = ["ParameterError", "Parameters", "declarations", "Declaration"]
 
 
 class ParameterError(ValueError):
-    """A parameter has a value it may not have; the text names the parameter, the value and what would do."""
+    """A parameter has a value that is not allowed. The text names the parameter, the value and what is allowed."""
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """What is known of one parameter besides its value."""
+    """One parameter without its value: type, default, what is allowed, description."""
 
     name: str
     default: Any
@@ -42,7 +42,7 @@ class Declaration:
 
     @property
     def constraint(self) -> str:
-        """The allowed values in words, empty where anything of the type goes."""
+        """The allowed values in words; empty where any value of the type is allowed."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
         if self.minimum is not None and self.maximum is not None:
@@ -55,7 +55,7 @@ class Declaration:
         """Return ``value`` as the parameter's type, or raise :class:`ParameterError`."""
         if self.type is float and type(value) is int:
             value = float(value)
-        if type(value) is not self.type:  # True is no number here, though isinstance says so
+        if type(value) is not self.type:  # isinstance takes True for a number
             raise ParameterError(f"{self.name} is {value!r}; it must be a {self.type.__name__}")
         self._check_range(value)
         return value
@@ -203,7 +203,7 @@ class Parameters:
     )
     max_gap: float = _parameter(
         5.0,
-        "a longer time between two frames empties the cache and begins the tracks anew; 0 allows any gap",
+        "a longer time between two frames empties the cache and begins new tracks; 0 allows any gap",
         unit="seconds",
         minimum=0.0,
         dynamic=True,
