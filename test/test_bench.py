@@ -253,6 +253,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
     ("words", "module", "reason"),
     [
         (["--plot", "a.png"], "matplotlib", "--plot draws with matplotlib"),
+        (["--against", "transformers"], "benchmarks", "run it in a checkout of kpmatch_ros, as tools/with_ros kpmatch"),
         (["--against", "transformers"], "transformers", "pip install transformers"),
         (["--against", "lightglue"], "lightglue", "install it from github.com/cvg/LightGlue"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
+from kpmatch_ros.bags.demo import demo_frames
 from kpmatch_ros.bags.files import bag_topics, read_ground_truth
 from kpmatch_ros.cli import main
 
@@ -20,7 +22,7 @@ FRAMES = 4
 
 
 def test_the_demo_shows_figures_close_to_the_truth_and_leaves_a_picture_the_bag_and_a_log(tmp_path: Path) -> None:
-    # One test for all of it: it starts a node and draws a scene.
+    # One test for all of it, because it starts a node.
     command = [sys.executable, "-m", "kpmatch_ros.cli", "demo", "--out", "out", "--frames", str(FRAMES)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=280)
     assert done.returncode == 0, done.stderr
@@ -35,6 +37,7 @@ def test_the_demo_shows_figures_close_to_the_truth_and_leaves_a_picture_the_bag_
     assert "3 of 3 OK" in done.stdout and "out/matches.png" in done.stdout
 
     out = tmp_path / "out"
+    assert all(cv2.imread(str(out / f"frame{number}.png")).shape == (480, 640, 3) for number in (0, 1))
     picture = cv2.imread(str(out / "matches.png"))
     assert picture.shape[0] == 480 and picture.shape[1] > 1280
     counts = {topic.name: topic.num_messages for topic in bag_topics(out / "bag")}
@@ -89,3 +92,21 @@ def test_a_single_frame_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["demo", "--frames", "1"])
     assert "at least 2" in capsys.readouterr().err
+
+
+def test_a_demo_longer_than_its_bag_walks_back_and_forth() -> None:
+    frames = list(demo_frames(24))
+    assert all(later.stamp - earlier.stamp == 10**8 for earlier, later in itertools.pairwise(frames))
+    for number, again in ((10, 12), (1, 21), (0, 22), (1, 23)):  # of 12 frames
+        assert np.array_equal(frames[number].image, frames[again].image)
+        assert np.array_equal(frames[number].pose.position, frames[again].pose.position)
+    assert frames[23].camera_info.header.stamp.nanosec == frames[23].stamp % 10**9
+
+
+def test_reading_the_demo_bag_imports_no_renderer(tmp_path: Path) -> None:
+    code = (
+        "import sys; from kpmatch_ros.bags.demo import demo_frames; list(demo_frames(1))\n"
+        "print([name for name in ('simulation', 'torch', 'rclpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == "[]"

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import Pose, relative_motion
 from simulation import Scene, View, camera_path, demo_camera, look, stereo_right
+from simulation.bags import build_scene
 
 Array = NDArray[np.float64]
 
 
 @pytest.fixture(scope="module")
 def scene() -> Scene:
-    return Scene(seed=0)
+    return build_scene(0)
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +123,8 @@ def test_what_one_view_sees_the_other_sees_at_the_same_place_depth_and_colour(
     same = cv2.erode(same, np.ones((5, 5))) > 0
     image = grey(one).astype(np.float32)
     difference = cv2.remap(grey(other).astype(np.float32), x, y, cv2.INTER_CUBIC) - image
-    slopes = [cv2.Sobel(image, cv2.CV_32F, *order, ksize=3, scale=1 / 8)[same] for order in ((1, 0), (0, 1))]
-    shift = np.linalg.lstsq(np.stack(slopes, axis=1), difference[same], rcond=None)[0]
+    gradients = [cv2.Sobel(image, cv2.CV_32F, *order, ksize=3, scale=1 / 8)[same] for order in ((1, 0), (0, 1))]
+    shift = np.linalg.lstsq(np.stack(gradients, axis=1), difference[same], rcond=None)[0]
     assert np.abs(shift).max() < 0.02  # pixels
     assert np.median(np.abs(difference[same])) < 3.0
 
