@@ -290,7 +290,7 @@ def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
     assert f"kpmatch {command}" in out.split("example")[-1]
 
 
-def test_in_a_checkout_examples_are_commands_that_a_shell_knows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_checkout_examples_are_commands_that_a_shell_finds(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KPMATCH_PREFIX", "tools/with_ros")
     assert "\n  tools/with_ros kpmatch bench --keypoints" in run("bench", "--help")[1]
     monkeypatch.delenv("KPMATCH_PREFIX")
