@@ -48,7 +48,7 @@ def random_frame(rng: np.random.Generator) -> str:
 
 
 def random_image(rng: np.random.Generator) -> Image:
-    """An image message of which anything may be wrong, and often nothing is."""
+    """An image message. Anything in it may be wrong, and often nothing is."""
     encoding = str(rng.choice(ENCODINGS))
     width, height = (int(side) for side in rng.choice(SIDES, 2))
     layout = LAYOUTS.get(encoding)

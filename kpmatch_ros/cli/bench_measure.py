@@ -74,7 +74,7 @@ def run_bench(request: Request) -> None:
         ParameterError: when a parameter has a value it may not have.
         WeightsError: when the weights are missing or damaged.
     """
-    publish = _publisher()  # first of all: loading ROS may start the process anew
+    publish = _publisher()  # first: loading ROS may restart the process
     settings = _settings(request)
     _check_files(request)
     films = _films(request)
@@ -325,7 +325,7 @@ def _forget_peak_memory(device: torch.device) -> bool:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is counted from here
     except OSError:
         return False
     return True

@@ -54,7 +54,7 @@ MATCHING_OPTIONS = (
 
 
 class CommandError(Exception):
-    """What a command was given is no good; the text goes to the user as it is."""
+    """A command cannot use what it was given. The user sees the text unchanged."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -60,7 +60,7 @@ class Finding:
 
 
 def run_doctor() -> bool:
-    """Print every finding as it is made, and say whether there is none at fault."""
+    """Print every finding at once, and return whether none is a fault."""
     marks = {OK: "\033[32m OK \033[0m", WARN: "\033[33mWARN\033[0m", FAIL: "\033[31mFAIL\033[0m"}
     if not sys.stdout.isatty():
         marks = {OK: " OK ", WARN: "WARN", FAIL: "FAIL"}
