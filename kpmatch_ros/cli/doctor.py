@@ -297,7 +297,7 @@ def _converter(answer: dict[str, Any]) -> Finding:
     return Finding(OK, "converter", f"{module.split('.')[0]}, for Bayer and YUV images")
 
 
-_NODE_NEEDS = ("rclpy", "kpmatch_ros.msg", "torch", "cv2", "numpy", "scipy", "safetensors")
+_NODE_NEEDS = ("rclpy", "kpmatch_ros.msg", "torch", "cv2", "numpy", "scipy", "safetensors", "psutil")
 
 
 def _executable(answers: dict[str, Any]) -> Finding:
