@@ -174,8 +174,8 @@ def test_keypoints_that_jitter_along_edges_are_no_translation() -> None:
     for seed in range(20):
         points0, points1, _ = replace(TURN, outliers=0.1).matches(300, seed)
         points1 += np.random.default_rng(seed).normal(0, 1, points1.shape) * (0.75, 0.5)
-        for gate in (1.0, 2.0):
-            pose = estimate_relative_pose(points0, points1, CAMERA, CAMERA, max_reprojection_error=gate)
+        for threshold in (1.0, 2.0):
+            pose = estimate_relative_pose(points0, points1, CAMERA, CAMERA, max_reprojection_error=threshold)
             assert pose.status is PoseStatus.NO_TRANSLATION
 
 
@@ -379,7 +379,7 @@ pixel = st.tuples(coordinate, coordinate)
 )
 @settings(max_examples=60, deadline=None)
 def test_any_matches_give_a_pose_or_none_and_never_an_error(
-    pairs: list[Any], camera: Camera, gate: float, resolution: float
+    pairs: list[Any], camera: Camera, threshold: float, resolution: float
 ) -> None:
     points = np.array(pairs).reshape(-1, 2, 2)
     pose = estimate_relative_pose(
@@ -387,7 +387,7 @@ def test_any_matches_give_a_pose_or_none_and_never_an_error(
         points[:, 1],
         camera,
         camera,
-        max_reprojection_error=gate,
+        max_reprojection_error=threshold,
         min_inliers=8,
         keypoint_resolution=resolution,
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kpmatch_ros.models import LightGlue, NearestNeighbour, trace
-from kpmatch_ros.models.assignment import Assignment, ImageFeatures
+from kpmatch_ros.models.assignment import Assignment, ImageFeatures, mutual_matches
 from kpmatch_ros.models.lightglue import OnItsWay, normalise_keypoints
 
 Modes = dict[str, float]
@@ -109,6 +109,16 @@ def test_when_every_point_is_pruned_there_are_no_matches(lightglue: Callable[...
     assert (found.matches0 == -1).all()
     assert (found.matches1 == -1).all()
     assert not found.scores0.any()
+
+
+def test_the_states_of_the_last_layer_give_the_matches(lightglue: Callable[..., LightGlue]) -> None:
+    model, images = lightglue(**FIXED), scene(40, 50)
+    states = list(model.states(*images))
+    assert len(states) == len(model.transformer_layers)
+    scores = model.match_assignment_layers[-1](*states[-1])
+    found = mutual_matches(scores, torch.exp, model.filter_threshold)
+    assert torch.equal(found.matches0, model(*images).matches0)
+    assert (found.matches0 >= 0).sum() > 20
 
 
 def run(model: LightGlue, ahead: bool, above: int = 0) -> Assignment:

@@ -431,7 +431,7 @@ def test_hidden_states_and_attention_maps_are_those_of_transformers(
     inputs = scene(40, 40)
     monkeypatch.setattr(theirs.config, "_attn_implementation", "eager")  # the fast one keeps no maps
     with torch.inference_mode():
-        *_, states, attentions = theirs._match_image_pair(  # noqa: SLF001
+        *_, states, attentions = theirs._match_image_pair(  # noqa: SLF001 - its forward pass takes images alone
             torch.stack([each.keypoints for each in inputs], dim=1),
             torch.stack([each.descriptors for each in inputs], dim=1),
             150,

@@ -102,7 +102,9 @@ def run_theirs(model: Any, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
         for name in ("keypoints", "descriptors", "scores", "mask")
     )
     with torch.inference_mode():
-        matches, scores, *_ = model._match_image_pair(keypoints, descriptors, scores, SIZE[1], SIZE[0], mask=mask.int())  # noqa: SLF001
+        matches, scores, *_ = model._match_image_pair(  # noqa: SLF001 - its forward pass takes images alone
+            keypoints, descriptors, scores, SIZE[1], SIZE[0], mask=mask.int()
+        )
     return [matches[0, i, : counts[i]] for i in range(2)], [scores[0, i, : counts[i]] for i in range(2)]
 
 
@@ -265,7 +267,7 @@ def test_hidden_states_and_attention_maps_are_those_of_transformers(
         torch.stack([getattr(each, name) for each in inputs], dim=1) for name in ("keypoints", "descriptors", "scores")
     ]
     with torch.inference_mode():
-        *_, states, attentions = theirs._match_image_pair(  # noqa: SLF001
+        *_, states, attentions = theirs._match_image_pair(  # noqa: SLF001 - its forward pass takes images alone
             *both,
             SIZE[1],
             SIZE[0],

@@ -13,7 +13,7 @@ __all__ = ["Placed", "Pose", "PoseStatus", "RelativePose", "cross_matrix", "rela
 
 
 class Placed(Protocol):
-    """What has a pose in the world: x_world = rotation x_camera + position."""
+    """Anything with a pose in the world: x_world = rotation x_camera + position."""
 
     @property
     def rotation(self) -> NDArray[np.float64]:
@@ -32,7 +32,7 @@ class Pose(NamedTuple):
 
 
 class PoseStatus(IntEnum):
-    """What a RelativePose holds: the statuses of msg/RelativePose."""
+    """Whether there is a pose, or why there is none: the statuses of msg/RelativePose."""
 
     OK = 0
     NO_CALIBRATION = 1
@@ -49,20 +49,20 @@ class RelativePose:
     Never holds NaN or infinity.
 
     Attributes:
-        status: what the other fields hold. OK: everything. NO_TRANSLATION (standing still, or pure rotation): the
-            rotation; the translation is zero. Otherwise there is no pose, but identity.
+        status: OK; NO_TRANSLATION (standing still, or pure rotation: the translation is zero); otherwise the reason why
+            there is no pose, and identity in its place.
         rotation: (3, 3) float64, R.
         translation: (3,) float64, t: a unit vector; in metres where `metric` is true; or zero.
         covariance: (6, 6) float64 in the order of geometry_msgs/PoseWithCovariance: translation x y z, then rotation
             in radians about the fixed axes x y z of the reference frame, w in R_true = exp([w]x) R. A unit vector has
-            no variance along itself. With NO_TRANSLATION the translation's block is identity / 3, that of a unit
-            vector of unknown direction. All zero, which ROS reads as unknown, where there is no pose.
+            no variance along itself. With NO_TRANSLATION of two views the translation's block is identity / 3, that of
+            a unit vector of unknown direction. Without a pose all is zero, which ROS reads as unknown.
         metric: the translation is in metres.
         num_matches: matches given.
         num_inliers: matches that agree with the pose.
         median_parallax: median displacement of the inliers once the rotation is removed, pixels of the reference image.
         inliers: (num_matches,) bool: which matches are within the largest reprojection error of the pose and in front
-            of both cameras; None where nothing was estimated.
+            of both cameras; None if nothing was estimated.
     """
 
     status: PoseStatus
@@ -77,7 +77,7 @@ class RelativePose:
 
     @classmethod
     def undefined(cls, status: PoseStatus, num_matches: int, inliers: np.ndarray | None = None) -> RelativePose:
-        """No pose, and why: identity, zero covariance."""
+        """No pose, and the reason: identity, zero covariance."""
         return cls(
             status=status,
             rotation=np.eye(3),
@@ -97,6 +97,6 @@ def relative_motion(reference: Placed, current: Placed) -> Pose:
 
 
 def cross_matrix(vector: np.ndarray) -> np.ndarray:
-    """(3, 3): times a vector x, it is the cross product of `vector` and x."""
+    """The matrix (3, 3) of the cross product with a vector (3,) on the left."""
     x, y, z = vector
     return np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])

@@ -1,7 +1,7 @@
 """Matches to a fraction of a pixel.
 
-A detector finds the same point of the scene again to about a pixel, which for points far from a stereo pair is a good
-part of their disparity. What is around the keypoint in one image is found in the other one to about a tenth of that.
+A detector finds a point of the scene again to about a pixel. For points far from a stereo pair that is a good part of
+their disparity. The surroundings of a keypoint are found in the other image to about a tenth of a pixel.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ __all__ = ["INDEPENDENT_POINTS", "REFINED_RESOLUTION", "normalize_contrast", "re
 _FRACTION = 1 / 32  # of a pixel: all that OpenCV's interpolation tells apart
 
 REFINED_RESOLUTION = _FRACTION
-"""Pixels of keypoint resolution that refined matches are worth; that they err more, their errors say."""
+"""Keypoint resolution of refined matches, pixels. Their noise is larger; the residuals show it."""
 
 INDEPENDENT_POINTS = 63
-"""Refined matches that err independently of each other: what is left of an error, from interpolation, light and curved
-surfaces, is alike for neighbours, and the motion can follow a part of it, so that it does not show. A design effect
-(Kish, Survey Sampling, 1965), measured: on 60 pairs of synthetic stereo frames, with some 650 matches used each, the
-squared errors of the motion were 10 times what independent matches would give. docs/relative_pose.md has the figures of
-others.
+"""How many refined matches, at most, err independently of each other.
+
+The errors that are left, from interpolation, light and curved surfaces, are alike for neighbours. The motion follows a
+part of them, which the residuals then do not show. This is a design effect (Kish, Survey Sampling, 1965). It was
+measured on 60 pairs of synthetic stereo frames with some 650 matches each: the squared errors of the motion were 10
+times those of independent matches. docs/relative_pose.md has more figures.
 """
 
 _WINDOW = 13  # pixels
@@ -33,9 +34,12 @@ _SMALLEST_DEVIATION = 2.0  # grey levels: less is noise
 
 
 def normalize_contrast(image: np.ndarray) -> np.ndarray:
-    """The image, uint8 grey (H, W) or RGB (H, W, 3), grey and of one brightness and contrast all over, uint8 (H, W).
+    """The image in grey, uint8 (H, W), with the same brightness and contrast everywhere.
 
-    So that exposure, which differs from frame to frame and from camera to camera, moves no match.
+    Exposure differs from frame to frame and from camera to camera. After this it moves no match.
+
+    Args:
+        image: uint8 grey (H, W) or RGB (H, W, 3).
     """
     grey = image if image.ndim == 2 else cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
     values = grey.astype(np.float32)
@@ -48,7 +52,7 @@ def normalize_contrast(image: np.ndarray) -> np.ndarray:
 def refine(
     image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, points1: np.ndarray, resolution: float = 1.0
 ) -> np.ndarray:
-    """Where in image 1 the surroundings of points0 are, near points1 (Lucas and Kanade, IJCAI 1981; OpenCV).
+    """Find the surroundings of points0 in image 1, near points1 (Lucas and Kanade, IJCAI 1981; OpenCV).
 
     Args:
         image0: uint8 (H, W), from :func:`normalize_contrast`.
@@ -58,7 +62,7 @@ def refine(
         resolution: pixels between neighbouring positions that the detector can give.
 
     Returns:
-        (M, 2) float32; NaN where they are not found, or too far from points1.
+        (M, 2) float32 pixels in image 1; NaN for a match that is not found, or too far from points1.
     """
     found = np.full(points1.shape, np.nan, np.float32)
     known = np.isfinite(points0).all(axis=1) & np.isfinite(points1).all(axis=1)
@@ -86,10 +90,10 @@ def refine(
 
 
 def _deform(image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, points1: np.ndarray) -> np.ndarray:
-    """points1 (M, 2) float32 where the surroundings of points0 may also be stretched, sheared and turned.
+    """Refine points1 (M, 2) float32, allowing for stretched, sheared and turned surroundings.
 
-    A slanting surface does so from view to view. Matched as if it did not, a point is off by the deformation times how
-    far what is to be seen in the window lies off its middle: on the ground, 0.2 pixels to the same side all over.
+    The view of a slanting surface is deformed from image to image. Without allowance for that, a point is off by the
+    deformation times the distance of the window's content from its middle: on the ground, 0.2 pixels, all to one side.
     Gauss-Newton on an affine map (Shi and Tomasi, CVPR 1994), inverse compositional (Baker and Matthews, IJCV 2004).
     """
     count, side = len(points0), np.arange(_WINDOW + 2, dtype=np.float32) - (_WINDOW + 1) / 2

@@ -1,4 +1,4 @@
-"""How far the images of points are from where cameras see them, and the derivatives: of one or two stereo frames.
+"""Residuals of points in the images of one or two stereo frames, and their derivatives.
 
 Four images see a point of the scene: left and right of the reference frame, left and right of the current one.
 Residuals are in pixels of these images as received: keypoints are undistorted, images never are, and each residual is

@@ -58,7 +58,7 @@ class StereoAgreement:
     """How many matches of a left and a right image agree with the pair's calibration.
 
     Attributes:
-        status: OK; NO_CALIBRATION; or FAILED where the matches contradict the calibration.
+        status: OK; NO_CALIBRATION; or FAILED if the matches contradict the calibration.
         num_matches: M, matches given.
         inliers: (M,) bool, which matches are on their epipolar line and in front of the cameras; None without
             calibration.
@@ -383,7 +383,7 @@ class _System(NamedTuple):
 
 
 def _search(views: Views, cameras: tuple[StereoCamera, StereoCamera], inlier_threshold: float) -> list[_Start]:
-    """Where to start from: standing still, and what RANSAC finds from the points of the frame that has more."""
+    """Where to start: standing still, and the motion that RANSAC finds from the points of the frame with more."""
     starts: list[_Start] = [(np.eye(3), np.zeros(3))]
     frame = int(views.seen[3].sum() > views.seen[1].sum())
     points = settle(views.images(slice(2 * frame, 2 * frame + 2)), rig_poses(cameras[frame]))

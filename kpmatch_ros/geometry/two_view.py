@@ -180,7 +180,7 @@ def estimate_relative_pose(
 
 
 class Noise(NamedTuple):
-    """What is known of the keypoints' noise.
+    """The keypoints' noise, as far as it is known.
 
     Attributes:
         inlier_threshold: largest residual of an inlier, pixels.
@@ -396,7 +396,7 @@ def small_parallax_chance(matches: Matches, motion: Motion, rotation: np.ndarray
         return 1.0
     turned = _minimise(rotation_jacobian, matches, Motion(rotation, np.zeros(3)), _EVERYTHING, 5).rotation
     total = float((rotation_residuals(matches, turned) ** 2).sum())
-    # To first order, the translation is what is most nearly in all the planes of the two rays.
+    # To first order, the translation is the direction nearest to all the planes of the two rays.
     normals = np.cross(matches.rays1 @ turned.T, matches.rays0)
     starts = (motion, Motion(turned, np.linalg.eigh(normals.T @ normals)[1][:, 0]))
     fits = [_minimise(epipolar_jacobian, matches, start, _EVERYTHING, 10) for start in starts]

@@ -1,4 +1,4 @@
-"""How far matches of two views are from what a motion says, and the derivatives.
+"""Residuals of matches under a motion of two views, and their derivatives.
 
 There are two models of the motion. With a translation, a match must lie on its epipolar line: one condition. Under a
 pure rotation it must lie on one point: two conditions, the one across the epipolar line and the one along it.

@@ -25,7 +25,7 @@ SMALLEST = 8  # pixels: an image less wide or high has no keypoints
 
 
 class DeformableConv(nn.Module):
-    """A 3 x 3 convolution whose nine taps each move to where the features themselves say (Dai et al., ICCV 2017)."""
+    """A 3 x 3 convolution with nine taps that the features themselves displace (Dai et al., ICCV 2017)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def grid_size(x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Two convolutions, deformable or not, around which a shortcut leads where ``shortcut`` is set."""
+    """Two convolutions, deformable or not; with ``shortcut``, a third one bypasses them."""
 
     def __init__(self, inputs: int, outputs: int, deformable: bool, shortcut: bool) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class ScoreHead(nn.Module):
 
 @dataclass
 class FeatureMap:
-    """One unit vector for each pixel, worked out only where asked for: a thousand keypoints need a quarter of them.
+    """One unit vector for each pixel, computed on request: a thousand keypoints need a quarter of them.
 
     Attributes:
         levels: features at four scales of the padded image.
@@ -161,7 +161,7 @@ class FeatureMap:
 
 
 class DescriptorHead(nn.Module):
-    """Describes a keypoint by features sampled where the features around it say (SDDH, section III-C)."""
+    """Describes a keypoint by features at places that the features around it choose (SDDH, section III-C)."""
 
     def __init__(self, dim: int, samples: int) -> None:
         super().__init__()
@@ -217,8 +217,8 @@ class ALIKED(Extractor):
         self.encoder = Encoder(sizes, dim)
         self.score_head = ScoreHead(dim)
         self.descriptor_head = DescriptorHead(dim, self.config["samples"])
-        # The authors' code has one radius for suppression and this, but the scores were trained for 2: refining with 4
-        # costs 7 % of the correct matches.
+        # The authors' code has one radius for suppression and refinement, but the scores were trained for 2: refining
+        # with 4 costs 7 % of the correct matches.
         self.refinement_radius: int = self.config["refinement_radius"]
         self.requires_grad_(False).eval()
 

@@ -19,7 +19,7 @@ class ImageFeatures(NamedTuple):
         keypoints: (B, N, 2) float32 x, y in pixels.
         descriptors: (B, N, D) float, unit vectors.
         size: (B, 2) width and height of the images, pixels.
-        mask: (B, N) bool, true for keypoints, false for padding; None where there is no padding.
+        mask: (B, N) bool, true for keypoints, false for padding; None without padding.
         scores: (B, N) float32 detection scores in [0, 1]; None for a matcher that does without.
     """
 
@@ -36,7 +36,7 @@ class ImageFeatures(NamedTuple):
 
 
 def common_masks(image0: ImageFeatures, image1: ImageFeatures) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """The masks (B, N0) and (B, N1) of two images' features, or None for both where neither is padded."""
+    """The masks (B, N0) and (B, N1) of two images' features, or None for both if neither has padding."""
     if image0.mask is None and image1.mask is None:
         return None, None
     mask0, mask1 = (
@@ -47,14 +47,14 @@ def common_masks(image0: ImageFeatures, image1: ImageFeatures) -> tuple[Tensor, 
 
 
 class Assignment(NamedTuple):
-    """What a matcher found between B pairs of images with N0 and N1 keypoints.
+    """The matches of B pairs of images with N0 and N1 keypoints.
 
     Attributes:
-        matches0: (B, N0) int64, the index into image 1's keypoints, -1 where there is no match.
+        matches0: (B, N0) int64, the index into image 1's keypoints, -1 without a match.
         matches1: (B, N1) int64, the same for image 0.
-        scores0: (B, N0) float32 in [0, 1], 0 where a keypoint is not the mutual best of another.
+        scores0: (B, N0) float32 in [0, 1], 0 for a keypoint without a mutual best.
         scores1: (B, N1) float32, the same for image 1.
-        layers: (B,) int64, transformer layers run; 0 where that has no meaning.
+        layers: (B,) int64, transformer layers run; 0 for a matcher without layers.
         layers0: (B, N0) int64, layers that each keypoint took part in before it was pruned.
         layers1: (B, N1) int64, the same for image 1.
     """
@@ -85,7 +85,7 @@ class Assignment(NamedTuple):
         )
 
     def keep(self, keep0: Tensor) -> Assignment:
-        """Without the matches of those keypoints of image 0 for which ``keep0`` (B, N0) is false."""
+        """The same without the matches of the keypoints of image 0 for which ``keep0`` (B, N0) is false."""
         matches0 = self.matches0.masked_fill(~keep0, -1)
         kept1 = torch.gather(keep0, 1, self.matches1.clamp(min=0)) & (self.matches1 >= 0)
         return self._replace(matches0=matches0, matches1=self.matches1.masked_fill(~kept1, -1))
@@ -95,8 +95,9 @@ def mutual_matches(similarity: Tensor, score: Callable[[Tensor], Tensor], thresh
     """Pairs that are each other's best and score above ``threshold``.
 
     Args:
-        similarity: (B, N0, N1) the larger the more alike.
-        score: of the similarities given, in [0, 1]. Only those of best pairs are asked for.
+        similarity: (B, N0, N1) float, larger for descriptors more alike.
+        score: turns similarities into scores in [0, 1]. It is called with those of the best pairs alone.
+        threshold: lowest score of a match; a score must exceed it.
     """
     batch, count0, count1 = similarity.shape
     if count0 == 0 or count1 == 0:
@@ -117,12 +118,12 @@ def mutual_matches(similarity: Tensor, score: Callable[[Tensor], Tensor], thresh
 
 
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    """What scaled-dot-product attention weighs the values with, float32.
+    """The weights of scaled-dot-product attention, float32.
 
     Args:
         query: (B, heads, N, C).
         key: (B, heads, M, C).
-        mask: (B, M) bool, true for what may be listened to; None where all may.
+        mask: (B, M) bool, true for keys that count; None if all count.
 
     Returns:
         (B, heads, N, M), rows with sum 1.

@@ -28,7 +28,7 @@ class PretrainedNetwork(nn.Module):
     """What a Hugging Face ``config.json`` calls the network."""
 
     DEFAULTS: ClassVar[dict[str, Any]]
-    """The configuration where none is given."""
+    """The default configuration."""
 
     def __init__(self, **config: Any) -> None:
         super().__init__()

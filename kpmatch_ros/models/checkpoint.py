@@ -52,7 +52,7 @@ _DESCRIPTIVE = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Named tensors and the configuration stored with them (empty where the format has none)."""
+    """Named tensors and the configuration stored with them (empty if the format has none)."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -94,7 +94,7 @@ def network_type(source: str | Path, kinds: Collection[str]) -> str:
         kinds: some of :data:`NETWORKS`, such as all matchers.
 
     Raises:
-        WeightsError: when the weights are missing or damaged, or hold none of these networks; the text names what they
+        WeightsError: the weights are missing or damaged, or hold none of these networks; the text names what they
             hold and what was wanted.
     """
     registered = weights.REGISTRY.get(str(source))
@@ -126,7 +126,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read a Hugging Face folder (``config.json``, ``model.safetensors``), a ``.safetensors`` file or a ``.pth``.
 
     Raises:
-        WeightsError: when a file is missing, damaged, of an unknown format, or holds anything but tensors.
+        WeightsError: a file is missing, damaged, of an unknown format, or holds anything but tensors.
     """
     if path.is_dir():
         config_path = path / "config.json"
@@ -143,7 +143,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_source(source: str | Path) -> Checkpoint:
-    """What a registered name, a folder or a file holds; where the name means fewer layers than the file has, those.
+    """What a registered name, a folder or a file holds; of a LightGlue, the layers that the name stands for.
 
     Raises:
         WeightsError: as :func:`read_checkpoint`, or when there is no such name or file.
@@ -161,7 +161,7 @@ def first_layers(lightglue: Checkpoint, count: int) -> Checkpoint:
 
     def kept(name: str) -> bool:
         layer = re.match(r"(transformer_layers|match_assignment_layers|token_confidence)\.(\d+)\.", name)
-        # Whether to stop is asked between layers, of which there is one less.
+        # A confidence stands between two layers: there is one less of them.
         return not layer or int(layer[2]) < count - (layer[1] == "token_confidence")
 
     tensors = {name: tensor for name, tensor in lightglue.tensors.items() if kept(name)}
@@ -185,7 +185,7 @@ def tensor_file(path: Path) -> Path:
     """The file of tensors in a Hugging Face folder; a file is that itself.
 
     Raises:
-        WeightsError: when the folder has none.
+        WeightsError: the folder has none.
     """
     if not path.is_dir():
         return path
@@ -233,7 +233,7 @@ def _damaged(path: Path, error: Exception) -> weights.WeightsError:
 
 
 def prepared(network: type[_Buildable], read: Checkpoint) -> Checkpoint:
-    """What is read for ``network``, in its own terms; taken out of a matcher's folder where it lies in one."""
+    """The part of a checkpoint that is for ``network``, in its own names; a matcher's folder may hold it."""
     part, own_name = "keypoint_detector.", _MARKS[network.MODEL_TYPE][-1]
     if read.config.get("model_type") != network.MODEL_TYPE and part + own_name in read.tensors:
         read = read.part("keypoint_detector_config", part)
@@ -247,7 +247,7 @@ def build(cls: type[Model], source: str | Path, options: Mapping[str, Any]) -> M
         options: configuration that replaces the checkpoint's own.
 
     Raises:
-        WeightsError: when the weights are missing, damaged, or made for another network or configuration.
+        WeightsError: the weights are missing, damaged, or made for another network or configuration.
     """
     network: type[_Buildable] = cls  # type: ignore[assignment]
     registered = weights.REGISTRY.get(str(source))
@@ -260,7 +260,7 @@ def build_from(cls: type[Model], read: Checkpoint, options: Mapping[str, Any]) -
     """As :func:`build`, from what was read of the weights.
 
     Raises:
-        WeightsError: when it is damaged, or made for another network or configuration.
+        WeightsError: it is damaged, or made for another network or configuration.
     """
     network: type[_Buildable] = cls  # type: ignore[assignment]
     with _explained(read.source, network.MODEL_TYPE):
@@ -297,7 +297,7 @@ def build_from(cls: type[Model], read: Checkpoint, options: Mapping[str, Any]) -
 
 @contextmanager
 def _explained(source: str, kind: str) -> Iterator[None]:
-    """Turns whatever a malformed checkpoint leads to into an error that names the file."""
+    """Turn any failure on a malformed checkpoint into an error that names the file."""
     try:
         yield
     except weights.WeightsError as error:

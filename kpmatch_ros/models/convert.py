@@ -1,4 +1,4 @@
-"""Weights from one format to another, and what a file of weights holds."""
+"""Converts weights from one format to another, and describes a file of weights."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def describe(source: str | Path) -> list[Network]:
     """The networks in a folder, file, or under a registered name; a matcher comes before its detector.
 
     Raises:
-        WeightsError: when there are none that this package knows, or they are damaged.
+        WeightsError: there are none that this package knows, or they are damaged.
     """
     read = read_source(source)
     registered = weights.REGISTRY.get(str(source))
@@ -101,15 +101,15 @@ def convert(source: str | Path, target: Path, extractor: str | Path | None = Non
     Args:
         source: a registered name, a Hugging Face folder, a ``.safetensors`` or an authors' ``.pth`` file.
         target: ``*.safetensors`` for one network alone, its configuration in the header; anything else becomes a
-            Hugging Face folder, which `transformers` loads too where it has the network.
-        extractor: for a matcher, the extractor that it was made for, where the source does not hold it: a Hugging Face
-            folder holds both. A registered matcher brings its own.
+            Hugging Face folder, which `transformers` loads too if it has the network.
+        extractor: for a matcher, the extractor that it was made for, unless the source holds it. A Hugging Face folder
+            holds both. A registered matcher brings its own.
 
     Returns:
         the networks written.
 
     Raises:
-        WeightsError: when the source is no good, the target exists, or it cannot hold the source.
+        WeightsError: the source cannot be read, the target exists, or the target cannot hold the source.
     """
     if target.exists():
         raise WeightsError(f"{target} is there already; remove it or choose another name")

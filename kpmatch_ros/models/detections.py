@@ -18,8 +18,8 @@ class Detections(NamedTuple):
 
     Attributes:
         keypoints: (B, N, 2) float32 x, y in pixels; the centre of the top-left pixel is (0, 0).
-        scores: (B, N) float32, 0 where padded.
-        descriptors: (B, N, D) unit vectors in the network's precision, float32 at least where normalised.
+        scores: (B, N) float32, 0 for padding.
+        descriptors: (B, N, D) float32 unit vectors.
         mask: (B, N) bool, true for keypoints, false for padding.
     """
 
@@ -40,12 +40,13 @@ class Detections(NamedTuple):
 
 
 def suppress_non_maxima(scores: Tensor, radius: int) -> Tensor:
-    """Keep scores that are the largest within ``radius`` pixels in x and y, set the others to zero.
+    """Set all scores to zero but those that are the largest within ``radius`` pixels in x and y.
 
-    As in the authors' code, two more rounds look for maxima among what the first ones did not suppress.
+    As in the authors' code, two more rounds look for maxima among the pixels that the first ones did not suppress.
 
     Args:
-        scores: (B, H, W) scores.
+        scores: (B, H, W) float32.
+        radius: pixels; 0 keeps all scores.
     """
 
     if radius == 0:
@@ -62,7 +63,7 @@ def _largest_nearby(x: Tensor, radius: int) -> Tensor:
     """The largest of the values (B, H, W), float32 or uint8, within ``radius`` in both directions of each."""
     size = 2 * radius + 1
     if x.device.type == "cpu":
-        # Ten times as fast as PyTorch's pooling, which notes where each maximum came from.
+        # Ten times as fast as PyTorch's pooling, which records the place of each maximum.
         window = np.ones((size, size), np.uint8)
         return torch.stack([torch.from_numpy(cv2.dilate(each.numpy(), window)) for each in x.detach()])
     # A square window's maximum is that of its rows' maxima: 2 (2r+1) comparisons a pixel in place of (2r+1)^2.
@@ -73,7 +74,7 @@ def _largest_nearby(x: Tensor, radius: int) -> Tensor:
 def clear_border(scores: Tensor, border: int) -> Tensor:
     """Set the scores (B, H, W) within ``border`` pixels of the sides to zero, in place.
 
-    H and W are whole cells, as in the authors' code: what an image has beyond its last whole cell has no scores.
+    H and W are whole cells, as in the authors' code: pixels beyond an image's last whole cell have no scores.
     """
     if border > 0:
         scores[:, :border] = 0
@@ -96,7 +97,7 @@ def select_keypoints(scores: Tensor, threshold: float, max_keypoints: int) -> tu
     flat = scores.reshape(batch, -1)
     count = flat.shape[1] if max_keypoints < 0 else min(max_keypoints, flat.shape[1])
     if max_keypoints < 0 or scores.device.type == "cpu":
-        # Not on a GPU, if it can be helped: to ask how many there are is to wait for it.
+        # Not on a GPU: asking how many there are would wait for it.
         count = min(count, int((flat > threshold).sum(dim=1).max()))
     best, index = flat.topk(count, dim=1)
     mask = best > threshold

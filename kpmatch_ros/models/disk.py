@@ -20,7 +20,7 @@ __all__ = ["DISK"]
 
 
 class Conv(nn.Module):
-    """Instance norm, PReLU and a convolution, the first two only where ``gated`` is set."""
+    """Instance norm, PReLU and a convolution; the first two only if ``gated``."""
 
     def __init__(self, inputs: int, outputs: int, size: int, gated: bool = True) -> None:
         super().__init__()
@@ -45,8 +45,8 @@ def activate(x: Tensor, gate: nn.PReLU) -> Tensor:
 class Head(nn.Module):
     """The last layer: scores of all pixels, and descriptors of those pixels that are asked for.
 
-    In the authors' code one convolution makes both everywhere: 80 % of all the work, nearly all of it for descriptors
-    that nobody looks at.
+    In the authors' code one convolution makes both for every pixel. That is 80 % of all the work, nearly all of it for
+    descriptors that are not used.
     """
 
     def __init__(self, inputs: int, outputs: int, size: int) -> None:

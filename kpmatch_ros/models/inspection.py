@@ -1,6 +1,6 @@
-"""What happens inside the networks: hidden states and attention maps, on request.
+"""Records hidden states and attention maps of the networks, on request.
 
-The networks themselves carry nothing for this, so that it costs nothing where nobody asks.
+The networks themselves hold no code for this, so that it costs nothing without a request.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _STATES = (lightglue_layers.FeedForward, superglue.Propagation)
 
 @dataclass
 class Trace:
-    """What was recorded, in the order in which it happened.
+    """Records in the order in which they were made.
 
     Attributes:
-        hidden_states: of a matcher (B, N, C), image 0 and image 1 in turn: what enters the first layer, then the states
+        hidden_states: of a matcher (B, N, C), image 0 and image 1 in turn: the first layer's input, then the states
             after each attention block (LightGlue has two a layer: self, cross). Of a SuperPoint (B, C, H, W): the
             output of each block of convolutions.
         attentions: of a matcher (B, heads, N, M), image 0 and image 1 in turn: how much each of N points listened to
@@ -43,8 +43,8 @@ def trace(network: nn.Module) -> Iterator[Trace]:
     """Record what a SuperPoint, LightGlue or SuperGlue computes while the context is open.
 
     Attention maps need N x M numbers for each head and layer, and are computed a second time for this. A batch that
-    LightGlue matches with stopping or pruning goes through it pair by pair, and so is recorded; pruned points are gone
-    from what follows.
+    LightGlue matches with stopping or pruning goes through it pair by pair, and is recorded pair by pair. Pruned points
+    are missing from later records.
 
     Example::
 

@@ -32,7 +32,7 @@ __all__ = ["LightGlue", "MatchAssignment", "Points", "TokenConfidence", "Transfo
 
 
 class OnItsWay:
-    """A truth value that a device is still working out. The host waits for it when it asks, not before."""
+    """A truth value that a device is still computing; the host waits for it when it asks for the value."""
 
     def __init__(self, value: Tensor) -> None:
         self.value = value.to("cpu", non_blocking=True)
@@ -52,8 +52,11 @@ class LightGlue(PretrainedNetwork):
             the size of the extractor's descriptors.
 
     Attributes:
-        run_ahead: begin the next layer before it is known whether the last one was enough, and drop what it made if it
-            was. For a GPU, which would stand still while the host looks; the matches are the same.
+        depth_confidence: share of sure points from which on matching stops; -1 never stops.
+        width_confidence: sureness from which on a point without a match is dropped; -1 drops none.
+        filter_threshold: lowest score of a match.
+        run_ahead: begin the next layer before it is known whether the last one was enough, and discard its result if
+            it was. This keeps a GPU busy while the host looks. The matches are the same.
         prune_above: points are dropped only from images with more of them than this.
     """
 
@@ -119,7 +122,7 @@ class LightGlue(PretrainedNetwork):
     def fuse(self) -> LightGlue:
         """Merge neighbouring linear layers, for inference: the matches stay, the names of the tensors do not.
 
-        Attention's output projection goes into the layer that reads its messages; where queries and keys of
+        Attention's output projection goes into the layer that reads its messages. If queries and keys of
         cross-attention have the same weights, as in the authors' networks, they are computed once.
         """
         for layer in self.transformer_layers:
@@ -178,7 +181,10 @@ class LightGlue(PretrainedNetwork):
         )
 
     def states(self, image0: ImageFeatures, image1: ImageFeatures) -> Iterator[tuple[Points, Points]]:
-        """Both images' points after each layer in turn, nothing stopped or dropped: what training looks at."""
+        """Both images' points after each layer in turn, without stopping or dropping; for training.
+
+        The states are float32 and keep their gradients.
+        """
         mask0, mask1 = common_masks(image0, image1)
         points0, points1 = self.encode(image0._replace(mask=mask0)), self.encode(image1._replace(mask=mask1))
         for layer in self.transformer_layers:
@@ -187,7 +193,7 @@ class LightGlue(PretrainedNetwork):
             yield points0, points1
 
     def _run_layers(self, points0: Points, points1: Points) -> int:
-        """Run the points through the layers, dropping and stopping as configured; the number of layers run."""
+        """Run the points through the layers, dropping and stopping as configured; returns the number of layers run."""
         last = len(self.transformer_layers) - 1
         total = len(points0) + len(points1)
         prunes = self.width_confidence > 0 and max(len(points0), len(points1)) > self.prune_above
@@ -216,7 +222,7 @@ class LightGlue(PretrainedNetwork):
         return last + 1
 
     def _are_sure(self, confidence0: Tensor, confidence1: Tensor, layer: int, total: int) -> Tensor:
-        """Whether enough of the ``total`` points are sure, the pruned ones among them (section 3.3)."""
+        """Whether enough of the ``total`` points are sure; the pruned ones are (section 3.3)."""
         unsure = (torch.cat([confidence0, confidence1]) < self._confidence_threshold(layer)).sum()
         return 1 - unsure.double() / total > self.depth_confidence
 
@@ -269,7 +275,7 @@ def normalise_keypoints(keypoints: Tensor, size: Tensor) -> Tensor:
 def _unpruned(
     assignment: Assignment, points0: Points, points1: Points, count0: int, count1: int, layers: int
 ) -> Assignment:
-    """The assignment of the points that are left, as one of all the points there were."""
+    """The assignment of the points that are left, as one of all the points given."""
     assignment = assignment._replace(layers=torch.full_like(assignment.layers, layers))
     if len(points0) == count0 and len(points1) == count1:
         return assignment._replace(

@@ -56,7 +56,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 class Heads(NamedTuple):
-    """What the points of an image ask, answer to and tell: (B, heads, N, head size) each."""
+    """Queries, keys and values of an image's points, (B, heads, N, head size) each."""
 
     query: Tensor
     key: Tensor
@@ -64,7 +64,7 @@ class Heads(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, with fewer key and value heads than query heads where so configured."""
+    """Multi-head attention; keys and values may have fewer heads than queries."""
 
     def __init__(self, size: int, heads: int, key_value_heads: int, bias: bool) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Attention(nn.Module):
         self.o_proj: nn.Module = nn.Linear(size, size, bias=bias)
 
     def project(self, x: Tensor, rotation: Tensor | None = None) -> Heads:
-        """The parts that the points x (B, N, C) take in attention."""
+        """Queries, keys and values of the points x (B, N, C)."""
         query = self._heads(self.q_proj(x))
         key = query if self.k_proj is self.q_proj else self._heads(self.k_proj(x))
         if rotation is not None:
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         return self.o_proj(message.transpose(1, 2).flatten(-2))
 
     def share_equal_projections(self) -> None:
-        """Compute queries and keys once where their weights are the same, as in the authors' cross-attention."""
+        """Compute queries and keys once if their weights are the same, as in the authors' cross-attention."""
         if all(torch.equal(*pair) for pair in zip(self.q_proj.parameters(), self.k_proj.parameters())):
             self.k_proj = self.q_proj
 
@@ -107,7 +107,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """What a point makes of its own state and the message it received (eq. 2)."""
+    """Updates a point's state with the message it received (eq. 2)."""
 
     def __init__(self, size: int, activation: str) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class FeedForward(nn.Module):
         return x + self.fc2(self.activation(hidden))
 
     def absorb(self, projection: nn.Module) -> None:
-        """Take messages as they are before this linear layer from now on."""
+        """Include this linear layer of the messages: from now on they come without it."""
         assert isinstance(projection, nn.Linear)
         of_message = self.fc1.weight[:, projection.out_features :]
         if projection.bias is not None:
@@ -166,7 +166,7 @@ class TransformerLayer(nn.Module):
 
 
 class MatchAssignment(nn.Module):
-    """Similarity of every pair and matchability of every point, to an assignment (eqs. 7 to 9)."""
+    """An assignment from the similarity of every pair and the matchability of every point (eqs. 7 to 9)."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -216,9 +216,9 @@ class Points:
     Attributes:
         x: (B, N, C) states, float32.
         rotation: the rotary encoding of their positions.
-        mask: (B, N) bool, true for real points; None where all are.
-        index: (N,) where they stand among the keypoints given; points that were pruned are gone from it.
-        layers: (count,) int64 layers each of the keypoints given took part in. Only for a single pair.
+        mask: (B, N) bool, true for points, false for padding; None without padding.
+        index: (N,) int64 their places among the keypoints given; pruned points are missing.
+        layers: (count,) int64, for each of the keypoints given, the layers it took part in. Only for a single pair.
     """
 
     x: Tensor

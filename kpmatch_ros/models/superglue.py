@@ -43,7 +43,7 @@ def perceptron(sizes: list[int]) -> nn.Sequential:
 
 
 class KeypointEncoder(nn.Module):
-    """What a keypoint's position and detection score add to its descriptor (eq. 2)."""
+    """Encodes a keypoint's position and detection score, to be added to its descriptor (eq. 2)."""
 
     def __init__(self, hidden_sizes: list[int], size: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Attention(nn.Module):
 
 
 class Propagation(nn.Module):
-    """One layer of the graph network: a message, and what a point makes of it (eq. 3)."""
+    """One layer of the graph network: a message updates each point's state (eq. 3)."""
 
     def __init__(self, size: int, heads: int) -> None:
         super().__init__()
@@ -156,8 +156,10 @@ class SuperGlue(PretrainedNetwork):
         return Checkpoint(config, tensors, checkpoint.source)
 
     def to_precision(self, dtype: torch.dtype) -> SuperGlue:
-        """Convert the weights of the graph network, all but its batch norms'; not those of the keypoint encoder: 8 bits
-        of mantissa cannot tell neighbouring pixels apart."""
+        """Convert the weights of the graph network, all but its batch norms'.
+
+        The keypoint encoder keeps its precision: 8 bits of mantissa cannot tell neighbouring pixels apart.
+        """
         for module in (*self.gnn.modules(), self.final_projection["final_proj"]):
             if isinstance(module, nn.Linear):
                 module.to(dtype)
@@ -223,8 +225,8 @@ def transport(
         similarity: (B, N0, N1) float32.
         bin_score: () similarity of any point with the dustbin.
         iterations: of Sinkhorn's algorithm.
-        mask0: (B, N0) bool, true for points, false for padding, which takes no part; None where there is none.
-        mask1: (B, N1), None where ``mask0`` is.
+        mask0: (B, N0) bool, true for points, false for padding, which takes no part; None without padding.
+        mask1: (B, N1), None if ``mask0`` is None.
 
     Returns:
         logarithms (B, N0, N1) of the share of point i of image 0 that goes to point j of image 1; -inf for padding.
@@ -250,12 +252,12 @@ LARGEST_CHANGE = 40.0  # of a factor's logarithm in these: float32 can represent
 
 
 def sinkhorn(matrix: Tensor, log_rows: Tensor, log_columns: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Scale the rows and columns of exp(matrix) in turn until both sum to what they should.
+    """Scale the rows and columns of exp(matrix) in turn until both have the sums wanted.
 
     Logarithms can represent every factor, but cost an exponential per entry and iteration. Therefore, as in Schmitzer:
     Stabilized Sparse Scaling Algorithms, SIAM J. Sci. Comput. 2019 (arXiv:1610.06519), most iterations are products of
-    the matrix scaled so far with vectors, which is ten times as fast for a thousand points. Should a factor change so
-    much in these that float32 may lose entries, they are thrown away and done again with logarithms.
+    the matrix scaled so far with vectors. That is ten times as fast for a thousand points. If a factor changes so much
+    in these that float32 may lose entries, they are discarded and repeated with logarithms.
 
     Args:
         matrix: (B, R, C) logarithms of the entries.

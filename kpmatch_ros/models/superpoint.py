@@ -24,7 +24,7 @@ BAND = 8 << 20  # bytes of activations that a processor's convolutions make at a
 
 
 class ConvBlock(nn.Module):
-    """Two 3 x 3 convolutions, with 2 x 2 max pooling after them where ``pooling`` is set."""
+    """Two 3 x 3 convolutions, and 2 x 2 max pooling if ``pooling``."""
 
     def __init__(self, inputs: int, outputs: int, pooling: bool) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class ConvBlock(nn.Module):
         return torch.cat([self._rows(x, top, bottom) for top, bottom in zip(cuts, cuts[1:])], dim=2)
 
     def _rows(self, x: Tensor, top: int, bottom: int) -> Tensor:
-        """What the rows ``top`` to ``bottom`` of x become."""
+        """The output for the rows ``top`` to ``bottom`` of x."""
         # Next to a cut a convolution sees zeros in place of the image's next row: its outer row there is thrown away.
         above, below = int(top > 0), int(bottom < x.shape[2])
         x = F.relu(self.conv_a(x[:, :, top - 2 * above : bottom + 2 * below]), inplace=True)
@@ -55,7 +55,7 @@ class ConvBlock(nn.Module):
         return self._finish(x[:, :, above : x.shape[2] - below])
 
     def _finish(self, x: Tensor) -> Tensor:
-        # The larger of two is positive where either is: pooling first leaves a quarter of the work.
+        # The maximum is positive if any is: pooling first leaves a quarter of the work.
         return F.relu(F.max_pool2d(x, 2) if self.pooling else x, inplace=True)
 
 
@@ -168,7 +168,7 @@ class SuperPoint(Extractor):
         return Checkpoint({**config, **checkpoint.config}, tensors, checkpoint.source)
 
     def to_precision(self, dtype: torch.dtype) -> SuperPoint:
-        """Convert the weights, all but those that half precision finds other keypoints for.
+        """Convert the weights, all but those that keypoints depend on most.
 
         8 bits of mantissa cannot tell neighbouring grey values apart: with the first convolution in bfloat16, 6 % of
         the keypoints are others, with it in float32 1 %. The two last ones turn small differences into scores and

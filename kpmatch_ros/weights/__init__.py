@@ -1,4 +1,4 @@
-"""Weights that are known by name, and where they come from. Without PyTorch."""
+"""Weights known by name: their licences, sources and files. Nothing here imports PyTorch."""
 
 from kpmatch_ros.weights.registry import (
     REGISTRY,

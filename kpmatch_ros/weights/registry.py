@@ -1,4 +1,4 @@
-"""The weights that are known by name: licence, origin, size, hash, and where they lie on this machine."""
+"""The weights known by name: licence, origin, size, hash, and their place on this machine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Weights:
     Attributes:
         name: what the parameters ``extractor`` and ``matcher`` call them.
         model: the network they are for, such as ``superpoint`` or ``lightglue``.
-        licence: SPDX name of their licence, or a few words where it has none.
+        licence: SPDX name of their licence, or a few words if it has none.
         commercial: whether the licence allows commercial use.
         origin: who made them, from what.
         source: where they come from.
@@ -207,7 +207,7 @@ REGISTRY: dict[str, Weights] = _registered(
 
 
 def cache_folder() -> Path:
-    """Where fetched weights are kept: ``$KPMATCH_WEIGHTS``, or ``kpmatch_ros`` in the user's cache folder."""
+    """The folder of fetched weights: ``$KPMATCH_WEIGHTS``, or ``kpmatch_ros`` in the user's cache folder."""
     chosen = os.environ.get("KPMATCH_WEIGHTS")
     if chosen:
         return Path(chosen)
@@ -230,7 +230,7 @@ def find(name: str) -> Weights:
 
 
 def resolve(source: str | Path) -> Path:
-    """Turn a registered name, a folder or a file into a path that exists and, where registered, has the right hash.
+    """Turn a registered name, a folder or a file into a path that exists; a registered file has the right hash.
 
     Nothing is fetched: a robot that starts up stays off the network.
 

@@ -112,7 +112,7 @@ class Hub:
         return Path(tensors) if isinstance(config, str) and isinstance(tensors, str) else None
 
     def hash(self, file: Path) -> str:
-        """SHA-256 that the hub gave for ``file``, hexadecimal; empty where it gave none.
+        """SHA-256 that the hub gave for ``file``, hexadecimal; empty if it gave none.
 
         The library stores a large file under its hash, and links to it.
         """
