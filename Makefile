@@ -1,5 +1,5 @@
 # make demo: build everything, then run the real node on a camera bag. make test: the test suite.
-# make soak: an hour of overload and faults.
+# make soak: an hour of overload and faults. make gpu: the tests and the benchmark for a GPU.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(abspath $(VENV))/bin
@@ -10,7 +10,7 @@ STAGE    := build/source/kpmatch_ros
 PARTS    := CMakeLists.txt LICENSE config kpmatch_ros launch msg package.xml scripts
 SOURCES  := $(shell find kpmatch_ros launch config msg scripts -type f -not -name '*.pyc') CMakeLists.txt package.xml
 
-.PHONY: demo test soak env build lint docs demo-bag clean
+.PHONY: demo test soak gpu env build lint docs demo-bag clean
 
 demo: build  ## the node on a camera bag, its poses against the truth, and a picture
 	tools/with_ros kpmatch demo
@@ -20,6 +20,11 @@ test: build  ## every test; pass pytest's arguments with ARGS=
 
 soak: build  ## an hour of overload and faults, with a table of what came of it; ARGS="--minutes 10"
 	tools/with_ros python test/soak.py $(ARGS)
+
+# With another Python, given as PYTHON=, it needs neither ROS nor the environment of make env.
+gpu: $(if $(filter file,$(origin PYTHON)),$(VENV)/.ready)  ## tests and benchmark on a GPU; OUT= for JSON and table
+	PYTHONPATH=$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) \
+	  $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py --out $(or $(OUT),gpu) $(ARGS)
 
 env: $(VENV)/.ready  ## the Python environment with ROS 2 in .venv/
 

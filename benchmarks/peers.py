@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -124,6 +125,14 @@ class CvgLightGlue:
             network.eval().to(matcher.device, dtype)
         self.name = f"cvg/LightGlue {str(dtype).removeprefix('torch.')}"
         self._device, self._dtype = matcher.device, dtype
+
+    def use_mixed_precision(self, enabled: bool) -> None:
+        """Half precision as the authors do it: call :meth:`describe` and :meth:`match` under `torch.autocast` then."""
+        self._matcher.conf.mp = enabled
+
+    def compile(self, counts: Sequence[int]) -> None:
+        """Compile the matcher for up to these numbers of keypoints, as the authors do; it must not drop any."""
+        self._matcher.compile(static_lengths=list(counts))
 
     def max_keypoints(self, count: int) -> None:
         """Keep at most `count` keypoints per image from now on."""

@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from kpmatch_ros.models.base import Extractor
 from kpmatch_ros.models.checkpoint import Checkpoint
-from kpmatch_ros.models.detections import Detections, clear_border, select_keypoints, suppress_non_maxima
+from kpmatch_ros.models.detections import Detections, clear_border, select_keypoints, suppress_non_maxima, vector
 
 __all__ = ["ALIKED"]
 
@@ -52,7 +52,7 @@ class DeformableConv(nn.Module):
 
 def grid_size(x: Tensor) -> Tensor:
     """Width and height of a map (..., H, W)."""
-    return torch.tensor([x.shape[-1], x.shape[-2]], dtype=torch.float32, device=x.device)
+    return vector(x.shape[-1], x.shape[-2], like=x.new_empty((), dtype=torch.float32))
 
 
 class Block(nn.Module):
@@ -142,18 +142,18 @@ class FeatureMap:
     def at(self, pixels: Tensor) -> Tensor:
         """(B, P, 2) whole x, y to (B, P, C)."""
         far_corner = grid_size(self.levels[0]) - 1
-        grid = (pixels + pixels.new_tensor(self.padding)) / far_corner * 2 - 1
+        grid = (pixels + vector(*self.padding, like=pixels)) / far_corner * 2 - 1
         samples = [F.grid_sample(level.float(), grid[:, None], align_corners=True)[:, :, 0] for level in self.levels]
         return F.normalize(torch.cat(samples, dim=1), dim=1).transpose(1, 2)
 
     def between(self, positions: Tensor) -> Tensor:
         """(B, P, 2) x, y to (B, P, C), bilinear, zero outside of the image."""
         first = positions.floor()
-        size = positions.new_tensor([self.width, self.height])
+        size = vector(self.width, self.height, like=positions)
         total = torch.zeros(())
         for x in (0, 1):
             for y in (0, 1):
-                pixels = first + positions.new_tensor([x, y])
+                pixels = first + vector(x, y, like=positions)
                 inside = ((pixels >= 0) & (pixels < size)).all(dim=-1)
                 weights = (1 - (positions - pixels).abs()).prod(dim=-1) * inside
                 total = total + self.at(torch.minimum(pixels.clamp(min=0), size - 1)) * weights[..., None]
@@ -175,7 +175,7 @@ class DescriptorHead(nn.Module):
         batch, count = keypoints.shape[:2]
         furthest = max(features.width, features.height) / 4
         # The 3 x 3 pixels around the keypoint; at the border those nearest, and as in the authors' code never the last.
-        limit = keypoints.new_tensor([features.width - 4, features.height - 4])
+        limit = vector(features.width - 4, features.height - 4, like=keypoints)
         corner = torch.minimum((keypoints.floor() - 1).clamp(min=0), limit)
         taps = torch.arange(9, device=keypoints.device)
         patch = corner[:, :, None] + torch.stack([taps % 3, torch.div(taps, 3, rounding_mode="floor")], dim=-1)

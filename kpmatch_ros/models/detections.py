@@ -39,6 +39,11 @@ class Detections(NamedTuple):
         )
 
 
+def vector(x: float, y: float, like: Tensor) -> Tensor:
+    """(x, y) as a tensor (2,), made on the device: a GPU waits for what comes from the host."""
+    return torch.stack([like.new_full((), x), like.new_full((), y)])
+
+
 def suppress_non_maxima(scores: Tensor, radius: int) -> Tensor:
     """Set all scores to zero but those that are the largest within ``radius`` pixels in x and y.
 

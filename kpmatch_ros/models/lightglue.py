@@ -164,9 +164,39 @@ class LightGlue(PretrainedNetwork):
         if len(points0) == 0 or len(points1) == 0:
             assignment = Assignment.empty(batch, len(points0), len(points1), image0.keypoints.device)
         else:
-            scores = self.match_assignment_layers[layers - 1](points0, points1)
-            assignment = mutual_matches(scores, torch.exp, self.filter_threshold)
+            assignment = self._assign(points0, points1, layers)
         return _unpruned(assignment, points0, points1, count0, count1, layers)
+
+    def match_all(self, image0: ImageFeatures, image1: ImageFeatures) -> Assignment:
+        """As :meth:`forward`, with all layers and points whatever the confidences are: it asks the host nothing.
+
+        Args:
+            image0: with at least one keypoint, and with a mask where ``image1`` has one.
+            image1: the same.
+        """
+        points0, points1 = self.encode(image0), self.encode(image1)
+        for layer in self.transformer_layers:
+            points0.x, points1.x = layer(points0, points1)
+        return self.assign(points0, points1, len(self.transformer_layers))
+
+    def assign(self, points0: Points, points1: Points, layers: int) -> Assignment:
+        """The matches after so many layers of points that none were dropped of."""
+        assignment = self._assign(points0, points1, layers)
+        return _unpruned(assignment, points0, points1, len(points0), len(points1), layers)
+
+    def are_sure(self, points0: Points, points1: Points, layer: int) -> Tensor:
+        """Whether enough points of a pair are sure after a layer, counted from 0 and not the last: () bool."""
+        unsure = torch.zeros((), dtype=torch.float64, device=points0.x.device)
+        total = torch.zeros_like(unsure)
+        for points in (points0, points1):
+            below = self.token_confidence[layer](points.x) < self._confidence_threshold(layer)
+            unsure += (below if points.mask is None else below & points.mask).sum()
+            total += len(points) if points.mask is None else points.mask.sum()
+        return 1 - unsure / total > self.depth_confidence
+
+    def _assign(self, points0: Points, points1: Points, layers: int) -> Assignment:
+        scores = self.match_assignment_layers[layers - 1](points0, points1)
+        return mutual_matches(scores, torch.exp, self.filter_threshold)
 
     def encode(self, image: ImageFeatures) -> Points:
         """The points of B images as they enter the first layer."""

@@ -184,13 +184,24 @@ class SuperGlue(PretrainedNetwork):
         if image0.scores is None or image1.scores is None:
             raise ValueError("SuperGlue needs the keypoints' detection scores, and one of the images has none")
         batch, count0, count1 = len(image0.keypoints), image0.num_keypoints, image1.num_keypoints
-        layers = len(self.gnn.layers)
         if count0 == 0 or count1 == 0:
             return Assignment.empty(batch, count0, count1, image0.keypoints.device)
         mask0, mask1 = common_masks(image0, image1)
+        image0, image1 = image0._replace(mask=mask0), image1._replace(mask=mask1)
+        return self.assign(*self.states(image0, image1), mask0, mask1)
+
+    def states(self, image0: ImageFeatures, image1: ImageFeatures) -> tuple[Tensor, Tensor]:
+        """The points (B, N, C) of both images after the last layer; both have scores, and both a mask or none."""
+        assert image0.scores is not None and image1.scores is not None
         x0, x1 = self._encode(image0, image0.scores), self._encode(image1, image1.scores)
-        x0, x1 = (self.final_projection["final_proj"](x).float() for x in self.gnn(x0, x1, mask0, mask1))
+        x0, x1 = self.gnn(x0, x1, image0.mask, image1.mask)
         # In float32: half precision cannot tell the best two of a thousand scores apart.
+        projection = self.final_projection["final_proj"]
+        return projection(x0).float(), projection(x1).float()
+
+    def assign(self, x0: Tensor, x1: Tensor, mask0: Tensor | None, mask1: Tensor | None) -> Assignment:
+        """The matches of points with the states that :meth:`states` gave."""
+        layers = len(self.gnn.layers)
         similarity = x0 @ x1.transpose(-1, -2) / math.sqrt(x0.shape[-1])
         plan = transport(similarity, self.bin_score, self.sinkhorn_iterations, mask0, mask1)
         assignment = mutual_matches(plan, torch.exp, self.filter_threshold)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from kpmatch_ros.models.base import Extractor
 from kpmatch_ros.models.checkpoint import Checkpoint
-from kpmatch_ros.models.detections import Detections, clear_border, select_keypoints, suppress_non_maxima
+from kpmatch_ros.models.detections import Detections, clear_border, select_keypoints, suppress_non_maxima, vector
 
 __all__ = ["SuperPoint"]
 
@@ -229,7 +229,7 @@ def sample_descriptors(descriptors: Tensor, keypoints: Tensor) -> Tensor:
         (B, N, D).
     """
     height, width = descriptors.shape[-2:]
-    far_corner = keypoints.new_tensor([width * CELL - CELL / 2 - 0.5, height * CELL - CELL / 2 - 0.5])
+    far_corner = vector(width * CELL - CELL / 2 - 0.5, height * CELL - CELL / 2 - 0.5, like=keypoints)
     grid = (keypoints - CELL / 2 + 0.5) / far_corner * 2 - 1
     samples = F.grid_sample(descriptors, grid[:, None].to(descriptors.dtype), align_corners=True)[:, :, 0]
     return F.normalize(samples, dim=1).transpose(1, 2)

@@ -1,0 +1,397 @@
+"""CUDA graphs: the networks' work recorded once for fixed shapes, and started by one call from then on.
+
+A GPU runs LightGlue's 1,400 kernels in less time than the host needs to start them one by one. A recording starts them
+all. It reads and writes memory at fixed places. Therefore inputs are copied to where it reads, numbers of keypoints are
+rounded up to one of :data:`SIZES`, and masks mark the padding.
+
+Where something cannot be recorded, the networks run as they do without recordings, and one warning says so.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kpmatch_ros.models import LightGlue, SuperGlue
+from kpmatch_ros.models.assignment import Assignment, ImageFeatures
+from kpmatch_ros.models.base import Extractor
+from kpmatch_ros.models.detections import Detections
+from kpmatch_ros.models.lightglue import OnItsWay, Points
+
+__all__ = ["SIZES", "CudaGraphs", "Imitation", "Recording", "rounded_up"]
+
+SIZES = (256, 512, 768, 1024, 1536, 2048, 3072, 4096)  # numbers of keypoints that recordings are made for
+
+_KEPT = 12  # recordings of different shapes; the one used least recently goes first
+_PAIRS = 4  # a larger batch keeps a GPU busy without recordings
+
+Outputs = tuple[Tensor, ...]
+
+
+class Recorder(Protocol):
+    """Something that can record work and repeat it."""
+
+    def record(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+        """Record the work of a function on tensors of fixed places.
+
+        Returns:
+            what repeats the work, and the tensors that hold its results after each repetition.
+
+        Raises:
+            RuntimeError: when the work cannot be recorded.
+        """
+
+
+class Recording:
+    """Records with CUDA graphs. All recordings of one object share memory, so only one may run at a time.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = torch.cuda.graph_pool_handle()
+
+    def record(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+        """As :meth:`Recorder.record`."""
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads, such as those that receive images, may use the GPU meanwhile.
+        options: Any = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, **options):
+            outputs = work()
+        return graph.replay, outputs
+
+
+class Imitation:
+    """Stands in for :class:`Recording` on any device: it repeats the work by calling the function again.
+
+    Results land where the first ones were, as on a GPU. Their number may change, since on a processor SuperPoint gives
+    as many keypoints as there are.
+    """
+
+    def record(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+        """As :meth:`Recorder.record`."""
+        outputs = tuple(output.clone() for output in work())
+
+        def replay() -> None:
+            for place, result in zip(outputs, work()):
+                place.resize_(result.shape).copy_(result)
+
+        return replay, outputs
+
+
+class CudaGraphs:
+    """Runs networks by recordings of their work.
+
+    Args:
+        recorder: what records; a :class:`Recording` for a GPU.
+
+    Attributes:
+        enabled: false runs everything without recordings. It becomes false when a recording fails.
+        failure: why a recording failed; empty where none did.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.enabled = True
+        self.failure = ""
+        self._recorder = recorder
+        self._recorded: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def for_device(cls, device: torch.device) -> CudaGraphs | None:
+        """For a GPU; None for a processor, where recordings gain nothing."""
+        return cls(Recording(device)) if device.type == "cuda" else None
+
+    def __len__(self) -> int:
+        """How many shapes there are recordings for."""
+        return len(self._recorded)
+
+    def clear(self) -> None:
+        """Forget all recordings, and with them their memory."""
+        self._recorded.clear()
+        if isinstance(self._recorder, Recording):
+            self._recorder = Recording(self._recorder.device)  # a pool that was given up cannot be used again
+
+    @torch.inference_mode()
+    def run(self, network: nn.Module, *inputs: Any) -> Any:
+        """What ``network(*inputs)`` gives, by a recording where one can be made.
+
+        Args:
+            network: an extractor or a matcher of :mod:`kpmatch_ros.models`. Its weights must stay where they are: a
+            conversion to another precision moves them, and needs :meth:`clear`.
+            inputs: as the network takes them.
+        """
+        if self.enabled:
+            try:
+                with self._lock:
+                    found = self._replayed(network, inputs)
+                if found is not None:
+                    return found
+            except _CannotRecord as error:
+                self.enabled, self.failure = False, str(error)
+                self.clear()
+                warnings.warn(
+                    f"CUDA graphs are not used, and the networks run slower: {error}", RuntimeWarning, stacklevel=2
+                )
+        return network(*inputs)
+
+    def _replayed(self, network: nn.Module, inputs: Sequence[Any]) -> Any:
+        """The result of a recording; None where the network or its inputs are of a kind that is not recorded."""
+        if isinstance(network, Extractor):
+            (image,) = inputs
+            if network.max_keypoints < 0:
+                return None  # the number of keypoints is not known before
+            key: Hashable = (
+                *_identity(network, image),
+                *(getattr(network, name) for name in ("max_keypoints", "keypoint_threshold", "nms_radius", "border")),
+            )
+            return self._get(key, lambda: _RecordedExtractor(network, image, self._record))(image)
+        if isinstance(network, (LightGlue, SuperGlue)):
+            image0, image1 = inputs
+            counts = image0.num_keypoints, image1.num_keypoints
+            size = rounded_up(max(counts))
+            # Masks of a single pair are not expected, and the pairs of a batch come one by one.
+            has_mask = image0.mask is not None or image1.mask is not None
+            if len(image0.keypoints) > 1 or has_mask or min(counts) == 0 or size is None:
+                return None
+            padded = counts != (size, size)
+            kind: Any = _RecordedLightGlue if isinstance(network, LightGlue) else _RecordedSuperGlue
+            confidence = getattr(network, "depth_confidence", -1.0)
+            key = (*_identity(network, image0.descriptors[:, :0]), size, padded, network.filter_threshold, confidence)
+            return self._get(key, lambda: kind(network, image0, image1, size, padded, self._record))(image0, image1)
+        return None
+
+    def _get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key in self._recorded:
+            self._recorded.move_to_end(key)
+        else:
+            while len(self._recorded) >= _KEPT:
+                self._recorded.popitem(last=False)
+            self._recorded[key] = make()
+        return self._recorded[key]
+
+    def _record(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+        # Once without recording: libraries choose their algorithms then, which is not allowed while recording. What is
+        # wrong with the work itself shows here, as it would without recordings.
+        work()
+        try:
+            return self._recorder.record(work)
+        except RuntimeError as error:
+            raise _CannotRecord(str(error).strip().partition("\n")[0]) from error
+
+
+class _CannotRecord(Exception):
+    """A recording failed."""
+
+
+def rounded_up(count: int) -> int | None:
+    """The smallest of :data:`SIZES` that holds so many keypoints; None where none does."""
+    return next((size for size in SIZES if size >= count), None)
+
+
+def batch_is_small(pairs: int) -> bool:
+    """Whether so many pairs are matched faster one by one, by recordings, than together without."""
+    return pairs <= _PAIRS
+
+
+def _identity(network: nn.Module, example: Tensor) -> tuple[Hashable, ...]:
+    return id(network), tuple(example.shape), example.dtype, example.device
+
+
+Record = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
+
+
+class _RecordedExtractor:
+    """An extractor for images of one shape."""
+
+    def __init__(self, network: Extractor, image: Tensor, record: Record) -> None:
+        self._image = image.clone()
+        self._replay, self._found = record(lambda: tuple(network(self._image)))
+
+    def __call__(self, image: Tensor) -> Detections:
+        self._image.copy_(image)
+        self._replay()
+        return Detections(*(tensor.clone() for tensor in self._found))
+
+
+class _Places:
+    """Where recordings read an image's features: ``size`` places for keypoints.
+
+    Args:
+        example: features of one image.
+        size: number of places.
+        padded: whether some of them may stay empty, which a mask tells.
+    """
+
+    def __init__(self, example: ImageFeatures, size: int, padded: bool) -> None:
+        device = example.keypoints.device
+        self._index = torch.arange(size, device=device)[None]
+        self._filled = 0
+        self.features = ImageFeatures(
+            keypoints=torch.zeros(1, size, 2, device=device),
+            descriptors=torch.zeros(1, size, example.descriptors.shape[2], device=device),
+            size=torch.zeros_like(example.size),
+            mask=torch.ones_like(self._index, dtype=torch.bool) if padded else None,
+            scores=torch.zeros(1, size, device=device),
+        )
+        self.fill(example)
+
+    def fill(self, image: ImageFeatures) -> None:
+        """Take over an image's features."""
+        count, places = image.num_keypoints, self.features
+        places.keypoints[:, :count].copy_(image.keypoints)
+        places.descriptors[:, :count].copy_(image.descriptors)
+        places.size.copy_(image.size)
+        if image.scores is not None and places.scores is not None:
+            places.scores[:, :count].copy_(image.scores)
+        if places.mask is not None and count != self._filled:
+            torch.lt(self._index, count, out=places.mask)
+            # What is left over there could be infinite, and a product of it with a weight of zero NaN.
+            places.keypoints[:, count:].zero_()
+            places.descriptors[:, count:].zero_()
+            if places.scores is not None:
+                places.scores[:, count:].zero_()
+        self._filled = count
+
+
+def _unpadded(found: Sequence[Tensor], count0: int, count1: int) -> Assignment:
+    """A copy of a recording's assignment for the keypoints that there are."""
+    matches0, matches1, scores0, scores1, layers, layers0, layers1 = found
+    return Assignment(
+        matches0=matches0[:, :count0].clone(),
+        matches1=matches1[:, :count1].clone(),
+        scores0=scores0[:, :count0].clone(),
+        scores1=scores1[:, :count1].clone(),
+        layers=layers.clone(),
+        layers0=layers0[:, :count0].clone(),
+        layers1=layers1[:, :count1].clone(),
+    )
+
+
+class _RecordedSuperGlue:
+    """SuperGlue for one number of places: its layers are recorded, the optimal transport runs as it always does."""
+
+    def __init__(
+        self, network: SuperGlue, image0: ImageFeatures, image1: ImageFeatures, size: int, padded: bool, record: Record
+    ) -> None:
+        self._network = network
+        self._places = [_Places(image, size, padded) for image in (image0, image1)]
+        places0, places1 = (places.features for places in self._places)
+        self._masks = places0.mask, places1.mask
+        self._replay, self._states = record(lambda: network.states(places0, places1))
+
+    def __call__(self, image0: ImageFeatures, image1: ImageFeatures) -> Assignment:
+        for places, image in zip(self._places, (image0, image1)):
+            places.fill(image)
+        self._replay()
+        states0, states1 = self._states
+        found = self._network.assign(states0, states1, *self._masks)
+        return _unpadded(found, image0.num_keypoints, image1.num_keypoints)
+
+
+class _RecordedLightGlue:
+    """LightGlue for one number of places.
+
+    Without early stopping there is one recording. With it there is one for each layer and one for the assignment after
+    each layer, made when first needed. All of these read and write the points' states at the same two places in turn:
+    what a layer found is still there after the next one ran ahead. These places lie outside of the memory that
+    recordings share.
+
+    No points are dropped: their number would change from layer to layer.
+    """
+
+    def __init__(
+        self, network: LightGlue, image0: ImageFeatures, image1: ImageFeatures, size: int, padded: bool, record: Record
+    ) -> None:
+        self._network, self._record = network, record
+        self._places = [_Places(image, size, padded) for image in (image0, image1)]
+        self._stops = network.depth_confidence > 0
+        self._recorded: dict[Hashable, tuple[Callable[[], None], Outputs]] = {}
+        if self._stops:
+            encoded = self._encode()
+            self._rotations = [points.rotation.clone() for points in encoded]
+            self._states = [[points.x.clone() for points in encoded] for _ in range(2)]
+            self._sure = [torch.zeros((), dtype=torch.bool, device=self._device) for _ in network.token_confidence]
+
+    @property
+    def _device(self) -> torch.device:
+        return self._places[0].features.keypoints.device
+
+    def __call__(self, image0: ImageFeatures, image1: ImageFeatures) -> Assignment:
+        for places, image in zip(self._places, (image0, image1)):
+            places.fill(image)
+        count0, count1 = image0.num_keypoints, image1.num_keypoints
+        if not self._stops:
+            found = self._run("all", self._work_of_all)
+            return _unpadded(found, count0, count1)
+        self._run("encode", self._work_of_encoding)
+        layers = self._run_layers()
+        found = self._run(("assign", layers), partial(self._work_of_assigning, layers))
+        return _unpadded(found, count0, count1)
+
+    def _run(self, name: Hashable, work: Callable[[], Outputs]) -> Outputs:
+        if name not in self._recorded:
+            self._recorded[name] = self._record(work)
+        replay, found = self._recorded[name]
+        replay()
+        return found
+
+    def _run_layers(self) -> int:
+        """Run layers until the points are sure; how many it took."""
+        last = len(self._network.transformer_layers)
+        enough: OnItsWay | None = None
+        for layer in range(last):
+            self._run(layer, partial(self._work_of_layer, layer))
+            # The GPU has the next layer to do while the host asks about this one.
+            if enough:
+                return layer
+            if layer < last - 1:
+                enough = OnItsWay(self._sure[layer])
+        return last
+
+    def _encode(self) -> list[Points]:
+        return [self._network.encode(places.features) for places in self._places]
+
+    def _points(self, place: int) -> list[Points]:
+        """The points with the states at one of the two places."""
+        index = torch.zeros(0, dtype=torch.int64, device=self._device)  # of points that are dropped
+        return [
+            Points(x, rotation, places.features.mask, index, index)
+            for x, rotation, places in zip(self._states[place], self._rotations, self._places)
+        ]
+
+    def _work_of_all(self) -> Outputs:
+        places0, places1 = self._places
+        return tuple(self._network.match_all(places0.features, places1.features))
+
+    def _work_of_encoding(self) -> Outputs:
+        for points, state, rotation in zip(self._encode(), self._states[0], self._rotations):
+            state.copy_(points.x)
+            rotation.copy_(points.rotation)
+        return ()
+
+    def _work_of_layer(self, layer: int) -> Outputs:
+        network, (points0, points1) = self._network, self._points(layer % 2)
+        states = network.transformer_layers[layer](points0, points1)
+        for place, state in zip(self._states[(layer + 1) % 2], states):
+            place.copy_(state)
+        if layer < len(self._sure):
+            self._sure[layer].copy_(
+                network.are_sure(replace(points0, x=states[0]), replace(points1, x=states[1]), layer)
+            )
+        return ()
+
+    def _work_of_assigning(self, layers: int) -> Outputs:
+        points0, points1 = self._points(layers % 2)
+        return tuple(self._network.assign(points0, points1, layers))

@@ -1,0 +1,540 @@
+"""The package on a GPU: what it finds there, how much memory it takes, and what it does when there is too little.
+
+Each test also runs on the processor, where recordings are imitated (kpmatch_ros.cuda_graphs.Imitation). So a machine
+without a GPU runs all of this code but the recording itself. `make gpu` runs this file and the benchmark.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kpmatch_ros import FeatureMatcher, Features, Matches, Parameters
+from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, Imitation, rounded_up
+from kpmatch_ros.device import is_out_of_memory, release_memory
+from kpmatch_ros.front_end import FrontEnd
+from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue, SuperPoint
+from kpmatch_ros.models.assignment import ImageFeatures
+from kpmatch_ros.models.lightglue import Points
+
+Image = NDArray[np.uint8]
+Make = Callable[..., FeatureMatcher]
+
+HAS_GPU = torch.cuda.is_available()
+ON_GPU = pytest.mark.skipif(not HAS_GPU, reason="PyTorch sees no GPU; the same test ran on the processor")
+META = torch.device("meta")
+
+# float16 has no stand-in: the package refuses it on a processor.
+WAYS = [
+    pytest.param(("cpu", "float32"), id="cpu-float32"),
+    pytest.param(("cpu", "bfloat16"), id="cpu-bfloat16"),
+    pytest.param(("cuda", "float32"), id="cuda-float32", marks=ON_GPU),
+    pytest.param(("cuda", "float16"), id="cuda-float16", marks=ON_GPU),
+    pytest.param(("cuda", "bfloat16"), id="cuda-bfloat16", marks=ON_GPU),
+]
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A device and a precision."""
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=ON_GPU)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def make(random_folder: Callable[..., Path]) -> Make:
+    """make(device, precision, recorded=True, random="", options...): the shipped networks, all layers by default.
+
+    ``random`` is "lightglue" or "superglue": small networks with random weights in their place.
+    """
+
+    def build(
+        device: str | torch.device = "cpu",
+        precision: str = "float32",
+        recorded: bool = True,
+        random: str = "",
+        **options: Any,
+    ) -> FeatureMatcher:
+        if random:
+            folder = str(random_folder(superglue={} if random == "superglue" else None))
+            options = {"extractor": folder, "matcher": folder, **options}
+        options = {"max_keypoints": 100, "depth_confidence": -1.0, "width_confidence": -1.0, **options}
+        return with_recordings(FeatureMatcher(device=str(device), precision=precision, **options), recorded)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def views(texture: Any) -> tuple[Image, Image, NDArray[np.float64]]:
+    """Two images, and the homography from the first to the second."""
+    homography = np.array([[0.97, 0.05, 6.0], [-0.04, 0.98, 9.0], [8e-5, -4e-5, 1.0]])
+    picture = cv2.GaussianBlur(texture(180, 240, 3), (0, 0), 1)
+    return picture, cv2.warpPerspective(picture, homography, (240, 180)), homography
+
+
+@pytest.fixture(scope="module")
+def film(texture: Any) -> list[Image]:
+    """Images 96 x 128 that a camera takes which moves to the right."""
+    picture = cv2.GaussianBlur(texture(96, 192, 5), (0, 0), 1)
+    return [np.ascontiguousarray(picture[:, 3 * i : 3 * i + 128]) for i in range(20)]
+
+
+def with_recordings(matcher: FeatureMatcher, recorded: bool = True) -> FeatureMatcher:
+    """The matcher with recordings, imitated ones on a processor, or without."""
+    if not recorded:
+        matcher.graphs = None
+    elif matcher.graphs is None:
+        matcher.graphs = CudaGraphs(Imitation())
+    return matcher
+
+
+def match(matcher: FeatureMatcher, image0: Image, image1: Image) -> tuple[Features, Features, Matches]:
+    features0, features1 = matcher.extract(image0), matcher.extract(image1)
+    return features0.numpy(), features1.numpy(), matcher.match(features0, features1).numpy()
+
+
+def share_in_common(first: Matches, second: Matches) -> float:
+    """Of the matches of either, those of both; 1 where there are none."""
+    ours, theirs = (set(map(tuple, np.asarray(matches.indices).tolist())) for matches in (first, second))
+    return len(ours & theirs) / len(ours | theirs) if ours | theirs else 1.0
+
+
+def share_of_keypoints(first: Features, second: Features, pixels: float) -> float:
+    """Of the first one's keypoints, those with one of the second's so near."""
+    distances = np.linalg.norm(np.asarray(first.keypoints)[:, None] - np.asarray(second.keypoints)[None], axis=2)
+    return float((distances.min(axis=1) < pixels).mean())
+
+
+def enliven(model: nn.Module, seed: int) -> nn.Module:
+    """Random weights that keep the spread of what passes through them."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            fan = math.prod(module.weight.shape[1:])
+            module.weight.data.copy_(torch.randn(module.weight.shape, generator=generator) * math.sqrt(2 / fan))
+    return model
+
+
+# The same as on the processor
+
+
+def test_it_finds_what_the_processor_finds(views: Any, way: tuple[str, str]) -> None:
+    parameters = Parameters(max_keypoints=256)
+    reference = match(FeatureMatcher(parameters, device="cpu", precision="float32"), *views[:2])
+    ours = with_recordings(FeatureMatcher(parameters, device=way[0], precision=way[1]))
+    assert ours.extract(views[0]).keypoints.device.type == way[0]  # type: ignore[union-attr]
+    features0, features1, matches = match(ours, *views[:2])
+    assert len(matches) > 0.9 * len(reference[2])
+    assert share_of_keypoints(features0, reference[0], pixels=1.5) > 0.95
+    seen = cv2.perspectiveTransform(np.float64(features0.keypoints)[matches.indices[:, 0]][None], views[2])[0]
+    distances = np.linalg.norm(seen - np.asarray(features1.keypoints)[matches.indices[:, 1]], axis=1)
+    assert (distances < 3).mean() > 0.9
+    # What was kept on the host matches as well.
+    again = ours.match(features0, features1).numpy()
+    assert share_in_common(again, matches) > 0.99
+
+
+@pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK])
+def test_extractors_find_what_they_find_on_the_processor(
+    kind: Any, way: tuple[str, str], picture: Callable[..., Tensor]
+) -> None:
+    threshold = {"keypoint_threshold": -1e30 if kind is DISK else 0.0}
+    model = enliven(kind(max_keypoints=100, **threshold), seed=2)
+    image = picture(96, 128)[None]
+    image = image.mean(dim=1, keepdim=True) if kind.CHANNELS == 1 else image
+    expected = model(image)
+    moved = model.to(way[0])
+    dtype = getattr(torch, way[1])
+    moved = moved.to_precision(dtype) if isinstance(moved, SuperPoint) else moved.to(dtype)
+    found = CudaGraphs(Imitation() if way[0] == "cpu" else record_on(way[0])).run(moved, image.to(way[0]))
+    assert found.mask.all() and torch.isfinite(found.descriptors).all()
+    near = torch.cdist(found.keypoints.float().cpu(), expected.keypoints).amin(dim=2) < 1.5
+    # Random weights give scores that differ little. Half precision, and the TensorFloat-32 of a GPU's convolutions,
+    # rank other keypoints among the best.
+    assert near.float().mean() > {("cpu", "float32"): 0.9, ("cuda", "float32"): 0.7}.get(way, 0.4)
+
+
+def record_on(device: str) -> Any:
+    graphs = CudaGraphs.for_device(torch.device(device))
+    assert graphs is not None
+    return graphs._recorder
+
+
+@pytest.mark.parametrize("name", ["LightGlue", "SuperGlue", "nearest"])
+def test_matchers_match_as_on_the_processor(make: Make, film: list[Image], way: tuple[str, str], name: str) -> None:
+    options = {"LightGlue": {}, "SuperGlue": {"random": "superglue"}, "nearest": {"matcher": "nearest"}}[name]
+    reference = make("cpu", "float32", recorded=False, **options)
+    features = [reference.extract(image) for image in film[:2]]
+    expected = reference.match(*features).numpy()
+    ours = make(*way, **options)
+    found = ours.match(*(each.numpy() for each in features)).numpy()
+    assert len(expected) > 20
+    assert share_in_common(found, expected) > (0.99 if way[1] == "float32" else 0.8)
+
+
+# Recordings give what the networks give
+
+
+@pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK])
+def test_recorded_extractors_find_the_same(kind: Any, device: torch.device, picture: Callable[..., Tensor]) -> None:
+    model = enliven(kind(max_keypoints=60, keypoint_threshold=-1e30 if kind is DISK else 0.0), seed=1).to(device)
+    graphs = CudaGraphs.for_device(device) or CudaGraphs(Imitation())
+    images = [picture(height, 96, seed)[None].to(device) for seed, height in enumerate((64, 64, 72, 64))]
+    for image in images:
+        image = image.mean(dim=1, keepdim=True) if kind.CHANNELS == 1 else image
+        found, expected = graphs.run(model, image), model(image)
+        assert all(torch.allclose(ours.float(), theirs.float(), atol=1e-4) for ours, theirs in zip(found, expected))
+    assert graphs.enabled and len(graphs) == 2  # one for each shape
+
+
+@pytest.mark.parametrize("random", ["lightglue", "superglue"])
+@pytest.mark.parametrize("counts", [(256, 256), (100, 100), (200, 40), (1, 256), (300, 2)], ids=str)
+def test_recorded_matchers_match_the_same(
+    make: Make, way: tuple[str, str], random: str, counts: tuple[int, int]
+) -> None:
+    matcher = make(*way, random=random)
+    features = [random_features(count, matcher.extractor.descriptor_size, seed) for seed, count in enumerate(counts)]
+    found = matcher.match(*features).numpy()
+    found_again = matcher.match(*features).numpy()
+    assert matcher.graphs is not None and matcher.graphs.enabled and len(matcher.graphs) == 1
+    matcher.graphs = None
+    expected = matcher.match(*features).numpy()
+    assert np.array_equal(found.indices, found_again.indices)
+    assert found.assignment.matches0.shape == (1, counts[0]) and found.assignment.matches1.shape == (1, counts[1])
+    tolerance = 1e-3 if way[1] == "float32" else 0.1
+    assert np.abs(np.asarray(found.assignment.scores0) - np.asarray(expected.assignment.scores0)).mean() < tolerance
+    assert share_in_common(found, expected) >= (0.99 if way[1] == "float32" else 0.8)
+    assert found.layers == expected.layers
+
+
+def random_features(count: int, size: int, seed: int) -> Features:
+    """Of images 640 x 480. The descriptors of equal places are alike, whatever the seed."""
+    random = np.random.default_rng(7)
+    keypoints, descriptors = random.random((1024, 2)) * (640, 480), random.normal(size=(1024, size))
+    descriptors += 0.1 * np.random.default_rng(seed).normal(size=descriptors.shape)
+    descriptors /= np.linalg.norm(descriptors, axis=1, keepdims=True)
+    return Features(
+        keypoints=keypoints[:count].astype(np.float32),
+        scores=np.linspace(1, 0.5, count, dtype=np.float32),
+        descriptors=descriptors[:count].astype(np.float32),
+        size=(640, 480),
+    )
+
+
+def test_a_smaller_number_of_points_after_a_larger_one_leaves_nothing_behind(make: Make, device: torch.device) -> None:
+    matcher = make(device)
+    size = matcher.extractor.descriptor_size
+    few = [random_features(20, size, seed) for seed in (0, 1)]
+    before = matcher.match(*few).numpy()
+    spoilt = random_features(200, size, 2)
+    infinite = np.full_like(spoilt.descriptors, np.inf)
+    matcher.match(spoilt, Features(spoilt.keypoints, spoilt.scores, infinite, spoilt.size))
+    after = matcher.match(*few).numpy()
+    assert np.array_equal(before.indices, after.indices) and np.array_equal(before.scores, after.scores)
+
+
+@pytest.mark.parametrize("count", [*SIZES, 1, 257, 4097])
+def test_numbers_of_points_are_rounded_up_to_few(count: int) -> None:
+    size = rounded_up(count)
+    assert size is None if count > SIZES[-1] else size in SIZES and size >= count
+
+
+def test_changed_parameters_are_in_force_at_once(make: Make, device: torch.device, film: list[Image]) -> None:
+    matcher = make(device, max_keypoints=60)
+    features0, _, matches = match(matcher, *film[:2])
+    matcher.configure(matcher.parameters.replace({"max_keypoints": 30, "filter_threshold": 0.99}))
+    fewer, _, stricter = match(matcher, *film[:2])
+    assert len(features0) == 60 and len(fewer) == 30
+    assert len(matches) > 0 and (np.asarray(stricter.scores) > 0.99).all()
+    matcher.configure(matcher.parameters.replace({"max_keypoints": 60, "filter_threshold": 0.1}))
+    assert np.array_equal(match(matcher, *film[:2])[2].indices, matches.indices)
+
+
+# Sequences, pairs, batches
+
+
+@pytest.mark.parametrize("confidence", [-1.0, 0.6])
+def test_the_matches_of_a_sequence(make: Make, way: tuple[str, str], film: list[Image], confidence: float) -> None:
+    matchers = [make(*way, recorded=recorded, depth_confidence=confidence) for recorded in (True, False)]
+    fronts = [FrontEnd(matcher.parameters, matcher) for matcher in matchers]
+    shares, layers = [], []
+    for i, image in enumerate(film[:8]):
+        pairs = [front.register_frame(image, i * 100_000_000)[1] for front in fronts]
+        if None not in pairs and i > 0:
+            shares.append(share_in_common(*pairs))  # type: ignore[arg-type]
+            layers.append(tuple(pair.layers for pair in pairs))  # type: ignore[union-attr]
+            assert len(pairs[0].indices) > 20  # type: ignore[union-attr]
+    assert len(shares) == 7
+    assert np.mean(shares) > (0.99 if way[1] == "float32" else 0.8)
+    if way[1] == "float32":
+        assert all(ours == theirs for ours, theirs in layers)
+
+
+def test_a_stereo_pair(make: Make, way: tuple[str, str], film: list[Image]) -> None:
+    matcher, plain = make(*way), make(*way, recorded=False)
+    left, right = film[3], film[4]
+    found = matcher.extract_batch([left, right])
+    expected = plain.extract_batch([left, right])
+    assert [len(each) for each in found] == [len(each) for each in expected]
+    front = FrontEnd(matcher.parameters, matcher)
+    for stamp in (0, 100_000_000):
+        front.register_stereo_frame(left, right, stamp)
+    matches, reference = matcher.match(*found).numpy(), plain.match(*expected).numpy()
+    assert len(matches) > 20
+    assert share_in_common(matches, reference) > (0.99 if way[1] == "float32" else 0.8)
+
+
+@pytest.mark.parametrize("confidence", [-1.0, 0.6])
+@pytest.mark.parametrize("pairs", [2, 3, 6])
+def test_pairs_of_a_batch_match_as_by_themselves(
+    make: Make, way: tuple[str, str], film: list[Image], pairs: int, confidence: float
+) -> None:
+    matcher = make(*way, depth_confidence=confidence)
+    features = [matcher.extract(image).numpy() for image in film[: pairs + 1]]
+    cut = [
+        Features(each.keypoints[:n], each.scores[:n], each.descriptors[:n], each.size)
+        for n, each in zip((100, 70, 100, 12, 90, 100, 55), features)
+    ]
+    together = matcher.match_batch(cut[:-1], cut[1:])
+    for i, found in enumerate(together):
+        alone = matcher.match(cut[i], cut[i + 1]).numpy()
+        assert share_in_common(found.numpy(), alone) >= (0.99 if way[1] == "float32" else 0.7)
+        assert found.layers == alone.layers or way[1] != "float32"
+
+
+def test_images_without_a_keypoint_and_those_after_them(make: Make, way: tuple[str, str], film: list[Image]) -> None:
+    matcher = make(*way)
+    before = match(matcher, *film[:2])[2]
+    recordings = len(matcher.graphs)  # type: ignore[arg-type]
+    black, seen, none = match(matcher, np.zeros_like(film[0]), film[1])
+    assert len(black) == len(none) == 0 and len(seen) > 0
+    assert np.array_equal(match(matcher, *film[:2])[2].indices, before.indices)
+    assert len(matcher.graphs) == recordings  # type: ignore[arg-type]
+
+
+# Stopping early
+
+
+def test_it_stops_early_where_it_is_sure_and_as_early_as_without_recordings(make: Make, device: torch.device) -> None:
+    stopped = set()
+    for confidence in (0.1, 0.5, 0.8, 0.95, 0.999):
+        matcher = make(device, random="lightglue", depth_confidence=confidence)
+        features = [random_features(count, matcher.extractor.descriptor_size, 1) for count in (150, 220)]
+        found = matcher.match(*features).numpy()
+        matcher.graphs = None
+        expected = matcher.match(*features).numpy()
+        assert found.layers == expected.layers
+        assert share_in_common(found, expected) > 0.99
+        stopped.add(found.layers)
+    assert len(stopped) > 1 and min(stopped) < 5
+
+
+def test_an_easy_pair_takes_fewer_layers_than_a_hard_one(device: torch.device, views: Any) -> None:
+    matcher = with_recordings(FeatureMatcher(device=str(device), precision="float32", max_keypoints=200))
+    easy, other = matcher.extract(views[0]), matcher.extract(np.ascontiguousarray(views[1].T[::-1]))
+    assert matcher.match(easy, easy).layers < matcher.match(easy, other).layers
+
+
+# What may go wrong
+
+
+class Refusing:
+    """Records nothing."""
+
+    def record(self, work: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+
+
+def test_where_nothing_can_be_recorded_it_says_so_once_and_goes_on(make: Make, film: list[Image]) -> None:
+    matcher = make("cpu")
+    expected = match(matcher, *film[:2])[2]
+    matcher.graphs = CudaGraphs(Refusing())
+    with pytest.warns(RuntimeWarning, match=r"CUDA graphs are not used.*: operation not permitted when stream is ca"):
+        found = match(matcher, *film[:2])[2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        match(matcher, *film[2:4])
+    assert np.array_equal(found.indices, expected.indices)
+    assert not matcher.graphs.enabled and matcher.graphs.failure.startswith("operation not permitted")
+
+
+ASKING = """
+import warnings
+import numpy as np
+from kpmatch_ros import FeatureMatcher
+
+matcher = FeatureMatcher(device="cuda", max_keypoints=100)
+image = np.random.default_rng(0).integers(0, 256, (96, 128), dtype=np.uint8)
+expected = matcher.extract(image).numpy()
+matcher.graphs.clear()
+forward = matcher.extractor.forward
+matcher.extractor.forward = lambda image: forward(image + 0 * image.sum().item())
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    found = matcher.extract(image).numpy()
+    found = matcher.extract(image).numpy()
+assert [str(each.message)[:28] for each in caught] == ["CUDA graphs are not used, an"], caught
+assert np.array_equal(found.keypoints, expected.keypoints)
+assert len(matcher.match(found, found)) > 20
+"""
+
+
+@ON_GPU
+def test_a_network_that_asks_the_host_cannot_be_recorded_and_runs_as_before() -> None:
+    # In a process of its own: PyTorch does not wholly recover from a recording that CUDA broke off.
+    done = subprocess.run([sys.executable, "-c", ASKING], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@contextmanager
+def exhausted_memory(matcher: FeatureMatcher) -> Iterator[None]:
+    """The matcher's device has no more memory than it uses now."""
+    if matcher.device.type == "cuda":
+        release_memory()
+        total = torch.cuda.get_device_properties(matcher.device).total_memory
+        used = torch.cuda.memory_reserved(matcher.device)
+        torch.cuda.set_per_process_memory_fraction((used + 32e6) / total, matcher.device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, matcher.device)
+        return
+    forward = matcher.extractor.forward
+
+    def fail(image: Tensor) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    matcher.extractor.forward = fail  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        matcher.extractor.forward = forward  # type: ignore[method-assign]
+
+
+def test_too_little_memory_is_told_apart_and_survived(
+    make: Make, device: torch.device, film: list[Image], texture: Any
+) -> None:
+    matcher = make(device)
+    before = match(matcher, *film[:2])[2]
+    large = texture(1000, 1400, 0)
+    with exhausted_memory(matcher):
+        with pytest.raises(RuntimeError) as error:
+            matcher.extract(large)
+        assert is_out_of_memory(error.value)
+        release_memory()
+    assert np.array_equal(match(matcher, *film[:2])[2].indices, before.indices)
+    assert len(matcher.extract(large)) > 0
+
+
+def test_memory_stays_flat(make: Make, device: torch.device, film: list[Image]) -> None:
+    on_gpu = device.type == "cuda"
+    matcher = make(device, "float16" if on_gpu else "float32", depth_confidence=0.6)
+    front = FrontEnd(matcher.parameters, matcher)
+    frames, used = (1000 if on_gpu else 40), []
+    for i in range(frames):
+        image = film[(i if i // len(film) % 2 == 0 else -1 - i) % len(film)]
+        # Numbers of keypoints and sizes of images change, as they do on a robot.
+        matcher.configure(matcher.parameters.replace({"max_keypoints": (60, 80, 100)[i % 3]}))
+        front.register_frame(image if i % 50 else image[:88], i * 100_000_000)
+        if i in (frames // 2, frames - 1):
+            used.append(memory_in_use(device))
+    assert used[1] - used[0] < 16e6
+    assert matcher.graphs is not None and matcher.graphs.enabled and len(matcher.graphs) <= 12
+
+
+def memory_in_use(device: torch.device) -> float:
+    """Bytes that PyTorch holds of a GPU; 0 for a processor, whose memory test_feature_matcher.py looks at."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return float(torch.cuda.memory_reserved(device))
+    return 0.0
+
+
+def test_another_thread_may_match_as_well(make: Make, device: torch.device, film: list[Image]) -> None:
+    matcher = make(device)
+    expected = match(matcher, *film[:2])[2]
+    found: list[Matches] = []
+    threads = [threading.Thread(target=lambda: found.append(match(matcher, *film[:2])[2])) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2
+    assert all(np.array_equal(each.indices, expected.indices) for each in found)
+
+
+# What may not happen while recording, on a device without values
+
+
+@pytest.fixture
+def nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors cannot be made of Python's numbers, nor of arrays: a recording would refuse the copy."""
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise AssertionError("a tensor is made of what lies on the host")
+
+    for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (torch, "from_numpy"), (Tensor, "new_tensor")):
+        monkeypatch.setattr(owner, name, refuse)
+
+
+@pytest.mark.usefixtures("nothing_from_the_host")
+@pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK])
+def test_extractors_can_be_recorded(kind: Any) -> None:
+    found = CudaGraphs(Imitation()).run(
+        kind(max_keypoints=50).to(META), torch.zeros(1, kind.CHANNELS, 96, 128, device=META)
+    )
+    assert found.keypoints.shape == (1, 50, 2)
+
+
+@pytest.mark.parametrize(
+    "matcher",
+    [
+        LightGlue(input_dim=128, depth_confidence=-1.0, width_confidence=-1.0),
+        LightGlue(input_dim=128, depth_confidence=-1.0, width_confidence=0.99),
+        SuperGlue(hidden_size=128, num_attention_heads=4, gnn_layers_types=["self", "cross"]),
+    ],
+    ids=["LightGlue", "LightGlue that would drop points", "SuperGlue"],
+)
+@pytest.mark.parametrize("counts", [(50, 40), (256, 256)], ids=str)
+def test_matchers_can_be_recorded(nothing_from_the_host: None, matcher: Any, counts: tuple[int, int]) -> None:
+    images = [
+        ImageFeatures(
+            keypoints=torch.zeros(1, count, 2, device=META),
+            descriptors=torch.zeros(1, count, 128, device=META),
+            size=torch.zeros(1, 2, device=META),
+            scores=torch.zeros(1, count, device=META),
+        )
+        for count in counts
+    ]
+    matcher = matcher.to(META)
+    if isinstance(matcher, SuperGlue):
+        matcher.sinkhorn_iterations = 1  # more of them look at how far they came, outside of the recording
+    found = CudaGraphs(Imitation()).run(matcher, *images)
+    assert found.matches0.shape == (1, counts[0]) and found.matches1.shape == (1, counts[1])
+
+
+@pytest.mark.usefixtures("nothing_from_the_host")
+def test_whether_points_are_sure_is_not_asked_while_recording() -> None:
+    matcher = LightGlue(input_dim=128).to(META)
+    states, index = torch.zeros(1, 30, 256, device=META), torch.arange(30, device=META)
+    for mask in (None, torch.ones(1, 30, dtype=torch.bool, device=META)):
+        points = Points(states, states, mask, index, index)
+        assert matcher.are_sure(points, points, 0).shape == ()
