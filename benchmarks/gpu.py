@@ -307,6 +307,7 @@ def measure(
     on_gpu = plan.device != "cpu"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    upload = time_of(lambda: matcher.upload(film[0]), plan.repeats)  # a part of extract
     extract = time_of(lambda: matcher.extract(film[0]).numpy(), plan.repeats)
     frame = time_of_frames(matcher, film, plan) if adaptive else None
     rows = []
@@ -322,6 +323,7 @@ def measure(
             "keypoints": [len(features) for features in pair],
             "matches": len(matches),
             "layers": matches.layers,
+            "upload_ms": upload,
             "extract_ms": extract,
             "match_ms": time_of(lambda: matcher.match(*pair).indices.cpu(), plan.repeats),  # type: ignore # noqa: B023
             "frame_ms": frame,

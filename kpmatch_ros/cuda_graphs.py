@@ -26,7 +26,7 @@ from kpmatch_ros.models.base import Extractor
 from kpmatch_ros.models.detections import Detections
 from kpmatch_ros.models.lightglue import OnItsWay, Points
 
-__all__ = ["SIZES", "CudaGraphs", "Imitation", "Recording", "rounded_up"]
+__all__ = ["SIZES", "CudaGraphs", "Imitation", "Recording", "batch_is_small", "rounded_up"]
 
 SIZES = (256, 512, 768, 1024, 1536, 2048, 3072, 4096)  # numbers of keypoints that recordings are made for
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kpmatch_ros import weights
-from kpmatch_ros.cuda_graphs import CudaGraphs, batch_is_small
+from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, batch_is_small
 from kpmatch_ros.device import choose_device, choose_precision
 from kpmatch_ros.images import ImageError
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint
@@ -248,6 +248,16 @@ class FeatureMatcher:
         noise = np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
         features = self.extract(noise)
         self.match(features, features)
+        if self.graphs is not None:
+            # One less than a number of places: images mostly have fewer keypoints than there are places for.
+            for count in (size - 1 for size in SIZES if size <= len(features)):
+                fewer = replace(
+                    features,
+                    keypoints=features.keypoints[:count],
+                    scores=features.scores[:count],
+                    descriptors=features.descriptors[:count],
+                )
+                self.match(fewer, fewer)
 
     def _run(self, network: Any, is_sound: Callable[[Any], bool], *inputs: Any) -> Any:
         """Run a network; once more in float32 where half precision overflowed."""

@@ -27,16 +27,13 @@ from kpmatch_ros import FeatureMatcher, Features, Matches, Parameters
 from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, Imitation, rounded_up
 from kpmatch_ros.device import is_out_of_memory, release_memory
 from kpmatch_ros.front_end import FrontEnd
-from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue, SuperPoint
-from kpmatch_ros.models.assignment import ImageFeatures
-from kpmatch_ros.models.lightglue import Points
+from kpmatch_ros.models import ALIKED, DISK, SuperPoint
 
 Image = NDArray[np.uint8]
 Make = Callable[..., FeatureMatcher]
 
 HAS_GPU = torch.cuda.is_available()
 ON_GPU = pytest.mark.skipif(not HAS_GPU, reason="PyTorch sees no GPU; the same test ran on the processor")
-META = torch.device("meta")
 
 # float16 has no stand-in: the package refuses it on a processor.
 WAYS = [
@@ -97,12 +94,17 @@ def film(texture: Any) -> list[Image]:
     return [np.ascontiguousarray(picture[:, 3 * i : 3 * i + 128]) for i in range(20)]
 
 
+def graphs_for(device: torch.device) -> CudaGraphs:
+    """Recordings, imitated ones on a processor."""
+    return CudaGraphs.for_device(device) or CudaGraphs(Imitation())
+
+
 def with_recordings(matcher: FeatureMatcher, recorded: bool = True) -> FeatureMatcher:
     """The matcher with recordings, imitated ones on a processor, or without."""
     if not recorded:
         matcher.graphs = None
     elif matcher.graphs is None:
-        matcher.graphs = CudaGraphs(Imitation())
+        matcher.graphs = graphs_for(matcher.device)
     return matcher
 
 
@@ -164,18 +166,12 @@ def test_extractors_find_what_they_find_on_the_processor(
     moved = model.to(way[0])
     dtype = getattr(torch, way[1])
     moved = moved.to_precision(dtype) if isinstance(moved, SuperPoint) else moved.to(dtype)
-    found = CudaGraphs(Imitation() if way[0] == "cpu" else record_on(way[0])).run(moved, image.to(way[0]))
+    found = graphs_for(torch.device(way[0])).run(moved, image.to(way[0]))
     assert found.mask.all() and torch.isfinite(found.descriptors).all()
     near = torch.cdist(found.keypoints.float().cpu(), expected.keypoints).amin(dim=2) < 1.5
     # Random weights give scores that differ little. Half precision, and the TensorFloat-32 of a GPU's convolutions,
     # rank other keypoints among the best.
     assert near.float().mean() > {("cpu", "float32"): 0.9, ("cuda", "float32"): 0.7}.get(way, 0.4)
-
-
-def record_on(device: str) -> Any:
-    graphs = CudaGraphs.for_device(torch.device(device))
-    assert graphs is not None
-    return graphs._recorder
 
 
 @pytest.mark.parametrize("name", ["LightGlue", "SuperGlue", "nearest"])
@@ -196,7 +192,7 @@ def test_matchers_match_as_on_the_processor(make: Make, film: list[Image], way: 
 @pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK])
 def test_recorded_extractors_find_the_same(kind: Any, device: torch.device, picture: Callable[..., Tensor]) -> None:
     model = enliven(kind(max_keypoints=60, keypoint_threshold=-1e30 if kind is DISK else 0.0), seed=1).to(device)
-    graphs = CudaGraphs.for_device(device) or CudaGraphs(Imitation())
+    graphs = graphs_for(device)
     images = [picture(height, 96, seed)[None].to(device) for seed, height in enumerate((64, 64, 72, 64))]
     for image in images:
         image = image.mean(dim=1, keepdim=True) if kind.CHANNELS == 1 else image
@@ -266,6 +262,17 @@ def test_changed_parameters_are_in_force_at_once(make: Make, device: torch.devic
     assert len(matches) > 0 and (np.asarray(stricter.scores) > 0.99).all()
     matcher.configure(matcher.parameters.replace({"max_keypoints": 60, "filter_threshold": 0.1}))
     assert np.array_equal(match(matcher, *film[:2])[2].indices, matches.indices)
+
+
+def test_after_warming_up_nothing_is_recorded_for_fewer_keypoints(make: Make, device: torch.device) -> None:
+    matcher = make(device, random="lightglue", max_keypoints=300)
+    matcher.warm_up(128, 96)
+    assert matcher.graphs is not None
+    recordings = len(matcher.graphs)
+    size = matcher.extractor.descriptor_size
+    for counts in ((10, 90), (255, 3), (60, 60)):
+        matcher.match(*(random_features(count, size, seed) for seed, count in enumerate(counts)))
+    assert len(matcher.graphs) == recordings
 
 
 # Sequences, pairs, batches
@@ -479,62 +486,3 @@ def test_another_thread_may_match_as_well(make: Make, device: torch.device, film
         thread.join()
     assert len(found) == 2
     assert all(np.array_equal(each.indices, expected.indices) for each in found)
-
-
-# What may not happen while recording, on a device without values
-
-
-@pytest.fixture
-def nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors cannot be made of Python's numbers, nor of arrays: a recording would refuse the copy."""
-
-    def refuse(*args: Any, **options: Any) -> Any:
-        raise AssertionError("a tensor is made of what lies on the host")
-
-    for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (torch, "from_numpy"), (Tensor, "new_tensor")):
-        monkeypatch.setattr(owner, name, refuse)
-
-
-@pytest.mark.usefixtures("nothing_from_the_host")
-@pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK])
-def test_extractors_can_be_recorded(kind: Any) -> None:
-    found = CudaGraphs(Imitation()).run(
-        kind(max_keypoints=50).to(META), torch.zeros(1, kind.CHANNELS, 96, 128, device=META)
-    )
-    assert found.keypoints.shape == (1, 50, 2)
-
-
-@pytest.mark.parametrize(
-    "matcher",
-    [
-        LightGlue(input_dim=128, depth_confidence=-1.0, width_confidence=-1.0),
-        LightGlue(input_dim=128, depth_confidence=-1.0, width_confidence=0.99),
-        SuperGlue(hidden_size=128, num_attention_heads=4, gnn_layers_types=["self", "cross"]),
-    ],
-    ids=["LightGlue", "LightGlue that would drop points", "SuperGlue"],
-)
-@pytest.mark.parametrize("counts", [(50, 40), (256, 256)], ids=str)
-def test_matchers_can_be_recorded(nothing_from_the_host: None, matcher: Any, counts: tuple[int, int]) -> None:
-    images = [
-        ImageFeatures(
-            keypoints=torch.zeros(1, count, 2, device=META),
-            descriptors=torch.zeros(1, count, 128, device=META),
-            size=torch.zeros(1, 2, device=META),
-            scores=torch.zeros(1, count, device=META),
-        )
-        for count in counts
-    ]
-    matcher = matcher.to(META)
-    if isinstance(matcher, SuperGlue):
-        matcher.sinkhorn_iterations = 1  # more of them look at how far they came, outside of the recording
-    found = CudaGraphs(Imitation()).run(matcher, *images)
-    assert found.matches0.shape == (1, counts[0]) and found.matches1.shape == (1, counts[1])
-
-
-@pytest.mark.usefixtures("nothing_from_the_host")
-def test_whether_points_are_sure_is_not_asked_while_recording() -> None:
-    matcher = LightGlue(input_dim=128).to(META)
-    states, index = torch.zeros(1, 30, 256, device=META), torch.arange(30, device=META)
-    for mask in (None, torch.ones(1, 30, dtype=torch.bool, device=META)):
-        points = Points(states, states, mask, index, index)
-        assert matcher.are_sure(points, points, 0).shape == ()

@@ -7,15 +7,18 @@ On a GPU each such question makes the host wait until all that was begun before 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kpmatch_ros import FeatureMatcher, Parameters
-from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperPoint
+from kpmatch_ros.cuda_graphs import CudaGraphs, Imitation
+from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint
 from kpmatch_ros.models.assignment import ImageFeatures
+from kpmatch_ros.models.lightglue import Points
 
 META = torch.device("meta")
 POINTS = 50
@@ -70,3 +73,62 @@ def test_of_an_image_only_its_bytes_travel(image: np.ndarray) -> None:
     matcher = FeatureMatcher(Parameters(device="cpu", precision="float32"), matcher="nearest")
     matcher.device, matcher.luma = META, matcher.luma.to(META)
     assert matcher.upload(image).shape == (1, 1, 96, 128)
+
+
+# What may not happen while the work is recorded (kpmatch_ros.cuda_graphs)
+
+
+@pytest.fixture
+def nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors cannot be made of Python's numbers, nor of arrays: a recording would refuse the copy."""
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise AssertionError("a tensor is made of what lies on the host")
+
+    for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (torch, "from_numpy"), (Tensor, "new_tensor")):
+        monkeypatch.setattr(owner, name, refuse)
+
+
+@pytest.mark.usefixtures("nothing_from_the_host")
+@pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK])
+def test_extractors_can_be_recorded(kind: Any) -> None:
+    found = CudaGraphs(Imitation()).run(
+        kind(max_keypoints=50).to(META), torch.zeros(1, kind.CHANNELS, 96, 128, device=META)
+    )
+    assert found.keypoints.shape == (1, 50, 2)
+
+
+@pytest.mark.parametrize(
+    "matcher",
+    [
+        LightGlue(input_dim=128, depth_confidence=-1.0, width_confidence=-1.0),
+        LightGlue(input_dim=128, depth_confidence=-1.0, width_confidence=0.99),
+        SuperGlue(hidden_size=128, num_attention_heads=4, gnn_layers_types=["self", "cross"]),
+    ],
+    ids=["LightGlue", "LightGlue that would drop points", "SuperGlue"],
+)
+@pytest.mark.parametrize("counts", [(50, 40), (256, 256)], ids=str)
+def test_matchers_can_be_recorded(nothing_from_the_host: None, matcher: Any, counts: tuple[int, int]) -> None:
+    images = [
+        ImageFeatures(
+            keypoints=torch.zeros(1, count, 2, device=META),
+            descriptors=torch.zeros(1, count, 128, device=META),
+            size=torch.zeros(1, 2, device=META),
+            scores=torch.zeros(1, count, device=META),
+        )
+        for count in counts
+    ]
+    matcher = matcher.to(META)
+    if isinstance(matcher, SuperGlue):
+        matcher.sinkhorn_iterations = 1  # more of them look at how far they came, outside of the recording
+    found = CudaGraphs(Imitation()).run(matcher, *images)
+    assert found.matches0.shape == (1, counts[0]) and found.matches1.shape == (1, counts[1])
+
+
+@pytest.mark.usefixtures("nothing_from_the_host")
+def test_whether_points_are_sure_is_not_asked_while_recording() -> None:
+    matcher = LightGlue(input_dim=128).to(META)
+    states, index = torch.zeros(1, 30, 256, device=META), torch.arange(30, device=META)
+    for mask in (None, torch.ones(1, 30, dtype=torch.bool, device=META)):
+        points = Points(states, states, mask, index, index)
+        assert matcher.are_sure(points, points, 0).shape == ()
