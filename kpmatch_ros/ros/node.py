@@ -31,6 +31,7 @@ from kpmatch_ros.ros.inbox import Inbox
 from kpmatch_ros.ros.inputs import Inputs
 from kpmatch_ros.ros.outputs import Outputs
 from kpmatch_ros.ros.parameter_descriptors import declare_parameters
+from kpmatch_ros.ros.service_guard import guarded, survives
 from kpmatch_ros.ros.transitions import explained
 
 __all__ = ["MatcherNode", "main"]
@@ -63,6 +64,7 @@ class MatcherNode(LifecycleNode):
     """
 
     def __init__(self, **options: Any) -> None:
+        self._guarded_services: list[Any] = []
         super().__init__("matcher", **options)
         self._parameters_in_force = declare_parameters(self)
         self.add_on_set_parameters_callback(self._check_parameters)
@@ -81,9 +83,18 @@ class MatcherNode(LifecycleNode):
         # Wall time: diagnostics go on while a bag's clock stands still.
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._timers = [
-            self.create_timer(1.0, self._every_second, clock=steady),
-            self.create_timer(_WATCH_PERIOD, self._watch, clock=steady),
+            self.create_timer(1.0, survives(self._every_second, self.get_logger), clock=steady),
+            self.create_timer(_WATCH_PERIOD, survives(self._watch, self.get_logger), clock=steady),
         ]
+        for service in self.services:  # those of the lifecycle do not come by create_service
+            if service not in self._guarded_services:
+                service.callback = guarded(service.callback, self.get_logger)
+
+    def create_service(self, srv_type: Any, srv_name: str, callback: Any, **options: Any) -> Any:
+        """Offer a service that survives its requests, see :func:`kpmatch_ros.ros.service_guard.guarded`."""
+        service = super().create_service(srv_type, srv_name, guarded(callback, self.get_logger), **options)
+        self._guarded_services.append(service)
+        return service
 
     @property
     def parameters(self) -> Parameters:
@@ -195,7 +206,8 @@ class MatcherNode(LifecycleNode):
     # Input
 
     def _make_inputs(self) -> Inputs:
-        return Inputs(self, self._parameters_in_force, self._take_image, self._take_info)
+        take_image, take_info = (survives(take, self.get_logger) for take in (self._take_image, self._take_info))
+        return Inputs(self, self._parameters_in_force, take_image, take_info)
 
     def _take_image(self, side: int, message: Any) -> None:
         arrived = time.monotonic()

@@ -1,0 +1,132 @@
+"""Services that no request can take the node down with."""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from rcl_interfaces.msg import SetParametersResult
+from rclpy.executors import ExternalShutdownException
+from rclpy.parameter import Parameter
+
+__all__ = ["guarded", "survives"]
+
+# Entries of one request. The node has some hundred parameters, and rclpy takes 0.1 ms and more for each entry.
+_MOST_ENTRIES = 1000
+# Fields that hold a list in the requests of the parameter services.
+_LISTS = ("names", "prefixes", "parameters")
+_PARAMETER_TYPES = frozenset(kind.value for kind in Parameter.Type)
+
+ServiceCallback = Callable[[Any, Any], Any]
+
+
+def survives(callback: Callable[..., Any], logger: Callable[[], Any]) -> Callable[..., Any]:
+    """A callback whose exception is logged: rclpy would let it end the node.
+
+    Args:
+        callback: of a subscription or a timer.
+        logger: gives the node's logger.
+    """
+
+    @functools.wraps(callback)
+    def wrapped(*arguments: Any) -> Any:
+        try:
+            return callback(*arguments)
+        except ExternalShutdownException:
+            raise
+        except Exception:  # noqa: BLE001  (the node lives on and names it)
+            logger().error(f"a callback failed:\n{traceback.format_exc()}")
+            return None
+
+    return wrapped
+
+
+def guarded(callback: ServiceCallback, logger: Callable[[], Any]) -> ServiceCallback:
+    """A service that answers every request: what its callback raises becomes a refusal.
+
+    rclpy lets exceptions of a service end the executor, and so the node: a lifecycle transition that is not allowed,
+    given by its id, raises (ros2/rclpy#1209), and so does a parameter of an unknown type. A request with too many
+    entries is refused before it is worked on, as nothing else runs meanwhile.
+
+    Args:
+        callback: fills a response.
+        logger: gives the node's logger.
+    """
+
+    def answer(request: Any, response: Any) -> Any:
+        kind = type(response)
+        if reason := _too_long(request):
+            logger().warning(f"a request was refused: {reason}")
+            return _refusal(kind, request, reason)
+        if hasattr(response, "results"):  # SetParameters
+            return _answer_one_by_one(callback, request, response, logger)
+        if hasattr(request, "parameters") and (reason := _unknown_type(request.parameters)):
+            return _refusal(kind, request, reason)
+        try:
+            return callback(request, response)
+        except ExternalShutdownException:
+            raise
+        except Exception as error:  # noqa: BLE001  (the node lives on and names it)
+            reason = _in_words(error)
+            logger().warning(f"a request of {kind.__name__} was refused: {reason}")
+            return _refusal(kind, request, reason)
+
+    return answer
+
+
+def _answer_one_by_one(callback: ServiceCallback, request: Any, response: Any, logger: Callable[[], Any]) -> Any:
+    """Set parameters one by one, so that a bad one does not keep the others from being set and answered."""
+    parameters, results = list(request.parameters), []
+    for parameter in parameters:
+        reason = _unknown_type([parameter])
+        if not reason:
+            request.parameters, response.results = [parameter], []
+            try:
+                response = callback(request, response)
+                results += response.results
+                continue
+            except ExternalShutdownException:
+                raise
+            except Exception as error:  # noqa: BLE001  (the node lives on and names it)
+                reason = _in_words(error)
+        logger().warning(f"{parameter.name} was not set: {reason}")
+        results.append(SetParametersResult(successful=False, reason=reason))
+    response.results = results
+    return response
+
+
+def _too_long(request: Any) -> str:
+    for name in _LISTS:
+        count = len(getattr(request, name, ()))
+        if count > _MOST_ENTRIES:
+            return f"{count} {name} in one request, more than {_MOST_ENTRIES}: ask in several"
+    return ""
+
+
+def _unknown_type(parameters: Any) -> str:
+    for parameter in parameters:
+        if parameter.value.type not in _PARAMETER_TYPES:
+            return (
+                f"{parameter.name}: there is no parameter type {parameter.value.type}; see "
+                "rcl_interfaces/msg/ParameterType"
+            )
+    return ""
+
+
+def _refusal(kind: type, request: Any, reason: str) -> Any:
+    """A response that refuses a request, with the reason where its type has a place for it."""
+    response = kind()
+    if hasattr(response, "results"):
+        response.results = [SetParametersResult(successful=False, reason=reason)] * len(request.parameters)
+    elif isinstance(getattr(response, "result", None), SetParametersResult):
+        response.result = SetParametersResult(successful=False, reason=reason)
+    elif hasattr(response, "message"):
+        response.message = reason
+    return response
+
+
+def _in_words(error: Exception) -> str:
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    return f"{text[:300]}"

@@ -1,0 +1,105 @@
+"""Requests that the node's services must refuse, and outlive: the real node over DDS."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+from lifecycle_msgs.srv import ChangeState, GetState
+from rcl_interfaces.msg import Parameter as ParameterMessage
+from rcl_interfaces.srv import (
+    DescribeParameters,
+    GetParameters,
+    GetParameterTypes,
+    ListParameters,
+    SetParameters,
+    SetParametersAtomically,
+)
+from rclpy.parameter import Parameter
+
+from node_harness import NodeUnderTest, running_node
+
+MANY = 20_000
+
+
+def ask(node: NodeUnderTest, kind: type, name: str, request: Any) -> Any:
+    """The answer of one of the node's services."""
+    client = node.node.create_client(kind, f"matcher/{name}")
+    node.wait_for(client.service_is_ready, f"the service {name}")
+    future = client.call_async(request)
+    node.wait_for(future.done, f"the answer of {name}", 20)
+    return future.result()
+
+
+def state(node: NodeUnderTest) -> str:
+    return ask(node, GetState, "get_state", GetState.Request()).current_state.label
+
+
+def busy(node: NodeUnderTest) -> float:
+    """Seconds of processor time that the node has taken."""
+    times = psutil.Process(node.process.pid).cpu_times()
+    return float(times.user + times.system)
+
+
+def typed(name: str, kind: int) -> ParameterMessage:
+    message = ParameterMessage(name=name)
+    message.value.type = kind
+    return message
+
+
+def test_a_transition_that_is_not_allowed_is_refused_by_id_as_by_label(tmp_path: Path) -> None:
+    with running_node(tmp_path, max_keypoints=64) as node:
+        node.wait_until_connected()
+        for number in (1, 2, 3, 10, 50, 99, 255):  # configure, cleanup and activate are other states' transitions
+            request = ChangeState.Request()
+            request.transition.id = number
+            assert not ask(node, ChangeState, "change_state", request).success
+            assert state(node) == "active"
+        request = ChangeState.Request()
+        request.transition.label = "configure"
+        assert not ask(node, ChangeState, "change_state", request).success
+        request.transition.label, request.transition.id = "", 4
+        assert ask(node, ChangeState, "change_state", request).success and state(node) == "inactive"
+        assert "Traceback" not in node.log
+
+
+def test_parameters_of_unknown_types_and_endless_lists_are_refused_in_time(tmp_path: Path) -> None:
+    with running_node(tmp_path, autostart=False) as node:
+        node.wait_for(node.is_there, "the node")
+        good = Parameter("max_keypoints", value=77).to_parameter_msg()
+        for kind in (10, 255):
+            parameters = [typed("max_keypoints", kind), good]
+            request = SetParameters.Request(parameters=parameters)
+            results = ask(node, SetParameters, "set_parameters", request).results
+            assert [result.successful for result in results] == [False, True]
+            assert f"type {kind}" in results[0].reason
+            request = SetParametersAtomically.Request(parameters=parameters)
+            result = ask(node, SetParametersAtomically, "set_parameters_atomically", request).result
+            assert not result.successful and f"type {kind}" in result.reason
+        request = SetParameters.Request(parameters=[typed("threads", 0), typed("no_such", 2)])
+        results = ask(node, SetParameters, "set_parameters", request).results
+        assert [result.successful for result in results] == [False, False]
+
+        names, entries = ["threads"] * MANY, [good] * MANY
+        for kind, name, request in (
+            (SetParameters, "set_parameters", SetParameters.Request(parameters=entries)),
+            (
+                SetParametersAtomically,
+                "set_parameters_atomically",
+                SetParametersAtomically.Request(parameters=entries),
+            ),
+            (GetParameters, "get_parameters", GetParameters.Request(names=names)),
+            (GetParameterTypes, "get_parameter_types", GetParameterTypes.Request(names=names)),
+            (DescribeParameters, "describe_parameters", DescribeParameters.Request(names=names)),
+            (ListParameters, "list_parameters", ListParameters.Request(prefixes=names)),
+        ):
+            before = busy(node)
+            answer = ask(node, kind, name, request)
+            seconds = busy(node) - before  # this side, which makes and sends 20,000 messages, takes longer
+            if name == "set_parameters":
+                assert len(answer.results) == MANY and "in one request" in answer.results[-1].reason
+            assert seconds < 1.0, name
+        request = GetParameters.Request(names=["max_keypoints"])
+        assert ask(node, GetParameters, "get_parameters", request).values[0].integer_value == 77
+        assert "Traceback" not in node.log
