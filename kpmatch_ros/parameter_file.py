@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from kpmatch_ros.parameters import ParameterError, Parameters, declaration
+from kpmatch_ros.parameters import ParameterError, Parameters, declaration, declarations
 
-__all__ = ["applies", "read_parameter_file", "sections"]
+__all__ = ["applies", "read_parameter_file", "sections", "unknown_keys"]
 
-# Parameters that every node has.
+# Parameters that every node has. `qos_overrides` may also be nested.
 _FOREIGN = re.compile(r"use_sim_time|start_type_description_service|qos_overrides(\..*)?")
 
 
@@ -38,6 +38,13 @@ def applies(section: str, node_name: str) -> bool:
     """
     pattern = section.replace("/**", r"(/\w+)*").replace("/*", r"/\w+")
     return re.fullmatch(pattern, node_name) is not None
+
+
+def unknown_keys(values: Any) -> list[str]:
+    """The keys below one ros__parameters that are parameters neither of the matcher nor of every node."""
+    known = {item.name for item in declarations()}
+    keys = [str(key) for key in values] if isinstance(values, dict) else []
+    return [key for key in keys if key not in known and not _FOREIGN.fullmatch(key)]
 
 
 def read_parameter_file(path: Path, node_name: str = "/matcher") -> Parameters:

@@ -8,13 +8,23 @@ command and the keyword arguments of :class:`kpmatch_ros.FeatureMatcher` all com
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ParameterError", "Parameters", "declarations", "Declaration"]
+__all__ = [
+    "Declaration",
+    "ParameterError",
+    "Parameters",
+    "config_file",
+    "declaration",
+    "declarations",
+    "markdown_table",
+    "meant",
+]
 
 
 class ParameterError(ValueError):
@@ -273,8 +283,14 @@ def declaration(name: str) -> Declaration:
     for candidate in declarations():
         if candidate.name == name:
             return candidate
-    known = ", ".join(item.name for item in declarations())
-    raise ParameterError(f"there is no parameter {name!r}; the parameters are {known}")
+    names = [item.name for item in declarations()]
+    raise ParameterError(f"there is no parameter {name!r}{meant(name, names)}; the parameters are {', '.join(names)}")
+
+
+def meant(name: str, names: Iterable[str]) -> str:
+    """ ", did you mean …?" with the name most like one that does not exist; empty where none is alike."""
+    alike = difflib.get_close_matches(name.lower().replace("-", "_"), list(names), n=1, cutoff=0.75)
+    return f", did you mean {alike[0]}?" if alike else ""
 
 
 def config_file() -> str:

@@ -1,36 +1,30 @@
 """Starts the matcher node: ros2 launch kpmatch_ros matcher.launch.py image:=/camera/image_raw.
 
-`--show-args` lists the arguments. An argument that stands for a parameter of the node is empty by default: the
-parameter file decides.
+`--show-args` lists the arguments. Every parameter of the node is one, made from its declaration, and empty by default:
+the parameter file decides. A name that is none is refused.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from posixpath import dirname, join
+from typing import Any
 
 import yaml
-from ament_index_python.packages import get_package_share_directory
+from ament_index_python.packages import PackageNotFoundError, get_package_prefix, get_package_share_directory
 from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch.events.process import ProcessExited
 from launch.logging import get_logger
-from launch_ros.actions import LifecycleNode
+from launch_ros.actions import LifecycleNode, Node
 from launch_ros.utilities import make_namespace_absolute, prefix_namespace
 
-from kpmatch_ros.parameter_file import applies, sections
-from kpmatch_ros.parameters import declaration
+from kpmatch_ros.parameter_file import applies, sections, unknown_keys
+from kpmatch_ros.parameters import Declaration, ParameterError, declarations, meant
 
-NODE_PARAMETERS = (
-    "mode",
-    "image_transport",
-    "rectified",
-    "extractor",
-    "matcher",
-    "device",
-    "precision",
-    "queue",
-    "autostart",
-)
+FILE = Path(__file__).name
 # Prefixes of the arguments and of the topics that they name, and what they are for.
 CAMERAS = (
     ("", "", "the camera (mode mono)"),
@@ -39,6 +33,8 @@ CAMERAS = (
 )
 # True and False too: a launch file that includes this one may hand on str(True).
 BOOLEANS = ["true", "false", "True", "False"]
+# Arguments that launch and launch_ros read themselves.
+LAUNCHS_OWN = {"launch-prefix", "launch-prefix-filter", "emulate_tty", "sigterm_timeout", "sigkill_timeout"}
 
 
 def topic_arguments(argument: str, topic: str, camera: str) -> list[DeclareLaunchArgument]:
@@ -47,7 +43,7 @@ def topic_arguments(argument: str, topic: str, camera: str) -> list[DeclareLaunc
         DeclareLaunchArgument(
             f"{argument}image",
             default_value=f"{topic}image",
-            description=f"image topic of {camera}, without the /compressed that image_transport:=compressed adds",
+            description=f"image topic of {camera}. One that ends in /compressed sets image_transport.",
         ),
         DeclareLaunchArgument(
             f"{argument}camera_info",
@@ -57,100 +53,230 @@ def topic_arguments(argument: str, topic: str, camera: str) -> list[DeclareLaunc
     ]
 
 
-def parameter_argument(name: str) -> DeclareLaunchArgument:
+def parameter_argument(item: Declaration) -> DeclareLaunchArgument:
     """The launch argument for one parameter of the node."""
-    declared = declaration(name)
-    choices = BOOLEANS if declared.type is bool else list(declared.choices)
+    choices = BOOLEANS if item.type is bool else list(item.choices)
+    notes = ", ".join(note for note in ("" if item.choices else item.constraint, item.unit) if note)
     return DeclareLaunchArgument(
-        name,
+        item.name,
         default_value="",
-        description=f"{declared.description}. Empty: as in params_file.",
+        description=f"{item.description}{f' ({notes})' if notes else ''}. Empty: as in params_file.",
         choices=["", *choices] if choices else None,
     )
 
 
-def start_node(context: LaunchContext) -> list[LifecycleNode]:
-    """The node's action, with the values that the arguments were given."""
+def arguments() -> list[DeclareLaunchArgument]:
+    """All arguments of this file."""
+    return [
+        *(argument for camera in CAMERAS for argument in topic_arguments(*camera)),
+        DeclareLaunchArgument("namespace", default_value="", description="namespace of the node and its topics"),
+        DeclareLaunchArgument(
+            "params_file",
+            default_value=str(Path(get_package_share_directory("kpmatch_ros"), "config", "matcher.yaml")),
+            description="YAML file with the node's parameters",
+        ),
+        *map(parameter_argument, declarations()),
+        DeclareLaunchArgument(
+            "use_sim_time",
+            default_value="",
+            description="take the time from /clock, as published by a bag player. Empty: as in params_file.",
+            choices=["", *BOOLEANS],
+        ),
+        DeclareLaunchArgument(
+            "log_level",
+            default_value="info",
+            description="lowest level of the messages that the node logs",
+            choices=["debug", "info", "warn", "error", "fatal"],
+        ),
+        DeclareLaunchArgument(
+            "respawn",
+            default_value="false",
+            description="start the node again, after two seconds, when its process has ended",
+            choices=BOOLEANS,
+        ),
+        DeclareLaunchArgument(
+            "respawn_max_retries",
+            default_value="-1",
+            description="with respawn: how often at most, -1 without limit (not in Humble)",
+        ),
+        DeclareLaunchArgument(
+            "required",
+            default_value="",
+            description="end the launch with status 1 when the node has ended with an error and is not started again. "
+            "Empty: true on the command line, false where another launch file includes this one.",
+            choices=["", *BOOLEANS],
+        ),
+        DeclareLaunchArgument(
+            "rviz", default_value="false", description="also start rviz2 with rviz/matcher.rviz", choices=BOOLEANS
+        ),
+    ]
+
+
+def is_true(text: str) -> bool:
+    return text.lower() == "true"
+
+
+def launched_by(*files: str) -> bool:
+    """Whether the command line, `ros2 launch kpmatch_ros matcher.launch.py` say, names one of these launch files."""
+    return any(Path(word).name in files for word in sys.argv)
+
+
+def refuse_unknown_arguments(given: Mapping[str, str]) -> None:
+    """Name an argument that no argument is: launch takes any, in silence.
+
+    Where another launch file includes this one, its own arguments are among those given. Then only one that looks like
+    one of this file's is named, and the launch goes on.
+    """
+    known = [argument.name for argument in arguments()]
+    for name in given.keys() - set(known) - LAUNCHS_OWN:
+        suggestion = meant(name, known)
+        text = f"{FILE} has no argument {name}{suggestion or '.'} --show-args lists the arguments"
+        if launched_by(FILE):
+            raise RuntimeError(text)
+        if suggestion:
+            get_logger(FILE).warning(text)
+
+
+def check_params_file(path: Path, node_name: str) -> None:
+    """Name what ROS would ignore in silence: no section for the node, and keys that are no parameters.
+
+    A key in a section of the node's own stops the launch. A section with a pattern, such as /**, may hold the
+    parameters of other nodes: there, a key that looks like a parameter of this node is warned of.
+
+    Raises:
+        RuntimeError: for a file that is not there or is no YAML, and for a key that is no parameter.
+    """
+    if not path.is_file():  # launch_ros only warns, and the node would run with other values than asked for
+        raise RuntimeError(
+            f"params_file: there is no file {path.absolute()}; give the path of a YAML file of parameters"
+        )
+    try:
+        found = list(sections(yaml.safe_load(path.read_text())))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RuntimeError(f"params_file: {path} is no YAML file: {error}") from error
+    own = [(section, values) for section, values in found if applies(section, node_name)]
+    if not own:  # ROS says nothing and takes the defaults
+        get_logger(FILE).warning(
+            f"params_file: {path} has no section for {node_name}, so nothing in it applies; it has "
+            f"{', '.join(section for section, _ in found) or 'no section with ros__parameters'}; name the section "
+            f"{node_name} or /**"
+        )
+    names = [item.name for item in declarations()]
+    for section, values in own:
+        for key in unknown_keys(values):
+            suggestion = meant(key, names)
+            text = f"params_file: {path}: {section} has {key}, which is no parameter of the matcher{suggestion}"
+            if "*" not in section:
+                raise RuntimeError(text)
+            if suggestion:
+                get_logger(FILE).warning(f"{text} It has no effect on {node_name}.")
+
+
+def parameter_value(item: Declaration, text: str) -> Any:
+    """What an argument's text says, as the parameter's type.
+
+    Raises:
+        RuntimeError: where it is none, or is not allowed.
+    """
+    try:
+        return item.check(is_true(text) if item.type is bool else item.type(text))
+    except ParameterError as error:
+        raise RuntimeError(f"argument {error}") from None
+    except ValueError:
+        expected = "a whole number" if item.type is int else "a number"
+        raise RuntimeError(f"argument {item.name} is {text!r}; it must be {expected}") from None
+
+
+def image_topics(given: Mapping[str, str]) -> tuple[dict[str, str], str]:
+    """The image topic of each camera of the mode in use, by argument, without /compressed; and the transport it names.
+
+    Raises:
+        RuntimeError: where one topic is compressed and another is not, or image_transport says otherwise.
+    """
+    topics = {argument: given[f"{argument}image"] for argument, _, _ in CAMERAS}
+    compressed = {argument: topic for argument, topic in topics.items() if topic.endswith("/compressed")}
+    if not compressed:
+        return topics, given["image_transport"]
+    named = " and ".join(compressed.values())
+    if given["image_transport"] == "raw":
+        raise RuntimeError(f"{named}: is a topic of compressed images; image_transport:=raw cannot read it")
+    if len({"left_", "right_"} & compressed.keys()) == 1:
+        raise RuntimeError(f"{named}: give both cameras' topics with /compressed, or none")
+    return {argument: topic.removesuffix("/compressed") for argument, topic in topics.items()}, "compressed"
+
+
+def start(context: LaunchContext) -> list[Node]:
+    """The node's action, with the values that the arguments were given, and rviz2's."""
     given = context.launch_configurations
+    refuse_unknown_arguments(given)
 
     params_file = Path(given["params_file"]).expanduser()
-    if not params_file.is_file():  # launch_ros only warns, and the node would run with other values than asked for
-        raise RuntimeError(
-            f"params_file: there is no file {params_file.absolute()}; give the path of a YAML file of parameters"
-        )
     namespace = make_namespace_absolute(prefix_namespace(given.get("ros_namespace"), given["namespace"]))
     node_name = f"{namespace.rstrip('/')}/matcher"
-    found = [section for section, _ in sections(yaml.safe_load(params_file.read_text()))]
-    if not any(applies(section, node_name) for section in found):  # ROS says nothing and takes the defaults
-        get_logger("matcher.launch.py").warning(
-            f"params_file: {params_file} has no section for {node_name}, so nothing in it applies; it has "
-            f"{', '.join(found) or 'no section with ros__parameters'}; name the section {node_name} or /**"
-        )
+    check_params_file(params_file, node_name)
 
-    overrides = {
-        name: given[name].lower() == "true" if given[name] in BOOLEANS else given[name]
-        for name in (*NODE_PARAMETERS, "use_sim_time")
-        if given[name]
-    }
+    images, transport = image_topics(given)
+    texts = {item.name: given[item.name] for item in declarations()} | {"image_transport": transport}
+    overrides = {item.name: parameter_value(item, texts[item.name]) for item in declarations() if texts[item.name]}
+    if given["use_sim_time"]:
+        overrides["use_sim_time"] = is_true(given["use_sim_time"])
 
     remappings = []
     for argument, topic, _ in CAMERAS:
-        image = given[f"{argument}image"]
-        camera_info = given[f"{argument}camera_info"] or join(dirname(image), "camera_info")
-        remappings += [(f"{topic}image", image), (f"{topic}camera_info", camera_info)]
+        camera_info = given[f"{argument}camera_info"] or join(dirname(images[argument]), "camera_info")
+        remappings += [(f"{topic}image", images[argument]), (f"{topic}camera_info", camera_info)]
+
+    respawn = is_true(given["respawn"])
+    retries = int(given["respawn_max_retries"])
+    # Not an argument of Humble's launch: given only where it is asked for.
+    limit = {"respawn_max_retries": retries} if respawn and retries >= 0 else {}
+    required = is_true(given["required"]) if given["required"] else launched_by(FILE, "two_cameras.launch.py")
+    ends = 0
+
+    def ended(event: ProcessExited, context: LaunchContext) -> None:
+        nonlocal ends
+        ends += 1
+        again = respawn and (retries < 0 or ends <= retries)
+        if required and event.returncode and not again and not context.is_shutdown:
+            raise RuntimeError(f"{node_name} ended with status {event.returncode}")
 
     # The level of the node's own logger: at debug, rcl and the middleware write several lines per message.
     logger = node_name.strip("/").replace("/", ".")
 
     # A LifecycleNode rather than a Node, so that a launch file that includes this one can wait for its states
     # (OnStateTransition) and change them (ChangeState).
-    return [
-        LifecycleNode(
-            package="kpmatch_ros",
-            executable="matcher",
-            name="matcher",
-            namespace=given["namespace"],
-            parameters=[str(params_file), *([overrides] if overrides else [])],
-            remappings=remappings,
-            ros_arguments=["--log-level", f"{logger}:={given['log_level']}"],
-            output="screen",
-            emulate_tty=True,
-            respawn=given["respawn"].lower() == "true",
-            respawn_delay=2.0,
-        )
-    ]
+    matcher = LifecycleNode(
+        package="kpmatch_ros",
+        executable="matcher",
+        name="matcher",
+        namespace=given["namespace"],
+        parameters=[str(params_file), *([overrides] if overrides else [])],
+        remappings=remappings,
+        ros_arguments=["--log-level", f"{logger}:={given['log_level']}"],
+        output="screen",
+        emulate_tty=sys.stdout.isatty(),  # colours, but not into a container's log
+        respawn=respawn,
+        respawn_delay=2.0,
+        on_exit=ended,
+        **limit,
+    )
+    return [matcher, *([rviz(given["namespace"])] if is_true(given["rviz"]) else [])]
+
+
+def rviz(namespace: str) -> Node:
+    """rviz2 with the package's configuration, whose topics are relative to the namespace.
+
+    Raises:
+        RuntimeError: where it is not installed.
+    """
+    try:
+        get_package_prefix("rviz2")
+    except PackageNotFoundError:
+        raise RuntimeError("rviz:=true: rviz2 is not installed (apt install ros-$ROS_DISTRO-rviz2)") from None
+    configuration = Path(get_package_share_directory("kpmatch_ros"), "rviz", "matcher.rviz")
+    return Node(package="rviz2", executable="rviz2", namespace=namespace, arguments=["-d", str(configuration)])
 
 
 def generate_launch_description() -> LaunchDescription:
-    """The arguments and the node."""
-    return LaunchDescription(
-        [
-            *(argument for camera in CAMERAS for argument in topic_arguments(*camera)),
-            DeclareLaunchArgument("namespace", default_value="", description="namespace of the node and its topics"),
-            DeclareLaunchArgument(
-                "params_file",
-                default_value=str(Path(get_package_share_directory("kpmatch_ros"), "config", "matcher.yaml")),
-                description="YAML file with the node's parameters",
-            ),
-            *(parameter_argument(name) for name in NODE_PARAMETERS),
-            DeclareLaunchArgument(
-                "use_sim_time",
-                default_value="",
-                description="take the time from /clock, as published by a bag player. Empty: as in params_file.",
-                choices=["", *BOOLEANS],
-            ),
-            DeclareLaunchArgument(
-                "log_level",
-                default_value="info",
-                description="lowest level of the messages that the node logs",
-                choices=["debug", "info", "warn", "error", "fatal"],
-            ),
-            DeclareLaunchArgument(
-                "respawn",
-                default_value="false",
-                description="start the node again, after two seconds, when its process has ended",
-                choices=BOOLEANS,
-            ),
-            OpaqueFunction(function=start_node),
-        ]
-    )
+    """The arguments and the nodes."""
+    return LaunchDescription([*arguments(), OpaqueFunction(function=start)])

@@ -22,7 +22,7 @@ pytest.importorskip("launch_ros", reason="launch comes with a ROS installation, 
 rclpy = pytest.importorskip("rclpy")
 
 import launch.logging  # noqa: E402
-from ament_index_python.packages import get_package_share_directory  # noqa: E402
+from ament_index_python.packages import PackageNotFoundError, get_package_share_directory  # noqa: E402
 from domain_coordinator import domain_id  # noqa: E402
 from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity, LaunchService  # noqa: E402
 from launch.actions import (  # noqa: E402
@@ -39,6 +39,8 @@ from launch.launch_description_sources import (  # noqa: E402
 from launch_ros.actions import PushRosNamespace  # noqa: E402
 from lifecycle_msgs.srv import GetState  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
+
+from kpmatch_ros.parameters import declarations  # noqa: E402
 
 SHARE = Path(get_package_share_directory("kpmatch_ros"))
 LAUNCH_FILE = str(SHARE / "launch" / "matcher.launch.py")
@@ -108,11 +110,21 @@ def params_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_arguments_are_those_of_the_readme(declared: dict[str, DeclareLaunchArgument]) -> None:
+def test_every_parameter_is_an_argument_beside_the_topics_and_launchs_own(
+    declared: dict[str, DeclareLaunchArgument],
+) -> None:
     topics = {"image", "camera_info", "left_image", "left_camera_info", "right_image", "right_camera_info"}
-    parameters = {"mode", "image_transport", "rectified", "extractor", "matcher", "device", "precision", "queue"}
-    ros = {"namespace", "params_file", "use_sim_time", "log_level", "autostart", "respawn"}
-    assert set(declared) == topics | parameters | ros
+    ros = {
+        "namespace",
+        "params_file",
+        "use_sim_time",
+        "log_level",
+        "respawn",
+        "respawn_max_retries",
+        "required",
+        "rviz",
+    }
+    assert set(declared) == topics | {item.name for item in declarations()} | ros
 
 
 def test_each_argument_is_described_and_has_a_default(declared: dict[str, DeclareLaunchArgument]) -> None:
@@ -122,9 +134,10 @@ def test_each_argument_is_described_and_has_a_default(declared: dict[str, Declar
 
 
 def test_a_value_that_is_no_choice_is_refused(declared: dict[str, DeclareLaunchArgument]) -> None:
-    parameters = {"mode", "image_transport", "rectified", "precision", "queue", "autostart"}
+    parameters = {item.name for item in declarations() if item.choices or item.type is bool}
     limited = [argument for argument in declared.values() if argument.choices]
-    assert {argument.name for argument in limited} == parameters | {"use_sim_time", "log_level", "respawn"}
+    launchs = {"use_sim_time", "log_level", "respawn", "required", "rviz"}
+    assert {argument.name for argument in limited} == parameters | launchs
     for argument in limited:
         context = LaunchContext()
         context.launch_configurations[argument.name] = "nonsense"
@@ -174,8 +187,11 @@ def test_every_parameter_reaches_the_node_with_its_type() -> None:
         "precision": "bfloat16",
         "queue": "all",
     }
-    parameters = Told(**given, rectified="True", autostart="false", use_sim_time="true").parameters
-    expected = {**given, "rectified": True, "autostart": False, "use_sim_time": True}
+    numbers = {"max_keypoints": 512, "max_gap": 2.0, "width_confidence": -1.0}
+    texts = {"max_keypoints": "512", "max_gap": "2", "width_confidence": "-1"}
+    parameters = Told(**given, **texts, rectified="True", autostart="false", use_sim_time="true").parameters
+    expected = {**given, **numbers, "rectified": True, "autostart": False, "use_sim_time": True}
+    assert {name: type(parameters[name]) for name in numbers} == {name: type(value) for name, value in numbers.items()}
     assert {name: parameters[name] for name in expected} == expected
 
 
@@ -229,6 +245,113 @@ def test_a_parameter_file_for_other_nodes_is_reported(
     params_file.write_text(f"{section}: {{ros__parameters: {{min_inliers: 31}}}}\n")
     assert "min_inliers" not in Told(params_file=str(params_file), namespace="robot").parameters
     assert "has no section for /robot/matcher, so nothing in it applies" in capsys.readouterr().out
+
+
+def launched(*words: str) -> tuple[int, str]:
+    """The exit status and the log of the launch file with these arguments; the command line names the file."""
+    arguments = dict(word.split(":=") for word in words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["ros2", "launch", "kpmatch_ros", "matcher.launch.py", *words])
+        return run(include(**arguments)), Path(launch.logging.launch_config.log_dir, "launch.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("max_keypoint:=512", "has no argument max_keypoint, did you mean max_keypoints?"),
+        ("min-inliers:=20", "has no argument min-inliers, did you mean min_inliers?"),
+        ("colour:=red", "has no argument colour."),
+        ("max_keypoints:=many", "max_keypoints is 'many'; it must be a whole number"),
+        ("max_keypoints:=0", "max_keypoints is 0; it must be 1 to 16384"),
+        ("max_gap:=long", "max_gap is 'long'; it must be a number"),
+        ("device:=gpu", "device is 'gpu'"),
+        ("rviz:=true", "rviz2 is not installed"),
+    ],
+)
+def test_a_wrong_argument_stops_the_launch_and_is_named(word: str, said: str) -> None:
+    if word.startswith("rviz") and find_package("rviz2"):
+        pytest.skip("rviz2 is installed")
+    status, log = launched(word)
+    assert status == 1 and said in log
+    assert "process started" not in log
+
+
+def find_package(name: str) -> bool:
+    try:
+        get_package_share_directory(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def test_the_arguments_of_a_launch_file_that_includes_this_one_are_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Told(robot="r2d2", max_keypoint="512", device="cpu").parameters["device"] == "cpu"
+    output = capsys.readouterr().out
+    assert "has no argument max_keypoint, did you mean max_keypoints?" in output
+    assert "robot" not in output
+
+
+@pytest.mark.parametrize("key", ["max_keypoint", "frobnicate"])
+def test_a_mistyped_key_in_a_section_of_the_nodes_own_stops_the_launch(params_file: Path, key: str) -> None:
+    params_file.write_text(f"matcher: {{ros__parameters: {{{key}: 512}}}}\n")
+    status, log = launched(f"params_file:={params_file}")
+    assert status == 1 and f"/matcher has {key}, which is no parameter of the matcher" in log
+
+
+def test_a_section_for_all_nodes_may_hold_other_nodes_parameters(
+    params_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params_file.write_text("/**: {ros__parameters: {max_keypoint: 512, frobnicate: 1, min_inliers: 31}}\n")
+    assert Told(params_file=str(params_file)).parameters["min_inliers"] == 31
+    output = capsys.readouterr().out
+    assert "has max_keypoint, which is no parameter of the matcher, did you mean max_keypoints?" in output
+    assert "frobnicate" not in output
+
+
+def test_a_topic_of_compressed_images_sets_the_transport() -> None:
+    told = Told(image="/front/image_raw/compressed")
+    assert told.topics["image"] == "/front/image_raw" and told.topics["camera_info"] == "/front/camera_info"
+    assert told.parameters["image_transport"] == "compressed"
+
+
+def test_a_topic_of_compressed_images_cannot_be_read_raw() -> None:
+    status, log = launched("image:=/front/image_raw/compressed", "image_transport:=raw")
+    assert status == 1 and "image_transport:=raw cannot read it" in log
+
+
+def test_topics_may_begin_with_a_tilde() -> None:
+    told = Told(image="~/image", namespace="robot")
+    assert (told.topics["image"], told.topics["camera_info"]) == ("/robot/matcher/image", "/robot/matcher/camera_info")
+
+
+def test_two_cameras_have_a_node_each_and_share_the_other_arguments() -> None:
+    commands: list[list[str]] = []
+    note = OnProcessStart(on_start=lambda event, _context: commands.append(event.cmd))
+    source = PythonLaunchDescriptionSource(str(SHARE / "launch" / "two_cameras.launch.py"))
+    arguments = {"second": "back", "max_keypoints": "512", "launch-prefix": "true"}
+    two = IncludeLaunchDescription(source, launch_arguments=arguments.items())
+    assert run(RegisterEventHandler(note), two) == 0
+    lines = sorted(" ".join(command) for command in commands)
+    assert ["__ns:=/back" in line for line in lines] == [True, False]
+    assert ["__ns:=/front" in line for line in lines] == [False, True]
+    assert all("image:=image_raw" in line and "camera_info:=camera_info" in line for line in lines)
+
+
+def exit_status(*words: str) -> tuple[int, int]:
+    """The launch's status, and how often the node was started, with weights that do not exist."""
+    starts: list[object] = []
+    note = OnProcessStart(on_start=lambda event, _context: starts.append(event))
+    arguments = dict(word.split(":=") for word in ("extractor:=/no/such/weights", "device:=cpu", *words))
+    return run(RegisterEventHandler(note), include(**arguments)), len(starts)
+
+
+@pytest.mark.parametrize(("required", "status"), [("true", 1), ("false", 0)])
+def test_a_node_that_cannot_be_configured_ends_and_the_launch_says_so(required: str, status: int) -> None:
+    assert exit_status(f"required:={required}") == (status, 1)
+
+
+def test_a_node_that_is_respawned_ends_the_launch_after_its_last_try() -> None:
+    assert exit_status("required:=true", "respawn:=true", "respawn_max_retries:=1") == (1, 2)
 
 
 def test_the_launch_file_is_read_without_loading_torch(tmp_path: Path) -> None:

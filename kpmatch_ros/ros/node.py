@@ -313,14 +313,20 @@ def main(args: list[str] | None = None) -> int:
     """Run the node until it is told to stop. 0 on a clean end, 1 where it could not start."""
     rclpy.init(args=args)
     node = None
+    status = 0
     try:
         node = MatcherNode()
-        if node.parameters.autostart and node.trigger_configure() == TransitionCallbackReturn.SUCCESS:
-            node.trigger_activate()
-        rclpy.spin(node)
+        if not node.parameters.autostart or _start(node):
+            rclpy.spin(node)
+        elif rclpy.ok():
+            node.get_logger().fatal(
+                "the node ends: it cannot start with these parameters. autostart: false lets it wait for a lifecycle "
+                "manager, and respawn:=true of the launch file starts it again"
+            )
+            status = 1
     except (ParameterError, InvalidParameterTypeException, InvalidParameterValueException) as error:
         print(f"matcher: {error}", file=sys.stderr)
-        return 1
+        status = 1
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     except Exception:
@@ -337,5 +343,11 @@ def main(args: list[str] | None = None) -> int:
             # A network is still at work on the last frame, or loading. Nothing can interrupt it but the process's end.
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(0)
-    return 0
+            os._exit(status)
+    return status
+
+
+def _start(node: MatcherNode) -> bool:
+    """Configure and activate, and return whether both went well."""
+    success = TransitionCallbackReturn.SUCCESS
+    return bool(node.trigger_configure() == success and node.trigger_activate() == success)
