@@ -34,10 +34,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_SIDE = 65535  # pixels; a header that says more is broken
+from kpmatch_ros.image_headers import JPEG, PNG, image_size, jpeg_end
 
-# What the files begin with: PNG with its header chunk, without which OpenCV takes any bytes for a chunk's size.
-JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+MAX_SIDE = 65535  # pixels; a header that says more is broken
+LARGEST_FILE = 8192 * 8192  # pixels of a compressed image: `resize` keeps no more, and in colour they take 0.2 GB
 
 
 class ImageError(ValueError):
@@ -90,13 +90,14 @@ def _layouts() -> dict[str, Layout]:
 LAYOUTS = _layouts()  # by encoding
 
 
-def to_array(message: Any) -> NDArray[np.uint8]:
+def to_array(message: Any, largest: int = LARGEST_FILE) -> NDArray[np.uint8]:
     """The pixels of an image message, as 8-bit grey or RGB.
 
     Args:
         message: a `sensor_msgs/Image`, or a `sensor_msgs/CompressedImage` holding JPEG or PNG. Anything with their
             fields will do, `data` being bytes, `array.array` or a NumPy array. A compressed image has the colours that
             its file declares; its `format` is read only to refuse depth and to recognise Bayer mosaics kept as grey.
+        largest: pixels of a compressed image. One whose header declares more is not decoded.
 
     Returns:
         uint8, (H, W) where the message is grey, else (H, W, 3) in RGB order. Often a view of `message.data`: do not
@@ -107,7 +108,7 @@ def to_array(message: Any) -> NDArray[np.uint8]:
         ImageError: where the content of the message is no picture.
     """
     if hasattr(message, "format"):
-        return _decompress(message)
+        return _decompress(message, largest)
     layout = LAYOUTS.get(message.encoding) if isinstance(message.encoding, str) else None
     if layout is None:
         raise ImageError(
@@ -151,7 +152,43 @@ def to_array(message: Any) -> NDArray[np.uint8]:
     return _picture(pixels, layout.colour, what)
 
 
-def _decompress(message: Any) -> NDArray[np.uint8]:
+def check_declared_size(data: bytes, what: str, largest: int = LARGEST_FILE) -> None:
+    """Check the size that the header of a JPEG, PNG or other image file declares, before it is decoded.
+
+    A file whose header is not understood passes: the decoder judges it.
+
+    Raises:
+        ImageError: it has no pixels or more than `largest` ("size").
+    """
+    declared = image_size(data)
+    if declared is None:
+        return
+    width, height = declared
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+        raise ImageError("size", f"{what}: its header declares {width} x {height} pixels; the sides must be from 1 to "
+                         f"{MAX_SIDE}: the file is damaged")  # fmt: skip
+    if width * height > largest:
+        raise ImageError(
+            "size",
+            f"{what}: its header declares {width} x {height} pixels, more than the {largest / 1e6:.1f} million that "
+            "are decoded: send smaller images, or set resize",
+        )
+
+
+def whole_jpeg(data: bytes) -> bytes:
+    """A JPEG without what follows its end: the video of a motion photo, padding, or the rest of an older frame.
+
+    Returns:
+        Its bytes; empty where it is cut short.
+    """
+    end = jpeg_end(data)
+    if end is not None:
+        return data[:end]
+    # Damaged data may hold what looks like a marker. After the last start of scan no true one but the end follows.
+    return data if data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda") else b""
+
+
+def _decompress(message: Any, largest: int) -> NDArray[np.uint8]:
     encoding = str(message.format).split(";")[0].strip()  # as in "rgb8; jpeg compressed bgr8", or "jpeg" alone
     what = f"compressed image with format {message.format!r:.80}"
     if "compressedDepth" in str(message.format):
@@ -159,23 +196,25 @@ def _decompress(message: Any) -> NDArray[np.uint8]:
             "encoding", f"{what}: holds depth, not a picture: subscribe to the camera's grey or colour image"
         )
     data = _bytes(message.data, what).tobytes()
-    # OpenCV 4 fills what a truncated JPEG lacks with grey, so look for the end marker; after the last start of scan no
-    # marker but that one follows. Decoders of rarer formats stay out of reach of what arrives over the network.
+    # OpenCV 4 fills what a truncated JPEG lacks with grey. Decoders of rarer formats stay out of reach of what arrives
+    # over the network.
     if data.startswith(JPEG):
-        complete = data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+        whole = whole_jpeg(data)
     elif data.startswith(PNG):
-        complete = data.rfind(b"IEND") > 0
+        whole = data if data.rfind(b"IEND") > 0 else b""
     else:
         raise ImageError("decode", f"{what}: its {len(data)} bytes are neither JPEG nor PNG: publish one of these")
+    if whole:
+        check_declared_size(whole, what, largest)
     flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if complete else None
-    except cv2.error:  # a size beyond OpenCV's limit
+        pixels = cv2.imdecode(np.frombuffer(whole, np.uint8), flags) if whole else None
+    except cv2.error:  # what OpenCV itself refuses
         pixels = None
     if pixels is None:
         raise ImageError(
             "decode",
-            f"{what}: its {len(data)} bytes are {'damaged' if complete else 'cut short'}: "
+            f"{what}: its {len(data)} bytes are {'damaged' if whole else 'cut short'}: "
             "look for losses on the way here, or a fault in the camera or its driver",
         )
     if pixels.ndim == 3:

@@ -23,7 +23,7 @@ LENSES = [
     ("drone", "plumb_bob", (-0.28340811, 0.07395907, 0.00019359, 1.76e-05, 0.0), 458.0, 752, 480, 1.0),
     ("four coefficients", "plumb_bob", (-0.28, 0.07, 0.0002, -0.0001), 458.0, 752, 480, 1.0),
     ("pincushion", "plumb_bob", (0.3, 0.1, 0.002, 0.001, 0.0), 400.0, 640, 480, 1.0),
-    ("webcam with a fold", "plumb_bob", (-0.35, 0.12, 0.001, -0.001, -0.02), 300.0, 640, 480, 0.7),
+    ("webcam with a fold", "plumb_bob", (-0.35, 0.12, 0.001, -0.001, -0.02), 350.0, 640, 480, 0.8),
     ("depth camera", "rational_polynomial", (0.48, -2.65, 6e-4, -3e-4, 1.57, 0.36, -2.48, 1.49), 610.0, 1280, 720, 1.0),
     (
         "tilted sensor",
@@ -128,10 +128,10 @@ def test_skew_is_honoured() -> None:
 
 
 def test_pixels_beyond_the_fold_of_the_lens_model_have_no_direction() -> None:
-    matrix = np.array([[300.0, 0, 320], [0, 300.0, 240], [0, 0, 1]])
-    camera = Camera(640, 480, matrix, "plumb_bob", np.array([-0.4, 0, 0, 0]))
+    matrix = np.array([[300.0, 0, 190], [0, 300.0, 145], [0, 0, 1]])
+    camera = Camera(380, 290, matrix, "plumb_bob", np.array([-0.4, 0, 0, 0]))
     # r (1 - 0.4 r^2) has its maximum 0.608 at r = 0.913.
-    inside, outside = camera.normalise(np.array([[320 + 0.6 * 300, 240], [320 + 0.62 * 300, 240]]))
+    inside, outside = camera.normalise(np.array([[190 + 0.6 * 300, 145], [190 + 0.62 * 300, 145]]))
     assert inside[0] < 0.913 and math.isclose(inside[0] * (1 - 0.4 * inside[0] ** 2), 0.6, abs_tol=1e-9)
     assert np.isnan(outside).all()
 
@@ -308,7 +308,7 @@ def test_an_image_of_another_size_is_refused_naming_both() -> None:
 
 
 @pytest.mark.parametrize(
-    "model,coefficients", [("kannala_brandt", (0.1, 0.0, 0.0, 0.0)), ("", (0.1, 0.0, 0.0, 0.0)), ("fov", ())]
+    "model,coefficients", [("double_sphere", (0.1, 0.0, 0.0, 0.0)), ("", (0.1, 0.0, 0.0, 0.0)), ("fov", (0.9,))]
 )
 def test_an_unknown_lens_model_is_refused_naming_the_known_ones(model: str, coefficients: tuple[float, ...]) -> None:
     reason, text = reason_of(camera_info(distortion_model=model, d=list(coefficients)))
@@ -340,3 +340,76 @@ def test_a_camera_made_by_hand_is_checked_too() -> None:
         Camera(640, 480, np.eye(3))
     with pytest.raises(CalibrationError, match="shape"):
         Camera(640, 480, np.eye(4))
+
+
+# The same lens in other words
+
+
+@pytest.mark.parametrize(
+    ("spelling", "canonical"),
+    [
+        *((name, "equidistant") for name in ("fisheye", "Fisheye", "kannala_brandt", "KannalaBrandt", "Kannala-Brandt",
+                                             "kannala_brandt4", "EQUIDISTANT", "kb4", "equi")),
+        *((name, "plumb_bob") for name in ("radtan", "RadTan", "rad-tan", "radial-tangential", "Plumb Bob")),
+        ("Rational Polynomial", "rational_polynomial"),
+    ],
+)  # fmt: skip
+def test_a_lens_model_is_known_by_the_names_that_others_give_it(spelling: str, canonical: str) -> None:
+    coefficients = {"equidistant": 4, "plumb_bob": 5, "rational_polynomial": 8}[canonical] * [0.01]
+    ours = Camera.from_camera_info(camera_info(distortion_model=canonical, d=coefficients), rectified=False)
+    theirs = Camera.from_camera_info(camera_info(distortion_model=spelling, d=coefficients), rectified=False)
+    assert theirs.distortion_model == canonical
+    pixels = pixel_grid(ours)
+    assert np.array_equal(ours.normalise(pixels), theirs.normalise(pixels))
+
+
+@pytest.mark.parametrize("model", ["equidistant", "fisheye", "plumb_bob", "radtan", "rational_polynomial"])
+@pytest.mark.parametrize("zeros", [0, 1, 2, 4, 8, 20])
+def test_zeros_behind_the_coefficients_change_nothing(model: str, zeros: int) -> None:
+    coefficients = [0.02, -0.01, 0.001, 0.002]
+    camera = Camera.from_camera_info(camera_info(distortion_model=model, d=coefficients), rectified=False)
+    longer = Camera.from_camera_info(
+        camera_info(distortion_model=model, d=coefficients + zeros * [0.0]), rectified=False
+    )
+    pixels = pixel_grid(camera)
+    np.testing.assert_allclose(longer.normalise(pixels), camera.normalise(pixels), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "model", ["none", "", "fov", "double_sphere", "Ω", "equidistant", "ds", "pinhole", "plumb_bob"]
+)
+@pytest.mark.parametrize("coefficients", [(), (0.0,), (0.0,) * 3, (0.0,) * 5, (0.0,) * 7])
+def test_any_model_without_distortion_is_none(model: str, coefficients: tuple[float, ...]) -> None:
+    info = camera_info(distortion_model=model, d=list(coefficients))
+    camera = Camera.from_camera_info(info, rectified=False)
+    assert not camera.distortion.any()
+    assert np.isfinite(camera.normalise(pixel_grid(camera))).all()
+
+
+# Lenses that no camera has
+
+
+@pytest.mark.parametrize(
+    ("model", "coefficients", "focal"),
+    [
+        ("plumb_bob", (-0.28340811, 0.00019359, 1.76e-05, 0.07395907, 0.0), 300.0),  # k1 p1 p2 k2
+        ("plumb_bob", (0.07395907, -0.28340811, 0.00019359, 1.76e-05, 0.0), 250.0),  # k2 k1
+        ("plumb_bob", (0.00019359, 1.76e-05, -0.28340811, 0.07395907, 0.0), 458.0),  # p1 p2 k1 k2
+        ("plumb_bob", (0.1, -0.05, 0.02, -3.0), 350.0),
+        ("rational_polynomial", (0.36, -2.48, 1.49, 0.48, -2.65, 6e-4, -3e-4, 1.57), 610.0),
+        ("equidistant", (-0.5, 0.0, 0.0, 0.0), 200.0),
+        ("equidistant", (0.02, -0.9, 0.1, 0.0), 250.0),
+    ],
+)
+def test_a_lens_model_without_a_direction_for_much_of_the_image_is_refused(
+    model: str, coefficients: tuple[float, ...], focal: float
+) -> None:
+    matrix = [focal, 0, 376, 0, focal, 240, 0, 0, 1]
+    reason, text = reason_of(camera_info(distortion_model=model, d=list(coefficients), k=matrix))
+    assert reason == "lens"
+    assert " % of the image" in text and "order of the coefficients" in text and str(coefficients[0]) in text
+
+
+def test_the_distortion_of_rectified_images_is_not_looked_at() -> None:
+    info = camera_info(d=[0.00019359, 1.76e-05, -0.28340811, 0.07395907, 0.0])
+    assert not Camera.from_camera_info(info, rectified=True).distortion.any()

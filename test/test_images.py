@@ -311,7 +311,7 @@ def test_a_file_that_declares_an_absurd_size_is_refused() -> None:
     data = bytearray(encode(".jpg", noise()))
     size = data.index(b"\xff\xc0") + 5  # in the start-of-frame segment
     data[size : size + 4] = (60000).to_bytes(2, "big") * 2
-    refused(compressed(bytes(data)), "decode")
+    refused(compressed(bytes(data)), "size")
 
 
 def test_compressed_depth_is_refused_by_name() -> None:

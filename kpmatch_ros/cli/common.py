@@ -142,19 +142,26 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     import cv2
     import numpy as np
 
+    from kpmatch_ros.image_headers import JPEG
+    from kpmatch_ros.images import ImageError, check_declared_size, whole_jpeg
+
     data = path.read_bytes()
-    # OpenCV 4.6 fills in what a JPEG cut short lacks. After its last scan there is only the end marker.
-    complete = not data.startswith(b"\xff\xd8\xff") or data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+    # OpenCV 4.6 fills in what a JPEG cut short lacks.
+    whole = whole_jpeg(data) if data.startswith(JPEG) else data
     pixels = None
-    if data and complete:
+    if whole:
+        try:
+            check_declared_size(whole, str(path))
+        except ImageError as error:
+            raise CommandError(str(error)) from error
         with quiet_stderr():
             try:
-                pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYCOLOR)
+                pixels = cv2.imdecode(np.frombuffer(whole, np.uint8), cv2.IMREAD_ANYCOLOR)
             except cv2.error:  # a size beyond OpenCV's limit, a codec that is switched off
                 pixels = None
     if pixels is None:
-        reason = "is empty" if not data else "is no image that OpenCV reads" if complete else "is cut short"
-        raise CommandError(f"{path} {reason}{', or it is damaged or cut short' if data and complete else ''}")
+        reason = "is empty" if not data else "is no image that OpenCV reads" if whole else "is cut short"
+        raise CommandError(f"{path} {reason}{', or it is damaged or cut short' if whole else ''}")
     return np.asarray(pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
 
 

@@ -5,42 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import cv2
 import numpy as np
+
+from kpmatch_ros.geometry import lens
+from kpmatch_ros.geometry.lens import CalibrationError
 
 __all__ = ["AHEAD", "BEHIND", "CalibrationError", "Camera"]
 
-_POLYNOMIAL_SIZES = (4, 5, 8, 12, 14)  # what cv2.projectPoints takes
-_COEFFICIENTS = {
-    "plumb_bob": _POLYNOMIAL_SIZES,
-    "rational_polynomial": _POLYNOMIAL_SIZES,
-    "equidistant": (4,),
-}
 # A focal length outside this range, in units of the longer image side, is a mistake: millimetres or a fraction of the
 # image's width instead of pixels, most often. The widest fisheye lens has about 0.2, a long telephoto lens 50.
 _FOCAL_RANGE = (0.01, 1000.0)
-_NEWTON_ITERATIONS = 50
-_NEWTON_TOLERANCE = 1e-10  # normalised units: about 1e-7 px
-_LARGEST_TANGENT = 50.0  # a direction within about one degree of the image plane is no usable one
-
 AHEAD = 0.02
 """Cosine to a camera's axis: a point further off, 89 degrees, is behind the camera."""
 
 BEHIND = 1e6
 """Pixels: the residual of a point behind a camera."""
-
-
-class CalibrationError(ValueError):
-    """A calibration cannot be used; the text says what to do.
-
-    Attributes:
-        reason: "uncalibrated" (the driver has no calibration), "size" (it is for another image size), "model" (unknown
-            distortion model) or "value" (numbers that no camera has). A stereo pair has more: see StereoCamera.
-    """
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +30,10 @@ class Camera:
         width, height: size of the image as received, pixels.
         matrix: (3, 3) float64, the camera matrix in pixels of that image; the centre of its top-left pixel is (0, 0).
         distortion_model: "plumb_bob", "rational_polynomial" (both as cv2.projectPoints), "equidistant" (cv2.fisheye),
-            or "" for none (the names of sensor_msgs/distortion_models.hpp).
+            or "" for none (the names of sensor_msgs/distortion_models.hpp). Other names of these models are taken too,
+            in any spelling: "radtan", "fisheye", "Kannala-Brandt". The attribute holds the first name.
         distortion: (n,) float64, the model's coefficients in OpenCV's order. Empty or all zero means no distortion
-            whatever the model, as in image_geometry.
+            whatever the model, as in image_geometry. Zeros behind the model's last coefficient are left out.
 
     Raises:
         CalibrationError: no camera has these numbers, or the distortion model is unknown.
@@ -78,7 +58,11 @@ class Camera:
                 "size", f"the calibration is for images of {self.width}x{self.height} pixels: set its width and height"
             )
         _check_matrix(self.matrix, max(self.width, self.height))
-        _check_distortion(self.distortion_model, self.distortion)
+        model, distortion = lens.known_distortion(str(self.distortion_model), self.distortion)
+        distortion.setflags(write=False)
+        object.__setattr__(self, "distortion_model", model)
+        object.__setattr__(self, "distortion", distortion)
+        self._check_lens()
 
     @classmethod
     def from_camera_info(cls, info: Any, *, rectified: bool) -> Camera:
@@ -132,6 +116,25 @@ class Camera:
                 "the camera_info of this image size, or its binning and region of interest",
             )
 
+    def _check_lens(self) -> None:
+        """Check that the distortion can be inverted over nearly all of the image.
+
+        A fisheye image may hold more than the model has directions for: black corners outside the image circle, and
+        rays from behind the camera. Its model only must not fold over in front of the camera.
+
+        Raises:
+            CalibrationError: it cannot ("lens").
+        """
+        key = self.matrix.tobytes(), self.distortion_model, self.distortion.tobytes()
+        part = lens.invertible_part(self.width, self.height, *key)
+        if part < lens.LEAST_INVERTIBLE:
+            raise CalibrationError(
+                "lens",
+                f"no lens has this distortion: with {self.distortion_model} and the coefficients "
+                f"{self.distortion.tolist()} only {100 * part:.0f} % of the image's pixels have a direction. Check the "
+                "order of the coefficients and the name of the model, or calibrate again",
+            )
+
     @property
     def focal(self) -> float:
         """Mean focal length in pixels."""
@@ -162,59 +165,14 @@ class Camera:
         good = np.asarray(np.isfinite(pixels).all(axis=1))
         per_pixel = np.linalg.inv(self.matrix[:2, :2])
         distorted = (pixels[good] - self.matrix[:2, 2]) @ per_pixel.T
-        near = np.abs(distorted).max(axis=1) < _LARGEST_TANGENT
+        near = np.abs(distorted).max(axis=1) < lens.LARGEST_TANGENT
         good[good], distorted = near, distorted[near]
         if not self.distortion.any():
             normalised[good], jacobian[good] = distorted, per_pixel
         elif good.any():
-            normalised[good], inverse = self._undistort(distorted)
+            normalised[good], inverse = lens.undistort(distorted, self.distortion_model, self.distortion)
             jacobian[good] = inverse @ per_pixel
         return normalised, jacobian
-
-    def _undistort(self, distorted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Newton's method on the distortion, (N, 2) to (N, 2), and the jacobian (N, 2, 2); NaN without a solution.
-
-        cv2.undistortPoints is not used: it stops after five fixed-point steps (its criteria are no argument of it
-        in the OpenCV 4 of ROS 2 Humble and Jazzy), does not say which points did not converge, and gives no jacobian.
-        """
-        points = distorted.copy()
-        inverses = np.full((len(points), 2, 2), np.nan)
-        active = np.arange(len(points))
-        for _ in range(_NEWTON_ITERATIONS):
-            residuals, inverse, determinant = self._distort(points[active])
-            residuals -= distorted[active]
-            # Where the determinant is not positive the lens model folds over, as no lens does.
-            sound = (determinant > 0) & (np.abs(points[active]).max(axis=1) < _LARGEST_TANGENT)
-            converged = sound & (np.abs(residuals).max(axis=1) < _NEWTON_TOLERANCE)
-            inverses[active[converged]] = inverse[converged]
-            going_on = sound & ~converged
-            if not going_on.any():
-                break
-            active, residuals, inverse = active[going_on], residuals[going_on], inverse[going_on]
-            step = np.einsum("nij,nj->ni", inverse, residuals)
-            # Steps shorter than half the way to the axis, plus a half, do not leap over a fold unseen.
-            longest = 0.5 * (1 + np.linalg.norm(points[active], axis=1))
-            step *= np.minimum(1, longest / np.maximum(np.linalg.norm(step, axis=1), 1e-300))[:, None]
-            points[active] -= step
-        points[np.isnan(inverses[:, 0, 0])] = np.nan
-        return points, inverses
-
-    def _distort(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Distorts normalised (N, 2); with the inverse (N, 2, 2) and determinant (N,) of the jacobian."""
-        rays = np.column_stack([points, np.ones(len(points))])[:, None, :]
-        # With z = 1 and no rotation, the derivative by the camera's position is that by x and y. OpenCV gives it for
-        # both lens models, in other columns.
-        if self.distortion_model == "equidistant":
-            image, jacobian = cv2.fisheye.projectPoints(rays, np.zeros(3), np.zeros(3), np.eye(3), self.distortion)
-            jacobian = jacobian[:, 11:13]
-        else:
-            image, jacobian = cv2.projectPoints(rays, np.zeros(3), np.zeros(3), np.eye(3), self.distortion)
-            jacobian = jacobian[:, 3:5]
-        (a, b), (c, d) = jacobian.reshape(-1, 2, 2).transpose(1, 2, 0)
-        determinant = a * d - b * c
-        with np.errstate(divide="ignore", invalid="ignore"):  # the caller looks at the determinant
-            inverse = np.stack([d, -b, -c, a], axis=-1).reshape(-1, 2, 2) / determinant[:, None, None]
-        return image.reshape(-1, 2), inverse, determinant
 
 
 def _field(info: Any, name: str) -> Any:
@@ -237,18 +195,3 @@ def _check_matrix(matrix: np.ndarray, size: int) -> None:
         )
     if matrix[1, 0] != 0 or (matrix[2] != (0, 0, 1)).any():
         raise CalibrationError("value", f"the camera matrix must be [fx 0 cx; 0 fy cy; 0 0 1], not {matrix.tolist()}")
-
-
-def _check_distortion(model: str, distortion: np.ndarray) -> None:
-    known = ", ".join(_COEFFICIENTS)
-    if model not in _COEFFICIENTS and (model or distortion.any()):
-        raise CalibrationError(
-            "model",
-            f"distortion model {model!r} with {distortion.size} coefficients: the known ones are {known}. Give the "
-            "calibration in one of these, or use rectified images",
-        )
-    if distortion.ndim != 1 or not np.isfinite(distortion).all():
-        raise CalibrationError("value", f"the distortion coefficients must be finite numbers: {distortion.tolist()}")
-    if distortion.any() and distortion.size not in _COEFFICIENTS[model]:
-        sizes = " or ".join(str(size) for size in _COEFFICIENTS[model])
-        raise CalibrationError("value", f"{model} takes {sizes} distortion coefficients, not {distortion.size}")

@@ -1,0 +1,136 @@
+"""What the first bytes of an image file say, read before anything is decoded.
+
+A file of a few hundred bytes can claim a billion pixels, and a decoder takes the memory for them. So the size is read
+from the header first. A header is data from a stranger: whatever it holds, these functions return.
+
+Sources: ITU-T T.81 annex B (JPEG), PNG 3rd edition 11.2.1, RFC 9649 (WebP), TIFF 6.0 section 2, BITMAPINFOHEADER,
+Netpbm's pgm(5), ISO 15444-1 annex I (JPEG 2000).
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+
+__all__ = ["image_size", "jpeg_end"]
+
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+
+# JPEG markers (the byte after 0xff).
+_START_OF_SCAN, _END = 0xDA, 0xD9
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # hold the size; the others are tables and extensions
+_ALONE = {0x01, *range(0xD0, 0xD8)}  # markers without a length
+
+
+def image_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height in pixels that a file's header declares; None where the format or its header is not known.
+
+    JPEG, PNG, WebP, TIFF, BMP, GIF, JPEG 2000 and Netpbm are known.
+    """
+    try:
+        return _size(data)
+    except (struct.error, IndexError, ValueError, OverflowError):  # cut short within the header, or damaged
+        return None
+
+
+def jpeg_end(data: bytes) -> int | None:
+    """Where a JPEG ends: the number of its bytes up to and with its end marker; None where it has no end.
+
+    What follows is another file (the video of a motion photo), padding, or the rest of an older frame in a buffer.
+    """
+    return next((position for marker, position in _jpeg_markers(data) if marker == _END), None)
+
+
+def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
+    """The markers of a JPEG in their order, each with the position behind it; ends where the data make no sense."""
+    position = 2
+    while position + 1 < len(data):
+        if data[position] != 0xFF:
+            return
+        marker = data[position + 1]
+        position += 1 if marker == 0xFF else 2  # 0xff may be repeated before a marker
+        if marker == 0xFF:
+            continue
+        yield marker, position
+        if marker == _END or marker == 0:
+            return
+        if marker in _ALONE:
+            continue
+        length = int.from_bytes(data[position : position + 2], "big")
+        if length < 2:
+            return
+        position += length
+        if marker == _START_OF_SCAN:  # compressed data follow, in which 0xff is followed by 0 or a restart marker
+            position = data.find(b"\xff", position)
+            while position >= 0 and position + 1 < len(data) and _in_scan(data[position + 1]):
+                position = data.find(b"\xff", position + 2)
+            if position < 0:
+                return
+
+
+def _in_scan(following: int) -> bool:
+    return following == 0 or following in _ALONE
+
+
+def _size(data: bytes) -> tuple[int, int] | None:
+    if data.startswith(JPEG):
+        for marker, position in _jpeg_markers(data):
+            if marker in _FRAMES:
+                height, width = struct.unpack_from(">HH", data, position + 3)
+                return width, height
+            if marker == _START_OF_SCAN:
+                break
+        return None
+    if data.startswith(PNG):
+        width, height = struct.unpack_from(">II", data, 16)
+        return width, height
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return _webp_size(data)
+    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return _tiff_size(data)
+    if data[:2] == b"BM":
+        width, height = struct.unpack_from("<ii", data, 18)
+        return abs(width), abs(height)
+    if data[:4] == b"GIF8":
+        width, height = struct.unpack_from("<HH", data, 6)
+        return width, height
+    if data[4:8] == b"jP  ":
+        height, width = struct.unpack_from(">II", data, data.index(b"ihdr", 0, 4096) + 4)
+        return width, height
+    if data[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000 without a container
+        right, bottom, left, top = struct.unpack_from(">4I", data, 8)
+        return right - left, bottom - top
+    found = re.match(rb"P[1-6fF](?:\s+|#[^\n]*\n)+(\d{1,18})(?:\s+|#[^\n]*\n)+(\d{1,18})\s", data[:4096])
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    kind = data[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    return None
+
+
+def _tiff_size(data: bytes) -> tuple[int, int] | None:
+    order = "<" if data[:1] == b"I" else ">"
+    big = 43 in data[2:4]
+    (place,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
+    (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, place)
+    place += 8 if big else 2
+    found = {}
+    for number in range(min(count, 4096)):
+        entry = place + number * (20 if big else 12)
+        tag, kind = struct.unpack_from(order + "HH", data, entry)
+        if tag in (256, 257):
+            form = {3: "H", 4: "I", 16: "Q"}.get(kind)
+            if form is None:
+                return None
+            (found[tag],) = struct.unpack_from(order + form, data, entry + (12 if big else 8))
+    return (found[256], found[257]) if len(found) == 2 else None

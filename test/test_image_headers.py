@@ -1,0 +1,139 @@
+"""Sizes are read from headers before decoding, and a JPEG ends at its own end."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kpmatch_ros.image_headers import image_size, jpeg_end
+from kpmatch_ros.images import ImageError, to_array
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def encoded(extension: str, width: int = 41, height: int = 30, *options: int) -> bytes:
+    pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return bytes(cv2.imencode(extension, cv2.GaussianBlur(pixels, (0, 0), 3), list(options))[1])
+
+
+def claiming(data: bytes, width: int, height: int) -> bytes:
+    """A JPEG or PNG whose header declares another size."""
+    if data[:1] == b"\x89":
+        return data[:16] + struct.pack(">II", width, height) + data[24:]
+    place = data.index(b"\xff\xc0") + 5
+    return data[:place] + struct.pack(">HH", height, width) + data[place + 4 :]
+
+
+def compressed(data: bytes, form: str = "jpeg") -> SimpleNamespace:
+    return SimpleNamespace(format=form, data=data)
+
+
+WRITTEN = [".png", ".jpg", ".webp", ".tiff", ".bmp", ".pgm", ".jp2"]
+
+
+@pytest.mark.parametrize("extension", WRITTEN)
+@pytest.mark.parametrize("size", [(41, 30), (300, 7)])
+def test_the_size_is_that_which_the_decoder_finds(extension: str, size: tuple[int, int]) -> None:
+    if not cv2.haveImageWriter("x" + extension):
+        pytest.skip(f"this OpenCV writes no {extension}")
+    # JPEG 2000 wants whole tiles, and a .pgm is grey.
+    width, height = (size[0] + 64, size[1] + 64) if extension == ".jp2" else size
+    pixels = np.zeros((height, width), np.uint8)
+    assert image_size(bytes(cv2.imencode(extension, pixels)[1])) == (width, height)
+
+
+def test_a_lossless_webp_and_a_progressive_jpeg_have_their_size() -> None:
+    assert image_size(encoded(".webp", 41, 30, cv2.IMWRITE_WEBP_QUALITY, 101)) == (41, 30)
+    progressive = encoded(".jpg", 41, 30, cv2.IMWRITE_JPEG_PROGRESSIVE, 1)
+    assert image_size(progressive) == (41, 30) and jpeg_end(progressive) == len(progressive)
+
+
+def test_headers_of_formats_that_opencv_only_reads() -> None:
+    assert image_size(b"GIF89a" + struct.pack("<HH", 640, 480)) == (640, 480)
+    extended = bytes(8) + (1023).to_bytes(3, "little") + (767).to_bytes(3, "little")
+    assert image_size(b"RIFF\0\0\0\0WEBPVP8X" + extended) == (1024, 768)
+    assert image_size(b"MM\0*" + struct.pack(">IHHHIHHHHIHH", 8, 2, 256, 3, 1, 70, 0, 257, 3, 1, 50, 0)) == (70, 50)
+    assert image_size(b"MM\0+" + struct.pack(">HHQQHHQQHHQQ", 8, 0, 16, 2, 256, 16, 1, 70, 257, 16, 1, 50)) == (70, 50)
+    assert image_size(b"P5\n# made by hand\n640 480\n255\n") == (640, 480)
+
+
+@pytest.mark.parametrize("extension", [".png", ".jpg"])
+@pytest.mark.parametrize("claimed", [(32_000, 32_000), (65_535, 1_100), (30_000, 30_000), (8_193, 8_192)])
+def test_a_file_that_claims_more_than_is_decoded_is_refused_at_once(extension: str, claimed: tuple[int, int]) -> None:
+    started = time.process_time()
+    with pytest.raises(ImageError, match=f"{claimed[0]} x {claimed[1]} pixels") as caught:
+        to_array(compressed(claiming(encoded(extension), *claimed)))
+    assert caught.value.reason == "size"
+    assert time.process_time() - started < 0.2
+
+
+def test_the_limit_is_what_the_caller_takes() -> None:
+    data = encoded(".png", 200, 100)
+    assert to_array(compressed(data), 20_000).shape == (100, 200, 3)
+    with pytest.raises(ImageError, match="200 x 100 pixels, more than"):
+        to_array(compressed(data), 19_999)
+
+
+@pytest.mark.parametrize("extension", [".png", ".jpg"])
+def test_kpmatch_match_refuses_what_claims_too_much(kpmatch: Run, tmp_path: Path, extension: str) -> None:
+    (tmp_path / "small.png").write_bytes(encoded(".png"))
+    (tmp_path / f"bomb{extension}").write_bytes(claiming(encoded(extension), 32_000, 32_000))
+    started = time.process_time()
+    status, out, err = kpmatch("match", tmp_path / f"bomb{extension}", tmp_path / "small.png")
+    assert (status, out) == (2, "") and "bomb" in err and "32000 x 32000" in err and err.count("\n") == 1
+    assert time.process_time() - started < 2
+
+
+TRAILERS: dict[str, bytes] = {
+    "the video of a motion photo": b"\0\0\0\x18ftypmp42" + bytes(range(256)) * 40 + b"\xff\xda\0\x03\xff\xda",
+    "a stale frame": encoded(".jpg", 64, 48)[100:],
+    "the rest of a stale frame, cut": encoded(".jpg", 64, 48)[100:-2] + b"\xff\xda",
+    "a second picture": encoded(".jpg", 64, 48),
+    "zeros": bytes(1000),
+}
+
+
+@pytest.mark.parametrize("trailer", TRAILERS)
+@pytest.mark.parametrize("progressive", [0, 1])
+def test_what_follows_a_jpegs_end_is_ignored(kpmatch: Run, tmp_path: Path, trailer: str, progressive: int) -> None:
+    data = encoded(".jpg", 41, 30, cv2.IMWRITE_JPEG_PROGRESSIVE, progressive)
+    with_trailer = data + TRAILERS[trailer]
+    assert jpeg_end(with_trailer) == len(data)
+    assert np.array_equal(to_array(compressed(with_trailer)), to_array(compressed(data)))
+    from kpmatch_ros.cli.common import read_image
+
+    (tmp_path / "photo.jpg").write_bytes(with_trailer)
+    assert np.array_equal(read_image(tmp_path / "photo.jpg"), to_array(compressed(data)))
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.9, 0.99])
+def test_a_jpeg_cut_short_has_no_end_even_with_foreign_bytes_behind(kept: float) -> None:
+    data = encoded(".jpg", 64, 48, cv2.IMWRITE_JPEG_RST_INTERVAL, 2)
+    assert jpeg_end(data) == len(data)
+    cut = data[: int(kept * len(data))]
+    assert jpeg_end(cut) is None
+    with pytest.raises(ImageError, match="cut short"):
+        to_array(compressed(cut))
+
+
+STARTS = [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"RIFF\0\0\0\0WEBPVP8 ", b"RIFF\0\0\0\0WEBPVP8L", b"II*\0",
+          b"MM\0+", b"BM", b"GIF8", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51", b"P6 ", b""]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(start=st.sampled_from(STARTS), rest=st.binary(max_size=80))
+def test_any_bytes_give_a_size_or_none(start: bytes, rest: bytes) -> None:
+    found: Any = image_size(start + rest)
+    assert found is None or (isinstance(found[0], int) and isinstance(found[1], int))
+    end = jpeg_end(start + rest)
+    assert end is None or 0 < end <= len(start + rest)
