@@ -45,6 +45,8 @@ class Frame:
     """One image and what is kept of it for as long as it serves as the reference.
 
     Attributes:
+        number: of the frame, counted from the front end's beginning; a right image has that of its left one. Stamps may
+            repeat, or be zero: what is known of a frame is kept under its number.
         stamp: time of the image, nanoseconds.
         image: the pixels, uint8 grey (H, W) or RGB (H, W, 3).
         frame_id: the camera's optical frame.
@@ -56,6 +58,7 @@ class Frame:
         right: of a left image, its right image; None for one camera.
     """
 
+    number: int
     stamp: int
     image: np.ndarray
     frame_id: str
@@ -195,6 +198,8 @@ class FrontEnd:
         self.matcher = matcher or FeatureMatcher(self.parameters)
         self.reference: Frame | None = None
         self._last_stamp: int | None = None
+        self._last_frame_ids: tuple[str, ...] = ()
+        self._next_number = 0
         self._next_track_id = 1
         self._fresh = True
 
@@ -232,9 +237,10 @@ class FrontEnd:
             raise ValueError(f"a frame is one image or two, each with a stamp, not {len(images)} and {len(stamps)}")
         if camera is not None and isinstance(camera, StereoCamera) != (len(images) == 2):
             raise ValueError(f"a {type(camera).__name__} is no calibration for {len(images)} image(s)")
-        if self.interruption(stamps[0]):
+        frame_ids = tuple(frame_ids[: len(images)])
+        if self.interruption(stamps[0], frame_ids):
             self.reset()
-        self._last_stamp = stamps[0]
+        self._last_stamp, self._last_frame_ids = stamps[0], frame_ids
         cameras = (camera.left, camera.right) if isinstance(camera, StereoCamera) else (camera, None)
         described = self._describe(images, stamps, cameras, frame_ids)
         if len(described) == 1:
@@ -325,10 +331,20 @@ class FrontEnd:
         indices, scores = to_numpy(matches.indices), to_numpy(matches.scores)  # alone: the rest stays on the device
         return indices, scores, matches.layers, _milliseconds_since(started)
 
-    def interruption(self, stamp: int) -> str:
-        """Why a frame of this time cannot follow the last one, in words: time went back, or the gap is too long."""
+    def interruption(self, stamp: int, frame_ids: Sequence[str]) -> str:
+        """Why a frame cannot follow the last one, in words; empty where it can.
+
+        Time went back, the gap is too long, or the images are another camera's.
+
+        Args:
+            stamp: of the frame, nanoseconds.
+            frame_ids: of its images.
+        """
         if self._last_stamp is None:
             return ""
+        for before, now in zip(self._last_frame_ids, frame_ids):
+            if before != now:
+                return f"the frame_id changed from {before!r:.80} to {now!r:.80}"
         elapsed = (stamp - self._last_stamp) * 1e-9
         if elapsed < 0:
             return f"the stamps went back by {-elapsed:.3f} s"
@@ -346,9 +362,11 @@ class FrontEnd:
         started = time.perf_counter()
         found = self.matcher.extract_batch(images)
         keypoints = [to_numpy(features.keypoints) for features in found]  # also waits for the device
+        self._next_number += 1
         extract_ms = _milliseconds_since(started) / len(images)
         return [
             Frame(
+                number=self._next_number,
                 stamp=stamp,
                 image=image,
                 frame_id=frame_id,

@@ -62,12 +62,12 @@ class Odometry:
 
     def __init__(self) -> None:
         self.breaks = 0
-        self._known: dict[int, OdometryPose] = {}  # by the frame's stamp
+        self._known: dict[int, OdometryPose] = {}  # by the frame's number
         self._begun = False
 
     def add(self, pair: Pair) -> OdometryPose | None:
         """The pose of the pair's current frame; None where the pair has no pose in metres."""
-        pose, reference = pair.pose, pair.reference.stamp
+        pose, reference = pair.pose, pair.reference.number
         origin = None if pair.reset else self._known.get(reference)
         if pose.status not in (PoseStatus.OK, PoseStatus.NO_TRANSLATION) or not pose.metric:
             self._known = {} if origin is None else {reference: origin}
@@ -77,5 +77,5 @@ class Odometry:
             self._begun = True
             origin = OdometryPose(_FIRST_CAMERA, np.zeros(3), np.zeros((6, 6)), self.breaks)
         current = compose(origin, pose)
-        self._known = {reference: origin, pair.current.stamp: current}
+        self._known = {reference: origin, pair.current.number: current}
         return current

@@ -6,6 +6,7 @@ The node feeds a :class:`Pipeline` from its subscriptions and a replay from a fi
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -44,6 +45,9 @@ class Events(Protocol):
 
     def unpaired(self, topic: str, images: int, explanation: str) -> None:
         """Images of one camera of a stereo pair found no partner."""
+
+    def stamp_fault(self, fault: str, topic: str, explanation: str) -> None:
+        """An image's stamp says nothing of its time. The fault is "zero stamps" or "repeated stamps"."""
 
     def pose(self, status: PoseStatus) -> None:
         """A pose was published."""
@@ -152,6 +156,7 @@ class Pipeline:
         self._reset_requested = threading.Event()
         self._odometry: Odometry | None = None
         self.synchroniser: StereoSynchroniser[Any]
+        self._stamps: list[int | None]  # of the last image on each topic
         self._told_alone: Any = None  # the last image without a partner that a pose told of
         self._told_alone_at = -float("inf")
         self.restart()
@@ -163,6 +168,7 @@ class Pipeline:
         self.synchroniser = StereoSynchroniser(round(parameters.sync_tolerance * 1e9), _WAITING[parameters.queue])
         self._odometry = Odometry() if parameters.publish_odometry else None
         self._told_alone = None
+        self._stamps = [None] * len(self._topics)
         self._reset_requested.clear()
 
     @property
@@ -180,14 +186,34 @@ class Pipeline:
         """Forget features and tracks before the next frame."""
         self._reset_requested.set()
 
-    def add_image(self, side: int, message: Any) -> tuple[Any, ...] | None:
-        """The frame that an image completes, for :meth:`process`: the image itself, or with its partner, left first."""
+    def add_image(self, side: int, message: Any, arrived: int | None = None) -> tuple[Any, ...] | None:
+        """The frame that an image completes, for :meth:`process`: the image itself, or with its partner, left first.
+
+        Args:
+            side: 0 for the camera or the left one, 1 for the right one.
+            message: the image.
+            arrived: when it was received or recorded, nanoseconds of any clock; now where not given.
+        """
+        stamp = messages.nanoseconds(message.header.stamp)
+        self._check_stamp(side, stamp)
         if len(self._topics) == 1:
             return (message,)
         before = list(self.synchroniser.unpaired)
-        frame = self.synchroniser.put(side, messages.nanoseconds(message.header.stamp), message)
+        arrived = time.monotonic_ns() if arrived is None else arrived
+        frame = self.synchroniser.put(side, stamp, message, arrived)
         self._report_unpaired([now - then for now, then in zip(self.synchroniser.unpaired, before)])
         return frame
+
+    def _check_stamp(self, side: int, stamp: int) -> None:
+        """Name an image whose stamp is zero, or that of the image before."""
+        topic, before = self._topics[side], self._stamps[side]
+        self._stamps[side] = stamp
+        remedy = "tracks and poses are right all the same, but their times are not; have the driver stamp each image"
+        if stamp == 0:
+            self._events.stamp_fault("zero stamps", topic, f"images on {topic} have the stamp zero: {remedy}")
+        elif stamp == before:
+            explanation = f"images on {topic} have the stamp of the image before ({stamp * 1e-9:.6f} s): {remedy}"
+            self._events.stamp_fault("repeated stamps", topic, explanation)
 
     def finish(self) -> None:
         """Report the images that still wait for a partner when nothing more will come."""
@@ -225,11 +251,11 @@ class Pipeline:
         stamps = [messages.nanoseconds(message.header.stamp) for message in received]
         try:
             images = [to_array(message) for message in received]
-            interruption = self.front_end.interruption(stamps[0])
+            frame_ids = [message.header.frame_id for message in received]
+            interruption = self.front_end.interruption(stamps[0], frame_ids)
             if interruption:
                 self._events.interrupted(f"{interruption}: features and tracks are forgotten")
             camera = self._camera_for([(image.shape[1], image.shape[0]) for image in images])
-            frame_ids = [message.header.frame_id for message in received]
             result = self.front_end.register(images, stamps, camera, frame_ids)
         except ImageError as error:
             self._events.rejected(error.reason, f"an image was rejected: {error}")
@@ -253,12 +279,19 @@ class Pipeline:
             self._events.calibration_refused(
                 "stereo matches",
                 f"only {stereo.num_inliers} of {len(stereo.indices)} stereo matches agree with the camera_infos: left "
-                "and right images are swapped, or the calibration is another pair's, or no longer right",
+                "and right images are swapped, or the calibration is another pair's, or no longer right"
+                + (
+                    "; or images of two moments were taken for a pair, as their stamps are zero or repeat"
+                    if self.synchroniser.by_arrival
+                    else ""
+                ),
             )
 
     def _report_unpaired(self, counts: Sequence[int]) -> None:
         offset = self.synchroniser.offset
         near = "" if offset is None else f"; the last near miss was {offset * 1e-9:.6f} s off"
+        if self.synchroniser.by_arrival:
+            near = "; their stamps are zero or repeat, so arrival decided"
         for topic, count in zip(self._topics, counts):
             if count:
                 explanation = f"images on {topic} find no partner within sync_tolerance of their stamps{near}"

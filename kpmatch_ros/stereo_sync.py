@@ -1,9 +1,10 @@
-"""Puts left and right images together by their stamps. No ROS in here."""
+"""Puts left and right images together by their stamps, or where these say nothing by their arrival. No ROS in here."""
 
 from __future__ import annotations
 
+import statistics
 from collections import deque
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 __all__ = ["StereoSynchroniser"]
 
@@ -13,11 +14,25 @@ _SILENT_AFTER = 0.5  # seconds that an image of the other stream has gone withou
 _LONGEST_STEP = 0.2  # seconds between two calls that count at most: a caller that was held up did not listen
 
 
+_ARRIVALS = 9  # steps of a stream whose median is its period by arrival: some come in a burst
+
+
+class _Waiting(NamedTuple):
+    """An image that waits for its partner."""
+
+    stamp: int
+    arrived: int
+    item: Any
+
+
 class StereoSynchroniser(Generic[Item]):
     """Finds each left image's right image: the one of equal stamp, or else the nearest within a tolerance.
 
     Each stream comes in order; the two may come at any time. An image is unpaired once its partner can no longer come:
     the other stream is past its time, a later image of its own stream has a partner, or too many images wait.
+
+    Stamps that are zero, or repeat, fit several images alike. Among these the one that arrived nearest is the partner,
+    where the two are less than half a period apart: or else one lost image would shift all pairs that follow.
 
     Args:
         tolerance: largest difference of two stamps that are not equal, nanoseconds. It never exceeds half the time
@@ -28,37 +43,54 @@ class StereoSynchroniser(Generic[Item]):
         unpaired: (left, right), images that found no partner.
         since: (left, right), images of the other stream since the last one of this.
         offset: by how much the stamps differed when two images last missed each other, nanoseconds; None before.
+        by_arrival: whether the last image had no stamp of its own, so that arrival decided.
     """
 
     def __init__(self, tolerance: int, capacity: int) -> None:
         self._tolerance = tolerance
-        self._waiting: tuple[deque[tuple[int, Item]], ...] = (deque(maxlen=capacity), deque(maxlen=capacity))
+        self._waiting: tuple[deque[_Waiting], ...] = (deque(maxlen=capacity), deque(maxlen=capacity))
         self._last: list[int | None] = [None, None]
         self._periods: list[int | None] = [None, None]
+        self._arrived: list[int | None] = [None, None]
+        self._steps: tuple[deque[int], ...] = (deque(maxlen=_ARRIVALS), deque(maxlen=_ARRIVALS))
+        self.by_arrival = False
         self.unpaired = [0, 0]
         self.since = [0, 0]
         self._waited: list[float | None] = [None, None]  # seconds that the other stream's images waited for this one
         self._now: float | None = None
         self.offset: int | None = None
 
-    def put(self, side: int, stamp: int, item: Item) -> tuple[Item, Item] | None:
-        """Add an image of the left (0) or right (1) stream, and return the pair that it completes, left first."""
-        self._measure(side, stamp)
+    def put(self, side: int, stamp: int, item: Item, arrived: int = 0) -> tuple[Item, Item] | None:
+        """Add an image of the left (0) or right (1) stream, and return the pair that it completes, left first.
+
+        Args:
+            side: of the stream.
+            stamp: of the image, nanoseconds.
+            item: is given back in the pair.
+            arrived: when it arrived or was recorded, nanoseconds of any clock.
+        """
+        self.by_arrival = stamp == 0 or stamp == self._last[side]
+        self._measure(side, stamp, arrived)
         if self._waited[side] is not None:  # this is the answer
             self._waited[side] = None
         elif self._waited[1 - side] is None:
             self._waited[1 - side] = 0.0
         own, others = self._waiting[side], self._waiting[1 - side]
-        differences = [abs(stamp - other) for other, _ in others]
-        nearest = min(range(len(others)), key=differences.__getitem__, default=None)
-        if nearest is None or differences[nearest] > self._limit():
+        differences = [abs(stamp - other.stamp) for other in others]
+        apart = [abs(arrived - other.arrived) for other in others]
+        nearest = min(range(len(others)), key=lambda i: (differences[i], apart[i], -i), default=None)
+        if (
+            nearest is None
+            or differences[nearest] > self._limit()
+            or (self.by_arrival and apart[nearest] > self._arrival_limit())
+        ):
             if nearest is not None:
                 self.offset = differences[nearest]
-            while others and others[0][0] < stamp - self._tolerance:  # this stream is past their partner's time
+            while others and others[0].stamp < stamp - self._tolerance:  # this stream is past their partner's time
                 others.popleft()
                 self.unpaired[1 - side] += 1
             self.unpaired[side] += len(own) == own.maxlen  # the oldest makes way
-            own.append((stamp, item))
+            own.append(_Waiting(stamp, arrived, item))
             return None
         # What came before either of the two has no partner: by arrival, as stamps may have gone back.
         self.unpaired[side] += len(own)
@@ -66,7 +98,7 @@ class StereoSynchroniser(Generic[Item]):
         for _ in range(nearest):
             others.popleft()
         self.unpaired[1 - side] += nearest
-        _, partner = others.popleft()
+        partner = others.popleft().item
         return (item, partner) if side == 0 else (partner, item)
 
     @property
@@ -76,7 +108,7 @@ class StereoSynchroniser(Generic[Item]):
 
     def newest(self, side: int) -> Item | None:
         """The last image of the left (0) or right (1) stream, where it has no partner yet."""
-        return self._waiting[side][-1][1] if self._waiting[side] else None
+        return self._waiting[side][-1].item if self._waiting[side] else None
 
     def wait(self, now: float) -> None:
         """Let time pass: to be called every tenth of a second or so, with the seconds of any clock."""
@@ -89,7 +121,10 @@ class StereoSynchroniser(Generic[Item]):
         waited = self._waited[side]
         return waited is not None and waited > _SILENT_AFTER
 
-    def _measure(self, side: int, stamp: int) -> None:
+    def _measure(self, side: int, stamp: int, arrived: int) -> None:
+        before, self._arrived[side] = self._arrived[side], arrived
+        if before is not None:
+            self._steps[side].append(abs(arrived - before))
         last, self._last[side] = self._last[side], stamp
         if last is not None and stamp > last:
             self._periods[side] = stamp - last
@@ -98,3 +133,6 @@ class StereoSynchroniser(Generic[Item]):
 
     def _limit(self) -> int:
         return min([self._tolerance, *(period // 2 for period in self._periods if period is not None)])
+
+    def _arrival_limit(self) -> float:
+        return min((statistics.median(steps) / 2 for steps in self._steps if steps), default=float("inf"))

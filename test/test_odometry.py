@@ -23,8 +23,8 @@ def step(translation: np.ndarray = STEP, turn: np.ndarray = TURN, status: PoseSt
 
 def pair(reference: int, current: int, pose: RelativePose | None = None, reset: bool = False) -> Any:
     return SimpleNamespace(
-        reference=SimpleNamespace(stamp=reference),
-        current=SimpleNamespace(stamp=current),
+        reference=SimpleNamespace(number=reference, stamp=0),
+        current=SimpleNamespace(number=current, stamp=0),
         reset=reset,
         pose=step() if pose is None else pose,
     )

@@ -129,3 +129,27 @@ def test_every_image_is_paired_or_counted_or_waiting_and_no_pair_is_wrong(seed: 
     assert len({left for left, _ in found}) == len(found) == len({right for _, right in found})
     for side in (LEFT, RIGHT):
         assert sent[side] - len(found) - 10 <= synchroniser.unpaired[side] <= sent[side] - len(found)
+
+
+@pytest.mark.parametrize("stamp", [0, 7 * 10**9])
+def test_stamps_that_are_all_alike_leave_only_the_lost_image_without_a_partner(stamp: int) -> None:
+    """Arrival decides: the right image follows 20 ms after the left one, ten times a second, and two are lost."""
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    found = []
+    for number in range(12):
+        for side in (LEFT, RIGHT):
+            if (number, side) not in ((4, RIGHT), (8, LEFT)):
+                arrived = (100 * number + 20 * side) * MS
+                found.append(synchroniser.put(side, stamp, f"{'LR'[side]}{number}", arrived))
+    assert [pair for pair in found if pair] == [(f"L{i}", f"R{i}") for i in range(12) if i not in (4, 8)]
+    assert synchroniser.unpaired == [1, 1]
+
+
+def test_without_stamps_the_side_that_comes_first_may_change_and_images_may_come_in_a_burst() -> None:
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    found = []
+    for number in range(9):
+        burst = 500 if number in (4, 5) else 100 * number  # two frames at once, after a pause of this process
+        for side in (LEFT, RIGHT) if number % 2 else (RIGHT, LEFT):
+            found.append(synchroniser.put(side, 0, f"{'LR'[side]}{number}", burst * MS + len(found)))
+    assert [pair for pair in found if pair] == [(f"L{i}", f"R{i}") for i in range(9)]

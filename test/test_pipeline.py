@@ -32,7 +32,7 @@ class FrontEndStub:
     def reset(self) -> None:
         pass
 
-    def interruption(self, stamp: int) -> str:
+    def interruption(self, stamp: int, frame_ids: Any) -> str:
         return ""
 
     def register(self, images: Any, stamps: Any, camera: Any, frame_ids: Any) -> Result:
@@ -65,6 +65,9 @@ class Heard:
 
     def unpaired(self, topic: str, images: int, explanation: str) -> None:
         self.reports.append(("unpaired", topic, str(images), explanation))
+
+    def stamp_fault(self, fault: str, topic: str, explanation: str) -> None:
+        self.reports.append((fault, topic, explanation))
 
     def odometry(self, breaks: int, explanation: str) -> None:
         self.reports.append(("odometry", str(breaks), explanation))
@@ -183,4 +186,15 @@ def test_images_that_still_wait_for_a_partner_at_the_end_are_reported() -> None:
     assert [report[:3] for report in heard.reports] == [
         ("unpaired", "/left/image", "1"),
         ("unpaired", "/right/image", "1"),
+    ]
+
+
+def test_images_whose_stamps_say_nothing_are_reported_by_topic() -> None:
+    pipeline, heard = make("/left/image", "/right/image")
+    for stamp in (SECOND, SECOND, 2 * SECOND):
+        pipeline.add_image(0, image(stamp))
+    pipeline.add_image(1, image(0))
+    assert [report[:2] for report in heard.reports if "stamps" in report[0]] == [
+        ("repeated stamps", "/left/image"),
+        ("zero stamps", "/right/image"),
     ]

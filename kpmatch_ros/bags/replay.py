@@ -116,7 +116,7 @@ def _process(
             arrived = time.perf_counter()
             recorded.append(recorded_at)
             bar.update(sides[topic] == 0)
-            received = pipeline.add_image(sides[topic], message)
+            received = pipeline.add_image(sides[topic], message, recorded_at)
             result = None if received is None else pipeline.process(received)
             if result is not None:
                 if trajectory is not None:

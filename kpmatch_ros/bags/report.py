@@ -31,6 +31,8 @@ class Report:
         poses: how many poses have which status.
         rejections: how many frames could not be used, by reason.
         refusals: how many frames had a calibration that could not be used, by reason.
+        stamp_faults: how many images have a stamp that is zero or repeats.
+        interruptions: how many frames could not follow the one before: time jumped, or the frame_id changed.
         without_partner: of a stereo pair, how many images on each topic found no partner. A frame is a pair.
         faults: what was wrong, in words: the first of each kind.
         recorded: time from the first to the last image, seconds.
@@ -50,6 +52,8 @@ class Report:
     poses: Counter[str] = field(default_factory=Counter)
     rejections: Counter[str] = field(default_factory=Counter)
     refusals: Counter[str] = field(default_factory=Counter)
+    stamp_faults: Counter[str] = field(default_factory=Counter)
+    interruptions: Counter[str] = field(default_factory=Counter)
     without_partner: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     recorded: float = 0.0
@@ -79,7 +83,12 @@ class Report:
         self._fault(self.refusals, reason, explanation)
 
     def interrupted(self, explanation: str) -> None:
-        """The frames' times jumped: a pose with its own status says so."""
+        """A frame could not follow the one before. A pose with its own status says so too."""
+        self._fault(self.interruptions, "frames", explanation)
+
+    def stamp_fault(self, fault: str, topic: str, explanation: str) -> None:
+        """An image's stamp says nothing of its time."""
+        self._fault(self.stamp_faults, f"{fault} on {topic}", explanation)
 
     def unpaired(self, topic: str, images: int, explanation: str) -> None:
         """Images of one camera of a stereo pair found no partner."""
@@ -113,6 +122,7 @@ class Report:
             "frames": len(self.latencies),
             "rejected": dict(self.rejections),
             "camera_info_refused": dict(self.refusals),
+            "stamps": dict(self.stamp_faults),
             "rate": _rounded(len(self.latencies) / self.elapsed),
             "times_real_time": _rounded(self.recorded / self.elapsed),
             "latency_ms": {"median": _percentile(self.latencies, 50), "95 %": _percentile(self.latencies, 95)},
@@ -178,6 +188,8 @@ class Report:
             )
         if self.without_partner:
             rows.insert(1, ("unpaired", f"images without a partner: {counts(self.without_partner)}"))
+        if self.stamp_faults:
+            rows.append(("stamps", counts(self.stamp_faults)))
         if self.refusals:
             rows.append(("camera_info", f"refused: {counts(self.refusals)}"))
         return rows

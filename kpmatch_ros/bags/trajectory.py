@@ -25,7 +25,7 @@ class Trajectory:
     def __init__(self, stream: TextIO) -> None:
         self.breaks = 0
         self._stream = stream
-        self._known: dict[int, tuple[Rotation, np.ndarray]] = {}  # by the frames' stamps
+        self._known: dict[int, tuple[Rotation, np.ndarray]] = {}  # by the frames' numbers
         self._last = Rotation.identity(), np.zeros(3)
         stream.write("# timestamp tx ty tz qx qy qz qw: pose of the camera in the first camera's optical frame\n")
 
@@ -36,9 +36,9 @@ class Trajectory:
                 self._write(frame, *self._last)
             return
         if pair.pose.status not in (PoseStatus.OK, PoseStatus.NO_TRANSLATION):
-            self._known.pop(frame.stamp, None)
+            self._known.pop(frame.number, None)
             return
-        start = self._known.get(pair.reference.stamp)
+        start = self._known.get(pair.reference.number)
         if start is None:
             self.breaks += 1
             self._stream.write(f"# broken: the pose of the frame at {_seconds(pair.reference.stamp)} is not known\n")
@@ -47,11 +47,11 @@ class Trajectory:
         self._write(
             frame, rotation * Rotation.from_matrix(pair.pose.rotation), position + rotation.apply(pair.pose.translation)
         )
-        reference = pair.reference.stamp
-        self._known = {stamp: pose for stamp, pose in self._known.items() if stamp in (reference, frame.stamp)}
+        kept = (pair.reference.number, frame.number)
+        self._known = {number: pose for number, pose in self._known.items() if number in kept}
 
     def _write(self, frame: Frame, rotation: Rotation, position: np.ndarray) -> None:
-        self._last = self._known[frame.stamp] = rotation, position
+        self._last = self._known[frame.number] = rotation, position
         numbers = " ".join(f"{value:.9f}" for value in (*position, *rotation.as_quat()))
         self._stream.write(f"{_seconds(frame.stamp)} {numbers}\n")
 

@@ -43,6 +43,7 @@ class Monitor:
         self._rejected: Counter[str] = Counter()
         self._calibrations_refused: Counter[str] = Counter()
         self._unpaired: Counter[str] = Counter()
+        self._stamp_faults: Counter[str] = Counter()
         self._interruptions = 0
         self._odometry_breaks: int | None = None
         self._failures: deque[tuple[float, Problem]] = deque()
@@ -95,6 +96,12 @@ class Monitor:
         with self._lock:
             self._unpaired[topic] += images
             self._fail(f"unpaired: {topic}", explanation)
+
+    def stamp_fault(self, fault: str, topic: str, explanation: str) -> None:
+        """An image's stamp says nothing of its time."""
+        with self._lock:
+            self._stamp_faults[f"{fault}: {topic}"] += 1
+            self._fail(f"{fault}: {topic}", explanation)
 
     def odometry(self, breaks: int, explanation: str) -> None:
         """A pose was added to the odometry, whose chain broke so many times. The explanation is for a new break."""
@@ -149,6 +156,7 @@ class Monitor:
                 values[f"camera_info refused: {reason}"] = str(count)
             for topic, count in sorted(self._unpaired.items()):
                 values[f"unpaired: {topic}"] = str(count)
+            values.update((fault, str(count)) for fault, count in sorted(self._stamp_faults.items()))
             values["interruptions"] = str(self._interruptions)
             if self._odometry_breaks is not None:
                 values["odometry breaks"] = str(self._odometry_breaks)
