@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from kpmatch_ros.bags.cameras import CameraTopics
 from kpmatch_ros.bags.files import BagError, BagWriter, bag_storage, new_message, read_messages
+from kpmatch_ros.bags.html_report import HtmlReport
 from kpmatch_ros.bags.report import Report
 from kpmatch_ros.bags.trajectory import Trajectory
 from kpmatch_ros.front_end import FrontEnd
@@ -31,6 +32,7 @@ def replay(
     parameters: Parameters,
     *,
     poses: Path | None = None,
+    page: Path | None = None,
     features: bool = False,
     match_image: bool = False,
 ) -> Report:
@@ -46,6 +48,7 @@ def replay(
         cameras: one, or with mode stereo the left and the right one.
         parameters: as the node's. Every frame is processed: `queue` plays no part.
         poses: text file for the chained poses in TUM's format.
+        page: HTML file for a page with everything that the replay shows, see :class:`HtmlReport`.
         features: write `features` too.
         match_image: write `match_image` too.
 
@@ -61,9 +64,10 @@ def replay(
     check_odometry(parameters)
     if out.exists() or out.is_symlink():
         raise BagError(f"{out}: exists already; remove it or choose another name")
-    for path in (out, poses):
+    for path in (out, poses, page):
         if path is not None and not path.resolve().parent.is_dir():
             raise BagError(f"{path}: there is no folder {path.parent}")
+    shown = None if page is None else HtmlReport(cameras[0].num_images, metric=stereo)
     front_end = FrontEnd(parameters)
     front_end.matcher.warm_up()
     with ExitStack() as stack:
@@ -73,13 +77,16 @@ def replay(
         writer = stack.enter_context(BagWriter(folder, bag_storage(bag)))
         trajectory = Trajectory(stack.enter_context(text.open("w"))) if text is not None else None
         wanted = {"/tf", *(["features"] if features else []), *(["match_image"] if match_image else [])}
-        report = _process(bag, cameras, front_end, writer, wanted, trajectory)
+        page_file = stack.enter_context(_whole_or_not(page)) if page is not None else None
+        report = _process(bag, cameras, front_end, writer, wanted, trajectory, shown)
         if not report.latencies:
             topics = " and ".join(camera.image for camera in cameras)
             raise BagError(
                 f"{bag}: none of the {sum(camera.num_images for camera in cameras)} images on {topics} can "
                 f"be used: {report.faults[0]}"
             )
+        if shown is not None and page_file is not None:
+            shown.write(page_file, f"Matches of {bag.name}", report.rows(), report.faults)
     return report
 
 
@@ -90,6 +97,7 @@ def _process(
     writer: BagWriter,
     wanted: set[str],
     trajectory: Trajectory | None,
+    page: HtmlReport | None,
 ) -> Report:
     report = Report(cameras)
     recorded: list[int] = []
@@ -121,7 +129,10 @@ def _process(
             if result is not None:
                 if trajectory is not None:
                     trajectory.add(result.frame, result.pair)
-                report.processed(result, (time.perf_counter() - arrived) * 1e3)
+                milliseconds = (time.perf_counter() - arrived) * 1e3
+                report.processed(result, milliseconds)
+                if page is not None:
+                    page.add(result, milliseconds)
     pipeline.finish()
     report.finish()
     report.elapsed = time.perf_counter() - started

@@ -29,6 +29,11 @@ class Trajectory:
         self._last = Rotation.identity(), np.zeros(3)
         stream.write("# timestamp tx ty tz qx qy qz qw: pose of the camera in the first camera's optical frame\n")
 
+    @property
+    def position(self) -> np.ndarray:
+        """(3,) of the last camera whose pose is known, in the world."""
+        return self._last[1]
+
     def add(self, frame: Frame, pair: Pair | None) -> None:
         """The next frame, and its pair with the reference."""
         if pair is None:

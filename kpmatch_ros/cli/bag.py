@@ -44,6 +44,7 @@ def add_bag(commands: Any) -> None:
         "node's messages for these frames with the images' stamps, and not the images. Options override the parameter "
         "file; what neither names has the node's default.",
         "kpmatch bag drive out --poses poses.txt",
+        "kpmatch bag drive out --report drive.html",
         "kpmatch bag drive out --image /camera/image_raw --params matcher.yaml --device cuda",
         "kpmatch bag drive out --left /cam0/image_raw --right /cam1/image_raw --poses poses.txt",
     )
@@ -76,6 +77,13 @@ def add_bag(commands: Any) -> None:
         help="also write the chained poses, as TUM's text format has them (evo reads it): in metres in stereo; "
         "of one camera the scale is arbitrary",
     )
+    parser.add_argument(
+        "--report",
+        metavar="FILE.html",
+        type=Path,
+        help="also write a page that any browser opens: trajectory, figures per frame, pictures of the matches (needs "
+        "plotly)",
+    )
     parser.add_argument("--features", action="store_true", help="also write /features, with the descriptors")
     parser.add_argument("--match-image", action="store_true", help="also write /match_image, pictures of the matches")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
@@ -107,8 +115,8 @@ def _bag(options: argparse.Namespace) -> int:
             cameras = (choose_camera(source, options.image, options.camera_info),)
             info_options = ["--camera-info"]
         report = replay(
-            source, options.target, cameras, parameters, poses=options.poses, features=options.features,
-            match_image=options.match_image,
+            source, options.target, cameras, parameters, poses=options.poses, page=options.report,
+            features=options.features, match_image=options.match_image,
         )  # fmt: skip
     except BagError as error:
         raise CommandError(str(error)) from error

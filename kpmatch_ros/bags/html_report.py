@@ -1,0 +1,226 @@
+"""A replay as one page: trajectory, figures per frame, and pictures of the matches. It opens without a network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import importlib.util
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from kpmatch_ros.bags.files import BagError
+from kpmatch_ros.bags.trajectory import Trajectory
+from kpmatch_ros.drawing import draw_matches
+from kpmatch_ros.front_end import Pair, Result
+from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.pipeline import caption
+
+__all__ = ["HtmlReport"]
+
+_MOST_PICTURES = 120
+_PICTURES_BYTES = 3_000_000  # of all JPEGs. As text they take a third more, beside 5 MB of plotly: below 10 MB.
+_PICTURE_BYTES = 120_000  # of one
+_WIDTHS = (1280, 960, 720, 540, 400)  # pixels, tried in this order
+_QUALITIES = (85, 70, 55)  # of JPEG, tried in this order
+_TEMPLATE = Path(__file__).with_name("report.html")
+_COLOURS = {
+    PoseStatus.OK: "#2f9e6e",
+    PoseStatus.NO_TRANSLATION: "#3b82c4",
+    PoseStatus.TOO_FEW_MATCHES: "#e0a030",
+    PoseStatus.NO_CALIBRATION: "#8a8f98",
+    PoseStatus.FAILED: "#d1495b",
+}
+_MATCHES_AND_INLIERS = "<span style='color:#3b82c4'>matches</span>, <span style='color:#2f9e6e'>inliers</span>"
+_OTHER_COLOUR = "#9b5de5"  # of a status that came later
+
+
+@dataclass(frozen=True)
+class _Point:
+    """What the page says of a frame.
+
+    Attributes:
+        stamp: nanoseconds.
+        matches, inliers: of the frame with its reference.
+        rotation: between them, degrees; None without a pose.
+        latency: milliseconds.
+        status: of the pose.
+        position: (3,) of the camera in the first camera's optical frame; None where it is not known.
+    """
+
+    stamp: int
+    matches: int
+    inliers: int
+    rotation: float | None
+    latency: float
+    status: PoseStatus
+    position: np.ndarray | None
+
+
+class HtmlReport:
+    """Collects what a replay does, and writes it as a page.
+
+    Args:
+        frames: how many there will be about, to choose those that have a picture.
+        metric: whether the poses are in metres.
+
+    Raises:
+        BagError: when plotly is not installed.
+    """
+
+    def __init__(self, frames: int, metric: bool) -> None:
+        if importlib.util.find_spec("plotly") is None:
+            raise BagError("--report: the page needs plotly, which is not installed: pip install plotly")
+        self._metric = metric
+        self._every = -(-max(frames, 1) // _MOST_PICTURES)
+        self._picture_bytes = min(_PICTURE_BYTES, _PICTURES_BYTES // max(1, min(frames, _MOST_PICTURES)))
+        self._points: list[_Point] = []
+        self._pictures: list[tuple[int, str, bytes]] = []  # number among the points, caption, JPEG
+        self._trajectory = Trajectory(io.StringIO())
+
+    def add(self, result: Result, milliseconds: float) -> None:
+        """The next frame, and what it took from its message to its results."""
+        self._trajectory.add(result.frame, result.pair)
+        pair = result.pair
+        if pair is None:
+            return
+        known = pair.pose.status in (PoseStatus.OK, PoseStatus.NO_TRANSLATION)
+        cosine = (np.trace(pair.pose.rotation) - 1) / 2
+        self._points.append(
+            _Point(
+                pair.current.stamp,
+                len(pair.indices),
+                pair.num_inliers,
+                float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))) if known else None,
+                milliseconds,
+                pair.pose.status,
+                self._trajectory.position if known else None,
+            )
+        )
+        if (len(self._points) - 1) % self._every == 0 and len(self._pictures) < _MOST_PICTURES:
+            self._pictures.append((len(self._points) - 1, caption(pair), _picture(pair, self._picture_bytes)))
+
+    def write(self, path: Path, title: str, rows: list[tuple[str, str]], faults: list[str]) -> None:
+        """Write the page.
+
+        Args:
+            path: of the file.
+            title: of the page.
+            rows: the table: names and texts.
+            faults: what went wrong, in words.
+
+        Raises:
+            OSError: when it cannot be written.
+        """
+        from plotly.offline import get_plotlyjs
+
+        start = self._points[0].stamp if self._points else 0
+        frames = [
+            {
+                "point": number,
+                "seconds": round((self._points[number].stamp - start) * 1e-9, 3),
+                "caption": text,
+                "jpeg": base64.b64encode(jpeg).decode(),
+            }
+            for number, text, jpeg in self._pictures
+        ]
+        table = "\n".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in rows)
+        notes = "\n".join(f"<li>{html.escape(fault)}</li>" for fault in faults)
+        every = "each frame" if self._every == 1 else f"one frame of {self._every}"
+        parts = {
+            "@TITLE@": html.escape(title),
+            "@TABLE@": table,
+            "@FAULTS@": f"<ul class='faults'>{notes}</ul>" if notes else "",
+            "@EVERY@": every,
+            "@TRAJECTORY@": _script(self._trajectory_figure()),
+            "@FIGURES@": _script(self._figures(start)),
+            "@FRAMES@": _script(frames),
+            "@PLOTLY@": get_plotlyjs(),
+        }
+        page = re.sub("|".join(parts), lambda found: parts[found[0]], _TEMPLATE.read_text(encoding="utf-8"))
+        path.write_text(page, encoding="utf-8")
+
+    def _trajectory_figure(self) -> dict[str, Any]:
+        """Seen from above: the camera's x to the right, its z (forward) up."""
+        known = [point for point in self._points if point.position is not None]
+        at = np.array([np.zeros(3), *(point.position for point in known if point.position is not None)])
+        unit = "m" if self._metric else "arbitrary scale: each step has length one"
+        numbers = ["start", *(str(number) for number, point in enumerate(self._points) if point.position is not None)]
+        trace = {
+            "type": "scattergl" if len(at) > 5000 else "scatter",
+            "x": np.round(at[:, 0], 4).tolist(),
+            "y": np.round(at[:, 2], 4).tolist(),
+            "text": numbers,
+            "mode": "lines+markers",
+            "line": {"color": "#9fb3c8", "width": 1.5},
+            "marker": {"size": 5, "color": list(range(len(at))), "colorscale": "Viridis"},
+            "hovertemplate": "frame %{text}<br>x %{x}, z %{y}<extra></extra>",
+        }
+        layout = {
+            "xaxis": {"title": {"text": f"x, right ({unit})"}},
+            "yaxis": {"title": {"text": "z, forward"}, "scaleanchor": "x"},
+        }
+        return {"data": [trace], "layout": layout}
+
+    def _figures(self, start: int) -> dict[str, Any]:
+        """Four plots over the seconds since the first of the frames, one below the other."""
+        seconds = [round((point.stamp - start) * 1e-9, 4) for point in self._points]
+        statuses = [point.status for point in self._points]
+
+        def line(name: str, values: list[Any], axis: str, colour: str) -> dict[str, Any]:
+            return {
+                "type": "scatter", "mode": "lines+markers", "name": name, "x": seconds, "y": values, "yaxis": axis,
+                "line": {"color": colour, "width": 1.5}, "marker": {"size": 4},
+            }  # fmt: skip
+
+        data = [
+            line("matches", [point.matches for point in self._points], "y", "#3b82c4"),
+            line("inliers", [point.inliers for point in self._points], "y", "#2f9e6e"),
+            line("rotation", [None if p.rotation is None else round(p.rotation, 4) for p in self._points], "y2",
+                 "#9b5de5"),
+            line("latency", [round(point.latency, 2) for point in self._points], "y3", "#e0703a"),
+            {
+                "type": "scatter", "mode": "markers", "name": "status", "x": seconds, "yaxis": "y4",
+                "y": [status.name for status in statuses],
+                "marker": {"size": 8, "symbol": "square",
+                           "color": [_COLOURS.get(status, _OTHER_COLOUR) for status in statuses]},
+            },
+        ]  # fmt: skip
+        layout = {
+            "xaxis": {"title": {"text": "seconds"}, "anchor": "y4"},
+            "yaxis": {"title": {"text": _MATCHES_AND_INLIERS}, "domain": [0.76, 1.0], "rangemode": "tozero"},
+            "yaxis2": {"title": {"text": "rotation (°)"}, "domain": [0.5, 0.72], "rangemode": "tozero"},
+            "yaxis3": {"title": {"text": "latency (ms)"}, "domain": [0.24, 0.46], "rangemode": "tozero"},
+            "yaxis4": {"domain": [0.0, 0.18], "type": "category"},
+        }
+        return {"data": data, "layout": layout}
+
+
+def _picture(pair: Pair, most: int) -> bytes:
+    """The matches as a JPEG of at most so many bytes, if the smallest that is tried has no more."""
+    drawn = draw_matches(
+        pair.reference.image, pair.current.image, pair.reference_points, pair.points, pair.scores, pair.inliers
+    )
+    bgr = cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)
+    encoded = b""
+    for width in _WIDTHS:
+        if width > bgr.shape[1] and width != _WIDTHS[-1]:
+            continue
+        size = (width, max(1, round(bgr.shape[0] * width / bgr.shape[1])))
+        scaled = cv2.resize(bgr, size, interpolation=cv2.INTER_AREA)
+        for quality in _QUALITIES:
+            encoded = cv2.imencode(".jpg", scaled, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+            if len(encoded) <= most:
+                return encoded
+    return encoded
+
+
+def _script(value: Any) -> str:
+    """JSON that may stand in a script element."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")

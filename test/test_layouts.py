@@ -1,0 +1,74 @@
+"""rviz/matcher.rviz and foxglove/matcher.json show topics that exist, as what they are."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+# What each display of RViz, and each panel of Foxglove that shows whole messages, takes.
+RVIZ = {
+    "rviz_default_plugins/Image": "sensor_msgs/Image",
+    "rviz_default_plugins/Odometry": "nav_msgs/Odometry",
+    "rviz_default_plugins/PointCloud2": "sensor_msgs/PointCloud2",
+}
+FOXGLOVE = {
+    "Image": {"sensor_msgs/Image"},
+    "3D": {"nav_msgs/Odometry", "sensor_msgs/PointCloud2"},
+    "DiagnosticSummary": {"diagnostic_msgs/DiagnosticArray"},
+}
+
+
+@pytest.fixture(scope="module")
+def topics() -> dict[str, str]:
+    """The types of the topics that the node publishes, from docs/topics.md."""
+    rows = re.findall(r"^\| `(\S+)` \(out\) \| `(\S+)`", (ROOT / "docs" / "topics.md").read_text(), re.MULTILINE)
+    found = {name.lstrip("/"): kind for name, kind in rows}
+    assert found["matches"] == "kpmatch_ros/MatchArray"
+    return found
+
+
+def words(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from words(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from words(inner)
+    elif isinstance(value, str):
+        yield value
+
+
+def test_each_display_of_rviz_shows_a_topic_of_its_type(topics: dict[str, str]) -> None:
+    displays = yaml.safe_load((ROOT / "rviz" / "matcher.rviz").read_text())["Visualization Manager"]["Displays"]
+    shown = {item["Topic"]["Value"]: item["Class"] for item in displays if "Topic" in item}
+    assert {"match_image", "odometry"} <= set(shown)
+    assert {topic: RVIZ[kind] for topic, kind in shown.items()} == {topic: topics[topic] for topic in shown}
+
+
+def test_each_panel_of_foxglove_shows_topics_and_fields_that_exist(topics: dict[str, str]) -> None:
+    layout = json.loads((ROOT / "foxglove" / "matcher.json").read_text())
+    plotted: list[str] = []
+    for name, panel in layout["configById"].items():
+        for path in (word for word in words(panel) if re.fullmatch(r"/[a-z_]+(\.[a-z_.]+)?", word)):
+            topic, _, field = path.lstrip("/").partition(".")
+            if field:
+                message = (ROOT / "msg" / f"{topics[topic].split('/')[1]}.msg").read_text()
+                assert re.search(rf"^\S+ {field}$|^\S+ {field}\s+#", message, re.MULTILINE), path
+                plotted.append(path)
+            else:
+                assert topics[topic] in FOXGLOVE[name.split("!")[0]], path
+    assert len(plotted) >= 5
+
+
+def test_each_panel_of_foxglove_has_its_place() -> None:
+    layout = json.loads((ROOT / "foxglove" / "matcher.json").read_text())
+    placed = sorted(word for word in words(layout["layout"]) if "!" in word)
+    assert placed == sorted(layout["configById"])
