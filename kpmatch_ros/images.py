@@ -9,9 +9,9 @@ What an encoding means, where `sensor_msgs/image_encodings` leaves it open:
   of the message's data. Alpha is left out.
 - A type that names no colours (`8UC3`, `16UC4`, `32FC3`) is blue first, as in OpenCV and RViz; one channel is grey.
   (cv_bridge leaves it open: it refuses to convert these to colours or `mono8`.)
-- 16 bits become 8 as value / 257, rounded, so 65535 becomes 255. The scale never depends on the picture, or else the
-  brightness would jump between frames. A camera that leaves the upper bits empty (12 bits in `mono16`) therefore looks
-  dark: scale its images where they are published.
+- 16 bits become 8 as value / 257, rounded, so 65535 becomes 255, or as a `scale` says. One picture's own range is no
+  scale: the brightness would jump between frames. The parameter `stretch` follows the range over time, for cameras that
+  leave the upper bits empty (12 bits in `mono16`).
 - Floats are a picture if every value is in [0, 1], which becomes [0, 255]. Others (depth in metres, NaN) are refused.
 - Bayer and YUV are converted by the ROS 2 `cv_bridge` where that works, by `rosbags-image` otherwise; YUV is BT.601 of
   limited range, as in OpenCV. In `nv12`, `nv21` and `nv24` the chroma rows follow the `height` rows of luma; they are
@@ -90,7 +90,10 @@ def _layouts() -> dict[str, Layout]:
 LAYOUTS = _layouts()  # by encoding
 
 
-def to_array(message: Any, largest: int = LARGEST_FILE) -> NDArray[np.uint8]:
+Scale = Callable[[NDArray[np.uint16]], NDArray[np.uint8]]
+
+
+def to_array(message: Any, largest: int = LARGEST_FILE, scale: Scale | None = None) -> NDArray[np.uint8]:
     """The pixels of an image message, as 8-bit grey or RGB.
 
     Args:
@@ -98,6 +101,8 @@ def to_array(message: Any, largest: int = LARGEST_FILE) -> NDArray[np.uint8]:
             fields will do, `data` being bytes, `array.array` or a NumPy array. A compressed image has the colours that
             its file declares; its `format` is read only to refuse depth and to recognise Bayer mosaics kept as grey.
         largest: pixels of a compressed image. One whose header declares more is not decoded.
+        scale: makes 8 bits of 16, (H, W, channels), as :class:`kpmatch_ros.contrast.Stretch` does; a division by 257
+            where not given.
 
     Returns:
         uint8, (H, W) where the message is grey, else (H, W, 3) in RGB order. Often a view of `message.data`: do not
@@ -108,7 +113,7 @@ def to_array(message: Any, largest: int = LARGEST_FILE) -> NDArray[np.uint8]:
         ImageError: where the content of the message is no picture.
     """
     if hasattr(message, "format"):
-        return _decompress(message, largest)
+        return _decompress(message, largest, scale)
     layout = LAYOUTS.get(message.encoding) if isinstance(message.encoding, str) else None
     if layout is None:
         raise ImageError(
@@ -149,7 +154,7 @@ def to_array(message: Any, largest: int = LARGEST_FILE) -> NDArray[np.uint8]:
         chroma = plane(step * height, height, 2 * step, 2)
         doubled = np.concatenate([pixels, chroma[..., :1], pixels, chroma[..., 1:]], axis=2)
         return _convert(doubled.reshape(height, 2 * width, 2), "yuv422_yuy2", what)[:, ::2]
-    return _picture(pixels, layout.colour, what)
+    return _picture(pixels, layout.colour, what, scale)
 
 
 def check_declared_size(data: bytes, what: str, largest: int = LARGEST_FILE) -> None:
@@ -188,7 +193,7 @@ def whole_jpeg(data: bytes) -> bytes:
     return data if data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda") else b""
 
 
-def _decompress(message: Any, largest: int) -> NDArray[np.uint8]:
+def _decompress(message: Any, largest: int, scale: Scale | None) -> NDArray[np.uint8]:
     encoding = str(message.format).split(";")[0].strip()  # as in "rgb8; jpeg compressed bgr8", or "jpeg" alone
     what = f"compressed image with format {message.format!r:.80}"
     if "compressedDepth" in str(message.format):
@@ -218,12 +223,12 @@ def _decompress(message: Any, largest: int) -> NDArray[np.uint8]:
             "look for losses on the way here, or a fault in the camera or its driver",
         )
     if pixels.ndim == 3:
-        return _picture(pixels, "bgr", what)
+        return _picture(pixels, "bgr", what, scale)
     # Without a converted encoding behind "compressed", Bayer images are sent as the mosaic.
     layout = LAYOUTS.get(encoding)
     colour = layout.colour if layout and layout.colour.startswith("bayer") else "grey"
     _check_size(pixels.shape[1], pixels.shape[0], colour, what)
-    return _picture(pixels[..., None], colour, what)
+    return _picture(pixels[..., None], colour, what, scale)
 
 
 def _integer(message: Any, name: str, reason: str) -> int:
@@ -249,7 +254,7 @@ def _check_size(width: int, height: int, colour: str, what: str) -> None:
         raise ImageError("size", f"{what}: a Bayer mosaic needs at least 3 x 3 pixels")
 
 
-def _picture(pixels: NDArray[Any], colour: str, what: str) -> NDArray[np.uint8]:
+def _picture(pixels: NDArray[Any], colour: str, what: str, scale: Scale | None) -> NDArray[np.uint8]:
     """Grey or RGB from (H, W, channels) of any depth and byte order."""
     if pixels.dtype.itemsize > 1:
         pixels = np.require(pixels, pixels.dtype.newbyteorder("="), ("C", "A"))
@@ -263,8 +268,11 @@ def _picture(pixels: NDArray[Any], colour: str, what: str) -> NDArray[np.uint8]:
                     f"{what}: floats from {low:g} to {high:g}, but only [0, 1] is a picture: "
                     "scale them, or publish mono8; depth images cannot be matched",
                 )
-        scale = 255.0 if pixels.dtype.kind == "f" else 1 / 257
-        pixels = cv2.convertScaleAbs(pixels, alpha=scale).reshape(pixels.shape)
+        if scale is not None and pixels.dtype.kind == "u":
+            pixels = scale(pixels)
+        else:
+            factor = 255.0 if pixels.dtype.kind == "f" else 1 / 257
+            pixels = cv2.convertScaleAbs(pixels, alpha=factor).reshape(pixels.shape)
     if colour not in _CHANNELS:
         return _convert(pixels, colour, what)
     picture: NDArray[np.uint8] = pixels[_CHANNELS[colour]]

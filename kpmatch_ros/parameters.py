@@ -226,6 +226,13 @@ class Parameters:
     image_transport: str = _parameter(
         "raw", "raw images, or compressed ones on <image>/compressed", choices=("raw", "compressed")
     )
+    stretch: str = _parameter(
+        "auto",
+        "images of 16 bits whose values use a small part of them (thermal, 12 bits): auto stretches that part to all "
+        "of 8 bits and follows it over time; off divides by 257",
+        choices=("auto", "off"),
+        dynamic=True,
+    )
     rectified: bool = _parameter(
         False, "the images are rectified: use the projection matrix of camera_info and no distortion"
     )

@@ -10,7 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from kpmatch_ros import messages
+from kpmatch_ros.contrast import Stretch, appearance
 from kpmatch_ros.drawing import draw_matches
 from kpmatch_ros.front_end import FrontEnd, ImagePair, Pair, Result, StereoPair
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
@@ -51,6 +54,9 @@ class Events(Protocol):
 
     def pose(self, status: PoseStatus) -> None:
         """A pose was published."""
+
+    def matched(self, fault: str) -> None:
+        """A frame was matched. The fault says why next to nothing came of it; it is empty where that is not so."""
 
     def odometry(self, breaks: int, explanation: str) -> None:
         """A pose was added to the odometry, whose chain broke so many times. The explanation is for a new break."""
@@ -169,6 +175,7 @@ class Pipeline:
         self._odometry = Odometry() if parameters.publish_odometry else None
         self._told_alone = None
         self._stamps = [None] * len(self._topics)
+        self._stretches = [Stretch() for _ in self._topics]
         self._reset_requested.clear()
 
     @property
@@ -250,7 +257,7 @@ class Pipeline:
             self.front_end.reset()
         stamps = [messages.nanoseconds(message.header.stamp) for message in received]
         try:
-            images = [to_array(message) for message in received]
+            images = [self._pixels(side, message) for side, message in enumerate(received)]
             frame_ids = [message.header.frame_id for message in received]
             interruption = self.front_end.interruption(stamps[0], frame_ids)
             if interruption:
@@ -262,6 +269,7 @@ class Pipeline:
             return None
         if result.stereo is not None:
             self._check_stereo(result.stereo)
+        self._check_yield(result)
         self._publish_result(result)
         if interruption:
             self._publish_interruption(messages.header_of(result.frame, self._new))
@@ -273,6 +281,26 @@ class Pipeline:
         except CalibrationError as error:
             self._events.calibration_refused(error.reason, f"camera_info cannot be used: {error}")
             return None
+
+    def _pixels(self, side: int, message: Any) -> np.ndarray:
+        stretch = self._stretches[side]
+        stretch.enabled, stretch.used = self.front_end.parameters.stretch == "auto", None
+        return to_array(message, scale=stretch.to_8_bits)
+
+    def _check_yield(self, result: Result) -> None:
+        """Report how a frame looks that gives too few keypoints or matches for a pose."""
+        least, keypoints = self.front_end.parameters.min_inliers, len(result.frame.keypoints)
+        matches = None if result.pair is None else len(result.pair.indices)
+        if keypoints >= least and (matches is None or matches >= least):
+            if matches is not None:
+                self._events.matched("")
+            return
+        stretch = self._stretches[0]
+        looks = appearance(result.frame.image, stretch.used)
+        if looks and stretch.used is not None and not stretch.enabled:
+            looks += ": set stretch to auto"
+        looks = looks or "the pictures have contrast, but not enough that two of them share"
+        self._events.matched(f"{keypoints} keypoints and {matches or 0} matches a frame; {looks}")
 
     def _check_stereo(self, stereo: StereoPair) -> None:
         if stereo.agreement.status is PoseStatus.FAILED:

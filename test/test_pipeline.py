@@ -36,7 +36,7 @@ class FrontEndStub:
         return ""
 
     def register(self, images: Any, stamps: Any, camera: Any, frame_ids: Any) -> Result:
-        frame: Any = SimpleNamespace(stamp=stamps[0], frame_id=frame_ids[0])
+        frame: Any = SimpleNamespace(stamp=stamps[0], frame_id=frame_ids[0], keypoints=range(100))
         return Result(frame, None, None)
 
 
@@ -68,6 +68,9 @@ class Heard:
 
     def stamp_fault(self, fault: str, topic: str, explanation: str) -> None:
         self.reports.append((fault, topic, explanation))
+
+    def matched(self, fault: str) -> None:
+        self.reports += [("barren", fault)] if fault else []
 
     def odometry(self, breaks: int, explanation: str) -> None:
         self.reports.append(("odometry", str(breaks), explanation))

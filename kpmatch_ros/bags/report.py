@@ -15,6 +15,9 @@ from kpmatch_ros.geometry.pose import PoseStatus
 __all__ = ["Report"]
 
 
+_BARREN = 0.2  # part of the frames with hardly a match that is worth a word
+
+
 @dataclass
 class Report:
     """What a replay did.
@@ -33,6 +36,7 @@ class Report:
         refusals: how many frames had a calibration that could not be used, by reason.
         stamp_faults: how many images have a stamp that is zero or repeats.
         interruptions: how many frames could not follow the one before: time jumped, or the frame_id changed.
+        barren: how many frames have too few keypoints or matches for a pose.
         without_partner: of a stereo pair, how many images on each topic found no partner. A frame is a pair.
         faults: what was wrong, in words: the first of each kind.
         recorded: time from the first to the last image, seconds.
@@ -58,8 +62,10 @@ class Report:
     faults: list[str] = field(default_factory=list)
     recorded: float = 0.0
     elapsed: float = 0.0
+    barren: int = 0
     breaks: int | None = None
     odometry_breaks: int | None = None
+    _barren_because: str = ""
     _unpaired_because: dict[str, str] = field(default_factory=dict)  # the last explanation, by topic
 
     def processed(self, result: Result, milliseconds: float) -> None:
@@ -90,6 +96,12 @@ class Report:
         """An image's stamp says nothing of its time."""
         self._fault(self.stamp_faults, f"{fault} on {topic}", explanation)
 
+    def matched(self, fault: str) -> None:
+        """A frame was matched; the fault says why next to nothing came of it."""
+        if fault:
+            self.barren += 1
+            self._barren_because = fault
+
     def unpaired(self, topic: str, images: int, explanation: str) -> None:
         """Images of one camera of a stereo pair found no partner."""
         self.without_partner[topic] += images
@@ -105,6 +117,11 @@ class Report:
 
     def finish(self) -> None:
         """Name what only the end of the bag tells."""
+        if self.barren > _BARREN * len(self.latencies):
+            self.faults.append(
+                f"{self.barren} of {len(self.latencies)} frames have hardly a match; of the last of them: "
+                f"{self._barren_because}"
+            )
         self.faults += [f"{self.without_partner[topic]} {why}" for topic, why in self._unpaired_because.items()]
 
     def _fault(self, counter: Counter[str], reason: str, explanation: str) -> None:

@@ -190,7 +190,7 @@ def tensor_file(path: Path) -> Path:
     if not path.is_dir():
         return path
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).exists():
+        if (path / name).is_file():  # a FIFO would block
             return path / name
     raise weights.WeightsError(f"{path} is no folder of weights: it has no model.safetensors")
 

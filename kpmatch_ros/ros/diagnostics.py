@@ -15,8 +15,17 @@ from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.ros.monitor import Monitor, Problem
 from kpmatch_ros.weights import REGISTRY
 
-__all__ = ["Condition", "Diagnostics", "LoggingMonitor", "log_weights"]
+__all__ = ["Condition", "Diagnostics", "LoggingMonitor", "in_short", "log_weights"]
 
+_LONGEST = 600  # characters of one problem
+_MOST_PROBLEMS = 6  # in one message
+# What a node that is not active waits for.
+_NEXT = {
+    "unconfigured": "configure and activate the node to have it process images",
+    "configuring": "loading the networks",
+    "inactive": "activate the node to have it process images",
+    "finalized": "it processes no more images; start it again",
+}
 _LOG_INTERVAL = 5.0  # seconds between two lines of one kind of warning that every frame may bring
 
 
@@ -123,12 +132,24 @@ def log_weights(logger: Any, matcher: FeatureMatcher) -> None:
 def _assess(condition: Condition) -> tuple[bytes, str]:
     """Level and text of the status."""
     if condition.fault:
-        return DiagnosticStatus.ERROR, condition.fault
+        return DiagnosticStatus.ERROR, _cut(condition.fault)
     if condition.state != "active":
-        return DiagnosticStatus.OK, f"{condition.state}: activate the node to have it process images"
+        return DiagnosticStatus.OK, f"{condition.state}: {_NEXT[condition.state]}"
     if condition.problems:
-        return DiagnosticStatus.WARN, "; ".join(dict.fromkeys(problem.explanation for problem in condition.problems))
+        return DiagnosticStatus.WARN, in_short(condition.problems)
     return DiagnosticStatus.OK, "matching"
+
+
+def in_short(problems: list[Problem]) -> str:
+    """One sentence for each kind of problem, each of bounded length, and not too many of them."""
+    sentences = {problem.kind: problem.explanation for problem in problems}
+    told = list(dict.fromkeys(_cut(" ".join(text.split())) for text in sentences.values()))
+    left_out = [f"and {len(told) - _MOST_PROBLEMS} other problems"] if len(told) > _MOST_PROBLEMS else []
+    return "; ".join(told[:_MOST_PROBLEMS] + left_out)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 2]} …"
 
 
 def _resources(matcher: FeatureMatcher | None) -> dict[str, str]:

@@ -16,6 +16,9 @@ from kpmatch_ros.geometry.pose import PoseStatus
 __all__ = ["Monitor", "Problem"]
 
 
+_BARREN_AFTER = 1.0  # seconds of frames without a match that are worth a warning
+
+
 class Problem(NamedTuple):
     """Something that is wrong."""
 
@@ -46,6 +49,7 @@ class Monitor:
         self._stamp_faults: Counter[str] = Counter()
         self._interruptions = 0
         self._odometry_breaks: int | None = None
+        self._barren: tuple[float, float, str] | None = None  # since when, last seen, why
         self._failures: deque[tuple[float, Problem]] = deque()
         self._arrivals: deque[float] = deque()
         self._latencies: deque[tuple[float, float]] = deque()
@@ -103,6 +107,12 @@ class Monitor:
             self._stamp_faults[f"{fault}: {topic}"] += 1
             self._fail(f"{fault}: {topic}", explanation)
 
+    def matched(self, fault: str) -> None:
+        """A frame was matched; the fault says why next to nothing came of it."""
+        with self._lock:
+            now = self._clock()
+            self._barren = (now if self._barren is None else self._barren[0], now, fault) if fault else None
+
     def odometry(self, breaks: int, explanation: str) -> None:
         """A pose was added to the odometry, whose chain broke so many times. The explanation is for a new break."""
         with self._lock:
@@ -125,10 +135,16 @@ class Monitor:
                 self._last["layers"] = str(result.pair.layers)
 
     def problems(self) -> list[Problem]:
-        """What went wrong in the last seconds, each once."""
+        """What went wrong in the last seconds, of each kind the newest."""
         with self._lock:
             self._forget()
-            return list(dict.fromkeys(problem for _, problem in self._failures))
+            found = {problem.kind: problem for _, problem in self._failures}
+            if self._barren is not None:
+                since, last, why = self._barren
+                if last - since >= _BARREN_AFTER and self._clock() - last <= self._window:
+                    kind = "nothing matches"
+                    found[kind] = Problem(kind, f"nothing has matched for {last - since:.0f} s: {why}")
+            return list(found.values())
 
     def values(self) -> dict[str, str]:
         """All figures, ready to be shown."""

@@ -109,12 +109,15 @@ class MatcherNode(LifecycleNode):
         parameters = self._parameters_in_force
         check_odometry(parameters)
         self._inference = ThreadPoolExecutor(max_workers=1, thread_name_prefix=_THREAD_NAME)
+        self.fault, self._state = "", "configuring"
         try:
             front_end = self._wait_for(self._inference.submit(_load, parameters))
         except BaseException:
             self._inference.shutdown(wait=False)
             self._inference = None
             raise
+        finally:
+            self._state = "unconfigured"
         self._inputs = self._make_inputs()
         self._outputs = Outputs(self, parameters)
         self._pipeline = Pipeline(
@@ -159,6 +162,7 @@ class MatcherNode(LifecycleNode):
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         """The end, from any state."""
         self._release()
+        self._state = "finalized"
         return super().on_shutdown(state)
 
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -197,10 +201,14 @@ class MatcherNode(LifecycleNode):
                 self._inference.submit(lambda: None).result(patience)  # the frame at hand is done
 
     def _wait_for(self, future: Future[Answer]) -> Answer:
-        """The result, unless the process is told to end in the meantime."""
+        """The result, unless the process is told to end in the meantime. Diagnostics go on."""
+        told = time.monotonic()
         while self.context.ok():
             with contextlib.suppress(TimeoutError, FuturesTimeoutError):
                 return future.result(0.1)
+            if time.monotonic() >= told + 1.0:  # the executor, whose timers would do it, is waiting in here
+                told = time.monotonic()
+                self._diagnostics.every_second()
         raise ExternalShutdownException
 
     # Input

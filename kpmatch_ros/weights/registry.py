@@ -244,6 +244,8 @@ def resolve(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if not path.exists():
         find(str(source))
+    elif not (path.is_file() or path.is_dir()):
+        raise WeightsError(f"{path} is neither a file nor a folder, but a FIFO, a device or the like: name a file")
     return path
 
 

@@ -1,0 +1,104 @@
+"""16-bit images that use a small part of their range, and what a picture without keypoints looks like. No ROS in here.
+
+Thermal cameras and 12-bit sensors fill a small part of 16 bits: divided by 257, such an image is nearly black. A
+:class:`Stretch` maps the part in use to 8 bits. Its limits follow the images slowly, so that the brightness does not
+jump from frame to frame.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Stretch", "appearance"]
+
+_FULL = 65535
+_SMALL_PART = 0.25  # of the range of 16 bits: images that use less are stretched
+_LEAST_SPAN = 128.0  # values that become the whole of 8 bits at least, lest noise become a picture
+_FOLLOWED = 0.1  # part of the way to a new image's limits that the limits go with each image
+_LARGEST_STEP = 0.02  # of the span between the limits, by which each of them goes at most
+_OUTSIDE = 0.1  # part of the pixels beyond the limits with which these begin anew: a thermal camera calibrated itself
+_SAMPLES = 20_000  # pixels that the percentiles are taken from
+_PERCENTILES = (0.5, 99.5)  # robust against defective pixels and a lamp
+
+_DARK, _BRIGHT, _FLAT, _FAINT = 12, 243, 4, 40  # of 255
+
+
+class Stretch:
+    """Turns the 16-bit images of one camera into 8 bits.
+
+    Attributes:
+        enabled: whether images are stretched; those that follow are not, where it is False.
+        used: part of the 16-bit range that the last image used, in [0, 1]; None where it was not of 16 bits.
+    """
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self.used: float | None = None
+        self._limits: tuple[float, float] | None = None  # None: images are not stretched
+
+    def to_8_bits(self, pixels: NDArray[np.uint16]) -> NDArray[np.uint8]:
+        """8-bit pixels of the same shape.
+
+        The values between two percentiles of the images so far become 0 to 255, where they are less than a quarter of
+        the range. Otherwise a value is divided by 257.
+
+        Args:
+            pixels: (H, W, channels) uint16.
+        """
+        every = max(1, int(np.sqrt(pixels.shape[0] * pixels.shape[1] / _SAMPLES)))
+        sample = pixels[::every, ::every, :3]  # without alpha
+        low, high = (float(value) for value in np.percentile(sample, _PERCENTILES))
+        self.used = (high - low) / _FULL
+        if not self.enabled:
+            self._limits = None
+        if self._limits is None:
+            if not self.enabled or high - low >= _SMALL_PART * _FULL:
+                return scaled(pixels, 0.0, float(_FULL))
+            self._limits = low, high
+        elif np.mean((sample < self._limits[0]) | (sample > self._limits[1])) > _OUTSIDE:
+            self._limits = low, high
+        else:
+            first, last = self._limits
+            step = _LARGEST_STEP * max(last - first, _LEAST_SPAN)
+            first += float(np.clip(_FOLLOWED * (low - first), -step, step))
+            last += float(np.clip(_FOLLOWED * (high - last), -step, step))
+            self._limits = first, last
+        middle, half = sum(self._limits) / 2, max(self._limits[1] - self._limits[0], _LEAST_SPAN) / 2
+        return scaled(pixels, middle - half, middle + half)
+
+
+def scaled(pixels: NDArray[np.uint16], low: float, high: float) -> NDArray[np.uint8]:
+    """8-bit pixels: ``low`` and what is below becomes 0, ``high`` and what is above 255, rounded between."""
+    gain = 255.0 / (high - low)
+    table = np.clip(np.round((np.arange(_FULL + 1) - low) * gain), 0, 255).astype(np.uint8)
+    result: NDArray[np.uint8] = table[pixels]
+    return result
+
+
+def appearance(image: NDArray[np.uint8], used: float | None = None) -> str:
+    """What a picture looks like in which nothing is found, in words; empty where it has contrast.
+
+    Args:
+        image: grey (H, W) or RGB (H, W, 3).
+        used: part of the 16-bit range that the image used before it became 8 bits; None where it had 8 bits.
+    """
+    every = max(1, int(np.sqrt(image.shape[0] * image.shape[1] / _SAMPLES)))
+    sample: Any = image[::every, ::every]
+    if sample.ndim == 3:
+        sample = cv2.cvtColor(np.ascontiguousarray(sample), cv2.COLOR_RGB2GRAY)
+    low, middle, high = (float(value) for value in np.percentile(sample, (0.5, 50, 99.5)))
+    of_16 = "" if used is None else f"; their 16-bit values use {100 * used:.2g} % of the range"
+    if high - low <= _FLAT:
+        shade = "dark" if high <= _DARK else "white" if low >= _BRIGHT else f"one value ({middle:.0f} of 255)"
+        return f"the pictures are all {shade}{of_16}"
+    if high <= _DARK:
+        return f"the pictures are all dark (values to {high:.0f} of 255){of_16}"
+    if low >= _BRIGHT:
+        return f"the pictures are all white (values from {low:.0f} of 255){of_16}"
+    if high - low <= _FAINT:
+        return f"the pictures have hardly any contrast (values {low:.0f} to {high:.0f} of 255){of_16}"
+    return of_16.removeprefix("; ")

@@ -1,0 +1,141 @@
+"""16-bit images of little range, pictures in which nothing is found, and what is said of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kpmatch_ros.bags.files import image_message
+from kpmatch_ros.contrast import Stretch, appearance
+from kpmatch_ros.feature_matcher import FeatureMatcher
+from kpmatch_ros.front_end import FrontEnd
+from kpmatch_ros.images import to_array
+from kpmatch_ros.parameters import Parameters
+from kpmatch_ros.pipeline import Pipeline
+from kpmatch_ros.ros.monitor import Monitor, Problem
+from kpmatch_ros.weights import WeightsError
+
+
+def thermal(view: np.ndarray, span: int = 600, level: int = 7000) -> np.ndarray:
+    """A 14-bit image of a scene: a small part of 16 bits, and two defective pixels."""
+    image = level + np.round(view.astype(float) / 255 * span).astype(np.uint16)
+    image[3, 3], image[5, 9] = 0, 65535
+    return image.astype(np.uint16)
+
+
+def mono16(pixels: np.ndarray) -> Any:
+    height, width = pixels.shape
+    layout = {"height": height, "width": width, "step": 2 * width, "encoding": "mono16", "is_bigendian": 0}
+    return SimpleNamespace(**layout, data=pixels.astype("<u2").tobytes())
+
+
+@pytest.fixture(scope="module")
+def views(texture: Any) -> list[np.ndarray]:
+    wide = texture(140, 220, 5)
+    return [np.ascontiguousarray(wide[i : i + 120, 4 * i : 4 * i + 160]) for i in range(3)]
+
+
+def matches_of(images: list[np.ndarray]) -> int:
+    matcher = FeatureMatcher(matcher="nearest", device="cpu", precision="float32", max_keypoints=256)
+    first, second = (matcher.extract(image) for image in images)
+    return len(matcher.match(first, second).scores)
+
+
+def test_a_thermal_pair_matches_nearly_as_its_8_bit_version(views: list[np.ndarray]) -> None:
+    stretch = Stretch()
+    stretched = [to_array(mono16(thermal(view)), scale=stretch.to_8_bits) for view in views[:2]]
+    divided = [to_array(mono16(thermal(view))) for view in views[:2]]
+    assert matches_of(stretched) > 0.9 * matches_of(views[:2]) > 50
+    assert 3 * matches_of(divided) < matches_of(views[:2])
+    assert stretch.used is not None and stretch.used == pytest.approx(400 / 65535, rel=0.3)
+
+
+def test_the_brightness_follows_slowly_and_begins_anew_after_a_jump(views: list[np.ndarray]) -> None:
+    stretch = Stretch()
+    before = stretch.to_8_bits(thermal(views[0])[..., None])
+    lamp = thermal(views[0])
+    lamp[:10, :20] = 12000  # 1 % of the pixels: a percentile of the frame alone would darken all the rest
+    after = stretch.to_8_bits(lamp[..., None])
+    assert abs(float(np.median(before)) - float(np.median(after))) < 25
+    jumped = stretch.to_8_bits(thermal(views[0], level=9000)[..., None])
+    assert np.abs(before[20:].astype(int) - jumped[20:]).max() <= 2
+
+
+def test_images_that_use_their_range_and_those_with_stretch_off_are_divided(views: list[np.ndarray]) -> None:
+    full = np.linspace(0, 65535, 160 * 120).reshape(120, 160, 1).astype(np.uint16)
+    stretch = Stretch()
+    np.testing.assert_array_equal(stretch.to_8_bits(full), np.round(full / 257).astype(np.uint8))
+    stretch.enabled = False
+    dark = thermal(views[0])[..., None]
+    np.testing.assert_array_equal(stretch.to_8_bits(dark), np.round(dark / 257).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "used", "said"),
+    [
+        (np.zeros((60, 80), np.uint8), None, "all dark"),
+        (np.full((60, 80), 255, np.uint8), None, "all white"),
+        (np.full((60, 80, 3), 90, np.uint8), None, "all one value (90 of 255)"),
+        (np.random.default_rng(0).integers(2, 12, (60, 80)).astype(np.uint8), 0.01, "use 1 % of the range"),
+        (np.tile(np.linspace(110, 140, 80).astype(np.uint8), (60, 1)), None, "hardly any contrast (values 110 to 140"),
+        (np.tile(np.linspace(0, 255, 80).astype(np.uint8), (60, 1)), None, ""),
+    ],
+)
+def test_a_picture_without_keypoints_is_described(pixels: np.ndarray, used: float | None, said: str) -> None:
+    text = appearance(pixels, used)
+    assert said in text and bool(said) == bool(text)
+
+
+class Listening(Monitor):
+    """A monitor on a clock of its own that a pipeline can report to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        super().__init__(clock=lambda: self.now)
+
+
+def test_a_second_of_frames_without_matches_is_a_problem_that_names_the_pictures(views: list[np.ndarray]) -> None:
+    parameters = Parameters(matcher="nearest", device="cpu", precision="float32", max_keypoints=128)
+    monitor = Listening()
+    front_end = FrontEnd(parameters)
+    pipeline = Pipeline(front_end, ["/image"], lambda *_: None, lambda _: False, monitor, lambda *_, **__: _message())
+    told = []
+    for number, pixels in enumerate([views[0], *[np.zeros_like(views[0])] * 4, views[1], views[2]]):
+        monitor.now = 0.5 * number
+        pipeline.process([image_message(pixels, (number + 1) * 500_000_000, "", "mono8")])
+        told.append([problem.explanation for problem in monitor.problems()])
+    assert told[:3] == [[]] * 3 and not told[-1]
+    (text,) = told[4]
+    assert "nothing has matched for 2 s" in text and "0 keypoints" in text and "all dark" in text
+
+
+def _message() -> Any:
+    return SimpleNamespace(header=SimpleNamespace())
+
+
+def test_many_problems_make_one_sentence_a_kind_of_bounded_length() -> None:
+    monitor = Listening()
+    for number in range(300):
+        monitor.rejected("data", f"an image was rejected: holds {number} bytes of data " + 100 * "x")
+        monitor.rejected(f"reason {number % 9}", 5000 * "y" + str(number % 9))
+    problems = monitor.problems()
+    assert len(problems) == 10 and "299 bytes" in problems[0].explanation
+    diagnostics = pytest.importorskip("kpmatch_ros.ros.diagnostics")
+    text = diagnostics.in_short([*problems, Problem("a", "one\ntwo")])
+    assert len(text) < 4000 and text.count("bytes of data") == 1 and "\n" not in text
+
+
+def test_weights_that_are_a_fifo_are_refused_and_not_waited_for(tmp_path: Path) -> None:
+    for name in ("weights.safetensors", "weights.pth"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(WeightsError, match="FIFO"):
+            FeatureMatcher(extractor=str(tmp_path / name))
+    os.mkfifo(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "superpoint"}')
+    with pytest.raises(WeightsError):
+        FeatureMatcher(extractor=str(tmp_path))
