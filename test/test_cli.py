@@ -26,8 +26,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(kpmatch: Run) -> Run:
-    """run(words...): exit status, stdout and stderr of the command."""
+def run(kpmatch: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """run(words...): exit status, stdout and stderr of the command, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
     return kpmatch
 
 

@@ -63,3 +63,16 @@ def test_the_readme_is_for_deciding_and_starting() -> None:
 def test_package_and_python_agree_on_the_version() -> None:
     version = re.search(r"<version>(.*)</version>", (ROOT / "package.xml").read_text())
     assert version and version[1] == kpmatch_ros.__version__
+
+
+def test_the_changelog_begins_with_the_version() -> None:
+    headings = re.findall(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == kpmatch_ros.__version__
+
+
+def test_containers_pin_the_versions_of_the_development_environment() -> None:
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE))
+    for name in ("Dockerfile", "Dockerfile.jetson"):
+        found = re.findall(r"([\w.-]+)==(\d[\w.]*)", (ROOT / "docker" / name).read_text())
+        assert len(found) >= 4
+        assert {package: pinned[package] for package, _ in found} == dict(found), name

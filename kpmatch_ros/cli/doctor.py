@@ -19,6 +19,7 @@ import kpmatch_ros
 from kpmatch_ros import weights
 from kpmatch_ros.cli.common import add_command
 from kpmatch_ros.parameters import Parameters
+from kpmatch_ros.shell import in_shell
 
 __all__ = ["FAIL", "OK", "WARN", "Finding", "add_doctor", "examine", "run_doctor"]
 
@@ -65,7 +66,9 @@ def run_doctor() -> bool:
     if not sys.stdout.isatty():
         marks = {OK: " OK ", WARN: "WARN", FAIL: "FAIL"}
     counts = {OK: 0, WARN: 0, FAIL: 0}
+    findings = []
     for finding in examine():
+        findings.append(finding)
         counts[finding.level] += 1
         print(f"[{marks[finding.level]}] {finding.subject:<12} {finding.text}", flush=True)
         if finding.remedy:
@@ -74,7 +77,19 @@ def run_doctor() -> bool:
         print(f"\n{counts[FAIL]} at fault, {counts[WARN]} to know about")
     else:
         print("\neverything needed works" + (f", {counts[WARN]} to know about" if counts[WARN] else ""))
+    print(f"next: {_next_step(findings)}")
     return counts[FAIL] == 0
+
+
+def _next_step(findings: list[Finding]) -> str:
+    """What to do now: mend the first fault, or use what works."""
+    again = in_shell("kpmatch doctor")
+    for finding in findings:
+        if finding.level == FAIL:
+            return f"mend {finding.subject} as said above, then {again}"
+    if any(finding.level == OK and finding.subject == "node" for finding in findings):
+        return f"{in_shell('kpmatch demo')}, or ros2 launch kpmatch_ros matcher.launch.py image:=TOPIC"
+    return in_shell("kpmatch match A.jpg B.jpg")
 
 
 def examine() -> Iterator[Finding]:

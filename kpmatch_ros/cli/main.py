@@ -36,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `kpmatch`; those of this process where not given.
     """
     parser = _build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next; see docs/command_line.md
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     options = parser.parse_args(_join_negative_values(sys.argv[1:] if arguments is None else arguments))
     try:
         with _sigterm_as_ctrl_c():
@@ -88,14 +92,16 @@ def _build_parser() -> Parser:
     parser = Parser(
         prog="kpmatch",
         description="Learned feature matching: SuperPoint and LightGlue on images and ROS 2 camera topics.",
-        epilog=f"example:\n  {in_shell('kpmatch match left.png right.png --save matches.png')}",
+        epilog=f"example:\n  {in_shell('kpmatch match left.png right.png')}",
     )
     parser.add_argument("--version", action="version", version=f"kpmatch_ros {kpmatch_ros.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        title="commands", description="The first four are those to begin with.", metavar="COMMAND", required=True
+    )
     add_match(commands)
     add_bag(commands)
     add_demo(commands)
+    add_doctor(commands)
     add_weights(commands)
     add_bench(commands)
-    add_doctor(commands)
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from kpmatch_ros.cli.common import (
     read_image,
 )
 from kpmatch_ros.parameters import Parameters, declaration
+from kpmatch_ros.shell import in_shell
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +41,7 @@ def add_match(commands: Any) -> None:
         "optical frame, x_A = R x_B + t. A photograph whose file says how the camera was held (EXIF) is turned "
         "upright, as image viewers do: points and intrinsics are in pixels of the upright image, and the centre of "
         "its top-left pixel is (0, 0).",
-        "kpmatch match a.jpg b.jpg --save matches.png",
+        "kpmatch match a.jpg b.jpg",
         "kpmatch match a.jpg b.jpg --intrinsics 520,521,322,236 --distortion -0.2,0.05,0,0 --json",
     )
     parser.add_argument("image_a", metavar="A", type=Path, help="reference image: JPEG, PNG, or what else OpenCV reads")
@@ -59,7 +61,13 @@ def add_match(commands: Any) -> None:
         type=comma_separated(4, 5),
         help="of the lens, as in camera_info's plumb_bob; needs --intrinsics",
     )
-    parser.add_argument("--save", metavar="FILE", type=Path, help="draw the matches: .png, .jpg, ...")
+    parser.add_argument(
+        "--save",
+        metavar="FILE",
+        type=Path,
+        help="where to draw the matches: .png, .jpg, ... (default A_B_matches.png in this folder, with the names of "
+        "both files; with --json no picture)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object with everything")
     group = parser.add_argument_group("matching options", "the matcher node's parameters of the same names")
     for name in MATCHING_OPTIONS:
@@ -71,8 +79,11 @@ def _match(options: argparse.Namespace) -> int:
     if options.intrinsics is None and (options.intrinsics1 is not None or options.distortion is not None):
         given = "--intrinsics1" if options.intrinsics1 is not None else "--distortion"
         raise CommandError(f"{given} needs --intrinsics too")
-    if options.save is not None:
-        _check_picture_file(options.save)
+    picture = options.save
+    if picture is None and not options.json:
+        picture = Path(f"{options.image_a.stem}_{options.image_b.stem}_matches.png")
+    elif picture is not None:
+        _check_picture_file(picture)
     image_a, image_b = read_image(options.image_a), read_image(options.image_b)
     camera_a = _camera(image_a, options.intrinsics, options.distortion)
     camera_b = _camera(image_b, options.intrinsics1 or options.intrinsics, options.distortion)
@@ -85,13 +96,23 @@ def _match(options: argparse.Namespace) -> int:
     _, pair = front_end.register_frame(image_b, 1, camera_b)
     milliseconds = (time.perf_counter() - started) * 1e3
     assert pair is not None
-    if options.save is not None:
-        _save_picture(options.save, pair)
+    if picture is not None:
+        _save_picture(picture, pair)
     if options.json:
         print(json.dumps(_report(pair, parameters, milliseconds)))
     else:
         print(_summary(pair, parameters, milliseconds))
+        print(f"picture    {picture}")
+        print(f"next       {_next_command(options)}")
     return 0
+
+
+def _next_command(options: argparse.Namespace) -> str:
+    """What to try after this: the pose of the same images, or else a recording."""
+    if options.intrinsics is None:
+        images = shlex.join([str(options.image_a), str(options.image_b)])
+        return f"{in_shell(f'kpmatch match {images} --intrinsics FX,FY,CX,CY')}  (the relative pose too)"
+    return f"{in_shell('kpmatch bag BAG OUT --report report.html')}  (the same for a recording)"
 
 
 def _camera(
@@ -200,4 +221,4 @@ def _save_picture(path: Path, pair: Pair) -> None:
     with quiet_stderr():
         saved = cv2.imwrite(str(path), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     if not saved:
-        raise CommandError(f"--save {path}: the picture could not be written")
+        raise CommandError(f"{path}: the picture could not be written; --save FILE names another place")

@@ -1,0 +1,93 @@
+"""What a new user meets first: a picture without options, help in the order of importance, completion, what is next."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import pytest
+
+import kpmatch_ros.cli.doctor as doctor
+from kpmatch_ros.cli.doctor import FAIL, OK, WARN, Finding, run_doctor
+
+Run = Callable[..., tuple[int, str, str]]
+FAST = ("--device", "cpu", "--matcher", "nearest", "--max-keypoints", "60")
+
+
+@pytest.fixture
+def folder(texture: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with two pictures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KPMATCH_PREFIX", raising=False)
+    for name in ("left hand.png", "right.png"):
+        cv2.imwrite(name, texture(120, 160, 5))
+    return tmp_path
+
+
+def test_match_without_options_says_where_the_picture_is_and_what_is_next(kpmatch: Run, folder: Path) -> None:
+    status, out, err = kpmatch("match", "left hand.png", "right.png", *FAST)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-2].split(None, 1) == ["picture", "left hand_right_matches.png"]
+    assert "kpmatch match 'left hand.png' right.png --intrinsics FX,FY,CX,CY" in out.splitlines()[-1]
+    assert cv2.imread(str(folder / "left hand_right_matches.png")).shape[0] == 120
+
+
+def test_match_with_intrinsics_leads_to_a_recording(kpmatch: Run, folder: Path) -> None:
+    _, out, _ = kpmatch("match", "left hand.png", "right.png", *FAST, "--intrinsics", "150,150,80,60")
+    assert "kpmatch bag BAG OUT --report report.html" in out.splitlines()[-1]
+
+
+def test_json_and_save_leave_no_other_picture(kpmatch: Run, folder: Path) -> None:
+    before = set(folder.iterdir())
+    kpmatch("match", "left hand.png", "right.png", *FAST, "--json")
+    kpmatch("match", "left hand.png", "right.png", *FAST, "--save", "mine.png")
+    assert set(folder.iterdir()) - before == {folder / "mine.png"}
+
+
+def test_help_begins_with_the_four_commands_that_matter(kpmatch: Run) -> None:
+    _, out, _ = kpmatch("--help")
+    names = re.findall(r"^    (\w+) ", out, re.MULTILINE)
+    assert names[names.index("match") :][:4] == ["match", "bag", "demo", "doctor"]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("kpmatch ba", ["bag "]),
+        ("kpmatch match --intr", ["--intrinsics", "--intrinsics1"]),
+        ("kpmatch d", ["demo", "doctor"]),
+    ],
+)
+def test_a_shell_completes_commands_and_options(line: str, expected: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("argcomplete")
+    answers = tmp_path / "answers"
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SUPPRESS_SPACE": "0",
+             "_ARGCOMPLETE_STDOUT_FILENAME": str(answers), "COMP_LINE": line, "COMP_POINT": str(len(line)),
+             "COMP_TYPE": "9"}  # fmt: skip
+    subprocess.run([sys.executable, "-m", "kpmatch_ros.cli"], env={**os.environ, **asked}, check=True, timeout=60)
+    assert answers.read_text().split("\n") == expected
+
+
+@pytest.mark.parametrize(
+    ("findings", "last"),
+    [
+        ([Finding(OK, "node", "")], "next: kpmatch demo, or ros2 launch kpmatch_ros matcher.launch.py image:=TOPIC"),
+        ([Finding(WARN, "ROS 2", "not here")], "next: kpmatch match A.jpg B.jpg"),
+        (
+            [Finding(FAIL, "OpenCV", "", "x"), Finding(FAIL, "node", "")],
+            "next: mend OpenCV as said above, then kpmatch doctor",
+        ),
+    ],
+)
+def test_the_doctors_last_line_says_what_to_do_next(
+    findings: list[Finding], last: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("KPMATCH_PREFIX", raising=False)
+    monkeypatch.setattr(doctor, "examine", lambda: iter(findings))
+    run_doctor()
+    assert capsys.readouterr().out.splitlines()[-1] == last
