@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from kpmatch_ros.parameters import ParameterError, Parameters, declaration, declarations
+from kpmatch_ros.parameters import ParameterError, Parameters, declaration, declarations, meant
 
-__all__ = ["applies", "read_parameter_file", "sections", "unknown_keys"]
+__all__ = ["applies", "read_parameter_file", "sections", "unknown_keys", "without_effect"]
 
 # Parameters that every node has. `qos_overrides` may also be nested.
 _FOREIGN = re.compile(r"use_sim_time|start_type_description_service|qos_overrides(\..*)?")
@@ -47,12 +47,24 @@ def unknown_keys(values: Any) -> list[str]:
     return [key for key in keys if key not in known and not _FOREIGN.fullmatch(key)]
 
 
-def read_parameter_file(path: Path, node_name: str = "/matcher") -> Parameters:
+def without_effect(names: Iterable[str]) -> list[str]:
+    """What to say of each name that is no parameter of the matcher nor of every node, with the nearest that is."""
+    known = [item.name for item in declarations()]
+    unknown = unknown_keys(dict.fromkeys(names))
+    return [f"the parameter {name!r} does not exist and has no effect{meant(name, known)}" for name in unknown]
+
+
+def read_parameter_file(path: Path, node_name: str = "/matcher", warn: Callable[[str], object] = str) -> Parameters:
     """The parameters that a file gives a node, with the defaults for those that it leaves out.
+
+    Args:
+        path: of the file.
+        node_name: of the node, with its namespace.
+        warn: hears of each name in the file that is no parameter. It may be another node's, in a section for all.
 
     Raises:
         ParameterError: when the file is no parameter file or has no section for the node, or when a parameter in it
-            is unknown or has a value that is not allowed.
+            has a value that is not allowed.
         OSError: when the file cannot be read.
     """
     try:
@@ -69,8 +81,11 @@ def read_parameter_file(path: Path, node_name: str = "/matcher") -> Parameters:
     for values in own:
         if not isinstance(values, dict):
             raise ParameterError(f"{path}: below ros__parameters there must be parameters, not {values!r}")
+        for text in without_effect(str(name) for name in values):
+            warn(f"{path}: {text}")
+        unknown = set(unknown_keys(values))
         for name, value in values.items():
-            if _FOREIGN.fullmatch(str(name)):
+            if _FOREIGN.fullmatch(str(name)) or str(name) in unknown:
                 continue
             if isinstance(value, str) and declaration(str(name)).type is float:
                 with suppress(ValueError):

@@ -251,7 +251,6 @@ def test_the_packages_own_parameter_file_gives_the_defaults() -> None:
     ("text", "said"),
     [
         ("/**:\n  ros__parameters:\n    max_keypoints: 0\n", "max_keypoints is 0; it must be 1 to 16384"),
-        ("/**:\n  ros__parameters:\n    max_keypoint: 5\n", "there is no parameter 'max_keypoint'"),
         ("/camera:\n  ros__parameters:\n    rate: 5\n", "has no section for /matcher; it has /camera"),
         ("max_keypoints: 5\n", "has no section for /matcher; it has none"),
         ("/**:\n  ros__parameters: [1]\n", "there must be parameters"),

@@ -98,7 +98,11 @@ def _bag(options: argparse.Namespace) -> int:
     from kpmatch_ros.bags.replay import replay
     from kpmatch_ros.parameter_file import read_parameter_file
 
-    parameters = Parameters() if options.params is None else read_parameter_file(options.params)
+    parameters = (
+        Parameters()
+        if options.params is None
+        else read_parameter_file(options.params, warn=lambda text: print(f"{options.name}: {text}", file=sys.stderr))
+    )
     given = vars(options)
     changes = {name: given[name] for name in BAG_OPTIONS if name in given}
     if any(given[name] is not None for name in STEREO_TOPICS):

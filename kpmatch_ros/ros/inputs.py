@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import threading
 import time
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rclpy.lifecycle import LifecycleNode
-from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from kpmatch_ros.parameters import Parameters
@@ -34,6 +35,7 @@ class _Camera:
     info_topic: str
     image: Any = None
     info: Any = None
+    latched_info: Any = None  # while the calibration is awaited from a publisher that sent it once
     calibrated: bool = False
     arrived: float | None = None  # the last image, monotonic seconds
 
@@ -62,7 +64,9 @@ class Inputs:
         self._cameras = []
         for prefix in ("left/", "right/") if parameters.mode == "stereo" else ("",):
             name = image = node.resolve_topic_name(f"{prefix}image")
-            if self._compressed:
+            if self._compressed and image.endswith("/compressed"):  # the topic itself was given
+                name = image.removesuffix("/compressed")
+            elif self._compressed:
                 image = node.resolve_topic_name(f"{image}/compressed")  # it may be remapped too
             self._cameras.append(_Camera(name, image, node.resolve_topic_name(f"{prefix}camera_info")))
         self._incompatible: dict[str, str] = {}  # publishers with another quality of service, by topic
@@ -90,10 +94,10 @@ class Inputs:
     def unsubscribe(self) -> None:
         """Receive no more."""
         for camera in self._cameras:
-            for subscription in (camera.image, camera.info):
+            for subscription in (camera.image, camera.info, camera.latched_info):
                 if subscription is not None:
                     self._node.destroy_subscription(subscription)
-            camera.image = camera.info = None
+            camera.image = camera.info = camera.latched_info = None
 
     def adapt(self) -> None:
         """Subscribe best effort where a publisher turned out to offer no more: to be called now and then."""
@@ -101,6 +105,28 @@ class Inputs:
             self.unsubscribe()
             self._create(reliable=False)
             self._best_effort_wanted = False
+
+    def hear_latched(self) -> None:
+        """Hear a calibration that its publisher sent once, before this node came: to be called now and then.
+
+        A latched message reaches only those who ask for it (durability transient_local), and they hear no other
+        publisher. So this is a subscription of its own, where there is such a publisher, until a calibration is there.
+        """
+        for side, camera in enumerate(self._cameras):
+            if camera.calibrated and camera.latched_info is not None:
+                self._node.destroy_subscription(camera.latched_info)
+                camera.latched_info = None
+            if camera.calibrated or camera.info is None or camera.latched_info is not None:
+                continue
+            offers = self._node.get_publishers_info_by_topic(camera.info_topic)
+            if any(offer.qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL for offer in offers):
+                camera.latched_info = self._node.create_subscription(
+                    CameraInfo,
+                    camera.info_topic,
+                    functools.partial(self._receive_info, side),
+                    QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL),
+                    event_callbacks=SubscriptionEventCallbacks(use_default_callbacks=False),
+                )
 
     def wait_for_calibration(self) -> None:
         """Wait once for the first calibration, if somebody publishes it; called by the thread that processes."""
@@ -126,23 +152,66 @@ class Inputs:
             stereo = len(self._cameras) == 2
             missed, alone = (synchroniser.since[side], synchroniser.silent(side)) if stereo else (0, False)
             if (silent > _SILENT_AFTER or alone) and camera.image_topic not in self._incompatible:
-                found.append(self._silence(camera.image_topic, silent, missed))
+                found.append(self._silence(camera, silent, missed))
+            found += self._mixed(camera.image_topic, _type_name(self._image_type))
             info = camera.info_topic
             if not camera.calibrated and waited > _SILENT_AFTER and info not in self._incompatible:
-                why = "sends nothing" if self._node.count_publishers(info) else "nobody publishes it"
+                why = self._wrong_publishers(info, "sensor_msgs/msg/CameraInfo") or "sends nothing"
                 explanation = f"no calibration on {info}, so no relative pose: {why}"
                 found.append(Problem(f"no calibration: {info}", explanation))
         return found
 
-    def _silence(self, topic: str, silent: float, missed: int) -> Problem:
-        why = "nobody publishes it"
-        if publishers := self._node.count_publishers(topic):
-            why = (
-                f"it has {publishers} publisher(s), but nothing comes; large images are easily lost best "
-                f"effort, which qos_overrides.{topic}.subscription.reliability: reliable prevents"
-            )
+    def _silence(self, camera: _Camera, silent: float, missed: int) -> Problem:
+        topic = camera.image_topic
+        why = self._wrong_publishers(topic, _type_name(self._image_type))
+        if not why:
+            why = f"it has {self._node.count_publishers(topic)} publisher(s), but nothing comes; "
+            if camera.image.qos_profile.reliability == ReliabilityPolicy.RELIABLE:
+                why += f"the subscription is reliable, so look whether they send: ros2 topic hz {topic}"
+            else:
+                why += (
+                    "large images are easily lost best effort, which "
+                    f"qos_overrides.{topic}.subscription.reliability: reliable prevents"
+                )
         meanwhile = f", {missed} images of the other camera" if missed else ""
         return Problem(f"silent: {topic}", f"no image on {topic} for {silent:.1f} s{meanwhile}: {why}")
+
+    def _wrong_publishers(self, topic: str, wanted: str) -> str:
+        """Why nobody can be heard on a topic: nobody publishes it, or something else is published; empty otherwise."""
+        types = {offer.topic_type for offer in self._node.get_publishers_info_by_topic(topic)}
+        if wanted in types:
+            return ""
+        if types:
+            remedy = {
+                "sensor_msgs/msg/CompressedImage": "; set image_transport to compressed",
+                "sensor_msgs/msg/Image": "; set image_transport to raw",
+            }.get(next(iter(types)), "; another topic is meant")
+            return f"its publisher sends {' and '.join(sorted(types))}, not {wanted}{remedy}"
+        others = [name for name, kinds in self._node.get_topic_names_and_types() if wanted in kinds and name != topic]
+        own = (self._node.get_name(), self._node.get_namespace())
+        published = [
+            name
+            for name in others
+            if any(
+                (offer.node_name, offer.node_namespace) != own
+                for offer in self._node.get_publishers_info_by_topic(name)
+            )
+        ]
+        near = difflib.get_close_matches(topic, published, n=1, cutoff=0.0)
+        return f"nobody publishes it{f'; {near[0]} is published: remap to it if it is meant' if near else ''}"
+
+    def _mixed(self, topic: str, wanted: str) -> list[Problem]:
+        """Several publishers of images on one topic: two cameras cannot be told apart there."""
+        offers = [offer for offer in self._node.get_publishers_info_by_topic(topic) if offer.topic_type == wanted]
+        if len(offers) < 2:
+            return []
+        names = sorted({f"{offer.node_namespace.rstrip('/')}/{offer.node_name}" for offer in offers})
+        text = f"{len(offers)} publishers send on {topic} ({', '.join(names)}): images of several cameras are mixed"
+        return [Problem(f"publishers: {topic}", text)]
+
+    @property
+    def _image_type(self) -> type:
+        return CompressedImage if self._compressed else Image
 
     def _create(self, reliable: bool) -> None:
         # The partner of a stereo pair's image may come some images later.
@@ -153,7 +222,7 @@ class Inputs:
             reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
         )
         info_qos = QoSProfile(depth=10, reliability=image_qos.reliability)
-        kind = CompressedImage if self._compressed else Image
+        kind = self._image_type
         for side, camera in enumerate(self._cameras):
             receive = functools.partial(self._receive_image, side)
             camera.image = self._subscribe_to(kind, camera.image_topic, receive, image_qos)
@@ -190,3 +259,8 @@ class Inputs:
         self._cameras[side].calibrated = True
         if all(camera.calibrated for camera in self._cameras):
             self._calibrated.set()
+
+
+def _type_name(kind: type) -> str:
+    """A message class's name as the graph has it."""
+    return f"sensor_msgs/msg/{kind.__name__}"

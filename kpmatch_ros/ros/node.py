@@ -24,11 +24,13 @@ from std_srvs.srv import Trigger
 
 from kpmatch_ros.device import is_out_of_memory, release_memory, trim_heap
 from kpmatch_ros.front_end import FrontEnd
+from kpmatch_ros.parameter_file import without_effect
 from kpmatch_ros.parameters import ParameterError, Parameters, declarations
 from kpmatch_ros.pipeline import Pipeline, check_odometry
 from kpmatch_ros.ros.diagnostics import Condition, Diagnostics, LoggingMonitor, log_weights
 from kpmatch_ros.ros.inbox import Inbox
 from kpmatch_ros.ros.inputs import Inputs
+from kpmatch_ros.ros.monitor import Problem
 from kpmatch_ros.ros.outputs import Outputs
 from kpmatch_ros.ros.parameter_descriptors import declare_parameters
 from kpmatch_ros.ros.service_guard import guarded, survives
@@ -68,6 +70,14 @@ class MatcherNode(LifecycleNode):
         super().__init__("matcher", **options)
         self._parameters_in_force = declare_parameters(self)
         self.add_on_set_parameters_callback(self._check_parameters)
+        # rclpy ignores what nobody declares. A name like one of ours is taken for a slip; others may be another node's.
+        self._slips = [
+            Problem(f"parameter: {text}", text)
+            for text in without_effect(getattr(self, "_parameter_overrides", {}))
+            if "did you mean" in text
+        ]
+        for slip in self._slips:
+            self.get_logger().warning(slip.explanation)
 
         self._state = "unconfigured"
         self.fault = ""
@@ -294,6 +304,7 @@ class MatcherNode(LifecycleNode):
 
     def _watch(self) -> None:
         if self._state == "active" and self._pipeline is not None:
+            self._inputs.hear_latched()
             self._pipeline.watch(time.monotonic())
         self._diagnostics.watch()
 
@@ -304,6 +315,7 @@ class MatcherNode(LifecycleNode):
             if self._state == "active":
                 assert self._outputs is not None
                 condition.problems = [
+                    *self._slips,
                     *self._inputs.problems(self._pipeline.synchroniser),
                     *self._outputs.problems(),
                     *self.monitor.problems(),

@@ -1,0 +1,75 @@
+"""Why nothing arrives is told rightly: the real node, and what its users get wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bag_harness import Run
+from rclpy.qos import DurabilityPolicy, QoSProfile
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+
+from kpmatch_ros.parameter_file import read_parameter_file
+from node_harness import NodeUnderTest, running_node
+
+
+def message_of(node: NodeUnderTest) -> str:
+    return node.diagnostics[-1].status[0].message if node.diagnostics else ""
+
+
+def test_other_types_latched_calibrations_and_misspelt_parameters_are_told_of(tmp_path: Path) -> None:
+    with running_node(tmp_path, calibrated=False, max_keypoints=64, filter_treshold=0.2) as node:
+        ns = node.namespace
+        node.node.destroy_publisher(node.images)
+        other = node.node.create_publisher(CompressedImage, "image", 10)
+        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        infos = node.node.create_publisher(CameraInfo, "camera_info", latched)
+        infos.publish(CameraInfo(width=8, height=8, k=[9.0, 0.0, 4.0, 0.0, 9.0, 4.0, 0.0, 0.0, 1.0]))  # once
+        said = f"no image on {ns}/image"
+        node.wait_for(lambda: said in message_of(node) and "its publisher sends" in message_of(node), "the type")
+        text = message_of(node)
+        assert "sends sensor_msgs/msg/CompressedImage, not sensor_msgs/msg/Image; set image_transport" in text
+        assert (
+            "'filter_treshold' does not exist and has no effect, did you mean filter_threshold?" in text
+            and "filter_treshold" in node.log
+        )
+        assert "no calibration" not in text, "the latched camera_info was heard"
+
+        node.node.destroy_publisher(other)
+        offers = [node.node.create_publisher(Image, "image", 10) for _ in range(2)]
+        node.wait_for(lambda: "2 publishers send on" in message_of(node), "the two cameras")
+        node.wait_for(lambda: "but nothing comes" in message_of(node), "the silence")
+        assert "qos_overrides" not in message_of(node), "with queue 'all' the subscription is reliable already"
+        for offer in offers:
+            node.node.destroy_publisher(offer)
+        elsewhere = node.node.create_publisher(Image, "camera/image", 10)
+        node.wait_for(lambda: f"{ns}/camera/image is published" in message_of(node), "the nearest topic")
+        assert elsewhere is not None
+
+
+def test_the_compressed_topic_itself_may_be_given(tmp_path: Path) -> None:
+    arguments = ("-r", "image:=camera/image_raw/compressed")
+    with running_node(
+        tmp_path, arguments, calibrated=False, image_transport="compressed", max_keypoints=64, matcher="nearest"
+    ) as node:
+        publisher = node.node.create_publisher(CompressedImage, "camera/image_raw/compressed", 10)
+        node.wait_for(publisher.get_subscription_count, "the node on the topic that was given")
+
+
+def test_a_misspelt_parameter_in_a_file_is_named_with_the_nearest_and_has_no_effect(tmp_path: Path) -> None:
+    file = tmp_path / "matcher.yaml"
+    file.write_text("/**:\n  ros__parameters:\n    max_keypoint: 100\n    min_inliers: 20\n    wheel_radius: 0.1\n")
+    heard: list[str] = []
+    parameters = read_parameter_file(file, warn=heard.append)
+    assert parameters.min_inliers == 20 and parameters.max_keypoints == 1024
+    assert (
+        "'max_keypoint' does not exist and has no effect, did you mean max_keypoints?" in heard[0]
+        and "'wheel_radius' does not exist" in heard[1]
+    )
+
+
+def test_kpmatch_bag_warns_of_it_and_goes_on(tmp_path: Path, kpmatch: Run) -> None:
+    file = tmp_path / "matcher.yaml"
+    file.write_text("/**:\n  ros__parameters:\n    max_keypoint: 100\n")
+    status, _, err = kpmatch("bag", tmp_path / "none", tmp_path / "out", "--params", file)
+    assert status == 2 and err.count("\n") == 2, "the warning, and that there is no bag"
+    assert "'max_keypoint' does not exist and has no effect, did you mean max_keypoints?" in err
