@@ -83,7 +83,7 @@ def replay(
             topics = " and ".join(camera.image for camera in cameras)
             raise BagError(
                 f"{bag}: none of the {sum(camera.num_images for camera in cameras)} images on {topics} can "
-                f"be used: {report.faults[0]}"
+                f"be used: {report.first_rejection or report.faults[0]}"
             )
         if shown is not None and page_file is not None:
             shown.write(page_file, f"Matches of {bag.name}", report.rows(), report.faults)

@@ -39,6 +39,7 @@ class Report:
         barren: how many frames have too few keypoints or matches for a pose.
         without_partner: of a stereo pair, how many images on each topic found no partner. A frame is a pair.
         faults: what was wrong, in words: the first of each kind.
+        first_rejection: why the first frame that was rejected could not be used; empty where none was.
         recorded: time from the first to the last image, seconds.
         elapsed: time that the replay took, seconds.
         breaks: of the chain of poses; None where it was not written.
@@ -60,6 +61,7 @@ class Report:
     interruptions: Counter[str] = field(default_factory=Counter)
     without_partner: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+    first_rejection: str = ""
     recorded: float = 0.0
     elapsed: float = 0.0
     barren: int = 0
@@ -82,6 +84,7 @@ class Report:
 
     def rejected(self, reason: str, explanation: str) -> None:
         """A frame could not be used."""
+        self.first_rejection = self.first_rejection or explanation
         self._fault(self.rejections, reason, explanation)
 
     def calibration_refused(self, reason: str, explanation: str) -> None:
