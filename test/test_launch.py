@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -331,6 +332,9 @@ def test_two_cameras_have_a_node_each_and_share_the_other_arguments() -> None:
     arguments = {"second": "back", "max_keypoints": "512", "launch-prefix": "true"}
     two = IncludeLaunchDescription(source, launch_arguments=arguments.items())
     assert run(RegisterEventHandler(note), two) == 0
+    for command in commands:
+        files = [Path(after) for word, after in pairwise(command) if word == "--params-file"]
+        assert any("max_keypoints: 512" in file.read_text() for file in files)
     lines = sorted(" ".join(command) for command in commands)
     assert ["__ns:=/back" in line for line in lines] == [True, False]
     assert ["__ns:=/front" in line for line in lines] == [False, True]
