@@ -18,11 +18,14 @@ from kpmatch_ros.geometry.refinement import INDEPENDENT_POINTS, REFINED_RESOLUTI
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.geometry.stereo_motion import StereoAgreement, check_stereo_matches, estimate_stereo_motion
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
+from kpmatch_ros.geometry.two_view_errors import Motion
 from kpmatch_ros.parameters import Parameters
 
 __all__ = ["Frame", "FrontEnd", "ImagePair", "Pair", "Result", "RightImage", "StereoPair"]
 
 _REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much, and none is refined
+
+_LIKE_TIMES = 2.0  # ratio of the times of two pairs, at most, whose motions are alike
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,7 @@ class FrontEnd:
         self._last_stamp: int | None = None
         self._last_frame_ids: tuple[str, ...] = ()
         self._next_number = 0
+        self._last_motion: tuple[Frame, int, Motion] | None = None  # where it ended, nanoseconds; if it is sure
         self._next_track_id = 1
         self._fresh = True
 
@@ -212,6 +216,7 @@ class FrontEnd:
         """Forget the cached features and the tracks: the next frame has no pair."""
         self.reference = None
         self._last_stamp = None
+        self._last_motion = None
         self._fresh = True
 
     def register(
@@ -296,6 +301,10 @@ class FrontEnd:
             pose=self.estimate_pose(reference, current, indices),
         )
         self._fresh = False
+        self._last_motion = None
+        if pair.pose.status is PoseStatus.OK:
+            motion = Motion(pair.pose.rotation, pair.pose.translation)
+            self._last_motion = current, current.stamp - reference.stamp, motion
         if self._wants_new_reference(pair):
             self.reference = current
         return pair
@@ -418,7 +427,8 @@ class FrontEnd:
         if right0 is None or right1 is None:
             if refined:
                 points1 = np.where(np.isfinite(fine), fine, points1)
-            return estimate_relative_pose(points0, points1, reference.camera, current.camera, **options)
+            prior = self._motion_prior(reference, current)
+            return estimate_relative_pose(points0, points1, reference.camera, current.camera, prior=prior, **options)
         right_points0, right_points1 = right0.points[index0], right1.points[index1]
         if refined:
             right_points0 = refine(reference.normalized, right0.normalized, points0, right_points0, found)
@@ -427,6 +437,16 @@ class FrontEnd:
         return estimate_stereo_motion(
             points0, right_points0, points1, right_points1, right0.camera, right1.camera, **options
         )
+
+    def _motion_prior(self, reference: Frame, current: Frame) -> Motion | None:
+        """The motion before, if it ended where this one begins and took about as long."""
+        if not self.parameters.motion_prior or self._last_motion is None:
+            return None
+        end, before, motion = self._last_motion
+        now = current.stamp - reference.stamp
+        if end is not reference or max(before, now) > _LIKE_TIMES * min(before, now):
+            return None
+        return motion
 
     def _keypoint_resolution(self, frame: Frame) -> float:
         """Pixels of the image received between neighbouring positions that the extractor can give."""

@@ -247,6 +247,12 @@ class Parameters:
     min_inliers: int = _parameter(
         15, "a relative pose needs at least so many matches that agree with it", minimum=6, dynamic=True
     )
+    motion_prior: bool = _parameter(
+        True,
+        "where two motions explain the matches alike, as on a plane, the one like the motion before is taken; false "
+        "always reports them as AMBIGUOUS",
+        dynamic=True,
+    )
     sync_tolerance: float = _parameter(
         0.01, "stereo: largest difference of the stamps of a pair", unit="seconds", minimum=0.0, maximum=1.0
     )

@@ -130,11 +130,11 @@ def check(pose: RelativePose, count: int) -> None:
     else:
         assert pose.inliers.shape == (count,) and pose.inliers.dtype == bool
         assert pose.num_inliers == pose.inliers.sum()
-    if pose.status is PoseStatus.OK:
+    if pose.status in (PoseStatus.OK, PoseStatus.AMBIGUOUS):
         assert math.isclose(np.linalg.norm(pose.translation), 1)
     else:
         assert not pose.translation.any()
-    if pose.status not in (PoseStatus.OK, PoseStatus.NO_TRANSLATION):
+    if pose.status not in (PoseStatus.OK, PoseStatus.AMBIGUOUS, PoseStatus.NO_TRANSLATION):
         assert (pose.rotation == np.eye(3)).all() and not pose.covariance.any()
 
 

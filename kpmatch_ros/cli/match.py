@@ -182,11 +182,12 @@ def _pose_of(pair: Pair) -> list[str]:
     import numpy as np
 
     pose = pair.pose
-    if pose.status.name not in ("OK", "NO_TRANSLATION"):
+    if pose.status.name not in ("OK", "AMBIGUOUS", "NO_TRANSLATION"):
         return [pose.status.name]
     turned = np.degrees(np.arccos(np.clip((np.trace(pose.rotation) - 1) / 2, -1, 1)))
     x, y, z = pose.translation
-    direction = f"translation direction ({x:.3f}, {y:.3f}, {z:.3f})" if pose.status.name == "OK" else "no translation"
+    moved = pose.status.name != "NO_TRANSLATION"
+    direction = f"translation direction ({x:.3f}, {y:.3f}, {z:.3f})" if moved else "no translation"
     return [f"{pose.status.name}: turned by {turned:.2f} degrees, {direction}; x right, y down, z forward in A"]
 
 

@@ -40,6 +40,7 @@ class PoseStatus(IntEnum):
     NO_TRANSLATION = 3
     FAILED = 4
     INTERRUPTED = 5
+    AMBIGUOUS = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,8 @@ class RelativePose:
     Never holds NaN or infinity.
 
     Attributes:
-        status: OK; NO_TRANSLATION (standing still, or pure rotation: the translation is zero); otherwise the reason why
+        status: OK; NO_TRANSLATION (standing still, or pure rotation: the translation is zero); AMBIGUOUS (two motions
+            explain the matches alike: the likelier one, and a covariance that covers both); otherwise the reason why
             there is no pose, and identity in its place.
         rotation: (3, 3) float64, R.
         translation: (3,) float64, t: a unit vector; in metres where `metric` is true; or zero.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 from scipy.special import fdtrc
 
@@ -17,7 +16,6 @@ from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.robust import (
     FALSE_ALARM_RATE,
-    SMALLEST_CURVATURE,
     SMALLEST_SAMPLE,
     TINY,
     TUKEY,
@@ -28,35 +26,33 @@ from kpmatch_ros.geometry.robust import (
     tukey,
     tukey_cutoff,
 )
+from kpmatch_ros.geometry.two_modes import decide_by_prior, is_distinct, plane_motions, rival_of, spread
 from kpmatch_ros.geometry.two_view_errors import (
     Matches,
-    Model,
     Motion,
     agrees,
     disagreement,
     dot,
     epipolar_jacobian,
     epipolar_residuals,
+    gains,
     is_in_front,
     lengths,
     median_parallax,
     normalise_matches,
-    project_turned,
+    residual_sizes,
     rotation_jacobian,
     rotation_residuals,
     tangents,
-    whiten,
 )
+from kpmatch_ros.geometry.two_view_fit import Noise, covariance_of, minimise
+from kpmatch_ros.geometry.two_view_search import search_motions, search_translations
 
 __all__ = ["Noise", "estimate_relative_pose", "fit_rotation", "small_parallax_chance"]
 
-_SEARCHES = 2  # from different seeds: one in twenty ends in a wrong optimum
-_SEARCH_ITERATIONS = 2000
-_TRANSLATIONS = 200  # tried with the rotation given
-_HOPEFUL = 1.2  # candidates that disagree more with the matches than the best does, by this factor, are given up
+_HOPEFUL = 3  # candidates that are refined, the best ones
 
 _LARGEST_LEVERAGE = 0.3  # of one match on the pose: 0 to 1; they add up to the degrees of freedom
-_LARGEST_VARIANCE = math.pi**2  # of an unknown angle
 
 # Under a pure rotation, a match may still be further than the inlier threshold from where the rotation takes it. It may
 # have slipped along an edge: up to so many thresholds, and so many matches for each one that has not slipped.
@@ -73,7 +69,13 @@ _TYPICAL = 3.0
 # ones (simulated: 10 to 50, for 20 to 150 degrees of view and 30 to 800 matches).
 _INDEPENDENT_DIRECTIONS = 50
 
-_SETTLED = 1e-6  # part of the cost
+# A robot's own body stands still in the image while the scene moves. The scene has at least so large a part of the
+# matches; its motion explains so large a part of it; and what stands still speaks for this motion by so little of what
+# the scene's matches do.
+_SMALLEST_SCENE = 0.2
+_EXPLAINED = 0.6
+_CONTRADICTED = 0.5
+
 _EVERYTHING = 1e9  # pixels: a cutoff beyond all residuals
 
 
@@ -87,18 +89,24 @@ def estimate_relative_pose(
     min_inliers: int = 15,
     keypoint_resolution: float = 1.0,
     independent_points: float = math.inf,
+    prior: Motion | None = None,
 ) -> RelativePose:
     """Pose of the current camera in the reference camera's optical frame, from matched keypoints.
 
-    Candidates come from RANSAC with the five-point solver (OpenCV; Nister, PAMI 2004), from a homography in case the
-    scene is a plane, and from RANSAC for the translation alone, given the rotation that explains most matches. The best
-    is refined by Levenberg-Marquardt on the Sampson distances of all matches in front of the cameras, with Tukey's loss
-    scaled to the noise. The same input gives the same answer, on any thread.
+    Candidates come from RANSAC with the five-point solver (OpenCV; Nister, PAMI 2004), and from RANSAC for the
+    translation alone, given the rotation that explains most matches. The likeliest is refined by Levenberg-Marquardt on
+    the Sampson distances of all matches in front of the cameras, with Tukey's loss scaled to the noise. The same input
+    gives the same answer, on any thread.
 
-    Two tests have a false-alarm rate of FALSE_ALARM_RATE. The status is FAILED unless the first one says that wrong
-    matches would not agree as well. It is OK only if the second one says that no rotation alone explains the matches.
-    Two views cannot tell a translation from objects that move before a standing camera, nor from a calibration that is
-    wrong by more than the noise.
+    Three tests have a false-alarm rate of FALSE_ALARM_RATE. The status is FAILED unless the first one says that wrong
+    matches would not agree as well. It is OK only if the second one says that no rotation alone explains the matches,
+    and the third one that the other motion of a plane does not explain them as well. Otherwise the status is AMBIGUOUS,
+    unless the motion before tells.
+
+    Matches that stand still in the image while the rest moves otherwise are outliers, as those on a robot's own body
+    are. If more stand still than move, the status is AMBIGUOUS, unless the motion before tells. Otherwise two views
+    cannot tell a translation from objects that move before a standing camera, nor from a calibration that is wrong by
+    more than the noise.
 
     Args:
         points0: (M, 2) pixels in the reference image as received. NaN and infinity are outliers.
@@ -112,6 +120,8 @@ def estimate_relative_pose(
             covariance is no smaller than rounding allows.
         independent_points: how many points, at most, err independently of each other. With more points, the test and
             the covariance are those of so many: more points on the same surfaces do not make the pose surer.
+        prior: the motion between the two images before, over about the same time, where it is known. It decides between
+            motions that explain the matches alike.
 
     Returns:
         The pose, or why there is none.
@@ -133,180 +143,161 @@ def estimate_relative_pose(
     if len(matches) < required:
         return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total)
 
-    def to_mask(inliers: np.ndarray) -> np.ndarray:
-        mask = np.zeros(total, dtype=bool)
-        mask[usable] = inliers
-        return mask
-
     normalised_threshold = 2 * inlier_threshold / (camera0.focal + camera1.focal)
-    candidates = _search_motions(matches, inlier_threshold, normalised_threshold)
-    candidates += _search_plane(matches, inlier_threshold, normalised_threshold, candidates)
-    starts = [np.eye(3)] + [candidate.rotation for candidate in candidates]
-    rotation = fit_rotation(matches, starts, inlier_threshold, keypoint_resolution)
-    turning = lengths(rotation_residuals(matches, rotation)) < inlier_threshold
-    candidates += _search_translations(matches.select(~turning), rotation, inlier_threshold)
-
-    fit = _fit_motion(matches, candidates, inlier_threshold, keypoint_resolution)
-    moving = np.zeros(len(matches), dtype=bool) if fit is None else agrees(matches, fit.motion, inlier_threshold)
-    chances = np.full(len(matches), epipolar_chance(camera0, inlier_threshold))
-    if log_false_alarms(moving, chances, 5) > math.log(FALSE_ALARM_RATE):
-        fit = None
-
-    noise = Noise(inlier_threshold, keypoint_resolution, design_effect(turning, independent_points))
-    if fit is not None and _is_translation(matches, fit.motion, rotation, turning, noise):
-        if moving.sum() < required:
-            return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total, to_mask(moving))
-        status, motion, inliers = PoseStatus.OK, fit.motion, moving
-        covariance = _motion_covariance(fit, noise._replace(design_effect=design_effect(moving, independent_points)))
-    else:
-        if turning.sum() < required:
-            if fit is None:
-                return RelativePose.undefined(PoseStatus.FAILED, total)
-            return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total, to_mask(turning))
-        status, motion, inliers = PoseStatus.NO_TRANSLATION, Motion(rotation, np.zeros(3)), turning
-        covariance = _rotation_covariance(matches, rotation, noise)
-
+    problem = _Problem(
+        matches,
+        inlier_threshold,
+        normalised_threshold,
+        keypoint_resolution,
+        independent_points,
+        epipolar_chance(camera0, inlier_threshold),
+        required,
+        prior,
+    )
+    solution = _solve(problem)
+    own_body = _find_own_body(problem, solution)
+    if own_body is not None:
+        solution = _solve_without(problem, own_body)
+    inliers = None
+    if solution.inliers is not None:
+        inliers = np.zeros(total, dtype=bool)
+        inliers[usable] = solution.inliers
+    if solution.motion is None or solution.inliers is None:
+        return RelativePose.undefined(solution.status, total, inliers)
     return RelativePose(
-        status=status,
-        rotation=motion.rotation,
-        translation=motion.translation,
-        covariance=covariance,
+        status=solution.status,
+        rotation=solution.motion.rotation,
+        translation=solution.motion.translation,
+        covariance=solution.covariance,
         metric=False,
         num_matches=total,
-        num_inliers=int(inliers.sum()),
-        median_parallax=median_parallax(matches.select(inliers), motion.rotation),
-        inliers=to_mask(inliers),
+        num_inliers=int(solution.inliers.sum()),
+        median_parallax=median_parallax(matches.select(solution.inliers), solution.motion.rotation),
+        inliers=inliers,
     )
 
 
-class Noise(NamedTuple):
-    """The keypoints' noise, as far as it is known.
+class _Problem(NamedTuple):
+    """Usable matches, and what estimate_relative_pose was told of them.
 
-    Attributes:
-        inlier_threshold: largest residual of an inlier, pixels.
-        resolution: pixels between neighbouring positions that the detector can give.
-        design_effect: factor on the variance of an estimate, for matches that err together.
+    `chance` is the probability that a wrong match is within the inlier threshold of its epipolar line.
     """
 
+    matches: Matches
     inlier_threshold: float
+    normalised_threshold: float
     resolution: float
-    design_effect: float = 1.0
+    independent_points: float
+    chance: float
+    required: int
+    prior: Motion | None
 
 
-def _minimise(model: Model, matches: Matches, motion: Motion, cutoff: float, iterations: int) -> Motion:
-    """Levenberg-Marquardt on Tukey's loss of the residuals' lengths; those beyond the cutoff (pixels) count nothing."""
-    damping = 1e-4
-    residuals, jacobian = model(matches, motion)
-    weights, cost = tukey(lengths(residuals), cutoff)
-    for _ in range(iterations):
-        weighted = jacobian * weights[:, None, None]
-        size = jacobian.shape[2]
-        hessian = weighted.reshape(-1, size).T @ jacobian.reshape(-1, size)
-        gradient = weighted.reshape(-1, size).T @ residuals.ravel()
-        # The second term keeps the system regular where the matches leave a direction free.
-        diagonal = hessian.diagonal() + 1e-9 * hessian.trace() + TINY
-        for _ in range(6):
-            step = np.linalg.solve(hessian + np.diag(damping * diagonal), -gradient)
-            if -gradient @ step < _SETTLED * cost:  # twice what it promises to gain
-                return motion
-            trial = motion.moved(step)
-            trial_residuals, trial_jacobian = model(matches, trial)
-            trial_weights, trial_cost = tukey(lengths(trial_residuals), cutoff)
-            if trial_cost < cost:
-                break
-            damping *= 10
-        else:
-            return motion
-        motion, residuals, jacobian, weights, cost = trial, trial_residuals, trial_jacobian, trial_weights, trial_cost
-        damping = max(damping / 10, 1e-9)
-    return motion
+class _Solution(NamedTuple):
+    """What became of a problem: its motion, None without a pose, and its inliers (n,), None if not estimated."""
+
+    status: PoseStatus
+    motion: Motion | None = None
+    covariance: np.ndarray = np.zeros((6, 6))
+    inliers: np.ndarray | None = None
+
+
+def _solve(problem: _Problem) -> _Solution:
+    """The motion that most of the matches agree with."""
+    matches, inlier_threshold, normalised_threshold, resolution, independent_points, chance, required, prior = problem
+    candidates = search_motions(matches, inlier_threshold, normalised_threshold)
+    starts = [np.eye(3)] + [candidate.rotation for candidate in candidates]
+    rotation = fit_rotation(matches, starts, inlier_threshold, resolution)
+    turning = lengths(rotation_residuals(matches, rotation)) < inlier_threshold
+    candidates += search_translations(matches.select(~turning), rotation, inlier_threshold)
+
+    fit = _fit_motion(matches, candidates, inlier_threshold, resolution)
+    moving = np.zeros(len(matches), dtype=bool) if fit is None else agrees(matches, fit.motion, inlier_threshold)
+    if log_false_alarms(moving, np.full(len(matches), chance), 5) > math.log(FALSE_ALARM_RATE):
+        fit = None
+
+    noise = Noise(inlier_threshold, resolution, design_effect(turning, independent_points))
+    if fit is not None and _is_translation(matches, fit.motion, rotation, turning, noise):
+        noise = noise._replace(design_effect=design_effect(moving, independent_points))
+        fit, rivals = _decide(matches, fit, normalised_threshold, noise, prior)
+        moving = agrees(matches, fit.motion, inlier_threshold)
+        if moving.sum() < required:
+            return _Solution(PoseStatus.TOO_FEW_MATCHES, inliers=moving)
+        ambiguous = any(is_distinct(fit.motion, rival) for rival in rivals)
+        covariance = _motion_covariance(fit, noise) + sum(spread(fit.motion, rival) for rival in rivals)
+        return _Solution(PoseStatus.AMBIGUOUS if ambiguous else PoseStatus.OK, fit.motion, covariance, moving)
+    if turning.sum() < required:
+        if fit is None:
+            return _Solution(PoseStatus.FAILED)
+        return _Solution(PoseStatus.TOO_FEW_MATCHES, inliers=turning)
+    covariance = _rotation_covariance(matches, rotation, noise)
+    return _Solution(PoseStatus.NO_TRANSLATION, Motion(rotation, np.zeros(3)), covariance, turning)
+
+
+def _find_own_body(problem: _Problem, solution: _Solution) -> np.ndarray | None:
+    """Which matches (n,) stand still in the image while the rest moves otherwise; None where the two agree.
+
+    They are on something that moves with the camera, as a robot's own body does, or the camera stands still before
+    something that moves.
+    """
+    matches, inlier_threshold = problem.matches, problem.inlier_threshold
+    still = lengths(rotation_residuals(matches, np.eye(3))) < inlier_threshold
+    if still.sum() < problem.required or (~still).sum() < max(problem.required, _SMALLEST_SCENE * len(matches)):
+        return None
+    scene, body = matches.select(~still), matches.select(still)
+    motion = solution.motion
+    if motion is not None and not motion.translation.any():
+        motion = None
+    found = motion
+    if motion is None or agrees(scene, motion, inlier_threshold).mean() < _EXPLAINED:
+        candidates = search_motions(scene, inlier_threshold, problem.normalised_threshold)
+        fit = _fit_motion(scene, candidates, inlier_threshold, problem.resolution)
+        if fit is None:
+            return None
+        found = fit.motion
+    assert found is not None
+    agree = agrees(scene, found, inlier_threshold)
+    if agree.mean() < _EXPLAINED or log_false_alarms(agree, np.full(len(scene), problem.chance), 5) > math.log(
+        FALSE_ALARM_RATE
+    ):
+        return None
+    deviation = (
+        tukey_cutoff(residual_sizes(scene, found, inlier_threshold), inlier_threshold, problem.resolution) / TUKEY
+    )
+    worth = [
+        gains(residual_sizes(side, found, inlier_threshold), deviation, inlier_threshold) for side in (scene, body)
+    ]
+    if worth[1].mean() > _CONTRADICTED * worth[0][agree].mean():
+        return None
+    other = motion if motion is not None else Motion(np.eye(3), np.array([0.0, 0.0, 1.0]))
+    effect = design_effect(agree, problem.independent_points)
+    if found is not motion and rival_of(scene, found, other, inlier_threshold, deviation, effect).is_alike:
+        return None
+    return still
+
+
+def _solve_without(problem: _Problem, own_body: np.ndarray) -> _Solution:
+    """The motion of the matches that do not stand still in the image.
+
+    Where more stand still than move, the camera may stand before something large that moves: AMBIGUOUS, unless the
+    motion before tells.
+    """
+    solution = _solve(problem._replace(matches=problem.matches.select(~own_body)))
+    if solution.inliers is None:
+        return solution
+    inliers = np.zeros(len(own_body), dtype=bool)
+    inliers[~own_body] = solution.inliers
+    solution = solution._replace(inliers=inliers)
+    if solution.status is not PoseStatus.OK or solution.motion is None or own_body.sum() <= inliers.sum():
+        return solution
+    standing = Motion(np.eye(3), np.zeros(3))
+    if problem.prior is not None and decide_by_prior([solution.motion, standing], problem.prior) is solution.motion:
+        return solution
+    covariance = solution.covariance + spread(solution.motion, standing)
+    return solution._replace(status=PoseStatus.AMBIGUOUS, covariance=covariance)
 
 
 # The motion with translation.
-
-
-def _search_motions(matches: Matches, inlier_threshold: float, normalised_threshold: float) -> list[Motion]:
-    """Candidates: RANSAC from several seeds. `normalised_threshold` is the inlier threshold in normalised units."""
-    candidates = []
-    for seed in range(_SEARCHES):
-        params = cv2.UsacParams()
-        params.randomGeneratorState = seed
-        params.isParallel = False  # or the answer changes from call to call
-        params.sampler = cv2.SAMPLING_UNIFORM
-        params.score = cv2.SCORE_METHOD_MSAC  # OpenCV's MAGSAC was three to five times less accurate
-        params.loMethod = cv2.LOCAL_OPTIM_INNER_LO
-        params.loIterations = 10
-        params.loSampleSize = 14
-        params.maxIterations = _SEARCH_ITERATIONS
-        params.confidence = 0.999
-        params.threshold = normalised_threshold
-        rays1, rays0 = matches.rays1[:, :2].copy(), matches.rays0[:, :2].copy()
-        nothing = np.zeros(0)
-        try:
-            essential, _ = cv2.findEssentialMat(rays1, rays0, np.eye(3), np.eye(3), nothing, nothing, params)
-        except cv2.error:  # degenerate points
-            continue
-        if essential is None or essential.shape != (3, 3) or not np.isfinite(essential).all():
-            continue
-        rotation0, rotation1, translation = cv2.decomposeEssentialMat(essential)
-        four = [
-            Motion(rotation, sign * translation.ravel()) for rotation in (rotation0, rotation1) for sign in (1.0, -1.0)
-        ]
-        candidates.append(min(four, key=lambda motion: disagreement(matches, motion, inlier_threshold)))
-    return candidates
-
-
-def _search_plane(
-    matches: Matches, inlier_threshold: float, normalised_threshold: float, candidates: list[Motion]
-) -> list[Motion]:
-    """The two motions that a plane allows, from a candidate's matches.
-
-    On a plane the search finds either of the two, and only one is right. If the scene is no plane, both are far off and
-    do no harm.
-    """
-    if not candidates:
-        return []
-    inliers = matches.select(agrees(matches, candidates[0], inlier_threshold))
-    if len(inliers) < SMALLEST_SAMPLE:
-        return []
-    rays1, rays0 = inliers.rays1[:, :2].copy(), inliers.rays0[:, :2].copy()
-    homography, _ = cv2.findHomography(rays1, rays0, cv2.RANSAC, 2 * normalised_threshold, maxIters=100)
-    if homography is None or not np.isfinite(homography).all():
-        return []
-    _, rotations, translations, _ = cv2.decomposeHomographyMat(homography, np.eye(3))
-    motions = [
-        Motion(rotation, translation.ravel() / length)
-        for rotation, translation in zip(rotations, translations)
-        if (length := float(np.linalg.norm(translation))) > 1e-6
-    ]
-    return sorted(motions, key=lambda motion: disagreement(inliers, motion, inlier_threshold))[:2]
-
-
-def _search_translations(matches: Matches, rotation: np.ndarray, inlier_threshold: float) -> list[Motion]:
-    """The translation that most of these matches agree with, given the rotation: RANSAC with two matches a sample.
-
-    It finds the few near points of a scene that is mostly far away, where samples of five rarely hold two of them.
-    """
-    if len(matches) < 2:
-        return []
-    normals = np.cross(matches.rays0, matches.rays1 @ rotation.T)  # of the epipolar planes, which hold the translation
-    pairs = np.random.default_rng(0).integers(len(matches), size=(_TRANSLATIONS, 2))
-    directions = np.cross(normals[pairs[:, 0]], normals[pairs[:, 1]]).T
-    directions = (directions / np.maximum(np.linalg.norm(directions, axis=0), TINY)).astype(np.float32)
-    # Nearness moves a match from where the rotation takes it by a positive multiple of t_xy - t_z (x, y).
-    projected, _, factors = project_turned(matches, rotation)
-    (x, y), factors = projected.astype(np.float32)[:, :, None], factors.astype(np.float32)[:, :, None]
-    away = whiten(directions[0] - x * directions[2], directions[1] - y * directions[2], factors)
-    residual = rotation_residuals(matches, rotation).T[:, :, None].astype(np.float32)
-    across = np.abs(residual[0] * away[1] - residual[1] * away[0])
-    along = residual[0] * away[0] + residual[1] * away[1]
-    near = across < inlier_threshold * np.sqrt(away[0] ** 2 + away[1] ** 2)
-    votes = np.array([(near & (along > 0)).sum(axis=0), (near & (along < 0)).sum(axis=0)])
-    backwards, best = np.unravel_index(votes.argmax(), votes.shape)
-    if votes[backwards, best] == 0:
-        return []
-    translation = directions[:, best].astype(np.float64) * (-1 if backwards else 1)
-    return [Motion(rotation, translation / np.linalg.norm(translation))]
 
 
 class _Fit(NamedTuple):
@@ -323,22 +314,68 @@ def _fit_motion(matches: Matches, candidates: list[Motion], inlier_threshold: fl
     """The best candidate, refined; None without candidates."""
     if not candidates:
         return None
-    costs = [disagreement(matches, candidate, inlier_threshold) for candidate in candidates]
+
+    def order(motion: Motion) -> float:
+        return disagreement(matches, motion, inlier_threshold)
+
     refined = [
-        _minimise(epipolar_jacobian, matches, candidate, 3 * inlier_threshold, 5)
-        for candidate, cost in zip(candidates, costs)
-        if cost < _HOPEFUL * min(costs) + inlier_threshold**2
+        minimise(epipolar_jacobian, matches, candidate, 3 * inlier_threshold, 5)
+        for candidate in sorted(candidates, key=order)[:_HOPEFUL]
     ]
-    motion = min(refined, key=lambda motion: disagreement(matches, motion, inlier_threshold))
-    for _ in range(3):
+    return _refine(matches, min(refined, key=order), inlier_threshold, resolution, 3)
+
+
+def _refine(matches: Matches, motion: Motion, inlier_threshold: float, resolution: float, rounds: int) -> _Fit:
+    """A motion refined on the matches that are in front of the cameras, with Tukey's loss scaled to their noise."""
+    for _ in range(rounds):
         support = matches.select(is_in_front(matches, motion, inlier_threshold))
         residuals, jacobian = epipolar_jacobian(support, motion)
         cutoff = tukey_cutoff(residuals, inlier_threshold, resolution)
         weighted = jacobian[:, 0] * np.sqrt(tukey(lengths(residuals), cutoff)[0])[:, None]
         leverage = dot(weighted @ np.linalg.pinv(weighted.T @ weighted), weighted)
         support = support.select(leverage < _LARGEST_LEVERAGE)
-        motion = _minimise(epipolar_jacobian, support, motion, cutoff, 10)
+        motion = minimise(epipolar_jacobian, support, motion, cutoff, 10)
     return _Fit(motion, support)
+
+
+class _Decision(NamedTuple):
+    """Of the motions that explain the matches alike, the one to report, and the others."""
+
+    fit: _Fit
+    rivals: list[Motion]
+
+
+def _decide(matches: Matches, fit: _Fit, normalised_threshold: float, noise: Noise, prior: Motion | None) -> _Decision:
+    """Look for the motions that explain the matches as well as the one found, as the other one of a plane does."""
+    deviation = (
+        tukey_cutoff(epipolar_residuals(fit.support, fit.motion), noise.inlier_threshold, noise.resolution) / TUKEY
+    )
+    near = matches.select(agrees(matches, fit.motion, min(noise.inlier_threshold, _TYPICAL * deviation)))
+    scale = normalised_threshold / noise.inlier_threshold
+    found = plane_motions(near, _TYPICAL * deviation * scale)
+    fits = [fit] + [_refine(matches, motion, noise.inlier_threshold, noise.resolution, 2) for motion in found]
+
+    def evidence(fit: _Fit) -> float:
+        return float(
+            gains(residual_sizes(matches, fit.motion, noise.inlier_threshold), deviation, noise.inlier_threshold).sum()
+        )
+
+    best = max(fits, key=evidence)
+    alike = [
+        other
+        for other in fits
+        if other is not best
+        and rival_of(
+            matches, best.motion, other.motion, noise.inlier_threshold, deviation, noise.design_effect
+        ).is_alike
+    ]
+    distinct = [other for other in alike if is_distinct(best.motion, other.motion)]
+    if distinct and prior is not None:
+        likely = decide_by_prior([one.motion for one in (best, *distinct)], prior)
+        if likely is not None:
+            best = next(one for one in (best, *distinct) if one.motion is likely)
+            return _Decision(best, [one.motion for one in alike if not is_distinct(best.motion, one.motion)])
+    return _Decision(best, [one.motion for one in alike])
 
 
 # The rotation alone.
@@ -350,9 +387,9 @@ def fit_rotation(matches: Matches, starts: list[np.ndarray], inlier_threshold: f
     still = [Motion(rotation, np.zeros(3)) for rotation in starts]
     motion = min(still, key=lambda motion: tukey(lengths(rotation_residuals(matches, motion.rotation)), wide)[1])
     for cutoff in (wide, 4 * inlier_threshold):
-        motion = _minimise(rotation_jacobian, matches, motion, cutoff, 5)
+        motion = minimise(rotation_jacobian, matches, motion, cutoff, 5)
     cutoff = tukey_cutoff(rotation_residuals(matches, motion.rotation), inlier_threshold, resolution)
-    return _minimise(rotation_jacobian, matches, motion, cutoff, 10).rotation
+    return minimise(rotation_jacobian, matches, motion, cutoff, 10).rotation
 
 
 # Which of the two, and how sure.
@@ -394,12 +431,12 @@ def small_parallax_chance(matches: Matches, motion: Motion, rotation: np.ndarray
     count = len(matches)
     if count < SMALLEST_SAMPLE:
         return 1.0
-    turned = _minimise(rotation_jacobian, matches, Motion(rotation, np.zeros(3)), _EVERYTHING, 5).rotation
+    turned = minimise(rotation_jacobian, matches, Motion(rotation, np.zeros(3)), _EVERYTHING, 5).rotation
     total = float((rotation_residuals(matches, turned) ** 2).sum())
     # To first order, the translation is the direction nearest to all the planes of the two rays.
     normals = np.cross(matches.rays1 @ turned.T, matches.rays0)
     starts = (motion, Motion(turned, np.linalg.eigh(normals.T @ normals)[1][:, 0]))
-    fits = [_minimise(epipolar_jacobian, matches, start, _EVERYTHING, 10) for start in starts]
+    fits = [minimise(epipolar_jacobian, matches, start, _EVERYTHING, 10) for start in starts]
     across = min(float((epipolar_residuals(matches, fit) ** 2).sum()) for fit in fits)
     variance = across / (count - 5)
     jitter = max(variance - noise.resolution**2 / 12, 0.0)
@@ -413,7 +450,7 @@ def _motion_covariance(fit: _Fit, noise: Noise) -> np.ndarray:
     expand = np.zeros((6, 5))
     expand[3:, :3] = np.eye(3)
     expand[:3, 3:] = tangents(fit.motion.translation)
-    return expand @ _covariance(epipolar_jacobian, fit.support, fit.motion, noise) @ expand.T
+    return expand @ covariance_of(epipolar_jacobian, fit.support, fit.motion, noise) @ expand.T
 
 
 def _rotation_covariance(matches: Matches, rotation: np.ndarray, noise: Noise) -> np.ndarray:
@@ -421,41 +458,5 @@ def _rotation_covariance(matches: Matches, rotation: np.ndarray, noise: Noise) -
     turn = Motion(rotation, np.zeros(3))
     covariance = np.zeros((6, 6))
     covariance[:3, :3] = np.eye(3) / 3
-    covariance[3:, 3:] = _covariance(rotation_jacobian, matches, turn, noise)
+    covariance[3:, 3:] = covariance_of(rotation_jacobian, matches, turn, noise)
     return covariance
-
-
-def _covariance(model: Model, matches: Matches, motion: Motion, noise: Noise) -> np.ndarray:
-    """Covariance (p, p) of an M-estimate with Tukey's loss: H^-1 G H^-1 (Huber, Robust Statistics).
-
-    H is the loss's whole Hessian, G its gradient's covariance. The Gauss-Newton part of H takes noise along the
-    epipolar lines for parallax: it is many times too sure of the pose where the parallax is small or the epipole in the
-    image.
-    """
-    residuals, jacobian = model(matches, motion)
-    size = jacobian.shape[2]
-    cutoff = tukey_cutoff(residuals, noise.inlier_threshold, noise.resolution)
-
-    def gradient(motion: Motion) -> np.ndarray:
-        residuals, jacobian = model(matches, motion)
-        return np.einsum("nd,ndp->p", residuals * tukey(lengths(residuals), cutoff)[0][:, None], jacobian)
-
-    offsets = 1e-5 * np.eye(size)
-    hessian = np.array([gradient(motion.moved(step)) - gradient(motion.moved(-step)) for step in offsets]) / 2e-5
-    hessian = (hessian + hessian.T) / 2
-
-    sizes = lengths(residuals)
-    used = sizes < cutoff
-    influences = (residuals * tukey(sizes, cutoff)[0][:, None])[used]
-    variance = float((influences**2).sum()) / max(influences.size - size, 1)
-    flat = jacobian[used].reshape(-1, size)
-    information, axes = np.linalg.eigh(flat.T @ flat)
-    floor = max(variance, noise.resolution**2 / 12) / _LARGEST_VARIANCE
-    axes = axes / np.sqrt(np.maximum(information, max(floor, TINY)))
-    # In these axes the Gauss-Newton Hessian is the identity, and the whole one not far from it.
-    curvatures, turn = np.linalg.eigh(axes.T @ hessian @ axes)
-    curvatures = np.maximum(curvatures, SMALLEST_CURVATURE)
-    variance = max(variance, float(curvatures.mean()) ** 2 * noise.resolution**2 / 12)  # the second: of rounding
-    axes = axes @ turn / curvatures
-    variances, axes = np.linalg.eigh(noise.design_effect * variance * axes @ axes.T)
-    return (axes * np.clip(variances, 0, _LARGEST_VARIANCE)) @ axes.T

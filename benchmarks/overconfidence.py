@@ -1,0 +1,225 @@
+"""How often is a relative pose wrong and says that it is sure?
+
+    tools/with_ros python benchmarks/overconfidence.py            # planes and bodies, seconds
+    tools/with_ros python benchmarks/overconfidence.py --walks    # and the rendered walk, with one and with two cameras
+
+A pose is wrong and sure if its status is OK, its error is above five of its own standard deviations, and above half a
+degree of rotation or five degrees of the translation's direction. With two cameras, five degrees are 9 % of the
+distance.
+
+Planes: 300 points of a tilted plane, 640 x 480 pixels, 0.1 to 0.5 pixels of noise, 10 % wrong matches. Bodies: 600
+matches of a scene of 2 to 10 metres depth, 0.1 pixels of noise, 10 % wrong matches; what lies in the lower part of the
+picture is the robot's own body, which moves with the camera.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import Pose, PoseStatus, RelativePose, relative_motion
+from kpmatch_ros.geometry.refinement import REFINED_RESOLUTION
+from kpmatch_ros.geometry.two_view import estimate_relative_pose
+
+CAMERA = Camera(640, 480, np.array([[500.0, 0, 319.5], [0, 500.0, 239.5], [0, 0, 1]]))
+TILTS = (0, 15, 30, 45, 60)  # degrees
+MOTIONS = ("sideways", "towards", "any")
+BODIES = (0.15, 0.25, 0.33, 0.4, 0.5, 0.6)  # part of the picture
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Matches, pixels (n, 2), of two views of CAMERA, and the true motion, of any length."""
+
+    points0: Array
+    points1: Array
+    truth: Pose
+
+    def estimate(self) -> RelativePose:
+        return estimate_relative_pose(
+            self.points0, self.points1, CAMERA, CAMERA, keypoint_resolution=REFINED_RESOLUTION
+        )
+
+
+def plane(tilt: float, motion: str, seed: int, count: int = 300) -> Problem:
+    """Points of one plane, tilted by so many degrees; a motion sideways, towards the plane, or in any direction."""
+    random = np.random.default_rng(seed)
+    around = random.uniform(0, 2 * math.pi)
+    normal = Rotation.from_rotvec(math.radians(tilt) * np.array([math.cos(around), math.sin(around), 0.0])).apply(
+        [0.0, 0.0, 1.0]
+    )
+    direction = {
+        "sideways": np.append(_unit(random.normal(size=2)), 0.0),
+        "towards": _unit(np.array([0.0, 0.0, 1.0]) + 0.05 * random.normal(size=3)),
+        "any": _unit(random.normal(size=3)),
+    }[motion]
+    truth = Pose(_turn(random, 5.0), direction * random.uniform(0.1, 0.3))  # the plane is at a distance of 1
+
+    def depths(rays: Array) -> Array:
+        return 1.0 / np.maximum(rays @ normal / normal[2], 1e-3)
+
+    return _see(random, truth, depths, count, noise=random.uniform(0.1, 0.5))
+
+
+def body(part: float, seed: int, count: int = 600) -> Problem:
+    """A scene, and before it, in the lower part of the picture, the robot's own body."""
+    random = np.random.default_rng(seed)
+    step = np.array([random.normal(0, 0.05), random.normal(0, 0.02), random.uniform(0.15, 0.35)])
+    truth = Pose(_turn(random, 3.0), step)
+    noise = 0.1
+    scene = _see(random, truth, lambda rays: 1 / random.uniform(0.1, 0.5, len(rays)), count, noise)
+    own = scene.points0[:, 1] > (1 - part) * CAMERA.height
+    right = own & (random.uniform(size=count) > 0.1)
+    scene.points1[right] = scene.points0[right] + noise * random.normal(size=(right.sum(), 2))
+    return scene
+
+
+def _see(
+    random: np.random.Generator, truth: Pose, depths: Callable[[Array], Array], count: int, noise: float
+) -> Problem:
+    found: list[Array] = []
+    while sum(map(len, found)) < count:
+        pixels = random.uniform((0, 0), (CAMERA.width, CAMERA.height), (4 * count, 2))
+        rays = np.column_stack([CAMERA.normalise(pixels), np.ones(len(pixels))])
+        seen = (rays * depths(rays)[:, None] - truth.position) @ truth.rotation
+        ahead = seen[:, 2] > 0.05
+        image = seen[ahead] @ CAMERA.matrix.T
+        both = np.hstack([pixels[ahead], image[:, :2] / image[:, 2:]])
+        found.append(both[((both[:, 2:] >= 0) & (both[:, 2:] < (CAMERA.width, CAMERA.height))).all(axis=1)])
+    both = np.concatenate(found)[:count]
+    both += noise * random.normal(size=both.shape)
+    wrong = random.permutation(count) < 0.1 * count
+    both[wrong, 2:] = random.uniform((0, 0), (CAMERA.width, CAMERA.height), (wrong.sum(), 2))
+    return Problem(both[:, :2].copy(), both[:, 2:].copy(), truth)
+
+
+def _turn(random: np.random.Generator, degrees: float) -> Array:
+    return Rotation.from_rotvec(math.radians(degrees) * random.normal(size=3) / math.sqrt(3)).as_matrix()
+
+
+def _unit(vector: Array) -> Array:
+    return np.asarray(vector / np.linalg.norm(vector))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one pair.
+
+    Attributes:
+        status: of the pose.
+        rotation: its error, degrees.
+        direction: error of the translation's direction, degrees.
+        wrong_and_sure: as said at the head of this file.
+        nees: e' C^-1 e of the error e; NaN unless the status is OK.
+    """
+
+    status: PoseStatus
+    rotation: float
+    direction: float
+    wrong_and_sure: bool
+    nees: float
+
+
+def judge(pose: RelativePose, truth: Pose) -> Outcome:
+    """Compare a pose with the truth."""
+    turn = Rotation.from_matrix(truth.rotation @ pose.rotation.T).as_rotvec()
+    length = float(np.linalg.norm(truth.position))
+    shift = truth.position - pose.translation if pose.metric else truth.position / length - pose.translation
+    rotation = math.degrees(float(np.linalg.norm(turn)))
+    away = float(np.linalg.norm(shift)) / (length if pose.metric else 1.0)
+    direction = math.degrees(2 * math.asin(min(1.0, away / 2)))
+    if pose.status is not PoseStatus.OK:
+        return Outcome(pose.status, rotation, direction, False, math.nan)
+    above = [
+        error @ error > 25 * (error @ block @ error) / max(error @ error, 1e-30)
+        for error, block in ((turn, pose.covariance[3:, 3:]), (shift, pose.covariance[:3, :3]))
+    ]
+    wrong = (above[0] and rotation > 0.5) or (above[1] and direction > 5.0)
+    error = np.concatenate([shift, turn])
+    nees = float(error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error)
+    return Outcome(pose.status, rotation, direction, bool(wrong), nees)
+
+
+def report(title: str, outcomes: list[Outcome], milliseconds: float = math.nan) -> None:
+    """Print a line: statuses, medians of the OK poses' errors, NEES, and the share that is wrong and sure."""
+    counts = Counter(outcome.status.name for outcome in outcomes)
+    shares = " ".join(f"{name} {100 * number / len(outcomes):.0f}%" for name, number in counts.most_common())
+    good = [outcome for outcome in outcomes if outcome.status is PoseStatus.OK]
+    wrong = sum(outcome.wrong_and_sure for outcome in outcomes)
+    middle = [
+        np.median([getattr(one, name) for one in good]) if good else math.nan for name in ("rotation", "direction")
+    ]
+    nees = np.median([one.nees for one in good]) if good else math.nan
+    print(
+        f"{title:24} wrong and sure {wrong:3d} of {len(outcomes):3d} ({100 * wrong / len(outcomes):4.1f} %)  "
+        f"median {middle[0]:.3f} deg {middle[1]:.2f} deg  median NEES {nees:6.2f}  {milliseconds:5.1f} ms  {shares}",
+        flush=True,
+    )
+
+
+def measure(title: str, problems: Iterable[Problem]) -> list[Outcome]:
+    """Estimate, judge and report."""
+    problems = list(problems)
+    started = time.process_time()
+    poses = [problem.estimate() for problem in problems]
+    milliseconds = (time.process_time() - started) * 1e3 / len(problems)
+    outcomes = [judge(pose, problem.truth) for pose, problem in zip(poses, problems)]
+    report(title, outcomes, milliseconds)
+    return outcomes
+
+
+def walk(frames: int, seed: int, stereo: bool) -> Iterator[Outcome]:
+    """The rendered walk through the courtyard, with the default parameters."""
+    from kpmatch_ros.front_end import FrontEnd
+    from kpmatch_ros.geometry.stereo_camera import StereoCamera
+    from kpmatch_ros.parameters import Parameters
+    from simulation import Scene, camera_path, demo_camera, stereo_right
+
+    baseline, eye = 0.12, demo_camera(distorted=False)
+    front_end = FrontEnd(Parameters(device="cpu", rectified=True))
+    poses = camera_path(frames + 20 * seed)[20 * seed :]
+    paths = [poses, [stereo_right(pose, baseline) for pose in poses]] if stereo else [poses]
+    rig = StereoCamera(eye, eye, np.eye(3), np.array([-baseline, 0.0, 0.0])) if stereo else eye
+    films = [Scene(seed).film(path, eye, noise=2.0, noise_seed=side) for side, path in enumerate(paths)]
+    for number, views in enumerate(zip(*films)):
+        images = [cv2.cvtColor(view.image, cv2.COLOR_RGB2GRAY) for view in views]
+        pair = front_end.register(images, [(number + 1) * 10**8] * len(images), rig).pair
+        if pair is not None:
+            yield judge(pair.pose, relative_motion(poses[number - 1], poses[number]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--planes", type=int, default=200, help="pairs (default 200)")
+    parser.add_argument("--bodies", type=int, default=100, help="pairs (default 100)")
+    parser.add_argument("--walks", action="store_true", help="the rendered walk too")
+    parser.add_argument("--frames", type=int, default=21, help="of the walk (default 21)")
+    options = parser.parse_args()
+    cv2.setNumThreads(1)
+    each = max(1, round(options.planes / len(TILTS) / len(MOTIONS)))
+    planes = []
+    for motion in MOTIONS:
+        cases = [plane(tilt, motion, 100 * tilt + seed) for tilt in TILTS for seed in range(each)]
+        planes += measure(f"planes, {motion}", cases)
+    report("planes, all", planes)
+    for part in BODIES:
+        count = max(1, round(options.bodies / len(BODIES)))
+        measure(f"body of {100 * part:.0f} %", [body(part, seed) for seed in range(count)])
+    if options.walks:
+        report("walk, one camera", list(walk(options.frames, 1, stereo=False)))
+        report("walk, stereo", list(walk(options.frames, 1, stereo=True)))
+
+
+if __name__ == "__main__":
+    main()

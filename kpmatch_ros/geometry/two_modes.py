@@ -1,0 +1,155 @@
+"""Motions that explain the same matches alike, and what can tell them apart.
+
+The points of one plane have two motions (Malis and Vargas, INRIA RR-6303, 2007). Both fit the epipolar constraint of
+every point. Points off the plane, points that one of the two places behind a camera, and the motion before can tell
+which one is right.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from scipy.stats import norm
+
+from kpmatch_ros.geometry.robust import FALSE_ALARM_RATE, SMALLEST_SAMPLE
+from kpmatch_ros.geometry.two_view_errors import Matches, Motion, gains, residual_sizes
+
+__all__ = ["Rival", "decide_by_prior", "is_distinct", "plane_motions", "rival_of", "spread"]
+
+_SMALLEST_PLANE = 0.5  # part of the matches: with as many off the plane, these refute the other motion
+
+_BAND = 10.0  # inlier thresholds: where matches are that one motion explains, under another one
+
+_UNEXPLAINED, _REFUTING = 0.1, 1.0  # log-likelihood ratios
+
+_DISTINCT_ROTATION = math.radians(0.5)
+_DISTINCT_DIRECTION = math.radians(5.0)
+
+# From one pair of frames to the next, a robot's motion changes by about so much. Tails are those of Student's
+# distribution with three degrees of freedom: now and then a motion changes abruptly.
+_ROTATION_CHANGE = math.radians(1.0)
+_RELATIVE_CHANGE = 0.1  # of the rotation, besides
+_DIRECTION_CHANGE = math.radians(10.0)
+_FREEDOM = 3
+
+
+class Rival(NamedTuple):
+    """Another motion, compared with the chosen one.
+
+    Attributes:
+        motion: the other motion.
+        score: difference of the two log-likelihoods in its standard deviations (Vuong, Econometrica, 1989): above 0
+            where the chosen motion is the likelier one.
+    """
+
+    motion: Motion
+    score: float
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether the matches do not refute it.
+
+        A rival that is right is refuted with a probability of FALSE_ALARM_RATE at most.
+        """
+        return self.score < float(norm.isf(FALSE_ALARM_RATE))
+
+
+def plane_motions(matches: Matches, normalised_threshold: float) -> list[Motion]:
+    """The motions, two up to sign, that a plane through half or more of the matches allows; empty where there is none.
+
+    Args:
+        matches: those that agree with a motion.
+        normalised_threshold: largest distance from the plane's homography, normalised units.
+    """
+    if len(matches) < SMALLEST_SAMPLE:
+        return []
+    rays1, rays0 = matches.rays1[:, :2].copy(), matches.rays0[:, :2].copy()
+    homography, on_plane = cv2.findHomography(rays1, rays0, cv2.RANSAC, normalised_threshold, maxIters=100)
+    if homography is None or not np.isfinite(homography).all() or on_plane.mean() < _SMALLEST_PLANE:
+        return []
+    _, rotations, translations, _ = cv2.decomposeHomographyMat(homography, np.eye(3))
+    return [
+        Motion(rotation, translation.ravel() / length)
+        for rotation, translation in zip(rotations, translations)
+        if (length := float(np.linalg.norm(translation))) > 1e-6
+    ]
+
+
+def rival_of(
+    matches: Matches, chosen: Motion, other: Motion, inlier_threshold: float, deviation: float, design_effect: float
+) -> Rival:
+    """Compare two refined motions by the likelihoods of each match.
+
+    Both motions explain the points of a plane, but not by the same part of their noise: the sum of the differences of
+    the log-likelihoods varies with the root of the number of matches. Vuong's test takes this variance from the
+    matches.
+
+    Args:
+        matches: all of them, wrong ones too.
+        chosen: the likelier motion.
+        other: its rival.
+        inlier_threshold: largest residual of an inlier, pixels.
+        deviation: standard deviation of the keypoints' noise, pixels.
+        design_effect: factor on the variance of an estimate, for matches that err together.
+    """
+    own, others = (
+        gains(residual_sizes(matches, motion, inlier_threshold), deviation, _BAND * inlier_threshold)
+        for motion in (chosen, other)
+    )
+    difference = own - others
+    # If the rival is right, what it leaves unexplained is wrong, and agrees with the chosen motion by chance only: it
+    # does not tell how much the others vary. One such match is allowed for.
+    refuting = (difference > _REFUTING) & (others < _UNEXPLAINED)
+    usual = difference[~refuting]
+    variance = float(((usual - usual.mean()) ** 2).sum()) if len(usual) else 0.0
+    variance = design_effect * (variance + float(own.max()) ** 2)
+    return Rival(other, float(difference.sum()) / math.sqrt(variance + 1e-12))
+
+
+def is_distinct(chosen: Motion, other: Motion) -> bool:
+    """Whether two motions differ by more than half a degree of rotation or five degrees of direction."""
+    return (
+        _angle(chosen.rotation.T @ other.rotation) > _DISTINCT_ROTATION
+        or _between(chosen.translation, other.translation) > _DISTINCT_DIRECTION
+    )
+
+
+def spread(chosen: Motion, other: Motion) -> np.ndarray:
+    """What a covariance (6, 6) of translation and rotation needs besides to cover another motion: their distance."""
+    turn = cv2.Rodrigues(other.rotation @ chosen.rotation.T)[0].ravel()
+    distance = np.concatenate([other.translation - chosen.translation, turn])
+    return np.outer(distance, distance)
+
+
+def decide_by_prior(motions: list[Motion], prior: Motion) -> Motion | None:
+    """Of motions that the matches cannot tell apart, the one like the motion before; None where two are.
+
+    It has to be more probable than each other one by a factor of 1 / FALSE_ALARM_RATE.
+    """
+    values = [_log_prior(motion, prior) for motion in motions]
+    order = np.argsort(values)[::-1]
+    if len(order) > 1 and values[order[0]] - values[order[1]] < -math.log(FALSE_ALARM_RATE):
+        return None
+    return motions[order[0]]
+
+
+def _log_prior(motion: Motion, prior: Motion) -> float:
+    """Logarithm of a motion's probability density after another motion, but for a constant."""
+    change = _ROTATION_CHANGE + _RELATIVE_CHANGE * _angle(prior.rotation)
+    turned = _angle(prior.rotation.T @ motion.rotation) / change
+    shifted = _between(prior.translation, motion.translation) / _DIRECTION_CHANGE
+    return -sum((_FREEDOM + size) / 2 * math.log1p(value**2 / _FREEDOM) for value, size in ((turned, 3), (shifted, 2)))
+
+
+def _angle(rotation: np.ndarray) -> float:
+    return float(np.linalg.norm(cv2.Rodrigues(rotation)[0]))
+
+
+def _between(one: np.ndarray, other: np.ndarray) -> float:
+    """Angle of two directions; a right angle where one of them is none."""
+    if not one.any() or not other.any():
+        return math.pi / 2
+    return math.atan2(float(np.linalg.norm(np.cross(one, other))), float(one @ other))
