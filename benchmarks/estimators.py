@@ -103,7 +103,8 @@ def ours(problem: Problem, gate: float) -> Motion | None:
         problem.points0, problem.points1, problem.camera0, problem.camera1, max_reprojection_error=gate,
         keypoint_resolution=problem.resolution,
     )  # fmt: skip
-    return Motion(pose.rotation, pose.translation) if pose.status is PoseStatus.OK else None
+    known = pose.status in (PoseStatus.OK, PoseStatus.AMBIGUOUS)  # of two motions the likelier one, as the others give
+    return Motion(pose.rotation, pose.translation) if known else None
 
 
 def estimators() -> dict[str, Estimator]:
