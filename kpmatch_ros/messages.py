@@ -22,7 +22,7 @@ from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.front_end import Frame, ImagePair, Pair
 from kpmatch_ros.geometry.pose import PoseStatus
-from kpmatch_ros.odometry import OdometryPose
+from kpmatch_ros.odometry import OdometryPose, Twist
 
 __all__ = [
     "NewMessage",
@@ -141,16 +141,29 @@ def interruption(header: Any, new: NewMessage = ros_message) -> Any:
     )
 
 
-def odometry(frame: Frame, pose: OdometryPose, new: NewMessage = ros_message) -> Any:
+def odometry(frame: Frame, pose: OdometryPose, odom_frame: str, new: NewMessage = ros_message) -> Any:
     """nav_msgs/Odometry. Each chain has a frame of its own, lest one be taken for another's continuation."""
     header = header_of(frame, new)
-    header.frame_id = f"odom_{pose.chain}" if pose.chain else "odom"
+    header.frame_id = f"{odom_frame}_{pose.chain}" if pose.chain else odom_frame
     return new(
         "nav_msgs/msg/Odometry",
         header=header,
         child_frame_id=frame.frame_id,
         pose=_pose_message(pose.rotation, pose.position, pose.covariance, new),
-        twist=new("geometry_msgs/msg/TwistWithCovariance", covariance=_flat(_UNKNOWN * np.eye(6), np.float64)),
+        twist=_twist_message(pose.twist, new),
+    )
+
+
+def _twist_message(twist: Twist | None, new: NewMessage) -> Any:
+    velocity = np.zeros(6) if twist is None else twist.velocity
+    covariance = _UNKNOWN * np.eye(6) if twist is None else twist.covariance
+    linear, angular = (
+        new("geometry_msgs/msg/Vector3", x=float(x), y=float(y), z=float(z)) for x, y, z in velocity.reshape(2, 3)
+    )
+    return new(
+        "geometry_msgs/msg/TwistWithCovariance",
+        twist=new("geometry_msgs/msg/Twist", linear=linear, angular=angular),
+        covariance=_flat(covariance, np.float64),
     )
 
 

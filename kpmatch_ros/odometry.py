@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.front_end import Pair
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose, cross_matrix
 
-__all__ = ["Odometry", "OdometryPose", "compose"]
+__all__ = ["Odometry", "OdometryPose", "Twist", "compose"]
 
 # An odometry frame has x forward, y left and z up (REP-103), seen from the first camera. The camera's own frame is an
 # optical one: z forward, x right.
 _FIRST_CAMERA = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
+
+
+@dataclass(frozen=True, eq=False)
+class Twist:
+    """Mean velocity of the camera since the frame before, in its own optical frame.
+
+    Attributes:
+        velocity: (6,) float64, metres per second along the axes, then radians per second about them.
+        covariance: (6, 6) float64 of these.
+    """
+
+    velocity: np.ndarray
+    covariance: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +41,14 @@ class OdometryPose:
             R_true = exp([w]x) rotation, as in geometry_msgs/PoseWithCovariance.
         chain: how many times the chain of poses broke before. Poses of two chains cannot be compared: each chain has
             an odometry frame of its own, and its first camera is the origin.
+        twist: velocity since the frame before; None where that frame has no pose in the chain, or no earlier stamp.
     """
 
     rotation: np.ndarray
     position: np.ndarray
     covariance: np.ndarray
     chain: int
+    twist: Twist | None = None
 
 
 def compose(pose: OdometryPose, step: RelativePose) -> OdometryPose:
@@ -64,6 +80,7 @@ class Odometry:
         self.breaks = 0
         self._known: dict[int, OdometryPose] = {}  # by the frame's number
         self._begun = False
+        self._last: tuple[int, int, OdometryPose, np.ndarray] | None = None  # the frame before: number, stamp, step
 
     def add(self, pair: Pair) -> OdometryPose | None:
         """The pose of the pair's current frame; None where the pair has no pose in metres."""
@@ -71,11 +88,33 @@ class Odometry:
         origin = None if pair.reset else self._known.get(reference)
         if pose.status not in (PoseStatus.OK, PoseStatus.NO_TRANSLATION) or not pose.metric:
             self._known = {} if origin is None else {reference: origin}
+            self._last = None
             return None
         if origin is None:
             self.breaks += self._begun
             self._begun = True
             origin = OdometryPose(_FIRST_CAMERA, np.zeros(3), np.zeros((6, 6)), self.breaks)
+            self._last = None
         current = compose(origin, pose)
+        current = replace(current, twist=self._twist(pair, origin, current))
         self._known = {reference: origin, pair.current.number: current}
         return current
+
+    def _twist(self, pair: Pair, origin: OdometryPose, current: OdometryPose) -> Twist | None:
+        """The velocity since the frame before.
+
+        That frame is the reference, or another one that was matched with the same keyframe. Then the errors of both
+        steps are taken to be independent.
+        """
+        stamp, before, spread = pair.reference.stamp, origin, pair.pose.covariance
+        if self._last is not None and self._last[0] != pair.reference.number:
+            _, stamp, before, earlier = self._last
+            spread = spread + earlier
+        self._last = pair.current.number, pair.current.stamp, current, pair.pose.covariance
+        seconds = (pair.current.stamp - stamp) * 1e-9
+        if seconds <= 0:
+            return None
+        moved = current.rotation.T @ (current.position - before.position)
+        turned = current.rotation.T @ Rotation.from_matrix(current.rotation @ before.rotation.T).as_rotvec()
+        into = np.kron(np.eye(2), pair.pose.rotation.T)  # from the reference's axes to the current camera's
+        return Twist(np.concatenate([moved, turned]) / seconds, into @ spread @ into.T / seconds**2)

@@ -259,6 +259,14 @@ class Parameters:
     publish_odometry: bool = _parameter(
         False, "stereo: chain the poses into nav_msgs/Odometry on 'odometry', and into TF where tf2_msgs is installed"
     )
+    odom_frame: str = _parameter(
+        "odom",
+        "frame that odometry is in, of letters, digits, _ and /; each new chain has its number behind the name",
+        pattern=r"[A-Za-z0-9_][A-Za-z0-9_/]*",
+    )
+    publish_tf: bool = _parameter(
+        True, "with publish_odometry: publish it into TF too; turn it off where the camera has a parent in TF already"
+    )
     autostart: bool = _parameter(True, "configure and activate the node when it starts")
 
     def __post_init__(self) -> None:

@@ -363,12 +363,12 @@ class Pipeline:
         pose = odometry.add(pair)
         if pose is None:
             return
-        message = messages.odometry(pair.current, pose, self._new)
+        message = messages.odometry(pair.current, pose, self.front_end.parameters.odom_frame, self._new)
         self._events.odometry(
             odometry.breaks, f"the chain of poses broke: odometry begins again in the frame {message.header.frame_id}"
         )
         self._publish("odometry", message)
-        if self._wanted("/tf"):
+        if self.front_end.parameters.publish_tf and self._wanted("/tf"):
             transform = messages.transform_of(message, self._new)
             self._publish("/tf", self._new("tf2_msgs/msg/TFMessage", transforms=[transform]))
 

@@ -101,3 +101,35 @@ def test_poses_without_metres_are_not_chained() -> None:
     unit = RelativePose(PoseStatus.OK, np.eye(3), np.array([1.0, 0, 0]), np.eye(6), False, 100, 90, 5.0, None)
     odometry = Odometry()
     assert odometry.add(pair(1, 2, unit, reset=True)) is None and odometry.breaks == 0
+
+
+def test_the_twist_is_the_motion_since_the_frame_before_also_with_a_keyframe() -> None:
+    """Half a metre forward and 0.3 rad about y a frame, ten frames a second; in the camera's own frame."""
+
+    def at(reference: int, current: int, count: int) -> Any:
+        turn = np.array([0, 0.03 * count, 0])
+        # The steps of a screw along its own axes: every frame moves alike, seen from itself.
+        moved, rotation = np.zeros(3), np.eye(3)
+        for _ in range(count):
+            moved = moved + rotation @ np.array([0, 0, 0.5])
+            rotation = rotation @ cv2.Rodrigues(np.array([0, 0.03, 0]))[0]
+        made = pair(reference, current, step(moved, turn), reset=current == 2)
+        made.reference.stamp, made.current.stamp = reference * 10**8, current * 10**8
+        return made
+
+    chained, keyframe = Odometry(), Odometry()
+    steps = [chained.add(at(1, 2, 1)), chained.add(at(2, 3, 1)), chained.add(at(3, 4, 1))]
+    seen = [keyframe.add(at(1, 2, 1)), keyframe.add(at(1, 3, 2)), keyframe.add(at(1, 4, 3))]
+    back = cv2.Rodrigues(np.array([0, -0.03, 0]))[0]
+    for pose in [*steps, *seen]:
+        assert pose is not None and pose.twist is not None
+        np.testing.assert_allclose(pose.twist.velocity, [*(back @ [0, 0, 5.0]), 0, 0.3, 0], atol=1e-9)
+    assert steps[1] is not None and steps[1].twist is not None and seen[1] is not None and seen[1].twist is not None
+    into = np.kron(np.eye(2), back)
+    np.testing.assert_allclose(steps[1].twist.covariance, into @ SPREAD @ SPREAD.T @ into.T * 100)
+    assert np.trace(seen[1].twist.covariance) > 1.5 * np.trace(steps[1].twist.covariance)
+
+
+def test_without_time_between_two_frames_there_is_no_twist() -> None:
+    pose = Odometry().add(pair(1, 2, reset=True))
+    assert pose is not None and pose.twist is None

@@ -42,7 +42,7 @@ def wrong_values(item: Declaration) -> list[Any]:
     if item.choices:
         wrong += ["wrong", "", item.choices[0].upper(), item.choices[0] + " "]
     if item.pattern:
-        wrong += ["wrong", "", f"{item.default} ", f"{item.default}\n"]
+        wrong += ["wrong value", "", f"{item.default} ", f"{item.default}\n"]
     return wrong
 
 
