@@ -69,7 +69,9 @@ def read_parameter_file(path: Path, node_name: str = "/matcher", warn: Callable[
     """
     try:
         found = list(sections(yaml.safe_load(path.read_text())))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ParameterError(f"{path}: is nested too deeply for a parameter file") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, a date that is none
         raise ParameterError(f"{path}: is no YAML file: {error}") from error
     own = [values for section, values in found if applies(section, node_name)]
     if not own:

@@ -26,12 +26,14 @@ from typing import Any, Literal, NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from rosbags.interfaces import MessageDefinitionFormat, Nodetype
-from rosbags.rosbag2 import Reader, StoragePlugin, Writer
+from rosbags.interfaces import Nodetype
+from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 from scipy.spatial.transform import Rotation
 
+from kpmatch_ros.bags.recording import BagError, Recording
+from kpmatch_ros.bags.storage import Definition
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import Pose
 
@@ -53,14 +55,11 @@ __all__ = [
 ]
 
 IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
+USED_TYPES = (*IMAGE_TYPES, "sensor_msgs/msg/CameraInfo", "geometry_msgs/msg/PoseStamped")
 GROUND_TRUTH = "/ground_truth/pose"
 
 Encoding = Literal["rgb8", "bgr8", "mono8"]
 Storage = Literal["mcap", "sqlite3"]
-
-
-class BagError(ValueError):
-    """A bag is missing or broken, lacks a topic, or cannot be written. The text says which, and what to do."""
 
 
 class Record(NamedTuple):
@@ -217,32 +216,26 @@ def pose_message(pose: Pose, stamp: int, frame_id: str) -> Any:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Reader]:
-    """A reader on a bag: a folder with metadata.yaml, or a bare .mcap or .db3 file."""
+def _opened(path: Path) -> Iterator[Recording]:
+    """A bag that is open for reading: a folder, or a bare .mcap or .db3 file."""
     if not path.exists():
         raise BagError(f"{path}: there is no such bag")
-    source = path
-    if path.is_dir() and not (path / "metadata.yaml").exists():
-        files = sorted(entry for entry in path.iterdir() if entry.suffix in (".mcap", ".db3"))
-        if not files:
-            raise BagError(f"{path}: is not a bag; a bag's folder holds metadata.yaml and .mcap or .db3 files")
-        if len(files) > 1:
-            raise BagError(f"{path}: has {len(files)} files but no metadata.yaml; ros2 bag reindex {path} writes one")
-        source = files[0]  # a recording that was killed before it wrote its metadata
-    elif path.suffix == ".bag":
+    if path.suffix == ".bag":
         raise BagError(f"{path}: is a bag of ROS 1; rosbags-convert --src {path} --dst FOLDER makes one of ROS 2")
-    elif path.is_file() and path.suffix not in (".mcap", ".db3"):
+    if not path.is_dir() and not (path.is_file() and path.suffix in (".mcap", ".db3")):
         raise BagError(f"{path}: is not a bag; give a bag's folder, or a .mcap or .db3 file")
     with _explained(path):
-        reader = Reader(source)
-        reader.open()
+        recording = Recording(path)
     try:
-        if not reader.message_count:
-            raise BagError(f"{path}: the bag holds no messages")
-        yield reader
+        if not recording.counts.total():
+            foreign = ", ".join(f"{topic} ({encoding})" for topic, encoding in sorted(recording.foreign.items()))
+            raise BagError(
+                f"{path}: the bag holds no messages{f' in the encoding of ROS 2, only {foreign}' if foreign else ''}"
+            )
+        yield recording
     finally:
         with suppress(Exception):
-            reader.close()
+            recording.close()
 
 
 @contextmanager
@@ -250,6 +243,8 @@ def _explained(path: Path, what: str = "cannot be read") -> Iterator[None]:
     """Turn any error of the parsers into a BagError."""
     try:
         yield
+    except BagError:
+        raise
     except Exception as error:
         # Storages, compressions and message parsers have errors of their own. A truncated file raises any of them.
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
@@ -263,8 +258,8 @@ def _explained(path: Path, what: str = "cannot be read") -> Iterator[None]:
 
 def bag_topics(path: str | Path) -> list[Topic]:
     """The topics of a bag that hold messages, by name. Raises BagError."""
-    with _opened(Path(path)) as reader:
-        return sorted(Topic(c.topic, c.msgtype, c.msgcount) for c in reader.connections if c.msgcount)
+    with _opened(Path(path)) as recording:
+        return sorted(Topic(topic, kind, count) for (topic, kind), count in recording.counts.items() if count)
 
 
 def image_topics(path: str | Path) -> list[Topic]:
@@ -274,53 +269,72 @@ def image_topics(path: str | Path) -> list[Topic]:
 
 def bag_storage(path: str | Path) -> Storage:
     """The storage of a bag. Raises BagError."""
-    with _opened(Path(path)) as reader:
-        source = Path(str(reader.path))
-    files = [source] if source.is_file() else source.iterdir()
-    return "mcap" if any(".mcap" in file.suffixes for file in files) else "sqlite3"  # .mcap.zstd too
+    with _opened(Path(path)) as recording:
+        return recording.storage
 
 
-def read_messages(path: str | Path, topics: Collection[str] | None = None) -> Iterator[Record]:
+def read_messages(
+    path: str | Path, topics: Collection[str] | None = None, remarks: list[str] | None = None
+) -> Iterator[Record]:
     """The messages of a bag, or of some of its topics, in the order of recording.
 
-    Where the bag is split over several files, these are read one after the other, as `ros2 bag play` does. Raises
-    BagError, also in the middle of a bag that is broken there, and for a topic that is not in the bag.
+    Where the bag is split over several files, these are read one after the other, as `ros2 bag play` does.
+
+    Args:
+        path: of the bag.
+        topics: to read; all where not given.
+        remarks: gets what is odd about the bag, in words, once the last message was read: topics that were left out,
+            and numbers of messages that differ from what its metadata or index declares.
+
+    Raises:
+        BagError: it is broken, also in its middle, or lacks a topic.
     """
     path = Path(path)
-    with _opened(path) as reader:
-        known = {connection.topic for connection in reader.connections}
+    with _opened(path) as recording:
+        known = {topic for topic, _ in recording.counts}
         if topics is not None and (missing := [topic for topic in topics if topic not in known]):
-            raise BagError(f"{path}: has no topic {', '.join(missing)}; it has {', '.join(sorted(known))}")
-        wanted = [c for c in reader.connections if topics is None or c.topic in topics]
+            foreign = [f"; {topic} is in the encoding {recording.foreign[topic]}" for topic in missing
+                       if topic in recording.foreign]  # fmt: skip
+            raise BagError(
+                f"{path}: has no topic {', '.join(missing)}; it has {', '.join(sorted(known))}{''.join(foreign)}"
+            )
+        wanted = known if topics is None else set(topics)
         stores: dict[str, Typestore] = {}
-        for connection in wanted:
-            if connection.msgtype not in stores:
-                with _explained(path, f"the definition of {connection.msgtype} cannot be understood"):
-                    stores[connection.msgtype] = _store_for(connection)
-                if connection.msgtype not in stores[connection.msgtype].types:
-                    raise BagError(
-                        f"{path}: {connection.topic} has the type {connection.msgtype}, which is not known "
-                        "here and which the bag does not define; leave that topic out"
-                    )
-        raw = iter(reader.messages(wanted)) if wanted else iter(())
+        for topic, kind in recording.counts:
+            if topic not in wanted:
+                continue
+            if kind not in stores:
+                with _explained(path, f"the definition of {kind} cannot be understood"):
+                    stores[kind] = _store_for(kind, recording.definitions.get(kind))
+            if kind not in stores[kind].types:
+                raise BagError(
+                    f"{path}: {topic} has the type {kind}, which is not known here and which the bag does not define; "
+                    "leave that topic out"
+                )
+        raw = recording.messages(wanted)
         while True:
             with _explained(path):
                 found = next(raw, None)
             if found is None:
-                return
-            connection, stamp, data = found
-            with _explained(path, f"a message on {connection.topic} at {stamp / 1e9:.9f} s cannot be decoded"):
-                message = stores[connection.msgtype].deserialize_cdr(data, connection.msgtype)
-            yield Record(connection.topic, connection.msgtype, stamp, message)
+                break
+            with _explained(path, f"a message on {found.topic} at {found.stamp / 1e9:.9f} s cannot be decoded"):
+                message = stores[found.type].deserialize_cdr(found.content, found.type)
+            yield Record(found.topic, found.type, found.stamp, message)
+        if remarks is not None:
+            remarks += recording.remarks
 
 
-def _store_for(connection: Any) -> Typestore:
-    """The types that decode a connection's messages: those that it defines, or else those known here."""
-    form, text = connection.msgdef
-    if form == MessageDefinitionFormat.NONE:
+def _store_for(kind: str, definition: Definition | None) -> Typestore:
+    """The types that decode messages of one type: those that the bag defines, or else those known here.
+
+    Raises:
+        ValueError: what the bag defines is not the type that ROS has under this name.
+    """
+    if definition is None:
         return typestore()
-    if form == MessageDefinitionFormat.MSG:
-        types = get_types_from_msg(text, connection.msgtype)
+    text = definition.content.decode()
+    if definition.form == "msg":
+        types = get_types_from_msg(text, kind)
     else:  # one .idl file, or several, each below a line of "=" and its name
         types = {}
         for part in text.split("=" * 80 + "\n"):
@@ -328,7 +342,24 @@ def _store_for(connection: Any) -> Typestore:
                 types.update(get_types_from_idl(part.split("\n", 1)[1] if part.startswith("IDL: ") else part))
     store = get_typestore(Stores.EMPTY)
     store.register(types)
+    if kind in USED_TYPES:
+        _check_fields(store, kind)
     return store
+
+
+def _check_fields(store: Typestore, kind: str) -> None:
+    """Check that a type of ROS, and what it is made of, has the fields that are used here."""
+    if kind not in store.fielddefs:
+        raise ValueError(f"it leaves out {kind}")
+    ours, theirs = typestore().fielddefs[kind][1], store.fielddefs[kind][1]
+    if ours != theirs:
+        raise ValueError(f"{kind} has not the fields that ROS gives it, {', '.join(name for name, _ in ours)}")
+    for _, (node, detail) in ours:
+        element: Any = (node, detail)
+        while element[0] in (Nodetype.ARRAY, Nodetype.SEQUENCE):
+            element = element[1][0]
+        if element[0] == Nodetype.NAME:
+            _check_fields(store, str(element[1]))
 
 
 def read_ground_truth(path: str | Path, topic: str = GROUND_TRUTH) -> tuple[NDArray[np.int64], list[Pose]]:

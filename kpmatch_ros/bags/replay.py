@@ -68,6 +68,11 @@ def replay(
         if path is not None and not path.resolve().parent.is_dir():
             raise BagError(f"{path}: there is no folder {path.parent}")
     shown = None if page is None else HtmlReport(cameras[0].num_images, metric=stereo)
+    for path in (poses, page):
+        if path is not None:
+            _check_place(path, bag, out)
+    if poses is not None and page is not None and poses.resolve() == page.resolve():
+        raise BagError(f"{poses}: cannot hold both the poses and the report; choose another name for one of them")
     front_end = FrontEnd(parameters)
     front_end.matcher.warm_up()
     with ExitStack() as stack:
@@ -81,13 +86,25 @@ def replay(
         report = _process(bag, cameras, front_end, writer, wanted, trajectory, shown)
         if not report.latencies:
             topics = " and ".join(camera.image for camera in cameras)
+            why = [report.first_rejection, *report.faults, "the bag declares them, but none can be read"]
             raise BagError(
                 f"{bag}: none of the {sum(camera.num_images for camera in cameras)} images on {topics} can "
-                f"be used: {report.first_rejection or report.faults[0]}"
+                f"be used: {next(filter(None, why))}"
             )
         if shown is not None and page_file is not None:
             shown.write(page_file, f"Matches of {bag.name}", report.rows(), report.faults)
     return report
+
+
+def _check_place(file: Path, bag: Path, out: Path) -> None:
+    """Refuse a file in the place of something else, before the work rather than after it."""
+    place, source = file.resolve(), bag.resolve()
+    if place == out.resolve():
+        raise BagError(f"{file}: is to hold the bag, so it cannot be a file too; choose another name for one of them")
+    if place == source or source in place.parents:
+        raise BagError(f"{file}: belongs to the bag that is read; choose another name")
+    if place.is_dir():
+        raise BagError(f"{file}: is a folder; give the name of a file")
 
 
 def _process(
@@ -112,11 +129,17 @@ def _process(
         if camera.camera_info:
             infos.setdefault(camera.camera_info, []).append(side)
             # Images that were recorded before the first calibration have that one.
-            pipeline.calibration.update(side, next(read_messages(bag, [camera.camera_info])).message)
+            first = next(read_messages(bag, [camera.camera_info]), None)
+            if first is None:
+                report.faults.append(
+                    f"{bag}: declares messages on {camera.camera_info}, but holds none that can be read"
+                )
+            else:
+                pipeline.calibration.update(side, first.message)
     started = time.perf_counter()
     # disable=None: no bar where stderr is no terminal
     with tqdm(total=cameras[0].num_images, desc="frames", unit="frame", disable=None, leave=False) as bar:
-        for topic, _, recorded_at, message in read_messages(bag, [*sides, *infos]):
+        for topic, _, recorded_at, message in read_messages(bag, [*sides, *infos], report.remarks):
             if topic not in sides:
                 for side in infos[topic]:
                     pipeline.calibration.update(side, message)
@@ -133,6 +156,8 @@ def _process(
                 report.processed(result, milliseconds)
                 if page is not None:
                     page.add(result, milliseconds)
+    if not recorded:
+        return report
     pipeline.finish()
     report.finish()
     report.elapsed = time.perf_counter() - started

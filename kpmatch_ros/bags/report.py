@@ -40,6 +40,8 @@ class Report:
         without_partner: of a stereo pair, how many images on each topic found no partner. A frame is a pair.
         faults: what was wrong, in words: the first of each kind.
         first_rejection: why the first frame that was rejected could not be used; empty where none was.
+        remarks: what is odd about the bag that was read, in words, as numbers of messages that its metadata does not
+            declare.
         recorded: time from the first to the last image, seconds.
         elapsed: time that the replay took, seconds.
         breaks: of the chain of poses; None where it was not written.
@@ -61,6 +63,7 @@ class Report:
     interruptions: Counter[str] = field(default_factory=Counter)
     without_partner: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     first_rejection: str = ""
     recorded: float = 0.0
     elapsed: float = 0.0
@@ -125,6 +128,7 @@ class Report:
                 f"{self.barren} of {len(self.latencies)} frames have hardly a match; of the last of them: "
                 f"{self._barren_because}"
             )
+        self.faults += self.remarks
         self.faults += [f"{self.without_partner[topic]} {why}" for topic, why in self._unpaired_because.items()]
 
     def _fault(self, counter: Counter[str], reason: str, explanation: str) -> None:
@@ -151,6 +155,7 @@ class Report:
             "inliers": _percentile(self.inliers, 50),
             "poses": dict(self.poses),
             "breaks": self.breaks,
+            "remarks": list(self.remarks),
         }
         if len(self.cameras) == 2:
             figures |= {
@@ -210,6 +215,7 @@ class Report:
             rows.insert(1, ("unpaired", f"images without a partner: {counts(self.without_partner)}"))
         if self.stamp_faults:
             rows.append(("stamps", counts(self.stamp_faults)))
+        rows += [("remark", remark) for remark in self.remarks]
         if self.refusals:
             rows.append(("camera_info", f"refused: {counts(self.refusals)}"))
         return rows

@@ -58,6 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = f"{error.filename}: {error.strerror}"
         print(f"{options.name}: {' '.join(text.split())}", file=sys.stderr)
         return 2
+    except Exception as error:  # a fault of this program, memory that ran out
+        if os.environ.get("KPMATCH_TRACEBACK"):
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        print(
+            f"{options.name}: an unexpected fault, {text:.300}; with KPMATCH_TRACEBACK=1 it says where: please report "
+            "it with its input",
+            file=sys.stderr,
+        )
+        return 2
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,11 +90,16 @@ def _match(options: argparse.Namespace) -> int:
     camera_b = _camera(image_b, options.intrinsics1 or options.intrinsics, options.distortion)
 
     from kpmatch_ros.front_end import FrontEnd
+    from kpmatch_ros.images import ImageError
 
+    parameters = _fitting(parameters, {options.image_a: image_a, options.image_b: image_b}, options.name)
     front_end = FrontEnd(parameters)
     started = time.perf_counter()
-    front_end.register_frame(image_a, 0, camera_a)
-    _, pair = front_end.register_frame(image_b, 1, camera_b)
+    try:
+        front_end.register_frame(image_a, 0, camera_a)
+        _, pair = front_end.register_frame(image_b, 1, camera_b)
+    except ImageError as error:
+        raise CommandError(str(error)) from error
     milliseconds = (time.perf_counter() - started) * 1e3
     assert pair is not None
     if picture is not None:
@@ -113,6 +119,28 @@ def _next_command(options: argparse.Namespace) -> str:
         images = shlex.join([str(options.image_a), str(options.image_b)])
         return f"{in_shell(f'kpmatch match {images} --intrinsics FX,FY,CX,CY')}  (the relative pose too)"
     return f"{in_shell('kpmatch bag BAG OUT --report report.html')}  (the same for a recording)"
+
+
+def _fitting(parameters: Parameters, images: dict[Path, NDArray[np.uint8]], command: str) -> Parameters:
+    """The parameters, with a `resize` that the networks take where an image is too large for them; stderr says so."""
+    from kpmatch_ros.feature_matcher import LARGEST_IMAGE
+
+    longest = 0
+    for path, image in images.items():
+        height, width = image.shape[:2]
+        scale = parameters.resize / max(height, width) if parameters.resize else 1.0
+        pixels = round(height * scale) * round(width * scale)
+        if pixels <= LARGEST_IMAGE:
+            continue
+        # A pixel less on each side, so that rounding does not bring it over the limit again.
+        fitting = max(int(max(height, width) * (LARGEST_IMAGE / (height * width)) ** 0.5) - 1, 1)
+        longest = min(longest or fitting, fitting)
+        print(
+            f"{command}: {path} is {width} x {height} pixels, more than the {LARGEST_IMAGE / 1e6:.1f} million that the "
+            f"networks take: matched with --resize {longest}",
+            file=sys.stderr,
+        )
+    return parameters.replace({"resize": longest}) if longest else parameters
 
 
 def _camera(

@@ -8,10 +8,14 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from kpmatch_ros.models.checkpoint import Checkpoint, build
+from kpmatch_ros.weights import WeightsError
 
 __all__ = ["Extractor", "PretrainedNetwork"]
 
 Self = TypeVar("Self", bound="PretrainedNetwork")
+
+# What a configuration may say of how keypoints are selected. A maximum over a wider window takes memory without end.
+_RANGES = {"nms_radius": (0, 64), "border_removal_distance": (0, 65535), "max_keypoints": (-1, 1 << 20)}
 
 
 class PretrainedNetwork(nn.Module):
@@ -62,6 +66,9 @@ class Extractor(PretrainedNetwork):
         max_keypoints: largest number of keypoints of an image; -1 for all.
         nms_radius: two keypoints are further apart than this, pixels.
         border: no keypoint is nearer to the image's sides, pixels.
+
+    Raises:
+        WeightsError: the configuration selects keypoints in a way that cannot be.
     """
 
     CHANNELS: ClassVar[int]
@@ -72,6 +79,9 @@ class Extractor(PretrainedNetwork):
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
+        for key, (low, high) in _RANGES.items():
+            if not low <= self.config[key] <= high:
+                raise WeightsError(f"{key} is {self.config[key]!r}; it must be from {low} to {high}")
         self.keypoint_threshold: float = self.config["keypoint_threshold"]
         self.max_keypoints: int = self.config["max_keypoints"]
         self.nms_radius: int = self.config["nms_radius"]

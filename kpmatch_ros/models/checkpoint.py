@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -131,15 +132,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         config_path = path / "config.json"
         try:
+            if config_path.exists() and not config_path.is_file():  # reading a FIFO would wait for ever
+                raise TypeError("it is no regular file")
             config = json.loads(config_path.read_text())
             if not isinstance(config, dict):
                 raise TypeError("it holds no object")
-        except (OSError, TypeError, ValueError) as error:
+        except (OSError, TypeError, ValueError, RecursionError) as error:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
             raise weights.WeightsError(
-                f"{path} is no folder of weights: its config.json cannot be read ({error})"
+                f"{path} is no folder of weights: its config.json cannot be read ({reason})"
             ) from error
         return Checkpoint(config, _read_tensors(tensor_file(path)), str(path))
-    return Checkpoint(_own_config(path), _read_tensors(path), str(path))
+    file = tensor_file(path)
+    return Checkpoint(_own_config(file), _read_tensors(file), str(path))
 
 
 def read_source(source: str | Path) -> Checkpoint:
@@ -185,13 +190,14 @@ def tensor_file(path: Path) -> Path:
     """The file of tensors in a Hugging Face folder; a file is that itself.
 
     Raises:
-        WeightsError: the folder has none.
+        WeightsError: the folder has none, or it is no regular file.
     """
-    if not path.is_dir():
-        return path
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():  # a FIFO would block
-            return path / name
+    names = ("model.safetensors", "pytorch_model.bin") if path.is_dir() else ("",)
+    for file in (path / name for name in names):
+        if file.exists():
+            if not file.is_file():  # reading a FIFO would wait for ever
+                raise weights.WeightsError(f"{file} is no regular file, so these are no weights")
+            return file
     raise weights.WeightsError(f"{path} is no folder of weights: it has no model.safetensors")
 
 
@@ -273,9 +279,10 @@ def build_from(cls: type[Model], read: Checkpoint, options: Mapping[str, Any]) -
             f"{checkpoint.source} sets {', '.join(unknown)}, which this {network.MODEL_TYPE} does not know; matches "
             "would differ from what the weights were made for"
         )
-    with _explained(checkpoint.source, network.MODEL_TYPE):
-        model = cls(**{key: value for key, value in config.items() if key in network.DEFAULTS and value is not None})
-    expected = model.state_dict()
+    config = {key: value for key, value in config.items() if key in network.DEFAULTS and value is not None}
+    _check_config(checkpoint, network, config)
+    with _explained(checkpoint.source, network.MODEL_TYPE), torch.device("meta"):
+        expected = cls(**config).state_dict()  # without memory: the file may declare a network of any size
     given = {name: tensor.to(torch.float32) for name, tensor in checkpoint.tensors.items() if name in expected}
     problems = [f"{name} is missing" for name in expected if name not in given]
     problems += [f"{name} is unknown" for name in checkpoint.tensors if name not in expected]
@@ -291,8 +298,38 @@ def build_from(cls: type[Model], read: Checkpoint, options: Mapping[str, Any]) -
         )
     if not all(torch.isfinite(tensor).all() for tensor in given.values()):
         raise weights.WeightsError(f"{checkpoint.source} holds weights that are not finite: the file is damaged")
+    with _explained(checkpoint.source, network.MODEL_TYPE):
+        model = cls(**config)
     model.load_state_dict(given)
     return model
+
+
+def _check_config(checkpoint: Checkpoint, network: type[_Buildable], config: Mapping[str, Any]) -> None:
+    """Check a configuration's types, and that it declares no more parts than the file has tensors for.
+
+    Raises:
+        WeightsError: it is not so.
+    """
+    for key, value in config.items():
+        default = network.DEFAULTS[key]
+        if isinstance(default, bool) or not isinstance(default, (int, float, list)):
+            continue
+        numbers = value if isinstance(default, list) and isinstance(value, (list, tuple)) else [value]
+        kind = (int, float) if isinstance(default, float) else (int, str) if isinstance(default, list) else (int,)
+        sound = isinstance(value, (list, tuple)) == isinstance(default, list) and all(
+            isinstance(number, kind) and not isinstance(number, bool) for number in numbers
+        )
+        if not sound or any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            wanted = (
+                "a list" if isinstance(default, list) else "a number" if isinstance(default, float) else "an integer"
+            )
+            raise weights.WeightsError(f"{checkpoint.source} sets {key} to {value!r:.80}, which is not {wanted}")
+        parts = len(numbers) if isinstance(default, list) else value if key.startswith("num_") else 0
+        if parts > max(len(checkpoint.tensors), 1):
+            raise weights.WeightsError(
+                f"{checkpoint.source} sets {key} to {value!r:.80}, but holds {len(checkpoint.tensors)} tensors: its "
+                "configuration is of another network"
+            )
 
 
 @contextmanager

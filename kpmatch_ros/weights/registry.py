@@ -207,11 +207,20 @@ REGISTRY: dict[str, Weights] = _registered(
 
 
 def cache_folder() -> Path:
-    """The folder of fetched weights: ``$KPMATCH_WEIGHTS``, or ``kpmatch_ros`` in the user's cache folder."""
+    """The folder of fetched weights: ``$KPMATCH_WEIGHTS``, or ``kpmatch_ros`` in the user's cache folder.
+
+    A user without a home, as in a container, has the folder for temporary files: what is fetched there has a hash.
+    """
     chosen = os.environ.get("KPMATCH_WEIGHTS")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kpmatch_ros"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if not cache:
+        try:
+            cache = str(Path.home() / ".cache")
+        except RuntimeError:  # neither $HOME nor an entry in /etc/passwd
+            cache = tempfile.gettempdir()
+    return Path(cache) / "kpmatch_ros"
 
 
 def find(name: str) -> Weights:
@@ -241,8 +250,13 @@ def resolve(source: str | Path) -> Path:
         item = REGISTRY[str(source)]
         verify(item)
         return item.path
-    path = Path(source).expanduser()
-    if not path.exists():
+    try:
+        path = Path(source).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, ~nobody, a zero byte
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise WeightsError(f"no weights are called {str(source)!r:.80}, and it is no path: {reason}") from error
+    if not there:
         find(str(source))
     elif not (path.is_file() or path.is_dir()):
         raise WeightsError(f"{path} is neither a file nor a folder, but a FIFO, a device or the like: name a file")

@@ -1,0 +1,258 @@
+"""Reads MCAP files (mcap.dev/spec), also those of recorders that left out part of the index.
+
+A summary is a convenience: where it is absent, or holds less than the file, the data section is scanned instead. A
+channel in another encoding than ROS 2's (protobuf, JSON) is reported and does no harm to the others.
+"""
+
+from __future__ import annotations
+
+import heapq
+import struct
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from kpmatch_ros.bags.storage import Channel, Definition
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+__all__ = ["MAGIC", "McapFile"]
+
+MAGIC = b"\x89MCAP0\r\n"
+_HEADER, _FOOTER, _SCHEMA, _CHANNEL, _MESSAGE, _CHUNK = 1, 2, 3, 4, 5, 6
+_CHUNK_INDEX, _STATISTICS, _SUMMARY_OFFSET, _DATA_END = 8, 0x0B, 0x0E, 0x0F
+_FORMATS = {"ros2msg": "msg", "ros2idl": "idl", "omgidl": "idl"}
+
+
+class _Record(NamedTuple):
+    code: int
+    content: bytes
+
+
+class _Fields:
+    """Reads the fields of a record one after the other."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content, self._place = content, 0
+
+    def numbers(self, form: str) -> tuple[int, ...]:
+        found = struct.unpack_from("<" + form, self._content, self._place)
+        self._place += struct.calcsize("<" + form)
+        return found
+
+    def counted(self, form: str = "I") -> bytes:
+        (length,) = self.numbers(form)
+        found = self._content[self._place : self._place + length]
+        if len(found) != length:
+            raise ValueError("a record is truncated")
+        self._place += length
+        return found
+
+    def text(self) -> str:
+        return self.counted().decode(errors="replace")
+
+    def rest(self) -> bytes:
+        return self._content[self._place :]
+
+
+class _Chunk(NamedTuple):
+    start: int  # log time of its first message, nanoseconds
+    place: int  # of its record in the file
+    channels: frozenset[int]  # in its message indexes; empty where it has none
+
+
+class McapFile:
+    """An open MCAP file.
+
+    Attributes:
+        channels: by id.
+        counts: how many messages each channel has, as the file's statistics declare, or else as counted.
+
+    Raises:
+        ValueError, struct.error: it is no MCAP file, cut short, or damaged.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.channels: dict[int, Channel] = {}
+        self.counts: Counter[int] = Counter()
+        self._schemas: dict[int, tuple[str, Definition]] = {}
+        self._chunks: list[_Chunk] = []
+        self._loose: list[tuple[int, int]] = []  # log times and places of messages outside any chunk
+        self._file: BinaryIO = path.open("rb")
+        try:
+            self._open()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def messages(self, ids: Collection[int]) -> Iterator[tuple[int, int, bytes]]:
+        """The messages of some channels in the order of their log times: channel, log time, content."""
+        chunks = [chunk for chunk in self._chunks if not chunk.channels or not chunk.channels.isdisjoint(ids)]
+        sources = [self._of_chunk(number, chunk, ids) for number, chunk in enumerate(chunks)]
+        sources.append(self._of_loose(len(chunks), ids))
+        for time, _, _, channel, content in heapq.merge(*sources):
+            if content is not None:
+                yield channel, time, content
+
+    def _of_chunk(
+        self, number: int, chunk: _Chunk, ids: Collection[int]
+    ) -> Iterator[tuple[int, int, int, int, bytes | None]]:
+        yield chunk.start, number, -1, 0, None  # so that a chunk is decompressed when its turn comes
+        found: list[tuple[int, int, int, int, bytes | None]] = []
+        for record in _split(_unpacked(self._at(chunk.place).content)):
+            if record.code == _MESSAGE:
+                channel, _, time, _ = struct.unpack_from("<HIQQ", record.content)
+                if channel in ids:
+                    found.append((time, number, len(found), channel, record.content[22:]))
+        found.sort(key=lambda entry: entry[0])
+        yield from found
+
+    def _of_loose(self, number: int, ids: Collection[int]) -> Iterator[tuple[int, int, int, int, bytes | None]]:
+        for order, (time, place) in enumerate(sorted(self._loose)):
+            content = self._at(place).content
+            (channel,) = struct.unpack_from("<H", content)
+            if channel in ids:
+                yield time, number, order, channel, content[22:]
+
+    def _open(self) -> None:
+        size = self._file.seek(0, 2)
+        if not size:
+            raise ValueError("the file is empty")
+        self._file.seek(0)
+        if self._file.read(8) != MAGIC:
+            raise ValueError("the magic bytes at its begin are not MCAP's")
+        if self._at(8).code != _HEADER:
+            raise ValueError("its first record is no header")
+        begin = self._file.tell()
+        self._file.seek(max(size - 37, 8))
+        footer = self._file.read()
+        if footer[-8:] != MAGIC:
+            raise ValueError("the magic bytes at its end are not MCAP's: it was not finished")
+        if footer[0] != _FOOTER or len(footer) != 37:
+            raise ValueError("it has no footer")
+        (summary,) = struct.unpack_from("<Q", footer, 9)
+        if summary and not begin <= summary <= size - 37:
+            raise ValueError("its footer is damaged: the summary is outside the file")
+        if not (summary and self._read_summary(summary, size - 37)):
+            self._scan(begin, summary or size - 37)
+
+    def _read_summary(self, begin: int, end: int) -> bool:
+        """Take over the summary; whether it names everything in the file."""
+        declared = (0, 0, 0)
+        for record, _ in self._records(begin, end):
+            self._define(record)
+            if record.code == _CHUNK_INDEX:
+                fields = _Fields(record.content)
+                start, _, place, _ = fields.numbers("QQQQ")
+                indexed = fields.counted()
+                entries = struct.iter_unpack("<HQ", indexed[: len(indexed) // 10 * 10])
+                self._chunks.append(_Chunk(start, place, frozenset(channel for channel, _ in entries)))
+            elif record.code == _STATISTICS:
+                fields = _Fields(record.content)
+                messages, _, channels, _, _, chunks, _, _ = fields.numbers("QHIIIIQQ")
+                entries = struct.iter_unpack("<HQ", fields.counted())
+                self.counts = Counter(dict(entries))
+                declared = messages, channels, chunks
+        messages, channels, chunks = declared
+        loose = messages and not self._chunks  # messages that stand outside chunks have no place in the summary
+        counted = sum(self.counts.values()) == messages
+        return bool(
+            messages and counted and not loose and len(self.channels) >= channels and len(self._chunks) >= chunks
+        )
+
+    def _scan(self, begin: int, end: int) -> None:
+        """Find channels, chunks and messages where they stand."""
+        self._chunks, self.counts = [], Counter()
+        for record, place in self._records(begin, end):
+            self._define(record)
+            if record.code == _MESSAGE:
+                channel, _, time, _ = struct.unpack_from("<HIQQ", record.content)
+                self.counts[channel] += 1
+                self._loose.append((time, place))
+            elif record.code == _CHUNK:
+                times, held = [], set()
+                for inner in _split(_unpacked(record.content)):
+                    self._define(inner)
+                    if inner.code == _MESSAGE:
+                        channel, _, time, _ = struct.unpack_from("<HIQQ", inner.content)
+                        self.counts[channel] += 1
+                        held.add(channel)
+                        times.append(time)
+                if times:
+                    self._chunks.append(_Chunk(min(times), place, frozenset(held)))
+            elif record.code == _DATA_END:
+                break
+
+    def _define(self, record: _Record) -> None:
+        """Take over a schema or a channel; other records say nothing here."""
+        if record.code == _SCHEMA:
+            fields = _Fields(record.content)
+            (key,) = fields.numbers("H")
+            name, encoding = fields.text(), fields.text()
+            form = _FORMATS.get(encoding, "")
+            self._schemas[key] = name, Definition(form, fields.counted() if form else b"")
+        elif record.code == _CHANNEL:
+            fields = _Fields(record.content)
+            key, schema = fields.numbers("HH")
+            name, definition = self._schemas.get(schema, ("", Definition("", b"")))
+            self.channels[key] = Channel(fields.text(), name, fields.text(), definition)
+
+    def _at(self, place: int) -> _Record:
+        self._file.seek(place)
+        code, length = struct.unpack("<BQ", self._exactly(9))
+        return _Record(code, self._exactly(length))
+
+    def _records(self, begin: int, end: int) -> Iterator[tuple[_Record, int]]:
+        place = begin
+        while place < end:
+            record = self._at(place)
+            yield record, place
+            place += 9 + len(record.content)
+
+    def _exactly(self, length: int) -> bytes:
+        found = self._file.read(length) if length < 1 << 40 else b""
+        if len(found) != length:
+            raise ValueError("a record is truncated")
+        return found
+
+
+def _split(content: bytes) -> Iterator[_Record]:
+    """The records of an uncompressed chunk."""
+    place = 0
+    while place < len(content):
+        code, length = struct.unpack_from("<BQ", content, place)
+        if place + 9 + length > len(content):
+            raise ValueError("a record in a chunk is truncated")
+        yield _Record(code, content[place + 9 : place + 9 + length])
+        place += 9 + length
+
+
+def _unpacked(chunk: bytes) -> bytes:
+    """The records of a chunk, decompressed and checked."""
+    fields = _Fields(chunk)
+    _, _, size, check = fields.numbers("QQQI")
+    compression, content = fields.text(), fields.counted("Q")
+    if compression == "zstd":
+        content = zstd.decompress(content)
+    elif compression == "lz4":
+        from lz4.frame import decompress
+
+        content = decompress(content)
+    elif compression:
+        raise ValueError(f"a chunk has the unknown compression {compression!r:.40}")
+    if len(content) != size:
+        raise ValueError(f"a chunk is damaged: it has {len(content)} bytes instead of {size}")
+    if check and zlib.crc32(content) != check:
+        raise ValueError("a chunk is damaged: its checksum is wrong")
+    return content

@@ -1,0 +1,203 @@
+"""A recording: the files of a bag, and what its metadata says of them.
+
+metadata.yaml is taken as a hint. Bags come with poor ones: written by hand, by another tool, or by a recorder that was
+killed. What the files hold is what is read. Where the metadata or an index declares something else, a remark says so.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack
+from pathlib import Path, PurePath
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+from kpmatch_ros.bags import mcap_file, sqlite_file
+from kpmatch_ros.bags.mcap_file import McapFile
+from kpmatch_ros.bags.sqlite_file import SqliteFile
+from kpmatch_ros.bags.storage import Definition, StorageFile, type_name
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+__all__ = ["BagError", "Raw", "Recording"]
+
+_SUFFIXES = (".mcap", ".db3")
+_ZSTD = b"\x28\xb5\x2f\xfd"  # what a compressed message begins with; one that is not begins with 0
+
+
+class BagError(ValueError):
+    """A bag is missing or broken, lacks a topic, or cannot be written. The text says which, and what to do."""
+
+
+class Raw(NamedTuple):
+    """A message as it is stored."""
+
+    topic: str
+    type: str
+    stamp: int
+    content: bytes
+
+
+class Recording:
+    """An open bag: a folder, or a bare .mcap or .db3 file.
+
+    Attributes:
+        storage: of its messages.
+        counts: messages in ROS 2's encoding, by topic and type.
+        foreign: the other topics that hold messages, with their encoding.
+        definitions: of the types; those that the bag does not define are absent.
+        remarks: what is odd about the bag, in words for the user. Reading may add to them.
+
+    Raises:
+        BagError: the folder is no bag, or files of it are missing.
+        Exception: of the storage's own kind, where a file is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.foreign: dict[str, str] = {}
+        self.definitions: dict[str, Definition] = {}
+        self.remarks: list[str] = []
+        self._declared: dict[str, int] = {}
+        self._types: dict[str, str] = {}  # as metadata.yaml has them, by topic
+        self._files: list[StorageFile] = []
+        self._stack = ExitStack()
+        try:
+            files = self._files_of(path) if path.is_dir() else [path]
+            self.storage: Literal["mcap", "sqlite3"] = "mcap" if ".mcap" in files[0].suffixes else "sqlite3"
+            for file in files:
+                self._open(file)
+        except BaseException:
+            self._stack.close()
+            raise
+        self._compare_with_metadata()
+
+    def close(self) -> None:
+        """Close all files."""
+        self._stack.close()
+
+    def messages(self, topics: Collection[str]) -> Iterator[Raw]:
+        """The messages on some topics, file by file, each in the order of recording."""
+        read: Counter[str] = Counter()
+        for storage in self._files:
+            wanted = {
+                key: (channel.topic, self._type(channel.topic, channel.type))
+                for key, channel in storage.channels.items()
+                if channel.topic in topics and channel.encoding == "cdr"
+            }
+            if not wanted:
+                continue
+            for key, stamp, content in storage.messages(wanted):
+                topic, kind = wanted[key]
+                read[topic] += 1
+                yield Raw(topic, kind, stamp, zstd.decompress(content) if content[:4] == _ZSTD else content)
+        for topic in sorted(topics):
+            indexed = sum(count for (name, _), count in self.counts.items() if name == topic)
+            if read[topic] != indexed:
+                self.remarks.append(f"{topic}: the bag's index declares {indexed} messages, {read[topic]} were read")
+
+    def _files_of(self, folder: Path) -> list[Path]:
+        present = sorted(
+            (entry for entry in folder.iterdir() if entry.name.removesuffix(".zstd").endswith(_SUFFIXES)), key=_natural
+        )
+        if not (folder / "metadata.yaml").exists():
+            if not present:
+                raise BagError(f"{folder}: is not a bag; a bag's folder holds metadata.yaml and .mcap or .db3 files")
+            if len(present) > 1:
+                raise BagError(
+                    f"{folder}: has {len(present)} files but no metadata.yaml; ros2 bag reindex {folder} writes one"
+                )
+            return present  # a recording that was killed before it wrote its metadata
+        names = self._read_metadata(folder / "metadata.yaml")
+        if not names:
+            if not present:
+                raise BagError(f"{folder}: cannot be read: it has no .mcap or .db3 file")
+            self.remarks.append(f"metadata.yaml names no files: read were {', '.join(file.name for file in present)}")
+            return present
+        listed = [folder / name for name in names]
+        if missing := [file.name for file in listed if not file.is_file()]:
+            raise BagError(
+                f"{folder}: cannot be read: files that metadata.yaml names are missing: {', '.join(missing)}"
+            )
+        if unlisted := [file.name for file in present if file not in listed]:
+            self.remarks.append(f"metadata.yaml does not name {', '.join(unlisted)}, which was not read")
+        return listed
+
+    def _read_metadata(self, file: Path) -> list[str]:
+        """The names of the bag's files. Every key may be absent."""
+        tree = yaml.safe_load(file.read_text())
+        content = tree.get("rosbag2_bagfile_information") if isinstance(tree, dict) else None
+        if not isinstance(content, dict):
+            raise ValueError(
+                "metadata.yaml has no rosbag2_bagfile_information; without metadata.yaml the bag may be read"
+            )
+        for entry in _list(content, "topics_with_message_count"):
+            about = entry.get("topic_metadata") if isinstance(entry, dict) else None
+            if isinstance(about, dict) and isinstance(about.get("name"), str):
+                count = entry.get("message_count")
+                if isinstance(count, int):
+                    self._declared[about["name"]] = self._declared.get(about["name"], 0) + count
+                if isinstance(about.get("type"), str):
+                    self._types[about["name"]] = about["type"]
+        return [PurePath(name).name for name in _list(content, "relative_file_paths") if isinstance(name, str)]
+
+    def _open(self, path: Path) -> None:
+        if path.suffix == ".zstd":
+            folder = self._stack.enter_context(tempfile.TemporaryDirectory())
+            plain = Path(folder, path.stem)
+            with path.open("rb") as stream, zstd.open(stream, "rb") as packed, plain.open("wb") as target:
+                shutil.copyfileobj(packed, target)
+            path = plain
+        with path.open("rb") as stream:
+            begin = stream.read(16)
+        storage: StorageFile
+        if begin.startswith(sqlite_file.MAGIC) or (path.suffix == ".db3" and not begin.startswith(mcap_file.MAGIC)):
+            storage = SqliteFile(path)
+        else:
+            storage = McapFile(path)
+        self._stack.callback(storage.close)
+        self._files.append(storage)
+        for key, channel in storage.channels.items():
+            if channel.encoding != "cdr":
+                if storage.counts[key]:
+                    self.foreign[channel.topic] = channel.encoding or "unnamed"
+                continue
+            kind = self._type(channel.topic, channel.type)
+            self.counts[channel.topic, kind] += storage.counts[key]
+            if channel.definition.form:
+                self.definitions.setdefault(kind, channel.definition)
+
+    def _type(self, topic: str, spelling: str) -> str:
+        return type_name(spelling or self._types.get(topic, ""))
+
+    def _compare_with_metadata(self) -> None:
+        if self.foreign:
+            named = ", ".join(f"{topic} ({encoding})" for topic, encoding in sorted(self.foreign.items()))
+            self.remarks.append(f"left out, because it is not in ROS 2's encoding: {named}")
+        held: Counter[str] = Counter()
+        for (topic, _), count in self.counts.items():
+            held[topic] += count
+        for topic, declared in sorted(self._declared.items()):
+            if topic not in self.foreign and declared != held[topic]:
+                self.remarks.append(
+                    f"{topic}: metadata.yaml declares {declared} messages, the files hold {held[topic]}"
+                )
+
+
+def _list(content: dict[str, Any], key: str) -> list[Any]:
+    found = content.get(key)
+    return found if isinstance(found, list) else []
+
+
+def _natural(path: Path) -> list[Any]:
+    """bag_2.db3 comes before bag_10.db3."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.name)]

@@ -1,0 +1,80 @@
+"""Reads the sqlite3 files of rosbag2, also what a killed recorder left in the write-ahead log."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+from kpmatch_ros.bags.storage import Channel, Definition
+
+__all__ = ["MAGIC", "SqliteFile"]
+
+MAGIC = b"SQLite format 3\0"
+_FORMATS = {"ros2msg": "msg", "ros2idl": "idl"}
+
+
+class SqliteFile:
+    """An open .db3 file. It is only read: nothing is written beside it either.
+
+    Attributes:
+        channels: by id.
+        counts: how many messages each channel has.
+
+    Raises:
+        sqlite3.Error, ValueError: it is no such file, cut short, or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        log = path.with_name(path.name + "-wal")
+        left = log.is_file() and log.stat().st_size > 0
+        # A recorder that was killed leaves its last messages in the log. To read it, SQLite wants an index of it in
+        # shared memory, a file beside the bag. With an exclusive lock it keeps that to itself, and with the file system
+        # layer "unix-none" the lock is none: the medium may be read-only. Without a log nothing needs a lock.
+        access = "mode=ro&vfs=unix-none" if left else "immutable=1"
+        self._database = sqlite3.connect(f"file:{quote(str(path.absolute()))}?{access}", uri=True)
+        self._database.text_factory = lambda content: content.decode(errors="replace")
+        try:
+            if left:
+                self._database.execute("PRAGMA locking_mode=EXCLUSIVE")
+            self.channels, self.counts = self._read_topics()
+        except BaseException:
+            self._database.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def messages(self, ids: Collection[int]) -> Iterator[tuple[int, int, bytes]]:
+        """The messages of some channels in the order of recording: channel, nanoseconds, content."""
+        marks = ", ".join("?" for _ in ids)
+        for channel, time, content in self._database.execute(
+            f"SELECT topic_id, timestamp, data FROM messages WHERE topic_id IN ({marks}) ORDER BY timestamp, id",
+            tuple(ids),
+        ):
+            if not isinstance(time, int) or not isinstance(content, bytes):
+                raise ValueError("the database is malformed: a message has no time or no content")
+            yield channel, time, content
+
+    def _read_topics(self) -> tuple[dict[int, Channel], Counter[int]]:
+        names = {name for (name,) in self._database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not {"messages", "topics"} <= names:
+            raise ValueError("the database has no tables of messages and topics")
+        definitions: dict[str, Definition] = {}
+        if "message_definitions" in names:
+            for name, encoding, text in self._database.execute(
+                "SELECT topic_type, encoding, encoded_message_definition FROM message_definitions"
+            ):
+                form = _FORMATS.get(encoding, "")
+                definitions[str(name)] = Definition(form, str(text).encode() if form else b"")
+        channels = {}
+        for key, topic, kind, encoding in self._database.execute(
+            "SELECT id, name, type, serialization_format FROM topics ORDER BY id"
+        ):
+            none = Definition("", b"")
+            channels[int(key)] = Channel(str(topic), str(kind), str(encoding), definitions.get(str(kind), none))
+        counts = Counter(dict(self._database.execute("SELECT topic_id, COUNT(*) FROM messages GROUP BY topic_id")))
+        return channels, counts

@@ -1,0 +1,345 @@
+"""Bags of killed recorders, other tools and poor metadata: nothing is lost without a word."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from bag_harness import QUICK, refused
+
+from kpmatch_ros.bags.files import (
+    BagError,
+    BagWriter,
+    Topic,
+    bag_topics,
+    camera_info_message,
+    image_message,
+    read_messages,
+    typestore,
+)
+from simulation import demo_camera
+from simulation.bags import write_camera_bag
+
+Run = Callable[..., tuple[int, str, str]]
+STAMPS = [1_700_000_000_000_000_000 + 100_000_000 * i for i in range(8)]
+IMAGE, INFO = "sensor_msgs/msg/Image", "sensor_msgs/msg/CameraInfo"
+TOPIC = "/camera/image_raw"
+
+
+def picture(number: int = 0) -> np.ndarray:
+    """Part of one scene, moved from number to number."""
+    return np.random.default_rng(5).integers(0, 256, (120, 240), dtype=np.uint8)[:, 4 * number : 160 + 4 * number]
+
+
+def raw_image(number: int) -> bytes:
+    return bytes(typestore().serialize_cdr(image_message(picture(number), STAMPS[number], "eye", "mono8"), IMAGE))
+
+
+def stamps_of(path: Path, topic: str = TOPIC) -> list[int]:
+    return [record.stamp for record in read_messages(path, [topic])]
+
+
+def remarks_of(path: Path, topics: Sequence[str] | None = None) -> str:
+    remarks: list[str] = []
+    for _ in read_messages(path, topics, remarks):
+        pass
+    return "\n".join(remarks)
+
+
+# MCAP, written by hand
+
+
+def text(value: str | bytes) -> bytes:
+    content = value.encode() if isinstance(value, str) else value
+    return struct.pack("<I", len(content)) + content
+
+
+def record(code: int, content: bytes) -> bytes:
+    return struct.pack("<BQ", code, len(content)) + content
+
+
+def write_mcap(
+    path: Path,
+    *,
+    kind: str = IMAGE,
+    topic: str = TOPIC,
+    chunks: int = 2,
+    summary: bool = True,
+    statistics: bool = True,
+    message_indexes: bool = True,
+    repeated: bool = True,
+    chunk_indexes: bool = True,
+    foreign: Sequence[tuple[str, str, bytes]] = (),
+    declared: int | None = None,
+    profile: str = "ros2",
+    schema_encoding: str = "",
+) -> Path:
+    """Eight images in an MCAP, with more or less of an index; `foreign` channels: topic, encoding, schema's content."""
+    head = record(3, struct.pack("<H", 1) + text(kind) + text(schema_encoding) + text(""))
+    head += record(4, struct.pack("<HH", 1, 1) + text(topic) + text("cdr") + text(b""))
+    for number, (name, encoding, schema) in enumerate(foreign, 2):
+        head += record(3, struct.pack("<H", number) + text("foxglove.Log") + text(encoding) + text(schema))
+        head += record(4, struct.pack("<HH", number, number) + text(name) + text(encoding) + text(b""))
+
+    def message(channel: int, number: int, content: bytes) -> bytes:
+        return record(5, struct.pack("<HIQQ", channel, number, STAMPS[number], STAMPS[number]) + content)
+
+    groups = np.array_split(np.arange(8), chunks) if chunks else [np.arange(8)]
+    data = b"\x89MCAP0\r\n" + record(1, text(profile) + text("by hand"))
+    index = head if repeated else b""
+    for position, group in enumerate(groups):
+        content = head if position == 0 else b""
+        places = []
+        for number in map(int, group):
+            places.append((STAMPS[number], len(content)))
+            content += message(1, number, raw_image(number))
+            for channel in range(2, 2 + len(foreign)):
+                content += message(channel, number, b"\x08\x96\x01")
+        if not chunks:
+            data += content
+            continue
+        first, last = STAMPS[int(group[0])], STAMPS[int(group[-1])]
+        place = len(data)
+        data += record(6, struct.pack("<QQQI", first, last, len(content), 0) + text("") + struct.pack("<Q", len(content)) + content)  # fmt: skip # noqa: E501
+        end = len(data)
+        offsets = b""
+        if message_indexes:
+            offsets = struct.pack("<HQ", 1, end)
+            data += record(7, struct.pack("<H", 1) + text(b"".join(struct.pack("<QQ", *entry) for entry in places)))
+        if chunk_indexes:
+            fixed = struct.pack("<QQQQ", first, last, place, end - place)
+            index += record(8, fixed + text(offsets) + struct.pack("<Q", len(data) - end) + text("") + 2 * struct.pack("<Q", len(content)))  # fmt: skip # noqa: E501
+    data += record(15, struct.pack("<I", 0))
+    start = len(data)
+    if summary:
+        data += index
+        if statistics:
+            count = 8 if declared is None else declared
+            counts = struct.pack("<HQ", 1, count) + b"".join(struct.pack("<HQ", 2 + i, 8) for i in range(len(foreign)))
+            total = count + 8 * len(foreign)
+            fixed = struct.pack("<QHIIIIQQ", total, 1, 1 + len(foreign), 0, 0, chunks, STAMPS[0], STAMPS[-1])
+            data += record(11, fixed + text(counts))
+    data += record(2, struct.pack("<QQI", start if summary else 0, 0, 0)) + b"\x89MCAP0\r\n"
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"message_indexes": False},
+        {"message_indexes": False, "statistics": False},
+        {"statistics": False},
+        {"chunk_indexes": False},
+        {"chunk_indexes": False, "message_indexes": False},
+        {"repeated": False},
+        {"summary": False},
+        {"summary": False, "message_indexes": False},
+        {"chunks": 0},
+        {"chunks": 0, "statistics": False},
+        {"chunks": 0, "summary": False},
+        {"profile": ""},
+        {"kind": "sensor_msgs/Image"},
+        {"kind": "sensor_msgs::msg::dds_::Image_"},
+        {"foreign": [("/log", "protobuf", b"\n\xff\xfe\x00\x80 descriptor")]},
+        {"foreign": [("/log", "json", b"{}"), ("/flat", "flatbuffer", b"\xc3\x28"), ("/ros1", "ros1", b"")]},
+        {"foreign": [("/log", "protobuf", b"\xff")], "summary": False},
+    ],
+    ids=lambda parts: ",".join(f"{key}={value}" for key, value in parts.items())[:60],
+)
+def test_an_mcap_is_read_whole_whatever_its_index_lacks(tmp_path: Path, parts: dict[str, Any]) -> None:
+    path = write_mcap(tmp_path / "bag.mcap", **parts)
+    assert bag_topics(path) == [Topic(TOPIC, IMAGE, 8)]
+    messages = [found.message for found in read_messages(path, [TOPIC])]
+    assert [bytes(message.data) for message in messages] == [picture(number).tobytes() for number in range(8)]
+    assert stamps_of(path) == STAMPS
+    remarks = remarks_of(path, [TOPIC])
+    for topic, encoding, _ in parts.get("foreign", ()):
+        assert f"{topic} ({encoding})" in remarks
+    assert bool(remarks) == ("foreign" in parts)
+
+
+def test_a_topic_in_another_encoding_is_named_so_where_it_is_asked_for(tmp_path: Path) -> None:
+    path = write_mcap(tmp_path / "bag.mcap", foreign=[("/log", "protobuf", b"\xff")])
+    with pytest.raises(BagError, match=r"has no topic /log.*/log is in the encoding protobuf"):
+        list(read_messages(path, ["/log"]))
+
+
+def test_an_index_that_declares_more_than_there_is_is_said_to(kpmatch: Run, tmp_path: Path) -> None:
+    path = write_mcap(tmp_path / "bag.mcap", declared=100)
+    status, out, err = kpmatch("bag", path, tmp_path / "out", *QUICK)
+    said = f"{TOPIC}: the bag's index declares 100 messages, 8 were read"
+    assert status == 0 and said in err and said in out
+
+
+# sqlite3 of a killed recorder
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> Path:
+    """A bag whose recorder was killed: its last four frames are in the write-ahead log alone."""
+    camera = demo_camera(160, 120)
+    with BagWriter(tmp_path / "bag", "sqlite3") as bag:
+        for number, stamp in enumerate(STAMPS):
+            bag.write(TOPIC, image_message(picture(number), stamp, "eye", "mono8"), stamp)
+            bag.write("/camera/camera_info", camera_info_message(camera, stamp, "eye"), stamp)
+    (file,) = (tmp_path / "bag").glob("*.db3")
+    database = sqlite3.connect(file)
+    late = database.execute("SELECT * FROM messages WHERE timestamp >= ?", (STAMPS[4],)).fetchall()
+    database.execute("DELETE FROM messages WHERE timestamp >= ?", (STAMPS[4],))
+    database.commit()
+    database.execute("PRAGMA journal_mode=WAL")
+    database.execute("PRAGMA wal_autocheckpoint=0")
+    database.executemany("INSERT INTO messages VALUES (?, ?, ?, ?)", late)
+    database.commit()
+    (tmp_path / "killed").mkdir()
+    for suffix in ("", "-wal"):
+        shutil.copy(f"{file}{suffix}", tmp_path / "killed" / f"killed_0.db3{suffix}")
+    database.close()
+    return tmp_path / "killed"
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("shared_memory", [False, True])
+def test_what_a_killed_recorder_left_in_the_log_is_read_and_nothing_is_written(
+    killed: Path, bare: bool, shared_memory: bool
+) -> None:
+    if shared_memory:  # the recorder leaves this too
+        (killed / "killed_0.db3-shm").write_bytes(bytes(32768))
+    before = {path.name: path.read_bytes() for path in killed.iterdir()}
+    path = killed / "killed_0.db3" if bare else killed
+    assert stamps_of(path) == STAMPS
+    assert bag_topics(path) == [Topic("/camera/camera_info", INFO, 8), Topic(TOPIC, IMAGE, 8)]
+    assert {path.name: path.read_bytes() for path in killed.iterdir()} == before
+
+
+def test_all_frames_of_a_killed_recorder_are_processed(kpmatch: Run, killed: Path, tmp_path: Path) -> None:
+    status, out, _ = kpmatch("bag", killed, tmp_path / "out", *QUICK, "--json")
+    assert status == 0 and json.loads(out)["frames"] == 8
+
+
+# poor metadata
+
+
+@pytest.fixture(params=["mcap", "sqlite3"])
+def bag(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    images = [np.repeat(picture(number)[..., None], 3, axis=2) for number in range(8)]
+    write_camera_bag(tmp_path / "bag", images, STAMPS, demo_camera(160, 120), storage=request.param)
+    return tmp_path / "bag"
+
+
+def change_metadata(bag: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    file = bag / "metadata.yaml"
+    tree = yaml.safe_load(file.read_text())
+    change(tree["rosbag2_bagfile_information"])
+    file.write_text(yaml.safe_dump(tree))
+
+
+KEYS = ("version", "storage_identifier", "relative_file_paths", "duration", "starting_time", "message_count",
+        "topics_with_message_count", "compression_format", "compression_mode", "files", "ros_distro")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(pytest.param(lambda tree, key=key: tree.pop(key, None), id=f"no {key}") for key in KEYS),
+        pytest.param(lambda tree: tree.update(storage_identifier=""), id="empty storage_identifier"),
+        pytest.param(lambda tree: tree.update(storage_identifier="my_plugin"), id="foreign storage_identifier"),
+        pytest.param(lambda tree: tree.update(version=99), id="a later version"),
+        pytest.param(lambda tree: tree.update(duration=None, starting_time=3), id="odd times"),
+        pytest.param(lambda tree: tree.update(files=None, message_count=None), id="nothing said"),
+        pytest.param(lambda tree: tree["topics_with_message_count"][0].pop("topic_metadata"), id="a nameless topic"),
+        pytest.param(
+            lambda tree: [t["topic_metadata"].pop("serialization_format") for t in tree["topics_with_message_count"]],
+            id="no encoding",
+        ),
+        pytest.param(
+            lambda tree: [
+                t["topic_metadata"].update(type="sensor_msgs/Odd") for t in tree["topics_with_message_count"]
+            ],
+            id="wrong types",
+        ),
+    ],
+)
+def test_a_bag_with_poor_metadata_is_read(bag: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    change_metadata(bag, change)
+    assert stamps_of(bag) == STAMPS
+    assert bag_topics(bag) == [Topic("/camera/camera_info", INFO, 8), Topic(TOPIC, IMAGE, 8)]
+
+
+def test_what_metadata_declares_is_compared_with_what_was_read(kpmatch: Run, bag: Path, tmp_path: Path) -> None:
+    def declare(tree: dict[str, Any]) -> None:
+        for topic in tree["topics_with_message_count"]:
+            topic["message_count"] = 50
+
+    assert remarks_of(bag) == ""
+    change_metadata(bag, declare)
+    status, out, err = kpmatch("bag", bag, tmp_path / "out", *QUICK)
+    said = f"{TOPIC}: metadata.yaml declares 50 messages, the files hold 8"
+    assert status == 0 and said in err and said in out
+    _, out, _ = kpmatch("bag", bag, tmp_path / "again", *QUICK, "--json")
+    assert said in json.loads(out)["remarks"]
+
+
+def test_ten_files_are_read_in_the_order_of_their_numbers(bag: Path, tmp_path: Path) -> None:
+    (file,) = (path for path in bag.iterdir() if path.name != "metadata.yaml")
+    for number in (1, 2, 10):
+        shutil.copy(file, bag / f"bag_{number}{file.suffix}")
+    change_metadata(
+        bag, lambda tree: tree.update(relative_file_paths=[f"bag_{number}{file.suffix}" for number in (1, 2)])
+    )
+    assert stamps_of(bag) == STAMPS * 2
+    assert f"bag_10{file.suffix}, which was not read" in remarks_of(bag)
+    file.unlink()
+    change_metadata(bag, lambda tree: tree.update(relative_file_paths=[]))
+    remarks = remarks_of(bag)
+    assert f"bag_1{file.suffix}, bag_2{file.suffix}, bag_10{file.suffix}" in remarks
+
+
+# damaged MCAP
+
+
+def test_calibration_that_is_declared_and_not_there_is_said_to_be(kpmatch: Run, tmp_path: Path) -> None:
+    """The index declares camera_info on a channel, and no chunk holds a message of it."""
+    path = write_mcap(tmp_path / "bag.mcap")
+    content = path.read_bytes()
+    start = content.rindex(record(11, b"")[:1] + struct.pack("<Q", 42 + 4 + 10))
+    channel = record(3, struct.pack("<H", 9) + text(INFO) + text("") + text(""))
+    channel += record(4, struct.pack("<HH", 9, 9) + text("/camera/camera_info") + text("cdr") + text(b""))
+    fixed = struct.pack("<QHIIIIQQ", 16, 2, 2, 0, 0, 2, STAMPS[0], STAMPS[-1])
+    counts = struct.pack("<HQHQ", 1, 8, 9, 8)
+    path.write_bytes(content[:start] + channel + record(11, fixed + text(counts)) + content[-37:])
+    assert bag_topics(path)[0] == Topic("/camera/camera_info", INFO, 8)
+    status, out, err = kpmatch("bag", path, tmp_path / "out", *QUICK)
+    assert status == 0 and "declares messages on /camera/camera_info, but holds none that can be read" in err
+    assert "NO_CALIBRATION 7" in out
+
+
+@pytest.mark.parametrize(
+    "definition",
+    [
+        "int32 odd",
+        "uint32 height",
+        "std_msgs/Header header\n" + "=" * 80 + "\nMSG: std_msgs/Header\nuint32 seq",
+        "std_msgs/Header header",
+        "\x00\xff",
+        "",
+    ],
+)
+def test_a_damaged_definition_of_an_image_is_explained(kpmatch: Run, tmp_path: Path, definition: str) -> None:
+    path = write_mcap(tmp_path / "bag.mcap", schema_encoding="ros2msg")
+    content = path.read_bytes()
+    schema = record(3, struct.pack("<H", 1) + text(IMAGE) + text("ros2msg") + text(""))
+    place = content.rindex(schema)
+    damaged = record(3, struct.pack("<H", 1) + text(IMAGE) + text("ros2msg") + text(definition))
+    path.write_bytes(content[:place] + damaged + content[place + len(schema) :])
+    assert f"the definition of {IMAGE} cannot be understood" in refused(kpmatch("bag", path, tmp_path / "out", *QUICK))

@@ -1,0 +1,207 @@
+"""Weights, names and machines from strangers: refused in a sentence, in little time and memory, without a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from bag_harness import QUICK, refused
+from safetensors.torch import load_file, save_file
+
+from kpmatch_ros import FeatureMatcher
+from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue, SuperPoint
+from kpmatch_ros.parameter_file import read_parameter_file
+from kpmatch_ros.parameters import ParameterError
+from kpmatch_ros.weights import WeightsError, resolve
+from simulation.bags import write_demo_bag
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def changed(folder: Path, target: Path, part: str = "", **config: Any) -> Path:
+    """A copy of a folder of weights whose configuration, or the `part` of it, says something else."""
+    target.mkdir()
+    (target / "model.safetensors").symlink_to(folder / "model.safetensors")
+    read = json.loads((folder / "config.json").read_text())
+    (read[part] if part else read).update(config)
+    (target / "config.json").write_text(json.dumps(read))
+    return target
+
+
+@pytest.fixture(scope="module")
+def folder(random_folder: Any) -> Path:
+    return random_folder()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (LightGlue, {"num_hidden_layers": 100_000}),
+        (LightGlue, {"num_hidden_layers": 10**30}),
+        (LightGlue, {"num_hidden_layers": "9"}),
+        (LightGlue, {"descriptor_dim": 30_000}),
+        (LightGlue, {"descriptor_dim": 4 * 10**9}),
+        (LightGlue, {"descriptor_dim": [64]}),
+        (LightGlue, {"num_attention_heads": 0}),
+        (LightGlue, {"filter_threshold": "high"}),
+        (LightGlue, {"depth_confidence": float("nan")}),
+        (SuperPoint, {"descriptor_decoder_dim": 10**6}),
+        (SuperPoint, {"encoder_hidden_sizes": [64] * 100_000}),
+        (SuperPoint, {"encoder_hidden_sizes": 64}),
+        (SuperPoint, {"nms_radius": -5}),
+        (SuperPoint, {"nms_radius": 10**9}),
+        (SuperPoint, {"nms_radius": 2.5}),
+        (SuperPoint, {"border_removal_distance": -1}),
+        (SuperPoint, {"max_keypoints": -7}),
+        (SuperPoint, {"keypoint_threshold": {}}),
+    ],
+)
+def test_a_configuration_that_the_file_does_not_fit_is_refused_before_anything_is_built(
+    folder: Path, tmp_path: Path, model: Any, config: dict[str, Any]
+) -> None:
+    part = "keypoint_detector_config" if model is SuperPoint else ""
+    source = changed(folder, tmp_path / "weights", part, **config)
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises(WeightsError, match=str(tmp_path)):
+        model.from_pretrained(source)
+    assert time.process_time() - started < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+def test_a_superglue_of_a_hundred_thousand_layers_is_refused(random_folder: Any, tmp_path: Path) -> None:
+    source = changed(random_folder(superglue={}), tmp_path / "weights", gnn_layers_types=["self"] * 100_000)
+    with pytest.raises(WeightsError, match="gnn_layers_types"):
+        SuperGlue.from_pretrained(source)
+
+
+@pytest.mark.parametrize("kind", [ALIKED, DISK])
+def test_an_extractor_of_an_impossible_radius_is_refused(kind: Any) -> None:
+    with pytest.raises(WeightsError, match="nms_radius is -5; it must be from 0 to 64"):
+        kind(nms_radius=-5)
+
+
+def test_deeply_nested_json_is_refused(folder: Path, tmp_path: Path) -> None:
+    source = changed(folder, tmp_path / "weights")
+    (source / "config.json").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(WeightsError, match="nested too deeply"):
+        LightGlue.from_pretrained(source)
+    single = tmp_path / "single.safetensors"
+    save_file(load_file(folder / "model.safetensors"), single, {"kpmatch_config": "[" * 100_000})
+    with pytest.raises(WeightsError, match="single"):
+        LightGlue.from_pretrained(single)
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "a/" * 3000 + "b", "~nouser_at_all/x", "~nouser_at_all", "a\0b", "", "\n" * 9]
+)
+def test_a_name_that_cannot_be_is_refused(kpmatch: Run, name: str) -> None:
+    if name:
+        with pytest.raises(WeightsError):
+            FeatureMatcher(extractor=name)
+    for words in (("weights", "info", name), ("weights", "fetch", name)):
+        status, out, err = kpmatch(*words)
+        assert (status, out) == (2, "") and err.count("\n") == 1 and "unexpected" not in err
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "config.json", ""])
+def test_weights_in_a_fifo_are_refused_without_waiting(folder: Path, tmp_path: Path, part: str) -> None:
+    source = tmp_path / "weights"
+    if part:
+        changed(folder, source)
+        (source / part).unlink()
+        os.mkfifo(source / part)
+    else:
+        os.mkfifo(source)
+    with pytest.raises(WeightsError, match="FIFO|no regular file"):
+        LightGlue.from_pretrained(source)
+
+
+def test_a_parameter_file_nested_without_end_is_refused(tmp_path: Path) -> None:
+    for text in ("[" * 5000, "{a: " * 5000, "- " * 5000 + "x", "a: 2001-99-99"):
+        (tmp_path / "params.yaml").write_text(text)
+        with pytest.raises(ParameterError, match=r"params\.yaml"):
+            read_parameter_file(tmp_path / "params.yaml")
+
+
+# Machines and files
+
+
+def test_without_a_home_weights_have_a_place(kpmatch: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(*_: Any) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("HOME", "KPMATCH_WEIGHTS", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    status, out, err = kpmatch("weights", "list")
+    assert status == 0 and "superpoint-open" in out and err == ""
+    assert resolve("superpoint-open").exists()
+
+
+def test_a_user_without_home_and_passwd_entry_can_match(tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (64, 80), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "a.png"), picture)
+    words = ["match", str(tmp_path / "a.png"), str(tmp_path / "a.png"), "--device", "cpu", "--json"]
+    code = (
+        "import pwd, sys\ndef nobody(*_): raise KeyError('getpwuid(): uid not found: 54321')\n"
+        f"pwd.getpwuid = nobody\nfrom kpmatch_ros.cli import main\nsys.exit(main({words!r}))"
+    )
+    keep = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "KPMATCH_WEIGHTS")
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=keep, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_keypoints"]
+
+
+def test_kpmatch_match_scales_a_too_large_image_down_and_says_so(
+    kpmatch: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kpmatch_ros.feature_matcher.LARGEST_IMAGE", 100_000)  # as many would take a minute
+    small = np.random.default_rng(0).integers(0, 256, (30, 40), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "large.jpg"), cv2.resize(small, (600, 400)))
+    cv2.imwrite(str(tmp_path / "small.png"), cv2.resize(small, (300, 200)))
+    words = ("match", tmp_path / "large.jpg", tmp_path / "small.png", *QUICK)
+    status, out, err = kpmatch(*words, "--json")
+    assert status == 0 and "large.jpg is 600 x 400 pixels" in err and "--resize 386" in err
+    assert err.count("\n") == 1
+    found = json.loads(out)
+    assert found["num_keypoints"][0] > 0
+    assert np.max(found["points0"], initial=387) > 386  # points are in pixels of the file
+    status, _, err = kpmatch(*words, "--resize", 300)
+    assert (status, err) == (0, "")
+
+
+def test_a_fault_of_the_program_is_one_line(kpmatch: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KPMATCH_TRACEBACK", raising=False)
+    monkeypatch.setattr("kpmatch_ros.weights.REGISTRY", None)
+    status, out, err = kpmatch("weights", "list")
+    assert (status, out) == (2, "") and err.count("\n") == 1 and "AttributeError" in err
+    monkeypatch.setenv("KPMATCH_TRACEBACK", "1")
+    with pytest.raises(AttributeError):
+        kpmatch("weights", "list")
+
+
+@pytest.mark.parametrize("poses", ["out", "./out", "bag", "bag/metadata.yaml", "folder"])
+def test_poses_in_the_place_of_something_else_are_refused_at_once(
+    kpmatch: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poses: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_demo_bag(tmp_path / "bag", num_frames=2, size=(80, 60))
+    (tmp_path / "folder").mkdir()
+    before = (tmp_path / "bag" / "metadata.yaml").read_bytes()
+    assert Path(poses).name in refused(kpmatch("bag", "bag", "out", "--poses", poses, *QUICK))
+    assert not (tmp_path / "out").exists() and (tmp_path / "bag" / "metadata.yaml").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bag", "folder"]
