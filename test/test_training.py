@@ -1,10 +1,10 @@
-"""Training goes on where it was stopped, shows the student the truth, and ships what it trained."""
+"""The trainings see views whose geometry is true, learn what their losses say, and go on where they were stopped."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,466 +16,379 @@ import torch
 from torch import nn
 
 from kpmatch_ros import FeatureMatcher
-from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.models import LightGlue, SuperPoint
-from kpmatch_ros.models.aliked import ALIKED
-from simulation import View
 
-TRAINING = Path(__file__).resolve().parents[1] / "training"
+ROOT = Path(__file__).resolve().parents[1]
+TRAINING = ROOT / "training"
 if not TRAINING.is_dir():
     pytest.skip("training/ is not installed with the package", allow_module_level=True)
 sys.path.insert(0, str(TRAINING))
 
-import adapt_superpoint  # noqa: E402
-import common  # noqa: E402
-import evaluate  # noqa: E402
 import export  # noqa: E402
-import prepare  # noqa: E402
-import train_lightglue  # noqa: E402
-import train_superpoint  # noqa: E402
+import lightglue_loss  # noqa: E402
+import shards  # noqa: E402
+import superpoint_loss  # noqa: E402
+import train  # noqa: E402
+import views  # noqa: E402
+from degradation import degrade  # noqa: E402
+from views import HIDDEN, UNKNOWN, VISIBLE  # noqa: E402
 
 Texture = Callable[[int, int, int], np.ndarray]
 SaveFolder = Callable[..., Path]
-Randomise = Callable[[nn.Module, int], None]
 CPU = torch.device("cpu")
+SIZE = (160, 120)
 
 
-# --------------------------------------------------------------------------------------------------- views of a picture
+def draw(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
-def test_a_point_of_a_picture_lies_where_the_view_shows_it() -> None:
-    rng = common.generator(1)
-    for _ in range(20):
-        homography = common.random_homography(rng, (300, 200), (160, 120), 1.0)
-        picture = np.zeros((200, 300), np.uint8)
-        spot = common.project(np.linalg.inv(homography), np.array([[80.0, 60.0]]))[0]
-        if not common.inside(spot[None], (300, 200), 10)[0]:
-            continue
-        cv2.circle(picture, tuple(int(v) for v in np.round(spot)), 3, 255, -1)
-        view = common.warp(picture, homography, (160, 120)).astype(float)
-        y, x = np.mgrid[:120, :160]
-        expected = common.project(homography, np.round(spot)[None])[0]
-        view[np.hypot(x - expected[0], y - expected[1]) > 20] = 0  # what is mirrored beyond the picture's border
-        assert (view * x).sum() / view.sum() == pytest.approx(expected[0], abs=0.5)
-        assert (view * y).sum() / view.sum() == pytest.approx(expected[1], abs=0.5)
+def grid(step: int = 1, size: tuple[int, int] = SIZE) -> torch.Tensor:
+    """The pixels (1, N, 2) of a view."""
+    x, y = torch.arange(0.0, size[0], step), torch.arange(0.0, size[1], step)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).view(1, -1, 2)
 
 
-def test_degrading_changes_an_image_as_strongly_as_told_and_always_alike(texture: Texture) -> None:
-    image = texture(120, 160, 0)
-
-    def change(strength: float) -> float:
-        degraded = [common.degrade(common.generator(i), image, strength) for i in range(20)]
-        assert all(d.shape == image.shape and d.dtype == np.uint8 for d in degraded)
-        return float(np.mean([np.abs(d.astype(float) - image).mean() for d in degraded]))
-
-    assert change(0.0) == 0
-    assert 0 < change(0.3) < change(1.0)
-    again = [common.degrade(common.generator(5), image, 0.8) for _ in range(2)]
-    np.testing.assert_array_equal(*again)
-
-
-def test_the_same_picture_in_another_size_is_recognised(texture: Texture) -> None:
-    picture = cv2.GaussianBlur(cv2.cvtColor(texture(600, 900, 0), cv2.COLOR_GRAY2BGR), (0, 0), 5)
-    smaller = cv2.resize(picture, (480, 320), interpolation=cv2.INTER_AREA)
-    other = cv2.GaussianBlur(cv2.cvtColor(texture(600, 900, 1), cv2.COLOR_GRAY2BGR), (0, 0), 5)
-    fingerprint = prepare.difference_hash(picture)
-    assert np.count_nonzero(fingerprint != prepare.difference_hash(smaller)) <= 5
-    assert np.count_nonzero(fingerprint != prepare.difference_hash(other)) > 5
-
-
-# ----------------------------------------------------------------------------------------------------------- SuperPoint
-
-
-def test_labels_mean_the_pixels_at_which_the_detector_finds_points() -> None:
-    points = np.array([[100.0, 50.0], [31.4, 16.6], [32.0, 17.0]])  # the last two in neighbouring cells
-    labels = train_superpoint.label_cells(points, np.eye(3))
-    logits = torch.nn.functional.one_hot(torch.from_numpy(labels), 65).permute(2, 0, 1)[None].float()
-    scores = torch.nn.functional.pixel_shuffle(logits[:, :64], 8)[0, 0]
-    found = {(int(x), int(y)) for y, x in scores.nonzero()}
-    assert found == {(100, 50), (31, 17), (32, 17)}
-
-
-def test_of_two_points_in_a_cell_the_better_is_the_label() -> None:
-    labels = train_superpoint.label_cells(np.array([[10.0, 9.0], [14.0, 15.0]]), np.eye(3))
-    assert labels[1, 1] == 1 * 8 + 2
-
-
-def test_nothing_is_said_about_cells_outside_the_picture() -> None:
-    shifted = np.array([[1.0, 0, 20], [0, 1, 0], [0, 0, 1]])
-    labels = train_superpoint.label_cells(np.zeros((0, 2)), shifted)
-    assert (labels[:, :3] == train_superpoint.UNKNOWN).all()
-    assert (labels[:, 3:] == train_superpoint.NOTHING).all()
-
-
-def test_corners_are_voted_for_where_the_learned_detector_is_blind() -> None:
-    image = np.full((120, 160), 100, np.uint8)
-    image[40:80, 50:110] = 130
-    points = train_superpoint.vote(image, np.zeros((120, 160), np.float32))
-    for corner in ((50, 40), (109, 40), (50, 79), (109, 79)):
-        assert np.linalg.norm(points - corner, axis=1).min() < 2
-    assert not (np.abs(points - (80, 60)) < (20, 40)).all(axis=1).any()  # along the edges between them
-
-
-def test_points_in_what_has_become_all_white_are_dropped(texture: Texture) -> None:
-    image = texture(240, 320, 0)
-    image[:, :150] = 255
-    points = np.array([[50.0, 50], [250, 50], [-5, 50], [np.nan, np.nan]])
-    assert train_superpoint.recognisable(image, points).tolist() == [False, True, False, False]
-
-
-def test_batch_norms_change_nothing_when_put_in_nor_when_folded(
-    texture: Texture, small_superpoint: dict[str, Any], randomise_superpoint: Randomise
-) -> None:
-    plain = SuperPoint(**small_superpoint)
-    randomise_superpoint(plain, 0)
-    image = common.to_tensor([texture(96, 128, 1)], CPU)
-    before = train_superpoint.student(plain, image)
-    model = SuperPoint(**small_superpoint)
-    model.load_state_dict(plain.state_dict())
-    model = train_superpoint.add_norms(model)
-    train_superpoint.adopt_statistics(model, image)
-    model.eval()
-    for expected, found in zip(before, train_superpoint.student(model, image)):
-        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
-
-    model.train()
-    train_superpoint.student(model, common.to_tensor([texture(96, 128, 2)], CPU))  # moves the statistics
-    model.eval()
-    moved = train_superpoint.student(model, image)
-    folded = train_superpoint.fold(model.state_dict(), model.config)
-    assert folded.state_dict().keys() == plain.state_dict().keys()
-    for expected, found in zip(moved, train_superpoint.student(folded, image)):
-        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+def sampled(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Bilinear samples (B, N) of images (B, 1, H, W)."""
+    limits = points.new_tensor(image.shape[:1:-1]) - 1
+    return nn.functional.grid_sample(image, (points / limits * 2 - 1)[:, None], align_corners=True)[:, 0, 0]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, texture: Texture) -> Path:
-    """What prepare.py would fetch, but small, and a teacher who knows nothing."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "teachers").mkdir()
-    torch.manual_seed(0)
-    torch.save(ALIKED().state_dict(), folder / "teachers" / "aliked-n16.pth")
-    listed = []
-    for number, split in enumerate(("train", "train", "held-out")):
-        cv2.imwrite(str(folder / f"{number}.png"), cv2.cvtColor(texture(400, 520, number), cv2.COLOR_GRAY2BGR))
-        listed.append({"file": f"{number}.png", "split": split})
-    (folder / "manifest.json").write_text(json.dumps({"pictures": listed}))
-    return folder
+def folder(texture: Texture, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards: 21 photographs, and a wall with a board before it, seen by three cameras."""
+    path = tmp_path_factory.mktemp("shards")
+    pictures = [shards.encode_grey(texture(240, 320, i)) for i in range(21)]
+    shards.write_photos(path / "photos_0.npz", pictures, [str(i) for i in range(21)])
+    matrix = np.array([[200.0, 0, 159.5], [0, 200, 119.5], [0, 0, 1]])
+    cameras, encoded = [], []
+    for shift in (0.0, 0.3, 0.6):
+        pose = np.eye(4)
+        pose[0, 3] = shift
+        cameras.append(pose)
+        encoded.append(shards.encode_view(*room(texture, matrix, shift)))
+    pairs, overlaps = [(0, 1), (1, 2), (0, 2)], [(0.8, 0.8)] * 3
+    for number, cluster in ((0, 1), (1, 0)):  # clusters 0, 20, ... are only watched
+        shards.write_rooms(
+            path / f"rooms_{number}.npz",
+            encoded,
+            np.stack([matrix] * 3),
+            np.stack(cameras),
+            np.zeros(3),
+            ["hall"],
+            np.full(3, cluster),
+            list("abc"),
+            np.array(pairs),
+            np.array(overlaps),
+        )
+    return path
 
 
-def superpoint_training(data: Path, run: Path, weights: Path, **changes: Any) -> Namespace:
-    return Namespace(
-        **{
-            "data": data,
-            "run": run,
-            "start_from": str(weights),
-            "steps": 100,
-            "pairs": 1,
-            "crops": 2,
-            "seed": 0,
-            "learning_rate": 1e-3,
-            "strength": 0.5,
-            "device": "cpu",
-            "workers": 1,
-            "save_every": 1e9,
-            "examine_every": 1000,
-            "held_out": 1,
-            "stop_after": None,
-            **changes,
-        }
+def room(texture: Texture, matrix: np.ndarray, shift: float) -> tuple[np.ndarray, None, np.ndarray, np.ndarray]:
+    """Albedo (240, 320), light, normals and depth (120, 160): a wall 4 m away, a board 2 m away right of x = 0.5 m."""
+    wall = texture(480, 960, 5)
+
+    def look(columns: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rays = np.stack([(columns - matrix[0, 2]) / matrix[0, 0], (rows - matrix[1, 2]) / matrix[1, 1]])
+        on_board = rays[0] * 2 + shift > 0.5
+        depth = np.where(on_board, 2.0, 4.0)
+        place = ((rays[0] * depth + shift) * 90 + 480, rays[1] * depth * 90 + 240 + 40 * on_board)
+        grey = cv2.remap(wall, place[0].astype(np.float32), place[1].astype(np.float32), cv2.INTER_LINEAR)
+        return grey, depth
+
+    columns, rows = np.meshgrid(np.arange(320.0), np.arange(240.0))
+    grey, depth = look(columns, rows)
+    normals = np.zeros((120, 160, 3))
+    normals[..., 2] = -1
+    return grey, None, normals, depth[::2, ::2]
+
+
+# --- views ---
+
+
+def test_a_point_of_a_photograph_lies_where_the_other_view_shows_it(folder: Path) -> None:
+    photos = views.load(folder, CPU)[0][0]
+    pairs = photos.pairs(draw(), 4, SIZE)
+    points = grid().expand(4, -1, -1)
+    places, states = pairs.geometry.places(points, 0)
+    seen = states == VISIBLE
+    assert 0.2 < seen.float().mean() < 1
+    difference = (sampled(pairs.images[1], places) - sampled(pairs.images[0], points)).abs()
+    assert difference[seen].mean() < 0.02
+    shifted = (sampled(pairs.images[1], places + 1.0) - sampled(pairs.images[0], points)).abs()
+    assert shifted[seen].mean() > 1.5 * difference[seen].mean()
+    back = pairs.geometry.places(places, 1)[0]
+    assert (back - points)[seen].abs().max() < 0.01
+
+
+def test_views_are_the_same_for_the_same_random_numbers(folder: Path) -> None:
+    for source in views.load(folder, CPU)[0]:
+        first, again, other = (source.pairs(draw(seed), 2, SIZE).images[0] for seed in (1, 1, 2))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+
+
+def test_places_in_a_room_follow_depth_and_know_what_is_hidden(folder: Path) -> None:
+    rooms = views.load(folder, CPU)[0][1]
+    assert isinstance(rooms, views.RoomViews)
+    same = torch.eye(3)[None]
+    geometry = views.Spatial(
+        (same, same),
+        (rooms.matrices[:1], rooms.matrices[2:3]),
+        (rooms.poses[:1], rooms.poses[2:3]),
+        (rooms.depth[:1], rooms.depth[2:3]),
+        rooms.step,
+        rooms.camera_size,
+        rooms.camera_size,
     )
+    # On the wall, on the board, on the wall behind where the second camera sees the board, out of its sight.
+    points = torch.tensor([[[120.0, 100.0], [260.0, 60.0], [200.0, 120.0], [20.0, 120.0]]])
+    places, states = geometry.places(points, 0)
+    assert states.tolist() == [[VISIBLE, VISIBLE, HIDDEN, HIDDEN]]
+    assert places[0, 0].tolist() == pytest.approx([120 - 200 * 0.6 / 4, 100], abs=0.05)
+    assert places[0, 1].tolist() == pytest.approx([260 - 200 * 0.6 / 2, 60], abs=0.05)
+    edge = torch.tensor([[[209.5, 120.0]]])  # between a sample of the wall and one of the board
+    assert geometry.places(edge, 0)[1].item() == UNKNOWN
 
 
-def read_log(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+def test_two_views_of_a_room_show_the_same_surface_at_each_others_places(folder: Path) -> None:
+    rooms = views.load(folder, CPU)[0][1]
+    pairs = rooms.pairs(draw(3), 6, SIZE)
+    points = grid().expand(6, -1, -1)
+    places, states = pairs.geometry.places(points, 0)
+    seen = states == VISIBLE
+    assert seen.float().mean() > 0.2
+
+    def agreement(shift: float) -> float:
+        found = []
+        for i in range(6):
+            values = sampled(pairs.images[1], places + shift)[i, seen[i]], sampled(pairs.images[0], points)[i, seen[i]]
+            found.append(float(torch.corrcoef(torch.stack(values))[0, 1]))
+        return float(np.mean(found))
+
+    assert agreement(0.0) > 0.8  # light may differ
+    assert agreement(0.0) > agreement(2.0) + 0.02
 
 
-def test_a_superpoint_training_that_was_stopped_goes_on_as_if_it_had_not_been(
-    data: Path, tmp_path: Path, random_folder: SaveFolder
-) -> None:
-    weights = random_folder(superpoint={"descriptor_decoder_dim": 128})
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train_superpoint.train(superpoint_training(data, whole, weights, stop_after=4))
-    train_superpoint.train(superpoint_training(data, parts, weights, stop_after=2))
-    # As after a kill between checkpoints: a step that was logged and not saved, and half a line.
-    with (parts / "log.jsonl").open("a") as log:
-        log.write('{"step": 3, "total": 99.0}\n{"step": 4, "to')
-    train_superpoint.train(superpoint_training(data, parts, weights, stop_after=2))
-    assert read_log(parts) == read_log(whole)
-    assert [line["step"] for line in read_log(whole)] == [0, 1, 2, 3, 4]
-    ends = [torch.load(run / "checkpoint.pt", weights_only=True) for run in (whole, parts)]
-    for name, tensor in ends[0]["average"].items():
-        torch.testing.assert_close(ends[1]["average"][name], tensor, rtol=0, atol=0)
+def test_one_photograph_in_twenty_and_one_cluster_in_twenty_are_only_watched(folder: Path) -> None:
+    trained, watched = views.load(folder, CPU)
+    assert [len(source) for source in trained] == [19, 3]
+    assert [len(source) for source in watched] == [2, 3]
 
 
-def test_going_on_with_other_settings_is_refused(data: Path, tmp_path: Path, random_folder: SaveFolder) -> None:
-    weights = random_folder(superpoint={"descriptor_decoder_dim": 128})
-    common.Run(tmp_path, {"pairs": 4, "seed": 0})
-    with pytest.raises(SystemExit, match="pairs: 4 then, 1 now"):
-        train_superpoint.train(superpoint_training(data, tmp_path, weights))
+def test_degrading_changes_images_as_strongly_as_told_and_always_alike(texture: Texture) -> None:
+    image = torch.from_numpy(texture(120, 160, 1))[None, None].float().expand(12, -1, -1, -1) / 255
+
+    def change(strength: float, seed: int = 0) -> torch.Tensor:
+        return degrade(draw(seed), image, torch.full((12,), strength)) - image
+
+    assert change(0.0).abs().max() < 1e-6
+    assert torch.equal(change(0.7), change(0.7))
+    sizes = [float(change(strength).abs().mean()) for strength in (0.2, 0.5, 1.0)]
+    assert sizes == sorted(sizes) and sizes[0] > 0
+    degraded = degrade(draw(), image, torch.ones(12))
+    assert degraded.min() >= 0 and degraded.max() <= 1
+    assert torch.allclose(degraded * 255, (degraded * 255).round(), atol=1e-3)
 
 
-def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tmp_path: Path) -> None:
-    run = common.Run(tmp_path, {})
-    run.save({"step": 1, "model": {"weight": torch.ones(3)}})
-    run.save({"step": 2, "model": {"weight": torch.full((3,), 2.0)}})
-    assert run.load(CPU)["step"] == 2  # type: ignore[index]
-    run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:100])
-    assert run.load(CPU)["step"] == 1  # type: ignore[index]
-    run.checkpoint.unlink()  # killed between the two renames
-    assert run.load(CPU)["step"] == 1  # type: ignore[index]
+# --- SuperPoint ---
 
 
-# --------------------------------------------------------------------------------------------- SuperPoint's detector
+def peaks(points: torch.Tensor) -> torch.Tensor:
+    """Maps (B, 120, 160) with a bump around each of the points (B, N, 2)."""
+    distance = (grid()[:, :, None] - points[:, None]).square().sum(dim=-1)
+    return (0.6 * (-distance / (2 * 0.7**2)).exp()).amax(dim=2).view(-1, 120, 160)
 
 
-def adaptation(data: Path, run: Path, weights: str, **changes: Any) -> Namespace:
-    return Namespace(
-        **{
-            "data": data,
-            "run": run,
-            "start_from": weights,
-            "frozen": 1,
-            "steps": 1000,
-            "views": 2,
-            "crops": 1,
-            "seed": 0,
-            "learning_rate": 5e-4,
-            "device": "cpu",
-            "workers": 1,
-            "save_every": 1e9,
-            "examine_every": 1000,
-            "held_out": 1,
-            "stop_after": None,
-            **changes,
-        }
-    )
+def test_the_points_are_where_both_views_agree_to_a_fraction_of_a_pixel() -> None:
+    shift = torch.eye(3)[None].clone()
+    shift[0, 0, 2], shift[0, 1, 2] = 7.3, -4.6
+    geometry = views.Planar((shift, torch.linalg.inv(shift)), SIZE)
+    true = torch.tensor([[[40.2, 50.7], [90.5, 60.25], [60.0, 80.0]]])
+    only_first = torch.tensor([[[120.0, 30.0]]])
+    maps = peaks(torch.cat([true, only_first], dim=1)), peaks(true + torch.tensor([7.3, -4.6]))
+    flat = torch.zeros(1, 1, 120, 160)
+    labels = superpoint_loss.consensus(maps, (flat, flat), geometry, corners=0.0)
+    found = labels.points[0][labels.valid]
+    assert len(found) == 3
+    distance = torch.cdist(found, true[0])
+    assert distance.amin(dim=0).max() < 0.1
+    assert torch.allclose(labels.points[1][labels.valid], found + torch.tensor([7.3, -4.6]), atol=1e-3)
+    assert 0.7 < labels.covered[0].float().mean() < 1
 
 
-def test_the_middle_of_what_views_agree_on_is_found_to_a_fraction_of_a_pixel() -> None:
-    rng, (y, x) = common.generator(2), np.mgrid[:120, :160]
-    places = np.array([[40.3, 30.6], [100.0, 80.4], [120.7, 20.0]])
-    scores = np.float32(sum(np.exp(-((x - u) ** 2 + (y - v) ** 2) / 2) / k for k, (u, v) in enumerate(places, start=1)))
-    found = adapt_superpoint.peaks(scores + np.float32(0.01) * rng.random(scores.shape, np.float32))
-    np.testing.assert_allclose(found[:3], places, atol=0.3)
+def test_the_detectors_loss_is_least_where_its_scores_are_the_labels() -> None:
+    points = torch.tensor([[[20.25, 33.5], [101.0, 70.0]]])
+    valid, covered = torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 15, 20, dtype=torch.bool)
+    target = torch.zeros(1, 65, 15, 20)
+    target[:, 64] = 1
+    for x, y, weight in ((20, 33, 0.375), (20, 34, 0.375), (21, 33, 0.125), (21, 34, 0.125), (101, 70, 1.0)):
+        target[0, (y % 8) * 8 + x % 8, y // 8, x // 8] += weight
+        target[0, 64, y // 8, x // 8] -= weight
+
+    def loss(scores: torch.Tensor) -> float:
+        return float(superpoint_loss.detector_loss((scores + 1e-6).log(), points, valid, covered))
+
+    best = loss(target)
+    assert best < loss(target.roll(1, dims=1))
+    assert best < loss(0.9 * target + 0.1 / 65)
+    without = torch.zeros_like(covered)
+    assert float(superpoint_loss.detector_loss(target, points, valid, without)) == 0
 
 
-def test_views_of_a_crop_are_taught_the_same_places_of_it_and_those_that_are_seen(data: Path) -> None:
-    model = SuperPoint.from_pretrained("superpoint-open")
-    lessons = adapt_superpoint.Lessons(model, common.pictures(data, "train"), data / "adaptation", 3, CPU)
-    lesson = lessons[0]
-    labelled = []
-    for cells in lesson.cells:
-        row, column = np.nonzero((cells >= 0) & (cells < adapt_superpoint.NOTHING))
-        pixel = cells[row, column]
-        labelled.append(np.c_[8 * column + pixel % 8, 8 * row + pixel // 8])
-    shared = 0
-    for homography, points in zip(lesson.homographies[1:], labelled[1:]):
-        expected = common.project(homography @ np.linalg.inv(lesson.homographies[0]), labelled[0].astype(float))
-        expected = expected[common.inside(expected, adapt_superpoint.VIEW, 8)]
-        nearest = np.linalg.norm(expected[:, None] - points[None], axis=2).min(axis=1)
-        shared += len(expected)
-        # Of two in one cell only the better is a label there.
-        assert (nearest < 1.5).mean() > 0.8
-    assert shared > 100
-    scores = torch.from_numpy(lessons.scores(list(lesson.views)))
-    likelier = [scores[i][tuple(points.T[::-1])].mean() / scores[i].mean() for i, points in enumerate(labelled)]
-    assert min(likelier) > 3
+def test_the_reprojections_loss_is_the_distance_and_pulls_points_together() -> None:
+    geometry = views.Planar((torch.eye(3)[None], torch.eye(3)[None]), SIZE)
+    first = torch.tensor([[[50.0, 50.0], [100.0, 80.0]]], requires_grad=True)
+    second = torch.tensor([[[50.6, 50.8], [100.0, 81.0], [20.0, 20.0]]])
+    loss = superpoint_loss.reprojection_loss((first, second), geometry)
+    assert loss.item() == pytest.approx(1.0, abs=0.01)
+    loss.backward()
+    assert first.grad is not None
+    assert (first.grad[0, 0] < 0).all()  # downhill is right and down, to the partner
 
 
-def test_adapting_teaches_the_detector_and_leaves_descriptors_and_frozen_blocks(data: Path, tmp_path: Path) -> None:
-    # At a rate of which these first steps of the warm-up are a few hundredths.
-    adapt_superpoint.train(adaptation(data, tmp_path, "superpoint-open", views=4, stop_after=16, learning_rate=1e-2))
-    before, after = SuperPoint.from_pretrained("superpoint-open"), SuperPoint.from_pretrained("superpoint-open")
-    after.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"])
-    lesson = adapt_superpoint.Lessons(before, common.pictures(data, "train"), data / "adaptation", 0, CPU)[0]
-    images, cells = common.to_tensor(list(lesson.views), CPU), torch.from_numpy(lesson.cells)
-    descriptors = train_superpoint.student(before, images)[1]
-    likely = adapt_superpoint.likely_classes()
-    parts = [
-        adapt_superpoint.losses(train_superpoint.student(model, images), cells, descriptors, likely)
-        for model in (before, after)
-    ]
-    assert parts[1]["detector"] < 0.95 * parts[0]["detector"]
-    assert parts[1]["descriptors"] < 0.05
-    for name, tensor in after.state_dict().items():
-        same = torch.equal(tensor, before.state_dict()[name])
-        assert same == name.startswith("encoder.conv_blocks.0."), name
+def test_own_points_are_read_out_to_a_fraction_of_a_pixel() -> None:
+    true = torch.tensor([[[40.3, 50.6], [90.45, 60.2]]])
+    found = superpoint_loss.own_points(peaks(true), 2)
+    assert torch.cdist(found, true).amin(dim=1).max() < 0.1
 
 
-def test_an_adaptation_that_was_stopped_goes_on_as_if_it_had_not_been(
-    data: Path, tmp_path: Path, random_folder: SaveFolder
-) -> None:
-    weights, whole, parts = str(random_folder()), tmp_path / "whole", tmp_path / "parts"
-    adapt_superpoint.train(adaptation(data, whole, weights, stop_after=3))
-    adapt_superpoint.train(adaptation(data, parts, weights, stop_after=2))
-    adapt_superpoint.train(adaptation(data, parts, weights, stop_after=1))
-    assert read_log(parts) == read_log(whole)
-
-
-# ------------------------------------------------------------------------------------------------------------ LightGlue
-
-
-def features(points: np.ndarray, places: np.ndarray, size: int = 64) -> train_lightglue.Features:
-    descriptors = np.random.default_rng(len(points)).normal(size=(len(points), size)).astype(np.float32)
-    return train_lightglue.Features(points.astype(np.float32), descriptors, places.astype(np.float32))
+# --- LightGlue ---
 
 
 def test_true_partners_are_mutual_and_near_and_what_is_unknown_or_beside_one_is_neither_match_nor_alone() -> None:
-    first = features(
-        np.array([[10.0, 10], [50, 50], [90, 90], [200, 100], [300, 300], [13, 10]]),
-        np.array([[20.0, 10], [60, 50], [np.inf, np.inf], [np.nan, np.nan], [304, 300], [23, 10]]),
-    )
-    second = features(
-        np.array([[21.0, 10], [61, 52], [400, 400], [300, 300]]),
-        np.array([[11.0, 10], [51, 52], [np.inf, np.inf], [296, 300]]),
-    )
-    partners, alone0, alone1 = train_lightglue.truth(first, second)
-    assert partners.tolist() == [0, 1, -1, -1, -1, -1]
-    # Four pixels off is no match, and the matcher is to know; the last lies beside another one's match.
-    assert alone0.tolist() == [False, False, True, False, True, False]
-    assert alone1.tolist() == [False, False, True, True]
+    geometry = views.Planar((torch.eye(3)[None], torch.eye(3)[None]), SIZE)
+    first = torch.tensor([[[10.0, 10.0], [12.0, 10.0], [50.0, 50.0], [90.0, 90.0], [100.0, 20.0]]])
+    second = torch.tensor([[[10.5, 10.0], [50.0, 52.4], [90.0, 92.7], [140.0, 100.0], [141.0, 20.0]]])
+    partners, (alone0, alone1) = lightglue_loss.truth((first, second), geometry)
+    assert partners.tolist() == [[0, -1, 1, -1, -1]]
+    assert alone0.tolist() == [[False, False, False, False, True]]
+    assert alone1.tolist() == [[False, False, False, True, True]]
 
 
-def plane(distance: float, position: tuple[float, float, float]) -> View:
-    matrix = np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]])
-    depth = np.full((480, 640), distance, np.float32)
-    return View(np.zeros((480, 640, 3), np.uint8), depth, np.eye(3), np.array(position), Camera(640, 480, matrix))
+def matching_batch(model: LightGlue, partners: torch.Tensor) -> lightglue_loss.Batch:
+    points = torch.rand(2, 20, 2, generator=draw(1)) * 100
+    descriptors = nn.functional.normalize(torch.randn(2, 20, model.input_dim, generator=draw(2)), dim=-1)
+    alone = partners < 0
+    return lightglue_loss.Batch((points, points + 1), (descriptors, descriptors), partners, (alone, alone), SIZE)
 
 
-def test_places_in_a_rendered_view_follow_depth_and_know_what_is_hidden() -> None:
-    here, there = plane(2.0, (0, 0, 0)), plane(2.0, (0.2, 0, 0))
-    there.depth[:, :200] = 1.0  # something stands in front
-    here.depth[:, 600:] = np.inf  # sky
-    points = np.array([[400.0, 100], [200, 100], [30, 100], [620, 100]])
-    places = train_lightglue.places_in(points, here, there)
-    np.testing.assert_allclose(places[0], [350, 100], atol=1e-6)  # 500 px * 0.2 m / 2 m
-    assert np.isinf(places[1]).all()  # hidden
-    assert np.isinf(places[2]).all()  # outside
-    assert np.isnan(places[3]).all()
-
-
-@pytest.fixture(scope="module")
-def lightglue(small_lightglue: dict[str, Any], randomise_lightglue: Randomise) -> LightGlue:
-    model = LightGlue(input_dim=64, **small_lightglue)
+def test_the_loss_is_smaller_for_the_true_assignment_and_reaches_every_layer(randomise_lightglue: Any) -> None:
+    model = LightGlue(input_dim=64, descriptor_dim=64, num_hidden_layers=3)
     randomise_lightglue(model, 0)
-    return model
-
-
-def moved_pair(count: int, seed: int) -> tuple[train_lightglue.Features, train_lightglue.Features]:
-    """Points of which two thirds reappear, 7 pixels further right."""
-    rng = np.random.default_rng(seed)
-    points = rng.permutation(np.stack(np.meshgrid(np.arange(20, 600, 25), np.arange(20, 460, 25)), -1).reshape(-1, 2))
-    points = points[:count].astype(float)
-    order = rng.permutation(count)[: 2 * count // 3]
-    shift = np.array([7.0, 0])
-    seen = points[order]
-    first = features(points, points + shift)
-    second = features(seen + shift, seen)
-    return first, second._replace(descriptors=first.descriptors[order])
-
-
-def test_padding_does_not_change_the_loss(lightglue: LightGlue) -> None:
-    pairs = [moved_pair(40, 0), moved_pair(25, 1)]
-    alone = [train_lightglue.losses(lightglue, train_lightglue.make_batch([pair], 60, CPU)) for pair in pairs]
-    both = train_lightglue.losses(lightglue, train_lightglue.make_batch(pairs, 60, CPU))
-    expected = (float(alone[0]["assignment"]) + float(alone[1]["assignment"])) / 2
-    assert float(both["assignment"]) == pytest.approx(expected, rel=1e-4)
-
-
-def test_the_loss_is_smaller_for_the_true_assignment_and_reaches_every_layer(lightglue: LightGlue) -> None:
-    batch = train_lightglue.make_batch([moved_pair(40, 0)], 40, CPU)
-    shuffled = batch._replace(partners=torch.where(batch.partners >= 0, batch.partners.roll(1, 1), -1))
-    lightglue.requires_grad_(True)
-    parts = train_lightglue.losses(lightglue, batch)
-    parts["total"].backward()
-    lightglue.requires_grad_(False)
-    assert float(parts["assignment"].detach()) < float(train_lightglue.losses(lightglue, shuffled)["assignment"])
-    without = [name for name, parameter in lightglue.named_parameters() if parameter.grad is None]
-    assert without == []
-
-
-def test_confidences_learn_without_changing_the_layers(lightglue: LightGlue) -> None:
-    lightglue.requires_grad_(True)
-    lightglue.zero_grad(set_to_none=True)
-    train_lightglue.losses(lightglue, train_lightglue.make_batch([moved_pair(40, 0)], 40, CPU))["confidence"].backward()
-    lightglue.requires_grad_(False)
-    touched = {name for name, parameter in lightglue.named_parameters() if parameter.grad is not None}
-    assert touched
-    assert all(name.startswith("token_confidence.") for name in touched)
-
-
-def train_for(steps: int, data: Path, run: Path, weights: Path) -> None:
-    train_lightglue.train(
-        Namespace(
-            data=data,
-            run=run,
-            superpoint=str(weights),
-            start_from=str(weights),
-            steps=100,
-            pairs=1,
-            keypoints=64,
-            pool=2,
-            rendered=0.0,
-            learning_rate=1e-4,
-            strength=0.3,
-            seed=0,
-            device="cpu",
-            workers=1,
-            save_every=1e9,
-            examine_every=1000,
-            held_out=1,
-            stop_after=steps,
-            nms_radii=[1, 3],
-        )
+    model.requires_grad_(True)
+    right = torch.arange(20).expand(2, -1)
+    parts = lightglue_loss.losses(model, matching_batch(model, right))
+    wrong = lightglue_loss.losses(model, matching_batch(model, right.roll(1, dims=1)))
+    assert parts["last"] < wrong["last"]
+    parts["assignment"].backward(retain_graph=True)
+    assert all(
+        any(p.grad is not None and p.grad.abs().sum() > 0 for p in m.parameters()) for m in model.transformer_layers
     )
+    assert all(p.grad is None for p in model.token_confidence.parameters())
+    model.zero_grad(set_to_none=True)
+    parts["confidence"].backward()
+    assert all(p.grad is None for p in model.transformer_layers.parameters())
+    assert all(p.grad is not None for p in model.token_confidence.parameters())
 
 
-def test_points_are_as_close_as_one_of_the_radii_allows_and_both_images_of_a_pair_have_the_same(
-    data: Path, tmp_path: Path, random_folder: SaveFolder
-) -> None:
-    detector = SuperPoint.from_pretrained(random_folder())
-    pairs = train_lightglue.Pairs(common.pictures(data, "train"), detector, tmp_path, 0, 0.0, 0.3, [1, 3])
-    closest = []
-    for number in range(8):
-        points = [features.points for features in pairs.pair(number)]
-        assert all(len(each) > 50 for each in points)
-        apart = [np.abs(each[:, None] - each[None]).max(axis=2) + 1e9 * np.eye(len(each)) for each in points]
-        closest.append([int(each.min()) for each in apart])
-    assert {tuple(each) for each in closest} == {(2, 2), (4, 4)}
-    assert detector.nms_radius == 4
+# --- runs ---
 
 
-def test_a_lightglue_training_that_was_stopped_goes_on_as_if_it_had_not_been(
-    data: Path, tmp_path: Path, random_folder: SaveFolder
-) -> None:
-    weights = random_folder()
-    train_for(3, data, tmp_path / "whole", weights)
-    train_for(1, data, tmp_path / "parts", weights)
-    train_for(2, data, tmp_path / "parts", weights)
-    assert read_log(tmp_path / "parts") == read_log(tmp_path / "whole")
-    assert [line["step"] for line in read_log(tmp_path / "whole")] == [0, 1, 2, 3]
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks that learn in seconds."""
+    sizes = {"encoder_hidden_sizes": [8, 8, 16, 16], "decoder_hidden_size": 16, "descriptor_decoder_dim": 32}
+    monkeypatch.setattr(train, "SUPERPOINTS", {"full": sizes, "fast": {**sizes, "decoder_hidden_size": 8}})
+    glue = {"input_dim": 32, "descriptor_dim": 32, "num_hidden_layers": 2}
+    monkeypatch.setattr(train, "RATES", dict.fromkeys(train.RATES, 5e-3))
+    monkeypatch.setattr(train, "LIGHTGLUES", {"full": glue, "fast": {**glue, "num_hidden_layers": 1}})
 
 
-def test_queries_and_keys_that_share_a_projection_go_on_sharing_it(
-    data: Path, tmp_path: Path, random_folder: SaveFolder
-) -> None:
-    source = random_folder()
-    lightglue = LightGlue.from_pretrained(source)
-    for layer in lightglue.transformer_layers:
-        layer.cross_attention.k_proj.load_state_dict(layer.cross_attention.q_proj.state_dict())
-    export.export(SuperPoint.from_pretrained(source), lightglue, tmp_path / "shared")
-    train_for(2, data, tmp_path / "run", tmp_path / "shared")
-    trained = export.load_lightglue(tmp_path / "run" / "checkpoint.pt").state_dict()
-    queries = [name for name in trained if "cross_attention.q_proj" in name]
-    assert queries
-    for name in queries:
-        assert torch.equal(trained[name], trained[name.replace("q_proj", "k_proj")])
-        assert not torch.equal(trained[name], lightglue.state_dict()[name])
+def run(folder: Path, out: Path, kind: str, *options: str) -> list[dict[str, Any]]:
+    """Train; the log's lines."""
+    common = ["--shards", folder, "--out", out, "--batch", 2, "--size", *SIZE, "--log-every", 1, "--device", "cpu"]
+    train.main([kind, *map(str, common), "--precision", "float32", *options])
+    return [json.loads(line) for line in (out / f"{kind}.jsonl").read_text().splitlines()]
 
 
-# ------------------------------------------------------------------------------------------------ shipping and judging
+def steps(log: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """The losses by step, without times."""
+    return {
+        line["step"]: {key: value for key, value in line.items() if key not in ("seconds", "progress")}
+        for line in log
+        if "watched" not in line
+    }
+
+
+@pytest.mark.usefixtures("small")
+def test_trainings_that_were_stopped_go_on_as_if_they_had_not_been(folder: Path, tmp_path: Path) -> None:
+    for kind in ("points", "matching"):
+        whole = steps(run(folder, tmp_path / "whole", kind, "--steps", "5"))
+        run(folder, tmp_path / "parts", kind, "--steps", "5", "--stop-after", "2")
+        parts = steps(run(folder, tmp_path / "parts", kind, "--steps", "5"))
+        assert sorted(parts) == sorted(whole) == [1, 2, 3, 4, 5]
+        for step, losses in whole.items():
+            assert parts[step] == pytest.approx(losses, rel=1e-3, abs=2e-3)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_training_lowers_its_losses_and_what_it_writes_can_be_exported(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    points = steps(run(folder, out, "points", "--steps", "24"))
+    for name in ("full", "fast"):
+        parts = [losses[f"{name} points"] for losses in points.values()]
+        assert np.mean(parts[-5:]) < np.mean(parts[:3]) - 0.05
+    matching = steps(run(folder, out, "matching", "--steps", "16", "--networks", "full"))
+    totals = [losses["full assignment"] for losses in matching.values()]
+    assert np.mean(totals[-5:]) < np.mean(totals[:3])
+    glue = torch.load(out / "matching.weights.pt", weights_only=True)["full"]
+    layer = "transformer_layers.0.cross_attention"
+    assert torch.equal(glue["tensors"][f"{layer}.q_proj.weight"], glue["tensors"][f"{layer}.k_proj.weight"])
+    content = (out / "matching.weights.pt").read_bytes()
+    assert b"".join(path.read_bytes() for path in sorted(out.glob("matching.weights.pt.*"))) == content
+    start = build_start(out)
+    begun = train.build("matching", "full", start, CPU)
+    assert torch.equal(begun.state_dict()[f"{layer}.q_proj.bias"], glue["tensors"][f"{layer}.q_proj.bias"].float())
+
+
+def build_start(out: Path) -> str:
+    return str(out / "matching.weights.pt")
+
+
+def test_the_script_for_a_gpu_trains_both_from_tiny_shards(folder: Path, tmp_path: Path) -> None:
+    options = ["--size", "96", "64", "--batch", "1", "--device", "cpu", "--precision", "float32", "--networks", "fast"]
+    command = [
+        TRAINING / "gpu_run.sh",
+        "--minutes",
+        "0.1",
+        "--shards",
+        folder,
+        "--out",
+        tmp_path / "run",
+        "--",
+        *options,
+    ]
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert (tmp_path / "run" / "points.weights.pt").exists()
+    assert (tmp_path / "run" / "matching.weights.pt").exists()
+
+
+def test_the_script_for_a_gpu_says_what_it_needs(tmp_path: Path) -> None:
+    done = subprocess.run([str(TRAINING / "gpu_run.sh"), "--minutes", "1"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--shards and --out are needed" in done.stderr
+
+
+# --- shipping ---
 
 
 def test_what_is_exported_is_what_the_package_and_transformers_load(
@@ -501,7 +414,9 @@ def test_what_is_exported_is_what_the_package_and_transformers_load(
 
     theirs = transformers.LightGlueForKeypointMatching.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert theirs.config.keypoint_detector_config.keypoint_threshold == 0.0005
-    images = torch.stack([common.to_tensor([image], CPU)[0].expand(3, -1, -1) for image in (image0, image1)])[None]
+    images = torch.stack([(torch.from_numpy(image).float() / 255).expand(3, -1, -1) for image in (image0, image1)])[
+        None
+    ]
     with torch.no_grad():
         found = theirs(images)
     matches0, count = found.matches.reshape(2, -1)[0], found.keypoints.shape[-2]
@@ -520,26 +435,3 @@ def test_what_is_exported_is_what_the_package_and_transformers_load(
 def test_what_does_not_belong_together_is_not_exported(tmp_path: Path, small_superpoint: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="descriptors have 64 numbers, and the LightGlue takes 128"):
         export.export(SuperPoint(**small_superpoint), LightGlue(input_dim=128), tmp_path)
-
-
-def test_matches_of_a_known_motion_are_correct_and_give_its_pose() -> None:
-    rng = np.random.default_rng(0)
-    matrix = np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]])
-    rotation = cv2.Rodrigues(np.array([0.05, -0.1, 0.02]))[0]
-    translation = np.array([0.3, 0.05, 0.1])
-    world = rng.uniform((-2, -1.5, 3), (2, 1.5, 8), (200, 3))
-    seen = world @ rotation.T + translation
-    points0, points1 = ((p[:, :2] / p[:, 2:]) * 500 + (320, 240) for p in (world, seen))
-    truth = evaluate.Pose(rotation, translation, matrix, matrix)
-    correct = evaluate.by_epipolar_lines(truth)
-    assert correct(points0, points1).all()
-    assert correct(points0, points1[::-1]).mean() < 0.3
-    assert evaluate.pose_error(truth, points0, points1) < 0.1
-    wrong = evaluate.Pose(rotation, np.array([0.1, 0.05, -0.3]), matrix, matrix)
-    assert evaluate.pose_error(wrong, points0, points1) > 30
-
-
-def test_the_area_under_the_curve_counts_an_error_from_its_own_size_on() -> None:
-    assert evaluate.area_under_curve([0.0, 0.0], 10) == 1
-    assert evaluate.area_under_curve([5.0, float("inf")], 10) == pytest.approx(0.25)
-    assert evaluate.area_under_curve([20.0], 10) == 0

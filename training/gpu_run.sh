@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Train on a GPU for some minutes, from packed shards, going on from what the run's folder holds.
+#
+#   training/gpu_run.sh --minutes 20 --shards SHARDS --out RUN [--points-share 0.45] [--stage points|matching|both]
+#
+# Nothing is prepared or fetched: the shards hold everything (training/prepare.py makes them). PyTorch, NumPy and OpenCV
+# are needed besides this repository. RUN holds checkpoints to go on from (*.pt), the averaged weights (*.weights.pt, in
+# parts of 15 MB as well), and the logs (*.jsonl).
+set -euo pipefail
+minutes=20 shards= out= share=0.45 stage=both python=${PYTHON:-python3} start_points=superpoint-open start_matching=lightglue-superpoint-open
+extra=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --minutes) minutes=$2; shift 2 ;;
+    --shards) shards=$2; shift 2 ;;
+    --out) out=$2; shift 2 ;;
+    --points-share) share=$2; shift 2 ;;
+    --stage) stage=$2; shift 2 ;;
+    --start-points) start_points=$2; shift 2 ;;
+    --start-matching) start_matching=$2; shift 2 ;;
+    --) shift; extra=("$@"); break ;;
+    *) echo "gpu_run.sh: unknown option $1" >&2; exit 2 ;;
+  esac
+done
+[ -n "$shards" ] && [ -n "$out" ] || { echo "gpu_run.sh: --shards and --out are needed" >&2; exit 2; }
+cd "$(dirname "$0")/.."
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+points=$(awk -v m="$minutes" -v s="$share" -v stage="$stage" 'BEGIN{print stage == "both" ? m * s : m}')
+matching=$(awk -v m="$minutes" -v s="$share" -v stage="$stage" 'BEGIN{print stage == "both" ? m * (1 - s) : m}')
+mkdir -p "$out"
+if [ "$stage" != matching ]; then
+  "$python" training/train.py points --shards "$shards" --out "$out" --minutes "$points" --start "$start_points" "${extra[@]}" 2>&1 | tee -a "$out/points.txt"
+fi
+if [ "$stage" != points ]; then
+  "$python" training/train.py matching --shards "$shards" --out "$out" --minutes "$matching" --start "$start_matching" "${extra[@]}" 2>&1 | tee -a "$out/matching.txt"
+fi

@@ -1,0 +1,106 @@
+"""What a LightGlue learns from the features of two views with known geometry.
+
+The negative log-likelihood of the true assignment after every layer (LightGlue, section 3.4, eq. 11). The confidences
+learn to say whether a point's match is the final one already; nothing of that reaches the layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from views import HIDDEN, VISIBLE, Geometry
+
+from kpmatch_ros.models import ImageFeatures, LightGlue
+from kpmatch_ros.models.assignment import mutual_matches
+from kpmatch_ros.models.lightglue import MatchAssignment, Points, TokenConfidence
+
+NEAR = 2.5  # pixels: a match
+FAR = 3.0  # pixels: a point with none so near has no match; in between nothing is said
+
+
+class Batch(NamedTuple):
+    """B pairs with N points an image.
+
+    Attributes:
+        points, descriptors: of both images, (B, N, 2) and (B, N, D).
+        partners: (B, N) int64, the index of the point's match in image 1, -1 where there is none or it is unknown.
+        alone: of both images, (B, N) bool, points that certainly have no match.
+        size: width and height of the images.
+    """
+
+    points: tuple[Tensor, Tensor]
+    descriptors: tuple[Tensor, Tensor]
+    partners: Tensor
+    alone: tuple[Tensor, Tensor]
+    size: tuple[int, int]
+
+
+@torch.no_grad()
+def truth(points: tuple[Tensor, Tensor], geometry: Geometry) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Partners (B, N) and who is alone, see :class:`Batch`, of points (B, N, 2) of both views."""
+    with torch.autocast(points[0].device.type, enabled=False):  # half precision would move the places by pixels
+        there, state0 = geometry.places(points[0], 0)
+        back, state1 = geometry.places(points[1], 1)
+    forth = torch.cdist(there, points[1])
+    return_ = torch.cdist(points[0], back)
+    # A point may be visible one way and unknown the other, beside an edge: the known way counts.
+    visible0, visible1 = (state0 == VISIBLE)[:, :, None], (state1 == VISIBLE)[:, None]
+    far = torch.full((), torch.inf, device=forth.device)
+    distance = torch.where(visible0 & visible1, torch.maximum(forth, return_), far)
+    best0, best1 = distance.argmin(dim=2), distance.argmin(dim=1)
+    mutual = best1.gather(1, best0) == torch.arange(best0.shape[1], device=best0.device)
+    matched = mutual & (distance.amin(dim=2) <= NEAR)
+    partners = torch.where(matched, best0, -1)
+    alone0 = (state0 == HIDDEN) | ((state0 == VISIBLE) & (forth.amin(dim=2) > FAR))
+    alone1 = (state1 == HIDDEN) | ((state1 == VISIBLE) & (return_.amin(dim=1) > FAR))
+    return partners, (alone0, alone1)
+
+
+def losses(model: LightGlue, batch: Batch) -> dict[str, Tensor]:
+    """``total``, and ``assignment`` and ``confidence`` of which it is made; ``last`` is the last layer's assignment."""
+    size = batch.partners.new_tensor(batch.size).expand(len(batch.partners), 2)
+    with torch.autocast(size.device.type, enabled=False):  # positions need more than half precision
+        now = [model.encode(ImageFeatures(*values, size)) for values in zip(batch.points, batch.descriptors)]
+    heads = cast(list[MatchAssignment], list(model.match_assignment_layers))
+    confidences = cast(list[TokenConfidence], list(model.token_confidence))
+    assignments, logits, found = [], [], []
+    for i, layer in enumerate(model.transformer_layers):
+        states = layer(*now)
+        now = [Points(x.float(), p.rotation, p.mask, p.index, p.layers) for x, p in zip(states, now)]
+        with torch.autocast(now[0].x.device.type, enabled=False):
+            scores = heads[i](*now)
+            assignments.append(_assignment_loss(heads[i], (now[0], now[1]), scores, batch))
+            matches = mutual_matches(scores.detach(), torch.exp, 0.1)
+            found.append((matches.matches0, matches.matches1))
+            if i < len(confidences):
+                logits.append([confidences[i].token(p.x.detach())[..., 0] for p in now])
+    wrong = [
+        F.binary_cross_entropy_with_logits(of_side, (before == final).float())
+        for of_layer, befores in zip(logits, found)
+        for of_side, before, final in zip(of_layer, befores, found[-1])
+    ]
+    assignment = torch.stack(assignments).mean()
+    confidence = torch.stack(wrong).mean() if wrong else torch.zeros_like(assignment)
+    right = (found[-1][0] == batch.partners) & (batch.partners >= 0)
+    judged = (found[-1][0] >= 0) & ((batch.partners >= 0) | batch.alone[0])
+    return {
+        "total": assignment + confidence,
+        "assignment": assignment,
+        "confidence": confidence,
+        "last": assignments[-1],
+        "recall": right.sum() / (batch.partners >= 0).sum().clamp(min=1),
+        "precision": (right & judged).sum() / judged.sum().clamp(min=1),
+    }
+
+
+def _assignment_loss(head: MatchAssignment, points: tuple[Points, Points], scores: Tensor, batch: Batch) -> Tensor:
+    matched = batch.partners >= 0
+    chosen = scores.gather(2, batch.partners.clamp(min=0)[..., None])[..., 0]
+    loss = -torch.where(matched, chosen, 0.0).sum(dim=1) / matched.sum(dim=1).clamp(min=1)
+    for side, alone in zip(points, batch.alone):
+        unmatchable = F.softplus(head.matchability(side.x)[..., 0])  # -log(1 - matchability)
+        loss = loss + 0.5 * (unmatchable * alone).sum(dim=1) / alone.sum(dim=1).clamp(min=1)
+    return loss.mean()
