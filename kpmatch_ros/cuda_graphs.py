@@ -155,6 +155,7 @@ class CudaGraphs:
             key: Hashable = (
                 *_identity(network, image),
                 *(getattr(network, name) for name in ("max_keypoints", "keypoint_threshold", "nms_radius", "border")),
+                getattr(network, "subpixel", False),
             )
             return self._get(key, lambda: _RecordedExtractor(network, image, self._record))(image)
         if isinstance(network, (LightGlue, SuperGlue)):

@@ -156,6 +156,8 @@ class FeatureMatcher:
         for name, published in self._published.items():
             chosen = getattr(parameters, name)
             setattr(self.extractor, name, published if chosen < 0 else chosen)
+        if isinstance(self.extractor, SuperPoint):
+            self.extractor.subpixel = parameters.subpixel and self.extractor.config["subpixel"]
         self.matcher.filter_threshold = parameters.filter_threshold
         if isinstance(self.matcher, LightGlue):
             self.matcher.depth_confidence = parameters.depth_confidence

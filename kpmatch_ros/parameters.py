@@ -166,6 +166,11 @@ class Parameters:
         unit="pixels",
         minimum=-1,
     )
+    subpixel: bool = _parameter(
+        True,
+        "read keypoints out to a fraction of a pixel, with weights that were trained so (superpoint-open); false finds "
+        "whole pixels",
+    )
     resize: int = _parameter(
         0, "longest side of the image that the extractor sees; 0 keeps the size", unit="pixels", minimum=0, maximum=8192
     )

@@ -329,7 +329,7 @@ def test_nothing_is_worked_out_twice(tmp_path: Path) -> None:
         assert matcher.asked == 2
         assert figures["rooms"]["matchers"]["counting"]["figures"]["AUC at 5"]["value"] > 95
         assert figures["rooms"]["matchers"]["counting"]["figures"]["within 1 px"]["value"] == 1
-    pairs.append(evaluation_pairs.Pair("rooms", "new", (images[1], images[1]), motion, motion))
+    pairs.append(evaluation_pairs.Pair("rooms", "new", (images[1] + 1, images[1]), motion, motion))
     figures = evaluate.evaluate([matcher], iter(pairs), evaluate.Cache(tmp_path, 1), known=True)
     assert figures["rooms"]["pairs"] == matcher.asked == 2
 

@@ -20,7 +20,8 @@ from kpmatch_ros.images import ImageError
 Image = NDArray[np.uint8]
 
 
-PARAMETERS = Parameters(device="cpu", precision="float32", max_keypoints=300)
+# A threshold low enough for hundreds of keypoints in small images.
+PARAMETERS = Parameters(device="cpu", precision="float32", max_keypoints=300, keypoint_threshold=0.0005)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +205,7 @@ def test_what_half_precision_cannot_represent_is_computed_again_in_single(
 def test_grey_as_colour_gives_the_same_features(matcher: FeatureMatcher, views: Any) -> None:
     expected = matcher.extract(views[0]).numpy()
     found = matcher.extract(np.repeat(views[0][..., None], 3, axis=2)).numpy()
-    assert found.keypoints.tolist() == expected.keypoints.tolist()
+    np.testing.assert_allclose(found.keypoints, expected.keypoints, atol=1e-3)
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
     np.testing.assert_allclose(found.descriptors, expected.descriptors, atol=1e-4)
 
@@ -216,7 +217,7 @@ def colour(texture: Any) -> Image:
 
 
 def points_of(features: Features) -> set[tuple[float, ...]]:
-    return {tuple(point) for point in features.keypoints.tolist()}
+    return {tuple(point) for point in features.keypoints.round().tolist()}
 
 
 def test_colour_is_weighted_as_by_opencv(matcher: FeatureMatcher, colour: Image) -> None:
@@ -323,7 +324,8 @@ def test_images_of_any_size_and_content_give_valid_features_that_can_be_matched(
 
 
 def test_a_covered_camera_gives_next_to_no_matches(matcher: FeatureMatcher, views: Any) -> None:
-    # It does give keypoints: the network sees the image's border as an edge.
+    # With the threshold that is published with the weights.
+    matcher.configure(PARAMETERS.replace({"keypoint_threshold": -1.0}))
     picture, random = matcher.extract(views[0]), np.random.default_rng(0)
     dark = [matcher.extract(random.normal(20, noise, (180, 240)).round().astype(np.uint8)) for noise in (0, 0, 1, 1)]
     for pair in ((dark[0], dark[1]), (dark[2], dark[3]), (dark[0], picture), (picture, dark[2])):
@@ -388,11 +390,11 @@ def test_parameters_take_effect_while_running(matcher: FeatureMatcher, views: An
     assert (matcher.extract(views[0]).scores > median).all()
     matcher.configure(PARAMETERS.replace({"keypoint_threshold": 1.0}))
     assert len(matcher.extract(views[0])) == 0
-    matcher.configure(PARAMETERS.replace({"nms_radius": 12}))
+    matcher.configure(PARAMETERS.replace({"nms_radius": 12, "subpixel": False}))
     points = matcher.extract(views[0]).keypoints
     apart = (points[:, None] - points[None]).abs().amax(-1).fill_diagonal_(99)
     assert apart.min() > 12
-    matcher.configure(PARAMETERS.replace({"border": 30}))
+    matcher.configure(PARAMETERS.replace({"border": 30, "subpixel": False}))
     points = matcher.extract(views[0]).keypoints
     assert (points >= 30).all()
     assert (points < torch.tensor([240 - 30, 180 - 30])).all()
@@ -423,7 +425,7 @@ def test_images_of_different_sizes_give_as_a_batch_what_each_gives_alone(matcher
     for image, features in zip(images, found):
         alone = matcher.extract(image)
         assert features.size == alone.size == image.shape[::-1]
-        assert torch.equal(features.keypoints, alone.keypoints)
+        assert torch.allclose(features.keypoints, alone.keypoints, atol=1e-3)
         assert torch.allclose(features.descriptors, alone.descriptors, atol=1e-5)
     assert matcher.extract_batch([]) == []
 

@@ -326,7 +326,9 @@ def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     theirs = transformers.LightGlueForKeypointMatching.from_pretrained(folder, dtype=torch.float32).eval()
     theirs.keypoint_detector.keypoint_decoder.border_removal_distance = 0  # it has another idea of borders than ours
     theirs.keypoint_detector.keypoint_decoder.max_keypoints = 400
-    detector = SuperPoint.from_pretrained("superpoint-open", border_removal_distance=0, max_keypoints=400)
+    # Theirs finds whole pixels.
+    options = {"border_removal_distance": 0, "max_keypoints": 400, "subpixel": False}
+    detector = SuperPoint.from_pretrained("superpoint-open", **options)
     return theirs, detector, LightGlue.from_pretrained(request.param)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kpmatch_ros.models import SuperPoint, superpoint, trace
+from kpmatch_ros.models.detections import read_out
 from kpmatch_ros.models.superpoint import Detections, select_keypoints, suppress_non_maxima
 
 Pair = Callable[..., tuple[Any, SuperPoint]]
@@ -345,3 +346,29 @@ def test_the_authors_file_brings_the_authors_settings(ours: Callable[..., SuperP
     torch.save(authors_names(ours()), path)
     loaded = SuperPoint.from_pretrained(path)
     assert (loaded.keypoint_threshold, loaded.nms_radius, loaded.border, loaded.max_keypoints) == (0.005, 4, 4, -1)
+
+
+def test_keypoints_are_read_out_to_a_fraction_of_a_pixel() -> None:
+    true = torch.tensor([[[10.3, 20.6], [30.0, 8.45]]])
+    x, y = torch.meshgrid(torch.arange(48.0), torch.arange(32.0), indexing="xy")
+    squared = (x - true[0, :, 0, None, None]).square() + (y - true[0, :, 1, None, None]).square()
+    scores = (-squared / (2 * 0.6**2)).exp().sum(dim=0)[None]
+    assert torch.allclose(read_out(scores, true.round()), true, atol=0.05)
+    at_the_corner = torch.tensor([[[0.0, 0.0]]])
+    assert read_out(scores, at_the_corner).isfinite().all()
+
+
+def test_a_superpoint_reads_out_the_keypoints_that_it_finds_as_whole_pixels(
+    small_superpoint: dict[str, Any], randomise_superpoint: Any, texture: Any
+) -> None:
+    image = torch.from_numpy(texture(120, 160, 3))[None, None].float() / 255
+    model = SuperPoint(**small_superpoint)
+    randomise_superpoint(model, 0)
+    whole = model(image)
+    model.subpixel = True
+    fractions = model(image)
+    assert torch.equal(whole.scores, fractions.scores)
+    assert torch.equal(whole.mask, fractions.mask)
+    moved = (fractions.keypoints - whole.keypoints).abs()
+    assert 0 < moved.max() <= 2
+    assert fractions.keypoints[whole.mask].frac().any()

@@ -111,8 +111,8 @@ def test_an_option_that_is_not_known_is_named(folder: Path) -> None:
     edit_config(folder, lambda config: config.update(add_scale_ori=True))
     with pytest.raises(WeightsError, match="sets add_scale_ori, which this lightglue does not know"):
         LightGlue.from_pretrained(folder)
-    edit_config(folder, lambda config: config["keypoint_detector_config"].update(subpixel=3, rotate=1))
-    with pytest.raises(WeightsError, match="sets rotate, subpixel, which this superpoint does not know"):
+    edit_config(folder, lambda config: config["keypoint_detector_config"].update(sharpen=3, rotate=1))
+    with pytest.raises(WeightsError, match="sets rotate, sharpen, which this superpoint does not know"):
         SuperPoint.from_pretrained(folder)
 
 

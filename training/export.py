@@ -18,7 +18,12 @@ from safetensors.torch import save_file
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.weights import file_hash
 
-DETECTION = {"keypoint_threshold": 0.0005, "max_keypoints": 1024, "nms_radius": 1}  # why: README.md, what was measured
+DETECTION = {
+    "keypoint_threshold": 0.01,
+    "max_keypoints": 1024,
+    "nms_radius": 2,
+    "subpixel": True,
+}  # why: README.md, what was measured
 
 
 def read_trained(points: Path, matching: Path, network: str) -> tuple[SuperPoint, LightGlue]:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from views import VISIBLE, Geometry
 
 from kpmatch_ros.models import SuperPoint
+from kpmatch_ros.models.detections import read_out
 from kpmatch_ros.models.superpoint import CELL, sample_descriptors
 
 BORDER = 6  # pixels along the sides without points
@@ -181,20 +182,9 @@ def own_points(maps: Tensor, count: int, radius: int = 2) -> Tensor:
 
 
 def soft_maximum(maps: Tensor, index: Tensor, radius: int = 2) -> Tensor:
-    """The centre of mass (B, N, 2) of the values within ``radius`` pixels of the flat ``index`` (B, N)."""
-    _, height, width = maps.shape
-    x, y = index % width, index // width
-    flat = maps.flatten(1)
-    total = torch.zeros_like(x, dtype=torch.float32)
-    shift_x, shift_y = torch.zeros_like(total), torch.zeros_like(total)
-    for j in range(-radius, radius + 1):
-        for i in range(-radius, radius + 1):
-            at = (y + j).clamp(0, height - 1) * width + (x + i).clamp(0, width - 1)
-            value = flat.gather(1, at)
-            total = total + value
-            shift_x, shift_y = shift_x + i * value, shift_y + j * value
-    total = total.clamp(min=1e-9)
-    return torch.stack([x + shift_x / total, y + shift_y / total], dim=-1)
+    """The places (B, N, 2) of the flat ``index`` (B, N) in maps (B, H, W), to a fraction of a pixel, with gradients."""
+    width = maps.shape[2]
+    return read_out(maps, torch.stack([index % width, index // width], dim=-1).float(), radius)
 
 
 def reprojection_loss(points: tuple[Tensor, Tensor], geometry: Geometry) -> Tensor:

@@ -43,6 +43,7 @@ MATCHING_OPTIONS = (
     "keypoint_threshold",
     "nms_radius",
     "border",
+    "subpixel",
     "resize",
     "filter_threshold",
     "ratio_threshold",

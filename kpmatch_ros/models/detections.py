@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Detections", "clear_border", "select_keypoints", "suppress_non_maxima"]
+__all__ = ["Detections", "clear_border", "read_out", "select_keypoints", "suppress_non_maxima"]
 
 
 class Detections(NamedTuple):
@@ -109,3 +109,26 @@ def select_keypoints(scores: Tensor, threshold: float, max_keypoints: int) -> tu
     rows = torch.div(index, width, rounding_mode="floor")
     keypoints = torch.stack([index - rows * width, rows], dim=-1).float()
     return keypoints * mask[..., None], best * mask, mask
+
+
+def read_out(scores: Tensor, keypoints: Tensor, radius: int = 2) -> Tensor:
+    """Keypoints to a fraction of a pixel: the centre of mass of the scores around each.
+
+    A soft-argmax, as in ALIKE (Zhao et al., IEEE Transactions on Multimedia 2022, section III-B). The training
+    reads them out by the same function.
+
+    Args:
+        scores: (B, H, W) scores before any suppression.
+        keypoints: (B, N, 2) float32 whole pixels x, y.
+        radius: of the square of scores that counts, pixels.
+
+    Returns:
+        (B, N, 2) float32 x, y.
+    """
+    batch, height, width = scores.shape
+    around = torch.arange(-radius, radius + 1, device=scores.device)
+    steps = torch.stack(torch.meshgrid(around, around, indexing="xy"), dim=-1).view(1, 1, -1, 2)
+    x, y = (keypoints.long()[:, :, None] + steps).unbind(dim=-1)  # (B, N, (2 radius + 1)^2)
+    index = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
+    weights = scores.reshape(batch, -1).gather(1, index.flatten(1)).view_as(index)[..., None]
+    return keypoints + (weights * steps).sum(dim=2) / weights.sum(dim=2).clamp(min=1e-9)

@@ -15,7 +15,14 @@ from torch.nn import functional as F
 
 from kpmatch_ros.models.base import Extractor
 from kpmatch_ros.models.checkpoint import Checkpoint
-from kpmatch_ros.models.detections import Detections, clear_border, select_keypoints, suppress_non_maxima, vector
+from kpmatch_ros.models.detections import (
+    Detections,
+    clear_border,
+    read_out,
+    select_keypoints,
+    suppress_non_maxima,
+    vector,
+)
 
 __all__ = ["SuperPoint"]
 
@@ -110,12 +117,16 @@ class SuperPoint(Extractor):
     """Detector and descriptor. Build it with :meth:`from_pretrained`.
 
     Args:
-        config: any of the keys of :attr:`DEFAULTS`, named as in `transformers`' ``SuperPointConfig``.
+        config: any of the keys of :attr:`DEFAULTS`, named as in `transformers`' ``SuperPointConfig``. It does not know
+            ``subpixel`` and finds whole pixels.
+
+    Attributes:
+        subpixel: keypoints are read out to a fraction of a pixel; for weights that were trained so.
     """
 
     MODEL_TYPE = "superpoint"
     CHANNELS = 1  # it sees grey
-    RESOLUTION = 1.0  # it finds whole pixels
+    RESOLUTION = 1.0  # it finds whole pixels, or fractions that are hardly more exact
     DEFAULTS = {
         "encoder_hidden_sizes": [64, 64, 128, 128],
         "decoder_hidden_size": 256,
@@ -125,12 +136,14 @@ class SuperPoint(Extractor):
         "max_keypoints": -1,
         "nms_radius": 4,
         "border_removal_distance": 4,
+        "subpixel": False,
     }
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
         sizes = list(self.config["encoder_hidden_sizes"])
         hidden = self.config["decoder_hidden_size"]
+        self.subpixel: bool = self.config["subpixel"]
         self.encoder = Encoder(sizes)
         self.keypoint_decoder = KeypointDecoder(sizes[-1], hidden, self.config["keypoint_decoder_dim"])
         self.descriptor_decoder = DescriptorDecoder(sizes[-1], hidden, self.config["descriptor_decoder_dim"])
@@ -203,11 +216,12 @@ class SuperPoint(Extractor):
             return Detections.none(batch, self.descriptor_size, image.device)
         features = self.encoder(image)
         scores = self.keypoint_decoder(features)
-        scores = suppress_non_maxima(scores, self.nms_radius)
-        scores = clear_border(scores, self.border)
-        keypoints, scores, mask = select_keypoints(scores, self.keypoint_threshold, self.max_keypoints)
+        maxima = clear_border(suppress_non_maxima(scores, self.nms_radius), self.border)
+        keypoints, best, mask = select_keypoints(maxima, self.keypoint_threshold, self.max_keypoints)
+        if self.subpixel:
+            keypoints = read_out(scores, keypoints) * mask[..., None]
         descriptors = sample_descriptors(self.descriptor_decoder(features), keypoints)
-        return Detections(keypoints, scores, descriptors, mask)
+        return Detections(keypoints, best, descriptors, mask)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -116,7 +116,7 @@ _OPEN_PAIR: dict[str, Any] = dict(
     commercial=True,
     source=Packaged("data/kpmatch-superpoint-lightglue"),
     size=27_527_212,
-    sha256="89c9ddde8a185fde277b40947f9ab00fd8a174786df4b75d7d0ac014aaf2dd6c",
+    sha256="03da27e4816a5cf59b3122a12263fa482ee6b15b642cfa1874846d862789a976",
 )
 _ALIKED: dict[str, Any] = dict(licence="BSD-3-Clause", origin="the authors of ALIKED (Shiaoming/ALIKED)")
 _MAGIC_LEAP = "Magic Leap's, academic or non-profit noncommercial research only"
@@ -132,14 +132,15 @@ REGISTRY: dict[str, Weights] = _registered(
     Weights(
         "superpoint-open",
         "superpoint",
-        origin="trained for this package as a student of ALIKED-n16 (BSD-3-Clause)",
+        origin="trained for this package on CC BY and CC0 pictures and rooms, after it had learnt from ALIKED-n16 "
+        "(BSD-3-Clause)",
         **_OPEN_PAIR,
     ),
     Weights(
         "lightglue-superpoint-open",
         "lightglue",
         extractor="superpoint-open",
-        origin="ALIKED's LightGlue (Apache-2.0), fine-tuned for this package on superpoint-open's features",
+        origin="ALIKED's LightGlue (Apache-2.0), trained on for this package with superpoint-open's features",
         **_OPEN_PAIR,
     ),
     Weights(
