@@ -103,3 +103,19 @@ def test_parameters_of_unknown_types_and_endless_lists_are_refused_in_time(tmp_p
         request = GetParameters.Request(names=["max_keypoints"])
         assert ask(node, GetParameters, "get_parameters", request).values[0].integer_value == 77
         assert "Traceback" not in node.log
+
+
+def test_a_node_says_that_it_loads_and_that_it_is_finalized(tmp_path: Path) -> None:
+    with running_node(tmp_path, autostart=False, matcher="nearest", max_keypoints=64) as node:
+        node.wait_for(lambda: node.diagnostics, "diagnostics")
+        request = ChangeState.Request()
+        request.transition.label = "configure"
+        assert ask(node, ChangeState, "change_state", request).success
+        node.spin(0.3)
+        said = {message.status[0].message for message in node.diagnostics}
+        assert "unconfigured: configure and activate the node to have it process images" in said
+        assert "configuring: loading the networks" in said
+        request.transition.label = "shutdown"
+        assert ask(node, ChangeState, "change_state", request).success
+        node.wait_for_figure("state", "finalized")
+        assert "start it again" in node.diagnostics[-1].status[0].message
