@@ -152,7 +152,7 @@ def _distort(points: np.ndarray, model: str, coefficients: np.ndarray) -> tuple[
         image, jacobian = cv2.projectPoints(rays, np.zeros(3), np.zeros(3), np.eye(3), coefficients)
         jacobian = jacobian[:, 3:5]
     (a, b), (c, d) = jacobian.reshape(-1, 2, 2).transpose(1, 2, 0)
-    determinant = a * d - b * c
-    with np.errstate(divide="ignore", invalid="ignore"):  # the caller looks at the determinant
+    with np.errstate(all="ignore"):  # the caller looks at the determinant
+        determinant = a * d - b * c
         inverse = np.stack([d, -b, -c, a], axis=-1).reshape(-1, 2, 2) / determinant[:, None, None]
     return image.reshape(-1, 2), inverse, determinant
