@@ -169,6 +169,7 @@ def test_a_user_without_home_and_passwd_entry_can_match(tmp_path: Path) -> None:
 def test_kpmatch_match_scales_a_too_large_image_down_and_says_so(
     kpmatch: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # the picture goes there
     monkeypatch.setattr("kpmatch_ros.feature_matcher.LARGEST_IMAGE", 100_000)  # as many would take a minute
     small = np.random.default_rng(0).integers(0, 256, (30, 40), dtype=np.uint8)
     cv2.imwrite(str(tmp_path / "large.jpg"), cv2.resize(small, (600, 400)))
