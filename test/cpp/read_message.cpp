@@ -151,7 +151,7 @@ void check(const RelativePose & p, Rules & rules)
   const double distance = std::hypot(t.x, t.y, t.z);
   const bool has_rotation = p.status == RelativePose::OK || p.status == RelativePose::NO_TRANSLATION;
 
-  rules.require(p.status <= RelativePose::INTERRUPTED, "status is one of the constants");
+  rules.require(p.status <= RelativePose::AMBIGUOUS, "status is one of the constants");
   rules.require(
     all_finite(std::array{t.x, t.y, t.z, q.x, q.y, q.z, q.w}) && all_finite(p.pose.covariance) &&
     std::isfinite(p.median_parallax), "every number is finite");
