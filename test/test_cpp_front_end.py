@@ -309,7 +309,7 @@ BROKEN_POSES = [
     ("OK", lambda message: message.pose.covariance.__setitem__(35, np.inf), "every number is finite"),
     ("NO_TRANSLATION", with_pose("position", x=0.1), "without a translation t is zero"),
     ("FAILED", with_pose("orientation", y=1.0, w=0.0), "without a pose the rotation is the identity"),
-    ("FAILED", with_field("status", 6), "status is one of the constants"),
+    ("FAILED", with_field("status", 7), "status is one of the constants"),
     ("NO_CALIBRATION", with_field("num_matches", 0), "num_inliers is at most num_matches"),
 ]
 
