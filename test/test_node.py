@@ -183,8 +183,9 @@ def test_bad_input_is_counted_named_and_followed_by_good_frames(tmp_path: Path) 
         send_frames(node, 3, start=60.1)
         node.wait_for(lambda: len(node.poses) == 3, "the good frames")
         assert node.poses[0].status == RelativePose.NO_CALIBRATION, "the reference had no calibration"
-        # A wall seen through 4 pixels of motion: whether the camera moved or turned is not for this test to say.
-        assert all(pose.status in (RelativePose.OK, RelativePose.NO_TRANSLATION) for pose in node.poses[1:])
+        # A wall, which is a plane, seen through 4 pixels of motion: how the camera moved is not for this test to say.
+        known = (RelativePose.OK, RelativePose.NO_TRANSLATION, RelativePose.AMBIGUOUS)
+        assert all(pose.status in known for pose in node.poses[1:])
         figures = node.wait_for_figure("frames processed", "4")
         assert figures["frames received"] == "7"
 
