@@ -171,7 +171,9 @@ def test_compressed_images_are_matched_too(run: Run, views: list[NDArray[np.uint
     for name in ("in", "raw"):
         assert run(tmp_path / name, tmp_path / f"out_{name}", *QUICK)[0] == 0
         found.append([record.message.points for record in by_topic(tmp_path / f"out_{name}")["/matches"]])
-    assert all(np.array_equal(one, other) for one, other in zip(*found)) and len(found[0][0]) > 20
+    # Colours are added up in another order: the fractions of a pixel differ in the last digits.
+    assert all(len(one) == len(other) and np.allclose(one, other, atol=1e-3) for one, other in zip(*found))
+    assert len(found[0][0]) > 20
 
 
 # The figures
@@ -355,7 +357,8 @@ def test_a_frame_that_cannot_be_related_breaks_the_chain_visibly(
 ) -> None:
     blank = np.full_like(views[0], 128)
     write_camera_bag(tmp_path / "in", [*views[:3], blank, *views[3:]], stamps(7), demo_camera(*SIZE))
-    status, out, _ = run(tmp_path / "in", tmp_path / "out", *QUICK, "--poses", tmp_path / "poses.txt")
+    enough = ("--max-keypoints", "512", "--keypoint-threshold", "0.0005")  # for poses that are not ambiguous
+    status, out, _ = run(tmp_path / "in", tmp_path / "out", *QUICK, *enough, "--poses", tmp_path / "poses.txt")
     poses = [record.message for record in by_topic(tmp_path / "out")["/relative_pose"]]
     known = [FIRST, *(header_stamp(pose) for pose in poses if pose.status in (pose.OK, pose.NO_TRANSLATION))]
     assert known == [stamps(7)[i] for i in (0, 1, 2, 5, 6)]

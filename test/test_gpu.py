@@ -254,7 +254,7 @@ def test_numbers_of_points_are_rounded_up_to_few(count: int) -> None:
 
 
 def test_changed_parameters_are_in_force_at_once(make: Make, device: torch.device, film: list[Image]) -> None:
-    matcher = make(device, max_keypoints=60)
+    matcher = make(device, max_keypoints=60, keypoint_threshold=0.0005)
     features0, _, matches = match(matcher, *film[:2])
     matcher.configure(matcher.parameters.replace({"max_keypoints": 30, "filter_threshold": 0.99}))
     fewer, _, stricter = match(matcher, *film[:2])

@@ -219,7 +219,10 @@ class SuperPoint(Extractor):
         maxima = clear_border(suppress_non_maxima(scores, self.nms_radius), self.border)
         keypoints, best, mask = select_keypoints(maxima, self.keypoint_threshold, self.max_keypoints)
         if self.subpixel:
-            keypoints = read_out(scores, keypoints) * mask[..., None]
+            rows, columns = scores.shape[1:]
+            x, y = read_out(scores, keypoints).unbind(dim=-1)
+            x, y = x.clamp(self.border, columns - 1 - self.border), y.clamp(self.border, rows - 1 - self.border)
+            keypoints = torch.stack([x, y], dim=-1) * mask[..., None]
         descriptors = sample_descriptors(self.descriptor_decoder(features), keypoints)
         return Detections(keypoints, best, descriptors, mask)
 
