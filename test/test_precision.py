@@ -24,12 +24,13 @@ from simulation import Scene, camera_path, demo_camera
 Image = NDArray[np.uint8]
 Pair = tuple[Image, Image]
 SIZE = (240, 180)
+MANY: dict[str, Any] = {"max_keypoints": 384, "keypoint_threshold": 0.003}  # in images as small as that
 
 
 @pytest.fixture(scope="module")
 def matchers() -> tuple[FeatureMatcher, FeatureMatcher]:
     """In float32 and in bfloat16."""
-    both = [FeatureMatcher(device="cpu", precision=name, max_keypoints=384) for name in ("float32", "bfloat16")]
+    both = [FeatureMatcher(device="cpu", precision=name, **MANY) for name in ("float32", "bfloat16")]
     return both[0], both[1]
 
 
@@ -98,11 +99,12 @@ def test_layers_that_decide_which_keypoints_are_found_stay_precise(
     texture: Callable[..., Image], dtype: torch.dtype
 ) -> None:
     image = torch.from_numpy(texture(96, 128, 0)).float()[None, None] / 255
+    options: dict[str, Any] = {"max_keypoints": 100, "keypoint_threshold": 0.0005, "subpixel": False}
     found: list[Any] = []
     for model in (
-        SuperPoint.from_pretrained("superpoint-open", max_keypoints=100),
-        SuperPoint.from_pretrained("superpoint-open", max_keypoints=100).to_precision(dtype),
-        SuperPoint.from_pretrained("superpoint-open", max_keypoints=100).to(dtype),
+        SuperPoint.from_pretrained("superpoint-open", **options),
+        SuperPoint.from_pretrained("superpoint-open", **options).to_precision(dtype),
+        SuperPoint.from_pretrained("superpoint-open", **options).to(dtype),
     ):
         keypoints = model(image).keypoints[0]
         found.append({tuple(point) for point in keypoints.tolist()})
