@@ -21,7 +21,8 @@ import cv2
 import numpy as np
 from scipy.stats import chi2
 
-from kpmatch_ros.front_end import FrontEnd, Pair
+from kpmatch_ros.frames import Pair
+from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.pose import Pose, PoseStatus, relative_motion
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.parameters import Parameters

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from kpmatch_ros.front_end import Frame, ImagePair, Pair
+from kpmatch_ros.frames import Frame, ImagePair, Pair
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.odometry import OdometryPose, Twist
 

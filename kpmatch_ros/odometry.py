@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from kpmatch_ros.front_end import Pair
+from kpmatch_ros.frames import Pair
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose, cross_matrix
 
 __all__ = ["Odometry", "OdometryPose", "Twist", "compose"]

@@ -15,7 +15,8 @@ import numpy as np
 from kpmatch_ros import messages
 from kpmatch_ros.contrast import Stretch, appearance
 from kpmatch_ros.drawing import draw_matches
-from kpmatch_ros.front_end import FrontEnd, ImagePair, Pair, Result, StereoPair
+from kpmatch_ros.frames import ImagePair, Pair, Result, StereoPair
+from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.geometry.stereo_camera import StereoCamera

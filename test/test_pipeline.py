@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kpmatch_ros.bags.files import camera_info_message, image_message, new_message
-from kpmatch_ros.front_end import Result
+from kpmatch_ros.frames import Result
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.parameters import ParameterError, Parameters

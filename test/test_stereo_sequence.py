@@ -14,7 +14,8 @@ from scipy.stats import chi2
 
 from kpmatch_ros.bags.files import read_ground_truth, read_messages
 from kpmatch_ros.cli import main
-from kpmatch_ros.front_end import FrontEnd, Pair, StereoPair
+from kpmatch_ros.frames import Pair, StereoPair
+from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.pose import Pose, PoseStatus, relative_motion
 from kpmatch_ros.geometry.refinement import normalize_contrast, refine
 from kpmatch_ros.geometry.stereo_camera import StereoCamera

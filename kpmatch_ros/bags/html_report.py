@@ -18,7 +18,7 @@ import numpy as np
 from kpmatch_ros.bags.files import BagError
 from kpmatch_ros.bags.trajectory import Trajectory
 from kpmatch_ros.drawing import draw_matches
-from kpmatch_ros.front_end import Pair, Result
+from kpmatch_ros.frames import Pair, Result
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.pipeline import caption
 

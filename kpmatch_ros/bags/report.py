@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kpmatch_ros.bags.cameras import CameraTopics
-from kpmatch_ros.front_end import Result
+from kpmatch_ros.frames import Result
 from kpmatch_ros.geometry.pose import PoseStatus
 
 __all__ = ["Report"]

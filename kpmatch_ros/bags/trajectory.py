@@ -7,7 +7,7 @@ from typing import TextIO
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from kpmatch_ros.front_end import Frame, Pair
+from kpmatch_ros.frames import Frame, Pair
 from kpmatch_ros.geometry.pose import PoseStatus
 
 __all__ = ["Trajectory"]

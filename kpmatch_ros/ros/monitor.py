@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kpmatch_ros.front_end import Result
+from kpmatch_ros.frames import Result
 from kpmatch_ros.geometry.pose import PoseStatus
 
 __all__ = ["Monitor", "Problem"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rclpy.serialization import serialize_message
 
 from kpmatch_ros import messages
-from kpmatch_ros.front_end import Pair
+from kpmatch_ros.frames import Pair
 
 __all__ = ["serialize_pair"]
 

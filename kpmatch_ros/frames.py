@@ -1,0 +1,170 @@
+"""Frames, and pairs of them that were matched: what the front end registers and gives. No ROS in here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from kpmatch_ros.feature_matcher import Features
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import RelativePose
+from kpmatch_ros.geometry.refinement import normalize_contrast
+from kpmatch_ros.geometry.stereo_camera import StereoCamera
+from kpmatch_ros.geometry.stereo_motion import StereoAgreement
+
+__all__ = ["Frame", "ImagePair", "Pair", "Result", "RightImage", "StereoPair"]
+
+
+@dataclass(frozen=True)
+class RightImage:
+    """What a stereo frame keeps of its right image.
+
+    Attributes:
+        camera: the calibration of both cameras; None where there is none, or where the matches contradict it.
+        points: (N, 2) float32 the left image's keypoints in the right image, NaN where there is no match.
+        normalized: the right image as :func:`kpmatch_ros.geometry.refinement.normalize_contrast` gives it.
+    """
+
+    camera: StereoCamera | None
+    points: np.ndarray
+    normalized: np.ndarray
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One image and what is kept of it for as long as it serves as the reference.
+
+    Attributes:
+        number: of the frame, counted from the front end's beginning; a right image has that of its left one. Stamps may
+            repeat, or be zero: what is known of a frame is kept under its number.
+        stamp: time of the image, nanoseconds.
+        image: the pixels, uint8 grey (H, W) or RGB (H, W, 3).
+        frame_id: the camera's optical frame.
+        camera: its calibration; None where there is none.
+        features: on the device.
+        keypoints: (N, 2) float32 keypoints of the features, on the host.
+        track_ids: (N,) uint64 the track of each keypoint; 0 until it is first matched.
+        extract_ms: what finding and describing the keypoints took, milliseconds.
+        right: of a left image, its right image; None for one camera.
+    """
+
+    number: int
+    stamp: int
+    image: np.ndarray
+    frame_id: str
+    camera: Camera | None
+    features: Features
+    keypoints: np.ndarray
+    track_ids: np.ndarray
+    extract_ms: float
+    right: RightImage | None = None
+
+    @cached_property
+    def normalized(self) -> np.ndarray:
+        """The image as :func:`kpmatch_ros.geometry.refinement.normalize_contrast` gives it, made once for all pairs."""
+        return normalize_contrast(self.image)
+
+
+@dataclass(frozen=True)
+class ImagePair:
+    """Two images that were matched: M matches, parallel arrays.
+
+    Attributes:
+        reference: the reference frame, or the left image's.
+        current: the frame just registered, or the right image's.
+        indices: (M, 2) int64 indices into the features of reference and current.
+        scores: (M,) float32 in [0, 1].
+        layers: transformer layers run.
+        inliers: (M,) bool which matches agree with the geometry; None where none was estimated or is known.
+        num_inliers: how many do.
+        reset: the first pair after the cache was emptied.
+        match_ms: what matching took, milliseconds.
+    """
+
+    reference: Frame
+    current: Frame
+    indices: np.ndarray
+    scores: np.ndarray
+    layers: int
+    reset: bool
+    match_ms: float
+
+    @property
+    def inliers(self) -> np.ndarray | None:
+        raise NotImplementedError
+
+    @property
+    def num_inliers(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def reference_points(self) -> np.ndarray:
+        """(M, 2) float32 matched keypoints in the reference image, pixels."""
+        return self.reference.keypoints[self.indices[:, 0]]
+
+    @property
+    def points(self) -> np.ndarray:
+        """(M, 2) float32 matched keypoints in the current image, pixels."""
+        return self.current.keypoints[self.indices[:, 1]]
+
+    @property
+    def inlier_ratio(self) -> float:
+        """Share of the matches that agree with the geometry; 0 where none was estimated."""
+        return self.num_inliers / len(self.indices) if len(self.indices) else 0.0
+
+
+@dataclass(frozen=True)
+class Pair(ImagePair):
+    """A frame matched with its reference.
+
+    Attributes:
+        track_ids: (M,) uint64.
+        pose: of the current camera in the reference camera's frame.
+    """
+
+    track_ids: np.ndarray
+    pose: RelativePose
+
+    @property
+    def inliers(self) -> np.ndarray | None:
+        return self.pose.inliers
+
+    @property
+    def num_inliers(self) -> int:
+        return self.pose.num_inliers
+
+
+@dataclass(frozen=True)
+class StereoPair(ImagePair):
+    """A left image, the reference, matched with its right image.
+
+    Attributes:
+        agreement: which matches agree with the calibration, and whether it can be right.
+    """
+
+    agreement: StereoAgreement
+
+    @property
+    def inliers(self) -> np.ndarray | None:
+        return self.agreement.inliers
+
+    @property
+    def num_inliers(self) -> int:
+        return self.agreement.num_inliers
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one frame.
+
+    Attributes:
+        frame: the image, or the left one.
+        pair: the frame with its reference; None for the first frame after a reset.
+        stereo: the left image with the right one; None for one camera.
+    """
+
+    frame: Frame
+    pair: Pair | None
+    stereo: StereoPair | None
