@@ -89,7 +89,7 @@ def _match(options: argparse.Namespace) -> int:
     camera_a = _camera(image_a, options.intrinsics, options.distortion)
     camera_b = _camera(image_b, options.intrinsics1 or options.intrinsics, options.distortion)
 
-    from kpmatch_ros.frames import FrontEnd
+    from kpmatch_ros.front_end import FrontEnd
     from kpmatch_ros.images import ImageError
 
     parameters = _fitting(parameters, {options.image_a: image_a, options.image_b: image_b}, options.name)
