@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from posixpath import dirname, join
 
 from kpmatch_ros.bags.files import IMAGE_TYPES, BagError, Topic, bag_topics
 
-__all__ = ["CameraTopics", "choose_camera", "choose_stereo_cameras"]
+__all__ = ["CameraTopics", "choose_camera", "choose_cameras", "choose_stereo_cameras"]
 
 _CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
 _SIDES = (("left", "right"), ("cam0", "cam1"), ("infra1", "infra2"))  # how drivers name the two cameras of a pair
@@ -27,6 +28,20 @@ class CameraTopics:
     image: str
     camera_info: str
     num_images: int
+
+
+def choose_cameras(bag: Path, mode: str, topics: Mapping[str, str | None]) -> tuple[CameraTopics, ...]:
+    """The camera of a bag, or with mode stereo the left and the right one.
+
+    Args:
+        bag: to look into.
+        mode: mono or stereo.
+        topics: those given, by the names that :func:`choose_camera` or :func:`choose_stereo_cameras` has for them.
+
+    Raises:
+        BagError: when a topic is not in the bag, or there is none or several to choose from.
+    """
+    return choose_stereo_cameras(bag, **topics) if mode == "stereo" else (choose_camera(bag, **topics),)
 
 
 def choose_camera(bag: Path, image: str | None = None, camera_info: str | None = None) -> CameraTopics:

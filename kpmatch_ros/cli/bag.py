@@ -6,16 +6,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kpmatch_ros.cli.common import MATCHING_OPTIONS, CommandError, add_command, add_parameter
+from kpmatch_ros.cli.common import MATCHING_OPTIONS, CommandError, Parser, add_command, add_parameter
 from kpmatch_ros.parameters import Parameters, declaration
 from kpmatch_ros.tables import format_table
 
-if TYPE_CHECKING:
-    from kpmatch_ros.bags.cameras import CameraTopics
-
-__all__ = ["add_bag"]
+__all__ = ["add_bag", "add_replay_options", "chosen_topics", "replay_parameters"]
 
 # Those that say, besides, how frames follow one another and what the images are.
 BAG_OPTIONS = (
@@ -31,6 +28,7 @@ BAG_OPTIONS = (
 )
 MONO_TOPICS: tuple[str, ...] = ("image", "camera_info")
 STEREO_TOPICS: tuple[str, ...] = ("left", "right", "left_info", "right_info")
+INFO_OPTIONS = {"mono": ["--camera-info"], "stereo": ["--left-info", "--right-info"]}
 
 
 def add_bag(commands: Any) -> None:
@@ -51,6 +49,26 @@ def add_bag(commands: Any) -> None:
     parser.add_argument("source", metavar="IN", type=Path, help="bag to read: a folder, or a .mcap or .db3 file")
     parser.add_argument("target", metavar="OUT", type=Path, help="bag to write: a folder that does not exist yet")
     parser.add_argument(
+        "--poses",
+        metavar="FILE",
+        type=Path,
+        help="also write the chained poses, as TUM's text format has them (evo reads it): in metres in stereo; "
+        "of one camera the scale is arbitrary",
+    )
+    parser.add_argument(
+        "--report",
+        metavar="FILE.html",
+        type=Path,
+        help="also write a page that any browser opens: trajectory, figures per frame, pictures of the matches (needs "
+        "plotly)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    add_replay_options(parser)
+
+
+def add_replay_options(parser: Parser) -> None:
+    """The options that say what is replayed and how, for one bag or for many."""
+    parser.add_argument(
         "--image", metavar="TOPIC", help="images, compressed or not; not needed where the bag has one such topic"
     )
     parser.add_argument(
@@ -70,32 +88,47 @@ def add_bag(commands: Any) -> None:
     parser.add_argument(
         "--params", metavar="FILE", type=Path, help="ROS 2 parameter file like config/matcher.yaml, for /matcher"
     )
-    parser.add_argument(
-        "--poses",
-        metavar="FILE",
-        type=Path,
-        help="also write the chained poses, as TUM's text format has them (evo reads it): in metres in stereo; "
-        "of one camera the scale is arbitrary",
-    )
-    parser.add_argument(
-        "--report",
-        metavar="FILE.html",
-        type=Path,
-        help="also write a page that any browser opens: trajectory, figures per frame, pictures of the matches (needs "
-        "plotly)",
-    )
     parser.add_argument("--features", action="store_true", help="also write /features, with the descriptors")
     parser.add_argument("--match-image", action="store_true", help="also write /match_image, pictures of the matches")
-    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     group = parser.add_argument_group("parameters", "the matcher node's of the same names")
     for name in BAG_OPTIONS:
         add_parameter(group, declaration(name), argparse.SUPPRESS)
 
 
 def _bag(options: argparse.Namespace) -> int:
-    from kpmatch_ros.bags.cameras import choose_camera, choose_stereo_cameras
+    from kpmatch_ros.bags.cameras import choose_cameras
     from kpmatch_ros.bags.files import BagError
     from kpmatch_ros.bags.replay import replay
+
+    parameters = replay_parameters(options)
+    source = options.source
+    try:
+        cameras = choose_cameras(source, parameters.mode, chosen_topics(options, parameters))
+        report = replay(
+            source, options.target, cameras, parameters, poses=options.poses, page=options.report,
+            features=options.features, match_image=options.match_image,
+        )  # fmt: skip
+    except BagError as error:
+        raise CommandError(str(error)) from error
+    for camera, option in zip(cameras, INFO_OPTIONS[parameters.mode]):
+        if not camera.camera_info:
+            report.faults.append(f"no camera_info beside {camera.image}, so no relative pose; {option} names one")
+    for fault in report.faults:
+        print(f"{options.name}: {fault}", file=sys.stderr)
+    if options.json:
+        print(json.dumps({**report.figures(), "out": str(options.target)}))
+    else:
+        print(format_table([*report.rows(), ("bag", str(options.target))]))
+    return 0
+
+
+def replay_parameters(options: argparse.Namespace) -> Parameters:
+    """The parameters that the options and the parameter file give.
+
+    Raises:
+        CommandError: when an option belongs to the other mode.
+        ParameterError: when a value is not allowed, or the file is none.
+    """
     from kpmatch_ros.parameter_file import read_parameter_file
 
     parameters = (
@@ -109,31 +142,13 @@ def _bag(options: argparse.Namespace) -> int:
         changes.setdefault("mode", "stereo")
     parameters = parameters.replace(changes)
     _check_topic_options(given, parameters.mode)
-    source = options.source
-    cameras: tuple[CameraTopics, ...]
-    try:
-        if parameters.mode == "stereo":
-            cameras = choose_stereo_cameras(source, *(given[name] for name in STEREO_TOPICS))
-            info_options = ["--left-info", "--right-info"]
-        else:
-            cameras = (choose_camera(source, options.image, options.camera_info),)
-            info_options = ["--camera-info"]
-        report = replay(
-            source, options.target, cameras, parameters, poses=options.poses, page=options.report,
-            features=options.features, match_image=options.match_image,
-        )  # fmt: skip
-    except BagError as error:
-        raise CommandError(str(error)) from error
-    for camera, option in zip(cameras, info_options):
-        if not camera.camera_info:
-            report.faults.append(f"no camera_info beside {camera.image}, so no relative pose; {option} names one")
-    for fault in report.faults:
-        print(f"{options.name}: {fault}", file=sys.stderr)
-    if options.json:
-        print(json.dumps({**report.figures(), "out": str(options.target)}))
-    else:
-        print(format_table([*report.rows(), ("bag", str(options.target))]))
-    return 0
+    return parameters
+
+
+def chosen_topics(options: argparse.Namespace, parameters: Parameters) -> dict[str, str | None]:
+    """The topics that the options name, of the mode's names."""
+    names = STEREO_TOPICS if parameters.mode == "stereo" else MONO_TOPICS
+    return {name: vars(options)[name] for name in names}
 
 
 def _check_topic_options(given: dict[str, Any], mode: str) -> None:
