@@ -149,15 +149,16 @@ class CudaGraphs:
     def _replayed(self, network: nn.Module, inputs: Sequence[Any]) -> Any:
         """The result of a recording; None where the network or its inputs are of a kind that is not recorded."""
         if isinstance(network, Extractor):
-            (image,) = inputs
+            image, *masks = inputs  # with or without the mask of where keypoints may be
             if network.max_keypoints < 0:
                 return None  # the number of keypoints is not known before
             key: Hashable = (
                 *_identity(network, image),
                 *(getattr(network, name) for name in ("max_keypoints", "keypoint_threshold", "nms_radius", "border")),
                 getattr(network, "subpixel", False),
+                len(masks),
             )
-            return self._get(key, lambda: _RecordedExtractor(network, image, self._record))(image)
+            return self._get(key, lambda: _RecordedExtractor(network, inputs, self._record))(inputs)
         if isinstance(network, (LightGlue, SuperGlue)):
             image0, image1 = inputs
             counts = image0.num_keypoints, image1.num_keypoints
@@ -214,14 +215,15 @@ Record = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 
 
 class _RecordedExtractor:
-    """An extractor for images of one shape."""
+    """An extractor for images of one shape, with masks or without."""
 
-    def __init__(self, network: Extractor, image: Tensor, record: Record) -> None:
-        self._image = image.clone()
-        self._replay, self._found = record(lambda: tuple(network(self._image)))
+    def __init__(self, network: Extractor, inputs: Sequence[Tensor], record: Record) -> None:
+        self._places = [tensor.clone() for tensor in inputs]
+        self._replay, self._found = record(lambda: tuple(network(*self._places)))
 
-    def __call__(self, image: Tensor) -> Detections:
-        self._image.copy_(image)
+    def __call__(self, inputs: Sequence[Tensor]) -> Detections:
+        for place, tensor in zip(self._places, inputs):
+            place.copy_(tensor)
         self._replay()
         return Detections(*(tensor.clone() for tensor in self._found))
 

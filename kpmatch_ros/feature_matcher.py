@@ -18,6 +18,7 @@ from kpmatch_ros import weights
 from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, batch_is_small
 from kpmatch_ros.device import choose_device, choose_precision
 from kpmatch_ros.images import ImageError
+from kpmatch_ros.masks import fit, shrink_or_enlarge
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint
 from kpmatch_ros.models.assignment import Assignment, ImageFeatures
 from kpmatch_ros.models.checkpoint import network_type
@@ -170,33 +171,51 @@ class FeatureMatcher:
         """Distance of neighbouring positions that keypoints can have, pixels of the image seen; 0 without a grid."""
         return self.extractor.RESOLUTION
 
-    def extract(self, image: np.ndarray | Tensor) -> Features:
+    def extract(self, image: np.ndarray | Tensor, mask: np.ndarray | Tensor | None = None) -> Features:
         """Find and describe the keypoints of an image.
 
         Args:
             image: uint8 grey (H, W) or RGB (H, W, 3).
+            mask: uint8 or bool (H', W'), 0 where no keypoint may be. One of another size is scaled to the image. The
+                parameters `mask` and `mask_right` are the front end's, and play no part here.
 
         Raises:
-            ValueError: when the image has another shape or type, or no pixels; an ImageError when it is too large.
+            ValueError: when image or mask have another shape or type, or no pixels; an ImageError when the image is too
+                large.
         """
-        return self.extract_batch([image])[0]
+        return self.extract_batch([image], [mask])[0]
 
     @torch.inference_mode()
-    def extract_batch(self, images: Sequence[np.ndarray | Tensor]) -> list[Features]:
+    def extract_batch(
+        self, images: Sequence[np.ndarray | Tensor], masks: Sequence[np.ndarray | Tensor | None] | None = None
+    ) -> list[Features]:
         """Find and describe the keypoints of several images; those of one size go through the network together.
 
         Args:
             images: as for :meth:`extract`, of any sizes.
+            masks: one for each image, as for :meth:`extract`; None where there is none.
 
         Raises:
-            ValueError: as :meth:`extract`.
+            ValueError: as :meth:`extract`, or when there are not as many masks as images.
         """
         received = [_pixels(image) for image in images]
+        masks = [None] * len(received) if masks is None else masks
+        if len(masks) != len(received):
+            raise ValueError(f"there are {len(received)} images and {len(masks)} masks")
+        allowed = [_allowed(mask, pixels) for mask, pixels in zip(masks, received)]
         seen = [self.upload(self._resize(pixels)) for pixels in received]
         found: dict[int, Features] = {}
+        for i, mask in enumerate(allowed):
+            if mask is not None and not mask.any():
+                found[i] = self._no_features(received[i])  # the networks would find nothing, in float32 once more
         for shape in {image.shape for image in seen}:
-            group = [i for i, image in enumerate(seen) if image.shape == shape]
-            detections = self._run(self.extractor, _is_sound, torch.cat([seen[i] for i in group]))
+            group = [i for i, image in enumerate(seen) if image.shape == shape and i not in found]
+            if not group:
+                continue
+            inputs = [torch.cat([seen[i] for i in group])]
+            if any(allowed[i] is not None for i in group):
+                inputs.append(torch.stack([self._upload_mask(allowed[i], shape[-2:]) for i in group]))
+            detections = self._run(self.extractor, _is_sound, *inputs)
             counts = detections.mask.sum(dim=1).tolist()  # the one thing that a GPU has to be waited for
             for i, count, keypoints, scores, descriptors in zip(group, counts, *detections[:3]):
                 height, width = received[i].shape[:2]
@@ -311,6 +330,21 @@ class FeatureMatcher:
             return (image.flip(-1) if reversed_colours else image).permute(2, 0, 1)[None]
         return (image @ (self.luma.flip(0) if reversed_colours else self.luma))[None, None]
 
+    def _upload_mask(self, mask: np.ndarray | None, shape: Sequence[int]) -> Tensor:
+        """A mask of an image for the shape (H, W) in which the extractor sees it, on the device."""
+        height, width = shape
+        if mask is None:
+            return torch.ones(height, width, dtype=torch.bool, device=self.device)
+        host = torch.from_numpy(np.array(shrink_or_enlarge(mask, width, height)))
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self.device, non_blocking=True)
+
+    def _no_features(self, pixels: np.ndarray) -> Features:
+        none = Detections.none(1, self.extractor.descriptor_size, self.device)
+        size = (pixels.shape[1], pixels.shape[0])
+        return Features(none.keypoints[0], none.scores[0], none.descriptors[0], size)
+
     def _batch(self, features: Sequence[Features]) -> ImageFeatures:
         """Features of several images, padded to the same number; without a mask where none needed padding."""
         expected = getattr(self.matcher, "input_dim", None)
@@ -390,6 +424,11 @@ def _one_pair(found: Assignment, i: int, count0: int, count1: int) -> Matches:
         layers=int(assignment.layers[0]),
         assignment=assignment,
     )
+
+
+def _allowed(mask: np.ndarray | Tensor | None, pixels: np.ndarray) -> np.ndarray | None:
+    """Where in an image keypoints may be, (H, W) bool; None for everywhere."""
+    return None if mask is None else fit(to_numpy(mask), pixels.shape[1], pixels.shape[0])
 
 
 def _pixels(image: np.ndarray | Tensor) -> np.ndarray:

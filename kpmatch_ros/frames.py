@@ -48,6 +48,7 @@ class Frame:
         track_ids: (N,) uint64 the track of each keypoint; 0 until it is first matched.
         extract_ms: what finding and describing the keypoints took, milliseconds.
         right: of a left image, its right image; None for one camera.
+        mask: (H, W) bool, false where nothing is to be detected; None where everything may be.
     """
 
     number: int
@@ -60,6 +61,7 @@ class Frame:
     track_ids: np.ndarray
     extract_ms: float
     right: RightImage | None = None
+    mask: np.ndarray | None = None
 
     @cached_property
     def normalized(self) -> np.ndarray:

@@ -19,6 +19,7 @@ from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.geometry.stereo_motion import check_stereo_matches, estimate_stereo_motion
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.geometry.two_view_errors import Motion
+from kpmatch_ros.masks import both, fit, load_masks
 from kpmatch_ros.parameters import Parameters
 
 __all__ = ["FrontEnd"]
@@ -37,6 +38,10 @@ class FrontEnd:
         parameters: the defaults where not given. Some may change between two frames, see :meth:`configure`.
         matcher: the networks; loaded as the parameters say where not given.
 
+    Raises:
+        ParameterError: when a mask cannot be read, or as :class:`FeatureMatcher`.
+        WeightsError: as :class:`FeatureMatcher`.
+
     Attributes:
         parameters: those in force.
         matcher: the networks.
@@ -45,6 +50,7 @@ class FrontEnd:
 
     def __init__(self, parameters: Parameters | None = None, matcher: FeatureMatcher | None = None) -> None:
         self.parameters = parameters or Parameters()
+        self._masks = load_masks(self.parameters)  # of the left and the right camera
         self.matcher = matcher or FeatureMatcher(self.parameters)
         self.reference: Frame | None = None
         self._last_stamp: int | None = None
@@ -72,6 +78,7 @@ class FrontEnd:
         stamps: Sequence[int],
         camera: Camera | StereoCamera | None = None,
         frame_ids: Sequence[str] = ("", ""),
+        masks: Sequence[np.ndarray | None] = (None, None),
     ) -> Result:
         """Match a frame with the reference and estimate how the camera moved in between.
 
@@ -81,12 +88,17 @@ class FrontEnd:
             stamps: time of each image, nanoseconds.
             camera: calibration of the camera, or of the pair. Without one, poses have the status NO_CALIBRATION.
             frame_ids: names of the cameras' optical frames.
+            masks: of each image, uint8 or bool, 0 where nothing is to be detected; None where there is none. They hold
+                besides those of the parameters `mask` and `mask_right`. One of another size is scaled to the image.
 
         Raises:
-            ValueError: when there are more than two images, or the calibration is not of as many cameras.
+            ValueError: when there are more than two images, or the calibration is not of as many cameras, or a mask has
+                another shape or type.
         """
         if len(images) not in (1, 2) or len(stamps) != len(images):
             raise ValueError(f"a frame is one image or two, each with a stamp, not {len(images)} and {len(stamps)}")
+        if len(masks) < len(images):
+            raise ValueError(f"there are {len(images)} images and {len(masks)} masks: give None where there is none")
         if camera is not None and isinstance(camera, StereoCamera) != (len(images) == 2):
             raise ValueError(f"a {type(camera).__name__} is no calibration for {len(images)} image(s)")
         frame_ids = tuple(frame_ids[: len(images)])
@@ -94,7 +106,7 @@ class FrontEnd:
             self.reset()
         self._last_stamp, self._last_frame_ids = stamps[0], frame_ids
         cameras = (camera.left, camera.right) if isinstance(camera, StereoCamera) else (camera, None)
-        described = self._describe(images, stamps, cameras, frame_ids)
+        described = self._describe(images, stamps, cameras, frame_ids, masks)
         if len(described) == 1:
             return Result(described[0], self._match_with_reference(described[0]), None)
         stereo = self._match_sides(described[0], described[1], camera if isinstance(camera, StereoCamera) else None)
@@ -214,9 +226,14 @@ class FrontEnd:
         stamps: Sequence[int],
         cameras: Sequence[Camera | None],
         frame_ids: Sequence[str],
+        masks: Sequence[np.ndarray | None],
     ) -> list[Frame]:
         started = time.perf_counter()
-        found = self.matcher.extract_batch(images)
+        allowed = [
+            both(*(None if mask is None else fit(mask, image.shape[1], image.shape[0]) for mask in (always, now)))
+            for image, always, now in zip(images, self._masks, masks)
+        ]
+        found = self.matcher.extract_batch(images, allowed)
         keypoints = [to_numpy(features.keypoints) for features in found]  # also waits for the device
         self._next_number += 1
         extract_ms = _milliseconds_since(started) / len(images)
@@ -231,9 +248,10 @@ class FrontEnd:
                 keypoints=points,
                 track_ids=np.zeros(len(points), np.uint64),
                 extract_ms=extract_ms,
+                mask=mask,
             )
-            for image, stamp, camera, frame_id, features, points in zip(
-                images, stamps, cameras, frame_ids, found, keypoints
+            for image, stamp, camera, frame_id, features, points, mask in zip(
+                images, stamps, cameras, frame_ids, found, keypoints, allowed
             )
         ]
 

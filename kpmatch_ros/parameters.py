@@ -51,6 +51,13 @@ class Declaration:
         return type(self.default)
 
     @property
+    def shown_default(self) -> str:
+        """The default as YAML has it."""
+        if self.type is bool:
+            return str(self.default).lower()
+        return str(self.default) or '""'
+
+    @property
     def constraint(self) -> str:
         """The allowed values in words; empty where any value of the type is allowed."""
         if self.choices:
@@ -238,6 +245,12 @@ class Parameters:
         choices=("auto", "off"),
         dynamic=True,
     )
+    mask: str = _parameter(
+        "",
+        "image file that is 0 where nothing is to be detected, as on the robot's own body; in stereo for the left "
+        "camera; empty for none",
+    )
+    mask_right: str = _parameter("", "stereo: the same for the right camera")
     rectified: bool = _parameter(
         False, "the images are rectified: use the projection matrix of camera_info and no distortion"
     )
@@ -259,7 +272,12 @@ class Parameters:
         dynamic=True,
     )
     sync_tolerance: float = _parameter(
-        0.01, "stereo: largest difference of the stamps of a pair", unit="seconds", minimum=0.0, maximum=1.0
+        0.01,
+        "largest difference of the stamps of a stereo pair, or of an image and its mask; longest time that an image "
+        "waits for its mask",
+        unit="seconds",
+        minimum=0.0,
+        maximum=1.0,
     )
     publish_odometry: bool = _parameter(
         False, "stereo: chain the poses into nav_msgs/Odometry on 'odometry', and into TF where tf2_msgs is installed"
@@ -330,8 +348,7 @@ def config_file() -> str:
     for item in declarations():
         notes = ", ".join(part for part in (item.constraint, item.unit) if part)
         lines.append(f"    # {'° ' if item.dynamic else ''}{item.description}{f' ({notes})' if notes else ''}")
-        value = str(item.default).lower() if item.type is bool else item.default
-        lines.append(f"    {item.name}: {value}")
+        lines.append(f"    {item.name}: {item.shown_default}")
     return "\n".join(lines) + "\n"
 
 
@@ -339,10 +356,9 @@ def markdown_table() -> str:
     """The table in docs/parameters.md."""
     rows = ["| parameter | type | default | allowed | unit | description |", "|---|---|---|---|---|---|"]
     for item in declarations():
-        default = str(item.default).lower() if item.type is bool else item.default
         mark = "°" if item.dynamic else ""
         rows.append(
-            f"| `{item.name}`{mark} | {item.type.__name__} | `{default}` | {item.constraint} | {item.unit} "
+            f"| `{item.name}`{mark} | {item.type.__name__} | `{item.shown_default}` | {item.constraint} | {item.unit} "
             f"| {item.description} |"
         )
     return "\n".join(rows) + "\n"

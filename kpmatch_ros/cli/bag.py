@@ -21,6 +21,8 @@ BAG_OPTIONS = (
     "keyframe_min_matches",
     "keyframe_max_parallax",
     "max_gap",
+    "mask",
+    "mask_right",
     "rectified",
     "mode",
     "sync_tolerance",

@@ -91,7 +91,7 @@ def add_parameter(group: Any, item: Declaration, default: Any) -> None:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
-    shown = f"{item.default:g}" if item.type is float else str(item.default).lower()
+    shown = f"{item.default:g}" if item.type is float else str(item.default).lower() or "none"
     notes = ["" if item.choices else item.constraint, item.unit, f"default {shown}"]
     help_text = f"{item.description} ({', '.join(note for note in notes if note)})".replace("%", "%%")
     option = f"--{item.name.replace('_', '-')}"

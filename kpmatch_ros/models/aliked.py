@@ -16,7 +16,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from kpmatch_ros.models.base import Extractor
 from kpmatch_ros.models.checkpoint import Checkpoint
-from kpmatch_ros.models.detections import Detections, clear_border, select_keypoints, suppress_non_maxima, vector
+from kpmatch_ros.models.detections import (
+    Detections,
+    clear_border,
+    clear_masked,
+    select_keypoints,
+    suppress_non_maxima,
+    unless_masked,
+    vector,
+)
 
 __all__ = ["ALIKED"]
 
@@ -239,11 +247,12 @@ class ALIKED(Extractor):
         """The precision of the convolutions."""
         return self.score_head.reduction.weight.dtype
 
-    def forward(self, image: Tensor) -> Detections:
+    def forward(self, image: Tensor, allowed: Tensor | None = None) -> Detections:
         """Find and describe keypoints.
 
         Args:
             image: (B, 3, H, W) RGB or (B, 1, H, W) grey values in [0, 1], float.
+            allowed: (B, H, W) bool, false where no keypoint may be.
 
         Returns:
             the keypoints, padded to the largest number in the batch.
@@ -256,10 +265,12 @@ class ALIKED(Extractor):
         left, top = padding
         scores = self.score_head(levels)[:, top : top + height, left : left + width]
         peaks = clear_border(suppress_non_maxima(scores, self.nms_radius).clone(), self.border)
+        peaks = clear_masked(peaks, allowed)
         keypoints, _, mask = select_keypoints(peaks, self.keypoint_threshold, self.max_keypoints)
         if keypoints.shape[1] == 0:
             return Detections.none(batch, self.descriptor_size, image.device)
-        keypoints, scores = refine(scores, keypoints, self.refinement_radius)
+        refined, scores = refine(scores, keypoints, self.refinement_radius)
+        keypoints = unless_masked(refined, keypoints, allowed)
         scores, order = scores.masked_fill(~mask, -1.0).sort(dim=1, descending=True)
         mask = mask.gather(1, order)
         scores = scores * mask

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Detections", "clear_border", "read_out", "select_keypoints", "suppress_non_maxima"]
+__all__ = [
+    "Detections",
+    "clear_border",
+    "clear_masked",
+    "read_out",
+    "select_keypoints",
+    "suppress_non_maxima",
+    "unless_masked",
+]
 
 
 class Detections(NamedTuple):
@@ -87,6 +95,36 @@ def clear_border(scores: Tensor, border: int) -> Tensor:
         scores[:, :, :border] = 0
         scores[:, :, -border:] = 0
     return scores
+
+
+def clear_masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Set the scores (B, H, W) to zero where ``mask`` is false, in place.
+
+    After the suppression of those that are no maxima: before it, the scores beside the mask would become maxima.
+
+    Args:
+        scores: or bool, true for maxima.
+        mask: (B, H', W') bool, of at least as many rows and columns; None changes nothing.
+    """
+    if mask is not None:
+        scores.masked_fill_(~mask[:, : scores.shape[1], : scores.shape[2]], 0)
+    return scores
+
+
+def unless_masked(refined: Tensor, whole: Tensor, mask: Tensor | None) -> Tensor:
+    """Keypoints (B, N, 2) moved by a fraction of a pixel or so, but for those that would come to lie under the mask.
+
+    Args:
+        refined: where they move.
+        whole: where they stay otherwise, pixels that the mask allows.
+        mask: (B, H, W) bool, false where no keypoint may be; None lets all move.
+    """
+    if mask is None:
+        return refined
+    _, height, width = mask.shape
+    x, y = refined.round().long().unbind(dim=-1)
+    index = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
+    return torch.where(mask.flatten(1).gather(1, index)[..., None], refined, whole)
 
 
 def select_keypoints(scores: Tensor, threshold: float, max_keypoints: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from kpmatch_ros.models.base import Extractor
 from kpmatch_ros.models.checkpoint import Checkpoint
-from kpmatch_ros.models.detections import Detections, clear_border, select_keypoints
+from kpmatch_ros.models.detections import Detections, clear_border, clear_masked, select_keypoints
 
 __all__ = ["DISK"]
 
@@ -153,11 +153,12 @@ class DISK(Extractor):
         """The precision of the convolutions."""
         return self.head.score.weight.dtype
 
-    def forward(self, image: Tensor) -> Detections:
+    def forward(self, image: Tensor, allowed: Tensor | None = None) -> Detections:
         """Find and describe keypoints.
 
         Args:
             image: (B, 3, H, W) RGB or (B, 1, H, W) grey values in [0, 1], float.
+            allowed: (B, H, W) bool, false where no keypoint may be.
 
         Returns:
             the keypoints, padded to the largest number in the batch; their scores are logarithms of odds.
@@ -167,7 +168,7 @@ class DISK(Extractor):
         image = F.pad(image, (0, -width % self.multiple, 0, -height % self.multiple))
         features = activate(self.unet(image), self.head.gate)
         scores = self.head.scores(features)[:, :height, :width]
-        peaks = clear_border(strict_maxima(scores, self.nms_radius), self.border)
+        peaks = clear_masked(clear_border(strict_maxima(scores, self.nms_radius), self.border), allowed)
         scores = scores.masked_fill(~peaks, torch.finfo(scores.dtype).min)
         keypoints, scores, mask = select_keypoints(scores, self.keypoint_threshold, self.max_keypoints)
         return Detections(keypoints, scores, self.head.descriptors(features, keypoints), mask)

@@ -18,9 +18,11 @@ from kpmatch_ros.models.checkpoint import Checkpoint
 from kpmatch_ros.models.detections import (
     Detections,
     clear_border,
+    clear_masked,
     read_out,
     select_keypoints,
     suppress_non_maxima,
+    unless_masked,
     vector,
 )
 
@@ -202,11 +204,12 @@ class SuperPoint(Extractor):
         """Length D of a descriptor."""
         return self.config["descriptor_decoder_dim"]
 
-    def forward(self, image: Tensor) -> Detections:
+    def forward(self, image: Tensor, allowed: Tensor | None = None) -> Detections:
         """Find and describe keypoints.
 
         Args:
             image: (B, 1, H, W) grey values in [0, 1], float.
+            allowed: (B, H, W) bool, false where no keypoint may be.
 
         Returns:
             the keypoints, padded to the largest number in the batch.
@@ -216,13 +219,13 @@ class SuperPoint(Extractor):
             return Detections.none(batch, self.descriptor_size, image.device)
         features = self.encoder(image)
         scores = self.keypoint_decoder(features)
-        maxima = clear_border(suppress_non_maxima(scores, self.nms_radius), self.border)
+        maxima = clear_masked(clear_border(suppress_non_maxima(scores, self.nms_radius), self.border), allowed)
         keypoints, best, mask = select_keypoints(maxima, self.keypoint_threshold, self.max_keypoints)
         if self.subpixel:
             rows, columns = scores.shape[1:]
             x, y = read_out(scores, keypoints).unbind(dim=-1)
             x, y = x.clamp(self.border, columns - 1 - self.border), y.clamp(self.border, rows - 1 - self.border)
-            keypoints = torch.stack([x, y], dim=-1) * mask[..., None]
+            keypoints = unless_masked(torch.stack([x, y], dim=-1), keypoints, allowed) * mask[..., None]
         descriptors = sample_descriptors(self.descriptor_decoder(features), keypoints)
         return Detections(keypoints, best, descriptors, mask)
 

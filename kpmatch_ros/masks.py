@@ -1,0 +1,97 @@
+"""Masks: where in an image nothing is to be detected, as on the robot's own body. No ROS in here.
+
+A mask is 0 (or false) where nothing is to be detected, and has any size: it is scaled to the image.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kpmatch_ros.image_headers import JPEG
+from kpmatch_ros.images import ImageError, check_declared_size, whole_jpeg
+from kpmatch_ros.parameters import ParameterError, Parameters
+
+__all__ = ["both", "fit", "load_masks", "shrink_or_enlarge"]
+
+_HALF_OF_JPEG = 128  # a JPEG's zeros are not exact: what is darker than this counts as 0
+
+
+def load_masks(parameters: Parameters) -> list[NDArray[np.bool_] | None]:
+    """The masks of the parameters `mask` and `mask_right`, (H, W) bool; None where there is none.
+
+    Raises:
+        ParameterError: when a file cannot be read, or is no image, or there is a right mask without a right camera.
+    """
+    if parameters.mask_right and parameters.mode != "stereo":
+        raise ParameterError(
+            f"mask_right is {parameters.mask_right!r}, but the mode is {parameters.mode}: one camera has no right "
+            "image; use mask, or set mode to stereo"
+        )
+    named = [("mask", parameters.mask), ("mask_right", parameters.mask_right)]
+    return [_read(name, path) if path else None for name, path in named]
+
+
+def _read(name: str, path: str) -> NDArray[np.bool_]:
+    try:
+        data = Path(path).expanduser().read_bytes()
+    except (OSError, ValueError, RuntimeError) as error:  # no such file; a name that cannot be one; no home
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ParameterError(f"{name} is {path!r}, which cannot be read: {reason}; give an image file") from None
+    jpeg = data.startswith(JPEG)
+    whole = whole_jpeg(data) if jpeg else data
+    pixels = None
+    if whole:
+        try:
+            check_declared_size(whole, path)
+            pixels = cv2.imdecode(np.frombuffer(whole, np.uint8), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
+        except ImageError as error:
+            raise ParameterError(f"{name}: {error}") from None
+        except cv2.error:
+            pixels = None
+    if pixels is None:
+        raise ParameterError(
+            f"{name} is {path!r}, which is no image that OpenCV reads, or is cut short: give a PNG that is 0 (black) "
+            "where nothing is to be detected, and white elsewhere"
+        )
+    return np.asarray(pixels >= _HALF_OF_JPEG if jpeg else pixels != 0)
+
+
+def fit(mask: np.ndarray, width: int, height: int) -> NDArray[np.bool_]:
+    """A mask scaled to an image: of each pixel of the image the nearest one of the mask. (height, width) bool.
+
+    Raises:
+        ValueError: when it is no mask.
+    """
+    if mask.ndim != 2 or mask.dtype not in (np.uint8, np.bool_) or mask.size == 0:
+        raise ValueError(
+            f"the mask is {mask.dtype} of shape {mask.shape}; it must be uint8 or bool and (H, W), 0 where nothing is "
+            "to be detected"
+        )
+    allowed = mask if mask.dtype == np.bool_ else mask != 0
+    if allowed.shape == (height, width):
+        return allowed
+    # EXACT takes the nearest of the pixels' centres. INTER_NEAREST would shift the mask by up to half a pixel of it.
+    scaled = cv2.resize(allowed.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+    return np.asarray(scaled, np.bool_)
+
+
+def both(*masks: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+    """Where every one of these masks of one size allows keypoints; None where there is no mask."""
+    given = [mask for mask in masks if mask is not None]
+    return np.logical_and.reduce(given) if len(given) > 1 else given[0] if given else None
+
+
+def shrink_or_enlarge(mask: NDArray[np.bool_], width: int, height: int) -> NDArray[np.bool_]:
+    """A mask (H, W) of an image for the size in which the extractor sees it: (height, width).
+
+    A pixel stays allowed where all of the pixels that it covers are: what is detected there is never under the mask.
+    """
+    if mask.shape == (height, width):
+        return mask
+    interpolation = cv2.INTER_AREA if height < mask.shape[0] else cv2.INTER_LINEAR
+    covered = cv2.resize(mask.astype(np.float32), (width, height), interpolation=interpolation)
+    return np.asarray(covered > 1 - 1e-3)
