@@ -21,14 +21,20 @@ from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.images import ImageError, to_array
+from kpmatch_ros.mask_sync import MaskSynchroniser
 from kpmatch_ros.odometry import Odometry
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.stereo_sync import StereoSynchroniser
 
-__all__ = ["Calibration", "Events", "Pipeline", "caption", "check_odometry"]
+__all__ = ["MASK_PATIENCE", "Calibration", "Events", "Pipeline", "caption", "check_odometry"]
 
 # Images of one camera that wait for the other's at most, by the parameter `queue`: all keeps what a busy bag sends.
 _WAITING = {"latest": 10, "all": 100}
+# Masks that wait for their image at most.
+_MASKS = {"latest": 30, "all": 1000}
+MASK_PATIENCE = 1.0
+"""Seconds that an image waits for its mask at most where every frame is processed (`queue: all`, bags): by then a later
+mask has mostly shown that it does not come, so that the time plays no part and all is the same every time."""
 _ALONE_INTERVAL = 1.0  # seconds between two poses that tell of an image without a partner
 
 
@@ -52,6 +58,9 @@ class Events(Protocol):
 
     def stamp_fault(self, fault: str, topic: str, explanation: str) -> None:
         """An image's stamp says nothing of its time. The fault is "zero stamps" or "repeated stamps"."""
+
+    def mask_fault(self, fault: str, topic: str, explanation: str) -> None:
+        """An image was processed without its mask, or its mask is odd. The fault is short and stable."""
 
     def pose(self, status: PoseStatus) -> None:
         """A pose was published."""
@@ -121,8 +130,8 @@ class Calibration:
 class Pipeline:
     """Turns the messages of a camera, or of a stereo pair, into the node's output messages.
 
-    One thread may receive (:meth:`add_image`, :meth:`watch`, :meth:`configure`, :meth:`request_reset`, and the
-    calibration's update) while another processes.
+    One thread may receive (:meth:`add_image`, :meth:`add_mask`, :meth:`watch`, :meth:`configure`,
+    :meth:`request_reset`, and the calibration's update) while another processes.
 
     Args:
         front_end: registers the images.
@@ -136,6 +145,7 @@ class Pipeline:
         front_end: as given.
         calibration: to be updated with every camera_info.
         synchroniser: puts left and right images together.
+        masks: puts images and their masks together.
 
     Raises:
         ParameterError: when odometry is asked of one camera.
@@ -163,6 +173,7 @@ class Pipeline:
         self._reset_requested = threading.Event()
         self._odometry: Odometry | None = None
         self.synchroniser: StereoSynchroniser[Any]
+        self.masks: MaskSynchroniser[Any]
         self._stamps: list[int | None]  # of the last image on each topic
         self._told_alone: Any = None  # the last image without a partner that a pose told of
         self._told_alone_at = -float("inf")
@@ -172,7 +183,9 @@ class Pipeline:
         """Begin as if nothing had been received, but for the calibration."""
         parameters = self._parameters
         self.front_end.reset()
-        self.synchroniser = StereoSynchroniser(round(parameters.sync_tolerance * 1e9), _WAITING[parameters.queue])
+        tolerance = round(parameters.sync_tolerance * 1e9)
+        self.synchroniser = StereoSynchroniser(tolerance, _WAITING[parameters.queue])
+        self.masks = MaskSynchroniser(len(self._topics), tolerance, _MASKS[parameters.queue])
         self._odometry = Odometry() if parameters.publish_odometry else None
         self._told_alone = None
         self._stamps = [None] * len(self._topics)
@@ -211,6 +224,21 @@ class Pipeline:
         frame = self.synchroniser.put(side, stamp, message, arrived)
         self._report_unpaired([now - then for now, then in zip(self.synchroniser.unpaired, before)])
         return frame
+
+    def add_mask(self, side: int, message: Any) -> None:
+        """Take over the mask of an image of camera 0 or 1, which may come before the image or after it."""
+        self.masks.put(side, messages.nanoseconds(message.header.stamp), message)
+
+    def wait_for_masks(self, received: Sequence[Any], waited: float) -> None:
+        """Wait for the masks of a frame while they may come: at most `sync_tolerance`, or with `queue: all` a second.
+
+        Args:
+            received: a frame's image messages.
+            waited: seconds since the frame arrived.
+        """
+        parameters = self._parameters
+        patience = MASK_PATIENCE if parameters.queue == "all" else parameters.sync_tolerance
+        self.masks.wait(_stamps(received), patience - waited)
 
     def _check_stamp(self, side: int, stamp: int) -> None:
         """Name an image whose stamp is zero, or that of the image before."""
@@ -256,7 +284,8 @@ class Pipeline:
         if self._reset_requested.is_set():
             self._reset_requested.clear()
             self.front_end.reset()
-        stamps = [messages.nanoseconds(message.header.stamp) for message in received]
+        stamps = _stamps(received)
+        masks = [self._mask(side, stamp) for side, stamp in enumerate(stamps)]
         try:
             images = [self._pixels(side, message) for side, message in enumerate(received)]
             frame_ids = [message.header.frame_id for message in received]
@@ -264,12 +293,13 @@ class Pipeline:
             if interruption:
                 self._events.interrupted(f"{interruption}: features and tracks are forgotten")
             camera = self._camera_for([(image.shape[1], image.shape[0]) for image in images])
-            result = self.front_end.register(images, stamps, camera, frame_ids)
+            result = self.front_end.register(images, stamps, camera, frame_ids, masks)
         except ImageError as error:
             self._events.rejected(error.reason, f"an image was rejected: {error}")
             return None
         if result.stereo is not None:
             self._check_stereo(result.stereo)
+        self._check_masks(result)
         self._check_yield(result)
         self._publish_result(result)
         if interruption:
@@ -287,6 +317,44 @@ class Pipeline:
         stretch = self._stretches[side]
         stretch.enabled, stretch.used = self.front_end.parameters.stretch == "auto", None
         return to_array(message, scale=stretch.to_8_bits)
+
+    def _mask(self, side: int, stamp: int) -> np.ndarray | None:
+        """The mask that came for an image, 0 where nothing is to be detected; None where none did, or none of use."""
+        message, topic = self.masks.take(side, stamp), self._topics[side]
+        if message is None:
+            if side in self.masks.expected:
+                self._events.mask_fault("no mask", topic, self._missing_mask(side))
+            return None
+        try:
+            if message.encoding not in ("mono8", "8UC1"):
+                raise ImageError("encoding", f"its encoding is {message.encoding!r:.80}; publish it as mono8")
+            return to_array(message)
+        except ImageError as error:
+            explanation = f"an image on {topic} was processed without its mask, which cannot be used: {error}"
+            self._events.mask_fault("unusable mask", topic, explanation)
+            return None
+
+    def _missing_mask(self, side: int) -> str:
+        """Why an image has no mask, in words."""
+        offset = self.masks.offset[side]
+        if self.masks.came_late[side]:
+            why = "; masks come after their images have gone on: set sync_tolerance to how much later they come"
+        elif offset is not None:
+            why = f"; the nearest one is {offset * 1e-9:.6f} s off"
+        else:
+            why = ""
+        tolerance = self._parameters.sync_tolerance
+        return (
+            f"an image on {self._topics[side]} was processed without a mask: none came within sync_tolerance "
+            f"({tolerance:g} s) of its stamp{why}"
+        )
+
+    def _check_masks(self, result: Result) -> None:
+        frames = [result.frame] if result.stereo is None else [result.frame, result.stereo.current]
+        for topic, frame in zip(self._topics, frames):
+            if frame.mask is not None and not frame.mask.any():
+                explanation = f"the mask hides all of an image on {topic}, so nothing is detected in it"
+                self._events.mask_fault("mask hides everything", topic, explanation)
 
     def _check_yield(self, result: Result) -> None:
         """Report how a frame looks that gives too few keypoints or matches for a pose."""
@@ -377,6 +445,10 @@ class Pipeline:
         """Tell those who wait for the pose of an image that it has none."""
         self._publish("relative_pose", messages.interruption(header, self._new))
         self._events.pose(PoseStatus.INTERRUPTED)
+
+
+def _stamps(received: Sequence[Any]) -> list[int]:
+    return [messages.nanoseconds(message.header.stamp) for message in received]
 
 
 def check_odometry(parameters: Parameters) -> None:

@@ -50,6 +50,11 @@ def topic_arguments(argument: str, topic: str, camera: str) -> list[DeclareLaunc
             default_value="",
             description=f"calibration topic of {camera}. Empty: camera_info beside the image topic.",
         ),
+        DeclareLaunchArgument(
+            f"{argument}mask_topic",
+            default_value="",
+            description=f"topic with the masks of {camera}'s images. Empty: mask beside the image topic.",
+        ),
     ]
 
 
@@ -223,8 +228,11 @@ def start(context: LaunchContext) -> list[Node]:
 
     remappings = []
     for argument, topic, _ in CAMERAS:
-        camera_info = given[f"{argument}camera_info"] or join(dirname(images[argument]), "camera_info")
+        beside = dirname(images[argument])
+        camera_info = given[f"{argument}camera_info"] or join(beside, "camera_info")
+        mask = given[f"{argument}mask_topic"] or join(beside, "mask")
         remappings += [(f"{topic}image", images[argument]), (f"{topic}camera_info", camera_info)]
+        remappings.append((f"{topic}mask", mask))
 
     respawn = is_true(given["respawn"])
     retries = int(given["respawn_max_retries"])

@@ -97,7 +97,9 @@ class Told:
             )
             self.name = node.get_fully_qualified_name()
             self.parameters = {name: item.value for name, item in node.get_parameters_by_prefix("").items()}
-            topics = [f"{camera}{topic}" for camera in ("", "left/", "right/") for topic in ("image", "camera_info")]
+            topics = [
+                f"{camera}{topic}" for camera in ("", "left/", "right/") for topic in ("image", "camera_info", "mask")
+            ]
             self.topics = {topic: node.resolve_topic_name(topic) for topic in topics}
             node.destroy_node()
         finally:
@@ -114,7 +116,7 @@ def params_file(tmp_path: Path) -> Path:
 def test_every_parameter_is_an_argument_beside_the_topics_and_launchs_own(
     declared: dict[str, DeclareLaunchArgument],
 ) -> None:
-    topics = {"image", "camera_info", "left_image", "left_camera_info", "right_image", "right_camera_info"}
+    topics = {f"{side}{topic}" for side in ("", "left_", "right_") for topic in ("image", "camera_info", "mask_topic")}
     ros = {
         "namespace",
         "params_file",
@@ -197,14 +199,18 @@ def test_every_parameter_reaches_the_node_with_its_type() -> None:
 
 
 def test_topics_are_remapped_and_camera_info_stays_beside_its_image() -> None:
-    told = Told(image="/front/image_raw", left_image="l/image_rect", right_image="r", right_camera_info="/right/info")
+    told = Told(image="/front/image_raw", left_image="l/image_rect", right_image="r", right_camera_info="/right/info",
+                left_mask_topic="/body")  # fmt: skip
     assert told.topics == {
         "image": "/front/image_raw",
         "camera_info": "/front/camera_info",
+        "mask": "/front/mask",
         "left/image": "/l/image_rect",
         "left/camera_info": "/l/camera_info",
+        "left/mask": "/body",
         "right/image": "/r",
         "right/camera_info": "/right/info",
+        "right/mask": "/mask",
     }
 
 

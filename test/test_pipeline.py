@@ -35,8 +35,10 @@ class FrontEndStub:
     def interruption(self, stamp: int, frame_ids: Any) -> str:
         return ""
 
-    def register(self, images: Any, stamps: Any, camera: Any, frame_ids: Any) -> Result:
-        frame: Any = SimpleNamespace(stamp=stamps[0], frame_id=frame_ids[0], keypoints=range(100))
+    def register(self, images: Any, stamps: Any, camera: Any, frame_ids: Any, masks: Any) -> Result:
+        frame: Any = SimpleNamespace(
+            stamp=stamps[0], frame_id=frame_ids[0], keypoints=range(100), mask=masks[0], masks=masks
+        )
         return Result(frame, None, None)
 
 
@@ -67,6 +69,9 @@ class Heard:
         self.reports.append(("unpaired", topic, str(images), explanation))
 
     def stamp_fault(self, fault: str, topic: str, explanation: str) -> None:
+        self.reports.append((fault, topic, explanation))
+
+    def mask_fault(self, fault: str, topic: str, explanation: str) -> None:
         self.reports.append((fault, topic, explanation))
 
     def matched(self, fault: str) -> None:

@@ -23,11 +23,13 @@ class CameraTopics:
         image: sensor_msgs/Image or CompressedImage.
         camera_info: its calibration; empty where there is none.
         num_images: how many images there are.
+        mask: sensor_msgs/Image that is 0 where nothing is to be detected; empty where there is none.
     """
 
     image: str
     camera_info: str
     num_images: int
+    mask: str = ""
 
 
 def choose_cameras(bag: Path, mode: str, topics: Mapping[str, str | None]) -> tuple[CameraTopics, ...]:
@@ -44,15 +46,19 @@ def choose_cameras(bag: Path, mode: str, topics: Mapping[str, str | None]) -> tu
     return choose_stereo_cameras(bag, **topics) if mode == "stereo" else (choose_camera(bag, **topics),)
 
 
-def choose_camera(bag: Path, image: str | None = None, camera_info: str | None = None) -> CameraTopics:
+def choose_camera(
+    bag: Path, image: str | None = None, camera_info: str | None = None, mask_topic: str | None = None
+) -> CameraTopics:
     """The camera of a bag. Topics that are not given are chosen where there is only one.
 
     The calibration is the topic camera_info beside the images, as in image_pipeline, or else the only one in the bag.
+    Their masks are the topic mask beside the images.
 
     Raises:
         BagError: when a topic is not in the bag, or there are several to choose from.
     """
-    images, infos = _candidates(bag)
+    topics, infos = _candidates(bag)
+    images = topics if image is not None else _without_masks(topics)
     if image is None and len(images) > 1 and _pairs(images):
         raise BagError(
             f"{bag}: has {len(images)} image topics, choose one with --image, or a stereo pair with --left "
@@ -62,7 +68,8 @@ def choose_camera(bag: Path, image: str | None = None, camera_info: str | None =
     info = _calibration_of(bag, chosen, infos, camera_info, "--camera-info")
     if not info and len(infos) == 1:
         info = infos[0].name
-    return CameraTopics(chosen.name, info, chosen.num_messages)
+    mask = _mask_of(bag, chosen, topics, mask_topic, "--mask-topic")
+    return CameraTopics(chosen.name, info, chosen.num_messages, mask)
 
 
 def choose_stereo_cameras(
@@ -71,18 +78,21 @@ def choose_stereo_cameras(
     right: str | None = None,
     left_info: str | None = None,
     right_info: str | None = None,
+    left_mask: str | None = None,
+    right_mask: str | None = None,
 ) -> tuple[CameraTopics, CameraTopics]:
     """The left and the right camera of a bag. Topics that are not given are guessed where only one pair fits.
 
     Image topics are taken for a pair where their names differ in left and right, cam0 and cam1, or infra1 and infra2.
-    The calibration of each is camera_info beside its images.
+    The calibration of each is camera_info beside its images, and its masks are mask beside them.
 
     Raises:
         BagError: when a topic is not in the bag, or there is no pair or several to choose from.
     """
-    images, infos = _candidates(bag)
+    topics, infos = _candidates(bag)
+    images = _without_masks(topics)
     given = [
-        None if name is None else _only(bag, images, name, "image", option)
+        None if name is None else _only(bag, topics, name, "image", option)
         for name, option in ((left, "--left"), (right, "--right"))
     ]
     if given[0] is not None and given[1] is not None:
@@ -99,7 +109,13 @@ def choose_stereo_cameras(
         _calibration_of(bag, topic, infos, name, option)
         for topic, name, option in zip(pair, (left_info, right_info), ("--left-info", "--right-info"))
     )
-    first, second = (CameraTopics(topic.name, info, topic.num_messages) for topic, info in zip(pair, calibrations))
+    masks = (
+        _mask_of(bag, topic, topics, name, option)
+        for topic, name, option in zip(pair, (left_mask, right_mask), ("--left-mask", "--right-mask"))
+    )
+    first, second = (
+        CameraTopics(topic.name, info, topic.num_messages, mask) for topic, info, mask in zip(pair, calibrations, masks)
+    )
     return first, second
 
 
@@ -128,6 +144,25 @@ def _calibration_of(bag: Path, image: Topic, infos: list[Topic], name: str | Non
         return _only(bag, infos, name, "camera_info", option).name
     beside = join(dirname(image.name.removesuffix("/compressed")), "camera_info")
     return beside if any(topic.name == beside for topic in infos) else ""
+
+
+def _mask_of(bag: Path, image: Topic, topics: list[Topic], name: str | None, option: str) -> str:
+    """The topic with the masks of images: the one given, or mask beside them, or ""."""
+    masks = [topic for topic in topics if topic.type == IMAGE_TYPES[0]]
+    if name is not None:
+        return _only(bag, masks, name, "mask", option).name
+    beside = join(dirname(image.name.removesuffix("/compressed")), "mask")
+    return beside if beside != image.name and any(topic.name == beside for topic in masks) else ""
+
+
+def _without_masks(images: list[Topic]) -> list[Topic]:
+    """Those image topics that are not named mask beside another one."""
+    folders = [dirname(topic.name.removesuffix("/compressed")) for topic in images]
+    return [
+        topic
+        for topic, folder in zip(images, folders)
+        if topic.name != join(folder, "mask") or folders.count(folder) == 1
+    ]
 
 
 def _names(topics: list[Topic]) -> str:

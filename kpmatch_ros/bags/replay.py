@@ -6,10 +6,11 @@ import os
 import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -19,10 +20,18 @@ from kpmatch_ros.bags.html_report import HtmlReport
 from kpmatch_ros.bags.report import Report
 from kpmatch_ros.bags.trajectory import Trajectory
 from kpmatch_ros.front_end import FrontEnd
+from kpmatch_ros.messages import nanoseconds
 from kpmatch_ros.parameters import Parameters
-from kpmatch_ros.pipeline import Pipeline, check_odometry
+from kpmatch_ros.pipeline import MASK_PATIENCE, Pipeline, check_odometry
 
 __all__ = ["replay"]
+
+
+class _Waiting(NamedTuple):
+    """A frame that waits for its masks."""
+
+    images: tuple[Any, ...]  # messages: one, or left and right
+    recorded_at: int  # nanoseconds
 
 
 def replay(
@@ -118,9 +127,11 @@ def _process(
 ) -> Report:
     report = Report(cameras)
     recorded: list[int] = []
+    waiting: deque[_Waiting] = deque()
+    at_hand = 0  # when the frame at hand was recorded
 
     def publish(topic: str, message: Any) -> None:
-        writer.write(f"/{topic.lstrip('/')}", message, recorded[-1])
+        writer.write(f"/{topic.lstrip('/')}", message, at_hand)
 
     sides = {camera.image: side for side, camera in enumerate(cameras)}
     pipeline = Pipeline(front_end, list(sides), publish, wanted.__contains__, report, new_message)
@@ -136,26 +147,47 @@ def _process(
                 )
             else:
                 pipeline.calibration.update(side, first.message)
-    started = time.perf_counter()
-    # disable=None: no bar where stderr is no terminal
-    with tqdm(total=cameras[0].num_images, desc="frames", unit="frame", disable=None, leave=False) as bar:
-        for topic, _, recorded_at, message in read_messages(bag, [*sides, *infos], report.remarks):
-            if topic not in sides:
-                for side in infos[topic]:
-                    pipeline.calibration.update(side, message)
-                continue
-            arrived = time.perf_counter()
-            recorded.append(recorded_at)
-            bar.update(sides[topic] == 0)
-            received = pipeline.add_image(sides[topic], message, recorded_at)
-            result = None if received is None else pipeline.process(received)
+    masks: dict[str, list[int]] = {}
+    for side, camera in enumerate(cameras):
+        if camera.mask:
+            masks.setdefault(camera.mask, []).append(side)
+    pipeline.masks.expected = [side for sides_of_mask in masks.values() for side in sides_of_mask]
+
+    def process(now: int | None) -> None:
+        """Process the frames whose masks are there or can no longer come; all of them where now is None."""
+        nonlocal at_hand
+        while waiting and (
+            now is None
+            or now > waiting[0].recorded_at + MASK_PATIENCE * 1e9
+            or pipeline.masks.complete([nanoseconds(image.header.stamp) for image in waiting[0].images])
+        ):
+            images, at_hand = waiting.popleft()
+            begun = time.perf_counter()
+            result = pipeline.process(images)
             if result is not None:
                 if trajectory is not None:
                     trajectory.add(result.frame, result.pair)
-                milliseconds = (time.perf_counter() - arrived) * 1e3
+                milliseconds = (time.perf_counter() - begun) * 1e3
                 report.processed(result, milliseconds)
                 if page is not None:
                     page.add(result, milliseconds)
+
+    started = time.perf_counter()
+    # disable=None: no bar where stderr is no terminal
+    with tqdm(total=cameras[0].num_images, desc="frames", unit="frame", disable=None, leave=False) as bar:
+        for topic, _, recorded_at, message in read_messages(bag, {*sides, *infos, *masks}, report.remarks):
+            for side in infos.get(topic, ()):
+                pipeline.calibration.update(side, message)
+            for side in masks.get(topic, ()):
+                pipeline.add_mask(side, message)
+            if topic in sides:
+                recorded.append(recorded_at)
+                bar.update(sides[topic] == 0)
+                received = pipeline.add_image(sides[topic], message, recorded_at)
+                if received is not None:
+                    waiting.append(_Waiting(received, recorded_at))
+            process(recorded_at)
+        process(None)
     if not recorded:
         return report
     pipeline.finish()

@@ -35,6 +35,7 @@ class Report:
         rejections: how many frames could not be used, by reason.
         refusals: how many frames had a calibration that could not be used, by reason.
         stamp_faults: how many images have a stamp that is zero or repeats.
+        mask_faults: how many images have no mask, one that cannot be used, or one that hides everything.
         interruptions: how many frames could not follow the one before: time jumped, or the frame_id changed.
         barren: how many frames have too few keypoints or matches for a pose.
         without_partner: of a stereo pair, how many images on each topic found no partner. A frame is a pair.
@@ -60,6 +61,7 @@ class Report:
     rejections: Counter[str] = field(default_factory=Counter)
     refusals: Counter[str] = field(default_factory=Counter)
     stamp_faults: Counter[str] = field(default_factory=Counter)
+    mask_faults: Counter[str] = field(default_factory=Counter)
     interruptions: Counter[str] = field(default_factory=Counter)
     without_partner: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
@@ -101,6 +103,10 @@ class Report:
     def stamp_fault(self, fault: str, topic: str, explanation: str) -> None:
         """An image's stamp says nothing of its time."""
         self._fault(self.stamp_faults, f"{fault} on {topic}", explanation)
+
+    def mask_fault(self, fault: str, topic: str, explanation: str) -> None:
+        """An image was processed without its mask, or its mask is odd."""
+        self._fault(self.mask_faults, f"{fault} on {topic}", explanation)
 
     def matched(self, fault: str) -> None:
         """A frame was matched; the fault says why next to nothing came of it."""
@@ -147,6 +153,7 @@ class Report:
             "rejected": dict(self.rejections),
             "camera_info_refused": dict(self.refusals),
             "stamps": dict(self.stamp_faults),
+            "masks": dict(self.mask_faults),
             "rate": _rounded(len(self.latencies) / self.elapsed),
             "times_real_time": _rounded(self.recorded / self.elapsed),
             "latency_ms": {"median": _percentile(self.latencies, 50), "95 %": _percentile(self.latencies, 95)},
@@ -215,6 +222,8 @@ class Report:
             rows.insert(1, ("unpaired", f"images without a partner: {counts(self.without_partner)}"))
         if self.stamp_faults:
             rows.append(("stamps", counts(self.stamp_faults)))
+        if self.mask_faults:
+            rows.append(("masks", counts(self.mask_faults)))
         rows += [("remark", remark) for remark in self.remarks]
         if self.refusals:
             rows.append(("camera_info", f"refused: {counts(self.refusals)}"))

@@ -28,8 +28,8 @@ BAG_OPTIONS = (
     "sync_tolerance",
     "publish_odometry",
 )
-MONO_TOPICS: tuple[str, ...] = ("image", "camera_info")
-STEREO_TOPICS: tuple[str, ...] = ("left", "right", "left_info", "right_info")
+MONO_TOPICS: tuple[str, ...] = ("image", "camera_info", "mask_topic")
+STEREO_TOPICS: tuple[str, ...] = ("left", "right", "left_info", "right_info", "left_mask", "right_mask")
 INFO_OPTIONS = {"mono": ["--camera-info"], "stereo": ["--left-info", "--right-info"]}
 
 
@@ -86,6 +86,12 @@ def add_replay_options(parser: Parser) -> None:
     for side in ("left", "right"):
         parser.add_argument(
             f"--{side}-info", metavar="TOPIC", help="their calibration (default camera_info beside the image topic)"
+        )
+    for option in ("mask-topic", "left-mask", "right-mask"):
+        parser.add_argument(
+            f"--{option}",
+            metavar="TOPIC",
+            help="their masks, mono8, 0 where nothing is to be detected (default mask beside the image topic)",
         )
     parser.add_argument(
         "--params", metavar="FILE", type=Path, help="ROS 2 parameter file like config/matcher.yaml, for /matcher"

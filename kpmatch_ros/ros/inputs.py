@@ -33,8 +33,10 @@ class _Camera:
     name: str  # the image topic without /compressed
     image_topic: str
     info_topic: str
+    mask_topic: str
     image: Any = None
     info: Any = None
+    mask: Any = None
     latched_info: Any = None  # while the calibration is awaited from a publisher that sent it once
     calibrated: bool = False
     arrived: float | None = None  # the last image, monotonic seconds
@@ -48,6 +50,7 @@ class Inputs:
         parameters: mode, queue and image_transport are used.
         take_image: is called with every image, and with 0 (one camera, or the left one) or 1 (the right one).
         take_info: is called likewise with every camera_info.
+        take_mask: is called likewise with every mask.
     """
 
     def __init__(
@@ -56,10 +59,11 @@ class Inputs:
         parameters: Parameters,
         take_image: Callable[[int, Any], None],
         take_info: Callable[[int, Any], None],
+        take_mask: Callable[[int, Any], None],
     ) -> None:
         self._node = node
         self._parameters = parameters
-        self._take_image, self._take_info = take_image, take_info
+        self._take_image, self._take_info, self._take_mask = take_image, take_info, take_mask
         self._compressed = parameters.image_transport == "compressed"
         self._cameras = []
         for prefix in ("left/", "right/") if parameters.mode == "stereo" else ("",):
@@ -68,7 +72,8 @@ class Inputs:
                 name = image.removesuffix("/compressed")
             elif self._compressed:
                 image = node.resolve_topic_name(f"{image}/compressed")  # it may be remapped too
-            self._cameras.append(_Camera(name, image, node.resolve_topic_name(f"{prefix}camera_info")))
+            info, mask = (node.resolve_topic_name(f"{prefix}{other}") for other in ("camera_info", "mask"))
+            self._cameras.append(_Camera(name, image, info, mask))
         self._incompatible: dict[str, str] = {}  # publishers with another quality of service, by topic
         self._best_effort_wanted = False
         self._subscribed_at = 0.0
@@ -94,10 +99,10 @@ class Inputs:
     def unsubscribe(self) -> None:
         """Receive no more."""
         for camera in self._cameras:
-            for subscription in (camera.image, camera.info, camera.latched_info):
+            for subscription in (camera.image, camera.info, camera.latched_info, camera.mask):
                 if subscription is not None:
                     self._node.destroy_subscription(subscription)
-            camera.image = camera.info = camera.latched_info = None
+            camera.image = camera.info = camera.latched_info = camera.mask = None
 
     def adapt(self) -> None:
         """Subscribe best effort where a publisher turned out to offer no more: to be called now and then."""
@@ -136,6 +141,11 @@ class Inputs:
             self._calibrated.wait(_CALIBRATION_WAIT[self._parameters.queue])
             self._calibrated.set()
 
+    @property
+    def masked(self) -> list[int]:
+        """The cameras, 0 or 1, whose masks somebody publishes."""
+        return [side for side, camera in enumerate(self._cameras) if self._node.count_publishers(camera.mask_topic)]
+
     def problems(self, synchroniser: StereoSynchroniser[Any]) -> list[Problem]:
         """Why nothing arrives on a topic.
 
@@ -154,6 +164,9 @@ class Inputs:
             if (silent > _SILENT_AFTER or alone) and camera.image_topic not in self._incompatible:
                 found.append(self._silence(camera, silent, missed))
             found += self._mixed(camera.image_topic, _type_name(self._image_type))
+            mask = camera.mask_topic
+            if self._node.count_publishers(mask) and (why := self._wrong_publishers(mask, _type_name(Image))):
+                found.append(Problem(f"no mask: {mask}", f"no mask on {mask}: {why}"))
             info = camera.info_topic
             if not camera.calibrated and waited > _SILENT_AFTER and info not in self._incompatible:
                 why = self._wrong_publishers(info, "sensor_msgs/msg/CameraInfo") or "sends nothing"
@@ -222,12 +235,16 @@ class Inputs:
             reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
         )
         info_qos = QoSProfile(depth=10, reliability=image_qos.reliability)
+        mask_qos = QoSProfile(depth=max(5, image_qos.depth), reliability=image_qos.reliability)
         kind = self._image_type
         for side, camera in enumerate(self._cameras):
             receive = functools.partial(self._receive_image, side)
             camera.image = self._subscribe_to(kind, camera.image_topic, receive, image_qos)
             receive = functools.partial(self._receive_info, side)
             camera.info = self._subscribe_to(CameraInfo, camera.info_topic, receive, info_qos)
+            camera.mask = self._subscribe_to(
+                Image, camera.mask_topic, functools.partial(self._take_mask, side), mask_qos
+            )
 
     def _subscribe_to(self, kind: type, topic: str, callback: Callable[[Any], None], qos: QoSProfile) -> Any:
         report = functools.partial(self._report_publisher, topic, qos.reliability == ReliabilityPolicy.RELIABLE)

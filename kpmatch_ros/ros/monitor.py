@@ -47,6 +47,7 @@ class Monitor:
         self._calibrations_refused: Counter[str] = Counter()
         self._unpaired: Counter[str] = Counter()
         self._stamp_faults: Counter[str] = Counter()
+        self._mask_faults: Counter[str] = Counter()
         self._interruptions = 0
         self._odometry_breaks: int | None = None
         self._barren: tuple[float, float, str] | None = None  # since when, last seen, why
@@ -105,6 +106,12 @@ class Monitor:
         """An image's stamp says nothing of its time."""
         with self._lock:
             self._stamp_faults[f"{fault}: {topic}"] += 1
+            self._fail(f"{fault}: {topic}", explanation)
+
+    def mask_fault(self, fault: str, topic: str, explanation: str) -> None:
+        """An image was processed without its mask, or its mask is odd."""
+        with self._lock:
+            self._mask_faults[f"{fault}: {topic}"] += 1
             self._fail(f"{fault}: {topic}", explanation)
 
     def matched(self, fault: str) -> None:
@@ -172,7 +179,8 @@ class Monitor:
                 values[f"camera_info refused: {reason}"] = str(count)
             for topic, count in sorted(self._unpaired.items()):
                 values[f"unpaired: {topic}"] = str(count)
-            values.update((fault, str(count)) for fault, count in sorted(self._stamp_faults.items()))
+            for faults in (self._stamp_faults, self._mask_faults):
+                values.update((fault, str(count)) for fault, count in sorted(faults.items()))
             values["interruptions"] = str(self._interruptions)
             if self._odometry_breaks is not None:
                 values["odometry breaks"] = str(self._odometry_breaks)

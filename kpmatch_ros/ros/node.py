@@ -224,8 +224,8 @@ class MatcherNode(LifecycleNode):
     # Input
 
     def _make_inputs(self) -> Inputs:
-        take_image, take_info = (survives(take, self.get_logger) for take in (self._take_image, self._take_info))
-        return Inputs(self, self._parameters_in_force, take_image, take_info)
+        takes = (survives(take, self.get_logger) for take in (self._take_image, self._take_info, self._take_mask))
+        return Inputs(self, self._parameters_in_force, *takes)
 
     def _take_image(self, side: int, message: Any) -> None:
         arrived = time.monotonic()
@@ -238,6 +238,10 @@ class MatcherNode(LifecycleNode):
     def _take_info(self, side: int, message: Any) -> None:
         if self._pipeline is not None:
             self._pipeline.calibration.update(side, message)
+
+    def _take_mask(self, side: int, message: Any) -> None:
+        if self._pipeline is not None:
+            self._pipeline.add_mask(side, message)
 
     def _reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         assert self._pipeline is not None
@@ -277,6 +281,8 @@ class MatcherNode(LifecycleNode):
         while (received := inbox.take()) is not None:
             try:
                 self._inputs.wait_for_calibration()
+                pipeline.masks.expected = self._inputs.masked
+                pipeline.wait_for_masks(received.images, time.monotonic() - received.arrived)
                 result = pipeline.process(received.images)
                 if result is not None:
                     self.monitor.processed((time.monotonic() - received.arrived) * 1e3, result)

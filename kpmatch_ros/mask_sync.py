@@ -1,0 +1,116 @@
+"""Puts images and their masks together by their stamps. No ROS in here."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Collection, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+__all__ = ["MaskSynchroniser"]
+
+Item = TypeVar("Item")
+
+_STEPS = 9  # of a stream, of which the shortest is its period: where messages are lost, the others are longer
+
+
+class _Mask(NamedTuple):
+    """A mask that waits for its image."""
+
+    stamp: int
+    item: Any
+
+
+class MaskSynchroniser(Generic[Item]):
+    """Finds each image's mask: the one of equal stamp, or else the nearest within a tolerance.
+
+    Masks of a camera come in order, before or after their images. A mask cannot come any more once a later one is
+    there. One thread may put masks while another waits for them and takes them.
+
+    Args:
+        cameras: one, or two.
+        tolerance: largest difference of the two stamps, nanoseconds. It never exceeds half the time between two masks,
+            or two images that were processed: at that, the mask might as well be another image's.
+        capacity: how many masks of a camera wait at most.
+
+    Attributes:
+        expected: the cameras, 0 or 1, whose masks somebody sends. Images of others do not wait.
+        offset: of each camera, by how much the stamps differed when an image last found no mask, nanoseconds; None
+            before, and where there was no mask at all.
+        came_late: of each camera, whether a mask came after its image had gone on without, since one came in time.
+    """
+
+    def __init__(self, cameras: int, tolerance: int, capacity: int) -> None:
+        self.expected: Collection[int] = ()
+        self.offset: list[int | None] = [None] * cameras
+        self.came_late = [False] * cameras
+        self._tolerance = tolerance
+        self._masks: list[deque[_Mask]] = [deque(maxlen=capacity) for _ in range(cameras)]
+        self._taken: list[int | None] = [None] * cameras  # stamp of the last image
+        self._alone: list[int | None] = [None] * cameras  # that of the last image that went on without a mask
+        self._steps: list[deque[int]] = [deque(maxlen=_STEPS) for _ in range(2 * cameras)]  # of images, of masks
+        self._changed = threading.Condition()
+
+    def put(self, camera: int, stamp: int, item: Item) -> None:
+        """Add a mask of camera 0 or 1, of a stamp in nanoseconds."""
+        with self._changed:
+            masks, alone = self._masks[camera], self._alone[camera]
+            if masks:
+                self._measure(2 * camera + 1, masks[-1].stamp, stamp)
+            masks.append(_Mask(stamp, item))
+            self.came_late[camera] |= alone is not None and abs(stamp - alone) <= self._limit(camera)
+            self._changed.notify_all()
+
+    def complete(self, stamps: Sequence[int]) -> bool:
+        """Whether no image of a frame, by their stamps, has to wait: its mask is there, or cannot come any more."""
+        with self._changed:
+            return self._complete(stamps)
+
+    def wait(self, stamps: Sequence[int], seconds: float) -> None:
+        """Wait until the frame is complete, or the time is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._complete(stamps), max(0.0, seconds))
+
+    def take(self, camera: int, stamp: int) -> Item | None:
+        """The mask of an image; None where there is none. To be called with every image that is processed, in order."""
+        with self._changed:
+            taken, self._taken[camera] = self._taken[camera], stamp
+            if taken is not None:
+                self._measure(2 * camera, taken, stamp)
+                if stamp < taken:  # time went back: what is nearer to the time before belongs to that
+                    self._keep(camera, lambda mask: abs(mask.stamp - stamp) < abs(mask.stamp - taken))
+            found = self._find(camera, stamp)
+            self.offset[camera] = self._alone[camera] = None
+            self.came_late[camera] &= found is None
+            if found is None:
+                self._alone[camera] = stamp
+                self.offset[camera] = min((abs(mask.stamp - stamp) for mask in self._masks[camera]), default=None)
+            # What is as old as the image is kept: another image may have the same stamp.
+            self._keep(camera, lambda mask: mask.stamp >= (stamp if found is None else found.stamp))
+            return None if found is None else found.item
+
+    def _complete(self, stamps: Sequence[int]) -> bool:
+        return all(
+            camera not in self.expected
+            or self._find(camera, stamp) is not None
+            or any(mask.stamp > stamp for mask in self._masks[camera])
+            for camera, stamp in enumerate(stamps)
+        )
+
+    def _find(self, camera: int, stamp: int) -> _Mask | None:
+        """The mask of an image, the newest of those equally near."""
+        limit = self._limit(camera)
+        near = [mask for mask in self._masks[camera] if abs(mask.stamp - stamp) <= limit]
+        return min(reversed(near), key=lambda mask: abs(mask.stamp - stamp), default=None)
+
+    def _keep(self, camera: int, wanted: Any) -> None:
+        masks = self._masks[camera]
+        self._masks[camera] = deque(filter(wanted, masks), masks.maxlen)
+
+    def _measure(self, stream: int, before: int, now: int) -> None:
+        if now > before:
+            self._steps[stream].append(now - before)
+
+    def _limit(self, camera: int) -> int:
+        periods = (min(steps) for steps in self._steps[2 * camera : 2 * camera + 2] if steps)
+        return min([self._tolerance, *(period // 2 for period in periods)])

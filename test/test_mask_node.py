@@ -1,0 +1,66 @@
+"""The node with masks: files, and a topic that another node publishes."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy")
+
+from rclpy.qos import QoSProfile
+from sensor_msgs.msg import Image
+from test_masks import left_third, under
+from test_node import FAST, HEIGHT, WIDTH, FeatureArray, image, textured
+
+from node_harness import running_node
+
+
+def test_masks_from_a_topic_and_a_file_hold_and_what_is_missing_is_counted(tmp_path: Path) -> None:
+    body = left_third(HEIGHT, WIDTH)[::-1, ::-1]
+    assert cv2.imwrite(str(tmp_path / "body.png"), body)
+    with running_node(tmp_path, calibrated=False, mask=tmp_path / "body.png", **FAST) as node:
+        features: list[FeatureArray] = []
+        node.subscribe(FeatureArray, "features", features.append)
+        masks = node.node.create_publisher(Image, "mask", QoSProfile(depth=10))
+        node.wait_until_connected()
+        node.wait_for(masks.get_subscription_count, "the subscription to masks")
+        third = left_third(HEIGHT, WIDTH)
+        for number in range(4):
+            node.send(image(textured(4 * number), 100 + number))
+            node.spin(0.05)  # its mask comes after it
+            if number != 2:
+                masks.publish(image(third if number < 3 else 0 * third, 100 + number))
+        node.wait_for(lambda: len(features) == 4, "every frame")
+        points = [np.array(message.points).reshape(-1, 2) for message in features]
+        assert [len(found) > 20 for found in points] == [True, True, True, False]
+        assert [under(body, found) for found in points] == [0] * 4
+        assert [under(third, found) > 0 for found in points] == [False, False, True, False]
+        topic = f"{node.namespace}/image"
+        figures = node.wait_for_figure(f"mask hides everything: {topic}", "1")
+        assert figures[f"no mask: {topic}"] == "1"
+        assert "the mask hides all of an image" in node.diagnostics[-1].status[0].message
+        assert node.stop() == 0
+
+
+@pytest.mark.parametrize("queue", ["latest", "all"])
+def test_a_mask_file_that_is_not_there_is_refused_when_the_node_configures(tmp_path: Path, queue: str) -> None:
+    with running_node(tmp_path, mask="/none/body.png", queue=queue, **FAST) as node:
+        assert node.process.wait(60) == 1
+        assert "mask is '/none/body.png', which cannot be read: No such file or directory" in node.log
+
+
+def test_masks_that_stay_away_hold_up_no_frame_for_longer_than_sync_tolerance(tmp_path: Path) -> None:
+    with running_node(tmp_path, calibrated=False, queue="latest", sync_tolerance=0.05, **FAST) as node:
+        masks = node.node.create_publisher(Image, "mask", QoSProfile(depth=10))
+        node.wait_until_connected()
+        node.wait_for(masks.get_subscription_count, "the subscription to masks")
+        for number in range(5):
+            node.send(image(textured(4 * number), 100 + number))
+            node.wait_for(lambda: len(node.matches) == number, "the frame", timeout=5)  # noqa: B023
+        figures = node.wait_for_figure("frames processed", "5")
+        assert figures[f"no mask: {node.namespace}/image"] == "5"
+        assert node.stop(signal.SIGINT) == 0

@@ -1,0 +1,319 @@
+"""Masks that come as messages: an image has its own, waits for it no longer than it may, and says if it has none."""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bag_harness import FIRST, QUICK, SIZE, Run, by_topic, header_stamp, refused, stamps
+from numpy.typing import NDArray
+from test_masks import left_third, under
+from test_pipeline import image, make
+
+from kpmatch_ros.bags.files import BagWriter, camera_info_message, image_message, new_message
+from kpmatch_ros.frames import Result
+from kpmatch_ros.mask_sync import MaskSynchroniser
+from kpmatch_ros.pipeline import Pipeline
+from simulation import demo_camera
+
+MS = 1_000_000
+WIDTH, HEIGHT = SIZE
+
+Images = list[NDArray[np.uint8]]
+
+
+def sync(tolerance: int = 10 * MS, cameras: int = 1, *masks: int) -> MaskSynchroniser[str]:
+    made: MaskSynchroniser[str] = MaskSynchroniser(cameras, tolerance, 30)
+    made.expected = range(cameras)
+    for mask in masks:
+        made.put(0, mask * MS, str(mask))
+    return made
+
+
+# Which mask is an image's
+
+
+def test_the_mask_of_equal_stamp_is_taken_and_else_the_nearest_within_the_tolerance() -> None:
+    masks = sync(10 * MS, 1, 1000, 1093, 1205)
+    assert [masks.take(0, stamp * MS) for stamp in (1000, 1100, 1200, 1300)] == ["1000", "1093", "1205", None]
+    assert masks.offset == [95 * MS]
+
+
+def test_a_long_tolerance_does_not_give_an_image_the_mask_of_another() -> None:
+    masks = sync(1000 * MS, 1, 0, 100, 300, 400)
+    assert [masks.take(0, stamp * MS) for stamp in range(0, 500, 100)] == ["0", "100", None, "300", "400"]
+
+
+def test_a_slow_stream_of_masks_serves_the_images_of_its_stamps() -> None:
+    masks = sync(1000 * MS, 1, 0, 100, 200)
+    found = [masks.take(0, stamp * MS) for stamp in range(0, 225, 25)]
+    assert found == ["0", None, None, None, "100", None, None, None, "200"]
+
+
+def test_images_of_one_stamp_have_the_newest_mask_of_it() -> None:
+    masks = sync()
+    masks.put(0, 0, "first")
+    assert masks.take(0, 0) == "first"
+    masks.put(0, 0, "second")
+    assert masks.take(0, 0) == masks.take(0, 0) == "second"
+
+
+def test_when_time_goes_back_the_masks_of_before_are_forgotten() -> None:
+    masks = sync(10 * MS, 1, 5000, 5100)
+    assert masks.take(0, 5100 * MS) == "5100"
+    masks.put(0, 1000 * MS, "again")
+    assert masks.take(0, 1000 * MS) == "again"
+    assert not masks.complete([1100 * MS])  # its mask may still come
+
+
+def test_only_so_many_masks_wait() -> None:
+    masks: MaskSynchroniser[int] = MaskSynchroniser(1, MS, 3)
+    for stamp in range(5):
+        masks.put(0, stamp * 100 * MS, stamp)
+    assert [masks.take(0, stamp * 100 * MS) for stamp in range(5)] == [None, None, 2, 3, 4]
+
+
+# Waiting
+
+
+def test_an_image_waits_while_its_mask_may_come() -> None:
+    masks = sync(10 * MS, 2)
+    assert not masks.complete([100 * MS, 101 * MS])
+    masks.put(0, 100 * MS, "left")
+    assert not masks.complete([100 * MS, 101 * MS])
+    masks.put(1, 101 * MS, "right")
+    assert masks.complete([100 * MS, 101 * MS])
+    masks.put(0, 300 * MS, "a later one")
+    assert not masks.complete([200 * MS, 201 * MS])
+    masks.expected = [0]
+    assert masks.complete([200 * MS, 201 * MS])
+    masks.expected = []
+    assert masks.complete([400 * MS, 401 * MS])
+
+
+def test_waiting_ends_when_the_mask_comes_and_when_the_time_is_over() -> None:
+    masks = sync()
+    begun = time.monotonic()
+    masks.wait([MS], 0.05)
+    assert 0.05 <= time.monotonic() - begun < 1
+    sender = threading.Timer(0.05, lambda: masks.put(0, MS, "mask"))
+    sender.start()
+    masks.wait([MS], 60.0)
+    assert time.monotonic() - begun < 10 and masks.take(0, MS) == "mask"
+    sender.join()
+
+
+@pytest.mark.parametrize(("queue", "longest"), [("latest", 0.02), ("all", 1.0)])
+def test_a_frame_waits_no_longer_than_its_queue_allows(queue: str, longest: float) -> None:
+    pipeline, _ = make("image", queue=queue, sync_tolerance=0.02)
+    for expected, waited, patience in (([], 0.0, 0.0), ([0], 5.0, 0.0), ([0], 0.0, longest)):
+        pipeline.masks.expected = expected
+        begun = time.monotonic()
+        pipeline.wait_for_masks([image(MS)], waited)
+        assert patience <= time.monotonic() - begun < patience + 0.5
+
+
+# The pipeline
+
+
+def mask_message(stamp: int, pixels: NDArray[np.uint8] | None = None, **fields: Any) -> Any:
+    message = image_message(left_third(HEIGHT, WIDTH) if pixels is None else pixels, stamp, "camera", "mono8")
+    for name, value in fields.items():
+        setattr(message, name, value)
+    return message
+
+
+def processed(pipeline: Pipeline, stamp: int) -> Any:
+    result = pipeline.process([image(stamp)])
+    assert result is not None
+    return result.frame
+
+
+def test_each_image_is_registered_with_its_mask() -> None:
+    pipeline, heard = make("image")
+    pipeline.masks.expected = [0]
+    pipeline.add_mask(0, mask_message(FIRST))
+    assert np.array_equal(processed(pipeline, FIRST).mask, left_third(HEIGHT, WIDTH))
+    assert heard.reports == []
+    assert processed(pipeline, FIRST + 100 * MS).mask is None
+    ((fault, topic, explanation),) = heard.reports
+    assert (fault, topic) == ("no mask", "image")
+    assert "without a mask: none came within sync_tolerance (0.01 s)" in explanation and "0.100000 s off" in explanation
+
+
+def test_a_mask_that_comes_too_late_is_named() -> None:
+    pipeline, heard = make("image")
+    pipeline.masks.expected = [0]
+    for number in range(2):
+        processed(pipeline, FIRST + number * 100 * MS)
+        pipeline.add_mask(0, mask_message(FIRST + number * 100 * MS))
+    assert "masks come after their images have gone on: set sync_tolerance" in heard.reports[1][2]
+
+
+def test_where_nobody_sends_masks_none_is_missed() -> None:
+    pipeline, heard = make("image")
+    assert processed(pipeline, FIRST).mask is None and heard.reports == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"encoding": "rgb8"}, "its encoding is 'rgb8'; publish it as mono8"),
+        ({"step": 3}, "step is 3, but a row holds"),
+        ({"data": np.zeros(5, np.uint8)}, "holds 5 bytes of data"),
+    ],
+)
+def test_a_mask_that_is_none_leaves_the_image_without_and_is_named(fields: dict[str, Any], said: str) -> None:
+    pipeline, heard = make("image")
+    pipeline.add_mask(0, mask_message(FIRST, **fields))
+    assert processed(pipeline, FIRST).mask is None
+    ((fault, topic, explanation),) = heard.reports
+    assert (fault, topic) == ("unusable mask", "image") and said in explanation
+
+
+def test_a_mask_that_hides_everything_is_named() -> None:
+    pipeline, heard = make("image")
+    pipeline.add_mask(0, mask_message(FIRST, np.zeros((2, 2), np.uint8)))
+    processed(pipeline, FIRST)
+    assert heard.reports == [
+        ("mask hides everything", "image", "the mask hides all of an image on image, so nothing is detected in it")
+    ]
+
+
+def test_each_camera_of_a_pair_has_its_own_masks() -> None:
+    pipeline, _ = make("left", "right")
+    seen: list[Any] = []
+
+    def register(*arguments: Any) -> Result:
+        seen.extend(arguments[4])
+        frame: Any = type("Frame", (), {"stamp": FIRST, "frame_id": "", "keypoints": range(100), "mask": None})
+        return Result(frame, None, None)
+
+    pipeline.front_end.register = register  # type: ignore[method-assign]
+    pipeline.add_mask(1, mask_message(FIRST + MS, np.ones((3, 3), np.uint8)))
+    pipeline.process([image(FIRST, "left"), image(FIRST, "right")])
+    assert seen[0] is None and seen[1].shape == (3, 3)
+
+
+# Bags
+
+
+@pytest.fixture
+def run(kpmatch: Run) -> Run:
+    """run(words...): exit status, stdout and stderr of `kpmatch bag`."""
+    return functools.partial(kpmatch, "bag")
+
+
+@pytest.fixture(scope="module")
+def views(texture: Any) -> Images:
+    wide = texture(150, 240, 5)
+    return [np.ascontiguousarray(wide[i : i + HEIGHT, 4 * i : 4 * i + WIDTH]) for i in range(5)]
+
+
+def write(
+    path: Path, views: Images, late: int, masked: Callable[[int], bool] = lambda i: True, name: str = "mask"
+) -> Path:
+    """A bag with masks that are recorded so many nanoseconds after their images."""
+    records: list[tuple[int, str, Any]] = []
+    for i, (stamp, view) in enumerate(zip(stamps(len(views)), views)):
+        records.append((stamp, "/camera/image_raw", image_message(view, stamp, "camera", "mono8")))
+        records.append((stamp, "/camera/camera_info", camera_info_message(demo_camera(*SIZE), stamp, "camera")))
+        if masked(i):
+            records.append((stamp + late, f"/camera/{name}", mask_message(stamp)))
+    with BagWriter(path) as writer:
+        for recorded_at, topic, message in sorted(records, key=lambda record: record[0]):
+            writer.write(topic, message, recorded_at)
+    return path
+
+
+def written(path: Path) -> list[tuple[str, int, Any]]:
+    """What a bag holds, but for what it cost."""
+    found = []
+    for topic, records in by_topic(path).items():
+        for record in records:
+            if topic == "/matches":
+                record.message.extract_ms = record.message.match_ms = 0.0
+            found.append((topic, record.stamp, repr(record.message)))
+    return found
+
+
+def test_a_bags_masks_hide_their_part_whenever_they_were_recorded(run: Run, views: Images, tmp_path: Path) -> None:
+    for late in (-50 * MS, 250 * MS):
+        source = write(tmp_path / f"in{late}", views, late)
+        status, _, err = run(source, tmp_path / f"out{late}", *QUICK, "--features")
+        assert (status, err) == (0, "")
+    found = by_topic(tmp_path / f"out{250 * MS}")
+    assert [header_stamp(record.message) for record in found["/features"]] == stamps(5)
+    assert [record.stamp for record in found["/features"]] == stamps(5)
+    for record in found["/features"]:
+        points = record.message.points.reshape(-1, 2)
+        assert len(points) > 30 and under(left_third(HEIGHT, WIDTH), points) == 0
+    assert written(tmp_path / f"out{-50 * MS}") == written(tmp_path / f"out{250 * MS}")
+
+
+def test_images_of_a_bag_without_their_mask_are_counted(run: Run, views: Images, tmp_path: Path) -> None:
+    source = write(tmp_path / "in", views, 20 * MS, lambda i: i not in (2, 4), name="body")
+    for out in ("first", "again"):
+        status, printed, err = run(
+            source, tmp_path / out, *QUICK, "--features", "--json", "--mask-topic", "/camera/body", "--image",
+            "/camera/image_raw",
+        )  # fmt: skip
+        assert status == 0 and "without a mask" in err
+        assert json.loads(printed)["masks"] == {"no mask on /camera/image_raw": 2}
+    hidden = [
+        under(left_third(HEIGHT, WIDTH), record.message.points.reshape(-1, 2))
+        for record in by_topic(tmp_path / "again")["/features"]
+    ]
+    assert [count > 0 for count in hidden] == [False, False, True, False, True]
+    assert written(tmp_path / "first") == written(tmp_path / "again")
+
+
+def test_a_mask_may_be_a_file(run: Run, views: Images, tmp_path: Path) -> None:
+    import cv2
+
+    mask = left_third(HEIGHT, WIDTH)[::-1, ::-1]
+    assert cv2.imwrite(str(tmp_path / "mask.png"), mask)
+    source = write(tmp_path / "in", views, 0)
+    status, printed, err = run(
+        source, tmp_path / "out", *QUICK, "--features", "--json", "--mask", tmp_path / "mask.png"
+    )
+    assert (status, err, json.loads(printed)["masks"]) == (0, "", {})
+    for record in by_topic(tmp_path / "out")["/features"]:  # both hold
+        points = record.message.points.reshape(-1, 2)
+        assert len(points) > 10 and under(np.minimum(mask, left_third(HEIGHT, WIDTH)), points) == 0
+
+
+def test_masks_that_are_not_there_are_refused(run: Run, views: Images, tmp_path: Path) -> None:
+    source = write(tmp_path / "in", views, 0)
+    for words, said in (
+        (["--mask", tmp_path / "none.png"], "mask is '"),
+        (["--mask-right", tmp_path / "none.png"], "mask_right is"),
+        (["--mask-topic", "/none"], "--mask-topic /none: there is no such mask topic"),
+        (["--left-mask", "/camera/mask", "--mode", "mono"], "--left-mask /camera/mask: the mode is mono"),
+    ):
+        assert said in refused(run(source, tmp_path / "out", *QUICK, *words))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_topic_named_mask_beside_images_is_no_camera(run: Run, tmp_path: Path) -> None:
+    from kpmatch_ros.bags.cameras import choose_camera, choose_stereo_cameras
+
+    with BagWriter(tmp_path / "bag") as writer:
+        for number, topic in enumerate(("/left/image", "/left/mask", "/right/image", "/right/mask", "/alone/mask")):
+            writer.write(topic, new_message("sensor_msgs/msg/Image"), number)
+    left, right = choose_stereo_cameras(tmp_path / "bag")
+    assert (left.image, left.mask, right.image, right.mask) == (
+        "/left/image",
+        "/left/mask",
+        "/right/image",
+        "/right/mask",
+    )
+    assert choose_camera(tmp_path / "bag", "/left/mask").mask == ""
+    assert choose_camera(tmp_path / "bag", "/left/image", mask_topic="/alone/mask").mask == "/alone/mask"
