@@ -101,23 +101,24 @@ def test_an_image_waits_while_its_mask_may_come() -> None:
 def test_waiting_ends_when_the_mask_comes_and_when_the_time_is_over() -> None:
     masks = sync()
     begun = time.monotonic()
+    masks.wait([MS], -1.0)
     masks.wait([MS], 0.05)
-    assert 0.05 <= time.monotonic() - begun < 1
+    assert time.monotonic() - begun >= 0.05
     sender = threading.Timer(0.05, lambda: masks.put(0, MS, "mask"))
     sender.start()
     masks.wait([MS], 60.0)
-    assert time.monotonic() - begun < 10 and masks.take(0, MS) == "mask"
+    assert time.monotonic() - begun < 60 and masks.take(0, MS) == "mask"
     sender.join()
 
 
 @pytest.mark.parametrize(("queue", "longest"), [("latest", 0.02), ("all", 1.0)])
 def test_a_frame_waits_no_longer_than_its_queue_allows(queue: str, longest: float) -> None:
     pipeline, _ = make("image", queue=queue, sync_tolerance=0.02)
-    for expected, waited, patience in (([], 0.0, 0.0), ([0], 5.0, 0.0), ([0], 0.0, longest)):
-        pipeline.masks.expected = expected
-        begun = time.monotonic()
+    asked: list[Any] = []
+    pipeline.masks.wait = lambda *arguments: asked.append(arguments)  # type: ignore[method-assign]
+    for waited in (0.0, 0.25):
         pipeline.wait_for_masks([image(MS)], waited)
-        assert patience <= time.monotonic() - begun < patience + 0.5
+    assert asked == [([MS], longest), ([MS], longest - 0.25)]
 
 
 # The pipeline
