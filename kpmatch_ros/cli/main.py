@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 import kpmatch_ros
+from kpmatch_ros.cli.archive import add_archive
 from kpmatch_ros.cli.bag import add_bag
 from kpmatch_ros.cli.bench import add_bench
 from kpmatch_ros.cli.common import CommandError, Parser
@@ -114,4 +115,5 @@ def _build_parser() -> Parser:
     add_doctor(commands)
     add_weights(commands)
     add_bench(commands)
+    add_archive(commands)
     return parser

@@ -1,0 +1,285 @@
+"""Folders of bags: each is replayed as `kpmatch bag` does, and one table holds the figures of all. `kpmatch archive`.
+
+Scheduling, retries and placement on several machines are Ray's. What is here makes a bag's result whole or absent, so
+that any worker may die, and any run may be taken up again.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import fcntl
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kpmatch_ros
+from kpmatch_ros.bags.cameras import choose_cameras
+from kpmatch_ros.bags.files import BagError
+from kpmatch_ros.bags.replay import replay
+from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.parameters import ParameterError, Parameters
+from kpmatch_ros.weights import WeightsError
+
+__all__ = ["Job", "Row", "Settings", "claimed", "find_bags", "finished_row", "replay_one", "write_tables"]
+
+Row = dict[str, Any]
+"""The figures of a bag: bag, state, frames, rate, matches, inliers, poses, rejected, seconds, where, message.
+
+`state` is done; or broken, where the bag is at fault; or failed, where something else is.
+"""
+
+_ROW = "kpmatch_archive.json"  # in a finished bag's folder
+_SETTINGS = "archive.json"
+_STORAGE = re.compile(r".*\.(mcap|db3)(\.zstd)?")
+_FILES = (".mcap", ".db3", ".bag")  # those of ROS 1 are refused with the name of what converts them
+_OF_THE_MACHINE = ("device", "threads")  # parameters that another machine may have otherwise
+_OF_FILES = ("extractor", "matcher", "mask", "mask_right")  # parameters that may name files
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How bags are replayed.
+
+    Attributes:
+        parameters: as the node's.
+        topics: those given, see :func:`kpmatch_ros.bags.cameras.choose_cameras`.
+        features, match_image: write these topics too.
+    """
+
+    parameters: Parameters
+    topics: Mapping[str, str | None]
+    features: bool = False
+    match_image: bool = False
+
+    def with_whole_paths(self) -> Settings:
+        """The same where the current folder is another one, as on another machine."""
+        given = {name: getattr(self.parameters, name) for name in _OF_FILES}
+        whole = {name: str(Path(text).resolve()) for name, text in given.items() if text and Path(text).exists()}
+        return dataclasses.replace(self, parameters=self.parameters.replace(whole))
+
+    def described(self) -> dict[str, Any]:
+        """What decides on the results, as JSON has it."""
+        chosen = dataclasses.asdict(self.parameters)
+        parameters = {name: value for name, value in chosen.items() if name not in _OF_THE_MACHINE}
+        topics = {name: topic for name, topic in self.topics.items() if topic is not None}
+        return {
+            "version": kpmatch_ros.__version__,
+            **parameters,
+            **topics,
+            "features": self.features,
+            "match_image": self.match_image,
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """One bag to replay.
+
+    Attributes:
+        name: of the bag, below the folder that was searched.
+        source: to read.
+        target: folder to write.
+        unfinished: folder on the same file system, for what is not whole yet.
+    """
+
+    name: str
+    source: Path
+    target: Path
+    unfinished: Path
+
+    @classmethod
+    def of(cls, bag: Path, folder: Path, out: Path, unfinished: Path) -> Job:
+        """The job for a bag below a folder: its target is in the same place below `out`."""
+        name = bag.relative_to(folder)
+        target = name if bag.is_dir() else name.with_name(f"{name.stem}_{name.suffix[1:]}")
+        return cls(str(name), bag, out / target, unfinished)
+
+
+def find_bags(folder: Path) -> list[Path]:
+    """The bags below a folder, sorted.
+
+    A bag is a folder with metadata.yaml, or with files that are numbered after it, or any other .mcap, .db3 or .bag
+    file. A folder that cannot be read is taken for one, so that it is named.
+
+    Raises:
+        BagError: there is none.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+
+    def unreadable(error: OSError) -> None:
+        found.append(Path(error.filename))
+
+    for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
+        here, real = Path(place), os.path.realpath(place)
+        if real in seen:  # links in a circle
+            folders.clear()
+        elif _is_bag(here, files):
+            found.append(here)
+            folders.clear()
+        else:
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found += [here / name for name in files if name.endswith(_FILES) and not name.startswith(".")]
+        seen.add(real)
+    if found == [folder]:
+        raise BagError(f"{folder}: is one bag, not a folder with bags in it; kpmatch bag replays it")
+    if not found:
+        raise BagError(f"{folder}: there is no bag in it: no folder with metadata.yaml, no .mcap and no .db3 file")
+    return sorted(found)
+
+
+def _is_bag(folder: Path, files: list[str]) -> bool:
+    stored = [name for name in files if _STORAGE.fullmatch(name)]
+    if "metadata.yaml" not in files:  # as after a recorder that was killed
+        return any(name.startswith(f"{folder.name}_0.") for name in stored)
+    return bool(stored) or "rosbag2_bagfile_information" in (folder / "metadata.yaml").read_text(errors="replace")
+
+
+@contextmanager
+def claimed(out: Path, settings: Settings) -> Iterator[Path]:
+    """The folder for what is not whole yet, in an archive that no other run writes to at the same time.
+
+    What an earlier run left there is removed, as what this one leaves.
+
+    Raises:
+        BagError: another run writes to it, or it was made with other settings.
+        OSError: it cannot be written.
+    """
+    out.mkdir(exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BagError(f"{out}: another kpmatch archive is writing to it; wait for its end, or stop it") from None
+        except OSError:
+            pass  # a file system without locks
+        unfinished = out / ".unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        try:
+            _check_settings(out / _SETTINGS, unfinished, settings.described())
+            yield unfinished
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _check_settings(file: Path, unfinished: Path, settings: dict[str, Any]) -> None:
+    """A table of bags that were made in different ways would compare nothing."""
+    if not file.exists():
+        (unfinished / file.name).write_text(json.dumps(settings, indent=1) + "\n")
+        os.replace(unfinished / file.name, file)
+        return
+    try:
+        before = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError):
+        raise BagError(f"{file}: is not what kpmatch archive wrote; choose another folder to write to") from None
+    differing = [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
+    if differing:
+        name = differing[0]
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise BagError(
+            f"{file.parent}: was begun with {name} {before.get(name)!r}, now it is {settings.get(name)!r}{more}; "
+            "go on as it was begun, or choose another folder to write to"
+        )
+
+
+def finished_row(job: Job) -> Row | None:
+    """The figures of a bag that was done before; None where it is to be done."""
+    try:
+        return dict(json.loads((job.target / _ROW).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def replay_one(job: Job, settings: Settings) -> Row:
+    """Replay a bag. Its target is there, with its figures, when all is done, and otherwise not.
+
+    Raises:
+        ParameterError, WeightsError: no bag can be replayed like this.
+        OSError: the target cannot be written.
+    """
+    started = time.perf_counter()
+    row: Row = {"bag": job.name, "where": f"{socket.gethostname()}:{os.getpid()}"}
+    try:
+        if job.target.exists():
+            raise BagError(f"{job.target}: exists, and kpmatch archive did not make it; remove it")
+        cameras = choose_cameras(job.source, settings.parameters.mode, settings.topics)
+        with tempfile.TemporaryDirectory(dir=job.unfinished) as folder:
+            beside = Path(folder) / job.target.name
+            report = replay(
+                job.source, beside, cameras, settings.parameters,
+                features=settings.features, match_image=settings.match_image,
+            )  # fmt: skip
+            figures = report.figures()
+            row |= {name: figures[name] for name in ("frames", "rate", "matches", "inliers", "poses", "rejected")}
+            uncalibrated = [f"no camera_info for {camera.image}" for camera in cameras if not camera.camera_info]
+            row |= {"state": "done", "message": "; ".join(uncalibrated + report.faults)}
+            row["seconds"] = round(time.perf_counter() - started, 3)
+            (beside / _ROW).write_text(json.dumps(row))
+            job.target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.replace(beside, job.target)
+            except OSError:  # a worker that seemed lost, and was replaced by this one, may have been first
+                if finished_row(job) is None:
+                    raise
+            return row
+    except BagError as error:
+        row |= {"state": "broken", "message": str(error)}
+    except (ParameterError, WeightsError, OSError):
+        raise
+    except Exception as error:  # noqa: BLE001 - a fault of this program in one bag of many
+        row |= {"state": "failed", "message": f"{job.source}: an unexpected fault, {type(error).__name__}: {error}"}
+    row["seconds"] = round(time.perf_counter() - started, 3)
+    return row
+
+
+def write_tables(rows: list[Row], out: Path, unfinished: Path) -> list[Path]:
+    """Write archive.csv, and where pyarrow is installed archive.parquet; their paths."""
+    reasons = sorted({reason for row in rows for reason in row.get("rejected", {})})
+    types = {
+        **dict.fromkeys(("bag", "state"), str),
+        "frames": int,
+        **dict.fromkeys(("rate", "matches", "inliers"), float),
+        **{f"status_{status.name.lower()}": int for status in PoseStatus},
+        "rejected": int,
+        **{f"rejected_{reason}": int for reason in reasons},
+        "seconds": float,
+        **dict.fromkeys(("where", "message"), str),
+    }
+    lines = []
+    for row in rows:
+        poses, rejected = row.get("poses"), row.get("rejected")
+        line = {name: row.get(name) for name in types}
+        line["rejected"] = None if rejected is None else sum(rejected.values())
+        for status in PoseStatus:
+            line[f"status_{status.name.lower()}"] = None if poses is None else poses.get(status.name, 0)
+        for reason in reasons:
+            line[f"rejected_{reason}"] = None if rejected is None else rejected.get(reason, 0)
+        lines.append(line)
+    with (unfinished / "archive.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(types))
+        writer.writeheader()
+        writer.writerows(lines)
+    written = ["archive.csv"]
+    if importlib.util.find_spec("pyarrow") is not None:
+        import pyarrow
+        from pyarrow import parquet
+
+        kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
+        schema = pyarrow.schema([(name, kinds[kind]) for name, kind in types.items()])
+        parquet.write_table(pyarrow.Table.from_pylist(lines, schema), unfinished / "archive.parquet")
+        written.append("archive.parquet")
+    for name in written:
+        os.replace(unfinished / name, out / name)
+    return [out / name for name in written]

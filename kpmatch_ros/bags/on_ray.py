@@ -1,0 +1,101 @@
+"""Bags of an archive on the workers of Ray: Ray places them, retries them, and sees who died."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from kpmatch_ros.bags.archive import Job, Row, Settings, replay_one
+from kpmatch_ros.bags.files import BagError
+
+__all__ = ["replay_on_ray"]
+
+_RETRIES = 3  # of a bag whose worker died
+_PATIENCE = 5.0  # seconds for a cluster to answer
+_OBJECT_STORE = 100_000_000  # bytes. Only paths and figures travel; Ray would take 30 % of the memory.
+
+
+def replay_on_ray(
+    jobs: list[Job], settings: Settings, address: str, cpus: float, gpus: float, say: Callable[[str], None]
+) -> Iterator[Row]:
+    """The figures of each bag, when it is done.
+
+    The workers need the package, the weights, and the folders under the same paths.
+
+    Args:
+        jobs: the bags.
+        settings: of them all.
+        address: of a cluster, or local for workers of this machine.
+        cpus, gpus: that Ray keeps for one bag.
+        say: gets a sentence that is not an error.
+
+    Raises:
+        BagError: Ray is not installed, the cluster cannot be reached, or this machine has not enough for one bag.
+        ParameterError, WeightsError, OSError: as of :func:`replay_one`.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise BagError("--ray: needs Ray, which is not installed: pip install ray")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    with _connected(address):
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+            largest = " and ".join(f"{max(node.get(kind, 0) for node in nodes):g} {kind}s" for kind in ("CPU", "GPU"))
+            text = f"a bag is to have {cpus:g} CPUs and {gpus:g} GPUs, but Ray knows of at most {largest} in a machine"
+            if address == "local":
+                raise BagError(text)
+            say(f"{text}; the bags wait until one joins that has")
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)(replay_one)
+        waiting = {task.options(name=f"kpmatch {job.name}").remote(job, settings): job for job in jobs}
+        for done in ray.util.as_completed(list(waiting), chunk_size=1, yield_obj_refs=True):
+            try:
+                yield ray.get(done)
+            except RayTaskError as error:
+                raise error.cause from None
+            except RayError as error:
+                job, text = waiting[done], " ".join(str(error).split())
+                yield {
+                    "bag": job.name,
+                    "state": "failed",
+                    "message": f"{job.source}: its worker died {1 + _RETRIES} times: {text:.300}",
+                }
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[None]:
+    import ray
+
+    endpoint = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    try:
+        if endpoint:  # Ray itself would try for minutes, with a line of its log for each time
+            socket.create_connection((endpoint[1], int(endpoint[2])), _PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise BagError(
+            f"--ray {address}: nothing answers there: {error}; `ray status` on the cluster says its address"
+        ) from error
+    options: dict[str, Any] = (
+        {"include_dashboard": False, "object_store_memory": _OBJECT_STORE} if address == "local" else {}
+    )
+    in_main = threading.current_thread() is threading.main_thread()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise BagError(f"--ray {address}: Ray cannot be reached: {text:.300}") from error
+    try:
+        if in_main:
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's would leave without a word
+        yield
+    finally:
+        ray.shutdown()

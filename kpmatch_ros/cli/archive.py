@@ -1,0 +1,154 @@
+"""kpmatch archive: folders of bags in, the same folders with what the node would publish out, and one table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Generator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kpmatch_ros.cli.bag import add_replay_options, chosen_topics, replay_parameters
+from kpmatch_ros.cli.common import CommandError, add_command
+from kpmatch_ros.tables import format_table
+
+if TYPE_CHECKING:
+    from kpmatch_ros.bags.archive import Job, Row, Settings
+
+__all__ = ["add_archive"]
+
+
+def add_archive(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "archive",
+        _archive,
+        "run the matcher on all bags below a folder, on this machine or on Ray, and write one table",
+        "Do what `kpmatch bag` does with every bag below a folder. A bag that was done before is not done again. One "
+        "that cannot be read is named and left out. The options are those of `kpmatch bag`, for all bags alike.",
+        "kpmatch archive recordings matched",
+        "kpmatch archive recordings matched --ray local --cpus-per-bag 2",
+        "kpmatch archive /data/recordings /data/matched --ray 10.0.0.1:6379 --gpus-per-bag 0.25",
+    )
+    parser.add_argument("source", metavar="IN", type=Path, help="folder with bags in it, at any depth")
+    parser.add_argument("target", metavar="OUT", type=Path, help="folder to write, or to go on with")
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="several bags at a time on Ray's workers: the address of a cluster, as ray.init takes it, or local for "
+        "this machine. Without it: one bag after the other on this machine (needs ray)",
+    )
+    for kind, default in (("cpu", 1.0), ("gpu", 0.0)):
+        parser.add_argument(
+            f"--{kind}s-per-bag",
+            metavar="X",
+            type=_share,
+            help=f"{kind.upper()}s that Ray keeps for a bag, 0.25 say for four bags on one (default {default:g})",
+        )
+    add_replay_options(parser)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1024 or (value > 1 and value != int(value)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part of one, nor a whole number up to 1024")
+    return value
+
+
+def _archive(options: argparse.Namespace) -> int:
+    from kpmatch_ros.bags.archive import Job, Settings, claimed, find_bags, finished_row, write_tables
+    from kpmatch_ros.bags.files import BagError
+
+    source, out = options.source.resolve(), options.target.resolve()
+    if not source.is_dir():
+        raise CommandError(f"{options.source}: there is no such folder")
+    if source == out or source in out.parents:
+        raise CommandError(f"{options.target}: lies in {options.source}, and would be read too; choose another place")
+    for name in ("cpus_per_bag", "gpus_per_bag"):
+        if options.ray is None and vars(options)[name] is not None:
+            raise CommandError(f"--{name.replace('_', '-')}: is Ray's to keep; give --ray too")
+    parameters = replay_parameters(options)
+    topics = chosen_topics(options, parameters)
+    settings = Settings(parameters, topics, options.features, options.match_image).with_whole_paths()
+    started = time.perf_counter()
+    try:
+        bags = find_bags(source)
+        with claimed(out, settings) as unfinished:
+            jobs = [Job.of(bag, source, out, unfinished) for bag in bags]
+            rows = {job.name: row for job in jobs if (row := finished_row(job)) is not None}
+            before = len(rows)
+            _run(options, [job for job in jobs if job.name not in rows], settings, rows)
+            tables = write_tables([rows[job.name] for job in jobs], out, unfinished)
+    except BagError as error:
+        raise CommandError(str(error)) from error
+    print(format_table(_summary(list(rows.values()), before, time.perf_counter() - started, tables)))
+    failed = [row for row in rows.values() if row["state"] == "failed"]
+    if failed:
+        raise CommandError(f"{len(failed)} of {len(rows)} bags failed; the same command tries them again")
+    if all(row["state"] == "broken" for row in rows.values()):
+        raise CommandError(f"none of the {len(rows)} bags can be used")
+    return 0
+
+
+def _run(options: argparse.Namespace, jobs: list[Job], settings: Settings, rows: dict[str, Row]) -> None:
+    """Replay bags, and name those that cannot be."""
+    from tqdm import tqdm
+
+    def say(text: str) -> None:
+        tqdm.write(f"{options.name}: {text}", file=sys.stderr)
+
+    total = len(rows) + len(jobs)
+    # disable=None: no bar where stderr is no terminal
+    with (
+        tqdm(total=total, initial=len(rows), desc="bags", unit="bag", disable=None, leave=False) as bar,
+        closing(_replayed(options, jobs, settings, say)) as results,
+    ):
+        for row in results:
+            rows[row["bag"]] = row
+            if row["state"] != "done":
+                say(row["message"])
+            bar.update()
+
+
+def _replayed(options: argparse.Namespace, jobs: list[Job], settings: Settings, say: Any) -> Generator[Row, None, None]:
+    from kpmatch_ros.bags.archive import replay_one
+    from kpmatch_ros.bags.on_ray import replay_on_ray
+
+    if not jobs:
+        return
+    if options.ray is None:
+        for job in jobs:
+            yield replay_one(job, settings)
+        return
+    cpus = 1.0 if options.cpus_per_bag is None else options.cpus_per_bag
+    yield from replay_on_ray(jobs, settings, options.ray, cpus, options.gpus_per_bag or 0.0, say)
+
+
+def _summary(rows: list[Row], before: int, seconds: float, tables: list[Path]) -> list[tuple[str, str]]:
+    states = Counter(row["state"] for row in rows)
+    poses: Counter[str] = Counter()
+    rejected: Counter[str] = Counter()
+    for row in rows:
+        poses.update(row.get("poses", {}))
+        rejected.update(row.get("rejected", {}))
+
+    def counts(counter: Counter[str]) -> str:
+        return ", ".join(f"{name} {count}" for name, count in sorted(counter.items())) or "none"
+
+    earlier = f" ({before} of them before)" if before else ""
+    others = "".join(f", {states[state]} {state}" for state in ("broken", "failed") if states[state])
+    no_parquet = "" if len(tables) > 1 else " (archive.parquet needs pyarrow, which is not installed)"
+    return [
+        ("bags", f"{states['done']} done{earlier}{others}"),
+        ("frames", f"{sum(row.get('frames', 0) for row in rows)}"),
+        ("poses", counts(poses)),
+        ("rejected", counts(rejected)),
+        ("seconds", f"{seconds:.1f}"),
+        ("table", " and ".join(map(str, tables)) + no_parquet),
+    ]

@@ -1,0 +1,252 @@
+"""kpmatch archive: every bag once and whole, whatever is broken and whoever dies, and a table that holds them all."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import functools
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from bag_harness import QUICK, SIZE, Run, by_topic, stamps
+from numpy.typing import NDArray
+
+from kpmatch_ros.bags.archive import find_bags
+from kpmatch_ros.bags.files import BagWriter, image_message
+from simulation import demo_camera
+from simulation.bags import write_camera_bag
+
+
+@pytest.fixture
+def run(kpmatch: Run) -> Run:
+    """run(words...): exit status, stdout and stderr of `kpmatch archive`."""
+    return functools.partial(kpmatch, "archive")
+
+
+@pytest.fixture(scope="module")
+def views(texture: Any) -> list[NDArray[np.uint8]]:
+    """Images of a textured plane that moves by."""
+    wide = texture(150, 240, 5)
+    return [np.ascontiguousarray(wide[i : i + SIZE[1], 4 * i : 4 * i + SIZE[0]]) for i in range(12)]
+
+
+@pytest.fixture
+def bags(views: list[NDArray[np.uint8]], tmp_path: Path) -> Path:
+    """Two good bags, one of which is a bare file, and two broken ones."""
+    folder = tmp_path / "in"
+    for name in ("monday/a", "c", "cut", "other"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_camera_bag(folder / name, views[:3], stamps(3), demo_camera(*SIZE))
+    shutil.move(folder / "c" / "c.mcap", folder / "c.mcap")
+    shutil.rmtree(folder / "c")
+    cut = folder / "cut" / "cut.mcap"
+    cut.write_bytes(cut.read_bytes()[:3000])
+    (folder / "other" / "other.mcap").write_bytes(b"something else")
+    return folder
+
+
+def table(out: Path) -> dict[str, dict[str, str]]:
+    with (out / "archive.csv").open(newline="") as file:
+        return {row["bag"]: row for row in csv.DictReader(file)}
+
+
+def test_every_bag_becomes_what_kpmatch_bag_makes_of_it_and_broken_ones_are_named(
+    run: Run, kpmatch: Run, bags: Path, tmp_path: Path
+) -> None:
+    status, printed, errors = run(bags, tmp_path / "out", *QUICK)
+    assert status == 0 and "2 done, 2 broken" in printed
+    named = errors.splitlines()
+    assert len(named) == 2 and str(bags / "cut") in named[0] and str(bags / "other") in named[1]
+    assert kpmatch("bag", bags / "monday" / "a", tmp_path / "alone", *QUICK)[0] == 0
+    ours, alone = by_topic(tmp_path / "out" / "monday" / "a"), by_topic(tmp_path / "alone")
+    assert set(ours) == {"/matches", "/relative_pose"}
+    for one, other in zip(ours["/matches"], alone["/matches"], strict=True):
+        assert np.array_equal(one.message.points, other.message.points) and len(one.message.points) > 20
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        ".lock", "archive.csv", "archive.json", "c_mcap", "monday",
+        *(["archive.parquet"] if importlib.util.find_spec("pyarrow") else []),
+    }  # fmt: skip
+
+
+def test_the_table_has_a_row_for_each_bag_in_both_formats(
+    run: Run, views: list[NDArray[np.uint8]], bags: Path, tmp_path: Path
+) -> None:
+    with BagWriter(bags / "odd") as bag:
+        for number, (stamp, view) in enumerate(zip(stamps(4), views)):
+            message = image_message(view, stamp, "eye", "mono8")
+            message.encoding = "mono7" if number == 2 else "mono8"
+            bag.write("/eye/image", message, stamp)
+    assert run(bags, tmp_path / "out", *QUICK)[0] == 0
+    rows = table(tmp_path / "out")
+    assert list(rows) == ["c.mcap", "cut", "monday/a", "odd", "other"]
+    odd = rows["odd"]
+    assert (odd["state"], odd["frames"], odd["rejected"], odd["rejected_encoding"]) == ("done", "3", "1", "1")
+    assert (odd["status_no_calibration"], odd["status_ok"]) == ("2", "0") and "no camera_info" in odd["message"]
+    good = rows["monday/a"]
+    assert good["frames"] == "3" and good["rejected_encoding"] == "0" and float(good["matches"]) > 20
+    assert float(good["seconds"]) > 0 and good["where"].endswith(f":{os.getpid()}")
+    assert (
+        rows["cut"]["state"] == "broken" and rows["cut"]["frames"] == "" and "cannot be read" in rows["cut"]["message"]
+    )
+    parquet = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "out" / "archive.parquet").to_pylist()
+    assert [{name: "" if value is None else str(value) for name, value in row.items()} for row in parquet] == [
+        *rows.values()
+    ]
+
+
+def test_a_bag_that_is_done_is_not_done_again_and_one_that_is_mended_is(
+    run: Run, views: list[NDArray[np.uint8]], bags: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert run(bags, out, *QUICK)[0] == 0
+    first = table(out)
+    (out / ".unfinished" / "of a run that was killed").mkdir(parents=True)
+    shutil.rmtree(bags / "cut")
+    write_camera_bag(bags / "cut", views[:3], stamps(3), demo_camera(*SIZE))
+    status, printed, _ = run(bags, out, *QUICK)
+    assert status == 0 and "3 done (2 of them before), 1 broken" in printed
+    second = table(out)
+    assert second["cut"]["state"] == "done" and not (out / ".unfinished").exists()
+    for name in ("c.mcap", "monday/a"):
+        assert second[name] == first[name]  # its seconds too
+
+
+def test_a_run_does_not_go_on_with_other_settings(run: Run, bags: Path, tmp_path: Path) -> None:
+    assert run(bags, tmp_path / "out", *QUICK)[0] == 0
+    status, _, error = run(bags, tmp_path / "out", *QUICK, "--border", 9)
+    assert status == 2 and "was begun with border -1, now it is 9" in error and len(error.splitlines()) == 1
+    assert run(bags, tmp_path / "out", *QUICK, "--threads", 1)[0] == 0  # changes nothing in the results
+
+
+def test_a_bag_that_ends_half_way_leaves_nothing(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        write_camera_bag(tmp_path / "in" / name, views[:3], stamps(3), demo_camera(*SIZE))
+    write = BagWriter.write
+    written: list[str] = []
+
+    def fail(self: BagWriter, topic: str, message: Any, stamp: int) -> None:
+        written.append(topic)
+        if len(written) == 2:
+            raise ZeroDivisionError("a fault of the program")
+        write(self, topic, message, stamp)
+
+    monkeypatch.setattr(BagWriter, "write", fail)
+    status, _, errors = run(tmp_path / "in", tmp_path / "out", *QUICK)
+    assert status == 2 and "ZeroDivisionError" in errors and "1 of 2 bags failed" in errors.splitlines()[-1]
+    assert [row["state"] for row in table(tmp_path / "out").values()] == ["failed", "done"]
+    assert not (tmp_path / "out" / "a").exists() and (tmp_path / "out" / "b" / "metadata.yaml").exists()
+    assert not (tmp_path / "out" / ".unfinished").exists()
+
+
+def test_two_runs_do_not_write_to_one_archive(run: Run, bags: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status, _, error = run(bags, tmp_path / "out", *QUICK)
+    assert status == 2 and "another kpmatch archive" in error
+
+
+def test_bags_are_found_in_every_form_that_recorders_leave(tmp_path: Path) -> None:
+    for name in (
+        "a/metadata.yaml", "a/x_0.db3",  # a bag
+        "b/b_0.mcap", "b/b_1.mcap",  # a recorder that was killed
+        "c/one.mcap", "c/two.db3", "c/old.bag", "c/note.txt",  # bare files
+        "d/metadata.yaml", "d/e/e_0.mcap.zstd",  # metadata of something else
+        ".trash/f.mcap",
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "g").symlink_to(tmp_path)
+    found = [str(path.relative_to(tmp_path)) for path in find_bags(tmp_path)]
+    assert found == ["a", "b", "c/old.bag", "c/one.mcap", "c/two.db3", "d/e"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["{in}/none", "{out}"], "there is no such folder"),
+        (["{in}/monday/a", "{out}"], "is one bag, not a folder"),
+        (["{in}/empty", "{out}"], "there is no bag in it"),
+        (["{in}", "{in}/out"], "would be read too"),
+        (["{in}", "{out}", "--gpus-per-bag", "1"], "give --ray too"),
+        (["{in}", "{out}", "--ray", "local", "--cpus-per-bag", "1.5"], "is not a part of one, nor a whole number"),
+        (["{in}", "{out}", "--ray", "127.0.0.1:1"], "nothing answers there"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    run: Run, bags: Path, tmp_path: Path, words: list[str], said: str
+) -> None:
+    if "127.0.0.1:1" in words:
+        pytest.importorskip("ray")
+    (bags / "empty").mkdir()
+    status, printed, error = run(*(word.format(**{"in": bags, "out": tmp_path / "out"}) for word in words))
+    assert (status, printed, len(error.splitlines())) == (2, "", 1) and said in error
+
+
+def test_where_no_bag_can_be_used_the_status_is_2(run: Run, bags: Path, tmp_path: Path) -> None:
+    for name in ("monday", "c.mcap"):
+        (bags / name).rename(tmp_path / name)
+    status, _, errors = run(bags, tmp_path / "out", *QUICK)
+    assert status == 2 and errors.splitlines()[-1] == "kpmatch archive: none of the 2 bags can be used"
+
+
+def test_what_is_not_installed_is_named(run: Run, bags: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, _, error = run(bags, tmp_path / "out", *QUICK, "--ray", "local")
+    assert status == 2 and "pip install ray" in error and len(error.splitlines()) == 1
+    status, printed, _ = run(bags, tmp_path / "out", *QUICK)
+    assert status == 0 and "archive.parquet needs pyarrow" in printed and len(table(tmp_path / "out")) == 4
+
+
+def test_a_worker_that_is_killed_costs_nothing_but_time(
+    views: list[NDArray[np.uint8]], bags: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    for name in ("d", "e"):
+        write_camera_bag(bags / name, views, stamps(12), demo_camera(*SIZE))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "kpmatch_ros.cli", "archive", bags, out, *QUICK,
+               "--ray", "local", "--cpus-per-bag", max(1, (os.cpu_count() or 2) // 2)]  # fmt: skip
+    process = psutil.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    family: list[psutil.Process] = []
+    try:
+        at_work: list[psutil.Process] = []
+        until = time.monotonic() + 120
+        while not (at_work and any((out / ".unfinished").glob("tmp*"))):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+            family = process.children(recursive=True)
+            at_work = [child for child in family if title(child).startswith("ray::kpmatch ")]
+        bag, victim = title(at_work[0]).removeprefix("ray::kpmatch "), at_work[0].pid
+        os.kill(victim, signal.SIGKILL)
+        printed, errors = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+    assert process.returncode == 0 and "4 done, 2 broken" in printed, errors
+    rows = table(out)
+    assert rows[bag]["state"] in ("done", "broken") and not rows[bag]["where"].endswith(f":{victim}")
+    assert not (out / ".unfinished").exists() and len(by_topic(out / "d")["/matches"]) == 11
+    gone, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+
+
+def title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()).strip()
+    except psutil.Error:
+        return ""
