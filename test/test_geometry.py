@@ -18,8 +18,10 @@ from two_view_scenes import CAMERA, DEPTH_CAMERA, DRONE, FISHEYE, Scene, check, 
 
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
-from kpmatch_ros.geometry.two_view import Noise, estimate_relative_pose, fit_rotation, small_parallax_chance
+from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.geometry.two_view_errors import Motion, normalise_matches
+from kpmatch_ros.geometry.two_view_fit import Noise
+from kpmatch_ros.geometry.two_view_rotation import fit_rotation, small_parallax_chance
 
 # The convention
 

@@ -160,19 +160,26 @@ class Camera:
         pixels = np.asarray(points, dtype=np.float64)
         if pixels.ndim != 2 or pixels.shape[1] != 2:
             raise ValueError(f"points must have shape (N, 2), not {pixels.shape}")
+        per_pixel = _inverse(self.matrix)
+        with np.errstate(invalid="ignore"):
+            distorted = (pixels - self.matrix[:2, 2]) @ per_pixel.T
+            good = (np.abs(distorted) < lens.LARGEST_TANGENT).all(axis=1)  # NaN is not
+        if good.all() and not self.distortion.any():
+            return distorted, np.broadcast_to(per_pixel, (len(pixels), 2, 2))
         normalised = np.full_like(pixels, np.nan)
         jacobian = np.full((len(pixels), 2, 2), np.nan)
-        good = np.asarray(np.isfinite(pixels).all(axis=1))
-        per_pixel = np.linalg.inv(self.matrix[:2, :2])
-        distorted = (pixels[good] - self.matrix[:2, 2]) @ per_pixel.T
-        near = np.abs(distorted).max(axis=1) < lens.LARGEST_TANGENT
-        good[good], distorted = near, distorted[near]
         if not self.distortion.any():
-            normalised[good], jacobian[good] = distorted, per_pixel
+            normalised[good], jacobian[good] = distorted[good], per_pixel
         elif good.any():
-            normalised[good], inverse = lens.undistort(distorted, self.distortion_model, self.distortion)
+            normalised[good], inverse = lens.undistort(distorted[good], self.distortion_model, self.distortion)
             jacobian[good] = inverse @ per_pixel
         return normalised, jacobian
+
+
+def _inverse(matrix: np.ndarray) -> np.ndarray:
+    """Normalised coordinates by pixels (2, 2), of a camera matrix (3, 3)."""
+    (fx, skew), (_, fy) = matrix[:2, :2]
+    return np.array([[1 / fx, -skew / (fx * fy)], [0.0, 1 / fy]])
 
 
 def _field(info: Any, name: str) -> Any:

@@ -42,6 +42,7 @@ _SPELLINGS = {
 # them, which costs little. Of the orders that leave the coefficients of two lenses a fold, all left 34 to 74 %.
 LEAST_INVERTIBLE = 0.8
 _GRID = 24  # pixels along each side at which a lens model is looked at
+_PLAIN = 8  # coefficients of the models that are polynomials alone, without a thin prism and a tilted sensor
 _NEWTON_ITERATIONS = 50
 _NEWTON_TOLERANCE = 1e-10  # normalised units: about 1e-7 px
 LARGEST_TANGENT = 50.0  # a direction within about one degree of the image plane is no usable one
@@ -117,32 +118,45 @@ def undistort(distorted: np.ndarray, model: str, coefficients: np.ndarray) -> tu
     cv2.undistortPoints is not used: it stops after five fixed-point steps (its criteria are no argument of it
     in the OpenCV 4 of ROS 2 Humble and Jazzy), does not say which points did not converge, and gives no jacobian.
     """
-    points = distorted.copy()
-    inverses = np.full((len(points), 2, 2), np.nan)
-    active = np.arange(len(points))
+    # Coordinates of one kind lie side by side: a third of the time that rows of two take.
+    target = np.ascontiguousarray(distorted.T)
+    points = target.copy()
     for _ in range(_NEWTON_ITERATIONS):
-        residuals, inverse, determinant = _distort(points[active], model, coefficients)
-        residuals -= distorted[active]
+        image, inverse, determinant = _distort(points, model, coefficients)
+        residuals = image - target
         # Where the determinant is not positive the lens model folds over, as no lens does.
-        sound = (determinant > 0) & (np.abs(points[active]).max(axis=1) < LARGEST_TANGENT)
-        converged = sound & (np.abs(residuals).max(axis=1) < _NEWTON_TOLERANCE)
-        inverses[active[converged]] = inverse[converged]
+        sound = (determinant > 0) & (np.maximum(*np.abs(points)) < LARGEST_TANGENT)
+        converged = sound & (np.maximum(*np.abs(residuals)) < _NEWTON_TOLERANCE)
         going_on = sound & ~converged
         if not going_on.any():
             break
-        active, residuals, inverse = active[going_on], residuals[going_on], inverse[going_on]
-        step = np.einsum("nij,nj->ni", inverse, residuals)
-        # Steps shorter than half the way to the axis, plus a half, do not leap over a fold unseen.
-        longest = 0.5 * (1 + np.linalg.norm(points[active], axis=1))
-        step *= np.minimum(1, longest / np.maximum(np.linalg.norm(step, axis=1), 1e-300))[:, None]
-        points[active] -= step
-    points[np.isnan(inverses[:, 0, 0])] = np.nan
-    return points, inverses
+        with np.errstate(all="ignore"):  # of those that do not go on
+            step = inverse[::2] * residuals[0] + inverse[1::2] * residuals[1]
+            # Steps shorter than half the way to the axis, plus a half, do not leap over a fold unseen.
+            longest = 0.5 * (1 + np.hypot(*points))
+            step *= np.minimum(1, longest / np.maximum(np.hypot(*step), 1e-300))
+        np.subtract(points, step, out=points, where=going_on)
+    points[:, ~converged] = np.nan
+    inverse[:, ~converged] = np.nan
+    return np.ascontiguousarray(points.T), np.ascontiguousarray(inverse.T).reshape(-1, 2, 2)
 
 
 def _distort(points: np.ndarray, model: str, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distorts normalised (N, 2); with the inverse (N, 2, 2) and determinant (N,) of the jacobian."""
-    rays = np.column_stack([points, np.ones(len(points))])[:, None, :]
+    """Distorts normalised (2, N); with the inverse (4, N), by rows, and determinant (N,) of the jacobian."""
+    if model == "equidistant" or len(coefficients) > _PLAIN:
+        image, (a, b, c, d) = _distort_by_opencv(points, model, coefficients)
+    else:
+        image, (a, b, c, d) = _distort_polynomially(points, coefficients)
+    with np.errstate(all="ignore"):  # the caller looks at the determinant
+        determinant = a * d - b * c
+        inverse = np.array([d, -b, -c, a]) / determinant
+    return image, inverse, determinant
+
+
+def _distort_by_opencv(points: np.ndarray, model: str, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The image (2, N) and the jacobian (4, N), by rows."""
+    rays = np.ones((points.shape[1], 1, 3))
+    rays[:, 0, :2] = points.T
     # With z = 1 and no rotation, the derivative by the camera's position is that by x and y. OpenCV gives it for
     # both lens models, in other columns.
     if model == "equidistant":
@@ -151,8 +165,35 @@ def _distort(points: np.ndarray, model: str, coefficients: np.ndarray) -> tuple[
     else:
         image, jacobian = cv2.projectPoints(rays, np.zeros(3), np.zeros(3), np.eye(3), coefficients)
         jacobian = jacobian[:, 3:5]
-    (a, b), (c, d) = jacobian.reshape(-1, 2, 2).transpose(1, 2, 0)
-    with np.errstate(all="ignore"):  # the caller looks at the determinant
-        determinant = a * d - b * c
-        inverse = np.stack([d, -b, -c, a], axis=-1).reshape(-1, 2, 2) / determinant[:, None, None]
-    return image.reshape(-1, 2), inverse, determinant
+    return np.ascontiguousarray(image.reshape(-1, 2).T), np.ascontiguousarray(jacobian.reshape(-1, 4).T)
+
+
+def _distort_polynomially(points: np.ndarray, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same of OpenCV's model with up to eight coefficients, in a fifth of the time.
+
+    cv2.projectPoints also differentiates by all that its callers may want to calibrate.
+    """
+    k1, k2, p1, p2, k3, k4, k5, k6 = np.pad(coefficients, (0, _PLAIN - len(coefficients)))
+    x, y = points
+    with np.errstate(all="ignore"):
+        square = x * x + y * y
+        above, below = 1 + square * (k1 + square * (k2 + square * k3)), 1 + square * (k4 + square * (k5 + square * k6))
+        radial = above / below
+        # By the square of the radius, times two.
+        growth = 2 * (k1 + square * (2 * k2 + 3 * k3 * square)) / below
+        growth -= 2 * radial * (k4 + square * (2 * k5 + 3 * k6 * square)) / below
+        product, across = x * y, 2 * (p1 * x + p2 * y)
+        image = np.array(
+            [
+                x * radial + 2 * p1 * product + p2 * (square + 2 * x * x),
+                y * radial + p1 * (square + 2 * y * y) + 2 * p2 * product,
+            ]
+        )
+        mixed = product * growth + across
+        jacobian = [
+            radial + x * x * growth + 2 * p1 * y + 6 * p2 * x,
+            mixed,
+            mixed,
+            radial + y * y * growth + 6 * p1 * y + 2 * p2 * x,
+        ]
+    return image, np.array(jacobian)

@@ -39,6 +39,8 @@ SMALLEST_CURVATURE = 0.1
 TINY = 1e-30
 """Stands for zero in a denominator."""
 
+_POWERS = np.linspace(0.1, 4, 40)  # of Chernoff's bound
+
 _DEVIATIONS_PER_MEDIAN = 1.4826  # standard deviation over median absolute deviation, Gaussian noise
 
 
@@ -93,10 +95,25 @@ def log_false_alarms(hits: np.ndarray, chances: np.ndarray, sample: int) -> floa
         return math.inf
     weights = np.minimum(-np.log(np.maximum(chances, TINY)), 1.0)
     score = np.sort(weights[hits])[:-sample].sum()
-    powers = np.linspace(0.1, 4, 40)[:, None]
-    bounds = np.log1p(chances * np.expm1(powers * weights)).sum(axis=1) - powers[:, 0] * score
+    repeated = 1
+    if chances.min() == chances.max():
+        chances, weights, repeated = chances[:1], weights[:1], count
+
+    # The bound is convex in the power.
+    low, high = 0, len(_POWERS) - 1
+    while low < high:
+        middle = (low + high) // 2
+        growth = chances * np.exp(_POWERS[middle] * weights)
+        if repeated * float((growth * weights / (1 - chances + growth)).sum()) > score:
+            high = middle
+        else:
+            low = middle + 1
     models = gammaln(count + 1) - gammaln(sample + 1) - gammaln(count - sample + 1)
-    return float(models + bounds.min())
+    bounds = [
+        repeated * float(np.log1p(chances * np.expm1(power * weights)).sum()) - power * score
+        for power in _POWERS[max(low - 1, 0) : low + 1]
+    ]
+    return float(models) + min(bounds)
 
 
 def epipolar_chance(camera: Camera, inlier_threshold: float) -> float:

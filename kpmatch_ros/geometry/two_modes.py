@@ -14,12 +14,15 @@ import cv2
 import numpy as np
 from scipy.stats import norm
 
-from kpmatch_ros.geometry.robust import FALSE_ALARM_RATE, SMALLEST_SAMPLE
-from kpmatch_ros.geometry.two_view_errors import Matches, Motion, gains, residual_sizes
+from kpmatch_ros.geometry.camera import AHEAD
+from kpmatch_ros.geometry.robust import FALSE_ALARM_RATE, SMALLEST_SAMPLE, TINY
+from kpmatch_ros.geometry.two_view_errors import Matches, Motion, dot, gains, residual_sizes
 
 __all__ = ["Rival", "decide_by_prior", "is_distinct", "plane_motions", "rival_of", "spread"]
 
 _SMALLEST_PLANE = 0.5  # part of the matches: with as many off the plane, these refute the other motion
+
+_PLANES = 100  # tried
 
 _BAND = 10.0  # inlier thresholds: where matches are that one motion explains, under another one
 
@@ -57,18 +60,41 @@ class Rival(NamedTuple):
         return self.score < float(norm.isf(FALSE_ALARM_RATE))
 
 
-def plane_motions(matches: Matches, normalised_threshold: float) -> list[Motion]:
+def plane_motions(matches: Matches, motion: Motion, largest_distance: float) -> list[Motion]:
     """The motions, two up to sign, that a plane through half or more of the matches allows; empty where there is none.
 
+    Given a motion, the inverse depths of a plane's points are linear in their coordinates. RANSAC finds the plane with
+    three matches a sample.
+
     Args:
-        matches: those that agree with a motion.
-        normalised_threshold: largest distance from the plane's homography, normalised units.
+        matches: those that agree with the motion.
+        motion: one that explains them.
+        largest_distance: of a point from where it were if it lay on the plane, pixels.
     """
     if len(matches) < SMALLEST_SAMPLE:
         return []
-    rays1, rays0 = matches.rays1[:, :2].copy(), matches.rays0[:, :2].copy()
-    homography, on_plane = cv2.findHomography(rays1, rays0, cv2.RANSAC, normalised_threshold, maxIters=100)
-    if homography is None or not np.isfinite(homography).all() or on_plane.mean() < _SMALLEST_PLANE:
+    # With the inverse depth q, the current camera sees the reference's ray x0 at R' (x0 - q t), which should be x1.
+    back = motion.rotation.T
+    turned, shift = back @ matches.rays0, back @ motion.translation
+    residual = turned[:2] - matches.rays1[:2] * turned[2]
+    slope = shift[:2, None] - matches.rays1[:2] * shift[2]
+    weight = dot(slope, slope)
+    inverse_depth = dot(slope, residual) / np.maximum(weight, TINY)
+    # How far the point appears to move, pixels, where the inverse depth changes by one.
+    depth = np.maximum(turned[2] - inverse_depth * shift[2], AHEAD)
+    scale = np.sqrt(2 * weight / (matches.noise1[0] + matches.noise1[2])) / depth
+    rays, seen = matches.rays0 * scale, inverse_depth * scale
+    samples = np.random.default_rng(0).integers(len(matches), size=(_PLANES, 3))
+    systems = matches.rays0.T[samples]
+    systems[:, range(3), range(3)] += 1e-9  # regular also where a match is drawn twice
+    planes = np.linalg.solve(systems, inverse_depth[samples][..., None])[..., 0]
+    near = np.abs(planes @ rays - seen) < largest_distance
+    on_plane = near[near.sum(axis=1).argmax()]
+    if on_plane.mean() < _SMALLEST_PLANE:
+        return []
+    plane = np.linalg.lstsq(rays[:, on_plane].T, seen[on_plane])[0]
+    homography = np.linalg.inv(back @ (np.eye(3) - np.outer(motion.translation, plane)))
+    if not np.isfinite(homography).all():
         return []
     _, rotations, translations, _ = cv2.decomposeHomographyMat(homography, np.eye(3))
     return [

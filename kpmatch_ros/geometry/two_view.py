@@ -10,7 +10,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import fdtrc
 
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
@@ -41,33 +40,24 @@ from kpmatch_ros.geometry.two_view_errors import (
     median_parallax,
     normalise_matches,
     residual_sizes,
-    rotation_jacobian,
     rotation_residuals,
     tangents,
 )
-from kpmatch_ros.geometry.two_view_fit import Noise, covariance_of, minimise
-from kpmatch_ros.geometry.two_view_search import search_motions, search_translations
+from kpmatch_ros.geometry.two_view_fit import SETTLED, Noise, minimise, motion_covariance, rotation_covariance
+from kpmatch_ros.geometry.two_view_rotation import (
+    TYPICAL,
+    fit_rotation,
+    fit_rotation_roughly,
+    has_small_parallax,
+    large_parallax_chance,
+)
+from kpmatch_ros.geometry.two_view_search import SAMPLE, search_motions, search_translations
 
-__all__ = ["Noise", "estimate_relative_pose", "fit_rotation", "small_parallax_chance"]
+__all__ = ["estimate_relative_pose"]
 
 _HOPEFUL = 3  # candidates that are refined, the best ones
 
 _LARGEST_LEVERAGE = 0.3  # of one match on the pose: 0 to 1; they add up to the degrees of freedom
-
-# Under a pure rotation, a match may still be further than the inlier threshold from where the rotation takes it. It may
-# have slipped along an edge: up to so many thresholds, and so many matches for each one that has not slipped.
-_LONGEST_SLIP = 5.0
-_SLIPS = 1 / 3
-# Or it is wrong, in any direction, but so many times as often along the image's longer side as equal chances have it.
-_UNEQUAL = 2.0
-# Keypoints jitter along their edges, which often have one direction in common. The variance of their noise, but for
-# rounding, may be so many times that across this direction (measured: 2.9).
-_UNEVEN = 3.0
-# The test for small parallax leaves out the tails of the noise, beyond so many standard deviations.
-_TYPICAL = 3.0
-# The smallest F-test probability over all directions of translation is about that of the smallest of 50 independent
-# ones (simulated: 10 to 50, for 20 to 150 degrees of view and 30 to 800 matches).
-_INDEPENDENT_DIRECTIONS = 50
 
 # A robot's own body stands still in the image while the scene moves. The scene has at least so large a part of the
 # matches; its motion explains so large a part of it; and what stands still speaks for this motion by so little of what
@@ -76,7 +66,16 @@ _SMALLEST_SCENE = 0.2
 _EXPLAINED = 0.6
 _CONTRADICTED = 0.5
 
-_EVERYTHING = 1e9  # pixels: a cutoff beyond all residuals
+_IN_FRONT = 0.5  # part of the matches: a motion that places more of them behind a camera is no rival
+
+_SINGULAR = 1e-15  # part of the largest eigenvalue
+
+# With so large a part of the matches that a rotation explains, samples of five rarely hold two of the others.
+_MOSTLY_FAR = 0.4
+
+_CERTAIN = 1e-12  # a false-alarm rate
+
+_ROUGHLY = 1e-3  # part of the cost: what goes on from there is refined further
 
 
 def estimate_relative_pose(
@@ -154,10 +153,11 @@ def estimate_relative_pose(
         required,
         prior,
     )
-    solution = _solve(problem)
-    own_body = _find_own_body(problem, solution)
-    if own_body is not None:
-        solution = _solve_without(problem, own_body)
+    body = _find_own_body(problem)
+    if body.mask is None:
+        solution = _solve(problem, body.candidates)
+    else:
+        solution = _solve_without(problem, body.mask, body.candidates)
     inliers = None
     if solution.inliers is not None:
         inliers = np.zeros(total, dtype=bool)
@@ -202,24 +202,36 @@ class _Solution(NamedTuple):
     inliers: np.ndarray | None = None
 
 
-def _solve(problem: _Problem) -> _Solution:
-    """The motion that most of the matches agree with."""
+def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
+    """The motion that most of the matches agree with; candidates are searched for where there are none."""
     matches, inlier_threshold, normalised_threshold, resolution, independent_points, chance, required, prior = problem
-    candidates = search_motions(matches, inlier_threshold, normalised_threshold)
+    candidates = candidates or search_motions(matches, inlier_threshold, normalised_threshold)
     starts = [np.eye(3)] + [candidate.rotation for candidate in candidates]
-    rotation = fit_rotation(matches, starts, inlier_threshold, resolution)
+    rotation = fit_rotation_roughly(matches.sample(SAMPLE), starts, inlier_threshold)
     turning = lengths(rotation_residuals(matches, rotation)) < inlier_threshold
-    candidates += search_translations(matches.select(~turning), rotation, inlier_threshold)
+    if turning.mean() > _MOSTLY_FAR:
+        candidates = candidates + search_translations(matches.select(~turning), rotation, inlier_threshold)
 
     fit = _fit_motion(matches, candidates, inlier_threshold, resolution)
     moving = np.zeros(len(matches), dtype=bool) if fit is None else agrees(matches, fit.motion, inlier_threshold)
     if log_false_alarms(moving, np.full(len(matches), chance), 5) > math.log(FALSE_ALARM_RATE):
         fit = None
 
+    # Where even this rotation leaves far too much to explain, no better one needs to be found.
+    translates = fit is not None and (
+        large_parallax_chance(matches, fit.motion, rotation, turning, inlier_threshold) < math.log(_CERTAIN)
+    )
+    if not translates:
+        rotation = fit_rotation(matches, [rotation], inlier_threshold, resolution)
+        turning = lengths(rotation_residuals(matches, rotation)) < inlier_threshold
+        translates = fit is not None and (
+            large_parallax_chance(matches, fit.motion, rotation, turning, inlier_threshold)
+            < math.log(FALSE_ALARM_RATE / 2)
+        )
     noise = Noise(inlier_threshold, resolution, design_effect(turning, independent_points))
-    if fit is not None and _is_translation(matches, fit.motion, rotation, turning, noise):
+    if fit is not None and (translates or has_small_parallax(matches, fit.motion, rotation, turning, noise)):
         noise = noise._replace(design_effect=design_effect(moving, independent_points))
-        fit, rivals = _decide(matches, fit, normalised_threshold, noise, prior)
+        fit, rivals = _decide(matches, fit, noise, prior)
         moving = agrees(matches, fit.motion, inlier_threshold)
         if moving.sum() < required:
             return _Solution(PoseStatus.TOO_FEW_MATCHES, inliers=moving)
@@ -234,55 +246,71 @@ def _solve(problem: _Problem) -> _Solution:
     return _Solution(PoseStatus.NO_TRANSLATION, Motion(rotation, np.zeros(3)), covariance, turning)
 
 
-def _find_own_body(problem: _Problem, solution: _Solution) -> np.ndarray | None:
-    """Which matches (n,) stand still in the image while the rest moves otherwise; None where the two agree.
+class _Body(NamedTuple):
+    """Which matches (n,) are on the robot's own body, None where none is; and candidates for the others' motion."""
 
-    They are on something that moves with the camera, as a robot's own body does, or the camera stands still before
-    something that moves.
+    mask: np.ndarray | None
+    candidates: list[Motion]
+
+
+def _find_own_body(problem: _Problem) -> _Body:
+    """Look whether the matches that stand still in the image contradict the motion of the rest.
+
+    If so, they are on something that moves with the camera, as a robot's own body does, or the camera stands still
+    before something that moves.
     """
     matches, inlier_threshold = problem.matches, problem.inlier_threshold
     still = lengths(rotation_residuals(matches, np.eye(3))) < inlier_threshold
     if still.sum() < problem.required or (~still).sum() < max(problem.required, _SMALLEST_SCENE * len(matches)):
-        return None
+        return _Body(None, [])
     scene, body = matches.select(~still), matches.select(still)
-    motion = solution.motion
-    if motion is not None and not motion.translation.any():
-        motion = None
-    found = motion
-    if motion is None or agrees(scene, motion, inlier_threshold).mean() < _EXPLAINED:
-        candidates = search_motions(scene, inlier_threshold, problem.normalised_threshold)
-        fit = _fit_motion(scene, candidates, inlier_threshold, problem.resolution)
-        if fit is None:
-            return None
-        found = fit.motion
-    assert found is not None
-    agree = agrees(scene, found, inlier_threshold)
-    if agree.mean() < _EXPLAINED or log_false_alarms(agree, np.full(len(scene), problem.chance), 5) > math.log(
-        FALSE_ALARM_RATE
-    ):
-        return None
-    deviation = (
-        tukey_cutoff(residual_sizes(scene, found, inlier_threshold), inlier_threshold, problem.resolution) / TUKEY
-    )
+    own = search_motions(scene, inlier_threshold, problem.normalised_threshold)
+    found = _best_candidate(scene, own, inlier_threshold)
+    if found is None:
+        return _Body(None, [])
+    if not _contradicts(problem, scene, body, found):
+        return _Body(None, own)
+    whole = search_motions(matches, inlier_threshold, problem.normalised_threshold, 1)
+    whole += search_translations(scene, np.eye(3), inlier_threshold)
+    both = _best_candidate(matches, [found, *whole], inlier_threshold)
+    assert both is not None
+    if agrees(scene, both, inlier_threshold).mean() >= _EXPLAINED:
+        return _Body(still, own) if _contradicts(problem, scene, body, both) else _Body(None, [both, *whole])
+    deviation = _deviation(problem, scene, found)
+    effect = design_effect(agrees(scene, found, inlier_threshold), problem.independent_points)
+    if rival_of(scene, found, both, inlier_threshold, deviation, effect).is_alike:
+        return _Body(None, [both, *whole])
+    return _Body(still, own)
+
+
+def _contradicts(problem: _Problem, scene: Matches, body: Matches, motion: Motion) -> bool:
+    """Whether a motion explains the scene, and the body speaks against it."""
+    inlier_threshold = problem.inlier_threshold
+    agree = agrees(scene, motion, inlier_threshold)
+    if agree.mean() < _EXPLAINED:
+        return False
+    if log_false_alarms(agree, np.full(len(scene), problem.chance), 5) > math.log(FALSE_ALARM_RATE):
+        return False
+    deviation = _deviation(problem, scene, motion)
     worth = [
-        gains(residual_sizes(side, found, inlier_threshold), deviation, inlier_threshold) for side in (scene, body)
+        gains(residual_sizes(side, motion, inlier_threshold), deviation, inlier_threshold) for side in (scene, body)
     ]
-    if worth[1].mean() > _CONTRADICTED * worth[0][agree].mean():
-        return None
-    other = motion if motion is not None else Motion(np.eye(3), np.array([0.0, 0.0, 1.0]))
-    effect = design_effect(agree, problem.independent_points)
-    if found is not motion and rival_of(scene, found, other, inlier_threshold, deviation, effect).is_alike:
-        return None
-    return still
+    return bool(worth[1].mean() <= _CONTRADICTED * worth[0][agree].mean())
 
 
-def _solve_without(problem: _Problem, own_body: np.ndarray) -> _Solution:
+def _deviation(problem: _Problem, matches: Matches, motion: Motion) -> float:
+    """Standard deviation of the keypoints' noise, pixels."""
+    sizes = residual_sizes(matches, motion, problem.inlier_threshold)
+    return tukey_cutoff(sizes, problem.inlier_threshold, problem.resolution) / TUKEY
+
+
+def _solve_without(problem: _Problem, own_body: np.ndarray, candidates: list[Motion]) -> _Solution:
     """The motion of the matches that do not stand still in the image.
 
     Where more stand still than move, the camera may stand before something large that moves: AMBIGUOUS, unless the
     motion before tells.
     """
-    solution = _solve(problem._replace(matches=problem.matches.select(~own_body)))
+    solution = _solve(problem._replace(matches=problem.matches.select(~own_body)), candidates)
     if solution.inliers is None:
         return solution
     inliers = np.zeros(len(own_body), dtype=bool)
@@ -310,32 +338,45 @@ class _Fit(NamedTuple):
     support: Matches
 
 
-def _fit_motion(matches: Matches, candidates: list[Motion], inlier_threshold: float, resolution: float) -> _Fit | None:
-    """The best candidate, refined; None without candidates."""
-    if not candidates:
+def _best_candidate(matches: Matches, candidates: list[Motion], inlier_threshold: float) -> Motion | None:
+    """The best of the candidates, each refined on a sample of the matches; None without candidates."""
+    different: list[Motion] = []
+    for candidate in candidates:
+        if all(is_distinct(candidate, other) for other in different):
+            different.append(candidate)
+    if not different:
         return None
+    sample = matches.sample(SAMPLE)
 
     def order(motion: Motion) -> float:
-        return disagreement(matches, motion, inlier_threshold)
+        return disagreement(sample, motion, inlier_threshold)
 
-    refined = [
-        minimise(epipolar_jacobian, matches, candidate, 3 * inlier_threshold, 5)
-        for candidate in sorted(candidates, key=order)[:_HOPEFUL]
-    ]
-    return _refine(matches, min(refined, key=order), inlier_threshold, resolution, 3)
+    if len(different) > _HOPEFUL:
+        different = sorted(different, key=order)[:_HOPEFUL]
+    refined = [minimise(epipolar_jacobian, sample, one, 3 * inlier_threshold, 5, _ROUGHLY) for one in different]
+    return min(refined, key=order) if len(refined) > 1 else refined[0]
+
+
+def _fit_motion(matches: Matches, candidates: list[Motion], inlier_threshold: float, resolution: float) -> _Fit | None:
+    """The best candidate, refined; None without candidates."""
+    motion = _best_candidate(matches, candidates, inlier_threshold)
+    return None if motion is None else _refine(matches, motion, inlier_threshold, resolution, 2)
 
 
 def _refine(matches: Matches, motion: Motion, inlier_threshold: float, resolution: float, rounds: int) -> _Fit:
     """A motion refined on the matches that are in front of the cameras, with Tukey's loss scaled to their noise."""
-    for _ in range(rounds):
-        support = matches.select(is_in_front(matches, motion, inlier_threshold))
-        residuals, jacobian = epipolar_jacobian(support, motion)
-        cutoff = tukey_cutoff(residuals, inlier_threshold, resolution)
-        weighted = jacobian[:, 0] * np.sqrt(tukey(lengths(residuals), cutoff)[0])[:, None]
-        leverage = dot(weighted @ np.linalg.pinv(weighted.T @ weighted), weighted)
-        support = support.select(leverage < _LARGEST_LEVERAGE)
-        motion = minimise(epipolar_jacobian, support, motion, cutoff, 10)
-    return _Fit(motion, support)
+    for left in reversed(range(rounds)):
+        start = residuals, jacobian = epipolar_jacobian(matches, motion)
+        support = is_in_front(matches, motion, inlier_threshold)
+        cutoff = tukey_cutoff(residuals[0, support], inlier_threshold, resolution)
+        weighted = jacobian[:, 0] * np.sqrt(tukey(lengths(residuals), cutoff)[0] * support)
+        information, axes = np.linalg.eigh(weighted @ weighted.T)
+        axes = axes / np.sqrt(np.maximum(information, _SINGULAR * information[-1] + TINY))
+        whitened = axes.T @ weighted
+        support &= dot(whitened, whitened) < _LARGEST_LEVERAGE
+        settled = _ROUGHLY if left else SETTLED
+        motion = minimise(epipolar_jacobian, matches, motion, cutoff, 10, settled, start, support)
+    return _Fit(motion, matches.select(support))
 
 
 class _Decision(NamedTuple):
@@ -345,29 +386,28 @@ class _Decision(NamedTuple):
     rivals: list[Motion]
 
 
-def _decide(matches: Matches, fit: _Fit, normalised_threshold: float, noise: Noise, prior: Motion | None) -> _Decision:
+def _decide(matches: Matches, fit: _Fit, noise: Noise, prior: Motion | None) -> _Decision:
     """Look for the motions that explain the matches as well as the one found, as the other one of a plane does."""
-    deviation = (
-        tukey_cutoff(epipolar_residuals(fit.support, fit.motion), noise.inlier_threshold, noise.resolution) / TUKEY
-    )
-    near = matches.select(agrees(matches, fit.motion, min(noise.inlier_threshold, _TYPICAL * deviation)))
-    scale = normalised_threshold / noise.inlier_threshold
-    found = plane_motions(near, _TYPICAL * deviation * scale)
-    fits = [fit] + [_refine(matches, motion, noise.inlier_threshold, noise.resolution, 2) for motion in found]
+    threshold = noise.inlier_threshold
+    deviation = tukey_cutoff(epipolar_residuals(fit.support, fit.motion), threshold, noise.resolution) / TUKEY
+    near = matches.select(agrees(matches, fit.motion, min(threshold, TYPICAL * deviation)))
+    sample = near.sample(SAMPLE)
+    found = [
+        motion
+        for motion in plane_motions(sample, fit.motion, math.sqrt(2) * TYPICAL * deviation)
+        if is_distinct(fit.motion, motion) and is_in_front(sample, motion, threshold).mean() > _IN_FRONT
+    ]
+    fits = [fit] + [_refine(matches, motion, threshold, noise.resolution, 2) for motion in found]
 
     def evidence(fit: _Fit) -> float:
-        return float(
-            gains(residual_sizes(matches, fit.motion, noise.inlier_threshold), deviation, noise.inlier_threshold).sum()
-        )
+        return float(gains(residual_sizes(matches, fit.motion, threshold), deviation, threshold).sum())
 
     best = max(fits, key=evidence)
     alike = [
         other
         for other in fits
         if other is not best
-        and rival_of(
-            matches, best.motion, other.motion, noise.inlier_threshold, deviation, noise.design_effect
-        ).is_alike
+        and rival_of(matches, best.motion, other.motion, threshold, deviation, noise.design_effect).is_alike
     ]
     distinct = [other for other in alike if is_distinct(best.motion, other.motion)]
     if distinct and prior is not None:
@@ -378,71 +418,7 @@ def _decide(matches: Matches, fit: _Fit, normalised_threshold: float, noise: Noi
     return _Decision(best, [one.motion for one in alike])
 
 
-# The rotation alone.
-
-
-def fit_rotation(matches: Matches, starts: list[np.ndarray], inlier_threshold: float, resolution: float) -> np.ndarray:
-    """The rotation (3, 3) that brings most matches within the inlier threshold, from the best of the starts."""
-    wide = 16 * inlier_threshold
-    still = [Motion(rotation, np.zeros(3)) for rotation in starts]
-    motion = min(still, key=lambda motion: tukey(lengths(rotation_residuals(matches, motion.rotation)), wide)[1])
-    for cutoff in (wide, 4 * inlier_threshold):
-        motion = minimise(rotation_jacobian, matches, motion, cutoff, 5)
-    cutoff = tukey_cutoff(rotation_residuals(matches, motion.rotation), inlier_threshold, resolution)
-    return minimise(rotation_jacobian, matches, motion, cutoff, 10).rotation
-
-
-# Which of the two, and how sure.
-
-
-def _is_translation(matches: Matches, motion: Motion, rotation: np.ndarray, turning: np.ndarray, noise: Noise) -> bool:
-    """Whether the rotation alone leaves something to explain, with a false-alarm rate of FALSE_ALARM_RATE.
-
-    Two tests share the rate. The one for large parallax asks whether too many of the matches that the rotation does not
-    explain lie along their epipolar lines, on the side of points in front. Matches that may have slipped are not
-    counted. The one for small parallax is the F-test of the matches that the rotation does explain, without the tails
-    of the noise.
-    """
-    rate, inlier_threshold = FALSE_ALARM_RATE / 2, noise.inlier_threshold
-    others = matches.select(~turning)
-    distance = lengths(rotation_residuals(others, rotation))
-    # How probable it is that a residual of this length, in a random direction, ends near a half-line.
-    chances = _UNEQUAL * np.arcsin(np.minimum(inlier_threshold / np.maximum(distance, TINY), 1)) / math.pi
-    along = agrees(others, motion, inlier_threshold)
-    slipped = np.flatnonzero(along & (distance < _LONGEST_SLIP * inlier_threshold))
-    counted = np.ones(len(others), dtype=bool)
-    counted[slipped[np.argsort(-distance[slipped])][: int(_SLIPS * turning.sum())]] = False
-    if log_false_alarms(along[counted], np.minimum(chances, 1)[counted], 2) < math.log(rate):
-        return True
-    residuals = rotation_residuals(matches, rotation)
-    deviation = tukey_cutoff(residuals, inlier_threshold, noise.resolution) / TUKEY
-    typical = turning & (lengths(residuals) < _TYPICAL * deviation)
-    return small_parallax_chance(matches.select(typical), motion, rotation, noise) < rate
-
-
-def small_parallax_chance(matches: Matches, motion: Motion, rotation: np.ndarray, noise: Noise) -> float:
-    """Probability of such residuals along the epipolar lines if they are noise, as the residuals across the lines are.
-
-    The F-test of nested models: least squares with a rotation (two conditions a match, three parameters) and with a
-    translation (one condition, five parameters). Rounding to the resolution can move every match by half of it in one
-    direction, which leaves the residuals across too small: a variance below that of rounding is not believed. The rest
-    of the noise may be _UNEVEN.
-    """
-    count = len(matches)
-    if count < SMALLEST_SAMPLE:
-        return 1.0
-    turned = minimise(rotation_jacobian, matches, Motion(rotation, np.zeros(3)), _EVERYTHING, 5).rotation
-    total = float((rotation_residuals(matches, turned) ** 2).sum())
-    # To first order, the translation is the direction nearest to all the planes of the two rays.
-    normals = np.cross(matches.rays1 @ turned.T, matches.rays0)
-    starts = (motion, Motion(turned, np.linalg.eigh(normals.T @ normals)[1][:, 0]))
-    fits = [minimise(epipolar_jacobian, matches, start, _EVERYTHING, 10) for start in starts]
-    across = min(float((epipolar_residuals(matches, fit) ** 2).sum()) for fit in fits)
-    variance = across / (count - 5)
-    jitter = max(variance - noise.resolution**2 / 12, 0.0)
-    allowed = noise.design_effect * (max(variance, noise.resolution**2 / 8, TINY) + (_UNEVEN - 1) * jitter)
-    ratio = max(total - across, 0.0) / (count + 2) / allowed
-    return _INDEPENDENT_DIRECTIONS * float(fdtrc(count + 2, count - 5, ratio))
+# How sure.
 
 
 def _motion_covariance(fit: _Fit, noise: Noise) -> np.ndarray:
@@ -450,13 +426,12 @@ def _motion_covariance(fit: _Fit, noise: Noise) -> np.ndarray:
     expand = np.zeros((6, 5))
     expand[3:, :3] = np.eye(3)
     expand[:3, 3:] = tangents(fit.motion.translation)
-    return expand @ covariance_of(epipolar_jacobian, fit.support, fit.motion, noise) @ expand.T
+    return expand @ motion_covariance(fit.support, fit.motion, noise) @ expand.T
 
 
 def _rotation_covariance(matches: Matches, rotation: np.ndarray, noise: Noise) -> np.ndarray:
     """(6, 6) covariance of a unit vector of unknown direction and the rotation."""
-    turn = Motion(rotation, np.zeros(3))
     covariance = np.zeros((6, 6))
     covariance[:3, :3] = np.eye(3) / 3
-    covariance[3:, 3:] = covariance_of(rotation_jacobian, matches, turn, noise)
+    covariance[3:, 3:] = rotation_covariance(matches, rotation, noise)
     return covariance

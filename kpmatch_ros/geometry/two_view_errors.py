@@ -21,7 +21,7 @@ import numpy as np
 
 from kpmatch_ros.geometry.camera import AHEAD, BEHIND, Camera
 from kpmatch_ros.geometry.pose import cross_matrix
-from kpmatch_ros.geometry.robust import TINY
+from kpmatch_ros.geometry.robust import TINY, tukey
 
 __all__ = [
     "Matches",
@@ -29,9 +29,12 @@ __all__ = [
     "Motion",
     "agrees",
     "disagreement",
+    "depths",
     "dot",
+    "epipolar_gradient",
     "epipolar_jacobian",
     "epipolar_residuals",
+    "essential_matrix",
     "gains",
     "is_in_front",
     "lengths",
@@ -45,6 +48,8 @@ __all__ = [
     "whiten",
 ]
 
+
+_AXES = np.array([cross_matrix(axis) for axis in np.eye(3)])  # of the rotation's three angles
 
 _NOISE_SCALES = 0.4 / 2.0 ** np.arange(5)  # standard deviations of the noise that are tried, inlier thresholds
 
@@ -68,10 +73,12 @@ class Motion(NamedTuple):
 class Matches:
     """n matches in normalised coordinates, of the reference (0) and the current (1) image.
 
+    Matches come last in every array: sums over few numbers then run along many matches.
+
     Attributes:
-        rays0, rays1: (n, 3) float64 directions in the optical frame, z = 1.
-        noise0, noise1: (n, 2, 2) float64 covariance of x, y for keypoint noise of one pixel per coordinate. It holds
-            the focal length and the lens's local magnification.
+        rays0, rays1: (3, n) float64 directions in the optical frame, z = 1.
+        noise0, noise1: (3, n) float64 variance of x, covariance of x and y, and variance of y, for keypoint noise of
+            one pixel per coordinate. They hold the focal length and the lens's local magnification.
     """
 
     rays0: np.ndarray
@@ -80,11 +87,18 @@ class Matches:
     noise1: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.rays0)
+        return self.rays0.shape[1]
 
-    def select(self, mask: np.ndarray) -> Matches:
-        """The matches for which the mask (n,) is true."""
-        return Matches(self.rays0[mask], self.rays1[mask], self.noise0[mask], self.noise1[mask])
+    def select(self, chosen: np.ndarray) -> Matches:
+        """The matches for which the mask (n,) is true, or those of the indices (m,)."""
+        indices = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
+        return Matches(*(array.take(indices, axis=1) for array in (self.rays0, self.rays1, self.noise0, self.noise1)))
+
+    def sample(self, size: int, seed: int = 0) -> Matches:
+        """So many of the matches at random, the same for the same seed; all where there are no more."""
+        if len(self) <= size:
+            return self
+        return self.select(np.random.default_rng(seed).permutation(len(self))[:size])
 
 
 def normalise_matches(
@@ -92,69 +106,97 @@ def normalise_matches(
 ) -> tuple[Matches, np.ndarray]:
     """The matches that both cameras have a direction for, and which of the pixels (M, 2) they are, (M,) bool."""
     sides = [camera.normalise_with_jacobian(points) for points, camera in ((points0, camera0), (points1, camera1))]
-    usable = np.isfinite(sides[0][0]).all(axis=1) & np.isfinite(sides[1][0]).all(axis=1)
-    rays0, rays1 = (np.column_stack([points[usable], np.ones(usable.sum())]) for points, _ in sides)
-    noise0, noise1 = (np.einsum("nij,nkj->nik", derivative[usable], derivative[usable]) for _, derivative in sides)
-    return Matches(rays0, rays1, noise0, noise1), usable
+    usable = np.isfinite(sides[0][0] + sides[1][0]).all(axis=1)
+    rays, noises = [], []
+    for points, derivative in sides:
+        rays.append(np.ones((3, int(usable.sum()))))
+        rays[-1][:2] = points[usable].T
+        (xx, xy), (yx, yy) = derivative[usable].transpose(1, 2, 0)
+        noises.append(np.array([xx * xx + xy * xy, xx * yx + xy * yy, yx * yx + yy * yy]))
+    return Matches(*rays, *noises), usable
 
 
 Model = Callable[[Matches, Motion], tuple[np.ndarray, np.ndarray]]
-"""Residuals (n, d) of matches under a motion, and their jacobian (n, d, p) by the p numbers of Motion.moved."""
+"""Residuals (d, n) of matches under a motion, and their jacobian (p, d, n) by the p numbers of Motion.moved."""
+
+
+def essential_matrix(motion: Motion) -> np.ndarray:
+    """The matrix (3, 3) whose product with the rays of a right match, reference first, is zero."""
+    return cross_matrix(motion.translation) @ motion.rotation
 
 
 def epipolar_residuals(matches: Matches, motion: Motion) -> np.ndarray:
     """Signed Sampson distance (n,) of each match from its epipolar line, pixels."""
-    essential = cross_matrix(motion.translation) @ motion.rotation
-    lines0, lines1 = matches.rays1 @ essential.T, matches.rays0 @ essential
-    variance = _quadratic(matches.noise0, lines0[:, :2]) + _quadratic(matches.noise1, lines1[:, :2])
-    return dot(matches.rays0, lines0) / np.sqrt(np.maximum(variance, TINY))
+    essential = essential_matrix(motion)
+    lines0, lines1 = essential @ matches.rays1, essential[:, :2].T @ matches.rays0
+    variance = _variances(matches.noise0, lines0) + _variances(matches.noise1, lines1)
+    return np.asarray(dot(matches.rays0, lines0) / np.sqrt(np.maximum(variance, TINY)))
+
+
+def _by_essential(matches: Matches, motion: Motion) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sampson distances (n,), and their derivatives by the essential matrix.
+
+    The derivatives are first x rays1 - rays0 x second, outer products, of first (3, n) and second (2, n).
+    """
+    essential = essential_matrix(motion)
+    rays0, rays1 = matches.rays0, matches.rays1
+    lines0, lines1 = essential @ rays1, essential[:, :2].T @ rays0
+    moved0, moved1 = _times(matches.noise0, lines0), _times(matches.noise1, lines1)
+    variance = np.maximum(dot(lines0[:2], moved0) + dot(lines1, moved1), TINY)
+    precision = 1 / np.sqrt(variance)
+    residuals = dot(rays0, lines0) * precision
+    weight = residuals / variance
+    first, second = rays0 * precision, moved1 * weight
+    first[:2] -= moved0 * weight
+    return residuals, first, second
+
+
+def _essential_changes(motion: Motion) -> np.ndarray:
+    """Derivatives (5, 9) of the essential matrix by the numbers of Motion.moved."""
+    sideways = (tangents(motion.translation).T @ _AXES.reshape(3, 9)).reshape(2, 3, 3)
+    changes = np.concatenate([cross_matrix(motion.translation) @ _AXES, sideways]) @ motion.rotation
+    return np.asarray(changes.reshape(5, 9))
 
 
 def epipolar_jacobian(matches: Matches, motion: Motion) -> tuple[np.ndarray, np.ndarray]:
-    """Sampson distances (n, 1) and their jacobian (n, 1, 5), a Model."""
-    rotation, translation = motion
-    cross = cross_matrix(translation)
-    # The essential matrix, then its derivatives: everything below is linear in it.
-    essentials = np.array(
-        [cross @ rotation]
-        + [cross @ cross_matrix(axis) @ rotation for axis in np.eye(3)]
-        + [cross_matrix(tangent) @ rotation for tangent in tangents(translation).T]
-    )
-    n, k = len(matches), len(essentials)
-    # Numbers of one kind lie side by side, (k, n): a third of the time that products of small matrices take.
-    x0, y0, _ = matches.rays0.T
-    lines0 = (essentials.reshape(3 * k, 3) @ matches.rays1.T).reshape(k, 3, n)
-    lines1 = (essentials.transpose(0, 2, 1)[:, :2].reshape(2 * k, 3) @ matches.rays0.T).reshape(k, 2, n)
-    values = lines0[:, 0] * x0 + lines0[:, 1] * y0 + lines0[:, 2]
-    variances = np.zeros((k, n))
-    for lines, noise in ((lines0, matches.noise0), (lines1, matches.noise1)):
-        (xx, xy), (_, yy) = noise.transpose(1, 2, 0)
-        x, y = lines[0, :2]
-        variances += lines[:, 0] * (xx * x + xy * y) + lines[:, 1] * (xy * x + yy * y)
-    variance = np.maximum(variances[0], TINY)
-    deviation = np.sqrt(variance)
-    residuals = values[0] / deviation
-    jacobian = values[1:] / deviation - residuals / variance * variances[1:]
-    return residuals[:, None], jacobian.T[:, None, :]
+    """Sampson distances (1, n) and their jacobian (5, 1, n), a Model."""
+    residuals, first, second = _by_essential(matches, motion)
+    by_essential = first[:, None] * matches.rays1
+    by_essential[:, :2] -= matches.rays0[:, None] * second
+    jacobian = _essential_changes(motion) @ by_essential.reshape(9, -1)
+    return residuals[None], jacobian[:, None]
+
+
+def epipolar_gradient(matches: Matches, motion: Motion, cutoff: float) -> np.ndarray:
+    """Gradient (5,) of half of Tukey's loss of the Sampson distances: what the jacobian gives, without it."""
+    residuals, first, second = _by_essential(matches, motion)
+    pull = residuals * tukey(np.abs(residuals), cutoff)[0]
+    gradient = (first * pull) @ matches.rays1.T
+    gradient[:, :2] -= matches.rays0 @ (second * pull).T
+    return np.asarray(_essential_changes(motion) @ gradient.ravel())
 
 
 def rotation_residuals(matches: Matches, rotation: np.ndarray) -> np.ndarray:
-    """Residuals (n, 2) under a pure rotation, pixels, each in axes of its own; BEHIND where a match is behind."""
+    """Residuals (2, n) under a pure rotation, pixels, each in axes of its own; BEHIND where a match is behind."""
     projected, ahead, factors = project_turned(matches, rotation)
-    shift = matches.rays0.T[:2] - projected
-    return np.where(ahead, whiten(shift[0], shift[1], factors), BEHIND).T
+    x, y = matches.rays0[:2] - projected
+    residuals = whiten(x, y, factors)
+    residuals[:, ~ahead] = BEHIND
+    return residuals
 
 
 def rotation_jacobian(matches: Matches, motion: Motion) -> tuple[np.ndarray, np.ndarray]:
-    """Residuals (n, 2) under the motion's rotation alone and their jacobian (n, 2, 3), a Model."""
+    """Residuals (2, n) under the motion's rotation alone and their jacobian (3, 2, n), a Model."""
     projected, ahead, factors = project_turned(matches, motion.rotation)
-    shift, (x, y) = matches.rays0.T[:2] - projected, projected
+    x, y = projected
     xy = x * y
-    residuals = np.where(ahead, whiten(shift[0], shift[1], factors), BEHIND)
-    jacobian = np.empty((3, 2, len(matches)))
-    for derivative, dx, dy in zip(jacobian, (xy, -1 - x * x, y), (1 + y * y, -xy, -x)):
-        derivative[:] = np.where(ahead, whiten(dx, dy, factors), 0.0)
-    return residuals.T, jacobian.T
+    derivatives = np.empty((4, 2, len(matches)))
+    derivatives[0] = matches.rays0[:2] - projected
+    derivatives[1:] = [[xy, 1 + y * y], [-1 - x * x, -xy], [y, -x]]
+    derivatives = whiten(derivatives[:, 0], derivatives[:, 1], factors).transpose(1, 0, 2)
+    if not ahead.all():
+        derivatives[1:, :, ~ahead], derivatives[0, :, ~ahead] = 0.0, BEHIND
+    return derivatives[0], np.ascontiguousarray(derivatives[1:])
 
 
 def project_turned(matches: Matches, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -165,25 +207,27 @@ def project_turned(matches: Matches, rotation: np.ndarray) -> tuple[np.ndarray, 
         l00, l10, l11 (3, n) of the covariance of the distance from the match, for keypoint noise of one pixel in both
         images.
     """
-    turned = rotation @ matches.rays1.T
+    turned = rotation @ matches.rays1
     ahead = turned[2] > AHEAD * lengths(matches.rays1)
-    depth = np.where(ahead, turned[2], 1.0)
-    x, y = projected = turned[:2] / depth
+    depth = turned[2] if ahead.all() else np.where(ahead, turned[2], 1.0)
+    projected = turned[:2] / depth
     # The derivative of x, y by the current image's coordinates carries that image's noise over.
     (xx, xy), (yx, yy) = (rotation[:2, :2, None] - projected[:, None] * rotation[2, :2, None]) / depth
-    (a, b), (_, c) = matches.noise1.T
-    own = matches.noise0.T
-    noise00 = own[0, 0] + xx * (xx * a + 2 * xy * b) + xy * xy * c
-    noise10 = own[0, 1] + xx * (yx * a + yy * b) + xy * (yx * b + yy * c)
-    noise11 = own[1, 1] + yx * (yx * a + 2 * yy * b) + yy * yy * c
-    factor00 = np.sqrt(noise00)
-    factor10 = noise10 / factor00
-    factor11 = np.sqrt(np.maximum(noise11 - factor10 * factor10, TINY))
-    return projected, ahead, np.array([factor00, factor10, factor11])
+    a, b, c = matches.noise1
+    own0, own1, own2 = matches.noise0
+    ax, ay = xx * a + xy * b, xx * b + xy * c
+    noise00 = own0 + ax * xx + ay * xy
+    noise10 = own1 + ax * yx + ay * yy
+    noise11 = own2 + (yx * a + yy * b) * yx + (yx * b + yy * c) * yy
+    factors = np.empty((3, len(matches)))
+    factors[0] = np.sqrt(noise00)
+    factors[1] = noise10 / factors[0]
+    factors[2] = np.sqrt(np.maximum(noise11 - factors[1] * factors[1], TINY))
+    return projected, ahead, factors
 
 
 def whiten(x: np.ndarray, y: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """The vectors x, y (n,) times the inverse of their Cholesky factors (3, n): (2, n)."""
+    """The vectors x, y (..., n) times the inverse of their Cholesky factors (3, n): (2, ..., n)."""
     first = x / factors[0]
     return np.array([first, (y - factors[1] * first) / factors[2]])
 
@@ -191,7 +235,7 @@ def whiten(x: np.ndarray, y: np.ndarray, factors: np.ndarray) -> np.ndarray:
 def agrees(matches: Matches, motion: Motion, inlier_threshold: float) -> np.ndarray:
     """Which matches (n,) are within the threshold (pixels) of their epipolar line and in front of both cameras."""
     near = np.abs(epipolar_residuals(matches, motion)) < inlier_threshold
-    return near & is_in_front(matches, motion, inlier_threshold)
+    return _in_front(matches, motion, inlier_threshold, near)
 
 
 def residual_sizes(matches: Matches, motion: Motion, inlier_threshold: float) -> np.ndarray:
@@ -201,6 +245,8 @@ def residual_sizes(matches: Matches, motion: Motion, inlier_threshold: float) ->
     """
     sizes = np.abs(epipolar_residuals(matches, motion))
     behind = np.flatnonzero(~_is_ahead(matches, motion))
+    if not len(behind):
+        return sizes
     distances = lengths(rotation_residuals(matches.select(behind), motion.rotation))
     sizes[behind] = np.where(distances < inlier_threshold, sizes[behind], distances)
     return sizes
@@ -234,19 +280,37 @@ def disagreement(matches: Matches, motion: Motion, inlier_threshold: float) -> f
 
 def is_in_front(matches: Matches, motion: Motion, inlier_threshold: float) -> np.ndarray:
     """Which matches (n,) triangulate in front of both cameras, or are so far that their depth has no certain sign."""
-    front = _is_ahead(matches, motion)
-    front[~front] = lengths(rotation_residuals(matches.select(~front), motion.rotation)) < inlier_threshold
+    return _in_front(matches, motion, inlier_threshold, np.ones(len(matches), dtype=bool))
+
+
+def _in_front(matches: Matches, motion: Motion, inlier_threshold: float, among: np.ndarray) -> np.ndarray:
+    """As is_in_front, of some of the matches (n,); false for the others."""
+    front = among & _is_ahead(matches, motion)
+    behind = np.flatnonzero(among & ~front)
+    if len(behind):
+        front[behind] = lengths(rotation_residuals(matches.select(behind), motion.rotation)) < inlier_threshold
     return front
+
+
+def depths(matches: Matches, motion: Motion) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the rays of the matches come closest.
+
+    Returns:
+        depths (n,) in the reference and the current camera, but for a positive factor; squared sine (n,) of the angle
+        between the rays.
+    """
+    rays0, rays1 = matches.rays0, motion.rotation @ matches.rays1
+    # The point is d0 rays0 = d1 rays1 + t.
+    along0, along1, between = motion.translation @ rays0, motion.translation @ rays1, dot(rays0, rays1)
+    square0, square1 = dot(rays0, rays0), dot(rays1, rays1)
+    squared_sine = 1 - between * between / (square0 * square1)
+    return along0 * square1 - along1 * between, along0 * between - along1 * square0, squared_sine
 
 
 def _is_ahead(matches: Matches, motion: Motion) -> np.ndarray:
     """Which matches (n,) triangulate in front of both cameras."""
-    rays0, rays1 = matches.rays0, matches.rays1 @ motion.rotation.T
-    # Depths of the point where the rays come closest, d0 rays0 = d1 rays1 + t, but for a positive factor.
-    along0, along1, between = rays0 @ motion.translation, rays1 @ motion.translation, dot(rays0, rays1)
-    depth0 = along0 * dot(rays1, rays1) - along1 * between
-    depth1 = along0 * between - along1 * dot(rays0, rays0)
-    return (depth0 > 0) & (depth1 > 0)
+    depth0, depth1, _ = depths(matches, motion)
+    return np.asarray(np.minimum(depth0, depth1) > 0)
 
 
 def median_parallax(inliers: Matches, rotation: np.ndarray) -> float:
@@ -254,8 +318,10 @@ def median_parallax(inliers: Matches, rotation: np.ndarray) -> float:
     projected, ahead, _ = project_turned(inliers, rotation)
     if not ahead.any():
         return 0.0
-    shift = (inliers.rays0.T[:2] - projected).T[ahead]
-    return float(np.median(np.sqrt(_quadratic(np.linalg.inv(inliers.noise0[ahead]), shift))))
+    x, y = (inliers.rays0[:2] - projected)[:, ahead]
+    xx, xy, yy = inliers.noise0[:, ahead]
+    squares = (yy * x * x - 2 * xy * x * y + xx * y * y) / (xx * yy - xy * xy)
+    return float(np.median(np.sqrt(squares)))
 
 
 def tangents(direction: np.ndarray) -> np.ndarray:
@@ -267,14 +333,22 @@ def tangents(direction: np.ndarray) -> np.ndarray:
 
 
 def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Products (n,) of rows (n, k)."""
-    return np.einsum("ni,ni->n", a, b)
+    """Products (n,) of columns (k, n)."""
+    return np.asarray(np.einsum("in,in->n", a, b))
 
 
 def lengths(vectors: np.ndarray) -> np.ndarray:
-    """Lengths (n,) of rows (n, k)."""
-    return np.sqrt(dot(vectors, vectors))
+    """Lengths (n,) of columns (k, n)."""
+    return np.abs(vectors[0]) if len(vectors) == 1 else np.sqrt(dot(vectors, vectors))
 
 
-def _quadratic(matrices: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    return np.einsum("ni,nij,nj->n", vectors, matrices, vectors)
+def _times(noise: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Symmetric matrices (3, n), as Matches has them, times the first two of the coordinates (k, n): (2, n)."""
+    product = noise[:2] * vectors[0]
+    product += noise[1:] * vectors[1]
+    return product
+
+
+def _variances(noise: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Of the first two of the coordinates (k, n), for a noise as Matches has it: (n,)."""
+    return dot(vectors[:2], _times(noise, vectors))

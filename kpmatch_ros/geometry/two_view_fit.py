@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from kpmatch_ros.geometry.robust import SMALLEST_CURVATURE, TINY, tukey, tukey_cutoff
-from kpmatch_ros.geometry.two_view_errors import Matches, Model, Motion, lengths
+from kpmatch_ros.geometry.two_view_errors import (
+    Matches,
+    Model,
+    Motion,
+    epipolar_gradient,
+    epipolar_jacobian,
+    lengths,
+    rotation_jacobian,
+)
 
-__all__ = ["Noise", "covariance_of", "minimise"]
+__all__ = ["SETTLED", "Noise", "minimise", "motion_covariance", "rotation_covariance"]
+
+_STEP = 1e-6  # radians: by differences of the gradient over it, the Hessian
 
 _LARGEST_VARIANCE = math.pi**2  # of an unknown angle
-_SETTLED = 1e-6  # part of the cost
+SETTLED = 5e-7
+"""Part of the cost that a further step of the minimisation gains at most."""
 
 
 class Noise(NamedTuple):
@@ -30,25 +42,48 @@ class Noise(NamedTuple):
     design_effect: float = 1.0
 
 
-def minimise(model: Model, matches: Matches, motion: Motion, cutoff: float, iterations: int) -> Motion:
-    """Levenberg-Marquardt on Tukey's loss of the residuals' lengths; those beyond the cutoff (pixels) count nothing."""
+def minimise(
+    model: Model,
+    matches: Matches,
+    motion: Motion,
+    cutoff: float,
+    iterations: int,
+    settled: float = SETTLED,
+    start: tuple[np.ndarray, np.ndarray] | None = None,
+    used: np.ndarray | None = None,
+) -> Motion:
+    """Levenberg-Marquardt on Tukey's loss of the residuals' lengths; those beyond the cutoff (pixels) count nothing.
+
+    It ends after so many iterations, or where a step promises to gain less than the part `settled` of the cost.
+
+    Args:
+        model: of the residuals.
+        matches: n of them.
+        motion: where to start.
+        cutoff: of the loss, pixels.
+        iterations: at most.
+        settled: a part of the cost.
+        start: what the model gives for the motion, where it is known.
+        used: (n,) bool, the matches that count; all where not given.
+    """
     damping = 1e-4
-    residuals, jacobian = model(matches, motion)
-    weights, cost = tukey(lengths(residuals), cutoff)
+    residuals, jacobian = start or model(matches, motion)
+    count = np.ones(len(matches)) if used is None else used.astype(np.float64)
+    weights, cost = tukey(lengths(residuals) * count, cutoff)
+    size = len(jacobian)
     for _ in range(iterations):
-        weighted = jacobian * weights[:, None, None]
-        size = jacobian.shape[2]
-        hessian = weighted.reshape(-1, size).T @ jacobian.reshape(-1, size)
-        gradient = weighted.reshape(-1, size).T @ residuals.ravel()
+        weighted = (jacobian * (weights * count)).reshape(size, -1)
+        hessian = weighted @ jacobian.reshape(size, -1).T
+        gradient = weighted @ residuals.ravel()
         # The second term keeps the system regular where the matches leave a direction free.
         diagonal = hessian.diagonal() + 1e-9 * hessian.trace() + TINY
         for _ in range(6):
             step = np.linalg.solve(hessian + np.diag(damping * diagonal), -gradient)
-            if -gradient @ step < _SETTLED * cost:  # twice what it promises to gain
+            if -gradient @ step < 2 * settled * cost:
                 return motion
             trial = motion.moved(step)
             trial_residuals, trial_jacobian = model(matches, trial)
-            trial_weights, trial_cost = tukey(lengths(trial_residuals), cutoff)
+            trial_weights, trial_cost = tukey(lengths(trial_residuals) * count, cutoff)
             if trial_cost < cost:
                 break
             damping *= 10
@@ -59,31 +94,52 @@ def minimise(model: Model, matches: Matches, motion: Motion, cutoff: float, iter
     return motion
 
 
-def covariance_of(model: Model, matches: Matches, motion: Motion, noise: Noise) -> np.ndarray:
+def motion_covariance(matches: Matches, motion: Motion, noise: Noise) -> np.ndarray:
+    """Covariance (5, 5) of a motion with translation, by the numbers of Motion.moved, from the matches it came from."""
+    residuals, jacobian = epipolar_jacobian(matches, motion)
+    cutoff = tukey_cutoff(residuals, noise.inlier_threshold, noise.resolution)
+
+    def gradient(motion: Motion) -> np.ndarray:
+        return epipolar_gradient(matches, motion, cutoff)
+
+    return _covariance(residuals, jacobian, _hessian(gradient, motion, 5), cutoff, noise)
+
+
+def rotation_covariance(matches: Matches, rotation: np.ndarray, noise: Noise) -> np.ndarray:
+    """Covariance (3, 3) of a rotation without translation, from the matches it came from."""
+    motion = Motion(rotation, np.zeros(3))
+    residuals, jacobian = rotation_jacobian(matches, motion)
+    cutoff = tukey_cutoff(residuals, noise.inlier_threshold, noise.resolution)
+
+    def gradient(motion: Motion) -> np.ndarray:
+        residuals, jacobian = rotation_jacobian(matches, motion)
+        return np.asarray(jacobian.reshape(3, -1) @ (residuals * tukey(lengths(residuals), cutoff)[0]).ravel())
+
+    return _covariance(residuals, jacobian, _hessian(gradient, motion, 3), cutoff, noise)
+
+
+def _hessian(gradient: Callable[[Motion], np.ndarray], motion: Motion, size: int) -> np.ndarray:
+    start = gradient(motion)
+    hessian = np.array([gradient(motion.moved(step)) - start for step in _STEP * np.eye(size)]) / _STEP
+    return np.asarray((hessian + hessian.T) / 2)
+
+
+def _covariance(
+    residuals: np.ndarray, jacobian: np.ndarray, hessian: np.ndarray, cutoff: float, noise: Noise
+) -> np.ndarray:
     """Covariance (p, p) of an M-estimate with Tukey's loss: H^-1 G H^-1 (Huber, Robust Statistics).
 
     H is the loss's whole Hessian, G its gradient's covariance. The Gauss-Newton part of H takes noise along the
     epipolar lines for parallax: it is many times too sure of the pose where the parallax is small or the epipole in the
     image.
     """
-    residuals, jacobian = model(matches, motion)
-    size = jacobian.shape[2]
-    cutoff = tukey_cutoff(residuals, noise.inlier_threshold, noise.resolution)
-
-    def gradient(motion: Motion) -> np.ndarray:
-        residuals, jacobian = model(matches, motion)
-        return np.einsum("nd,ndp->p", residuals * tukey(lengths(residuals), cutoff)[0][:, None], jacobian)
-
-    offsets = 1e-5 * np.eye(size)
-    hessian = np.array([gradient(motion.moved(step)) - gradient(motion.moved(-step)) for step in offsets]) / 2e-5
-    hessian = (hessian + hessian.T) / 2
-
+    size = len(jacobian)
     sizes = lengths(residuals)
     used = sizes < cutoff
-    influences = (residuals * tukey(sizes, cutoff)[0][:, None])[used]
+    influences = (residuals * tukey(sizes, cutoff)[0])[:, used]
     variance = float((influences**2).sum()) / max(influences.size - size, 1)
-    flat = jacobian[used].reshape(-1, size)
-    information, axes = np.linalg.eigh(flat.T @ flat)
+    flat = jacobian[:, :, used].reshape(size, -1)
+    information, axes = np.linalg.eigh(flat @ flat.T)
     floor = max(variance, noise.resolution**2 / 12) / _LARGEST_VARIANCE
     axes = axes / np.sqrt(np.maximum(information, max(floor, TINY)))
     # In these axes the Gauss-Newton Hessian is the identity, and the whole one not far from it.

@@ -9,23 +9,31 @@ from kpmatch_ros.geometry.robust import TINY
 from kpmatch_ros.geometry.two_view_errors import (
     Matches,
     Motion,
-    disagreement,
+    depths,
+    epipolar_residuals,
+    lengths,
     project_turned,
     rotation_residuals,
     whiten,
 )
 
-__all__ = ["search_motions", "search_translations"]
+__all__ = ["SAMPLE", "search_motions", "search_translations"]
 
-_SEARCHES = 2  # from different seeds: one in twenty ends in a wrong optimum
+SAMPLE = 200
+"""Matches, at most, that a search looks at: enough to find a motion, which all matches then refine."""
+
+_SEARCHES = 2  # from different seeds, and of different matches: one in twenty ends in a wrong optimum
 _SEARCH_ITERATIONS = 2000
-_TRANSLATIONS = 200  # tried with the rotation given
+_TRANSLATIONS = 200  # tried with the rotation given, by the votes of so many matches:
+_VOTERS = 120
 
 
-def search_motions(matches: Matches, inlier_threshold: float, normalised_threshold: float) -> list[Motion]:
+def search_motions(
+    matches: Matches, inlier_threshold: float, normalised_threshold: float, searches: int = _SEARCHES
+) -> list[Motion]:
     """Candidates: RANSAC from several seeds. `normalised_threshold` is the inlier threshold in normalised units."""
     candidates = []
-    for seed in range(_SEARCHES):
+    for seed in range(searches):
         params = cv2.UsacParams()
         params.randomGeneratorState = seed
         params.isParallel = False  # or the answer changes from call to call
@@ -37,20 +45,31 @@ def search_motions(matches: Matches, inlier_threshold: float, normalised_thresho
         params.maxIterations = _SEARCH_ITERATIONS
         params.confidence = 0.999
         params.threshold = normalised_threshold
-        rays1, rays0 = matches.rays1[:, :2].copy(), matches.rays0[:, :2].copy()
+        sample = matches.sample(SAMPLE, seed)
+        rays1, rays0 = (np.ascontiguousarray(rays[:2].T) for rays in (sample.rays1, sample.rays0))
         nothing = np.zeros(0)
         try:
             essential, _ = cv2.findEssentialMat(rays1, rays0, np.eye(3), np.eye(3), nothing, nothing, params)
         except cv2.error:  # degenerate points
             continue
-        if essential is None or essential.shape != (3, 3) or not np.isfinite(essential).all():
-            continue
-        rotation0, rotation1, translation = cv2.decomposeEssentialMat(essential)
-        four = [
-            Motion(rotation, sign * translation.ravel()) for rotation in (rotation0, rotation1) for sign in (1.0, -1.0)
-        ]
-        candidates.append(min(four, key=lambda motion: disagreement(matches, motion, inlier_threshold)))
+        if essential is not None and essential.shape == (3, 3) and np.isfinite(essential).all():
+            candidates.append(_decompose(essential, sample, inlier_threshold, normalised_threshold))
     return candidates
+
+
+def _decompose(essential: np.ndarray, matches: Matches, inlier_threshold: float, normalised_threshold: float) -> Motion:
+    """Of the four motions of an essential matrix, the one that has most matches in front of both cameras."""
+    *rotations, translation = cv2.decomposeEssentialMat(essential)
+    shift = translation.ravel()
+    near = matches.select(np.abs(epipolar_residuals(matches, Motion(rotations[0], shift))) < inlier_threshold)
+    votes = []
+    for rotation in rotations:
+        depth0, depth1, squared_sine = depths(near, Motion(rotation, shift))
+        # The depth of what the rotation alone explains has no certain sign: half a vote tells the rotations apart.
+        worth = 0.5 + 0.5 * (squared_sine > normalised_threshold**2)
+        votes.append((float(worth[np.minimum(depth0, depth1) > 0].sum()), Motion(rotation, shift)))
+        votes.append((float(worth[np.maximum(depth0, depth1) < 0].sum()), Motion(rotation, -shift)))
+    return max(votes, key=lambda vote: vote[0])[1]
 
 
 def search_translations(matches: Matches, rotation: np.ndarray, inlier_threshold: float) -> list[Motion]:
@@ -60,18 +79,19 @@ def search_translations(matches: Matches, rotation: np.ndarray, inlier_threshold
     """
     if len(matches) < 2:
         return []
-    normals = np.cross(matches.rays0, matches.rays1 @ rotation.T)  # of the epipolar planes, which hold the translation
+    matches = matches.sample(_VOTERS)
+    normals = np.cross(matches.rays0, rotation @ matches.rays1, axis=0)  # of the epipolar planes
     pairs = np.random.default_rng(0).integers(len(matches), size=(_TRANSLATIONS, 2))
-    directions = np.cross(normals[pairs[:, 0]], normals[pairs[:, 1]]).T
-    directions = (directions / np.maximum(np.linalg.norm(directions, axis=0), TINY)).astype(np.float32)
+    directions = np.cross(normals[:, pairs[:, 0]], normals[:, pairs[:, 1]], axis=0)  # which hold the translation
+    directions = (directions / np.maximum(lengths(directions), TINY)).astype(np.float32)
     # Nearness moves a match from where the rotation takes it by a positive multiple of t_xy - t_z (x, y).
     projected, _, factors = project_turned(matches, rotation)
     (x, y), factors = projected.astype(np.float32)[:, :, None], factors.astype(np.float32)[:, :, None]
     away = whiten(directions[0] - x * directions[2], directions[1] - y * directions[2], factors)
-    residual = rotation_residuals(matches, rotation).T[:, :, None].astype(np.float32)
-    across = np.abs(residual[0] * away[1] - residual[1] * away[0])
+    residual = rotation_residuals(matches, rotation)[:, :, None].astype(np.float32)
+    across = residual[0] * away[1] - residual[1] * away[0]
     along = residual[0] * away[0] + residual[1] * away[1]
-    near = across < inlier_threshold * np.sqrt(away[0] ** 2 + away[1] ** 2)
+    near = across * across < inlier_threshold**2 * (away[0] * away[0] + away[1] * away[1])
     votes = np.array([(near & (along > 0)).sum(axis=0), (near & (along < 0)).sum(axis=0)])
     backwards, best = np.unravel_index(votes.argmax(), votes.shape)
     if votes[backwards, best] == 0:
