@@ -1,229 +1,299 @@
-"""Residuals of points in the images of one or two stereo frames, and their derivatives.
+"""Points as one stereo frame sees them, and how well a motion brings those of two frames together.
 
-Four images see a point of the scene: left and right of the reference frame, left and right of the current one.
-Residuals are in pixels of these images as received: keypoints are undistorted, images never are, and each residual is
-divided by how many pixels a direction spans where it is seen. A point is x, y and the inverse of its depth in the
-reference frame's left camera, so that points at any distance, or seen by the left camera only, are treated alike.
+The left and the right image of a frame give each point three coordinates: x and y in the left image, normalised, and
+the inverse of its depth. They also give them a covariance, and one residual that the motion has no part in: how far the
+match is from its epipolar line. Under a motion the points of one frame, the source, are seen by the other one, the
+target. What is left is compared with the covariance of both. This is least squares in all four images with the points
+eliminated, where the error of a point is small beside its distance from the cameras.
 
-Points come last in every array. Sums over few things then run along many points.
+Residuals are in pixels of the images as received. Points come last in every array. Sums over few things then run along
+many points.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
 
 from kpmatch_ros.geometry.camera import AHEAD, BEHIND, Camera
+from kpmatch_ros.geometry.pose import cross_matrix
 from kpmatch_ros.geometry.robust import TINY
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 
-__all__ = [
-    "WEAK",
-    "CameraPoses",
-    "Views",
-    "agrees",
-    "directions",
-    "flat",
-    "inverse_normal",
-    "is_distant",
-    "jacobians",
-    "largest_residual",
-    "residuals",
-    "rig_poses",
-    "settle",
-    "squared_residuals",
-]
+__all__ = ["StereoPoints", "StereoResiduals", "stereo_residuals"]
 
-WEAK = 1e-6
-"""Squared pixels metres: keeps the inverse depth of a point regular where nothing determines it."""
-
-
-class CameraPoses(NamedTuple):
-    """Poses of k cameras: a point x of the reference frame's left camera is turns[k] x + shifts[k] in camera k."""
-
-    turns: np.ndarray  # (k, 3, 3)
-    shifts: np.ndarray  # (k, 3)
-
-
-def rig_poses(camera: StereoCamera) -> CameraPoses:
-    """The two cameras of one frame."""
-    return CameraPoses(np.array([np.eye(3), camera.rotation]), np.array([np.zeros(3), camera.translation]))
+_WEAK = 1e-6  # squared pixels metres: keeps the inverse depth of a point regular where nothing determines it
 
 
 @dataclass(frozen=True, eq=False)
-class Views:
-    """What k images see of n points.
+class StereoPoints:
+    """n points seen by one stereo frame.
 
     Attributes:
-        rays: (k, 2, n) float64 normalised coordinates, zero where not seen.
-        weights: (k, 2, 2, n) float64 pixels by normalised coordinates, zero where not seen.
-        seen: (k, n) bool, which image sees which point.
+        rays: (2, n) normalised coordinates in the left image.
+        noise: (3, n) variance of x, covariance of x and y, variance of y there, for keypoint noise of one pixel.
+        seen: (n,) bool, where the left image has a direction; elsewhere nothing has a meaning.
+        deep: (n,) bool, where the right image has one too, and the point is ahead of it or beyond infinity.
+        points: (3, n) x, y and inverse depth, the likeliest; the depth is infinite where it is not known.
+        covariances: (3, 3, n) of these for keypoint noise of one pixel; zero for the depth where it is not known.
+        squares: (n,) squared distance of the match from its epipolar line, pixels; zero where there is none.
+        offset: (2, n) the right image's coordinates, normalised, from where it would see the point.
+        jacobian: (3, 2, n) of where it sees the point, by x, y and the inverse depth.
+        information: (3, n) the inverse of the right image's noise; all three are zero where the depth is not known.
     """
 
     rays: np.ndarray
-    weights: np.ndarray
+    noise: np.ndarray
     seen: np.ndarray
+    deep: np.ndarray
+    points: np.ndarray
+    covariances: np.ndarray
+    squares: np.ndarray
+    offset: np.ndarray
+    jacobian: np.ndarray
+    information: np.ndarray
+
+    def select(self, chosen: np.ndarray) -> StereoPoints:
+        """The points of the indices (m,)."""
+        return StereoPoints(*(getattr(self, field.name).take(chosen, axis=-1) for field in fields(self)))
+
+    def joined(self, other: StereoPoints) -> StereoPoints:
+        """These points, and then others."""
+        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return StereoPoints(*(np.concatenate(pair, axis=-1) for pair in pairs))
+
+    def without_depth(self, chosen: np.ndarray) -> StereoPoints:
+        """The depth of the points for which the mask (n,) is true is not known."""
+        if not chosen.any():
+            return self
+        kept, points, covariances = ~chosen, self.points.copy(), self.covariances * ~chosen
+        points[:2, chosen], points[2, chosen] = self.rays[:, chosen], 0.0
+        covariances[:2, :2, chosen] = _symmetric(self.noise)[..., chosen]
+        return StereoPoints(
+            self.rays, self.noise, self.seen, self.deep & kept, points, covariances,
+            *(array * kept for array in (self.squares, self.offset, self.jacobian, self.information)),
+        )  # fmt: skip
+
+    def distances(self, points: np.ndarray) -> np.ndarray:
+        """Of the left and the right pixel (2, n) from where the two images would see points (3, n) close to these."""
+        moved = points - self.points
+        right = self.offset - self.jacobian[0] * moved[0] - self.jacobian[1] * moved[1] - self.jacobian[2] * moved[2]
+        left = self.rays - points[:2]
+        squares = [_quadratic(_inverse(self.noise), left), _quadratic(self.information, right)]
+        return np.asarray(np.sqrt(np.maximum(squares, 0.0)))
+
+    def is_distant(self, inlier_threshold: float) -> np.ndarray:
+        """Which points (n,) would move by less than the threshold (pixels) if they were infinitely far."""
+        shift = self.jacobian[2] * self.points[2]
+        return np.asarray(_quadratic(self.information, shift) < inlier_threshold**2)
 
     @classmethod
-    def of(cls, images: list[tuple[np.ndarray, Camera]]) -> Views:
-        """Of the pixels (n, 2) of the same points in k images, NaN where an image does not see a point."""
-        found = [camera.normalise_with_jacobian(points) for points, camera in images]
-        rays, jacobian = (np.array(parts) for parts in zip(*found))
-        seen = np.isfinite(rays).all(axis=2)
-        rays[~seen] = 0.0
-        weights = np.zeros_like(jacobian)
-        weights[seen] = np.linalg.inv(jacobian[seen])
-        return cls(rays.transpose(0, 2, 1).copy(), weights.transpose(0, 2, 3, 1).copy(), seen)
+    def of(cls, left: np.ndarray, right: np.ndarray, camera: StereoCamera) -> StereoPoints:
+        """Of the pixels (n, 2) of the same points in both images; NaN in the right one where there is no match."""
+        rays0, noise0, seen = _normalise(camera.left, left)
+        rays1, noise1, matched = _normalise(camera.right, right)
+        deep, turn, shift = seen & matched, camera.rotation, camera.translation
+        # The rays are moved, by as little as possible to first order, to where they meet (Sampson's approximation).
+        essential = cross_matrix(shift) @ turn
+        lines0, lines1 = essential.T @ rays1, essential @ rays0
+        moved0, moved1 = _times(noise0, lines0), _times(noise1, lines1)
+        variances = np.array([(lines0[:2] * moved0).sum(axis=0), (lines1[:2] * moved1).sum(axis=0)])
+        variance = np.maximum(variances.sum(axis=0), TINY)
+        away = np.where(deep, (rays1 * lines1).sum(axis=0) / variance, 0.0)
+        original, offset = rays0[:2].copy(), away * moved1
+        rays0[:2] -= away * moved0
+        rays1[:2] -= offset
+        start = turn @ rays0
+        fixed, slope = (part[:2] - rays1[:2] * part[2] for part in (start, shift[:, None]))
+        inverse_depth = -(slope * fixed).sum(axis=0) / np.maximum((slope * slope).sum(axis=0), TINY)
+        depth = start[2] + shift[2] * inverse_depth  # in the right camera, over that in the left one
+        deep &= depth > AHEAD * np.sqrt((rays1 * rays1).sum(axis=0)) * np.abs(depth)
+        depth = np.where(deep, depth, 1.0)
+        # The right image by x, y and the inverse depth.
+        jacobian = np.array([turn[:2, i, None] - rays1[:2] * turn[2, i] for i in (0, 1)] + [slope]) / depth
+        inverse_noise = _inverse(noise1)
+        weighted = np.array([_times(inverse_noise, column) for column in jacobian])
+        information = np.einsum("idn,jdn->ijn", jacobian, weighted)
+        information[:2, :2] += _symmetric(_inverse(noise0))
+        information[2, 2] += _WEAK
+        found = cls(
+            rays=original,
+            noise=noise0,
+            seen=seen,
+            deep=deep,
+            points=np.concatenate([rays0[:2], inverse_depth[None]]),
+            covariances=_inverse_symmetric(information),
+            squares=away * away * variance,
+            offset=offset,
+            jacobian=jacobian,
+            information=inverse_noise,
+        )
+        return found.without_depth(~deep)
 
-    def select(self, points: np.ndarray) -> Views:
-        """The points for which the mask (n,) is true."""
-        return Views(self.rays[..., points], self.weights[..., points], self.seen[:, points])
 
-    def images(self, chosen: slice) -> Views:
-        """Some of the images."""
-        return Views(self.rays[chosen], self.weights[chosen], self.seen[chosen])
+class StereoResiduals(NamedTuple):
+    """What a motion leaves of n points, whitened: with a variance of one for keypoint noise of one pixel.
 
-    def without_wrong_depths(self, frame: slice, camera: StereoCamera, inlier_threshold: float) -> Views:
-        """Without the right image's part in points that are off their epipolar lines or certainly behind the cameras.
-
-        A point so far that the sign of its disparity is chance stays. Were those of one sign left out, the far points
-        would seem nearer.
-        """
-        right = frame.stop - 1
-        seen = self.seen.copy()
-        seen[right] &= seen[right - 1] & agrees(self.images(frame), rig_poses(camera), inlier_threshold)
-        kept = np.where(seen, 1.0, 0.0)
-        return Views(self.rays * kept[:, None], self.weights * kept[:, None, None], seen)
-
-
-def _project(poses: CameraPoses, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where k cameras see points (3, n).
-
-    Returns:
-        normalised coordinates (k, 2, n); the depth (k, n) over that in the reference's left camera; which points are
-        ahead (k, n).
+    Attributes:
+        residuals: (3, n); the last one is zero where the target does not know the depth.
+        jacobian: (6, 3, n) by the translation, metres, and angles about the source's axes of the reference frame.
+        squares: (n,) squared residuals of all images together, pixels.
+        points: (3, n) in the source, the likeliest.
+        targets: (3, n) the same in the target.
+        slopes: (3, 3, n) the jacobian by the translation over the inverse depth.
+        depth_variances: (n,) of the inverse depth in the source, for keypoint noise of one pixel.
     """
-    there = poses.turns @ directions(points) + poses.shifts[..., None] * points[2]
-    ahead = there[:, 2] > AHEAD * np.sqrt((there**2).sum(axis=1))
-    depth = np.where(ahead, there[:, 2], 1.0)
-    return there[:, :2] / depth[:, None], depth, ahead
+
+    residuals: np.ndarray
+    jacobian: np.ndarray
+    squares: np.ndarray
+    points: np.ndarray
+    targets: np.ndarray
+    slopes: np.ndarray
+    depth_variances: np.ndarray
 
 
-def directions(points: np.ndarray) -> np.ndarray:
-    """Directions (3, n) of points (3, n): x, y, 1."""
-    return np.stack([points[0], points[1], np.ones_like(points[0])])
-
-
-def residuals(views: Views, poses: CameraPoses, points: np.ndarray) -> np.ndarray:
-    """Residuals (k, 2, n) of points (3, n), pixels; zero where a point is not seen, BEHIND where it is behind."""
-    projected, _, ahead = _project(poses, points)
-    found = np.einsum("kijn,kjn->kin", views.weights, views.rays - projected)
-    return np.where((ahead | ~views.seen)[:, None], found, BEHIND)
-
-
-def _project_jacobian(views: Views, poses: CameraPoses, points: np.ndarray) -> np.ndarray:
-    """Jacobian (k, 2, 3, n) of the image of a point, pixels, by the point in the camera's frame."""
-    projected, depth, ahead = _project(poses, points)
-    weights = views.weights * (ahead / depth)[:, None, None]
-    return np.concatenate([weights, -np.einsum("kijn,kjn->kin", weights, projected)[:, :, None]], axis=2)
-
-
-def _by_points(jacobian: np.ndarray, poses: CameraPoses) -> np.ndarray:
-    """Jacobian (2 k, 3, n) of the residuals by the points."""
-    moves = np.concatenate([poses.turns[..., :2], poses.shifts[..., None]], axis=-1)
-    return -(moves.transpose(0, 2, 1)[:, None] @ jacobian).reshape(2 * len(jacobian), 3, jacobian.shape[-1])
-
-
-def jacobians(
-    views: Views, poses: CameraPoses, translation: np.ndarray, points: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Residuals (8, n) of four images, and their jacobians by the points (8, 3, n) and by the motion (8, 6, n).
+def stereo_residuals(
+    source: StereoPoints, target: StereoPoints, forward: int, rotation: np.ndarray, translation: np.ndarray
+) -> StereoResiduals:
+    """Compare two frames under a motion, x_ref = rotation x_cur + translation.
 
     Args:
-        views: of the reference's left and right, the current left and right.
-        poses: of the same cameras.
-        translation: (3,) of the motion.
-        points: (3, n).
+        source: points of one frame, all with a depth.
+        target: the same points in the other frame.
+        forward: the source is the reference frame for so many points, the first ones, and the current frame for the
+            others.
+        rotation: (3, 3).
+        translation: (3,), metres.
     """
-    count = points.shape[1]
-    jacobian = _project_jacobian(views, poses, points)
-    # In a current camera's frame a point is its turn times (direction - inverse depth translation), and a small
-    # rotation w of the motion takes turn (w x (...)) away.
-    x, y, z = directions(points) - translation[:, None] * points[2]
-    moved = poses.turns[2:].transpose(0, 2, 1)[:, None] @ jacobian[2:]
-    by_motion = np.zeros((4, 2, 6, count))
-    by_motion[2:, :, :3] = moved * points[2]
-    by_motion[2:, :, 3] = y * moved[:, :, 2] - z * moved[:, :, 1]
-    by_motion[2:, :, 4] = z * moved[:, :, 0] - x * moved[:, :, 2]
-    by_motion[2:, :, 5] = x * moved[:, :, 1] - y * moved[:, :, 0]
-    found = residuals(views, poses, points).reshape(8, count)
-    return found, _by_points(jacobian, poses), by_motion.reshape(8, 6, count)
+    count, back = len(source.deep), rotation.T
+    # In the target, a point is turn (x, y, 1) + shift q, with the inverse depth q. The matrix takes (x, y, q, 1).
+    matrix = np.empty((3, 4, count))
+    for part, turn, shift in (
+        (slice(0, forward), back, -back @ translation),
+        (slice(forward, None), rotation, translation),
+    ):
+        matrix[:, :2, part], matrix[:, 2, part], matrix[:, 3, part] = turn[:, :2, None], shift[:, None], turn[:, 2:]
+    first, ahead, depth = _project(matrix, source.points)
+    known = target.deep
+    distance = target.points - first
+    distance[2] *= known
+    # By the source's x, y and inverse depth.
+    carry = -first[:, None] * matrix[2, :3]
+    carry[:2] += matrix[:2, :3]
+    carry[2, 2] += 1.0
+    carry /= depth
+    spread = np.einsum("ijn,kjn->ikn", source.covariances, carry)
+    covariance = np.einsum("ijn,jkn->ikn", carry, spread) + target.covariances
+    covariance[2, 2] = np.where(known, covariance[2, 2], 1.0)
+    covariance[2, :2] *= known
+    factors = _cholesky(covariance)
+    residuals = _whiten(factors, distance)
+    pull = np.where(ahead, _whiten_back(factors, residuals), 0.0)
+    spread[:, 2] *= known
+    points = source.points + np.einsum("ikn,kn->in", spread, pull)
+    squares = (residuals * residuals).sum(axis=0) + source.squares + target.squares
+    squares = np.where(ahead, squares, BEHIND**2)
+
+    # The jacobian at the likeliest points. A step moves a point of the target by turn (w x z + q dt).
+    targets, _, depth = _project(matrix, points)
+    arms = points.copy()  # z
+    arms[2] = 1.0
+    arms[:, :forward] -= translation[:, None] * points[2, :forward]
+    arms[:, forward:] = rotation @ arms[:, forward:]
+    slopes = np.empty((3, 3, count))
+    for part, turn in ((slice(0, forward), back), (slice(forward, None), -np.eye(3))):
+        slopes[:2, :, part] = turn[:2, :, None]
+        slopes[2, :, part] = 0.0
+        slopes[:, :, part] -= targets[:, None, part] * turn[2, :, None]
+    slopes /= depth
+    slopes[2] *= known
+    slopes = _whiten(factors, slopes)
+    across = np.empty((3, 3, count))
+    for i, j, k in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
+        across[:, i] = arms[j] * slopes[:, k] - arms[k] * slopes[:, j]
+    jacobian = np.concatenate([slopes * points[2], across], axis=1).transpose(1, 0, 2)
+    known_by_target = _whiten(factors, spread[2])
+    variances = np.maximum(source.covariances[2, 2] - (known_by_target * known_by_target).sum(axis=0), 0.0)
+    return StereoResiduals(residuals, jacobian, squares, points, targets, slopes, variances)
 
 
-def _triangulate(views: Views, poses: CameraPoses) -> np.ndarray:
-    """Points on the first image's rays at the inverse depth that suits the other images by linear least squares."""
-    rays = views.rays[0]
-    start, change = poses.turns @ directions(rays), poses.shifts[..., None]
-    # (start + inverse depth change)_xy - ray (start + inverse depth change)_z is zero: linear in the inverse depth.
-    fixed, linear = (
-        np.einsum("kijn,kjn->kin", views.weights, part[:, :2] - views.rays * part[:, 2:]) for part in (start, change)
-    )
-    inverse_depth = -(fixed * linear).sum(axis=(0, 1)) / ((linear**2).sum(axis=(0, 1)) + WEAK)
-    return np.concatenate([rays, inverse_depth[None]])
+def _project(matrix: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points (3, n) seen in the target; which are ahead (n,); and their depths (n,) over those in the source."""
+    there = matrix[:, 0] * points[0] + matrix[:, 1] * points[1] + matrix[:, 2] * points[2] + matrix[:, 3]
+    ahead = there[2] > AHEAD * np.sqrt((there * there).sum(axis=0))
+    depth = np.where(ahead, there[2], 1.0)
+    there[2] = points[2]
+    return there / depth, ahead, depth
 
 
-def settle(views: Views, poses: CameraPoses, iterations: int = 3) -> np.ndarray:
-    """Points (3, n) where their residuals are least: Gauss-Newton, a step taken where it helps."""
-    points = _triangulate(views, poses)
-    found = residuals(views, poses, points)
-    for _ in range(iterations):
-        jacobian = _by_points(_project_jacobian(views, poses, points), poses)
-        pull = np.einsum("rin,rn->in", jacobian, found.reshape(len(jacobian), points.shape[1]))
-        trial = points - np.einsum("ijn,jn->in", inverse_normal(jacobian), pull)
-        trial_residuals = residuals(views, poses, trial)
-        better = squared_residuals(trial_residuals) < squared_residuals(found)
-        points, found = np.where(better, trial, points), np.where(better, trial_residuals, found)
-    return points
+def _normalise(camera: Camera, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rays (3, n) with z = 1, their noise (3, n), and which pixels (n, 2) have one; where none is, that of the axis."""
+    points, derivative = camera.normalise_with_jacobian(pixels)
+    seen = np.isfinite(points).all(axis=1)
+    rays = np.ones((3, len(pixels)))
+    rays[:2] = points.T
+    (xx, xy), (yx, yy) = derivative.transpose(1, 2, 0)
+    noise = np.array([xx * xx + xy * xy, xx * yx + xy * yy, yx * yx + yy * yy])
+    if not seen.all():
+        rays[:2, ~seen] = 0.0
+        noise[:, ~seen] = [[1.0], [0.0], [1.0]]
+    return rays, noise, seen
 
 
-def agrees(views: Views, poses: CameraPoses, inlier_threshold: float) -> np.ndarray:
-    """Which points (n,) have residuals below the threshold (pixels) and are in front, or too far to say."""
-    points = settle(views, poses)
-    front = (points[2] > 0) | is_distant(views, poses, points, inlier_threshold)
-    return np.asarray((largest_residual(views, poses, points) < inlier_threshold) & front)
+def _symmetric(noise: np.ndarray) -> np.ndarray:
+    """(3, n) as matrices (2, 2, n)."""
+    return np.array([[noise[0], noise[1]], [noise[1], noise[2]]])
 
 
-def is_distant(views: Views, poses: CameraPoses, points: np.ndarray, inlier_threshold: float) -> np.ndarray:
-    """Which points (n,) would move by less than the threshold (pixels), in every image, if they were infinitely far."""
-    jacobian = _by_points(_project_jacobian(views, poses, points), poses)[:, 2].reshape(
-        len(views.rays), 2, len(points[2])
-    )
-    return np.asarray((np.sqrt((jacobian**2).sum(axis=1)) * np.abs(points[2]) < inlier_threshold).all(axis=0))
+def _times(noise: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Symmetric matrices (3, n) times the first two of the coordinates (k, n): (2, n)."""
+    return np.asarray(noise[:2] * vectors[0] + noise[1:] * vectors[1])
 
 
-def squared_residuals(found: np.ndarray) -> np.ndarray:
-    """Sums (n,) of the squares of residuals (k, 2, n)."""
-    return np.asarray((found**2).sum(axis=(0, 1)))
+def _quadratic(matrices: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """v' M v (n,) of symmetric matrices (3, n) and vectors (2, n)."""
+    x, y = vectors
+    return np.asarray(matrices[0] * x * x + 2 * matrices[1] * x * y + matrices[2] * y * y)
 
 
-def largest_residual(views: Views, poses: CameraPoses, points: np.ndarray) -> np.ndarray:
-    """Largest residual (n,) of the images that see a point, pixels.
-
-    Where two see it, the distance of one image's pixel from the other's epipolar line.
-    """
-    lengths = np.sqrt((residuals(views, poses, points) ** 2).sum(axis=1))
-    return np.where(views.seen.sum(axis=0) <= 2, lengths.sum(axis=0), lengths.max(axis=0))
+def _inverse(noise: np.ndarray) -> np.ndarray:
+    """Of symmetric matrices (3, n): xx, xy, yy."""
+    xx, xy, yy = noise
+    return np.array([yy, -xy, xx]) / np.maximum(xx * yy - xy * xy, TINY)
 
 
-def inverse_normal(jacobian: np.ndarray) -> np.ndarray:
-    """Inverse normal matrices (3, 3, n) of the points, from the jacobian (r, 3, n)."""
-    normal = np.einsum("rin,rjn->nij", jacobian, jacobian) + np.diag([TINY, TINY, WEAK])
-    return np.linalg.inv(normal).transpose(1, 2, 0)
+def _inverse_symmetric(matrices: np.ndarray) -> np.ndarray:
+    """Of positive definite matrices (3, 3, n)."""
+    (a, b, c), (_, d, e), (_, _, f) = matrices
+    ad, ae, af = d * f - e * e, c * e - b * f, b * e - c * d
+    dd, de, df = a * f - c * c, b * c - a * e, a * d - b * b
+    return np.array([[ad, ae, af], [ae, dd, de], [af, de, df]]) / np.maximum(a * ad + b * ae + c * af, TINY)
 
 
-def flat(array: np.ndarray) -> np.ndarray:
-    """An array (r, p, n) as (p, r n)."""
-    rows, columns, count = array.shape
-    return array.transpose(1, 0, 2).reshape(columns, rows * count)
+def _cholesky(matrices: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Lower factors of positive definite matrices (3, 3, n): the diagonal's inverses, then 10, 20, 21."""
+    one = 1 / np.sqrt(np.maximum(matrices[0, 0], TINY))
+    l10, l20 = matrices[1, 0] * one, matrices[2, 0] * one
+    two = 1 / np.sqrt(np.maximum(matrices[1, 1] - l10 * l10, TINY))
+    l21 = (matrices[2, 1] - l20 * l10) * two
+    three = 1 / np.sqrt(np.maximum(matrices[2, 2] - l20 * l20 - l21 * l21, TINY))
+    return one, two, three, l10, l20, l21
+
+
+def _whiten(factors: tuple[np.ndarray, ...], vectors: np.ndarray) -> np.ndarray:
+    """The inverse of the lower factors times vectors (3, ..., n)."""
+    one, two, three, l10, l20, l21 = factors
+    first = vectors[0] * one
+    second = (vectors[1] - l10 * first) * two
+    return np.array([first, second, (vectors[2] - l20 * first - l21 * second) * three])
+
+
+def _whiten_back(factors: tuple[np.ndarray, ...], vectors: np.ndarray) -> np.ndarray:
+    """The inverse of the transposed lower factors times vectors (3, n)."""
+    one, two, three, l10, l20, l21 = factors
+    third = vectors[2] * three
+    second = (vectors[1] - l21 * third) * two
+    return np.array([(vectors[0] - l10 * second - l20 * third) * one, second, third])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import cv2
 import numpy as np
 from scipy.special import fdtrc
 
-from kpmatch_ros.geometry.camera import AHEAD, Camera
+from kpmatch_ros.geometry.camera import BEHIND
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.robust import (
     FALSE_ALARM_RATE,
@@ -25,22 +25,8 @@ from kpmatch_ros.geometry.robust import (
     tukey_cost,
 )
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
-from kpmatch_ros.geometry.stereo_errors import (
-    WEAK,
-    CameraPoses,
-    Views,
-    agrees,
-    directions,
-    flat,
-    inverse_normal,
-    is_distant,
-    jacobians,
-    largest_residual,
-    residuals,
-    rig_poses,
-    settle,
-    squared_residuals,
-)
+from kpmatch_ros.geometry.stereo_errors import StereoPoints, StereoResiduals, stereo_residuals
+from kpmatch_ros.geometry.two_view_errors import Matches, Motion, agrees, lengths, median_parallax, rotation_residuals
 
 __all__ = ["StereoAgreement", "check_stereo_matches", "estimate_stereo_motion"]
 
@@ -49,6 +35,15 @@ _SEARCH_THRESHOLD = 3.0  # inlier thresholds: a point of uncertain depth is seen
 
 _MEDIANS = np.array([1.0, 0.4549, 1.3863, 2.3660, 3.3567, 4.3515])  # of chi-square with 0 (unused) to 5 conditions
 _TUKEY_STEP = 4.0  # variances: what each condition after the first adds to the squared cutoff, TUKEY**2
+
+_SAMPLE = 200  # points, at most, that the search looks at
+
+_EXPLAINED = 0.5  # part of the points: no other start is tried once one explains more
+
+_ROUGHLY, _SETTLED = 1e-3, 1e-6  # parts of the cost that a further step promises to gain, twice
+_CERTAIN = 30.0  # standard deviations of a translation that is not zero without a test
+
+_WEAK = 1e-6  # information, squared pixels: keeps the covariance finite
 
 _FARTHEST = 1e-4  # inverse metres: for a start, nothing is further
 
@@ -100,12 +95,10 @@ def check_stereo_matches(
     left, right = _as_points(left), _as_points(right)
     if camera is None:
         return StereoAgreement(PoseStatus.NO_CALIBRATION, len(left), None)
-    views = Views.of([(left, camera.left), (right, camera.right)])
-    poses = rig_poses(camera)
-    points = settle(views, poses)
-    on_line = views.seen.all(axis=0) & (largest_residual(views, poses, points) < max_reprojection_error)
-    front = on_line & (points[2] > 0)
-    behind = on_line & (points[2] < 0) & ~is_distant(views, poses, points, max_reprojection_error)
+    points = StereoPoints.of(left, right, camera)
+    on_line = points.deep & (points.distances(points.points).sum(axis=0) < max_reprojection_error)
+    front = on_line & (points.points[2] > 0)
+    behind = on_line & (points.points[2] < 0) & ~points.is_distant(max_reprojection_error)
     chances = np.full(len(left), epipolar_chance(camera.left, max_reprojection_error))
     contradicted = len(left) >= min_inliers and (
         behind.sum() > front.sum() or log_false_alarms(front, chances, 1) > math.log(FALSE_ALARM_RATE)
@@ -129,9 +122,9 @@ def estimate_stereo_motion(
     """Pose of the current left camera in the reference left camera's optical frame, in metres.
 
     Levenberg-Marquardt starts from standing still and from P3P with RANSAC (OpenCV), of points of one frame in the
-    other's left image. It minimises Tukey's loss, scaled to the noise, of the residuals in all four images. The points
-    are unknowns, which the Schur complement eliminates. Matches without a right image take part by their epipolar
-    lines. The same input gives the same answer.
+    other's left image. It minimises Tukey's loss, scaled to the noise, of the residuals in all four images, with the
+    points eliminated (stereo_errors). Matches without a depth in either frame take no part; they are inliers if they
+    agree. The same input gives the same answer.
 
     Two tests have a false-alarm rate of FALSE_ALARM_RATE. The status is FAILED unless the first one says that wrong
     matches would not agree as well. It is OK only if the second one, of the likelihood ratio, says that the translation
@@ -166,23 +159,22 @@ def estimate_stereo_motion(
     required = max(min_inliers, SMALLEST_SAMPLE)
     if camera0 is None or camera1 is None:
         return RelativePose.undefined(PoseStatus.NO_CALIBRATION, total)
-    views = Views.of(list(zip(pixels, (camera0.left, camera0.right, camera1.left, camera1.right))))
-    for frame, camera in ((slice(0, 2), camera0), (slice(2, 4), camera1)):
-        views = views.without_wrong_depths(frame, camera, inlier_threshold)
-    usable = views.seen[0] & views.seen[2]
-    views = views.select(usable)
-    deep = views.seen[1] | views.seen[3]
+    frames = [
+        _triangulate(pixels[0], pixels[1], camera0, inlier_threshold),
+        _triangulate(pixels[2], pixels[3], camera1, inlier_threshold),
+    ]
+    usable = frames[0].seen & frames[1].seen
+    frames = [frame.select(np.flatnonzero(usable)) for frame in frames]
+    deep = frames[0].deep | frames[1].deep
     if len(deep) < required or deep.sum() < SMALLEST_SAMPLE:
         return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total)
 
     # A point without a depth follows any small translation. It says little of the translation, but biases the test of
     # whether it is zero.
-    everything = _FramePair(views, camera0, camera1)
-    pair = _FramePair(views.select(deep), camera0, camera1)
-    fit = pair.fit(_search(pair.views, (camera0, camera1), inlier_threshold), inlier_threshold, keypoint_resolution)
-    inliers = everything.agrees(fit, inlier_threshold)
+    pair = _FramePair.of(frames[0], frames[1])
+    fit = pair.fit(_search(pair, (camera0, camera1), inlier_threshold), inlier_threshold, keypoint_resolution)
     mask = np.zeros(total, dtype=bool)
-    mask[usable] = inliers
+    mask[usable] = inliers = _agrees(frames, pair, fit, inlier_threshold)
     chances = np.full(len(inliers), epipolar_chance(camera0.left, inlier_threshold))
     if log_false_alarms(inliers, chances, 3) > math.log(FALSE_ALARM_RATE):
         return RelativePose.undefined(PoseStatus.FAILED, total)
@@ -190,16 +182,17 @@ def estimate_stereo_motion(
         return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total, mask)
 
     covariance, variance, freedom = pair.covariance(fit, keypoint_resolution)
-    effect = design_effect(fit.squares < fit.cutoffs, independent_points)
+    effect = design_effect(fit.left.squares < fit.cutoffs, independent_points)
     covariance, variance = effect * covariance, effect * variance
-    still = pair.minimise(pair.settle(fit.rotation, np.zeros(3), fit.cutoffs), 20, rotation_only=True)
     status = PoseStatus.OK
-    if fdtrc(3, freedom, max(still.cost - fit.cost, 0.0) / variance / 3) > FALSE_ALARM_RATE:
-        status, fit = PoseStatus.NO_TRANSLATION, still
-        inliers = everything.agrees(fit, inlier_threshold)
-        mask[usable] = inliers
-        if inliers.sum() < required:
-            return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total, mask)
+    # How many standard deviations the translation is from zero tells nearly what the test tells, at once.
+    if fit.translation @ np.linalg.solve(covariance[:3, :3], fit.translation) < _CERTAIN**2:
+        still = pair.minimise(pair.evaluate(fit.rotation, np.zeros(3), fit.cutoffs), 20, _SETTLED, rotation_only=True)
+        if fdtrc(3, freedom, max(still.cost - fit.cost, 0.0) / variance / 3) > FALSE_ALARM_RATE:
+            status, fit = PoseStatus.NO_TRANSLATION, still
+            mask[usable] = inliers = _agrees(frames, pair, fit, inlier_threshold)
+            if inliers.sum() < required:
+                return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total, mask)
     return RelativePose(
         status=status,
         rotation=fit.rotation,
@@ -208,7 +201,7 @@ def estimate_stereo_motion(
         metric=True,
         num_matches=total,
         num_inliers=int(inliers.sum()),
-        median_parallax=_median_parallax(pixels[0], pixels[2], camera0.left, camera1.left, fit.rotation, mask),
+        median_parallax=median_parallax(_matches(frames, np.flatnonzero(inliers)), fit.rotation),
         inliers=mask,
     )
 
@@ -216,57 +209,89 @@ def estimate_stereo_motion(
 _Start = tuple[np.ndarray, np.ndarray]  # a rotation and a translation
 
 
+def _triangulate(left: np.ndarray, right: np.ndarray, camera: StereoCamera, inlier_threshold: float) -> StereoPoints:
+    """Without the depth of points that are off their epipolar lines or certainly behind the cameras.
+
+    A point so far that the sign of its disparity is chance keeps it. Were those of one sign left out, the far points
+    would seem nearer.
+    """
+    points = StereoPoints.of(left, right, camera)
+    front = (points.points[2] > 0) | points.is_distant(inlier_threshold)
+    return points.without_depth(
+        points.deep & ~(front & (points.distances(points.points).sum(axis=0) < inlier_threshold))
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """A motion, x_ref = rotation x_cur + translation, with points."""
+    """A motion, x_ref = rotation x_cur + translation, and what it leaves."""
 
     rotation: np.ndarray
     translation: np.ndarray
-    points: np.ndarray  # (3, n)
-    squares: np.ndarray  # (n,) sum of the squared residuals of each point
-    cutoffs: np.ndarray  # (n,) where Tukey's loss of them ends, squared pixels
+    left: StereoResiduals
+    cutoffs: np.ndarray  # (n,) where Tukey's loss of the squares ends, squared pixels
     cost: float
 
 
 @dataclass(frozen=True, eq=False)
 class _FramePair:
-    """Two stereo frames: left and right of the reference (camera0), left and right of the current one (camera1)."""
+    """The points that have a depth in one of two frames, or in both.
 
-    views: Views
-    camera0: StereoCamera
-    camera1: StereoCamera
+    Attributes:
+        source: the points in the reference frame where they have a depth there, `forward` of them; then, in the current
+            frame, those that have one there alone.
+        target: the same points in the other frame.
+        forward: how many.
+        order: (n,) which of the points of both frames they are.
+        conditions: (n,) how many the images of a point set beyond its position: 3 or 5.
+    """
 
-    @property
-    def conditions(self) -> np.ndarray:
-        """Conditions (n,) that the images of a point set beyond its position: 1, 3 or 5."""
-        return 2 * self.views.seen.sum(axis=0) - 3
+    source: StereoPoints
+    target: StereoPoints
+    forward: int
+    order: np.ndarray
+    conditions: np.ndarray
 
-    def poses(self, rotation: np.ndarray, translation: np.ndarray) -> CameraPoses:
-        """Of the four cameras under a motion."""
-        rig0, rig1 = rig_poses(self.camera0), rig_poses(self.camera1)
-        turns = rig1.turns @ rotation.T
-        return CameraPoses(
-            np.concatenate([rig0.turns, turns]), np.concatenate([rig0.shifts, rig1.shifts - turns @ translation])
-        )
+    @classmethod
+    def of(cls, reference: StereoPoints, current: StereoPoints) -> _FramePair:
+        """Of the same points in two frames."""
+        forward, backward = np.flatnonzero(reference.deep), np.flatnonzero(current.deep & ~reference.deep)
+        source = reference.select(forward).joined(current.select(backward))
+        target = current.select(forward).joined(reference.select(backward))
+        return cls(source, target, len(forward), np.concatenate([forward, backward]), 3 + 2 * target.deep)
 
-    def evaluate(self, rotation: np.ndarray, translation: np.ndarray, points: np.ndarray, cutoffs: np.ndarray) -> _Fit:
-        """With these points."""
-        squares = squared_residuals(residuals(self.views, self.poses(rotation, translation), points))
-        return _Fit(rotation, translation, points, squares, cutoffs, tukey_cost(squares, cutoffs))
+    @cached_property
+    def sample(self) -> _FramePair:
+        """_SAMPLE of the points at random, the same ones every time."""
+        if len(self.order) <= _SAMPLE:
+            return self
+        chosen = np.sort(np.random.default_rng(0).permutation(len(self.order))[:_SAMPLE])
+        forward = int((chosen < self.forward).sum())
+        source, target = self.source.select(chosen), self.target.select(chosen)
+        return _FramePair(source, target, forward, self.order[chosen], self.conditions[chosen])
 
-    def settle(self, rotation: np.ndarray, translation: np.ndarray, cutoffs: np.ndarray) -> _Fit:
-        """With the points where all images together see them."""
-        points = settle(self.views, self.poses(rotation, translation))
-        return self.evaluate(rotation, translation, points, cutoffs)
+    def evaluate(self, rotation: np.ndarray, translation: np.ndarray, cutoffs: np.ndarray) -> _Fit:
+        """What a motion leaves."""
+        left = stereo_residuals(self.source, self.target, self.forward, rotation, translation)
+        return _Fit(rotation, translation, left, cutoffs, tukey_cost(left.squares, cutoffs))
 
     def fit(self, starts: list[_Start], inlier_threshold: float, resolution: float) -> _Fit:
         """The best start, refined with the noise that it leaves."""
-        wide = _cutoffs(self.conditions, inlier_threshold * _SEARCH_THRESHOLD / TUKEY)
-        fits = [self.minimise(self.settle(*start, wide), 4) for start in starts]
+        sample = self.sample
+        wide = _cutoffs(sample.conditions, inlier_threshold * _SEARCH_THRESHOLD / TUKEY)
+        fits: list[_Fit] = []
+        for start in starts:
+            fits.append(sample.minimise(sample.evaluate(*start, wide), 4, _ROUGHLY))
+            if (fits[-1].left.squares < wide).mean() > _EXPLAINED:
+                break
         fit = min(fits, key=lambda fit: fit.cost)
-        for _ in range(3):
-            cutoffs = _cutoffs(self.conditions, self.noise(fit.squares, inlier_threshold, resolution))
-            fit = self.minimise(self.evaluate(fit.rotation, fit.translation, fit.points, cutoffs), 10)
+        before = sample
+        for pair, settled in ((sample, _ROUGHLY), (self, _ROUGHLY), (self, _SETTLED)):
+            if pair is not before:
+                fit = pair.evaluate(fit.rotation, fit.translation, np.ones(len(pair.order)))
+            before = pair
+            cutoffs = _cutoffs(pair.conditions, pair.noise(fit.left.squares, inlier_threshold, resolution))
+            fit = pair.minimise(replace(fit, cutoffs=cutoffs, cost=tukey_cost(fit.left.squares, cutoffs)), 10, settled)
         return fit
 
     def noise(self, squares: np.ndarray, inlier_threshold: float, resolution: float) -> float:
@@ -277,55 +302,48 @@ class _FramePair:
         )
         return max(noise, resolution / math.sqrt(12), 1e-9)
 
-    def minimise(self, fit: _Fit, iterations: int, rotation_only: bool = False) -> _Fit:
-        """Levenberg-Marquardt on Tukey's loss by the motion, or its rotation, and all points."""
+    def minimise(self, fit: _Fit, iterations: int, settled: float, rotation_only: bool = False) -> _Fit:
+        """Levenberg-Marquardt on Tukey's loss by the motion, or its rotation."""
         free = slice(3, 6) if rotation_only else slice(0, 6)
         damping = 1e-4
         for _ in range(iterations):
-            system = self.eliminate(fit, np.maximum(1 - fit.squares / fit.cutoffs, 0) ** 2)
-            hessian, gradient = system.hessian[free, free], system.gradient[free]
+            weights = np.maximum(1 - fit.left.squares / fit.cutoffs, 0) ** 2
+            hessian, gradient = _normal_equations(fit.left, weights)
+            hessian, gradient = hessian[free, free], gradient[free]
             diagonal = hessian.diagonal() + 1e-9 * hessian.trace() + TINY
             for _ in range(6):
                 step = np.zeros(6)
                 step[free] = np.linalg.solve(hessian + np.diag(damping * diagonal), -gradient)
+                if -gradient @ step[free] < settled * fit.cost:
+                    return fit
                 trial = self.evaluate(
-                    cv2.Rodrigues(step[3:].reshape(3, 1))[0] @ fit.rotation,
-                    fit.translation + step[:3],
-                    fit.points - system.point_steps - np.einsum("ipn,p->in", system.point_jacobian, step),
-                    fit.cutoffs,
+                    cv2.Rodrigues(step[3:].reshape(3, 1))[0] @ fit.rotation, fit.translation + step[:3], fit.cutoffs
                 )
                 if trial.cost < fit.cost:
                     break
                 damping *= 10
             else:
                 return fit
-            settled = fit.cost - trial.cost < 1e-6 * fit.cost
             fit, damping = trial, max(damping / 10, 1e-9)
-            if settled:
-                break
         return fit
-
-    def eliminate(self, fit: _Fit, weights: np.ndarray) -> _System:
-        """The normal equations by the motion: each point is weighted (n,) and eliminated."""
-        found, by_point, by_motion = jacobians(
-            self.views, self.poses(fit.rotation, fit.translation), fit.translation, fit.points
-        )
-        inverse = inverse_normal(by_point)
-        pull = np.einsum("rin,rn->in", by_point, found)
-        mixed = np.einsum("rin,rpn->ipn", by_point, by_motion)
-        point_steps = np.einsum("ijn,jn->in", inverse, pull)
-        point_jacobian = np.einsum("ijn,jpn->ipn", inverse, mixed)
-        weighted, weighted_mixed = (flat(array * weights) for array in (by_motion, mixed))
-        return _System(
-            hessian=weighted @ flat(by_motion).T - weighted_mixed @ flat(point_jacobian).T,
-            gradient=weighted @ found.ravel() - weighted_mixed @ point_steps.ravel(),
-            point_steps=point_steps,
-            point_jacobian=point_jacobian,
-        )
 
     def agrees(self, fit: _Fit, inlier_threshold: float) -> np.ndarray:
         """Which points (n,) are within the threshold (pixels) in every image and in front, or too far to say."""
-        return agrees(self.views, self.poses(fit.rotation, fit.translation), inlier_threshold)
+        found = fit.left
+        distances = [self.source.distances(found.points), self.target.distances(found.targets)]
+        near = np.asarray((found.squares < BEHIND) & (np.max(distances, axis=(0, 1)) < inlier_threshold))
+        doubtful = np.flatnonzero(near & (found.points[2] <= 0))
+        if len(doubtful):
+            # Seen from both frames, does the point move by less than the threshold if it is infinitely far?
+            far = found.points[:, doubtful]
+            far[2] = 1.0
+            turned = np.where(doubtful < self.forward, fit.rotation.T @ far, fit.rotation @ far)
+            target = self.target.select(doubtful)
+            moved = turned[:2] / np.maximum(turned[2], TINY) + target.rays - found.targets[:2, doubtful]
+            near[doubtful] = self.source.select(doubtful).is_distant(inlier_threshold) & (
+                target.distances(np.concatenate([moved, target.points[2:]]))[0] < inlier_threshold
+            )
+        return near
 
     def covariance(self, fit: _Fit, resolution: float) -> tuple[np.ndarray, float, int]:
         """Covariance of an M-estimate: H^-1 G H^-1 with the whole Hessian H (Huber, Robust Statistics).
@@ -337,69 +355,80 @@ class _FramePair:
             covariance (6, 6) of translation and rotation; the variance, squared pixels, by which costs are divided for
             a test; degrees of freedom.
         """
-        used = fit.squares < fit.cutoffs
-        conditions, share = self.conditions[used], fit.squares[used] / fit.cutoffs[used]
+        squares = fit.left.squares
+        used = squares < fit.cutoffs
+        conditions, share = self.conditions[used], squares[used] / fit.cutoffs[used]
         freedom = max(int(conditions.sum()) - 6, 1)
-        spread = float(((1 - share) ** 4 * fit.squares[used]).sum()) / freedom
+        spread = float(((1 - share) ** 4 * squares[used]).sum()) / freedom
         curvature = float((conditions * (1 - share) ** 2 - 4 * share * (1 - share)).sum()) / max(conditions.sum(), 1)
         curvature = max(curvature, SMALLEST_CURVATURE)
         # Left and right image round the row of a point alike: two residuals are one, with twice the variance.
         rounding = resolution**2 / 6
         variance = max(spread / curvature**2, rounding, TINY)
 
-        whole = self.eliminate(fit, used.astype(np.float64)).hessian
+        whole, _ = _normal_equations(fit.left, used.astype(np.float64))
         values, axes = np.linalg.eigh(whole)
-        axes = axes / np.sqrt(np.maximum(values, WEAK))
-        whole[:3, :3] -= variance * self.hessian_of_depth_noise(fit, used)
+        axes = axes / np.sqrt(np.maximum(values, _WEAK))
+        # The jacobian by the translation is a multiple of the inverse depth. A product of two therefore holds the
+        # square of the depth as estimated, noise included.
+        noise = (fit.left.slopes * np.sqrt(fit.left.depth_variances) * used).transpose(1, 0, 2).reshape(3, -1)
+        whole[:3, :3] -= variance * noise @ noise.T
         # In these axes the Gauss-Newton Hessian is the identity.
         curvatures, turn = np.linalg.eigh(axes.T @ whole @ axes)
         axes = axes @ turn / np.maximum(curvatures, SMALLEST_CURVATURE)
-        return variance * axes @ axes.T, max(spread / curvature, rounding, TINY), freedom
-
-    def hessian_of_depth_noise(self, fit: _Fit, used: np.ndarray) -> np.ndarray:
-        """What the noise of the used points' depths adds to the translation's part (3, 3), for a variance of one.
-
-        The jacobian by the translation is a multiple of the inverse depth. A product of two therefore holds the square
-        of the depth as estimated, noise included.
-        """
-        _, by_point, by_motion = jacobians(
-            self.views, self.poses(fit.rotation, fit.translation), fit.translation, fit.points
-        )
-        inverse = inverse_normal(by_point)
-        mixed = np.einsum("rin,rpn->ipn", by_point, by_motion[:, :3])
-        across = by_motion[:, :3] - np.einsum("rin,ijn,jpn->rpn", by_point, inverse, mixed, optimize=True)
-        depth = np.where(np.abs(fit.points[2]) > TINY, fit.points[2], 1.0)
-        noise = flat(across * np.sqrt(inverse[2, 2]) / depth * used)
-        return np.asarray(noise @ noise.T)
+        covariance = axes @ axes.T
+        return variance / 2 * (covariance + covariance.T), max(spread / curvature, rounding, TINY), freedom
 
 
-class _System(NamedTuple):
-    """Normal equations by the motion; its step s moves the points by -(point_steps + point_jacobian s)."""
-
-    hessian: np.ndarray  # (6, 6)
-    gradient: np.ndarray  # (6,)
-    point_steps: np.ndarray  # (3, n)
-    point_jacobian: np.ndarray  # (3, 6, n)
+def _normal_equations(left: StereoResiduals, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The Hessian (6, 6) by Gauss and Newton, and the gradient (6,)."""
+    weighted = (left.jacobian * weights).reshape(6, -1)
+    return weighted @ left.jacobian.reshape(6, -1).T, weighted @ left.residuals.ravel()
 
 
-def _search(views: Views, cameras: tuple[StereoCamera, StereoCamera], inlier_threshold: float) -> list[_Start]:
-    """Where to start: standing still, and the motion that RANSAC finds from the points of the frame with more."""
+def _agrees(frames: list[StereoPoints], pair: _FramePair, fit: _Fit, inlier_threshold: float) -> np.ndarray:
+    """Which points (n,) are within the threshold (pixels) in every image and in front, or too far to say."""
+    found = np.zeros(len(frames[0].deep), dtype=bool)
+    found[pair.order] = pair.agrees(fit, inlier_threshold)
+    bare = np.flatnonzero(~(frames[0].deep | frames[1].deep))
+    if len(bare):
+        matches = _matches(frames, bare)
+        length = float(np.linalg.norm(fit.translation))
+        if length > TINY:
+            motion = Motion(fit.rotation, fit.translation / length)
+            found[bare] = agrees(matches, motion, inlier_threshold / math.sqrt(2))
+        else:
+            distances = lengths(rotation_residuals(matches, fit.rotation))
+            found[bare] = distances < inlier_threshold / math.sqrt(2)
+    return found
+
+
+def _matches(frames: list[StereoPoints], chosen: np.ndarray) -> Matches:
+    """The points of these indices in the left images of two frames."""
+    rays = [np.concatenate([frame.rays, np.ones((1, len(frame.deep)))]) for frame in frames]
+    return Matches(rays[0], rays[1], frames[0].noise, frames[1].noise).select(chosen)
+
+
+def _search(pair: _FramePair, cameras: tuple[StereoCamera, StereoCamera], inlier_threshold: float) -> list[_Start]:
+    """Where to start: the motion that RANSAC finds from the points of the frame with more, and standing still."""
     starts: list[_Start] = [(np.eye(3), np.zeros(3))]
-    frame = int(views.seen[3].sum() > views.seen[1].sum())
-    points = settle(views.images(slice(2 * frame, 2 * frame + 2)), rig_poses(cameras[frame]))
-    deep = views.seen[2 * frame + 1] & (points[2] > _FARTHEST)
+    sample = pair.sample
+    backward = sample.forward < len(sample.order) / 2
+    part = slice(sample.forward, None) if backward else slice(0, sample.forward)
+    points, rays, camera = sample.source.points[:, part], sample.target.rays[:, part], cameras[int(backward)]
+    deep = points[2] > _FARTHEST
     # A disparity below its error leaves the depth open. A single point kilometres away puts what OpenCV makes of all
     # inliers in the end (EPnP) metres off. Without nearer points these still give the rotation.
-    camera = cameras[frame]
-    disparities = camera.left.focal * float(np.linalg.norm(camera.translation)) * points[2]
+    disparities = camera.left.focal * camera.baseline * points[2]
     if (certain := deep & (disparities > inlier_threshold)).sum() >= SMALLEST_SAMPLE:
         deep = certain
     if deep.sum() < 4:
         return starts
+    points, rays = points[:, deep], rays[:, deep]
     try:
         found, turn, shift, _ = cv2.solvePnPRansac(
-            np.ascontiguousarray((directions(points)[:, deep] / points[2, deep]).T),
-            np.ascontiguousarray(views.rays[2 - 2 * frame][:, deep].T),
+            np.ascontiguousarray((np.concatenate([points[:2], np.ones((1, points.shape[1]))]) / points[2]).T),
+            np.ascontiguousarray(rays.T),
             np.eye(3),
             np.zeros(4),
             iterationsCount=_SEARCH_ITERATIONS,
@@ -413,26 +442,13 @@ def _search(views: Views, cameras: tuple[StereoCamera, StereoCamera], inlier_thr
         rotation = np.asarray(cv2.Rodrigues(turn)[0], dtype=np.float64)
         translation = np.asarray(shift, dtype=np.float64).ravel()
         # Points of the reference frame give the inverse of the motion, points of the current frame the motion.
-        starts.append((rotation.T, -rotation.T @ translation) if frame == 0 else (rotation, translation))
+        starts.insert(0, (rotation, translation) if backward else (rotation.T, -rotation.T @ translation))
     return starts
 
 
 def _cutoffs(conditions: np.ndarray, noise: float) -> np.ndarray:
     """Where Tukey's loss ends, squared pixels, for points with so many conditions."""
     return noise**2 * (TUKEY**2 + _TUKEY_STEP * (conditions - 1))
-
-
-def _median_parallax(
-    points0: np.ndarray, points1: np.ndarray, camera0: Camera, camera1: Camera, rotation: np.ndarray, used: np.ndarray
-) -> float:
-    """Median displacement, pixels of the reference image, between the matches and where the rotation takes them."""
-    rays0, jacobian = camera0.normalise_with_jacobian(points0[used])
-    turned = np.column_stack([camera1.normalise(points1[used]), np.ones(used.sum())]) @ rotation.T
-    ahead = turned[:, 2] > AHEAD * np.linalg.norm(turned, axis=1)
-    if not ahead.any():
-        return 0.0
-    shift = rays0[ahead] - turned[ahead, :2] / turned[ahead, 2:]
-    return float(np.median(np.linalg.norm(np.linalg.solve(jacobian[ahead], shift[..., None])[..., 0], axis=1)))
 
 
 def _as_points(points: np.ndarray) -> np.ndarray:
