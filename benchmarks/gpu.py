@@ -41,6 +41,7 @@ import kpmatch_ros
 from benchmarks.peers import PEERS
 from kpmatch_ros import FeatureMatcher, FrontEnd, Parameters
 from kpmatch_ros.cuda_graphs import CudaGraphs, Imitation
+from kpmatch_ros.device import processor_name
 from simulation import Scene, camera_path, demo_camera
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,18 +202,12 @@ def can_import(module: str) -> bool:
 
 def describe_machine(has_gpu: bool) -> dict[str, Any]:
     """What the figures depend on."""
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
     machine: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name() if has_gpu else None,
         "memory_gb": round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1) if has_gpu else None,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if has_gpu else None,
-        "processor": processor,
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -270,16 +270,7 @@ class _Places:
 
 def _unpadded(found: Sequence[Tensor], count0: int, count1: int) -> Assignment:
     """A copy of a recording's assignment for the keypoints that there are."""
-    matches0, matches1, scores0, scores1, layers, layers0, layers1 = found
-    return Assignment(
-        matches0=matches0[:, :count0].clone(),
-        matches1=matches1[:, :count1].clone(),
-        scores0=scores0[:, :count0].clone(),
-        scores1=scores1[:, :count1].clone(),
-        layers=layers.clone(),
-        layers0=layers0[:, :count0].clone(),
-        layers1=layers1[:, :count1].clone(),
-    )
+    return Assignment(*(tensor.clone() for tensor in Assignment(*found).first(count0, count1)))
 
 
 class _RecordedSuperGlue:

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kpmatch_ros import weights
 from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, batch_is_small
-from kpmatch_ros.device import choose_device, choose_precision
+from kpmatch_ros.device import choose_device, choose_precision, processor_features
 from kpmatch_ros.images import ImageError
 from kpmatch_ros.masks import fit, shrink_or_enlarge
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint
@@ -38,10 +38,6 @@ _MATCHERS: dict[str, type[LightGlue | SuperGlue]] = {kind.MODEL_TYPE: kind for k
 LARGEST_IMAGE = 3840 * 2176  # pixels: SuperPoint's first layers take 6 GB of memory for it in float32
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as OpenCV and the authors of SuperPoint convert colour to grey
-
-# Keypoints of an image: with fewer, looking for points to drop costs a GPU more time than it saves (cvg/LightGlue's
-# pruning_keypoint_thresholds, with flash attention).
-_PRUNED_ABOVE_ON_GPU = 1536
 
 
 @dataclass(frozen=True)
@@ -295,6 +291,8 @@ class FeatureMatcher:
             self._to_precision(network)
 
     def _to_precision(self, network: Any) -> Any:
+        # There oneDNN compiles the layers for each number of points, and keeps what it compiled.
+        network.round_up = self.device.type == "cpu" and self.dtype == torch.bfloat16
         if isinstance(network, (LightGlue, SuperGlue)):
             return network.to_precision(self.dtype)
         # Channels-last is how convolutions run fastest on processors and tensor cores alike.
@@ -394,10 +392,21 @@ class FeatureMatcher:
             )
         if isinstance(matcher, LightGlue):
             matcher.fuse()
-            if self.device.type != "cpu":
-                matcher.run_ahead, matcher.prune_above = True, _PRUNED_ABOVE_ON_GPU
+            matcher.run_ahead = self.device.type != "cpu"
+            matcher.prune_above = _pruned_above(self.device, self.dtype)
         loaded: Matcher = self._to_precision(matcher.to(self.device))
         return loaded
+
+
+def _pruned_above(device: torch.device, dtype: torch.dtype) -> int:
+    """Keypoints of an image. With fewer, looking for points to drop takes more time than it saves.
+
+    docs/performance.md has the measurements. For a GPU it is cvg/LightGlue's pruning_keypoint_thresholds, with flash
+    attention. AMX multiplies bfloat16 nearly as fast, beside what dropping costs: no gain was found at 1024 keypoints.
+    """
+    if device.type != "cpu" or (dtype == torch.bfloat16 and "amx_bf16" in processor_features()):
+        return 1536
+    return 256 if dtype == torch.bfloat16 else 0
 
 
 def _is_sound(found: Detections) -> bool:
@@ -407,16 +416,8 @@ def _is_sound(found: Detections) -> bool:
 
 def _one_pair(found: Assignment, i: int, count0: int, count1: int) -> Matches:
     """Pair i of a batch, without its padding."""
-    one, first, second = slice(i, i + 1), slice(count0), slice(count1)
-    assignment = Assignment(
-        matches0=found.matches0[one, first],
-        matches1=found.matches1[one, second],
-        scores0=found.scores0[one, first],
-        scores1=found.scores1[one, second],
-        layers=found.layers[one],
-        layers0=found.layers0[one, first],
-        layers1=found.layers1[one, second],
-    )
+    one = slice(i, i + 1)
+    assignment = Assignment(*(values[one] for values in found)).first(count0, count1)
     index0 = (assignment.matches0[0] >= 0).nonzero()[:, 0]
     return Matches(
         indices=torch.stack([index0, assignment.matches0[0, index0]], dim=1),

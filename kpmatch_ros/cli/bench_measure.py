@@ -32,7 +32,7 @@ from kpmatch_ros.bags.files import BagError, image_message, image_topics, read_m
 from kpmatch_ros.cli.bench import Request
 from kpmatch_ros.cli.bench_report import STAGES, Comparison, Row, Spread, draw, report
 from kpmatch_ros.cli.common import CommandError, read_image
-from kpmatch_ros.device import choose_device, choose_precision
+from kpmatch_ros.device import choose_device, choose_precision, processor_name
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import Camera
@@ -342,15 +342,9 @@ def _peak_memory() -> float:
 
 def describe_machine(devices: set[str] | None = None) -> dict[str, Any]:
     """What the figures depend on."""
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
-        "processor": processor,
+        "processor": processor_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": cores,
         "threads": torch.get_num_threads(),

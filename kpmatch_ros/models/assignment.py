@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = ["Assignment", "ImageFeatures", "attention_weights", "common_masks", "mutual_matches"]
 
@@ -33,6 +34,21 @@ class ImageFeatures(NamedTuple):
     def num_keypoints(self) -> int:
         """N, the number of keypoints with padding."""
         return self.keypoints.shape[1]
+
+    def padded(self, size: int) -> ImageFeatures:
+        """The same with padding behind, up to ``size`` keypoints; without a mask where none was and none is needed."""
+        count = self.num_keypoints
+        if count == size:
+            return self
+        behind = (0, size - count)
+        real = torch.ones_like(self.keypoints[..., 0], dtype=torch.bool) if self.mask is None else self.mask
+        return ImageFeatures(
+            keypoints=F.pad(self.keypoints, (0, 0, *behind)),
+            descriptors=F.pad(self.descriptors, (0, 0, *behind)),
+            size=self.size,
+            mask=F.pad(real, behind),
+            scores=None if self.scores is None else F.pad(self.scores, behind),
+        )
 
 
 def common_masks(image0: ImageFeatures, image1: ImageFeatures) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -82,6 +98,18 @@ class Assignment(NamedTuple):
             torch.zeros(batch, dtype=torch.int64, device=device),
             full(count0, 0),
             full(count1, 0),
+        )
+
+    def first(self, count0: int, count1: int) -> Assignment:
+        """The same of the first keypoints of each image: the others are padding."""
+        return Assignment(
+            matches0=self.matches0[:, :count0],
+            matches1=self.matches1[:, :count1],
+            scores0=self.scores0[:, :count0],
+            scores1=self.scores1[:, :count1],
+            layers=self.layers,
+            layers0=self.layers0[:, :count0],
+            layers1=self.layers1[:, :count1],
         )
 
     def keep(self, keep0: Tensor) -> Assignment:

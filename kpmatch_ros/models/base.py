@@ -1,7 +1,8 @@
-"""What all networks with weights share: their configuration, and loading them."""
+"""What all networks with weights share: their configuration, loading them, and the numbers of points they take."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -10,12 +11,23 @@ from torch import nn
 from kpmatch_ros.models.checkpoint import Checkpoint, build
 from kpmatch_ros.weights import WeightsError
 
-__all__ = ["Extractor", "PretrainedNetwork"]
+__all__ = ["Extractor", "PretrainedNetwork", "rounded_up"]
 
 Self = TypeVar("Self", bound="PretrainedNetwork")
 
 # What a configuration may say of how keypoints are selected. A maximum over a wider window takes memory without end.
 _RANGES = {"nms_radius": (0, 64), "border_removal_distance": (0, 65535), "max_keypoints": (-1, 1 << 20)}
+
+
+def rounded_up(count: int) -> int:
+    """The next of few numbers of points: 64, multiples of 128 up to 1024, of 256 up to 2048, and so on.
+
+    oneDNN compiles the layers in bfloat16 for each number of points, and keeps some 2 MB for each.
+    """
+    if count <= 64:
+        return 64
+    step = max(128, 2 ** math.ceil(math.log2(count)) // 8)
+    return math.ceil(count / step) * step
 
 
 class PretrainedNetwork(nn.Module):
@@ -26,6 +38,8 @@ class PretrainedNetwork(nn.Module):
 
     Attributes:
         config: every key of :attr:`DEFAULTS`, with the value given or else the default.
+        round_up: compute with few different numbers of points (:func:`rounded_up`), by padding. The results are the
+            same, but for rounding.
     """
 
     MODEL_TYPE: ClassVar[str]
@@ -37,6 +51,7 @@ class PretrainedNetwork(nn.Module):
     def __init__(self, **config: Any) -> None:
         super().__init__()
         self.config = {**self.DEFAULTS, **config}
+        self.round_up = False
 
     @classmethod
     def from_pretrained(cls: type[Self], source: str | Path, **options: Any) -> Self:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kpmatch_ros.models.base import rounded_up
+
 __all__ = [
     "Detections",
     "clear_border",
@@ -127,11 +129,14 @@ def unless_masked(refined: Tensor, whole: Tensor, mask: Tensor | None) -> Tensor
     return torch.where(mask.flatten(1).gather(1, index)[..., None], refined, whole)
 
 
-def select_keypoints(scores: Tensor, threshold: float, max_keypoints: int) -> tuple[Tensor, Tensor, Tensor]:
+def select_keypoints(
+    scores: Tensor, threshold: float, max_keypoints: int, round_up: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """The pixels of highest score above ``threshold``, at most ``max_keypoints`` of each image (-1: all).
 
     Args:
         scores: (B, H, W) scores after suppression.
+        round_up: let N be one of few numbers, see :func:`kpmatch_ros.models.base.rounded_up`.
 
     Returns:
         keypoints (B, N, 2) as x, y; scores (B, N), descending; mask (B, N).
@@ -141,7 +146,8 @@ def select_keypoints(scores: Tensor, threshold: float, max_keypoints: int) -> tu
     count = flat.shape[1] if max_keypoints < 0 else min(max_keypoints, flat.shape[1])
     if max_keypoints < 0 or scores.device.type == "cpu":
         # Not on a GPU: asking how many there are would wait for it.
-        count = min(count, int((flat > threshold).sum(dim=1).max()))
+        found = int((flat > threshold).sum(dim=1).max())
+        count = min(count, rounded_up(found) if round_up and found else found)
     best, index = flat.topk(count, dim=1)
     mask = best > threshold
     rows = torch.div(index, width, rounding_mode="floor")

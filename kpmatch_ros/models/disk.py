@@ -170,7 +170,7 @@ class DISK(Extractor):
         scores = self.head.scores(features)[:, :height, :width]
         peaks = clear_masked(clear_border(strict_maxima(scores, self.nms_radius), self.border), allowed)
         scores = scores.masked_fill(~peaks, torch.finfo(scores.dtype).min)
-        keypoints, scores, mask = select_keypoints(scores, self.keypoint_threshold, self.max_keypoints)
+        keypoints, scores, mask = select_keypoints(scores, self.keypoint_threshold, self.max_keypoints, self.round_up)
         return Detections(keypoints, scores, self.head.descriptors(features, keypoints), mask)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kpmatch_ros.models.assignment import Assignment, ImageFeatures, common_masks, mutual_matches
-from kpmatch_ros.models.base import PretrainedNetwork
+from kpmatch_ros.models.base import PretrainedNetwork, rounded_up
 from kpmatch_ros.models.checkpoint import Checkpoint
 from kpmatch_ros.models.lightglue_layers import (
     ACTIVATIONS,
@@ -158,13 +158,18 @@ class LightGlue(PretrainedNetwork):
         if adaptive and (batch > 1 or image0.mask is not None or image1.mask is not None):
             # Each pair stops and drops points in its own time: pairs are matched one by one, without their padding.
             return self._one_by_one(image0, image1)
+        if self.round_up:
+            image0, image1 = image0.padded(rounded_up(count0)), image1.padded(rounded_up(count1))
         mask0, mask1 = common_masks(image0, image1)
         points0, points1 = self.encode(image0._replace(mask=mask0)), self.encode(image1._replace(mask=mask1))
+        for points, count in ((points0, count0), (points1, count1)):
+            points.index, points.layers = points.index[:count], points.layers[:count]
         layers = self._run_layers(points0, points1)
-        if len(points0) == 0 or len(points1) == 0:
-            assignment = Assignment.empty(batch, len(points0), len(points1), image0.keypoints.device)
+        left0, left1 = len(points0.index), len(points1.index)
+        if left0 == 0 or left1 == 0:
+            assignment = Assignment.empty(batch, left0, left1, image0.keypoints.device)
         else:
-            assignment = self._assign(points0, points1, layers)
+            assignment = self._assign(points0, points1, layers).first(left0, left1)
         return _unpruned(assignment, points0, points1, count0, count1, layers)
 
     def match_all(self, image0: ImageFeatures, image1: ImageFeatures) -> Assignment:
@@ -181,8 +186,7 @@ class LightGlue(PretrainedNetwork):
 
     def assign(self, points0: Points, points1: Points, layers: int) -> Assignment:
         """The matches after so many layers of points that none were dropped of."""
-        assignment = self._assign(points0, points1, layers)
-        return _unpruned(assignment, points0, points1, len(points0), len(points1), layers)
+        return _after(layers, self._assign(points0, points1, layers))
 
     def are_sure(self, points0: Points, points1: Points, layer: int) -> Tensor:
         """Whether enough points of a pair are sure after a layer, counted from 0 and not the last: () bool."""
@@ -225,8 +229,8 @@ class LightGlue(PretrainedNetwork):
     def _run_layers(self, points0: Points, points1: Points) -> int:
         """Run the points through the layers, dropping and stopping as configured; returns the number of layers run."""
         last = len(self.transformer_layers) - 1
-        total = len(points0) + len(points1)
-        prunes = self.width_confidence > 0 and max(len(points0), len(points1)) > self.prune_above
+        count0, count1 = len(points0.index), len(points1.index)
+        prunes = self.width_confidence > 0 and max(count0, count1) > self.prune_above
         ahead = self.run_ahead and not prunes  # how many points are left has to be waited for anyway
         enough: OnItsWay | None = None  # whether the points are sure after the layers so far
         for i, layer in enumerate(self.transformer_layers):
@@ -239,17 +243,21 @@ class LightGlue(PretrainedNetwork):
                 break
             confidence0 = confidence1 = None
             if self.depth_confidence > 0:
-                confidence0 = self.token_confidence[i](points0.x)[0]
-                confidence1 = self.token_confidence[i](points1.x)[0]
-                enough = OnItsWay(self._are_sure(confidence0, confidence1, i, total))
+                confidence0, confidence1 = self._confidences(points0, i), self._confidences(points1, i)
+                enough = OnItsWay(self._are_sure(confidence0, confidence1, i, count0 + count1))
                 if not ahead and enough:
                     return i + 1
             if prunes:
                 self._prune(points0, confidence0, i)
                 self._prune(points1, confidence1, i)
-                if len(points0) == 0 or len(points1) == 0:
+                if len(points0.index) == 0 or len(points1.index) == 0:
                     return i + 1
         return last + 1
+
+    def _confidences(self, points: Points, layer: int) -> Tensor:
+        """How sure (N,) the points of a single image are; padding is."""
+        confidence = cast(Tensor, self.token_confidence[layer](points.x))[0]
+        return confidence if points.mask is None else confidence.masked_fill(~points.mask[0], 1.0)
 
     def _are_sure(self, confidence0: Tensor, confidence1: Tensor, layer: int, total: int) -> Tensor:
         """Whether enough of the ``total`` points are sure; the pruned ones are (section 3.3)."""
@@ -262,7 +270,7 @@ class LightGlue(PretrainedNetwork):
         keep = assignment.matchabilities(points.x)[0] > 1 - self.width_confidence
         if confidence is not None:
             keep |= confidence <= self._confidence_threshold(layer)
-        points.keep(keep)
+        points.keep(keep if points.mask is None else keep & points.mask[0], rounded_up if self.round_up else None)
         points.layers[points.index] += 1
 
     def _confidence_threshold(self, layer: int) -> float:
@@ -302,15 +310,19 @@ def normalise_keypoints(keypoints: Tensor, size: Tensor) -> Tensor:
     return (keypoints - size / 2) / (size.amax(dim=-1, keepdim=True) / 2)
 
 
+def _after(layers: int, assignment: Assignment) -> Assignment:
+    """The assignment of points that all took part in so many layers."""
+    names = ("layers", "layers0", "layers1")
+    return assignment._replace(**{name: torch.full_like(getattr(assignment, name), layers) for name in names})
+
+
 def _unpruned(
     assignment: Assignment, points0: Points, points1: Points, count0: int, count1: int, layers: int
 ) -> Assignment:
     """The assignment of the points that are left, as one of all the points given."""
-    assignment = assignment._replace(layers=torch.full_like(assignment.layers, layers))
-    if len(points0) == count0 and len(points1) == count1:
-        return assignment._replace(
-            layers0=torch.full_like(assignment.layers0, layers), layers1=torch.full_like(assignment.layers1, layers)
-        )
+    assignment = _after(layers, assignment)
+    if len(points0.index) == count0 and len(points1.index) == count1:
+        return assignment
     spread = _spread(assignment, points0.index, points1.index, count0, count1)
     return spread._replace(layers0=points0.layers[None], layers1=points1.layers[None])
 

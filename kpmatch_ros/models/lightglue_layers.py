@@ -200,9 +200,9 @@ def _log_softmax_of_columns(x: Tensor) -> Tensor:
 
 
 def _pairs(mask0: Tensor | None, mask1: Tensor | None) -> Tensor | None:
-    if mask0 is None or mask1 is None:
-        return None
-    return mask0[:, :, None] & mask1[:, None, :]
+    if mask0 is None:
+        return None if mask1 is None else mask1[:, None, :]
+    return mask0[:, :, None] if mask1 is None else mask0[:, :, None] & mask1[:, None, :]
 
 
 class TokenConfidence(nn.Module):
@@ -225,7 +225,8 @@ class Points:
         x: (B, N, C) states, float32.
         rotation: the rotary encoding of their positions.
         mask: (B, N) bool, true for points, false for padding; None without padding.
-        index: (N,) int64 their places among the keypoints given; pruned points are missing.
+        index: int64, of the points of a single image the places among the keypoints given: without those dropped, and
+            without padding, which is behind all others.
         layers: (count,) int64, for each of the keypoints given, the layers it took part in. Only for a single pair.
     """
 
@@ -238,9 +239,22 @@ class Points:
     def __len__(self) -> int:
         return self.x.shape[1]
 
-    def keep(self, keep: Tensor) -> None:
-        """Drop the points for which ``keep`` (N,) is false."""
+    def keep(self, keep: Tensor, rounded: Callable[[int], int] | None = None) -> None:
+        """Drop the points of a single image for which ``keep`` (N,) is false.
+
+        Args:
+            keep: false for padding.
+            rounded: the number of points to compute with from now on, from the number of those that are kept. The
+                others follow behind as padding.
+        """
         chosen = keep.nonzero()[:, 0]
+        count = len(chosen)
+        if count == len(self.index):
+            return
+        self.index = self.index[chosen]
+        if rounded is not None:
+            behind = min(rounded(count), len(self)) - count
+            chosen = torch.cat([chosen, keep.logical_not().nonzero()[:behind, 0]])
         self.x = self.x[:, chosen]
         self.rotation = self.rotation[:, :, chosen]
-        self.index = self.index[chosen]
+        self.mask = None if len(chosen) == count else keep[None, chosen]

@@ -15,8 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kpmatch_ros.models.assignment import Assignment, ImageFeatures, attention_weights, common_masks, mutual_matches
-from kpmatch_ros.models.base import PretrainedNetwork
+from kpmatch_ros.models.assignment import (
+    Assignment,
+    ImageFeatures,
+    attention_weights,
+    common_masks,
+    mutual_matches,
+)
+from kpmatch_ros.models.base import PretrainedNetwork, rounded_up
 from kpmatch_ros.models.checkpoint import Checkpoint
 from kpmatch_ros.weights import WeightsError
 
@@ -186,9 +192,11 @@ class SuperGlue(PretrainedNetwork):
         batch, count0, count1 = len(image0.keypoints), image0.num_keypoints, image1.num_keypoints
         if count0 == 0 or count1 == 0:
             return Assignment.empty(batch, count0, count1, image0.keypoints.device)
+        if self.round_up:
+            image0, image1 = image0.padded(rounded_up(count0)), image1.padded(rounded_up(count1))
         mask0, mask1 = common_masks(image0, image1)
         image0, image1 = image0._replace(mask=mask0), image1._replace(mask=mask1)
-        return self.assign(*self.states(image0, image1), mask0, mask1)
+        return self.assign(*self.states(image0, image1), mask0, mask1).first(count0, count1)
 
     def states(self, image0: ImageFeatures, image1: ImageFeatures) -> tuple[Tensor, Tensor]:
         """The points (B, N, C) of both images after the last layer; both have scores, and both a mask or none."""
