@@ -7,8 +7,8 @@ MESSAGES := install/kpmatch_ros/share/kpmatch_ros/package.xml
 # CMake refuses to export the include folder of a NumPy that lies below the source folder, as .venv/ does: colcon
 # is shown a copy of the package's parts.
 STAGE    := build/source/kpmatch_ros
-PARTS    := CMakeLists.txt LICENSE config foxglove kpmatch_ros launch msg package.xml rviz scripts
-SOURCES  := $(shell find kpmatch_ros launch config foxglove msg rviz scripts -type f -not -name '*.pyc') CMakeLists.txt package.xml
+PARTS    := CMakeLists.txt LICENSE config foxglove kpmatch_ros launch msg package.xml rviz scripts srv
+SOURCES  := $(shell find kpmatch_ros launch config foxglove msg rviz scripts srv -type f -not -name '*.pyc') CMakeLists.txt package.xml
 
 .PHONY: demo test soak gpu env build lint docs demo-bag clean
 

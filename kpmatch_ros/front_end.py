@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kpmatch_ros.feature_matcher import FeatureMatcher, to_numpy
+from kpmatch_ros.feature_matcher import FeatureMatcher, Features, to_numpy
 from kpmatch_ros.frames import Frame, Pair, Result, RightImage, StereoPair
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
@@ -19,6 +19,7 @@ from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.geometry.stereo_motion import check_stereo_matches, estimate_stereo_motion
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.geometry.two_view_errors import Motion
+from kpmatch_ros.kept_features import check_features, frame_without_image
 from kpmatch_ros.masks import both, fit, load_masks
 from kpmatch_ros.parameters import Parameters
 
@@ -198,6 +199,56 @@ class FrontEnd:
         matches = self.matcher.match(reference.features, current.features)
         indices, scores = to_numpy(matches.indices), to_numpy(matches.scores)  # alone: the rest stays on the device
         return indices, scores, matches.layers, _milliseconds_since(started)
+
+    def match_features(
+        self,
+        reference: Features,
+        current: Features,
+        cameras: Sequence[Camera | None] = (None, None),
+        stamps: Sequence[int] = (0, 0),
+        frame_ids: Sequence[str] = ("", ""),
+    ) -> Pair:
+        """Match features that were kept of two images: for loop closure and relocalisation.
+
+        The frames that are registered, and their tracks, do not notice. Without images no point is refined, and there
+        are no tracks: `track_ids` is empty.
+
+        Args:
+            reference: the features of image 0.
+            current: the features of image 1.
+            cameras: the calibration of each; without one the pose has the status NO_CALIBRATION.
+            stamps: time of each image, nanoseconds.
+            frame_ids: names of the cameras' optical frames.
+
+        Raises:
+            FeatureError: features or calibration cannot be used. It is a ValueError.
+        """
+        frames = []
+        given = zip(("reference_features", "features"), (reference, current), cameras, stamps, frame_ids)
+        for name, features, camera, stamp, frame_id in given:
+            size, most = self.matcher.extractor.descriptor_size, self.parameters.max_keypoints
+            checked = check_features(features, name, size, most)
+            frames.append(frame_without_image(checked, name, camera, stamp, frame_id))
+        indices, scores, layers, match_ms = self._match(frames[0], frames[1])
+        points = [frame.keypoints[side] for frame, side in zip(frames, indices.T)]
+        pose = estimate_relative_pose(
+            *points,
+            *cameras,
+            max_reprojection_error=self.parameters.max_reprojection_error,
+            min_inliers=self.parameters.min_inliers,
+            keypoint_resolution=self._keypoint_resolution(frames[1]),
+        )
+        return Pair(
+            reference=frames[0],
+            current=frames[1],
+            indices=indices,
+            scores=scores,
+            layers=layers,
+            reset=False,
+            match_ms=match_ms,
+            track_ids=np.zeros(0, np.uint64),
+            pose=pose,
+        )
 
     def interruption(self, stamp: int, frame_ids: Sequence[str]) -> str:
         """Why a frame cannot follow the last one, in words; empty where it can.

@@ -33,6 +33,7 @@ __all__ = [
     "interruption",
     "match_array",
     "nanoseconds",
+    "no_pose",
     "odometry",
     "relative_pose",
     "ros_message",
@@ -50,6 +51,7 @@ class Pairing(IntEnum):
 
     CONSECUTIVE = 0
     STEREO = 1
+    REQUESTED = 2
 
 
 def ros_message(type_name: str, **fields: Any) -> Any:
@@ -139,6 +141,13 @@ def interruption(header: Any, new: NewMessage = ros_message) -> Any:
         pose=_pose_message(np.eye(3), np.zeros(3), np.zeros((6, 6)), new),
         status=int(PoseStatus.INTERRUPTED),
     )
+
+
+def no_pose(header: Any, reference: Any, new: NewMessage = ros_message) -> Any:
+    """kpmatch_ros/RelativePose of two images, by their std_msgs/Header, that could not be matched at all."""
+    pose = interruption(header, new)
+    pose.reference, pose.status = reference, int(PoseStatus.FAILED)
+    return pose
 
 
 def odometry(frame: Frame, pose: OdometryPose, odom_frame: str, new: NewMessage = ros_message) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kpmatch_ros import messages
+from kpmatch_ros import match_request, messages
 from kpmatch_ros.contrast import Stretch, appearance
 from kpmatch_ros.drawing import draw_matches
 from kpmatch_ros.frames import ImagePair, Pair, Result, StereoPair
@@ -278,9 +278,7 @@ class Pipeline:
         Args:
             received: a frame's image messages, from :meth:`add_image`.
         """
-        parameters = self._parameters  # read once: another thread may replace them at any time
-        if parameters is not self.front_end.parameters:
-            self.front_end.configure(parameters)
+        self._follow_parameters()
         if self._reset_requested.is_set():
             self._reset_requested.clear()
             self.front_end.reset()
@@ -305,6 +303,16 @@ class Pipeline:
         if interruption:
             self._publish_interruption(messages.header_of(result.frame, self._new))
         return result
+
+    def match_features(self, request: Any, response: Any) -> Any:
+        """Answer a request of the service match_features. The frames do not notice."""
+        self._follow_parameters()
+        return match_request.answer(self.front_end, request, response, self._new)
+
+    def _follow_parameters(self) -> None:
+        parameters = self._parameters  # read once: another thread may replace them at any time
+        if parameters is not self.front_end.parameters:
+            self.front_end.configure(parameters)
 
     def _camera_for(self, sizes: Sequence[tuple[int, int]]) -> Camera | StereoCamera | None:
         try:

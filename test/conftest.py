@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import re
+import shutil
 import signal
+import subprocess
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -320,6 +323,25 @@ def superglue(small_superglue: dict[str, Any], randomise_superglue: Randomise) -
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def cpp_programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the C++ programs, built as a project of its own that knows only CMAKE_PREFIX_PATH."""
+    for tool in ("cmake", os.environ.get("CXX", "c++")):
+        if shutil.which(tool) is None:
+            pytest.fail(f"{tool} is missing: the C++ programs cannot be built; try `apt-get install cmake g++`")
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of all workers: the first one builds, the others wait and find it done
+    source, build = Path(__file__).parent / "cpp", base / "cpp"
+    with (base / "cpp.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (["cmake", "-S", str(source), "-B", str(build)], ["cmake", "--build", str(build)]):
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            if done.returncode:
+                pytest.fail(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stdout}")
+    return build
 
 
 @pytest.fixture

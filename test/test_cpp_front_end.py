@@ -5,11 +5,8 @@ The program, cpp/read_message.cpp, refuses a message that breaks the contract an
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
-import os
-import shutil
 import subprocess
 import time
 from array import array
@@ -39,24 +36,11 @@ Program = Callable[[type, bytes], "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
-    """The C++ program, built as a project of its own that knows only CMAKE_PREFIX_PATH."""
-    for tool in ("cmake", os.environ.get("CXX", "c++")):
-        if shutil.which(tool) is None:
-            pytest.fail(f"{tool} is missing: the C++ front-end cannot be built; try `apt-get install cmake g++`")
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # of all workers: the first one builds, the others wait and find it done
-    source, build = Path(__file__).parent / "cpp", base / "cpp"
-    with (base / "cpp.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (["cmake", "-S", str(source), "-B", str(build)], ["cmake", "--build", str(build)]):
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            if done.returncode:
-                pytest.fail(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stdout}")
+def program(cpp_programs: Path) -> Program:
+    """The C++ program that reads messages."""
 
     def run(kind: type, message: bytes) -> subprocess.CompletedProcess[str]:
-        command = [str(build / "read_message"), kind.__name__]
+        command = [str(cpp_programs / "read_message"), kind.__name__]
         done = subprocess.run(command, input=message, capture_output=True, timeout=60)
         return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
@@ -260,13 +244,13 @@ def repeated(field: str) -> Callable[[Any], None]:
 
 NAN = float("nan")
 BROKEN_MATCHES = [
-    (with_field("pairing", 7), "pairing is CONSECUTIVE or STEREO"),
-    (with_field("pairing", MatchArray.STEREO), "track_ids is as long as scores, or empty for STEREO"),
+    (with_field("pairing", 7), "pairing is CONSECUTIVE, STEREO or REQUESTED"),
+    (with_field("pairing", MatchArray.STEREO), "track_ids is as long as scores for CONSECUTIVE, or empty"),
     (without_last("points"), "points holds two numbers for each score"),
     (without_last("reference_points"), "reference_points holds two numbers for each score"),
     (without_last("indices"), "indices is as long as scores"),
     (without_last("reference_indices"), "reference_indices is as long as scores"),
-    (without_last("track_ids"), "track_ids is as long as scores, or empty for STEREO"),
+    (without_last("track_ids"), "track_ids is as long as scores for CONSECUTIVE, or empty"),
     (without_last("inliers"), "inliers is empty or as long as scores"),
     (with_first("points", NAN), "points lie in the current image"),
     (with_first("points", -0.6), "points lie in the current image"),

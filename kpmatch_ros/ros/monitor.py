@@ -50,6 +50,7 @@ class Monitor:
         self._mask_faults: Counter[str] = Counter()
         self._interruptions = 0
         self._odometry_breaks: int | None = None
+        self._answered: Counter[str] = Counter()
         self._barren: tuple[float, float, str] | None = None  # since when, last seen, why
         self._failures: deque[tuple[float, Problem]] = deque()
         self._arrivals: deque[float] = deque()
@@ -127,6 +128,11 @@ class Monitor:
                 self._fail("odometry break", explanation)
             self._odometry_breaks = breaks
 
+    def answered(self, refusal: str) -> None:
+        """A request to match features was answered; the refusal says why it cannot be used, and is empty otherwise."""
+        with self._lock:
+            self._answered["refused" if refusal else "answered"] += 1
+
     def processed(self, latency_ms: float, result: Result) -> None:
         """A frame went all the way, in ``latency_ms`` from arrival to publication."""
         with self._lock:
@@ -184,6 +190,8 @@ class Monitor:
             values["interruptions"] = str(self._interruptions)
             if self._odometry_breaks is not None:
                 values["odometry breaks"] = str(self._odometry_breaks)
+            for answer, count in sorted(self._answered.items()):
+                values[f"match_features {answer}"] = str(count)
             for status in PoseStatus:
                 values[f"poses {status.name}"] = str(self._statuses[status.name])
             return values

@@ -30,6 +30,7 @@ from kpmatch_ros.pipeline import Pipeline, check_odometry
 from kpmatch_ros.ros.diagnostics import Condition, Diagnostics, LoggingMonitor, log_weights
 from kpmatch_ros.ros.inbox import Inbox
 from kpmatch_ros.ros.inputs import Inputs
+from kpmatch_ros.ros.match_service import MatchRequest, MatchService
 from kpmatch_ros.ros.monitor import Problem
 from kpmatch_ros.ros.outputs import Outputs
 from kpmatch_ros.ros.parameter_descriptors import declare_parameters
@@ -86,8 +87,9 @@ class MatcherNode(LifecycleNode):
         self._outputs: Outputs | None = None
         self._pipeline: Pipeline | None = None
         self._inference: ThreadPoolExecutor | None = None
-        self._inbox: Inbox[_Received] | None = None
+        self._inbox: Inbox[_Received, MatchRequest] | None = None
         self._reset_service: Any = None
+        self._match_service: MatchService | None = None
 
         self._diagnostics = Diagnostics(self, self.monitor, self._condition)
         # Wall time: diagnostics go on while a bag's clock stands still.
@@ -115,7 +117,7 @@ class MatcherNode(LifecycleNode):
 
     @explained
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Load the weights, run the networks once, offer the topics and the service."""
+        """Load the weights, run the networks once, offer the topics and the services."""
         parameters = self._parameters_in_force
         check_odometry(parameters)
         self._inference = ThreadPoolExecutor(max_workers=1, thread_name_prefix=_THREAD_NAME)
@@ -134,6 +136,7 @@ class MatcherNode(LifecycleNode):
             front_end, self._inputs.topics, self._outputs.publish, self._outputs.wanted, self.monitor
         )
         self._reset_service = self.create_service(Trigger, "reset", self._reset)
+        self._match_service = MatchService(self, self._ask)
         self.fault = ""
         self._state = "inactive"
         log_weights(self.get_logger(), front_end.matcher)
@@ -197,6 +200,9 @@ class MatcherNode(LifecycleNode):
         if self._reset_service is not None:
             self.destroy_service(self._reset_service)
             self._reset_service = None
+        if self._match_service is not None:
+            self._match_service.destroy()
+            self._match_service = None
         self._pipeline = None
         self._state = "unconfigured"
         release_memory()
@@ -204,8 +210,11 @@ class MatcherNode(LifecycleNode):
     def _stop_processing(self, patience: float | None = None) -> None:
         self._inputs.unsubscribe()
         if self._inbox is not None:
-            self.monitor.dropped(self._inbox.close())
+            left = self._inbox.close()
             self._inbox = None
+            self.monitor.dropped(left.items)
+            for request in left.requests:
+                request.refuse("the node was deactivated while the request waited")
             assert self._inference is not None
             with contextlib.suppress(TimeoutError, FuturesTimeoutError):
                 self._inference.submit(lambda: None).result(patience)  # the frame at hand is done
@@ -243,6 +252,13 @@ class MatcherNode(LifecycleNode):
         if self._pipeline is not None:
             self._pipeline.add_mask(side, message)
 
+    def _ask(self, request: MatchRequest) -> str:
+        """Hand a request to the inference thread; why it cannot be, or nothing."""
+        inbox = self._inbox
+        if inbox is None:
+            return f"the node is {self._state}: activate it, and it matches"
+        return "" if inbox.ask(request) else "too many requests are waiting: ask again later"
+
     def _reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         assert self._pipeline is not None
         self._pipeline.request_reset()
@@ -276,9 +292,12 @@ class MatcherNode(LifecycleNode):
 
     # Processing, on the inference thread
 
-    def _process_frames(self, inbox: Inbox[_Received], pipeline: Pipeline) -> None:
+    def _process_frames(self, inbox: Inbox[_Received, MatchRequest], pipeline: Pipeline) -> None:
         trimmed = time.monotonic()
         while (received := inbox.take()) is not None:
+            if isinstance(received, MatchRequest):
+                self.monitor.answered(received.answer(pipeline))
+                continue
             try:
                 self._inputs.wait_for_calibration()
                 pipeline.masks.expected = self._inputs.masked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -51,9 +52,22 @@ def guarded(callback: ServiceCallback, logger: Callable[[], Any]) -> ServiceCall
     entries is refused before it is worked on, as nothing else runs meanwhile.
 
     Args:
-        callback: fills a response.
+        callback: fills a response; or a coroutine function, which the executor awaits.
         logger: gives the node's logger.
     """
+
+    def refused(request: Any, response: Any, error: Exception) -> Any:
+        kind, reason = type(response), _in_words(error)
+        logger().warning(f"a request of {kind.__name__} was refused: {reason}")
+        return _refusal(kind, request, reason)
+
+    async def answer_later(request: Any, response: Any) -> Any:
+        try:
+            return await callback(request, response)
+        except ExternalShutdownException:
+            raise
+        except Exception as error:  # noqa: BLE001  (the node lives on and names it)
+            return refused(request, response, error)
 
     def answer(request: Any, response: Any) -> Any:
         kind = type(response)
@@ -69,11 +83,9 @@ def guarded(callback: ServiceCallback, logger: Callable[[], Any]) -> ServiceCall
         except ExternalShutdownException:
             raise
         except Exception as error:  # noqa: BLE001  (the node lives on and names it)
-            reason = _in_words(error)
-            logger().warning(f"a request of {kind.__name__} was refused: {reason}")
-            return _refusal(kind, request, reason)
+            return refused(request, response, error)
 
-    return answer
+    return answer_later if inspect.iscoroutinefunction(callback) else answer
 
 
 def _answer_one_by_one(callback: ServiceCallback, request: Any, response: Any, logger: Callable[[], Any]) -> Any:

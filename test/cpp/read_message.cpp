@@ -118,12 +118,15 @@ void check(const MatchArray & m, Rules & rules)
 {
   const std::size_t count = m.scores.size();
   const bool stereo = m.pairing == MatchArray::STEREO;
-  rules.require(stereo || m.pairing == MatchArray::CONSECUTIVE, "pairing is CONSECUTIVE or STEREO");
+  const bool requested = m.pairing == MatchArray::REQUESTED;
+  rules.require(
+    stereo || requested || m.pairing == MatchArray::CONSECUTIVE, "pairing is CONSECUTIVE, STEREO or REQUESTED");
   rules.require(m.points.size() == 2 * count, "points holds two numbers for each score");
   rules.require(m.reference_points.size() == 2 * count, "reference_points holds two numbers for each score");
   rules.require(m.indices.size() == count, "indices is as long as scores");
   rules.require(m.reference_indices.size() == count, "reference_indices is as long as scores");
-  rules.require(m.track_ids.size() == (stereo ? 0 : count), "track_ids is as long as scores, or empty for STEREO");
+  rules.require(
+    m.track_ids.size() == (stereo || requested ? 0 : count), "track_ids is as long as scores for CONSECUTIVE, or empty");
   rules.require(m.inliers.empty() || m.inliers.size() == count, "inliers is empty or as long as scores");
 
   rules.require(all_inside(m.points, m.width, m.height), "points lie in the current image");

@@ -1,0 +1,90 @@
+"""Features that somebody kept, and that come without their image: checked, and as a frame. No ROS in here."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kpmatch_ros.feature_matcher import Features, to_numpy
+from kpmatch_ros.frames import Frame
+from kpmatch_ros.geometry.camera import CalibrationError, Camera
+from kpmatch_ros.images import MAX_SIDE
+
+__all__ = ["FeatureError", "check_features", "frame_without_image"]
+
+_UNIT = 0.05  # a descriptor's length is 1 within this
+
+
+class FeatureError(ValueError):
+    """Features that cannot be matched. The text names them, and says what is wrong and what to do."""
+
+
+def check_features(features: Features, name: str, descriptor_size: int, most: int) -> Features:
+    """The features with NumPy arrays.
+
+    Args:
+        features: of one image, on any device.
+        name: of the features, for the user.
+        descriptor_size: length of the extractor's descriptors.
+        most: keypoints.
+
+    Raises:
+        FeatureError: they are none, or not the extractor's, or hold what no image has.
+    """
+    found = features.numpy()
+    count, (width, height) = len(found.keypoints), found.size
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+        raise FeatureError(f"{name}: the image has {width} x {height} pixels; give width and height of the image")
+    for what, array, shape in (
+        ("keypoints", found.keypoints, (count, 2)),
+        ("scores", found.scores, (count,)),
+        ("descriptors", found.descriptors, (count, descriptor_size)),
+    ):
+        if array.shape != shape:
+            raise FeatureError(
+                f"{name}: {what} are of shape {array.shape} in place of {shape}: they are damaged, or another "
+                "extractor's"
+            )
+        if not np.isfinite(array).all():
+            raise FeatureError(f"{name}: {what} hold NaN or infinity")
+    if count == 0:
+        raise FeatureError(f"{name}: there are no features; choose an image that has some")
+    if count > most:
+        raise FeatureError(
+            f"{name}: there are {count} features, more than max_keypoints ({most}): the match would hold up the "
+            "frames; keep fewer, or raise max_keypoints"
+        )
+    outside = (found.keypoints < -0.5) | (found.keypoints > np.array([width, height]) - 0.5)
+    if outside.any():
+        x, y = found.keypoints[outside.any(axis=1)][0]
+        raise FeatureError(f"{name}: the point ({x:g}, {y:g}) lies outside of the image of {width} x {height} pixels")
+    lengths = np.linalg.norm(np.asarray(found.descriptors, np.float64), axis=1)
+    if (abs(lengths - 1) > _UNIT).any():
+        length = lengths[abs(lengths - 1).argmax()]
+        raise FeatureError(
+            f"{name}: a descriptor has the length {length:g} in place of 1: they are another extractor's"
+        )
+    return found
+
+
+def frame_without_image(features: Features, name: str, camera: Camera | None, stamp: int, frame_id: str) -> Frame:
+    """A frame of features whose image is not there any more.
+
+    Raises:
+        FeatureError: the calibration is for images of another size.
+    """
+    if camera is not None:
+        try:
+            camera.check_size(*features.size)
+        except CalibrationError as error:
+            raise FeatureError(f"{name}: {error}") from None
+    return Frame(
+        number=0,
+        stamp=stamp,
+        image=np.zeros((0, 0), np.uint8),
+        frame_id=frame_id,
+        camera=camera,
+        features=features,
+        keypoints=to_numpy(features.keypoints),
+        track_ids=np.zeros(len(features), np.uint64),
+        extract_ms=0.0,
+    )
