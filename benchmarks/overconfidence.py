@@ -85,6 +85,13 @@ def body(part: float, seed: int, count: int = 600) -> Problem:
     return scene
 
 
+def masked_body(part: float, seed: int, count: int = 600) -> Problem:
+    """The same with the body under a mask: as many keypoints, all of them above it."""
+    found = body(part, seed, round(count / (1 - part)))
+    above = found.points0[:, 1] <= (1 - part) * CAMERA.height
+    return Problem(found.points0[above], found.points1[above], found.truth)
+
+
 def _see(
     random: np.random.Generator, truth: Pose, depths: Callable[[Array], Array], count: int, noise: float
 ) -> Problem:
@@ -216,6 +223,7 @@ def main() -> None:
     for part in BODIES:
         count = max(1, round(options.bodies / len(BODIES)))
         measure(f"body of {100 * part:.0f} %", [body(part, seed) for seed in range(count)])
+        measure(f"body of {100 * part:.0f} %, masked", [masked_body(part, seed) for seed in range(count)])
     if options.walks:
         report("walk, one camera", list(walk(options.frames, 1, stereo=False)))
         report("walk, stereo", list(walk(options.frames, 1, stereo=True)))

@@ -35,10 +35,17 @@ def features(padded: bool) -> ImageFeatures:
     )
 
 
+def inputs(kind: type[SuperPoint | ALIKED | DISK], batch: int, masked: bool) -> list[Tensor]:
+    """What an extractor takes."""
+    masks = [torch.ones(batch, 96, 128, dtype=torch.bool, device=META)] if masked else []
+    return [torch.zeros(batch, kind.CHANNELS, 96, 128, device=META), *masks]
+
+
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK])
-def test_finding_and_describing_keypoints_asks_for_nothing(kind: type[SuperPoint | ALIKED | DISK]) -> None:
+def test_finding_and_describing_keypoints_asks_for_nothing(kind: Any, masked: bool) -> None:
     extractor = kind(max_keypoints=POINTS).to(META)
-    found = extractor(torch.zeros(2, kind.CHANNELS, 96, 128, device=META))
+    found = extractor(*inputs(kind, 2, masked))
     assert found.keypoints.shape == (2, POINTS, 2)
     assert found.scores.shape == found.mask.shape == (2, POINTS)
     assert found.descriptors.shape == (2, POINTS, extractor.descriptor_size)
@@ -90,11 +97,10 @@ def nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nothing_from_the_host")
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK])
-def test_extractors_can_be_recorded(kind: Any) -> None:
-    found = CudaGraphs(Imitation()).run(
-        kind(max_keypoints=50).to(META), torch.zeros(1, kind.CHANNELS, 96, 128, device=META)
-    )
+def test_extractors_can_be_recorded(kind: Any, masked: bool) -> None:
+    found = CudaGraphs(Imitation()).run(kind(max_keypoints=50).to(META), *inputs(kind, 1, masked))
     assert found.keypoints.shape == (1, 50, 2)
 
 

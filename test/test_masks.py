@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.overconfidence import judge
+from benchmarks.overconfidence import judge, masked_body
 from kpmatch_ros import FeatureMatcher, ParameterError, Parameters
 from kpmatch_ros.cuda_graphs import CudaGraphs, Imitation
 from kpmatch_ros.front_end import FrontEnd
@@ -213,6 +213,15 @@ def test_a_mask_that_cannot_be_used_is_refused_with_the_reason(
 
 
 # Poses with a robot's own body in the picture
+
+
+@pytest.mark.parametrize("part", [0.33, 0.4, 0.55])
+def test_matches_beside_a_masked_body_give_right_poses(part: float) -> None:
+    for seed in range(5):
+        problem = masked_body(part, seed)
+        outcome = judge(problem.estimate(), problem.truth)
+        assert outcome.status is PoseStatus.OK and not outcome.wrong_and_sure
+        assert outcome.rotation < 0.1 and outcome.direction < 1
 
 
 @pytest.fixture(scope="module")
