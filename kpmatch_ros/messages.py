@@ -150,14 +150,17 @@ def no_pose(header: Any, reference: Any, new: NewMessage = ros_message) -> Any:
     return pose
 
 
-def odometry(frame: Frame, pose: OdometryPose, odom_frame: str, new: NewMessage = ros_message) -> Any:
-    """nav_msgs/Odometry. Each chain has a frame of its own, lest one be taken for another's continuation."""
+def odometry(frame: Frame, pose: OdometryPose, odom_frame: str, child_frame: str, new: NewMessage = ros_message) -> Any:
+    """nav_msgs/Odometry: the pose and, in its own axes, the velocity of the child frame.
+
+    Each chain has an odometry frame of its own, lest one be taken for another's continuation.
+    """
     header = header_of(frame, new)
     header.frame_id = f"{odom_frame}_{pose.chain}" if pose.chain else odom_frame
     return new(
         "nav_msgs/msg/Odometry",
         header=header,
-        child_frame_id=frame.frame_id,
+        child_frame_id=child_frame,
         pose=_pose_message(pose.rotation, pose.position, pose.covariance, new),
         twist=_twist_message(pose.twist, new),
     )
@@ -177,7 +180,7 @@ def _twist_message(twist: Twist | None, new: NewMessage) -> Any:
 
 
 def transform_of(message: Any, new: NewMessage = ros_message) -> Any:
-    """geometry_msgs/TransformStamped of an Odometry: the camera's frame below the odometry frame."""
+    """geometry_msgs/TransformStamped of an Odometry: its child frame below the odometry frame."""
     position = message.pose.pose.position
     return new(
         "geometry_msgs/msg/TransformStamped",

@@ -8,9 +8,9 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.frames import Pair
-from kpmatch_ros.geometry.pose import PoseStatus, RelativePose, cross_matrix
+from kpmatch_ros.geometry.pose import Placed, PoseStatus, RelativePose, cross_matrix
 
-__all__ = ["Odometry", "OdometryPose", "Twist", "compose"]
+__all__ = ["Odometry", "OdometryPose", "Twist", "compose", "of_base"]
 
 # An odometry frame has x forward, y left and z up (REP-103), seen from the first camera. The camera's own frame is an
 # optical one: z forward, x right.
@@ -19,20 +19,24 @@ _FIRST_CAMERA = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
 
 @dataclass(frozen=True, eq=False)
 class Twist:
-    """Mean velocity of the camera since the frame before, in its own optical frame.
+    """Mean velocity of the camera, or of the robot's base, since the frame before, in its own axes.
 
     Attributes:
         velocity: (6,) float64, metres per second along the axes, then radians per second about them.
         covariance: (6, 6) float64 of these.
+        seconds: since the frame before.
     """
 
     velocity: np.ndarray
     covariance: np.ndarray
+    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
 class OdometryPose:
     """Pose of the camera's optical frame in an odometry frame: x_odom = rotation x_camera + position.
+
+    Or that of the robot's base, see :func:`of_base`.
 
     Attributes:
         rotation: (3, 3) float64.
@@ -59,11 +63,43 @@ def compose(pose: OdometryPose, step: RelativePose) -> OdometryPose:
     Transactions on Robotics 2014).
     """
     moved = pose.rotation @ step.translation
-    carried = np.eye(6)
-    carried[:3, 3:] = -cross_matrix(moved)
+    carried = _at_the_end_of(moved)
     turned = np.kron(np.eye(2), pose.rotation)
     covariance = carried @ pose.covariance @ carried.T + turned @ step.covariance @ turned.T
     return OdometryPose(pose.rotation @ step.rotation, pose.position + moved, covariance, pose.chain)
+
+
+def of_base(pose: OdometryPose, camera: Placed) -> OdometryPose:
+    """The pose and velocity of a robot's base, whose camera has this odometry.
+
+    The odometry frame then begins where the base is at first, with the base's axes, instead of the camera's.
+
+    Args:
+        pose: of the camera, in an odometry frame that begins at the first camera.
+        camera: its pose in the base's frame, which does not change.
+    """
+    turn = camera.rotation @ _FIRST_CAMERA.T  # the first camera's odometry frame, seen from the base
+    base = -camera.rotation.T @ camera.position  # the base, seen from the camera
+    rotation = turn @ pose.rotation @ camera.rotation.T
+    arm = turn @ pose.rotation @ base
+    position = turn @ pose.position + camera.position + arm
+    carried = _at_the_end_of(arm) @ np.kron(np.eye(2), turn)
+    twist = pose.twist
+    if twist is not None:
+        linear, angular = np.split(twist.velocity, 2)
+        before = Rotation.from_rotvec(-twist.seconds * angular).apply(base)  # as far as it turned with the camera
+        velocity = np.concatenate([linear + (base - before) / twist.seconds, angular])
+        into = np.kron(np.eye(2), camera.rotation)
+        moved = into @ _at_the_end_of(base)
+        twist = Twist(into @ velocity, moved @ twist.covariance @ moved.T, twist.seconds)
+    return OdometryPose(rotation, position, carried @ pose.covariance @ carried.T, pose.chain, twist)
+
+
+def _at_the_end_of(arm: np.ndarray) -> np.ndarray:
+    """(6, 6): a small motion, translation then rotation, at the end of a rigid arm, from that at its beginning."""
+    carried = np.eye(6)
+    carried[:3, 3:] = -cross_matrix(arm)
+    return carried
 
 
 class Odometry:
@@ -117,4 +153,4 @@ class Odometry:
         moved = current.rotation.T @ (current.position - before.position)
         turned = current.rotation.T @ Rotation.from_matrix(current.rotation @ before.rotation.T).as_rotvec()
         into = np.kron(np.eye(2), pair.pose.rotation.T)  # from the reference's axes to the current camera's
-        return Twist(np.concatenate([moved, turned]) / seconds, into @ spread @ into.T / seconds**2)
+        return Twist(np.concatenate([moved, turned]) / seconds, into @ spread @ into.T / seconds**2, seconds)

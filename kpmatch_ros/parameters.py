@@ -287,8 +287,16 @@ class Parameters:
         "frame that odometry is in, of letters, digits, _ and /; each new chain has its number behind the name",
         pattern=r"[A-Za-z0-9_][A-Za-z0-9_/]*",
     )
+    base_frame: str = _parameter(
+        "",
+        "with publish_odometry: the robot's frame whose pose and velocity are published, as base_link; /tf_static "
+        "tells where the camera is on it. Empty publishes those of the left camera's optical frame",
+        pattern=r"([A-Za-z0-9_][A-Za-z0-9_/]*)?",
+    )
     publish_tf: bool = _parameter(
-        True, "with publish_odometry: publish it into TF too; turn it off where the camera has a parent in TF already"
+        True,
+        "with publish_odometry: publish it into TF too; turn it off where the camera, or base_frame, has a parent in "
+        "TF already",
     )
     autostart: bool = _parameter(True, "configure and activate the node when it starts")
 

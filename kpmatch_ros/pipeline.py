@@ -13,16 +13,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from kpmatch_ros import match_request, messages
+from kpmatch_ros.calibration import Calibration
 from kpmatch_ros.contrast import Stretch, appearance
 from kpmatch_ros.drawing import draw_matches
 from kpmatch_ros.frames import ImagePair, Pair, Result, StereoPair
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.geometry.static_transforms import StaticTransforms
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.images import ImageError, to_array
 from kpmatch_ros.mask_sync import MaskSynchroniser
-from kpmatch_ros.odometry import Odometry
+from kpmatch_ros.odometry import Odometry, of_base
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.stereo_sync import StereoSynchroniser
 
@@ -50,6 +52,9 @@ class Events(Protocol):
     def calibration_refused(self, reason: str, explanation: str) -> None:
         """A frame was processed without its calibration, which could not be used."""
 
+    def doubted(self, kind: str, explanation: str) -> None:
+        """A frame was processed, but something about it is hardly meant so. The kind is short and stable."""
+
     def interrupted(self, explanation: str) -> None:
         """The frames' times jumped. Features and tracks were forgotten."""
 
@@ -72,61 +77,6 @@ class Events(Protocol):
         """A pose was added to the odometry, whose chain broke so many times. The explanation is for a new break."""
 
 
-class Calibration:
-    """The camera, or the pair of cameras, that the latest camera_infos describe.
-
-    One thread may update it while another asks for the camera.
-
-    Args:
-        cameras: one, or two for a stereo pair.
-        rectified: as the parameter.
-    """
-
-    def __init__(self, cameras: int, rectified: bool) -> None:
-        self._rectified = rectified
-        self._infos: list[Any] = [None] * cameras
-        self._made_of: tuple[Any, ...] = ()
-        self._camera: Camera | StereoCamera | None = None
-        self._fault: CalibrationError | None = None
-
-    def update(self, side: int, info: Any) -> None:
-        """Take over a newer camera_info of camera 0 or 1."""
-        self._infos[side] = info
-
-    @property
-    def complete(self) -> bool:
-        """Whether every camera has sent its calibration."""
-        return all(info is not None for info in self._infos)
-
-    def camera_for(self, sizes: Sequence[tuple[int, int]]) -> Camera | StereoCamera | None:
-        """The camera, or the pair, for images of these (width, height); None where a calibration is missing.
-
-        Raises:
-            CalibrationError: when the calibration cannot be used, for itself or for images of these sizes.
-        """
-        infos = tuple(self._infos)
-        if any(info is None for info in infos):
-            return None
-        if len(infos) != len(self._made_of) or any(a is not b for a, b in zip(infos, self._made_of)):
-            self._made_of, self._camera, self._fault = infos, None, None
-            try:
-                self._camera = self._make(infos)
-            except CalibrationError as error:
-                self._fault = error
-        if self._fault is not None:
-            raise self._fault.with_traceback(None)  # or else it would grow with every frame
-        if isinstance(self._camera, StereoCamera):
-            self._camera.check_size(sizes[0], sizes[1])
-        elif self._camera is not None:
-            self._camera.check_size(*sizes[0])
-        return self._camera
-
-    def _make(self, infos: tuple[Any, ...]) -> Camera | StereoCamera:
-        if len(infos) == 1:
-            return Camera.from_camera_info(infos[0], rectified=self._rectified)
-        return StereoCamera.from_camera_infos(infos[0], infos[1], rectified=self._rectified)
-
-
 class Pipeline:
     """Turns the messages of a camera, or of a stereo pair, into the node's output messages.
 
@@ -146,6 +96,7 @@ class Pipeline:
         calibration: to be updated with every camera_info.
         synchroniser: puts left and right images together.
         masks: puts images and their masks together.
+        transforms: to be updated with every message on /tf_static, where `base_frame` is given.
 
     Raises:
         ParameterError: when odometry is asked of one camera.
@@ -163,7 +114,8 @@ class Pipeline:
         parameters = front_end.parameters
         check_odometry(parameters)
         self.front_end = front_end
-        self.calibration = Calibration(len(topics), parameters.rectified)
+        self.calibration = Calibration(topics, parameters.rectified)
+        self.transforms = StaticTransforms()
         self._topics = topics
         self._publish = publish
         self._wanted = wanted
@@ -316,7 +268,10 @@ class Pipeline:
 
     def _camera_for(self, sizes: Sequence[tuple[int, int]]) -> Camera | StereoCamera | None:
         try:
-            return self.calibration.camera_for(sizes)
+            camera = self.calibration.camera_for(sizes)
+            for doubt in self.calibration.doubts:
+                self._events.doubted(f"camera_info: {doubt.kind}", doubt.explanation)
+            return camera
         except CalibrationError as error:
             self._events.calibration_refused(error.reason, f"camera_info cannot be used: {error}")
             return None
@@ -437,15 +392,26 @@ class Pipeline:
         return messages.match_array(pair, pairing, parameters.extractor, parameters.matcher, self._new)
 
     def _publish_odometry(self, odometry: Odometry, pair: Pair) -> None:
+        parameters, child = self.front_end.parameters, pair.current.frame_id
         pose = odometry.add(pair)
         if pose is None:
             return
-        message = messages.odometry(pair.current, pose, self.front_end.parameters.odom_frame, self._new)
+        if parameters.base_frame:
+            camera = self.transforms.pose(child, parameters.base_frame)
+            if camera is None:
+                self._events.doubted(
+                    "base_frame",
+                    f"no odometry: /tf_static does not join base_frame {parameters.base_frame} and the camera's frame "
+                    f"{child!r}. Let robot_state_publisher tell where the camera is, or name another base_frame",
+                )
+                return
+            pose, child = of_base(pose, camera), parameters.base_frame
+        message = messages.odometry(pair.current, pose, parameters.odom_frame, child, self._new)
         self._events.odometry(
             odometry.breaks, f"the chain of poses broke: odometry begins again in the frame {message.header.frame_id}"
         )
         self._publish("odometry", message)
-        if self.front_end.parameters.publish_tf and self._wanted("/tf"):
+        if parameters.publish_tf and self._wanted("/tf"):
             transform = messages.transform_of(message, self._new)
             self._publish("/tf", self._new("tf2_msgs/msg/TFMessage", transforms=[transform]))
 

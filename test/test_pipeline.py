@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from kpmatch_ros.bags.files import camera_info_message, image_message, new_message
+from kpmatch_ros.calibration import Calibration
 from kpmatch_ros.frames import Result
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.parameters import ParameterError, Parameters
-from kpmatch_ros.pipeline import Calibration, Pipeline
+from kpmatch_ros.pipeline import Pipeline
 
 SECOND = 1_000_000_000
 
@@ -61,6 +62,9 @@ class Heard:
 
     def calibration_refused(self, reason: str, explanation: str) -> None:
         self.reports.append(("refused", reason, explanation))
+
+    def doubted(self, kind: str, explanation: str) -> None:
+        self.reports.append(("doubted", kind, explanation))
 
     def interrupted(self, explanation: str) -> None:
         self.reports.append(("interrupted", explanation))
@@ -158,7 +162,7 @@ def test_a_calibration_that_cannot_be_used_is_reported_for_every_frame_and_costs
 
 
 def test_a_fault_that_is_raised_for_frame_after_frame_does_not_grow() -> None:
-    calibration = Calibration(1, rectified=False)
+    calibration = Calibration(["/image"], rectified=False)
     info = camera_info_message(Camera(8, 8, np.eye(3)), SECOND, "camera")
     info.k = np.zeros(9)
     calibration.update(0, info)
@@ -206,3 +210,14 @@ def test_images_whose_stamps_say_nothing_are_reported_by_topic() -> None:
         ("repeated stamps", "/left/image"),
         ("zero stamps", "/right/image"),
     ]
+
+
+def test_what_is_odd_about_a_calibration_is_said_with_every_frame() -> None:
+    pipeline, heard = make("/camera/image_rect")
+    lens = Camera(8, 8, np.array([[8.0, 0, 4], [0, 8.0, 4], [0, 0, 1]]), "plumb_bob", np.array([-0.1, 0, 0, 0]))
+    pipeline.calibration.update(0, camera_info_message(lens, 0, "camera"))
+    for stamp in (1, 2):
+        pipeline.process((image(stamp * SECOND),))
+    doubts = [report for report in heard.reports if report[0] == "doubted"]
+    assert len(doubts) == 2
+    assert doubts[0][1] == "camera_info: rectified" and "/camera/image_rect" in doubts[0][2]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from kpmatch_ros.bags.cameras import CameraTopics
-from kpmatch_ros.bags.files import BagError, BagWriter, bag_storage, new_message, read_messages
+from kpmatch_ros.bags.files import BagError, BagWriter, bag_storage, bag_topics, new_message, read_messages
 from kpmatch_ros.bags.html_report import HtmlReport
 from kpmatch_ros.bags.report import Report
 from kpmatch_ros.bags.trajectory import Trajectory
@@ -25,6 +25,8 @@ from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.pipeline import MASK_PATIENCE, Pipeline, check_odometry
 
 __all__ = ["replay"]
+
+_TF_STATIC = "/tf_static"
 
 
 class _Waiting(NamedTuple):
@@ -147,6 +149,9 @@ def _process(
                 )
             else:
                 pipeline.calibration.update(side, first.message)
+    if front_end.parameters.base_frame and any(topic.name == _TF_STATIC for topic in bag_topics(bag)):
+        for record in read_messages(bag, [_TF_STATIC]):
+            pipeline.transforms.update(record.message)
     masks: dict[str, list[int]] = {}
     for side, camera in enumerate(cameras):
         if camera.mask:

@@ -36,6 +36,7 @@ class Report:
         refusals: how many frames had a calibration that could not be used, by reason.
         stamp_faults: how many images have a stamp that is zero or repeats.
         mask_faults: how many images have no mask, one that cannot be used, or one that hides everything.
+        doubts: how many frames have something about them that is hardly meant so, by kind.
         interruptions: how many frames could not follow the one before: time jumped, or the frame_id changed.
         barren: how many frames have too few keypoints or matches for a pose.
         without_partner: of a stereo pair, how many images on each topic found no partner. A frame is a pair.
@@ -62,6 +63,7 @@ class Report:
     refusals: Counter[str] = field(default_factory=Counter)
     stamp_faults: Counter[str] = field(default_factory=Counter)
     mask_faults: Counter[str] = field(default_factory=Counter)
+    doubts: Counter[str] = field(default_factory=Counter)
     interruptions: Counter[str] = field(default_factory=Counter)
     without_partner: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
@@ -95,6 +97,10 @@ class Report:
     def calibration_refused(self, reason: str, explanation: str) -> None:
         """A frame was processed without its calibration, which could not be used."""
         self._fault(self.refusals, reason, explanation)
+
+    def doubted(self, kind: str, explanation: str) -> None:
+        """Something about a frame is hardly meant so."""
+        self._fault(self.doubts, kind, explanation)
 
     def interrupted(self, explanation: str) -> None:
         """A frame could not follow the one before. A pose with its own status says so too."""
@@ -154,6 +160,7 @@ class Report:
             "camera_info_refused": dict(self.refusals),
             "stamps": dict(self.stamp_faults),
             "masks": dict(self.mask_faults),
+            "doubts": dict(self.doubts),
             "rate": _rounded(len(self.latencies) / self.elapsed),
             "times_real_time": _rounded(self.recorded / self.elapsed),
             "latency_ms": {"median": _percentile(self.latencies, 50), "95 %": _percentile(self.latencies, 95)},
@@ -222,6 +229,8 @@ class Report:
             rows.insert(1, ("unpaired", f"images without a partner: {counts(self.without_partner)}"))
         if self.stamp_faults:
             rows.append(("stamps", counts(self.stamp_faults)))
+        if self.doubts:
+            rows.append(("doubts", counts(self.doubts)))
         if self.mask_faults:
             rows.append(("masks", counts(self.mask_faults)))
         rows += [("remark", remark) for remark in self.remarks]

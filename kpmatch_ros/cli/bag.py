@@ -27,6 +27,9 @@ BAG_OPTIONS = (
     "mode",
     "sync_tolerance",
     "publish_odometry",
+    "odom_frame",
+    "base_frame",
+    "publish_tf",
 )
 MONO_TOPICS: tuple[str, ...] = ("image", "camera_info", "mask_topic")
 STEREO_TOPICS: tuple[str, ...] = ("left", "right", "left_info", "right_info", "left_mask", "right_mask")

@@ -103,6 +103,7 @@ class LoggingMonitor(Monitor):
     def __init__(self, logger: Any) -> None:
         super().__init__()
         self._logger = logger
+        self._doubts: set[str] = set()  # kinds that were logged: diagnostics repeat them
 
     def rejected(self, reason: str, explanation: str) -> None:
         super().rejected(reason, explanation)
@@ -111,6 +112,12 @@ class LoggingMonitor(Monitor):
     def calibration_refused(self, reason: str, explanation: str) -> None:
         super().calibration_refused(reason, explanation)
         self._logger.warning(explanation, throttle_duration_sec=_LOG_INTERVAL)
+
+    def doubted(self, kind: str, explanation: str) -> None:
+        super().doubted(kind, explanation)
+        if kind not in self._doubts:
+            self._doubts.add(kind)
+            self._logger.warning(explanation)
 
     def interrupted(self, explanation: str) -> None:
         super().interrupted(explanation)

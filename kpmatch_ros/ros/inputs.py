@@ -17,6 +17,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.ros.monitor import Problem
 from kpmatch_ros.ros.qos import SubscriptionEventCallbacks, or_override, overridable, policy_of
+from kpmatch_ros.ros.tf import TFMessage
 from kpmatch_ros.stereo_sync import StereoSynchroniser
 
 __all__ = ["Inputs"]
@@ -51,6 +52,7 @@ class Inputs:
         take_image: is called with every image, and with 0 (one camera, or the left one) or 1 (the right one).
         take_info: is called likewise with every camera_info.
         take_mask: is called likewise with every mask.
+        take_transforms: is called with every message on /tf_static, where `base_frame` needs them.
     """
 
     def __init__(
@@ -60,10 +62,13 @@ class Inputs:
         take_image: Callable[[int, Any], None],
         take_info: Callable[[int, Any], None],
         take_mask: Callable[[int, Any], None],
+        take_transforms: Callable[[Any], None],
     ) -> None:
         self._node = node
         self._parameters = parameters
         self._take_image, self._take_info, self._take_mask = take_image, take_info, take_mask
+        self._take_transforms = take_transforms
+        self._transforms: Any = None  # the subscription to /tf_static
         self._compressed = parameters.image_transport == "compressed"
         self._cameras = []
         for prefix in ("left/", "right/") if parameters.mode == "stereo" else ("",):
@@ -98,6 +103,9 @@ class Inputs:
 
     def unsubscribe(self) -> None:
         """Receive no more."""
+        if self._transforms is not None:
+            self._node.destroy_subscription(self._transforms)
+            self._transforms = None
         for camera in self._cameras:
             for subscription in (camera.image, camera.info, camera.latched_info, camera.mask):
                 if subscription is not None:
@@ -244,6 +252,13 @@ class Inputs:
             camera.info = self._subscribe_to(CameraInfo, camera.info_topic, receive, info_qos)
             camera.mask = self._subscribe_to(
                 Image, camera.mask_topic, functools.partial(self._take_mask, side), mask_qos
+            )
+        if self._parameters.publish_odometry and self._parameters.base_frame:
+            self._transforms = self._node.create_subscription(
+                TFMessage,
+                "/tf_static",
+                self._take_transforms,
+                QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL),
             )
 
     def _subscribe_to(self, kind: type, topic: str, callback: Callable[[Any], None], qos: QoSProfile) -> Any:

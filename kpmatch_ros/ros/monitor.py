@@ -109,6 +109,11 @@ class Monitor:
             self._stamp_faults[f"{fault}: {topic}"] += 1
             self._fail(f"{fault}: {topic}", explanation)
 
+    def doubted(self, kind: str, explanation: str) -> None:
+        """Something about a frame is hardly meant so."""
+        with self._lock:
+            self._fail(kind, explanation)
+
     def mask_fault(self, fault: str, topic: str, explanation: str) -> None:
         """An image was processed without its mask, or its mask is odd."""
         with self._lock:

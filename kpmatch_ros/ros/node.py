@@ -35,6 +35,7 @@ from kpmatch_ros.ros.monitor import Problem
 from kpmatch_ros.ros.outputs import Outputs
 from kpmatch_ros.ros.parameter_descriptors import declare_parameters
 from kpmatch_ros.ros.service_guard import guarded, survives
+from kpmatch_ros.ros.tf import INSTALL, TFMessage
 from kpmatch_ros.ros.transitions import explained
 
 __all__ = ["MatcherNode", "main"]
@@ -120,6 +121,8 @@ class MatcherNode(LifecycleNode):
         """Load the weights, run the networks once, offer the topics and the services."""
         parameters = self._parameters_in_force
         check_odometry(parameters)
+        if parameters.publish_odometry and parameters.base_frame and TFMessage is None:
+            raise ParameterError(f"base_frame is {parameters.base_frame!r}, which takes /tf_static, but {INSTALL}")
         self._inference = ThreadPoolExecutor(max_workers=1, thread_name_prefix=_THREAD_NAME)
         self.fault, self._state = "", "configuring"
         try:
@@ -233,8 +236,8 @@ class MatcherNode(LifecycleNode):
     # Input
 
     def _make_inputs(self) -> Inputs:
-        takes = (survives(take, self.get_logger) for take in (self._take_image, self._take_info, self._take_mask))
-        return Inputs(self, self._parameters_in_force, *takes)
+        takes = (self._take_image, self._take_info, self._take_mask, self._take_transforms)
+        return Inputs(self, self._parameters_in_force, *(survives(take, self.get_logger) for take in takes))
 
     def _take_image(self, side: int, message: Any) -> None:
         arrived = time.monotonic()
@@ -258,6 +261,10 @@ class MatcherNode(LifecycleNode):
         if inbox is None:
             return f"the node is {self._state}: activate it, and it matches"
         return "" if inbox.ask(request) else "too many requests are waiting: ask again later"
+
+    def _take_transforms(self, message: Any) -> None:
+        if self._pipeline is not None:
+            self._pipeline.transforms.update(message)
 
     def _reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         assert self._pipeline is not None

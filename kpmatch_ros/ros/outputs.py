@@ -14,11 +14,7 @@ from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.ros.monitor import Problem
 from kpmatch_ros.ros.qos import PublisherEventCallbacks, or_override, overridable, policy_of
-
-try:
-    from tf2_msgs.msg import TFMessage
-except ImportError:  # a minimal ROS does not have it
-    TFMessage = None
+from kpmatch_ros.ros.tf import INSTALL, TFMessage
 
 __all__ = ["Outputs"]
 
@@ -46,6 +42,8 @@ class Outputs:
             kinds["odometry"] = (Odometry, depth)
             if TFMessage is not None:
                 kinds["/tf"] = (TFMessage, 100)
+            elif parameters.publish_tf:
+                node.get_logger().warning(f"odometry is published, but not into TF: {INSTALL}", once=True)
         self._publishers = {name: self._offer(name, kind, depth) for name, (kind, depth) in kinds.items()}
 
     def _offer(self, name: str, kind: Any, depth: int) -> Any:

@@ -1,0 +1,12 @@
+"""The messages of TF, where this ROS has them."""
+
+from __future__ import annotations
+
+try:
+    from tf2_msgs.msg import TFMessage
+except ImportError:  # a minimal ROS does not
+    TFMessage = None
+
+__all__ = ["INSTALL", "TFMessage"]
+
+INSTALL = "tf2_msgs is not installed (apt install ros-$ROS_DISTRO-tf2-msgs)"

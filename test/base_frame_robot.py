@@ -1,0 +1,84 @@
+"""A robot with /tf_static beside the node, for test_base_frame.py, which runs this where tf2_msgs is built.
+
+Prints as JSON what the node said before it knew where the camera is, and what it published once it did.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from nav_msgs.msg import Odometry
+from rclpy.qos import DurabilityPolicy, QoSProfile
+from rclpy.serialization import deserialize_message
+from rosbags.highlevel import AnyReader
+from sensor_msgs.msg import CameraInfo, Image
+
+from node_harness import NodeUnderTest, running_node
+
+
+def play(node: NodeUnderTest, bag: Path, peers: dict[str, Any], seconds: int) -> None:
+    """The bag's cameras, so many seconds later."""
+    kinds = {"image_rect": Image, "camera_info": CameraInfo}
+    with AnyReader([bag]) as reader:
+        for connection, _, raw in reader.messages():
+            if connection.topic in peers:
+                message = deserialize_message(bytes(raw), kinds[connection.topic.rsplit("/", 1)[1]])
+                message.header.stamp.sec += seconds
+                peers[connection.topic].publish(message)
+                node.spin(0.02)
+
+
+def main(bag: Path, folder: Path) -> None:
+    from tf2_msgs.msg import TFMessage
+
+    parameters = {"mode": "stereo", "rectified": True, "publish_odometry": True, "base_frame": "base_link"}
+    with running_node(folder, matcher="nearest", max_keypoints=256, **parameters) as node:
+        odometry: list[Odometry] = []
+        transforms: list[Any] = []
+        node.subscribe(Odometry, "odometry", odometry.append)
+        node.subscribe(TFMessage, "/tf", transforms.append)
+        peers = {
+            f"/{side}/{name}": node.node.create_publisher(kind, f"{side}/{topic}", QoSProfile(depth=100))
+            for side in ("left", "right")
+            for name, kind, topic in (("image_rect", Image, "image"), ("camera_info", CameraInfo, "camera_info"))
+        }
+        node.wait_for(lambda: all(peer.get_subscription_count() for peer in peers.values()), "the node to subscribe")
+        node.wait_for(lambda: node.node.count_publishers("odometry"), "the topic")
+        node.spin(0.3)
+
+        def said() -> str:
+            return next((a.status[0].message for a in node.diagnostics if "base_frame" in a.status[0].message), "")
+
+        play(node, bag, peers, 0)
+        node.wait_for(said, "a warning")
+        before = len(odometry)
+        with AnyReader([bag]) as reader:
+            connections = [each for each in reader.connections if each.topic == "/tf_static"]
+            (static,) = [bytes(raw) for _, _, raw in reader.messages(connections)]
+        qos = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        publisher = node.node.create_publisher(TFMessage, "/tf_static", qos)
+        publisher.publish(static)
+        node.wait_for(lambda: publisher.get_subscription_count(), "the node to hear /tf_static")
+        node.spin(0.5)
+        play(node, bag, peers, 1)
+        node.wait_for(lambda: odometry and transforms, "odometry")
+        last, placed = odometry[-1], transforms[-1].transforms[0]
+        position = last.pose.pose.position
+        print(
+            json.dumps(
+                {
+                    "said": said(),
+                    "before": before,
+                    "frames": [last.header.frame_id, last.child_frame_id],
+                    "tf": [placed.header.frame_id, placed.child_frame_id],
+                    "position": [position.x, position.y, position.z],
+                }
+            )
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
