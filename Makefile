@@ -19,7 +19,7 @@ PARTS    := CMakeLists.txt LICENSE config foxglove kpmatch_ros launch msg packag
 SOURCES  := $(shell find kpmatch_ros launch config foxglove msg rviz scripts srv -type f -not -name '*.pyc') CMakeLists.txt package.xml
 
 # The tests that another distribution may answer otherwise.
-ROS_TESTS := test/test_node.py test/test_node_exit.py test/test_node_requests.py test/test_stereo_node.py \
+ROS_TESTS := test/test_distributions.py test/test_node.py test/test_node_exit.py test/test_node_requests.py test/test_stereo_node.py \
   test/test_replay.py::test_poses_of_a_camera_walk_agree_with_the_truth
 
 .PHONY: demo test test-ros soak gpu env build lint docs demo-bag clean

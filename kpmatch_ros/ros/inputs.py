@@ -16,7 +16,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.ros.monitor import Problem
-from kpmatch_ros.ros.qos import SubscriptionEventCallbacks, or_override, overridable, policy_of
+from kpmatch_ros.ros.qos import SubscriptionEventCallbacks, or_override, overridable, policy_of, with_events
 from kpmatch_ros.ros.tf import TFMessage
 from kpmatch_ros.stereo_sync import StereoSynchroniser
 
@@ -263,7 +263,8 @@ class Inputs:
 
     def _subscribe_to(self, kind: type, topic: str, callback: Callable[[Any], None], qos: QoSProfile) -> Any:
         report = functools.partial(self._report_publisher, topic, qos.reliability == ReliabilityPolicy.RELIABLE)
-        return self._node.create_subscription(
+        return with_events(
+            self._node.create_subscription,
             kind,
             topic,
             callback,

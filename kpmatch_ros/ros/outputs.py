@@ -13,7 +13,7 @@ from sensor_msgs.msg import Image
 from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.ros.monitor import Problem
-from kpmatch_ros.ros.qos import PublisherEventCallbacks, or_override, overridable, policy_of
+from kpmatch_ros.ros.qos import PublisherEventCallbacks, or_override, overridable, policy_of, with_events
 from kpmatch_ros.ros.tf import INSTALL, TFMessage
 
 __all__ = ["Outputs"]
@@ -48,7 +48,8 @@ class Outputs:
 
     def _offer(self, name: str, kind: Any, depth: int) -> Any:
         report = functools.partial(self._report_subscriber, self._node.resolve_topic_name(name))
-        return self._node.create_lifecycle_publisher(
+        return with_events(
+            self._node.create_lifecycle_publisher,
             kind,
             name,
             QoSProfile(depth=depth),

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from rclpy.qos import QoSPolicyKind
 from rclpy.qos_overriding_options import QoSOverridingOptions
 
 try:
-    from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
+    from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks, UnsupportedEventTypeError
 except ImportError:  # ROS 2 Humble
-    from rclpy.qos_event import PublisherEventCallbacks, SubscriptionEventCallbacks
+    from rclpy.qos_event import PublisherEventCallbacks, SubscriptionEventCallbacks, UnsupportedEventTypeError
 
-__all__ = ["PublisherEventCallbacks", "SubscriptionEventCallbacks", "or_override", "overridable", "policy_of"]
+__all__ = [
+    "PublisherEventCallbacks",
+    "SubscriptionEventCallbacks",
+    "or_override",
+    "overridable",
+    "policy_of",
+    "with_events",
+]
+
+Entity = TypeVar("Entity")
 
 # rclpy's default lacks durability, which two sides can disagree on too.
 _OVERRIDABLE = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY, QoSPolicyKind.DURABILITY)
@@ -21,6 +31,23 @@ _OVERRIDABLE = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIAB
 def overridable() -> QoSOverridingOptions:
     """Lets parameters such as qos_overrides./image.subscription.reliability change the quality of service."""
     return QoSOverridingOptions(_OVERRIDABLE)
+
+
+def with_events(create: Callable[..., Entity], *arguments: Any, event_callbacks: Any, **options: Any) -> Entity:
+    """A publisher or subscription, without event callbacks where the middleware has no such events.
+
+    rclpy of Humble raises there, and the node could not be activated. Later ones leave the events out themselves.
+
+    Args:
+        create: of a node, such as create_subscription.
+        arguments, options: for it.
+        event_callbacks: for it.
+    """
+    try:
+        return create(*arguments, event_callbacks=event_callbacks, **options)
+    except UnsupportedEventTypeError:
+        none = type(event_callbacks)(use_default_callbacks=False)
+        return create(*arguments, event_callbacks=none, **options)
 
 
 def policy_of(event: Any) -> str:

@@ -1,0 +1,98 @@
+"""What other distributions of ROS 2 do differently, as far as it can be shown on this one (docs/distributions.md)."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from domain_coordinator import domain_id
+
+rclpy = pytest.importorskip("rclpy")
+from rclpy.event_handler import EventHandler, UnsupportedEventTypeError  # noqa: E402
+from sensor_msgs.msg import Image  # noqa: E402
+
+from kpmatch_ros.ros import qos  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def node() -> Iterator[Any]:
+    """A node in a domain of its own."""
+    with domain_id() as domain:
+        context = rclpy.Context()
+        rclpy.init(args=[], context=context, domain_id=domain)
+        node = rclpy.create_node("camera", context=context)
+        yield node
+        node.destroy_node()
+        rclpy.shutdown(context=context)
+
+
+def test_a_middleware_without_events_costs_the_events_and_not_the_node(
+    node: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create_event_handlers(self: Any, group: Any, entity: Any, topic: str) -> list[EventHandler]:
+        if self.incompatible_qos is not None or self.use_default_callbacks:
+            raise UnsupportedEventTypeError("as rclpy of Humble does")
+        return []
+
+    for kind in (qos.SubscriptionEventCallbacks, qos.PublisherEventCallbacks):
+        monkeypatch.setattr(kind, "create_event_handlers", create_event_handlers)
+    heard = qos.SubscriptionEventCallbacks(incompatible_qos=print, use_default_callbacks=False)
+    offered = qos.PublisherEventCallbacks(incompatible_qos=print, use_default_callbacks=False)
+    for _ in range(2):  # the parameters with which users override are declared by the first
+        subscription = qos.with_events(
+            node.create_subscription, Image, "image", print, 1,
+            event_callbacks=heard, qos_overriding_options=qos.overridable(),
+        )  # fmt: skip
+        publisher = qos.with_events(
+            node.create_publisher, Image, "image", 1,
+            event_callbacks=offered, qos_overriding_options=qos.overridable(),
+        )  # fmt: skip
+    assert subscription.topic_name == publisher.topic_name == "/image"
+    assert subscription.event_handlers == publisher.event_handlers == []
+
+
+def test_where_the_middleware_has_events_they_are_kept(node: Any) -> None:
+    heard = qos.SubscriptionEventCallbacks(incompatible_qos=print, use_default_callbacks=False)
+    subscription = qos.with_events(node.create_subscription, Image, "image", print, 1, event_callbacks=heard)
+    assert len(subscription.event_handlers) == 1
+
+
+def test_humbles_name_of_the_module_with_the_events_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    humbles = ModuleType("rclpy.qos_event")
+    for name in ("PublisherEventCallbacks", "SubscriptionEventCallbacks", "UnsupportedEventTypeError"):
+        setattr(humbles, name, type(name, (Exception,), {}))
+    monkeypatch.setitem(sys.modules, "rclpy.qos_event", humbles)
+    monkeypatch.setitem(sys.modules, "rclpy.event_handler", None)  # importing it raises ImportError
+    spec = importlib.util.spec_from_file_location("qos_on_humble", qos.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.SubscriptionEventCallbacks is humbles.SubscriptionEventCallbacks
+
+
+def test_the_second_environment_differs_from_the_first_in_nothing_but_ros() -> None:
+    """The versions are those of requirements-dev.txt, and of ROS only known packages are missing."""
+    lines = (ROOT / "requirements-kilted.txt").read_text().splitlines()
+    assert "-c requirements-dev.txt" in lines
+    pinned = [line for line in lines if "==" in line]
+    assert {re.split("[-=]", line)[0] for line in pinned} == {"ros"}
+    first = re.findall(r"^ros-jazzy-([\w-]+)==", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE)
+    second = re.findall(r"^ros-kilted-([\w-]+)==", "\n".join(lines), re.MULTILINE)
+    assert set(first) - set(second) == {
+        "domain-coordinator",
+        "fastrtps",
+        "fastrtps-cmake-module",
+        "python-cmake-module",
+    }
+    assert {"rclpy", "rosidl-default-generators"} <= set(second)
+    wanted = re.findall(r"^([A-Za-z][\w-]+)$", "\n".join(lines), re.MULTILINE)
+    development = (ROOT / "requirements-dev.txt").read_text()
+    assert not [name for name in wanted if not re.search(rf"^{re.escape(name)}==", development, re.MULTILINE)]
