@@ -23,8 +23,10 @@ class MatchPrinter(Node):
 
     def _on_pose(self, message: RelativePose) -> None:
         position = message.pose.pose.position
-        if message.status == RelativePose.OK:
-            print(f"moved ({position.x:.3f}, {position.y:.3f}, {position.z:.3f}){' m' if message.metric else ''}")
+        if message.status in (RelativePose.OK, RelativePose.AMBIGUOUS):
+            unit = " m" if message.metric else ""
+            doubt = ", or by another motion" if message.status == RelativePose.AMBIGUOUS else ""
+            print(f"moved ({position.x:.3f}, {position.y:.3f}, {position.z:.3f}){unit}{doubt}")
 
 
 def main() -> None:

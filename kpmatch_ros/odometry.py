@@ -8,7 +8,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.frames import Pair
-from kpmatch_ros.geometry.pose import Placed, PoseStatus, RelativePose, cross_matrix
+from kpmatch_ros.geometry.pose import Placed, RelativePose, cross_matrix
 
 __all__ = ["Odometry", "OdometryPose", "Twist", "compose", "of_base"]
 
@@ -122,7 +122,7 @@ class Odometry:
         """The pose of the pair's current frame; None where the pair has no pose in metres."""
         pose, reference = pair.pose, pair.reference.number
         origin = None if pair.reset else self._known.get(reference)
-        if pose.status not in (PoseStatus.OK, PoseStatus.NO_TRANSLATION) or not pose.metric:
+        if not pose.status.is_certain or not pose.metric:
             self._known = {} if origin is None else {reference: origin}
             self._last = None
             return None

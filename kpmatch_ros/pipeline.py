@@ -16,13 +16,14 @@ from kpmatch_ros import match_request, messages
 from kpmatch_ros.calibration import Calibration
 from kpmatch_ros.contrast import Stretch, appearance
 from kpmatch_ros.drawing import draw_matches
+from kpmatch_ros.feature_matcher import LARGEST_IMAGE
 from kpmatch_ros.frames import ImagePair, Pair, Result, StereoPair
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.geometry.static_transforms import StaticTransforms
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
-from kpmatch_ros.images import ImageError, to_array
+from kpmatch_ros.images import LARGEST_FILE, ImageError, to_array
 from kpmatch_ros.mask_sync import MaskSynchroniser
 from kpmatch_ros.odometry import Odometry, of_base
 from kpmatch_ros.parameters import ParameterError, Parameters
@@ -279,7 +280,9 @@ class Pipeline:
     def _pixels(self, side: int, message: Any) -> np.ndarray:
         stretch = self._stretches[side]
         stretch.enabled, stretch.used = self.front_end.parameters.stretch == "auto", None
-        return to_array(message, scale=stretch.to_8_bits)
+        # Without resize an image goes to the networks as it is: what they do not take need not be decoded.
+        largest = LARGEST_FILE if self.front_end.parameters.resize else LARGEST_IMAGE
+        return to_array(message, largest, scale=stretch.to_8_bits)
 
     def _mask(self, side: int, stamp: int) -> np.ndarray | None:
         """The mask that came for an image, 0 where nothing is to be detected; None where none did, or none of use."""

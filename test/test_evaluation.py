@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.models import LightGlue, SuperPoint
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
@@ -100,6 +101,24 @@ def test_a_point_on_an_edge_may_lie_on_either_surface() -> None:
     assert (truth.errors(points0[:2], near[:2]) < 1e-6).all()
     assert truth.errors(points0[2:], far[2:]) < 1e-6
     assert truth.errors(points0[2:], near[2:]) > 3
+
+
+def test_the_likelier_of_two_motions_counts_as_a_pose() -> None:
+    """Of a plane seen sideways, as the other estimators of the table give one motion too."""
+    rng = np.random.default_rng(0)
+    camera = Camera(*SIZE, MATRIX)
+    normal = np.array([0.0, np.sin(0.6), np.cos(0.6)])
+    motion = pose((0.0, 0.0, -0.4))
+    rays = np.hstack([rng.uniform((-0.4, -0.3), (0.4, 0.3), (200, 2)), np.ones((200, 1))])
+    world = rays * (3.0 / (rays @ normal))[:, None]
+    points0, points1 = (
+        project(MATRIX, points[:, :2] / points[:, 2:]) + rng.normal(0, 0.2, (200, 2))
+        for points in (world, world @ motion[:3, :3].T + motion[:3, 3])
+    )
+    found = estimate_relative_pose(points0, points1, camera, camera)
+    assert found.status.name == "AMBIGUOUS"
+    truth = Motion(motion[:3, :3], motion[:3, 3], (camera, camera))
+    assert np.isfinite(pose_errors(truth, points0, points1, 0.0, 2)).all()
 
 
 def test_matches_of_a_known_motion_lie_on_epipolar_lines_and_give_its_pose() -> None:

@@ -73,6 +73,18 @@ def test_texts_are_escaped_and_nothing_is_loaded_from_elsewhere(tmp_path: Path) 
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page[: page.index("<script>")])
 
 
+def test_of_an_ambiguous_pose_the_page_shows_the_rotation_but_no_position(tmp_path: Path) -> None:
+    certain = page_of(tmp_path / "certain.html", 4)
+    page = page_of(tmp_path / "page.html", 4, {2: PoseStatus.AMBIGUOUS})
+    lost = page_of(tmp_path / "lost.html", 4, {2: PoseStatus.FAILED})
+    assert '"AMBIGUOUS"' in page and "#f2c14e" in page and "#f2c14e" not in certain
+    for text, shown in ((certain, ["0", "1", "2"]), (page, ["0", "2"]), (lost, ["0", "2"])):
+        (numbers,) = re.findall(r'"text": ?\[("start"[^]]*)\]', text)
+        assert re.findall(r'"(\d+)"', numbers) == shown
+    # Without a value Plotly has null: FAILED has one, for its rotation.
+    assert certain.count("null") == page.count("null") == lost.count("null") - 1
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
 def test_the_page_opens_in_a_browser_without_a_network(
     kpmatch: Callable[..., tuple[int, str, str]], tmp_path: Path

@@ -103,6 +103,13 @@ def test_poses_without_metres_are_not_chained() -> None:
     assert odometry.add(pair(1, 2, unit, reset=True)) is None and odometry.breaks == 0
 
 
+def test_there_is_a_pose_where_two_motions_are_alike_but_none_to_chain() -> None:
+    assert [status.name for status in PoseStatus if status.has_pose] == ["OK", "NO_TRANSLATION", "AMBIGUOUS"]
+    assert [status.name for status in PoseStatus if status.is_certain] == ["OK", "NO_TRANSLATION"]
+    odometry = Odometry()
+    assert odometry.add(pair(1, 2, step(status=PoseStatus.AMBIGUOUS), reset=True)) is None
+
+
 def test_the_twist_is_the_motion_since_the_frame_before_also_with_a_keyframe() -> None:
     """Half a metre forward and 0.3 rad about y a frame, ten frames a second; in the camera's own frame."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import FrameType, SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
@@ -221,3 +222,25 @@ def test_what_is_odd_about_a_calibration_is_said_with_every_frame() -> None:
     doubts = [report for report in heard.reports if report[0] == "doubted"]
     assert len(doubts) == 2
     assert doubts[0][1] == "camera_info: rectified" and "/camera/image_rect" in doubts[0][2]
+
+
+@pytest.mark.parametrize(("resize", "decoded"), [(0, False), (640, True)])
+def test_a_file_of_more_pixels_than_the_networks_take_is_not_decoded_without_resize(
+    resize: int, decoded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = cv2.imencode(".jpg", np.zeros((3000, 3000), np.uint8))[1].tobytes()
+    calls: list[int] = []
+    decode = cv2.imdecode
+    monkeypatch.setattr(cv2, "imdecode", lambda *args: calls.append(1) or decode(*args))
+    pipeline, heard = make("/image/compressed", resize=resize)
+    header = image(SECOND).header
+    message = new_message(
+        "sensor_msgs/msg/CompressedImage", header=header, format="jpeg", data=np.frombuffer(large, np.uint8)
+    )
+    pipeline.process((message,))
+    assert bool(calls) == decoded
+    rejected = [report for report in heard.reports if report[0] == "rejected"]
+    assert len(rejected) == (not decoded)
+    if rejected:
+        assert rejected[0][1] == "size"
+        assert "3000 x 3000 pixels, more than the 8.4 million" in rejected[0][2] and "set resize" in rejected[0][2]

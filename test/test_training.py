@@ -348,13 +348,8 @@ def test_a_training_lowers_its_losses_and_what_it_writes_can_be_exported(folder:
     assert torch.equal(glue["tensors"][f"{layer}.q_proj.weight"], glue["tensors"][f"{layer}.k_proj.weight"])
     content = (out / "matching.weights.pt").read_bytes()
     assert b"".join(path.read_bytes() for path in sorted(out.glob("matching.weights.pt.*"))) == content
-    start = build_start(out)
-    begun = train.build("matching", "full", start, CPU)
+    begun = train.build("matching", "full", str(out / "matching.weights.pt"), CPU)
     assert torch.equal(begun.state_dict()[f"{layer}.q_proj.bias"], glue["tensors"][f"{layer}.q_proj.bias"].float())
-
-
-def build_start(out: Path) -> str:
-    return str(out / "matching.weights.pt")
 
 
 def test_the_script_for_a_gpu_trains_both_from_tiny_shards(folder: Path, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def pose_errors(motion: Motion, points0: Array, points1: Array, resolution: floa
             min_inliers=FEWEST_INLIERS,
             keypoint_resolution=resolution,
         )
-        if found.status == PoseStatus.OK:
+        if found.status in (PoseStatus.OK, PoseStatus.AMBIGUOUS):  # of two motions the likelier one
             errors[number] = motion.error_of(found.rotation.T, -found.rotation.T @ found.translation)
         elif len(points0) < FEWEST_INLIERS:
             break

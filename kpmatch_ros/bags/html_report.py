@@ -33,6 +33,7 @@ _TEMPLATE = Path(__file__).with_name("report.html")
 _COLOURS = {
     PoseStatus.OK: "#2f9e6e",
     PoseStatus.NO_TRANSLATION: "#3b82c4",
+    PoseStatus.AMBIGUOUS: "#f2c14e",
     PoseStatus.TOO_FEW_MATCHES: "#e0a030",
     PoseStatus.NO_CALIBRATION: "#8a8f98",
     PoseStatus.FAILED: "#d1495b",
@@ -51,7 +52,7 @@ class _Point:
         rotation: between them, degrees; None without a pose.
         latency: milliseconds.
         status: of the pose.
-        position: (3,) of the camera in the first camera's optical frame; None where it is not known.
+        position: (3,) of the camera in the first camera's optical frame; None where it is not known for certain.
     """
 
     stamp: int
@@ -90,17 +91,16 @@ class HtmlReport:
         pair = result.pair
         if pair is None:
             return
-        known = pair.pose.status in (PoseStatus.OK, PoseStatus.NO_TRANSLATION)
         cosine = (np.trace(pair.pose.rotation) - 1) / 2
         self._points.append(
             _Point(
                 pair.current.stamp,
                 len(pair.indices),
                 pair.num_inliers,
-                float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))) if known else None,
+                float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))) if pair.pose.status.has_pose else None,
                 milliseconds,
                 pair.pose.status,
-                self._trajectory.position if known else None,
+                self._trajectory.position if pair.pose.status.is_certain else None,
             )
         )
         if (len(self._points) - 1) % self._every == 0 and len(self._pictures) < _MOST_PICTURES:

@@ -8,7 +8,6 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.frames import Frame, Pair
-from kpmatch_ros.geometry.pose import PoseStatus
 
 __all__ = ["Trajectory"]
 
@@ -40,7 +39,7 @@ class Trajectory:
             if not self._known:
                 self._write(frame, *self._last)
             return
-        if pair.pose.status not in (PoseStatus.OK, PoseStatus.NO_TRANSLATION):
+        if not pair.pose.status.is_certain:
             self._known.pop(frame.number, None)
             return
         start = self._known.get(pair.reference.number)

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kpmatch_ros.cli.common import MATCHING_OPTIONS, CommandError, Parser, add_command, add_parameter
-from kpmatch_ros.parameters import Parameters, declaration
+from kpmatch_ros.cli.common import MATCHING_OPTIONS, CommandError, Parser, add_command, add_parameters
+from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.tables import format_table
 
 __all__ = ["add_bag", "add_replay_options", "chosen_topics", "replay_parameters"]
@@ -101,9 +101,7 @@ def add_replay_options(parser: Parser) -> None:
     )
     parser.add_argument("--features", action="store_true", help="also write /features, with the descriptors")
     parser.add_argument("--match-image", action="store_true", help="also write /match_image, pictures of the matches")
-    group = parser.add_argument_group("parameters", "the matcher node's of the same names")
-    for name in BAG_OPTIONS:
-        add_parameter(group, declaration(name), argparse.SUPPRESS)
+    add_parameters(parser, "parameters", BAG_OPTIONS, only_given=True)
 
 
 def _bag(options: argparse.Namespace) -> int:

@@ -6,12 +6,12 @@ import argparse
 import os
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from kpmatch_ros.parameters import Declaration, ParameterError
+from kpmatch_ros.parameters import Declaration, ParameterError, declaration
 from kpmatch_ros.shell import in_shell
 
 # PyTorch and OpenCV take seconds to import. Only the commands that need them import them, so that --help is instant.
@@ -25,6 +25,7 @@ __all__ = [
     "Parser",
     "add_command",
     "add_parameter",
+    "add_parameters",
     "comma_separated",
     "megabytes",
     "quiet_stderr",
@@ -108,6 +109,20 @@ def add_parameter(group: Any, item: Declaration, default: Any) -> None:
         default=default,
         help=help_text,
     )
+
+
+def add_parameters(parser: Parser, title: str, names: Sequence[str], only_given: bool = False) -> None:
+    """Options of these parameters' names, in a group of their own.
+
+    Args:
+        parser: of a command.
+        title: of the group.
+        names: of the parameters.
+        only_given: leave out what is not given, instead of the parameter's default.
+    """
+    group = parser.add_argument_group(title, "the matcher node's parameters of the same names")
+    for item in map(declaration, names):
+        add_parameter(group, item, argparse.SUPPRESS if only_given else item.default)
 
 
 def comma_separated(*counts: int) -> Any:

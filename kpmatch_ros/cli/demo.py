@@ -257,9 +257,9 @@ def _errors(pose: Any, reference: Pose, current: Pose) -> tuple[float | None, fl
     import numpy as np
     from scipy.spatial.transform import Rotation
 
-    from kpmatch_ros.geometry.pose import relative_motion
+    from kpmatch_ros.geometry.pose import PoseStatus, relative_motion
 
-    if pose.status not in (pose.OK, pose.NO_TRANSLATION):
+    if not PoseStatus(pose.status).has_pose:
         return None, None
     turned, moved = relative_motion(reference, current)
     q, p = pose.pose.pose.orientation, pose.pose.pose.position

@@ -14,12 +14,12 @@ from kpmatch_ros.cli.common import (
     MATCHING_OPTIONS,
     CommandError,
     add_command,
-    add_parameter,
+    add_parameters,
     comma_separated,
     quiet_stderr,
     read_image,
 )
-from kpmatch_ros.parameters import Parameters, declaration
+from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.shell import in_shell
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ def add_match(commands: Any) -> None:
         "both files; with --json no picture)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object with everything")
-    group = parser.add_argument_group("matching options", "the matcher node's parameters of the same names")
-    for name in MATCHING_OPTIONS:
-        add_parameter(group, declaration(name), declaration(name).default)
+    add_parameters(parser, "matching options", MATCHING_OPTIONS)
 
 
 def _match(options: argparse.Namespace) -> int:
@@ -210,7 +208,7 @@ def _pose_of(pair: Pair) -> list[str]:
     import numpy as np
 
     pose = pair.pose
-    if pose.status.name not in ("OK", "AMBIGUOUS", "NO_TRANSLATION"):
+    if not pose.status.has_pose:
         return [pose.status.name]
     turned = np.degrees(np.arccos(np.clip((np.trace(pose.rotation) - 1) / 2, -1, 1)))
     x, y, z = pose.translation

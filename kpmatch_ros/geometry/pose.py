@@ -42,6 +42,16 @@ class PoseStatus(IntEnum):
     INTERRUPTED = 5
     AMBIGUOUS = 6
 
+    @property
+    def has_pose(self) -> bool:
+        """Whether there is a rotation, and a translation or its absence. Of an AMBIGUOUS one it is the likelier."""
+        return self.is_certain or self is PoseStatus.AMBIGUOUS
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether one motion alone explains the matches: what may be chained."""
+        return self in (PoseStatus.OK, PoseStatus.NO_TRANSLATION)
+
 
 @dataclass(frozen=True, eq=False)
 class RelativePose:
