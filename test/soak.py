@@ -32,6 +32,7 @@ from test_endurance import Resources
 from test_fuzz import assert_nothing_but_numbers, random_calibration, random_frame, random_image, random_stamp, stamped
 
 from kpmatch_ros.bags.files import image_topics, read_messages, typestore
+from kpmatch_ros.device import processor_features
 from kpmatch_ros.msg import FeatureArray, MatchArray
 from node_harness import NodeUnderTest, running_node
 from simulation.bags import write_demo_bag
@@ -341,9 +342,24 @@ def main() -> int:
     parser.add_argument("--stereo", action="store_true", help="a pair of cameras instead of one")
     parser.add_argument("--bag", type=Path, help="of one camera, or of a pair; a synthetic one by default")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=("auto", "float32", "bfloat16"),
+        default=["auto"],
+        help="of the networks; with several, one run after the other",
+    )
     parser.add_argument("--parameter", action="append", default=[], metavar="NAME=VALUE", help="of the node")
     options = parser.parse_args()
-    parameters = dict(item.split("=", 1) for item in options.parameter)
+    if "bfloat16" in options.precision and not processor_features() & {"avx512_bf16", "amx_bf16", "bf16"}:
+        parser.error("--precision bfloat16: this processor does not compute in it")
+    return max(run_soak(options, precision) for precision in options.precision)
+
+
+def run_soak(options: argparse.Namespace, precision: str) -> int:
+    """A run in one precision; the exit status."""
+    print(f"precision {precision}")
+    parameters = {"precision": precision, **dict(item.split("=", 1) for item in options.parameter)}
     with tempfile.TemporaryDirectory() as folder:
         bag = options.bag
         if bag is None:
