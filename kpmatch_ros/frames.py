@@ -13,6 +13,7 @@ from kpmatch_ros.geometry.pose import RelativePose
 from kpmatch_ros.geometry.refinement import normalize_contrast
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.geometry.stereo_motion import StereoAgreement
+from kpmatch_ros.tracks import NOT_DETECTED
 
 __all__ = ["Frame", "ImagePair", "Pair", "Result", "RightImage", "StereoPair"]
 
@@ -23,13 +24,27 @@ class RightImage:
 
     Attributes:
         camera: the calibration of both cameras; None where there is none, or where the matches contradict it.
-        points: (N, 2) float32 the left image's keypoints in the right image, NaN where there is no match.
+        left_points: (N, 2) float32 where the left image's keypoints are, refined where tracks are at them.
+        points: (N, 2) float32 the same points in the right image, NaN where there is no match.
         normalized: the right image as :func:`kpmatch_ros.geometry.refinement.normalize_contrast` gives it.
     """
 
     camera: StereoCamera | None
+    left_points: np.ndarray
     points: np.ndarray
     normalized: np.ndarray
+
+    def beside(self, indices: np.ndarray, points: np.ndarray) -> np.ndarray:
+        """(M, 2) float32 where points (M, 2) of the left image are in the right one; NaN where that is not known.
+
+        Args:
+            indices: (M,) the left image's keypoints, or NOT_DETECTED.
+            points: (M, 2) pixels at those keypoints, or near them.
+        """
+        found = np.full(points.shape, np.nan, np.float32)
+        known = indices != NOT_DETECTED
+        found[known] = self.points[indices[known]] + points[known] - self.left_points[indices[known]]
+        return found
 
 
 @dataclass(frozen=True)
@@ -76,7 +91,11 @@ class ImagePair:
     Attributes:
         reference: the reference frame, or the left image's.
         current: the frame just registered, or the right image's.
-        indices: (M, 2) int64 indices into the features of reference and current.
+        indices: (M, 2) int64 indices into the features of reference and current, NOT_DETECTED where a track is no
+            keypoint of the image.
+        reference_points: (M, 2) float32 pixels in the reference image.
+        points: (M, 2) float32 pixels in the current image.
+        sigmas: (M,) float32 standard deviation of a coordinate of points, pixels.
         scores: (M,) float32 in [0, 1].
         layers: transformer layers run.
         inliers: (M,) bool which matches agree with the geometry; None where none was estimated or is known.
@@ -88,6 +107,9 @@ class ImagePair:
     reference: Frame
     current: Frame
     indices: np.ndarray
+    reference_points: np.ndarray
+    points: np.ndarray
+    sigmas: np.ndarray
     scores: np.ndarray
     layers: int
     reset: bool
@@ -100,16 +122,6 @@ class ImagePair:
     @property
     def num_inliers(self) -> int:
         raise NotImplementedError
-
-    @property
-    def reference_points(self) -> np.ndarray:
-        """(M, 2) float32 matched keypoints in the reference image, pixels."""
-        return self.reference.keypoints[self.indices[:, 0]]
-
-    @property
-    def points(self) -> np.ndarray:
-        """(M, 2) float32 matched keypoints in the current image, pixels."""
-        return self.current.keypoints[self.indices[:, 1]]
 
     @property
     def inlier_ratio(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from kpmatch_ros.geometry.two_view_errors import Motion
 from kpmatch_ros.kept_features import check_features, frame_without_image
 from kpmatch_ros.masks import both, fit, load_masks
 from kpmatch_ros.parameters import Parameters
+from kpmatch_ros.tracks import NOT_DETECTED, Links, Tracks, View, keypoint_sigma, refine_pair
 
 __all__ = ["FrontEnd"]
 
@@ -58,19 +59,23 @@ class FrontEnd:
         self._last_frame_ids: tuple[str, ...] = ()
         self._next_number = 0
         self._last_motion: tuple[Frame, int, Motion] | None = None  # where it ended, nanoseconds; if it is sure
-        self._next_track_id = 1
+        self._tracks = Tracks(self.parameters.max_keypoints, self.parameters.lost_tracks)
         self._fresh = True
 
     def configure(self, parameters: Parameters) -> None:
         """Take over the parameters that may change between two frames."""
+        if parameters.refine != self.parameters.refine:
+            self._tracks.reset()
         self.parameters = parameters
         self.matcher.configure(parameters)
+        self._tracks.limit, self._tracks.memory = parameters.max_keypoints, parameters.lost_tracks
 
     def reset(self) -> None:
         """Forget the cached features and the tracks: the next frame has no pair."""
         self.reference = None
         self._last_stamp = None
         self._last_motion = None
+        self._tracks.reset()
         self._fresh = True
 
     def register(
@@ -108,10 +113,13 @@ class FrontEnd:
         self._last_stamp, self._last_frame_ids = stamps[0], frame_ids
         cameras = (camera.left, camera.right) if isinstance(camera, StereoCamera) else (camera, None)
         described = self._describe(images, stamps, cameras, frame_ids, masks)
-        if len(described) == 1:
-            return Result(described[0], self._match_with_reference(described[0]), None)
-        stereo = self._match_sides(described[0], described[1], camera if isinstance(camera, StereoCamera) else None)
-        return Result(stereo.reference, self._match_with_reference(stereo.reference), stereo)
+        current, stereo = described[0], None
+        linked = self._link(current)
+        if len(described) == 2:
+            both_cameras = camera if isinstance(camera, StereoCamera) else None
+            stereo = self._match_sides(current, described[1], both_cameras, linked)
+            current = stereo.reference
+        return Result(current, self._finish(current, linked), stereo)
 
     def register_frame(
         self, image: np.ndarray, stamp: int, camera: Camera | None = None, frame_id: str = ""
@@ -144,21 +152,36 @@ class FrontEnd:
         assert result.stereo is not None
         return result.stereo, result.pair
 
-    def _match_with_reference(self, current: Frame) -> Pair | None:
-        reference, self.reference = self.reference, self.reference or current
-        if reference is None:
+    def _link(self, current: Frame) -> _Linked | None:
+        """Find the reference's points in the current frame; None without a reference."""
+        if self.reference is None:
             return None
-        indices, scores, layers, match_ms = self._match(reference, current)
+        indices, scores, layers, match_ms = self._match(self.reference, current)
+        if not self.parameters.refine:
+            return _Linked(self._link_keypoints(self.reference, current, indices, scores), layers, match_ms)
+        started = time.perf_counter()
+        links = self._tracks.follow(self._view(self.reference), self._view(current), indices, scores)
+        return _Linked(links, layers, match_ms + _milliseconds_since(started))
+
+    def _finish(self, current: Frame, linked: _Linked | None) -> Pair | None:
+        """Estimate the pose of the current frame, and decide if it becomes the reference."""
+        reference, self.reference = self.reference, self.reference or current
+        if reference is None or linked is None:
+            return None
+        links = linked.links
         pair = Pair(
             reference=reference,
             current=current,
-            indices=indices,
-            scores=scores,
-            layers=layers,
+            indices=links.indices,
+            reference_points=links.reference_points,
+            points=links.points,
+            sigmas=links.sigmas,
+            scores=links.scores,
+            layers=linked.layers,
             reset=self._fresh,
-            match_ms=match_ms,
-            track_ids=self._continue_tracks(reference, current, indices),
-            pose=self.estimate_pose(reference, current, indices),
+            match_ms=linked.match_ms,
+            track_ids=links.track_ids,
+            pose=self.estimate_pose(reference, current, links),
         )
         self._fresh = False
         self._last_motion = None
@@ -167,25 +190,65 @@ class FrontEnd:
             self._last_motion = current, current.stamp - reference.stamp, motion
         if self._wants_new_reference(pair):
             self.reference = current
+            if self.parameters.refine:
+                self._tracks.advance(self._view(current), pair.inliers)
         return pair
 
-    def _match_sides(self, left: Frame, right: Frame, camera: StereoCamera | None) -> StereoPair:
+    def _view(self, frame: Frame) -> View:
+        """What tracks need of a frame."""
+        return View(
+            frame.normalized,
+            frame.keypoints,
+            to_numpy(frame.features.descriptors),
+            self._keypoint_resolution(frame),
+            frame.mask,
+        )
+
+    def _link_keypoints(self, reference: Frame, current: Frame, indices: np.ndarray, scores: np.ndarray) -> Links:
+        """The matches of the matcher as they are, with keypoints as detected."""
+        return Links(
+            indices=indices,
+            reference_points=reference.keypoints[indices[:, 0]],
+            points=current.keypoints[indices[:, 1]],
+            sigmas=np.full(len(indices), keypoint_sigma(self._keypoint_resolution(current)), np.float32),
+            scores=scores,
+            track_ids=self._continue_tracks(reference, current, indices),
+            refined=np.zeros(len(indices), bool),
+        )
+
+    def _match_sides(
+        self, left: Frame, right: Frame, camera: StereoCamera | None, linked: _Linked | None
+    ) -> StereoPair:
         """Match left with right, and keep with the left frame what a pose in metres needs of the right one."""
         indices, scores, layers, match_ms = self._match(left, right)
+        left_points, right_points = left.keypoints.copy(), np.full_like(left.keypoints, np.nan)
+        if linked is not None:
+            tracked = linked.links.indices[:, 1]
+            left_points[tracked[tracked != NOT_DETECTED]] = linked.links.points[tracked != NOT_DETECTED]
+        reference_points = left_points[indices[:, 0]]
+        points = right.keypoints[indices[:, 1]]
+        sigmas = np.full(len(indices), keypoint_sigma(self._keypoint_resolution(right)), np.float32)
+        if self.parameters.refine:
+            started = time.perf_counter()
+            start = points + reference_points - left.keypoints[indices[:, 0]]
+            points, sigmas = refine_pair(self._view(left), self._view(right), reference_points, start)
+            match_ms += _milliseconds_since(started)
         agreement = check_stereo_matches(
-            left.keypoints[indices[:, 0]],
-            right.keypoints[indices[:, 1]],
+            reference_points,
+            points,
             camera,
             max_reprojection_error=self.parameters.max_reprojection_error,
             min_inliers=self.parameters.min_inliers,
         )
-        right_points = np.full_like(left.keypoints, np.nan)
-        right_points[indices[:, 0]] = right.keypoints[indices[:, 1]]
+        right_points[indices[:, 0]] = points
         usable = camera if agreement.status is PoseStatus.OK else None
         return StereoPair(
-            reference=replace(left, right=RightImage(usable, right_points, right.normalized)),
+            reference=replace(left, right=RightImage(usable, left_points, right_points, right.normalized)),
             current=right,
             indices=indices,
+            reference_points=reference_points,
+            points=points,
+            sigmas=sigmas,
             scores=scores,
             layers=layers,
             reset=self.reference is None,
@@ -310,46 +373,46 @@ class FrontEnd:
         """Hand the tracks of matched reference keypoints on to the current ones, and begin new ones."""
         ids = reference.track_ids[indices[:, 0]]
         new = ids == 0
-        count = int(new.sum())
-        ids[new] = np.arange(self._next_track_id, self._next_track_id + count, dtype=np.uint64)
-        self._next_track_id += count
+        ids[new] = self._tracks.new_ids(int(new.sum()))
         reference.track_ids[indices[:, 0]] = ids
         current.track_ids[indices[:, 1]] = ids
         return ids
 
-    def estimate_pose(self, reference: Frame, current: Frame, indices: np.ndarray) -> RelativePose:
-        """How the camera moved between two frames, from their matches ``indices`` (M, 2); in metres with stereo frames.
+    def estimate_pose(self, reference: Frame, current: Frame, links: Links) -> RelativePose:
+        """How the camera moved between two frames; in metres with stereo frames.
 
-        The keypoints, which a detector finds again to about a pixel, are first refined to a fraction of one: in all
-        images where the surroundings of the reference's keypoint are, unless they changed too much for that.
+        Points that are not refined yet (the parameter `refine`) are refined for this alone, where they can be.
+
+        Args:
+            reference: the first frame.
+            current: the second one.
+            links: their matches.
         """
-        index0, index1 = indices.T
-        points0, points1 = reference.keypoints[index0], current.keypoints[index1]
         right0, right1 = reference.right, current.right
+        points0, points1, found = links.reference_points, links.points, self._keypoint_resolution(current)
         calibrated = reference.camera is not None and current.camera is not None
-        found = self._keypoint_resolution(current)
-        fine = (
-            refine(reference.normalized, current.normalized, points0, points1, found)
-            if calibrated
-            else np.empty((0, 2))
-        )
-        refined = np.isfinite(fine[:, 0]).sum() > _REFINABLE * len(indices)
+        if not self.parameters.refine and calibrated:
+            points1 = refine(reference.normalized, current.normalized, points0, points1, found)
+        refined = links.refined if self.parameters.refine else np.isfinite(points1[:, 0])
+        enough = refined.sum() > _REFINABLE * len(refined)
         options: dict[str, Any] = {
             "max_reprojection_error": self.parameters.max_reprojection_error,
             "min_inliers": self.parameters.min_inliers,
-            "keypoint_resolution": REFINED_RESOLUTION if refined else found,
-            "independent_points": INDEPENDENT_POINTS if refined else math.inf,
+            "keypoint_resolution": REFINED_RESOLUTION if enough else found,
+            "independent_points": INDEPENDENT_POINTS if enough else math.inf,
         }
         if right0 is None or right1 is None:
-            if refined:
-                points1 = np.where(np.isfinite(fine), fine, points1)
+            points1 = np.where(np.isfinite(points1), points1, links.points) if enough else links.points
             prior = self._motion_prior(reference, current)
             return estimate_relative_pose(points0, points1, reference.camera, current.camera, prior=prior, **options)
-        right_points0, right_points1 = right0.points[index0], right1.points[index1]
-        if refined:
+        right_points0 = right0.beside(links.indices[:, 0], points0)
+        if not self.parameters.refine and enough:
             right_points0 = refine(reference.normalized, right0.normalized, points0, right_points0, found)
-            right_points1 = refine(current.normalized, right1.normalized, fine, right_points1 + fine - points1, found)
-            points1 = fine
+            beside = right1.beside(links.indices[:, 1], points1)
+            right_points1 = refine(current.normalized, right1.normalized, points1, beside, found)
+        else:
+            points1 = links.points
+            right_points1 = right1.beside(links.indices[:, 1], points1)
         return estimate_stereo_motion(
             points0, right_points0, points1, right_points1, right0.camera, right1.camera, **options
         )
@@ -370,6 +433,8 @@ class FrontEnd:
         return self.matcher.keypoint_resolution * (max(frame.features.size) / seen if seen else 1.0)
 
     def _wants_new_reference(self, pair: Pair) -> bool:
+        if self._shows_nothing(pair):
+            return False
         if self.parameters.reference == "previous" or len(pair.indices) < self.parameters.keyframe_min_matches:
             return True
         if pair.pose.inliers is not None:
@@ -377,6 +442,25 @@ class FrontEnd:
         else:
             parallax = float(np.median(np.linalg.norm(pair.points - pair.reference_points, axis=1)))
         return parallax > self.parameters.keyframe_max_parallax
+
+    def _shows_nothing(self, pair: Pair) -> bool:
+        """Whether the current image is dark, covered or blank, so that matching goes on better with the reference.
+
+        The reference stays for as long as a gap between frames may be.
+        """
+        age = (pair.current.stamp - pair.reference.stamp) * 1e-9
+        if 0 < self.parameters.max_gap < age:
+            return False
+        return len(pair.current.keypoints) < min(self.parameters.min_inliers, len(pair.reference.keypoints))
+
+
+@dataclass(frozen=True, eq=False)
+class _Linked:
+    """The points of the reference in the current frame, and what finding them took."""
+
+    links: Links
+    layers: int
+    match_ms: float
 
 
 def _milliseconds_since(started: float) -> float:

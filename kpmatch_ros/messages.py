@@ -23,6 +23,7 @@ from scipy.spatial.transform import Rotation
 from kpmatch_ros.frames import Frame, ImagePair, Pair
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.odometry import OdometryPose, Twist
+from kpmatch_ros.tracks import NOT_DETECTED
 
 __all__ = [
     "NewMessage",
@@ -42,6 +43,7 @@ __all__ = [
 
 NewMessage = Callable[..., Any]
 
+_NOT_DETECTED = 2**32 - 1  # MatchArray.NOT_DETECTED
 _UNKNOWN = 1e9  # variance of a velocity that nobody estimated
 _TYPECODES = {"u1": "B", "u4": "I", "u8": "Q", "f4": "f"}  # of rclpy's arrays, by NumPy's types
 
@@ -103,8 +105,8 @@ def match_array(pair: ImagePair, pairing: int, extractor: str, matcher: str, new
         reference_num_keypoints=len(reference.keypoints),
         points=_flat(pair.points, np.float32),
         reference_points=_flat(pair.reference_points, np.float32),
-        indices=_flat(pair.indices[:, 1], np.uint32),
-        reference_indices=_flat(pair.indices[:, 0], np.uint32),
+        indices=_indices(pair.indices[:, 1]),
+        reference_indices=_indices(pair.indices[:, 0]),
         scores=_flat(pair.scores, np.float32),
         track_ids=_flat(pair.track_ids if isinstance(pair, Pair) else (), np.uint64),
         inliers=_flat(() if pair.inliers is None else pair.inliers, np.uint8),
@@ -114,6 +116,7 @@ def match_array(pair: ImagePair, pairing: int, extractor: str, matcher: str, new
         match_ms=pair.match_ms,
         extractor=extractor,
         matcher=matcher,
+        sigmas=_flat(pair.sigmas, np.float32),
     )
 
 
@@ -235,6 +238,11 @@ def image_message(pixels: np.ndarray, header: Any, new: NewMessage = ros_message
         step=3 * width,
         data=_flat(pixels, np.uint8),
     )
+
+
+def _indices(values: np.ndarray) -> np.ndarray:
+    """(M,) uint32 of indices into features, with the message's constant for NOT_DETECTED."""
+    return np.where(values == NOT_DETECTED, _NOT_DETECTED, values).astype(np.uint32)
 
 
 def _flat(values: Any, dtype: type) -> np.ndarray:

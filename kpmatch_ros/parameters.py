@@ -223,6 +223,20 @@ class Parameters:
         minimum=0.0,
         dynamic=True,
     )
+    refine: bool = _parameter(
+        True,
+        "publish points where their surroundings are found again, to a fraction of a pixel, and follow tracks through "
+        "frames without a match; false publishes keypoints as detected",
+        dynamic=True,
+    )
+    lost_tracks: int = _parameter(
+        2000,
+        "with refine: so many tracks that were lost are remembered by their descriptors, and go on when their points "
+        "are found again; 0 remembers none",
+        minimum=0,
+        maximum=100000,
+        dynamic=True,
+    )
     max_gap: float = _parameter(
         5.0,
         "a longer time between two frames empties the cache and begins new tracks; 0 allows any gap",

@@ -228,6 +228,11 @@ def test_a_calibration_for_another_size_gives_no_pose_and_says_so(
 # Parameters
 
 
+def detected(matches: Any) -> NDArray[np.float32]:
+    """The points (M, 2) that are keypoints of the current image: not those that were carried there."""
+    return np.reshape(matches.points, (-1, 2))[np.array(matches.indices) != matches.NOT_DETECTED]
+
+
 def test_options_override_the_parameter_file_which_overrides_the_defaults(run: Run, bag: Path, tmp_path: Path) -> None:
     (tmp_path / "matcher.yaml").write_text(
         "/**:\n  ros__parameters:\n    max_keypoints: 50\n    matcher: nearest\n    use_sim_time: true\n"
@@ -237,9 +242,9 @@ def test_options_override_the_parameter_file_which_overrides_the_defaults(run: R
     assert run(bag, tmp_path / "out", "--params", tmp_path / "matcher.yaml", "--border", 20)[0] == 0
     matches = by_topic(tmp_path / "out")["/matches"][0].message
     assert matches.num_keypoints == 50 and matches.matcher == "nearest"
-    assert matches.points.min() >= 20
+    assert detected(matches).min() >= 17, "a refined point is near its keypoint"
     assert run(bag, tmp_path / "out2", "--params", tmp_path / "matcher.yaml")[0] == 0
-    assert by_topic(tmp_path / "out2")["/matches"][0].message.points.min() < 20
+    assert detected(by_topic(tmp_path / "out2")["/matches"][0].message).min() < 17
 
 
 def test_the_packages_own_parameter_file_gives_the_defaults() -> None:

@@ -114,6 +114,7 @@ def test_the_package_s_own_messages_come_back(tmp_path: Path, storage: Literal["
         width=640,
         scores=np.array([0.5, 0.25], np.float32),
         track_ids=np.array([2**40, 7], np.uint64),
+        sigmas=np.array([0.125, 0.5], np.float32),
         reset=True,
         extractor="superpoint-open",
     )
@@ -125,6 +126,7 @@ def test_the_package_s_own_messages_come_back(tmp_path: Path, storage: Literal["
             bag.write(topic, message, STAMPS[0])
     read = {record.topic: record.message for record in read_messages(tmp_path / "bag")}
     assert np.array_equal(read["matches"].scores, [0.5, 0.25]) and read["matches"].track_ids.tolist() == [2**40, 7]
+    assert np.array_equal(read["matches"].sigmas, [0.125, 0.5]) and read["matches"].NOT_DETECTED == 2**32 - 1
     assert read["matches"].reset is True and read["matches"].extractor == "superpoint-open"
     assert (read["matches"].CONSECUTIVE, read["matches"].STEREO) == (0, 1)
     assert read["relative_pose"].status == read["relative_pose"].NO_TRANSLATION == 3

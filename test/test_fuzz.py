@@ -127,9 +127,10 @@ def assert_nothing_but_numbers(matches: list[MatchArray], poses: list[RelativePo
         assert len(message.indices) == len(message.reference_indices) == count
         assert len(message.track_ids) == (0 if message.pairing == MatchArray.STEREO else count)
         assert len(message.inliers) in (0, count)
-        for values in (message.points, message.reference_points, message.scores):
+        for values in (message.points, message.reference_points, message.scores, message.sigmas):
             assert np.isfinite(np.asarray(values)).all()
-        assert count == 0 or max(message.indices) < message.num_keypoints
+        detected = [index for index in message.indices if index != MatchArray.NOT_DETECTED]
+        assert max(detected, default=-1) < message.num_keypoints
     for pose in poses:
         position, orientation = pose.pose.pose.position, pose.pose.pose.orientation
         numbers = [position.x, position.y, position.z, orientation.x, orientation.y, orientation.z, orientation.w]

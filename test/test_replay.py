@@ -65,9 +65,13 @@ def check_messages(node: NodeUnderTest) -> None:
         assert len(matches.points) == len(matches.reference_points) == 2 * count
         assert len(matches.indices) == len(matches.reference_indices) == len(matches.track_ids) == count
         assert len(matches.inliers) in (0, count)
-        assert len(set(matches.indices)) == len(set(matches.reference_indices)) == len(set(matches.track_ids)) == count
+        assert len(matches.sigmas) == len(set(matches.track_ids)) == count
+        assert all(0 < sigma <= 5 for sigma in matches.sigmas)
+        indices = [i for i in matches.indices if i != MatchArray.NOT_DETECTED]
+        reference_indices = [i for i in matches.reference_indices if i != MatchArray.NOT_DETECTED]
+        assert len(set(indices)) == len(indices) and len(set(reference_indices)) == len(reference_indices)
         assert all(0 <= score <= 1 for score in matches.scores)
-        assert max(matches.indices, default=0) < max(matches.num_keypoints, 1)
+        assert max(indices, default=0) < max(matches.num_keypoints, 1)
         position = pose.pose.pose.position
         numbers = [position.x, position.y, position.z, *pose.pose.covariance, pose.median_parallax]
         assert np.isfinite(numbers).all() and np.isfinite(rotation_of(pose).as_quat()).all()
@@ -75,12 +79,14 @@ def check_messages(node: NodeUnderTest) -> None:
         assert length == pytest.approx(1.0 if pose.status == RelativePose.OK else 0.0, abs=1e-9)
         if before is not None:
             assert stamp(matches.reference) == stamp(before.header), "each frame is matched with the one before"
-            known = dict(zip(before.indices, before.track_ids))
-            continued = [known[i] for i in matches.reference_indices if i in known]
+            agrees = before.inliers or [1] * len(before.indices)  # a match that contradicts the motion ends its track
+            known = {i: track for i, track, holds in zip(before.indices, before.track_ids, agrees) if holds}
+            known.pop(MatchArray.NOT_DETECTED, None)
+            continued = [known[i] for i in reference_indices if i in known]
             assert set(continued) <= set(matches.track_ids), "a keypoint matched again keeps its track"
-            x0 = dict(zip(before.indices, before.points[::2]))
-            x1 = dict(zip(matches.reference_indices, matches.reference_points[::2]))
-            assert all(x0[i] == x1[i] for i in x0.keys() & x1.keys()), "the features are those of the pair before"
+            x0 = dict(zip(before.track_ids, before.points[::2]))
+            x1 = dict(zip(matches.track_ids, matches.reference_points[::2]))
+            assert all(x0[i] == x1[i] for i in x0.keys() & x1.keys()), "a track goes on where it was"
         before = matches
 
 
@@ -154,7 +160,7 @@ def test_a_keyframe_stays_the_reference_while_it_is_seen_well(tmp_path: Path, de
         if reference == following:
             first = dict(zip(matches.reference_indices, matches.track_ids))
             second = dict(zip(next_matches.reference_indices, next_matches.track_ids))
-            shared = first.keys() & second.keys()
+            shared = first.keys() & second.keys() - {MatchArray.NOT_DETECTED}
             assert len(shared) > 20 and all(first[i] == second[i] for i in shared)
 
 

@@ -38,6 +38,7 @@ from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.images import ImageError, to_array
 from kpmatch_ros.parameters import ParameterError, Parameters
+from kpmatch_ros.tracks import Links
 
 __all__ = ["forth_and_back", "in_turn", "run_bench"]
 
@@ -228,7 +229,8 @@ def _measure(
             else:
                 served.append(_serve(peer, film[0], film[1]))
 
-    front_end = FrontEnd(parameters, matcher)
+    # Peers give points as detected, and follow none.
+    front_end = FrontEnd(parameters.replace({"refine": parameters.refine and not peers}), matcher)
     stages: dict[str, list[float]] = {name: [] for name in STAGES}
     frame_laps: list[Lap] = []
     pose_laps: list[Lap] = []
@@ -247,7 +249,16 @@ def _measure(
             # Without calibration, and the pose by itself: the others estimate none.
             (frame, pair), lap = _timed(lambda: front_end.register_frame(image, stamp))  # noqa: B023
             current = replace(frame, camera=camera)
-            pose, pose_lap = _timed(lambda: front_end.estimate_pose(reference, current, pair.indices))  # noqa: B023
+            links = Links(
+                pair.indices,
+                pair.reference_points,
+                pair.points,
+                pair.sigmas,
+                pair.scores,
+                pair.track_ids,
+                np.ones(len(pair.indices), bool),
+            )
+            pose, pose_lap = _timed(lambda: front_end.estimate_pose(reference, current, links))  # noqa: B023
             reference = current
             frame_laps.append(lap)
             pose_laps.append(pose_lap)

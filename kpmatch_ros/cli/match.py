@@ -74,7 +74,7 @@ def add_match(commands: Any) -> None:
 
 
 def _match(options: argparse.Namespace) -> int:
-    parameters = Parameters(**{name: getattr(options, name) for name in MATCHING_OPTIONS})
+    parameters = Parameters(**{name: getattr(options, name) for name in MATCHING_OPTIONS}, refine=False)
     if options.intrinsics is None and (options.intrinsics1 is not None or options.distortion is not None):
         given = "--intrinsics1" if options.intrinsics1 is not None else "--distortion"
         raise CommandError(f"{given} needs --intrinsics too")

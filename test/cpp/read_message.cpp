@@ -92,6 +92,16 @@ bool all_different(const Values & values)
   return std::set<typename Values::value_type>(values.begin(), values.end()).size() == values.size();
 }
 
+// Without the points that are no keypoints of their image.
+std::vector<std::uint32_t> detected(const std::vector<std::uint32_t> & indices)
+{
+  std::vector<std::uint32_t> found;
+  std::copy_if(
+    indices.begin(), indices.end(), std::back_inserter(found),
+    [](auto index) {return index != MatchArray::NOT_DETECTED;});
+  return found;
+}
+
 bool all_below(const std::vector<std::uint32_t> & values, std::uint32_t bound)
 {
   return std::all_of(values.begin(), values.end(), [=](auto value) {return value < bound;});
@@ -127,20 +137,24 @@ void check(const MatchArray & m, Rules & rules)
   rules.require(m.reference_indices.size() == count, "reference_indices is as long as scores");
   rules.require(
     m.track_ids.size() == (stereo || requested ? 0 : count), "track_ids is as long as scores for CONSECUTIVE, or empty");
+  rules.require(m.sigmas.size() == count, "sigmas is as long as scores");
   rules.require(m.inliers.empty() || m.inliers.size() == count, "inliers is empty or as long as scores");
 
   rules.require(all_inside(m.points, m.width, m.height), "points lie in the current image");
   rules.require(
     all_inside(m.reference_points, m.reference_width, m.reference_height),
     "reference_points lie in the reference image");
-  rules.require(all_below(m.indices, m.num_keypoints), "indices are below num_keypoints");
+  rules.require(all_below(detected(m.indices), m.num_keypoints), "indices are below num_keypoints");
   rules.require(
-    all_below(m.reference_indices, m.reference_num_keypoints),
+    all_below(detected(m.reference_indices), m.reference_num_keypoints),
     "reference_indices are below reference_num_keypoints");
-  rules.require(all_different(m.indices), "a keypoint of the current image is matched once");
-  rules.require(all_different(m.reference_indices), "a keypoint of the reference image is matched once");
+  rules.require(all_different(detected(m.indices)), "a keypoint of the current image is matched once");
+  rules.require(all_different(detected(m.reference_indices)), "a keypoint of the reference image is matched once");
   rules.require(all_different(m.track_ids), "track_ids differ within an image");
   rules.require(all_within(m.scores, 0.0F, 1.0F), "scores lie in [0, 1]");
+  rules.require(
+    all_finite(m.sigmas) && std::all_of(m.sigmas.begin(), m.sigmas.end(), [](auto sigma) {return sigma > 0;}),
+    "sigmas are finite and positive");
   rules.require(all_within(m.inliers, 0, 1), "inliers are 0 or 1");
   rules.require(
     all_finite(std::array{m.extract_ms, m.match_ms}) && m.extract_ms >= 0 && m.match_ms >= 0,
@@ -292,7 +306,7 @@ void write(std::ostream & out, const MatchArray & m)
   .add("scores", m.scores).add("track_ids", m.track_ids).add("inliers", m.inliers)
   .add("layers", m.layers).add("reset", m.reset)
   .add("extract_ms", m.extract_ms).add("match_ms", m.match_ms)
-  .add("extractor", m.extractor).add("matcher", m.matcher);
+  .add("extractor", m.extractor).add("matcher", m.matcher).add("sigmas", m.sigmas);
 }
 
 void write(std::ostream & out, const RelativePose & p)

@@ -1,0 +1,89 @@
+"""Optical flow: where points of one image are in another (Lucas and Kanade, IJCAI 1981; OpenCV's)."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from scipy.spatial import cKDTree
+
+__all__ = ["flow_far", "flow_forth_and_back", "flow_near", "neighbours_flow"]
+
+_NEAR_WINDOW = 13  # pixels
+_FAR_WINDOW = 21  # pixels
+_LEVELS = 2  # of a pyramid, besides the image
+_STOP = (cv2.TERM_CRITERIA_COUNT + cv2.TERM_CRITERIA_EPS, 10, 0.03)
+_FORTH_AND_BACK = 1.0  # pixels
+_NEIGHBOURS = 7
+_SMALLEST_SPREAD = 1.0  # pixels
+
+
+def flow_near(
+    image0: np.ndarray, image1: np.ndarray, points: np.ndarray, start: np.ndarray, furthest: float
+) -> np.ndarray:
+    """Follow points (T, 2) of image 0 into image 1, uint8 (H, W) both, near a start (T, 2).
+
+    Returns:
+        (T, 2) float32 pixels; the start where nothing is found within so many pixels of it.
+    """
+    moved, there = _lucas_kanade(image0, image1, points, start, _NEAR_WINDOW, 0)
+    there &= np.linalg.norm(moved - start, axis=1) < furthest
+    return np.where(there[:, None], moved, start).astype(np.float32)
+
+
+def flow_far(image0: np.ndarray, image1: np.ndarray, points: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Follow points (T, 2) of image 0 into image 1, in a pyramid, from a start (T, 2); (T, 2) float32 pixels."""
+    moved, there = _lucas_kanade(image0, image1, points, start, _FAR_WINDOW, _LEVELS)
+    return np.where(there[:, None], moved, start).astype(np.float32)
+
+
+def flow_forth_and_back(
+    image0: np.ndarray, image1: np.ndarray, points: np.ndarray, start: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`flow_far`, and (T,) bool which points lead back to where they began."""
+    moved, there = _lucas_kanade(image0, image1, points, start, _FAR_WINDOW, _LEVELS)
+    back, here = _lucas_kanade(image1, image0, moved, points, _FAR_WINDOW, _LEVELS)
+    height, width = image1.shape
+    inside = (moved >= 1).all(axis=1) & (moved[:, 0] < width - 2) & (moved[:, 1] < height - 2)
+    return moved, there & here & inside & (np.linalg.norm(back - points, axis=1) < _FORTH_AND_BACK)
+
+
+def neighbours_flow(points: np.ndarray, targets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where some points are if they move as their neighbours do.
+
+    Args:
+        points: (T, 2) pixels in image 0.
+        targets: (T, 2) pixels in image 1; NaN where that is not known.
+        rows: (R,) which of the points are asked for.
+
+    Returns:
+        (R, 2) float32 pixels in image 1, and (R,) how far the neighbours disagree, pixels; the same place and infinity
+        where there are too few.
+    """
+    known = np.isfinite(targets[:, 0])
+    if known.sum() < _NEIGHBOURS + 1:
+        return points[rows], np.full(len(rows), np.inf)
+    _, near = cKDTree(points[known]).query(points[rows], k=_NEIGHBOURS + 1)
+    near = np.where(known[rows, None], near[:, 1:], near[:, :-1])  # the nearest of a known one is itself
+    moves = (targets - points)[known][near]
+    middle = np.median(moves, axis=1)
+    spread = np.median(np.linalg.norm(moves - middle[:, None], axis=2), axis=1)
+    return (points[rows] + middle).astype(np.float32), np.maximum(spread, _SMALLEST_SPREAD)
+
+
+def _lucas_kanade(
+    image0: np.ndarray, image1: np.ndarray, points: np.ndarray, start: np.ndarray, window: int, levels: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(T, 2) float32 pixels, and (T,) bool which were found."""
+    if not len(points):
+        return np.array(start, np.float32), np.zeros(0, bool)
+    moved, status, _ = cv2.calcOpticalFlowPyrLK(
+        image0,
+        image1,
+        np.ascontiguousarray(points, np.float32).reshape(-1, 1, 2),
+        np.array(start, np.float32, order="C").reshape(-1, 1, 2),
+        winSize=(window, window),
+        maxLevel=levels,
+        criteria=_STOP,
+        flags=cv2.OPTFLOW_USE_INITIAL_FLOW,
+    )
+    return moved[:, 0], status.ravel() > 0

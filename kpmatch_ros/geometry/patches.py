@@ -1,0 +1,108 @@
+"""Patches of an image, found in others under an affine change (Shi and Tomasi, CVPR 1994)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+__all__ = ["Alignment", "align", "cut", "no_change"]
+
+_SIDE = 13  # pixels, as in geometry.refinement
+_WIDE = _SIDE + 2  # with a border for gradients
+_WIDE_OFFSETS = np.arange(_WIDE, dtype=np.float32) - _WIDE // 2
+_WIDE_X, _WIDE_Y = (grid.ravel() for grid in np.meshgrid(_WIDE_OFFSETS, _WIDE_OFFSETS))
+_USED = np.flatnonzero((abs(_WIDE_X) <= _SIDE // 2) & (abs(_WIDE_Y) <= _SIDE // 2) & ((_WIDE_X + _WIDE_Y) % 2 == 0))
+"""Pixels of a patch that are compared: like a chessboard's black fields, which is half the work, and finds as well."""
+_X, _Y = _WIDE_X[_USED], _WIDE_Y[_USED]
+
+_ITERATIONS = 3
+_DAMPING = np.diag(np.array([1.0, 1.0, 1e4, 1e4, 1e4, 1e4], np.float32))
+"""Noise of 10 grey levels over what a step is expected to be: any number of pixels, a tenth of a deformation."""
+_LONGEST_STEP = 3.0  # pixels from where the search began: what moves further is another corner
+_ALIKE = 0.75  # correlation with the patch: with less, it is another point
+_LARGEST_SCALE = 3.0  # change of length since the patch was cut
+_LARGEST_GAIN = 2.0  # change of contrast: more of it is another point, or noise
+
+_SIGMA_FLOOR = 0.04  # pixels
+_SIGMA_GROWTH = 25.0  # pixels per square pixel that white noise as large as the residuals would make; measured
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """Where T patches were found.
+
+    Attributes:
+        points: (T, 2) float32 pixels.
+        shapes: (T, 2, 2) float32: an offset in the patch, times this, is the offset in the image.
+        sigmas: (T,) float32 standard deviation of a coordinate of points, pixels.
+        likeness: (T,) float32 correlation with the patch, in [0, 1].
+        good: (T,) bool whether it is found.
+    """
+
+    points: np.ndarray
+    shapes: np.ndarray
+    sigmas: np.ndarray
+    likeness: np.ndarray
+    good: np.ndarray
+
+
+def cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """(T, P) float32 patches, with a border for gradients, of an image, float32 (H, W), around points (T, 2)."""
+    return _sample(image, points[:, :1] + _WIDE_X, points[:, 1:] + _WIDE_Y)
+
+
+def no_change(count: int) -> np.ndarray:
+    """(T, 2, 2) float32 shapes of patches that are not deformed."""
+    return np.tile(np.eye(2, dtype=np.float32), (count, 1, 1))
+
+
+def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np.ndarray) -> Alignment:
+    """Find patches in an image, float32 (H, W), near points (T, 2) float32, deformed as shapes (T, 2, 2) float32.
+
+    Gauss-Newton on an affine map, inverse compositional (Baker and Matthews, IJCV 2004). Brightness and contrast of a
+    patch may change.
+    """
+    start, count = points, len(points)
+    template = _centred(patches.take(_USED, axis=1))
+    across = (patches.take(_USED + 1, axis=1) - patches.take(_USED - 1, axis=1)) / 2
+    down = (patches.take(_USED + _WIDE, axis=1) - patches.take(_USED - _WIDE, axis=1)) / 2
+    jacobian = _centred(np.stack([across, down, across * _X, across * _Y, down * _X, down * _Y], axis=1))
+    inverse = np.linalg.inv(jacobian @ jacobian.transpose(0, 2, 1) + _DAMPING)
+    contrast = np.einsum("tp,tp->t", template, template)
+    for iteration in range(_ITERATIONS + 1):
+        columns = shapes[:, :1, 0] * _X + shapes[:, :1, 1] * _Y + points[:, :1]
+        rows = shapes[:, 1:, 0] * _X + shapes[:, 1:, 1] * _Y + points[:, 1:]
+        seen = _centred(_sample(image, columns, rows))
+        power = np.maximum(np.einsum("tp,tp->t", seen, seen), 1e-6)
+        gain = np.clip(np.sqrt(contrast / power), 1 / _LARGEST_GAIN, _LARGEST_GAIN)
+        residuals = gain[:, None] * seen - template
+        if iteration == _ITERATIONS:
+            break
+        step = (inverse @ (jacobian @ residuals[:, :, None]))[:, :, 0]
+        points = points - (shapes @ np.clip(step[:, :2, None], -2, 2))[:, :, 0]
+        shapes = shapes - shapes @ np.clip(step[:, 2:], -0.3, 0.3).reshape(count, 2, 2)
+    likeness = np.einsum("tp,tp->t", seen, template) / np.sqrt(power * np.maximum(contrast, 1e-6))
+    likeness = np.clip(likeness, 0, 1)
+    height, width = image.shape
+    stretch = np.abs(shapes).sum(axis=2).max(axis=1, initial=0)
+    area = shapes[:, 0, 0] * shapes[:, 1, 1] - shapes[:, 0, 1] * shapes[:, 1, 0]
+    good = (np.linalg.norm(points - start, axis=1) < _LONGEST_STEP) & (likeness > _ALIKE)
+    good &= (stretch < _LARGEST_SCALE) & (area > 1 / _LARGEST_SCALE**2)
+    good &= (points >= 1).all(axis=1) & (points[:, 0] < width - 2) & (points[:, 1] < height - 2)
+    variance = np.einsum("tp,tp->t", residuals, residuals) / residuals.shape[1]
+    place = (inverse[:, 0, 0] + inverse[:, 1, 1]) / 2
+    sigmas = _SIGMA_FLOOR + _SIGMA_GROWTH * variance * place
+    return Alignment(points, shapes, sigmas.astype(np.float32), likeness.astype(np.float32), good)
+
+
+def _centred(values: np.ndarray) -> np.ndarray:
+    """Values (..., P) less their mean."""
+    return values - values.mean(axis=-1, keepdims=True)
+
+
+def _sample(image: np.ndarray, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    if not len(columns):
+        return np.empty(columns.shape, np.float32)
+    return np.asarray(cv2.remap(image, columns, rows, cv2.INTER_LINEAR))

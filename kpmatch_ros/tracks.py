@@ -1,0 +1,433 @@
+"""Tracks: the points of a scene, followed from frame to frame. No ROS in here.
+
+The matcher finds most points of a frame in the next one. Optical flow that starts where the neighbours went finds most
+of the others. Each place is then compared with the first patch of its track, under an affine change (Shi and Tomasi,
+CVPR 1994), so that errors do not add up from frame to frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+from kpmatch_ros.geometry.flow import flow_far, flow_forth_and_back, flow_near, neighbours_flow
+from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change
+
+__all__ = ["NOT_DETECTED", "Links", "Tracks", "View", "keypoint_sigma", "refine_pair"]
+
+NOT_DETECTED = -1
+"""Index of a point that is no keypoint of its image."""
+
+_NEAR = 3.0  # pixels, or as many steps of the detector's grid: what is further from its match is another corner
+_HARDLY_ALIKE = 0.5  # correlation with the patch: flow alone leads anywhere
+_ASTRAY = 3.0  # times as far as its neighbours disagree: flow goes no further than that from where they went
+_REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much for patches
+_ATTACHED = 2.0  # pixels: a keypoint so near to a track is the track's
+_SPACE = 4.0  # pixels between a new track and others
+_CELL = 40  # pixels: tracks are spread over cells of this size
+
+_LARGEST_SIGMA = 5.0  # pixels
+_SIGMA_REPLACED = 0.3  # pixels, for each new patch of a track
+_SIGMA_FLOW = 0.7  # pixels
+_SIGMA_KEYPOINT = 0.8  # pixels, for each pixel between positions that the detector can give
+
+_SIMILAR = 0.8  # cosine of two descriptors of one point
+_RATIO = 0.8  # of distances to the nearest and the second nearest descriptor (Lowe, IJCV 2004)
+_LOST_SPREAD = 5.0  # lost tracks were lost at different times: their moves may differ by so many times more
+_BESIDE = 8.0  # pixels: keypoints so near to each other have descriptors that are alike
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What is needed of an image.
+
+    Attributes:
+        normalized: uint8 (H, W), from :func:`kpmatch_ros.geometry.refinement.normalize_contrast`.
+        keypoints: (N, 2) float32 pixels.
+        descriptors: (N, D) float32 unit vectors.
+        resolution: pixels between neighbouring positions that the detector can give.
+        mask: (H, W) uint8 or bool, 0 where nothing is to be found; None where there is none.
+    """
+
+    normalized: np.ndarray
+    keypoints: np.ndarray
+    descriptors: np.ndarray
+    resolution: float
+    mask: np.ndarray | None = None
+
+    def hides(self, points: np.ndarray) -> np.ndarray:
+        """(T,) bool which points (T, 2) inside the image the mask hides."""
+        if self.mask is None:
+            return np.zeros(len(points), bool)
+        columns, rows = np.rint(points).astype(int).T
+        return np.asarray(self.mask[rows, columns] == 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Links:
+    """The points of a reference image that were found in the current one: M parallel arrays.
+
+    Attributes:
+        indices: (M, 2) int64 keypoints of reference and current, or NOT_DETECTED.
+        reference_points: (M, 2) float32 pixels.
+        points: (M, 2) float32 pixels.
+        sigmas: (M,) float32 standard deviation of a coordinate of points, pixels.
+        scores: (M,) float32 in [0, 1]: the matcher's, or the likeness to the first patch where it has none.
+        track_ids: (M,) uint64.
+        refined: (M,) bool: the surroundings were found; the others are keypoints as detected.
+    """
+
+    indices: np.ndarray
+    reference_points: np.ndarray
+    points: np.ndarray
+    sigmas: np.ndarray
+    scores: np.ndarray
+    track_ids: np.ndarray
+    refined: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class _Bank:
+    """T tracks as they are in one image."""
+
+    ids: np.ndarray  # (T,) uint64; 0 until the point is first found again
+    points: np.ndarray  # (T, 2) float32 pixels
+    sigmas: np.ndarray  # (T,) float32 pixels
+    indices: np.ndarray  # (T,) int64 keypoints of the image, or NOT_DETECTED
+    patches: np.ndarray  # (T, P) float32
+    shapes: np.ndarray  # (T, 2, 2) float32: an offset in the patch, times this, is the offset in the image
+    anchors: np.ndarray  # (T,) float32 standard deviation of where the patch was cut, pixels
+    descriptors: np.ndarray  # (T, D) float32
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Tracks:
+    """The tracks of one camera.
+
+    The tracks of the reference image are followed into the current one. Tracks that are lost are remembered by their
+    descriptors.
+
+    Args:
+        limit: most tracks in an image.
+        memory: most lost tracks that are remembered; 0 remembers none.
+    """
+
+    def __init__(self, limit: int, memory: int) -> None:
+        self.limit = limit
+        self.memory = memory
+        self._next_id = 1
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tracks. Their ids are not given again."""
+        self._reference: _Bank | None = None
+        self._current: _Bank | None = None
+        self._lost: _Bank | None = None
+        self._ended: _Bank | None = None  # of the reference's tracks, those not found in the current image
+
+    def new_ids(self, count: int) -> np.ndarray:
+        """(count,) uint64 ids that no track had before."""
+        self._next_id += count
+        return np.arange(self._next_id - count, self._next_id, dtype=np.uint64)
+
+    def follow(self, reference: View, current: View, matches: np.ndarray, scores: np.ndarray) -> Links:
+        """Find the reference's tracks in the current image.
+
+        Args:
+            reference: the image of the last :meth:`advance`; the first one is where tracks begin.
+            current: the image to search.
+            matches: (K, 2) keypoints of reference and current that the matcher takes for the same points.
+            scores: (K,) the matcher's, in [0, 1].
+        """
+        if self._reference is None:
+            self._reference = self._new(reference, np.arange(len(reference.keypoints))[: self.limit])
+        bank = self._reference
+        detected, score = _matched_keypoints(bank, len(reference.keypoints), matches, scores)
+        matched = detected >= 0
+        keypoints = np.full((len(bank), 2), np.nan, np.float32)
+        keypoints[matched] = current.keypoints[detected[matched]]
+        images, unmatched = (reference.normalized, current.normalized), np.flatnonzero(~matched)
+        near = keypoints.copy()
+        near[matched] = flow_near(*images, bank.points[matched], keypoints[matched], _near(current))
+        expected, _ = neighbours_flow(bank.points, keypoints, unmatched)
+        near[unmatched] = flow_far(*images, bank.points[unmatched], expected)
+
+        image = current.normalized.astype(np.float32)
+        found = align(bank.patches, image, near, bank.shapes)
+        # Where the first patch no longer fits, the reference's may: the track goes on with that one.
+        patches, anchors = bank.patches.copy(), bank.anchors.copy()
+        rest = np.flatnonzero(~found.good)
+        patches[rest] = cut(reference.normalized.astype(np.float32), bank.points[rest])
+        anchors[rest] = np.hypot(bank.sigmas[rest], _SIGMA_REPLACED)
+        _put(found, rest, align(patches[rest], image, near[rest], no_change(len(rest))))
+        # Where neither fits, as in blurred images, flow may still lead there and back.
+        rest = np.flatnonzero(~found.good)
+        expected, spread = neighbours_flow(bank.points, keypoints, rest)
+        flowed, good = flow_forth_and_back(*images, bank.points[rest], expected)
+        good &= (np.linalg.norm(flowed - expected, axis=1) < _ASTRAY * spread) & (found.likeness[rest] > _HARDLY_ALIKE)
+        rest, flowed = rest[good], flowed[good]
+        _put(found, rest, _unaligned(flowed, found.likeness[rest]))
+        patches[rest], anchors[rest] = cut(image, flowed), np.hypot(bank.sigmas[rest], _SIGMA_FLOW)
+        # Where the images differ too much for patches and flow, what the matcher finds is taken as it is.
+        bare = matched & ~found.good
+        if found.good[matched].sum() > _REFINABLE * matched.sum():
+            bare[:] = False
+        _put(found, np.flatnonzero(bare), _unaligned(keypoints[bare], found.likeness[bare]))
+        patches[bare], anchors[bare] = cut(image, keypoints[bare]), keypoint_sigma(current.resolution)
+        sigmas = np.minimum(np.hypot(found.sigmas, anchors), _LARGEST_SIGMA)
+        alive = found.good.copy()
+        alive[alive] = ~current.hides(found.points[alive])
+
+        # A keypoint that is not where its track was found is another point's.
+        apart = np.linalg.norm(keypoints - found.points, axis=1)
+        detected[~(apart < _near(current))] = NOT_DETECTED
+        score = np.where(detected >= 0, score, found.likeness).astype(np.float32)
+        alive[alive] = _first_of_each_place(found.points[alive], bank.ids[alive], score[alive])
+        detected[alive] = _attach(found.points[alive], detected[alive], current.keypoints)
+
+        new = alive & (bank.ids == 0)
+        bank.ids[new] = self.new_ids(int(new.sum()))
+        following = select(
+            replace(
+                bank,
+                points=found.points,
+                sigmas=sigmas,
+                indices=detected,
+                patches=patches,
+                shapes=found.shapes,
+                anchors=anchors,
+            ),
+            alive,
+        )
+        seen = following.indices >= 0
+        following.descriptors[seen] = current.descriptors[following.indices[seen]]
+        self._current = following
+        self._ended = select(bank, ~alive & (bank.ids > 0))
+        return Links(
+            indices=np.stack([bank.indices[alive], following.indices], axis=1).astype(np.int64),
+            reference_points=bank.points[alive],
+            points=following.points.copy(),
+            sigmas=following.sigmas.copy(),
+            scores=score[alive],
+            track_ids=following.ids.copy(),
+            refined=~bare[alive],
+        )
+
+    def advance(self, current: View, inliers: np.ndarray | None) -> None:
+        """Make the current image the reference, and begin tracks where there are none.
+
+        A track that contradicts the motion ends.
+
+        Args:
+            current: the image of the last :meth:`follow`.
+            inliers: (M,) bool of the links, which agree with the motion; None where it is not known.
+        """
+        assert self._current is not None
+        bank = self._current if inliers is None else select(self._current, inliers)
+        self._remember(self._ended)
+        bank = self._recall(bank, current)
+        self._reference = bank if len(bank) >= self.limit else join([bank, self._fill(bank, current)])
+        self._current = None
+
+    def _new(self, view: View, indices: np.ndarray) -> _Bank:
+        points = view.keypoints[indices].astype(np.float32)
+        count = len(points)
+        return _Bank(
+            ids=np.zeros(count, np.uint64),
+            points=points,
+            sigmas=np.zeros(count, np.float32),
+            indices=indices.astype(np.int64),
+            patches=cut(view.normalized.astype(np.float32), points),
+            shapes=no_change(count),
+            anchors=np.zeros(count, np.float32),
+            descriptors=view.descriptors[indices].astype(np.float32),
+        )
+
+    def _fill(self, bank: _Bank, view: View) -> _Bank:
+        """New tracks at keypoints that no track is near to, first where there are fewest."""
+        free = np.ones(len(view.keypoints), bool)
+        free[bank.indices[bank.indices >= 0]] = False
+        if len(bank) and len(free):
+            free &= cKDTree(bank.points).query(view.keypoints)[0] > _SPACE
+        candidates = np.flatnonzero(free)
+        room = self.limit - len(bank)
+        if len(candidates) > room:
+            crowd = np.zeros([side // _CELL + 2 for side in view.normalized.shape], int)
+            np.add.at(crowd, tuple((bank.points[:, ::-1] // _CELL).astype(int).T), 1)
+            rows, columns = (view.keypoints[candidates][:, ::-1] // _CELL).astype(int).T
+            cells = rows * crowd.shape[1] + columns
+            by_cell = np.argsort(cells, kind="stable")
+            _, first, numbers = np.unique(cells[by_cell], return_index=True, return_inverse=True)
+            rank = np.empty(len(cells), int)  # of each candidate among those of its cell
+            rank[by_cell] = np.arange(len(cells)) - first[numbers]
+            candidates = np.sort(candidates[np.argsort(crowd.ravel()[cells] + rank, kind="stable")[:room]])
+        return self._new(view, candidates)
+
+    def _remember(self, ended: _Bank | None) -> None:
+        if not self.memory:
+            self._lost = None
+        if not self.memory or ended is None or not len(ended):
+            return
+        lost = ended if self._lost is None else join([self._lost, ended])
+        self._lost = select(lost, np.arange(len(lost))[-self.memory :])
+
+    def _recall(self, bank: _Bank, view: View) -> _Bank:
+        """Add the lost tracks whose points are keypoints again."""
+        lost = self._lost
+        free = np.ones(len(view.keypoints), bool)
+        free[bank.indices[bank.indices >= 0]] = False
+        if lost is None or not len(lost) or free.sum() < 2 or len(bank) >= self.limit:
+            return bank
+        candidates = np.flatnonzero(free)
+        similar = view.descriptors[candidates].astype(np.float32) @ lost.descriptors.T
+        best = similar.argmax(axis=1)
+        top = similar[np.arange(len(candidates)), best]
+        mutual = similar.argmax(axis=0)[best] == np.arange(len(candidates))
+        chosen = mutual & (top > _SIMILAR)
+        chosen[chosen] = _distinct(view, candidates[chosen], lost.descriptors[best[chosen]])
+        which, keypoints = best[chosen], candidates[chosen]
+        image = view.normalized.astype(np.float32)
+        again = select(lost, which)
+        points = view.keypoints[keypoints].astype(np.float32)
+        found = align(again.patches, image, points, again.shapes)
+        rest = np.flatnonzero(~found.good)
+        _put(found, rest, align(again.patches[rest], image, points[rest], no_change(len(rest))))
+        # Another point that looks alike is not where the neighbours are.
+        expected, spread = neighbours_flow(again.points, found.points, np.arange(len(again)))
+        good = found.good & (np.linalg.norm(found.points - expected, axis=1) < _ASTRAY * _LOST_SPREAD * spread)
+        good = np.flatnonzero(good)[: self.limit - len(bank)]
+        recalled = replace(
+            again,
+            points=found.points,
+            shapes=found.shapes,
+            sigmas=np.hypot(found.sigmas, again.anchors),
+            indices=keypoints.astype(np.int64),
+            descriptors=view.descriptors[keypoints].astype(np.float32),
+        )
+        keep = np.ones(len(lost), bool)
+        keep[which[good]] = False
+        self._lost = select(lost, keep)
+        return join([bank, select(recalled, good)])
+
+
+def keypoint_sigma(resolution: float) -> float:
+    """Standard deviation of a coordinate of a keypoint as detected, pixels.
+
+    Args:
+        resolution: pixels between neighbouring positions that the detector can give.
+    """
+    return _SIGMA_KEYPOINT * max(resolution, 1.0)
+
+
+def _near(view: View) -> float:
+    """How far from its match a point may be, pixels."""
+    return _NEAR * max(view.resolution, 1.0)
+
+
+def refine_pair(view0: View, view1: View, points0: np.ndarray, points1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Refine matches of two images taken at one time.
+
+    Args:
+        view0: the left image.
+        view1: the right image.
+        points0: (M, 2) float32 pixels in the left image.
+        points1: (M, 2) float32 pixels in the right image, the same matches.
+
+    Returns:
+        (M, 2) float32 points1 refined, where the surroundings are alike, and (M,) float32 standard deviations, pixels.
+    """
+    near = flow_near(view0.normalized, view1.normalized, points0, points1, _near(view1))
+    found = align(
+        cut(view0.normalized.astype(np.float32), points0),
+        view1.normalized.astype(np.float32),
+        near,
+        no_change(len(near)),
+    )
+    points = np.where(found.good[:, None], found.points, points1).astype(np.float32)
+    return points, np.where(found.good, found.sigmas, keypoint_sigma(view1.resolution)).astype(np.float32)
+
+
+def select(bank: _Bank, chosen: np.ndarray) -> _Bank:
+    """The tracks that a mask or an array of indices names."""
+    return _Bank(*(getattr(bank, item.name)[chosen] for item in fields(bank)))
+
+
+def join(banks: list[_Bank]) -> _Bank:
+    """The tracks of all, one bank after the other."""
+    return _Bank(*(np.concatenate([getattr(bank, item.name) for bank in banks]) for item in fields(_Bank)))
+
+
+def _matched_keypoints(
+    bank: _Bank, keypoints: int, matches: np.ndarray, scores: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The keypoint (T,) that matches each track, or NOT_DETECTED, and its score (T,), 0 without one.
+
+    Args:
+        bank: the tracks in the reference image.
+        keypoints: how many the reference image has.
+        matches: (K, 2) keypoints of reference and current.
+        scores: (K,).
+    """
+    track = np.full(keypoints, -1)
+    known = np.flatnonzero(bank.indices >= 0)
+    track[bank.indices[known]] = known
+    rows = track[matches[:, 0]]
+    detected, score = np.full(len(bank), NOT_DETECTED), np.zeros(len(bank), np.float32)
+    detected[rows[rows >= 0]], score[rows[rows >= 0]] = matches[rows >= 0, 1], scores[rows >= 0]
+    return detected, score
+
+
+def _distinct(view: View, keypoints: np.ndarray, descriptors: np.ndarray) -> np.ndarray:
+    """Which keypoints (R,) are clearly more like descriptors (R, D) than other keypoints of the image are (R,)."""
+    similar = descriptors @ view.descriptors.T.astype(np.float32)
+    places = view.keypoints[keypoints]
+    own = similar[np.arange(len(keypoints)), keypoints]
+    similar[np.linalg.norm(places[:, None] - view.keypoints, axis=2) < _BESIDE] = -1.0
+    # Of unit vectors, the squared distance is 2 - 2 cosine.
+    return np.asarray(1 - own < _RATIO**2 * (1 - similar.max(axis=1, initial=-1.0)))
+
+
+def _put(whole: Alignment, rows: np.ndarray, part: Alignment) -> None:
+    """Replace the rows (R,) of an alignment by another one of R points."""
+    for item in fields(Alignment):
+        getattr(whole, item.name)[rows] = getattr(part, item.name)
+
+
+def _unaligned(points: np.ndarray, likeness: np.ndarray) -> Alignment:
+    """Points (T, 2) taken as they are, though their patches are less alike than they should be: by likeness (T,)."""
+    count = len(points)
+    return Alignment(
+        points, no_change(count), np.zeros(count, np.float32), np.maximum(likeness, 0), np.ones(count, bool)
+    )
+
+
+def _first_of_each_place(points: np.ndarray, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Which points (T,) stay if of two at one place only the older one does."""
+    stay = np.ones(len(points), bool)
+    if len(points) < 2:
+        return stay
+    age = np.where(ids == 0, np.iinfo(np.uint64).max, ids)
+    for one, other in cKDTree(points).query_pairs(1.0):
+        older = (age[one], -scores[one], one) <= (age[other], -scores[other], other)
+        stay[other if older else one] = False
+    return stay
+
+
+def _attach(points: np.ndarray, detected: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
+    """The keypoints (T,) of points: those given, and else the nearest one if it is near and no other point's."""
+    found = detected.copy()
+    free = np.ones(len(keypoints), bool)
+    free[detected[detected >= 0]] = False
+    if not free.any() or not len(points):
+        return found
+    names = np.flatnonzero(free)
+    distance, nearest = cKDTree(keypoints[names]).query(points)
+    wants = np.flatnonzero((detected < 0) & (distance < _ATTACHED))
+    wants = wants[np.argsort(distance[wants], kind="stable")]
+    _, first = np.unique(nearest[wants], return_index=True)
+    found[wants[first]] = names[nearest[wants[first]]]
+    return found

@@ -1,0 +1,129 @@
+"""Tracks are followed to a fraction of a pixel, end where their first patch does not fit, and are found again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kpmatch_ros.geometry.refinement import normalize_contrast
+from kpmatch_ros.tracks import NOT_DETECTED, Links, Tracks, View, refine_pair
+
+Texture = Callable[[int, int, int], NDArray[np.uint8]]
+
+SIZE = 160
+NO_MATCHES = (np.zeros((0, 2), np.int64), np.zeros(0, np.float32))
+
+
+@pytest.fixture(scope="module")
+def picture(texture: Texture) -> NDArray[np.uint8]:
+    return texture(SIZE + 100, SIZE + 100, 3)
+
+
+def grid(spacing: int = 20) -> NDArray[np.float32]:
+    side = np.arange(20, SIZE - 19, spacing, dtype=np.float32)
+    return np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
+
+
+def view(picture: NDArray[np.uint8], shift: int, keypoints: NDArray[np.float32] | None = None) -> View:
+    """The picture from a place: its points are `shift` pixels further left than in the view from 0."""
+    points = np.zeros((0, 2), np.float32) if keypoints is None else keypoints
+    image = np.ascontiguousarray(picture[50 : 50 + SIZE, 50 + shift : 50 + shift + SIZE])
+    return View(normalize_contrast(image), points, np.eye(len(points), 128, dtype=np.float32), 1.0)
+
+
+def identity(count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    return np.repeat(np.arange(count)[:, None], 2, axis=1), np.full(count, 0.9, np.float32)
+
+
+def error(links: Links, shift: float) -> NDArray[np.float64]:
+    return np.linalg.norm(links.points - links.reference_points + (shift, 0), axis=1)
+
+
+def test_matched_keypoints_are_refined(picture: NDArray[np.uint8]) -> None:
+    rng, points = np.random.default_rng(0), grid()
+    jittered = (points - (7, 0) + rng.uniform(-1, 1, points.shape)).astype(np.float32)
+    tracks = Tracks(100, 0)
+    links = tracks.follow(view(picture, 0, points), view(picture, 7, jittered), *identity(len(points)))
+    assert links.track_ids.tolist() == list(range(1, len(points) + 1))
+    assert np.array_equal(links.indices, identity(len(points))[0]) and (links.scores == np.float32(0.9)).all()
+    assert error(links, 7).max() < 0.05
+    assert (links.sigmas > 0).all() and links.sigmas.max() < 0.1
+
+
+def test_points_without_a_match_are_carried_and_go_on_from_where_they_were(picture: NDArray[np.uint8]) -> None:
+    points, tracks = grid(), Tracks(100, 0)
+    before = tracks.follow(first := view(picture, 0, points), second := view(picture, 3), *NO_MATCHES)
+    assert len(before.points) == len(points) and (before.indices[:, 1] == NOT_DETECTED).all()
+    assert error(before, 3).max() < 0.05 and before.scores.min() > 0.9
+    tracks.advance(second, None)
+    after = tracks.follow(second, view(picture, 6), *NO_MATCHES)
+    kept = np.isin(before.track_ids, after.track_ids)
+    assert kept.sum() >= 0.9 * len(points) and first is not second
+    assert np.array_equal(after.reference_points, before.points[kept])
+    assert np.array_equal(after.track_ids, before.track_ids[kept])
+
+
+def test_a_track_that_no_longer_looks_alike_ends(picture: NDArray[np.uint8], texture: Texture) -> None:
+    points, tracks = grid(), Tracks(100, 0)
+    image = view(picture, 0).normalized.copy()
+    image[:, SIZE // 2 :] = normalize_contrast(texture(SIZE, SIZE // 2, 11))
+    links = tracks.follow(view(picture, 0, points), View(image, points[:0], np.zeros((0, 128)), 1.0), *NO_MATCHES)
+    left = points[:, 0] < SIZE // 2 - 10
+    assert {tuple(point) for point in links.reference_points} >= {tuple(point) for point in points[left]}
+    right = links.reference_points[:, 0] > SIZE // 2 + 8
+    assert not right.any()
+
+
+def test_a_lost_track_is_found_again_under_its_old_id(picture: NDArray[np.uint8]) -> None:
+    points, black = grid(), View(np.full((SIZE, SIZE), 128, np.uint8), grid()[:0], np.zeros((0, 128)), 1.0)
+    for memory in (0, 20, 100):
+        tracks = Tracks(100, memory)
+        start = view(picture, 0, points)
+        same = tracks.follow(start, start, *identity(len(points)))
+        tracks.advance(start, None)
+        assert not len(tracks.follow(start, black, *NO_MATCHES).points)
+        tracks.advance(black, None)
+        assert not len(tracks.follow(black, start, *NO_MATCHES).points)
+        tracks.advance(start, None)
+        links = tracks.follow(start, start, *identity(len(points)))
+        old = links.track_ids <= same.track_ids.max()
+        assert old.sum() == min(memory, len(points))
+        where = dict(zip(same.track_ids.tolist(), same.points.tolist()))
+        found = [where[track] for track in links.track_ids[old].tolist()]
+        assert np.abs(links.points[old] - np.reshape(found, (-1, 2))).max(initial=0) < 0.05
+
+
+def test_the_number_of_tracks_is_bounded_and_new_ones_begin_where_there_are_none(picture: NDArray[np.uint8]) -> None:
+    points, tracks = grid(10), Tracks(40, 0)
+    upper = points[points[:, 1] < 70]
+    first, second = view(picture, 0, upper[:30]), view(picture, 0, points)
+    assert len(tracks.follow(first, second, *NO_MATCHES).points) == 30
+    tracks.advance(second, None)
+    links = tracks.follow(second, second, *identity(len(points)))
+    assert len(links.points) == 40
+    new = links.track_ids > 30
+    cells = {(int(x) // 40, int(y) // 40) for x, y in links.points[new]}
+    assert new.sum() == 10 == len(cells) and (links.points[new][:, 1] >= 40).all()
+
+
+def test_the_same_images_give_the_same_tracks(picture: NDArray[np.uint8]) -> None:
+    found = []
+    for _ in range(2):
+        tracks, points = Tracks(100, 100), grid()
+        frames = [view(picture, 4 * i, points) for i in range(4)]
+        for one, other in zip(frames, frames[1:]):
+            links = tracks.follow(one, other, *identity(len(points)))
+            tracks.advance(other, None)
+        found.append(links)
+    for name in ("indices", "points", "reference_points", "sigmas", "scores", "track_ids"):
+        assert np.array_equal(getattr(found[0], name), getattr(found[1], name)), name
+
+
+def test_left_and_right_are_refined(picture: NDArray[np.uint8]) -> None:
+    points = grid()
+    jittered = (points - (5, 0) + np.random.default_rng(1).uniform(-1, 1, points.shape)).astype(np.float32)
+    refined, sigmas = refine_pair(view(picture, 0, points), view(picture, 5, jittered), points, jittered)
+    assert np.linalg.norm(refined - points + (5, 0), axis=1).max() < 0.05 and sigmas.max() < 0.1
