@@ -14,6 +14,7 @@ from scipy.spatial import cKDTree
 
 from kpmatch_ros.geometry.flow import flow_far, flow_forth_and_back, flow_near, neighbours_flow
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change
+from kpmatch_ros.geometry.refinement import align_matches
 
 __all__ = ["NOT_DETECTED", "Links", "Tracks", "View", "keypoint_sigma", "refine_pair"]
 
@@ -340,15 +341,8 @@ def refine_pair(view0: View, view1: View, points0: np.ndarray, points1: np.ndarr
     Returns:
         (M, 2) float32 points1 refined, where the surroundings are alike, and (M,) float32 standard deviations, pixels.
     """
-    near = flow_near(view0.normalized, view1.normalized, points0, points1, _near(view1))
-    found = align(
-        cut(view0.normalized.astype(np.float32), points0),
-        view1.normalized.astype(np.float32),
-        near,
-        no_change(len(near)),
-    )
-    points = np.where(found.good[:, None], found.points, points1).astype(np.float32)
-    return points, np.where(found.good, found.sigmas, keypoint_sigma(view1.resolution)).astype(np.float32)
+    found = align_matches(view0.normalized, view1.normalized, points0, points1, view1.resolution)
+    return found.points, np.where(found.good, found.sigmas, keypoint_sigma(view1.resolution)).astype(np.float32)
 
 
 def select(bank: _Bank, chosen: np.ndarray) -> _Bank:

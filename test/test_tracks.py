@@ -127,3 +127,27 @@ def test_left_and_right_are_refined(picture: NDArray[np.uint8]) -> None:
     jittered = (points - (5, 0) + np.random.default_rng(1).uniform(-1, 1, points.shape)).astype(np.float32)
     refined, sigmas = refine_pair(view(picture, 0, points), view(picture, 5, jittered), points, jittered)
     assert np.linalg.norm(refined - points + (5, 0), axis=1).max() < 0.05 and sigmas.max() < 0.1
+
+
+def test_images_of_any_size_and_keypoints_anywhere_give_points_in_the_image() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        tracks, before = Tracks(60, 50), None
+        for _ in range(4):
+            height, width = rng.integers(1, 80, 2)
+            image = rng.integers(0, 256, (height, width)) * (rng.random() < 0.8)
+            count = int(rng.integers(0, 80))
+            keypoints = np.stack([rng.uniform(0, side - 1, count) for side in (width, height)], axis=1)
+            descriptors = rng.normal(size=(count, 16)).astype(np.float32)
+            descriptors /= np.linalg.norm(descriptors, axis=1, keepdims=True)
+            now = View(normalize_contrast(image.astype(np.uint8)), keypoints.astype(np.float32), descriptors, 1.0)
+            if before is not None:
+                matched = int(rng.integers(0, min(count, len(before.keypoints)) + 1))
+                sides = (len(before.keypoints), count)
+                matches = np.stack([rng.permutation(side)[:matched] for side in sides], axis=1)
+                links = tracks.follow(before, now, matches, rng.random(matched).astype(np.float32))
+                assert (links.points >= 0).all() and (links.points <= (width - 1, height - 1)).all()
+                assert (links.sigmas > 0).all() and np.isfinite(links.sigmas).all()
+                assert (links.scores >= 0).all() and (links.scores <= 1).all()
+                tracks.advance(now, rng.random(len(links.points)) < 0.8 if rng.random() < 0.7 else None)
+            before = now

@@ -76,6 +76,12 @@ def _lucas_kanade(
     """(T, 2) float32 pixels, and (T,) bool which were found."""
     if not len(points):
         return np.array(start, np.float32), np.zeros(0, bool)
+    if image0.shape != image1.shape:  # OpenCV wants one size
+        height, width = np.maximum(image0.shape, image1.shape)
+        image0, image1 = (
+            cv2.copyMakeBorder(each, 0, height - each.shape[0], 0, width - each.shape[1], cv2.BORDER_REPLICATE)
+            for each in (image0, image1)
+        )
     moved, status, _ = cv2.calcOpticalFlowPyrLK(
         image0,
         image1,
