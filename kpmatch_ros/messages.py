@@ -22,6 +22,7 @@ from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.frames import Frame, ImagePair, Pair
 from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.landmarks import Landmarks
 from kpmatch_ros.odometry import OdometryPose, Twist
 from kpmatch_ros.tracks import NOT_DETECTED
 
@@ -31,6 +32,7 @@ __all__ = [
     "feature_array",
     "header_of",
     "image_message",
+    "point_cloud",
     "interruption",
     "match_array",
     "nanoseconds",
@@ -43,6 +45,9 @@ __all__ = [
 
 NewMessage = Callable[..., Any]
 
+# The fields of `landmarks` as they lie in memory, little-endian; with the types of sensor_msgs/PointField and counts.
+_LANDMARK = np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("track_id", "<u8"), ("sigma", "<f4"), ("rgb", "<u4")])
+_FLOAT32, _UINT32 = 7, 6
 _NOT_DETECTED = 2**32 - 1  # MatchArray.NOT_DETECTED
 _UNKNOWN = 1e9  # variance of a velocity that nobody estimated
 _TYPECODES = {"u1": "B", "u4": "I", "u8": "Q", "f4": "f"}  # of rclpy's arrays, by NumPy's types
@@ -237,6 +242,38 @@ def image_message(pixels: np.ndarray, header: Any, new: NewMessage = ros_message
         encoding="rgb8",
         step=3 * width,
         data=_flat(pixels, np.uint8),
+    )
+
+
+def point_cloud(landmarks: Landmarks, header: Any, new: NewMessage = ros_message) -> Any:
+    """sensor_msgs/PointCloud2 of landmarks: x y z, track_id (two uint32: low, high), sigma, rgb."""
+    cloud = np.zeros(len(landmarks.points), _LANDMARK)
+    cloud["x"], cloud["y"], cloud["z"] = landmarks.points.T
+    cloud["track_id"], cloud["sigma"] = landmarks.track_ids, landmarks.sigmas
+    red, green, blue = landmarks.colours.astype(np.uint32).T
+    cloud["rgb"] = red << 16 | green << 8 | blue
+    fields = [
+        new(
+            "sensor_msgs/msg/PointField",
+            name=name,
+            offset=offset,
+            datatype=_UINT32 if name == "track_id" else _FLOAT32,  # rgb too: readers look at its bits
+            count=2 if name == "track_id" else 1,
+        )
+        for name, (_, offset) in (_LANDMARK.fields or {}).items()
+    ]
+    size = _LANDMARK.itemsize
+    return new(
+        "sensor_msgs/msg/PointCloud2",
+        header=header,
+        height=1,
+        width=len(cloud),
+        fields=fields,
+        is_bigendian=False,
+        point_step=size,
+        row_step=size * len(cloud),
+        data=np.frombuffer(cloud.tobytes(), np.uint8),
+        is_dense=True,
     )
 
 

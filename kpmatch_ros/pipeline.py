@@ -24,6 +24,7 @@ from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.geometry.static_transforms import StaticTransforms
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.images import LARGEST_FILE, ImageError, to_array
+from kpmatch_ros.landmarks import landmarks_of
 from kpmatch_ros.mask_sync import MaskSynchroniser
 from kpmatch_ros.odometry import Odometry, of_base
 from kpmatch_ros.parameters import ParameterError, Parameters
@@ -88,7 +89,8 @@ class Pipeline:
         front_end: registers the images.
         topics: of the images, for the user: one, or left and right.
         publish: takes a topic without a leading slash (but /tf) and its message.
-        wanted: whether anybody wants the messages of a topic that is made on demand: features, match_image, /tf.
+        wanted: whether anybody wants the messages of a topic that is made on demand: features, landmarks, match_image,
+            /tf.
         events: hears of what goes wrong.
         new: makes messages, see :mod:`kpmatch_ros.messages`.
 
@@ -369,6 +371,9 @@ class Pipeline:
                 self._publish("features", messages.feature_array(frame, extractor, self._new))
         if result.stereo is not None:
             self._publish("stereo_matches", self._match_array(result.stereo, messages.Pairing.STEREO))
+            if self._wanted("landmarks"):
+                header = messages.header_of(result.frame, self._new)
+                self._publish("landmarks", messages.point_cloud(landmarks_of(result), header, self._new))
         pair = result.pair
         if pair is None:
             return

@@ -46,12 +46,14 @@ def replay(
     page: Path | None = None,
     features: bool = False,
     match_image: bool = False,
+    landmarks: bool = False,
 ) -> Report:
     """Write a bag of what the node would publish for a bag's camera, or for its stereo pair of cameras.
 
     The topics are matches and relative_pose, in stereo also stereo_matches, with publish_odometry odometry and /tf, and
-    features and match_image where they are wanted. Messages have the stamps of their images and are recorded when these
-    were: in stereo, when the later one was. The bag has the storage of the one read. It is written whole or not at all.
+    features, landmarks and match_image where they are wanted. Messages have the stamps of their images and are
+    recorded when these were: in stereo, when the later one was. The bag has the storage of the one read. It is written
+    whole or not at all.
 
     Args:
         bag: to read.
@@ -62,6 +64,7 @@ def replay(
         page: HTML file for a page with everything that the replay shows, see :class:`HtmlReport`.
         features: write `features` too.
         match_image: write `match_image` too.
+        landmarks: in stereo, write `landmarks` too.
 
     Raises:
         BagError: when the bag is broken, none of its images can be used, or `out` cannot be written.
@@ -93,6 +96,7 @@ def replay(
         writer = stack.enter_context(BagWriter(folder, bag_storage(bag)))
         trajectory = Trajectory(stack.enter_context(text.open("w"))) if text is not None else None
         wanted = {"/tf", *(["features"] if features else []), *(["match_image"] if match_image else [])}
+        wanted |= {"landmarks"} if landmarks else set()
         page_file = stack.enter_context(_whole_or_not(page)) if page is not None else None
         report = _process(bag, cameras, front_end, writer, wanted, trajectory, shown)
         if not report.latencies:

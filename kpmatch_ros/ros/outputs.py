@@ -8,7 +8,7 @@ from typing import Any
 from nav_msgs.msg import Odometry
 from rclpy.lifecycle import LifecycleNode
 from rclpy.qos import QoSProfile
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import Image, PointCloud2
 
 from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
 from kpmatch_ros.parameters import Parameters
@@ -18,7 +18,7 @@ from kpmatch_ros.ros.tf import INSTALL, TFMessage
 
 __all__ = ["Outputs"]
 
-_ON_DEMAND = ("features", "match_image")  # made only while somebody subscribes
+_ON_DEMAND = ("features", "landmarks", "match_image")  # made only while somebody subscribes
 # A replay may be faster than a subscriber for a while: with queue 'all' nothing is to be lost then.
 _DEPTH = {"latest": 10, "all": 1000}
 
@@ -38,6 +38,7 @@ class Outputs:
         }
         if parameters.mode == "stereo":
             kinds["stereo_matches"] = (MatchArray, depth)
+            kinds["landmarks"] = (PointCloud2, 2)
         if parameters.publish_odometry:
             kinds["odometry"] = (Odometry, depth)
             if TFMessage is not None:
