@@ -111,6 +111,8 @@ def _bag(options: argparse.Namespace) -> int:
     from kpmatch_ros.bags.replay import replay
 
     parameters = replay_parameters(options)
+    if options.landmarks and parameters.mode != "stereo":
+        raise CommandError("--landmarks: one camera knows no metres; name a stereo pair with --left and --right")
     source = options.source
     try:
         cameras = choose_cameras(source, parameters.mode, chosen_topics(options, parameters))
