@@ -256,11 +256,11 @@ def point_cloud(landmarks: Landmarks, header: Any, new: NewMessage = ros_message
         new(
             "sensor_msgs/msg/PointField",
             name=name,
-            offset=offset,
+            offset=place[1],
             datatype=_UINT32 if name == "track_id" else _FLOAT32,  # rgb too: readers look at its bits
             count=2 if name == "track_id" else 1,
         )
-        for name, (_, offset) in (_LANDMARK.fields or {}).items()
+        for name, place in (_LANDMARK.fields or {}).items()
     ]
     size = _LANDMARK.itemsize
     return new(
