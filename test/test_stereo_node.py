@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from nav_msgs.msg import Odometry
 from rclpy.qos import QoSProfile
-from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
 from std_msgs.msg import Header
 
 from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
@@ -118,6 +118,29 @@ def rig(tmp_path: Path, compressed: bool = False, **parameters: Any) -> Iterator
         parameters["image_transport"] = "compressed"
     with running_node(tmp_path, **PARAMETERS, **parameters) as node:
         yield Rig(node, compressed)
+
+
+def test_landmarks_are_on_the_two_walls(tmp_path: Path) -> None:
+    kind = np.dtype([("xyz", "<f4", 3), ("track_id", "<u8"), ("sigma", "<f4"), ("rgb", "<u4")])
+    with rig(tmp_path) as camera:
+        node = camera.node
+        clouds: list[PointCloud2] = []
+        node.subscribe(PointCloud2, "landmarks", clouds.append)
+        node.wait_for(lambda: node.node.count_publishers("landmarks"), "the topic")
+        node.spin(0.3)
+        for number in range(2):
+            camera.send(10.0 + 0.1 * number, 0.02 * number)
+            node.wait_for(lambda: len(clouds) == number + 1, "the landmarks")  # noqa: B023
+        node.wait_for(lambda: node.matches, "the matches")
+        for number, cloud in enumerate(clouds):
+            assert cloud.header.frame_id == "left_optical" and cloud.header.stamp.nanosec == number * 100_000_000
+            points = np.frombuffer(cloud.data, kind)
+            x, y, z = points["xyz"].T
+            wall = np.where(y < 0, FAR, NEAR)
+            assert len(points) > 50 and np.median(abs(z - wall) / points["sigma"]) < 1.5
+            assert np.median(abs(z - wall) / wall) < 0.02
+            assert (points["track_id"] > 0).mean() > (0.5 if number else -1)
+        assert set(points["track_id"].tolist()) - {0} <= set(node.matches[0].track_ids)
 
 
 @pytest.mark.parametrize("compressed", [False, True], ids=["raw", "compressed"])
