@@ -307,3 +307,10 @@ def test_odometry_chains_the_poses_and_a_lost_frame_begins_another_frame(tmp_pat
         assert found[-1].header.frame_id == "odom_1" and found[-1].header.stamp.nanosec == 600_000_000
         camera.wait_for_warning("odometry begins again in the frame odom_1")
         assert node.figures()["odometry breaks"] == "1"
+
+
+def test_a_baseline_in_millimetres_is_named_with_its_value(tmp_path: Path) -> None:
+    with rig(tmp_path) as camera:
+        for i in range(2):
+            camera.send(1.0 + 0.1 * i, 0.02 * i, baseline=1000 * BASELINE)
+        camera.wait_for_warning(f"the cameras are {1000 * BASELINE:g} m apart by their camera_infos")
