@@ -92,7 +92,8 @@ def _connected(address: str) -> Iterator[None]:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        raise BagError(f"--ray {address}: Ray cannot be reached: {text:.300}") from error
+        hint = "" if address == "local" else "; a cluster that asks for a token wants RAY_AUTH_MODE=token here too"
+        raise BagError(f"--ray {address}: Ray cannot be reached: {text.rstrip('.'):.300}{hint}") from error
     try:
         if in_main:
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's would leave without a word
