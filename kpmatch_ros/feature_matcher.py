@@ -127,7 +127,7 @@ class FeatureMatcher:
     """
 
     def __init__(self, parameters: Parameters | None = None, **options: Any) -> None:
-        self.parameters = (parameters or Parameters()).replace(options)
+        self.parameters = Parameters.given(options) if parameters is None else parameters.replace(options)
         if self.parameters.threads > 0:
             torch.set_num_threads(self.parameters.threads)
         self.device = choose_device(self.parameters.device)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -54,13 +55,19 @@ def without_effect(names: Iterable[str]) -> list[str]:
     return [f"the parameter {name!r} does not exist and has no effect{meant(name, known)}" for name in unknown]
 
 
-def read_parameter_file(path: Path, node_name: str = "/matcher", warn: Callable[[str], object] = str) -> Parameters:
+def read_parameter_file(
+    path: Path,
+    node_name: str = "/matcher",
+    warn: Callable[[str], object] = str,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Parameters:
     """The parameters that a file gives a node, with the defaults for those that it leaves out.
 
     Args:
         path: of the file.
         node_name: of the node, with its namespace.
         warn: hears of each name in the file that is no parameter. It may be another node's, in a section for all.
+        options: values that stand above those in the file, by the parameters' names.
 
     Raises:
         ParameterError: when the file is no parameter file or has no section for the node, or when a parameter in it
@@ -94,6 +101,6 @@ def read_parameter_file(path: Path, node_name: str = "/matcher", warn: Callable[
                     value = float(value)  # to ROS 1e-3 is a number; YAML 1.1 wants a point in it
             changes[str(name)] = value
     try:
-        return Parameters().replace(changes)
+        return Parameters.given({**changes, **options})
     except ParameterError as error:
         raise ParameterError(f"{path}: {error}") from error

@@ -115,6 +115,15 @@ def _parameter(
     )
 
 
+PROFILES: Mapping[str, Mapping[str, Any]] = {
+    "accurate": {},
+    "fast": {"matcher": "lightglue-superpoint-open-small", "max_keypoints": 512},
+}
+"""What each profile chooses in place of the defaults, by the parameters' names."""
+
+_CHOSEN = {name for chosen in PROFILES.values() for name in chosen}
+
+
 @dataclass(frozen=True)
 class Parameters:
     """One checked, immutable set of all parameters.
@@ -124,6 +133,12 @@ class Parameters:
     """
 
     mode: str = _parameter("mono", "one camera over time, or a stereo pair", choices=("mono", "stereo"))
+    profile: str = _parameter(
+        "accurate",
+        "weights and number of keypoints, chosen together: accurate has the defaults; fast, for robots without a GPU, "
+        "has the matcher lightglue-superpoint-open-small and 512 keypoints; what is set by hand wins",
+        choices=tuple(PROFILES),
+    )
     extractor: str = _parameter(
         "superpoint-open", "weights that find and describe keypoints: a registered name, a folder or a file"
     )
@@ -321,6 +336,15 @@ class Parameters:
         if self.device == "cpu" and self.precision == "float16":
             raise ParameterError("precision float16 needs a GPU; with device cpu use float32, bfloat16 or auto")
 
+    @classmethod
+    def given(cls, values: Mapping[str, Any]) -> Parameters:
+        """The parameters with these values set by hand: the others are those of the profile, or the defaults.
+
+        Raises:
+            ParameterError: for a name that is not a parameter or a value that is not allowed.
+        """
+        return cls().replace({**profile_values(values.get("profile", "accurate")), **values})
+
     def replace(self, changes: Mapping[str, Any]) -> Parameters:
         """A copy with ``changes`` applied and everything checked again.
 
@@ -330,6 +354,11 @@ class Parameters:
         for name in changes:
             declaration(name)
         return dataclasses.replace(self, **changes)
+
+
+def profile_values(profile: Any) -> Mapping[str, Any]:
+    """What a profile chooses, by the parameters' names; nothing where there is no such profile."""
+    return PROFILES.get(profile, {}) if isinstance(profile, str) else {}
 
 
 def declarations() -> list[Declaration]:
@@ -363,14 +392,15 @@ def config_file() -> str:
     """The text of ``config/matcher.yaml``: every parameter at its default, with its description."""
     lines = [
         "# The matcher node's parameters at their defaults, written from kpmatch_ros/parameters.py by `make docs`.",
-        "# Those marked with ° may change while the node runs (ros2 param set).",
+        "# Those marked with ° may change while the node runs (ros2 param set). What a profile chooses is left out.",
         "/**:",
         "  ros__parameters:",
     ]
     for item in declarations():
         notes = ", ".join(part for part in (item.constraint, item.unit) if part)
         lines.append(f"    # {'° ' if item.dynamic else ''}{item.description}{f' ({notes})' if notes else ''}")
-        lines.append(f"    {item.name}: {item.shown_default}")
+        # What a profile chooses must not be set here: what is set wins.
+        lines.append(f"    {'# ' if item.name in _CHOSEN else ''}{item.name}: {item.shown_default}")
     return "\n".join(lines) + "\n"
 
 

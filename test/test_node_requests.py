@@ -105,6 +105,14 @@ def test_parameters_of_unknown_types_and_endless_lists_are_refused_in_time(tmp_p
         assert "Traceback" not in node.log
 
 
+def test_a_profile_decides_what_the_node_was_not_given(tmp_path: Path) -> None:
+    with running_node(tmp_path, autostart=False, profile="fast", matcher="nearest") as node:
+        node.wait_for(node.is_there, "the node")
+        request = GetParameters.Request(names=["profile", "matcher", "max_keypoints"])
+        values = ask(node, GetParameters, "get_parameters", request).values
+        assert [values[0].string_value, values[1].string_value, values[2].integer_value] == ["fast", "nearest", 512]
+
+
 def test_a_node_says_that_it_loads_and_that_it_is_finalized(tmp_path: Path) -> None:
     with running_node(tmp_path, autostart=False, matcher="nearest", max_keypoints=64) as node:
         node.wait_for(lambda: node.diagnostics, "diagnostics")

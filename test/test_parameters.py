@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from kpmatch_ros.parameter_file import read_parameter_file
 from kpmatch_ros.parameters import Declaration, ParameterError, Parameters, config_file, declarations, markdown_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -42,7 +43,8 @@ def wrong_values(item: Declaration) -> list[Any]:
     if item.choices:
         wrong += ["wrong", "", item.choices[0].upper(), item.choices[0] + " "]
     if item.pattern:
-        wrong += ["wrong value", "", f"{item.default} ", f"{item.default}\n"]
+        wrong += ["wrong value", f"{item.default} ", f"{item.default}\n"]
+        wrong += [""] if item.default else []  # what is empty by default may be empty
     return wrong
 
 
@@ -125,8 +127,10 @@ def test_the_configuration_file_sets_every_parameter_to_its_default() -> None:
     parsed = yaml.safe_load(config_file())
     assert list(parsed) == ["/**"]
     values = parsed["/**"]["ros__parameters"]
-    assert list(values) == [item.name for item in declarations()]
-    for item in declarations():
+    # What a profile chooses would be set by hand if it stood there.
+    named = [item for item in declarations() if item.name not in ("matcher", "max_keypoints")]
+    assert list(values) == [item.name for item in named]
+    for item in named:
         assert values[item.name] == item.default
         assert type(values[item.name]) is item.type  # 1 in place of 1.0 would be another type to ROS
     assert Parameters(**values) == Parameters()
@@ -149,3 +153,18 @@ def test_the_table_lists_every_parameter() -> None:
         assert yaml.safe_load(row[2].strip("`")) == item.default
         assert item.constraint in row
         assert item.description in row
+
+
+def test_a_profile_chooses_together_and_what_is_set_by_hand_wins(tmp_path: Path) -> None:
+    assert Parameters.given({}) == Parameters.given({"profile": "accurate"}) == Parameters()
+    fast = Parameters.given({"profile": "fast"})
+    assert (fast.matcher, fast.max_keypoints) == ("lightglue-superpoint-open-small", 512)
+    assert Parameters.given({"profile": "fast", "max_keypoints": 700}).max_keypoints == 700
+    with pytest.raises(ParameterError, match="profile is 'fastest'; it must be one of accurate, fast"):
+        Parameters.given({"profile": "fastest"})
+    file = tmp_path / "parameters.yaml"
+    file.write_text(config_file().replace("profile: accurate", "profile: fast"))
+    assert read_parameter_file(file) == fast
+    file.write_text("/**:\n  ros__parameters:\n    max_keypoints: 300\n")
+    mixed = read_parameter_file(file, options={"profile": "fast"})
+    assert (mixed.matcher, mixed.max_keypoints) == ("lightglue-superpoint-open-small", 300)

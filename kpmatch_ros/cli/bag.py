@@ -102,7 +102,7 @@ def add_replay_options(parser: Parser) -> None:
     )
     parser.add_argument("--features", action="store_true", help="also write /features, with the descriptors")
     parser.add_argument("--match-image", action="store_true", help="also write /match_image, pictures of the matches")
-    add_parameters(parser, "parameters", BAG_OPTIONS, only_given=True)
+    add_parameters(parser, "parameters", BAG_OPTIONS)
 
 
 def _bag(options: argparse.Namespace) -> int:
@@ -143,16 +143,16 @@ def replay_parameters(options: argparse.Namespace) -> Parameters:
     """
     from kpmatch_ros.parameter_file import read_parameter_file
 
-    parameters = (
-        Parameters()
-        if options.params is None
-        else read_parameter_file(options.params, warn=lambda text: print(f"{options.name}: {text}", file=sys.stderr))
-    )
     given = vars(options)
     changes = {name: given[name] for name in BAG_OPTIONS if name in given}
     if any(given[name] is not None for name in STEREO_TOPICS):
         changes.setdefault("mode", "stereo")
-    parameters = parameters.replace(changes)
+    if options.params is None:
+        parameters = Parameters.given(changes)
+    else:
+        parameters = read_parameter_file(
+            options.params, warn=lambda text: print(f"{options.name}: {text}", file=sys.stderr), options=changes
+        )
     _check_topic_options(given, parameters.mode)
     return parameters
 

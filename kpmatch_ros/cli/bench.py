@@ -111,7 +111,9 @@ def add_bench(commands: Any) -> None:
         add_parameter(group, declaration(name), declaration(name).default)
 
 
-_BENCH_OPTIONS = [name for name in MATCHING_OPTIONS if name not in ("device", "precision", "max_keypoints", "resize")]
+_BENCH_OPTIONS = [
+    name for name in MATCHING_OPTIONS if name not in ("profile", "device", "precision", "max_keypoints", "resize")
+]
 
 
 def _list_of(name: str) -> Any:

@@ -35,6 +35,7 @@ __all__ = [
 
 # The parameters that say how two images are matched; the others are the node's alone.
 MATCHING_OPTIONS = (
+    "profile",
     "extractor",
     "matcher",
     "device",
@@ -111,18 +112,11 @@ def add_parameter(group: Any, item: Declaration, default: Any) -> None:
     )
 
 
-def add_parameters(parser: Parser, title: str, names: Sequence[str], only_given: bool = False) -> None:
-    """Options of these parameters' names, in a group of their own.
-
-    Args:
-        parser: of a command.
-        title: of the group.
-        names: of the parameters.
-        only_given: leave out what is not given, instead of the parameter's default.
-    """
+def add_parameters(parser: Parser, title: str, names: Sequence[str]) -> None:
+    """Options of these parameters' names, in a group of their own. Those not given are not among the results."""
     group = parser.add_argument_group(title, "the matcher node's parameters of the same names")
     for item in map(declaration, names):
-        add_parameter(group, item, argparse.SUPPRESS if only_given else item.default)
+        add_parameter(group, item, argparse.SUPPRESS)
 
 
 def comma_separated(*counts: int) -> Any:

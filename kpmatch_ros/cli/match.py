@@ -74,7 +74,8 @@ def add_match(commands: Any) -> None:
 
 
 def _match(options: argparse.Namespace) -> int:
-    parameters = Parameters(**{name: getattr(options, name) for name in MATCHING_OPTIONS}, refine=False)
+    chosen = {name: value for name, value in vars(options).items() if name in MATCHING_OPTIONS}
+    parameters = Parameters.given({**chosen, "refine": False})
     if options.intrinsics is None and (options.intrinsics1 is not None or options.distortion is not None):
         given = "--intrinsics1" if options.intrinsics1 is not None else "--distortion"
         raise CommandError(f"{given} needs --intrinsics too")

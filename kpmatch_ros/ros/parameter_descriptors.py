@@ -5,7 +5,7 @@ from __future__ import annotations
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.lifecycle import LifecycleNode
 
-from kpmatch_ros.parameters import Declaration, Parameters, declarations
+from kpmatch_ros.parameters import Declaration, Parameters, declarations, profile_values
 
 __all__ = ["declare_parameters", "parameter_descriptor"]
 
@@ -16,8 +16,12 @@ def declare_parameters(node: LifecycleNode) -> Parameters:
     Raises:
         ParameterError: when a value, or a combination of values, is not allowed.
     """
-    for item in declarations():
-        node.declare_parameter(item.name, item.default, parameter_descriptor(item))
+    items = {item.name: item for item in declarations()}
+    profile = items["profile"]
+    chosen = profile_values(node.declare_parameter("profile", profile.default, parameter_descriptor(profile)).value)
+    for name, item in items.items():
+        if name != "profile":
+            node.declare_parameter(name, chosen.get(name, item.default), parameter_descriptor(item))
     return Parameters(**{item.name: node.get_parameter(item.name).value for item in declarations()})
 
 
