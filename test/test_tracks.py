@@ -151,3 +151,13 @@ def test_images_of_any_size_and_keypoints_anywhere_give_points_in_the_image() ->
                 assert (links.scores >= 0).all() and (links.scores <= 1).all()
                 tracks.advance(now, rng.random(len(links.points)) < 0.8 if rng.random() < 0.7 else None)
             before = now
+
+
+def test_a_track_ends_under_a_mask(picture: NDArray[np.uint8]) -> None:
+    points, tracks = grid(), Tracks(100, 0)
+    mask = np.ones((SIZE, SIZE), np.uint8)
+    mask[:, : SIZE // 2] = 0
+    plain = view(picture, 3)
+    hidden = View(plain.normalized, plain.keypoints, plain.descriptors, 1.0, mask)
+    links = tracks.follow(view(picture, 0, points), hidden, *NO_MATCHES)
+    assert len(links.points) == (points[:, 0] > SIZE // 2 + 3).sum() and (links.points[:, 0] > SIZE // 2 - 0.5).all()

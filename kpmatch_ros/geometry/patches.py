@@ -17,7 +17,7 @@ _USED = np.flatnonzero((abs(_WIDE_X) <= _SIDE // 2) & (abs(_WIDE_Y) <= _SIDE // 
 """Pixels of a patch that are compared: like a chessboard's black fields, which is half the work, and finds as well."""
 _X, _Y = _WIDE_X[_USED], _WIDE_Y[_USED]
 
-_ITERATIONS = 3
+_ITERATIONS = 2
 _DAMPING = np.diag(np.array([1.0, 1.0, 1e4, 1e4, 1e4, 1e4], np.float32))
 """Noise of 10 grey levels over what a step is expected to be: any number of pixels, a tenth of a deformation."""
 _LONGEST_STEP = 3.0  # pixels from where the search began: what moves further is another corner
