@@ -128,6 +128,13 @@ def test_a_run_does_not_go_on_with_other_settings(run: Run, bags: Path, tmp_path
     assert run(bags, tmp_path / "out", *QUICK, "--threads", 1)[0] == 0  # changes nothing in the results
 
 
+def test_a_run_that_made_nothing_settles_nothing(run: Run, bags: Path, tmp_path: Path) -> None:
+    status, _, error = run(bags, tmp_path / "out", *QUICK, "--extractor", "no_such_weights")
+    assert status == 2 and "no_such_weights" in error and len(error.splitlines()) == 1
+    status, printed, _ = run(bags, tmp_path / "out", *QUICK)
+    assert status == 0 and "2 done, 2 broken" in printed
+
+
 def test_a_bag_that_ends_half_way_leaves_nothing(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

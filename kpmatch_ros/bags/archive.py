@@ -175,8 +175,8 @@ def claimed(out: Path, settings: Settings) -> Iterator[Path]:
 
 
 def _check_settings(file: Path, unfinished: Path, settings: dict[str, Any]) -> None:
-    """A table of bags that were made in different ways would compare nothing."""
-    if not file.exists():
+    """A table of bags that were made in different ways would compare nothing. Until one is made, nothing is settled."""
+    if not file.exists() or next(file.parent.rglob(_ROW), None) is None:
         (unfinished / file.name).write_text(json.dumps(settings, indent=1) + "\n")
         os.replace(unfinished / file.name, file)
         return
