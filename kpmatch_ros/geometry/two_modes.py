@@ -18,7 +18,7 @@ from kpmatch_ros.geometry.camera import AHEAD
 from kpmatch_ros.geometry.robust import FALSE_ALARM_RATE, SMALLEST_SAMPLE, TINY
 from kpmatch_ros.geometry.two_view_errors import Matches, Motion, dot, gains, residual_sizes
 
-__all__ = ["Rival", "decide_by_prior", "is_distinct", "plane_motions", "rival_of", "spread"]
+__all__ = ["Rival", "decide_by_prior", "distance", "is_distinct", "plane_motions", "rival_of", "spread"]
 
 _SMALLEST_PLANE = 0.5  # part of the matches: with as many off the plane, these refute the other motion
 
@@ -143,11 +143,16 @@ def is_distinct(chosen: Motion, other: Motion) -> bool:
     )
 
 
+def distance(chosen: Motion, other: Motion) -> np.ndarray:
+    """From one motion to another (6,): of the translations, and of the rotations about the reference frame's axes."""
+    turn = cv2.Rodrigues(other.rotation @ chosen.rotation.T)[0].ravel()
+    return np.concatenate([other.translation - chosen.translation, turn])
+
+
 def spread(chosen: Motion, other: Motion) -> np.ndarray:
     """What a covariance (6, 6) of translation and rotation needs besides to cover another motion: their distance."""
-    turn = cv2.Rodrigues(other.rotation @ chosen.rotation.T)[0].ravel()
-    distance = np.concatenate([other.translation - chosen.translation, turn])
-    return np.outer(distance, distance)
+    away = distance(chosen, other)
+    return np.outer(away, away)
 
 
 def decide_by_prior(motions: list[Motion], prior: Motion) -> Motion | None:

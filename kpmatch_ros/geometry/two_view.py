@@ -10,6 +10,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import chi2
 
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
@@ -25,7 +26,7 @@ from kpmatch_ros.geometry.robust import (
     tukey,
     tukey_cutoff,
 )
-from kpmatch_ros.geometry.two_modes import decide_by_prior, is_distinct, plane_motions, rival_of, spread
+from kpmatch_ros.geometry.two_modes import decide_by_prior, distance, is_distinct, plane_motions, rival_of, spread
 from kpmatch_ros.geometry.two_view_errors import (
     Matches,
     Motion,
@@ -44,6 +45,7 @@ from kpmatch_ros.geometry.two_view_errors import (
     tangents,
 )
 from kpmatch_ros.geometry.two_view_fit import SETTLED, Noise, minimise, motion_covariance, rotation_covariance
+from kpmatch_ros.geometry.two_view_profile import profile_directions
 from kpmatch_ros.geometry.two_view_rotation import (
     TYPICAL,
     fit_rotation,
@@ -65,6 +67,15 @@ _LARGEST_LEVERAGE = 0.3  # of one match on the pose: 0 to 1; they add up to the 
 _SMALLEST_SCENE = 0.2
 _EXPLAINED = 0.6
 _CONTRADICTED = 0.5
+
+# Other motions are searched for with fewer inliers, with a smaller part of the matches, or with a larger standard
+# deviation of the translation's direction; among so many of the matches.
+_FEW = 60
+_MANY_WRONG = 0.5
+_UNCERTAIN = math.radians(0.5)
+_PROFILED = 100
+
+_ALLOWED = float(chi2.isf(1e-3, 5))
 
 _IN_FRONT = 0.5  # part of the matches: a motion that places more of them behind a camera is no rival
 
@@ -231,13 +242,22 @@ def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
     noise = Noise(inlier_threshold, resolution, design_effect(turning, independent_points))
     if fit is not None and (translates or has_small_parallax(matches, fit.motion, rotation, turning, noise)):
         noise = noise._replace(design_effect=design_effect(moving, independent_points))
-        fit, rivals = _decide(matches, fit, noise, prior)
-        moving = agrees(matches, fit.motion, inlier_threshold)
+        covariance = _motion_covariance(fit, noise)
+        decided, rivals = _decide(matches, fit, covariance, rotation, noise, prior)
+        if decided is not fit:
+            fit, moving = decided, agrees(matches, decided.motion, inlier_threshold)
+            covariance = _motion_covariance(fit, noise)
         if moving.sum() < required:
             return _Solution(PoseStatus.TOO_FEW_MATCHES, inliers=moving)
-        ambiguous = any(is_distinct(fit.motion, rival) for rival in rivals)
-        covariance = _motion_covariance(fit, noise) + sum(spread(fit.motion, rival) for rival in rivals)
-        return _Solution(PoseStatus.AMBIGUOUS if ambiguous else PoseStatus.OK, fit.motion, covariance, moving)
+        rivals = [rival for rival in rivals if not _covers(covariance, fit.motion, rival)]
+        if any(is_distinct(fit.motion, rival) for rival in rivals):
+            covariance = covariance + sum(spread(fit.motion, rival) for rival in rivals)
+            return _Solution(PoseStatus.AMBIGUOUS, fit.motion, covariance, moving)
+        # A unit vector does not vary along itself.
+        across = np.eye(6)
+        across[:3, :3] -= np.outer(fit.motion.translation, fit.motion.translation)
+        covariance = covariance + sum(across @ spread(fit.motion, rival) @ across for rival in rivals)
+        return _Solution(PoseStatus.OK, fit.motion, covariance, moving)
     if turning.sum() < required:
         if fit is None:
             return _Solution(PoseStatus.FAILED)
@@ -363,7 +383,14 @@ def _fit_motion(matches: Matches, candidates: list[Motion], inlier_threshold: fl
     return None if motion is None else _refine(matches, motion, inlier_threshold, resolution, 2)
 
 
-def _refine(matches: Matches, motion: Motion, inlier_threshold: float, resolution: float, rounds: int) -> _Fit:
+def _refine(
+    matches: Matches,
+    motion: Motion,
+    inlier_threshold: float,
+    resolution: float,
+    rounds: int,
+    settled: float = SETTLED,
+) -> _Fit:
     """A motion refined on the matches that are in front of the cameras, with Tukey's loss scaled to their noise."""
     for left in reversed(range(rounds)):
         start = residuals, jacobian = epipolar_jacobian(matches, motion)
@@ -374,8 +401,8 @@ def _refine(matches: Matches, motion: Motion, inlier_threshold: float, resolutio
         axes = axes / np.sqrt(np.maximum(information, _SINGULAR * information[-1] + TINY))
         whitened = axes.T @ weighted
         support &= dot(whitened, whitened) < _LARGEST_LEVERAGE
-        settled = _ROUGHLY if left else SETTLED
-        motion = minimise(epipolar_jacobian, matches, motion, cutoff, 10, settled, start, support)
+        enough = _ROUGHLY if left else settled
+        motion = minimise(epipolar_jacobian, matches, motion, cutoff, 10, enough, start, support)
     return _Fit(motion, matches.select(support))
 
 
@@ -386,23 +413,35 @@ class _Decision(NamedTuple):
     rivals: list[Motion]
 
 
-def _decide(matches: Matches, fit: _Fit, noise: Noise, prior: Motion | None) -> _Decision:
-    """Look for the motions that explain the matches as well as the one found, as the other one of a plane does."""
+def _decide(
+    matches: Matches, fit: _Fit, covariance: np.ndarray, rotation: np.ndarray, noise: Noise, prior: Motion | None
+) -> _Decision:
+    """Look for the motions that explain the matches as well as the one found.
+
+    A plane has another one. Where the geometry constrains the motion little, there may be some anywhere.
+    """
     threshold = noise.inlier_threshold
     deviation = tukey_cutoff(epipolar_residuals(fit.support, fit.motion), threshold, noise.resolution) / TUKEY
-    near = matches.select(agrees(matches, fit.motion, min(threshold, TYPICAL * deviation)))
-    sample = near.sample(SAMPLE)
-    found = [
-        motion
-        for motion in plane_motions(sample, fit.motion, math.sqrt(2) * TYPICAL * deviation)
-        if is_distinct(fit.motion, motion) and is_in_front(sample, motion, threshold).mean() > _IN_FRONT
-    ]
-    fits = [fit] + [_refine(matches, motion, threshold, noise.resolution, 2) for motion in found]
+    inliers = agrees(matches, fit.motion, min(threshold, TYPICAL * deviation))
+    sample = matches.select(inliers).sample(SAMPLE)
+    others = plane_motions(sample, fit.motion, math.sqrt(2) * TYPICAL * deviation)
+    others = [motion for motion in others if is_in_front(sample, motion, threshold).mean() > _IN_FRONT]
+    if _is_weak(inliers, covariance / noise.design_effect):
+        some = matches.sample(_PROFILED)
+        for motion in profile_directions(some, [rotation], threshold, deviation):
+            others.append(minimise(epipolar_jacobian, some, motion, 3 * threshold, 5, _ROUGHLY))
+    fits = [fit]
+    for motion in others:
+        if all(is_distinct(one.motion, motion) for one in fits):
+            fits.append(_refine(matches, motion, threshold, noise.resolution, 1, _ROUGHLY))
 
     def evidence(fit: _Fit) -> float:
         return float(gains(residual_sizes(matches, fit.motion, threshold), deviation, threshold).sum())
 
     best = max(fits, key=evidence)
+    if best is not fit:
+        fits = [other for other in fits if other is not best]
+        best = _refine(matches, best.motion, threshold, noise.resolution, 2)
     alike = [
         other
         for other in fits
@@ -421,12 +460,26 @@ def _decide(matches: Matches, fit: _Fit, noise: Noise, prior: Motion | None) -> 
 # How sure.
 
 
+def _is_weak(inliers: np.ndarray, covariance: np.ndarray) -> bool:
+    """Whether the geometry constrains a motion so little that others may explain the matches (n,) as well."""
+    uncertain = float(np.linalg.eigvalsh(covariance[:3, :3])[-1]) > _UNCERTAIN**2
+    return bool(inliers.sum() < _FEW or inliers.mean() < _MANY_WRONG or uncertain)
+
+
 def _motion_covariance(fit: _Fit, noise: Noise) -> np.ndarray:
     """(6, 6) covariance of the translation's direction and the rotation."""
     expand = np.zeros((6, 5))
     expand[3:, :3] = np.eye(3)
     expand[:3, 3:] = tangents(fit.motion.translation)
     return expand @ motion_covariance(fit.support, fit.motion, noise) @ expand.T
+
+
+def _covers(covariance: np.ndarray, motion: Motion, other: Motion) -> bool:
+    """Whether another motion is among those that a covariance (6, 6) allows for, but for one in a thousand."""
+    away = distance(motion, other)
+    away[:3] -= (away[:3] @ motion.translation) * motion.translation
+    near = float(motion.translation @ other.translation) > 0
+    return near and away @ np.linalg.pinv(covariance, rcond=1e-9, hermitian=True) @ away < _ALLOWED
 
 
 def _rotation_covariance(matches: Matches, rotation: np.ndarray, noise: Noise) -> np.ndarray:

@@ -1,0 +1,111 @@
+"""Other motions that explain the matches of two views: the likelihood's profile over the translation's direction.
+
+Where the geometry constrains the motion little, as with few surfaces or with matches in a small part of the image, the
+likelihood has more than one maximum. Far from each other, they may be nearly as high. The covariance of one does not
+tell of the others.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from kpmatch_ros.geometry.robust import TINY
+from kpmatch_ros.geometry.two_view_errors import Matches, Motion, depths, gains
+
+__all__ = ["profile_directions"]
+
+_DIRECTIONS = 60  # of half a sphere: 15 degrees apart
+_CUTOFFS = (8.0, 4.0, 2.0, 2.0, 2.0)  # inlier thresholds: where Tukey's loss ends, step by step
+_FOUND = 5  # motions, at most
+_APART = math.cos(math.radians(10.0))
+
+
+def profile_directions(
+    matches: Matches, rotations: list[np.ndarray], inlier_threshold: float, deviation: float
+) -> list[Motion]:
+    """The likeliest motions whose directions of translation are more than 10 degrees apart, the likeliest first.
+
+    For each of many directions, the rotation is refined by Gauss-Newton, from each start, for all at once. The noise is
+    taken to be alike in all directions.
+
+    Args:
+        matches: some of them, wrong ones too.
+        rotations: where to start, (3, 3) each.
+        inlier_threshold: largest residual of an inlier, pixels.
+        deviation: standard deviation of the keypoints' noise, pixels.
+    """
+    shifts = np.tile(_half_sphere(_DIRECTIONS), (len(rotations), 1))
+    turns = np.repeat(np.array(rotations), _DIRECTIONS, axis=0)
+    for cutoff in _CUTOFFS:
+        residuals, jacobian = _evaluate(matches, turns, shifts)
+        weights = np.maximum(1 - (residuals / (cutoff * inlier_threshold)) ** 2, 0.0) ** 2
+        weighted = jacobian * weights[:, None]
+        hessian = weighted @ jacobian.transpose(0, 2, 1)
+        gradient = (weighted @ residuals[..., None])[..., 0]
+        # A trust of a tenth of a radian keeps the system regular.
+        hessian[:, range(3), range(3)] += 100 * deviation**2 + TINY
+        turns = _turned(turns, -np.linalg.solve(hessian, gradient[..., None])[..., 0])
+    residuals, _ = _evaluate(matches, turns, shifts)
+    scores = gains(np.abs(residuals), deviation, inlier_threshold).sum(axis=1)
+    found: list[Motion] = []
+    for index in np.argsort(-scores, kind="stable"):
+        if len(found) < _FOUND and all(abs(shifts[index] @ one.translation) < _APART for one in found):
+            near = matches.select(np.abs(residuals[index]) < inlier_threshold)
+            found.append(_facing(near, Motion(turns[index], shifts[index])))
+    return found
+
+
+def _evaluate(matches: Matches, turns: np.ndarray, shifts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sampson distances (k, n) of k motions and their jacobian (k, 3, n) by the rotation, with a constant variance."""
+    rays0, noise0, noise1 = (
+        matches.rays0,
+        (matches.noise0[0] + matches.noise0[2]) / 2,
+        (matches.noise1[0] + matches.noise1[2]) / 2,
+    )
+    turned = turns @ matches.rays1
+    normals = _cross(np.broadcast_to(rays0, turned.shape), shifts[:, :, None])
+    line0_x = shifts[:, 1, None] * turned[:, 2] - shifts[:, 2, None] * turned[:, 1]
+    line0_y = shifts[:, 2, None] * turned[:, 0] - shifts[:, 0, None] * turned[:, 2]
+    line1 = turns[:, :, :2].transpose(0, 2, 1) @ normals
+    variance = noise0 * (line0_x**2 + line0_y**2) + noise1 * (line1[:, 0] ** 2 + line1[:, 1] ** 2)
+    precision = 1 / np.sqrt(np.maximum(variance, TINY))
+    residuals = (turned * normals).sum(axis=1) * precision
+    return residuals, _cross(turned, normals) * precision[:, None]
+
+
+def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cross products of vectors (k, 3, n)."""
+    return np.stack(
+        [
+            a[:, 1] * b[:, 2] - a[:, 2] * b[:, 1],
+            a[:, 2] * b[:, 0] - a[:, 0] * b[:, 2],
+            a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0],
+        ],
+        axis=1,
+    )
+
+
+def _turned(turns: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Rotations (k, 3, 3) after steps (k, 3) of angles about the axes (Rodrigues)."""
+    angles = np.maximum(np.linalg.norm(steps, axis=1), 1e-12)[:, None, None]
+    x, y, z = steps.T
+    zero = np.zeros_like(x)
+    cross = np.array([[zero, -z, y], [z, zero, -x], [-y, x, zero]]).transpose(2, 0, 1) / angles
+    return (np.eye(3) + np.sin(angles) * cross + (1 - np.cos(angles)) * (cross @ cross)) @ turns
+
+
+def _facing(near: Matches, motion: Motion) -> Motion:
+    """The motion, or its opposite: that which has more of the matches in front of both cameras."""
+    depth0, depth1, _ = depths(near, motion)
+    forward, backward = (np.minimum(depth0, depth1) > 0).sum(), (np.maximum(depth0, depth1) < 0).sum()
+    return motion if forward >= backward else Motion(motion.rotation, -motion.translation)
+
+
+def _half_sphere(count: int) -> np.ndarray:
+    """Directions (count, 3), evenly spread over the half of the sphere with z above zero (a Fibonacci lattice)."""
+    z = (np.arange(count) + 0.5) / count
+    angle = math.pi * (1 + math.sqrt(5)) * np.arange(count)
+    radius = np.sqrt(1 - z * z)
+    return np.column_stack([radius * np.cos(angle), radius * np.sin(angle), z])
