@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from scipy.stats import norm
+from scipy.stats import chi2, norm
 
 from kpmatch_ros.geometry.camera import AHEAD
 from kpmatch_ros.geometry.robust import FALSE_ALARM_RATE, SMALLEST_SAMPLE, TINY
@@ -46,10 +46,12 @@ class Rival(NamedTuple):
         motion: the other motion.
         score: difference of the two log-likelihoods in its standard deviations (Vuong, Econometrica, 1989): above 0
             where the chosen motion is the likelier one.
+        difference: of the log-likelihoods of independent matches.
     """
 
     motion: Motion
     score: float
+    difference: float
 
     @property
     def is_alike(self) -> bool:
@@ -58,6 +60,15 @@ class Rival(NamedTuple):
         A rival that is right is refuted with a probability of FALSE_ALARM_RATE at most.
         """
         return self.score < float(norm.isf(FALSE_ALARM_RATE))
+
+    @property
+    def is_within_noise(self) -> bool:
+        """Whether a motion that is right would be that much less likely than the likeliest one.
+
+        Of a right motion, twice the difference has a chi-square distribution (Wilks). This test is the stricter one for
+        two motions that are no plane's: it trusts in the noise's distribution.
+        """
+        return self.difference < float(chi2.isf(FALSE_ALARM_RATE, 5)) / 2
 
 
 def plane_motions(matches: Matches, motion: Motion, largest_distance: float) -> list[Motion]:
@@ -132,7 +143,8 @@ def rival_of(
     usual = difference[~refuting]
     variance = float(((usual - usual.mean()) ** 2).sum()) if len(usual) else 0.0
     variance = design_effect * (variance + float(own.max()) ** 2)
-    return Rival(other, float(difference.sum()) / math.sqrt(variance + 1e-12))
+    total = float(difference.sum())
+    return Rival(other, total / math.sqrt(variance + 1e-12), total / design_effect)
 
 
 def is_distinct(chosen: Motion, other: Motion) -> bool:

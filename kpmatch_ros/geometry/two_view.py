@@ -17,26 +17,19 @@ from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.robust import (
     FALSE_ALARM_RATE,
     SMALLEST_SAMPLE,
-    TINY,
     TUKEY,
     check_options,
     design_effect,
     epipolar_chance,
     log_false_alarms,
-    tukey,
     tukey_cutoff,
 )
-from kpmatch_ros.geometry.two_modes import decide_by_prior, distance, is_distinct, plane_motions, rival_of, spread
+from kpmatch_ros.geometry.two_modes import decide_by_prior, distance, is_distinct, rival_of, spread
 from kpmatch_ros.geometry.two_view_errors import (
     Matches,
     Motion,
     agrees,
-    disagreement,
-    dot,
-    epipolar_jacobian,
-    epipolar_residuals,
     gains,
-    is_in_front,
     lengths,
     median_parallax,
     normalise_matches,
@@ -44,10 +37,9 @@ from kpmatch_ros.geometry.two_view_errors import (
     rotation_residuals,
     tangents,
 )
-from kpmatch_ros.geometry.two_view_fit import SETTLED, Noise, minimise, motion_covariance, rotation_covariance
-from kpmatch_ros.geometry.two_view_profile import profile_directions
+from kpmatch_ros.geometry.two_view_fit import Noise, motion_covariance, rotation_covariance
+from kpmatch_ros.geometry.two_view_motion import MANY_WRONG, Fit, best_candidate, decide, fit_motion
 from kpmatch_ros.geometry.two_view_rotation import (
-    TYPICAL,
     fit_rotation,
     fit_rotation_roughly,
     has_small_parallax,
@@ -57,10 +49,6 @@ from kpmatch_ros.geometry.two_view_search import SAMPLE, search_motions, search_
 
 __all__ = ["estimate_relative_pose"]
 
-_HOPEFUL = 3  # candidates that are refined, the best ones
-
-_LARGEST_LEVERAGE = 0.3  # of one match on the pose: 0 to 1; they add up to the degrees of freedom
-
 # A robot's own body stands still in the image while the scene moves. The scene has at least so large a part of the
 # matches; its motion explains so large a part of it; and what stands still speaks for this motion by so little of what
 # the scene's matches do.
@@ -68,25 +56,15 @@ _SMALLEST_SCENE = 0.2
 _EXPLAINED = 0.6
 _CONTRADICTED = 0.5
 
-# Other motions are searched for with fewer inliers, with a smaller part of the matches, or with a larger standard
-# deviation of the translation's direction; among so many of the matches.
-_FEW = 60
-_MANY_WRONG = 0.5
-_UNCERTAIN = math.radians(0.5)
-_PROFILED = 100
+_COARSER = (3.0, 9.0)  # inlier thresholds that are tried where few matches agree
+_DEVIATIONS = 0.1 * 2.0 ** np.arange(7)  # standard deviations of the noise by which they are compared
 
 _ALLOWED = float(chi2.isf(1e-3, 5))
-
-_IN_FRONT = 0.5  # part of the matches: a motion that places more of them behind a camera is no rival
-
-_SINGULAR = 1e-15  # part of the largest eigenvalue
 
 # With so large a part of the matches that a rotation explains, samples of five rarely hold two of the others.
 _MOSTLY_FAR = 0.4
 
 _CERTAIN = 1e-12  # a false-alarm rate
-
-_ROUGHLY = 1e-3  # part of the cost: what goes on from there is refined further
 
 
 def estimate_relative_pose(
@@ -166,7 +144,7 @@ def estimate_relative_pose(
     )
     body = _find_own_body(problem)
     if body.mask is None:
-        solution = _solve(problem, body.candidates)
+        solution = _check_noise(problem, _solve(problem, body.candidates))
     else:
         solution = _solve_without(problem, body.mask, body.candidates)
     inliers = None
@@ -223,7 +201,7 @@ def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
     if turning.mean() > _MOSTLY_FAR:
         candidates = candidates + search_translations(matches.select(~turning), rotation, inlier_threshold)
 
-    fit = _fit_motion(matches, candidates, inlier_threshold, resolution)
+    fit = fit_motion(matches, candidates, inlier_threshold, resolution)
     moving = np.zeros(len(matches), dtype=bool) if fit is None else agrees(matches, fit.motion, inlier_threshold)
     if log_false_alarms(moving, np.full(len(matches), chance), 5) > math.log(FALSE_ALARM_RATE):
         fit = None
@@ -243,7 +221,7 @@ def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
     if fit is not None and (translates or has_small_parallax(matches, fit.motion, rotation, turning, noise)):
         noise = noise._replace(design_effect=design_effect(moving, independent_points))
         covariance = _motion_covariance(fit, noise)
-        decided, rivals = _decide(matches, fit, covariance, rotation, noise, prior)
+        decided, rivals = decide(matches, fit, covariance, rotation, noise, prior)
         if decided is not fit:
             fit, moving = decided, agrees(matches, decided.motion, inlier_threshold)
             covariance = _motion_covariance(fit, noise)
@@ -266,6 +244,43 @@ def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
     return _Solution(PoseStatus.NO_TRANSLATION, Motion(rotation, np.zeros(3)), covariance, turning)
 
 
+def _check_noise(problem: _Problem, solution: _Solution) -> _Solution:
+    """The solution, or one with a larger inlier threshold if the matches as a whole speak for that.
+
+    Where the noise is above the threshold, a few matches that agree by chance may decide. The noise is then that of the
+    larger threshold; inliers are counted within the threshold given.
+    """
+    agreed = (PoseStatus.OK, PoseStatus.AMBIGUOUS)
+    if solution.motion is None or solution.inliers is None or solution.status not in agreed:
+        return solution
+    if solution.inliers.mean() > MANY_WRONG:
+        return solution
+    matches, threshold = problem.matches, problem.inlier_threshold
+    anywhere = threshold / problem.chance  # where a wrong match is, around its epipolar line
+    deviations = threshold * _DEVIATIONS[:, None]
+
+    def evidence(motion: Motion) -> float:
+        return float(gains(residual_sizes(matches, motion, threshold), deviations, anywhere).sum(axis=1).max())
+
+    best, value = solution, evidence(solution.motion)
+    for factor in _COARSER:
+        coarser = problem._replace(
+            inlier_threshold=factor * threshold,
+            normalised_threshold=factor * problem.normalised_threshold,
+            chance=min(1.0, factor * problem.chance),
+        )
+        candidates = search_motions(matches, coarser.inlier_threshold, coarser.normalised_threshold, 1)
+        coarse = _solve(coarser, [*candidates, solution.motion])
+        if coarse.status in agreed and coarse.motion is not None and evidence(coarse.motion) > value:
+            best, value = coarse, evidence(coarse.motion)
+    if best is solution or best.motion is None:
+        return solution
+    inliers = agrees(matches, best.motion, threshold)
+    if inliers.sum() < problem.required:
+        return _Solution(PoseStatus.TOO_FEW_MATCHES, inliers=inliers)
+    return best._replace(inliers=inliers)
+
+
 class _Body(NamedTuple):
     """Which matches (n,) are on the robot's own body, None where none is; and candidates for the others' motion."""
 
@@ -285,14 +300,14 @@ def _find_own_body(problem: _Problem) -> _Body:
         return _Body(None, [])
     scene, body = matches.select(~still), matches.select(still)
     own = search_motions(scene, inlier_threshold, problem.normalised_threshold)
-    found = _best_candidate(scene, own, inlier_threshold)
+    found = best_candidate(scene, own, inlier_threshold)
     if found is None:
         return _Body(None, [])
     if not _contradicts(problem, scene, body, found):
         return _Body(None, own)
     whole = search_motions(matches, inlier_threshold, problem.normalised_threshold, 1)
     whole += search_translations(scene, np.eye(3), inlier_threshold)
-    both = _best_candidate(matches, [found, *whole], inlier_threshold)
+    both = best_candidate(matches, [found, *whole], inlier_threshold)
     assert both is not None
     if agrees(scene, both, inlier_threshold).mean() >= _EXPLAINED:
         return _Body(still, own) if _contradicts(problem, scene, body, both) else _Body(None, [both, *whole])
@@ -345,128 +360,10 @@ def _solve_without(problem: _Problem, own_body: np.ndarray, candidates: list[Mot
     return solution._replace(status=PoseStatus.AMBIGUOUS, covariance=covariance)
 
 
-# The motion with translation.
-
-
-class _Fit(NamedTuple):
-    """A motion and the matches that decided it: those in front of the cameras.
-
-    The few that have a degree of freedom almost to themselves are left out: they fit whether they are right or wrong.
-    """
-
-    motion: Motion
-    support: Matches
-
-
-def _best_candidate(matches: Matches, candidates: list[Motion], inlier_threshold: float) -> Motion | None:
-    """The best of the candidates, each refined on a sample of the matches; None without candidates."""
-    different: list[Motion] = []
-    for candidate in candidates:
-        if all(is_distinct(candidate, other) for other in different):
-            different.append(candidate)
-    if not different:
-        return None
-    sample = matches.sample(SAMPLE)
-
-    def order(motion: Motion) -> float:
-        return disagreement(sample, motion, inlier_threshold)
-
-    if len(different) > _HOPEFUL:
-        different = sorted(different, key=order)[:_HOPEFUL]
-    refined = [minimise(epipolar_jacobian, sample, one, 3 * inlier_threshold, 5, _ROUGHLY) for one in different]
-    return min(refined, key=order) if len(refined) > 1 else refined[0]
-
-
-def _fit_motion(matches: Matches, candidates: list[Motion], inlier_threshold: float, resolution: float) -> _Fit | None:
-    """The best candidate, refined; None without candidates."""
-    motion = _best_candidate(matches, candidates, inlier_threshold)
-    return None if motion is None else _refine(matches, motion, inlier_threshold, resolution, 2)
-
-
-def _refine(
-    matches: Matches,
-    motion: Motion,
-    inlier_threshold: float,
-    resolution: float,
-    rounds: int,
-    settled: float = SETTLED,
-) -> _Fit:
-    """A motion refined on the matches that are in front of the cameras, with Tukey's loss scaled to their noise."""
-    for left in reversed(range(rounds)):
-        start = residuals, jacobian = epipolar_jacobian(matches, motion)
-        support = is_in_front(matches, motion, inlier_threshold)
-        cutoff = tukey_cutoff(residuals[0, support], inlier_threshold, resolution)
-        weighted = jacobian[:, 0] * np.sqrt(tukey(lengths(residuals), cutoff)[0] * support)
-        information, axes = np.linalg.eigh(weighted @ weighted.T)
-        axes = axes / np.sqrt(np.maximum(information, _SINGULAR * information[-1] + TINY))
-        whitened = axes.T @ weighted
-        support &= dot(whitened, whitened) < _LARGEST_LEVERAGE
-        enough = _ROUGHLY if left else settled
-        motion = minimise(epipolar_jacobian, matches, motion, cutoff, 10, enough, start, support)
-    return _Fit(motion, matches.select(support))
-
-
-class _Decision(NamedTuple):
-    """Of the motions that explain the matches alike, the one to report, and the others."""
-
-    fit: _Fit
-    rivals: list[Motion]
-
-
-def _decide(
-    matches: Matches, fit: _Fit, covariance: np.ndarray, rotation: np.ndarray, noise: Noise, prior: Motion | None
-) -> _Decision:
-    """Look for the motions that explain the matches as well as the one found.
-
-    A plane has another one. Where the geometry constrains the motion little, there may be some anywhere.
-    """
-    threshold = noise.inlier_threshold
-    deviation = tukey_cutoff(epipolar_residuals(fit.support, fit.motion), threshold, noise.resolution) / TUKEY
-    inliers = agrees(matches, fit.motion, min(threshold, TYPICAL * deviation))
-    sample = matches.select(inliers).sample(SAMPLE)
-    others = plane_motions(sample, fit.motion, math.sqrt(2) * TYPICAL * deviation)
-    others = [motion for motion in others if is_in_front(sample, motion, threshold).mean() > _IN_FRONT]
-    if _is_weak(inliers, covariance / noise.design_effect):
-        some = matches.sample(_PROFILED)
-        for motion in profile_directions(some, [rotation], threshold, deviation):
-            others.append(minimise(epipolar_jacobian, some, motion, 3 * threshold, 5, _ROUGHLY))
-    fits = [fit]
-    for motion in others:
-        if all(is_distinct(one.motion, motion) for one in fits):
-            fits.append(_refine(matches, motion, threshold, noise.resolution, 1, _ROUGHLY))
-
-    def evidence(fit: _Fit) -> float:
-        return float(gains(residual_sizes(matches, fit.motion, threshold), deviation, threshold).sum())
-
-    best = max(fits, key=evidence)
-    if best is not fit:
-        fits = [other for other in fits if other is not best]
-        best = _refine(matches, best.motion, threshold, noise.resolution, 2)
-    alike = [
-        other
-        for other in fits
-        if other is not best
-        and rival_of(matches, best.motion, other.motion, threshold, deviation, noise.design_effect).is_alike
-    ]
-    distinct = [other for other in alike if is_distinct(best.motion, other.motion)]
-    if distinct and prior is not None:
-        likely = decide_by_prior([one.motion for one in (best, *distinct)], prior)
-        if likely is not None:
-            best = next(one for one in (best, *distinct) if one.motion is likely)
-            return _Decision(best, [one.motion for one in alike if not is_distinct(best.motion, one.motion)])
-    return _Decision(best, [one.motion for one in alike])
-
-
 # How sure.
 
 
-def _is_weak(inliers: np.ndarray, covariance: np.ndarray) -> bool:
-    """Whether the geometry constrains a motion so little that others may explain the matches (n,) as well."""
-    uncertain = float(np.linalg.eigvalsh(covariance[:3, :3])[-1]) > _UNCERTAIN**2
-    return bool(inliers.sum() < _FEW or inliers.mean() < _MANY_WRONG or uncertain)
-
-
-def _motion_covariance(fit: _Fit, noise: Noise) -> np.ndarray:
+def _motion_covariance(fit: Fit, noise: Noise) -> np.ndarray:
     """(6, 6) covariance of the translation's direction and the rotation."""
     expand = np.zeros((6, 5))
     expand[3:, :3] = np.eye(3)

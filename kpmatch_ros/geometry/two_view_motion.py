@@ -1,0 +1,169 @@
+"""The motion with translation that most matches of two views agree with, and its rivals."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from kpmatch_ros.geometry.robust import TINY, TUKEY, tukey, tukey_cutoff
+from kpmatch_ros.geometry.two_modes import decide_by_prior, is_distinct, plane_motions, rival_of
+from kpmatch_ros.geometry.two_view_errors import (
+    Matches,
+    Motion,
+    agrees,
+    disagreement,
+    dot,
+    epipolar_jacobian,
+    epipolar_residuals,
+    gains,
+    is_in_front,
+    lengths,
+    residual_sizes,
+)
+from kpmatch_ros.geometry.two_view_fit import SETTLED, Noise, minimise
+from kpmatch_ros.geometry.two_view_profile import profile_directions
+from kpmatch_ros.geometry.two_view_rotation import TYPICAL
+from kpmatch_ros.geometry.two_view_search import SAMPLE
+
+__all__ = ["MANY_WRONG", "Decision", "Fit", "best_candidate", "decide", "fit_motion"]
+
+MANY_WRONG = 0.5
+"""Other motions are searched for where an even smaller part of the matches agrees."""
+
+_HOPEFUL = 3  # candidates that are refined, the best ones
+
+_LARGEST_LEVERAGE = 0.3  # of one match on the pose: 0 to 1; they add up to the degrees of freedom
+
+# So they are with fewer inliers, or with a larger standard deviation of the translation's direction; among so many of
+# the matches.
+_FEW = 60
+_UNCERTAIN = math.radians(0.5)
+_PROFILED = 100
+
+_IN_FRONT = 0.5  # part of the matches: a motion that places more of them behind a camera is no rival
+
+_SINGULAR = 1e-15  # part of the largest eigenvalue
+
+_ROUGHLY = 1e-3  # part of the cost: what goes on from there is refined further
+
+
+class Fit(NamedTuple):
+    """A motion and the matches that decided it: those in front of the cameras.
+
+    The few that have a degree of freedom almost to themselves are left out: they fit whether they are right or wrong.
+    """
+
+    motion: Motion
+    support: Matches
+
+
+def best_candidate(matches: Matches, candidates: list[Motion], inlier_threshold: float) -> Motion | None:
+    """The best of the candidates, each refined on a sample of the matches; None without candidates."""
+    different: list[Motion] = []
+    for candidate in candidates:
+        if all(is_distinct(candidate, other) for other in different):
+            different.append(candidate)
+    if not different:
+        return None
+    sample = matches.sample(SAMPLE)
+
+    def order(motion: Motion) -> float:
+        return disagreement(sample, motion, inlier_threshold)
+
+    if len(different) > _HOPEFUL:
+        different = sorted(different, key=order)[:_HOPEFUL]
+    refined = [minimise(epipolar_jacobian, sample, one, 3 * inlier_threshold, 5, _ROUGHLY) for one in different]
+    return min(refined, key=order) if len(refined) > 1 else refined[0]
+
+
+def fit_motion(matches: Matches, candidates: list[Motion], inlier_threshold: float, resolution: float) -> Fit | None:
+    """The best candidate, refined; None without candidates."""
+    motion = best_candidate(matches, candidates, inlier_threshold)
+    return None if motion is None else _refine(matches, motion, inlier_threshold, resolution, 2)
+
+
+def _refine(
+    matches: Matches,
+    motion: Motion,
+    inlier_threshold: float,
+    resolution: float,
+    rounds: int,
+    settled: float = SETTLED,
+) -> Fit:
+    """A motion refined on the matches that are in front of the cameras, with Tukey's loss scaled to their noise."""
+    for left in reversed(range(rounds)):
+        start = residuals, jacobian = epipolar_jacobian(matches, motion)
+        support = is_in_front(matches, motion, inlier_threshold)
+        cutoff = tukey_cutoff(residuals[0, support], inlier_threshold, resolution)
+        weighted = jacobian[:, 0] * np.sqrt(tukey(lengths(residuals), cutoff)[0] * support)
+        information, axes = np.linalg.eigh(weighted @ weighted.T)
+        axes = axes / np.sqrt(np.maximum(information, _SINGULAR * information[-1] + TINY))
+        whitened = axes.T @ weighted
+        support &= dot(whitened, whitened) < _LARGEST_LEVERAGE
+        enough = _ROUGHLY if left else settled
+        motion = minimise(epipolar_jacobian, matches, motion, cutoff, 10, enough, start, support)
+    return Fit(motion, matches.select(support))
+
+
+class Decision(NamedTuple):
+    """Of the motions that explain the matches alike, the one to report, and the others."""
+
+    fit: Fit
+    rivals: list[Motion]
+
+
+def decide(
+    matches: Matches, fit: Fit, covariance: np.ndarray, rotation: np.ndarray, noise: Noise, prior: Motion | None
+) -> Decision:
+    """Look for the motions that explain the matches as well as the one found.
+
+    A plane has another one. Where the geometry constrains the motion little, there may be some anywhere.
+    """
+    threshold = noise.inlier_threshold
+    deviation = tukey_cutoff(epipolar_residuals(fit.support, fit.motion), threshold, noise.resolution) / TUKEY
+    inliers = agrees(matches, fit.motion, min(threshold, TYPICAL * deviation))
+    sample = matches.select(inliers).sample(SAMPLE)
+    others = plane_motions(sample, fit.motion, math.sqrt(2) * TYPICAL * deviation)
+    others = [motion for motion in others if is_in_front(sample, motion, threshold).mean() > _IN_FRONT]
+    fits = [fit]
+    for motion in others:
+        if all(is_distinct(one.motion, motion) for one in fits):
+            fits.append(_refine(matches, motion, threshold, noise.resolution, 1, _ROUGHLY))
+    planes = len(fits)
+    if _is_weak(inliers, covariance / noise.design_effect):
+        some = matches.sample(_PROFILED)
+        for motion in profile_directions(some, [rotation], threshold, deviation):
+            nearby = minimise(epipolar_jacobian, some, motion, 3 * threshold, 5, _ROUGHLY)
+            if all(is_distinct(one.motion, nearby) for one in fits):
+                found = _refine(matches, nearby, threshold, noise.resolution, 1, _ROUGHLY)
+                if all(is_distinct(one.motion, found.motion) for one in fits):
+                    fits.append(found)
+
+    def evidence(fit: Fit) -> float:
+        return float(gains(residual_sizes(matches, fit.motion, threshold), deviation, threshold).sum())
+
+    order = [evidence(one) for one in fits]
+    first = int(np.argmax(order))
+    best, alike = fits[first], []
+    for index, other in enumerate(fits):
+        if index != first:
+            rival = rival_of(matches, best.motion, other.motion, threshold, deviation, noise.design_effect)
+            if rival.is_alike and (max(index, first) < planes or rival.is_within_noise):
+                alike.append(other)
+    if best is not fit:
+        best = _refine(matches, best.motion, threshold, noise.resolution, 2)
+    distinct = [other for other in alike if is_distinct(best.motion, other.motion)]
+    if distinct and prior is not None:
+        likely = decide_by_prior([one.motion for one in (best, *distinct)], prior)
+        if likely is not None:
+            best = next(one for one in (best, *distinct) if one.motion is likely)
+            return Decision(best, [one.motion for one in alike if not is_distinct(best.motion, one.motion)])
+    return Decision(best, [one.motion for one in alike])
+
+
+def _is_weak(inliers: np.ndarray, covariance: np.ndarray) -> bool:
+    """Whether the geometry constrains a motion so little that others may explain the matches (n,) as well."""
+    uncertain = float(np.linalg.eigvalsh(covariance[:3, :3])[-1]) > _UNCERTAIN**2
+    return bool(inliers.sum() < _FEW or inliers.mean() < MANY_WRONG or uncertain)
