@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from types import SimpleNamespace
+from typing import Any, cast
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from two_view_scenes import Scene, check
 
-from benchmarks.overconfidence import CAMERA, MOTIONS, Problem, body, judge, plane
+from benchmarks.overconfidence import CAMERA, MOTIONS, WEAK, Problem, body, judge, plane, weak
+from kpmatch_ros.feature_matcher import FeatureMatcher, Features
+from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.two_modes import decide_by_prior, is_distinct, plane_motions, rival_of, spread
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.geometry.two_view_errors import Motion, agrees, normalise_matches
+from kpmatch_ros.geometry.two_view_profile import profile_directions
+from kpmatch_ros.parameters import Parameters
 
 
 def true_motion(problem: Problem) -> Motion:
@@ -158,3 +166,108 @@ def test_two_motions_like_the_one_before_stay_undecided() -> None:
     distant = one.moved(np.array([0.0, 0.2, 0.0, 0.6, 0.0]))
     assert decide_by_prior([one, close], one) is None
     assert decide_by_prior([distant, one], one) is one
+
+
+# Scenes that constrain the motion little
+
+
+@pytest.mark.parametrize("kind", WEAK)
+def test_where_the_scene_tells_little_a_pose_says_so(kind: str) -> None:
+    # Before other maxima of the likelihood were searched for, 5 % of the small areas were wrong and sure, and 20 % of
+    # the pairs with coarse keypoints.
+    problems = [weak(kind, seed) for seed in range(12)]
+    outcomes = [judge(problem.estimate(), problem.truth) for problem in problems]
+    assert not any(outcome.wrong_and_sure for outcome in outcomes)
+    sure = [outcome.nees for outcome in outcomes if outcome.status is PoseStatus.OK]
+    assert len(sure) >= 3 and np.median(sure) < 9  # 4.35 of a chi-square distribution with five degrees of freedom
+
+
+def test_the_profile_finds_the_motion_from_a_rotation_that_is_five_degrees_off() -> None:
+    for seed in range(6):
+        scene = Scene(noise=0.5, outliers=0.2)
+        points0, points1, _ = scene.matches(100, seed)
+        matches, _ = normalise_matches(points0, points1, CAMERA, CAMERA)
+        direction = np.array(scene.translation) / np.linalg.norm(scene.translation)
+        off = cv2.Rodrigues(np.array(scene.rotation) + np.array([0.05, 0.05, -0.05]))[0]
+        found = profile_directions(matches, [off], 1.0, 0.5)
+        angles = [math.degrees(math.acos(motion.translation @ direction)) for motion in found]
+        assert angles[0] < 20  # the likeliest is one of the directions next to it, and has the right sign
+        assert 2 <= len(found) <= 5
+        for motion in found:
+            np.testing.assert_allclose(motion.rotation @ motion.rotation.T, np.eye(3), atol=1e-9)
+        for one, other in itertools.combinations(found, 2):
+            assert abs(one.translation @ other.translation) < math.cos(math.radians(10)) + 1e-9
+
+
+def test_keypoints_coarser_than_the_inlier_threshold_make_a_worse_pose_that_says_so() -> None:
+    errors, nees = [], []
+    for seed in range(8):
+        points0, points1, _ = Scene(noise=3.0, outliers=0.2).matches(150, seed)
+        pose = estimate_relative_pose(points0, points1, CAMERA, CAMERA)
+        check(pose, 150)
+        scene = Scene(noise=3.0)
+        error = scene.error(pose)
+        if pose.status is PoseStatus.OK:
+            errors.append(np.linalg.norm(error[3:]))
+            nees.append(error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error)
+            assert pose.num_inliers < 75  # within one pixel
+    assert len(nees) >= 4 and np.median(nees) < 9 and np.degrees(np.median(errors)) < 1.5
+
+
+def test_a_rival_within_the_noise_is_told_from_one_that_is_not() -> None:
+    scene = Scene(noise=0.3)
+    points0, points1, _ = scene.matches(200, 0)
+    matches, _ = normalise_matches(points0, points1, CAMERA, CAMERA)
+    pose = scene.estimate(200, 0, keypoint_resolution=0)
+    chosen = Motion(pose.rotation, pose.translation)
+    close, distant = (chosen.moved(np.full(5, step)) for step in (1e-5, 0.01))
+    rivals = [rival_of(matches, chosen, other, 1.0, 0.3, 1.0) for other in (close, distant)]
+    assert rivals[0].is_within_noise and not rivals[1].is_within_noise
+    # Ten matches that err together tell no more than one.
+    assert rival_of(matches, chosen, distant, 1.0, 0.3, 10.0).difference == pytest.approx(rivals[1].difference / 10)
+
+
+# The front end
+
+
+class Told:
+    """Stands for the networks: gives the keypoints and the matches that it is told."""
+
+    keypoint_resolution = 1.0
+
+    def __init__(self, frames: list[np.ndarray], matched: list[range]) -> None:
+        self.frames, self.matched = iter(frames), iter(matched)
+
+    def extract_batch(self, images: Any, *_: Any) -> list[Features]:
+        points = torch.from_numpy(next(self.frames).astype(np.float32))
+        scores, descriptors = torch.ones(len(points)), torch.zeros((len(points), 2))
+        return [Features(points, scores, descriptors, (CAMERA.width, CAMERA.height))]
+
+    def match(self, reference: Features, current: Features) -> SimpleNamespace:
+        indices = torch.tensor(next(self.matched))[:, None].repeat(1, 2)
+        return SimpleNamespace(indices=indices, scores=torch.ones(len(indices)), layers=1)
+
+
+@pytest.mark.parametrize("motion_prior", [True, False])
+def test_the_front_end_hands_on_the_motion_before_unless_it_is_told_not_to(motion_prior: bool) -> None:
+    # Two pairs with one motion: of a scene with depth, which is certain, and of a plane, which is not by itself.
+    wall = plane(30, "towards", 1)
+    shift, turn = 5 * wall.truth.position, cv2.Rodrigues(wall.truth.rotation)[0].ravel()
+    scene = Scene(rotation=tuple(turn), translation=tuple(shift), camera0=CAMERA, camera1=CAMERA, noise=0.2)
+    before, between, _ = scene.matches(200, 0)
+    frames = [
+        np.vstack([before, np.zeros_like(wall.points0)]),
+        np.vstack([between, wall.points0]),
+        np.vstack([np.zeros_like(between), wall.points1]),
+    ]
+    grey = np.full((CAMERA.height, CAMERA.width), 128, np.uint8)  # nothing to refine
+    told = Told(frames, [range(200), range(200, 500)])
+    front_end = FrontEnd(Parameters(device="cpu", motion_prior=motion_prior), cast(FeatureMatcher, told))
+    pairs = [front_end.register([grey], [10**8 * number], CAMERA).pair for number in range(3)]
+    assert pairs[1] is not None and pairs[1].pose.status is PoseStatus.OK
+    assert pairs[2] is not None
+    if not motion_prior:
+        assert pairs[2].pose.status is PoseStatus.AMBIGUOUS
+        return
+    outcome = judge(pairs[2].pose, wall.truth)
+    assert outcome.status is PoseStatus.OK and outcome.rotation < 1 and outcome.direction < 5

@@ -18,6 +18,7 @@ __all__ = ["profile_directions"]
 
 _DIRECTIONS = 60  # of half a sphere: 15 degrees apart
 _CUTOFFS = (8.0, 4.0, 2.0, 2.0, 2.0)  # inlier thresholds: where Tukey's loss ends, step by step
+_SMALLEST = 0.01  # deviation, inlier thresholds
 _FOUND = 5  # motions, at most
 _APART = math.cos(math.radians(10.0))
 
@@ -44,8 +45,8 @@ def profile_directions(
         weighted = jacobian * weights[:, None]
         hessian = weighted @ jacobian.transpose(0, 2, 1)
         gradient = (weighted @ residuals[..., None])[..., 0]
-        # A trust of a tenth of a radian keeps the system regular.
-        hessian[:, range(3), range(3)] += 100 * deviation**2 + TINY
+        # A trust of a tenth of a radian keeps the system regular, also where there is no noise.
+        hessian[:, range(3), range(3)] += 100 * max(deviation, _SMALLEST * inlier_threshold) ** 2
         turns = _turned(turns, -np.linalg.solve(hessian, gradient[..., None])[..., 0])
     residuals, _ = _evaluate(matches, turns, shifts)
     scores = gains(np.abs(residuals), deviation, inlier_threshold).sum(axis=1)
