@@ -10,11 +10,13 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from scipy.optimize import least_squares
 from scipy.stats import chi2
 
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
+from kpmatch_ros.geometry.stereo_errors import StereoPoints, stereo_residuals
 from kpmatch_ros.geometry.stereo_motion import check_stereo_matches, estimate_stereo_motion
 
 WIDTH, HEIGHT = 640, 480
@@ -436,3 +438,31 @@ def test_points_that_err_alike_make_the_covariance_that_of_fewer() -> None:
     assert np.array_equal(alone.rotation, alike.rotation)
     ratio = alike.covariance / alone.covariance
     assert np.allclose(ratio, ratio[0, 0]) and 0.5 * used / 50 < ratio[0, 0] <= used / 50
+
+
+@pytest.mark.parametrize("lens", ["none", "plumb_bob"])
+def test_what_a_motion_leaves_is_least_squares_in_all_four_images(lens: str) -> None:
+    scene, camera = Scene(noise=0.5, lens=lens), pair(lens)
+    images, _ = scene.pixels(40, 3)
+    turn, shift = cv2.Rodrigues(np.array(scene.rotation))[0] @ cv2.Rodrigues(np.full(3, 0.001))[0], scene.translation
+    reference, current = (StereoPoints.of(images[i], images[i + 1], camera) for i in (0, 2))
+    chosen = np.flatnonzero(reference.deep)  # some of them without a depth in the current frame
+    found = stereo_residuals(reference.select(chosen), current.select(chosen), len(chosen), turn, np.array(shift))
+    assert len(chosen) > 20 and not current.deep[chosen].all()
+
+    def residuals(point: np.ndarray, index: int) -> np.ndarray:
+        x, y, inverse_depth = point
+        seen = np.array([x, y, 1.0]) / inverse_depth
+        views = [seen, turn.T @ (seen - shift)]
+        views = [view for left in views for view in (left, camera.rotation @ left + camera.translation)]
+        parts = [
+            project(lens_camera, view[None])[0] - image[index]
+            for lens_camera, view, image in zip([camera.left, camera.right] * 2, views, images)
+        ]
+        return np.concatenate([part for part in parts if np.isfinite(part).all()])
+
+    for position, index in enumerate(chosen):
+        exact = least_squares(residuals, reference.points[:, index], args=(index,), x_scale="jac", xtol=1e-12)
+        assert found.squares[position] == pytest.approx(2 * exact.cost, rel=0.02, abs=1e-3)
+        deviations = scene.noise * np.sqrt(reference.covariances[range(3), range(3), index])
+        assert (np.abs(found.points[:, position] - exact.x) < 0.05 * deviations).all()

@@ -270,7 +270,10 @@ def _check_noise(problem: _Problem, solution: _Solution) -> _Solution:
             chance=min(1.0, factor * problem.chance),
         )
         candidates = search_motions(matches, coarser.inlier_threshold, coarser.normalised_threshold, 1)
-        coarse = _solve(coarser, [*candidates, solution.motion])
+        candidate = best_candidate(matches, candidates, coarser.inlier_threshold)
+        if candidate is None or evidence(candidate) <= value:
+            continue
+        coarse = _solve(coarser, [candidate, solution.motion])
         if coarse.status in agreed and coarse.motion is not None and evidence(coarse.motion) > value:
             best, value = coarse, evidence(coarse.motion)
     if best is solution or best.motion is None:
