@@ -284,6 +284,7 @@ def kpmatch(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
         "weights convert",
         "bench",
         "doctor",
+        "export",
     ],
 )
 def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:

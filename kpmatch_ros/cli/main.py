@@ -21,6 +21,7 @@ from kpmatch_ros.cli.bench import add_bench
 from kpmatch_ros.cli.common import CommandError, Parser
 from kpmatch_ros.cli.demo import add_demo
 from kpmatch_ros.cli.doctor import add_doctor
+from kpmatch_ros.cli.export import add_export
 from kpmatch_ros.cli.match import add_match
 from kpmatch_ros.cli.weights import add_weights
 from kpmatch_ros.parameters import ParameterError
@@ -116,4 +117,5 @@ def _build_parser() -> Parser:
     add_weights(commands)
     add_bench(commands)
     add_archive(commands)
+    add_export(commands)
     return parser

@@ -37,22 +37,37 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class PositionalEncoder(nn.Module):
-    """Rotary encoding of 2-D positions: learned frequencies, one rotation per pair of channels (eq. 6)."""
+    """Rotary encoding of 2-D positions: learned frequencies, one rotation per pair of channels (eq. 6).
+
+    Attributes:
+        as_complex: rotations are complex numbers; if false, pairs of real ones, for ONNX, which has no complex numbers.
+    """
 
     def __init__(self, head_size: int) -> None:
         super().__init__()
         self.projector = nn.Linear(2, head_size // 2, bias=False)
+        self.as_complex = True
 
     def forward(self, positions: Tensor) -> Tensor:
-        """(B, N, 2) normalised positions to rotations (B, 1, N, head size / 2): complex numbers of length 1."""
+        """(B, N, 2) normalised positions to rotations: complex numbers of length 1 (B, 1, N, head size / 2).
+
+        Without :attr:`as_complex` they are cosine and sine (B, 1, N, head size / 2, 2).
+        """
         angles = self.projector(positions)[:, None]
+        if not self.as_complex:
+            return torch.stack([angles.cos(), angles.sin()], dim=-1)
         return torch.polar(torch.ones_like(angles), angles)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn each pair of channels of x (B, heads, N, head size) by its angle, in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if not rotation.is_complex():
+        (x0, x1), (cosine, sine) = pairs.unbind(-1), rotation.unbind(-1)
+        turned = torch.stack([x0 * cosine - x1 * sine, x0 * sine + x1 * cosine], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * rotation)
+    return turned.flatten(-2).to(x.dtype)
 
 
 class Heads(NamedTuple):

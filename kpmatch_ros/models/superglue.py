@@ -121,6 +121,9 @@ class SuperGlue(PretrainedNetwork):
 
     Args:
         config: any of the keys of :attr:`DEFAULTS`, named as in `transformers`' ``SuperGlueConfig``.
+
+    Attributes:
+        steps_between: of the optimal transport, see :func:`sinkhorn`.
     """
 
     MODEL_TYPE = "superglue"
@@ -147,6 +150,7 @@ class SuperGlue(PretrainedNetwork):
         self.final_projection = nn.ModuleDict({"final_proj": nn.Linear(size, size)})
         self.bin_score = nn.Parameter(torch.ones(()))
         self.sinkhorn_iterations: int = self.config["sinkhorn_iterations"]
+        self.steps_between = STEPS_BETWEEN
         self.filter_threshold: float = self.config["matching_threshold"]
         self.requires_grad_(False).eval()
 
@@ -211,7 +215,7 @@ class SuperGlue(PretrainedNetwork):
         """The matches of points with the states that :meth:`states` gave."""
         layers = len(self.gnn.layers)
         similarity = x0 @ x1.transpose(-1, -2) / math.sqrt(x0.shape[-1])
-        plan = transport(similarity, self.bin_score, self.sinkhorn_iterations, mask0, mask1)
+        plan = transport(similarity, self.bin_score, self.sinkhorn_iterations, mask0, mask1, self.steps_between)
         assignment = mutual_matches(plan, torch.exp, self.filter_threshold)
         return assignment._replace(
             layers=torch.full_like(assignment.layers, layers),
@@ -235,8 +239,17 @@ def normalise_keypoints(keypoints: Tensor, size: Tensor) -> Tensor:
     return (keypoints - size / 2) / (size.amax(dim=-1, keepdim=True) * 0.7)
 
 
+STEPS_BETWEEN = 15  # iterations as products between two with logarithms
+LARGEST_CHANGE = 40.0  # of a factor's logarithm in these: float32 can represent exp(-87) to exp(88)
+
+
 def transport(
-    similarity: Tensor, bin_score: Tensor, iterations: int, mask0: Tensor | None = None, mask1: Tensor | None = None
+    similarity: Tensor,
+    bin_score: Tensor,
+    iterations: int,
+    mask0: Tensor | None = None,
+    mask1: Tensor | None = None,
+    steps_between: int = STEPS_BETWEEN,
 ) -> Tensor:
     """Share each point out over the other image's points and a dustbin for points without a match (eqs. 7 to 9).
 
@@ -246,31 +259,30 @@ def transport(
         iterations: of Sinkhorn's algorithm.
         mask0: (B, N0) bool, true for points, false for padding, which takes no part; None without padding.
         mask1: (B, N1), None if ``mask0`` is None.
+        steps_between: see :func:`sinkhorn`.
 
     Returns:
         logarithms (B, N0, N1) of the share of point i of image 0 that goes to point j of image 1; -inf for padding.
     """
-    augmented = F.pad(similarity, (0, 1, 0, 1))
-    augmented[:, -1] = bin_score
-    augmented[:, :, -1] = bin_score
     if mask0 is None or mask1 is None:
         mask0, mask1 = (torch.ones_like(similarity.select(dim, 0), dtype=torch.bool) for dim in (2, 1))
     pairs = mask0[:, :, None] & mask1[:, None, :]
-    augmented[:, :-1, :-1].masked_fill_(~pairs, -torch.inf)
+    augmented = torch.cat(
+        [similarity.masked_fill(~pairs, -torch.inf), bin_score.expand_as(similarity[:, :, :1])], dim=2
+    )
+    augmented = torch.cat([augmented, bin_score.expand_as(augmented[:, :1])], dim=1)
     # A point weighs 1, padding nothing, and a dustbin has room for all of the other image's points.
     count0, count1 = (mask.sum(dim=1, keepdim=True).clamp(min=1) for mask in (mask0, mask1))
     log_rows = torch.cat([mask0, count1], dim=1).to(similarity).log()
     log_columns = torch.cat([mask1, count0], dim=1).to(similarity).log()
-    row_factors, column_factors = sinkhorn(augmented, log_rows, log_columns, iterations)
+    row_factors, column_factors = sinkhorn(augmented, log_rows, log_columns, iterations, steps_between)
     plan = augmented + row_factors[:, :, None] + column_factors[:, None, :]
     return plan[:, :-1, :-1].masked_fill(~pairs, -torch.inf)
 
 
-STEPS_BETWEEN = 15  # iterations as products between two with logarithms
-LARGEST_CHANGE = 40.0  # of a factor's logarithm in these: float32 can represent exp(-87) to exp(88)
-
-
-def sinkhorn(matrix: Tensor, log_rows: Tensor, log_columns: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+def sinkhorn(
+    matrix: Tensor, log_rows: Tensor, log_columns: Tensor, iterations: int, steps_between: int = STEPS_BETWEEN
+) -> tuple[Tensor, Tensor]:
     """Scale the rows and columns of exp(matrix) in turn until both have the sums wanted.
 
     Logarithms can represent every factor, but cost an exponential per entry and iteration. Therefore, as in Schmitzer:
@@ -283,21 +295,23 @@ def sinkhorn(matrix: Tensor, log_rows: Tensor, log_columns: Tensor, iterations: 
         log_rows: (B, R) logarithms of the sums of the rows, -inf for padding.
         log_columns: (B, C) logarithms of the sums of the columns, -inf for padding.
         iterations: how often the rows and then the columns are scaled.
+        steps_between: iterations as products between two with logarithms. 0 does all with logarithms, and then no step
+            depends on a value: a graph can hold them.
 
     Returns:
         logarithms of the rows' (B, R) and of the columns' (B, C) factors.
     """
     u, v = torch.zeros_like(log_rows), torch.zeros_like(log_columns)
-    v.masked_fill_(log_columns == -torch.inf, -torch.inf)  # what has no weight is not there from the first step on
+    v = v.masked_fill(log_columns == -torch.inf, -torch.inf)  # what has no weight is not there from the first step on
     rows, columns = log_rows.exp()[..., None], log_columns.exp()[..., None]
     smallest = torch.finfo(matrix.dtype).tiny
     while iterations > 0:
         u = log_rows - (matrix + v[:, None, :]).logsumexp(dim=2)
         v = log_columns - (matrix + u[:, :, None]).logsumexp(dim=1)
         iterations -= 1
-        steps = min(iterations, STEPS_BETWEEN)
+        steps = min(iterations, steps_between)
         if steps == 0:
-            break
+            continue
         scaled = (matrix + u[:, :, None] + v[:, None, :]).exp()
         b = torch.ones_like(columns)
         for _ in range(steps):

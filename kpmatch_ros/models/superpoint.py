@@ -33,7 +33,11 @@ BAND = 8 << 20  # bytes of activations that a processor's convolutions make at a
 
 
 class ConvBlock(nn.Module):
-    """Two 3 x 3 convolutions, and 2 x 2 max pooling if ``pooling``."""
+    """Two 3 x 3 convolutions, and 2 x 2 max pooling if ``pooling``.
+
+    Attributes:
+        in_bands: a processor computes a large image band by band; the results are the same.
+    """
 
     def __init__(self, inputs: int, outputs: int, pooling: bool) -> None:
         super().__init__()
@@ -41,11 +45,12 @@ class ConvBlock(nn.Module):
         self.conv_b = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.channels = outputs
         self.pooling = pooling
+        self.in_bands = True
 
     def forward(self, x: Tensor) -> Tensor:
         height = x.shape[2]
         rows = height
-        if self.pooling and x.device.type == "cpu" and not self.training:
+        if self.in_bands and self.pooling and x.device.type == "cpu" and not self.training:
             # Band by band: at 640 x 480 the first block's activations are 79 MB, which would leave the cache and be
             # asked of the system, page by page, for every image.
             rows = max(BAND // (self.channels * x[:, 0, 0].numel() * x.element_size()), 8) // 2 * 2
@@ -217,8 +222,20 @@ class SuperPoint(Extractor):
         batch, _, height, width = image.shape
         if height < CELL or width < CELL:
             return Detections.none(batch, self.descriptor_size, image.device)
+        return self.select(*self.dense(image), allowed)
+
+    def dense(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network computes for each place of an image (B, 1, H, W) of at least 8 x 8 pixels.
+
+        Returns:
+            scores (B, H, W) in [0, 1] and unit descriptors (B, D, H/8, W/8), both float32. H and W are rounded down to
+            multiples of 8.
+        """
         features = self.encoder(image)
-        scores = self.keypoint_decoder(features)
+        return self.keypoint_decoder(features), self.descriptor_decoder(features)
+
+    def select(self, scores: Tensor, descriptors: Tensor, allowed: Tensor | None = None) -> Detections:
+        """The keypoints in what :meth:`dense` gave, and their descriptors; ``allowed`` as for :meth:`forward`."""
         maxima = clear_masked(clear_border(suppress_non_maxima(scores, self.nms_radius), self.border), allowed)
         keypoints, best, mask = select_keypoints(maxima, self.keypoint_threshold, self.max_keypoints)
         if self.subpixel:
@@ -226,8 +243,7 @@ class SuperPoint(Extractor):
             x, y = read_out(scores, keypoints).unbind(dim=-1)
             x, y = x.clamp(self.border, columns - 1 - self.border), y.clamp(self.border, rows - 1 - self.border)
             keypoints = unless_masked(torch.stack([x, y], dim=-1), keypoints, allowed) * mask[..., None]
-        descriptors = sample_descriptors(self.descriptor_decoder(features), keypoints)
-        return Detections(keypoints, best, descriptors, mask)
+        return Detections(keypoints, best, sample_descriptors(descriptors, keypoints), mask)
 
     @property
     def dtype(self) -> torch.dtype:

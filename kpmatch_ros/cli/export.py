@@ -1,0 +1,209 @@
+"""kpmatch export: the networks as ONNX graphs, compared with PyTorch before anybody uses them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import kpmatch_ros
+from kpmatch_ros.cli.common import CommandError, add_command, add_parameters, read_image, whole_number
+from kpmatch_ros.parameters import Parameters
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from kpmatch_ros.feature_matcher import FeatureMatcher
+    from kpmatch_ros.models.export import Graph
+    from kpmatch_ros.models.export_check import Parity
+
+__all__ = ["add_export"]
+
+# Those that play a part: the others say how PyTorch computes, or what the layers may skip.
+_OPTIONS = (
+    "extractor",
+    "matcher",
+    "threads",
+    "keypoint_threshold",
+    "nms_radius",
+    "border",
+    "subpixel",
+    "filter_threshold",
+)
+
+_LEAST_SHARE = 0.99  # of the matches, that PyTorch and ONNX Runtime have in common
+_FRAMES = 3  # of the demo bag
+
+
+def add_export(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "export",
+        _export,
+        "write the networks as ONNX graphs for other runtimes",
+        "Write OUT/extractor.onnx (SuperPoint's dense part, without the selection of keypoints), OUT/matcher.onnx "
+        "(LightGlue or SuperGlue with all layers) and OUT/export.json, which describes them, in float32. Then match "
+        "images by PyTorch and by ONNX Runtime, and compare.",
+        "kpmatch export onnx --keypoints 1024 --size 640x480",
+        "kpmatch export onnx --dynamic --images a.png b.png",
+    )
+    parser.add_argument("target", metavar="OUT", type=Path, help="folder to write; it must not exist, or be empty")
+    parser.add_argument(
+        "--keypoints", metavar="N", type=whole_number(1), default=1024, help="places in each image (default 1024)"
+    )
+    parser.add_argument(
+        "--size", metavar="WxH", type=_size, default=(640, 480), help="of the images, pixels (default 640x480)"
+    )
+    parser.add_argument(
+        "--dynamic",
+        action="store_true",
+        help="leave the numbers of images, pairs and keypoints and the images' size free; --keypoints and --size are "
+        "then those of the check",
+    )
+    check = parser.add_mutually_exclusive_group()
+    check.add_argument(
+        "--images", metavar=("A", "B"), nargs=2, type=Path, help="to check with (default: frames of the demo bag)"
+    )
+    check.add_argument("--no-check", action="store_true", help="do not compare with PyTorch")
+    add_parameters(parser, "matching options", _OPTIONS)
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a width and a height in pixels such as 640x480")
+    return int(found[1]), int(found[2])
+
+
+def _export(options: argparse.Namespace) -> int:
+    target: Path = options.target
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise CommandError(f"{target} exists already: name another folder, or remove it")
+    pictures = [read_image(path) for path in options.images or ()]  # before the work rather than after it
+
+    from kpmatch_ros.feature_matcher import FeatureMatcher
+    from kpmatch_ros.models.export import ExportError, check_exportable
+
+    parameters = Parameters(
+        **{name: getattr(options, name) for name in _OPTIONS},
+        max_keypoints=options.keypoints,
+        device="cpu",
+        precision="float32",
+        depth_confidence=-1.0,
+        width_confidence=-1.0,
+    )
+    networks = FeatureMatcher(parameters)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        check_exportable(networks.extractor, networks.matcher)
+        # Whole or not at all: a folder that is there can be used.
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            parity, said = _write(Path(folder, "out"), networks, options, pictures)
+            os.replace(Path(folder, "out"), target)
+    except ExportError as error:
+        raise CommandError(str(error)) from error
+    for name in ("extractor.onnx", "matcher.onnx", "export.json"):
+        print(f"wrote      {target / name}")
+    if parity is None:
+        if said:
+            print(f"{options.name}: not compared with PyTorch: {said}", file=sys.stderr)
+        return 0
+    print(f"parity     {said}")
+    if parity.share < _LEAST_SHARE:
+        raise CommandError(
+            f"only {100 * parity.share:.2f} % of the matches are those of PyTorch, at least {100 * _LEAST_SHARE:g} % "
+            f"should be: do not use {target}"
+            if parity.total
+            else f"there is no match in the images to compare, so {target} is not checked: name others with --images"
+        )
+    return 0
+
+
+def _write(
+    folder: Path, networks: FeatureMatcher, options: argparse.Namespace, pictures: list[NDArray[np.uint8]]
+) -> tuple[Parity | None, str]:
+    """Write all files; the comparison, and what to say of it or of why there is none that was asked for."""
+    import torch
+
+    from kpmatch_ros.models.export import OPSET, export_extractor, export_matcher
+    from kpmatch_ros.models.export_check import RuntimeMissing, Session, compare
+
+    folder.mkdir()
+    extractor: Any = networks.extractor
+    matcher: Any = networks.matcher
+    files = folder / "extractor.onnx", folder / "matcher.onnx"
+    graphs = (
+        export_extractor(extractor, files[0], options.size, options.dynamic),
+        export_matcher(matcher, files[1], options.keypoints, options.dynamic),
+    )
+    parity, said = None, ""
+    if not options.no_check:
+        images = [networks.upload(picture) for picture in _resized(pictures or list(_demo()), options.size)]
+        try:
+            sessions = Session(files[0], graphs[0]), Session(files[1], graphs[1])
+        except RuntimeMissing as error:
+            said = str(error)
+        else:
+            places = None if options.dynamic else options.keypoints
+            parity = compare(extractor, matcher, sessions, images, places)
+            said = (
+                f"{100 * parity.share:.2f} % of {parity.total} matches in {parity.pairs} pairs are equal; largest "
+                f"differences: detection scores {parity.score_difference:.1e}, descriptors "
+                f"{parity.descriptor_difference:.1e}, match scores {parity.match_score_difference:.1e}"
+            )
+    description = {
+        "kpmatch_ros": kpmatch_ros.__version__,
+        "torch": torch.__version__,
+        "opset": OPSET,
+        "precision": "float32",
+        "dynamic": options.dynamic,
+        "extractor": {
+            "weights": options.extractor,
+            "file": files[0].name,
+            **_ports(graphs[0]),
+            "non_maximum_suppression": False,
+        },
+        "matcher": {
+            "weights": options.matcher,
+            "file": files[1].name,
+            **_ports(graphs[1]),
+            "filter_threshold": options.filter_threshold,
+        },
+        "parity": None if parity is None else {**asdict(parity), "share": parity.share},
+    }
+    (folder / "export.json").write_text(json.dumps(description, indent=2) + "\n")
+    return parity, said
+
+
+def _ports(graph: Graph) -> dict[str, Any]:
+    return asdict(graph)
+
+
+def _demo() -> Iterator[NDArray[np.uint8]]:
+    from kpmatch_ros.bags.demo import demo_frames
+
+    for frame in demo_frames(_FRAMES):
+        yield frame.image
+
+
+def _resized(pictures: list[NDArray[np.uint8]], size: tuple[int, int]) -> Iterator[NDArray[np.uint8]]:
+    """The pictures in the size that the graph takes."""
+    import cv2
+    import numpy as np
+
+    for picture in pictures:
+        height, width = picture.shape[:2]
+        if (width, height) != size:
+            smaller = size[0] * size[1] < width * height
+            picture = np.asarray(
+                cv2.resize(picture, size, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR), np.uint8
+            )
+        yield picture

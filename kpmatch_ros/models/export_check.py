@@ -1,0 +1,188 @@
+"""Whether exported graphs, run by ONNX Runtime, give what the networks give in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kpmatch_ros.models.assignment import Assignment, ImageFeatures
+from kpmatch_ros.models.detections import Detections
+from kpmatch_ros.models.export import ExportError, Graph
+from kpmatch_ros.models.lightglue import LightGlue
+from kpmatch_ros.models.superglue import SuperGlue
+from kpmatch_ros.models.superpoint import SuperPoint
+
+__all__ = ["SAME_PLACE", "Parity", "RuntimeMissing", "Session", "compare"]
+
+SAME_PLACE = 0.01  # pixels: keypoints that are read out to a fraction of a pixel differ by rounding
+
+
+class RuntimeMissing(ExportError):
+    """ONNX Runtime is not installed."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far ONNX Runtime's results are from PyTorch's.
+
+    Attributes:
+        pairs: pairs of images that were matched.
+        score_difference: largest difference of detection scores, of any pixel.
+        descriptor_difference: largest difference of a descriptor's component, of any cell.
+        matches: matches in PyTorch, of all pairs.
+        equal: those that both found, at the same places of both images.
+        total: those that at least one found.
+        match_score_difference: largest difference of the scores of those that both found.
+    """
+
+    pairs: int
+    score_difference: float
+    descriptor_difference: float
+    matches: int
+    equal: int
+    total: int
+    match_score_difference: float
+
+    @property
+    def share(self) -> float:
+        """Of the matches that at least one found, those that both found; 0 without any."""
+        return self.equal / self.total if self.total else 0.0
+
+
+class Session:
+    """A graph in ONNX Runtime, on the processor.
+
+    Args:
+        file: the graph.
+        graph: what it takes and gives.
+
+    Raises:
+        RuntimeMissing: ONNX Runtime is not installed.
+    """
+
+    def __init__(self, file: Path, graph: Graph) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise RuntimeMissing(
+                f"onnxruntime is not installed ({error}): pip install 'kpmatch_ros[export]'"
+            ) from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        self._graph = graph
+        self._session: Any = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+    def takes(self, name: str) -> bool:
+        """Whether it has an input of this name."""
+        return any(port.name == name for port in self._graph.inputs)
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph; inputs and outputs in its order."""
+        arrays = {
+            port.name: np.ascontiguousarray(tensor.numpy(), dtype=port.dtype)
+            for port, tensor in zip(self._graph.inputs, tensors)
+        }
+        return tuple(map(torch.from_numpy, self._session.run(None, arrays)))
+
+
+@torch.no_grad()
+def compare(
+    extractor: SuperPoint,
+    matcher: LightGlue | SuperGlue,
+    sessions: tuple[Session, Session],
+    images: Sequence[Tensor],
+    places: int | None,
+) -> Parity:
+    """Extract and match consecutive images by the networks and by their graphs, each from its own keypoints.
+
+    Args:
+        extractor: float32, on the processor.
+        matcher: the same, with all layers and points.
+        sessions: of their graphs.
+        images: (1, 1, H, W) grey in [0, 1].
+        places: for keypoints in the matcher's graph; None where their number is free.
+    """
+    dense, match = sessions
+    score_difference = descriptor_difference = match_score_difference = 0.0
+    ours: list[ImageFeatures] = []
+    theirs: list[ImageFeatures] = []
+    for image in images:
+        expected, found = extractor.dense(image), dense(image)
+        score_difference = max(score_difference, _difference(expected[0], found[0]))
+        descriptor_difference = max(descriptor_difference, _difference(expected[1], found[1]))
+        ours.append(_features(extractor.select(*expected), image))
+        theirs.append(_features(extractor.select(found[0], found[1]), image))
+    matches = equal = total = 0
+    for i in range(len(images) - 1):
+        rows, scores = _matches(matcher(ours[i], ours[i + 1]), ours[i], ours[i + 1])
+        graph_rows, graph_scores = _matches(_run(match, theirs[i], theirs[i + 1], places), theirs[i], theirs[i + 1])
+        partner = _partners(rows, graph_rows)
+        both = partner >= 0
+        matches += len(rows)
+        equal += int(both.sum())
+        total += len(rows) + len(graph_rows) - int(both.sum())
+        match_score_difference = max(match_score_difference, _difference(scores[both], graph_scores[partner[both]]))
+    return Parity(
+        len(images) - 1, score_difference, descriptor_difference, matches, equal, total, match_score_difference
+    )
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max()) if a.numel() else 0.0
+
+
+def _features(found: Detections, image: Tensor) -> ImageFeatures:
+    """The features of one image, without a mask: of a single image all keypoints are real."""
+    size = torch.tensor([[image.shape[3], image.shape[2]]], dtype=torch.float32)
+    real = found.mask[0]
+    return ImageFeatures(found.keypoints[:, real], found.descriptors[:, real], size, scores=found.scores[:, real])
+
+
+def _run(match: Session, image0: ImageFeatures, image1: ImageFeatures, places: int | None) -> Assignment:
+    """The assignment that a matcher's graph gives."""
+    count0, count1 = image0.num_keypoints, image1.num_keypoints
+    empty = Assignment.empty(1, count0, count1, image0.keypoints.device)
+    if count0 == 0 or count1 == 0:
+        return empty  # a graph takes one place at least
+    with_scores = match.takes("detection_scores0")
+    found = match(*_inputs(image0, places, with_scores), *_inputs(image1, places, with_scores))
+    names = ("matches0", "matches1", "scores0", "scores1")
+    return empty._replace(
+        **{name: tensor[:, :count] for name, tensor, count in zip(names, found, (count0, count1) * 2)}
+    )
+
+
+def _inputs(features: ImageFeatures, places: int | None, with_scores: bool) -> list[Tensor]:
+    """The features of one image as a graph takes them."""
+    assert features.scores is not None
+    behind = 0 if places is None else places - features.num_keypoints
+    tensors = [
+        F.pad(features.keypoints, (0, 0, 0, behind)),
+        F.pad(features.descriptors, (0, 0, 0, behind)),
+        F.pad(torch.ones_like(features.scores, dtype=torch.bool), (0, behind)),
+        features.size,
+    ]
+    return [*tensors, F.pad(features.scores, (0, behind))] if with_scores else tensors
+
+
+def _matches(found: Assignment, image0: ImageFeatures, image1: ImageFeatures) -> tuple[Tensor, Tensor]:
+    """The matches of one pair: where they are in both images (M, 4), pixels, and their scores (M,)."""
+    index0 = (found.matches0[0] >= 0).nonzero()[:, 0]
+    index1 = found.matches0[0, index0]
+    return torch.cat([image0.keypoints[0, index0], image1.keypoints[0, index1]], dim=1), found.scores0[0, index0]
+
+
+def _partners(rows: Tensor, others: Tensor) -> Tensor:
+    """For each of the matches ``rows`` (M, 4) its index among ``others``, -1 where it is not there."""
+    if len(rows) == 0 or len(others) == 0:
+        return torch.full((len(rows),), -1)
+    nearest = torch.cdist(rows, others, p=torch.inf).min(dim=1)
+    return torch.where(nearest.values <= SAME_PLACE, nearest.indices, -1)
