@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kpmatch_ros.feature_matcher import FeatureMatcher
-    from kpmatch_ros.models.export import Graph
     from kpmatch_ros.models.export_check import Parity
 
 __all__ = ["add_export"]
 
 # Those that play a part: the others say how PyTorch computes, or what the layers may skip.
 _OPTIONS = (
+    "profile",
     "extractor",
     "matcher",
     "threads",
@@ -57,7 +57,7 @@ def add_export(commands: Any) -> None:
     )
     parser.add_argument("target", metavar="OUT", type=Path, help="folder to write; it must not exist, or be empty")
     parser.add_argument(
-        "--keypoints", metavar="N", type=whole_number(1), default=1024, help="places in each image (default 1024)"
+        "--keypoints", metavar="N", type=whole_number(1), help="places in each image (default: those of the profile)"
     )
     parser.add_argument(
         "--size", metavar="WxH", type=_size, default=(640, 480), help="of the images, pixels (default 640x480)"
@@ -92,14 +92,12 @@ def _export(options: argparse.Namespace) -> int:
     from kpmatch_ros.feature_matcher import FeatureMatcher
     from kpmatch_ros.models.export import ExportError, check_exportable
 
-    parameters = Parameters(
-        **{name: getattr(options, name) for name in _OPTIONS},
-        max_keypoints=options.keypoints,
-        device="cpu",
-        precision="float32",
-        depth_confidence=-1.0,
-        width_confidence=-1.0,
-    )
+    chosen = {name: value for name, value in vars(options).items() if name in _OPTIONS}
+    if options.keypoints is not None:
+        chosen["max_keypoints"] = options.keypoints
+    # What PyTorch computes for the comparison: as the graphs do, all layers in float32.
+    as_graphs = {"device": "cpu", "precision": "float32", "depth_confidence": -1.0, "width_confidence": -1.0}
+    parameters = Parameters.given({**chosen, **as_graphs})
     networks = FeatureMatcher(parameters)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -137,12 +135,13 @@ def _write(
     from kpmatch_ros.models.export_check import RuntimeMissing, Session, compare
 
     folder.mkdir()
+    parameters = networks.parameters
     extractor: Any = networks.extractor
     matcher: Any = networks.matcher
     files = folder / "extractor.onnx", folder / "matcher.onnx"
     graphs = (
         export_extractor(extractor, files[0], options.size, options.dynamic),
-        export_matcher(matcher, files[1], options.keypoints, options.dynamic),
+        export_matcher(matcher, files[1], parameters.max_keypoints, options.dynamic),
     )
     parity, said = None, ""
     if not options.no_check:
@@ -152,7 +151,7 @@ def _write(
         except RuntimeMissing as error:
             said = str(error)
         else:
-            places = None if options.dynamic else options.keypoints
+            places = None if options.dynamic else parameters.max_keypoints
             parity = compare(extractor, matcher, sessions, images, places)
             said = (
                 f"{100 * parity.share:.2f} % of {parity.total} matches in {parity.pairs} pairs are equal; largest "
@@ -166,25 +165,21 @@ def _write(
         "precision": "float32",
         "dynamic": options.dynamic,
         "extractor": {
-            "weights": options.extractor,
+            "weights": parameters.extractor,
             "file": files[0].name,
-            **_ports(graphs[0]),
+            **asdict(graphs[0]),
             "non_maximum_suppression": False,
         },
         "matcher": {
-            "weights": options.matcher,
+            "weights": parameters.matcher,
             "file": files[1].name,
-            **_ports(graphs[1]),
-            "filter_threshold": options.filter_threshold,
+            **asdict(graphs[1]),
+            "filter_threshold": parameters.filter_threshold,
         },
         "parity": None if parity is None else {**asdict(parity), "share": parity.share},
     }
     (folder / "export.json").write_text(json.dumps(description, indent=2) + "\n")
     return parity, said
-
-
-def _ports(graph: Graph) -> dict[str, Any]:
-    return asdict(graph)
 
 
 def _demo() -> Iterator[NDArray[np.uint8]]:

@@ -59,7 +59,7 @@ class DensePart(nn.Module):
 
     def __init__(self, extractor: SuperPoint) -> None:
         super().__init__()
-        self.extractor = copy.deepcopy(extractor).float().to("cpu", memory_format=torch.contiguous_format)
+        self.extractor = copy.deepcopy(extractor).float().cpu()
         for module in self.extractor.modules():
             if isinstance(module, ConvBlock):
                 module.in_bands = False
@@ -180,7 +180,7 @@ def export_matcher(matcher: LightGlue | SuperGlue, file: Path, keypoints: int, d
     graph = Graph(tuple(inputs), tuple(outputs))
     # Numbers that differ, so that no free dimension is taken for another.
     numbers = {"B": 2, "N0": 24, "N1": 40}
-    shapes = [[numbers.get(d, d) if isinstance(d, str) else d for d in port.shape] for port in inputs]
+    shapes = [[numbers[d] if isinstance(d, str) else d for d in port.shape] for port in inputs]
     examples = [torch.ones(*shape, dtype=getattr(torch, port.dtype)) for shape, port in zip(shapes, inputs)]
     _export(WholeMatcher(matcher), examples, graph, file)
     return graph
