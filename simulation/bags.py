@@ -73,6 +73,7 @@ def write_demo_bag(
     size: tuple[int, int] = (640, 480),
     seed: int = 0,
     motions: Iterable[tuple[str, int]] | None = None,
+    step: float = 0.25,
     baseline: float | None = None,
     rate: float = 10.0,
     encoding: Encoding = "rgb8",
@@ -84,10 +85,11 @@ def write_demo_bag(
 
     Topics: /camera/image_raw (with a little lens distortion and noise), /camera/camera_info and /ground_truth/pose.
     With a `baseline` in metres, a rectified stereo pair instead: image_rect and camera_info in /left and /right; the
-    truth is the left camera's. `motions` are those of `simulation.camera_path`, in place of num_frames of walking.
+    truth is the left camera's. `motions` are those of `simulation.camera_path`, in place of num_frames of walking; a
+    walking camera moves `step` metres to the next frame.
     Equal arguments make equal bags. Raises BagError.
     """
-    poses = camera_path(num_frames if motions is None else motions)
+    poses = camera_path(num_frames if motions is None else motions, step)
     period = round(1e9 / rate)
     camera = demo_camera(*size, distorted=baseline is None)
     if baseline is None:

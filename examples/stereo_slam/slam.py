@@ -1,0 +1,261 @@
+"""From the matcher's messages to poses: puts a frame's messages together, smooths, and closes loops.
+
+No ROS in here: a message is anything with the fields of its definition, of rclpy or of a bag.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import gtsam
+import numpy as np
+
+from .pose_graph import Keyframe, Keyframes, PoseGraph, align
+from .smoother import Calibration, FixedLagSmoother, Observations
+
+__all__ = ["LoopRequest", "StereoSlam", "nanoseconds"]
+
+_OK, _NO_TRANSLATION, _AMBIGUOUS = (
+    0,
+    3,
+    6,
+)  # RelativePose: in these the rotation holds, and the translation as its covariance says
+_LOOSE = 10.0  # the message's motion is of the same matches: let it guide, not count twice
+_UNKNOWN = np.array([0.5, 0.5, 0.5, 1.0, 1.0, 1.0])  # radians, metres: nothing is known of a motion
+_GUESSED = np.array([0.02, 0.02, 0.02, 0.05, 0.05, 0.05])  # of a motion that only the tracks tell
+_KEPT = 50  # frames whose messages are kept while others of the frame may come
+# The world has x forward, y left and z up (REP-103), seen from the first camera, whose own frame is an optical one.
+_FIRST_CAMERA = gtsam.Pose3(gtsam.Rot3(np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])), np.zeros(3))
+
+
+def nanoseconds(stamp: Any) -> int:
+    """A builtin_interfaces/Time as one number."""
+    return int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
+
+
+@dataclass(frozen=True, eq=False)
+class LoopRequest:
+    """Two keyframes that may show the same place: what the service match_features is to match."""
+
+    reference: Keyframe
+    current: Keyframe
+
+
+@dataclass(frozen=True, eq=False)
+class _Rectifier:
+    """Takes pixels of an image to those of the rectified one."""
+
+    matrix: np.ndarray  # K (3, 3)
+    distortion: np.ndarray  # D
+    rotation: np.ndarray  # R (3, 3)
+    projection: np.ndarray  # P (3, 4)
+    rectified: bool
+
+    @classmethod
+    def from_camera_info(cls, info: Any, rectified: bool) -> _Rectifier:
+        if not rectified and info.distortion_model not in ("", "plumb_bob", "rational_polynomial"):
+            raise ValueError(
+                f"the distortion model {info.distortion_model!r} is not supported: rectify the images first"
+            )
+        matrix, rotation = (np.array(values, float).reshape(3, 3) for values in (info.k, info.r))
+        projection = np.array(info.p, float).reshape(3, 4)
+        return cls(matrix, np.array(info.d, float), rotation, projection, rectified)
+
+    def points(self, flat: Any) -> np.ndarray:
+        """(M, 2) of a message's flat array."""
+        points = np.asarray(flat, np.float64).reshape(-1, 2)
+        if self.rectified or not len(points):
+            return points
+        undistorted = cv2.undistortPoints(
+            points[:, None], self.matrix, self.distortion, R=self.rotation, P=self.projection[:, :3]
+        )
+        return np.asarray(undistorted).reshape(-1, 2)
+
+
+class StereoSlam:
+    """Takes the matcher's messages in any order and gives the camera's poses.
+
+    Attributes:
+        stamps: nanoseconds of each frame.
+        breaks: how many times tracks began again, so that only a guess joins the frames before and after.
+        requests: pairs of keyframes that wait to be matched; whoever answers takes them from here.
+        graph: the loops, and the poses that they correct.
+    """
+
+    def __init__(
+        self, left_info: Any, right_info: Any, *, rectified: bool, lag: int = 20, keyframes: Keyframes | None = None
+    ) -> None:
+        """The pair's sensor_msgs/CameraInfo, whether its images are rectified, and the smoother's lag in frames.
+
+        `keyframes` has the distances that make a keyframe and a loop. Raises ValueError where the calibration is of no
+        use.
+        """
+        self._left, self._right = (_Rectifier.from_camera_info(info, rectified) for info in (left_info, right_info))
+        p, q = self._left.projection, self._right.projection
+        if not (p[0, 0] > 0 and q[0, 3] < 0):
+            raise ValueError(
+                f"P of the left camera has the focal length {p[0, 0]:g}, and P of the right one {q[0, 3]:g} in its "
+                "last column, where the baseline is: calibrate the two as a stereo pair"
+            )
+        self._calibration = Calibration(p[0, 0], p[1, 1], p[0, 2], p[1, 2], -q[0, 3] / q[0, 0])
+        self._to_rectified = gtsam.Pose3() if rectified else gtsam.Pose3(gtsam.Rot3(self._left.rotation), np.zeros(3))
+        self.stamps: list[int] = []
+        self.breaks = 0
+        self.requests: list[LoopRequest] = []
+        self.graph = PoseGraph()
+        self.smoother = FixedLagSmoother(self._calibration, lag)
+        self._keyframes = Keyframes() if keyframes is None else keyframes
+        self._numbers: dict[int, int] = {}
+        self._waiting: dict[str, dict[int, Any]] = {
+            kind: {} for kind in ("stereo_matches", "matches", "relative_pose", "features")
+        }
+        self._frame_id = left_info.header.frame_id
+        self._awaited: int | None = None  # stamp of a frame that becomes a keyframe when its features are there
+
+    def poses(self) -> list[gtsam.Pose3]:
+        """The pose of each frame's left camera: x_world = pose x_camera, with what the loops correct."""
+        return [pose.compose(self._to_rectified) for pose in self.graph.poses(self.smoother.poses)]
+
+    def smoothed(self) -> list[gtsam.Pose3]:
+        """The same without the loops."""
+        return [pose.compose(self._to_rectified) for pose in self.smoother.poses]
+
+    def add(self, topic: str, message: Any) -> int:
+        """Take in a message of stereo_matches, matches, relative_pose or features; how many frames it completes."""
+        # The left image's stamp tells which frame it is.
+        if topic == "features" and message.header.frame_id != self._frame_id:
+            return 0  # the right camera's
+        header = message.reference if topic == "stereo_matches" else message.header
+        waiting = self._waiting[topic]
+        waiting[nanoseconds(header.stamp)] = message
+        while len(waiting) > _KEPT:
+            del waiting[min(waiting)]
+        if topic == "features":
+            self._keep_keyframe()
+            return 0
+        frames = len(self.stamps)
+        for stamp in sorted(self._waiting["matches"].keys() & self._waiting["relative_pose"].keys()):
+            if stamp in self._waiting["stereo_matches"]:
+                self._add_frame(stamp)
+        return len(self.stamps) - frames
+
+    def _add_frame(self, stamp: int) -> None:
+        matches, relative = (self._waiting[topic].pop(stamp) for topic in ("matches", "relative_pose"))
+        if self.stamps and stamp <= self.stamps[-1]:
+            return
+        reference_stamp = nanoseconds(matches.reference.stamp)
+        if not self.stamps:
+            self._begin(reference_stamp)
+        reference = self._numbers.get(reference_stamp)
+        if reference is None and matches.reset:
+            reference = self._begin_again(reference_stamp)
+        lost = reference is None  # that frame's messages did not come, but the tracks go on
+        reference = len(self.stamps) - 1 if reference is None else reference
+        before, now = self._observations(matches, reference_stamp, stamp)
+        motion, sigmas = self._motion(relative)
+        if motion is None or lost:
+            motion, sigmas = self.smoother.locate(now, reference), _GUESSED
+        if motion is None:
+            motion, sigmas = gtsam.Pose3(), _UNKNOWN
+        self.smoother.add_frame(motion, np.minimum(_LOOSE * sigmas, _UNKNOWN), reference, before, now)
+        self.graph.add_frame(reference, sigmas)
+        self._register(stamp)
+        if self._keyframes.wants(self.smoother.poses):
+            self._awaited = stamp
+        self._keep_keyframe()
+
+    def _begin(self, stamp: int) -> None:
+        self.smoother.start(_FIRST_CAMERA.compose(self._to_rectified.inverse()))
+        self.graph.add_frame(0, _UNKNOWN)
+        self._register(stamp)
+
+    def _begin_again(self, stamp: int) -> int:
+        """Nothing joins the frames to come with those before: as a guess, the camera is where it was."""
+        nothing = Observations(*(np.zeros(shape) for shape in (0, (0, 2), 0, 0, 0)))
+        self.smoother.add_frame(gtsam.Pose3(), _UNKNOWN, len(self.stamps) - 1, nothing, nothing)
+        self.graph.add_frame(len(self.stamps) - 1, _UNKNOWN)
+        self.breaks += 1
+        return self._register(stamp)
+
+    def _register(self, stamp: int) -> int:
+        self._numbers[stamp] = len(self.stamps)
+        self.stamps.append(stamp)
+        return len(self.stamps) - 1
+
+    def _motion(self, message: Any) -> tuple[gtsam.Pose3 | None, np.ndarray]:
+        """The motion of a RelativePose in the rectified camera's frame, and its sigmas (6,), rotation then position."""
+        if message.status not in (_OK, _NO_TRANSLATION, _AMBIGUOUS) or not message.metric:
+            return None, _UNKNOWN
+        p, q = message.pose.pose.position, message.pose.pose.orientation
+        motion = gtsam.Pose3(gtsam.Rot3.Quaternion(q.w, q.x, q.y, q.z), np.array([p.x, p.y, p.z]))
+        # ROS has position and rotation about the reference's axes; GTSAM rotation and position in the current frame.
+        turn = motion.rotation().matrix()
+        covariance = np.array(message.pose.covariance, float).reshape(6, 6)
+        spread = [np.diag(turn.T @ covariance[part, part] @ turn) for part in (slice(3, 6), slice(0, 3))]
+        sigmas = np.sqrt(np.maximum(np.concatenate(spread), 1e-12))
+        return self._to_rectified.compose(motion).compose(self._to_rectified.inverse()), sigmas
+
+    def _observations(self, matches: Any, reference_stamp: int, stamp: int) -> tuple[Observations, Observations]:
+        """The inliers among the tracks: where they are in the reference, and in the frame."""
+        count = len(matches.track_ids)
+        # Without an estimated geometry there is no word on inliers: the robust cost has to cope with all.
+        agree = np.array(matches.inliers, bool) if len(matches.inliers) else np.ones(count, bool)
+        ids, sigmas = np.array(matches.track_ids, np.int64)[agree], np.array(matches.sigmas, float)[agree]
+        sides = []
+        for when, points, indices in (
+            (reference_stamp, matches.reference_points, matches.reference_indices),
+            (stamp, matches.points, matches.indices),
+        ):
+            keypoints = np.array(indices, np.int64)[agree]
+            left = self._left.points(points)[agree]
+            right_x, right_sigmas = self._right_of(when, keypoints)
+            sides.append(Observations(ids, left, sigmas, right_x, right_sigmas))
+        return sides[0], sides[1]
+
+    def _right_of(self, stamp: int, keypoints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """x in the right image of a frame's left keypoints (M,), and its sigmas; NaN without a match.
+
+        NOT_DETECTED, for a track that was carried, is no keypoint, and so has no match either.
+        """
+        stereo = self._waiting["stereo_matches"].get(stamp)
+        right_x, sigmas = np.full(len(keypoints), np.nan), np.full(len(keypoints), np.nan)
+        if stereo is None:
+            return right_x, sigmas
+        agree = np.array(stereo.inliers, bool)
+        if not agree.any():
+            return right_x, sigmas
+        left = np.array(stereo.reference_indices, np.int64)[agree]
+        row_of = np.full(stereo.reference_num_keypoints, -1)
+        row_of[left] = np.arange(len(left))
+        rows = np.where(keypoints < len(row_of), row_of[np.minimum(keypoints, len(row_of) - 1)], -1)
+        found = rows >= 0
+        right_x[found] = self._right.points(stereo.points)[agree][rows[found], 0]
+        sigmas[found] = np.array(stereo.sigmas, float)[agree][rows[found]]
+        return right_x, sigmas
+
+    # Loops
+
+    def _keep_keyframe(self) -> None:
+        """Keep the awaited keyframe once its features are there, and ask for loops."""
+        stamp = self._awaited
+        if stamp is None or stamp not in self._waiting["features"]:
+            return
+        self._awaited = None
+        features = self._waiting["features"][stamp]
+        points = self._left.points(features.points)
+        right_x, sigmas = self._right_of(stamp, np.arange(len(points)))
+        keyframe = Keyframe(self._numbers[stamp], features, points, right_x, sigmas)
+        poses = self.graph.poses(self.smoother.poses)
+        self.requests += [LoopRequest(other, keyframe) for other in self._keyframes.candidates(keyframe, poses)]
+        self._keyframes.kept.append(keyframe)
+
+    def add_answer(self, request: LoopRequest, matches: Any) -> bool:
+        """Take in the service's MatchArray for a request; whether it closes a loop."""
+        pairs = np.c_[np.array(matches.reference_indices, np.int64), np.array(matches.indices, np.int64)]
+        loop = align(request.reference, request.current, pairs, np.array(matches.scores, float), self._calibration)
+        if loop is None:
+            return False
+        self.graph.close(loop, self.smoother.poses)
+        return True

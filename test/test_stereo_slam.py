@@ -1,0 +1,291 @@
+"""The example examples/stereo_slam: its back-end on points whose geometry is known, and its node over DDS."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("gtsam")
+pytest.importorskip("matplotlib")
+pytest.importorskip("kpmatch_ros.msg")
+
+import gtsam
+from geometry_msgs.msg import PoseStamped
+from nav_msgs.msg import Path as PathMessage
+from rclpy.qos import QoSProfile
+from test_stereo_node import rig, stamped
+
+from examples.stereo_slam.pose_graph import Keyframe, Loop, PoseGraph, align
+from examples.stereo_slam.slam import StereoSlam
+from examples.stereo_slam.smoother import Calibration
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+FOCAL, CENTRE, BASELINE, NOISE = 400.0, (320.0, 240.0), 0.1, 0.2
+NOT_DETECTED = 2**32 - 1
+OK, TOO_FEW_MATCHES, FAILED = 0, 2, 4  # RelativePose
+
+
+def header(frame: int, frame_id: str = "left") -> SimpleNamespace:
+    return SimpleNamespace(stamp=SimpleNamespace(sec=frame, nanosec=0), frame_id=frame_id)
+
+
+def camera_info(side: str) -> SimpleNamespace:
+    offset = -FOCAL * BASELINE if side == "right" else 0.0
+    k = [FOCAL, 0, CENTRE[0], 0, FOCAL, CENTRE[1], 0, 0, 1]
+    p = [FOCAL, 0, CENTRE[0], offset, 0, FOCAL, CENTRE[1], 0, 0, 0, 1, 0]
+    return SimpleNamespace(header=header(0, side), distortion_model="plumb_bob", d=[0.0] * 5, k=k, r=np.eye(3), p=p)
+
+
+def true_pose(frame: int) -> Any:
+    """A camera that walks forward and sways, in the first one's frame."""
+    turn = gtsam.Rot3.Ypr(0.0, 0.05 * np.sin(frame / 3), 0.03 * np.sin(frame / 2))
+    return gtsam.Pose3(turn, np.array([0.03 * frame, 0.0, 0.1 * frame]))
+
+
+class World:
+    """Points before a camera, and the messages of a matcher that tracks them all.
+
+    Every third track is carried: it is no keypoint, so it has no match in the right image. Every eighth one slips.
+    """
+
+    def __init__(self) -> None:
+        self.random = np.random.default_rng(4)
+        self.points = np.c_[self.random.uniform(-3, 3, (120, 2)), self.random.uniform(5, 12, 120)]
+        self.slip = self.random.normal(0, 2, (120, 2)) * (np.arange(120) % 8 == 0)[:, None]
+        self.indices = np.where(np.arange(120) % 3 == 0, NOT_DETECTED, np.arange(120))
+        self.seen: dict[int, np.ndarray] = {}
+
+    def pixels(self, frame: int) -> np.ndarray:
+        """(120, 3) x and y in the left image, and x in the right one."""
+        if frame not in self.seen:
+            inside = np.array([true_pose(frame).transformTo(point) for point in self.points])
+            left = inside[:, :2] / inside[:, 2:] * FOCAL + CENTRE + frame * self.slip
+            left += self.random.normal(0, NOISE, (120, 2))
+            right = left[:, 0] - FOCAL * BASELINE / inside[:, 2] + self.random.normal(0, NOISE, 120)
+            self.seen[frame] = np.c_[left, right]
+        return self.seen[frame]
+
+    def stereo(self, frame: int) -> SimpleNamespace:
+        rows = np.flatnonzero(self.indices != NOT_DETECTED)
+        pixels = self.pixels(frame)[rows]
+        return SimpleNamespace(
+            header=header(frame, "right"),
+            reference=header(frame),
+            reference_num_keypoints=120,
+            reference_indices=rows,
+            points=pixels[:, [2, 1]].ravel(),
+            sigmas=np.full(len(rows), NOISE),
+            inliers=np.ones(len(rows)),
+        )
+
+    def pair(
+        self, reference: int, frame: int, status: int = OK, reset: bool = False, first_id: int = 1
+    ) -> dict[str, SimpleNamespace]:
+        """matches and relative_pose; the pose is off by some millimetres and milliradians."""
+        error = self.random.normal(0, 1, 6) * np.repeat([0.002, 0.01], 3)
+        motion = true_pose(reference).between(true_pose(frame)).compose(gtsam.Pose3.Expmap(error))
+        turn, place = motion.rotation().toQuaternion(), motion.translation()
+        pose = SimpleNamespace(
+            position=SimpleNamespace(x=place[0], y=place[1], z=place[2]),
+            orientation=SimpleNamespace(x=turn.x(), y=turn.y(), z=turn.z(), w=turn.w()),
+        )
+        covariance = np.diag(np.repeat([0.01**2, 0.002**2], 3)).ravel()
+        headers = {"header": header(frame), "reference": header(reference)}
+        return {
+            "matches": SimpleNamespace(
+                **headers,
+                reset=reset,
+                track_ids=np.arange(120) + first_id,
+                points=self.pixels(frame)[:, :2].ravel(),
+                reference_points=self.pixels(reference)[:, :2].ravel(),
+                indices=self.indices,
+                reference_indices=self.indices,
+                sigmas=np.full(120, NOISE),
+                inliers=np.ones(120),
+            ),
+            "relative_pose": SimpleNamespace(
+                **headers, pose=SimpleNamespace(pose=pose, covariance=covariance), metric=True, status=status
+            ),
+        }
+
+
+def new_slam() -> StereoSlam:
+    return StereoSlam(camera_info("left"), camera_info("right"), rectified=True)
+
+
+def feed(slam: StereoSlam, world: World, reference: int, frame: int, **pair: Any) -> None:
+    slam.add("stereo_matches", world.stereo(frame))
+    for topic, message in world.pair(reference, frame, **pair).items():
+        slam.add(topic, message)
+
+
+def errors(slam: StereoSlam) -> np.ndarray:
+    """(N,) metres between each frame's true place and the one found, both seen from the first camera."""
+    poses, numbers = slam.poses(), [stamp // 10**9 for stamp in slam.stamps]
+    moved = [poses[0].between(pose) for pose in poses]
+    true = [true_pose(numbers[0]).between(true_pose(number)) for number in numbers]
+    return np.array([np.linalg.norm(a.translation() - b.translation()) for a, b in zip(moved, true)])
+
+
+def test_smoothing_keeps_to_the_tracks_and_not_to_those_that_slip() -> None:
+    slam, world = new_slam(), World()
+    slam.add("stereo_matches", world.stereo(0))
+    for frame in range(1, 13):
+        feed(slam, world, frame - 1, frame)
+    assert len(slam.stamps) == 13 and slam.breaks == 0
+    assert errors(slam).max() < 0.01, "the guess of each motion alone is off by 0.017 m"
+
+
+def test_a_frame_without_a_pose_and_one_lost_on_the_way_are_found_by_their_tracks() -> None:
+    slam, world = new_slam(), World()
+    slam.add("stereo_matches", world.stereo(0))
+    for frame in range(1, 10):
+        if frame != 6:  # nothing comes of this one; the next frame's messages have it as their reference
+            feed(slam, world, frame - 1, frame, status=FAILED if frame == 4 else OK)
+    assert len(slam.stamps) == 9 and errors(slam).max() < 0.02
+
+
+def test_a_dark_frame_is_passed_over() -> None:
+    slam, world = new_slam(), World()
+    slam.add("stereo_matches", world.stereo(0))
+    for frame in (1, 2, 3):
+        feed(slam, world, frame - 1, frame)
+    dark, stereo = world.pair(3, 4, status=TOO_FEW_MATCHES), world.stereo(4)
+    for message in (dark["matches"], stereo):
+        for name, values in vars(message).items():
+            if isinstance(values, np.ndarray):
+                setattr(message, name, values[:0])
+    for topic, message in {**dark, "stereo_matches": stereo}.items():
+        slam.add(topic, message)
+    for reference, frame in ((3, 5), (5, 6)):
+        feed(slam, world, reference, frame)
+    assert np.delete(errors(slam), 4).max() < 0.015
+    drifted = slam.smoother.poses[6].between(slam.smoother.poses[0])
+    slam.graph.close(
+        Loop(
+            0, 6, drifted.inverse().compose(gtsam.Pose3(gtsam.Rot3(), np.array([0.0, 0, 0.1]))), np.eye(6) * 1e-8, 100
+        ),
+        slam.smoother.poses,
+    )
+    moved = [a.between(b).translation() for a, b in zip(slam.smoother.poses, slam.graph.poses(slam.smoother.poses))]
+    assert np.linalg.norm(moved[3]) > 0.03, "all share the correction; the dark frame's guess does not take it alone"
+
+
+def test_messages_of_a_frame_may_come_in_any_order() -> None:
+    slam, world = new_slam(), World()
+    messages = {"stereo_matches": world.stereo(1), **world.pair(0, 1)}
+    slam.add("stereo_matches", world.stereo(0))
+    completed = [slam.add(topic, messages[topic]) for topic in ("relative_pose", "matches", "stereo_matches")]
+    assert completed == [0, 0, 2], "the first frame is known with the first pair"
+
+
+def test_after_a_reset_only_a_guess_joins_the_frames() -> None:
+    slam, world = new_slam(), World()
+    for frame in (0, 5):
+        slam.add("stereo_matches", world.stereo(frame))
+    feed(slam, world, 0, 1)
+    feed(slam, world, 5, 6, reset=True, first_id=1001)
+    assert slam.breaks == 1 and [stamp // 10**9 for stamp in slam.stamps] == [0, 1, 5, 6]
+    moved, true = slam.poses()[2].between(slam.poses()[3]), true_pose(5).between(true_pose(6))
+    assert np.linalg.norm(moved.translation() - true.translation()) < 0.01
+
+
+def test_a_calibration_without_a_baseline_is_refused() -> None:
+    with pytest.raises(ValueError, match="calibrate the two as a stereo pair"):
+        StereoSlam(camera_info("left"), camera_info("left"), rectified=True)
+
+
+# Loops
+
+
+def keyframe(world: World, frame: int) -> Keyframe:
+    pixels = world.pixels(frame)
+    return Keyframe(frame, None, pixels[:, :2], pixels[:, 2], np.full(120, NOISE))
+
+
+def test_two_keyframes_give_a_loop_in_metres_and_matches_at_random_give_none() -> None:
+    world = World()
+    world.slip *= 0.0
+    calibration = Calibration(FOCAL, FOCAL, *CENTRE, BASELINE)
+    pairs, scores = np.c_[np.arange(120), np.arange(120)], np.ones(120)
+    pairs[:10, 1] = np.roll(pairs[:10, 1], 1)  # wrong ones
+    loop = align(keyframe(world, 0), keyframe(world, 8), pairs, scores, calibration)
+    assert loop is not None and loop.num_inliers >= 100
+    error = gtsam.Pose3.Logmap(loop.pose.between(true_pose(0).between(true_pose(8))))
+    assert error @ np.linalg.solve(loop.covariance, error) < 22.5, "chi square, 6 degrees of freedom, 99.9 %"
+    assert np.linalg.norm(error[3:]) < 0.02
+    pairs[:, 1] = world.random.permutation(120)
+    assert align(keyframe(world, 0), keyframe(world, 8), pairs, scores, calibration) is None
+
+
+def test_a_loop_takes_the_drift_out_of_all_poses_and_a_wrong_one_gives_way() -> None:
+    sigmas = np.full(6, 0.01)
+    drift = gtsam.Pose3.Expmap(np.array([0, 0, 0.001, 0.005, 0, 0]))
+    smoothed, graph = [gtsam.Pose3()], PoseGraph()
+    graph.add_frame(0, sigmas)
+    for frame in range(1, 30):
+        smoothed.append(smoothed[-1].compose(true_pose(frame - 1).between(true_pose(frame))).compose(drift))
+        graph.add_frame(frame - 1, sigmas)
+
+    def worst() -> float:
+        apart = [
+            pose.translation() - true_pose(number).translation() for number, pose in enumerate(graph.poses(smoothed))
+        ]
+        return float(np.linalg.norm(apart, axis=1).max())
+
+    before = worst()
+    tight = np.eye(6) * 1e-6
+    for end in (29, 28, 27):
+        graph.close(Loop(0, end, true_pose(0).between(true_pose(end)), tight, 100), smoothed)
+    assert before > 0.1 and worst() < 0.2 * before
+    graph.close(Loop(3, 20, gtsam.Pose3(gtsam.Rot3(), np.array([5.0, 0, 0])), tight, 100), smoothed)
+    assert worst() < 0.3 * before
+
+
+# The node
+
+
+def test_the_node_follows_a_camera_and_closes_a_loop_over_dds(tmp_path: Path) -> None:
+    """To the right and back again: the matcher's own topics, and its service."""
+    places = [0.06 * step for step in (0, 1, 2, 3, 2, 1, 0)]
+    with rig(tmp_path) as camera:
+        node, picture, log = camera.node, tmp_path / "trajectory.png", tmp_path / "slam.log"
+        paths: list[PathMessage] = []
+        node.subscribe(PathMessage, "path", paths.append)
+        truth = node.node.create_publisher(PoseStamped, "ground_truth/pose", QoSProfile(depth=100))
+        parameters = {"rectified": "true", "picture": str(picture), "keyframe_step": "0.05", "loop_path": "0.2"}
+        command = [sys.executable, "-m", "stereo_slam.node", "--ros-args", "-r", f"__ns:={node.namespace}"]
+        command += [word for name, value in parameters.items() for word in ("-p", f"{name}:={value}")]
+        environment = {**os.environ, "ROS_DOMAIN_ID": str(node.node.context.get_domain_id()), "OMP_NUM_THREADS": "1"}
+        with log.open("w") as stream:
+            slam = subprocess.Popen(command, cwd=EXAMPLES, env=environment, stdout=stream, stderr=stream)
+        try:
+            topics = ("matches", "stereo_matches", "relative_pose")
+            node.wait_for(lambda: all(node.node.count_subscribers(topic) > 1 for topic in topics), "the back-end")
+            node.wait_for(lambda: node.node.count_subscribers("features"), "the back-end to want features")
+            node.wait_for(truth.get_subscription_count, "the back-end to want the truth")
+            node.spin(0.5)
+            for frame, x in enumerate(places):
+                message = stamped(PoseStamped(), 10 + 0.1 * frame, "world")
+                message.pose.position.x = x
+                truth.publish(message)
+                camera.send(10 + 0.1 * frame, x)
+                node.wait_for(lambda count=frame: len(node.poses) == count, "the matcher")
+            node.wait_for(lambda: paths and len(paths[-1].poses) == len(places), f"the path:\n{log.read_text()}")
+            node.wait_for(lambda: "a loop: frame" in log.read_text(), "a loop")
+        finally:
+            slam.send_signal(signal.SIGINT)
+            slam.wait(timeout=30)
+    assert paths[-1].header.frame_id == "map"
+    found = np.array([[p.x, p.y, p.z] for p in (step.pose.position for step in paths[-1].poses)])
+    # To the camera's right is minus y of a frame whose x points forward.
+    np.testing.assert_allclose(found, [[0, -x, 0] for x in places], atol=0.006)
+    assert slam.returncode == 0 and picture.stat().st_size > 10_000, log.read_text()
