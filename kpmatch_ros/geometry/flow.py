@@ -8,8 +8,8 @@ from scipy.spatial import cKDTree
 
 __all__ = ["flow_far", "flow_forth_and_back", "flow_near", "neighbours_flow"]
 
-_NEAR_WINDOW = 13  # pixels
-_FAR_WINDOW = 21  # pixels
+_WINDOW = 13  # pixels
+_WIDE_WINDOW = 21  # pixels: where nothing but the flow itself tells whether it is right
 _LEVELS = 2  # of a pyramid, besides the image
 _STOP = (cv2.TERM_CRITERIA_COUNT + cv2.TERM_CRITERIA_EPS, 10, 0.03)
 _FORTH_AND_BACK = 1.0  # pixels
@@ -25,23 +25,23 @@ def flow_near(
     Returns:
         (T, 2) float32 pixels; the start where nothing is found within so many pixels of it.
     """
-    moved, there = _lucas_kanade(image0, image1, points, start, _NEAR_WINDOW, 0)
+    moved, there = _lucas_kanade(image0, image1, points, start, _WINDOW, 0)
     there &= np.linalg.norm(moved - start, axis=1) < furthest
     return np.where(there[:, None], moved, start).astype(np.float32)
 
 
 def flow_far(image0: np.ndarray, image1: np.ndarray, points: np.ndarray, start: np.ndarray) -> np.ndarray:
     """Follow points (T, 2) of image 0 into image 1, in a pyramid, from a start (T, 2); (T, 2) float32 pixels."""
-    moved, there = _lucas_kanade(image0, image1, points, start, _FAR_WINDOW, _LEVELS)
+    moved, there = _lucas_kanade(image0, image1, points, start, _WINDOW, _LEVELS)
     return np.where(there[:, None], moved, start).astype(np.float32)
 
 
 def flow_forth_and_back(
     image0: np.ndarray, image1: np.ndarray, points: np.ndarray, start: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As :func:`flow_far`, and (T,) bool which points lead back to where they began."""
-    moved, there = _lucas_kanade(image0, image1, points, start, _FAR_WINDOW, _LEVELS)
-    back, here = _lucas_kanade(image1, image0, moved, points, _FAR_WINDOW, _LEVELS)
+    """As :func:`flow_far`, with a wider window, and (T,) bool which points lead back to where they began."""
+    moved, there = _lucas_kanade(image0, image1, points, start, _WIDE_WINDOW, _LEVELS)
+    back, here = _lucas_kanade(image1, image0, moved, points, _WIDE_WINDOW, _LEVELS)
     height, width = image1.shape
     inside = (moved >= 1).all(axis=1) & (moved[:, 0] < width - 2) & (moved[:, 1] < height - 2)
     return moved, there & here & inside & (np.linalg.norm(back - points, axis=1) < _FORTH_AND_BACK)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import cv2
 import numpy as np
@@ -18,6 +18,7 @@ _USED = np.flatnonzero((abs(_WIDE_X) <= _SIDE // 2) & (abs(_WIDE_Y) <= _SIDE // 
 _X, _Y = _WIDE_X[_USED], _WIDE_Y[_USED]
 
 _ITERATIONS = 2
+_BLOCK = 384  # patches at a time, whose arrays stay in the cache
 _DAMPING = np.diag(np.array([1.0, 1.0, 1e4, 1e4, 1e4, 1e4], np.float32))
 """Noise of 10 grey levels over what a step is expected to be: any number of pixels, a tenth of a deformation."""
 _LONGEST_STEP = 3.0  # pixels from where the search began: what moves further is another corner
@@ -64,6 +65,10 @@ def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np
     Gauss-Newton on an affine map, inverse compositional (Baker and Matthews, IJCV 2004). Brightness and contrast of a
     patch may change.
     """
+    if len(points) > _BLOCK:
+        blocks = [slice(i, i + _BLOCK) for i in range(0, len(points), _BLOCK)]
+        parts = [align(patches[block], image, points[block], shapes[block]) for block in blocks]
+        return Alignment(*(np.concatenate([getattr(part, item.name) for part in parts]) for item in fields(Alignment)))
     start, count = points, len(points)
     template = _centred(patches.take(_USED, axis=1))
     across = (patches.take(_USED + 1, axis=1) - patches.take(_USED - 1, axis=1)) / 2
