@@ -147,11 +147,11 @@ def rival_of(
     return Rival(other, total / math.sqrt(variance + 1e-12), total / design_effect)
 
 
-def is_distinct(chosen: Motion, other: Motion) -> bool:
-    """Whether two motions differ by more than half a degree of rotation or five degrees of direction."""
+def is_distinct(chosen: Motion, other: Motion, times: float = 1.0) -> bool:
+    """Whether two motions differ by more than so many times half a degree of rotation or five degrees of direction."""
     return (
-        _angle(chosen.rotation.T @ other.rotation) > _DISTINCT_ROTATION
-        or _between(chosen.translation, other.translation) > _DISTINCT_DIRECTION
+        _angle(chosen.rotation.T @ other.rotation) > times * _DISTINCT_ROTATION
+        or _between(chosen.translation, other.translation) > times * _DISTINCT_DIRECTION
     )
 
 

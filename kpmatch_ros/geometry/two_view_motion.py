@@ -41,6 +41,7 @@ _LARGEST_LEVERAGE = 0.3  # of one match on the pose: 0 to 1; they add up to the 
 _FEW = 60
 _UNCERTAIN = math.radians(0.5)
 _PROFILED = 100
+_OTHER = 2.0  # times the distance of distinct motions: nearer ones are the same maximum
 
 _IN_FRONT = 0.5  # part of the matches: a motion that places more of them behind a camera is no rival
 
@@ -138,7 +139,7 @@ def decide(
             nearby = minimise(epipolar_jacobian, some, motion, 3 * threshold, 5, _ROUGHLY)
             if all(is_distinct(one.motion, nearby) for one in fits):
                 found = _refine(matches, nearby, threshold, noise.resolution, 1, _ROUGHLY)
-                if all(is_distinct(one.motion, found.motion) for one in fits):
+                if all(is_distinct(one.motion, found.motion, _OTHER) for one in fits):
                     fits.append(found)
 
     def evidence(fit: Fit) -> float:
