@@ -23,7 +23,9 @@ from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperG
 from kpmatch_ros.models.assignment import Assignment, ImageFeatures
 from kpmatch_ros.models.checkpoint import network_type
 from kpmatch_ros.models.detections import Detections
-from kpmatch_ros.parameters import Parameters
+from kpmatch_ros.models.export import ExportError
+from kpmatch_ros.models.onnx_backend import OnnxBackend
+from kpmatch_ros.parameters import ParameterError, Parameters
 
 __all__ = ["FeatureMatcher", "Features", "Matches"]
 
@@ -120,9 +122,10 @@ class FeatureMatcher:
         repeated_in_float32: how often a network was run again in float32, as half precision gave NaN or no keypoint.
         graphs: recordings of the networks' work for a GPU; None for a processor. ``graphs.enabled = False`` does
             without. With recordings no points are dropped (``width_confidence``) from up to 4,096 in an image.
+        onnx: the networks in ONNX Runtime; None with the backend torch.
 
     Raises:
-        ParameterError: when a parameter has a value it may not have, or the device is not there.
+        ParameterError: when a parameter has a value it may not have, or the device or the backend is not there.
         WeightsError: when weights are missing or damaged, or extractor and matcher do not belong together.
     """
 
@@ -130,12 +133,14 @@ class FeatureMatcher:
         self.parameters = Parameters.given(options) if parameters is None else parameters.replace(options)
         if self.parameters.threads > 0:
             torch.set_num_threads(self.parameters.threads)
-        self.device = choose_device(self.parameters.device)
-        self.dtype = choose_precision(self.parameters.precision, self.device)
+        in_onnx_runtime = self.parameters.backend == "onnxruntime"
+        self.device = choose_device("cpu" if in_onnx_runtime else self.parameters.device)
+        self.dtype = choose_precision("float32" if in_onnx_runtime else self.parameters.precision, self.device)
         self.luma = torch.tensor(_LUMA, device=self.device)
         self.graphs = CudaGraphs.for_device(self.device)
         self.extractor = self._load_extractor()
         self.matcher = self._load_matcher()
+        self.onnx = self._load_onnx() if in_onnx_runtime else None
         followed = ("keypoint_threshold", "nms_radius", "border")
         self.repeated_in_float32 = 0
         self._published = {name: getattr(self.extractor, name) for name in followed}
@@ -278,6 +283,8 @@ class FeatureMatcher:
 
     def _run(self, network: Any, is_sound: Callable[[Any], bool], *inputs: Any) -> Any:
         """Run a network; once more in float32 where half precision overflowed."""
+        if self.onnx is not None:
+            return self.onnx.run(network, *inputs)
         found = network(*inputs) if self.graphs is None else self.graphs.run(network, *inputs)
         if self.dtype == torch.float32 or isinstance(network, NearestNeighbour) or is_sound(found):
             return found
@@ -396,6 +403,12 @@ class FeatureMatcher:
             matcher.prune_above = _pruned_above(self.device, self.dtype)
         loaded: Matcher = self._to_precision(matcher.to(self.device))
         return loaded
+
+    def _load_onnx(self) -> OnnxBackend:
+        try:
+            return OnnxBackend(self.extractor, self.matcher)
+        except ExportError as error:
+            raise ParameterError(f"backend is 'onnxruntime', but {error}; or use the backend torch") from error
 
 
 def _pruned_above(device: torch.device, dtype: torch.dtype) -> int:

@@ -147,6 +147,12 @@ class Parameters:
         "weights that match: a registered name, a folder or a file made for the extractor, or 'nearest' for mutual "
         "nearest neighbours",
     )
+    backend: str = _parameter(
+        "torch",
+        "what runs the networks: torch, or onnxruntime, on the processor in float32 with all layers (SuperPoint with "
+        "LightGlue or SuperGlue; needs onnx and onnxruntime)",
+        choices=("torch", "onnxruntime"),
+    )
     device: str = _parameter(
         "auto",
         "where the networks run: auto (the GPU where there is one), cpu, cuda or cuda:N",
@@ -335,6 +341,12 @@ class Parameters:
             object.__setattr__(self, declaration.name, value)
         if self.device == "cpu" and self.precision == "float16":
             raise ParameterError("precision float16 needs a GPU; with device cpu use float32, bfloat16 or auto")
+        if self.backend == "onnxruntime":
+            for name, taken in (("device", ("auto", "cpu")), ("precision", ("auto", "float32"))):
+                if getattr(self, name) not in taken:
+                    raise ParameterError(
+                        f"{name} is {getattr(self, name)!r}, but backend onnxruntime takes {' or '.join(taken)}"
+                    )
 
     @classmethod
     def given(cls, values: Mapping[str, Any]) -> Parameters:

@@ -15,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.models import ALIKED, ImageFeatures, LightGlue, NearestNeighbour, SuperGlue, SuperPoint
 from kpmatch_ros.models.export import OPSET, ExportError, check_exportable, export_extractor, export_matcher
 from kpmatch_ros.models.superglue import transport
+from kpmatch_ros.parameters import ParameterError
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -190,6 +192,60 @@ def test_what_cannot_be_exported_is_named(extractor: SuperPoint, lightglue: Any)
         check_exportable(extractor, NearestNeighbour())
     with pytest.raises(ExportError, match="4 x 96 pixels are too small"):
         export_extractor(extractor, Path("unused"), (4, 96), False)
+
+
+# The backend
+
+
+@pytest.fixture(scope="module", params=[None, {"sinkhorn_iterations": 20}], ids=["LightGlue", "SuperGlue"])
+def both(request: pytest.FixtureRequest, random_folder: Any) -> tuple[FeatureMatcher, FeatureMatcher]:
+    """The same networks in PyTorch and in ONNX Runtime."""
+    folder = random_folder(superglue=request.param)
+    options = {"keypoint_threshold": 0.0, "filter_threshold": 0.01, "max_keypoints": PLACES, "threads": 1}
+    options |= {"device": "cpu", "precision": "float32", "depth_confidence": -1.0, "width_confidence": -1.0}
+    torch_matcher, onnx_matcher = (
+        FeatureMatcher.from_pretrained(folder, backend=backend, **options) for backend in ("torch", "onnxruntime")
+    )
+    return torch_matcher, onnx_matcher
+
+
+def test_the_backend_gives_the_matches_of_pytorch(
+    both: tuple[FeatureMatcher, FeatureMatcher], views: list[Tensor]
+) -> None:
+    images = [(view[0, 0].numpy() * 255).round().astype(np.uint8) for view in views]
+    mask = np.ones((HEIGHT, WIDTH), np.uint8)
+    mask[:, :40] = 0
+    found = []
+    for matcher in both:
+        features = matcher.extract_batch(images, [None, mask, None])
+        small = matcher.extract(images[0][:48, :72])
+        none = matcher.extract(images[0][:4, :4])
+        pairs = [(features[0], features[1]), (features[1], features[2]), (features[2], small), (none, small)]
+        batch = matcher.match_batch(*zip(*pairs[:3]))
+        matcher.configure(matcher.parameters.replace({"filter_threshold": 0.3}))
+        strict = matcher.match(*pairs[0])
+        matcher.configure(matcher.parameters.replace({"filter_threshold": 0.01}))
+        found.append((features, [*batch, *(matcher.match(*pair) for pair in pairs), strict]))
+    for ours, theirs in zip(found[0][0], found[1][0]):
+        assert torch.equal(ours.keypoints, theirs.keypoints)
+        torch.testing.assert_close(ours.descriptors, theirs.descriptors, atol=1e-5, rtol=0)
+    assert found[1][0][1].keypoints[:, 0].min() >= 40
+    for ours, theirs in zip(found[0][1], found[1][1]):
+        assert torch.equal(ours.indices, theirs.indices) and ours.layers == theirs.layers
+        torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-3, rtol=0)
+    counts = [len(matches) for matches in found[1][1]]
+    assert counts[0] > 5 and counts[6] == 0 and counts[7] < counts[3]
+
+
+def test_what_the_backend_cannot_is_refused(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("device", "cuda"), ("precision", "bfloat16")):
+        with pytest.raises(ParameterError, match=f"{name} is '{value}', but backend onnxruntime takes"):
+            FeatureMatcher(backend="onnxruntime", **{name: value})
+    with pytest.raises(ParameterError, match="NearestNeighbour, which has no network"):
+        FeatureMatcher(extractor=weights, matcher="nearest", backend="onnxruntime")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ParameterError, match=r"onnxruntime is not installed.*or use the backend torch"):
+        FeatureMatcher.from_pretrained(weights, backend="onnxruntime")
 
 
 # The command

@@ -109,8 +109,12 @@ def truth(bag: Path) -> dict[int, tuple[Rotation, np.ndarray]]:
     return poses
 
 
-def test_poses_of_a_camera_walk_agree_with_the_truth(tmp_path: Path, demo_bag: Path) -> None:
-    node = run(tmp_path, demo_bag, "/camera/image_raw", "/camera/camera_info")
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+def test_poses_of_a_camera_walk_agree_with_the_truth(tmp_path: Path, demo_bag: Path, backend: str) -> None:
+    if backend == "onnxruntime":
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
+    node = run(tmp_path, demo_bag, "/camera/image_raw", "/camera/camera_info", backend=backend)
     check_messages(node)
     world = truth(demo_bag)
     rotation_errors, direction_errors = [], []

@@ -38,6 +38,7 @@ MATCHING_OPTIONS = (
     "profile",
     "extractor",
     "matcher",
+    "backend",
     "device",
     "precision",
     "threads",

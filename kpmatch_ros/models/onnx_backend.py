@@ -1,0 +1,82 @@
+"""The networks in ONNX Runtime instead of PyTorch, on the processor."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kpmatch_ros.models.assignment import Assignment, ImageFeatures, common_masks
+from kpmatch_ros.models.export import check_exportable, export_extractor, export_matcher
+from kpmatch_ros.models.export_check import Session
+from kpmatch_ros.models.lightglue import LightGlue
+from kpmatch_ros.models.superglue import SuperGlue
+from kpmatch_ros.models.superpoint import CELL, SuperPoint
+
+__all__ = ["OnnxBackend"]
+
+_TRACED = (64, 64), 64  # pixels, keypoints; both are free
+
+
+class OnnxBackend:
+    """Runs an extractor and a matcher by their graphs, with all layers, in float32.
+
+    The graphs are made here, with free numbers and sizes, and not kept as files.
+
+    Args:
+        extractor: a SuperPoint.
+        matcher: a LightGlue or SuperGlue.
+
+    Raises:
+        ExportError: they are others, or onnx or ONNX Runtime is not installed.
+    """
+
+    def __init__(self, extractor: nn.Module, matcher: nn.Module) -> None:
+        check_exportable(extractor, matcher)
+        assert isinstance(extractor, SuperPoint) and isinstance(matcher, (LightGlue, SuperGlue))
+        # The threshold may change while the node runs, so the graph has none.
+        every_match = copy.copy(matcher)
+        every_match.filter_threshold = 0.0
+        size, keypoints = _TRACED
+        with tempfile.TemporaryDirectory(prefix="kpmatch_onnx_") as folder:
+            files = Path(folder, "extractor.onnx"), Path(folder, "matcher.onnx")
+            self._dense = Session(files[0], export_extractor(extractor, files[0], size, dynamic=True))
+            self._match = Session(files[1], export_matcher(every_match, files[1], keypoints, dynamic=True))
+
+    def run(self, network: nn.Module, *inputs: Any) -> Any:
+        """What ``network(*inputs)`` gives, for one of the two networks, or another of the same weights."""
+        if isinstance(network, SuperPoint):
+            image, *allowed = inputs
+            if min(image.shape[2:]) < CELL:
+                return network(*inputs)
+            scores, descriptors = self._dense(image)
+            return network.select(scores, descriptors, *allowed)
+        assert isinstance(network, (LightGlue, SuperGlue))
+        layers = network.transformer_layers if isinstance(network, LightGlue) else network.gnn.layers
+        image0, image1 = inputs
+        return self._assignment(image0, image1, network.filter_threshold, len(layers))
+
+    def _assignment(self, image0: ImageFeatures, image1: ImageFeatures, threshold: float, layers: int) -> Assignment:
+        count0, count1 = image0.num_keypoints, image1.num_keypoints
+        found = Assignment.empty(len(image0.keypoints), count0, count1, image0.keypoints.device)
+        if count0 == 0 or count1 == 0:
+            return found  # a graph takes one place at least
+        inputs = []
+        for image, mask in zip((image0, image1), common_masks(image0, image1)):
+            real = torch.ones_like(image.keypoints[..., 0], dtype=torch.bool) if mask is None else mask
+            inputs += [image.keypoints, image.descriptors, real, image.size]
+            if self._match.takes("detection_scores0"):
+                assert image.scores is not None
+                inputs.append(image.scores)
+        matches0, matches1, scores0, scores1 = self._match(*inputs)
+        return Assignment(
+            matches0.masked_fill(scores0 <= threshold, -1),
+            matches1.masked_fill(scores1 <= threshold, -1),
+            scores0,
+            scores1,
+            *(torch.full_like(counts, layers) for counts in (found.layers, found.layers0, found.layers1)),
+        )
