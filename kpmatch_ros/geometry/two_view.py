@@ -248,7 +248,8 @@ def _check_noise(problem: _Problem, solution: _Solution) -> _Solution:
     """The solution, or one with a larger inlier threshold if the matches as a whole speak for that.
 
     Where the noise is above the threshold, a few matches that agree by chance may decide. The noise is then that of the
-    larger threshold; inliers are counted within the threshold given.
+    larger threshold; inliers are counted within the threshold given. If too few are within it, the pose is that of the
+    few, and AMBIGUOUS.
     """
     agreed = (PoseStatus.OK, PoseStatus.AMBIGUOUS)
     if solution.motion is None or solution.inliers is None or solution.status not in agreed:
@@ -280,7 +281,9 @@ def _check_noise(problem: _Problem, solution: _Solution) -> _Solution:
         return solution
     inliers = agrees(matches, best.motion, threshold)
     if inliers.sum() < problem.required:
-        return _Solution(PoseStatus.TOO_FEW_MATCHES, inliers=inliers)
+        # The matches as a whole speak for a motion that too few of them are near enough to.
+        covariance = solution.covariance + best.covariance + spread(solution.motion, best.motion)
+        return solution._replace(status=PoseStatus.AMBIGUOUS, covariance=covariance)
     return best._replace(inliers=inliers)
 
 
