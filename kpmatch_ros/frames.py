@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from kpmatch_ros.feature_matcher import Features
+from kpmatch_ros.feature_matcher import Features, to_numpy
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import RelativePose
 from kpmatch_ros.geometry.refinement import normalize_contrast
@@ -82,6 +82,11 @@ class Frame:
     def normalized(self) -> np.ndarray:
         """The image as :func:`kpmatch_ros.geometry.refinement.normalize_contrast` gives it, made once for all pairs."""
         return normalize_contrast(self.image)
+
+    @cached_property
+    def descriptors(self) -> np.ndarray:
+        """(N, D) descriptors of the features, brought to the host once for all pairs."""
+        return to_numpy(self.features.descriptors)
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ class FrontEnd:
         return View(
             frame.normalized,
             frame.keypoints,
-            to_numpy(frame.features.descriptors),
+            frame.descriptors,
             self._keypoint_resolution(frame),
             frame.mask,
         )

@@ -14,14 +14,13 @@ from scipy.spatial import cKDTree
 
 from kpmatch_ros.geometry.flow import flow_far, flow_forth_and_back, flow_near, neighbours_flow
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change
-from kpmatch_ros.geometry.refinement import align_matches
+from kpmatch_ros.geometry.refinement import align_matches, longest_step
 
 __all__ = ["NOT_DETECTED", "Links", "Tracks", "View", "keypoint_sigma", "refine_pair"]
 
 NOT_DETECTED = -1
 """Index of a point that is no keypoint of its image."""
 
-_NEAR = 3.0  # pixels, or as many steps of the detector's grid: what is further from its match is another corner
 _HARDLY_ALIKE = 0.5  # correlation with the patch: flow alone leads anywhere
 _ASTRAY = 3.0  # times as far as its neighbours disagree: flow goes no further than that from where they went
 _REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much for patches
@@ -153,7 +152,7 @@ class Tracks:
         keypoints[matched] = current.keypoints[detected[matched]]
         images, unmatched = (reference.normalized, current.normalized), np.flatnonzero(~matched)
         near = keypoints.copy()
-        near[matched] = flow_near(*images, bank.points[matched], keypoints[matched], _near(current))
+        near[matched] = flow_near(*images, bank.points[matched], keypoints[matched], longest_step(current.resolution))
         expected, _ = neighbours_flow(bank.points, keypoints, unmatched)
         near[unmatched] = flow_far(*images, bank.points[unmatched], expected)
 
@@ -164,20 +163,20 @@ class Tracks:
         rest = np.flatnonzero(~found.good)
         patches[rest] = cut(reference.normalized.astype(np.float32), bank.points[rest])
         anchors[rest] = np.hypot(bank.sigmas[rest], _SIGMA_REPLACED)
-        _put(found, rest, align(patches[rest], image, near[rest], no_change(len(rest))))
+        found.put(rest, align(patches[rest], image, near[rest], no_change(len(rest))))
         # Where neither fits, as in blurred images, flow may still lead there and back.
         rest = np.flatnonzero(~found.good)
         expected, spread = neighbours_flow(bank.points, keypoints, rest)
         flowed, good = flow_forth_and_back(*images, bank.points[rest], expected)
         good &= (np.linalg.norm(flowed - expected, axis=1) < _ASTRAY * spread) & (found.likeness[rest] > _HARDLY_ALIKE)
         rest, flowed = rest[good], flowed[good]
-        _put(found, rest, _unaligned(flowed, found.likeness[rest]))
+        found.put(rest, _unaligned(flowed, found.likeness[rest]))
         patches[rest], anchors[rest] = cut(image, flowed), np.hypot(bank.sigmas[rest], _SIGMA_FLOW)
         # Where the images differ too much for patches and flow, what the matcher finds is taken as it is.
         bare = matched & ~found.good
         if found.good[matched].sum() > _REFINABLE * matched.sum():
             bare[:] = False
-        _put(found, np.flatnonzero(bare), _unaligned(keypoints[bare], found.likeness[bare]))
+        found.put(np.flatnonzero(bare), _unaligned(keypoints[bare], found.likeness[bare]))
         patches[bare], anchors[bare] = cut(image, keypoints[bare]), keypoint_sigma(current.resolution)
         sigmas = np.minimum(np.hypot(found.sigmas, anchors), _LARGEST_SIGMA)
         alive = found.good.copy()
@@ -185,7 +184,7 @@ class Tracks:
 
         # A keypoint that is not where its track was found is another point's.
         apart = np.linalg.norm(keypoints - found.points, axis=1)
-        detected[~(apart < _near(current))] = NOT_DETECTED
+        detected[~(apart < longest_step(current.resolution))] = NOT_DETECTED
         score = np.where(detected >= 0, score, found.likeness).astype(np.float32)
         alive[alive] = _first_of_each_place(found.points[alive], bank.ids[alive], score[alive])
         detected[alive] = _attach(found.points[alive], detected[alive], current.keypoints)
@@ -250,8 +249,7 @@ class Tracks:
 
     def _fill(self, bank: _Bank, view: View) -> _Bank:
         """New tracks at keypoints that no track is near to, first where there are fewest."""
-        free = np.ones(len(view.keypoints), bool)
-        free[bank.indices[bank.indices >= 0]] = False
+        free = _without(len(view.keypoints), bank.indices)
         if len(bank) and len(free):
             free &= cKDTree(bank.points).query(view.keypoints)[0] > _SPACE
         candidates = np.flatnonzero(free)
@@ -279,8 +277,7 @@ class Tracks:
     def _recall(self, bank: _Bank, view: View) -> _Bank:
         """Add the lost tracks whose points are keypoints again."""
         lost = self._lost
-        free = np.ones(len(view.keypoints), bool)
-        free[bank.indices[bank.indices >= 0]] = False
+        free = _without(len(view.keypoints), bank.indices)
         if lost is None or not len(lost) or free.sum() < 2 or len(bank) >= self.limit:
             return bank
         candidates = np.flatnonzero(free)
@@ -296,7 +293,7 @@ class Tracks:
         points = view.keypoints[keypoints].astype(np.float32)
         found = align(again.patches, image, points, again.shapes)
         rest = np.flatnonzero(~found.good)
-        _put(found, rest, align(again.patches[rest], image, points[rest], no_change(len(rest))))
+        found.put(rest, align(again.patches[rest], image, points[rest], no_change(len(rest))))
         # Another point that looks alike is not where the neighbours are.
         expected, spread = neighbours_flow(again.points, found.points, np.arange(len(again)))
         good = found.good & (np.linalg.norm(found.points - expected, axis=1) < _ASTRAY * _LOST_SPREAD * spread)
@@ -322,11 +319,6 @@ def keypoint_sigma(resolution: float) -> float:
         resolution: pixels between neighbouring positions that the detector can give.
     """
     return _SIGMA_KEYPOINT * max(resolution, 1.0)
-
-
-def _near(view: View) -> float:
-    """How far from its match a point may be, pixels."""
-    return _NEAR * max(view.resolution, 1.0)
 
 
 def refine_pair(view0: View, view1: View, points0: np.ndarray, points1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -375,6 +367,13 @@ def _matched_keypoints(
     return detected, score
 
 
+def _without(count: int, indices: np.ndarray) -> np.ndarray:
+    """(N,) bool which of so many keypoints are not among the indices (T,), some of which may be NOT_DETECTED."""
+    free = np.ones(count, bool)
+    free[indices[indices != NOT_DETECTED]] = False
+    return free
+
+
 def _distinct(view: View, keypoints: np.ndarray, descriptors: np.ndarray) -> np.ndarray:
     """Which keypoints (R,) are clearly more like descriptors (R, D) than other keypoints of the image are (R,)."""
     similar = descriptors @ view.descriptors.T.astype(np.float32)
@@ -383,12 +382,6 @@ def _distinct(view: View, keypoints: np.ndarray, descriptors: np.ndarray) -> np.
     similar[np.linalg.norm(places[:, None] - view.keypoints, axis=2) < _BESIDE] = -1.0
     # Of unit vectors, the squared distance is 2 - 2 cosine.
     return np.asarray(1 - own < _RATIO**2 * (1 - similar.max(axis=1, initial=-1.0)))
-
-
-def _put(whole: Alignment, rows: np.ndarray, part: Alignment) -> None:
-    """Replace the rows (R,) of an alignment by another one of R points."""
-    for item in fields(Alignment):
-        getattr(whole, item.name)[rows] = getattr(part, item.name)
 
 
 def _unaligned(points: np.ndarray, likeness: np.ndarray) -> Alignment:
@@ -414,8 +407,7 @@ def _first_of_each_place(points: np.ndarray, ids: np.ndarray, scores: np.ndarray
 def _attach(points: np.ndarray, detected: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
     """The keypoints (T,) of points: those given, and else the nearest one if it is near and no other point's."""
     found = detected.copy()
-    free = np.ones(len(keypoints), bool)
-    free[detected[detected >= 0]] = False
+    free = _without(len(keypoints), detected)
     if not free.any() or not len(points):
         return found
     names = np.flatnonzero(free)

@@ -48,6 +48,11 @@ class Alignment:
     likeness: np.ndarray
     good: np.ndarray
 
+    def put(self, rows: np.ndarray, part: Alignment) -> None:
+        """Replace the rows (R,) by an alignment of R patches."""
+        for item in fields(Alignment):
+            getattr(self, item.name)[rows] = getattr(part, item.name)
+
 
 def cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
     """(T, P) float32 patches, with a border for gradients, of an image, float32 (H, W), around points (T, 2)."""

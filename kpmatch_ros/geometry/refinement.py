@@ -14,7 +14,7 @@ import numpy as np
 from kpmatch_ros.geometry.flow import flow_near
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change
 
-__all__ = ["INDEPENDENT_POINTS", "REFINED_RESOLUTION", "align_matches", "normalize_contrast", "refine"]
+__all__ = ["INDEPENDENT_POINTS", "REFINED_RESOLUTION", "align_matches", "longest_step", "normalize_contrast", "refine"]
 
 REFINED_RESOLUTION = 1 / 32
 """Keypoint resolution of refined matches, pixels: all that OpenCV's interpolation tells apart.
@@ -32,7 +32,7 @@ times those of independent matches. docs/relative_pose.md has more figures.
 """
 
 _WINDOW = 13  # pixels
-_LONGEST_STEP = 3.0  # pixels, or as many steps of the detector's grid: what moves further was not the same corner
+_LONGEST_STEP = 3.0  # pixels, or as many steps of the detector's grid
 _SMALLEST_DEVIATION = 2.0  # grey levels: less is noise
 
 
@@ -50,6 +50,15 @@ def normalize_contrast(image: np.ndarray) -> np.ndarray:
     mean = cv2.boxFilter(values, -1, size)
     variance = np.maximum(cv2.boxFilter(values * values, -1, size) - mean * mean, _SMALLEST_DEVIATION**2)
     return np.asarray(np.clip(128 + 48 * (values - mean) / np.sqrt(variance), 0, 255).astype(np.uint8))
+
+
+def longest_step(resolution: float) -> float:
+    """How far from a keypoint its refined place may be, pixels: what moves further was not the same corner.
+
+    Args:
+        resolution: pixels between neighbouring positions that the detector can give.
+    """
+    return _LONGEST_STEP * max(resolution, 1.0)
 
 
 def align_matches(
@@ -71,7 +80,7 @@ def align_matches(
         Where they are in image 1; points1 as they are where nothing is found.
     """
     known = np.flatnonzero(np.isfinite(points0).all(axis=1) & np.isfinite(points1).all(axis=1))
-    start, furthest = points1[known].astype(np.float32), _LONGEST_STEP * max(resolution, 1.0)
+    start, furthest = points1[known].astype(np.float32), longest_step(resolution)
     near = flow_near(image0, image1, points0[known], start, furthest)
     patches = cut(image0.astype(np.float32), points0[known].astype(np.float32))
     found = align(patches, image1.astype(np.float32), near, no_change(len(known)))
