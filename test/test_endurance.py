@@ -138,13 +138,17 @@ def test_ctrl_c_twice_while_the_weights_load_ends_the_node_without_a_fuss(tmp_pa
 
 @pytest.mark.timeout(600)
 def test_a_killed_node_publishes_again_once_started_and_subscribers_stay(
-    tmp_path: Path, random_folder: Callable[..., Path], frames: list[Image]
+    tmp_path: Path, random_folder: Callable[..., Path], frames: list[Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Over UDP: Fast DDS's shared memory does not survive every kill (docs/diagnostics.md), whatever the node does. With
+    # LOCALHOST, rmw_fastrtps takes shared memory too, whatever the environment says.
+    monkeypatch.setenv("FASTDDS_BUILTIN_TRANSPORTS", "UDPv4")
+    monkeypatch.setenv("ROS_STATIC_PEERS", "127.0.0.1")  # where no multicast leaves the machine
     folder = str(random_folder())
     random = np.random.default_rng(5)
     network = {"extractor": folder, "matcher": folder, "max_keypoints": 60}
-    with running_node(tmp_path, calibrated=False, queue="latest", **network) as node:
-        seconds, deaf = 0.0, 0
+    with running_node(tmp_path, calibrated=False, discovery_range="SUBNET", queue="latest", **network) as node:
+        seconds = 0.0
         for restart in range(21):
             node.matches.clear()
 
@@ -155,20 +159,13 @@ def test_a_killed_node_publishes_again_once_started_and_subscribers_stay(
                 node.spin(0.03)
                 return bool(node.matches)
 
-            try:
-                node.wait_for(frame_is_matched, f"matches after restart {restart}")
-            except AssertionError:
-                # Fast DDS's shared memory does not survive every kill. What docs/diagnostics.md says to do must help.
-                deaf += 1
-                node.restart(signal.SIGKILL)
-                node.wait_for(frame_is_matched, f"matches after restart {restart}, which was started once more")
+            node.wait_for(frame_is_matched, f"matches after restart {restart}")
             end = time.monotonic() + 0.5 * random.random()
             while time.monotonic() < end:
                 frame_is_matched()
             if restart < 20:
                 node.restart(signal.SIGKILL)
         assert node.stop() == 0
-        assert deaf <= 1
 
 
 def test_parameters_that_change_at_random_under_load_are_all_or_nothing(
