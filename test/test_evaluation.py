@@ -279,10 +279,13 @@ def test_ours_finds_what_the_package_finds_and_reads_it_out_to_a_fraction(
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def result(errors: list[float], poses: list[float] | None = None, scores: list[float] | None = None) -> Result:
+def result(
+    errors: list[float], poses: list[float] | None = None, scores: list[float] | None = None, place: str = ""
+) -> Result:
     points = np.array([[40.0 * i, 10] for i in range(len(errors))]).reshape(-1, 2)
     given = np.full(len(errors), np.nan) if scores is None else np.array(scores)
-    return Result(points, given, np.array(errors), 3.0, (100, 200), None if poses is None else np.array(poses))
+    posed = None if poses is None else np.array(poses)
+    return Result(points, given, np.array(errors), 3.0, (100, 200), posed, place or str(errors))
 
 
 def test_figures_are_counted_over_the_matches_about_which_something_is_known() -> None:
@@ -306,6 +309,15 @@ def test_figures_are_counted_over_the_matches_about_which_something_is_known() -
     assert difference == {"value": 0, "low": 0, "high": 0}
     table = markdown({"rooms": described}, "ALIKED+LightGlue")
     assert "| same | 2 | 1 | 0.583 | 40 / 60 / 80 | 1.3 | 16.7 / 25.0 / 29.2 | +0.0 (+0.0 to +0.0) |" in table
+
+
+def test_pairs_of_one_place_are_no_more_evidence_than_one() -> None:
+    places = [[0.5] * i for i in range(12)]
+    alone = describe({"m": [result(errors, place=str(i)) for i, errors in enumerate(places)]}, "")
+    thrice = describe({"m": [result(errors, place=str(i)) for i, errors in enumerate(places) for _ in range(3)]}, "")
+    figures = [of["matchers"]["m"]["figures"]["right"] for of in (alone, thrice)]
+    assert figures[0]["low"] < figures[0]["value"] - 1 and figures[0]["high"] > figures[0]["value"] + 1
+    assert figures[1] == pytest.approx(figures[0])
 
 
 def test_calibration_compares_scores_with_what_is_right() -> None:

@@ -4,7 +4,7 @@
     python training/evaluate.py --validation SHARDS --weights new=runs/export --nms-radius 1 2 3 --subpixel both ...
 
 ``results.json`` and ``results.md`` hold matches, right matches, precision, shares within 1, 2 and 3 px, cells with
-right matches, AUC of poses and calibration, with 90 % intervals over pairs and paired differences to ALIKED+LightGlue.
+right matches, AUC of poses and calibration, with 90 % intervals over places and paired differences to ALIKED+LightGlue.
 What each matcher finds in each pair is kept in the cache, so that only what is new is worked out.
 
 Nothing is chosen by the held-out groups: radius, thresholds and checkpoints are chosen with ``--validation``.
@@ -116,6 +116,7 @@ class Cache:
             pair.right,
             (int(found["keypoints"][0]), int(found["keypoints"][1])),
             None if pair.motion is None or poses is None else poses["poses"],
+            pair.place or pair.name,
         )
 
 

@@ -33,6 +33,7 @@ class Result:
         right: largest error of a right match, pixels.
         keypoints: of both images.
         poses: (orders,) errors of poses in degrees; None where there is no pose to find.
+        place: what the pair shows. Pairs of one place succeed and fail together.
     """
 
     points0: Array
@@ -41,6 +42,7 @@ class Result:
     right: float
     keypoints: tuple[int, int]
     poses: Array | None
+    place: str
 
     def numbers(self) -> dict[str, float]:
         """What is summed over pairs; ``judged`` are the matches about which something is known."""
@@ -84,11 +86,15 @@ def _figures(results: Sequence[Result], draws: Array) -> dict[str, Array]:
     return {name: figure(sums) for name, figure in FIGURES.items() if name in sums}
 
 
-def _draws(pairs: int) -> Array:
-    """How often (1 + RESAMPLES, pairs) each pair counts: once at first, then as drawn with replacement."""
+def _draws(places: Sequence[str]) -> Array:
+    """How often (1 + RESAMPLES, pairs) each pair counts: once at first, then as often as its place is drawn.
+
+    Places are drawn with replacement, all pairs of a place together.
+    """
     rng = np.random.default_rng(0)
-    drawn = rng.multinomial(pairs, np.full(pairs, 1 / pairs), size=RESAMPLES)
-    return np.concatenate([np.ones((1, pairs)), drawn])
+    names, number = np.unique(np.asarray(places), return_inverse=True)
+    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
+    return np.concatenate([np.ones((1, len(places))), drawn[:, number]])
 
 
 def _interval(values: Array) -> dict[str, float]:
@@ -97,13 +103,13 @@ def _interval(values: Array) -> dict[str, float]:
 
 
 def describe(results: dict[str, list[Result]], reference: str) -> dict[str, Any]:
-    """Figures of the matchers on a group, with bootstrap intervals over pairs.
+    """Figures of the matchers on a group, with bootstrap intervals over places.
 
     Args:
         results: by the matcher's name, of the same pairs in the same order.
         reference: the matcher to which the others' paired differences are given.
     """
-    draws = _draws(len(next(iter(results.values()))))
+    draws = _draws([result.place for result in next(iter(results.values()))])
     figures = {name: _figures(found, draws) for name, found in results.items()}
     table: dict[str, Any] = {}
     for name, found in results.items():

@@ -52,6 +52,7 @@ class Pair:
         truth: judges matches.
         motion: of the cameras; None where a pose makes no sense.
         right: largest error of a match that counts as right, pixels.
+        place: what pairs that see the same things have in common; empty where no other pair does.
     """
 
     group: str
@@ -60,6 +61,7 @@ class Pair:
     truth: Truth
     motion: Motion | None = None
     right: float = RIGHT
+    place: str = ""
 
     @cached_property
     def key(self) -> str:
@@ -105,6 +107,7 @@ def room_pairs(data: Path) -> Iterator[Pair]:
             images,
             ByDepth((rooms.depth[i], rooms.depth[j]), (rooms.K[i], rooms.K[j]), motion, step),
             Motion(motion[:3, :3], motion[:3, 3], (cameras[0], cameras[1])),
+            place=str(rooms.cluster[i]),
         )
 
 
