@@ -8,18 +8,16 @@ import importlib.util
 import io
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from kpmatch_ros.bags.files import BagError
+from kpmatch_ros.bags.frame_figures import STATUS_COLOURS, FrameFigures, small_jpeg
 from kpmatch_ros.bags.trajectory import Trajectory
 from kpmatch_ros.drawing import draw_matches
 from kpmatch_ros.frames import Pair, Result
-from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.pipeline import caption
 
 __all__ = ["HtmlReport"]
@@ -28,40 +26,9 @@ _MOST_PICTURES = 120
 _PICTURES_BYTES = 3_000_000  # of all JPEGs. As text they take a third more, beside 5 MB of plotly: below 10 MB.
 _PICTURE_BYTES = 120_000  # of one
 _WIDTHS = (1280, 960, 720, 540, 400)  # pixels, tried in this order
-_QUALITIES = (85, 70, 55)  # of JPEG, tried in this order
 _TEMPLATE = Path(__file__).with_name("report.html")
-_COLOURS = {
-    PoseStatus.OK: "#2f9e6e",
-    PoseStatus.NO_TRANSLATION: "#3b82c4",
-    PoseStatus.AMBIGUOUS: "#f2c14e",
-    PoseStatus.TOO_FEW_MATCHES: "#e0a030",
-    PoseStatus.NO_CALIBRATION: "#8a8f98",
-    PoseStatus.FAILED: "#d1495b",
-}
 _MATCHES_AND_INLIERS = "<span style='color:#3b82c4'>matches</span>, <span style='color:#2f9e6e'>inliers</span>"
 _OTHER_COLOUR = "#9b5de5"  # of a status that came later
-
-
-@dataclass(frozen=True)
-class _Point:
-    """What the page says of a frame.
-
-    Attributes:
-        stamp: nanoseconds.
-        matches, inliers: of the frame with its reference.
-        rotation: between them, degrees; None without a pose.
-        latency: milliseconds.
-        status: of the pose.
-        position: (3,) of the camera in the first camera's optical frame; None where it is not known for certain.
-    """
-
-    stamp: int
-    matches: int
-    inliers: int
-    rotation: float | None
-    latency: float
-    status: PoseStatus
-    position: np.ndarray | None
 
 
 class HtmlReport:
@@ -81,7 +48,7 @@ class HtmlReport:
         self._metric = metric
         self._every = -(-max(frames, 1) // _MOST_PICTURES)
         self._picture_bytes = min(_PICTURE_BYTES, _PICTURES_BYTES // max(1, min(frames, _MOST_PICTURES)))
-        self._points: list[_Point] = []
+        self._points: list[FrameFigures] = []
         self._pictures: list[tuple[int, str, bytes]] = []  # number among the points, caption, JPEG
         self._trajectory = Trajectory(io.StringIO())
 
@@ -91,18 +58,7 @@ class HtmlReport:
         pair = result.pair
         if pair is None:
             return
-        cosine = (np.trace(pair.pose.rotation) - 1) / 2
-        self._points.append(
-            _Point(
-                pair.current.stamp,
-                len(pair.indices),
-                pair.num_inliers,
-                float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))) if pair.pose.status.has_pose else None,
-                milliseconds,
-                pair.pose.status,
-                self._trajectory.position if pair.pose.status.is_certain else None,
-            )
-        )
+        self._points.append(FrameFigures.of(pair, self._trajectory.position, milliseconds))
         if (len(self._points) - 1) % self._every == 0 and len(self._pictures) < _MOST_PICTURES:
             self._pictures.append((len(self._points) - 1, caption(pair), _picture(pair, self._picture_bytes)))
 
@@ -189,7 +145,7 @@ class HtmlReport:
                 "type": "scatter", "mode": "markers", "name": "status", "x": seconds, "yaxis": "y4",
                 "y": [status.name for status in statuses],
                 "marker": {"size": 8, "symbol": "square",
-                           "color": [_COLOURS.get(status, _OTHER_COLOUR) for status in statuses]},
+                           "color": [STATUS_COLOURS.get(status, _OTHER_COLOUR) for status in statuses]},
             },
         ]  # fmt: skip
         layout = {
@@ -207,18 +163,7 @@ def _picture(pair: Pair, most: int) -> bytes:
     drawn = draw_matches(
         pair.reference.image, pair.current.image, pair.reference_points, pair.points, pair.scores, pair.inliers
     )
-    bgr = cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)
-    encoded = b""
-    for width in _WIDTHS:
-        if width > bgr.shape[1] and width != _WIDTHS[-1]:
-            continue
-        size = (width, max(1, round(bgr.shape[0] * width / bgr.shape[1])))
-        scaled = cv2.resize(bgr, size, interpolation=cv2.INTER_AREA)
-        for quality in _QUALITIES:
-            encoded = cv2.imencode(".jpg", scaled, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
-            if len(encoded) <= most:
-                return encoded
-    return encoded
+    return small_jpeg(drawn, most, _WIDTHS)[0]
 
 
 def _script(value: Any) -> str:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from kpmatch_ros.bags.cameras import CameraTopics
 from kpmatch_ros.bags.files import BagError, BagWriter, bag_storage, bag_topics, new_message, read_messages
 from kpmatch_ros.bags.html_report import HtmlReport
 from kpmatch_ros.bags.report import Report
+from kpmatch_ros.bags.rerun_recording import RerunRecording
 from kpmatch_ros.bags.trajectory import Trajectory
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.messages import nanoseconds
@@ -44,6 +45,7 @@ def replay(
     *,
     poses: Path | None = None,
     page: Path | None = None,
+    rerun: Path | None = None,
     features: bool = False,
     match_image: bool = False,
     landmarks: bool = False,
@@ -62,6 +64,7 @@ def replay(
         parameters: as the node's. Every frame is processed: `queue` plays no part.
         poses: text file for the chained poses in TUM's format.
         page: HTML file for a page with everything that the replay shows, see :class:`HtmlReport`.
+        rerun: file for the Rerun viewer with the same, see :class:`RerunRecording`.
         features: write `features` too.
         match_image: write `match_image` too.
         landmarks: in stereo, write `landmarks` too.
@@ -78,15 +81,19 @@ def replay(
     check_odometry(parameters)
     if out.exists() or out.is_symlink():
         raise BagError(f"{out}: exists already; remove it or choose another name")
-    for path in (out, poses, page):
-        if path is not None and not path.resolve().parent.is_dir():
+    files = [path for path in (poses, page, rerun) if path is not None]
+    for path in (out, *files):
+        if not path.resolve().parent.is_dir():
             raise BagError(f"{path}: there is no folder {path.parent}")
     shown = None if page is None else HtmlReport(cameras[0].num_images, metric=stereo)
-    for path in (poses, page):
-        if path is not None:
-            _check_place(path, bag, out)
-    if poses is not None and page is not None and poses.resolve() == page.resolve():
-        raise BagError(f"{poses}: cannot hold both the poses and the report; choose another name for one of them")
+    if rerun is not None:
+        RerunRecording.check_installed()
+    for path in files:
+        _check_place(path, bag, out)
+        if [each.resolve() for each in files].count(path.resolve()) > 1:
+            raise BagError(
+                f"{path}: cannot hold two of the poses, the report and the recording for Rerun; choose another name"
+            )
     front_end = FrontEnd(parameters)
     front_end.matcher.warm_up()
     with ExitStack() as stack:
@@ -98,7 +105,13 @@ def replay(
         wanted = {"/tf", *(["features"] if features else []), *(["match_image"] if match_image else [])}
         wanted |= {"landmarks"} if landmarks else set()
         page_file = stack.enter_context(_whole_or_not(page)) if page is not None else None
-        report = _process(bag, cameras, front_end, writer, wanted, trajectory, shown)
+        recording = None
+        title = f"Matches of {bag.name}"
+        if rerun is not None:
+            file = stack.enter_context(_whole_or_not(rerun))
+            recording = stack.enter_context(RerunRecording(file, cameras[0].num_images, title, metric=stereo))
+        watchers = [each for each in (shown, recording) if each is not None]
+        report = _process(bag, cameras, front_end, writer, wanted, trajectory, watchers)
         if not report.latencies:
             topics = " and ".join(camera.image for camera in cameras)
             why = [report.first_rejection, *report.faults, "the bag declares them, but none can be read"]
@@ -107,7 +120,9 @@ def replay(
                 f"be used: {next(filter(None, why))}"
             )
         if shown is not None and page_file is not None:
-            shown.write(page_file, f"Matches of {bag.name}", report.rows(), report.faults)
+            shown.write(page_file, title, report.rows(), report.faults)
+        if recording is not None:
+            recording.finish(report.rows(), report.faults)
     return report
 
 
@@ -129,7 +144,7 @@ def _process(
     writer: BagWriter,
     wanted: set[str],
     trajectory: Trajectory | None,
-    page: HtmlReport | None,
+    watchers: Sequence[HtmlReport | RerunRecording],
 ) -> Report:
     report = Report(cameras)
     recorded: list[int] = []
@@ -178,8 +193,8 @@ def _process(
                     trajectory.add(result.frame, result.pair)
                 milliseconds = (time.perf_counter() - begun) * 1e3
                 report.processed(result, milliseconds)
-                if page is not None:
-                    page.add(result, milliseconds)
+                for watcher in watchers:
+                    watcher.add(result, milliseconds)
 
     started = time.perf_counter()
     # disable=None: no bar where stderr is no terminal

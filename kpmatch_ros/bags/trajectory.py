@@ -33,6 +33,11 @@ class Trajectory:
         """(3,) of the last camera whose pose is known, in the world."""
         return self._last[1]
 
+    @property
+    def pose(self) -> tuple[Rotation, np.ndarray]:
+        """Rotation and position (3,) of that camera: x_world = rotation x_camera + position."""
+        return self._last
+
     def add(self, frame: Frame, pair: Pair | None) -> None:
         """The next frame, and its pair with the reference."""
         if pair is None:

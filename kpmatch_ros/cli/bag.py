@@ -67,6 +67,12 @@ def add_bag(commands: Any) -> None:
         help="also write a page that any browser opens: trajectory, figures per frame, pictures of the matches (needs "
         "plotly)",
     )
+    parser.add_argument(
+        "--rerun",
+        metavar="FILE.rrd",
+        type=Path,
+        help="also write the same for the Rerun viewer (needs rerun-sdk)",
+    )
     parser.add_argument("--landmarks", action="store_true", help="in stereo, also write /landmarks: points in metres")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     add_replay_options(parser)
@@ -118,7 +124,8 @@ def _bag(options: argparse.Namespace) -> int:
         cameras = choose_cameras(source, parameters.mode, chosen_topics(options, parameters))
         report = replay(
             source, options.target, cameras, parameters, poses=options.poses, page=options.report,
-            features=options.features, match_image=options.match_image, landmarks=options.landmarks,
+            rerun=options.rerun, features=options.features, match_image=options.match_image,
+            landmarks=options.landmarks,
         )  # fmt: skip
     except BagError as error:
         raise CommandError(str(error)) from error
