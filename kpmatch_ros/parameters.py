@@ -334,6 +334,13 @@ class Parameters:
         "TF already",
     )
     autostart: bool = _parameter(True, "configure and activate the node when it starts")
+    bond_heartbeat_period: float = _parameter(
+        0.1,
+        "without autostart: time between heartbeats for nav2's lifecycle manager, if bondpy is installed; 0 sends none",
+        unit="seconds",
+        minimum=0.0,
+        maximum=4.0,
+    )
 
     def __post_init__(self) -> None:
         for declaration in declarations():

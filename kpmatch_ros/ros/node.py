@@ -30,6 +30,7 @@ from kpmatch_ros.pipeline import Pipeline, check_odometry
 from kpmatch_ros.ros.diagnostics import Condition, Diagnostics, LoggingMonitor, log_weights
 from kpmatch_ros.ros.inbox import Inbox
 from kpmatch_ros.ros.inputs import Inputs
+from kpmatch_ros.ros.manager_bond import ManagerBond
 from kpmatch_ros.ros.match_service import MatchRequest, MatchService
 from kpmatch_ros.ros.monitor import Problem
 from kpmatch_ros.ros.outputs import Outputs
@@ -91,6 +92,7 @@ class MatcherNode(LifecycleNode):
         self._inbox: Inbox[_Received, MatchRequest] | None = None
         self._reset_service: Any = None
         self._match_service: MatchService | None = None
+        self._bond = ManagerBond(self)
 
         self._diagnostics = Diagnostics(self, self.monitor, self._condition)
         # Wall time: diagnostics go on while a bag's clock stands still.
@@ -155,6 +157,8 @@ class MatcherNode(LifecycleNode):
         self._inference.submit(self._process_frames, self._inbox, self._pipeline)
         self._inputs.subscribe()
         self._state = "active"
+        if not self._parameters_in_force.autostart:  # a node that starts itself has no manager
+            self._bond.form(self._parameters_in_force.bond_heartbeat_period)
         self.get_logger().info(f"active: waiting for images on {' and '.join(self._inputs.topics)}")
         return TransitionCallbackReturn.SUCCESS
 
@@ -162,6 +166,7 @@ class MatcherNode(LifecycleNode):
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Unsubscribe, let the frame at hand finish, and give the memory back that only frames need."""
         assert self._pipeline is not None
+        self._bond.release()
         self._stop_processing()
         self._pipeline.restart()
         release_memory()
@@ -193,6 +198,7 @@ class MatcherNode(LifecycleNode):
 
     def _release(self, patience: float | None = None) -> None:
         """Let go of the networks and the topics; ``patience`` in seconds limits the wait for the frame at hand."""
+        self._bond.release()
         self._stop_processing(patience)
         if self._inference is not None:
             self._inference.shutdown(wait=patience is None)

@@ -1,0 +1,152 @@
+"""The bond for nav2's lifecycle manager: with a stand-in for bondpy, and where it is installed with the real one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lifecycle_msgs.srv import ChangeState
+from std_msgs.msg import String
+
+from kpmatch_ros.ros import manager_bond
+from kpmatch_ros.ros.manager_bond import ManagerBond
+from node_harness import NodeUnderTest, running_node
+
+SMALL = {"max_keypoints": 64, "matcher": "nearest"}
+# As bondpy's Bond is called, but for the messages, whose package is bond's own.
+STAND_IN = """
+from std_msgs.msg import String
+
+class Bond:
+    def __init__(self, node, topic, bond_id, on_broken=None, on_formed=None):
+        self.node, self.id = node, bond_id
+        self.sub = node.create_subscription(String, "bond_of_the_manager", lambda message: None, 1)
+        self.pub = node.create_publisher(String, topic, 10)
+
+    def set_heartbeat_period(self, period):
+        self.period = period
+
+    def set_heartbeat_timeout(self, timeout):
+        self.timeout = timeout
+
+    def start(self):
+        self.timer = self.node.create_timer(self.period, lambda: self.say("alive"))
+
+    def say(self, what):
+        self.pub.publish(String(data=f"{self.id} {what} {self.timeout}"))
+
+    def shutdown(self):
+        self.timer.cancel()
+        self.say("dead")
+        self.sub.destroy()
+"""
+
+
+def change(node: NodeUnderTest, transition: str) -> None:
+    """What a lifecycle manager asks of the node."""
+    client = node.node.create_client(ChangeState, "matcher/change_state")
+    node.wait_for(client.service_is_ready, "the service change_state")
+    request = ChangeState.Request()
+    request.transition.label = transition
+    future = client.call_async(request)
+    node.wait_for(future.done, transition)
+    assert future.result().success, node.log
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the node find a bondpy of its own."""
+    package = tmp_path / "modules" / "bondpy"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "bondpy.py").write_text(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")]))
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_managed_node_has_a_bond_under_its_name_while_it_is_active(tmp_path: Path) -> None:
+    with running_node(tmp_path, autostart=False, bond_heartbeat_period=0.05, **SMALL) as node:
+        heard: list[str] = []
+        node.subscribe(String, "bond", lambda message: heard.append(message.data))
+        node.wait_for(node.is_there, "the node")
+        change(node, "configure")
+        node.spin(0.3)
+        assert not heard
+        for _ in range(2):
+            change(node, "activate")
+            node.wait_for(lambda: len(heard) > 5, "heartbeats")
+            assert set(heard) == {"matcher alive 4.0"}
+            change(node, "deactivate")
+            node.wait_for(lambda: heard[-1] == "matcher dead 4.0", "the end of the bond")
+            heard.clear()
+            node.spin(0.3)
+            assert not heard
+        assert node.stop() == 0, node.log
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_node_that_starts_itself_has_none(tmp_path: Path) -> None:
+    with running_node(tmp_path, **SMALL) as node:
+        node.wait_until_connected()
+        assert not node.node.count_publishers("bond")
+
+
+class FakeNode:
+    """What a bond asks of its node."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def get_name(self) -> str:
+        return "matcher"
+
+    def get_logger(self) -> Any:
+        return SimpleNamespace(info=self.said.append)
+
+
+def test_without_bondpy_the_node_says_what_the_manager_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager_bond, "Bond", None)
+    node = FakeNode()
+    bond = ManagerBond(node)
+    bond.form(0.1)
+    bond.release()
+    (said,) = node.said
+    assert "bondpy is not installed" in said and "bond_timeout: 0.0" in said
+
+
+def test_a_period_of_zero_makes_no_bond(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*values: Any, **named: Any) -> None:
+        raise AssertionError("a bond was made")
+
+    monkeypatch.setattr(manager_bond, "Bond", refuse)
+    ManagerBond(FakeNode()).form(0.0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bondpy") is None, reason="needs bondpy, which has no wheels")
+def test_a_manager_with_bondpy_forms_a_bond_and_notices_a_kill(tmp_path: Path) -> None:
+    from bondpy.bondpy import Bond
+
+    with running_node(tmp_path, autostart=False, **SMALL) as node:
+        node.wait_for(node.is_there, "the node")
+        change(node, "configure")
+        change(node, "activate")
+        told: list[str] = []
+        bond = Bond(node.node, "bond", "matcher", lambda: told.append("broken"), lambda: told.append("formed"))
+        bond.set_heartbeat_timeout(4.0)
+        bond.start()
+        node.wait_for(lambda: told == ["formed"], "the bond", 10)
+        node.spin(5.0)
+        assert told == ["formed"]
+        node.process.send_signal(signal.SIGKILL)
+        node.process.wait()
+        end = time.monotonic() + 8.0
+        while told == ["formed"] and time.monotonic() < end:
+            node.spin(0.1)
+        assert told == ["formed", "broken"]
+        bond.shutdown()
