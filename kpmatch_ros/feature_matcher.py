@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from kpmatch_ros.models.checkpoint import network_type
 from kpmatch_ros.models.detections import Detections
 from kpmatch_ros.models.export import ExportError
 from kpmatch_ros.models.onnx_backend import OnnxBackend
+from kpmatch_ros.models.onnx_providers import Wish
 from kpmatch_ros.parameters import ParameterError, Parameters
 
 __all__ = ["FeatureMatcher", "Features", "Matches"]
@@ -405,10 +407,15 @@ class FeatureMatcher:
         return loaded
 
     def _load_onnx(self) -> OnnxBackend:
+        names = dict.fromkeys(self.parameters.providers.replace(" ", "").split(","))
+        wish = Wish(list(names), half=self.parameters.precision == "float16", threads=torch.get_num_threads())
         try:
-            return OnnxBackend(self.extractor, self.matcher)
+            backend = OnnxBackend(self.extractor, self.matcher, wish)
         except ExportError as error:
             raise ParameterError(f"backend is 'onnxruntime', but {error}; or use the backend torch") from error
+        if backend.note:
+            warnings.warn(backend.note, RuntimeWarning, stacklevel=3)
+        return backend
 
 
 def _pruned_above(device: torch.device, dtype: torch.dtype) -> int:

@@ -121,6 +121,8 @@ PROFILES: Mapping[str, Mapping[str, Any]] = {
 }
 """What each profile chooses in place of the defaults, by the parameters' names."""
 
+_PROVIDER = "(tensorrt|cuda|openvino|cpu)"
+
 _CHOSEN = {name for chosen in PROFILES.values() for name in chosen}
 
 
@@ -149,9 +151,15 @@ class Parameters:
     )
     backend: str = _parameter(
         "torch",
-        "what runs the networks: torch, or onnxruntime, on the processor in float32 with all layers (SuperPoint with "
-        "LightGlue or SuperGlue; needs onnx and onnxruntime)",
+        "what runs the networks: torch, or onnxruntime, with all layers (SuperPoint with LightGlue or SuperGlue; needs "
+        "onnx and onnxruntime)",
         choices=("torch", "onnxruntime"),
+    )
+    providers: str = _parameter(
+        "cpu",
+        "with backend onnxruntime: what it runs the networks on, of tensorrt, cuda, openvino and cpu, with commas "
+        "between them and the one liked best first; what the installed onnxruntime lacks is left out, and said",
+        pattern=rf"{_PROVIDER}(, *{_PROVIDER})*",
     )
     device: str = _parameter(
         "auto",
@@ -349,7 +357,9 @@ class Parameters:
         if self.device == "cpu" and self.precision == "float16":
             raise ParameterError("precision float16 needs a GPU; with device cpu use float32, bfloat16 or auto")
         if self.backend == "onnxruntime":
-            for name, taken in (("device", ("auto", "cpu")), ("precision", ("auto", "float32"))):
+            # TensorRT alone is told to compute in another number format than the graphs'.
+            precisions = ("auto", "float32", *(["float16"] if "tensorrt" in self.providers else []))
+            for name, taken in (("device", ("auto", "cpu")), ("precision", precisions)):
                 if getattr(self, name) not in taken:
                     raise ParameterError(
                         f"{name} is {getattr(self, name)!r}, but backend onnxruntime takes {' or '.join(taken)}"

@@ -13,6 +13,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from test_lightglue_parity import SIZES as LIGHTGLUE_SIZES
+from test_superglue import COUNTS
+from test_superpoint import SIZES as SUPERPOINT_SIZES
 from torch import Tensor
 
 from kpmatch_ros.feature_matcher import FeatureMatcher
@@ -124,6 +127,31 @@ def test_graphs_match_images_as_the_networks_do(
     assert parity.score_difference < 1e-5
     assert parity.descriptor_difference < 1e-5
     assert parity.match_score_difference < 1e-3
+
+
+@pytest.mark.parametrize("sessions", ["dynamic"], indirect=True)
+@pytest.mark.parametrize(("height", "width"), list(dict.fromkeys([*SUPERPOINT_SIZES, *LIGHTGLUE_SIZES])))
+def test_the_dense_part_is_equal_at_the_sizes_compared_with_transformers(
+    sessions: tuple[Session, Session, bool], extractor: SuperPoint, texture: Any, height: int, width: int
+) -> None:
+    image = torch.from_numpy(texture(height, width, 7)).float()[None, None] / 255
+    for found, expected in zip(sessions[0](image), extractor.dense(image)):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("sessions", ["dynamic"], indirect=True)
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_matches_are_equal_at_the_numbers_of_points_compared_with_transformers(
+    sessions: tuple[Session, Session, bool], matcher: Matcher, counts: tuple[int, int]
+) -> None:
+    image0, image1 = pair(matcher, *counts)
+    expected = matcher(image0, image1)
+    assert (expected.matches0 >= 0).sum() > min(counts) / 4 or min(counts) == 1
+    found = sessions[1](*inputs(matcher, image0), *inputs(matcher, image1))
+    assert (found[0] == expected.matches0).float().mean() >= 0.99
+    assert (found[1] == expected.matches1).float().mean() >= 0.99
+    torch.testing.assert_close(found[2], expected.scores0, atol=1e-3, rtol=0)
+    torch.testing.assert_close(found[3], expected.scores1, atol=1e-3, rtol=0)
 
 
 def test_padding_plays_no_part(sessions: tuple[Session, Session, bool], matcher: Matcher) -> None:

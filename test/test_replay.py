@@ -131,6 +131,39 @@ def test_poses_of_a_camera_walk_agree_with_the_truth(tmp_path: Path, demo_bag: P
     assert np.median(direction_errors) < 0.5, direction_errors
 
 
+def test_onnxruntime_replays_the_matches_of_pytorch(tmp_path: Path, demo_bag: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    runs = []
+    options: dict[str, Any] = {"precision": "float32", "depth_confidence": -1.0, "width_confidence": -1.0}
+    for backend in ("torch", "onnxruntime"):
+        (tmp_path / backend).mkdir()
+        node = run(
+            tmp_path / backend,
+            demo_bag,
+            "/camera/image_raw",
+            "/camera/camera_info",
+            backend=backend,
+            providers="tensorrt,cpu",
+            device="cpu",
+            refine=False,
+            resize=320,
+            max_keypoints=256,
+            **options,
+        )
+        check_messages(node)
+        rows = [
+            (i, *np.float32([*m.reference_points[2 * k : 2 * k + 2], *m.points[2 * k : 2 * k + 2]]).round(2).tolist())
+            for i, m in enumerate(node.matches)
+            for k in range(len(m.scores))
+        ]
+        runs.append(set(rows))
+    assert "tensorrt (not built in); it runs on cpu" in node.figures()["onnxruntime"]
+    assert "tensorrt (not built in); it runs on cpu" in node.log
+    assert len(runs[0]) > 500
+    assert len(runs[0] & runs[1]) >= 0.99 * len(runs[0] | runs[1])
+
+
 def test_a_replay_of_every_frame_gives_the_same_messages_every_time(tmp_path: Path, demo_bag: Path) -> None:
     def content(node: NodeUnderTest) -> list[str]:
         for matches in node.matches:

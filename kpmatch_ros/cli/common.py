@@ -39,6 +39,7 @@ MATCHING_OPTIONS = (
     "extractor",
     "matcher",
     "backend",
+    "providers",
     "device",
     "precision",
     "threads",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from kpmatch_ros.models.assignment import Assignment, ImageFeatures
 from kpmatch_ros.models.detections import Detections
 from kpmatch_ros.models.export import ExportError, Graph
 from kpmatch_ros.models.lightglue import LightGlue
+from kpmatch_ros.models.onnx_providers import ON_PROCESSOR, Wish
 from kpmatch_ros.models.superglue import SuperGlue
 from kpmatch_ros.models.superpoint import SuperPoint
 
@@ -57,17 +57,23 @@ class Parity:
 
 
 class Session:
-    """A graph in ONNX Runtime, on the processor.
+    """A graph in ONNX Runtime.
 
     Args:
         file: the graph.
         graph: what it takes and gives.
+        wish: what it is to run on.
+
+    Attributes:
+        graph: the same.
+        providers: what it runs on, of those wished for, in their order.
 
     Raises:
         RuntimeMissing: ONNX Runtime is not installed.
+        ExportError: it has nothing of what was wished for.
     """
 
-    def __init__(self, file: Path, graph: Graph) -> None:
+    def __init__(self, file: Path, graph: Graph, wish: Wish = ON_PROCESSOR) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -77,18 +83,21 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        self._graph = graph
-        self._session: Any = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.graph = graph
+        self._session = wish.start(
+            lambda providers: onnxruntime.InferenceSession(str(file), options, providers=providers), file, graph
+        )
+        self.providers = wish.started(self._session)
 
     def takes(self, name: str) -> bool:
         """Whether it has an input of this name."""
-        return any(port.name == name for port in self._graph.inputs)
+        return any(port.name == name for port in self.graph.inputs)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the graph; inputs and outputs in its order."""
         arrays = {
             port.name: np.ascontiguousarray(tensor.numpy(), dtype=port.dtype)
-            for port, tensor in zip(self._graph.inputs, tensors)
+            for port, tensor in zip(self.graph.inputs, tensors)
         }
         return tuple(map(torch.from_numpy, self._session.run(None, arrays)))
 

@@ -1,4 +1,4 @@
-"""The networks in ONNX Runtime instead of PyTorch, on the processor."""
+"""The networks in ONNX Runtime instead of PyTorch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from kpmatch_ros.models.assignment import Assignment, ImageFeatures, common_mask
 from kpmatch_ros.models.export import check_exportable, export_extractor, export_matcher
 from kpmatch_ros.models.export_check import Session
 from kpmatch_ros.models.lightglue import LightGlue
+from kpmatch_ros.models.onnx_providers import ON_PROCESSOR, Wish, in_range
 from kpmatch_ros.models.superglue import SuperGlue
 from kpmatch_ros.models.superpoint import CELL, SuperPoint
 
@@ -30,12 +31,17 @@ class OnnxBackend:
     Args:
         extractor: a SuperPoint.
         matcher: a LightGlue or SuperGlue.
+        wish: what they are to run on.
+
+    Attributes:
+        providers: what they run on, as :class:`Wish` names it, the one that is asked first in front.
+        note: one sentence on what was wished for and is missing; empty where nothing is.
 
     Raises:
-        ExportError: they are others, or onnx or ONNX Runtime is not installed.
+        ExportError: they are others, onnx or ONNX Runtime is not installed, or it has nothing of what was wished for.
     """
 
-    def __init__(self, extractor: nn.Module, matcher: nn.Module) -> None:
+    def __init__(self, extractor: nn.Module, matcher: nn.Module, wish: Wish = ON_PROCESSOR) -> None:
         check_exportable(extractor, matcher)
         assert isinstance(extractor, SuperPoint) and isinstance(matcher, (LightGlue, SuperGlue))
         # The threshold may change while the node runs, so the graph has none.
@@ -44,21 +50,29 @@ class OnnxBackend:
         size, keypoints = _TRACED
         with tempfile.TemporaryDirectory(prefix="kpmatch_onnx_") as folder:
             files = Path(folder, "extractor.onnx"), Path(folder, "matcher.onnx")
-            self._dense = Session(files[0], export_extractor(extractor, files[0], size, dynamic=True))
-            self._match = Session(files[1], export_matcher(every_match, files[1], keypoints, dynamic=True))
+            self._dense = Session(files[0], export_extractor(extractor, files[0], size, dynamic=True), wish)
+            self._match = Session(files[1], export_matcher(every_match, files[1], keypoints, dynamic=True), wish)
+        self.providers = self._match.providers
+        self.note = wish.explain(self.providers)
 
     def run(self, network: nn.Module, *inputs: Any) -> Any:
         """What ``network(*inputs)`` gives, for one of the two networks, or another of the same weights."""
         if isinstance(network, SuperPoint):
             image, *allowed = inputs
-            if min(image.shape[2:]) < CELL:
+            if min(image.shape[2:]) < CELL or not self._takes(B=len(image), H=image.shape[2], W=image.shape[3]):
                 return network(*inputs)
             scores, descriptors = self._dense(image)
             return network.select(scores, descriptors, *allowed)
         assert isinstance(network, (LightGlue, SuperGlue))
         layers = network.transformer_layers if isinstance(network, LightGlue) else network.gnn.layers
         image0, image1 = inputs
+        if not self._takes(B=len(image0.keypoints), N0=image0.num_keypoints, N1=image1.num_keypoints):
+            return network(*inputs)
         return self._assignment(image0, image1, network.filter_threshold, len(layers))
+
+    def _takes(self, **numbers: int) -> bool:
+        """Whether the graphs are made for inputs of this size; for others PyTorch runs the network."""
+        return "tensorrt" not in self.providers or in_range(**numbers)
 
     def _assignment(self, image0: ImageFeatures, image1: ImageFeatures, threshold: float, layers: int) -> Assignment:
         count0, count1 = image0.num_keypoints, image1.num_keypoints

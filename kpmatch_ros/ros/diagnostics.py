@@ -133,7 +133,12 @@ def log_weights(logger: Any, matcher: FeatureMatcher) -> None:
         else:
             terms = "no network" if name == "nearest" else "licence unknown: see where it comes from"
         logger.info(f"{role} {name} ({terms})")
-    logger.info(f"on {matcher.device} in {_format_of(matcher)}")
+    if matcher.onnx is None:
+        logger.info(f"on {matcher.device} in {_format_of(matcher)}")
+        return
+    logger.info(f"in onnxruntime on {', '.join(matcher.onnx.providers)}")
+    if matcher.onnx.note:
+        logger.warning(matcher.onnx.note)
 
 
 def _assess(condition: Condition) -> tuple[bytes, str]:
@@ -167,6 +172,8 @@ def _resources(matcher: FeatureMatcher | None) -> dict[str, str]:
         values["repeated in float32"] = str(matcher.repeated_in_float32)
         values["extractor"] = matcher.parameters.extractor
         values["matcher"] = matcher.parameters.matcher
+        if matcher.onnx is not None:
+            values["onnxruntime"] = matcher.onnx.note or f"on {', '.join(matcher.onnx.providers)}"
         if matcher.device.type == "cuda":
             values["GPU"] = torch.cuda.get_device_name(matcher.device)
             values["GPU memory (MB)"] = f"{torch.cuda.memory_allocated(matcher.device) / 1e6:.0f}"
