@@ -20,7 +20,7 @@ from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, batch_is_small
 from kpmatch_ros.device import choose_device, choose_precision, processor_features
 from kpmatch_ros.images import ImageError
 from kpmatch_ros.masks import fit, shrink_or_enlarge
-from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint
+from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint, XFeat
 from kpmatch_ros.models.assignment import Assignment, ImageFeatures
 from kpmatch_ros.models.checkpoint import network_type
 from kpmatch_ros.models.detections import Detections
@@ -33,10 +33,10 @@ __all__ = ["FeatureMatcher", "Features", "Matches"]
 
 Array = Tensor | np.ndarray
 
-Extractor = SuperPoint | ALIKED | DISK
+Extractor = SuperPoint | ALIKED | DISK | XFeat
 Matcher = LightGlue | SuperGlue | NearestNeighbour
 
-_EXTRACTORS: dict[str, type[Extractor]] = {kind.MODEL_TYPE: kind for kind in (SuperPoint, ALIKED, DISK)}
+_EXTRACTORS: dict[str, type[Extractor]] = {kind.MODEL_TYPE: kind for kind in (SuperPoint, ALIKED, DISK, XFeat)}
 _MATCHERS: dict[str, type[LightGlue | SuperGlue]] = {kind.MODEL_TYPE: kind for kind in (LightGlue, SuperGlue)}
 
 LARGEST_IMAGE = 3840 * 2176  # pixels: SuperPoint's first layers take 6 GB of memory for it in float32
@@ -302,11 +302,10 @@ class FeatureMatcher:
     def _to_precision(self, network: Any) -> Any:
         # There oneDNN compiles the layers for each number of points, and keeps what it compiled.
         network.round_up = self.device.type == "cpu" and self.dtype == torch.bfloat16
-        if isinstance(network, (LightGlue, SuperGlue)):
-            return network.to_precision(self.dtype)
-        # Channels-last is how convolutions run fastest on processors and tensor cores alike.
-        network.to(memory_format=torch.channels_last)
-        return network.to_precision(self.dtype) if isinstance(network, SuperPoint) else network.to(self.dtype)
+        if not isinstance(network, (LightGlue, SuperGlue)):
+            # How convolutions run fastest on processors and tensor cores alike.
+            network.to(memory_format=torch.channels_last)
+        return network.to_precision(self.dtype)
 
     def _resize(self, pixels: np.ndarray) -> np.ndarray:
         """The image as the extractor sees it."""

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from kpmatch_ros.models.checkpoint import NETWORKS, network_type, network_types
 from kpmatch_ros.weights import WeightsError
 
-DETECTORS = ("superpoint", "aliked", "disk")
+DETECTORS = ("superpoint", "aliked", "disk", "xfeat")
 MATCHERS = ("lightglue", "superglue")
 
 
@@ -28,6 +28,9 @@ MATCHERS = ("lightglue", "superglue")
         (["descriptor_head.aggregation.weight"], ["aliked"]),
         (["unet.path_down.0.1.3.weight"], ["disk"]),
         (["unet.down.0.conv.weight"], ["disk"]),
+        (["heatmap_head.2.weight"], ["xfeat"]),
+        (["reliability_head.2.weight"], ["xfeat"]),
+        (["extractor.convPa.weight", "matcher.log_assignment.0.final_proj.weight"], ["lightglue"]),
         (["keypoint_detector.keypoint_decoder.conv_score_a.weight", "bin_score"], ["superglue", "superpoint"]),
         (
             ["keypoint_detector.net.unet.path_down.0.1.3.weight", "match_assignment_layers.0.final_projection.weight"],

@@ -15,12 +15,13 @@ from test_disk import random_tensors as disk_of_the_authors
 from test_lightglue import authors_names as lightglue_of_the_authors
 from test_superglue_weights import authors_file as superglue_of_the_authors
 from test_superpoint import authors_names as superpoint_of_the_authors
+from test_xfeat import random_tensors as xfeat_of_the_authors
 
-from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue, SuperPoint
+from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue, SuperPoint, XFeat
 from kpmatch_ros.models.convert import convert, describe
 from kpmatch_ros.weights import WeightsError
 
-NETWORKS: dict[str, Any] = {kind.MODEL_TYPE: kind for kind in (LightGlue, SuperGlue, SuperPoint, ALIKED, DISK)}
+NETWORKS: dict[str, Any] = {kind.MODEL_TYPE: kind for kind in (LightGlue, SuperGlue, SuperPoint, ALIKED, DISK, XFeat)}
 AuthorsFile = Callable[..., Path]
 
 
@@ -53,8 +54,10 @@ def authors_file(
             content = superglue_of_the_authors(glue.state_dict(), heads=4)
         elif model == "aliked":
             content = aliked_of_the_authors(0, torch.rand(3, 64, 96))
-        else:
+        elif model == "disk":
             content = {"extractor": disk_of_the_authors(0)}
+        else:
+            content = xfeat_of_the_authors(0)
         torch.save(content, path)
         return path
 
@@ -69,7 +72,7 @@ def assert_same(found: torch.nn.Module, expected: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("target", ["folder", "net.safetensors"])
-@pytest.mark.parametrize("model", ["superpoint", "aliked", "disk"])
+@pytest.mark.parametrize("model", ["superpoint", "aliked", "disk", "xfeat"])
 def test_an_extractor_keeps_its_weights_and_configuration(
     authors_file: AuthorsFile, tmp_path: Path, model: str, target: str
 ) -> None:
@@ -92,7 +95,13 @@ def test_a_matcher_alone_fits_a_file(authors_file: AuthorsFile, tmp_path: Path, 
 
 @pytest.mark.parametrize(
     ("matcher", "extractor"),
-    [("lightglue", "superpoint"), ("superglue", "superpoint"), ("lightglue", "aliked"), ("lightglue", "disk")],
+    [
+        ("lightglue", "superpoint"),
+        ("superglue", "superpoint"),
+        ("lightglue", "aliked"),
+        ("lightglue", "disk"),
+        ("lightglue", "xfeat"),
+    ],
 )
 def test_a_matcher_and_its_extractor_share_a_folder(
     authors_file: AuthorsFile, tmp_path: Path, matcher: str, extractor: str

@@ -27,7 +27,7 @@ from kpmatch_ros import FeatureMatcher, Features, Matches, Parameters
 from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, Imitation, rounded_up
 from kpmatch_ros.device import is_out_of_memory, release_memory
 from kpmatch_ros.front_end import FrontEnd
-from kpmatch_ros.models import ALIKED, DISK, SuperPoint
+from kpmatch_ros.models import ALIKED, DISK, SuperPoint, XFeat
 
 Image = NDArray[np.uint8]
 Make = Callable[..., FeatureMatcher]
@@ -154,7 +154,7 @@ def test_it_finds_what_the_processor_finds(views: Any, way: tuple[str, str]) -> 
     assert share_in_common(again, matches) > 0.99
 
 
-@pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK])
+@pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK, XFeat])
 def test_extractors_find_what_they_find_on_the_processor(
     kind: Any, way: tuple[str, str], picture: Callable[..., Tensor]
 ) -> None:
@@ -165,8 +165,7 @@ def test_extractors_find_what_they_find_on_the_processor(
     expected = model(image)
     moved = model.to(way[0])
     dtype = getattr(torch, way[1])
-    moved = moved.to_precision(dtype) if isinstance(moved, SuperPoint) else moved.to(dtype)
-    found = graphs_for(torch.device(way[0])).run(moved, image.to(way[0]))
+    found = graphs_for(torch.device(way[0])).run(moved.to_precision(dtype), image.to(way[0]))
     assert found.mask.all() and torch.isfinite(found.descriptors).all()
     near = torch.cdist(found.keypoints.float().cpu(), expected.keypoints).amin(dim=2) < 1.5
     # Random weights give scores that differ little. Half precision, and the TensorFloat-32 of a GPU's convolutions,
@@ -189,7 +188,7 @@ def test_matchers_match_as_on_the_processor(make: Make, film: list[Image], way: 
 # Recordings give what the networks give
 
 
-@pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK])
+@pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK, XFeat])
 def test_recorded_extractors_find_the_same(kind: Any, device: torch.device, picture: Callable[..., Tensor]) -> None:
     model = enliven(kind(max_keypoints=60, keypoint_threshold=-1e30 if kind is DISK else 0.0), seed=1).to(device)
     graphs = graphs_for(device)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kpmatch_ros import FeatureMatcher, Parameters
 from kpmatch_ros.cuda_graphs import CudaGraphs, Imitation
-from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint
+from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint, XFeat
 from kpmatch_ros.models.assignment import ImageFeatures
 from kpmatch_ros.models.lightglue import Points
 
@@ -35,14 +35,14 @@ def features(padded: bool) -> ImageFeatures:
     )
 
 
-def inputs(kind: type[SuperPoint | ALIKED | DISK], batch: int, masked: bool) -> list[Tensor]:
+def inputs(kind: type[SuperPoint | ALIKED | DISK | XFeat], batch: int, masked: bool) -> list[Tensor]:
     """What an extractor takes."""
     masks = [torch.ones(batch, 96, 128, dtype=torch.bool, device=META)] if masked else []
     return [torch.zeros(batch, kind.CHANNELS, 96, 128, device=META), *masks]
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK])
+@pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK, XFeat])
 def test_finding_and_describing_keypoints_asks_for_nothing(kind: Any, masked: bool) -> None:
     extractor = kind(max_keypoints=POINTS).to(META)
     found = extractor(*inputs(kind, 2, masked))
@@ -98,7 +98,7 @@ def nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("nothing_from_the_host")
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK])
+@pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK, XFeat])
 def test_extractors_can_be_recorded(kind: Any, masked: bool) -> None:
     found = CudaGraphs(Imitation()).run(kind(max_keypoints=50).to(META), *inputs(kind, 1, masked))
     assert found.keypoints.shape == (1, 50, 2)

@@ -19,7 +19,7 @@ from kpmatch_ros.cuda_graphs import CudaGraphs, Imitation
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose, relative_motion
 from kpmatch_ros.masks import fit
-from kpmatch_ros.models import ALIKED, DISK, SuperPoint
+from kpmatch_ros.models import ALIKED, DISK, SuperPoint, XFeat
 from simulation import Scene, camera_path, demo_camera
 
 Image = NDArray[np.uint8]
@@ -56,7 +56,7 @@ def matcher() -> FeatureMatcher:
 # Extractors
 
 
-@pytest.fixture(params=["superpoint", "superpoint subpixel", "aliked", "disk"])
+@pytest.fixture(params=["superpoint", "superpoint subpixel", "aliked", "disk", "xfeat"])
 def extractor(request: pytest.FixtureRequest, small_superpoint: dict[str, Any], randomise_superpoint: Any) -> Any:
     """Every kind, with random weights that find keypoints everywhere."""
     torch.manual_seed(0)
@@ -64,6 +64,8 @@ def extractor(request: pytest.FixtureRequest, small_superpoint: dict[str, Any], 
         return ALIKED(keypoint_threshold=0.0)
     if request.param == "disk":
         return DISK(keypoint_threshold=-1e3)
+    if request.param == "xfeat":
+        return XFeat(keypoint_threshold=0.0)
     found = SuperPoint(**{**small_superpoint, "subpixel": request.param != "superpoint"})
     randomise_superpoint(found, 0)
     return found

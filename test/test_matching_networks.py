@@ -1,4 +1,4 @@
-"""Every kind of extractor and matcher behind the one interface: SuperGlue, ALIKED, DISK, nearest neighbours."""
+"""Every kind of extractor and matcher behind the one interface: SuperGlue, ALIKED, DISK, XFeat, nearest neighbours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from kpmatch_ros import FeatureMatcher, Features, Matches
-from kpmatch_ros.models import ALIKED, DISK, SuperGlue
+from kpmatch_ros.models import ALIKED, DISK, SuperGlue, XFeat
 
 Image = NDArray[np.uint8]
 
@@ -64,11 +64,11 @@ def test_superglue_matches_cached_features_as_lightglue_does(random_folder: Call
 
 @pytest.fixture(scope="module")
 def colour_extractor(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """colour_extractor(name): a folder with a random ALIKED or DISK."""
+    """colour_extractor(name): a folder with a random ALIKED, DISK or XFeat."""
 
     def make(name: str) -> Path:
         torch.manual_seed(0)
-        model = {"aliked": ALIKED, "disk": DISK}[name]()
+        model = {"aliked": ALIKED, "disk": DISK, "xfeat": XFeat}[name]()
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 torch.nn.init.kaiming_normal_(parameter)
@@ -81,7 +81,7 @@ def colour_extractor(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
     return make
 
 
-@pytest.mark.parametrize(("name", "resolution"), [("aliked", 0.0), ("disk", 1.0)])
+@pytest.mark.parametrize(("name", "resolution"), [("aliked", 0.0), ("disk", 1.0), ("xfeat", 1.0)])
 def test_extractors_that_see_colour_get_it_however_it_lies_in_memory(
     colour_extractor: Callable[[str], Path], colour: Image, name: str, resolution: float
 ) -> None:

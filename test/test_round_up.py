@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from kpmatch_ros import FeatureMatcher
 from kpmatch_ros.device import processor_features
-from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue
+from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue, XFeat
 from kpmatch_ros.models.assignment import ImageFeatures
 from kpmatch_ros.models.base import rounded_up
 
@@ -103,8 +103,8 @@ def test_padded_batches_match_as_before(lightglue: Callable[..., LightGlue]) -> 
     assert torch.equal(model(*together).matches0, expected.matches0)
 
 
-@pytest.mark.parametrize("kind", [ALIKED, DISK])
-def test_extractors_find_the_same(kind: type[ALIKED | DISK], texture: Any) -> None:
+@pytest.mark.parametrize("kind", [ALIKED, DISK, XFeat])
+def test_extractors_find_the_same(kind: type[ALIKED | DISK | XFeat], texture: Any) -> None:
     torch.manual_seed(0)
     model = kind()
     for parameter in model.parameters():

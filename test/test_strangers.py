@@ -19,7 +19,7 @@ from bag_harness import QUICK, refused
 from safetensors.torch import load_file, save_file
 
 from kpmatch_ros import FeatureMatcher
-from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue, SuperPoint
+from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue, SuperPoint, XFeat
 from kpmatch_ros.parameter_file import read_parameter_file
 from kpmatch_ros.parameters import ParameterError
 from kpmatch_ros.weights import WeightsError, resolve
@@ -84,7 +84,7 @@ def test_a_superglue_of_a_hundred_thousand_layers_is_refused(random_folder: Any,
         SuperGlue.from_pretrained(source)
 
 
-@pytest.mark.parametrize("kind", [ALIKED, DISK])
+@pytest.mark.parametrize("kind", [ALIKED, DISK, XFeat])
 def test_an_extractor_of_an_impossible_radius_is_refused(kind: Any) -> None:
     with pytest.raises(WeightsError, match="nms_radius is -5; it must be from 0 to 64"):
         kind(nms_radius=-5)

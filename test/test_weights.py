@@ -57,7 +57,7 @@ def test_registered_weights_say_where_they_come_from_and_what_one_may_do(item: W
     assert len(item.sha256) == (0 if isinstance(item.source, Hub) else 64)
     assert set(item.networks) <= set(NETWORKS)
     if item.extractor:
-        assert REGISTRY[item.extractor].model in ("superpoint", "aliked", "disk")
+        assert REGISTRY[item.extractor].model in ("superpoint", "aliked", "disk", "xfeat")
         assert item.commercial <= REGISTRY[item.extractor].commercial
 
 

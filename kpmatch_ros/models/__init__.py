@@ -8,6 +8,7 @@ from kpmatch_ros.models.lightglue import LightGlue
 from kpmatch_ros.models.nearest import NearestNeighbour
 from kpmatch_ros.models.superglue import SuperGlue
 from kpmatch_ros.models.superpoint import SuperPoint
+from kpmatch_ros.models.xfeat import XFeat
 
 __all__ = [
     "ALIKED",
@@ -19,5 +20,6 @@ __all__ = [
     "SuperGlue",
     "SuperPoint",
     "Trace",
+    "XFeat",
     "trace",
 ]

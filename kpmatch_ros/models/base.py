@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import nn
 
 from kpmatch_ros.models.checkpoint import Checkpoint, build
@@ -101,3 +102,7 @@ class Extractor(PretrainedNetwork):
         self.max_keypoints: int = self.config["max_keypoints"]
         self.nms_radius: int = self.config["nms_radius"]
         self.border: int = self.config["border_removal_distance"]
+
+    def to_precision(self: Self, dtype: torch.dtype) -> Self:
+        """Convert the weights, or as many of them as bear it."""
+        return self.to(dtype)

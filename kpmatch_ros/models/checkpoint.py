@@ -29,6 +29,7 @@ _MARKS = {
     "superpoint": ("convPa.weight", "keypoint_decoder.conv_score_a.weight"),
     "aliked": ("desc_head.agg_weights", "descriptor_head.aggregation.weight"),
     "disk": ("unet.path_down.0.1.3.weight", "unet.down.0.conv.weight"),
+    "xfeat": ("heatmap_head.2.weight", "reliability_head.2.weight"),
 }
 NETWORKS = tuple(_MARKS)
 CONFIG_KEY = "kpmatch_config"  # of the header of a .safetensors file, which has no place for a configuration otherwise
@@ -81,7 +82,7 @@ def network_types(names: Iterable[str]) -> list[str]:
     names = list(names)
     found = []
     for kind, marks in _MARKS.items():
-        pattern = re.compile(rf"(keypoint_detector\.(\w+\.)*)?({'|'.join(map(re.escape, marks))})")
+        pattern = re.compile(rf"(matcher\.|keypoint_detector\.(\w+\.)*)?({'|'.join(map(re.escape, marks))})")
         if any(pattern.fullmatch(name) for name in names):
             found.append(kind)
     return found

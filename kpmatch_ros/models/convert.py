@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kpmatch_ros import weights
-from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue, SuperPoint
+from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue, SuperPoint, XFeat
 from kpmatch_ros.models.checkpoint import (
     CONFIG_KEY,
     Checkpoint,
@@ -29,7 +29,7 @@ from kpmatch_ros.weights import WeightsError
 
 __all__ = ["Network", "convert", "describe"]
 
-_KINDS: dict[str, Any] = {kind.MODEL_TYPE: kind for kind in (LightGlue, SuperGlue, SuperPoint, ALIKED, DISK)}
+_KINDS: dict[str, Any] = {kind.MODEL_TYPE: kind for kind in (LightGlue, SuperGlue, SuperPoint, ALIKED, DISK, XFeat)}
 _MATCHERS = ("lightglue", "superglue")
 # Of those that `transformers` has.
 _ARCHITECTURES = {

@@ -54,20 +54,20 @@ def vector(x: float, y: float, like: Tensor) -> Tensor:
     return torch.stack([like.new_full((), x), like.new_full((), y)])
 
 
-def suppress_non_maxima(scores: Tensor, radius: int) -> Tensor:
+def suppress_non_maxima(scores: Tensor, radius: int, again: int = 2) -> Tensor:
     """Set all scores to zero but those that are the largest within ``radius`` pixels in x and y.
-
-    As in the authors' code, two more rounds look for maxima among the pixels that the first ones did not suppress.
 
     Args:
         scores: (B, H, W) float32.
         radius: pixels; 0 keeps all scores.
+        again: how often to look once more, for maxima among the pixels that those found so far do not suppress; twice
+            in the code of SuperPoint's authors.
     """
 
     if radius == 0:
         return scores
     maxima = scores == _largest_nearby(scores, radius)
-    for _ in range(2):
+    for _ in range(again):
         suppressed = _largest_nearby(maxima.view(torch.uint8), radius).view(torch.bool)
         remaining = scores.masked_fill(suppressed, 0)
         maxima |= (remaining == _largest_nearby(remaining, radius)) & ~suppressed

@@ -106,6 +106,10 @@ class LightGlue(PretrainedNetwork):
     def prepare(cls, checkpoint: Checkpoint) -> Checkpoint:
         """Translate a checkpoint of either family into this module's configuration and parameter names."""
         config = dict(checkpoint.config)
+        if "matcher.log_assignment.0.final_proj.weight" in checkpoint.tensors:
+            # A file of cvg/glue-factory, as LighterGlue's, holds the extractor too.
+            own = {k.removeprefix("matcher."): v for k, v in checkpoint.tensors.items() if k.startswith("matcher.")}
+            checkpoint = replace(checkpoint, tensors=own)
         if "log_assignment.0.final_proj.weight" in checkpoint.tensors:
             config, tensors = _from_authors(checkpoint)
         else:

