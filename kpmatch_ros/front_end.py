@@ -416,8 +416,11 @@ class FrontEnd:
         else:
             points1 = links.points
             right_points1 = right1.beside(links.indices[:, 1], points1)
+        sigmas = None  # the right points are found from the left ones where these are refined
+        if enough:
+            sigmas = links.sigmas if self.parameters.refine else np.ones(len(points1))
         return estimate_stereo_motion(
-            points0, right_points0, points1, right_points1, right0.camera, right1.camera, **options
+            points0, right_points0, points1, right_points1, right0.camera, right1.camera, sigmas=sigmas, **options
         )
 
     def _motion_prior(self, reference: Frame, current: Frame) -> Motion | None:

@@ -90,8 +90,19 @@ class StereoPoints:
         return np.asarray(_quadratic(self.information, shift) < inlier_threshold**2)
 
     @classmethod
-    def of(cls, left: np.ndarray, right: np.ndarray, camera: StereoCamera) -> StereoPoints:
-        """Of the pixels (n, 2) of the same points in both images; NaN in the right one where there is no match."""
+    def of(
+        cls, left: np.ndarray, right: np.ndarray, camera: StereoCamera, shared: np.ndarray | None = None
+    ) -> StereoPoints:
+        """Of the same points in both images.
+
+        Args:
+            left: (n, 2) pixels in the left image.
+            right: (n, 2) pixels in the right image; NaN where there is no match.
+            camera: the calibration.
+            shared: (n,) standard deviations of the left pixels, where the right ones were found from these: they show
+                what is at the left pixel, its error included, and err by one pixel besides. Where not given, both err
+                by one pixel, independently.
+        """
         rays0, noise0, seen = _normalise(camera.left, left)
         rays1, noise1, matched = _normalise(camera.right, right)
         deep, turn, shift = seen & matched, camera.rotation, camera.translation
@@ -100,6 +111,8 @@ class StereoPoints:
         lines0, lines1 = essential.T @ rays1, essential @ rays0
         moved0, moved1 = _times(noise0, lines0), _times(noise1, lines1)
         variances = np.array([(lines0[:2] * moved0).sum(axis=0), (lines1[:2] * moved1).sum(axis=0)])
+        if shared is not None:  # the right one alone is off the line
+            moved0, variances[0] = np.zeros_like(moved0), 0.0
         variance = np.maximum(variances.sum(axis=0), TINY)
         away = np.where(deep, (rays1 * lines1).sum(axis=0) / variance, 0.0)
         original, offset = rays0[:2].copy(), away * moved1
@@ -116,7 +129,11 @@ class StereoPoints:
         inverse_noise = _inverse(noise1)
         weighted = np.array([_times(inverse_noise, column) for column in jacobian])
         information = np.einsum("idn,jdn->ijn", jacobian, weighted)
-        information[:2, :2] += _symmetric(_inverse(noise0))
+        if shared is None:
+            information[:2, :2] += _symmetric(_inverse(noise0))
+        else:  # an error of both moves the point, and leaves its depth
+            information[:2] = information[2, :2] = 0.0
+            information[:2, :2] = _symmetric(_inverse(noise0)) / (shared * shared)
         information[2, 2] += _WEAK
         found = cls(
             rays=original,

@@ -118,6 +118,7 @@ def estimate_stereo_motion(
     min_inliers: int = 15,
     keypoint_resolution: float = 1.0,
     independent_points: float = math.inf,
+    sigmas: np.ndarray | None = None,
 ) -> RelativePose:
     """Pose of the current left camera in the reference left camera's optical frame, in metres.
 
@@ -143,6 +144,8 @@ def estimate_stereo_motion(
             two_view.estimate_relative_pose. The covariance is no smaller than rounding allows.
         independent_points: how many points, at most, err independently of each other. With more points, the covariance
             is that of so many: more points on the same surfaces do not make the pose surer.
+        sigmas: (M,) standard deviations of the left points, in any unit, where the right points were found from these
+            and share their errors. Where not given, all points err alike and independently.
 
     Returns:
         The pose, or why there is none. With NO_TRANSLATION the covariance is that of the estimate whose translation
@@ -159,9 +162,10 @@ def estimate_stereo_motion(
     required = max(min_inliers, SMALLEST_SAMPLE)
     if camera0 is None or camera1 is None:
         return RelativePose.undefined(PoseStatus.NO_CALIBRATION, total)
+    shared = None if sigmas is None else _relative(sigmas, total)
     frames = [
-        _triangulate(pixels[0], pixels[1], camera0, inlier_threshold),
-        _triangulate(pixels[2], pixels[3], camera1, inlier_threshold),
+        _triangulate(pixels[0], pixels[1], camera0, inlier_threshold, shared),
+        _triangulate(pixels[2], pixels[3], camera1, inlier_threshold, shared),
     ]
     usable = frames[0].seen & frames[1].seen
     frames = [frame.select(np.flatnonzero(usable)) for frame in frames]
@@ -209,13 +213,15 @@ def estimate_stereo_motion(
 _Start = tuple[np.ndarray, np.ndarray]  # a rotation and a translation
 
 
-def _triangulate(left: np.ndarray, right: np.ndarray, camera: StereoCamera, inlier_threshold: float) -> StereoPoints:
+def _triangulate(
+    left: np.ndarray, right: np.ndarray, camera: StereoCamera, inlier_threshold: float, shared: np.ndarray | None
+) -> StereoPoints:
     """Without the depth of points that are off their epipolar lines or certainly behind the cameras.
 
     A point so far that the sign of its disparity is chance keeps it. Were those of one sign left out, the far points
     would seem nearer.
     """
-    points = StereoPoints.of(left, right, camera)
+    points = StereoPoints.of(left, right, camera, shared)
     front = (points.points[2] > 0) | points.is_distant(inlier_threshold)
     return points.without_depth(
         points.deep & ~(front & (points.distances(points.points).sum(axis=0) < inlier_threshold))
@@ -357,10 +363,13 @@ class _FramePair:
         """
         squares = fit.left.squares
         used = squares < fit.cutoffs
-        conditions, share = self.conditions[used], squares[used] / fit.cutoffs[used]
+        # Of the motion: how far matches are from their epipolar lines within a frame does not tell.
+        conditions, share = (self.conditions[used] + 1) // 2, squares[used] / fit.cutoffs[used]
+        moved = (fit.left.residuals[:, used] ** 2).sum(axis=0)
         freedom = max(int(conditions.sum()) - 6, 1)
-        spread = float(((1 - share) ** 4 * squares[used]).sum()) / freedom
-        curvature = float((conditions * (1 - share) ** 2 - 4 * share * (1 - share)).sum()) / max(conditions.sum(), 1)
+        spread = float(((1 - share) ** 4 * moved).sum()) / freedom
+        curvature = float((conditions * (1 - share) ** 2 - 4 * moved / fit.cutoffs[used] * (1 - share)).sum())
+        curvature /= max(conditions.sum(), 1)
         curvature = max(curvature, SMALLEST_CURVATURE)
         # Left and right image round the row of a point alike: two residuals are one, with twice the variance.
         rounding = resolution**2 / 6
@@ -449,6 +458,14 @@ def _search(pair: _FramePair, cameras: tuple[StereoCamera, StereoCamera], inlier
 def _cutoffs(conditions: np.ndarray, noise: float) -> np.ndarray:
     """Where Tukey's loss ends, squared pixels, for points with so many conditions."""
     return noise**2 * (TUKEY**2 + _TUKEY_STEP * (conditions - 1))
+
+
+def _relative(sigmas: np.ndarray, count: int) -> np.ndarray:
+    """Standard deviations (count,) in units of their median."""
+    sigmas = np.asarray(sigmas, dtype=np.float64)
+    if sigmas.shape != (count,) or not (sigmas > 0).all() or not np.isfinite(sigmas).all():
+        raise ValueError(f"sigmas must be {count} positive numbers, not {sigmas.shape} from {sigmas.min(initial=0)} up")
+    return np.asarray(sigmas / np.median(sigmas)) if count else sigmas
 
 
 def _as_points(points: np.ndarray) -> np.ndarray:

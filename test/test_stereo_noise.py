@@ -1,0 +1,62 @@
+"""Stereo points whose right pixels were found from the left ones: these share an error, and are not equally good."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import chi2
+from stereo_scenes import Scene, pair
+
+from kpmatch_ros.geometry.stereo_errors import StereoPoints
+from kpmatch_ros.geometry.stereo_motion import estimate_stereo_motion
+
+
+def errors(scene: Scene, trials: int, **options: object) -> np.ndarray:
+    """(trials, 2) errors of the translation, metres, and of the rotation, radians."""
+    found = [scene.error(scene.estimate(200, seed, **options)) for seed in range(trials)]
+    return np.array([(np.linalg.norm(error[:3]), np.linalg.norm(error[3:])) for error in found])
+
+
+@pytest.mark.parametrize("own", [0.1, 0.3], ids=["small own errors", "own errors as large"])
+def test_the_covariance_is_that_of_errors_that_left_and_right_share(own: float) -> None:
+    scene, trials, count = Scene(shared=0.2, own=own), 60, 200
+    low, high = chi2.ppf([0.001, 0.999], 6 * trials) / trials
+    values = scene.consistency(trials, count, sigmas=Scene.shares(count))
+    assert low < values.mean() < high
+    # Taken for independent, they make a covariance that is too small.
+    assert scene.consistency(trials, count).mean() > high
+
+
+def test_better_points_count_for_more() -> None:
+    scene, trials = Scene(shared=0.2, own=0.1), 30
+    alike = errors(scene, trials, sigmas=np.ones(200))
+    weighted = errors(scene, trials, sigmas=Scene.shares(200))
+    assert (np.sqrt((weighted**2).mean(axis=0)) < 0.9 * np.sqrt((alike**2).mean(axis=0))).all()
+
+
+def test_only_the_ratio_of_standard_deviations_counts() -> None:
+    scene = Scene(shared=0.2, own=0.1)
+    one, other = (scene.estimate(200, sigmas=factor * Scene.shares(200)) for factor in (0.01, 100.0))
+    np.testing.assert_allclose(one.translation, other.translation, atol=1e-12)
+    np.testing.assert_allclose(one.covariance, other.covariance, rtol=1e-9)
+
+
+def test_a_shared_error_moves_the_point_and_leaves_its_depth() -> None:
+    camera = pair()
+    (left, right, _, _), _ = Scene(unmatched=0.0).pixels(50, 0)
+    exact = StereoPoints.of(left, right, camera, np.ones(50))
+    moved = StereoPoints.of(left + (0.7, -0.4), right + (0.7, -0.4), camera, np.ones(50))
+    np.testing.assert_allclose(moved.points[2], exact.points[2], rtol=1e-6)
+    np.testing.assert_allclose(moved.squares, 0, atol=1e-12)
+    assert np.abs(exact.covariances[2, :2]).max() < 1e-12
+    # An error of the right pixel across the epipolar line is its own: the point is where the left one sees it.
+    apart = StereoPoints.of(left, right + (0.0, 0.5), camera, np.ones(50))
+    np.testing.assert_allclose(apart.points[:2], exact.points[:2], atol=1e-12)
+    np.testing.assert_allclose(np.sqrt(apart.squares), 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sigmas", [np.ones(19), np.zeros(20), np.full(20, np.nan), np.ones((20, 2))])
+def test_standard_deviations_that_are_none_are_refused(sigmas: np.ndarray) -> None:
+    images, _ = Scene().pixels(20, 0)
+    with pytest.raises(ValueError, match="sigmas must be 20 positive numbers"):
+        estimate_stereo_motion(*images, pair(), pair(), sigmas=sigmas)
