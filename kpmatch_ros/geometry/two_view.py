@@ -56,6 +56,9 @@ _SMALLEST_SCENE = 0.2
 _EXPLAINED = 0.6
 _CONTRADICTED = 0.5
 
+# Noise above the threshold spreads the residuals evenly up to it, as a standard deviation of 1.5 thresholds would. With
+# less than so many thresholds the noise is not above it.
+_SHARP = 0.3
 _COARSER = (3.0, 9.0)  # inlier thresholds that are tried where few matches agree
 _DEVIATIONS = 0.1 * 2.0 ** np.arange(7)  # standard deviations of the noise by which they are compared
 
@@ -254,9 +257,9 @@ def _check_noise(problem: _Problem, solution: _Solution) -> _Solution:
     agreed = (PoseStatus.OK, PoseStatus.AMBIGUOUS)
     if solution.motion is None or solution.inliers is None or solution.status not in agreed:
         return solution
-    if solution.inliers.mean() > MANY_WRONG:
-        return solution
     matches, threshold = problem.matches, problem.inlier_threshold
+    if solution.inliers.mean() > MANY_WRONG or _deviation(problem, matches, solution.motion) < _SHARP * threshold:
+        return solution
     anywhere = threshold / problem.chance  # where a wrong match is, around its epipolar line
     deviations = threshold * _DEVIATIONS[:, None]
 
