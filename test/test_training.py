@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from kpmatch_ros import FeatureMatcher
-from kpmatch_ros.models import LightGlue, SuperPoint
+from kpmatch_ros.models import ImageFeatures, LightGlue, SuperPoint
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = ROOT / "training"
@@ -24,8 +24,10 @@ if not TRAINING.is_dir():
     pytest.skip("training/ is not installed with the package", allow_module_level=True)
 sys.path.insert(0, str(TRAINING))
 
+import distil  # noqa: E402
 import export  # noqa: E402
 import lightglue_loss  # noqa: E402
+import loop  # noqa: E402
 import shards  # noqa: E402
 import superpoint_loss  # noqa: E402
 import train  # noqa: E402
@@ -352,29 +354,25 @@ def test_a_training_lowers_its_losses_and_what_it_writes_can_be_exported(folder:
     assert torch.equal(begun.state_dict()[f"{layer}.q_proj.bias"], glue["tensors"][f"{layer}.q_proj.bias"].float())
 
 
-def test_the_script_for_a_gpu_trains_both_from_tiny_shards(folder: Path, tmp_path: Path) -> None:
-    options = ["--size", "96", "64", "--batch", "1", "--device", "cpu", "--precision", "float32", "--networks", "fast"]
-    command = [
-        TRAINING / "gpu_run.sh",
-        "--minutes",
-        "0.1",
-        "--shards",
-        folder,
-        "--out",
-        tmp_path / "run",
-        "--",
-        *options,
-    ]
+@pytest.mark.parametrize(
+    ("stage", "more"), [("both", ["--networks", "fast"]), ("distil", ["--batches", "1", "--keypoints", "32"])]
+)
+def test_the_script_for_a_gpu_trains_both_from_tiny_shards(
+    folder: Path, tmp_path: Path, stage: str, more: list[str]
+) -> None:
+    options = ["--size", "96", "64", "--batch", "1", "--device", "cpu", "--precision", "float32", *more]
+    out = tmp_path / "run"
+    script = [TRAINING / "gpu_run.sh", "--minutes", "0.1", "--stage", stage, "--shards", folder, "--out", out]
     done = subprocess.run(
-        [str(part) for part in command],
+        [str(part) for part in [*script, "--", *options]],
         capture_output=True,
         text=True,
         timeout=240,
         env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr + done.stdout
-    assert (tmp_path / "run" / "points.weights.pt").exists()
-    assert (tmp_path / "run" / "matching.weights.pt").exists()
+    assert (out / "points.weights.pt").exists()
+    assert (out / "matching.weights.pt").exists()
 
 
 def test_the_script_for_a_gpu_says_what_it_needs(tmp_path: Path) -> None:
@@ -431,3 +429,82 @@ def test_what_is_exported_is_what_the_package_and_transformers_load(
 def test_what_does_not_belong_together_is_not_exported(tmp_path: Path, small_superpoint: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="descriptors have 64 numbers, and the LightGlue takes 128"):
         export.export(SuperPoint(**small_superpoint), LightGlue(input_dim=128), tmp_path)
+
+
+# --- distillation ---
+
+
+@pytest.fixture
+def teacher(small: None, tmp_path: Path, randomise_superpoint: Any, randomise_lightglue: Any) -> Path:
+    """A folder of a pair to learn from, of which the small networks have descriptors of the same size."""
+    superpoint, lightglue = SuperPoint(**train.SUPERPOINTS["full"]), LightGlue(**train.LIGHTGLUES["full"])
+    randomise_superpoint(superpoint, 1)
+    randomise_lightglue(lightglue, 1)
+    export.export(superpoint, lightglue, tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def distilled(folder: Path, teacher: Path, out: Path, kind: str, *options: str) -> dict[int, dict[str, float]]:
+    """Distil; the losses by step."""
+    common = ["--shards", folder, "--out", out, "--teacher", teacher, "--batch", 2, "--size", *SIZE, "--log-every", 1]
+    few = ["--batches", 3, "--watch-views", 1, "--keypoints", 128, "--layers", 1, "--device", "cpu"]
+    distil.main([kind, *map(str, common + few), "--precision", "float32", *options])
+    return steps([json.loads(line) for line in (out / f"{kind}.jsonl").read_text().splitlines()])
+
+
+def test_a_small_pair_learns_from_a_large_one_and_goes_on_where_it_was_stopped(
+    folder: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distil, "RATES", {"points": 5e-3, "matching": 5e-3})
+    whole = tmp_path / "whole"
+    points = distilled(folder, teacher, whole, "points", "--steps", "24")
+    for part in ("points", "descriptors", "contrast"):
+        losses = [figures[part] for figures in points.values()]
+        assert np.mean(losses[-6:]) < np.mean(losses[:6]) - 0.01
+    matching = distilled(folder, teacher, whole, "matching", "--steps", "16")
+    totals = [figures["total"] for figures in matching.values()]
+    assert np.mean(totals[-6:]) < np.mean(totals[:6])
+    parts = tmp_path / "parts"
+    distilled(folder, teacher, parts, "points", "--steps", "24", "--stop-after", "3")
+    again = distilled(folder, teacher, parts, "points", "--steps", "24", "--stop-after", "3")
+    for step in range(1, 7):
+        assert again[step] == pytest.approx(points[step], rel=1e-3, abs=2e-3)
+    superpoint, lightglue = export.read_trained(whole / "points.weights.pt", whole / "matching.weights.pt", "fast")
+    assert len(lightglue.transformer_layers) == 1
+    export.export(superpoint, lightglue, whole)
+
+
+def test_what_is_distilled_is_least_where_the_small_networks_say_what_the_large_ones_say(
+    small: None, folder: Path, randomise_superpoint: Any, randomise_lightglue: Any
+) -> None:
+    settings = loop.Settings(CPU, 2, SIZE, 0, None)
+    model, other = (SuperPoint(**train.SUPERPOINTS["full"]) for _ in range(2))
+    for seed, each in enumerate((model, other)):
+        randomise_superpoint(each, seed)
+    taught = distil.teach(model, views.load(folder, CPU)[0], settings, 0)
+    images = taught.images.float() / 255
+    same, differs = (distil.points_losses(superpoint_loss.run(each, images), taught) for each in (model, other))
+    assert abs(same["points"]) < 1e-2 < differs["points"]
+    assert abs(same["descriptors"]) < 1e-2 < differs["descriptors"]
+    assert same["contrast"] < 0.5 * differs["contrast"]
+
+    glue = LightGlue(input_dim=32, descriptor_dim=32, num_hidden_layers=3)
+    randomise_lightglue(glue, 0)
+    batch = matching_batch(glue, torch.arange(20).expand(2, -1))
+    batch = batch._replace(opinion=lightglue_loss.opinion(glue, batch))
+    right = lightglue_loss.losses(distil.first_layers(glue, 3), batch)["agreement"]
+    randomise_lightglue(glue, 1)
+    assert right < lightglue_loss.losses(glue, batch)["agreement"]
+
+
+def test_the_first_layers_of_a_matcher_say_what_it_says_after_as_many(randomise_lightglue: Any) -> None:
+    glue = LightGlue(input_dim=32, descriptor_dim=32, num_hidden_layers=3)
+    randomise_lightglue(glue, 0)
+    batch = matching_batch(glue, torch.arange(20).expand(2, -1))
+    size = torch.tensor([SIZE] * 2)
+    images = [ImageFeatures(*values, size) for values in zip(batch.points, batch.descriptors)]
+    states = [points for _, points in zip(range(2), glue.states(*images))][-1]
+    expected = glue.match_assignment_layers[1](*states)
+    first = distil.first_layers(glue, 2)
+    found = first.match_assignment_layers[-1](*list(first.states(*images))[-1])
+    assert torch.equal(found, expected)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Train on a GPU for some minutes, from packed shards, going on from what the run's folder holds.
 #
-#   training/gpu_run.sh --minutes 20 --shards SHARDS --out RUN [--points-share 0.45] [--stage points|matching|both]
+#   training/gpu_run.sh --minutes 20 --shards SHARDS --out RUN [--points-share 0.45] [--stage points|matching|both|distil]
 #
 # Nothing is prepared or fetched: the shards hold everything (training/prepare.py makes them). PyTorch, NumPy and OpenCV
 # are needed besides this repository. RUN holds checkpoints to go on from (*.pt), the averaged weights (*.weights.pt, in
-# parts of 15 MB as well), and the logs (*.jsonl).
+# parts of 15 MB as well), and the logs (*.jsonl). The stage distil makes the fast pair, by what the full one says.
 set -euo pipefail
 minutes=20 shards= out= share=0.45 stage=both python=${PYTHON:-python3} start_points=superpoint-open start_matching=lightglue-superpoint-open
 extra=()
@@ -25,9 +25,15 @@ done
 [ -n "$shards" ] && [ -n "$out" ] || { echo "gpu_run.sh: --shards and --out are needed" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-points=$(awk -v m="$minutes" -v s="$share" -v stage="$stage" 'BEGIN{print stage == "both" ? m * s : m}')
-matching=$(awk -v m="$minutes" -v s="$share" -v stage="$stage" 'BEGIN{print stage == "both" ? m * (1 - s) : m}')
+points=$(awk -v m="$minutes" -v s="$share" -v stage="$stage" 'BEGIN{print stage == "both" || stage == "distil" ? m * s : m}')
+matching=$(awk -v m="$minutes" -v s="$share" -v stage="$stage" 'BEGIN{print stage == "both" || stage == "distil" ? m * (1 - s) : m}')
 mkdir -p "$out"
+if [ "$stage" = distil ]; then
+  for kind in points matching; do
+    "$python" training/distil.py $kind --shards "$shards" --out "$out" --minutes "${!kind}" "${extra[@]}" 2>&1 | tee -a "$out/$kind.txt"
+  done
+  exit
+fi
 if [ "$stage" != matching ]; then
   "$python" training/train.py points --shards "$shards" --out "$out" --minutes "$points" --start "$start_points" "${extra[@]}" 2>&1 | tee -a "$out/points.txt"
 fi

@@ -21,6 +21,18 @@ NEAR = 2.5  # pixels: a match
 FAR = 3.0  # pixels: a point with none so near has no match; in between nothing is said
 
 
+class Opinion(NamedTuple):
+    """What another LightGlue says of B pairs.
+
+    Attributes:
+        matches: (B, N, N) float16, the probability of each pair of points to be a match.
+        matchable: of both images, (B, N) float16, the probability of a point to have a match.
+    """
+
+    matches: Tensor
+    matchable: tuple[Tensor, Tensor]
+
+
 class Batch(NamedTuple):
     """B pairs with N points an image.
 
@@ -29,6 +41,7 @@ class Batch(NamedTuple):
         partners: (B, N) int64, the index of the point's match in image 1, -1 where there is none or it is unknown.
         alone: of both images, (B, N) bool, points that certainly have no match.
         size: width and height of the images.
+        opinion: what to learn besides the truth.
     """
 
     points: tuple[Tensor, Tensor]
@@ -36,6 +49,7 @@ class Batch(NamedTuple):
     partners: Tensor
     alone: tuple[Tensor, Tensor]
     size: tuple[int, int]
+    opinion: Opinion | None = None
 
 
 @torch.no_grad()
@@ -59,20 +73,41 @@ def truth(points: tuple[Tensor, Tensor], geometry: Geometry) -> tuple[Tensor, tu
     return partners, (alone0, alone1)
 
 
-def losses(model: LightGlue, batch: Batch) -> dict[str, Tensor]:
-    """``total``, and ``assignment`` and ``confidence`` of which it is made; ``last`` is the last layer's assignment."""
+def _encoded(model: LightGlue, batch: Batch) -> list[Points]:
     size = batch.partners.new_tensor(batch.size).expand(len(batch.partners), 2)
     with torch.autocast(size.device.type, enabled=False):  # positions need more than half precision
-        now = [model.encode(ImageFeatures(*values, size)) for values in zip(batch.points, batch.descriptors)]
+        return [model.encode(ImageFeatures(*values, size)) for values in zip(batch.points, batch.descriptors)]
+
+
+@torch.no_grad()
+def opinion(model: LightGlue, batch: Batch) -> Opinion:
+    """What a LightGlue says after its last layer; its layers in the precision of autocast."""
+    now = _encoded(model, batch)
+    for layer in model.transformer_layers:
+        now = [Points(x.float(), p.rotation, p.mask, p.index, p.layers) for x, p in zip(layer(*now), now)]
+    head = cast(MatchAssignment, model.match_assignment_layers[-1])
+    with torch.autocast(now[0].x.device.type, enabled=False):
+        matches, matchable = head(*now).exp().half(), [head.matchabilities(p.x).half() for p in now]
+    return Opinion(matches, (matchable[0], matchable[1]))
+
+
+def losses(model: LightGlue, batch: Batch) -> dict[str, Tensor]:
+    """``total``, and ``assignment``, ``agreement`` and ``confidence`` of which it is made.
+
+    ``last`` is the last layer's assignment. ``agreement`` is the cross entropy with the opinion, where there is one.
+    """
+    now = _encoded(model, batch)
     heads = cast(list[MatchAssignment], list(model.match_assignment_layers))
     confidences = cast(list[TokenConfidence], list(model.token_confidence))
-    assignments, logits, found = [], [], []
+    assignments, agreements, logits, found = [], [], [], []
     for i, layer in enumerate(model.transformer_layers):
         states = layer(*now)
         now = [Points(x.float(), p.rotation, p.mask, p.index, p.layers) for x, p in zip(states, now)]
         with torch.autocast(now[0].x.device.type, enabled=False):
             scores = heads[i](*now)
             assignments.append(_assignment_loss(heads[i], (now[0], now[1]), scores, batch))
+            if batch.opinion is not None:
+                agreements.append(_disagreement(heads[i], (now[0], now[1]), scores, batch.opinion))
             matches = mutual_matches(scores.detach(), torch.exp, 0.1)
             found.append((matches.matches0, matches.matches1))
             if i < len(confidences):
@@ -84,11 +119,13 @@ def losses(model: LightGlue, batch: Batch) -> dict[str, Tensor]:
     ]
     assignment = torch.stack(assignments).mean()
     confidence = torch.stack(wrong).mean() if wrong else torch.zeros_like(assignment)
+    agreement = torch.stack(agreements).mean() if agreements else torch.zeros_like(assignment)
     right = (found[-1][0] == batch.partners) & (batch.partners >= 0)
     judged = (found[-1][0] >= 0) & ((batch.partners >= 0) | batch.alone[0])
     return {
-        "total": assignment + confidence,
+        "total": assignment + agreement + confidence,
         "assignment": assignment,
+        "agreement": agreement,
         "confidence": confidence,
         "last": assignments[-1],
         "recall": right.sum() / (batch.partners >= 0).sum().clamp(min=1),
@@ -103,4 +140,15 @@ def _assignment_loss(head: MatchAssignment, points: tuple[Points, Points], score
     for side, alone in zip(points, batch.alone):
         unmatchable = F.softplus(head.matchability(side.x)[..., 0])  # -log(1 - matchability)
         loss = loss + 0.5 * (unmatchable * alone).sum(dim=1) / alone.sum(dim=1).clamp(min=1)
+    return loss.mean()
+
+
+def _disagreement(head: MatchAssignment, points: tuple[Points, Points], scores: Tensor, opinion: Opinion) -> Tensor:
+    """Cross entropy with another LightGlue's assignment and matchabilities."""
+    matches = opinion.matches.float()
+    loss = -(matches * scores).sum(dim=(1, 2)) / matches.sum(dim=(1, 2)).clamp(min=1)
+    for side, matchable in zip(points, opinion.matchable):
+        loss = loss + F.binary_cross_entropy_with_logits(
+            head.matchability(side.x)[..., 0], matchable.float(), reduction="none"
+        ).mean(dim=1)
     return loss.mean()

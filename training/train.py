@@ -11,13 +11,6 @@ its folder holds, or begins with the weights of ``--start``.
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import math
-import os
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +19,7 @@ import superpoint_loss
 import torch
 from common import log_line
 from degradation import degrade
+from loop import Settings, Student, add_options, rate, run, settings_of
 from torch import Tensor, nn
 from views import Source, ViewPairs, load
 
@@ -36,7 +30,7 @@ from kpmatch_ros.models.superpoint import sample_descriptors
 SUPERPOINTS: dict[str, dict[str, Any]] = {
     "full": {"descriptor_decoder_dim": 128, "keypoint_threshold": 0.0005, "max_keypoints": 1024},
     "fast": {
-        "encoder_hidden_sizes": [16, 32, 64, 128],
+        "encoder_hidden_sizes": [16, 32, 64, 112],
         "decoder_hidden_size": 128,
         "descriptor_decoder_dim": 128,
         "keypoint_threshold": 0.0005,
@@ -50,59 +44,9 @@ LIGHTGLUES: dict[str, dict[str, Any]] = {
 RATES = {("points", "full"): 4e-4, ("points", "fast"): 1e-3, ("matching", "full"): 1e-4, ("matching", "fast"): 6e-4}
 CORNERS = 0.3  # how much cornerness says at first about where points are; nothing from 60 % of the training on
 FAINT = 5e-3  # a point's score: below it nothing is said about the point's match
-PART = 15_000_000  # bytes: larger files are also written in parts
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Student:
-    """A network in training, its optimiser, and the moving average of its weights, which is what is used."""
-
-    kind: str
-    name: str
-    model: Any
-    average: Any = field(init=False)
-    optimiser: torch.optim.Optimizer = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.model.requires_grad_(True).train()
-        self.optimiser = torch.optim.AdamW(
-            self.model.parameters(), RATES[self.kind, self.name], weight_decay=1e-4, fused=_on_gpu(self.model)
-        )
-
-    def step(self, loss: Tensor, rate: float, number: int) -> None:
-        """Follow a loss: ``rate`` is the share of the full learning rate. A loss that is not finite changes nothing."""
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate * RATES[self.kind, self.name]
-        if not torch.isfinite(norm):
-            return
-        self.optimiser.step()
-        decay = min(0.999, (1 + number) / (10 + number))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "config": self.model.config,
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
-
-
-def _on_gpu(model: nn.Module) -> bool:
-    return next(model.parameters()).is_cuda
 
 
 def build(kind: str, name: str, start: str | None, device: torch.device) -> Any:
@@ -147,33 +91,6 @@ def _start(make: Any, name: str, start: str, config: dict[str, Any]) -> dict[str
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Settings:
-    """What a run is made of; ``progress`` from 0 to 1 decides learning rate and curriculum."""
-
-    device: torch.device
-    batch: int
-    size: tuple[int, int]
-    seed: int
-    precision: torch.dtype | None
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.precision or torch.bfloat16, enabled=self.precision is not None)
-
-    def draw(self, *key: int) -> torch.Generator:
-        """Random numbers for a purpose and a step: a run that goes on sees what one that never stopped would see."""
-        value = self.seed
-        for part in key:
-            value = (value * 1_000_003 + part + 1) % (1 << 62)
-        return torch.Generator(self.device).manual_seed(value)
-
-
-def rate(progress: float) -> float:
-    """Rises over the first 2 %, stays, and falls to zero over the last 40 % like a cosine."""
-    fall = max(0.0, (progress - 0.6) / 0.4)
-    return min(1.0, (progress + 1e-4) / 0.02) * 0.5 * (1 + math.cos(math.pi * min(fall, 1.0)))
-
-
 def points_step(
     teacher: SuperPoint, students: list[Student], pairs: ViewPairs, settings: Settings, step: int, progress: float
 ) -> dict[str, float]:
@@ -181,7 +98,7 @@ def points_step(
     draw = settings.draw(2, step)
     with torch.no_grad(), settings.autocast():
         maps = [
-            superpoint_loss.probabilities(superpoint_loss.run(teacher, _packed(image)).logits) for image in pairs.images
+            superpoint_loss.probabilities(superpoint_loss.run(teacher, packed(image)).logits) for image in pairs.images
         ]
     corners = CORNERS * max(0.0, 1 - progress / 0.6)
     labels = superpoint_loss.consensus((maps[0], maps[1]), pairs.images, pairs.geometry, corners)
@@ -189,7 +106,7 @@ def points_step(
     figures: dict[str, float] = {}
     for student in students:
         with settings.autocast():
-            outputs = [superpoint_loss.run(student.model, _packed(image)) for image in degraded]
+            outputs = [superpoint_loss.run(student.model, packed(image)) for image in degraded]
         parts = superpoint_loss.losses(draw, (outputs[0], outputs[1]), labels, pairs.geometry)
         student.step(parts["total"], rate(progress), step)
         figures |= {f"{student.name} {key}": value.detach() for key, value in parts.items()}  # type: ignore[misc]
@@ -197,7 +114,8 @@ def points_step(
     return figures
 
 
-def _packed(images: Tensor) -> Tensor:
+def packed(images: Tensor) -> Tensor:
+    """The images with the channels of a pixel beside each other."""
     return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -215,7 +133,7 @@ def extract(
 
     They are found as the package finds them.
     """
-    out = superpoint_loss.run(model, _packed(images))
+    out = superpoint_loss.run(model, packed(images))
     maps = superpoint_loss.probabilities(out.logits)
     scores = clear_border(suppress_non_maxima(maps, radius), 4)
     best, index = scores.flatten(1).topk(count, dim=1)
@@ -285,7 +203,7 @@ def watch_points(students: list[Student], watched: list[Source], settings: Setti
         for student in students:
             with settings.autocast():
                 maps = [
-                    superpoint_loss.probabilities(superpoint_loss.run(student.average, _packed(i)).logits)
+                    superpoint_loss.probabilities(superpoint_loss.run(student.average, packed(i)).logits)
                     for i in images
                 ]
             found = superpoint_loss.found_again((maps[0], maps[1]), pairs.geometry)
@@ -312,117 +230,40 @@ def watch_matching(
     return figures
 
 
-# --- the loop --------------------------------------------------------------------------------------------------------
-
-
-def progresses(arguments: argparse.Namespace, step: int, elapsed: float) -> Iterator[float]:
-    """The progress before each step: by the number of steps, or by the time that has been spent."""
-    started = time.monotonic() - elapsed
-    last = math.inf if arguments.stop_after is None else step + arguments.stop_after
-    while step < last:
-        if arguments.steps is not None:
-            progress = step / arguments.steps
-        else:
-            progress = (time.monotonic() - started) / (60 * arguments.minutes)
-        if progress >= 1:
-            return
-        yield progress
-        step += 1
+# --- the run ---------------------------------------------------------------------------------------------------------
 
 
 def train(arguments: argparse.Namespace) -> None:
     """Train as the arguments say; write checkpoints and a log into ``--out``."""
-    device = (
-        torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if arguments.device == "auto"
-        else torch.device(arguments.device)
-    )
-    torch.backends.cudnn.allow_tf32 = True  # not for products: TF32 would move the views' points by half a pixel
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.benchmark = True
-    settings = Settings(
-        device,
-        arguments.batch,
-        tuple(arguments.size),
-        arguments.seed,
-        {"bfloat16": torch.bfloat16, "float32": None}[arguments.precision],
-    )
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    settings = settings_of(arguments)
+    device = settings.device
     trained, watched = load(arguments.shards, device)
     for source in trained:
         log_line(f"{type(source).__name__}: {len(source)}")
     torch.manual_seed(arguments.seed)  # of the weights to begin with
     students = [
-        Student(arguments.kind, name, build(arguments.kind, name, arguments.start, device))
+        Student(name, build(arguments.kind, name, arguments.start, device), RATES[arguments.kind, name])
         for name in arguments.networks
     ]
-    checkpoint = arguments.out / f"{arguments.kind}.pt"
-    first, elapsed = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        for student in students:
-            student.restore(state[student.name])
-        first, elapsed = state["step"], state["elapsed"]
-        log_line(f"going on after step {first}")
     extractors = load_extractors(arguments, device) if arguments.kind == "matching" else {}
     # The average of the first network teaches itself and the others, unless there is one that is done learning.
     teacher = students[0].average
     if arguments.teacher is not None:
         teacher = build("points", "full", str(arguments.teacher), device).eval()
-    watch: Callable[[], dict[str, float]]
-    if arguments.kind == "points":
-        watch = lambda: watch_points(students, watched, settings)  # noqa: E731
-    else:
-        watch = lambda: watch_matching(extractors, students, watched, settings)  # noqa: E731
-    log = arguments.out / f"{arguments.kind}.jsonl"
 
-    def report(step: int) -> None:
-        figures = {key: round(value, 4) for key, value in watch().items()}
-        with log.open("a") as stream:
-            stream.write(json.dumps({"step": step, "watched": figures}) + "\n")
-        log_line(f"step {step} watched: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
-
-    started = time.monotonic() - elapsed
-    watched_at = saved_at = time.monotonic()
-    report(first)
-    step = first
-    for progress in progresses(arguments, first, elapsed):
-        step += 1
-        draw = settings.draw(1, step)
+    def learn(step: int, progress: float) -> dict[str, float]:
         source = trained[1] if len(trained) > 1 and step % 5 in (1, 3) else trained[0]
-        try:
-            pairs = source.pairs(draw, settings.batch, settings.size)
-            if arguments.kind == "points":
-                figures = points_step(teacher, students, pairs, settings, step, progress)
-            else:
-                figures = matching_step(extractors, students, pairs, settings, step, progress)
-        except torch.OutOfMemoryError:
-            settings.batch = settings.batch * 3 // 4
-            torch.cuda.empty_cache()
-            log_line(f"out of memory: {settings.batch} pairs a step from now on")
-            continue
-        if step % arguments.log_every == 0 or step == first + 1:
-            plain = {key: round(float(value), 4) for key, value in figures.items()}
-            seconds = time.monotonic() - started
-            with log.open("a") as stream:
-                stream.write(
-                    json.dumps({"step": step, "seconds": round(seconds, 1), "progress": round(progress, 4), **plain})
-                    + "\n"
-                )
-            log_line(
-                f"step {step} {progress:.0%} {seconds:.0f} s "
-                + " ".join(f"{key} {value:.3f}" for key, value in plain.items())
-            )
-        now = time.monotonic()
-        if now - watched_at > arguments.watch_every:
-            report(step)
-            watched_at = time.monotonic()
-        if now - saved_at > arguments.save_every:
-            save(checkpoint, students, step, now - started)
-            saved_at = time.monotonic()
-    report(step)
-    save(checkpoint, students, step, time.monotonic() - started)
-    export(arguments, students)
+        pairs = source.pairs(settings.draw(1, step), settings.batch, settings.size)
+        if arguments.kind == "points":
+            return points_step(teacher, students, pairs, settings, step, progress)
+        return matching_step(extractors, students, pairs, settings, step, progress)
+
+    def watch() -> dict[str, float]:
+        if arguments.kind == "points":
+            return watch_points(students, watched, settings)
+        return watch_matching(extractors, students, watched, settings)
+
+    run(arguments, settings, students, learn, watch)
 
 
 def load_extractors(arguments: argparse.Namespace, device: torch.device) -> dict[str, SuperPoint]:
@@ -436,56 +277,14 @@ def load_extractors(arguments: argparse.Namespace, device: torch.device) -> dict
     return found
 
 
-def save(path: Path, students: list[Student], step: int, elapsed: float) -> None:
-    """Write a checkpoint so that it is there whole or not at all."""
-    partial = path.with_suffix(".part")
-    torch.save({student.name: student.state() for student in students} | {"step": step, "elapsed": elapsed}, partial)
-    os.replace(partial, path)
-
-
-def export(arguments: argparse.Namespace, students: list[Student]) -> None:
-    """The averaged weights alone, ``KIND.weights.pt``; a file of more than PART bytes in parts as well."""
-    path = arguments.out / f"{arguments.kind}.weights.pt"
-    dtype = torch.float32 if arguments.kind == "points" else torch.float16
-    torch.save(
-        {
-            student.name: {
-                "config": student.model.config,
-                "tensors": {key: value.to(dtype).cpu() for key, value in student.average.state_dict().items()},
-            }
-            for student in students
-        },
-        path,
-    )
-    content = path.read_bytes()
-    for number in range(0, len(content), PART):
-        path.with_name(f"{path.name}.{number // PART}").write_bytes(content[number : number + PART])
-    log_line(f"written {path}, {len(content) / 1e6:.1f} MB")
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("points", "matching"))
-    parser.add_argument("--shards", type=Path, required=True, help="folder of photos_*.npz and rooms_*.npz")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--minutes", type=float, help="until the learning rate is down to zero")
-    length.add_argument("--steps", type=int, help="the same in steps")
-    parser.add_argument("--stop-after", type=int, help="steps of this call, to come back later")
+    add_options(parser, batch=32, size=(640, 480))
     parser.add_argument("--start", help="weights to begin with: a folder, a registered name, or KIND.weights.pt")
     parser.add_argument("--points", type=Path, help="points.weights.pt to train the matchers for")
     parser.add_argument("--teacher", type=Path, help="points.weights.pt whose full network makes the labels")
     parser.add_argument("--networks", nargs="+", choices=("full", "fast"), default=["full", "fast"])
-    parser.add_argument("--batch", type=int, default=32, help="pairs a step")
-    parser.add_argument("--size", type=int, nargs=2, default=(640, 480), help="width and height of a view")
-    parser.add_argument(
-        "--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of the convolutions and products"
-    )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log-every", type=int, default=50, help="steps")
-    parser.add_argument("--watch-every", type=float, default=60, help="seconds")
-    parser.add_argument("--save-every", type=float, default=120, help="seconds")
     train(parser.parse_args(argv))
 
 

@@ -1,0 +1,280 @@
+"""Train a small pair by a large one that is done learning, on a processor or a GPU.
+
+    python training/distil.py points --shards SHARDS --out RUN --minutes 30
+    python training/distil.py matching --shards SHARDS --out RUN --minutes 30
+
+``points`` teaches a small SuperPoint what a large one says of every cell of a view: where its point is, and its
+descriptor (Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015). The large one sees the view as
+it is, the small one sees it degraded. Descriptors stay in the large one's space: its LightGlue fits both.
+
+``matching`` teaches a small LightGlue the assignment of a large one, beside the true one, on the small SuperPoint's
+features. It begins with the large one's first layers.
+
+A batch is worked out once and used again: what a teacher says of it costs as much as what a student learns from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import lightglue_loss
+import superpoint_loss
+import torch
+from common import log_line
+from degradation import degrade
+from loop import Settings, Student, add_options, rate, run, settings_of
+from torch import Tensor
+from torch.nn import functional as F
+from train import build, extract, features, load_extractors, packed
+from views import Source, load
+
+from kpmatch_ros.models import LightGlue, SuperPoint
+from kpmatch_ros.models.superpoint import sample_descriptors
+from kpmatch_ros.weights import resolve
+
+T = TypeVar("T")
+RATES = {"points": 1e-3, "matching": 1e-4}
+DESCRIBED = 256  # of a view's points, the best, whose descriptors are told apart from each other
+FLOOR = 0.05  # how much the descriptor of a cell without a point counts, beside one with a point
+RADIUS = 2  # pixels, of the suppression of non-maxima
+
+
+class Batches(Generic[T]):
+    """Batches by number, each made when it is first asked for; the same number gives the same batch in every run.
+
+    Args:
+        make: the batch of a number.
+        count: so many different ones.
+    """
+
+    def __init__(self, make: Callable[[int], T], count: int) -> None:
+        self.make, self.count = make, count
+        self.kept: dict[int, T] = {}
+
+    def of(self, step: int, settings: Settings) -> T:
+        """The batch for a step."""
+        draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        number = int(torch.randint(self.count, (), generator=draw))
+        if number not in self.kept:
+            self.kept[number] = self.make(number)
+        return self.kept[number]
+
+
+def source_of(sources: list[Source], number: int) -> Source:
+    """Photographs for three batches of five, rooms for the others."""
+    return sources[1] if len(sources) > 1 and number % 5 in (1, 3) else sources[0]
+
+
+# --- SuperPoint ------------------------------------------------------------------------------------------------------
+
+
+class Taught(NamedTuple):
+    """Views and what a SuperPoint says of them.
+
+    Attributes:
+        images: (B, 1, H, W) uint8.
+        cells: (B, 65, H/8, W/8) float16, the logarithm of each class's probability.
+        descriptors: (B, D, H/8, W/8) float16.
+        points: (B, N, 2) its best points.
+    """
+
+    images: Tensor
+    cells: Tensor
+    descriptors: Tensor
+    points: Tensor
+
+
+@torch.no_grad()
+def teach(teacher: SuperPoint, sources: list[Source], settings: Settings, number: int) -> Taught:
+    """Views and what the teacher says of them, undegraded."""
+    pairs = source_of(sources, number).pairs(settings.draw(1, number), settings.batch, settings.size)
+    images = (torch.cat(pairs.images) * 255).round().to(torch.uint8)
+    with settings.autocast():
+        out = superpoint_loss.run(teacher, packed(images.float() / 255))
+    points = superpoint_loss.own_points(superpoint_loss.probabilities(out.logits), DESCRIBED, RADIUS)
+    return Taught(images, out.logits.log_softmax(dim=1).half(), out.descriptors.half(), points)
+
+
+def points_losses(outputs: superpoint_loss.Outputs, taught: Taught) -> dict[str, Tensor]:
+    """``total``, and what it is made of.
+
+    - ``points``: the divergence of the two distributions over a cell's 65 classes (Kullback and Leibler's).
+    - ``descriptors``: one minus the cosine between the cells' descriptors, those of cells with a point first.
+    - ``contrast``: cross entropy over a view's points: a student's descriptor is to be told by the teacher's.
+    """
+    cells = taught.cells.float()
+    points = F.kl_div(outputs.logits.log_softmax(dim=1), cells, reduction="none", log_target=True).sum(dim=1).mean()
+    weights = (1 - cells[:, -1].exp()) + FLOOR
+    cosine = (outputs.descriptors * taught.descriptors).sum(dim=1)
+    descriptors = ((1 - cosine) * weights).sum() / weights.sum()
+    ours = sample_descriptors(outputs.descriptors, taught.points)
+    theirs = sample_descriptors(taught.descriptors.float(), taught.points)
+    similarity = ours @ theirs.transpose(1, 2) / superpoint_loss.TEMPERATURE
+    # Points within some pixels share most of their patch: not each other's negatives.
+    neighbours = torch.cdist(taught.points, taught.points) < 6
+    neighbours.diagonal(dim1=1, dim2=2).fill_(False)
+    similarity = similarity.masked_fill(neighbours, -1e4)
+    right = similarity.diagonal(dim1=1, dim2=2)
+    contrast = ((similarity.logsumexp(dim=2) + similarity.logsumexp(dim=1)) / 2 - right).mean()
+    total = 2 * points + 2 * descriptors + contrast
+    return {"points": points, "descriptors": descriptors, "contrast": contrast, "total": total}
+
+
+def points_step(student: Student, taught: Taught, settings: Settings, step: int, progress: float) -> dict[str, Tensor]:
+    """One step of a small SuperPoint, on views degraded anew."""
+    draw = settings.draw(2, step)
+    images = taught.images.float() / 255
+    images = degrade(draw, images, torch.rand(len(images), generator=draw, device=settings.device))
+    with settings.autocast():
+        outputs = superpoint_loss.run(student.model, packed(images))
+    parts = points_losses(outputs, taught)
+    student.step(parts["total"], rate(progress), step)
+    return {key: value.detach() for key, value in parts.items()}
+
+
+@torch.no_grad()
+def watch_points(
+    teacher: SuperPoint, student: Student, watched: list[Source], settings: Settings, views: int
+) -> dict[str, float]:
+    """Losses of the average, and how many points are found again, on lightly degraded views that are not trained on."""
+    figures: dict[str, float] = {}
+    for number, source in enumerate(watched):
+        draw = settings.draw(3, number)
+        pairs = source.pairs(draw, views, settings.size)
+        strength = torch.full((views,), 0.3, device=settings.device)
+        images = [degrade(draw, image, strength) for image in pairs.images]
+        with settings.autocast():
+            outputs = [superpoint_loss.run(student.average, packed(image)) for image in images]
+            clean = superpoint_loss.run(teacher, packed(pairs.images[0]))
+        maps = [superpoint_loss.probabilities(out.logits) for out in outputs]
+        points = superpoint_loss.own_points(superpoint_loss.probabilities(clean.logits), DESCRIBED, RADIUS)
+        taught = Taught(pairs.images[0], clean.logits.log_softmax(dim=1), clean.descriptors, points)
+        found = points_losses(outputs[0], taught) | superpoint_loss.found_again((maps[0], maps[1]), pairs.geometry, 256)
+        figures |= {f"{type(source).__name__} {key}": float(value) for key, value in found.items()}
+    return figures
+
+
+# --- LightGlue -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def teach_matching(
+    teacher: LightGlue, extractor: SuperPoint, sources: list[Source], settings: Settings, points: int, number: int
+) -> lightglue_loss.Batch:
+    """Pairs of views: a SuperPoint's features, the true assignment, and the teacher's."""
+    draw = settings.draw(1, number)
+    pairs = source_of(sources, number).pairs(draw, settings.batch, settings.size)
+    strength = torch.rand(settings.batch, generator=draw, device=settings.device)
+    images = [degrade(draw, image, strength) for image in pairs.images]
+    with settings.autocast():
+        found = [extract(extractor, image, points, RADIUS, True) for image in images]
+        batch = features(found, pairs, settings)
+        return batch._replace(opinion=lightglue_loss.opinion(teacher, batch))
+
+
+def matching_step(
+    student: Student, batch: lightglue_loss.Batch, settings: Settings, step: int, progress: float
+) -> dict[str, Tensor]:
+    """One step of a small LightGlue."""
+    with settings.autocast():
+        parts = lightglue_loss.losses(student.model, batch)
+    student.step(parts["total"], rate(progress), step)
+    return {key: value.detach() for key, value in parts.items()}
+
+
+@torch.no_grad()
+def watch_matching(student: Student, batches: dict[str, lightglue_loss.Batch], settings: Settings) -> dict[str, float]:
+    """Losses, recall and precision of the average, on views that are not trained on."""
+    figures = {}
+    for name, batch in batches.items():
+        with settings.autocast():
+            parts = lightglue_loss.losses(student.average, batch)
+        figures |= {f"{name} {key}": float(parts[key]) for key in ("last", "agreement", "recall", "precision")}
+    return figures
+
+
+def first_layers(model: LightGlue, count: int) -> LightGlue:
+    """A LightGlue of the first ``count`` layers of another, with copies of its weights."""
+    first = LightGlue(**{**model.config, "num_hidden_layers": count})
+    kept = first.state_dict()
+    first.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in kept})
+    return first
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def distil(arguments: argparse.Namespace) -> None:
+    """Train as the arguments say; write checkpoints and a log into ``--out``."""
+    settings = settings_of(arguments)
+    device = settings.device
+    trained, watched = load(arguments.shards, device)
+    for source in trained:
+        log_line(f"{type(source).__name__}: {len(source)}")
+    torch.manual_seed(arguments.seed)  # of the weights to begin with
+    if arguments.kind == "points":
+        teacher = packed_model(SuperPoint.from_pretrained(resolve(arguments.teacher)).float(), device)
+        student = Student("fast", build("points", "fast", arguments.start, device), RATES["points"])
+        taught = Batches(lambda number: teach(teacher, trained, settings, number), arguments.batches)
+        run(
+            arguments,
+            settings,
+            [student],
+            lambda step, progress: points_step(student, taught.of(step, settings), settings, step, progress),
+            lambda: watch_points(teacher, student, watched, settings, arguments.watch_views),
+        )
+        return
+    matcher = LightGlue.from_pretrained(resolve(arguments.teacher)).float().to(device)
+    arguments.networks = ["fast"]
+    extractor = load_extractors(arguments, device)["fast"]
+    student = Student("fast", small_matcher(arguments, matcher, device), RATES["matching"])
+
+    def make(sources: list[Source], number: int) -> lightglue_loss.Batch:
+        return teach_matching(matcher, extractor, sources, settings, arguments.keypoints, number)
+
+    kept = Batches(lambda number: make(trained, number), arguments.batches)
+    seen = {type(source).__name__: make([source], -1 - i) for i, source in enumerate(watched)}
+    run(
+        arguments,
+        settings,
+        [student],
+        lambda step, progress: matching_step(student, kept.of(step, settings), settings, step, progress),
+        lambda: watch_matching(student, seen, settings),
+    )
+
+
+def packed_model(model: SuperPoint, device: torch.device) -> SuperPoint:
+    """The network on its device, with the channels of a pixel beside each other."""
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def small_matcher(arguments: argparse.Namespace, teacher: LightGlue, device: torch.device) -> Any:
+    """The LightGlue to begin with: the teacher's first layers, or the weights of ``--start``."""
+    if arguments.start is not None:
+        return build("matching", "fast", arguments.start, device)
+    model = copy.deepcopy(first_layers(teacher, arguments.layers)).to(device)
+    for layer in model.transformer_layers:
+        layer.cross_attention.k_proj = layer.cross_attention.q_proj  # as in train.py
+    return model
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("points", "matching"))
+    parser.add_argument("--teacher", default="superpoint-open", help="a folder or a registered name of both networks")
+    parser.add_argument("--start", help="KIND.weights.pt to begin with; its network `fast`")
+    parser.add_argument("--points", type=Path, help="points.weights.pt to train the matcher for (default: RUN's)")
+    parser.add_argument("--layers", type=int, default=3, help="of the teacher, that the matcher begins with")
+    parser.add_argument("--keypoints", type=int, default=512, help="of an image, that matchers learn with")
+    parser.add_argument("--batches", type=int, default=250, help="different ones; they are kept in memory")
+    parser.add_argument("--watch-views", type=int, default=8, help="pairs of each source that are watched")
+    add_options(parser, batch=4, size=(320, 240))
+    distil(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""What every training has in common: networks and their averages, settings, schedule, log, checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import log_line
+from torch import Tensor, nn
+
+__all__ = ["Settings", "Student", "add_options", "rate", "run", "settings_of"]
+
+PART = 15_000_000  # bytes: larger files are also written in parts
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Student:
+    """A network in training, its optimiser, and the moving average of its weights, which is what is used.
+
+    Attributes:
+        name: what files call it.
+        rate: the full learning rate.
+    """
+
+    name: str
+    model: Any
+    rate: float
+    average: Any = field(init=False)
+    optimiser: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.model.requires_grad_(True).train()
+        on_gpu = next(self.model.parameters()).is_cuda
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), self.rate, weight_decay=1e-4, fused=on_gpu)
+
+    def step(self, loss: Tensor, rate: float, number: int) -> None:
+        """Follow a loss: ``rate`` is the share of the full learning rate. A loss that is not finite changes nothing."""
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * self.rate
+        if not torch.isfinite(norm):
+            return
+        self.optimiser.step()
+        decay = min(0.999, (1 + number) / (10 + number))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "config": self.model.config,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Settings:
+    """What a run is made of; ``progress`` from 0 to 1 decides learning rate and curriculum."""
+
+    device: torch.device
+    batch: int
+    size: tuple[int, int]
+    seed: int
+    precision: torch.dtype | None
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.precision or torch.bfloat16, enabled=self.precision is not None)
+
+    def draw(self, *key: int) -> torch.Generator:
+        """Random numbers for a purpose and a step: a run that goes on sees what one that never stopped would see."""
+        value = self.seed
+        for part in key:
+            value = (value * 1_000_003 + part + 1) % (1 << 62)
+        return torch.Generator(self.device).manual_seed(value)
+
+
+def add_options(parser: argparse.ArgumentParser, batch: int, size: tuple[int, int]) -> None:
+    """The options that every training has; ``batch`` and ``size`` are the defaults."""
+    parser.add_argument("--shards", type=Path, required=True, help="folder of photos_*.npz and rooms_*.npz")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float, help="until the learning rate is down to zero")
+    length.add_argument("--steps", type=int, help="the same in steps")
+    parser.add_argument("--stop-after", type=int, help="steps of this call, to come back later")
+    parser.add_argument("--batch", type=int, default=batch, help="pairs of views a step")
+    parser.add_argument("--size", type=int, nargs=2, default=size, help="width and height of a view")
+    parser.add_argument(
+        "--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of the convolutions and products"
+    )
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log-every", type=int, default=50, help="steps")
+    parser.add_argument("--watch-every", type=float, default=60, help="seconds")
+    parser.add_argument("--save-every", type=float, default=120, help="seconds")
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """The settings that the options say."""
+    named = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = True  # not for products: TF32 would move the views' points by half a pixel
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+    return Settings(
+        torch.device(named if arguments.device == "auto" else arguments.device),
+        arguments.batch,
+        tuple(arguments.size),
+        arguments.seed,
+        {"bfloat16": torch.bfloat16, "float32": None}[arguments.precision],
+    )
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def rate(progress: float) -> float:
+    """Rises over the first 2 %, stays, and falls to zero over the last 40 % like a cosine."""
+    fall = max(0.0, (progress - 0.6) / 0.4)
+    return min(1.0, (progress + 1e-4) / 0.02) * 0.5 * (1 + math.cos(math.pi * min(fall, 1.0)))
+
+
+def progresses(arguments: argparse.Namespace, step: int, elapsed: float) -> Iterator[float]:
+    """The progress before each step: by the number of steps, or by the time that has been spent."""
+    started = time.monotonic() - elapsed
+    last = math.inf if arguments.stop_after is None else step + arguments.stop_after
+    while step < last:
+        if arguments.steps is not None:
+            progress = step / arguments.steps
+        else:
+            progress = (time.monotonic() - started) / (60 * arguments.minutes)
+        if progress >= 1:
+            return
+        yield progress
+        step += 1
+
+
+def run(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    students: list[Student],
+    learn: Callable[[int, float], Mapping[str, Any]],
+    watch: Callable[[], Mapping[str, float]],
+) -> None:
+    """Train, from where the run's folder ``--out`` was left; write checkpoints, a log and the averaged weights there.
+
+    Args:
+        learn: makes the students follow the losses of a step, given its number and the progress; the figures to log.
+        watch: figures of the averages, on views that are not trained on.
+    """
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = arguments.out / f"{arguments.kind}.pt"
+    first, elapsed = 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=settings.device, weights_only=True)
+        for student in students:
+            student.restore(state[student.name])
+        first, elapsed = state["step"], state["elapsed"]
+        log_line(f"going on after step {first}")
+    log = arguments.out / f"{arguments.kind}.jsonl"
+
+    def write(text: str, line: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+        plain = {key: round(float(value), 4) for key, value in figures.items()}
+        with log.open("a") as stream:
+            stream.write(json.dumps({**line, **({"watched": plain} if text == "watched" else plain)}) + "\n")
+        log_line(f"step {line['step']} {text} " + " ".join(f"{key} {value:.3f}" for key, value in plain.items()))
+
+    started = time.monotonic() - elapsed
+    watched_at = saved_at = time.monotonic()
+    write("watched", {"step": first}, watch())
+    step = first
+    for progress in progresses(arguments, first, elapsed):
+        step += 1
+        try:
+            figures = learn(step, progress)
+        except torch.OutOfMemoryError:
+            settings.batch = settings.batch * 3 // 4
+            torch.cuda.empty_cache()
+            log_line(f"out of memory: {settings.batch} pairs a step from now on")
+            continue
+        now = time.monotonic()
+        if step % arguments.log_every == 0 or step == first + 1:
+            line = {"step": step, "seconds": round(now - started, 1), "progress": round(progress, 4)}
+            write(f"{progress:.0%} {now - started:.0f} s", line, figures)
+        if now - watched_at > arguments.watch_every:
+            write("watched", {"step": step}, watch())
+            watched_at = time.monotonic()
+        if now - saved_at > arguments.save_every:
+            save(checkpoint, students, step, now - started)
+            saved_at = time.monotonic()
+    write("watched", {"step": step}, watch())
+    save(checkpoint, students, step, time.monotonic() - started)
+    export(arguments, students)
+
+
+def save(path: Path, students: list[Student], step: int, elapsed: float) -> None:
+    """Write a checkpoint so that it is there whole or not at all."""
+    partial = path.with_suffix(".part")
+    torch.save({student.name: student.state() for student in students} | {"step": step, "elapsed": elapsed}, partial)
+    os.replace(partial, path)
+
+
+def export(arguments: argparse.Namespace, students: list[Student]) -> None:
+    """The averaged weights alone, ``KIND.weights.pt``; a file of more than PART bytes in parts as well."""
+    path = arguments.out / f"{arguments.kind}.weights.pt"
+    dtype = torch.float32 if arguments.kind == "points" else torch.float16
+    torch.save(
+        {
+            student.name: {
+                "config": student.model.config,
+                "tensors": {key: value.to(dtype).cpu() for key, value in student.average.state_dict().items()},
+            }
+            for student in students
+        },
+        path,
+    )
+    content = path.read_bytes()
+    for number in range(0, len(content), PART):
+        path.with_name(f"{path.name}.{number // PART}").write_bytes(content[number : number + PART])
+    log_line(f"written {path}, {len(content) / 1e6:.1f} MB")
