@@ -169,6 +169,10 @@ class FrontEnd:
         if reference is None or linked is None:
             return None
         links = linked.links
+        pose = self.estimate_pose(reference, current, links)
+        if self.parameters.refine:
+            cameras = reference.camera, current.camera
+            links, pose = self._tracks.settle(self._view(current), cameras, links, pose)
         pair = Pair(
             reference=reference,
             current=current,
@@ -181,7 +185,7 @@ class FrontEnd:
             reset=self._fresh,
             match_ms=linked.match_ms,
             track_ids=links.track_ids,
-            pose=self.estimate_pose(reference, current, links),
+            pose=pose,
         )
         self._fresh = False
         self._last_motion = None

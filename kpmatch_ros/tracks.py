@@ -12,21 +12,40 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from scipy.spatial import cKDTree
 
+from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.flow import flow_far, flow_forth_and_back, flow_near, neighbours_flow
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change
+from kpmatch_ros.geometry.pose import RelativePose
 from kpmatch_ros.geometry.refinement import align_matches, longest_step
+from kpmatch_ros.geometry.robust import TINY
+from kpmatch_ros.geometry.structure import FRAMES, Structure, Window, project, triangulate
+from kpmatch_ros.track_bank import (
+    NOT_DETECTED,
+    Bank,
+    attach,
+    first_of_each_place,
+    join,
+    matched_keypoints,
+    select,
+    without,
+)
 
 __all__ = ["NOT_DETECTED", "Links", "Tracks", "View", "keypoint_sigma", "refine_pair"]
-
-NOT_DETECTED = -1
-"""Index of a point that is no keypoint of its image."""
 
 _HARDLY_ALIKE = 0.5  # correlation with the patch: flow alone leads anywhere
 _ASTRAY = 3.0  # times as far as its neighbours disagree: flow goes no further than that from where they went
 _REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much for patches
-_ATTACHED = 2.0  # pixels: a keypoint so near to a track is the track's
 _SPACE = 4.0  # pixels between a new track and others
 _CELL = 40  # pixels: tracks are spread over cells of this size
+
+# How far from the places of one point a track may be: the standard deviation is so many pixels, or so many times the
+# track's median one, as in blurred images.
+_NOISE = 0.35
+_NOISE_SIGMAS = 1.2
+_FALSE_END = 1e-3  # how often, at most, a point that stands still is taken for one that does not
+_FALSE_FIND = 0.05  # so alike must a place be that is searched for with the motion
+_AROUND = 5  # points around one, whose depths say what its own may be
+_LEAST_SPREAD = 0.3  # of depths, as part of them
 
 _LARGEST_SIGMA = 5.0  # pixels
 _SIGMA_REPLACED = 0.3  # pixels, for each new patch of a track
@@ -87,22 +106,13 @@ class Links:
     track_ids: np.ndarray
     refined: np.ndarray
 
+    def select(self, chosen: np.ndarray) -> Links:
+        """The links that a mask or an array of indices names."""
+        return Links(*(getattr(self, item.name)[chosen] for item in fields(self)))
 
-@dataclass(frozen=True, eq=False)
-class _Bank:
-    """T tracks as they are in one image."""
-
-    ids: np.ndarray  # (T,) uint64; 0 until the point is first found again
-    points: np.ndarray  # (T, 2) float32 pixels
-    sigmas: np.ndarray  # (T,) float32 pixels
-    indices: np.ndarray  # (T,) int64 keypoints of the image, or NOT_DETECTED
-    patches: np.ndarray  # (T, P) float32
-    shapes: np.ndarray  # (T, 2, 2) float32: an offset in the patch, times this, is the offset in the image
-    anchors: np.ndarray  # (T,) float32 standard deviation of where the patch was cut, pixels
-    descriptors: np.ndarray  # (T, D) float32
-
-    def __len__(self) -> int:
-        return len(self.ids)
+    def join(self, other: Links) -> Links:
+        """These links, and then the others."""
+        return Links(*(np.concatenate([getattr(self, item.name), getattr(other, item.name)]) for item in fields(self)))
 
 
 class Tracks:
@@ -124,10 +134,13 @@ class Tracks:
 
     def reset(self) -> None:
         """Forget all tracks. Their ids are not given again."""
-        self._reference: _Bank | None = None
-        self._current: _Bank | None = None
-        self._lost: _Bank | None = None
-        self._ended: _Bank | None = None  # of the reference's tracks, those not found in the current image
+        self._reference: Bank | None = None
+        self._current: Bank | None = None
+        self._lost: Bank | None = None
+        self._rows: np.ndarray = np.zeros(0, int)  # of the reference's tracks, those found in the current image
+        self._astray: np.ndarray = np.zeros(0, int)  # and those that are no point of the scene
+        self._window = Window.start()
+        self._ahead: Window | None = None  # with the current image, where the motion is known
 
     def new_ids(self, count: int) -> np.ndarray:
         """(count,) uint64 ids that no track had before."""
@@ -146,7 +159,7 @@ class Tracks:
         if self._reference is None:
             self._reference = self._new(reference, np.arange(len(reference.keypoints))[: self.limit])
         bank = self._reference
-        detected, score = _matched_keypoints(bank, len(reference.keypoints), matches, scores)
+        detected, score = matched_keypoints(bank, len(reference.keypoints), matches, scores)
         matched = detected >= 0
         keypoints = np.full((len(bank), 2), np.nan, np.float32)
         keypoints[matched] = current.keypoints[detected[matched]]
@@ -186,8 +199,8 @@ class Tracks:
         apart = np.linalg.norm(keypoints - found.points, axis=1)
         detected[~(apart < longest_step(current.resolution))] = NOT_DETECTED
         score = np.where(detected >= 0, score, found.likeness).astype(np.float32)
-        alive[alive] = _first_of_each_place(found.points[alive], bank.ids[alive], score[alive])
-        detected[alive] = _attach(found.points[alive], detected[alive], current.keypoints)
+        alive[alive] = first_of_each_place(found.points[alive], bank.ids[alive], score[alive])
+        detected[alive] = attach(found.points[alive], detected[alive], current.keypoints)
 
         new = alive & (bank.ids == 0)
         bank.ids[new] = self.new_ids(int(new.sum()))
@@ -206,7 +219,7 @@ class Tracks:
         seen = following.indices >= 0
         following.descriptors[seen] = current.descriptors[following.indices[seen]]
         self._current = following
-        self._ended = select(bank, ~alive & (bank.ids > 0))
+        self._rows, self._astray, self._ahead = np.flatnonzero(alive), np.zeros(0, int), None
         return Links(
             indices=np.stack([bank.indices[alive], following.indices], axis=1).astype(np.int64),
             reference_points=bank.points[alive],
@@ -217,6 +230,117 @@ class Tracks:
             refined=~bare[alive],
         )
 
+    def settle(
+        self, current: View, cameras: tuple[Camera | None, Camera | None], links: Links, pose: RelativePose
+    ) -> tuple[Links, RelativePose]:
+        """End the tracks that no point of a standing scene explains, and search for those that are lost where it would.
+
+        Links that contradict the motion of the two images alone may be of something that moves. They stay, unless they
+        agreed with the motions before.
+
+        Args:
+            current: the image of the last :meth:`follow`.
+            cameras: of reference and current image.
+            links: what :meth:`follow` gave.
+            pose: the motion by these links.
+
+        Returns:
+            The links that are left and those that were found, and the same pose for them. Without a certain pose, as
+            without calibration, they are as given.
+        """
+        assert self._current is not None and self._reference is not None
+        bank, rows, (camera0, camera1) = self._reference, self._rows, cameras
+        if camera0 is None or camera1 is None or pose.inliers is None or not pose.status.is_certain:
+            return links, pose
+        bank.rays[:, -1] = camera0.normalise(bank.points)
+        rays = np.full((len(self._window) + 1, 2, len(bank)), np.nan)  # of all tracks of the reference
+        rays[:-1] = bank.rays[:, -len(self._window) :].transpose(1, 2, 0)
+        rays[-1][:, rows] = camera1.normalise(links.points).T
+        agree = rows[pose.inliers & np.isfinite(rays[-2:][:, :, rows]).all(axis=(0, 1))]
+        noise = max(_NOISE, _NOISE_SIGMAS * float(np.median(links.sigmas))) / camera1.focal
+        scene = Structure.of(self._window, rays[:, :, agree], (pose.rotation, pose.translation), noise)
+        wrong = scene.contradicts(_FALSE_END)
+        known, self._astray = agree[~wrong], agree[wrong]
+        lost = np.isfinite(rays[-2, 0]) & (bank.ids > 0)
+        lost[known] = False
+        again, found = self._search(current, camera1, rays, np.flatnonzero(lost), known, scene.select(~wrong))
+
+        young = np.isfinite(rays[:-1, 0, rows]).sum(axis=0) == 1
+        stay = (np.isin(rows, known) | (young & ~np.isin(rows, agree))) & ~np.isin(rows, again)
+        order = np.argsort(np.concatenate([rows[stay], again]), kind="stable")
+        more = replace(
+            select(bank, again),
+            points=found.points,
+            sigmas=np.minimum(np.hypot(found.sigmas, bank.anchors[again]), _LARGEST_SIGMA),
+            shapes=found.shapes,
+            indices=np.full(len(again), NOT_DETECTED),
+        )
+        following = join([select(self._current, stay), more])
+        following.indices[:] = attach(following.points, following.indices, current.keypoints)
+        following = select(following, order)
+        seen = following.indices >= 0
+        following.descriptors[seen] = current.descriptors[following.indices[seen]]
+        self._rows = np.concatenate([rows[stay], again])[order]
+        following.rays[:, :-1] = bank.rays[self._rows, 1:]
+        self._current, self._ahead = following, scene.cameras
+        settled = Links(
+            indices=np.stack([bank.indices[self._rows], following.indices], axis=1).astype(np.int64),
+            reference_points=bank.points[self._rows],
+            points=following.points.copy(),
+            sigmas=following.sigmas.copy(),
+            scores=np.concatenate([links.scores[stay], found.likeness])[order],
+            track_ids=following.ids.copy(),
+            refined=np.concatenate([links.refined[stay], found.good])[order],
+        )
+        return settled, pose.of(np.concatenate([pose.inliers[stay], found.good])[order])
+
+    def _search(
+        self,
+        current: View,
+        camera: Camera,
+        rays: np.ndarray,
+        lost: np.ndarray,
+        known: np.ndarray,
+        scene: Structure,
+    ) -> tuple[np.ndarray, Alignment]:
+        """Search for tracks of the reference where the motion and their depths, or those around them, put them.
+
+        Args:
+            current: the image to search.
+            camera: its calibration.
+            rays: (F, 2, T) of all tracks of the reference.
+            lost: (R,) the tracks to search for.
+            known: (K,) the tracks whose points are known.
+            scene: these points.
+
+        Returns:
+            Which were found, and where.
+        """
+        assert self._current is not None and self._reference is not None
+        bank, image = self._reference, current.normalized.astype(np.float32)
+        if len(known) < _AROUND:
+            lost = lost[:0]
+        depths = scene.spots[2][cKDTree(bank.points[known]).query(bank.points[lost], k=_AROUND)[1]]
+        middle = np.median(depths, axis=1)
+        spread = np.median(np.abs(depths - middle[:, None]), axis=1) + _LEAST_SPREAD * np.abs(middle) + TINY
+        before = Window(scene.cameras.rotations[:-1], scene.cameras.translations[:-1])
+        spots = triangulate(before, rays[:-1][:, :, lost], prior=middle, information=(scene.noise / spread) ** 2)
+        expected = camera.project(project(scene.cameras, spots).T).astype(np.float32)
+        height, width = current.normalized.shape
+        inside = (expected >= 1).all(axis=1) & (expected[:, 0] < width - 2) & (expected[:, 1] < height - 2)
+        lost, spots, expected = lost[inside], spots[:, inside], expected[inside]
+        found = align(bank.patches[lost], image, expected, bank.shapes[lost])
+        seen = rays[:, :, lost]
+        seen[-1] = camera.normalise(found.points).T
+        good = found.good & np.isfinite(seen[-1, 0])
+        good[good] = ~current.hides(found.points[good])
+        good &= ~scene.place(spots, seen).contradicts(_FALSE_FIND)
+        good[good] = first_of_each_place(found.points[good], bank.ids[lost[good]], found.likeness[good])
+        places = self._current.points[np.isin(self._rows, known)]
+        if len(places):
+            good &= cKDTree(places).query(found.points)[0] > 1.0
+        return lost[good], found.select(good)
+
     def advance(self, current: View, inliers: np.ndarray | None) -> None:
         """Make the current image the reference, and begin tracks where there are none.
 
@@ -226,17 +350,23 @@ class Tracks:
             current: the image of the last :meth:`follow`.
             inliers: (M,) bool of the links, which agree with the motion; None where it is not known.
         """
-        assert self._current is not None
-        bank = self._current if inliers is None else select(self._current, inliers)
-        self._remember(self._ended)
+        assert self._current is not None and self._reference is not None
+        agree = np.ones(len(self._rows), bool) if inliers is None else inliers
+        bank, ended = select(self._current, agree), self._reference.ids > 0
+        ended[self._rows[agree]], ended[self._astray] = False, False
+        self._remember(select(self._reference, ended))
+        if self._ahead is None:
+            self._window, bank.rays[:] = Window.start(), np.nan
+        else:
+            self._window = self._ahead.advance()
         bank = self._recall(bank, current)
         self._reference = bank if len(bank) >= self.limit else join([bank, self._fill(bank, current)])
         self._current = None
 
-    def _new(self, view: View, indices: np.ndarray) -> _Bank:
+    def _new(self, view: View, indices: np.ndarray) -> Bank:
         points = view.keypoints[indices].astype(np.float32)
         count = len(points)
-        return _Bank(
+        return Bank(
             ids=np.zeros(count, np.uint64),
             points=points,
             sigmas=np.zeros(count, np.float32),
@@ -245,11 +375,12 @@ class Tracks:
             shapes=no_change(count),
             anchors=np.zeros(count, np.float32),
             descriptors=view.descriptors[indices].astype(np.float32),
+            rays=np.full((count, FRAMES, 2), np.nan, np.float32),
         )
 
-    def _fill(self, bank: _Bank, view: View) -> _Bank:
+    def _fill(self, bank: Bank, view: View) -> Bank:
         """New tracks at keypoints that no track is near to, first where there are fewest."""
-        free = _without(len(view.keypoints), bank.indices)
+        free = without(len(view.keypoints), bank.indices)
         if len(bank) and len(free):
             free &= cKDTree(bank.points).query(view.keypoints)[0] > _SPACE
         candidates = np.flatnonzero(free)
@@ -266,18 +397,18 @@ class Tracks:
             candidates = np.sort(candidates[np.argsort(crowd.ravel()[cells] + rank, kind="stable")[:room]])
         return self._new(view, candidates)
 
-    def _remember(self, ended: _Bank | None) -> None:
+    def _remember(self, ended: Bank) -> None:
         if not self.memory:
             self._lost = None
-        if not self.memory or ended is None or not len(ended):
+        if not self.memory or not len(ended):
             return
         lost = ended if self._lost is None else join([self._lost, ended])
         self._lost = select(lost, np.arange(len(lost))[-self.memory :])
 
-    def _recall(self, bank: _Bank, view: View) -> _Bank:
+    def _recall(self, bank: Bank, view: View) -> Bank:
         """Add the lost tracks whose points are keypoints again."""
         lost = self._lost
-        free = _without(len(view.keypoints), bank.indices)
+        free = without(len(view.keypoints), bank.indices)
         if lost is None or not len(lost) or free.sum() < 2 or len(bank) >= self.limit:
             return bank
         candidates = np.flatnonzero(free)
@@ -305,6 +436,7 @@ class Tracks:
             sigmas=np.hypot(found.sigmas, again.anchors),
             indices=keypoints.astype(np.int64),
             descriptors=view.descriptors[keypoints].astype(np.float32),
+            rays=np.full_like(again.rays, np.nan),
         )
         keep = np.ones(len(lost), bool)
         keep[which[good]] = False
@@ -337,43 +469,6 @@ def refine_pair(view0: View, view1: View, points0: np.ndarray, points1: np.ndarr
     return found.points, np.where(found.good, found.sigmas, keypoint_sigma(view1.resolution)).astype(np.float32)
 
 
-def select(bank: _Bank, chosen: np.ndarray) -> _Bank:
-    """The tracks that a mask or an array of indices names."""
-    return _Bank(*(getattr(bank, item.name)[chosen] for item in fields(bank)))
-
-
-def join(banks: list[_Bank]) -> _Bank:
-    """The tracks of all, one bank after the other."""
-    return _Bank(*(np.concatenate([getattr(bank, item.name) for bank in banks]) for item in fields(_Bank)))
-
-
-def _matched_keypoints(
-    bank: _Bank, keypoints: int, matches: np.ndarray, scores: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The keypoint (T,) that matches each track, or NOT_DETECTED, and its score (T,), 0 without one.
-
-    Args:
-        bank: the tracks in the reference image.
-        keypoints: how many the reference image has.
-        matches: (K, 2) keypoints of reference and current.
-        scores: (K,).
-    """
-    track = np.full(keypoints, -1)
-    known = np.flatnonzero(bank.indices >= 0)
-    track[bank.indices[known]] = known
-    rows = track[matches[:, 0]]
-    detected, score = np.full(len(bank), NOT_DETECTED), np.zeros(len(bank), np.float32)
-    detected[rows[rows >= 0]], score[rows[rows >= 0]] = matches[rows >= 0, 1], scores[rows >= 0]
-    return detected, score
-
-
-def _without(count: int, indices: np.ndarray) -> np.ndarray:
-    """(N,) bool which of so many keypoints are not among the indices (T,), some of which may be NOT_DETECTED."""
-    free = np.ones(count, bool)
-    free[indices[indices != NOT_DETECTED]] = False
-    return free
-
-
 def _distinct(view: View, keypoints: np.ndarray, descriptors: np.ndarray) -> np.ndarray:
     """Which keypoints (R,) are clearly more like descriptors (R, D) than other keypoints of the image are (R,)."""
     similar = descriptors @ view.descriptors.T.astype(np.float32)
@@ -390,30 +485,3 @@ def _unaligned(points: np.ndarray, likeness: np.ndarray) -> Alignment:
     return Alignment(
         points, no_change(count), np.zeros(count, np.float32), np.maximum(likeness, 0), np.ones(count, bool)
     )
-
-
-def _first_of_each_place(points: np.ndarray, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Which points (T,) stay if of two at one place only the older one does."""
-    stay = np.ones(len(points), bool)
-    if len(points) < 2:
-        return stay
-    age = np.where(ids == 0, np.iinfo(np.uint64).max, ids)
-    for one, other in cKDTree(points).query_pairs(1.0):
-        older = (age[one], -scores[one], one) <= (age[other], -scores[other], other)
-        stay[other if older else one] = False
-    return stay
-
-
-def _attach(points: np.ndarray, detected: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
-    """The keypoints (T,) of points: those given, and else the nearest one if it is near and no other point's."""
-    found = detected.copy()
-    free = _without(len(keypoints), detected)
-    if not free.any() or not len(points):
-        return found
-    names = np.flatnonzero(free)
-    distance, nearest = cKDTree(keypoints[names]).query(points)
-    wants = np.flatnonzero((detected < 0) & (distance < _ATTACHED))
-    wants = wants[np.argsort(distance[wants], kind="stable")]
-    _, first = np.unique(nearest[wants], return_index=True)
-    found[wants[first]] = names[nearest[wants[first]]]
-    return found

@@ -97,6 +97,7 @@ def test_directions_project_back_to_the_pixels_they_came_from(
     good = np.isfinite(normalised).all(axis=1)
     assert good.mean() >= part
     np.testing.assert_allclose(project(camera, normalised[good]), pixels[good], atol=1e-6)
+    np.testing.assert_allclose(camera.project(normalised[good]), pixels[good], atol=1e-6)
 
 
 @pytest.mark.parametrize("name,model,coefficients,focal,width,height,part", LENSES, ids=[entry[0] for entry in LENSES])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.refinement import normalize_contrast
 from kpmatch_ros.tracks import NOT_DETECTED, Links, Tracks, View, refine_pair
 
@@ -161,3 +164,82 @@ def test_a_track_ends_under_a_mask(picture: NDArray[np.uint8]) -> None:
     hidden = View(plain.normalized, plain.keypoints, plain.descriptors, 1.0, mask)
     links = tracks.follow(view(picture, 0, points), hidden, *NO_MATCHES)
     assert len(links.points) == (points[:, 0] > SIZE // 2 + 3).sum() and (links.points[:, 0] > SIZE // 2 - 0.5).all()
+
+
+CAMERA = Camera(SIZE, SIZE, np.array([[200.0, 0, SIZE / 2], [0, 200.0, SIZE / 2], [0, 0, 1]]), "", np.zeros(0))
+
+
+def sideways(count: int, status: PoseStatus = PoseStatus.OK) -> RelativePose:
+    """A motion to the right, that all links agree with."""
+    inliers = np.ones(count, bool)
+    return RelativePose(status, np.eye(3), np.array([1.0, 0, 0]), np.zeros((6, 6)), False, count, count, 0.0, inliers)
+
+
+def with_patch(picture: NDArray[np.uint8], texture: Texture, shift: int, patch_shift: int) -> View:
+    """The picture from a place, and a piece of something else before it, which is further left by `patch_shift`."""
+    image = np.ascontiguousarray(picture[50 : 50 + SIZE, 50 + shift : 50 + shift + SIZE])
+    image[60:101, 100 - patch_shift : 141 - patch_shift] = texture(41, 41, 5)
+    return View(normalize_contrast(image), np.zeros((0, 2), np.float32), np.zeros((0, 128), np.float32), 1.0)
+
+
+def walk_with_patch(
+    picture: NDArray[np.uint8], texture: Texture, shifts: list[int], cameras: tuple[Camera | None, Camera | None]
+) -> tuple[list[Links], Tracks, NDArray[np.uint64]]:
+    """Each frame's links, and the tracks of the piece, which has these shifts while the picture moves by 2 a frame.
+
+    What is not on the piece has no matches. The pieces' keypoints are matched in all frames but the last.
+    """
+    points, tracks = np.concatenate([grid(), np.float32([[115, 75], [125, 85], [115, 85], [125, 75]])]), Tracks(100, 0)
+    on_piece = np.arange(len(points) - 4, len(points))
+    views = [with_patch(picture, texture, 2 * i, shift) for i, shift in enumerate(shifts)]
+    keypoints = [
+        np.where(np.isin(np.arange(len(points)), on_piece)[:, None], points - (shift, 0), points - (2 * i, 0))
+        for i, shift in enumerate(shifts)
+    ]
+    views = [
+        replace(one, keypoints=places.astype(np.float32), descriptors=np.eye(len(points), 128))
+        for one, places in zip(views, keypoints)
+    ]
+    found, piece = [], np.zeros(0, np.uint64)
+    for i in range(1, len(shifts)):
+        last = i == len(shifts) - 1
+        matches = np.repeat(on_piece[:, None], 2, axis=1)[: 0 if last else None]
+        now = (
+            replace(views[i], keypoints=views[i].keypoints[:0], descriptors=views[i].descriptors[:0])
+            if last
+            else views[i]
+        )
+        links = tracks.follow(views[i - 1], now, matches, np.full(len(matches), 0.9, np.float32))
+        links, pose = tracks.settle(now, cameras, links, sideways(len(links.points)))
+        assert pose.num_matches == len(links.points) == len(pose.inliers)
+        if i == 1:
+            piece = links.track_ids[np.isin(links.indices[:, 0], on_piece)]
+        tracks.advance(now, pose.inliers)
+        found.append(links)
+    return found, tracks, piece
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_track_that_no_standing_point_explains_ends(
+    picture: NDArray[np.uint8], texture: Texture, calibrated: bool
+) -> None:
+    cameras = (CAMERA, CAMERA) if calibrated else (None, None)
+    found, _, piece = walk_with_patch(picture, texture, [0, 6, 12, 18, 24], cameras)
+    assert len(piece) == 4 and all(np.isin(piece, links.track_ids).all() for links in found)
+    found, _, piece = walk_with_patch(picture, texture, [0, 6, 12, 6, 8], cameras)
+    assert all(np.isin(piece, links.track_ids).all() for links in found[:2])
+    assert np.isin(piece, found[2].track_ids).any() != calibrated
+    others = np.setdiff1d(found[0].track_ids, piece)
+    assert np.isin(others, found[2].track_ids).mean() > 0.8
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_track_that_its_neighbours_lead_astray_is_found_by_its_depth(
+    picture: NDArray[np.uint8], texture: Texture, calibrated: bool
+) -> None:
+    cameras = (CAMERA, CAMERA) if calibrated else (None, None)
+    found, _, piece = walk_with_patch(picture, texture, [0, 20, 40, 60], cameras)
+    last = np.isin(found[2].track_ids, piece)
+    assert last.sum() == (4 if calibrated else 0)
+    assert np.abs(error(found[2], 20)[last]).max(initial=0) < 0.2
+    assert found[2].refined[last].all() and (found[2].sigmas[last] < 0.2).all()

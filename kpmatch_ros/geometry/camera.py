@@ -151,6 +151,12 @@ class Camera:
         """
         return self.normalise_with_jacobian(points)[0]
 
+    def project(self, directions: np.ndarray) -> np.ndarray:
+        """Normalised coordinates x/z, y/z (N, 2) to pixels (N, 2): the inverse of `normalise`; NaN where they are."""
+        if self.distortion.any():
+            directions = lens.distort(directions, self.distortion_model, self.distortion)
+        return np.asarray(directions @ self.matrix[:2, :2].T + self.matrix[:2, 2])
+
     def normalise_with_jacobian(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `normalise`, with the jacobian (N, 2, 2) float64 by the pixel's coordinates; NaN where `normalise` is NaN.
 

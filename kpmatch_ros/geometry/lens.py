@@ -12,6 +12,7 @@ __all__ = [
     "LARGEST_TANGENT",
     "LEAST_INVERTIBLE",
     "CalibrationError",
+    "distort",
     "invertible_part",
     "known_distortion",
     "undistort",
@@ -139,6 +140,11 @@ def undistort(distorted: np.ndarray, model: str, coefficients: np.ndarray) -> tu
     points[:, ~converged] = np.nan
     inverse[:, ~converged] = np.nan
     return np.ascontiguousarray(points.T), np.ascontiguousarray(inverse.T).reshape(-1, 2, 2)
+
+
+def distort(points: np.ndarray, model: str, coefficients: np.ndarray) -> np.ndarray:
+    """Where the lens shows normalised points (N, 2): (N, 2)."""
+    return _distort(np.ascontiguousarray(points.T), model, coefficients)[0].T
 
 
 def _distort(points: np.ndarray, model: str, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

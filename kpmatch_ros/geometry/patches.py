@@ -53,6 +53,10 @@ class Alignment:
         for item in fields(Alignment):
             getattr(self, item.name)[rows] = getattr(part, item.name)
 
+    def select(self, chosen: np.ndarray) -> Alignment:
+        """The patches that a mask or an array of indices names."""
+        return Alignment(*(getattr(self, item.name)[chosen] for item in fields(Alignment)))
+
 
 def cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
     """(T, P) float32 patches, with a border for gradients, of an image, float32 (H, W), around points (T, 2)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
@@ -86,6 +86,10 @@ class RelativePose:
     num_inliers: int
     median_parallax: float
     inliers: np.ndarray | None
+
+    def of(self, inliers: np.ndarray) -> RelativePose:
+        """The same pose for other matches, of which some (num_matches,) bool agree with it."""
+        return replace(self, num_matches=len(inliers), num_inliers=int(inliers.sum()), inliers=inliers)
 
     @classmethod
     def undefined(cls, status: PoseStatus, num_matches: int, inliers: np.ndarray | None = None) -> RelativePose:

@@ -1,0 +1,97 @@
+"""Tracks as they are in one image, and their keypoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+__all__ = ["NOT_DETECTED", "Bank", "attach", "first_of_each_place", "join", "matched_keypoints", "select", "without"]
+
+NOT_DETECTED = -1
+"""Index of a point that is no keypoint of its image."""
+
+_ATTACHED = 2.0  # pixels: a keypoint so near to a track is the track's
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """T tracks as they are in one image."""
+
+    ids: np.ndarray  # (T,) uint64; 0 until the point is first found again
+    points: np.ndarray  # (T, 2) float32 pixels
+    sigmas: np.ndarray  # (T,) float32 pixels
+    indices: np.ndarray  # (T,) int64 keypoints of the image, or NOT_DETECTED
+    patches: np.ndarray  # (T, P) float32
+    shapes: np.ndarray  # (T, 2, 2) float32: an offset in the patch, times this, is the offset in the image
+    anchors: np.ndarray  # (T,) float32 standard deviation of where the patch was cut, pixels
+    descriptors: np.ndarray  # (T, D) float32
+    rays: np.ndarray  # (T, FRAMES, 2) float32 x/z and y/z in the last frames, this image last; NaN where not known
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def select(bank: Bank, chosen: np.ndarray) -> Bank:
+    """The tracks that a mask or an array of indices names."""
+    return Bank(*(getattr(bank, item.name)[chosen] for item in fields(bank)))
+
+
+def join(banks: list[Bank]) -> Bank:
+    """The tracks of all, one bank after the other."""
+    return Bank(*(np.concatenate([getattr(bank, item.name) for bank in banks]) for item in fields(Bank)))
+
+
+def matched_keypoints(
+    bank: Bank, keypoints: int, matches: np.ndarray, scores: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The keypoint (T,) that matches each track, or NOT_DETECTED, and its score (T,), 0 without one.
+
+    Args:
+        bank: the tracks in the reference image.
+        keypoints: how many the reference image has.
+        matches: (K, 2) keypoints of reference and current.
+        scores: (K,).
+    """
+    track = np.full(keypoints, -1)
+    known = np.flatnonzero(bank.indices >= 0)
+    track[bank.indices[known]] = known
+    rows = track[matches[:, 0]]
+    detected, score = np.full(len(bank), NOT_DETECTED), np.zeros(len(bank), np.float32)
+    detected[rows[rows >= 0]], score[rows[rows >= 0]] = matches[rows >= 0, 1], scores[rows >= 0]
+    return detected, score
+
+
+def without(count: int, indices: np.ndarray) -> np.ndarray:
+    """(N,) bool which of so many keypoints are not among the indices (T,), some of which may be NOT_DETECTED."""
+    free = np.ones(count, bool)
+    free[indices[indices != NOT_DETECTED]] = False
+    return free
+
+
+def first_of_each_place(points: np.ndarray, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Which points (T,) stay if of two at one place only the older one does."""
+    stay = np.ones(len(points), bool)
+    if len(points) < 2:
+        return stay
+    age = np.where(ids == 0, np.iinfo(np.uint64).max, ids)
+    for one, other in cKDTree(points).query_pairs(1.0):
+        older = (age[one], -scores[one], one) <= (age[other], -scores[other], other)
+        stay[other if older else one] = False
+    return stay
+
+
+def attach(points: np.ndarray, detected: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
+    """The keypoints (T,) of points: those given, and else the nearest one if it is near and no other point's."""
+    found = detected.copy()
+    free = without(len(keypoints), detected)
+    if not free.any() or not len(points):
+        return found
+    names = np.flatnonzero(free)
+    distance, nearest = cKDTree(keypoints[names]).query(points)
+    wants = np.flatnonzero((detected < 0) & (distance < _ATTACHED))
+    wants = wants[np.argsort(distance[wants], kind="stable")]
+    _, first = np.unique(nearest[wants], return_index=True)
+    found[wants[first]] = names[nearest[wants[first]]]
+    return found

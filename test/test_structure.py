@@ -1,0 +1,104 @@
+"""One point of a standing scene explains where a track was over several frames, or the track has moved elsewhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kpmatch_ros.geometry.structure import FRAMES, Structure, Window
+
+Array = NDArray[np.float64]
+
+FOCAL = 500.0
+NOISE = 0.3 / FOCAL
+
+
+def turn(angle: float) -> Array:
+    return np.array([[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]])
+
+
+def walk(frames: int, count: int, seed: int = 0) -> tuple[list[tuple[Array, Array]], Array]:
+    """Poses of cameras (x_world = R x + p), and where they see points: (F, 2, T) x/z and y/z with noise."""
+    rng = np.random.default_rng(seed)
+    points = np.stack([rng.uniform(-4, 4, count), rng.uniform(-3, 3, count), rng.uniform(4, 20, count)])
+    poses = [(turn(0.01 * i), np.array([0.15 * i, 0.02 * i, 0.05 * i])) for i in range(frames)]
+    seen = np.stack([rotation.T @ (points - position[:, None]) for rotation, position in poses])
+    return poses, seen[:, :2] / seen[:, 2:] + rng.normal(0, NOISE, (frames, 2, count))
+
+
+def follow(poses: list[tuple[Array, Array]], rays: Array, unit: bool = True) -> Structure:
+    """The structure by all frames, each added to the ones before; of two views a motion has no length."""
+    window, scene = Window.start(), None
+    for i in range(1, len(poses)):
+        (rotation0, position0), (rotation1, position1) = poses[i - 1 : i + 1]
+        translation = rotation0.T @ (position1 - position0)
+        motion = rotation0.T @ rotation1, translation / np.linalg.norm(translation) if unit else translation
+        known = np.isfinite(rays[i - 1 : i + 1]).all(axis=(0, 1))
+        scene = Structure.of(window, rays[max(0, i - len(window)) : i + 1][:, :, known], motion, NOISE)
+        window = scene.cameras.advance()
+    assert scene is not None
+    return scene
+
+
+@pytest.mark.parametrize("frames", [3, 6, FRAMES + 4])
+def test_few_points_that_stand_still_are_contradicted(frames: int) -> None:
+    scene = follow(*walk(frames, 3000))
+    assert (scene.freedom == 2 * min(frames, FRAMES + 1) - 3).all()
+    for rate in (0.05, 1e-2):
+        assert 0.5 * rate < scene.contradicts(rate).mean() < 1.5 * rate
+
+
+def test_what_slides_along_the_epipolar_lines_is_found_over_several_frames() -> None:
+    poses, rays = walk(6, 500)
+    translation = poses[-1][1]
+    along = rays - (translation[:2] / translation[2])[:, None]
+    along /= np.linalg.norm(along, axis=1, keepdims=True)
+    sliding = rays.copy()
+    sliding[:, :, :50] += along[:, :, :50] * (3 / FOCAL) * (np.arange(6) % 2)[:, None, None]
+    found = follow(poses, sliding).contradicts(1e-3)
+    assert found[:50].mean() > 0.95 and found[50:].mean() < 0.01
+    two_frames = follow(poses[-2:], sliding[-2:]).contradicts(1e-3)
+    assert two_frames[:50].mean() < 0.2
+
+
+def test_lengths_are_chained_and_points_that_were_not_always_seen_count() -> None:
+    poses, rays = walk(6, 400)
+    lengths = [0.5, 1.0, 2.0, 0.7, 1.3]
+    start, positions = poses[0][1], [poses[0][1]]
+    for (_, before), (_, now), length in zip(poses, poses[1:], lengths):
+        positions.append(positions[-1] + length * (now - before))
+    world = np.stack([rays[0, 0], rays[0, 1], np.ones(400)]) * np.random.default_rng(1).uniform(4, 20, 400)
+    poses = [(rotation, position) for (rotation, _), position in zip(poses, positions)]
+    seen = np.stack([rotation.T @ (world - position[:, None]) for rotation, position in poses])
+    rays = seen[:, :2] / seen[:, 2:]
+    rays[:3, :, ::2] = np.nan
+    scene = follow(poses, rays)
+    moved = [
+        np.linalg.norm(a[1] - b[1])
+        for a, b in zip(
+            [(r.T, -r.T @ t) for r, t in zip(scene.cameras.rotations, scene.cameras.translations)],
+            [(r.T, -r.T @ t) for r, t in zip(scene.cameras.rotations[1:], scene.cameras.translations[1:])],
+        )
+    ]
+    wanted = np.array(lengths) * np.linalg.norm(poses[1][1] - start) / lengths[0]
+    assert np.array(moved) / moved[0] == pytest.approx(wanted / wanted[0], rel=1e-4)
+    assert scene.freedom[0] == 3 and scene.freedom[1] == 9
+
+
+def test_noise_that_most_points_speak_for_contradicts_none() -> None:
+    poses, rays = walk(6, 1000)
+    noisy = rays + np.random.default_rng(2).normal(0, 4 * NOISE, rays.shape)
+    scene = follow(poses, noisy)
+    assert scene.noise == pytest.approx(np.sqrt(17) * NOISE, rel=0.1)
+    assert scene.contradicts(1e-3).mean() < 5e-3
+
+
+def test_a_standing_camera_contradicts_nothing() -> None:
+    rng = np.random.default_rng(3)
+    rays = rng.uniform(-0.5, 0.5, (1, 2, 500)) + rng.normal(0, NOISE, (5, 2, 500))
+    window = Window.start()
+    for i in range(1, 5):
+        scene = Structure.of(window, rays[: i + 1], (np.eye(3), np.zeros(3)), NOISE)
+        window = scene.cameras.advance()
+    assert np.isfinite(scene.spots).all() and scene.contradicts(1e-3).mean() < 5e-3
