@@ -351,16 +351,19 @@ class Tracks:
             inliers: (M,) bool of the links, which agree with the motion; None where it is not known.
         """
         assert self._current is not None and self._reference is not None
-        agree = np.ones(len(self._rows), bool) if inliers is None else inliers
-        bank, ended = select(self._current, agree), self._reference.ids > 0
-        ended[self._rows[agree]], ended[self._astray] = False, False
-        self._remember(select(self._reference, ended))
+        reference, agree = self._reference, np.ones(len(self._rows), bool) if inliers is None else inliers
+        ended = reference.ids > 0
+        ended[self._rows], ended[self._astray] = False, False
+        self._remember(select(reference, ended))
+        bank = select(self._current, agree)
         if self._ahead is None:
             self._window, bank.rays[:] = Window.start(), np.nan
         else:
             self._window = self._ahead.advance()
         bank = self._recall(bank, current)
         self._reference = bank if len(bank) >= self.limit else join([bank, self._fill(bank, current)])
+        # Not before: a track that was published at one place in this image is not found again at another.
+        self._remember(select(reference, self._rows[~agree]))
         self._current = None
 
     def _new(self, view: View, indices: np.ndarray) -> Bank:

@@ -99,6 +99,15 @@ def test_a_lost_track_is_found_again_under_its_old_id(picture: NDArray[np.uint8]
         assert np.abs(links.points[old] - np.reshape(found, (-1, 2))).max(initial=0) < 0.05
 
 
+def test_a_track_that_contradicts_the_motion_is_not_found_again_in_the_same_image(picture: NDArray[np.uint8]) -> None:
+    points, tracks, start = grid(), Tracks(100, 100), view(picture, 0, grid())
+    first = tracks.follow(start, start, *identity(len(points)))
+    inliers = np.arange(len(points)) % 3 > 0
+    tracks.advance(start, inliers)
+    second = tracks.follow(start, start, *identity(len(points)))
+    assert set(second.track_ids) & set(first.track_ids) == set(first.track_ids[inliers])
+
+
 def test_the_number_of_tracks_is_bounded_and_new_ones_begin_where_there_are_none(picture: NDArray[np.uint8]) -> None:
     points, tracks = grid(10), Tracks(40, 0)
     upper = points[points[:, 1] < 70]
