@@ -14,6 +14,7 @@ from torch import Tensor
 from kpmatch_ros.models import LightGlue, NearestNeighbour, trace
 from kpmatch_ros.models.assignment import Assignment, ImageFeatures, mutual_matches
 from kpmatch_ros.models.lightglue import OnItsWay, normalise_keypoints
+from kpmatch_ros.models.lightglue_layers import Attention
 
 Modes = dict[str, float]
 
@@ -330,3 +331,21 @@ def test_recording_ends_with_its_context_and_changes_nothing(lightglue: Callable
 def test_a_network_without_attention_has_nothing_to_record() -> None:
     with pytest.raises(TypeError, match="NearestNeighbour"), trace(NearestNeighbour()):
         pass
+
+
+@pytest.mark.parametrize("count", [1, 100, 1100])
+@pytest.mark.parametrize("masked", [False, True])
+def test_self_attention_in_bfloat16_is_that_of_float32(count: int, masked: bool) -> None:
+    torch.manual_seed(0)
+    attention = Attention(64, heads=4, key_value_heads=2, bias=True).requires_grad_(False)
+    x = torch.randn(2, count, 64).bfloat16().float()  # of 1100 points, a head is worked on in two parts
+    rotation = torch.polar(torch.ones(2, 1, count, 8), torch.rand(2, 1, count, 8))
+    mask = torch.rand(2, count) < 0.7 if masked else None
+    if mask is not None:
+        mask[:, 0] = True
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        heads = attention.to(dtype).project(x.to(dtype), rotation)
+        found.append(attention(heads, heads, mask).float())
+    assert found[0].shape == (2, count, 64)
+    assert (found[0] - found[1]).abs().max() < 0.02

