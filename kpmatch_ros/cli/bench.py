@@ -14,7 +14,7 @@ from kpmatch_ros.parameters import ParameterError, Parameters, declaration
 
 __all__ = ["PEERS", "Request", "add_bench"]
 
-PEERS = ("transformers", "lightglue")
+PEERS = ("transformers", "lightglue", "xfeat", "opencv")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Request:
         bag: a bag with images; without both, a synthetic camera's are taken.
         topic: of the images in the bag; guessed where it is empty.
         against: names from :data:`PEERS`.
-        peer_precision: the number format of these.
+        peer_precisions: the number formats of these, each measured.
         json: file to write everything to.
         plot: file to draw time against keypoints in.
     """
@@ -47,7 +47,7 @@ class Request:
     bag: Path | None = None
     topic: str = ""
     against: Sequence[str] = ()
-    peer_precision: str = "float32"
+    peer_precisions: Sequence[str] = ("float32",)
     json: Path | None = None
     plot: Path | None = None
 
@@ -88,13 +88,16 @@ def add_bench(commands: Any) -> None:
         action="append",
         choices=PEERS,
         default=[],
-        help="another implementation: transformers, or lightglue (cvg's package); may be given twice",
+        help="another implementation: transformers, lightglue (cvg's package), or xfeat (XFeat and LighterGlue as "
+        "their authors have them); may be given again. opencv says what is missing",
     )
     parser.add_argument(
         "--peer-precision",
-        choices=declaration("precision").choices,
-        default="float32",
-        help="number format of the other implementations (default float32)",
+        metavar="PRECISION,...",
+        type=_list_of("precision"),
+        default=["float32"],
+        help="number formats of the other implementations, each measured; auto is the one that this package takes "
+        "(default float32)",
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every figure")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw time against keypoints (needs matplotlib)")
@@ -158,7 +161,7 @@ def _bench(options: argparse.Namespace) -> int:
             bag=options.bag,
             topic=options.image,
             against=options.against,
-            peer_precision=options.peer_precision,
+            peer_precisions=options.peer_precision,
             json=options.json,
             plot=options.plot,
         )

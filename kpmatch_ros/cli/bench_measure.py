@@ -84,7 +84,8 @@ def run_bench(request: Request) -> None:
     with tqdm(total=steps, unit="setting", disable=None, leave=False) as progress:
         for parameters in settings:
             matcher = FeatureMatcher(parameters)
-            peers = [_make_peer(name, matcher, request.peer_precision) for name in request.against]
+            formats = dict.fromkeys(choose_precision(name, matcher.device) for name in request.peer_precisions)
+            peers = [_make_peer(name, matcher, each) for name in request.against for each in formats]
             for film, count in itertools.product(films, request.keypoints):
                 height, width = film[0].shape[:2]
                 progress.set_postfix_str(f"{matcher.device} {width}x{height} {count} keypoints")
@@ -369,7 +370,7 @@ def describe_machine(devices: set[str] | None = None) -> dict[str, Any]:
 # Other implementations
 
 
-def _make_peer(name: str, matcher: FeatureMatcher, precision: str) -> Any:
+def _make_peer(name: str, matcher: FeatureMatcher, dtype: torch.dtype) -> Any:
     """One of `benchmarks/peers.py`, a plug-in that only the source checkout has."""
     try:
         peers = importlib.import_module("benchmarks.peers")
@@ -379,7 +380,7 @@ def _make_peer(name: str, matcher: FeatureMatcher, precision: str) -> Any:
             f"checkout of kpmatch_ros, as tools/with_ros kpmatch bench --against {name}"
         ) from error
     try:
-        return peers.PEERS[name](matcher, choose_precision(precision, matcher.device))
+        return peers.PEERS[name](matcher, dtype)
     except ValueError as error:
         raise CommandError(f"--against {name}: {error}") from error
     except ImportError as error:
