@@ -1,6 +1,7 @@
 """How good is a back-end on the topics? The example's, on two rounds through the courtyard, beside exact poses.
 
-    tools/with_ros python benchmarks/slam.py --cache ../cache  # on a processor half an hour the first time
+    tools/with_ros python benchmarks/slam.py --cache ../cache         # on a processor half an hour the first time
+    tools/with_ros python benchmarks/slam.py --cache ../cache --hard  # the same at dusk, see dusk.py
 
 The images and the matcher's messages are kept in the cache folder: 211 stereo frames of 480x360, 14 cm apart, noise of
 2 grey levels, baseline 12 cm. Needs GTSAM, evo and matplotlib. The absolute trajectory error is evo's, after a rigid
@@ -28,6 +29,7 @@ from evo.core.metrics import APE, PoseRelation
 from evo.core.trajectory import PoseTrajectory3D
 from scipy.spatial.transform import Rotation
 
+from benchmarks.dusk import write_dusk_bag
 from examples.stereo_slam.picture import draw
 from examples.stereo_slam.slam import StereoSlam
 from kpmatch_ros import match_request
@@ -53,10 +55,15 @@ _KLT_SIGMA = 0.3  # pixels
 Messages = Iterable[tuple[str, Any]]
 
 
-def rounds(cache: Path) -> Path:
-    """The bag of the two rounds, made if it is not there."""
-    bag = cache / "rounds"
-    if not bag.exists():
+def rounds(cache: Path, hard: bool) -> Path:
+    """The bag of the rounds, made if it is not there."""
+    bag = cache / "dusk" / "rounds" if hard else cache / "rounds"
+    if bag.exists():
+        return bag
+    bag.parent.mkdir(parents=True, exist_ok=True)
+    if hard:
+        write_dusk_bag(bag, _FRAMES)
+    else:
         write_demo_bag(bag, num_frames=_FRAMES, step=_STEP, size=_SIZE, baseline=_BASELINE, encoding="mono8")
     return bag
 
@@ -265,12 +272,13 @@ def main() -> None:
     """Print a table, and save a picture of the trajectories."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, help="folder for images and messages, some 300 MB")
+    parser.add_argument("--hard", action="store_true", help="six rounds at dusk, by a fast camera with few frames")
     parser.add_argument("--picture", type=Path, help="PNG to write")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--max-keypoints", type=int, default=512)
     parser.add_argument("--variants", nargs="+", default=["tracks", "refine: false", "KLT"])
     options = parser.parse_args()
-    bag = rounds(options.cache)
+    bag = rounds(options.cache, options.hard)
     infos = camera_infos(bag)
     stamps, poses = read_ground_truth(bag)
     truth = dict(zip(stamps.tolist(), poses))

@@ -331,9 +331,7 @@ def cpp_programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for tool in ("cmake", os.environ.get("CXX", "c++")):
         if shutil.which(tool) is None:
             pytest.fail(f"{tool} is missing: the C++ programs cannot be built; try `apt-get install cmake g++`")
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # of all workers: the first one builds, the others wait and find it done
+    base = shared_folder(tmp_path_factory)
     source, build = Path(__file__).parent / "cpp", base / "cpp"
     with (base / "cpp.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -342,6 +340,42 @@ def cpp_programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if done.returncode:
                 pytest.fail(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stdout}")
     return build
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all workers: with a lock, the first one builds, and the others wait and find it done."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def tf2_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment variables of a process that has tf2_msgs/TFMessage, which ROS on PyPI lacks."""
+    base = shared_folder(tmp_path_factory)
+    package, install = base / "tf2" / "tf2_msgs", base / "tf2" / "install" / "tf2_msgs"
+    with (base / "tf2.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not install.exists():
+            (package / "msg").mkdir(parents=True)
+            (package / "msg" / "TFMessage.msg").write_text("geometry_msgs/TransformStamped[] transforms\n")
+            (package / "package.xml").write_text(
+                '<package format="3"><name>tf2_msgs</name><version>0.0.1</version><description>TFMessage</description>'
+                '<maintainer email="dev@example.com">tests</maintainer><license>BSD</license>'
+                "<buildtool_depend>ament_cmake</buildtool_depend><depend>geometry_msgs</depend>"
+                "<member_of_group>rosidl_interface_packages</member_of_group></package>"
+            )
+            (package / "CMakeLists.txt").write_text(
+                "cmake_minimum_required(VERSION 3.16)\nproject(tf2_msgs)\nfind_package(ament_cmake REQUIRED)\n"
+                "find_package(geometry_msgs REQUIRED)\nfind_package(rosidl_default_generators REQUIRED)\n"
+                'rosidl_generate_interfaces(tf2_msgs "msg/TFMessage.msg" DEPENDENCIES geometry_msgs)\nament_package()\n'
+            )
+            command = ["colcon", "build", "--cmake-args", "-DBUILD_TESTING=OFF"]
+            done = subprocess.run(command, cwd=base / "tf2", capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+    (modules,) = install.glob("lib/python*/site-packages")
+    places = {"AMENT_PREFIX_PATH": install, "LD_LIBRARY_PATH": install / "lib", "PYTHONPATH": modules}
+    before = {name: os.pathsep.join(filter(None, [str(place), os.environ.get(name)])) for name, place in places.items()}
+    return {**os.environ, **before}
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -200,45 +199,12 @@ def test_a_base_that_tf_static_does_not_know_is_named(kpmatch: Any, robot_bag: P
 # In the node
 
 
-@pytest.fixture(scope="module")
-def tf2_messages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with tf2_msgs/TFMessage, which ROS on PyPI lacks: its prefix."""
-    folder = tmp_path_factory.mktemp("workspace")
-    package = folder / "tf2_msgs"
-    (package / "msg").mkdir(parents=True)
-    (package / "msg" / "TFMessage.msg").write_text("geometry_msgs/TransformStamped[] transforms\n")
-    (package / "package.xml").write_text(
-        '<package format="3"><name>tf2_msgs</name><version>0.0.1</version><description>TFMessage</description>'
-        '<maintainer email="dev@example.com">tests</maintainer><license>BSD</license>'
-        "<buildtool_depend>ament_cmake</buildtool_depend><depend>geometry_msgs</depend>"
-        "<member_of_group>rosidl_interface_packages</member_of_group></package>"
-    )
-    (package / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.16)\nproject(tf2_msgs)\nfind_package(ament_cmake REQUIRED)\n"
-        "find_package(geometry_msgs REQUIRED)\nfind_package(rosidl_default_generators REQUIRED)\n"
-        'rosidl_generate_interfaces(tf2_msgs "msg/TFMessage.msg" DEPENDENCIES geometry_msgs)\nament_package()\n'
-    )
-    done = subprocess.run(
-        ["colcon", "build", "--cmake-args", "-DBUILD_TESTING=OFF"], cwd=folder, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "install" / "tf2_msgs"
-
-
-def test_the_node_takes_the_place_from_tf_static(tf2_messages: Path, robot_bag: Path, tmp_path: Path) -> None:
-    def before(name: str, folder: Path) -> str:
-        return os.pathsep.join([str(folder), *filter(None, [os.environ.get(name)])])
-
-    (modules,) = tf2_messages.glob("lib/python*/site-packages")
-    environment = {
-        **os.environ,
-        "AMENT_PREFIX_PATH": before("AMENT_PREFIX_PATH", tf2_messages),
-        "LD_LIBRARY_PATH": before("LD_LIBRARY_PATH", tf2_messages / "lib"),
-        "PYTHONPATH": before("PYTHONPATH", modules),
-    }
+def test_the_node_takes_the_place_from_tf_static(
+    tf2_environment: dict[str, str], robot_bag: Path, tmp_path: Path
+) -> None:
     robot = Path(__file__).with_name("base_frame_robot.py")
     done = subprocess.run(
-        [sys.executable, robot, robot_bag, tmp_path], env=environment, capture_output=True, text=True, timeout=200
+        [sys.executable, robot, robot_bag, tmp_path], env=tf2_environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

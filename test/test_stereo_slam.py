@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +22,8 @@ import gtsam
 from geometry_msgs.msg import PoseStamped
 from nav_msgs.msg import Path as PathMessage
 from rclpy.qos import QoSProfile
+from scipy.spatial.transform import Rotation
+from stereo_slam_robot import PLACES, TURNS
 from test_stereo_node import rig, stamped
 
 from examples.stereo_slam.pose_graph import Keyframe, Loop, PoseGraph, align
@@ -289,3 +292,31 @@ def test_the_node_follows_a_camera_and_closes_a_loop_over_dds(tmp_path: Path) ->
     # To the camera's right is minus y of a frame whose x points forward.
     np.testing.assert_allclose(found, [[0, -x, 0] for x in places], atol=0.006)
     assert slam.returncode == 0 and picture.stat().st_size > 10_000, log.read_text()
+
+
+def test_raw_cameras_give_a_path_and_tf_over_dds(tf2_environment: dict[str, str], tmp_path: Path) -> None:
+    """The lenses distort, and the cameras are turned: the path is the left camera's own, and TF agrees with it."""
+    robot = Path(__file__).with_name("stereo_slam_robot.py")
+    done = subprocess.run(
+        [sys.executable, robot, tmp_path], env=tf2_environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["status"] == 0 and found["frame"] == "map"
+    path = np.array(found["path"])
+    np.testing.assert_allclose(path[:, 0], 10 + 0.1 * np.arange(len(PLACES)), atol=1e-6)
+    # The pair moves along the rectified x axis, which the raw camera sees turned; the map's x is the raw camera's z.
+    along = Rotation.from_rotvec(TURNS["left"]).inv().apply([1.0, 0, 0])
+    optical = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
+    np.testing.assert_allclose(path[:, 1:4], np.outer(PLACES, optical @ along), atol=0.006)
+    turns = Rotation.from_quat(path[:, 4:])
+    assert np.degrees((turns[0].inv() * turns).magnitude()).max() < 0.3
+    np.testing.assert_allclose(turns[0].as_matrix(), optical, atol=1e-3)
+    # TF: with each frame map to odom, and odom to the camera.
+    assert [link[:2] for link in found["tf"]] == [["map", "odom"], ["odom", "left_optical"]] * (len(found["tf"]) // 2)
+    (correction, drifted) = (np.array([link[2:] for link in found["tf"][side::2]]) for side in (0, 1))
+    np.testing.assert_allclose(drifted[:, 0], path[1:, 0], atol=1e-6)
+    np.testing.assert_array_equal(correction[:, 0], drifted[:, 0])
+    in_map = correction[:, 1:4] + Rotation.from_quat(correction[:, 4:]).apply(drifted[:, 1:4])
+    np.testing.assert_allclose(in_map, np.outer(PLACES[1:], optical @ along), atol=0.006)
+    np.testing.assert_allclose(in_map[-1], path[-1, 1:4], atol=1e-6)
