@@ -76,7 +76,7 @@ def test_a_shell_completes_commands_and_options(line: str, expected: list[str], 
 @pytest.mark.parametrize(
     ("findings", "last"),
     [
-        ([Finding(OK, "node", "")], "next: kpmatch demo, or ros2 launch kpmatch_ros matcher.launch.py image:=TOPIC"),
+        ([Finding(OK, "node", "")], "next: kpmatch demo, or matcher --ros-args -r image:=TOPIC"),
         ([Finding(WARN, "ROS 2", "not here")], "next: kpmatch match A.jpg B.jpg"),
         (
             [Finding(FAIL, "OpenCV", "", "x"), Finding(FAIL, "node", "")],
@@ -89,5 +89,16 @@ def test_the_doctors_last_line_says_what_to_do_next(
 ) -> None:
     monkeypatch.delenv("KPMATCH_PREFIX", raising=False)
     monkeypatch.setattr(doctor, "examine", lambda: iter(findings))
+    monkeypatch.setattr("shutil.which", lambda name: None)
     run_doctor()
     assert capsys.readouterr().out.splitlines()[-1] == last
+
+
+def test_where_there_is_ros2_the_doctor_names_the_launch_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("KPMATCH_PREFIX", raising=False)
+    monkeypatch.setattr(doctor, "examine", lambda: iter([Finding(OK, "node", "")]))
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    run_doctor()
+    assert capsys.readouterr().out.endswith("or ros2 launch kpmatch_ros matcher.launch.py image:=TOPIC\n")

@@ -18,6 +18,7 @@ _FAR = 20.0  # metres: a point is not known better than that before it is seen
 _ROBUST = 1.0  # standard deviations, Cauchy: a track that slipped loses its say
 _LEAST_KNOWN = 12  # points that tell where a camera is
 _GATE = 8.0  # pixels between an observation and where its point was expected
+_RELINEARISE = 0.001  # metres, radians: what moves less keeps its linearisation, and its factors their robust weights
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class FixedLagSmoother:
         poses: the pose of every frame so far, x_world = pose x_camera; those within the lag still change.
     """
 
-    def __init__(self, calibration: Calibration, lag: int = 20, most: int = 200) -> None:
+    def __init__(self, calibration: Calibration, lag: int = 20, most: int = 300) -> None:
         """The lag is a number of frames; about so many points, at most, are seen by each."""
         self.poses: list[gtsam.Pose3] = []
         self._calibration = calibration
@@ -87,7 +88,7 @@ class FixedLagSmoother:
         self._lag, self._most = lag, most
         parameters = gtsam.ISAM2Params()
         parameters.relinearizeSkip = 1
-        parameters.setRelinearizeThreshold(0.01)
+        parameters.setRelinearizeThreshold(_RELINEARISE)
         parameters.findUnusedFactorSlots = True
         self._smoother = gtsam.IncrementalFixedLagSmoother(float(lag), parameters)
         self._estimate = gtsam.Values()

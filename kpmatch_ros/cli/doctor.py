@@ -88,7 +88,10 @@ def _next_step(findings: list[Finding]) -> str:
         if finding.level == FAIL:
             return f"mend {finding.subject} as said above, then {again}"
     if any(finding.level == OK and finding.subject == "node" for finding in findings):
-        return f"{in_shell('kpmatch demo')}, or ros2 launch kpmatch_ros matcher.launch.py image:=TOPIC"
+        launch = "ros2 launch kpmatch_ros matcher.launch.py image:=TOPIC"
+        if shutil.which("ros2") is None:  # ROS from PyPI has no ros2
+            launch = in_shell("matcher --ros-args -r image:=TOPIC")
+        return f"{in_shell('kpmatch demo')}, or {launch}"
     return in_shell("kpmatch match A.jpg B.jpg")
 
 
