@@ -90,6 +90,7 @@ def main(folder: Path) -> None:
                     peer.publish(stamped(message, 10 + 0.1 * frame, f"{side}_optical"))
                 node.wait_for(lambda count=frame: len(node.poses) == count, "the matcher")
             node.wait_for(lambda: paths and len(paths[-1].poses) == len(PLACES), f"the path:\n{log.read_text()}")
+            node.wait_for(lambda: len(transforms) == 2 * (len(PLACES) - 1), "TF of every frame but the first")
             node.wait_for(lambda: "a loop: frame" in log.read_text(), "a loop")
         finally:
             slam.send_signal(signal.SIGINT)
