@@ -20,7 +20,7 @@ from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.two_modes import decide_by_prior, is_distinct, plane_motions, rival_of, spread
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.geometry.two_view_errors import Motion, agrees, normalise_matches
-from kpmatch_ros.geometry.two_view_profile import profile_directions
+from kpmatch_ros.geometry.two_view_profile import profile_covariance, profile_directions
 from kpmatch_ros.parameters import Parameters
 
 
@@ -197,6 +197,30 @@ def test_the_profile_finds_the_motion_from_a_rotation_that_is_five_degrees_off()
             np.testing.assert_allclose(motion.rotation @ motion.rotation.T, np.eye(3), atol=1e-9)
         for one, other in itertools.combinations(found, 2):
             assert abs(one.translation @ other.translation) < math.cos(math.radians(10)) + 1e-9
+
+
+def test_on_a_bent_ridge_of_the_likelihood_the_covariance_is_as_long_as_the_ridge() -> None:
+    # With the NEES by the curvature at its top alone.
+    for kind, seed, before in (("small area", 48, 457), ("small area", 24, 34), ("plane and a few points", 40, 289)):
+        problem = weak(kind, seed)
+        outcome = judge(problem.estimate(), problem.truth)
+        assert not outcome.wrong_and_sure
+        assert outcome.status is PoseStatus.AMBIGUOUS or outcome.nees < before / 2
+
+
+def test_where_the_geometry_is_good_the_likelihood_gives_the_covariance_of_its_curvature() -> None:
+    for seed in range(4):
+        scene = Scene(noise=0.5)
+        points0, points1, _ = scene.matches(150, seed)
+        pose = scene.estimate(150, seed, keypoint_resolution=0)
+        matches, _ = normalise_matches(points0, points1, CAMERA, CAMERA)
+        motion = Motion(pose.rotation, pose.translation)
+        wide = profile_covariance(matches, motion, pose.covariance, 1.0, 0.5, 1.0)
+        # Nowhere smaller, and hardly larger.
+        extra = np.linalg.eigvalsh(wide - pose.covariance)
+        assert extra[0] > -1e-6 * extra[-1] - 1e-15
+        assert (wide.diagonal() < 1.6 * pose.covariance.diagonal()).all()
+        np.testing.assert_allclose(wide[:3, :3] @ motion.translation, 0, atol=1e-9)
 
 
 def test_keypoints_coarser_than_the_inlier_threshold_make_a_worse_pose_that_says_so() -> None:

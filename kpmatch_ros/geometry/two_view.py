@@ -38,7 +38,7 @@ from kpmatch_ros.geometry.two_view_errors import (
     tangents,
 )
 from kpmatch_ros.geometry.two_view_fit import Noise, motion_covariance, rotation_covariance
-from kpmatch_ros.geometry.two_view_motion import MANY_WRONG, Fit, best_candidate, decide, fit_motion
+from kpmatch_ros.geometry.two_view_motion import MANY_WRONG, Fit, best_candidate, decide, fit_motion, widen
 from kpmatch_ros.geometry.two_view_rotation import (
     fit_rotation,
     fit_rotation_roughly,
@@ -230,6 +230,7 @@ def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
             covariance = _motion_covariance(fit, noise)
         if moving.sum() < required:
             return _Solution(PoseStatus.TOO_FEW_MATCHES, inliers=moving)
+        covariance = widen(matches, fit, covariance, noise)
         rivals = [rival for rival in rivals if not _covers(covariance, fit.motion, rival)]
         if any(is_distinct(fit.motion, rival) for rival in rivals):
             covariance = covariance + sum(spread(fit.motion, rival) for rival in rivals)

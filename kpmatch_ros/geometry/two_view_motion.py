@@ -23,11 +23,11 @@ from kpmatch_ros.geometry.two_view_errors import (
     residual_sizes,
 )
 from kpmatch_ros.geometry.two_view_fit import SETTLED, Noise, minimise
-from kpmatch_ros.geometry.two_view_profile import profile_directions
+from kpmatch_ros.geometry.two_view_profile import profile_covariance, profile_directions
 from kpmatch_ros.geometry.two_view_rotation import TYPICAL
 from kpmatch_ros.geometry.two_view_search import SAMPLE
 
-__all__ = ["MANY_WRONG", "Decision", "Fit", "best_candidate", "decide", "fit_motion"]
+__all__ = ["MANY_WRONG", "Decision", "Fit", "best_candidate", "decide", "fit_motion", "widen"]
 
 MANY_WRONG = 0.5
 """Other motions are searched for where an even smaller part of the matches agrees."""
@@ -162,6 +162,18 @@ def decide(
             best = next(one for one in (best, *distinct) if one.motion is likely)
             return Decision(best, [one.motion for one in alike if not is_distinct(best.motion, one.motion)])
     return Decision(best, [one.motion for one in alike])
+
+
+def widen(matches: Matches, fit: Fit, covariance: np.ndarray, noise: Noise) -> np.ndarray:
+    """The covariance (6, 6) of a fit; where the geometry constrains it little, by the likelihood around it."""
+    threshold = noise.inlier_threshold
+    deviation = tukey_cutoff(epipolar_residuals(fit.support, fit.motion), threshold, noise.resolution) / TUKEY
+    inliers = agrees(matches, fit.motion, min(threshold, TYPICAL * deviation))
+    if not _is_weak(inliers, covariance / noise.design_effect):
+        return covariance
+    some = matches.sample(SAMPLE)
+    evidence = len(matches) / len(some) / noise.design_effect
+    return profile_covariance(some, fit.motion, covariance, threshold, deviation, evidence)
 
 
 def _is_weak(inliers: np.ndarray, covariance: np.ndarray) -> bool:

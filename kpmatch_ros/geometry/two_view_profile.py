@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import math
 
+import cv2
 import numpy as np
 
 from kpmatch_ros.geometry.robust import TINY
 from kpmatch_ros.geometry.two_view_errors import Matches, Motion, depths, gains
 
-__all__ = ["profile_directions"]
+__all__ = ["profile_covariance", "profile_directions"]
 
 _DIRECTIONS = 60  # of half a sphere: 15 degrees apart
 _CUTOFFS = (8.0, 4.0, 2.0, 2.0, 2.0)  # inlier thresholds: where Tukey's loss ends, step by step
 _SMALLEST = 0.01  # deviation, inlier thresholds
 _FOUND = 5  # motions, at most
+_BAND = 10.0  # inlier thresholds: where wrong matches are; with a narrow band, right ones would tell less than they do
+_STEPS = (15, 5)  # of directions along the ridge and across it
+_REACH = (8.0, 3.0)  # standard deviations
+_FARTHEST = math.radians(60.0)
+_SINGULAR = 1e-12  # part of the largest eigenvalue
 _APART = math.cos(math.radians(10.0))
 
 
@@ -39,7 +45,81 @@ def profile_directions(
     """
     shifts = np.tile(_half_sphere(_DIRECTIONS), (len(rotations), 1))
     turns = np.repeat(np.array(rotations), _DIRECTIONS, axis=0)
-    for cutoff in _CUTOFFS:
+    turns, residuals = _refine_turns(matches, turns, shifts, _CUTOFFS, inlier_threshold, deviation)
+    scores = gains(np.abs(residuals), deviation, inlier_threshold).sum(axis=1)
+    found: list[Motion] = []
+    for index in np.argsort(-scores, kind="stable"):
+        if len(found) < _FOUND and all(abs(shifts[index] @ one.translation) < _APART for one in found):
+            near = matches.select(np.abs(residuals[index]) < inlier_threshold)
+            found.append(_facing(near, Motion(turns[index], shifts[index])))
+    return found
+
+
+def profile_covariance(
+    matches: Matches,
+    motion: Motion,
+    covariance: np.ndarray,
+    inlier_threshold: float,
+    deviation: float,
+    evidence: float,
+) -> np.ndarray:
+    """The covariance (6, 6) of a motion by the likelihood around it, nowhere smaller than that by its curvature.
+
+    Where the geometry constrains the motion little, the likelihood is a long, bent ridge. Its curvature at the top does
+    not tell how long. Over a grid of directions around the motion's, the rotation is refined, and the second moments
+    about the motion are taken, weighted by the likelihood.
+
+    Args:
+        matches: some of them, wrong ones too.
+        motion: the likeliest one.
+        covariance: (6, 6) of the translation's direction and the rotation, by the likelihood's curvature.
+        inlier_threshold: largest residual of an inlier, pixels.
+        deviation: standard deviation of the keypoints' noise, pixels.
+        evidence: how many independent matches each of these stands for.
+    """
+    variances, axes = np.linalg.eigh(covariance[:3, :3])
+    reach = np.minimum(np.sqrt(np.maximum(variances[:0:-1], TINY)) * _REACH, _FARTHEST)
+    along, across = (np.linspace(-length, length, steps) for length, steps in zip(reach, _STEPS))
+    offsets = np.array([[a, b] for a in along for b in across]) @ axes[:, :0:-1].T
+    angles = np.linalg.norm(offsets, axis=1, keepdims=True)
+    shifts = np.cos(angles) * motion.translation + np.sinc(angles / math.pi) * offsets
+    # To first order, the rotation follows the direction like this.
+    follow = covariance[3:, :3] @ np.linalg.pinv(covariance[:3, :3], rcond=1e-9, hermitian=True)
+    turns = _turned(np.tile(motion.rotation, (len(shifts), 1, 1)), offsets @ follow.T)
+    turns, residuals = _refine_turns(matches, turns, shifts, _CUTOFFS[-3:], inlier_threshold, deviation)
+    scores = evidence * gains(np.abs(residuals), deviation, _BAND * inlier_threshold).sum(axis=1)
+    weights = np.exp(scores - scores.max())
+    away = np.array(
+        [
+            np.concatenate([offset, cv2.Rodrigues(turn @ motion.rotation.T)[0].ravel()])
+            for offset, turn in zip(offsets, turns)
+        ]
+    )
+    moments = (away.T * weights) @ away / weights.sum()
+    moments[3:, 3:] += covariance[3:, 3:] - follow @ covariance[:3, 3:]
+
+    values, axes = np.linalg.eigh(covariance)
+    axes = axes[:, 1:] * np.sqrt(np.maximum(values[1:], _SINGULAR * values[-1]))  # but for the translation's length
+    inverse = np.linalg.pinv(axes)
+    values, turn = np.linalg.eigh(inverse @ moments @ inverse.T)
+    axes = axes @ turn * np.sqrt(np.maximum(values, 1.0))
+    return np.asarray(axes @ axes.T)
+
+
+def _refine_turns(
+    matches: Matches,
+    turns: np.ndarray,
+    shifts: np.ndarray,
+    cutoffs: tuple[float, ...],
+    inlier_threshold: float,
+    deviation: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rotations (k, 3, 3) refined by Gauss-Newton, each with its direction of translation (k, 3), for all at once.
+
+    Returns:
+        the rotations, and the Sampson distances (k, n) that they leave.
+    """
+    for cutoff in cutoffs:
         residuals, jacobian = _evaluate(matches, turns, shifts)
         weights = np.maximum(1 - (residuals / (cutoff * inlier_threshold)) ** 2, 0.0) ** 2
         weighted = jacobian * weights[:, None]
@@ -48,14 +128,7 @@ def profile_directions(
         # A trust of a tenth of a radian keeps the system regular, also where there is no noise.
         hessian[:, range(3), range(3)] += 100 * max(deviation, _SMALLEST * inlier_threshold) ** 2
         turns = _turned(turns, -np.linalg.solve(hessian, gradient[..., None])[..., 0])
-    residuals, _ = _evaluate(matches, turns, shifts)
-    scores = gains(np.abs(residuals), deviation, inlier_threshold).sum(axis=1)
-    found: list[Motion] = []
-    for index in np.argsort(-scores, kind="stable"):
-        if len(found) < _FOUND and all(abs(shifts[index] @ one.translation) < _APART for one in found):
-            near = matches.select(np.abs(residuals[index]) < inlier_threshold)
-            found.append(_facing(near, Motion(turns[index], shifts[index])))
-    return found
+    return turns, _evaluate(matches, turns, shifts)[0]
 
 
 def _evaluate(matches: Matches, turns: np.ndarray, shifts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
