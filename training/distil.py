@@ -40,6 +40,7 @@ T = TypeVar("T")
 RATES = {"points": 1e-3, "matching": 1e-4}
 DESCRIBED = 256  # of a view's points, the best, whose descriptors are told apart from each other
 FLOOR = 0.05  # how much the descriptor of a cell without a point counts, beside one with a point
+SHARES = {"points": 5.0, "descriptors": 2.0, "contrast": 0.3}  # of the loss, so that their gradients are about as large
 RADIUS = 2  # pixels, of the suppression of non-maxima
 
 
@@ -120,8 +121,8 @@ def points_losses(outputs: superpoint_loss.Outputs, taught: Taught) -> dict[str,
     similarity = similarity.masked_fill(neighbours, -1e4)
     right = similarity.diagonal(dim1=1, dim2=2)
     contrast = ((similarity.logsumexp(dim=2) + similarity.logsumexp(dim=1)) / 2 - right).mean()
-    total = 2 * points + 2 * descriptors + contrast
-    return {"points": points, "descriptors": descriptors, "contrast": contrast, "total": total}
+    parts = {"points": points, "descriptors": descriptors, "contrast": contrast}
+    return {**parts, "total": torch.stack([SHARES[name] * part for name, part in parts.items()]).sum()}
 
 
 def points_step(student: Student, taught: Taught, settings: Settings, step: int, progress: float) -> dict[str, Tensor]:
