@@ -16,6 +16,7 @@ from torch import Tensor
 from kpmatch_ros.models import SuperPoint, superpoint, trace
 from kpmatch_ros.models.detections import read_out
 from kpmatch_ros.models.superpoint import Detections, select_keypoints, suppress_non_maxima
+from kpmatch_ros.weights import resolve
 
 Pair = Callable[..., tuple[Any, SuperPoint]]
 Found = dict[tuple[int, int], tuple[float, Tensor]]
@@ -110,6 +111,20 @@ def test_finds_and_describes_the_keypoints_that_transformers_does(
     (found,) = as_found(ours(image))
     assert len(expected) > height * width / 100
     assert np.ptp([score for score, _ in expected.values()]) > 0.5
+    assert_equal(found, expected, record_difference)
+
+
+def test_the_fast_weights_find_and_describe_what_they_do_in_transformers(texture: Any, record_difference: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = resolve("superpoint-open-fast")
+    theirs = transformers.SuperPointForKeypointDetection.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs.keypoint_decoder.border_removal_distance = 0  # it has another idea of borders than ours
+    options = {"border_removal_distance": 0, "subpixel": False}  # theirs finds whole pixels
+    ours = SuperPoint.from_pretrained("superpoint-open-fast", **options)
+    image = batch(texture(240, 320, 3))
+    (expected,) = run_theirs(theirs, image)
+    (found,) = as_found(ours(image))
+    assert len(expected) > 200
     assert_equal(found, expected, record_difference)
 
 

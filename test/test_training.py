@@ -469,7 +469,8 @@ def test_a_small_pair_learns_from_a_large_one_and_goes_on_where_it_was_stopped(
     again = distilled(folder, teacher, parts, "points", "--steps", "24", "--stop-after", "3")
     for step in range(1, 7):
         assert again[step] == pytest.approx(points[step], rel=1e-3, abs=2e-3)
-    superpoint, lightglue = export.read_trained(whole / "points.weights.pt", whole / "matching.weights.pt", "fast")
+    superpoint = export.read_trained(SuperPoint, whole / "points.weights.pt", "fast")
+    lightglue = export.read_trained(LightGlue, whole / "matching.weights.pt", "fast")
     assert len(lightglue.transformer_layers) == 1
     export.export(superpoint, lightglue, whole)
 

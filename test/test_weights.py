@@ -278,6 +278,12 @@ def test_a_registered_matcher_wants_the_extractor_it_was_made_for(monkeypatch: p
         FeatureMatcher(extractor="superpoint-other", device="cpu")
 
 
+def test_the_fast_extractor_has_the_matchers_of_the_one_that_taught_it() -> None:
+    for suffix in ("", "-small"):
+        assert REGISTRY[f"lightglue-superpoint-open{suffix}"].fits("superpoint-open-fast")
+    assert not REGISTRY["lightglue-superpoint-open"].fits("aliked-n16")
+
+
 def test_the_small_matcher_matches_with_the_first_layers_of_the_large_one() -> None:
     large, small = (LightGlue.from_pretrained(f"lightglue-superpoint-open{suffix}") for suffix in ("", "-small"))
     count = len(small.transformer_layers)

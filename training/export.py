@@ -2,7 +2,8 @@
 
     python training/export.py --points RUN/points.weights.pt --matching RUN/matching.weights.pt --network full OUT
 
-The two files are what train.py writes: of each network its configuration and averaged weights.
+The two files are what train.py and distil.py write: of each network its configuration and averaged weights. Without
+``--matching`` the folder holds the SuperPoint alone.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ DETECTION = {
 }  # why: README.md, what was measured
 
 
-def read_trained(points: Path, matching: Path, network: str) -> tuple[SuperPoint, LightGlue]:
-    """The networks called ``network``, ``full`` or ``fast``, in the files that train.py writes.
+def read_trained(make: type[Any], path: Path, network: str) -> Any:
+    """The network called ``network``, ``full`` or ``fast``, in a file that train.py or distil.py writes.
+
+    Args:
+        make: SuperPoint or LightGlue.
 
     Raises:
-        KeyError: when a file holds no such network.
+        KeyError: when the file holds no such network.
     """
-    found = []
-    for make, path in ((SuperPoint, points), (LightGlue, matching)):
-        trained = torch.load(path, map_location="cpu", weights_only=True)
-        if network not in trained:
-            raise KeyError(f"{path} holds {', '.join(trained)}, no network called {network}")
-        model = make(**trained[network]["config"])
-        model.load_state_dict(trained[network]["tensors"])
-        found.append(model)
-    return found[0], found[1]
+    trained = torch.load(path, map_location="cpu", weights_only=True)
+    if network not in trained:
+        raise KeyError(f"{path} holds {', '.join(trained)}, no network called {network}")
+    model = make(**trained[network]["config"])
+    model.load_state_dict(trained[network]["tensors"])
+    return model
 
 
 def export(superpoint: SuperPoint, lightglue: LightGlue, folder: Path, **detection: Any) -> Path:
@@ -59,13 +60,29 @@ def export(superpoint: SuperPoint, lightglue: LightGlue, folder: Path, **detecti
         )
     tensors = {f"keypoint_detector.{name}": tensor for name, tensor in superpoint.state_dict().items()}
     tensors |= lightglue.state_dict()
+    return write(tensors, configuration(superpoint.config, lightglue.config, detection), folder)
+
+
+def export_superpoint(superpoint: SuperPoint, folder: Path, **detection: Any) -> Path:
+    """Write a SuperPoint alone, as :func:`export` writes both."""
+    config = detector_configuration(superpoint.config, detection)
+    head = {"architectures": ["SuperPointForKeypointDetection"], "dtype": "float16"}
+    return write(superpoint.state_dict(), {**head, **config}, folder)
+
+
+def write(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Path) -> Path:
+    """Write tensors in float16 and their configuration; the file of the tensors.
+
+    Raises:
+        ValueError: when a weight does not fit into float16.
+    """
     tensors = {name: tensor.to(torch.float16).contiguous() for name, tensor in tensors.items()}
     infinite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if infinite:
         raise ValueError(f"{', '.join(infinite)} cannot be written in float16")
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", configuration(superpoint.config, lightglue.config, detection))
+    write_json(folder / "config.json", config)
     return folder / "model.safetensors"
 
 
@@ -74,7 +91,6 @@ def configuration(
 ) -> dict[str, Any]:
     """The configuration of both, as `transformers` names it."""
     size, heads = lightglue["descriptor_dim"], lightglue["num_attention_heads"]
-    detector = {**superpoint, "model_type": "superpoint", **DETECTION, **(detection or {})}
     return {
         "architectures": ["LightGlueForKeypointMatching"],
         "model_type": "lightglue",
@@ -85,21 +101,34 @@ def configuration(
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "dtype": "float16",
-        "keypoint_detector_config": {**detector, "attn_implementation": "eager", "initializer_range": 0.02},
+        "keypoint_detector_config": {
+            **detector_configuration(superpoint, detection or {}),
+            "attn_implementation": "eager",
+            "initializer_range": 0.02,
+        },
     }
+
+
+def detector_configuration(superpoint: dict[str, Any], detection: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a SuperPoint, as `transformers` names it."""
+    return {**superpoint, "model_type": "superpoint", **DETECTION, **detection}
 
 
 def main(words: list[str] | None = None) -> None:
     """Export as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=Path, required=True, help="points.weights.pt of train.py")
-    parser.add_argument("--matching", type=Path, required=True, help="matching.weights.pt of train.py")
+    parser.add_argument("--matching", type=Path, help="matching.weights.pt of train.py")
     parser.add_argument("--network", choices=("full", "fast"), default="full", help="which of those that they hold")
     parser.add_argument("--nms-radius", type=int, default=DETECTION["nms_radius"], help="pixels, for the configuration")
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args(words)
-    superpoint, lightglue = read_trained(arguments.points, arguments.matching, arguments.network)
-    file = export(superpoint, lightglue, arguments.folder, nms_radius=arguments.nms_radius)
+    superpoint = read_trained(SuperPoint, arguments.points, arguments.network)
+    if arguments.matching is None:
+        file = export_superpoint(superpoint, arguments.folder, nms_radius=arguments.nms_radius)
+    else:
+        lightglue = read_trained(LightGlue, arguments.matching, arguments.network)
+        file = export(superpoint, lightglue, arguments.folder, nms_radius=arguments.nms_radius)
     log_line(f"{file}: {file.stat().st_size} bytes, SHA-256 {file_hash(file)}")
 
 

@@ -49,6 +49,7 @@ class Weights:
         size: of the file, bytes; rounded for the hub's, which may change.
         sha256: of the file, hexadecimal; empty for the hub's, which only the hub knows.
         extractor: for a matcher, the extractor it was made for.
+        others: for a matcher, other extractors whose descriptors lie in the same space.
         detector: for a matcher whose folder holds its keypoint detector too, that network.
         layers: for a LightGlue, how many of its first layers are used; 0 for all.
     """
@@ -62,6 +63,7 @@ class Weights:
     size: int
     sha256: str = ""
     extractor: str = ""
+    others: tuple[str, ...] = ()
     detector: str = ""
     layers: int = 0
 
@@ -94,7 +96,7 @@ class Weights:
 
     def fits(self, extractor: str) -> bool:
         """Whether these weights of a matcher were made for the features of ``extractor``, as far as is known."""
-        made_for = (self.extractor, self.name) if self.detector else (self.extractor,)
+        made_for = (self.extractor, *self.others, *((self.name,) if self.detector else ()))
         return not self.extractor or extractor not in REGISTRY or extractor in made_for
 
 
@@ -146,6 +148,7 @@ REGISTRY: dict[str, Weights] = _registered(
         "lightglue-superpoint-open",
         "lightglue",
         extractor="superpoint-open",
+        others=("superpoint-open-fast",),
         origin="ALIKED's LightGlue (Apache-2.0), trained on for this package with superpoint-open's features",
         **_OPEN_PAIR,
     ),
@@ -153,9 +156,20 @@ REGISTRY: dict[str, Weights] = _registered(
         "lightglue-superpoint-open-small",
         "lightglue",
         extractor="superpoint-open",
+        others=("superpoint-open-fast",),
         origin="the first 6 of the 9 layers of lightglue-superpoint-open, for robots without a GPU",
         layers=6,
         **_OPEN_PAIR,
+    ),
+    Weights(
+        "superpoint-open-fast",
+        "superpoint",
+        licence="Apache-2.0",
+        commercial=True,
+        origin="a small network taught by superpoint-open on CC BY and CC0 pictures and rooms, for robots",
+        source=Packaged("data/superpoint-open-fast"),
+        size=1_067_746,
+        sha256="0a03c43344edb1a192f60120c5886561e12e1a84e42848bc082099f8b594fa9b",
     ),
     _wheel(
         "aliked-n16", "aliked", "aliked-n16.pth", size=2_738_091, **_ALIKED,
