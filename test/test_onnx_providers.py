@@ -72,6 +72,12 @@ class Sessions:
         return SimpleNamespace(get_providers=lambda: list(dict.fromkeys([*running, PROVIDERS["cpu"]])), run=run)
 
 
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """TensorRT's folder is not the user's."""
+    monkeypatch.setenv("KPMATCH_WEIGHTS", str(tmp_path))
+
+
 @pytest.fixture
 def sessions(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str], list[str]], Sessions]:
     """sessions(built_in, starting): imitate an ONNX Runtime with these providers, of which some start."""
@@ -112,9 +118,8 @@ def test_what_is_built_in_and_does_not_start_is_said(weights: Path, sessions: An
 
 
 def test_tensorrt_is_told_its_folder_its_shapes_and_its_number_format(
-    weights: Path, random_folder: Any, images: list[Any], sessions: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    weights: Path, random_folder: Any, images: list[Any], sessions: Any, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("KPMATCH_WEIGHTS", str(tmp_path))
     imitated = sessions(["tensorrt", "cpu"], ["tensorrt", "cpu"])
     matchers = [load(weights, "tensorrt,cpu"), load(weights, "tensorrt,cpu", precision="float16")]
     matchers += [load(random_folder(seed=1, lightglue=SMALLER), "tensorrt,cpu")]
