@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -77,6 +77,14 @@ class Frame:
     extract_ms: float
     right: RightImage | None = None
     mask: np.ndarray | None = None
+
+    def with_right(self, right: RightImage) -> Frame:
+        """The frame with its right image, and with what was made of it before."""
+        frame = replace(self, right=right)
+        for name in ("normalized", "descriptors"):
+            if name in self.__dict__:
+                frame.__dict__[name] = self.__dict__[name]
+        return frame
 
     @cached_property
     def normalized(self) -> np.ndarray:

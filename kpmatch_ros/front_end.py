@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from kpmatch_ros.geometry.two_view_errors import Motion
 from kpmatch_ros.kept_features import check_features, frame_without_image
 from kpmatch_ros.masks import both, fit, load_masks
 from kpmatch_ros.parameters import Parameters
-from kpmatch_ros.tracks import NOT_DETECTED, Links, Tracks, View, keypoint_sigma, refine_pair
+from kpmatch_ros.tracks import NOT_DETECTED, Links, Tracks, View, keypoint_sigma, pair_sigma, refine_pair
 
 __all__ = ["FrontEnd"]
 
@@ -231,7 +231,7 @@ class FrontEnd:
             left_points[tracked[tracked != NOT_DETECTED]] = linked.links.points[tracked != NOT_DETECTED]
         reference_points = left_points[indices[:, 0]]
         points = right.keypoints[indices[:, 1]]
-        sigmas = np.full(len(indices), keypoint_sigma(self._keypoint_resolution(right)), np.float32)
+        sigmas = np.full(len(indices), pair_sigma(self._keypoint_resolution(right)), np.float32)
         if self.parameters.refine:
             started = time.perf_counter()
             start = points + reference_points - left.keypoints[indices[:, 0]]
@@ -247,7 +247,7 @@ class FrontEnd:
         right_points[indices[:, 0]] = points
         usable = camera if agreement.status is PoseStatus.OK else None
         return StereoPair(
-            reference=replace(left, right=RightImage(usable, left_points, right_points, right.normalized)),
+            reference=left.with_right(RightImage(usable, left_points, right_points, right.normalized)),
             current=right,
             indices=indices,
             reference_points=reference_points,

@@ -30,7 +30,7 @@ from kpmatch_ros.track_bank import (
     without,
 )
 
-__all__ = ["NOT_DETECTED", "Links", "Tracks", "View", "keypoint_sigma", "refine_pair"]
+__all__ = ["NOT_DETECTED", "Links", "Tracks", "View", "keypoint_sigma", "pair_sigma", "refine_pair"]
 
 _HARDLY_ALIKE = 0.5  # correlation with the patch: flow alone leads anywhere
 _ASTRAY = 3.0  # times as far as its neighbours disagree: flow goes no further than that from where they went
@@ -456,6 +456,11 @@ def keypoint_sigma(resolution: float) -> float:
     return _SIGMA_KEYPOINT * max(resolution, 1.0)
 
 
+def pair_sigma(resolution: float) -> float:
+    """Standard deviation of a coordinate of a keypoint, given another image's keypoint: both err."""
+    return float(np.sqrt(2) * keypoint_sigma(resolution))
+
+
 def refine_pair(view0: View, view1: View, points0: np.ndarray, points1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Refine matches of two images taken at one time.
 
@@ -469,7 +474,7 @@ def refine_pair(view0: View, view1: View, points0: np.ndarray, points1: np.ndarr
         (M, 2) float32 points1 refined, where the surroundings are alike, and (M,) float32 standard deviations, pixels.
     """
     found = align_matches(view0.normalized, view1.normalized, points0, points1, view1.resolution)
-    return found.points, np.where(found.good, found.sigmas, keypoint_sigma(view1.resolution)).astype(np.float32)
+    return found.points, np.where(found.good, found.sigmas, pair_sigma(view1.resolution)).astype(np.float32)
 
 
 def _distinct(view: View, keypoints: np.ndarray, descriptors: np.ndarray) -> np.ndarray:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from kpmatch_ros.frames import Frame, RightImage
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.refinement import normalize_contrast
-from kpmatch_ros.tracks import NOT_DETECTED, Links, Tracks, View, refine_pair
+from kpmatch_ros.tracks import NOT_DETECTED, Links, Tracks, View, keypoint_sigma, refine_pair
 
 Texture = Callable[[int, int, int], NDArray[np.uint8]]
 
@@ -139,6 +141,21 @@ def test_left_and_right_are_refined(picture: NDArray[np.uint8]) -> None:
     jittered = (points - (5, 0) + np.random.default_rng(1).uniform(-1, 1, points.shape)).astype(np.float32)
     refined, sigmas = refine_pair(view(picture, 0, points), view(picture, 5, jittered), points, jittered)
     assert np.linalg.norm(refined - points + (5, 0), axis=1).max() < 0.05 and sigmas.max() < 0.1
+
+
+def test_keypoints_that_are_not_refined_both_err(picture: NDArray[np.uint8], texture: Texture) -> None:
+    points, other = grid(), normalize_contrast(texture(SIZE, SIZE, 11))
+    right = View(other, points, np.eye(len(points), 128, dtype=np.float32), 2.0)
+    _, sigmas = refine_pair(view(picture, 0, points), right, points, points)
+    assert np.median(sigmas) == pytest.approx(np.sqrt(2) * keypoint_sigma(2.0))
+
+
+def test_a_left_image_is_normalised_once(picture: NDArray[np.uint8]) -> None:
+    nothing: Any = None
+    left = Frame(1, 1, picture, "left", None, nothing, grid(), np.zeros(49, np.uint64), 0.0)
+    normalized = left.normalized
+    both = left.with_right(RightImage(None, grid(), grid(), normalized))
+    assert both.normalized is normalized and both.right is not None and left.right is None
 
 
 def test_images_of_any_size_and_keypoints_anywhere_give_points_in_the_image() -> None:

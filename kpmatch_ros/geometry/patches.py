@@ -26,8 +26,8 @@ _ALIKE = 0.75  # correlation with the patch: with less, it is another point
 _LARGEST_SCALE = 3.0  # change of length since the patch was cut
 _LARGEST_GAIN = 2.0  # change of contrast: more of it is another point, or noise
 
-_SIGMA_FLOOR = 0.04  # pixels
-_SIGMA_GROWTH = 25.0  # pixels per square pixel that white noise as large as the residuals would make; measured
+_SIGMA_FLOOR = 0.036  # pixels
+_SIGMA_GROWTH = 22.5  # pixels per square pixel that white noise as large as the residuals would make; measured
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ _ITERATIONS = 3
 _SMALLEST_DEPTH = 1e-3  # of a direction's length
 _DAMPING = 1e-9  # of an inverse depth
 _CUTOFF = float(chi2.isf(1e-2, 1))  # of a point's mean square, beyond which it has less to say of the motion
+_ENOUGH = 250  # points that the motion is fitted to, at least where there are as many
 _FEWEST = 8  # points that tell the length of a translation
 
 
@@ -93,20 +94,21 @@ class Structure:
         past = triangulate(window, rays[:-1])
         translation = translation * _length(past, rays, rotation, translation)
         cameras = window.join(rotation, translation)
-        spots = triangulate(cameras, rays, reference=-2)
-        freedom = 2 * np.isfinite(rays[:, 0]).sum(axis=0) - 3
+        part = rays[:, :, :: 1 + rays.shape[2] // _ENOUGH]
+        spots = triangulate(cameras, part, reference=-2)
+        freedom = 2 * np.isfinite(part[:, 0]).sum(axis=0) - 3
         for _ in range(_ITERATIONS):
-            normal = _Normal.of(cameras, spots, rays)
+            normal = _Normal.of(cameras, spots, part)
             mean = normal.squares / (noise * noise * freedom)
             step = normal.camera_step(1 / (1 + mean / _CUTOFF) ** 2)
             spots = spots + normal.points_step(step)
             rotation = cv2.Rodrigues(step[:3].reshape(3, 1))[0] @ rotation
             translation = translation + step[3:]
             cameras = window.join(rotation, translation)
-        found = cls(cameras, spots, normal.squares, freedom, noise).place(spots, rays)
-        long = freedom > 1
+        found = cls(cameras, spots, normal.squares, freedom, noise).place(triangulate(cameras, rays, -2), rays)
+        long = found.freedom > 1
         if long.any():
-            relative = found.squares[long] / chi2.median(freedom[long])
+            relative = found.squares[long] / chi2.median(found.freedom[long])
             found = replace(found, noise=max(noise, float(np.sqrt(np.median(relative)))))
         return found
 
