@@ -118,8 +118,13 @@ class NodeUnderTest:
         self.images.publish(image)
 
     def figures(self) -> dict[str, str]:
-        """The newest diagnostics."""
-        return {item.key: item.value for item in self.diagnostics[-1].status[0].values}
+        """The newest diagnostics; none before the first."""
+        values = self.diagnostics[-1].status[0].values if self.diagnostics else []
+        return {item.key: item.value for item in values}
+
+    def message(self) -> str:
+        """What the newest diagnostics say; nothing before the first."""
+        return self.diagnostics[-1].status[0].message if self.diagnostics else ""
 
     def wait_for_figure(self, key: str, value: str, timeout: float = 60.0) -> dict[str, str]:
         """Wait until the diagnostics show a value, and return all of them."""

@@ -42,7 +42,7 @@ def test_masks_from_a_topic_and_a_file_hold_and_what_is_missing_is_counted(tmp_p
         topic = f"{node.namespace}/image"
         figures = node.wait_for_figure(f"mask hides everything: {topic}", "1")
         assert figures[f"no mask: {topic}"] == "1"
-        assert "the mask hides all of an image" in node.diagnostics[-1].status[0].message
+        assert "the mask hides all of an image" in node.message()
         assert node.stop() == 0
 
 

@@ -217,7 +217,7 @@ def test_a_pose_without_calibration_says_so(tmp_path: Path) -> None:
         assert node.poses[0].status == RelativePose.NO_CALIBRATION
         assert len(node.matches[0].scores) > 50 and len(node.matches[0].inliers) == 0
         reason = f"no calibration on {node.namespace}/camera_info"
-        node.wait_for(lambda: reason in node.diagnostics[-1].status[0].message, "the reason")
+        node.wait_for(lambda: reason in node.message(), "the reason")
 
 
 def test_a_replays_first_frame_waits_for_a_calibration_that_comes_late(tmp_path: Path) -> None:
@@ -341,9 +341,7 @@ def test_the_lifecycle_can_be_walked_and_a_failed_configuration_mended(tmp_path:
         assert state(node) == "unconfigured"
         assert not change_state(node, "configure")
         assert state(node) == "unconfigured"
-        node.wait_for(
-            lambda: node.diagnostics and "no-such-weights" in node.diagnostics[-1].status[0].message, "the reason"
-        )
+        node.wait_for(lambda: "no-such-weights" in node.message(), "the reason")
         assert node.diagnostics[-1].status[0].level == DiagnosticStatus.ERROR
         assert set_parameters(node, extractor="superpoint-open").successful
         for _ in range(2):
@@ -376,22 +374,18 @@ def test_a_start_with_a_bad_parameter_says_what_is_wrong(tmp_path: Path) -> None
         assert "precision is 'float12'" in node.log and "Traceback" not in node.log
 
 
-def message_of(node: NodeUnderTest) -> str:
-    return node.diagnostics[-1].status[0].message if node.diagnostics else ""
-
-
 def test_a_quality_of_service_that_does_not_match_is_named_whoever_asks_for_it(tmp_path: Path) -> None:
     demanding = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
     wanted = {"qos_overrides./image.subscription.durability": "transient_local"}
     with running_node(tmp_path, **wanted, **FAST) as node:
         ns = node.namespace
         late = node.node.create_subscription(MatchArray, "matches", lambda message: None, demanding)
-        node.wait_for(lambda: f"a subscriber of {ns}/matches asks for another durability" in message_of(node), "ours")
-        assert f"qos_overrides.{ns}/matches.publisher.durability" in message_of(node)
-        node.wait_for(lambda: f"the publisher of {ns}/image offers another durability" in message_of(node), "theirs")
-        assert f"qos_overrides.{ns}/image.subscription.durability" in message_of(node)
+        node.wait_for(lambda: f"a subscriber of {ns}/matches asks for another durability" in node.message(), "ours")
+        assert f"qos_overrides.{ns}/matches.publisher.durability" in node.message()
+        node.wait_for(lambda: f"the publisher of {ns}/image offers another durability" in node.message(), "theirs")
+        assert f"qos_overrides.{ns}/image.subscription.durability" in node.message()
         node.node.destroy_subscription(late)
-        node.wait_for(lambda: "a subscriber of" not in message_of(node), "the subscriber to be forgotten")
+        node.wait_for(lambda: "a subscriber of" not in node.message(), "the subscriber to be forgotten")
 
 
 def test_simulated_time_that_stands_still_stops_nothing(tmp_path: Path) -> None:
@@ -411,7 +405,7 @@ def test_a_frame_that_needs_more_memory_than_there_is_is_given_up_and_the_next_o
         resource.prlimit(node.process.pid, resource.RLIMIT_AS, (limit, limit))
         node.send(image(np.tile(textured(), (8, 8)), 101.0))
         node.wait_for_figure("rejected: memory", "1")
-        assert "out of memory" in message_of(node) and "lower resize" in message_of(node)
+        assert "out of memory" in node.message() and "lower resize" in node.message()
         send_frames(node, 2, start=102.0)
         node.wait_for(lambda: len(node.matches) == 2, "the pair after it")
         assert "Traceback" not in node.log

@@ -126,4 +126,4 @@ def test_a_node_says_that_it_loads_and_that_it_is_finalized(tmp_path: Path) -> N
         request.transition.label = "shutdown"
         assert ask(node, ChangeState, "change_state", request).success
         node.wait_for_figure("state", "finalized")
-        assert "start it again" in node.diagnostics[-1].status[0].message
+        assert "start it again" in node.message()

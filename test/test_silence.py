@@ -9,11 +9,7 @@ from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from kpmatch_ros.parameter_file import read_parameter_file
-from node_harness import NodeUnderTest, running_node
-
-
-def message_of(node: NodeUnderTest) -> str:
-    return node.diagnostics[-1].status[0].message if node.diagnostics else ""
+from node_harness import running_node
 
 
 def test_other_types_latched_calibrations_and_misspelt_parameters_are_told_of(tmp_path: Path) -> None:
@@ -25,8 +21,8 @@ def test_other_types_latched_calibrations_and_misspelt_parameters_are_told_of(tm
         infos = node.node.create_publisher(CameraInfo, "camera_info", latched)
         infos.publish(CameraInfo(width=8, height=8, k=[9.0, 0.0, 4.0, 0.0, 9.0, 4.0, 0.0, 0.0, 1.0]))  # once
         said = f"no image on {ns}/image"
-        node.wait_for(lambda: said in message_of(node) and "its publisher sends" in message_of(node), "the type")
-        text = message_of(node)
+        node.wait_for(lambda: said in node.message() and "its publisher sends" in node.message(), "the type")
+        text = node.message()
         assert "sends sensor_msgs/msg/CompressedImage, not sensor_msgs/msg/Image; set image_transport" in text
         assert (
             "'filter_treshold' does not exist and has no effect, did you mean filter_threshold?" in text
@@ -36,13 +32,13 @@ def test_other_types_latched_calibrations_and_misspelt_parameters_are_told_of(tm
 
         node.node.destroy_publisher(other)
         offers = [node.node.create_publisher(Image, "image", 10) for _ in range(2)]
-        node.wait_for(lambda: "2 publishers send on" in message_of(node), "the two cameras")
-        node.wait_for(lambda: "but nothing comes" in message_of(node), "the silence")
-        assert "qos_overrides" not in message_of(node), "with queue 'all' the subscription is reliable already"
+        node.wait_for(lambda: "2 publishers send on" in node.message(), "the two cameras")
+        node.wait_for(lambda: "but nothing comes" in node.message(), "the silence")
+        assert "qos_overrides" not in node.message(), "with queue 'all' the subscription is reliable already"
         for offer in offers:
             node.node.destroy_publisher(offer)
         elsewhere = node.node.create_publisher(Image, "camera/image", 10)
-        node.wait_for(lambda: f"{ns}/camera/image is published" in message_of(node), "the nearest topic")
+        node.wait_for(lambda: f"{ns}/camera/image is published" in node.message(), "the nearest topic")
         assert elsewhere is not None
 
 

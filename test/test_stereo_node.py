@@ -236,7 +236,7 @@ def test_what_is_newly_wrong_is_told_before_the_next_regular_diagnostics(tmp_pat
             known = len(node.diagnostics)
             node.wait_for(lambda known=known: len(node.diagnostics) > known, "the next diagnostics")
             told = [reason in array.status[0].message for array in node.diagnostics]
-            assert told[-1], node.diagnostics[-1].status[0].message
+            assert told[-1], node.message()
             stamps = [array.header.stamp.sec + 1e-9 * array.header.stamp.nanosec for array in node.diagnostics]
             first = told.index(True)
             early += stamps[first] - stamps[first - 1] < 0.9
