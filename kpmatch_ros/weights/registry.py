@@ -169,7 +169,7 @@ REGISTRY: dict[str, Weights] = _registered(
         origin="a small network taught by superpoint-open on CC BY and CC0 pictures and rooms, for robots",
         source=Packaged("data/superpoint-open-fast"),
         size=1_067_746,
-        sha256="0a03c43344edb1a192f60120c5886561e12e1a84e42848bc082099f8b594fa9b",
+        sha256="d834e4eb1d84b13cf1364862fae5a2d8c035bdeed1088c3249a82bcaaed0a585",
     ),
     _wheel(
         "aliked-n16", "aliked", "aliked-n16.pth", size=2_738_091, **_ALIKED,
