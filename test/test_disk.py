@@ -17,13 +17,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detections_harness import as_found, assert_a_batch_gives_what_each_gives_alone
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from kpmatch_ros import FeatureMatcher
 from kpmatch_ros.models.disk import DISK, activate, strict_maxima
-from kpmatch_ros.models.superpoint import Detections
 from kpmatch_ros.weights import WeightsError
 
 Tensors = dict[str, Tensor]
@@ -66,14 +66,6 @@ def reference(tensors: Tensors, image: Tensor, border: int) -> dict[tuple[int, i
             if heat[y, x] > 0 and (window >= heat[y, x]).sum() == 1:
                 found[x, y] = float(heat[y, x]), F.normalize(output[:-1, y, x], dim=0)
     return found
-
-
-def as_found(detections: Detections) -> list[dict[tuple[int, int], tuple[float, Tensor]]]:
-    """Score and descriptor of the keypoints of each image, by x and y."""
-    return [
-        {tuple(p): (s, d) for p, s, d in zip(points[mask].int().tolist(), scores[mask].tolist(), descriptors[mask])}
-        for points, scores, descriptors, mask in zip(*detections)
-    ]
 
 
 def random_tensors(seed: int) -> Tensors:
@@ -173,15 +165,7 @@ def test_an_image_of_one_colour_has_no_keypoints(ours: Ours) -> None:
 def test_images_of_a_batch_give_what_each_gives_alone(ours: Ours, picture: Callable[..., Tensor]) -> None:
     model = ours()
     images = torch.stack([picture(64, 96, 1), picture(64, 96, 2), picture(64, 96, 3) * 0.01])
-    together = model(images)
-    assert len(set(together.mask.sum(dim=1).tolist())) > 1
-    for image, found in zip(images, as_found(together)):
-        (alone,) = as_found(model(image[None]))
-        assert alone.keys() == found.keys()
-        for point, (score, descriptor) in alone.items():
-            assert found[point][0] == pytest.approx(score, abs=1e-3)
-            assert torch.allclose(found[point][1], descriptor, atol=1e-3)
-    assert (together.scores[~together.mask] == 0).all() and (together.keypoints[~together.mask] == 0).all()
+    assert_a_batch_gives_what_each_gives_alone(model, images, 1e-3)
 
 
 def test_a_grey_image_is_seen_as_one_of_three_equal_colours(ours: Ours, picture: Callable[..., Tensor]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from detections_harness import as_found, assert_a_batch_gives_what_each_gives_alone
 from safetensors.torch import save_file
 from test_lightglue import authors_names as lightglue_of_the_authors
 from torch import Tensor
@@ -21,7 +22,6 @@ from torch.nn import functional as F
 
 from kpmatch_ros import FeatureMatcher
 from kpmatch_ros.models import LightGlue, XFeat
-from kpmatch_ros.models.detections import Detections
 from kpmatch_ros.weights import WeightsError
 
 Tensors = dict[str, Tensor]
@@ -127,14 +127,6 @@ def reference(tensors: Tensors, image: Tensor, threshold: float, border: int) ->
     return found
 
 
-def as_found(detections: Detections) -> list[dict[Point, tuple[float, Tensor]]]:
-    """Score and descriptor of the keypoints of each image, by x and y."""
-    return [
-        {tuple(p): (s, d) for p, s, d in zip(points[mask].tolist(), scores[mask].tolist(), descriptors[mask])}
-        for points, scores, descriptors, mask in zip(*detections)
-    ]
-
-
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Ours:
     """ours(seed=0, **options): an XFeat with random weights, loaded from a file as the authors' is."""
@@ -202,15 +194,7 @@ def test_an_image_smaller_than_its_coarsest_feature_has_no_keypoint(ours: Ours, 
 def test_images_of_a_batch_give_what_each_gives_alone(ours: Ours, picture: Callable[..., Tensor]) -> None:
     model = ours()
     images = torch.stack([picture(64, 96, 1), picture(64, 96, 2), picture(64, 96, 3) * 0.01])
-    together = model(images)
-    assert len(set(together.mask.sum(dim=1).tolist())) > 1
-    for image, found in zip(images, as_found(together)):
-        (alone,) = as_found(model(image[None]))
-        assert alone.keys() == found.keys()
-        for point, (score, descriptor) in alone.items():
-            assert found[point][0] == pytest.approx(score, abs=1e-4)
-            assert torch.allclose(found[point][1], descriptor, atol=1e-4)
-    assert (together.scores[~together.mask] == 0).all() and (together.keypoints[~together.mask] == 0).all()
+    assert_a_batch_gives_what_each_gives_alone(model, images, 1e-4)
 
 
 def test_an_image_of_one_colour_has_finite_results(ours: Ours) -> None:
