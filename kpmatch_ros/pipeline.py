@@ -39,7 +39,10 @@ _MASKS = {"latest": 30, "all": 1000}
 MASK_PATIENCE = 1.0
 """Seconds that an image waits for its mask at most where every frame is processed (`queue: all`, bags): by then a later
 mask has mostly shown that it does not come, so that the time plays no part and all is the same every time."""
-_ALONE_INTERVAL = 1.0  # seconds between two poses that tell of an image without a partner
+# Seconds after which a pose tells of an image without a partner. Where every frame is processed, a reliable publisher
+# may still be sending the partner again, and no pose shall depend on how long that takes.
+_ALONE_AFTER = {"latest": 0.5, "all": 5.0}
+_ALONE_INTERVAL = 1.0  # seconds between two such poses
 
 
 class Events(Protocol):
@@ -218,7 +221,8 @@ class Pipeline:
         """
         self.synchroniser.wait(now)
         for side in range(len(self._topics)):
-            if not self.synchroniser.silent(side) or now < self._told_alone_at + _ALONE_INTERVAL:
+            silent = self.synchroniser.silent(side, _ALONE_AFTER[self._parameters.queue])
+            if not silent or now < self._told_alone_at + _ALONE_INTERVAL:
                 continue
             alone = self.synchroniser.newest(1 - side)
             if alone is not None and alone is not self._told_alone:

@@ -10,7 +10,6 @@ __all__ = ["StereoSynchroniser"]
 
 Item = TypeVar("Item")
 
-_SILENT_AFTER = 0.5  # seconds that an image of the other stream has gone without one of this
 _LONGEST_STEP = 0.2  # seconds between two calls that count at most: a caller that was held up did not listen
 
 
@@ -116,10 +115,11 @@ class StereoSynchroniser(Generic[Item]):
         self._now = now
         self._waited = [None if waited is None else waited + step for waited in self._waited]
 
-    def silent(self, side: int) -> bool:
-        """Whether the left (0) or right (1) stream has stopped, or not begun, while the other one goes on."""
+    def silent(self, side: int, after: float = 0.5) -> bool:
+        """Whether an image of the other stream has gone for longer than `after` seconds without one of the left (0) or
+        right (1) stream: it has stopped, or not begun."""
         waited = self._waited[side]
-        return waited is not None and waited > _SILENT_AFTER
+        return waited is not None and waited > after
 
     def _measure(self, side: int, stamp: int, arrived: int) -> None:
         before, self._arrived[side] = self._arrived[side], arrived

@@ -189,6 +189,17 @@ def test_an_image_without_a_partner_is_told_of_at_most_once_a_second() -> None:
     assert all(message.header.frame_id == "left" for _, message in heard.messages)
 
 
+def test_a_partner_that_is_sent_again_is_waited_for_where_every_frame_is_processed() -> None:
+    pipeline, heard = make("/left/image", "/right/image", queue="all")
+    pipeline.add_image(0, image(SECOND, "left"))
+    for tenth in range(49):
+        pipeline.watch(0.1 * tenth)
+    assert heard.messages == []
+    for tenth in range(49, 70):
+        pipeline.watch(0.1 * tenth)
+    assert heard.statuses == [PoseStatus.INTERRUPTED]
+
+
 def test_images_that_still_wait_for_a_partner_at_the_end_are_reported() -> None:
     pipeline, heard = make("/left/image", "/right/image")
     assert pipeline.add_image(0, image(SECOND)) is None
