@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RVIZ = {
     "rviz_default_plugins/Image": "sensor_msgs/Image",
     "rviz_default_plugins/Odometry": "nav_msgs/Odometry",
+    "rviz_default_plugins/Path": "nav_msgs/Path",
     "rviz_default_plugins/PointCloud2": "sensor_msgs/PointCloud2",
 }
 FOXGLOVE = {
@@ -49,8 +50,13 @@ def words(value: Any) -> Iterator[str]:
 def test_each_display_of_rviz_shows_a_topic_of_its_type(topics: dict[str, str]) -> None:
     displays = yaml.safe_load((ROOT / "rviz" / "matcher.rviz").read_text())["Visualization Manager"]["Displays"]
     shown = {item["Topic"]["Value"]: item["Class"] for item in displays if "Topic" in item}
-    assert {"match_image", "odometry"} <= set(shown)
-    assert {topic: RVIZ[kind] for topic, kind in shown.items()} == {topic: topics[topic] for topic in shown}
+    assert set(shown) == {"match_image", "odometry", "landmarks", "path"}
+    example = (ROOT / "examples" / "stereo_slam" / "node.py").read_text()
+    assert (
+        "from nav_msgs.msg import Path as PathMessage" in example and 'create_publisher(PathMessage, "path"' in example
+    )
+    known = topics | {"path": "nav_msgs/Path"}
+    assert {topic: RVIZ[kind] for topic, kind in shown.items()} == {topic: known[topic] for topic in shown}
 
 
 def test_each_panel_of_foxglove_shows_topics_and_fields_that_exist(topics: dict[str, str]) -> None:
