@@ -24,7 +24,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import lightglue_loss
 import superpoint_loss
 import torch
-from common import log_line
 from degradation import degrade
 from loop import Settings, Student, add_options, rate, run, settings_of
 from torch import Tensor
@@ -214,8 +213,6 @@ def distil(arguments: argparse.Namespace) -> None:
     settings = settings_of(arguments)
     device = settings.device
     trained, watched = load(arguments.shards, device)
-    for source in trained:
-        log_line(f"{type(source).__name__}: {len(source)}")
     torch.manual_seed(arguments.seed)  # of the weights to begin with
     if arguments.kind == "points":
         teacher = packed_model(SuperPoint.from_pretrained(resolve(arguments.teacher)).float(), device)

@@ -17,7 +17,6 @@ from typing import Any
 import lightglue_loss
 import superpoint_loss
 import torch
-from common import log_line
 from degradation import degrade
 from loop import Settings, Student, add_options, rate, run, settings_of
 from torch import Tensor, nn
@@ -238,8 +237,6 @@ def train(arguments: argparse.Namespace) -> None:
     settings = settings_of(arguments)
     device = settings.device
     trained, watched = load(arguments.shards, device)
-    for source in trained:
-        log_line(f"{type(source).__name__}: {len(source)}")
     torch.manual_seed(arguments.seed)  # of the weights to begin with
     students = [
         Student(name, build(arguments.kind, name, arguments.start, device), RATES[arguments.kind, name])

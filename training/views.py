@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from common import log_line
 from shards import Rooms, decode_normals, read_photos, read_rooms
 from torch import Tensor
 from torch.nn import functional as F
@@ -408,7 +409,7 @@ Source = Photos | RoomViews
 
 
 def load(folder: Path, device: torch.device) -> tuple[list[Source], list[Source]]:
-    """Everything that the shards of a folder hold: what to train on, and what to watch the training with.
+    """Everything that the shards of a folder hold: what to train on (logged), and what to watch the training with.
 
     One photograph in twenty and one cluster of views in twenty are only watched.
 
@@ -428,4 +429,6 @@ def load(folder: Path, device: torch.device) -> tuple[list[Source], list[Source]
         trained.append(rooms.only(~held_out))
         if held_out.any():
             watched.append(rooms.only(held_out))
+    for source in trained:
+        log_line(f"{type(source).__name__}: {len(source)} to train on")
     return trained, watched
