@@ -8,7 +8,7 @@ descriptor (Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network,
 it is, the small one sees it degraded. Descriptors stay in the large one's space: its LightGlue fits both.
 
 ``matching`` teaches a small LightGlue the assignment of a large one, beside the true one, on the small SuperPoint's
-features. It begins with the large one's first layers.
+features. It begins with the large one's first layers; with ``--width 128``, with all of them, made narrow (narrow.py).
 
 A batch is worked out once and used again: what a teacher says of it costs as much as what a student learns from it.
 """
@@ -24,8 +24,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import lightglue_loss
 import superpoint_loss
 import torch
+from common import log_line
 from degradation import degrade
 from loop import Settings, Student, add_options, rate, run, settings_of
+from narrow import load_narrow, narrow, save_narrow
 from torch import Tensor
 from torch.nn import functional as F
 from train import build, extract, features, load_extractors, packed
@@ -37,6 +39,8 @@ from kpmatch_ros.weights import resolve
 
 T = TypeVar("T")
 RATES = {"points": 1e-3, "matching": 1e-4}
+NARROW_RATE = 5e-4  # of a matcher whose layers are narrow
+NARROWED = 10  # batches that a matcher is made narrow by
 DESCRIBED = 256  # of a view's points, the best, whose descriptors are told apart from each other
 FLOOR = 0.05  # how much the descriptor of a cell without a point counts, beside one with a point
 SHARES = {"points": 5.0, "descriptors": 2.0, "contrast": 0.3}  # of the loss, so that their gradients are about as large
@@ -163,9 +167,15 @@ def watch_points(
 
 @torch.no_grad()
 def teach_matching(
-    teacher: LightGlue, extractor: SuperPoint, sources: list[Source], settings: Settings, points: int, number: int
+    teacher: LightGlue,
+    extractor: SuperPoint,
+    sources: list[Source],
+    settings: Settings,
+    points: int,
+    number: int,
+    narrow: Callable[[Tensor], Tensor] | None = None,
 ) -> lightglue_loss.Batch:
-    """Pairs of views: a SuperPoint's features, the true assignment, and the teacher's."""
+    """Pairs of views: a SuperPoint's features, the true assignment, and the teacher's, with its states made narrow."""
     draw = settings.draw(1, number)
     pairs = source_of(sources, number).pairs(draw, settings.batch, settings.size)
     strength = torch.rand(settings.batch, generator=draw, device=settings.device)
@@ -173,7 +183,7 @@ def teach_matching(
     with settings.autocast():
         found = [extract(extractor, image, points, RADIUS, True) for image in images]
         batch = features(found, pairs, settings)
-        return batch._replace(opinion=lightglue_loss.opinion(teacher, batch))
+        return batch._replace(opinion=lightglue_loss.opinion(teacher, batch, narrow))
 
 
 def matching_step(
@@ -193,7 +203,9 @@ def watch_matching(student: Student, batches: dict[str, lightglue_loss.Batch], s
     for name, batch in batches.items():
         with settings.autocast():
             parts = lightglue_loss.losses(student.average, batch)
-        figures |= {f"{name} {key}": float(parts[key]) for key in ("last", "agreement", "recall", "precision")}
+        figures |= {
+            f"{name} {key}": float(parts[key]) for key in ("last", "agreement", "distance", "recall", "precision")
+        }
     return figures
 
 
@@ -229,13 +241,14 @@ def distil(arguments: argparse.Namespace) -> None:
     matcher = LightGlue.from_pretrained(resolve(arguments.teacher)).float().to(device)
     arguments.networks = ["fast"]
     extractor = load_extractors(arguments, device)["fast"]
-    student = Student("fast", small_matcher(arguments, matcher, device), RATES["matching"])
 
-    def make(sources: list[Source], number: int) -> lightglue_loss.Batch:
-        return teach_matching(matcher, extractor, sources, settings, arguments.keypoints, number)
+    def make(sources: list[Source], number: int, narrow: Callable[[Tensor], Tensor] | None) -> lightglue_loss.Batch:
+        return teach_matching(matcher, extractor, sources, settings, arguments.keypoints, number, narrow)
 
-    kept = Batches(lambda number: make(trained, number), arguments.batches)
-    seen = {type(source).__name__: make([source], -1 - i) for i, source in enumerate(watched)}
+    model, narrow = small_matcher(arguments, matcher, lambda number: make(trained, number, None), device)
+    student = Student("fast", model, RATES["matching"] if narrow is None else NARROW_RATE)
+    kept = Batches(lambda number: make(trained, number, narrow), arguments.batches)
+    seen = {type(source).__name__: make([source], -1 - i, narrow) for i, source in enumerate(watched)}
     run(
         arguments,
         settings,
@@ -250,14 +263,34 @@ def packed_model(model: SuperPoint, device: torch.device) -> SuperPoint:
     return model.to(device, memory_format=torch.channels_last)
 
 
-def small_matcher(arguments: argparse.Namespace, teacher: LightGlue, device: torch.device) -> Any:
-    """The LightGlue to begin with: the teacher's first layers, or the weights of ``--start``."""
-    if arguments.start is not None:
-        return build("matching", "fast", arguments.start, device)
-    model = copy.deepcopy(first_layers(teacher, arguments.layers)).to(device)
+def small_matcher(
+    arguments: argparse.Namespace,
+    teacher: LightGlue,
+    batch: Callable[[int], lightglue_loss.Batch],
+    device: torch.device,
+) -> tuple[Any, Callable[[Tensor], Tensor] | None]:
+    """The LightGlue to begin with, and what makes the teacher's states narrow as its own.
+
+    It is the weights of ``--start``, the teacher's first layers, or all of its layers in ``--width`` channels. The last
+    are kept in the run's folder: a run that goes on wants the same states.
+    """
+    narrowing = None
+    if arguments.width:
+        file = arguments.out / "narrow.pt"
+        if not file.exists():
+            log_line(f"{arguments.width} channels are made of {teacher.config['descriptor_dim']}")
+            made = narrow(teacher, (batch(number) for number in range(NARROWED)), arguments.width)
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            save_narrow(file, made)
+        made = load_narrow(file, device)
+        model, narrowing = made.model, made.coordinates.of
+    elif arguments.start is not None:
+        return build("matching", "fast", arguments.start, device), None
+    else:
+        model = copy.deepcopy(first_layers(teacher, arguments.layers)).to(device)
     for layer in model.transformer_layers:
         layer.cross_attention.k_proj = layer.cross_attention.q_proj  # as in train.py
-    return model
+    return model, narrowing
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -267,6 +300,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--start", help="KIND.weights.pt to begin with; its network `fast`")
     parser.add_argument("--points", type=Path, help="points.weights.pt to train the matcher for (default: RUN's)")
     parser.add_argument("--layers", type=int, default=3, help="of the teacher, that the matcher begins with")
+    parser.add_argument("--width", type=int, default=0, help="channels of a matcher with all of the teacher's layers")
     parser.add_argument("--keypoints", type=int, default=512, help="of an image, that matchers learn with")
     parser.add_argument("--batches", type=int, default=250, help="different ones; they are kept in memory")
     parser.add_argument("--watch-views", type=int, default=8, help="pairs of each source that are watched")

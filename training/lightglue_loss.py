@@ -6,6 +6,7 @@ learn to say whether a point's match is the final one already; nothing of that r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -18,6 +19,7 @@ from kpmatch_ros.models.assignment import mutual_matches
 from kpmatch_ros.models.lightglue import MatchAssignment, Points, TokenConfidence
 
 NEAR = 2.5  # pixels: a match
+STATES = 10.0  # how much the distance of states counts, beside the assignment
 FAR = 3.0  # pixels: a point with none so near has no match; in between nothing is said
 
 
@@ -27,10 +29,12 @@ class Opinion(NamedTuple):
     Attributes:
         matches: (B, N, N) float16, the probability of each pair of points to be a match.
         matchable: of both images, (B, N) float16, the probability of a point to have a match.
+        states: of both images, (L, B, N, C) float16, what the states after each layer are to be; None leaves it open.
     """
 
     matches: Tensor
     matchable: tuple[Tensor, Tensor]
+    states: tuple[Tensor, Tensor] | None = None
 
 
 class Batch(NamedTuple):
@@ -73,33 +77,43 @@ def truth(points: tuple[Tensor, Tensor], geometry: Geometry) -> tuple[Tensor, tu
     return partners, (alone0, alone1)
 
 
-def _encoded(model: LightGlue, batch: Batch) -> list[Points]:
+def encoded(model: LightGlue, batch: Batch) -> list[Points]:
     size = batch.partners.new_tensor(batch.size).expand(len(batch.partners), 2)
     with torch.autocast(size.device.type, enabled=False):  # positions need more than half precision
         return [model.encode(ImageFeatures(*values, size)) for values in zip(batch.points, batch.descriptors)]
 
 
 @torch.no_grad()
-def opinion(model: LightGlue, batch: Batch) -> Opinion:
-    """What a LightGlue says after its last layer; its layers in the precision of autocast."""
-    now = _encoded(model, batch)
+def opinion(model: LightGlue, batch: Batch, narrow: Callable[[Tensor], Tensor] | None = None) -> Opinion:
+    """What a LightGlue says after its last layer; its layers in the precision of autocast.
+
+    Args:
+        narrow: makes the states of a narrower one, with as many layers, from its own; None if states are left open.
+    """
+    now = encoded(model, batch)
+    states: tuple[list[Tensor], list[Tensor]] = ([], [])
     for layer in model.transformer_layers:
         now = [Points(x.float(), p.rotation, p.mask, p.index, p.layers) for x, p in zip(layer(*now), now)]
+        if narrow is not None:
+            for of_image, points in zip(states, now):
+                of_image.append(narrow(points.x).half())
     head = cast(MatchAssignment, model.match_assignment_layers[-1])
     with torch.autocast(now[0].x.device.type, enabled=False):
         matches, matchable = head(*now).exp().half(), [head.matchabilities(p.x).half() for p in now]
-    return Opinion(matches, (matchable[0], matchable[1]))
+    kept = None if narrow is None else (torch.stack(states[0]), torch.stack(states[1]))
+    return Opinion(matches, (matchable[0], matchable[1]), kept)
 
 
 def losses(model: LightGlue, batch: Batch) -> dict[str, Tensor]:
     """``total``, and ``assignment``, ``agreement`` and ``confidence`` of which it is made.
 
     ``last`` is the last layer's assignment. ``agreement`` is the cross entropy with the opinion, where there is one.
+    ``distance`` is how far the states are from those that it wants, squared, as a share of their squares.
     """
-    now = _encoded(model, batch)
+    now = encoded(model, batch)
     heads = cast(list[MatchAssignment], list(model.match_assignment_layers))
     confidences = cast(list[TokenConfidence], list(model.token_confidence))
-    assignments, agreements, logits, found = [], [], [], []
+    assignments, agreements, distances, logits, found = [], [], [], [], []
     for i, layer in enumerate(model.transformer_layers):
         states = layer(*now)
         now = [Points(x.float(), p.rotation, p.mask, p.index, p.layers) for x, p in zip(states, now)]
@@ -108,6 +122,9 @@ def losses(model: LightGlue, batch: Batch) -> dict[str, Tensor]:
             assignments.append(_assignment_loss(heads[i], (now[0], now[1]), scores, batch))
             if batch.opinion is not None:
                 agreements.append(_disagreement(heads[i], (now[0], now[1]), scores, batch.opinion))
+                if batch.opinion.states is not None:
+                    wanted = [of_image[i].float() for of_image in batch.opinion.states]
+                    distances += [(p.x - x).square().sum() / x.square().sum() for p, x in zip(now, wanted)]
             matches = mutual_matches(scores.detach(), torch.exp, 0.1)
             found.append((matches.matches0, matches.matches1))
             if i < len(confidences):
@@ -120,12 +137,14 @@ def losses(model: LightGlue, batch: Batch) -> dict[str, Tensor]:
     assignment = torch.stack(assignments).mean()
     confidence = torch.stack(wrong).mean() if wrong else torch.zeros_like(assignment)
     agreement = torch.stack(agreements).mean() if agreements else torch.zeros_like(assignment)
+    distance = torch.stack(distances).mean() if distances else torch.zeros_like(assignment)
     right = (found[-1][0] == batch.partners) & (batch.partners >= 0)
     judged = (found[-1][0] >= 0) & ((batch.partners >= 0) | batch.alone[0])
     return {
-        "total": assignment + agreement + confidence,
+        "total": assignment + agreement + confidence + STATES * distance,
         "assignment": assignment,
         "agreement": agreement,
+        "distance": distance,
         "confidence": confidence,
         "last": assignments[-1],
         "recall": right.sum() / (batch.partners >= 0).sum().clamp(min=1),
