@@ -96,11 +96,12 @@ def opinion(model: LightGlue, batch: Batch, narrow: Callable[[Tensor], Tensor] |
         now = [Points(x.float(), p.rotation, p.mask, p.index, p.layers) for x, p in zip(layer(*now), now)]
         if narrow is not None:
             for of_image, points in zip(states, now):
-                of_image.append(narrow(points.x).half())
+                with torch.autocast(points.x.device.type, enabled=False):
+                    of_image.append(narrow(points.x).half())
     head = cast(MatchAssignment, model.match_assignment_layers[-1])
     with torch.autocast(now[0].x.device.type, enabled=False):
         matches, matchable = head(*now).exp().half(), [head.matchabilities(p.x).half() for p in now]
-    kept = None if narrow is None else (torch.stack(states[0]), torch.stack(states[1]))
+        kept = None if narrow is None else (torch.stack(states[0]), torch.stack(states[1]))
     return Opinion(matches, (matchable[0], matchable[1]), kept)
 
 

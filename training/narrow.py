@@ -23,7 +23,7 @@ from kpmatch_ros.models.lightglue_layers import Attention, FeedForward
 
 __all__ = ["Coordinates", "Narrow", "load_narrow", "narrow", "save_narrow"]
 
-RIDGE = 1e-3  # of the mean squared activation
+RIDGE = 1e-4  # of the mean squared activation
 WEAKEST = 0.1  # of the strongest direction: a descriptor's weaker ones are taken for stronger than they are
 
 
@@ -84,8 +84,15 @@ def narrow(wide: LightGlue, batches: Iterable[lightglue_loss.Batch], width: int)
     Args:
         wide: not fused.
         batches: some thousand points in all.
-        width: divides by the number of heads.
+        width: divides by twice the number of heads.
+
+    Raises:
+        ValueError: where cross-attention has other weights for keys than for queries.
     """
+    for number, layer in enumerate(_layers(wide)):
+        attention = layer.cross_attention
+        if not all(torch.equal(*pair) for pair in zip(attention.q_proj.parameters(), attention.k_proj.parameters())):
+            raise ValueError(f"cross-attention of layer {number} has other weights for keys than for queries")
     seen = [(Seen(), Seen()) for _ in wide.transformer_layers]
     for batch in batches:
         _record(wide, batch, seen)
@@ -135,12 +142,15 @@ def _coordinates(basis: Tensor, wide: LightGlue, model: LightGlue) -> Coordinate
     Where they are as many as its states, it has no first layer: its states begin as the descriptors themselves.
     """
     first = wide.input_projection
+    weight, bias = torch.eye(len(basis)), torch.zeros(len(basis))
+    if isinstance(first, nn.Linear):
+        weight, bias = first.weight, first.bias
     if isinstance(model.input_projection, nn.Linear):
-        _linear(model.input_projection, basis.T @ _weight(first), basis.T @ _bias(first))
+        _linear(model.input_projection, basis.T @ weight, basis.T @ bias)
         return Coordinates(basis, basis.T.contiguous(), torch.zeros(len(basis)))
-    u, s, v = torch.linalg.svd(basis.T @ _weight(first))
+    u, s, v = torch.linalg.svd(basis.T @ weight)
     s = s.clamp(min=WEAKEST * float(s[0]))
-    return Coordinates(basis @ (u * s) @ v, (v.T / s) @ u.T @ basis.T, basis @ (basis.T @ _bias(first)))
+    return Coordinates(basis @ (u * s) @ v, (v.T / s) @ u.T @ basis.T, basis @ (basis.T @ bias))
 
 
 def _layers(model: LightGlue) -> list[TransformerLayer]:
