@@ -146,6 +146,15 @@ class NodeUnderTest:
         self.process.send_signal(sent)
         return self.process.wait(timeout=30)
 
+    def end(self) -> None:
+        """End the node if it still runs. It is asked first: a kill may damage the memory that both processes share."""
+        try:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
 
 @contextmanager
 def running_node(
@@ -199,9 +208,7 @@ def running_node(
         try:
             yield under_test
         finally:
-            if under_test.process.poll() is None:
-                under_test.process.kill()
-            under_test.process.wait()
+            under_test.end()
             executor.shutdown()
             node.destroy_node()
             rclpy.shutdown(context=context)
