@@ -40,7 +40,7 @@ def test_the_printed_poses_say_where_another_motion_is_as_likely() -> None:
             assert printer.stdout is not None
             lines = [printer.stdout.readline() for _ in range(2)]
         finally:
-            printer.kill()
-            printer.wait()
+            printer.terminate()
+            printer.wait(timeout=30)
             rclpy.try_shutdown(context=context)
     assert lines == ["moved (0.000, 0.000, 1.000)\n", "moved (0.000, 0.000, 1.000), or by another motion\n"]
