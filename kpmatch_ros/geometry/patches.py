@@ -16,10 +16,14 @@ _WIDE_X, _WIDE_Y = (grid.ravel() for grid in np.meshgrid(_WIDE_OFFSETS, _WIDE_OF
 _USED = np.flatnonzero((abs(_WIDE_X) <= _SIDE // 2) & (abs(_WIDE_Y) <= _SIDE // 2) & ((_WIDE_X + _WIDE_Y) % 2 == 0))
 """Pixels of a patch that are compared: like a chessboard's black fields, which is half the work, and finds as well."""
 _X, _Y = _WIDE_X[_USED], _WIDE_Y[_USED]
+_PIXELS = len(_USED)
+_PLACES = np.stack([np.ones_like(_X), _X, _Y])  # (3, U)
+_MEAN = np.full(_PIXELS, 1 / _PIXELS, np.float32)
+_PRODUCTS = (_PLACES[:, None] * _PLACES).reshape(9, _PIXELS)
 
 _ITERATIONS = 2
-_BLOCK = 384  # patches at a time, whose arrays stay in the cache
-_DAMPING = np.diag(np.array([1.0, 1.0, 1e4, 1e4, 1e4, 1e4], np.float32))
+_BLOCK = 512  # patches at a time, whose arrays stay in the cache
+_DAMPING = np.diag(np.array([1.0, 1e4, 1e4, 1.0, 1e4, 1e4], np.float32))
 """Noise of 10 grey levels over what a step is expected to be: any number of pixels, a tenth of a deformation."""
 _LONGEST_STEP = 3.0  # pixels from where the search began: what moves further is another corner
 _ALIKE = 0.75  # correlation with the patch: with less, it is another point
@@ -59,8 +63,25 @@ class Alignment:
 
 
 def cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(T, P) float32 patches, with a border for gradients, of an image, float32 (H, W), around points (T, 2)."""
-    return _sample(image, points[:, :1] + _WIDE_X, points[:, 1:] + _WIDE_Y)
+    """(T, P) float32 patches of an image, float32 (H, W), around points (T, 2): what :func:`align` needs of them.
+
+    These are the pixels, less their mean, their gradients, and the inverse of the normal equations of an affine change.
+    """
+    if len(points) > _BLOCK:
+        return np.concatenate([cut(image, points[block]) for block in _blocks(len(points))])
+    wide = _sample(image, points[:, :1] + _WIDE_X, points[:, 1:] + _WIDE_Y)
+    template = _centred(wide.take(_USED, axis=1))
+    across = (wide.take(_USED + 1, axis=1) - wide.take(_USED - 1, axis=1)) / 2
+    down = (wide.take(_USED + _WIDE, axis=1) - wide.take(_USED - _WIDE, axis=1)) / 2
+    # The unknowns are three changes along x, constant, with x, and with y, and three along y.
+    normal = np.empty((len(points), 2, 3, 2, 3), np.float32)
+    normal[:, 0, :, 0] = ((across * across) @ _PRODUCTS.T).reshape(-1, 3, 3)
+    normal[:, 1, :, 1] = ((down * down) @ _PRODUCTS.T).reshape(-1, 3, 3)
+    normal[:, 0, :, 1] = normal[:, 1, :, 0] = ((across * down) @ _PRODUCTS.T).reshape(-1, 3, 3)
+    sums = np.concatenate([across @ _PLACES.T, down @ _PLACES.T], axis=1)
+    normal = normal.reshape(-1, 6, 6) - sums[:, :, None] * sums[:, None] / _PIXELS
+    inverse = np.linalg.inv(normal + _DAMPING)
+    return np.concatenate([template, across, down, inverse.reshape(-1, 36)], axis=1)
 
 
 def no_change(count: int) -> np.ndarray:
@@ -75,28 +96,24 @@ def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np
     patch may change.
     """
     if len(points) > _BLOCK:
-        blocks = [slice(i, i + _BLOCK) for i in range(0, len(points), _BLOCK)]
-        parts = [align(patches[block], image, points[block], shapes[block]) for block in blocks]
+        parts = [align(patches[block], image, points[block], shapes[block]) for block in _blocks(len(points))]
         return Alignment(*(np.concatenate([getattr(part, item.name) for part in parts]) for item in fields(Alignment)))
     start, count = points, len(points)
-    template = _centred(patches.take(_USED, axis=1))
-    across = (patches.take(_USED + 1, axis=1) - patches.take(_USED - 1, axis=1)) / 2
-    down = (patches.take(_USED + _WIDE, axis=1) - patches.take(_USED - _WIDE, axis=1)) / 2
-    jacobian = _centred(np.stack([across, down, across * _X, across * _Y, down * _X, down * _Y], axis=1))
-    inverse = np.linalg.inv(jacobian @ jacobian.transpose(0, 2, 1) + _DAMPING)
+    template, across, down, inverse = np.split(patches, [_PIXELS, 2 * _PIXELS, 3 * _PIXELS], axis=1)
+    inverse = inverse.reshape(count, 6, 6)
     contrast = np.einsum("tp,tp->t", template, template)
     for iteration in range(_ITERATIONS + 1):
-        columns = shapes[:, :1, 0] * _X + shapes[:, :1, 1] * _Y + points[:, :1]
-        rows = shapes[:, 1:, 0] * _X + shapes[:, 1:, 1] * _Y + points[:, 1:]
+        columns, rows = np.concatenate([points[:, :, None], shapes], axis=2).transpose(1, 0, 2) @ _PLACES
         seen = _centred(_sample(image, columns, rows))
         power = np.maximum(np.einsum("tp,tp->t", seen, seen), 1e-6)
         gain = np.clip(np.sqrt(contrast / power), 1 / _LARGEST_GAIN, _LARGEST_GAIN)
         residuals = gain[:, None] * seen - template
         if iteration == _ITERATIONS:
             break
-        step = (inverse @ (jacobian @ residuals[:, :, None]))[:, :, 0]
-        points = points - (shapes @ np.clip(step[:, :2, None], -2, 2))[:, :, 0]
-        shapes = shapes - shapes @ np.clip(step[:, 2:], -0.3, 0.3).reshape(count, 2, 2)
+        slope = np.concatenate([(each * residuals) @ _PLACES.T for each in (across, down)], axis=1)
+        step = np.einsum("tij,tj->ti", inverse, slope).reshape(count, 2, 3)
+        points = points - np.einsum("tij,tj->ti", shapes, np.clip(step[:, :, 0], -2, 2))
+        shapes = shapes - shapes @ np.clip(step[:, :, 1:], -0.3, 0.3)
     likeness = np.einsum("tp,tp->t", seen, template) / np.sqrt(power * np.maximum(contrast, 1e-6))
     likeness = np.clip(likeness, 0, 1)
     height, width = image.shape
@@ -106,14 +123,18 @@ def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np
     good &= (stretch < _LARGEST_SCALE) & (area > 1 / _LARGEST_SCALE**2)
     good &= (points >= 1).all(axis=1) & (points[:, 0] < width - 2) & (points[:, 1] < height - 2)
     variance = np.einsum("tp,tp->t", residuals, residuals) / residuals.shape[1]
-    place = (inverse[:, 0, 0] + inverse[:, 1, 1]) / 2
+    place = (inverse[:, 0, 0] + inverse[:, 3, 3]) / 2
     sigmas = _SIGMA_FLOOR + _SIGMA_GROWTH * variance * place
     return Alignment(points, shapes, sigmas.astype(np.float32), likeness.astype(np.float32), good)
 
 
+def _blocks(count: int) -> list[slice]:
+    return [slice(i, i + _BLOCK) for i in range(0, count, _BLOCK)]
+
+
 def _centred(values: np.ndarray) -> np.ndarray:
     """Values (..., P) less their mean."""
-    return values - values.mean(axis=-1, keepdims=True)
+    return values - (values @ _MEAN)[..., None]
 
 
 def _sample(image: np.ndarray, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
