@@ -13,7 +13,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from kpmatch_ros.geometry.camera import Camera
-from kpmatch_ros.geometry.flow import flow_far, flow_forth_and_back, flow_near, neighbours_flow
+from kpmatch_ros.geometry.flow import neighbours_flow
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change
 from kpmatch_ros.geometry.pose import RelativePose
 from kpmatch_ros.geometry.refinement import align_matches, longest_step
@@ -29,12 +29,10 @@ from kpmatch_ros.track_bank import (
     select,
     without,
 )
+from kpmatch_ros.track_search import ASTRAY, View, find_places, keypoint_sigma
 
 __all__ = ["NOT_DETECTED", "Links", "Tracks", "View", "keypoint_sigma", "pair_sigma", "refine_pair"]
 
-_HARDLY_ALIKE = 0.5  # correlation with the patch: flow alone leads anywhere
-_ASTRAY = 3.0  # times as far as its neighbours disagree: flow goes no further than that from where they went
-_REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much for patches
 _SPACE = 4.0  # pixels between a new track and others
 _CELL = 40  # pixels: tracks are spread over cells of this size
 
@@ -48,40 +46,11 @@ _AROUND = 5  # points around one, whose depths say what its own may be
 _LEAST_SPREAD = 0.3  # of depths, as part of them
 
 _LARGEST_SIGMA = 5.0  # pixels
-_SIGMA_REPLACED = 0.3  # pixels, for each new patch of a track
-_SIGMA_FLOW = 0.7  # pixels
-_SIGMA_KEYPOINT = 0.8  # pixels, for each pixel between positions that the detector can give
 
 _SIMILAR = 0.8  # cosine of two descriptors of one point
 _RATIO = 0.8  # of distances to the nearest and the second nearest descriptor (Lowe, IJCV 2004)
 _LOST_SPREAD = 5.0  # lost tracks were lost at different times: their moves may differ by so many times more
 _BESIDE = 8.0  # pixels: keypoints so near to each other have descriptors that are alike
-
-
-@dataclass(frozen=True, eq=False)
-class View:
-    """What is needed of an image.
-
-    Attributes:
-        normalized: uint8 (H, W), from :func:`kpmatch_ros.geometry.refinement.normalize_contrast`.
-        keypoints: (N, 2) float32 pixels.
-        descriptors: (N, D) float32 unit vectors.
-        resolution: pixels between neighbouring positions that the detector can give.
-        mask: (H, W) uint8 or bool, 0 where nothing is to be found; None where there is none.
-    """
-
-    normalized: np.ndarray
-    keypoints: np.ndarray
-    descriptors: np.ndarray
-    resolution: float
-    mask: np.ndarray | None = None
-
-    def hides(self, points: np.ndarray) -> np.ndarray:
-        """(T,) bool which points (T, 2) inside the image the mask hides."""
-        if self.mask is None:
-            return np.zeros(len(points), bool)
-        columns, rows = np.rint(points).astype(int).T
-        return np.asarray(self.mask[rows, columns] == 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,35 +132,8 @@ class Tracks:
         matched = detected >= 0
         keypoints = np.full((len(bank), 2), np.nan, np.float32)
         keypoints[matched] = current.keypoints[detected[matched]]
-        images, unmatched = (reference.normalized, current.normalized), np.flatnonzero(~matched)
-        near = keypoints.copy()
-        near[matched] = flow_near(*images, bank.points[matched], keypoints[matched], longest_step(current.resolution))
-        expected, _ = neighbours_flow(bank.points, keypoints, unmatched)
-        near[unmatched] = flow_far(*images, bank.points[unmatched], expected)
-
-        image = current.normalized.astype(np.float32)
-        found = align(bank.patches, image, near, bank.shapes)
-        # Where the first patch no longer fits, the reference's may: the track goes on with that one.
-        patches, anchors = bank.patches.copy(), bank.anchors.copy()
-        rest = np.flatnonzero(~found.good)
-        patches[rest] = cut(reference.normalized.astype(np.float32), bank.points[rest])
-        anchors[rest] = np.hypot(bank.sigmas[rest], _SIGMA_REPLACED)
-        found.put(rest, align(patches[rest], image, near[rest], no_change(len(rest))))
-        # Where neither fits, as in blurred images, flow may still lead there and back.
-        rest = np.flatnonzero(~found.good)
-        expected, spread = neighbours_flow(bank.points, keypoints, rest)
-        flowed, good = flow_forth_and_back(*images, bank.points[rest], expected)
-        good &= (np.linalg.norm(flowed - expected, axis=1) < _ASTRAY * spread) & (found.likeness[rest] > _HARDLY_ALIKE)
-        rest, flowed = rest[good], flowed[good]
-        found.put(rest, _unaligned(flowed, found.likeness[rest]))
-        patches[rest], anchors[rest] = cut(image, flowed), np.hypot(bank.sigmas[rest], _SIGMA_FLOW)
-        # Where the images differ too much for patches and flow, what the matcher finds is taken as it is.
-        bare = matched & ~found.good
-        if found.good[matched].sum() > _REFINABLE * matched.sum():
-            bare[:] = False
-        found.put(np.flatnonzero(bare), _unaligned(keypoints[bare], found.likeness[bare]))
-        patches[bare], anchors[bare] = cut(image, keypoints[bare]), keypoint_sigma(current.resolution)
-        sigmas = np.minimum(np.hypot(found.sigmas, anchors), _LARGEST_SIGMA)
+        places = find_places(bank, keypoints, reference, current)
+        found = places.found
         alive = found.good.copy()
         alive[alive] = ~current.hides(found.points[alive])
 
@@ -204,18 +146,16 @@ class Tracks:
 
         new = alive & (bank.ids == 0)
         bank.ids[new] = self.new_ids(int(new.sum()))
-        following = select(
-            replace(
-                bank,
-                points=found.points,
-                sigmas=sigmas,
-                indices=detected,
-                patches=patches,
-                shapes=found.shapes,
-                anchors=anchors,
-            ),
-            alive,
+        following = replace(
+            select(bank, alive),
+            points=found.points[alive],
+            sigmas=np.minimum(np.hypot(found.sigmas, places.anchors), _LARGEST_SIGMA)[alive],
+            indices=detected[alive],
+            shapes=found.shapes[alive],
+            anchors=places.anchors[alive],
         )
+        renewed = alive[places.renewed]
+        following.patches[np.cumsum(alive)[places.renewed[renewed]] - 1] = places.patches[renewed]
         seen = following.indices >= 0
         following.descriptors[seen] = current.descriptors[following.indices[seen]]
         self._current = following
@@ -227,7 +167,7 @@ class Tracks:
             sigmas=following.sigmas.copy(),
             scores=score[alive],
             track_ids=following.ids.copy(),
-            refined=~bare[alive],
+            refined=~places.bare[alive],
         )
 
     def settle(
@@ -317,7 +257,7 @@ class Tracks:
             Which were found, and where.
         """
         assert self._current is not None and self._reference is not None
-        bank, image = self._reference, current.normalized.astype(np.float32)
+        bank, image = self._reference, current.pixels
         if len(known) < _AROUND:
             lost = lost[:0]
         depths = scene.spots[2][cKDTree(bank.points[known]).query(bank.points[lost], k=_AROUND)[1]]
@@ -374,7 +314,7 @@ class Tracks:
             points=points,
             sigmas=np.zeros(count, np.float32),
             indices=indices.astype(np.int64),
-            patches=cut(view.normalized.astype(np.float32), points),
+            patches=cut(view.pixels, points),
             shapes=no_change(count),
             anchors=np.zeros(count, np.float32),
             descriptors=view.descriptors[indices].astype(np.float32),
@@ -422,7 +362,7 @@ class Tracks:
         chosen = mutual & (top > _SIMILAR)
         chosen[chosen] = _distinct(view, candidates[chosen], lost.descriptors[best[chosen]])
         which, keypoints = best[chosen], candidates[chosen]
-        image = view.normalized.astype(np.float32)
+        image = view.pixels
         again = select(lost, which)
         points = view.keypoints[keypoints].astype(np.float32)
         found = align(again.patches, image, points, again.shapes)
@@ -430,7 +370,7 @@ class Tracks:
         found.put(rest, align(again.patches[rest], image, points[rest], no_change(len(rest))))
         # Another point that looks alike is not where the neighbours are.
         expected, spread = neighbours_flow(again.points, found.points, np.arange(len(again)))
-        good = found.good & (np.linalg.norm(found.points - expected, axis=1) < _ASTRAY * _LOST_SPREAD * spread)
+        good = found.good & (np.linalg.norm(found.points - expected, axis=1) < ASTRAY * _LOST_SPREAD * spread)
         good = np.flatnonzero(good)[: self.limit - len(bank)]
         recalled = replace(
             again,
@@ -445,15 +385,6 @@ class Tracks:
         keep[which[good]] = False
         self._lost = select(lost, keep)
         return join([bank, select(recalled, good)])
-
-
-def keypoint_sigma(resolution: float) -> float:
-    """Standard deviation of a coordinate of a keypoint as detected, pixels.
-
-    Args:
-        resolution: pixels between neighbouring positions that the detector can give.
-    """
-    return _SIGMA_KEYPOINT * max(resolution, 1.0)
 
 
 def pair_sigma(resolution: float) -> float:
@@ -485,11 +416,3 @@ def _distinct(view: View, keypoints: np.ndarray, descriptors: np.ndarray) -> np.
     similar[np.linalg.norm(places[:, None] - view.keypoints, axis=2) < _BESIDE] = -1.0
     # Of unit vectors, the squared distance is 2 - 2 cosine.
     return np.asarray(1 - own < _RATIO**2 * (1 - similar.max(axis=1, initial=-1.0)))
-
-
-def _unaligned(points: np.ndarray, likeness: np.ndarray) -> Alignment:
-    """Points (T, 2) taken as they are, though their patches are less alike than they should be: by likeness (T,)."""
-    count = len(points)
-    return Alignment(
-        points, no_change(count), np.zeros(count, np.float32), np.maximum(likeness, 0), np.ones(count, bool)
-    )

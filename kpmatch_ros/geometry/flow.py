@@ -37,14 +37,19 @@ def flow_far(image0: np.ndarray, image1: np.ndarray, points: np.ndarray, start: 
 
 
 def flow_forth_and_back(
-    image0: np.ndarray, image1: np.ndarray, points: np.ndarray, start: np.ndarray
+    image0: np.ndarray, image1: np.ndarray, points: np.ndarray, start: np.ndarray, furthest: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As :func:`flow_far`, with a wider window, and (T,) bool which points lead back to where they began."""
+    """As :func:`flow_far`, with a wider window, and (T,) bool which points lead back to where they began.
+
+    Points that move further (T,) than so many pixels from the start do not.
+    """
     moved, there = _lucas_kanade(image0, image1, points, start, _WIDE_WINDOW, _LEVELS)
-    back, here = _lucas_kanade(image1, image0, moved, points, _WIDE_WINDOW, _LEVELS)
     height, width = image1.shape
-    inside = (moved >= 1).all(axis=1) & (moved[:, 0] < width - 2) & (moved[:, 1] < height - 2)
-    return moved, there & here & inside & (np.linalg.norm(back - points, axis=1) < _FORTH_AND_BACK)
+    there &= (moved >= 1).all(axis=1) & (moved[:, 0] < width - 2) & (moved[:, 1] < height - 2)
+    there &= np.linalg.norm(moved - start, axis=1) < furthest
+    back, here = _lucas_kanade(image1, image0, moved[there], points[there], _WIDE_WINDOW, _LEVELS)
+    there[there] = here & (np.linalg.norm(back - points[there], axis=1) < _FORTH_AND_BACK)
+    return moved, there
 
 
 def neighbours_flow(points: np.ndarray, targets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import cv2
 import numpy as np
 
-__all__ = ["Alignment", "align", "cut", "no_change"]
+__all__ = ["LONGEST_STEP", "Alignment", "align", "cut", "no_change"]
 
 _SIDE = 13  # pixels, as in geometry.refinement
 _WIDE = _SIDE + 2  # with a border for gradients
@@ -21,11 +21,13 @@ _PLACES = np.stack([np.ones_like(_X), _X, _Y])  # (3, U)
 _MEAN = np.full(_PIXELS, 1 / _PIXELS, np.float32)
 _PRODUCTS = (_PLACES[:, None] * _PLACES).reshape(9, _PIXELS)
 
+LONGEST_STEP = 3.0
+"""Pixels from where the search began: what moves further is another corner."""
+
 _ITERATIONS = 2
 _BLOCK = 512  # patches at a time, whose arrays stay in the cache
 _DAMPING = np.diag(np.array([1.0, 1e4, 1e4, 1.0, 1e4, 1e4], np.float32))
 """Noise of 10 grey levels over what a step is expected to be: any number of pixels, a tenth of a deformation."""
-_LONGEST_STEP = 3.0  # pixels from where the search began: what moves further is another corner
 _ALIKE = 0.75  # correlation with the patch: with less, it is another point
 _LARGEST_SCALE = 3.0  # change of length since the patch was cut
 _LARGEST_GAIN = 2.0  # change of contrast: more of it is another point, or noise
@@ -119,7 +121,7 @@ def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np
     height, width = image.shape
     stretch = np.abs(shapes).sum(axis=2).max(axis=1, initial=0)
     area = shapes[:, 0, 0] * shapes[:, 1, 1] - shapes[:, 0, 1] * shapes[:, 1, 0]
-    good = (np.linalg.norm(points - start, axis=1) < _LONGEST_STEP) & (likeness > _ALIKE)
+    good = (np.linalg.norm(points - start, axis=1) < LONGEST_STEP) & (likeness > _ALIKE)
     good &= (stretch < _LARGEST_SCALE) & (area > 1 / _LARGEST_SCALE**2)
     good &= (points >= 1).all(axis=1) & (points[:, 0] < width - 2) & (points[:, 1] < height - 2)
     variance = np.einsum("tp,tp->t", residuals, residuals) / residuals.shape[1]

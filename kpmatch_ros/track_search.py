@@ -1,0 +1,144 @@
+"""Where the tracks of one image are in another: by the matcher, by optical flow, and by their patches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from kpmatch_ros.geometry.flow import flow_far, flow_forth_and_back, flow_near, neighbours_flow
+from kpmatch_ros.geometry.patches import LONGEST_STEP, Alignment, align, cut, no_change
+from kpmatch_ros.geometry.refinement import longest_step
+from kpmatch_ros.track_bank import Bank
+
+__all__ = ["ASTRAY", "Places", "View", "find_places", "keypoint_sigma"]
+
+ASTRAY = 3.0
+"""Times as far as its neighbours disagree: a point goes no further than that from where they went."""
+
+_HARDLY_ALIKE = 0.5  # correlation with the patch: flow alone leads anywhere
+_REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much for patches
+_SIGMA_REPLACED = 0.3  # pixels, for each new patch of a track
+_SIGMA_FLOW = 0.7  # pixels
+_SIGMA_KEYPOINT = 0.8  # pixels, for each pixel between positions that the detector can give
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What is needed of an image.
+
+    Attributes:
+        normalized: uint8 (H, W), from :func:`kpmatch_ros.geometry.refinement.normalize_contrast`.
+        keypoints: (N, 2) float32 pixels.
+        descriptors: (N, D) float32 unit vectors.
+        resolution: pixels between neighbouring positions that the detector can give.
+        mask: (H, W) uint8 or bool, 0 where nothing is to be found; None where there is none.
+    """
+
+    normalized: np.ndarray
+    keypoints: np.ndarray
+    descriptors: np.ndarray
+    resolution: float
+    mask: np.ndarray | None = None
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """The normalized image, float32 (H, W)."""
+        return self.normalized.astype(np.float32)
+
+    def hides(self, points: np.ndarray) -> np.ndarray:
+        """(T,) bool which points (T, 2) inside the image the mask hides."""
+        if self.mask is None:
+            return np.zeros(len(points), bool)
+        columns, rows = np.rint(points).astype(int).T
+        return np.asarray(self.mask[rows, columns] == 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where T tracks of a reference image are in the current one.
+
+    Attributes:
+        found: points, shapes and likeness; which are good.
+        anchors: (T,) float32 standard deviation of where their patches were cut, pixels.
+        bare: (T,) bool which points are keypoints as detected.
+        renewed: (R,) tracks that go on with another patch.
+        patches: (R, P) float32 these patches.
+    """
+
+    found: Alignment
+    anchors: np.ndarray
+    bare: np.ndarray
+    renewed: np.ndarray
+    patches: np.ndarray
+
+
+def keypoint_sigma(resolution: float) -> float:
+    """Standard deviation of a coordinate of a keypoint as detected, pixels.
+
+    Args:
+        resolution: pixels between neighbouring positions that the detector can give.
+    """
+    return _SIGMA_KEYPOINT * max(resolution, 1.0)
+
+
+def find_places(bank: Bank, keypoints: np.ndarray, reference: View, current: View) -> Places:
+    """Find the tracks of the reference image in the current one.
+
+    Args:
+        bank: T tracks in the reference image.
+        keypoints: (T, 2) float32 where the matcher sees them in the current one, pixels; NaN where it does not.
+        reference: the first image.
+        current: the second one.
+    """
+    images, matched = (reference.normalized, current.normalized), np.isfinite(keypoints[:, 0])
+    unmatched = np.flatnonzero(~matched)
+    near = keypoints.copy()
+    near[matched] = flow_near(*images, bank.points[matched], keypoints[matched], longest_step(current.resolution))
+    expected, _ = neighbours_flow(bank.points, keypoints, unmatched)
+    near[unmatched] = flow_far(*images, bank.points[unmatched], expected)
+    found, anchors = align(bank.patches, current.pixels, near, bank.shapes), bank.anchors.copy()
+    # Where the first patch no longer fits, the reference's may: the track goes on with that one.
+    rest = np.flatnonzero(~found.good & _reachable(near, images[1]))
+    patches = cut(reference.pixels, bank.points[rest])
+    found.put(rest, align(patches, current.pixels, near[rest], no_change(len(rest))))
+    replaced = found.good[rest]
+    renewed, patches = rest[replaced], patches[replaced]
+    anchors[renewed] = np.hypot(bank.sigmas[renewed], _SIGMA_REPLACED)
+    # Where neither fits, as in blurred images, flow may still lead there and back.
+    rest = np.flatnonzero(~found.good & (found.likeness > _HARDLY_ALIKE))
+    expected, spread = neighbours_flow(bank.points, keypoints, rest)
+    flowed, good = flow_forth_and_back(*images, bank.points[rest], expected, ASTRAY * spread)
+    rest, flowed = rest[good], flowed[good]
+    found.put(rest, _as_they_are(flowed, found.likeness[rest]))
+    anchors[rest] = np.hypot(bank.sigmas[rest], _SIGMA_FLOW)
+    # Where the images differ too much for patches and flow, what the matcher finds is taken as it is.
+    bare = matched & ~found.good
+    if found.good[matched].sum() > _REFINABLE * matched.sum():
+        bare[:] = False
+    found.put(np.flatnonzero(bare), _as_they_are(keypoints[bare], found.likeness[bare]))
+    anchors[bare] = keypoint_sigma(current.resolution)
+    cut_here = np.concatenate([rest, np.flatnonzero(bare)])
+    return Places(
+        found=found,
+        anchors=anchors,
+        bare=bare,
+        renewed=np.concatenate([renewed, cut_here]),
+        patches=np.concatenate([patches, cut(current.pixels, found.points[cut_here])]),
+    )
+
+
+def _reachable(points: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """(T,) bool which points (T, 2) are so near to the image (H, W) that their patches may be found in it."""
+    height, width = image.shape
+    beyond = LONGEST_STEP
+    return np.asarray((points > -beyond).all(axis=1) & (points < (width + beyond, height + beyond)).all(axis=1))
+
+
+def _as_they_are(points: np.ndarray, likeness: np.ndarray) -> Alignment:
+    """Points (T, 2) taken as they are, though their patches are less alike than they should be: by likeness (T,)."""
+    count = len(points)
+    return Alignment(
+        points, no_change(count), np.zeros(count, np.float32), np.maximum(likeness, 0), np.ones(count, bool)
+    )
