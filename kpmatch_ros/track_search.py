@@ -7,9 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
-from kpmatch_ros.geometry.flow import flow_far, flow_forth_and_back, flow_near, neighbours_flow
+from kpmatch_ros.geometry.flow import flow_far, flow_forth_and_back, neighbours_flow
 from kpmatch_ros.geometry.patches import LONGEST_STEP, Alignment, align, cut, no_change
-from kpmatch_ros.geometry.refinement import longest_step
 from kpmatch_ros.track_bank import Bank
 
 __all__ = ["ASTRAY", "Places", "View", "find_places", "keypoint_sigma"]
@@ -17,6 +16,7 @@ __all__ = ["ASTRAY", "Places", "View", "find_places", "keypoint_sigma"]
 ASTRAY = 3.0
 """Times as far as its neighbours disagree: a point goes no further than that from where they went."""
 
+_SHIFTS = 1  # steps from where the matcher or the neighbours put a point to near its place
 _HARDLY_ALIKE = 0.5  # correlation with the patch: flow alone leads anywhere
 _REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much for patches
 _SIGMA_REPLACED = 0.3  # pixels, for each new patch of a track
@@ -95,10 +95,11 @@ def find_places(bank: Bank, keypoints: np.ndarray, reference: View, current: Vie
     images, matched = (reference.normalized, current.normalized), np.isfinite(keypoints[:, 0])
     unmatched = np.flatnonzero(~matched)
     near = keypoints.copy()
-    near[matched] = flow_near(*images, bank.points[matched], keypoints[matched], longest_step(current.resolution))
-    expected, _ = neighbours_flow(bank.points, keypoints, unmatched)
-    near[unmatched] = flow_far(*images, bank.points[unmatched], expected)
-    found, anchors = align(bank.patches, current.pixels, near, bank.shapes), bank.anchors.copy()
+    near[unmatched], _ = neighbours_flow(bank.points, keypoints, unmatched)
+    found, anchors = align(bank.patches, current.pixels, near, bank.shapes, _SHIFTS), bank.anchors.copy()
+    rest = np.flatnonzero(~found.good & _reachable(near, images[1]))
+    near[rest] = flow_far(*images, bank.points[rest], near[rest])
+    found.put(rest, align(bank.patches[rest], current.pixels, near[rest], bank.shapes[rest]))
     # Where the first patch no longer fits, the reference's may: the track goes on with that one.
     rest = np.flatnonzero(~found.good & _reachable(near, images[1]))
     patches = cut(reference.pixels, bank.points[rest])

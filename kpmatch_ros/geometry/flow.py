@@ -70,8 +70,9 @@ def neighbours_flow(points: np.ndarray, targets: np.ndarray, rows: np.ndarray) -
     _, near = cKDTree(points[known]).query(points[rows], k=_NEIGHBOURS + 1)
     near = np.where(known[rows, None], near[:, 1:], near[:, :-1])  # the nearest of a known one is itself
     moves = (targets - points)[known][near]
-    middle = np.median(moves, axis=1)
-    spread = np.median(np.linalg.norm(moves - middle[:, None], axis=2), axis=1)
+    middle = np.partition(moves, _NEIGHBOURS // 2, axis=1)[:, _NEIGHBOURS // 2]
+    apart = np.linalg.norm(moves - middle[:, None], axis=2)
+    spread = np.partition(apart, _NEIGHBOURS // 2, axis=1)[:, _NEIGHBOURS // 2]
     return (points[rows] + middle).astype(np.float32), np.maximum(spread, _SMALLEST_SPREAD)
 
 

@@ -13,20 +13,23 @@ _SIDE = 13  # pixels, as in geometry.refinement
 _WIDE = _SIDE + 2  # with a border for gradients
 _WIDE_OFFSETS = np.arange(_WIDE, dtype=np.float32) - _WIDE // 2
 _WIDE_X, _WIDE_Y = (grid.ravel() for grid in np.meshgrid(_WIDE_OFFSETS, _WIDE_OFFSETS))
-_USED = np.flatnonzero((abs(_WIDE_X) <= _SIDE // 2) & (abs(_WIDE_Y) <= _SIDE // 2) & ((_WIDE_X + _WIDE_Y) % 2 == 0))
-"""Pixels of a patch that are compared: like a chessboard's black fields, which is half the work, and finds as well."""
+_INNER = (abs(_WIDE_X) <= _SIDE // 2) & (abs(_WIDE_Y) <= _SIDE // 2) & ((_WIDE_X + _WIDE_Y) % 2 == 0)
+_SPARSE = np.flatnonzero(_INNER & (_WIDE_X % 2 == 1))
+_USED = np.concatenate([_SPARSE, np.flatnonzero(_INNER & (_WIDE_X % 2 == 0))])
+"""Pixels of a patch that are compared: like a chessboard's black fields, which is half the work, and finds as well.
+
+First come those at odd places, which are enough for a shift.
+"""
 _X, _Y = _WIDE_X[_USED], _WIDE_Y[_USED]
-_PIXELS = len(_USED)
 _PLACES = np.stack([np.ones_like(_X), _X, _Y])  # (3, U)
-_MEAN = np.full(_PIXELS, 1 / _PIXELS, np.float32)
-_PRODUCTS = (_PLACES[:, None] * _PLACES).reshape(9, _PIXELS)
+_PARTS = np.cumsum([len(_USED), len(_USED), len(_USED), 36])  # of what is kept of a patch
 
 LONGEST_STEP = 3.0
 """Pixels from where the search began: what moves further is another corner."""
 
 _ITERATIONS = 2
 _BLOCK = 512  # patches at a time, whose arrays stay in the cache
-_DAMPING = np.diag(np.array([1.0, 1e4, 1e4, 1.0, 1e4, 1e4], np.float32))
+_DAMPING = np.array([1.0, 1e4, 1e4], np.float32)
 """Noise of 10 grey levels over what a step is expected to be: any number of pixels, a tenth of a deformation."""
 _ALIKE = 0.75  # correlation with the patch: with less, it is another point
 _LARGEST_SCALE = 3.0  # change of length since the patch was cut
@@ -67,7 +70,8 @@ class Alignment:
 def cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
     """(T, P) float32 patches of an image, float32 (H, W), around points (T, 2): what :func:`align` needs of them.
 
-    These are the pixels, less their mean, their gradients, and the inverse of the normal equations of an affine change.
+    These are the pixels, less their mean, their gradients, and the inverse normal equations of an affine change and of
+    a shift.
     """
     if len(points) > _BLOCK:
         return np.concatenate([cut(image, points[block]) for block in _blocks(len(points))])
@@ -75,15 +79,10 @@ def cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
     template = _centred(wide.take(_USED, axis=1))
     across = (wide.take(_USED + 1, axis=1) - wide.take(_USED - 1, axis=1)) / 2
     down = (wide.take(_USED + _WIDE, axis=1) - wide.take(_USED - _WIDE, axis=1)) / 2
-    # The unknowns are three changes along x, constant, with x, and with y, and three along y.
-    normal = np.empty((len(points), 2, 3, 2, 3), np.float32)
-    normal[:, 0, :, 0] = ((across * across) @ _PRODUCTS.T).reshape(-1, 3, 3)
-    normal[:, 1, :, 1] = ((down * down) @ _PRODUCTS.T).reshape(-1, 3, 3)
-    normal[:, 0, :, 1] = normal[:, 1, :, 0] = ((across * down) @ _PRODUCTS.T).reshape(-1, 3, 3)
-    sums = np.concatenate([across @ _PLACES.T, down @ _PLACES.T], axis=1)
-    normal = normal.reshape(-1, 6, 6) - sums[:, :, None] * sums[:, None] / _PIXELS
-    inverse = np.linalg.inv(normal + _DAMPING)
-    return np.concatenate([template, across, down, inverse.reshape(-1, 36)], axis=1)
+    sparse = slice(len(_SPARSE))
+    affine = _inverse_normal(across, down, _PLACES)
+    shift = _inverse_normal(across[:, sparse], down[:, sparse], _PLACES[:1, sparse])
+    return np.concatenate([template, across, down, affine, shift], axis=1)
 
 
 def no_change(count: int) -> np.ndarray:
@@ -91,32 +90,33 @@ def no_change(count: int) -> np.ndarray:
     return np.tile(np.eye(2, dtype=np.float32), (count, 1, 1))
 
 
-def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np.ndarray) -> Alignment:
+def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np.ndarray, shifts: int = 0) -> Alignment:
     """Find patches in an image, float32 (H, W), near points (T, 2) float32, deformed as shapes (T, 2, 2) float32.
 
     Gauss-Newton on an affine map, inverse compositional (Baker and Matthews, IJCV 2004). Brightness and contrast of a
-    patch may change.
+    patch may change. So many steps before shift the patches only: from further away this is surer.
     """
     if len(points) > _BLOCK:
-        parts = [align(patches[block], image, points[block], shapes[block]) for block in _blocks(len(points))]
+        parts = [align(patches[block], image, points[block], shapes[block], shifts) for block in _blocks(len(points))]
         return Alignment(*(np.concatenate([getattr(part, item.name) for part in parts]) for item in fields(Alignment)))
     start, count = points, len(points)
-    template, across, down, inverse = np.split(patches, [_PIXELS, 2 * _PIXELS, 3 * _PIXELS], axis=1)
-    inverse = inverse.reshape(count, 6, 6)
-    contrast = np.einsum("tp,tp->t", template, template)
-    for iteration in range(_ITERATIONS + 1):
-        columns, rows = np.concatenate([points[:, :, None], shapes], axis=2).transpose(1, 0, 2) @ _PLACES
-        seen = _centred(_sample(image, columns, rows))
-        power = np.maximum(np.einsum("tp,tp->t", seen, seen), 1e-6)
-        gain = np.clip(np.sqrt(contrast / power), 1 / _LARGEST_GAIN, _LARGEST_GAIN)
-        residuals = gain[:, None] * seen - template
-        if iteration == _ITERATIONS:
-            break
+    template, across, down, affine, shift = np.split(patches, _PARTS, axis=1)
+    sparse = slice(len(_SPARSE))
+    first = _centred(template[:, sparse]) if shifts else template
+    for _ in range(shifts):
+        _, residuals, _ = _compare(image, points, shapes, first, _PLACES[:, sparse])
+        slope = np.stack([np.einsum("tp,tp->t", each[:, sparse], residuals) for each in (across, down)], axis=1)
+        step = np.einsum("tij,tj->ti", shift.reshape(count, 2, 2), slope)
+        points = points - np.einsum("tij,tj->ti", shapes, np.clip(step, -2, 2))
+    inverse = affine.reshape(count, 6, 6)
+    for _ in range(_ITERATIONS):
+        _, residuals, _ = _compare(image, points, shapes, template, _PLACES)
         slope = np.concatenate([(each * residuals) @ _PLACES.T for each in (across, down)], axis=1)
         step = np.einsum("tij,tj->ti", inverse, slope).reshape(count, 2, 3)
         points = points - np.einsum("tij,tj->ti", shapes, np.clip(step[:, :, 0], -2, 2))
         shapes = shapes - shapes @ np.clip(step[:, :, 1:], -0.3, 0.3)
-    likeness = np.einsum("tp,tp->t", seen, template) / np.sqrt(power * np.maximum(contrast, 1e-6))
+    seen, residuals, size = _compare(image, points, shapes, template, _PLACES)
+    likeness = np.einsum("tp,tp->t", seen, template) / size
     likeness = np.clip(likeness, 0, 1)
     height, width = image.shape
     stretch = np.abs(shapes).sum(axis=2).max(axis=1, initial=0)
@@ -125,9 +125,54 @@ def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np
     good &= (stretch < _LARGEST_SCALE) & (area > 1 / _LARGEST_SCALE**2)
     good &= (points >= 1).all(axis=1) & (points[:, 0] < width - 2) & (points[:, 1] < height - 2)
     variance = np.einsum("tp,tp->t", residuals, residuals) / residuals.shape[1]
-    place = (inverse[:, 0, 0] + inverse[:, 3, 3]) / 2
-    sigmas = _SIGMA_FLOOR + _SIGMA_GROWTH * variance * place
+    sigmas = _SIGMA_FLOOR + _SIGMA_GROWTH * variance * (inverse[:, 0, 0] + inverse[:, 3, 3]) / 2
     return Alignment(points, shapes, sigmas.astype(np.float32), likeness.astype(np.float32), good)
+
+
+def _compare(
+    image: np.ndarray, points: np.ndarray, shapes: np.ndarray, template: np.ndarray, places: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The image's pixels (T, U) of patches, less their mean; the same less the template's, at one contrast.
+
+    Also (T,) the product of both norms.
+    """
+    columns, rows = np.concatenate([points[:, :, None], shapes], axis=2).transpose(1, 0, 2) @ places
+    seen = _centred(_sample(image, columns, rows))
+    contrast, power = (np.maximum(np.einsum("tp,tp->t", each, each), 1e-6) for each in (template, seen))
+    gain = np.clip(np.sqrt(contrast / power), 1 / _LARGEST_GAIN, _LARGEST_GAIN)
+    return seen, gain[:, None] * seen - template, np.sqrt(power * contrast)
+
+
+def _inverse_normal(across: np.ndarray, down: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """(T, 4 K²) inverse normal equations of changes along x, and then along y, of pixels less their mean.
+
+    Args:
+        across: (T, U) gradients along x.
+        down: (T, U) along y.
+        places: (K, U) what a change is proportional to.
+    """
+    kinds, pixels = places.shape
+    products = (places[:, None] * places).reshape(-1, pixels)
+    normal = np.empty((2, kinds, 2, kinds, len(across)), np.float32)
+    for i, one in enumerate((across, down)):
+        for j, other in enumerate((across, down)):
+            normal[i, :, j] = (products @ (one * other).T).reshape(kinds, kinds, -1)
+    sums = np.concatenate([places @ across.T, places @ down.T])
+    normal = normal.reshape(2 * kinds, 2 * kinds, len(across)) - sums[:, None] * sums / pixels
+    for k, damping in enumerate(np.tile(_DAMPING[:kinds], 2)):
+        normal[k, k] += damping
+    return _inverse(normal).reshape(4 * kinds**2, -1).T
+
+
+def _inverse(matrices: np.ndarray) -> np.ndarray:
+    """Of symmetric positive matrices (N, N, T), by elimination: many at once, which are small."""
+    inverse = matrices.copy()
+    for k in range(len(inverse)):
+        pivot, column = 1 / inverse[k, k], inverse[:, k].copy()
+        row = inverse[k] * pivot
+        inverse -= column[:, None] * row
+        inverse[k], inverse[:, k], inverse[k, k] = row, -column * pivot, pivot
+    return inverse
 
 
 def _blocks(count: int) -> list[slice]:
@@ -136,7 +181,8 @@ def _blocks(count: int) -> list[slice]:
 
 def _centred(values: np.ndarray) -> np.ndarray:
     """Values (..., P) less their mean."""
-    return values - (values @ _MEAN)[..., None]
+    count = values.shape[-1]
+    return values - (values @ np.full(count, 1 / count, values.dtype))[..., None]
 
 
 def _sample(image: np.ndarray, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
