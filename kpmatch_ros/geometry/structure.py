@@ -7,6 +7,7 @@ near to it. Over more frames the places must be those of one point at one depth:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import cv2
@@ -91,32 +92,33 @@ class Structure:
             noise: least standard deviation of a ray's coordinate.
         """
         rotation, translation = motion[0].T, -motion[0].T @ motion[1]
-        past = triangulate(window, rays[:-1])
-        translation = translation * _length(past, rays, rotation, translation)
-        cameras = window.join(rotation, translation)
         part = rays[:, :, :: 1 + rays.shape[2] // _ENOUGH]
+        translation = translation * _length(triangulate(window, part[:-1]), part, rotation, translation)
+        cameras = window.join(rotation, translation)
         spots = triangulate(cameras, part, reference=-2)
-        freedom = 2 * np.isfinite(part[:, 0]).sum(axis=0) - 3
+        freedom = _freedom(part)
         for _ in range(_ITERATIONS):
             normal = _Normal.of(cameras, spots, part)
             mean = normal.squares / (noise * noise * freedom)
-            step = normal.camera_step(1 / (1 + mean / _CUTOFF) ** 2)
-            spots = spots + normal.points_step(step)
+            step, moved = normal.steps(1 / (1 + mean / _CUTOFF) ** 2)
+            spots = spots + moved
             rotation = cv2.Rodrigues(step[:3].reshape(3, 1))[0] @ rotation
             translation = translation + step[3:]
             cameras = window.join(rotation, translation)
         found = cls(cameras, spots, normal.squares, freedom, noise).place(triangulate(cameras, rays, -2), rays)
         long = found.freedom > 1
         if long.any():
-            relative = found.squares[long] / chi2.median(found.freedom[long])
+            relative = found.squares[long] / _quantiles(0.5)[found.freedom[long]]
             found = replace(found, noise=max(noise, float(np.sqrt(np.median(relative)))))
         return found
 
     def place(self, spots: np.ndarray, rays: np.ndarray) -> Structure:
         """Other points, which are near spots (3, S), fitted to rays (F, 2, S) of the same cameras."""
-        spots = spots + _Normal.of(self.cameras, spots, rays).points_step(np.zeros(6))
-        squares = _Normal.of(self.cameras, spots, rays).squares
-        return replace(self, spots=spots, squares=squares, freedom=2 * np.isfinite(rays[:, 0]).sum(axis=0) - 3)
+        normal = _Normal.of(self.cameras, spots, rays)
+        step = normal.points_step(normal.gradient)
+        # The residuals are all but linear so near to the points.
+        squares = normal.squares + np.einsum("at,at->t", normal.gradient, step)
+        return replace(self, spots=spots + step, squares=squares, freedom=_freedom(rays))
 
     def select(self, chosen: np.ndarray) -> Structure:
         """The points that a mask (T,) names."""
@@ -125,7 +127,7 @@ class Structure:
 
     def contradicts(self, false_alarms: float) -> np.ndarray:
         """(T,) bool which tracks no point explains: of those that one does, this is said of so large a part."""
-        return np.asarray(self.squares > self.noise**2 * chi2.isf(false_alarms, self.freedom))
+        return np.asarray(self.squares > self.noise**2 * _quantiles(false_alarms)[self.freedom])
 
 
 def triangulate(
@@ -145,11 +147,29 @@ def triangulate(
         information: (T,) the noise's variance over that of the expected 1/z.
     """
     x, y = rays[reference]
+    known, seen = _known(rays)
     turned = cameras.rotations @ np.stack([x, y, np.ones_like(x)])
-    along = cameras.translations[:, :2, None] - rays * cameras.translations[:, 2:, None]
-    apart = rays * turned[:, 2:] - turned[:, :2]
-    top, bottom = np.nansum(along * apart, axis=(0, 1)), np.nansum(along * along, axis=(0, 1))
+    along = (cameras.translations[:, :2, None] - seen * cameras.translations[:, 2:, None]) * known
+    apart = seen * turned[:, 2:] - turned[:, :2]
+    top, bottom = np.einsum("fit,fit->t", along, apart), np.einsum("fit,fit->t", along, along)
     return np.stack([x, y, (top + prior * information) / np.maximum(bottom + information, TINY)])
+
+
+def _known(rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which rays (F, 2, T) are known, (F, 1, T) bool, and the rays with zeros for the others."""
+    known = np.isfinite(rays[:, :1])
+    return known, np.where(known, rays, 0.0)
+
+
+def _freedom(rays: np.ndarray) -> np.ndarray:
+    """(T,) degrees of freedom that the residuals of rays (F, 2, T) have for one point."""
+    return np.asarray(2 * np.isfinite(rays[:, 0]).sum(axis=0) - 3)
+
+
+@cache
+def _quantiles(above: float) -> np.ndarray:
+    """The value of chi-square that so large a part is above, for each number of degrees of freedom."""
+    return np.asarray(chi2.isf(above, np.arange(2 * (FRAMES + 1))))
 
 
 def _length(spots: np.ndarray, rays: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> float:
@@ -179,33 +199,52 @@ def project(cameras: Window, spots: np.ndarray) -> np.ndarray:
 
 
 class _Normal(NamedTuple):
-    """Normal equations of the points, of the last camera, and of both."""
+    """Normal equations of points, and what is needed for those of the last camera."""
 
     squares: np.ndarray  # (T,) squared residuals
     inverse: np.ndarray  # (3, 3, T) of the points' own
     gradient: np.ndarray  # (3, T)
-    mixed: np.ndarray  # (3, 6, T)
-    camera: np.ndarray  # (6, 6, T)
-    slope: np.ndarray  # (6, T)
+    residuals: np.ndarray  # (2, T) in the last camera
+    jacobian: np.ndarray  # (2, 3, T) of these by the points
+    turned: np.ndarray  # (3, T) the points' rays in the last camera's axes
+    where: np.ndarray  # (2, T) in the last camera
+    nearness: np.ndarray  # (T,) of the points to the last camera
+    inverse_depth: np.ndarray  # (T,)
 
     @classmethod
     def of(cls, cameras: Window, spots: np.ndarray, rays: np.ndarray) -> _Normal:
         """Of rays (F, 2, T) of spots (3, T)."""
-        known = np.isfinite(rays[:, 0])
+        known, given = _known(rays)
         x, y, inverse = spots
         turned = cameras.rotations @ np.stack([x, y, np.ones_like(x)])  # (F, 3, T)
         seen = turned + cameras.translations[:, :, None] * inverse
-        depth = np.maximum(seen[:, 2], _SMALLEST_DEPTH)
-        where = seen[:, :2] / depth[:, None]
-        residuals = np.where(known[:, None], where - rays, 0)
-        nearness = known / depth  # (F, T)
-        changes = np.concatenate([cameras.rotations[:, :, :2], cameras.translations[:, :, None]], axis=2)
-        jacobian = (changes[:, :2, :, None] - where[:, :, None] * changes[:, 2:, :, None]) * nearness[:, None, None]
-        normal = np.einsum("fiat,fibt->abt", jacobian, jacobian)
-        normal[2, 2] += _DAMPING
-        # The last camera's: a turn about its axes before the translation, and the translation.
-        x, y, z = turned[-1]
-        none = np.zeros_like(x)
+        depth = np.maximum(seen[:, 2:], _SMALLEST_DEPTH)
+        where = seen[:, :2] / depth
+        residuals = (where - given) * known
+        nearness = known / depth  # (F, 1, T)
+        directions = [*cameras.rotations[:, :, :2].transpose(2, 0, 1), cameras.translations]
+        jacobian = [(each[:, :2, None] - where * each[:, 2:, None]) * nearness for each in directions]
+        normal = [[np.einsum("fit,fit->t", one, other) for other in jacobian[i:]] for i, one in enumerate(jacobian)]
+        normal[2][0] += _DAMPING
+        return cls(
+            squares=np.einsum("fit,fit->t", residuals, residuals),
+            inverse=_inverse(*normal[0], *normal[1], *normal[2]),
+            gradient=np.stack([np.einsum("fit,fit->t", each, residuals) for each in jacobian]),
+            residuals=residuals[-1],
+            jacobian=np.stack([each[-1] for each in jacobian], axis=1),
+            turned=turned[-1],
+            where=where[-1],
+            nearness=nearness[-1, 0],
+            inverse_depth=inverse,
+        )
+
+    def steps(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Gauss-Newton steps of the last camera (6,) and of the points (3, T), by weights (T,) of the points.
+
+        The camera's is a turn about its axes before the translation, and the translation.
+        """
+        x, y, z = self.turned
+        none, inverse = np.zeros_like(x), self.inverse_depth
         moves = np.array(
             [
                 [none, z, -y, inverse, none, none],
@@ -213,32 +252,22 @@ class _Normal(NamedTuple):
                 [y, -x, none, none, none, inverse],
             ]
         )
-        last = (moves[:2] - where[-1][:, None] * moves[2]) * nearness[-1]
-        return cls(
-            squares=(residuals * residuals).sum(axis=(0, 1)),
-            inverse=_inverse(normal),
-            gradient=np.einsum("fiat,fit->at", jacobian, residuals),
-            mixed=np.einsum("iat,ict->act", jacobian[-1], last),
-            camera=np.einsum("iat,ict->act", last, last),
-            slope=np.einsum("iat,it->at", last, residuals[-1]),
-        )
+        last = (moves[:2] - self.where[:, None] * moves[2]) * self.nearness  # (2, 6, T)
+        mixed = np.einsum("iat,ict->act", self.jacobian, last)
+        carried = np.einsum("abt,bct->act", self.inverse, mixed) * weights
+        weighted = last * weights
+        whole = np.einsum("ict,idt->cd", last, weighted) - np.einsum("act,adt->cd", mixed, carried)
+        slope = np.einsum("ict,it->c", weighted, self.residuals) - np.einsum("act,at->c", carried, self.gradient)
+        step = -np.linalg.lstsq(whole, slope, rcond=1e-9)[0]
+        return step, self.points_step(self.gradient + np.einsum("act,c->at", mixed, step))
 
-    def camera_step(self, weights: np.ndarray) -> np.ndarray:
-        """(6,) Gauss-Newton step of the last camera, while all points follow; by weights (T,) of the points."""
-        carried = np.einsum("abt,bct->act", self.inverse, self.mixed)
-        whole = self.camera @ weights - np.einsum("act,adt,t->cd", self.mixed, carried, weights)
-        slope = self.slope @ weights - np.einsum("act,at,t->c", carried, self.gradient, weights)
-        return np.asarray(-np.linalg.lstsq(whole, slope, rcond=1e-9)[0])
-
-    def points_step(self, camera_step: np.ndarray) -> np.ndarray:
-        """(3, T) Gauss-Newton step of the points, if the last camera makes a step (6,)."""
-        slope = self.gradient + np.einsum("act,c->at", self.mixed, camera_step)
+    def points_step(self, slope: np.ndarray) -> np.ndarray:
+        """(3, T) Gauss-Newton step of the points by the slope (3, T) of half the squares."""
         return -np.einsum("abt,bt->at", self.inverse, slope)
 
 
-def _inverse(matrices: np.ndarray) -> np.ndarray:
-    """Of symmetric matrices (3, 3, T)."""
-    (a, b, c), (_, d, e), (_, _, f) = matrices
+def _inverse(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, e: np.ndarray, f: np.ndarray) -> np.ndarray:
+    """(3, 3, T) of symmetric matrices whose upper triangles are (a, b, c), (d, e) and (f), each (T,)."""
     adjoint = np.array(
         [
             [d * f - e * e, c * e - b * f, b * e - c * d],
