@@ -7,7 +7,17 @@ from dataclasses import dataclass, fields
 import numpy as np
 from scipy.spatial import cKDTree
 
-__all__ = ["NOT_DETECTED", "Bank", "attach", "first_of_each_place", "join", "matched_keypoints", "select", "without"]
+__all__ = [
+    "NOT_DETECTED",
+    "Bank",
+    "Looks",
+    "attach",
+    "first_of_each_place",
+    "join",
+    "matched_keypoints",
+    "select",
+    "without",
+]
 
 NOT_DETECTED = -1
 """Index of a point that is no keypoint of its image."""
@@ -23,14 +33,46 @@ class Bank:
     points: np.ndarray  # (T, 2) float32 pixels
     sigmas: np.ndarray  # (T,) float32 pixels
     indices: np.ndarray  # (T,) int64 keypoints of the image, or NOT_DETECTED
-    patches: np.ndarray  # (T, P) float32
     shapes: np.ndarray  # (T, 2, 2) float32: an offset in the patch, times this, is the offset in the image
     anchors: np.ndarray  # (T,) float32 standard deviation of where the patch was cut, pixels
-    descriptors: np.ndarray  # (T, D) float32
+    looks: np.ndarray  # (T,) int64 rows of Looks
     rays: np.ndarray  # (T, FRAMES, 2) float32 x/z and y/z in the last frames, this image last; NaN where not known
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+class Looks:
+    """How tracks look: a patch and a descriptor each.
+
+    This is most of what is known of a track. It stays in its row while tracks come and go, of which only few change.
+
+    Attributes:
+        patches: (R, P) float32.
+        descriptors: (R, D) float32.
+    """
+
+    def __init__(self) -> None:
+        self.patches = self.descriptors = np.zeros((0, 0), np.float32)
+        self._free: np.ndarray = np.zeros(0, np.int64)
+
+    def add(self, patches: np.ndarray, descriptors: np.ndarray) -> np.ndarray:
+        """(T,) int64 rows that now have these patches (T, P) and descriptors (T, D)."""
+        count, rows = len(patches), len(self.patches)
+        if count > len(self._free):
+            more = rows + count
+            self.patches, self.descriptors = (
+                np.concatenate([have.reshape(rows, new.shape[1]), np.empty((more, new.shape[1]), np.float32)])
+                for have, new in ((self.patches, patches), (self.descriptors, descriptors))
+            )
+            self._free = np.concatenate([self._free, np.arange(rows, rows + more)])
+        taken, self._free = self._free[:count], self._free[count:]
+        self.patches[taken], self.descriptors[taken] = patches, descriptors
+        return taken
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Give all other rows away."""
+        self._free = np.flatnonzero(without(len(self.patches), rows))
 
 
 def select(bank: Bank, chosen: np.ndarray) -> Bank:
@@ -85,13 +127,13 @@ def first_of_each_place(points: np.ndarray, ids: np.ndarray, scores: np.ndarray)
 def attach(points: np.ndarray, detected: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
     """The keypoints (T,) of points: those given, and else the nearest one if it is near and no other point's."""
     found = detected.copy()
-    free = without(len(keypoints), detected)
-    if not free.any() or not len(points):
+    names, wants = np.flatnonzero(without(len(keypoints), detected)), np.flatnonzero(detected < 0)
+    if not len(names) or not len(wants):
         return found
-    names = np.flatnonzero(free)
-    distance, nearest = cKDTree(keypoints[names]).query(points)
-    wants = np.flatnonzero((detected < 0) & (distance < _ATTACHED))
-    wants = wants[np.argsort(distance[wants], kind="stable")]
-    _, first = np.unique(nearest[wants], return_index=True)
-    found[wants[first]] = names[nearest[wants[first]]]
+    distance, nearest = cKDTree(keypoints[names]).query(points[wants])
+    by_distance = np.argsort(distance, kind="stable")
+    by_distance = by_distance[distance[by_distance] < _ATTACHED]
+    _, first = np.unique(nearest[by_distance], return_index=True)
+    nearer = by_distance[first]
+    found[wants[nearer]] = names[nearest[nearer]]
     return found

@@ -83,11 +83,12 @@ def keypoint_sigma(resolution: float) -> float:
     return _SIGMA_KEYPOINT * max(resolution, 1.0)
 
 
-def find_places(bank: Bank, keypoints: np.ndarray, reference: View, current: View) -> Places:
+def find_places(bank: Bank, patches: np.ndarray, keypoints: np.ndarray, reference: View, current: View) -> Places:
     """Find the tracks of the reference image in the current one.
 
     Args:
         bank: T tracks in the reference image.
+        patches: (T, P) of these tracks.
         keypoints: (T, 2) float32 where the matcher sees them in the current one, pixels; NaN where it does not.
         reference: the first image.
         current: the second one.
@@ -96,16 +97,16 @@ def find_places(bank: Bank, keypoints: np.ndarray, reference: View, current: Vie
     unmatched = np.flatnonzero(~matched)
     near = keypoints.copy()
     near[unmatched], _ = neighbours_flow(bank.points, keypoints, unmatched)
-    found, anchors = align(bank.patches, current.pixels, near, bank.shapes, _SHIFTS), bank.anchors.copy()
+    found, anchors = align(patches, current.pixels, near, bank.shapes, _SHIFTS), bank.anchors.copy()
     rest = np.flatnonzero(~found.good & _reachable(near, images[1]))
     near[rest] = flow_far(*images, bank.points[rest], near[rest])
-    found.put(rest, align(bank.patches[rest], current.pixels, near[rest], bank.shapes[rest]))
+    found.put(rest, align(patches[rest], current.pixels, near[rest], bank.shapes[rest]))
     # Where the first patch no longer fits, the reference's may: the track goes on with that one.
     rest = np.flatnonzero(~found.good & _reachable(near, images[1]))
-    patches = cut(reference.pixels, bank.points[rest])
-    found.put(rest, align(patches, current.pixels, near[rest], no_change(len(rest))))
+    newer = cut(reference.pixels, bank.points[rest])
+    found.put(rest, align(newer, current.pixels, near[rest], no_change(len(rest))))
     replaced = found.good[rest]
-    renewed, patches = rest[replaced], patches[replaced]
+    renewed, newer = rest[replaced], newer[replaced]
     anchors[renewed] = np.hypot(bank.sigmas[renewed], _SIGMA_REPLACED)
     # Where neither fits, as in blurred images, flow may still lead there and back.
     rest = np.flatnonzero(~found.good & (found.likeness > _HARDLY_ALIKE))
@@ -126,7 +127,7 @@ def find_places(bank: Bank, keypoints: np.ndarray, reference: View, current: Vie
         anchors=anchors,
         bare=bare,
         renewed=np.concatenate([renewed, cut_here]),
-        patches=np.concatenate([patches, cut(current.pixels, found.points[cut_here])]),
+        patches=np.concatenate([newer, cut(current.pixels, found.points[cut_here])]),
     )
 
 

@@ -22,6 +22,7 @@ from kpmatch_ros.geometry.structure import FRAMES, Structure, Window, project, t
 from kpmatch_ros.track_bank import (
     NOT_DETECTED,
     Bank,
+    Looks,
     attach,
     first_of_each_place,
     join,
@@ -103,6 +104,7 @@ class Tracks:
 
     def reset(self) -> None:
         """Forget all tracks. Their ids are not given again."""
+        self._looks = Looks()
         self._reference: Bank | None = None
         self._current: Bank | None = None
         self._lost: Bank | None = None
@@ -127,12 +129,13 @@ class Tracks:
         """
         if self._reference is None:
             self._reference = self._new(reference, np.arange(len(reference.keypoints))[: self.limit])
-        bank = self._reference
+        bank, looks = self._reference, self._looks
+        looks.keep(bank.looks if self._lost is None else np.concatenate([bank.looks, self._lost.looks]))
         detected, score = matched_keypoints(bank, len(reference.keypoints), matches, scores)
         matched = detected >= 0
         keypoints = np.full((len(bank), 2), np.nan, np.float32)
         keypoints[matched] = current.keypoints[detected[matched]]
-        places = find_places(bank, keypoints, reference, current)
+        places = find_places(bank, looks.patches[bank.looks], keypoints, reference, current)
         found = places.found
         alive = found.good.copy()
         alive[alive] = ~current.hides(found.points[alive])
@@ -155,9 +158,9 @@ class Tracks:
             anchors=places.anchors[alive],
         )
         renewed = alive[places.renewed]
-        following.patches[np.cumsum(alive)[places.renewed[renewed]] - 1] = places.patches[renewed]
-        seen = following.indices >= 0
-        following.descriptors[seen] = current.descriptors[following.indices[seen]]
+        changed = places.renewed[renewed]
+        descriptors = looks.descriptors[bank.looks[changed]]
+        following.looks[np.cumsum(alive)[changed] - 1] = looks.add(places.patches[renewed], descriptors)
         self._current = following
         self._rows, self._astray, self._ahead = np.flatnonzero(alive), np.zeros(0, int), None
         return Links(
@@ -218,8 +221,6 @@ class Tracks:
         following = join([select(self._current, stay), more])
         following.indices[:] = attach(following.points, following.indices, current.keypoints)
         following = select(following, order)
-        seen = following.indices >= 0
-        following.descriptors[seen] = current.descriptors[following.indices[seen]]
         self._rows = np.concatenate([rows[stay], again])[order]
         following.rays[:, :-1] = bank.rays[self._rows, 1:]
         self._current, self._ahead = following, scene.cameras
@@ -269,7 +270,7 @@ class Tracks:
         height, width = current.normalized.shape
         inside = (expected >= 1).all(axis=1) & (expected[:, 0] < width - 2) & (expected[:, 1] < height - 2)
         lost, spots, expected = lost[inside], spots[:, inside], expected[inside]
-        found = align(bank.patches[lost], image, expected, bank.shapes[lost])
+        found = align(self._looks.patches[bank.looks[lost]], image, expected, bank.shapes[lost])
         seen = rays[:, :, lost]
         seen[-1] = camera.normalise(found.points).T
         good = found.good & np.isfinite(seen[-1, 0])
@@ -296,6 +297,7 @@ class Tracks:
         ended[self._rows], ended[self._astray] = False, False
         self._remember(select(reference, ended))
         bank = select(self._current, agree)
+        self._see(bank, current)
         if self._ahead is None:
             self._window, bank.rays[:] = Window.start(), np.nan
         else:
@@ -314,12 +316,16 @@ class Tracks:
             points=points,
             sigmas=np.zeros(count, np.float32),
             indices=indices.astype(np.int64),
-            patches=cut(view.pixels, points),
             shapes=no_change(count),
             anchors=np.zeros(count, np.float32),
-            descriptors=view.descriptors[indices].astype(np.float32),
+            looks=self._looks.add(cut(view.pixels, points), view.descriptors[indices]),
             rays=np.full((count, FRAMES, 2), np.nan, np.float32),
         )
+
+    def _see(self, bank: Bank, view: View) -> None:
+        """Take over the descriptors of the tracks that are keypoints."""
+        seen = bank.indices >= 0
+        self._looks.descriptors[bank.looks[seen]] = view.descriptors[bank.indices[seen]]
 
     def _fill(self, bank: Bank, view: View) -> Bank:
         """New tracks at keypoints that no track is near to, first where there are fewest."""
@@ -355,36 +361,35 @@ class Tracks:
         if lost is None or not len(lost) or free.sum() < 2 or len(bank) >= self.limit:
             return bank
         candidates = np.flatnonzero(free)
-        similar = view.descriptors[candidates].astype(np.float32) @ lost.descriptors.T
+        descriptors = self._looks.descriptors[lost.looks]
+        similar = view.descriptors[candidates].astype(np.float32) @ descriptors.T
         best = similar.argmax(axis=1)
         top = similar[np.arange(len(candidates)), best]
         mutual = similar.argmax(axis=0)[best] == np.arange(len(candidates))
         chosen = mutual & (top > _SIMILAR)
-        chosen[chosen] = _distinct(view, candidates[chosen], lost.descriptors[best[chosen]])
+        chosen[chosen] = _distinct(view, candidates[chosen], descriptors[best[chosen]])
         which, keypoints = best[chosen], candidates[chosen]
         image = view.pixels
-        again = select(lost, which)
+        again, patches = select(lost, which), self._looks.patches[lost.looks[which]]
         points = view.keypoints[keypoints].astype(np.float32)
-        found = align(again.patches, image, points, again.shapes)
+        found = align(patches, image, points, again.shapes)
         rest = np.flatnonzero(~found.good)
-        found.put(rest, align(again.patches[rest], image, points[rest], no_change(len(rest))))
+        found.put(rest, align(patches[rest], image, points[rest], no_change(len(rest))))
         # Another point that looks alike is not where the neighbours are.
         expected, spread = neighbours_flow(again.points, found.points, np.arange(len(again)))
         good = found.good & (np.linalg.norm(found.points - expected, axis=1) < ASTRAY * _LOST_SPREAD * spread)
         good = np.flatnonzero(good)[: self.limit - len(bank)]
         recalled = replace(
-            again,
-            points=found.points,
-            shapes=found.shapes,
-            sigmas=np.hypot(found.sigmas, again.anchors),
-            indices=keypoints.astype(np.int64),
-            descriptors=view.descriptors[keypoints].astype(np.float32),
-            rays=np.full_like(again.rays, np.nan),
+            select(again, good),
+            points=found.points[good],
+            shapes=found.shapes[good],
+            sigmas=np.hypot(found.sigmas, again.anchors)[good],
+            indices=keypoints[good].astype(np.int64),
+            rays=np.full((len(good), FRAMES, 2), np.nan, np.float32),
         )
-        keep = np.ones(len(lost), bool)
-        keep[which[good]] = False
-        self._lost = select(lost, keep)
-        return join([bank, select(recalled, good)])
+        self._see(recalled, view)
+        self._lost = select(lost, without(len(lost), which[good]))
+        return join([bank, recalled])
 
 
 def pair_sigma(resolution: float) -> float:
