@@ -72,7 +72,7 @@ class NodeUnderTest:
         while (left := end - time.monotonic()) > 0:
             self._executor.spin_once(timeout_sec=left)
 
-    def wait_for(self, condition: Callable[[], Any], what: str, timeout: float = 60.0) -> None:
+    def wait_for(self, condition: Callable[[], Any], what: str, timeout: float = 120.0) -> None:
         """Receive until a condition holds."""
         end = time.monotonic() + timeout
         while not condition():
@@ -126,7 +126,7 @@ class NodeUnderTest:
         """What the newest diagnostics say; nothing before the first."""
         return self.diagnostics[-1].status[0].message if self.diagnostics else ""
 
-    def wait_for_figure(self, key: str, value: str, timeout: float = 60.0) -> dict[str, str]:
+    def wait_for_figure(self, key: str, value: str, timeout: float = 120.0) -> dict[str, str]:
         """Wait until the diagnostics show a value, and return all of them."""
         self.wait_for(
             lambda: self.diagnostics and self.figures().get(key) == value,
