@@ -45,11 +45,17 @@ def normalize_contrast(image: np.ndarray) -> np.ndarray:
         image: uint8 grey (H, W) or RGB (H, W, 3).
     """
     grey = image if image.ndim == 2 else cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
-    values = grey.astype(np.float32)
     size = (2 * _WINDOW + 1, 2 * _WINDOW + 1)
-    mean = cv2.boxFilter(values, -1, size)
-    variance = np.maximum(cv2.boxFilter(values * values, -1, size) - mean * mean, _SMALLEST_DEVIATION**2)
-    return np.asarray(np.clip(128 + 48 * (values - mean) / np.sqrt(variance), 0, 255).astype(np.uint8))
+    mean: np.ndarray = cv2.boxFilter(grey, cv2.CV_32F, size)
+    deviation: np.ndarray = cv2.sqrBoxFilter(grey, cv2.CV_32F, size)
+    # In place: new arrays of this size take longer than what is computed.
+    deviation -= mean * mean
+    np.sqrt(np.maximum(deviation, _SMALLEST_DEVIATION**2, out=deviation), out=deviation)
+    values = np.subtract(grey, mean, out=mean)
+    values *= 48
+    values /= deviation
+    values += 128
+    return np.clip(values, 0, 255, out=values).astype(np.uint8)
 
 
 def longest_step(resolution: float) -> float:

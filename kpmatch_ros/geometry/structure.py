@@ -21,11 +21,11 @@ __all__ = ["FRAMES", "Structure", "Window", "project", "triangulate"]
 FRAMES = 8
 """Most frames that are looked back at."""
 
-_ITERATIONS = 3
+_ITERATIONS = 2
 _SMALLEST_DEPTH = 1e-3  # of a direction's length
 _DAMPING = 1e-9  # of an inverse depth
 _CUTOFF = float(chi2.isf(1e-2, 1))  # of a point's mean square, beyond which it has less to say of the motion
-_ENOUGH = 250  # points that the motion is fitted to, at least where there are as many
+_ENOUGH = 150  # points that the motion is fitted to, at least where there are as many
 _FEWEST = 8  # points that tell the length of a translation
 
 
