@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from kpmatch_ros.geometry.flow import flow_far, flow_forth_and_back, neighbours_flow
-from kpmatch_ros.geometry.patches import LONGEST_STEP, Alignment, align, cut, no_change
+from kpmatch_ros.geometry.patches import LONGEST_STEP, Alignment, align, cut, no_change, signed
 from kpmatch_ros.track_bank import Bank
 
 __all__ = ["ASTRAY", "Places", "View", "find_places", "keypoint_sigma"]
@@ -44,8 +44,8 @@ class View:
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """The normalized image, float32 (H, W)."""
-        return self.normalized.astype(np.float32)
+        """The normalized image, float32 (H, W), from :func:`kpmatch_ros.geometry.patches.signed`."""
+        return signed(self.normalized)
 
     def hides(self, points: np.ndarray) -> np.ndarray:
         """(T,) bool which points (T, 2) inside the image the mask hides."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import cv2
 import numpy as np
 
-__all__ = ["LONGEST_STEP", "Alignment", "align", "cut", "no_change"]
+__all__ = ["LONGEST_STEP", "Alignment", "align", "cut", "no_change", "signed"]
 
 _SIDE = 13  # pixels, as in geometry.refinement
 _WIDE = _SIDE + 2  # with a border for gradients
@@ -20,9 +20,10 @@ _USED = np.concatenate([_SPARSE, np.flatnonzero(_INNER & (_WIDE_X % 2 == 0))])
 
 First come those at odd places, which are enough for a shift.
 """
+_FEW = slice(len(_SPARSE))
 _X, _Y = _WIDE_X[_USED], _WIDE_Y[_USED]
 _PLACES = np.stack([np.ones_like(_X), _X, _Y])  # (3, U)
-_PARTS = np.cumsum([len(_USED), len(_USED), len(_USED), 36])  # of what is kept of a patch
+_PARTS = np.cumsum([len(_USED)] * 3 + [49])  # of what is kept of a patch: pixels, gradients, equations of two changes
 
 LONGEST_STEP = 3.0
 """Pixels from where the search began: what moves further is another corner."""
@@ -33,6 +34,7 @@ _DAMPING = np.array([1.0, 1e4, 1e4], np.float32)
 """Noise of 10 grey levels over what a step is expected to be: any number of pixels, a tenth of a deformation."""
 _ALIKE = 0.75  # correlation with the patch: with less, it is another point
 _LARGEST_SCALE = 3.0  # change of length since the patch was cut
+_LEAST_CONTRAST = 0.1  # squared norm of a patch's grey levels: less is rounding
 _LARGEST_GAIN = 2.0  # change of contrast: more of it is another point, or noise
 
 _SIGMA_FLOOR = 0.036  # pixels
@@ -67,11 +69,15 @@ class Alignment:
         return Alignment(*(getattr(self, item.name)[chosen] for item in fields(Alignment)))
 
 
-def cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(T, P) float32 patches of an image, float32 (H, W), around points (T, 2): what :func:`align` needs of them.
+def signed(image: np.ndarray) -> np.ndarray:
+    """An image, uint8 (H, W), as :func:`cut` and :func:`align` take it: float32, 0 where it is grey, as all around."""
+    return np.subtract(image, 128, dtype=np.float32)
 
-    These are the pixels, less their mean, their gradients, and the inverse normal equations of an affine change and of
-    a shift.
+
+def cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """(T, P) float32 patches of an image, from :func:`signed`, around points (T, 2): what :func:`align` needs of them.
+
+    These are the pixels, less their mean, their gradients, and the equations of an affine change and of a shift.
     """
     if len(points) > _BLOCK:
         return np.concatenate([cut(image, points[block]) for block in _blocks(len(points))])
@@ -79,9 +85,8 @@ def cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
     template = _centred(wide.take(_USED, axis=1))
     across = (wide.take(_USED + 1, axis=1) - wide.take(_USED - 1, axis=1)) / 2
     down = (wide.take(_USED + _WIDE, axis=1) - wide.take(_USED - _WIDE, axis=1)) / 2
-    sparse = slice(len(_SPARSE))
-    affine = _inverse_normal(across, down, _PLACES)
-    shift = _inverse_normal(across[:, sparse], down[:, sparse], _PLACES[:1, sparse])
+    affine = _equations(template, across, down, _PLACES)
+    shift = _equations(_centred(template[:, _FEW]), across[:, _FEW], down[:, _FEW], _PLACES[:1, _FEW])
     return np.concatenate([template, across, down, affine, shift], axis=1)
 
 
@@ -91,7 +96,7 @@ def no_change(count: int) -> np.ndarray:
 
 
 def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np.ndarray, shifts: int = 0) -> Alignment:
-    """Find patches in an image, float32 (H, W), near points (T, 2) float32, deformed as shapes (T, 2, 2) float32.
+    """Find patches in an image, from :func:`signed`, near points (T, 2) float32, deformed as shapes (T, 2, 2) float32.
 
     Gauss-Newton on an affine map, inverse compositional (Baker and Matthews, IJCV 2004). Brightness and contrast of a
     patch may change. So many steps before shift the patches only: from further away this is surer.
@@ -99,57 +104,57 @@ def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np
     if len(points) > _BLOCK:
         parts = [align(patches[block], image, points[block], shapes[block], shifts) for block in _blocks(len(points))]
         return Alignment(*(np.concatenate([getattr(part, item.name) for part in parts]) for item in fields(Alignment)))
-    start, count = points, len(points)
+    start = points
     template, across, down, affine, shift = np.split(patches, _PARTS, axis=1)
-    sparse = slice(len(_SPARSE))
-    first = _centred(template[:, sparse]) if shifts else template
     for _ in range(shifts):
-        _, residuals, _ = _compare(image, points, shapes, first, _PLACES[:, sparse])
-        slope = np.stack([np.einsum("tp,tp->t", each[:, sparse], residuals) for each in (across, down)], axis=1)
-        step = np.einsum("tij,tj->ti", shift.reshape(count, 2, 2), slope)
+        seen, places = _seen(image, points, shapes, _PLACES[:, _FEW]), _PLACES[:1, _FEW]
+        step = _step(shift, seen, across[:, _FEW], down[:, _FEW], places)[:, :, 0]
         points = points - np.einsum("tij,tj->ti", shapes, np.clip(step, -2, 2))
-    inverse = affine.reshape(count, 6, 6)
     for _ in range(_ITERATIONS):
-        _, residuals, _ = _compare(image, points, shapes, template, _PLACES)
-        slope = np.concatenate([(each * residuals) @ _PLACES.T for each in (across, down)], axis=1)
-        step = np.einsum("tij,tj->ti", inverse, slope).reshape(count, 2, 3)
+        step = _step(affine, _seen(image, points, shapes, _PLACES), across, down, _PLACES)
         points = points - np.einsum("tij,tj->ti", shapes, np.clip(step[:, :, 0], -2, 2))
         shapes = shapes - shapes @ np.clip(step[:, :, 1:], -0.3, 0.3)
-    seen, residuals, size = _compare(image, points, shapes, template, _PLACES)
-    likeness = np.einsum("tp,tp->t", seen, template) / size
-    likeness = np.clip(likeness, 0, 1)
+    seen, contrast = _seen(image, points, shapes, _PLACES), affine[:, -1]
+    _, power, gain = _brightness(seen, contrast)
+    product = np.einsum("tp,tp->t", seen, template)
+    likeness = np.clip(product / np.sqrt(power * contrast), 0, 1)
     height, width = image.shape
     stretch = np.abs(shapes).sum(axis=2).max(axis=1, initial=0)
     area = shapes[:, 0, 0] * shapes[:, 1, 1] - shapes[:, 0, 1] * shapes[:, 1, 0]
     good = (np.linalg.norm(points - start, axis=1) < LONGEST_STEP) & (likeness > _ALIKE)
     good &= (stretch < _LARGEST_SCALE) & (area > 1 / _LARGEST_SCALE**2)
     good &= (points >= 1).all(axis=1) & (points[:, 0] < width - 2) & (points[:, 1] < height - 2)
-    variance = np.einsum("tp,tp->t", residuals, residuals) / residuals.shape[1]
-    sigmas = _SIGMA_FLOOR + _SIGMA_GROWTH * variance * (inverse[:, 0, 0] + inverse[:, 3, 3]) / 2
+    variance = np.maximum(gain * gain * power - 2 * gain * product + contrast, 0) / len(_USED)
+    sigmas = _SIGMA_FLOOR + _SIGMA_GROWTH * variance * (affine[:, 0] + affine[:, 21]) / 2
     return Alignment(points, shapes, sigmas.astype(np.float32), likeness.astype(np.float32), good)
 
 
-def _compare(
-    image: np.ndarray, points: np.ndarray, shapes: np.ndarray, template: np.ndarray, places: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The image's pixels (T, U) of patches, less their mean; the same less the template's, at one contrast.
-
-    Also (T,) the product of both norms.
-    """
+def _seen(image: np.ndarray, points: np.ndarray, shapes: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """(T, U) pixels of the image at places (3, U) of patches that are at points (T, 2), with shapes (T, 2, 2)."""
     columns, rows = np.concatenate([points[:, :, None], shapes], axis=2).transpose(1, 0, 2) @ places
-    seen = _centred(_sample(image, columns, rows))
-    contrast, power = (np.maximum(np.einsum("tp,tp->t", each, each), 1e-6) for each in (template, seen))
-    gain = np.clip(np.sqrt(contrast / power), 1 / _LARGEST_GAIN, _LARGEST_GAIN)
-    return seen, gain[:, None] * seen - template, np.sqrt(power * contrast)
+    return _sample(image, columns, rows)
 
 
-def _inverse_normal(across: np.ndarray, down: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """(T, 4 K²) inverse normal equations of changes along x, and then along y, of pixels less their mean.
+def _brightness(seen: np.ndarray, contrast: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of pixels (T, U) their mean, the squared norm of the rest, and the gain that gives it a contrast; (T,) each."""
+    pixels = seen.shape[1]
+    mean = seen @ np.full(pixels, 1 / pixels, np.float32)
+    power = np.maximum(np.einsum("tp,tp->t", seen, seen) - pixels * mean * mean, _LEAST_CONTRAST)
+    return mean, power, np.clip(np.sqrt(contrast / power), 1 / _LARGEST_GAIN, _LARGEST_GAIN)
+
+
+def _equations(template: np.ndarray, across: np.ndarray, down: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Equations of changes along x, and then along y, of pixels less their mean, for :func:`_step`.
 
     Args:
+        template: (T, U) pixels of patches, less their mean.
         across: (T, U) gradients along x.
         down: (T, U) along y.
         places: (K, U) what a change is proportional to.
+
+    Returns:
+        (T, 4 K² + 4 K + 1): the inverse of the normal equations, the sums of the gradients times the places, those
+        times the template, and the squared norm of the template.
     """
     kinds, pixels = places.shape
     products = (places[:, None] * places).reshape(-1, pixels)
@@ -161,7 +166,21 @@ def _inverse_normal(across: np.ndarray, down: np.ndarray, places: np.ndarray) ->
     normal = normal.reshape(2 * kinds, 2 * kinds, len(across)) - sums[:, None] * sums / pixels
     for k, damping in enumerate(np.tile(_DAMPING[:kinds], 2)):
         normal[k, k] += damping
-    return _inverse(normal).reshape(4 * kinds**2, -1).T
+    own = [places @ (each * template).T for each in (across, down)]
+    contrast = np.maximum(np.einsum("tp,tp->t", template, template), _LEAST_CONTRAST)
+    return np.concatenate([_inverse(normal).reshape(4 * kinds**2, -1), sums, *own, contrast[None]]).T
+
+
+def _step(
+    equations: np.ndarray, seen: np.ndarray, across: np.ndarray, down: np.ndarray, places: np.ndarray
+) -> np.ndarray:
+    """(T, 2, K) changes of a patch that explain the pixels seen (T, U), the arguments as in :func:`_equations`."""
+    size = 2 * len(places)
+    inverse, sums, own, contrast = np.split(equations, np.cumsum([size * size, size, size]), axis=1)
+    mean, _, gain = _brightness(seen, contrast[:, 0])
+    slope = np.concatenate([(each * seen) @ places.T for each in (across, down)], axis=1)
+    slope = gain[:, None] * (slope - mean[:, None] * sums) - own
+    return np.einsum("tij,tj->ti", inverse.reshape(-1, size, size), slope).reshape(-1, 2, len(places))
 
 
 def _inverse(matrices: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from kpmatch_ros.geometry.flow import flow_near
-from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change
+from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change, signed
 
 __all__ = ["INDEPENDENT_POINTS", "REFINED_RESOLUTION", "align_matches", "longest_step", "normalize_contrast", "refine"]
 
@@ -88,8 +88,8 @@ def align_matches(
     known = np.flatnonzero(np.isfinite(points0).all(axis=1) & np.isfinite(points1).all(axis=1))
     start, furthest = points1[known].astype(np.float32), longest_step(resolution)
     near = flow_near(image0, image1, points0[known], start, furthest)
-    patches = cut(image0.astype(np.float32), points0[known].astype(np.float32))
-    found = align(patches, image1.astype(np.float32), near, no_change(len(known)))
+    patches = cut(signed(image0), points0[known].astype(np.float32))
+    found = align(patches, signed(image1), near, no_change(len(known)))
     good = found.good & (np.linalg.norm(found.points - start, axis=1) < furthest)
     count = len(points1)
     none = np.zeros(count, np.float32)
