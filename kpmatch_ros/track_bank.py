@@ -112,6 +112,13 @@ def without(count: int, indices: np.ndarray) -> np.ndarray:
     return free
 
 
+def apart(points: np.ndarray, others: np.ndarray, distance: float) -> np.ndarray:
+    """(N,) bool which points (N, 2) are further than a distance from all others (M, 2)."""
+    if not len(others) or not len(points):
+        return np.ones(len(points), bool)
+    return np.asarray(cKDTree(others).query(points, distance_upper_bound=distance)[0] > distance)
+
+
 def first_of_each_place(points: np.ndarray, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Which points (T,) stay if of two at one place only the older one does."""
     stay = np.ones(len(points), bool)

@@ -7,9 +7,9 @@ from functools import cached_property
 
 import numpy as np
 
-from kpmatch_ros.geometry.flow import flow_far, flow_forth_and_back, neighbours_flow
-from kpmatch_ros.geometry.patches import LONGEST_STEP, Alignment, align, cut, no_change, signed
-from kpmatch_ros.track_bank import Bank
+from kpmatch_ros.geometry.flow import Neighbours, flow_far, flow_forth_and_back
+from kpmatch_ros.geometry.patches import LONGEST_STEP, Alignment, align, cut, no_change, signed, unaligned
+from kpmatch_ros.track_bank import Bank, Looks
 
 __all__ = ["ASTRAY", "Places", "View", "find_places", "keypoint_sigma"]
 
@@ -17,6 +17,7 @@ ASTRAY = 3.0
 """Times as far as its neighbours disagree: a point goes no further than that from where they went."""
 
 _SHIFTS = 1  # steps from where the matcher or the neighbours put a point to near its place
+_UNLIKE = 0.3  # correlation with the patch: even a newer patch of the track is not found there
 _HARDLY_ALIKE = 0.5  # correlation with the patch: flow alone leads anywhere
 _REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much for patches
 _SIGMA_REPLACED = 0.3  # pixels, for each new patch of a track
@@ -83,26 +84,27 @@ def keypoint_sigma(resolution: float) -> float:
     return _SIGMA_KEYPOINT * max(resolution, 1.0)
 
 
-def find_places(bank: Bank, patches: np.ndarray, keypoints: np.ndarray, reference: View, current: View) -> Places:
+def find_places(bank: Bank, looks: Looks, keypoints: np.ndarray, reference: View, current: View) -> Places:
     """Find the tracks of the reference image in the current one.
 
     Args:
         bank: T tracks in the reference image.
-        patches: (T, P) of these tracks.
+        looks: their patches.
         keypoints: (T, 2) float32 where the matcher sees them in the current one, pixels; NaN where it does not.
         reference: the first image.
         current: the second one.
     """
     images, matched = (reference.normalized, current.normalized), np.isfinite(keypoints[:, 0])
-    unmatched = np.flatnonzero(~matched)
-    near = keypoints.copy()
-    near[unmatched], _ = neighbours_flow(bank.points, keypoints, unmatched)
-    found, anchors = align(patches, current.pixels, near, bank.shapes, _SHIFTS), bank.anchors.copy()
-    rest = np.flatnonzero(~found.good & _reachable(near, images[1]))
+    neighbours, near, unmatched = Neighbours(bank.points, keypoints), keypoints.copy(), np.flatnonzero(~matched)
+    near[unmatched], _ = neighbours.expect(unmatched)
+    found, anchors = unaligned(near.copy(), np.zeros(len(bank), np.float32), good=False), bank.anchors.copy()
+    rest = np.flatnonzero(_reachable(near, images[1]))
+    found.put(rest, align(looks.patches[bank.looks[rest]], current.pixels, near[rest], bank.shapes[rest], _SHIFTS))
+    rest = rest[~found.good[rest]]
     near[rest] = flow_far(*images, bank.points[rest], near[rest])
-    found.put(rest, align(patches[rest], current.pixels, near[rest], bank.shapes[rest]))
+    found.put(rest, align(looks.patches[bank.looks[rest]], current.pixels, near[rest], bank.shapes[rest]))
     # Where the first patch no longer fits, the reference's may: the track goes on with that one.
-    rest = np.flatnonzero(~found.good & _reachable(near, images[1]))
+    rest = rest[~found.good[rest] & (found.likeness[rest] > _UNLIKE)]
     newer = cut(reference.pixels, bank.points[rest])
     found.put(rest, align(newer, current.pixels, near[rest], no_change(len(rest))))
     replaced = found.good[rest]
@@ -110,16 +112,16 @@ def find_places(bank: Bank, patches: np.ndarray, keypoints: np.ndarray, referenc
     anchors[renewed] = np.hypot(bank.sigmas[renewed], _SIGMA_REPLACED)
     # Where neither fits, as in blurred images, flow may still lead there and back.
     rest = np.flatnonzero(~found.good & (found.likeness > _HARDLY_ALIKE))
-    expected, spread = neighbours_flow(bank.points, keypoints, rest)
+    expected, spread = neighbours.expect(rest)
     flowed, good = flow_forth_and_back(*images, bank.points[rest], expected, ASTRAY * spread)
     rest, flowed = rest[good], flowed[good]
-    found.put(rest, _as_they_are(flowed, found.likeness[rest]))
+    found.put(rest, unaligned(flowed, found.likeness[rest]))
     anchors[rest] = np.hypot(bank.sigmas[rest], _SIGMA_FLOW)
     # Where the images differ too much for patches and flow, what the matcher finds is taken as it is.
     bare = matched & ~found.good
     if found.good[matched].sum() > _REFINABLE * matched.sum():
         bare[:] = False
-    found.put(np.flatnonzero(bare), _as_they_are(keypoints[bare], found.likeness[bare]))
+    found.put(np.flatnonzero(bare), unaligned(keypoints[bare], found.likeness[bare]))
     anchors[bare] = keypoint_sigma(current.resolution)
     cut_here = np.concatenate([rest, np.flatnonzero(bare)])
     return Places(
@@ -136,11 +138,3 @@ def _reachable(points: np.ndarray, image: np.ndarray) -> np.ndarray:
     height, width = image.shape
     beyond = LONGEST_STEP
     return np.asarray((points > -beyond).all(axis=1) & (points < (width + beyond, height + beyond)).all(axis=1))
-
-
-def _as_they_are(points: np.ndarray, likeness: np.ndarray) -> Alignment:
-    """Points (T, 2) taken as they are, though their patches are less alike than they should be: by likeness (T,)."""
-    count = len(points)
-    return Alignment(
-        points, no_change(count), np.zeros(count, np.float32), np.maximum(likeness, 0), np.ones(count, bool)
-    )

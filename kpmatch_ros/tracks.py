@@ -13,7 +13,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from kpmatch_ros.geometry.camera import Camera
-from kpmatch_ros.geometry.flow import neighbours_flow
+from kpmatch_ros.geometry.flow import Neighbours
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change
 from kpmatch_ros.geometry.pose import RelativePose
 from kpmatch_ros.geometry.refinement import align_matches, longest_step
@@ -23,6 +23,7 @@ from kpmatch_ros.track_bank import (
     NOT_DETECTED,
     Bank,
     Looks,
+    apart,
     attach,
     first_of_each_place,
     join,
@@ -135,7 +136,7 @@ class Tracks:
         matched = detected >= 0
         keypoints = np.full((len(bank), 2), np.nan, np.float32)
         keypoints[matched] = current.keypoints[detected[matched]]
-        places = find_places(bank, looks.patches[bank.looks], keypoints, reference, current)
+        places = find_places(bank, looks, keypoints, reference, current)
         found = places.found
         alive = found.good.copy()
         alive[alive] = ~current.hides(found.points[alive])
@@ -196,7 +197,7 @@ class Tracks:
         if camera0 is None or camera1 is None or pose.inliers is None or not pose.status.is_certain:
             return links, pose
         bank.rays[:, -1] = camera0.normalise(bank.points)
-        rays = np.full((len(self._window) + 1, 2, len(bank)), np.nan)  # of all tracks of the reference
+        rays = np.full((len(self._window) + 1, 2, len(bank)), np.nan, np.float32)  # of all tracks of the reference
         rays[:-1] = bank.rays[:, -len(self._window) :].transpose(1, 2, 0)
         rays[-1][:, rows] = camera1.normalise(links.points).T
         agree = rows[pose.inliers & np.isfinite(rays[-2:][:, :, rows]).all(axis=(0, 1))]
@@ -277,9 +278,7 @@ class Tracks:
         good[good] = ~current.hides(found.points[good])
         good &= ~scene.place(spots, seen).contradicts(_FALSE_FIND)
         good[good] = first_of_each_place(found.points[good], bank.ids[lost[good]], found.likeness[good])
-        places = self._current.points[np.isin(self._rows, known)]
-        if len(places):
-            good &= cKDTree(places).query(found.points)[0] > 1.0
+        good[good] = apart(found.points[good], self._current.points[np.isin(self._rows, known)], 1.0)
         return lost[good], found.select(good)
 
     def advance(self, current: View, inliers: np.ndarray | None) -> None:
@@ -302,8 +301,12 @@ class Tracks:
             self._window, bank.rays[:] = Window.start(), np.nan
         else:
             self._window = self._ahead.advance()
-        bank = self._recall(bank, current)
-        self._reference = bank if len(bank) >= self.limit else join([bank, self._fill(bank, current)])
+        candidates = np.flatnonzero(without(len(current.keypoints), bank.indices))
+        candidates = candidates[apart(current.keypoints[candidates], bank.points, _SPACE)]
+        recalled = self._recall(current, candidates, self.limit - len(bank))
+        bank = join([bank, recalled])
+        candidates = candidates[apart(current.keypoints[candidates], recalled.points, _SPACE)]
+        self._reference = join([bank, self._fill(bank, current, candidates)])
         # Not before: a track that was published at one place in this image is not found again at another.
         self._remember(select(reference, self._rows[~agree]))
         self._current = None
@@ -327,13 +330,9 @@ class Tracks:
         seen = bank.indices >= 0
         self._looks.descriptors[bank.looks[seen]] = view.descriptors[bank.indices[seen]]
 
-    def _fill(self, bank: Bank, view: View) -> Bank:
-        """New tracks at keypoints that no track is near to, first where there are fewest."""
-        free = without(len(view.keypoints), bank.indices)
-        if len(bank) and len(free):
-            free &= cKDTree(bank.points).query(view.keypoints)[0] > _SPACE
-        candidates = np.flatnonzero(free)
-        room = self.limit - len(bank)
+    def _fill(self, bank: Bank, view: View, candidates: np.ndarray) -> Bank:
+        """New tracks at keypoints (C,) that no track is near to, first where there are fewest."""
+        room = max(self.limit - len(bank), 0)
         if len(candidates) > room:
             crowd = np.zeros([side // _CELL + 2 for side in view.normalized.shape], int)
             np.add.at(crowd, tuple((bank.points[:, ::-1] // _CELL).astype(int).T), 1)
@@ -354,13 +353,11 @@ class Tracks:
         lost = ended if self._lost is None else join([self._lost, ended])
         self._lost = select(lost, np.arange(len(lost))[-self.memory :])
 
-    def _recall(self, bank: Bank, view: View) -> Bank:
-        """Add the lost tracks whose points are keypoints again."""
+    def _recall(self, view: View, candidates: np.ndarray, room: int) -> Bank:
+        """The lost tracks whose points are keypoints (C,) again, at most so many."""
         lost = self._lost
-        free = without(len(view.keypoints), bank.indices)
-        if lost is None or not len(lost) or free.sum() < 2 or len(bank) >= self.limit:
-            return bank
-        candidates = np.flatnonzero(free)
+        if lost is None or not len(lost) or len(candidates) < 2 or room <= 0:
+            return self._new(view, candidates[:0])
         descriptors = self._looks.descriptors[lost.looks]
         similar = view.descriptors[candidates].astype(np.float32) @ descriptors.T
         best = similar.argmax(axis=1)
@@ -376,9 +373,9 @@ class Tracks:
         rest = np.flatnonzero(~found.good)
         found.put(rest, align(patches[rest], image, points[rest], no_change(len(rest))))
         # Another point that looks alike is not where the neighbours are.
-        expected, spread = neighbours_flow(again.points, found.points, np.arange(len(again)))
+        expected, spread = Neighbours(again.points, found.points).expect(np.arange(len(again)))
         good = found.good & (np.linalg.norm(found.points - expected, axis=1) < ASTRAY * _LOST_SPREAD * spread)
-        good = np.flatnonzero(good)[: self.limit - len(bank)]
+        good = np.flatnonzero(good)[:room]
         recalled = replace(
             select(again, good),
             points=found.points[good],
@@ -389,7 +386,7 @@ class Tracks:
         )
         self._see(recalled, view)
         self._lost = select(lost, without(len(lost), which[good]))
-        return join([bank, recalled])
+        return recalled
 
 
 def pair_sigma(resolution: float) -> float:

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from scipy.spatial import cKDTree
 
-__all__ = ["flow_far", "flow_forth_and_back", "flow_near", "neighbours_flow"]
+__all__ = ["Neighbours", "flow_far", "flow_forth_and_back", "flow_near"]
 
 _WINDOW = 13  # pixels
 _WIDE_WINDOW = 21  # pixels: where nothing but the flow itself tells whether it is right
@@ -52,28 +52,32 @@ def flow_forth_and_back(
     return moved, there
 
 
-def neighbours_flow(points: np.ndarray, targets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where some points are if they move as their neighbours do.
+class Neighbours:
+    """Where points are if they move as their neighbours do.
 
     Args:
         points: (T, 2) pixels in image 0.
         targets: (T, 2) pixels in image 1; NaN where that is not known.
-        rows: (R,) which of the points are asked for.
-
-    Returns:
-        (R, 2) float32 pixels in image 1, and (R,) how far the neighbours disagree, pixels; the same place and infinity
-        where there are too few.
     """
-    known = np.isfinite(targets[:, 0])
-    if known.sum() < _NEIGHBOURS + 1:
-        return points[rows], np.full(len(rows), np.inf)
-    _, near = cKDTree(points[known]).query(points[rows], k=_NEIGHBOURS + 1)
-    near = np.where(known[rows, None], near[:, 1:], near[:, :-1])  # the nearest of a known one is itself
-    moves = (targets - points)[known][near]
-    middle = np.partition(moves, _NEIGHBOURS // 2, axis=1)[:, _NEIGHBOURS // 2]
-    apart = np.linalg.norm(moves - middle[:, None], axis=2)
-    spread = np.partition(apart, _NEIGHBOURS // 2, axis=1)[:, _NEIGHBOURS // 2]
-    return (points[rows] + middle).astype(np.float32), np.maximum(spread, _SMALLEST_SPREAD)
+
+    def __init__(self, points: np.ndarray, targets: np.ndarray) -> None:
+        self._points, self._known = points, np.isfinite(targets[:, 0])
+        self._moves = (targets - points)[self._known]
+        self._tree = cKDTree(points[self._known]) if len(self._moves) > _NEIGHBOURS else None
+
+    def expect(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(R, 2) float32 where some of the points (R,) are in image 1, and (R,) how far neighbours disagree, pixels.
+
+        The same place and infinity where too few neighbours are known.
+        """
+        if self._tree is None:
+            return self._points[rows], np.full(len(rows), np.inf)
+        _, near = self._tree.query(self._points[rows], k=_NEIGHBOURS + 1)
+        near = np.where(self._known[rows, None], near[:, 1:], near[:, :-1])  # the nearest of a known one is itself
+        moves, half = self._moves[near], _NEIGHBOURS // 2
+        middle = np.partition(moves, half, axis=1)[:, half]
+        spread = np.partition(np.linalg.norm(moves - middle[:, None], axis=2), half, axis=1)[:, half]
+        return (self._points[rows] + middle).astype(np.float32), np.maximum(spread, _SMALLEST_SPREAD)
 
 
 def _lucas_kanade(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import cv2
 import numpy as np
 
-__all__ = ["LONGEST_STEP", "Alignment", "align", "cut", "no_change", "signed"]
+__all__ = ["LONGEST_STEP", "Alignment", "align", "cut", "no_change", "signed", "unaligned"]
 
 _SIDE = 13  # pixels, as in geometry.refinement
 _WIDE = _SIDE + 2  # with a border for gradients
@@ -67,6 +67,12 @@ class Alignment:
     def select(self, chosen: np.ndarray) -> Alignment:
         """The patches that a mask or an array of indices names."""
         return Alignment(*(getattr(self, item.name)[chosen] for item in fields(Alignment)))
+
+
+def unaligned(points: np.ndarray, likeness: np.ndarray, good: bool = True) -> Alignment:
+    """Points (T, 2) taken as they are, which are alike by likeness (T,), and good or not."""
+    none = np.zeros(len(points), np.float32)
+    return Alignment(points, no_change(len(points)), none, np.maximum(likeness, 0), np.full(len(points), good))
 
 
 def signed(image: np.ndarray) -> np.ndarray:

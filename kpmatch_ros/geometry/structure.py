@@ -55,6 +55,10 @@ class Window(NamedTuple):
         moved = self.translations - turned @ self.translations[-1]
         return Window(turned[-FRAMES:], moved[-FRAMES:])
 
+    def like(self, rays: np.ndarray) -> Window:
+        """In the precision of rays: that of float32 is enough for points, and takes half the time."""
+        return Window(self.rotations.astype(rays.dtype), self.translations.astype(rays.dtype))
+
     def __len__(self) -> int:
         return len(self.rotations)
 
@@ -148,6 +152,7 @@ def triangulate(
     """
     x, y = rays[reference]
     known, seen = _known(rays)
+    cameras = cameras.like(rays)
     turned = cameras.rotations @ np.stack([x, y, np.ones_like(x)])
     along = (cameras.translations[:, :2, None] - seen * cameras.translations[:, 2:, None]) * known
     apart = seen * turned[:, 2:] - turned[:, :2]
@@ -215,7 +220,7 @@ class _Normal(NamedTuple):
     def of(cls, cameras: Window, spots: np.ndarray, rays: np.ndarray) -> _Normal:
         """Of rays (F, 2, T) of spots (3, T)."""
         known, given = _known(rays)
-        x, y, inverse = spots
+        cameras, (x, y, inverse) = cameras.like(rays), spots
         turned = cameras.rotations @ np.stack([x, y, np.ones_like(x)])  # (F, 3, T)
         seen = turned + cameras.translations[:, :, None] * inverse
         depth = np.maximum(seen[:, 2:], _SMALLEST_DEPTH)
