@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.spatial import cKDTree
@@ -77,12 +77,12 @@ class Looks:
 
 def select(bank: Bank, chosen: np.ndarray) -> Bank:
     """The tracks that a mask or an array of indices names."""
-    return Bank(*(getattr(bank, item.name)[chosen] for item in fields(bank)))
+    return Bank(*(values[chosen] for values in vars(bank).values()))
 
 
 def join(banks: list[Bank]) -> Bank:
     """The tracks of all, one bank after the other."""
-    return Bank(*(np.concatenate([getattr(bank, item.name) for bank in banks]) for item in fields(Bank)))
+    return Bank(*(np.concatenate(each) for each in zip(*(vars(bank).values() for bank in banks))))
 
 
 def matched_keypoints(

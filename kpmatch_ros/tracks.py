@@ -200,17 +200,19 @@ class Tracks:
         rays = np.full((len(self._window) + 1, 2, len(bank)), np.nan, np.float32)  # of all tracks of the reference
         rays[:-1] = bank.rays[:, -len(self._window) :].transpose(1, 2, 0)
         rays[-1][:, rows] = camera1.normalise(links.points).T
-        agree = rows[pose.inliers & np.isfinite(rays[-2:][:, :, rows]).all(axis=(0, 1))]
+        seen = np.isfinite(rays[:, 0])
+        agree = rows[pose.inliers & seen[-2:, rows].all(axis=0)]
         noise = max(_NOISE, _NOISE_SIGMAS * float(np.median(links.sigmas))) / camera1.focal
         scene = Structure.of(self._window, rays[:, :, agree], (pose.rotation, pose.translation), noise)
         wrong = scene.contradicts(_FALSE_END)
         known, self._astray = agree[~wrong], agree[wrong]
-        lost = np.isfinite(rays[-2, 0]) & (bank.ids > 0)
+        lost = seen[-2] & (bank.ids > 0)
         lost[known] = False
         again, found = self._search(current, camera1, rays, np.flatnonzero(lost), known, scene.select(~wrong))
 
-        young = np.isfinite(rays[:-1, 0, rows]).sum(axis=0) == 1
-        stay = (np.isin(rows, known) | (young & ~np.isin(rows, agree))) & ~np.isin(rows, again)
+        stays = seen[:-1].sum(axis=0) == 1
+        stays[agree], stays[known], stays[again] = False, True, False
+        stay = stays[rows]
         order = np.argsort(np.concatenate([rows[stay], again]), kind="stable")
         more = replace(
             select(bank, again),
@@ -278,7 +280,10 @@ class Tracks:
         good[good] = ~current.hides(found.points[good])
         good &= ~scene.place(spots, seen).contradicts(_FALSE_FIND)
         good[good] = first_of_each_place(found.points[good], bank.ids[lost[good]], found.likeness[good])
-        good[good] = apart(found.points[good], self._current.points[np.isin(self._rows, known)], 1.0)
+        places = np.zeros(len(bank), bool)
+        places[known] = True
+        places = places[self._rows]
+        good[good] = apart(found.points[good], self._current.points[places], 1.0)
         return lost[good], found.select(good)
 
     def advance(self, current: View, inliers: np.ndarray | None) -> None:
@@ -359,7 +364,7 @@ class Tracks:
         if lost is None or not len(lost) or len(candidates) < 2 or room <= 0:
             return self._new(view, candidates[:0])
         descriptors = self._looks.descriptors[lost.looks]
-        similar = view.descriptors[candidates].astype(np.float32) @ descriptors.T
+        similar = view.descriptors[candidates].astype(np.float32, copy=False) @ descriptors.T
         best = similar.argmax(axis=1)
         top = similar[np.arange(len(candidates)), best]
         mutual = similar.argmax(axis=0)[best] == np.arange(len(candidates))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -23,13 +23,13 @@ First come those at odd places, which are enough for a shift.
 _FEW = slice(len(_SPARSE))
 _X, _Y = _WIDE_X[_USED], _WIDE_Y[_USED]
 _PLACES = np.stack([np.ones_like(_X), _X, _Y])  # (3, U)
-_PARTS = np.cumsum([len(_USED)] * 3 + [49])  # of what is kept of a patch: pixels, gradients, equations of two changes
+_ONES = np.ones(len(_USED), np.float32)
 
 LONGEST_STEP = 3.0
 """Pixels from where the search began: what moves further is another corner."""
 
 _ITERATIONS = 2
-_BLOCK = 512  # patches at a time, whose arrays stay in the cache
+_BLOCK = 1024  # patches at a time, whose arrays stay in the cache
 _DAMPING = np.array([1.0, 1e4, 1e4], np.float32)
 """Noise of 10 grey levels over what a step is expected to be: any number of pixels, a tenth of a deformation."""
 _ALIKE = 0.75  # correlation with the patch: with less, it is another point
@@ -61,12 +61,12 @@ class Alignment:
 
     def put(self, rows: np.ndarray, part: Alignment) -> None:
         """Replace the rows (R,) by an alignment of R patches."""
-        for item in fields(Alignment):
-            getattr(self, item.name)[rows] = getattr(part, item.name)
+        for whole, values in zip(vars(self).values(), vars(part).values()):
+            whole[rows] = values
 
     def select(self, chosen: np.ndarray) -> Alignment:
         """The patches that a mask or an array of indices names."""
-        return Alignment(*(getattr(self, item.name)[chosen] for item in fields(Alignment)))
+        return Alignment(*(values[chosen] for values in vars(self).values()))
 
 
 def unaligned(points: np.ndarray, likeness: np.ndarray, good: bool = True) -> Alignment:
@@ -109,9 +109,10 @@ def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np
     """
     if len(points) > _BLOCK:
         parts = [align(patches[block], image, points[block], shapes[block], shifts) for block in _blocks(len(points))]
-        return Alignment(*(np.concatenate([getattr(part, item.name) for part in parts]) for item in fields(Alignment)))
+        return Alignment(*(np.concatenate(each) for each in zip(*(vars(part).values() for part in parts))))
     start = points
-    template, across, down, affine, shift = np.split(patches, _PARTS, axis=1)
+    template, across, down = (patches[:, i * len(_USED) :][:, : len(_USED)] for i in range(3))
+    affine, shift = (patches[:, 3 * len(_USED) :][:, part] for part in (slice(49), slice(49, None)))
     for _ in range(shifts):
         seen, places = _seen(image, points, shapes, _PLACES[:, _FEW]), _PLACES[:1, _FEW]
         step = _step(shift, seen, across[:, _FEW], down[:, _FEW], places)[:, :, 0]
@@ -144,7 +145,7 @@ def _seen(image: np.ndarray, points: np.ndarray, shapes: np.ndarray, places: np.
 def _brightness(seen: np.ndarray, contrast: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of pixels (T, U) their mean, the squared norm of the rest, and the gain that gives it a contrast; (T,) each."""
     pixels = seen.shape[1]
-    mean = seen @ np.full(pixels, 1 / pixels, np.float32)
+    mean = seen @ _ONES[:pixels] / pixels
     power = np.maximum(np.einsum("tp,tp->t", seen, seen) - pixels * mean * mean, _LEAST_CONTRAST)
     return mean, power, np.clip(np.sqrt(contrast / power), 1 / _LARGEST_GAIN, _LARGEST_GAIN)
 
@@ -182,8 +183,12 @@ def _step(
 ) -> np.ndarray:
     """(T, 2, K) changes of a patch that explain the pixels seen (T, U), the arguments as in :func:`_equations`."""
     size = 2 * len(places)
-    inverse, sums, own, contrast = np.split(equations, np.cumsum([size * size, size, size]), axis=1)
-    mean, _, gain = _brightness(seen, contrast[:, 0])
+    inverse, sums, own = (
+        equations[:, : size * size],
+        equations[:, -2 * size - 1 : -size - 1],
+        equations[:, -size - 1 : -1],
+    )
+    mean, _, gain = _brightness(seen, equations[:, -1])
     slope = np.concatenate([(each * seen) @ places.T for each in (across, down)], axis=1)
     slope = gain[:, None] * (slope - mean[:, None] * sums) - own
     return np.einsum("tij,tj->ti", inverse.reshape(-1, size, size), slope).reshape(-1, 2, len(places))
@@ -207,7 +212,7 @@ def _blocks(count: int) -> list[slice]:
 def _centred(values: np.ndarray) -> np.ndarray:
     """Values (..., P) less their mean."""
     count = values.shape[-1]
-    return values - (values @ np.full(count, 1 / count, values.dtype))[..., None]
+    return values - (values @ _ONES[:count] / count)[..., None]
 
 
 def _sample(image: np.ndarray, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
