@@ -28,6 +28,7 @@ __all__ = ["FrontEnd"]
 
 _REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much, and none is refined
 
+_KEPT_VIEWS = 4  # left and right, of reference and current frame
 _LIKE_TIMES = 2.0  # ratio of the times of two pairs, at most, whose motions are alike
 
 
@@ -60,6 +61,7 @@ class FrontEnd:
         self._next_number = 0
         self._last_motion: tuple[Frame, int, Motion] | None = None  # where it ended, nanoseconds; if it is sure
         self._tracks = Tracks(self.parameters.max_keypoints, self.parameters.lost_tracks)
+        self._views: tuple[View, ...] = ()
         self._fresh = True
 
     def configure(self, parameters: Parameters) -> None:
@@ -76,6 +78,7 @@ class FrontEnd:
         self._last_stamp = None
         self._last_motion = None
         self._tracks.reset()
+        self._views = ()
         self._fresh = True
 
     def register(
@@ -199,14 +202,14 @@ class FrontEnd:
         return pair
 
     def _view(self, frame: Frame) -> View:
-        """What tracks need of a frame."""
-        return View(
-            frame.normalized,
-            frame.keypoints,
-            frame.descriptors,
-            self._keypoint_resolution(frame),
-            frame.mask,
-        )
+        """What tracks need of a frame; kept, since each is asked for four times, as current and as reference."""
+        for view in self._views:
+            if view.normalized is frame.normalized:
+                return view
+        resolution = self._keypoint_resolution(frame)
+        view = View(frame.normalized, frame.keypoints, frame.descriptors, resolution, frame.mask)
+        self._views = (*self._views[-_KEPT_VIEWS + 1 :], view)
+        return view
 
     def _link_keypoints(self, reference: Frame, current: Frame, indices: np.ndarray, scores: np.ndarray) -> Links:
         """The matches of the matcher as they are, with keypoints as detected."""
