@@ -22,6 +22,7 @@ __all__ = [
 NOT_DETECTED = -1
 """Index of a point that is no keypoint of its image."""
 
+_FEW = 8
 _ATTACHED = 2.0  # pixels: a keypoint so near to a track is the track's
 
 
@@ -116,6 +117,8 @@ def apart(points: np.ndarray, others: np.ndarray, distance: float) -> np.ndarray
     """(N,) bool which points (N, 2) are further than a distance from all others (M, 2)."""
     if not len(others) or not len(points):
         return np.ones(len(points), bool)
+    if len(points) < _FEW:  # sooner than a tree is built
+        return np.asarray((((points[:, None] - others) ** 2).sum(axis=2) > distance**2).all(axis=1))
     return np.asarray(cKDTree(others).query(points, distance_upper_bound=distance)[0] > distance)
 
 

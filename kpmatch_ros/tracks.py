@@ -50,6 +50,7 @@ _LEAST_SPREAD = 0.3  # of depths, as part of them
 _LARGEST_SIGMA = 5.0  # pixels
 
 _SIMILAR = 0.8  # cosine of two descriptors of one point
+_PART = 64  # numbers of a descriptor
 _RATIO = 0.8  # of distances to the nearest and the second nearest descriptor (Lowe, IJCV 2004)
 _LOST_SPREAD = 5.0  # lost tracks were lost at different times: their moves may differ by so many times more
 _BESIDE = 8.0  # pixels: keypoints so near to each other have descriptors that are alike
@@ -363,20 +364,21 @@ class Tracks:
         lost = self._lost
         if lost is None or not len(lost) or len(candidates) < 2 or room <= 0:
             return self._new(view, candidates[:0])
-        descriptors = self._looks.descriptors[lost.looks]
-        similar = view.descriptors[candidates].astype(np.float32, copy=False) @ descriptors.T
-        best = similar.argmax(axis=1)
-        top = similar[np.arange(len(candidates)), best]
-        mutual = similar.argmax(axis=0)[best] == np.arange(len(candidates))
-        chosen = mutual & (top > _SIMILAR)
-        chosen[chosen] = _distinct(view, candidates[chosen], descriptors[best[chosen]])
+        # A part of the descriptors is enough to tell which lost track is the most similar; all of it tells how similar.
+        of_view = view.descriptors[candidates].astype(np.float32, copy=False)
+        best = (of_view[:, :_PART] @ self._looks.descriptors[:, :_PART][lost.looks].T).argmax(axis=1)
+        descriptors = self._looks.descriptors[lost.looks[best]]
+        top = np.einsum("cd,cd->c", of_view, descriptors)
+        chosen = np.argsort(-top, kind="stable")[: np.count_nonzero(top > _SIMILAR)]
+        chosen = np.sort(chosen[np.unique(best[chosen], return_index=True)[1]])
+        chosen = chosen[_distinct(view, candidates[chosen], descriptors[chosen])]
         which, keypoints = best[chosen], candidates[chosen]
-        image = view.pixels
-        again, patches = select(lost, which), self._looks.patches[lost.looks[which]]
-        points = view.keypoints[keypoints].astype(np.float32)
-        found = align(patches, image, points, again.shapes)
-        rest = np.flatnonzero(~found.good)
-        found.put(rest, align(patches[rest], image, points[rest], no_change(len(rest))))
+        again, points = select(lost, which), view.keypoints[keypoints].astype(np.float32)
+        # With the change since the patch was cut, or without.
+        patches, count = np.tile(self._looks.patches[again.looks], (2, 1)), len(which)
+        shapes = np.concatenate([again.shapes, no_change(count)])
+        both = align(patches, view.pixels, np.tile(points, (2, 1)), shapes)
+        found = both.select(np.where(both.good[:count], 0, count) + np.arange(count))
         # Another point that looks alike is not where the neighbours are.
         expected, spread = Neighbours(again.points, found.points).expect(np.arange(len(again)))
         good = found.good & (np.linalg.norm(found.points - expected, axis=1) < ASTRAY * _LOST_SPREAD * spread)
@@ -417,7 +419,7 @@ def refine_pair(view0: View, view1: View, points0: np.ndarray, points1: np.ndarr
 
 def _distinct(view: View, keypoints: np.ndarray, descriptors: np.ndarray) -> np.ndarray:
     """Which keypoints (R,) are clearly more like descriptors (R, D) than other keypoints of the image are (R,)."""
-    similar = descriptors @ view.descriptors.T.astype(np.float32)
+    similar = descriptors @ view.descriptors.astype(np.float32, copy=False).T
     places = view.keypoints[keypoints]
     own = similar[np.arange(len(keypoints)), keypoints]
     similar[np.linalg.norm(places[:, None] - view.keypoints, axis=2) < _BESIDE] = -1.0
