@@ -60,7 +60,7 @@ class Looks:
     def add(self, patches: np.ndarray, descriptors: np.ndarray) -> np.ndarray:
         """(T,) int64 rows that now have these patches (T, P) and descriptors (T, D)."""
         count, rows = len(patches), len(self.patches)
-        if count > len(self._free):
+        if count > len(self._free) or not rows:
             more = rows + count
             self.patches, self.descriptors = (
                 np.concatenate([have.reshape(rows, new.shape[1]), np.empty((more, new.shape[1]), np.float32)])

@@ -47,7 +47,7 @@ def flow_forth_and_back(
     height, width = image1.shape
     there &= (moved >= 1).all(axis=1) & (moved[:, 0] < width - 2) & (moved[:, 1] < height - 2)
     there &= np.linalg.norm(moved - start, axis=1) < furthest
-    back, here = _lucas_kanade(image1, image0, moved[there], points[there], _WIDE_WINDOW, 0)
+    back, here = _lucas_kanade(image1, image0, moved[there], points[there], _WIDE_WINDOW, _LEVELS)
     there[there] = here & (np.linalg.norm(back - points[there], axis=1) < _FORTH_AND_BACK)
     return moved, there
 

@@ -29,6 +29,7 @@ LONGEST_STEP = 3.0
 """Pixels from where the search began: what moves further is another corner."""
 
 _ITERATIONS = 2
+_LAST_STEP = 0.5  # pixels: what moves further in the last step is not yet, or nowhere, in place
 _BLOCK = 1024  # patches at a time, whose arrays stay in the cache
 _DAMPING = np.array([1.0, 1e4, 1e4], np.float32)
 """Noise of 10 grey levels over what a step is expected to be: any number of pixels, a tenth of a deformation."""
@@ -129,6 +130,7 @@ def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np
     stretch = np.abs(shapes).sum(axis=2).max(axis=1, initial=0)
     area = shapes[:, 0, 0] * shapes[:, 1, 1] - shapes[:, 0, 1] * shapes[:, 1, 0]
     good = (np.linalg.norm(points - start, axis=1) < LONGEST_STEP) & (likeness > _ALIKE)
+    good &= np.linalg.norm(step[:, :, 0], axis=1) < _LAST_STEP
     good &= (stretch < _LARGEST_SCALE) & (area > 1 / _LARGEST_SCALE**2)
     good &= (points >= 1).all(axis=1) & (points[:, 0] < width - 2) & (points[:, 1] < height - 2)
     variance = np.maximum(gain * gain * power - 2 * gain * product + contrast, 0) / len(_USED)
