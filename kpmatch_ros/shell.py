@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
-__all__ = ["in_shell"]
+__all__ = ["in_shell", "matcher_in_shell"]
 
 
 def in_shell(command: str) -> str:
@@ -13,3 +15,16 @@ def in_shell(command: str) -> str:
     In a checkout the programs are found by way of ``tools/with_ros``, which names itself in ``KPMATCH_PREFIX``.
     """
     return f"{os.environ.get('KPMATCH_PREFIX', '')} {command}".strip()
+
+
+def matcher_in_shell(arguments: str) -> str:
+    """The node as a shell without ``ros2`` starts it: by its name where the path has it, otherwise by its place.
+
+    A sourced workspace has no program but ``kpmatch`` on the path; ``ros2 run`` finds the node's.
+    """
+    program = "matcher"
+    if shutil.which(program) is None:
+        prefixes = filter(None, os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep))
+        places = (Path(prefix, "lib", "kpmatch_ros", program) for prefix in prefixes)
+        program = next((str(place) for place in places if place.is_file()), program)
+    return in_shell(f"{program} {arguments}")

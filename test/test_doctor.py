@@ -38,7 +38,18 @@ def test_where_everything_is_built_everything_is_well(tmp_path: Path) -> None:
     done = run(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAIL" not in done.stdout and "everything needed works" in done.stdout and done.stderr == ""
-    for subject in ("PyTorch", "GPU", "precision", "OpenCV", "weights", "networks", "ROS 2", "middleware", "messages"):
+    for subject in (
+        "PyTorch",
+        "GPU",
+        "precision",
+        "OpenCV",
+        "SciPy",
+        "weights",
+        "networks",
+        "ROS 2",
+        "middleware",
+        "messages",
+    ):
         assert f"] {subject}" in done.stdout
     assert f"version {kpmatch_ros.__version__}, built in" in done.stdout and "converter" in done.stdout
     assert "ros2 run starts it with" in done.stdout
@@ -185,10 +196,11 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch: pyte
         raise RuntimeError("the disk is on fire")
         yield
 
-    for name in ("check_opencv", "check_pytorch", "check_weights", "check_networks", "check_ros"):
+    checks = ("check_opencv", "check_scipy", "check_pytorch", "check_weights", "check_networks", "check_ros")
+    for name in checks:
         monkeypatch.setattr(doctor, name, broken)
     found = list(doctor.examine())
-    assert [finding.level for finding in found] == [OK, OK, FAIL, FAIL, FAIL, FAIL, FAIL]
+    assert [finding.level for finding in found] == [OK, OK] + [FAIL] * len(checks)
     assert "the disk is on fire" in found[-1].text
 
 

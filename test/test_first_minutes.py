@@ -89,7 +89,7 @@ def test_the_doctors_last_line_says_what_to_do_next(
 ) -> None:
     monkeypatch.delenv("KPMATCH_PREFIX", raising=False)
     monkeypatch.setattr(doctor, "examine", lambda: iter(findings))
-    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None if name == "ros2" else f"/bin/{name}")
     run_doctor()
     assert capsys.readouterr().out.splitlines()[-1] == last
 

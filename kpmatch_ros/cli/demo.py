@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kpmatch_ros.cli.common import CommandError, add_command, whole_number
-from kpmatch_ros.shell import in_shell
+from kpmatch_ros.shell import in_shell, matcher_in_shell
 from kpmatch_ros.tables import format_table
 
 if TYPE_CHECKING:
@@ -329,7 +329,7 @@ def _print_results(steps: list[Step], bag: Path, picture: Path | None, elapsed: 
     if shutil.which("ros2"):
         node = "ros2 launch kpmatch_ros matcher.launch.py image:=/camera/image_raw camera_info:=/camera/camera_info"
     else:
-        node = in_shell("matcher --ros-args -r image:=/camera/image_raw -r camera_info:=/camera/camera_info")
+        node = matcher_in_shell("--ros-args -r image:=/camera/image_raw -r camera_info:=/camera/camera_info")
     first, second = bag.parent / "frame0.png", bag.parent / "frame1.png"
     print(
         f"""

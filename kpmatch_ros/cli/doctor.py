@@ -18,8 +18,9 @@ from typing import Any
 import kpmatch_ros
 from kpmatch_ros import weights
 from kpmatch_ros.cli.common import add_command
+from kpmatch_ros.interpreter import FROM_PIP, how_to_install, is_externally_managed, numpy_clash, unseen_packages
 from kpmatch_ros.parameters import Parameters
-from kpmatch_ros.shell import in_shell
+from kpmatch_ros.shell import in_shell, matcher_in_shell
 
 __all__ = ["FAIL", "OK", "WARN", "Finding", "add_doctor", "examine", "run_doctor"]
 
@@ -90,7 +91,7 @@ def _next_step(findings: list[Finding]) -> str:
     if any(finding.level == OK and finding.subject == "node" for finding in findings):
         launch = "ros2 launch kpmatch_ros matcher.launch.py image:=TOPIC"
         if shutil.which("ros2") is None:  # ROS from PyPI has no ros2
-            launch = in_shell("matcher --ros-args -r image:=TOPIC")
+            launch = matcher_in_shell("--ros-args -r image:=TOPIC")
         return f"{in_shell('kpmatch demo')}, or {launch}"
     return in_shell("kpmatch match A.jpg B.jpg")
 
@@ -100,6 +101,7 @@ def examine() -> Iterator[Finding]:
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         check_package,
         check_opencv,
+        check_scipy,
         check_pytorch,
         check_weights,
         check_networks,
@@ -120,7 +122,14 @@ def check_package() -> Iterator[Finding]:
     """Where the package and Python are."""
     place = Path(kpmatch_ros.__file__).parent
     yield Finding(OK, "kpmatch_ros", f"{kpmatch_ros.__version__} at {place}")
-    yield Finding(OK, "Python", f"{platform.python_version()} at {sys.executable}")
+    text = f"{platform.python_version()} at {sys.executable}"
+    unseen = unseen_packages()
+    if unseen:
+        remedy = f"set include-system-site-packages = true in {sys.prefix}/pyvenv.cfg"
+        text += f", a virtual environment that hides the system's {', '.join(unseen)} from ROS"
+        yield Finding(FAIL, "Python", text, remedy)
+    else:
+        yield Finding(OK, "Python", text)
 
 
 def check_opencv() -> Iterator[Finding]:
@@ -128,7 +137,10 @@ def check_opencv() -> Iterator[Finding]:
     try:
         import cv2
     except Exception as error:  # noqa: BLE001 (ImportError, and what a clash of NumPy versions raises)
-        yield Finding(FAIL, "OpenCV", _first_line(error), "pip install opencv-python-headless (or apt python3-opencv)")
+        remedy = numpy_clash("cv2") or (
+            f"apt install python3-opencv; without ROS, {how_to_install('opencv-python-headless')}"
+        )
+        yield Finding(FAIL, "OpenCV", _first_line(error), remedy)
         return
     import numpy as np
 
@@ -147,14 +159,25 @@ def check_opencv() -> Iterator[Finding]:
         yield Finding(OK, "OpenCV", text)
 
 
+def check_scipy() -> Iterator[Finding]:
+    """SciPy, which a NumPy that it was not built for breaks as it does OpenCV."""
+    try:
+        import scipy.optimize
+        import scipy.spatial.transform
+    except Exception as error:  # noqa: BLE001 (as for OpenCV)
+        remedy = numpy_clash("scipy") or f"apt install python3-scipy; without ROS, {how_to_install('scipy')}"
+        yield Finding(FAIL, "SciPy", _first_line(error), remedy)
+    else:
+        yield Finding(OK, "SciPy", scipy.__version__)
+
+
 def check_pytorch() -> Iterator[Finding]:
     """PyTorch, the GPU and what `auto` chooses."""
     try:
         import torch
     except Exception as error:  # noqa: BLE001 (ImportError, and OSError for libraries that it does not find)
-        yield Finding(
-            FAIL, "PyTorch", f"{_first_line(error)} ({sys.executable})", f"{sys.executable} -m pip install torch"
-        )
+        remedy = how_to_install(FROM_PIP)
+        yield Finding(FAIL, "PyTorch", f"{_first_line(error)} ({sys.executable})", remedy)
         return
     from kpmatch_ros.device import choose_device, choose_precision
 
@@ -307,7 +330,7 @@ def _messages(answers: dict[str, Any]) -> Finding:
 def _converter(answer: dict[str, Any]) -> Finding:
     remedy = "apt install ros-$ROS_DISTRO-cv-bridge, or pip install rosbags-image"
     if "error" in answer:
-        return Finding(FAIL, "converter", _first_line(answer["error"]), remedy)
+        return Finding(FAIL, "converter", _first_line(answer["error"]), numpy_clash("cv2") or remedy)
     module, faults = answer["value"]
     if not module:
         text = f"none: Bayer and YUV images will be refused, mono8, rgb8 and the like work ({faults[:200]})"
@@ -343,7 +366,9 @@ def _executable(answers: dict[str, Any]) -> Finding:
     lacking = json.loads(process.stdout)
     if not lacking:
         return Finding(OK, "node", f"ros2 run starts it with {python}, which has everything")
-    remedy = f"{python} -m pip install what is missing"
+    remedy = how_to_install("what is missing")
     if Path(python).resolve() != Path(sys.executable).resolve() or sys.prefix != sys.base_prefix:
-        remedy = f". {sys.prefix}/bin/activate before ros2 run and ros2 launch, or {remedy}"
+        remedy = f". {sys.prefix}/bin/activate before ros2 run and ros2 launch"
+        if not is_externally_managed():
+            remedy += f", or {python} -m pip install what is missing"
     return Finding(FAIL, "node", f"ros2 run starts it with {python}, which lacks {', '.join(lacking)}", remedy)

@@ -24,6 +24,7 @@ from kpmatch_ros.cli.doctor import add_doctor
 from kpmatch_ros.cli.export import add_export
 from kpmatch_ros.cli.match import add_match
 from kpmatch_ros.cli.weights import add_weights
+from kpmatch_ros.interpreter import explain
 from kpmatch_ros.parameters import ParameterError
 from kpmatch_ros.shell import in_shell
 from kpmatch_ros.weights import WeightsError
@@ -60,9 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = f"{error.filename}: {error.strerror}"
         print(f"{options.name}: {' '.join(text.split())}", file=sys.stderr)
         return 2
-    except Exception as error:  # a fault of this program, memory that ran out
+    except Exception as error:  # a fault of this program, memory that ran out, a module that is not installed
         if os.environ.get("KPMATCH_TRACEBACK"):
             raise
+        if isinstance(error, ImportError) and not (error.name or "").startswith("kpmatch_ros"):
+            print(f"{options.name}: {explain(error)}", file=sys.stderr)
+            return 2
         text = " ".join(f"{type(error).__name__}: {error}".split())
         print(
             f"{options.name}: an unexpected fault, {text:.300}; with KPMATCH_TRACEBACK=1 it says where: please report "

@@ -1,0 +1,119 @@
+"""What is said where Python lacks a module, as in the README's recipe for a robot when a step of it was left out."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+from kpmatch_ros import interpreter
+from kpmatch_ros.cli import doctor
+from kpmatch_ros.cli.doctor import FAIL, OK
+from kpmatch_ros.shell import matcher_in_shell
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def system_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """This Python as if it were a system's, which belongs to the packages of the distribution."""
+    (tmp_path / "EXTERNALLY-MANAGED").touch()
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.delenv("ROS_DISTRO", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty virtual environment that this Python takes for its own, and a folder of modules outside of it."""
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
+    (tmp_path / "venv" / "lib").mkdir(parents=True)
+    (tmp_path / "system").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "venv" / "lib"), str(tmp_path / "system")])
+    return tmp_path
+
+
+def test_pip_is_not_advised_where_it_refuses_to_install(system_python: Path) -> None:
+    said = interpreter.how_to_install("torch")
+    assert "activate the virtual environment" in said and "--system-site-packages" in said
+    assert f"{sys.executable} -m pip" not in said
+
+
+def test_on_a_robot_the_environment_is_named_even_where_pip_would_install(
+    system_python: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (system_python / "EXTERNALLY-MANAGED").unlink()
+    assert interpreter.how_to_install("torch") == f"{sys.executable} -m pip install torch"
+    monkeypatch.setenv("ROS_DISTRO", "humble")
+    assert "activate the virtual environment" in interpreter.how_to_install("torch")
+
+
+@pytest.mark.parametrize(
+    ("files", "clash"),
+    [
+        (["system/cv2.py", "system/numpy.py"], False),
+        (["system/cv2.py", "system/numpy.py", "venv/lib/numpy.py"], True),
+        (["system/cv2.py", "venv/lib/numpy.py"], False),  # no other NumPy would be left
+        (["venv/lib/cv2.py", "system/numpy.py", "venv/lib/numpy.py"], False),
+        (["system/numpy.py", "venv/lib/numpy.py"], False),  # there is no OpenCV at all
+    ],
+)
+def test_a_numpy_of_the_environment_that_hides_the_systems_is_to_be_removed(
+    files: list[str], clash: bool, environment: Path
+) -> None:
+    for name in files:
+        (environment / name).touch()
+    assert ("pip uninstall numpy" in interpreter.numpy_clash("cv2")) == clash
+
+
+def test_an_environment_that_hides_the_systems_packages_from_ros_is_a_fault(environment: Path) -> None:
+    configuration = environment / "venv" / "pyvenv.cfg"
+    configuration.write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
+    (environment / "system" / "numpy.py").touch()
+    assert interpreter.unseen_packages() == []  # without ROS it is as good as another
+    (environment / "system" / "rclpy.py").touch()
+    importlib.invalidate_caches()
+    assert interpreter.unseen_packages() == ["cv2", "psutil", "scipy", "yaml"]
+    finding = list(doctor.check_package())[1]
+    assert finding.level == FAIL and "cv2" in finding.text and str(configuration) in finding.remedy
+    configuration.write_text("home = /usr/bin\ninclude-system-site-packages = true\n")
+    assert list(doctor.check_package())[1].level == OK
+
+
+def test_without_the_environment_the_node_and_the_commands_say_so_in_one_line(tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    venv.create(bare, system_site_packages=False, symlinks=True)
+    for name in ("rclpy", "cv2", "numpy", "scipy", "psutil", "yaml"):  # what apt has installed; PyTorch is not there
+        (tmp_path / f"{name}.py").touch()
+    places = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PATH": os.environ["PATH"]}
+    for arguments in (
+        [ROOT / "scripts" / "matcher"],
+        [ROOT / "scripts" / "kpmatch", "bench"],
+    ):
+        done = subprocess.run(
+            [bare / "bin" / "python3", *arguments], env=places, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode != 0 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert "Traceback" not in done.stderr and "unexpected fault" not in done.stderr
+        assert str(bare) in done.stderr and "kpmatch doctor" in done.stderr, done.stderr
+
+
+def test_the_node_is_named_by_its_place_where_the_path_does_not_have_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "lib" / "kpmatch_ros" / "matcher"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    monkeypatch.delenv("KPMATCH_PREFIX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("AMENT_PREFIX_PATH", f"/opt/none{os.pathsep}{tmp_path}")
+    assert matcher_in_shell("--ros-args") == f"{program} --ros-args"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert matcher_in_shell("--ros-args") == "matcher --ros-args"
