@@ -117,3 +117,15 @@ def test_the_node_is_named_by_its_place_where_the_path_does_not_have_it(
     assert matcher_in_shell("--ros-args") == f"{program} --ros-args"
     monkeypatch.setenv("PATH", str(program.parent))
     assert matcher_in_shell("--ros-args") == "matcher --ros-args"
+
+
+def test_on_a_robot_opencv_comes_from_apt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cv2", raising=False)
+    monkeypatch.setenv("ROS_DISTRO", "jazzy")
+    (finding,) = doctor.check_opencv()
+    assert finding.level == FAIL and finding.remedy == "sudo apt install python3-opencv"
+    monkeypatch.delenv("ROS_DISTRO")
+    (finding,) = doctor.check_opencv()
+    assert finding.remedy == f"{sys.executable} -m pip install opencv-python-headless"

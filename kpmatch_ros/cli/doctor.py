@@ -137,9 +137,7 @@ def check_opencv() -> Iterator[Finding]:
     try:
         import cv2
     except Exception as error:  # noqa: BLE001 (ImportError, and what a clash of NumPy versions raises)
-        remedy = numpy_clash("cv2") or (
-            f"apt install python3-opencv; without ROS, {how_to_install('opencv-python-headless')}"
-        )
+        remedy = numpy_clash("cv2") or _from_apt("python3-opencv", "opencv-python-headless")
         yield Finding(FAIL, "OpenCV", _first_line(error), remedy)
         return
     import numpy as np
@@ -159,13 +157,18 @@ def check_opencv() -> Iterator[Finding]:
         yield Finding(OK, "OpenCV", text)
 
 
+def _from_apt(package: str, from_pip: str) -> str:
+    """How to install what a robot has from apt, and other machines from pip."""
+    return f"sudo apt install {package}" if "ROS_DISTRO" in os.environ else how_to_install(from_pip)
+
+
 def check_scipy() -> Iterator[Finding]:
     """SciPy, which a NumPy that it was not built for breaks as it does OpenCV."""
     try:
         import scipy.optimize
         import scipy.spatial.transform
     except Exception as error:  # noqa: BLE001 (as for OpenCV)
-        remedy = numpy_clash("scipy") or f"apt install python3-scipy; without ROS, {how_to_install('scipy')}"
+        remedy = numpy_clash("scipy") or _from_apt("python3-scipy", "scipy")
         yield Finding(FAIL, "SciPy", _first_line(error), remedy)
     else:
         yield Finding(OK, "SciPy", scipy.__version__)
@@ -328,7 +331,7 @@ def _messages(answers: dict[str, Any]) -> Finding:
 
 
 def _converter(answer: dict[str, Any]) -> Finding:
-    remedy = "apt install ros-$ROS_DISTRO-cv-bridge, or pip install rosbags-image"
+    remedy = f"apt install ros-$ROS_DISTRO-cv-bridge, or {how_to_install('rosbags-image')}"
     if "error" in answer:
         return Finding(FAIL, "converter", _first_line(answer["error"]), numpy_clash("cv2") or remedy)
     module, faults = answer["value"]
