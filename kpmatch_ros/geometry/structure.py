@@ -25,7 +25,7 @@ _ITERATIONS = 2
 _SMALLEST_DEPTH = 1e-3  # of a direction's length
 _DAMPING = 1e-9  # of an inverse depth
 _CUTOFF = float(chi2.isf(1e-2, 1))  # of a point's mean square, beyond which it has less to say of the motion
-_ENOUGH = 250  # points that the motion is fitted to, at least where there are as many
+_ENOUGH = 250  # points that the motion is fitted to, where there are more
 _FEWEST = 8  # points that tell the length of a translation
 
 
@@ -96,8 +96,8 @@ class Structure:
             noise: least standard deviation of a ray's coordinate.
         """
         rotation, translation = motion[0].T, -motion[0].T @ motion[1]
-        part = rays[:, :, :: 1 + rays.shape[2] // _ENOUGH]
-        translation = translation * _length(triangulate(window, rays[:-1]), rays, rotation, translation)
+        part = rays[:, :, np.random.default_rng(0).permutation(rays.shape[2])[:_ENOUGH]]
+        translation = translation * _length(triangulate(window, part[:-1]), part, rotation, translation)
         cameras = window.join(rotation, translation)
         spots = triangulate(cameras, part, reference=-2)
         freedom = _freedom(part)
