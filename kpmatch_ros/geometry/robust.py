@@ -19,6 +19,7 @@ __all__ = [
     "design_effect",
     "epipolar_chance",
     "log_false_alarms",
+    "student_factor",
     "tukey",
     "tukey_cost",
     "tukey_cutoff",
@@ -130,6 +131,18 @@ def design_effect(used: np.ndarray, independent_points: float) -> float:
 
     Args:
         used: (n,) bool, the matches that the estimate is made from.
-        independent_points: how many of them, at most, err independently of each other.
+        independent_points: how many points that err independently any number of these are worth, at most: the inverse
+            of the correlation of their errors.
     """
-    return max(1.0, float(used.sum()) / independent_points)
+    return 1.0 + float(used.sum()) / independent_points
+
+
+def student_factor(pulls: np.ndarray) -> float:
+    """Factor on the sum of products of pulls (6, n), for how little n of them tell of a covariance.
+
+    With k degrees of freedom, errors over that covariance look k / (k - 7) times as large: its inverse is Wishart's.
+    Pulls with heavy tails are worth fewer, by their kurtosis (Mardia, Biometrika 1970).
+    """
+    shares = (pulls * (np.linalg.pinv(pulls @ pulls.T, hermitian=True) @ pulls)).sum(axis=0)
+    worth = 48 / max(float(shares @ shares), TINY)
+    return worth / max(worth - 7, worth / 4)

@@ -22,6 +22,7 @@ from kpmatch_ros.geometry.robust import (
     design_effect,
     epipolar_chance,
     log_false_alarms,
+    student_factor,
     tukey_cost,
 )
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
@@ -42,6 +43,8 @@ _EXPLAINED = 0.5  # part of the points: no other start is tried once one explain
 
 _ROUGHLY, _SETTLED = 1e-3, 1e-6  # parts of the cost that a further step promises to gain, twice
 _CERTAIN = 30.0  # standard deviations of a translation that is not zero without a test
+
+_ALIKE = 6  # matches, of which the covariance is that of matches that err alike
 
 _WEAK = 1e-6  # information, squared pixels: keeps the covariance finite
 
@@ -354,6 +357,11 @@ class _FramePair:
     def covariance(self, fit: _Fit, resolution: float) -> tuple[np.ndarray, float, int]:
         """Covariance of an M-estimate: H^-1 G H^-1 with the whole Hessian H (Huber, Robust Statistics).
 
+        Matches do not err alike: those of a coarse texture, or of a surface that is seen at a slant, err more. G is
+        therefore the sum of what each match's own residual pulls (White, Econometrica 1980). A match with leverage
+        leaves a residual below its error; it is enlarged as the jackknife does (MacKinnon and White, Journal of
+        Econometrics 1985). Each match has the loss's own curvature in H.
+
         The Gauss-Newton part of H takes the noise of a far point's depth for depth, and so is too sure of the
         translation.
 
@@ -365,28 +373,39 @@ class _FramePair:
         used = squares < fit.cutoffs
         # Of the motion: how far matches are from their epipolar lines within a frame does not tell.
         conditions, share = (self.conditions[used] + 1) // 2, squares[used] / fit.cutoffs[used]
-        moved = (fit.left.residuals[:, used] ** 2).sum(axis=0)
+        jacobian, residuals = fit.left.jacobian[..., used], fit.left.residuals[:, used]
+        moved = (residuals**2).sum(axis=0)
         freedom = max(int(conditions.sum()) - 6, 1)
         spread = float(((1 - share) ** 4 * moved).sum()) / freedom
-        curvature = float((conditions * (1 - share) ** 2 - 4 * moved / fit.cutoffs[used] * (1 - share)).sum())
-        curvature /= max(conditions.sum(), 1)
-        curvature = max(curvature, SMALLEST_CURVATURE)
+        bends = (1 - share) ** 2 - 4 * moved / (fit.cutoffs[used] * conditions) * (1 - share)
+        curvature = max(float((conditions * bends).sum()) / max(conditions.sum(), 1), SMALLEST_CURVATURE)
         # Left and right image round the row of a point alike: two residuals are one, with twice the variance.
         rounding = resolution**2 / 6
-        variance = max(spread / curvature**2, rounding, TINY)
+        variance = max(spread / curvature**2, TINY)
 
         whole, _ = _normal_equations(fit.left, used.astype(np.float64))
         values, axes = np.linalg.eigh(whole)
-        axes = axes / np.sqrt(np.maximum(values, _WEAK))
+        axes = axes / np.sqrt(np.maximum(values, _WEAK))  # in these, J'J is the identity
+        weights, slopes = (1 - share) ** 2, -4 * (1 - share) / fit.cutoffs[used]  # of the loss, and of its weight
+        gradients = (jacobian * residuals).sum(axis=1)
+        hessian = (jacobian * weights).reshape(6, -1) @ jacobian.reshape(6, -1).T + (gradients * slopes) @ gradients.T
         # The jacobian by the translation is a multiple of the inverse depth. A product of two therefore holds the
         # square of the depth as estimated, noise included.
-        noise = (fit.left.slopes * np.sqrt(fit.left.depth_variances) * used).transpose(1, 0, 2).reshape(3, -1)
-        whole[:3, :3] -= variance * noise @ noise.T
-        # In these axes the Gauss-Newton Hessian is the identity.
-        curvatures, turn = np.linalg.eigh(axes.T @ whole @ axes)
-        axes = axes @ turn / np.maximum(curvatures, SMALLEST_CURVATURE)
-        covariance = axes @ axes.T
-        return variance / 2 * (covariance + covariance.T), max(spread / curvature, rounding, TINY), freedom
+        noise = fit.left.slopes[..., used].transpose(1, 0, 2)
+        noise_bends = max(variance, rounding) * bends * fit.left.depth_variances[used]
+        hessian[:3, :3] -= (noise * noise_bends).reshape(3, -1) @ noise.reshape(3, -1).T
+        curvatures, turn = np.linalg.eigh(axes.T @ hessian @ axes)
+        axes = axes @ turn / np.sqrt(np.maximum(curvatures, SMALLEST_CURVATURE))  # and in these, the whole one is
+        arms, pulls = np.einsum("ij,ikn->jkn", axes, jacobian), axes.T @ gradients
+        leverage = (weights * (arms * arms).sum(axis=(0, 1)) + slopes * (pulls * pulls).sum(axis=0)) / conditions
+        pulls = pulls * weights / np.maximum(1 - leverage, SMALLEST_CURVATURE)
+        # A few count as if all erred alike: pulls that vanish, or are too few, tell nothing of some directions.
+        alike, count = max(spread / curvature, rounding, TINY), len(share)
+        scatter = count * student_factor(pulls) * max(
+            rounding / variance, 1.0
+        ) * pulls @ pulls.T + _ALIKE * alike * np.eye(6)
+        covariance = axes @ scatter @ axes.T / (count + _ALIKE)
+        return (covariance + covariance.T) / 2, alike, freedom
 
 
 def _normal_equations(left: StereoResiduals, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
