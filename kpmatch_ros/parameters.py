@@ -117,7 +117,11 @@ def _parameter(
 
 PROFILES: Mapping[str, Mapping[str, Any]] = {
     "accurate": {},
-    "fast": {"matcher": "lightglue-superpoint-open-small", "max_keypoints": 512},
+    "fast": {
+        "extractor": "superpoint-open-fast",
+        "matcher": "lightglue-superpoint-open-small",
+        "max_keypoints": 512,
+    },
 }
 """What each profile chooses in place of the defaults, by the parameters' names."""
 
@@ -138,7 +142,7 @@ class Parameters:
     profile: str = _parameter(
         "accurate",
         "weights and number of keypoints, chosen together: accurate has the defaults; fast, for robots without a GPU, "
-        "has the matcher lightglue-superpoint-open-small and 512 keypoints; what is set by hand wins",
+        "has superpoint-open-fast, lightglue-superpoint-open-small and 512 keypoints; what is set by hand wins",
         choices=tuple(PROFILES),
     )
     extractor: str = _parameter(

@@ -128,7 +128,7 @@ def test_the_configuration_file_sets_every_parameter_to_its_default() -> None:
     assert list(parsed) == ["/**"]
     values = parsed["/**"]["ros__parameters"]
     # What a profile chooses would be set by hand if it stood there.
-    named = [item for item in declarations() if item.name not in ("matcher", "max_keypoints")]
+    named = [item for item in declarations() if item.name not in ("extractor", "matcher", "max_keypoints")]
     assert list(values) == [item.name for item in named]
     for item in named:
         assert values[item.name] == item.default
@@ -158,7 +158,8 @@ def test_the_table_lists_every_parameter() -> None:
 def test_a_profile_chooses_together_and_what_is_set_by_hand_wins(tmp_path: Path) -> None:
     assert Parameters.given({}) == Parameters.given({"profile": "accurate"}) == Parameters()
     fast = Parameters.given({"profile": "fast"})
-    assert (fast.matcher, fast.max_keypoints) == ("lightglue-superpoint-open-small", 512)
+    assert (fast.extractor, fast.matcher) == ("superpoint-open-fast", "lightglue-superpoint-open-small")
+    assert fast.max_keypoints == 512
     assert Parameters.given({"profile": "fast", "max_keypoints": 700}).max_keypoints == 700
     with pytest.raises(ParameterError, match="profile is 'fastest'; it must be one of accurate, fast"):
         Parameters.given({"profile": "fastest"})

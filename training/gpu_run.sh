@@ -29,8 +29,8 @@ points=$(awk -v m="$minutes" -v s="$share" -v stage="$stage" 'BEGIN{print stage 
 matching=$(awk -v m="$minutes" -v s="$share" -v stage="$stage" 'BEGIN{print stage == "both" || stage == "distil" ? m * (1 - s) : m}')
 mkdir -p "$out"
 if [ "$stage" = distil ]; then
-  for kind in points matching; do
-    "$python" training/distil.py $kind --shards "$shards" --out "$out" --minutes "${!kind}" "${extra[@]}" 2>&1 | tee -a "$out/$kind.txt"
+  for kind in points matching; do  # --width is the matcher's
+    "$python" training/distil.py $kind --shards "$shards" --out "$out" --minutes "${!kind}" --width 128 "${extra[@]}" 2>&1 | tee -a "$out/$kind.txt"
   done
   exit
 fi

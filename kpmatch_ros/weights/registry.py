@@ -169,7 +169,7 @@ REGISTRY: dict[str, Weights] = _registered(
         origin="a small network taught by superpoint-open on CC BY and CC0 pictures and rooms, for robots",
         source=Packaged("data/superpoint-open-fast"),
         size=1_067_746,
-        sha256="d834e4eb1d84b13cf1364862fae5a2d8c035bdeed1088c3249a82bcaaed0a585",
+        sha256="51134f991a52be86cafa8f0fc15ffc2d27afc3f0b187a773496cfb90e4368283",
     ),
     _wheel(
         "aliked-n16", "aliked", "aliked-n16.pth", size=2_738_091, **_ALIKED,
