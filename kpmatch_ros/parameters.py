@@ -142,7 +142,7 @@ class Parameters:
     profile: str = _parameter(
         "accurate",
         "weights and number of keypoints, chosen together: accurate has the defaults; fast, for robots without a GPU, "
-        "has superpoint-open-fast, lightglue-superpoint-open-small and 512 keypoints; what is set by hand wins",
+        "has smaller networks and 512 keypoints; what is set by hand wins",
         choices=tuple(PROFILES),
     )
     extractor: str = _parameter(
