@@ -58,7 +58,8 @@ def test_requests_alone_are_answered_in_order_and_so_many_wait() -> None:
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeUnderTest]:
-    with running_node(tmp_path_factory.mktemp("node"), queue="latest", **FAST) as started:
+    reliable = {"qos_overrides./image.subscription.reliability": "reliable"}  # best effort, a frame may be lost
+    with running_node(tmp_path_factory.mktemp("node"), queue="latest", **FAST, **reliable) as started:
         yield started
 
 
