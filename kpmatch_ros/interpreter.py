@@ -14,7 +14,7 @@ from pathlib import Path
 __all__ = ["FROM_PIP", "explain", "how_to_install", "is_externally_managed", "numpy_clash", "unseen_packages"]
 
 _PIP_MODULES = ("torch", "safetensors", "rosbags", "rosbags_image")  # that no rosdep key installs everywhere
-FROM_PIP = "torch safetensors rosbags rosbags-image"  # as the README installs them
+FROM_PIP = " ".join(_PIP_MODULES).replace("_", "-")  # as the README installs them
 _FROM_APT = ("cv2", "numpy", "psutil", "scipy", "yaml")  # that rosdep installs into the system
 
 

@@ -7,6 +7,7 @@ learn to say whether a point's match is the final one already; nothing of that r
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -93,7 +94,7 @@ def opinion(model: LightGlue, batch: Batch, narrow: Callable[[Tensor], Tensor] |
     now = encoded(model, batch)
     states: tuple[list[Tensor], list[Tensor]] = ([], [])
     for layer in model.transformer_layers:
-        now = [Points(x.float(), p.rotation, p.mask, p.index, p.layers) for x, p in zip(layer(*now), now)]
+        now = [replace(p, x=x.float()) for x, p in zip(layer(*now), now)]
         if narrow is not None:
             for of_image, points in zip(states, now):
                 with torch.autocast(points.x.device.type, enabled=False):
@@ -117,7 +118,7 @@ def losses(model: LightGlue, batch: Batch) -> dict[str, Tensor]:
     assignments, agreements, distances, logits, found = [], [], [], [], []
     for i, layer in enumerate(model.transformer_layers):
         states = layer(*now)
-        now = [Points(x.float(), p.rotation, p.mask, p.index, p.layers) for x, p in zip(states, now)]
+        now = [replace(p, x=x.float()) for x, p in zip(states, now)]
         with torch.autocast(now[0].x.device.type, enabled=False):
             scores = heads[i](*now)
             assignments.append(_assignment_loss(heads[i], (now[0], now[1]), scores, batch))

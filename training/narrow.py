@@ -9,7 +9,7 @@ last layer is fitted again. Low ranks are the best for the states that were seen
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kpmatch_ros.models import LightGlue
-from kpmatch_ros.models.lightglue import MatchAssignment, Points, TokenConfidence, TransformerLayer
+from kpmatch_ros.models.lightglue import MatchAssignment, TokenConfidence, TransformerLayer
 from kpmatch_ros.models.lightglue_layers import Attention, FeedForward
 
 __all__ = ["Coordinates", "Narrow", "load_narrow", "narrow", "save_narrow"]
@@ -100,7 +100,7 @@ def narrow(wide: LightGlue, batches: Iterable[lightglue_loss.Batch], width: int)
     covariance = sum((x.T @ x / x.square().sum() for x in rows), torch.zeros(()))
     model = LightGlue(
         **{**wide.config, "descriptor_dim": width, "num_key_value_heads": wide.config["num_attention_heads"]}
-    )
+    ).to(covariance.device)
     coordinates = _coordinates(torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :width], wide, model)
     pairs = _strongest_frequencies(wide, [torch.cat(halves[0].x) for halves in seen], width)
     model.positional_encoder.projector.weight.copy_(wide.positional_encoder.projector.weight[pairs])
@@ -142,12 +142,12 @@ def _coordinates(basis: Tensor, wide: LightGlue, model: LightGlue) -> Coordinate
     Where they are as many as its states, it has no first layer: its states begin as the descriptors themselves.
     """
     first = wide.input_projection
-    weight, bias = torch.eye(len(basis)), torch.zeros(len(basis))
+    weight, bias = torch.eye(len(basis)).to(basis), torch.zeros(len(basis)).to(basis)
     if isinstance(first, nn.Linear):
         weight, bias = first.weight, first.bias
     if isinstance(model.input_projection, nn.Linear):
         _linear(model.input_projection, basis.T @ weight, basis.T @ bias)
-        return Coordinates(basis, basis.T.contiguous(), torch.zeros(len(basis)))
+        return Coordinates(basis, basis.T.contiguous(), torch.zeros(len(basis)).to(basis))
     u, s, v = torch.linalg.svd(basis.T @ weight)
     s = s.clamp(min=WEAKEST * float(s[0]))
     return Coordinates(basis @ (u * s) @ v, (v.T / s) @ u.T @ basis.T, basis @ (basis.T @ bias))
@@ -185,7 +185,7 @@ def _record(wide: LightGlue, batch: lightglue_loss.Batch, seen: list[tuple[Seen,
             message = layer.cross_attention(own, other, None)
             states.append(layer.cross_mlp(x, message))
             across.add(x, message, states[-1])
-        now = [Points(x, p.rotation, p.mask, p.index, p.layers) for x, p in zip(states, now)]
+        now = [replace(p, x=x) for x, p in zip(states, now)]
 
 
 def _strongest_frequencies(wide: LightGlue, states: list[Tensor], width: int) -> Tensor:
@@ -234,7 +234,7 @@ def _narrow_half(
         _linear(own.q_proj, *(scale * torch.cat(part) for part in zip(*parts)))
     else:
         kept = torch.stack([2 * pairs, 2 * pairs + 1], dim=1).flatten()
-        rows = (torch.arange(wide.q_proj.out_features // size)[:, None] * size + kept).flatten()
+        rows = (torch.arange(wide.q_proj.out_features // size).to(kept)[:, None] * size + kept).flatten()
         for mine, theirs in ((own.q_proj, wide.q_proj), (own.k_proj, wide.k_proj)):
             _linear(mine, *(scale * part for part in space.linear(theirs.weight[rows], theirs.bias[rows])))
     # What the feed-forward network reads of a message.
