@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 import torch
 
+from kpmatch_ros.cli.bench import Request
 from kpmatch_ros.cli.bench_measure import forth_and_back, in_turn
 from kpmatch_ros.cli.bench_report import Spread
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.models.assignment import ImageFeatures
+from kpmatch_ros.parameters import Parameters
 from simulation.bags import write_camera_bag
 
 Run = Callable[..., tuple[int, str, str]]
@@ -80,6 +82,21 @@ def test_every_stage_of_every_setting_is_in_the_table_and_in_the_file(run: Run, 
         assert column in out
     if matplotlib:
         assert "keypoints in an image" in plot.read_text()
+
+
+def test_a_profile_chooses_what_is_measured_and_what_is_set_by_hand_wins(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[Request] = []
+    monkeypatch.setattr("kpmatch_ros.cli.bench_measure.run_bench", requests.append)
+    by_hand = ["--keypoints", "300,400", "--matcher", "nearest"]
+    for words in ([], ["--profile", "accurate"], ["--profile", "fast"], ["--profile", "fast", *by_hand]):
+        assert run(*words)[0] == 0
+    counts = [list(request.keypoints) for request in requests]
+    assert counts == [[512, 1024, 2048, 4096], [512, 1024, 2048, 4096], [512], [300, 400]]
+    assert requests[0].parameters == requests[1].parameters == Parameters()
+    assert requests[2].parameters == Parameters.given({"profile": "fast"})
+    assert requests[3].parameters == Parameters.given({"profile": "fast", "matcher": "nearest"})
 
 
 def test_publishing_is_measured_where_the_messages_are_built(

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from kpmatch_ros.cli.common import MATCHING_OPTIONS, CommandError, add_command, add_parameter, whole_number
-from kpmatch_ros.parameters import ParameterError, Parameters, declaration
+from kpmatch_ros.parameters import ParameterError, Parameters, declaration, profile_values
 
 __all__ = ["PEERS", "Request", "add_bench"]
 
 PEERS = ("transformers", "lightglue", "xfeat", "opencv")
+
+_KEYPOINTS = (512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Request:
     parameters: Parameters = field(default_factory=Parameters)
     devices: Sequence[str] = ("auto",)
     precisions: Sequence[str] = ("auto",)
-    keypoints: Sequence[int] = (512, 1024, 2048, 4096)
+    keypoints: Sequence[int] = _KEYPOINTS
     sizes: Sequence[tuple[int, int]] = ()
     repeats: int = 8
     images: Path | None = None
@@ -62,6 +64,7 @@ def add_bench(commands: Any) -> None:
         "precision, image size and number of keypoints; beside other implementations with the same weights, on the "
         "same images, in turn, in the same process. Times are medians, in milliseconds.",
         "kpmatch bench --keypoints 512,1024",
+        "kpmatch bench --profile fast",
         "kpmatch bench --bag recording --against transformers --depth-confidence -1 --width-confidence -1",
         "kpmatch bench --device cpu,cuda --json speed.json --plot speed.png",
     )
@@ -69,8 +72,8 @@ def add_bench(commands: Any) -> None:
         "--keypoints",
         metavar="N,...",
         type=_list_of("max_keypoints"),
-        default=[512, 1024, 2048, 4096],
-        help="per image; fewer where the image has fewer above --keypoint-threshold (default 512,1024,2048,4096)",
+        help="per image; fewer where the image has fewer above --keypoint-threshold (default 512,1024,2048,4096, or "
+        "the profile's)",
     )
     parser.add_argument(
         "--sizes", metavar="WxH,...", type=_sizes, default=[], help="of the images (default their own, or 640x480)"
@@ -111,12 +114,10 @@ def add_bench(commands: Any) -> None:
             help=f"{declaration(name).description} (default auto)",
         )
     for name in _BENCH_OPTIONS:
-        add_parameter(group, declaration(name), declaration(name).default)
+        add_parameter(group, declaration(name), argparse.SUPPRESS)  # or the profile could not tell it from one given
 
 
-_BENCH_OPTIONS = [
-    name for name in MATCHING_OPTIONS if name not in ("profile", "device", "precision", "max_keypoints", "resize")
-]
+_BENCH_OPTIONS = [name for name in MATCHING_OPTIONS if name not in ("device", "precision", "max_keypoints", "resize")]
 
 
 def _list_of(name: str) -> Any:
@@ -149,12 +150,14 @@ def _bench(options: argparse.Namespace) -> int:
         raise CommandError("--image names a topic of a bag: it needs --bag")
     from kpmatch_ros.cli.bench_measure import run_bench
 
+    chosen = {name: getattr(options, name) for name in _BENCH_OPTIONS if hasattr(options, name)}
+    of_profile = profile_values(chosen.get("profile")).get("max_keypoints")
     run_bench(
         Request(
-            parameters=Parameters(**{name: getattr(options, name) for name in _BENCH_OPTIONS}),
+            parameters=Parameters.given(chosen),
             devices=options.device,
             precisions=options.precision,
-            keypoints=options.keypoints,
+            keypoints=options.keypoints or (_KEYPOINTS if of_profile is None else (of_profile,)),
             sizes=options.sizes,
             repeats=options.repeats,
             images=options.images,
