@@ -26,6 +26,7 @@ from kpmatch_ros.cli.match import add_match
 from kpmatch_ros.cli.weights import add_weights
 from kpmatch_ros.interpreter import explain
 from kpmatch_ros.parameters import ParameterError
+from kpmatch_ros.process import configure_process
 from kpmatch_ros.shell import in_shell
 from kpmatch_ros.weights import WeightsError
 
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the words after `kpmatch`; those of this process where not given.
     """
+    configure_process()
     parser = _build_parser()
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next; see docs/command_line.md
         import argcomplete

@@ -1,0 +1,65 @@
+"""What the node's and the command's processes set before they load PyTorch, as PyTorch's OpenMP reads it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kpmatch_ros.process import configure_process
+
+SPINS = "GOMP_SPINCOUNT = "  # as GCC's OpenMP displays it
+
+MAPPED = Path("/proc/self/maps")  # what this process has loaded, PyTorch's OpenMP among it
+pytestmark = pytest.mark.skipif(
+    not (torch.backends.openmp.is_available() and MAPPED.exists() and "libgomp" in MAPPED.read_text()),
+    reason="PyTorch has another OpenMP than GCC's",
+)
+
+
+def said_by_openmp(program: str, *words: str, **environment: str) -> str:
+    """The number of rounds that threads wait spinning, in a process of the program."""
+    path = shutil.which(program)
+    if path is None:
+        pytest.skip(f"{program} is not installed: make build")
+    done = subprocess.run(
+        [sys.executable, path, *words],
+        env={**os.environ, "OMP_DISPLAY_ENV": "verbose", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    lines = [line.strip() for line in done.stderr.splitlines() if SPINS in line]
+    assert lines, done.stderr
+    return lines[0].removeprefix(SPINS)
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("words", [("matcher", "--ros-args", "-p", "mode:=nonsense"), ("kpmatch", "doctor")])
+def test_threads_leave_the_processor_to_others_after_a_short_wait(words: tuple[str, ...]) -> None:
+    assert said_by_openmp(*words) == "'1000'"
+
+
+@pytest.mark.parametrize("words", [("matcher", "--ros-args", "-p", "mode:=nonsense"), ("kpmatch", "doctor")])
+def test_how_long_threads_spin_is_the_users_choice(words: tuple[str, ...]) -> None:
+    assert said_by_openmp(*words, GOMP_SPINCOUNT="50000") == "'50000'"
+
+
+def test_what_the_environment_sets_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    before = dict(os.environ)
+    configure_process()
+    assert dict(os.environ) == before
