@@ -31,7 +31,7 @@ def configure_process() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # One heap for all threads. glibc gives each thread a heap, and the networks' large buffers leave holes in it, more
-    # with every change of parameters: in ten minutes a node grew by 2 to 14 %, with one heap by 0.1 %, as fast as before.
+    # with every change of parameters: in ten minutes a node grew by 2 to 14 %, with one heap by 0.1 %, no slower.
     if "MALLOC_ARENA_MAX" not in os.environ:
         with contextlib.suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
