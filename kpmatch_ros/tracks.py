@@ -53,6 +53,7 @@ _SIMILAR = 0.8  # cosine of two descriptors of one point
 _PART = 64  # numbers of a descriptor
 _RATIO = 0.8  # of distances to the nearest and the second nearest descriptor (Lowe, IJCV 2004)
 _LOST_SPREAD = 5.0  # lost tracks were lost at different times: their moves may differ by so many times more
+_SHIFTS = 2  # steps from a keypoint to near the place of a lost track
 _BESIDE = 8.0  # pixels: keypoints so near to each other have descriptors that are alike
 
 
@@ -377,7 +378,7 @@ class Tracks:
         # With the change since the patch was cut, or without.
         patches, count = np.tile(self._looks.patches[again.looks], (2, 1)), len(which)
         shapes = np.concatenate([again.shapes, no_change(count)])
-        both = align(patches, view.pixels, np.tile(points, (2, 1)), shapes)
+        both = align(patches, view.pixels, np.tile(points, (2, 1)), shapes, _SHIFTS)
         found = both.select(np.where(both.good[:count], 0, count) + np.arange(count))
         # Another point that looks alike is not where the neighbours are.
         expected, spread = Neighbours(again.points, found.points).expect(np.arange(len(again)))

@@ -104,6 +104,25 @@ def test_a_lost_track_is_found_again_under_its_old_id(picture: NDArray[np.uint8]
         assert np.abs(links.points[old] - np.reshape(found, (-1, 2))).max(initial=0) < 0.05
 
 
+def test_a_lost_track_is_found_again_at_a_keypoint_beside_it(picture: NDArray[np.uint8]) -> None:
+    points, black = grid(10), View(np.full((SIZE, SIZE), 128, np.uint8), grid()[:0], np.zeros((0, 128)), 1.0)
+    start, tracks = view(picture, 0, np.random.default_rng(0).permutation(points)[:60]), Tracks(100, 100)
+    same = tracks.follow(start, start, *identity(60))
+    tracks.advance(start, None)
+    tracks.follow(start, black, *NO_MATCHES)
+    tracks.advance(black, None)
+    angle = np.random.default_rng(1).uniform(0, 2 * np.pi, 60)
+    beside = (start.keypoints + 1.5 * np.stack([np.cos(angle), np.sin(angle)], axis=1)).astype(np.float32)
+    again = replace(start, keypoints=beside)
+    tracks.follow(black, again, *NO_MATCHES)
+    tracks.advance(again, None)
+    links = tracks.follow(again, start, *NO_MATCHES)
+    old = np.isin(links.track_ids, same.track_ids)
+    where = dict(zip(same.track_ids.tolist(), same.points.tolist()))
+    assert old.sum() >= 57
+    assert np.abs(links.points[old] - [where[track] for track in links.track_ids[old].tolist()]).max() < 0.1
+
+
 def test_a_track_that_contradicts_the_motion_is_not_found_again_in_the_same_image(picture: NDArray[np.uint8]) -> None:
     points, tracks, start = grid(), Tracks(100, 100), view(picture, 0, grid())
     first = tracks.follow(start, start, *identity(len(points)))
