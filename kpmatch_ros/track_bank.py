@@ -38,6 +38,7 @@ class Bank:
     anchors: np.ndarray  # (T,) float32 standard deviation of where the patch was cut, pixels
     looks: np.ndarray  # (T,) int64 rows of Looks
     rays: np.ndarray  # (T, FRAMES, 2) float32 x/z and y/z in the last frames, this image last; NaN where not known
+    spots: np.ndarray  # (T, 4) float32, of lost ones: homogeneous point in this camera's frame; NaN where not known
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -13,7 +13,6 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from kpmatch_ros.geometry.camera import Camera
-from kpmatch_ros.geometry.flow import Neighbours
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change
 from kpmatch_ros.geometry.pose import RelativePose
 from kpmatch_ros.geometry.refinement import align_matches, longest_step
@@ -31,7 +30,8 @@ from kpmatch_ros.track_bank import (
     select,
     without,
 )
-from kpmatch_ros.track_search import ASTRAY, View, find_places, keypoint_sigma
+from kpmatch_ros.track_memory import Memory
+from kpmatch_ros.track_search import View, find_places, keypoint_sigma
 
 __all__ = ["NOT_DETECTED", "Links", "Tracks", "View", "keypoint_sigma", "pair_sigma", "refine_pair"]
 
@@ -48,13 +48,6 @@ _AROUND = 5  # points around one, whose depths say what its own may be
 _LEAST_SPREAD = 0.3  # of depths, as part of them
 
 _LARGEST_SIGMA = 5.0  # pixels
-
-_SIMILAR = 0.8  # cosine of two descriptors of one point
-_PART = 64  # numbers of a descriptor
-_RATIO = 0.8  # of distances to the nearest and the second nearest descriptor (Lowe, IJCV 2004)
-_LOST_SPREAD = 5.0  # lost tracks were lost at different times: their moves may differ by so many times more
-_SHIFTS = 2  # steps from a keypoint to near the place of a lost track
-_BESIDE = 8.0  # pixels: keypoints so near to each other have descriptors that are alike
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +103,11 @@ class Tracks:
         self._looks = Looks()
         self._reference: Bank | None = None
         self._current: Bank | None = None
-        self._lost: Bank | None = None
+        self._lost = Memory()
         self._rows: np.ndarray = np.zeros(0, int)  # of the reference's tracks, those found in the current image
         self._astray: np.ndarray = np.zeros(0, int)  # and those that are no point of the scene
         self._window = Window.start()
-        self._ahead: Window | None = None  # with the current image, where the motion is known
+        self._ahead: tuple[Window, Camera] | None = None  # with the current image, where the motion is known
 
     def new_ids(self, count: int) -> np.ndarray:
         """(count,) uint64 ids that no track had before."""
@@ -133,7 +126,7 @@ class Tracks:
         if self._reference is None:
             self._reference = self._new(reference, np.arange(len(reference.keypoints))[: self.limit])
         bank, looks = self._reference, self._looks
-        looks.keep(bank.looks if self._lost is None else np.concatenate([bank.looks, self._lost.looks]))
+        looks.keep(np.concatenate([bank.looks, self._lost.looks]))
         detected, score = matched_keypoints(bank, len(reference.keypoints), matches, scores)
         matched = detected >= 0
         keypoints = np.full((len(bank), 2), np.nan, np.float32)
@@ -222,13 +215,14 @@ class Tracks:
             sigmas=np.minimum(np.hypot(found.sigmas, bank.anchors[again]), _LARGEST_SIGMA),
             shapes=found.shapes,
             indices=np.full(len(again), NOT_DETECTED),
+            spots=np.full((len(again), 4), np.nan, np.float32),
         )
         following = join([select(self._current, stay), more])
         following.indices[:] = attach(following.points, following.indices, current.keypoints)
         following = select(following, order)
         self._rows = np.concatenate([rows[stay], again])[order]
         following.rays[:, :-1] = bank.rays[self._rows, 1:]
-        self._current, self._ahead = following, scene.cameras
+        self._current, self._ahead = following, (scene.cameras, camera1)
         settled = Links(
             indices=np.stack([bank.indices[self._rows], following.indices], axis=1).astype(np.int64),
             reference_points=bank.points[self._rows],
@@ -271,6 +265,7 @@ class Tracks:
         spread = np.median(np.abs(depths - middle[:, None]), axis=1) + _LEAST_SPREAD * np.abs(middle) + TINY
         before = Window(scene.cameras.rotations[:-1], scene.cameras.translations[:-1])
         spots = triangulate(before, rays[:-1][:, :, lost], prior=middle, information=(scene.noise / spread) ** 2)
+        bank.spots[lost] = np.stack([spots[0], spots[1], np.ones_like(spots[0]), spots[2]], axis=1)
         expected = camera.project(project(scene.cameras, spots).T).astype(np.float32)
         height, width = current.normalized.shape
         inside = (expected >= 1).all(axis=1) & (expected[:, 0] < width - 2) & (expected[:, 1] < height - 2)
@@ -301,21 +296,25 @@ class Tracks:
         reference, agree = self._reference, np.ones(len(self._rows), bool) if inliers is None else inliers
         ended = reference.ids > 0
         ended[self._rows], ended[self._astray] = False, False
-        self._remember(select(reference, ended))
+        self._lost.move_on(reference, None if self._ahead is None else self._ahead[0])
+        self._lost.remember(select(reference, ended), self.memory)
         bank = select(self._current, agree)
         self._see(bank, current)
         if self._ahead is None:
             self._window, bank.rays[:] = Window.start(), np.nan
         else:
-            self._window = self._ahead.advance()
+            self._window = self._ahead[0].advance()
         candidates = np.flatnonzero(without(len(current.keypoints), bank.indices))
         candidates = candidates[apart(current.keypoints[candidates], bank.points, _SPACE)]
-        recalled = self._recall(current, candidates, self.limit - len(bank))
-        bank = join([bank, recalled])
-        candidates = candidates[apart(current.keypoints[candidates], recalled.points, _SPACE)]
+        camera = None if self._ahead is None else self._ahead[1]
+        recalled = self._lost.recall(self._looks, current, camera, candidates, self.limit - len(bank))
+        if recalled is not None:
+            self._see(recalled, current)
+            bank = join([bank, recalled])
+            candidates = candidates[apart(current.keypoints[candidates], recalled.points, _SPACE)]
         self._reference = join([bank, self._fill(bank, current, candidates)])
         # Not before: a track that was published at one place in this image is not found again at another.
-        self._remember(select(reference, self._rows[~agree]))
+        self._lost.remember(select(reference, self._rows[~agree]), self.memory)
         self._current = None
 
     def _new(self, view: View, indices: np.ndarray) -> Bank:
@@ -330,6 +329,7 @@ class Tracks:
             anchors=np.zeros(count, np.float32),
             looks=self._looks.add(cut(view.pixels, points), view.descriptors[indices]),
             rays=np.full((count, FRAMES, 2), np.nan, np.float32),
+            spots=np.full((count, 4), np.nan, np.float32),
         )
 
     def _see(self, bank: Bank, view: View) -> None:
@@ -352,50 +352,6 @@ class Tracks:
             candidates = np.sort(candidates[np.argsort(crowd.ravel()[cells] + rank, kind="stable")[:room]])
         return self._new(view, candidates)
 
-    def _remember(self, ended: Bank) -> None:
-        if not self.memory:
-            self._lost = None
-        if not self.memory or not len(ended):
-            return
-        lost = ended if self._lost is None else join([self._lost, ended])
-        self._lost = select(lost, np.arange(len(lost))[-self.memory :])
-
-    def _recall(self, view: View, candidates: np.ndarray, room: int) -> Bank:
-        """The lost tracks whose points are keypoints (C,) again, at most so many."""
-        lost = self._lost
-        if lost is None or not len(lost) or len(candidates) < 2 or room <= 0:
-            return self._new(view, candidates[:0])
-        # A part of the descriptors is enough to tell which lost track is the most similar; all of it tells how similar.
-        of_view = view.descriptors[candidates].astype(np.float32, copy=False)
-        best = (of_view[:, :_PART] @ self._looks.descriptors[:, :_PART][lost.looks].T).argmax(axis=1)
-        descriptors = self._looks.descriptors[lost.looks[best]]
-        top = np.einsum("cd,cd->c", of_view, descriptors)
-        chosen = np.argsort(-top, kind="stable")[: np.count_nonzero(top > _SIMILAR)]
-        chosen = np.sort(chosen[np.unique(best[chosen], return_index=True)[1]])
-        chosen = chosen[_distinct(view, candidates[chosen], descriptors[chosen])]
-        which, keypoints = best[chosen], candidates[chosen]
-        again, points = select(lost, which), view.keypoints[keypoints].astype(np.float32)
-        # With the change since the patch was cut, or without.
-        patches, count = np.tile(self._looks.patches[again.looks], (2, 1)), len(which)
-        shapes = np.concatenate([again.shapes, no_change(count)])
-        both = align(patches, view.pixels, np.tile(points, (2, 1)), shapes, _SHIFTS)
-        found = both.select(np.where(both.good[:count], 0, count) + np.arange(count))
-        # Another point that looks alike is not where the neighbours are.
-        expected, spread = Neighbours(again.points, found.points).expect(np.arange(len(again)))
-        good = found.good & (np.linalg.norm(found.points - expected, axis=1) < ASTRAY * _LOST_SPREAD * spread)
-        good = np.flatnonzero(good)[:room]
-        recalled = replace(
-            select(again, good),
-            points=found.points[good],
-            shapes=found.shapes[good],
-            sigmas=np.hypot(found.sigmas, again.anchors)[good],
-            indices=keypoints[good].astype(np.int64),
-            rays=np.full((len(good), FRAMES, 2), np.nan, np.float32),
-        )
-        self._see(recalled, view)
-        self._lost = select(lost, without(len(lost), which[good]))
-        return recalled
-
 
 def pair_sigma(resolution: float) -> float:
     """Standard deviation of a coordinate of a keypoint, given another image's keypoint: both err."""
@@ -416,13 +372,3 @@ def refine_pair(view0: View, view1: View, points0: np.ndarray, points1: np.ndarr
     """
     found = align_matches(view0.normalized, view1.normalized, points0, points1, view1.resolution)
     return found.points, np.where(found.good, found.sigmas, pair_sigma(view1.resolution)).astype(np.float32)
-
-
-def _distinct(view: View, keypoints: np.ndarray, descriptors: np.ndarray) -> np.ndarray:
-    """Which keypoints (R,) are clearly more like descriptors (R, D) than other keypoints of the image are (R,)."""
-    similar = descriptors @ view.descriptors.astype(np.float32, copy=False).T
-    places = view.keypoints[keypoints]
-    own = similar[np.arange(len(keypoints)), keypoints]
-    similar[np.linalg.norm(places[:, None] - view.keypoints, axis=2) < _BESIDE] = -1.0
-    # Of unit vectors, the squared distance is 2 - 2 cosine.
-    return np.asarray(1 - own < _RATIO**2 * (1 - similar.max(axis=1, initial=-1.0)))
