@@ -29,7 +29,7 @@ import evaluation_pairs  # noqa: E402
 import export  # noqa: E402
 import shards  # noqa: E402
 from evaluation_figures import Result, calibration, describe, markdown  # noqa: E402
-from evaluation_matchers import Found, Ours, Sift, Weights, load_ours  # noqa: E402
+from evaluation_matchers import Found, Ours, Refined, Sift, Weights, load_ours  # noqa: E402
 from evaluation_truth import ByDepth, ByDisparity, ByHomography, Motion, pose_errors, project  # noqa: E402
 
 Texture = Callable[[int, int, int], np.ndarray]
@@ -363,6 +363,30 @@ def test_nothing_is_worked_out_twice(tmp_path: Path) -> None:
     pairs.append(evaluation_pairs.Pair("rooms", "new", (images[1] + 1, images[1]), motion, motion))
     figures = evaluate.evaluate([matcher], iter(pairs), evaluate.Cache(tmp_path, 1), known=True)
     assert figures["rooms"]["pairs"] == matcher.asked == 2
+
+
+class Rounded:
+    """Knows where points are after a shift of two pixels and a half, and says whole pixels."""
+
+    name, key, resolution = "rounded", "rounded", 1.0
+
+    def __call__(self, image0: np.ndarray, image1: np.ndarray) -> Found:
+        points = np.stack(np.meshgrid(np.arange(30, 130, 10.0), np.arange(30, 90, 10.0)), axis=-1).reshape(-1, 2)
+        return Found(points, points + (3, 2), np.full(len(points), 0.9), (len(points), len(points)))
+
+
+def test_refined_matches_lie_where_the_images_say(tmp_path: Path, texture: Texture) -> None:
+    shift = np.array([[1, 0, 2.5], [0, 1, 2.5], [0, 0, 1.0]])
+    image = texture(120, 160, 3)
+    moved = cv2.warpPerspective(image, shift, SIZE, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
+    pair = evaluation_pairs.Pair("photographs", "0", (image, moved), ByHomography(shift))
+    figures = evaluate.evaluate([Rounded(), Refined(Rounded())], iter([pair]), evaluate.Cache(tmp_path, 1))
+    matchers = figures["photographs"]["matchers"]
+    assert list(matchers) == ["rounded", "rounded, refined"]
+    cache = evaluate.Cache(tmp_path, 1)
+    errors = [np.median(cache.result(matcher, pair).errors) for matcher in (Rounded(), Refined(Rounded()))]
+    assert errors[0] == pytest.approx(np.hypot(0.5, 0.5), abs=0.01)
+    assert errors[1] < 0.1
 
 
 def test_the_command_writes_figures_and_a_table(tmp_path: Path, random_folder: SaveFolder, texture: Texture) -> None:

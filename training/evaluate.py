@@ -28,7 +28,7 @@ import cv2
 import numpy as np
 import torch
 from evaluation_figures import Result, describe, markdown
-from evaluation_matchers import PEERS, Matcher, Ours, load_ours, load_peer
+from evaluation_matchers import PEERS, Found, Matcher, Ours, Refined, load_ours, load_peer
 from evaluation_pairs import GROUPS, Pair, groups, validation_pairs
 from evaluation_truth import Motion, pose_errors
 
@@ -91,30 +91,38 @@ class Cache:
 
     def fill(self, matcher: Matcher, pair: Pair) -> None:
         """Match a pair, and have its poses worked out, unless that has been done."""
-        path = self.path(matcher, pair, "matches")
-        found = read(path)
-        if found is None:
-            points0, points1, scores, keypoints = matcher(*pair.images)
-            found = dict(points0=points0, points1=points1, scores=scores, keypoints=np.array(keypoints))
-            save(path, **found)
+        found = self.matches(matcher, pair)
         poses = self.path(matcher, pair, "poses")
         if pair.motion is not None and not poses.exists() and poses not in self.waiting:
-            task = (poses, pair.motion, found["points0"], found["points1"], matcher.resolution)
+            task = (poses, pair.motion, found.points0, found.points1, matcher.resolution)
             self.waiting[poses] = self.pool.submit(find_pose, *task)
+
+    def matches(self, matcher: Matcher, pair: Pair) -> Found:
+        """What a matcher finds in a pair; what another one refines is matched once."""
+        path = self.path(matcher, pair, "matches")
+        kept = read(path)
+        if kept is not None:
+            count0, count1 = kept["keypoints"].tolist()
+            return Found(kept["points0"], kept["points1"], kept["scores"], (count0, count1))
+        if isinstance(matcher, Refined):
+            found = matcher.refine(*pair.images, self.matches(matcher.matcher, pair))
+        else:
+            found = matcher(*pair.images)
+        save(path, **{**found._asdict(), "keypoints": np.array(found.keypoints)})
+        return found
 
     def result(self, matcher: Matcher, pair: Pair) -> Result:
         """What a matcher found in a pair."""
         path = self.path(matcher, pair, "poses")
         if path in self.waiting:
             self.waiting[path].result()
-        found, poses = read(self.path(matcher, pair, "matches")), read(path)
-        assert found is not None
+        found, poses = self.matches(matcher, pair), read(path)
         return Result(
-            found["points0"],
-            found["scores"],
-            pair.truth.errors(found["points0"], found["points1"]),
+            found.points0,
+            found.scores,
+            pair.truth.errors(found.points0, found.points1),
             pair.right,
-            (int(found["keypoints"][0]), int(found["keypoints"][1])),
+            found.keypoints,
             None if pair.motion is None or poses is None else poses["poses"],
             pair.place or pair.name,
         )
@@ -157,6 +165,8 @@ def make_matchers(arguments: argparse.Namespace, device: torch.device) -> list[M
         ):
             settings = (arguments.keypoints, radius, subpixel, threshold, arguments.filter_threshold)
             matchers.append(Ours(weights, *settings))
+    if arguments.refined:
+        matchers += [Refined(matcher) for matcher in matchers]
     return matchers
 
 
@@ -190,6 +200,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--keypoint-threshold", nargs="+", type=float, default=[0.0])
     parser.add_argument("--filter-threshold", type=float, default=0.1, help="lowest score of a match")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--refined", action="store_true", help="each matcher's matches refined by the images, too")
     parser.add_argument("--keypoints", type=int, default=1024)
     parser.add_argument("--cache", type=Path, default=Path("evaluation_cache"))
     parser.add_argument("--known", action="store_true", help="only pairs of which the cache holds everything")

@@ -7,6 +7,7 @@ networks. LightGlues run all layers and drop no points.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import sys
 from collections import OrderedDict
@@ -21,6 +22,7 @@ import torch
 from superpoint_loss import soft_maximum
 from torch import Tensor, nn
 
+from kpmatch_ros.geometry import flow, patches, refinement
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperPoint
 from kpmatch_ros.models.assignment import ImageFeatures
 from kpmatch_ros.models.checkpoint import Checkpoint, build_from
@@ -28,7 +30,7 @@ from kpmatch_ros.models.detections import clear_border, select_keypoints, suppre
 from kpmatch_ros.models.superpoint import sample_descriptors
 from kpmatch_ros.weights import resolve
 
-__all__ = ["PEERS", "Found", "Matcher", "Ours", "load_ours", "load_peer"]
+__all__ = ["PEERS", "Found", "Matcher", "Ours", "Refined", "load_ours", "load_peer"]
 
 T = TypeVar("T")
 REMEMBERED = 12  # images whose features are kept: pairs of one place come one after the other
@@ -321,6 +323,29 @@ class Sift:
     def _passing(self, descriptors0: np.ndarray, descriptors1: np.ndarray) -> dict[int, int]:
         two = cv2.BFMatcher().knnMatch(descriptors0, descriptors1, k=2)
         return {best.queryIdx: best.trainIdx for best, second in two if best.distance < self.ratio * second.distance}
+
+
+class Refined:
+    """A matcher whose matches are moved to where image 0 looks alike in image 1, as the node does with `refine`.
+
+    A match whose surroundings are not found stays where it is.
+    """
+
+    def __init__(self, matcher: Matcher) -> None:
+        code = "".join(inspect.getsource(module) for module in (flow, patches, refinement))
+        self.matcher, self.resolution = matcher, matcher.resolution
+        self.name = f"{matcher.name}, refined"
+        self.key = hash_of([], matcher=matcher.key, code=hashlib.sha256(code.encode()).hexdigest())
+
+    def __call__(self, image0: np.ndarray, image1: np.ndarray) -> Found:
+        """Match two images."""
+        return self.refine(image0, image1, self.matcher(image0, image1))
+
+    def refine(self, image0: np.ndarray, image1: np.ndarray, found: Found) -> Found:
+        """Refine what the matcher has found in two images."""
+        normalized = [refinement.normalize_contrast(image) for image in (image0, image1)]
+        aligned = refinement.align_matches(*normalized, found.points0, found.points1, self.resolution)
+        return found._replace(points1=aligned.points.astype(np.float64))
 
 
 PEERS = {"aliked": "ALIKED+LightGlue", "disk": "DISK+LightGlue", "xfeat": XFeat.name, "sift": Sift.name}
