@@ -9,6 +9,7 @@ import numpy as np
 
 from kpmatch_ros.geometry.flow import Neighbours, flow_far, flow_forth_and_back
 from kpmatch_ros.geometry.patches import LONGEST_STEP, Alignment, align, cut, no_change, signed, unaligned
+from kpmatch_ros.geometry.refinement import align_deformed
 from kpmatch_ros.track_bank import Bank, Looks
 
 __all__ = ["ASTRAY", "Places", "View", "find_places", "keypoint_sigma"]
@@ -99,7 +100,9 @@ def find_places(bank: Bank, looks: Looks, keypoints: np.ndarray, reference: View
     near[unmatched], _ = neighbours.expect(unmatched)
     found, anchors = unaligned(near.copy(), np.zeros(len(bank), np.float32), good=False), bank.anchors.copy()
     rest = np.flatnonzero(_reachable(near, images[1]))
-    found.put(rest, align(looks.patches[bank.looks[rest]], current.pixels, near[rest], bank.shapes[rest], _SHIFTS))
+    patches = looks.patches[bank.looks[rest]]
+    found.put(rest, align(patches, current.pixels, near[rest], bank.shapes[rest], _SHIFTS))
+    align_deformed(found, rest, patches, current.pixels, near, bank.shapes, neighbours)
     rest = rest[~found.good[rest]]
     near[rest] = flow_far(*images, bank.points[rest], near[rest])
     found.put(rest, align(looks.patches[bank.looks[rest]], current.pixels, near[rest], bank.shapes[rest]))

@@ -15,6 +15,11 @@ _STOP = (cv2.TERM_CRITERIA_COUNT + cv2.TERM_CRITERIA_EPS, 10, 0.03)
 _FORTH_AND_BACK = 1.0  # pixels
 _NEIGHBOURS = 7
 _SMALLEST_SPREAD = 1.0  # pixels
+_SURROUNDING = 16  # neighbours that tell a deformation: fewer are less exact, more lie on other surfaces
+_ROUNDS = 5  # of reweighting: neighbours on another surface, and wrong matches, lose their weight
+_OUTLIER = 3.0  # times the median residual
+_RIDGE = 10.0  # square pixels: neighbours err by a pixel, and a deformation is a third or so
+_LARGEST_DEFORMATION = 3.0  # of a length
 
 
 def flow_near(
@@ -78,6 +83,32 @@ class Neighbours:
         middle = np.partition(moves, half, axis=1)[:, half]
         spread = np.partition(np.linalg.norm(moves - middle[:, None], axis=2), half, axis=1)[:, half]
         return (self._points[rows] + middle).astype(np.float32), np.maximum(spread, _SMALLEST_SPREAD)
+
+    def deformations(self, rows: np.ndarray) -> np.ndarray:
+        """(R, 2, 2) float32 affine maps of the surroundings of some of the points (R,), from image 0 into image 1.
+
+        Fitted to how the neighbours move, by iteratively reweighted least squares with Tukey's weights. No change where
+        too few neighbours are known, or they contradict each other so that they tell of a mirror or a point.
+        """
+        shapes = np.tile(np.eye(2, dtype=np.float32), (len(rows), 1, 1))
+        if self._tree is None or len(self._moves) < _SURROUNDING or len(rows) == 0:
+            return shapes
+        _, near = self._tree.query(self._points[rows], k=_SURROUNDING)
+        offsets, moves = self._points[self._known][near] - self._points[rows][:, None], self._moves[near]
+        terms = np.concatenate([np.ones_like(offsets[:, :, :1]), offsets], axis=2, dtype=np.float64)
+        weights = np.ones(near.shape)
+        for _ in range(_ROUNDS):
+            weighted = terms * weights[:, :, None]
+            normal = weighted.transpose(0, 2, 1) @ terms + np.diag([0.01, _RIDGE, _RIDGE])
+            solution = np.linalg.solve(normal, weighted.transpose(0, 2, 1) @ moves)
+            residuals = np.linalg.norm(moves - terms @ solution, axis=2)
+            scale = _OUTLIER * np.maximum(np.median(residuals, axis=1), _SMALLEST_SPREAD)
+            weights = np.square(np.clip(1 - np.square(residuals / scale[:, None]), 0, 1))
+        shapes += solution[:, 1:].transpose(0, 2, 1).astype(np.float32)
+        longest = np.linalg.norm(shapes, axis=(1, 2))
+        area = np.linalg.det(shapes)
+        shapes[(longest > _LARGEST_DEFORMATION) | (area < 1 / _LARGEST_DEFORMATION**2)] = np.eye(2)
+        return shapes
 
 
 def _lucas_kanade(

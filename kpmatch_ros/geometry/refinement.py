@@ -11,10 +11,18 @@ from dataclasses import fields
 import cv2
 import numpy as np
 
-from kpmatch_ros.geometry.flow import flow_near
+from kpmatch_ros.geometry.flow import Neighbours, flow_near
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change, signed
 
-__all__ = ["INDEPENDENT_POINTS", "REFINED_RESOLUTION", "align_matches", "longest_step", "normalize_contrast", "refine"]
+__all__ = [
+    "INDEPENDENT_POINTS",
+    "REFINED_RESOLUTION",
+    "align_deformed",
+    "align_matches",
+    "longest_step",
+    "normalize_contrast",
+    "refine",
+]
 
 REFINED_RESOLUTION = 1 / 32
 """Keypoint resolution of refined matches, pixels: all that OpenCV's interpolation tells apart.
@@ -33,6 +41,8 @@ to 5 %. docs/relative_pose.md has more figures.
 """
 
 _WINDOW = 30  # pixels to each side of a pixel: large beside a patch, whose contrast then does not change with its scale
+_SHIFTS = 3  # steps from a detected keypoint to near its place
+_IN_NUMBERS = 0.2  # part of the points: with fewer lost, the images are alike
 _LONGEST_STEP = 3.0  # pixels, or as many steps of the detector's grid
 _SMALLEST_DEVIATION = 2.0  # grey levels: less is noise
 
@@ -68,6 +78,37 @@ def longest_step(resolution: float) -> float:
     return _LONGEST_STEP * max(resolution, 1.0)
 
 
+def align_deformed(
+    found: Alignment,
+    rows: np.ndarray,
+    patches: np.ndarray,
+    image: np.ndarray,
+    near: np.ndarray,
+    shapes: np.ndarray,
+    around: Neighbours,
+) -> None:
+    """Search again for what was not found of R patches, deformed as their neighbours move.
+
+    An affine change is found from nearby only. Between images that are far apart, by angle or by distance, the moves of
+    the matches around a point say where to begin. If patches are lost in numbers, those that were found are searched
+    for again too: so far off, what is found is not exact.
+
+    Args:
+        found: what was found of T patches; what is found now is put there.
+        rows: (R,) which patches.
+        patches: (R, P) float32, from :func:`kpmatch_ros.geometry.patches.cut`.
+        image: float32 (H, W), from :func:`kpmatch_ros.geometry.patches.signed`.
+        near: (T, 2) float32 pixels, where to begin.
+        shapes: (T, 2, 2) float32, of the patches in the image that the neighbours come from.
+        around: these T points and their neighbours.
+    """
+    lost = ~found.good[rows]
+    again = np.flatnonzero(lost if lost.mean() < _IN_NUMBERS else np.ones_like(lost)) if len(rows) else rows
+    rows = rows[again]
+    aligned = align(patches[again], image, near[rows], around.deformations(rows) @ shapes[rows], _SHIFTS)
+    found.put(rows[aligned.good], aligned.select(aligned.good))
+
+
 def align_matches(
     image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, points1: np.ndarray, resolution: float = 1.0
 ) -> Alignment:
@@ -90,7 +131,10 @@ def align_matches(
     start, furthest = points1[known].astype(np.float32), longest_step(resolution)
     near = flow_near(image0, image1, points0[known], start, furthest)
     patches = cut(signed(image0), points0[known].astype(np.float32))
-    found = align(patches, signed(image1), near, no_change(len(known)))
+    pixels = signed(image1)
+    found = align(patches, pixels, near, no_change(len(known)))
+    around = Neighbours(points0[known], points1[known])
+    align_deformed(found, np.arange(len(known)), patches, pixels, start, no_change(len(known)), around)
     good = found.good & (np.linalg.norm(found.points - start, axis=1) < furthest)
     count = len(points1)
     none = np.zeros(count, np.float32)
