@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.spatial import cKDTree
+
+from kpmatch_ros.geometry.flow import tree
 
 __all__ = [
     "NOT_DETECTED",
@@ -120,7 +121,7 @@ def apart(points: np.ndarray, others: np.ndarray, distance: float) -> np.ndarray
         return np.ones(len(points), bool)
     if len(points) < _FEW:  # sooner than a tree is built
         return np.asarray((((points[:, None] - others) ** 2).sum(axis=2) > distance**2).all(axis=1))
-    return np.asarray(cKDTree(others).query(points, distance_upper_bound=distance)[0] > distance)
+    return np.asarray(tree(others).query(points, distance_upper_bound=distance)[0] > distance)
 
 
 def first_of_each_place(points: np.ndarray, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -129,10 +130,24 @@ def first_of_each_place(points: np.ndarray, ids: np.ndarray, scores: np.ndarray)
     if len(points) < 2:
         return stay
     age = np.where(ids == 0, np.iinfo(np.uint64).max, ids)
-    for one, other in cKDTree(points).query_pairs(1.0):
+    for one, other in _pairs(points, 1.0):
         older = (age[one], -scores[one], one) <= (age[other], -scores[other], other)
         stay[other if older else one] = False
     return stay
+
+
+def _pairs(points: np.ndarray, distance: float) -> list[tuple[int, int]]:
+    """Which points (T, 2) are no further than a distance from which others."""
+    pairs: list[tuple[int, int]] = []
+    order = np.argsort(points[:, 0])
+    x, y = points[order].T
+    for step in range(1, len(points)):
+        first = np.flatnonzero(x[step:] - x[:-step] <= distance)
+        if not len(first):
+            break
+        first = first[np.hypot(x[first + step] - x[first], y[first + step] - y[first]) <= distance]
+        pairs += zip(order[first].tolist(), order[first + step].tolist())
+    return pairs
 
 
 def attach(points: np.ndarray, detected: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
@@ -141,7 +156,7 @@ def attach(points: np.ndarray, detected: np.ndarray, keypoints: np.ndarray) -> n
     names, wants = np.flatnonzero(without(len(keypoints), detected)), np.flatnonzero(detected < 0)
     if not len(names) or not len(wants):
         return found
-    distance, nearest = cKDTree(keypoints[names]).query(points[wants])
+    distance, nearest = tree(keypoints[names]).query(points[wants])
     by_distance = np.argsort(distance, kind="stable")
     by_distance = by_distance[distance[by_distance] < _ATTACHED]
     _, first = np.unique(nearest[by_distance], return_index=True)

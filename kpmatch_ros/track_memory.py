@@ -75,6 +75,7 @@ class Memory:
         found = both.select(np.where(both.good[:count], 0, count) + np.arange(count))
         expected = _places(lost.spots, camera)
         good = found.good & _agrees(expected[which], again.points, found.points)
+        good[good] = ~view.hides(found.points[good])
         which, keypoints, found = which[good], keypoints[good], found.select(good)
         more, sought = _seek(lost, looks, view, expected, which, found.points)
         which = np.concatenate([which, more])[:room]

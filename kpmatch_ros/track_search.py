@@ -106,8 +106,8 @@ def find_places(bank: Bank, looks: Looks, keypoints: np.ndarray, reference: View
     rest = rest[~found.good[rest]]
     near[rest] = flow_far(*images, bank.points[rest], near[rest])
     found.put(rest, align(looks.patches[bank.looks[rest]], current.pixels, near[rest], bank.shapes[rest]))
-    # Where the first patch no longer fits, the reference's may: the track goes on with that one.
-    rest = rest[~found.good[rest] & (found.likeness[rest] > _UNLIKE)]
+    # Where the first patch no longer fits, the reference's may: the track goes on with that one. A new track's is that.
+    rest = rest[~found.good[rest] & (found.likeness[rest] > _UNLIKE) & (bank.ids[rest] > 0)]
     newer = cut(reference.pixels, bank.points[rest])
     found.put(rest, align(newer, current.pixels, near[rest], no_change(len(rest))))
     replaced = found.good[rest]

@@ -10,13 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
-from scipy.spatial import cKDTree
 
 from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.flow import tree
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change
 from kpmatch_ros.geometry.pose import RelativePose
 from kpmatch_ros.geometry.refinement import align_matches, longest_step
-from kpmatch_ros.geometry.robust import TINY
 from kpmatch_ros.geometry.structure import FRAMES, Structure, Window, project, triangulate
 from kpmatch_ros.track_bank import (
     NOT_DETECTED,
@@ -46,6 +45,7 @@ _FALSE_END = 1e-3  # how often, at most, a point that stands still is taken for 
 _FALSE_FIND = 0.05  # so alike must a place be that is searched for with the motion
 _AROUND = 5  # points around one, whose depths say what its own may be
 _LEAST_SPREAD = 0.3  # of depths, as part of them
+_KNOWN = 1e-3  # times the noise: an inverse depth that is known to this does not move a point
 
 _LARGEST_SIGMA = 5.0  # pixels
 
@@ -104,6 +104,7 @@ class Tracks:
         self._reference: Bank | None = None
         self._current: Bank | None = None
         self._lost = Memory()
+        self._descriptors: np.ndarray = np.zeros((0, 0), np.float32)  # of the reference's keypoints
         self._rows: np.ndarray = np.zeros(0, int)  # of the reference's tracks, those found in the current image
         self._astray: np.ndarray = np.zeros(0, int)  # and those that are no point of the scene
         self._window = Window.start()
@@ -125,7 +126,7 @@ class Tracks:
         """
         if self._reference is None:
             self._reference = self._new(reference, np.arange(len(reference.keypoints))[: self.limit])
-        bank, looks = self._reference, self._looks
+        bank, looks, self._descriptors = self._reference, self._looks, reference.descriptors
         looks.keep(np.concatenate([bank.looks, self._lost.looks]))
         detected, score = matched_keypoints(bank, len(reference.keypoints), matches, scores)
         matched = detected >= 0
@@ -260,9 +261,10 @@ class Tracks:
         bank, image = self._reference, current.pixels
         if len(known) < _AROUND:
             lost = lost[:0]
-        depths = scene.spots[2][cKDTree(bank.points[known]).query(bank.points[lost], k=_AROUND)[1]]
+        depths = scene.spots[2][tree(bank.points[known]).query(bank.points[lost], k=_AROUND)[1]]
         middle = np.median(depths, axis=1)
-        spread = np.median(np.abs(depths - middle[:, None]), axis=1) + _LEAST_SPREAD * np.abs(middle) + TINY
+        spread = np.median(np.abs(depths - middle[:, None]), axis=1) + _LEAST_SPREAD * np.abs(middle)
+        spread = np.maximum(spread, _KNOWN * scene.noise)  # all are 0 where a camera has only turned
         before = Window(scene.cameras.rotations[:-1], scene.cameras.translations[:-1])
         spots = triangulate(before, rays[:-1][:, :, lost], prior=middle, information=(scene.noise / spread) ** 2)
         bank.spots[lost] = np.stack([spots[0], spots[1], np.ones_like(spots[0]), spots[2]], axis=1)
@@ -296,10 +298,10 @@ class Tracks:
         reference, agree = self._reference, np.ones(len(self._rows), bool) if inliers is None else inliers
         ended = reference.ids > 0
         ended[self._rows], ended[self._astray] = False, False
+        self._describe(agree)
         self._lost.move_on(reference, None if self._ahead is None else self._ahead[0])
         self._lost.remember(select(reference, ended), self.memory)
         bank = select(self._current, agree)
-        self._see(bank, current)
         if self._ahead is None:
             self._window, bank.rays[:] = Window.start(), np.nan
         else:
@@ -309,7 +311,6 @@ class Tracks:
         camera = None if self._ahead is None else self._ahead[1]
         recalled = self._lost.recall(self._looks, current, camera, candidates, self.limit - len(bank))
         if recalled is not None:
-            self._see(recalled, current)
             bank = join([bank, recalled])
             candidates = candidates[apart(current.keypoints[candidates], recalled.points, _SPACE)]
         self._reference = join([bank, self._fill(bank, current, candidates)])
@@ -332,10 +333,16 @@ class Tracks:
             spots=np.full((count, 4), np.nan, np.float32),
         )
 
-    def _see(self, bank: Bank, view: View) -> None:
-        """Take over the descriptors of the tracks that are keypoints."""
-        seen = bank.indices >= 0
-        self._looks.descriptors[bank.looks[seen]] = view.descriptors[bank.indices[seen]]
+    def _describe(self, agree: np.ndarray) -> None:
+        """Take over the descriptors of the reference's tracks that are keypoints of it, and no longer are, or end."""
+        assert self._current is not None and self._reference is not None
+        reference, now = self._reference, self._reference.looks.copy()
+        now[self._rows] = self._current.looks
+        last = (reference.indices >= 0) & (reference.ids > 0)
+        last[self._rows] &= (self._current.indices < 0) | ~agree
+        descriptors = self._descriptors[reference.indices[last]]
+        for looks in (reference.looks, now):
+            self._looks.descriptors[looks[last]] = descriptors
 
     def _fill(self, bank: Bank, view: View, candidates: np.ndarray) -> Bank:
         """New tracks at keypoints (C,) that no track is near to, first where there are fewest."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import cv2
 import numpy as np
 import pytest
@@ -46,3 +50,41 @@ def test_a_surface_seen_larger_or_smaller_is_not_taken_for_less_so(scale: float,
     # Without allowance for blur and for the window of the contrast: -0.0019 and 0.0051, and 0.051 and 0.091 pixels.
     assert abs(np.median(np.concatenate(grown))) < 0.0015
     assert np.sqrt((np.concatenate(errors) ** 2).mean()) < largest
+
+
+def test_many_patches_are_cut_and_found_as_few_are() -> None:
+    image = picture(1.0)
+    points = np.random.default_rng(0).uniform(20, SIDE - 20, (1500, 2)).astype(np.float32)
+    patches = cut(image, points)
+    few = np.concatenate([cut(image, points[i : i + 50]) for i in range(0, len(points), 50)])
+    np.testing.assert_allclose(patches, few, rtol=1e-3, atol=0.1)
+    found = align(patches, image, points + 0.5, no_change(len(points)), 1)
+    parts = [align(few[i : i + 50], image, points[i : i + 50] + 0.5, no_change(50), 1) for i in range(0, 1500, 50)]
+    assert (found.good == np.concatenate([part.good for part in parts])).mean() > 0.99
+    good = found.good & np.concatenate([part.good for part in parts])
+    np.testing.assert_allclose(found.points[good], np.concatenate([part.points for part in parts])[good], atol=0.01)
+    assert len(cut(image, points[:0])) == len(align(patches[:0], image, points[:0], no_change(0)).points) == 0
+
+
+_OTHER_THREADS = """
+import time, cv2, numpy as np
+from kpmatch_ros.geometry.patches import align, cut, no_change
+cv2.setNumThreads(1)
+image = np.random.default_rng(0).normal(size=(480, 640)).astype(np.float32)
+points = np.random.default_rng(0).uniform(20, 460, (1024, 2)).astype(np.float32)
+patches = cut(image, points)
+started, own = time.process_time(), time.thread_time()
+for _ in range(10):
+    align(cut(image, points), image, points, no_change(len(points)), 1)
+own, both = time.thread_time() - own, time.process_time() - started
+print((both - own) / own)
+"""
+
+
+def test_one_thread_computes_patches_whatever_blas_may_take() -> None:
+    # Threads of OpenBLAS wait for each other by spinning: on a busy machine they take many times what they compute.
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment["OPENBLAS_NUM_THREADS"] = "4"
+    ran = subprocess.run([sys.executable, "-c", _OTHER_THREADS], env=environment, capture_output=True, text=True)
+    assert not ran.returncode, ran.stderr
+    assert float(ran.stdout) < 0.1

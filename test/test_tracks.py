@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -156,6 +157,29 @@ def test_the_same_images_give_the_same_tracks(picture: NDArray[np.uint8]) -> Non
         found.append(links)
     for name in ("indices", "points", "reference_points", "sigmas", "scores", "track_ids"):
         assert np.array_equal(getattr(found[0], name), getattr(found[1], name)), name
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_camera_that_only_turns_knows_where_lost_tracks_are(picture: NDArray[np.uint8], calibrated: bool) -> None:
+    # All depths are alike then: none is told from infinity.
+    tracks, start = Tracks(200, 200), view(picture, 0, np.random.default_rng(0).permutation(grid(10))[:60])
+    lower, camera = start.keypoints[:, 1] >= 60, CAMERA if calibrated else None
+    detected = np.flatnonzero(~lower | (np.arange(60) % 2 == 0))
+    part = replace(start, keypoints=start.keypoints[detected], descriptors=start.descriptors[detected])
+    hidden = replace(start, keypoints=start.keypoints[~lower], descriptors=start.descriptors[~lower])
+    hidden = replace(hidden, mask=np.arange(SIZE)[:, None].repeat(SIZE, axis=1) < 60)
+    found = []
+    for before, now in itertools.pairwise([start, start, start, hidden, part, start]):
+        same = [np.flatnonzero((before.keypoints == point).all(axis=1)) for point in now.keypoints]
+        matches = np.array([(one[0], k) for k, one in enumerate(same) if len(one)])
+        links = tracks.follow(before, now, matches, np.full(len(matches), 0.9, np.float32))
+        still = replace(sideways(len(links.points), PoseStatus.NO_TRANSLATION), translation=np.zeros(3))
+        links, pose = tracks.settle(now, (camera, camera), links, still)
+        tracks.advance(now, pose.inliers)
+        found.append(set(links.track_ids.tolist()))
+    assert len(found[0]) == 60 and len(found[2]) == np.count_nonzero(~lower)
+    assert len(found[4] & found[0]) == (60 if calibrated else len(detected))
 
 
 def test_left_and_right_are_refined(picture: NDArray[np.uint8]) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import cv2
 import numpy as np
 from scipy.spatial import cKDTree
 
-__all__ = ["Neighbours", "flow_far", "flow_forth_and_back", "flow_near"]
+__all__ = ["Neighbours", "flow_far", "flow_forth_and_back", "flow_near", "tree"]
+
+tree = partial(cKDTree, balanced_tree=False, compact_nodes=False)
+"""A tree of points (T, 2), built quickly: each is asked but once."""
 
 _WINDOW = 13  # pixels
 _WIDE_WINDOW = 21  # pixels: where nothing but the flow itself tells whether it is right
@@ -68,7 +73,7 @@ class Neighbours:
     def __init__(self, points: np.ndarray, targets: np.ndarray) -> None:
         self._points, self._known = points, np.isfinite(targets[:, 0])
         self._moves = (targets - points)[self._known]
-        self._tree = cKDTree(points[self._known]) if len(self._moves) > _NEIGHBOURS else None
+        self._tree = tree(points[self._known]) if len(self._moves) > _NEIGHBOURS else None
 
     def expect(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(R, 2) float32 where some of the points (R,) are in image 1, and (R,) how far neighbours disagree, pixels.

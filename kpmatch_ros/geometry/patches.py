@@ -31,7 +31,8 @@ LONGEST_STEP = 3.0
 
 _ITERATIONS = 2
 _LAST_STEP = 0.3  # pixels: what moves further in the last step is not yet, or nowhere, in place
-_BLOCK = 1024  # patches at a time, whose arrays stay in the cache
+_BLOCK = 1024  # patches at a time that are searched for: their arrays stay in the cache
+_CUT_BLOCK = 384  # and that are cut, which takes more arrays; of larger products, OpenBLAS gives each core a part
 _DAMPING = np.array([1.0, 1e4, 1e4], np.float32)
 """Noise of 10 grey levels over what a step is expected to be: any number of pixels, a tenth of a deformation."""
 _BLUR_DAMPING = np.float32(1e4)  # the same for a fifth of a square pixel of blur
@@ -91,8 +92,8 @@ def cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
     These are the pixels, less their mean, their gradients, their Laplacians, less their mean, and the equations of an
     affine change and of a shift.
     """
-    if len(points) > _BLOCK:
-        return np.concatenate([cut(image, points[block]) for block in _blocks(len(points))])
+    if len(points) > _CUT_BLOCK:
+        return np.concatenate([cut(image, points[block]) for block in _blocks(len(points), _CUT_BLOCK)])
     wide = _sample(image, points[:, :1] + _WIDE_X, points[:, 1:] + _WIDE_Y)
     middle, left, right, above, below = (wide.take(_USED + i, axis=1) for i in (0, -1, 1, -_WIDE, _WIDE))
     template, across, down = _centred(middle), (right - left) / 2, (below - above) / 2
@@ -119,7 +120,9 @@ def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np
     patch. The rest is estimated besides the affine map.
     """
     if len(points) > _BLOCK:
-        parts = [align(patches[block], image, points[block], shapes[block], shifts) for block in _blocks(len(points))]
+        parts = [
+            align(patches[block], image, points[block], shapes[block], shifts) for block in _blocks(len(points), _BLOCK)
+        ]
         return Alignment(*(np.concatenate(each) for each in zip(*(vars(part).values() for part in parts))))
     start = points
     template, across, down, laplacian = (patches[:, i * len(_USED) :][:, : len(_USED)] for i in range(4))
@@ -127,27 +130,31 @@ def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np
     for _ in range(shifts):
         seen, places = _seen(image, points, shapes, _PLACES[:, _FEW]), _PLACES[:1, _FEW]
         step = _step(shift, seen, across[:, _FEW], down[:, _FEW], places)[:, :, 0]
-        points = points - np.einsum("tij,tj->ti", shapes, np.clip(step, -2, 2))
+        points = points - np.einsum("tij,tj->ti", shapes, step.clip(-2, 2))
     narrower = _BLUR / 2 * _narrowing(shapes)
     affine = _sharpened(affine, narrower)
     for _ in range(_ITERATIONS):
         step = _step(affine, _seen(image, points, shapes, _PLACES), across, down, _PLACES, laplacian)
-        points = points - np.einsum("tij,tj->ti", shapes, np.clip(step[:, :, 0], -2, 2))
-        shapes = shapes - shapes @ np.clip(step[:, :, 1:], -0.3, 0.3)
+        points = points - np.einsum("tij,tj->ti", shapes, step[:, :, 0].clip(-2, 2))
+        shapes = shapes - shapes @ step[:, :, 1:].clip(-0.3, 0.3)
     seen, contrast = _seen(image, points, shapes, _PLACES), affine[:, -1]
     _, power, gain = _brightness(seen, contrast)
     product = np.einsum("tp,tp->t", seen, template) - narrower * np.einsum("tp,tp->t", seen, laplacian)
-    likeness = np.clip(product / np.sqrt(power * contrast), 0, 1)
+    likeness = (product / np.sqrt(power * contrast)).clip(0, 1)
     height, width = image.shape
     stretch = np.abs(shapes).sum(axis=2).max(axis=1, initial=0)
     area = shapes[:, 0, 0] * shapes[:, 1, 1] - shapes[:, 0, 1] * shapes[:, 1, 0]
-    good = (np.linalg.norm(points - start, axis=1) < LONGEST_STEP) & (likeness > _ALIKE)
-    good &= np.linalg.norm(step[:, :, 0], axis=1) < _LAST_STEP
+    good = (_length(points - start) < LONGEST_STEP) & (likeness > _ALIKE) & (_length(step[:, :, 0]) < _LAST_STEP)
     good &= (stretch < _LARGEST_SCALE) & (area > 1 / _LARGEST_SCALE**2)
     good &= (points >= 1).all(axis=1) & (points[:, 0] < width - 2) & (points[:, 1] < height - 2)
     variance = np.maximum(gain * gain * power - 2 * gain * product + contrast, 0) / len(_USED)
     sigmas = _SIGMA_FLOOR + _SIGMA_GROWTH * variance * (affine[:, 0] + affine[:, 21]) / 2
     return Alignment(points, shapes, sigmas.astype(np.float32), likeness.astype(np.float32), good)
+
+
+def _length(moves: np.ndarray) -> np.ndarray:
+    """(T,) of moves (T, 2)."""
+    return np.asarray(np.hypot(moves[:, 0], moves[:, 1]))
 
 
 def _seen(image: np.ndarray, points: np.ndarray, shapes: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -161,7 +168,7 @@ def _brightness(seen: np.ndarray, contrast: np.ndarray) -> tuple[np.ndarray, np.
     pixels = seen.shape[1]
     mean = seen @ _ONES[:pixels] / pixels
     power = np.maximum(np.einsum("tp,tp->t", seen, seen) - pixels * mean * mean, _LEAST_CONTRAST)
-    return mean, power, np.clip(np.sqrt(contrast / power), 1 / _LARGEST_GAIN, _LARGEST_GAIN)
+    return mean, power, np.sqrt(contrast / power).clip(1 / _LARGEST_GAIN, _LARGEST_GAIN)
 
 
 def _narrowing(shapes: np.ndarray) -> np.ndarray:
@@ -204,20 +211,20 @@ def _equations(
         the Laplacians with the template and with themselves.
     """
     kinds, pixels = places.shape
+    size = 2 * kinds
     products = (places[:, None] * places).reshape(-1, pixels)
-    normal = np.empty((2, kinds, 2, kinds, len(across)), np.float32)
-    for i, one in enumerate((across, down)):
-        for j, other in enumerate((across, down)):
-            normal[i, :, j] = (products @ (one * other).T).reshape(kinds, kinds, -1)
+    normal = np.empty((size if laplacian is None else size + 1,) * 2 + (len(across),), np.float32)
+    for i, j, squares in ((0, 0, across * across), (0, kinds, across * down), (kinds, kinds, down * down)):
+        normal[i : i + kinds, j : j + kinds] = (products @ squares.T).reshape(kinds, kinds, -1)
+    normal[kinds:size, :kinds] = normal[:kinds, kinds:size]
     sums = np.concatenate([places @ across.T, places @ down.T])
-    normal = normal.reshape(2 * kinds, 2 * kinds, len(across)) - sums[:, None] * sums / pixels
-    for k, damping in enumerate(np.tile(_DAMPING[:kinds], 2)):
-        normal[k, k] += damping
+    normal[:size, :size] -= sums[:, None] * sums / pixels
+    for k in range(size):
+        normal[k, k] += _DAMPING[k % kinds]
     blur = []
     if laplacian is not None:
         along = np.concatenate([places @ (each * laplacian).T for each in (across, down)])
         products = np.stack([np.einsum("tp,tp->t", each, laplacian) for each in (template, laplacian)])
-        normal = np.pad(normal, ((0, 1), (0, 1), (0, 0)))
         normal[-1, :-1] = normal[:-1, -1] = along
         normal[-1, -1] = products[1] + _BLUR_DAMPING
         blur = [along, products]
@@ -227,7 +234,7 @@ def _equations(
         inverse = inverse[:-1, :-1]
     own = [places @ (each * template).T for each in (across, down)]
     contrast = np.maximum(np.einsum("tp,tp->t", template, template), _LEAST_CONTRAST)
-    return np.concatenate([inverse.reshape(4 * kinds**2, -1), *blur, sums, *own, contrast[None]]).T
+    return np.concatenate([inverse.reshape(size * size, -1), *blur, sums, *own, contrast[None]]).T
 
 
 def _step(
@@ -266,8 +273,8 @@ def _inverse(matrices: np.ndarray) -> np.ndarray:
     return inverse
 
 
-def _blocks(count: int) -> list[slice]:
-    return [slice(i, i + _BLOCK) for i in range(0, count, _BLOCK)]
+def _blocks(count: int, most: int) -> list[slice]:
+    return [slice(i, i + most) for i in range(0, count, most)]
 
 
 def _centred(values: np.ndarray) -> np.ndarray:
