@@ -349,3 +349,26 @@ def test_self_attention_in_bfloat16_is_that_of_float32(count: int, masked: bool)
         found.append(attention(heads, heads, mask).float())
     assert found[0].shape == (2, count, 64)
     assert (found[0] - found[1]).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_cross_attention_of_both_images_at_once_is_that_of_each(masked: bool) -> None:
+    torch.manual_seed(0)
+    attention = Attention(64, heads=4, key_value_heads=4, bias=True).requires_grad_(False)
+    attention.k_proj = attention.q_proj
+    attention.q_proj.weight *= 20  # similarities of several hundred, as with trained weights
+    attention.to(torch.bfloat16)
+    heads = [attention.project(torch.randn(2, count, 64).bfloat16()) for count in (90, 120)]
+    masks = [torch.rand(2, heads[i].query.shape[2]) < 0.7 if masked else None for i in range(2)]
+    with_both, without = attention.both_ways(*heads, *masks), []
+    for i in range(2):
+        similarity = heads[i].query.float() @ heads[1 - i].key.float().transpose(-1, -2) / 4
+        assert similarity.max() > 300
+        mask = masks[1 - i]
+        if mask is not None:
+            similarity.masked_fill_(~mask[:, None, None], -torch.inf)
+        message = similarity.softmax(dim=-1) @ heads[1 - i].value.float()
+        without.append(attention.o_proj(message.transpose(1, 2).flatten(-2).bfloat16()))
+    for found, expected, mask in zip(with_both, without, masks):
+        real = slice(None) if mask is None else mask
+        assert (found[real] - expected[real]).abs().max() < 0.02

@@ -255,6 +255,36 @@ def test_an_image_worked_on_in_bands_gives_what_it_gives_as_a_whole(
     assert all(shape[2] <= 13 for shape in shapes)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("round_up", [False, True])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 72), (64, 8), (97, 75)])
+def test_descriptors_at_keypoints_are_those_of_the_whole_map(
+    ours: Callable[..., SuperPoint],
+    monkeypatch: pytest.MonkeyPatch,
+    layout: Any,
+    round_up: bool,
+    height: int,
+    width: int,
+) -> None:
+    monkeypatch.setattr(superpoint, "WINDOWS", 50)  # more cells than that are worked on in parts
+    model = ours().to(memory_format=layout)
+    features = torch.randn(2, model.encoder.conv_blocks[-1].channels, height // 8, width // 8).to(memory_format=layout)
+    size = torch.tensor([width // 8 * 8 - 1.0, height // 8 * 8 - 1.0])
+    keypoints = torch.rand(2, 30, 2) * size
+    keypoints[:, 0], keypoints[:, 1] = 0, size  # the far corners, beyond the centres of the outermost cells
+    expected = superpoint.sample_descriptors(model.descriptor_decoder(features), keypoints)
+    found = model.descriptor_decoder.at(features, keypoints, round_up)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_pooling_by_comparing_is_pooling(ours: Callable[..., SuperPoint], texture: Any) -> None:
+    model, images = ours(), batch(texture(97, 75, 1), texture(97, 75, 2))
+    found = model.encoder(images)
+    for block in model.encoder.conv_blocks:
+        block.in_bands = False
+    assert torch.equal(found, model.encoder(images))
+
+
 def test_keypoints_come_best_first_and_the_best_are_kept(ours: Callable[..., SuperPoint], texture: Any) -> None:
     model, image = ours(), batch(texture(96, 128, 7))
     everything = model(image)

@@ -69,9 +69,9 @@ def suppress_non_maxima(scores: Tensor, radius: int, again: int = 2) -> Tensor:
     maxima = scores == _largest_nearby(scores, radius)
     for _ in range(again):
         suppressed = _largest_nearby(maxima.view(torch.uint8), radius).view(torch.bool)
-        remaining = scores.masked_fill(suppressed, 0)
+        remaining = torch.where(suppressed, 0, scores)
         maxima |= (remaining == _largest_nearby(remaining, radius)) & ~suppressed
-    return scores.masked_fill(~maxima, 0)
+    return torch.where(maxima, scores, 0)
 
 
 def _largest_nearby(x: Tensor, radius: int) -> Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ __all__ = [
     "TokenConfidence",
     "TransformerLayer",
 ]
+
+_LOW = -1e30  # of a similarity: its exponential is 0
+_ACROSS_AT_ONCE = 1024  # points of an image up to which a head's similarities, float32, were seen to stay in the cache
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -107,7 +110,18 @@ class Attention(nn.Module):
             message = F.scaled_dot_product_attention(
                 points.query, source.key, source.value, attn_mask=None if mask is None else mask[:, None, None, :]
             )
-        return self.o_proj(message.transpose(1, 2).flatten(-2))
+        return self._output(message)
+
+    def both_ways(
+        self, heads0: Heads, heads1: Heads, mask0: Tensor | None, mask1: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Messages to the points of two images from each other's; masks as for :meth:`forward`."""
+        weight, most = self.q_proj.weight, max(heads0.query.shape[2], heads1.query.shape[2])
+        at_once = self.k_proj is self.q_proj and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+        if at_once and most <= _ACROSS_AT_ONCE and not (heads0.query.requires_grad or self._forward_hooks):
+            message0, message1 = _attend_across(heads0, heads1, mask0, mask1)
+            return self._output(message0), self._output(message1)
+        return self(heads0, heads1, mask1), self(heads1, heads0, mask0)
 
     def share_equal_projections(self) -> None:
         """Compute queries and keys once if their weights are the same, as in the authors' cross-attention."""
@@ -117,6 +131,9 @@ class Attention(nn.Module):
     def weights(self, points: Heads, source: Heads, mask: Tensor | None) -> Tensor:
         """How much (B, heads, N, M) each point listens to each of the source, arguments as for :meth:`forward`."""
         return attention_weights(points.query, source.key, mask)
+
+    def _output(self, message: Tensor) -> Tensor:
+        return cast(Tensor, self.o_proj(message.transpose(1, 2).flatten(-2)))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
@@ -140,13 +157,53 @@ def _attend_by_heads(heads: Heads, mask: Tensor | None) -> Tensor:
     batch, count, points, size = heads.query.shape
     message = heads.query.new_empty(batch, points, count, size).transpose(1, 2)
     rows = max(2**20 // points, 128)  # of one head at a time: 2 MB of similarities stay in the cache
+    lows = _low_where_masked(mask, heads.query.dtype, batch)
     for b, h, first in itertools.product(range(batch), range(count), range(0, points, rows)):
         some = slice(first, first + rows)
-        similarity = (heads.query[b, h, some] / math.sqrt(size)) @ heads.key[b, h].T
-        if mask is not None:
-            similarity.masked_fill_(~mask[b], torch.finfo(similarity.dtype).min)
+        similarity = F.linear(heads.query[b, h, some] / math.sqrt(size), heads.key[b, h], lows[b])
         message[b, h, some] = similarity.softmax(dim=-1) @ heads.value[b, h]
     return message
+
+
+def _attend_across(heads0: Heads, heads1: Heads, mask0: Tensor | None, mask1: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cross-attention in both directions, where queries are keys: similarities are computed once, in float32.
+
+    The weights are powers of two, which PyTorch computes in half the time of exponentials.
+
+    Args:
+        heads0: of image 0, N points.
+        heads1: of image 1, M points.
+        mask0: (B, N) bool, as for :meth:`Attention.forward`.
+        mask1: (B, M).
+
+    Returns:
+        The messages (B, heads, N, head size) and (B, heads, M, head size).
+    """
+    batch, count, _, size = heads0.query.shape
+    message0, message1 = (torch.empty_like(heads.query) for heads in (heads0, heads1))
+    lows0, lows1 = (_low_where_masked(mask, torch.float32, batch) for mask in (mask0, mask1))
+    for b, h in itertools.product(range(batch), range(count)):
+        query, key = heads0.query[b, h].float() * (math.log2(math.e) / math.sqrt(size)), heads1.key[b, h].float()
+        similarity = F.linear(query, key, lows1[b])
+        message0[b, h] = _listen(similarity - similarity.amax(dim=1, keepdim=True), heads1.value[b, h])
+        low0 = lows0[b]
+        if low0 is not None:
+            similarity += low0[:, None]
+        message1[b, h] = _listen(similarity.sub_(similarity.amax(dim=0)).T, heads0.value[b, h])
+    return message0, message1
+
+
+def _listen(exponents: Tensor, values: Tensor) -> Tensor:
+    """Means (N, C) of the values (M, C) with the weights 2^exponents (N, M), of which the largest of a row is 1."""
+    weights = exponents.clamp_min_(-100).exp2_()  # numbers below the normal ones take processors far longer
+    return (weights.to(values.dtype) @ values) / weights.sum(dim=1, keepdim=True)
+
+
+def _low_where_masked(mask: Tensor | None, dtype: torch.dtype, batch: int) -> Sequence[Tensor | None]:
+    """For each image of a batch what is added to similarities with its points (N,): much less for padding."""
+    if mask is None:
+        return [None] * batch
+    return mask.new_zeros(mask.shape, dtype=dtype).masked_fill_(~mask, _LOW).unbind()
 
 
 class FeedForward(nn.Module):
@@ -186,10 +243,8 @@ class TransformerLayer(nn.Module):
         """The new states of both images' points."""
         x0, x1 = (self._within(points) for points in (points0, points1))
         heads0, heads1 = (self.cross_attention.project(x.to(self.dtype)) for x in (x0, x1))
-        return (
-            self.cross_mlp(x0, self.cross_attention(heads0, heads1, points1.mask)),
-            self.cross_mlp(x1, self.cross_attention(heads1, heads0, points0.mask)),
-        )
+        message0, message1 = self.cross_attention.both_ways(heads0, heads1, points0.mask, points1.mask)
+        return self.cross_mlp(x0, message0), self.cross_mlp(x1, message1)
 
     def _within(self, points: Points) -> Tensor:
         heads = self.self_attention.project(points.x.to(self.dtype), points.rotation)

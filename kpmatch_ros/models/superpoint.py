@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kpmatch_ros.models.base import Extractor
+from kpmatch_ros.models.base import Extractor, rounded_up
 from kpmatch_ros.models.checkpoint import Checkpoint
 from kpmatch_ros.models.detections import (
     Detections,
@@ -29,6 +29,7 @@ from kpmatch_ros.models.detections import (
 __all__ = ["SuperPoint"]
 
 CELL = 8  # pixels: one vector of scores and one descriptor for each 8 x 8 cell of the image
+WINDOWS = 4096  # of 3 x 3 cells whose numbers are copied at a time
 BAND = 8 << 20  # bytes of activations that a processor's convolutions make at a time
 
 
@@ -36,7 +37,7 @@ class ConvBlock(nn.Module):
     """Two 3 x 3 convolutions, and 2 x 2 max pooling if ``pooling``.
 
     Attributes:
-        in_bands: a processor computes a large image band by band; the results are the same.
+        in_bands: a processor computes a large image band by band, and pools by comparing; the results are the same.
     """
 
     def __init__(self, inputs: int, outputs: int, pooling: bool) -> None:
@@ -50,7 +51,7 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height = x.shape[2]
         rows = height
-        if self.in_bands and self.pooling and x.device.type == "cpu" and not self.training:
+        if self.pooling and self._lightly(x):
             # Band by band: at 640 x 480 the first block's activations are 79 MB, which would leave the cache and be
             # asked of the system, page by page, for every image.
             rows = max(BAND // (self.channels * x[:, 0, 0].numel() * x.element_size()), 8) // 2 * 2
@@ -70,7 +71,12 @@ class ConvBlock(nn.Module):
 
     def _finish(self, x: Tensor) -> Tensor:
         # The maximum is positive if any is: pooling first leaves a quarter of the work.
-        return F.relu(F.max_pool2d(x, 2) if self.pooling else x, inplace=True)
+        if not self.pooling:
+            return F.relu(x, inplace=True)
+        return F.relu(_halved(x) if self._lightly(x) else F.max_pool2d(x, 2), inplace=True)
+
+    def _lightly(self, x: Tensor) -> bool:
+        return self.in_bands and x.device.type == "cpu" and not self.training
 
 
 class Encoder(nn.Module):
@@ -118,6 +124,36 @@ class DescriptorDecoder(nn.Module):
         hidden = F.relu(self.conv_descriptor_a(features), inplace=True)
         descriptors = self.conv_descriptor_b(hidden.to(self.conv_descriptor_b.weight.dtype))
         return F.normalize(descriptors.float(), dim=1)
+
+    def at(self, features: Tensor, keypoints: Tensor, round_up: bool = False) -> Tensor:
+        """As :func:`sample_descriptors` of :meth:`forward`, computed for the cells around keypoints alone.
+
+        Args:
+            features: (B, C, h, w).
+            keypoints: (B, N, 2) x, y in pixels.
+            round_up: compute for one of few numbers of cells, see :func:`kpmatch_ros.models.base.rounded_up`.
+
+        Returns:
+            (B, N, D).
+        """
+        batch, channels, height, width = features.shape
+        corners, weights = cells_around(keypoints, height, width)
+        first = torch.arange(batch, device=features.device)[:, None, None] * (height * width)
+        cells, places = (corners + first).unique(return_inverse=True)
+        count = rounded_up(len(cells)) if round_up else len(cells)
+        # In memory, a row of pixels is one of channels too: a row of a 3 x 3 window is 3 C numbers in succession.
+        padded = F.pad(features.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
+        rows = padded.as_strided((padded[..., 0].numel() - 2, 3 * channels), (channels, 1))
+        image, y, x = cells // (height * width), cells // width % height, cells % width
+        top = F.pad((image * (height + 2) + y) * (width + 2) + x, (0, count - len(cells)))
+        found = []
+        for part in torch.stack([top + i * (width + 2) for i in range(3)], dim=1).split(WINDOWS):
+            windows = rows.index_select(0, part.flatten()).view(-1, 9 * channels)
+            hidden = _convolved(windows, self.conv_descriptor_a).relu_()
+            found.append(_convolved(hidden.to(self.conv_descriptor_b.weight.dtype), self.conv_descriptor_b))
+        descriptors = torch.cat(found)
+        samples = (F.normalize(descriptors.float(), dim=1)[places] * weights[..., None]).sum(dim=2)
+        return F.normalize(samples, dim=2)
 
 
 class SuperPoint(Extractor):
@@ -222,7 +258,12 @@ class SuperPoint(Extractor):
         batch, _, height, width = image.shape
         if height < CELL or width < CELL:
             return Detections.none(batch, self.descriptor_size, image.device)
-        return self.select(*self.dense(image), allowed)
+        if image.device.type != "cpu" or self.training:
+            return self.select(*self.dense(image), allowed)
+        features = self.encoder(image)
+        keypoints, best, mask = self._detect(self.keypoint_decoder(features), allowed)
+        round_up = self.round_up and self.dtype == torch.bfloat16
+        return Detections(keypoints, best, self.descriptor_decoder.at(features, keypoints, round_up), mask)
 
     def dense(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """What the network computes for each place of an image (B, 1, H, W) of at least 8 x 8 pixels.
@@ -236,6 +277,11 @@ class SuperPoint(Extractor):
 
     def select(self, scores: Tensor, descriptors: Tensor, allowed: Tensor | None = None) -> Detections:
         """The keypoints in what :meth:`dense` gave, and their descriptors; ``allowed`` as for :meth:`forward`."""
+        keypoints, best, mask = self._detect(scores, allowed)
+        return Detections(keypoints, best, sample_descriptors(descriptors, keypoints), mask)
+
+    def _detect(self, scores: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The keypoints in scores (B, H, W), as :func:`select_keypoints` gives them, read out if :attr:`subpixel`."""
         maxima = clear_masked(clear_border(suppress_non_maxima(scores, self.nms_radius), self.border), allowed)
         keypoints, best, mask = select_keypoints(maxima, self.keypoint_threshold, self.max_keypoints)
         if self.subpixel:
@@ -243,7 +289,7 @@ class SuperPoint(Extractor):
             x, y = read_out(scores, keypoints).unbind(dim=-1)
             x, y = x.clamp(self.border, columns - 1 - self.border), y.clamp(self.border, rows - 1 - self.border)
             keypoints = unless_masked(torch.stack([x, y], dim=-1), keypoints, allowed) * mask[..., None]
-        return Detections(keypoints, best, sample_descriptors(descriptors, keypoints), mask)
+        return keypoints, best, mask
 
     @property
     def dtype(self) -> torch.dtype:
@@ -264,8 +310,45 @@ def sample_descriptors(descriptors: Tensor, keypoints: Tensor) -> Tensor:
     Returns:
         (B, N, D).
     """
-    height, width = descriptors.shape[-2:]
-    far_corner = vector(width * CELL - CELL / 2 - 0.5, height * CELL - CELL / 2 - 0.5, like=keypoints)
-    grid = (keypoints - CELL / 2 + 0.5) / far_corner * 2 - 1
+    grid = _positions(keypoints, *descriptors.shape[-2:]) * 2 - 1
     samples = F.grid_sample(descriptors, grid[:, None].to(descriptors.dtype), align_corners=True)[:, :, 0]
     return F.normalize(samples, dim=1).transpose(1, 2)
+
+
+def cells_around(keypoints: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The four cells around each keypoint, and their weights in a bilinear sample as :func:`sample_descriptors` takes.
+
+    Args:
+        keypoints: (B, N, 2) x, y in pixels.
+        height: of the map, cells.
+        width: the same.
+
+    Returns:
+        indices (B, N, 4) into the map's cells, row by row, and weights (B, N, 4) float32, 0 for cells outside.
+    """
+    size = vector(width, height, like=keypoints)
+    place = _positions(keypoints, height, width) * (size - 1)
+    steps = keypoints.new_tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
+    corners = place.floor()[..., None, :] + steps  # (B, N, 4, 2)
+    weights = (1 - (place[..., None, :] - corners).abs()).prod(dim=-1)
+    inside = ((corners >= 0) & (corners < size)).all(dim=-1)
+    x, y = corners.clamp(min=0).minimum(size - 1).long().unbind(dim=-1)
+    return y * width + x, weights * inside
+
+
+def _positions(keypoints: Tensor, height: int, width: int) -> Tensor:
+    """Places in a map of descriptors, from 0 in its first cell to 1 where :func:`sample_descriptors` takes its last."""
+    far_corner = vector(width * CELL - CELL / 2 - 0.5, height * CELL - CELL / 2 - 0.5, like=keypoints)
+    return (keypoints - CELL / 2 + 0.5) / far_corner
+
+
+def _convolved(windows: Tensor, convolution: nn.Conv2d) -> Tensor:
+    """What a convolution makes of its windows (N, rows x columns x channels)."""
+    return F.linear(windows, convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias)
+
+
+def _halved(x: Tensor) -> Tensor:
+    """2 x 2 max pooling of (B, C, H, W). PyTorch's notes where each maximum came from, in three times the time."""
+    x = x[..., : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2]
+    x = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
+    return torch.maximum(x[..., ::2], x[..., 1::2])
