@@ -64,8 +64,8 @@ class ConvBlock(nn.Module):
         """The output for the rows ``top`` to ``bottom`` of x."""
         # Next to a cut a convolution sees zeros in place of the image's next row: its outer row there is thrown away.
         above, below = int(top > 0), int(bottom < x.shape[2])
-        x = F.relu(self.conv_a(x[:, :, top - 2 * above : bottom + 2 * below]), inplace=True)
-        x = x.to(next(self.conv_b.parameters()).dtype)
+        x = self.conv_a(x[:, :, top - 2 * above : bottom + 2 * below])
+        x = F.relu(x.to(self.conv_b.weight.dtype), inplace=True)
         x = self.conv_b(x[:, :, above : x.shape[2] - below])
         return self._finish(x[:, :, above : x.shape[2] - below])
 
