@@ -8,6 +8,8 @@ import cv2
 import numpy as np
 from scipy.spatial import cKDTree
 
+from kpmatch_ros.geometry.patches import inverse
+
 __all__ = ["Neighbours", "flow_far", "flow_forth_and_back", "flow_near", "tree"]
 
 tree = partial(cKDTree, balanced_tree=False, compact_nodes=False)
@@ -98,18 +100,25 @@ class Neighbours:
         shapes = np.tile(np.eye(2, dtype=np.float32), (len(rows), 1, 1))
         if self._tree is None or len(self._moves) < _SURROUNDING or len(rows) == 0:
             return shapes
+        # Arrays are (..., neighbours, R): many points at once, each of which has little to compute.
         _, near = self._tree.query(self._points[rows], k=_SURROUNDING)
-        offsets, moves = self._points[self._known][near] - self._points[rows][:, None], self._moves[near]
-        terms = np.concatenate([np.ones_like(offsets[:, :, :1]), offsets], axis=2, dtype=np.float64)
-        weights = np.ones(near.shape)
+        offsets = (self._points[self._known][near.T] - self._points[rows]).astype(np.float64).transpose(2, 0, 1)
+        terms = np.stack([np.ones_like(offsets[0]), *offsets])
+        moves = self._moves[near.T].astype(np.float64).transpose(2, 0, 1)
+        both, weights = np.concatenate([terms, moves]), np.ones(near.T.shape)
         for _ in range(_ROUNDS):
-            weighted = terms * weights[:, :, None]
-            normal = weighted.transpose(0, 2, 1) @ terms + np.diag([0.01, _RIDGE, _RIDGE])
-            solution = np.linalg.solve(normal, weighted.transpose(0, 2, 1) @ moves)
-            residuals = np.linalg.norm(moves - terms @ solution, axis=2)
-            scale = _OUTLIER * np.maximum(np.median(residuals, axis=1), _SMALLEST_SPREAD)
-            weights = np.square(np.clip(1 - np.square(residuals / scale[:, None]), 0, 1))
-        shapes += solution[:, 1:].transpose(0, 2, 1).astype(np.float32)
+            sums = np.einsum("ikr,jkr->ijr", terms * weights, both)
+            for k, ridge in enumerate((0.01, _RIDGE, _RIDGE)):
+                sums[k, k] += ridge
+            solution = np.einsum("ijr,jcr->icr", inverse(sums[:, :3]), sums[:, 3:])
+            across, down = (
+                moves - solution[0, :, None] - offsets[0] * solution[1, :, None] - offsets[1] * solution[2, :, None]
+            )
+            squares = across * across + down * down
+            median = np.sqrt(np.sort(squares, axis=0)[_SURROUNDING // 2 - 1 :][:2]).mean(axis=0)  # of the residuals
+            scale = _OUTLIER * np.maximum(median, _SMALLEST_SPREAD)
+            weights = np.square((1 - squares / (scale * scale)).clip(0, 1))
+        shapes += solution[1:].transpose(2, 1, 0).astype(np.float32)
         longest = np.linalg.norm(shapes, axis=(1, 2))
         area = np.linalg.det(shapes)
         shapes[(longest > _LARGEST_DEFORMATION) | (area < 1 / _LARGEST_DEFORMATION**2)] = np.eye(2)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-__all__ = ["LONGEST_STEP", "Alignment", "align", "cut", "no_change", "signed", "unaligned"]
+__all__ = ["LONGEST_STEP", "Alignment", "align", "cut", "inverse", "no_change", "signed", "unaligned"]
 
 _SIDE = 13  # pixels, as in geometry.refinement
 _WIDE = _SIDE + 2  # with a border for gradients
@@ -228,13 +228,13 @@ def _equations(
         normal[-1, :-1] = normal[:-1, -1] = along
         normal[-1, -1] = products[1] + _BLUR_DAMPING
         blur = [along, products]
-    inverse = _inverse(normal)
+    inverted = inverse(normal)
     if blur:
-        blur.insert(0, inverse[:-1, -1])
-        inverse = inverse[:-1, :-1]
+        blur.insert(0, inverted[:-1, -1])
+        inverted = inverted[:-1, :-1]
     own = [places @ (each * template).T for each in (across, down)]
     contrast = np.maximum(np.einsum("tp,tp->t", template, template), _LEAST_CONTRAST)
-    return np.concatenate([inverse.reshape(size * size, -1), *blur, sums, *own, contrast[None]]).T
+    return np.concatenate([inverted.reshape(size * size, -1), *blur, sums, *own, contrast[None]]).T
 
 
 def _step(
@@ -262,15 +262,15 @@ def _step(
     return step.reshape(-1, 2, len(places))
 
 
-def _inverse(matrices: np.ndarray) -> np.ndarray:
+def inverse(matrices: np.ndarray) -> np.ndarray:
     """Of symmetric positive matrices (N, N, T), by elimination: many at once, which are small."""
-    inverse = matrices.copy()
-    for k in range(len(inverse)):
-        pivot, column = 1 / inverse[k, k], inverse[:, k].copy()
-        row = inverse[k] * pivot
-        inverse -= column[:, None] * row
-        inverse[k], inverse[:, k], inverse[k, k] = row, -column * pivot, pivot
-    return inverse
+    result = matrices.copy()
+    for k in range(len(result)):
+        pivot, column = 1 / result[k, k], result[:, k].copy()
+        row = result[k] * pivot
+        result -= column[:, None] * row
+        result[k], result[:, k], result[k, k] = row, -column * pivot, pivot
+    return result
 
 
 def _blocks(count: int, most: int) -> list[slice]:
