@@ -42,7 +42,8 @@ to 5 %. docs/relative_pose.md has more figures.
 
 _WINDOW = 30  # pixels to each side of a pixel: large beside a patch, whose contrast then does not change with its scale
 _SHIFTS = 3  # steps from a detected keypoint to near its place
-_IN_NUMBERS = 0.2  # part of the points: with fewer lost, the images are alike
+_IN_NUMBERS = 0.25  # part of the points: with fewer lost, the images are alike
+_DEFORMED = 0.1  # of a length: what is less deformed is found as exactly without
 _LONGEST_STEP = 3.0  # pixels, or as many steps of the detector's grid
 _SMALLEST_DEVIATION = 2.0  # grey levels: less is noise
 
@@ -87,11 +88,11 @@ def align_deformed(
     shapes: np.ndarray,
     around: Neighbours,
 ) -> None:
-    """Search again for what was not found of R patches, deformed as their neighbours move.
+    """Search again for R patches that were lost in numbers, deformed as their neighbours move.
 
     An affine change is found from nearby only. Between images that are far apart, by angle or by distance, the moves of
-    the matches around a point say where to begin. If patches are lost in numbers, those that were found are searched
-    for again too: so far off, what is found is not exact.
+    the matches around a point say where to begin. What was found though it is much deformed is searched for again too:
+    so far off, it is not exact.
 
     Args:
         found: what was found of T patches; what is found now is put there.
@@ -103,9 +104,12 @@ def align_deformed(
         around: these T points and their neighbours.
     """
     lost = ~found.good[rows]
-    again = np.flatnonzero(lost if lost.mean() < _IN_NUMBERS else np.ones_like(lost)) if len(rows) else rows
-    rows = rows[again]
-    aligned = align(patches[again], image, near[rows], around.deformations(rows) @ shapes[rows], _SHIFTS)
+    if np.count_nonzero(lost) <= _IN_NUMBERS * len(rows):
+        return
+    deformations = around.deformations(rows)
+    again = lost | (np.linalg.norm(deformations - no_change(1), axis=(1, 2)) > _DEFORMED)
+    rows, shapes = rows[again], deformations[again] @ shapes[rows[again]]
+    aligned = align(patches[again], image, near[rows], shapes, _SHIFTS)
     found.put(rows[aligned.good], aligned.select(aligned.good))
 
 
