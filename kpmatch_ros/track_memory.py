@@ -8,7 +8,7 @@ import numpy as np
 
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.flow import Neighbours
-from kpmatch_ros.geometry.patches import Alignment, align, no_change
+from kpmatch_ros.geometry.patches import Alignment, align, inside, no_change
 from kpmatch_ros.geometry.structure import Window
 from kpmatch_ros.track_bank import NOT_DETECTED, Bank, Looks, apart, first_of_each_place, join, select, without
 from kpmatch_ros.track_search import ASTRAY, View
@@ -165,10 +165,7 @@ def _seek(
     Returns:
         Which others are found, and where.
     """
-    height, width = view.normalized.shape
-    wanted = without(len(lost), which)
-    wanted &= (expected >= 1).all(axis=1) & (expected[:, 0] < width - 2) & (expected[:, 1] < height - 2)
-    rows = np.flatnonzero(wanted)[-_MOST:]
+    rows = np.flatnonzero(without(len(lost), which) & inside(expected, view.normalized))[-_MOST:]
     known = np.isfinite(expected[which, 0])
     start = np.concatenate([expected[rows], expected[which[known]]])
     targets = np.concatenate([np.full((len(rows), 2), np.nan), found[known]])

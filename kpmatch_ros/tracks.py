@@ -13,7 +13,7 @@ import numpy as np
 
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.flow import tree
-from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change
+from kpmatch_ros.geometry.patches import Alignment, align, cut, inside, no_change
 from kpmatch_ros.geometry.pose import RelativePose
 from kpmatch_ros.geometry.refinement import align_matches, longest_step
 from kpmatch_ros.geometry.structure import FRAMES, Structure, Window, project, triangulate
@@ -269,9 +269,8 @@ class Tracks:
         spots = triangulate(before, rays[:-1][:, :, lost], prior=middle, information=(scene.noise / spread) ** 2)
         bank.spots[lost] = np.stack([spots[0], spots[1], np.ones_like(spots[0]), spots[2]], axis=1)
         expected = camera.project(project(scene.cameras, spots).T).astype(np.float32)
-        height, width = current.normalized.shape
-        inside = (expected >= 1).all(axis=1) & (expected[:, 0] < width - 2) & (expected[:, 1] < height - 2)
-        lost, spots, expected = lost[inside], spots[:, inside], expected[inside]
+        visible = inside(expected, image)
+        lost, spots, expected = lost[visible], spots[:, visible], expected[visible]
         found = align(self._looks.patches[bank.looks[lost]], image, expected, bank.shapes[lost])
         seen = rays[:, :, lost]
         seen[-1] = camera.normalise(found.points).T

@@ -95,9 +95,8 @@ def main(folder: Path) -> None:
                 node.wait_for(lambda: len(node.poses) == frame, "the matcher")
 
             sent = 0
-            while (
-                not paths or not transforms
-            ):  # messages to a back-end, or from it, before they know each other are lost
+            # Messages to a back-end, or from it, before they know each other are lost.
+            while not paths or not transforms:
                 send(sent, PLACES[0])
                 node.spin(0.5)
                 sent += 1

@@ -335,7 +335,7 @@ class Refined:
         code = "".join(inspect.getsource(module) for module in (flow, patches, refinement))
         self.matcher, self.resolution = matcher, matcher.resolution
         self.name = f"{matcher.name}, refined"
-        self.key = hash_of([], matcher=matcher.key, code=hashlib.sha256(code.encode()).hexdigest())
+        self.key = hash_of([], matcher=matcher.key, code=code)
 
     def __call__(self, image0: np.ndarray, image1: np.ndarray) -> Found:
         """Match two images."""

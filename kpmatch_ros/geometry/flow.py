@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 
 import cv2
 import numpy as np
 from scipy.spatial import cKDTree
 
-from kpmatch_ros.geometry.patches import inverse
+from kpmatch_ros.geometry.patches import inside, inverse
 
 __all__ = ["Neighbours", "flow_far", "flow_forth_and_back", "flow_near", "tree"]
 
@@ -56,8 +56,7 @@ def flow_forth_and_back(
     Points that move further (T,) than so many pixels from the start do not.
     """
     moved, there = _lucas_kanade(image0, image1, points, start, _WIDE_WINDOW, _LEVELS)
-    height, width = image1.shape
-    there &= (moved >= 1).all(axis=1) & (moved[:, 0] < width - 2) & (moved[:, 1] < height - 2)
+    there &= inside(moved, image1)
     there &= np.linalg.norm(moved - start, axis=1) < furthest
     back, here = _lucas_kanade(image1, image0, moved[there], points[there], _WIDE_WINDOW, _LEVELS)
     there[there] = here & (np.linalg.norm(back - points[there], axis=1) < _FORTH_AND_BACK)
@@ -75,7 +74,10 @@ class Neighbours:
     def __init__(self, points: np.ndarray, targets: np.ndarray) -> None:
         self._points, self._known = points, np.isfinite(targets[:, 0])
         self._moves = (targets - points)[self._known]
-        self._tree = tree(points[self._known]) if len(self._moves) > _NEIGHBOURS else None
+
+    @cached_property
+    def _tree(self) -> cKDTree | None:
+        return tree(self._points[self._known]) if len(self._moves) > _NEIGHBOURS else None
 
     def expect(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(R, 2) float32 where some of the points (R,) are in image 1, and (R,) how far neighbours disagree, pixels.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-__all__ = ["LONGEST_STEP", "Alignment", "align", "cut", "inverse", "no_change", "signed", "unaligned"]
+__all__ = ["LONGEST_STEP", "Alignment", "align", "cut", "inside", "inverse", "no_change", "signed", "unaligned"]
 
 _SIDE = 13  # pixels, as in geometry.refinement
 _WIDE = _SIDE + 2  # with a border for gradients
@@ -141,15 +141,20 @@ def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np
     _, power, gain = _brightness(seen, contrast)
     product = np.einsum("tp,tp->t", seen, template) - narrower * np.einsum("tp,tp->t", seen, laplacian)
     likeness = (product / np.sqrt(power * contrast)).clip(0, 1)
-    height, width = image.shape
     stretch = np.abs(shapes).sum(axis=2).max(axis=1, initial=0)
     area = shapes[:, 0, 0] * shapes[:, 1, 1] - shapes[:, 0, 1] * shapes[:, 1, 0]
     good = (_length(points - start) < LONGEST_STEP) & (likeness > _ALIKE) & (_length(step[:, :, 0]) < _LAST_STEP)
     good &= (stretch < _LARGEST_SCALE) & (area > 1 / _LARGEST_SCALE**2)
-    good &= (points >= 1).all(axis=1) & (points[:, 0] < width - 2) & (points[:, 1] < height - 2)
+    good &= inside(points, image)
     variance = np.maximum(gain * gain * power - 2 * gain * product + contrast, 0) / len(_USED)
     sigmas = _SIGMA_FLOOR + _SIGMA_GROWTH * variance * (affine[:, 0] + affine[:, 21]) / 2
     return Alignment(points, shapes, sigmas.astype(np.float32), likeness.astype(np.float32), good)
+
+
+def inside(points: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """(T,) bool which points (T, 2) have pixels of the image (H, W) all around them; NaN has none."""
+    height, width = image.shape
+    return np.asarray((points >= 1).all(axis=1) & (points[:, 0] < width - 2) & (points[:, 1] < height - 2))
 
 
 def _length(moves: np.ndarray) -> np.ndarray:
