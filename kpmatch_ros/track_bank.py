@@ -130,24 +130,10 @@ def first_of_each_place(points: np.ndarray, ids: np.ndarray, scores: np.ndarray)
     if len(points) < 2:
         return stay
     age = np.where(ids == 0, np.iinfo(np.uint64).max, ids)
-    for one, other in _pairs(points, 1.0):
+    for one, other in tree(points).query_pairs(1.0):
         older = (age[one], -scores[one], one) <= (age[other], -scores[other], other)
         stay[other if older else one] = False
     return stay
-
-
-def _pairs(points: np.ndarray, distance: float) -> list[tuple[int, int]]:
-    """Which points (T, 2) are no further than a distance from which others."""
-    pairs: list[tuple[int, int]] = []
-    order = np.argsort(points[:, 0])
-    x, y = points[order].T
-    for step in range(1, len(points)):
-        first = np.flatnonzero(x[step:] - x[:-step] <= distance)
-        if not len(first):
-            break
-        first = first[np.hypot(x[first + step] - x[first], y[first + step] - y[first]) <= distance]
-        pairs += zip(order[first].tolist(), order[first + step].tolist())
-    return pairs
 
 
 def attach(points: np.ndarray, detected: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
