@@ -47,7 +47,7 @@ def main(bag: Path, folder: Path) -> None:
         }
         node.wait_for(lambda: all(peer.get_subscription_count() for peer in peers.values()), "the node to subscribe")
         node.wait_for(lambda: node.node.count_publishers("odometry"), "the topic")
-        node.spin(0.3)
+        node.wait_until_known()
 
         def said() -> str:
             return next((a.status[0].message for a in node.diagnostics if "base_frame" in a.status[0].message), "")
@@ -62,9 +62,14 @@ def main(bag: Path, folder: Path) -> None:
         publisher = node.node.create_publisher(TFMessage, "/tf_static", qos)
         publisher.publish(static)
         node.wait_for(lambda: publisher.get_subscription_count(), "the node to hear /tf_static")
-        node.spin(0.5)
-        play(node, bag, peers, 1)
-        node.wait_for(lambda: odometry and transforms, "odometry")
+        replays = iter(range(1, 100))
+
+        def is_placed() -> bool:  # the first images may come before the node has /tf_static
+            play(node, bag, peers, next(replays))
+            node.spin(1.0)
+            return bool(odometry and transforms)
+
+        node.wait_for(is_placed, "odometry")
         last, placed = odometry[-1], transforms[-1].transforms[0]
         position = last.pose.pose.position
         print(

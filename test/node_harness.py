@@ -12,24 +12,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import forked
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from domain_coordinator import domain_id
+from rcl_interfaces.srv import GetParameterTypes
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import QoSProfile
 from sensor_msgs.msg import CameraInfo, Image
 
 from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
 
+Process = subprocess.Popen[str] | forked.ForkedProcess
 PARAMETERS = {"device": "cpu", "precision": "float32", "queue": "all"}
+
+_PATIENCE = 1.0  # seconds after which a question is asked again
 
 
 class NodeUnderTest:
     """A matcher process and a peer that publishes to it and keeps what it sends."""
 
-    def __init__(
-        self, start: Callable[[], subprocess.Popen[str]], node: Any, executor: Any, log: Path, calibrated: bool
-    ) -> None:
+    def __init__(self, start: Callable[[], Process], node: Any, executor: Any, log: Path, calibrated: bool) -> None:
         self.namespace: str = node.get_namespace()  # of both
         self._start = start
         self.process = start()
@@ -108,7 +111,30 @@ class NodeUnderTest:
             return bool(ours and theirs)
 
         self.wait_for(connected, "the node to come up")
-        self.spin(0.3)  # discovery is done on this side; let the other side finish too
+        self.wait_until_known()
+
+    def wait_until_known(self, name: str = "matcher") -> None:
+        """Wait until a node, the matcher or another one, knows the peer's publishers, subscriptions and clients.
+
+        What it publishes from then on arrives. That this side knows of it says nothing of the other side. Discovery
+        tells of a participant's endpoints in the order in which they were made: who answers the newest of all clients
+        knows of everything before it. An answer to a client that is not known yet is lost, so it is asked again.
+        """
+        client = self.node.create_client(GetParameterTypes, f"{name}/get_parameter_types")
+        try:
+            self.wait_for(client.service_is_ready, f"the services of {name}")
+            answers: list[Any] = []
+
+            def answered() -> bool:
+                answers.append(client.call_async(GetParameterTypes.Request()))
+                end = time.monotonic() + _PATIENCE
+                while not any(answer.done() for answer in answers) and time.monotonic() < end:
+                    self._executor.spin_once(timeout_sec=0.05)
+                return any(answer.done() for answer in answers)
+
+            self.wait_for(answered, f"{name} to know this node")
+        finally:
+            self.node.destroy_client(client)
 
     def send(self, image: Image, info: CameraInfo | None = None) -> None:
         """Publish a frame, its calibration first."""
@@ -162,6 +188,7 @@ def running_node(
     arguments: tuple[str, ...] = (),
     calibrated: bool = True,
     discovery_range: str = "LOCALHOST",
+    fork: bool = True,
     **parameters: Any,
 ) -> Iterator[NodeUnderTest]:
     """Start the node in a ROS domain and a namespace of its own.
@@ -174,6 +201,8 @@ def running_node(
         arguments: ROS arguments of the node.
         calibrated: whether camera_info is offered to the node.
         discovery_range: as ROS_AUTOMATIC_DISCOVERY_RANGE.
+        fork: whether the node may be forked from a process that has loaded PyTorch (forked.py), which saves seconds. A
+            node that starts from nothing has other seeds of Python's and NumPy's random numbers than the one before.
         parameters: of the node. The topics in the names of quality of service overrides are those without a namespace.
     """
     namespace = f"/test_{uuid.uuid4().hex[:12]}"
@@ -185,17 +214,20 @@ def running_node(
             "ROS_LOG_DIR": str(tmp_path / "ros_log"),
             "OMP_NUM_THREADS": "1",
         }
-        command = ["matcher", "--ros-args", "-r", f"__ns:={namespace}"]
+        words = ["--ros-args", "-r", f"__ns:={namespace}"]
         for name, value in {**PARAMETERS, **parameters}.items():
             name = name.replace("qos_overrides./", f"qos_overrides.{namespace}/")
-            command += ["-p", f"{name}:={str(value).lower() if isinstance(value, bool) else value}"]
+            words += ["-p", f"{name}:={str(value).lower() if isinstance(value, bool) else value}"]
         log = tmp_path / "node.log"
         log.unlink(missing_ok=True)
 
-        def start() -> subprocess.Popen[str]:
+        def start() -> Process:
+            process = forked.start([*words, *arguments], environment, log) if fork else None
+            if process is not None:
+                return process
             with log.open("a") as stream:
                 return subprocess.Popen(
-                    [*command, *arguments], env=environment, stdout=stream, stderr=subprocess.STDOUT, text=True
+                    ["matcher", *words, *arguments], env=environment, stdout=stream, stderr=subprocess.STDOUT, text=True
                 )
 
         context = rclpy.Context()

@@ -92,7 +92,7 @@ def test_the_stereo_bag_holds_what_the_node_publishes_bit_for_bit(
         topics = ("stereo_matches", "matches", "relative_pose", "odometry", "features")
         node.wait_for(lambda: all(node.node.count_publishers(topic) for topic in topics), "its topics")
         node.wait_for(lambda: node.node.count_subscribers("features") == 1, "the subscription")
-        node.spin(0.3)
+        node.wait_until_known()
         with AnyReader([stereo_bag]) as reader:
             for connection, _, raw in reader.messages():
                 if connection.topic in peers:

@@ -344,7 +344,7 @@ def test_cpp_reads_what_the_node_sends(
     # Two windows of one picture: a point at p in the first is at p - (9, 5) in the second.
     picture = texture(280, 360, 0)
     reference_image, image = picture[:240, :320], picture[5:245, 9:329]
-    with running_node(tmp_path, max_keypoints=512) as peer:
+    with running_node(tmp_path, calibrated=False, max_keypoints=512) as peer:
         for topic, kind in topics.items():
             peer.node.create_subscription(kind, topic, raw[topic].append, 10, raw=True)
         peer.subscribe(FeatureArray, "features", peer.features.append)

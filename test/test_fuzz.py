@@ -260,7 +260,7 @@ def test_compressed_images_of_any_kind_do_no_harm(
         publisher = node.node.create_publisher(CompressedImage, "image/compressed", 1000)
         node.wait_for(publisher.get_subscription_count, "the node to come up")
         node.wait_for(lambda: node.node.count_publishers("matches"), "its topics")
-        node.spin(0.3)
+        node.wait_until_known()
         for message in compressed(rng, texture):
             publisher.publish(stamped(message, random_stamp(rng), random_frame(rng)))
         for i, good in enumerate(good_images(texture)):

@@ -62,7 +62,7 @@ def test_masks_that_stay_away_hold_up_no_frame_for_longer_than_sync_tolerance(tm
         node.wait_for(masks.get_subscription_count, "the subscription to masks")
         for number in range(5):
             node.send(image(textured(4 * number), 100 + number))
-            node.wait_for(lambda: len(node.matches) == number, "the frame", timeout=20)  # noqa: B023
+            node.wait_for(lambda: len(node.matches) == number, "the frame")  # noqa: B023
         figures = node.wait_for_figure("frames processed", "5")
         assert figures[f"no mask: {node.namespace}/image"] == "5"
         assert node.stop(signal.SIGINT) == 0

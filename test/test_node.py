@@ -153,7 +153,7 @@ def test_every_pair_of_frames_gives_one_match_array_and_one_pose(tmp_path: Path)
 
 def test_superglue_serves_as_the_matcher_too(tmp_path: Path, random_folder: Callable[..., Path]) -> None:
     folder = str(random_folder(superglue={}))
-    with running_node(tmp_path, extractor=folder, matcher=folder, **FAST) as node:
+    with running_node(tmp_path, calibrated=False, extractor=folder, matcher=folder, **FAST) as node:
         node.wait_until_connected()
         for i in range(3):  # whole cells further, as random weights see no others alike
             node.send(image(textured(16 * i), 100.0 + i))
@@ -246,7 +246,8 @@ def test_reset_a_jump_back_and_a_long_gap_begin_the_tracks_anew(tmp_path: Path) 
         assert [matches.reset for matches in node.matches] == [True, False, True, True, True]
         ids = [set(matches.track_ids) for matches in node.matches]
         assert not (ids[2] & ids[1]) and not (ids[3] & ids[2]) and not (ids[4] & ids[3])
-        node.spin(0.5)
+        node.wait_for_figure("frames processed", "9")
+        node.wait_for(lambda: len(node.poses) == 7, "the last pose")
         assert len(node.matches) == 5
         kinds = [pose.status == RelativePose.INTERRUPTED for pose in node.poses]
         assert kinds == [False, False, False, True, False, True, False], "a pose for every pair, and for every break"
@@ -289,11 +290,11 @@ def test_a_best_effort_camera_is_heard_in_both_queues(tmp_path: Path) -> None:
 
 def test_compressed_images_are_heard_on_their_own_topic(tmp_path: Path) -> None:
     arguments = ("-r", "image:=camera/image_raw")
-    with running_node(tmp_path, arguments, image_transport="compressed", **FAST) as node:
+    with running_node(tmp_path, arguments, calibrated=False, image_transport="compressed", **FAST) as node:
         publisher = node.node.create_publisher(CompressedImage, "camera/image_raw/compressed", 10)
         node.wait_for(publisher.get_subscription_count, "the node to come up")
         node.wait_for(lambda: node.node.count_publishers("matches"), "its topics")
-        node.spin(0.3)
+        node.wait_until_known()
         for i in range(3):
             jpeg = cv2.imencode(".jpg", textured(4 * i))[1].tobytes()
             publisher.publish(stamped(CompressedImage(format="jpeg", data=jpeg), 1 + 0.1 * i))

@@ -28,7 +28,7 @@ def ask(node: NodeUnderTest, kind: type, name: str, request: Any) -> Any:
     client = node.node.create_client(kind, f"matcher/{name}")
     node.wait_for(client.service_is_ready, f"the service {name}")
     future = client.call_async(request)
-    node.wait_for(future.done, f"the answer of {name}", 20)
+    node.wait_for(future.done, f"the answer of {name}")
     return future.result()
 
 
@@ -119,10 +119,11 @@ def test_a_node_says_that_it_loads_and_that_it_is_finalized(tmp_path: Path) -> N
         request = ChangeState.Request()
         request.transition.label = "configure"
         assert ask(node, ChangeState, "change_state", request).success
-        node.spin(0.3)
-        said = {message.status[0].message for message in node.diagnostics}
-        assert "unconfigured: configure and activate the node to have it process images" in said
-        assert "configuring: loading the networks" in said
+        for text in (
+            "unconfigured: configure and activate the node to have it process images",
+            "configuring: loading the networks",
+        ):
+            node.wait_for(lambda text=text: text in [each.status[0].message for each in node.diagnostics], text)
         request.transition.label = "shutdown"
         assert ask(node, ChangeState, "change_state", request).success
         node.wait_for_figure("state", "finalized")

@@ -77,7 +77,7 @@ class Rig:
         node.wait_for(lambda: all(one.get_subscription_count() for one in publishers), "the node to subscribe")
         topics = ("stereo_matches", "relative_pose", "matches")
         node.wait_for(lambda: all(node.node.count_publishers(topic) for topic in topics), "its topics")
-        node.spin(0.3)
+        node.wait_until_known()
 
     def send(
         self,
@@ -108,7 +108,7 @@ class Rig:
         def named() -> bool:
             return any(text in array.status[0].message for array in self.node.diagnostics)
 
-        self.node.wait_for(named, f"the warning {text!r}", timeout=10.0)
+        self.node.wait_for(named, f"the warning {text!r}")
         self._waited = True
 
 
@@ -127,7 +127,7 @@ def test_landmarks_are_on_the_two_walls(tmp_path: Path) -> None:
         clouds: list[PointCloud2] = []
         node.subscribe(PointCloud2, "landmarks", clouds.append)
         node.wait_for(lambda: node.node.count_publishers("landmarks"), "the topic")
-        node.spin(0.3)
+        node.wait_until_known()
         for number in range(2):
             camera.send(10.0 + 0.1 * number, 0.02 * number)
             node.wait_for(lambda: len(clouds) == number + 1, "the landmarks")  # noqa: B023
@@ -150,7 +150,7 @@ def test_every_frame_gives_stereo_matches_and_a_pose_in_metres(tmp_path: Path, c
         features: list[FeatureArray] = []
         node.subscribe(FeatureArray, "features", features.append)
         node.wait_for(lambda: node.node.count_publishers("features"), "the topic")
-        node.spin(0.3)
+        node.wait_until_known()
         for i in range(4):
             camera.send(10 + 0.1 * i, 0.05 * i, late=0.004)
         node.wait_for(lambda: len(node.poses) == len(node.matches) == 3 and len(node.stereo_matches) == 4, "the frames")
@@ -258,7 +258,7 @@ def test_a_slow_camera_that_falls_silent_is_named_after_one_image_of_the_other(t
         def named() -> re.Match[str] | None:
             return next(filter(None, (pattern.search(a.status[0].message) for a in camera.node.diagnostics)), None)
 
-        camera.node.wait_for(named, "the warning of the silent camera", timeout=10.0)
+        camera.node.wait_for(named, "the warning of the silent camera")
         found = named()
         assert found is not None
         silent, images = found.groups()
@@ -289,7 +289,7 @@ def test_odometry_chains_the_poses_and_a_lost_frame_begins_another_frame(tmp_pat
         found: list[Odometry] = []
         node.subscribe(Odometry, "odometry", found.append)
         node.wait_for(lambda: node.node.count_publishers("odometry"), "the topic")
-        node.spin(0.3)
+        node.wait_until_known()
         for i in range(4):
             camera.send(10 + 0.1 * i, 0.05 * i)
         node.wait_for(lambda: len(found) == 3, "three poses")

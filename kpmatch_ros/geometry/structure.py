@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from scipy.stats import chi2
+from scipy.special import chdtri
 
 from kpmatch_ros.geometry.robust import TINY
 
@@ -24,7 +24,7 @@ FRAMES = 8
 _ITERATIONS = 2
 _SMALLEST_DEPTH = 1e-3  # of a direction's length
 _DAMPING = 1e-9  # of an inverse depth
-_CUTOFF = float(chi2.isf(1e-2, 1))  # of a point's mean square, beyond which it has less to say of the motion
+_CUTOFF = float(chdtri(1, 1e-2))  # of a point's mean square, beyond which it has less to say of the motion
 _ENOUGH = 250  # points that the motion is fitted to, where there are more
 _FEWEST = 8  # points that tell the length of a translation
 
@@ -174,7 +174,7 @@ def _freedom(rays: np.ndarray) -> np.ndarray:
 @cache
 def _quantiles(above: float) -> np.ndarray:
     """The value of chi-square that so large a part is above, for each number of degrees of freedom."""
-    return np.asarray(chi2.isf(above, np.arange(2 * (FRAMES + 1))))
+    return np.asarray(chdtri(np.arange(2 * (FRAMES + 1)), above))
 
 
 def _length(spots: np.ndarray, rays: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> float:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from scipy.stats import chi2, norm
+from scipy.special import chdtri, ndtri
 
 from kpmatch_ros.geometry.camera import AHEAD
 from kpmatch_ros.geometry.robust import FALSE_ALARM_RATE, SMALLEST_SAMPLE, TINY
@@ -59,7 +59,7 @@ class Rival(NamedTuple):
 
         A rival that is right is refuted with a probability of FALSE_ALARM_RATE at most.
         """
-        return self.score < float(norm.isf(FALSE_ALARM_RATE))
+        return self.score < float(-ndtri(FALSE_ALARM_RATE))
 
     @property
     def is_within_noise(self) -> bool:
@@ -68,7 +68,7 @@ class Rival(NamedTuple):
         Of a right motion, twice the difference has a chi-square distribution (Wilks). This test is the stricter one for
         two motions that are no plane's: it trusts in the noise's distribution.
         """
-        return self.difference < float(chi2.isf(FALSE_ALARM_RATE, 5)) / 2
+        return self.difference < float(chdtri(5, FALSE_ALARM_RATE)) / 2
 
 
 def plane_motions(matches: Matches, motion: Motion, largest_distance: float) -> list[Motion]:

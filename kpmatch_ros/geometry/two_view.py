@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import chi2
+from scipy.special import chdtri
 
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
@@ -62,7 +62,7 @@ _SHARP = 0.3
 _COARSER = (3.0, 9.0)  # inlier thresholds that are tried where few matches agree
 _DEVIATIONS = 0.1 * 2.0 ** np.arange(7)  # standard deviations of the noise by which they are compared
 
-_ALLOWED = float(chi2.isf(1e-3, 5))
+_ALLOWED = float(chdtri(5, 1e-3))
 
 # With so large a part of the matches that a rotation explains, samples of five rarely hold two of the others.
 _MOSTLY_FAR = 0.4

@@ -1,0 +1,123 @@
+"""Starts the matcher from a process that has loaded PyTorch already: loading it takes most of a node's start.
+
+The process that forks is this file, run as a program. It loads what a node loads, but for ROS, whose libraries start
+threads; each node then is a process of its own, which runs the matcher's own program from its first line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_PAUSE = 0.01  # seconds between two looks at a process that shall end
+
+_server: subprocess.Popen[str] | None = None
+
+
+def _python(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that decide which modules are found, and how they are loaded."""
+    return {name: value for name, value in environment.items() if name.startswith("PYTHON")}
+
+
+_MODULES = _python(os.environ)  # before a test changes them
+
+
+class ForkedProcess:
+    """A process that the server forked, with what :class:`subprocess.Popen` has and the tests use."""
+
+    def __init__(self, server: subprocess.Popen[str], request: dict[str, Any]) -> None:
+        self._server = server
+        self.pid: int = _ask(server, request)
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = _ask(self._server, {"ended": self.pid})
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = time.monotonic() + (float("inf") if timeout is None else timeout)
+        while (status := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(f"the forked process {self.pid}", timeout or 0.0)
+            time.sleep(_PAUSE)
+        return status
+
+    def send_signal(self, sent: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, sent)
+
+    def kill(self) -> None:
+        self.send_signal(9)
+
+
+def start(arguments: list[str], environment: dict[str, str], log: Path) -> ForkedProcess | None:
+    """The matcher with arguments and variables; what it prints is added to the log.
+
+    None where it would load other modules than the server has.
+    """
+    global _server
+    if _python(environment) != _MODULES:
+        return None
+    if _server is None:
+        command = [sys.executable, __file__]
+        _server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return ForkedProcess(_server, {"arguments": arguments, "variables": environment, "log": str(log)})
+
+
+def _ask(server: subprocess.Popen[str], request: dict[str, Any]) -> Any:
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    answer = server.stdout.readline()
+    assert answer, "the process that forks nodes has ended"
+    return json.loads(answer)
+
+
+def _serve(program: str) -> None:
+    """Fork a process for each request, or say with which status one has ended, until there are no more requests."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "ended" in request:
+            pid, status = os.waitpid(request["ended"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = os.fork()
+            if answer == 0:
+                _become(program, **request)
+                return
+        print(json.dumps(answer), flush=True)
+
+
+def _become(program: str, arguments: list[str], variables: dict[str, str], log: str) -> None:
+    for number, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY | os.O_APPEND | os.O_CREAT)):
+        file = os.open(log if number else os.devnull, flags, 0o644)
+        os.dup2(file, number)
+        os.close(file)
+    os.dup2(1, 2)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.argv = [program, *arguments]
+
+
+if __name__ == "__main__":
+    from kpmatch_ros.process import configure_process
+
+    configure_process()
+    import kpmatch_ros.pipeline  # noqa: F401  (with PyTorch, OpenCV and SciPy)
+
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose the other threads"
+    matcher = shutil.which("matcher")
+    assert matcher is not None, "the matcher is not installed: make build"
+    _serve(matcher)
+    if sys.argv[0] == matcher:  # a forked process, which goes on here; it ends as the program does
+        sys.path[0] = str(Path(matcher).parent)
+        runpy.run_path(matcher, run_name="__main__")
