@@ -27,6 +27,7 @@ from kpmatch_ros.models.detections import Detections
 from kpmatch_ros.models.export import ExportError
 from kpmatch_ros.models.onnx_backend import OnnxBackend
 from kpmatch_ros.models.onnx_providers import Wish
+from kpmatch_ros.models.transformed import can_transform, transform_convolutions
 from kpmatch_ros.parameters import ParameterError, Parameters
 
 __all__ = ["FeatureMatcher", "Features", "Matches"]
@@ -303,8 +304,11 @@ class FeatureMatcher:
         # There oneDNN compiles the layers for each number of points, and keeps what it compiled.
         network.round_up = self.device.type == "cpu" and self.dtype == torch.bfloat16
         if not isinstance(network, (LightGlue, SuperGlue)):
-            # How convolutions run fastest on processors and tensor cores alike.
-            network.to(memory_format=torch.channels_last)
+            if self.device.type == "cpu" and self.dtype == torch.float32 and can_transform():
+                transform_convolutions(network)
+            else:
+                # How convolutions run fastest on processors and tensor cores alike.
+                network.to(memory_format=torch.channels_last)
         return network.to_precision(self.dtype)
 
     def _resize(self, pixels: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from kpmatch_ros.models.assignment import ImageFeatures
 from kpmatch_ros.models.lightglue import LightGlue
 from kpmatch_ros.models.superglue import SuperGlue
 from kpmatch_ros.models.superpoint import CELL, ConvBlock, SuperPoint
+from kpmatch_ros.models.transformed import TransformedConv2d
 
 __all__ = ["OPSET", "ExportError", "Graph", "Port", "check_exportable", "export_extractor", "export_matcher"]
 
@@ -55,7 +56,7 @@ class Graph:
 
 
 class DensePart(nn.Module):
-    """SuperPoint without the selection of keypoints, and without what only a processor's cache asks for."""
+    """SuperPoint without the selection of keypoints, and without what only a processor asks for."""
 
     def __init__(self, extractor: SuperPoint) -> None:
         super().__init__()
@@ -63,6 +64,8 @@ class DensePart(nn.Module):
         for module in self.extractor.modules():
             if isinstance(module, ConvBlock):
                 module.in_bands = False
+            elif isinstance(module, TransformedConv2d):
+                module.transformed = False
         self.eval()
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from kpmatch_ros.models.detections import (
     unless_masked,
     vector,
 )
+from kpmatch_ros.models.transformed import TransformedConv2d
 
 __all__ = ["SuperPoint"]
 
@@ -124,6 +125,11 @@ class DescriptorDecoder(nn.Module):
         hidden = F.relu(self.conv_descriptor_a(features), inplace=True)
         descriptors = self.conv_descriptor_b(hidden.to(self.conv_descriptor_b.weight.dtype))
         return F.normalize(descriptors.float(), dim=1)
+
+    @property
+    def is_transformed(self) -> bool:
+        """Whether the whole map takes less time than :meth:`at` takes for the cells around some hundred keypoints."""
+        return isinstance(self.conv_descriptor_a, TransformedConv2d)
 
     def at(self, features: Tensor, keypoints: Tensor, round_up: bool = False) -> Tensor:
         """As :func:`sample_descriptors` of :meth:`forward`, computed for the cells around keypoints alone.
@@ -258,7 +264,7 @@ class SuperPoint(Extractor):
         batch, _, height, width = image.shape
         if height < CELL or width < CELL:
             return Detections.none(batch, self.descriptor_size, image.device)
-        if image.device.type != "cpu" or self.training:
+        if image.device.type != "cpu" or self.training or self.descriptor_decoder.is_transformed:
             return self.select(*self.dense(image), allowed)
         features = self.encoder(image)
         keypoints, best, mask = self._detect(self.keypoint_decoder(features), allowed)
