@@ -60,7 +60,7 @@ def transform_convolutions(network: Network) -> Network:
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             # NNPACK wants a channel's pixels beside each other, other convolutions run fastest the other way.
-            wide = module.out_channels >= FEWEST_CHANNELS
+            wide = module.out_channels >= FEWEST_CHANNELS and module.kernel_size != (1, 1)
             layout = torch.contiguous_format if wide else torch.channels_last
             module.weight.data = module.weight.data.contiguous(memory_format=layout)
     return network
