@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 __all__ = [
@@ -394,12 +395,13 @@ def profile_values(profile: Any) -> Mapping[str, Any]:
     return PROFILES.get(profile, {}) if isinstance(profile, str) else {}
 
 
-def declarations() -> list[Declaration]:
+@cache
+def declarations() -> tuple[Declaration, ...]:
     """The declarations of all parameters, in the order of their fields."""
-    return [
+    return tuple(
         Declaration(name=item.name, default=item.default, **item.metadata)  # type: ignore[arg-type]
         for item in dataclasses.fields(Parameters)
-    ]
+    )
 
 
 def declaration(name: str) -> Declaration:

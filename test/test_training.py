@@ -362,7 +362,7 @@ def test_the_script_for_a_gpu_trains_both_from_tiny_shards(
 ) -> None:
     options = ["--size", "96", "64", "--batch", "1", "--device", "cpu", "--precision", "float32", *more]
     out = tmp_path / "run"
-    script = [TRAINING / "gpu_run.sh", "--minutes", "0.1", "--stage", stage, "--shards", folder, "--out", out]
+    script = [TRAINING / "gpu_run.sh", "--minutes", "0.02", "--stage", stage, "--shards", folder, "--out", out]
     done = subprocess.run(
         [str(part) for part in [*script, "--", *options]],
         capture_output=True,
@@ -371,8 +371,9 @@ def test_the_script_for_a_gpu_trains_both_from_tiny_shards(
         env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr + done.stdout
-    assert (out / "points.weights.pt").exists()
-    assert (out / "matching.weights.pt").exists()
+    for kind in ("points", "matching"):
+        log = [json.loads(line) for line in (out / f"{kind}.jsonl").read_text().splitlines()]
+        assert min(steps(log)) == 1 and (out / f"{kind}.weights.pt").exists()
 
 
 def test_the_script_for_a_gpu_says_what_it_needs(tmp_path: Path) -> None:
