@@ -40,6 +40,19 @@ torch.set_num_threads(1)  # small networks gain nothing from more, and where oth
 
 _DIFFERENCE = "largest difference: "
 
+# The files that take longest, from some two minutes down to a quarter of one. They come first: a worker takes a whole
+# file (pyproject.toml), and with one of these left for the end it would be alone with it.
+_LONGEST = [
+    *("replay", "endurance", "node", "stereo_node", "gpu", "training", "stereo_sequence", "project", "precision"),
+    *("bag_command", "bag_command_stereo", "stereo_slam", "base_frame", "archive", "mutations", "estimators", "fuzz"),
+    *("lightglue_parity", "aliked", "bench", "cpp_front_end", "match_service", "round_up", "network", "demo", "launch"),
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
 
 @pytest.fixture(scope="session")
 def recorded_data() -> Path:
