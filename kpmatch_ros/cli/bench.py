@@ -91,8 +91,8 @@ def add_bench(commands: Any) -> None:
         action="append",
         choices=PEERS,
         default=[],
-        help="another implementation: transformers, lightglue (cvg's package), or xfeat (XFeat and LighterGlue as "
-        "their authors have them); may be given again. opencv says what is missing",
+        help="another implementation: transformers, lightglue (cvg's package), opencv (the networks in OpenCV 5's DNN "
+        "module), or xfeat (XFeat and LighterGlue as their authors have them); may be given again",
     )
     parser.add_argument(
         "--peer-precision",

@@ -210,8 +210,6 @@ def _measure(
     height, width = film[0].shape[:2]
     parameters = matcher.parameters.replace({"max_keypoints": count})
     matcher.configure(parameters)
-    for peer in peers:
-        peer.max_keypoints(count)
     # Made up: a pose costs the same with the true calibration.
     camera = Camera(width, height, np.array([[0.8 * width, 0, width / 2], [0, 0.8 * width, height / 2], [0, 0, 1]]))
 
@@ -219,6 +217,9 @@ def _measure(
         return len(matcher.match(matcher.extract(film[0]), matcher.extract(film[1])).numpy())
 
     match_still()  # the first run is never like the others
+    for peer in peers:
+        peer.max_keypoints(count)
+        _serve(peer, film[0], film[1])
     cuda = matcher.device.type == "cuda"
     can_tell_memory = _forget_peak_memory(matcher.device) and not peers
     pair_laps: list[Lap] = []

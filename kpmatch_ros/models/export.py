@@ -23,7 +23,18 @@ from kpmatch_ros.models.superglue import SuperGlue
 from kpmatch_ros.models.superpoint import CELL, ConvBlock, SuperPoint
 from kpmatch_ros.models.transformed import TransformedConv2d
 
-__all__ = ["OPSET", "ExportError", "Graph", "Port", "check_exportable", "export_extractor", "export_matcher"]
+__all__ = [
+    "OPSET",
+    "DensePart",
+    "ExportError",
+    "Graph",
+    "Port",
+    "WholeMatcher",
+    "check_exportable",
+    "export_extractor",
+    "export_matcher",
+    "export_module",
+]
 
 OPSET = 17  # the first with layer normalisation, and one that TensorRT 8.6 and OpenVINO 2023 know
 
@@ -147,7 +158,7 @@ def export_extractor(extractor: SuperPoint, file: Path, size: tuple[int, int], d
             Port("descriptors", "float32", (batch, extractor.descriptor_size, rows, columns)),
         ),
     )
-    _export(DensePart(extractor), [torch.zeros(1, 1, height, width)], graph, file)
+    export_module(DensePart(extractor), [torch.zeros(1, 1, height, width)], graph, file)
     return graph
 
 
@@ -185,13 +196,23 @@ def export_matcher(matcher: LightGlue | SuperGlue, file: Path, keypoints: int, d
     numbers = {"B": 2, "N0": 24, "N1": 40}
     shapes = [[numbers[d] if isinstance(d, str) else d for d in port.shape] for port in inputs]
     examples = [torch.ones(*shape, dtype=getattr(torch, port.dtype)) for shape, port in zip(shapes, inputs)]
-    _export(WholeMatcher(matcher), examples, graph, file)
+    export_module(WholeMatcher(matcher), examples, graph, file)
     return graph
 
 
 @torch.no_grad()
-def _export(module: nn.Module, examples: Sequence[Tensor], graph: Graph, file: Path) -> None:
-    """Trace a module, name the dimensions of its graph, and have ONNX check it."""
+def export_module(module: nn.Module, examples: Sequence[Tensor], graph: Graph, file: Path) -> None:
+    """Trace a module, name the dimensions of its graph, and have ONNX check it.
+
+    Args:
+        module: of tensors to tensors.
+        examples: its inputs, of any numbers in the free dimensions.
+        graph: the names of its inputs and outputs, and their shapes.
+        file: to write.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     import onnx
 
     # Tracing takes seconds where torch.export takes minutes, and every PyTorch from 2.1 on has it.

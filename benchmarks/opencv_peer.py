@@ -1,0 +1,247 @@
+"""OpenCV 5's ALIKED and LightGlueMatcher for `kpmatch bench --against opencv`, with this package's weights.
+
+Both classes read an ONNX file and run it in OpenCV's DNN module. Their sources say what the graphs take and give:
+
+- `ALIKED`: `image` (1, C, H, W) in [0, 1]; `keypoints` (N, 2) x, y from -1 to 1 across the image, `descriptors` (N, D)
+  and `scores` (N,). SuperPoint fits too.
+- `LightGlueMatcher`: `kpts0`, `desc0`, `kpts1`, `desc1`, each (1, N, ...); `matches0` (M, 2) int64 and `mscores0` (M,).
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+from unittest import mock
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kpmatch_ros import FeatureMatcher
+from kpmatch_ros.models import ALIKED, LightGlue, SuperPoint
+from kpmatch_ros.models.assignment import ImageFeatures
+from kpmatch_ros.models.export import DensePart, Graph, Port, WholeMatcher, export_module
+from kpmatch_ros.models.lightglue import normalise_keypoints
+
+__all__ = ["OpenCV"]
+
+Image = NDArray[np.uint8]
+
+
+class Described(NamedTuple):
+    """The features of an image.
+
+    Attributes:
+        points: (N, 2) float32 x, y, pixels.
+        positions: (N, 2) float32, the same as LightGlue takes them.
+        descriptors: (N, D) float32 unit vectors.
+    """
+
+    points: NDArray[np.float32]
+    positions: NDArray[np.float32]
+    descriptors: NDArray[np.float32]
+
+
+class OpenCV:
+    """SuperPoint or ALIKED by `cv2.ALIKED`, LightGlue by `cv2.LightGlueMatcher`, all its layers.
+
+    The graphs are made here, and not kept. That of the extractor is made for a size of images and a number of
+    keypoints, when the first such image comes.
+
+    Attributes:
+        name: with its version and precision.
+    """
+
+    INSTALL: ClassVar[str] = "pip install 'opencv-python-headless>=5' onnx onnxruntime"
+    KEEPS_FEATURES: ClassVar[bool] = True
+
+    def __init__(self, matcher: FeatureMatcher, dtype: torch.dtype) -> None:
+        if dtype != torch.float32:
+            raise ValueError(f"it computes in float32 alone, not in {str(dtype).removeprefix('torch.')}")
+        if matcher.device.type != "cpu":
+            raise ValueError("its networks run on the processor alone: compare with --device cpu")
+        if not hasattr(cv2, "LightGlueMatcher"):
+            raise ImportError(f"OpenCV {cv2.__version__} has no LightGlueMatcher")
+        import onnxruntime  # noqa: F401
+
+        ours = FeatureMatcher(matcher.parameters.replace({"precision": "float32", "device": "cpu"}))
+        if not isinstance(ours.extractor, (SuperPoint, ALIKED)) or not isinstance(ours.matcher, LightGlue):
+            kinds = f"{type(ours.extractor).__name__} and {type(ours.matcher).__name__}"
+            raise ValueError(f"compared are SuperPoint or ALIKED with LightGlue, not {kinds}")
+        self.name = f"OpenCV {cv2.__version__} float32"
+        self._network: SuperPoint | ALIKED = ours.extractor
+        self._extractors: dict[tuple[int, int], Any] = {}
+        cv2.setNumThreads(torch.get_num_threads())
+        with tempfile.TemporaryDirectory() as scratch, _without_warnings():
+            file = Path(scratch) / "matcher.onnx"
+            _write_matcher(ours.matcher, file)
+            self._matcher: Any = cv2.LightGlueMatcher.create(str(file), matcher.parameters.filter_threshold)
+
+    def max_keypoints(self, count: int) -> None:
+        """Keep at most `count` keypoints per image from now on."""
+        if count != self._network.max_keypoints:
+            self._network.max_keypoints = count
+            self._extractors.clear()
+
+    def describe(self, image: Image) -> Described:
+        """The features of an image."""
+        height, width = image.shape[:2]
+        if (width, height) not in self._extractors:
+            self._extractors[width, height] = self._make_extractor(width, height)
+        found, descriptors = self._extractors[width, height].detectAndCompute(self._seen(image), None)
+        real = [i for i, keypoint in enumerate(found) if keypoint.response > 0]
+        points = np.asarray(cv2.KeyPoint.convert(found), np.float32).reshape(-1, 2)[real]
+        # OpenCV would stretch positions to a square; without sizes of the images it takes those that it is given.
+        size = torch.tensor([[width, height]])
+        return Described(
+            points, normalise_keypoints(torch.from_numpy(points)[None], size)[0].numpy(), descriptors[real]
+        )
+
+    def match(self, reference: Described, image: Image) -> int:
+        """The number of matches of described features with an image."""
+        return len(self.pairs(reference, self.describe(image)))
+
+    def pairs(self, features0: Described, features1: Described) -> NDArray[np.int64]:
+        """Indices (M, 2) of the points that match."""
+        if len(features0.points) == 0 or len(features1.points) == 0:
+            return np.empty((0, 2), np.int64)
+        self._matcher.setPairInfo(features0.positions, features1.positions)
+        found = self._matcher.match(features0.descriptors, features1.descriptors)
+        return np.array([(one.queryIdx, one.trainIdx) for one in found], np.int64).reshape(-1, 2)
+
+    def _seen(self, image: Image) -> Image:
+        """Grey, or the blue, green and red that `cv2.ALIKED` turns round."""
+        if self._network.CHANNELS == 1:
+            return np.asarray(image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))
+        return np.asarray(cv2.cvtColor(image, cv2.COLOR_GRAY2BGR if image.ndim == 2 else cv2.COLOR_RGB2BGR))
+
+    def _make_extractor(self, width: int, height: int) -> Any:
+        with tempfile.TemporaryDirectory() as scratch, _without_warnings():
+            file = Path(scratch) / "extractor.onnx"
+            _write_extractor(self._network, file, width, height)
+            options = cv2.ALIKED.Params()
+            options.inputSize = (width, height)
+            return cv2.ALIKED.create(str(file), options)
+
+
+class _WholeExtractor(nn.Module):
+    """An extractor with the selection of keypoints; those that are none have score 0.
+
+    The graph gives as many for each image: with a free number, OpenCV 5.0.0 gave zeros in place of the last keypoint of
+    an image with more of them than the one before.
+    """
+
+    def __init__(self, network: SuperPoint | ALIKED) -> None:
+        super().__init__()
+        self.network: Any = (
+            DensePart(network).extractor if isinstance(network, SuperPoint) else copy.deepcopy(network).float()
+        )
+        self.network.round_up = False
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if isinstance(self.network, SuperPoint):
+            found = self.network.select(*self.network.dense(image))
+        else:
+            found = self.network(image)
+        size = torch.tensor(image.shape[:1:-1], dtype=torch.float32)
+        return found.keypoints[0] * 2 / size - 1, found.descriptors[0], found.scores[0] * found.mask[0]
+
+
+def _write_extractor(network: SuperPoint | ALIKED, file: Path, width: int, height: int) -> None:
+    """An extractor with its number of keypoints, for images of one size."""
+    import onnxruntime
+
+    channels = network.CHANNELS
+    count = min(network.max_keypoints, width * height)
+    graph = Graph(
+        (Port("image", "float32", (1, channels, height, width)),),
+        (
+            Port("keypoints", "float32", (count, 2)),
+            Port("descriptors", "float32", (count, network.descriptor_size)),
+            Port("scores", "float32", (count,)),
+        ),
+    )
+    replaced = {"suppress_non_maxima": _suppress_non_maxima, "select_keypoints": _select_keypoints}
+    with mock.patch.multiple(sys.modules[type(network).__module__], **replaced):
+        export_module(_WholeExtractor(network), [torch.zeros(1, channels, height, width)], graph, file)
+    # OpenCV 5.0.0 takes a whole number cast to float for a whole number still, and refuses to divide it by a float
+    # ("All inputs should have equal types"). With constants folded there is none.
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(file)
+    onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
+
+
+class _PairMatcher(nn.Module):
+    """A LightGlue that lists a match for each point, -1 where there is none, which OpenCV drops."""
+
+    def __init__(self, matcher: LightGlue) -> None:
+        super().__init__()
+        self.matcher: Any = WholeMatcher(matcher).matcher
+
+    def forward(self, kpts0: Tensor, kpts1: Tensor, desc0: Tensor, desc1: Tensor) -> tuple[Tensor, Tensor]:
+        square = torch.full((1, 2), 2.0)  # an image in which positions are pixels from its centre
+        found = self.matcher.match_all(ImageFeatures(kpts0 + 1, desc0, square), ImageFeatures(kpts1 + 1, desc1, square))
+        matches = found.matches0[0]
+        return torch.stack([torch.arange(matches.shape[0]), matches], dim=1), found.scores0[0]
+
+
+def _write_matcher(matcher: LightGlue, file: Path) -> None:
+    """A matcher with all its layers, for any numbers of keypoints."""
+    numbers = {"N0": 24, "N1": 40}  # traced with
+    inputs = tuple(
+        Port(f"{kind}{i}", "float32", (1, f"N{i}", length))
+        for kind, length in (("kpts", 2), ("desc", matcher.input_dim))
+        for i in (0, 1)
+    )
+    graph = Graph(inputs, (Port("matches0", "int64", ("N0", 2)), Port("mscores0", "float32", ("N0",))))
+    examples = [torch.rand(*(numbers[n] if isinstance(n, str) else n for n in port.shape)) for port in inputs]
+    export_module(_PairMatcher(matcher), examples, graph, file)
+
+
+def _suppress_non_maxima(scores: Tensor, radius: int, again: int = 2) -> Tensor:
+    """The package's :func:`suppress_non_maxima` in operations that ONNX has."""
+    if radius == 0:
+        return scores
+    maxima = scores == _largest_nearby(scores, radius)
+    for _ in range(again):
+        suppressed = _largest_nearby(maxima.float(), radius) > 0
+        remaining = torch.where(suppressed, 0.0, scores)
+        maxima = maxima | ((remaining == _largest_nearby(remaining, radius)) & ~suppressed)
+    return torch.where(maxima, scores, 0.0)
+
+
+def _largest_nearby(x: Tensor, radius: int) -> Tensor:
+    rows = F.max_pool2d(x[:, None], (1, 2 * radius + 1), stride=1, padding=(0, radius))
+    return F.max_pool2d(rows, (2 * radius + 1, 1), stride=1, padding=(radius, 0))[:, 0]
+
+
+def _select_keypoints(
+    scores: Tensor, threshold: float, max_keypoints: int, round_up: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The package's :func:`select_keypoints` with a mask for those that are below the threshold."""
+    width = scores.shape[2]
+    flat = scores.flatten(1)
+    best, index = flat.topk(min(max_keypoints, flat.shape[1]), dim=1)
+    mask = best > threshold
+    rows = torch.div(index, width, rounding_mode="floor")
+    return torch.stack([index - rows * width, rows], dim=-1).float(), best * mask, mask
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """OpenCV warns that its networks have no targets to choose from, of the target that it chose itself."""
+    level = cv2.utils.logging.getLogLevel()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+    try:
+        yield
+    finally:
+        cv2.utils.logging.setLogLevel(level)
