@@ -304,11 +304,11 @@ class FeatureMatcher:
         # There oneDNN compiles the layers for each number of points, and keeps what it compiled.
         network.round_up = self.device.type == "cpu" and self.dtype == torch.bfloat16
         if not isinstance(network, (LightGlue, SuperGlue)):
-            if self.device.type == "cpu" and self.dtype == torch.float32 and can_transform():
+            # How convolutions run fastest on processors and tensor cores alike.
+            network.to(memory_format=torch.channels_last)
+            in_float32 = self.device.type == "cpu" and self.dtype == torch.float32
+            if in_float32 and isinstance(network, SuperPoint) and can_transform():
                 transform_convolutions(network)
-            else:
-                # How convolutions run fastest on processors and tensor cores alike.
-                network.to(memory_format=torch.channels_last)
         return network.to_precision(self.dtype)
 
     def _resize(self, pixels: np.ndarray) -> np.ndarray:

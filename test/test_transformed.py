@@ -11,7 +11,8 @@ from torch import nn
 
 from kpmatch_ros import feature_matcher
 from kpmatch_ros.feature_matcher import FeatureMatcher
-from kpmatch_ros.models.transformed import TransformedConv2d, can_transform, transform_convolutions
+from kpmatch_ros.models import transformed
+from kpmatch_ros.models.transformed import TransformedConv2d, can_transform, takes_transform, transform_convolutions
 
 pytestmark = pytest.mark.skipif(not can_transform(), reason="this PyTorch has no NNPACK, or not for this processor")
 
@@ -21,26 +22,27 @@ def convolution(inputs: int, outputs: int, size: int = 3, **options: Any) -> nn.
     return nn.Conv2d(inputs, outputs, size, **{"padding": size // 2, **options}).requires_grad_(False).eval()
 
 
-@pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize(
     ("inputs", "outputs", "batch", "height", "width"),
     [(48, 48, 1, 1, 1), (64, 65, 1, 13, 7), (50, 128, 2, 60, 80), (128, 64, 3, 5, 200), (64, 64, 1, 52, 640)],
 )
 def test_the_transform_gives_what_a_convolution_gives(
-    inputs: int, outputs: int, batch: int, height: int, width: int, size: int
+    inputs: int, outputs: int, batch: int, height: int, width: int
 ) -> None:
-    plain = convolution(inputs, outputs, size)
+    plain = convolution(inputs, outputs)
     x = torch.randn(batch, inputs, height, width)
     expected = plain.double()(x.double()).float()
-    transformed = TransformedConv2d.of(plain.float())
+    ours = TransformedConv2d.of(plain.float())
+    assert takes_transform(ours, x)
     for given in (x, x.to(memory_format=torch.channels_last), torch.cat([x, x], dim=3)[..., :width]):
-        assert torch.allclose(transformed(given), expected, rtol=0, atol=2e-4)  # values of up to 3
+        assert torch.allclose(ours(given), expected, rtol=0, atol=2e-4)  # values of up to 3
 
 
 def test_it_is_not_taken_where_it_would_not_do() -> None:
     kept = [
         convolution(47, 64),  # the transforms would cost more than they save
         convolution(64, 64, 1),
+        convolution(64, 64, 5),
         convolution(64, 64, stride=2),
         convolution(64, 64, padding=0),
         convolution(64, 64, padding=2, dilation=2),
@@ -49,6 +51,17 @@ def test_it_is_not_taken_where_it_would_not_do() -> None:
     ]
     network = transform_convolutions(nn.Sequential(*kept, convolution(64, 64)))
     assert [type(layer) for layer in network] == [nn.Conv2d] * len(kept) + [TransformedConv2d]
+
+
+def test_more_numbers_than_the_transform_has_memory_for_are_convolved_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = convolution(48, 48)
+    x = torch.randn(1, 48, 20, 20)
+    expected = plain(x)
+    ours = TransformedConv2d.of(plain)
+    assert not torch.equal(ours(x), expected)
+    monkeypatch.setattr(transformed, "MOST_NUMBERS", x.numel() - 1)
+    assert not takes_transform(ours, x)
+    assert torch.equal(ours(x), expected)
 
 
 def test_the_tensors_of_a_network_stay_what_they_are() -> None:
@@ -67,11 +80,11 @@ def test_an_image_is_described_as_by_plain_convolutions(
 ) -> None:
     image = texture(131, 163, 3)
     found = FeatureMatcher(extractor=extractor, device="cpu", precision="float32", matcher="nearest")
-    assert any(isinstance(module, TransformedConv2d) for module in found.extractor.modules())
+    assert any(isinstance(layer, TransformedConv2d) for layer in found.extractor.modules())
     ours = found.extract(image).numpy()
     monkeypatch.setattr(feature_matcher, "can_transform", lambda: False)
     plain = FeatureMatcher(extractor=extractor, device="cpu", precision="float32", matcher="nearest")
-    assert not any(isinstance(module, TransformedConv2d) for module in plain.extractor.modules())
+    assert not any(isinstance(layer, TransformedConv2d) for layer in plain.extractor.modules())
     theirs = plain.extract(image).numpy()
     # The order of two keypoints with nearly the same score is rounding's.
     places = {tuple(place): i for i, place in enumerate(np.round(theirs.keypoints, 1).tolist())}
@@ -85,4 +98,4 @@ def test_an_image_is_described_as_by_plain_convolutions(
 
 def test_networks_in_bfloat16_have_plain_convolutions() -> None:
     extractor = FeatureMatcher(device="cpu", precision="bfloat16", matcher="nearest").extractor
-    assert not any(isinstance(module, TransformedConv2d) for module in extractor.modules())
+    assert not any(isinstance(layer, TransformedConv2d) for layer in extractor.modules())

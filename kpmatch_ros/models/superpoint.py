@@ -25,7 +25,7 @@ from kpmatch_ros.models.detections import (
     unless_masked,
     vector,
 )
-from kpmatch_ros.models.transformed import TransformedConv2d
+from kpmatch_ros.models.transformed import takes_transform
 
 __all__ = ["SuperPoint"]
 
@@ -125,11 +125,6 @@ class DescriptorDecoder(nn.Module):
         hidden = F.relu(self.conv_descriptor_a(features), inplace=True)
         descriptors = self.conv_descriptor_b(hidden.to(self.conv_descriptor_b.weight.dtype))
         return F.normalize(descriptors.float(), dim=1)
-
-    @property
-    def is_transformed(self) -> bool:
-        """Whether the whole map takes less time than :meth:`at` takes for the cells around some hundred keypoints."""
-        return isinstance(self.conv_descriptor_a, TransformedConv2d)
 
     def at(self, features: Tensor, keypoints: Tensor, round_up: bool = False) -> Tensor:
         """As :func:`sample_descriptors` of :meth:`forward`, computed for the cells around keypoints alone.
@@ -264,9 +259,12 @@ class SuperPoint(Extractor):
         batch, _, height, width = image.shape
         if height < CELL or width < CELL:
             return Detections.none(batch, self.descriptor_size, image.device)
-        if image.device.type != "cpu" or self.training or self.descriptor_decoder.is_transformed:
+        if image.device.type != "cpu" or self.training:
             return self.select(*self.dense(image), allowed)
         features = self.encoder(image)
+        if takes_transform(self.descriptor_decoder.conv_descriptor_a, features):
+            # The whole map takes less time then than the cells around some hundred keypoints.
+            return self.select(self.keypoint_decoder(features), self.descriptor_decoder(features), allowed)
         keypoints, best, mask = self._detect(self.keypoint_decoder(features), allowed)
         round_up = self.round_up and self.dtype == torch.bfloat16
         return Detections(keypoints, best, self.descriptor_decoder.at(features, keypoints, round_up), mask)

@@ -12,11 +12,12 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TransformedConv2d", "can_transform", "transform_convolutions"]
+__all__ = ["TransformedConv2d", "can_transform", "takes_transform", "transform_convolutions"]
 
 Network = TypeVar("Network", bound=nn.Module)
 
 FEWEST_CHANNELS = 48  # with fewer, the transforms cost what the products save
+MOST_NUMBERS = 4 << 20  # seen at a time: the transforms of more would take hundreds of MB
 
 # NNPACK's threads are as many as PyTorch computes with when the first convolution is asked for.
 _IS_AVAILABLE = getattr(torch.ops.aten, "_nnpack_available", None)
@@ -35,13 +36,12 @@ class TransformedConv2d(nn.Conv2d):
     @classmethod
     def of(cls, conv: nn.Conv2d) -> TransformedConv2d:
         """The same convolution, with the same tensors."""
-        size, padding = (cast(tuple[int, int], pair) for pair in (conv.kernel_size, conv.padding))
-        made = cls(conv.in_channels, conv.out_channels, size, padding=padding, device="meta")
+        made = cls(conv.in_channels, conv.out_channels, 3, padding=1, device="meta")
         made.weight, made.bias = conv.weight, conv.bias
         return made.train(conv.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        if _CONVOLVE is None or not self.transformed or input.dtype != torch.float32 or input.device.type != "cpu":
+        if _CONVOLVE is None or not takes_transform(self, input):
             return super().forward(input)
         return cast(Tensor, _CONVOLVE(input, self.weight, self.bias, self.padding, self.stride))
 
@@ -51,6 +51,12 @@ def can_transform() -> bool:
     return _CONVOLVE is not None and _IS_AVAILABLE is not None and bool(_IS_AVAILABLE())
 
 
+def takes_transform(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a convolution of x goes through the transform."""
+    is_small = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() <= MOST_NUMBERS
+    return isinstance(conv, TransformedConv2d) and conv.transformed and is_small
+
+
 def transform_convolutions(network: Network) -> Network:
     """Let a network's wide convolutions go through the transform; its tensors and their names stay."""
     for parent in network.modules():
@@ -58,16 +64,17 @@ def transform_convolutions(network: Network) -> Network:
             if isinstance(child, nn.Conv2d) and _fits(child):
                 setattr(parent, name, TransformedConv2d.of(child))
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            # NNPACK wants a channel's pixels beside each other, other convolutions run fastest the other way.
-            wide = module.out_channels >= FEWEST_CHANNELS and module.kernel_size != (1, 1)
-            layout = torch.contiguous_format if wide else torch.channels_last
-            module.weight.data = module.weight.data.contiguous(memory_format=layout)
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.out_channels >= FEWEST_CHANNELS:
+            # NNPACK wants a channel's pixels beside each other.
+            module.weight.data = module.weight.data.contiguous()
     return network
 
 
 def _fits(conv: nn.Conv2d) -> bool:
-    (height, width), padding = conv.kernel_size, conv.padding
-    keeps_size = height == width and height in (3, 5) and padding == (height // 2, height // 2)
-    plain = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
-    return keeps_size and plain and min(conv.in_channels, conv.out_channels) >= FEWEST_CHANNELS
+    keeps_size = conv.kernel_size == (3, 3) and conv.padding == conv.stride == conv.dilation == (1, 1)
+    return (
+        keeps_size
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and min(conv.in_channels, conv.out_channels) >= FEWEST_CHANNELS
+    )
