@@ -25,6 +25,7 @@ from simulation.bags import build_scene
 Image = NDArray[np.uint8]
 Pair = tuple[Image, Image]
 SIZE = (240, 180)
+PAIRS = 12  # synthetic ones; there are four recorded ones
 MANY: dict[str, Any] = {"max_keypoints": 384, "keypoint_threshold": 0.003}  # in images as small as that
 
 
@@ -52,8 +53,8 @@ def adaptive_matchers() -> tuple[FeatureMatcher, FeatureMatcher]:
 @pytest.fixture(scope="module")
 def synthetic() -> list[Pair]:
     # All around: rounding moves the number of matches of a single pair by some 3 % either way, of four by 1.5 %.
-    lap = camera_path(60)
-    poses = [pose for number in range(0, 60, 5) for pose in lap[number : number + 2]]
+    lap = camera_path(5 * PAIRS)
+    poses = [pose for number in range(PAIRS) for pose in lap[5 * number : 5 * number + 2]]
     images = [view.image for view in build_scene(0).film(poses, demo_camera(*SIZE), noise=2.0)]
     return list(zip(images[::2], images[1::2]))
 
@@ -95,7 +96,9 @@ def test_bfloat16_keeps_the_matches_of_float32(
         again += found_again(exact, half, 1.0)
     assert counts[0] > 500
     assert counts[1] >= 0.98 * counts[0]
-    assert again >= 0.93 * counts[0]  # rounding decides which of many weak keypoints are the best: 1 to 2 % are others
+    # Rounding decides which of many weak keypoints are the best: 1 to 2 % are others. Of the synthetic pairs 0.97 are
+    # found again, with the first convolution in bfloat16 0.955.
+    assert again >= (0.957 if len(described[0]) == PAIRS else 0.93) * counts[0]
 
 
 def test_bfloat16_matches_given_features_as_float32_does(
@@ -108,7 +111,7 @@ def test_bfloat16_matches_given_features_as_float32_does(
         same += len(exact & half)
     assert counts[0] > 500
     assert counts[1] >= 0.98 * counts[0]
-    assert same >= 0.95 * counts[0]
+    assert same >= (0.96 if len(described[0]) == PAIRS else 0.95) * counts[0]
 
 
 def test_bfloat16_stops_where_float32_does_but_for_pairs_at_the_threshold(
