@@ -12,7 +12,15 @@ import pytest
 import yaml
 
 from kpmatch_ros.parameter_file import read_parameter_file
-from kpmatch_ros.parameters import Declaration, ParameterError, Parameters, config_file, declarations, markdown_table
+from kpmatch_ros.parameters import (
+    PROFILES,
+    Declaration,
+    ParameterError,
+    Parameters,
+    config_file,
+    declarations,
+    markdown_table,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -128,7 +136,7 @@ def test_the_configuration_file_sets_every_parameter_to_its_default() -> None:
     assert list(parsed) == ["/**"]
     values = parsed["/**"]["ros__parameters"]
     # What a profile chooses would be set by hand if it stood there.
-    named = [item for item in declarations() if item.name not in ("extractor", "matcher", "max_keypoints")]
+    named = [item for item in declarations() if item.name not in {*PROFILES["fast"]}]
     assert list(values) == [item.name for item in named]
     for item in named:
         assert values[item.name] == item.default
@@ -159,8 +167,9 @@ def test_a_profile_chooses_together_and_what_is_set_by_hand_wins(tmp_path: Path)
     assert Parameters.given({}) == Parameters.given({"profile": "accurate"}) == Parameters()
     fast = Parameters.given({"profile": "fast"})
     assert (fast.extractor, fast.matcher) == ("superpoint-open-fast", "lightglue-superpoint-open-small")
-    assert fast.max_keypoints == 512
+    assert (fast.max_keypoints, fast.depth_confidence) == (512, 0.9)
     assert Parameters.given({"profile": "fast", "max_keypoints": 700}).max_keypoints == 700
+    assert Parameters.given({"profile": "fast", "depth_confidence": -1.0}).depth_confidence == -1.0
     with pytest.raises(ParameterError, match="profile is 'fastest'; it must be one of accurate, fast"):
         Parameters.given({"profile": "fastest"})
     file = tmp_path / "parameters.yaml"
