@@ -87,6 +87,8 @@ def test_a_managed_node_has_a_bond_under_its_name_while_it_is_active(tmp_path: P
             heard.clear()
             node.spin(0.3)
             assert not heard
+        change(node, "activate")
+        node.wait_for(lambda: heard, "heartbeats")
         assert node.stop() == 0, node.log
 
 

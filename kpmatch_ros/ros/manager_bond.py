@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from rclpy.duration import Duration
+from rclpy.exceptions import InvalidHandle
+from rclpy.impl.implementation_singleton import rclpy_implementation
+
 try:
     from bondpy.bondpy import Bond
 except ImportError:  # a ROS package of its own (ros-…-bondpy)
@@ -13,6 +17,7 @@ __all__ = ["ManagerBond"]
 
 _TOPIC = "bond"
 _TIMEOUT = 4.0  # seconds without a heartbeat after which a bond is broken, as with nav2's own nodes
+_FAREWELL = Duration(seconds=0.5)  # that the bond's last message has to arrive
 
 
 class ManagerBond:
@@ -43,7 +48,12 @@ class ManagerBond:
         """Break the bond, if there is one, and tell the manager."""
         bond, self._bond = self._bond, None
         if bond is not None:
-            bond.shutdown()
+            try:
+                bond.shutdown()
+                bond.pub.wait_for_all_acked(_FAREWELL)  # with the publisher, what has not arrived is gone
+            except (InvalidHandle, rclpy_implementation.RCLError):
+                if self._node.context.ok():
+                    raise  # else the process was told to end, nothing can be sent, and the manager misses heartbeats
             self._node.destroy_subscription(bond.sub)  # bondpy leaves it with the node
             self._node.destroy_publisher(bond.pub)
 
