@@ -65,8 +65,8 @@ def transform_convolutions(network: Network) -> Network:
                 setattr(parent, name, TransformedConv2d.of(child))
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.out_channels >= FEWEST_CHANNELS:
-            # NNPACK wants a channel's pixels beside each other.
-            module.weight.data = module.weight.data.contiguous()
+            # NNPACK wants a channel's pixels beside each other. contiguous() sees no difference in one input channel.
+            module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
     return network
 
 
