@@ -10,20 +10,17 @@ Both classes read an ONNX file and run it in OpenCV's DNN module. Their sources 
 from __future__ import annotations
 
 import copy
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
-from unittest import mock
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kpmatch_ros import FeatureMatcher
 from kpmatch_ros.models import ALIKED, LightGlue, SuperPoint
@@ -169,9 +166,7 @@ def _write_extractor(network: SuperPoint | ALIKED, file: Path, width: int, heigh
             Port("scores", "float32", (count,)),
         ),
     )
-    replaced = {"suppress_non_maxima": _suppress_non_maxima, "select_keypoints": _select_keypoints}
-    with mock.patch.multiple(sys.modules[type(network).__module__], **replaced):
-        export_module(_WholeExtractor(network), [torch.zeros(1, channels, height, width)], graph, file)
+    export_module(_WholeExtractor(network), [torch.zeros(1, channels, height, width)], graph, file)
     # OpenCV 5.0.0 takes a whole number cast to float for a whole number still, and refuses to divide it by a float
     # ("All inputs should have equal types"). With constants folded there is none.
     options = onnxruntime.SessionOptions()
@@ -205,35 +200,6 @@ def _write_matcher(matcher: LightGlue, file: Path) -> None:
     graph = Graph(inputs, (Port("matches0", "int64", ("N0", 2)), Port("mscores0", "float32", ("N0",))))
     examples = [torch.rand(*(numbers[n] if isinstance(n, str) else n for n in port.shape)) for port in inputs]
     export_module(_PairMatcher(matcher), examples, graph, file)
-
-
-def _suppress_non_maxima(scores: Tensor, radius: int, again: int = 2) -> Tensor:
-    """The package's :func:`suppress_non_maxima` in operations that ONNX has."""
-    if radius == 0:
-        return scores
-    maxima = scores == _largest_nearby(scores, radius)
-    for _ in range(again):
-        suppressed = _largest_nearby(maxima.float(), radius) > 0
-        remaining = torch.where(suppressed, 0.0, scores)
-        maxima = maxima | ((remaining == _largest_nearby(remaining, radius)) & ~suppressed)
-    return torch.where(maxima, scores, 0.0)
-
-
-def _largest_nearby(x: Tensor, radius: int) -> Tensor:
-    rows = F.max_pool2d(x[:, None], (1, 2 * radius + 1), stride=1, padding=(0, radius))
-    return F.max_pool2d(rows, (2 * radius + 1, 1), stride=1, padding=(radius, 0))[:, 0]
-
-
-def _select_keypoints(
-    scores: Tensor, threshold: float, max_keypoints: int, round_up: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The package's :func:`select_keypoints` with a mask for those that are below the threshold."""
-    width = scores.shape[2]
-    flat = scores.flatten(1)
-    best, index = flat.topk(min(max_keypoints, flat.shape[1]), dim=1)
-    mask = best > threshold
-    rows = torch.div(index, width, rounding_mode="floor")
-    return torch.stack([index - rows * width, rows], dim=-1).float(), best * mask, mask
 
 
 @contextmanager

@@ -68,16 +68,21 @@ def suppress_non_maxima(scores: Tensor, radius: int, again: int = 2) -> Tensor:
         return scores
     maxima = scores == _largest_nearby(scores, radius)
     for _ in range(again):
-        suppressed = _largest_nearby(maxima.view(torch.uint8), radius).view(torch.bool)
+        suppressed = _largest_nearby(maxima.to(torch.uint8), radius).to(torch.bool)
         remaining = torch.where(suppressed, 0, scores)
-        maxima |= (remaining == _largest_nearby(remaining, radius)) & ~suppressed
+        maxima = maxima | ((remaining == _largest_nearby(remaining, radius)) & ~suppressed)
     return torch.where(maxima, scores, 0)
+
+
+def _may_look(x: Tensor) -> bool:
+    """Whether values may be looked at: a GPU would have to be waited for, and a graph that is traced has none yet."""
+    return x.device.type == "cpu" and not torch.jit.is_tracing()
 
 
 def _largest_nearby(x: Tensor, radius: int) -> Tensor:
     """The largest of the values (B, H, W), float32 or uint8, within ``radius`` in both directions of each."""
     size = 2 * radius + 1
-    if x.device.type == "cpu":
+    if _may_look(x):
         # Ten times as fast as PyTorch's pooling, which records the place of each maximum.
         window = np.ones((size, size), np.uint8)
         return torch.stack([torch.from_numpy(cv2.dilate(each.numpy(), window)) for each in x.detach()])
@@ -144,8 +149,7 @@ def select_keypoints(
     batch, _, width = scores.shape
     flat = scores.reshape(batch, -1)
     count = flat.shape[1] if max_keypoints < 0 else min(max_keypoints, flat.shape[1])
-    if max_keypoints < 0 or scores.device.type == "cpu":
-        # Not on a GPU: asking how many there are would wait for it.
+    if max_keypoints < 0 or _may_look(scores):
         found = int((flat > threshold).sum(dim=1).max())
         count = min(count, rounded_up(found) if round_up and found else found)
     best, index = flat.topk(count, dim=1)
