@@ -259,13 +259,14 @@ class SuperPoint(Extractor):
         batch, _, height, width = image.shape
         if height < CELL or width < CELL:
             return Detections.none(batch, self.descriptor_size, image.device)
-        if image.device.type != "cpu" or self.training:
-            return self.select(*self.dense(image), allowed)
         features = self.encoder(image)
-        if takes_transform(self.descriptor_decoder.conv_descriptor_a, features):
-            # The whole map takes less time then than the cells around some hundred keypoints.
-            return self.select(self.keypoint_decoder(features), self.descriptor_decoder(features), allowed)
-        keypoints, best, mask = self._detect(self.keypoint_decoder(features), allowed)
+        scores = self.keypoint_decoder(features)
+        # A processor takes less time for the cells around some hundred keypoints than for the whole map, unless the
+        # map goes through the transform.
+        transformed = takes_transform(self.descriptor_decoder.conv_descriptor_a, features)
+        if image.device.type != "cpu" or self.training or transformed:
+            return self.select(scores, self.descriptor_decoder(features), allowed)
+        keypoints, best, mask = self._detect(scores, allowed)
         round_up = self.round_up and self.dtype == torch.bfloat16
         return Detections(keypoints, best, self.descriptor_decoder.at(features, keypoints, round_up), mask)
 

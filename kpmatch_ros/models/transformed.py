@@ -7,7 +7,8 @@ oneDNN is missing, and for batches of 16 images. There is none for bfloat16.
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,20 @@ Network = TypeVar("Network", bound=nn.Module)
 FEWEST_CHANNELS = 48  # with fewer, the transforms cost what the products save
 MOST_NUMBERS = 4 << 20  # seen at a time: the transforms of more would take hundreds of MB
 
-# NNPACK's threads are as many as PyTorch computes with when the first convolution is asked for.
-_IS_AVAILABLE = getattr(torch.ops.aten, "_nnpack_available", None)
-_CONVOLVE = getattr(torch.ops.aten, "_nnpack_spatial_convolution", None)
+
+def _nnpack() -> Callable[..., Tensor] | None:
+    """NNPACK's convolution; None where PyTorch does not bring it, or it does not know the processor.
+
+    Its threads are as many as PyTorch computes with when the first convolution is asked for.
+    """
+    available, convolve = (
+        getattr(torch.ops.aten, name, None) for name in ("_nnpack_available", "_nnpack_spatial_convolution")
+    )
+    # The question sets NNPACK up: before it is asked, all of its convolutions fail.
+    return convolve if available is not None and available() else None
+
+
+_CONVOLVE = _nnpack()
 
 
 class TransformedConv2d(nn.Conv2d):
@@ -43,12 +55,12 @@ class TransformedConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if _CONVOLVE is None or not takes_transform(self, input):
             return super().forward(input)
-        return cast(Tensor, _CONVOLVE(input, self.weight, self.bias, self.padding, self.stride))
+        return _CONVOLVE(input, self.weight, self.bias, self.padding, self.stride)
 
 
 def can_transform() -> bool:
-    """Whether this PyTorch brings NNPACK, and NNPACK knows the processor. All of its convolutions ask for this once."""
-    return _CONVOLVE is not None and _IS_AVAILABLE is not None and bool(_IS_AVAILABLE())
+    """Whether this PyTorch brings NNPACK, and NNPACK knows the processor."""
+    return _CONVOLVE is not None
 
 
 def takes_transform(conv: nn.Conv2d, x: Tensor) -> bool:
