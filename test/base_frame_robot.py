@@ -5,6 +5,7 @@ Prints as JSON what the node said before it knew where the camera is, and what i
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -62,7 +63,7 @@ def main(bag: Path, folder: Path) -> None:
         publisher = node.node.create_publisher(TFMessage, "/tf_static", qos)
         publisher.publish(static)
         node.wait_for(lambda: publisher.get_subscription_count(), "the node to hear /tf_static")
-        replays = iter(range(1, 100))
+        replays = itertools.count(1)
 
         def is_placed() -> bool:  # the first images may come before the node has /tf_static
             play(node, bag, peers, next(replays))
