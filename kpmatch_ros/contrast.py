@@ -7,11 +7,10 @@ jump from frame to frame.
 
 from __future__ import annotations
 
-from typing import Any
-
-import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from kpmatch_ros.colour import to_grey
 
 __all__ = ["Stretch", "appearance"]
 
@@ -87,9 +86,7 @@ def appearance(image: NDArray[np.uint8], used: float | None = None) -> str:
         used: part of the 16-bit range that the image used before it became 8 bits; None where it had 8 bits.
     """
     every = max(1, int(np.sqrt(image.shape[0] * image.shape[1] / _SAMPLES)))
-    sample: Any = image[::every, ::every]
-    if sample.ndim == 3:
-        sample = cv2.cvtColor(np.ascontiguousarray(sample), cv2.COLOR_RGB2GRAY)
+    sample = to_grey(image[::every, ::every])
     low, middle, high = (float(value) for value in np.percentile(sample, (0.5, 50, 99.5)))
     of_16 = "" if used is None else f"; their 16-bit values use {100 * used:.2g} % of the range"
     if high - low <= _FLAT:

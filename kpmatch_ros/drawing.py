@@ -8,6 +8,8 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kpmatch_ros.colour import in_memory_order, to_grey
+
 __all__ = ["draw_matches"]
 
 Image = NDArray[np.uint8]
@@ -97,9 +99,9 @@ def _dimmed(image: Image) -> Image:
     if image.ndim == 2:
         grey = np.ascontiguousarray(image)
         return np.asarray(cv2.cvtColor(cv2.convertScaleAbs(grey, alpha=_DIM), cv2.COLOR_GRAY2RGB))
-    reversed_view = image.strides[2] < 0  # of a BGR image: NumPy would copy it pixel by pixel
-    rgb = cv2.cvtColor(image[..., ::-1], cv2.COLOR_BGR2RGB) if reversed_view else np.ascontiguousarray(image)
-    luma = cv2.cvtColor(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    pixels, blue_first = in_memory_order(image)
+    rgb = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if blue_first else np.ascontiguousarray(pixels)
+    luma = cv2.cvtColor(to_grey(image), cv2.COLOR_GRAY2RGB)
     return np.asarray(cv2.addWeighted(rgb, _DIM * _SATURATION, luma, _DIM * (1 - _SATURATION), 0))
 
 

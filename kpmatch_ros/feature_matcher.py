@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kpmatch_ros import weights
+from kpmatch_ros.colour import in_memory_order
 from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, batch_is_small
 from kpmatch_ros.device import choose_device, choose_precision, processor_features
 from kpmatch_ros.images import ImageError
@@ -325,9 +326,7 @@ class FeatureMatcher:
 
     def upload(self, pixels: np.ndarray) -> Tensor:
         """uint8 pixels to an image (1, C, H, W) in [0, 1] on the device, in colour where the extractor sees colour."""
-        reversed_colours = pixels.ndim == 3 and pixels.strides[2] < 0  # a view of BGR as RGB
-        if reversed_colours:
-            pixels = pixels[..., ::-1]
+        pixels, blue_first = in_memory_order(pixels)
         if min(pixels.strides) < 0 or not pixels.flags.writeable:  # torch takes neither
             pixels = pixels.copy()
         host = torch.from_numpy(pixels)
@@ -337,8 +336,8 @@ class FeatureMatcher:
         if image.ndim == 2:
             return image[None, None]
         if self.extractor.CHANNELS == 3:
-            return (image.flip(-1) if reversed_colours else image).permute(2, 0, 1)[None]
-        return (image @ (self.luma.flip(0) if reversed_colours else self.luma))[None, None]
+            return (image.flip(-1) if blue_first else image).permute(2, 0, 1)[None]
+        return (image @ (self.luma.flip(0) if blue_first else self.luma))[None, None]
 
     def _upload_mask(self, mask: np.ndarray | None, shape: Sequence[int]) -> Tensor:
         """A mask of an image for the shape (H, W) in which the extractor sees it, on the device."""
@@ -473,4 +472,6 @@ def resize(pixels: np.ndarray, longest: int) -> np.ndarray:
         return pixels
     scale = longest / max(height, width)
     size = (max(round(width * scale), 1), max(round(height * scale), 1))
-    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    pixels, blue_first = in_memory_order(pixels)
+    resized = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    return resized[..., ::-1] if blue_first else resized

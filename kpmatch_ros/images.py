@@ -275,6 +275,8 @@ def _picture(pixels: NDArray[Any], colour: str, what: str, scale: Scale | None) 
             pixels = cv2.convertScaleAbs(pixels, alpha=factor).reshape(pixels.shape)
     if colour not in _CHANNELS:
         return _convert(pixels, colour, what)
+    if pixels.shape[2] == 4:  # three of four values would be copied one by one whenever they are wanted in a row
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_BGRA2BGR)
     picture: NDArray[np.uint8] = pixels[_CHANNELS[colour]]
     return picture
 

@@ -53,7 +53,9 @@ PIXELS: dict[str, tuple[str, list[int] | str]] = {
 BAYER = [f"bayer_{pattern}{bits}" for pattern in ("rggb", "bggr", "gbrg", "grbg") for bits in (8, 16)]
 PACKED_YUV = {"uyvy": "uyvy", "yuv422": "uyvy", "yuyv": "yuyv", "yuv422_yuy2": "yuyv"}
 PLANAR_YUV = ["nv12", "nv21", "nv24"]
-WITHOUT_COPY = [name for name, (dtype, _) in PIXELS.items() if dtype == "u1"]
+WITHOUT_COPY = [
+    name for name, (dtype, channels) in PIXELS.items() if dtype == "u1" and channels in ("grey", [0, 1, 2], [2, 1, 0])
+]
 NO_PICTURE = {f"{depth}C{channels}" for depth in ("8S", "16S", "32S") for channels in (1, 2, 3, 4)}
 NO_PICTURE |= {f"{depth}C2" for depth in ("8U", "16U", "32F", "64F")}
 

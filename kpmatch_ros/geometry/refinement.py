@@ -11,6 +11,7 @@ from dataclasses import fields
 import cv2
 import numpy as np
 
+from kpmatch_ros.colour import to_grey
 from kpmatch_ros.geometry.flow import Neighbours, flow_near
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change, signed
 
@@ -56,7 +57,7 @@ def normalize_contrast(image: np.ndarray) -> np.ndarray:
     Args:
         image: uint8 grey (H, W) or RGB (H, W, 3).
     """
-    grey = image if image.ndim == 2 else cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
+    grey = to_grey(image)
     size = (2 * _WINDOW + 1, 2 * _WINDOW + 1)
     mean: np.ndarray = cv2.boxFilter(grey, cv2.CV_32F, size)
     deviation: np.ndarray = cv2.sqrBoxFilter(grey, cv2.CV_32F, size)

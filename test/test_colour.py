@@ -1,0 +1,40 @@
+"""Colour images as cameras send them become grey, smaller and tensors without being copied value by value."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+from image_encodings import image
+
+from kpmatch_ros.colour import in_memory_order, to_grey
+from kpmatch_ros.feature_matcher import resize
+from kpmatch_ros.geometry.refinement import normalize_contrast
+from kpmatch_ros.images import to_array
+
+RGB = np.random.default_rng(3).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+ENCODINGS = ["rgb8", "bgr8", "rgba8", "bgra8"]
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_pixels_of_every_colour_encoding_lie_in_a_row_for_opencv(encoding: str, padding: int) -> None:
+    pixels, blue_first = in_memory_order(to_array(image(encoding, RGB, padding=padding)))
+    assert pixels.strides[1:] == (3, 1)
+    np.testing.assert_array_equal(pixels[..., ::-1] if blue_first else pixels, RGB)
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_the_order_of_colours_changes_neither_grey_nor_a_smaller_image(encoding: str, padding: int) -> None:
+    pixels = to_array(image(encoding, RGB, padding=padding))
+    np.testing.assert_array_equal(to_grey(pixels), cv2.cvtColor(RGB, cv2.COLOR_RGB2GRAY))
+    np.testing.assert_array_equal(normalize_contrast(pixels), normalize_contrast(RGB))
+    for longest in (32, 100):
+        np.testing.assert_array_equal(resize(pixels, longest), resize(RGB, longest))
+
+
+def test_a_grey_image_is_its_own_grey() -> None:
+    grey = RGB[..., 0]
+    assert to_grey(grey) is grey
+    assert in_memory_order(grey) == (grey, False)
