@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from kpmatch_ros.geometry.stereo_camera import StereoCamera
 
 __all__ = ["Calibration", "Doubt"]
 
+_KEPT = 1000  # camera_infos of a camera: as many images may wait to be processed
 _PLAUSIBLE_BASELINES = 0.001, 10.0  # metres: a stereo endoscope has 4 mm, a lorry's cameras are 2 m apart
 
 
@@ -24,9 +26,10 @@ class Doubt(NamedTuple):
 
 
 class Calibration:
-    """The camera, or the pair of cameras, that the latest camera_infos describe.
+    """The camera, or the pair of cameras, that the camera_infos describe.
 
-    One thread may update it while another asks for the camera.
+    An image has the camera_info of its own stamp, or else the newest one: a zoom lens, or a camera whose resolution
+    changes, sends another one with each image. One thread may update it while another waits and asks for the camera.
 
     Args:
         topics: of the images: one, or two for a stereo pair.
@@ -40,27 +43,59 @@ class Calibration:
         self.doubts: list[Doubt] = []
         self._topics = topics
         self._rectified = rectified
-        self._infos: list[Any] = [None] * len(topics)
+        self._infos: list[dict[int, Any]] = [{} for _ in topics]  # by stamp, in the order in which they came
+        self._used: list[int | None] = [None] * len(topics)  # stamps of the images that were asked for last
+        self._changed = threading.Condition()
         self._made_of: tuple[Any, ...] = ()
         self._camera: Camera | StereoCamera | None = None
         self._fault: CalibrationError | None = None
 
-    def update(self, side: int, info: Any) -> None:
-        """Take over a newer camera_info of camera 0 or 1."""
-        self._infos[side] = info
+    def update(self, side: int, stamp: int, info: Any) -> None:
+        """Take over a newer camera_info of camera 0 or 1, of a stamp in nanoseconds."""
+        with self._changed:
+            infos = self._infos[side]
+            infos.pop(stamp, None)
+            infos[stamp] = info
+            if len(infos) > _KEPT:
+                del infos[next(iter(infos))]
+            self._changed.notify_all()
 
-    @property
-    def complete(self) -> bool:
-        """Whether every camera has sent its calibration."""
-        return all(info is not None for info in self._infos)
+    def complete(self, stamps: Sequence[int]) -> bool:
+        """Whether no image of a frame, by their stamps in nanoseconds, has to wait for its camera_info.
 
-    def camera_for(self, sizes: Sequence[tuple[int, int]]) -> Camera | StereoCamera | None:
-        """The camera, or the pair, for images of these (width, height); None where a calibration is missing.
+        One that is not there yet will come if that of the image before came, and no later one is there.
+        """
+        with self._changed:
+            return self._complete(stamps)
+
+    def wait(self, stamps: Sequence[int], seconds: float) -> None:
+        """Wait until the frame is complete, or the time is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._complete(stamps), max(0.0, seconds))
+
+    def _complete(self, stamps: Sequence[int]) -> bool:
+        return not any(
+            before in infos and stamp not in infos and next(reversed(infos)) < stamp
+            for infos, before, stamp in zip(self._infos, self._used, stamps)
+        )
+
+    def camera_for(
+        self, sizes: Sequence[tuple[int, int]], stamps: Sequence[int] | None = None
+    ) -> Camera | StereoCamera | None:
+        """The camera, or the pair, for the images of a frame; None where a calibration is missing.
+
+        Args:
+            sizes: width and height of each image, pixels.
+            stamps: of each image, nanoseconds; the newest calibration is meant where not given.
 
         Raises:
             CalibrationError: when the calibration cannot be used, for itself or for images of these sizes.
         """
-        infos = tuple(self._infos)
+        with self._changed:
+            newest = [next(reversed(infos), 0) for infos in self._infos]
+            stamps = newest if stamps is None else stamps
+            self._used = list(stamps)
+            infos = tuple(infos.get(stamp, infos.get(last)) for infos, stamp, last in zip(self._infos, stamps, newest))
         if any(info is None for info in infos):
             return None
         if len(infos) != len(self._made_of) or any(a is not b for a, b in zip(infos, self._made_of)):

@@ -323,7 +323,7 @@ class Parameters:
     sync_tolerance: float = _parameter(
         0.01,
         "largest difference of the stamps of a stereo pair, or of an image and its mask; longest time that an image "
-        "waits for its mask",
+        "waits for its mask and its camera_info",
         unit="seconds",
         minimum=0.0,
         maximum=1.0,

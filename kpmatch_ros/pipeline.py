@@ -30,15 +30,16 @@ from kpmatch_ros.odometry import Odometry, of_base
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.stereo_sync import StereoSynchroniser
 
-__all__ = ["MASK_PATIENCE", "Calibration", "Events", "Pipeline", "caption", "check_odometry"]
+__all__ = ["PATIENCE", "Calibration", "Events", "Pipeline", "caption", "check_odometry"]
 
 # Images of one camera that wait for the other's at most, by the parameter `queue`: all keeps what a busy bag sends.
 _WAITING = {"latest": 10, "all": 100}
 # Masks that wait for their image at most.
 _MASKS = {"latest": 30, "all": 1000}
-MASK_PATIENCE = 1.0
-"""Seconds that an image waits for its mask at most where every frame is processed (`queue: all`, bags): by then a later
-mask has mostly shown that it does not come, so that the time plays no part and all is the same every time."""
+PATIENCE = 1.0
+"""Seconds that an image waits for its mask and its camera_info at most where every frame is processed (`queue: all`,
+bags): by then a later one has mostly shown that it does not come, so that the time plays no part and all is the same
+every time."""
 # Seconds after which a pose tells of an image without a partner. Where every frame is processed, a reliable publisher
 # may still be sending the partner again, and no pose shall depend on how long that takes.
 _ALONE_AFTER = {"latest": 0.5, "all": 5.0}
@@ -85,8 +86,8 @@ class Events(Protocol):
 class Pipeline:
     """Turns the messages of a camera, or of a stereo pair, into the node's output messages.
 
-    One thread may receive (:meth:`add_image`, :meth:`add_mask`, :meth:`watch`, :meth:`configure`,
-    :meth:`request_reset`, and the calibration's update) while another processes.
+    One thread may receive (:meth:`add_image`, :meth:`add_info`, :meth:`add_mask`, :meth:`watch`, :meth:`configure`,
+    :meth:`request_reset`) while another processes.
 
     Args:
         front_end: registers the images.
@@ -99,7 +100,7 @@ class Pipeline:
 
     Attributes:
         front_end: as given.
-        calibration: to be updated with every camera_info.
+        calibration: that of the images.
         synchroniser: puts left and right images together.
         masks: puts images and their masks together.
         transforms: to be updated with every message on /tf_static, where `base_frame` is given.
@@ -183,20 +184,31 @@ class Pipeline:
         self._report_unpaired([now - then for now, then in zip(self.synchroniser.unpaired, before)])
         return frame
 
+    def add_info(self, side: int, message: Any) -> None:
+        """Take over a camera_info of camera 0 or 1, which may come before its image or after it."""
+        self.calibration.update(side, messages.nanoseconds(message.header.stamp), message)
+
     def add_mask(self, side: int, message: Any) -> None:
         """Take over the mask of an image of camera 0 or 1, which may come before the image or after it."""
         self.masks.put(side, messages.nanoseconds(message.header.stamp), message)
 
-    def wait_for_masks(self, received: Sequence[Any], waited: float) -> None:
-        """Wait for the masks of a frame while they may come: at most `sync_tolerance`, or with `queue: all` a second.
+    def complete(self, received: Sequence[Any]) -> bool:
+        """Whether the masks and the camera_infos of a frame's image messages are there, or can no longer come."""
+        stamps = _stamps(received)
+        return self.masks.complete(stamps) and self.calibration.complete(stamps)
+
+    def wait(self, received: Sequence[Any], waited: float) -> None:
+        """Wait until a frame is complete: at most `sync_tolerance`, or with `queue: all` a second.
 
         Args:
             received: a frame's image messages.
             waited: seconds since the frame arrived.
         """
         parameters = self._parameters
-        patience = MASK_PATIENCE if parameters.queue == "all" else parameters.sync_tolerance
-        self.masks.wait(_stamps(received), patience - waited)
+        patience = PATIENCE if parameters.queue == "all" else parameters.sync_tolerance
+        stamps, begun = _stamps(received), time.monotonic()
+        self.masks.wait(stamps, patience - waited)
+        self.calibration.wait(stamps, patience - waited - (time.monotonic() - begun))
 
     def _check_stamp(self, side: int, stamp: int) -> None:
         """Name an image whose stamp is zero, or that of the image before."""
@@ -249,7 +261,7 @@ class Pipeline:
             interruption = self.front_end.interruption(stamps[0], frame_ids)
             if interruption:
                 self._events.interrupted(f"{interruption}: features and tracks are forgotten")
-            camera = self._camera_for([(image.shape[1], image.shape[0]) for image in images])
+            camera = self._camera_for([(image.shape[1], image.shape[0]) for image in images], stamps)
             result = self.front_end.register(images, stamps, camera, frame_ids, masks)
         except ImageError as error:
             self._events.rejected(error.reason, f"an image was rejected: {error}")
@@ -273,9 +285,9 @@ class Pipeline:
         if parameters is not self.front_end.parameters:
             self.front_end.configure(parameters)
 
-    def _camera_for(self, sizes: Sequence[tuple[int, int]]) -> Camera | StereoCamera | None:
+    def _camera_for(self, sizes: Sequence[tuple[int, int]], stamps: Sequence[int]) -> Camera | StereoCamera | None:
         try:
-            camera = self.calibration.camera_for(sizes)
+            camera = self.calibration.camera_for(sizes, stamps)
             for doubt in self.calibration.doubts:
                 self._events.doubted(f"camera_info: {doubt.kind}", doubt.explanation)
             return camera

@@ -1,18 +1,24 @@
-"""What is odd about a calibration is said: a baseline that no rig has, a topic's name that contradicts `rectified`."""
+"""Each image has its own calibration, and what is odd about one is said: a baseline, a topic's name."""
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
-from bag_harness import QUICK
+from bag_harness import QUICK, by_topic
+from rosbags.highlevel import AnyReader
 
-from kpmatch_ros.bags.files import BagWriter, camera_info_message, read_messages
+from kpmatch_ros.bags.files import BagWriter, camera_info_message, image_message, read_messages
 from kpmatch_ros.calibration import Calibration
 from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.images import to_array
 from kpmatch_ros.ros.monitor import Monitor
+from node_harness import running_node
 from simulation.bags import write_demo_bag
 
 SIZE = (640, 480)
@@ -27,7 +33,7 @@ def info(distortion: tuple[float, ...] = (), baseline: float = 0.0) -> Any:
 def doubts(topics: list[str], rectified: bool, *infos: Any) -> list[tuple[str, str]]:
     calibration = Calibration(topics, rectified)
     for side, message in enumerate(infos):
-        calibration.update(side, message)
+        calibration.update(side, 0, message)
     calibration.camera_for([SIZE] * len(infos))
     return [tuple(doubt) for doubt in calibration.doubts]
 
@@ -84,8 +90,8 @@ def test_what_fits_or_says_nothing_is_passed_over(topic: str, rectified: bool, d
 def test_a_doubt_goes_with_the_calibration_that_it_was_about() -> None:
     calibration = Calibration(["left", "right"], True)
     for baseline in (110.0, 0.11):
-        calibration.update(0, info())
-        calibration.update(1, info(baseline=baseline))
+        calibration.update(0, 0, info())
+        calibration.update(1, 0, info(baseline=baseline))
         calibration.camera_for([SIZE] * 2)
         assert len(calibration.doubts) == (baseline > 10)
 
@@ -111,3 +117,86 @@ def test_the_bag_command_says_so_in_its_table_and_on_stderr(kpmatch: Any, tmp_pa
     assert status == 0
     assert "doubts" in out and "camera_info: baseline 2" in out
     assert "the cameras are 500 m apart" in err
+
+
+# A calibration for each image
+
+
+def zoomed(focal: float) -> Any:
+    return camera_info_message(Camera(*SIZE, np.diag([focal, focal, 1.0])), 0, "camera")
+
+
+def focal(calibration: Calibration, *stamps: int) -> list[float]:
+    found = [calibration.camera_for([SIZE], [stamp]) for stamp in stamps]
+    return [camera.focal for camera in found if isinstance(camera, Camera)]
+
+
+def test_an_image_has_the_calibration_of_its_own_stamp_or_else_the_newest() -> None:
+    calibration = Calibration(["image"], rectified=False)
+    assert calibration.camera_for([SIZE], [10]) is None
+    for stamp, value in ((10, 500.0), (20, 600.0), (30, 700.0)):
+        calibration.update(0, stamp, zoomed(value))
+    assert focal(calibration, 10, 20, 30, 25, 0) == [500, 600, 700, 700, 700]
+    calibration.update(0, 10, zoomed(550.0))  # a bag begins again
+    assert focal(calibration, 10, 20, 15) == [550, 600, 550]
+    for stamp in range(100, 1100):
+        calibration.update(0, stamp, zoomed(800.0))
+    assert focal(calibration, 10) == [800], "old ones are not kept for ever"
+
+
+def test_an_image_waits_for_a_calibration_that_comes_with_each_image_and_for_no_other() -> None:
+    calibration = Calibration(["image"], rectified=False)
+    assert calibration.complete([10]), "the first image: nothing is known"
+    calibration.update(0, 10, zoomed(500.0))
+    calibration.camera_for([SIZE], [10])
+    assert calibration.complete([10]) and not calibration.complete([20])
+    sender = threading.Timer(0.05, lambda: calibration.update(0, 20, zoomed(600.0)))
+    sender.start()
+    begun = time.monotonic()
+    calibration.wait([20], 60.0)
+    assert time.monotonic() - begun < 30 and focal(calibration, 20) == [600]
+    sender.join()
+    calibration.wait([30], 0.05)  # it was lost
+    calibration.camera_for([SIZE], [30])
+    assert calibration.complete([40]), "that of the image before has not come either"
+    calibration.update(0, 50, zoomed(700.0))
+    calibration.camera_for([SIZE], [50])
+    assert calibration.complete([45]), "they come in order, and a later one is there"
+
+
+@pytest.fixture(scope="module")
+def changing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A camera whose images become larger after the third one, each recorded before its calibration."""
+    folder = tmp_path_factory.mktemp("changing")
+    write_demo_bag(folder / "walk", num_frames=6, size=(160, 120), encoding="mono8")
+    with BagWriter(folder / "bag", "mcap") as writer:
+        images, infos = (read_messages(folder / "walk", [f"/camera/{name}"]) for name in ("image_raw", "camera_info"))
+        for number, ((*_, stamp, image), (*_, given)) in enumerate(zip(images, infos)):
+            scale = 1 if number < 3 else 2
+            pixels = cv2.resize(to_array(image), None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+            matrix = np.reshape(given.k, (3, 3))
+            matrix = np.diag([scale, scale, 1.0]) @ (matrix + np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]))
+            matrix[:2, 2] -= 0.5
+            camera = Camera(160 * scale, 120 * scale, matrix, given.distortion_model, given.d)
+            writer.write("/camera/image_raw", image_message(pixels, stamp, "camera", "mono8"), stamp)
+            writer.write("/camera/camera_info", camera_info_message(camera, stamp, "camera"), stamp + 1000)
+    return folder / "bag"
+
+
+def test_a_camera_that_changes_its_images_size_has_poses_throughout_in_a_bag(
+    changing: Path, tmp_path: Path, kpmatch: Any
+) -> None:
+    status, _, err = kpmatch("bag", changing, tmp_path / "out", *QUICK)
+    assert status == 0 and "camera_info" not in err
+    statuses = [record.message.status for record in by_topic(tmp_path / "out")["/relative_pose"]]
+    assert len(statuses) == 5 and 1 not in statuses, "one is NO_CALIBRATION"
+
+
+def test_frames_that_wait_keep_their_calibrations_in_the_node(changing: Path, tmp_path: Path) -> None:
+    with running_node(tmp_path, max_keypoints=256, matcher="nearest") as node, AnyReader([changing]) as reader:
+        node.wait_until_connected()
+        assert node.infos is not None
+        for connection, _, raw in reader.messages():  # at once: most of them wait
+            (node.images if connection.topic == "/camera/image_raw" else node.infos).publish(bytes(raw))
+        node.wait_for(lambda: len(node.poses) == 5, "every pair")
+        assert 1 not in [pose.status for pose in node.poses], "one is NO_CALIBRATION"

@@ -117,7 +117,7 @@ def test_a_frame_waits_no_longer_than_its_queue_allows(queue: str, longest: floa
     asked: list[Any] = []
     pipeline.masks.wait = lambda *arguments: asked.append(arguments)  # type: ignore[method-assign]
     for waited in (0.0, 0.25):
-        pipeline.wait_for_masks([image(MS)], waited)
+        pipeline.wait([image(MS)], waited)
     assert asked == [([MS], longest), ([MS], longest - 0.25)]
 
 

@@ -156,7 +156,7 @@ def test_a_calibration_that_cannot_be_used_is_reported_for_every_frame_and_costs
     pipeline, heard = make("/image")
     info = camera_info_message(Camera(8, 8, np.eye(3)), SECOND, "camera")
     info.k = np.zeros(9)
-    pipeline.calibration.update(0, info)
+    pipeline.add_info(0, info)
     for number in range(3):
         assert pipeline.process([image(number * SECOND)]) is not None
     assert [report[:2] for report in heard.reports] == [("refused", "uncalibrated")] * 3
@@ -166,7 +166,7 @@ def test_a_fault_that_is_raised_for_frame_after_frame_does_not_grow() -> None:
     calibration = Calibration(["/image"], rectified=False)
     info = camera_info_message(Camera(8, 8, np.eye(3)), SECOND, "camera")
     info.k = np.zeros(9)
-    calibration.update(0, info)
+    calibration.update(0, SECOND, info)
     depths = []
     for _ in range(5):
         with pytest.raises(CalibrationError) as caught:
@@ -227,7 +227,7 @@ def test_images_whose_stamps_say_nothing_are_reported_by_topic() -> None:
 def test_what_is_odd_about_a_calibration_is_said_with_every_frame() -> None:
     pipeline, heard = make("/camera/image_rect")
     lens = Camera(8, 8, np.array([[8.0, 0, 4], [0, 8.0, 4], [0, 0, 1]]), "plumb_bob", np.array([-0.1, 0, 0, 0]))
-    pipeline.calibration.update(0, camera_info_message(lens, 0, "camera"))
+    pipeline.add_info(0, camera_info_message(lens, 0, "camera"))
     for stamp in (1, 2):
         pipeline.process((image(stamp * SECOND),))
     doubts = [report for report in heard.reports if report[0] == "doubted"]

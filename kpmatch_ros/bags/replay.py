@@ -21,9 +21,8 @@ from kpmatch_ros.bags.report import Report
 from kpmatch_ros.bags.rerun_recording import RerunRecording
 from kpmatch_ros.bags.trajectory import Trajectory
 from kpmatch_ros.front_end import FrontEnd
-from kpmatch_ros.messages import nanoseconds
 from kpmatch_ros.parameters import Parameters
-from kpmatch_ros.pipeline import MASK_PATIENCE, Pipeline, check_odometry
+from kpmatch_ros.pipeline import PATIENCE, Pipeline, check_odometry
 
 __all__ = ["replay"]
 
@@ -31,7 +30,7 @@ _TF_STATIC = "/tf_static"
 
 
 class _Waiting(NamedTuple):
-    """A frame that waits for its masks."""
+    """A frame that waits for its masks or its calibration."""
 
     images: tuple[Any, ...]  # messages: one, or left and right
     recorded_at: int  # nanoseconds
@@ -167,7 +166,7 @@ def _process(
                     f"{bag}: declares messages on {camera.camera_info}, but holds none that can be read"
                 )
             else:
-                pipeline.calibration.update(side, first.message)
+                pipeline.add_info(side, first.message)
     if front_end.parameters.base_frame and any(topic.name == _TF_STATIC for topic in bag_topics(bag)):
         for record in read_messages(bag, [_TF_STATIC]):
             pipeline.transforms.update(record.message)
@@ -178,12 +177,10 @@ def _process(
     pipeline.masks.expected = [side for sides_of_mask in masks.values() for side in sides_of_mask]
 
     def process(now: int | None) -> None:
-        """Process the frames whose masks are there or can no longer come; all of them where now is None."""
+        """Process the frames that are complete, or have waited for long; all of them where now is None."""
         nonlocal at_hand
         while waiting and (
-            now is None
-            or now > waiting[0].recorded_at + MASK_PATIENCE * 1e9
-            or pipeline.masks.complete([nanoseconds(image.header.stamp) for image in waiting[0].images])
+            now is None or now > waiting[0].recorded_at + PATIENCE * 1e9 or pipeline.complete(waiting[0].images)
         ):
             images, at_hand = waiting.popleft()
             begun = time.perf_counter()
@@ -201,7 +198,7 @@ def _process(
     with tqdm(total=cameras[0].num_images, desc="frames", unit="frame", disable=None, leave=False) as bar:
         for topic, _, recorded_at, message in read_messages(bag, {*sides, *infos, *masks}, report.remarks):
             for side in infos.get(topic, ()):
-                pipeline.calibration.update(side, message)
+                pipeline.add_info(side, message)
             for side in masks.get(topic, ()):
                 pipeline.add_mask(side, message)
             if topic in sides:

@@ -242,7 +242,7 @@ class Inputs:
             history=HistoryPolicy.KEEP_LAST,
             reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
         )
-        info_qos = QoSProfile(depth=10, reliability=image_qos.reliability)
+        info_qos = QoSProfile(depth=max(10, image_qos.depth), reliability=image_qos.reliability)
         mask_qos = QoSProfile(depth=max(5, image_qos.depth), reliability=image_qos.reliability)
         kind = self._image_type
         for side, camera in enumerate(self._cameras):

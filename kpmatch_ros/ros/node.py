@@ -255,7 +255,7 @@ class MatcherNode(LifecycleNode):
 
     def _take_info(self, side: int, message: Any) -> None:
         if self._pipeline is not None:
-            self._pipeline.calibration.update(side, message)
+            self._pipeline.add_info(side, message)
 
     def _take_mask(self, side: int, message: Any) -> None:
         if self._pipeline is not None:
@@ -314,7 +314,7 @@ class MatcherNode(LifecycleNode):
             try:
                 self._inputs.wait_for_calibration()
                 pipeline.masks.expected = self._inputs.masked
-                pipeline.wait_for_masks(received.images, time.monotonic() - received.arrived)
+                pipeline.wait(received.images, time.monotonic() - received.arrived)
                 result = pipeline.process(received.images)
                 if result is not None:
                     self.monitor.processed((time.monotonic() - received.arrived) * 1e3, result)
