@@ -24,14 +24,31 @@ from domain_coordinator import domain_id
 def test_a_node_that_cannot_start_by_itself_ends_with_status_1(
     parameter: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    done = ended(monkeypatch, "-p", parameter, "-p", "device:=cpu")
+    assert done.returncode == 1
+    assert said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "Error opening YAML file"), ("matcher:\n  border: 5\n", "before ros__parameters")]
+)
+def test_a_parameter_file_that_ros_cannot_read_is_named_in_a_line(
+    content: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "robot.yaml"
+    if content is not None:
+        file.write_text(content)
+    done = ended(monkeypatch, "--params-file", str(file))
+    assert done.returncode == 1
+    assert "matcher: ROS cannot start with these arguments: " in done.stderr
+    assert str(file) in done.stderr and said in done.stderr and "Traceback" not in done.stderr
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The node's process, which cannot start with these arguments of ROS."""
     matcher = Path(get_package_prefix("kpmatch_ros"), "lib", "kpmatch_ros", "matcher")
     with domain_id() as domain:
         monkeypatch.setenv("ROS_DOMAIN_ID", str(domain))
-        done = subprocess.run(
-            [sys.executable, matcher, "--ros-args", "-p", parameter, "-p", "device:=cpu"],
-            capture_output=True,
-            text=True,
-            timeout=120,
+        return subprocess.run(
+            [sys.executable, matcher, "--ros-args", *arguments], capture_output=True, text=True, timeout=120
         )
-    assert done.returncode == 1
-    assert said in done.stderr and "Traceback" not in done.stderr

@@ -369,7 +369,11 @@ def _load(parameters: Parameters) -> FrontEnd:
 
 def main(args: list[str] | None = None) -> int:
     """Run the node until it is told to stop. 0 on a clean end, 1 where it could not start."""
-    rclpy.init(args=args)
+    try:
+        rclpy.init(args=args)
+    except RuntimeError as error:  # such as a parameter file that is not there, or is none
+        print(f"matcher: ROS cannot start with these arguments: {error}", file=sys.stderr)
+        return 1
     node = None
     status = 0
     try:
