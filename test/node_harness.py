@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from rcl_interfaces.srv import GetParameterTypes
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import QoSProfile
 from sensor_msgs.msg import CameraInfo, Image
+from std_msgs.msg import Header
 
 from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
 
@@ -27,6 +29,17 @@ Process = subprocess.Popen[str] | forked.ForkedProcess
 PARAMETERS = {"device": "cpu", "precision": "float32", "queue": "all"}
 
 _PATIENCE = 1.0  # seconds after which a question is asked again
+
+
+def stamp_of(header: Header) -> float:
+    """Seconds of a header's stamp."""
+    return float(header.stamp.sec + 1e-9 * header.stamp.nanosec)
+
+
+def _without_header(info: CameraInfo) -> CameraInfo:
+    plain = copy.copy(info)
+    plain.header = Header()
+    return plain
 
 
 class NodeUnderTest:
@@ -50,6 +63,8 @@ class NodeUnderTest:
         self.subscribe(RelativePose, "relative_pose", self.poses.append)
         self.node.create_subscription(DiagnosticArray, "/diagnostics", self._take_diagnostics, 10)
         self.images = self.node.create_publisher(Image, "image", QoSProfile(depth=1000))
+        self._clients: dict[str, Any] = {}
+        self._calibration: tuple[CameraInfo, ...] = ()  # that was sent last
         # The node waits for the calibration that somebody offers: only those who send one offer it.
         self.infos = (
             self.node.create_publisher(CameraInfo, "camera_info", QoSProfile(depth=1000)) if calibrated else None
@@ -136,17 +151,58 @@ class NodeUnderTest:
         finally:
             self.node.destroy_client(client)
 
+    def wait_until_gone(self) -> None:
+        """Wait until this side knows that the node, which was deactivated, subscribes no more.
+
+        Before that, what is told of the subscriptions of the next activation may still be said of the ones before.
+        """
+        publishers = [one for one in (self.images, self.infos) if one is not None]
+        self.wait_for(lambda: not any(one.get_subscription_count() for one in publishers), "the node to unsubscribe")
+
+    def call(self, kind: type, name: str, request: Any) -> Any:
+        """The answer of one of the node's services. The request is sent once, when the answer cannot be lost."""
+        client = self._clients.get(name)
+        if client is None:
+            client = self._clients[name] = self.node.create_client(kind, name)
+            self.wait_for(client.service_is_ready, f"the service {name}")
+            self.wait_until_known()
+        future = client.call_async(request)
+        self.wait_for(future.done, f"the answer of {name}")
+        return future.result()
+
+    def calibrate(self, *infos: tuple[Any, CameraInfo]) -> None:
+        """Publish calibrations, each with its publisher, and where they are new wait until the node has taken them.
+
+        The node goes by the newest one that it has. An image that follows at once may overtake it: a topic's messages
+        come in order, those of two topics do not.
+        """
+        for publisher, info in infos:
+            publisher.publish(info)
+        calibration = tuple(_without_header(info) for _, info in infos)
+        if calibration != self._calibration:
+            self.wait_until_known()  # it answers after it has taken what came before the question
+            self._calibration = calibration
+
     def send(self, image: Image, info: CameraInfo | None = None) -> None:
         """Publish a frame, its calibration first."""
         if info is not None:
-            assert self.infos is not None
-            self.infos.publish(info)
+            self.calibrate((self.infos, info))
         self.images.publish(image)
 
     def figures(self) -> dict[str, str]:
         """The newest diagnostics; none before the first."""
         values = self.diagnostics[-1].status[0].values if self.diagnostics else []
         return {item.key: item.value for item in values}
+
+    def wait_for_news(self) -> DiagnosticArray:
+        """Wait for diagnostics of a time after now, and return the first: earlier ones may still be on their way."""
+        now = time.time()
+
+        def later() -> list[DiagnosticArray]:
+            return [each for each in self.diagnostics if stamp_of(each.header) > now]
+
+        self.wait_for(later, "diagnostics")
+        return later()[0]
 
     def message(self) -> str:
         """What the newest diagnostics say; nothing before the first."""
@@ -246,4 +302,4 @@ def running_node(
             rclpy.shutdown(context=context)
 
 
-__all__ = ["PARAMETERS", "NodeUnderTest", "running_node"]
+__all__ = ["PARAMETERS", "NodeUnderTest", "running_node", "stamp_of"]

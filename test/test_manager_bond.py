@@ -50,13 +50,9 @@ class Bond:
 
 def change(node: NodeUnderTest, transition: str) -> None:
     """What a lifecycle manager asks of the node."""
-    client = node.node.create_client(ChangeState, "matcher/change_state")
-    node.wait_for(client.service_is_ready, "the service change_state")
     request = ChangeState.Request()
     request.transition.label = transition
-    future = client.call_async(request)
-    node.wait_for(future.done, transition)
-    assert future.result().success, node.log
+    assert node.call(ChangeState, "matcher/change_state", request).success, node.log
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from pathlib import Path
 
@@ -28,20 +29,34 @@ def test_masks_from_a_topic_and_a_file_hold_and_what_is_missing_is_counted(tmp_p
         masks = node.node.create_publisher(Image, "mask", QoSProfile(depth=10))
         node.wait_until_connected()
         node.wait_for(masks.get_subscription_count, "the subscription to masks")
-        third = left_third(HEIGHT, WIDTH)
-        for number in range(4):
+        third, numbers = left_third(HEIGHT, WIDTH), itertools.count()
+
+        def points(mask: np.ndarray | None) -> np.ndarray:
+            """What is detected in the next frame, whose mask comes after it."""
+            number, frames = next(numbers), len(features) + 1
             node.send(image(textured(4 * number), 100 + number))
-            node.spin(0.05)  # its mask comes after it
-            if number != 2:
-                masks.publish(image(third if number < 3 else 0 * third, 100 + number))
-        node.wait_for(lambda: len(features) == 4, "every frame")
-        points = [np.array(message.points).reshape(-1, 2) for message in features]
-        assert [len(found) > 20 for found in points] == [True, True, True, False]
-        assert [under(body, found) for found in points] == [0] * 4
-        assert [under(third, found) > 0 for found in points] == [False, False, True, False]
+            node.spin(0.05)
+            if mask is not None:
+                masks.publish(image(mask, 100 + number))
+            node.wait_for(lambda: len(features) == frames, "the frame")
+            return np.array(features[-1].points).reshape(-1, 2)
+
+        # On a busy machine a mask may come a second late, and its frame goes on without: such a frame is tried again.
+        unmasked = 0
+        for mask in (third, third, None, 0 * third):
+            for _ in range(5):
+                found = points(mask)
+                assert len(found) > 20 or not (mask is None or mask.any())
+                hides = under(third, found) == 0
+                unmasked += not hides
+                if hides or mask is None:
+                    break
+            assert under(body, found) == 0
+            assert hides == (mask is not None)
+        assert len(found) == 0, "the last mask hides everything"
         topic = f"{node.namespace}/image"
         figures = node.wait_for_figure(f"mask hides everything: {topic}", "1")
-        assert figures[f"no mask: {topic}"] == "1"
+        assert figures[f"no mask: {topic}"] == str(unmasked)
         assert "the mask hides all of an image" in node.message()
         assert node.stop() == 0
 

@@ -25,11 +25,7 @@ MANY = 20_000
 
 def ask(node: NodeUnderTest, kind: type, name: str, request: Any) -> Any:
     """The answer of one of the node's services."""
-    client = node.node.create_client(kind, f"matcher/{name}")
-    node.wait_for(client.service_is_ready, f"the service {name}")
-    future = client.call_async(request)
-    node.wait_for(future.done, f"the answer of {name}")
-    return future.result()
+    return node.call(kind, f"matcher/{name}", request)
 
 
 def state(node: NodeUnderTest) -> str:

@@ -22,13 +22,13 @@ def test_other_types_latched_calibrations_and_misspelt_parameters_are_told_of(tm
         infos.publish(CameraInfo(width=8, height=8, k=[9.0, 0.0, 4.0, 0.0, 9.0, 4.0, 0.0, 0.0, 1.0]))  # once
         said = f"no image on {ns}/image"
         node.wait_for(lambda: said in node.message() and "its publisher sends" in node.message(), "the type")
+        node.wait_for(lambda: "no calibration" not in node.message(), "the latched camera_info to be heard")
         text = node.message()
         assert "sends sensor_msgs/msg/CompressedImage, not sensor_msgs/msg/Image; set image_transport" in text
         assert (
             "'filter_treshold' does not exist and has no effect, did you mean filter_threshold?" in text
             and "filter_treshold" in node.log
         )
-        assert "no calibration" not in text, "the latched camera_info was heard"
 
         node.node.destroy_publisher(other)
         offers = [node.node.create_publisher(Image, "image", 10) for _ in range(2)]

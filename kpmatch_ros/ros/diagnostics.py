@@ -67,24 +67,29 @@ class Diagnostics:
 
     def every_second(self) -> None:
         """Publish the message that comes in any case."""
-        self._publish(self._condition())
+        stamp = self._now()
+        self._publish(stamp, self._condition())
         self._told_early = False
 
     def watch(self) -> None:
         """Publish where something new is wrong, at most once between two of the steady messages."""
         if self._told_early:
             return
-        condition = self._condition()
+        stamp, condition = self._now(), self._condition()
         if {problem.kind for problem in condition.problems} - self._told:
             self._told_early = True
-            self._publish(condition)
+            self._publish(stamp, condition)
 
-    def _publish(self, condition: Condition) -> None:
+    def _now(self) -> Any:
+        """The stamp of what is found from here on: what was wrong before it is in the message."""
+        return self._node.get_clock().now().to_msg()
+
+    def _publish(self, stamp: Any, condition: Condition) -> None:
         self._told = {problem.kind for problem in condition.problems}
         level, text = _assess(condition)
         values = {"state": condition.state, **self._monitor.values(), **_resources(condition.matcher)}
         array = DiagnosticArray()
-        array.header.stamp = self._node.get_clock().now().to_msg()
+        array.header.stamp = stamp
         array.status = [
             DiagnosticStatus(
                 level=level,

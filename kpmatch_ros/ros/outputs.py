@@ -21,6 +21,7 @@ __all__ = ["Outputs"]
 _ON_DEMAND = ("features", "landmarks", "match_image")  # made only while somebody subscribes
 # A replay may be faster than a subscriber for a while: with queue 'all' nothing is to be lost then.
 _DEPTH = {"latest": 10, "all": 1000}
+_LARGE_DEPTH = {"latest": 2, "all": 100}  # features take a megabyte a frame
 
 
 class Outputs:
@@ -29,16 +30,16 @@ class Outputs:
     def __init__(self, node: LifecycleNode, parameters: Parameters) -> None:
         self._node = node
         self._refused: dict[str, str] = {}  # subscribers that ask for another quality of service, by topic
-        depth = _DEPTH[parameters.queue]
+        depth, large = _DEPTH[parameters.queue], _LARGE_DEPTH[parameters.queue]
         kinds: dict[str, tuple[Any, int]] = {
             "matches": (MatchArray, depth),
             "relative_pose": (RelativePose, depth),
-            "features": (FeatureArray, 2),
+            "features": (FeatureArray, large),
             "match_image": (Image, 2),
         }
         if parameters.mode == "stereo":
             kinds["stereo_matches"] = (MatchArray, depth)
-            kinds["landmarks"] = (PointCloud2, 2)
+            kinds["landmarks"] = (PointCloud2, large)
         if parameters.publish_odometry:
             kinds["odometry"] = (Odometry, depth)
             if TFMessage is not None:

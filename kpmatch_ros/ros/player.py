@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import rclpy
+from rcl_interfaces.srv import GetParameterTypes
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import QoSProfile
 from sensor_msgs.msg import CameraInfo, Image
@@ -20,6 +21,7 @@ __all__ = ["Answers", "RecordedFrame", "nanoseconds", "play"]
 
 _START_TIMEOUT = 120.0  # seconds for the node to load its networks and subscribe
 _FRAME_TIMEOUT = 60.0  # seconds for the results of one frame
+_PATIENCE = 1.0  # seconds after which the node is asked again
 
 
 class RecordedFrame(NamedTuple):
@@ -114,6 +116,17 @@ def play(
             )
 
         wait_for(connected, "the node to come up", _START_TIMEOUT)
+        # What the node publishes before it knows the listener is lost. Whoever answers knows of all that the listener
+        # has made before it asked; an answer to one that is not known yet is lost too, so it is asked again.
+        client = listener.node.create_client(GetParameterTypes, "matcher/get_parameter_types")
+        asked: list[tuple[float, Any]] = []
+
+        def known() -> bool:
+            if client.service_is_ready() and (not asked or time.monotonic() > asked[-1][0] + _PATIENCE):
+                asked.append((time.monotonic(), client.call_async(GetParameterTypes.Request())))
+            return any(answer.done() for _, answer in asked)
+
+        wait_for(known, "the node to know who listens", _START_TIMEOUT)
         # disable=None: no bar where stderr is no terminal
         for number, frame in enumerate(tqdm(frames, desc="frames", unit="frame", disable=None, leave=False)):
             sent = time.monotonic()

@@ -1,0 +1,98 @@
+"""When diagnostics come, and how much the publishers keep for a subscriber that is slow. Without DDS."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rclpy")
+
+from kpmatch_ros.parameters import Parameters
+from kpmatch_ros.ros.diagnostics import Condition, Diagnostics
+from kpmatch_ros.ros.monitor import Monitor, Problem
+from kpmatch_ros.ros.outputs import Outputs
+
+
+class FakeNode:
+    """What publishes: it keeps the messages, and the quality of service of each topic; a clock that goes on."""
+
+    def __init__(self) -> None:
+        self.said: list[Any] = []
+        self.depths: dict[str, int] = {}
+        self._times = itertools.count()
+
+    def create_publisher(self, kind: type, topic: str, depth: int) -> Any:
+        return SimpleNamespace(publish=self.said.append)
+
+    def create_lifecycle_publisher(self, kind: type, topic: str, qos: Any, **options: Any) -> Any:
+        self.depths[topic] = qos.depth
+        return SimpleNamespace(topic_name=topic)
+
+    def resolve_topic_name(self, name: str) -> str:
+        return name
+
+    def get_logger(self) -> Any:
+        return SimpleNamespace(warning=lambda text, **options: None)
+
+    def get_clock(self) -> Any:
+        from builtin_interfaces.msg import Time
+
+        now = Time(sec=next(self._times))
+        return SimpleNamespace(now=lambda: SimpleNamespace(to_msg=lambda: now))
+
+    def get_fully_qualified_name(self) -> str:
+        return "/matcher"
+
+
+def test_what_is_newly_wrong_is_told_at_once_and_once_between_two_regular_messages() -> None:
+    node, wrong = FakeNode(), []
+    told = Diagnostics(node, Monitor(), lambda: Condition("active", "", "", list(wrong)))  # type: ignore[arg-type]
+
+    def heard() -> list[str]:
+        messages = [array.status[0].message for array in node.said]
+        node.said.clear()
+        return messages
+
+    told.every_second()
+    told.watch()
+    assert heard() == ["matching"], "nothing is new"
+    wrong.append(Problem("one", "the first"))
+    told.watch()
+    told.watch()
+    assert heard() == ["the first"]
+    wrong.append(Problem("two", "the second"))
+    told.watch()
+    assert heard() == [], "one early message was sent already"
+    told.every_second()
+    told.watch()
+    assert heard() == ["the first; the second"]
+    wrong.append(Problem("three", "the third"))
+    told.watch()
+    assert heard() == ["the first; the second; the third"]
+
+
+def test_a_message_tells_of_all_that_was_wrong_before_its_stamp() -> None:
+    node = FakeNode()
+    asked: list[int] = []
+
+    def condition() -> Condition:
+        asked.append(node.get_clock().now().to_msg().sec)
+        return Condition("active", "", "", [Problem(str(len(asked)), "odd")])
+
+    told = Diagnostics(node, Monitor(), condition)  # type: ignore[arg-type]
+    told.every_second()
+    told.watch()
+    assert len(node.said) == 2
+    assert all(array.header.stamp.sec < when for array, when in zip(node.said, asked))
+
+
+@pytest.mark.parametrize(("queue", "least"), [("latest", 1), ("all", 50)])
+def test_a_replay_waits_for_a_subscriber_that_is_held_up(queue: str, least: int) -> None:
+    node = FakeNode()
+    Outputs(node, Parameters(queue=queue, mode="stereo", publish_odometry=True, device="cpu"))  # type: ignore[arg-type]
+    del node.depths["match_image"]  # for the eye: the newest will do
+    assert {"features", "landmarks", "matches", "stereo_matches", "relative_pose", "odometry"} <= set(node.depths)
+    assert min(node.depths.values()) >= least, node.depths
