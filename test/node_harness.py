@@ -173,8 +173,8 @@ class NodeUnderTest:
     def calibrate(self, *infos: tuple[Any, CameraInfo]) -> None:
         """Publish calibrations, each with its publisher, and where they are new wait until the node has taken them.
 
-        The node goes by the newest one that it has. An image that follows at once may overtake it: a topic's messages
-        come in order, those of two topics do not.
+        An image that follows at once may overtake it: a topic's messages come in order, those of two topics do not. The
+        node waits for a while, on a busy machine not long enough, and goes by the one that it has.
         """
         for publisher, info in infos:
             publisher.publish(info)
