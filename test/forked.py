@@ -69,7 +69,9 @@ def start(arguments: list[str], environment: dict[str, str], log: Path) -> Forke
         return None
     if _server is None:
         command = [sys.executable, __file__]
-        _server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # Whatever the user's environment says: OpenBLAS starts its threads when it is loaded, and a fork loses them.
+        alone = {**environment, "OPENBLAS_NUM_THREADS": "1"}
+        _server = subprocess.Popen(command, env=alone, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     return ForkedProcess(_server, {"arguments": arguments, "variables": environment, "log": str(log)})
 
 
