@@ -173,6 +173,16 @@ class StereoPair(ImagePair):
 
     agreement: StereoAgreement
 
+    def tracked(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+        """(M, 2) float32 the left points by the tracks of their frame, and (M,) bool which ones that moves."""
+        places = np.full_like(self.reference.keypoints, np.nan)
+        known = pair.indices[:, 1] != NOT_DETECTED
+        places[pair.indices[known, 1]] = pair.points[known]
+        places = places[self.indices[:, 0]]
+        known = np.isfinite(places[:, 0])
+        places = np.where(known[:, None], places, self.reference_points)
+        return places, (places != self.reference_points).any(axis=1)
+
     @property
     def inliers(self) -> np.ndarray | None:
         return self.agreement.inliers

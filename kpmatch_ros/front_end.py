@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.refinement import INDEPENDENT_POINTS, REFINED_RESOLUTION, refine
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
-from kpmatch_ros.geometry.stereo_motion import check_stereo_matches, estimate_stereo_motion
+from kpmatch_ros.geometry.stereo_motion import StereoAgreement, check_stereo_matches, estimate_stereo_motion
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.geometry.two_view_errors import Motion
 from kpmatch_ros.kept_features import check_features, frame_without_image
@@ -122,7 +122,8 @@ class FrontEnd:
             both_cameras = camera if isinstance(camera, StereoCamera) else None
             stereo = self._match_sides(current, described[1], both_cameras, linked)
             current = stereo.reference
-        return Result(current, self._finish(current, linked), stereo)
+        pair = self._finish(current, linked)
+        return Result(current, pair, self._rejoin(stereo, pair, camera) if stereo and pair else stereo)
 
     def register_frame(
         self, image: np.ndarray, stamp: int, camera: Camera | None = None, frame_id: str = ""
@@ -240,13 +241,7 @@ class FrontEnd:
             start = points + reference_points - left.keypoints[indices[:, 0]]
             points, sigmas = refine_pair(self._view(left), self._view(right), reference_points, start)
             match_ms += _milliseconds_since(started)
-        agreement = check_stereo_matches(
-            reference_points,
-            points,
-            camera,
-            max_reprojection_error=self.parameters.max_reprojection_error,
-            min_inliers=self.parameters.min_inliers,
-        )
+        agreement = self._check_sides(reference_points, points, camera)
         right_points[indices[:, 0]] = points
         usable = camera if agreement.status is PoseStatus.OK else None
         return StereoPair(
@@ -262,6 +257,22 @@ class FrontEnd:
             match_ms=match_ms,
             agreement=agreement,
         )
+
+    def _check_sides(self, left: np.ndarray, right: np.ndarray, camera: Any) -> StereoAgreement:
+        limits = self.parameters.max_reprojection_error, self.parameters.min_inliers
+        return check_stereo_matches(left, right, camera, max_reprojection_error=limits[0], min_inliers=limits[1])
+
+    def _rejoin(self, stereo: StereoPair, pair: Pair, camera: Any) -> StereoPair:
+        """The stereo matches with the left points of the frame's tracks, of which the motion has found some anew."""
+        left, moved = stereo.tracked(pair)
+        if not moved.any():
+            return stereo
+        right, sigmas = stereo.points.copy(), stereo.sigmas.copy()
+        start = (right + left - stereo.reference_points)[moved]
+        views = self._view(stereo.reference), self._view(stereo.current)
+        right[moved], sigmas[moved] = refine_pair(*views, left[moved], start)
+        agreement = self._check_sides(left, right, camera)
+        return replace(stereo, reference_points=left, points=right, sigmas=sigmas, agreement=agreement)
 
     def _match(self, reference: Frame, current: Frame) -> tuple[np.ndarray, np.ndarray, int, float]:
         """Indices, scores, layers, and milliseconds."""

@@ -202,7 +202,7 @@ def test_a_lost_frame_breaks_the_chain_and_begins_another_odometry_frame(
     run: Run, stereo_bag: Path, tmp_path: Path
 ) -> None:
     def without_baseline(number: int, record: Any) -> Any:
-        if record.topic == "/right/camera_info" and number == 1:  # recorded after its image: it is the next frame's
+        if record.topic == "/right/camera_info" and number == 2:  # recorded after its image
             record.message.p = np.where(np.arange(12) == 3, 0.0, record.message.p)
         return record
 

@@ -97,6 +97,15 @@ def points_of(message: Any) -> np.ndarray:
     return np.frombuffer(bytes(message.data), LANDMARK)
 
 
+def distances_by_index(matches: Any, stereo: Any) -> np.ndarray:
+    """How far a frame's tracks (M,) are from the left points of its stereo matches of the same indices, pixels."""
+    detected = np.isin(matches.indices, stereo.reference_indices)
+    rows = {index: row for row, index in enumerate(np.array(stereo.reference_indices).tolist())}
+    rows_of = [rows[index] for index in np.array(matches.indices)[detected].tolist()]
+    points, left = (np.reshape(values, (-1, 2)) for values in (matches.points, stereo.reference_points))
+    return np.linalg.norm(points[detected] - left[rows_of], axis=1)
+
+
 def test_a_bags_landmarks_lie_on_the_surfaces_of_the_scene(run: Run, bag: Path, tmp_path: Path) -> None:
     status, _, err = run(
         bag,
@@ -114,6 +123,9 @@ def test_a_bags_landmarks_lie_on_the_surfaces_of_the_scene(run: Run, bag: Path, 
     written = by_topic(tmp_path / "out")
     clouds, stereo, matches = (written[f"/{name}"] for name in ("landmarks", "stereo_matches", "matches"))
     assert [header_stamp(cloud.message) for cloud in clouds] == [header_stamp(one.message) for one in stereo]
+    for left, right in zip(matches, stereo[1:]):
+        joined = distances_by_index(left.message, right.message)
+        assert len(joined) > 50 and not joined.any(), "one index is one point"
     camera = demo_camera(320, 240, distorted=False)
     views = Scene(0).film(camera_path(3), camera)
     for number, (cloud, view) in enumerate(zip(clouds, views)):
