@@ -18,6 +18,7 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from domain_coordinator import domain_id
 from rcl_interfaces.srv import GetParameterTypes
+from rclpy.duration import Duration
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import QoSProfile
 from sensor_msgs.msg import CameraInfo, Image
@@ -29,6 +30,7 @@ Process = subprocess.Popen[str] | forked.ForkedProcess
 PARAMETERS = {"device": "cpu", "precision": "float32", "queue": "all"}
 
 _PATIENCE = 1.0  # seconds after which a question is asked again
+_ARRIVAL = 60.0  # seconds that a message may take
 
 
 def stamp_of(header: Header) -> float:
@@ -180,6 +182,8 @@ class NodeUnderTest:
             publisher.publish(info)
         calibration = tuple(_without_header(info) for _, info in infos)
         if calibration != self._calibration:
+            for publisher, _ in infos:  # where a reliable message has to be sent again, later ones may overtake it
+                assert publisher.wait_for_all_acked(Duration(seconds=_ARRIVAL)), "a calibration did not arrive"
             self.wait_until_known()  # it answers after it has taken what came before the question
             self._calibration = calibration
 
