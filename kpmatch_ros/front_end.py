@@ -117,13 +117,15 @@ class FrontEnd:
         cameras = (camera.left, camera.right) if isinstance(camera, StereoCamera) else (camera, None)
         described = self._describe(images, stamps, cameras, frame_ids, masks)
         current, stereo = described[0], None
+        both_cameras = camera if isinstance(camera, StereoCamera) else None
         linked = self._link(current)
         if len(described) == 2:
-            both_cameras = camera if isinstance(camera, StereoCamera) else None
             stereo = self._match_sides(current, described[1], both_cameras, linked)
             current = stereo.reference
         pair = self._finish(current, linked)
-        return Result(current, pair, self._rejoin(stereo, pair, camera) if stereo and pair else stereo)
+        if stereo is not None and pair is not None:
+            stereo = self._rejoin(stereo, pair, both_cameras)
+        return Result(current, pair, stereo)
 
     def register_frame(
         self, image: np.ndarray, stamp: int, camera: Camera | None = None, frame_id: str = ""
@@ -258,11 +260,17 @@ class FrontEnd:
             agreement=agreement,
         )
 
-    def _check_sides(self, left: np.ndarray, right: np.ndarray, camera: Any) -> StereoAgreement:
-        limits = self.parameters.max_reprojection_error, self.parameters.min_inliers
-        return check_stereo_matches(left, right, camera, max_reprojection_error=limits[0], min_inliers=limits[1])
+    def _check_sides(self, left: np.ndarray, right: np.ndarray, camera: StereoCamera | None) -> StereoAgreement:
+        """Which matches of pixels (M, 2) of the left and the right image agree with the calibration."""
+        return check_stereo_matches(
+            left,
+            right,
+            camera,
+            max_reprojection_error=self.parameters.max_reprojection_error,
+            min_inliers=self.parameters.min_inliers,
+        )
 
-    def _rejoin(self, stereo: StereoPair, pair: Pair, camera: Any) -> StereoPair:
+    def _rejoin(self, stereo: StereoPair, pair: Pair, camera: StereoCamera | None) -> StereoPair:
         """The stereo matches with the left points of the frame's tracks, of which the motion has found some anew."""
         left, moved = stereo.tracked(pair)
         if not moved.any():
