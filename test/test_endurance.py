@@ -17,7 +17,6 @@ from rcl_interfaces.srv import SetParametersAtomically
 from rclpy.parameter import Parameter
 from sensor_msgs.msg import Image
 
-from kpmatch_ros.msg import FeatureArray
 from node_harness import NodeUnderTest, running_node
 
 WIDTH, HEIGHT = 128, 96
@@ -113,17 +112,13 @@ def test_the_node_ends_cleanly_in_the_middle_of_inference(tmp_path: Path, sent: 
     pixels = texture(1440, 1920, 1)
     large = Image(encoding="mono8", width=1920, height=1440, step=1920, data=pixels.tobytes())
     with running_node(tmp_path, calibrated=False, max_keypoints=4096) as node:
-        node.subscribe(FeatureArray, "features", node.features.append)
         node.wait_until_connected()
         node.send(stamped(large, 1.0))
         node.wait_for_figure("frames received", "1")
         node.process.send_signal(sent)
         started = time.monotonic()
         assert node.process.wait(timeout=30) == 0, node.log
-        took = time.monotonic() - started
-        node.spin(0.5)
-        # 2 s of its own, and what a busy machine adds; or it ended before the frame was done, however busy the machine.
-        assert took < 2 + 3 or not node.features
+        assert time.monotonic() - started < 2 + 3  # 2 s of its own, and what a busy machine adds
         assert "Traceback" not in node.log and "terminate" not in node.log
 
 
