@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -29,6 +30,7 @@ import time
 import traceback
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -382,32 +384,42 @@ def time_of_frames(matcher: FeatureMatcher, film: list[Image], plan: Plan) -> di
 
 
 def measure_peers(plan: Plan, film: list[Image], report: Report, deadline: Deadline) -> None:
-    """transformers and cvg/LightGlue, where they can be imported; the latter compiled as well."""
-    for precision in ("float16", "float32") if plan.device != "cpu" else ("float32",):
-        for name, compiled in (("transformers", False), ("lightglue", False), ("lightglue", True)):
+    """transformers and cvg/LightGlue, where they can be imported; the latter compiled as well.
+
+    Each in a process of its own: after a kernel's illegal access no work on the GPU succeeds in the process any more.
+    """
+    for name, compiled in (("transformers", False), ("lightglue", False), ("lightglue", True)):
+        for precision in ("float16", "float32") if plan.device != "cpu" else ("float32",):
             if compiled and not plan.compiled_counts:
                 continue
             what = f"beside {name}{', compiled' if compiled else ''}, {precision}"
             if not can_import(name):
                 report.leave_out(f"{what}: there is no {name} here")
                 continue
-            if deadline.left() < (75 if compiled else 25) and plan.device != "cpu":
+            if deadline.left() < (75 if compiled else 35) and plan.device != "cpu":
                 report.leave_out(f"{what}: there was no time")
                 continue
-            with report.attempt(what):
-                matcher = make_matcher(plan, precision, True, False, 1024)
-                # cvg/LightGlue comes to half precision by its authors' way: float32 weights, autocast, and the
-                # matcher's option mp. With weights in half precision it fails.
-                half = name == "lightglue" and precision != "float32"
-                peer: Any = PEERS[name](matcher, torch.float32 if half else getattr(torch, precision))
-                label = f"{'cvg/LightGlue' if name == 'lightglue' else name}{', compiled' if compiled else ''}"
-                if name == "lightglue":
-                    peer.use_mixed_precision(half)
-                if compiled:
-                    peer.compile(plan.compiled_counts)
-                for count in plan.compiled_counts if compiled else plan.peer_counts:
-                    with torch.autocast(plan.device, torch.float16, enabled=half):
-                        report.peers.append(beside(peer, label, matcher, precision, count, film, plan))
+            with report.attempt(what), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                report.peers += pool.submit(measure_peer, plan, film, name, compiled, precision).result()
+
+
+def measure_peer(plan: Plan, film: list[Image], name: str, compiled: bool, precision: str) -> list[dict[str, Any]]:
+    """A row for each number of keypoints."""
+    matcher = make_matcher(plan, precision, True, False, 1024)
+    # cvg/LightGlue comes to half precision by its authors' way: float32 weights, autocast, and the
+    # matcher's option mp. With weights in half precision it fails.
+    half = name == "lightglue" and precision != "float32"
+    peer: Any = PEERS[name](matcher, torch.float32 if half else getattr(torch, precision))
+    label = f"{'cvg/LightGlue' if name == 'lightglue' else name}{', compiled' if compiled else ''}"
+    if name == "lightglue":
+        peer.use_mixed_precision(half)
+    if compiled:
+        peer.compile(plan.compiled_counts)
+    rows = []
+    for count in plan.compiled_counts if compiled else plan.peer_counts:
+        with torch.autocast(plan.device, torch.float16, enabled=half):
+            rows.append(beside(peer, label, matcher, precision, count, film, plan))
+    return rows
 
 
 def beside(
