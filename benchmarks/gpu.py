@@ -44,6 +44,7 @@ from benchmarks.peers import PEERS
 from kpmatch_ros import FeatureMatcher, FrontEnd, Parameters
 from kpmatch_ros.cuda_graphs import CudaGraphs, Imitation
 from kpmatch_ros.device import processor_name
+from kpmatch_ros.process import configure_process
 from simulation import Scene, camera_path, demo_camera
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -568,4 +569,7 @@ def table(head: Sequence[str], cells: Sequence[Sequence[Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
+    if "OPENBLAS_NUM_THREADS" not in os.environ:  # NumPy has read it already
+        configure_process()
+        os.execv(sys.executable, sys.orig_argv)
     sys.exit(main())
