@@ -120,7 +120,7 @@ PROFILES: Mapping[str, Mapping[str, Any]] = {
     "accurate": {},
     "fast": {
         "extractor": "superpoint-open-fast",
-        "matcher": "lightglue-superpoint-open-small",
+        "matcher": "lightglue-superpoint-open-fast",
         "max_keypoints": 512,
         "depth_confidence": 0.9,  # where the camera moves little, two layers do in place of three and a half
     },

@@ -314,7 +314,7 @@ def test_a_single_keypoint_matches_a_single_keypoint_as_in_transformers(
         assert_equal(as_results(*run_ours(*ours, images))[0], expected, record_difference)
 
 
-@pytest.fixture(scope="module", params=["lightglue-superpoint-open", "lightglue-superpoint-open-small"])
+@pytest.fixture(scope="module", params=[f"lightglue-superpoint-open{suffix}" for suffix in ("", "-small", "-fast")])
 def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Networks:
     """The weights inside the package, in `transformers` and here, at all four borders."""
     transformers = pytest.importorskip("transformers")
@@ -328,7 +328,7 @@ def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     theirs.keypoint_detector.keypoint_decoder.max_keypoints = 400
     # Theirs finds whole pixels.
     options = {"border_removal_distance": 0, "max_keypoints": 400, "subpixel": False}
-    detector = SuperPoint.from_pretrained("superpoint-open", **options)
+    detector = SuperPoint.from_pretrained(weights.find(request.param).extractor, **options)
     return theirs, detector, LightGlue.from_pretrained(request.param)
 
 

@@ -166,7 +166,7 @@ def test_the_table_lists_every_parameter() -> None:
 def test_a_profile_chooses_together_and_what_is_set_by_hand_wins(tmp_path: Path) -> None:
     assert Parameters.given({}) == Parameters.given({"profile": "accurate"}) == Parameters()
     fast = Parameters.given({"profile": "fast"})
-    assert (fast.extractor, fast.matcher) == ("superpoint-open-fast", "lightglue-superpoint-open-small")
+    assert (fast.extractor, fast.matcher) == ("superpoint-open-fast", "lightglue-superpoint-open-fast")
     assert (fast.max_keypoints, fast.depth_confidence) == (512, 0.9)
     assert Parameters.given({"profile": "fast", "max_keypoints": 700}).max_keypoints == 700
     assert Parameters.given({"profile": "fast", "depth_confidence": -1.0}).depth_confidence == -1.0
@@ -177,4 +177,4 @@ def test_a_profile_chooses_together_and_what_is_set_by_hand_wins(tmp_path: Path)
     assert read_parameter_file(file) == fast
     file.write_text("/**:\n  ros__parameters:\n    max_keypoints: 300\n")
     mixed = read_parameter_file(file, options={"profile": "fast"})
-    assert (mixed.matcher, mixed.max_keypoints) == ("lightglue-superpoint-open-small", 300)
+    assert (mixed.matcher, mixed.max_keypoints) == ("lightglue-superpoint-open-fast", 300)

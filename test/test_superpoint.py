@@ -117,8 +117,8 @@ def test_finds_and_describes_the_keypoints_that_transformers_does(
 def test_the_fast_weights_find_and_describe_what_they_do_in_transformers(texture: Any, record_difference: Any) -> None:
     transformers = pytest.importorskip("transformers")
     folder = resolve("superpoint-open-fast")
-    theirs = transformers.SuperPointForKeypointDetection.from_pretrained(folder, dtype=torch.float32).eval()
-    theirs.keypoint_decoder.border_removal_distance = 0  # it has another idea of borders than ours
+    theirs = transformers.LightGlueForKeypointMatching.from_pretrained(folder, dtype=torch.float32).keypoint_detector
+    theirs.eval().keypoint_decoder.border_removal_distance = 0  # it has another idea of borders than ours
     options = {"border_removal_distance": 0, "subpixel": False}  # theirs finds whole pixels
     ours = SuperPoint.from_pretrained("superpoint-open-fast", **options)
     image = batch(texture(240, 320, 3))

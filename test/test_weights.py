@@ -282,6 +282,7 @@ def test_the_fast_extractor_has_the_matchers_of_the_one_that_taught_it() -> None
     for suffix in ("", "-small"):
         assert REGISTRY[f"lightglue-superpoint-open{suffix}"].fits("superpoint-open-fast")
     assert not REGISTRY["lightglue-superpoint-open"].fits("aliked-n16")
+    assert not REGISTRY["lightglue-superpoint-open-fast"].fits("superpoint-open")  # it knows the fast one's alone
 
 
 def test_the_small_matcher_matches_with_the_first_layers_of_the_large_one() -> None:

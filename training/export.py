@@ -22,7 +22,7 @@ from kpmatch_ros.weights import file_hash
 DETECTION = {
     "keypoint_threshold": 0.01,
     "max_keypoints": 1024,
-    "nms_radius": 2,
+    "nms_radius": 3,
     "subpixel": True,
 }  # why: README.md, what was measured
 

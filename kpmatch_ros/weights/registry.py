@@ -124,7 +124,14 @@ _OPEN_PAIR: dict[str, Any] = dict(
     commercial=True,
     source=Packaged("data/kpmatch-superpoint-lightglue"),
     size=27_527_212,
-    sha256="03da27e4816a5cf59b3122a12263fa482ee6b15b642cfa1874846d862789a976",
+    sha256="92afc7cc998ee784175ec6a70697121bd969d907c4331dd405475dae576682dc",
+)
+_FAST_PAIR: dict[str, Any] = dict(
+    licence="Apache-2.0",
+    commercial=True,
+    source=Packaged("data/kpmatch-superpoint-lightglue-fast"),
+    size=7_353_044,
+    sha256="11d161047dab7503cf4816ca56fcccb2b41df6890486c6f50b3d7ad582efbaa2",
 )
 _ALIKED: dict[str, Any] = dict(licence="BSD-3-Clause", origin="the authors of ALIKED (Shiaoming/ALIKED)")
 _MAGIC_LEAP = "Magic Leap's, academic or non-profit noncommercial research only"
@@ -164,12 +171,15 @@ REGISTRY: dict[str, Weights] = _registered(
     Weights(
         "superpoint-open-fast",
         "superpoint",
-        licence="Apache-2.0",
-        commercial=True,
         origin="a small network taught by superpoint-open on CC BY and CC0 pictures and rooms, for robots",
-        source=Packaged("data/superpoint-open-fast"),
-        size=1_067_746,
-        sha256="51134f991a52be86cafa8f0fc15ffc2d27afc3f0b187a773496cfb90e4368283",
+        **_FAST_PAIR,
+    ),
+    Weights(
+        "lightglue-superpoint-open-fast",
+        "lightglue",
+        extractor="superpoint-open-fast",
+        origin="lightglue-superpoint-open in half as many channels, taught by it with superpoint-open-fast's features",
+        **_FAST_PAIR,
     ),
     _wheel(
         "aliked-n16", "aliked", "aliked-n16.pth", size=2_738_091, **_ALIKED,
