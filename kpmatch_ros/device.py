@@ -17,6 +17,7 @@ __all__ = [
     "choose_device",
     "choose_precision",
     "is_out_of_memory",
+    "has_tiles",
     "processor_features",
     "processor_name",
     "release_memory",
@@ -60,6 +61,11 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def processor_features() -> frozenset[str]:
     """The instruction sets that Linux names, such as avx512_bf16 and amx_bf16; none on another system."""
     return frozenset(_of_processor(("flags", "Features")).split())
+
+
+def has_tiles() -> bool:
+    """Whether the processor multiplies matrices in bfloat16 by tiles (AMX), several times as fast as by vectors."""
+    return "amx_bf16" in processor_features()
 
 
 def processor_name() -> str:

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from kpmatch_ros import weights
 from kpmatch_ros.colour import in_memory_order
 from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, batch_is_small
-from kpmatch_ros.device import choose_device, choose_precision, processor_features
+from kpmatch_ros.device import choose_device, choose_precision, has_tiles
 from kpmatch_ros.images import ImageError
 from kpmatch_ros.masks import fit, shrink_or_enlarge
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint, XFeat
@@ -405,6 +405,8 @@ class FeatureMatcher:
             matcher.fuse()
             matcher.run_ahead = self.device.type != "cpu"
             matcher.prune_above = _pruned_above(self.device, self.dtype)
+            if has_tiles():
+                matcher.leave_attention_to_pytorch()
         loaded: Matcher = self._to_precision(matcher.to(self.device))
         return loaded
 
@@ -426,7 +428,7 @@ def _pruned_above(device: torch.device, dtype: torch.dtype) -> int:
     docs/performance.md has the measurements. For a GPU it is cvg/LightGlue's pruning_keypoint_thresholds, with flash
     attention. AMX multiplies bfloat16 nearly as fast, beside what dropping costs: no gain was found at 1024 keypoints.
     """
-    if device.type != "cpu" or (dtype == torch.bfloat16 and "amx_bf16" in processor_features()):
+    if device.type != "cpu" or (dtype == torch.bfloat16 and has_tiles()):
         return 1536
     return 256 if dtype == torch.bfloat16 else 0
 

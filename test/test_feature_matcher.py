@@ -447,7 +447,7 @@ def test_matches_tell_about_every_keypoint_of_both_images(matcher: FeatureMatche
 def test_features_of_another_extractor_are_refused_by_name_and_size(matcher: FeatureMatcher, views: Any) -> None:
     features = matcher.extract(views[0])
     foreign = replace(features, descriptors=features.descriptors[:, :64])
-    with pytest.raises(ValueError, match=r"shape \(300, 64\); the matcher lightglue-superpoint-open takes \(N, 128\)"):
+    with pytest.raises(ValueError, match=r"shape \(\d+, 64\); the matcher lightglue-superpoint-open takes \(N, 128\)"):
         matcher.match(features, foreign)
 
 

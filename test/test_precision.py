@@ -26,7 +26,8 @@ Image = NDArray[np.uint8]
 Pair = tuple[Image, Image]
 SIZE = (240, 180)
 PAIRS = 12  # synthetic ones
-MANY: dict[str, Any] = {"max_keypoints": 384, "keypoint_threshold": 0.003}  # in images as small as that
+# In images as small as that.
+MANY: dict[str, Any] = {"max_keypoints": 384, "keypoint_threshold": 0.003, "nms_radius": 2}
 
 
 EVERY_LAYER: dict[str, Any] = {"depth_confidence": -1.0, "width_confidence": -1.0}
@@ -154,7 +155,7 @@ def test_layers_that_decide_which_keypoints_are_found_stay_precise(
     texture: Callable[..., Image], dtype: torch.dtype
 ) -> None:
     image = torch.from_numpy(texture(96, 128, 0)).float()[None, None] / 255
-    options: dict[str, Any] = {"max_keypoints": 100, "keypoint_threshold": 0.0005, "subpixel": False}
+    options: dict[str, Any] = {"max_keypoints": 100, "keypoint_threshold": 0.0005, "nms_radius": 2, "subpixel": False}
     found: list[Any] = []
     for model in (
         SuperPoint.from_pretrained("superpoint-open", **options),

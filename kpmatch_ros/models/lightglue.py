@@ -133,6 +133,13 @@ class LightGlue(PretrainedNetwork):
             cast(TransformerLayer, layer).fuse()
         return self
 
+    def leave_attention_to_pytorch(self) -> LightGlue:
+        """For bfloat16 on a processor that multiplies in tiles: see :class:`Attention`."""
+        for layer in self.transformer_layers:
+            layer = cast(TransformerLayer, layer)
+            layer.self_attention.by_hand = layer.cross_attention.by_hand = False
+        return self
+
     def to_precision(self, dtype: torch.dtype) -> LightGlue:
         """Convert the weights of the transformer's layers.
 
