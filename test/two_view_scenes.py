@@ -8,6 +8,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
@@ -91,7 +92,8 @@ class Scene:
     def error(self, pose: RelativePose) -> np.ndarray:
         """(6,) of the translation's direction, and of the rotation about the reference frame's axes."""
         direction = np.array(self.translation) / (np.linalg.norm(self.translation) or 1)
-        turn = cv2.Rodrigues(cv2.Rodrigues(np.array(self.rotation, dtype=np.float64))[0] @ pose.rotation.T)[0].ravel()
+        turned = cv2.Rodrigues(np.array(self.rotation, dtype=np.float64))[0] @ pose.rotation.T
+        turn = Rotation.from_matrix(turned).as_rotvec()  # OpenCV gives zero for angles below 0.0006 degrees
         return np.concatenate([direction - pose.translation, turn])
 
 

@@ -38,6 +38,7 @@ from kpmatch_ros.geometry.two_view_errors import (
     tangents,
 )
 from kpmatch_ros.geometry.two_view_fit import Noise, motion_covariance, rotation_covariance
+from kpmatch_ros.geometry.two_view_hidden import hidden_translation_covariance
 from kpmatch_ros.geometry.two_view_motion import MANY_WRONG, Fit, best_candidate, decide, fit_motion, widen
 from kpmatch_ros.geometry.two_view_rotation import (
     fit_rotation,
@@ -394,4 +395,5 @@ def _rotation_covariance(matches: Matches, rotation: np.ndarray, noise: Noise) -
     covariance = np.zeros((6, 6))
     covariance[:3, :3] = np.eye(3) / 3
     covariance[3:, 3:] = rotation_covariance(matches, rotation, noise)
+    covariance[3:, 3:] += hidden_translation_covariance(matches, rotation, noise)
     return covariance

@@ -1,0 +1,121 @@
+"""Does the covariance of a rotation hold what a translation too small to be seen does to it?
+
+    tools/with_ros python benchmarks/hidden_translation.py                 # rendered, the truth is known
+    tools/with_ros python benchmarks/hidden_translation.py --bag FOLDER    # and a recording of a standing stereo pair
+
+One camera, the status NO_TRANSLATION, default parameters. NEES is e' C^-1 e of the rotation's error e and its
+covariance C: 3 on average, 2.37 in the middle where the covariance is right.
+
+Rendered: a camera in the courtyard steps by so many millimetres in any direction and turns by some hundredths of a
+degree. Turns: it turns by 2 to 6 degrees and does not step.
+
+The recording: the rotations by the left and by the right camera alone are compared, in one frame, and C is the sum of
+both covariances. The camera infos hold the rectification. Frames n apart are every n-th frame, beginning with each of
+the first n.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from kpmatch_ros.bags.files import read_messages
+from kpmatch_ros.front_end import FrontEnd
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import Pose, PoseStatus, RelativePose, relative_motion
+from kpmatch_ros.images import to_array
+from kpmatch_ros.parameters import Parameters
+from simulation import Scene, camera_path, demo_camera
+
+STEPS = (0.0, 0.0001, 0.0003, 0.001)  # metres
+APART = (1, 2, 3, 4, 5)  # frames
+
+
+def estimate(images: Iterable[np.ndarray], camera: Camera, keypoints: int = 1024) -> list[RelativePose]:
+    """The pose of every image but the first, by the one before."""
+    front_end = FrontEnd(Parameters(device="cpu", precision="float32", max_keypoints=keypoints))
+    pairs = [front_end.register([image], [(i + 1) * 10**8], camera).pair for i, image in enumerate(images)]
+    return [pair.pose for pair in pairs if pair is not None]
+
+
+def nees(error: np.ndarray, covariance: np.ndarray) -> float:
+    return float(error @ np.linalg.solve(covariance, error))
+
+
+def report(title: str, values: Sequence[float], pairs: int) -> None:
+    found = np.array(values) if values else np.full(1, np.nan)
+    print(
+        f"{title:34} NEES mean {found.mean():7.2f} median {np.median(found):7.2f} largest {found.max():7.1f}"
+        f"   NO_TRANSLATION {len(values)} of {pairs}",
+        flush=True,
+    )
+
+
+def rendered(title: str, paths: Iterable[list[Pose]]) -> None:
+    """The errors of a rendered camera, one path in each courtyard."""
+    camera, values, pairs = demo_camera(), [], 0
+    for seed, path in enumerate(paths):
+        film = Scene(seed).film(path, camera, noise=2.0, noise_seed=100 * seed)
+        poses = estimate((cv2.cvtColor(view.image, cv2.COLOR_RGB2GRAY) for view in film), camera)
+        pairs += len(poses)
+        for pose, before, now in zip(poses, path, path[1:]):
+            if pose.status is PoseStatus.NO_TRANSLATION:
+                turn = relative_motion(before, now).rotation @ pose.rotation.T
+                values.append(nees(Rotation.from_matrix(turn).as_rotvec(), pose.covariance[3:, 3:]))
+    report(title, values, pairs)
+
+
+def small_steps(length: float, seed: int, frames: int = 6) -> list[Pose]:
+    random, poses = np.random.default_rng(seed), camera_path([("walk", 3 + 7 * seed)])[-1:]
+    while len(poses) < frames:
+        step = random.normal(size=3)
+        turn = Rotation.from_rotvec(random.normal(0, 2e-4, 3)).as_matrix()
+        poses.append(Pose(poses[-1].rotation @ turn, poses[-1].position + length * step / np.linalg.norm(step)))
+    return poses
+
+
+def recorded(bag: Path, sides: Sequence[str]) -> None:
+    """How far the left and the right camera of a standing pair differ."""
+    images: list[list[np.ndarray]] = []
+    cameras, rectify = [], []
+    for side in sides:
+        records = list(read_messages(bag, [f"{side}/image_raw", f"{side}/camera_info"]))
+        images.append([to_array(record.message) for record in records if record.topic.endswith("image_raw")])
+        info = next(record.message for record in records if record.topic.endswith("camera_info"))
+        cameras.append(Camera.from_camera_info(info, rectified=False))
+        rectify.append(np.asarray(info.r).reshape(3, 3))
+    for keypoints, apart in [*((1024, apart) for apart in APART), (512, 1)]:
+        values, pairs = [], 0
+        for start in range(apart):
+            both = [estimate(film[start::apart], camera, keypoints) for film, camera in zip(images, cameras)]
+            for poses in zip(*both):
+                pairs += 1
+                if all(pose.status is PoseStatus.NO_TRANSLATION for pose in poses):
+                    turns = [r @ Rotation.from_matrix(pose.rotation).as_rotvec() for r, pose in zip(rectify, poses)]
+                    covariance = sum(r @ pose.covariance[3:, 3:] @ r.T for r, pose in zip(rectify, poses))
+                    values.append(nees(turns[0] - turns[1], np.asarray(covariance)))
+        report(f"{bag.name:.16}, {keypoints} points, {apart} apart", values, pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bag", type=Path, help="a recording of a standing stereo pair")
+    parser.add_argument("--sides", nargs=2, default=["/cam0", "/cam1"], help="its cameras (default /cam0 /cam1)")
+    parser.add_argument("--scenes", type=int, default=6, help="courtyards, 5 pairs each a step (default 6)")
+    options = parser.parse_args()
+    cv2.setNumThreads(1)
+    seeds = range(options.scenes)
+    for step in STEPS:
+        rendered(f"steps of {1000 * step:.1f} mm", [small_steps(step, seed) for seed in seeds])
+    rendered("turns", [camera_path([("walk", 2 + 7 * seed), ("rotate", 9)])[2 + 7 * seed :] for seed in seeds])
+    if options.bag is not None:
+        recorded(options.bag, options.sides)
+
+
+if __name__ == "__main__":
+    main()

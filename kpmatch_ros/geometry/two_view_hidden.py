@@ -1,0 +1,121 @@
+"""What a translation too small to be seen does to a rotation that is estimated without one.
+
+Where the matches do not tell a translation from zero, the rotation alone is fitted. A translation of a millimetre moves
+the points of a room by a tenth of a pixel and more. The rotation follows most of this parallax. Its covariance by the
+noise of the keypoints, some thousandths of a pixel for a thousand matches, knows nothing of it. The residuals do. What
+the rotation cannot follow, as near things move and far ones do not, is left in them, and is alike where matches are
+near each other.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from kpmatch_ros.geometry.robust import SMALLEST_CURVATURE, TINY, tukey, tukey_cutoff
+from kpmatch_ros.geometry.two_view_errors import Matches, Motion, lengths, project_turned, rotation_jacobian, whiten
+from kpmatch_ros.geometry.two_view_fit import Noise
+
+__all__ = ["hidden_translation_covariance"]
+
+# Variance over squared mean of the points' inverse depths, if all are as likely from zero, far away, to the nearest
+# point's. With less, the same residuals would speak for a larger translation.
+_UNEVEN_DEPTH = 1 / 3
+# Half waves, at most, over the longer side of the matches. Shorter ones hold few matches and little of the variance.
+_HALF_WAVES = 5
+
+_PRICE = 2.0  # of a parameter, in twice the log-likelihood (Akaike, IEEE Trans. Automatic Control 1974)
+_SIZES = 60  # of the translation, that are compared
+_SMALLEST_SIZE = 1e-2  # variance of what parallax is seen best, over that of its noise
+_UNSEEN = 1e-9  # part of the largest eigenvalue
+
+
+def hidden_translation_covariance(matches: Matches, rotation: np.ndarray, noise: Noise) -> np.ndarray:
+    """Covariance (3, 3) of a rotation's error by a translation that it was estimated without.
+
+    The mean inverse depth times the translation, and waves of the inverse depth over the image times the translation,
+    are random effects of a linear model of the residuals (Laird and Ware, Biometrics 1982), besides the rotation. The
+    effects are normal, of mean zero; the variances of the waves are _UNEVEN_DEPTH together, in proportion to the
+    squares of their lengths, so that each octave has as much. This assumes that scenes look alike at all scales. One
+    number is not known, the size of the translation. It is the likeliest by the residuals, given the noise (restricted
+    maximum likelihood, Patterson and Thompson, Biometrika 1971). It is zero unless this explains them better than noise
+    alone does, by Akaike's criterion. Matches that err together are noise here: `noise.design_effect` is in the
+    variance of the residuals.
+
+    The covariance is the second moment of what the effects, as far as the residuals tell them, do to the rotation.
+
+    It does not tell of translations that leave nothing alike in the residuals: where all points are equally far, where
+    no point is about as far as its neighbours, or where the parallax is lost in the noise. To allow for these, the
+    covariance of each camera that does stand still would have to be many times too wide.
+
+    Args:
+        matches: wrong ones too.
+        rotation: fitted to them, (3, 3).
+        noise: of the keypoints.
+    """
+    residuals, jacobian = rotation_jacobian(matches, Motion(rotation, np.zeros(3)))
+    sizes = lengths(residuals)
+    cutoff = tukey_cutoff(residuals, noise.inlier_threshold, noise.resolution)
+    used = np.flatnonzero(sizes < cutoff)
+    residuals, jacobian, sizes = residuals[:, used], jacobian[:, :, used].reshape(3, -1), sizes[used]
+    # An M-estimate errs as least squares would with these in place of the residuals (Huber, Robust Statistics).
+    shares = (sizes / cutoff) ** 2
+    curvature = max(float(((1 - shares) * (1 - 3 * shares)).mean()), SMALLEST_CURVATURE)
+    pulls = (residuals * tukey(sizes, cutoff)[0] / curvature).ravel()
+    variance = float(pulls @ pulls) / max(len(pulls) - 3, 1)
+    variance = max(variance, noise.resolution**2 / 12, TINY) * noise.design_effect
+
+    effects = _effects(matches.select(used), rotation)
+    follow = np.linalg.pinv(jacobian @ jacobian.T, rcond=1e-12, hermitian=True) @ (jacobian @ effects.T)
+    # What the rotation cannot follow.
+    left = effects - follow.T @ jacobian
+    seen, axes = np.linalg.eigh(left @ left.T)
+    follow, found = follow @ axes, axes.T @ (left @ pulls)
+    unseen = seen < _UNSEEN * seen[-1]
+    seen[unseen], found[unseen] = 0.0, 0.0
+    size = _likeliest_size(seen, found, variance)
+    shrunk = size / (1 + size * seen)
+    mean = follow @ (shrunk * found)
+    return np.asarray((follow * (shrunk * variance)) @ follow.T + np.outer(mean, mean))
+
+
+def _effects(matches: Matches, rotation: np.ndarray) -> np.ndarray:
+    """Changes (k, 2 n) of the residuals by the effects, in units of their standard deviations."""
+    projected, _, factors = project_turned(matches, rotation)
+    one, zero = np.ones(len(matches)), np.zeros(len(matches))
+    x, y = projected
+    by_translation = whiten(np.array([one, zero, -x]), np.array([zero, one, -y]), factors).transpose(1, 0, 2)
+    # A stereographic projection: the edge of a fisheye's image is not stretched.
+    places = matches.rays0[:2] / (matches.rays0[2] + lengths(matches.rays0))
+    corner = places.min(axis=1, keepdims=True)
+    across, down = (places - corner) / max(float(np.ptp(places, axis=1).max()), TINY)
+    counts = range(_HALF_WAVES + 1)
+    waves = [(i, j) for i in counts for j in counts if 0 < math.hypot(i, j) <= _HALF_WAVES]
+    scale = math.sqrt(_UNEVEN_DEPTH / sum(1 / (i * i + j * j) for i, j in waves))
+    shapes = [one]
+    for i, j in waves:
+        deviation = scale / math.hypot(i, j) * math.sqrt(2) ** ((i > 0) + (j > 0))  # of a cosine: 1 / sqrt(2)
+        shapes.append(deviation * np.cos(math.pi * i * across) * np.cos(math.pi * j * down))
+    return np.asarray((np.array(shapes)[:, None, None] * by_translation).reshape(3 * len(shapes), -1))
+
+
+def _likeliest_size(seen: np.ndarray, found: np.ndarray, variance: float) -> float:
+    """Variance of the effects, over that of the noise: independent `found` have variance (seen + size seen^2) times it.
+
+    Args:
+        seen: (k,) from zero up.
+        found: (k,), zero where seen is.
+        variance: of the noise.
+    """
+    squares = found * found / np.maximum(seen * variance, TINY)
+    growth = np.max(squares - 1, initial=0.0, where=seen > 0)
+    smallest = _SMALLEST_SIZE / max(float(seen[-1]), TINY)
+    largest = float(np.max(squares / np.maximum(seen, TINY), initial=0.0, where=seen > 0))  # no `found` speaks for more
+    if growth <= 0 or largest <= smallest:
+        return 0.0
+    tried = np.concatenate([[0.0], np.geomspace(smallest, largest, _SIZES)])
+    grown = 1 + tried[:, None] * seen
+    losses = (np.log(grown) + squares / grown).sum(axis=1)
+    best = int(np.argmin(losses))
+    return float(tried[best]) if losses[best] < losses[0] - _PRICE else 0.0
