@@ -11,6 +11,7 @@ import torch
 
 from kpmatch_ros import FeatureMatcher, ParameterError, Parameters
 from kpmatch_ros.device import choose_device, choose_precision, resident_memory
+from kpmatch_ros.models.lightglue_layers import Attention
 
 PARAMETERS = Parameters(device="cpu", precision="float32", max_keypoints=300)
 
@@ -28,6 +29,17 @@ def test_the_processor_computes_in_what_it_can() -> None:
     assert choose_precision("bfloat16", cpu) == torch.bfloat16
     with pytest.raises(ParameterError, match="precision is 'float16', but the device is the CPU"):
         choose_precision("float16", cpu)
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_attention_is_left_to_pytorch_where_the_processor_multiplies_in_tiles(
+    tiles: bool, random_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kpmatch_ros.feature_matcher.has_tiles", lambda: tiles)
+    folder = str(random_folder())
+    matcher = FeatureMatcher(PARAMETERS, extractor=folder, matcher=folder).matcher
+    ways = {module.by_hand for module in matcher.modules() if isinstance(module, Attention)}  # type: ignore[union-attr]
+    assert ways == {not tiles}
 
 
 def test_threads_are_as_many_as_chosen_and_otherwise_left_alone() -> None:

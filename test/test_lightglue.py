@@ -335,9 +335,11 @@ def test_a_network_without_attention_has_nothing_to_record() -> None:
 
 @pytest.mark.parametrize("count", [1, 100, 1100])
 @pytest.mark.parametrize("masked", [False, True])
-def test_self_attention_in_bfloat16_is_that_of_float32(count: int, masked: bool) -> None:
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_self_attention_in_bfloat16_is_that_of_float32(count: int, masked: bool, by_hand: bool) -> None:
     torch.manual_seed(0)
     attention = Attention(64, heads=4, key_value_heads=2, bias=True).requires_grad_(False)
+    attention.by_hand = by_hand
     x = torch.randn(2, count, 64).bfloat16().float()  # of 1100 points, a head is worked on in two parts
     rotation = torch.polar(torch.ones(2, 1, count, 8), torch.rand(2, 1, count, 8))
     mask = torch.rand(2, count) < 0.7 if masked else None
@@ -352,9 +354,11 @@ def test_self_attention_in_bfloat16_is_that_of_float32(count: int, masked: bool)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_cross_attention_of_both_images_at_once_is_that_of_each(masked: bool) -> None:
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_cross_attention_of_both_images_at_once_is_that_of_each(masked: bool, by_hand: bool) -> None:
     torch.manual_seed(0)
     attention = Attention(64, heads=4, key_value_heads=4, bias=True).requires_grad_(False)
+    attention.by_hand = by_hand
     attention.k_proj = attention.q_proj
     attention.q_proj.weight *= 20  # similarities of several hundred, as with trained weights
     attention.to(torch.bfloat16)
