@@ -79,16 +79,24 @@ def small_steps(length: float, seed: int, frames: int = 6) -> list[Pose]:
     return poses
 
 
+def read_side(bag: Path, side: str) -> tuple[list[np.ndarray], Camera, np.ndarray]:
+    """The images of a camera, its calibration, and the rotation (3, 3) that rectifies it."""
+    records = list(read_messages(bag, [f"{side}/image_raw", f"{side}/camera_info"]))
+    images = [to_array(record.message) for record in records if record.topic.endswith("image_raw")]
+    info = next(record.message for record in records if record.topic.endswith("camera_info"))
+    return images, Camera.from_camera_info(info, rectified=False), np.asarray(info.r).reshape(3, 3)
+
+
+def difference(poses: Sequence[RelativePose], rectify: Sequence[np.ndarray]) -> float:
+    """The NEES of the difference of the rotations that the cameras of a standing pair saw, in one frame."""
+    turns = [r @ Rotation.from_matrix(pose.rotation).as_rotvec() for r, pose in zip(rectify, poses)]
+    covariances = [r @ pose.covariance[3:, 3:] @ r.T for r, pose in zip(rectify, poses)]
+    return nees(turns[0] - turns[1], covariances[0] + covariances[1])
+
+
 def recorded(bag: Path, sides: Sequence[str]) -> None:
     """How far the left and the right camera of a standing pair differ."""
-    images: list[list[np.ndarray]] = []
-    cameras, rectify = [], []
-    for side in sides:
-        records = list(read_messages(bag, [f"{side}/image_raw", f"{side}/camera_info"]))
-        images.append([to_array(record.message) for record in records if record.topic.endswith("image_raw")])
-        info = next(record.message for record in records if record.topic.endswith("camera_info"))
-        cameras.append(Camera.from_camera_info(info, rectified=False))
-        rectify.append(np.asarray(info.r).reshape(3, 3))
+    images, cameras, rectify = zip(*(read_side(bag, side) for side in sides))
     for keypoints, apart in [*((1024, apart) for apart in APART), (512, 1)]:
         values, pairs = [], 0
         for start in range(apart):
@@ -96,9 +104,7 @@ def recorded(bag: Path, sides: Sequence[str]) -> None:
             for poses in zip(*both):
                 pairs += 1
                 if all(pose.status is PoseStatus.NO_TRANSLATION for pose in poses):
-                    turns = [r @ Rotation.from_matrix(pose.rotation).as_rotvec() for r, pose in zip(rectify, poses)]
-                    covariance = sum(r @ pose.covariance[3:, 3:] @ r.T for r, pose in zip(rectify, poses))
-                    values.append(nees(turns[0] - turns[1], np.asarray(covariance)))
+                    values.append(difference(poses, rectify))
         report(f"{bag.name:.16}, {keypoints} points, {apart} apart", values, pairs)
 
 

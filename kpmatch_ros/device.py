@@ -16,8 +16,8 @@ from kpmatch_ros.shell import in_shell
 __all__ = [
     "choose_device",
     "choose_precision",
-    "is_out_of_memory",
     "has_tiles",
+    "is_out_of_memory",
     "processor_features",
     "processor_name",
     "release_memory",

