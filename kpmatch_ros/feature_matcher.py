@@ -67,12 +67,8 @@ class Features:
 
     def numpy(self) -> Features:
         """The same with NumPy arrays."""
-        return replace(
-            self,
-            keypoints=to_numpy(self.keypoints),
-            scores=to_numpy(self.scores),
-            descriptors=to_numpy(self.descriptors),
-        )
+        keypoints, scores, descriptors = all_to_numpy(self.keypoints, self.scores, self.descriptors)
+        return replace(self, keypoints=keypoints, scores=scores, descriptors=descriptors)
 
 
 @dataclass(frozen=True)
@@ -97,17 +93,21 @@ class Matches:
 
     def numpy(self) -> Matches:
         """The same with NumPy arrays."""
-        return replace(
-            self,
-            indices=to_numpy(self.indices),
-            scores=to_numpy(self.scores),
-            assignment=Assignment(*map(to_numpy, self.assignment)),  # type: ignore[arg-type]
-        )
+        indices, scores, *assignment = all_to_numpy(self.indices, self.scores, *self.assignment)
+        return replace(self, indices=indices, scores=scores, assignment=Assignment(*assignment))  # type: ignore[arg-type]
 
 
 def to_numpy(array: Array) -> np.ndarray:
     """The array itself, or a tensor's content from any device."""
     return array.cpu().numpy() if isinstance(array, Tensor) else array
+
+
+def all_to_numpy(*arrays: Array) -> list[np.ndarray]:
+    """As :func:`to_numpy`; a GPU is waited for once."""
+    begun = [array.to("cpu", non_blocking=True) if isinstance(array, Tensor) else array for array in arrays]
+    for device in {array.device for array in arrays if isinstance(array, Tensor) and array.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return [to_numpy(array) for array in begun]
 
 
 class FeatureMatcher:
@@ -329,10 +329,7 @@ class FeatureMatcher:
         pixels, blue_first = in_memory_order(pixels)
         if min(pixels.strides) < 0 or not pixels.flags.writeable:  # torch takes neither
             pixels = pixels.copy()
-        host = torch.from_numpy(pixels)
-        if self.device.type == "cuda":
-            host = host.pin_memory()  # or else the copy would be waited for
-        image = host.to(self.device, non_blocking=True).float() / 255
+        image = self._send(torch.from_numpy(pixels)).float() / 255
         if image.ndim == 2:
             return image[None, None]
         if self.extractor.CHANNELS == 3:
@@ -344,9 +341,12 @@ class FeatureMatcher:
         height, width = shape
         if mask is None:
             return torch.ones(height, width, dtype=torch.bool, device=self.device)
-        host = torch.from_numpy(np.array(shrink_or_enlarge(mask, width, height)))
+        return self._send(torch.from_numpy(np.array(shrink_or_enlarge(mask, width, height))))
+
+    def _send(self, host: Tensor) -> Tensor:
+        """A tensor of the host's on the device; nobody waits for the copy."""
         if self.device.type == "cuda":
-            host = host.pin_memory()
+            host = host.pin_memory()  # or else the copy would be waited for
         return host.to(self.device, non_blocking=True)
 
     def _no_features(self, pixels: np.ndarray) -> Features:
@@ -369,13 +369,15 @@ class FeatureMatcher:
             tensors = [torch.as_tensor(array, device=self.device) for array in arrays]
             return tensors[0][None] if len(tensors) == 1 else pad_sequence(tensors, batch_first=True)
 
-        counts = torch.tensor([len(item) for item in features], device=self.device)
-        most = max(map(len, features))
+        mask = None
+        if len(features) > 1:
+            counts = self._send(torch.tensor([len(item) for item in features]))
+            mask = torch.arange(max(map(len, features)), device=self.device) < counts[:, None]
         return ImageFeatures(
             keypoints=padded([item.keypoints for item in features]),
             descriptors=padded([item.descriptors for item in features]),
-            size=torch.tensor([item.size for item in features], device=self.device),
-            mask=None if len(features) == 1 else torch.arange(most, device=self.device) < counts[:, None],
+            size=self._send(torch.tensor([item.size for item in features])),
+            mask=mask,
             scores=padded([item.scores for item in features]),
         )
 
@@ -403,7 +405,9 @@ class FeatureMatcher:
             )
         if isinstance(matcher, LightGlue):
             matcher.fuse()
-            matcher.run_ahead = self.device.type != "cpu"
+            if self.device.type != "cpu":
+                matcher.run_ahead = True
+                matcher.match_as_one_batch()
             matcher.prune_above = _pruned_above(self.device, self.dtype)
             if has_tiles():
                 matcher.leave_attention_to_pytorch()

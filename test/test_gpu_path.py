@@ -56,7 +56,7 @@ def test_finding_and_describing_keypoints_asks_for_nothing(kind: Any, masked: bo
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: LightGlue(input_dim=128, depth_confidence=-1.0, width_confidence=-1.0).fuse(),
+        lambda: LightGlue(input_dim=128, depth_confidence=-1.0, width_confidence=-1.0).fuse().match_as_one_batch(),
         lambda: NearestNeighbour(ratio_threshold=0.9),
     ],
     ids=["LightGlue", "nearest"],

@@ -245,7 +245,37 @@ def test_a_fused_network_matches_as_before_with_fewer_products(
     assert torch.equal(found.layers0, expected.layers0)
     assert torch.allclose(found.scores0, expected.scores0, rtol=0, atol=1e-4)
     layers = int(expected.layers)
-    assert before - linear_layers_run(model, inputs) == (6 if shared else 4) * layers
+    assert before - linear_layers_run(model, inputs) == 12 * layers
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_both_images_as_one_batch_match_as_one_after_the_other(
+    lightglue: Callable[..., LightGlue], pairs: int, masked: bool, fused: bool
+) -> None:
+    model = lightglue(**FIXED)
+    if fused:
+        model.fuse()
+    images = [
+        ImageFeatures(*(None if tensor is None else torch.cat([tensor] * pairs) for tensor in image))  # type: ignore[arg-type]
+        for image in scene(100, 100)
+    ]
+    if masked:
+        images = [
+            image._replace(mask=torch.arange(100).expand(pairs, -1) < count) for image, count in zip(images, (90, 70))
+        ]
+    expected = model(*images)
+    found = model.match_as_one_batch()(*images)
+    assert (expected.matches0 >= 0).sum() > 30 * pairs
+    assert torch.equal(found.matches0, expected.matches0)
+    assert torch.allclose(found.scores0, expected.scores0, rtol=0, atol=1e-4)
+
+
+def test_images_with_different_numbers_of_points_are_no_batch(lightglue: Callable[..., LightGlue]) -> None:
+    model, inputs = lightglue(**FIXED), scene(100, 120)
+    expected = model(*inputs)
+    assert torch.equal(model.match_as_one_batch()(*inputs).scores0, expected.scores0)
 
 
 def linear_layers_run(model: LightGlue, inputs: tuple[ImageFeatures, ImageFeatures]) -> int:

@@ -127,7 +127,8 @@ class LightGlue(PretrainedNetwork):
         """Merge neighbouring linear layers, for inference: the matches stay, the names of the tensors do not.
 
         Attention's output projection goes into the layer that reads its messages. If queries and keys of
-        cross-attention have the same weights, as in the authors' networks, they are computed once.
+        cross-attention have the same weights, as in the authors' networks, they are computed once. Queries, keys and
+        values come of one product.
         """
         for layer in self.transformer_layers:
             cast(TransformerLayer, layer).fuse()
@@ -138,6 +139,12 @@ class LightGlue(PretrainedNetwork):
         for layer in self.transformer_layers:
             layer = cast(TransformerLayer, layer)
             layer.self_attention.by_hand = layer.cross_attention.by_hand = False
+        return self
+
+    def match_as_one_batch(self) -> LightGlue:
+        """For a GPU: see :class:`TransformerLayer`."""
+        for layer in self.transformer_layers:
+            cast(TransformerLayer, layer).as_one_batch = True
         return self
 
     def to_precision(self, dtype: torch.dtype) -> LightGlue:

@@ -88,25 +88,30 @@ class Attention(nn.Module):
     Attributes:
         by_hand: compute bfloat16 on a processor head by head, from large products. Where the processor multiplies in
             tiles (AMX), PyTorch's attention takes a third of that time; on others it takes longer.
+        joint: computes queries, keys and values by one product, see :meth:`join_projections`.
     """
 
     def __init__(self, size: int, heads: int, key_value_heads: int, bias: bool) -> None:
         super().__init__()
         self.head_size = size // heads
-        self.groups = heads // key_value_heads
+        self.heads, self.key_value_heads = heads, key_value_heads
         self.q_proj = nn.Linear(size, size, bias=bias)
         self.k_proj = nn.Linear(size, key_value_heads * self.head_size, bias=bias)
         self.v_proj = nn.Linear(size, key_value_heads * self.head_size, bias=bias)
         self.o_proj: nn.Module = nn.Linear(size, size, bias=bias)
+        self.joint: nn.Linear | None = None
         self.by_hand = True
 
     def project(self, x: Tensor, rotation: Tensor | None = None) -> Heads:
         """Queries, keys and values of the points x (B, N, C)."""
-        query = self._heads(self.q_proj(x))
-        key = query if self.k_proj is self.q_proj else self._heads(self.k_proj(x))
+        together = torch.cat([part(x) for part in self._parts()], dim=-1) if self.joint is None else self.joint(x)
+        heads = together.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        value = heads[:, -self.key_value_heads :]
+        heads = heads[:, : -self.key_value_heads]  # queries, then keys unless they are the same
         if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
-        return Heads(query, self._shared(key), self._shared(self._heads(self.v_proj(x))))
+            heads = rotate(heads, rotation)
+        query, key = heads[:, : self.heads], heads[:, -self.key_value_heads :]
+        return Heads(query, self._shared(key), self._shared(value))
 
     def forward(self, points: Heads, source: Heads, mask: Tensor | None) -> Tensor:
         """Messages (B, N, C) to points from a source of M points; ``mask`` (B, M) marks the source's real ones."""
@@ -123,7 +128,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Messages to the points of two images from each other's; masks as for :meth:`forward`."""
         most = max(heads0.query.shape[2], heads1.query.shape[2])
-        at_once = self.k_proj is self.q_proj and self._computes_by_hand(self.q_proj.weight)
+        at_once = self.k_proj is self.q_proj and self._computes_by_hand(heads0.query)
         if at_once and most <= _ACROSS_AT_ONCE and not (heads0.query.requires_grad or self._forward_hooks):
             message0, message1 = _attend_across(heads0, heads1, mask0, mask1)
             return self._output(message0), self._output(message1)
@@ -137,6 +142,22 @@ class Attention(nn.Module):
         if all(torch.equal(*pair) for pair in zip(self.q_proj.parameters(), self.k_proj.parameters())):
             self.k_proj = self.q_proj
 
+    def join_projections(self) -> None:
+        """Compute queries, keys and values by one product: on a GPU each product is a kernel to be started."""
+        parts = self._parts()
+        weight = torch.cat([part.weight for part in parts])
+        self.joint = nn.Linear(weight.shape[1], weight.shape[0], bias=parts[0].bias is not None).to(weight)
+        self.joint.weight.copy_(weight)
+        if parts[0].bias is not None:
+            self.joint.bias.copy_(torch.cat([part.bias for part in parts]))
+        self.joint.requires_grad_(False)
+        for part in parts:
+            del part.weight, part.bias  # the modules stay: whether keys are queries is still to be seen
+
+    def _parts(self) -> list[nn.Linear]:
+        """What computes queries, keys and values; queries and values where the keys are the queries."""
+        return [self.q_proj, self.v_proj] if self.k_proj is self.q_proj else [self.q_proj, self.k_proj, self.v_proj]
+
     def weights(self, points: Heads, source: Heads, mask: Tensor | None) -> Tensor:
         """How much (B, heads, N, M) each point listens to each of the source, arguments as for :meth:`forward`."""
         return attention_weights(points.query, source.key, mask)
@@ -144,11 +165,9 @@ class Attention(nn.Module):
     def _output(self, message: Tensor) -> Tensor:
         return cast(Tensor, self.o_proj(message.transpose(1, 2).flatten(-2)))
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-
     def _shared(self, heads: Tensor) -> Tensor:
-        return heads if self.groups == 1 else heads.repeat_interleave(self.groups, dim=1)
+        groups = self.heads // self.key_value_heads
+        return heads if groups == 1 else heads.repeat_interleave(groups, dim=1)
 
 
 def _attend_by_heads(heads: Heads, mask: Tensor | None) -> Tensor:
@@ -239,7 +258,12 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention within each image, then cross-attention between the two (section 3.1)."""
+    """Self-attention within each image, then cross-attention between the two (section 3.1).
+
+    Attributes:
+        as_one_batch: compute both images as one batch where they have as many points. Half as many kernels, each for
+            twice as much, are a gain on a GPU, which both images alone leave half empty.
+    """
 
     def __init__(self, size: int, heads: int, key_value_heads: int, bias: bool, activation: str) -> None:
         super().__init__()
@@ -247,17 +271,33 @@ class TransformerLayer(nn.Module):
         self.self_mlp = FeedForward(size, activation)
         self.cross_attention = Attention(size, heads, key_value_heads, bias)
         self.cross_mlp = FeedForward(size, activation)
+        self.as_one_batch = False
 
     def forward(self, points0: Points, points1: Points) -> tuple[Tensor, Tensor]:
         """The new states of both images' points."""
-        x0, x1 = (self._within(points) for points in (points0, points1))
+        alike = points0.x.shape == points1.x.shape and (points0.mask is None) == (points1.mask is None)
+        if self.as_one_batch and alike:
+            return self._as_one_batch(points0, points1)
+        x0, x1 = (self._within(points.x, points.rotation, points.mask) for points in (points0, points1))
         heads0, heads1 = (self.cross_attention.project(x.to(self.dtype)) for x in (x0, x1))
         message0, message1 = self.cross_attention.both_ways(heads0, heads1, points0.mask, points1.mask)
         return self.cross_mlp(x0, message0), self.cross_mlp(x1, message1)
 
-    def _within(self, points: Points) -> Tensor:
-        heads = self.self_attention.project(points.x.to(self.dtype), points.rotation)
-        return self.self_mlp(points.x, self.self_attention(heads, heads, points.mask))
+    def _as_one_batch(self, points0: Points, points1: Points) -> tuple[Tensor, Tensor]:
+        x, rotation = torch.cat([points0.x, points1.x]), torch.cat([points0.rotation, points1.rotation])
+        mask = other_mask = None
+        if points0.mask is not None and points1.mask is not None:
+            mask, other_mask = torch.cat([points0.mask, points1.mask]), torch.cat([points1.mask, points0.mask])
+        x = self._within(x, rotation, mask)
+        heads = self.cross_attention.project(x.to(self.dtype))
+        pairs = len(points0.x)
+        others = Heads(heads.query, heads.key.roll(pairs, 0), heads.value.roll(pairs, 0))  # of the other image
+        x = self.cross_mlp(x, self.cross_attention(heads, others, other_mask))
+        return x[:pairs], x[pairs:]
+
+    def _within(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
+        heads = self.self_attention.project(x.to(self.dtype), rotation)
+        return self.self_mlp(x, self.self_attention(heads, heads, mask))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -270,6 +310,8 @@ class TransformerLayer(nn.Module):
             mlp.absorb(attention.o_proj)
             attention.o_proj = nn.Identity()
         self.cross_attention.share_equal_projections()
+        for attention in (self.self_attention, self.cross_attention):
+            attention.join_projections()
 
 
 class MatchAssignment(nn.Module):
