@@ -106,6 +106,16 @@ def opinion(model: LightGlue, batch: Batch, narrow: Callable[[Tensor], Tensor] |
     return Opinion(matches, (matchable[0], matchable[1]), kept)
 
 
+def within_reach(judge: LightGlue, batch: Batch, least: float) -> Batch:
+    """The same without the true matches to which another LightGlue gives less than ``least``: they become unknown.
+
+    Two places on a bare wall may be each other's, and nothing in the images tells so. Who is to learn such matches
+    learns to match everything.
+    """
+    chosen = opinion(judge, batch).matches.gather(2, batch.partners.clamp(min=0)[..., None])[..., 0]
+    return batch._replace(partners=torch.where(chosen < least, -1, batch.partners))
+
+
 def losses(model: LightGlue, batch: Batch) -> dict[str, Tensor]:
     """``total``, and ``assignment``, ``agreement`` and ``confidence`` of which it is made.
 

@@ -23,9 +23,9 @@ from kpmatch_ros.models.detections import read_out
 from kpmatch_ros.models.superpoint import CELL, sample_descriptors
 
 BORDER = 6  # pixels along the sides without points
-POINTS = 700  # labels of a view that shows nothing but what the other shows
+POINTS = 1100  # labels of a view that shows nothing but what the other shows
 LEAST = 5e-4  # agreement of the two maps (their geometric mean) below which there is no point
-APART = 2  # pixels: labels are maxima within so many in x and y
+APART = 3  # pixels: labels are maxima within so many in x and y
 CANDIDATES = 400  # of the network's own points, for the reprojection
 DESCRIBED = 512  # labels of a pair whose descriptors are compared
 CLOSE = 3.0  # pixels: own points of both views that are the same point of the scene

@@ -11,6 +11,7 @@ its folder holds, or begins with the weights of ``--start``.
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ LIGHTGLUES: dict[str, dict[str, Any]] = {
     "full": {"input_dim": 128},
     "fast": {"input_dim": 128, "descriptor_dim": 128, "num_hidden_layers": 6},
 }
-RATES = {("points", "full"): 4e-4, ("points", "fast"): 1e-3, ("matching", "full"): 1e-4, ("matching", "fast"): 6e-4}
+RATES = {("points", "full"): 4e-4, ("points", "fast"): 1e-3, ("matching", "full"): 3e-5, ("matching", "fast"): 6e-4}
 CORNERS = 0.3  # how much cornerness says at first about where points are; nothing from 60 % of the training on
 FAINT = 5e-3  # a point's score: below it nothing is said about the point's match
+REACH = 0.02  # a match's probability by the network to begin with: below it nothing is said about the match
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -69,6 +71,8 @@ def build(kind: str, name: str, start: str | None, device: torch.device) -> Any:
         for layer in model.transformer_layers:
             # Cross-attention has one projection for queries and keys, as in the paper (section 3.1, eq. 5).
             layer.cross_attention.k_proj = layer.cross_attention.q_proj
+        if device.type != "cpu":
+            model.match_as_one_batch()
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if kind == "points" else model
 
@@ -144,6 +148,7 @@ def extract(
 
 def matching_step(
     extractors: dict[str, SuperPoint],
+    judges: dict[str, LightGlue],
     students: list[Student],
     pairs: ViewPairs,
     settings: Settings,
@@ -159,6 +164,8 @@ def matching_step(
         with torch.no_grad(), settings.autocast():
             found = [extract(extractors[student.name], image, count, radius, fractions) for image in degraded]
             batch = features(found, pairs, settings)
+            if student.name in judges:
+                batch = lightglue_loss.within_reach(judges[student.name], batch, REACH)
         with settings.autocast():
             parts = lightglue_loss.losses(student.model, batch)
         student.step(parts["total"], rate(progress), step)
@@ -243,6 +250,9 @@ def train(arguments: argparse.Namespace) -> None:
         for name in arguments.networks
     ]
     extractors = load_extractors(arguments, device) if arguments.kind == "matching" else {}
+    # Those to begin with, where they know something already.
+    judges = {student.name: student.average for student in students if arguments.start is not None}
+    judges = {name: copy.deepcopy(model) for name, model in judges.items()}
     # The average of the first network teaches itself and the others, unless there is one that is done learning.
     teacher = students[0].average
     if arguments.teacher is not None:
@@ -253,7 +263,7 @@ def train(arguments: argparse.Namespace) -> None:
         pairs = source.pairs(settings.draw(1, step), settings.batch, settings.size)
         if arguments.kind == "points":
             return points_step(teacher, students, pairs, settings, step, progress)
-        return matching_step(extractors, students, pairs, settings, step, progress)
+        return matching_step(extractors, judges, students, pairs, settings, step, progress)
 
     def watch() -> dict[str, float]:
         if arguments.kind == "points":
