@@ -404,7 +404,7 @@ with warnings.catch_warnings(record=True) as caught:
     found = matcher.extract(image).numpy()
 assert [str(each.message)[:28] for each in caught] == ["CUDA graphs are not used, an"], caught
 assert np.array_equal(found.keypoints, expected.keypoints)
-assert len(matcher.match(found, found)) > 20
+assert len(matcher.match(found, found)) == len(found) > 10
 """
 
 
