@@ -23,6 +23,7 @@ from loop import Settings, Student, add_options, rate, run, settings_of
 from torch import Tensor, nn
 from views import Source, ViewPairs, load
 
+from kpmatch_ros.device import has_tiles
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.models.detections import clear_border, suppress_non_maxima
 from kpmatch_ros.models.superpoint import sample_descriptors
@@ -73,6 +74,8 @@ def build(kind: str, name: str, start: str | None, device: torch.device) -> Any:
             layer.cross_attention.k_proj = layer.cross_attention.q_proj
         if device.type != "cpu":
             model.match_as_one_batch()
+        if has_tiles():
+            model.leave_attention_to_pytorch()
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if kind == "points" else model
 
