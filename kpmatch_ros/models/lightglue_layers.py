@@ -244,8 +244,15 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[activation]
         self.fc2 = nn.Linear(2 * size, size)
 
-    def forward(self, x: Tensor, message: Tensor) -> Tensor:
-        hidden = self.layer_norm(self.fc1(torch.cat([x.to(message.dtype), message], dim=-1)))
+    def forward(self, x: Tensor, message: Tensor, rounded: Tensor | None = None) -> Tensor:
+        """The new states of points x (B, N, C).
+
+        Args:
+            message: (B, N, C) what they received.
+            rounded: their states in the precision of the message, where these are at hand.
+        """
+        states = x.to(message.dtype) if rounded is None else rounded
+        hidden = self.layer_norm(self.fc1(torch.cat([states, message], dim=-1)))
         return x + self.fc2(self.activation(hidden))
 
     def absorb(self, projection: nn.Module) -> None:
@@ -279,9 +286,10 @@ class TransformerLayer(nn.Module):
         if self.as_one_batch and alike:
             return self._as_one_batch(points0, points1)
         x0, x1 = (self._within(points.x, points.rotation, points.mask) for points in (points0, points1))
-        heads0, heads1 = (self.cross_attention.project(x.to(self.dtype)) for x in (x0, x1))
+        rounded0, rounded1 = x0.to(self.dtype), x1.to(self.dtype)
+        heads0, heads1 = self.cross_attention.project(rounded0), self.cross_attention.project(rounded1)
         message0, message1 = self.cross_attention.both_ways(heads0, heads1, points0.mask, points1.mask)
-        return self.cross_mlp(x0, message0), self.cross_mlp(x1, message1)
+        return self.cross_mlp(x0, message0, rounded0), self.cross_mlp(x1, message1, rounded1)
 
     def _as_one_batch(self, points0: Points, points1: Points) -> tuple[Tensor, Tensor]:
         x, rotation = torch.cat([points0.x, points1.x]), torch.cat([points0.rotation, points1.rotation])
@@ -289,15 +297,17 @@ class TransformerLayer(nn.Module):
         if points0.mask is not None and points1.mask is not None:
             mask, other_mask = torch.cat([points0.mask, points1.mask]), torch.cat([points1.mask, points0.mask])
         x = self._within(x, rotation, mask)
-        heads = self.cross_attention.project(x.to(self.dtype))
+        rounded = x.to(self.dtype)
+        heads = self.cross_attention.project(rounded)
         pairs = len(points0.x)
         others = Heads(heads.query, heads.key.roll(pairs, 0), heads.value.roll(pairs, 0))  # of the other image
-        x = self.cross_mlp(x, self.cross_attention(heads, others, other_mask))
+        x = self.cross_mlp(x, self.cross_attention(heads, others, other_mask), rounded)
         return x[:pairs], x[pairs:]
 
     def _within(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
-        heads = self.self_attention.project(x.to(self.dtype), rotation)
-        return self.self_mlp(x, self.self_attention(heads, heads, mask))
+        rounded = x.to(self.dtype)
+        heads = self.self_attention.project(rounded, rotation)
+        return self.self_mlp(x, self.self_attention(heads, heads, mask), rounded)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -326,13 +336,14 @@ class MatchAssignment(nn.Module):
         """Logarithms (B, N0, N1) of the probabilities that two points match; -inf for padding."""
         # In float32: a score is a product of four probabilities, and half precision cannot tell the best two apart.
         projected0, projected1 = (self.final_projection(points.x).float() for points in (points0, points1))
-        similarity = projected0 @ projected1.transpose(-1, -2) / math.sqrt(projected0.shape[-1])
+        similarity = projected0 / math.sqrt(projected0.shape[-1]) @ projected1.transpose(-1, -2)
         real = _pairs(points0.mask, points1.mask)
         if real is not None:
             similarity = similarity.masked_fill(~real, torch.finfo(similarity.dtype).min)
         logits0, logits1 = (self.matchability(points.x).float() for points in (points0, points1))
-        certainty = F.logsigmoid(logits0) + F.logsigmoid(logits1).transpose(-1, -2)
-        scores = similarity.log_softmax(dim=2) + _log_softmax_of_columns(similarity) + certainty
+        scores = similarity.log_softmax(dim=2) + _log_softmax_of_columns(similarity)
+        scores += F.logsigmoid(logits0)
+        scores += F.logsigmoid(logits1).transpose(-1, -2)
         return scores if real is None else scores.masked_fill(~real, -torch.inf)
 
     def matchabilities(self, x: Tensor) -> Tensor:
