@@ -108,9 +108,11 @@ class Attention(nn.Module):
         heads = together.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
         value = heads[:, -self.key_value_heads :]
         heads = heads[:, : -self.key_value_heads]  # queries, then keys unless they are the same
-        if rotation is not None:
-            heads = rotate(heads, rotation)
+        if rotation is not None and heads.is_cuda:
+            heads = rotate(heads, rotation)  # at once: it is the number of kernels that takes time
         query, key = heads[:, : self.heads], heads[:, -self.key_value_heads :]
+        if rotation is not None and not heads.is_cuda:
+            query, key = rotate(query, rotation), rotate(key, rotation)  # one by one they stay in the cache
         return Heads(query, self._shared(key), self._shared(value))
 
     def forward(self, points: Heads, source: Heads, mask: Tensor | None) -> Tensor:
