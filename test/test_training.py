@@ -295,6 +295,18 @@ def test_the_loss_is_smaller_for_the_true_assignment_and_reaches_every_layer(ran
     assert all(p.grad is not None for p in model.token_confidence.parameters())
 
 
+def test_true_matches_out_of_a_networks_reach_become_unknown(randomise_lightglue: Any) -> None:
+    model = LightGlue(input_dim=64, descriptor_dim=64, num_hidden_layers=3)
+    randomise_lightglue(model, 0)
+    batch = matching_batch(model, torch.arange(20).expand(2, -1).roll(1, dims=1).clone())
+    batch.partners[:, ::2] = torch.arange(0, 20, 2)  # every second one is what the descriptors say
+    said = lightglue_loss.opinion(model, batch).matches.gather(2, batch.partners[..., None])[..., 0]
+    found = lightglue_loss.within_reach(model, batch, 0.01)
+    assert torch.equal(found.partners, torch.where(said >= 0.01, batch.partners, -1))
+    assert (found.partners[:, 1::2] < 0).all() and (found.partners[:, ::2] >= 0).sum() > 15
+    assert all(torch.equal(*pair) for pair in zip(found.alone, batch.alone))
+
+
 # --- runs ---
 
 

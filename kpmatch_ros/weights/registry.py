@@ -126,7 +126,7 @@ def _hub(name: str, model: str, **rest: Any) -> Weights:
 
 
 _OPEN_PAIR = _packaged(
-    "kpmatch-superpoint-lightglue", 27_527_212, "92afc7cc998ee784175ec6a70697121bd969d907c4331dd405475dae576682dc"
+    "kpmatch-superpoint-lightglue", 27_527_212, "bc0eca3917e74772d0213da5db31e3c66825d665d3f0d9e2f1f30fe992dda629"
 )
 _FAST_PAIR = _packaged(
     "kpmatch-superpoint-lightglue-fast", 7_353_044, "11d161047dab7503cf4816ca56fcccb2b41df6890486c6f50b3d7ad582efbaa2"
