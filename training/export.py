@@ -20,7 +20,7 @@ from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.weights import file_hash
 
 DETECTION = {
-    "keypoint_threshold": 0.01,
+    "keypoint_threshold": 0.04,
     "max_keypoints": 1024,
     "nms_radius": 3,
     "subpixel": True,
@@ -121,14 +121,16 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--matching", type=Path, help="matching.weights.pt of train.py")
     parser.add_argument("--network", choices=("full", "fast"), default="full", help="which of those that they hold")
     parser.add_argument("--nms-radius", type=int, default=DETECTION["nms_radius"], help="pixels, for the configuration")
+    parser.add_argument("--keypoint-threshold", type=float, default=DETECTION["keypoint_threshold"], help="the same")
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args(words)
     superpoint = read_trained(SuperPoint, arguments.points, arguments.network)
+    detection = {"nms_radius": arguments.nms_radius, "keypoint_threshold": arguments.keypoint_threshold}
     if arguments.matching is None:
-        file = export_superpoint(superpoint, arguments.folder, nms_radius=arguments.nms_radius)
+        file = export_superpoint(superpoint, arguments.folder, **detection)
     else:
         lightglue = read_trained(LightGlue, arguments.matching, arguments.network)
-        file = export(superpoint, lightglue, arguments.folder, nms_radius=arguments.nms_radius)
+        file = export(superpoint, lightglue, arguments.folder, **detection)
     log_line(f"{file}: {file.stat().st_size} bytes, SHA-256 {file_hash(file)}")
 
 
