@@ -15,8 +15,8 @@ export ROS
 # is shown a copy of the package's parts.
 BUILD    := build$(SUFFIX)
 STAGE    := $(BUILD)/source/kpmatch_ros
-PARTS    := CMakeLists.txt LICENSE config foxglove kpmatch_ros launch msg package.xml rviz scripts srv
-SOURCES  := $(shell find kpmatch_ros launch config foxglove msg rviz scripts srv -type f -not -name '*.pyc') CMakeLists.txt package.xml
+PARTS    := CMakeLists.txt LICENSE config foxglove kpmatch_ros launch msg package.xml rviz scripts src srv
+SOURCES  := $(shell find kpmatch_ros launch config foxglove msg rviz scripts src srv -type f -not -name '*.pyc') CMakeLists.txt package.xml
 
 # The tests that another distribution may answer otherwise.
 ROS_TESTS := test/test_distributions.py test/test_node.py test/test_node_exit.py test/test_node_requests.py test/test_stereo_node.py \

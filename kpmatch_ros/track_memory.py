@@ -117,9 +117,10 @@ def _alike(lost: Bank, looks: Looks, view: View, candidates: np.ndarray) -> tupl
 def _distinct(view: View, keypoints: np.ndarray, descriptors: np.ndarray) -> np.ndarray:
     """Which keypoints (R,) are clearly more like descriptors (R, D) than other keypoints of the image are (R,)."""
     similar = descriptors @ view.descriptors.astype(np.float32, copy=False).T
-    places = view.keypoints[keypoints]
     own = similar[np.arange(len(keypoints)), keypoints]
-    similar[np.linalg.norm(places[:, None] - view.keypoints, axis=2) < _BESIDE] = -1.0
+    # Each coordinate by itself: a norm over pairs of two numbers takes several times as long as all the rest.
+    across, down = (np.square(np.subtract.outer(each[keypoints], each)) for each in view.keypoints.T)
+    np.copyto(similar, -1.0, where=across + down < _BESIDE**2)
     # Of unit vectors, the squared distance is 2 - 2 cosine.
     return np.asarray(1 - own < _RATIO**2 * (1 - similar.max(axis=1, initial=-1.0)))
 

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kpmatch_ros import weights
+from kpmatch_ros.geometry import compiled
 from kpmatch_ros.models import LightGlue, SuperGlue, SuperPoint
 
 Texture = Callable[[int, int, int], NDArray[np.uint8]]
@@ -66,6 +67,17 @@ def recorded_data() -> Path:
         pytest.skip("there is no recorded data: KPMATCH_DATA names its folder")
     assert Path(folder).is_dir(), f"KPMATCH_DATA names {folder}, which is no folder"
     return Path(folder)
+
+
+@pytest.fixture(scope="module", params=["compiled", "NumPy"])
+def geometry(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test of a file that uses this runs with the compiled part of the geometry, and without it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "NumPy":
+            patch.setattr(compiled, "available", lambda: False)
+        elif not compiled.available():
+            pytest.skip("the compiled part is not built")
+        yield
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 
+pytestmark = pytest.mark.usefixtures("geometry")
+
 K = (458.654, 0.0, 367.215, 0.0, 457.296, 248.375, 0.0, 0.0, 1.0)
 P = (436.2, 0.0, 364.4, -48.0, 0.0, 436.2, 256.9, 0.0, 0.0, 0.0, 1.0, 0.0)
 

@@ -85,6 +85,8 @@ for _ in range(10):
 print(before[0], turns()[1] - before[1])
 """
 
+pytestmark = pytest.mark.usefixtures("geometry")
+
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not count threads' turns")
 def test_one_thread_computes_patches_whatever_blas_may_take() -> None:

@@ -11,6 +11,8 @@ import pytest
 from kpmatch_ros.geometry.flow import Neighbours
 from kpmatch_ros.geometry.refinement import align_matches, normalize_contrast
 
+pytestmark = pytest.mark.usefixtures("geometry")
+
 Texture = Callable[[int, int, int], np.ndarray]
 SIZE = (320, 240)
 

@@ -102,6 +102,7 @@ def examine() -> Iterator[Finding]:
         check_package,
         check_opencv,
         check_scipy,
+        check_geometry,
         check_pytorch,
         check_weights,
         check_networks,
@@ -172,6 +173,20 @@ def check_scipy() -> Iterator[Finding]:
         yield Finding(FAIL, "SciPy", _first_line(error), remedy)
     else:
         yield Finding(OK, "SciPy", scipy.__version__)
+
+
+def check_geometry() -> Iterator[Finding]:
+    """Whether the compiled part of the geometry is in use."""
+    try:
+        from kpmatch_ros.geometry import compiled
+    except Exception:  # noqa: BLE001 (as for OpenCV, which has said so)
+        return
+    if compiled.available():
+        yield Finding(OK, "geometry", f"compiled, {compiled.LIBRARY.name}")
+    elif compiled.LIBRARY.exists():
+        yield Finding(WARN, "geometry", f"NumPy, {compiled.LIBRARY} does not fit", "build the package again")
+    else:
+        yield Finding(OK, "geometry", "NumPy: the compiled part, which takes less time, comes with the ROS package")
 
 
 def check_pytorch() -> Iterator[Finding]:

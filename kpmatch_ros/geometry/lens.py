@@ -8,6 +8,8 @@ import re
 import cv2
 import numpy as np
 
+from kpmatch_ros.geometry import compiled
+
 __all__ = [
     "LARGEST_TANGENT",
     "LEAST_INVERTIBLE",
@@ -119,6 +121,13 @@ def undistort(distorted: np.ndarray, model: str, coefficients: np.ndarray) -> tu
     cv2.undistortPoints is not used: it stops after five fixed-point steps (its criteria are no argument of it
     in the OpenCV 4 of ROS 2 Humble and Jazzy), does not say which points did not converge, and gives no jacobian.
     """
+    if compiled.available() and _is_polynomial(model, coefficients):
+        return compiled.undistort(distorted, _padded(coefficients))
+    return _undistort(distorted, model, coefficients)
+
+
+def _undistort(distorted: np.ndarray, model: str, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same by NumPy: a change here is one of src/geometry.c, too."""
     # Coordinates of one kind lie side by side: a third of the time that rows of two take.
     target = np.ascontiguousarray(distorted.T)
     points = target.copy()
@@ -147,12 +156,20 @@ def distort(points: np.ndarray, model: str, coefficients: np.ndarray) -> np.ndar
     return _distort(np.ascontiguousarray(points.T), model, coefficients)[0].T
 
 
+def _is_polynomial(model: str, coefficients: np.ndarray) -> bool:
+    return model != "equidistant" and len(coefficients) <= _PLAIN
+
+
+def _padded(coefficients: np.ndarray) -> np.ndarray:
+    return np.concatenate([coefficients, np.zeros(_PLAIN - len(coefficients))])
+
+
 def _distort(points: np.ndarray, model: str, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Distorts normalised (2, N); with the inverse (4, N), by rows, and determinant (N,) of the jacobian."""
-    if model == "equidistant" or len(coefficients) > _PLAIN:
-        image, (a, b, c, d) = _distort_by_opencv(points, model, coefficients)
-    else:
+    if _is_polynomial(model, coefficients):
         image, (a, b, c, d) = _distort_polynomially(points, coefficients)
+    else:
+        image, (a, b, c, d) = _distort_by_opencv(points, model, coefficients)
     with np.errstate(all="ignore"):  # the caller looks at the determinant
         determinant = a * d - b * c
         inverse = np.array([d, -b, -c, a]) / determinant
@@ -179,7 +196,7 @@ def _distort_polynomially(points: np.ndarray, coefficients: np.ndarray) -> tuple
 
     cv2.projectPoints also differentiates by all that its callers may want to calibrate.
     """
-    k1, k2, p1, p2, k3, k4, k5, k6 = np.pad(coefficients, (0, _PLAIN - len(coefficients)))
+    k1, k2, p1, p2, k3, k4, k5, k6 = _padded(coefficients)
     x, y = points
     with np.errstate(all="ignore"):
         square = x * x + y * y

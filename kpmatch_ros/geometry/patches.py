@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from kpmatch_ros.geometry import compiled
+
 __all__ = ["LONGEST_STEP", "Alignment", "align", "cut", "inside", "inverse", "no_change", "signed", "unaligned"]
 
 _SIDE = 13  # pixels, as in geometry.refinement
@@ -119,10 +121,16 @@ def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np
     the Laplacian (Lindeberg, Scale-Space Theory in Computer Vision, 1994). What the shapes say of it is taken from the
     patch. The rest is estimated besides the affine map.
     """
+    if compiled.available():
+        return Alignment(*compiled.align(patches, image, _PLACES[1:], points, shapes, shifts))
+    return _align(patches, image, points, shapes, shifts)
+
+
+def _align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np.ndarray, shifts: int) -> Alignment:
+    """The same by NumPy: a change here is one of src/geometry.c, too."""
     if len(points) > _BLOCK:
-        parts = [
-            align(patches[block], image, points[block], shapes[block], shifts) for block in _blocks(len(points), _BLOCK)
-        ]
+        blocks = _blocks(len(points), _BLOCK)
+        parts = [_align(patches[block], image, points[block], shapes[block], shifts) for block in blocks]
         return Alignment(*(np.concatenate(each) for each in zip(*(vars(part).values() for part in parts))))
     start = points
     template, across, down, laplacian = (patches[:, i * len(_USED) :][:, : len(_USED)] for i in range(4))

@@ -1,0 +1,83 @@
+"""The compiled part of this folder, from src/geometry.c, where the build of the ROS package has put it beside."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["LIBRARY", "align", "available", "open_library", "undistort"]
+
+LIBRARY = Path(__file__).with_name("libkpmatch_geometry.so")
+_VERSION = 1  # as in src/geometry.c: the arguments and the meaning of its functions
+_PATCH = 4 * 85 + 63 + 9  # numbers of a patch
+
+
+def open_library(path: Path) -> ctypes.CDLL | None:
+    """The library; None, which leaves the work to NumPy, where it is not built, or is another version's."""
+    if not path.exists():
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.kpmatch_version()
+    except (OSError, AttributeError) as error:
+        warnings.warn(f"{path} cannot be loaded, NumPy does its work: {error}", RuntimeWarning, stacklevel=2)
+        return None
+    if version != _VERSION:
+        text = f"{path} has version {version}, not {_VERSION}: build the package again. NumPy does its work"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return None
+    size, address = ctypes.c_int64, ctypes.c_void_p
+    library.kpmatch_align.argtypes = [size, address, size, size, address, address, ctypes.c_int32, *5 * [address]]
+    library.kpmatch_undistort.argtypes = [size, *4 * [address]]
+    library.kpmatch_align.restype = library.kpmatch_undistort.restype = None
+    return library
+
+
+_library = open_library(LIBRARY)
+
+
+def available() -> bool:
+    """Whether the library is there."""
+    return _library is not None
+
+
+def align(
+    patches: np.ndarray, image: np.ndarray, places: np.ndarray, points: np.ndarray, shapes: np.ndarray, shifts: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The members of the Alignment that patches.align returns. Patches are compared at places (2, 85)."""
+    assert _library is not None
+    count = len(points)
+    _check(patches, (count, _PATCH))
+    _check(points, (count, 2))
+    _check(shapes, (count, 2, 2))
+    patches, image = (np.ascontiguousarray(each, np.float32) for each in (patches, image))
+    points, shapes = (np.array(each, np.float32, order="C") for each in (points, shapes))
+    sigmas, likeness, good = np.empty(count, np.float32), np.empty(count, np.float32), np.empty(count, bool)
+    results = points, shapes, sigmas, likeness, good
+    _library.kpmatch_align(
+        count, _address(patches), *image.shape, _address(image), _address(places), shifts, *map(_address, results)
+    )
+    return results
+
+
+def undistort(distorted: np.ndarray, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What lens.undistort returns, of the polynomial model with eight coefficients."""
+    assert _library is not None
+    _check(distorted, (len(distorted), 2))
+    _check(coefficients, (8,))
+    distorted, coefficients = (np.ascontiguousarray(each, np.float64) for each in (distorted, coefficients))
+    results = np.empty((len(distorted), 2)), np.empty((len(distorted), 2, 2))
+    _library.kpmatch_undistort(len(distorted), _address(distorted), _address(coefficients), *map(_address, results))
+    return results
+
+
+def _check(values: np.ndarray, shape: tuple[int, ...]) -> None:
+    if values.shape != shape:
+        raise ValueError(f"an array of shape {values.shape} where {shape} belongs")
+
+
+def _address(values: np.ndarray) -> int:
+    return int(values.__array_interface__["data"][0])

@@ -1,0 +1,338 @@
+/* What takes longest of kpmatch_ros/geometry, compiled: `align` of patches.py and `undistort` of lens.py.
+ *
+ * The NumPy code there describes the algorithms, and runs where this library is not built. Both give the same numbers
+ * within rounding: a change of one is a change of the other, and test/test_compiled.py compares them.
+ *
+ * C99, without Python's headers: kpmatch_ros/geometry/compiled.py calls it by ctypes. Sums are vectorised where
+ * `omp simd` allows it. -ffast-math would allow it everywhere, but then comparisons need not notice NaN.
+ */
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* Changes with the arguments or the meaning of a function. compiled.py loads no library with another number. */
+#define VERSION 1
+
+/* Binary packages are for any x86-64 processor. Those with AVX2 get code of their own, chosen as the library is loaded. */
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
+#if __GNUC__ >= 12
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("avx2", "default")))
+#endif
+#else
+#define FOR_EACH_PROCESSOR
+#endif
+/* Into each of these versions. */
+#define INLINE static inline __attribute__((always_inline))
+
+int kpmatch_version(void) { return VERSION; }
+
+/* Unlike fmaxf and fminf, these give NaN for NaN. */
+INLINE float at_least(float value, float bound) { return value < bound ? bound : value; }
+INLINE float at_most(float value, float bound) { return value > bound ? bound : value; }
+INLINE float clip(float value, float least, float most) { return at_most(at_least(value, least), most); }
+
+/* Patches: constants of patches.py, with their names there. */
+
+enum {
+    USED = 85,   /* pixels of a patch that are compared */
+    FEW = 36,    /* the first of them, which are enough for a shift */
+    AFFINE = 63, /* numbers of the equations of an affine change with blur */
+    SHIFT = 9,   /* and of a shift */
+    PATCH = 4 * USED + AFFINE + SHIFT,
+    ITERATIONS = 2
+};
+#define REACH 6.0f /* pixels from the middle of a patch to its sides */
+#define LONGEST_STEP 3.0f
+#define LAST_STEP 0.3f
+#define BLUR 0.25f
+#define WIDEST 2.0f
+#define ALIKE 0.75f
+#define LARGEST_SCALE 3.0f
+#define LEAST_CONTRAST 0.1f
+#define LARGEST_GAIN 2.0f
+#define SIGMA_FLOOR 0.0325f
+#define SIGMA_GROWTH 20.4f
+
+/* Parts of the equations of an affine change: see _equations in patches.py. */
+enum { INVERSE = 0, COLUMN = 36, ALONG = 42, OWN_BLUR = 48, BLUR_POWER = 49, SUMS = 50, OWN = 56, CONTRAST = 62 };
+
+typedef struct {
+    const float *pixels;
+    ptrdiff_t height, width;
+} Image;
+
+/* A pixel, or 0 outside of the image. */
+INLINE float pixel(const Image *image, ptrdiff_t column, ptrdiff_t row)
+{
+    if (column < 0 || row < 0 || column >= image->width || row >= image->height)
+        return 0;
+    return image->pixels[row * image->width + column];
+}
+
+INLINE float between(float from, float to, float part) { return from + part * (to - from); }
+
+/* The image between its pixels. NaN is outside. */
+INLINE float interpolated(const Image *image, float x, float y)
+{
+    if (!(x > -1 && y > -1 && x < (float)image->width && y < (float)image->height))
+        return 0;
+    const ptrdiff_t column = (ptrdiff_t)floorf(x), row = (ptrdiff_t)floorf(y);
+    const float across = x - (float)column;
+    const float above = between(pixel(image, column, row), pixel(image, column + 1, row), across);
+    const float below = between(pixel(image, column, row + 1), pixel(image, column + 1, row + 1), across);
+    return between(above, below, y - (float)row);
+}
+
+/* Pixels of the image at the first so many places (2, USED) of a patch that is at a point, with a shape (2, 2). */
+INLINE void look(const Image *image, const float *point, const float *shape, const float *places, int count, float *seen)
+{
+    const float x0 = point[0], xx = shape[0], xy = shape[1], wide = REACH * (fabsf(xx) + fabsf(xy)) + 1;
+    const float y0 = point[1], yx = shape[2], yy = shape[3], high = REACH * (fabsf(yx) + fabsf(yy)) + 1;
+    const float *restrict along = places, *restrict down = places + USED;
+    if (x0 - wide > 0 && x0 + wide < (float)(image->width - 1) && y0 - high > 0 &&
+        y0 + high < (float)(image->height - 1)) {
+        const float *restrict pixels = image->pixels;
+        const int32_t width = (int32_t)image->width;
+#pragma omp simd
+        for (int i = 0; i < count; i++) {
+            const float x = x0 + xx * along[i] + xy * down[i], y = y0 + yx * along[i] + yy * down[i];
+            const int32_t column = (int32_t)x, row = (int32_t)y, corner = row * width + column;
+            const float across = x - (float)column;
+            const float above = between(pixels[corner], pixels[corner + 1], across);
+            const float below = between(pixels[corner + width], pixels[corner + width + 1], across);
+            seen[i] = between(above, below, y - (float)row);
+        }
+    } else {
+        for (int i = 0; i < count; i++)
+            seen[i] = interpolated(image, x0 + xx * along[i] + xy * down[i], y0 + yx * along[i] + yy * down[i]);
+    }
+}
+
+/* The squared norm of so many pixels less their mean. */
+INLINE float power_of(float sum, float squares, int count)
+{
+    return at_least(squares - sum * sum / (float)count, LEAST_CONTRAST);
+}
+
+/* What gives pixels of this power a contrast. */
+INLINE float gain_of(float power, float contrast)
+{
+    return clip(sqrtf(contrast / power), 1 / LARGEST_GAIN, LARGEST_GAIN);
+}
+
+/* One step of a shift. */
+INLINE void shift_step(const float *patch, const float *seen, float *step)
+{
+    const float *across = patch + USED, *down = patch + 2 * USED, *equations = patch + 4 * USED + AFFINE;
+    float sum = 0, squares = 0, slope_x = 0, slope_y = 0;
+#pragma omp simd reduction(+ : sum, squares, slope_x, slope_y)
+    for (int i = 0; i < FEW; i++) {
+        sum += seen[i];
+        squares += seen[i] * seen[i];
+        slope_x += across[i] * seen[i];
+        slope_y += down[i] * seen[i];
+    }
+    const float gain = gain_of(power_of(sum, squares, FEW), equations[8]);
+    slope_x = gain * (slope_x - sum / FEW * equations[4]) - equations[6];
+    slope_y = gain * (slope_y - sum / FEW * equations[5]) - equations[7];
+    step[0] = equations[0] * slope_x + equations[1] * slope_y;
+    step[1] = equations[2] * slope_x + equations[3] * slope_y;
+}
+
+/* One step of an affine change and of blur: how x changes by 1, x and y, and how y does. */
+INLINE void affine_step(const float *patch, const float *equations, const float *seen, const float *places, float *step)
+{
+    const float *across = patch + USED, *down = patch + 2 * USED, *laplacian = patch + 3 * USED;
+    const float *x = places, *y = places + USED;
+    float sum = 0, squares = 0, blur = 0;
+    float ax = 0, axx = 0, axy = 0, dy = 0, dyx = 0, dyy = 0;
+#pragma omp simd reduction(+ : sum, squares, blur, ax, axx, axy, dy, dyx, dyy)
+    for (int i = 0; i < USED; i++) {
+        const float a = across[i] * seen[i], d = down[i] * seen[i];
+        sum += seen[i];
+        squares += seen[i] * seen[i];
+        blur += laplacian[i] * seen[i];
+        ax += a;
+        axx += a * x[i];
+        axy += a * y[i];
+        dy += d;
+        dyx += d * x[i];
+        dyy += d * y[i];
+    }
+    const float gain = gain_of(power_of(sum, squares, USED), equations[CONTRAST]);
+    float slope[6] = {ax, axx, axy, dy, dyx, dyy};
+    for (int i = 0; i < 6; i++)
+        slope[i] = gain * (slope[i] - sum / USED * equations[SUMS + i]) - equations[OWN + i];
+    blur = gain * blur - equations[OWN_BLUR];
+    for (int i = 0; i < 6; i++) {
+        step[i] = blur * equations[COLUMN + i];
+        for (int j = 0; j < 6; j++)
+            step[i] += equations[INVERSE + 6 * i + j] * slope[j];
+    }
+}
+
+/* How much narrower the image's blur is on a surface seen through a shape. */
+INLINE float narrowing(const float *shape)
+{
+    const float area = shape[0] * shape[3] - shape[1] * shape[2];
+    const float squares = shape[0] * shape[0] + shape[1] * shape[1] + shape[2] * shape[2] + shape[3] * shape[3];
+    return 1 - at_most(squares / at_least(2 * area * area, 1e-6f), WIDEST);
+}
+
+/* The equations of a patch less its Laplacian times so much. */
+INLINE void sharpen(float *equations, float narrower)
+{
+    const float own = equations[OWN_BLUR], power = equations[BLUR_POWER];
+    equations[OWN_BLUR] -= narrower * power;
+    for (int i = 0; i < 6; i++)
+        equations[OWN + i] -= narrower * equations[ALONG + i];
+    equations[CONTRAST] = at_least(equations[CONTRAST] + narrower * (narrower * power - 2 * own), LEAST_CONTRAST);
+}
+
+/* Move a point by a step in the patch. */
+INLINE void move(float *point, const float *shape, float along, float down)
+{
+    along = clip(along, -2, 2);
+    down = clip(down, -2, 2);
+    point[0] -= shape[0] * along + shape[1] * down;
+    point[1] -= shape[2] * along + shape[3] * down;
+}
+
+/* Deform a shape by a step: shape - shape @ step. */
+INLINE void deform(float *shape, const float *step)
+{
+    const float a = clip(step[1], -0.3f, 0.3f), b = clip(step[2], -0.3f, 0.3f);
+    const float c = clip(step[4], -0.3f, 0.3f), d = clip(step[5], -0.3f, 0.3f);
+    for (float *row = shape; row < shape + 4; row += 2) {
+        const float first = row[0], second = row[1];
+        row[0] -= first * a + second * c;
+        row[1] -= first * b + second * d;
+    }
+}
+
+INLINE void align_one(const float *patch, const Image *image, const float *places, int shifts, float *point,
+                      float *shape, float *sigma, float *likeness, uint8_t *good)
+{
+    const float start[2] = {point[0], point[1]};
+    float seen[USED], equations[AFFINE], step[6];
+    for (int i = 0; i < shifts; i++) {
+        look(image, point, shape, places, FEW, seen);
+        shift_step(patch, seen, step);
+        move(point, shape, step[0], step[1]);
+    }
+    const float narrower = BLUR / 2 * narrowing(shape);
+    for (int i = 0; i < AFFINE; i++)
+        equations[i] = patch[4 * USED + i];
+    sharpen(equations, narrower);
+    for (int i = 0; i < ITERATIONS; i++) {
+        look(image, point, shape, places, USED, seen);
+        affine_step(patch, equations, seen, places, step);
+        move(point, shape, step[0], step[3]);
+        deform(shape, step);
+    }
+    look(image, point, shape, places, USED, seen);
+    const float *own = patch, *laplacian = patch + 3 * USED;
+    float sum = 0, squares = 0, product = 0;
+#pragma omp simd reduction(+ : sum, squares, product)
+    for (int i = 0; i < USED; i++) {
+        sum += seen[i];
+        squares += seen[i] * seen[i];
+        product += seen[i] * (own[i] - narrower * laplacian[i]);
+    }
+    const float contrast = equations[CONTRAST], power = power_of(sum, squares, USED), gain = gain_of(power, contrast);
+    *likeness = clip(product / sqrtf(power * contrast), 0, 1);
+    const float residue = at_least(gain * gain * power - 2 * gain * product + contrast, 0);
+    *sigma = SIGMA_FLOOR + SIGMA_GROWTH * (residue / USED) * (equations[0] + equations[21]) / 2;
+
+    const float x = point[0] - start[0], y = point[1] - start[1];
+    const float wide = fabsf(shape[0]) + fabsf(shape[1]), high = fabsf(shape[2]) + fabsf(shape[3]);
+    const float area = shape[0] * shape[3] - shape[1] * shape[2];
+    /* Each comparison is false for NaN. */
+    *good = sqrtf(x * x + y * y) < LONGEST_STEP && *likeness > ALIKE &&
+            sqrtf(step[0] * step[0] + step[3] * step[3]) < LAST_STEP && wide < LARGEST_SCALE && high < LARGEST_SCALE &&
+            area > 1 / (LARGEST_SCALE * LARGEST_SCALE) && point[0] >= 1 && point[1] >= 1 &&
+            point[0] < (float)(image->width - 2) && point[1] < (float)(image->height - 2);
+}
+
+/* Find T patches (T, PATCH) in an image. Points (T, 2) and shapes (T, 2, 2) are where to begin, and then the result. */
+FOR_EACH_PROCESSOR
+void kpmatch_align(int64_t count, const float *patches, int64_t height, int64_t width, const float *pixels,
+                   const float *places, int32_t shifts, float *points, float *shapes, float *sigmas, float *likeness,
+                   uint8_t *good)
+{
+    const Image image = {pixels, (ptrdiff_t)height, (ptrdiff_t)width};
+    for (int64_t i = 0; i < count; i++)
+        align_one(patches + i * PATCH, &image, places, shifts, points + 2 * i, shapes + 4 * i, sigmas + i, likeness + i,
+                  good + i);
+}
+
+/* Lenses: constants of lens.py, with their names there. */
+
+enum { NEWTON_ITERATIONS = 50 };
+#define NEWTON_TOLERANCE 1e-10
+#define LARGEST_TANGENT 50.0
+
+INLINE double larger(double a, double b) { return a > b ? a : b; }
+
+/* Distort a point by OpenCV's polynomial model, with the jacobian (2, 2): see _distort_polynomially in lens.py. */
+INLINE void distort_one(const double *point, const double *coefficients, double *image, double *jacobian)
+{
+    const double k1 = coefficients[0], k2 = coefficients[1], p1 = coefficients[2], p2 = coefficients[3];
+    const double k3 = coefficients[4], k4 = coefficients[5], k5 = coefficients[6], k6 = coefficients[7];
+    const double x = point[0], y = point[1], square = x * x + y * y, product = x * y;
+    const double above = 1 + square * (k1 + square * (k2 + square * k3));
+    const double below = 1 + square * (k4 + square * (k5 + square * k6));
+    const double radial = above / below;
+    /* By the square of the radius, times two. */
+    const double growth = 2 * (k1 + square * (2 * k2 + 3 * k3 * square)) / below -
+                          2 * radial * (k4 + square * (2 * k5 + 3 * k6 * square)) / below;
+    const double mixed = product * growth + 2 * (p1 * x + p2 * y);
+    image[0] = x * radial + 2 * p1 * product + p2 * (square + 2 * x * x);
+    image[1] = y * radial + p1 * (square + 2 * y * y) + 2 * p2 * product;
+    jacobian[0] = radial + x * x * growth + 2 * p1 * y + 6 * p2 * x;
+    jacobian[1] = jacobian[2] = mixed;
+    jacobian[3] = radial + y * y * growth + 6 * p1 * y + 2 * p2 * x;
+}
+
+/* Newton's method on the distortion. Returns whether the point (2,) has a solution. */
+INLINE int undistort_one(const double *target, const double *coefficients, double *point, double *inverse)
+{
+    point[0] = target[0];
+    point[1] = target[1];
+    for (int i = 0; i < NEWTON_ITERATIONS; i++) {
+        double image[2], jacobian[4];
+        distort_one(point, coefficients, image, jacobian);
+        const double determinant = jacobian[0] * jacobian[3] - jacobian[1] * jacobian[2];
+        /* Where the determinant is not positive the lens model folds over, as no lens does. NaN is not either. */
+        if (!(determinant > 0 && fabs(point[0]) < LARGEST_TANGENT && fabs(point[1]) < LARGEST_TANGENT))
+            return 0;
+        inverse[0] = jacobian[3] / determinant;
+        inverse[1] = -jacobian[1] / determinant;
+        inverse[2] = -jacobian[2] / determinant;
+        inverse[3] = jacobian[0] / determinant;
+        const double x = image[0] - target[0], y = image[1] - target[1];
+        if (fabs(x) < NEWTON_TOLERANCE && fabs(y) < NEWTON_TOLERANCE)
+            return 1;
+        const double along = inverse[0] * x + inverse[1] * y, down = inverse[2] * x + inverse[3] * y;
+        /* Steps shorter than half the way to the axis, plus a half, do not leap over a fold unseen. */
+        const double longest = 0.5 * (1 + sqrt(point[0] * point[0] + point[1] * point[1]));
+        const double length = larger(sqrt(along * along + down * down), 1e-300);
+        const double part = longest < length ? longest / length : 1;
+        point[0] -= part * along;
+        point[1] -= part * down;
+    }
+    return 0;
+}
+
+/* Undistort N points (N, 2), with the inverse (N, 2, 2) of the distortion's jacobian; NaN without a solution. */
+void kpmatch_undistort(int64_t count, const double *distorted, const double *coefficients, double *points,
+                       double *inverses)
+{
+    for (int64_t i = 0; i < count; i++) {
+        double *point = points + 2 * i, *inverse = inverses + 4 * i;
+        if (!undistort_one(distorted + 2 * i, coefficients, point, inverse))
+            point[0] = point[1] = inverse[0] = inverse[1] = inverse[2] = inverse[3] = NAN;
+    }
+}

@@ -1,0 +1,220 @@
+"""The compiled part of the geometry gives what NumPy gives, and nothing is lost where it is not there."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+import kpmatch_ros
+from kpmatch_ros.cli import doctor
+from kpmatch_ros.geometry import compiled
+from kpmatch_ros.geometry.lens import undistort
+from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change, signed
+from simulation import Scene, camera_path, demo_camera
+
+SIZE = (320, 240)
+ROOT = Path(__file__).resolve().parent.parent
+needed = pytest.mark.skipif(not compiled.available(), reason="the compiled part is not built")
+
+
+def with_numpy(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns where the compiled part is not built."""
+    with pytest.MonkeyPatch.context() as patch, np.errstate(invalid="ignore"):
+        patch.setattr(compiled, "available", lambda: False)
+        return call(*arguments)
+
+
+def interpolation_step() -> float:
+    """Pixels between the places at which this OpenCV interpolates: a 32nd in version 4, none in version 5."""
+    ramp = np.tile(np.arange(8, dtype=np.float32), (8, 1))
+    place = np.full((1, 1), 3 + 1 / 128, np.float32)
+    seen = cv2.remap(ramp, place, np.full_like(place, 3), cv2.INTER_LINEAR)
+    return 0.0 if abs(seen[0, 0] - place[0, 0]) < 1e-6 else 1 / 32
+
+
+@pytest.fixture(scope="module")
+def film() -> list[np.ndarray]:
+    """Two images of the courtyard, one after the other."""
+    camera = demo_camera(*SIZE)
+    views = Scene(seed=0).film(camera_path(2), camera, noise=2.0)
+    return [signed(cv2.cvtColor(view.image, cv2.COLOR_RGB2GRAY)) for view in views][:2]
+
+
+def compare(ours: Alignment, numpys: Alignment, at_least: int) -> None:
+    """Both find the same patches, so many at least, at the same places."""
+    step = interpolation_step()
+    assert (ours.good == numpys.good).mean() > (0.98 if step else 0.998)  # one at a limit may fall on either side
+    good = ours.good & numpys.good
+    assert good.sum() >= at_least
+    for name, values in vars(numpys).items():
+        mine = getattr(ours, name)
+        assert mine.dtype == values.dtype and mine.shape == values.shape
+        assert np.array_equal(np.isnan(mine), np.isnan(values)), name
+    # Errors of interpolation by up to half a step are independent from pixel to pixel: a tenth of them remains.
+    np.testing.assert_allclose(ours.points[good], numpys.points[good], atol=1e-3 + step / 2)
+    np.testing.assert_allclose(ours.shapes[good], numpys.shapes[good], atol=1e-4 + step / 8)
+    np.testing.assert_allclose(ours.likeness[good], numpys.likeness[good], atol=1e-3 + step / 8)
+    # Differences of large sums of squares, in float32.
+    np.testing.assert_allclose(ours.sigmas[good], numpys.sigmas[good], rtol=0.02 + step, atol=2e-3)
+
+
+@needed
+@pytest.mark.parametrize("shifts", [0, 1, 3])
+@pytest.mark.parametrize("deformed", [0.0, 0.1, 0.5])
+def test_patches_are_found_as_numpy_finds_them(film: list[np.ndarray], shifts: int, deformed: float) -> None:
+    random = np.random.default_rng(shifts)
+    corners = cv2.goodFeaturesToTrack((film[0] + 128).astype(np.uint8), 300, 0.01, 5)[:, 0]
+    anywhere = random.uniform(-10, np.array(SIZE) + 10, (1200, 2))  # with the borders, and what is outside
+    points = np.concatenate([corners, anywhere]).astype(np.float32)
+    patches = cut(film[0], points)
+    start = points + random.normal(0, 0.7, points.shape).astype(np.float32)
+    shapes = no_change(len(points)) + random.normal(0, deformed, (len(points), 2, 2)).astype(np.float32)
+    for image in film:
+        arguments = patches, image, start, shapes, shifts
+        compare(align(*arguments), with_numpy(align, *arguments), 10)
+
+
+@needed
+def test_patches_at_the_border_are_found_as_numpy_finds_them(film: list[np.ndarray]) -> None:
+    width, height = SIZE
+    side = np.arange(-2.1, 12, 0.75, dtype=np.float32)  # none at a limit
+    near, along = (grid.ravel() for grid in np.meshgrid(side, np.arange(20, height - 20, 20, dtype=np.float32)))
+    for points in ((near, along), (width - 1 - near, along), (along, near), (along, height - 1 - near)):
+        places = np.stack(points, axis=1)
+        arguments = cut(film[0], places), film[0], places, no_change(len(places))
+        compare(align(*arguments), with_numpy(align, *arguments), 50)
+
+
+@needed
+def test_points_and_shapes_that_are_no_numbers_are_not_found(film: list[np.ndarray]) -> None:
+    points = np.full((8, 2), 100, np.float32)
+    patches, shapes = cut(film[0], points), no_change(8)
+    points[1], points[2, 1], points[3], points[4] = np.nan, np.nan, np.inf, -1e30
+    shapes[5, 0, 0], shapes[6] = np.nan, 0
+    arguments = patches, film[0], points, shapes, 1
+    found, expected = align(*arguments), with_numpy(align, *arguments)
+    assert found.good.tolist() == expected.good.tolist() == [True, *6 * [False], True]
+    # What is left of the others need not agree, but for a point that is no number.
+    np.testing.assert_array_equal(np.isnan(found.points[:3]), np.isnan(expected.points[:3]))
+
+
+@needed
+def test_no_patches_give_no_alignment_and_arrays_that_do_not_belong_together_an_error(film: list[np.ndarray]) -> None:
+    points = np.full((3, 2), 50, np.float32)
+    patches = cut(film[0], points)
+    assert len(align(patches[:0], film[0], points[:0], no_change(0)).points) == 0
+    for wrong in ((patches[:2], points, no_change(3)), (patches[:, 1:], points, no_change(3))):
+        with pytest.raises(ValueError, match="shape"):
+            align(wrong[0], film[0], *wrong[1:])
+
+
+@needed
+def test_what_is_given_stays_as_it_is_whatever_its_layout(film: list[np.ndarray]) -> None:
+    points = np.random.default_rng(0).uniform(20, 200, (50, 2)).astype(np.float32)
+    patches, shapes = cut(film[0], points), no_change(50)
+    given = patches.copy(), film[0].copy(), points.copy(), shapes.copy()
+    found = align(patches, film[0], points, shapes, 1)
+    assert all(np.array_equal(*both) for both in zip(given, (patches, film[0], points, shapes)))
+    columns = [np.asfortranarray(each) for each in given]
+    assert all(np.array_equal(*both) for both in zip(vars(align(*columns, 1)).values(), vars(found).values()))
+
+
+LENSES = [
+    ("plumb_bob", (-0.28340811, 0.07395907, 0.00019359, 1.76e-05)),
+    ("plumb_bob", (-0.35, 0.12, 0.001, -0.001, -0.02)),
+    ("plumb_bob", (-0.4, 0.0, 0.0, 0.0, 0.0)),  # folds over within the image
+    ("plumb_bob", (0.3, 0.1, 0.002, 0.001, 0.0)),
+    ("rational_polynomial", (0.48, -2.65, 6e-4, -3e-4, 1.57, 0.36, -2.48, 1.49)),
+]
+
+
+@needed
+@pytest.mark.parametrize(("model", "coefficients"), LENSES)
+def test_a_lens_is_undone_as_numpy_undoes_it(model: str, coefficients: tuple[float, ...]) -> None:
+    distorted = np.random.default_rng(0).normal(0, 0.5, (2000, 2))
+    distorted[:6] = [(0, 0), (np.nan, 0), (0, np.inf), (49, 1), (-60, 0), (1e200, 1e-320)]
+    for points in (distorted, np.asfortranarray(distorted), distorted[:0]):
+        arguments = points, model, np.array(coefficients)
+        for ours, numpys in zip(undistort(*arguments), with_numpy(undistort, *arguments)):
+            assert ours.shape == numpys.shape and ours.dtype == numpys.dtype
+            # Rounding of doubles; of the jacobian at a fold, whose determinant is nearly zero, more remains.
+            np.testing.assert_allclose(ours, numpys, rtol=1e-8, atol=1e-12)
+
+
+# Whether it is there
+
+
+def test_the_build_has_put_the_library_beside_the_modules() -> None:
+    if ROOT in Path(kpmatch_ros.__file__).parents and "site-packages" not in kpmatch_ros.__file__:
+        pytest.skip("this is the checkout, not what was built from it")
+    assert compiled.available()
+
+
+def test_without_the_library_numpy_does_its_work_in_silence(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compiled.open_library(tmp_path / "none.so") is None
+
+
+def test_what_is_no_library_is_not_loaded_in_silence(tmp_path: Path) -> None:
+    (tmp_path / "text.so").write_text("no library")
+    with pytest.warns(RuntimeWarning, match=r"text\.so cannot be loaded"):
+        assert compiled.open_library(tmp_path / "text.so") is None
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [("int kpmatch_version(void) { return 99; }", "has version 99"), ("int other;", "cannot be loaded")],
+)
+def test_a_library_of_another_version_is_not_loaded_in_silence(tmp_path: Path, source: str, text: str) -> None:
+    (tmp_path / "other.c").write_text(source)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", "other.so", "other.c"], cwd=tmp_path, check=True)
+    with pytest.warns(RuntimeWarning, match=text):
+        assert compiled.open_library(tmp_path / "other.so") is None
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
+def test_any_c99_compiler_takes_the_source_without_a_warning(tmp_path: Path) -> None:
+    words = [
+        "cc",
+        "-std=c99",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Wpedantic",
+        "-Wconversion",
+        "-Wno-unknown-pragmas",
+        "-Werror",
+    ]
+    words += ["-shared", "-fPIC", "-o", "plain.so", ROOT / "src" / "geometry.c", "-lm"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    assert compiled.open_library(tmp_path / "plain.so") is not None
+
+
+def test_the_doctor_says_whether_it_is_in_use() -> None:
+    (finding,) = doctor.check_geometry()
+    assert finding.level == doctor.OK and finding.text.startswith("compiled" if compiled.available() else "NumPy")
+    (finding,) = with_numpy(lambda: list(doctor.check_geometry()))
+    assert finding.text.startswith("NumPy")
+
+
+@needed
+def test_the_library_does_not_change_how_the_process_rounds(tmp_path: Path) -> None:
+    # A library linked with -ffast-math has a constructor that flushes small numbers to zero, of the whole process.
+    question = (
+        "import numpy as np, kpmatch_ros.geometry.compiled as c; assert c.available(); print(np.float32(1e-40) / 2)"
+    )
+    # Elsewhere, where Python does not find the checkout before what was built from it.
+    ran = subprocess.run([sys.executable, "-c", question], cwd=tmp_path, capture_output=True, text=True)
+    assert not ran.returncode and float(ran.stdout) > 0, ran.stderr
