@@ -44,6 +44,7 @@ def test_where_everything_is_built_everything_is_well(tmp_path: Path) -> None:
         "precision",
         "OpenCV",
         "SciPy",
+        "geometry",
         "weights",
         "networks",
         "ROS 2",
@@ -196,9 +197,9 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch: pyte
         raise RuntimeError("the disk is on fire")
         yield
 
-    checks = ("check_opencv", "check_scipy", "check_pytorch", "check_weights", "check_networks", "check_ros")
+    checks = ("opencv", "scipy", "geometry", "pytorch", "weights", "networks", "ros")
     for name in checks:
-        monkeypatch.setattr(doctor, name, broken)
+        monkeypatch.setattr(doctor, f"check_{name}", broken)
     found = list(doctor.examine())
     assert [finding.level for finding in found] == [OK, OK] + [FAIL] * len(checks)
     assert "the disk is on fire" in found[-1].text

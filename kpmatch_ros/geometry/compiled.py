@@ -12,6 +12,7 @@ __all__ = ["LIBRARY", "align", "available", "open_library", "undistort"]
 
 LIBRARY = Path(__file__).with_name("libkpmatch_geometry.so")
 _VERSION = 1  # as in src/geometry.c: the arguments and the meaning of its functions
+_MOST_PIXELS = 2**31 - 1
 _PATCH = 4 * 85 + 63 + 9  # numbers of a patch
 
 
@@ -49,7 +50,9 @@ def align(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The members of the Alignment that patches.align returns. Patches are compared at places (2, 85)."""
     assert _library is not None
-    count = len(points)
+    count, (height, width) = len(points), image.shape
+    if image.size > _MOST_PIXELS:
+        raise ValueError(f"an image of {width}x{height} has more pixels than are counted")
     _check(patches, (count, _PATCH))
     _check(points, (count, 2))
     _check(shapes, (count, 2, 2))
@@ -58,7 +61,7 @@ def align(
     sigmas, likeness, good = np.empty(count, np.float32), np.empty(count, np.float32), np.empty(count, bool)
     results = points, shapes, sigmas, likeness, good
     _library.kpmatch_align(
-        count, _address(patches), *image.shape, _address(image), _address(places), shifts, *map(_address, results)
+        count, _address(patches), height, width, _address(image), _address(places), shifts, *map(_address, results)
     )
     return results
 
