@@ -129,7 +129,7 @@ _OPEN_PAIR = _packaged(
     "kpmatch-superpoint-lightglue", 27_527_212, "bc0eca3917e74772d0213da5db31e3c66825d665d3f0d9e2f1f30fe992dda629"
 )
 _FAST_PAIR = _packaged(
-    "kpmatch-superpoint-lightglue-fast", 7_353_044, "11d161047dab7503cf4816ca56fcccb2b41df6890486c6f50b3d7ad582efbaa2"
+    "kpmatch-superpoint-lightglue-fast", 7_353_044, "f0639f6fac1444a62a302b4528eba17978ae874558065abdf95d0e1e8b90f227"
 )
 _ALIKED: dict[str, Any] = dict(licence="BSD-3-Clause", origin="the authors of ALIKED (Shiaoming/ALIKED)")
 _MAGIC_LEAP = "Magic Leap's, academic or non-profit noncommercial research only"
