@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,8 +45,11 @@ def header_stamp(message: Any) -> int:
 
 
 def bag_command(*words: Any) -> None:
-    """Run `kpmatch bag` as a process like the node's: all its libraries use one thread, the last bits depend on it."""
-    command = [sys.executable, "-m", "kpmatch_ros.cli", "bag", *map(str, words)]
+    """Run `kpmatch bag` as a process like the node's, to the last bit.
+
+    All its libraries use one thread. It is the installed program: a module that is run from the checkout is not compiled.
+    """
+    command = ["kpmatch", "bag", *map(str, words)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
