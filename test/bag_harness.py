@@ -47,7 +47,7 @@ def header_stamp(message: Any) -> int:
 def bag_command(*words: Any) -> None:
     """Run `kpmatch bag` as a process like the node's, to the last bit.
 
-    All its libraries use one thread. It is the installed program: a module that is run from the checkout is not compiled.
+    All its libraries use one thread. It is the installed program: what is run from the checkout has no compiled part.
     """
     command = ["kpmatch", "bag", *map(str, words)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
