@@ -420,7 +420,7 @@ def test_what_is_exported_is_what_the_package_and_transformers_load(
     assert len(matches) > 20
 
     theirs = transformers.LightGlueForKeypointMatching.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert theirs.config.keypoint_detector_config.keypoint_threshold == export.DETECTION["keypoint_threshold"]
+    assert theirs.config.keypoint_detector_config.keypoint_threshold == 0.04
     images = torch.stack([(torch.from_numpy(image).float() / 255).expand(3, -1, -1) for image in (image0, image1)])[
         None
     ]

@@ -253,9 +253,15 @@ def train(arguments: argparse.Namespace) -> None:
         for name in arguments.networks
     ]
     extractors = load_extractors(arguments, device) if arguments.kind == "matching" else {}
-    # Those to begin with, where they know something already.
-    judges = {student.name: student.average for student in students if arguments.start is not None}
-    judges = {name: copy.deepcopy(model) for name, model in judges.items()}
+    judges = {}
+    if (
+        arguments.kind == "matching" and arguments.start is not None
+    ):  # a network that begins with random weights has none
+        judges = {
+            student.name: copy.deepcopy(student.average)
+            for student in students
+            if _start(LightGlue, student.name, arguments.start, student.model.config) is not None
+        }
     # The average of the first network teaches itself and the others, unless there is one that is done learning.
     teacher = students[0].average
     if arguments.teacher is not None:
