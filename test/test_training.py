@@ -338,13 +338,51 @@ def steps(log: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
 
 @pytest.mark.usefixtures("small")
 def test_trainings_that_were_stopped_go_on_as_if_they_had_not_been(folder: Path, tmp_path: Path) -> None:
-    for kind in ("points", "matching"):
-        whole = steps(run(folder, tmp_path / "whole", kind, "--steps", "5"))
-        run(folder, tmp_path / "parts", kind, "--steps", "5", "--stop-after", "2")
-        parts = steps(run(folder, tmp_path / "parts", kind, "--steps", "5"))
+    for kind, options in (("points", []), ("matching", ["--batches", "2"])):
+        whole = steps(run(folder, tmp_path / "whole", kind, "--steps", "5", *options))
+        run(folder, tmp_path / "parts", kind, "--steps", "5", "--stop-after", "2", *options)
+        parts = steps(run(folder, tmp_path / "parts", kind, "--steps", "5", *options))
         assert sorted(parts) == sorted(whole) == [1, 2, 3, 4, 5]
         for step, losses in whole.items():
             assert parts[step] == pytest.approx(losses, rel=1e-3, abs=2e-3)
+
+
+def settings() -> loop.Settings:
+    return loop.Settings(CPU, 2, SIZE, 0, None)
+
+
+def test_batches_that_are_kept_are_made_once_and_are_the_same_in_every_run() -> None:
+    made: list[int] = []
+
+    def make(number: int) -> int:
+        made.append(number)
+        return number
+
+    first, second = (loop.Batches(make, 3, settings()) for _ in range(2))
+    used = [first.of(step) for step in range(1, 13)]
+    assert sorted(made) == [0, 1, 2] == sorted(set(used))
+    assert [second.of(step) for step in range(7, 13)] == used[6:]
+
+
+def test_batches_of_which_none_is_kept_are_made_anew() -> None:
+    batches = loop.Batches(lambda number: [number], 0, settings())
+    assert [batches.of(step) for step in range(1, 7)] == [[1], [2], [3], [4], [5], [6]]
+    assert set(batches.begun) <= {7, 8}
+
+
+def test_a_batch_that_cannot_be_made_ends_the_training_that_asks_for_it() -> None:
+    def make(number: int) -> int:
+        raise ValueError("no such view")
+
+    with pytest.raises(ValueError, match="no such view"):
+        loop.Batches(make, 0, settings()).of(1)
+
+
+def test_a_training_leaves_small_numbers_as_it_found_them() -> None:
+    smallest = torch.tensor(1e-40)
+    with loop.subnormals_are_zeros():
+        assert smallest * 1 == 0
+    assert smallest * 1 > 0
 
 
 @pytest.mark.usefixtures("small")

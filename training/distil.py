@@ -19,14 +19,14 @@ import argparse
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import lightglue_loss
 import superpoint_loss
 import torch
 from common import log_line
 from degradation import degrade
-from loop import Settings, Student, add_options, rate, run, settings_of
+from loop import Batches, Settings, Student, add_options, rate, run, settings_of, subnormals_are_zeros
 from narrow import load_narrow, narrow, save_narrow
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,7 +37,6 @@ from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.models.superpoint import sample_descriptors
 from kpmatch_ros.weights import resolve
 
-T = TypeVar("T")
 RATES = {"points": 1e-3, "matching": 1e-4}
 NARROW_RATE = 5e-4  # of a matcher whose layers are narrow
 NARROWED = 10  # batches that a matcher is made narrow by
@@ -45,27 +44,6 @@ DESCRIBED = 256  # of a view's points, the best, whose descriptors are told apar
 FLOOR = 0.05  # how much the descriptor of a cell without a point counts, beside one with a point
 SHARES = {"points": 5.0, "descriptors": 2.0, "contrast": 0.3}  # of the loss, so that their gradients are about as large
 RADIUS = 2  # pixels, of the suppression of non-maxima
-
-
-class Batches(Generic[T]):
-    """Batches by number, each made when it is first asked for; the same number gives the same batch in every run.
-
-    Args:
-        make: the batch of a number.
-        count: so many different ones.
-    """
-
-    def __init__(self, make: Callable[[int], T], count: int) -> None:
-        self.make, self.count = make, count
-        self.kept: dict[int, T] = {}
-
-    def of(self, step: int, settings: Settings) -> T:
-        """The batch for a step."""
-        draw = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-        number = int(torch.randint(self.count, (), generator=draw))
-        if number not in self.kept:
-            self.kept[number] = self.make(number)
-        return self.kept[number]
 
 
 def source_of(sources: list[Source], number: int) -> Source:
@@ -220,6 +198,7 @@ def first_layers(model: LightGlue, count: int) -> LightGlue:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
+@subnormals_are_zeros()
 def distil(arguments: argparse.Namespace) -> None:
     """Train as the arguments say; write checkpoints and a log into ``--out``."""
     settings = settings_of(arguments)
@@ -229,12 +208,12 @@ def distil(arguments: argparse.Namespace) -> None:
     if arguments.kind == "points":
         teacher = packed_model(SuperPoint.from_pretrained(resolve(arguments.teacher)).float(), device)
         student = Student("fast", build("points", "fast", arguments.start, device), RATES["points"])
-        taught = Batches(lambda number: teach(teacher, trained, settings, number), arguments.batches)
+        taught = Batches(lambda number: teach(teacher, trained, settings, number), arguments.batches, settings)
         run(
             arguments,
             settings,
             [student],
-            lambda step, progress: points_step(student, taught.of(step, settings), settings, step, progress),
+            lambda step, progress: points_step(student, taught.of(step), settings, step, progress),
             lambda: watch_points(teacher, student, watched, settings, arguments.watch_views),
         )
         return
@@ -247,13 +226,13 @@ def distil(arguments: argparse.Namespace) -> None:
 
     model, narrow = small_matcher(arguments, matcher, lambda number: make(trained, number, None), device)
     student = Student("fast", model, RATES["matching"] if narrow is None else NARROW_RATE)
-    kept = Batches(lambda number: make(trained, number, narrow), arguments.batches)
+    kept = Batches(lambda number: make(trained, number, narrow), arguments.batches, settings)
     seen = {type(source).__name__: make([source], -1 - i, narrow) for i, source in enumerate(watched)}
     run(
         arguments,
         settings,
         [student],
-        lambda step, progress: matching_step(student, kept.of(step, settings), settings, step, progress),
+        lambda step, progress: matching_step(student, kept.of(step), settings, step, progress),
         lambda: watch_matching(student, seen, settings),
     )
 

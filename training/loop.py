@@ -9,17 +9,21 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from common import log_line
 from torch import Tensor, nn
 
-__all__ = ["Settings", "Student", "add_options", "rate", "run", "settings_of"]
+__all__ = ["Batches", "Settings", "Student", "add_options", "rate", "run", "settings_of", "subnormals_are_zeros"]
 
+T = TypeVar("T")
 PART = 15_000_000  # bytes: larger files are also written in parts
+AHEAD = 2  # batches that are begun, on a processor, before they are asked for
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -131,6 +135,58 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         arguments.seed,
         {"bfloat16": torch.bfloat16, "float32": None}[arguments.precision],
     )
+
+
+@contextmanager
+def subnormals_are_zeros() -> Iterator[None]:
+    """Let a processor take numbers below float32's smallest exponent for zeros, in this thread and those it starts.
+
+    The gradients of a sure network's assignments are full of them, and products of such numbers take five times as
+    long.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+class Batches(Generic[T]):
+    """Batches by number; the same number gives the same batch in every run.
+
+    On a processor the next ones are made by another thread while one is learnt from.
+
+    Args:
+        make: the batch of a number.
+        count: so many different ones, which are kept and used again; 0 makes each anew, and keeps none.
+    """
+
+    def __init__(self, make: Callable[[int], T], count: int, settings: Settings) -> None:
+        self.make, self.count, self.seed = make, count, settings.seed
+        self.ahead = AHEAD if settings.device.type == "cpu" else 0
+        self.worker = ThreadPoolExecutor(1)
+        self.begun: dict[int, Future[T]] = {}
+
+    def of(self, step: int) -> T:
+        """The batch for a step."""
+        for each in range(step, step + 1 + self.ahead):
+            number = self._number(each)
+            if number not in self.begun:
+                self.begun[number] = self.worker.submit(self.make, number)
+        number = self._number(step)
+        batch = self.begun[number].result()
+        if not self.count:
+            del self.begun[number]
+        return batch
+
+    def _number(self, step: int) -> int:
+        if not self.count:
+            return step
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return int(torch.randint(self.count, (), generator=draw))
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------

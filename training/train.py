@@ -19,7 +19,7 @@ import lightglue_loss
 import superpoint_loss
 import torch
 from degradation import degrade
-from loop import Settings, Student, add_options, rate, run, settings_of
+from loop import Batches, Settings, Student, add_options, rate, run, settings_of, subnormals_are_zeros
 from torch import Tensor, nn
 from views import Source, ViewPairs, load
 
@@ -149,28 +149,39 @@ def extract(
     return points, sample_descriptors(out.descriptors, points), best
 
 
-def matching_step(
+@torch.no_grad()
+def matching_batches(
     extractors: dict[str, SuperPoint],
     judges: dict[str, LightGlue],
-    students: list[Student],
     pairs: ViewPairs,
+    settings: Settings,
+    number: int,
+) -> dict[str, lightglue_loss.Batch]:
+    """What each LightGlue learns from, by its name: the features of a SuperPoint that is not trained any more."""
+    degraded = _degraded(pairs, settings.draw(2, number), settings)
+    count, radius, fractions = _kind_of_points(number, settings)
+    batches = {}
+    for name, extractor in extractors.items():
+        with settings.autocast():
+            found = [extract(extractor, image, count, radius, fractions) for image in degraded]
+            batches[name] = features(found, pairs, settings)
+            if name in judges:
+                batches[name] = lightglue_loss.within_reach(judges[name], batches[name], REACH)
+    return batches
+
+
+def matching_step(
+    students: list[Student],
+    batches: dict[str, lightglue_loss.Batch],
     settings: Settings,
     step: int,
     progress: float,
 ) -> dict[str, float]:
-    """One step of the LightGlues on the features of SuperPoints that are not trained any more."""
-    draw = settings.draw(2, step)
-    degraded = _degraded(pairs, draw, settings)
-    count, radius, fractions = _kind_of_points(step, settings)
+    """One step of the LightGlues."""
     figures: dict[str, float] = {}
     for student in students:
-        with torch.no_grad(), settings.autocast():
-            found = [extract(extractors[student.name], image, count, radius, fractions) for image in degraded]
-            batch = features(found, pairs, settings)
-            if student.name in judges:
-                batch = lightglue_loss.within_reach(judges[student.name], batch, REACH)
         with settings.autocast():
-            parts = lightglue_loss.losses(student.model, batch)
+            parts = lightglue_loss.losses(student.model, batches[student.name])
         student.step(parts["total"], rate(progress), step)
         figures |= {f"{student.name} {key}": value.detach() for key, value in parts.items()}  # type: ignore[misc]
     return figures
@@ -242,6 +253,7 @@ def watch_matching(
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
+@subnormals_are_zeros()
 def train(arguments: argparse.Namespace) -> None:
     """Train as the arguments say; write checkpoints and a log into ``--out``."""
     settings = settings_of(arguments)
@@ -267,12 +279,20 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.teacher is not None:
         teacher = build("points", "full", str(arguments.teacher), device).eval()
 
+    def views(number: int) -> ViewPairs:
+        source = trained[1] if len(trained) > 1 and number % 5 in (1, 3) else trained[0]
+        return source.pairs(settings.draw(1, number), settings.batch, settings.size)
+
+    described = Batches(
+        lambda number: matching_batches(extractors, judges, views(number), settings, number),
+        arguments.batches,
+        settings,
+    )
+
     def learn(step: int, progress: float) -> dict[str, float]:
-        source = trained[1] if len(trained) > 1 and step % 5 in (1, 3) else trained[0]
-        pairs = source.pairs(settings.draw(1, step), settings.batch, settings.size)
         if arguments.kind == "points":
-            return points_step(teacher, students, pairs, settings, step, progress)
-        return matching_step(extractors, judges, students, pairs, settings, step, progress)
+            return points_step(teacher, students, views(step), settings, step, progress)
+        return matching_step(students, described.of(step), settings, step, progress)
 
     def watch() -> dict[str, float]:
         if arguments.kind == "points":
@@ -300,6 +320,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--start", help="weights to begin with: a folder, a registered name, or KIND.weights.pt")
     parser.add_argument("--points", type=Path, help="points.weights.pt to train the matchers for")
     parser.add_argument("--teacher", type=Path, help="points.weights.pt whose full network makes the labels")
+    parser.add_argument(
+        "--batches", type=int, default=0, help="of features that matchers learn from, kept and used again; 0: none is"
+    )
     parser.add_argument("--networks", nargs="+", choices=("full", "fast"), default=["full", "fast"])
     train(parser.parse_args(argv))
 
