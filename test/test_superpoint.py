@@ -285,6 +285,37 @@ def test_pooling_by_comparing_is_pooling(ours: Callable[..., SuperPoint], textur
     assert torch.equal(found, model.encoder(images))
 
 
+@pytest.mark.parametrize("pooling", [True, False])
+def test_the_first_convolution_in_bfloat16_is_as_exact_as_in_float32(
+    texture: Any, monkeypatch: pytest.MonkeyPatch, pooling: bool
+) -> None:
+    torch.manual_seed(0)
+    block = superpoint.ConvBlock(1, 16, pooling).eval().requires_grad_(False)
+    block.conv_b.to(torch.bfloat16)
+    image = batch(texture(97, 75, 1), texture(97, 75, 2)) + 3.0  # far from zero, where bfloat16 has steps of 0.016
+    precise = block.conv_a(image)
+    found = superpoint.PartsConvolution(block.conv_a)(superpoint.in_parts(image))
+    # Each is the number in bfloat16 that is next to it, or nearly: the borders are no worse.
+    assert found.dtype == torch.bfloat16
+    error = (found.float() - precise).abs()
+    assert (error <= precise.abs() * 2**-8 + 1e-4).all()
+    assert (error[:, :, [0, -1]] <= precise.abs()[:, :, [0, -1]] * 2**-8 + 1e-4).all()
+    in_one, rounded = block(image), block.conv_a.weight.bfloat16().float()
+    monkeypatch.setattr(superpoint, "BAND", 1)
+    assert torch.equal(block(image), in_one)
+    coarse = torch.nn.functional.conv2d(image.bfloat16().float(), rounded, block.conv_a.bias, padding=1)
+    assert (coarse - precise).abs().mean() > 4 * (found.float() - precise.bfloat16().float()).abs().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_below_zero_becomes_zero_in_every_precision(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).tiny
+    values = torch.tensor([-torch.inf, -3.0, -tiny, -0.0, 0.0, tiny, 3.0, torch.inf], dtype=dtype)
+    expected = torch.tensor([0, 0, 0, 0, 0, tiny, 3.0, torch.inf], dtype=dtype)
+    assert torch.equal(superpoint.relu_(values), expected)
+    assert torch.equal(values, expected)
+
+
 def test_keypoints_come_best_first_and_the_best_are_kept(ours: Callable[..., SuperPoint], texture: Any) -> None:
     model, image = ours(), batch(texture(96, 128, 7))
     everything = model(image)

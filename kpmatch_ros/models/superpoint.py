@@ -7,6 +7,7 @@ DeTone, Malisiewicz, Rabinovich: SuperPoint: Self-Supervised Interest Point Dete
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,32 +53,75 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height = x.shape[2]
         rows = height
+        conv_a: Callable[[Tensor], Tensor] = self.conv_a
+        if self._lightly(x) and self._goes_to_bfloat16(x):
+            x, conv_a = in_parts(x), PartsConvolution(self.conv_a)
         if self.pooling and self._lightly(x):
             # Band by band: at 640 x 480 the first block's activations are 79 MB, which would leave the cache and be
             # asked of the system, page by page, for every image.
             rows = max(BAND // (self.channels * x[:, 0, 0].numel() * x.element_size()), 8) // 2 * 2
         if rows >= height:
-            return self._rows(x, 0, height)
+            return self._rows(x, conv_a, 0, height)
         cuts = [*range(0, height - 1, rows), height]  # a single row left over would be none after pooling
-        return torch.cat([self._rows(x, top, bottom) for top, bottom in zip(cuts, cuts[1:])], dim=2)
+        return torch.cat([self._rows(x, conv_a, top, bottom) for top, bottom in zip(cuts, cuts[1:])], dim=2)
 
-    def _rows(self, x: Tensor, top: int, bottom: int) -> Tensor:
+    def _goes_to_bfloat16(self, x: Tensor) -> bool:
+        """Whether it sees an image in float32, as :meth:`SuperPoint.to_precision` leaves it, and goes on in bfloat16."""
+        return self.conv_a.in_channels == 1 and (x.dtype, self.conv_b.weight.dtype) == (torch.float32, torch.bfloat16)
+
+    def _rows(self, x: Tensor, conv_a: Callable[[Tensor], Tensor], top: int, bottom: int) -> Tensor:
         """The output for the rows ``top`` to ``bottom`` of x."""
         # Next to a cut a convolution sees zeros in place of the image's next row: its outer row there is thrown away.
         above, below = int(top > 0), int(bottom < x.shape[2])
-        x = self.conv_a(x[:, :, top - 2 * above : bottom + 2 * below])
-        x = F.relu(x.to(self.conv_b.weight.dtype), inplace=True)
+        x = conv_a(x[:, :, top - 2 * above : bottom + 2 * below])
+        x = relu_(x.to(self.conv_b.weight.dtype))
         x = self.conv_b(x[:, :, above : x.shape[2] - below])
         return self._finish(x[:, :, above : x.shape[2] - below])
 
     def _finish(self, x: Tensor) -> Tensor:
         # The maximum is positive if any is: pooling first leaves a quarter of the work.
         if not self.pooling:
-            return F.relu(x, inplace=True)
-        return F.relu(_halved(x) if self._lightly(x) else F.max_pool2d(x, 2), inplace=True)
+            return relu_(x)
+        return relu_(_halved(x) if self._lightly(x) else F.max_pool2d(x, 2))
 
     def _lightly(self, x: Tensor) -> bool:
         return self.in_bands and x.device.type == "cpu" and not self.training
+
+
+def in_parts(image: Tensor) -> Tensor:
+    """An image (B, 1, H, W), float32, for :class:`PartsConvolution`: (B, 4, H, W), bfloat16."""
+    high = image.bfloat16()
+    low = (image - high).bfloat16()
+    parts = torch.cat([high, low, high, torch.ones_like(high)], dim=1)
+    return parts.contiguous(memory_format=torch.channels_last)
+
+
+class PartsConvolution:
+    """A 3 x 3 convolution of an image in bfloat16 that is as exact as in float32, of which its result is rounded.
+
+    Image and weights are sums of two numbers in bfloat16 each, their product is that of three pairs, summed in float32.
+    A convolution to bfloat16 writes half of what one in float32 does, which a conversion would have to read again.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        assert conv.bias is not None
+        high, self.bias = conv.weight.bfloat16(), conv.bias.bfloat16()
+        low = (conv.weight - high).bfloat16()
+        rest = torch.zeros_like(high)
+        rest[:, 0, 1, 1] = (conv.bias - self.bias).bfloat16()  # a kernel's middle never lies beyond the border
+        self.weight = torch.cat([high, high, low, rest], dim=1).contiguous(memory_format=torch.channels_last)
+
+    def __call__(self, parts: Tensor) -> Tensor:
+        return F.conv2d(parts, self.weight, self.bias, padding=1)
+
+
+def relu_(x: Tensor) -> Tensor:
+    """ReLU, in place."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not x.requires_grad:
+        # The sign is the same bit as an int16's, and a processor compares integers three times as fast.
+        x.view(torch.int16).clamp_(min=0)
+        return x
+    return F.relu(x, inplace=True)
 
 
 class Encoder(nn.Module):
@@ -105,7 +149,7 @@ class KeypointDecoder(nn.Module):
         self.conv_score_b = nn.Conv2d(hidden, outputs, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = F.relu(self.conv_score_a(features), inplace=True)
+        hidden = relu_(self.conv_score_a(features))
         logits = self.conv_score_b(hidden.to(self.conv_score_b.weight.dtype))
         # float32 from here on: in half precision neighbouring scores become equal, and suppression lets both through
         # or neither (LightGlue-ONNX #77).
@@ -122,7 +166,7 @@ class DescriptorDecoder(nn.Module):
         self.conv_descriptor_b = nn.Conv2d(hidden, outputs, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = F.relu(self.conv_descriptor_a(features), inplace=True)
+        hidden = relu_(self.conv_descriptor_a(features))
         descriptors = self.conv_descriptor_b(hidden.to(self.conv_descriptor_b.weight.dtype))
         return F.normalize(descriptors.float(), dim=1)
 
@@ -150,7 +194,7 @@ class DescriptorDecoder(nn.Module):
         found = []
         for part in torch.stack([top + i * (width + 2) for i in range(3)], dim=1).split(WINDOWS):
             windows = rows.index_select(0, part.flatten()).view(-1, 9 * channels)
-            hidden = _convolved(windows, self.conv_descriptor_a).relu_()
+            hidden = relu_(_convolved(windows, self.conv_descriptor_a))
             found.append(_convolved(hidden.to(self.conv_descriptor_b.weight.dtype), self.conv_descriptor_b))
         descriptors = torch.cat(found)
         samples = (F.normalize(descriptors.float(), dim=1)[places] * weights[..., None]).sum(dim=2)
