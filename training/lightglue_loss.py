@@ -6,7 +6,7 @@ learn to say whether a point's match is the final one already; nothing of that r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import NamedTuple, cast
 
@@ -116,9 +116,10 @@ def within_reach(judge: LightGlue, batch: Batch, least: float) -> Batch:
     return batch._replace(partners=torch.where(chosen < least, -1, batch.partners))
 
 
-def losses(model: LightGlue, batch: Batch) -> dict[str, Tensor]:
+def losses(model: LightGlue, batch: Batch, asked: Collection[int] | None = None) -> dict[str, Tensor]:
     """``total``, and ``assignment``, ``agreement`` and ``confidence`` of which it is made.
 
+    The assignments are those of the layers ``asked`` (from 0) and the last one, or of all where None are given.
     ``last`` is the last layer's assignment. ``agreement`` is the cross entropy with the opinion, where there is one.
     ``distance`` is how far the states are from those that it wants, squared, as a share of their squares.
     """
@@ -129,6 +130,8 @@ def losses(model: LightGlue, batch: Batch) -> dict[str, Tensor]:
     for i, layer in enumerate(model.transformer_layers):
         states = layer(*now)
         now = [replace(p, x=x.float()) for x, p in zip(states, now)]
+        if asked is not None and i not in asked and i < len(confidences):
+            continue
         with torch.autocast(now[0].x.device.type, enabled=False):
             scores = heads[i](*now)
             assignments.append(_assignment_loss(heads[i], (now[0], now[1]), scores, batch))

@@ -176,12 +176,17 @@ def matching_step(
     settings: Settings,
     step: int,
     progress: float,
+    heads: int | None,
 ) -> dict[str, float]:
-    """One step of the LightGlues."""
+    """One step of the LightGlues; ``heads`` of the layers before the last learn, or all."""
     figures: dict[str, float] = {}
     for student in students:
+        asked = None
+        if heads is not None:
+            before = len(student.model.transformer_layers) - 1
+            asked = torch.randperm(before, generator=settings.draw(4, step), device=settings.device)[:heads].tolist()
         with settings.autocast():
-            parts = lightglue_loss.losses(student.model, batches[student.name])
+            parts = lightglue_loss.losses(student.model, batches[student.name], asked)
         student.step(parts["total"], rate(progress), step)
         figures |= {f"{student.name} {key}": value.detach() for key, value in parts.items()}  # type: ignore[misc]
     return figures
@@ -292,7 +297,7 @@ def train(arguments: argparse.Namespace) -> None:
     def learn(step: int, progress: float) -> dict[str, float]:
         if arguments.kind == "points":
             return points_step(teacher, students, views(step), settings, step, progress)
-        return matching_step(students, described.of(step), settings, step, progress)
+        return matching_step(students, described.of(step), settings, step, progress, arguments.heads)
 
     def watch() -> dict[str, float]:
         if arguments.kind == "points":
@@ -323,6 +328,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--batches", type=int, default=0, help="of features that matchers learn from, kept and used again; 0: none is"
     )
+    parser.add_argument("--heads", type=int, help="layers before the last whose assignment learns in a step, not all")
     parser.add_argument("--networks", nargs="+", choices=("full", "fast"), default=["full", "fast"])
     train(parser.parse_args(argv))
 
