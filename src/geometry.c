@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 /* Changes with the arguments or the meaning of a function. compiled.py loads no library with another number. */
-#define VERSION 1
+#define VERSION 2
 
 /* Binary packages are for any x86-64 processor. Those with AVX2 get code of their own, chosen as the library is loaded. */
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
@@ -313,8 +313,9 @@ INLINE int undistort_one(const double *target, const double *coefficients, doubl
         inverse[2] = -jacobian[2] / determinant;
         inverse[3] = jacobian[0] / determinant;
         const double x = image[0] - target[0], y = image[1] - target[1];
+        /* Where it folds over twice it turns the scene by half a turn: the determinant is positive, the trace is not. */
         if (fabs(x) < NEWTON_TOLERANCE && fabs(y) < NEWTON_TOLERANCE)
-            return 1;
+            return inverse[0] + inverse[3] > 0;
         const double along = inverse[0] * x + inverse[1] * y, down = inverse[2] * x + inverse[3] * y;
         /* Steps shorter than half the way to the axis, plus a half, do not leap over a fold unseen. */
         const double longest = 0.5 * (1 + sqrt(point[0] * point[0] + point[1] * point[1]));

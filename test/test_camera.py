@@ -402,6 +402,9 @@ def test_any_model_without_distortion_is_none(model: str, coefficients: tuple[fl
         ("rational_polynomial", (0.36, -2.48, 1.49, 0.48, -2.65, 6e-4, -3e-4, 1.57), 610.0),
         ("equidistant", (-0.5, 0.0, 0.0, 0.0), 200.0),
         ("equidistant", (0.02, -0.9, 0.1, 0.0), 250.0),
+        # These fold over twice, so that the scene is turned by half a turn in nearly all of the image.
+        ("plumb_bob", (-1e6, 0.0, 0.0, 0.0), 300.0),
+        ("equidistant", (-1e6, 0.0, 0.0, 0.0), 200.0),
     ],
 )
 def test_a_lens_model_without_a_direction_for_much_of_the_image_is_refused(

@@ -11,7 +11,7 @@ import numpy as np
 __all__ = ["LIBRARY", "align", "available", "open_library", "undistort"]
 
 LIBRARY = Path(__file__).with_name("libkpmatch_geometry.so")
-_VERSION = 1  # as in src/geometry.c: the arguments and the meaning of its functions
+_VERSION = 2  # as in src/geometry.c: the arguments and the meaning of its functions
 _MOST_PIXELS = 2**31 - 1
 _PATCH = 4 * 85 + 63 + 9  # numbers of a patch
 

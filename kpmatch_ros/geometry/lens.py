@@ -146,6 +146,9 @@ def _undistort(distorted: np.ndarray, model: str, coefficients: np.ndarray) -> t
             longest = 0.5 * (1 + np.hypot(*points))
             step *= np.minimum(1, longest / np.maximum(np.hypot(*step), 1e-300))
         np.subtract(points, step, out=points, where=going_on)
+    # Where the model folds over twice it turns the scene by half a turn: the determinant is positive, the trace is not.
+    with np.errstate(all="ignore"):
+        converged &= inverse[0] + inverse[3] > 0
     points[:, ~converged] = np.nan
     inverse[:, ~converged] = np.nan
     return np.ascontiguousarray(points.T), np.ascontiguousarray(inverse.T).reshape(-1, 2, 2)
