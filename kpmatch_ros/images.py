@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from kpmatch_ros.image_headers import JPEG, PNG, image_size, jpeg_end
 
-MAX_SIDE = 65535  # pixels; a header that says more is broken
+MAX_SIDE = 32766  # pixels: of longer images OpenCV's remap, which cuts patches, takes none
 LARGEST_FILE = 8192 * 8192  # pixels of a compressed image: `resize` keeps no more, and in colour they take 0.2 GB
 
 
@@ -171,7 +171,7 @@ def check_declared_size(data: bytes, what: str, largest: int = LARGEST_FILE) -> 
     width, height = declared
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise ImageError("size", f"{what}: its header declares {width} x {height} pixels; the sides must be from 1 to "
-                         f"{MAX_SIDE}: the file is damaged")  # fmt: skip
+                         f"{MAX_SIDE}: the file is damaged, or too large")  # fmt: skip
     if width * height > largest:
         raise ImageError(
             "size",
