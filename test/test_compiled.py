@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from geometry_fuzz import align_spoilt_patches, check_alignment, patches_to_find, undistort_hostile_points
 
 import kpmatch_ros
 from kpmatch_ros.cli import doctor
@@ -131,6 +134,40 @@ def test_what_is_given_stays_as_it_is_whatever_its_layout(film: list[np.ndarray]
     assert all(np.array_equal(*both) for both in zip(vars(align(*columns, 1)).values(), vars(found).values()))
 
 
+@needed
+def test_random_patches_in_images_of_any_size_are_found_as_numpy_finds_them() -> None:
+    random = np.random.default_rng(0)
+    found: tuple[list[Alignment], ...] = ([], [])
+    for _ in range(200):
+        patches, image, start, shapes = patches_to_find(random, 1)
+        arguments = patches, image, start, shapes, int(random.integers(0, 4))
+        for parts, part in zip(found, (align(*arguments), with_numpy(align, *arguments))):
+            parts.append(part)
+            check_alignment(part, image)
+    ours, numpys = (Alignment(*map(np.concatenate, zip(*(vars(part).values() for part in parts)))) for parts in found)
+    compare(ours, numpys, 300)
+
+
+@needed
+def test_spoilt_patches_are_not_found_and_leave_the_others_alone() -> None:
+    for seed in range(200):
+        align_spoilt_patches(np.random.default_rng(seed))
+
+
+@needed
+def test_an_image_longer_than_opencv_takes_is_refused_and_none_shorter() -> None:
+    points = np.float32([[20, 20], [32_740, 20]])
+    for height, width in ((40, 32_766), (32_766, 40)):
+        image = signed(np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8))
+        there = points if width > height else points[:, ::-1]
+        assert align(cut(image, there), image, there, no_change(2)).good.all()
+    patches = cut(image, points[:, ::-1])
+    # Of the second one's size, where its rows are counted in float32, C read behind its end.
+    for shape in ((40, 32_767), (2**25 + 7, 4)):
+        with pytest.raises(ValueError, match="has a side of more than 32766"):
+            align(patches, np.broadcast_to(np.float32(0), shape), points, no_change(2))
+
+
 LENSES = [
     ("plumb_bob", (-0.28340811, 0.07395907, 0.00019359, 1.76e-05)),
     ("plumb_bob", (-0.35, 0.12, 0.001, -0.001, -0.02)),
@@ -151,6 +188,29 @@ def test_a_lens_is_undone_as_numpy_undoes_it(model: str, coefficients: tuple[flo
             assert ours.shape == numpys.shape and ours.dtype == numpys.dtype
             # Rounding of doubles; of the jacobian at a fold, whose determinant is nearly zero, more remains.
             np.testing.assert_allclose(ours, numpys, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("call", [pytest.param(lambda f, x: f(x), id="compiled", marks=needed), with_numpy])
+def test_any_lens_gives_directions_that_it_shows_the_right_way_up(call: Callable[..., Any]) -> None:
+    for seed in range(200):
+        call(undistort_hostile_points, np.random.default_rng(seed))
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
+def test_nothing_that_c_leaves_undefined_is_done_whatever_is_given(tmp_path: Path) -> None:
+    # A program of its own, which is ended where it overflows, or reads what is not aligned or not its own.
+    folder = tmp_path / "kpmatch_ros" / "geometry"
+    folder.mkdir(parents=True)
+    for name in ("compiled.py", "lens.py", "patches.py"):
+        shutil.copy(ROOT / "kpmatch_ros" / "geometry" / name, folder)
+    words = ["cc", "-std=c99", "-O1", "-fopenmp-simd", "-fsanitize=undefined", "-fsanitize=float-cast-overflow"]
+    words += ["-fsanitize-undefined-trap-on-error", "-shared", "-fPIC", "-o", str(folder / compiled.LIBRARY.name)]
+    if subprocess.run([*words, ROOT / "src" / "geometry.c", "-lm"], capture_output=True).returncode:
+        pytest.skip("the compiler has no such sanitizers")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    program = [sys.executable, ROOT / "test" / "geometry_fuzz.py", "150"]
+    ran = subprocess.run(program, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert not ran.returncode, ran.stderr
 
 
 # Whether it is there
@@ -174,6 +234,15 @@ def test_what_is_no_library_is_not_loaded_in_silence(tmp_path: Path) -> None:
         assert compiled.open_library(tmp_path / "text.so") is None
 
 
+@needed
+def test_a_library_for_another_processor_is_not_loaded_in_silence(tmp_path: Path) -> None:
+    content = bytearray(compiled.LIBRARY.read_bytes())
+    content[18] = 183 if content[18] != 183 else 62  # e_machine of ELF: AArch64, x86-64
+    (tmp_path / "other.so").write_bytes(content)
+    with pytest.warns(RuntimeWarning, match=f"cannot be loaded on {platform.machine()}.*Build the package again"):
+        assert compiled.open_library(tmp_path / "other.so") is None
+
+
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
 @pytest.mark.parametrize(
     ("source", "text"),
@@ -183,6 +252,16 @@ def test_a_library_of_another_version_is_not_loaded_in_silence(tmp_path: Path, s
     (tmp_path / "other.c").write_text(source)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", "other.so", "other.c"], cwd=tmp_path, check=True)
     with pytest.warns(RuntimeWarning, match=text):
+        assert compiled.open_library(tmp_path / "other.so") is None
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
+@pytest.mark.parametrize("name", ["kpmatch_align", "kpmatch_undistort"])
+def test_a_library_that_lacks_a_function_is_not_loaded_in_silence(tmp_path: Path, name: str) -> None:
+    source = (ROOT / "src" / "geometry.c").read_text()
+    (tmp_path / "other.c").write_text(source.replace(name, "other"))
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", "other.so", "other.c", "-lm"], cwd=tmp_path, check=True)
+    with pytest.warns(RuntimeWarning, match=f"cannot be loaded.*{name}"):
         assert compiled.open_library(tmp_path / "other.so") is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import warnings
 from pathlib import Path
 
@@ -12,28 +13,36 @@ __all__ = ["LIBRARY", "align", "available", "open_library", "undistort"]
 
 LIBRARY = Path(__file__).with_name("libkpmatch_geometry.so")
 _VERSION = 2  # as in src/geometry.c: the arguments and the meaning of its functions
-_MOST_PIXELS = 2**31 - 1
-_PATCH = 4 * 85 + 63 + 9  # numbers of a patch
+_LONGEST_SIDE = 2**15 - 2
+"""Pixels: cv2.remap takes no more.
+
+In src/geometry.c, such places are rounded by far less than the pixel that is kept free at an image's border, and 32
+bits count all pixels.
+"""
+_USED = 85  # pixels of a patch that are compared
+_PATCH = 4 * _USED + 63 + 9  # numbers of a patch
 
 
 def open_library(path: Path) -> ctypes.CDLL | None:
-    """The library; None, which leaves the work to NumPy, where it is not built, or is another version's."""
+    """The library; None, which leaves the work to NumPy, where there is none for this version and processor."""
     if not path.exists():
         return None
+    size, address = ctypes.c_int64, ctypes.c_void_p
     try:
         library = ctypes.CDLL(str(path))
         version = library.kpmatch_version()
+        if version != _VERSION:
+            text = f"{path} has version {version}, not {_VERSION}: build the package again. NumPy does its work"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+            return None
+        library.kpmatch_align.argtypes = [size, address, size, size, address, address, ctypes.c_int32, *5 * [address]]
+        library.kpmatch_undistort.argtypes = [size, *4 * [address]]
+        library.kpmatch_align.restype = library.kpmatch_undistort.restype = None
     except (OSError, AttributeError) as error:
-        warnings.warn(f"{path} cannot be loaded, NumPy does its work: {error}", RuntimeWarning, stacklevel=2)
-        return None
-    if version != _VERSION:
-        text = f"{path} has version {version}, not {_VERSION}: build the package again. NumPy does its work"
+        # Of another processor's library, the system says that there is no such file.
+        text = f"{path} cannot be loaded on {platform.machine()}: {error}. Build the package again. NumPy does its work"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
         return None
-    size, address = ctypes.c_int64, ctypes.c_void_p
-    library.kpmatch_align.argtypes = [size, address, size, size, address, address, ctypes.c_int32, *5 * [address]]
-    library.kpmatch_undistort.argtypes = [size, *4 * [address]]
-    library.kpmatch_align.restype = library.kpmatch_undistort.restype = None
     return library
 
 
@@ -51,12 +60,13 @@ def align(
     """The members of the Alignment that patches.align returns. Patches are compared at places (2, 85)."""
     assert _library is not None
     count, (height, width) = len(points), image.shape
-    if image.size > _MOST_PIXELS:
-        raise ValueError(f"an image of {width}x{height} has more pixels than are counted")
+    if max(height, width) > _LONGEST_SIDE:
+        raise ValueError(f"an image of {width}x{height} pixels has a side of more than {_LONGEST_SIDE}")
     _check(patches, (count, _PATCH))
+    _check(places, (2, _USED))
     _check(points, (count, 2))
     _check(shapes, (count, 2, 2))
-    patches, image = (np.ascontiguousarray(each, np.float32) for each in (patches, image))
+    patches, image, places = (_plain(each, np.float32) for each in (patches, image, places))
     points, shapes = (np.array(each, np.float32, order="C") for each in (points, shapes))
     sigmas, likeness, good = np.empty(count, np.float32), np.empty(count, np.float32), np.empty(count, bool)
     results = points, shapes, sigmas, likeness, good
@@ -71,7 +81,7 @@ def undistort(distorted: np.ndarray, coefficients: np.ndarray) -> tuple[np.ndarr
     assert _library is not None
     _check(distorted, (len(distorted), 2))
     _check(coefficients, (8,))
-    distorted, coefficients = (np.ascontiguousarray(each, np.float64) for each in (distorted, coefficients))
+    distorted, coefficients = (_plain(each, np.float64) for each in (distorted, coefficients))
     results = np.empty((len(distorted), 2)), np.empty((len(distorted), 2, 2))
     _library.kpmatch_undistort(len(distorted), _address(distorted), _address(coefficients), *map(_address, results))
     return results
@@ -80,6 +90,11 @@ def undistort(distorted: np.ndarray, coefficients: np.ndarray) -> tuple[np.ndarr
 def _check(values: np.ndarray, shape: tuple[int, ...]) -> None:
     if values.shape != shape:
         raise ValueError(f"an array of shape {values.shape} where {shape} belongs")
+
+
+def _plain(values: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
+    """The values as C reads them: one after the other, in this machine's byte order, each at a multiple of its size."""
+    return np.require(values, dtype, ["C_CONTIGUOUS", "ALIGNED", "ENSUREARRAY"])
 
 
 def _address(values: np.ndarray) -> int:
