@@ -102,6 +102,13 @@ def test_directions_project_back_to_the_pixels_they_came_from(
     np.testing.assert_allclose(camera.project(normalised[good]), pixels[good], atol=1e-6)
 
 
+@pytest.mark.parametrize("entry", LENSES, ids=[entry[0] for entry in LENSES])
+def test_no_points_give_no_directions_and_no_pixels(entry: Any) -> None:
+    camera, none = lens(*entry[1:-1]), np.zeros((0, 2))
+    assert camera.project(none).shape == camera.normalise(none).shape == (0, 2)
+    assert camera.normalise_with_jacobian(none)[1].shape == (0, 2, 2)
+
+
 @pytest.mark.parametrize("name,model,coefficients,focal,width,height,part", LENSES, ids=[entry[0] for entry in LENSES])
 def test_the_jacobian_is_the_derivative_of_the_directions(
     name: str, model: str, coefficients: tuple[float, ...], focal: float, width: int, height: int, part: float

@@ -181,6 +181,8 @@ def _distort(points: np.ndarray, model: str, coefficients: np.ndarray) -> tuple[
 
 def _distort_by_opencv(points: np.ndarray, model: str, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The image (2, N) and the jacobian (4, N), by rows."""
+    if not points.size:  # OpenCV gives None
+        return np.empty((2, 0)), np.empty((4, 0))
     rays = np.ones((points.shape[1], 1, 3))
     rays[:, 0, :2] = points.T
     # With z = 1 and no rotation, the derivative by the camera's position is that by x and y. OpenCV gives it for
