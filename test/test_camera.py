@@ -80,6 +80,12 @@ def project(camera: Camera, normalised: np.ndarray) -> np.ndarray:
     return np.asarray(pixels).reshape(-1, 2)
 
 
+def lens_image(model: str, coefficients: tuple[float, ...], tangents: np.ndarray) -> np.ndarray:
+    """OpenCV's radius in the image of directions in the plane y = 0, in focal lengths."""
+    camera = SimpleNamespace(distortion_model=model, matrix=np.eye(3), distortion=np.array(coefficients))
+    return project(camera, np.column_stack([tangents, np.zeros_like(tangents)]))[:, 0]  # type: ignore[arg-type]
+
+
 def reason_of(info: Any, rectified: bool = False) -> tuple[str, str]:
     with pytest.raises(CalibrationError) as caught:
         Camera.from_camera_info(info, rectified=rectified)
@@ -143,6 +149,33 @@ def test_pixels_beyond_the_fold_of_the_lens_model_have_no_direction() -> None:
     # r (1 - 0.4 r^2) has its maximum 0.608 at r = 0.913.
     inside, outside = camera.normalise(np.array([[190 + 0.6 * 300, 145], [190 + 0.62 * 300, 145]]))
     assert inside[0] < 0.913 and math.isclose(inside[0] * (1 - 0.4 * inside[0] ** 2), 0.6, abs_tol=1e-9)
+    assert np.isnan(outside).all()
+
+
+@pytest.mark.parametrize(
+    ("model", "coefficients", "fold"),
+    [
+        ("plumb_bob", (-0.41, -0.065, 0.0, 0.0, 0.078), 0.98),
+        ("plumb_bob", (-0.244, 0.025, 0.0, 0.0), 1.47),
+        ("plumb_bob", (-0.46, 0.038, 0.001, 0.0, 0.012), 0.93),
+        ("rational_polynomial", (-0.41, -0.065, 0.0, 0.0, 0.078, 0.0, 0.0, 0.0, 1e-4, 0.0, 1e-4, 0.0), 0.98),
+        ("equidistant", (-0.6, 0.15, 0.0, 0.0), 1.35),
+    ],
+)
+def test_a_lens_model_that_grows_again_beyond_its_fold_has_no_directions_there(
+    model: str, coefficients: tuple[float, ...], fold: float
+) -> None:
+    focal = 200.0
+    image = lens_image(model, coefficients, np.linspace(0, fold, 400))
+    assert (np.diff(image) > 0).all()
+    # Most of the image is within the fold: Camera would refuse the lens otherwise.
+    camera = Camera(200, 140, np.array([[focal, 0, 100], [0, focal, 70], [0, 0, 1]]), model, np.array(coefficients))
+    inside = camera.normalise(np.column_stack([100 + focal * image[:-5], np.full(395, 70.0)]))
+    np.testing.assert_allclose(inside[:, 0], np.linspace(0, fold, 400)[:-5], atol=0.002)
+    # The model shows directions beyond the fold at these pixels.
+    further = np.linspace(image[-1] + 2 / focal, 2.0, 200)
+    assert np.isnan(camera.normalise(np.column_stack([100 + focal * further, np.full(200, 70.0)]))).all()
+    outside = camera.project(np.column_stack([np.linspace(1.02 * fold, 20, 200), np.zeros(200)]))
     assert np.isnan(outside).all()
 
 

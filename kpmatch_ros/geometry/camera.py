@@ -152,9 +152,16 @@ class Camera:
         return self.normalise_with_jacobian(points)[0]
 
     def project(self, directions: np.ndarray) -> np.ndarray:
-        """Normalised coordinates x/z, y/z (N, 2) to pixels (N, 2): the inverse of `normalise`; NaN where they are."""
+        """Normalised coordinates x/z, y/z (N, 2) to pixels (N, 2): the inverse of `normalise`.
+
+        The result is NaN where they are, and for directions beyond a fold of the lens model, which it would show in the
+        middle of others.
+        """
         if self.distortion.any():
+            with np.errstate(invalid="ignore"):
+                beyond = np.hypot(*directions.T) > lens.fold(self.distortion_model, self.distortion.tobytes())
             directions = lens.distort(directions, self.distortion_model, self.distortion)
+            directions[beyond] = np.nan
         return np.asarray(directions @ self.matrix[:2, :2].T + self.matrix[:2, 2])
 
     def normalise_with_jacobian(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

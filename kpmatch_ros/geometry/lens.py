@@ -15,6 +15,7 @@ __all__ = [
     "LEAST_INVERTIBLE",
     "CalibrationError",
     "distort",
+    "fold",
     "invertible_part",
     "known_distortion",
     "undistort",
@@ -49,6 +50,9 @@ _PLAIN = 8  # coefficients of the models that are polynomials alone, without a t
 _NEWTON_ITERATIONS = 50
 _NEWTON_TOLERANCE = 1e-10  # normalised units: about 1e-7 px
 LARGEST_TANGENT = 50.0  # a direction within about one degree of the image plane is no usable one
+# Tangents at which the radius is compared, 0.25 degrees apart: two pixels of a usual camera. What is narrower than that,
+# a pole beside a zero of the rational model say, spoils no more than a ring of pixels, and is passed over.
+_TANGENTS = np.tan(np.radians(np.arange(0.25, 88.86, 0.25)))
 
 
 class CalibrationError(ValueError):
@@ -115,6 +119,19 @@ def _is_monotonic_ahead(coefficients: np.ndarray) -> bool:
     return bool((slope > 0).all())
 
 
+@functools.lru_cache(maxsize=16)
+def fold(model: str, coefficients: bytes) -> float:
+    """The tangent of the angle to the axis up to which the radius in the image grows; infinite where it always does."""
+    rays = np.column_stack([_TANGENTS, np.zeros_like(_TANGENTS)])
+    numbers = np.frombuffer(coefficients).copy()
+    if model != "equidistant":
+        numbers[2:4], numbers[8:] = 0.0, 0.0  # the radial part alone
+    with np.errstate(all="ignore"):
+        radius = distort(rays, model, numbers)[:, 0]
+        shrinks = np.flatnonzero(~(np.diff(radius, prepend=0.0) > 0))
+    return float(_TANGENTS[shrinks[0]]) if len(shrinks) else np.inf
+
+
 def undistort(distorted: np.ndarray, model: str, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Newton's method on the distortion, (N, 2) to (N, 2), and the jacobian (N, 2, 2); NaN without a solution.
 
@@ -122,8 +139,15 @@ def undistort(distorted: np.ndarray, model: str, coefficients: np.ndarray) -> tu
     in the OpenCV 4 of ROS 2 Humble and Jazzy), does not say which points did not converge, and gives no jacobian.
     """
     if compiled.available() and _is_polynomial(model, coefficients):
-        return compiled.undistort(distorted, _padded(coefficients))
-    return _undistort(distorted, model, coefficients)
+        points, inverse = compiled.undistort(distorted, _padded(coefficients))
+    else:
+        points, inverse = _undistort(distorted, model, coefficients)
+    # Beyond a fold the model may grow again. What it says there, of pixels that no corner of the calibration was near,
+    # is another direction than the lens has: a jump by 30 degrees from one pixel to the next has been seen.
+    with np.errstate(invalid="ignore"):
+        beyond = np.hypot(*points.T) > fold(model, coefficients.tobytes())
+    points[beyond], inverse[beyond] = np.nan, np.nan
+    return points, inverse
 
 
 def _undistort(distorted: np.ndarray, model: str, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
