@@ -9,12 +9,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kpmatch_ros.geometry.camera import CalibrationError, Camera
+from kpmatch_ros.geometry.camera import CalibrationError, Camera, camera_info_field
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 
 __all__ = ["Calibration", "Doubt"]
 
 _KEPT = 1000  # camera_infos of a camera: as many images may wait to be processed
+# How far off the middle of the full image a principal point may be, in half sides: lenses are centred to some
+# hundredths, cheap ones to a tenth. Where it is further off by the same factor along both sides, K probably was not
+# scaled with the image. Further off along one side, it is hardly that of this image either.
+_OFF_CENTRE = 0.2
+_FAR_OFF_CENTRE = 0.4
+_ALIKE = 0.15
+_LARGEST_TANGENTIAL = 0.01  # p1 and p2: lenses that are mounted askew have some thousandths
 _PLAUSIBLE_BASELINES = 0.001, 10.0  # metres: a stereo endoscope has 4 mm, a lorry's cameras are 2 m apart
 
 
@@ -102,7 +109,7 @@ class Calibration:
             self._made_of, self._camera, self._fault, self.doubts = infos, None, None, []
             try:
                 self._camera = self._make(infos)
-                self.doubts = [*self._of_baseline(), *self._of_names(infos)]
+                self.doubts = [*self._of_baseline(), *self._of_names(infos), *self._of_numbers(infos)]
             except CalibrationError as error:
                 self._fault = error
         if self._fault is not None:
@@ -132,7 +139,7 @@ class Calibration:
         """Where a topic's name says that its images are rectified, or that they are raw, and `rectified` does not."""
         found = []
         for topic, info in zip(self._topics, infos):
-            coefficients = np.asarray(getattr(info, "d", getattr(info, "D", ())), dtype=np.float64)
+            coefficients = np.asarray(camera_info_field(info, "D"), dtype=np.float64)
             words = set(re.split(r"[/_]", topic.lower()))
             named = "rectified" if words & {"rect", "rectified"} else "raw" if words & {"raw", "unrectified"} else ""
             if not coefficients.any() or not named or (named == "rectified") == self._rectified:
@@ -150,3 +157,50 @@ class Calibration:
                 )
             found.append(Doubt("rectified", explanation))
         return found
+
+    def _of_numbers(self, infos: tuple[Any, ...]) -> list[Doubt]:
+        """Where numbers that a camera can have look like another image's, or like another lens model's."""
+        found = []
+        for topic, info in zip(self._topics, infos):
+            middle = _middle(info, self._rectified)
+            if middle:
+                found.append(Doubt("principal point", f"{middle}, by the camera_info of {topic}"))
+            fisheye = "" if self._rectified else _fisheye(info)
+            if fisheye:
+                found.append(Doubt("lens", f"{fisheye}, by the camera_info of {topic}"))
+        return found
+
+
+def _middle(info: Any, rectified: bool) -> str:
+    """What is odd about the principal point of the full image; nothing where it is near the middle."""
+    if not (info.width and info.height):  # a region of interest alone says how large the images are
+        return ""
+    name, row = ("P", 4) if rectified else ("K", 3)
+    numbers = camera_info_field(info, name)
+    x, y = float(numbers[2]), float(numbers[row + 2])
+    across, down = (2 * x + 1) / info.width, (2 * y + 1) / info.height
+    if min(abs(across - 1), abs(down - 1)) > _OFF_CENTRE and abs(across / down - 1) < _ALIKE:
+        size = f"{across * info.width:.0f}x{down * info.height:.0f}"
+        return (
+            f"{name} looks like that of images of some {size} pixels, its principal point ({x:g}, {y:g}) being in "
+            f"their middle, but the images are {info.width}x{info.height}: scale it with the images"
+        )
+    if max(abs(across - 1), abs(down - 1)) > _FAR_OFF_CENTRE:
+        return (
+            f"the principal point ({x:g}, {y:g}) of {name} is far from the middle of {info.width}x{info.height} "
+            "pixels: poses are wrong unless the images are cropped like that"
+        )
+    return ""
+
+
+def _fisheye(info: Any) -> str:
+    """What is odd about the coefficients of a polynomial model."""
+    numbers = [float(number) for number in camera_info_field(info, "D")]
+    if len(numbers) < 4 or any(numbers[4:]) or max(map(abs, numbers[2:4])) <= _LARGEST_TANGENTIAL:
+        return ""
+    if Camera.from_camera_info(info, rectified=False).distortion_model == "equidistant":
+        return ""
+    return (
+        f"D is {numbers} with {info.distortion_model}, whose third and fourth number are tangential distortion, some "
+        "thousandths in most lenses: if these are the coefficients of a fisheye lens, distortion_model is equidistant"
+    )

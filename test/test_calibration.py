@@ -87,6 +87,44 @@ def test_what_fits_or_says_nothing_is_passed_over(topic: str, rectified: bool, d
     assert doubts([topic], rectified, info(distortion)) == []
 
 
+def with_matrix(focal: float, cx: float, cy: float, model: str = "plumb_bob", distortion: Any = LENS) -> Any:
+    """The camera_info of 640x480 pixels, with numbers that may be those of another image or lens."""
+    message = info()
+    message.k = message.k * 0 + [focal, 0, cx, 0, focal, cy, 0, 0, 1]
+    message.p = message.p * 0 + [focal, 0, cx, 0, 0, focal, cy, 0, 0, 0, 1, 0]
+    message.distortion_model, message.d = model, np.array(distortion)
+    return message
+
+
+@pytest.mark.parametrize("rectified", [False, True])
+@pytest.mark.parametrize(("scale", "size"), [(2, "1280x960"), (1.25, "800x600"), (0.75, "480x360"), (0.5, "320x240")])
+def test_a_matrix_of_another_resolution_is_named(scale: float, size: str, rectified: bool) -> None:
+    message = with_matrix(500 * scale, 320 * scale - 0.5, 240 * scale - 0.5)
+    ((kind, explanation),) = doubts(["/camera/image"], rectified, message)
+    assert kind == "principal point"
+    assert size in explanation and "640x480" in explanation and "/camera/image" in explanation
+
+
+def test_a_matrix_of_an_image_of_another_shape_is_named() -> None:
+    ((kind, explanation),) = doubts(["/camera/image"], False, with_matrix(900, 640, 360))  # of 1280x720
+    assert kind == "principal point" and "(640, 360)" in explanation
+
+
+@pytest.mark.parametrize("centre", [(320, 240), (288, 264), (260, 250), (320, 310)])
+def test_a_principal_point_that_a_lens_may_have_is_passed_over(centre: tuple[float, float]) -> None:
+    assert doubts(["/camera/image"], False, with_matrix(500, *centre)) == []
+
+
+@pytest.mark.parametrize("distortion", [(-0.01, 0.02, -0.015, 0.003), (-0.007, 0.046, -0.043, 0.008, 0.0)])
+def test_coefficients_of_a_fisheye_lens_by_another_name_are_named(distortion: tuple[float, ...]) -> None:
+    ((kind, explanation),) = doubts(["/camera/image"], False, with_matrix(330, 320, 240, "plumb_bob", distortion))
+    assert kind == "lens" and "equidistant" in explanation and str(distortion[2]) in explanation
+    assert doubts(["/camera/image"], True, with_matrix(330, 320, 240, "plumb_bob", distortion)) == []
+    assert doubts(["/camera/image"], False, with_matrix(330, 320, 240, "fisheye", distortion[:4])) == []
+    crooked = (-0.3, 0.1, 0.005, -0.008, 0.0)
+    assert doubts(["/camera/image"], False, with_matrix(500, 320, 240, "plumb_bob", crooked)) == []
+
+
 def test_a_doubt_goes_with_the_calibration_that_it_was_about() -> None:
     calibration = Calibration(["left", "right"], True)
     for baseline in (110.0, 0.11):

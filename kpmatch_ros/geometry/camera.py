@@ -10,7 +10,7 @@ import numpy as np
 from kpmatch_ros.geometry import lens
 from kpmatch_ros.geometry.lens import CalibrationError
 
-__all__ = ["AHEAD", "BEHIND", "CalibrationError", "Camera"]
+__all__ = ["AHEAD", "BEHIND", "CalibrationError", "Camera", "camera_info_field"]
 
 # A focal length outside this range, in units of the longer image side, is a mistake: millimetres or a fraction of the
 # image's width instead of pixels, most often. The widest fisheye lens has about 0.2, a long telephoto lens 50.
@@ -79,7 +79,7 @@ class Camera:
             CalibrationError: it is no calibration, or none that this package can use.
         """
         name = "P" if rectified else "K"
-        numbers = np.asarray(_field(info, name), dtype=np.float64).ravel()
+        numbers = np.asarray(camera_info_field(info, name), dtype=np.float64).ravel()
         expected = 12 if rectified else 9
         if numbers.size != expected:
             raise CalibrationError("value", f"camera_info: {name} has {numbers.size} numbers instead of {expected}")
@@ -100,7 +100,7 @@ class Camera:
         matrix[0] /= binning_x
         matrix[1] /= binning_y
 
-        model, distortion = ("", np.zeros(0)) if rectified else (info.distortion_model, _field(info, "D"))
+        model, distortion = ("", np.zeros(0)) if rectified else (info.distortion_model, camera_info_field(info, "D"))
         return cls(width // binning_x, height // binning_y, matrix, model, np.asarray(distortion, dtype=np.float64))
 
     def check_size(self, width: int, height: int) -> None:
@@ -195,7 +195,7 @@ def _inverse(matrix: np.ndarray) -> np.ndarray:
     return np.array([[1 / fx, -skew / (fx * fy)], [0.0, 1 / fy]])
 
 
-def _field(info: Any, name: str) -> Any:
+def camera_info_field(info: Any, name: str) -> Any:
     """K, D or P: lower case in ROS 2, upper case in ROS 1."""
     return getattr(info, name.lower()) if hasattr(info, name.lower()) else getattr(info, name)
 

@@ -50,8 +50,8 @@ _PLAIN = 8  # coefficients of the models that are polynomials alone, without a t
 _NEWTON_ITERATIONS = 50
 _NEWTON_TOLERANCE = 1e-10  # normalised units: about 1e-7 px
 LARGEST_TANGENT = 50.0  # a direction within about one degree of the image plane is no usable one
-# Tangents at which the radius is compared, 0.25 degrees apart: two pixels of a usual camera. What is narrower than that,
-# a pole beside a zero of the rational model say, spoils no more than a ring of pixels, and is passed over.
+# Tangents at which the radius is compared, 0.25 degrees apart: two pixels of a usual camera. What is narrower, a pole
+# beside a zero of the rational model say, spoils no more than a ring of pixels, and is passed over.
 _TANGENTS = np.tan(np.radians(np.arange(0.25, 88.86, 0.25)))
 
 
@@ -143,7 +143,7 @@ def undistort(distorted: np.ndarray, model: str, coefficients: np.ndarray) -> tu
     else:
         points, inverse = _undistort(distorted, model, coefficients)
     # Beyond a fold the model may grow again. What it says there, of pixels that no corner of the calibration was near,
-    # is another direction than the lens has: a jump by 30 degrees from one pixel to the next has been seen.
+    # is another direction than the lens has: at the fold it jumps, by 15 degrees in the median of random lenses.
     with np.errstate(invalid="ignore"):
         beyond = np.hypot(*points.T) > fold(model, coefficients.tobytes())
     points[beyond], inverse[beyond] = np.nan, np.nan
