@@ -1,0 +1,130 @@
+"""Are poses as good through a fisheye lens or a rational one as through a usual one, and does the covariance tell?
+
+    tools/with_ros python benchmarks/lenses.py             # 8 pairs of each lens; on one core some four minutes
+    tools/with_ros python benchmarks/lenses.py --lenses pinhole fisheye-190 --frames 3
+
+A walk through the synthetic courtyard as cameras of 640 x 480 pixels with these lenses see it: six pinhole images, the
+sides of a cube, are resampled along the lens's rays, also those from behind the camera. Every film goes through the
+front end with the default parameters. NEES is e' C^-1 e of the error e of a pose, with 5 degrees of freedom, and its
+covariance C: 5 on average where the covariance is right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+
+import cv2
+import numpy as np
+
+from kpmatch_ros.front_end import FrontEnd
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import Pose, PoseStatus, RelativePose, relative_motion
+from kpmatch_ros.parameters import Parameters
+from simulation import Scene, camera_path
+
+_NOISE = 2.0  # grey levels
+_SIDE = 768  # pixels of a side of the cube
+_KINECT = (0.48, -2.65, 6e-4, -3e-4, 1.57, 0.36, -2.48, 1.49)
+_TILTED = (0.9, -3.5, 6e-4, 3e-4, 5.2, 0.75, -3.3, 5.0, 1e-3, -1e-3, 8e-4, 2e-4, 0.008, -0.006)
+LENSES = {
+    "pinhole": (520.0, "plumb_bob", (0.0,) * 5),
+    "barrel": (520.0, "plumb_bob", (-0.28, 0.074, 2e-4, 2e-5, 0.0)),
+    "rational-8": (305.0, "rational_polynomial", _KINECT),
+    "rational-12": (420.0, "rational_polynomial", _TILTED[:12]),
+    "rational-14": (420.0, "rational_polynomial", _TILTED),
+    "fisheye-111": (330.0, "equidistant", (-0.01, 0.02, -0.015, 0.003)),
+    "fisheye-144": (250.0, "equidistant", (0.02, -0.01, 0.003, -0.0005)),
+    "fisheye-190": (150.0, "equidistant", (-0.01, 0.005, -0.002, 0.0001)),
+}
+"""Focal length in pixels, model and coefficients. The fisheye lenses are named by their degrees across the image, the
+last one by what it sees from top to bottom: its image has black corners."""
+
+
+def directions(camera: Camera) -> np.ndarray:
+    """Unit vectors (H, W, 3) that the pixels of a camera look along; NaN where a lens shows nothing."""
+    y, x = np.mgrid[: camera.height, : camera.width].astype(np.float64)
+    if camera.distortion_model != "equidistant":
+        rays = np.ones((camera.height, camera.width, 3))
+        rays[..., :2] = camera.normalise(np.column_stack([x.ravel(), y.ravel()])).reshape(*x.shape, 2)
+        return np.asarray(rays / np.linalg.norm(rays, axis=2, keepdims=True))
+    # Camera has directions up to 89 degrees off the axis alone.
+    x, y = (x - camera.matrix[0, 2]) / camera.matrix[0, 0], (y - camera.matrix[1, 2]) / camera.matrix[1, 1]
+    angles = np.linspace(0, math.radians(130), 100_000)
+    radii = angles * (1 + (angles[:, None] ** [2, 4, 6, 8]) @ camera.distortion)
+    grows = np.maximum.accumulate(radii) == radii
+    radius = np.hypot(x, y)
+    angle = np.interp(radius, radii[grows], angles[grows], right=np.nan)
+    across = np.sin(angle) / np.maximum(radius, 1e-12)
+    return np.stack([x * across, y * across, np.cos(angle)], axis=-1)
+
+
+def photograph(scene: Scene, pose: Pose, rays: np.ndarray, seed: int) -> np.ndarray:
+    """The grey image of a camera with these directions (H, W, 3)."""
+    focal, middle = 0.49 * _SIDE, (_SIDE - 1) / 2
+    side = Camera(_SIDE, _SIDE, np.array([[focal, 0, middle], [0, focal, middle], [0, 0, 1]]))
+    turns = [cv2.Rodrigues(math.pi / 2 * np.array(axis))[0] for axis in _SIDES]
+    which = np.argmax([np.nan_to_num(rays @ turn[:, 2], nan=-2.0) for turn in turns], axis=0)
+    which[np.isnan(rays[..., 0])] = -1
+    image = np.zeros(rays.shape[:2], np.float32)
+    for number, turn in enumerate(turns):
+        mine = which == number
+        if mine.any():
+            view = cv2.cvtColor(scene.render(pose.rotation @ turn, pose.position, side).image, cv2.COLOR_RGB2GRAY)
+            local = (rays @ turn).astype(np.float32)
+            with np.errstate(all="ignore"):
+                x, y = (np.float32(focal) * local[..., axis] / local[..., 2] + np.float32(middle) for axis in (0, 1))
+            image[mine] = cv2.remap(view, x, y, cv2.INTER_CUBIC)[mine]
+    image[which >= 0] += np.random.default_rng(seed).normal(0, _NOISE, np.count_nonzero(which >= 0))
+    return np.asarray(np.clip(np.round(image), 0, 255).astype(np.uint8))
+
+
+_SIDES = [(0, 0, 0), (0, 1, 0), (0, -1, 0), (0, 2, 0), (1, 0, 0), (-1, 0, 0)]  # quarter turns
+
+
+def errors(pose: RelativePose, motion: Pose) -> tuple[float, float, float]:
+    """Degrees of the rotation and of the translation's direction, and NEES."""
+    error = np.empty(6)
+    error[:3] = motion.position / np.linalg.norm(motion.position) - pose.translation
+    turn = motion.rotation @ pose.rotation.T
+    error[3:] = 0.5 * np.array([turn[2, 1] - turn[1, 2], turn[0, 2] - turn[2, 0], turn[1, 0] - turn[0, 1]])
+    nees = error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error
+    return math.degrees(np.linalg.norm(error[3:])), math.degrees(np.linalg.norm(error[:3])), float(nees)
+
+
+def main() -> None:
+    """Print a line for each lens."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lenses", nargs="+", choices=LENSES, default=list(LENSES), metavar="LENS")
+    parser.add_argument("--frames", type=int, default=9)
+    parser.add_argument("--start", type=int, default=20, help="where on the walk the film begins, frames")
+    parser.add_argument("--seed", type=int, default=3, help="courtyard")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    front_end = FrontEnd(Parameters(device=options.device, precision="float32"))
+    scene, poses = Scene(options.seed), camera_path(options.start + options.frames)[options.start :]
+    print("lens         poses  rotation, median (largest)  direction, median (largest)  NEES, of 5  inliers of matches")
+    for name in options.lenses:
+        focal, model, coefficients = LENSES[name]
+        matrix = np.array([[focal, 0, 0.503 * 640], [0, 1.002 * focal, 0.491 * 480], [0, 0, 1]])
+        camera = Camera(640, 480, matrix, model, np.array(coefficients))
+        rays, found, counts = directions(camera), [], []
+        front_end.reset()
+        for number, (before, after) in enumerate(itertools.pairwise([poses[0], *poses])):
+            image = photograph(scene, after, rays, 1000 * options.seed + number)
+            pair = front_end.register_frame(image, (number + 1) * 10**8, camera)[1]
+            if pair is not None and pair.pose.status is PoseStatus.OK:
+                found.append(errors(pair.pose, relative_motion(before, after)))
+                counts.append((pair.pose.num_inliers, pair.pose.num_matches))
+        (turn, shift, _), (largest_turn, largest_shift, _) = np.median(found, axis=0), np.max(found, axis=0)
+        inliers, matches = np.mean(counts, axis=0)
+        print(
+            f"{name:12s} {len(found)} of {options.frames - 1}  {turn:.4f} ({largest_turn:.4f}) degrees  {shift:.3f} "
+            f"({largest_shift:.3f}) degrees  {np.mean(found, axis=0)[2]:.1f}  {inliers:.0f} of {matches:.0f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
