@@ -102,3 +102,22 @@ def test_a_standing_camera_contradicts_nothing() -> None:
         scene = Structure.of(window, rays[: i + 1], (np.eye(3), np.zeros(3)), NOISE)
         window = scene.cameras.advance()
     assert np.isfinite(scene.spots).all() and scene.contradicts(1e-3).mean() < 5e-3
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tracks_that_were_anywhere_before_are_contradicted_and_leave_the_motion_to_the_others(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    poses, rays = walk(6, 200, seed)
+    rays = rays.astype(np.float32)
+    window = follow(poses[:-1], rays[:-1]).cameras.advance()
+    (rotation0, position0), (rotation1, position1) = poses[-2:]
+    translation = rotation0.T @ (position1 - position0)
+    motion = rotation0.T @ rotation1, translation / np.linalg.norm(translation)
+    without = Structure.of(window, rays[:, :, 20:], motion, NOISE)
+    rays[:-2, :, :20] = rng.uniform(-3, 3, (4, 2, 20))  # by least squares, some are behind a camera
+    scene = Structure.of(window, rays, motion, NOISE)
+    assert np.isfinite(scene.spots).all() and np.isfinite(scene.squares).all()
+    contradicted = scene.contradicts(1e-3)
+    assert contradicted[:20].all() and contradicted[20:].mean() < 0.03
+    for ours, theirs in zip(scene.cameras, without.cameras):
+        np.testing.assert_allclose(ours, theirs, atol=2e-3)  # of up to four metres

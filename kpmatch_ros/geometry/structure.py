@@ -24,6 +24,7 @@ FRAMES = 8
 _ITERATIONS = 2
 _SMALLEST_DEPTH = 1e-3  # of a direction's length
 _DAMPING = 1e-9  # of an inverse depth
+_ROUNDING = 1e-6  # of the product of a matrix's diagonal, in float32; of points that are seen well 0.15 or more is left
 _CUTOFF = float(chdtri(1, 1e-2))  # of a point's mean square, beyond which it has less to say of the motion
 _ENOUGH = 250  # points that the motion is fitted to, where there are more
 _FEWEST = 8  # points that tell the length of a translation
@@ -120,8 +121,9 @@ class Structure:
         """Other points, which are near spots (3, S), fitted to rays (F, 2, S) of the same cameras."""
         normal = _Normal.of(self.cameras, spots, rays)
         step = normal.points_step(normal.gradient)
-        # The residuals are all but linear so near to the points.
+        # The residuals are all but linear so near to the points. Far from them rounding may leave less than nothing.
         squares = normal.squares + np.einsum("at,at->t", normal.gradient, step)
+        squares = np.where(squares < 0, normal.squares, squares)
         return replace(self, spots=spots + step, squares=squares, freedom=_freedom(rays))
 
     def select(self, chosen: np.ndarray) -> Structure:
@@ -248,6 +250,8 @@ class _Normal(NamedTuple):
 
         The camera's is a turn about its axes before the translation, and the translation.
         """
+        # What is fitted behind a camera has no inverse, and nothing to say of the motion.
+        weights = weights * (self.inverse[0, 0] > 0)
         x, y, z = self.turned
         none, inverse = np.zeros_like(x), self.inverse_depth
         moves = np.array(
@@ -272,7 +276,10 @@ class _Normal(NamedTuple):
 
 
 def _inverse(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, e: np.ndarray, f: np.ndarray) -> np.ndarray:
-    """(3, 3, T) of symmetric matrices whose upper triangles are (a, b, c), (d, e) and (f), each (T,)."""
+    """(3, 3, T) of symmetric positive matrices whose upper triangles are (a, b, c), (d, e) and (f), each (T,).
+
+    Zero where rounding leaves nothing of the determinant.
+    """
     adjoint = np.array(
         [
             [d * f - e * e, c * e - b * f, b * e - c * d],
@@ -281,4 +288,5 @@ def _inverse(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, e: np.n
         ]
     )
     determinant = a * adjoint[0, 0] + b * adjoint[0, 1] + c * adjoint[0, 2]
-    return np.asarray(adjoint / np.maximum(determinant, TINY))
+    known = determinant > _ROUNDING * a * d * f
+    return np.where(known, adjoint / np.where(known, determinant, 1), 0)
