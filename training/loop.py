@@ -141,7 +141,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 def subnormals_are_zeros() -> Iterator[None]:
     """Let a processor take numbers below float32's smallest exponent for zeros, in this thread and those it starts.
 
-    The gradients of a sure network's assignments are full of them, and products of such numbers take five times as
+    The gradients of a sure network's assignments are full of them, and products of such numbers take several times as
     long.
     """
     torch.set_flush_denormal(True)
