@@ -102,6 +102,10 @@ def test_the_camera_of_b_and_the_lens_change_the_pose(run: Run, pictures: tuple[
     assert np.abs(pose("--intrinsics1", "300,300,160,180") - plain).max() > 0.01
     assert np.abs(pose("--distortion", "-0.3,0.1,0,0") - plain).max() > 1e-4
     assert np.array_equal(pose("--distortion", "0,0,0,0,0", "--intrinsics1", "300,300,160,120"), plain)
+    lens, rational = pose("--distortion", "-0.3,0.1,0,0,0"), ["--distortion-model", "rational_polynomial"]
+    assert np.allclose(pose("--distortion", "-0.3,0.1,0,0,0,0,0,0", *rational), lens, atol=1e-6)
+    fisheye = pose("--distortion", "-0.3,0.1,0,0", "--distortion-model", "equidistant")
+    assert np.abs(fisheye - lens).max() > 1e-4
 
 
 def test_without_json_a_few_readable_lines_are_printed(run: Run, pictures: tuple[Path, Path]) -> None:
@@ -165,7 +169,8 @@ def test_help_shows_each_option_with_its_description_range_and_default(run: Run)
         (["--intrinsics", "0,300,160,120"], "focal lengths of 0 and 300"),
         (["--intrinsics1", "300,300,160,120"], "--intrinsics1 needs --intrinsics"),
         (["--distortion", "-0.1,0,0,0"], "--distortion needs --intrinsics"),
-        ([*CAMERA, "--distortion", "-0.1"], "'-0.1' is not 4 or 5 numbers"),
+        ([*CAMERA, "--distortion", "-0.1"], "'-0.1' is not 4 or 5 or 8 or 12 or 14 numbers"),
+        ([*CAMERA, "--distortion", "0.1,0,0,0", "--distortion-model", "fov"], "the known ones are plumb_bob"),
         (["--save", "matches.xyz"], "--save matches.xyz"),
         (["--save", "no-such-folder/matches.png"], "there is no folder no-such-folder"),
         (["--max-keypoint", "5"], "unrecognized arguments: --max-keypoint"),

@@ -59,8 +59,14 @@ def add_match(commands: Any) -> None:
     parser.add_argument(
         "--distortion",
         metavar="K1,K2,P1,P2[,K3]",
-        type=comma_separated(4, 5),
-        help="of the lens, as in camera_info's plumb_bob; needs --intrinsics",
+        type=comma_separated(4, 5, 8, 12, 14),
+        help="of the lens, as in camera_info; needs --intrinsics",
+    )
+    parser.add_argument(
+        "--distortion-model",
+        metavar="MODEL",
+        default="plumb_bob",
+        help="plumb_bob (the default), rational_polynomial (8, 12 or 14 numbers) or equidistant (a fisheye lens, 4)",
     )
     parser.add_argument(
         "--save",
@@ -85,8 +91,9 @@ def _match(options: argparse.Namespace) -> int:
     elif picture is not None:
         _check_picture_file(picture)
     image_a, image_b = read_image(options.image_a), read_image(options.image_b)
-    camera_a = _camera(image_a, options.intrinsics, options.distortion)
-    camera_b = _camera(image_b, options.intrinsics1 or options.intrinsics, options.distortion)
+    lens = options.distortion_model, options.distortion or ()
+    camera_a = _camera(image_a, options.intrinsics, *lens)
+    camera_b = _camera(image_b, options.intrinsics1 or options.intrinsics, *lens)
 
     from kpmatch_ros.front_end import FrontEnd
     from kpmatch_ros.images import ImageError
@@ -143,7 +150,7 @@ def _fitting(parameters: Parameters, images: dict[Path, NDArray[np.uint8]], comm
 
 
 def _camera(
-    image: NDArray[np.uint8], intrinsics: tuple[float, ...] | None, distortion: tuple[float, ...] | None
+    image: NDArray[np.uint8], intrinsics: tuple[float, ...] | None, model: str, distortion: tuple[float, ...]
 ) -> Camera | None:
     import numpy as np
 
@@ -155,7 +162,7 @@ def _camera(
     height, width = image.shape[:2]
     matrix = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
     try:
-        return Camera(width, height, matrix, "plumb_bob", np.array(distortion or ()))
+        return Camera(width, height, matrix, model, np.array(distortion))
     except CalibrationError as error:
         raise CommandError(str(error)) from error
 
