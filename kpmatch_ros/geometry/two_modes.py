@@ -24,6 +24,8 @@ _SMALLEST_PLANE = 0.5  # part of the matches: with as many off the plane, these 
 
 _PLANES = 100  # tried
 
+_ORTHONORMAL, _NEARLY_ORTHONORMAL = 1e-10, 1e-2  # products of a rotation's rows differ from the identity by less
+
 _BAND = 10.0  # inlier thresholds: where matches are that one motion explains, under another one
 
 _UNEXPLAINED, _REFUTING = 0.1, 1.0  # log-likelihood ratios
@@ -98,21 +100,41 @@ def plane_motions(matches: Matches, motion: Motion, largest_distance: float) -> 
     samples = np.random.default_rng(0).integers(len(matches), size=(_PLANES, 3))
     systems = matches.rays0.T[samples]
     systems[:, range(3), range(3)] += 1e-9  # regular also where a match is drawn twice
-    planes = np.linalg.solve(systems, inverse_depth[samples][..., None])[..., 0]
+    regular = np.linalg.det(systems) != 0  # three points of a line may be singular to the last bit
+    if not regular.any():
+        return []
+    planes = np.linalg.solve(systems[regular], inverse_depth[samples[regular]][..., None])[..., 0]
     near = np.abs(planes @ rays - seen) < largest_distance
     on_plane = near[near.sum(axis=1).argmax()]
     if on_plane.mean() < _SMALLEST_PLANE:
         return []
     plane = np.linalg.lstsq(rays[:, on_plane].T, seen[on_plane])[0]
-    homography = np.linalg.inv(back @ (np.eye(3) - np.outer(motion.translation, plane)))
+    inverse = back @ (np.eye(3) - np.outer(motion.translation, plane))
+    if np.linalg.det(inverse) == 0:  # the camera's centre is on the plane
+        return []
+    homography = np.linalg.inv(inverse)
     if not np.isfinite(homography).all():
         return []
     _, rotations, translations, _ = cv2.decomposeHomographyMat(homography, np.eye(3))
     return [
         Motion(rotation, translation.ravel() / length)
-        for rotation, translation in zip(rotations, translations)
-        if (length := float(np.linalg.norm(translation))) > 1e-6
+        for rotation, translation in zip(map(_as_rotation, rotations), translations)
+        if rotation is not None and (length := float(np.linalg.norm(translation))) > 1e-6
     ]
+
+
+def _as_rotation(matrix: np.ndarray) -> np.ndarray | None:
+    """The rotation nearest to one of OpenCV's; None where there is none near.
+
+    Where the camera hardly moves or is near the plane, OpenCV's may have lost some or all of its digits.
+    """
+    error = np.abs(matrix @ matrix.T - np.eye(3)).max()
+    if error < _ORTHONORMAL and np.linalg.det(matrix) > 0:
+        return matrix
+    if not error < _NEARLY_ORTHONORMAL:  # NaN is not
+        return None
+    left, _, right = np.linalg.svd(matrix)
+    return np.asarray(left @ right) if np.linalg.det(matrix) > 0 else None
 
 
 def rival_of(

@@ -26,6 +26,7 @@ _STEPS = (15, 5)  # of directions along the ridge and across it
 _REACH = (8.0, 3.0)  # standard deviations
 _FARTHEST = math.radians(60.0)
 _SINGULAR = 1e-12  # part of the largest eigenvalue
+_NOT_LOST = 1e-14  # part of the trace: above rounding
 _APART = math.cos(math.radians(10.0))
 
 
@@ -125,8 +126,11 @@ def _refine_turns(
         weighted = jacobian * weights[:, None]
         hessian = weighted @ jacobian.transpose(0, 2, 1)
         gradient = (weighted @ residuals[..., None])[..., 0]
-        # A trust of a tenth of a radian keeps the system regular, also where there is no noise.
-        hessian[:, range(3), range(3)] += 100 * max(deviation, _SMALLEST * inlier_threshold) ** 2
+        # A trust of a tenth of a radian keeps the system regular, also where there is no noise. Through a lens that
+        # enlarges a thousand times this is lost to rounding, and a part of the trace is what is not.
+        trust = 100 * max(deviation, _SMALLEST * inlier_threshold) ** 2
+        trust = np.maximum(trust, _NOT_LOST * np.trace(hessian, axis1=1, axis2=2))
+        hessian[:, range(3), range(3)] += trust[:, None]
         turns = _turned(turns, -np.linalg.solve(hessian, gradient[..., None])[..., 0])
     return turns, _evaluate(matches, turns, shifts)[0]
 
