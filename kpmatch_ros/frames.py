@@ -11,8 +11,8 @@ from kpmatch_ros.feature_matcher import Features, to_numpy
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import RelativePose
 from kpmatch_ros.geometry.refinement import normalize_contrast
+from kpmatch_ros.geometry.stereo_agreement import StereoAgreement
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
-from kpmatch_ros.geometry.stereo_motion import StereoAgreement
 from kpmatch_ros.tracks import NOT_DETECTED
 
 __all__ = ["Frame", "ImagePair", "Pair", "Result", "RightImage", "StereoPair"]

@@ -15,8 +15,9 @@ from kpmatch_ros.frames import Frame, Pair, Result, RightImage, StereoPair
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.refinement import INDEPENDENT_POINTS, REFINED_RESOLUTION, refine
+from kpmatch_ros.geometry.stereo_agreement import StereoAgreement, check_stereo_matches
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
-from kpmatch_ros.geometry.stereo_motion import StereoAgreement, check_stereo_matches, estimate_stereo_motion
+from kpmatch_ros.geometry.stereo_motion import estimate_stereo_motion
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.geometry.two_view_errors import Motion
 from kpmatch_ros.kept_features import check_features, frame_without_image

@@ -2,15 +2,126 @@
 
 from __future__ import annotations
 
-import numpy as np
-import two_view_scenes
+import math
 
-from kpmatch_ros.geometry.camera import Camera
+import cv2
+import numpy as np
+import pytest
+import stereo_scenes
+import two_view_scenes
+from stereo_scenes import pair
+
+from kpmatch_ros.geometry.camera import BEHIND, Camera
+from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
+from kpmatch_ros.geometry.robust import tukey_cutoff
+from kpmatch_ros.geometry.stereo_camera import StereoCamera
+from kpmatch_ros.geometry.stereo_errors import StereoPoints, stereo_residuals
+from kpmatch_ros.geometry.stereo_motion import estimate_stereo_motion
 from kpmatch_ros.geometry.two_modes import plane_motions
-from kpmatch_ros.geometry.two_view_errors import Motion, normalise_matches
+from kpmatch_ros.geometry.two_view import estimate_relative_pose
+from kpmatch_ros.geometry.two_view_errors import Motion, lengths, normalise_matches
 from kpmatch_ros.geometry.two_view_profile import profile_directions
 
 CAMERA = two_view_scenes.CAMERA
+TURN = cv2.Rodrigues(np.array([0.03, -0.1, 0.02]))[0]
+STEP = np.array([0.1, -0.05, 0.12])
+
+
+def seen(points: np.ndarray, camera: StereoCamera) -> list[np.ndarray]:
+    """left0, right0, left1, right1 of points (n, 3), with whatever is behind a camera."""
+    current = (points - STEP) @ TURN
+    found = []
+    for left in (points, current):
+        for lens, view in ((camera.left, left), (camera.right, left @ camera.rotation.T + camera.translation)):
+            rays = view[:, :2] / np.where(np.abs(view[:, 2:]) < 1e-9, 1e-9, view[:, 2:])
+            found.append(lens.project(np.clip(rays, -1e6, 1e6)))
+    return found
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_the_points_of_one_line_give_no_motion_with_translation(noise: float) -> None:
+    for seed in range(8):
+        random = np.random.default_rng(seed)
+        along = np.array([*random.normal(size=2), random.uniform(-0.5, 0.5)])
+        points = random.uniform(-1, 1, (60, 1)) * along / np.linalg.norm(along) + (0, 0, 4)
+        images = [pixels + random.normal(0, noise, pixels.shape) for pixels in seen(points, pair())]
+        pose = estimate_relative_pose(images[0], images[2], CAMERA, CAMERA, keypoint_resolution=1 / 32)
+        two_view_scenes.check(pose, 60)
+        assert pose.status is not PoseStatus.OK
+        pose = estimate_stereo_motion(*images, pair(), pair(), keypoint_resolution=1 / 32)
+        stereo_scenes.check(pose, 60)
+        assert pose.status is not PoseStatus.OK
+
+
+def test_the_points_of_one_line_through_the_image_still_give_a_stereo_motion_where_their_depths_differ() -> None:
+    random = np.random.default_rng(0)
+    points = np.column_stack([random.uniform(-1, 1, 60), np.zeros(60), np.ones(60)]) * random.uniform(2, 6, (60, 1))
+    images = [pixels + random.normal(0, 0.2, pixels.shape) for pixels in seen(points, pair())]
+    pose = estimate_stereo_motion(*images, pair(), pair(), keypoint_resolution=0.0)
+    assert pose.status is PoseStatus.OK and np.linalg.norm(pose.translation - STEP) < 0.05
+
+
+def test_copies_of_a_match_count_as_one() -> None:
+    # Five points leave ten motions, or their noise decides. Twelve times the same five are no more certain.
+    five = np.random.default_rng(0).uniform((-1, -1, 3), (1, 1, 6), (5, 3))
+    images = [np.tile(pixels, (12, 1)) for pixels in seen(five, pair())]
+    poses = [
+        estimate_relative_pose(images[0], images[2], CAMERA, CAMERA),
+        estimate_stereo_motion(*images, pair(), pair()),
+    ]
+    for pose in poses:
+        assert pose.status is PoseStatus.TOO_FEW_MATCHES and pose.num_matches == 60
+
+
+def test_a_pose_is_the_same_with_copies_of_its_matches() -> None:
+    random = np.random.default_rng(1)
+    order = random.permutation(np.arange(200) % 120)
+    first = np.sort(np.unique(order, return_index=True)[1])  # the order in which they come decides nothing
+
+    def same(one: RelativePose, other: RelativePose) -> None:
+        assert one.status is other.status is PoseStatus.OK
+        np.testing.assert_array_equal(one.translation, other.translation)
+        np.testing.assert_array_equal(one.covariance, other.covariance)
+        assert one.inliers is not None and other.inliers is not None
+        np.testing.assert_array_equal(one.inliers[first], other.inliers)
+        assert one.num_matches == 200 and one.num_inliers == one.inliers.sum() > other.num_inliers > 80
+
+    points0, points1, _ = two_view_scenes.Scene(noise=0.3, outliers=0.2).matches(120, 0)
+    points0, points1 = points0[order], points1[order]
+    same(
+        estimate_relative_pose(points0, points1, CAMERA, CAMERA),
+        estimate_relative_pose(points0[first], points1[first], CAMERA, CAMERA),
+    )
+    images = [pixels[order] for pixels in stereo_scenes.Scene(noise=0.3, outliers=0.2).pixels(120, 0)[0]]
+    same(
+        estimate_stereo_motion(*images, pair(), pair(), sigmas=np.ones(200)),
+        estimate_stereo_motion(*(pixels[first] for pixels in images), pair(), pair(), sigmas=np.ones(len(first))),
+    )
+
+
+def test_points_that_another_frame_sees_as_one_give_no_motion() -> None:
+    # From far enough away, any points are seen as one. P3P finds a place 1e13 metres away.
+    for seed in range(10):
+        left0, right0, left1, _ = stereo_scenes.Scene(unmatched=0.0).pixels(60, seed)[0]
+        one = left1[:1] + np.random.default_rng(seed).normal(0, 1e-3, (60, 2))
+        pose = estimate_stereo_motion(left0, right0, one, np.full((60, 2), np.nan), pair(), pair())
+        stereo_scenes.check(pose, 60)
+        assert not pose.status.has_pose
+
+
+def test_a_point_at_a_cameras_centre_is_not_ahead_of_it() -> None:
+    # The right camera is before the left one: what the left one sees at its principal point goes through the right one.
+    camera = StereoCamera(CAMERA, CAMERA, np.eye(3), np.array([0.0, 0.0, -0.1]))
+    right = np.random.default_rng(0).uniform((0, 0), (640, 480), (60, 2))
+    points = StereoPoints.of(np.tile([[320.0, 240.0]], (60, 1)), right, camera)
+    assert not points.deep.any() and np.abs(points.covariances).max() < 1
+    # The current camera is where one of the points is, but for rounding.
+    left0, right0, left1, right1 = stereo_scenes.Scene(unmatched=0.0).pixels(60, 0)[0]
+    source, target = StereoPoints.of(left0, right0, pair()), StereoPoints.of(left1, right1, pair())
+    for i in range(60):
+        there = np.array([*source.points[:2, i], 1.0]) / source.points[2, i]
+        left = stereo_residuals(source, target, 60, np.eye(3), there)
+        assert left.squares[i] >= BEHIND**2 and np.abs(left.jacobian).max() < 1e30
 
 
 def test_a_plane_through_points_of_one_line_has_no_second_motion() -> None:
@@ -47,3 +158,78 @@ def test_one_point_through_a_lens_that_enlarges_a_thousand_times_leaves_the_prof
     matches, _ = normalise_matches(point, moved, camera, camera)
     found = profile_directions(matches, [np.eye(3)], 0.1, 1e-9)
     assert found and all(np.isfinite(motion.rotation).all() for motion in found)
+
+
+def test_half_of_the_matches_are_within_the_cutoff_where_one_condition_leaves_nothing() -> None:
+    residuals = np.array([np.random.default_rng(0).normal(0, 0.5, 100), np.zeros(100)])
+    assert (lengths(residuals) < tukey_cutoff(residuals, 2.0, 0.0)).mean() > 0.5
+    points = np.random.default_rng(0).uniform((0, 0), (640, 480), (100, 2))
+    points[:, 1] = 240.0
+    moved = points + np.column_stack([residuals[0], np.zeros(100)])
+    pose = estimate_relative_pose(points, moved, CAMERA, CAMERA, keypoint_resolution=0.0)
+    two_view_scenes.check(pose, 100)
+    assert pose.status is PoseStatus.NO_TRANSLATION and pose.covariance[5, 5] > 0
+
+
+# Any of it together
+
+
+def hostile_scene(random: np.random.Generator) -> tuple[StereoCamera, list[np.ndarray]]:
+    """A pair of two lenses and any baseline and focal length; points anywhere; pixels that are spoilt in places."""
+    lenses = list(stereo_scenes.LENSES.values())
+    focal = 640 * random.choice([0.8, 0.8, 900.0])
+    matrix = np.array([[focal, 0, 320], [0, focal, 240], [0, 0, 1]])
+    cameras = [Camera(640, 480, matrix, *map(np.array, lenses[random.integers(len(lenses))])) for _ in range(2)]
+    baseline = random.choice([0.001, 0.12, 10.0]) * np.eye(3)[random.choice([0, 0, 2])]
+    camera = StereoCamera(cameras[0], cameras[1], np.eye(3), -baseline)
+    rays = np.column_stack([random.uniform(-0.4, 0.4, (60, 2)), np.ones(60)])
+    kind = random.integers(5)
+    inverse_depths = [rays @ (0.12, -0.03, 0.2), np.full(60, 1e-9), random.choice([-0.3, 0.3], 60)]
+    images = seen(rays / (inverse_depths[kind] if kind < 3 else random.uniform(0.1, 0.5, 60))[:, None], camera)
+    for image in images:
+        image += random.normal(0, random.choice([0.0, 0.3]), image.shape)
+    for _ in range(random.integers(3)):
+        some, one = random.random(60) < random.choice([0.5, 0.9, 1.0]), images[random.integers(4)]
+        spoilt = random.integers(7)
+        if spoilt == 0:
+            one[some] = one[0]
+        elif spoilt == 1:
+            one[some] = np.nan
+        elif spoilt == 2:
+            one[some] += random.choice([-1, 1], 2) * 5000.0
+        elif spoilt == 3:
+            one[some, 1] = 0.5 * one[some, 0]
+        elif spoilt == 4:
+            images[2][some], images[3][some] = images[0][some], images[1][some]
+        elif spoilt == 5:
+            images[1] = images[0] - (random.choice([0.0, -5.0, 400.0]), 0)
+        else:
+            images[2][some] = images[0][some] + (30, -10)
+    return camera, [image.astype(random.choice([np.float32, np.float64])) for image in images]
+
+
+def test_any_scene_gives_a_pose_or_the_reason_why_there_is_none() -> None:
+    statuses = set()
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        camera, images = hostile_scene(random)
+        options = {
+            "max_reprojection_error": float(random.choice([0.1, 1.0, 20.0])),
+            "min_inliers": int(random.choice([6, 8, 60])),
+            "keypoint_resolution": float(random.choice([0.0, 1.0])),
+            "independent_points": float(random.choice([30.0, math.inf])),
+        }
+        before: list[tuple[PoseStatus, bytes]] = []
+        for _ in range(2 if seed < 8 else 1):
+            poses = [
+                estimate_relative_pose(images[0], images[2], camera.left, camera.left, **options),
+                estimate_stereo_motion(*images, camera, camera, **options),
+            ]
+            two_view_scenes.check(poses[0], 60)
+            stereo_scenes.check(poses[1], 60)
+            assert np.abs(poses[1].translation).max() < 1e8
+            now = [(pose.status, pose.covariance.tobytes()) for pose in poses]
+            assert before in ([], now), "the same matches give the same pose"
+            before = now
+            statuses |= {pose.status for pose in poses}
+    assert statuses >= {PoseStatus.OK, PoseStatus.NO_TRANSLATION, PoseStatus.FAILED}

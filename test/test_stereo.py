@@ -16,9 +16,10 @@ from stereo_scenes import BASELINE, HEIGHT, LENSES, MATRIX, WIDTH, Scene, check,
 
 from kpmatch_ros.geometry.camera import CalibrationError
 from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.geometry.stereo_agreement import check_stereo_matches
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.geometry.stereo_errors import StereoPoints, stereo_residuals
-from kpmatch_ros.geometry.stereo_motion import check_stereo_matches, estimate_stereo_motion
+from kpmatch_ros.geometry.stereo_motion import estimate_stereo_motion
 
 
 def infos(focal: float = 500.0, baseline: float = BASELINE, **changes: Any) -> tuple[Any, Any]:

@@ -91,6 +91,10 @@ class RelativePose:
         """The same pose for other matches, of which some (num_matches,) bool agree with it."""
         return replace(self, num_matches=len(inliers), num_inliers=int(inliers.sum()), inliers=inliers)
 
+    def for_copies(self, which: np.ndarray) -> RelativePose:
+        """The same pose where each of M matches is equal to one of those that it is from, of the indices (M,)."""
+        return replace(self, num_matches=len(which)) if self.inliers is None else self.of(self.inliers[which])
+
     @classmethod
     def undefined(cls, status: PoseStatus, num_matches: int, inliers: np.ndarray | None = None) -> RelativePose:
         """No pose, and the reason: identity, zero covariance."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from scipy.linalg import eigh
 from scipy.special import gammaln
 
 from kpmatch_ros.geometry.camera import Camera
@@ -15,6 +16,7 @@ __all__ = [
     "SMALLEST_SAMPLE",
     "TINY",
     "TUKEY",
+    "are_on_one_line",
     "check_options",
     "design_effect",
     "epipolar_chance",
@@ -23,6 +25,7 @@ __all__ = [
     "tukey",
     "tukey_cost",
     "tukey_cutoff",
+    "without_copies",
 ]
 
 FALSE_ALARM_RATE = 1e-3
@@ -40,7 +43,11 @@ SMALLEST_CURVATURE = 0.1
 TINY = 1e-30
 """Stands for zero in a denominator."""
 
+_ACROSS = 3.0  # variances of the noise: by so much, at most, does noise alone spread points across their line
+
 _POWERS = np.linspace(0.1, 4, 40)  # of Chernoff's bound
+
+_HALF = 1.01  # medians: more than half are below
 
 _DEVIATIONS_PER_MEDIAN = 1.4826  # standard deviation over median absolute deviation, Gaussian noise
 
@@ -55,6 +62,37 @@ def check_options(max_reprojection_error: float, keypoint_resolution: float) -> 
         raise ValueError(f"max_reprojection_error must be a positive number of pixels, not {max_reprojection_error}")
     if not 0 <= keypoint_resolution < math.inf:
         raise ValueError(f"keypoint_resolution must be a number of pixels from 0 up, not {keypoint_resolution}")
+
+
+def without_copies(*pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Which matches remain if equal ones count as one; None where no two are equal.
+
+    A copy says nothing new. Taken for evidence, copies of five matches make any motion through these certain.
+
+    Args:
+        pixels: (M, 2) float64, the matched pixels in each image.
+
+    Returns:
+        indices (m,) of the matches that remain, in their order, and which of these (M,) each match is equal to.
+    """
+    rows = np.ascontiguousarray(np.concatenate(pixels, axis=1))
+    _, first, which = np.unique(rows.view(f"V{rows.strides[0]}").ravel(), return_index=True, return_inverse=True)
+    if len(first) == len(rows):
+        return None
+    order = np.argsort(first)
+    return first[order], np.argsort(order)[which]
+
+
+def are_on_one_line(points: np.ndarray, covariance: np.ndarray, variance: float) -> bool:
+    """Whether points (k, n) are no further from one line than noise spreads them.
+
+    Args:
+        points: coordinates.
+        covariance: (k, k) of a point, for keypoint noise of one pixel.
+        variance: of the keypoints' noise, squared pixels.
+    """
+    spreads = eigh(np.cov(points), covariance, eigvals_only=True)
+    return bool(spreads[-2] < _ACROSS * variance)
 
 
 def tukey(lengths: np.ndarray, cutoff: float) -> tuple[np.ndarray, float]:
@@ -72,12 +110,19 @@ def tukey_cost(squares: np.ndarray, cutoffs: np.ndarray) -> float:
 def tukey_cutoff(residuals: np.ndarray, inlier_threshold: float, resolution: float) -> float:
     """Where Tukey's loss ends, pixels: TUKEY standard deviations of the residuals' noise, or of rounding if larger.
 
-    The standard deviation is that of the residuals below twice the inlier threshold, by their median.
+    The standard deviation is that of the residuals below twice the inlier threshold, by their median. Where one of two
+    conditions (2, n) leaves nothing, as on a row that both images share, this median may be zero. Half of the matches
+    are within the cutoff nevertheless.
     """
     sizes = np.abs(residuals)
     near = sizes[sizes < 2 * inlier_threshold]
     noise = _DEVIATIONS_PER_MEDIAN * float(np.median(near)) if len(near) else inlier_threshold
-    return TUKEY * max(noise, resolution / math.sqrt(12), 1e-9)
+    cutoff = TUKEY * max(noise, resolution / math.sqrt(12), 1e-9)
+    if sizes.ndim == 1:
+        return cutoff
+    lengths = np.sqrt((sizes * sizes).sum(axis=0))
+    near = lengths[lengths < 2 * inlier_threshold]
+    return max(cutoff, _HALF * float(np.median(near))) if len(near) else cutoff
 
 
 def log_false_alarms(hits: np.ndarray, chances: np.ndarray, sample: int) -> float:

@@ -22,7 +22,12 @@ from kpmatch_ros.geometry.pose import cross_matrix
 from kpmatch_ros.geometry.robust import TINY
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 
-__all__ = ["StereoPoints", "StereoResiduals", "stereo_residuals"]
+__all__ = ["StereoPoints", "StereoResiduals", "as_pixels", "stereo_residuals"]
+
+_AT_THE_CENTRE = 1e-6
+"""Depth in one camera over that in another one: a point nearer is at the camera's centre, and has no direction."""
+
+_ROUNDING = 1e-14  # part of the largest eigenvalue: smaller ones are of no certain size
 
 _WEAK = 1e-6  # squared pixels metres: keeps the inverse depth of a point regular where nothing determines it
 
@@ -122,7 +127,7 @@ class StereoPoints:
         fixed, slope = (part[:2] - rays1[:2] * part[2] for part in (start, shift[:, None]))
         inverse_depth = -(slope * fixed).sum(axis=0) / np.maximum((slope * slope).sum(axis=0), TINY)
         depth = start[2] + shift[2] * inverse_depth  # in the right camera, over that in the left one
-        deep &= depth > AHEAD * np.sqrt((rays1 * rays1).sum(axis=0)) * np.abs(depth)
+        deep &= depth > np.maximum(AHEAD * np.sqrt((rays1 * rays1).sum(axis=0)) * np.abs(depth), _AT_THE_CENTRE)
         depth = np.where(deep, depth, 1.0)
         # The right image by x, y and the inverse depth.
         jacobian = np.array([turn[:2, i, None] - rays1[:2] * turn[2, i] for i in (0, 1)] + [slope]) / depth
@@ -170,6 +175,23 @@ class StereoResiduals(NamedTuple):
     targets: np.ndarray
     slopes: np.ndarray
     depth_variances: np.ndarray
+
+    def determine(self, used: np.ndarray, variance: float, rotation_only: bool = False) -> bool:
+        """Whether the points tell the motion: in its weakest direction to a radian, or to as far as they are.
+
+        Points that coincide, or lie on one line, leave a rotation free. Points that are near beside the translation are
+        seen as one.
+
+        Args:
+            used: (n,) bool, the points that the motion is estimated from.
+            variance: of the keypoints' noise, squared pixels.
+            rotation_only: the translation is known.
+        """
+        jacobian = self.jacobian[..., used].reshape(6, -1)
+        jacobian[:3] /= max(np.sqrt(np.mean(self.points[2, used] ** 2)), TINY) if used.any() else 1.0
+        part = jacobian[3 * rotation_only :]
+        information = np.linalg.eigvalsh(part @ part.T)
+        return bool(information[0] > max(variance, _ROUNDING * information[-1]))
 
 
 def stereo_residuals(
@@ -237,10 +259,22 @@ def stereo_residuals(
     return StereoResiduals(residuals, jacobian, squares, points, targets, slopes, variances)
 
 
+def as_pixels(points: np.ndarray) -> np.ndarray:
+    """Pixels (M, 2) as float64.
+
+    Raises:
+        ValueError: they have another shape.
+    """
+    points = np.asarray(points, dtype=np.float64)
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise ValueError(f"points must have shape (M, 2), not {points.shape}")
+    return points
+
+
 def _project(matrix: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Points (3, n) seen in the target; which are ahead (n,); and their depths (n,) over those in the source."""
     there = matrix[:, 0] * points[0] + matrix[:, 1] * points[1] + matrix[:, 2] * points[2] + matrix[:, 3]
-    ahead = there[2] > AHEAD * np.sqrt((there * there).sum(axis=0))
+    ahead = there[2] > np.maximum(AHEAD * np.sqrt((there * there).sum(axis=0)), _AT_THE_CENTRE)
     depth = np.where(ahead, there[2], 1.0)
     there[2] = points[2]
     return there / depth, ahead, depth

@@ -1,4 +1,4 @@
-"""Stereo matches checked against the calibration, and the motion of a stereo pair between two frames, in metres."""
+"""The motion of a stereo pair of cameras between two frames, in metres."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from kpmatch_ros.geometry.robust import (
     SMALLEST_SAMPLE,
     TINY,
     TUKEY,
+    are_on_one_line,
     check_options,
     design_effect,
     epipolar_chance,
     log_false_alarms,
     student_factor,
     tukey_cost,
+    without_copies,
 )
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
-from kpmatch_ros.geometry.stereo_errors import StereoPoints, StereoResiduals, stereo_residuals
+from kpmatch_ros.geometry.stereo_errors import StereoPoints, StereoResiduals, as_pixels, stereo_residuals
 from kpmatch_ros.geometry.two_view_errors import Matches, Motion, agrees, lengths, median_parallax, rotation_residuals
 
-__all__ = ["StereoAgreement", "check_stereo_matches", "estimate_stereo_motion"]
+__all__ = ["estimate_stereo_motion"]
 
 _SEARCH_ITERATIONS = 1000
 _SEARCH_THRESHOLD = 3.0  # inlier thresholds: a point of uncertain depth is seen that far from where it should be
@@ -49,64 +51,7 @@ _ALIKE = 6  # matches, of which the covariance is that of matches that err alike
 _WEAK = 1e-6  # information, squared pixels: keeps the covariance finite
 
 _FARTHEST = 1e-4  # inverse metres: for a start, nothing is further
-
-
-@dataclass(frozen=True, eq=False)
-class StereoAgreement:
-    """How many matches of a left and a right image agree with the pair's calibration.
-
-    Attributes:
-        status: OK; NO_CALIBRATION; or FAILED if the matches contradict the calibration.
-        num_matches: M, matches given.
-        inliers: (M,) bool, which matches are on their epipolar line and in front of the cameras; None without
-            calibration.
-    """
-
-    status: PoseStatus
-    num_matches: int
-    inliers: np.ndarray | None
-
-    @property
-    def num_inliers(self) -> int:
-        """Matches that agree."""
-        return 0 if self.inliers is None else int(self.inliers.sum())
-
-
-def check_stereo_matches(
-    left: np.ndarray,
-    right: np.ndarray,
-    camera: StereoCamera | None,
-    *,
-    max_reprojection_error: float = 1.0,
-    min_inliers: int = 15,
-) -> StereoAgreement:
-    """Which matches of a left and a right image agree with the calibration: on their epipolar lines, and in front.
-
-    Matches contradict the calibration if no more of them agree than chance has it, or if more are behind the cameras
-    than in front.
-
-    Args:
-        left: (M, 2) pixels in the left image as received. NaN and infinity are outliers.
-        right: (M, 2) pixels in the right image, the same matches.
-        camera: the calibration; None gives NO_CALIBRATION.
-        max_reprojection_error: the largest of an inlier, pixels.
-        min_inliers: fewer matches than this contradict no calibration.
-
-    Raises:
-        ValueError: an array has another shape.
-    """
-    left, right = _as_points(left), _as_points(right)
-    if camera is None:
-        return StereoAgreement(PoseStatus.NO_CALIBRATION, len(left), None)
-    points = StereoPoints.of(left, right, camera)
-    on_line = points.deep & (points.distances(points.points).sum(axis=0) < max_reprojection_error)
-    front = on_line & (points.points[2] > 0)
-    behind = on_line & (points.points[2] < 0) & ~points.is_distant(max_reprojection_error)
-    chances = np.full(len(left), epipolar_chance(camera.left, max_reprojection_error))
-    contradicted = len(left) >= min_inliers and (
-        behind.sum() > front.sum() or log_false_alarms(front, chances, 1) > math.log(FALSE_ALARM_RATE)
-    )
-    return StereoAgreement(PoseStatus.FAILED if contradicted else PoseStatus.OK, len(left), front)
+_FURTHEST_START = 1e6  # translation over the distance of the furthest point: all points would be seen as one
 
 
 def estimate_stereo_motion(
@@ -131,8 +76,8 @@ def estimate_stereo_motion(
     agree. The same input gives the same answer.
 
     Two tests have a false-alarm rate of FALSE_ALARM_RATE. The status is FAILED unless the first one says that wrong
-    matches would not agree as well. It is OK only if the second one, of the likelihood ratio, says that the translation
-    is not zero.
+    matches would not agree as well, and the matches leave no direction of the motion free. It is OK only if the second
+    one, of the likelihood ratio, says that the translation is not zero. Equal matches count as one.
 
     Args:
         left0: (M, 2) pixels in the reference frame's left image as received. NaN and infinity are outliers.
@@ -157,7 +102,7 @@ def estimate_stereo_motion(
     Raises:
         ValueError: the arrays have another shape, or a parameter is out of range.
     """
-    pixels = [_as_points(points) for points in (left0, right0, left1, right1)]
+    pixels = [as_pixels(points) for points in (left0, right0, left1, right1)]
     if len({points.shape for points in pixels}) != 1:
         raise ValueError(f"left0, right0, left1, right1 differ in shape: {[points.shape for points in pixels]}")
     check_options(max_reprojection_error, keypoint_resolution)
@@ -166,6 +111,22 @@ def estimate_stereo_motion(
     if camera0 is None or camera1 is None:
         return RelativePose.undefined(PoseStatus.NO_CALIBRATION, total)
     shared = None if sigmas is None else _relative(sigmas, total)
+    if (copies := without_copies(*pixels)) is not None:
+        left0, right0, left1, right1 = (points[copies[0]] for points in pixels)
+        pose = estimate_stereo_motion(
+            left0,
+            right0,
+            left1,
+            right1,
+            camera0,
+            camera1,
+            max_reprojection_error=max_reprojection_error,
+            min_inliers=min_inliers,
+            keypoint_resolution=keypoint_resolution,
+            independent_points=independent_points,
+            sigmas=None if sigmas is None else np.asarray(sigmas)[copies[0]],
+        )
+        return pose.for_copies(copies[1])
     frames = [
         _triangulate(pixels[0], pixels[1], camera0, inlier_threshold, shared),
         _triangulate(pixels[2], pixels[3], camera1, inlier_threshold, shared),
@@ -200,6 +161,8 @@ def estimate_stereo_motion(
             mask[usable] = inliers = _agrees(frames, pair, fit, inlier_threshold)
             if inliers.sum() < required:
                 return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total, mask)
+    if pair.is_free(fit, variance, status is PoseStatus.NO_TRANSLATION):
+        return RelativePose.undefined(PoseStatus.FAILED, total)
     return RelativePose(
         status=status,
         rotation=fit.rotation,
@@ -354,6 +317,19 @@ class _FramePair:
             )
         return near
 
+    def is_free(self, fit: _Fit, variance: float, rotation_only: bool) -> bool:
+        """Whether the points leave the motion free, or its rotation, for a variance of the keypoints' noise."""
+        used = fit.left.squares < fit.cutoffs
+        if not fit.left.determine(used, variance, rotation_only):
+            return True
+        # Noise puts points beside their line, as if the rotation about it could be seen.
+        forward = np.arange(len(used)) < self.forward
+        return not rotation_only and all(
+            are_on_one_line(self.source.points[:, part], self.source.covariances[..., part].mean(axis=-1), variance)
+            for part in (used & forward, used & ~forward)
+            if part.sum() > 2
+        )
+
     def covariance(self, fit: _Fit, resolution: float) -> tuple[np.ndarray, float, int]:
         """Covariance of an M-estimate: H^-1 G H^-1 with the whole Hessian H (Huber, Robust Statistics).
 
@@ -466,7 +442,7 @@ def _search(pair: _FramePair, cameras: tuple[StereoCamera, StereoCamera], inlier
         )
     except cv2.error:  # degenerate points
         return starts
-    if found and np.isfinite(turn).all() and np.isfinite(shift).all():
+    if found and np.isfinite(turn).all() and np.linalg.norm(shift) * points[2].min() < _FURTHEST_START:
         rotation = np.asarray(cv2.Rodrigues(turn)[0], dtype=np.float64)
         translation = np.asarray(shift, dtype=np.float64).ravel()
         # Points of the reference frame give the inverse of the motion, points of the current frame the motion.
@@ -485,10 +461,3 @@ def _relative(sigmas: np.ndarray, count: int) -> np.ndarray:
     if sigmas.shape != (count,) or not (sigmas > 0).all() or not np.isfinite(sigmas).all():
         raise ValueError(f"sigmas must be {count} positive numbers, not {sigmas.shape} from {sigmas.min(initial=0)} up")
     return np.asarray(sigmas / np.median(sigmas)) if count else sigmas
-
-
-def _as_points(points: np.ndarray) -> np.ndarray:
-    points = np.asarray(points, dtype=np.float64)
-    if points.ndim != 2 or points.shape[1] != 2:
-        raise ValueError(f"points must have shape (M, 2), not {points.shape}")
-    return points

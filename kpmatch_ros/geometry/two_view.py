@@ -18,11 +18,13 @@ from kpmatch_ros.geometry.robust import (
     FALSE_ALARM_RATE,
     SMALLEST_SAMPLE,
     TUKEY,
+    are_on_one_line,
     check_options,
     design_effect,
     epipolar_chance,
     log_false_alarms,
     tukey_cutoff,
+    without_copies,
 )
 from kpmatch_ros.geometry.two_modes import decide_by_prior, distance, is_distinct, rival_of, spread
 from kpmatch_ros.geometry.two_view_errors import (
@@ -93,7 +95,8 @@ def estimate_relative_pose(
     Three tests have a false-alarm rate of FALSE_ALARM_RATE. The status is FAILED unless the first one says that wrong
     matches would not agree as well. It is OK only if the second one says that no rotation alone explains the matches,
     and the third one that the other motion of a plane does not explain them as well. Otherwise the status is AMBIGUOUS,
-    unless the motion before tells.
+    unless the motion before tells. It is FAILED, not OK, if the inliers are on one line in both images: they leave the
+    motion free. Equal matches count as one.
 
     Matches that stand still in the image while the rest moves otherwise are outliers, as those on a robot's own body
     are. If more stand still than move, the status is AMBIGUOUS, unless the motion before tells. Otherwise two views
@@ -131,6 +134,19 @@ def estimate_relative_pose(
         return RelativePose.undefined(PoseStatus.NO_CALIBRATION, total)
     if total < required:
         return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total)
+    if (copies := without_copies(points0, points1)) is not None:
+        pose = estimate_relative_pose(
+            points0[copies[0]],
+            points1[copies[0]],
+            camera0,
+            camera1,
+            max_reprojection_error=max_reprojection_error,
+            min_inliers=min_inliers,
+            keypoint_resolution=keypoint_resolution,
+            independent_points=independent_points,
+            prior=prior,
+        )
+        return pose.for_copies(copies[1])
     matches, usable = normalise_matches(points0, points1, camera0, camera1)
     if len(matches) < required:
         return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total)
@@ -151,6 +167,8 @@ def estimate_relative_pose(
         solution = _check_noise(problem, _solve(problem, body.candidates))
     else:
         solution = _solve_without(problem, body.mask, body.candidates)
+    if solution.status is PoseStatus.OK and _is_free(problem, solution):
+        solution = _Solution(PoseStatus.FAILED)
     inliers = None
     if solution.inliers is not None:
         inliers = np.zeros(total, dtype=bool)
@@ -290,6 +308,17 @@ def _check_noise(problem: _Problem, solution: _Solution) -> _Solution:
         covariance = solution.covariance + best.covariance + spread(solution.motion, best.motion)
         return solution._replace(status=PoseStatus.AMBIGUOUS, covariance=covariance)
     return best._replace(inliers=inliers)
+
+
+def _is_free(problem: _Problem, solution: _Solution) -> bool:
+    """Whether the inliers leave the motion free: those on one line in both images do."""
+    assert solution.motion is not None and solution.inliers is not None
+    matches = problem.matches.select(solution.inliers)
+    variance = _deviation(problem, matches, solution.motion) ** 2
+    return all(
+        are_on_one_line(rays[:2], noise.mean(axis=1)[[[0, 1], [1, 2]]], variance)
+        for rays, noise in ((matches.rays0, matches.noise0), (matches.rays1, matches.noise1))
+    )
 
 
 class _Body(NamedTuple):

@@ -1,0 +1,73 @@
+"""Stereo matches checked against the calibration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.geometry.robust import FALSE_ALARM_RATE, epipolar_chance, log_false_alarms
+from kpmatch_ros.geometry.stereo_camera import StereoCamera
+from kpmatch_ros.geometry.stereo_errors import StereoPoints, as_pixels
+
+__all__ = ["StereoAgreement", "check_stereo_matches"]
+
+
+@dataclass(frozen=True, eq=False)
+class StereoAgreement:
+    """How many matches of a left and a right image agree with the pair's calibration.
+
+    Attributes:
+        status: OK; NO_CALIBRATION; or FAILED if the matches contradict the calibration.
+        num_matches: M, matches given.
+        inliers: (M,) bool, which matches are on their epipolar line and in front of the cameras; None without
+            calibration.
+    """
+
+    status: PoseStatus
+    num_matches: int
+    inliers: np.ndarray | None
+
+    @property
+    def num_inliers(self) -> int:
+        """Matches that agree."""
+        return 0 if self.inliers is None else int(self.inliers.sum())
+
+
+def check_stereo_matches(
+    left: np.ndarray,
+    right: np.ndarray,
+    camera: StereoCamera | None,
+    *,
+    max_reprojection_error: float = 1.0,
+    min_inliers: int = 15,
+) -> StereoAgreement:
+    """Which matches of a left and a right image agree with the calibration: on their epipolar lines, and in front.
+
+    Matches contradict the calibration if no more of them agree than chance has it, or if more are behind the cameras
+    than in front.
+
+    Args:
+        left: (M, 2) pixels in the left image as received. NaN and infinity are outliers.
+        right: (M, 2) pixels in the right image, the same matches.
+        camera: the calibration; None gives NO_CALIBRATION.
+        max_reprojection_error: the largest of an inlier, pixels.
+        min_inliers: fewer matches than this contradict no calibration.
+
+    Raises:
+        ValueError: an array has another shape.
+    """
+    left, right = as_pixels(left), as_pixels(right)
+    if camera is None:
+        return StereoAgreement(PoseStatus.NO_CALIBRATION, len(left), None)
+    points = StereoPoints.of(left, right, camera)
+    on_line = points.deep & (points.distances(points.points).sum(axis=0) < max_reprojection_error)
+    front = on_line & (points.points[2] > 0)
+    behind = on_line & (points.points[2] < 0) & ~points.is_distant(max_reprojection_error)
+    chances = np.full(len(left), epipolar_chance(camera.left, max_reprojection_error))
+    contradicted = len(left) >= min_inliers and (
+        behind.sum() > front.sum() or log_false_alarms(front, chances, 1) > math.log(FALSE_ALARM_RATE)
+    )
+    return StereoAgreement(PoseStatus.FAILED if contradicted else PoseStatus.OK, len(left), front)
