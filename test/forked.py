@@ -6,6 +6,7 @@ threads; each node then is a process of its own, which runs the matcher's own pr
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import runpy
@@ -72,6 +73,7 @@ def start(arguments: list[str], environment: dict[str, str], log: Path) -> Forke
         # Whatever the user's environment says: OpenBLAS starts its threads when it is loaded, and a fork loses them.
         alone = {**environment, "OPENBLAS_NUM_THREADS": "1"}
         _server = subprocess.Popen(command, env=alone, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        atexit.register(_end, _server)
     return ForkedProcess(_server, {"arguments": arguments, "variables": environment, "log": str(log)})
 
 
@@ -82,6 +84,14 @@ def _ask(server: subprocess.Popen[str], request: dict[str, Any]) -> Any:
     answer = server.stdout.readline()
     assert answer, "the process that forks nodes has ended"
     return json.loads(answer)
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    """Tell the server that there are no more requests, and see it end."""
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.close()
+    server.stdout.close()
+    server.wait(timeout=10)
 
 
 def _serve(program: str) -> None:
