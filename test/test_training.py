@@ -378,6 +378,20 @@ def test_a_batch_that_cannot_be_made_ends_the_training_that_asks_for_it() -> Non
         loop.Batches(make, 0, settings()).of(1)
 
 
+def test_a_batch_that_could_not_be_made_once_is_tried_again() -> None:
+    failures = iter([MemoryError("no room")])
+
+    def make(number: int) -> int:
+        for failure in failures:
+            raise failure
+        return number
+
+    batches = loop.Batches(make, 1, settings())
+    with pytest.raises(MemoryError, match="no room"):
+        batches.of(1)
+    assert batches.of(2) == 0
+
+
 def test_a_training_leaves_small_numbers_as_it_found_them() -> None:
     smallest = torch.tensor(1e-40)
     with loop.subnormals_are_zeros():

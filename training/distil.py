@@ -30,7 +30,7 @@ from loop import Batches, Settings, Student, add_options, rate, run, settings_of
 from narrow import load_narrow, narrow, save_narrow
 from torch import Tensor
 from torch.nn import functional as F
-from train import build, extract, features, load_extractors, packed
+from train import build, extract, features, load_extractors, packed, source_of
 from views import Source, load
 
 from kpmatch_ros.models import LightGlue, SuperPoint
@@ -44,11 +44,6 @@ DESCRIBED = 256  # of a view's points, the best, whose descriptors are told apar
 FLOOR = 0.05  # how much the descriptor of a cell without a point counts, beside one with a point
 SHARES = {"points": 5.0, "descriptors": 2.0, "contrast": 0.3}  # of the loss, so that their gradients are about as large
 RADIUS = 2  # pixels, of the suppression of non-maxima
-
-
-def source_of(sources: list[Source], number: int) -> Source:
-    """Photographs for three batches of five, rooms for the others."""
-    return sources[1] if len(sources) > 1 and number % 5 in (1, 3) else sources[0]
 
 
 # --- SuperPoint ------------------------------------------------------------------------------------------------------

@@ -177,9 +177,10 @@ class Batches(Generic[T]):
             if number not in self.begun:
                 self.begun[number] = self.worker.submit(self.make, number)
         number = self._number(step)
-        batch = self.begun[number].result()
-        if not self.count:
-            del self.begun[number]
+        future = self.begun.pop(number)
+        batch = future.result()  # one that failed, for want of memory say, is not kept
+        if self.count:
+            self.begun[number] = future
         return batch
 
     def _number(self, step: int) -> int:

@@ -97,6 +97,11 @@ def _start(make: Any, name: str, start: str, config: dict[str, Any]) -> dict[str
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
+def source_of(sources: list[Source], number: int) -> Source:
+    """Photographs for three batches of five, rooms for the others."""
+    return sources[1] if len(sources) > 1 and number % 5 in (1, 3) else sources[0]
+
+
 def points_step(
     teacher: SuperPoint, students: list[Student], pairs: ViewPairs, settings: Settings, step: int, progress: float
 ) -> dict[str, float]:
@@ -270,10 +275,8 @@ def train(arguments: argparse.Namespace) -> None:
         for name in arguments.networks
     ]
     extractors = load_extractors(arguments, device) if arguments.kind == "matching" else {}
-    judges = {}
-    if (
-        arguments.kind == "matching" and arguments.start is not None
-    ):  # a network that begins with random weights has none
+    judges = {}  # a network that begins with random weights has none
+    if arguments.kind == "matching" and arguments.start is not None:
         judges = {
             student.name: copy.deepcopy(student.average)
             for student in students
@@ -285,8 +288,7 @@ def train(arguments: argparse.Namespace) -> None:
         teacher = build("points", "full", str(arguments.teacher), device).eval()
 
     def views(number: int) -> ViewPairs:
-        source = trained[1] if len(trained) > 1 and number % 5 in (1, 3) else trained[0]
-        return source.pairs(settings.draw(1, number), settings.batch, settings.size)
+        return source_of(trained, number).pairs(settings.draw(1, number), settings.batch, settings.size)
 
     described = Batches(
         lambda number: matching_batches(extractors, judges, views(number), settings, number),
