@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,12 +68,13 @@ def test_headers_of_formats_that_opencv_only_reads() -> None:
 
 @pytest.mark.parametrize("extension", [".png", ".jpg"])
 @pytest.mark.parametrize("claimed", [(32_000, 32_000), (65_535, 1_100), (30_000, 30_000), (8_193, 8_192)])
-def test_a_file_that_claims_more_than_is_decoded_is_refused_at_once(extension: str, claimed: tuple[int, int]) -> None:
-    started = time.process_time()
+def test_a_file_that_claims_more_than_is_decoded_is_refused_undecoded(
+    monkeypatch: pytest.MonkeyPatch, extension: str, claimed: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(cv2, "imdecode", None)
     with pytest.raises(ImageError, match=f"{claimed[0]} x {claimed[1]} pixels") as caught:
         to_array(compressed(claiming(encoded(extension), *claimed)))
     assert caught.value.reason == "size"
-    assert time.process_time() - started < 0.2
 
 
 def test_the_limit_is_what_the_caller_takes() -> None:
@@ -85,13 +85,14 @@ def test_the_limit_is_what_the_caller_takes() -> None:
 
 
 @pytest.mark.parametrize("extension", [".png", ".jpg"])
-def test_kpmatch_match_refuses_what_claims_too_much(kpmatch: Run, tmp_path: Path, extension: str) -> None:
+def test_kpmatch_match_refuses_what_claims_too_much(
+    kpmatch: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, extension: str
+) -> None:
     (tmp_path / "small.png").write_bytes(encoded(".png"))
     (tmp_path / f"bomb{extension}").write_bytes(claiming(encoded(extension), 32_000, 32_000))
-    started = time.process_time()
+    monkeypatch.setattr(cv2, "imdecode", None)
     status, out, err = kpmatch("match", tmp_path / f"bomb{extension}", tmp_path / "small.png")
     assert (status, out) == (2, "") and "bomb" in err and "32000 x 32000" in err and err.count("\n") == 1
-    assert time.process_time() - started < 2
 
 
 TRAILERS: dict[str, bytes] = {

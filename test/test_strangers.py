@@ -1,4 +1,4 @@
-"""Weights, names and machines from strangers: refused in a sentence, in little time and memory, without a traceback."""
+"""Weights, names and machines from strangers: refused in a sentence, in little memory, without a traceback."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,10 +70,9 @@ def test_a_configuration_that_the_file_does_not_fit_is_refused_before_anything_i
 ) -> None:
     part = "keypoint_detector_config" if model is SuperPoint else ""
     source = changed(folder, tmp_path / "weights", part, **config)
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(WeightsError, match=str(tmp_path)):
         model.from_pretrained(source)
-    assert time.process_time() - started < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
