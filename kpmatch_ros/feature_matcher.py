@@ -302,8 +302,9 @@ class FeatureMatcher:
             self._to_precision(network)
 
     def _to_precision(self, network: Any) -> Any:
-        # There oneDNN compiles the layers for each number of points, and keeps what it compiled.
-        network.round_up = self.device.type == "cpu" and self.dtype == torch.bfloat16
+        # There oneDNN compiles its products for each number of points, and keeps what it compiled.
+        by_onednn = not (isinstance(network, LightGlue) and network.is_compiled)
+        network.round_up = self.device.type == "cpu" and self.dtype == torch.bfloat16 and by_onednn
         if not isinstance(network, (LightGlue, SuperGlue)):
             # How convolutions run fastest on processors and tensor cores alike.
             network.to(memory_format=torch.channels_last)
@@ -411,6 +412,8 @@ class FeatureMatcher:
             matcher.prune_above = _pruned_above(self.device, self.dtype)
             if has_tiles():
                 matcher.leave_attention_to_pytorch()
+            if self.device.type == "cpu" and self.dtype == torch.bfloat16:
+                matcher.use_compiled()
         loaded: Matcher = self._to_precision(matcher.to(self.device))
         return loaded
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import platform
-import warnings
 from pathlib import Path
 
 import numpy as np
+
+from kpmatch_ros import compiled_library
 
 __all__ = ["LIBRARY", "align", "available", "open_library", "undistort"]
 
@@ -24,26 +24,13 @@ _PATCH = 4 * _USED + 63 + 9  # numbers of a patch
 
 
 def open_library(path: Path) -> ctypes.CDLL | None:
-    """The library; None, which leaves the work to NumPy, where there is none for this version and processor."""
-    if not path.exists():
-        return None
+    """As :func:`kpmatch_ros.compiled_library.open_library`."""
     size, address = ctypes.c_int64, ctypes.c_void_p
-    try:
-        library = ctypes.CDLL(str(path))
-        version = library.kpmatch_version()
-        if version != _VERSION:
-            text = f"{path} has version {version}, not {_VERSION}: build the package again. NumPy does its work"
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
-            return None
-        library.kpmatch_align.argtypes = [size, address, size, size, address, address, ctypes.c_int32, *5 * [address]]
-        library.kpmatch_undistort.argtypes = [size, *4 * [address]]
-        library.kpmatch_align.restype = library.kpmatch_undistort.restype = None
-    except (OSError, AttributeError) as error:
-        # Of another processor's library, the system says that there is no such file.
-        text = f"{path} cannot be loaded on {platform.machine()}: {error}. Build the package again. NumPy does its work"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
-        return None
-    return library
+    functions = {
+        "kpmatch_align": (None, [size, address, size, size, address, address, ctypes.c_int32, *5 * [address]]),
+        "kpmatch_undistort": (None, [size, *4 * [address]]),
+    }
+    return compiled_library.open_library(path, _VERSION, functions, "NumPy")
 
 
 _library = open_library(LIBRARY)

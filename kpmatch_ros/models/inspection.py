@@ -79,6 +79,11 @@ def trace(network: nn.Module) -> Iterator[Trace]:
                 handle = module.register_forward_pre_hook(record_inputs)
             elif isinstance(network, lightglue.LightGlue) and module is network.input_projection:
                 handle = module.register_forward_hook(record_output)
+            elif isinstance(module, lightglue_layers.TransformerLayer):
+                # Compiled, it shows nothing of what is within.
+                stack.callback(setattr, module, "compiled", module.compiled)
+                module.compiled = None
+                continue
             else:
                 continue
             stack.callback(handle.remove)

@@ -141,6 +141,17 @@ class LightGlue(PretrainedNetwork):
             layer.self_attention.by_hand = layer.cross_attention.by_hand = False
         return self
 
+    def use_compiled(self) -> LightGlue:
+        """For bfloat16 on a processor, once fused: compute the layers by src/lightglue.c, where that can be."""
+        for layer in self.transformer_layers:
+            cast(TransformerLayer, layer).use_compiled()
+        return self
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether src/lightglue.c computes the layers in bfloat16."""
+        return all(cast(TransformerLayer, layer).compiled is not None for layer in self.transformer_layers)
+
     def match_as_one_batch(self) -> LightGlue:
         """For a GPU: see :class:`TransformerLayer`."""
         for layer in self.transformer_layers:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kpmatch_ros.models.assignment import attention_weights
+from kpmatch_ros.models.compiled import CompiledLayer
 
 __all__ = [
     "ACTIVATIONS",
@@ -272,6 +273,7 @@ class TransformerLayer(nn.Module):
     Attributes:
         as_one_batch: compute both images as one batch where they have as many points. Half as many kernels, each for
             twice as much, are a gain on a GPU, which both images alone leave half empty.
+        compiled: computes the layer in bfloat16 in place of PyTorch's operators, see :meth:`use_compiled`; None if these do.
     """
 
     def __init__(self, size: int, heads: int, key_value_heads: int, bias: bool, activation: str) -> None:
@@ -281,9 +283,12 @@ class TransformerLayer(nn.Module):
         self.cross_attention = Attention(size, heads, key_value_heads, bias)
         self.cross_mlp = FeedForward(size, activation)
         self.as_one_batch = False
+        self.compiled: CompiledLayer | None = None
 
     def forward(self, points0: Points, points1: Points) -> tuple[Tensor, Tensor]:
         """The new states of both images' points."""
+        if self.compiled is not None and self.dtype == torch.bfloat16:  # it may be in float32 for a moment
+            return self.compiled(points0, points1)
         alike = points0.x.shape == points1.x.shape and (points0.mask is None) == (points1.mask is None)
         if self.as_one_batch and alike:
             return self._as_one_batch(points0, points1)
@@ -324,6 +329,10 @@ class TransformerLayer(nn.Module):
         self.cross_attention.share_equal_projections()
         for attention in (self.self_attention, self.cross_attention):
             attention.join_projections()
+
+    def use_compiled(self) -> None:
+        """As :meth:`LightGlue.use_compiled`."""
+        self.compiled = CompiledLayer(self) if CompiledLayer.fits(self) else None
 
 
 class MatchAssignment(nn.Module):

@@ -1,0 +1,167 @@
+"""LightGlue's layers in bfloat16, compiled from src/lightglue.c, where the build of the ROS package has put them beside."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kpmatch_ros import compiled_library
+
+if TYPE_CHECKING:
+    from kpmatch_ros.models.lightglue_layers import Attention, FeedForward, Points, TransformerLayer
+
+__all__ = ["LIBRARY", "CompiledLayer", "available", "open_library"]
+
+LIBRARY = Path(__file__).with_name("libkpmatch_lightglue.so")
+# As in src/lightglue.c:
+_VERSION = 1  # the arguments and the meaning of its functions
+_TILES = 2  # of what it can run on this processor; 1 is vectors, 0 is nothing
+_MOST_THREADS = 64
+_MULTIPLE = 32  # of a head's size, and so of all sizes
+
+
+class _Half(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("project", "project_bias", "inner", "inner_bias")),
+        *((name, ctypes.c_void_p) for name in ("gain", "shift", "outer", "outer_bias")),
+        ("parts", ctypes.c_int64),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+class _Points(ctypes.Structure):
+    _fields_ = [("count", ctypes.c_int64), *((name, ctypes.c_void_p) for name in ("x", "rotation", "out"))]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("size", "heads", "threads", "tiles")),
+        ("within", _Half),
+        ("across", _Half),
+        ("points", _Points * 2),
+        ("work", ctypes.c_void_p),
+    ]
+
+
+def open_library(path: Path) -> ctypes.CDLL | None:
+    """As :func:`kpmatch_ros.compiled_library.open_library`."""
+    layer = ctypes.POINTER(_Layer)
+    functions = {
+        "kpmatch_support": (ctypes.c_int, []),
+        "kpmatch_layer_work": (ctypes.c_int64, [layer]),
+        "kpmatch_layer": (None, [layer]),
+    }
+    return compiled_library.open_library(path, _VERSION, functions, "PyTorch")
+
+
+_library = open_library(LIBRARY)
+_support: int = 0 if _library is None else _library.kpmatch_support()
+_kept = threading.local()
+
+
+def available() -> bool:
+    """Whether the library is there and the processor can run it: it has AVX-512 with bfloat16."""
+    return _support > 0
+
+
+class CompiledLayer:
+    """A layer of LightGlue, fused (:meth:`LightGlue.fuse`), as src/lightglue.c computes it.
+
+    Args:
+        layer: for which :meth:`fits` is true.
+        tiles: multiply by tiles (AMX) where the processor has them.
+    """
+
+    def __init__(self, layer: TransformerLayer, tiles: bool = True) -> None:
+        self.size, self.heads = layer.self_mlp.fc2.out_features, layer.self_attention.heads
+        self.tiles = tiles and _support >= _TILES
+        self.within = _half(layer.self_attention, layer.self_mlp)
+        self.across = _half(layer.cross_attention, layer.cross_mlp)
+
+    @staticmethod
+    def fits(layer: TransformerLayer) -> bool:
+        """Whether this layer can be computed here, on this processor."""
+        halves = ((layer.self_attention, layer.self_mlp), (layer.cross_attention, layer.cross_mlp))
+        return available() and all(
+            attention.joint is not None
+            and attention.joint.bias is not None
+            and isinstance(attention.o_proj, nn.Identity)
+            and attention.key_value_heads == attention.heads
+            and attention.head_size % _MULTIPLE == 0
+            and mlp.activation is F.gelu
+            for attention, mlp in halves
+        )
+
+    def __call__(self, points0: Points, points1: Points) -> tuple[Tensor, Tensor]:
+        """The new states (B, N, C) of both images' points, float32. Those of padding stay as they are."""
+        states0, states1 = (points.x.float().contiguous() for points in (points0, points1))
+        if points0.mask is None and points1.mask is None and len(states0) == 1:
+            new0, new1 = self._run(states0[0], states1[0], _rotation(points0, 0), _rotation(points1, 0))
+            return new0[None], new1[None]
+        states0, states1 = states0.clone(), states1.clone()
+        for b in range(len(states0)):
+            real0, real1 = (slice(None) if points.mask is None else points.mask[b] for points in (points0, points1))
+            rotation0, rotation1 = _rotation(points0, b)[real0], _rotation(points1, b)[real1]
+            states0[b, real0], states1[b, real1] = self._run(states0[b, real0], states1[b, real1], rotation0, rotation1)
+        return states0, states1
+
+    def _run(self, x0: Tensor, x1: Tensor, rotation0: Tensor, rotation1: Tensor) -> tuple[Tensor, Tensor]:
+        """A pair: states (N, C) and rotations (N, C / heads / 2, 2), float32, one after the other in memory."""
+        assert _library is not None
+        if len(x0) == 0 or len(x1) == 0:
+            return x0, x1
+        new0, new1 = torch.empty_like(x0), torch.empty_like(x1)
+        layer = _Layer(self.size, self.heads, min(torch.get_num_threads(), _MOST_THREADS), self.tiles)
+        layer.within, layer.across = _as_structure(self.within), _as_structure(self.across)
+        for i, (x, rotation, new) in enumerate(((x0, rotation0, new0), (x1, rotation1, new1))):
+            layer.points[i] = _Points(len(x), x.data_ptr(), rotation.data_ptr(), new.data_ptr())
+        work = _working_memory(_library.kpmatch_layer_work(layer))
+        layer.work = work.data_ptr()
+        _library.kpmatch_layer(layer)
+        return new0, new1
+
+
+def _working_memory(size: int) -> Tensor:
+    """So many bytes at least, kept for each thread: asked of the system anew, they come page by page."""
+    if getattr(_kept, "work", None) is None or len(_kept.work) < size:
+        _kept.work = torch.empty(size, dtype=torch.uint8)
+    work: Tensor = _kept.work
+    return work
+
+
+def _rotation(points: Points, b: int) -> Tensor:
+    rotation = points.rotation[b, 0]
+    return (torch.view_as_real(rotation) if rotation.is_complex() else rotation).contiguous()
+
+
+_Weights = tuple[list[Tensor], int, float]
+
+
+def _half(attention: Attention, mlp: FeedForward) -> _Weights:
+    """The members of a _Half."""
+    joint = attention.joint
+    assert joint is not None
+    tensors: list[Tensor] = []
+    for linear in (joint, mlp.fc1):
+        tensors += [_packed(linear.weight), linear.bias.detach().float()]
+    tensors += [values.detach().float() for values in (mlp.layer_norm.weight, mlp.layer_norm.bias)]
+    tensors += [_packed(mlp.fc2.weight), mlp.fc2.bias.detach().float()]
+    return [each.contiguous() for each in tensors], joint.out_features // joint.in_features, mlp.layer_norm.eps
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """A weight (N, K) as the right side of a product: see src/lightglue.c."""
+    n, k = weight.shape
+    pairs = weight.detach().to(torch.bfloat16).reshape(n // 16, 16, k // 32, 16, 2)
+    return pairs.permute(0, 2, 3, 1, 4).contiguous()
+
+
+def _as_structure(weights: _Weights) -> _Half:
+    tensors, parts, epsilon = weights
+    return _Half(*(each.data_ptr() for each in tensors), parts, epsilon)

@@ -1,0 +1,542 @@
+/* A layer of LightGlue (kpmatch_ros/models/lightglue_layers.py) in bfloat16, compiled for x86-64.
+ *
+ * PyTorch's operators there describe the layer, and run where this library is not built or the processor lacks what it
+ * needs: AVX-512 with bfloat16, or with it tiles (AMX), which multiply several times as fast. Each of a layer's many small
+ * operations writes its result for the next one to read, which takes longer than the products. Here a block of rows passes
+ * through all of them in the processor's own cache. Products are of bfloat16 numbers with sums in float32, as in PyTorch;
+ * what lies between them stays in float32. test/test_compiled_layers.py compares both.
+ *
+ * C11, without Python's headers: kpmatch_ros/models/compiled.py calls it by ctypes.
+ */
+#include <stdint.h>
+
+/* Changes with the arguments or the meaning of a function. compiled.py loads no library with another number. */
+#define VERSION 1
+
+int kpmatch_version(void) { return VERSION; }
+
+/* What of it this processor and system can run. */
+enum { NOTHING, VECTORS, TILES };
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+
+#include <cpuid.h>
+#include <pthread.h>
+#include <stddef.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+int kpmatch_support(void)
+{
+    const long ask_permission = 0x1023, tile_data = 18; /* Linux lets a process use tiles that asks for them */
+    const unsigned int tiles = 1u << 24 | 1u << 22;     /* and that they multiply bfloat16 */
+    unsigned int eax, ebx, ecx, edx;
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512dq") ||
+        !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl"))
+        return NOTHING;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & tiles) != tiles)
+        return VECTORS;
+    return syscall(SYS_arch_prctl, ask_permission, tile_data) == 0 ? TILES : VECTORS;
+}
+
+/* From here on code is for these processors alone. */
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma")
+#include <immintrin.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum {
+    ROWS = 32,             /* of a block: two tiles */
+    TILE = 16,             /* rows of a tile, and its columns of float32 */
+    PAIRS = 2 * TILE,      /* bfloat16 numbers in a row of a tile */
+    PACKED = TILE * PAIRS, /* and in all of it */
+    MOST_THREADS = 64
+};
+
+/* The arguments: structures of compiled.py, with their names there. Weights are packed as `packed` there says. */
+
+typedef struct {
+    const uint16_t *project; /* queries, keys unless they are the queries, values */
+    const float *project_bias;
+    const uint16_t *inner; /* the feed-forward network's two linear layers, with the norm between them */
+    const float *inner_bias;
+    const float *gain;
+    const float *shift;
+    const uint16_t *outer;
+    const float *outer_bias;
+    int64_t parts; /* 3; 2 where keys are queries */
+    float epsilon;
+} Half;
+
+typedef struct {
+    int64_t count;
+    const float *x;        /* (count, size) */
+    const float *rotation; /* (count, size / heads / 2, 2): cosine and sine */
+    float *out;            /* (count, size) */
+} Points;
+
+typedef struct {
+    int64_t size, heads, threads, tiles;
+    Half within, across;
+    Points points[2];
+    void *work; /* kpmatch_layer_work bytes, at a multiple of 64 */
+} Layer;
+
+/* What a layer knows of an image between its steps; all with whole blocks of rows. */
+typedef struct {
+    uint16_t *query;        /* (rows, size) */
+    uint16_t *key, *value;  /* of each head, packed as the right side of a product */
+} Heads;
+
+typedef struct {
+    uint16_t *rounded, *message; /* (rows, size) */
+    Heads within, across;
+} Image;
+
+/* The threads of a layer. They live as long as it runs. */
+typedef struct {
+    pthread_mutex_t start; /* held until it is known how many there are */
+    pthread_barrier_t barrier;
+    int64_t count;
+} Team;
+
+typedef struct {
+    const Layer *layer;
+    Image images[2];
+    Team *team;
+    int64_t number; /* of this thread */
+    /* Of a block of rows: */
+    float *sums;      /* results of products, as wide as the widest */
+    uint16_t *inputs; /* numbers for the next product */
+} Thread;
+
+INLINE int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+INLINE int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+
+INLINE void store_rounded(uint16_t *place, __m512 values)
+{
+    _mm256_storeu_si256((__m256i *)place, (__m256i)_mm512_cvtneps_pbh(values));
+}
+
+/* Products. The left side is rows in memory; the right side is packed: for each 16 columns, for each 32 numbers of depth,
+ * 16 rows of 16 pairs of numbers. */
+
+typedef struct {
+    const uint16_t *numbers;
+    int64_t stride; /* numbers from a row to the next */
+    int64_t depth;  /* a multiple of 32 */
+} Side;
+
+static void multiply_by_tiles(const Side *sides, int count, const uint16_t *packed, int64_t columns, float *sums)
+{
+    int64_t depth = 0;
+    for (int i = 0; i < count; i++)
+        depth += sides[i].depth;
+    for (int64_t n = 0; n < columns; n += 2 * TILE) {
+        const uint16_t *right0 = packed + n * depth, *right1 = right0 + TILE * depth;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int i = 0; i < count; i++) {
+            const int64_t stride = sides[i].stride;
+            for (int64_t k = 0; k < sides[i].depth; k += PAIRS, right0 += PACKED, right1 += PACKED) {
+                const uint16_t *left = sides[i].numbers + k;
+                _tile_loadd(4, left, 2 * stride);
+                _tile_loadd(6, right0, 64);
+                _tile_loadd(7, right1, 64);
+                _tile_loadd(5, left + TILE * stride, 2 * stride);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+        _tile_stored(0, sums + n, 4 * columns);
+        _tile_stored(1, sums + n + TILE, 4 * columns);
+        _tile_stored(2, sums + TILE * columns + n, 4 * columns);
+        _tile_stored(3, sums + TILE * columns + n + TILE, 4 * columns);
+    }
+}
+
+static void multiply_by_vectors(const Side *sides, int count, const uint16_t *packed, int64_t columns, float *sums)
+{
+    enum { AT_ONCE = 8 };
+    int64_t depth = 0;
+    for (int i = 0; i < count; i++)
+        depth += sides[i].depth;
+    for (int64_t n = 0; n < columns; n += 2 * TILE)
+        for (int64_t row = 0; row < ROWS; row += AT_ONCE) {
+            const uint16_t *right0 = packed + n * depth, *right1 = right0 + TILE * depth;
+            __m512 sum0[AT_ONCE], sum1[AT_ONCE];
+            for (int r = 0; r < AT_ONCE; r++)
+                sum0[r] = sum1[r] = _mm512_setzero_ps();
+            for (int i = 0; i < count; i++) {
+                const int64_t stride = sides[i].stride;
+                const uint16_t *left = sides[i].numbers + row * stride;
+                for (int64_t k = 0; k < sides[i].depth; k += 2, right0 += PAIRS, right1 += PAIRS) {
+                    const __m512bh pairs0 = (__m512bh)_mm512_loadu_si512(right0);
+                    const __m512bh pairs1 = (__m512bh)_mm512_loadu_si512(right1);
+#pragma GCC unroll 8
+                    for (int r = 0; r < AT_ONCE; r++) {
+                        int32_t pair;
+                        memcpy(&pair, left + r * stride + k, sizeof pair);
+                        const __m512bh same = (__m512bh)_mm512_set1_epi32(pair);
+                        sum0[r] = _mm512_dpbf16_ps(sum0[r], same, pairs0);
+                        sum1[r] = _mm512_dpbf16_ps(sum1[r], same, pairs1);
+                    }
+                }
+            }
+            for (int r = 0; r < AT_ONCE; r++) {
+                _mm512_storeu_ps(sums + (row + r) * columns + n, sum0[r]);
+                _mm512_storeu_ps(sums + (row + r) * columns + n + TILE, sum1[r]);
+            }
+        }
+}
+
+/* Sums (32, columns) of 32 rows, whose numbers may be in several parts, times a packed matrix. */
+INLINE void multiply(const Thread *thread, const Side *sides, int count, const uint16_t *packed, int64_t columns)
+{
+    if (thread->layer->tiles)
+        multiply_by_tiles(sides, count, packed, columns, thread->sums);
+    else
+        multiply_by_vectors(sides, count, packed, columns, thread->sums);
+}
+
+/* Functions. Both polynomials were fitted by reweighted least squares. */
+
+/* 2^x, with a relative error of 8e-5, a thirtieth of what bfloat16 rounds away. */
+INLINE __m512 power_of_two(__m512 x)
+{
+    const __m512 part = _mm512_reduce_ps(x, 0x01); /* x - floor(x) */
+    __m512 power = _mm512_set1_ps(0.07802446186542511f);
+    power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(0.22606727480888367f));
+    power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(0.6958335041999817f));
+    power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(0.9999251961708069f));
+    return _mm512_scalef_ps(power, x); /* times 2^floor(x) */
+}
+
+/* x times the share of a normal distribution below x, with an error of 5e-5 up to 4 and 1e-4 of x beyond. */
+INLINE __m512 gelu(__m512 x)
+{
+    const __m512 near = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(4)), _mm512_set1_ps(-4));
+    const __m512 square = _mm512_mul_ps(near, near);
+    __m512 slope = _mm512_set1_ps(-1.3012824151559244e-09f);
+    slope = _mm512_fmadd_ps(slope, square, _mm512_set1_ps(1.0419532259220432e-07f));
+    slope = _mm512_fmadd_ps(slope, square, _mm512_set1_ps(-3.657115485111717e-06f));
+    slope = _mm512_fmadd_ps(slope, square, _mm512_set1_ps(7.485483365599066e-05f));
+    slope = _mm512_fmadd_ps(slope, square, _mm512_set1_ps(-0.0010064890375360847f));
+    slope = _mm512_fmadd_ps(slope, square, _mm512_set1_ps(0.009505393914878368f));
+    slope = _mm512_fmadd_ps(slope, square, _mm512_set1_ps(-0.06588783860206604f));
+    slope = _mm512_fmadd_ps(slope, square, _mm512_set1_ps(0.3986733853816986f));
+    return _mm512_mul_ps(x, _mm512_fmadd_ps(near, slope, _mm512_set1_ps(0.5f)));
+}
+
+/* Turn pairs of channels, each by the cosine and sine in its place. */
+INLINE __m512 turned(__m512 pairs, __m512 rotation)
+{
+    const __m512 cosine = _mm512_moveldup_ps(rotation), sine = _mm512_movehdup_ps(rotation);
+    return _mm512_fmaddsub_ps(pairs, cosine, _mm512_mul_ps(_mm512_permute_ps(pairs, 0xB1), sine));
+}
+
+/* The layer's steps, each for a block of 32 rows from `first` on. */
+
+/* Queries, keys and values of rounded states. */
+static void project(const Thread *thread, const Half *half, const Points *points, const uint16_t *states, Heads *heads,
+                    int64_t first)
+{
+    const Layer *layer = thread->layer;
+    const int64_t size = layer->size, width = size / layer->heads, columns = half->parts * size;
+    const int64_t rows = whole(points->count, ROWS), values = columns - size, keys = values - size;
+    const Side side = {states, size, size};
+    multiply(thread, &side, 1, half->project, columns);
+    for (int64_t r = 0; r < ROWS; r++) {
+        const int64_t row = first + r;
+        float *sums = thread->sums + r * columns;
+        const float *rotation =
+            points->rotation && row < points->count ? points->rotation + row * width : NULL;
+        for (int64_t c = 0; c < columns; c += TILE) {
+            __m512 sum = _mm512_add_ps(_mm512_loadu_ps(sums + c), _mm512_loadu_ps(half->project_bias + c));
+            if (rotation && c < values)
+                sum = turned(sum, _mm512_loadu_ps(rotation + c % width));
+            _mm512_storeu_ps(sums + c, sum);
+            if (c < size)
+                store_rounded(heads->query + row * size + c, sum);
+            if (c >= keys && c < values) {
+                /* The key is a column: its pairs of channels go one below the other. */
+                uint32_t pairs[TILE / 2];
+                store_rounded((uint16_t *)pairs, sum);
+                const int64_t channel = c - keys, within = channel % width;
+                uint32_t *place = (uint32_t *)(heads->key + channel / width * rows * width +
+                                               row / TILE * TILE * width + within / PAIRS * PACKED) +
+                                  within % PAIRS / 2 * TILE + row % TILE;
+                for (int i = 0; i < TILE / 2; i++)
+                    place[i * TILE] = pairs[i];
+            }
+        }
+    }
+    for (int64_t r = 0; r < ROWS; r += 2) {
+        const int64_t row = first + r;
+        const float *above = thread->sums + r * columns + values, *below = above + columns;
+        for (int64_t c = 0; c < size; c += TILE) {
+            const __m512i even = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(above + c)));
+            const __m512i odd = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(below + c)));
+            uint16_t *place = heads->value + c / width * rows * width + c % width / TILE * TILE * rows +
+                              row / PAIRS * PACKED + row % PAIRS / 2 * PAIRS;
+            _mm512_storeu_si512(place, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+        }
+    }
+}
+
+/* Weights of a row of similarities, 0 beyond `count`. Returns what their sum has to be divided by. */
+INLINE float weigh(float *similarities, int64_t count, int64_t rows, float scale, uint16_t *weights)
+{
+    for (int64_t c = count; c < rows; c++)
+        similarities[c] = -__builtin_inff();
+    __m512 most0 = _mm512_loadu_ps(similarities), most1 = _mm512_loadu_ps(similarities + TILE);
+    for (int64_t c = PAIRS; c < rows; c += PAIRS) {
+        most0 = _mm512_max_ps(most0, _mm512_loadu_ps(similarities + c));
+        most1 = _mm512_max_ps(most1, _mm512_loadu_ps(similarities + c + TILE));
+    }
+    const __m512 factor = _mm512_set1_ps(scale);
+    const __m512 offset = _mm512_set1_ps(_mm512_reduce_max_ps(_mm512_max_ps(most0, most1)) * scale);
+    __m512 total0 = _mm512_setzero_ps(), total1 = _mm512_setzero_ps();
+    for (int64_t c = 0; c < rows; c += PAIRS) {
+        const __m512 weight0 = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(similarities + c), factor, offset));
+        const __m512 weight1 = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(similarities + c + TILE), factor, offset));
+        total0 = _mm512_add_ps(total0, weight0);
+        total1 = _mm512_add_ps(total1, weight1);
+        _mm512_storeu_si512(weights + c, (__m512i)_mm512_cvtne2ps_pbh(weight1, weight0));
+    }
+    return _mm512_reduce_add_ps(_mm512_add_ps(total0, total1));
+}
+
+/* Messages of one head from a source to rows. */
+static void listen(const Thread *thread, const Heads *to, const Heads *from, int64_t count, int64_t head,
+                   uint16_t *message, int64_t first)
+{
+    const int64_t size = thread->layer->size, width = size / thread->layer->heads, rows = whole(count, ROWS);
+    const float scale = 1.4426950408889634f / __builtin_sqrtf((float)width); /* of the logarithm to base 2 */
+    float totals[ROWS];
+    const Side queries = {to->query + first * size + head * width, size, width};
+    multiply(thread, &queries, 1, from->key + head * rows * width, rows);
+    for (int64_t r = 0; r < ROWS; r++)
+        totals[r] = weigh(thread->sums + r * rows, count, rows, scale, thread->inputs + r * rows);
+    const Side weights = {thread->inputs, rows, rows};
+    multiply(thread, &weights, 1, from->value + head * rows * width, width);
+    for (int64_t r = 0; r < ROWS; r++) {
+        const __m512 share = _mm512_set1_ps(1 / totals[r]);
+        for (int64_t c = 0; c < width; c += TILE)
+            store_rounded(message + (first + r) * size + head * width + c,
+                          _mm512_mul_ps(_mm512_loadu_ps(thread->sums + r * width + c), share));
+    }
+}
+
+/* The states after a message: x plus the feed-forward network of both. `rounded` becomes them, rounded. */
+static void feed_forward(const Thread *thread, const Half *half, int64_t count, const float *x, uint16_t *rounded,
+                         const uint16_t *message, float *out, int64_t first)
+{
+    const int64_t size = thread->layer->size, wide = 2 * size;
+    const Side both[2] = {{rounded + first * size, size, size}, {message + first * size, size, size}};
+    multiply(thread, both, 2, half->inner, wide);
+    for (int64_t r = 0; r < ROWS; r++) {
+        float *sums = thread->sums + r * wide;
+        __m512 total = _mm512_setzero_ps();
+        for (int64_t c = 0; c < wide; c += TILE) {
+            const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(sums + c), _mm512_loadu_ps(half->inner_bias + c));
+            total = _mm512_add_ps(total, sum);
+            _mm512_storeu_ps(sums + c, sum);
+        }
+        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(total) / (float)wide);
+        __m512 squares = _mm512_setzero_ps();
+        for (int64_t c = 0; c < wide; c += TILE) {
+            const __m512 difference = _mm512_sub_ps(_mm512_loadu_ps(sums + c), mean);
+            squares = _mm512_fmadd_ps(difference, difference, squares);
+        }
+        const float variance = _mm512_reduce_add_ps(squares) / (float)wide;
+        const __m512 inverse = _mm512_set1_ps(1 / __builtin_sqrtf(variance + half->epsilon));
+        for (int64_t c = 0; c < wide; c += TILE) {
+            const __m512 normal = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(sums + c), mean), inverse);
+            const __m512 hidden =
+                _mm512_fmadd_ps(normal, _mm512_loadu_ps(half->gain + c), _mm512_loadu_ps(half->shift + c));
+            store_rounded(thread->inputs + r * wide + c, gelu(hidden));
+        }
+    }
+    const Side hidden = {thread->inputs, wide, wide};
+    multiply(thread, &hidden, 1, half->outer, size);
+    for (int64_t r = 0; r < ROWS && first + r < count; r++) {
+        const int64_t row = (first + r) * size;
+        for (int64_t c = 0; c < size; c += TILE) {
+            const __m512 change = _mm512_add_ps(_mm512_loadu_ps(thread->sums + r * size + c),
+                                                _mm512_loadu_ps(half->outer_bias + c));
+            const __m512 state = _mm512_add_ps(_mm512_loadu_ps(x + row + c), change);
+            _mm512_storeu_ps(out + row + c, state);
+            store_rounded(rounded + row + c, state);
+        }
+    }
+}
+
+/* States as they enter the layer, rounded; 0 where a block is longer than its points. */
+static void enter(const Thread *thread, const Points *points, uint16_t *rounded, int64_t first)
+{
+    const int64_t size = thread->layer->size;
+    for (int64_t row = first; row < first + ROWS; row++)
+        for (int64_t c = 0; c < size; c += TILE)
+            store_rounded(rounded + row * size + c, row < points->count ? _mm512_loadu_ps(points->x + row * size + c)
+                                                                       : _mm512_setzero_ps());
+}
+
+typedef struct {
+    int64_t first, end;
+} Span;
+
+/* The rows of an image that are a thread's: both images' blocks are shared out evenly. */
+static Span rows_of(const Thread *thread, int i)
+{
+    const Points *points = thread->layer->points;
+    const int64_t blocks0 = whole(points[0].count, ROWS) / ROWS, all = blocks0 + whole(points[1].count, ROWS) / ROWS;
+    const int64_t first = all * thread->number / thread->team->count;
+    const int64_t end = all * (thread->number + 1) / thread->team->count;
+    const int64_t start = i ? blocks0 : 0, stop = i ? all : blocks0;
+    const Span span = {ROWS * ((first > start ? first : start) - start), ROWS * ((end < stop ? end : stop) - start)};
+    return span;
+}
+
+static void run_thread(Thread *thread)
+{
+    const Layer *layer = thread->layer;
+    Image *images = thread->images;
+    for (int i = 0; i < 2; i++) {
+        const Span rows = rows_of(thread, i);
+        for (int64_t first = rows.first; first < rows.end; first += ROWS) {
+            enter(thread, &layer->points[i], images[i].rounded, first);
+            project(thread, &layer->within, &layer->points[i], images[i].rounded + first * layer->size,
+                    &images[i].within, first);
+        }
+    }
+    pthread_barrier_wait(&thread->team->barrier);
+    for (int i = 0; i < 2; i++) {
+        const Points *points = &layer->points[i];
+        const Points without_rotation = {points->count, NULL, NULL, NULL};
+        const Image *image = &images[i];
+        const Span rows = rows_of(thread, i);
+        for (int64_t head = 0; head < layer->heads; head++)
+            for (int64_t first = rows.first; first < rows.end; first += ROWS)
+                listen(thread, &image->within, &image->within, points->count, head, image->message, first);
+        for (int64_t first = rows.first; first < rows.end; first += ROWS) {
+            feed_forward(thread, &layer->within, points->count, points->x, image->rounded, image->message,
+                         points->out, first);
+            project(thread, &layer->across, &without_rotation, image->rounded + first * layer->size,
+                    &images[i].across, first);
+        }
+    }
+    pthread_barrier_wait(&thread->team->barrier);
+    for (int i = 0; i < 2; i++) {
+        const Points *points = &layer->points[i];
+        const Image *image = &images[i];
+        const Span rows = rows_of(thread, i);
+        for (int64_t head = 0; head < layer->heads; head++)
+            for (int64_t first = rows.first; first < rows.end; first += ROWS)
+                listen(thread, &image->across, &images[1 - i].across, layer->points[1 - i].count, head,
+                       image->message, first);
+        for (int64_t first = rows.first; first < rows.end; first += ROWS)
+            feed_forward(thread, &layer->across, points->count, points->out, image->rounded, image->message,
+                         points->out, first);
+    }
+}
+
+static void *start_thread(void *argument)
+{
+    Thread *thread = argument;
+    pthread_mutex_lock(&thread->team->start);
+    pthread_mutex_unlock(&thread->team->start);
+    /* Numbers below the normal ones take processors far longer, and count for nothing here. */
+    const unsigned int modes = _mm_getcsr();
+    _mm_setcsr(modes | 0x8040);
+    if (thread->layer->tiles) {
+        struct {
+            uint8_t palette, start_row, reserved[14];
+            uint16_t bytes[16];
+            uint8_t rows[16];
+        } shapes = {.palette = 1};
+        for (int i = 0; i < 8; i++) {
+            shapes.bytes[i] = 64;
+            shapes.rows[i] = TILE;
+        }
+        _tile_loadconfig(&shapes);
+        run_thread(thread);
+        _tile_release();
+    } else {
+        run_thread(thread);
+    }
+    _mm_setcsr(modes);
+    return NULL;
+}
+
+static int64_t most_rows(const Layer *layer)
+{
+    return whole(largest(layer->points[0].count, layer->points[1].count), ROWS);
+}
+
+/* Numbers in a row of the widest block: of `sums` and of `inputs`. */
+static int64_t widest(const Layer *layer) { return largest(most_rows(layer), 3 * layer->size); }
+
+/* Bytes of working memory. */
+int64_t kpmatch_layer_work(const Layer *layer)
+{
+    const int64_t rows = whole(layer->points[0].count, ROWS) + whole(layer->points[1].count, ROWS);
+    return 8 * rows * layer->size * (int64_t)sizeof(uint16_t) +
+           layer->threads * ROWS * widest(layer) * (int64_t)(sizeof(float) + sizeof(uint16_t));
+}
+
+INLINE uint16_t *taken(char **work, int64_t numbers)
+{
+    uint16_t *place = (uint16_t *)*work;
+    *work += numbers * (int64_t)sizeof(uint16_t);
+    return place;
+}
+
+/* Run a layer, with fewer threads where the system starts no more. */
+void kpmatch_layer(const Layer *layer)
+{
+    char *work = layer->work;
+    Team team = {.start = PTHREAD_MUTEX_INITIALIZER};
+    Thread threads[MOST_THREADS];
+    pthread_t started[MOST_THREADS];
+    Thread thread = {.layer = layer, .team = &team};
+    for (int i = 0; i < 2; i++) {
+        const int64_t numbers = whole(layer->points[i].count, ROWS) * layer->size;
+        Image *image = &thread.images[i];
+        image->rounded = taken(&work, numbers);
+        image->message = taken(&work, numbers);
+        image->within = (Heads){taken(&work, numbers), taken(&work, numbers), taken(&work, numbers)};
+        image->across = (Heads){taken(&work, numbers), taken(&work, numbers), taken(&work, numbers)};
+    }
+    pthread_mutex_lock(&team.start);
+    for (int64_t i = 0; i < layer->threads && i < MOST_THREADS; i++) {
+        thread.number = i;
+        thread.sums = (float *)taken(&work, 2 * ROWS * widest(layer));
+        thread.inputs = taken(&work, ROWS * widest(layer));
+        threads[i] = thread;
+        if (i > 0 && pthread_create(&started[i], NULL, start_thread, &threads[i]) != 0)
+            break;
+        team.count = i + 1;
+    }
+    pthread_barrier_init(&team.barrier, NULL, (unsigned int)team.count);
+    pthread_mutex_unlock(&team.start);
+    start_thread(&threads[0]);
+    for (int64_t i = 1; i < team.count; i++)
+        pthread_join(started[i], NULL);
+    pthread_barrier_destroy(&team.barrier);
+    pthread_mutex_destroy(&team.start);
+}
+
+#else
+
+int kpmatch_support(void) { return NOTHING; }
+int64_t kpmatch_layer_work(const void *layer) { return (void)layer, 0; }
+void kpmatch_layer(const void *layer) { (void)layer; }
+
+#endif

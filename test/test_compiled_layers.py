@@ -1,0 +1,229 @@
+"""LightGlue's layers as src/lightglue.c computes them are those of PyTorch's operators, and no less exact."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kpmatch_ros import FeatureMatcher, Parameters
+from kpmatch_ros.cli import doctor
+from kpmatch_ros.models import LightGlue, compiled, trace
+from kpmatch_ros.models.lightglue_layers import Points, TransformerLayer
+from simulation import Scene, camera_path, demo_camera
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(not compiled.available(), reason="not built, or not for this processor")
+SIZES = [(64, 2), (128, 4), (192, 2), (256, 4)]  # channels, heads
+COUNTS = [(1, 1), (2, 31), (33, 32), (100, 65), (16, 257)]
+
+
+@pytest.fixture(params=[True, False], ids=["tiles", "vectors"])
+def tiles(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def layer_of(size: int, heads: int, shared: bool = True, scale: float = 1.0, seed: int = 0) -> TransformerLayer:
+    """A layer with random weights, rounded to bfloat16, in float32."""
+    torch.manual_seed(seed)
+    layer = TransformerLayer(size, heads, heads, True, "gelu").requires_grad_(False).eval()
+    for name, values in layer.named_parameters():
+        if name.endswith("layer_norm.weight"):
+            values.copy_(1 + 0.2 * torch.randn_like(values))
+        elif "_proj" in name:
+            values.mul_(scale)
+    if shared:
+        layer.cross_attention.k_proj.load_state_dict(layer.cross_attention.q_proj.state_dict())
+    layer.fuse()
+    return layer.to(torch.bfloat16).float()
+
+
+def points_of(count: int, size: int, heads: int, seed: int, batch: int = 1) -> Points:
+    random = torch.Generator().manual_seed(seed)
+    angles = 3 * torch.randn(batch, 1, count, size // heads // 2, generator=random)
+    x = torch.randn(batch, count, size, generator=random)
+    rotation = torch.polar(torch.ones_like(angles), angles)
+    return Points(x, rotation, None, torch.arange(count), torch.ones(count, dtype=torch.int64))
+
+
+def both(layer: TransformerLayer, counts: tuple[int, int]) -> tuple[Points, Points]:
+    size, heads = layer.self_mlp.fc2.out_features, layer.self_attention.heads
+    first, second = (points_of(count, size, heads, seed) for seed, count in enumerate(counts))
+    return first, second
+
+
+def error(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> float:
+    """The largest share of an image's states by which they differ."""
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, exact))
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize(("size", "heads"), SIZES)
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_layer_is_as_exact_as_by_pytorch(
+    size: int, heads: int, counts: tuple[int, int], shared: bool, tiles: bool
+) -> None:
+    layer = layer_of(size, heads, shared)
+    points = both(layer, counts)
+    exact = layer(*points)
+    by_pytorch = copy.deepcopy(layer).to(torch.bfloat16)(*points)
+    found = compiled.CompiledLayer(layer, tiles)(*points)
+    assert error(found, exact) < min(1.05 * error(by_pytorch, exact), 0.004)
+
+
+def test_it_is_equal_bit_for_bit_whatever_the_threads(tiles: bool, threads: int) -> None:
+    layer = layer_of(128, 4)
+    points, runs = both(layer, (300, 170)), []
+    for count in (threads, 1):
+        torch.set_num_threads(count)
+        runs.append(compiled.CompiledLayer(layer, tiles)(*points))
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_similarities_of_thousands_pick_the_best_alone(tiles: bool) -> None:
+    layer = layer_of(64, 2, scale=40.0)
+    points = both(layer, (90, 70))
+    found, exact = compiled.CompiledLayer(layer, tiles)(*points), layer(*points)
+    by_pytorch = copy.deepcopy(layer).to(torch.bfloat16)(*points)
+    assert all(torch.isfinite(each).all() for each in found)
+    assert error(found, exact) < max(1.2 * error(by_pytorch, exact), 0.01)
+
+
+def test_padding_takes_no_part_wherever_it_is(tiles: bool) -> None:
+    layer = layer_of(64, 2)
+    chosen = compiled.CompiledLayer(layer, tiles)
+    padded = [points_of(count, 64, 2, seed, batch=3) for seed, count in enumerate((40, 50))]
+    random = torch.Generator().manual_seed(5)
+    for points in padded:
+        points.mask = torch.rand(points.x.shape[:2], generator=random) < 0.7
+    padded[0].mask[2] = False  # an image without points
+    new = chosen(*padded)
+    for b in range(3):
+        real = [points.mask[b] for points in padded]
+        alone = chosen(
+            *(Points(p.x[b : b + 1, r], p.rotation[b : b + 1, :, r], None, r, r) for p, r in zip(padded, real))
+        )
+        for points, states, mask, expected in zip(padded, new, real, alone):
+            assert torch.equal(states[b, mask], expected[0])
+            assert torch.equal(states[b, ~mask], points.x[b, ~mask])
+    assert torch.equal(new[1][2], padded[1].x[2])  # nothing to listen to
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer.self_attention, "joint", None),
+        lambda layer: setattr(layer.cross_mlp, "activation", torch.tanh),
+        lambda layer: setattr(layer.self_attention, "head_size", 16),
+        lambda layer: setattr(layer.cross_attention, "key_value_heads", 1),
+        lambda layer: setattr(layer.cross_attention, "o_proj", torch.nn.Linear(64, 64)),
+    ],
+)
+def test_what_the_source_does_not_compute_is_left_to_pytorch(change: Callable[[TransformerLayer], None]) -> None:
+    layer = layer_of(64, 2)
+    assert compiled.CompiledLayer.fits(layer)
+    change(layer)
+    assert not compiled.CompiledLayer.fits(layer)
+    layer.use_compiled()
+    assert layer.compiled is None
+
+
+# In the whole matcher
+
+
+@pytest.fixture(scope="module")
+def film() -> list[np.ndarray]:
+    return [view.image for view in Scene(seed=0).film(camera_path(3), demo_camera(320, 240), noise=2.0)]
+
+
+def matcher(precision: str, **changes: Any) -> FeatureMatcher:
+    values = {"device": "cpu", "max_keypoints": 256, "depth_confidence": -1.0, "width_confidence": -1.0, **changes}
+    return FeatureMatcher(Parameters(precision=precision, **values))
+
+
+def pairs(matcher: FeatureMatcher, film: list[np.ndarray]) -> set[tuple[int, int]]:
+    found = matcher.match(*(matcher.extract(image) for image in film[:2]))
+    return set(map(tuple, np.asarray(found.indices).tolist()))
+
+
+@pytest.mark.parametrize("confidences", [{}, {"depth_confidence": 0.95, "width_confidence": 0.99}])
+def test_the_matches_are_those_of_pytorch(film: list[np.ndarray], confidences: dict[str, float]) -> None:
+    quick = matcher("bfloat16", **confidences)
+    assert isinstance(quick.matcher, LightGlue) and quick.matcher.is_compiled and not quick.matcher.round_up
+    found = pairs(quick, film)
+    for layer in quick.matcher.transformer_layers:
+        layer.compiled = None
+    by_pytorch = pairs(quick, film)
+    assert len(found) > 100 and len(found & by_pytorch) > 0.97 * len(found | by_pytorch)
+
+
+def test_in_float32_pytorch_computes(film: list[np.ndarray]) -> None:
+    assert not matcher("float32").matcher.is_compiled
+    for_a_moment = matcher("bfloat16")
+    features = [for_a_moment.extract(image) for image in film[:2]]
+    network = for_a_moment.matcher.float()
+    batch = [for_a_moment._batch([each]) for each in features]  # noqa: SLF001
+    found = network(*batch)
+    for layer in network.transformer_layers:
+        layer.compiled = None
+    assert all(torch.equal(a, b) for a, b in zip(found, network(*batch)))
+
+
+def test_the_states_within_can_still_be_recorded(film: list[np.ndarray]) -> None:
+    ours = matcher("bfloat16")
+    features = [ours.extract(image) for image in film[:2]]
+    with trace(ours.matcher) as recorded:
+        ours.match(*features)
+    layers = len(ours.matcher.transformer_layers)
+    assert len(recorded.hidden_states) == 2 + 4 * layers and len(recorded.attentions) == 4 * layers
+    assert ours.matcher.is_compiled
+
+
+def test_a_copy_computes_as_the_original(film: list[np.ndarray]) -> None:
+    ours = matcher("bfloat16")
+    batch = [ours._batch([ours.extract(image)]) for image in film[:2]]  # noqa: SLF001
+    again = copy.deepcopy(ours.matcher)
+    before = ours.matcher(*batch)
+    del ours
+    assert all(torch.equal(a, b) for a, b in zip(before, again(*batch)))
+
+
+# Whether it is there
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
+@pytest.mark.parametrize(("words", "is_empty"), [([], False), (["-U__linux__"], True)])
+def test_the_source_compiles_without_a_warning_and_is_empty_for_others(
+    tmp_path: Path, words: list[str], is_empty: bool
+) -> None:
+    command = ["cc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Wconversion", "-Werror", *words]
+    command += ["-shared", "-fPIC", "-pthread", "-o", "plain.so", str(ROOT / "src" / "lightglue.c")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    library = compiled.open_library(tmp_path / "plain.so")
+    assert library is not None and (library.kpmatch_support() == 0) == is_empty
+
+
+def test_the_doctor_says_whether_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    (finding,) = doctor.check_lightglue()
+    assert finding.level == doctor.OK and finding.text.startswith("compiled")
+    monkeypatch.setattr(compiled, "available", lambda: False)
+    (finding,) = doctor.check_lightglue()
+    assert finding.text.startswith("PyTorch")
