@@ -412,8 +412,8 @@ class FeatureMatcher:
             matcher.prune_above = _pruned_above(self.device, self.dtype)
             if has_tiles():
                 matcher.leave_attention_to_pytorch()
-            if self.device.type == "cpu" and self.dtype == torch.bfloat16:
-                matcher.use_compiled()
+            if self.device.type == "cpu":
+                matcher.use_compiled(self.dtype)
         loaded: Matcher = self._to_precision(matcher.to(self.device))
         return loaded
 

@@ -145,6 +145,35 @@ def test_what_the_source_does_not_compute_is_left_to_pytorch(change: Callable[[T
     assert layer.compiled is None
 
 
+# The assignment
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (1, 40), (16, 1), (33, 32), (100, 65), (257, 300)])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 30.0, 1000.0])
+def test_the_best_pairs_are_those_of_pytorch(counts: tuple[int, int], spread: float) -> None:
+    random = torch.Generator().manual_seed(3)
+    similarity = spread * torch.randn(*counts, generator=random)
+    certain0, certain1 = (-torch.rand(count, generator=random) for count in counts)
+    wide = similarity.double()
+    scores = wide.log_softmax(1) + wide.log_softmax(0) + certain0[:, None] + certain1
+    best0, best1, most0 = compiled.best_pairs(similarity, certain0, certain1)
+    within = 1e-6 * spread + 3e-6
+    assert torch.allclose(most0.double(), scores.amax(1), rtol=1e-6, atol=within)
+    assert (scores.amax(1) - scores.gather(1, best0[:, None])[:, 0] <= within).all()
+    assert (scores.amax(0) - scores.gather(0, best1[None])[0] <= within).all()
+
+
+def test_of_equal_partners_the_first_is_the_best() -> None:
+    best0, best1, _ = compiled.best_pairs(torch.zeros(40, 50), torch.zeros(40), torch.zeros(50))
+    assert not best0.any() and not best1.any()
+
+
+def test_similarities_that_are_no_numbers_have_no_score() -> None:
+    best0, best1, most0 = compiled.best_pairs(torch.full((20, 20), torch.nan), torch.zeros(20), torch.zeros(20))
+    assert most0.isnan().all()  # FeatureMatcher then computes once more, in float32
+    assert ((best0 >= 0) & (best0 < 20) & (best1 >= 0) & (best1 < 20)).all()
+
+
 # In the whole matcher
 
 
@@ -214,7 +243,7 @@ def test_the_source_compiles_without_a_warning_and_is_empty_for_others(
     tmp_path: Path, words: list[str], is_empty: bool
 ) -> None:
     command = ["cc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Wconversion", "-Werror", *words]
-    command += ["-shared", "-fPIC", "-pthread", "-o", "plain.so", str(ROOT / "src" / "lightglue.c")]
+    command += ["-shared", "-fPIC", "-pthread", "-o", "plain.so", str(ROOT / "src" / "lightglue.c"), "-lm"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     library = compiled.open_library(tmp_path / "plain.so")

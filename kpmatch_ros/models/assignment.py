@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Assignment", "ImageFeatures", "attention_weights", "common_masks", "mutual_matches"]
+__all__ = [
+    "Assignment",
+    "ImageFeatures",
+    "attention_weights",
+    "common_masks",
+    "mutual_matches",
+    "mutual_of_best",
+]
 
 
 class ImageFeatures(NamedTuple):
@@ -133,11 +140,24 @@ def mutual_matches(similarity: Tensor, score: Callable[[Tensor], Tensor], thresh
     most0, best0 = similarity.max(dim=2)
     # Along the last dimension in memory: across it a processor takes five times as long.
     best1 = similarity.transpose(1, 2).contiguous().argmax(dim=2)
+    return mutual_of_best(best0, best1, score(most0).float(), threshold)
+
+
+def mutual_of_best(best0: Tensor, best1: Tensor, scores0: Tensor, threshold: float) -> Assignment:
+    """As :func:`mutual_matches`, of the best partner of each keypoint.
+
+    Args:
+        best0: (B, N0) int64, the best partner in image 1 of each keypoint of image 0.
+        best1: (B, N1) int64, the same for image 0.
+        scores0: (B, N0) float32, the scores of ``best0``.
+        threshold: lowest score of a match; a score must exceed it.
+    """
+    (batch, count0), count1 = best0.shape, best1.shape[1]
     mutual0 = best1.gather(1, best0) == torch.arange(count0, device=best0.device)
     mutual1 = best0.gather(1, best1) == torch.arange(count1, device=best1.device)
-    scores0 = score(most0).float() * mutual0
+    scores0 = scores0 * mutual0
     scores1 = scores0.gather(1, best1) * mutual1
-    empty = Assignment.empty(batch, count0, count1, similarity.device)
+    empty = Assignment.empty(batch, count0, count1, best0.device)
     return empty._replace(
         matches0=best0.masked_fill(~(mutual0 & (scores0 > threshold)), -1),
         matches1=best1.masked_fill(~(mutual1 & (scores1 > threshold)), -1),

@@ -1,11 +1,11 @@
-"""LightGlue's layers in bfloat16, compiled from src/lightglue.c, where the build of the ROS package has put them beside."""
+"""LightGlue's layers in bfloat16 and its assignment, compiled by the build of the ROS package from src/lightglue.c."""
 
 from __future__ import annotations
 
 import ctypes
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from kpmatch_ros import compiled_library
 if TYPE_CHECKING:
     from kpmatch_ros.models.lightglue_layers import Attention, FeedForward, Points, TransformerLayer
 
-__all__ = ["LIBRARY", "CompiledLayer", "available", "open_library"]
+__all__ = ["LIBRARY", "CompiledLayer", "available", "best_pairs", "open_library"]
 
 LIBRARY = Path(__file__).with_name("libkpmatch_lightglue.so")
 # As in src/lightglue.c:
@@ -51,11 +51,12 @@ class _Layer(ctypes.Structure):
 
 def open_library(path: Path) -> ctypes.CDLL | None:
     """As :func:`kpmatch_ros.compiled_library.open_library`."""
-    layer = ctypes.POINTER(_Layer)
-    functions = {
+    layer, size, address = ctypes.POINTER(_Layer), ctypes.c_int64, ctypes.c_void_p
+    functions: dict[str, tuple[Any, list[Any]]] = {
         "kpmatch_support": (ctypes.c_int, []),
         "kpmatch_layer_work": (ctypes.c_int64, [layer]),
         "kpmatch_layer": (None, [layer]),
+        "kpmatch_best": (None, [size, size, *7 * [address]]),
     }
     return compiled_library.open_library(path, _VERSION, functions, "PyTorch")
 
@@ -125,6 +126,24 @@ class CompiledLayer:
         layer.work = work.data_ptr()
         _library.kpmatch_layer(layer)
         return new0, new1
+
+
+def best_pairs(similarity: Tensor, certain0: Tensor, certain1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The best partner of each point, as :meth:`MatchAssignment.best_pairs` gives them.
+
+    Args:
+        similarity: (N0, N1) float32 on the processor, N0 and N1 at least 1.
+        certain0: (N0,) float32, logarithms of the probabilities that a point has a match.
+        certain1: (N1,).
+    """
+    assert _library is not None
+    count0, count1 = similarity.shape
+    best0, best1 = (torch.zeros(count, dtype=torch.int64) for count in (count0, count1))
+    most0, work = torch.empty(count0), torch.empty(3, count1)
+    inputs = [values.float().contiguous() for values in (similarity, certain0, certain1)]
+    assert inputs[1].shape == (count0,) and inputs[2].shape == (count1,)
+    _library.kpmatch_best(count0, count1, *(each.data_ptr() for each in (*inputs, best0, best1, most0, work)))
+    return best0, best1, most0
 
 
 def _working_memory(size: int) -> Tensor:

@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from kpmatch_ros.models.assignment import Assignment, ImageFeatures, common_masks, mutual_matches
+from kpmatch_ros.models import compiled
+from kpmatch_ros.models.assignment import Assignment, ImageFeatures, common_masks
 from kpmatch_ros.models.base import PretrainedNetwork, rounded_up
 from kpmatch_ros.models.checkpoint import Checkpoint
 from kpmatch_ros.models.lightglue_layers import (
@@ -141,15 +142,17 @@ class LightGlue(PretrainedNetwork):
             layer.self_attention.by_hand = layer.cross_attention.by_hand = False
         return self
 
-    def use_compiled(self) -> LightGlue:
-        """For bfloat16 on a processor, once fused: compute the layers by src/lightglue.c, where that can be."""
-        for layer in self.transformer_layers:
+    def use_compiled(self, dtype: torch.dtype) -> LightGlue:
+        """For a processor, once fused: compute by src/lightglue.c what can be, with layers in ``dtype``."""
+        for layer in self.transformer_layers if dtype == torch.bfloat16 else ():
             cast(TransformerLayer, layer).use_compiled()
+        for assignment in self.match_assignment_layers:
+            cast(MatchAssignment, assignment).compiled = compiled.available()
         return self
 
     @property
     def is_compiled(self) -> bool:
-        """Whether src/lightglue.c computes the layers in bfloat16."""
+        """Whether src/lightglue.c computes the layers."""
         return all(cast(TransformerLayer, layer).compiled is not None for layer in self.transformer_layers)
 
     def match_as_one_batch(self) -> LightGlue:
@@ -228,8 +231,8 @@ class LightGlue(PretrainedNetwork):
         return 1 - unsure / total > self.depth_confidence
 
     def _assign(self, points0: Points, points1: Points, layers: int) -> Assignment:
-        scores = self.match_assignment_layers[layers - 1](points0, points1)
-        return mutual_matches(scores, torch.exp, self.filter_threshold)
+        assignment = cast(MatchAssignment, self.match_assignment_layers[layers - 1])
+        return assignment.mutual_matches(points0, points1, self.filter_threshold)
 
     def encode(self, image: ImageFeatures) -> Points:
         """The points of B images as they enter the first layer."""

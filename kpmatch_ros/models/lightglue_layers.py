@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kpmatch_ros.models.assignment import attention_weights
-from kpmatch_ros.models.compiled import CompiledLayer
+from kpmatch_ros.models import compiled
+from kpmatch_ros.models.assignment import Assignment, attention_weights, mutual_matches, mutual_of_best
 
 __all__ = [
     "ACTIVATIONS",
@@ -273,7 +273,8 @@ class TransformerLayer(nn.Module):
     Attributes:
         as_one_batch: compute both images as one batch where they have as many points. Half as many kernels, each for
             twice as much, are a gain on a GPU, which both images alone leave half empty.
-        compiled: computes the layer in bfloat16 in place of PyTorch's operators, see :meth:`use_compiled`; None if these do.
+        compiled: computes the layer in bfloat16 in place of PyTorch's operators, see :meth:`use_compiled`; None if
+            these do.
     """
 
     def __init__(self, size: int, heads: int, key_value_heads: int, bias: bool, activation: str) -> None:
@@ -283,7 +284,7 @@ class TransformerLayer(nn.Module):
         self.cross_attention = Attention(size, heads, key_value_heads, bias)
         self.cross_mlp = FeedForward(size, activation)
         self.as_one_batch = False
-        self.compiled: CompiledLayer | None = None
+        self.compiled: compiled.CompiledLayer | None = None
 
     def forward(self, points0: Points, points1: Points) -> tuple[Tensor, Tensor]:
         """The new states of both images' points."""
@@ -332,30 +333,50 @@ class TransformerLayer(nn.Module):
 
     def use_compiled(self) -> None:
         """As :meth:`LightGlue.use_compiled`."""
-        self.compiled = CompiledLayer(self) if CompiledLayer.fits(self) else None
+        self.compiled = compiled.CompiledLayer(self) if compiled.CompiledLayer.fits(self) else None
 
 
 class MatchAssignment(nn.Module):
-    """An assignment from the similarity of every pair and the matchability of every point (eqs. 7 to 9)."""
+    """An assignment from the similarity of every pair and the matchability of every point (eqs. 7 to 9).
+
+    Attributes:
+        compiled: find the best pairs on a processor by src/lightglue.c.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.final_projection = nn.Linear(size, size)
         self.matchability = nn.Linear(size, 1)
+        self.compiled = False
 
     def forward(self, points0: Points, points1: Points) -> Tensor:
         """Logarithms (B, N0, N1) of the probabilities that two points match; -inf for padding."""
-        # In float32: a score is a product of four probabilities, and half precision cannot tell the best two apart.
-        projected0, projected1 = (self.final_projection(points.x).float() for points in (points0, points1))
-        similarity = projected0 / math.sqrt(projected0.shape[-1]) @ projected1.transpose(-1, -2)
+        similarity = self._similarity(points0, points1)
         real = _pairs(points0.mask, points1.mask)
         if real is not None:
             similarity = similarity.masked_fill(~real, torch.finfo(similarity.dtype).min)
-        logits0, logits1 = (self.matchability(points.x).float() for points in (points0, points1))
         scores = similarity.log_softmax(dim=2) + _log_softmax_of_columns(similarity)
-        scores += F.logsigmoid(logits0)
-        scores += F.logsigmoid(logits1).transpose(-1, -2)
+        scores += self._certainty(points0)[..., None]
+        scores += self._certainty(points1)[:, None, :]
         return scores if real is None else scores.masked_fill(~real, -torch.inf)
+
+    def mutual_matches(self, points0: Points, points1: Points, threshold: float) -> Assignment:
+        """The matches of B pairs of images, N0 and N1 at least 1, whose scores exceed a threshold."""
+        by_pytorch = points0.mask is not None or points1.mask is not None or points0.x.device.type != "cpu"
+        if by_pytorch or not self.compiled:
+            return mutual_matches(self(points0, points1), torch.exp, threshold)
+        parts = self._similarity(points0, points1), self._certainty(points0), self._certainty(points1)
+        best0, best1, most0 = (torch.stack(each) for each in zip(*map(compiled.best_pairs, *parts)))
+        return mutual_of_best(best0, best1, most0.exp(), threshold)
+
+    def _similarity(self, points0: Points, points1: Points) -> Tensor:
+        # In float32: a score is a product of four probabilities, and half precision cannot tell the best two apart.
+        projected0, projected1 = (self.final_projection(points.x).float() for points in (points0, points1))
+        return projected0 / math.sqrt(projected0.shape[-1]) @ projected1.transpose(-1, -2)
+
+    def _certainty(self, points: Points) -> Tensor:
+        """Logarithm (B, N) of the probability that a point has a match."""
+        return F.logsigmoid(self.matchability(points.x).float())[..., 0]
 
     def matchabilities(self, x: Tensor) -> Tensor:
         """Probability (B, N) that a point has a match (eq. 8)."""
