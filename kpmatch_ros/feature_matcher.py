@@ -385,6 +385,8 @@ class FeatureMatcher:
     def _load_extractor(self) -> Extractor:
         name = self.parameters.extractor
         extractor = _EXTRACTORS[network_type(name, _EXTRACTORS)].from_pretrained(name)
+        if isinstance(extractor, SuperPoint) and (self.device.type, self.dtype) == ("cpu", torch.bfloat16):
+            extractor.use_compiled()
         loaded: Extractor = self._to_precision(extractor.to(self.device))
         return loaded
 

@@ -8,53 +8,9 @@
  *
  * C11, without Python's headers: kpmatch_ros/models/compiled.py calls it by ctypes.
  */
-#include <stdint.h>
+#include "networks.h"
 
-/* Changes with the arguments or the meaning of a function. compiled.py loads no library with another number. */
-#define VERSION 1
-
-int kpmatch_version(void) { return VERSION; }
-
-/* What of it this processor and system can run. */
-enum { NOTHING, VECTORS, TILES };
-
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
-
-#include <cpuid.h>
-#include <math.h>
-#include <pthread.h>
-#include <stddef.h>
-#include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-int kpmatch_support(void)
-{
-    const long ask_permission = 0x1023, tile_data = 18; /* Linux lets a process use tiles that asks for them */
-    const unsigned int tiles = 1u << 24 | 1u << 22;     /* and that they multiply bfloat16 */
-    unsigned int eax, ebx, ecx, edx;
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512dq") ||
-        !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl"))
-        return NOTHING;
-    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & tiles) != tiles)
-        return VECTORS;
-    return syscall(SYS_arch_prctl, ask_permission, tile_data) == 0 ? TILES : VECTORS;
-}
-
-/* From here on code is for these processors alone. */
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma")
-#include <immintrin.h>
-
-#define INLINE static inline __attribute__((always_inline))
-
-enum {
-    ROWS = 32,             /* of a block: two tiles */
-    TILE = 16,             /* rows of a tile, and its columns of float32 */
-    PAIRS = 2 * TILE,      /* bfloat16 numbers in a row of a tile */
-    PACKED = TILE * PAIRS, /* and in all of it */
-    MOST_THREADS = 64
-};
+#ifdef KPMATCH_COMPILES
 
 /* The arguments: structures of compiled.py, with their names there. Weights are packed as `packed` there says. */
 
@@ -96,13 +52,6 @@ typedef struct {
     Heads within, across;
 } Image;
 
-/* The threads of a layer. They live as long as it runs. */
-typedef struct {
-    pthread_mutex_t start; /* held until it is known how many there are */
-    pthread_barrier_t barrier;
-    int64_t count;
-} Team;
-
 typedef struct {
     const Layer *layer;
     Image images[2];
@@ -113,97 +62,11 @@ typedef struct {
     uint16_t *inputs; /* numbers for the next product */
 } Thread;
 
-INLINE int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
-INLINE int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
-
-INLINE void store_rounded(uint16_t *place, __m512 values)
+/* Into a thread's sums. */
+INLINE void multiply_into_sums(const Thread *thread, const Side *sides, int count, const uint16_t *packed,
+                               int64_t columns)
 {
-    _mm256_storeu_si256((__m256i *)place, (__m256i)_mm512_cvtneps_pbh(values));
-}
-
-/* Products. The left side is rows in memory; the right side is packed: for each 16 columns, for each 32 numbers of depth,
- * 16 rows of 16 pairs of numbers. */
-
-typedef struct {
-    const uint16_t *numbers;
-    int64_t stride; /* numbers from a row to the next */
-    int64_t depth;  /* a multiple of 32 */
-} Side;
-
-static void multiply_by_tiles(const Side *sides, int count, const uint16_t *packed, int64_t columns, float *sums)
-{
-    int64_t depth = 0;
-    for (int i = 0; i < count; i++)
-        depth += sides[i].depth;
-    for (int64_t n = 0; n < columns; n += 2 * TILE) {
-        const uint16_t *right0 = packed + n * depth, *right1 = right0 + TILE * depth;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int i = 0; i < count; i++) {
-            const int64_t stride = sides[i].stride;
-            for (int64_t k = 0; k < sides[i].depth; k += PAIRS, right0 += PACKED, right1 += PACKED) {
-                const uint16_t *left = sides[i].numbers + k;
-                _tile_loadd(4, left, 2 * stride);
-                _tile_loadd(6, right0, 64);
-                _tile_loadd(7, right1, 64);
-                _tile_loadd(5, left + TILE * stride, 2 * stride);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-        }
-        _tile_stored(0, sums + n, 4 * columns);
-        _tile_stored(1, sums + n + TILE, 4 * columns);
-        _tile_stored(2, sums + TILE * columns + n, 4 * columns);
-        _tile_stored(3, sums + TILE * columns + n + TILE, 4 * columns);
-    }
-}
-
-static void multiply_by_vectors(const Side *sides, int count, const uint16_t *packed, int64_t columns, float *sums)
-{
-    enum { AT_ONCE = 8 };
-    int64_t depth = 0;
-    for (int i = 0; i < count; i++)
-        depth += sides[i].depth;
-    for (int64_t n = 0; n < columns; n += 2 * TILE)
-        for (int64_t row = 0; row < ROWS; row += AT_ONCE) {
-            const uint16_t *right0 = packed + n * depth, *right1 = right0 + TILE * depth;
-            __m512 sum0[AT_ONCE], sum1[AT_ONCE];
-            for (int r = 0; r < AT_ONCE; r++)
-                sum0[r] = sum1[r] = _mm512_setzero_ps();
-            for (int i = 0; i < count; i++) {
-                const int64_t stride = sides[i].stride;
-                const uint16_t *left = sides[i].numbers + row * stride;
-                for (int64_t k = 0; k < sides[i].depth; k += 2, right0 += PAIRS, right1 += PAIRS) {
-                    const __m512bh pairs0 = (__m512bh)_mm512_loadu_si512(right0);
-                    const __m512bh pairs1 = (__m512bh)_mm512_loadu_si512(right1);
-#pragma GCC unroll 8
-                    for (int r = 0; r < AT_ONCE; r++) {
-                        int32_t pair;
-                        memcpy(&pair, left + r * stride + k, sizeof pair);
-                        const __m512bh same = (__m512bh)_mm512_set1_epi32(pair);
-                        sum0[r] = _mm512_dpbf16_ps(sum0[r], same, pairs0);
-                        sum1[r] = _mm512_dpbf16_ps(sum1[r], same, pairs1);
-                    }
-                }
-            }
-            for (int r = 0; r < AT_ONCE; r++) {
-                _mm512_storeu_ps(sums + (row + r) * columns + n, sum0[r]);
-                _mm512_storeu_ps(sums + (row + r) * columns + n + TILE, sum1[r]);
-            }
-        }
-}
-
-/* Sums (32, columns) of 32 rows, whose numbers may be in several parts, times a packed matrix. */
-INLINE void multiply(const Thread *thread, const Side *sides, int count, const uint16_t *packed, int64_t columns)
-{
-    if (thread->layer->tiles)
-        multiply_by_tiles(sides, count, packed, columns, thread->sums);
-    else
-        multiply_by_vectors(sides, count, packed, columns, thread->sums);
+    multiply(thread->team->tiles, sides, count, packed, columns, thread->sums);
 }
 
 /* Functions. Both polynomials were fitted by reweighted least squares. */
@@ -252,7 +115,7 @@ static void project(const Thread *thread, const Half *half, const Points *points
     const int64_t size = layer->size, width = size / layer->heads, columns = half->parts * size;
     const int64_t rows = whole(points->count, ROWS), values = columns - size, keys = values - size;
     const Side side = {states, size, size};
-    multiply(thread, &side, 1, half->project, columns);
+    multiply_into_sums(thread, &side, 1, half->project, columns);
     for (int64_t r = 0; r < ROWS; r++) {
         const int64_t row = first + r;
         float *sums = thread->sums + r * columns;
@@ -322,11 +185,11 @@ static void listen(const Thread *thread, const Heads *to, const Heads *from, int
     const float scale = 1.4426950408889634f / __builtin_sqrtf((float)width); /* of the logarithm to base 2 */
     float totals[ROWS];
     const Side queries = {to->query + first * size + head * width, size, width};
-    multiply(thread, &queries, 1, from->key + head * rows * width, rows);
+    multiply_into_sums(thread, &queries, 1, from->key + head * rows * width, rows);
     for (int64_t r = 0; r < ROWS; r++)
         totals[r] = weigh(thread->sums + r * rows, count, rows, scale, thread->inputs + r * rows);
     const Side weights = {thread->inputs, rows, rows};
-    multiply(thread, &weights, 1, from->value + head * rows * width, width);
+    multiply_into_sums(thread, &weights, 1, from->value + head * rows * width, width);
     for (int64_t r = 0; r < ROWS; r++) {
         const __m512 share = _mm512_set1_ps(1 / totals[r]);
         for (int64_t c = 0; c < width; c += TILE)
@@ -341,7 +204,7 @@ static void feed_forward(const Thread *thread, const Half *half, int64_t count, 
 {
     const int64_t size = thread->layer->size, wide = 2 * size;
     const Side both[2] = {{rounded + first * size, size, size}, {message + first * size, size, size}};
-    multiply(thread, both, 2, half->inner, wide);
+    multiply_into_sums(thread, both, 2, half->inner, wide);
     for (int64_t r = 0; r < ROWS; r++) {
         float *sums = thread->sums + r * wide;
         __m512 total = _mm512_setzero_ps();
@@ -366,7 +229,7 @@ static void feed_forward(const Thread *thread, const Half *half, int64_t count, 
         }
     }
     const Side hidden = {thread->inputs, wide, wide};
-    multiply(thread, &hidden, 1, half->outer, size);
+    multiply_into_sums(thread, &hidden, 1, half->outer, size);
     for (int64_t r = 0; r < ROWS && first + r < count; r++) {
         const int64_t row = (first + r) * size;
         for (int64_t c = 0; c < size; c += TILE) {
@@ -405,77 +268,6 @@ static Span rows_of(const Thread *thread, int i)
     return span;
 }
 
-static void run_thread(Thread *thread)
-{
-    const Layer *layer = thread->layer;
-    Image *images = thread->images;
-    for (int i = 0; i < 2; i++) {
-        const Span rows = rows_of(thread, i);
-        for (int64_t first = rows.first; first < rows.end; first += ROWS) {
-            enter(thread, &layer->points[i], images[i].rounded, first);
-            project(thread, &layer->within, &layer->points[i], images[i].rounded + first * layer->size,
-                    &images[i].within, first);
-        }
-    }
-    pthread_barrier_wait(&thread->team->barrier);
-    for (int i = 0; i < 2; i++) {
-        const Points *points = &layer->points[i];
-        const Points without_rotation = {points->count, NULL, NULL, NULL};
-        const Image *image = &images[i];
-        const Span rows = rows_of(thread, i);
-        for (int64_t head = 0; head < layer->heads; head++)
-            for (int64_t first = rows.first; first < rows.end; first += ROWS)
-                listen(thread, &image->within, &image->within, points->count, head, image->message, first);
-        for (int64_t first = rows.first; first < rows.end; first += ROWS) {
-            feed_forward(thread, &layer->within, points->count, points->x, image->rounded, image->message,
-                         points->out, first);
-            project(thread, &layer->across, &without_rotation, image->rounded + first * layer->size,
-                    &images[i].across, first);
-        }
-    }
-    pthread_barrier_wait(&thread->team->barrier);
-    for (int i = 0; i < 2; i++) {
-        const Points *points = &layer->points[i];
-        const Image *image = &images[i];
-        const Span rows = rows_of(thread, i);
-        for (int64_t head = 0; head < layer->heads; head++)
-            for (int64_t first = rows.first; first < rows.end; first += ROWS)
-                listen(thread, &image->across, &images[1 - i].across, layer->points[1 - i].count, head,
-                       image->message, first);
-        for (int64_t first = rows.first; first < rows.end; first += ROWS)
-            feed_forward(thread, &layer->across, points->count, points->out, image->rounded, image->message,
-                         points->out, first);
-    }
-}
-
-static void *start_thread(void *argument)
-{
-    Thread *thread = argument;
-    pthread_mutex_lock(&thread->team->start);
-    pthread_mutex_unlock(&thread->team->start);
-    /* Numbers below the normal ones take processors far longer, and count for nothing here. */
-    const unsigned int modes = _mm_getcsr();
-    _mm_setcsr(modes | 0x8040);
-    if (thread->layer->tiles) {
-        struct {
-            uint8_t palette, start_row, reserved[14];
-            uint16_t bytes[16];
-            uint8_t rows[16];
-        } shapes = {.palette = 1};
-        for (int i = 0; i < 8; i++) {
-            shapes.bytes[i] = 64;
-            shapes.rows[i] = TILE;
-        }
-        _tile_loadconfig(&shapes);
-        run_thread(thread);
-        _tile_release();
-    } else {
-        run_thread(thread);
-    }
-    _mm_setcsr(modes);
-    return NULL;
-}
-
 static int64_t most_rows(const Layer *layer)
 {
     return whole(largest(layer->points[0].count, layer->points[1].count), ROWS);
@@ -492,47 +284,62 @@ int64_t kpmatch_layer_work(const Layer *layer)
            layer->threads * ROWS * widest(layer) * (int64_t)(sizeof(float) + sizeof(uint16_t));
 }
 
-INLINE uint16_t *taken(char **work, int64_t numbers)
+static void run_thread(const void *job, Team *team, int64_t number)
 {
-    uint16_t *place = (uint16_t *)*work;
-    *work += numbers * (int64_t)sizeof(uint16_t);
-    return place;
-}
-
-/* Run a layer, with fewer threads where the system starts no more. */
-void kpmatch_layer(const Layer *layer)
-{
+    const Layer *layer = job;
     char *work = layer->work;
-    Team team = {.start = PTHREAD_MUTEX_INITIALIZER};
-    Thread threads[MOST_THREADS];
-    pthread_t started[MOST_THREADS];
-    Thread thread = {.layer = layer, .team = &team};
+    Thread own = {.layer = layer, .team = team, .number = number}, *thread = &own;
+    Image *images = own.images;
     for (int i = 0; i < 2; i++) {
         const int64_t numbers = whole(layer->points[i].count, ROWS) * layer->size;
-        Image *image = &thread.images[i];
-        image->rounded = taken(&work, numbers);
-        image->message = taken(&work, numbers);
-        image->within = (Heads){taken(&work, numbers), taken(&work, numbers), taken(&work, numbers)};
-        image->across = (Heads){taken(&work, numbers), taken(&work, numbers), taken(&work, numbers)};
+        images[i].rounded = taken(&work, numbers);
+        images[i].message = taken(&work, numbers);
+        images[i].within = (Heads){taken(&work, numbers), taken(&work, numbers), taken(&work, numbers)};
+        images[i].across = (Heads){taken(&work, numbers), taken(&work, numbers), taken(&work, numbers)};
     }
-    pthread_mutex_lock(&team.start);
-    for (int64_t i = 0; i < layer->threads && i < MOST_THREADS; i++) {
-        thread.number = i;
-        thread.sums = (float *)taken(&work, 2 * ROWS * widest(layer));
-        thread.inputs = taken(&work, ROWS * widest(layer));
-        threads[i] = thread;
-        if (i > 0 && pthread_create(&started[i], NULL, start_thread, &threads[i]) != 0)
-            break;
-        team.count = i + 1;
+    work += number * ROWS * widest(layer) * (int64_t)(sizeof(float) + sizeof(uint16_t));
+    own.sums = (float *)taken(&work, 2 * ROWS * widest(layer));
+    own.inputs = taken(&work, ROWS * widest(layer));
+    for (int i = 0; i < 2; i++) {
+        const Span rows = rows_of(thread, i);
+        for (int64_t first = rows.first; first < rows.end; first += ROWS) {
+            enter(thread, &layer->points[i], images[i].rounded, first);
+            project(thread, &layer->within, &layer->points[i], images[i].rounded + first * layer->size,
+                    &images[i].within, first);
+        }
     }
-    pthread_barrier_init(&team.barrier, NULL, (unsigned int)team.count);
-    pthread_mutex_unlock(&team.start);
-    start_thread(&threads[0]);
-    for (int64_t i = 1; i < team.count; i++)
-        pthread_join(started[i], NULL);
-    pthread_barrier_destroy(&team.barrier);
-    pthread_mutex_destroy(&team.start);
+    pthread_barrier_wait(&team->barrier);
+    for (int i = 0; i < 2; i++) {
+        const Points *points = &layer->points[i];
+        const Points without_rotation = {points->count, NULL, NULL, NULL};
+        const Image *image = &images[i];
+        const Span rows = rows_of(thread, i);
+        for (int64_t head = 0; head < layer->heads; head++)
+            for (int64_t first = rows.first; first < rows.end; first += ROWS)
+                listen(thread, &image->within, &image->within, points->count, head, image->message, first);
+        for (int64_t first = rows.first; first < rows.end; first += ROWS) {
+            feed_forward(thread, &layer->within, points->count, points->x, image->rounded, image->message,
+                         points->out, first);
+            project(thread, &layer->across, &without_rotation, image->rounded + first * layer->size,
+                    &images[i].across, first);
+        }
+    }
+    pthread_barrier_wait(&team->barrier);
+    for (int i = 0; i < 2; i++) {
+        const Points *points = &layer->points[i];
+        const Image *image = &images[i];
+        const Span rows = rows_of(thread, i);
+        for (int64_t head = 0; head < layer->heads; head++)
+            for (int64_t first = rows.first; first < rows.end; first += ROWS)
+                listen(thread, &image->across, &images[1 - i].across, layer->points[1 - i].count, head,
+                       image->message, first);
+        for (int64_t first = rows.first; first < rows.end; first += ROWS)
+            feed_forward(thread, &layer->across, points->count, points->out, image->rounded, image->message,
+                         points->out, first);
+    }
 }
+
+void kpmatch_layer(const Layer *layer) { work_together(layer->threads, layer->tiles, layer, run_thread); }
 
 /* The assignment (eqs. 7 to 9). */
 
@@ -629,7 +436,6 @@ void kpmatch_best(int64_t count0, int64_t count1, const float *similarities, con
 
 #else
 
-int kpmatch_support(void) { return NOTHING; }
 int64_t kpmatch_layer_work(const void *layer) { return (void)layer, 0; }
 void kpmatch_layer(const void *layer) { (void)layer; }
 void kpmatch_best(void) {}

@@ -243,7 +243,8 @@ def test_the_source_compiles_without_a_warning_and_is_empty_for_others(
     tmp_path: Path, words: list[str], is_empty: bool
 ) -> None:
     command = ["cc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Wconversion", "-Werror", *words]
-    command += ["-shared", "-fPIC", "-pthread", "-o", "plain.so", str(ROOT / "src" / "lightglue.c"), "-lm"]
+    command += ["-shared", "-fPIC", "-pthread", "-o", "plain.so"]
+    command += [*(str(ROOT / "src" / f"{name}.c") for name in ("lightglue", "networks", "superpoint")), "-lm"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     library = compiled.open_library(tmp_path / "plain.so")
@@ -251,8 +252,8 @@ def test_the_source_compiles_without_a_warning_and_is_empty_for_others(
 
 
 def test_the_doctor_says_whether_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    (finding,) = doctor.check_lightglue()
+    (finding,) = doctor.check_compiled_networks()
     assert finding.level == doctor.OK and finding.text.startswith("compiled")
     monkeypatch.setattr(compiled, "available", lambda: False)
-    (finding,) = doctor.check_lightglue()
+    (finding,) = doctor.check_compiled_networks()
     assert finding.text.startswith("PyTorch")

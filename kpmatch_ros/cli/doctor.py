@@ -103,7 +103,7 @@ def examine() -> Iterator[Finding]:
         check_opencv,
         check_scipy,
         check_geometry,
-        check_lightglue,
+        check_compiled_networks,
         check_pytorch,
         check_weights,
         check_networks,
@@ -190,18 +190,18 @@ def check_geometry() -> Iterator[Finding]:
         yield Finding(OK, "geometry", "NumPy: the compiled part, which takes less time, comes with the ROS package")
 
 
-def check_lightglue() -> Iterator[Finding]:
-    """Whether the compiled layers of LightGlue are in use in bfloat16 on the processor."""
+def check_compiled_networks() -> Iterator[Finding]:
+    """Whether the compiled part of the networks is in use in bfloat16 on the processor."""
     try:
         from kpmatch_ros.models import compiled
     except Exception:  # noqa: BLE001 (as for PyTorch, of which it is said)
         return
     if compiled.available():
-        yield Finding(OK, "LightGlue", f"compiled, {compiled.LIBRARY.name}, in bfloat16 on the processor")
+        yield Finding(OK, "networks", f"compiled, {compiled.LIBRARY.name}, in bfloat16 on the processor")
     elif compiled.LIBRARY.exists():
-        yield Finding(OK, "LightGlue", "PyTorch: the compiled layers are for x86-64 with AVX-512 and bfloat16")
+        yield Finding(OK, "networks", "PyTorch: the compiled part is for x86-64 with AVX-512 and bfloat16")
     else:
-        yield Finding(OK, "LightGlue", "PyTorch: the compiled layers, which take less time, come with the ROS package")
+        yield Finding(OK, "networks", "PyTorch: the compiled part, which takes less time, comes with the ROS package")
 
 
 def check_pytorch() -> Iterator[Finding]:

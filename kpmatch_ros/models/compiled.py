@@ -1,9 +1,10 @@
-"""LightGlue's layers in bfloat16 and its assignment, compiled by the build of the ROS package from src/lightglue.c."""
+"""Networks in bfloat16, and LightGlue's assignment, that the build of the ROS package compiles from src/*.c."""
 
 from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,15 @@ from kpmatch_ros import compiled_library
 if TYPE_CHECKING:
     from kpmatch_ros.models.lightglue_layers import Attention, FeedForward, Points, TransformerLayer
 
-__all__ = ["LIBRARY", "CompiledLayer", "available", "best_pairs", "open_library"]
+__all__ = ["LIBRARY", "CompiledConvolutions", "CompiledLayer", "available", "best_pairs", "has_tiles", "open_library"]
 
-LIBRARY = Path(__file__).with_name("libkpmatch_lightglue.so")
-# As in src/lightglue.c:
+LIBRARY = Path(__file__).with_name("libkpmatch_networks.so")
+# As in src/networks.c and networks.h:
 _VERSION = 1  # the arguments and the meaning of its functions
 _TILES = 2  # of what it can run on this processor; 1 is vectors, 0 is nothing
 _MOST_THREADS = 64
 _MULTIPLE = 32  # of a head's size, and so of all sizes
+_LEAST_ROWS = 8  # of an image for each thread, which computes up to two beyond them
 
 
 class _Half(ctypes.Structure):
@@ -49,13 +51,31 @@ class _Layer(ctypes.Structure):
     ]
 
 
+class _Convolution(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weights", "bias")),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
+    ]
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("height", "width", "threads", "count", "pooling")),
+        ("convolutions", _Convolution * 2),
+        *((name, ctypes.c_void_p) for name in ("image", "out", "work")),
+    ]
+
+
 def open_library(path: Path) -> ctypes.CDLL | None:
     """As :func:`kpmatch_ros.compiled_library.open_library`."""
-    layer, size, address = ctypes.POINTER(_Layer), ctypes.c_int64, ctypes.c_void_p
+    layer, block = ctypes.POINTER(_Layer), ctypes.POINTER(_Block)
+    size, address = ctypes.c_int64, ctypes.c_void_p
     functions: dict[str, tuple[Any, list[Any]]] = {
         "kpmatch_support": (ctypes.c_int, []),
         "kpmatch_layer_work": (ctypes.c_int64, [layer]),
         "kpmatch_layer": (None, [layer]),
+        "kpmatch_convolve_work": (size, [block]),
+        "kpmatch_convolve": (None, [block]),
         "kpmatch_best": (None, [size, size, *7 * [address]]),
     }
     return compiled_library.open_library(path, _VERSION, functions, "PyTorch")
@@ -71,6 +91,11 @@ def available() -> bool:
     return _support > 0
 
 
+def has_tiles() -> bool:
+    """Whether it multiplies by tiles (AMX)."""
+    return _support >= _TILES
+
+
 class CompiledLayer:
     """A layer of LightGlue, fused (:meth:`LightGlue.fuse`), as src/lightglue.c computes it.
 
@@ -81,7 +106,7 @@ class CompiledLayer:
 
     def __init__(self, layer: TransformerLayer, tiles: bool = True) -> None:
         self.size, self.heads = layer.self_mlp.fc2.out_features, layer.self_attention.heads
-        self.tiles = tiles and _support >= _TILES
+        self.tiles = tiles and has_tiles()
         self.within = _half(layer.self_attention, layer.self_mlp)
         self.across = _half(layer.cross_attention, layer.cross_mlp)
 
@@ -118,7 +143,7 @@ class CompiledLayer:
         if len(x0) == 0 or len(x1) == 0:
             return x0, x1
         new0, new1 = torch.empty_like(x0), torch.empty_like(x1)
-        layer = _Layer(self.size, self.heads, min(torch.get_num_threads(), _MOST_THREADS), self.tiles)
+        layer = _Layer(self.size, self.heads, _threads(), self.tiles)
         layer.within, layer.across = _as_structure(self.within), _as_structure(self.across)
         for i, (x, rotation, new) in enumerate(((x0, rotation0, new0), (x1, rotation1, new1))):
             layer.points[i] = _Points(len(x), x.data_ptr(), rotation.data_ptr(), new.data_ptr())
@@ -126,6 +151,48 @@ class CompiledLayer:
         layer.work = work.data_ptr()
         _library.kpmatch_layer(layer)
         return new0, new1
+
+
+class CompiledConvolutions:
+    """One 3 x 3 convolution or two, with ReLU behind each, as src/superpoint.c computes them by tiles.
+
+    Args:
+        convolutions: weight (O, I, 3, 3) and bias (O,) of each; see :meth:`fits`.
+        pooling: with 2 x 2 max pooling behind.
+    """
+
+    def __init__(self, convolutions: Sequence[tuple[Tensor, Tensor]], pooling: bool) -> None:
+        self.pooling = pooling
+        self.outputs = len(convolutions[-1][1])
+        self.convolutions = [
+            (_packed_windows(weight), bias.detach().float().contiguous(), weight.shape[1], weight.shape[0])
+            for weight, bias in convolutions
+        ]
+
+    @staticmethod
+    def fits(*channels: int) -> bool:
+        """Whether convolutions with so many channels as results can be computed here, on this processor."""
+        return has_tiles() and all(each % 16 == 0 for each in channels)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Of (B, I, H, W) bfloat16, channels last, (B, O, H, W) or (B, O, H/2, W/2)."""
+        assert _library is not None and images.dtype == torch.bfloat16
+        images = images.permute(0, 2, 3, 1).contiguous()
+        batch, height, width, inputs = images.shape
+        assert inputs == self.convolutions[0][2]
+        step = 2 if self.pooling else 1
+        out = images.new_empty(batch, height // step, width // step, self.outputs)
+        block = _Block(
+            height, width, min(_threads(), max(height // _LEAST_ROWS, 1)), len(self.convolutions), self.pooling
+        )
+        for i, (weights, bias, channels, outputs) in enumerate(self.convolutions):
+            block.convolutions[i] = _Convolution(weights.data_ptr(), bias.data_ptr(), channels, outputs)
+        work = _working_memory(_library.kpmatch_convolve_work(block))
+        block.work = work.data_ptr()
+        for image, result in zip(images, out):
+            block.image, block.out = image.data_ptr(), result.data_ptr()
+            _library.kpmatch_convolve(block)
+        return out.permute(0, 3, 1, 2)
 
 
 def best_pairs(similarity: Tensor, certain0: Tensor, certain1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,6 +211,10 @@ def best_pairs(similarity: Tensor, certain0: Tensor, certain1: Tensor) -> tuple[
     assert inputs[1].shape == (count0,) and inputs[2].shape == (count1,)
     _library.kpmatch_best(count0, count1, *(each.data_ptr() for each in (*inputs, best0, best1, most0, work)))
     return best0, best1, most0
+
+
+def _threads() -> int:
+    return min(torch.get_num_threads(), _MOST_THREADS)
 
 
 def _working_memory(size: int) -> Tensor:
@@ -179,6 +250,14 @@ def _packed(weight: Tensor) -> Tensor:
     n, k = weight.shape
     pairs = weight.detach().to(torch.bfloat16).reshape(n // 16, 16, k // 32, 16, 2)
     return pairs.permute(0, 2, 3, 1, 4).contiguous()
+
+
+def _packed_windows(weight: Tensor) -> Tensor:
+    """A convolution's weight (O, I, 3, 3) as the right side of a product: see src/superpoint.c."""
+    outputs, inputs = weight.shape[:2]
+    rows = weight.detach().permute(0, 2, 3, 1).reshape(outputs, 3, 3 * inputs)
+    rows = F.pad(rows, (0, -3 * inputs % _MULTIPLE, 0, 0, 0, -outputs % _MULTIPLE))
+    return _packed(rows.flatten(1))
 
 
 def _as_structure(weights: _Weights) -> _Half:

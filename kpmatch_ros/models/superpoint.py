@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from kpmatch_ros.models.base import Extractor, rounded_up
 from kpmatch_ros.models.checkpoint import Checkpoint
+from kpmatch_ros.models.compiled import CompiledConvolutions
 from kpmatch_ros.models.detections import (
     Detections,
     clear_border,
@@ -40,6 +41,7 @@ class ConvBlock(nn.Module):
 
     Attributes:
         in_bands: a processor computes a large image band by band, and pools by comparing; the results are the same.
+        compiled: computes it in bfloat16 in place of PyTorch, see :meth:`SuperPoint.use_compiled`.
     """
 
     def __init__(self, inputs: int, outputs: int, pooling: bool) -> None:
@@ -49,8 +51,11 @@ class ConvBlock(nn.Module):
         self.channels = outputs
         self.pooling = pooling
         self.in_bands = True
+        self.compiled: CompiledConvolutions | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.compiled is not None and self.conv_b.weight.dtype == torch.bfloat16:
+            return self.compiled(in_parts(x) if self.conv_a.in_channels == 1 else x)
         height = x.shape[2]
         rows = height
         conv_a: Callable[[Tensor], Tensor] = self.conv_a
@@ -64,6 +69,12 @@ class ConvBlock(nn.Module):
             return self._rows(x, conv_a, 0, height)
         cuts = [*range(0, height - 1, rows), height]  # a single row left over would be none after pooling
         return torch.cat([self._rows(x, conv_a, top, bottom) for top, bottom in zip(cuts, cuts[1:])], dim=2)
+
+    def use_compiled(self) -> None:
+        if CompiledConvolutions.fits(self.channels):
+            first = PartsConvolution(self.conv_a) if self.conv_a.in_channels == 1 else self.conv_a
+            convolutions = [(conv.weight, cast(Tensor, conv.bias)) for conv in (first, self.conv_b)]
+            self.compiled = CompiledConvolutions(convolutions, self.pooling)
 
     def _goes_to_bfloat16(self, x: Tensor) -> bool:
         """Whether it sees an image in float32 and goes on in bfloat16, see :meth:`SuperPoint.to_precision`."""
@@ -147,9 +158,18 @@ class KeypointDecoder(nn.Module):
         super().__init__()
         self.conv_score_a = nn.Conv2d(inputs, hidden, 3, padding=1)
         self.conv_score_b = nn.Conv2d(hidden, outputs, 1)
+        self.compiled: CompiledConvolutions | None = None  # as of a ConvBlock
+
+    def use_compiled(self) -> None:
+        if CompiledConvolutions.fits(self.conv_score_a.out_channels):
+            weights = self.conv_score_a.weight, cast(Tensor, self.conv_score_a.bias)
+            self.compiled = CompiledConvolutions([weights], pooling=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = relu_(self.conv_score_a(features))
+        if self.compiled is not None and self.conv_score_a.weight.dtype == torch.bfloat16:
+            hidden = self.compiled(features)
+        else:
+            hidden = relu_(self.conv_score_a(features))
         logits = self.conv_score_b(hidden.to(self.conv_score_b.weight.dtype))
         # float32 from here on: in half precision neighbouring scores become equal, and suppression lets both through
         # or neither (LightGlue-ONNX #77).
@@ -283,6 +303,13 @@ class SuperPoint(Extractor):
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module not in precise:
                 module.to(dtype)
+        return self
+
+    def use_compiled(self) -> SuperPoint:
+        """For bfloat16 on a processor: compute convolutions by src/superpoint.c, where that can be."""
+        for block in self.encoder.conv_blocks:
+            cast(ConvBlock, block).use_compiled()
+        self.keypoint_decoder.use_compiled()
         return self
 
     @property

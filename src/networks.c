@@ -1,0 +1,37 @@
+/* Whether the compiled networks are for this package and can run on this processor. */
+#include <stdint.h>
+
+/* Changes with the arguments or the meaning of a function. compiled.py loads no library with another number. */
+#define VERSION 1
+
+/* What of them this processor and system can run. */
+enum { NOTHING, VECTORS, TILES };
+
+int kpmatch_version(void) { return VERSION; }
+
+/* As networks.h. */
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+int kpmatch_support(void)
+{
+    const long ask_permission = 0x1023, tile_data = 18; /* Linux lets a process use tiles that asks for them */
+    const unsigned int tiles = 1u << 24 | 1u << 22;     /* and that they multiply bfloat16 */
+    unsigned int eax, ebx, ecx, edx;
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512dq") ||
+        !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl"))
+        return NOTHING;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & tiles) != tiles)
+        return VECTORS;
+    return syscall(SYS_arch_prctl, ask_permission, tile_data) == 0 ? TILES : VECTORS;
+}
+
+#else
+
+int kpmatch_support(void) { return NOTHING; }
+
+#endif

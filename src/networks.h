@@ -1,0 +1,203 @@
+/* What the compiled networks share, for x86-64 with AVX-512 and bfloat16: products of matrices, and threads.
+ *
+ * It defines KPMATCH_COMPILES where the compiler and the system are such that there is something to compile.
+ */
+#ifndef KPMATCH_NETWORKS_H
+#define KPMATCH_NETWORKS_H
+
+#include <stdint.h>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#define KPMATCH_COMPILES
+
+#include <math.h>
+#include <pthread.h>
+#include <stddef.h>
+#include <string.h>
+
+/* From here on code is for these processors alone; the functions for tiles are called only where there are some. */
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma")
+#include <immintrin.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define SHARED static __attribute__((unused))
+
+enum {
+    ROWS = 32,             /* of a block: two tiles */
+    TILE = 16,             /* rows of a tile, and its columns of float32 */
+    PAIRS = 2 * TILE,      /* bfloat16 numbers in a row of a tile */
+    PACKED = TILE * PAIRS, /* and in all of it */
+    MOST_THREADS = 64
+};
+
+INLINE int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+INLINE int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE void store_rounded(uint16_t *place, __m512 values)
+{
+    _mm256_storeu_si256((__m256i *)place, (__m256i)_mm512_cvtneps_pbh(values));
+}
+
+/* So many numbers of working memory. */
+INLINE uint16_t *taken(char **work, int64_t numbers)
+{
+    uint16_t *place = (uint16_t *)*work;
+    *work += numbers * (int64_t)sizeof(uint16_t);
+    return place;
+}
+
+/* Products. The left side is rows in memory; the right side is packed: for each 16 columns, for each 32 numbers of depth,
+ * 16 rows of 16 pairs of numbers. */
+
+typedef struct {
+    const uint16_t *numbers;
+    int64_t stride; /* numbers from a row to the next */
+    int64_t depth;  /* a multiple of 32 */
+} Side;
+
+SHARED void multiply_by_tiles(const Side *sides, int count, const uint16_t *packed, int64_t columns, float *sums)
+{
+    int64_t depth = 0;
+    for (int i = 0; i < count; i++)
+        depth += sides[i].depth;
+    for (int64_t n = 0; n < columns; n += 2 * TILE) {
+        const uint16_t *right0 = packed + n * depth, *right1 = right0 + TILE * depth;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int i = 0; i < count; i++) {
+            const int64_t stride = sides[i].stride;
+            for (int64_t k = 0; k < sides[i].depth; k += PAIRS, right0 += PACKED, right1 += PACKED) {
+                const uint16_t *left = sides[i].numbers + k;
+                _tile_loadd(4, left, 2 * stride);
+                _tile_loadd(6, right0, 64);
+                _tile_loadd(7, right1, 64);
+                _tile_loadd(5, left + TILE * stride, 2 * stride);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+        _tile_stored(0, sums + n, 4 * columns);
+        _tile_stored(1, sums + n + TILE, 4 * columns);
+        _tile_stored(2, sums + TILE * columns + n, 4 * columns);
+        _tile_stored(3, sums + TILE * columns + n + TILE, 4 * columns);
+    }
+}
+
+SHARED void multiply_by_vectors(const Side *sides, int count, const uint16_t *packed, int64_t columns, float *sums)
+{
+    enum { AT_ONCE = 8 };
+    int64_t depth = 0;
+    for (int i = 0; i < count; i++)
+        depth += sides[i].depth;
+    for (int64_t n = 0; n < columns; n += 2 * TILE)
+        for (int64_t row = 0; row < ROWS; row += AT_ONCE) {
+            const uint16_t *right0 = packed + n * depth, *right1 = right0 + TILE * depth;
+            __m512 sum0[AT_ONCE], sum1[AT_ONCE];
+            for (int r = 0; r < AT_ONCE; r++)
+                sum0[r] = sum1[r] = _mm512_setzero_ps();
+            for (int i = 0; i < count; i++) {
+                const int64_t stride = sides[i].stride;
+                const uint16_t *left = sides[i].numbers + row * stride;
+                for (int64_t k = 0; k < sides[i].depth; k += 2, right0 += PAIRS, right1 += PAIRS) {
+                    const __m512bh pairs0 = (__m512bh)_mm512_loadu_si512(right0);
+                    const __m512bh pairs1 = (__m512bh)_mm512_loadu_si512(right1);
+#pragma GCC unroll 8
+                    for (int r = 0; r < AT_ONCE; r++) {
+                        int32_t pair;
+                        memcpy(&pair, left + r * stride + k, sizeof pair);
+                        const __m512bh same = (__m512bh)_mm512_set1_epi32(pair);
+                        sum0[r] = _mm512_dpbf16_ps(sum0[r], same, pairs0);
+                        sum1[r] = _mm512_dpbf16_ps(sum1[r], same, pairs1);
+                    }
+                }
+            }
+            for (int r = 0; r < AT_ONCE; r++) {
+                _mm512_storeu_ps(sums + (row + r) * columns + n, sum0[r]);
+                _mm512_storeu_ps(sums + (row + r) * columns + n + TILE, sum1[r]);
+            }
+        }
+}
+
+/* Sums (32, columns) of 32 rows, whose numbers may be in several parts, times a packed matrix. */
+INLINE void multiply(int64_t tiles, const Side *sides, int count, const uint16_t *packed, int64_t columns, float *sums)
+{
+    if (tiles)
+        multiply_by_tiles(sides, count, packed, columns, sums);
+    else
+        multiply_by_vectors(sides, count, packed, columns, sums);
+}
+
+/* Threads that do a job together. They live as long as it takes. */
+typedef struct Team {
+    pthread_mutex_t start; /* held until it is known how many they are */
+    pthread_barrier_t barrier;
+    int64_t count;
+    int64_t tiles; /* whether they multiply by tiles */
+    const void *job;
+    void (*work)(const void *job, struct Team *team, int64_t number);
+} Team;
+
+typedef struct {
+    Team *team;
+    int64_t number;
+} Member;
+
+SHARED void *join_in(void *argument)
+{
+    const Member *member = argument;
+    Team *team = member->team;
+    pthread_mutex_lock(&team->start);
+    pthread_mutex_unlock(&team->start);
+    /* Numbers below the normal ones take processors far longer, and count for nothing here. */
+    const unsigned int modes = _mm_getcsr();
+    _mm_setcsr(modes | 0x8040);
+    if (team->tiles) {
+        struct {
+            uint8_t palette, start_row, reserved[14];
+            uint16_t bytes[16];
+            uint8_t rows[16];
+        } shapes = {.palette = 1};
+        for (int i = 0; i < 8; i++) {
+            shapes.bytes[i] = 64;
+            shapes.rows[i] = TILE;
+        }
+        _tile_loadconfig(&shapes);
+        team->work(team->job, team, member->number);
+        _tile_release();
+    } else {
+        team->work(team->job, team, member->number);
+    }
+    _mm_setcsr(modes);
+    return NULL;
+}
+
+/* Do a job with so many threads, or with fewer where the system starts no more. */
+SHARED void work_together(int64_t threads, int64_t tiles, const void *job,
+                          void (*work)(const void *job, Team *team, int64_t number))
+{
+    Team team = {.start = PTHREAD_MUTEX_INITIALIZER, .tiles = tiles, .job = job, .work = work};
+    Member members[MOST_THREADS];
+    pthread_t started[MOST_THREADS];
+    pthread_mutex_lock(&team.start);
+    for (int64_t i = 0; i < threads && i < MOST_THREADS; i++) {
+        members[i] = (Member){&team, i};
+        if (i > 0 && pthread_create(&started[i], NULL, join_in, &members[i]) != 0)
+            break;
+        team.count = i + 1;
+    }
+    pthread_barrier_init(&team.barrier, NULL, (unsigned int)team.count);
+    pthread_mutex_unlock(&team.start);
+    join_in(&members[0]);
+    for (int64_t i = 1; i < team.count; i++)
+        pthread_join(started[i], NULL);
+    pthread_barrier_destroy(&team.barrier);
+    pthread_mutex_destroy(&team.start);
+}
+
+#endif
+#endif
