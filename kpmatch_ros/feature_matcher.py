@@ -411,11 +411,11 @@ class FeatureMatcher:
             if self.device.type != "cpu":
                 matcher.run_ahead = True
                 matcher.match_as_one_batch()
-            matcher.prune_above = _pruned_above(self.device, self.dtype)
             if has_tiles():
                 matcher.leave_attention_to_pytorch()
             if self.device.type == "cpu":
                 matcher.use_compiled(self.dtype)
+            matcher.prune_above = _pruned_above(self.device, self.dtype, matcher.is_compiled)
         loaded: Matcher = self._to_precision(matcher.to(self.device))
         return loaded
 
@@ -431,12 +431,14 @@ class FeatureMatcher:
         return backend
 
 
-def _pruned_above(device: torch.device, dtype: torch.dtype) -> int:
+def _pruned_above(device: torch.device, dtype: torch.dtype, compiled: bool) -> int:
     """Keypoints of an image. With fewer, looking for points to drop takes more time than it saves.
 
     docs/performance.md has the measurements. For a GPU it is cvg/LightGlue's pruning_keypoint_thresholds, with flash
-    attention. AMX multiplies bfloat16 nearly as fast, beside what dropping costs: no gain was found at 1024 keypoints.
+    attention. By PyTorch, AMX multiplies bfloat16 nearly as fast beside what dropping costs: no gain was found at 1024.
     """
+    if compiled:
+        return 128
     if device.type != "cpu" or (dtype == torch.bfloat16 and has_tiles()):
         return 1536
     return 256 if dtype == torch.bfloat16 else 0

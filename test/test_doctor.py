@@ -197,7 +197,7 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch: pyte
         raise RuntimeError("the disk is on fire")
         yield
 
-    checks = ("opencv", "scipy", "geometry", "pytorch", "weights", "networks", "ros")
+    checks = ("opencv", "scipy", "geometry", "compiled_networks", "pytorch", "weights", "networks", "ros")
     for name in checks:
         monkeypatch.setattr(doctor, f"check_{name}", broken)
     found = list(doctor.examine())
