@@ -66,6 +66,8 @@ def suppress_non_maxima(scores: Tensor, radius: int, again: int = 2) -> Tensor:
 
     if radius == 0:
         return scores
+    if _may_look(scores) and not scores.requires_grad:
+        return torch.stack([torch.from_numpy(_maxima(each.numpy(), radius, again)) for each in scores])
     maxima = scores == _largest_nearby(scores, radius)
     for _ in range(again):
         suppressed = _largest_nearby(maxima.to(torch.uint8), radius).to(torch.bool)
@@ -79,13 +81,21 @@ def _may_look(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.jit.is_tracing()
 
 
+def _maxima(scores: np.ndarray, radius: int, again: int) -> np.ndarray:
+    """As :func:`suppress_non_maxima` of (H, W), by OpenCV: PyTorch's pooling records the place of each maximum."""
+    window = np.ones((2 * radius + 1, 2 * radius + 1), np.uint8)
+    maxima = cv2.compare(scores, cv2.dilate(scores, window), cv2.CMP_EQ)
+    for _ in range(again):
+        free = cv2.bitwise_not(cv2.dilate(maxima, window))
+        remaining = cv2.copyTo(scores, free)
+        found = cv2.compare(remaining, cv2.dilate(remaining, window), cv2.CMP_EQ)
+        maxima = cv2.bitwise_or(maxima, cv2.bitwise_and(found, free))
+    return cv2.copyTo(scores, maxima)
+
+
 def _largest_nearby(x: Tensor, radius: int) -> Tensor:
     """The largest of the values (B, H, W), float32 or uint8, within ``radius`` in both directions of each."""
     size = 2 * radius + 1
-    if _may_look(x):
-        # Ten times as fast as PyTorch's pooling, which records the place of each maximum.
-        window = np.ones((size, size), np.uint8)
-        return torch.stack([torch.from_numpy(cv2.dilate(each.numpy(), window)) for each in x.detach()])
     # A square window's maximum is that of its rows' maxima: 2 (2r+1) comparisons a pixel in place of (2r+1)^2.
     rows = F.max_pool2d(x[:, None].float(), (1, size), stride=1, padding=(0, radius))
     return F.max_pool2d(rows, (size, 1), stride=1, padding=(radius, 0))[:, 0].to(x.dtype)
@@ -152,7 +162,13 @@ def select_keypoints(
     if max_keypoints < 0 or _may_look(scores):
         found = int((flat > threshold).sum(dim=1).max())
         count = min(count, rounded_up(found) if round_up and found else found)
-    best, index = flat.topk(count, dim=1)
+    if batch == 1 and _may_look(scores) and count <= found:
+        # Among those above the threshold alone, which are some hundredths of the pixels.
+        candidates = (flat[0] > threshold).nonzero()[:, 0]
+        best, order = flat[:, candidates].topk(count, dim=1)
+        index = candidates[order]
+    else:
+        best, index = flat.topk(count, dim=1)
     mask = best > threshold
     rows = torch.div(index, width, rounding_mode="floor")
     keypoints = torch.stack([index - rows * width, rows], dim=-1).float()
