@@ -34,6 +34,9 @@ INLINE int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / 
 INLINE int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* The compiler does not know of all that the instructions for tiles read: what was written before is in memory here. */
+INLINE void finish_writing(const void *place) { __asm__ volatile("" : : "r"(place) : "memory"); }
+
 INLINE void store_rounded(uint16_t *place, __m512 values)
 {
     _mm256_storeu_si256((__m256i *)place, (__m256i)_mm512_cvtneps_pbh(values));
@@ -61,6 +64,7 @@ SHARED void multiply_by_tiles(const Side *sides, int count, const uint16_t *pack
     int64_t depth = 0;
     for (int i = 0; i < count; i++)
         depth += sides[i].depth;
+    finish_writing(sides);
     for (int64_t n = 0; n < columns; n += 2 * TILE) {
         const uint16_t *right0 = packed + n * depth, *right1 = right0 + TILE * depth;
         _tile_zero(0);
@@ -166,6 +170,7 @@ SHARED void *join_in(void *argument)
             shapes.bytes[i] = 64;
             shapes.rows[i] = TILE;
         }
+        finish_writing(&shapes);
         _tile_loadconfig(&shapes);
         team->work(team->job, team, member->number);
         _tile_release();
