@@ -309,7 +309,7 @@ class FeatureMatcher:
             # How convolutions run fastest on processors and tensor cores alike.
             network.to(memory_format=torch.channels_last)
             in_float32 = self.device.type == "cpu" and self.dtype == torch.float32
-            if in_float32 and isinstance(network, SuperPoint) and can_transform():
+            if in_float32 and isinstance(network, SuperPoint) and _transform_pays():
                 transform_convolutions(network)
         return network.to_precision(self.dtype)
 
@@ -429,6 +429,14 @@ class FeatureMatcher:
         if backend.note:
             warnings.warn(backend.note, RuntimeWarning, stacklevel=3)
         return backend
+
+
+def _transform_pays() -> bool:
+    """Whether convolutions in float32 take less time through the transform; docs/performance.md has the measurements.
+
+    NNPACK computes with 256 bits. Processors with AMX have two units of 512, with which oneDNN needs no transform.
+    """
+    return can_transform() and not (has_tiles() and torch.backends.cpu.get_cpu_capability() == "AVX512")
 
 
 def _pruned_above(device: torch.device, dtype: torch.dtype, compiled: bool) -> int:

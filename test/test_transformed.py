@@ -79,6 +79,7 @@ def test_an_image_is_described_as_by_plain_convolutions(
     texture: Any, monkeypatch: pytest.MonkeyPatch, extractor: str
 ) -> None:
     image = texture(131, 163, 3)
+    monkeypatch.setattr(feature_matcher, "has_tiles", lambda: False)
     found = FeatureMatcher(extractor=extractor, device="cpu", precision="float32", matcher="nearest")
     assert any(isinstance(layer, TransformedConv2d) for layer in found.extractor.modules())
     ours = found.extract(image).numpy()
@@ -94,6 +95,15 @@ def test_an_image_is_described_as_by_plain_convolutions(
     assert len(pairs) >= 0.99 * len(theirs)
     assert np.abs(ours.scores[pairs[:, 0]] - theirs.scores[pairs[:, 1]]).max() < 1e-4
     assert np.abs(ours.descriptors[pairs[:, 0]] - theirs.descriptors[pairs[:, 1]]).max() < 1e-4
+
+
+@pytest.mark.parametrize("widest", ["AVX2", "AVX512"])
+def test_a_processor_with_wide_units_computes_without_it(monkeypatch: pytest.MonkeyPatch, widest: str) -> None:
+    monkeypatch.setattr(feature_matcher, "has_tiles", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: widest)  # what PyTorch may use of it
+    extractor = FeatureMatcher(device="cpu", precision="float32", matcher="nearest").extractor
+    transformed = any(isinstance(layer, TransformedConv2d) for layer in extractor.modules())
+    assert transformed == (widest == "AVX2")
 
 
 def test_networks_in_bfloat16_have_plain_convolutions() -> None:
