@@ -196,12 +196,15 @@ class CompiledConvolutions:
 
 
 def best_pairs(similarity: Tensor, certain0: Tensor, certain1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best partner of each point, as :meth:`MatchAssignment.best_pairs` gives them.
+    """The best partner of each point, by the scores of :class:`MatchAssignment`.
 
     Args:
         similarity: (N0, N1) float32 on the processor, N0 and N1 at least 1.
         certain0: (N0,) float32, logarithms of the probabilities that a point has a match.
         certain1: (N1,).
+
+    Returns:
+        partners (N0,) and (N1,) int64, and the logarithms (N0,) of the scores of the first; NaN where there is none.
     """
     assert _library is not None
     count0, count1 = similarity.shape
