@@ -1,10 +1,10 @@
-"""What the first bytes of an image file say, read before anything is decoded.
+"""What an image file says of itself, read before anything is decoded.
 
 A file of a few hundred bytes can claim a billion pixels, and a decoder takes the memory for them. So the size is read
 from the header first. A header is data from a stranger: whatever it holds, these functions return.
 
-Sources: ITU-T T.81 annex B (JPEG), PNG 3rd edition 11.2.1, RFC 9649 (WebP), TIFF 6.0 section 2, BITMAPINFOHEADER,
-Netpbm's pgm(5), ISO 15444-1 annex I (JPEG 2000).
+Sources: ITU-T T.81 annex B (JPEG), PNG 3rd edition 5.4 and 11.2.1, RFC 9649 (WebP), TIFF 6.0 section 2,
+BITMAPINFOHEADER, Netpbm's pgm(5), ISO 15444-1 annex I (JPEG 2000).
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import re
 import struct
 from collections.abc import Iterator
 
-__all__ = ["image_size", "jpeg_end"]
+__all__ = ["image_size", "jpeg_end", "jpeg_scans", "png_picture"]
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
 # JPEG markers (the byte after 0xff).
 _START_OF_SCAN, _END = 0xDA, 0xD9
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # hold the size; the others are tables and extensions
-_ALONE = {0x01, *range(0xD0, 0xD8)}  # markers without a length
+# Within compressed data 0xff is followed by 0, a restart marker or, to fill, 0xff. Decoders pass over
+# these elsewhere too.
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 
 
 def image_size(data: bytes) -> tuple[int, int] | None:
@@ -42,35 +44,44 @@ def jpeg_end(data: bytes) -> int | None:
     return next((position for marker, position in _jpeg_markers(data) if marker == _END), None)
 
 
+def jpeg_scans(data: bytes) -> int:
+    """How many scans a JPEG has: one, or some ten if it is progressive. Each is a pass over the whole image."""
+    return sum(marker == _START_OF_SCAN for marker, _ in _jpeg_markers(data))
+
+
+def png_picture(data: bytes) -> bytes | None:
+    """A PNG of the chunks alone that make its picture and its orientation; None where it is cut short.
+
+    OpenCV 5.0 takes as much memory as the length of a chunk declares, and reading an animation it fails by a
+    segmentation fault where the first picture is damaged. Text and colour profiles may be compressed without limit.
+    """
+    chunks, position = [data[:8]], 8
+    while position + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        kind, begin = data[position + 4 : position + 8], position
+        position += 12 + length
+        if position > len(data):
+            return None
+        if kind[:1].isupper() or kind == b"eXIf":  # critical, in the standard's words
+            chunks.append(data[begin:position])
+        if kind == b"IEND":
+            return b"".join(chunks)
+    return None
+
+
 def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """The markers of a JPEG in their order, each with the position behind it; ends where the data make no sense."""
+    """The markers of a JPEG in their order, each with the position behind it, up to that of its end.
+
+    What stands between two segments and is no marker is passed over, as by libjpeg: or else a stray byte would hide
+    the size from us, and not from the decoder.
+    """
     position = 2
-    while position + 1 < len(data):
-        if data[position] != 0xFF:
-            return
-        marker = data[position + 1]
-        position += 1 if marker == 0xFF else 2  # 0xff may be repeated before a marker
-        if marker == 0xFF:
-            continue
+    while (found := _MARKER.search(data, position)) is not None:
+        marker, position = data[found.end() - 1], found.end()
         yield marker, position
-        if marker == _END or marker == 0:
+        if marker == _END:
             return
-        if marker in _ALONE:
-            continue
-        length = int.from_bytes(data[position : position + 2], "big")
-        if length < 2:
-            return
-        position += length
-        if marker == _START_OF_SCAN:  # compressed data follow, in which 0xff is followed by 0 or a restart marker
-            position = data.find(b"\xff", position)
-            while position >= 0 and position + 1 < len(data) and _in_scan(data[position + 1]):
-                position = data.find(b"\xff", position + 2)
-            if position < 0:
-                return
-
-
-def _in_scan(following: int) -> bool:
-    return following == 0 or following in _ALONE
+        position += max(2, int.from_bytes(data[position : position + 2], "big"))
 
 
 def _size(data: bytes) -> tuple[int, int] | None:

@@ -34,10 +34,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kpmatch_ros.image_headers import JPEG, PNG, image_size, jpeg_end
+from kpmatch_ros.image_headers import JPEG, PNG, image_size, jpeg_end, jpeg_scans, png_picture
 
 MAX_SIDE = 32766  # pixels: of longer images OpenCV's remap, which cuts patches, takes none
 LARGEST_FILE = 8192 * 8192  # pixels of a compressed image: `resize` keeps no more, and in colour they take 0.2 GB
+_MOST_SCANS = 100  # of a progressive JPEG: encoders make some ten, and each costs a pass over the whole image
 
 
 class ImageError(ValueError):
@@ -157,16 +158,19 @@ def to_array(message: Any, largest: int = LARGEST_FILE, scale: Scale | None = No
     return _picture(pixels, layout.colour, what, scale)
 
 
-def check_declared_size(data: bytes, what: str, largest: int = LARGEST_FILE) -> None:
-    """Check the size that the header of a JPEG, PNG or other image file declares, before it is decoded.
+def check_header(data: bytes, what: str, largest: int = LARGEST_FILE) -> None:
+    """Check what the header of a JPEG, PNG or other image file declares, before it is decoded.
 
-    A file whose header is not understood passes: the decoder judges it.
+    A file of another format whose header is not understood passes: the decoder judges it.
 
     Raises:
-        ImageError: it has no pixels or more than `largest` ("size").
+        ImageError: it has no pixels or more than `largest` ("size"); or its header does not say how many, or it would
+            take a thousand times as long as other files ("decode").
     """
     declared = image_size(data)
     if declared is None:
+        if data.startswith((JPEG, PNG)):
+            raise ImageError("decode", f"{what}: its header declares no size: the file is damaged")
         return
     width, height = declared
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
@@ -178,14 +182,25 @@ def check_declared_size(data: bytes, what: str, largest: int = LARGEST_FILE) -> 
             f"{what}: its header declares {width} x {height} pixels, more than the {largest / 1e6:.1f} million that "
             "are decoded: send smaller images, or set resize",
         )
+    if data.startswith(JPEG) and (scans := jpeg_scans(data)) > _MOST_SCANS:
+        raise ImageError(
+            "decode", f"{what}: it has {scans} scans, and a JPEG some ten: the file is damaged, or made to take long"
+        )
 
 
-def whole_jpeg(data: bytes) -> bytes:
-    """A JPEG without what follows its end: the video of a motion photo, padding, or the rest of an older frame.
+def whole_file(data: bytes) -> bytes:
+    """What a decoder needs of an image file.
+
+    A JPEG is given without what follows its end: the video of a motion photo, padding, or the rest of an older frame. A
+    PNG is given without animation, texts and profiles; files of other formats as they are.
 
     Returns:
         Its bytes; empty where it is cut short.
     """
+    if data.startswith(PNG):
+        return png_picture(data) or b""
+    if not data.startswith(JPEG):
+        return data
     end = jpeg_end(data)
     if end is not None:
         return data[:end]
@@ -203,14 +218,11 @@ def _decompress(message: Any, largest: int, scale: Scale | None) -> NDArray[np.u
     data = _bytes(message.data, what).tobytes()
     # OpenCV 4 fills what a truncated JPEG lacks with grey. Decoders of rarer formats stay out of reach of what arrives
     # over the network.
-    if data.startswith(JPEG):
-        whole = whole_jpeg(data)
-    elif data.startswith(PNG):
-        whole = data if data.rfind(b"IEND") > 0 else b""
-    else:
+    if not data.startswith((JPEG, PNG)):
         raise ImageError("decode", f"{what}: its {len(data)} bytes are neither JPEG nor PNG: publish one of these")
+    whole = whole_file(data)
     if whole:
-        check_declared_size(whole, what, largest)
+        check_header(whole, what, largest)
     flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         pixels = cv2.imdecode(np.frombuffer(whole, np.uint8), flags) if whole else None

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpmatch_ros.image_headers import JPEG
-from kpmatch_ros.images import ImageError, check_declared_size, whole_jpeg
+from kpmatch_ros.images import ImageError, check_header, whole_file
 from kpmatch_ros.parameters import ParameterError, Parameters
 
 __all__ = ["both", "fit", "load_masks", "shrink_or_enlarge"]
@@ -42,11 +42,11 @@ def _read(name: str, path: str) -> NDArray[np.bool_]:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ParameterError(f"{name} is {path!r}, which cannot be read: {reason}; give an image file") from None
     jpeg = data.startswith(JPEG)
-    whole = whole_jpeg(data) if jpeg else data
+    whole = whole_file(data)
     pixels = None
     if whole:
         try:
-            check_declared_size(whole, path)
+            check_header(whole, path)
             pixels = cv2.imdecode(np.frombuffer(whole, np.uint8), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
         except ImageError as error:
             raise ParameterError(f"{name}: {error}") from None

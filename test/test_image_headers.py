@@ -1,8 +1,11 @@
-"""Sizes are read from headers before decoding, and a JPEG ends at its own end."""
+"""Sizes are read from headers before decoding, and a decoder sees of a file its picture alone."""
 
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kpmatch_ros.image_headers import image_size, jpeg_end
+from kpmatch_ros.image_headers import image_size, jpeg_end, jpeg_scans
 from kpmatch_ros.images import ImageError, to_array
 
 Run = Callable[..., tuple[int, str, str]]
@@ -125,6 +128,99 @@ def test_a_jpeg_cut_short_has_no_end_even_with_foreign_bytes_behind(kept: float)
     assert jpeg_end(cut) is None
     with pytest.raises(ImageError, match="cut short"):
         to_array(compressed(cut))
+
+
+STRAY: dict[str, bytes] = {
+    "a byte": b"\0",
+    "filling": b"\xff\xff\0",
+    "a restart marker": b"\xff\xd3",
+    "a segment of length zero": b"\xff\xe5\0\0",
+    "a segment of length one": b"\xff\xfe\0\1",
+}
+
+
+@pytest.mark.parametrize("stray", STRAY)
+def test_what_stands_before_a_jpegs_size_does_not_hide_it(monkeypatch: pytest.MonkeyPatch, stray: str) -> None:
+    data = encoded(".jpg")
+    place = data.index(b"\xff\xc0")
+    assert np.array_equal(to_array(compressed(data[:place] + STRAY[stray] + data[place:])), to_array(compressed(data)))
+    bomb = claiming(data, 16_000, 16_000)
+    monkeypatch.setattr(cv2, "imdecode", None)
+    with pytest.raises(ImageError, match="16000 x 16000 pixels") as caught:
+        to_array(compressed(bomb[:place] + STRAY[stray] + bomb[place:]))
+    assert caught.value.reason == "size"
+
+
+def test_a_jpeg_that_declares_no_size_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(".jpg")
+    monkeypatch.setattr(cv2, "imdecode", None)
+    with pytest.raises(ImageError, match="declares no size") as caught:
+        to_array(compressed(data.replace(b"\xff\xc0", b"\xff\xe0")))
+    assert caught.value.reason == "decode"
+
+
+def test_a_jpeg_of_a_thousand_scans_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(".jpg", 41, 30, cv2.IMWRITE_JPEG_PROGRESSIVE, 1)
+    assert 1 < jpeg_scans(data) < 20
+    start, first, second, *rest = data.split(b"\xff\xda")
+    monkeypatch.setattr(cv2, "imdecode", None)
+    with pytest.raises(ImageError, match=r"it has 10\d\d scans") as caught:
+        to_array(compressed(b"\xff\xda".join([start, first, *1000 * [second], second, *rest])))
+    assert caught.value.reason == "decode"
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def animated(other: bytes) -> bytes:
+    """A PNG of 8 x 8 white pixels, and of an animation whose second picture is as given."""
+    header, white = struct.pack(">IIBBBBB", 8, 8, 8, 6, 0, 0, 0), zlib.compress(8 * (b"\0" + 32 * b"\xff"))
+    pictures = [
+        chunk(b"acTL", struct.pack(">II", 2, 0)),
+        chunk(b"IDAT", white),
+        chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 8, 8, 0, 0, 0, 1, 0, 0)),
+        chunk(b"fdAT", struct.pack(">I", 1) + zlib.compress(other)),
+    ]
+    return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), *pictures, chunk(b"IEND", b"")])
+
+
+def test_an_animated_png_is_its_first_picture() -> None:
+    assert (to_array(compressed(animated(8 * bytes(33)))) == 255).all()
+
+
+def test_a_png_whose_animation_is_damaged_does_not_end_the_process() -> None:
+    code = (
+        "import sys\nfrom types import SimpleNamespace\nfrom kpmatch_ros.images import to_array\n"
+        "print(to_array(SimpleNamespace(format='png', data=sys.stdin.buffer.read())).min())"
+    )
+    damaged = animated(8 * (b"\x63" + bytes(32)))  # there is no filter 0x63: OpenCV 5.0 fails by a segmentation fault
+    done = subprocess.run([sys.executable, "-c", code], input=damaged, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"255\n")
+
+
+@pytest.mark.parametrize("length", [0x7FFF_FFFF, 0xFFFF_FFFF, 5000])
+def test_a_png_whose_chunk_declares_more_than_there_is_is_not_decoded(
+    monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    data = encoded(".png")
+    place = data.index(b"IDAT") - 4
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("it takes as much memory as the chunk declares"))
+    with pytest.raises(ImageError, match="cut short") as caught:
+        to_array(compressed(data[:place] + struct.pack(">I", length) + data[place + 4 :]))
+    assert caught.value.reason == "decode"
+
+
+def test_a_photo_in_a_png_stays_upright(tmp_path: Path) -> None:
+    from kpmatch_ros.cli.common import read_image
+
+    exif = chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0")
+    data = encoded(".png")
+    place = data.index(b"IDAT") - 4
+    turned = data[:place] + exif + data[place:]
+    (tmp_path / "photo.png").write_bytes(turned)
+    decoded = cv2.imdecode(np.frombuffer(turned, np.uint8), cv2.IMREAD_ANYCOLOR)
+    assert decoded is not None and read_image(tmp_path / "photo.png").shape == decoded.shape
 
 
 STARTS = [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"RIFF\0\0\0\0WEBPVP8 ", b"RIFF\0\0\0\0WEBPVP8L", b"II*\0",

@@ -154,16 +154,14 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     import cv2
     import numpy as np
 
-    from kpmatch_ros.image_headers import JPEG
-    from kpmatch_ros.images import ImageError, check_declared_size, whole_jpeg
+    from kpmatch_ros.images import ImageError, check_header, whole_file
 
     data = path.read_bytes()
-    # OpenCV 4.6 fills in what a JPEG cut short lacks.
-    whole = whole_jpeg(data) if data.startswith(JPEG) else data
+    whole = whole_file(data)  # OpenCV 4.6 fills in what a JPEG cut short lacks
     pixels = None
     if whole:
         try:
-            check_declared_size(whole, str(path))
+            check_header(whole, str(path))
         except ImageError as error:
             raise CommandError(str(error)) from error
         with quiet_stderr():
