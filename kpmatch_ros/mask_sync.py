@@ -13,6 +13,8 @@ Item = TypeVar("Item")
 
 _STEPS = 9  # of a stream, of which the shortest is its period: where messages are lost, the others are longer
 
+_FAR = 10 * 10**9  # nanoseconds by which a mask is not ahead of an image that waits for its own, unless time jumps
+
 
 class _Mask(NamedTuple):
     """A mask that waits for its image."""
@@ -24,8 +26,9 @@ class _Mask(NamedTuple):
 class MaskSynchroniser(Generic[Item]):
     """Finds each image's mask: the one of equal stamp, or else the nearest within a tolerance.
 
-    Masks of a camera come in order, before or after their images. A mask cannot come any more once a later one is
-    there. One thread may put masks while another waits for them and takes them.
+    Masks of a camera come in order, before or after their images. A mask cannot come any more once the last one that
+    came is later. Stamps may jump, for good or for one message, which costs no other image its mask.
+    One thread may put masks while another waits for them and takes them.
 
     Args:
         cameras: one, or two.
@@ -47,6 +50,7 @@ class MaskSynchroniser(Generic[Item]):
         self._tolerance = tolerance
         self._masks: list[deque[_Mask]] = [deque(maxlen=capacity) for _ in range(cameras)]
         self._taken: list[int | None] = [None] * cameras  # stamp of the last image
+        self._given: list[int | None] = [None] * cameras  # stamp of the last mask, of the time before it went back
         self._alone: list[int | None] = [None] * cameras  # that of the last image that went on without a mask
         self._steps: list[deque[int]] = [deque(maxlen=_STEPS) for _ in range(2 * cameras)]  # of images, of masks
         self._changed = threading.Condition()
@@ -74,38 +78,58 @@ class MaskSynchroniser(Generic[Item]):
     def take(self, camera: int, stamp: int) -> Item | None:
         """The mask of an image; None where there is none. To be called with every image that is processed, in order."""
         with self._changed:
+            found, masks = self._find(camera, stamp), self._masks[camera]
             taken, self._taken[camera] = self._taken[camera], stamp
             if taken is not None:
                 self._measure(2 * camera, taken, stamp)
-                if stamp < taken:  # time went back: what is nearer to the time before belongs to that
-                    self._keep(camera, lambda mask: abs(mask.stamp - stamp) < abs(mask.stamp - taken))
-            found = self._find(camera, stamp)
             self.offset[camera] = self._alone[camera] = None
             self.came_late[camera] &= found is None
             if found is None:
                 self._alone[camera] = stamp
-                self.offset[camera] = min((abs(mask.stamp - stamp) for mask in self._masks[camera]), default=None)
-            # What is as old as the image is kept: another image may have the same stamp.
-            self._keep(camera, lambda mask: mask.stamp >= (stamp if found is None else found.stamp))
-            return None if found is None else found.item
+                self.offset[camera] = min((abs(mask.stamp - stamp) for mask in masks), default=None)
+                self._forget(camera, stamp, taken)
+                return None
+            # What came before is useless, whatever its stamp. The mask is kept: another image may have the same stamp.
+            while masks[0] is not found:
+                masks.popleft()
+            self._given[camera] = found.stamp
+            return found.item
+
+    def _forget(self, camera: int, stamp: int, taken: int | None) -> None:
+        """Let go of masks whose images have gone by, when one without a mask follows one of the stamp `taken`."""
+        given = self._given[camera]
+        if taken is None or stamp < taken:  # the first one, or time went back: masks of either time may be needed
+            self._given[camera] = None
+            return
+        # Those older than what was given came after it, so they are of images to come, of a time that went back.
+        masks = self._masks[camera]
+        gone = range(0 if given is None else given, taken)  # and not to `stamp`: one image's may be far off
+        self._masks[camera] = deque((mask for mask in masks if mask.stamp not in gone), masks.maxlen)
 
     def _complete(self, stamps: Sequence[int]) -> bool:
         return all(
-            camera not in self.expected
-            or self._find(camera, stamp) is not None
-            or any(mask.stamp > stamp for mask in self._masks[camera])
+            camera not in self.expected or self._find(camera, stamp) is not None or self._is_past(camera, stamp)
             for camera, stamp in enumerate(stamps)
         )
 
+    def _is_past(self, camera: int, stamp: int) -> bool:
+        """Whether the masks are past an image. The last one tells: an older one may be of a time that went back."""
+        masks, taken = self._masks[camera], self._taken[camera]
+        if not masks or masks[-1].stamp <= stamp:
+            return False
+        ahead = masks[-1].stamp - stamp
+        if ahead > _FAR and (len(masks) == 1 or masks[-2].stamp <= stamp):  # one stamp that is far off tells nothing
+            return False
+        # Where time went back, a mask that is nearer to the time before belongs to that.
+        return taken is None or stamp >= taken or ahead < abs(masks[-1].stamp - taken)
+
     def _find(self, camera: int, stamp: int) -> _Mask | None:
         """The mask of an image, the newest of those equally near."""
-        limit = self._limit(camera)
+        limit, taken = self._limit(camera), self._taken[camera]
+        if taken is not None and stamp > taken:  # this step tells too
+            limit = min(limit, (stamp - taken) // 2)
         near = [mask for mask in self._masks[camera] if abs(mask.stamp - stamp) <= limit]
         return min(reversed(near), key=lambda mask: abs(mask.stamp - stamp), default=None)
-
-    def _keep(self, camera: int, wanted: Any) -> None:
-        masks = self._masks[camera]
-        self._masks[camera] = deque(filter(wanted, masks), masks.maxlen)
 
     def _measure(self, stream: int, before: int, now: int) -> None:
         if now > before:

@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 _LONGEST_STEP = 0.2  # seconds between two calls that count at most: a caller that was held up did not listen
 
 
-_ARRIVALS = 9  # steps of a stream whose median is its period by arrival: some come in a burst
+_STEPS = 9  # of a stream, whose median is its period: images are lost, sent twice, or come in a burst
 
 
 class _Waiting(NamedTuple):
@@ -49,9 +49,9 @@ class StereoSynchroniser(Generic[Item]):
         self._tolerance = tolerance
         self._waiting: tuple[deque[_Waiting], ...] = (deque(maxlen=capacity), deque(maxlen=capacity))
         self._last: list[int | None] = [None, None]
-        self._periods: list[int | None] = [None, None]
+        self._periods: tuple[deque[int], ...] = (deque(maxlen=_STEPS), deque(maxlen=_STEPS))  # by stamp
         self._arrived: list[int | None] = [None, None]
-        self._steps: tuple[deque[int], ...] = (deque(maxlen=_ARRIVALS), deque(maxlen=_ARRIVALS))
+        self._steps: tuple[deque[int], ...] = (deque(maxlen=_STEPS), deque(maxlen=_STEPS))  # by arrival
         self.by_arrival = False
         self.unpaired = [0, 0]
         self.since = [0, 0]
@@ -68,7 +68,8 @@ class StereoSynchroniser(Generic[Item]):
             item: is given back in the pair.
             arrived: when it arrived or was recorded, nanoseconds of any clock.
         """
-        self.by_arrival = stamp == 0 or stamp == self._last[side]
+        before = self._last[side]
+        self.by_arrival = stamp == 0 or stamp == before
         self._measure(side, stamp, arrived)
         if self._waited[side] is not None:  # this is the answer
             self._waited[side] = None
@@ -85,7 +86,9 @@ class StereoSynchroniser(Generic[Item]):
         ):
             if nearest is not None:
                 self.offset = differences[nearest]
-            while others and others[0].stamp < stamp - self._tolerance:  # this stream is past their partner's time
+            # This stream is past their partner's time. One stamp alone may be far ahead.
+            past = (stamp if before is None else min(stamp, before)) - self._tolerance
+            while others and others[0].stamp < past:
                 others.popleft()
                 self.unpaired[1 - side] += 1
             self.unpaired[side] += len(own) == own.maxlen  # the oldest makes way
@@ -127,12 +130,12 @@ class StereoSynchroniser(Generic[Item]):
             self._steps[side].append(abs(arrived - before))
         last, self._last[side] = self._last[side], stamp
         if last is not None and stamp > last:
-            self._periods[side] = stamp - last
+            self._periods[side].append(stamp - last)
         self.since[side] = 0
         self.since[1 - side] += 1
 
     def _limit(self) -> int:
-        return min([self._tolerance, *(period // 2 for period in self._periods if period is not None)])
+        return min([self._tolerance, *(statistics.median_low(steps) // 2 for steps in self._periods if steps)])
 
     def _arrival_limit(self) -> float:
         return min((statistics.median(steps) / 2 for steps in self._steps if steps), default=float("inf"))

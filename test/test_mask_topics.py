@@ -73,6 +73,46 @@ def test_when_time_goes_back_the_masks_of_before_are_forgotten() -> None:
     assert not masks.complete([1100 * MS])  # its mask may still come
 
 
+def test_masks_of_a_time_that_goes_back_may_come_before_the_last_images_of_the_time_before() -> None:
+    masks = sync(10 * MS, 1, 5000, 5100, 1000, 1100)
+    order = (5000, 5050, 5100, 5200, 1000, 1100)
+    assert [masks.take(0, stamp * MS) for stamp in order] == ["5000", None, "5100", None, "1000", "1100"]
+
+
+def test_after_time_went_back_an_image_waits_for_its_mask_whatever_masks_are_left_of_the_time_before() -> None:
+    masks = sync(10 * MS, 1, 5000, 5100)
+    assert masks.take(0, 5000 * MS) == "5000"
+    assert not masks.complete([1000 * MS])
+    masks.put(0, 1000 * MS, "again")
+    assert masks.complete([1000 * MS]) and masks.take(0, 1000 * MS) == "again"
+
+
+@pytest.mark.parametrize("far", [0, 2_000_000_000_000])
+def test_one_mask_whose_stamp_is_far_off_takes_no_image_its_own(far: int) -> None:
+    masks = sync(10 * MS, 1, 1000)
+    assert masks.take(0, 1000 * MS) == "1000"
+    masks.put(0, far * MS, "far")
+    for stamp in range(1100, 1500, 100):  # each mask comes after its image
+        assert not masks.complete([stamp * MS])
+        masks.put(0, stamp * MS, str(stamp))
+        assert masks.complete([stamp * MS]) and masks.take(0, stamp * MS) == str(stamp)
+
+
+@pytest.mark.parametrize("far", [0, 2_000_000_000_000])
+@pytest.mark.parametrize("place", [0, 2])
+def test_one_image_whose_stamp_is_far_off_costs_no_other_image_its_mask(far: int, place: int) -> None:
+    stamps = list(range(1000, 1500, 100))
+    masks = sync(10 * MS, 1, *stamps)  # they are there before their images
+    images = [*stamps[:place], far, *stamps[place:]]
+    assert [masks.take(0, stamp * MS) for stamp in images] == [None if each == far else str(each) for each in images]
+
+
+def test_an_image_does_not_take_the_mask_of_the_first_one_for_its_own() -> None:
+    masks = sync(100 * MS, 1, 0)
+    assert masks.take(0, 0) == "0"
+    assert not masks.complete([33 * MS])  # though no two masks have told their period
+
+
 def test_only_so_many_masks_wait() -> None:
     masks: MaskSynchroniser[int] = MaskSynchroniser(1, MS, 3)
     for stamp in range(5):

@@ -107,10 +107,39 @@ def test_one_side_running_backwards_gives_no_pairs() -> None:
     assert synchroniser.unpaired == [25, 29] and synchroniser.offset is not None
 
 
-def test_streams_whose_stamps_do_not_fit_are_unpaired_at_once() -> None:
+def test_streams_whose_stamps_do_not_fit_are_unpaired_one_image_later() -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 100)
     assert feed(synchroniser, *((side, 50 * i + 20 * side) for i in range(5) for side in (LEFT, RIGHT))) == []
-    assert synchroniser.unpaired == [5, 4] and synchroniser.offset == 20 * MS
+    assert synchroniser.unpaired == [4, 3] and synchroniser.offset == 20 * MS
+
+
+@pytest.mark.parametrize("stamp", [0, 5000, 1e12])
+@pytest.mark.parametrize("side", [LEFT, RIGHT])
+def test_one_stamp_that_is_far_off_costs_no_other_pair(stamp: float, side: int) -> None:
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 100)
+    early, late = 1 - side, side  # that one comes 150 ms after the other
+    events = [(50 * i, early, 1000 + 50 * i) for i in range(20)] + [
+        (50 * i + 150, late, 1003 + 50 * i) for i in range(20)
+    ]
+    for bad in (LEFT, RIGHT):
+        found = feed(synchroniser, *((side, value) for _, side, value in sorted([*events, (510, bad, stamp)])))
+        assert len(found) == 20
+        assert synchroniser.unpaired[bad] + synchroniser.waiting[bad] == 1
+        synchroniser = StereoSynchroniser(10 * MS, 100)
+
+
+def test_an_image_that_is_sent_twice_costs_no_other_pair() -> None:
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    events = [event for i in range(20) for event in ((LEFT, 50 * i), (RIGHT, 50 * i + 3))]
+    events.insert(21, (LEFT, 500.001))  # after the eleventh
+    assert len(feed(synchroniser, *events)) == 20
+    assert synchroniser.unpaired == [1, 0]
+
+
+def test_lost_images_do_not_widen_the_tolerance_beyond_half_a_period() -> None:
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(100 * MS, 10)
+    feed(synchroniser, *((side, 50 * i) for i in range(10) for side in (LEFT, RIGHT)))
+    assert feed(synchroniser, (LEFT, 500), (RIGHT, 550), (LEFT, 600), (RIGHT, 650), (LEFT, 700), (RIGHT, 750)) == []
 
 
 @pytest.mark.parametrize("seed", range(20))
