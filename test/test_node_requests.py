@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from builtin_interfaces.msg import Time
 from lifecycle_msgs.srv import ChangeState, GetState
 from rcl_interfaces.msg import Parameter as ParameterMessage
 from rcl_interfaces.srv import (
@@ -16,6 +17,7 @@ from rcl_interfaces.srv import (
     SetParametersAtomically,
 )
 from rclpy.parameter import Parameter
+from rosgraph_msgs.msg import Clock
 
 from node_harness import NodeUnderTest, running_node
 
@@ -69,6 +71,15 @@ def test_parameters_of_unknown_types_and_endless_lists_are_refused(tmp_path: Pat
         request = SetParameters.Request(parameters=[typed("threads", 0), typed("no_such", 2)])
         results = ask(node, SetParameters, "set_parameters", request).results
         assert [result.successful for result in results] == [False, False]
+        # A name that is none is said, with the nearest.
+        parameters = [good, Parameter("max_keypoint", value=5).to_parameter_msg()]
+        request = SetParameters.Request(parameters=parameters)
+        results = ask(node, SetParameters, "set_parameters", request).results
+        assert [result.successful for result in results] == [True, False]
+        assert "'max_keypoint', did you mean max_keypoints?" in results[1].reason
+        request = SetParametersAtomically.Request(parameters=parameters)
+        result = ask(node, SetParametersAtomically, "set_parameters_atomically", request).result
+        assert not result.successful and "'max_keypoint', did you mean max_keypoints?" in result.reason
 
         # An endless list is refused before its entries are looked at: rclpy takes 0.1 ms and more for each.
         names, entries = ["threads"] * MANY, [good] * MANY
@@ -90,6 +101,21 @@ def test_parameters_of_unknown_types_and_endless_lists_are_refused(tmp_path: Pat
         request = GetParameters.Request(names=["max_keypoints"])
         assert ask(node, GetParameters, "get_parameters", request).values[0].integer_value == 77
         assert "Traceback" not in node.log
+
+
+def test_a_negative_time_on_the_clock_is_counted_and_named_and_ends_nothing(tmp_path: Path) -> None:
+    with running_node(tmp_path, calibrated=False, use_sim_time=True, max_keypoints=64, matcher="nearest") as node:
+        node.wait_until_connected()
+        clock = node.node.create_publisher(Clock, "/clock", 10)
+
+        def counted() -> bool:
+            clock.publish(Clock(clock=Time(sec=-1)))
+            return "messages left out: /clock" in node.figures()
+
+        node.wait_for(counted, "the count of what is wrong with /clock")
+        node.wait_for(lambda: "a message on /clock was left out" in node.message(), "the sentence")
+        assert "Seconds value must not be negative" in node.message()
+        assert node.stop() == 0
 
 
 def test_a_profile_decides_what_the_node_was_not_given(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ class Monitor:
         self._unpaired: Counter[str] = Counter()
         self._stamp_faults: Counter[str] = Counter()
         self._mask_faults: Counter[str] = Counter()
+        self._messages_lost: Counter[str] = Counter()
         self._interruptions = 0
         self._odometry_breaks: int | None = None
         self._answered: Counter[str] = Counter()
@@ -119,6 +120,12 @@ class Monitor:
         with self._lock:
             self._mask_faults[f"{fault}: {topic}"] += 1
             self._fail(f"{fault}: {topic}", explanation)
+
+    def message_lost(self, topic: str, explanation: str) -> None:
+        """A message could not be taken: one of rclpy's own, as on /clock, or by a fault of this program."""
+        with self._lock:
+            self._messages_lost[topic] += 1
+            self._fail(f"message lost: {topic}", explanation)
 
     def matched(self, fault: str) -> None:
         """A frame was matched; the fault says why next to nothing came of it."""
@@ -192,6 +199,8 @@ class Monitor:
                 values[f"unpaired: {topic}"] = str(count)
             for faults in (self._stamp_faults, self._mask_faults):
                 values.update((fault, str(count)) for fault, count in sorted(faults.items()))
+            for topic, count in sorted(self._messages_lost.items()):
+                values[f"messages left out: {topic}"] = str(count)
             values["interruptions"] = str(self._interruptions)
             if self._odometry_breaks is not None:
                 values["odometry breaks"] = str(self._odometry_breaks)

@@ -103,13 +103,27 @@ class MatcherNode(LifecycleNode):
         ]
         for service in self.services:  # those of the lifecycle do not come by create_service
             if service not in self._guarded_services:
-                service.callback = guarded(service.callback, self.get_logger)
+                service.callback = self._guarded(service.callback)
 
     def create_service(self, srv_type: Any, srv_name: str, callback: Any, **options: Any) -> Any:
         """Offer a service that survives its requests, see :func:`kpmatch_ros.ros.service_guard.guarded`."""
-        service = super().create_service(srv_type, srv_name, guarded(callback, self.get_logger), **options)
+        service = super().create_service(srv_type, srv_name, self._guarded(callback), **options)
         self._guarded_services.append(service)
         return service
+
+    def _guarded(self, callback: Any) -> Any:
+        return guarded(callback, self.get_logger, self.has_parameter)
+
+    def create_subscription(self, msg_type: Any, topic: str, callback: Any, *arguments: Any, **options: Any) -> Any:
+        """Subscribe so that no message ends the node, be the subscription rclpy's own, as that to /clock."""
+
+        def lost(error: Exception) -> None:
+            why = f"{type(error).__name__}: {error}"
+            look = f"look at what its publisher sends: ros2 topic echo {topic}"
+            self.monitor.message_lost(topic, f"a message on {topic} was left out: {why}; {look}")
+
+        callback = survives(callback, self.get_logger, lost)
+        return super().create_subscription(msg_type, topic, callback, *arguments, **options)
 
     @property
     def parameters(self) -> Parameters:
@@ -243,7 +257,7 @@ class MatcherNode(LifecycleNode):
 
     def _make_inputs(self) -> Inputs:
         takes = (self._take_image, self._take_info, self._take_mask, self._take_transforms)
-        return Inputs(self, self._parameters_in_force, *(survives(take, self.get_logger) for take in takes))
+        return Inputs(self, self._parameters_in_force, *takes)
 
     def _take_image(self, side: int, message: Any) -> None:
         arrived = time.monotonic()

@@ -12,23 +12,29 @@ from rcl_interfaces.msg import SetParametersResult
 from rclpy.executors import ExternalShutdownException
 from rclpy.parameter import Parameter
 
+from kpmatch_ros.parameters import declarations, meant
+
 __all__ = ["guarded", "survives"]
 
 # Entries of one request. The node has some hundred parameters, and rclpy takes 0.1 ms and more for each entry.
 _MOST_ENTRIES = 1000
 # Fields that hold a list in the requests of the parameter services.
 _LISTS = ("names", "prefixes", "parameters")
+_LOG_INTERVAL = 5.0  # seconds between two tracebacks
 _PARAMETER_TYPES = frozenset(kind.value for kind in Parameter.Type)
 
 ServiceCallback = Callable[[Any, Any], Any]
 
 
-def survives(callback: Callable[..., Any], logger: Callable[[], Any]) -> Callable[..., Any]:
+def survives(
+    callback: Callable[..., Any], logger: Callable[[], Any], tell: Callable[[Exception], None] | None = None
+) -> Callable[..., Any]:
     """A callback whose exception is logged: rclpy would let it end the node.
 
     Args:
         callback: of a subscription or a timer.
         logger: gives the node's logger.
+        tell: is called with the exception.
     """
 
     @functools.wraps(callback)
@@ -37,23 +43,30 @@ def survives(callback: Callable[..., Any], logger: Callable[[], Any]) -> Callabl
             return callback(*arguments)
         except ExternalShutdownException:
             raise
-        except Exception:  # noqa: BLE001  (the node lives on and names it)
-            logger().error(f"a callback failed:\n{traceback.format_exc()}")
+        except Exception as error:  # noqa: BLE001  (the node lives on and names it)
+            text = f"a callback failed:\n{traceback.format_exc()}"
+            logger().error(text, throttle_duration_sec=_LOG_INTERVAL)  # /clock may come a thousand times a second
+            if tell is not None:
+                tell(error)
             return None
 
     return wrapped
 
 
-def guarded(callback: ServiceCallback, logger: Callable[[], Any]) -> ServiceCallback:
+def guarded(
+    callback: ServiceCallback, logger: Callable[[], Any], is_parameter: Callable[[str], bool]
+) -> ServiceCallback:
     """A service that answers every request: what its callback raises becomes a refusal.
 
     rclpy lets exceptions of a service end the executor, and so the node: a lifecycle transition that is not allowed,
     given by its id, raises (ros2/rclpy#1209), and so does a parameter of an unknown type. A request with too many
-    entries is refused before it is worked on, as nothing else runs meanwhile.
+    entries is refused before it is worked on, as nothing else runs meanwhile. A parameter that is none is named with
+    the nearest one, where rclpy names nothing.
 
     Args:
         callback: fills a response; or a coroutine function, which the executor awaits.
         logger: gives the node's logger.
+        is_parameter: whether the node has a parameter of a name.
     """
 
     def refused(request: Any, response: Any, error: Exception) -> Any:
@@ -75,8 +88,8 @@ def guarded(callback: ServiceCallback, logger: Callable[[], Any]) -> ServiceCall
             logger().warning(f"a request was refused: {reason}")
             return _refusal(kind, request, reason)
         if hasattr(response, "results"):  # SetParameters
-            return _answer_one_by_one(callback, request, response, logger)
-        if hasattr(request, "parameters") and (reason := _unknown_type(request.parameters)):
+            return _answer_one_by_one(callback, request, response, logger, is_parameter)
+        if hasattr(request, "parameters") and (reason := _unknown(request.parameters, is_parameter)):
             return _refusal(kind, request, reason)
         try:
             return callback(request, response)
@@ -88,11 +101,17 @@ def guarded(callback: ServiceCallback, logger: Callable[[], Any]) -> ServiceCall
     return answer_later if inspect.iscoroutinefunction(callback) else answer
 
 
-def _answer_one_by_one(callback: ServiceCallback, request: Any, response: Any, logger: Callable[[], Any]) -> Any:
+def _answer_one_by_one(
+    callback: ServiceCallback,
+    request: Any,
+    response: Any,
+    logger: Callable[[], Any],
+    is_parameter: Callable[[str], bool],
+) -> Any:
     """Set parameters one by one, so that a bad one does not keep the others from being set and answered."""
     parameters, results = list(request.parameters), []
     for parameter in parameters:
-        reason = _unknown_type([parameter])
+        reason = _unknown([parameter], is_parameter)
         if not reason:
             request.parameters, response.results = [parameter], []
             try:
@@ -117,8 +136,11 @@ def _too_long(request: Any) -> str:
     return ""
 
 
-def _unknown_type(parameters: Any) -> str:
+def _unknown(parameters: Any, is_parameter: Callable[[str], bool]) -> str:
     for parameter in parameters:
+        if not is_parameter(parameter.name):
+            name = parameter.name[:80]
+            return f"there is no parameter {name!r}{meant(name, [item.name for item in declarations()])}"
         if parameter.value.type not in _PARAMETER_TYPES:
             return (
                 f"{parameter.name}: there is no parameter type {parameter.value.type}; see "
