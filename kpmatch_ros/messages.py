@@ -49,6 +49,7 @@ NewMessage = Callable[..., Any]
 _LANDMARK = np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("track_id", "<u8"), ("sigma", "<f4"), ("rgb", "<u4")])
 _FLOAT32, _UINT32 = 7, 6
 _NOT_DETECTED = 2**32 - 1  # MatchArray.NOT_DETECTED
+_LAST = 2**31 * 10**9 - 1  # nanoseconds that a builtin_interfaces/Time holds at most
 _UNKNOWN = 1e9  # variance of a velocity that nobody estimated
 _TYPECODES = {"u1": "B", "u4": "I", "u8": "Q", "f4": "f"}  # of rclpy's arrays, by NumPy's types
 
@@ -81,8 +82,11 @@ def _ros_class(type_name: str) -> tuple[Callable[..., Any], dict[str, str]]:
 
 
 def nanoseconds(stamp: Any) -> int:
-    """A builtin_interfaces/Time as one number."""
-    return int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
+    """A builtin_interfaces/Time as one number, which another one can hold.
+
+    `nanosec` may be a second and more, which is not allowed. At the end of time another message could not hold the sum.
+    """
+    return min(int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec), _LAST)
 
 
 def header_of(frame: Frame, new: NewMessage = ros_message) -> Any:

@@ -122,10 +122,14 @@ def choose_stereo_cameras(
 def _candidates(bag: Path) -> tuple[list[Topic], list[Topic]]:
     """The topics with images, at least one, and those with calibrations."""
     topics = bag_topics(bag)
-    images = [topic for topic in topics if topic.type in IMAGE_TYPES]
+    images: dict[str, Topic] = {}  # raw and compressed ones may be on one topic
+    for topic in topics:
+        if topic.type in IMAGE_TYPES:
+            before = images[topic.name].num_messages if topic.name in images else 0
+            images[topic.name] = topic._replace(num_messages=before + topic.num_messages)
     if not images:
         raise BagError(f"{bag}: has no image topic with messages in it")
-    return images, [topic for topic in topics if topic.type == _CAMERA_INFO]
+    return list(images.values()), [topic for topic in topics if topic.type == _CAMERA_INFO]
 
 
 def _pairs(images: list[Topic]) -> list[tuple[Topic, Topic]]:

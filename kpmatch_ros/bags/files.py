@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -274,7 +275,9 @@ def bag_storage(path: str | Path) -> Storage:
 
 
 def read_messages(
-    path: str | Path, topics: Collection[str] | None = None, remarks: list[str] | None = None
+    path: str | Path,
+    topics: Collection[str] | Mapping[str, Collection[str]] | None = None,
+    remarks: list[str] | None = None,
 ) -> Iterator[Record]:
     """The messages of a bag, or of some of its topics, in the order of recording.
 
@@ -282,12 +285,13 @@ def read_messages(
 
     Args:
         path: of the bag.
-        topics: to read; all where not given.
-        remarks: gets what is odd about the bag, in words, once the last message was read: topics that were left out,
-            and numbers of messages that differ from what its metadata or index declares.
+        topics: to read; all where not given. A mapping says of each which types are wanted: others are left out.
+        remarks: gets what is odd about the bag, in words, once the last message was read: topics and messages that were
+            left out, and numbers of messages that differ from what its metadata or index declares.
 
     Raises:
-        BagError: it is broken, also in its middle, or lacks a topic.
+        BagError: it is broken, also in its middle, or lacks a topic; or a message cannot be decoded, and there are no
+            `remarks` to say so.
     """
     path = Path(path)
     with _opened(path) as recording:
@@ -299,9 +303,12 @@ def read_messages(
                 f"{path}: has no topic {', '.join(missing)}; it has {', '.join(sorted(known))}{''.join(foreign)}"
             )
         wanted = known if topics is None else set(topics)
+        types = topics if isinstance(topics, Mapping) else {}
+        left_out: Counter[str] = Counter()
+        reasons: dict[str, str] = {}  # the first of each topic
         stores: dict[str, Typestore] = {}
         for topic, kind in recording.counts:
-            if topic not in wanted:
+            if topic not in wanted or kind not in types.get(topic, [kind]):
                 continue
             if kind not in stores:
                 with _explained(path, f"the definition of {kind} cannot be understood"):
@@ -317,11 +324,31 @@ def read_messages(
                 found = next(raw, None)
             if found is None:
                 break
-            with _explained(path, f"a message on {found.topic} at {found.stamp / 1e9:.9f} s cannot be decoded"):
-                message = stores[found.type].deserialize_cdr(found.content, found.type)
+            if found.type not in types.get(found.topic, [found.type]):
+                what = f"has the type {found.type}, not {' or '.join(types[found.topic])}"
+                left_out[found.topic] += 1
+                reasons.setdefault(found.topic, f"{_at(found.stamp)} {what}")
+                continue
+            try:
+                with _explained(path, f"a message on {found.topic} {_at(found.stamp)} cannot be decoded"):
+                    message = stores[found.type].deserialize_cdr(found.content, found.type)
+            except BagError as error:
+                if remarks is None:
+                    raise
+                left_out[found.topic] += 1
+                reasons.setdefault(found.topic, f"{_at(found.stamp)} cannot be decoded: {error.__cause__}")
+                continue
             yield Record(found.topic, found.type, found.stamp, message)
         if remarks is not None:
-            remarks += recording.remarks
+            new = list(recording.remarks)
+            for topic, reason in reasons.items():
+                total = sum(count for (name, _), count in recording.counts.items() if name == topic)
+                new.append(f"{topic}: {left_out[topic]} of {total} messages were left out; the first one {reason}")
+            remarks += [remark for remark in new if remark not in remarks]
+
+
+def _at(stamp: int) -> str:
+    return f"at {stamp // 10**9}.{stamp % 10**9:09d} s"
 
 
 def _store_for(kind: str, definition: Definition | None) -> Typestore:
@@ -413,10 +440,11 @@ class BagWriter:
     def write(self, topic: str, message: Any, stamp: int) -> None:
         """Add a message of rosbags' typestore, recorded at `stamp`, nanoseconds."""
         type_name = message.__msgtype__
-        if (topic, type_name) not in self._connections:
-            self._connections[topic, type_name] = self._writer.add_connection(topic, type_name, typestore=typestore())
         data = typestore().serialize_cdr(message, type_name)
         with _explained(self.path, "cannot be written"):
+            if (topic, type_name) not in self._connections:
+                new = self._writer.add_connection(topic, type_name, typestore=typestore())
+                self._connections[topic, type_name] = new
             self._writer.write(self._connections[topic, type_name], int(stamp), data)
 
     def close(self) -> None:

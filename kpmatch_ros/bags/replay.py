@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from kpmatch_ros.bags.cameras import CameraTopics
-from kpmatch_ros.bags.files import BagError, BagWriter, bag_storage, bag_topics, new_message, read_messages
+from kpmatch_ros.bags.files import (
+    IMAGE_TYPES,
+    BagError,
+    BagWriter,
+    bag_storage,
+    bag_topics,
+    new_message,
+    read_messages,
+)
 from kpmatch_ros.bags.html_report import HtmlReport
 from kpmatch_ros.bags.report import Report
 from kpmatch_ros.bags.rerun_recording import RerunRecording
@@ -26,7 +34,9 @@ from kpmatch_ros.pipeline import PATIENCE, Pipeline, check_odometry
 
 __all__ = ["replay"]
 
-_TF_STATIC = "/tf_static"
+_TF_STATIC, _TF_TYPE = "/tf_static", "tf2_msgs/msg/TFMessage"
+_MOST_WAITING = 100  # frames, whatever the recorder's clock says: that memory stays bounded
+_CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
 
 
 class _Waiting(NamedTuple):
@@ -113,7 +123,12 @@ def replay(
         report = _process(bag, cameras, front_end, writer, wanted, trajectory, watchers)
         if not report.latencies:
             topics = " and ".join(camera.image for camera in cameras)
-            why = [report.first_rejection, *report.faults, "the bag declares them, but none can be read"]
+            why = [
+                report.first_rejection,
+                *report.faults,
+                *report.remarks,
+                "the bag declares them, but none can be read",
+            ]
             raise BagError(
                 f"{bag}: none of the {sum(camera.num_images for camera in cameras)} images on {topics} can "
                 f"be used: {next(filter(None, why))}"
@@ -160,7 +175,7 @@ def _process(
         if camera.camera_info:
             infos.setdefault(camera.camera_info, []).append(side)
             # Images that were recorded before the first calibration have that one.
-            first = next(read_messages(bag, [camera.camera_info]), None)
+            first = next(read_messages(bag, {camera.camera_info: [_CAMERA_INFO]}, []), None)
             if first is None:
                 report.faults.append(
                     f"{bag}: declares messages on {camera.camera_info}, but holds none that can be read"
@@ -168,7 +183,7 @@ def _process(
             else:
                 pipeline.add_info(side, first.message)
     if front_end.parameters.base_frame and any(topic.name == _TF_STATIC for topic in bag_topics(bag)):
-        for record in read_messages(bag, [_TF_STATIC]):
+        for record in read_messages(bag, {_TF_STATIC: [_TF_TYPE]}, report.remarks):
             pipeline.transforms.update(record.message)
     masks: dict[str, list[int]] = {}
     for side, camera in enumerate(cameras):
@@ -180,7 +195,10 @@ def _process(
         """Process the frames that are complete, or have waited for long; all of them where now is None."""
         nonlocal at_hand
         while waiting and (
-            now is None or now > waiting[0].recorded_at + PATIENCE * 1e9 or pipeline.complete(waiting[0].images)
+            now is None
+            or abs(now - waiting[0].recorded_at) > PATIENCE * 1e9  # the recorder's clock may go back
+            or len(waiting) > _MOST_WAITING
+            or pipeline.complete(waiting[0].images)
         ):
             images, at_hand = waiting.popleft()
             begun = time.perf_counter()
@@ -193,10 +211,15 @@ def _process(
                 for watcher in watchers:
                     watcher.add(result, milliseconds)
 
+    wanted_types: dict[str, Sequence[str]] = {
+        **dict.fromkeys(masks, IMAGE_TYPES[:1]),
+        **{topic: [_CAMERA_INFO] for topic in infos},
+        **dict.fromkeys(sides, IMAGE_TYPES),
+    }
     started = time.perf_counter()
     # disable=None: no bar where stderr is no terminal
     with tqdm(total=cameras[0].num_images, desc="frames", unit="frame", disable=None, leave=False) as bar:
-        for topic, _, recorded_at, message in read_messages(bag, {*sides, *infos, *masks}, report.remarks):
+        for topic, _, recorded_at, message in read_messages(bag, wanted_types, report.remarks):
             for side in infos.get(topic, ()):
                 pipeline.add_info(side, message)
             for side in masks.get(topic, ()):
@@ -224,8 +247,15 @@ def _process(
 def _whole_or_not(path: Path) -> Iterator[Path]:
     """A place to write a file or folder that moves to `path` when all went well, and otherwise leaves no trace."""
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    place = folder / path.name
     try:
-        yield folder / path.name
-        os.replace(folder / path.name, path)
+        yield place
+        os.replace(place, path)
+    except BagError as error:  # it names the place that nobody knows
+        raise BagError(str(error).replace(str(place), str(path))) from error
+    except OSError as error:  # a disk that is full does not say of which file
+        if error.filename is not None:
+            raise
+        raise BagError(f"{path}, or a file beside it, cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

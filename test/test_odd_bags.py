@@ -1,0 +1,164 @@
+"""Bags with something odd in them: `kpmatch bag` uses what is good, and says what it left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bag_harness import FIRST, QUICK, SIZE, Run, by_topic, header_stamp, stamps
+from rosbags.rosbag2 import StoragePlugin, Writer
+
+from kpmatch_ros.bags.files import (
+    BagError,
+    BagWriter,
+    camera_info_message,
+    image_message,
+    new_message,
+    read_messages,
+    typestore,
+)
+from kpmatch_ros.messages import nanoseconds
+from kpmatch_ros.pipeline import Pipeline
+from simulation import demo_camera
+
+IMAGE, INFO, TEXT = "sensor_msgs/msg/Image", "sensor_msgs/msg/CameraInfo", "std_msgs/msg/String"
+CAMERA = demo_camera(*SIZE)
+
+
+@pytest.fixture
+def frames(texture: Any) -> list[Any]:
+    wide = texture(150, 240, 5)
+    views = [wide[i : i + SIZE[1], 4 * i : 4 * i + SIZE[0]] for i in range(6)]
+    return [image_message(view, stamp, "eye", "mono8") for stamp, view in zip(stamps(6), views)]
+
+
+def write(path: Path, *records: tuple[str, str, int, Any]) -> Path:
+    """A bag of records: topic, type, time, and message or its bytes."""
+    connections: dict[tuple[str, str], Any] = {}
+    with Writer(path, version=8, storage_plugin=StoragePlugin.MCAP) as writer:
+        for topic, kind, stamp, message in records:
+            if (topic, kind) not in connections:
+                connections[topic, kind] = writer.add_connection(topic, kind, typestore=typestore())
+            data = message if isinstance(message, bytes) else typestore().serialize_cdr(message, kind)
+            writer.write(connections[topic, kind], stamp, data)
+    return path
+
+
+def test_messages_that_are_no_images_cost_no_image_beside_them(frames: list[Any], tmp_path: Path, kpmatch: Run) -> None:
+    text, info = new_message(TEXT, data="?"), camera_info_message(CAMERA, FIRST, "eye")
+    damaged = [bytes(typestore().serialize_cdr(frames[0], IMAGE))[:length] for length in (0, 4, 40, 1000)]
+    bag = write(
+        tmp_path / "in",
+        ("/eye/camera_info", TEXT, FIRST - 4, text),
+        ("/eye/camera_info", INFO, FIRST - 3, b"\0\1\0\0"),
+        ("/eye/camera_info", INFO, FIRST - 2, info),
+        ("/tf_static", TEXT, FIRST - 1, text),
+        *[("/eye/image", IMAGE, stamp, message) for stamp, message in zip(stamps(3), frames)],
+        *[("/eye/image", IMAGE, stamps(3)[2] + 1, message) for message in damaged],
+        ("/eye/image", TEXT, stamps(3)[2] + 2, text),
+        *[("/eye/image", IMAGE, stamp, message) for stamp, message in zip(stamps(6)[3:], frames[3:])],
+    )
+    words = ("bag", bag, tmp_path / "out", "--json", "--base-frame", "base", *QUICK)
+    status, out, err = kpmatch(*words)
+    assert status == 0, err
+    figures = json.loads(out)
+    assert figures["frames"] == 6 and "NO_CALIBRATION" not in figures["poses"]
+    assert "/eye/image: 5 of 11 messages were left out; the first one at 1700000000.200000001 s cannot be dec" in err
+    assert "/eye/camera_info: 2 of 3 messages were left out; the first one at 1699999999.999999996 s has the" in err
+    assert "/tf_static: 1 of 1 messages were left out; the first one at 1699999999.999999999 s has the type" in err
+    with pytest.raises(BagError, match=r"a message on /eye/image at 1700000000\.200000001 s cannot be decoded"):
+        list(read_messages(bag, {"/eye/image": [IMAGE]}))
+
+
+def test_a_bag_of_nothing_but_damaged_images_says_what_is_wrong_with_them(tmp_path: Path, kpmatch: Run) -> None:
+    bag = write(tmp_path / "in", *[("/image", IMAGE, stamp, b"\0\1\0\0") for stamp in stamps(3)])
+    status, _, err = kpmatch("bag", bag, tmp_path / "out", *QUICK)
+    assert status == 2 and err.count("\n") == 1
+    assert "none of the 3 images on /image can be used: /image: 3 of 3 messages were left out; the first one at" in err
+
+
+def test_raw_and_compressed_images_on_one_topic_are_one_camera(frames: list[Any], tmp_path: Path, kpmatch: Run) -> None:
+    packed = image_message(frames[0].data.reshape(SIZE[::-1]), FIRST, "eye", "mono8", "png")
+    bag = write(
+        tmp_path / "in",
+        ("/image", "sensor_msgs/msg/CompressedImage", FIRST, packed),
+        *[("/image", IMAGE, stamp, message) for stamp, message in zip(stamps(3)[1:], frames[1:])],
+    )
+    status, out, err = kpmatch("bag", bag, tmp_path / "out", "--json", *QUICK)
+    assert status == 0 and json.loads(out)["frames"] == 3, err
+
+
+def test_the_last_time_that_a_message_can_hold_is_never_exceeded(
+    frames: list[Any], tmp_path: Path, kpmatch: Run
+) -> None:
+    frames[2].header.stamp.sec, frames[2].header.stamp.nanosec = 2**31 - 1, 2**32 - 1
+    frames[3].header.stamp.sec, frames[3].header.stamp.nanosec = -(2**31), 0
+    with BagWriter(tmp_path / "in") as bag:
+        for stamp, message in zip(stamps(6), frames):
+            bag.write("/image", message, stamp)
+    status, out, err = kpmatch("bag", tmp_path / "in", tmp_path / "out", "--json", "--features", *QUICK)
+    assert status == 0 and json.loads(out)["frames"] == 6, err
+    found = [header_stamp(record.message) for record in by_topic(tmp_path / "out")["/features"]]
+    assert found == [*stamps(2), 2**31 * 10**9 - 1, -(2**31) * 10**9, *stamps(6)[4:]]
+    assert nanoseconds(frames[2].header.stamp) == found[2]
+
+
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+@pytest.mark.parametrize("most", [100, 30_000])
+def test_a_full_disk_is_named_with_the_file_and_leaves_nothing_behind(
+    frames: list[Any], tmp_path: Path, storage: Any, most: int
+) -> None:
+    with BagWriter(tmp_path / "in", storage) as bag:
+        for stamp, message in zip(stamps(6), frames):
+            bag.write("/image", message, stamp)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+    command = ["kpmatch", "bag", "in", "out", "--match-image", "--poses", "poses.txt", *QUICK]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("kpmatch bag: out") and "cannot be written: " in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_frames_do_not_wait_without_end_where_the_recorders_clock_goes_back(
+    frames: list[Any], tmp_path: Path, kpmatch: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    for number, (first, count) in enumerate([(FIRST + 10**12, 1), (FIRST, 150)]):
+        with BagWriter(tmp_path / f"part{number}") as bag:
+            if number == 0:
+                bag.write("/mask", frames[0], FIRST)
+            for stamp in range(first, first + count * 10**6, 10**6):
+                message = image_message(frames[0].data.reshape(SIZE[::-1]), stamp, "eye", "mono8")
+                bag.write("/image", message, stamp)
+        (tmp_path / f"part{number}" / f"part{number}.mcap").rename(tmp_path / "in" / f"{number}.mcap")
+    (tmp_path / "in" / "metadata.yaml").write_text(
+        "rosbag2_bagfile_information: {relative_file_paths: [0.mcap, 1.mcap]}"
+    )
+    waiting, most = 0, 0
+    add_image, process = Pipeline.add_image, Pipeline.process
+
+    def added(*words: Any) -> Any:
+        nonlocal waiting, most
+        waiting += 1
+        most = max(most, waiting)
+        return add_image(*words)
+
+    def processed(*words: Any) -> Any:
+        nonlocal waiting
+        waiting -= 1
+        return process(*words)
+
+    monkeypatch.setattr(Pipeline, "add_image", added)
+    monkeypatch.setattr(Pipeline, "process", processed)
+    status, out, err = kpmatch("bag", tmp_path / "in", tmp_path / "out", "--json", "--image", "/image", *QUICK)
+    assert status == 0 and json.loads(out)["frames"] == 151, err
+    assert most <= 101
