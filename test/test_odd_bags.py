@@ -9,9 +9,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from bag_harness import FIRST, QUICK, SIZE, Run, by_topic, header_stamp, stamps
-from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 
 from kpmatch_ros.bags.files import (
     BagError,
@@ -80,6 +81,23 @@ def test_a_bag_of_nothing_but_damaged_images_says_what_is_wrong_with_them(tmp_pa
     status, _, err = kpmatch("bag", bag, tmp_path / "out", *QUICK)
     assert status == 2 and err.count("\n") == 1
     assert "none of the 3 images on /image can be used: /image: 3 of 3 messages were left out; the first one at" in err
+
+
+@pytest.mark.parametrize(("storage", "mode"), [("MCAP", "STORAGE"), ("SQLITE3", "MESSAGE")])
+def test_what_becomes_too_large_when_decompressed_is_named(
+    tmp_path: Path, storage: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = new_message(IMAGE, encoding="mono8", data=np.zeros(2_000_000, np.uint8))
+    writer = Writer(tmp_path / "in", version=8, storage_plugin=StoragePlugin[storage])
+    writer.set_compression(CompressionMode[mode], CompressionFormat.ZSTD)
+    with writer:
+        connection = writer.add_connection("/image", IMAGE, typestore=typestore())
+        writer.write(connection, FIRST, typestore().serialize_cdr(image, IMAGE))
+    assert sum(path.stat().st_size for path in (tmp_path / "in").iterdir()) < 100_000
+    assert len(list(read_messages(tmp_path / "in"))) == 1
+    monkeypatch.setattr("kpmatch_ros.bags.storage.LARGEST", 1_000_000)
+    with pytest.raises(BagError, match="it is compressed, and has more than 1000000 bytes"):
+        list(read_messages(tmp_path / "in"))
 
 
 def test_raw_and_compressed_images_on_one_topic_are_one_camera(frames: list[Any], tmp_path: Path, kpmatch: Run) -> None:

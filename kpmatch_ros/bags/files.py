@@ -331,7 +331,7 @@ def read_messages(
                 continue
             try:
                 with _explained(path, f"a message on {found.topic} {_at(found.stamp)} cannot be decoded"):
-                    message = stores[found.type].deserialize_cdr(found.content, found.type)
+                    message = stores[found.type].deserialize_cdr(found.content(), found.type)
             except BagError as error:
                 if remarks is None:
                     raise

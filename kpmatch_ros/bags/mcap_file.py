@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import heapq
 import struct
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from kpmatch_ros.bags.storage import Channel, Definition
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
+from kpmatch_ros.bags.storage import Channel, Definition, from_lz4, from_zstd
 
 __all__ = ["MAGIC", "McapFile"]
 
@@ -244,11 +238,9 @@ def _unpacked(chunk: bytes) -> bytes:
     _, _, size, check = fields.numbers("QQQI")
     compression, content = fields.text(), fields.counted("Q")
     if compression == "zstd":
-        content = zstd.decompress(content)
+        content = from_zstd(content)
     elif compression == "lz4":
-        from lz4.frame import decompress
-
-        content = decompress(content)
+        content = from_lz4(content)
     elif compression:
         raise ValueError(f"a chunk has the unknown compression {compression!r:.40}")
     if len(content) != size:

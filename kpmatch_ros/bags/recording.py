@@ -21,7 +21,7 @@ import yaml
 from kpmatch_ros.bags import mcap_file, sqlite_file
 from kpmatch_ros.bags.mcap_file import McapFile
 from kpmatch_ros.bags.sqlite_file import SqliteFile
-from kpmatch_ros.bags.storage import Definition, StorageFile, type_name
+from kpmatch_ros.bags.storage import Definition, StorageFile, from_zstd, type_name
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -44,7 +44,11 @@ class Raw(NamedTuple):
     topic: str
     type: str
     stamp: int
-    content: bytes
+    stored: bytes
+
+    def content(self) -> bytes:
+        """The message, decompressed. Raises ValueError, or zstd's own errors."""
+        return from_zstd(self.stored) if self.stored[:4] == _ZSTD else self.stored
 
 
 class Recording:
@@ -99,7 +103,7 @@ class Recording:
             for key, stamp, content in storage.messages(wanted):
                 topic, kind = wanted[key]
                 read[topic] += 1
-                yield Raw(topic, kind, stamp, zstd.decompress(content) if content[:4] == _ZSTD else content)
+                yield Raw(topic, kind, stamp, content)
         for topic in sorted(topics):
             indexed = sum(count for (name, _), count in self.counts.items() if name == topic)
             if read[topic] != indexed:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
-from collections.abc import Collection, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple, Protocol
 
-__all__ = ["Channel", "Definition", "StorageFile", "type_name"]
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+__all__ = ["LARGEST", "Channel", "Definition", "StorageFile", "from_lz4", "from_zstd", "type_name"]
+
+LARGEST = 1 << 30
+"""Bytes that a message or a chunk has at most once decompressed. A few kilobytes can become any number of them."""
 
 
 class Definition(NamedTuple):
@@ -49,3 +58,28 @@ def type_name(spelling: str) -> str:
         return "/".join(dds.groups())
     short = re.fullmatch(r"(\w+)/(\w+)", spelling)
     return f"{short[1]}/msg/{short[2]}" if short else spelling
+
+
+def from_zstd(content: bytes) -> bytes:
+    """What was compressed. Raises ValueError where it is too large or cut short, and zstd's own errors."""
+    return _decompressed(content, zstd.ZstdDecompressor)
+
+
+def from_lz4(content: bytes) -> bytes:
+    """What was compressed. Raises ValueError where it is too large or cut short, and lz4's own errors."""
+    from lz4.frame import LZ4FrameDecompressor
+
+    return _decompressed(content, LZ4FrameDecompressor)
+
+
+def _decompressed(content: bytes, make: Callable[[], Any]) -> bytes:
+    found = b""
+    while content:  # frame by frame
+        decompressor = make()
+        found += decompressor.decompress(content, LARGEST + 1 - len(found))
+        if len(found) > LARGEST:
+            raise ValueError(f"it is compressed, and has more than {LARGEST} bytes")
+        if not decompressor.eof:
+            raise ValueError("it is compressed, and truncated")
+        content = decompressor.unused_data or b""
+    return found
