@@ -300,7 +300,10 @@ class Pipeline:
         stretch.enabled, stretch.used = self.front_end.parameters.stretch == "auto", None
         # Without resize an image goes to the networks as it is: what they do not take need not be decoded.
         largest = LARGEST_FILE if self.front_end.parameters.resize else LARGEST_IMAGE
-        return to_array(message, largest, scale=stretch.to_8_bits)
+        try:
+            return to_array(message, largest, scale=stretch.to_8_bits)
+        except ImageError as error:
+            raise ImageError(error.reason, f"{self._topics[side]}: {error}") from None
 
     def _mask(self, side: int, stamp: int) -> np.ndarray | None:
         """The mask that came for an image, 0 where nothing is to be detected; None where none did, or none of use."""

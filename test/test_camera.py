@@ -336,10 +336,17 @@ def test_a_camera_info_of_zeros_is_an_uncalibrated_camera() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(width=0), dict(height=0), dict(roi=region(10, 10, 0, 0)), dict(binning_x=1000)]
+    ("changes", "said"),
+    [
+        (dict(width=0), "0x480 pixels with binning 1x1"),
+        (dict(height=0), "752x0 pixels with binning 1x1"),
+        (dict(roi=region(10, 10, 0, 0)), "a region of interest of 0x0 pixels"),
+        (dict(binning_x=1000), "752x480 pixels with binning 1000x1"),
+    ],
 )
-def test_an_image_without_pixels_is_refused(changes: dict[str, Any]) -> None:
-    assert reason_of(camera_info(**changes))[0] == "size"
+def test_an_image_without_pixels_is_refused_by_what_leaves_none(changes: dict[str, Any], said: str) -> None:
+    reason, text = reason_of(camera_info(**changes))
+    assert reason == "size" and said in text
 
 
 def test_an_image_of_another_size_is_refused_naming_both() -> None:

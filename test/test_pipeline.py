@@ -162,6 +162,16 @@ def test_a_calibration_that_cannot_be_used_is_reported_for_every_frame_and_costs
     assert [report[:2] for report in heard.reports] == [("refused", "uncalibrated")] * 3
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_rejected_image_of_a_pair_is_named_by_its_topic(side: int) -> None:
+    pipeline, heard = make("/left/image", "/right/image")
+    images = [image(SECOND), image(SECOND)]
+    images[side].step = 3
+    assert pipeline.process(images) is None
+    (report,) = heard.reports
+    assert report[:2] == ("rejected", "step") and f"/{['left', 'right'][side]}/image: mono8" in report[2]
+
+
 def test_a_fault_that_is_raised_for_frame_after_frame_does_not_grow() -> None:
     calibration = Calibration(["/image"], rectified=False)
     info = camera_info_message(Camera(8, 8, np.eye(3)), SECOND, "camera")

@@ -79,6 +79,20 @@ def test_raw_images_have_the_extrinsics_that_opencv_rectified(lens: str) -> None
 
 
 @pytest.mark.parametrize("rectified", [False, True])
+@pytest.mark.parametrize("wrong", ["left", "right"])
+def test_a_camera_that_is_not_calibrated_or_of_another_size_is_named(wrong: str, rectified: bool) -> None:
+    given = {"left": infos()[0], "right": infos()[1]}
+    camera = StereoCamera.from_camera_infos(*given.values(), rectified=rectified)
+    sizes = dict.fromkeys(given, (WIDTH, HEIGHT)) | {wrong: (8, 8)}
+    with pytest.raises(CalibrationError, match=f"the {wrong} camera: the image is 8x8"):
+        camera.check_size(*sizes.values())
+    given[wrong].k, given[wrong].p = [0.0] * 9, [0.0] * 12
+    with pytest.raises(CalibrationError, match=f"the {wrong} camera: .*not calibrated") as caught:
+        StereoCamera.from_camera_infos(*given.values(), rectified=rectified)
+    assert caught.value.reason == "uncalibrated"
+
+
+@pytest.mark.parametrize("rectified", [False, True])
 @pytest.mark.parametrize(
     ("given", "reason", "text"),
     [

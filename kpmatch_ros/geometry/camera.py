@@ -100,6 +100,14 @@ class Camera:
         matrix[0] /= binning_x
         matrix[1] /= binning_y
 
+        if width < binning_x or height < binning_y:
+            what = f"{info.width}x{info.height} pixels" if whole else f"a region of interest of {width}x{height} pixels"
+            raise CalibrationError(
+                "size",
+                f"camera_info: {what} with binning {binning_x}x{binning_y} is no image: set width and height, and roi "
+                "and binning as the camera has them, or to 0",
+            )
+
         model, distortion = ("", np.zeros(0)) if rectified else (info.distortion_model, camera_info_field(info, "D"))
         return cls(width // binning_x, height // binning_y, matrix, model, np.asarray(distortion, dtype=np.float64))
 

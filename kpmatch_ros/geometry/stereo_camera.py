@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +72,10 @@ class StereoCamera:
             CalibrationError: besides the reasons of a Camera, "baseline" (there is none), "swapped" (the right camera
                 is on the left) and "alignment" (the two P are not those of one rectified pair).
         """
-        cameras = tuple(Camera.from_camera_info(info, rectified=rectified) for info in (left, right))
+        cameras = []
+        for info, side in ((left, "left"), (right, "right")):
+            with _named(side):
+                cameras.append(Camera.from_camera_info(info, rectified=rectified))
         baseline = _baseline(_matrix(left, "P", (3, 4), "left"), _matrix(right, "P", (3, 4), "right"))
         turns = [np.eye(3), np.eye(3)]
         if not rectified:
@@ -91,8 +96,19 @@ class StereoCamera:
         Raises:
             CalibrationError: it is not ("size").
         """
-        self.left.check_size(*left)
-        self.right.check_size(*right)
+        with _named("left"):
+            self.left.check_size(*left)
+        with _named("right"):
+            self.right.check_size(*right)
+
+
+@contextmanager
+def _named(side: str) -> Iterator[None]:
+    """Have what is wrong with a camera say which one it is."""
+    try:
+        yield
+    except CalibrationError as error:
+        raise CalibrationError(error.reason, f"the {side} camera: {error}") from None
 
 
 def _matrix(info: Any, name: str, shape: tuple[int, int], side: str) -> np.ndarray:
