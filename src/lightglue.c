@@ -343,20 +343,6 @@ void kpmatch_layer(const Layer *layer) { work_together(layer->threads, layer->ti
 
 /* The assignment (eqs. 7 to 9). */
 
-/* e^x, with a relative error of 1e-7 beside what x is rounded by. */
-INLINE __m512 exponential(__m512 x)
-{
-    x = _mm512_mul_ps(x, _mm512_set1_ps(1.4426950408889634f));
-    const __m512 part = _mm512_reduce_ps(x, 0x01);
-    __m512 power = _mm512_set1_ps(0.0018775759963318706f);
-    power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(0.008989342488348484f));
-    power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(0.05582631379365921f));
-    power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(0.24015362560749054f));
-    power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(0.6931530833244324f));
-    power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(0.9999999403953552f));
-    return _mm512_scalef_ps(power, x);
-}
-
 /* Which of 16 columns from `first` on there are. */
 INLINE __mmask16 there(int64_t first, int64_t count)
 {

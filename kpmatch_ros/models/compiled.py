@@ -17,11 +17,20 @@ from kpmatch_ros import compiled_library
 if TYPE_CHECKING:
     from kpmatch_ros.models.lightglue_layers import Attention, FeedForward, Points, TransformerLayer
 
-__all__ = ["LIBRARY", "CompiledConvolutions", "CompiledLayer", "available", "best_pairs", "has_tiles", "open_library"]
+__all__ = [
+    "LIBRARY",
+    "CompiledConvolutions",
+    "CompiledLayer",
+    "available",
+    "best_pairs",
+    "has_tiles",
+    "open_library",
+    "pixel_scores",
+]
 
 LIBRARY = Path(__file__).with_name("libkpmatch_networks.so")
 # As in src/networks.c and networks.h:
-_VERSION = 1  # the arguments and the meaning of its functions
+_VERSION = 2  # the arguments and the meaning of its functions
 _TILES = 2  # of what it can run on this processor; 1 is vectors, 0 is nothing
 _MOST_THREADS = 64
 _MULTIPLE = 32  # of a head's size, and so of all sizes
@@ -76,6 +85,7 @@ def open_library(path: Path) -> ctypes.CDLL | None:
         "kpmatch_layer": (None, [layer]),
         "kpmatch_convolve_work": (size, [block]),
         "kpmatch_convolve": (None, [block]),
+        "kpmatch_scores": (None, [size, size, address, address]),
         "kpmatch_best": (None, [size, size, *7 * [address]]),
     }
     return compiled_library.open_library(path, _VERSION, functions, "PyTorch")
@@ -193,6 +203,18 @@ class CompiledConvolutions:
             block.image, block.out = image.data_ptr(), result.data_ptr()
             _library.kpmatch_convolve(block)
         return out.permute(0, 3, 1, 2)
+
+
+def pixel_scores(logits: Tensor) -> Tensor:
+    """Scores of pixels (B, 8 H, 8 W), of logits (B, H, W, 65) float32: 8 x 8 pixels of each cell, and none of them."""
+    assert _library is not None
+    logits = logits.contiguous()
+    batch, height, width, count = logits.shape
+    assert count == 65 and logits.dtype == torch.float32
+    scores = logits.new_empty(batch, 8 * height, 8 * width)
+    for cells, pixels in zip(logits, scores):
+        _library.kpmatch_scores(height, width, cells.data_ptr(), pixels.data_ptr())
+    return scores
 
 
 def best_pairs(similarity: Tensor, certain0: Tensor, certain1: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from kpmatch_ros.models.base import Extractor, rounded_up
 from kpmatch_ros.models.checkpoint import Checkpoint
-from kpmatch_ros.models.compiled import CompiledConvolutions
+from kpmatch_ros.models.compiled import CompiledConvolutions, pixel_scores
 from kpmatch_ros.models.detections import (
     Detections,
     clear_border,
@@ -161,15 +161,15 @@ class KeypointDecoder(nn.Module):
         self.compiled: CompiledConvolutions | None = None  # as of a ConvBlock
 
     def use_compiled(self) -> None:
-        if CompiledConvolutions.fits(self.conv_score_a.out_channels):
+        if CompiledConvolutions.fits(self.conv_score_a.out_channels) and self.conv_score_b.out_channels == CELL**2 + 1:
             weights = self.conv_score_a.weight, cast(Tensor, self.conv_score_a.bias)
             self.compiled = CompiledConvolutions([weights], pooling=False)
 
     def forward(self, features: Tensor) -> Tensor:
         if self.compiled is not None and self.conv_score_a.weight.dtype == torch.bfloat16:
-            hidden = self.compiled(features)
-        else:
-            hidden = relu_(self.conv_score_a(features))
+            hidden = self.compiled(features).permute(0, 2, 3, 1)  # as it lies in memory
+            return pixel_scores(_convolved(hidden.to(self.conv_score_b.weight.dtype), self.conv_score_b).float())
+        hidden = relu_(self.conv_score_a(features))
         logits = self.conv_score_b(hidden.to(self.conv_score_b.weight.dtype))
         # float32 from here on: in half precision neighbouring scores become equal, and suppression lets both through
         # or neither (LightGlue-ONNX #77).
@@ -419,7 +419,7 @@ def _positions(keypoints: Tensor, height: int, width: int) -> Tensor:
 
 
 def _convolved(windows: Tensor, convolution: nn.Conv2d) -> Tensor:
-    """What a convolution makes of its windows (N, rows x columns x channels)."""
+    """What a convolution makes of its windows (..., rows x columns x channels)."""
     return F.linear(windows, convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias)
 
 
