@@ -16,7 +16,7 @@
 #include <string.h>
 
 /* From here on code is for these processors alone; the functions for tiles are called only where there are some. */
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma,bmi2")
 #include <immintrin.h>
 
 #define INLINE static inline __attribute__((always_inline))

@@ -186,6 +186,26 @@ static void convolve_band(const void *job, Team *team, int64_t number)
 
 void kpmatch_convolve(const Block *block) { work_together(block->threads, 1, block, convolve_band); }
 
+/* What the first convolution sees of an image's pixels: parts (count, 4), of in_parts in superpoint.py. */
+void kpmatch_parts(int64_t count, const float *image, uint16_t *parts)
+{
+    const __m512i one = _mm512_set1_epi32(0x3F80 << 16); /* in the upper half of a pair */
+    const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    for (int64_t i = 0; i < count; i += TILE) {
+        const uint32_t some = count - i < TILE ? (1u << (count - i)) - 1 : 0xFFFF;
+        const __m512 values = _mm512_maskz_loadu_ps((__mmask16)some, image + i);
+        const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
+        const __m512 rest = _mm512_sub_ps(values, (__m512)_mm512_slli_epi32(high, 16));
+        const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(rest));
+        const __m512i lower = _mm512_or_si512(high, _mm512_slli_epi32(low, 16)), upper = _mm512_or_si512(high, one);
+        const uint32_t stored = _pdep_u32(some, 0x55555555) * 3; /* two pairs a pixel */
+        _mm512_mask_storeu_epi32(parts + 4 * i, (__mmask16)stored, _mm512_permutex2var_epi32(lower, first, upper));
+        _mm512_mask_storeu_epi32(parts + 4 * i + 2 * TILE, (__mmask16)(stored >> TILE),
+                                 _mm512_permutex2var_epi32(lower, second, upper));
+    }
+}
+
 enum { CELL = 8, PIXELS = CELL * CELL, LOGITS = PIXELS + 1 };
 
 /* Scores (8 height, 8 width) of pixels, of the logits (height, width, 65) of cells: a softmax, whose last is none. */
@@ -217,6 +237,7 @@ void kpmatch_scores(int64_t height, int64_t width, const float *logits, float *s
 
 int64_t kpmatch_convolve_work(const void *block) { return (void)block, 0; }
 void kpmatch_convolve(const void *block) { (void)block; }
+void kpmatch_parts(void) {}
 void kpmatch_scores(void) {}
 
 #endif

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from kpmatch_ros import FeatureMatcher, Parameters
 from kpmatch_ros.models import SuperPoint, compiled, trace
-from kpmatch_ros.models.superpoint import ConvBlock
+from kpmatch_ros.models.superpoint import ConvBlock, in_parts
 from simulation import Scene, camera_path, demo_camera
 
 pytestmark = pytest.mark.skipif(not compiled.has_tiles(), reason="not built, or a processor without tiles")
@@ -81,6 +81,14 @@ def test_what_the_source_does_not_compute_is_left_to_pytorch() -> None:
     assert block.compiled is None
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (4, 8), (7, 31)])
+def test_parts_of_an_image_are_those_of_pytorch(size: tuple[int, int]) -> None:
+    image = torch.rand(2, 1, *size, generator=torch.Generator().manual_seed(2))
+    found, expected = compiled.image_parts(image), in_parts(image)
+    assert torch.equal(found, expected)
+    assert torch.equal(found.permute(0, 2, 3, 1), found.permute(0, 2, 3, 1).contiguous())
+
+
 @pytest.mark.parametrize("spread", [0.1, 5.0, 200.0])
 def test_scores_of_pixels_are_a_softmax_of_their_cell(spread: float) -> None:
     logits = spread * torch.randn(2, 5, 7, 65, generator=torch.Generator().manual_seed(1))
@@ -116,6 +124,11 @@ def test_keypoints_are_as_exact_as_by_pytorch(view: np.ndarray) -> None:
     again.extractor = copy.deepcopy(ours.extractor).float()  # as after an overflow
     assert all(block.compiled is None for block in extractor_of("float32").extractor.encoder.conv_blocks)
     assert shared(exact, again, view) > 0.97
+
+
+def test_a_network_wholly_in_bfloat16_still_sees() -> None:
+    network = copy.deepcopy(extractor_of("bfloat16").extractor).bfloat16()
+    assert network(torch.rand(1, 1, 64, 64)).keypoints.shape[2] == 2
 
 
 def test_what_blocks_give_can_still_be_recorded(view: np.ndarray) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "available",
     "best_pairs",
     "has_tiles",
+    "image_parts",
     "open_library",
     "pixel_scores",
 ]
@@ -85,6 +86,7 @@ def open_library(path: Path) -> ctypes.CDLL | None:
         "kpmatch_layer": (None, [layer]),
         "kpmatch_convolve_work": (size, [block]),
         "kpmatch_convolve": (None, [block]),
+        "kpmatch_parts": (None, [size, address, address]),
         "kpmatch_scores": (None, [size, size, address, address]),
         "kpmatch_best": (None, [size, size, *7 * [address]]),
     }
@@ -203,6 +205,15 @@ class CompiledConvolutions:
             block.image, block.out = image.data_ptr(), result.data_ptr()
             _library.kpmatch_convolve(block)
         return out.permute(0, 3, 1, 2)
+
+
+def image_parts(image: Tensor) -> Tensor:
+    """As :func:`kpmatch_ros.models.superpoint.in_parts`, of (B, 1, H, W) float32."""
+    assert _library is not None and image.dtype == torch.float32 and image.shape[1] == 1
+    image = image.contiguous()
+    parts = image.new_empty(*image[:, 0].shape, 4, dtype=torch.bfloat16)
+    _library.kpmatch_parts(image.numel(), image.data_ptr(), parts.data_ptr())
+    return parts.permute(0, 3, 1, 2)
 
 
 def pixel_scores(logits: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from kpmatch_ros.models.base import Extractor, rounded_up
 from kpmatch_ros.models.checkpoint import Checkpoint
-from kpmatch_ros.models.compiled import CompiledConvolutions, pixel_scores
+from kpmatch_ros.models.compiled import CompiledConvolutions, image_parts, pixel_scores
 from kpmatch_ros.models.detections import (
     Detections,
     clear_border,
@@ -54,8 +54,10 @@ class ConvBlock(nn.Module):
         self.compiled: CompiledConvolutions | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.compiled is not None and self.conv_b.weight.dtype == torch.bfloat16:
-            return self.compiled(in_parts(x) if self.conv_a.in_channels == 1 else x)
+        if self.compiled is not None and self._goes_to_bfloat16(x):
+            return self.compiled(image_parts(x))
+        if self.compiled is not None and self.conv_a.in_channels > 1 and x.dtype == self.dtype == torch.bfloat16:
+            return self.compiled(x)
         height = x.shape[2]
         rows = height
         conv_a: Callable[[Tensor], Tensor] = self.conv_a
@@ -69,6 +71,10 @@ class ConvBlock(nn.Module):
             return self._rows(x, conv_a, 0, height)
         cuts = [*range(0, height - 1, rows), height]  # a single row left over would be none after pooling
         return torch.cat([self._rows(x, conv_a, top, bottom) for top, bottom in zip(cuts, cuts[1:])], dim=2)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv_b.weight.dtype
 
     def use_compiled(self) -> None:
         if CompiledConvolutions.fits(self.channels):
