@@ -234,6 +234,15 @@ def test_a_copy_computes_as_the_original(film: list[np.ndarray]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, again(*batch)))
 
 
+def test_what_pytorch_has_to_see_is_left_to_it() -> None:
+    numbers = torch.zeros(2)
+    assert compiled.takes(numbers)
+    assert not compiled.takes(torch.zeros(2, requires_grad=True)) and not compiled.takes(numbers.to("meta"))
+    seen: list[bool] = []
+    torch.jit.trace(lambda x: (seen.append(compiled.takes(x)), x + 1)[1], numbers, check_trace=False)
+    assert seen == [False]
+
+
 # Whether it is there
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "image_parts",
     "open_library",
     "pixel_scores",
+    "takes",
 ]
 
 LIBRARY = Path(__file__).with_name("libkpmatch_networks.so")
@@ -101,6 +102,15 @@ _kept = threading.local()
 def available() -> bool:
     """Whether the library is there and the processor can run it: it has AVX-512 with bfloat16."""
     return _support > 0
+
+
+def takes(numbers: Tensor) -> bool:
+    """Whether what follows from a tensor may be computed here: on the processor, and unseen by PyTorch.
+
+    PyTorch has to see it to find gradients, and to record a network for ONNX.
+    """
+    recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    return numbers.device.type == "cpu" and not numbers.requires_grad and not recorded
 
 
 def has_tiles() -> bool:

@@ -288,7 +288,8 @@ class TransformerLayer(nn.Module):
 
     def forward(self, points0: Points, points1: Points) -> tuple[Tensor, Tensor]:
         """The new states of both images' points."""
-        if self.compiled is not None and self.dtype == torch.bfloat16:  # it may be in float32 for a moment
+        if self.compiled is not None and self.dtype == torch.bfloat16 and compiled.takes(points0.x):
+            # It may be in float32 for a moment.
             return self.compiled(points0, points1)
         alike = points0.x.shape == points1.x.shape and (points0.mask is None) == (points1.mask is None)
         if self.as_one_batch and alike:
@@ -362,8 +363,8 @@ class MatchAssignment(nn.Module):
 
     def mutual_matches(self, points0: Points, points1: Points, threshold: float) -> Assignment:
         """The matches of B pairs of images, N0 and N1 at least 1, whose scores exceed a threshold."""
-        by_pytorch = points0.mask is not None or points1.mask is not None or points0.x.device.type != "cpu"
-        if by_pytorch or not self.compiled:
+        masked = points0.mask is not None or points1.mask is not None
+        if masked or not self.compiled or not compiled.takes(points0.x):
             return mutual_matches(self(points0, points1), torch.exp, threshold)
         parts = self._similarity(points0, points1), self._certainty(points0), self._certainty(points1)
         best0, best1, most0 = (torch.stack(each) for each in zip(*map(compiled.best_pairs, *parts)))

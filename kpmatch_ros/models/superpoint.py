@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from kpmatch_ros.models.base import Extractor, rounded_up
 from kpmatch_ros.models.checkpoint import Checkpoint
-from kpmatch_ros.models.compiled import CompiledConvolutions, image_parts, pixel_scores
+from kpmatch_ros.models.compiled import CompiledConvolutions, image_parts, pixel_scores, takes
 from kpmatch_ros.models.detections import (
     Detections,
     clear_border,
@@ -54,10 +54,11 @@ class ConvBlock(nn.Module):
         self.compiled: CompiledConvolutions | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.compiled is not None and self._goes_to_bfloat16(x):
-            return self.compiled(image_parts(x))
-        if self.compiled is not None and self.conv_a.in_channels > 1 and x.dtype == self.dtype == torch.bfloat16:
-            return self.compiled(x)
+        if self.compiled is not None and takes(x):
+            if self._goes_to_bfloat16(x):
+                return self.compiled(image_parts(x))
+            if self.conv_a.in_channels > 1 and x.dtype == self.dtype == torch.bfloat16:
+                return self.compiled(x)
         height = x.shape[2]
         rows = height
         conv_a: Callable[[Tensor], Tensor] = self.conv_a
@@ -172,7 +173,8 @@ class KeypointDecoder(nn.Module):
             self.compiled = CompiledConvolutions([weights], pooling=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        if self.compiled is not None and self.conv_score_a.weight.dtype == torch.bfloat16:
+        of_bfloat16 = self.conv_score_a.weight.dtype == features.dtype == torch.bfloat16
+        if self.compiled is not None and of_bfloat16 and takes(features):
             hidden = self.compiled(features).permute(0, 2, 3, 1)  # as it lies in memory
             return pixel_scores(_convolved(hidden.to(self.conv_score_b.weight.dtype), self.conv_score_b).float())
         hidden = relu_(self.conv_score_a(features))
