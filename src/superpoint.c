@@ -14,7 +14,7 @@
 
 typedef struct {
     const uint16_t *weights; /* packed: three times 3 x inputs numbers deep, each filled up with 0 to a multiple of 32 */
-    const float *bias;       /* (whole outputs,) */
+    const float *bias;       /* (outputs,) */
     int64_t inputs, outputs;
 } Convolution;
 
@@ -88,6 +88,16 @@ static void store_pooled(const Convolution *convolution, float *const *sums, int
         }
 }
 
+/* A row of a convolution's results, behind ReLU. */
+static void convolve_row(const Lines *lines, const Convolution *convolution, int64_t width, int64_t row, float *sums,
+                         uint16_t *pixels)
+{
+    for (int64_t x = 0; x < width; x += ROWS) {
+        convolve(lines, convolution, x, row, sums);
+        store_pixels(convolution, sums, least(ROWS, width - x), pixels + x * convolution->outputs);
+    }
+}
+
 /* Have the image's rows up to `row` before the first convolution. */
 static void read_rows(Band *band, int64_t row)
 {
@@ -120,11 +130,7 @@ static void make_rows(Band *band, int64_t row)
             continue;
         }
         read_rows(band, lines->next + 1);
-        for (int64_t first = 0; first < block->width; first += ROWS) {
-            convolve(&band->lines[0], convolution, first, lines->next, band->sums[0]);
-            store_pixels(convolution, band->sums[0], least(ROWS, block->width - first),
-                         pixels + first * convolution->outputs);
-        }
+        convolve_row(&band->lines[0], convolution, block->width, lines->next, band->sums[0], pixels);
     }
 }
 
@@ -167,11 +173,8 @@ static void convolve_band(const void *job, Team *team, int64_t number)
         const int64_t row = i * step;
         if (!block->pooling) {
             make_rows(&band, row + 1);
-            for (int64_t x = 0; x < block->width; x += ROWS) {
-                convolve(lines, convolution, x, row, band.sums[0]);
-                store_pixels(convolution, band.sums[0], least(ROWS, block->width - x),
-                             block->out + (row * block->width + x) * convolution->outputs);
-            }
+            convolve_row(lines, convolution, block->width, row, band.sums[0],
+                         block->out + row * block->width * convolution->outputs);
             continue;
         }
         make_rows(&band, row + 2);

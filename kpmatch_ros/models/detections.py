@@ -160,11 +160,12 @@ def select_keypoints(
     flat = scores.reshape(batch, -1)
     count = flat.shape[1] if max_keypoints < 0 else min(max_keypoints, flat.shape[1])
     if max_keypoints < 0 or _may_look(scores):
-        found = int((flat > threshold).sum(dim=1).max())
+        above = flat > threshold
+        found = int(above.sum(dim=1).max())
         count = min(count, rounded_up(found) if round_up and found else found)
     if batch == 1 and _may_look(scores) and count <= found:
         # Among those above the threshold alone, which are some hundredths of the pixels.
-        candidates = (flat[0] > threshold).nonzero()[:, 0]
+        candidates = above[0].nonzero()[:, 0]
         best, order = flat[:, candidates].topk(count, dim=1)
         index = candidates[order]
     else:

@@ -85,7 +85,7 @@ class ConvBlock(nn.Module):
 
     def _goes_to_bfloat16(self, x: Tensor) -> bool:
         """Whether it sees an image in float32 and goes on in bfloat16, see :meth:`SuperPoint.to_precision`."""
-        return self.conv_a.in_channels == 1 and (x.dtype, self.conv_b.weight.dtype) == (torch.float32, torch.bfloat16)
+        return self.conv_a.in_channels == 1 and (x.dtype, self.dtype) == (torch.float32, torch.bfloat16)
 
     def _rows(self, x: Tensor, conv_a: Callable[[Tensor], Tensor], top: int, bottom: int) -> Tensor:
         """The output for the rows ``top`` to ``bottom`` of x."""
