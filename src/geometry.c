@@ -3,28 +3,15 @@
  * The NumPy code there describes the algorithms, and runs where this library is not built. Both give the same numbers
  * within rounding: a change of one is a change of the other, and test/test_compiled.py compares them.
  *
+ * two_view.c holds what takes longest of the pose of two views.
+ *
  * C99, without Python's headers: kpmatch_ros/geometry/compiled.py calls it by ctypes. Sums are vectorised where
  * `omp simd` allows it. -ffast-math would allow it everywhere, but then comparisons need not notice NaN.
  */
-#include <math.h>
-#include <stddef.h>
-#include <stdint.h>
+#include "geometry.h"
 
-/* Changes with the arguments or the meaning of a function. compiled.py loads no library with another number. */
-#define VERSION 2
-
-/* Binary packages are for any x86-64 processor. Those with AVX2 get code of their own, chosen as the library is loaded. */
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
-#if __GNUC__ >= 12
-#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v3", "default")))
-#else
-#define FOR_EACH_PROCESSOR __attribute__((target_clones("avx2", "default")))
-#endif
-#else
-#define FOR_EACH_PROCESSOR
-#endif
-/* Into each of these versions. */
-#define INLINE static inline __attribute__((always_inline))
+/* Changes with the arguments or the meaning of a function of the library. compiled.py loads no library with another number. */
+#define VERSION 3
 
 int kpmatch_version(void) { return VERSION; }
 

@@ -1,6 +1,7 @@
-"""Random and hostile arguments for what is compiled of the geometry. As a program: CASES of them, for sanitizers.
+"""Random and hostile arguments for what is compiled of the geometry.
 
-No pytest and nothing but the geometry in here: it runs beside a library that is built to stop where C defines nothing.
+As a program: CASES of them, with those of two_view_fuzz.py, for a LIBRARY that sanitizers watch. No pytest and nothing
+but the geometry in here: it runs beside a library that is built to stop where C defines nothing.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
+from two_view_fuzz import call_with_hostile_matches
 
 from kpmatch_ros.geometry import compiled
 from kpmatch_ros.geometry.lens import distort, undistort
@@ -123,8 +126,9 @@ def undistort_hostile_points(random: np.random.Generator) -> None:
 
 
 if __name__ == "__main__":
-    assert compiled.available()
+    assert compiled.available() and Path(sys.argv[2]) == compiled.LIBRARY, compiled.LIBRARY
     with np.errstate(all="ignore"):
         for case in range(int(sys.argv[1])):
             align_spoilt_patches(np.random.default_rng(case))
             undistort_hostile_points(np.random.default_rng(case))
+            call_with_hostile_matches(np.random.default_rng(case))

@@ -15,6 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from compiled_geometry import ROOT, SOURCES, build, needed, with_compiler, with_numpy
 from geometry_fuzz import align_spoilt_patches, check_alignment, patches_to_find, undistort_hostile_points
 
 import kpmatch_ros
@@ -25,15 +26,6 @@ from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change, signe
 from simulation import Scene, camera_path, demo_camera
 
 SIZE = (320, 240)
-ROOT = Path(__file__).resolve().parent.parent
-needed = pytest.mark.skipif(not compiled.available(), reason="the compiled part is not built")
-
-
-def with_numpy(call: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns where the compiled part is not built."""
-    with pytest.MonkeyPatch.context() as patch, np.errstate(invalid="ignore"):
-        patch.setattr(compiled, "available", lambda: False)
-        return call(*arguments)
 
 
 def interpolation_step() -> float:
@@ -196,19 +188,19 @@ def test_any_lens_gives_directions_that_it_shows_the_right_way_up(call: Callable
         call(undistort_hostile_points, np.random.default_rng(seed))
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
+@with_compiler
 def test_nothing_that_c_leaves_undefined_is_done_whatever_is_given(tmp_path: Path) -> None:
     # A program of its own, which is ended where it overflows, or reads what is not aligned or not its own.
-    folder = tmp_path / "kpmatch_ros" / "geometry"
-    folder.mkdir(parents=True)
-    for name in ("compiled.py", "lens.py", "patches.py"):
-        shutil.copy(ROOT / "kpmatch_ros" / "geometry" / name, folder)
-    words = ["cc", "-std=c99", "-O1", "-fopenmp-simd", "-fsanitize=undefined", "-fsanitize=float-cast-overflow"]
-    words += ["-fsanitize-undefined-trap-on-error", "-shared", "-fPIC", "-o", str(folder / compiled.LIBRARY.name)]
-    if subprocess.run([*words, ROOT / "src" / "geometry.c", "-lm"], capture_output=True).returncode:
+    package = tmp_path / "kpmatch_ros"
+    shutil.copytree(Path(compiled.__file__).parent, package / "geometry", ignore=shutil.ignore_patterns("*.so"))
+    for name in ("__init__.py", "compiled_library.py"):
+        shutil.copy(Path(kpmatch_ros.__file__).with_name(name), package)
+    library = package / "geometry" / compiled.LIBRARY.name
+    undefined = ["-fsanitize=undefined", "-fsanitize=float-cast-overflow", "-fsanitize-undefined-trap-on-error"]
+    if build(library, "-O1", "-fopenmp-simd", *undefined).returncode:
         pytest.skip("the compiler has no such sanitizers")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    program = [sys.executable, ROOT / "test" / "geometry_fuzz.py", "150"]
+    program = [sys.executable, ROOT / "test" / "geometry_fuzz.py", "150", library]
     ran = subprocess.run(program, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert not ran.returncode, ran.stderr
 
@@ -243,7 +235,7 @@ def test_a_library_for_another_processor_is_not_loaded_in_silence(tmp_path: Path
         assert compiled.open_library(tmp_path / "other.so") is None
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
+@with_compiler
 @pytest.mark.parametrize(
     ("source", "text"),
     [("int kpmatch_version(void) { return 99; }", "has version 99"), ("int other;", "cannot be loaded")],
@@ -255,31 +247,21 @@ def test_a_library_of_another_version_is_not_loaded_in_silence(tmp_path: Path, s
         assert compiled.open_library(tmp_path / "other.so") is None
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
-@pytest.mark.parametrize("name", ["kpmatch_align", "kpmatch_undistort"])
+@with_compiler
+@pytest.mark.parametrize("name", ["kpmatch_align", "kpmatch_undistort", "kpmatch_refine_turns"])
 def test_a_library_that_lacks_a_function_is_not_loaded_in_silence(tmp_path: Path, name: str) -> None:
-    source = (ROOT / "src" / "geometry.c").read_text()
-    (tmp_path / "other.c").write_text(source.replace(name, "other"))
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", "other.so", "other.c", "-lm"], cwd=tmp_path, check=True)
+    sources = [tmp_path / each.name for each in SOURCES]
+    for source, copy in zip(SOURCES, sources):
+        copy.write_text(source.read_text().replace(name, "other"))
+    assert not build(tmp_path / "other.so", sources=sources).returncode
     with pytest.warns(RuntimeWarning, match=f"cannot be loaded.*{name}"):
         assert compiled.open_library(tmp_path / "other.so") is None
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
+@with_compiler
 def test_any_c99_compiler_takes_the_source_without_a_warning(tmp_path: Path) -> None:
-    words = [
-        "cc",
-        "-std=c99",
-        "-O1",
-        "-Wall",
-        "-Wextra",
-        "-Wpedantic",
-        "-Wconversion",
-        "-Wno-unknown-pragmas",
-        "-Werror",
-    ]
-    words += ["-shared", "-fPIC", "-o", "plain.so", ROOT / "src" / "geometry.c", "-lm"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    strict = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wno-unknown-pragmas", "-Werror"]
+    done = build(tmp_path / "plain.so", "-O1", *strict)
     assert not done.returncode, done.stderr
     assert compiled.open_library(tmp_path / "plain.so") is not None
 

@@ -1,18 +1,22 @@
-"""The compiled part of this folder, from src/geometry.c, where the build of the ROS package has put it beside."""
+"""The compiled part of this folder, where the build of the ROS package has put it beside.
+
+It is made from src/geometry.c and src/two_view.c.
+"""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from kpmatch_ros import compiled_library
 
-__all__ = ["LIBRARY", "align", "available", "open_library", "undistort"]
+__all__ = ["LIBRARY", "align", "available", "open_library", "refine_turns", "undistort"]
 
 LIBRARY = Path(__file__).with_name("libkpmatch_geometry.so")
-_VERSION = 2  # as in src/geometry.c: the arguments and the meaning of its functions
+_VERSION = 3  # as in src/geometry.c: the arguments and the meaning of its functions
 _LONGEST_SIDE = 2**15 - 2
 """Pixels: cv2.remap takes no more.
 
@@ -25,10 +29,11 @@ _PATCH = 4 * _USED + 63 + 9  # numbers of a patch
 
 def open_library(path: Path) -> ctypes.CDLL | None:
     """As :func:`kpmatch_ros.compiled_library.open_library`."""
-    size, address = ctypes.c_int64, ctypes.c_void_p
+    truth, size, number, address = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
     functions = {
         "kpmatch_align": (None, [size, address, size, size, address, address, ctypes.c_int32, *5 * [address]]),
         "kpmatch_undistort": (None, [size, *4 * [address]]),
+        "kpmatch_refine_turns": (truth, [size, address, size, address, number, size, *3 * [address]]),
     }
     return compiled_library.open_library(path, _VERSION, functions, "NumPy")
 
@@ -72,6 +77,27 @@ def undistort(distorted: np.ndarray, coefficients: np.ndarray) -> tuple[np.ndarr
     results = np.empty((len(distorted), 2)), np.empty((len(distorted), 2, 2))
     _library.kpmatch_undistort(len(distorted), _address(distorted), _address(coefficients), *map(_address, results))
     return results
+
+
+# What src/two_view.c has of the motion of two views. `columns` are those of Matches (4, 3, n).
+
+
+def refine_turns(
+    columns: np.ndarray, turns: np.ndarray, shifts: np.ndarray, cutoffs: Sequence[float], trust: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """What two_view_profile refines, with cutoffs in pixels: rotations (k, 3, 3), and distances (k, n)."""
+    assert _library is not None
+    motions, count = len(turns), columns.shape[2]
+    _check(columns, (4, 3, count))
+    _check(turns, (motions, 3, 3))
+    _check(shifts, (motions, 3))
+    columns, shifts = _plain(columns, np.float64), _plain(shifts, np.float64)
+    turns, steps = np.array(turns, np.float64, order="C"), np.array(cutoffs, np.float64)
+    residuals = np.empty((motions, count))
+    matches, each = (count, _address(columns)), (_address(turns), _address(shifts), _address(residuals))
+    if not _library.kpmatch_refine_turns(*matches, len(steps), _address(steps), trust, motions, *each):
+        raise np.linalg.LinAlgError("Singular matrix")
+    return turns, residuals
 
 
 def _check(values: np.ndarray, shape: tuple[int, ...]) -> None:

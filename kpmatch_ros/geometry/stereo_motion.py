@@ -410,7 +410,7 @@ def _agrees(frames: list[StereoPoints], pair: _FramePair, fit: _Fit, inlier_thre
 def _matches(frames: list[StereoPoints], chosen: np.ndarray) -> Matches:
     """The points of these indices in the left images of two frames."""
     rays = [np.concatenate([frame.rays, np.ones((1, len(frame.deep)))]) for frame in frames]
-    return Matches(rays[0], rays[1], frames[0].noise, frames[1].noise).select(chosen)
+    return Matches(np.array([*rays, *(frame.noise for frame in frames)])).select(chosen)
 
 
 def _search(pair: _FramePair, cameras: tuple[StereoCamera, StereoCamera], inlier_threshold: float) -> list[_Start]:

@@ -76,23 +76,37 @@ class Matches:
     Matches come last in every array: sums over few numbers then run along many matches.
 
     Attributes:
-        rays0, rays1: (3, n) float64 directions in the optical frame, z = 1.
-        noise0, noise1: (3, n) float64 variance of x, covariance of x and y, and variance of y, for keypoint noise of
-            one pixel per coordinate. They hold the focal length and the lens's local magnification.
+        columns: (4, 3, n) float64, what follows in this order.
+        rays0, rays1: (3, n) directions in the optical frame, z = 1.
+        noise0, noise1: (3, n) variance of x, covariance of x and y, and variance of y, for keypoint noise of one pixel
+            per coordinate. They hold the focal length and the lens's local magnification.
     """
 
-    rays0: np.ndarray
-    rays1: np.ndarray
-    noise0: np.ndarray
-    noise1: np.ndarray
+    columns: np.ndarray
+
+    @property
+    def rays0(self) -> np.ndarray:
+        return self.columns[0]
+
+    @property
+    def rays1(self) -> np.ndarray:
+        return self.columns[1]
+
+    @property
+    def noise0(self) -> np.ndarray:
+        return self.columns[2]
+
+    @property
+    def noise1(self) -> np.ndarray:
+        return self.columns[3]
 
     def __len__(self) -> int:
-        return self.rays0.shape[1]
+        return self.columns.shape[2]
 
     def select(self, chosen: np.ndarray) -> Matches:
         """The matches for which the mask (n,) is true, or those of the indices (m,)."""
         indices = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
-        return Matches(*(array.take(indices, axis=1) for array in (self.rays0, self.rays1, self.noise0, self.noise1)))
+        return Matches(self.columns.take(indices, axis=2))
 
     def sample(self, size: int, seed: int = 0) -> Matches:
         """So many of the matches at random, the same for the same seed; all where there are no more."""
@@ -107,13 +121,12 @@ def normalise_matches(
     """The matches that both cameras have a direction for, and which of the pixels (M, 2) they are, (M,) bool."""
     sides = [camera.normalise_with_jacobian(points) for points, camera in ((points0, camera0), (points1, camera1))]
     usable = np.isfinite(sides[0][0] + sides[1][0]).all(axis=1)
-    rays, noises = [], []
-    for points, derivative in sides:
-        rays.append(np.ones((3, int(usable.sum()))))
-        rays[-1][:2] = points[usable].T
+    columns = np.ones((4, 3, int(usable.sum())))
+    for rays, noise, (points, derivative) in zip(columns[:2], columns[2:], sides):
+        rays[:2] = points[usable].T
         (xx, xy), (yx, yy) = derivative[usable].transpose(1, 2, 0)
-        noises.append(np.array([xx * xx + xy * xy, xx * yx + xy * yy, yx * yx + yy * yy]))
-    return Matches(*rays, *noises), usable
+        noise[:] = xx * xx + xy * xy, xx * yx + xy * yy, yx * yx + yy * yy
+    return Matches(columns), usable
 
 
 Model = Callable[[Matches, Motion], tuple[np.ndarray, np.ndarray]]

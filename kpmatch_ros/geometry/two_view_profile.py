@@ -12,10 +12,11 @@ import math
 import cv2
 import numpy as np
 
+from kpmatch_ros.geometry import compiled
 from kpmatch_ros.geometry.robust import TINY
 from kpmatch_ros.geometry.two_view_errors import Matches, Motion, depths, gains
 
-__all__ = ["profile_covariance", "profile_directions"]
+__all__ = ["profile_covariance", "profile_directions", "refine_turns"]
 
 _DIRECTIONS = 60  # of half a sphere: 15 degrees apart
 _CUTOFFS = (8.0, 4.0, 2.0, 2.0, 2.0)  # inlier thresholds: where Tukey's loss ends, step by step
@@ -46,7 +47,7 @@ def profile_directions(
     """
     shifts = np.tile(_half_sphere(_DIRECTIONS), (len(rotations), 1))
     turns = np.repeat(np.array(rotations), _DIRECTIONS, axis=0)
-    turns, residuals = _refine_turns(matches, turns, shifts, _CUTOFFS, inlier_threshold, deviation)
+    turns, residuals = refine_turns(matches, turns, shifts, _CUTOFFS, inlier_threshold, deviation)
     scores = gains(np.abs(residuals), deviation, inlier_threshold).sum(axis=1)
     found: list[Motion] = []
     for index in np.argsort(-scores, kind="stable"):
@@ -87,7 +88,7 @@ def profile_covariance(
     # To first order, the rotation follows the direction like this.
     follow = covariance[3:, :3] @ np.linalg.pinv(covariance[:3, :3], rcond=1e-9, hermitian=True)
     turns = _turned(np.tile(motion.rotation, (len(shifts), 1, 1)), offsets @ follow.T)
-    turns, residuals = _refine_turns(matches, turns, shifts, _CUTOFFS[-3:], inlier_threshold, deviation)
+    turns, residuals = refine_turns(matches, turns, shifts, _CUTOFFS[-3:], inlier_threshold, deviation)
     scores = evidence * gains(np.abs(residuals), deviation, _BAND * inlier_threshold).sum(axis=1)
     weights = np.exp(scores - scores.max())
     away = np.array(
@@ -107,7 +108,7 @@ def profile_covariance(
     return np.asarray(axes @ axes.T)
 
 
-def _refine_turns(
+def refine_turns(
     matches: Matches,
     turns: np.ndarray,
     shifts: np.ndarray,
@@ -117,20 +118,32 @@ def _refine_turns(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rotations (k, 3, 3) refined by Gauss-Newton, each with its direction of translation (k, 3), for all at once.
 
+    Args:
+        matches: n of them.
+        turns: where to start.
+        shifts: directions.
+        cutoffs: inlier thresholds where Tukey's loss ends, step by step.
+        inlier_threshold: largest residual of an inlier, pixels.
+        deviation: standard deviation of the keypoints' noise, pixels.
+
     Returns:
         the rotations, and the Sampson distances (k, n) that they leave.
     """
-    for cutoff in cutoffs:
+    pixels = [cutoff * inlier_threshold for cutoff in cutoffs]
+    # A trust of a tenth of a radian keeps the system regular, also where there is no noise. Through a lens that
+    # enlarges a thousand times this is lost to rounding, and a part of the trace is what is not.
+    trust = 100 * max(deviation, _SMALLEST * inlier_threshold) ** 2
+    if compiled.available():
+        return compiled.refine_turns(matches.columns, turns, shifts, pixels, trust)
+    # A change here is one of src/two_view.c, too.
+    for cutoff in pixels:
         residuals, jacobian = _evaluate(matches, turns, shifts)
-        weights = np.maximum(1 - (residuals / (cutoff * inlier_threshold)) ** 2, 0.0) ** 2
+        weights = np.maximum(1 - (residuals / cutoff) ** 2, 0.0) ** 2
         weighted = jacobian * weights[:, None]
         hessian = weighted @ jacobian.transpose(0, 2, 1)
         gradient = (weighted @ residuals[..., None])[..., 0]
-        # A trust of a tenth of a radian keeps the system regular, also where there is no noise. Through a lens that
-        # enlarges a thousand times this is lost to rounding, and a part of the trace is what is not.
-        trust = 100 * max(deviation, _SMALLEST * inlier_threshold) ** 2
-        trust = np.maximum(trust, _NOT_LOST * np.trace(hessian, axis1=1, axis2=2))
-        hessian[:, range(3), range(3)] += trust[:, None]
+        trusts = np.maximum(trust, _NOT_LOST * np.trace(hessian, axis1=1, axis2=2))
+        hessian[:, range(3), range(3)] += trusts[:, None]
         turns = _turned(turns, -np.linalg.solve(hessian, gradient[..., None])[..., 0])
     return turns, _evaluate(matches, turns, shifts)[0]
 

@@ -1,0 +1,34 @@
+"""The compiled part of the geometry for its tests: beside NumPy, and built from its sources."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kpmatch_ros.geometry import compiled
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [ROOT / "src" / name for name in ("geometry.h", "geometry.c", "two_view.c")]
+
+needed = pytest.mark.skipif(not compiled.available(), reason="the compiled part is not built")
+with_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
+
+
+def with_numpy(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a function returns where the compiled part is not built."""
+    with pytest.MonkeyPatch.context() as patch, np.errstate(invalid="ignore"):
+        patch.setattr(compiled, "available", lambda: False)
+        return call(*arguments, **options)
+
+
+def build(library: Path, *options: str, sources: list[Path] = SOURCES) -> subprocess.CompletedProcess[str]:
+    """Build the library from its sources by the compiler that is there."""
+    files = [each for each in sources if each.suffix == ".c"]
+    words = ["cc", "-std=c99", *options, "-shared", "-fPIC", "-o", library, *files, "-lm"]
+    return subprocess.run(words, capture_output=True, text=True)

@@ -1,0 +1,84 @@
+"""What is compiled of the motion of two views gives what NumPy gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from compiled_geometry import needed, with_numpy
+from two_view_fuzz import call_with_hostile_matches, calls_of, matches_of, motion_of, outcome
+from two_view_scenes import DRONE, Scene
+
+from kpmatch_ros.geometry.pose import RelativePose
+from kpmatch_ros.geometry.two_view_profile import profile_directions
+
+
+def compare(ours: Any, numpys: Any, tolerance: float, what: object = "") -> None:
+    """Both are alike, but for this part of the largest number in each array."""
+    if isinstance(numpys, np.ndarray | float):
+        ours, numpys = np.asarray(ours), np.asarray(numpys)
+        assert ours.shape == numpys.shape and ours.dtype == numpys.dtype, what
+        size = np.abs(numpys[np.isfinite(numpys)]).max(initial=0.0)
+        np.testing.assert_allclose(ours, numpys, rtol=tolerance, atol=tolerance * size, err_msg=str(what))
+    elif isinstance(numpys, list | tuple):
+        assert len(ours) == len(numpys), what
+        for one, other in zip(ours, numpys):
+            compare(one, other, tolerance, what)
+    else:
+        assert ours == numpys, what
+
+
+@needed
+@pytest.mark.parametrize("numbers", [[], [np.nan], [np.inf, -np.inf]], ids=["sound", "nan", "inf"])
+def test_random_matches_give_what_numpy_gives(numbers: list[float]) -> None:
+    for seed in range(150):
+        for call, arguments in calls_of(np.random.default_rng(seed), numbers):
+            ours, numpys = outcome(call, *arguments), with_numpy(outcome, call, *arguments)
+            compare(ours, numpys, 1e-6, (seed, call))
+
+
+@needed
+def test_the_likeliest_directions_are_those_of_numpy() -> None:
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        motion = motion_of(random)
+        arguments = matches_of(random, motion, 100), [motion.rotation, np.eye(3)], 1.0, 0.3
+        compare(profile_directions(*arguments), with_numpy(profile_directions, *arguments), 1e-6, seed)
+
+
+@needed
+def test_hostile_matches_do_no_harm_and_give_the_same_answer_again() -> None:
+    for seed in range(150):
+        call_with_hostile_matches(np.random.default_rng(seed))
+
+
+@needed
+@pytest.mark.parametrize(
+    "scene",
+    [
+        Scene(noise=0.3, outliers=0.3),
+        Scene(noise=0.5, outliers=0.6),
+        Scene(noise=0.3, plane=True),
+        Scene(noise=0.3, far=0.9, outliers=0.2),
+        Scene(translation=(0, 0, 0), noise=0.3, outliers=0.2),
+        Scene(rounded=True, outliers=0.2),
+        Scene(camera0=DRONE, camera1=DRONE, noise=0.3, outliers=0.2),
+    ],
+)
+def test_a_pose_is_that_of_numpy(scene: Scene) -> None:
+    for seed in range(4):
+        for count in (20, 60, 300):
+            ours = scene.estimate(count, seed)
+            numpys: RelativePose = with_numpy(scene.estimate, count, seed)
+            assert ours.status == numpys.status and np.array_equal(ours.inliers, numpys.inliers)
+            compare([ours.rotation, ours.translation], [numpys.rotation, numpys.translation], 1e-6)
+            compare(ours.covariance, numpys.covariance, 1e-4)
+            compare(ours.median_parallax, numpys.median_parallax, 1e-6)
+
+
+@needed
+def test_a_direction_without_matches_is_where_it_was() -> None:
+    matches = matches_of(np.random.default_rng(0), motion_of(np.random.default_rng(0)), 0)
+    for motion in profile_directions(matches, [np.eye(3)], 1.0, 0.3):
+        np.testing.assert_array_equal(motion.rotation, np.eye(3))
