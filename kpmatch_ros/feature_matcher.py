@@ -24,6 +24,7 @@ from kpmatch_ros.masks import fit, shrink_or_enlarge
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint, XFeat
 from kpmatch_ros.models.assignment import Assignment, ImageFeatures
 from kpmatch_ros.models.checkpoint import network_type
+from kpmatch_ros.models.compiled import transforms
 from kpmatch_ros.models.detections import Detections
 from kpmatch_ros.models.export import ExportError
 from kpmatch_ros.models.onnx_backend import OnnxBackend
@@ -385,8 +386,8 @@ class FeatureMatcher:
     def _load_extractor(self) -> Extractor:
         name = self.parameters.extractor
         extractor = _EXTRACTORS[network_type(name, _EXTRACTORS)].from_pretrained(name)
-        if isinstance(extractor, SuperPoint) and (self.device.type, self.dtype) == ("cpu", torch.bfloat16):
-            extractor.use_compiled()
+        if isinstance(extractor, SuperPoint) and self.device.type == "cpu":
+            extractor.use_compiled(self.dtype)
         loaded: Extractor = self._to_precision(extractor.to(self.device))
         return loaded
 
@@ -432,11 +433,9 @@ class FeatureMatcher:
 
 
 def _transform_pays() -> bool:
-    """Whether convolutions in float32 take less time through the transform; docs/performance.md has the measurements.
-
-    NNPACK computes with 256 bits. Processors with AMX have two units of 512, with which oneDNN needs no transform.
-    """
-    return can_transform() and not (has_tiles() and torch.backends.cpu.get_cpu_capability() == "AVX512")
+    """Whether NNPACK's convolutions take least: compiled ones take less, with AMX oneDNN's (docs/performance.md)."""
+    wide = has_tiles() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return can_transform() and not (transforms() or wide)
 
 
 def _pruned_above(device: torch.device, dtype: torch.dtype, compiled: bool) -> int:

@@ -11,6 +11,7 @@
 #include "networks.h"
 
 #ifdef KPMATCH_COMPILES
+#include "team.h"
 
 /* The arguments: structures of compiled.py, with their names there. Weights are packed as `packed` there says. */
 

@@ -2,7 +2,7 @@
 #include <stdint.h>
 
 /* Changes with the arguments or the meaning of a function. compiled.py loads no library with another number. */
-#define VERSION 2
+#define VERSION 3
 
 /* What of them this processor and system can run. */
 enum { NOTHING, VECTORS, TILES };

@@ -11,7 +11,6 @@
 #define KPMATCH_COMPILES
 
 #include <math.h>
-#include <pthread.h>
 #include <stddef.h>
 #include <string.h>
 
@@ -26,8 +25,7 @@ enum {
     ROWS = 32,             /* of a block: two tiles */
     TILE = 16,             /* rows of a tile, and its columns of float32 */
     PAIRS = 2 * TILE,      /* bfloat16 numbers in a row of a tile */
-    PACKED = TILE * PAIRS, /* and in all of it */
-    MOST_THREADS = 64
+    PACKED = TILE * PAIRS /* and in all of it */
 };
 
 INLINE int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
@@ -148,74 +146,6 @@ INLINE void multiply(int64_t tiles, const Side *sides, int count, const uint16_t
         multiply_by_tiles(sides, count, packed, columns, sums);
     else
         multiply_by_vectors(sides, count, packed, columns, sums);
-}
-
-/* Threads that do a job together. They live as long as it takes. */
-typedef struct Team {
-    pthread_mutex_t start; /* held until it is known how many they are */
-    pthread_barrier_t barrier;
-    int64_t count;
-    int64_t tiles; /* whether they multiply by tiles */
-    const void *job;
-    void (*work)(const void *job, struct Team *team, int64_t number);
-} Team;
-
-typedef struct {
-    Team *team;
-    int64_t number;
-} Member;
-
-SHARED void *join_in(void *argument)
-{
-    const Member *member = argument;
-    Team *team = member->team;
-    pthread_mutex_lock(&team->start);
-    pthread_mutex_unlock(&team->start);
-    /* Numbers below the normal ones take processors far longer, and count for nothing here. */
-    const unsigned int modes = _mm_getcsr();
-    _mm_setcsr(modes | 0x8040);
-    if (team->tiles) {
-        struct {
-            uint8_t palette, start_row, reserved[14];
-            uint16_t bytes[16];
-            uint8_t rows[16];
-        } shapes = {.palette = 1};
-        for (int i = 0; i < 8; i++) {
-            shapes.bytes[i] = 64;
-            shapes.rows[i] = TILE;
-        }
-        finish_writing(&shapes);
-        _tile_loadconfig(&shapes);
-        team->work(team->job, team, member->number);
-        _tile_release();
-    } else {
-        team->work(team->job, team, member->number);
-    }
-    _mm_setcsr(modes);
-    return NULL;
-}
-
-/* Do a job with so many threads, or with fewer where the system starts no more. */
-SHARED void work_together(int64_t threads, int64_t tiles, const void *job,
-                          void (*work)(const void *job, Team *team, int64_t number))
-{
-    Team team = {.start = PTHREAD_MUTEX_INITIALIZER, .tiles = tiles, .job = job, .work = work};
-    Member members[MOST_THREADS];
-    pthread_t started[MOST_THREADS];
-    pthread_mutex_lock(&team.start);
-    for (int64_t i = 0; i < threads && i < MOST_THREADS; i++) {
-        members[i] = (Member){&team, i};
-        if (i > 0 && pthread_create(&started[i], NULL, join_in, &members[i]) != 0)
-            break;
-        team.count = i + 1;
-    }
-    pthread_barrier_init(&team.barrier, NULL, (unsigned int)team.count);
-    pthread_mutex_unlock(&team.start);
-    join_in(&members[0]);
-    for (int64_t i = 1; i < team.count; i++)
-        pthread_join(started[i], NULL);
-    pthread_barrier_destroy(&team.barrier);
-    pthread_mutex_destroy(&team.start);
 }
 
 #endif

@@ -9,6 +9,7 @@
 #include "networks.h"
 
 #ifdef KPMATCH_COMPILES
+#include "team.h"
 
 /* The arguments: structures of compiled.py, with their names there. */
 

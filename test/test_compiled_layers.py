@@ -255,7 +255,10 @@ def test_the_source_compiles_without_a_warning_and_is_empty_for_others(
 ) -> None:
     command = ["cc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Wconversion", "-Werror", *words]
     command += ["-shared", "-fPIC", "-pthread", "-o", "plain.so"]
-    command += [*(str(ROOT / "src" / f"{name}.c") for name in ("lightglue", "networks", "superpoint")), "-lm"]
+    command += [
+        *(str(ROOT / "src" / f"{name}.c") for name in ("lightglue", "networks", "superpoint", "transformed")),
+        "-lm",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     library = compiled.open_library(tmp_path / "plain.so")

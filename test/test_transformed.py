@@ -11,7 +11,7 @@ from torch import nn
 
 from kpmatch_ros import feature_matcher
 from kpmatch_ros.feature_matcher import FeatureMatcher
-from kpmatch_ros.models import transformed
+from kpmatch_ros.models import compiled, transformed
 from kpmatch_ros.models.transformed import TransformedConv2d, can_transform, takes_transform, transform_convolutions
 
 pytestmark = pytest.mark.skipif(not can_transform(), reason="this PyTorch has no NNPACK, or not for this processor")
@@ -79,6 +79,7 @@ def test_an_image_is_described_as_by_plain_convolutions(
     texture: Any, monkeypatch: pytest.MonkeyPatch, extractor: str
 ) -> None:
     image = texture(131, 163, 3)
+    monkeypatch.setattr(compiled, "_library", None)
     monkeypatch.setattr(feature_matcher, "has_tiles", lambda: False)
     found = FeatureMatcher(extractor=extractor, device="cpu", precision="float32", matcher="nearest")
     assert any(isinstance(layer, TransformedConv2d) for layer in found.extractor.modules())
@@ -99,6 +100,7 @@ def test_an_image_is_described_as_by_plain_convolutions(
 
 @pytest.mark.parametrize("widest", ["AVX2", "AVX512"])
 def test_a_processor_with_wide_units_computes_without_it(monkeypatch: pytest.MonkeyPatch, widest: str) -> None:
+    monkeypatch.setattr(compiled, "_library", None)
     monkeypatch.setattr(feature_matcher, "has_tiles", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: widest)  # what PyTorch may use of it
     extractor = FeatureMatcher(device="cpu", precision="float32", matcher="nearest").extractor

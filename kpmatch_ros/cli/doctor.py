@@ -199,7 +199,9 @@ def check_compiled_networks() -> Iterator[Finding]:
     if compiled.available():
         yield Finding(OK, "networks", f"compiled, {compiled.LIBRARY.name}, in bfloat16 on the processor")
     elif compiled.LIBRARY.exists():
-        yield Finding(OK, "networks", "PyTorch: the compiled part is for x86-64 with AVX-512 and bfloat16")
+        yield Finding(
+            OK, "networks", "SuperPoint is compiled in float32; the rest is for x86-64 with AVX-512 and bfloat16"
+        )
     else:
         yield Finding(OK, "networks", "PyTorch: the compiled part, which takes less time, comes with the ROS package")
 

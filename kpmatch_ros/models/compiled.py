@@ -1,4 +1,4 @@
-"""Networks in bfloat16, and LightGlue's assignment, that the build of the ROS package compiles from src/*.c."""
+"""Networks on the processor, and LightGlue's assignment, that the build of the ROS package compiles from src/*.c."""
 
 from __future__ import annotations
 
@@ -28,15 +28,26 @@ __all__ = [
     "open_library",
     "pixel_scores",
     "takes",
+    "transforms",
 ]
 
 LIBRARY = Path(__file__).with_name("libkpmatch_networks.so")
 # As in src/networks.c and networks.h:
-_VERSION = 2  # the arguments and the meaning of its functions
+_VERSION = 3  # the arguments and the meaning of its functions
 _TILES = 2  # of what it can run on this processor; 1 is vectors, 0 is nothing
 _MOST_THREADS = 64
 _MULTIPLE = 32  # of a head's size, and so of all sizes
 _LEAST_ROWS = 8  # of an image for each thread, which computes up to two beyond them
+_BLOCK = 16  # channels
+# From the numbers of a 3 x 3 window to those of a tile of 6 x 6, as src/transformed.h's, which has the other two.
+_TRANSFORM = [
+    [1 / 4, 0, 0],
+    [-1 / 6, -1 / 6, -1 / 6],
+    [-1 / 6, 1 / 6, -1 / 6],
+    [1 / 24, 1 / 12, 1 / 6],
+    [1 / 24, -1 / 12, 1 / 6],
+    [0, 0, 1],
+]
 
 
 class _Half(ctypes.Structure):
@@ -87,6 +98,9 @@ def open_library(path: Path) -> ctypes.CDLL | None:
         "kpmatch_layer": (None, [layer]),
         "kpmatch_convolve_work": (size, [block]),
         "kpmatch_convolve": (None, [block]),
+        "kpmatch_transformed_work": (size, [block]),
+        "kpmatch_transformed": (None, [block]),
+        "kpmatch_vectors": (ctypes.c_int, [ctypes.c_int]),
         "kpmatch_parts": (None, [size, address, address]),
         "kpmatch_scores": (None, [size, size, address, address]),
         "kpmatch_best": (None, [size, size, *7 * [address]]),
@@ -95,7 +109,11 @@ def open_library(path: Path) -> ctypes.CDLL | None:
 
 
 _library = open_library(LIBRARY)
-_support: int = 0 if _library is None else _library.kpmatch_support()
+# PyTorch may have been told to do without some vectors (ATEN_CPU_CAPABILITY): then so do we.
+_VECTORS = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
+_support: int = _library.kpmatch_support() if _library is not None and _VECTORS == 16 else 0
+if _library is not None:
+    _library.kpmatch_vectors(_VECTORS)
 _kept = threading.local()
 
 
@@ -116,6 +134,11 @@ def takes(numbers: Tensor) -> bool:
 def has_tiles() -> bool:
     """Whether it multiplies by tiles (AMX)."""
     return _support >= _TILES
+
+
+def transforms() -> bool:
+    """Whether it computes convolutions in float32, through a transform, which it does on any processor."""
+    return _library is not None
 
 
 class CompiledLayer:
@@ -176,29 +199,41 @@ class CompiledLayer:
 
 
 class CompiledConvolutions:
-    """One 3 x 3 convolution or two, with ReLU behind each, as src/superpoint.c computes them by tiles.
+    """One 3 x 3 convolution or two, with ReLU behind each.
+
+    In bfloat16 src/superpoint.c computes them by tiles; in float32 src/transformed.c, in a third of the time that they
+    take PyTorch.
 
     Args:
         convolutions: weight (O, I, 3, 3) and bias (O,) of each; see :meth:`fits`.
         pooling: with 2 x 2 max pooling behind.
+        dtype: of images and results.
     """
 
-    def __init__(self, convolutions: Sequence[tuple[Tensor, Tensor]], pooling: bool) -> None:
-        self.pooling = pooling
+    def __init__(self, convolutions: Sequence[tuple[Tensor, Tensor]], pooling: bool, dtype: torch.dtype) -> None:
+        self.pooling, self.dtype = pooling, dtype
         self.outputs = len(convolutions[-1][1])
+        pack = _packed_windows if dtype == torch.bfloat16 else _transformed
         self.convolutions = [
-            (_packed_windows(weight), bias.detach().float().contiguous(), weight.shape[1], weight.shape[0])
+            (pack(weight), bias.detach().float().contiguous(), weight.shape[1], weight.shape[0])
             for weight, bias in convolutions
         ]
 
     @staticmethod
-    def fits(*channels: int) -> bool:
+    def fits(dtype: torch.dtype, *channels: int) -> bool:
         """Whether convolutions with so many channels as results can be computed here, on this processor."""
-        return has_tiles() and all(each % 16 == 0 for each in channels)
+        can = has_tiles() if dtype == torch.bfloat16 else dtype == torch.float32 and transforms()
+        return can and all(each % _BLOCK == 0 for each in channels)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Of (B, I, H, W) bfloat16, channels last, (B, O, H, W) or (B, O, H/2, W/2)."""
-        assert _library is not None and images.dtype == torch.bfloat16
+        """Of (B, I, H, W), channels last, (B, O, H, W) or (B, O, H/2, W/2)."""
+        assert _library is not None and images.dtype == self.dtype
+        by_tiles = self.dtype == torch.bfloat16
+        size_of, compute = (
+            (_library.kpmatch_convolve_work, _library.kpmatch_convolve)
+            if by_tiles
+            else (_library.kpmatch_transformed_work, _library.kpmatch_transformed)
+        )
         images = images.permute(0, 2, 3, 1).contiguous()
         batch, height, width, inputs = images.shape
         assert inputs == self.convolutions[0][2]
@@ -209,11 +244,11 @@ class CompiledConvolutions:
         )
         for i, (weights, bias, channels, outputs) in enumerate(self.convolutions):
             block.convolutions[i] = _Convolution(weights.data_ptr(), bias.data_ptr(), channels, outputs)
-        work = _working_memory(_library.kpmatch_convolve_work(block))
+        work = _working_memory(size_of(block))
         block.work = work.data_ptr()
         for image, result in zip(images, out):
             block.image, block.out = image.data_ptr(), result.data_ptr()
-            _library.kpmatch_convolve(block)
+            compute(block)
         return out.permute(0, 3, 1, 2)
 
 
@@ -228,10 +263,13 @@ def image_parts(image: Tensor) -> Tensor:
 
 def pixel_scores(logits: Tensor) -> Tensor:
     """Scores of pixels (B, 8 H, 8 W), of logits (B, H, W, 65) float32: 8 x 8 pixels of each cell, and none of them."""
-    assert _library is not None
     logits = logits.contiguous()
     batch, height, width, count = logits.shape
     assert count == 65 and logits.dtype == torch.float32
+    if not available():
+        scores = logits.softmax(dim=3)[..., :-1]
+        return scores.reshape(batch, height, width, 8, 8).permute(0, 1, 3, 2, 4).reshape(batch, 8 * height, 8 * width)
+    assert _library is not None
     scores = logits.new_empty(batch, 8 * height, 8 * width)
     for cells, pixels in zip(logits, scores):
         _library.kpmatch_scores(height, width, cells.data_ptr(), pixels.data_ptr())
@@ -304,6 +342,18 @@ def _packed_windows(weight: Tensor) -> Tensor:
     rows = weight.detach().permute(0, 2, 3, 1).reshape(outputs, 3, 3 * inputs)
     rows = F.pad(rows, (0, -3 * inputs % _MULTIPLE, 0, 0, 0, -outputs % _MULTIPLE))
     return _packed(rows.flatten(1))
+
+
+def _transformed(weight: Tensor) -> Tensor:
+    """A convolution's weight (O, I, 3, 3) in the transform, packed: see src/transformed.c."""
+    outputs, inputs = weight.shape[:2]
+    weight = weight.detach()
+    if inputs == 1:
+        return weight.permute(2, 3, 1, 0).reshape(9, outputs).float().contiguous()
+    turn = torch.tensor(_TRANSFORM, dtype=torch.float64)
+    numbers = torch.einsum("ay,bx,oiyx->aboi", turn, turn, weight.double())
+    blocks = numbers.reshape(-1, outputs // _BLOCK, _BLOCK, inputs).transpose(2, 3)
+    return blocks.float().contiguous()
 
 
 def _as_structure(weights: _Weights) -> _Half:

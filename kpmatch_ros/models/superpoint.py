@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,14 @@ from torch.nn import functional as F
 
 from kpmatch_ros.models.base import Extractor, rounded_up
 from kpmatch_ros.models.checkpoint import Checkpoint
-from kpmatch_ros.models.compiled import CompiledConvolutions, image_parts, pixel_scores, takes
+from kpmatch_ros.models.compiled import (
+    CompiledConvolutions,
+    has_tiles,
+    image_parts,
+    pixel_scores,
+    takes,
+    transforms,
+)
 from kpmatch_ros.models.detections import (
     Detections,
     clear_border,
@@ -41,7 +48,7 @@ class ConvBlock(nn.Module):
 
     Attributes:
         in_bands: a processor computes a large image band by band, and pools by comparing; the results are the same.
-        compiled: computes it in bfloat16 in place of PyTorch, see :meth:`SuperPoint.use_compiled`.
+        compiled: computes it in place of PyTorch, see :meth:`SuperPoint.use_compiled`.
     """
 
     def __init__(self, inputs: int, outputs: int, pooling: bool) -> None:
@@ -54,10 +61,10 @@ class ConvBlock(nn.Module):
         self.compiled: CompiledConvolutions | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.compiled is not None and takes(x):
+        if is_usable(self.compiled, self.conv_b, x):
             if self._goes_to_bfloat16(x):
                 return self.compiled(image_parts(x))
-            if self.conv_a.in_channels > 1 and x.dtype == self.dtype == torch.bfloat16:
+            if x.dtype == self.dtype and (self.conv_a.in_channels > 1 or x.dtype == torch.float32):
                 return self.compiled(x)
         height = x.shape[2]
         rows = height
@@ -77,11 +84,12 @@ class ConvBlock(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.conv_b.weight.dtype
 
-    def use_compiled(self) -> None:
-        if CompiledConvolutions.fits(self.channels):
-            first = PartsConvolution(self.conv_a) if self.conv_a.in_channels == 1 else self.conv_a
+    def use_compiled(self, dtype: torch.dtype) -> None:
+        if CompiledConvolutions.fits(dtype, self.channels):
+            in_parts = self.conv_a.in_channels == 1 and dtype == torch.bfloat16
+            first = PartsConvolution(self.conv_a) if in_parts else self.conv_a
             convolutions = [(conv.weight, cast(Tensor, conv.bias)) for conv in (first, self.conv_b)]
-            self.compiled = CompiledConvolutions(convolutions, self.pooling)
+            self.compiled = CompiledConvolutions(convolutions, self.pooling, dtype)
 
     def _goes_to_bfloat16(self, x: Tensor) -> bool:
         """Whether it sees an image in float32 and goes on in bfloat16, see :meth:`SuperPoint.to_precision`."""
@@ -104,6 +112,18 @@ class ConvBlock(nn.Module):
 
     def _lightly(self, x: Tensor) -> bool:
         return self.in_bands and x.device.type == "cpu" and not self.training
+
+
+def compiled_convolution(conv: nn.Conv2d, dtype: torch.dtype) -> CompiledConvolutions | None:
+    """A 3 x 3 convolution and ReLU, compiled; None where that cannot be."""
+    if not CompiledConvolutions.fits(dtype, conv.out_channels):
+        return None
+    return CompiledConvolutions([(conv.weight, cast(Tensor, conv.bias))], False, dtype)
+
+
+def is_usable(compiled: CompiledConvolutions | None, conv: nn.Conv2d, x: Tensor) -> TypeGuard[CompiledConvolutions]:
+    """Whether what was compiled of a convolution may be used for x: the network's precision may have changed since."""
+    return compiled is not None and compiled.dtype == conv.weight.dtype and takes(x)
 
 
 def in_parts(image: Tensor) -> Tensor:
@@ -167,14 +187,12 @@ class KeypointDecoder(nn.Module):
         self.conv_score_b = nn.Conv2d(hidden, outputs, 1)
         self.compiled: CompiledConvolutions | None = None  # as of a ConvBlock
 
-    def use_compiled(self) -> None:
-        if CompiledConvolutions.fits(self.conv_score_a.out_channels) and self.conv_score_b.out_channels == CELL**2 + 1:
-            weights = self.conv_score_a.weight, cast(Tensor, self.conv_score_a.bias)
-            self.compiled = CompiledConvolutions([weights], pooling=False)
+    def use_compiled(self, dtype: torch.dtype) -> None:
+        if self.conv_score_b.out_channels == CELL**2 + 1:
+            self.compiled = compiled_convolution(self.conv_score_a, dtype)
 
     def forward(self, features: Tensor) -> Tensor:
-        of_bfloat16 = self.conv_score_a.weight.dtype == features.dtype == torch.bfloat16
-        if self.compiled is not None and of_bfloat16 and takes(features):
+        if is_usable(self.compiled, self.conv_score_a, features) and features.dtype == self.compiled.dtype:
             hidden = self.compiled(features).permute(0, 2, 3, 1)  # as it lies in memory
             return pixel_scores(_convolved(hidden.to(self.conv_score_b.weight.dtype), self.conv_score_b).float())
         hidden = relu_(self.conv_score_a(features))
@@ -192,6 +210,12 @@ class DescriptorDecoder(nn.Module):
         super().__init__()
         self.conv_descriptor_a = nn.Conv2d(inputs, hidden, 3, padding=1)
         self.conv_descriptor_b = nn.Conv2d(hidden, outputs, 1)
+        self.compiled: CompiledConvolutions | None = None  # as of a ConvBlock
+
+    def use_compiled(self, dtype: torch.dtype) -> None:
+        # By tiles, the cells around some hundred keypoints take less time than the whole map.
+        if dtype == torch.float32:
+            self.compiled = compiled_convolution(self.conv_descriptor_a, dtype)
 
     def forward(self, features: Tensor) -> Tensor:
         hidden = relu_(self.conv_descriptor_a(features))
@@ -209,11 +233,21 @@ class DescriptorDecoder(nn.Module):
         Returns:
             (B, N, D).
         """
-        batch, channels, height, width = features.shape
+        batch, _, height, width = features.shape
         corners, weights = cells_around(keypoints, height, width)
         first = torch.arange(batch, device=features.device)[:, None, None] * (height * width)
         cells, places = (corners + first).unique(return_inverse=True)
-        count = rounded_up(len(cells)) if round_up else len(cells)
+        if is_usable(self.compiled, self.conv_descriptor_a, features):
+            hidden = self.compiled(features).permute(0, 2, 3, 1).flatten(0, 2)
+            descriptors = _convolved(hidden[cells], self.conv_descriptor_b)
+        else:
+            descriptors = self._of_cells(features, cells, rounded_up(len(cells)) if round_up else len(cells))
+        samples = (F.normalize(descriptors.float(), dim=1)[places] * weights[..., None]).sum(dim=2)
+        return F.normalize(samples, dim=2)
+
+    def _of_cells(self, features: Tensor, cells: Tensor, count: int) -> Tensor:
+        """The descriptors of some cells, whose indices count all images, and of the first cell as often as is left."""
+        _, channels, height, width = features.shape
         # In memory, a row of pixels is one of channels too: a row of a 3 x 3 window is 3 C numbers in succession.
         padded = F.pad(features.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
         rows = padded.as_strided((padded[..., 0].numel() - 2, 3 * channels), (channels, 1))
@@ -224,9 +258,7 @@ class DescriptorDecoder(nn.Module):
             windows = rows.index_select(0, part.flatten()).view(-1, 9 * channels)
             hidden = relu_(_convolved(windows, self.conv_descriptor_a))
             found.append(_convolved(hidden.to(self.conv_descriptor_b.weight.dtype), self.conv_descriptor_b))
-        descriptors = torch.cat(found)
-        samples = (F.normalize(descriptors.float(), dim=1)[places] * weights[..., None]).sum(dim=2)
-        return F.normalize(samples, dim=2)
+        return torch.cat(found)
 
 
 class SuperPoint(Extractor):
@@ -238,6 +270,7 @@ class SuperPoint(Extractor):
 
     Attributes:
         subpixel: keypoints are read out to a fraction of a pixel; for weights that were trained so.
+        stays_float32: whatever the precision, see :meth:`use_compiled`.
     """
 
     MODEL_TYPE = "superpoint"
@@ -260,6 +293,7 @@ class SuperPoint(Extractor):
         sizes = list(self.config["encoder_hidden_sizes"])
         hidden = self.config["decoder_hidden_size"]
         self.subpixel: bool = self.config["subpixel"]
+        self.stays_float32 = False
         self.encoder = Encoder(sizes)
         self.keypoint_decoder = KeypointDecoder(sizes[-1], hidden, self.config["keypoint_decoder_dim"])
         self.descriptor_decoder = DescriptorDecoder(sizes[-1], hidden, self.config["descriptor_decoder_dim"])
@@ -303,6 +337,8 @@ class SuperPoint(Extractor):
         the keypoints are others, with it in float32 1 %. The two last ones turn small differences into scores and
         descriptors. These three are 2 % of the arithmetic.
         """
+        if self.stays_float32:
+            return self
         precise = {
             self.encoder.conv_blocks[0].conv_a,
             self.keypoint_decoder.conv_score_b,
@@ -313,11 +349,15 @@ class SuperPoint(Extractor):
                 module.to(dtype)
         return self
 
-    def use_compiled(self) -> SuperPoint:
-        """For bfloat16 on a processor: compute convolutions by src/superpoint.c, where that can be."""
-        for block in self.encoder.conv_blocks:
-            cast(ConvBlock, block).use_compiled()
-        self.keypoint_decoder.use_compiled()
+    def use_compiled(self, dtype: torch.dtype) -> SuperPoint:
+        """On a processor: compute convolutions by src/superpoint.c or src/transformed.c, where they can.
+
+        Without tiles, those in float32 take less time than PyTorch's in bfloat16: they stay in float32 then.
+        """
+        self.stays_float32 = transforms() and (dtype == torch.float32 or not has_tiles())
+        for part in (*self.encoder.conv_blocks, self.keypoint_decoder, self.descriptor_decoder):
+            part = cast(ConvBlock | KeypointDecoder | DescriptorDecoder, part)
+            part.use_compiled(torch.float32 if self.stays_float32 else dtype)
         return self
 
     @property

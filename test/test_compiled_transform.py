@@ -1,0 +1,133 @@
+"""SuperPoint's convolutions in float32 as src/transformed.c computes them are those of PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kpmatch_ros import FeatureMatcher, Parameters
+from kpmatch_ros.models import SuperPoint, compiled
+from simulation import Scene, camera_path, demo_camera
+
+pytestmark = pytest.mark.skipif(not compiled.transforms(), reason="the compiled networks are not built")
+SIZES = [(1, 1), (2, 3), (5, 7), (8, 8), (9, 33), (31, 16), (70, 21), (41, 64), (130, 17)]  # height, width
+EXTRACTORS = ("superpoint-open", "superpoint-open-fast")
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[16, 8, 4])
+def vectors(request: pytest.FixtureRequest) -> Iterator[int]:
+    """As on a processor with vectors of so many numbers."""
+    library = compiled.open_library(compiled.LIBRARY)
+    assert library is not None
+    if library.kpmatch_vectors(request.param) != request.param:
+        pytest.skip("this processor has shorter ones")
+    yield request.param
+    library.kpmatch_vectors(16)
+
+
+def convolutions(*channels: int) -> list[nn.Conv2d]:
+    torch.manual_seed(len(channels))
+    return [nn.Conv2d(*pair, 3, padding=1).requires_grad_(False) for pair in zip(channels, channels[1:])]
+
+
+def compute(layers: list[nn.Conv2d], pooling: bool, x: Tensor) -> Tensor:
+    return compiled.CompiledConvolutions([(each.weight, each.bias) for each in layers], pooling, torch.float32)(x)
+
+
+def exactly(layers: list[nn.Conv2d], pooling: bool, x: Tensor) -> Tensor:
+    x = x.double()
+    for each in layers:
+        x = F.relu(F.conv2d(x, each.weight.double(), each.bias.double(), padding=1))
+    return F.max_pool2d(x, 2) if pooling else x
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("channels", [(1, 16), (16, 16), (16, 48), (1, 16, 32), (32, 48, 16), (64, 64, 64), (112, 128)])
+def test_they_are_those_of_pytorch(
+    channels: tuple[int, ...], size: tuple[int, int], threads: int, vectors: int
+) -> None:
+    layers = convolutions(*channels)
+    x = torch.randn(2, channels[0], *size, generator=torch.Generator().manual_seed(7))
+    for pooling in (False, True):
+        if pooling and (min(size) < 2 or channels == (1, 16)):
+            continue
+        found, exact = compute(layers, pooling, x), exactly(layers, pooling, x)
+        assert found.shape == exact.shape
+        assert (found - exact).abs().max() <= 3e-5 * exact.abs().max()
+
+
+def test_a_thread_makes_no_difference(vectors: int) -> None:
+    layers, x = convolutions(16, 32, 32), torch.randn(1, 16, 75, 50)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 5, 64):
+        torch.set_num_threads(threads)
+        found.append(compute(layers, True, x))
+    torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_a_pixel_that_is_no_number_spoils_what_sees_it_alone(vectors: int) -> None:
+    layers, x = convolutions(16, 16, 16), torch.randn(1, 16, 40, 40)
+    x[0, 3, 20, 21] = torch.nan
+    found, plain = compute(layers, False, x), exactly(layers, False, x)
+    assert found.isnan().any() and not found[:, :, :12].isnan().any() and not found[..., 30:].isnan().any()
+    assert torch.allclose(found[:, :, :12].double(), plain[:, :, :12], atol=1e-4)
+
+
+def test_layers_with_other_channels_are_left_to_pytorch() -> None:
+    network = SuperPoint(encoder_hidden_sizes=[16, 24, 32, 32], decoder_hidden_size=32, descriptor_decoder_dim=32)
+    network.use_compiled(torch.float32)
+    assert [block.compiled is None for block in network.encoder.conv_blocks] == [False, True, False, False]
+    assert network(torch.rand(1, 1, 64, 72)).keypoints.shape[2] == 2
+
+
+def matcher_of(extractor: str, precision: str) -> FeatureMatcher:
+    return FeatureMatcher(
+        Parameters(device="cpu", precision=precision, extractor=extractor, matcher="nearest", max_keypoints=256)
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("extractor", EXTRACTORS)
+def test_an_image_is_described_as_by_pytorch(extractor: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = next(iter(Scene(seed=0).film(camera_path(2), demo_camera(331, 250), noise=2.0))).image
+    monkeypatch.setattr(compiled, "_support", 0)  # as on a processor without tiles
+    found = matcher_of(extractor, precision)
+    assert isinstance(found.extractor, SuperPoint) and found.extractor.dtype == torch.float32
+    assert all(block.compiled is not None for block in found.extractor.encoder.conv_blocks)
+    ours = found.extract(image).numpy()
+    monkeypatch.setattr(compiled, "_library", None)
+    plain = matcher_of(extractor, "float32")
+    assert isinstance(plain.extractor, SuperPoint)
+    assert all(block.compiled is None for block in plain.extractor.encoder.conv_blocks)
+    theirs = plain.extract(image).numpy()
+    # The order of two keypoints with nearly the same score is rounding's.
+    places = {tuple(place): i for i, place in enumerate(np.round(theirs.keypoints, 1).tolist())}
+    same = [(i, places.get(tuple(place))) for i, place in enumerate(np.round(ours.keypoints, 1).tolist())]
+    pairs = np.array([(i, j) for i, j in same if j is not None])
+    assert len(theirs) > 50 and len(pairs) >= 0.98 * len(theirs)
+    assert np.abs(ours.scores[pairs[:, 0]] - theirs.scores[pairs[:, 1]]).max() < 1e-4
+    assert np.abs(ours.descriptors[pairs[:, 0]] - theirs.descriptors[pairs[:, 1]]).max() < 1e-3
+
+
+def test_two_images_of_one_size_are_described_together_as_alone() -> None:
+    views = Scene(seed=0).film(camera_path(2), demo_camera(320, 240), noise=2.0)
+    images = [view.image for view in views][:2]
+    ours = matcher_of("superpoint-open", "float32")
+    for together, image in zip(ours.extract_batch(images), images):
+        alone = ours.extract(image)
+        assert torch.equal(together.keypoints, alone.keypoints)
+        assert torch.allclose(together.descriptors, alone.descriptors, atol=1e-6)
