@@ -270,4 +270,7 @@ def test_the_doctor_says_whether_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -
     assert finding.level == doctor.OK and finding.text.startswith("compiled")
     monkeypatch.setattr(compiled, "available", lambda: False)
     (finding,) = doctor.check_compiled_networks()
+    assert "SuperPoint in float32" in finding.text
+    monkeypatch.setattr(compiled, "transforms", lambda: False)
+    (finding,) = doctor.check_compiled_networks()
     assert finding.text.startswith("PyTorch")

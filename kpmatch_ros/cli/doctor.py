@@ -191,17 +191,16 @@ def check_geometry() -> Iterator[Finding]:
 
 
 def check_compiled_networks() -> Iterator[Finding]:
-    """Whether the compiled part of the networks is in use in bfloat16 on the processor."""
+    """Whether the compiled part of the networks is in use on the processor."""
     try:
         from kpmatch_ros.models import compiled
     except Exception:  # noqa: BLE001 (as for PyTorch, of which it is said)
         return
     if compiled.available():
-        yield Finding(OK, "networks", f"compiled, {compiled.LIBRARY.name}, in bfloat16 on the processor")
-    elif compiled.LIBRARY.exists():
-        yield Finding(
-            OK, "networks", "SuperPoint is compiled in float32; the rest is for x86-64 with AVX-512 and bfloat16"
-        )
+        yield Finding(OK, "networks", f"compiled, {compiled.LIBRARY.name}, on the processor")
+    elif compiled.transforms():
+        text = f"compiled, {compiled.LIBRARY.name}, SuperPoint in float32; the rest takes AVX-512 with bfloat16"
+        yield Finding(OK, "networks", text)
     else:
         yield Finding(OK, "networks", "PyTorch: the compiled part, which takes less time, comes with the ROS package")
 
