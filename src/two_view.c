@@ -1,184 +1,333 @@
-/* The loops of estimate_relative_pose, compiled: of two_view_profile.py.
+/* The loops of estimate_relative_pose, compiled: of two_view_errors.py and two_view_fit.py.
  *
  * As of geometry.c, the NumPy code of these names describes the algorithms: a change of one is a change of the other,
  * and test/test_compiled_two_view.py compares them. Nothing is kept from call to call, and no memory is taken: sums run
  * over blocks of matches, always in the same order.
  */
-#include "geometry.h"
-
-#define TINY 1e-30 /* as in robust.py */
+#include "two_view.h"
 
 enum {
-    BLOCK = 128 /* matches that are looked at together: what is found of them stays in the nearest cache */
+    LARGEST = 5, /* numbers of Motion.moved */
+    EPIPOLAR = 0 /* Model; the other one is the rotation's */
 };
 
-/* Unlike fmax and fmin, these give NaN for NaN. */
-INLINE double at_least(double value, double bound) { return value < bound ? bound : value; }
+/* Residuals: two_view_errors.py. */
 
-/* As in two_view_errors.py: rays and noise (3, n) of each image, one after the other. */
-typedef struct {
-    ptrdiff_t count;
-    const double *rays0, *rays1, *noise0, *noise1;
-} Matches;
-
-INLINE Matches matches_at(int64_t count, const double *columns)
-{
-    const ptrdiff_t n = (ptrdiff_t)count;
-    return (Matches){n, columns, columns + 3 * n, columns + 6 * n, columns + 9 * n};
-}
-
-/* How many matches are in the block that begins there. */
-INLINE ptrdiff_t block_size(const Matches *matches, ptrdiff_t from)
-{
-    return matches->count - from < BLOCK ? matches->count - from : BLOCK;
-}
-
-/* Small linear algebra, as NumPy, LAPACK and OpenCV do it. */
-
-/* Solve a system (size, size) in place. Returns 0 where it is singular: np.linalg.solve raises LinAlgError. */
-INLINE int solve(int size, double *matrix, double *vector)
-{
-    for (int i = 0; i < size; i++) {
-        int pivot = i;
-        for (int row = i + 1; row < size; row++)
-            if (!(fabs(matrix[size * row + i]) <= fabs(matrix[size * pivot + i]))) /* NaN is chosen: it is not zero */
-                pivot = row;
-        if (matrix[size * pivot + i] == 0)
-            return 0;
-        for (int column = i; column < size; column++) {
-            const double kept = matrix[size * i + column];
-            matrix[size * i + column] = matrix[size * pivot + column];
-            matrix[size * pivot + column] = kept;
-        }
-        const double kept = vector[i];
-        vector[i] = vector[pivot];
-        vector[pivot] = kept;
-        for (int row = i + 1; row < size; row++) {
-            const double factor = matrix[size * row + i] / matrix[size * i + i];
-            for (int column = i + 1; column < size; column++)
-                matrix[size * row + column] -= factor * matrix[size * i + column];
-            vector[row] -= factor * vector[i];
-        }
-    }
-    for (int i = size - 1; i >= 0; i--) {
-        for (int column = i + 1; column < size; column++)
-            vector[i] -= matrix[size * i + column] * vector[column];
-        vector[i] /= matrix[size * i + i];
-    }
-    return 1;
-}
-
-/* Product of two matrices (3, 3). */
-INLINE void multiply(const double *a, const double *b, double *product)
-{
-    for (int row = 0; row < 3; row++)
-        for (int column = 0; column < 3; column++)
-            product[3 * row + column] =
-                a[3 * row] * b[column] + a[3 * row + 1] * b[3 + column] + a[3 * row + 2] * b[6 + column];
-}
-
-/* The other motions that explain the matches: two_view_profile.py. */
-
-/* What _evaluate gives for a block of matches: distances, and their jacobian by the rotation. */
-typedef struct {
-    double residuals[BLOCK], jacobian[3][BLOCK];
-} Turning;
-
-/* _evaluate, for one rotation and direction and a block of matches. */
-INLINE void evaluate_turn(const Matches *matches, ptrdiff_t from, ptrdiff_t size, const double *turn,
-                          const double *shift, Turning *found)
-{
-    const ptrdiff_t n = matches->count;
-    const double *x0 = matches->rays0 + from, *y0 = x0 + n, *z0 = y0 + n;
-    const double *x1 = matches->rays1 + from, *y1 = x1 + n, *z1 = y1 + n;
-    const double *noise0 = matches->noise0 + from, *noise1 = matches->noise1 + from;
-#pragma omp simd
-    for (ptrdiff_t i = 0; i < size; i++) {
-        const double x = turn[0] * x1[i] + turn[1] * y1[i] + turn[2] * z1[i];
-        const double y = turn[3] * x1[i] + turn[4] * y1[i] + turn[5] * z1[i];
-        const double z = turn[6] * x1[i] + turn[7] * y1[i] + turn[8] * z1[i];
-        const double normal_x = y0[i] * shift[2] - z0[i] * shift[1];
-        const double normal_y = z0[i] * shift[0] - x0[i] * shift[2];
-        const double normal_z = x0[i] * shift[1] - y0[i] * shift[0];
-        const double line0_x = shift[1] * z - shift[2] * y, line0_y = shift[2] * x - shift[0] * z;
-        const double line1_x = turn[0] * normal_x + turn[3] * normal_y + turn[6] * normal_z;
-        const double line1_y = turn[1] * normal_x + turn[4] * normal_y + turn[7] * normal_z;
-        const double variance = (noise0[i] + noise0[2 * n + i]) / 2 * (line0_x * line0_x + line0_y * line0_y) +
-                                (noise1[i] + noise1[2 * n + i]) / 2 * (line1_x * line1_x + line1_y * line1_y);
-        const double precision = 1 / sqrt(at_least(variance, TINY));
-        found->residuals[i] = (x * normal_x + y * normal_y + z * normal_z) * precision;
-        found->jacobian[0][i] = (y * normal_z - z * normal_y) * precision;
-        found->jacobian[1][i] = (z * normal_x - x * normal_z) * precision;
-        found->jacobian[2][i] = (x * normal_y - y * normal_x) * precision;
-    }
-}
-
-/* _turned, of one rotation: after a step of angles about the axes (Rodrigues). */
-INLINE void turn_by(double *turn, const double *step)
-{
-    const double angle = at_least(sqrt(step[0] * step[0] + step[1] * step[1] + step[2] * step[2]), 1e-12);
-    const double x = step[0] / angle, y = step[1] / angle, z = step[2] / angle;
-    const double cross[9] = {0, -z, y, z, 0, -x, -y, x, 0};
-    double change[9], turned[9];
-    multiply(cross, cross, change);
-    for (int i = 0; i < 9; i++)
-        change[i] = (i % 4 == 0) + sin(angle) * cross[i] + (1 - cos(angle)) * change[i];
-    multiply(change, turn, turned);
-    for (int i = 0; i < 9; i++)
-        turn[i] = turned[i];
-}
-
-/* A step of Gauss-Newton for one rotation, as in refine_turns. Returns 0 where its equations are singular. */
-INLINE int refine_turn(const Matches *matches, double *turn, const double *shift, double cutoff, double trust)
-{
-    double xx = 0, xy = 0, xz = 0, yy = 0, yz = 0, zz = 0, gx = 0, gy = 0, gz = 0;
-    for (ptrdiff_t from = 0; from < matches->count; from += BLOCK) {
-        const ptrdiff_t size = block_size(matches, from);
-        Turning found;
-        evaluate_turn(matches, from, size, turn, shift, &found);
-        const double *x = found.jacobian[0], *y = found.jacobian[1], *z = found.jacobian[2];
-#pragma omp simd reduction(+ : xx, xy, xz, yy, yz, zz, gx, gy, gz)
-        for (ptrdiff_t i = 0; i < size; i++) {
-            const double share = found.residuals[i] / cutoff, rest = at_least(1 - share * share, 0);
-            const double weight = rest * rest, pull = weight * found.residuals[i];
-            xx += weight * x[i] * x[i];
-            xy += weight * x[i] * y[i];
-            xz += weight * x[i] * z[i];
-            yy += weight * y[i] * y[i];
-            yz += weight * y[i] * z[i];
-            zz += weight * z[i] * z[i];
-            gx += pull * x[i];
-            gy += pull * y[i];
-            gz += pull * z[i];
-        }
-    }
-    const double least = 1e-14 * (xx + yy + zz), diagonal = at_least(trust, least); /* _NOT_LOST */
-    double hessian[9] = {xx + diagonal, xy, xz, xy, yy + diagonal, yz, xz, yz, zz + diagonal}, step[3] = {-gx, -gy, -gz};
-    if (!solve(3, hessian, step))
-        return 0;
-    turn_by(turn, step);
-    return 1;
-}
-
-/* refine_turns: rotations (k, 3, 3) in place, and residuals (k, n). Returns 0 where equations are singular. */
+/* epipolar_residuals: (n,) */
 FOR_EACH_PROCESSOR
-int32_t kpmatch_refine_turns(int64_t count, const double *columns, int64_t steps, const double *cutoffs, double trust,
-                             int64_t motions, double *turns, const double *shifts, double *residuals)
+void kpmatch_epipolar_residuals(int64_t count, const double *columns, const double *motion, double *residuals)
 {
     const Matches matches = matches_at(count, columns);
-    for (int64_t k = 0; k < motions; k++) {
-        double *turn = turns + 9 * k;
-        const double *shift = shifts + 3 * k;
-        for (int64_t i = 0; i < steps; i++)
-            if (!refine_turn(&matches, turn, shift, cutoffs[i], trust))
-                return 0;
-        for (ptrdiff_t from = 0; from < matches.count; from += BLOCK) {
-            const ptrdiff_t size = block_size(&matches, from);
-            Turning found;
-            evaluate_turn(&matches, from, size, turn, shift, &found);
+    double essential[9];
+    essential_matrix((const Motion *)motion, essential);
+#pragma omp simd
+    for (ptrdiff_t i = 0; i < matches.count; i++)
+        residuals[i] = by_essential(&matches, i, essential).residual;
+}
+
+INLINE void rotation_residual(const Matches *matches, ptrdiff_t i, const double *rotation, double *first,
+                              double *second)
+{
+    const Projected to = project_turned(matches, i, rotation);
+    whiten(to, matches->rays0[i] - to.x, matches->rays0[matches->count + i] - to.y, BEHIND, first, second);
+}
+
+/* rotation_residuals: (2, n) */
+FOR_EACH_PROCESSOR
+void kpmatch_rotation_residuals(int64_t count, const double *columns, const double *rotation, double *residuals)
+{
+    const Matches matches = matches_at(count, columns);
+#pragma omp simd
+    for (ptrdiff_t i = 0; i < matches.count; i++)
+        rotation_residual(&matches, i, rotation, residuals + i, residuals + matches.count + i);
+}
+
+/* Whether a match triangulates in front of both cameras: _is_ahead. */
+INLINE int is_ahead(const Matches *matches, ptrdiff_t i, const Motion *motion)
+{
+    const ptrdiff_t n = matches->count;
+    const double *turn = motion->rotation, *shift = motion->translation;
+    const double x0 = matches->rays0[i], y0 = matches->rays0[n + i], z0 = matches->rays0[2 * n + i];
+    const double x = matches->rays1[i], y = matches->rays1[n + i], z = matches->rays1[2 * n + i];
+    const double x1 = turn[0] * x + turn[1] * y + turn[2] * z, y1 = turn[3] * x + turn[4] * y + turn[5] * z;
+    const double z1 = turn[6] * x + turn[7] * y + turn[8] * z;
+    const double along0 = shift[0] * x0 + shift[1] * y0 + shift[2] * z0;
+    const double along1 = shift[0] * x1 + shift[1] * y1 + shift[2] * z1;
+    const double between = x0 * x1 + y0 * y1 + z0 * z1;
+    const double square0 = x0 * x0 + y0 * y0 + z0 * z0, square1 = x1 * x1 + y1 * y1 + z1 * z1;
+    return along0 * square1 - along1 * between > 0 && along0 * between - along1 * square0 > 0;
+}
+
+/* Length of the residual under a rotation alone. */
+INLINE double distance(const Matches *matches, ptrdiff_t i, const double *rotation)
+{
+    double first, second;
+    rotation_residual(matches, i, rotation, &first, &second);
+    return sqrt(first * first + second * second);
+}
+
+/* is_in_front, or agrees for those that are to be near their epipolar lines: (n,) */
+FOR_EACH_PROCESSOR
+void kpmatch_in_front(int64_t count, const double *columns, const double *motion, double inlier_threshold,
+                      int32_t near, uint8_t *front)
+{
+    const Matches matches = matches_at(count, columns);
+    const Motion given = *(const Motion *)motion;
+    double essential[9];
+    essential_matrix(&given, essential);
+#pragma omp simd
+    for (ptrdiff_t i = 0; i < matches.count; i++) {
+        const int there = !near | (fabs(by_essential(&matches, i, essential).residual) < inlier_threshold);
+        const int ahead = is_ahead(&matches, i, &given) | (distance(&matches, i, given.rotation) < inlier_threshold);
+        front[i] = (uint8_t)(there & ahead);
+    }
+}
+
+/* residual_sizes: (n,) */
+FOR_EACH_PROCESSOR
+void kpmatch_residual_sizes(int64_t count, const double *columns, const double *motion, double inlier_threshold,
+                            double *sizes)
+{
+    const Matches matches = matches_at(count, columns);
+    const Motion given = *(const Motion *)motion;
+    double essential[9];
+    essential_matrix(&given, essential);
+#pragma omp simd
+    for (ptrdiff_t i = 0; i < matches.count; i++) {
+        const double far = distance(&matches, i, given.rotation);
+        const double near = fabs(by_essential(&matches, i, essential).residual);
+        sizes[i] = is_ahead(&matches, i, &given) | (far < inlier_threshold) ? near : far;
+    }
+}
+
+/* What a model's jacobian is of a block of matches: residuals, and their derivatives by the numbers of move. */
+typedef struct {
+    double residuals[2][BLOCK], jacobian[LARGEST][2][BLOCK];
+} Derivatives;
+
+INLINE int conditions_of(int model) { return model == EPIPOLAR ? 1 : 2; }
+INLINE int numbers_of(int model) { return model == EPIPOLAR ? 5 : 3; }
+
+/* epipolar_jacobian */
+INLINE void epipolar_jacobian(const Matches *matches, ptrdiff_t from, ptrdiff_t size, const double *essential,
+                              const double (*changes)[9], Derivatives *found)
+{
+    const ptrdiff_t n = matches->count;
+    const double *x0 = matches->rays0 + from, *x1 = matches->rays1 + from;
+    double by[9][BLOCK];
+#pragma omp simd
+    for (ptrdiff_t i = 0; i < size; i++) {
+        const ByEssential each = by_essential(matches, from + i, essential);
+        found->residuals[0][i] = each.residual;
+        by[0][i] = each.first_x * x1[i] - x0[i] * each.second_x;
+        by[1][i] = each.first_x * x1[n + i] - x0[i] * each.second_y;
+        by[2][i] = each.first_x * x1[2 * n + i];
+        by[3][i] = each.first_y * x1[i] - x0[n + i] * each.second_x;
+        by[4][i] = each.first_y * x1[n + i] - x0[n + i] * each.second_y;
+        by[5][i] = each.first_y * x1[2 * n + i];
+        by[6][i] = each.first_z * x1[i] - x0[2 * n + i] * each.second_x;
+        by[7][i] = each.first_z * x1[n + i] - x0[2 * n + i] * each.second_y;
+        by[8][i] = each.first_z * x1[2 * n + i];
+    }
+    for (int k = 0; k < 5; k++) {
+        const double *change = changes[k];
+#pragma omp simd
+        for (ptrdiff_t i = 0; i < size; i++)
+            found->jacobian[k][0][i] = change[0] * by[0][i] + change[1] * by[1][i] + change[2] * by[2][i] +
+                                       change[3] * by[3][i] + change[4] * by[4][i] + change[5] * by[5][i] +
+                                       change[6] * by[6][i] + change[7] * by[7][i] + change[8] * by[8][i];
+    }
+}
+
+/* rotation_jacobian */
+INLINE void rotation_jacobian(const Matches *matches, ptrdiff_t from, ptrdiff_t size, const double *rotation,
+                              Derivatives *found)
+{
+    const double *x0 = matches->rays0 + from, *y0 = x0 + matches->count;
+#pragma omp simd
+    for (ptrdiff_t i = 0; i < size; i++) {
+        const Projected to = project_turned(matches, from + i, rotation);
+        const double x = to.x, y = to.y;
+        whiten(to, x0[i] - x, y0[i] - y, BEHIND, &found->residuals[0][i], &found->residuals[1][i]);
+        whiten(to, x * y, 1 + y * y, 0, &found->jacobian[0][0][i], &found->jacobian[0][1][i]);
+        whiten(to, -1 - x * x, -x * y, 0, &found->jacobian[1][0][i], &found->jacobian[1][1][i]);
+        whiten(to, y, -x, 0, &found->jacobian[2][0][i], &found->jacobian[2][1][i]);
+    }
+}
+
+/* A motion, and what a model needs of it. */
+typedef struct {
+    Motion motion;
+    double essential[9], changes[LARGEST][9];
+} Frame;
+
+INLINE Frame frame_of(int model, const Motion *motion)
+{
+    Frame frame = {.motion = *motion};
+    if (model == EPIPOLAR) {
+        essential_matrix(motion, frame.essential);
+        essential_changes(motion, frame.changes);
+    }
+    return frame;
+}
+
+/* differentiate, of a block of matches */
+INLINE void differentiate_block(int model, const Matches *matches, ptrdiff_t from, ptrdiff_t size, const Frame *frame,
+                          Derivatives *found)
+{
+    if (model == EPIPOLAR)
+        epipolar_jacobian(matches, from, size, frame->essential, frame->changes, found);
+    else
+        rotation_jacobian(matches, from, size, frame->motion.rotation, found);
+}
+
+/* differentiate: residuals (d, n) and their derivatives (p, d, n). */
+FOR_EACH_PROCESSOR
+void kpmatch_differentiate(int32_t model, int64_t count, const double *columns, const double *motion, double *residuals,
+                      double *jacobian)
+{
+    const Matches matches = matches_at(count, columns);
+    const Frame frame = frame_of(model, (const Motion *)motion);
+    for (ptrdiff_t from = 0; from < matches.count; from += BLOCK) {
+        const ptrdiff_t size = block_size(&matches, from);
+        Derivatives found;
+        differentiate_block(model, &matches, from, size, &frame, &found);
+        for (int d = 0; d < conditions_of(model); d++) {
             for (ptrdiff_t i = 0; i < size; i++)
-                residuals[k * matches.count + from + i] = found.residuals[i];
+                residuals[d * matches.count + from + i] = found.residuals[d][i];
+            for (int k = 0; k < numbers_of(model); k++)
+                for (ptrdiff_t i = 0; i < size; i++)
+                    jacobian[(k * conditions_of(model) + d) * matches.count + from + i] = found.jacobian[k][d][i];
         }
     }
+}
+
+/* Estimates: two_view_fit.py. */
+
+/* Tukey's loss of the residuals' lengths, tukey in robust.py: gradient and hessian are of half of it. */
+typedef struct {
+    double cost, gradient[LARGEST], hessian[LARGEST][LARGEST];
+} Loss;
+
+/* The loss of those matches that are used, of all where none are named. */
+INLINE void evaluate(int model, const Matches *matches, const Motion *motion, const uint8_t *used, double cutoff,
+                     Loss *loss)
+{
+    const int conditions = conditions_of(model), numbers = numbers_of(model);
+    const Frame frame = frame_of(model, motion);
+    *loss = (Loss){0};
+    for (ptrdiff_t from = 0; from < matches->count; from += BLOCK) {
+        const ptrdiff_t size = block_size(matches, from);
+        Derivatives found;
+        double weights[BLOCK], cost = 0;
+        differentiate_block(model, matches, from, size, &frame, &found);
+        for (ptrdiff_t i = 0; i < size; i++)
+            weights[i] = used ? used[from + i] : 1;
+#pragma omp simd reduction(+ : cost)
+        for (ptrdiff_t i = 0; i < size; i++) {
+            const double x = found.residuals[0][i], y = conditions == 2 ? found.residuals[1][i] : 0;
+            const double length = sqrt(x * x + y * y) * weights[i] / cutoff, share = at_most(length * length, 1);
+            weights[i] *= (1 - share) * (1 - share);
+            cost += share * (3 - 3 * share + share * share);
+        }
+        loss->cost += cost * cutoff * cutoff / 3;
+        for (int d = 0; d < conditions; d++)
+            for (int k = 0; k < numbers; k++) {
+                double weighted[BLOCK], slope = 0;
+#pragma omp simd reduction(+ : slope)
+                for (ptrdiff_t i = 0; i < size; i++) {
+                    weighted[i] = weights[i] * found.jacobian[k][d][i];
+                    slope += weighted[i] * found.residuals[d][i];
+                }
+                loss->gradient[k] += slope;
+                for (int l = 0; l <= k; l++) {
+                    double curvature = 0;
+#pragma omp simd reduction(+ : curvature)
+                    for (ptrdiff_t i = 0; i < size; i++)
+                        curvature += weighted[i] * found.jacobian[l][d][i];
+                    loss->hessian[k][l] += curvature;
+                }
+            }
+    }
+    for (int k = 0; k < numbers; k++)
+        for (int l = 0; l < k; l++)
+            loss->hessian[l][k] = loss->hessian[k][l];
+}
+
+/* The step of minimise with this damping. Returns 0 where the system is singular. */
+INLINE int damped_step(int size, const Loss *loss, double damping, double *step)
+{
+    double system[LARGEST * LARGEST], trace = 0;
+    for (int k = 0; k < size; k++)
+        trace += loss->hessian[k][k];
+    for (int k = 0; k < size; k++) {
+        for (int l = 0; l < size; l++)
+            system[size * k + l] = loss->hessian[k][l];
+        system[size * k + k] += damping * (loss->hessian[k][k] + 1e-9 * trace + TINY);
+        step[k] = -loss->gradient[k];
+    }
+    return solve(size, system, step);
+}
+
+/* minimise: from a motion, in place. `used` (n,) or NULL. Returns 0 where a system is singular. */
+FOR_EACH_PROCESSOR
+int32_t kpmatch_minimise(int32_t model, int64_t count, const double *columns, double *motion, double cutoff,
+                         int64_t iterations, double settled, const uint8_t *used)
+{
+    const Matches matches = matches_at(count, columns);
+    const int size = numbers_of(model);
+    Motion *found = (Motion *)motion;
+    Loss loss;
+    evaluate(model, &matches, found, used, cutoff, &loss);
+    double damping = 1e-4;
+    for (int64_t i = 0; i < iterations; i++) {
+        Motion trial = *found;
+        Loss tried = loss;
+        int attempts = 0, better = 0;
+        while (!better && attempts++ < 6) {
+            double step[LARGEST], promised = 0;
+            if (!damped_step(size, &loss, damping, step))
+                return 0;
+            for (int k = 0; k < size; k++)
+                promised -= loss.gradient[k] * step[k];
+            if (promised < 2 * settled * loss.cost)
+                return 1;
+            trial = *found;
+            move(&trial, size, step);
+            evaluate(model, &matches, &trial, used, cutoff, &tried);
+            better = tried.cost < loss.cost;
+            if (!better)
+                damping *= 10;
+        }
+        if (!better)
+            return 1;
+        *found = trial;
+        loss = tried;
+        damping = at_least(damping / 10, 1e-9);
+    }
     return 1;
+}
+
+/* hessian: (p, p), by differences of the gradient over steps of so many radians. */
+FOR_EACH_PROCESSOR
+void kpmatch_hessian(int32_t model, int64_t count, const double *columns, const double *motion, double cutoff,
+                     double length, double *hessian)
+{
+    const Matches matches = matches_at(count, columns);
+    const int size = numbers_of(model);
+    Loss start, moved;
+    evaluate(model, &matches, (const Motion *)motion, NULL, cutoff, &start);
+    double differences[LARGEST][LARGEST];
+    for (int k = 0; k < size; k++) {
+        Motion trial = *(const Motion *)motion;
+        double step[LARGEST] = {0};
+        step[k] = length;
+        move(&trial, size, step);
+        evaluate(model, &matches, &trial, NULL, cutoff, &moved);
+        for (int l = 0; l < size; l++)
+            differences[k][l] = (moved.gradient[l] - start.gradient[l]) / length;
+    }
+    for (int k = 0; k < size; k++)
+        for (int l = 0; l < size; l++)
+            hessian[size * k + l] = (differences[k][l] + differences[l][k]) / 2;
 }

@@ -11,6 +11,7 @@ from two_view_fuzz import call_with_hostile_matches, calls_of, matches_of, motio
 from two_view_scenes import DRONE, Scene
 
 from kpmatch_ros.geometry.pose import RelativePose
+from kpmatch_ros.geometry.two_view_fit import Noise, motion_covariance, rotation_covariance
 from kpmatch_ros.geometry.two_view_profile import profile_directions
 
 
@@ -45,6 +46,17 @@ def test_the_likeliest_directions_are_those_of_numpy() -> None:
         motion = motion_of(random)
         arguments = matches_of(random, motion, 100), [motion.rotation, np.eye(3)], 1.0, 0.3
         compare(profile_directions(*arguments), with_numpy(profile_directions, *arguments), 1e-6, seed)
+
+
+@needed
+def test_a_covariance_is_that_of_numpy() -> None:
+    for seed in range(100):
+        random = np.random.default_rng(seed)
+        motion = motion_of(random)
+        matches, noise = matches_of(random, motion, 100), Noise(1.0, 0.5)
+        for call, of in ((motion_covariance, motion), (rotation_covariance, motion.rotation)):
+            ours, numpys = call(matches, of, noise), with_numpy(call, matches, of, noise)
+            compare(ours, numpys, 1e-4, (seed, call))  # second derivatives, by differences
 
 
 @needed

@@ -12,7 +12,18 @@ from typing import Any
 import cv2
 import numpy as np
 
-from kpmatch_ros.geometry.two_view_errors import Matches, Motion
+from kpmatch_ros.geometry.two_view_errors import (
+    Matches,
+    Model,
+    Motion,
+    agrees,
+    differentiate,
+    epipolar_residuals,
+    is_in_front,
+    residual_sizes,
+    rotation_residuals,
+)
+from kpmatch_ros.geometry.two_view_fit import Noise, minimise, motion_covariance, rotation_covariance
 from kpmatch_ros.geometry.two_view_profile import profile_directions, refine_turns
 
 # None, a few, and as many as fill the blocks that C takes them in, or nearly.
@@ -74,8 +85,16 @@ def calls_of(random: np.random.Generator, numbers: list[float]) -> list[tuple[Ca
     shifts = random.normal(0, 1, (3, 3))
     shifts /= np.linalg.norm(shifts, axis=1, keepdims=True)
     turns = np.array([motion.rotation, near.rotation, rotation_of(random, 1.0)])
+    used = random.random(len(matches)) < 0.8 if random.random() < 0.5 else None
     return [
         (refine_turns, (matches, turns, shifts, (4.0,), threshold, 0.3)),
+        (epipolar_residuals, (matches, near)),
+        (rotation_residuals, (matches, near.rotation)),
+        (agrees, (matches, near, threshold)),
+        (is_in_front, (matches, near, threshold)),
+        (residual_sizes, (matches, near, threshold)),
+        *((differentiate, (model, matches, near)) for model in Model),
+        *((minimise, (model, matches, near, 16 * threshold, 1, 1e-3, used)) for model in Model),
     ]
 
 
@@ -83,11 +102,18 @@ def call_with_hostile_matches(random: np.random.Generator) -> None:
     """Whatever is in the matches, they stay, and the answer is the same again, wherever they are in memory."""
     calls = calls_of(random, NUMBERS)
     matches, turns = calls[0][1][:2]
-    calls.append((profile_directions, (matches, list(turns), 1.0, 1e-9)))
+    noise = Noise(1.0, 0.0)
+    calls += [
+        (profile_directions, (matches, list(turns), 1.0, 1e-9)),
+        (motion_covariance, (matches, motion_of(random), noise)),
+        (rotation_covariance, (matches, turns[0], noise)),
+        *((minimise, (model, matches, motion_of(random), 1e9, 10)) for model in Model),
+    ]
     given = matches.columns.copy()
     moved = np.empty(given.size + 1)[1:].reshape(given.shape)
     moved[...] = given
     for call, arguments in calls:
         first = pickle.dumps(outcome(call, *arguments))
-        assert pickle.dumps(outcome(call, Matches(moved), *arguments[1:])) == first, call
+        elsewhere = [Matches(moved) if each is matches else each for each in arguments]
+        assert pickle.dumps(outcome(call, *elsewhere)) == first, call
         assert np.array_equal(matches.columns, given, equal_nan=True)

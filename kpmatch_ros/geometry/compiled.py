@@ -1,6 +1,6 @@
 """The compiled part of this folder, where the build of the ROS package has put it beside.
 
-It is made from src/geometry.c and src/two_view.c.
+It is made from src/geometry.c, src/two_view.c and src/two_view_profile.c.
 """
 
 from __future__ import annotations
@@ -13,7 +13,21 @@ import numpy as np
 
 from kpmatch_ros import compiled_library
 
-__all__ = ["LIBRARY", "align", "available", "open_library", "refine_turns", "undistort"]
+__all__ = [
+    "LIBRARY",
+    "align",
+    "available",
+    "differentiate",
+    "epipolar_residuals",
+    "hessian",
+    "in_front",
+    "minimise",
+    "open_library",
+    "refine_turns",
+    "residual_sizes",
+    "rotation_residuals",
+    "undistort",
+]
 
 LIBRARY = Path(__file__).with_name("libkpmatch_geometry.so")
 _VERSION = 3  # as in src/geometry.c: the arguments and the meaning of its functions
@@ -30,10 +44,18 @@ _PATCH = 4 * _USED + 63 + 9  # numbers of a patch
 def open_library(path: Path) -> ctypes.CDLL | None:
     """As :func:`kpmatch_ros.compiled_library.open_library`."""
     truth, size, number, address = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+    matches = [size, address]
     functions = {
         "kpmatch_align": (None, [size, address, size, size, address, address, ctypes.c_int32, *5 * [address]]),
         "kpmatch_undistort": (None, [size, *4 * [address]]),
-        "kpmatch_refine_turns": (truth, [size, address, size, address, number, size, *3 * [address]]),
+        "kpmatch_epipolar_residuals": (None, [*matches, *2 * [address]]),
+        "kpmatch_rotation_residuals": (None, [*matches, *2 * [address]]),
+        "kpmatch_in_front": (None, [*matches, address, number, truth, address]),
+        "kpmatch_residual_sizes": (None, [*matches, address, number, address]),
+        "kpmatch_differentiate": (None, [truth, *matches, *3 * [address]]),
+        "kpmatch_minimise": (truth, [truth, *matches, address, number, size, number, address]),
+        "kpmatch_hessian": (None, [truth, *matches, address, number, number, address]),
+        "kpmatch_refine_turns": (truth, [*matches, size, address, number, size, *3 * [address]]),
     }
     return compiled_library.open_library(path, _VERSION, functions, "NumPy")
 
@@ -79,25 +101,122 @@ def undistort(distorted: np.ndarray, coefficients: np.ndarray) -> tuple[np.ndarr
     return results
 
 
-# What src/two_view.c has of the motion of two views. `columns` are those of Matches (4, 3, n).
+# What src/two_view*.c have of the motion of two views. `columns` (4, 3, n) are those of Matches, a rotation (3, 3) and
+# a translation (3,) those of a Motion, and the functions those of these names in two_view*.py.
+
+_SHAPES = ((5, 1), (3, 2))  # numbers and conditions of each Model
+
+
+def epipolar_residuals(columns: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
+    assert _library is not None
+    columns, motion = _matches(columns), _motion(rotation, translation)
+    residuals = np.empty(columns.shape[2])
+    _library.kpmatch_epipolar_residuals(len(residuals), *map(_address, (columns, motion, residuals)))
+    return residuals
+
+
+def rotation_residuals(columns: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    assert _library is not None
+    _check(rotation, (3, 3))
+    columns, rotation = _matches(columns), _plain(rotation, np.float64)
+    residuals = np.empty((2, columns.shape[2]))
+    _library.kpmatch_rotation_residuals(columns.shape[2], *map(_address, (columns, rotation, residuals)))
+    return residuals
+
+
+def in_front(
+    columns: np.ndarray, rotation: np.ndarray, translation: np.ndarray, inlier_threshold: float, *, near: bool
+) -> np.ndarray:
+    """Which matches (n,) are in front of both cameras, as is_in_front; as agrees, if they are to be near as well."""
+    assert _library is not None
+    columns, motion = _matches(columns), _motion(rotation, translation)
+    front = np.empty(columns.shape[2], bool)
+    _library.kpmatch_in_front(len(front), _address(columns), _address(motion), inlier_threshold, near, _address(front))
+    return front
+
+
+def residual_sizes(
+    columns: np.ndarray, rotation: np.ndarray, translation: np.ndarray, inlier_threshold: float
+) -> np.ndarray:
+    assert _library is not None
+    columns, motion = _matches(columns), _motion(rotation, translation)
+    sizes = np.empty(columns.shape[2])
+    _library.kpmatch_residual_sizes(len(sizes), _address(columns), _address(motion), inlier_threshold, _address(sizes))
+    return sizes
+
+
+def differentiate(
+    model: int, columns: np.ndarray, rotation: np.ndarray, translation: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    assert _library is not None
+    columns, motion, (numbers, conditions) = _matches(columns), _motion(rotation, translation), _SHAPES[model]
+    results = np.empty((conditions, columns.shape[2])), np.empty((numbers, conditions, columns.shape[2]))
+    _library.kpmatch_differentiate(model, columns.shape[2], *map(_address, (columns, motion, *results)))
+    return results
+
+
+def minimise(
+    model: int,
+    columns: np.ndarray,
+    rotation: np.ndarray,
+    translation: np.ndarray,
+    cutoff: float,
+    iterations: int,
+    settled: float,
+    used: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rotation and the translation."""
+    assert _library is not None
+    columns, motion = _matches(columns), _motion(rotation, translation)
+    if used is not None:
+        _check(used, columns.shape[2:])
+        used = _plain(used, np.bool_)
+    matches = columns.shape[2], _address(columns)
+    those = None if used is None else _address(used)
+    if not _library.kpmatch_minimise(model, *matches, _address(motion), cutoff, iterations, settled, those):
+        raise np.linalg.LinAlgError("Singular matrix")
+    return motion[:9].reshape(3, 3), motion[9:]
+
+
+def hessian(
+    model: int, columns: np.ndarray, rotation: np.ndarray, translation: np.ndarray, cutoff: float, step: float
+) -> np.ndarray:
+    """What two_view_fit has of this name, by differences over such a step, radians."""
+    assert _library is not None
+    columns, motion, numbers = _matches(columns), _motion(rotation, translation), _SHAPES[model][0]
+    found = np.empty((numbers, numbers))
+    matches = columns.shape[2], _address(columns)
+    _library.kpmatch_hessian(model, *matches, _address(motion), cutoff, step, _address(found))
+    return found
 
 
 def refine_turns(
     columns: np.ndarray, turns: np.ndarray, shifts: np.ndarray, cutoffs: Sequence[float], trust: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What two_view_profile refines, with cutoffs in pixels: rotations (k, 3, 3), and distances (k, n)."""
+    """What two_view_profile has of this name, with cutoffs in pixels."""
     assert _library is not None
+    columns = _matches(columns)
     motions, count = len(turns), columns.shape[2]
-    _check(columns, (4, 3, count))
     _check(turns, (motions, 3, 3))
     _check(shifts, (motions, 3))
-    columns, shifts = _plain(columns, np.float64), _plain(shifts, np.float64)
-    turns, steps = np.array(turns, np.float64, order="C"), np.array(cutoffs, np.float64)
+    turns, steps, shifts = np.array(turns, np.float64, order="C"), np.array(cutoffs, float), _plain(shifts, np.float64)
     residuals = np.empty((motions, count))
-    matches, each = (count, _address(columns)), (_address(turns), _address(shifts), _address(residuals))
+    matches, each = (count, _address(columns)), map(_address, (turns, shifts, residuals))
     if not _library.kpmatch_refine_turns(*matches, len(steps), _address(steps), trust, motions, *each):
         raise np.linalg.LinAlgError("Singular matrix")
     return turns, residuals
+
+
+def _matches(columns: np.ndarray) -> np.ndarray:
+    _check(columns, (4, 3, columns.shape[-1]))
+    return _plain(columns, np.float64)
+
+
+def _motion(rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
+    """(12,): a copy."""
+    _check(rotation, (3, 3))
+    _check(translation, (3,))
+    return np.concatenate([rotation, translation], axis=None, dtype=np.float64)
 
 
 def _check(values: np.ndarray, shape: tuple[int, ...]) -> None:

@@ -3,6 +3,8 @@
 There are two models of the motion. With a translation, a match must lie on its epipolar line: one condition. Under a
 pure rotation it must lie on one point: two conditions, the one across the epipolar line and the one along it.
 
+What src/two_view.c has of it is computed there, where it is built: a change here is one there.
+
 All residuals are in pixels of the images as received, and mean the same for both models: how far, to first order, the
 four coordinates of a match must move to agree with the model (Sampson's distance). Independent keypoint noise of s
 pixels per coordinate gives each condition's residual a standard deviation of s, whatever the lenses, the focal lengths
@@ -11,14 +13,15 @@ and the motion.
 
 from __future__ import annotations
 
+import enum
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
+from kpmatch_ros.geometry import compiled
 from kpmatch_ros.geometry.camera import AHEAD, BEHIND, Camera
 from kpmatch_ros.geometry.pose import cross_matrix
 from kpmatch_ros.geometry.robust import TINY, tukey
@@ -30,9 +33,9 @@ __all__ = [
     "agrees",
     "disagreement",
     "depths",
+    "differentiate",
     "dot",
     "epipolar_gradient",
-    "epipolar_jacobian",
     "epipolar_residuals",
     "essential_matrix",
     "gains",
@@ -42,7 +45,6 @@ __all__ = [
     "normalise_matches",
     "project_turned",
     "residual_sizes",
-    "rotation_jacobian",
     "rotation_residuals",
     "tangents",
     "whiten",
@@ -129,8 +131,22 @@ def normalise_matches(
     return Matches(columns), usable
 
 
-Model = Callable[[Matches, Motion], tuple[np.ndarray, np.ndarray]]
-"""Residuals (d, n) of matches under a motion, and their jacobian (p, d, n) by the p numbers of Motion.moved."""
+class Model(enum.IntEnum):
+    """What a motion asks of a match, by the numbers of src/two_view.c.
+
+    With a translation it is one condition, and has five numbers of Motion.moved. A pure rotation has three, and asks
+    for two.
+    """
+
+    EPIPOLAR = 0
+    ROTATION = 1
+
+
+def differentiate(model: Model, matches: Matches, motion: Motion) -> tuple[np.ndarray, np.ndarray]:
+    """Residuals (d, n) of matches under a motion, and their jacobian (p, d, n) by the p numbers of Motion.moved."""
+    if compiled.available():
+        return compiled.differentiate(model, matches.columns, *motion)
+    return _epipolar_jacobian(matches, motion) if model is Model.EPIPOLAR else _rotation_jacobian(matches, motion)
 
 
 def essential_matrix(motion: Motion) -> np.ndarray:
@@ -140,6 +156,8 @@ def essential_matrix(motion: Motion) -> np.ndarray:
 
 def epipolar_residuals(matches: Matches, motion: Motion) -> np.ndarray:
     """Signed Sampson distance (n,) of each match from its epipolar line, pixels."""
+    if compiled.available():
+        return compiled.epipolar_residuals(matches.columns, *motion)
     essential = essential_matrix(motion)
     lines0, lines1 = essential @ matches.rays1, essential[:, :2].T @ matches.rays0
     variance = _variances(matches.noise0, lines0) + _variances(matches.noise1, lines1)
@@ -171,8 +189,8 @@ def _essential_changes(motion: Motion) -> np.ndarray:
     return np.asarray(changes.reshape(5, 9))
 
 
-def epipolar_jacobian(matches: Matches, motion: Motion) -> tuple[np.ndarray, np.ndarray]:
-    """Sampson distances (1, n) and their jacobian (5, 1, n), a Model."""
+def _epipolar_jacobian(matches: Matches, motion: Motion) -> tuple[np.ndarray, np.ndarray]:
+    """Sampson distances (1, n) and their jacobian (5, 1, n)."""
     residuals, first, second = _by_essential(matches, motion)
     by_essential = first[:, None] * matches.rays1
     by_essential[:, :2] -= matches.rays0[:, None] * second
@@ -191,6 +209,8 @@ def epipolar_gradient(matches: Matches, motion: Motion, cutoff: float) -> np.nda
 
 def rotation_residuals(matches: Matches, rotation: np.ndarray) -> np.ndarray:
     """Residuals (2, n) under a pure rotation, pixels, each in axes of its own; BEHIND where a match is behind."""
+    if compiled.available():
+        return compiled.rotation_residuals(matches.columns, rotation)
     projected, ahead, factors = project_turned(matches, rotation)
     x, y = matches.rays0[:2] - projected
     residuals = whiten(x, y, factors)
@@ -198,8 +218,8 @@ def rotation_residuals(matches: Matches, rotation: np.ndarray) -> np.ndarray:
     return residuals
 
 
-def rotation_jacobian(matches: Matches, motion: Motion) -> tuple[np.ndarray, np.ndarray]:
-    """Residuals (2, n) under the motion's rotation alone and their jacobian (3, 2, n), a Model."""
+def _rotation_jacobian(matches: Matches, motion: Motion) -> tuple[np.ndarray, np.ndarray]:
+    """Residuals (2, n) under the motion's rotation alone and their jacobian (3, 2, n)."""
     projected, ahead, factors = project_turned(matches, motion.rotation)
     x, y = projected
     xy = x * y
@@ -247,6 +267,8 @@ def whiten(x: np.ndarray, y: np.ndarray, factors: np.ndarray) -> np.ndarray:
 
 def agrees(matches: Matches, motion: Motion, inlier_threshold: float) -> np.ndarray:
     """Which matches (n,) are within the threshold (pixels) of their epipolar line and in front of both cameras."""
+    if compiled.available():
+        return compiled.in_front(matches.columns, *motion, inlier_threshold, near=True)
     near = np.abs(epipolar_residuals(matches, motion)) < inlier_threshold
     return _in_front(matches, motion, inlier_threshold, near)
 
@@ -256,6 +278,8 @@ def residual_sizes(matches: Matches, motion: Motion, inlier_threshold: float) ->
 
     Those of a match behind a camera are those of a far point, unless it may be one: its depth has no certain sign then.
     """
+    if compiled.available():
+        return compiled.residual_sizes(matches.columns, *motion, inlier_threshold)
     sizes = np.abs(epipolar_residuals(matches, motion))
     behind = np.flatnonzero(~_is_ahead(matches, motion))
     if not len(behind):
@@ -293,6 +317,8 @@ def disagreement(matches: Matches, motion: Motion, inlier_threshold: float) -> f
 
 def is_in_front(matches: Matches, motion: Motion, inlier_threshold: float) -> np.ndarray:
     """Which matches (n,) triangulate in front of both cameras, or are so far that their depth has no certain sign."""
+    if compiled.available():
+        return compiled.in_front(matches.columns, *motion, inlier_threshold, near=False)
     return _in_front(matches, motion, inlier_threshold, np.ones(len(matches), dtype=bool))
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from kpmatch_ros.geometry import compiled
 from kpmatch_ros.geometry.robust import SMALLEST_CURVATURE, TINY, tukey, tukey_cutoff
 from kpmatch_ros.geometry.two_view_errors import (
     Matches,
     Model,
     Motion,
+    differentiate,
     epipolar_gradient,
-    epipolar_jacobian,
     lengths,
-    rotation_jacobian,
 )
 
 __all__ = ["SETTLED", "Noise", "minimise", "motion_covariance", "rotation_covariance"]
@@ -49,7 +48,6 @@ def minimise(
     cutoff: float,
     iterations: int,
     settled: float = SETTLED,
-    start: tuple[np.ndarray, np.ndarray] | None = None,
     used: np.ndarray | None = None,
 ) -> Motion:
     """Levenberg-Marquardt on Tukey's loss of the residuals' lengths; those beyond the cutoff (pixels) count nothing.
@@ -63,11 +61,13 @@ def minimise(
         cutoff: of the loss, pixels.
         iterations: at most.
         settled: a part of the cost.
-        start: what the model gives for the motion, where it is known.
         used: (n,) bool, the matches that count; all where not given.
     """
+    if compiled.available():
+        return Motion(*compiled.minimise(model, matches.columns, *motion, cutoff, iterations, settled, used))
+    # A change here is one of src/two_view.c, too.
     damping = 1e-4
-    residuals, jacobian = start or model(matches, motion)
+    residuals, jacobian = differentiate(model, matches, motion)
     count = np.ones(len(matches)) if used is None else used.astype(np.float64)
     weights, cost = tukey(lengths(residuals) * count, cutoff)
     size = len(jacobian)
@@ -82,7 +82,7 @@ def minimise(
             if -gradient @ step < 2 * settled * cost:
                 return motion
             trial = motion.moved(step)
-            trial_residuals, trial_jacobian = model(matches, trial)
+            trial_residuals, trial_jacobian = differentiate(model, matches, trial)
             trial_weights, trial_cost = tukey(lengths(trial_residuals) * count, cutoff)
             if trial_cost < cost:
                 break
@@ -96,43 +96,42 @@ def minimise(
 
 def motion_covariance(matches: Matches, motion: Motion, noise: Noise) -> np.ndarray:
     """Covariance (5, 5) of a motion with translation, by the numbers of Motion.moved, from the matches it came from."""
-    residuals, jacobian = epipolar_jacobian(matches, motion)
-    cutoff = tukey_cutoff(residuals, noise.inlier_threshold, noise.resolution)
-
-    def gradient(motion: Motion) -> np.ndarray:
-        return epipolar_gradient(matches, motion, cutoff)
-
-    return _covariance(residuals, jacobian, _hessian(gradient, motion, 5), cutoff, noise)
+    return _covariance(Model.EPIPOLAR, matches, motion, noise)
 
 
 def rotation_covariance(matches: Matches, rotation: np.ndarray, noise: Noise) -> np.ndarray:
     """Covariance (3, 3) of a rotation without translation, from the matches it came from."""
-    motion = Motion(rotation, np.zeros(3))
-    residuals, jacobian = rotation_jacobian(matches, motion)
-    cutoff = tukey_cutoff(residuals, noise.inlier_threshold, noise.resolution)
-
-    def gradient(motion: Motion) -> np.ndarray:
-        residuals, jacobian = rotation_jacobian(matches, motion)
-        return np.asarray(jacobian.reshape(3, -1) @ (residuals * tukey(lengths(residuals), cutoff)[0]).ravel())
-
-    return _covariance(residuals, jacobian, _hessian(gradient, motion, 3), cutoff, noise)
+    return _covariance(Model.ROTATION, matches, Motion(rotation, np.zeros(3)), noise)
 
 
-def _hessian(gradient: Callable[[Motion], np.ndarray], motion: Motion, size: int) -> np.ndarray:
-    start = gradient(motion)
-    hessian = np.array([gradient(motion.moved(step)) - start for step in _STEP * np.eye(size)]) / _STEP
+def _hessian(model: Model, matches: Matches, motion: Motion, cutoff: float) -> np.ndarray:
+    """Second derivatives (p, p) of half of Tukey's loss, by differences of the gradient."""
+    if compiled.available():
+        return compiled.hessian(model, matches.columns, *motion, cutoff, _STEP)
+    start = _gradient(model, matches, motion, cutoff)
+    steps = _STEP * np.eye(len(start))
+    hessian = np.array([_gradient(model, matches, motion.moved(step), cutoff) - start for step in steps]) / _STEP
     return np.asarray((hessian + hessian.T) / 2)
 
 
-def _covariance(
-    residuals: np.ndarray, jacobian: np.ndarray, hessian: np.ndarray, cutoff: float, noise: Noise
-) -> np.ndarray:
+def _gradient(model: Model, matches: Matches, motion: Motion, cutoff: float) -> np.ndarray:
+    if model is Model.EPIPOLAR:
+        return epipolar_gradient(matches, motion, cutoff)
+    residuals, jacobian = differentiate(model, matches, motion)
+    pulls = residuals * tukey(lengths(residuals), cutoff)[0]
+    return np.asarray(jacobian.reshape(len(jacobian), -1) @ pulls.ravel())
+
+
+def _covariance(model: Model, matches: Matches, motion: Motion, noise: Noise) -> np.ndarray:
     """Covariance (p, p) of an M-estimate with Tukey's loss: H^-1 G H^-1 (Huber, Robust Statistics).
 
     H is the loss's whole Hessian, G its gradient's covariance. The Gauss-Newton part of H takes noise along the
     epipolar lines for parallax: it is many times too sure of the pose where the parallax is small or the epipole in the
     image.
     """
+    residuals, jacobian = differentiate(model, matches, motion)
+    cutoff = tukey_cutoff(residuals, noise.inlier_threshold, noise.resolution)
+    hessian = _hessian(model, matches, motion, cutoff)
     size = len(jacobian)
     sizes = lengths(residuals)
     used = sizes < cutoff

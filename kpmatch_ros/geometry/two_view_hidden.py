@@ -14,7 +14,7 @@ import math
 import numpy as np
 
 from kpmatch_ros.geometry.robust import SMALLEST_CURVATURE, TINY, tukey, tukey_cutoff
-from kpmatch_ros.geometry.two_view_errors import Matches, Motion, lengths, project_turned, rotation_jacobian, whiten
+from kpmatch_ros.geometry.two_view_errors import Matches, Model, Motion, differentiate, lengths, project_turned, whiten
 from kpmatch_ros.geometry.two_view_fit import Noise
 
 __all__ = ["hidden_translation_covariance"]
@@ -54,7 +54,7 @@ def hidden_translation_covariance(matches: Matches, rotation: np.ndarray, noise:
         rotation: fitted to them, (3, 3).
         noise: of the keypoints.
     """
-    residuals, jacobian = rotation_jacobian(matches, Motion(rotation, np.zeros(3)))
+    residuals, jacobian = differentiate(Model.ROTATION, matches, Motion(rotation, np.zeros(3)))
     sizes = lengths(residuals)
     cutoff = tukey_cutoff(residuals, noise.inlier_threshold, noise.resolution)
     used = np.flatnonzero(sizes < cutoff)

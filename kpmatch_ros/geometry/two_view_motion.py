@@ -11,11 +11,12 @@ from kpmatch_ros.geometry.robust import TINY, TUKEY, tukey, tukey_cutoff
 from kpmatch_ros.geometry.two_modes import decide_by_prior, is_distinct, plane_motions, rival_of
 from kpmatch_ros.geometry.two_view_errors import (
     Matches,
+    Model,
     Motion,
     agrees,
+    differentiate,
     disagreement,
     dot,
-    epipolar_jacobian,
     epipolar_residuals,
     gains,
     is_in_front,
@@ -75,7 +76,7 @@ def best_candidate(matches: Matches, candidates: list[Motion], inlier_threshold:
 
     if len(different) > _HOPEFUL:
         different = sorted(different, key=order)[:_HOPEFUL]
-    refined = [minimise(epipolar_jacobian, sample, one, 3 * inlier_threshold, 5, _ROUGHLY) for one in different]
+    refined = [minimise(Model.EPIPOLAR, sample, one, 3 * inlier_threshold, 5, _ROUGHLY) for one in different]
     return min(refined, key=order) if len(refined) > 1 else refined[0]
 
 
@@ -95,7 +96,7 @@ def _refine(
 ) -> Fit:
     """A motion refined on the matches that are in front of the cameras, with Tukey's loss scaled to their noise."""
     for left in reversed(range(rounds)):
-        start = residuals, jacobian = epipolar_jacobian(matches, motion)
+        residuals, jacobian = differentiate(Model.EPIPOLAR, matches, motion)
         support = is_in_front(matches, motion, inlier_threshold)
         cutoff = tukey_cutoff(residuals[0, support], inlier_threshold, resolution)
         weighted = jacobian[:, 0] * np.sqrt(tukey(lengths(residuals), cutoff)[0] * support)
@@ -104,7 +105,7 @@ def _refine(
         whitened = axes.T @ weighted
         support &= dot(whitened, whitened) < _LARGEST_LEVERAGE
         enough = _ROUGHLY if left else settled
-        motion = minimise(epipolar_jacobian, matches, motion, cutoff, 10, enough, start, support)
+        motion = minimise(Model.EPIPOLAR, matches, motion, cutoff, 10, enough, support)
     return Fit(motion, matches.select(support))
 
 
@@ -136,7 +137,7 @@ def decide(
     if _is_weak(inliers, covariance / noise.design_effect):
         some = matches.sample(_PROFILED)
         for motion in profile_directions(some, [rotation], threshold, deviation):
-            nearby = minimise(epipolar_jacobian, some, motion, 3 * threshold, 5, _ROUGHLY)
+            nearby = minimise(Model.EPIPOLAR, some, motion, 3 * threshold, 5, _ROUGHLY)
             if all(is_distinct(one.motion, nearby) for one in fits):
                 found = _refine(matches, nearby, threshold, noise.resolution, 1, _ROUGHLY)
                 if all(is_distinct(one.motion, found.motion, _OTHER) for one in fits):

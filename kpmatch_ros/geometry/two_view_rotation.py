@@ -21,12 +21,11 @@ from kpmatch_ros.geometry.robust import (
 )
 from kpmatch_ros.geometry.two_view_errors import (
     Matches,
+    Model,
     Motion,
     agrees,
-    epipolar_jacobian,
     epipolar_residuals,
     lengths,
-    rotation_jacobian,
     rotation_residuals,
 )
 from kpmatch_ros.geometry.two_view_fit import Noise, minimise
@@ -66,7 +65,7 @@ def fit_rotation(matches: Matches, starts: list[np.ndarray], inlier_threshold: f
     """The rotation (3, 3) that brings most matches within the inlier threshold, from the best of the starts."""
     rotation = fit_rotation_roughly(matches, starts, inlier_threshold)
     cutoff = tukey_cutoff(rotation_residuals(matches, rotation), inlier_threshold, resolution)
-    return minimise(rotation_jacobian, matches, Motion(rotation, np.zeros(3)), cutoff, 10).rotation
+    return minimise(Model.ROTATION, matches, Motion(rotation, np.zeros(3)), cutoff, 10).rotation
 
 
 def fit_rotation_roughly(matches: Matches, starts: list[np.ndarray], inlier_threshold: float) -> np.ndarray:
@@ -77,7 +76,7 @@ def fit_rotation_roughly(matches: Matches, starts: list[np.ndarray], inlier_thre
     if len(still) > 1:
         motion = min(still, key=lambda motion: tukey(lengths(rotation_residuals(matches, motion.rotation)), wide)[1])
     for cutoff in (wide, 4 * inlier_threshold):
-        motion = minimise(rotation_jacobian, matches, motion, cutoff, 5, _VERY_ROUGHLY)
+        motion = minimise(Model.ROTATION, matches, motion, cutoff, 5, _VERY_ROUGHLY)
     return motion.rotation
 
 
@@ -124,12 +123,12 @@ def small_parallax_chance(matches: Matches, motion: Motion, rotation: np.ndarray
     count = len(matches)
     if count < SMALLEST_SAMPLE:
         return 1.0
-    turned = minimise(rotation_jacobian, matches, Motion(rotation, np.zeros(3)), _EVERYTHING, 5).rotation
+    turned = minimise(Model.ROTATION, matches, Motion(rotation, np.zeros(3)), _EVERYTHING, 5).rotation
     total = float((rotation_residuals(matches, turned) ** 2).sum())
     # To first order, the translation is the direction nearest to all the planes of the two rays.
     normals = np.cross(turned @ matches.rays1, matches.rays0, axis=0)
     starts = (motion, Motion(turned, np.linalg.eigh(normals @ normals.T)[1][:, 0]))
-    fits = [minimise(epipolar_jacobian, matches, start, _EVERYTHING, 10, _NEARLY) for start in starts]
+    fits = [minimise(Model.EPIPOLAR, matches, start, _EVERYTHING, 10, _NEARLY) for start in starts]
     across = min(float((epipolar_residuals(matches, fit) ** 2).sum()) for fit in fits)
     variance = across / (count - 5)
     jitter = max(variance - noise.resolution**2 / 12, 0.0)
