@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["in_memory_order", "to_grey"]
+__all__ = ["grey_levels", "in_memory_order", "to_grey"]
 
 Image = NDArray[np.uint8]
 
@@ -30,3 +30,11 @@ def to_grey(image: Image) -> Image:
         return image
     pixels, blue_first = in_memory_order(image)
     return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY if blue_first else cv2.COLOR_RGB2GRAY))
+
+
+def grey_levels(pixels: Image, blue_first: bool) -> NDArray[np.float32]:
+    """Grey (H, W) between 0 and 1, not rounded, of the colours (H, W, 3) that :func:`in_memory_order` gives."""
+    code = cv2.COLOR_BGR2GRAY if blue_first else cv2.COLOR_RGB2GRAY
+    grey: NDArray[np.float32] = np.asarray(cv2.cvtColor(pixels.astype(np.float32), code))
+    grey /= 255
+    return grey

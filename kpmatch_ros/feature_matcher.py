@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kpmatch_ros import weights
-from kpmatch_ros.colour import in_memory_order
+from kpmatch_ros.colour import grey_levels, in_memory_order
 from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, batch_is_small
 from kpmatch_ros.device import choose_device, choose_precision, has_tiles
 from kpmatch_ros.images import ImageError
@@ -329,6 +329,8 @@ class FeatureMatcher:
     def upload(self, pixels: np.ndarray) -> Tensor:
         """uint8 pixels to an image (1, C, H, W) in [0, 1] on the device, in colour where the extractor sees colour."""
         pixels, blue_first = in_memory_order(pixels)
+        if self.device.type == "cpu" and pixels.ndim == 3 and self.extractor.CHANNELS == 1:
+            return torch.from_numpy(grey_levels(pixels, blue_first))[None, None]
         if min(pixels.strides) < 0 or not pixels.flags.writeable:  # torch takes neither
             pixels = pixels.copy()
         image = self._send(torch.from_numpy(pixels)).float() / 255

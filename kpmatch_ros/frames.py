@@ -149,10 +149,12 @@ class Pair(ImagePair):
     Attributes:
         track_ids: (M,) uint64.
         pose: of the current camera in the reference camera's frame.
+        pose_ms: what the pose took, and settling the tracks by it, milliseconds.
     """
 
     track_ids: np.ndarray
     pose: RelativePose
+    pose_ms: float = 0.0
 
     @property
     def inliers(self) -> np.ndarray | None:

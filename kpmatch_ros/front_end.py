@@ -28,7 +28,6 @@ from kpmatch_ros.tracks import NOT_DETECTED, Links, Tracks, View, keypoint_sigma
 __all__ = ["FrontEnd"]
 
 _REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much, and none is refined
-
 _KEPT_VIEWS = 4  # left and right, of reference and current frame
 _LIKE_TIMES = 2.0  # ratio of the times of two pairs, at most, whose motions are alike
 
@@ -175,7 +174,7 @@ class FrontEnd:
         reference, self.reference = self.reference, self.reference or current
         if reference is None or linked is None:
             return None
-        links = linked.links
+        links, started = linked.links, time.perf_counter()
         pose = self.estimate_pose(reference, current, links)
         if self.parameters.refine:
             cameras = reference.camera, current.camera
@@ -193,6 +192,7 @@ class FrontEnd:
             match_ms=linked.match_ms,
             track_ids=links.track_ids,
             pose=pose,
+            pose_ms=_milliseconds_since(started),
         )
         self._fresh = False
         self._last_motion = None

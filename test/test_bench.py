@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from kpmatch_ros.cli.bench import Request
-from kpmatch_ros.cli.bench_measure import forth_and_back, in_turn
+from kpmatch_ros.cli.bench_measure import Film, forth_and_back, in_turn
 from kpmatch_ros.cli.bench_report import Spread
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.models.assignment import ImageFeatures
 from kpmatch_ros.parameters import Parameters
+from simulation import demo_camera
 from simulation.bags import write_camera_bag
 
 Run = Callable[..., tuple[int, str, str]]
@@ -251,7 +252,38 @@ def test_images_come_from_a_bag(run: Run, folder: Path, texture: Any, tmp_path: 
     (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
     assert (row["width"], row["height"]) == (96, 80)
     status, _, err = run(*words, "--bag", tmp_path / "front", "--image", "/rear/image_raw")
-    assert status == 2 and "has no topic /rear/image_raw; it has /front/image_raw" in err
+    assert status == 2 and "there is no such image topic with messages in it; there is /front/image_raw" in err
+
+
+def test_a_pose_is_that_of_the_cameras_calibration_where_it_is_known(
+    run: Run, folder: Path, pictures: Path, texture: Any, tmp_path: Path
+) -> None:
+    words = ["--extractor", folder, "--matcher", folder, *SMALL, "--json", tmp_path / "speed.json"]
+
+    def calibrated(*source: Any) -> bool:
+        status, out, _ = run(*words, *source)
+        assert status == 0
+        (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
+        assert row["calibrated"] == ("the calibration was made up" not in out)
+        return bool(row["calibrated"])
+
+    images = [texture(80, 96, seed) for seed in range(2)]
+    for name, camera in (("with", demo_camera(96, 80)), ("without", None)):
+        write_camera_bag(tmp_path / name, images, [0, 10**8], camera, encoding="mono8")
+    assert calibrated("--sizes", "96x80") and calibrated("--bag", tmp_path / "with")
+    assert not calibrated("--bag", tmp_path / "without") and not calibrated("--images", pictures)
+
+
+def test_a_smaller_film_has_the_calibration_of_a_smaller_camera() -> None:
+    camera = demo_camera(640, 480)
+    images = [np.zeros((480, 640), np.uint8)]
+    assert Film(images, camera).resized((640, 480)).camera is camera
+    smaller = Film(images, camera).resized((320, 120))
+    assert smaller.images[0].shape == (120, 320) and smaller.camera is not None
+    ahead = np.array([[0.1, 0.2], [-0.3, 0.1]])  # x/z, y/z
+    expected = (camera.project(ahead) + 0.5) * [0.5, 0.25] - 0.5
+    np.testing.assert_allclose(smaller.camera.project(ahead), expected, atol=1e-6)
+    assert Film(images, None).resized((320, 120)).camera is None
 
 
 def test_threads_are_those_of_the_option(run: Run, folder: Path, pictures: Path, tmp_path: Path) -> None:

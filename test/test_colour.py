@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from image_encodings import image
 
-from kpmatch_ros.colour import in_memory_order, to_grey
+from kpmatch_ros.colour import grey_levels, in_memory_order, to_grey
 from kpmatch_ros.feature_matcher import resize
 from kpmatch_ros.geometry.refinement import normalize_contrast
 from kpmatch_ros.images import to_array
@@ -38,3 +38,10 @@ def test_a_grey_image_is_its_own_grey() -> None:
     grey = RGB[..., 0]
     assert to_grey(grey) is grey
     assert in_memory_order(grey) == (grey, False)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_grey_levels_are_those_of_the_weights_of_colours_unrounded(encoding: str) -> None:
+    levels = grey_levels(*in_memory_order(to_array(image(encoding, RGB))))
+    assert levels.dtype == np.float32
+    np.testing.assert_allclose(levels, (RGB / 255) @ [0.299, 0.587, 0.114], atol=3e-7)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import kpmatch_ros
+from kpmatch_ros.bags.cameras import choose_camera
 from kpmatch_ros.bags.demo import demo_frames
 from kpmatch_ros.bags.files import BagError, image_message, image_topics, read_messages
 from kpmatch_ros.cli.bench import Request
@@ -34,11 +35,11 @@ from kpmatch_ros.cli.bench_report import STAGES, Comparison, Row, Spread, draw, 
 from kpmatch_ros.cli.common import CommandError, read_image
 from kpmatch_ros.device import choose_device, choose_precision, processor_name
 from kpmatch_ros.feature_matcher import FeatureMatcher
+from kpmatch_ros.frames import Pair
 from kpmatch_ros.front_end import FrontEnd
-from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.images import ImageError, to_array
 from kpmatch_ros.parameters import ParameterError, Parameters
-from kpmatch_ros.tracks import Links
 
 __all__ = ["forth_and_back", "in_turn", "run_bench"]
 
@@ -57,6 +58,29 @@ class Lap(NamedTuple):
     def less(self, other: Lap) -> Lap:
         """Without a part of it."""
         return Lap(self.wall - other.wall, self.cpu - other.cpu)
+
+
+class Film(NamedTuple):
+    """A sequence of images and the camera's calibration."""
+
+    images: list[Image]
+    camera: Camera | None
+
+    def resized(self, size: tuple[int, int]) -> Film:
+        """With images of another size (width, height)."""
+        height, width = self.images[0].shape[:2]
+        if (width, height) == size:
+            return self
+        images: list[Image] = [
+            np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA)) for image in self.images
+        ]
+        if self.camera is None:
+            return Film(images, None)
+        # The middle of the first pixel is (0, 0), its corner half a pixel before.
+        half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
+        scale = np.diag([size[0] / width, size[1] / height, 1.0])
+        matrix = np.linalg.inv(half) @ scale @ half @ self.camera.matrix
+        return Film(images, replace(self.camera, width=size[0], height=size[1], matrix=matrix))
 
 
 class Served(NamedTuple):
@@ -87,7 +111,7 @@ def run_bench(request: Request) -> None:
             formats = dict.fromkeys(choose_precision(name, matcher.device) for name in request.peer_precisions)
             peers = [_make_peer(name, matcher, each) for name in request.against for each in formats]
             for film, count in itertools.product(films, request.keypoints):
-                height, width = film[0].shape[:2]
+                height, width = film.images[0].shape[:2]
                 progress.set_postfix_str(f"{matcher.device} {width}x{height} {count} keypoints")
                 rows.append(_measure(matcher, film, count, request.repeats, peers, publish))
                 progress.update()
@@ -134,21 +158,17 @@ def _check_files(request: Request) -> None:
 # Images
 
 
-def _films(request: Request) -> list[list[Image]]:
+def _films(request: Request) -> list[Film]:
     """The sequence of images in each size."""
     count = request.repeats + 1
     if request.images is not None:
-        film = _pictures(request.images, count)
+        film = Film(_pictures(request.images, count), None)
     elif request.bag is not None:
-        film = _recorded(request.bag, request.topic, count)
+        film = _recorded(request.bag, request.topic, count, request.parameters.rectified)
     else:
-        film = [frame.image for frame in demo_frames(count)]
-    sizes = request.sizes or [(film[0].shape[1], film[0].shape[0])]
-    return [[_resized(image, size) for image in film] for size in sizes]
-
-
-def _resized(image: Image, size: tuple[int, int]) -> Image:
-    return image if image.shape[1::-1] == size else np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA))
+        frames = list(demo_frames(count))
+        film = Film([frame.image for frame in frames], Camera.from_camera_info(frames[0].camera_info, rectified=False))
+    return [film.resized(size) for size in request.sizes] or [film]
 
 
 def _pictures(folder: Path, count: int) -> list[Image]:
@@ -160,19 +180,23 @@ def _pictures(folder: Path, count: int) -> list[Image]:
     return [read_image(path) for path in paths[:count]]
 
 
-def _recorded(bag: Path, topic: str, count: int) -> list[Image]:
+def _recorded(bag: Path, topic: str, count: int, rectified: bool) -> Film:
     try:
         topics = [each.name for each in image_topics(bag)]
         if not topic and len(topics) != 1:
             known = ", ".join(topics) or "none"
             raise CommandError(f"--bag {bag}: has {len(topics)} topics with images ({known}): choose with --image")
-        records = itertools.islice(read_messages(bag, [topic or topics[0]]), count)
-        film = [np.ascontiguousarray(to_array(record.message)) for record in records]
-    except (BagError, ImageError) as error:
+        chosen = choose_camera(bag, topic or topics[0])
+        records = itertools.islice(read_messages(bag, [chosen.image]), count)
+        images = [np.ascontiguousarray(to_array(record.message)) for record in records]
+        infos = read_messages(bag, [chosen.camera_info]) if chosen.camera_info else iter(())
+        info = next(infos, None)
+        camera = None if info is None else Camera.from_camera_info(info.message, rectified=rectified)
+    except (BagError, ImageError, CalibrationError) as error:
         raise CommandError(str(error)) from error
-    if len(film) < 2:
-        raise CommandError(f"--bag {bag}: holds {len(film)} images on {topic or topics[0]}; a pair needs two")
-    return film
+    if len(images) < 2:
+        raise CommandError(f"--bag {bag}: holds {len(images)} images on {chosen.image}; a pair needs two")
+    return Film(images, camera)
 
 
 def forth_and_back(film: Sequence[Image]) -> Iterator[Image]:
@@ -205,21 +229,22 @@ def _publisher() -> Publish | None:
 
 
 def _measure(
-    matcher: FeatureMatcher, film: list[Image], count: int, repeats: int, peers: Sequence[Any], publish: Publish | None
+    matcher: FeatureMatcher, film: Film, count: int, repeats: int, peers: Sequence[Any], publish: Publish | None
 ) -> Row:
-    height, width = film[0].shape[:2]
+    first, second = film.images[:2]
+    height, width = first.shape[:2]
     parameters = matcher.parameters.replace({"max_keypoints": count})
     matcher.configure(parameters)
-    # Made up: a pose costs the same with the true calibration.
-    camera = Camera(width, height, np.array([[0.8 * width, 0, width / 2], [0, 0.8 * width, height / 2], [0, 0, 1]]))
+    made_up = np.array([[0.8 * width, 0, width / 2], [0, 0.8 * width, height / 2], [0, 0, 1]])
+    camera = film.camera or Camera(width, height, made_up)
 
     def match_still() -> int:
-        return len(matcher.match(matcher.extract(film[0]), matcher.extract(film[1])).numpy())
+        return len(matcher.match(matcher.extract(first), matcher.extract(second)).numpy())
 
     match_still()  # the first run is never like the others
     for peer in peers:
         peer.max_keypoints(count)
-        _serve(peer, film[0], film[1])
+        _serve(peer, first, second)
     cuda = matcher.device.type == "cuda"
     can_tell_memory = _forget_peak_memory(matcher.device) and not peers
     pair_laps: list[Lap] = []
@@ -229,46 +254,31 @@ def _measure(
             if peer is None:
                 pair_laps.append(_timed(match_still)[1])
             else:
-                served.append(_serve(peer, film[0], film[1]))
+                served.append(_serve(peer, first, second))
 
     # Peers give points as detected, and follow none.
     front_end = FrontEnd(parameters.replace({"refine": parameters.refine and not peers}), matcher)
     stages: dict[str, list[float]] = {name: [] for name in STAGES}
     frame_laps: list[Lap] = []
-    pose_laps: list[Lap] = []
-    pairs = []
+    without_pose: list[Lap] = []  # as others, who estimate none; it is computed on one thread
+    pairs: list[Pair] = []
     peer_frames: list[list[Served]] = [[] for _ in peers]
-    images = forth_and_back(film)
+    images = forth_and_back(film.images)
     previous = next(images)
-    first, _ = front_end.register_frame(previous, 0)
-    reference = replace(first, camera=camera)
+    front_end.register_frame(previous, 0, camera)
     for i in range(repeats):
         image, stamp = next(images), (i + 1) * _PERIOD
         for peer, served in in_turn([None, *peers], [[], *peer_frames], i):
             if peer is not None:
                 served.append(_serve(peer, previous, image))
                 continue
-            # Without calibration, and the pose by itself: the others estimate none.
-            (frame, pair), lap = _timed(lambda: front_end.register_frame(image, stamp))  # noqa: B023
-            current = replace(frame, camera=camera)
-            links = Links(
-                pair.indices,
-                pair.reference_points,
-                pair.points,
-                pair.sigmas,
-                pair.scores,
-                pair.track_ids,
-                np.ones(len(pair.indices), bool),
-            )
-            pose, pose_lap = _timed(lambda: front_end.estimate_pose(reference, current, links))  # noqa: B023
-            reference = current
+            (frame, pair), lap = _timed(lambda: front_end.register_frame(image, stamp, camera))  # noqa: B023
             frame_laps.append(lap)
-            pose_laps.append(pose_lap)
-            pair = replace(pair, pose=pose)
+            without_pose.append(lap.less(Lap(pair.pose_ms, pair.pose_ms)))
             pairs.append(pair)
             stages["extract"].append(frame.extract_ms)
             stages["match"].append(pair.match_ms)
-            stages["pose"].append(pose_lap.wall)
+            stages["pose"].append(pair.pose_ms)
             if publish is not None:
                 stages["publish"].append(_timed(lambda: publish(pair, matcher))[1].wall)  # noqa: B023
             for name, work in _small_stages(matcher, image, stamp):
@@ -277,23 +287,24 @@ def _measure(
 
     def comparisons(peer: Any, still: list[Served], moving: list[Served]) -> Iterator[Comparison]:
         yield _compare(peer.name, "pair", still, [one.lap for one in still], pair_laps)
-        yield _compare(peer.name, "sequence", moving, [one.lap for one in moving], frame_laps)
+        yield _compare(peer.name, "sequence", moving, [one.lap for one in moving], without_pose)
         kept = [one.lap.less(one.reference) for one in moving if one.reference is not None]
         if kept:
-            yield _compare(peer.name, "sequence, features kept", moving, kept, frame_laps)
+            yield _compare(peer.name, "sequence, features kept", moving, kept, without_pose)
 
     return Row(
         device=torch.cuda.get_device_name(matcher.device) if cuda else "cpu",
         precision=str(matcher.dtype).removeprefix("torch."),
         width=width,
         height=height,
+        calibrated=film.camera is not None,
         max_keypoints=count,
         keypoints=statistics.mean(len(pair.current.keypoints) for pair in pairs),
         matches=statistics.mean(len(pair.indices) for pair in pairs),
         layers=statistics.mean(pair.layers for pair in pairs),
         stages={name: Spread.of(times) for name, times in stages.items() if times},
-        frame=Spread.of([lap.wall + pose.wall for lap, pose in zip(frame_laps, pose_laps)]),
-        frame_cpu=Spread.of([lap.cpu + pose.cpu for lap, pose in zip(frame_laps, pose_laps)]),
+        frame=Spread.of([lap.wall for lap in frame_laps]),
+        frame_cpu=Spread.of([lap.cpu for lap in frame_laps]),
         pair=Spread.of([lap.wall for lap in pair_laps]),
         pair_cpu=Spread.of([lap.cpu for lap in pair_laps]),
         resident_mb=_peak_memory() if can_tell_memory else None,

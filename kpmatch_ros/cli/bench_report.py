@@ -65,6 +65,7 @@ class Row:
         precision: number format.
         width: of the images, pixels.
         height: the same.
+        calibrated: the camera's calibration is known; or else one was made up for the pose.
         max_keypoints: as asked for.
         keypoints: found in an image, on average.
         matches: of a pair in the sequence, on average.
@@ -83,6 +84,7 @@ class Row:
     precision: str
     width: int
     height: int
+    calibrated: bool
     max_keypoints: int
     keypoints: float
     matches: float
@@ -123,6 +125,8 @@ def report(rows: list[Row], machine: dict[str, Any], with_ros: bool) -> str:
         table.append(cells)
     lines.append(format_table(table, range(3, len(table[0]))))
     lines.append("upload is a part of extract; decode is of JPEG and, like convert and publish, not in frame")
+    if not all(row.calibrated for row in rows):
+        lines.append("the calibration was made up, as none is known: a pose takes more time where it is wrong")
     if not with_ros:
         lines.append("publish was not measured: it needs ROS 2 and the built messages")
     if any(row.comparisons for row in rows):
