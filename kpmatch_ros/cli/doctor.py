@@ -187,7 +187,7 @@ def check_geometry() -> Iterator[Finding]:
     elif compiled.LIBRARY.exists():
         yield Finding(WARN, "geometry", f"NumPy, {compiled.LIBRARY} does not fit", "build the package again")
     else:
-        yield Finding(OK, "geometry", "NumPy: the compiled part, which takes less time, comes with the ROS package")
+        yield Finding(OK, "geometry", "NumPy: the compiled part, which takes less time, is built by colcon and pip")
 
 
 def check_compiled_networks() -> Iterator[Finding]:
@@ -202,7 +202,7 @@ def check_compiled_networks() -> Iterator[Finding]:
         text = f"compiled, {compiled.LIBRARY.name}, SuperPoint in float32; the rest takes AVX-512 with bfloat16"
         yield Finding(OK, "networks", text)
     else:
-        yield Finding(OK, "networks", "PyTorch: the compiled part, which takes less time, comes with the ROS package")
+        yield Finding(OK, "networks", "PyTorch: the compiled part, which takes less time, is built by colcon and pip")
 
 
 def check_pytorch() -> Iterator[Finding]:
