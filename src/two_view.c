@@ -42,8 +42,12 @@ void kpmatch_rotation_residuals(int64_t count, const double *columns, const doub
         rotation_residual(&matches, i, rotation, residuals + i, residuals + matches.count + i);
 }
 
-/* Whether a match triangulates in front of both cameras: _is_ahead. */
-INLINE int is_ahead(const Matches *matches, ptrdiff_t i, const Motion *motion)
+/* depths of a match */
+typedef struct {
+    double depth0, depth1, squared_sine;
+} Depths;
+
+INLINE Depths depths(const Matches *matches, ptrdiff_t i, const Motion *motion)
 {
     const ptrdiff_t n = matches->count;
     const double *turn = motion->rotation, *shift = motion->translation;
@@ -55,7 +59,47 @@ INLINE int is_ahead(const Matches *matches, ptrdiff_t i, const Motion *motion)
     const double along1 = shift[0] * x1 + shift[1] * y1 + shift[2] * z1;
     const double between = x0 * x1 + y0 * y1 + z0 * z1;
     const double square0 = x0 * x0 + y0 * y0 + z0 * z0, square1 = x1 * x1 + y1 * y1 + z1 * z1;
-    return along0 * square1 - along1 * between > 0 && along0 * between - along1 * square0 > 0;
+    return (Depths){along0 * square1 - along1 * between, along0 * between - along1 * square0,
+                    1 - between * between / (square0 * square1)};
+}
+
+/* depths: (3, n) */
+FOR_EACH_PROCESSOR
+void kpmatch_depths(int64_t count, const double *columns, const double *motion, double *found)
+{
+    const Matches matches = matches_at(count, columns);
+    const Motion given = *(const Motion *)motion;
+#pragma omp simd
+    for (ptrdiff_t i = 0; i < matches.count; i++) {
+        const Depths each = depths(&matches, i, &given);
+        found[i] = each.depth0;
+        found[matches.count + i] = each.depth1;
+        found[2 * matches.count + i] = each.squared_sine;
+    }
+}
+
+/* _is_ahead of a match */
+INLINE int is_ahead(const Matches *matches, ptrdiff_t i, const Motion *motion)
+{
+    const Depths found = depths(matches, i, motion);
+    return (found.depth0 > 0) & (found.depth1 > 0);
+}
+
+/* displacements: (n,) each */
+FOR_EACH_PROCESSOR
+void kpmatch_displacements(int64_t count, const double *columns, const double *rotation, uint8_t *ahead,
+                           double *distances)
+{
+    const Matches matches = matches_at(count, columns);
+    const ptrdiff_t n = matches.count;
+#pragma omp simd
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const Projected to = project_turned(&matches, i, rotation);
+        const double x = matches.rays0[i] - to.x, y = matches.rays0[n + i] - to.y;
+        const double xx = matches.noise0[i], xy = matches.noise0[n + i], yy = matches.noise0[2 * n + i];
+        distances[i] = sqrt((yy * x * x - 2 * xy * x * y + xx * y * y) / (xx * yy - xy * xy));
+        ahead[i] = (uint8_t)to.ahead;
+    }
 }
 
 /* Length of the residual under a rotation alone. */

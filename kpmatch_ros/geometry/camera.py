@@ -185,16 +185,22 @@ class Camera:
         with np.errstate(invalid="ignore"):
             distorted = (pixels - self.matrix[:2, 2]) @ per_pixel.T
             good = (np.abs(distorted) < lens.LARGEST_TANGENT).all(axis=1)  # NaN is not
-        if good.all() and not self.distortion.any():
-            return distorted, np.broadcast_to(per_pixel, (len(pixels), 2, 2))
+        if good.all():
+            if not self.distortion.any():
+                return distorted, np.broadcast_to(per_pixel, (len(pixels), 2, 2))
+            return self._undistort(distorted, per_pixel)
         normalised = np.full_like(pixels, np.nan)
         jacobian = np.full((len(pixels), 2, 2), np.nan)
         if not self.distortion.any():
             normalised[good], jacobian[good] = distorted[good], per_pixel
         elif good.any():
-            normalised[good], inverse = lens.undistort(distorted[good], self.distortion_model, self.distortion)
-            jacobian[good] = inverse @ per_pixel
+            normalised[good], jacobian[good] = self._undistort(distorted[good], per_pixel)
         return normalised, jacobian
+
+    def _undistort(self, distorted: np.ndarray, per_pixel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Through the lens, with the jacobian by the pixel's coordinates."""
+        normalised, inverse = lens.undistort(distorted, self.distortion_model, self.distortion)
+        return normalised, (inverse.reshape(-1, 2) @ per_pixel).reshape(-1, 2, 2)
 
 
 def _inverse(matrix: np.ndarray) -> np.ndarray:

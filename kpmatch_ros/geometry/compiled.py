@@ -17,7 +17,9 @@ __all__ = [
     "LIBRARY",
     "align",
     "available",
+    "depths",
     "differentiate",
+    "displacements",
     "epipolar_residuals",
     "hessian",
     "in_front",
@@ -50,6 +52,8 @@ def open_library(path: Path) -> ctypes.CDLL | None:
         "kpmatch_undistort": (None, [size, *4 * [address]]),
         "kpmatch_epipolar_residuals": (None, [*matches, *2 * [address]]),
         "kpmatch_rotation_residuals": (None, [*matches, *2 * [address]]),
+        "kpmatch_depths": (None, [*matches, *2 * [address]]),
+        "kpmatch_displacements": (None, [*matches, *3 * [address]]),
         "kpmatch_in_front": (None, [*matches, address, number, truth, address]),
         "kpmatch_residual_sizes": (None, [*matches, address, number, address]),
         "kpmatch_differentiate": (None, [truth, *matches, *3 * [address]]),
@@ -122,6 +126,25 @@ def rotation_residuals(columns: np.ndarray, rotation: np.ndarray) -> np.ndarray:
     residuals = np.empty((2, columns.shape[2]))
     _library.kpmatch_rotation_residuals(columns.shape[2], *map(_address, (columns, rotation, residuals)))
     return residuals
+
+
+def depths(
+    columns: np.ndarray, rotation: np.ndarray, translation: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    assert _library is not None
+    columns, motion = _matches(columns), _motion(rotation, translation)
+    found = np.empty((3, columns.shape[2]))
+    _library.kpmatch_depths(columns.shape[2], *map(_address, (columns, motion, found)))
+    return found[0], found[1], found[2]
+
+
+def displacements(columns: np.ndarray, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    assert _library is not None
+    _check(rotation, (3, 3))
+    columns, rotation = _matches(columns), _plain(rotation, np.float64)
+    results = np.empty(columns.shape[2], bool), np.empty(columns.shape[2])
+    _library.kpmatch_displacements(columns.shape[2], *map(_address, (columns, rotation, *results)))
+    return results
 
 
 def in_front(
@@ -226,6 +249,8 @@ def _check(values: np.ndarray, shape: tuple[int, ...]) -> None:
 
 def _plain(values: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
     """The values as C reads them: one after the other, in this machine's byte order, each at a multiple of its size."""
+    if type(values) is np.ndarray and values.dtype.type is dtype and values.dtype.isnative and values.flags.carray:
+        return values  # as most are
     return np.require(values, dtype, ["C_CONTIGUOUS", "ALIGNED", "ENSUREARRAY"])
 
 

@@ -43,6 +43,8 @@ SMALLEST_CURVATURE = 0.1
 TINY = 1e-30
 """Stands for zero in a denominator."""
 
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # its powers tell rows of numbers from each other
+
 _ACROSS = 3.0  # variances of the noise: by so much, at most, does noise alone spread points across their line
 
 _POWERS = np.linspace(0.1, 4, 40)  # of Chernoff's bound
@@ -76,6 +78,10 @@ def without_copies(*pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         indices (m,) of the matches that remain, in their order, and which of these (M,) each match is equal to.
     """
     rows = np.ascontiguousarray(np.concatenate(pixels, axis=1))
+    # Equal rows have equal sums: where no two sums are equal, no two rows are.
+    sums = np.sort(rows.view(np.uint64) @ _ODD ** np.arange(rows.shape[1], dtype=np.uint64))
+    if (sums[1:] != sums[:-1]).all():
+        return None
     _, first, which = np.unique(rows.view(f"V{rows.strides[0]}").ravel(), return_index=True, return_inverse=True)
     if len(first) == len(rows):
         return None
@@ -91,7 +97,8 @@ def are_on_one_line(points: np.ndarray, covariance: np.ndarray, variance: float)
         covariance: (k, k) of a point, for keypoint noise of one pixel.
         variance: of the keypoints' noise, squared pixels.
     """
-    spreads = eigh(np.cov(points), covariance, eigvals_only=True)
+    away = points - points.mean(axis=1, keepdims=True)
+    spreads = eigh(away @ away.T / (points.shape[1] - 1), covariance, eigvals_only=True)
     return bool(spreads[-2] < _ACROSS * variance)
 
 
@@ -116,13 +123,20 @@ def tukey_cutoff(residuals: np.ndarray, inlier_threshold: float, resolution: flo
     """
     sizes = np.abs(residuals)
     near = sizes[sizes < 2 * inlier_threshold]
-    noise = _DEVIATIONS_PER_MEDIAN * float(np.median(near)) if len(near) else inlier_threshold
+    noise = _DEVIATIONS_PER_MEDIAN * _median(near) if len(near) else inlier_threshold
     cutoff = TUKEY * max(noise, resolution / math.sqrt(12), 1e-9)
-    if sizes.ndim == 1:
+    if sizes.ndim == 1 or len(sizes) == 1:
         return cutoff
     lengths = np.sqrt((sizes * sizes).sum(axis=0))
     near = lengths[lengths < 2 * inlier_threshold]
-    return max(cutoff, _HALF * float(np.median(near))) if len(near) else cutoff
+    return max(cutoff, _HALF * _median(near)) if len(near) else cutoff
+
+
+def _median(numbers: np.ndarray) -> float:
+    """np.median of numbers (n,), none of which is NaN, in a fifth of its time."""
+    low, high = (len(numbers) - 1) // 2, len(numbers) // 2
+    parted = np.partition(numbers, (low, high))
+    return float(parted[low] + parted[high]) / 2
 
 
 def log_false_alarms(hits: np.ndarray, chances: np.ndarray, sample: int) -> float:

@@ -217,4 +217,6 @@ def _between(one: np.ndarray, other: np.ndarray) -> float:
     """Angle of two directions; a right angle where one of them is none."""
     if not one.any() or not other.any():
         return math.pi / 2
-    return math.atan2(float(np.linalg.norm(np.cross(one, other))), float(one @ other))
+    (a, b, c), (x, y, z) = one.tolist(), other.tolist()
+    across = math.sqrt((b * z - c * y) ** 2 + (c * x - a * z) ** 2 + (a * y - b * x) ** 2)
+    return math.atan2(across, a * x + b * y + c * z)

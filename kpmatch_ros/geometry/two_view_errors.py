@@ -14,6 +14,7 @@ and the motion.
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -32,6 +33,7 @@ __all__ = [
     "Motion",
     "agrees",
     "disagreement",
+    "displacements",
     "depths",
     "differentiate",
     "dot",
@@ -114,7 +116,15 @@ class Matches:
         """So many of the matches at random, the same for the same seed; all where there are no more."""
         if len(self) <= size:
             return self
-        return self.select(np.random.default_rng(seed).permutation(len(self))[:size])
+        return self.select(_some(len(self), size, seed))
+
+
+@functools.lru_cache(maxsize=16)
+def _some(count: int, size: int, seed: int) -> np.ndarray:
+    """So many of the indices of `count` things at random."""
+    chosen = np.random.default_rng(seed).permutation(count)[:size]
+    chosen.setflags(write=False)
+    return chosen
 
 
 def normalise_matches(
@@ -338,6 +348,8 @@ def depths(matches: Matches, motion: Motion) -> tuple[np.ndarray, np.ndarray, np
         depths (n,) in the reference and the current camera, but for a positive factor; squared sine (n,) of the angle
         between the rays.
     """
+    if compiled.available():
+        return compiled.depths(matches.columns, *motion)
     rays0, rays1 = matches.rays0, motion.rotation @ matches.rays1
     # The point is d0 rays0 = d1 rays1 + t.
     along0, along1, between = motion.translation @ rays0, motion.translation @ rays1, dot(rays0, rays1)
@@ -354,13 +366,18 @@ def _is_ahead(matches: Matches, motion: Motion) -> np.ndarray:
 
 def median_parallax(inliers: Matches, rotation: np.ndarray) -> float:
     """Median displacement, pixels of the reference image, between the matches and where the rotation takes them."""
-    projected, ahead, _ = project_turned(inliers, rotation)
-    if not ahead.any():
-        return 0.0
-    x, y = (inliers.rays0[:2] - projected)[:, ahead]
-    xx, xy, yy = inliers.noise0[:, ahead]
-    squares = (yy * x * x - 2 * xy * x * y + xx * y * y) / (xx * yy - xy * xy)
-    return float(np.median(np.sqrt(squares)))
+    ahead, distances = displacements(inliers, rotation)
+    return float(np.median(distances[ahead])) if ahead.any() else 0.0
+
+
+def displacements(matches: Matches, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which matches (n,) are ahead once turned, and how far (n,) from there the reference image shows them, pixels."""
+    if compiled.available():
+        return compiled.displacements(matches.columns, rotation)
+    projected, ahead, _ = project_turned(matches, rotation)
+    x, y = matches.rays0[:2] - projected
+    xx, xy, yy = matches.noise0
+    return ahead, np.sqrt((yy * x * x - 2 * xy * x * y + xx * y * y) / (xx * yy - xy * xy))
 
 
 def tangents(direction: np.ndarray) -> np.ndarray:

@@ -91,12 +91,8 @@ def profile_covariance(
     turns, residuals = refine_turns(matches, turns, shifts, _CUTOFFS[-3:], inlier_threshold, deviation)
     scores = evidence * gains(np.abs(residuals), deviation, _BAND * inlier_threshold).sum(axis=1)
     weights = np.exp(scores - scores.max())
-    away = np.array(
-        [
-            np.concatenate([offset, cv2.Rodrigues(turn @ motion.rotation.T)[0].ravel()])
-            for offset, turn in zip(offsets, turns)
-        ]
-    )
+    changes = turns @ motion.rotation.T
+    away = np.concatenate([offsets, np.array([cv2.Rodrigues(change)[0][:, 0] for change in changes])], axis=1)
     moments = (away.T * weights) @ away / weights.sum()
     moments[3:, 3:] += covariance[3:, 3:] - follow @ covariance[:3, 3:]
 
