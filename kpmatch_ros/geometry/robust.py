@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.linalg import eigh
 from scipy.special import gammaln
 
 from kpmatch_ros.geometry.camera import Camera
@@ -98,7 +97,8 @@ def are_on_one_line(points: np.ndarray, covariance: np.ndarray, variance: float)
         variance: of the keypoints' noise, squared pixels.
     """
     away = points - points.mean(axis=1, keepdims=True)
-    spreads = eigh(away @ away.T / (points.shape[1] - 1), covariance, eigvals_only=True)
+    whitened = np.linalg.solve(np.linalg.cholesky(covariance), away)
+    spreads = np.linalg.eigvalsh(whitened @ whitened.T) / (points.shape[1] - 1)
     return bool(spreads[-2] < _ACROSS * variance)
 
 

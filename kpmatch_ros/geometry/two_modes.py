@@ -7,6 +7,7 @@ which one is right.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -97,7 +98,7 @@ def plane_motions(matches: Matches, motion: Motion, largest_distance: float) -> 
     depth = np.maximum(turned[2] - inverse_depth * shift[2], AHEAD)
     scale = np.sqrt(2 * weight / (matches.noise1[0] + matches.noise1[2])) / depth
     rays, seen = matches.rays0 * scale, inverse_depth * scale
-    samples = np.random.default_rng(0).integers(len(matches), size=(_PLANES, 3))
+    samples = _triples(len(matches))
     systems = matches.rays0.T[samples]
     systems[:, range(3), range(3)] += 1e-9  # regular also where a match is drawn twice
     regular = np.linalg.det(systems) != 0  # three points of a line may be singular to the last bit
@@ -121,6 +122,14 @@ def plane_motions(matches: Matches, motion: Motion, largest_distance: float) -> 
         for rotation, translation in zip(map(_as_rotation, rotations), translations)
         if rotation is not None and (length := float(np.linalg.norm(translation))) > 1e-6
     ]
+
+
+@functools.lru_cache(maxsize=16)
+def _triples(count: int) -> np.ndarray:
+    """Samples of three of so many matches, (_PLANES, 3)."""
+    samples = np.random.default_rng(0).integers(count, size=(_PLANES, 3))
+    samples.setflags(write=False)
+    return samples
 
 
 def _as_rotation(matrix: np.ndarray) -> np.ndarray | None:

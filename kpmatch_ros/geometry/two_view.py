@@ -243,13 +243,14 @@ def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
     if fit is not None and (translates or has_small_parallax(matches, fit.motion, rotation, turning, noise)):
         noise = noise._replace(design_effect=design_effect(moving, independent_points))
         covariance = _motion_covariance(fit, noise)
-        decided, rivals = decide(matches, fit, covariance, rotation, noise, prior)
+        decided, rivals, is_weak = decide(matches, fit, covariance, rotation, noise, prior)
         if decided is not fit:
             fit, moving = decided, agrees(matches, decided.motion, inlier_threshold)
-            covariance = _motion_covariance(fit, noise)
+            covariance, is_weak = _motion_covariance(fit, noise), True
         if moving.sum() < required:
             return _Solution(PoseStatus.TOO_FEW_MATCHES, inliers=moving)
-        covariance = widen(matches, fit, covariance, noise)
+        if is_weak:
+            covariance = widen(matches, fit, covariance, noise)
         rivals = [rival for rival in rivals if not _covers(covariance, fit.motion, rival)]
         if any(is_distinct(fit.motion, rival) for rival in rivals):
             covariance = covariance + sum(spread(fit.motion, rival) for rival in rivals)

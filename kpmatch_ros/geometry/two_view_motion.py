@@ -110,10 +110,14 @@ def _refine(
 
 
 class Decision(NamedTuple):
-    """Of the motions that explain the matches alike, the one to report, and the others."""
+    """Of the motions that explain the matches alike, the one to report, and the others.
+
+    `is_weak` tells whether the geometry constrains the fit that was given so little that others may do as well.
+    """
 
     fit: Fit
     rivals: list[Motion]
+    is_weak: bool
 
 
 def decide(
@@ -134,7 +138,8 @@ def decide(
         if all(is_distinct(one.motion, motion) for one in fits):
             fits.append(_refine(matches, motion, threshold, noise.resolution, 1, _ROUGHLY))
     planes = len(fits)
-    if _is_weak(inliers, covariance / noise.design_effect):
+    is_weak = _is_weak(inliers, covariance / noise.design_effect)
+    if is_weak:
         some = matches.sample(_PROFILED)
         for motion in profile_directions(some, [rotation], threshold, deviation):
             nearby = minimise(Model.EPIPOLAR, some, motion, 3 * threshold, 5, _ROUGHLY)
@@ -161,8 +166,8 @@ def decide(
         likely = decide_by_prior([one.motion for one in (best, *distinct)], prior)
         if likely is not None:
             best = next(one for one in (best, *distinct) if one.motion is likely)
-            return Decision(best, [one.motion for one in alike if not is_distinct(best.motion, one.motion)])
-    return Decision(best, [one.motion for one in alike])
+            alike = [one for one in alike if not is_distinct(best.motion, one.motion)]
+    return Decision(best, [one.motion for one in alike], is_weak)
 
 
 def widen(matches: Matches, fit: Fit, covariance: np.ndarray, noise: Noise) -> np.ndarray:
