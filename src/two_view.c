@@ -1,8 +1,8 @@
 /* The loops of estimate_relative_pose, compiled: of two_view_errors.py and two_view_fit.py.
  *
- * As of geometry.c, the NumPy code of these names describes the algorithms: a change of one is a change of the other,
- * and test/test_compiled_two_view.py compares them. Nothing is kept from call to call, and no memory is taken: sums run
- * over blocks of matches, always in the same order.
+ * The NumPy code of the same names describes the algorithms, and runs where the library is not built: a change of one is
+ * a change of the other, and test/test_compiled_two_view.py compares them. Nothing is kept from call to call, and no
+ * memory is taken: sums run over blocks of matches, always in the same order.
  */
 #include "two_view.h"
 
@@ -25,6 +25,7 @@ void kpmatch_epipolar_residuals(int64_t count, const double *columns, const doub
         residuals[i] = by_essential(&matches, i, essential).residual;
 }
 
+/* rotation_residuals of a match */
 INLINE void rotation_residual(const Matches *matches, ptrdiff_t i, const double *rotation, double *first,
                               double *second)
 {
@@ -152,7 +153,7 @@ typedef struct {
 INLINE int conditions_of(int model) { return model == EPIPOLAR ? 1 : 2; }
 INLINE int numbers_of(int model) { return model == EPIPOLAR ? 5 : 3; }
 
-/* epipolar_jacobian */
+/* _epipolar_jacobian, of a block of matches */
 INLINE void epipolar_jacobian(const Matches *matches, ptrdiff_t from, ptrdiff_t size, const double *essential,
                               const double (*changes)[9], Derivatives *found)
 {
@@ -183,7 +184,7 @@ INLINE void epipolar_jacobian(const Matches *matches, ptrdiff_t from, ptrdiff_t 
     }
 }
 
-/* rotation_jacobian */
+/* _rotation_jacobian, of a block of matches */
 INLINE void rotation_jacobian(const Matches *matches, ptrdiff_t from, ptrdiff_t size, const double *rotation,
                               Derivatives *found)
 {
@@ -352,7 +353,7 @@ int32_t kpmatch_minimise(int32_t model, int64_t count, const double *columns, do
     return 1;
 }
 
-/* hessian: (p, p), by differences of the gradient over steps of so many radians. */
+/* _hessian: (p, p), by differences of the gradient over steps of so many radians. */
 FOR_EACH_PROCESSOR
 void kpmatch_hessian(int32_t model, int64_t count, const double *columns, const double *motion, double cutoff,
                      double length, double *hessian)

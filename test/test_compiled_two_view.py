@@ -10,9 +10,11 @@ from compiled_geometry import needed, with_numpy
 from two_view_fuzz import call_with_hostile_matches, calls_of, matches_of, motion_of, outcome
 from two_view_scenes import DRONE, Scene
 
+from kpmatch_ros.geometry import compiled
 from kpmatch_ros.geometry.pose import RelativePose
+from kpmatch_ros.geometry.two_view_errors import Model
 from kpmatch_ros.geometry.two_view_fit import Noise, motion_covariance, rotation_covariance
-from kpmatch_ros.geometry.two_view_profile import profile_directions
+from kpmatch_ros.geometry.two_view_profile import profile_directions, refine_turns
 
 
 def compare(ours: Any, numpys: Any, tolerance: float, what: object = "") -> None:
@@ -94,3 +96,25 @@ def test_a_direction_without_matches_is_where_it_was() -> None:
     matches = matches_of(np.random.default_rng(0), motion_of(np.random.default_rng(0)), 0)
     for motion in profile_directions(matches, [np.eye(3)], 1.0, 0.3):
         np.testing.assert_array_equal(motion.rotation, np.eye(3))
+
+
+@needed
+def test_equations_without_a_solution_are_the_same_error() -> None:
+    # So small a threshold leaves the trust at zero, and no match tells of the rotation.
+    nothing, shift = (
+        matches_of(np.random.default_rng(0), motion_of(np.random.default_rng(0)), 0),
+        np.array([[0, 0, 1.0]]),
+    )
+    for call in (lambda f, *x: f(*x), with_numpy):
+        with pytest.raises(np.linalg.LinAlgError):
+            call(refine_turns, nothing, np.eye(3)[None], shift, (1.0,), 1e-200, 0.0)
+
+
+@needed
+def test_what_does_not_belong_together_is_refused() -> None:
+    matches = matches_of(np.random.default_rng(0), motion_of(np.random.default_rng(0)), 5)
+    for columns, rotation in ((matches.columns[:3], np.eye(3)), (matches.columns, np.eye(2))):
+        with pytest.raises(ValueError, match="shape"):
+            compiled.rotation_residuals(columns, rotation)
+    with pytest.raises(ValueError, match="shape"):
+        compiled.minimise(Model.EPIPOLAR, matches.columns, np.eye(3), np.ones(3), 1.0, 5, 1e-3, np.ones(4, bool))
