@@ -1,6 +1,7 @@
 # make demo: build everything, then run the real node on a camera bag. make test: the test suite.
 # make test-ros ROS=kilted: the tests that touch ROS, with another distribution.
 # make soak: an hour of overload and faults. make gpu: the tests and the benchmark for a GPU.
+# make aarch64: the compiled part's tests for ARM, in an emulator.
 PYTHON ?= python3
 # The ROS distribution: jazzy, or one with a requirements file of its own.
 ROS    ?= jazzy
@@ -22,7 +23,7 @@ SOURCES  := $(shell find kpmatch_ros launch config foxglove msg rviz scripts src
 ROS_TESTS := test/test_distributions.py test/test_node.py test/test_node_exit.py test/test_node_requests.py test/test_stereo_node.py \
   test/test_replay.py::test_poses_of_a_camera_walk_agree_with_the_truth
 
-.PHONY: demo test test-ros soak gpu env build lint docs demo-bag clean
+.PHONY: demo test test-ros soak gpu aarch64 env build lint docs demo-bag clean
 
 demo: build  ## the node on a camera bag, its poses against the truth, and a picture
 	tools/with_ros kpmatch demo
@@ -35,6 +36,10 @@ test-ros: build  ## the tests that touch ROS; ROS=kilted
 
 soak: build  ## an hour of overload and faults, with a table of what came of it; ARGS="--minutes 10"
 	tools/with_ros python test/soak.py $(ARGS)
+
+aarch64: build  ## the compiled part's tests for ARM: compiled by Clang, run by an emulator
+	$(BIN)/pip install --quiet --disable-pip-version-check ziglang==0.17.1 unicorn==2.1.4 pyelftools==0.33
+	tools/with_ros python test/aarch64.py $(ARGS)
 
 # With another Python, given as PYTHON=, it needs neither ROS nor the environment of make env.
 gpu: $(if $(filter file,$(origin PYTHON)),$(VENV)/.ready)  ## tests and benchmark on a GPU; OUT= for JSON and table

@@ -213,9 +213,7 @@ class DescriptorDecoder(nn.Module):
         self.compiled: CompiledConvolutions | None = None  # as of a ConvBlock
 
     def use_compiled(self, dtype: torch.dtype) -> None:
-        # By tiles, the cells around some hundred keypoints take less time than the whole map.
-        if dtype == torch.float32:
-            self.compiled = compiled_convolution(self.conv_descriptor_a, dtype)
+        self.compiled = compiled_convolution(self.conv_descriptor_a, dtype)
 
     def forward(self, features: Tensor) -> Tensor:
         hidden = relu_(self.conv_descriptor_a(features))
@@ -239,7 +237,7 @@ class DescriptorDecoder(nn.Module):
         cells, places = (corners + first).unique(return_inverse=True)
         if is_usable(self.compiled, self.conv_descriptor_a, features):
             hidden = self.compiled(features).permute(0, 2, 3, 1).flatten(0, 2)
-            descriptors = _convolved(hidden[cells], self.conv_descriptor_b)
+            descriptors = _convolved(hidden[cells].to(self.conv_descriptor_b.weight.dtype), self.conv_descriptor_b)
         else:
             descriptors = self._of_cells(features, cells, rounded_up(len(cells)) if round_up else len(cells))
         samples = (F.normalize(descriptors.float(), dim=1)[places] * weights[..., None]).sum(dim=2)
