@@ -141,7 +141,8 @@ void kpmatch_residual_sizes(int64_t count, const double *columns, const double *
     for (ptrdiff_t i = 0; i < matches.count; i++) {
         const double far = distance(&matches, i, given.rotation);
         const double near = fabs(by_essential(&matches, i, essential).residual);
-        sizes[i] = is_ahead(&matches, i, &given) | (far < inlier_threshold) ? near : far;
+        const int seen = is_ahead(&matches, i, &given) | (far < inlier_threshold);
+        sizes[i] = seen ? near : far;
     }
 }
 
