@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kpmatch_ros.geometry import compiled
 from kpmatch_ros.geometry.flow import tree
 
 __all__ = [
@@ -23,7 +24,7 @@ __all__ = [
 NOT_DETECTED = -1
 """Index of a point that is no keypoint of its image."""
 
-_FEW = 8
+_ONE_PLACE = 1.0  # pixels
 _ATTACHED = 2.0  # pixels: a keypoint so near to a track is the track's
 
 
@@ -116,12 +117,17 @@ def without(count: int, indices: np.ndarray) -> np.ndarray:
 
 
 def apart(points: np.ndarray, others: np.ndarray, distance: float) -> np.ndarray:
-    """(N,) bool which points (N, 2) are further than a distance from all others (M, 2)."""
+    """(N,) bool which points (N, 2) are nearer than a distance to none of the others (M, 2)."""
     if not len(others) or not len(points):
         return np.ones(len(points), bool)
-    if len(points) < _FEW:  # sooner than a tree is built
-        return np.asarray((((points[:, None] - others) ** 2).sum(axis=2) > distance**2).all(axis=1))
-    return np.asarray(tree(others).query(points, distance_upper_bound=distance)[0] > distance)
+    return np.asarray(_nearest(points, others, distance)[0] > distance)
+
+
+def _nearest(points: np.ndarray, others: np.ndarray, furthest: float) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) how far the nearest of others (M, 2) is from points (N, 2), and which one it is; inf if not so near."""
+    if compiled.available():
+        return compiled.nearest(points, others, furthest)
+    return tree(others).query(points, distance_upper_bound=furthest)
 
 
 def first_of_each_place(points: np.ndarray, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -130,7 +136,9 @@ def first_of_each_place(points: np.ndarray, ids: np.ndarray, scores: np.ndarray)
     if len(points) < 2:
         return stay
     age = np.where(ids == 0, np.iinfo(np.uint64).max, ids)
-    for one, other in tree(points).query_pairs(1.0):
+    if compiled.available():
+        return compiled.first_of_each_place(points, _ONE_PLACE, age, scores)
+    for one, other in tree(points).query_pairs(_ONE_PLACE):
         older = (age[one], -scores[one], one) <= (age[other], -scores[other], other)
         stay[other if older else one] = False
     return stay
@@ -142,7 +150,7 @@ def attach(points: np.ndarray, detected: np.ndarray, keypoints: np.ndarray) -> n
     names, wants = np.flatnonzero(without(len(keypoints), detected)), np.flatnonzero(detected < 0)
     if not len(names) or not len(wants):
         return found
-    distance, nearest = tree(keypoints[names]).query(points[wants])
+    distance, nearest = _nearest(points[wants], keypoints[names], _ATTACHED)
     by_distance = np.argsort(distance, kind="stable")
     by_distance = by_distance[distance[by_distance] < _ATTACHED]
     _, first = np.unique(nearest[by_distance], return_index=True)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from kpmatch_ros.geometry import compiled
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.flow import Neighbours
 from kpmatch_ros.geometry.patches import Alignment, align, inside, no_change
@@ -13,7 +14,7 @@ from kpmatch_ros.geometry.structure import Window
 from kpmatch_ros.track_bank import NOT_DETECTED, Bank, Looks, apart, first_of_each_place, join, select, without
 from kpmatch_ros.track_search import ASTRAY, View
 
-__all__ = ["Memory"]
+__all__ = ["Memory", "largest_elsewhere"]
 
 _SIMILAR = 0.8  # cosine of two descriptors of one point
 _PART = 64  # numbers of a descriptor
@@ -118,11 +119,21 @@ def _distinct(view: View, keypoints: np.ndarray, descriptors: np.ndarray) -> np.
     """Which keypoints (R,) are clearly more like descriptors (R, D) than other keypoints of the image are (R,)."""
     similar = descriptors @ view.descriptors.astype(np.float32, copy=False).T
     own = similar[np.arange(len(keypoints)), keypoints]
-    # Each coordinate by itself: a norm over pairs of two numbers takes several times as long as all the rest.
-    across, down = (np.square(np.subtract.outer(each[keypoints], each)) for each in view.keypoints.T)
-    np.copyto(similar, -1.0, where=across + down < _BESIDE**2)
     # Of unit vectors, the squared distance is 2 - 2 cosine.
-    return np.asarray(1 - own < _RATIO**2 * (1 - similar.max(axis=1, initial=-1.0)))
+    return np.asarray(1 - own < _RATIO**2 * (1 - largest_elsewhere(similar, view.keypoints, keypoints)))
+
+
+def largest_elsewhere(similar: np.ndarray, points: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """The largest number of each row (R, N), -1 at least, of points (N, 2) that are not beside the row's own (R,).
+
+    The numbers may be overwritten.
+    """
+    if compiled.available():
+        return compiled.largest_elsewhere(similar, points, points[own], _BESIDE)
+    # Each coordinate by itself: a norm over pairs of two numbers takes several times as long as all the rest.
+    across, down = (np.square(np.subtract.outer(each[own], each)) for each in points.T)
+    np.copyto(similar, -1.0, where=across + down < _BESIDE**2)
+    return np.asarray(similar.max(axis=1, initial=-1.0))
 
 
 def _places(spots: np.ndarray, camera: Camera | None) -> np.ndarray:

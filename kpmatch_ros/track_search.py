@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from kpmatch_ros.geometry.flow import Neighbours, flow_far, flow_forth_and_back
+from kpmatch_ros.geometry.flow import Neighbours, flow_far, flow_forth_and_back, pyramid
 from kpmatch_ros.geometry.patches import LONGEST_STEP, Alignment, align, cut, no_change, signed, unaligned
 from kpmatch_ros.geometry.refinement import align_deformed
 from kpmatch_ros.track_bank import Bank, Looks
@@ -48,6 +48,11 @@ class View:
     def pixels(self) -> np.ndarray:
         """The normalized image, float32 (H, W), from :func:`kpmatch_ros.geometry.patches.signed`."""
         return signed(self.normalized)
+
+    @cached_property
+    def pyramid(self) -> list[np.ndarray]:
+        """The normalized image, and smaller ones, for optical flow."""
+        return pyramid(self.normalized)
 
     def hides(self, points: np.ndarray) -> np.ndarray:
         """(T,) bool which points (T, 2) inside the image the mask hides."""
@@ -95,16 +100,16 @@ def find_places(bank: Bank, looks: Looks, keypoints: np.ndarray, reference: View
         reference: the first image.
         current: the second one.
     """
-    images, matched = (reference.normalized, current.normalized), np.isfinite(keypoints[:, 0])
+    matched = np.isfinite(keypoints[:, 0])
     neighbours, near, unmatched = Neighbours(bank.points, keypoints), keypoints.copy(), np.flatnonzero(~matched)
     near[unmatched], _ = neighbours.expect(unmatched)
     found, anchors = unaligned(near.copy(), np.zeros(len(bank), np.float32), good=False), bank.anchors.copy()
-    rest = np.flatnonzero(_reachable(near, images[1]))
+    rest = np.flatnonzero(_reachable(near, current.normalized))
     patches = looks.patches[bank.looks[rest]]
     found.put(rest, align(patches, current.pixels, near[rest], bank.shapes[rest], _SHIFTS))
     align_deformed(found, rest, patches, current.pixels, near, bank.shapes, neighbours)
     rest = rest[~found.good[rest]]
-    near[rest] = flow_far(*images, bank.points[rest], near[rest])
+    near[rest] = flow_far(reference.pyramid, current.pyramid, bank.points[rest], near[rest])
     found.put(rest, align(looks.patches[bank.looks[rest]], current.pixels, near[rest], bank.shapes[rest]))
     # Where the first patch no longer fits, the reference's may: the track goes on with that one. A new track's is that.
     rest = rest[~found.good[rest] & (found.likeness[rest] > _UNLIKE) & (bank.ids[rest] > 0)]
@@ -116,7 +121,7 @@ def find_places(bank: Bank, looks: Looks, keypoints: np.ndarray, reference: View
     # Where neither fits, as in blurred images, flow may still lead there and back.
     rest = np.flatnonzero(~found.good & (found.likeness > _HARDLY_ALIKE))
     expected, spread = neighbours.expect(rest)
-    flowed, good = flow_forth_and_back(*images, bank.points[rest], expected, ASTRAY * spread)
+    flowed, good = flow_forth_and_back(reference.pyramid, current.pyramid, bank.points[rest], expected, ASTRAY * spread)
     rest, flowed = rest[good], flowed[good]
     found.put(rest, unaligned(flowed, found.likeness[rest]))
     anchors[rest] = np.hypot(bank.sigmas[rest], _SIGMA_FLOW)

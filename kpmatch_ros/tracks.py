@@ -16,7 +16,7 @@ from kpmatch_ros.geometry.flow import tree
 from kpmatch_ros.geometry.patches import Alignment, align, cut, inside, no_change
 from kpmatch_ros.geometry.pose import RelativePose
 from kpmatch_ros.geometry.refinement import align_matches, longest_step
-from kpmatch_ros.geometry.structure import FRAMES, Structure, Window, project, triangulate
+from kpmatch_ros.geometry.structure import FRAMES, Structure, Window, place, project, triangulate
 from kpmatch_ros.track_bank import (
     NOT_DETECTED,
     Bank,
@@ -276,7 +276,7 @@ class Tracks:
         seen[-1] = camera.normalise(found.points).T
         good = found.good & np.isfinite(seen[-1, 0])
         good[good] = ~current.hides(found.points[good])
-        good &= ~scene.place(spots, seen).contradicts(_FALSE_FIND)
+        good &= ~place(scene.cameras, spots, seen, scene.noise).contradicts(_FALSE_FIND)
         good[good] = first_of_each_place(found.points[good], bank.ids[lost[good]], found.likeness[good])
         places = np.zeros(len(bank), bool)
         places[known] = True

@@ -1,4 +1,4 @@
-/* What takes longest of kpmatch_ros/geometry, compiled: `align` of patches.py and `undistort` of lens.py.
+/* What takes longest of kpmatch_ros/geometry, compiled: `align` and `cut` of patches.py and `undistort` of lens.py.
  *
  * The NumPy code there describes the algorithms, and runs where this library is not built. Both give the same numbers
  * within rounding: a change of one is a change of the other, and test/test_compiled.py compares them.
@@ -28,8 +28,11 @@ enum {
     AFFINE = 63, /* numbers of the equations of an affine change with blur */
     SHIFT = 9,   /* and of a shift */
     PATCH = 4 * USED + AFFINE + SHIFT,
-    ITERATIONS = 2
+    ITERATIONS = 2,
+    WIDE = 15 /* pixels of a patch's side, with a border for gradients */
 };
+#define DEFORMATION_DAMPING 1e4f /* that of a shift is 1 */
+#define BLUR_DAMPING 1e4f
 #define REACH 6.0f /* pixels from the middle of a patch to its sides */
 #define LONGEST_STEP 3.0f
 #define LAST_STEP 0.3f
@@ -254,6 +257,155 @@ void kpmatch_align(int64_t count, const float *patches, int64_t height, int64_t 
     for (int64_t i = 0; i < count; i++)
         align_one(patches + i * PATCH, &image, places, shifts, points + 2 * i, shapes + 4 * i, sigmas + i, likeness + i,
                   good + i);
+}
+
+INLINE float product(const float *restrict one, const float *restrict other, int count)
+{
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < count; i++)
+        sum += one[i] * other[i];
+    return sum;
+}
+
+INLINE float total(const float *values, int count)
+{
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < count; i++)
+        sum += values[i];
+    return sum;
+}
+
+/* Less their mean. */
+INLINE void centre(const float *values, int count, float *centred)
+{
+    const float mean = total(values, count) / (float)count;
+    for (int i = 0; i < count; i++)
+        centred[i] = values[i] - mean;
+}
+
+/* Of a symmetric positive matrix (size, size), in place. */
+INLINE void inverse(int size, float *matrix)
+{
+    for (int k = 0; k < size; k++) {
+        const float pivot = 1 / matrix[k * size + k];
+        float row[7], column[7];
+        for (int i = 0; i < size; i++) {
+            row[i] = matrix[k * size + i] * pivot;
+            column[i] = matrix[i * size + k];
+        }
+        for (int i = 0; i < size; i++)
+            for (int j = 0; j < size; j++)
+                matrix[i * size + j] -= column[i] * row[j];
+        for (int i = 0; i < size; i++) {
+            matrix[k * size + i] = row[i];
+            matrix[i * size + k] = -column[i] * pivot;
+        }
+        matrix[k * size + k] = pivot;
+    }
+}
+
+/* Equations of a shift: see _equations in patches.py. */
+INLINE void shift_equations(const float *template, const float *across, const float *down, float *equations)
+{
+    const float x = total(across, FEW), y = total(down, FEW);
+    float normal[4];
+    normal[0] = product(across, across, FEW) - x * x / FEW + 1;
+    normal[1] = normal[2] = product(across, down, FEW) - x * y / FEW;
+    normal[3] = product(down, down, FEW) - y * y / FEW + 1;
+    inverse(2, normal);
+    for (int i = 0; i < 4; i++)
+        equations[i] = normal[i];
+    equations[4] = x;
+    equations[5] = y;
+    equations[6] = product(across, template, FEW);
+    equations[7] = product(down, template, FEW);
+    equations[8] = at_least(product(template, template, FEW), LEAST_CONTRAST);
+}
+
+/* Equations of an affine change with blur. */
+INLINE void affine_equations(const float *patch, const float *places, float *equations)
+{
+    const float *template = patch, *laplacian = patch + 3 * USED;
+    float jacobian[6][USED], normal[7 * 7];
+    for (int k = 0; k < 2; k++) {
+        const float *slope = patch + (1 + k) * USED;
+        for (int i = 0; i < USED; i++) {
+            jacobian[3 * k][i] = slope[i];
+            jacobian[3 * k + 1][i] = slope[i] * places[i];
+            jacobian[3 * k + 2][i] = slope[i] * places[USED + i];
+        }
+    }
+    for (int i = 0; i < 6; i++)
+        equations[SUMS + i] = total(jacobian[i], USED);
+    for (int i = 0; i < 6; i++) {
+        for (int j = 0; j <= i; j++)
+            normal[7 * i + j] = normal[7 * j + i] =
+                product(jacobian[i], jacobian[j], USED) - equations[SUMS + i] * equations[SUMS + j] / USED;
+        normal[8 * i] += i % 3 ? DEFORMATION_DAMPING : 1;
+        equations[ALONG + i] = normal[7 * i + 6] = normal[42 + i] = product(jacobian[i], laplacian, USED);
+        equations[OWN + i] = product(jacobian[i], template, USED);
+    }
+    equations[OWN_BLUR] = product(template, laplacian, USED);
+    equations[BLUR_POWER] = product(laplacian, laplacian, USED);
+    equations[CONTRAST] = at_least(product(template, template, USED), LEAST_CONTRAST);
+    normal[48] = equations[BLUR_POWER] + BLUR_DAMPING;
+    inverse(7, normal);
+    for (int i = 0; i < 6; i++) {
+        equations[COLUMN + i] = normal[7 * i + 6];
+        for (int j = 0; j < 6; j++)
+            equations[INVERSE + 6 * i + j] = normal[7 * i + j];
+    }
+}
+
+/* Pixels (WIDE, WIDE) around a point. */
+INLINE void look_around(const Image *image, const float *point, float *pixels)
+{
+    const float x = point[0] - WIDE / 2, y = point[1] - WIDE / 2;
+    if (x >= 0 && y >= 0 && x + WIDE < (float)image->width && y + WIDE < (float)image->height) {
+        const ptrdiff_t column = (ptrdiff_t)x, row = (ptrdiff_t)y;
+        const float across = x - (float)column, down = y - (float)row;
+        for (int j = 0; j < WIDE; j++) {
+            const float *above = image->pixels + (row + j) * image->width + column, *below = above + image->width;
+            for (int i = 0; i < WIDE; i++)
+                pixels[j * WIDE + i] = between(between(above[i], above[i + 1], across),
+                                               between(below[i], below[i + 1], across), down);
+        }
+    } else {
+        for (int j = 0; j < WIDE; j++)
+            for (int i = 0; i < WIDE; i++)
+                pixels[j * WIDE + i] = interpolated(image, x + (float)i, y + (float)j);
+    }
+}
+
+INLINE void cut_one(const Image *image, const float *point, const float *places, float *patch)
+{
+    float pixels[WIDE * WIDE], middle[USED], few[FEW];
+    float *template = patch, *across = patch + USED, *down = patch + 2 * USED, *laplacian = patch + 3 * USED;
+    look_around(image, point, pixels);
+    for (int i = 0; i < USED; i++) {
+        const float *here = pixels + ((int)places[USED + i] + WIDE / 2) * WIDE + (int)places[i] + WIDE / 2;
+        middle[i] = here[0];
+        across[i] = (here[1] - here[-1]) / 2;
+        down[i] = (here[WIDE] - here[-WIDE]) / 2;
+        laplacian[i] = here[-1] + here[1] + here[-WIDE] + here[WIDE] - 4 * here[0];
+    }
+    centre(middle, USED, template);
+    centre(laplacian, USED, laplacian);
+    affine_equations(patch, places, patch + 4 * USED);
+    centre(template, FEW, few);
+    shift_equations(few, across, down, patch + 4 * USED + AFFINE);
+}
+
+/* Cut patches (T, PATCH) out of an image around points (T, 2). */
+FOR_EACH_PROCESSOR
+void kpmatch_cut(int64_t count, int64_t height, int64_t width, const float *pixels, const float *places,
+                 const float *points, float *patches)
+{
+    const Image image = {pixels, (ptrdiff_t)height, (ptrdiff_t)width};
+    for (int64_t i = 0; i < count; i++)
+        cut_one(&image, points + 2 * i, places, patches + i * PATCH);
 }
 
 /* Lenses: constants of lens.py, with their names there. */

@@ -14,9 +14,11 @@ import pytest
 from kpmatch_ros.geometry import compiled
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [
-    ROOT / "src" / name for name in ("geometry.h", "two_view.h", "geometry.c", "two_view.c", "two_view_profile.c")
-]
+_NAMES = (
+    *("geometry.h", "two_view.h"),
+    *("flow.c", "geometry.c", "points.c", "structure.c", "two_view.c", "two_view_profile.c"),
+)
+SOURCES = [ROOT / "src" / name for name in _NAMES]
 
 needed = pytest.mark.skipif(not compiled.available(), reason="the compiled part is not built")
 with_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")

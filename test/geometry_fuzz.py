@@ -13,6 +13,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from track_fuzz import call_with_hostile_tracks
 from two_view_fuzz import call_with_hostile_matches
 
 from kpmatch_ros.geometry import compiled
@@ -132,3 +133,4 @@ if __name__ == "__main__":
             align_spoilt_patches(np.random.default_rng(case))
             undistort_hostile_points(np.random.default_rng(case))
             call_with_hostile_matches(np.random.default_rng(case))
+            call_with_hostile_tracks(np.random.default_rng(case))

@@ -1,6 +1,6 @@
 """The compiled part of this folder, where the build of the ROS package has put it beside.
 
-It is made from src/geometry.c, src/two_view.c and src/two_view_profile.c.
+It is made from flow.c, geometry.c, points.c, structure.c, two_view.c and two_view_profile.c in src/.
 """
 
 from __future__ import annotations
@@ -8,26 +8,39 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kpmatch_ros import compiled_library
 
+if TYPE_CHECKING:
+    from kpmatch_ros.geometry.structure import Window
+
 __all__ = [
     "LIBRARY",
     "align",
     "available",
+    "cut",
     "depths",
     "differentiate",
     "displacements",
     "epipolar_residuals",
+    "first_of_each_place",
+    "follow",
     "hessian",
     "in_front",
+    "largest_elsewhere",
     "minimise",
+    "motion_equations",
+    "nearest",
+    "neighbours",
     "open_library",
+    "place",
     "refine_turns",
     "residual_sizes",
     "rotation_residuals",
+    "triangulate",
     "undistort",
 ]
 
@@ -39,6 +52,7 @@ _LONGEST_SIDE = 2**15 - 2
 In src/geometry.c, such places are rounded by far less than the pixel that is kept free at an image's border, and 32
 bits count all pixels.
 """
+_MOST_LEVELS = 16  # of a pyramid
 _USED = 85  # pixels of a patch that are compared
 _PATCH = 4 * _USED + 63 + 9  # numbers of a patch
 
@@ -49,6 +63,7 @@ def open_library(path: Path) -> ctypes.CDLL | None:
     matches = [size, address]
     functions = {
         "kpmatch_align": (None, [size, address, size, size, address, address, ctypes.c_int32, *5 * [address]]),
+        "kpmatch_cut": (None, [size, size, size, *4 * [address]]),
         "kpmatch_undistort": (None, [size, *4 * [address]]),
         "kpmatch_epipolar_residuals": (None, [*matches, *2 * [address]]),
         "kpmatch_rotation_residuals": (None, [*matches, *2 * [address]]),
@@ -60,6 +75,14 @@ def open_library(path: Path) -> ctypes.CDLL | None:
         "kpmatch_minimise": (truth, [truth, *matches, address, number, size, number, address]),
         "kpmatch_hessian": (None, [truth, *matches, address, number, number, address]),
         "kpmatch_refine_turns": (truth, [*matches, size, address, number, size, *3 * [address]]),
+        "kpmatch_follow": (None, [size, address, address, address, truth, size, *3 * [address]]),
+        "kpmatch_nearest": (None, [size, address, size, address, number, address, address]),
+        "kpmatch_first_of_each_place": (None, [size, address, number, *3 * [address]]),
+        "kpmatch_neighbours": (None, [size, address, address, size, *4 * [address]]),
+        "kpmatch_largest_elsewhere": (None, [size, size, *3 * [address], ctypes.c_float, address]),
+        "kpmatch_triangulate": (None, [size, size, address, address, size, *3 * [address]]),
+        "kpmatch_place": (None, [size, size, *5 * [address]]),
+        "kpmatch_motion_equations": (None, [size, size, *3 * [address], number, *4 * [address]]),
     }
     return compiled_library.open_library(path, _VERSION, functions, "NumPy")
 
@@ -77,12 +100,8 @@ def align(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The members of the Alignment that patches.align returns. Patches are compared at places (2, 85)."""
     assert _library is not None
-    count, (height, width) = len(points), image.shape
-    if max(height, width) > _LONGEST_SIDE:
-        raise ValueError(f"an image of {width}x{height} pixels has a side of more than {_LONGEST_SIDE}")
+    count, (height, width) = _patches(image, places, points)
     _check(patches, (count, _PATCH))
-    _check(places, (2, _USED))
-    _check(points, (count, 2))
     _check(shapes, (count, 2, 2))
     patches, image, places = (_plain(each, np.float32) for each in (patches, image, places))
     points, shapes = (np.array(each, np.float32, order="C") for each in (points, shapes))
@@ -94,6 +113,26 @@ def align(
     return results
 
 
+def cut(image: np.ndarray, places: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """What patches.cut returns. Places (2, 85) are whole numbers of up to 6 pixels."""
+    assert _library is not None
+    count, (height, width) = _patches(image, places, points)
+    image, places, points = (_plain(each, np.float32) for each in (image, places, points))
+    patches = np.empty((count, _PATCH), np.float32)
+    _library.kpmatch_cut(count, height, width, *map(_address, (image, places, points, patches)))
+    return patches
+
+
+def _patches(image: np.ndarray, places: np.ndarray, points: np.ndarray) -> tuple[int, tuple[int, int]]:
+    """How many points there are, and the image's height and width."""
+    height, width = image.shape
+    if max(height, width) > _LONGEST_SIDE:
+        raise ValueError(f"an image of {width}x{height} pixels has a side of more than {_LONGEST_SIDE}")
+    _check(places, (2, _USED))
+    _check(points, (len(points), 2))
+    return len(points), (height, width)
+
+
 def undistort(distorted: np.ndarray, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What lens.undistort returns, of the polynomial model with eight coefficients."""
     assert _library is not None
@@ -103,6 +142,146 @@ def undistort(distorted: np.ndarray, coefficients: np.ndarray) -> tuple[np.ndarr
     results = np.empty((len(distorted), 2)), np.empty((len(distorted), 2, 2))
     _library.kpmatch_undistort(len(distorted), _address(distorted), _address(coefficients), *map(_address, results))
     return results
+
+
+# What src/flow.c, src/points.c and src/structure.c have of tracks.
+
+
+def follow(
+    pyramid0: Sequence[np.ndarray],
+    pyramid1: Sequence[np.ndarray],
+    points: np.ndarray,
+    start: np.ndarray,
+    window: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where points (T, 2) of one image are in another, (T, 2), and which are found (T,), as OpenCV's optical flow.
+
+    Each image is a pyramid: its levels, uint8, the largest first, of the same sizes both. A window has a side of 13 or
+    21 pixels.
+    """
+    assert _library is not None
+    count, sides = len(points), np.array([each.shape for each in pyramid0], np.int64)
+    if window not in (13, 21):
+        raise ValueError(f"a window of {window} pixels")
+    if not 1 <= len(sides) <= _MOST_LEVELS or len(sides) != len(pyramid1) or sides.min() < 1:
+        raise ValueError(f"pyramids of {len(pyramid0)} and {len(pyramid1)} levels, {sides.tolist()}")
+    for each, shape in zip((*pyramid0, *pyramid1), (*sides, *sides)):
+        _check(each, tuple(shape))
+    _check(points, (count, 2))
+    _check(start, (count, 2))
+    levels = [[_plain(each, np.uint8) for each in pyramid] for pyramid in (pyramid0, pyramid1)]
+    images: list[np.ndarray] = [sides, *(np.array([*map(_address, pyramid)], np.uintp) for pyramid in levels)]
+    points, moved, found = _plain(points, np.float32), np.array(start, np.float32, order="C"), np.empty(count, bool)
+    results = [_address(each) for each in (points, moved, found)]
+    _library.kpmatch_follow(len(sides), *[_address(each) for each in images], window, count, *results)
+    return moved, found
+
+
+def nearest(points: np.ndarray, others: np.ndarray, furthest: float) -> tuple[np.ndarray, np.ndarray]:
+    """How far the nearest of others (M, 2) is from each of the points (N, 2), and which; inf and M if not so near."""
+    assert _library is not None
+    count, most, (points, others) = len(points), len(others), map(_columns, (points, others))
+    distances, which = np.empty(count), np.empty(count, np.int64)
+    found = _address(distances), _address(which)
+    _library.kpmatch_nearest(count, _address(points), most, _address(others), furthest, *found)
+    return distances, which
+
+
+def first_of_each_place(points: np.ndarray, distance: float, ages: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Which points (T, 2) stay if of two that are so near only one does: of the lower age, then the higher score."""
+    assert _library is not None
+    count, stay = len(points), np.empty(len(points), bool)
+    _check(ages, (count,))
+    _check(scores, (count,))
+    points, ages, scores = _columns(points), _plain(ages, np.uint64), _plain(scores, np.float32)
+    _library.kpmatch_first_of_each_place(
+        count, _address(points), distance, _address(ages), _address(scores), _address(stay)
+    )
+    return stay
+
+
+def neighbours(
+    points: np.ndarray, own: np.ndarray, others: np.ndarray, moves: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """How the neighbours of points (R, 2) among others (M, 2) move (R, 2), and by how much they disagree (R,).
+
+    Args:
+        points: the points.
+        own: (R,) bool which of them are among the others.
+        others: at least 8.
+        moves: (M, 2) of the others.
+    """
+    assert _library is not None
+    count, most = len(points), len(others)
+    _check(own, (count,))
+    _check(moves, (most, 2))
+    if most < 8:
+        raise ValueError(f"{most} points are too few neighbours")
+    given: list[np.ndarray] = [_columns(points), _plain(own, np.bool_), _columns(others), _columns(moves)]
+    results = np.empty((count, 2), np.float32), np.empty(count, np.float32)
+    first, last = ([_address(each) for each in part] for part in (given[:2], (*given[2:], *results)))
+    _library.kpmatch_neighbours(count, *first, most, *last)
+    return results
+
+
+def largest_elsewhere(numbers: np.ndarray, points: np.ndarray, places: np.ndarray, distance: float) -> np.ndarray:
+    """The largest number of each row (R, N), -1 at least, of points (N, 2) that are not so near to its place (R, 2)."""
+    assert _library is not None
+    rows, count = len(places), len(points)
+    _check(numbers, (rows, count))
+    numbers, points, places = _plain(numbers, np.float32), _columns(points), _columns(places)
+    largest = np.empty(rows, np.float32)
+    addresses = map(_address, (numbers, points, places))
+    _library.kpmatch_largest_elsewhere(rows, count, *addresses, distance, _address(largest))
+    return largest
+
+
+def triangulate(
+    cameras: Window, rays: np.ndarray, reference: int, prior: np.ndarray | float, information: np.ndarray | float
+) -> np.ndarray:
+    """The last row of what structure.triangulate returns."""
+    assert _library is not None
+    frames, count, seen = _rays(cameras, rays)
+    if not -frames <= reference < frames:
+        raise ValueError(f"frame {reference} of {frames}")
+    expected = [_plain(np.broadcast_to(each, count), np.float32) for each in (prior, information)]
+    inverse, reference = np.empty(count, np.float32), reference % frames
+    _library.kpmatch_triangulate(frames, count, *map(_address, seen), reference, *map(_address, (*expected, inverse)))
+    return inverse
+
+
+def place(cameras: Window, spots: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The spots, squares and freedom of what Structure.place returns."""
+    assert _library is not None
+    frames, count, seen = _rays(cameras, rays)
+    _check(spots, (3, count))
+    results = np.array(spots, np.float32, order="C"), np.empty(count, np.float32), np.empty(count, np.int64)
+    _library.kpmatch_place(frames, count, *map(_address, (*seen, *results)))
+    return results
+
+
+def motion_equations(
+    cameras: Window, spots: np.ndarray, rays: np.ndarray, cutoff: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What structure.motion_equations returns."""
+    assert _library is not None
+    frames, count, seen = _rays(cameras, rays)
+    _check(spots, (3, count))
+    spots = _plain(spots, np.float32)
+    results = np.empty((6, 6)), np.empty(6), np.empty((3, count), np.float32), np.empty((3, 6, count), np.float32)
+    addresses = [_address(each) for each in results]
+    _library.kpmatch_motion_equations(frames, count, *map(_address, (*seen, spots)), cutoff, *addresses)
+    return results
+
+
+def _rays(cameras: Window, rays: np.ndarray) -> tuple[int, int, tuple[np.ndarray, np.ndarray]]:
+    """How many frames, and points, and the cameras (F, 12) and rays (F, 2, T) as C reads them."""
+    frames, count = len(rays), rays.shape[-1]
+    _check(rays, (frames, 2, count))
+    _check(cameras.rotations, (frames, 3, 3))
+    _check(cameras.translations, (frames, 3))
+    both = np.concatenate([cameras.rotations.reshape(frames, 9), cameras.translations], axis=1)
+    return frames, count, (_plain(both, np.float32), _plain(rays, np.float32))
 
 
 # What src/two_view*.c have of the motion of two views. `columns` (4, 3, n) are those of Matches, a rotation (3, 3) and
@@ -252,6 +431,12 @@ def _plain(values: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
     if type(values) is np.ndarray and values.dtype.type is dtype and values.dtype.isnative and values.flags.carray:
         return values  # as most are
     return np.require(values, dtype, ["C_CONTIGUOUS", "ALIGNED", "ENSUREARRAY"])
+
+
+def _columns(points: np.ndarray) -> np.ndarray:
+    """Points (N, 2) as C reads them: (2, N) float32."""
+    _check(points, (len(points), 2))
+    return _plain(points.T, np.float32)
 
 
 def _address(values: np.ndarray) -> int:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property, partial
 
 import cv2
 import numpy as np
 from scipy.spatial import cKDTree
 
+from kpmatch_ros.geometry import compiled
 from kpmatch_ros.geometry.patches import inside, inverse
 
-__all__ = ["Neighbours", "flow_far", "flow_forth_and_back", "flow_near", "tree"]
+__all__ = ["Neighbours", "flow_far", "flow_forth_and_back", "flow_near", "pyramid", "tree"]
 
 tree = partial(cKDTree, balanced_tree=False, compact_nodes=False)
 """A tree of points (T, 2), built quickly: each is asked but once."""
@@ -29,6 +31,14 @@ _RIDGE = 10.0  # square pixels: neighbours err by a pixel, and a deformation is 
 _LARGEST_DEFORMATION = 3.0  # of a length
 
 
+def pyramid(image: np.ndarray) -> list[np.ndarray]:
+    """An image, uint8 (H, W), and after it smaller and smaller ones: made once, for all that is followed."""
+    levels = [image]
+    for _ in range(_LEVELS):
+        levels.append(cv2.pyrDown(levels[-1]))
+    return levels
+
+
 def flow_near(
     image0: np.ndarray, image1: np.ndarray, points: np.ndarray, start: np.ndarray, furthest: float
 ) -> np.ndarray:
@@ -37,28 +47,34 @@ def flow_near(
     Returns:
         (T, 2) float32 pixels; the start where nothing is found within so many pixels of it.
     """
-    moved, there = _lucas_kanade(image0, image1, points, start, _WINDOW, 0)
+    moved, there = _lucas_kanade([image0], [image1], points, start, _WINDOW)
     there &= np.linalg.norm(moved - start, axis=1) < furthest
     return np.where(there[:, None], moved, start).astype(np.float32)
 
 
-def flow_far(image0: np.ndarray, image1: np.ndarray, points: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Follow points (T, 2) of image 0 into image 1, in a pyramid, from a start (T, 2); (T, 2) float32 pixels."""
-    moved, there = _lucas_kanade(image0, image1, points, start, _WINDOW, _LEVELS)
+def flow_far(
+    pyramid0: Sequence[np.ndarray], pyramid1: Sequence[np.ndarray], points: np.ndarray, start: np.ndarray
+) -> np.ndarray:
+    """Follow points (T, 2) of image 0 into image 1, by their pyramids, from a start (T, 2); (T, 2) float32 pixels."""
+    moved, there = _lucas_kanade(pyramid0, pyramid1, points, start, _WINDOW)
     return np.where(there[:, None], moved, start).astype(np.float32)
 
 
 def flow_forth_and_back(
-    image0: np.ndarray, image1: np.ndarray, points: np.ndarray, start: np.ndarray, furthest: np.ndarray
+    pyramid0: Sequence[np.ndarray],
+    pyramid1: Sequence[np.ndarray],
+    points: np.ndarray,
+    start: np.ndarray,
+    furthest: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """As :func:`flow_far`, with a wider window, and (T,) bool which points lead back to where they began.
 
     Points that move further (T,) than so many pixels from the start do not.
     """
-    moved, there = _lucas_kanade(image0, image1, points, start, _WIDE_WINDOW, _LEVELS)
-    there &= inside(moved, image1)
+    moved, there = _lucas_kanade(pyramid0, pyramid1, points, start, _WIDE_WINDOW)
+    there &= inside(moved, pyramid1[0])
     there &= np.linalg.norm(moved - start, axis=1) < furthest
-    back, here = _lucas_kanade(image1, image0, moved[there], points[there], _WIDE_WINDOW, _LEVELS)
+    back, here = _lucas_kanade(pyramid1, pyramid0, moved[there], points[there], _WIDE_WINDOW)
     there[there] = here & (np.linalg.norm(back - points[there], axis=1) < _FORTH_AND_BACK)
     return moved, there
 
@@ -76,16 +92,20 @@ class Neighbours:
         self._moves = (targets - points)[self._known]
 
     @cached_property
-    def _tree(self) -> cKDTree | None:
-        return tree(self._points[self._known]) if len(self._moves) > _NEIGHBOURS else None
+    def _tree(self) -> cKDTree:
+        return tree(self._points[self._known])
 
     def expect(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(R, 2) float32 where some of the points (R,) are in image 1, and (R,) how far neighbours disagree, pixels.
 
         The same place and infinity where too few neighbours are known.
         """
-        if self._tree is None:
+        if len(self._moves) <= _NEIGHBOURS:
             return self._points[rows], np.full(len(rows), np.inf)
+        if compiled.available():
+            own, others = self._known[rows], self._points[self._known]
+            middle, spread = compiled.neighbours(self._points[rows], own, others, self._moves)
+            return (self._points[rows] + middle).astype(np.float32), np.maximum(spread, _SMALLEST_SPREAD)
         _, near = self._tree.query(self._points[rows], k=_NEIGHBOURS + 1)
         near = np.where(self._known[rows, None], near[:, 1:], near[:, :-1])  # the nearest of a known one is itself
         moves, half = self._moves[near], _NEIGHBOURS // 2
@@ -100,7 +120,7 @@ class Neighbours:
         too few neighbours are known, or they contradict each other so that they tell of a mirror or a point.
         """
         shapes = np.tile(np.eye(2, dtype=np.float32), (len(rows), 1, 1))
-        if self._tree is None or len(self._moves) < _SURROUNDING or len(rows) == 0:
+        if len(self._moves) < _SURROUNDING or len(rows) == 0:
             return shapes
         # Arrays are (..., neighbours, R): many points at once, each of which has little to compute.
         _, near = self._tree.query(self._points[rows], k=_SURROUNDING)
@@ -128,11 +148,19 @@ class Neighbours:
 
 
 def _lucas_kanade(
-    image0: np.ndarray, image1: np.ndarray, points: np.ndarray, start: np.ndarray, window: int, levels: int
+    pyramid0: Sequence[np.ndarray],
+    pyramid1: Sequence[np.ndarray],
+    points: np.ndarray,
+    start: np.ndarray,
+    window: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(T, 2) float32 pixels, and (T,) bool which were found."""
     if not len(points):
         return np.array(start, np.float32), np.zeros(0, bool)
+    image0, image1 = pyramid0[0], pyramid1[0]
+    if compiled.available() and image0.shape == image1.shape:
+        levels = 1 + sum(min(each.shape) > window for each in pyramid0[1:])  # as OpenCV has it
+        return compiled.follow(pyramid0[:levels], pyramid1[:levels], points, start, window)
     if image0.shape != image1.shape:  # OpenCV wants one size
         height, width = np.maximum(image0.shape, image1.shape)
         image0, image1 = (
@@ -145,7 +173,7 @@ def _lucas_kanade(
         np.ascontiguousarray(points, np.float32).reshape(-1, 1, 2),
         np.array(start, np.float32, order="C").reshape(-1, 1, 2),
         winSize=(window, window),
-        maxLevel=levels,
+        maxLevel=len(pyramid0) - 1,
         criteria=_STOP,
         flags=cv2.OPTFLOW_USE_INITIAL_FLOW,
     )

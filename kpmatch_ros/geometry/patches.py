@@ -94,8 +94,15 @@ def cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
     These are the pixels, less their mean, their gradients, their Laplacians, less their mean, and the equations of an
     affine change and of a shift.
     """
+    if compiled.available():
+        return compiled.cut(image, _PLACES[1:], points)
+    return _cut(image, points)
+
+
+def _cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """The same by NumPy: a change here is one of src/geometry.c, too."""
     if len(points) > _CUT_BLOCK:
-        return np.concatenate([cut(image, points[block]) for block in _blocks(len(points), _CUT_BLOCK)])
+        return np.concatenate([_cut(image, points[block]) for block in _blocks(len(points), _CUT_BLOCK)])
     wide = _sample(image, points[:, :1] + _WIDE_X, points[:, 1:] + _WIDE_Y)
     middle, left, right, above, below = (wide.take(_USED + i, axis=1) for i in (0, -1, 1, -_WIDE, _WIDE))
     template, across, down = _centred(middle), (right - left) / 2, (below - above) / 2

@@ -14,9 +14,10 @@ import cv2
 import numpy as np
 from scipy.special import chdtri
 
+from kpmatch_ros.geometry import compiled
 from kpmatch_ros.geometry.robust import TINY
 
-__all__ = ["FRAMES", "Structure", "Window", "project", "triangulate"]
+__all__ = ["FRAMES", "Structure", "Window", "motion_equations", "place", "project", "triangulate"]
 
 FRAMES = 8
 """Most frames that are looked back at."""
@@ -101,30 +102,19 @@ class Structure:
         translation = translation * _length(triangulate(window, part[:-1]), part, rotation, translation)
         cameras = window.join(rotation, translation)
         spots = triangulate(cameras, part, reference=-2)
-        freedom = _freedom(part)
         for _ in range(_ITERATIONS):
-            normal = _Normal.of(cameras, spots, part)
-            mean = normal.squares / (noise * noise * freedom)
-            step, moved = normal.steps(1 / (1 + mean / _CUTOFF) ** 2)
-            spots = spots + moved
+            whole, slope, steps, carried = motion_equations(cameras, spots, part, _CUTOFF * noise * noise)
+            step = -np.linalg.lstsq(whole, slope, rcond=1e-9)[0]
+            spots = spots + steps - np.einsum("act,c->at", carried, step)
             rotation = cv2.Rodrigues(step[:3].reshape(3, 1))[0] @ rotation
             translation = translation + step[3:]
             cameras = window.join(rotation, translation)
-        found = cls(cameras, spots, normal.squares, freedom, noise).place(triangulate(cameras, rays, -2), rays)
+        found = place(cameras, triangulate(cameras, rays, -2), rays, noise)
         long = found.freedom > 1
         if long.any():
             relative = found.squares[long] / _quantiles(0.5)[found.freedom[long]]
             found = replace(found, noise=max(noise, float(np.sqrt(np.median(relative)))))
         return found
-
-    def place(self, spots: np.ndarray, rays: np.ndarray) -> Structure:
-        """Other points, which are near spots (3, S), fitted to rays (F, 2, S) of the same cameras."""
-        normal = _Normal.of(self.cameras, spots, rays)
-        step = normal.points_step(normal.gradient)
-        # The residuals are all but linear so near to the points. Far from them rounding may leave less than nothing.
-        squares = normal.squares + np.einsum("at,at->t", normal.gradient, step)
-        squares = np.where(squares < 0, normal.squares, squares)
-        return replace(self, spots=spots + step, squares=squares, freedom=_freedom(rays))
 
     def select(self, chosen: np.ndarray) -> Structure:
         """The points that a mask (T,) names."""
@@ -134,6 +124,18 @@ class Structure:
     def contradicts(self, false_alarms: float) -> np.ndarray:
         """(T,) bool which tracks no point explains: of those that one does, this is said of so large a part."""
         return np.asarray(self.squares > self.noise**2 * _quantiles(false_alarms)[self.freedom])
+
+
+def place(cameras: Window, spots: np.ndarray, rays: np.ndarray, noise: float) -> Structure:
+    """Points that are near spots (3, S), fitted to rays (F, 2, S) of these cameras, with such noise."""
+    if compiled.available() and rays.dtype == np.float32:
+        return Structure(cameras, *compiled.place(cameras, spots, rays), noise)
+    normal = _Normal.of(cameras, spots, rays)
+    step = normal.points_step(normal.gradient)
+    # The residuals are all but linear so near to the points. Far from them rounding may leave less than nothing.
+    squares = normal.squares + np.einsum("at,at->t", normal.gradient, step)
+    squares = np.where(squares < 0, normal.squares, squares)
+    return Structure(cameras, spots + step, squares, _freedom(rays), noise)
 
 
 def triangulate(
@@ -153,6 +155,8 @@ def triangulate(
         information: (T,) the noise's variance over that of the expected 1/z.
     """
     x, y = rays[reference]
+    if compiled.available() and rays.dtype == np.float32:
+        return np.stack([x, y, compiled.triangulate(cameras, rays, reference, prior, information)])
     known, seen = _known(rays)
     cameras = cameras.like(rays)
     turned = cameras.rotations @ np.stack([x, y, np.ones_like(x)])
@@ -160,6 +164,29 @@ def triangulate(
     apart = seen * turned[:, 2:] - turned[:, :2]
     top, bottom = np.einsum("fit,fit->t", along, apart), np.einsum("fit,fit->t", along, along)
     return np.stack([x, y, (top + prior * information) / np.maximum(bottom + information, TINY)])
+
+
+def motion_equations(
+    cameras: Window, spots: np.ndarray, rays: np.ndarray, cutoff: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Normal equations of the last camera's motion, the points eliminated.
+
+    The motion is a turn about the camera's axes before the translation, and the translation.
+
+    Args:
+        cameras: of F frames.
+        spots: (3, T) the points.
+        rays: (F, 2, T) where they were seen, NaN where they were not.
+        cutoff: of a point's mean square, beyond which it has less to say.
+
+    Returns:
+        Their matrix (6, 6) and right side (6,), the steps of the points (3, T) by themselves, and what these change by
+        with the motion (3, 6, T): steps less changes times the motion's step are those of all together.
+    """
+    if compiled.available() and rays.dtype == np.float32:
+        return compiled.motion_equations(cameras, spots, rays, cutoff)
+    normal = _Normal.of(cameras, spots, rays)
+    return normal.of_motion(1 / (1 + normal.squares / (cutoff * _freedom(rays))) ** 2)
 
 
 def _known(rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -245,11 +272,8 @@ class _Normal(NamedTuple):
             inverse_depth=inverse,
         )
 
-    def steps(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Gauss-Newton steps of the last camera (6,) and of the points (3, T), by weights (T,) of the points.
-
-        The camera's is a turn about its axes before the translation, and the translation.
-        """
+    def of_motion(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What :func:`motion_equations` returns, by weights (T,) of the points."""
         # What is fitted behind a camera has no inverse, and nothing to say of the motion.
         weights = weights * (self.inverse[0, 0] > 0)
         x, y, z = self.turned
@@ -263,12 +287,11 @@ class _Normal(NamedTuple):
         )
         last = (moves[:2] - self.where[:, None] * moves[2]) * self.nearness  # (2, 6, T)
         mixed = np.einsum("iat,ict->act", self.jacobian, last)
-        carried = np.einsum("abt,bct->act", self.inverse, mixed) * weights
-        weighted = last * weights
+        changes = np.einsum("abt,bct->act", self.inverse, mixed)
+        carried, weighted = changes * weights, last * weights
         whole = np.einsum("ict,idt->cd", last, weighted) - np.einsum("act,adt->cd", mixed, carried)
         slope = np.einsum("ict,it->c", weighted, self.residuals) - np.einsum("act,at->c", carried, self.gradient)
-        step = -np.linalg.lstsq(whole, slope, rcond=1e-9)[0]
-        return step, self.points_step(self.gradient + np.einsum("act,c->at", mixed, step))
+        return whole, slope, self.points_step(self.gradient), changes
 
     def points_step(self, slope: np.ndarray) -> np.ndarray:
         """(3, T) Gauss-Newton step of the points by the slope (3, T) of half the squares."""

@@ -1,0 +1,195 @@
+"""What is compiled of tracks gives what NumPy and OpenCV give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from compiled_geometry import needed, with_numpy
+from track_fuzz import call_with_hostile_tracks, scene_of, views_of
+
+from kpmatch_ros.geometry import compiled, flow
+from kpmatch_ros.geometry.patches import cut, signed
+from kpmatch_ros.geometry.structure import Structure, Window, motion_equations, place, triangulate
+from kpmatch_ros.track_bank import apart, attach, first_of_each_place
+from kpmatch_ros.track_memory import largest_elsewhere
+
+
+def close(ours: Any, numpys: Any, tolerance: float) -> None:
+    """Both are alike, but for this part of the largest number of each array."""
+    ours, numpys = np.asarray(ours), np.asarray(numpys)
+    assert ours.shape == numpys.shape
+    np.testing.assert_allclose(ours, numpys, rtol=tolerance, atol=tolerance * np.abs(numpys).max(initial=0))
+
+
+@needed
+def test_points_of_a_scene_are_placed_as_numpy_places_them() -> None:
+    for seed in range(200):
+        random = np.random.default_rng(seed)
+        cameras, spots, rays = scene_of(random)
+        expected = random.uniform(0, 0.3, spots.shape[1]), random.uniform(0, 1, spots.shape[1])
+        for arguments in ((cameras, rays, -2), (cameras, rays, -2, *expected)):
+            ours, numpys = triangulate(*arguments), with_numpy(triangulate, *arguments)
+            # Where nothing but a standing camera's noise tells of a depth, less than all of it is sure.
+            close(ours, numpys, 1e-3)
+        # Of float32's rounding a small determinant leaves little: of 1/z times the noise of a ray.
+        ours, numpys = (call(place, cameras, spots, rays, 1e-3) for call in (lambda f, *a: f(*a), with_numpy))
+        assert np.array_equal(ours.freedom, numpys.freedom)
+        close(ours.squares, numpys.squares, 1e-3)
+
+
+@needed
+def test_equations_of_the_motion_are_those_of_numpy() -> None:
+    for seed in range(200):
+        cameras, spots, rays = scene_of(np.random.default_rng(seed))
+        arguments = cameras, spots, rays, 1e-6
+        ours, numpys = motion_equations(*arguments), with_numpy(motion_equations, *arguments)
+        for one, other in zip(ours, numpys):
+            close(one, other, 1e-3)
+
+
+@needed
+def test_a_structure_is_that_of_numpy() -> None:
+    for seed in range(50):
+        cameras, _, rays = scene_of(np.random.default_rng(seed))
+        if rays.shape[2] < 20 or len(rays) < 4 or not cameras.translations.any():
+            continue  # two frames do not tell how long a translation is
+        window = Window(cameras.rotations[:-1], cameras.translations[:-1])
+        motion = cameras.rotations[-1].T, -cameras.rotations[-1].T @ cameras.translations[-1]
+        ours, numpys = Structure.of(window, rays, motion, 1e-3), with_numpy(Structure.of, window, rays, motion, 1e-3)
+        close(ours.cameras.rotations, numpys.cameras.rotations, 1e-5)
+        close(ours.cameras.translations, numpys.cameras.translations, 1e-3)
+        assert ours.noise == pytest.approx(numpys.noise, rel=1e-3)
+        assert (ours.contradicts(0.05) == numpys.contradicts(0.05)).mean() > 0.98
+
+
+@needed
+def test_optical_flow_is_that_of_opencv() -> None:
+    steps: list[np.ndarray] = []
+    for seed in range(300):
+        one, other, points, start = views_of(np.random.default_rng(seed))
+        furthest = np.full(len(points), 5.0)
+        for call, arguments in (
+            (flow.flow_near, (one[0], other[0], points, start, 3.0)),
+            (flow.flow_far, (one, other, points, start)),
+            (flow.flow_forth_and_back, (one, other, points, start, furthest)),
+        ):
+            ours, opencvs = call(*arguments), with_numpy(call, *arguments)
+            if call is flow.flow_forth_and_back:
+                (ours, there), (opencvs, too) = ours, opencvs
+                assert (there != too).sum() <= 1
+                ours, opencvs = ours[there & too], opencvs[there & too]
+            assert ours.dtype == opencvs.dtype and ours.shape == opencvs.shape
+            steps.append(np.abs(ours - opencvs).ravel())
+    assert sum(map(len, steps[2::3])) > 1000
+    # Sums of integers in another order: what ends a step sooner or later ends within two hundredths of a pixel.
+    each = np.concatenate(steps)
+    assert np.median(each) < 1e-5 and np.percentile(each, 99.5) < 2e-3 and (each > 0.03).mean() < 2e-3
+
+
+@needed
+def test_images_of_two_sizes_are_followed_by_opencv() -> None:
+    random = np.random.default_rng(0)
+    image = random.integers(0, 256, (60, 80)).astype(np.uint8)
+    pyramids = flow.pyramid(image), flow.pyramid(image[:50])
+    points = random.uniform(10, 40, (20, 2)).astype(np.float32)
+    assert np.array_equal(
+        flow.flow_far(*pyramids, points, points), with_numpy(flow.flow_far, *pyramids, points, points)
+    )
+
+
+@needed
+def test_patches_are_cut_as_numpy_cuts_them() -> None:
+    for seed in range(100):
+        (image, *_), _, points, _ = views_of(np.random.default_rng(seed))
+        ours, numpys = cut(signed(image), points), with_numpy(cut, signed(image), points)
+        assert ours.dtype == numpys.dtype and ours.shape == numpys.shape
+        ends = np.cumsum([0, 85, 85, 85, 85, 36, 6, 6, 2, 6, 6, 1, 4, 2, 2, 1])
+        for begin, end in zip(ends, ends[1:]):  # each kind of number has its own size
+            close(ours[:, begin:end], numpys[:, begin:end], 2e-3)
+
+
+def scattered(random: np.random.Generator, count: int) -> np.ndarray:
+    """Points (N, 2), half of them on a grid."""
+    points = random.uniform(0, random.choice([8.0, 200.0]), (count, 2))
+    points[::2] = points[::2].round()
+    return points.astype(np.float32)
+
+
+@needed
+def test_what_is_near_is_what_trees_find() -> None:
+    for seed in range(300):
+        random = np.random.default_rng(seed)
+        points, others = (scattered(random, count) for count in random.integers(1, 150, 2))
+        for distance in (1.0, 4.0):
+            ours, trees = apart(points, others, distance), with_numpy(apart, points, others, distance)
+            assert np.array_equal(ours, trees)
+        detected = np.where(random.random(len(points)) < 0.3, random.integers(0, len(others), len(points)), -1)
+        ours, trees = attach(points, detected, others), with_numpy(attach, points, detected, others)
+        nearest = [np.linalg.norm(points - others[each], axis=1)[each >= 0] for each in (ours, trees)]
+        assert np.array_equal(*nearest) or len(np.unique(others, axis=0)) < len(others)  # which of two at one place
+        ids = random.integers(0, 40, len(points)).astype(np.uint64)
+        scores = random.integers(0, 4, len(points)).astype(np.float32)
+        ours, trees = (call(first_of_each_place, points, ids, scores) for call in (lambda f, *a: f(*a), with_numpy))
+        assert np.array_equal(ours, trees)
+
+
+@needed
+def test_neighbours_say_what_they_say_to_numpy() -> None:
+    for seed in range(300):
+        random = np.random.default_rng(seed)
+        points = random.uniform(0, 300, (int(random.integers(1, 200)), 2)).astype(np.float32)
+        targets = points + random.normal(3, random.choice([0.0, 0.5, 20.0]), points.shape).astype(np.float32)
+        targets[random.random(len(points)) < random.choice([0.0, 0.3, 1.0])] = np.nan
+        rows = random.integers(0, len(points), 50)
+        neighbours = flow.Neighbours(points, targets)
+        for ours, numpys in zip(neighbours.expect(rows), with_numpy(neighbours.expect, rows)):
+            assert ours.shape == numpys.shape
+            np.testing.assert_allclose(ours, numpys, rtol=1e-5, atol=1e-4)
+
+
+@needed
+def test_rivals_of_keypoints_are_those_of_numpy() -> None:
+    for seed in range(100):
+        random = np.random.default_rng(seed)
+        count, rows = random.integers(1, 200, 2)
+        similar, points = random.uniform(-1, 1, (rows, count)).astype(np.float32), scattered(random, count)
+        keypoints = random.integers(0, count, rows)
+        numpys = with_numpy(largest_elsewhere, similar.copy(), points, keypoints)
+        assert np.array_equal(largest_elsewhere(similar, points, keypoints), numpys)
+
+
+@needed
+def test_hostile_tracks_do_no_harm() -> None:
+    for seed in range(200):
+        with np.errstate(all="ignore"):
+            call_with_hostile_tracks(np.random.default_rng(seed))
+
+
+IMAGE, POINTS = np.zeros((9, 9), np.uint8), np.zeros((1, 2), np.float32)
+
+
+@needed
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: compiled.follow([], [], POINTS, POINTS, 13),
+        lambda: compiled.follow([IMAGE], [IMAGE[1:]], POINTS, POINTS, 13),
+        lambda: compiled.follow([IMAGE, IMAGE], [IMAGE], POINTS, POINTS, 13),
+        lambda: compiled.follow([IMAGE], [IMAGE], POINTS, POINTS[:0], 13),
+        lambda: compiled.follow([IMAGE], [IMAGE], POINTS, POINTS, 15),
+        lambda: compiled.nearest(POINTS, POINTS[:, :1], 1.0),
+        lambda: compiled.first_of_each_place(POINTS, 1.0, np.zeros(2), np.zeros(1)),
+        lambda: compiled.neighbours(POINTS, np.zeros(1, bool), np.zeros((7, 2)), np.zeros((7, 2))),
+        lambda: compiled.largest_elsewhere(np.zeros((1, 2)), POINTS, POINTS, 1.0),
+        lambda: compiled.place(Window.start(), np.zeros((3, 4)), np.zeros((2, 2, 4))),
+        lambda: compiled.place(Window.start(), np.zeros((3, 5)), np.zeros((1, 2, 4))),
+        lambda: compiled.triangulate(Window.start(), np.zeros((1, 2, 4)), 1, 0.0, 0.0),
+        lambda: compiled.cut(np.zeros((20, 2**15)), np.zeros((2, 85)), POINTS),
+    ],
+)
+def test_arrays_that_do_not_belong_together_are_refused(call: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match=r"shape|levels|window|frame|side|few"):
+        call()
