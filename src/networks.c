@@ -1,6 +1,8 @@
 /* Whether the compiled networks are for this package and can run on this processor. */
 #include <stdint.h>
 
+#include "target.h"
+
 /* Changes with the arguments or the meaning of a function. compiled.py loads no library with another number. */
 #define VERSION 3
 
@@ -9,8 +11,7 @@ enum { NOTHING, VECTORS, TILES };
 
 int kpmatch_version(void) { return VERSION; }
 
-/* As networks.h. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#ifdef KPMATCH_COMPILES
 
 #include <cpuid.h>
 #include <sys/syscall.h>

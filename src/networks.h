@@ -1,14 +1,15 @@
 /* What the compiled networks share, for x86-64 with AVX-512 and bfloat16: products of matrices, and threads.
  *
- * It defines KPMATCH_COMPILES where the compiler and the system are such that there is something to compile.
+ * KPMATCH_COMPILES is defined where there is something to compile.
  */
 #ifndef KPMATCH_NETWORKS_H
 #define KPMATCH_NETWORKS_H
 
 #include <stdint.h>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
-#define KPMATCH_COMPILES
+#include "target.h"
+
+#ifdef KPMATCH_COMPILES
 
 #include <math.h>
 #include <stddef.h>
