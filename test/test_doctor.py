@@ -16,6 +16,8 @@ import kpmatch_ros
 from kpmatch_ros import weights
 from kpmatch_ros.cli import doctor
 from kpmatch_ros.cli.doctor import FAIL, OK, WARN, Finding
+from kpmatch_ros.geometry import compiled as compiled_geometry
+from kpmatch_ros.models import compiled as compiled_networks
 from kpmatch_ros.weights import sources
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,6 +192,28 @@ def test_a_gpu_that_pytorch_does_not_use_is_worth_a_warning(
     monkeypatch.setattr(torch.version, "cuda", built_for)
     finding = doctor.check_gpu(torch)
     assert finding.level == WARN and remedy in finding.remedy
+
+
+@pytest.mark.parametrize("check", [doctor.check_geometry, doctor.check_compiled_networks])
+def test_a_library_of_another_version_is_worth_a_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, check: Callable[[], Any]
+) -> None:
+    for module in (compiled_geometry, compiled_networks):
+        monkeypatch.setattr(module, "LIBRARY", tmp_path / "old.so")
+        monkeypatch.setattr(module, "available", lambda: False)
+    monkeypatch.setattr(compiled_networks, "transforms", lambda: False)
+    (finding,) = check()
+    assert finding.level == OK and "built by colcon and pip" in finding.text
+    (tmp_path / "old.so").touch()
+    (finding,) = check()
+    assert finding.level == WARN and "old.so does not fit" in finding.text and "build" in finding.remedy
+
+
+def test_a_processor_that_the_compiled_networks_are_not_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_networks, "transforms", lambda: True)
+    monkeypatch.setattr(compiled_networks, "available", lambda: False)
+    (finding,) = doctor.check_compiled_networks()
+    assert finding.level == OK and "AVX-512" in finding.text
 
 
 def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

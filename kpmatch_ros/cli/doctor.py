@@ -182,12 +182,7 @@ def check_geometry() -> Iterator[Finding]:
         from kpmatch_ros.geometry import compiled
     except Exception:  # noqa: BLE001 (as for OpenCV, which has said so)
         return
-    if compiled.available():
-        yield Finding(OK, "geometry", f"compiled, {compiled.LIBRARY.name}")
-    elif compiled.LIBRARY.exists():
-        yield Finding(WARN, "geometry", f"NumPy, {compiled.LIBRARY} does not fit", "build the package again")
-    else:
-        yield Finding(OK, "geometry", "NumPy: the compiled part, which takes less time, is built by colcon and pip")
+    yield _compiled_part("geometry", compiled, "NumPy")
 
 
 def check_compiled_networks() -> Iterator[Finding]:
@@ -196,13 +191,20 @@ def check_compiled_networks() -> Iterator[Finding]:
         from kpmatch_ros.models import compiled
     except Exception:  # noqa: BLE001 (as for PyTorch, of which it is said)
         return
-    if compiled.available():
-        yield Finding(OK, "networks", f"compiled, {compiled.LIBRARY.name}, on the processor")
-    elif compiled.transforms():
+    if compiled.transforms() and not compiled.available():
         text = f"compiled, {compiled.LIBRARY.name}, SuperPoint in float32; the rest takes AVX-512 with bfloat16"
         yield Finding(OK, "networks", text)
     else:
-        yield Finding(OK, "networks", "PyTorch: the compiled part, which takes less time, is built by colcon and pip")
+        yield _compiled_part("networks", compiled, "PyTorch", ", on the processor")
+
+
+def _compiled_part(subject: str, compiled: Any, instead: str, where: str = "") -> Finding:
+    """Whether the library of a module is in use, or else what computes in its place."""
+    if compiled.available():
+        return Finding(OK, subject, f"compiled, {compiled.LIBRARY.name}{where}")
+    if compiled.LIBRARY.exists():
+        return Finding(WARN, subject, f"{instead}, {compiled.LIBRARY} does not fit", "build the package again")
+    return Finding(OK, subject, f"{instead}: the compiled part, which takes less time, is built by colcon and pip")
 
 
 def check_pytorch() -> Iterator[Finding]:
