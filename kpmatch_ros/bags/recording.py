@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -21,12 +20,7 @@ import yaml
 from kpmatch_ros.bags import mcap_file, sqlite_file
 from kpmatch_ros.bags.mcap_file import McapFile
 from kpmatch_ros.bags.sqlite_file import SqliteFile
-from kpmatch_ros.bags.storage import Definition, StorageFile, from_zstd, type_name
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
+from kpmatch_ros.bags.storage import Definition, StorageFile, from_zstd, type_name, zstd
 
 __all__ = ["BagError", "Raw", "Recording"]
 

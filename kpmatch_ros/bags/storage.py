@@ -13,7 +13,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-__all__ = ["LARGEST", "Channel", "Definition", "StorageFile", "from_lz4", "from_zstd", "type_name"]
+__all__ = ["LARGEST", "Channel", "Definition", "StorageFile", "from_lz4", "from_zstd", "type_name", "zstd"]
 
 LARGEST = 1 << 30
 """Bytes that a message or a chunk has at most once decompressed. A few kilobytes can become any number of them."""
