@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from kpmatch_ros.models import compiled
 from kpmatch_ros.models.assignment import Assignment, ImageFeatures, common_masks
 from kpmatch_ros.models.base import PretrainedNetwork, rounded_up
 from kpmatch_ros.models.checkpoint import Checkpoint
@@ -147,7 +146,7 @@ class LightGlue(PretrainedNetwork):
         for layer in self.transformer_layers if dtype == torch.bfloat16 else ():
             cast(TransformerLayer, layer).use_compiled()
         for assignment in self.match_assignment_layers:
-            cast(MatchAssignment, assignment).compiled = compiled.available()
+            cast(MatchAssignment, assignment).use_compiled()
         return self
 
     @property

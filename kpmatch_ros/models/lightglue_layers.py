@@ -341,14 +341,15 @@ class MatchAssignment(nn.Module):
     """An assignment from the similarity of every pair and the matchability of every point (eqs. 7 to 9).
 
     Attributes:
-        compiled: find the best pairs on a processor by src/lightglue.c.
+        compiled: finds the best pairs on a processor in place of PyTorch's operators, see :meth:`use_compiled`; None if
+            these do.
     """
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.final_projection = nn.Linear(size, size)
         self.matchability = nn.Linear(size, 1)
-        self.compiled = False
+        self.compiled: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
 
     def forward(self, points0: Points, points1: Points) -> Tensor:
         """Logarithms (B, N0, N1) of the probabilities that two points match; -inf for padding."""
@@ -364,11 +365,15 @@ class MatchAssignment(nn.Module):
     def mutual_matches(self, points0: Points, points1: Points, threshold: float) -> Assignment:
         """The matches of B pairs of images, N0 and N1 at least 1, whose scores exceed a threshold."""
         masked = points0.mask is not None or points1.mask is not None
-        if masked or not self.compiled or not compiled.takes(points0.x):
+        if masked or self.compiled is None or not compiled.takes(points0.x):
             return mutual_matches(self(points0, points1), torch.exp, threshold)
         parts = self._similarity(points0, points1), self._certainty(points0), self._certainty(points1)
-        best0, best1, most0 = (torch.stack(each) for each in zip(*map(compiled.best_pairs, *parts)))
+        best0, best1, most0 = (torch.stack(each) for each in zip(*map(self.compiled, *parts)))
         return mutual_of_best(best0, best1, most0.exp(), threshold)
+
+    def use_compiled(self) -> None:
+        """As :meth:`LightGlue.use_compiled`."""
+        self.compiled = compiled.best_pairs if compiled.available() else None
 
     def _similarity(self, points0: Points, points1: Points) -> Tensor:
         # In float32: a score is a product of four probabilities, and half precision cannot tell the best two apart.
