@@ -21,6 +21,7 @@ class _Mask(NamedTuple):
 
     stamp: int
     item: Any
+    size: int
 
 
 class MaskSynchroniser(Generic[Item]):
@@ -35,6 +36,7 @@ class MaskSynchroniser(Generic[Item]):
         tolerance: largest difference of the two stamps, nanoseconds. It never exceeds half the time between two masks,
             or two images that were processed: at that, the mask might as well be another image's.
         capacity: how many masks of a camera wait at most.
+        memory: how many bytes the masks of a camera have at most while they wait, but for the newest one.
 
     Attributes:
         expected: the cameras, 0 or 1, whose masks somebody sends. Images of others do not wait.
@@ -43,27 +45,40 @@ class MaskSynchroniser(Generic[Item]):
         came_late: of each camera, whether a mask came after its image had gone on without, since one came in time.
     """
 
-    def __init__(self, cameras: int, tolerance: int, capacity: int) -> None:
+    def __init__(self, cameras: int, tolerance: int, capacity: int, memory: int) -> None:
         self.expected: Collection[int] = ()
         self.offset: list[int | None] = [None] * cameras
         self.came_late = [False] * cameras
         self._tolerance = tolerance
-        self._masks: list[deque[_Mask]] = [deque(maxlen=capacity) for _ in range(cameras)]
+        self._capacity, self._memory = capacity, memory
+        self._masks: list[deque[_Mask]] = [deque() for _ in range(cameras)]
         self._taken: list[int | None] = [None] * cameras  # stamp of the last image
         self._given: list[int | None] = [None] * cameras  # stamp of the last mask, of the time before it went back
         self._alone: list[int | None] = [None] * cameras  # that of the last image that went on without a mask
         self._steps: list[deque[int]] = [deque(maxlen=_STEPS) for _ in range(2 * cameras)]  # of images, of masks
         self._changed = threading.Condition()
 
-    def put(self, camera: int, stamp: int, item: Item) -> None:
-        """Add a mask of camera 0 or 1, of a stamp in nanoseconds."""
+    def put(self, camera: int, stamp: int, item: Item, size: int = 0) -> int:
+        """Add a mask of camera 0 or 1, and return how many older ones were let go, as too many wait.
+
+        Args:
+            camera: whose mask it is.
+            stamp: of the mask, nanoseconds.
+            item: the mask.
+            size: its bytes.
+        """
         with self._changed:
             masks, alone = self._masks[camera], self._alone[camera]
             if masks:
                 self._measure(2 * camera + 1, masks[-1].stamp, stamp)
-            masks.append(_Mask(stamp, item))
+            masks.append(_Mask(stamp, item, size))
             self.came_late[camera] |= alone is not None and abs(stamp - alone) <= self._limit(camera)
+            let_go, held = 0, sum(mask.size for mask in masks)
+            while len(masks) > self._capacity or (held > self._memory and len(masks) > 1):
+                held -= masks.popleft().size
+                let_go += 1
             self._changed.notify_all()
+            return let_go
 
     def complete(self, stamps: Sequence[int]) -> bool:
         """Whether no image of a frame, by their stamps, has to wait: its mask is there, or cannot come any more."""
@@ -104,7 +119,7 @@ class MaskSynchroniser(Generic[Item]):
         # Those older than what was given came after it, so they are of images to come, of a time that went back.
         masks = self._masks[camera]
         gone = range(0 if given is None else given, taken)  # and not to `stamp`: one image's may be far off
-        self._masks[camera] = deque((mask for mask in masks if mask.stamp not in gone), masks.maxlen)
+        self._masks[camera] = deque(mask for mask in masks if mask.stamp not in gone)
 
     def _complete(self, stamps: Sequence[int]) -> bool:
         return all(

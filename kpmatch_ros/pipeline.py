@@ -30,12 +30,15 @@ from kpmatch_ros.odometry import Odometry, of_base
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.stereo_sync import StereoSynchroniser
 
-__all__ = ["PATIENCE", "Calibration", "Events", "Pipeline", "caption", "check_odometry"]
+__all__ = ["PATIENCE", "WAITING_MEMORY", "Calibration", "Events", "Pipeline", "caption", "check_odometry"]
 
 # Images of one camera that wait for the other's at most, by the parameter `queue`: all keeps what a busy bag sends.
 _WAITING = {"latest": 10, "all": 100}
 # Masks that wait for their image at most.
 _MASKS = {"latest": 30, "all": 1000}
+WAITING_MEMORY = 2 * 10**9
+"""Bytes of the images that wait to be processed at most, and of the masks that wait for theirs, where none is to be lost
+(`queue: all`): 2,170 colour images of 640 x 480, or 320 of 1920 x 1080. A robot's computer has 4 GB or more."""
 PATIENCE = 1.0
 """Seconds that an image waits for its mask and its camera_info at most where every frame is processed (`queue: all`,
 bags): by then a later one has mostly shown that it does not come, so that the time plays no part and all is the same
@@ -71,7 +74,7 @@ class Events(Protocol):
         """An image's stamp says nothing of its time. The fault is "zero stamps" or "repeated stamps"."""
 
     def mask_fault(self, fault: str, topic: str, explanation: str) -> None:
-        """An image was processed without its mask, or its mask is odd. The fault is short and stable."""
+        """An image was processed without its mask, its mask is odd, or masks meet no image. The fault is stable."""
 
     def pose(self, status: PoseStatus) -> None:
         """A pose was published."""
@@ -144,7 +147,8 @@ class Pipeline:
         self.front_end.reset()
         tolerance = round(parameters.sync_tolerance * 1e9)
         self.synchroniser = StereoSynchroniser(tolerance, _WAITING[parameters.queue])
-        self.masks = MaskSynchroniser(len(self._topics), tolerance, _MASKS[parameters.queue])
+        cameras = len(self._topics)
+        self.masks = MaskSynchroniser(cameras, tolerance, _MASKS[parameters.queue], WAITING_MEMORY // cameras)
         self._odometry = Odometry() if parameters.publish_odometry else None
         self._told_alone = None
         self._stamps = [None] * len(self._topics)
@@ -190,7 +194,10 @@ class Pipeline:
 
     def add_mask(self, side: int, message: Any) -> None:
         """Take over the mask of an image of camera 0 or 1, which may come before the image or after it."""
-        self.masks.put(side, messages.nanoseconds(message.header.stamp), message)
+        let_go = self.masks.put(side, messages.nanoseconds(message.header.stamp), message, len(message.data))
+        if self._parameters.queue == "all":  # otherwise old ones make way for new ones all the time
+            for _ in range(let_go):
+                self._events.mask_fault("masks let go", self._topics[side], self._too_many_masks(side))
 
     def complete(self, received: Sequence[Any]) -> bool:
         """Whether the masks and the camera_infos of a frame's image messages are there, or can no longer come."""
@@ -334,6 +341,14 @@ class Pipeline:
         return (
             f"an image on {self._topics[side]} was processed without a mask: none came within sync_tolerance "
             f"({tolerance:g} s) of its stamp{why}"
+        )
+
+    def _too_many_masks(self, side: int) -> str:
+        room = WAITING_MEMORY / len(self._topics) / 1e9
+        return (
+            f"more than {_MASKS['all']:,} masks for {self._topics[side]} wait, or more than {room:g} GB, and the oldest are "
+            "let go: no image has their stamps, or images are processed more slowly than they come. Stamp each mask as "
+            "its image, or play the bag slower"
         )
 
     def _check_masks(self, result: Result) -> None:

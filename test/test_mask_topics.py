@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from test_masks import left_third, under
 from test_pipeline import image, make
 
+from kpmatch_ros import pipeline as pipeline_module
 from kpmatch_ros.bags.files import BagWriter, camera_info_message, image_message, new_message
 from kpmatch_ros.frames import Result
 from kpmatch_ros.mask_sync import MaskSynchroniser
@@ -30,7 +31,7 @@ Images = list[NDArray[np.uint8]]
 
 
 def sync(tolerance: int = 10 * MS, cameras: int = 1, *masks: int) -> MaskSynchroniser[str]:
-    made: MaskSynchroniser[str] = MaskSynchroniser(cameras, tolerance, 30)
+    made: MaskSynchroniser[str] = MaskSynchroniser(cameras, tolerance, 30, 10**9)
     made.expected = range(cameras)
     for mask in masks:
         made.put(0, mask * MS, str(mask))
@@ -114,10 +115,24 @@ def test_an_image_does_not_take_the_mask_of_the_first_one_for_its_own() -> None:
 
 
 def test_only_so_many_masks_wait() -> None:
-    masks: MaskSynchroniser[int] = MaskSynchroniser(1, MS, 3)
-    for stamp in range(5):
-        masks.put(0, stamp * 100 * MS, stamp)
+    masks: MaskSynchroniser[int] = MaskSynchroniser(1, MS, 3, 10**9)
+    assert [masks.put(0, stamp * 100 * MS, stamp) for stamp in range(5)] == [0, 0, 0, 1, 1]
     assert [masks.take(0, stamp * 100 * MS) for stamp in range(5)] == [None, None, 2, 3, 4]
+
+
+def test_waiting_masks_have_only_so_many_bytes() -> None:
+    masks: MaskSynchroniser[int] = MaskSynchroniser(2, MS, 30, 100)
+    sizes = (40, 40, 20, 70, 500, 10)
+    let_go = [masks.put(0, number * 100 * MS, number, size) for number, size in enumerate(sizes)]
+    assert let_go == [0, 0, 0, 2, 2, 1]  # the newest stays, whatever its size
+    assert masks.put(1, 0, 0, 100) == 0  # another camera's
+    assert [masks.take(0, number * 100 * MS) for number in range(len(sizes))] == [None] * 5 + [5]
+
+
+def test_masks_that_were_taken_make_room() -> None:
+    masks: MaskSynchroniser[int] = MaskSynchroniser(1, MS, 30, 100)
+    for stamp in range(0, 2000 * MS, 100 * MS):
+        assert masks.put(0, stamp, stamp, 50) == 0 and masks.take(0, stamp) == stamp
 
 
 # Waiting
@@ -196,6 +211,24 @@ def test_a_mask_that_comes_too_late_is_named() -> None:
         processed(pipeline, FIRST + number * 100 * MS)
         pipeline.add_mask(0, mask_message(FIRST + number * 100 * MS))
     assert "masks come after their images have gone on: set sync_tolerance" in heard.reports[1][2]
+
+
+def test_masks_that_are_let_go_are_named_where_every_frame_is_processed() -> None:
+    for queue, named in (("latest", 0), ("all", 5)):
+        pipeline, heard = make("image", queue=queue)
+        for number in range(1005):  # of no image
+            pipeline.add_mask(0, mask_message(FIRST + number * MS, np.ones((2, 2), np.uint8)))
+        assert [report[:2] for report in heard.reports] == [("masks let go", "image")] * named
+    assert "1,000 masks for image wait, or more than 2 GB" in heard.reports[0][2]
+
+
+def test_masks_that_meet_no_image_have_only_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_module, "WAITING_MEMORY", 2000)
+    pipeline, heard = make("left", "right", queue="all")
+    for side in (0, 1):  # half of it for each camera
+        for number in range(12):
+            pipeline.add_mask(side, mask_message(FIRST + number * MS, np.ones((10, 10), np.uint8)))
+    assert [report[:2] for report in heard.reports] == [("masks let go", "left")] * 2 + [("masks let go", "right")] * 2
 
 
 def test_where_nobody_sends_masks_none_is_missed() -> None:

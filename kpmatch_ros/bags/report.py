@@ -35,7 +35,8 @@ class Report:
         rejections: how many frames could not be used, by reason.
         refusals: how many frames had a calibration that could not be used, by reason.
         stamp_faults: how many images have a stamp that is zero or repeats.
-        mask_faults: how many images have no mask, one that cannot be used, or one that hides everything.
+        mask_faults: how many images have no mask, one that cannot be used, or one that hides everything;
+            and how many masks were let go.
         doubts: how many frames have something about them that is hardly meant so, by kind.
         interruptions: how many frames could not follow the one before: time jumped, or the frame_id changed.
         barren: how many frames have too few keypoints or matches for a pose.
@@ -111,7 +112,7 @@ class Report:
         self._fault(self.stamp_faults, f"{fault} on {topic}", explanation)
 
     def mask_fault(self, fault: str, topic: str, explanation: str) -> None:
-        """An image was processed without its mask, or its mask is odd."""
+        """An image was processed without its mask, its mask is odd, or masks meet no image."""
         self._fault(self.mask_faults, f"{fault} on {topic}", explanation)
 
     def matched(self, fault: str) -> None:

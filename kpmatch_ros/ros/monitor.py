@@ -116,7 +116,7 @@ class Monitor:
             self._fail(kind, explanation)
 
     def mask_fault(self, fault: str, topic: str, explanation: str) -> None:
-        """An image was processed without its mask, or its mask is odd."""
+        """An image was processed without its mask, its mask is odd, or masks meet no image."""
         with self._lock:
             self._mask_faults[f"{fault}: {topic}"] += 1
             self._fail(f"{fault}: {topic}", explanation)
