@@ -332,6 +332,12 @@ def test_a_bags_masks_hide_their_part_whenever_they_were_recorded(run: Run, view
     assert written(tmp_path / f"out{-50 * MS}") == written(tmp_path / f"out{250 * MS}")
 
 
+def test_a_bags_masks_may_be_recorded_long_before_their_images(run: Run, views: Images, tmp_path: Path) -> None:
+    source = write(tmp_path / "in", views * 8, -10_000 * MS)  # all of them before the first image
+    status, printed, err = run(source, tmp_path / "out", *QUICK, "--json")
+    assert (status, err, json.loads(printed)["masks"]) == (0, "", {})
+
+
 def test_images_of_a_bag_without_their_mask_are_counted(run: Run, views: Images, tmp_path: Path) -> None:
     source = write(tmp_path / "in", views, 20 * MS, lambda i: i not in (2, 4), name="body")
     for out in ("first", "again"):

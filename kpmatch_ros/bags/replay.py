@@ -70,7 +70,7 @@ def replay(
         bag: to read.
         out: folder to write, which must not exist.
         cameras: one, or with mode stereo the left and the right one.
-        parameters: as the node's. Every frame is processed: `queue` plays no part.
+        parameters: as the node's. Every frame is processed: `queue` is all.
         poses: text file for the chained poses in TUM's format.
         page: HTML file for a page with everything that the replay shows, see :class:`HtmlReport`.
         rerun: file for the Rerun viewer with the same, see :class:`RerunRecording`.
@@ -103,7 +103,7 @@ def replay(
             raise BagError(
                 f"{path}: cannot hold two of the poses, the report and the recording for Rerun; choose another name"
             )
-    front_end = FrontEnd(parameters)
+    front_end = FrontEnd(parameters.replace({"queue": "all"}))
     front_end.matcher.warm_up()
     with ExitStack() as stack:
         # The last to be entered is the first to be finished and moved to its place.
