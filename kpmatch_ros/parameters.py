@@ -281,7 +281,8 @@ class Parameters:
     )
     queue: str = _parameter(
         "latest",
-        "latest drops frames that a newer one has overtaken; all processes every frame in order, for bags",
+        "latest drops frames that a newer one has overtaken; all processes every frame in order, for bags (up to 2 GB "
+        "of images that wait)",
         choices=("latest", "all"),
     )
     image_transport: str = _parameter(

@@ -37,8 +37,8 @@ _WAITING = {"latest": 10, "all": 100}
 # Masks that wait for their image at most.
 _MASKS = {"latest": 30, "all": 1000}
 WAITING_MEMORY = 2 * 10**9
-"""Bytes of the images that wait to be processed at most, and of the masks that wait for theirs, where none is to be lost
-(`queue: all`): 2,170 colour images of 640 x 480, or 320 of 1920 x 1080. A robot's computer has 4 GB or more."""
+"""Bytes of the images that wait to be processed at most, and of the masks that wait for theirs, where none is to be
+lost (`queue: all`): 2,170 colour images of 640 x 480, or 320 of 1920 x 1080. A robot's computer has 4 GB or more."""
 PATIENCE = 1.0
 """Seconds that an image waits for its mask and its camera_info at most where every frame is processed (`queue: all`,
 bags): by then a later one has mostly shown that it does not come, so that the time plays no part and all is the same
@@ -346,9 +346,9 @@ class Pipeline:
     def _too_many_masks(self, side: int) -> str:
         room = WAITING_MEMORY / len(self._topics) / 1e9
         return (
-            f"more than {_MASKS['all']:,} masks for {self._topics[side]} wait, or more than {room:g} GB, and the oldest are "
-            "let go: no image has their stamps, or images are processed more slowly than they come. Stamp each mask as "
-            "its image, or play the bag slower"
+            f"more than {_MASKS['all']:,} masks for {self._topics[side]} wait, or more than {room:g} GB, and the "
+            "oldest are let go: no image has their stamps, or images are processed more slowly than they come. Stamp "
+            "each mask as its image, or play the bag slower"
         )
 
     def _check_masks(self, result: Result) -> None:

@@ -28,29 +28,38 @@ def taken(inbox: Inbox[str, int], count: int) -> list[str | int | None]:
 
 
 def test_no_more_than_one_request_comes_between_two_frames() -> None:
-    inbox: Inbox[str, int] = Inbox(latest=False)
+    inbox: Inbox[str, int] = Inbox(latest=False, memory=100)
     for number in range(4):
-        assert inbox.ask(number) and inbox.put(f"frame {number}") == 0
+        assert inbox.ask(number) and inbox.put(f"frame {number}", 1) == 0
     assert taken(inbox, 8) == [0, "frame 0", 1, "frame 1", 2, "frame 2", 3, "frame 3"]
 
 
 def test_under_overload_a_request_waits_for_one_frame_at_most() -> None:
-    inbox: Inbox[str, int] = Inbox(latest=True)
+    inbox: Inbox[str, int] = Inbox(latest=True, memory=100)
     for number in range(3):
-        inbox.put(f"frame {2 * number}")
+        inbox.put(f"frame {2 * number}", 1)
         assert inbox.take() == f"frame {2 * number}"
-        inbox.put("overtaken")
-        assert inbox.put(f"frame {2 * number + 1}") == 1
+        inbox.put("overtaken", 1)
+        assert inbox.put(f"frame {2 * number + 1}", 1) == 1
         inbox.ask(number)  # while frames keep coming
         assert taken(inbox, 2) == [number, f"frame {2 * number + 1}"]
 
 
 def test_requests_alone_are_answered_in_order_and_so_many_wait() -> None:
-    inbox: Inbox[str, int] = Inbox(latest=True)
+    inbox: Inbox[str, int] = Inbox(latest=True, memory=100)
     accepted = [inbox.ask(number) for number in range(20)]
     assert accepted == [True] * 16 + [False] * 4
     assert taken(inbox, 3) == [0, 1, 2]
     assert inbox.close() == (0, list(range(3, 16))) and not inbox.ask(20) and inbox.take() is None
+
+
+def test_where_all_frames_are_wanted_the_oldest_are_dropped_beyond_so_many_bytes() -> None:
+    inbox: Inbox[str, int] = Inbox(latest=False, memory=100)
+    sizes = (40, 60, 1, 50, 500, 100)
+    assert [inbox.put(f"frame {number}", size) for number, size in enumerate(sizes)] == [0, 0, 1, 1, 2, 1]
+    assert taken(inbox, 1) == ["frame 5"] and inbox.put("frame 6", 100) == 0
+    assert taken(inbox, 1) == ["frame 6"] and inbox.close() == (0, [])
+    assert inbox.put("too late", 1) == 1
 
 
 # The node

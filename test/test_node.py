@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import resource
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -269,6 +271,28 @@ def test_only_the_newest_frame_is_processed_unless_all_are_wanted(tmp_path: Path
         assert counts["frames dropped"] > 0
         assert counts["frames waiting"] == counts["frames rejected"] == 0
         assert counts["frames received"] == counts["frames processed"] + counts["frames dropped"]
+
+
+def test_frames_that_wait_have_only_so_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "bin" / "matcher"  # in place of the real one, with room for five images
+    program.parent.mkdir()
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom kpmatch_ros.process import configure_process\nconfigure_process()\n"
+        f"from kpmatch_ros.ros import node\nnode.WAITING_MEMORY = {5 * WIDTH * HEIGHT}\nsys.exit(node.main())\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    with running_node(tmp_path, queue="all", fork=False, **FAST) as node:
+        node.wait_until_connected()
+        for number in range(20):  # the first waits for a calibration, the others for it
+            node.send(image(textured(number), 10.0 + 0.05 * number))
+        node.wait_for(lambda: "dropped though queue is all" in node.message(), "the dropped frames to be named")
+        assert "Play the bag slower" in node.message() and "queue to latest" in node.message()
+        node.calibrate((node.infos, calibration(10.0)))
+        node.wait_for(lambda: node.matches and stamp_of(node.matches[-1].header) == pytest.approx(10.95), "the newest")
+        figures = node.wait_for_figure("frames waiting", "0")
+        counts = [int(figures[f"frames {each}"]) for each in ("received", "processed", "dropped", "rejected")]
+        assert counts[0] == 20 and counts[1] == len(node.matches) + 1 == 6 and counts[2:] == [14, 0]
 
 
 def test_a_best_effort_camera_is_heard_in_both_queues(tmp_path: Path) -> None:

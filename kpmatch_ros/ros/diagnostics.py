@@ -114,6 +114,10 @@ class LoggingMonitor(Monitor):
         super().rejected(reason, explanation)
         self._logger.warning(explanation, throttle_duration_sec=_LOG_INTERVAL)
 
+    def overflowed(self, frames: int, explanation: str) -> None:
+        super().overflowed(frames, explanation)
+        self._logger.warning(explanation, throttle_duration_sec=_LOG_INTERVAL)
+
     def calibration_refused(self, reason: str, explanation: str) -> None:
         super().calibration_refused(reason, explanation)
         self._logger.warning(explanation, throttle_duration_sec=_LOG_INTERVAL)

@@ -29,26 +29,30 @@ class Inbox(Generic[Item, Request]):
 
     Args:
         latest: keep only the newest item. Those that still wait when it arrives are dropped.
+        memory: how many bytes the items have at most, but for the newest one. The oldest are dropped.
     """
 
-    def __init__(self, latest: bool) -> None:
+    def __init__(self, latest: bool, memory: int) -> None:
         self._latest = latest
-        self._items: deque[Item] = deque()
+        self._memory = memory
+        self._items: deque[tuple[Item, int]] = deque()  # with their bytes
+        self._held = 0  # bytes
         self._requests: deque[Request] = deque()
         self._request_is_next = True
         self._changed = threading.Condition()
         self._closed = False
 
-    def put(self, item: Item) -> int:
-        """Add an item, and return how many were dropped: older ones, or this one where the inbox is closed."""
+    def put(self, item: Item, size: int) -> int:
+        """Add an item of so many bytes, and return how many were dropped: older ones, or this one once it is closed."""
         with self._changed:
             if self._closed:
                 return 1
-            dropped = 0
-            if self._latest:
-                dropped = len(self._items)
-                self._items.clear()
-            self._items.append(item)
+            before = len(self._items)
+            while self._items and (self._latest or self._held + size > self._memory):
+                self._held -= self._items.popleft()[1]
+            dropped = before - len(self._items)
+            self._items.append((item, size))
+            self._held += size
             self._changed.notify()
             return dropped
 
@@ -71,7 +75,9 @@ class Inbox(Generic[Item, Request]):
                 self._request_is_next = False
                 return self._requests.popleft()
             self._request_is_next = True
-            return self._items.popleft()
+            item, size = self._items.popleft()
+            self._held -= size
+            return item
 
     def close(self) -> Left[Request]:
         """Wake the thread that waits, refuse whatever comes, and return what was still waiting."""

@@ -70,6 +70,12 @@ class Monitor:
         with self._lock:
             self._dropped += frames
 
+    def overflowed(self, frames: int, explanation: str) -> None:
+        """Frames were dropped though all are wanted, as too many wait."""
+        with self._lock:
+            self._dropped += frames
+            self._fail("queue full", explanation)
+
     def rejected(self, reason: str, explanation: str) -> None:
         """A frame could not be used.
 

@@ -26,7 +26,7 @@ from kpmatch_ros.device import is_out_of_memory, release_memory, trim_heap
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.parameter_file import without_effect
 from kpmatch_ros.parameters import ParameterError, Parameters, declarations
-from kpmatch_ros.pipeline import Pipeline, check_odometry
+from kpmatch_ros.pipeline import WAITING_MEMORY, Pipeline, check_odometry
 from kpmatch_ros.ros.diagnostics import Condition, Diagnostics, LoggingMonitor, log_weights
 from kpmatch_ros.ros.inbox import Inbox
 from kpmatch_ros.ros.inputs import Inputs
@@ -47,6 +47,11 @@ _LAST_FRAME_WAIT = 1.0  # seconds that the frame at hand has to finish when the 
 # 510 MB in place of 340. It takes 10 ms, after a frame is published.
 _TRIM_INTERVAL = 1.0
 _THREAD_NAME = "inference"
+_TOO_SLOW = (
+    f"frames are dropped though queue is all: those that wait take more than {WAITING_MEMORY / 1e9:g} GB, as they come "
+    "faster than they are processed. Play the bag slower (ros2 bag play --rate), lower max_keypoints or resize, or set "
+    "queue to latest"
+)
 
 Answer = TypeVar("Answer")
 
@@ -167,7 +172,7 @@ class MatcherNode(LifecycleNode):
         assert self._pipeline is not None and self._inference is not None
         super().on_activate(state)  # the publishers first: the first frame's results need them
         self._pipeline.restart()
-        self._inbox = Inbox(latest=self._parameters_in_force.queue == "latest")
+        self._inbox = Inbox(self._parameters_in_force.queue == "latest", WAITING_MEMORY)
         self._inference.submit(self._process_frames, self._inbox, self._pipeline)
         self._inputs.subscribe()
         self._state = "active"
@@ -265,7 +270,12 @@ class MatcherNode(LifecycleNode):
             return
         self.monitor.received()
         inbox = self._inbox
-        self.monitor.dropped(1 if inbox is None else inbox.put(_Received(images, arrived)))
+        size = sum(len(image.data) for image in images)
+        dropped = 1 if inbox is None else inbox.put(_Received(images, arrived), size)
+        if dropped and inbox is not None and self._parameters_in_force.queue == "all":
+            self.monitor.overflowed(dropped, _TOO_SLOW)
+        else:
+            self.monitor.dropped(dropped)
 
     def _take_info(self, side: int, message: Any) -> None:
         if self._pipeline is not None:
