@@ -24,7 +24,7 @@ from elftools.elf.relocation import RelocationSection
 from unicorn import arm64_const as registers
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("test_compiled.py", "test_compiled_two_view.py", "test_compiled_transform.py")
+TESTS = ("test_compiled.py", "test_compiled_two_view.py", "test_compiled_tracks.py", "test_compiled_transform.py")
 FOLDER = "KPMATCH_AARCH64"  # an environment variable: where the libraries are
 
 PAGE = 1 << 12
