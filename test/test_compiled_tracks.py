@@ -21,7 +21,9 @@ def close(ours: Any, numpys: Any, tolerance: float) -> None:
     """Both are alike, but for this part of the largest number of each array."""
     ours, numpys = np.asarray(ours), np.asarray(numpys)
     assert ours.shape == numpys.shape
-    np.testing.assert_allclose(ours, numpys, rtol=tolerance, atol=tolerance * np.abs(numpys).max(initial=0))
+    largest = np.abs(numpys).max(initial=0)
+    # Of a flat patch nothing is left but the rounding of 128 grey levels, which fused multiplications do otherwise.
+    np.testing.assert_allclose(ours, numpys, rtol=tolerance, atol=tolerance * largest if largest else 1e-4)
 
 
 @needed
