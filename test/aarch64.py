@@ -6,6 +6,7 @@ memory. What PyTorch and NumPy do runs as it is. How long a processor of ARM tak
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -28,6 +29,7 @@ TESTS = ("test_compiled.py", "test_compiled_two_view.py", "test_compiled_tracks.
 FOLDER = "KPMATCH_AARCH64"  # an environment variable: where the libraries are
 
 PAGE = 1 << 12
+SHARED = 1 << 20  # bytes that are shared at a time: thousands of small pieces take the emulator minutes
 LIBRARY, CALLS, CALLS_SIZE = 0x10000000, 0x8000000, 0x10000  # where the emulator has the library, and what it calls
 BACK = CALLS + CALLS_SIZE - 16  # to where a function returns
 STACK = 32 << 20
@@ -112,10 +114,13 @@ class EmulatedLibrary:
         self._emulator.mem_write(LIBRARY + relocation["r_offset"], struct.pack("<Q", target))
 
     def _share(self, emulator: Any, access: int, address: int, size: int, value: int, data: Any) -> bool:
-        """Let the emulator see a page of this process's memory at its own address."""
-        page = address // PAGE * PAGE
-        emulator.mem_map_ptr(page, PAGE, unicorn.UC_PROT_ALL, page)
-        return True
+        """Let the emulator see some of this process's memory, at its own address."""
+        for extent in (SHARED, PAGE):  # a page where some of what is around it is seen already
+            place = address // extent * extent
+            with contextlib.suppress(unicorn.UcError):
+                emulator.mem_map_ptr(place, extent, unicorn.UC_PROT_ALL, place)
+                return True
+        return False
 
     def _answer(self, emulator: Any, address: int, size: int, data: Any) -> None:
         """Do what the library calls of the system's libraries."""
