@@ -425,3 +425,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         width = max(map(len, found))
         for name, values in sorted(found.items()):
             terminalreporter.line(f"{name:{width}}  {max(values):8.2g}  ({len(values)} comparisons)")
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """As many threads as PyTorch, and what is compiled, compute with."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

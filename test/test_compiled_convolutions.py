@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -18,14 +17,6 @@ from simulation import Scene, camera_path, demo_camera
 
 pytestmark = pytest.mark.skipif(not compiled.has_tiles(), reason="not built, or a processor without tiles")
 SIZES = [(1, 1), (2, 3), (8, 32), (9, 33), (16, 31), (21, 70), (40, 64)]  # height, width
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def convolution(inputs: int, outputs: int, seed: int) -> nn.Conv2d:

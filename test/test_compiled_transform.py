@@ -19,14 +19,6 @@ SIZES = [(1, 1), (2, 3), (5, 7), (8, 8), (9, 33), (31, 16), (70, 21), (41, 64), 
 EXTRACTORS = ("superpoint-open", "superpoint-open-fast")
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=[16, 8, 4])
 def vectors(request: pytest.FixtureRequest) -> Iterator[int]:
     """As on a processor with vectors of so many numbers."""
