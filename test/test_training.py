@@ -300,8 +300,9 @@ def test_points_whose_true_match_is_out_of_a_networks_reach_are_alone(randomise_
     randomise_lightglue(model, 0)
     batch = matching_batch(model, torch.arange(20).expand(2, -1).roll(1, dims=1).clone())
     batch.partners[:, ::2] = torch.arange(0, 20, 2)  # every second one is what the descriptors say
-    said = lightglue_loss.opinion(model, batch).matches.gather(2, batch.partners[..., None])[..., 0]
-    found = lightglue_loss.within_reach(model, batch, 0.01)
+    opinion = lightglue_loss.opinion(model, batch)
+    said = opinion.matches.gather(2, batch.partners[..., None])[..., 0]
+    found = lightglue_loss.within_reach(opinion, batch, 0.01)
     assert torch.equal(found.partners, torch.where(said >= 0.01, batch.partners, -1))
     assert (found.partners[:, 1::2] < 0).all() and (found.partners[:, ::2] >= 0).sum() > 15
     for side, alone in enumerate(batch.alone):
@@ -543,6 +544,24 @@ def test_a_small_pair_learns_from_a_large_one_and_goes_on_where_it_was_stopped(
     lightglue = export.read_trained(LightGlue, whole / "matching.weights.pt", "fast")
     assert len(lightglue.transformer_layers) == 1
     export.export(superpoint, lightglue, whole)
+
+
+def test_a_narrow_matcher_is_trained_on_from_the_weights_of_another_run(
+    folder: Path, teacher: Path, tmp_path: Path, randomise_lightglue: Any
+) -> None:
+    narrow = LightGlue(input_dim=32, descriptor_dim=16, num_attention_heads=2, num_hidden_layers=2)
+    randomise_lightglue(narrow, 2)
+    for layer in narrow.transformer_layers:  # one projection for queries and keys, as trained networks have
+        layer.cross_attention.k_proj.load_state_dict(layer.cross_attention.q_proj.state_dict())
+    state = {"config": narrow.config, "tensors": {name: t.half() for name, t in narrow.state_dict().items()}}
+    torch.save({"fast": state}, tmp_path / "start.weights.pt")
+    run = tmp_path / "run"
+    distilled(folder, teacher, run, "points", "--steps", "1")
+    distilled(folder, teacher, run, "matching", "--steps", "4", "--start", str(tmp_path / "start.weights.pt"))
+    trained = export.read_trained(LightGlue, run / "matching.weights.pt", "fast")
+    assert trained.config["descriptor_dim"] == 16 and len(trained.transformer_layers) == 2
+    moved = [float((t - narrow.state_dict()[name]).abs().max()) for name, t in trained.state_dict().items()]
+    assert 0 < max(moved) < 0.2
 
 
 def test_what_is_distilled_is_least_where_the_small_networks_say_what_the_large_ones_say(

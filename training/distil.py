@@ -8,7 +8,8 @@ descriptor (Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network,
 it is, the small one sees it degraded. Descriptors stay in the large one's space: its LightGlue fits both.
 
 ``matching`` teaches a small LightGlue the assignment of a large one, beside the true one, on the small SuperPoint's
-features. It begins with the large one's first layers; with ``--width 128``, with all of them, made narrow (narrow.py).
+features. It begins with the large one's first layers; with ``--width 128``, with all of them, made narrow (narrow.py);
+with ``--start FILE``, with what it knows.
 
 A batch is worked out once and used again: what a teacher says of it costs as much as what a student learns from it.
 """
@@ -30,7 +31,7 @@ from loop import Batches, Settings, Student, add_options, rate, run, settings_of
 from narrow import load_narrow, narrow, save_narrow
 from torch import Tensor
 from torch.nn import functional as F
-from train import build, extract, features, load_extractors, packed, source_of
+from train import REACH, build, extract, features, load_extractors, packed, source_of
 from views import Source, load
 
 from kpmatch_ros.models import LightGlue, SuperPoint
@@ -39,6 +40,7 @@ from kpmatch_ros.weights import resolve
 
 RATES = {"points": 1e-3, "matching": 1e-4}
 NARROW_RATE = 5e-4  # of a matcher whose layers are narrow
+AGAIN_RATE = 2.5e-5  # of a matcher that has been trained: four times as much loses more than it gains
 NARROWED = 10  # batches that a matcher is made narrow by
 DESCRIBED = 256  # of a view's points, the best, whose descriptors are told apart from each other
 FLOOR = 0.05  # how much the descriptor of a cell without a point counts, beside one with a point
@@ -148,7 +150,10 @@ def teach_matching(
     number: int,
     narrow: Callable[[Tensor], Tensor] | None = None,
 ) -> lightglue_loss.Batch:
-    """Pairs of views: a SuperPoint's features, the true assignment, and the teacher's, with its states made narrow."""
+    """Pairs of views: a SuperPoint's features, the true assignment, and the teacher's, with its states made narrow.
+
+    True matches to which the teacher gives no chance are left out, as in train.py.
+    """
     draw = settings.draw(1, number)
     pairs = source_of(sources, number).pairs(draw, settings.batch, settings.size)
     strength = torch.rand(settings.batch, generator=draw, device=settings.device)
@@ -156,7 +161,8 @@ def teach_matching(
     with settings.autocast():
         found = [extract(extractor, image, points, RADIUS, True) for image in images]
         batch = features(found, pairs, settings)
-        return batch._replace(opinion=lightglue_loss.opinion(teacher, batch, narrow))
+        opinion = lightglue_loss.opinion(teacher, batch, narrow)
+        return lightglue_loss.within_reach(opinion, batch, REACH)._replace(opinion=opinion)
 
 
 def matching_step(
@@ -219,8 +225,8 @@ def distil(arguments: argparse.Namespace) -> None:
     def make(sources: list[Source], number: int, narrow: Callable[[Tensor], Tensor] | None) -> lightglue_loss.Batch:
         return teach_matching(matcher, extractor, sources, settings, arguments.keypoints, number, narrow)
 
-    model, narrow = small_matcher(arguments, matcher, lambda number: make(trained, number, None), device)
-    student = Student("fast", model, RATES["matching"] if narrow is None else NARROW_RATE)
+    model, narrow, full_rate = small_matcher(arguments, matcher, lambda number: make(trained, number, None), device)
+    student = Student("fast", model, full_rate)
     kept = Batches(lambda number: make(trained, number, narrow), arguments.batches, settings)
     seen = {type(source).__name__: make([source], -1 - i, narrow) for i, source in enumerate(watched)}
     run(
@@ -242,14 +248,16 @@ def small_matcher(
     teacher: LightGlue,
     batch: Callable[[int], lightglue_loss.Batch],
     device: torch.device,
-) -> tuple[Any, Callable[[Tensor], Tensor] | None]:
-    """The LightGlue to begin with, and what makes the teacher's states narrow as its own.
+) -> tuple[Any, Callable[[Tensor], Tensor] | None, float]:
+    """The LightGlue to begin with, what makes the teacher's states narrow as its own, and the full learning rate.
 
     It is the weights of ``--start``, the teacher's first layers, or all of its layers in ``--width`` channels. The last
     are kept in the run's folder: a run that goes on wants the same states.
     """
     narrowing = None
-    if arguments.width:
+    if arguments.start is not None:
+        model, full_rate = trained_matcher(arguments.start).to(device), AGAIN_RATE
+    elif arguments.width:
         file = arguments.out / "narrow.pt"
         if not file.exists():
             log_line(f"{arguments.width} channels are made of {teacher.config['descriptor_dim']}")
@@ -257,14 +265,20 @@ def small_matcher(
             arguments.out.mkdir(parents=True, exist_ok=True)
             save_narrow(file, made)
         made = load_narrow(file, device)
-        model, narrowing = made.model, made.coordinates.of
-    elif arguments.start is not None:
-        return build("matching", "fast", arguments.start, device), None
+        model, narrowing, full_rate = made.model, made.coordinates.of, NARROW_RATE
     else:
-        model = copy.deepcopy(first_layers(teacher, arguments.layers)).to(device)
+        model, full_rate = copy.deepcopy(first_layers(teacher, arguments.layers)).to(device), RATES["matching"]
     for layer in model.transformer_layers:
         layer.cross_attention.k_proj = layer.cross_attention.q_proj  # as in train.py
-    return model, narrowing
+    return model, narrowing, full_rate
+
+
+def trained_matcher(file: str) -> LightGlue:
+    """The network ``fast`` of a matching.weights.pt, of whatever width and depth."""
+    state = torch.load(file, map_location="cpu", weights_only=True)["fast"]
+    model = LightGlue(**state["config"])
+    model.load_state_dict({name: tensor.float() for name, tensor in state["tensors"].items()})
+    return model
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -106,13 +106,13 @@ def opinion(model: LightGlue, batch: Batch, narrow: Callable[[Tensor], Tensor] |
     return Opinion(matches, (matchable[0], matchable[1]), kept)
 
 
-def within_reach(judge: LightGlue, batch: Batch, least: float) -> Batch:
+def within_reach(judge: Opinion, batch: Batch, least: float) -> Batch:
     """The same without the true matches to which another LightGlue gives less than ``least``: their points are alone.
 
     Two places on a bare wall may be each other's, and nothing in the images tells so. Who is to learn such matches
     learns to match everything. So does who is told nothing of them: what remains of the wall are its few easy points.
     """
-    chosen = opinion(judge, batch).matches.gather(2, batch.partners.clamp(min=0)[..., None])[..., 0]
+    chosen = judge.matches.gather(2, batch.partners.clamp(min=0)[..., None])[..., 0]
     lost0 = (batch.partners >= 0) & (chosen < least)
     count1 = batch.alone[1].shape[1]
     lost1 = torch.zeros(len(lost0), count1 + 1, dtype=torch.bool, device=lost0.device)

@@ -171,7 +171,8 @@ def matching_batches(
             found = [extract(extractor, image, count, radius, fractions) for image in degraded]
             batches[name] = features(found, pairs, settings)
             if name in judges:
-                batches[name] = lightglue_loss.within_reach(judges[name], batches[name], REACH)
+                opinion = lightglue_loss.opinion(judges[name], batches[name])
+                batches[name] = lightglue_loss.within_reach(opinion, batches[name], REACH)
     return batches
 
 
