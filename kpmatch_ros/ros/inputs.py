@@ -99,7 +99,18 @@ class Inputs:
         self._incompatible.clear()
         self._best_effort_wanted = False
         self._subscribed_at = time.monotonic()
-        self._create(reliable=self._parameters.queue == "all")
+        if not all(camera.calibrated for camera in self._cameras):
+            self._calibrated.clear()
+        try:
+            self._create(reliable=self._parameters.queue == "all")
+        except BaseException:
+            self.unsubscribe()
+            raise
+
+    def end(self) -> None:
+        """Receive no more, and have nobody wait for a calibration."""
+        self.unsubscribe()
+        self._calibrated.set()
 
     def unsubscribe(self) -> None:
         """Receive no more."""

@@ -15,7 +15,7 @@ from kpmatch_ros.match_request import refuse
 from kpmatch_ros.pipeline import Pipeline
 from kpmatch_ros.srv import MatchFeatures
 
-__all__ = ["MatchRequest", "MatchService"]
+__all__ = ["MatchRequest", "offer_match_features"]
 
 
 class MatchRequest:
@@ -53,29 +53,21 @@ class MatchRequest:
         return reason
 
 
-class MatchService:
-    """Offers the service.
+def offer_match_features(node: LifecycleNode, ask: Callable[[MatchRequest], str]) -> None:
+    """Offer the service.
 
     Args:
         node: offers it.
         ask: hands a request to the inference thread. What it returns is why it cannot; empty where it can.
     """
 
-    def __init__(self, node: LifecycleNode, ask: Callable[[MatchRequest], str]) -> None:
-        self._node = node
-        self._ask = ask
-        # A group of its own, and reentrant: while a request waits, no other callback of its group would run.
-        group = ReentrantCallbackGroup()
-        self._service = node.create_service(MatchFeatures, "match_features", self._serve, callback_group=group)
-
-    def destroy(self) -> None:
-        """Withdraw the service."""
-        self._node.destroy_service(self._service)
-
-    async def _serve(self, request: Any, response: Any) -> Any:
-        answered = Future(executor=self._node.executor)
+    async def serve(request: Any, response: Any) -> Any:
+        answered = Future(executor=node.executor)
         answered.add_done_callback(lambda done: None)  # it wakes the executor, which then goes on here
-        waiting = MatchRequest(request, response, answered, self._node.get_logger())
-        if reason := self._ask(waiting):
+        waiting = MatchRequest(request, response, answered, node.get_logger())
+        if reason := ask(waiting):
             waiting.refuse(reason)
         return await answered
+
+    # A group of its own, and reentrant: while a request waits, no other callback of its group would run.
+    node.create_service(MatchFeatures, "match_features", serve, callback_group=ReentrantCallbackGroup())

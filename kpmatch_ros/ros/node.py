@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FuturesTimeoutError  # another one than TimeoutError in Python 3.10
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, TypeVar
 
 import rclpy
@@ -31,7 +29,7 @@ from kpmatch_ros.ros.diagnostics import Condition, Diagnostics, LoggingMonitor, 
 from kpmatch_ros.ros.inbox import Inbox
 from kpmatch_ros.ros.inputs import Inputs
 from kpmatch_ros.ros.manager_bond import ManagerBond
-from kpmatch_ros.ros.match_service import MatchRequest, MatchService
+from kpmatch_ros.ros.match_service import MatchRequest, offer_match_features
 from kpmatch_ros.ros.monitor import Problem
 from kpmatch_ros.ros.outputs import Outputs
 from kpmatch_ros.ros.parameter_descriptors import declare_parameters
@@ -95,8 +93,6 @@ class MatcherNode(LifecycleNode):
         self._pipeline: Pipeline | None = None
         self._inference: ThreadPoolExecutor | None = None
         self._inbox: Inbox[_Received, MatchRequest] | None = None
-        self._reset_service: Any = None
-        self._match_service: MatchService | None = None
         self._bond = ManagerBond(self)
 
         self._diagnostics = Diagnostics(self, self.monitor, self._condition)
@@ -106,6 +102,9 @@ class MatcherNode(LifecycleNode):
             self.create_timer(1.0, survives(self._every_second, self.get_logger), clock=steady),
             self.create_timer(_WATCH_PERIOD, survives(self._watch, self.get_logger), clock=steady),
         ]
+        # In every state: a request that waits has its answer after the transition that ends its wait.
+        self.create_service(Trigger, "reset", self._reset)
+        offer_match_features(self, self._ask)
         for service in self.services:  # those of the lifecycle do not come by create_service
             if service not in self._guarded_services:
                 service.callback = self._guarded(service.callback)
@@ -139,29 +138,23 @@ class MatcherNode(LifecycleNode):
 
     @explained
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Load the weights, run the networks once, offer the topics and the services."""
+        """Load the weights, run the networks once, offer the topics."""
         parameters = self._parameters_in_force
         check_odometry(parameters)
         if parameters.publish_odometry and parameters.base_frame and TFMessage is None:
             raise ParameterError(f"base_frame is {parameters.base_frame!r}, which takes /tf_static, but {INSTALL}")
         self._inference = ThreadPoolExecutor(max_workers=1, thread_name_prefix=_THREAD_NAME)
-        self.fault, self._state = "", "configuring"
+        self._state = "configuring"
         try:
             front_end = self._wait_for(self._inference.submit(_load, parameters))
+            self._inputs = self._make_inputs()
+            self._outputs = Outputs(self, parameters)
+            self._pipeline = Pipeline(
+                front_end, self._inputs.topics, self._outputs.publish, self._outputs.wanted, self.monitor
+            )
         except BaseException:
-            self._inference.shutdown(wait=False)
-            self._inference = None
+            self._release(patience=0.0)  # nothing interrupts the networks' loading
             raise
-        finally:
-            self._state = "unconfigured"
-        self._inputs = self._make_inputs()
-        self._outputs = Outputs(self, parameters)
-        self._pipeline = Pipeline(
-            front_end, self._inputs.topics, self._outputs.publish, self._outputs.wanted, self.monitor
-        )
-        self._reset_service = self.create_service(Trigger, "reset", self._reset)
-        self._match_service = MatchService(self, self._ask)
-        self.fault = ""
         self._state = "inactive"
         log_weights(self.get_logger(), front_end.matcher)
         return super().on_configure(state)
@@ -170,11 +163,11 @@ class MatcherNode(LifecycleNode):
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Subscribe, and start the thread that processes frames."""
         assert self._pipeline is not None and self._inference is not None
-        super().on_activate(state)  # the publishers first: the first frame's results need them
         self._pipeline.restart()
+        self._inputs.subscribe()
+        super().on_activate(state)  # the publishers, before the first frame's results
         self._inbox = Inbox(self._parameters_in_force.queue == "latest", WAITING_MEMORY)
         self._inference.submit(self._process_frames, self._inbox, self._pipeline)
-        self._inputs.subscribe()
         self._state = "active"
         if not self._parameters_in_force.autostart:  # a node that starts itself has no manager
             self._bond.form(self._parameters_in_force.bond_heartbeat_period)
@@ -225,18 +218,12 @@ class MatcherNode(LifecycleNode):
         if self._outputs is not None:
             self._outputs.destroy()
             self._outputs = None
-        if self._reset_service is not None:
-            self.destroy_service(self._reset_service)
-            self._reset_service = None
-        if self._match_service is not None:
-            self._match_service.destroy()
-            self._match_service = None
         self._pipeline = None
         self._state = "unconfigured"
         release_memory()
 
     def _stop_processing(self, patience: float | None = None) -> None:
-        self._inputs.unsubscribe()
+        self._inputs.end()
         if self._inbox is not None:
             left = self._inbox.close()
             self._inbox = None
@@ -244,15 +231,14 @@ class MatcherNode(LifecycleNode):
             for request in left.requests:
                 request.refuse("the node was deactivated while the request waited")
             assert self._inference is not None
-            with contextlib.suppress(TimeoutError, FuturesTimeoutError):
-                self._inference.submit(lambda: None).result(patience)  # the frame at hand is done
+            wait([self._inference.submit(lambda: None)], patience)  # the frame at hand is done
 
     def _wait_for(self, future: Future[Answer]) -> Answer:
         """The result, unless the process is told to end in the meantime. Diagnostics go on."""
         told = -1.0  # before any time: it is told at once
         while self.context.ok():
-            with contextlib.suppress(TimeoutError, FuturesTimeoutError):
-                return future.result(0.1)
+            if wait([future], 0.1).done:
+                return future.result()
             if time.monotonic() >= told + 1.0:  # the executor, whose timers would do it, is waiting in here
                 told = time.monotonic()
                 self._diagnostics.every_second()
@@ -297,7 +283,9 @@ class MatcherNode(LifecycleNode):
             self._pipeline.transforms.update(message)
 
     def _reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        assert self._pipeline is not None
+        if self._pipeline is None:
+            response.message = f"the node is {self._state}: it has no features and tracks yet"
+            return response
         self._pipeline.request_reset()
         response.success = True
         response.message = "features and tracks are forgotten; the next frame begins new tracks"

@@ -46,7 +46,13 @@ class Outputs:
                 kinds["/tf"] = (TFMessage, 100)
             elif parameters.publish_tf:
                 node.get_logger().warning(f"odometry is published, but not into TF: {INSTALL}", once=True)
-        self._publishers = {name: self._offer(name, kind, depth) for name, (kind, depth) in kinds.items()}
+        self._publishers: dict[str, Any] = {}
+        try:
+            for name, (kind, depth) in kinds.items():
+                self._publishers[name] = self._offer(name, kind, depth)
+        except BaseException:
+            self.destroy()
+            raise
 
     def _offer(self, name: str, kind: Any, depth: int) -> Any:
         report = functools.partial(self._report_subscriber, self._node.resolve_topic_name(name))

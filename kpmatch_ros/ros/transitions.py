@@ -32,6 +32,7 @@ def explained(callback: Transition) -> Transition:
 
     @functools.wraps(callback)
     def wrapped(self: Faulty, state: LifecycleState) -> TransitionCallbackReturn:
+        self.fault = ""
         try:
             return callback(self, state)
         except ExternalShutdownException:

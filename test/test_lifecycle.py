@@ -1,0 +1,184 @@
+"""Transitions of the node: what fails leaves nothing behind, and none waits for what cannot come."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rclpy")
+
+import rclpy
+from domain_coordinator import domain_id
+from lifecycle_msgs.srv import ChangeState
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.lifecycle import TransitionCallbackReturn
+from rclpy.parameter import Parameter
+from rclpy.qos import QoSProfile
+from sensor_msgs.msg import CameraInfo, Image
+from std_srvs.srv import Trigger
+
+from kpmatch_ros.ros import inputs
+from kpmatch_ros.ros import node as matcher
+from kpmatch_ros.ros.node import MatcherNode
+from kpmatch_ros.srv import MatchFeatures
+
+SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
+SMALL = {"autostart": False, "device": "cpu", "precision": "float32", "max_keypoints": 64}
+LIMIT = 60.0  # seconds within which a transition that does not hang is over
+
+MakeNode = Callable[..., MatcherNode]
+
+
+@pytest.fixture
+def executor() -> Iterator[SingleThreadedExecutor]:
+    """In a domain of its own."""
+    context = rclpy.Context()
+    with domain_id() as domain:
+        rclpy.init(context=context, domain_id=domain)
+        executor = SingleThreadedExecutor(context=context)
+        yield executor
+        executor.shutdown()
+        rclpy.shutdown(context=context)
+
+
+@pytest.fixture
+def make_node(executor: SingleThreadedExecutor) -> Iterator[MakeNode]:
+    """make_node(override="qos_overrides...:=...", **parameters): the node, in this process."""
+    made = []
+
+    def make(override: str = "", **parameters: Any) -> MatcherNode:
+        values = [Parameter(name, value=value) for name, value in {**SMALL, **parameters}.items()]
+        arguments = ["--ros-args", "-p", override] if override else []
+        node = MatcherNode(context=executor.context, parameter_overrides=values, cli_args=arguments)
+        executor.add_node(node)
+        made.append(node)
+        return node
+
+    yield make
+    for node in made:
+        node.end()
+
+
+def spin_until(executor: SingleThreadedExecutor, condition: Callable[[], Any]) -> None:
+    """Receive until a condition holds."""
+    for _ in range(int(LIMIT / 0.1)):
+        if condition():
+            return
+        executor.spin_once(timeout_sec=0.1)
+    pytest.fail("it does not come to pass")
+
+
+def finished(work: Callable[[], Any]) -> Any:
+    """The result of some work; the test fails where it hangs."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
+    thread.start()
+    thread.join(LIMIT)
+    assert results, "it hangs"
+    return results[0]
+
+
+def test_weights_on_a_file_system_that_times_out_fail_the_configuration(
+    make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def time_out(parameters: Any) -> None:
+        raise TimeoutError(110, "Connection timed out", "/mnt/robot/superpoint.safetensors")
+
+    monkeypatch.setattr(matcher, "FrontEnd", time_out)
+    node = make_node()
+    assert finished(node.trigger_configure) == FAILURE
+    assert "Connection timed out" in node.fault
+
+
+def test_a_configuration_that_fails_leaves_no_topic_and_no_thread_behind(make_node: MakeNode) -> None:
+    before = threading.active_count()
+    node = make_node("qos_overrides./relative_pose.publisher.reliability:=most")
+    for _ in range(2):
+        assert node.trigger_configure() == FAILURE and "most" in node.fault
+        assert node.count_publishers("matches") == 0
+    for thread in threading.enumerate():
+        if thread.name.startswith("inference"):
+            thread.join(LIMIT)
+    assert threading.active_count() <= before + 1
+
+
+def test_an_activation_that_fails_leaves_no_subscription_behind(make_node: MakeNode) -> None:
+    node = make_node("qos_overrides./camera_info.subscription.reliability:=most")
+    assert (node.trigger_configure(), node.trigger_activate()) == (SUCCESS, FAILURE)
+    assert "most" in node.fault and node.count_subscribers("image") == 0
+    assert node.trigger_cleanup() == SUCCESS and node.fault == ""
+
+
+def test_services_answer_in_every_state(make_node: MakeNode, executor: SingleThreadedExecutor) -> None:
+    make_node()
+    peer = rclpy.create_node("peer", context=executor.context)
+    executor.add_node(peer)
+    reset, match = peer.create_client(Trigger, "reset"), peer.create_client(MatchFeatures, "match_features")
+    spin_until(executor, lambda: reset.service_is_ready() and match.service_is_ready())
+    answers = reset.call_async(Trigger.Request()), match.call_async(MatchFeatures.Request())
+    spin_until(executor, lambda: all(answer.done() for answer in answers))
+    for answer in answers:
+        assert not answer.result().success and "the node is unconfigured" in answer.result().message
+
+
+def test_a_node_that_is_shut_down_refuses_the_requests_that_wait(
+    make_node: MakeNode, executor: SingleThreadedExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    def match_slowly(pipeline: Any, request: Any, response: Any) -> Any:
+        begun.set()
+        assert end.wait(LIMIT)
+        return response
+
+    monkeypatch.setattr(matcher.Pipeline, "match_features", match_slowly)
+    node = make_node()
+    assert (node.trigger_configure(), node.trigger_activate()) == (SUCCESS, SUCCESS)
+    peer = rclpy.create_node("peer", context=executor.context)
+    executor.add_node(peer)
+    match, change = (
+        peer.create_client(MatchFeatures, "match_features"),
+        peer.create_client(ChangeState, "matcher/change_state"),
+    )
+    spin_until(executor, lambda: match.service_is_ready() and change.service_is_ready())
+    answers = [match.call_async(MatchFeatures.Request()) for _ in range(3)]
+    spin_until(executor, begun.is_set)
+    for _ in range(20):  # the other requests arrive
+        executor.spin_once(timeout_sec=0.05)
+    shutdown = ChangeState.Request()
+    shutdown.transition.label = "shutdown"
+    threading.Timer(1.0, end.set).start()  # the transition waits for the match at hand
+    change.call_async(shutdown)
+    spin_until(executor, lambda: all(answer.done() for answer in answers))
+    assert [answer.result().message for answer in answers[1:]] == 2 * [
+        "the node was deactivated while the request waited"
+    ]
+
+
+def test_deactivation_does_not_wait_for_a_calibration(
+    make_node: MakeNode, executor: SingleThreadedExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = threading.Event()
+
+    class Patient(threading.Event):
+        """Does not give up waiting."""
+
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.set()
+            return super().wait(2 * LIMIT)
+
+    monkeypatch.setattr(inputs, "threading", SimpleNamespace(Event=Patient))
+    node = make_node(queue="all")
+    assert (node.trigger_configure(), node.trigger_activate()) == (SUCCESS, SUCCESS)
+    peer = rclpy.create_node("peer", context=executor.context)
+    executor.add_node(peer)
+    images = peer.create_publisher(Image, "image", QoSProfile(depth=10))
+    infos = peer.create_publisher(CameraInfo, "camera_info", QoSProfile(depth=10))  # and sends none
+    spin_until(executor, lambda: images.get_subscription_count() and infos.get_subscription_count())
+    images.publish(Image(width=64, height=64, encoding="mono8", step=64, data=bytes(64 * 64)))
+    spin_until(executor, waits.is_set)
+    assert finished(node.trigger_deactivate) == SUCCESS
