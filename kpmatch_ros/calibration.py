@@ -179,7 +179,7 @@ def _middle(info: Any, rectified: bool) -> str:
     numbers = camera_info_field(info, name)
     x, y = float(numbers[2]), float(numbers[row + 2])
     across, down = (2 * x + 1) / info.width, (2 * y + 1) / info.height
-    if min(abs(across - 1), abs(down - 1)) > _OFF_CENTRE and abs(across / down - 1) < _ALIKE:
+    if min(abs(across - 1), abs(down - 1)) > _OFF_CENTRE and abs(across - down) < _ALIKE * abs(down):
         size = f"{across * info.width:.0f}x{down * info.height:.0f}"
         return (
             f"{name} looks like that of images of some {size} pixels, its principal point ({x:g}, {y:g}) being in "
