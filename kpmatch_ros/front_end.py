@@ -74,9 +74,7 @@ class FrontEnd:
 
     def reset(self) -> None:
         """Forget the cached features and the tracks: the next frame has no pair."""
-        self.reference = None
-        self._last_stamp = None
-        self._last_motion = None
+        self.reference = self._last_stamp = self._last_motion = None
         self._tracks.reset()
         self._views = ()
         self._fresh = True
@@ -101,13 +99,14 @@ class FrontEnd:
                 besides those of the parameters `mask` and `mask_right`. One of another size is scaled to the image.
 
         Raises:
-            ValueError: when there are more than two images, or the calibration is not of as many cameras, or a mask has
-                another shape or type.
+            ValueError: when there are more than two images, or the calibration, masks or names are not of as many, or a
+                mask has another shape or type.
         """
         if len(images) not in (1, 2) or len(stamps) != len(images):
             raise ValueError(f"a frame is one image or two, each with a stamp, not {len(images)} and {len(stamps)}")
-        if len(masks) < len(images):
-            raise ValueError(f"there are {len(images)} images and {len(masks)} masks: give None where there is none")
+        for name, given in (("masks", masks), ("frame_ids", frame_ids)):
+            if len(given) < len(images):
+                raise ValueError(f"there are {len(images)} images and {len(given)} {name}: each image has its own")
         if camera is not None and isinstance(camera, StereoCamera) != (len(images) == 2):
             raise ValueError(f"a {type(camera).__name__} is no calibration for {len(images)} image(s)")
         frame_ids = tuple(frame_ids[: len(images)])

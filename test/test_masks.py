@@ -190,6 +190,8 @@ def test_a_frame_without_a_mask_has_none(matcher: FeatureMatcher, picture: Image
     assert front_end.register_frame(picture, 1)[0].mask is None
     with pytest.raises(ValueError, match="1 images and 0 masks"):
         front_end.register([picture], [2], masks=[])
+    with pytest.raises(ValueError, match="2 images and 1 frame_ids"):
+        front_end.register([picture, picture], [2, 2], frame_ids=["left"])
 
 
 def broken(path: Path) -> str:
