@@ -13,23 +13,35 @@ import yaml
 
 from kpmatch_ros.parameters import ParameterError, Parameters, declaration, declarations, meant
 
-__all__ = ["applies", "read_parameter_file", "sections", "unknown_keys", "without_effect"]
+__all__ = ["applies", "read_parameter_file", "read_sections", "unknown_keys", "without_effect"]
 
 # Parameters that every node has. `qos_overrides` may also be nested.
 _FOREIGN = re.compile(r"use_sim_time|start_type_description_service|qos_overrides(\..*)?")
 
 
-def sections(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The sections of a parameter file, by the node that each is for.
+def read_sections(path: Path) -> list[tuple[str, Any]]:
+    """The sections of a parameter file: the name of the node that each is for, and what its ros__parameters holds.
 
-    The name of the node may be a pattern, and may be nested by namespace. With it comes the content of its
-    ros__parameters.
+    The name may be a pattern, and may be nested by namespace.
+
+    Raises:
+        ParameterError: when the file is no YAML.
+        OSError: when it cannot be read.
     """
+    try:
+        return list(_sections(yaml.safe_load(path.read_text())))
+    except RecursionError as error:
+        raise ParameterError(f"{path}: is nested too deeply for a parameter file") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, a date that is none
+        raise ParameterError(f"{path}: is no YAML file: {error}") from error
+
+
+def _sections(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items() if isinstance(tree, dict) else ():
         if key == "ros__parameters":
             yield path, value
         else:
-            yield from sections(value, f"{path}/{str(key).strip('/')}")
+            yield from _sections(value, f"{path}/{str(key).strip('/')}")
 
 
 def applies(section: str, node_name: str) -> bool:
@@ -37,7 +49,7 @@ def applies(section: str, node_name: str) -> bool:
 
     In a section's name * stands for one part of the node's name, and ** for any number of parts.
     """
-    pattern = section.replace("/**", r"(/\w+)*").replace("/*", r"/\w+")
+    pattern = re.escape(section).replace(r"/\*\*", r"(/\w+)*").replace(r"/\*", r"/\w+")
     return re.fullmatch(pattern, node_name) is not None
 
 
@@ -74,12 +86,7 @@ def read_parameter_file(
             has a value that is not allowed.
         OSError: when the file cannot be read.
     """
-    try:
-        found = list(sections(yaml.safe_load(path.read_text())))
-    except RecursionError as error:
-        raise ParameterError(f"{path}: is nested too deeply for a parameter file") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, a date that is none
-        raise ParameterError(f"{path}: is no YAML file: {error}") from error
+    found = read_sections(path)
     own = [values for section, values in found if applies(section, node_name)]
     if not own:
         raise ParameterError(

@@ -12,6 +12,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -72,7 +73,8 @@ class Declaration:
     def check(self, value: Any) -> Any:
         """Return ``value`` as the parameter's type, or raise :class:`ParameterError`."""
         if self.type is float and type(value) is int:
-            value = float(value)
+            with suppress(OverflowError):  # beyond 1.8e308
+                value = float(value)
         if type(value) is not self.type:  # isinstance takes True for a number
             raise ParameterError(f"{self.name} is {value!r}; it must be a {self.type.__name__}")
         self._check_range(value)
@@ -207,6 +209,7 @@ class Parameters:
         "no keypoint is closer to the image's border than this; -1 takes the value published with the weights",
         unit="pixels",
         minimum=-1,
+        maximum=65535,
     )
     subpixel: bool = _parameter(
         True,
@@ -249,6 +252,7 @@ class Parameters:
         100,
         "with reference 'keyframe': fewer matches than this make the frame the new keyframe",
         minimum=1,
+        maximum=16384,
         dynamic=True,
     )
     keyframe_max_parallax: float = _parameter(
@@ -313,7 +317,11 @@ class Parameters:
         dynamic=True,
     )
     min_inliers: int = _parameter(
-        15, "a relative pose needs at least so many matches that agree with it", minimum=6, dynamic=True
+        15,
+        "a relative pose needs at least so many matches that agree with it",
+        minimum=6,
+        maximum=16384,
+        dynamic=True,
     )
     motion_prior: bool = _parameter(
         True,

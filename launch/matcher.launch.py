@@ -12,7 +12,6 @@ from pathlib import Path
 from posixpath import dirname, join
 from typing import Any
 
-import yaml
 from ament_index_python.packages import PackageNotFoundError, get_package_prefix, get_package_share_directory
 from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction
@@ -21,7 +20,7 @@ from launch.logging import get_logger
 from launch_ros.actions import LifecycleNode, Node
 from launch_ros.utilities import make_namespace_absolute, prefix_namespace
 
-from kpmatch_ros.parameter_file import applies, sections, unknown_keys
+from kpmatch_ros.parameter_file import applies, read_sections, unknown_keys
 from kpmatch_ros.parameters import Declaration, ParameterError, declarations, meant
 
 FILE = Path(__file__).name
@@ -156,9 +155,9 @@ def check_params_file(path: Path, node_name: str) -> None:
             f"params_file: there is no file {path.absolute()}; give the path of a YAML file of parameters"
         )
     try:
-        found = list(sections(yaml.safe_load(path.read_text())))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RuntimeError(f"params_file: {path} is no YAML file: {error}") from error
+        found = read_sections(path)
+    except ParameterError as error:
+        raise RuntimeError(f"params_file: {error}") from error
     own = [(section, values) for section, values in found if applies(section, node_name)]
     if not own:  # ROS says nothing and takes the defaults
         get_logger(FILE).warning(

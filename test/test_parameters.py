@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kpmatch_ros.parameter_file import read_parameter_file
+from kpmatch_ros.parameter_file import applies, read_parameter_file
 from kpmatch_ros.parameters import (
     PROFILES,
     Declaration,
@@ -41,9 +41,9 @@ def wrong_values(item: Declaration) -> list[Any]:
     if item.type in (bool, str):
         wrong += [0, 1.5]
     if item.type is int:
-        wrong += [0.5, float(item.default)]
+        wrong += [0.5, float(item.default), 10**30]
     if item.type is float:
-        wrong += [math.nan, math.inf, -math.inf]
+        wrong += [10**400, math.nan, math.inf, -math.inf]
     if item.minimum is not None:
         wrong += [item.type(item.minimum - 1), item.type(-(10**12))]
     if item.maximum is not None:
@@ -178,3 +178,12 @@ def test_a_profile_chooses_together_and_what_is_set_by_hand_wins(tmp_path: Path)
     file.write_text("/**:\n  ros__parameters:\n    max_keypoints: 300\n")
     mixed = read_parameter_file(file, options={"profile": "fast"})
     assert (mixed.matcher, mixed.max_keypoints) == ("lightglue-superpoint-open-fast", 300)
+
+
+@pytest.mark.parametrize("section", ["/matcher(", "/[matcher", "/m.tcher", "/matcher?", "/matche+r"])
+def test_a_section_is_no_regular_expression(section: str, tmp_path: Path) -> None:
+    assert not applies(section, "/matcher")
+    file = tmp_path / "parameters.yaml"
+    file.write_text(f'"{section}":\n  ros__parameters:\n    max_keypoints: 300\n')
+    with pytest.raises(ParameterError, match="has no section for /matcher"):
+        read_parameter_file(file)

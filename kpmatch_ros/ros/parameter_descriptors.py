@@ -35,12 +35,10 @@ def parameter_descriptor(item: Declaration) -> ParameterDescriptor:
         # A whole number in a file is an integer to ROS; Declaration.check takes it for a float and checks the rest.
         dynamic_typing=item.type is float,
     )
-    if item.minimum is None:
-        return descriptor
-    if item.type is int:
-        highest = 2**31 - 1 if item.maximum is None else int(item.maximum)
-        descriptor.integer_range = [IntegerRange(from_value=int(item.minimum), to_value=highest, step=1)]
-    elif item.type is float:
-        upper = 1e9 if item.maximum is None else item.maximum
-        descriptor.floating_point_range = [FloatingPointRange(from_value=item.minimum, to_value=upper, step=0.0)]
+    low, high = item.minimum, item.maximum
+    if item.type is int and low is not None and high is not None:
+        descriptor.integer_range = [IntegerRange(from_value=int(low), to_value=int(high), step=1)]
+    elif item.type is float and low is not None:
+        upper = 1e9 if high is None else high
+        descriptor.floating_point_range = [FloatingPointRange(from_value=low, to_value=upper, step=0.0)]
     return descriptor
