@@ -142,11 +142,14 @@ class Parameters:
         ParameterError: when a value, or a combination of values, is not allowed.
     """
 
-    mode: str = _parameter("mono", "one camera over time, or a stereo pair", choices=("mono", "stereo"))
+    mode: str = _parameter(
+        "mono", "mono: one camera over time; stereo: a stereo pair of cameras", choices=("mono", "stereo")
+    )
     profile: str = _parameter(
         "accurate",
-        "weights, number of keypoints and when matching stops, chosen together: accurate has the defaults; fast, for "
-        "robots without a GPU, has smaller networks, 512 keypoints and depth_confidence 0.9; what is set by hand wins",
+        "a choice of weights, max_keypoints and depth_confidence: accurate has the defaults; fast, for robots "
+        "without a GPU, has smaller networks, 512 keypoints and depth_confidence 0.9; a parameter that is set "
+        "itself wins",
         choices=tuple(PROFILES),
     )
     extractor: str = _parameter(
@@ -159,14 +162,14 @@ class Parameters:
     )
     backend: str = _parameter(
         "torch",
-        "what runs the networks: torch, or onnxruntime, with all layers (SuperPoint with LightGlue or SuperGlue; needs "
-        "onnx and onnxruntime)",
+        "what runs the networks: torch, or onnxruntime, which runs all layers (SuperPoint with LightGlue or "
+        "SuperGlue; needs onnx and onnxruntime)",
         choices=("torch", "onnxruntime"),
     )
     providers: str = _parameter(
         "cpu",
-        "with backend onnxruntime: what it runs the networks on, of tensorrt, cuda, openvino and cpu, with commas "
-        "between them and the one liked best first; what the installed onnxruntime lacks is left out, and said",
+        "with backend onnxruntime: its execution providers, with commas between them and the preferred one first: "
+        "tensorrt, cuda, openvino, cpu; those that are not available are left out with a warning",
         pattern=rf"{_PROVIDER}(, *{_PROVIDER})*",
     )
     device: str = _parameter(
@@ -176,13 +179,14 @@ class Parameters:
     )
     precision: str = _parameter(
         "auto",
-        "number format of the networks; auto takes the fastest the device computes in hardware",
+        "number format of the networks; auto is float16 on a GPU, bfloat16 on a processor that computes in it, and "
+        "float32 on others",
         choices=("auto", "float32", "float16", "bfloat16"),
     )
     threads: int = _parameter(
         0,
-        "threads that the networks compute with on the processor, for the whole process: the number of cores that the "
-        "robot's other processes leave free; 0 leaves it to PyTorch, which takes all",
+        "processor threads of the networks, for the whole process: as many as the robot's other processes leave "
+        "free; 0 leaves it to PyTorch, which takes all cores",
         minimum=0,
         maximum=1024,
     )
@@ -198,8 +202,8 @@ class Parameters:
     )
     nms_radius: int = _parameter(
         -1,
-        "no two keypoints are closer than this (non-maximum suppression); -1 takes the value published with the "
-        "weights",
+        "radius of non-maximum suppression: two keypoints are further apart than this; -1 takes the value published "
+        "with the weights",
         unit="pixels",
         minimum=-1,
         maximum=64,
@@ -213,8 +217,8 @@ class Parameters:
     )
     subpixel: bool = _parameter(
         True,
-        "read keypoints out to a fraction of a pixel, with weights that were trained so (superpoint-open); false finds "
-        "whole pixels",
+        "find keypoints to a fraction of a pixel, with weights that were trained for it (superpoint-open); false "
+        "finds whole pixels",
     )
     resize: int = _parameter(
         0, "longest side of the image that the extractor sees; 0 keeps the size", unit="pixels", minimum=0, maximum=8192
@@ -244,69 +248,71 @@ class Parameters:
     )
     reference: str = _parameter(
         "previous",
-        "what a frame is matched with: the previous frame, or a keyframe kept for as long as it is seen well",
+        "what a frame is matched with: previous, the frame before; keyframe, a frame that is kept until "
+        "keyframe_min_matches or keyframe_max_parallax replaces it",
         choices=("previous", "keyframe"),
         dynamic=True,
     )
     keyframe_min_matches: int = _parameter(
         100,
-        "with reference 'keyframe': fewer matches than this make the frame the new keyframe",
+        "with reference 'keyframe': a frame with fewer matches becomes the new keyframe",
         minimum=1,
         maximum=16384,
         dynamic=True,
     )
     keyframe_max_parallax: float = _parameter(
         40.0,
-        "with reference 'keyframe': a larger median displacement of the matches makes the frame the new keyframe",
+        "with reference 'keyframe': a frame with a larger median displacement of its matches becomes the new "
+        "keyframe; where a pose is known, the rotation's part does not count",
         unit="pixels",
         minimum=0.0,
         dynamic=True,
     )
     refine: bool = _parameter(
         True,
-        "publish points where their surroundings are found again, to a fraction of a pixel, and follow tracks through "
-        "frames without a match; false publishes keypoints as detected",
+        "refine points to a fraction of a pixel by the image around them, and follow tracks through frames without "
+        "a match; false publishes keypoints as detected",
         dynamic=True,
     )
     lost_tracks: int = _parameter(
         2000,
-        "with refine: so many tracks that were lost are remembered by their descriptors, and go on when their points "
-        "are found again; 0 remembers none",
+        "with refine: lost tracks that are remembered at most; one whose point is found again goes on under its old "
+        "id; 0 remembers none",
         minimum=0,
         maximum=100000,
         dynamic=True,
     )
     max_gap: float = _parameter(
         5.0,
-        "a longer time between two frames empties the cache and begins new tracks; 0 allows any gap",
+        "a longer time between two frames clears the cached features and begins new tracks; 0 allows any gap",
         unit="seconds",
         minimum=0.0,
         dynamic=True,
     )
     queue: str = _parameter(
         "latest",
-        "latest drops frames that a newer one has overtaken; all processes every frame in order, for bags (up to 2 GB "
-        "of images that wait)",
+        "latest drops frames that a newer one has overtaken; all processes every frame in order, for bags (up to 2 "
+        "GB of waiting images)",
         choices=("latest", "all"),
     )
     image_transport: str = _parameter(
-        "raw", "raw images, or compressed ones on <image>/compressed", choices=("raw", "compressed")
+        "raw", "raw images on <image>, or compressed ones on <image>/compressed", choices=("raw", "compressed")
     )
     stretch: str = _parameter(
         "auto",
-        "images of 16 bits whose values use a small part of them (thermal, 12 bits): auto stretches that part to all "
-        "of 8 bits and follows it over time; off divides by 257",
+        "16-bit images that use a small part of the range (thermal cameras, 12-bit sensors): auto stretches that "
+        "part to 8 bits and follows it over time; off divides by 257",
         choices=("auto", "off"),
         dynamic=True,
     )
     mask: str = _parameter(
         "",
-        "image file that is 0 where nothing is to be detected, as on the robot's own body; in stereo for the left "
-        "camera; empty for none",
+        "image file that is 0 (black) where no keypoint may be, such as on the robot's own body; in stereo for the "
+        "left camera; empty for none",
     )
-    mask_right: str = _parameter("", "stereo: the same for the right camera")
+    mask_right: str = _parameter("", "with mode stereo: the same for the right camera")
     rectified: bool = _parameter(
-        False, "the images are rectified: use the projection matrix of camera_info and no distortion"
+        False, "the images are rectified already: use the projection matrix P of camera_info, and no distortion"
     )
     max_reprojection_error: float = _parameter(
         1.0,
@@ -318,48 +324,53 @@ class Parameters:
     )
     min_inliers: int = _parameter(
         15,
-        "a relative pose needs at least so many matches that agree with it",
+        "a relative pose needs at least so many matches that agree with it, or its status is TOO_FEW_MATCHES",
         minimum=6,
         maximum=16384,
         dynamic=True,
     )
     motion_prior: bool = _parameter(
         True,
-        "where two motions explain the matches alike, as on a plane, the one like the motion before is taken; false "
-        "always reports them as AMBIGUOUS",
+        "where two motions explain the matches equally well, as on a plane, take the one that is like the motion "
+        "before; false reports them as AMBIGUOUS",
         dynamic=True,
     )
     sync_tolerance: float = _parameter(
         0.01,
-        "largest difference of the stamps of a stereo pair, or of an image and its mask; longest time that an image "
-        "waits for its mask and its camera_info",
+        "largest difference of the stamps of a stereo pair, or of an image and its mask; also how long an image "
+        "waits for its mask and its camera_info (with queue 'all' one second)",
         unit="seconds",
         minimum=0.0,
         maximum=1.0,
     )
     publish_odometry: bool = _parameter(
-        False, "stereo: chain the poses into nav_msgs/Odometry on 'odometry', and into TF where tf2_msgs is installed"
+        False,
+        "with mode stereo: chain the poses, and publish them as nav_msgs/Odometry on 'odometry', and to TF where "
+        "tf2_msgs is installed",
     )
     odom_frame: str = _parameter(
         "odom",
-        "frame that odometry is in, of letters, digits, _ and /; each new chain has its number behind the name",
+        "frame of the odometry, of letters, digits, _ and /; after each break of the chain a number is added to it "
+        "(odom_1)",
         pattern=r"[A-Za-z0-9_][A-Za-z0-9_/]*",
     )
     base_frame: str = _parameter(
         "",
-        "with publish_odometry: the robot's frame whose pose and velocity are published, as base_link; /tf_static "
-        "tells where the camera is on it. Empty publishes those of the left camera's optical frame",
+        "with publish_odometry: the robot's frame, such as base_link, whose pose and velocity are published; "
+        "/tf_static must join it to the camera's frame; empty publishes the left camera's optical frame",
         pattern=r"([A-Za-z0-9_][A-Za-z0-9_/]*)?",
     )
     publish_tf: bool = _parameter(
         True,
-        "with publish_odometry: publish it into TF too; turn it off where the camera, or base_frame, has a parent in "
-        "TF already",
+        "with publish_odometry: publish the odometry to TF too; set it to false where the camera's frame, or "
+        "base_frame, has a parent in TF already",
     )
-    autostart: bool = _parameter(True, "configure and activate the node when it starts")
+    autostart: bool = _parameter(
+        True, "the node configures and activates itself when it starts; false leaves that to a lifecycle manager"
+    )
     bond_heartbeat_period: float = _parameter(
         0.1,
-        "without autostart: time between heartbeats for nav2's lifecycle manager, if bondpy is installed; 0 sends none",
+        "without autostart: time between heartbeats to nav2's lifecycle manager, if bondpy is installed; 0 sends none",
         unit="seconds",
         minimum=0.0,
         maximum=4.0,

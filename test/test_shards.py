@@ -25,7 +25,6 @@ def test_photographs_come_back_nearly_as_they_were(texture: Texture, tmp_path: P
     photos = [texture(90, 120, seed) for seed in range(3)] + [texture(64, 200, 3)]
     shards.write_photos(tmp_path / "photos_0.npz", [shards.encode_grey(photo) for photo in photos], list("abcd"))
     read = shards.read_photos(tmp_path / "photos_0.npz")
-    assert shards.read_photo_names(tmp_path / "photos_0.npz") == list("abcd")
     for before, after in zip(photos, read):
         assert after.shape == before.shape and after.dtype == np.uint8
         assert np.abs(after.astype(float) - before).mean() < 8

@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import platform
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
@@ -27,6 +26,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from common import log_line
 from evaluation_figures import Result, describe, markdown
 from evaluation_matchers import PEERS, Found, Matcher, Ours, Refined, load_ours, load_peer
 from evaluation_pairs import GROUPS, Pair, groups, validation_pairs
@@ -145,7 +145,7 @@ def evaluate(matchers: list[Matcher], pairs: Iterator[Pair], cache: Cache, known
             cache.fill(matcher, pair)
         seen.setdefault(pair.group, []).append(pair)
         if number % 10 == 0:
-            say(f"{pair.group}: {pair.name}")
+            log_line(f"{pair.group}: {pair.name}")
     return {
         group: describe({m.name: [cache.result(m, pair) for pair in of_group] for m in matchers}, REFERENCE)
         for group, of_group in seen.items()
@@ -179,11 +179,6 @@ def versions() -> dict[str, str]:
         "opencv": cv2.__version__,
         "processor": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def say(text: str) -> None:
-    """Print a line with the time."""
-    print(time.strftime("%H:%M:%S"), text, flush=True)
 
 
 def main(words: list[str] | None = None) -> None:

@@ -251,7 +251,7 @@ def triangulate(
 
 
 def place(cameras: Window, spots: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The spots, squares and freedom of what Structure.place returns."""
+    """The spots, squares and freedom of what structure.place returns."""
     assert _library is not None
     frames, count, seen = _rays(cameras, rays)
     _check(spots, (3, count))

@@ -11,7 +11,7 @@ from kpmatch_ros.geometry import compiled
 
 __all__ = ["LONGEST_STEP", "Alignment", "align", "cut", "inside", "inverse", "no_change", "signed", "unaligned"]
 
-_SIDE = 13  # pixels, as in geometry.refinement
+_SIDE = 13  # pixels, as the window of geometry.flow
 _WIDE = _SIDE + 2  # with a border for gradients
 _WIDE_OFFSETS = np.arange(_WIDE, dtype=np.float32) - _WIDE // 2
 _WIDE_X, _WIDE_Y = (grid.ravel() for grid in np.meshgrid(_WIDE_OFFSETS, _WIDE_OFFSETS))
