@@ -469,7 +469,7 @@ class FrontEnd:
             return False
         if self.parameters.reference == "previous" or len(pair.indices) < self.parameters.keyframe_min_matches:
             return True
-        if pair.pose.inliers is not None:
+        if pair.pose.status.has_pose:
             parallax = pair.pose.median_parallax
         else:
             parallax = float(np.median(np.linalg.norm(pair.points - pair.reference_points, axis=1)))

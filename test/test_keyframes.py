@@ -1,0 +1,62 @@
+"""When a frame becomes the new keyframe."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from kpmatch_ros.feature_matcher import FeatureMatcher, Features
+from kpmatch_ros.front_end import FrontEnd
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.parameters import Parameters
+
+SIZE = (640, 480)
+CAMERA = Camera(*SIZE, np.array([[500.0, 0, 320], [0, 500.0, 240], [0, 0, 1]]))
+
+
+class InOrder:
+    """Stands in for the networks: points of images in the order in which these come, matched one by one."""
+
+    keypoint_resolution = 1.0
+
+    def __init__(self, *points: np.ndarray) -> None:
+        self._points = iter(points)
+
+    def extract_batch(self, images: Any, masks: Any) -> list[Features]:
+        """The points of the next image."""
+        points = next(self._points).astype(np.float32)
+        return [Features(points, np.ones(len(points)), np.full((len(points), 4), 0.5), SIZE)]
+
+    def match(self, reference: Features, current: Features) -> Any:
+        """All of them."""
+        count = len(reference.keypoints)
+        indices = np.repeat(np.arange(count)[:, None], 2, axis=1)
+        return SimpleNamespace(indices=indices, scores=np.ones(count, np.float32), layers=0)
+
+
+@pytest.mark.parametrize(("min_inliers", "status"), [(15, PoseStatus.OK), (150, PoseStatus.TOO_FEW_MATCHES)])
+@pytest.mark.parametrize(("most", "renewed"), [(40.0, True), (100.0, False)])
+def test_a_keyframe_gives_way_where_the_matches_moved_far_with_a_pose_or_without(
+    min_inliers: int, status: PoseStatus, most: float, renewed: bool
+) -> None:
+    random = np.random.default_rng(0)
+    scene = random.uniform((-2, -1.5, 4), (2, 1.5, 9), (200, 3))
+    before, after = ((points[:, :2] / points[:, 2:]) * 500 + (320, 240) for points in (scene, scene - (0.9, 0, 0.1)))
+    after[120:] = random.uniform((5, 5), (630, 470), (80, 2))  # wrong matches
+    parameters = Parameters(
+        reference="keyframe",
+        keyframe_max_parallax=most,
+        keyframe_min_matches=10,
+        min_inliers=min_inliers,
+        refine=False,
+    )
+    front_end = FrontEnd(parameters, cast(FeatureMatcher, InOrder(before, after)))
+    nothing = np.zeros(SIZE[::-1], np.uint8)
+    front_end.register_frame(nothing, 0, CAMERA)
+    frame, pair = front_end.register_frame(nothing, 10**8, CAMERA)
+    assert pair is not None and pair.pose.status is status
+    assert (front_end.reference is frame) == renewed
