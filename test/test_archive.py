@@ -177,8 +177,10 @@ def test_bags_are_found_in_every_form_that_recorders_leave(tmp_path: Path) -> No
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "g").symlink_to(tmp_path)
+    (tmp_path / "h").mkdir()
+    (tmp_path / "h" / "metadata.yaml").symlink_to("/no/such/disk/metadata.yaml")  # what cannot be read is to be named
     found = [str(path.relative_to(tmp_path)) for path in find_bags(tmp_path)]
-    assert found == ["a", "b", "c/old.bag", "c/one.mcap", "c/two.db3", "d/e"]
+    assert found == ["a", "b", "c/old.bag", "c/one.mcap", "c/two.db3", "d/e", "h"]
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,11 @@ def _is_bag(folder: Path, files: list[str]) -> bool:
     stored = [name for name in files if _STORAGE.fullmatch(name)]
     if "metadata.yaml" not in files:  # as after a recorder that was killed
         return any(name.startswith(f"{folder.name}_0.") for name in stored)
-    return bool(stored) or "rosbag2_bagfile_information" in (folder / "metadata.yaml").read_text(errors="replace")
+    try:
+        text = (folder / "metadata.yaml").read_text(errors="replace")
+    except OSError:
+        return True  # so that it is named
+    return bool(stored) or "rosbag2_bagfile_information" in text
 
 
 @contextmanager
