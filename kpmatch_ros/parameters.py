@@ -300,7 +300,7 @@ class Parameters:
     )
     stretch: str = _parameter(
         "auto",
-        "16-bit images that use a small part of the range (thermal cameras, 12-bit sensors): auto stretches that "
+        "images of 16 bits that use a small part of the range (thermal cameras, 12-bit sensors): auto stretches that "
         "part to 8 bits and follows it over time; off divides by 257",
         choices=("auto", "off"),
         dynamic=True,

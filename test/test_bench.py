@@ -312,6 +312,8 @@ def test_a_precision_that_a_device_lacks_is_left_out_of_several(
         (["--keypoints", "0"], "max_keypoints is 0; it must be 1 to 16384"),
         (["--keypoints", "many"], "'many' is not a list of numbers with commas between them"),
         (["--sizes", "640"], "'640' is not a size such as 640x480"),
+        (["--sizes", "64x64,4000x3000"], "images of 4000x3000 pixels are more than the 8.4 million"),
+        (["--sizes", "99999x99999"], "--sizes makes them smaller"),
         (["--precision", "float8"], "precision is 'float8'; it must be one of"),
         (["--device", "cpu", "--precision", "float16"], "precision float16 needs a GPU"),
         (["--device", "cuda:99"], "device is 'cuda:99'"),

@@ -330,7 +330,7 @@ def test_images_without_a_match_prove_nothing(run: Run, words: list[Any], tmp_pa
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["--size", "640"], "'640' is not a width and a height in pixels such as 640x480"),
+        (["--size", "640"], "'640' is not a size such as 640x480"),
         (["--size", "4x480"], "images of 4 x 480 pixels are too small"),
         (["--keypoints", "0"], "'0' is not a whole number of at least 1"),
         (["--matcher", "nearest"], "the matcher is NearestNeighbour, which has no network to export"),

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kpmatch_ros.cli.common import MATCHING_OPTIONS, CommandError, add_command, add_parameter, whole_number
+from kpmatch_ros.cli.common import (
+    MATCHING_OPTIONS,
+    CommandError,
+    add_command,
+    add_parameter,
+    image_size,
+    whole_number,
+)
 from kpmatch_ros.parameters import ParameterError, Parameters, declaration, profile_values
 
 __all__ = ["PEERS", "Request", "add_bench"]
@@ -136,13 +142,7 @@ def _list_of(name: str) -> Any:
 
 
 def _sizes(text: str) -> list[tuple[int, int]]:
-    sizes = []
-    for part in text.split(","):
-        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", part)
-        if match is None:
-            raise argparse.ArgumentTypeError(f"{part!r} is not a size such as 640x480")
-        sizes.append((int(match[1]), int(match[2])))
-    return sizes
+    return [image_size(part) for part in text.split(",")]
 
 
 def _bench(options: argparse.Namespace) -> int:

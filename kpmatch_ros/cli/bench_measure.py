@@ -34,7 +34,7 @@ from kpmatch_ros.cli.bench import Request
 from kpmatch_ros.cli.bench_report import STAGES, Comparison, Row, Spread, draw, report
 from kpmatch_ros.cli.common import CommandError, read_image
 from kpmatch_ros.device import choose_device, choose_precision, processor_name
-from kpmatch_ros.feature_matcher import FeatureMatcher
+from kpmatch_ros.feature_matcher import LARGEST_IMAGE, FeatureMatcher
 from kpmatch_ros.frames import Pair
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
@@ -168,7 +168,13 @@ def _films(request: Request) -> list[Film]:
     else:
         frames = list(demo_frames(count))
         film = Film([frame.image for frame in frames], Camera.from_camera_info(frames[0].camera_info, rectified=False))
-    return [film.resized(size) for size in request.sizes] or [film]
+    height, width = film.images[0].shape[:2]
+    sizes = request.sizes or [(width, height)]
+    for width, height in sizes:
+        if width * height > LARGEST_IMAGE:
+            most = f"the {LARGEST_IMAGE / 1e6:.1f} million that the networks take"
+            raise CommandError(f"images of {width}x{height} pixels are more than {most}: --sizes makes them smaller")
+    return [film.resized(size) for size in sizes]
 
 
 def _pictures(folder: Path, count: int) -> list[Image]:

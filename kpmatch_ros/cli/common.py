@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ __all__ = [
     "add_parameter",
     "add_parameters",
     "comma_separated",
+    "image_size",
     "megabytes",
     "quiet_stderr",
     "read_image",
@@ -133,6 +135,14 @@ def comma_separated(*counts: int) -> Any:
         return values
 
     return parse
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Width and height in pixels."""
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 640x480")
+    return int(found[1]), int(found[2])
 
 
 def whole_number(least: int) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import kpmatch_ros
-from kpmatch_ros.cli.common import CommandError, add_command, add_parameters, read_image, whole_number
+from kpmatch_ros.cli.common import CommandError, add_command, add_parameters, image_size, read_image, whole_number
 from kpmatch_ros.parameters import Parameters
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def add_export(commands: Any) -> None:
         "--keypoints", metavar="N", type=whole_number(1), help="places in each image (default: those of the profile)"
     )
     parser.add_argument(
-        "--size", metavar="WxH", type=_size, default=(640, 480), help="of the images, pixels (default 640x480)"
+        "--size", metavar="WxH", type=image_size, default=(640, 480), help="of the images, pixels (default 640x480)"
     )
     parser.add_argument(
         "--dynamic",
@@ -74,13 +73,6 @@ def add_export(commands: Any) -> None:
     )
     check.add_argument("--no-check", action="store_true", help="do not compare with PyTorch")
     add_parameters(parser, "matching options", _OPTIONS)
-
-
-def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a width and a height in pixels such as 640x480")
-    return int(found[1]), int(found[2])
 
 
 def _export(options: argparse.Namespace) -> int:
