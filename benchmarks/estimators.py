@@ -282,7 +282,7 @@ def main() -> None:
     parser.add_argument("--resize", type=int, default=0, help="longest side that the extractor sees (default: as is)")
     parser.add_argument("--max-keypoints", type=int, default=1024)
     parser.add_argument("--matches", type=int, nargs="*", default=[300], help="matches of a scene (default 300)")
-    parser.add_argument("--scenes", type=int, default=50, help="of each kind (default 50)")
+    parser.add_argument("--scenes", type=int, default=50, help="of each kind, 0 for none (default 50)")
     parser.add_argument("--only", default="", help="estimators with this in their names")
     options = parser.parse_args()
     cv2.setNumThreads(1)
@@ -292,7 +292,7 @@ def main() -> None:
         title = f"{len(pairs)} image pairs, {', '.join(str(len(pair.points0)) for pair in pairs)} matches"
         shuffled = [pair.shuffled(order) for pair in pairs for order in range(options.orders)]
         compare(f"{title}, in {options.orders} orders", shuffled, options.gate, options.only)
-    for count in options.matches:
+    for count in options.matches if options.scenes else ():
         for scene in SCENES:
             problems = [scene.problem(count, seed) for seed in range(options.scenes)]
             compare(f"{options.scenes} scenes of {count} matches: {scene.title}", problems, options.gate, options.only)
