@@ -5,6 +5,7 @@ Exit status 0 on success and 2 on bad usage or input, with one line on stderr th
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ from kpmatch_ros.cli.demo import add_demo
 from kpmatch_ros.cli.doctor import add_doctor
 from kpmatch_ros.cli.export import add_export
 from kpmatch_ros.cli.match import add_match
+from kpmatch_ros.cli.streams import prepare_streams
 from kpmatch_ros.cli.weights import add_weights
 from kpmatch_ros.interpreter import explain
 from kpmatch_ros.parameters import ParameterError
@@ -32,6 +34,8 @@ from kpmatch_ros.weights import WeightsError
 
 __all__ = ["main"]
 
+_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # they do not say of which file
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
@@ -39,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the words after `kpmatch`; those of this process where not given.
     """
+    prepare_streams()
     configure_process()
     parser = _build_parser()
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next; see docs/command_line.md
@@ -47,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         argcomplete.autocomplete(parser)
     options = parser.parse_args(_join_negative_values(sys.argv[1:] if arguments is None else arguments))
     try:
-        with _sigterm_as_ctrl_c():
+        with _signals_as_ctrl_c():
             status: int = options.run(options)
             sys.stdout.flush()
             return status
@@ -61,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             text = f"{error.filename}: {error.strerror}"
+        elif isinstance(error, OSError) and error.errno in _WRITING:
+            text = f"the output cannot be written: {error.strerror}"
         print(f"{options.name}: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except Exception as error:  # a fault of this program, memory that ran out, a module that is not installed
@@ -79,8 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """What a command began is undone or ended in its `finally`s, whichever way it is stopped."""
+def _signals_as_ctrl_c() -> Iterator[None]:
+    """What a command began is undone or ended in its `finally`s, whichever way it is stopped.
+
+    SIGHUP comes where a terminal is closed or a connection to another machine ends. With `nohup` it is ignored.
+    """
     if threading.current_thread() is not threading.main_thread():  # nobody else may handle signals
         yield
         return
@@ -88,11 +98,15 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if number == signal.SIGTERM or signal.getsignal(number) == signal.SIG_DFL:
+            before[number] = signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _join_negative_values(arguments: Sequence[str]) -> list[str]:
