@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import functools
 import importlib.util
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import psutil
 import pytest
@@ -259,3 +261,92 @@ def title(process: psutil.Process) -> str:
         return " ".join(process.cmdline()).strip()
     except psutil.Error:
         return ""
+
+
+def test_a_full_disk_is_no_fault_of_the_bags(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        write_camera_bag(tmp_path / "in" / name, views[:3], stamps(3), demo_camera(*SIZE))
+    write, written = BagWriter.write, []
+
+    def fill(self: BagWriter, topic: str, message: Any, stamp: int) -> None:
+        written.append(topic)
+        if len(written) == 6:  # in the second bag
+            monkeypatch.setattr(self, "_writer", Full())
+        write(self, topic, message, stamp)
+
+    monkeypatch.setattr(BagWriter, "write", fill)
+    out = tmp_path / "out"
+    status, printed, errors = run(tmp_path / "in", out, *QUICK)
+    assert (status, printed, errors.count("\n")) == (2, "", 1)
+    assert f"{out / 'b'}: cannot be written: [Errno {errno.ENOSPC}] No space left on device" in errors
+    assert (out / "a" / "metadata.yaml").exists() and not (out / "b").exists() and not (out / "archive.csv").exists()
+    monkeypatch.setattr(BagWriter, "write", write)
+    assert "3 done (1 of them before)\n" in run(tmp_path / "in", out, *QUICK)[1]
+
+
+class Full:
+    """A writer of bags on a disk that is full."""
+
+    def add_connection(self, *_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write = abort = add_connection
+
+
+@pytest.mark.parametrize("names", [("drive.mcap", "drive_mcap"), ("drive.mcap", "drive_mcap/a")])
+def test_two_bags_for_one_place_are_refused(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path, names: tuple[str, str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_camera_bag(tmp_path / "bag", views[:3], stamps(3), demo_camera(*SIZE))
+    shutil.copy(tmp_path / "bag" / "bag.mcap", folder / names[0])
+    shutil.copytree(tmp_path / "bag", folder / names[1])
+    status, printed, error = run(folder, tmp_path / "out", *QUICK)
+    assert (status, printed, error.count("\n")) == (2, "", 1)
+    assert all(str(folder / name) in error for name in names) and "rename one of them" in error
+
+
+def test_results_of_another_bag_of_that_name_are_not_taken_for_this_ones(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    for place, count in (("one", 3), ("two", 5)):
+        (tmp_path / place).mkdir()
+        write_camera_bag(tmp_path / place / "drive", views[:count], stamps(count), demo_camera(*SIZE))
+    assert run(tmp_path / "one", tmp_path / "out", *QUICK)[0] == 0
+    status, _, errors = run(tmp_path / "two", tmp_path / "out", *QUICK)
+    assert status == 2 and f"{tmp_path / 'out' / 'drive'}: was made from another bag than {tmp_path / 'two'}" in errors
+    assert table(tmp_path / "out")["drive"]["state"] == "failed"
+    (tmp_path / "one").rename(tmp_path / "moved")  # is the same bag
+    assert "1 done (1 of them before)" in run(tmp_path / "moved", tmp_path / "out", *QUICK)[1]
+    shutil.rmtree(tmp_path / "out" / "drive")
+    assert run(tmp_path / "two", tmp_path / "out", *QUICK)[0] == 0
+    assert table(tmp_path / "out")["drive"]["frames"] == "5"
+
+
+def test_a_mask_that_was_changed_is_another_setting(
+    run: Run, views: list[NDArray[np.uint8]], bags: Path, tmp_path: Path
+) -> None:
+    mask = np.full_like(views[0], 255)
+    cv2.imwrite(str(tmp_path / "mask.png"), mask)
+    words = (bags, tmp_path / "out", *QUICK, "--mask", tmp_path / "mask.png")
+    assert run(*words)[0] == 0
+    mask[:20] = 0
+    cv2.imwrite(str(tmp_path / "mask.png"), mask)
+    status, _, error = run(*words)
+    assert status == 2 and "was begun with content of mask '" in error and error.count("\n") == 1
+
+
+def test_a_name_that_is_not_utf_8_costs_no_result(run: Run, kpmatch: Run, bags: Path, tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    (bags / "c.mcap").rename(bags / f"{odd}.mcap")
+    assert run(bags, tmp_path / "out", *QUICK)[0] == 0
+    assert table(tmp_path / "out")[r"caf\udce9.mcap"]["state"] == "done"
+    words = [f"--report={tmp_path / 'r.html'}"] if importlib.util.find_spec("plotly") else []
+    words += [f"--rerun={tmp_path / 'r.rrd'}"] if importlib.util.find_spec("rerun") else []
+    status, _, errors = kpmatch("bag", bags / f"{odd}.mcap", tmp_path / odd, *QUICK, *words)
+    assert status == 0, errors
+    assert all(Path(word.split("=")[1]).exists() for word in words)

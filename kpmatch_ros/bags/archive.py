@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import fcntl
+import hashlib
 import importlib.util
 import json
 import os
@@ -25,17 +26,18 @@ from typing import Any
 
 import kpmatch_ros
 from kpmatch_ros.bags.cameras import choose_cameras
-from kpmatch_ros.bags.files import BagError
+from kpmatch_ros.bags.files import BagError, OutputError
 from kpmatch_ros.bags.replay import replay
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.weights import WeightsError
 
-__all__ = ["Job", "Row", "Settings", "claimed", "find_bags", "finished_row", "replay_one", "write_tables"]
+__all__ = ["Job", "Row", "Settings", "claimed", "find_bags", "finished_row", "jobs_for", "replay_one", "write_tables"]
 
 Row = dict[str, Any]
 """The figures of a bag: bag, state, frames, rate, matches, inliers, poses, rejected, seconds, where, message.
 
+In a finished bag's folder also source: what tells the bag that was read from others of its name.
 `state` is done; or broken, where the bag is at fault; or failed, where something else is.
 """
 
@@ -43,6 +45,7 @@ _ROW = "kpmatch_archive.json"  # in a finished bag's folder
 _SETTINGS = "archive.json"
 _STORAGE = re.compile(r".*\.(mcap|db3)(\.zstd)?")
 _FILES = (".mcap", ".db3", ".bag")  # those of ROS 1 are refused with the name of what converts them
+_SAMPLE = 4096  # bytes of a file's beginning, and of its end
 _OF_THE_MACHINE = ("device", "threads")  # parameters that another machine may have otherwise
 _OF_FILES = ("extractor", "matcher", "mask", "mask_right")  # parameters that may name files
 
@@ -73,9 +76,12 @@ class Settings:
         chosen = dataclasses.asdict(self.parameters)
         parameters = {name: value for name, value in chosen.items() if name not in _OF_THE_MACHINE}
         topics = {name: topic for name, topic in self.topics.items() if topic is not None}
+        named = {name: Path(chosen[name]) for name in _OF_FILES if chosen[name]}
+        contents = {f"content of {name}": _digest(path) for name, path in named.items() if path.exists()}
         return {
             "version": kpmatch_ros.__version__,
             **parameters,
+            **contents,
             **topics,
             "features": self.features,
             "match_image": self.match_image,
@@ -139,6 +145,28 @@ def find_bags(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def jobs_for(bags: list[Path], folder: Path, out: Path, unfinished: Path) -> list[Job]:
+    """A job for each bag below a folder.
+
+    Raises:
+        BagError: two bags would be written to one place, or one of them into another's folder.
+    """
+    jobs = [Job.of(bag, folder, out, unfinished) for bag in bags]
+    taken: dict[Path, Job] = {}
+    for job in jobs:
+        other = taken.setdefault(job.target, job)
+        if other is not job:
+            raise BagError(f"{job.source}: and {other.source} would both become {job.target}; rename one of them")
+    for job in jobs:
+        for place in job.target.parents:
+            if place in taken:
+                raise BagError(
+                    f"{taken[place].source}: would become {place}, where {job.source} is to be written too; rename one "
+                    "of them"
+                )
+    return jobs
+
+
 def _is_bag(folder: Path, files: list[str]) -> bool:
     stored = [name for name in files if _STORAGE.fullmatch(name)]
     if "metadata.yaml" not in files:  # as after a recorder that was killed
@@ -199,11 +227,50 @@ def _check_settings(file: Path, unfinished: Path, settings: dict[str, Any]) -> N
 
 
 def finished_row(job: Job) -> Row | None:
-    """The figures of a bag that was done before; None where it is to be done."""
+    """The figures of a bag that was done before; None where it is to be done, or another one has its place."""
+    row = _row_in(job.target)
+    if row is None:
+        return None
     try:
-        return dict(json.loads((job.target / _ROW).read_text()))
+        same = row.get("source") in (None, _source(job.source))
+    except OSError:
+        same = True
+    return row if same else None
+
+
+def _row_in(target: Path) -> Row | None:
+    try:
+        return dict(json.loads((target / _ROW).read_text()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _source(bag: Path) -> str:
+    """What tells a bag from another one of its name: size, beginning and end of its files, whatever these are called.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    found = hashlib.sha256()
+    for file in sorted(path for path in bag.iterdir() if _STORAGE.fullmatch(path.name)) if bag.is_dir() else [bag]:
+        with file.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            for place in (0, max(size - _SAMPLE, 0)):
+                stream.seek(place)
+                found.update(size.to_bytes(8, "little") + stream.read(_SAMPLE))
+    return found.hexdigest()[:16]
+
+
+def _digest(path: Path) -> str:
+    """What tells a file, or a folder's files, from others in the same place."""
+    found = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            found.update(file.name.encode(errors="surrogateescape"))
+            with file.open("rb") as stream:
+                while part := stream.read(1 << 20):
+                    found.update(part)
+    return found.hexdigest()[:16]
 
 
 def replay_one(job: Job, settings: Settings) -> Row:
@@ -211,25 +278,31 @@ def replay_one(job: Job, settings: Settings) -> Row:
 
     Raises:
         ParameterError, WeightsError: no bag can be replayed like this.
-        OSError: the target cannot be written.
+        OutputError, OSError: the target cannot be written.
     """
     started = time.perf_counter()
     row: Row = {"bag": job.name, "where": f"{socket.gethostname()}:{os.getpid()}"}
     try:
+        if _row_in(job.target) is not None:
+            text = f"{job.target}: was made from another bag than {job.source}, or from an earlier one; remove it, or "
+            return row | {"state": "failed", "message": text + "choose another folder to write to", "seconds": 0.0}
         if job.target.exists():
             raise BagError(f"{job.target}: exists, and kpmatch archive did not make it; remove it")
         cameras = choose_cameras(job.source, settings.parameters.mode, settings.topics)
         with tempfile.TemporaryDirectory(dir=job.unfinished) as folder:
             beside = Path(folder) / job.target.name
-            report = replay(
-                job.source, beside, cameras, settings.parameters,
-                features=settings.features, match_image=settings.match_image,
-            )  # fmt: skip
+            try:
+                report = replay(
+                    job.source, beside, cameras, settings.parameters,
+                    features=settings.features, match_image=settings.match_image,
+                )  # fmt: skip
+            except OutputError as error:
+                raise OutputError(str(error).replace(str(beside), str(job.target))) from error
             figures = report.figures()
             row |= {name: figures[name] for name in ("frames", "rate", "matches", "inliers", "poses", "rejected")}
             uncalibrated = [f"no camera_info for {camera.image}" for camera in cameras if not camera.camera_info]
             row |= {"state": "done", "message": "; ".join(uncalibrated + report.faults)}
-            row["seconds"] = round(time.perf_counter() - started, 3)
+            row |= {"seconds": round(time.perf_counter() - started, 3), "source": _source(job.source)}
             (beside / _ROW).write_text(json.dumps(row))
             job.target.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -238,6 +311,8 @@ def replay_one(job: Job, settings: Settings) -> Row:
                 if finished_row(job) is None:
                     raise
             return row
+    except OutputError:  # no place for this bag is none for the next one either
+        raise
     except BagError as error:
         row |= {"state": "broken", "message": str(error)}
     except (ParameterError, WeightsError, OSError):
@@ -264,14 +339,14 @@ def write_tables(rows: list[Row], out: Path, unfinished: Path) -> list[Path]:
     lines = []
     for row in rows:
         poses, rejected = row.get("poses"), row.get("rejected")
-        line = {name: row.get(name) for name in types}
+        line = {name: _encodable(row.get(name)) for name in types}
         line["rejected"] = None if rejected is None else sum(rejected.values())
         for status in PoseStatus:
             line[f"status_{status.name.lower()}"] = None if poses is None else poses.get(status.name, 0)
         for reason in reasons:
             line[f"rejected_{reason}"] = None if rejected is None else rejected.get(reason, 0)
         lines.append(line)
-    with (unfinished / "archive.csv").open("w", newline="") as file:
+    with (unfinished / "archive.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(types))
         writer.writeheader()
         writer.writerows(lines)
@@ -287,3 +362,8 @@ def write_tables(rows: list[Row], out: Path, unfinished: Path) -> list[Path]:
     for name in written:
         os.replace(unfinished / name, out / name)
     return [out / name for name in written]
+
+
+def _encodable(value: Any) -> Any:
+    """A file's name need not be UTF-8, and a table is."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value

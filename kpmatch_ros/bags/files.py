@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import sqlite3
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -33,7 +34,7 @@ from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_
 from rosbags.typesys.store import Typestore
 from scipy.spatial.transform import Rotation
 
-from kpmatch_ros.bags.recording import BagError, Recording
+from kpmatch_ros.bags.recording import BagError, OutputError, Recording
 from kpmatch_ros.bags.storage import Definition
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import Pose
@@ -41,6 +42,7 @@ from kpmatch_ros.geometry.pose import Pose
 __all__ = [
     "BagError",
     "BagWriter",
+    "OutputError",
     "Record",
     "Topic",
     "bag_storage",
@@ -409,6 +411,18 @@ def read_ground_truth(path: str | Path, topic: str = GROUND_TRUTH) -> tuple[NDAr
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Turn any error of the writers into a BagError."""
+    try:
+        with _explained(path, "cannot be written"):
+            yield
+    except BagError as error:
+        if isinstance(error.__cause__, (OSError, sqlite3.OperationalError)):
+            raise OutputError(str(error)) from error
+        raise
+
+
 class BagWriter:
     """Writes a bag, which is a folder.
 
@@ -420,7 +434,8 @@ class BagWriter:
         overwrite: replace the folder if it is a bag.
 
     Raises:
-        BagError: when the folder cannot be written.
+        OutputError: there is no place for it.
+        BagError: when the folder cannot be written for another reason.
     """
 
     def __init__(self, path: str | Path, storage: Storage = "mcap", overwrite: bool = False) -> None:
@@ -433,7 +448,7 @@ class BagWriter:
             shutil.rmtree(self.path)
         self._connections: dict[tuple[str, str], Any] = {}
         plugin = StoragePlugin.MCAP if storage == "mcap" else StoragePlugin.SQLITE3
-        with _explained(self.path, "cannot be written"):
+        with _written(self.path):
             self._writer = Writer(self.path, version=8, storage_plugin=plugin)
             self._writer.open()
 
@@ -441,7 +456,7 @@ class BagWriter:
         """Add a message of rosbags' typestore, recorded at `stamp`, nanoseconds."""
         type_name = message.__msgtype__
         data = typestore().serialize_cdr(message, type_name)
-        with _explained(self.path, "cannot be written"):
+        with _written(self.path):
             if (topic, type_name) not in self._connections:
                 new = self._writer.add_connection(topic, type_name, typestore=typestore())
                 self._connections[topic, type_name] = new
@@ -449,7 +464,7 @@ class BagWriter:
 
     def close(self) -> None:
         """Finish the bag. Its metadata is written only now."""
-        with _explained(self.path, "cannot be written"):
+        with _written(self.path):
             self._writer.close()
 
     def __enter__(self) -> BagWriter:

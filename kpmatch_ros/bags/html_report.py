@@ -100,7 +100,7 @@ class HtmlReport:
             "@PLOTLY@": get_plotlyjs(),
         }
         page = re.sub("|".join(parts), lambda found: parts[found[0]], _TEMPLATE.read_text(encoding="utf-8"))
-        path.write_text(page, encoding="utf-8")
+        path.write_text(page, encoding="utf-8", errors="backslashreplace")  # a bag's name need not be UTF-8
 
     def _trajectory_figure(self) -> dict[str, Any]:
         """Seen from above: the camera's x to the right, its z (forward) up."""

@@ -6,6 +6,7 @@ killed. What the files hold is what is read. Where the metadata or an index decl
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from kpmatch_ros.bags.mcap_file import McapFile
 from kpmatch_ros.bags.sqlite_file import SqliteFile
 from kpmatch_ros.bags.storage import Definition, StorageFile, from_zstd, type_name, zstd
 
-__all__ = ["BagError", "Raw", "Recording"]
+__all__ = ["BagError", "OutputError", "Raw", "Recording"]
 
 _SUFFIXES = (".mcap", ".db3")
 _ZSTD = b"\x28\xb5\x2f\xfd"  # what a compressed message begins with; one that is not begins with 0
@@ -30,6 +31,10 @@ _ZSTD = b"\x28\xb5\x2f\xfd"  # what a compressed message begins with; one that i
 
 class BagError(ValueError):
     """A bag is missing or broken, lacks a topic, or cannot be written. The text says which, and what to do."""
+
+
+class OutputError(BagError):
+    """There is no place to write to: the disk is full, say. The bag that is read is not at fault."""
 
 
 class Raw(NamedTuple):
@@ -132,7 +137,7 @@ class Recording:
 
     def _read_metadata(self, file: Path) -> list[str]:
         """The names of the bag's files. Every key may be absent."""
-        tree = yaml.safe_load(file.read_text())
+        tree = _parsed(file.read_text(encoding="utf-8"))
         content = tree.get("rosbag2_bagfile_information") if isinstance(tree, dict) else None
         if not isinstance(content, dict):
             raise ValueError(
@@ -189,6 +194,12 @@ class Recording:
                 self.remarks.append(
                     f"{topic}: metadata.yaml declares {declared} messages, the files hold {held[topic]}"
                 )
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(text: str) -> Any:
+    """What YAML text holds. A bag is opened several times, and a thousand topics take a second."""
+    return yaml.safe_load(text)  # libyaml's loader is faster, and text that is nested deeply makes it crash
 
 
 def _list(content: dict[str, Any], key: str) -> list[Any]:

@@ -19,6 +19,7 @@ from kpmatch_ros.bags.files import (
     IMAGE_TYPES,
     BagError,
     BagWriter,
+    OutputError,
     bag_storage,
     bag_topics,
     new_message,
@@ -79,7 +80,8 @@ def replay(
         landmarks: in stereo, write `landmarks` too.
 
     Raises:
-        BagError: when the bag is broken, none of its images can be used, or `out` cannot be written.
+        OutputError: when there is no place for what is to be written.
+        BagError: when the bag is broken, none of its images can be used, or `out` exists.
         ParameterError, WeightsError: when the networks cannot be loaded, or odometry is asked of one camera.
         OSError: when a file cannot be written.
         ValueError: when there are more or fewer cameras than the mode has.
@@ -115,7 +117,7 @@ def replay(
         wanted |= {"landmarks"} if landmarks else set()
         page_file = stack.enter_context(_whole_or_not(page)) if page is not None else None
         recording = None
-        title = f"Matches of {bag.name}"
+        title = f"Matches of {bag.name}".encode("utf-8", "backslashreplace").decode()  # a name need not be UTF-8
         if rerun is not None:
             file = stack.enter_context(_whole_or_not(rerun))
             recording = stack.enter_context(RerunRecording(file, cameras[0].num_images, title, metric=stereo))
@@ -252,10 +254,10 @@ def _whole_or_not(path: Path) -> Iterator[Path]:
         yield place
         os.replace(place, path)
     except BagError as error:  # it names the place that nobody knows
-        raise BagError(str(error).replace(str(place), str(path))) from error
+        raise type(error)(str(error).replace(str(place), str(path))) from error
     except OSError as error:  # a disk that is full does not say of which file
         if error.filename is not None:
             raise
-        raise BagError(f"{path}, or a file beside it, cannot be written: {error.strerror}") from error
+        raise OutputError(f"{path}, or a file beside it, cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

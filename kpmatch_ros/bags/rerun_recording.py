@@ -119,9 +119,8 @@ class RerunRecording:
         unit = "metres" if self._metric else "arbitrary scale: each step has length one"
         lines = ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows), f"| positions | {unit} |"]
         lines += ["", *(f"- {fault}" for fault in faults)]
-        self._stream.log(
-            "table", rerun.TextDocument("\n".join(lines), media_type=rerun.MediaType.MARKDOWN), static=True
-        )
+        text = "\n".join(lines).encode("utf-8", "backslashreplace").decode()  # names of files need not be UTF-8
+        self._stream.log("table", rerun.TextDocument(text, media_type=rerun.MediaType.MARKDOWN), static=True)
 
     def _add_pose(self) -> None:
         rotation, position = self._trajectory.pose

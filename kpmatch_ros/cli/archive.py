@@ -62,7 +62,7 @@ def _share(text: str) -> float:
 
 
 def _archive(options: argparse.Namespace) -> int:
-    from kpmatch_ros.bags.archive import Job, Settings, claimed, find_bags, finished_row, write_tables
+    from kpmatch_ros.bags.archive import Settings, claimed, find_bags, finished_row, jobs_for, write_tables
     from kpmatch_ros.bags.files import BagError
 
     source, out = options.source.resolve(), options.target.resolve()
@@ -80,7 +80,7 @@ def _archive(options: argparse.Namespace) -> int:
     try:
         bags = find_bags(source)
         with claimed(out, settings) as unfinished:
-            jobs = [Job.of(bag, source, out, unfinished) for bag in bags]
+            jobs = jobs_for(bags, source, out, unfinished)
             rows = {job.name: row for job in jobs if (row := finished_row(job)) is not None}
             before = len(rows)
             _run(options, [job for job in jobs if job.name not in rows], settings, rows)
