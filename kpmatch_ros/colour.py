@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["grey_levels", "in_memory_order", "to_grey"]
+__all__ = ["grey_levels", "in_memory_order", "resize", "to_grey"]
 
 Image = NDArray[np.uint8]
 
@@ -38,3 +38,17 @@ def grey_levels(pixels: Image, blue_first: bool) -> NDArray[np.float32]:
     grey: NDArray[np.float32] = np.asarray(cv2.cvtColor(pixels.astype(np.float32), code))
     grey /= 255
     return grey
+
+
+def resize(pixels: Image, longest: int) -> Image:
+    """The image with a longest side of so many pixels; 0 keeps its size. Down by area averaging, up bilinearly."""
+    height, width = pixels.shape[:2]
+    if longest in (0, max(height, width)):
+        return pixels
+    scale = longest / max(height, width)
+    size = (max(round(width * scale), 1), max(round(height * scale), 1))
+    pixels, blue_first = in_memory_order(pixels)
+    resized = np.asarray(
+        cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR), np.uint8
+    )
+    return resized[..., ::-1] if blue_first else resized

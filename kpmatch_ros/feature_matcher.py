@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kpmatch_ros import weights
-from kpmatch_ros.colour import grey_levels, in_memory_order
+from kpmatch_ros.colour import grey_levels, in_memory_order, resize
 from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, batch_is_small
 from kpmatch_ros.device import choose_device, choose_precision, has_tiles
 from kpmatch_ros.images import ImageError
@@ -186,8 +185,8 @@ class FeatureMatcher:
                 parameters `mask` and `mask_right` are the front end's, and play no part here.
 
         Raises:
-            ValueError: when image or mask have another shape or type, or no pixels; an ImageError when the image is too
-                large.
+            ValueError: when image or mask have another shape or type of pixels, or none; ImageError: they are too many.
+            TypeError: when image or mask are no arrays.
         """
         return self.extract_batch([image], [mask])[0]
 
@@ -245,7 +244,7 @@ class FeatureMatcher:
             features1: of the current image.
 
         Raises:
-            ValueError: when they are of another size than the matcher takes.
+            ValueError, TypeError: when they are of another size than the matcher takes, or no Features.
         """
         return self.match_batch([features0], [features1])[0]
 
@@ -362,6 +361,10 @@ class FeatureMatcher:
         """Features of several images, padded to the same number; without a mask where none needed padding."""
         expected = getattr(self.matcher, "input_dim", None)
         for item in features:
+            if not isinstance(item, Features):
+                raise TypeError(
+                    f"there is a {type(item).__name__} to match; match takes Features, as extract gives them"
+                )
             if item.descriptors.ndim != 2 or expected not in (None, item.descriptors.shape[1]):
                 raise ValueError(
                     f"the descriptors are of shape {tuple(item.descriptors.shape)}; the matcher "
@@ -473,11 +476,11 @@ def _one_pair(found: Assignment, i: int, count0: int, count1: int) -> Matches:
 
 def _allowed(mask: np.ndarray | Tensor | None, pixels: np.ndarray) -> np.ndarray | None:
     """Where in an image keypoints may be, (H, W) bool; None for everywhere."""
-    return None if mask is None else fit(to_numpy(mask), pixels.shape[1], pixels.shape[0])
+    return None if mask is None else fit(_array(mask, "mask"), pixels.shape[1], pixels.shape[0])
 
 
 def _pixels(image: np.ndarray | Tensor) -> np.ndarray:
-    pixels = to_numpy(image)
+    pixels = _array(image, "image")
     is_image = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
     if pixels.dtype != np.uint8 or not is_image or pixels.size == 0:
         raise ValueError(
@@ -487,13 +490,10 @@ def _pixels(image: np.ndarray | Tensor) -> np.ndarray:
     return pixels
 
 
-def resize(pixels: np.ndarray, longest: int) -> np.ndarray:
-    """The image with a longest side of so many pixels; 0 keeps its size. Down by area averaging, up bilinearly."""
-    height, width = pixels.shape[:2]
-    if longest in (0, max(height, width)):
-        return pixels
-    scale = longest / max(height, width)
-    size = (max(round(width * scale), 1), max(round(height * scale), 1))
-    pixels, blue_first = in_memory_order(pixels)
-    resized = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    return resized[..., ::-1] if blue_first else resized
+def _array(given: Any, what: str) -> np.ndarray:
+    if not isinstance(given, (np.ndarray, Tensor)):
+        raise TypeError(
+            f"the {what} is a {type(given).__name__}; it must be a NumPy array or a torch tensor. numpy.asarray("
+            f"{what}.convert({'RGB' if what == 'image' else 'L'!r})) makes one of a PIL image"
+        )
+    return to_numpy(given)

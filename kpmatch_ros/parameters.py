@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
+import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -71,12 +73,21 @@ class Declaration:
         return ""
 
     def check(self, value: Any) -> Any:
-        """Return ``value`` as the parameter's type, or raise :class:`ParameterError`."""
-        if self.type is float and type(value) is int:
-            with suppress(OverflowError):  # beyond 1.8e308
-                value = float(value)
-        if type(value) is not self.type:  # isinstance takes True for a number
-            raise ParameterError(f"{self.name} is {value!r}; it must be a {self.type.__name__}")
+        """Return ``value`` as the parameter's type, or raise :class:`ParameterError`.
+
+        NumPy's numbers are numbers, and a path is text.
+        """
+        if self.type in (int, float) and type(value) is not bool:  # isinstance takes True for a number
+            if isinstance(value, numbers.Integral):
+                value = int(value)
+            if self.type is float and isinstance(value, numbers.Real):
+                with suppress(OverflowError):  # beyond 1.8e308
+                    value = float(value)
+        if self.type is str and isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if type(value) is not self.type:
+            article = "an" if self.type is int else "a"
+            raise ParameterError(f"{self.name} is {value!r}; it must be {article} {self.type.__name__}")
         self._check_range(value)
         return value
 

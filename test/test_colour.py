@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from image_encodings import image
 
-from kpmatch_ros.colour import grey_levels, in_memory_order, to_grey
-from kpmatch_ros.feature_matcher import resize
+from kpmatch_ros.colour import grey_levels, in_memory_order, resize, to_grey
 from kpmatch_ros.geometry.refinement import normalize_contrast
 from kpmatch_ros.images import to_array
 

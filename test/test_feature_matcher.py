@@ -298,6 +298,17 @@ def test_what_is_no_image_is_refused(matcher: FeatureMatcher, image: NDArray[Any
         matcher.extract(image)
 
 
+@pytest.mark.parametrize("given", ["a.png", None, [[0, 1]]], ids=["path", "None", "list"])
+def test_what_is_no_array_is_refused_with_what_makes_one(matcher: FeatureMatcher, views: Any, given: Any) -> None:
+    with pytest.raises(TypeError, match=r"the image is a \w+; .* numpy\.asarray\(image\.convert\('RGB'\)\)"):
+        matcher.extract(given)
+    if given is not None:  # which is no mask
+        with pytest.raises(TypeError, match=r"the mask is a \w+; .* numpy\.asarray\(mask\.convert\('L'\)\)"):
+            matcher.extract(views[0], given)
+    with pytest.raises(TypeError, match="match takes Features, as extract gives them"):
+        matcher.match(views[0], given)
+
+
 def test_an_image_too_large_for_the_networks_is_refused_with_the_remedy(matcher: FeatureMatcher) -> None:
     huge = np.zeros((4320, 7680), np.uint8)
     with pytest.raises(ImageError, match=r"7680 x 4320 pixels is too large .* set the parameter resize") as error:

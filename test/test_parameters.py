@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -187,3 +188,15 @@ def test_a_section_is_no_regular_expression(section: str, tmp_path: Path) -> Non
     file.write_text(f'"{section}":\n  ros__parameters:\n    max_keypoints: 300\n')
     with pytest.raises(ParameterError, match="has no section for /matcher"):
         read_parameter_file(file)
+
+
+def test_numbers_of_numpy_and_paths_are_values_too(tmp_path: Path) -> None:
+    given = Parameters.given({"max_keypoints": np.int64(300), "filter_threshold": np.float32(0.25), "min_inliers": 20,
+                              "max_gap": np.int32(3), "mask": tmp_path / "mask.png"})  # fmt: skip
+    assert given == Parameters(
+        max_keypoints=300, filter_threshold=0.25, min_inliers=20, max_gap=3.0, mask=str(tmp_path / "mask.png")
+    )
+    assert type(given.max_keypoints) is int and type(given.filter_threshold) is type(given.max_gap) is float
+    for name, value in (("max_keypoints", np.float64(300)), ("max_keypoints", np.True_), ("max_gap", 10**400)):
+        with pytest.raises(ParameterError, match=f"{name} is "):
+            Parameters.given({name: value})
