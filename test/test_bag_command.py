@@ -330,6 +330,15 @@ def test_without_calibration_there_are_matches_and_no_poses(
     write_camera_bag(tmp_path / "in", views, stamps(6), None)
     status, out, err = run(tmp_path / "in", tmp_path / "out", *QUICK)
     assert status == 0 and "no camera_info beside /camera/image_raw" in err and "NO_CALIBRATION 5" in out
+    assert ["inliers", "-"] in [line.split() for line in out.splitlines()]  # of which nothing is known: not none
+
+
+def test_what_one_image_tells_nothing_of_is_no_number(run: Run, views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
+    write_camera_bag(tmp_path / "in", views[:1], stamps(1), demo_camera(*SIZE))
+    figures = json.loads(run(tmp_path / "in", tmp_path / "out", *QUICK, "--json")[1])
+    assert figures["frames"] == 1 and figures["keypoints"] > 20 and figures["poses"] == {}
+    assert all(figures[name] is None for name in ("matches", "inliers", "times_real_time"))
+    assert "times as fast" not in run(tmp_path / "in", tmp_path / "again", *QUICK)[1]
 
 
 # Poses

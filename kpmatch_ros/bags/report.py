@@ -29,8 +29,8 @@ class Report:
         size: width and height of the last image, pixels.
         latencies: of each frame, from its (last) message to its results in the bag, milliseconds.
         keypoints: of each frame.
-        matches, inliers: of each pair of frames.
-        stereo_matches, stereo_inliers: of each pair of images.
+        matches, inliers: of each pair of frames. Without calibration nothing is known of inliers, and they have none.
+        stereo_matches, stereo_inliers: of each pair of images, likewise.
         poses: how many poses have which status.
         rejections: how many frames could not be used, by reason.
         refusals: how many frames had a calibration that could not be used, by reason.
@@ -85,10 +85,12 @@ class Report:
         self.keypoints.append(len(result.frame.keypoints))
         if result.stereo is not None:
             self.stereo_matches.append(len(result.stereo.indices))
-            self.stereo_inliers.append(result.stereo.num_inliers)
+            if result.stereo.inliers is not None:
+                self.stereo_inliers.append(result.stereo.num_inliers)
         if result.pair is not None:
             self.matches.append(len(result.pair.indices))
-            self.inliers.append(result.pair.num_inliers)
+            if result.pair.pose.status != PoseStatus.NO_CALIBRATION:
+                self.inliers.append(result.pair.num_inliers)
 
     def rejected(self, reason: str, explanation: str) -> None:
         """A frame could not be used."""
@@ -163,7 +165,7 @@ class Report:
             "masks": dict(self.mask_faults),
             "doubts": dict(self.doubts),
             "rate": _rounded(len(self.latencies) / self.elapsed),
-            "times_real_time": _rounded(self.recorded / self.elapsed),
+            "times_real_time": _rounded(self.recorded / self.elapsed) if self.recorded else None,
             "latency_ms": {"median": _percentile(self.latencies, 50), "95 %": _percentile(self.latencies, 95)},
             "keypoints": _percentile(self.keypoints, 50),
             "matches": _percentile(self.matches, 50),
@@ -192,12 +194,12 @@ class Report:
             return "-" if figures[name] is None else f"{figures[name]:.0f} per pair (median)"
 
         width, height = self.size
-        latency = figures["latency_ms"]
+        latency, times = figures["latency_ms"], figures["times_real_time"]
+        as_recorded = "" if times is None else f", {times:.1f} times as fast as recorded"
         topics = " with ".join(camera.image for camera in self.cameras)
         rows = [
             ("frames", f"{figures['frames']} of {width} x {height} ({topics})"),
-            ("rate", f"{figures['rate']:.1f} frames a second, {figures['times_real_time']:.1f} times as fast as "
-                     "recorded"),
+            ("rate", f"{figures['rate']:.1f} frames a second{as_recorded}"),
             ("latency", f"{latency['median']:.0f} ms (median), {latency['95 %']:.0f} ms (95 %)"),
             ("keypoints", f"{figures['keypoints']:.0f} per frame (median)"),
             ("matches", of_pairs("matches")),
@@ -206,13 +208,10 @@ class Report:
         ]  # fmt: skip
         stereo = len(self.cameras) == 2
         if stereo:
+            agree = figures["stereo_inliers"]
+            inliers = "" if agree is None else f", {agree:.0f} inliers"
             rows.insert(
-                4,
-                (
-                    "stereo",
-                    f"{figures['stereo_matches']:.0f} matches of left and right, "
-                    f"{figures['stereo_inliers']:.0f} inliers per frame (median)",
-                ),
+                4, ("stereo", f"{figures['stereo_matches']:.0f} matches of left and right{inliers} per frame (median)")
             )
         if self.odometry_breaks:
             rows.append(("odometry", f"begins again {self.odometry_breaks} times: in frames of its own, odom_1 and on"))
