@@ -24,7 +24,8 @@ from kpmatch_ros.cli import doctor
 from kpmatch_ros.geometry import compiled
 from kpmatch_ros.geometry.lens import undistort
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change, signed
-from simulation import Scene, camera_path, demo_camera
+from simulation import camera_path, demo_camera
+from simulation.bags import build_scene
 
 SIZE = (320, 240)
 
@@ -41,7 +42,7 @@ def interpolation_step() -> float:
 def film() -> list[np.ndarray]:
     """Two images of the courtyard, one after the other."""
     camera = demo_camera(*SIZE)
-    views = Scene(seed=0).film(camera_path(2), camera, noise=2.0)
+    views = build_scene(0).film(camera_path(2), camera, noise=2.0)
     return [signed(cv2.cvtColor(view.image, cv2.COLOR_RGB2GRAY)) for view in views][:2]
 
 

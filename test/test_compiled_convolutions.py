@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from kpmatch_ros import FeatureMatcher, Parameters
 from kpmatch_ros.models import SuperPoint, compiled, trace
 from kpmatch_ros.models.superpoint import ConvBlock, in_parts
-from simulation import Scene, camera_path, demo_camera
+from simulation import camera_path, demo_camera
+from simulation.bags import build_scene
 
 pytestmark = pytest.mark.skipif(not compiled.has_tiles(), reason="not built, or a processor without tiles")
 SIZES = [(1, 1), (2, 3), (8, 32), (9, 33), (16, 31), (21, 70), (40, 64)]  # height, width
@@ -92,7 +93,7 @@ def test_scores_of_pixels_are_a_softmax_of_their_cell(spread: float) -> None:
 
 @pytest.fixture(scope="module")
 def view() -> np.ndarray:
-    return Scene(seed=0).film(camera_path(2), demo_camera(328, 248), noise=2.0).__iter__().__next__().image
+    return next(build_scene(0).film(camera_path(2), demo_camera(328, 248), noise=2.0)).image
 
 
 def extractor_of(precision: str) -> FeatureMatcher:

@@ -18,7 +18,8 @@ from kpmatch_ros import FeatureMatcher, Parameters
 from kpmatch_ros.cli import doctor
 from kpmatch_ros.models import LightGlue, compiled, trace
 from kpmatch_ros.models.lightglue_layers import Points, TransformerLayer
-from simulation import Scene, camera_path, demo_camera
+from simulation import camera_path, demo_camera
+from simulation.bags import build_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not compiled.available(), reason="not built, or not for this processor")
@@ -179,7 +180,7 @@ def test_similarities_that_are_no_numbers_have_no_score() -> None:
 
 @pytest.fixture(scope="module")
 def film() -> list[np.ndarray]:
-    return [view.image for view in Scene(seed=0).film(camera_path(3), demo_camera(320, 240), noise=2.0)]
+    return [view.image for view in build_scene(0).film(camera_path(3), demo_camera(320, 240), noise=2.0)]
 
 
 def matcher(precision: str, **changes: Any) -> FeatureMatcher:

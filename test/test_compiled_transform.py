@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from kpmatch_ros import FeatureMatcher, Parameters
 from kpmatch_ros.models import SuperPoint, compiled
-from simulation import Scene, camera_path, demo_camera
+from simulation import camera_path, demo_camera
+from simulation.bags import build_scene
 
 pytestmark = pytest.mark.skipif(not compiled.transforms(), reason="the compiled networks are not built")
 SIZES = [(1, 1), (2, 3), (5, 7), (8, 8), (9, 33), (31, 16), (70, 21), (41, 64), (130, 17)]  # height, width
@@ -95,7 +96,7 @@ def matcher_of(extractor: str, precision: str) -> FeatureMatcher:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("extractor", EXTRACTORS)
 def test_an_image_is_described_as_by_pytorch(extractor: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    image = next(iter(Scene(seed=0).film(camera_path(2), demo_camera(331, 250), noise=2.0))).image
+    image = next(build_scene(0).film(camera_path(2), demo_camera(331, 250), noise=2.0)).image
     monkeypatch.setattr(compiled, "_support", 0)  # as on a processor without tiles
     found = matcher_of(extractor, precision)
     assert isinstance(found.extractor, SuperPoint) and found.extractor.dtype == torch.float32
@@ -116,7 +117,7 @@ def test_an_image_is_described_as_by_pytorch(extractor: str, precision: str, mon
 
 
 def test_two_images_of_one_size_are_described_together_as_alone() -> None:
-    views = Scene(seed=0).film(camera_path(2), demo_camera(320, 240), noise=2.0)
+    views = build_scene(0).film(camera_path(2), demo_camera(320, 240), noise=2.0)
     images = [view.image for view in views][:2]
     ours = matcher_of("superpoint-open", "float32")
     for together, image in zip(ours.extract_batch(images), images):

@@ -15,8 +15,8 @@ from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.landmarks import triangulate
 from kpmatch_ros.messages import nanoseconds
-from simulation import Scene, camera_path, demo_camera
-from simulation.bags import write_demo_bag
+from simulation import camera_path, demo_camera
+from simulation.bags import build_scene, write_demo_bag
 
 CAMERA = Camera(640, 480, np.array([[500.0, 0, 319.5], [0, 500.0, 239.5], [0, 0, 1]]))
 # Turned a little, as cameras are that were not rectified.
@@ -127,7 +127,7 @@ def test_a_bags_landmarks_lie_on_the_surfaces_of_the_scene(run: Run, bag: Path, 
         joined = distances_by_index(left.message, right.message)
         assert len(joined) > 50 and not joined.any(), "one index is one point"
     camera = demo_camera(320, 240, distorted=False)
-    views = Scene(0).film(camera_path(3), camera)
+    views = build_scene(0).film(camera_path(3), camera)
     for number, (cloud, view) in enumerate(zip(clouds, views)):
         points = points_of(cloud.message)
         assert 100 < len(points) <= int(stereo[number].message.inliers.sum())
