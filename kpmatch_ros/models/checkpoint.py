@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from kpmatch_ros import weights
 
@@ -297,12 +298,27 @@ def build_from(cls: type[Model], read: Checkpoint, options: Mapping[str, Any]) -
         raise weights.WeightsError(
             f"{checkpoint.source} does not fit {network.MODEL_TYPE}: {', '.join(problems[:3])}{more}"
         )
-    if not all(torch.isfinite(tensor).all() for tensor in given.values()):
+    if not all(_is_finite(tensor) for tensor in given.values()):
         raise weights.WeightsError(f"{checkpoint.source} holds weights that are not finite: the file is damaged")
-    with _explained(checkpoint.source, network.MODEL_TYPE):
+    with _explained(checkpoint.source, network.MODEL_TYPE), _NoInitialValues():
         model = cls(**config)
     model.load_state_dict(given)
     return model
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Layers are made without random weights, which take as long as reading a file's, and which these replace."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite, by the least and the largest: a NaN is both."""
+    return tensor.numel() == 0 or all(bool(torch.isfinite(each)) for each in tensor.aminmax())
 
 
 def _check_config(checkpoint: Checkpoint, network: type[_Buildable], config: Mapping[str, Any]) -> None:
