@@ -62,10 +62,11 @@ demo-bag: build  ## the bag that ships with the package, from the simulation
 clean:  ## everything that was built, the environment too
 	rm -rf .venv .venv-* build build-* install install-* log demo
 
+# Not compiled by pip: Python compiles what is imported, a tenth of all modules, and keeps that.
 $(VENV)/.ready: $(REQUIREMENTS) tools/check_prerequisites tools/fix_ros_wheels.py
 	PYTHON=$(PYTHON) tools/check_prerequisites
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -r $(REQUIREMENTS)
 	$(BIN)/python tools/fix_ros_wheels.py
 	touch $@
 
