@@ -31,8 +31,9 @@ demo: build  ## the node on a camera bag, its poses against the truth, and a pic
 test: build  ## every test; pass pytest's arguments with ARGS=
 	tools/with_ros pytest $(ARGS)
 
+# Nodes mostly wait: for each other, and for diagnostics once a second. So four at a time, whichever file they are of.
 test-ros: build  ## the tests that touch ROS; ROS=kilted
-	tools/with_ros pytest $(ROS_TESTS) $(ARGS)
+	tools/with_ros pytest -n 4 --dist worksteal $(ROS_TESTS) $(ARGS)
 
 soak: build  ## an hour of overload and faults, with a table of what came of it; ARGS="--minutes 10"
 	tools/with_ros python test/soak.py $(ARGS)

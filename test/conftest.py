@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Two workers share two cores. Threads that wait for each other spin, and take the other worker's core.
+# Workers share the cores. Threads that wait for each other spin, and take another worker's core.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
