@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
-from rclpy.qos import QoSProfile
 from rosbags.highlevel import AnyReader
 from scipy.spatial.transform import Rotation
-from sensor_msgs.msg import CameraInfo, Image
 
 from kpmatch_ros.bags.files import GROUND_TRUTH
 from kpmatch_ros.msg import MatchArray, RelativePose
@@ -220,55 +217,3 @@ def test_a_camera_that_stands_still_is_not_said_to_move(tmp_path: Path, recorded
     for pose in node.poses:
         assert pose.status in (RelativePose.OK, RelativePose.NO_TRANSLATION)
         assert np.degrees(rotation_of(pose).magnitude()) < 0.2
-
-
-def test_a_standing_stereo_pair_stands_and_its_matches_lie_on_opencvs_epipolar_lines(
-    tmp_path: Path, recorded_data: Path
-) -> None:
-    bag = recorded_data / "euroc_v101_still_stereo"
-    topics = {
-        f"/cam{i}/{recorded}": f"{side}/{name}"
-        for i, side in enumerate(("left", "right"))
-        for recorded, name in (("image_raw", "image"), ("camera_info", "camera_info"))
-    }
-    infos: dict[str, Any] = {}
-    with running_node(tmp_path, mode="stereo", max_keypoints=512) as node, AnyReader([bag]) as reader:
-        kinds = {"image": Image, "camera_info": CameraInfo}
-        publishers = {
-            recorded: node.node.create_publisher(kinds[topic.rsplit("/")[-1]], topic, QoSProfile(depth=100))
-            for recorded, topic in topics.items()
-        }
-        node.wait_for(lambda: all(one.get_subscription_count() for one in publishers.values()), "the node")
-        node.wait_for(lambda: node.node.count_publishers("stereo_matches"), "its topics")
-        node.wait_until_known()
-        for connection, _, raw in reader.messages([c for c in reader.connections if c.topic in topics]):
-            publishers[connection.topic].publish(bytes(raw))
-            if connection.topic.endswith("camera_info"):
-                infos[connection.topic] = reader.deserialize(raw, connection.msgtype)
-        node.wait_for(lambda: len(node.poses) == 11 and len(node.stereo_matches) == 12, "every frame", timeout=180)
-        node.wait_for_figure("frames processed", "12")
-        assert (len(node.poses), len(node.matches), len(node.stereo_matches)) == (11, 11, 12)
-
-    def rectified(points: Any, info: Any) -> np.ndarray:
-        pixels = np.array(points, np.float64).reshape(-1, 1, 2)
-        k, r, p = info.k.reshape(3, 3), info.r.reshape(3, 3), info.p.reshape(3, 4)
-        return cv2.undistortPoints(pixels, k, info.d, R=r, P=p)[:, 0]
-
-    left, right = infos["/cam0/camera_info"], infos["/cam1/camera_info"]
-    differences = np.concatenate(
-        [
-            (rectified(message.reference_points, left) - rectified(message.points, right))[
-                np.array(message.inliers, bool)
-            ]
-            for message in node.stereo_matches
-        ]
-    )
-    assert len(differences) > 12 * 150
-    assert (np.abs(differences[:, 1]) < 1.5).mean() >= 0.99
-    depths = -right.p[3] / differences[:, 0]
-    assert (depths > 0).all() and 0.5 < np.median(depths) < 15
-    for pose in node.poses:
-        assert pose.status in (RelativePose.OK, RelativePose.NO_TRANSLATION) and pose.metric
-        position = pose.pose.pose.position
-        assert np.linalg.norm([position.x, position.y, position.z]) < 0.003
-        assert np.degrees(rotation_of(pose).magnitude()) < 0.1
