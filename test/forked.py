@@ -7,6 +7,7 @@ threads; each node then is a process of its own, which runs the matcher's own pr
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -127,6 +128,7 @@ if __name__ == "__main__":
     import kpmatch_ros.pipeline  # noqa: F401  (with PyTorch, OpenCV and SciPy)
 
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose the other threads"
+    gc.freeze()  # a node that looks for garbage among all that is loaded here copies it, half a second's work
     matcher = shutil.which("matcher")
     assert matcher is not None, "the matcher is not installed: make build"
     _serve(matcher)
