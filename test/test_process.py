@@ -63,3 +63,12 @@ def test_what_the_environment_sets_stays(monkeypatch: pytest.MonkeyPatch) -> Non
     before = dict(os.environ)
     configure_process()
     assert dict(os.environ) == before
+
+
+def test_a_process_ends_without_a_look_for_garbage_among_what_it_has_loaded() -> None:
+    code = (
+        "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count()))\n"  # called after those that follow
+        "from kpmatch_ros.process import configure_process; configure_process(); import numpy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 1000
