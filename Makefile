@@ -73,6 +73,6 @@ $(VENV)/.ready: $(REQUIREMENTS) tools/check_prerequisites tools/fix_ros_wheels.p
 
 $(MESSAGES): $(VENV)/.ready $(SOURCES)
 	rm -rf $(STAGE) && mkdir -p $(STAGE) && cp -a $(PARTS) $(STAGE)/
-	tools/with_ros colcon build --base-paths $(BUILD)/source --build-base $(BUILD) --install-base $(INSTALL) \
+	tools/with_ros colcon --log-base $(BUILD)/log build --base-paths $(BUILD)/source --build-base $(BUILD) --install-base $(INSTALL) \
 	  --event-handlers console_cohesion- --cmake-args -DBUILD_TESTING=OFF
 	touch $@
