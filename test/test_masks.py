@@ -20,7 +20,8 @@ from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose, relative_motion
 from kpmatch_ros.masks import fit
 from kpmatch_ros.models import ALIKED, DISK, SuperPoint, XFeat
-from simulation import Scene, camera_path, demo_camera
+from simulation import camera_path, demo_camera
+from simulation.bags import build_scene
 
 Image = NDArray[np.uint8]
 Array = NDArray[Any]
@@ -232,7 +233,7 @@ def test_matches_beside_a_masked_body_give_right_poses(part: float) -> None:
 def walk() -> tuple[list[Image], Any]:
     """Two images on the walk through the courtyard, and the motion between them."""
     poses = camera_path(23)[19:23:3]
-    views = Scene(1).film(poses, demo_camera(distorted=False), noise=2.0)
+    views = build_scene(0).film(poses, demo_camera(distorted=False), noise=2.0)
     return [cv2.cvtColor(view.image, cv2.COLOR_RGB2GRAY) for view in views], relative_motion(*poses)
 
 
