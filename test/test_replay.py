@@ -17,24 +17,28 @@ from node_harness import NodeUnderTest, running_node
 from simulation.bags import write_demo_bag
 
 
-def replay(node: NodeUnderTest, bag: Path, image_topic: str, info_topic: str) -> int:
-    """Publish a bag's images and calibrations as they were recorded, byte for byte; the number of images."""
+def replay(node: NodeUnderTest, bag: Path, image_topic: str, info_topic: str, most: int | None = None) -> int:
+    """Publish a bag's images, so many at most, and calibrations as they were recorded; the number of images."""
     frames = 0
     with AnyReader([bag]) as reader:
         connections = [c for c in reader.connections if c.topic in (image_topic, info_topic)]
         for connection, _, raw in reader.messages(connections=connections):
             is_image = connection.topic == image_topic
+            if is_image and frames == most:
+                break
             (node.images if is_image else node.infos).publish(bytes(raw))
             frames += is_image
             node.spin(0.01)
     return frames
 
 
-def run(tmp_path: Path, bag: Path, image_topic: str, info_topic: str, **parameters: Any) -> NodeUnderTest:
-    """A whole replay with every frame, its messages collected; the node has ended when this returns."""
+def run(
+    tmp_path: Path, bag: Path, image_topic: str, info_topic: str, most: int | None = None, **parameters: Any
+) -> NodeUnderTest:
+    """A replay with every frame, or the first ones, its messages collected; the node has ended when this returns."""
     with running_node(tmp_path, **parameters) as node:
         node.wait_until_connected()
-        frames = replay(node, bag, image_topic, info_topic)
+        frames = replay(node, bag, image_topic, info_topic, most)
         node.wait_for(lambda: len(node.poses) == len(node.matches) == frames - 1, "every pair", timeout=180)
         figures = node.wait_for_figure("frames processed", str(frames))
         assert figures["frames dropped"] == figures["frames rejected"] == "0"
@@ -105,12 +109,15 @@ def truth(bag: Path) -> dict[int, tuple[Rotation, np.ndarray]]:
     return poses
 
 
-@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
-def test_poses_of_a_camera_walk_agree_with_the_truth(tmp_path: Path, demo_bag: Path, backend: str) -> None:
+# ONNX Runtime takes three seconds of a processor for a frame, and what it finds is compared with PyTorch's below.
+@pytest.mark.parametrize(("backend", "most"), [("torch", None), ("onnxruntime", 4)], ids=["torch", "onnxruntime"])
+def test_poses_of_a_camera_walk_agree_with_the_truth(
+    tmp_path: Path, demo_bag: Path, backend: str, most: int | None
+) -> None:
     if backend == "onnxruntime":
         pytest.importorskip("onnx")
         pytest.importorskip("onnxruntime")
-    node = run(tmp_path, demo_bag, "/camera/image_raw", "/camera/camera_info", backend=backend)
+    node = run(tmp_path, demo_bag, "/camera/image_raw", "/camera/camera_info", most, backend=backend)
     check_messages(node)
     world = truth(demo_bag)
     rotation_errors, direction_errors = [], []
