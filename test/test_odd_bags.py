@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bag_harness import FIRST, QUICK, SIZE, Run, by_topic, header_stamp, stamps
+from bag_harness import FIRST, QUICK, SIZE, Run, by_topic, header_stamp, refused, stamps
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 
 from kpmatch_ros.bags.files import (
@@ -180,3 +180,30 @@ def test_frames_do_not_wait_without_end_where_the_recorders_clock_goes_back(
     status, out, err = kpmatch("bag", tmp_path / "in", tmp_path / "out", "--json", "--image", "/image", *QUICK)
     assert status == 0 and json.loads(out)["frames"] == 151, err
     assert most <= 101
+
+
+def write_frames(frames: list[Any], path: Path) -> None:
+    with BagWriter(path) as bag:
+        for stamp, message in zip(stamps(6), frames):
+            bag.write("/image", message, stamp)
+
+
+@pytest.mark.parametrize("option", ["--poses", "--report", "--rerun"])
+def test_what_is_no_file_is_not_replaced_by_one(frames: list[Any], tmp_path: Path, kpmatch: Run, option: str) -> None:
+    write_frames(frames, tmp_path / "in")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")  # as /dev/stdout is a link to one
+    for name in ("pipe", "link"):
+        line = refused(kpmatch("bag", tmp_path / "in", tmp_path / "out", option, tmp_path / name, *QUICK))
+        assert f"{tmp_path / name}: is a device or a pipe" in line
+    assert (tmp_path / "pipe").is_fifo() and not (tmp_path / "out").exists()
+
+
+def test_a_link_stays_a_link_and_its_file_is_written(frames: list[Any], tmp_path: Path, kpmatch: Run) -> None:
+    write_frames(frames, tmp_path / "in")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "poses.txt").symlink_to("elsewhere/poses.txt")
+    status, _, err = kpmatch("bag", tmp_path / "in", tmp_path / "out", "--poses", tmp_path / "poses.txt", *QUICK)
+    assert status == 0, err
+    assert (tmp_path / "poses.txt").is_symlink() and (tmp_path / "elsewhere" / "poses.txt").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "in", "out", "poses.txt"]

@@ -151,6 +151,8 @@ def _check_place(file: Path, bag: Path, out: Path) -> None:
         raise BagError(f"{file}: belongs to the bag that is read; choose another name")
     if place.is_dir():
         raise BagError(f"{file}: is a folder; give the name of a file")
+    if place.exists() and not place.is_file():  # /dev/null would become a file, and be one for all of the machine
+        raise BagError(f"{file}: is a device or a pipe, which cannot be replaced; give the name of a file")
 
 
 def _process(
@@ -247,12 +249,16 @@ def _process(
 
 @contextmanager
 def _whole_or_not(path: Path) -> Iterator[Path]:
-    """A place to write a file or folder that moves to `path` when all went well, and otherwise leaves no trace."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    """A place to write a file or folder that moves to `path` when all went well, and otherwise leaves no trace.
+
+    Where `path` is a link, the file that it names is written.
+    """
+    target = path.resolve()
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=target.parent))
     place = folder / path.name
     try:
         yield place
-        os.replace(place, path)
+        os.replace(place, target)
     except BagError as error:  # it names the place that nobody knows
         raise type(error)(str(error).replace(str(place), str(path))) from error
     except OSError as error:  # a disk that is full does not say of which file
