@@ -127,7 +127,7 @@ def test_a_run_does_not_go_on_with_other_settings(run: Run, bags: Path, tmp_path
     assert run(bags, tmp_path / "out", *QUICK)[0] == 0
     status, _, error = run(bags, tmp_path / "out", *QUICK, "--border", 9)
     assert status == 2 and "was begun with border -1, now it is 9" in error and len(error.splitlines()) == 1
-    assert run(bags, tmp_path / "out", *QUICK, "--threads", 1)[0] == 0  # changes nothing in the results
+    assert run(bags, tmp_path / "out", *QUICK, "--threads", 1)[0] == 0  # decides on rounding alone
 
 
 def test_a_run_that_made_nothing_settles_nothing(run: Run, bags: Path, tmp_path: Path) -> None:
