@@ -276,6 +276,8 @@ def test_what_is_no_bag_is_said_to_be_none(tmp_path: Path, bag: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     (tmp_path / "old.bag").write_bytes(b"#ROSBAG V2.0\n")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "drive.bag").write_bytes(b"#ROSBAG V2.0\n")
     (tmp_path / "other.mcap").write_bytes(b"something else altogether")
     (tmp_path / "nothing.mcap").write_bytes(b"")
     (tmp_path / "nothing.db3").write_bytes(b"")
@@ -287,6 +289,7 @@ def test_what_is_no_bag_is_said_to_be_none(tmp_path: Path, bag: Path) -> None:
         "folder": "is not a bag",
         "picture.png": "is not a bag",
         "old.bag": "bag of ROS 1.*rosbags-convert",
+        "old": "drive.bag is one of ROS 1",
         "other.mcap": "cannot be read",
         "nothing.mcap": "empty",
         "nothing.db3": "cannot be read",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +209,22 @@ def test_a_link_stays_a_link_and_its_file_is_written(frames: list[Any], tmp_path
     assert status == 0, err
     assert (tmp_path / "poses.txt").is_symlink() and (tmp_path / "elsewhere" / "poses.txt").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "in", "out", "poses.txt"]
+
+
+def test_no_place_for_what_a_bag_decompresses_to_is_no_fault_of_the_bag(
+    frames: list[Any], tmp_path: Path, kpmatch: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = Writer(tmp_path / "in" / "bag", version=8, storage_plugin=StoragePlugin.SQLITE3)
+    writer.set_compression(CompressionMode.FILE, CompressionFormat.ZSTD)
+    (tmp_path / "in").mkdir()
+    with writer:
+        connection = writer.add_connection("/image", IMAGE, typestore=typestore())
+        writer.write(connection, FIRST, typestore().serialize_cdr(frames[0], IMAGE))
+    monkeypatch.setattr("kpmatch_ros.bags.recording.shutil.copyfileobj", full)
+    for words in (("bag", tmp_path / "in" / "bag"), ("archive", tmp_path / "in")):
+        status, out, err = kpmatch(*words, tmp_path / "out", *QUICK)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert f"no place for what is in it in {tempfile.gettempdir()}: No space left" in err and "TMPDIR" in err

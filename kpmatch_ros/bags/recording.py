@@ -6,6 +6,7 @@ killed. What the files hold is what is read. Where the metadata or an index decl
 
 from __future__ import annotations
 
+import errno
 import functools
 import re
 import shutil
@@ -114,6 +115,8 @@ class Recording:
         )
         if not (folder / "metadata.yaml").exists():
             if not present:
+                if old := sorted(entry.name for entry in folder.iterdir() if entry.suffix == ".bag"):
+                    raise BagError(f"{folder}: is not a bag of ROS 2; {old[0]} is one of ROS 1: name that file")
                 raise BagError(f"{folder}: is not a bag; a bag's folder holds metadata.yaml and .mcap or .db3 files")
             if len(present) > 1:
                 raise BagError(
@@ -157,8 +160,16 @@ class Recording:
         if path.suffix == ".zstd":
             folder = self._stack.enter_context(tempfile.TemporaryDirectory())
             plain = Path(folder, path.stem)
-            with path.open("rb") as stream, zstd.open(stream, "rb") as packed, plain.open("wb") as target:
-                shutil.copyfileobj(packed, target)
+            try:
+                with path.open("rb") as stream, zstd.open(stream, "rb") as packed, plain.open("wb") as target:
+                    shutil.copyfileobj(packed, target)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise
+                raise OutputError(
+                    f"{path}: is compressed as a whole, and there is no place for what is in it in "
+                    f"{tempfile.gettempdir()}: {error.strerror}; TMPDIR names another folder"
+                ) from error
             path = plain
         with path.open("rb") as stream:
             begin = stream.read(16)
