@@ -165,6 +165,9 @@ class Calibration:
             middle = _middle(info, self._rectified)
             if middle:
                 found.append(Doubt("principal point", f"{middle}, by the camera_info of {topic}"))
+            outside = _outside(info)
+            if outside:
+                found.append(Doubt("region", f"{outside}, by the camera_info of {topic}"))
             fisheye = "" if self._rectified else _fisheye(info)
             if fisheye:
                 found.append(Doubt("lens", f"{fisheye}, by the camera_info of {topic}"))
@@ -191,6 +194,20 @@ def _middle(info: Any, rectified: bool) -> str:
             "pixels: poses are wrong unless the images are cropped like that"
         )
     return ""
+
+
+def _outside(info: Any) -> str:
+    """What is odd about a region of interest that reaches beyond the full image."""
+    roi = info.roi
+    if not (info.width and info.height):
+        return ""
+    if roi.x_offset + roi.width <= info.width and roi.y_offset + roi.height <= info.height:
+        return ""
+    return (
+        f"the region of interest, {roi.width}x{roi.height} pixels from ({roi.x_offset}, {roi.y_offset}) on, reaches "
+        f"beyond the {info.width}x{info.height} pixels of width and height, which are the full image's, as K is: poses "
+        "are wrong unless K is the full image's all the same"
+    )
 
 
 def _fisheye(info: Any) -> str:

@@ -116,6 +116,16 @@ def test_a_principal_point_on_the_images_edge_is_named(centre: tuple[float, floa
     assert kind == "principal point"
 
 
+def test_a_region_of_interest_beyond_the_full_image_is_named() -> None:
+    message = with_matrix(500, 320, 240)
+    message.roi.x_offset, message.roi.y_offset, message.roi.width, message.roi.height = 100, 60, 640, 480
+    ((kind, explanation),) = doubts(["/camera/image"], False, message)
+    assert kind == "region" and "640x480 pixels from (100, 60) on, reaches beyond" in explanation
+    message.width, message.height = 740, 540
+    message.k[2], message.k[5] = 370, 270
+    assert doubts(["/camera/image"], False, message) == []
+
+
 @pytest.mark.parametrize("centre", [(320, 240), (288, 264), (260, 250), (320, 310)])
 def test_a_principal_point_that_a_lens_may_have_is_passed_over(centre: tuple[float, float]) -> None:
     assert doubts(["/camera/image"], False, with_matrix(500, *centre)) == []

@@ -101,11 +101,11 @@ class Camera:
         matrix[1] /= binning_y
 
         if width < binning_x or height < binning_y:
-            what = f"{info.width}x{info.height} pixels" if whole else f"a region of interest of {width}x{height} pixels"
+            what = "width and height are" if whole else "width and height of the region of interest are"
+            remedy = "width and height to those of the full image" if whole else "roi as the camera has it, or all 0"
+            binning = f" with binning {binning_x}x{binning_y}" if max(binning_x, binning_y) > 1 else ""
             raise CalibrationError(
-                "size",
-                f"camera_info: {what} with binning {binning_x}x{binning_y} is no image: set width and height, and roi "
-                "and binning as the camera has them, or to 0",
+                "size", f"camera_info: {what} {width}x{height}{binning}, which is no image: set {remedy}"
             )
 
         model, distortion = ("", np.zeros(0)) if rectified else (info.distortion_model, camera_info_field(info, "D"))
