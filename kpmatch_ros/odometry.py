@@ -10,7 +10,7 @@ from scipy.spatial.transform import Rotation
 from kpmatch_ros.frames import Pair
 from kpmatch_ros.geometry.pose import Placed, RelativePose, cross_matrix
 
-__all__ = ["Odometry", "OdometryPose", "Twist", "compose", "of_base"]
+__all__ = ["Odometry", "OdometryPose", "Twist", "compose", "frame_fault", "of_base"]
 
 # An odometry frame has x forward, y left and z up (REP-103), seen from the first camera. The camera's own frame is an
 # optical one: z forward, x right.
@@ -154,3 +154,18 @@ class Odometry:
         turned = current.rotation.T @ Rotation.from_matrix(current.rotation @ before.rotation.T).as_rotvec()
         into = np.kron(np.eye(2), pair.pose.rotation.T)  # from the reference's axes to the current camera's
         return Twist(np.concatenate([moved, turned]) / seconds, into @ spread @ into.T / seconds**2, seconds)
+
+
+def frame_fault(child: str, frame: str) -> str:
+    """Why TF cannot place one frame in the other, in words; empty where it can."""
+    if not child:
+        return (
+            "odometry has no child_frame_id and is not published into TF, as the images have no frame_id: have the "
+            "camera's driver name its optical frame"
+        )
+    if child == frame:
+        return (
+            f"odometry places the frame {child!r} in itself and is not published into TF: odom_frame must be another "
+            "frame than base_frame, or without base_frame than the frame_id of the images"
+        )
+    return ""

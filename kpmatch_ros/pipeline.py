@@ -26,7 +26,7 @@ from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.images import LARGEST_FILE, ImageError, to_array
 from kpmatch_ros.landmarks import landmarks_of
 from kpmatch_ros.mask_sync import MaskSynchroniser
-from kpmatch_ros.odometry import Odometry, of_base
+from kpmatch_ros.odometry import Odometry, frame_fault, of_base
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.stereo_sync import StereoSynchroniser
 
@@ -449,11 +449,14 @@ class Pipeline:
                 return
             pose, child = of_base(pose, camera), parameters.base_frame
         message = messages.odometry(pair.current, pose, parameters.odom_frame, child, self._new)
+        fault = frame_fault(child, message.header.frame_id)
+        if fault:
+            self._events.doubted("odometry frames", fault)
         self._events.odometry(
             odometry.breaks, f"the chain of poses broke: odometry begins again in the frame {message.header.frame_id}"
         )
         self._publish("odometry", message)
-        if parameters.publish_tf and self._wanted("/tf"):
+        if parameters.publish_tf and self._wanted("/tf") and not fault:
             transform = messages.transform_of(message, self._new)
             self._publish("/tf", self._new("tf2_msgs/msg/TFMessage", transforms=[transform]))
 

@@ -196,6 +196,25 @@ def test_a_base_that_tf_static_does_not_know_is_named(kpmatch: Any, robot_bag: P
         assert not {"/odometry", "/tf"} & {connection.topic for connection in reader.connections if connection.msgcount}
 
 
+@pytest.mark.parametrize("frame", ["", "left_optical_frame"])
+def test_a_frame_that_cannot_be_placed_is_named_and_stays_out_of_tf(
+    kpmatch: Any, robot_bag: Path, tmp_path: Path, frame: str
+) -> None:
+    """The images have no frame_id, or that of the odometry."""
+    with BagWriter(tmp_path / "in", "mcap") as writer:
+        for topic, _, stamp, message in read_messages(robot_bag):
+            if topic.endswith("image_rect"):
+                message.header.frame_id = frame
+            writer.write(topic, message, stamp)
+    words = (*STEREO, "--odom-frame", "left_optical_frame")
+    status, out, err = kpmatch("bag", str(tmp_path / "in"), str(tmp_path / "out"), *words)
+    assert status == 0 and "odometry frames 1" in out
+    assert ("have the camera's driver name its optical frame" if not frame else "in itself") in err
+    found = by_topic(tmp_path / "out")
+    assert [record.message.child_frame_id for record in found["/odometry"]] == [frame]
+    assert not found.get("/tf")
+
+
 # In the node
 
 
