@@ -130,7 +130,8 @@ class LoggingMonitor(Monitor):
 
     def interrupted(self, explanation: str) -> None:
         super().interrupted(explanation)
-        self._logger.warning(explanation)
+        # Two cameras on one topic interrupt one another with every frame.
+        self._logger.warning(explanation, throttle_duration_sec=_LOG_INTERVAL)
 
 
 def log_weights(logger: Any, matcher: FeatureMatcher) -> None:

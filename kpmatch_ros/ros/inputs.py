@@ -71,7 +71,7 @@ class Inputs:
         self._transforms: Any = None  # the subscription to /tf_static
         self._compressed = parameters.image_transport == "compressed"
         self._cameras = []
-        for prefix in ("left/", "right/") if parameters.mode == "stereo" else ("",):
+        for prefix in _prefixes(parameters):
             name = image = node.resolve_topic_name(f"{prefix}image")
             if self._compressed and image.endswith("/compressed"):  # the topic itself was given
                 name = image.removesuffix("/compressed")
@@ -88,6 +88,16 @@ class Inputs:
     def topics(self) -> list[str]:
         """The image topics."""
         return [camera.image_topic for camera in self._cameras]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The topics before they are remapped, each with what it holds."""
+        held: dict[str, str] = {}
+        for prefix in _prefixes(self._parameters):
+            # One mask may do for two cameras. What else two cameras send is of two kinds.
+            held |= {f"{prefix}image": f"{prefix}image", f"{prefix}camera_info": f"{prefix}camera_info"}
+            held[f"{prefix}mask"] = "mask"
+        return held
 
     @property
     def hardware(self) -> str:
@@ -182,13 +192,14 @@ class Inputs:
             missed, alone = (synchroniser.since[side], synchroniser.silent(side)) if stereo else (0, False)
             if (silent > _SILENT_AFTER or alone) and camera.image_topic not in self._incompatible:
                 found.append(self._silence(camera, silent, missed))
-            found += self._mixed(camera.image_topic, _type_name(self._image_type))
+            found += self._mixed(camera.image_topic, _type_name(self._image_type), "images")
+            found += self._mixed(camera.info_topic, _type_name(CameraInfo), "calibrations")
             mask = camera.mask_topic
             if self._node.count_publishers(mask) and (why := self._wrong_publishers(mask, _type_name(Image))):
                 found.append(Problem(f"no mask: {mask}", f"no mask on {mask}: {why}"))
             info = camera.info_topic
             if not camera.calibrated and waited > _SILENT_AFTER and info not in self._incompatible:
-                why = self._wrong_publishers(info, "sensor_msgs/msg/CameraInfo") or "sends nothing"
+                why = self._wrong_publishers(info, _type_name(CameraInfo)) or "sends nothing"
                 explanation = f"no calibration on {info}, so no relative pose: {why}"
                 found.append(Problem(f"no calibration: {info}", explanation))
         return found
@@ -232,13 +243,13 @@ class Inputs:
         near = difflib.get_close_matches(topic, published, n=1, cutoff=0.0)
         return f"nobody publishes it{f'; {near[0]} is published: remap to it if it is meant' if near else ''}"
 
-    def _mixed(self, topic: str, wanted: str) -> list[Problem]:
-        """Several publishers of images on one topic: two cameras cannot be told apart there."""
+    def _mixed(self, topic: str, wanted: str, what: str) -> list[Problem]:
+        """Several publishers of images or calibrations on one topic: two cameras cannot be told apart there."""
         offers = [offer for offer in self._node.get_publishers_info_by_topic(topic) if offer.topic_type == wanted]
         if len(offers) < 2:
             return []
         names = sorted({f"{offer.node_namespace.rstrip('/')}/{offer.node_name}" for offer in offers})
-        text = f"{len(offers)} publishers send on {topic} ({', '.join(names)}): images of several cameras are mixed"
+        text = f"{len(offers)} publishers send on {topic} ({', '.join(names)}): {what} of several cameras are mixed"
         return [Problem(f"publishers: {topic}", text)]
 
     @property
@@ -303,6 +314,11 @@ class Inputs:
         self._cameras[side].calibrated = True
         if all(camera.calibrated for camera in self._cameras):
             self._calibrated.set()
+
+
+def _prefixes(parameters: Parameters) -> tuple[str, ...]:
+    """What the names of each camera's topics begin with."""
+    return ("left/", "right/") if parameters.mode == "stereo" else ("",)
 
 
 def _type_name(kind: type) -> str:

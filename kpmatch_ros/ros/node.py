@@ -31,10 +31,11 @@ from kpmatch_ros.ros.inputs import Inputs
 from kpmatch_ros.ros.manager_bond import ManagerBond
 from kpmatch_ros.ros.match_service import MatchRequest, offer_match_features
 from kpmatch_ros.ros.monitor import Problem
-from kpmatch_ros.ros.outputs import Outputs
+from kpmatch_ros.ros.outputs import Outputs, output_names
 from kpmatch_ros.ros.parameter_descriptors import declare_parameters
 from kpmatch_ros.ros.service_guard import guarded, survives
 from kpmatch_ros.ros.tf import INSTALL, TFMessage
+from kpmatch_ros.ros.topic_names import check_topics
 from kpmatch_ros.ros.transitions import explained
 
 __all__ = ["MatcherNode", "main"]
@@ -143,11 +144,12 @@ class MatcherNode(LifecycleNode):
         check_odometry(parameters)
         if parameters.publish_odometry and parameters.base_frame and TFMessage is None:
             raise ParameterError(f"base_frame is {parameters.base_frame!r}, which takes /tf_static, but {INSTALL}")
+        self._inputs = self._make_inputs()
+        check_topics({**self._inputs.names, **output_names(parameters)}, self.resolve_topic_name)
         self._inference = ThreadPoolExecutor(max_workers=1, thread_name_prefix=_THREAD_NAME)
         self._state = "configuring"
         try:
             front_end = self._wait_for(self._inference.submit(_load, parameters))
-            self._inputs = self._make_inputs()
             self._outputs = Outputs(self, parameters)
             self._pipeline = Pipeline(
                 front_end, self._inputs.topics, self._outputs.publish, self._outputs.wanted, self.monitor

@@ -16,7 +16,7 @@ from kpmatch_ros.ros.monitor import Problem
 from kpmatch_ros.ros.qos import PublisherEventCallbacks, or_override, overridable, policy_of, with_events
 from kpmatch_ros.ros.tf import INSTALL, TFMessage
 
-__all__ = ["Outputs"]
+__all__ = ["Outputs", "output_names"]
 
 _ON_DEMAND = ("features", "landmarks", "match_image")  # made only while somebody subscribes
 # A replay may be faster than a subscriber for a while: with queue 'all' nothing is to be lost then.
@@ -30,25 +30,11 @@ class Outputs:
     def __init__(self, node: LifecycleNode, parameters: Parameters) -> None:
         self._node = node
         self._refused: dict[str, str] = {}  # subscribers that ask for another quality of service, by topic
-        depth, large = _DEPTH[parameters.queue], _LARGE_DEPTH[parameters.queue]
-        kinds: dict[str, tuple[Any, int]] = {
-            "matches": (MatchArray, depth),
-            "relative_pose": (RelativePose, depth),
-            "features": (FeatureArray, large),
-            "match_image": (Image, 2),
-        }
-        if parameters.mode == "stereo":
-            kinds["stereo_matches"] = (MatchArray, depth)
-            kinds["landmarks"] = (PointCloud2, large)
-        if parameters.publish_odometry:
-            kinds["odometry"] = (Odometry, depth)
-            if TFMessage is not None:
-                kinds["/tf"] = (TFMessage, 100)
-            elif parameters.publish_tf:
-                node.get_logger().warning(f"odometry is published, but not into TF: {INSTALL}", once=True)
+        if parameters.publish_odometry and parameters.publish_tf and TFMessage is None:
+            node.get_logger().warning(f"odometry is published, but not into TF: {INSTALL}", once=True)
         self._publishers: dict[str, Any] = {}
         try:
-            for name, (kind, depth) in kinds.items():
+            for name, (kind, depth) in _kinds(parameters).items():
                 self._publishers[name] = self._offer(name, kind, depth)
         except BaseException:
             self.destroy()
@@ -82,7 +68,27 @@ class Outputs:
             refused = self._refused.get(topic)
             if refused and self._node.count_subscribers(topic) > publisher.get_subscription_count():
                 found.append(Problem(f"QoS: {topic}", refused))  # it is still there
-        return found
+        return found + self._shared()
+
+    def _shared(self) -> list[Problem]:
+        """Topics on which another node publishes too, as one that was started twice."""
+        own = self._node.get_fully_qualified_name()
+        topics, names = [], set()
+        for topic in (self._node.resolve_topic_name(name) for name in self._publishers if name != "/tf"):
+            offers = self._node.get_publishers_info_by_topic(topic)
+            publishers = [f"{offer.node_namespace.rstrip('/')}/{offer.node_name}" for offer in offers]
+            if len(publishers) > 1 and own in publishers:
+                topics.append(topic)
+                publishers.remove(own)
+                names |= set(publishers)
+        if not topics:
+            return []
+        others = ", ".join(sorted(names)) + (", another one of this name" if own in names else "")
+        text = (
+            f"another node publishes on {', '.join(topics)} too ({others}): subscribers receive both, mixed. Stop one "
+            "of them, or give each a namespace of its own"
+        )
+        return [Problem("publishers: outputs", text)]
 
     def destroy(self) -> None:
         """Withdraw the topics."""
@@ -98,3 +104,27 @@ class Outputs:
         )
         self._refused[topic] = explanation
         self._node.get_logger().warning(explanation)
+
+
+def _kinds(parameters: Parameters) -> dict[str, tuple[Any, int]]:
+    """Type and depth of each topic that is published with these parameters."""
+    depth, large = _DEPTH[parameters.queue], _LARGE_DEPTH[parameters.queue]
+    kinds: dict[str, tuple[Any, int]] = {
+        "matches": (MatchArray, depth),
+        "relative_pose": (RelativePose, depth),
+        "features": (FeatureArray, large),
+        "match_image": (Image, 2),
+    }
+    if parameters.mode == "stereo":
+        kinds["stereo_matches"] = (MatchArray, depth)
+        kinds["landmarks"] = (PointCloud2, large)
+    if parameters.publish_odometry:
+        kinds["odometry"] = (Odometry, depth)
+        if TFMessage is not None:
+            kinds["/tf"] = (TFMessage, 100)
+    return kinds
+
+
+def output_names(parameters: Parameters) -> dict[str, str]:
+    """The topics before they are remapped, each with what it holds."""
+    return {name: name for name in _kinds(parameters)}

@@ -71,7 +71,7 @@ def guarded(
 
     def refused(request: Any, response: Any, error: Exception) -> Any:
         kind, reason = type(response), _in_words(error)
-        logger().warning(f"a request of {kind.__name__} was refused: {reason}")
+        logger().warning(f"a request of {kind.__name__.removesuffix('_Response')} was refused: {reason}")
         return _refusal(kind, request, reason)
 
     async def answer_later(request: Any, response: Any) -> Any:

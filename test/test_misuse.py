@@ -1,0 +1,80 @@
+"""What is started, remapped or mixed wrongly: the real node over DDS says so, or bears it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from lifecycle_msgs.srv import ChangeState
+from sensor_msgs.msg import CameraInfo, Image
+
+from kpmatch_ros.msg import MatchArray
+from kpmatch_ros.parameters import ParameterError, Parameters
+from kpmatch_ros.ros.outputs import output_names
+from kpmatch_ros.ros.topic_names import check_topics
+from node_harness import running_node
+
+WIDTH, HEIGHT = 64, 48
+
+
+def image(seconds: float, frame: str = "camera") -> Image:
+    message = Image(encoding="mono8", width=WIDTH, height=HEIGHT, step=WIDTH, data=bytes(WIDTH * HEIGHT))
+    message.header.stamp.sec, message.header.stamp.nanosec = divmod(round(seconds * 1e9), 10**9)
+    message.header.frame_id = frame
+    return message
+
+
+@pytest.mark.parametrize("arguments", [("camera_info:=image", "camera_info"), ("matches:=image", "matches")])
+def test_topics_that_are_remapped_onto_one_another_are_named(tmp_path: Path, arguments: tuple[str, str]) -> None:
+    remapping, name = arguments
+    with running_node(tmp_path, ("-r", remapping), autostart=False, max_keypoints=64) as node:
+        node.wait_for(node.is_there, "the node")
+        request = ChangeState.Request()
+        request.transition.label = "configure"
+        assert not node.call(ChangeState, "matcher/change_state", request).success
+        said = f"image and {name} are both the topic {node.namespace}/image"
+        node.wait_for(lambda: said in node.message(), "the topic to be named")
+        assert said in node.log and "Traceback" not in node.log
+
+
+def test_two_cameras_are_no_one_topic_but_may_share_a_mask() -> None:
+    def resolve(name: str) -> str:
+        return {"left/mask": "/mask", "right/mask": "/mask", "right/image": "/left/image"}.get(name, f"/{name}")
+
+    check_topics({"left/mask": "mask", "right/mask": "mask"}, resolve)
+    with pytest.raises(ParameterError, match="left/image and right/image are both the topic /left/image"):
+        check_topics({"left/image": "left/image", "right/image": "right/image"}, resolve)
+    check_topics(output_names(Parameters(mode="stereo", publish_odometry=True)), resolve)
+
+
+def test_another_node_on_the_same_topics_is_named(tmp_path: Path) -> None:
+    with running_node(tmp_path, max_keypoints=64) as node:
+        node.wait_until_connected()
+        node.wait_for_news()
+        assert "another node" not in node.message()
+        ns = node.namespace
+        other = node.node.create_publisher(MatchArray, "matches", 10)
+        said = f"another node publishes on {ns}/matches too ({ns}/peer)"
+        node.wait_for(lambda: said in node.message(), "the other node to be named")
+        node.node.destroy_publisher(other)
+        node.wait_for(lambda: "another node" not in node.message(), "its end to be noticed")
+
+
+def test_calibrations_of_two_publishers_are_told_of(tmp_path: Path) -> None:
+    with running_node(tmp_path, max_keypoints=64) as node:
+        node.wait_until_connected()
+        other = node.node.create_publisher(CameraInfo, "camera_info", 10)
+        said = f"2 publishers send on {node.namespace}/camera_info"
+        node.wait_for(lambda: said in node.message(), "the two to be named")
+        assert "calibrations of several cameras are mixed" in node.message() and other is not None
+
+
+def test_two_cameras_on_one_topic_do_not_flood_the_log(tmp_path: Path) -> None:
+    frames = 40
+    with running_node(tmp_path, calibrated=False, max_keypoints=64) as node:
+        node.wait_until_connected()
+        for number in range(frames):
+            node.send(image(100 + 0.01 * number, "ab"[number % 2]))
+        figures = node.wait_for_figure("frames processed", str(frames))
+        assert figures["interruptions"] == str(frames - 1)
+        assert 1 <= node.log.count("the frame_id changed") < frames / 2
