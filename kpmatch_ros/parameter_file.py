@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -13,10 +13,12 @@ import yaml
 
 from kpmatch_ros.parameters import ParameterError, Parameters, declaration, declarations, meant
 
-__all__ = ["applies", "read_parameter_file", "read_sections", "unknown_keys", "without_effect"]
+__all__ = ["applies", "read_parameter_file", "read_sections", "unknown_keys", "unused_files", "without_effect"]
 
 # Parameters that every node has. `qos_overrides` may also be nested.
 _FOREIGN = re.compile(r"use_sim_time|start_type_description_service|qos_overrides(\..*)?")
+# Names of the node's topics, where parameters are given: other packages take topics as parameters.
+_TOPIC = re.compile(r"(left_|right_|left/|right/)?(image|camera_info|mask)(_topic|_raw)?")
 
 
 def read_sections(path: Path) -> list[tuple[str, Any]]:
@@ -62,9 +64,40 @@ def unknown_keys(values: Any) -> list[str]:
 
 def without_effect(names: Iterable[str]) -> list[str]:
     """What to say of each name that is no parameter of the matcher nor of every node, with the nearest that is."""
-    known = [item.name for item in declarations()]
     unknown = unknown_keys(dict.fromkeys(names))
-    return [f"the parameter {name!r} does not exist and has no effect{meant(name, known)}" for name in unknown]
+    return [f"the parameter {name!r} does not exist and has no effect{_instead(name)}" for name in unknown]
+
+
+def _instead(name: str) -> str:
+    """What was meant by a name, as the end of a sentence; empty where nobody knows."""
+    topic = _TOPIC.fullmatch(name)
+    if topic is None:
+        return meant(name, [item.name for item in declarations()])
+    relative = f"{(topic[1] or '').replace('_', '/')}{topic[2]}"
+    return f", did you mean the topic? A topic is remapped: -r {relative}:=/camera/…"
+
+
+def unused_files(arguments: Sequence[str], node_name: str) -> list[str]:
+    """What to say of each parameter file among ROS's arguments that has no section for a node: ROS says nothing.
+
+    Args:
+        arguments: of the process.
+        node_name: of the node, with its namespace.
+    """
+    said = []
+    for word, path in zip(arguments, arguments[1:]):
+        if word != "--params-file":
+            continue
+        try:
+            found = [section for section, _ in read_sections(Path(path))]
+        except (OSError, ParameterError):
+            continue  # ROS judges it
+        if not any(applies(section, node_name) for section in found):
+            said.append(
+                f"{path} has no section for {node_name}, so nothing in it has an effect; it has "
+                f"{', '.join(found) or 'none'}. Name the section {node_name} or /**"
+            )
+    return said
 
 
 def read_parameter_file(

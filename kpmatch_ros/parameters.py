@@ -393,6 +393,10 @@ class Parameters:
             object.__setattr__(self, declaration.name, value)
         if self.device == "cpu" and self.precision == "float16":
             raise ParameterError("precision float16 needs a GPU; with device cpu use float32, bfloat16 or auto")
+        if self.base_frame == self.odom_frame:
+            raise ParameterError(
+                f"base_frame and odom_frame are both {self.odom_frame!r}: TF places a frame in another"
+            )
         if self.backend == "onnxruntime":
             # TensorRT alone is told to compute in another number format than the graphs'.
             precisions = ("auto", "float32", *(["float16"] if "tensorrt" in self.providers else []))
@@ -450,8 +454,12 @@ def declaration(name: str) -> Declaration:
 
 
 def meant(name: str, names: Iterable[str]) -> str:
-    """ ", did you mean …?" with the name most like one that does not exist; empty where none is alike."""
-    alike = difflib.get_close_matches(name.lower().replace("-", "_"), list(names), n=1, cutoff=0.75)
+    """ ", did you mean …?" with the name most like one that does not exist; empty where none is alike.
+
+    What stands before a full stop is a group, as other programs nest their parameters. It does not count.
+    """
+    last = name.rpartition(".")[2].lower().replace("-", "_")
+    alike = difflib.get_close_matches(last, list(names), n=1, cutoff=0.75)
     return f", did you mean {alike[0]}?" if alike else ""
 
 

@@ -105,6 +105,11 @@ def test_float16_on_the_processor_is_refused() -> None:
         Parameters(device="cpu").replace({"precision": "float16"})
 
 
+def test_a_frame_placed_in_itself_is_refused() -> None:
+    with pytest.raises(ParameterError, match="base_frame and odom_frame are both 'odom'"):
+        Parameters(mode="stereo", publish_odometry=True, base_frame="odom")
+
+
 def test_replacing_leaves_the_rest_and_the_original_as_they_were() -> None:
     original = Parameters(max_keypoints=77, queue="all")
     changed = original.replace({"max_keypoints": 88, "resize": 640})

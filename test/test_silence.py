@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from bag_harness import Run
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
-from kpmatch_ros.parameter_file import read_parameter_file
+from kpmatch_ros.parameter_file import read_parameter_file, without_effect
 from node_harness import running_node
 
 
@@ -61,6 +62,33 @@ def test_a_misspelt_parameter_in_a_file_is_named_with_the_nearest_and_has_no_eff
         "'max_keypoint' does not exist and has no effect, did you mean max_keypoints?" in heard[0]
         and "'wheel_radius' does not exist" in heard[1]
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("image", "-r image:=/"),
+        ("image_topic", "-r image:=/"),
+        ("left_camera_info", "-r left/camera_info:=/"),
+        ("matching.max_keypoints", "did you mean max_keypoints?"),
+    ],
+)
+def test_a_topic_or_a_group_among_the_parameters_is_told_of(name: str, meant: str) -> None:
+    (text,) = without_effect([name])
+    assert f"{name!r} does not exist and has no effect, did you mean" in text and meant in text
+
+
+def test_a_file_without_a_section_for_the_node_is_named_in_its_log(tmp_path: Path) -> None:
+    other, own = tmp_path / "other.yaml", tmp_path / "own.yaml"
+    other.write_text("matcher_node:\n  ros__parameters:\n    max_keypoints: 100\n")
+    own.write_text("/**:\n  ros__parameters:\n    max_keypoints: 100\n")
+    arguments = ("--params-file", str(other), "--params-file", str(own))
+    with running_node(tmp_path, arguments, autostart=False) as node:
+        said = (
+            f"{other} has no section for {node.namespace}/matcher, so nothing in it has an effect; it has /matcher_node"
+        )
+        node.wait_for(lambda: said in node.log, "the file to be named")
+        assert str(own) not in node.log
 
 
 def test_kpmatch_bag_warns_of_it_and_goes_on(tmp_path: Path, kpmatch: Run) -> None:

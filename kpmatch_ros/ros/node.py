@@ -22,7 +22,7 @@ from std_srvs.srv import Trigger
 
 from kpmatch_ros.device import is_out_of_memory, release_memory, trim_heap
 from kpmatch_ros.front_end import FrontEnd
-from kpmatch_ros.parameter_file import without_effect
+from kpmatch_ros.parameter_file import unused_files, without_effect
 from kpmatch_ros.parameters import ParameterError, Parameters, declarations
 from kpmatch_ros.pipeline import WAITING_MEMORY, Pipeline, check_odometry
 from kpmatch_ros.ros.diagnostics import Condition, Diagnostics, LoggingMonitor, log_weights
@@ -392,6 +392,8 @@ def main(args: list[str] | None = None) -> int:
     status = 0
     try:
         node = MatcherNode()
+        for text in unused_files(sys.argv if args is None else args, node.get_fully_qualified_name()):
+            node.get_logger().warning(text)
         if not node.parameters.autostart or _start(node):
             rclpy.spin(node)
         elif rclpy.ok():
