@@ -12,6 +12,7 @@ from kpmatch_ros.msg import MatchArray
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.ros.outputs import output_names
 from kpmatch_ros.ros.topic_names import check_topics
+from kpmatch_ros.srv import MatchFeatures
 from node_harness import running_node
 
 WIDTH, HEIGHT = 64, 48
@@ -45,6 +46,34 @@ def test_two_cameras_are_no_one_topic_but_may_share_a_mask() -> None:
     with pytest.raises(ParameterError, match="left/image and right/image are both the topic /left/image"):
         check_topics({"left/image": "left/image", "right/image": "right/image"}, resolve)
     check_topics(output_names(Parameters(mode="stereo", publish_odometry=True)), resolve)
+
+
+@pytest.mark.parametrize(
+    ("override", "transition", "topic"),
+    [
+        ("image.subscription.reliability", "activate", "image"),
+        ("image.subscription.depth", "activate", "image"),
+        ("relative_pose.publisher.durability", "configure", "relative_pose"),
+    ],
+)
+def test_a_quality_of_service_that_does_not_exist_is_named_and_leaves_nothing_behind(
+    tmp_path: Path, override: str, transition: str, topic: str
+) -> None:
+    overrides = {f"qos_overrides./{override}": "relyable"}
+    with running_node(tmp_path, autostart=False, max_keypoints=64, **overrides) as node:
+        node.wait_for(node.is_there, "the node")
+        for label in ("configure", "activate")[: 2 if transition == "activate" else 1]:
+            request = ChangeState.Request()
+            request.transition.label = label
+            assert node.call(ChangeState, "matcher/change_state", request).success == (label != transition)
+        said = f"qos_overrides of {node.namespace}/{topic}" if transition == "activate" else f"qos_overrides of {topic}"
+        node.wait_for(lambda: said in node.message(), "the override to be named")
+        assert "best_effort" in node.message() and "Traceback" not in node.log
+        if transition == "configure":
+            node.wait_for(lambda: not node.node.count_publishers("matches"), "its topics to be withdrawn")
+        else:  # the thread that processes frames has ended, so that requests are refused
+            answer = node.call(MatchFeatures, "match_features", MatchFeatures.Request())
+            assert not answer.success and "the node is inactive" in answer.message
 
 
 def test_another_node_on_the_same_topics_is_named(tmp_path: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from rclpy.exceptions import InvalidParameterTypeException
 from rclpy.qos import QoSPolicyKind
 from rclpy.qos_overriding_options import QoSOverridingOptions
+
+from kpmatch_ros.parameters import ParameterError
 
 try:
     from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks, UnsupportedEventTypeError
@@ -48,6 +51,13 @@ def with_events(create: Callable[..., Entity], *arguments: Any, event_callbacks:
     except UnsupportedEventTypeError:
         none = type(event_callbacks)(use_default_callbacks=False)
         return create(*arguments, event_callbacks=none, **options)
+    except (InvalidParameterTypeException, RuntimeError) as error:
+        if "qos_overrides" not in str(error) and "QoS override" not in str(error):
+            raise
+        raise ParameterError(
+            f"qos_overrides of {arguments[1]}: {error}. reliability is reliable or best_effort, durability volatile or "
+            "transient_local, history keep_last or keep_all, depth a whole number"
+        ) from error
 
 
 def policy_of(event: Any) -> str:
