@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -86,6 +88,16 @@ def test_a_file_in_the_place_of_the_folder_is_left_alone(capsys: pytest.CaptureF
     (tmp_path / "file").write_text("mine")
     assert main(["demo", "--out", str(tmp_path / "file")]) == 2
     assert str(tmp_path / "file") in capsys.readouterr().err and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_frames_calibration_has_arrived_before_its_image_is_sent() -> None:
+    pytest.importorskip("rclpy")
+    from kpmatch_ros.ros.player import RecordedFrame, send
+
+    done: list[Any] = []
+    infos = SimpleNamespace(publish=done.append, wait_for_all_acked=lambda timeout: done.append("it has arrived"))
+    send(RecordedFrame(1, b"calibration", b"image"), infos, SimpleNamespace(publish=done.append))
+    assert done == [b"calibration", "it has arrived", b"image"]
 
 
 def test_a_single_frame_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import rclpy
 from rcl_interfaces.srv import GetParameterTypes
+from rclpy.duration import Duration
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import QoSProfile
 from sensor_msgs.msg import CameraInfo, Image
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from kpmatch_ros.msg import MatchArray, RelativePose
 
-__all__ = ["Answers", "RecordedFrame", "nanoseconds", "play"]
+__all__ = ["Answers", "RecordedFrame", "nanoseconds", "play", "send"]
 
 _START_TIMEOUT = 120.0  # seconds for the node to load its networks and subscribe
 _FRAME_TIMEOUT = 60.0  # seconds for the results of one frame
@@ -129,9 +130,7 @@ def play(
         wait_for(known, "the node to know who listens", _START_TIMEOUT)
         # disable=None: no bar where stderr is no terminal
         for number, frame in enumerate(tqdm(frames, desc="frames", unit="frame", disable=None, leave=False)):
-            sent = time.monotonic()
-            infos.publish(frame.camera_info)
-            images.publish(frame.image)
+            sent = send(frame, infos, images)
             if number:
 
                 def answered(stamp: int = frame.stamp) -> bool:
@@ -145,6 +144,19 @@ def play(
     finally:
         source.close()
         listener.close()
+
+
+def send(frame: RecordedFrame, infos: Any, images: Any) -> float:
+    """Publish a frame, its calibration first, and return when its image was sent, in monotonic seconds.
+
+    On a busy machine Fast DDS overwrites a small message by the large one that follows, before it is read, and sends it
+    again seconds later. So the image waits until the calibration has arrived. Nobody waits for one who is gone.
+    """
+    infos.publish(frame.camera_info)
+    infos.wait_for_all_acked(Duration(seconds=_FRAME_TIMEOUT))
+    sent = time.monotonic()
+    images.publish(frame.image)
+    return sent
 
 
 def _keep_in(received: dict[int, Any]) -> Callable[[Any], None]:
