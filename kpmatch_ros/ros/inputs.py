@@ -71,13 +71,19 @@ class Inputs:
         self._transforms: Any = None  # the subscription to /tf_static
         self._compressed = parameters.image_transport == "compressed"
         self._cameras = []
+        # What rclpy is asked for, by topic: it remaps that name, so a topic's own name would be remapped twice, and
+        # cameras that are swapped by remapping swapped back.
+        self._asked: dict[str, str] = {}
         for prefix in _prefixes(parameters):
-            name = image = node.resolve_topic_name(f"{prefix}image")
+            asked = f"{prefix}image"
+            name = image = node.resolve_topic_name(asked)
             if self._compressed and image.endswith("/compressed"):  # the topic itself was given
                 name = image.removesuffix("/compressed")
             elif self._compressed:
-                image = node.resolve_topic_name(f"{image}/compressed")  # it may be remapped too
+                asked = f"{image}/compressed"
+                image = node.resolve_topic_name(asked)  # it may be remapped too
             info, mask = (node.resolve_topic_name(f"{prefix}{other}") for other in ("camera_info", "mask"))
+            self._asked |= {image: asked, info: f"{prefix}camera_info", mask: f"{prefix}mask"}
             self._cameras.append(_Camera(name, image, info, mask))
         self._incompatible: dict[str, str] = {}  # publishers with another quality of service, by topic
         self._best_effort_wanted = False
@@ -152,11 +158,11 @@ class Inputs:
                 camera.latched_info = None
             if camera.calibrated or camera.info is None or camera.latched_info is not None:
                 continue
-            offers = self._node.get_publishers_info_by_topic(camera.info_topic)
+            offers = self._offers(camera.info_topic)
             if any(offer.qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL for offer in offers):
                 camera.latched_info = self._node.create_subscription(
                     CameraInfo,
-                    camera.info_topic,
+                    self._asked[camera.info_topic],
                     functools.partial(self._receive_info, side),
                     QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL),
                     event_callbacks=SubscriptionEventCallbacks(use_default_callbacks=False),
@@ -221,7 +227,7 @@ class Inputs:
 
     def _wrong_publishers(self, topic: str, wanted: str) -> str:
         """Why nobody can be heard on a topic: nobody publishes it, or something else is published; empty otherwise."""
-        types = {offer.topic_type for offer in self._node.get_publishers_info_by_topic(topic)}
+        types = {offer.topic_type for offer in self._offers(topic)}
         if wanted in types:
             return ""
         if types:
@@ -245,12 +251,16 @@ class Inputs:
 
     def _mixed(self, topic: str, wanted: str, what: str) -> list[Problem]:
         """Several publishers of images or calibrations on one topic: two cameras cannot be told apart there."""
-        offers = [offer for offer in self._node.get_publishers_info_by_topic(topic) if offer.topic_type == wanted]
+        offers = [offer for offer in self._offers(topic) if offer.topic_type == wanted]
         if len(offers) < 2:
             return []
         names = sorted({f"{offer.node_namespace.rstrip('/')}/{offer.node_name}" for offer in offers})
         text = f"{len(offers)} publishers send on {topic} ({', '.join(names)}): {what} of several cameras are mixed"
         return [Problem(f"publishers: {topic}", text)]
+
+    def _offers(self, topic: str) -> list[Any]:
+        """Those who publish on one of the topics, of any type."""
+        return self._node.get_publishers_info_by_topic(self._asked[topic])  # it remaps, too
 
     @property
     def _image_type(self) -> type:
@@ -288,7 +298,7 @@ class Inputs:
         return with_events(
             self._node.create_subscription,
             kind,
-            topic,
+            self._asked[topic],
             callback,
             qos,
             event_callbacks=SubscriptionEventCallbacks(incompatible_qos=report, use_default_callbacks=False),

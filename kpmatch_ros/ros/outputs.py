@@ -74,8 +74,11 @@ class Outputs:
         """Topics on which another node publishes too, as one that was started twice."""
         own = self._node.get_fully_qualified_name()
         topics, names = [], set()
-        for topic in (self._node.resolve_topic_name(name) for name in self._publishers if name != "/tf"):
-            offers = self._node.get_publishers_info_by_topic(topic)
+        for name in self._publishers:
+            topic = self._node.resolve_topic_name(name)
+            if name == "/tf" or self._node.count_publishers(topic) < 2:
+                continue
+            offers = self._node.get_publishers_info_by_topic(name)  # it remaps
             publishers = [f"{offer.node_namespace.rstrip('/')}/{offer.node_name}" for offer in offers]
             if len(publishers) > 1 and own in publishers:
                 topics.append(topic)
