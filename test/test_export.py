@@ -355,7 +355,7 @@ def test_missing_libraries_are_named(
     monkeypatch.setitem(sys.modules, "onnx", None)
     status, printed, errors = run(tmp_path / "b", *words)
     assert (status, printed) == (2, "")
-    assert "onnx is not installed" in errors and "pip install 'kpmatch_ros[export]'" in errors
+    assert "onnx is not installed" in errors and "pip install onnx onnxruntime" in errors
     assert not (tmp_path / "b").exists()
 
 

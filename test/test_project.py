@@ -60,6 +60,12 @@ def test_the_readme_is_for_deciding_and_starting() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
+def test_nobody_is_told_to_install_the_package_from_pypi() -> None:
+    """It is not there: who types that installs nothing, or what somebody else puts there by that name."""
+    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "kpmatch_ros").rglob("*.py")]
+    assert not [str(path) for path in files if re.search(r"pip install [^\n`]*kpmatch_ros", path.read_text())]
+
+
 def test_package_and_python_agree_on_the_version() -> None:
     version = re.search(r"<version>(.*)</version>", (ROOT / "package.xml").read_text())
     assert version and version[1] == kpmatch_ros.__version__

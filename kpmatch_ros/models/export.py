@@ -126,7 +126,7 @@ def check_exportable(extractor: nn.Module, matcher: nn.Module) -> None:
     try:
         import onnx  # noqa: F401
     except ImportError as error:
-        raise ExportError(f"onnx is not installed ({error}): pip install 'kpmatch_ros[export]'") from error
+        raise ExportError(f"onnx is not installed ({error}): pip install onnx onnxruntime") from error
 
 
 def export_extractor(extractor: SuperPoint, file: Path, size: tuple[int, int], dynamic: bool) -> Graph:

@@ -77,9 +77,7 @@ class Session:
         try:
             import onnxruntime
         except ImportError as error:
-            raise RuntimeMissing(
-                f"onnxruntime is not installed ({error}): pip install 'kpmatch_ros[export]'"
-            ) from error
+            raise RuntimeMissing(f"onnxruntime is not installed ({error}): pip install onnx onnxruntime") from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
