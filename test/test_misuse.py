@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -49,10 +50,10 @@ def test_cameras_that_are_swapped_by_remapping_stay_swapped(tmp_path: Path) -> N
             nonlocal number
             number += 1
             left.publish(image(100 + 0.1 * number))
-            return f"no image on {node.namespace}/right/image" in node.message() and "of the other" in node.message()
+            said = rf"no image on {node.namespace}/right/image for [0-9.]+ s, \d+ images of the other camera"
+            return re.search(said, node.message()) is not None
 
         node.wait_for(silent_camera_is_named, "the silent camera to be named")
-        assert f"no image on {node.namespace}/left/image" not in node.message()
 
 
 def test_two_cameras_are_no_one_topic_but_may_share_a_mask() -> None:
