@@ -22,7 +22,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,10 +63,7 @@ class Problem:
 
     def shuffled(self, seed: int) -> Problem:
         order = np.random.default_rng(seed).permutation(len(self.points0))
-        return Problem(self.points0[order], self.points1[order], *self[2:])
-
-    def __getitem__(self, which: slice) -> tuple[Any, ...]:
-        return tuple(vars(self).values())[which]
+        return replace(self, points0=self.points0[order], points1=self.points1[order])
 
 
 Estimator = Callable[[Problem, float], "Motion | None"]
