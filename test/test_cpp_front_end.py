@@ -170,12 +170,15 @@ def random_pose(rng: np.random.Generator, status: int, metric: bool = False) -> 
         median_parallax=float32(rng),
     )
     pose = message.pose.pose
-    if status in (RelativePose.OK, RelativePose.NO_TRANSLATION):
+    if status == RelativePose.INTERRUPTED:
+        message.reference = Header()
+    if status in (RelativePose.OK, RelativePose.NO_TRANSLATION, RelativePose.AMBIGUOUS):
         quaternion = rng.normal(size=4)
         quaternion /= np.linalg.norm(quaternion)
         pose.orientation.x, pose.orientation.y, pose.orientation.z, pose.orientation.w = map(float, quaternion)
-        message.pose.covariance = rng.normal(size=36)
-    if status == RelativePose.OK:
+        spread = rng.normal(size=(6, 6))
+        message.pose.covariance = (spread @ spread.T).ravel()
+    if status in (RelativePose.OK, RelativePose.AMBIGUOUS):
         translation = rng.normal(size=3)
         translation *= 1 if metric else 1 / np.linalg.norm(translation)
         pose.position.x, pose.position.y, pose.position.z = map(float, translation)
@@ -296,19 +299,30 @@ def with_pose(part: str, **values: float) -> Callable[[Any], None]:
     return break_it
 
 
+def with_variance(place: int, value: float) -> Callable[[Any], None]:
+    return lambda message: message.pose.covariance.__setitem__(place, value)
+
+
 BROKEN_POSES = [
     ("OK", with_pose("position", x=0.0, y=0.0, z=0.9), "t is a unit vector where it is not metric"),
     ("OK", with_pose("orientation", x=0.0, y=0.0, z=0.0, w=0.0), "the quaternion has length one"),
     ("OK", with_field("median_parallax", NAN), "every number is finite"),
-    ("OK", lambda message: message.pose.covariance.__setitem__(35, np.inf), "every number is finite"),
+    ("OK", with_variance(35, np.inf), "every number is finite"),
+    ("AMBIGUOUS", with_pose("position", x=0.0, y=0.0, z=0.0), "t is a unit vector where it is not metric"),
     ("NO_TRANSLATION", with_pose("position", x=0.1), "without a translation t is zero"),
+    ("OK", with_variance(7, -1e-6), "the covariance is symmetric, and no variance is negative"),
+    ("AMBIGUOUS", with_variance(1, 9.0), "the covariance is symmetric, and no variance is negative"),
+    ("TOO_FEW_MATCHES", with_variance(0, 1.0), "without a pose the covariance is zero"),
+    ("INTERRUPTED", with_field("reference", Header(frame_id="camera")), "an INTERRUPTED pose has no reference"),
     ("FAILED", with_pose("orientation", y=1.0, w=0.0), "without a pose the rotation is the identity"),
     ("FAILED", with_field("status", 7), "status is one of the constants"),
     ("NO_CALIBRATION", with_field("num_matches", 0), "num_inliers is at most num_matches"),
 ]
 
 
-@pytest.mark.parametrize(("status", "break_it", "rule"), BROKEN_POSES, ids=[rule for *_, rule in BROKEN_POSES])
+@pytest.mark.parametrize(
+    ("status", "break_it", "rule"), BROKEN_POSES, ids=[f"{status}: {rule}" for status, _, rule in BROKEN_POSES]
+)
 def test_cpp_refuses_a_relative_pose_that_breaks_the_contract(
     program: Program, status: str, break_it: Callable[[Any], None], rule: str
 ) -> None:

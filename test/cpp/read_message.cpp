@@ -124,6 +124,20 @@ bool is_one(double value)
   return std::abs(value - 1.0) < 1e-6;
 }
 
+// Row-major 6 x 6. Rounding may leave the two halves apart by a part in a billion.
+bool is_covariance(const std::array<double, 36> & c)
+{
+  for (std::size_t i = 0; i < 6; ++i) {
+    for (std::size_t j = 0; j <= i; ++j) {
+      const double larger = std::sqrt(std::abs(c[7 * i] * c[7 * j]));
+      if (c[7 * i] < 0.0 || std::abs(c[6 * i + j] - c[6 * j + i]) > 1e-9 * larger) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 void check(const MatchArray & m, Rules & rules)
 {
   const std::size_t count = m.scores.size();
@@ -166,19 +180,25 @@ void check(const RelativePose & p, Rules & rules)
   const auto & t = p.pose.pose.position;
   const auto & q = p.pose.pose.orientation;
   const double distance = std::hypot(t.x, t.y, t.z);
-  const bool has_rotation = p.status == RelativePose::OK || p.status == RelativePose::NO_TRANSLATION;
+  const bool has_translation = p.status == RelativePose::OK || p.status == RelativePose::AMBIGUOUS;
+  const bool has_pose = has_translation || p.status == RelativePose::NO_TRANSLATION;
 
   rules.require(p.status <= RelativePose::AMBIGUOUS, "status is one of the constants");
   rules.require(
     all_finite(std::array{t.x, t.y, t.z, q.x, q.y, q.z, q.w}) && all_finite(p.pose.covariance) &&
     std::isfinite(p.median_parallax), "every number is finite");
   rules.require(is_one(std::sqrt(q.x * q.x + q.y * q.y + q.z * q.z + q.w * q.w)), "the quaternion has length one");
-  rules.require(has_rotation || is_one(std::abs(q.w)), "without a pose the rotation is the identity");
-  if (p.status != RelativePose::OK) {
+  rules.require(has_pose || is_one(std::abs(q.w)), "without a pose the rotation is the identity");
+  if (!has_translation) {
     rules.require(distance <= 0.0, "without a translation t is zero");
   } else if (!p.metric) {
     rules.require(is_one(distance), "t is a unit vector where it is not metric");
   }
+  rules.require(is_covariance(p.pose.covariance), "the covariance is symmetric, and no variance is negative");
+  rules.require(has_pose || all_within(p.pose.covariance, 0.0, 0.0), "without a pose the covariance is zero");
+  rules.require(
+    p.status != RelativePose::INTERRUPTED || p.reference == std_msgs::msg::Header(),
+    "an INTERRUPTED pose has no reference");
   rules.require(p.num_inliers <= p.num_matches, "num_inliers is at most num_matches");
 }
 
