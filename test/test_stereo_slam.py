@@ -26,7 +26,7 @@ from scipy.spatial.transform import Rotation
 from stereo_slam_robot import PLACES, TURNS
 from test_stereo_node import rig, stamped
 
-from examples.stereo_slam.pose_graph import Keyframe, Loop, PoseGraph, align
+from examples.stereo_slam.pose_graph import Keyframe, Keyframes, Loop, PoseGraph, align
 from examples.stereo_slam.slam import StereoSlam
 from examples.stereo_slam.smoother import Calibration
 
@@ -64,6 +64,7 @@ class World:
         self.points = np.c_[self.random.uniform(-3, 3, (120, 2)), self.random.uniform(5, 12, 120)]
         self.slip = self.random.normal(0, 2, (120, 2)) * (np.arange(120) % 8 == 0)[:, None]
         self.indices = np.where(np.arange(120) % 3 == 0, NOT_DETECTED, np.arange(120))
+        self.aside = 0.0  # pixels from a track to the left point of its keypoint's stereo match
         self.seen: dict[int, np.ndarray] = {}
 
     def pixels(self, frame: int) -> np.ndarray:
@@ -84,6 +85,7 @@ class World:
             reference=header(frame),
             reference_num_keypoints=120,
             reference_indices=rows,
+            reference_points=(pixels[:, :2] + (self.aside, 0)).ravel(),
             points=pixels[:, [2, 1]].ravel(),
             sigmas=np.full(len(rows), NOISE),
             inliers=np.ones(len(rows)),
@@ -180,6 +182,39 @@ def test_a_dark_frame_is_passed_over() -> None:
     )
     moved = [a.between(b).translation() for a, b in zip(slam.smoother.poses, slam.graph.poses(slam.smoother.poses))]
     assert np.linalg.norm(moved[3]) > 0.03, "all share the correction; the dark frame's guess does not take it alone"
+
+
+@pytest.mark.parametrize("aside", [0.0, 2.0])
+def test_a_right_point_that_belongs_to_another_left_point_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, aside: float
+) -> None:
+    world, slam = World(), new_slam()
+    world.aside = aside
+    add_frame, seen = slam.smoother.add_frame, []
+
+    def watch(motion: Any, sigmas: Any, reference: int, before: Any, now: Any) -> None:
+        seen.extend([before, now])
+        add_frame(motion, sigmas, reference, before, now)
+
+    monkeypatch.setattr(slam.smoother, "add_frame", watch)
+    for frame in range(1, 4):
+        feed(slam, world, frame - 1, frame)
+    for observations in seen[1:]:  # the first frame has no stereo matches here
+        assert np.isfinite(observations.right_x).sum() == (0 if aside else (world.indices != NOT_DETECTED).sum())
+
+
+def test_a_keyframes_disparities_are_those_of_its_stereo_matches() -> None:
+    """Its keypoints are as detected, whole pixels; the stereo matches are where the tracks are."""
+    world, calibration = World(), (camera_info("left"), camera_info("right"))
+    slam = StereoSlam(*calibration, rectified=True, keyframes=Keyframes(step=0.05, least_path=0.0))
+    for frame in range(1, 3):
+        slam.add("features", SimpleNamespace(header=header(frame), points=np.round(world.pixels(frame)[:, :2]).ravel()))
+        feed(slam, world, frame - 1, frame)
+    keyframe = slam.requests[0].reference
+    pixels, matched = world.pixels(keyframe.number), world.indices != NOT_DETECTED
+    assert np.array_equal(np.isfinite(keyframe.right_x), matched)
+    disparities = (keyframe.points[:, 0] - keyframe.right_x)[matched]
+    np.testing.assert_allclose(disparities, (pixels[:, 0] - pixels[:, 2])[matched], atol=1e-9)
 
 
 def test_messages_of_a_frame_may_come_in_any_order() -> None:

@@ -25,6 +25,7 @@ _OK, _NO_TRANSLATION, _AMBIGUOUS = (
 _LOOSE = 10.0  # the message's motion is of the same matches: let it guide, not count twice
 _UNKNOWN = np.array([0.5, 0.5, 0.5, 1.0, 1.0, 1.0])  # radians, metres: nothing is known of a motion
 _GUESSED = np.array([0.02, 0.02, 0.02, 0.05, 0.05, 0.05])  # of a motion that only the tracks tell
+_SAME = 0.01  # pixels between two left points that are one: rounding
 _KEPT = 50  # frames whose messages are kept while others of the frame may come
 # The world has x forward, y left and z up (REP-103), seen from the first camera, whose own frame is an optical one.
 _FIRST_CAMERA = gtsam.Pose3(gtsam.Rot3(np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])), np.zeros(3))
@@ -210,30 +211,34 @@ class StereoSlam:
         ):
             keypoints = np.array(indices, np.int64)[agree]
             left = self._left.points(points)[agree]
-            right_x, right_sigmas = self._right_of(when, keypoints)
+            matched, right_x, right_sigmas = self._stereo_of(when, keypoints)
+            # A new track may begin at the keypoint of another one: the stereo match is that one's.
+            right_x[np.abs(matched - left).max(axis=1) > _SAME] = np.nan
             sides.append(Observations(ids, left, sigmas, right_x, right_sigmas))
         return sides[0], sides[1]
 
-    def _right_of(self, stamp: int, keypoints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """x in the right image of a frame's left keypoints (M,), and its sigmas; NaN without a match.
+    def _stereo_of(self, stamp: int, keypoints: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The stereo matches of a frame's left keypoints (M,): left points, x in the right image, and its sigmas.
 
-        NOT_DETECTED, for a track that was carried, is no keypoint, and so has no match either.
+        All are NaN without a match. NOT_DETECTED, for a track that was carried, is no keypoint, and so has none either.
+        The left point is where the keypoint's track is, a pixel or so beside the keypoint.
         """
-        stereo = self._waiting["stereo_matches"].get(stamp)
-        right_x, sigmas = np.full(len(keypoints), np.nan), np.full(len(keypoints), np.nan)
+        stereo, count = self._waiting["stereo_matches"].get(stamp), len(keypoints)
+        left, right_x, sigmas = np.full((count, 2), np.nan), np.full(count, np.nan), np.full(count, np.nan)
         if stereo is None:
-            return right_x, sigmas
+            return left, right_x, sigmas
         agree = np.array(stereo.inliers, bool)
         if not agree.any():
-            return right_x, sigmas
-        left = np.array(stereo.reference_indices, np.int64)[agree]
+            return left, right_x, sigmas
+        indices = np.array(stereo.reference_indices, np.int64)[agree]
         row_of = np.full(stereo.reference_num_keypoints, -1)
-        row_of[left] = np.arange(len(left))
+        row_of[indices] = np.arange(len(indices))
         rows = np.where(keypoints < len(row_of), row_of[np.minimum(keypoints, len(row_of) - 1)], -1)
         found = rows >= 0
+        left[found] = self._left.points(stereo.reference_points)[agree][rows[found]]
         right_x[found] = self._right.points(stereo.points)[agree][rows[found], 0]
         sigmas[found] = np.array(stereo.sigmas, float)[agree][rows[found]]
-        return right_x, sigmas
+        return left, right_x, sigmas
 
     # Loops
 
@@ -245,7 +250,8 @@ class StereoSlam:
         self._awaited = None
         features = self._waiting["features"][stamp]
         points = self._left.points(features.points)
-        right_x, sigmas = self._right_of(stamp, np.arange(len(points)))
+        matched, right_x, sigmas = self._stereo_of(stamp, np.arange(len(points)))
+        right_x += points[:, 0] - matched[:, 0]  # the keypoint is as deep as its surroundings, where the match is
         keyframe = Keyframe(self._numbers[stamp], features, points, right_x, sigmas)
         poses = self.graph.poses(self.smoother.poses)
         self.requests += [LoopRequest(other, keyframe) for other in self._keyframes.candidates(keyframe, poses)]
