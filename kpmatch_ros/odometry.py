@@ -6,15 +6,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.spatial.transform import Rotation
+from scipy.special import chdtri
 
 from kpmatch_ros.frames import Pair
 from kpmatch_ros.geometry.pose import Placed, RelativePose, cross_matrix
+from kpmatch_ros.geometry.robust import FALSE_ALARM_RATE
 
 __all__ = ["Odometry", "OdometryPose", "Twist", "compose", "frame_fault", "of_base"]
 
 # An odometry frame has x forward, y left and z up (REP-103), seen from the first camera. The camera's own frame is an
 # optical one: z forward, x right.
 _FIRST_CAMERA = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
+
+_TOLD = float(chdtri(3, FALSE_ALARM_RATE))  # of a squared translation, in units of its covariance: it is not zero
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,11 +106,52 @@ def _at_the_end_of(arm: np.ndarray) -> np.ndarray:
     return carried
 
 
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """The pose of a frame, and the translations on the way that none of the pairs could tell from zero.
+
+    Attributes:
+        pose: of the frame, without them.
+        unseen: (6,) what they come to at the frame, in the order of the pose's covariance.
+        spread: (6, 6) covariance of that.
+    """
+
+    pose: OdometryPose
+    unseen: np.ndarray
+    spread: np.ndarray
+
+    @classmethod
+    def of(cls, pose: OdometryPose) -> _Place:
+        """A pose of which nothing is unseen."""
+        return cls(pose, np.zeros(6), np.zeros((6, 6)))
+
+    def after(self, step: RelativePose) -> _Place:
+        """Where a step leads from there.
+
+        A camera that creeps moves too little to be seen in any pair, and far in many. What all of them come to is
+        tested as each pair is, and taken into the pose where it is not zero.
+        """
+        turned = np.kron(np.eye(2), self.pose.rotation)
+        carried = _at_the_end_of(self.pose.rotation @ step.translation)
+        pose, unseen, spread = compose(self.pose, step), carried @ self.unseen, carried @ self.spread @ carried.T
+        if step.estimate is None:
+            return _Place(pose, unseen, spread)
+        rotated = Rotation.from_matrix(step.estimate.rotation @ step.rotation.T).as_rotvec()
+        unseen = unseen + turned @ np.concatenate([step.estimate.position, rotated])
+        spread = spread + turned @ step.covariance @ turned.T
+        if unseen[:3] @ np.linalg.pinv(spread[:3, :3], hermitian=True) @ unseen[:3] < _TOLD:
+            return _Place(pose, unseen, spread)
+        rotation = Rotation.from_rotvec(unseen[3:]).as_matrix() @ pose.rotation
+        return _Place.of(replace(pose, rotation=rotation, position=pose.position + unseen[:3]))
+
+
 class Odometry:
     """Chains the poses of pairs.
 
     A pair continues the chain where the pose of its reference is known: the frame before, or a keyframe. It is not
     known after a reset, or where that frame had no pose. Then the chain breaks, and the reference begins a new one.
+
+    A camera that stands keeps its place. Where it creeps, by less than any pair can tell, its place follows by steps.
 
     Attributes:
         breaks: how many times the chain broke.
@@ -114,7 +159,7 @@ class Odometry:
 
     def __init__(self) -> None:
         self.breaks = 0
-        self._known: dict[int, OdometryPose] = {}  # by the frame's number
+        self._known: dict[int, _Place] = {}  # by the frame's number
         self._begun = False
         self._last: tuple[int, int, OdometryPose, np.ndarray] | None = None  # the frame before: number, stamp, step
 
@@ -129,12 +174,11 @@ class Odometry:
         if origin is None:
             self.breaks += self._begun
             self._begun = True
-            origin = OdometryPose(_FIRST_CAMERA, np.zeros(3), np.zeros((6, 6)), self.breaks)
+            origin = _Place.of(OdometryPose(_FIRST_CAMERA, np.zeros(3), np.zeros((6, 6)), self.breaks))
             self._last = None
-        current = compose(origin, pose)
-        current = replace(current, twist=self._twist(pair, origin, current))
-        self._known = {reference: origin, pair.current.number: current}
-        return current
+        place = origin.after(pose)
+        self._known = {reference: origin, pair.current.number: place}
+        return replace(place.pose, twist=self._twist(pair, origin.pose, compose(origin.pose, pose)))
 
     def _twist(self, pair: Pair, origin: OdometryPose, current: OdometryPose) -> Twist | None:
         """The velocity since the frame before.

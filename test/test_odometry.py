@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import cv2
 import numpy as np
 from scipy.stats import chi2
+from stereo_scenes import Scene
 
-from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
+from kpmatch_ros.geometry.pose import Pose, PoseStatus, RelativePose
 from kpmatch_ros.odometry import Odometry, OdometryPose, compose
 
 TURN, STEP = np.array([0.02, -0.3, 0.01]), np.array([0.1, 0.02, 0.5])
@@ -69,6 +71,57 @@ def test_the_uncertainty_grows_also_while_standing() -> None:
     ]
     sizes = [np.trace(pose.covariance) for pose in poses if pose is not None]
     assert len(sizes) == 5 and sizes == sorted(set(sizes))
+
+
+def chain(scene: Scene, steps: int = 25) -> tuple[list[PoseStatus], OdometryPose]:
+    """A stereo pair of cameras that moves alike from each frame to the next one."""
+    odometry, statuses = Odometry(), []
+    for i in range(1, steps + 1):
+        found = scene.estimate(150, seed=i)
+        pose = odometry.add(pair(i, i + 1, found, reset=i == 1))
+        statuses.append(found.status)
+    assert pose is not None
+    return statuses, pose
+
+
+def test_a_camera_that_creeps_is_followed_though_no_pair_can_tell_that_it_moves() -> None:
+    moved = np.array([0.05e-3, 0.02e-3, 0.2e-3])
+    statuses, pose = chain(Scene(rotation=(0, 0, 0), translation=tuple(moved), noise=0.1))
+    assert statuses.count(PoseStatus.NO_TRANSLATION) > 0.8 * len(statuses)
+    error = 25 * moved[[2, 0, 1]] * (1, -1, -1) - pose.position
+    assert error @ np.linalg.solve(pose.covariance[:3, :3], error) < 25, "a test of 16.3, and noise since it was passed"
+    turned = cv2.Rodrigues(np.array([[0, 0, 1.0], [-1, 0, 0], [0, -1, 0]]) @ pose.rotation.T)[0].ravel()
+    assert turned @ np.linalg.solve(pose.covariance[3:, 3:], turned) < 25
+
+
+def test_a_camera_that_stands_keeps_its_place() -> None:
+    statuses, pose = chain(Scene(rotation=(0, 0, 0), translation=(0, 0, 0), noise=0.1))
+    assert set(statuses) == {PoseStatus.NO_TRANSLATION} and not pose.position.any()
+
+
+def test_what_was_unseen_turns_with_the_camera_and_shows_in_no_twist() -> None:
+    """The camera creeps unseen, walks on for a metre, and creeps on until it shows."""
+    still, creep = np.eye(3), np.array([0.0, 0.0, 0.004])
+    spread = np.diag([1e-6] * 3 + [1e-8] * 3)
+    unseen = RelativePose(
+        PoseStatus.NO_TRANSLATION, still, np.zeros(3), spread, True, 100, 90, 0.1, None,
+        Pose(cv2.Rodrigues(np.array([0, 1e-4, 0]))[0], creep),
+    )  # fmt: skip
+    small = replace(unseen, estimate=Pose(unseen.estimate.rotation, creep / 2)) if unseen.estimate else unseen
+    walk = RelativePose(PoseStatus.OK, still, np.array([1.0, 0, 0]), spread, True, 100, 90, 9.0, None)
+    odometry, poses = Odometry(), []
+    for i, each in enumerate([small, walk, unseen], 1):
+        made = pair(i, i + 1, each, reset=i == 1)
+        made.reference.stamp, made.current.stamp = i * 10**9, (i + 1) * 10**9
+        poses.append(odometry.add(made))
+    first, second, third = poses
+    assert first is not None and second is not None and third is not None and third.twist is not None
+    assert not first.position.any()
+    np.testing.assert_allclose(second.position, [0, -1, 0])
+    # The turn by 1e-4 about the camera's y axis before the walk puts the walk's end 0.1 mm back.
+    np.testing.assert_allclose(third.position, [0.006 - 1e-4, -1, 0], atol=1e-8)
+    assert not third.twist.velocity.any()
+    assert np.trace(third.covariance) > np.trace(second.covariance)
 
 
 def test_a_lost_frame_breaks_the_chain_and_a_new_one_begins() -> None:

@@ -75,6 +75,8 @@ class RelativePose:
         median_parallax: median displacement of the inliers once the rotation is removed, pixels of the reference image.
         inliers: (num_matches,) bool: which matches are within the largest reprojection error of the pose and in front
             of both cameras; None if nothing was estimated.
+        estimate: with NO_TRANSLATION in metres, the motion whose translation could not be told from zero, and of which
+            the covariance is; None otherwise.
     """
 
     status: PoseStatus
@@ -86,6 +88,7 @@ class RelativePose:
     num_inliers: int
     median_parallax: float
     inliers: np.ndarray | None
+    estimate: Pose | None = None
 
     def of(self, inliers: np.ndarray) -> RelativePose:
         """The same pose for other matches, of which some (num_matches,) bool agree with it."""

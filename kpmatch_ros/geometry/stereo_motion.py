@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import fdtrc
 
 from kpmatch_ros.geometry.camera import BEHIND
-from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
+from kpmatch_ros.geometry.pose import Pose, PoseStatus, RelativePose
 from kpmatch_ros.geometry.robust import (
     FALSE_ALARM_RATE,
     SMALLEST_CURVATURE,
@@ -152,11 +152,12 @@ def estimate_stereo_motion(
     covariance, variance, freedom = pair.covariance(fit, keypoint_resolution)
     effect = design_effect(fit.left.squares < fit.cutoffs, independent_points)
     covariance, variance = effect * covariance, effect * variance
-    status = PoseStatus.OK
+    status, estimate = PoseStatus.OK, None
     # How many standard deviations the translation is from zero tells nearly what the test tells, at once.
     if fit.translation @ np.linalg.solve(covariance[:3, :3], fit.translation) < _CERTAIN**2:
         still = pair.minimise(pair.evaluate(fit.rotation, np.zeros(3), fit.cutoffs), 20, _SETTLED, rotation_only=True)
         if fdtrc(3, freedom, max(still.cost - fit.cost, 0.0) / variance / 3) > FALSE_ALARM_RATE:
+            estimate = Pose(fit.rotation, fit.translation)
             status, fit = PoseStatus.NO_TRANSLATION, still
             mask[usable] = inliers = _agrees(frames, pair, fit, inlier_threshold)
             if inliers.sum() < required:
@@ -173,6 +174,7 @@ def estimate_stereo_motion(
         num_inliers=int(inliers.sum()),
         median_parallax=median_parallax(_matches(frames, np.flatnonzero(inliers)), fit.rotation),
         inliers=mask,
+        estimate=estimate,
     )
 
 
