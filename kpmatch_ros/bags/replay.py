@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -254,9 +254,10 @@ def _whole_or_not(path: Path) -> Iterator[Path]:
     Where `path` is a link, the file that it names is written.
     """
     target = path.resolve()
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=target.parent))
+    folder = target.parent / f".{path.name}.{secrets.token_hex(8)}"
     place = folder / path.name
     try:
+        folder.mkdir(mode=0o700)  # in here, so that it is removed where a signal comes at once
         yield place
         os.replace(place, target)
     except BagError as error:  # it names the place that nobody knows
