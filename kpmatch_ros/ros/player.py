@@ -149,8 +149,8 @@ def play(
 def send(frame: RecordedFrame, infos: Any, images: Any) -> float:
     """Publish a frame, its calibration first, and return when its image was sent, in monotonic seconds.
 
-    On a busy machine Fast DDS overwrites a small message by the large one that follows, before it is read, and sends it
-    again seconds later. So the image waits until the calibration has arrived. Nobody waits for one who is gone.
+    On a busy machine a calibration that was published right before its image was seen to arrive up to three seconds
+    later. So the image waits until the calibration has arrived. Nobody waits for one who is gone.
     """
     infos.publish(frame.camera_info)
     infos.wait_for_all_acked(Duration(seconds=_FRAME_TIMEOUT))
