@@ -9,8 +9,13 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("rclpy")
+import rclpy
 from ament_index_python.packages import get_package_prefix
 from domain_coordinator import domain_id
+from rclpy._rclpy_pybind11 import RCLError
+from std_msgs.msg import String
+
+from kpmatch_ros.ros.service_guard import survives
 
 
 @pytest.mark.parametrize(
@@ -42,6 +47,26 @@ def test_a_parameter_file_that_ros_cannot_read_is_named_in_a_line(
     assert done.returncode == 1
     assert "matcher: ROS cannot start with these arguments: " in done.stderr
     assert str(file) in done.stderr and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_fails_because_the_node_was_told_to_end_is_no_fault(capfd: pytest.CaptureFixture[str]) -> None:
+    told: list[Exception] = []
+    with domain_id() as domain:
+        context = rclpy.Context()
+        rclpy.init(context=context, domain_id=domain)
+        node = rclpy.create_node("matcher", context=context)
+        try:
+            publisher = node.create_publisher(String, "status", 10)
+            survives(lambda: dict()["?"], node, told.append)()
+            assert "KeyError" in capfd.readouterr().err and len(told) == 1
+            rclpy.shutdown(context=context)
+            with pytest.raises(RCLError):
+                publisher.publish(String())
+            survives(lambda: publisher.publish(String()), node, told.append)()
+            assert capfd.readouterr().err == "" and len(told) == 1
+        finally:
+            node.destroy_node()
+            rclpy.try_shutdown(context=context)
 
 
 def ended(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -57,8 +57,13 @@ def test_an_output_that_is_full_is_named() -> None:
 
 @pytest.mark.parametrize("by", ["SIGHUP", "SIGTERM"])
 def test_a_terminal_that_goes_away_leaves_no_half_bag_behind(bag: Path, tmp_path: Path, by: str) -> None:
+    def heed() -> None:  # the tests may run under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
     command = ["kpmatch", "bag", "in", "out", *QUICK]
-    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, preexec_fn=heed, stderr=subprocess.PIPE, text=True
+    )
     while not list(tmp_path.glob(".out.*")):
         assert process.poll() is None
         time.sleep(0.01)

@@ -100,8 +100,8 @@ class MatcherNode(LifecycleNode):
         # Wall time: diagnostics go on while a bag's clock stands still.
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._timers = [
-            self.create_timer(1.0, survives(self._every_second, self.get_logger), clock=steady),
-            self.create_timer(_WATCH_PERIOD, survives(self._watch, self.get_logger), clock=steady),
+            self.create_timer(1.0, survives(self._every_second, self), clock=steady),
+            self.create_timer(_WATCH_PERIOD, survives(self._watch, self), clock=steady),
         ]
         # In every state: a request that waits has its answer after the transition that ends its wait.
         self.create_service(Trigger, "reset", self._reset)
@@ -127,7 +127,7 @@ class MatcherNode(LifecycleNode):
             look = f"look at what its publisher sends: ros2 topic echo {topic}"
             self.monitor.message_lost(topic, f"a message on {topic} was left out: {why}; {look}")
 
-        callback = survives(callback, self.get_logger, lost)
+        callback = survives(callback, self, lost)
         return super().create_subscription(msg_type, topic, callback, *arguments, **options)
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.executors import ExternalShutdownException
+from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from kpmatch_ros.parameters import declarations, meant
@@ -27,13 +28,15 @@ ServiceCallback = Callable[[Any, Any], Any]
 
 
 def survives(
-    callback: Callable[..., Any], logger: Callable[[], Any], tell: Callable[[Exception], None] | None = None
+    callback: Callable[..., Any], node: Node, tell: Callable[[Exception], None] | None = None
 ) -> Callable[..., Any]:
     """A callback whose exception is logged: rclpy would let it end the node.
 
+    What fails after the context was shut down fails for that: a signal may come while a callback publishes.
+
     Args:
         callback: of a subscription or a timer.
-        logger: gives the node's logger.
+        node: has the context and the logger.
         tell: is called with the exception.
     """
 
@@ -44,8 +47,11 @@ def survives(
         except ExternalShutdownException:
             raise
         except Exception as error:  # noqa: BLE001  (the node lives on and names it)
+            if not node.context.ok():
+                return None
             text = f"a callback failed:\n{traceback.format_exc()}"
-            logger().error(text, throttle_duration_sec=_LOG_INTERVAL)  # /clock may come a thousand times a second
+            # /clock may come a thousand times a second.
+            node.get_logger().error(text, throttle_duration_sec=_LOG_INTERVAL)
             if tell is not None:
                 tell(error)
             return None
