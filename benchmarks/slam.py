@@ -167,6 +167,7 @@ class Klt:
             reference=now.header,
             reference_num_keypoints=len(now.points),
             reference_indices=rows,
+            reference_points=now.points[rows].ravel(),
             points=now.right[rows].ravel(),
             sigmas=np.full(len(rows), _KLT_SIGMA),
             inliers=np.ones(len(rows), np.uint8),
