@@ -83,8 +83,8 @@ class NodeUnderTest:
 
     @property
     def log(self) -> str:
-        """What the node has printed."""
-        return self._log.read_text()
+        """What the node has printed: nothing where its process has not begun yet."""
+        return self._log.read_text() if self._log.exists() else ""
 
     def spin(self, seconds: float = 0.05) -> None:
         """Receive for a while."""
