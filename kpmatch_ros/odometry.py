@@ -125,15 +125,15 @@ class _Place:
         """A pose of which nothing is unseen."""
         return cls(pose, np.zeros(6), np.zeros((6, 6)))
 
-    def after(self, step: RelativePose) -> _Place:
-        """Where a step leads from there.
+    def after(self, step: RelativePose, pose: OdometryPose) -> _Place:
+        """Where a step leads from there. By itself it leads to `pose`.
 
         A camera that creeps moves too little to be seen in any pair, and far in many. What all of them come to is
         tested as each pair is, and taken into the pose where it is not zero.
         """
         turned = np.kron(np.eye(2), self.pose.rotation)
         carried = _at_the_end_of(self.pose.rotation @ step.translation)
-        pose, unseen, spread = compose(self.pose, step), carried @ self.unseen, carried @ self.spread @ carried.T
+        unseen, spread = carried @ self.unseen, carried @ self.spread @ carried.T
         if step.estimate is None:
             return _Place(pose, unseen, spread)
         rotated = Rotation.from_matrix(step.estimate.rotation @ step.rotation.T).as_rotvec()
@@ -176,9 +176,10 @@ class Odometry:
             self._begun = True
             origin = _Place.of(OdometryPose(_FIRST_CAMERA, np.zeros(3), np.zeros((6, 6)), self.breaks))
             self._last = None
-        place = origin.after(pose)
+        current = compose(origin.pose, pose)
+        place = origin.after(pose, current)
         self._known = {reference: origin, pair.current.number: place}
-        return replace(place.pose, twist=self._twist(pair, origin.pose, compose(origin.pose, pose)))
+        return replace(place.pose, twist=self._twist(pair, origin.pose, current))
 
     def _twist(self, pair: Pair, origin: OdometryPose, current: OdometryPose) -> Twist | None:
         """The velocity since the frame before.

@@ -27,6 +27,7 @@ import superpoint_loss
 import torch
 from common import log_line
 from degradation import degrade
+from export import read_trained
 from loop import Batches, Settings, Student, add_options, rate, run, settings_of, subnormals_are_zeros
 from narrow import load_narrow, narrow, save_narrow
 from torch import Tensor
@@ -256,7 +257,7 @@ def small_matcher(
     """
     narrowing = None
     if arguments.start is not None:
-        model, full_rate = trained_matcher(arguments.start).to(device), AGAIN_RATE
+        model, full_rate = read_trained(LightGlue, Path(arguments.start), "fast").to(device), AGAIN_RATE
     elif arguments.width:
         file = arguments.out / "narrow.pt"
         if not file.exists():
@@ -271,14 +272,6 @@ def small_matcher(
     for layer in model.transformer_layers:
         layer.cross_attention.k_proj = layer.cross_attention.q_proj  # as in train.py
     return model, narrowing, full_rate
-
-
-def trained_matcher(file: str) -> LightGlue:
-    """The network ``fast`` of a matching.weights.pt, of whatever width and depth."""
-    state = torch.load(file, map_location="cpu", weights_only=True)["fast"]
-    model = LightGlue(**state["config"])
-    model.load_state_dict({name: tensor.float() for name, tensor in state["tensors"].items()})
-    return model
 
 
 def main(argv: list[str] | None = None) -> None:

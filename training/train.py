@@ -19,6 +19,7 @@ import lightglue_loss
 import superpoint_loss
 import torch
 from degradation import degrade
+from export import read_trained
 from loop import Batches, Settings, Student, add_options, rate, run, settings_of, subnormals_are_zeros
 from torch import Tensor, nn
 from views import Source, ViewPairs, load
@@ -312,13 +313,9 @@ def train(arguments: argparse.Namespace) -> None:
 
 def load_extractors(arguments: argparse.Namespace, device: torch.device) -> dict[str, SuperPoint]:
     """The averaged SuperPoints of ``--points``, or of this run's folder."""
-    state = torch.load(arguments.points or arguments.out / "points.weights.pt", map_location=device, weights_only=True)
-    found = {}
-    for name in arguments.networks:
-        model = SuperPoint(**state[name]["config"])
-        model.load_state_dict(state[name]["tensors"])
-        found[name] = model.to(device, memory_format=torch.channels_last)
-    return found
+    file = arguments.points or arguments.out / "points.weights.pt"
+    models = {name: read_trained(SuperPoint, file, name) for name in arguments.networks}
+    return {name: model.to(device, memory_format=torch.channels_last) for name, model in models.items()}
 
 
 def main(argv: list[str] | None = None) -> None:

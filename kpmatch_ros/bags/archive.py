@@ -27,10 +27,11 @@ from typing import Any
 import kpmatch_ros
 from kpmatch_ros.bags.cameras import choose_cameras
 from kpmatch_ros.bags.files import BagError, OutputError
+from kpmatch_ros.bags.recording import encodable
 from kpmatch_ros.bags.replay import replay
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.parameters import ParameterError, Parameters
-from kpmatch_ros.weights import WeightsError
+from kpmatch_ros.weights import WeightsError, file_hash
 
 __all__ = ["Job", "Row", "Settings", "claimed", "find_bags", "finished_row", "jobs_for", "replay_one", "write_tables"]
 
@@ -263,14 +264,9 @@ def _source(bag: Path) -> str:
 
 def _digest(path: Path) -> str:
     """What tells a file, or a folder's files, from others in the same place."""
-    found = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file():
-            found.update(file.name.encode(errors="surrogateescape"))
-            with file.open("rb") as stream:
-                while part := stream.read(1 << 20):
-                    found.update(part)
-    return found.hexdigest()[:16]
+    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
+    lines = "\n".join(f"{file.name} {file_hash(file)}" for file in files)
+    return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def replay_one(job: Job, settings: Settings) -> Row:
@@ -339,7 +335,7 @@ def write_tables(rows: list[Row], out: Path, unfinished: Path) -> list[Path]:
     lines = []
     for row in rows:
         poses, rejected = row.get("poses"), row.get("rejected")
-        line = {name: _encodable(row.get(name)) for name in types}
+        line = {name: encodable(text) if isinstance(text := row.get(name), str) else text for name in types}
         line["rejected"] = None if rejected is None else sum(rejected.values())
         for status in PoseStatus:
             line[f"status_{status.name.lower()}"] = None if poses is None else poses.get(status.name, 0)
@@ -362,8 +358,3 @@ def write_tables(rows: list[Row], out: Path, unfinished: Path) -> list[Path]:
     for name in written:
         os.replace(unfinished / name, out / name)
     return [out / name for name in written]
-
-
-def _encodable(value: Any) -> Any:
-    """A file's name need not be UTF-8, and a table is."""
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value

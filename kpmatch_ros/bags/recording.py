@@ -24,7 +24,7 @@ from kpmatch_ros.bags.mcap_file import McapFile
 from kpmatch_ros.bags.sqlite_file import SqliteFile
 from kpmatch_ros.bags.storage import Definition, StorageFile, from_zstd, type_name, zstd
 
-__all__ = ["BagError", "OutputError", "Raw", "Recording"]
+__all__ = ["BagError", "OutputError", "Raw", "Recording", "encodable"]
 
 _SUFFIXES = (".mcap", ".db3")
 _ZSTD = b"\x28\xb5\x2f\xfd"  # what a compressed message begins with; one that is not begins with 0
@@ -205,6 +205,11 @@ class Recording:
                 self.remarks.append(
                     f"{topic}: metadata.yaml declares {declared} messages, the files hold {held[topic]}"
                 )
+
+
+def encodable(text: str) -> str:
+    """A text that holds a file's name, which need not be UTF-8, with what UTF-8 cannot hold escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @functools.lru_cache(maxsize=1)

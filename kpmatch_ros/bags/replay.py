@@ -26,6 +26,7 @@ from kpmatch_ros.bags.files import (
     read_messages,
 )
 from kpmatch_ros.bags.html_report import HtmlReport
+from kpmatch_ros.bags.recording import encodable
 from kpmatch_ros.bags.report import Report
 from kpmatch_ros.bags.rerun_recording import RerunRecording
 from kpmatch_ros.bags.trajectory import Trajectory
@@ -117,7 +118,7 @@ def replay(
         wanted |= {"landmarks"} if landmarks else set()
         page_file = stack.enter_context(_whole_or_not(page)) if page is not None else None
         recording = None
-        title = f"Matches of {bag.name}".encode("utf-8", "backslashreplace").decode()  # a name need not be UTF-8
+        title = encodable(f"Matches of {bag.name}")
         if rerun is not None:
             file = stack.enter_context(_whole_or_not(rerun))
             recording = stack.enter_context(RerunRecording(file, cameras[0].num_images, title, metric=stereo))

@@ -12,6 +12,7 @@ import numpy as np
 
 from kpmatch_ros.bags.files import BagError
 from kpmatch_ros.bags.frame_figures import STATUS_COLOURS, FrameFigures, small_jpeg
+from kpmatch_ros.bags.recording import encodable
 from kpmatch_ros.bags.trajectory import Trajectory
 from kpmatch_ros.frames import Frame, Pair, Result
 
@@ -119,8 +120,8 @@ class RerunRecording:
         unit = "metres" if self._metric else "arbitrary scale: each step has length one"
         lines = ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows), f"| positions | {unit} |"]
         lines += ["", *(f"- {fault}" for fault in faults)]
-        text = "\n".join(lines).encode("utf-8", "backslashreplace").decode()  # names of files need not be UTF-8
-        self._stream.log("table", rerun.TextDocument(text, media_type=rerun.MediaType.MARKDOWN), static=True)
+        document = rerun.TextDocument(encodable("\n".join(lines)), media_type=rerun.MediaType.MARKDOWN)
+        self._stream.log("table", document, static=True)
 
     def _add_pose(self) -> None:
         rotation, position = self._trajectory.pose
