@@ -10,7 +10,7 @@ import numpy as np
 from kpmatch_ros.geometry.flow import Neighbours, flow_far, flow_forth_and_back, pyramid
 from kpmatch_ros.geometry.patches import LONGEST_STEP, Alignment, align, cut, no_change, signed, unaligned
 from kpmatch_ros.geometry.refinement import align_deformed
-from kpmatch_ros.track_bank import Bank, Looks
+from kpmatch_ros.track_set import Templates, TrackSet
 
 __all__ = ["ASTRAY", "Places", "View", "find_places", "keypoint_sigma"]
 
@@ -90,41 +90,45 @@ def keypoint_sigma(resolution: float) -> float:
     return _SIGMA_KEYPOINT * max(resolution, 1.0)
 
 
-def find_places(bank: Bank, looks: Looks, keypoints: np.ndarray, reference: View, current: View) -> Places:
+def find_places(
+    tracks: TrackSet, templates: Templates, keypoints: np.ndarray, reference: View, current: View
+) -> Places:
     """Find the tracks of the reference image in the current one.
 
     Args:
-        bank: T tracks in the reference image.
-        looks: their patches.
+        tracks: T tracks in the reference image.
+        templates: their patches.
         keypoints: (T, 2) float32 where the matcher sees them in the current one, pixels; NaN where it does not.
         reference: the first image.
         current: the second one.
     """
     matched = np.isfinite(keypoints[:, 0])
-    neighbours, near, unmatched = Neighbours(bank.points, keypoints), keypoints.copy(), np.flatnonzero(~matched)
+    neighbours, near, unmatched = Neighbours(tracks.points, keypoints), keypoints.copy(), np.flatnonzero(~matched)
     near[unmatched], _ = neighbours.expect(unmatched)
-    found, anchors = unaligned(near.copy(), np.zeros(len(bank), np.float32), good=False), bank.anchors.copy()
+    found, anchors = unaligned(near.copy(), np.zeros(len(tracks), np.float32), good=False), tracks.anchors.copy()
     rest = np.flatnonzero(_reachable(near, current.normalized))
-    patches = looks.patches[bank.looks[rest]]
-    found.put(rest, align(patches, current.pixels, near[rest], bank.shapes[rest], _SHIFTS))
-    align_deformed(found, rest, patches, current.pixels, near, bank.shapes, neighbours)
+    patches = templates.patches[tracks.templates[rest]]
+    found.put(rest, align(patches, current.pixels, near[rest], tracks.shapes[rest], _SHIFTS))
+    align_deformed(found, rest, patches, current.pixels, near, tracks.shapes, neighbours)
     rest = rest[~found.good[rest]]
-    near[rest] = flow_far(reference.pyramid, current.pyramid, bank.points[rest], near[rest])
-    found.put(rest, align(looks.patches[bank.looks[rest]], current.pixels, near[rest], bank.shapes[rest]))
+    near[rest] = flow_far(reference.pyramid, current.pyramid, tracks.points[rest], near[rest])
+    found.put(rest, align(templates.patches[tracks.templates[rest]], current.pixels, near[rest], tracks.shapes[rest]))
     # Where the first patch no longer fits, the reference's may: the track goes on with that one. A new track's is that.
-    rest = rest[~found.good[rest] & (found.likeness[rest] > _UNLIKE) & (bank.ids[rest] > 0)]
-    newer = cut(reference.pixels, bank.points[rest])
+    rest = rest[~found.good[rest] & (found.likeness[rest] > _UNLIKE) & (tracks.ids[rest] > 0)]
+    newer = cut(reference.pixels, tracks.points[rest])
     found.put(rest, align(newer, current.pixels, near[rest], no_change(len(rest))))
     replaced = found.good[rest]
     renewed, newer = rest[replaced], newer[replaced]
-    anchors[renewed] = np.hypot(bank.sigmas[renewed], _SIGMA_REPLACED)
+    anchors[renewed] = np.hypot(tracks.sigmas[renewed], _SIGMA_REPLACED)
     # Where neither fits, as in blurred images, flow may still lead there and back.
     rest = np.flatnonzero(~found.good & (found.likeness > _HARDLY_ALIKE))
     expected, spread = neighbours.expect(rest)
-    flowed, good = flow_forth_and_back(reference.pyramid, current.pyramid, bank.points[rest], expected, ASTRAY * spread)
+    flowed, good = flow_forth_and_back(
+        reference.pyramid, current.pyramid, tracks.points[rest], expected, ASTRAY * spread
+    )
     rest, flowed = rest[good], flowed[good]
     found.put(rest, unaligned(flowed, found.likeness[rest]))
-    anchors[rest] = np.hypot(bank.sigmas[rest], _SIGMA_FLOW)
+    anchors[rest] = np.hypot(tracks.sigmas[rest], _SIGMA_FLOW)
     # Where the images differ too much for patches and flow, what the matcher finds is taken as it is.
     bare = matched & ~found.good
     if found.good[matched].sum() > _REFINABLE * matched.sum():

@@ -7,7 +7,7 @@ CVPR 1994), so that errors do not add up from frame to frame.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,20 +17,18 @@ from kpmatch_ros.geometry.patches import Alignment, align, cut, inside, no_chang
 from kpmatch_ros.geometry.pose import RelativePose
 from kpmatch_ros.geometry.refinement import align_matches, longest_step
 from kpmatch_ros.geometry.structure import FRAMES, Structure, Window, place, project, triangulate
-from kpmatch_ros.track_bank import (
+from kpmatch_ros.lost_tracks import LostTracks
+from kpmatch_ros.track_search import View, find_places, keypoint_sigma
+from kpmatch_ros.track_set import (
     NOT_DETECTED,
-    Bank,
-    Looks,
+    Templates,
+    TrackSet,
     apart,
     attach,
     first_of_each_place,
-    join,
     matched_keypoints,
-    select,
     without,
 )
-from kpmatch_ros.track_memory import Memory
-from kpmatch_ros.track_search import View, find_places, keypoint_sigma
 
 __all__ = ["NOT_DETECTED", "Links", "Tracks", "View", "keypoint_sigma", "pair_sigma", "refine_pair"]
 
@@ -72,14 +70,6 @@ class Links:
     track_ids: np.ndarray
     refined: np.ndarray
 
-    def select(self, chosen: np.ndarray) -> Links:
-        """The links that a mask or an array of indices names."""
-        return Links(*(getattr(self, item.name)[chosen] for item in fields(self)))
-
-    def join(self, other: Links) -> Links:
-        """These links, and then the others."""
-        return Links(*(np.concatenate([getattr(self, item.name), getattr(other, item.name)]) for item in fields(self)))
-
 
 class Tracks:
     """The tracks of one camera.
@@ -100,10 +90,10 @@ class Tracks:
 
     def reset(self) -> None:
         """Forget all tracks. Their ids are not given again."""
-        self._looks = Looks()
-        self._reference: Bank | None = None
-        self._current: Bank | None = None
-        self._lost = Memory()
+        self._templates = Templates()
+        self._reference: TrackSet | None = None
+        self._current: TrackSet | None = None
+        self._lost = LostTracks()
         self._descriptors: np.ndarray = np.zeros((0, 0), np.float32)  # of the reference's keypoints
         self._rows: np.ndarray = np.zeros(0, int)  # of the reference's tracks, those found in the current image
         self._astray: np.ndarray = np.zeros(0, int)  # and those that are no point of the scene
@@ -126,13 +116,13 @@ class Tracks:
         """
         if self._reference is None:
             self._reference = self._new(reference, np.arange(len(reference.keypoints))[: self.limit])
-        bank, looks, self._descriptors = self._reference, self._looks, reference.descriptors
-        looks.keep(np.concatenate([bank.looks, self._lost.looks]))
-        detected, score = matched_keypoints(bank, len(reference.keypoints), matches, scores)
+        tracks, templates, self._descriptors = self._reference, self._templates, reference.descriptors
+        templates.keep(np.concatenate([tracks.templates, self._lost.templates]))
+        detected, score = matched_keypoints(tracks, len(reference.keypoints), matches, scores)
         matched = detected >= 0
-        keypoints = np.full((len(bank), 2), np.nan, np.float32)
+        keypoints = np.full((len(tracks), 2), np.nan, np.float32)
         keypoints[matched] = current.keypoints[detected[matched]]
-        places = find_places(bank, looks, keypoints, reference, current)
+        places = find_places(tracks, templates, keypoints, reference, current)
         found = places.found
         alive = found.good.copy()
         alive[alive] = ~current.hides(found.points[alive])
@@ -141,13 +131,13 @@ class Tracks:
         apart = np.linalg.norm(keypoints - found.points, axis=1)
         detected[~(apart < longest_step(current.resolution))] = NOT_DETECTED
         score = np.where(detected >= 0, score, found.likeness).astype(np.float32)
-        alive[alive] = first_of_each_place(found.points[alive], bank.ids[alive], score[alive])
+        alive[alive] = first_of_each_place(found.points[alive], tracks.ids[alive], score[alive])
         detected[alive] = attach(found.points[alive], detected[alive], current.keypoints)
 
-        new = alive & (bank.ids == 0)
-        bank.ids[new] = self.new_ids(int(new.sum()))
+        new = alive & (tracks.ids == 0)
+        tracks.ids[new] = self.new_ids(int(new.sum()))
         following = replace(
-            select(bank, alive),
+            tracks.select(alive),
             points=found.points[alive],
             sigmas=np.minimum(np.hypot(found.sigmas, places.anchors), _LARGEST_SIGMA)[alive],
             indices=detected[alive],
@@ -156,13 +146,13 @@ class Tracks:
         )
         renewed = alive[places.renewed]
         changed = places.renewed[renewed]
-        descriptors = looks.descriptors[bank.looks[changed]]
-        following.looks[np.cumsum(alive)[changed] - 1] = looks.add(places.patches[renewed], descriptors)
+        descriptors = templates.descriptors[tracks.templates[changed]]
+        following.templates[np.cumsum(alive)[changed] - 1] = templates.add(places.patches[renewed], descriptors)
         self._current = following
         self._rows, self._astray, self._ahead = np.flatnonzero(alive), np.zeros(0, int), None
         return Links(
-            indices=np.stack([bank.indices[alive], following.indices], axis=1).astype(np.int64),
-            reference_points=bank.points[alive],
+            indices=np.stack([tracks.indices[alive], following.indices], axis=1).astype(np.int64),
+            reference_points=tracks.points[alive],
             points=following.points.copy(),
             sigmas=following.sigmas.copy(),
             scores=score[alive],
@@ -189,12 +179,12 @@ class Tracks:
             without calibration, they are as given.
         """
         assert self._current is not None and self._reference is not None
-        bank, rows, (camera0, camera1) = self._reference, self._rows, cameras
+        tracks, rows, (camera0, camera1) = self._reference, self._rows, cameras
         if camera0 is None or camera1 is None or pose.inliers is None or not pose.status.is_certain:
             return links, pose
-        bank.rays[:, -1] = camera0.normalise(bank.points)
-        rays = np.full((len(self._window) + 1, 2, len(bank)), np.nan, np.float32)  # of all tracks of the reference
-        rays[:-1] = bank.rays[:, -len(self._window) :].transpose(1, 2, 0)
+        tracks.rays[:, -1] = camera0.normalise(tracks.points)
+        rays = np.full((len(self._window) + 1, 2, len(tracks)), np.nan, np.float32)  # of all tracks of the reference
+        rays[:-1] = tracks.rays[:, -len(self._window) :].transpose(1, 2, 0)
         rays[-1][:, rows] = camera1.normalise(links.points).T
         seen = np.isfinite(rays[:, 0])
         agree = rows[pose.inliers & seen[-2:, rows].all(axis=0)]
@@ -202,7 +192,7 @@ class Tracks:
         scene = Structure.of(self._window, rays[:, :, agree], (pose.rotation, pose.translation), noise)
         wrong = scene.contradicts(_FALSE_END)
         known, self._astray = agree[~wrong], agree[wrong]
-        lost = seen[-2] & (bank.ids > 0)
+        lost = seen[-2] & (tracks.ids > 0)
         lost[known] = False
         again, found = self._search(current, camera1, rays, np.flatnonzero(lost), known, scene.select(~wrong))
 
@@ -211,22 +201,22 @@ class Tracks:
         stay = stays[rows]
         order = np.argsort(np.concatenate([rows[stay], again]), kind="stable")
         more = replace(
-            select(bank, again),
+            tracks.select(again),
             points=found.points,
-            sigmas=np.minimum(np.hypot(found.sigmas, bank.anchors[again]), _LARGEST_SIGMA),
+            sigmas=np.minimum(np.hypot(found.sigmas, tracks.anchors[again]), _LARGEST_SIGMA),
             shapes=found.shapes,
             indices=np.full(len(again), NOT_DETECTED),
-            spots=np.full((len(again), 4), np.nan, np.float32),
+            landmarks=np.full((len(again), 4), np.nan, np.float32),
         )
-        following = join([select(self._current, stay), more])
+        following = self._current.select(stay).join(more)
         following.indices[:] = attach(following.points, following.indices, current.keypoints)
-        following = select(following, order)
+        following = following.select(order)
         self._rows = np.concatenate([rows[stay], again])[order]
-        following.rays[:, :-1] = bank.rays[self._rows, 1:]
+        following.rays[:, :-1] = tracks.rays[self._rows, 1:]
         self._current, self._ahead = following, (scene.cameras, camera1)
         settled = Links(
-            indices=np.stack([bank.indices[self._rows], following.indices], axis=1).astype(np.int64),
-            reference_points=bank.points[self._rows],
+            indices=np.stack([tracks.indices[self._rows], following.indices], axis=1).astype(np.int64),
+            reference_points=tracks.points[self._rows],
             points=following.points.copy(),
             sigmas=following.sigmas.copy(),
             scores=np.concatenate([links.scores[stay], found.likeness])[order],
@@ -258,27 +248,28 @@ class Tracks:
             Which were found, and where.
         """
         assert self._current is not None and self._reference is not None
-        bank, image = self._reference, current.pixels
+        tracks, image = self._reference, current.pixels
         if len(known) < _AROUND:
             lost = lost[:0]
-        depths = scene.spots[2][tree(bank.points[known]).query(bank.points[lost], k=_AROUND)[1]]
+        depths = scene.landmarks[2][tree(tracks.points[known]).query(tracks.points[lost], k=_AROUND)[1]]
         middle = np.median(depths, axis=1)
         spread = np.median(np.abs(depths - middle[:, None]), axis=1) + _LEAST_SPREAD * np.abs(middle)
         spread = np.maximum(spread, _KNOWN * scene.noise)  # all are 0 where a camera has only turned
         before = Window(scene.cameras.rotations[:-1], scene.cameras.translations[:-1])
-        spots = triangulate(before, rays[:-1][:, :, lost], prior=middle, information=(scene.noise / spread) ** 2)
-        bank.spots[lost] = np.stack([spots[0], spots[1], np.ones_like(spots[0]), spots[2]], axis=1)
-        expected = camera.project(project(scene.cameras, spots).T).astype(np.float32)
+        landmarks = triangulate(before, rays[:-1][:, :, lost], prior=middle, information=(scene.noise / spread) ** 2)
+        x, y, inverse_depths = landmarks
+        tracks.landmarks[lost] = np.stack([x, y, np.ones_like(x), inverse_depths], axis=1)
+        expected = camera.project(project(scene.cameras, landmarks).T).astype(np.float32)
         visible = inside(expected, image)
-        lost, spots, expected = lost[visible], spots[:, visible], expected[visible]
-        found = align(self._looks.patches[bank.looks[lost]], image, expected, bank.shapes[lost])
+        lost, landmarks, expected = lost[visible], landmarks[:, visible], expected[visible]
+        found = align(self._templates.patches[tracks.templates[lost]], image, expected, tracks.shapes[lost])
         seen = rays[:, :, lost]
         seen[-1] = camera.normalise(found.points).T
         good = found.good & np.isfinite(seen[-1, 0])
         good[good] = ~current.hides(found.points[good])
-        good &= ~place(scene.cameras, spots, seen, scene.noise).contradicts(_FALSE_FIND)
-        good[good] = first_of_each_place(found.points[good], bank.ids[lost[good]], found.likeness[good])
-        places = np.zeros(len(bank), bool)
+        good &= ~place(scene.cameras, landmarks, seen, scene.noise).contradicts(_FALSE_FIND)
+        good[good] = first_of_each_place(found.points[good], tracks.ids[lost[good]], found.likeness[good])
+        places = np.zeros(len(tracks), bool)
         places[known] = True
         places = places[self._rows]
         good[good] = apart(found.points[good], self._current.points[places], 1.0)
@@ -299,56 +290,56 @@ class Tracks:
         ended[self._rows], ended[self._astray] = False, False
         self._describe(agree)
         self._lost.move_on(reference, None if self._ahead is None else self._ahead[0])
-        self._lost.remember(select(reference, ended), self.memory)
-        bank = select(self._current, agree)
+        self._lost.remember(reference.select(ended), self.memory)
+        tracks = self._current.select(agree)
         if self._ahead is None:
-            self._window, bank.rays[:] = Window.start(), np.nan
+            self._window, tracks.rays[:] = Window.start(), np.nan
         else:
             self._window = self._ahead[0].advance()
-        candidates = np.flatnonzero(without(len(current.keypoints), bank.indices))
-        candidates = candidates[apart(current.keypoints[candidates], bank.points, _SPACE)]
+        candidates = np.flatnonzero(without(len(current.keypoints), tracks.indices))
+        candidates = candidates[apart(current.keypoints[candidates], tracks.points, _SPACE)]
         camera = None if self._ahead is None else self._ahead[1]
-        recalled = self._lost.recall(self._looks, current, camera, candidates, self.limit - len(bank))
+        recalled = self._lost.recall(self._templates, current, camera, candidates, self.limit - len(tracks))
         if recalled is not None:
-            bank = join([bank, recalled])
+            tracks = tracks.join(recalled)
             candidates = candidates[apart(current.keypoints[candidates], recalled.points, _SPACE)]
-        self._reference = join([bank, self._fill(bank, current, candidates)])
+        self._reference = tracks.join(self._fill(tracks, current, candidates))
         # Not before: a track that was published at one place in this image is not found again at another.
-        self._lost.remember(select(reference, self._rows[~agree]), self.memory)
+        self._lost.remember(reference.select(self._rows[~agree]), self.memory)
         self._current = None
 
-    def _new(self, view: View, indices: np.ndarray) -> Bank:
+    def _new(self, view: View, indices: np.ndarray) -> TrackSet:
         points = view.keypoints[indices].astype(np.float32)
         count = len(points)
-        return Bank(
+        return TrackSet(
             ids=np.zeros(count, np.uint64),
             points=points,
             sigmas=np.zeros(count, np.float32),
             indices=indices.astype(np.int64),
             shapes=no_change(count),
             anchors=np.zeros(count, np.float32),
-            looks=self._looks.add(cut(view.pixels, points), view.descriptors[indices]),
+            templates=self._templates.add(cut(view.pixels, points), view.descriptors[indices]),
             rays=np.full((count, FRAMES, 2), np.nan, np.float32),
-            spots=np.full((count, 4), np.nan, np.float32),
+            landmarks=np.full((count, 4), np.nan, np.float32),
         )
 
     def _describe(self, agree: np.ndarray) -> None:
         """Take over the descriptors of the reference's tracks that are keypoints of it, and no longer are, or end."""
         assert self._current is not None and self._reference is not None
-        reference, now = self._reference, self._reference.looks.copy()
-        now[self._rows] = self._current.looks
+        reference, now = self._reference, self._reference.templates.copy()
+        now[self._rows] = self._current.templates
         last = (reference.indices >= 0) & (reference.ids > 0)
         last[self._rows] &= (self._current.indices < 0) | ~agree
         descriptors = self._descriptors[reference.indices[last]]
-        for looks in (reference.looks, now):
-            self._looks.descriptors[looks[last]] = descriptors
+        for templates in (reference.templates, now):
+            self._templates.descriptors[templates[last]] = descriptors
 
-    def _fill(self, bank: Bank, view: View, candidates: np.ndarray) -> Bank:
+    def _fill(self, tracks: TrackSet, view: View, candidates: np.ndarray) -> TrackSet:
         """New tracks at keypoints (C,) that no track is near to, first where there are fewest."""
-        room = max(self.limit - len(bank), 0)
+        room = max(self.limit - len(tracks), 0)
         if len(candidates) > room:
             crowd = np.zeros([side // _CELL + 2 for side in view.normalized.shape], int)
-            np.add.at(crowd, tuple((bank.points[:, ::-1] // _CELL).astype(int).T), 1)
+            np.add.at(crowd, tuple((tracks.points[:, ::-1] // _CELL).astype(int).T), 1)
             rows, columns = (view.keypoints[candidates][:, ::-1] // _CELL).astype(int).T
             cells = rows * crowd.shape[1] + columns
             by_cell = np.argsort(cells, kind="stable")

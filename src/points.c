@@ -1,4 +1,4 @@
-/* Which points are near to others, compiled: loops of flow.py, track_bank.py and track_memory.py, which have trees and
+/* Which points are near to others, compiled: loops of flow.py, track_set.py and lost_tracks.py, which have trees and
  * NumPy instead. There are some hundred points: to look at all of them takes less than to build a tree.
  *
  * test/test_compiled_tracks.py compares both. Points (2, N) are x and then y, in float32, whose differences are exact

@@ -121,10 +121,10 @@ INLINE void invert(float (*upper)[BLOCK], ptrdiff_t n)
     }
 }
 
-INLINE void normal_equations(int64_t frames, int64_t count, const float *cameras, const float *rays, const float *spots,
+INLINE void normal_equations(int64_t frames, int64_t count, const float *cameras, const float *rays, const float *landmarks,
                              int64_t from, ptrdiff_t n, Normal *sums)
 {
-    const float *restrict x = spots + from, *restrict y = x + count, *restrict inverse = y + count;
+    const float *restrict x = landmarks + from, *restrict y = x + count, *restrict inverse = y + count;
     float *restrict squares = sums->squares, *restrict seen = sums->seen;
     float *restrict g0 = sums->gradient[0], *restrict g1 = sums->gradient[1], *restrict g2 = sums->gradient[2];
     float *restrict n00 = sums->inverse[0], *restrict n01 = sums->inverse[1], *restrict n02 = sums->inverse[2];
@@ -165,13 +165,13 @@ INLINE void solve(const Normal *sums, ptrdiff_t i, const float *vector, float *s
 
 /* Move points (3, T) by a Gauss-Newton step. Gives the squared residuals (T,) there, and their degrees of freedom (T,). */
 FOR_EACH_PROCESSOR
-void kpmatch_place(int64_t frames, int64_t count, const float *cameras, const float *rays, float *spots, float *squares,
+void kpmatch_place(int64_t frames, int64_t count, const float *cameras, const float *rays, float *landmarks, float *squares,
                    int64_t *freedom)
 {
     Normal sums;
     for (int64_t from = 0; from < count; from += BLOCK) {
         const ptrdiff_t n = block_size(count, from);
-        normal_equations(frames, count, cameras, rays, spots, from, n, &sums);
+        normal_equations(frames, count, cameras, rays, landmarks, from, n, &sums);
         for (ptrdiff_t i = 0; i < n; i++) {
             const float gradient[3] = {sums.gradient[0][i], sums.gradient[1][i], sums.gradient[2][i]};
             float step[3];
@@ -180,7 +180,7 @@ void kpmatch_place(int64_t frames, int64_t count, const float *cameras, const fl
             squares[from + i] = sums.squares[i] - less < 0 ? sums.squares[i] : sums.squares[i] - less;
             freedom[from + i] = 2 * (int64_t)sums.seen[i] - 3;
             for (int k = 0; k < 3; k++)
-                spots[k * count + from + i] -= step[k];
+                landmarks[k * count + from + i] -= step[k];
         }
     }
 }
@@ -204,7 +204,7 @@ INLINE void by_motion(const Sight *s, float inverse, float (*moves)[MOTION])
  */
 FOR_EACH_PROCESSOR
 void kpmatch_motion_equations(int64_t frames, int64_t count, const float *cameras, const float *rays,
-                              const float *spots, double cutoff, double *whole, double *slope, float *steps,
+                              const float *landmarks, double cutoff, double *whole, double *slope, float *steps,
                               float *carried)
 {
     Normal sums;
@@ -215,11 +215,11 @@ void kpmatch_motion_equations(int64_t frames, int64_t count, const float *camera
     const float *last = cameras + 12 * (frames - 1), *u = rays + 2 * (frames - 1) * count, *v = u + count;
     for (int64_t from = 0; from < count; from += BLOCK) {
         const ptrdiff_t n = block_size(count, from);
-        normal_equations(frames, count, cameras, rays, spots, from, n, &sums);
+        normal_equations(frames, count, cameras, rays, landmarks, from, n, &sums);
         for (ptrdiff_t i = 0; i < n; i++) {
             const int64_t t = from + i;
-            const float inverse = spots[2 * count + t];
-            const Sight s = sight(last, spots[t], spots[count + t], inverse, u[t], v[t]);
+            const float inverse = landmarks[2 * count + t];
+            const Sight s = sight(last, landmarks[t], landmarks[count + t], inverse, u[t], v[t]);
             const float gradient[3] = {sums.gradient[0][i], sums.gradient[1][i], sums.gradient[2][i]};
             const double part = 1 + sums.squares[i] / (cutoff * (2 * sums.seen[i] - 3));
             /* What is fitted behind a camera has no inverse, and nothing to say of the motion. */

@@ -13,8 +13,8 @@ from track_fuzz import call_with_hostile_tracks, scene_of, views_of
 from kpmatch_ros.geometry import compiled, flow
 from kpmatch_ros.geometry.patches import cut, signed
 from kpmatch_ros.geometry.structure import Structure, Window, motion_equations, place, triangulate
-from kpmatch_ros.track_bank import apart, attach, first_of_each_place
-from kpmatch_ros.track_memory import largest_elsewhere
+from kpmatch_ros.lost_tracks import largest_elsewhere
+from kpmatch_ros.track_set import apart, attach, first_of_each_place
 
 
 def close(ours: Any, numpys: Any, tolerance: float) -> None:
@@ -30,14 +30,14 @@ def close(ours: Any, numpys: Any, tolerance: float) -> None:
 def test_points_of_a_scene_are_placed_as_numpy_places_them() -> None:
     for seed in range(200):
         random = np.random.default_rng(seed)
-        cameras, spots, rays = scene_of(random)
-        expected = random.uniform(0, 0.3, spots.shape[1]), random.uniform(0, 1, spots.shape[1])
+        cameras, landmarks, rays = scene_of(random)
+        expected = random.uniform(0, 0.3, landmarks.shape[1]), random.uniform(0, 1, landmarks.shape[1])
         for arguments in ((cameras, rays, -2), (cameras, rays, -2, *expected)):
             ours, numpys = triangulate(*arguments), with_numpy(triangulate, *arguments)
             # Where nothing but a standing camera's noise tells of a depth, less than all of it is sure.
             close(ours, numpys, 1e-3)
         # Of float32's rounding a small determinant leaves little: of 1/z times the noise of a ray.
-        ours, numpys = (call(place, cameras, spots, rays, 1e-3) for call in (lambda f, *a: f(*a), with_numpy))
+        ours, numpys = (call(place, cameras, landmarks, rays, 1e-3) for call in (lambda f, *a: f(*a), with_numpy))
         assert np.array_equal(ours.freedom, numpys.freedom)
         close(ours.squares, numpys.squares, 1e-3)
 
@@ -45,8 +45,8 @@ def test_points_of_a_scene_are_placed_as_numpy_places_them() -> None:
 @needed
 def test_equations_of_the_motion_are_those_of_numpy() -> None:
     for seed in range(200):
-        cameras, spots, rays = scene_of(np.random.default_rng(seed))
-        arguments = cameras, spots, rays, 1e-6
+        cameras, landmarks, rays = scene_of(np.random.default_rng(seed))
+        arguments = cameras, landmarks, rays, 1e-6
         ours, numpys = motion_equations(*arguments), with_numpy(motion_equations, *arguments)
         for one, other in zip(ours, numpys):
             close(one, other, 1e-3)

@@ -101,7 +101,7 @@ def test_a_standing_camera_contradicts_nothing() -> None:
     for i in range(1, 5):
         scene = Structure.of(window, rays[: i + 1], (np.eye(3), np.zeros(3)), NOISE)
         window = scene.cameras.advance()
-    assert np.isfinite(scene.spots).all() and scene.contradicts(1e-3).mean() < 5e-3
+    assert np.isfinite(scene.landmarks).all() and scene.contradicts(1e-3).mean() < 5e-3
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -116,7 +116,7 @@ def test_tracks_that_were_anywhere_before_are_contradicted_and_leave_the_motion_
     without = Structure.of(window, rays[:, :, 20:], motion, NOISE)
     rays[:-2, :, :20] = rng.uniform(-3, 3, (4, 2, 20))  # by least squares, some are behind a camera
     scene = Structure.of(window, rays, motion, NOISE)
-    assert np.isfinite(scene.spots).all() and np.isfinite(scene.squares).all()
+    assert np.isfinite(scene.landmarks).all() and np.isfinite(scene.squares).all()
     contradicted = scene.contradicts(1e-3)
     assert contradicted[:20].all() and contradicted[20:].mean() < 0.03
     for ours, theirs in zip(scene.cameras, without.cameras):

@@ -25,11 +25,11 @@ def scene_of(random: np.random.Generator) -> tuple[Window, np.ndarray, np.ndarra
     turns = [cv2.Rodrigues(angle)[0] for angle in random.normal(0, 0.05, (frames, 3, 1))]
     turns[-2] = np.eye(3)
     cameras = Window(np.array(turns), steps)
-    spots = np.concatenate([random.uniform(-0.6, 0.6, (2, count)), random.uniform(0.02, 0.3, (1, count))])
-    seen = cameras.rotations @ np.concatenate([spots[:2], np.ones((1, count))]) + steps[:, :, None] * spots[2]
+    landmarks = np.concatenate([random.uniform(-0.6, 0.6, (2, count)), random.uniform(0.02, 0.3, (1, count))])
+    seen = cameras.rotations @ np.concatenate([landmarks[:2], np.ones((1, count))]) + steps[:, :, None] * landmarks[2]
     rays = seen[:, :2] / seen[:, 2:] + random.normal(0, 1e-3, (frames, 2, count))
     rays[:-2].transpose(0, 2, 1)[random.random((frames - 2, count)) < 0.3] = np.nan
-    return cameras, spots.astype(np.float32), rays.astype(np.float32)
+    return cameras, landmarks.astype(np.float32), rays.astype(np.float32)
 
 
 def views_of(random: np.random.Generator) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, np.ndarray]:
@@ -55,20 +55,20 @@ def spoil(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 def call_with_hostile_tracks(random: np.random.Generator) -> None:
     """Whatever is wrong with some tracks, the others get what they get without them."""
-    cameras, spots, rays = scene_of(random)
-    hostile = spoil(spots, random), spoil(rays, random)
-    sound = [(now == before) | (np.isnan(now) & np.isnan(before)) for now, before in zip(hostile, (spots, rays))]
+    cameras, landmarks, rays = scene_of(random)
+    hostile = spoil(landmarks, random), spoil(rays, random)
+    sound = [(now == before) | (np.isnan(now) & np.isnan(before)) for now, before in zip(hostile, (landmarks, rays))]
     same = sound[0].all(axis=0) & sound[1].all(axis=(0, 1))
     for ours, clean in (
         (triangulate(cameras, hostile[1], -2), triangulate(cameras, rays, -2)),
-        (place(cameras, *hostile, 1e-3).spots, place(cameras, spots, rays, 1e-3).spots),
-        (place(cameras, *hostile, 1e-3).squares, place(cameras, spots, rays, 1e-3).squares),
+        (place(cameras, *hostile, 1e-3).landmarks, place(cameras, landmarks, rays, 1e-3).landmarks),
+        (place(cameras, *hostile, 1e-3).squares, place(cameras, landmarks, rays, 1e-3).squares),
     ):
         assert np.array_equal(ours[..., same], clean[..., same])
     for turned in (cameras, Window(spoil(cameras.rotations, random), spoil(cameras.translations, random))):
         motion_equations(turned, *hostile, 1e-6)
         place(turned, *hostile, 1e-3)
-        triangulate(turned, hostile[1], prior=spoil(spots[2], random), information=spoil(spots[2], random))
+        triangulate(turned, hostile[1], prior=spoil(landmarks[2], random), information=spoil(landmarks[2], random))
 
     points, start = (spoil(random.uniform(0, 99, (int(random.choice(COUNTS)), 2)), random) for _ in range(2))
     distances, which = compiled.nearest(points, start, 3.0)

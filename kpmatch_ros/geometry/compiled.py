@@ -250,27 +250,27 @@ def triangulate(
     return inverse
 
 
-def place(cameras: Window, spots: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The spots, squares and freedom of what structure.place returns."""
+def place(cameras: Window, landmarks: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The landmarks, squares and freedom of what structure.place returns."""
     assert _library is not None
     frames, count, seen = _rays(cameras, rays)
-    _check(spots, (3, count))
-    results = np.array(spots, np.float32, order="C"), np.empty(count, np.float32), np.empty(count, np.int64)
+    _check(landmarks, (3, count))
+    results = np.array(landmarks, np.float32, order="C"), np.empty(count, np.float32), np.empty(count, np.int64)
     _library.kpmatch_place(frames, count, *map(_address, (*seen, *results)))
     return results
 
 
 def motion_equations(
-    cameras: Window, spots: np.ndarray, rays: np.ndarray, cutoff: float
+    cameras: Window, landmarks: np.ndarray, rays: np.ndarray, cutoff: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """What structure.motion_equations returns."""
     assert _library is not None
     frames, count, seen = _rays(cameras, rays)
-    _check(spots, (3, count))
-    spots = _plain(spots, np.float32)
+    _check(landmarks, (3, count))
+    landmarks = _plain(landmarks, np.float32)
     results = np.empty((6, 6)), np.empty(6), np.empty((3, count), np.float32), np.empty((3, 6, count), np.float32)
     addresses = [_address(each) for each in results]
-    _library.kpmatch_motion_equations(frames, count, *map(_address, (*seen, spots)), cutoff, *addresses)
+    _library.kpmatch_motion_equations(frames, count, *map(_address, (*seen, landmarks)), cutoff, *addresses)
     return results
 
 

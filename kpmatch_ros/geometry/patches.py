@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 
 from kpmatch_ros.geometry import compiled
+from kpmatch_ros.geometry.parallel_arrays import ParallelArrays
 
 __all__ = ["LONGEST_STEP", "Alignment", "align", "cut", "inside", "inverse", "no_change", "signed", "unaligned"]
 
@@ -50,7 +51,7 @@ _SIGMA_GROWTH = 20.4  # pixels per square pixel that white noise as large as the
 
 
 @dataclass(frozen=True, eq=False)
-class Alignment:
+class Alignment(ParallelArrays):
     """Where T patches were found.
 
     Attributes:
@@ -71,10 +72,6 @@ class Alignment:
         """Replace the rows (R,) by an alignment of R patches."""
         for whole, values in zip(vars(self).values(), vars(part).values()):
             whole[rows] = values
-
-    def select(self, chosen: np.ndarray) -> Alignment:
-        """The patches that a mask or an array of indices names."""
-        return Alignment(*(values[chosen] for values in vars(self).values()))
 
 
 def unaligned(points: np.ndarray, likeness: np.ndarray, good: bool = True) -> Alignment:
@@ -137,8 +134,8 @@ def _align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: n
     """The same by NumPy: a change here is one of src/geometry.c, too."""
     if len(points) > _BLOCK:
         blocks = _blocks(len(points), _BLOCK)
-        parts = [_align(patches[block], image, points[block], shapes[block], shifts) for block in blocks]
-        return Alignment(*(np.concatenate(each) for each in zip(*(vars(part).values() for part in parts))))
+        first, *others = (_align(patches[block], image, points[block], shapes[block], shifts) for block in blocks)
+        return first.join(*others)
     start = points
     template, across, down, laplacian = (patches[:, i * len(_USED) :][:, : len(_USED)] for i in range(4))
     affine, shift = (patches[:, 4 * len(_USED) :][:, part] for part in (slice(_AFFINE), slice(_AFFINE, None)))

@@ -71,14 +71,14 @@ class Structure:
 
     Attributes:
         cameras: of F frames; the last but one is the reference, the last one the current frame.
-        spots: (3, T) x/z, y/z and 1/z in the reference's frame.
+        landmarks: (3, T) x/z, y/z and 1/z in the reference's frame.
         squares: (T,) sums of the squared residuals of all frames.
         freedom: (T,) degrees of freedom of these sums.
         noise: standard deviation of a ray's coordinate.
     """
 
     cameras: Window
-    spots: np.ndarray
+    landmarks: np.ndarray
     squares: np.ndarray
     freedom: np.ndarray
     noise: float
@@ -101,11 +101,11 @@ class Structure:
         part = rays[:, :, np.random.default_rng(0).permutation(rays.shape[2])[:_ENOUGH]]
         translation = translation * _length(triangulate(window, part[:-1]), part, rotation, translation)
         cameras = window.join(rotation, translation)
-        spots = triangulate(cameras, part, reference=-2)
+        landmarks = triangulate(cameras, part, reference=-2)
         for _ in range(_ITERATIONS):
-            whole, slope, steps, carried = motion_equations(cameras, spots, part, _CUTOFF * noise * noise)
+            whole, slope, steps, carried = motion_equations(cameras, landmarks, part, _CUTOFF * noise * noise)
             step = -np.linalg.lstsq(whole, slope, rcond=1e-9)[0]
-            spots = spots + steps - np.einsum("act,c->at", carried, step)
+            landmarks = landmarks + steps - np.einsum("act,c->at", carried, step)
             rotation = cv2.Rodrigues(step[:3].reshape(3, 1))[0] @ rotation
             translation = translation + step[3:]
             cameras = window.join(rotation, translation)
@@ -118,7 +118,7 @@ class Structure:
 
     def select(self, chosen: np.ndarray) -> Structure:
         """The points that a mask (T,) names."""
-        parts = {name: getattr(self, name)[..., chosen] for name in ("spots", "squares", "freedom")}
+        parts = {name: getattr(self, name)[..., chosen] for name in ("landmarks", "squares", "freedom")}
         return replace(self, **parts)
 
     def contradicts(self, false_alarms: float) -> np.ndarray:
@@ -126,16 +126,16 @@ class Structure:
         return np.asarray(self.squares > self.noise**2 * _quantiles(false_alarms)[self.freedom])
 
 
-def place(cameras: Window, spots: np.ndarray, rays: np.ndarray, noise: float) -> Structure:
-    """Points that are near spots (3, S), fitted to rays (F, 2, S) of these cameras, with such noise."""
+def place(cameras: Window, landmarks: np.ndarray, rays: np.ndarray, noise: float) -> Structure:
+    """Points that are near landmarks (3, S), fitted to rays (F, 2, S) of these cameras, with such noise."""
     if compiled.available() and rays.dtype == np.float32:
-        return Structure(cameras, *compiled.place(cameras, spots, rays), noise)
-    normal = _Normal.of(cameras, spots, rays)
+        return Structure(cameras, *compiled.place(cameras, landmarks, rays), noise)
+    normal = _Normal.of(cameras, landmarks, rays)
     step = normal.points_step(normal.gradient)
     # The residuals are all but linear so near to the points. Far from them rounding may leave less than nothing.
     squares = normal.squares + np.einsum("at,at->t", normal.gradient, step)
     squares = np.where(squares < 0, normal.squares, squares)
-    return Structure(cameras, spots + step, squares, _freedom(rays), noise)
+    return Structure(cameras, landmarks + step, squares, _freedom(rays), noise)
 
 
 def triangulate(
@@ -167,7 +167,7 @@ def triangulate(
 
 
 def motion_equations(
-    cameras: Window, spots: np.ndarray, rays: np.ndarray, cutoff: float
+    cameras: Window, landmarks: np.ndarray, rays: np.ndarray, cutoff: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Normal equations of the last camera's motion, the points eliminated.
 
@@ -175,7 +175,7 @@ def motion_equations(
 
     Args:
         cameras: of F frames.
-        spots: (3, T) the points.
+        landmarks: (3, T) the points.
         rays: (F, 2, T) where they were seen, NaN where they were not.
         cutoff: of a point's mean square, beyond which it has less to say.
 
@@ -184,8 +184,8 @@ def motion_equations(
         with the motion (3, 6, T): steps less changes times the motion's step are those of all together.
     """
     if compiled.available() and rays.dtype == np.float32:
-        return compiled.motion_equations(cameras, spots, rays, cutoff)
-    normal = _Normal.of(cameras, spots, rays)
+        return compiled.motion_equations(cameras, landmarks, rays, cutoff)
+    normal = _Normal.of(cameras, landmarks, rays)
     return normal.of_motion(1 / (1 + normal.squares / (cutoff * _freedom(rays))) ** 2)
 
 
@@ -206,10 +206,10 @@ def _quantiles(above: float) -> np.ndarray:
     return np.asarray(chdtri(np.arange(2 * (FRAMES + 1)), above))
 
 
-def _length(spots: np.ndarray, rays: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> float:
-    """How many times as long as given the translation is, by the spots (3, T) whose depth is known."""
+def _length(landmarks: np.ndarray, rays: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> float:
+    """How many times as long as given the translation is, by the landmarks (3, T) whose depth is known."""
     deep = np.isfinite(rays[:-2, 0]).any(axis=0)
-    x, y, inverse = spots
+    x, y, inverse = landmarks
     turned = rotation @ np.stack([x, y, np.ones_like(x)])
     along = translation[:2, None] - rays[-1] * translation[2]
     wanted = ((rays[-1] * turned[2] - turned[:2]) * along).sum(axis=0)[deep]
@@ -224,9 +224,9 @@ def _length(spots: np.ndarray, rays: np.ndarray, rotation: np.ndarray, translati
     return scale if scale > 0 else 1.0
 
 
-def project(cameras: Window, spots: np.ndarray) -> np.ndarray:
-    """(2, T) x/z and y/z of spots in the last camera; NaN behind it."""
-    x, y, inverse = spots
+def project(cameras: Window, landmarks: np.ndarray) -> np.ndarray:
+    """(2, T) x/z and y/z of landmarks in the last camera; NaN behind it."""
+    x, y, inverse = landmarks
     seen = cameras.rotations[-1] @ np.stack([x, y, np.ones_like(x)]) + cameras.translations[-1][:, None] * inverse
     ahead = seen[2] > _SMALLEST_DEPTH
     return np.where(ahead, seen[:2] / np.where(ahead, seen[2], 1), np.nan)
@@ -246,10 +246,10 @@ class _Normal(NamedTuple):
     inverse_depth: np.ndarray  # (T,)
 
     @classmethod
-    def of(cls, cameras: Window, spots: np.ndarray, rays: np.ndarray) -> _Normal:
-        """Of rays (F, 2, T) of spots (3, T)."""
+    def of(cls, cameras: Window, landmarks: np.ndarray, rays: np.ndarray) -> _Normal:
+        """Of rays (F, 2, T) of landmarks (3, T)."""
         known, given = _known(rays)
-        cameras, (x, y, inverse) = cameras.like(rays), spots
+        cameras, (x, y, inverse) = cameras.like(rays), landmarks
         turned = cameras.rotations @ np.stack([x, y, np.ones_like(x)])  # (F, 3, T)
         seen = turned + cameras.translations[:, :, None] * inverse
         depth = np.maximum(seen[:, 2:], _SMALLEST_DEPTH)

@@ -12,8 +12,8 @@ from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.patches import cut, no_change
 from kpmatch_ros.geometry.refinement import normalize_contrast
 from kpmatch_ros.geometry.structure import FRAMES, Window
-from kpmatch_ros.track_bank import Bank, Looks, select
-from kpmatch_ros.track_memory import Memory
+from kpmatch_ros.lost_tracks import LostTracks
+from kpmatch_ros.track_set import Templates, TrackSet
 from kpmatch_ros.tracks import NOT_DETECTED, View
 
 SIZE, FOCAL, COUNT, DETECTED = 240, 200.0, 80, 30
@@ -26,37 +26,37 @@ def image(texture: Callable[[int, int, int], NDArray[np.uint8]]) -> NDArray[np.u
     return normalize_contrast(texture(SIZE, SIZE, 3))
 
 
-def lost_tracks(image: NDArray[np.uint8], off: NDArray[np.float64]) -> tuple[Bank, Looks, View]:
+def lost_tracks(image: NDArray[np.uint8], off: NDArray[np.float64]) -> tuple[TrackSet, Templates, View]:
     """Tracks that the motion puts so far (COUNT, 2) off, and an image in which the first ones are keypoints."""
     side = np.arange(20, SIZE - 19, 20, dtype=np.float32)
     points = np.random.default_rng(0).permutation(np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2))[:COUNT]
     descriptors = np.random.default_rng(1).normal(size=(COUNT, 128)).astype(np.float32)
     descriptors /= np.linalg.norm(descriptors, axis=1, keepdims=True)
-    view, looks = View(image, points[:DETECTED], descriptors[:DETECTED], 1.0), Looks()
-    spots = np.concatenate([CAMERA.normalise(points + off), np.ones((COUNT, 1)), np.full((COUNT, 1), 0.2)], axis=1)
-    bank = Bank(
+    view, templates = View(image, points[:DETECTED], descriptors[:DETECTED], 1.0), Templates()
+    landmarks = np.concatenate([CAMERA.normalise(points + off), np.ones((COUNT, 1)), np.full((COUNT, 1), 0.2)], axis=1)
+    tracks = TrackSet(
         ids=np.arange(1, COUNT + 1, dtype=np.uint64),
         points=points,
         sigmas=np.full(COUNT, 0.1, np.float32),
         indices=np.full(COUNT, NOT_DETECTED),
         shapes=no_change(COUNT),
         anchors=np.zeros(COUNT, np.float32),
-        looks=looks.add(cut(view.pixels, points), descriptors),
+        templates=templates.add(cut(view.pixels, points), descriptors),
         rays=np.full((COUNT, FRAMES, 2), np.nan, np.float32),
-        spots=spots.astype(np.float32),
+        landmarks=landmarks.astype(np.float32),
     )
-    return bank, looks, view
+    return tracks, templates, view
 
 
-def recall(bank: Bank, looks: Looks, view: View, camera: Camera | None, room: int = 1000) -> Bank:
+def recall(tracks: TrackSet, templates: Templates, view: View, camera: Camera | None, room: int = 1000) -> TrackSet:
     """What is found of the tracks, after a move to the right by 0.5 and back again."""
-    memory = Memory()
-    memory.remember(bank, COUNT)
+    lost = LostTracks()
+    lost.remember(tracks, COUNT)
     for step in (0.5, -0.5):
-        memory.move_on(select(bank, np.zeros(0, int)), STILL._replace(translations=np.array([[0, 0, 0], [step, 0, 0]])))
-    found = memory.recall(looks, view, camera, np.arange(DETECTED), room)
+        lost.move_on(tracks.select(np.zeros(0, int)), STILL._replace(translations=np.array([[0, 0, 0], [step, 0, 0]])))
+    found = lost.recall(templates, view, camera, np.arange(DETECTED), room)
     assert found is not None
-    assert len(memory.looks) == COUNT - len(found)
+    assert len(lost.templates) == COUNT - len(found)
     return found
 
 
@@ -64,26 +64,26 @@ def recall(bank: Bank, looks: Looks, view: View, camera: Camera | None, room: in
 def test_lost_tracks_are_found_where_the_motion_puts_them_without_a_keypoint(
     image: NDArray[np.uint8], off: float
 ) -> None:
-    bank, looks, view = lost_tracks(image, np.tile([off, -off / 2], (COUNT, 1)))
-    found = recall(bank, looks, view, CAMERA)
+    tracks, templates, view = lost_tracks(image, np.tile([off, -off / 2], (COUNT, 1)))
+    found = recall(tracks, templates, view, CAMERA)
     assert len(found) > 0.95 * COUNT
     assert (found.indices != NOT_DETECTED).sum() == DETECTED
-    assert np.abs(found.points - bank.points[found.ids.astype(int) - 1]).max() < 0.05
-    assert len(recall(bank, looks, view, CAMERA, room=DETECTED + 5)) == DETECTED + 5
+    assert np.abs(found.points - tracks.points[found.ids.astype(int) - 1]).max() < 0.05
+    assert len(recall(tracks, templates, view, CAMERA, room=DETECTED + 5)) == DETECTED + 5
 
 
 def test_the_motion_puts_no_track_where_those_that_are_found_contradict_it(image: NDArray[np.uint8]) -> None:
-    bank, looks, view = lost_tracks(image, np.random.default_rng(2).uniform(-20, 20, (COUNT, 2)))
-    found = recall(bank, looks, view, CAMERA)
+    tracks, templates, view = lost_tracks(image, np.random.default_rng(2).uniform(-20, 20, (COUNT, 2)))
+    found = recall(tracks, templates, view, CAMERA)
     assert len(found) > 0.5 * DETECTED and (found.indices != NOT_DETECTED).all()
 
 
 def test_without_a_motion_lost_tracks_are_found_at_keypoints_alone(image: NDArray[np.uint8]) -> None:
-    bank, looks, view = lost_tracks(image, np.zeros((COUNT, 2)))
-    found = recall(bank, looks, view, None)
+    tracks, templates, view = lost_tracks(image, np.zeros((COUNT, 2)))
+    found = recall(tracks, templates, view, None)
     assert len(found) == DETECTED and (found.indices != NOT_DETECTED).all()
-    memory = Memory()
-    memory.remember(bank, COUNT)
-    memory.move_on(select(bank, np.zeros(0, int)), None)
-    again = memory.recall(looks, view, CAMERA, np.arange(DETECTED), COUNT)
+    lost = LostTracks()
+    lost.remember(tracks, COUNT)
+    lost.move_on(tracks.select(np.zeros(0, int)), None)
+    again = lost.recall(templates, view, CAMERA, np.arange(DETECTED), COUNT)
     assert again is not None and len(again) == DETECTED

@@ -11,10 +11,10 @@ from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.flow import Neighbours
 from kpmatch_ros.geometry.patches import Alignment, align, inside, no_change
 from kpmatch_ros.geometry.structure import Window
-from kpmatch_ros.track_bank import NOT_DETECTED, Bank, Looks, apart, first_of_each_place, join, select, without
 from kpmatch_ros.track_search import ASTRAY, View
+from kpmatch_ros.track_set import NOT_DETECTED, Templates, TrackSet, apart, first_of_each_place, without
 
-__all__ = ["Memory", "largest_elsewhere"]
+__all__ = ["LostTracks", "largest_elsewhere"]
 
 _SIMILAR = 0.8  # cosine of two descriptors of one point
 _PART = 64  # numbers of a descriptor
@@ -27,39 +27,41 @@ _AGREE = 1.5  # pixels: the motion puts tracks where they are, or all as far fro
 _MOST = 250  # tracks, the last ones lost, that are searched for where the motion puts them
 
 
-class Memory:
+class LostTracks:
     """The lost tracks of one camera, the last one lost last."""
 
     def __init__(self) -> None:
-        self._lost: Bank | None = None
+        self._lost: TrackSet | None = None
 
     @property
-    def looks(self) -> np.ndarray:
-        """(L,) int64 rows of Looks."""
-        return np.zeros(0, np.int64) if self._lost is None else self._lost.looks
+    def templates(self) -> np.ndarray:
+        """(L,) int64 rows of Templates."""
+        return np.zeros(0, np.int64) if self._lost is None else self._lost.templates
 
-    def remember(self, ended: Bank, limit: int) -> None:
+    def remember(self, ended: TrackSet, limit: int) -> None:
         """Remember tracks that ended, and of all only so many."""
         if not limit:
             self._lost = None
         elif len(ended):
-            lost = ended if self._lost is None else join([self._lost, ended])
-            self._lost = select(lost, np.arange(len(lost))[-limit:])
+            lost = ended if self._lost is None else self._lost.join(ended)
+            self._lost = lost.select(np.arange(len(lost))[-limit:])
 
-    def move_on(self, reference: Bank, cameras: Window | None) -> None:
+    def move_on(self, reference: TrackSet, cameras: Window | None) -> None:
         """See the points from the last of the cameras, no longer from the one before; None where it is not known.
 
         Those of the reference's tracks, of which some will be lost, as well.
         """
-        for bank in (reference, self._lost):
-            if bank is not None:
-                bank.spots[:] = np.nan if cameras is None else _moved(bank.spots, cameras)
+        for tracks in (reference, self._lost):
+            if tracks is not None:
+                tracks.landmarks[:] = np.nan if cameras is None else _moved(tracks.landmarks, cameras)
 
-    def recall(self, looks: Looks, view: View, camera: Camera | None, candidates: np.ndarray, room: int) -> Bank | None:
+    def recall(
+        self, templates: Templates, view: View, camera: Camera | None, candidates: np.ndarray, room: int
+    ) -> TrackSet | None:
         """The tracks that are found again in an image, which are no longer lost; None where there are none.
 
         Args:
-            looks: the tracks' patches and descriptors.
+            templates: the tracks' patches and descriptors.
             view: the image.
             camera: its calibration; None where the motion is not known.
             candidates: (C,) keypoints at which there is no track.
@@ -68,21 +70,22 @@ class Memory:
         lost = self._lost
         if lost is None or not len(lost) or room <= 0:
             return None
-        which, keypoints = _alike(lost, looks, view, candidates)
-        again, points, count = select(lost, which), view.keypoints[keypoints].astype(np.float32), len(which)
+        which, keypoints = _alike(lost, templates, view, candidates)
+        again, points, count = lost.select(which), view.keypoints[keypoints].astype(np.float32), len(which)
         # With the change since the patch was cut, or without.
-        patches, shapes = np.tile(looks.patches[again.looks], (2, 1)), np.concatenate([again.shapes, no_change(count)])
+        patches = np.tile(templates.patches[again.templates], (2, 1))
+        shapes = np.concatenate([again.shapes, no_change(count)])
         both = align(patches, view.pixels, np.tile(points, (2, 1)), shapes, _SHIFTS)
         found = both.select(np.where(both.good[:count], 0, count) + np.arange(count))
-        expected = _places(lost.spots, camera)
+        expected = _places(lost.landmarks, camera)
         good = found.good & _agrees(expected[which], again.points, found.points)
         good[good] = ~view.hides(found.points[good])
         which, keypoints, found = which[good], keypoints[good], found.select(good)
-        more, sought = _seek(lost, looks, view, expected, which, found.points)
+        more, sought = _seek(lost, templates, view, expected, which, found.points)
         which = np.concatenate([which, more])[:room]
-        found = Alignment(*(np.concatenate(each)[:room] for each in zip(vars(found).values(), vars(sought).values())))
-        again = select(lost, which)
-        self._lost = select(lost, without(len(lost), which))
+        found = found.join(sought).select(np.s_[:room])
+        again = lost.select(which)
+        self._lost = lost.select(without(len(lost), which))
         return replace(
             again,
             points=found.points,
@@ -90,24 +93,24 @@ class Memory:
             sigmas=np.hypot(found.sigmas, again.anchors),
             indices=np.concatenate([keypoints, np.full(len(more), NOT_DETECTED)])[:room].astype(np.int64),
             rays=np.full_like(again.rays, np.nan),
-            spots=np.full_like(again.spots, np.nan),
+            landmarks=np.full_like(again.landmarks, np.nan),
         )
 
 
-def _moved(spots: np.ndarray, cameras: Window) -> np.ndarray:
+def _moved(landmarks: np.ndarray, cameras: Window) -> np.ndarray:
     """Homogeneous points (L, 4) of the reference's frame in that of the last camera."""
     motion = np.c_[cameras.rotations[-1], cameras.translations[-1]]
-    return np.concatenate([spots @ motion.T, spots[:, 3:]], axis=1)
+    return np.concatenate([landmarks @ motion.T, landmarks[:, 3:]], axis=1)
 
 
-def _alike(lost: Bank, looks: Looks, view: View, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _alike(lost: TrackSet, templates: Templates, view: View, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which lost tracks (R,) have descriptors like those of which of the keypoints (C,); (R,) each."""
     if len(candidates) < 2:
         return np.zeros(0, np.int64), candidates[:0]
     # A part of the descriptors is enough to tell which lost track is the most similar; all of it tells how similar.
     of_view = view.descriptors[candidates].astype(np.float32, copy=False)
-    best = (of_view[:, :_PART] @ looks.descriptors[:, :_PART][lost.looks].T).argmax(axis=1)
-    descriptors = looks.descriptors[lost.looks[best]]
+    best = (of_view[:, :_PART] @ templates.descriptors[:, :_PART][lost.templates].T).argmax(axis=1)
+    descriptors = templates.descriptors[lost.templates[best]]
     top = np.einsum("cd,cd->c", of_view, descriptors)
     chosen = np.argsort(-top, kind="stable")[: np.count_nonzero(top > _SIMILAR)]
     chosen = np.sort(chosen[np.unique(best[chosen], return_index=True)[1]])
@@ -136,18 +139,18 @@ def largest_elsewhere(similar: np.ndarray, points: np.ndarray, own: np.ndarray) 
     return np.asarray(similar.max(axis=1, initial=-1.0))
 
 
-def _places(spots: np.ndarray, camera: Camera | None) -> np.ndarray:
+def _places(landmarks: np.ndarray, camera: Camera | None) -> np.ndarray:
     """(L, 2) float32 pixels where a camera sees homogeneous points (L, 4) of its frame; NaN where it sees none."""
     if camera is None:
-        return np.full((len(spots), 2), np.nan, np.float32)
-    depth = np.where(spots[:, 2:3] > _SMALLEST_DEPTH, spots[:, 2:3], np.nan)
-    return camera.project(spots[:, :2] / depth).astype(np.float32)
+        return np.full((len(landmarks), 2), np.nan, np.float32)
+    depth = np.where(landmarks[:, 2:3] > _SMALLEST_DEPTH, landmarks[:, 2:3], np.nan)
+    return camera.project(landmarks[:, :2] / depth).astype(np.float32)
 
 
 def _agrees(expected: np.ndarray, before: np.ndarray, found: np.ndarray) -> np.ndarray:
     """Which points (R, 2), found by their descriptors, are where their neighbours say (R,).
 
-    Another point that looks alike is elsewhere. What is compared is how far points are from where the motion puts them
+    Another point that resembles it is elsewhere. What is compared is how far points are from where the motion puts them
     (R, 2), or where that is NaN, from where they were lost (R, 2).
     """
     agrees = np.zeros(len(found), bool)
@@ -159,7 +162,7 @@ def _agrees(expected: np.ndarray, before: np.ndarray, found: np.ndarray) -> np.n
 
 
 def _seek(
-    lost: Bank, looks: Looks, view: View, expected: np.ndarray, which: np.ndarray, found: np.ndarray
+    lost: TrackSet, templates: Templates, view: View, expected: np.ndarray, which: np.ndarray, found: np.ndarray
 ) -> tuple[np.ndarray, Alignment]:
     """Search for more tracks where the motion puts them, whether or not there is a keypoint.
 
@@ -168,7 +171,7 @@ def _seek(
 
     Args:
         lost: L tracks.
-        looks: their patches.
+        templates: their patches.
         view: the image to search.
         expected: (L, 2) pixels where the motion puts them, NaN where it is not known.
         which: (R,) those that are found already.
@@ -184,7 +187,7 @@ def _seek(
     places, spread = Neighbours(start, targets).expect(np.arange(len(rows)))
     sure = spread < _AGREE
     rows, places = rows[sure], places[sure]
-    sought = align(looks.patches[lost.looks[rows]], view.pixels, places, lost.shapes[rows], _SHIFTS)
+    sought = align(templates.patches[lost.templates[rows]], view.pixels, places, lost.shapes[rows], _SHIFTS)
     good = sought.good.copy()
     good[good] = ~view.hides(sought.points[good])
     good[good] = apart(sought.points[good], found, 1.0)

@@ -1,4 +1,4 @@
-"""Tracks as they are in one image, and their keypoints."""
+"""Tracks as they are in one image, what they look like, and their keypoints."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import numpy as np
 
 from kpmatch_ros.geometry import compiled
 from kpmatch_ros.geometry.flow import tree
+from kpmatch_ros.geometry.parallel_arrays import ParallelArrays
 
 __all__ = [
     "NOT_DETECTED",
-    "Bank",
-    "Looks",
+    "TrackSet",
+    "Templates",
     "attach",
     "first_of_each_place",
-    "join",
     "matched_keypoints",
-    "select",
     "without",
 ]
 
@@ -29,7 +28,7 @@ _ATTACHED = 2.0  # pixels: a keypoint so near to a track is the track's
 
 
 @dataclass(frozen=True, eq=False)
-class Bank:
+class TrackSet(ParallelArrays):
     """T tracks as they are in one image."""
 
     ids: np.ndarray  # (T,) uint64; 0 until the point is first found again
@@ -38,16 +37,16 @@ class Bank:
     indices: np.ndarray  # (T,) int64 keypoints of the image, or NOT_DETECTED
     shapes: np.ndarray  # (T, 2, 2) float32: an offset in the patch, times this, is the offset in the image
     anchors: np.ndarray  # (T,) float32 standard deviation of where the patch was cut, pixels
-    looks: np.ndarray  # (T,) int64 rows of Looks
+    templates: np.ndarray  # (T,) int64 rows of Templates
     rays: np.ndarray  # (T, FRAMES, 2) float32 x/z and y/z in the last frames, this image last; NaN where not known
-    spots: np.ndarray  # (T, 4) float32, of lost ones: homogeneous point in this camera's frame; NaN where not known
+    landmarks: np.ndarray  # (T, 4) float32, of lost ones: homogeneous point in this camera's frame; NaN where not known
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-class Looks:
-    """How tracks look: a patch and a descriptor each.
+class Templates:
+    """What tracks look like: a patch and a descriptor each.
 
     This is most of what is known of a track. It stays in its row while tracks come and go, of which only few change.
 
@@ -79,32 +78,22 @@ class Looks:
         self._free = np.flatnonzero(without(len(self.patches), rows))
 
 
-def select(bank: Bank, chosen: np.ndarray) -> Bank:
-    """The tracks that a mask or an array of indices names."""
-    return Bank(*(values[chosen] for values in vars(bank).values()))
-
-
-def join(banks: list[Bank]) -> Bank:
-    """The tracks of all, one bank after the other."""
-    return Bank(*(np.concatenate(each) for each in zip(*(vars(bank).values() for bank in banks))))
-
-
 def matched_keypoints(
-    bank: Bank, keypoints: int, matches: np.ndarray, scores: np.ndarray
+    tracks: TrackSet, keypoints: int, matches: np.ndarray, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The keypoint (T,) that matches each track, or NOT_DETECTED, and its score (T,), 0 without one.
 
     Args:
-        bank: the tracks in the reference image.
+        tracks: the tracks in the reference image.
         keypoints: how many the reference image has.
         matches: (K, 2) keypoints of reference and current.
         scores: (K,).
     """
     track = np.full(keypoints, -1)
-    known = np.flatnonzero(bank.indices >= 0)
-    track[bank.indices[known]] = known
+    known = np.flatnonzero(tracks.indices >= 0)
+    track[tracks.indices[known]] = known
     rows = track[matches[:, 0]]
-    detected, score = np.full(len(bank), NOT_DETECTED), np.zeros(len(bank), np.float32)
+    detected, score = np.full(len(tracks), NOT_DETECTED), np.zeros(len(tracks), np.float32)
     detected[rows[rows >= 0]], score[rows[rows >= 0]] = matches[rows >= 0, 1], scores[rows >= 0]
     return detected, score
 
