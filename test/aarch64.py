@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import unicorn
 from elftools.elf.elffile import ELFFile
@@ -155,6 +156,8 @@ class EmulatedLibrary:
                 numbers += 1
             elif isinstance(argument, ctypes.Structure):
                 integers.append(ctypes.addressof(argument))
+            elif isinstance(argument, np.ndarray):
+                integers.append(argument.ctypes.data)
             else:
                 integers.append(0 if argument is None else int(argument) & WHOLE)
         assert numbers <= 8

@@ -108,7 +108,7 @@ def open_library(path: Path) -> ctypes.CDLL | None:
     return compiled_library.open_library(path, _VERSION, functions, "PyTorch")
 
 
-_library = open_library(LIBRARY)
+_library: Any = open_library(LIBRARY)
 # PyTorch may have been told to do without some vectors (ATEN_CPU_CAPABILITY): then so do we.
 _VECTORS = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
 _support: int = _library.kpmatch_support() if _library is not None and _VECTORS == 16 else 0
@@ -184,7 +184,6 @@ class CompiledLayer:
 
     def _run(self, x0: Tensor, x1: Tensor, rotation0: Tensor, rotation1: Tensor) -> tuple[Tensor, Tensor]:
         """A pair: states (N, C) and rotations (N, C / heads / 2, 2), float32, one after the other in memory."""
-        assert _library is not None
         if len(x0) == 0 or len(x1) == 0:
             return x0, x1
         new0, new1 = torch.empty_like(x0), torch.empty_like(x1)
@@ -227,7 +226,7 @@ class CompiledConvolutions:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Of (B, I, H, W), channels last, (B, O, H, W) or (B, O, H/2, W/2)."""
-        assert _library is not None and images.dtype == self.dtype
+        assert images.dtype == self.dtype
         by_tiles = self.dtype == torch.bfloat16
         size_of, compute = (
             (_library.kpmatch_convolve_work, _library.kpmatch_convolve)
@@ -254,7 +253,7 @@ class CompiledConvolutions:
 
 def image_parts(image: Tensor) -> Tensor:
     """As :func:`kpmatch_ros.models.superpoint.in_parts`, of (B, 1, H, W) float32."""
-    assert _library is not None and image.dtype == torch.float32 and image.shape[1] == 1
+    assert image.dtype == torch.float32 and image.shape[1] == 1
     image = image.contiguous()
     parts = image.new_empty(*image[:, 0].shape, 4, dtype=torch.bfloat16)
     _library.kpmatch_parts(image.numel(), image.data_ptr(), parts.data_ptr())
@@ -269,7 +268,6 @@ def pixel_scores(logits: Tensor) -> Tensor:
     if not available():
         scores = logits.softmax(dim=3)[..., :-1]
         return scores.reshape(batch, height, width, 8, 8).permute(0, 1, 3, 2, 4).reshape(batch, 8 * height, 8 * width)
-    assert _library is not None
     scores = logits.new_empty(batch, 8 * height, 8 * width)
     for cells, pixels in zip(logits, scores):
         _library.kpmatch_scores(height, width, cells.data_ptr(), pixels.data_ptr())
@@ -287,7 +285,6 @@ def best_pairs(similarity: Tensor, certain0: Tensor, certain1: Tensor) -> tuple[
     Returns:
         partners (N0,) and (N1,) int64, and the logarithms (N0,) of the scores of the first; NaN where there is none.
     """
-    assert _library is not None
     count0, count1 = similarity.shape
     best0, best1 = (torch.zeros(count, dtype=torch.int64) for count in (count0, count1))
     most0, work = torch.empty(count0), torch.empty(3, count1)
