@@ -20,13 +20,12 @@ from functools import cache
 from typing import Any
 
 __all__ = [
+    "PROFILES",
     "Declaration",
     "ParameterError",
     "Parameters",
-    "config_file",
     "declaration",
     "declarations",
-    "markdown_table",
     "meant",
 ]
 
@@ -53,13 +52,6 @@ class Declaration:
     def type(self) -> type:
         """``bool``, ``int``, ``float`` or ``str``."""
         return type(self.default)
-
-    @property
-    def shown_default(self) -> str:
-        """The default as YAML has it."""
-        if self.type is bool:
-            return str(self.default).lower()
-        return str(self.default) or '""'
 
     @property
     def constraint(self) -> str:
@@ -141,8 +133,6 @@ PROFILES: Mapping[str, Mapping[str, Any]] = {
 """What each profile chooses in place of the defaults, by the parameters' names."""
 
 _PROVIDER = "(tensorrt|cuda|openvino|cpu)"
-
-_CHOSEN = {name for chosen in PROFILES.values() for name in chosen}
 
 
 @dataclass(frozen=True)
@@ -461,31 +451,3 @@ def meant(name: str, names: Iterable[str]) -> str:
     last = name.rpartition(".")[2].lower().replace("-", "_")
     alike = difflib.get_close_matches(last, list(names), n=1, cutoff=0.75)
     return f", did you mean {alike[0]}?" if alike else ""
-
-
-def config_file() -> str:
-    """The text of ``config/matcher.yaml``: every parameter at its default, with its description."""
-    lines = [
-        "# The matcher node's parameters at their defaults, written from kpmatch_ros/parameters.py by `make docs`.",
-        "# Those marked with ° may change while the node runs (ros2 param set). What a profile chooses is left out.",
-        "/**:",
-        "  ros__parameters:",
-    ]
-    for item in declarations():
-        notes = ", ".join(part for part in (item.constraint, item.unit) if part)
-        lines.append(f"    # {'° ' if item.dynamic else ''}{item.description}{f' ({notes})' if notes else ''}")
-        # What a profile chooses must not be set here: what is set wins.
-        lines.append(f"    {'# ' if item.name in _CHOSEN else ''}{item.name}: {item.shown_default}")
-    return "\n".join(lines) + "\n"
-
-
-def markdown_table() -> str:
-    """The table in docs/parameters.md."""
-    rows = ["| parameter | type | default | allowed | unit | description |", "|---|---|---|---|---|---|"]
-    for item in declarations():
-        mark = "°" if item.dynamic else ""
-        rows.append(
-            f"| `{item.name}`{mark} | {item.type.__name__} | `{item.shown_default}` | {item.constraint} | {item.unit} "
-            f"| {item.description} |"
-        )
-    return "\n".join(rows) + "\n"

@@ -21,13 +21,14 @@ from bag_harness import QUICK
 
 from kpmatch_ros import feature_matcher
 from kpmatch_ros.bags.files import BagWriter, camera_info_message, image_message
-from kpmatch_ros.parameters import Parameters, config_file
+from kpmatch_ros.parameters import Parameters
 from simulation import demo_camera
 
 Run = Callable[..., tuple[int, str, str]]
 MUTATIONS = int(os.environ.get("KPMATCH_MUTATIONS", "900"))
 KINDS = ("mcap", "sqlite3", "metadata", "png", "jpeg", "webp", "tiff", "calibration", "parameters")
 SIZE = (48, 32)
+CONFIGURATION = Path(__file__).resolve().parents[1] / "config" / "matcher.yaml"
 # What makes parsers stumble: in place of bytes, and in place of values in text.
 BYTES = [
     b"\0",
@@ -109,7 +110,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 bag.write("/camera/camera_info", camera_info_message(demo_camera(*SIZE), stamp, "eye"), stamp)
     for extension in ("png", "jpeg", "webp", "tiff"):
         cv2.imwrite(str(folder / f"picture.{extension}"), pictures()[0])
-    (folder / "params.yaml").write_text(config_file())
+    shutil.copy(CONFIGURATION, folder / "params.yaml")
     return folder
 
 

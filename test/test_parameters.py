@@ -18,12 +18,10 @@ from kpmatch_ros.parameters import (
     Declaration,
     ParameterError,
     Parameters,
-    config_file,
     declarations,
-    markdown_table,
 )
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIGURATION = Path(__file__).resolve().parents[1] / "config" / "matcher.yaml"
 
 # What users write into their launch files; those with a star may change while the node runs.
 CONTRACT = (
@@ -138,7 +136,7 @@ def test_every_parameter_is_described() -> None:
 
 
 def test_the_configuration_file_sets_every_parameter_to_its_default() -> None:
-    parsed = yaml.safe_load(config_file())
+    parsed = yaml.safe_load(CONFIGURATION.read_text())
     assert list(parsed) == ["/**"]
     values = parsed["/**"]["ros__parameters"]
     # What a profile chooses would be set by hand if it stood there.
@@ -148,25 +146,6 @@ def test_the_configuration_file_sets_every_parameter_to_its_default() -> None:
         assert values[item.name] == item.default
         assert type(values[item.name]) is item.type  # 1 in place of 1.0 would be another type to ROS
     assert Parameters(**values) == Parameters()
-
-
-def test_the_shipped_configuration_file_is_up_to_date() -> None:
-    assert (REPOSITORY / "config" / "matcher.yaml").read_text() == config_file(), "run make docs"
-
-
-def test_the_table_lists_every_parameter() -> None:
-    header, _, *rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in markdown_table().strip().splitlines()
-    ]
-    assert len(rows) == len(declarations())
-    for row, item in zip(rows, declarations()):
-        assert len(row) == len(header)
-        assert row[0].rstrip("°") == f"`{item.name}`"
-        assert ("°" in row[0]) == item.dynamic
-        assert row[1] == item.type.__name__
-        assert yaml.safe_load(row[2].strip("`")) == item.default
-        assert item.constraint in row
-        assert item.description in row
 
 
 def test_a_profile_chooses_together_and_what_is_set_by_hand_wins(tmp_path: Path) -> None:
@@ -179,7 +158,7 @@ def test_a_profile_chooses_together_and_what_is_set_by_hand_wins(tmp_path: Path)
     with pytest.raises(ParameterError, match="profile is 'fastest'; it must be one of accurate, fast"):
         Parameters.given({"profile": "fastest"})
     file = tmp_path / "parameters.yaml"
-    file.write_text(config_file().replace("profile: accurate", "profile: fast"))
+    file.write_text(CONFIGURATION.read_text().replace("profile: accurate", "profile: fast"))
     assert read_parameter_file(file) == fast
     file.write_text("/**:\n  ros__parameters:\n    max_keypoints: 300\n")
     mixed = read_parameter_file(file, options={"profile": "fast"})

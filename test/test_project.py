@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 import kpmatch_ros
-from kpmatch_ros import parameters
+from kpmatch_ros.parameters import declarations
+from tools import generate_docs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,11 +52,17 @@ def test_no_test_imports_private_names() -> None:
 
 
 def test_the_config_file_follows_from_the_declaration_of_the_parameters() -> None:
-    assert (ROOT / "config" / "matcher.yaml").read_text() == parameters.config_file(), "run make docs"
+    assert (ROOT / "config" / "matcher.yaml").read_text() == generate_docs.config_file(), "run make docs"
 
 
 def test_the_documentation_lists_the_parameters_as_declared() -> None:
-    assert parameters.markdown_table() in (ROOT / "docs" / "parameters.md").read_text(), "run make docs"
+    table = generate_docs.markdown_table()
+    assert table in (ROOT / "docs" / "parameters.md").read_text(), "run make docs"
+    _, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    for row, item in zip(rows, declarations(), strict=True):
+        name = f"`{item.name}`{'°' if item.dynamic else ''}"
+        assert [row[0], row[1], *row[3:]] == [name, item.type.__name__, item.constraint, item.unit, item.description]
+        assert yaml.safe_load(row[2].strip("`")) == item.default
 
 
 def test_the_readme_is_for_deciding_and_starting() -> None:

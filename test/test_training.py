@@ -420,8 +420,10 @@ def test_a_training_lowers_its_losses_and_what_it_writes_can_be_exported(folder:
     assert torch.equal(glue["tensors"][f"{layer}.q_proj.weight"], glue["tensors"][f"{layer}.k_proj.weight"])
     content = (out / "matching.weights.pt").read_bytes()
     assert b"".join(path.read_bytes() for path in sorted(out.glob("matching.weights.pt.*"))) == content
-    begun = train.build("matching", "full", str(out / "matching.weights.pt"), CPU)
-    assert torch.equal(begun.state_dict()[f"{layer}.q_proj.bias"], glue["tensors"][f"{layer}.q_proj.bias"].float())
+    begun, fits = train.build("matching", "full", str(out / "matching.weights.pt"), CPU)
+    assert fits and torch.equal(
+        begun.state_dict()[f"{layer}.q_proj.bias"], glue["tensors"][f"{layer}.q_proj.bias"].float()
+    )
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def distil(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)  # of the weights to begin with
     if arguments.kind == "points":
         teacher = packed_model(SuperPoint.from_pretrained(resolve(arguments.teacher)).float(), device)
-        student = Student("fast", build("points", "fast", arguments.start, device), RATES["points"])
+        student = Student("fast", build("points", "fast", arguments.start, device)[0], RATES["points"])
         taught = Batches(lambda number: teach(teacher, trained, settings, number), arguments.batches, settings)
         run(
             arguments,

@@ -52,8 +52,8 @@ REACH = 0.02  # a match's probability by the network to begin with: below it not
 # --- networks --------------------------------------------------------------------------------------------------------
 
 
-def build(kind: str, name: str, start: str | None, device: torch.device) -> Any:
-    """A network, with the weights of ``start`` where it is given and fits, else with random ones."""
+def build(kind: str, name: str, start: str | None, device: torch.device) -> tuple[Any, bool]:
+    """A network, with the weights of ``start`` where it is given and fits, else with random ones; and which of both."""
     if kind == "points":
         make: Any = SuperPoint
         config = SUPERPOINTS[name]
@@ -78,7 +78,7 @@ def build(kind: str, name: str, start: str | None, device: torch.device) -> Any:
         if has_tiles():
             model.leave_attention_to_pytorch()
     model = model.to(device)
-    return model.to(memory_format=torch.channels_last) if kind == "points" else model
+    return (model.to(memory_format=torch.channels_last) if kind == "points" else model), tensors is not None
 
 
 def _start(make: Any, name: str, start: str, config: dict[str, Any]) -> dict[str, Tensor] | None:
@@ -272,22 +272,16 @@ def train(arguments: argparse.Namespace) -> None:
     device = settings.device
     trained, watched = load(arguments.shards, device)
     torch.manual_seed(arguments.seed)  # of the weights to begin with
-    students = [
-        Student(name, build(arguments.kind, name, arguments.start, device), RATES[arguments.kind, name])
-        for name in arguments.networks
-    ]
+    built = {name: build(arguments.kind, name, arguments.start, device) for name in arguments.networks}
+    students = [Student(name, model, RATES[arguments.kind, name]) for name, (model, _) in built.items()]
     extractors = load_extractors(arguments, device) if arguments.kind == "matching" else {}
     judges = {}  # a network that begins with random weights has none
-    if arguments.kind == "matching" and arguments.start is not None:
-        judges = {
-            student.name: copy.deepcopy(student.average)
-            for student in students
-            if _start(LightGlue, student.name, arguments.start, student.model.config) is not None
-        }
+    if arguments.kind == "matching":
+        judges = {student.name: copy.deepcopy(student.average) for student in students if built[student.name][1]}
     # The average of the first network teaches itself and the others, unless there is one that is done learning.
     teacher = students[0].average
     if arguments.teacher is not None:
-        teacher = build("points", "full", str(arguments.teacher), device).eval()
+        teacher = build("points", "full", str(arguments.teacher), device)[0].eval()
 
     def views(number: int) -> ViewPairs:
         return source_of(trained, number).pairs(settings.draw(1, number), settings.batch, settings.size)
