@@ -57,7 +57,7 @@ def choose_camera(
     Raises:
         BagError: when a topic is not in the bag, or there are several to choose from.
     """
-    topics, infos = _candidates(bag)
+    topics, infos, masks = _candidates(bag)
     images = topics if image is not None else _without_masks(topics)
     if image is None and len(images) > 1 and _pairs(images):
         raise BagError(
@@ -65,10 +65,10 @@ def choose_camera(
             f"and --right: {_names(images)}"
         )
     chosen = _only(bag, images, image, "image", "--image")
-    info = _calibration_of(bag, chosen, infos, camera_info, "--camera-info")
+    info = _beside(bag, chosen, infos, "camera_info", camera_info, "--camera-info")
     if not info and len(infos) == 1:
         info = infos[0].name
-    mask = _mask_of(bag, chosen, topics, mask_topic, "--mask-topic")
+    mask = _beside(bag, chosen, masks, "mask", mask_topic, "--mask-topic")
     return CameraTopics(chosen.name, info, chosen.num_messages, mask)
 
 
@@ -89,7 +89,7 @@ def choose_stereo_cameras(
     Raises:
         BagError: when a topic is not in the bag, or there is no pair or several to choose from.
     """
-    topics, infos = _candidates(bag)
+    topics, infos, masks = _candidates(bag)
     images = _without_masks(topics)
     given = [
         None if name is None else _only(bag, topics, name, "image", option)
@@ -105,22 +105,20 @@ def choose_stereo_cameras(
     (pair,) = pairs
     if pair[0] == pair[1]:
         raise BagError(f"{bag}: --left and --right are both {pair[0].name}; stereo needs two cameras")
-    calibrations = (
-        _calibration_of(bag, topic, infos, name, option)
-        for topic, name, option in zip(pair, (left_info, right_info), ("--left-info", "--right-info"))
-    )
-    masks = (
-        _mask_of(bag, topic, topics, name, option)
-        for topic, name, option in zip(pair, (left_mask, right_mask), ("--left-mask", "--right-mask"))
-    )
     first, second = (
-        CameraTopics(topic.name, info, topic.num_messages, mask) for topic, info, mask in zip(pair, calibrations, masks)
+        CameraTopics(
+            image.name,
+            _beside(bag, image, infos, "camera_info", info, f"--{side}-info"),
+            image.num_messages,
+            _beside(bag, image, masks, "mask", mask, f"--{side}-mask"),
+        )
+        for side, image, info, mask in zip(("left", "right"), pair, (left_info, right_info), (left_mask, right_mask))
     )
     return first, second
 
 
-def _candidates(bag: Path) -> tuple[list[Topic], list[Topic]]:
-    """The topics with images, at least one, and those with calibrations."""
+def _candidates(bag: Path) -> tuple[list[Topic], list[Topic], list[Topic]]:
+    """The topics with images, at least one, those with calibrations, and those that may be masks."""
     topics = bag_topics(bag)
     images: dict[str, Topic] = {}  # raw and compressed ones may be on one topic
     for topic in topics:
@@ -129,7 +127,8 @@ def _candidates(bag: Path) -> tuple[list[Topic], list[Topic]]:
             images[topic.name] = topic._replace(num_messages=before + topic.num_messages)
     if not images:
         raise BagError(f"{bag}: has no image topic with messages in it")
-    return list(images.values()), [topic for topic in topics if topic.type == _CAMERA_INFO]
+    infos = [topic for topic in topics if topic.type == _CAMERA_INFO]
+    return list(images.values()), infos, [topic for topic in images.values() if topic.type == IMAGE_TYPES[0]]
 
 
 def _pairs(images: list[Topic]) -> list[tuple[Topic, Topic]]:
@@ -142,21 +141,12 @@ def _pairs(images: list[Topic]) -> list[tuple[Topic, Topic]]:
     ]
 
 
-def _calibration_of(bag: Path, image: Topic, infos: list[Topic], name: str | None, option: str) -> str:
-    """The topic with the calibration of images: the one given, or camera_info beside them, or ""."""
+def _beside(bag: Path, image: Topic, topics: list[Topic], kind: str, name: str | None, option: str) -> str:
+    """The topic with the camera_info or the mask of images: the one given, or that of this kind beside them, or ""."""
     if name is not None:
-        return _only(bag, infos, name, "camera_info", option).name
-    beside = join(dirname(image.name.removesuffix("/compressed")), "camera_info")
-    return beside if any(topic.name == beside for topic in infos) else ""
-
-
-def _mask_of(bag: Path, image: Topic, topics: list[Topic], name: str | None, option: str) -> str:
-    """The topic with the masks of images: the one given, or mask beside them, or ""."""
-    masks = [topic for topic in topics if topic.type == IMAGE_TYPES[0]]
-    if name is not None:
-        return _only(bag, masks, name, "mask", option).name
-    beside = join(dirname(image.name.removesuffix("/compressed")), "mask")
-    return beside if beside != image.name and any(topic.name == beside for topic in masks) else ""
+        return _only(bag, topics, name, kind, option).name
+    beside = join(dirname(image.name.removesuffix("/compressed")), kind)
+    return beside if beside != image.name and any(topic.name == beside for topic in topics) else ""
 
 
 def _without_masks(images: list[Topic]) -> list[Topic]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import importlib.util
-import io
 import json
 import re
 from pathlib import Path
@@ -50,7 +49,7 @@ class HtmlReport:
         self._picture_bytes = min(_PICTURE_BYTES, _PICTURES_BYTES // max(1, min(frames, _MOST_PICTURES)))
         self._points: list[FrameFigures] = []
         self._pictures: list[tuple[int, str, bytes]] = []  # number among the points, caption, JPEG
-        self._trajectory = Trajectory(io.StringIO())
+        self._trajectory = Trajectory()
 
     def add(self, result: Result, milliseconds: float) -> None:
         """The next frame, and what it took from its message to its results."""

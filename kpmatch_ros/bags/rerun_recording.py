@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -51,7 +50,7 @@ class RerunRecording:
         self._rerun = rerun
         self._every = -(-max(frames, 1) // _MOST_IMAGES)
         self._image_bytes = min(_IMAGE_BYTES, _IMAGES_BYTES // max(1, min(frames, _MOST_IMAGES)))
-        self._trajectory = Trajectory(io.StringIO())
+        self._trajectory = Trajectory()
         self._paths: list[list[np.ndarray]] = []  # a chain of positions each, (3,)
         self._frames = 0
         self._stream = rerun.RecordingStream("kpmatch_ros")

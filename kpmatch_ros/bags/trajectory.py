@@ -19,14 +19,17 @@ class Trajectory:
     each translation has length one: its direction is right, and its scale is arbitrary from pair to pair. A frame whose
     pose is not known has no line. A frame whose reference has no pose breaks the chain: a comment says so, and the
     chain goes on from the last known pose.
+
+    Args:
+        stream: of the file; None where the poses alone are wanted.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         self.breaks = 0
         self._stream = stream
         self._known: dict[int, tuple[Rotation, np.ndarray]] = {}  # by the frames' numbers
         self._last = Rotation.identity(), np.zeros(3)
-        stream.write("# timestamp tx ty tz qx qy qz qw: pose of the camera in the first camera's optical frame\n")
+        self._write("# timestamp tx ty tz qx qy qz qw: pose of the camera in the first camera's optical frame")
 
     @property
     def position(self) -> np.ndarray:
@@ -42,7 +45,7 @@ class Trajectory:
         """The next frame, and its pair with the reference."""
         if pair is None:
             if not self._known:
-                self._write(frame, *self._last)
+                self._continue(frame, *self._last)
             return
         if not pair.pose.status.is_certain:
             self._known.pop(frame.number, None)
@@ -50,19 +53,23 @@ class Trajectory:
         start = self._known.get(pair.reference.number)
         if start is None:
             self.breaks += 1
-            self._stream.write(f"# broken: the pose of the frame at {_seconds(pair.reference.stamp)} is not known\n")
+            self._write(f"# broken: the pose of the frame at {_seconds(pair.reference.stamp)} is not known")
             start = self._last
         rotation, position = start
-        self._write(
+        self._continue(
             frame, rotation * Rotation.from_matrix(pair.pose.rotation), position + rotation.apply(pair.pose.translation)
         )
         kept = (pair.reference.number, frame.number)
         self._known = {number: pose for number, pose in self._known.items() if number in kept}
 
-    def _write(self, frame: Frame, rotation: Rotation, position: np.ndarray) -> None:
+    def _continue(self, frame: Frame, rotation: Rotation, position: np.ndarray) -> None:
         self._last = self._known[frame.number] = rotation, position
         numbers = " ".join(f"{value:.9f}" for value in (*position, *rotation.as_quat()))
-        self._stream.write(f"{_seconds(frame.stamp)} {numbers}\n")
+        self._write(f"{_seconds(frame.stamp)} {numbers}")
+
+    def _write(self, line: str) -> None:
+        if self._stream is not None:
+            self._stream.write(f"{line}\n")
 
 
 def _seconds(stamp: int) -> str:

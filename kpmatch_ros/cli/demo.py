@@ -221,18 +221,17 @@ def _executable() -> list[str]:
 
 def _read_bag(bag: Path) -> tuple[list[RecordedFrame], dict[int, Pose]]:
     """Each frame as recorded, and the camera's true poses by their stamps."""
-    from rosbags.highlevel import AnyReader
-
     from kpmatch_ros.bags.demo import IMAGE_TOPIC, INFO_TOPIC
     from kpmatch_ros.bags.files import read_ground_truth
-    from kpmatch_ros.ros.player import RecordedFrame, nanoseconds
+    from kpmatch_ros.bags.recording import Recording
+    from kpmatch_ros.ros.player import RecordedFrame
 
-    recorded: dict[str, dict[int, bytes]] = {IMAGE_TOPIC: {}, INFO_TOPIC: {}}
-    with AnyReader([bag]) as reader:
-        for connection, _, raw in reader.messages([c for c in reader.connections if c.topic in recorded]):
-            message: Any = reader.deserialize(raw, connection.msgtype)
-            recorded[connection.topic][nanoseconds(message.header.stamp)] = bytes(raw)
-    images, infos = recorded[IMAGE_TOPIC], recorded[INFO_TOPIC]
+    images: dict[int, bytes] = {}
+    infos: dict[int, bytes] = {}
+    recorded = {IMAGE_TOPIC: images, INFO_TOPIC: infos}
+    with contextlib.closing(Recording(bag)) as recording:
+        for raw in recording.messages(recorded):
+            recorded[raw.topic][raw.stamp] = raw.content()  # recorded when its image was taken
     stamps, poses = read_ground_truth(bag)
     frames = [RecordedFrame(stamp, infos[stamp], images[stamp]) for stamp in sorted(images)]
     return frames, dict(zip(stamps.tolist(), poses))

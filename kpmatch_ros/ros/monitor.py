@@ -43,12 +43,8 @@ class Monitor:
         self._received = 0
         self._processed = 0
         self._dropped = 0
-        self._rejected: Counter[str] = Counter()
-        self._calibrations_refused: Counter[str] = Counter()
-        self._unpaired: Counter[str] = Counter()
-        self._stamp_faults: Counter[str] = Counter()
-        self._mask_faults: Counter[str] = Counter()
-        self._messages_lost: Counter[str] = Counter()
+        self._rejected = 0
+        self._faults: Counter[str] = Counter()
         self._interruptions = 0
         self._odometry_breaks: int | None = None
         self._answered: Counter[str] = Counter()
@@ -84,14 +80,13 @@ class Monitor:
             explanation: for the user.
         """
         with self._lock:
-            self._rejected[reason] += 1
-            self._fail(f"rejected: {reason}", explanation)
+            self._rejected += 1
+            self._count(f"rejected: {reason}", explanation)
 
     def calibration_refused(self, reason: str, explanation: str) -> None:
         """A frame was processed without its calibration, which could not be used."""
         with self._lock:
-            self._calibrations_refused[reason] += 1
-            self._fail(f"camera_info refused: {reason}", explanation)
+            self._count(f"camera_info refused: {reason}", explanation)
 
     def interrupted(self, explanation: str) -> None:
         """The frames' times jumped. Features and tracks were forgotten."""
@@ -107,14 +102,12 @@ class Monitor:
     def unpaired(self, topic: str, images: int, explanation: str) -> None:
         """Images of one camera of a stereo pair found no partner. They do not count as frames."""
         with self._lock:
-            self._unpaired[topic] += images
-            self._fail(f"unpaired: {topic}", explanation)
+            self._count(f"unpaired: {topic}", explanation, images)
 
     def stamp_fault(self, fault: str, topic: str, explanation: str) -> None:
         """An image's stamp says nothing of its time."""
         with self._lock:
-            self._stamp_faults[f"{fault}: {topic}"] += 1
-            self._fail(f"{fault}: {topic}", explanation)
+            self._count(f"{fault}: {topic}", explanation)
 
     def doubted(self, kind: str, explanation: str) -> None:
         """Something about a frame is hardly meant so."""
@@ -124,14 +117,12 @@ class Monitor:
     def mask_fault(self, fault: str, topic: str, explanation: str) -> None:
         """An image was processed without its mask, its mask is odd, or masks meet no image."""
         with self._lock:
-            self._mask_faults[f"{fault}: {topic}"] += 1
-            self._fail(f"{fault}: {topic}", explanation)
+            self._count(f"{fault}: {topic}", explanation)
 
     def message_lost(self, topic: str, explanation: str) -> None:
         """A message could not be taken: one of rclpy's own, as on /clock, or by a fault of this program."""
         with self._lock:
-            self._messages_lost[topic] += 1
-            self._fail(f"message lost: {topic}", explanation)
+            self._count(f"messages left out: {topic}", explanation)
 
     def matched(self, fault: str) -> None:
         """A frame was matched; the fault says why next to nothing came of it."""
@@ -182,14 +173,13 @@ class Monitor:
         with self._lock:
             self._forget()
             now = self._clock()
-            rejected = sum(self._rejected.values())
             latencies = [latency for _, latency in self._latencies]
             values = {
                 "frames received": str(self._received),
                 "frames processed": str(self._processed),
                 "frames dropped": str(self._dropped),
-                "frames rejected": str(rejected),
-                "frames waiting": str(self._received - self._processed - self._dropped - rejected),
+                "frames rejected": str(self._rejected),
+                "frames waiting": str(self._received - self._processed - self._dropped - self._rejected),
                 "input rate (Hz)": f"{_rate(self._arrivals, now, self._window):.2f}",
                 "output rate (Hz)": f"{_rate([t for t, _ in self._latencies], now, self._window):.2f}",
             }
@@ -197,16 +187,7 @@ class Monitor:
                 figure = f"{np.percentile(latencies, percentile):.1f}" if latencies else ""
                 values[f"latency, {percentile}th percentile (ms)"] = figure
             values.update(self._last)
-            for reason, count in sorted(self._rejected.items()):
-                values[f"rejected: {reason}"] = str(count)
-            for reason, count in sorted(self._calibrations_refused.items()):
-                values[f"camera_info refused: {reason}"] = str(count)
-            for topic, count in sorted(self._unpaired.items()):
-                values[f"unpaired: {topic}"] = str(count)
-            for faults in (self._stamp_faults, self._mask_faults):
-                values.update((fault, str(count)) for fault, count in sorted(faults.items()))
-            for topic, count in sorted(self._messages_lost.items()):
-                values[f"messages left out: {topic}"] = str(count)
+            values.update((fault, str(count)) for fault, count in sorted(self._faults.items()))
             values["interruptions"] = str(self._interruptions)
             if self._odometry_breaks is not None:
                 values["odometry breaks"] = str(self._odometry_breaks)
@@ -215,6 +196,10 @@ class Monitor:
             for status in PoseStatus:
                 values[f"poses {status.name}"] = str(self._statuses[status.name])
             return values
+
+    def _count(self, fault: str, explanation: str, times: int = 1) -> None:
+        self._faults[fault] += times
+        self._fail(fault, explanation)
 
     def _fail(self, kind: str, explanation: str) -> None:
         self._failures.append((self._clock(), Problem(kind, explanation)))
