@@ -74,6 +74,27 @@ def test_a_side_is_silent_once_an_image_of_the_other_went_without_for_half_a_sec
     assert not synchroniser.silent(RIGHT)
 
 
+def test_a_lost_image_of_a_slow_camera_does_not_make_it_silent_for_good() -> None:
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    for tenth in range(100):  # one image a second, the right one after the left one; the third left one is lost
+        number = tenth // 10
+        if tenth % 10 == 0 and number != 2:
+            synchroniser.put(LEFT, 1000 * number * MS, "")
+        if tenth % 10 == 0:
+            synchroniser.put(RIGHT, 1000 * number * MS, "")
+        synchroniser.wait(7.0 + 0.1 * tenth)
+        if tenth != 24:  # half a second later, but for rounding
+            assert synchroniser.silent(LEFT) == (25 <= tenth < 30) and not synchroniser.silent(RIGHT)
+
+
+def test_a_side_is_silent_while_images_of_the_other_wait_though_older_ones_have_just_found_it() -> None:
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    feed(synchroniser, (LEFT, 0), (LEFT, 50), (LEFT, 100), (RIGHT, 0))
+    for tenth in range(7):
+        synchroniser.wait(7.0 + 0.1 * tenth)
+    assert synchroniser.silent(RIGHT) and not synchroniser.silent(LEFT)
+
+
 def test_a_side_is_not_silent_because_nobody_was_listening() -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
     synchroniser.wait(1.0)
