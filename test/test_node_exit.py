@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,9 +14,12 @@ import rclpy
 from ament_index_python.packages import get_package_prefix
 from domain_coordinator import domain_id
 from rclpy._rclpy_pybind11 import InvalidHandle, RCLError
+from rclpy.lifecycle import TransitionCallbackReturn
+from rclpy.node import Node
 from std_msgs.msg import String
 
 from kpmatch_ros.ros.service_guard import survives
+from kpmatch_ros.ros.transitions import explained
 
 
 @pytest.mark.parametrize(
@@ -64,6 +68,31 @@ def test_what_fails_because_the_node_was_told_to_end_is_no_fault(capfd: pytest.C
                 publisher.publish(String())
             survives(lambda: publisher.publish(String()), node, told.append)()
             assert capfd.readouterr().err == "" and len(told) == 1
+        finally:
+            node.destroy_node()
+            rclpy.try_shutdown(context=context)
+
+
+def test_a_transition_that_a_signal_breaks_into_is_no_fault(capfd: pytest.CaptureFixture[str]) -> None:
+    class Matcher(Node):
+        fault = ""
+
+        @explained
+        def on_activate(self, publisher: Any) -> TransitionCallbackReturn:
+            publisher.publish(String())
+            raise KeyError("?")
+
+    with domain_id() as domain:
+        context = rclpy.Context()
+        rclpy.init(context=context, domain_id=domain)
+        node = Matcher("matcher", context=context)
+        try:
+            publisher = node.create_publisher(String, "status", 10)
+            assert node.on_activate(publisher) == TransitionCallbackReturn.FAILURE
+            assert "KeyError" in node.fault and "KeyError" in capfd.readouterr().err
+            rclpy.shutdown(context=context)
+            assert node.on_activate(publisher) == TransitionCallbackReturn.FAILURE
+            assert node.fault == "" and capfd.readouterr().err == ""
         finally:
             node.destroy_node()
             rclpy.try_shutdown(context=context)

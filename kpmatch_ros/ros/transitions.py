@@ -22,13 +22,17 @@ class Faulty(Protocol):
     """A node that keeps why its last transition failed."""
 
     fault: str
+    context: Any
 
     def get_logger(self) -> Any:
         """The node's logger."""
 
 
 def explained(callback: Transition) -> Transition:
-    """Make a transition that raises fail and say why: rclpy would swallow the exception."""
+    """Make a transition that raises fail and say why: rclpy would swallow the exception.
+
+    What fails after the context was shut down fails for that, and is no fault: a signal may come at any time.
+    """
 
     @functools.wraps(callback)
     def wrapped(self: Faulty, state: LifecycleState) -> TransitionCallbackReturn:
@@ -42,6 +46,8 @@ def explained(callback: Transition) -> Transition:
             self.get_logger().error(f"{callback.__name__} failed: {error}")
             return TransitionCallbackReturn.FAILURE
         except Exception as error:  # noqa: BLE001  (the node lives on and names it)
+            if not self.context.ok():
+                return TransitionCallbackReturn.FAILURE
             self.fault = f"{type(error).__name__}: {error}"
             self.get_logger().error(f"{callback.__name__} failed:\n{traceback.format_exc()}")
             return TransitionCallbackReturn.FAILURE
