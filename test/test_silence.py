@@ -40,7 +40,14 @@ def test_other_types_latched_calibrations_and_misspelt_parameters_are_told_of(tm
             node.node.destroy_publisher(offer)
         elsewhere = node.node.create_publisher(Image, "camera/image", 10)
         node.wait_for(lambda: f"{ns}/camera/image is published" in node.message(), "the nearest topic")
-        assert elsewhere is not None
+        node.node.destroy_publisher(elsewhere)
+        elsewhere = node.node.create_publisher(CompressedImage, "camera/compressed", 10)
+        said = f"{ns}/camera/compressed is published: remap to it, and set image_transport to compressed"
+        node.wait_for(lambda: said in node.message(), "the nearest topic of the other transport")
+        beside = node.node.create_publisher(CompressedImage, "image/compressed", 10)
+        said = f"nobody publishes it; {ns}/image/compressed is published: set image_transport to compressed"
+        node.wait_for(lambda: said in node.message(), "the other transport")
+        assert elsewhere is not None and beside is not None
 
 
 def test_the_compressed_topic_itself_may_be_given(tmp_path: Path) -> None:
@@ -50,6 +57,11 @@ def test_the_compressed_topic_itself_may_be_given(tmp_path: Path) -> None:
     ) as node:
         publisher = node.node.create_publisher(CompressedImage, "camera/image_raw/compressed", 10)
         node.wait_for(publisher.get_subscription_count, "the node on the topic that was given")
+        node.node.destroy_publisher(publisher)
+        raw = node.node.create_publisher(Image, "camera/image_raw", 10)
+        said = f"nobody publishes it; {node.namespace}/camera/image_raw is published: set image_transport to raw"
+        node.wait_for(lambda: said in node.message(), "the other transport")
+        assert raw is not None
 
 
 def test_a_misspelt_parameter_in_a_file_is_named_with_the_nearest_and_has_no_effect(tmp_path: Path) -> None:

@@ -26,6 +26,12 @@ _SILENT_AFTER = 2.0  # seconds without an image that are worth a warning
 # Seconds that the very first frame waits for a camera_info that somebody publishes. A replay (queue: all) has the time.
 _CALIBRATION_WAIT = {"latest": 1.0, "all": 10.0}
 
+# By the type that images are received as: the other one, and the image_transport that it takes.
+_OTHER_TRANSPORT = {
+    "sensor_msgs/msg/Image": ("sensor_msgs/msg/CompressedImage", "compressed"),
+    "sensor_msgs/msg/CompressedImage": ("sensor_msgs/msg/Image", "raw"),
+}
+
 
 @dataclass
 class _Camera:
@@ -230,24 +236,36 @@ class Inputs:
         types = {offer.topic_type for offer in self._offers(topic)}
         if wanted in types:
             return ""
+        other, transport = _OTHER_TRANSPORT[wanted] if topic in self.topics else ("", "")
         if types:
-            remedy = {
-                "sensor_msgs/msg/CompressedImage": "; set image_transport to compressed",
-                "sensor_msgs/msg/Image": "; set image_transport to raw",
-            }.get(next(iter(types)), "; another topic is meant")
-            return f"its publisher sends {' and '.join(sorted(types))}, not {wanted}{remedy}"
-        others = [name for name, kinds in self._node.get_topic_names_and_types() if wanted in kinds and name != topic]
+            remedy = f"set image_transport to {transport}" if other in types else "another topic is meant"
+            return f"its publisher sends {' and '.join(sorted(types))}, not {wanted}; {remedy}"
+        near = self._nearest(topic, wanted)
+        sent = self._nearest(topic, other, "/compressed" if transport == "compressed" else "") if other else ""
+        if sent and sent.removesuffix("/compressed") == topic.removesuffix("/compressed"):
+            return f"nobody publishes it; {sent} is published: set image_transport to {transport}"
+        if near:
+            return f"nobody publishes it; {near} is published: remap to it if it is meant"
+        if sent:
+            remedy = f"remap to it, and set image_transport to {transport}, if it is meant"
+            return f"nobody publishes it; {sent} is published: {remedy}"
+        return "nobody publishes it"
+
+    def _nearest(self, topic: str, kind: str, ending: str = "") -> str:
+        """The topic of the nearest name on which another node publishes a type; empty where there is none."""
         own = (self._node.get_name(), self._node.get_namespace())
         published = [
             name
-            for name in others
-            if any(
-                (offer.node_name, offer.node_namespace) != own
+            for name, kinds in self._node.get_topic_names_and_types()
+            if kind in kinds
+            and name != topic
+            and name.endswith(ending)
+            and any(
+                offer.topic_type == kind and (offer.node_name, offer.node_namespace) != own
                 for offer in self._node.get_publishers_info_by_topic(name)
             )
         ]
-        near = difflib.get_close_matches(topic, published, n=1, cutoff=0.0)
-        return f"nobody publishes it{f'; {near[0]} is published: remap to it if it is meant' if near else ''}"
+        return next(iter(difflib.get_close_matches(topic, published, n=1, cutoff=0.0)), "")
 
     def _mixed(self, topic: str, wanted: str, what: str) -> list[Problem]:
         """Several publishers of images or calibrations on one topic: two cameras cannot be told apart there."""
