@@ -360,7 +360,7 @@ class FrontEnd:
         if elapsed < 0:
             return f"the stamps went back by {-elapsed:.3f} s"
         if 0 < self.parameters.max_gap < elapsed:
-            return f"there was no frame for {elapsed:.3f} s, more than max_gap"
+            return f"no frame was processed for {elapsed:.3f} s, more than max_gap"
         return ""
 
     def _describe(

@@ -273,6 +273,21 @@ def test_only_the_newest_frame_is_processed_unless_all_are_wanted(tmp_path: Path
         assert counts["frames received"] == counts["frames processed"] + counts["frames dropped"]
 
 
+def test_a_node_that_is_too_slow_for_max_gap_says_why_it_has_no_poses(tmp_path: Path) -> None:
+    with running_node(tmp_path, queue="latest", max_gap=0.001, **FAST) as node:
+        node.wait_until_connected()
+        seconds = itertools.count(10.0, 0.1)
+
+        def said() -> bool:
+            node.send(image(textured(), next(seconds)))
+            node.spin(0.05)
+            return "more than max_gap (0.001 s), and the next one begins new tracks" in node.message()
+
+        node.wait_for(said, "the reason")
+        node.wait_for(lambda: any(pose.status == RelativePose.INTERRUPTED for pose in node.poses), "an interruption")
+        assert not node.matches and "no frame was processed for" in node.log
+
+
 def test_frames_that_wait_have_only_so_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "bin" / "matcher"  # in place of the real one, with room for five images
     program.parent.mkdir()
