@@ -101,7 +101,7 @@ class StereoSynchroniser(Generic[Item]):
             others.popleft()
         self.unpaired[1 - side] += nearest
         partner = others.popleft().item
-        # Both have come. Or else, where one image was lost, each later image would pass for the answer to the last pair.
+        # Both have come. Or else, after a lost image, each later one would pass for the answer to the last pair.
         self._waited[1 - side], self._waited[side] = None, 0.0 if others else None
         return (item, partner) if side == 0 else (partner, item)
 
