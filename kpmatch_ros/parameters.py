@@ -446,8 +446,13 @@ def declaration(name: str) -> Declaration:
 def meant(name: str, names: Iterable[str]) -> str:
     """ ", did you mean …?" with the name most like one that does not exist; empty where none is alike.
 
-    What stands before a full stop is a group, as other programs nest their parameters. It does not count.
+    What stands before a full stop is a group, as other programs nest their parameters. It does not count. Nor do case,
+    and dashes in place of underscores.
     """
-    last = name.rpartition(".")[2].lower().replace("-", "_")
-    alike = difflib.get_close_matches(last, list(names), n=1, cutoff=0.75)
-    return f", did you mean {alike[0]}?" if alike else ""
+
+    def plain(text: str) -> str:
+        return text.lower().replace("-", "_").strip("_")
+
+    known = {plain(each): each for each in names}
+    alike = difflib.get_close_matches(plain(name.rpartition(".")[2]), known, n=1, cutoff=0.75)
+    return f", did you mean {known[alike[0]]}?" if alike else ""

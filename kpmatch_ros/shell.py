@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ def in_shell(command: str) -> str:
 
     In a checkout the programs are found by way of ``tools/with_ros``, which names itself in ``KPMATCH_PREFIX``.
     """
-    return f"{os.environ.get('KPMATCH_PREFIX', '')} {command}".strip()
+    return f"{shlex.quote(os.environ['KPMATCH_PREFIX'])} {command}" if os.environ.get("KPMATCH_PREFIX") else command
 
 
 def matcher_in_shell(arguments: str) -> str:
@@ -27,4 +28,4 @@ def matcher_in_shell(arguments: str) -> str:
         prefixes = filter(None, os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep))
         places = (Path(prefix, "lib", "kpmatch_ros", program) for prefix in prefixes)
         program = next((str(place) for place in places if place.is_file()), program)
-    return in_shell(f"{program} {arguments}")
+    return in_shell(f"{shlex.quote(program)} {arguments}")

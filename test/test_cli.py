@@ -173,7 +173,10 @@ def test_help_shows_each_option_with_its_description_range_and_default(run: Run)
         ([*CAMERA, "--distortion", "0.1,0,0,0", "--distortion-model", "fov"], "the known ones are plumb_bob"),
         (["--save", "matches.xyz"], "--save matches.xyz"),
         (["--save", "no-such-folder/matches.png"], "there is no folder no-such-folder"),
-        (["--max-keypoint", "5"], "unrecognized arguments: --max-keypoint"),
+        (["--max-keypoint", "5"], "unrecognized arguments: --max-keypoint 5, did you mean --max-keypoints?"),
+        (["--max_keypoints", "5"], "did you mean --max-keypoints? (kpmatch match --help)"),
+        (["--Jsn"], "did you mean --json?"),
+        (["c.png"], "kpmatch match: unrecognized arguments: c.png (kpmatch match --help)"),
     ],
 )
 def test_a_bad_option_is_refused_in_one_line(
@@ -303,6 +306,15 @@ def test_in_a_checkout_examples_are_commands_that_a_shell_finds(run: Run, monkey
     assert "\n  tools/with_ros kpmatch bench --keypoints" in run("bench", "--help")[1]
     monkeypatch.delenv("KPMATCH_PREFIX")
     assert "\n  kpmatch bench --keypoints" in run("bench", "--help")[1]
+
+
+def test_files_whose_names_are_not_utf8_are_read_and_written(pictures: tuple[Path, Path], tmp_path: Path) -> None:
+    for number, picture in enumerate(pictures):
+        (tmp_path / os.fsdecode(b"r\xe9%d.png" % number)).write_bytes(picture.read_bytes())
+    command = [sys.executable, "-m", "kpmatch_ros.cli", "match", b"r\xe90.png", b"r\xe91.png", "--matcher", "nearest"]
+    for extra, written in ([], b"r\xe90_r\xe91_matches.png"), (["--save", b"\xe9.jpg"], b"\xe9.jpg"):
+        assert subprocess.run([*command, *extra], check=False, cwd=tmp_path).returncode == 0
+        assert cv2.imdecode(np.frombuffer((tmp_path / os.fsdecode(written)).read_bytes(), np.uint8), 1) is not None
 
 
 def test_help_does_not_wait_for_pytorch_and_opencv(tmp_path: Path) -> None:

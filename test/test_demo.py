@@ -25,7 +25,7 @@ FRAMES = 4
 
 def test_the_demo_shows_figures_close_to_the_truth_and_leaves_a_picture_the_bag_and_a_log(tmp_path: Path) -> None:
     # One test for all of it, because it starts a node.
-    command = [sys.executable, "-m", "kpmatch_ros.cli", "demo", "--out", "out", "--frames", str(FRAMES)]
+    command = [sys.executable, "-m", "kpmatch_ros.cli", "demo", "--out", "the demo", "--frames", str(FRAMES)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=280)
     assert done.returncode == 0, done.stderr
 
@@ -36,9 +36,11 @@ def test_the_demo_shows_figures_close_to_the_truth_and_leaves_a_picture_the_bag_
     matches, inliers, latency, rotation, direction = np.array(lines, float).T
     assert matches.min() > 200 and inliers.min() > 50 and latency.min() > 0
     assert rotation.max() < 0.05 and np.median(direction) < 0.5
-    assert "3 of 3 OK" in done.stdout and "out/matches.png" in done.stdout
+    assert "3 of 3 OK" in done.stdout and "the demo/matches.png" in done.stdout
 
-    out = tmp_path / "out"
+    assert "kpmatch match 'the demo/frame0.png' 'the demo/frame1.png' --save 'the demo/pair.png'" in done.stdout
+
+    out = tmp_path / "the demo"
     assert all(cv2.imread(str(out / f"frame{number}.png")).shape == (480, 640, 3) for number in (0, 1))
     picture = cv2.imread(str(out / "matches.png"))
     assert picture.shape[0] == 480 and picture.shape[1] > 1280

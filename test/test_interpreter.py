@@ -108,13 +108,16 @@ def test_without_the_environment_the_node_and_the_commands_say_so_in_one_line(tm
 def test_the_node_is_named_by_its_place_where_the_path_does_not_have_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    program = tmp_path / "lib" / "kpmatch_ros" / "matcher"
+    program = tmp_path / "a folder" / "lib" / "kpmatch_ros" / "matcher"
     program.parent.mkdir(parents=True)
     program.touch(mode=0o755)
     monkeypatch.delenv("KPMATCH_PREFIX", raising=False)
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("AMENT_PREFIX_PATH", f"/opt/none{os.pathsep}{tmp_path}")
-    assert matcher_in_shell("--ros-args") == f"{program} --ros-args"
+    monkeypatch.setenv("AMENT_PREFIX_PATH", f"/opt/none{os.pathsep}{tmp_path / 'a folder'}")
+    assert matcher_in_shell("--ros-args") == f"'{program}' --ros-args"
+    monkeypatch.setenv("KPMATCH_PREFIX", "/a checkout/tools/with_ros")
+    assert matcher_in_shell("--ros-args") == f"'/a checkout/tools/with_ros' '{program}' --ros-args"
+    monkeypatch.delenv("KPMATCH_PREFIX")
     monkeypatch.setenv("PATH", str(program.parent))
     assert matcher_in_shell("--ros-args") == "matcher --ros-args"
 

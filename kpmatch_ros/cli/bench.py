@@ -37,7 +37,7 @@ class Request:
         sizes: (width, height) in pixels that the images are brought to; the images' own where empty.
         repeats: measurements of each.
         images: a folder of pictures, in the order of their names; None for another source.
-        bag: a bag with images; without both, a synthetic camera's are taken.
+        bag: a bag with images; without both, those of the demo bag are taken.
         topic: of the images in the bag; guessed where it is empty.
         against: names from :data:`PEERS`.
         peer_precisions: the number formats of these, each measured.
@@ -81,12 +81,10 @@ def add_bench(commands: Any) -> None:
         help="per image; fewer where the image has fewer above --keypoint-threshold (default 512,1024,2048,4096, or "
         "the profile's)",
     )
-    parser.add_argument(
-        "--sizes", metavar="WxH,...", type=_sizes, default=[], help="of the images (default their own, or 640x480)"
-    )
+    parser.add_argument("--sizes", metavar="WxH,...", type=_sizes, default=[], help="of the images (default their own)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--images", metavar="FOLDER", type=Path, help="pictures, in the order of their names")
-    source.add_argument("--bag", metavar="BAG", type=Path, help="its first images; both default to synthetic ones")
+    source.add_argument("--bag", metavar="BAG", type=Path, help="its first images; without both, those of the demo bag")
     parser.add_argument("--image", metavar="TOPIC", default="", help="of the images in the bag")
     parser.add_argument(
         "--repeats", metavar="N", type=whole_number(1), default=8, help="measurements of each (default 8)"

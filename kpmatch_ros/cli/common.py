@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from kpmatch_ros.parameters import Declaration, ParameterError, declaration
+from kpmatch_ros.parameters import Declaration, ParameterError, declaration, meant
 from kpmatch_ros.shell import in_shell
 
 # PyTorch and OpenCV take seconds to import. Only the commands that need them import them, so that --help is instant.
@@ -27,12 +27,14 @@ __all__ = [
     "add_command",
     "add_parameter",
     "add_parameters",
+    "can_write_picture",
     "comma_separated",
     "image_size",
     "megabytes",
     "quiet_stderr",
     "read_image",
     "whole_number",
+    "write_picture",
 ]
 
 # The parameters that say how two images are matched; the others are the node's alone.
@@ -70,6 +72,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         # Abbreviations would change their meaning with every option added.
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does; what is left over is refused by the command whose option it would be, not by `kpmatch`."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            # `--max_keypoints` is how a parameter is spelt everywhere but here.
+            hint = meant(unknown[0].partition("=")[0], self._option_string_actions) if unknown[0][0] == "-" else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help)\n")
@@ -183,6 +194,34 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         reason = "is empty" if not data else "is no image that OpenCV reads" if whole else "is cut short"
         raise CommandError(f"{path} {reason}{', or it is damaged or cut short' if whole else ''}")
     return np.asarray(pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+
+
+def can_write_picture(path: Path) -> bool:
+    """Whether the ending of a file's name says a format that OpenCV writes."""
+    import cv2
+
+    try:
+        return path.suffix.isascii() and bool(cv2.haveImageWriter(f"picture{path.suffix}"))
+    except cv2.error:  # there is no ending
+        return False
+
+
+def write_picture(path: Path, picture: NDArray[np.uint8]) -> None:
+    """Write RGB pixels (H, W, 3) in the format that the file's ending says.
+
+    OpenCV only encodes: given a name that is not UTF-8, OpenCV 5 ends the process (a segmentation fault).
+
+    Raises:
+        OSError: when the file cannot be written.
+        CommandError: when the picture has no such format, as it is too large for it.
+    """
+    import cv2
+
+    with quiet_stderr():
+        done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    if not done:
+        raise CommandError(f"{path}: OpenCV cannot make a {path.suffix} of this picture")
+    path.write_bytes(encoded)
 
 
 @contextmanager

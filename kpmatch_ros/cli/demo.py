@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kpmatch_ros.cli.common import CommandError, add_command, whole_number
+from kpmatch_ros.cli.common import CommandError, add_command, whole_number, write_picture
 from kpmatch_ros.shell import in_shell, matcher_in_shell
 from kpmatch_ros.tables import format_table
 
@@ -125,8 +126,6 @@ def _load_ros() -> None:
 
 def _unpack(folder: Path, frames: int) -> Path:
     """The demo's frames as a bag, and the first two as picture files."""
-    import cv2
-
     from kpmatch_ros.bags.demo import demo_frames, unpack_demo_bag
     from kpmatch_ros.bags.files import BagError
 
@@ -136,7 +135,7 @@ def _unpack(folder: Path, frames: int) -> Path:
     except BagError as error:
         raise CommandError(str(error)) from error
     for number, frame in enumerate(demo_frames(2)):
-        cv2.imwrite(str(folder / f"frame{number}.png"), cv2.cvtColor(frame.image, cv2.COLOR_RGB2BGR))
+        write_picture(folder / f"frame{number}.png", frame.image)
     return bag
 
 
@@ -276,8 +275,6 @@ def _errors(pose: Any, reference: Pose, current: Pose) -> tuple[float | None, fl
 
 def _save_best_picture(path: Path, steps: list[Step], pictures: dict[int, Any]) -> Path | None:
     """The node's picture of a pair with many good matches and visible motion."""
-    import cv2
-
     from kpmatch_ros.images import to_array
     from kpmatch_ros.ros.player import nanoseconds
 
@@ -285,9 +282,7 @@ def _save_best_picture(path: Path, steps: list[Step], pictures: dict[int, Any]) 
     if not shown:
         return None
     best = max(shown, key=lambda step: step.pose.num_inliers * min(step.pose.median_parallax, 30.0))
-    picture = to_array(pictures[nanoseconds(best.matches.header.stamp)])
-    if not cv2.imwrite(str(path), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)):
-        raise CommandError(f"{path} could not be written")
+    write_picture(path, to_array(pictures[nanoseconds(best.matches.header.stamp)]))
     return path
 
 
@@ -329,14 +324,14 @@ def _print_results(steps: list[Step], bag: Path, picture: Path | None, elapsed: 
         node = "ros2 launch kpmatch_ros matcher.launch.py image:=/camera/image_raw camera_info:=/camera/camera_info"
     else:
         node = matcher_in_shell("--ros-args -r image:=/camera/image_raw -r camera_info:=/camera/camera_info")
-    first, second = bag.parent / "frame0.png", bag.parent / "frame1.png"
+    first, second, pair = (shlex.quote(str(bag.parent / f"{name}.png")) for name in ("frame0", "frame1", "pair"))
     print(
         f"""
 What next:
 check this machine
   {in_shell("kpmatch doctor")}
 match two image files
-  {in_shell(f"kpmatch match {first} {second} --save {bag.parent / 'pair.png'}")}
+  {in_shell(f"kpmatch match {first} {second} --save {pair}")}
 start the node for a camera of your own
   {node}"""
     )

@@ -15,9 +15,10 @@ from kpmatch_ros.cli.common import (
     CommandError,
     add_command,
     add_parameters,
+    can_write_picture,
     comma_separated,
-    quiet_stderr,
     read_image,
+    write_picture,
 )
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.shell import in_shell
@@ -227,21 +228,13 @@ def _pose_of(pair: Pair) -> list[str]:
 
 def _check_picture_file(path: Path) -> None:
     """Before the work rather than after it."""
-    import cv2
-
-    try:
-        known = cv2.haveImageWriter(str(path))
-    except cv2.error:
-        known = False
-    if not known:
+    if not can_write_picture(path):
         raise CommandError(f"--save {path}: pictures are written as .png or .jpg")
     if not path.resolve().parent.is_dir():
         raise CommandError(f"--save {path}: there is no folder {path.parent}")
 
 
 def _save_picture(path: Path, pair: Pair) -> None:
-    import cv2
-
     from kpmatch_ros.drawing import draw_matches
 
     picture = draw_matches(
@@ -253,7 +246,4 @@ def _save_picture(path: Path, pair: Pair) -> None:
         pair.pose.inliers,
         f"matches {_figures_of(pair)}",
     )
-    with quiet_stderr():
-        saved = cv2.imwrite(str(path), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    if not saved:
-        raise CommandError(f"{path}: the picture could not be written; --save FILE names another place")
+    write_picture(path, picture)
