@@ -14,18 +14,33 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kpmatch_ros.feature_matcher import FeatureMatcher, Features, Matches
+    from kpmatch_ros.feature_matcher import FeatureMatcher
+    from kpmatch_ros.features import Features, Matches
     from kpmatch_ros.front_end import FrontEnd
+    from kpmatch_ros.geometry.camera import Camera
+    from kpmatch_ros.geometry.stereo_camera import StereoCamera
     from kpmatch_ros.parameters import ParameterError, Parameters
     from kpmatch_ros.weights import WeightsError
 
-__all__ = ["FeatureMatcher", "Features", "FrontEnd", "Matches", "ParameterError", "Parameters", "WeightsError"]
+__all__ = [
+    "Camera",
+    "FeatureMatcher",
+    "Features",
+    "FrontEnd",
+    "Matches",
+    "ParameterError",
+    "Parameters",
+    "StereoCamera",
+    "WeightsError",
+]
 __version__ = "0.2.0"
 
 _HOME = {
+    "Camera": "geometry.camera",
+    "StereoCamera": "geometry.stereo_camera",
     "FeatureMatcher": "feature_matcher",
-    "Features": "feature_matcher",
-    "Matches": "feature_matcher",
+    "Features": "features",
+    "Matches": "features",
     "FrontEnd": "front_end",
     "ParameterError": "parameters",
     "Parameters": "parameters",

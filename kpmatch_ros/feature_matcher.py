@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from kpmatch_ros import weights
 from kpmatch_ros.colour import grey_levels, in_memory_order, resize
 from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, batch_is_small
 from kpmatch_ros.device import choose_device, choose_precision, has_tiles
+from kpmatch_ros.features import Features, Matches, on_device, to_numpy
 from kpmatch_ros.images import ImageError
 from kpmatch_ros.masks import fit, shrink_or_enlarge
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint, XFeat
@@ -33,8 +34,6 @@ from kpmatch_ros.parameters import ParameterError, Parameters
 
 __all__ = ["FeatureMatcher", "Features", "Matches"]
 
-Array = Tensor | np.ndarray
-
 Extractor = SuperPoint | ALIKED | DISK | XFeat
 Matcher = LightGlue | SuperGlue | NearestNeighbour
 
@@ -46,72 +45,11 @@ LARGEST_IMAGE = 3840 * 2176  # pixels: SuperPoint's first layers take 6 GB of me
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as OpenCV and the authors of SuperPoint convert colour to grey
 
 
-@dataclass(frozen=True)
-class Features:
-    """Keypoints of one image and their descriptors.
-
-    Attributes:
-        keypoints: (N, 2) float32 x, y in pixels of the image given; the centre of the top-left pixel is (0, 0).
-        scores: (N,) float32 detection scores, best first.
-        descriptors: (N, D) float32 unit vectors.
-        size: width and height of the image, pixels.
-    """
-
-    keypoints: Array
-    scores: Array
-    descriptors: Array
-    size: tuple[int, int]
-
-    def __len__(self) -> int:
-        return len(self.keypoints)
-
-    def numpy(self) -> Features:
-        """The same with NumPy arrays."""
-        keypoints, scores, descriptors = all_to_numpy(self.keypoints, self.scores, self.descriptors)
-        return replace(self, keypoints=keypoints, scores=scores, descriptors=descriptors)
-
-
-@dataclass(frozen=True)
-class Matches:
-    """Which keypoints of two images show the same point.
-
-    Attributes:
-        indices: (M, 2) int64, indices into the features of image 0 and of image 1.
-        scores: (M,) float32 in [0, 1].
-        layers: transformer layers run before the matcher was sure; 0 where that has no meaning.
-        assignment: for every keypoint of both images its match or none, its score, and after how many layers it was
-            pruned; of a batch of one pair.
-    """
-
-    indices: Array
-    scores: Array
-    layers: int
-    assignment: Assignment
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def numpy(self) -> Matches:
-        """The same with NumPy arrays."""
-        indices, scores, *assignment = all_to_numpy(self.indices, self.scores, *self.assignment)
-        return replace(self, indices=indices, scores=scores, assignment=Assignment(*assignment))  # type: ignore[arg-type]
-
-
-def to_numpy(array: Array) -> np.ndarray:
-    """The array itself, or a tensor's content from any device."""
-    return array.cpu().numpy() if isinstance(array, Tensor) else array
-
-
-def all_to_numpy(*arrays: Array) -> list[np.ndarray]:
-    """As :func:`to_numpy`; a GPU is waited for once."""
-    begun = [array.to("cpu", non_blocking=True) if isinstance(array, Tensor) else array for array in arrays]
-    for device in {array.device for array in arrays if isinstance(array, Tensor) and array.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()
-    return [to_numpy(array) for array in begun]
-
-
 class FeatureMatcher:
     """Extracts and matches features.
+
+    Several threads may use one. It can be copied and pickled. After a fork, OpenMP's threads are missing and PyTorch
+    waits for them without end: where more than one thread has computed, begin processes by "spawn".
 
     Args:
         parameters: a set of parameters; the defaults where not given.
@@ -360,20 +298,9 @@ class FeatureMatcher:
     def _batch(self, features: Sequence[Features]) -> ImageFeatures:
         """Features of several images, padded to the same number; without a mask where none needed padding."""
         expected = getattr(self.matcher, "input_dim", None)
-        for item in features:
-            if not isinstance(item, Features):
-                raise TypeError(
-                    f"there is a {type(item).__name__} to match; match takes Features, as extract gives them"
-                )
-            if item.descriptors.ndim != 2 or expected not in (None, item.descriptors.shape[1]):
-                raise ValueError(
-                    f"the descriptors are of shape {tuple(item.descriptors.shape)}; the matcher "
-                    f"{self.parameters.matcher} takes (N, {expected or 'D'}): extract them with the extractor it was "
-                    "made for"
-                )
+        given = [on_device(item, self.device, expected, self.parameters.matcher) for item in features]
 
-        def padded(arrays: list[Array]) -> Tensor:
-            tensors = [torch.as_tensor(array, device=self.device) for array in arrays]
+        def padded(tensors: list[Any]) -> Tensor:
             return tensors[0][None] if len(tensors) == 1 else pad_sequence(tensors, batch_first=True)
 
         mask = None
@@ -381,11 +308,11 @@ class FeatureMatcher:
             counts = self._send(torch.tensor([len(item) for item in features]))
             mask = torch.arange(max(map(len, features)), device=self.device) < counts[:, None]
         return ImageFeatures(
-            keypoints=padded([item.keypoints for item in features]),
-            descriptors=padded([item.descriptors for item in features]),
-            size=self._send(torch.tensor([item.size for item in features])),
+            keypoints=padded([item.keypoints for item in given]),
+            descriptors=padded([item.descriptors for item in given]),
+            size=self._send(torch.tensor([item.size for item in given])),
             mask=mask,
-            scores=padded([item.scores for item in features]),
+            scores=padded([item.scores for item in given]),
         )
 
     def _load_extractor(self) -> Extractor:

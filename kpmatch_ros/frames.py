@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from kpmatch_ros.feature_matcher import Features, to_numpy
+from kpmatch_ros.features import Features, to_numpy
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import RelativePose
 from kpmatch_ros.geometry.refinement import normalize_contrast
@@ -15,10 +17,19 @@ from kpmatch_ros.geometry.stereo_agreement import StereoAgreement
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.tracks import NOT_DETECTED
 
-__all__ = ["Frame", "ImagePair", "Pair", "Result", "RightImage", "StereoPair"]
+__all__ = [
+    "Frame",
+    "GivenFrame",
+    "ImagePair",
+    "Pair",
+    "Result",
+    "RightImage",
+    "StereoPair",
+    "check_camera",
+]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RightImage:
     """What a stereo frame keeps of its right image.
 
@@ -47,7 +58,7 @@ class RightImage:
         return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Frame:
     """One image and what is kept of it for as long as it serves as the reference.
 
@@ -55,7 +66,7 @@ class Frame:
         number: of the frame, counted from the front end's beginning; a right image has that of its left one. Stamps may
             repeat, or be zero: what is known of a frame is kept under its number.
         stamp: time of the image, nanoseconds.
-        image: the pixels, uint8 grey (H, W) or RGB (H, W, 3).
+        image: the pixels as they were given, not a copy: uint8 grey (H, W) or RGB (H, W, 3).
         frame_id: the camera's optical frame.
         camera: its calibration; None where there is none.
         features: on the device.
@@ -97,7 +108,7 @@ class Frame:
         return to_numpy(self.features.descriptors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImagePair:
     """Two images that were matched: M matches, parallel arrays.
 
@@ -142,7 +153,7 @@ class ImagePair:
         return self.num_inliers / len(self.indices) if len(self.indices) else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pair(ImagePair):
     """A frame matched with its reference.
 
@@ -165,7 +176,7 @@ class Pair(ImagePair):
         return self.pose.num_inliers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StereoPair(ImagePair):
     """A left image, the reference, matched with its right image.
 
@@ -194,7 +205,7 @@ class StereoPair(ImagePair):
         return self.agreement.num_inliers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Result:
     """What came of one frame.
 
@@ -207,3 +218,64 @@ class Result:
     frame: Frame
     pair: Pair | None
     stereo: StereoPair | None
+
+
+@dataclass(frozen=True, eq=False)
+class GivenFrame:
+    """What somebody gave to be registered, with NumPy arrays and whole numbers.
+
+    Attributes:
+        images: one, or the left and the right one.
+        stamps: of each image, nanoseconds.
+        cameras: calibration of each image's camera; None where there is none.
+        frame_ids: of each image.
+        masks: of each image; None where there is none.
+    """
+
+    images: list[Any]
+    stamps: list[int]
+    cameras: tuple[Camera | None, Camera | None]
+    frame_ids: tuple[str, ...]
+    masks: list[Any]
+
+    @classmethod
+    def of(cls, images: Any, stamps: Any, camera: Any, frame_ids: Any, masks: Any) -> GivenFrame:
+        """From the arguments of :meth:`kpmatch_ros.front_end.FrontEnd.register`, which says what it raises."""
+        if len(images) not in (1, 2) or len(stamps) != len(images):
+            raise ValueError(f"a frame is one image or two, each with a stamp, not {len(images)} and {len(stamps)}")
+        for name, given in (("masks", masks), ("frame_ids", frame_ids)):
+            if len(given) < len(images):
+                raise ValueError(f"there are {len(images)} images and {len(given)} {name}: each image has its own")
+        if isinstance(frame_ids, str):
+            raise TypeError(f"frame_ids is {frame_ids!r}; it must be a list of names, one for each image")
+        both = (camera.left, camera.right) if isinstance(camera, StereoCamera) else (check_camera(camera), None)
+        if camera is not None and isinstance(camera, StereoCamera) != (len(images) == 2):
+            raise ValueError(f"a {type(camera).__name__} is no calibration for {len(images)} image(s)")
+        return cls(
+            images=[to_numpy(image) for image in images],
+            stamps=[_nanoseconds(stamp) for stamp in stamps],
+            cameras=both,
+            frame_ids=tuple(frame_ids[: len(images)]),
+            masks=[to_numpy(mask) for mask in masks[: len(images)]],
+        )
+
+
+def check_camera(camera: Any) -> Camera | None:
+    """The camera, or None for none.
+
+    Raises:
+        TypeError: it is something else, as a matrix or a message.
+    """
+    if camera is not None and not isinstance(camera, Camera):
+        raise TypeError(
+            f"the camera is a {type(camera).__name__}; kpmatch_ros.Camera(width, height, matrix) makes one, and of a "
+            "CameraInfo Camera.from_camera_info(info, rectified=...)"
+        )
+    return camera
+
+
+def _nanoseconds(stamp: Any) -> int:
+    try:
+        return operator.index(stamp)
+    except TypeError:
+        raise TypeError(f"a stamp is {stamp!r}; stamps are whole numbers of nanoseconds") from None

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from kpmatch_ros.feature_matcher import FeatureMatcher, Features, to_numpy
-from kpmatch_ros.frames import Frame, Pair, Result, RightImage, StereoPair
+from kpmatch_ros.feature_matcher import FeatureMatcher
+from kpmatch_ros.features import Features, to_numpy
+from kpmatch_ros.frames import Frame, GivenFrame, Pair, Result, RightImage, StereoPair, check_camera
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.refinement import INDEPENDENT_POINTS, REFINED_RESOLUTION, refine
@@ -38,8 +39,9 @@ class FrontEnd:
     Each image is described once: it serves as current first, and as reference later.
 
     Args:
-        parameters: the defaults where not given. Some may change between two frames, see :meth:`configure`.
-        matcher: the networks; loaded as the parameters say where not given.
+        parameters: those of the matcher, or the defaults, where not given. Some may change between two frames, see
+            :meth:`configure`.
+        matcher: the networks, which take over the parameters that may change; loaded where not given.
 
     Raises:
         ParameterError: when a mask cannot be read, or as :class:`FeatureMatcher`.
@@ -52,9 +54,10 @@ class FrontEnd:
     """
 
     def __init__(self, parameters: Parameters | None = None, matcher: FeatureMatcher | None = None) -> None:
-        self.parameters = parameters or Parameters()
+        self.parameters = parameters or (Parameters() if matcher is None else matcher.parameters)
         self._masks = load_masks(self.parameters)  # of the left and the right camera
         self.matcher = matcher or FeatureMatcher(self.parameters)
+        self.matcher.configure(self.parameters)
         self.reference: Frame | None = None
         self._last_stamp: int | None = None
         self._last_frame_ids: tuple[str, ...] = ()
@@ -90,9 +93,9 @@ class FrontEnd:
         """Match a frame with the reference and estimate how the camera moved in between.
 
         Args:
-            images: one, or the left and the right one, uint8 grey (H, W) or RGB (H, W, 3). Two of one size go through
-                the network together.
-            stamps: time of each image, nanoseconds.
+            images: one, or the left and the right one, uint8 grey (H, W) or RGB (H, W, 3), as NumPy arrays or tensors.
+                Two of one size go through the network together.
+            stamps: time of each image, whole nanoseconds.
             camera: calibration of the camera, or of the pair. Without one, poses have the status NO_CALIBRATION.
             frame_ids: names of the cameras' optical frames.
             masks: of each image, uint8 or bool, 0 where nothing is to be detected; None where there is none. They hold
@@ -100,21 +103,14 @@ class FrontEnd:
 
         Raises:
             ValueError: when there are more than two images, or the calibration, masks or names are not of as many, or a
-                mask has another shape or type.
+                mask has another shape or type; or as :meth:`FeatureMatcher.extract`.
+            TypeError: when a stamp, the calibration or the names are of another type.
         """
-        if len(images) not in (1, 2) or len(stamps) != len(images):
-            raise ValueError(f"a frame is one image or two, each with a stamp, not {len(images)} and {len(stamps)}")
-        for name, given in (("masks", masks), ("frame_ids", frame_ids)):
-            if len(given) < len(images):
-                raise ValueError(f"there are {len(images)} images and {len(given)} {name}: each image has its own")
-        if camera is not None and isinstance(camera, StereoCamera) != (len(images) == 2):
-            raise ValueError(f"a {type(camera).__name__} is no calibration for {len(images)} image(s)")
-        frame_ids = tuple(frame_ids[: len(images)])
-        if self.interruption(stamps[0], frame_ids):
+        given = GivenFrame.of(images, stamps, camera, frame_ids, masks)
+        if self.interruption(given.stamps[0], given.frame_ids):
             self.reset()
-        self._last_stamp, self._last_frame_ids = stamps[0], frame_ids
-        cameras = (camera.left, camera.right) if isinstance(camera, StereoCamera) else (camera, None)
-        described = self._describe(images, stamps, cameras, frame_ids, masks)
+        self._last_stamp, self._last_frame_ids = given.stamps[0], given.frame_ids
+        described = self._describe(given)
         current, stereo = described[0], None
         both_cameras = camera if isinstance(camera, StereoCamera) else None
         linked = self._link(current)
@@ -172,6 +168,8 @@ class FrontEnd:
         """Estimate the pose of the current frame, and decide if it becomes the reference."""
         reference, self.reference = self.reference, self.reference or current
         if reference is None or linked is None:
+            if self.parameters.refine or current.camera is not None:
+                self._view(current)  # now: the next image may come in the memory of this one
             return None
         links, started = linked.links, time.perf_counter()
         pose = self.estimate_pose(reference, current, links)
@@ -311,13 +309,14 @@ class FrontEnd:
 
         Raises:
             FeatureError: features or calibration cannot be used. It is a ValueError.
+            TypeError: a calibration is no camera.
         """
         frames = []
         given = zip(("reference_features", "features"), (reference, current), cameras, stamps, frame_ids)
         for name, features, camera, stamp, frame_id in given:
             size, most = self.matcher.extractor.descriptor_size, self.parameters.max_keypoints
             checked = check_features(features, name, size, most)
-            frames.append(frame_without_image(checked, name, camera, stamp, frame_id))
+            frames.append(frame_without_image(checked, name, check_camera(camera), stamp, frame_id))
         indices, scores, layers, match_ms = self._match(frames[0], frames[1])
         points = [frame.keypoints[side] for frame, side in zip(frames, indices.T)]
         pose = estimate_relative_pose(
@@ -363,23 +362,16 @@ class FrontEnd:
             return f"no frame was processed for {elapsed:.3f} s, more than max_gap"
         return ""
 
-    def _describe(
-        self,
-        images: Sequence[np.ndarray],
-        stamps: Sequence[int],
-        cameras: Sequence[Camera | None],
-        frame_ids: Sequence[str],
-        masks: Sequence[np.ndarray | None],
-    ) -> list[Frame]:
+    def _describe(self, given: GivenFrame) -> list[Frame]:
         started = time.perf_counter()
         allowed = [
             both(*(None if mask is None else fit(mask, image.shape[1], image.shape[0]) for mask in (always, now)))
-            for image, always, now in zip(images, self._masks, masks)
+            for image, always, now in zip(given.images, self._masks, given.masks)
         ]
-        found = self.matcher.extract_batch(images, allowed)
+        found = self.matcher.extract_batch(given.images, allowed)
         keypoints = [to_numpy(features.keypoints) for features in found]  # also waits for the device
         self._next_number += 1
-        extract_ms = _milliseconds_since(started) / len(images)
+        extract_ms = _milliseconds_since(started) / len(found)
         return [
             Frame(
                 number=self._next_number,
@@ -394,7 +386,7 @@ class FrontEnd:
                 mask=mask,
             )
             for image, stamp, camera, frame_id, features, points, mask in zip(
-                images, stamps, cameras, frame_ids, found, keypoints, allowed
+                given.images, given.stamps, given.cameras, given.frame_ids, found, keypoints, allowed
             )
         ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kpmatch_ros.feature_matcher import Features, to_numpy
+from kpmatch_ros.features import Features, to_numpy
 from kpmatch_ros.frames import Frame
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.images import MAX_SIDE

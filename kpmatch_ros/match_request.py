@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kpmatch_ros import messages
-from kpmatch_ros.feature_matcher import Features
+from kpmatch_ros.features import Features
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.kept_features import FeatureError

@@ -26,6 +26,9 @@ class InOrder:
     def __init__(self, *points: np.ndarray) -> None:
         self._points = iter(points)
 
+    def configure(self, parameters: Parameters) -> None:
+        """There is nothing to change."""
+
     def extract_batch(self, images: Any, masks: Any) -> list[Features]:
         """The points of the next image."""
         points = next(self._points).astype(np.float32)

@@ -262,6 +262,9 @@ class Told:
     def __init__(self, frames: list[np.ndarray], matched: list[range]) -> None:
         self.frames, self.matched = iter(frames), iter(matched)
 
+    def configure(self, parameters: Parameters) -> None:
+        pass
+
     def extract_batch(self, images: Any, *_: Any) -> list[Features]:
         points = torch.from_numpy(next(self.frames).astype(np.float32))
         scores, descriptors = torch.ones(len(points)), torch.zeros((len(points), 2))

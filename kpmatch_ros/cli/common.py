@@ -221,7 +221,7 @@ def write_picture(path: Path, picture: NDArray[np.uint8]) -> None:
         done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     if not done:
         raise CommandError(f"{path}: OpenCV cannot make a {path.suffix} of this picture")
-    path.write_bytes(encoded)
+    path.write_bytes(encoded.tobytes())
 
 
 @contextmanager

@@ -1,0 +1,178 @@
+"""The Python API in programs of others: features from files and messages, images of torch, one network for several."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import kpmatch_ros
+from kpmatch_ros import Camera, FeatureMatcher, Features, FrontEnd, Matches, Parameters
+
+Image = NDArray[np.uint8]
+PARAMETERS = Parameters(device="cpu", precision="float32", max_keypoints=200)
+HEIGHT, WIDTH = 120, 160
+CAMERA = Camera(WIDTH, HEIGHT, np.array([[150.0, 0, 79.5], [0, 150.0, 59.5], [0, 0, 1]]))
+
+
+@pytest.fixture(scope="module")
+def matcher() -> FeatureMatcher:
+    return FeatureMatcher(PARAMETERS)
+
+
+@pytest.fixture(scope="module")
+def images(texture: Callable[..., Image]) -> list[Image]:
+    """Two views of a textured plane, moved by 9 pixels."""
+    wide = texture(HEIGHT, WIDTH + 20, 4)
+    return [np.ascontiguousarray(wide[:, x : x + WIDTH]) for x in (0, 9)]
+
+
+@pytest.fixture(scope="module")
+def features(matcher: FeatureMatcher, images: list[Image]) -> list[Features]:
+    return [features.numpy() for features in matcher.extract_batch(images)]
+
+
+@pytest.fixture(scope="module")
+def expected(matcher: FeatureMatcher, features: list[Features]) -> Matches:
+    return matcher.match(*features).numpy()
+
+
+# Features that somebody kept
+
+
+def arrays(features: Features, change: Callable[[Any], Any]) -> Features:
+    return replace(
+        features,
+        keypoints=change(features.keypoints),
+        scores=change(features.scores),
+        descriptors=change(features.descriptors),
+    )
+
+
+def read_only(array: Any) -> Any:
+    return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)  # as of a message, or of a file
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        read_only,
+        np.asfortranarray,
+        lambda array: array.astype(np.float64),
+        lambda array: array.astype(">f4"),
+        lambda array: array.tolist(),
+        lambda array: array[::-1].copy()[::-1],
+        lambda array: torch.from_numpy(array.copy()).double(),
+        lambda array: pickle.loads(pickle.dumps(torch.from_numpy(array.copy()))),
+    ],
+    ids=["read-only", "columns", "float64", "big-endian", "lists", "reversed", "tensors", "pickled"],
+)
+def test_features_match_however_they_were_kept(
+    matcher: FeatureMatcher, features: list[Features], expected: Matches, change: Callable[[Any], Any]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = matcher.match(arrays(features[0], change), arrays(features[1], change)).numpy()
+    assert len(expected) > 50
+    assert np.array_equal(found.indices, expected.indices) and np.array_equal(found.scores, expected.scores)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"descriptors": np.ones((10, 128), np.float32)}, r"keypoints are of shape \(\d+, 2\) in place of \(10, 2\)"),
+        ({"keypoints": np.ones((10, 2))}, r"keypoints are of shape \(10, 2\)"),
+        ({"keypoints": np.ones((200, 3))}, r"keypoints are of shape \(200, 3\)"),
+        ({"scores": np.ones(10)}, r"scores are of shape \(10,\)"),
+        ({"size": (0, 0)}, "0 x 0 pixels"),
+    ],
+)
+def test_features_that_disagree_in_number_are_refused(
+    matcher: FeatureMatcher, features: list[Features], changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        matcher.match(replace(features[0], **changes), features[1])
+
+
+def test_what_was_found_can_be_looked_for_in_a_list(
+    matcher: FeatureMatcher, features: list[Features], images: list[Image]
+) -> None:
+    front_end = FrontEnd(PARAMETERS, matcher)
+    results = [front_end.register([image], [stamp], CAMERA) for stamp, image in enumerate(images)]
+    pair = results[1].pair
+    assert pair is not None
+    for kept in (features, results, [results[0].frame, results[1].frame], [None, pair], [None, expected]):
+        assert kept.index(kept[1]) == 1 and len(set(map(id, kept))) == len(set(kept))  # type: ignore[arg-type]
+
+
+# A front end
+
+
+def registered(front_end: FrontEnd, images: list[Any], stamps: Any = (0, 10**8), **options: Any) -> Any:
+    for image, stamp in zip(images, stamps):
+        result = front_end.register([image], [stamp], CAMERA, **options)
+    return result.pair
+
+
+def test_a_front_end_takes_the_parameters_of_the_networks_it_is_given(images: list[Image]) -> None:
+    few = FeatureMatcher(PARAMETERS, max_keypoints=40)
+    assert FrontEnd(matcher=few).parameters.max_keypoints == 40
+    other = FrontEnd(PARAMETERS.replace({"max_keypoints": 30}), few)
+    assert len(other.register(images[:1], [0]).frame.keypoints) == 30
+
+
+def test_a_front_end_takes_images_and_masks_of_torch(matcher: FeatureMatcher, images: list[Image]) -> None:
+    tensors = [torch.from_numpy(np.dstack([image] * 3)) for image in images]
+    found = registered(FrontEnd(PARAMETERS, matcher), tensors, masks=[torch.ones(HEIGHT, WIDTH, dtype=torch.bool)])
+    plain = registered(FrontEnd(PARAMETERS, matcher), [tensor.numpy() for tensor in tensors])
+    assert len(plain.points) > 50 and np.array_equal(found.points, plain.points)
+
+
+def test_the_next_image_may_come_in_the_memory_of_the_one_before(matcher: FeatureMatcher, images: list[Image]) -> None:
+    plain = registered(FrontEnd(PARAMETERS, matcher), images)
+    front_end, memory = FrontEnd(PARAMETERS, matcher), np.empty_like(images[0])
+    for stamp, image in enumerate(images):
+        memory[:] = image
+        result = front_end.register([memory], [stamp * 10**8], CAMERA)
+    assert result.pair is not None and np.array_equal(result.pair.points, plain.points)
+
+
+@pytest.mark.parametrize("stamps", [np.array([5, 10**8], np.uint64), np.array([5, 10**8])])
+def test_stamps_of_numpy_are_whole_numbers(matcher: FeatureMatcher, images: list[Image], stamps: Any) -> None:
+    front_end = FrontEnd(PARAMETERS, matcher)
+    assert registered(front_end, images, stamps) is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert front_end.register([images[0]], [stamps[0]]).pair is None  # time went back
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"stamps": [0.1]}, "a stamp is 0.1; stamps are whole numbers of nanoseconds"),
+        ({"stamps": [None]}, "a stamp is None"),
+        ({"camera": np.eye(3)}, r"the camera is a ndarray; kpmatch_ros.Camera\(width, height, matrix\) makes one"),
+        ({"frame_ids": "camera"}, "frame_ids is 'camera'"),
+    ],
+)
+def test_what_a_front_end_cannot_take_is_named(
+    matcher: FeatureMatcher, images: list[Image], given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(TypeError, match=said):
+        FrontEnd(PARAMETERS, matcher).register(images[:1], **{"stamps": [0], **given})
+
+
+def test_features_are_not_matched_with_what_is_no_camera(matcher: FeatureMatcher, features: list[Features]) -> None:
+    with pytest.raises(TypeError, match="the camera is a ndarray"):
+        FrontEnd(PARAMETERS, matcher).match_features(*features, cameras=(CAMERA, np.eye(3)))  # type: ignore[arg-type]
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(kpmatch_ros, name).__name__ == name for name in kpmatch_ros.__all__)
