@@ -31,8 +31,8 @@ def with_numpy(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any
         return call(*arguments, **options)
 
 
-def build(library: Path, *options: str, sources: list[Path] = SOURCES) -> subprocess.CompletedProcess[str]:
+def build(library: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Build the library from its sources by the compiler that is there."""
-    files = [each for each in sources if each.suffix == ".c"]
+    files = [each for each in SOURCES if each.suffix == ".c"]
     words = ["cc", "-std=c99", *options, "-shared", "-fPIC", "-o", library, *files, "-lm"]
     return subprocess.run(words, capture_output=True, text=True)

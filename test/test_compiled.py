@@ -202,7 +202,7 @@ def test_nothing_that_c_leaves_undefined_is_done_whatever_is_given(tmp_path: Pat
     if build(library, "-O1", "-fopenmp-simd", *undefined).returncode:
         pytest.skip("the compiler has no such sanitizers")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    program = [sys.executable, ROOT / "test" / "geometry_fuzz.py", "150", library]
+    program = [sys.executable, ROOT / "test" / "geometry_fuzz.py", "100", library]
     ran = subprocess.run(program, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert not ran.returncode, ran.stderr
 

@@ -20,6 +20,7 @@ from sensor_msgs.msg import Image
 from node_harness import NodeUnderTest, running_node
 
 WIDTH, HEIGHT = 128, 96
+KILLS = 12  # at moments chosen at random
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def test_a_killed_node_publishes_again_once_started_and_subscribers_stay(
     network = {"extractor": folder, "matcher": folder, "max_keypoints": 60}
     with running_node(tmp_path, calibrated=False, discovery_range="SUBNET", queue="latest", **network) as node:
         seconds = 0.0
-        for restart in range(21):
+        for restart in range(KILLS + 1):
             node.matches.clear()
 
             def frame_is_matched() -> bool:
@@ -161,7 +162,7 @@ def test_a_killed_node_publishes_again_once_started_and_subscribers_stay(
             end = time.monotonic() + 0.5 * random.random()
             while time.monotonic() < end:
                 frame_is_matched()
-            if restart < 20:
+            if restart < KILLS:
                 node.restart(signal.SIGKILL)
         assert node.stop() == 0
 

@@ -1,8 +1,12 @@
-"""Ten thousand broken, odd and valid messages: none ends the node, publishes NaN, or costs a good frame after it."""
+"""Broken, odd and valid messages by the thousand: none ends the node, publishes NaN, or costs a good frame after it.
+
+MESSAGES are sent, in every run the same ones. The variable KPMATCH_FUZZ names a larger number: 10,000 take a minute.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ from kpmatch_ros.images import LAYOUTS
 from kpmatch_ros.msg import MatchArray, RelativePose
 from node_harness import NodeUnderTest, running_node
 
-MESSAGES = 10_000
+MESSAGES = int(os.environ.get("KPMATCH_FUZZ", "4000"))
 BATCH = 250  # between two checks that a good frame is processed
 
 # Every name in sensor_msgs/image_encodings, and what no camera should ever send.
@@ -164,7 +168,7 @@ def figures_add_up(node: NodeUnderTest) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_ten_thousand_messages_of_any_kind_do_no_harm(
+def test_thousands_of_messages_of_any_kind_do_no_harm(
     tmp_path: Path, random_folder: Callable[..., Path], texture: Any
 ) -> None:
     rng = np.random.default_rng(2026)
@@ -189,7 +193,7 @@ def test_ten_thousand_messages_of_any_kind_do_no_harm(
         assert set(reasons) == expected, node.log
         assert min(reasons.values()) > 20
         assert int(figures["frames processed"]) > sent / 5
-        assert calibrations > 500
+        assert calibrations > MESSAGES / 20
         assert "Traceback" not in node.log
         assert node.stop() == 0
 

@@ -282,13 +282,14 @@ def test_the_matches_of_a_sequence(make: Make, way: tuple[str, str], film: list[
     matchers = [make(*way, recorded=recorded, depth_confidence=confidence) for recorded in (True, False)]
     fronts = [FrontEnd(matcher.parameters, matcher) for matcher in matchers]
     shares, layers = [], []
-    for i, image in enumerate(film[:8]):
+    frames = 8 if way[0] == "cuda" else 4  # what imitates recordings computes everything twice
+    for i, image in enumerate(film[:frames]):
         pairs = [front.register_frame(image, i * 100_000_000)[1] for front in fronts]
         if None not in pairs and i > 0:
             shares.append(share_in_common(*pairs))  # type: ignore[arg-type]
             layers.append(tuple(pair.layers for pair in pairs))  # type: ignore[union-attr]
             assert len(pairs[0].indices) > 20  # type: ignore[union-attr]
-    assert len(shares) == 7
+    assert len(shares) == frames - 1
     assert np.mean(shares) > (0.99 if way[1] == "float32" else 0.8)
     if way[1] == "float32":
         assert all(ours == theirs for ours, theirs in layers)
@@ -309,7 +310,7 @@ def test_a_stereo_pair(make: Make, way: tuple[str, str], film: list[Image]) -> N
 
 
 @pytest.mark.parametrize("confidence", [-1.0, 0.6])
-@pytest.mark.parametrize("pairs", [2, 3, 6])
+@pytest.mark.parametrize("pairs", [2, 6])  # by recordings one by one, and together
 def test_pairs_of_a_batch_match_as_by_themselves(
     make: Make, way: tuple[str, str], film: list[Image], pairs: int, confidence: float
 ) -> None:

@@ -110,7 +110,7 @@ def truth(bag: Path) -> dict[int, tuple[Rotation, np.ndarray]]:
 
 
 # ONNX Runtime takes three seconds of a processor for a frame, and what it finds is compared with PyTorch's below.
-@pytest.mark.parametrize(("backend", "most"), [("torch", None), ("onnxruntime", 4)], ids=["torch", "onnxruntime"])
+@pytest.mark.parametrize(("backend", "most"), [("torch", None), ("onnxruntime", 3)], ids=["torch", "onnxruntime"])
 def test_poses_of_a_camera_walk_agree_with_the_truth(
     tmp_path: Path, demo_bag: Path, backend: str, most: int | None
 ) -> None:

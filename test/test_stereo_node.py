@@ -230,8 +230,6 @@ def test_what_is_newly_wrong_is_told_before_the_next_regular_diagnostics(tmp_pat
         for number, (reason, changes) in enumerate(
             {
                 "the baseline is zero": {"baseline": 0.0},
-                "left and right are swapped": {"baseline": -BASELINE},
-                "its calibration is for 640x480": {"size": (640, 480)},
                 "left and right images are swapped": {"swapped": True},
                 "the stamps went back by": {"seconds": 5.0},
             }.items()
@@ -244,8 +242,8 @@ def test_what_is_newly_wrong_is_told_before_the_next_regular_diagnostics(tmp_pat
         # Regular ones are a second apart, but for one after a pause of the machine. An early one divides a second.
         stamps = [stamp_of(array.header) for array in node.diagnostics]
         early = sum(max(0.0, 1 - (later - sooner)) for sooner, later in pairwise(stamps))
-        assert early >= 2, stamps
-        assert [pose.status for pose in node.poses] == [RelativePose.NO_CALIBRATION] * 4 + [RelativePose.INTERRUPTED]
+        assert early >= 1, stamps
+        assert [pose.status for pose in node.poses] == [RelativePose.NO_CALIBRATION] * 2 + [RelativePose.INTERRUPTED]
 
 
 def test_a_slow_camera_that_falls_silent_is_named_after_one_image_of_the_other(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from kpmatch_ros import weights
 
@@ -284,8 +283,13 @@ def build_from(cls: type[Model], read: Checkpoint, options: Mapping[str, Any]) -
     config = {key: value for key, value in config.items() if key in network.DEFAULTS and value is not None}
     _check_config(checkpoint, network, config)
     with _explained(checkpoint.source, network.MODEL_TYPE), torch.device("meta"):
-        expected = cls(**config).state_dict()  # without memory: the file may declare a network of any size
-    given = {name: tensor.to(torch.float32) for name, tensor in checkpoint.tensors.items() if name in expected}
+        model = cls(**config)  # without memory: the file may declare a network of any size
+    expected = model.state_dict()
+    given = {
+        name: tensor.to(expected[name].dtype, copy=True).contiguous()
+        for name, tensor in checkpoint.tensors.items()
+        if name in expected
+    }
     problems = [f"{name} is missing" for name in expected if name not in given]
     problems += [f"{name} is unknown" for name in checkpoint.tensors if name not in expected]
     problems += [
@@ -300,20 +304,8 @@ def build_from(cls: type[Model], read: Checkpoint, options: Mapping[str, Any]) -
         )
     if not all(_is_finite(tensor) for tensor in given.values()):
         raise weights.WeightsError(f"{checkpoint.source} holds weights that are not finite: the file is damaged")
-    with _explained(checkpoint.source, network.MODEL_TYPE), _NoInitialValues():
-        model = cls(**config)
-    model.load_state_dict(given)
+    model.load_state_dict(given, assign=True)
     return model
-
-
-class _NoInitialValues(TorchFunctionMode):
-    """Layers are made without random weights, which take as long as reading a file's, and which these replace."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", "") == nn.init.__name__:
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
 
 
 def _is_finite(tensor: Tensor) -> bool:
