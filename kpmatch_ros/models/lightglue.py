@@ -130,21 +130,20 @@ class LightGlue(PretrainedNetwork):
         cross-attention have the same weights, as in the authors' networks, they are computed once. Queries, keys and
         values come of one product.
         """
-        for layer in self.transformer_layers:
-            cast(TransformerLayer, layer).fuse()
+        for layer in self._layers:
+            layer.fuse()
         return self
 
     def leave_attention_to_pytorch(self) -> LightGlue:
         """For bfloat16 on a processor that multiplies in tiles: see :class:`Attention`."""
-        for layer in self.transformer_layers:
-            layer = cast(TransformerLayer, layer)
+        for layer in self._layers:
             layer.self_attention.by_hand = layer.cross_attention.by_hand = False
         return self
 
     def use_compiled(self, dtype: torch.dtype) -> LightGlue:
         """For a processor, once fused: compute by src/lightglue.c what can be, with layers in ``dtype``."""
-        for layer in self.transformer_layers if dtype == torch.bfloat16 else ():
-            cast(TransformerLayer, layer).use_compiled()
+        for layer in self._layers if dtype == torch.bfloat16 else ():
+            layer.use_compiled()
         for assignment in self.match_assignment_layers:
             cast(MatchAssignment, assignment).use_compiled()
         return self
@@ -152,12 +151,12 @@ class LightGlue(PretrainedNetwork):
     @property
     def is_compiled(self) -> bool:
         """Whether src/lightglue.c computes the layers."""
-        return all(cast(TransformerLayer, layer).compiled is not None for layer in self.transformer_layers)
+        return all(layer.compiled is not None for layer in self._layers)
 
     def match_as_one_batch(self) -> LightGlue:
         """For a GPU: see :class:`TransformerLayer`."""
-        for layer in self.transformer_layers:
-            cast(TransformerLayer, layer).as_one_batch = True
+        for layer in self._layers:
+            layer.as_one_batch = True
         return self
 
     def to_precision(self, dtype: torch.dtype) -> LightGlue:
@@ -178,7 +177,11 @@ class LightGlue(PretrainedNetwork):
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the layers."""
-        return cast(TransformerLayer, self.transformer_layers[0]).dtype
+        return self._layers[0].dtype
+
+    @property
+    def _layers(self) -> list[TransformerLayer]:
+        return cast(list[TransformerLayer], list(self.transformer_layers))
 
     def forward(self, image0: ImageFeatures, image1: ImageFeatures) -> Assignment:
         """Match the features of B pairs of images; detection scores play no part."""
