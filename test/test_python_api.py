@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 
 import kpmatch_ros
 from kpmatch_ros import Camera, FeatureMatcher, Features, FrontEnd, Matches, Parameters
+from kpmatch_ros.bags.demo import demo_frames
 
 Image = NDArray[np.uint8]
 PARAMETERS = Parameters(device="cpu", precision="float32", max_keypoints=200)
@@ -172,6 +175,22 @@ def test_what_a_front_end_cannot_take_is_named(
 def test_features_are_not_matched_with_what_is_no_camera(matcher: FeatureMatcher, features: list[Features]) -> None:
     with pytest.raises(TypeError, match="the camera is a ndarray"):
         FrontEnd(PARAMETERS, matcher).match_features(*features, cameras=(CAMERA, np.eye(3)))  # type: ignore[arg-type]
+
+
+def test_the_code_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    blocks = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "rclpy" not in code]
+    frames, info = list(demo_frames(2)), next(demo_frames(1)).camera_info
+    names: dict[str, Any] = {
+        "image0": frames[0].image,
+        "image1": frames[1].image,
+        "matrix": np.reshape(info.k, (3, 3)),
+        "distortion": info.d,
+        "frames": [(frame.image, 10**8 * number) for number, frame in enumerate(frames)],
+    }
+    for code in blocks:
+        exec(code, names)
+    assert len(names["points0"]) > 100 and " OK " in capsys.readouterr().out
 
 
 def test_every_public_name_is_there() -> None:
