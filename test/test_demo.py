@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import signal
 import subprocess
@@ -84,6 +85,16 @@ def test_without_ros_or_messages_it_says_what_to_do(
     err = capsys.readouterr().err
     assert said in err and "make demo" in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_where_ros_may_not_write_a_log_it_says_what_to_set(tmp_path: Path) -> None:
+    pytest.importorskip("rclpy")
+    done = subprocess.run(
+        [sys.executable, "-m", "kpmatch_ros.cli", "demo", "--out", "out", "--frames", "2"],
+        env={**os.environ, "ROS_LOG_DIR": "/proc/log"},  # where not even root makes a folder
+        capture_output=True, text=True, check=False, cwd=tmp_path, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 2 and "/proc/log" in done.stderr and "set ROS_LOG_DIR" in done.stderr
 
 
 def test_a_file_in_the_place_of_the_folder_is_left_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -53,6 +53,13 @@ def test_a_parameter_file_that_ros_cannot_read_is_named_in_a_line(
     assert str(file) in done.stderr and said in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_node_that_may_not_write_a_log_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROS_LOG_DIR", "/proc/log")  # where not even root makes a folder
+    done = ended(monkeypatch)
+    assert done.returncode == 1 and "with these arguments" not in done.stderr
+    assert "/proc/log" in done.stderr and "set ROS_LOG_DIR to a folder that" in done.stderr
+
+
 def test_what_fails_because_the_node_was_told_to_end_is_no_fault(capfd: pytest.CaptureFixture[str]) -> None:
     told: list[Exception] = []
     with domain_id() as domain:

@@ -34,6 +34,7 @@ from kpmatch_ros.ros.monitor import Problem
 from kpmatch_ros.ros.outputs import Outputs, output_names
 from kpmatch_ros.ros.parameter_descriptors import declare_parameters
 from kpmatch_ros.ros.service_guard import guarded, survives
+from kpmatch_ros.ros.start import why_ros_cannot_start
 from kpmatch_ros.ros.tf import INSTALL, TFMessage
 from kpmatch_ros.ros.topic_names import check_topics
 from kpmatch_ros.ros.transitions import explained
@@ -399,7 +400,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         rclpy.init(args=args)
     except RuntimeError as error:  # such as a parameter file that is not there, or is none
-        print(f"matcher: ROS cannot start with these arguments: {error}", file=sys.stderr)
+        print(f"matcher: {why_ros_cannot_start(error)}", file=sys.stderr)
         return 1
     node = None
     status = 0

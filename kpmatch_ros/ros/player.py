@@ -17,6 +17,7 @@ from sensor_msgs.msg import CameraInfo, Image
 from tqdm import tqdm
 
 from kpmatch_ros.msg import MatchArray, RelativePose
+from kpmatch_ros.ros.start import why_ros_cannot_start
 
 __all__ = ["Answers", "RecordedFrame", "nanoseconds", "play", "send"]
 
@@ -55,7 +56,10 @@ class _Participant:
 
     def __init__(self, name: str, domain: int) -> None:
         self._context = rclpy.Context()
-        rclpy.init(args=[], context=self._context, domain_id=domain)
+        try:
+            rclpy.init(args=[], context=self._context, domain_id=domain)
+        except RuntimeError as error:
+            raise OSError(why_ros_cannot_start(error)) from error
         self.node = rclpy.create_node(name, context=self._context)
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self.node)
