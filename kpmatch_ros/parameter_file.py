@@ -101,16 +101,12 @@ def unused_files(arguments: Sequence[str], node_name: str) -> list[str]:
 
 
 def read_parameter_file(
-    path: Path,
-    node_name: str = "/matcher",
-    warn: Callable[[str], object] = str,
-    options: Mapping[str, Any] = MappingProxyType({}),
+    path: Path, warn: Callable[[str], object] = str, options: Mapping[str, Any] = MappingProxyType({})
 ) -> Parameters:
-    """The parameters that a file gives a node, with the defaults for those that it leaves out.
+    """The parameters that a file gives the node /matcher, with the defaults for those that it leaves out.
 
     Args:
         path: of the file.
-        node_name: of the node, with its namespace.
         warn: hears of each name in the file that is no parameter. It may be another node's, in a section for all.
         options: values that stand above those in the file, by the parameters' names.
 
@@ -120,11 +116,11 @@ def read_parameter_file(
         OSError: when the file cannot be read.
     """
     found = read_sections(path)
-    own = [values for section, values in found if applies(section, node_name)]
+    own = [values for section, values in found if applies(section, "/matcher")]
     if not own:
         raise ParameterError(
-            f"{path}: has no section for {node_name}; it has {', '.join(name for name, _ in found) or 'none'}; name "
-            f"the section {node_name} or /**, with ros__parameters below it"
+            f"{path}: has no section for /matcher; it has {', '.join(name for name, _ in found) or 'none'}; name the "
+            "section /matcher or /**, with ros__parameters below it"
         )
     changes: dict[str, Any] = {}
     for values in own:
