@@ -21,6 +21,8 @@ from std_msgs.msg import String
 from kpmatch_ros.ros.service_guard import survives
 from kpmatch_ros.ros.transitions import explained
 
+MATCHER = Path(get_package_prefix("kpmatch_ros"), "lib", "kpmatch_ros", "matcher")
+
 
 @pytest.mark.parametrize(
     ("parameter", "said"),
@@ -105,11 +107,26 @@ def test_a_transition_that_a_signal_breaks_into_is_no_fault(capfd: pytest.Captur
             rclpy.try_shutdown(context=context)
 
 
+@pytest.mark.parametrize("while_loading", [True, False])
+def test_ctrl_c_twice_before_ros_listens_ends_the_node_without_a_fuss(while_loading: bool, tmp_path: Path) -> None:
+    package = tmp_path / "kpmatch_ros"  # in place of the real one: the first Ctrl-C comes in it, the second at the end
+    (package / "ros").mkdir(parents=True)
+    again = "import atexit, os, signal\natexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+    stopped = "    raise KeyboardInterrupt\n"
+    (package / "__init__.py").write_text("")
+    (package / "process.py").write_text(
+        f"{again}def configure_process():\n{stopped if while_loading else '    pass'}\n"
+    )
+    (package / "ros" / "__init__.py").write_text("")
+    (package / "ros" / "node.py").write_text(f"def main():\n{stopped}")
+    done = subprocess.run([sys.executable, MATCHER], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def ended(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The node's process, which cannot start with these arguments of ROS."""
-    matcher = Path(get_package_prefix("kpmatch_ros"), "lib", "kpmatch_ros", "matcher")
     with domain_id() as domain:
         monkeypatch.setenv("ROS_DOMAIN_ID", str(domain))
         return subprocess.run(
-            [sys.executable, matcher, "--ros-args", *arguments], capture_output=True, text=True, timeout=120
+            [sys.executable, MATCHER, "--ros-args", *arguments], capture_output=True, text=True, timeout=120
         )
