@@ -223,6 +223,8 @@ class Pipeline:
         self._stamps[side] = stamp
         remedy = "tracks and poses are right all the same, but their times are not; have the driver stamp each image"
         if stamp == 0:
+            if any(self._stamps):
+                remedy = "they find no partner, as the other camera's are stamped; have the driver stamp each image"
             self._events.stamp_fault("zero stamps", topic, f"images on {topic} have the stamp zero: {remedy}")
         elif stamp == before:
             explanation = f"images on {topic} have the stamp of the image before ({stamp * 1e-9:.6f} s): {remedy}"

@@ -211,7 +211,7 @@ class Inputs:
                 found.append(Problem(f"no mask: {mask}", f"no mask on {mask}: {why}"))
             info = camera.info_topic
             if not camera.calibrated and waited > _SILENT_AFTER and info not in self._incompatible:
-                why = self._wrong_publishers(info, _type_name(CameraInfo)) or "sends nothing"
+                why = self._wrong_publishers(info, _type_name(CameraInfo)) or "its publisher has sent nothing"
                 explanation = f"no calibration on {info}, so no relative pose: {why}"
                 found.append(Problem(f"no calibration: {info}", explanation))
         return found
