@@ -74,8 +74,6 @@ def test_every_stage_of_every_setting_is_in_the_table_and_in_the_file(run: Run, 
         assert 0 < row["keypoints"] <= row["max_keypoints"]
         for spread in (*row["stages"].values(), row["frame"], row["frame_cpu"], row["pair"], row["pair_cpu"]):
             assert 0 < spread["lower"] <= spread["median"] <= spread["upper"]
-        assert row["stages"]["extract"]["lower"] < row["frame"]["upper"]
-        assert row["stages"]["upload"]["lower"] < row["stages"]["extract"]["upper"]
         if sys.platform == "linux":
             assert 20 < row["resident_mb"] < 10_000
         assert row["comparisons"] == []

@@ -317,6 +317,11 @@ def test_files_whose_names_are_not_utf8_are_read_and_written(pictures: tuple[Pat
         assert cv2.imdecode(np.frombuffer((tmp_path / os.fsdecode(written)).read_bytes(), np.uint8), 1) is not None
 
 
+@pytest.mark.parametrize("words", [["export", b"r\xe9"], ["bag", "in", "out", "--rerun", b"r\xe9.rrd"]])
+def test_names_that_are_not_utf8_are_refused_where_a_library_takes_none(run: Run, words: list[Any]) -> None:
+    assert "is not UTF-8; choose another name" in refused(run(*map(os.fsdecode, words)))
+
+
 def test_help_does_not_wait_for_pytorch_and_opencv(tmp_path: Path) -> None:
     code = (
         "import sys; from kpmatch_ros.cli import main\n"

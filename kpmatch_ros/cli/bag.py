@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kpmatch_ros.cli.common import MATCHING_OPTIONS, CommandError, Parser, add_command, add_parameters
+from kpmatch_ros.cli.common import MATCHING_OPTIONS, CommandError, Parser, add_command, add_parameters, utf8_path
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.tables import format_table
 
@@ -74,7 +74,7 @@ def add_bag(commands: Any) -> None:
     parser.add_argument(
         "--rerun",
         metavar="FILE.rrd",
-        type=Path,
+        type=utf8_path,
         help="also write the same for the Rerun viewer (needs rerun-sdk)",
     )
     parser.add_argument("--landmarks", action="store_true", help="in stereo, also write /landmarks: points in metres")

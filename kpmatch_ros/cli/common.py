@@ -33,6 +33,7 @@ __all__ = [
     "megabytes",
     "quiet_stderr",
     "read_image",
+    "utf8_path",
     "whole_number",
     "write_picture",
 ]
@@ -154,6 +155,13 @@ def image_size(text: str) -> tuple[int, int]:
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 640x480")
     return int(found[1]), int(found[2])
+
+
+def utf8_path(text: str) -> Path:
+    """A file that a library writes which takes no other names."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # Python's for bytes that are not UTF-8
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8; choose another name")
+    return Path(text)
 
 
 def whole_number(least: int) -> Any:

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import kpmatch_ros
-from kpmatch_ros.cli.common import CommandError, add_command, add_parameters, image_size, read_image, whole_number
+from kpmatch_ros.cli.common import (
+    CommandError,
+    add_command,
+    add_parameters,
+    image_size,
+    read_image,
+    utf8_path,
+    whole_number,
+)
 from kpmatch_ros.parameters import Parameters
 
 if TYPE_CHECKING:
@@ -54,7 +62,7 @@ def add_export(commands: Any) -> None:
         "kpmatch export onnx --keypoints 1024 --size 640x480",
         "kpmatch export onnx --dynamic --images a.png b.png",
     )
-    parser.add_argument("target", metavar="OUT", type=Path, help="folder to write; it must not exist, or be empty")
+    parser.add_argument("target", metavar="OUT", type=utf8_path, help="folder to write; it must not exist, or be empty")
     parser.add_argument(
         "--keypoints", metavar="N", type=whole_number(1), help="places in each image (default: those of the profile)"
     )
