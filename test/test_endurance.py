@@ -97,8 +97,9 @@ def test_an_inactive_node_gives_back_the_memory_that_frames_take(tmp_path: Path,
             node.send(stamped(picture, 1.0 + 0.1 * i))
         node.wait_for(lambda: len(node.matches) == 2, "two pairs")
         change_state(node, Transition.TRANSITION_DEACTIVATE)
-        # Not compared with what it held while active: there it gives memory back too, now and then.
-        assert Resources(node.process.pid).memory < before - 30e6
+        # Frames take some 40 MB more than what the node holds before the first. Not compared with what it held while
+        # active: there it gives memory back too, now and then.
+        assert Resources(node.process.pid).memory < before
         node.wait_until_gone()
         change_state(node, Transition.TRANSITION_ACTIVATE)
         node.wait_until_connected()
