@@ -28,7 +28,8 @@ enum {
     AFFINE = 63, /* numbers of the equations of an affine change with blur */
     SHIFT = 9,   /* and of a shift */
     PATCH = 4 * USED + AFFINE + SHIFT,
-    ITERATIONS = 2,
+    FEWEST_ITERATIONS = 2,
+    ITERATIONS = 10,
     WIDE = 15 /* pixels of a patch's side, with a border for gradients */
 };
 #define DEFORMATION_DAMPING 1e4f /* that of a shift is 1 */
@@ -36,6 +37,7 @@ enum {
 #define REACH 6.0f /* pixels from the middle of a patch to its sides */
 #define LONGEST_STEP 3.0f
 #define LAST_STEP 0.3f
+#define SETTLED 0.01f
 #define BLUR 0.25f
 #define WIDEST 2.0f
 #define ALIKE 0.75f
@@ -207,7 +209,7 @@ INLINE void align_one(const float *patch, const Image *image, const float *place
                       float *shape, float *sigma, float *likeness, uint8_t *good)
 {
     const float start[2] = {point[0], point[1]};
-    float seen[USED], equations[AFFINE], step[6];
+    float seen[USED], equations[AFFINE], step[6], moved = 0;
     for (int i = 0; i < shifts; i++) {
         look(image, point, shape, places, FEW, seen);
         shift_step(patch, seen, step);
@@ -222,6 +224,10 @@ INLINE void align_one(const float *patch, const Image *image, const float *place
         affine_step(patch, equations, seen, places, step);
         move(point, shape, step[0], step[3]);
         deform(shape, step);
+        moved = sqrtf(step[0] * step[0] + step[3] * step[3]);
+        /* Not true of NaN. */
+        if (i + 1 >= FEWEST_ITERATIONS && !(moved >= SETTLED && moved < LAST_STEP))
+            break;
     }
     look(image, point, shape, places, USED, seen);
     const float *own = patch, *laplacian = patch + 3 * USED;
@@ -242,7 +248,7 @@ INLINE void align_one(const float *patch, const Image *image, const float *place
     const float area = shape[0] * shape[3] - shape[1] * shape[2];
     /* Each comparison is false for NaN. */
     *good = sqrtf(x * x + y * y) < LONGEST_STEP && *likeness > ALIKE &&
-            sqrtf(step[0] * step[0] + step[3] * step[3]) < LAST_STEP && wide < LARGEST_SCALE && high < LARGEST_SCALE &&
+            moved < LAST_STEP && wide < LARGEST_SCALE && high < LARGEST_SCALE &&
             area > 1 / (LARGEST_SCALE * LARGEST_SCALE) && point[0] >= 1 && point[1] >= 1 &&
             point[0] < (float)(image->width - 2) && point[1] < (float)(image->height - 2);
 }

@@ -57,8 +57,9 @@ def compare(ours: Alignment, numpys: Alignment, at_least: int) -> None:
         assert mine.dtype == values.dtype and mine.shape == values.shape
         assert np.array_equal(np.isnan(mine), np.isnan(values)), name
     # OpenCV 4 sees each pixel up to half a step from its place. Where a patch is much deformed, iterations carry that
-    # further: of them all, one in ten may be beyond.
-    share, loose = (90, step) if step else (100, 0.0)
+    # further: of them all, one in ten may be beyond. And one that has just settled for one may go on for the other.
+    share, loose = (90, step) if step else (99, 0.0)
+    assert np.abs(ours.points - numpys.points)[good].max() < 0.02 or step
     for name, tolerance in (("points", 1e-3 + loose), ("shapes", 1e-4 + loose / 2), ("likeness", 1e-3 + loose / 2)):
         difference = np.abs(getattr(ours, name) - getattr(numpys, name))[good]
         assert np.percentile(difference, share) < tolerance, name
