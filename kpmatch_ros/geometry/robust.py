@@ -197,11 +197,12 @@ def design_effect(used: np.ndarray, independent_points: float) -> float:
 
 
 def student_factor(pulls: np.ndarray) -> float:
-    """Factor on the sum of products of pulls (6, n), for how little n of them tell of a covariance.
+    """Factor on the sum of products of pulls (p, n), for how little n of them tell of a covariance.
 
-    With k degrees of freedom, errors over that covariance look k / (k - 7) times as large: its inverse is Wishart's.
-    Pulls with heavy tails are worth fewer, by their kurtosis (Mardia, Biometrika 1970).
+    With k degrees of freedom, errors over that covariance look k / (k - p - 1) times as large: its inverse is
+    Wishart's. Pulls with heavy tails are worth fewer, by their kurtosis (Mardia, Biometrika 1970).
     """
+    size = len(pulls)
     shares = (pulls * (np.linalg.pinv(pulls @ pulls.T, hermitian=True) @ pulls)).sum(axis=0)
-    worth = 48 / max(float(shares @ shares), TINY)
-    return worth / max(worth - 7, worth / 4)
+    worth = size * (size + 2) / max(float(shares @ shares), TINY)
+    return worth / max(worth - size - 1, worth / 4)

@@ -249,8 +249,9 @@ def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
             covariance, is_weak = _motion_covariance(fit, noise), True
         if moving.sum() < required:
             return _Solution(PoseStatus.TOO_FEW_MATCHES, inliers=moving)
-        if is_weak:
-            covariance = widen(matches, fit, covariance, noise)
+        pulled = _motion_covariance(fit, noise, alike=False)
+        # Where the geometry is weak, few matches tell how they err: what all tell together is a lower bound.
+        covariance = _enlarged(widen(matches, fit, covariance, noise), pulled) if is_weak else pulled
         rivals = [rival for rival in rivals if not _covers(covariance, fit.motion, rival)]
         if any(is_distinct(fit.motion, rival) for rival in rivals):
             covariance = covariance + sum(spread(fit.motion, rival) for rival in rivals)
@@ -404,12 +405,18 @@ def _solve_without(problem: _Problem, own_body: np.ndarray, candidates: list[Mot
 # How sure.
 
 
-def _motion_covariance(fit: Fit, noise: Noise) -> np.ndarray:
+def _motion_covariance(fit: Fit, noise: Noise, alike: bool = True) -> np.ndarray:
     """(6, 6) covariance of the translation's direction and the rotation."""
     expand = np.zeros((6, 5))
     expand[3:, :3] = np.eye(3)
     expand[:3, 3:] = tangents(fit.motion.translation)
-    return expand @ motion_covariance(fit.support, fit.motion, noise) @ expand.T
+    return expand @ motion_covariance(fit.support, fit.motion, noise, alike) @ expand.T
+
+
+def _enlarged(covariance: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """A covariance (6, 6), and what another one has more, in the directions where it has."""
+    more, axes = np.linalg.eigh(other - covariance)
+    return np.asarray(covariance + (axes * np.maximum(more, 0.0)) @ axes.T)
 
 
 def _covers(covariance: np.ndarray, motion: Motion, other: Motion) -> bool:

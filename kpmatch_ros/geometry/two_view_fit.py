@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kpmatch_ros.geometry import compiled
-from kpmatch_ros.geometry.robust import SMALLEST_CURVATURE, TINY, tukey, tukey_cutoff
+from kpmatch_ros.geometry.robust import SMALLEST_CURVATURE, TINY, student_factor, tukey, tukey_cutoff
 from kpmatch_ros.geometry.two_view_errors import (
     Matches,
     Model,
@@ -23,6 +23,10 @@ __all__ = ["SETTLED", "Noise", "minimise", "motion_covariance", "rotation_covari
 _STEP = 1e-6  # radians: by differences of the gradient over it, the Hessian
 
 _LARGEST_VARIANCE = math.pi**2  # of an unknown angle
+
+_SQUARE = 32  # pixels: nearer matches err together, as a patch has a side of 13
+_ALIKE = 20  # squares, of which the covariance is that of matches that err alike, and each by itself
+
 SETTLED = 5e-7
 """Part of the cost that a further step of the minimisation gains at most."""
 
@@ -94,9 +98,16 @@ def minimise(
     return motion
 
 
-def motion_covariance(matches: Matches, motion: Motion, noise: Noise) -> np.ndarray:
-    """Covariance (5, 5) of a motion with translation, by the numbers of Motion.moved, from the matches it came from."""
-    return _covariance(Model.EPIPOLAR, matches, motion, noise)
+def motion_covariance(matches: Matches, motion: Motion, noise: Noise, alike: bool = False) -> np.ndarray:
+    """Covariance (5, 5) of a motion with translation, by the numbers of Motion.moved, from the matches it came from.
+
+    Args:
+        matches: that it came from.
+        motion: the M-estimate.
+        noise: of the keypoints.
+        alike: whether matches are taken to err alike, and each by itself.
+    """
+    return _covariance(Model.EPIPOLAR, matches, motion, noise, alike)
 
 
 def rotation_covariance(matches: Matches, rotation: np.ndarray, noise: Noise) -> np.ndarray:
@@ -122,12 +133,16 @@ def _gradient(model: Model, matches: Matches, motion: Motion, cutoff: float) -> 
     return np.asarray(jacobian.reshape(len(jacobian), -1) @ pulls.ravel())
 
 
-def _covariance(model: Model, matches: Matches, motion: Motion, noise: Noise) -> np.ndarray:
+def _covariance(model: Model, matches: Matches, motion: Motion, noise: Noise, alike: bool = False) -> np.ndarray:
     """Covariance (p, p) of an M-estimate with Tukey's loss: H^-1 G H^-1 (Huber, Robust Statistics).
 
     H is the loss's whole Hessian, G its gradient's covariance. The Gauss-Newton part of H takes noise along the
     epipolar lines for parallax: it is many times too sure of the pose where the parallax is small or the epipole in the
     image.
+
+    Matches near each other see the same light, blur and slant, and err together. G is therefore made of what the
+    residuals of a square of the image pull together. A match with leverage leaves a residual below its error; it is
+    enlarged as the jackknife does (MacKinnon and White, Journal of Econometrics 1985).
     """
     residuals, jacobian = differentiate(model, matches, motion)
     cutoff = tukey_cutoff(residuals, noise.inlier_threshold, noise.resolution)
@@ -135,16 +150,52 @@ def _covariance(model: Model, matches: Matches, motion: Motion, noise: Noise) ->
     size = len(jacobian)
     sizes = lengths(residuals)
     used = sizes < cutoff
-    influences = (residuals * tukey(sizes, cutoff)[0])[:, used]
-    variance = float((influences**2).sum()) / max(influences.size - size, 1)
-    flat = jacobian[:, :, used].reshape(size, -1)
+    weights, jacobian = tukey(sizes, cutoff)[0][used], jacobian[:, :, used]
+    influences = residuals[:, used] * weights
+    seen = float((influences**2).sum()) / max(influences.size - size, 1)  # the noise's variance
+    flat = jacobian.reshape(size, -1)
     information, axes = np.linalg.eigh(flat @ flat.T)
-    floor = max(variance, noise.resolution**2 / 12) / _LARGEST_VARIANCE
+    floor = max(seen, noise.resolution**2 / 12) / _LARGEST_VARIANCE
     axes = axes / np.sqrt(np.maximum(information, max(floor, TINY)))
     # In these axes the Gauss-Newton Hessian is the identity, and the whole one not far from it.
     curvatures, turn = np.linalg.eigh(axes.T @ hessian @ axes)
     curvatures = np.maximum(curvatures, SMALLEST_CURVATURE)
-    variance = max(variance, float(curvatures.mean()) ** 2 * noise.resolution**2 / 12)  # the second: of rounding
-    axes = axes @ turn / curvatures
-    variances, axes = np.linalg.eigh(noise.design_effect * variance * axes @ axes.T)
+    curvature = float(curvatures.mean())
+    axes = axes @ turn
+    variance = max(seen, curvature**2 * noise.resolution**2 / 12)  # at least of rounding
+    scatter = variance * np.eye(size)
+    if not alike:
+        arms = np.einsum("ij,idn->jdn", axes, jacobian)
+        leverage = weights * (arms**2).sum(axis=(0, 1)) / (len(residuals) * curvature)
+        pulls = np.einsum("jdn,dn->jn", arms, influences) / np.maximum(1 - leverage, SMALLEST_CURVATURE)
+        pulled, squares = _scatter(pulls, matches.select(used))
+        pulled += max(variance - seen, 0.0) * np.eye(size)  # of rounding, each match errs by itself
+        scatter = (squares * pulled + _ALIKE * scatter) / (squares + _ALIKE)  # a few tell little
+    axes = axes / curvatures
+    variances, axes = np.linalg.eigh(noise.design_effect * axes @ scatter @ axes.T)
     return (axes * np.clip(variances, 0, _LARGEST_VARIANCE)) @ axes.T
+
+
+def _scatter(pulls: np.ndarray, matches: Matches) -> tuple[np.ndarray, float]:
+    """Covariance (p, p) of the sum of pulls (p, n), of which those near each other in the reference image are alike.
+
+    It is the sum over squares of the image of the products of their pulls (Liang and Zeger, Biometrika 1986). The mean
+    of four grids of squares, each moved by half a square, makes the share of two pulls fall with their distance
+    (Conley, Journal of Econometrics 1999).
+
+    Returns:
+        covariance; how many squares have a match.
+    """
+    if not len(matches):
+        return np.zeros((len(pulls), len(pulls))), 0.0
+    directions = matches.rays0 / lengths(matches.rays0)
+    focal = np.median(lengths(matches.rays0) / np.sqrt((matches.noise0[0] + matches.noise0[2]) / 2))
+    places = directions[:2] * (focal / _SQUARE)
+    scatter, squares = np.zeros((len(pulls), len(pulls))), 0
+    for shift in np.array([(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5)]):
+        column, row = np.floor(places + shift[:, None]).astype(np.int64)
+        _, square = np.unique(column << 32 ^ row & 0xFFFFFFFF, return_inverse=True)
+        sums = np.array([np.bincount(square, each) for each in pulls])
+        scatter += student_factor(sums) * sums @ sums.T / 4
+        squares += sums.shape[1]
+    return scatter, squares / 4
