@@ -1,0 +1,120 @@
+"""Does one camera's pose know how good it is where blur changes from frame to frame?
+
+    tools/with_ros python benchmarks/blur.py                 # 320x240 pixels, three courtyards
+    tools/with_ros python benchmarks/blur.py --full          # 640x480
+
+A walk through the synthetic courtyard goes through the front end with the default parameters and 400 keypoints (1,024
+with --full). Frames are blurred along a line, as by a camera that turns while the shutter is open: over so many pixels
+in turn, along the rows, along the columns, or in a direction of its own for each frame. Blur is even on both sides of a
+point: where it is does not change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+from scipy.stats import chi2
+
+from kpmatch_ros.feature_matcher import FeatureMatcher
+from kpmatch_ros.front_end import FrontEnd
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import PoseStatus, RelativePose, relative_motion
+from kpmatch_ros.parameters import Parameters
+from simulation import Scene, View, camera_path, demo_camera
+
+BLURS = {
+    "sharp": ((1,), 0.0),
+    "9, along rows": ((9,), 0.0),
+    "1 3 5, along rows": ((1, 3, 5), 0.0),
+    "1 3 5, along columns": ((1, 3, 5), math.pi / 2),
+    "1 5, any direction": ((1, 5), None),
+    "1 9, along rows": ((1, 9), 0.0),
+    "1 9 17, along rows": ((1, 9, 17), 0.0),
+}
+_NOISE = 2.0  # grey levels
+
+
+def line(length: int, angle: float) -> np.ndarray:
+    """The blur of a point that moves so far (pixels) in a direction (radians): a square array that adds up to one."""
+    side = 2 * (length // 2) + 3
+    blur, middle = np.zeros((side, side)), side // 2
+    for along in np.linspace(-(length - 1) / 2, (length - 1) / 2, 20 * length):
+        x, y = middle + along * math.cos(angle), middle + along * math.sin(angle)
+        column, row = math.floor(x), math.floor(y)
+        for i in (0, 1):
+            for j in (0, 1):
+                blur[row + j, column + i] += (1 - abs(x - column - i)) * (1 - abs(y - row - j))
+    return np.asarray(blur / blur.sum())
+
+
+def halved(camera: Camera) -> Camera:
+    """The camera of an image of half the size."""
+    matrix = camera.matrix.copy()
+    matrix[:2] *= 0.5
+    matrix[:2, 2] -= 0.25  # the centre of the first pixel is (0, 0)
+    return Camera(camera.width // 2, camera.height // 2, matrix)
+
+
+def poses(
+    front_end: FrontEnd, views: list[View], camera: Camera, lengths: tuple[int, ...], angle: float | None, seed: int
+) -> Iterator[tuple[RelativePose, float]]:
+    """The poses of pairs of frames, and their NEES."""
+    random = np.random.default_rng(seed)
+    front_end.reset()
+    for number, view in enumerate(views):
+        image = cv2.cvtColor(view.image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+        if image.shape[1] != camera.width:
+            image = cv2.resize(image, (camera.width, camera.height), interpolation=cv2.INTER_AREA)
+        direction = random.uniform(0, math.pi) if angle is None else angle
+        image = cv2.filter2D(image, -1, line(lengths[number % len(lengths)], direction))
+        image += random.normal(0, _NOISE, image.shape)
+        grey = np.clip(np.round(image), 0, 255).astype(np.uint8)
+        pair = front_end.register([grey], [(number + 1) * 10**8], camera).pair
+        if pair is not None:
+            motion, pose = relative_motion(views[number - 1], view), pair.pose
+            turn = cv2.Rodrigues(motion.rotation @ pose.rotation.T)[0].ravel()
+            error = np.concatenate([motion.position / np.linalg.norm(motion.position) - pose.translation, turn])
+            error[:3] -= (error[:3] @ pose.translation) * pose.translation
+            yield pose, float(error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error)
+
+
+def main() -> None:
+    """Print the NEES for each kind of blur."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23], help="courtyards")
+    parser.add_argument("--frames", type=int, default=17, help="of each")
+    parser.add_argument("--full", action="store_true", help="640x480 pixels")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    eye = demo_camera(distorted=False)
+    camera = eye if options.full else halved(eye)
+    parameters = Parameters(device=options.device, precision="float32", rectified=True)
+    if not options.full:
+        parameters = parameters.replace({"max_keypoints": 400})
+    front_end = FrontEnd(parameters, FeatureMatcher(parameters))
+    walks = []
+    for seed in options.seeds:
+        path = camera_path(7 * seed + options.frames)[7 * seed :]
+        walks.append(list(Scene(seed).film(path, eye, noise=0.0, noise_seed=seed)))
+    for name, (lengths, angle) in BLURS.items():
+        found = [
+            pair
+            for seed, views in zip(options.seeds, walks)
+            for pair in poses(front_end, views, camera, lengths, angle, seed)
+        ]
+        nees = np.array([error for pose, error in found if pose.status is PoseStatus.OK])
+        others = Counter(pose.status.name for pose, _ in found if pose.status is not PoseStatus.OK)
+        print(
+            f"{name:22} {len(nees):3d} pairs  NEES mean {nees.mean():6.1f} of 5, median {np.median(nees):5.1f}, "
+            f"{np.mean(nees < chi2.ppf(0.95, 5)):4.0%} below the 95 % point  {dict(others) or ''}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
