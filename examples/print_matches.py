@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import rclpy
+from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 
 from kpmatch_ros.msg import MatchArray, RelativePose
@@ -34,7 +35,7 @@ def main() -> None:
     rclpy.init()
     try:
         rclpy.spin(MatchPrinter())
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ExternalShutdownException):
         pass
     finally:
         rclpy.try_shutdown()

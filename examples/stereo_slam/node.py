@@ -197,6 +197,9 @@ def main() -> None:
         rclpy.spin(node)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
+    except RuntimeError:  # a signal broke into rclpy's taking a message
+        if rclpy.ok():
+            raise
     finally:
         node.save_picture()
         rclpy.try_shutdown()
