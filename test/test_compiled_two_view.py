@@ -13,7 +13,7 @@ from two_view_scenes import DRONE, Scene
 from kpmatch_ros.geometry import compiled
 from kpmatch_ros.geometry.pose import RelativePose
 from kpmatch_ros.geometry.two_view_errors import Model
-from kpmatch_ros.geometry.two_view_fit import Noise, motion_covariance, rotation_covariance
+from kpmatch_ros.geometry.two_view_fit import Noise, motion_covariances, rotation_covariance
 from kpmatch_ros.geometry.two_view_profile import profile_directions, refine_turns
 
 
@@ -56,7 +56,7 @@ def test_a_covariance_is_that_of_numpy() -> None:
         random = np.random.default_rng(seed)
         motion = motion_of(random)
         matches, noise = matches_of(random, motion, 100), Noise(1.0, 0.5)
-        for call, of in ((motion_covariance, motion), (rotation_covariance, motion.rotation)):
+        for call, of in ((motion_covariances, motion), (rotation_covariance, motion.rotation)):
             ours, numpys = call(matches, of, noise), with_numpy(call, matches, of, noise)
             compare(ours, numpys, 1e-4, (seed, call))  # second derivatives, by differences
 

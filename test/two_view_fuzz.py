@@ -25,7 +25,7 @@ from kpmatch_ros.geometry.two_view_errors import (
     residual_sizes,
     rotation_residuals,
 )
-from kpmatch_ros.geometry.two_view_fit import Noise, minimise, motion_covariance, rotation_covariance
+from kpmatch_ros.geometry.two_view_fit import Noise, minimise, motion_covariances, rotation_covariance
 from kpmatch_ros.geometry.two_view_profile import profile_directions, refine_turns
 
 # None, a few, and as many as fill the blocks that C takes them in, or nearly.
@@ -109,7 +109,7 @@ def call_with_hostile_matches(random: np.random.Generator) -> None:
     noise = Noise(1.0, 0.0)
     calls += [
         (profile_directions, (matches, list(turns), 1.0, 1e-9)),
-        (motion_covariance, (matches, motion_of(random), noise)),
+        (motion_covariances, (matches, motion_of(random), noise)),
         (rotation_covariance, (matches, turns[0], noise)),
         *((minimise, (model, matches, motion_of(random), 1e9, 10)) for model in Model),
     ]

@@ -18,7 +18,7 @@ from kpmatch_ros.geometry.two_view_errors import (
     lengths,
 )
 
-__all__ = ["SETTLED", "Noise", "minimise", "motion_covariance", "rotation_covariance"]
+__all__ = ["SETTLED", "Covariances", "Noise", "minimise", "motion_covariances", "rotation_covariance"]
 
 _STEP = 1e-6  # radians: by differences of the gradient over it, the Hessian
 
@@ -98,21 +98,26 @@ def minimise(
     return motion
 
 
-def motion_covariance(matches: Matches, motion: Motion, noise: Noise, alike: bool = False) -> np.ndarray:
-    """Covariance (5, 5) of a motion with translation, by the numbers of Motion.moved, from the matches it came from.
+class Covariances(NamedTuple):
+    """Covariances (p, p) of one estimate.
 
-    Args:
-        matches: that it came from.
-        motion: the M-estimate.
-        noise: of the keypoints.
-        alike: whether matches are taken to err alike, and each by itself.
+    Attributes:
+        alike: if matches err alike, and each by itself.
+        shared: if each errs as its residual says, and neighbours together.
     """
-    return _covariance(Model.EPIPOLAR, matches, motion, noise, alike)
+
+    alike: np.ndarray
+    shared: np.ndarray
+
+
+def motion_covariances(matches: Matches, motion: Motion, noise: Noise) -> Covariances:
+    """Covariances (5, 5) of a motion with translation, by the numbers of Motion.moved, from its matches."""
+    return _covariances(Model.EPIPOLAR, matches, motion, noise)
 
 
 def rotation_covariance(matches: Matches, rotation: np.ndarray, noise: Noise) -> np.ndarray:
     """Covariance (3, 3) of a rotation without translation, from the matches it came from."""
-    return _covariance(Model.ROTATION, matches, Motion(rotation, np.zeros(3)), noise)
+    return _covariances(Model.ROTATION, matches, Motion(rotation, np.zeros(3)), noise).shared
 
 
 def _hessian(model: Model, matches: Matches, motion: Motion, cutoff: float) -> np.ndarray:
@@ -133,8 +138,8 @@ def _gradient(model: Model, matches: Matches, motion: Motion, cutoff: float) -> 
     return np.asarray(jacobian.reshape(len(jacobian), -1) @ pulls.ravel())
 
 
-def _covariance(model: Model, matches: Matches, motion: Motion, noise: Noise, alike: bool = False) -> np.ndarray:
-    """Covariance (p, p) of an M-estimate with Tukey's loss: H^-1 G H^-1 (Huber, Robust Statistics).
+def _covariances(model: Model, matches: Matches, motion: Motion, noise: Noise) -> Covariances:
+    """Covariances (p, p) of an M-estimate with Tukey's loss: H^-1 G H^-1 (Huber, Robust Statistics).
 
     H is the loss's whole Hessian, G its gradient's covariance. The Gauss-Newton part of H takes noise along the
     epipolar lines for parallax: it is many times too sure of the pose where the parallax is small or the epipole in the
@@ -163,17 +168,21 @@ def _covariance(model: Model, matches: Matches, motion: Motion, noise: Noise, al
     curvature = float(curvatures.mean())
     axes = axes @ turn
     variance = max(seen, curvature**2 * noise.resolution**2 / 12)  # at least of rounding
-    scatter = variance * np.eye(size)
-    if not alike:
-        arms = np.einsum("ij,idn->jdn", axes, jacobian)
-        leverage = weights * (arms**2).sum(axis=(0, 1)) / (len(residuals) * curvature)
-        pulls = np.einsum("jdn,dn->jn", arms, influences) / np.maximum(1 - leverage, SMALLEST_CURVATURE)
-        pulled, squares = _scatter(pulls, matches.select(used))
-        pulled += max(variance - seen, 0.0) * np.eye(size)  # of rounding, each match errs by itself
-        scatter = (squares * pulled + _ALIKE * scatter) / (squares + _ALIKE)  # a few tell little
-    axes = axes / curvatures
-    variances, axes = np.linalg.eigh(noise.design_effect * axes @ scatter @ axes.T)
-    return (axes * np.clip(variances, 0, _LARGEST_VARIANCE)) @ axes.T
+    alike = variance * np.eye(size)
+    arms = np.einsum("ij,idn->jdn", axes, jacobian)
+    leverage = weights * (arms**2).sum(axis=(0, 1)) / (len(residuals) * curvature)
+    pulls = np.einsum("jdn,dn->jn", arms, influences) / np.maximum(1 - leverage, SMALLEST_CURVATURE)
+    shared, squares = _scatter(pulls, matches.select(used))
+    shared += max(variance - seen, 0.0) * np.eye(size)  # of rounding, each match errs by itself
+    shared = (squares * shared + _ALIKE * alike) / (squares + _ALIKE)  # a few tell little
+    axes = noise.design_effect**0.5 * axes / curvatures
+    return Covariances(*(_bounded(axes @ scatter @ axes.T) for scatter in (alike, shared)))
+
+
+def _bounded(covariance: np.ndarray) -> np.ndarray:
+    """A covariance (p, p) of which no angle is less certain than one that is not known."""
+    variances, axes = np.linalg.eigh(covariance)
+    return np.asarray((axes * np.clip(variances, 0, _LARGEST_VARIANCE)) @ axes.T)
 
 
 def _scatter(pulls: np.ndarray, matches: Matches) -> tuple[np.ndarray, float]:
