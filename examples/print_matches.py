@@ -37,6 +37,9 @@ def main() -> None:
         rclpy.spin(MatchPrinter())
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
+    except RuntimeError:  # a signal broke into rclpy's taking a message
+        if rclpy.ok():
+            raise
     finally:
         rclpy.try_shutdown()
 
