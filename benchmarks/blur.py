@@ -20,10 +20,11 @@ import cv2
 import numpy as np
 from scipy.stats import chi2
 
+from benchmarks.overconfidence import Outcome, judge
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import Camera
-from kpmatch_ros.geometry.pose import PoseStatus, RelativePose, relative_motion
+from kpmatch_ros.geometry.pose import PoseStatus, relative_motion
 from kpmatch_ros.parameters import Parameters
 from simulation import Scene, View, camera_path, demo_camera
 
@@ -60,10 +61,10 @@ def halved(camera: Camera) -> Camera:
     return Camera(camera.width // 2, camera.height // 2, matrix)
 
 
-def poses(
+def judged(
     front_end: FrontEnd, views: list[View], camera: Camera, lengths: tuple[int, ...], angle: float | None, seed: int
-) -> Iterator[tuple[RelativePose, float]]:
-    """The poses of pairs of frames, and their NEES."""
+) -> Iterator[Outcome]:
+    """What became of the pairs of frames."""
     random = np.random.default_rng(seed)
     front_end.reset()
     for number, view in enumerate(views):
@@ -76,11 +77,7 @@ def poses(
         grey = np.clip(np.round(image), 0, 255).astype(np.uint8)
         pair = front_end.register([grey], [(number + 1) * 10**8], camera).pair
         if pair is not None:
-            motion, pose = relative_motion(views[number - 1], view), pair.pose
-            turn = cv2.Rodrigues(motion.rotation @ pose.rotation.T)[0].ravel()
-            error = np.concatenate([motion.position / np.linalg.norm(motion.position) - pose.translation, turn])
-            error[:3] -= (error[:3] @ pose.translation) * pose.translation
-            yield pose, float(error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error)
+            yield judge(pair.pose, relative_motion(views[number - 1], view))
 
 
 def main() -> None:
@@ -103,12 +100,12 @@ def main() -> None:
         walks.append(list(Scene(seed).film(path, eye, noise=0.0, noise_seed=seed)))
     for name, (lengths, angle) in BLURS.items():
         found = [
-            pair
+            outcome
             for seed, views in zip(options.seeds, walks)
-            for pair in poses(front_end, views, camera, lengths, angle, seed)
+            for outcome in judged(front_end, views, camera, lengths, angle, seed)
         ]
-        nees = np.array([error for pose, error in found if pose.status is PoseStatus.OK])
-        others = Counter(pose.status.name for pose, _ in found if pose.status is not PoseStatus.OK)
+        nees = np.array([outcome.nees for outcome in found if outcome.status is PoseStatus.OK])
+        others = Counter(outcome.status.name for outcome in found if outcome.status is not PoseStatus.OK)
         print(
             f"{name:22} {len(nees):3d} pairs  NEES mean {nees.mean():6.1f} of 5, median {np.median(nees):5.1f}, "
             f"{np.mean(nees < chi2.ppf(0.95, 5)):4.0%} below the 95 % point  {dict(others) or ''}",

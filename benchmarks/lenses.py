@@ -18,9 +18,10 @@ import math
 import cv2
 import numpy as np
 
+from benchmarks.overconfidence import judge
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import Camera
-from kpmatch_ros.geometry.pose import Pose, PoseStatus, RelativePose, relative_motion
+from kpmatch_ros.geometry.pose import Pose, PoseStatus, relative_motion
 from kpmatch_ros.parameters import Parameters
 from simulation import Scene, camera_path
 
@@ -83,16 +84,6 @@ def photograph(scene: Scene, pose: Pose, rays: np.ndarray, seed: int) -> np.ndar
 _SIDES = [(0, 0, 0), (0, 1, 0), (0, -1, 0), (0, 2, 0), (1, 0, 0), (-1, 0, 0)]  # quarter turns
 
 
-def errors(pose: RelativePose, motion: Pose) -> tuple[float, float, float]:
-    """Degrees of the rotation and of the translation's direction, and NEES."""
-    error = np.empty(6)
-    error[:3] = motion.position / np.linalg.norm(motion.position) - pose.translation
-    turn = motion.rotation @ pose.rotation.T
-    error[3:] = 0.5 * np.array([turn[2, 1] - turn[1, 2], turn[0, 2] - turn[2, 0], turn[1, 0] - turn[0, 1]])
-    nees = error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error
-    return math.degrees(np.linalg.norm(error[3:])), math.degrees(np.linalg.norm(error[:3])), float(nees)
-
-
 def main() -> None:
     """Print a line for each lens."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,7 +106,8 @@ def main() -> None:
             image = photograph(scene, after, rays, 1000 * options.seed + number)
             pair = front_end.register_frame(image, (number + 1) * 10**8, camera)[1]
             if pair is not None and pair.pose.status is PoseStatus.OK:
-                found.append(errors(pair.pose, relative_motion(before, after)))
+                outcome = judge(pair.pose, relative_motion(before, after))
+                found.append((outcome.rotation, outcome.direction, outcome.nees))
                 counts.append((pair.pose.num_inliers, pair.pose.num_matches))
         (turn, shift, _), (largest_turn, largest_shift, _) = np.median(found, axis=0), np.max(found, axis=0)
         inliers, matches = np.mean(counts, axis=0)
