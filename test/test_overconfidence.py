@@ -20,6 +20,8 @@ from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.two_modes import decide_by_prior, is_distinct, plane_motions, rival_of, spread
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.geometry.two_view_errors import Motion, agrees, normalise_matches
+from kpmatch_ros.geometry.two_view_fit import Covariances, Noise
+from kpmatch_ros.geometry.two_view_motion import Fit, widen
 from kpmatch_ros.geometry.two_view_profile import profile_covariance, profile_directions
 from kpmatch_ros.parameters import Parameters
 
@@ -221,6 +223,20 @@ def test_where_the_geometry_is_good_the_likelihood_gives_the_covariance_of_its_c
         assert extra[0] > -1e-6 * extra[-1] - 1e-15
         assert (wide.diagonal() < 1.6 * pose.covariance.diagonal()).all()
         np.testing.assert_allclose(wide[:3, :3] @ motion.translation, 0, atol=1e-9)
+
+
+def test_only_where_the_geometry_is_weak_the_likelihood_widens_the_covariance_that_the_matches_tell() -> None:
+    scene, noise = Scene(noise=0.5), Noise(1.0, 0.0)
+    covariances = Covariances(np.diag([1e-6] * 6), np.diag([2e-6] * 3 + [5e-7] * 3))
+    for count, weak_geometry in ((150, False), (40, True)):
+        points0, points1, _ = scene.matches(count, 0)
+        pose = scene.estimate(count, 0, keypoint_resolution=0)
+        matches, _ = normalise_matches(points0, points1, CAMERA, CAMERA)
+        wide = widen(matches, Fit(Motion(pose.rotation, pose.translation), matches), covariances, noise)
+        assert (wide is covariances.shared) != weak_geometry
+        if weak_geometry:  # no smaller than what the matches tell of their own errors, in any direction
+            assert np.linalg.eigvalsh(wide - covariances.shared)[0] > -1e-12
+            assert (wide.diagonal() > 3 * covariances.shared.diagonal()).any()
 
 
 def test_keypoints_coarser_than_the_inlier_threshold_make_a_worse_pose_that_says_so() -> None:

@@ -20,7 +20,6 @@ __all__ = [
     "design_effect",
     "epipolar_chance",
     "log_false_alarms",
-    "student_factor",
     "tukey",
     "tukey_cost",
     "tukey_cutoff",
@@ -194,15 +193,3 @@ def design_effect(used: np.ndarray, independent_points: float) -> float:
             of the correlation of their errors.
     """
     return 1.0 + float(used.sum()) / independent_points
-
-
-def student_factor(pulls: np.ndarray) -> float:
-    """Factor on the sum of products of pulls (p, n), for how little n of them tell of a covariance.
-
-    With k degrees of freedom, errors over that covariance look k / (k - p - 1) times as large: its inverse is
-    Wishart's. Pulls with heavy tails are worth fewer, by their kurtosis (Mardia, Biometrika 1970).
-    """
-    size = len(pulls)
-    shares = (pulls * (np.linalg.pinv(pulls @ pulls.T, hermitian=True) @ pulls)).sum(axis=0)
-    worth = size * (size + 2) / max(float(shares @ shares), TINY)
-    return worth / max(worth - size - 1, worth / 4)

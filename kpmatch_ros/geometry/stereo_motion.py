@@ -23,10 +23,10 @@ from kpmatch_ros.geometry.robust import (
     design_effect,
     epipolar_chance,
     log_false_alarms,
-    student_factor,
     tukey_cost,
     without_copies,
 )
+from kpmatch_ros.geometry.sandwich import jackknifed, student_factor, whitening_axes
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.geometry.stereo_errors import StereoPoints, StereoResiduals, as_pixels, stereo_residuals
 from kpmatch_ros.geometry.two_view_errors import Matches, Motion, agrees, lengths, median_parallax, rotation_residuals
@@ -333,15 +333,9 @@ class _FramePair:
         )
 
     def covariance(self, fit: _Fit, resolution: float) -> tuple[np.ndarray, float, int]:
-        """Covariance of an M-estimate: H^-1 G H^-1 with the whole Hessian H (Huber, Robust Statistics).
+        """Covariance of an M-estimate with Tukey's loss, as kpmatch_ros.geometry.sandwich says.
 
-        Matches do not err alike: those of a coarse texture, or of a surface that is seen at a slant, err more. G is
-        therefore the sum of what each match's own residual pulls (White, Econometrica 1980). A match with leverage
-        leaves a residual below its error; it is enlarged as the jackknife does (MacKinnon and White, Journal of
-        Econometrics 1985). Each match has the loss's own curvature in H.
-
-        The Gauss-Newton part of H takes the noise of a far point's depth for depth, and so is too sure of the
-        translation.
+        Each match pulls by itself, and has the loss's own curvature in the Hessian.
 
         Returns:
             covariance (6, 6) of translation and rotation; the variance, squared pixels, by which costs are divided for
@@ -361,28 +355,25 @@ class _FramePair:
         rounding = resolution**2 / 6
         variance = max(spread / curvature**2, TINY)
 
-        whole, _ = _normal_equations(fit.left, used.astype(np.float64))
-        values, axes = np.linalg.eigh(whole)
-        axes = axes / np.sqrt(np.maximum(values, _WEAK))  # in these, J'J is the identity
         weights, slopes = (1 - share) ** 2, -4 * (1 - share) / fit.cutoffs[used]  # of the loss, and of its weight
         gradients = (jacobian * residuals).sum(axis=1)
         hessian = (jacobian * weights).reshape(6, -1) @ jacobian.reshape(6, -1).T + (gradients * slopes) @ gradients.T
         # The jacobian by the translation is a multiple of the inverse depth. A product of two therefore holds the
-        # square of the depth as estimated, noise included.
+        # square of the depth as estimated, noise included: without this term the noise of a far point's depth is taken
+        # for depth.
         noise = fit.left.slopes[..., used].transpose(1, 0, 2)
         noise_bends = max(variance, rounding) * bends * fit.left.depth_variances[used]
         hessian[:3, :3] -= (noise * noise_bends).reshape(3, -1) @ noise.reshape(3, -1).T
-        curvatures, turn = np.linalg.eigh(axes.T @ hessian @ axes)
-        axes = axes @ turn / np.sqrt(np.maximum(curvatures, SMALLEST_CURVATURE))  # and in these, the whole one is
+        axes, curvatures = whitening_axes(_normal_equations(fit.left, used.astype(np.float64))[0], hessian, _WEAK)
+        axes = axes / np.sqrt(curvatures)  # in these, the whole Hessian is the identity
         arms, pulls = np.einsum("ij,ikn->jkn", axes, jacobian), axes.T @ gradients
         leverage = (weights * (arms * arms).sum(axis=(0, 1)) + slopes * (pulls * pulls).sum(axis=0)) / conditions
-        pulls = pulls * weights / np.maximum(1 - leverage, SMALLEST_CURVATURE)
+        pulls = jackknifed(pulls * weights, leverage)
+        scatter = max(rounding / variance, 1.0) * student_factor(pulls) * pulls @ pulls.T
         # A few count as if all erred alike: pulls that vanish, or are too few, tell nothing of some directions.
         alike, count = max(spread / curvature, rounding, TINY), len(share)
-        scatter = count * student_factor(pulls) * max(
-            rounding / variance, 1.0
-        ) * pulls @ pulls.T + _ALIKE * alike * np.eye(6)
-        covariance = axes @ scatter @ axes.T / (count + _ALIKE)
+        scatter = (count * scatter + _ALIKE * alike * np.eye(6)) / (count + _ALIKE)
+        covariance = axes @ scatter @ axes.T
         return (covariance + covariance.T) / 2, alike, freedom
 
 

@@ -39,7 +39,7 @@ from kpmatch_ros.geometry.two_view_errors import (
     rotation_residuals,
     tangents,
 )
-from kpmatch_ros.geometry.two_view_fit import Noise, motion_covariances, rotation_covariance
+from kpmatch_ros.geometry.two_view_fit import Covariances, Noise, motion_covariances, rotation_covariance
 from kpmatch_ros.geometry.two_view_hidden import hidden_translation_covariance
 from kpmatch_ros.geometry.two_view_motion import MANY_WRONG, Fit, best_candidate, decide, fit_motion, widen
 from kpmatch_ros.geometry.two_view_rotation import (
@@ -242,15 +242,14 @@ def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
     noise = Noise(inlier_threshold, resolution, design_effect(turning, independent_points))
     if fit is not None and (translates or has_small_parallax(matches, fit.motion, rotation, turning, noise)):
         noise = noise._replace(design_effect=design_effect(moving, independent_points))
-        alike, covariance = _motion_covariances(fit, noise)
-        decided, rivals, is_weak = decide(matches, fit, alike, rotation, noise, prior)
+        covariances = _motion_covariances(fit, noise)
+        decided, rivals = decide(matches, fit, covariances.alike, rotation, noise, prior)
         if decided is not fit:
             fit, moving = decided, agrees(matches, decided.motion, inlier_threshold)
-            (alike, covariance), is_weak = _motion_covariances(fit, noise), True
+            covariances = _motion_covariances(fit, noise)
         if moving.sum() < required:
             return _Solution(PoseStatus.TOO_FEW_MATCHES, inliers=moving)
-        if is_weak:  # few matches tell how each errs: what all tell together is a lower bound
-            covariance = _enlarged(widen(matches, fit, alike, noise), covariance)
+        covariance = widen(matches, fit, covariances, noise)
         rivals = [rival for rival in rivals if not _covers(covariance, fit.motion, rival)]
         if any(is_distinct(fit.motion, rival) for rival in rivals):
             covariance = covariance + sum(spread(fit.motion, rival) for rival in rivals)
@@ -404,19 +403,12 @@ def _solve_without(problem: _Problem, own_body: np.ndarray, candidates: list[Mot
 # How sure.
 
 
-def _motion_covariances(fit: Fit, noise: Noise) -> tuple[np.ndarray, np.ndarray]:
-    """(6, 6) covariances of the translation's direction and the rotation, as Covariances has them."""
+def _motion_covariances(fit: Fit, noise: Noise) -> Covariances:
+    """(6, 6) covariances of the translation's direction and the rotation."""
     expand = np.zeros((6, 5))
     expand[3:, :3] = np.eye(3)
     expand[:3, 3:] = tangents(fit.motion.translation)
-    alike, shared = (expand @ each @ expand.T for each in motion_covariances(fit.support, fit.motion, noise))
-    return alike, shared
-
-
-def _enlarged(covariance: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """A covariance (6, 6), and what another one has more, in the directions where it has."""
-    more, axes = np.linalg.eigh(other - covariance)
-    return np.asarray(covariance + (axes * np.maximum(more, 0.0)) @ axes.T)
+    return Covariances(*(expand @ each @ expand.T for each in motion_covariances(fit.support, fit.motion, noise)))
 
 
 def _covers(covariance: np.ndarray, motion: Motion, other: Motion) -> bool:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from kpmatch_ros.geometry import compiled
-from kpmatch_ros.geometry.robust import SMALLEST_CURVATURE, TINY, student_factor, tukey, tukey_cutoff
+from kpmatch_ros.geometry.robust import TINY, tukey, tukey_cutoff
+from kpmatch_ros.geometry.sandwich import jackknifed, student_factor, whitening_axes
 from kpmatch_ros.geometry.two_view_errors import (
     Matches,
     Model,
@@ -139,39 +140,29 @@ def _gradient(model: Model, matches: Matches, motion: Motion, cutoff: float) -> 
 
 
 def _covariances(model: Model, matches: Matches, motion: Motion, noise: Noise) -> Covariances:
-    """Covariances (p, p) of an M-estimate with Tukey's loss: H^-1 G H^-1 (Huber, Robust Statistics).
+    """Covariances (p, p) of an M-estimate with Tukey's loss, as kpmatch_ros.geometry.sandwich says.
 
-    H is the loss's whole Hessian, G its gradient's covariance. The Gauss-Newton part of H takes noise along the
-    epipolar lines for parallax: it is many times too sure of the pose where the parallax is small or the epipole in the
-    image.
-
-    Matches near each other see the same light, blur and slant, and err together. G is therefore made of what the
-    residuals of a square of the image pull together. A match with leverage leaves a residual below its error; it is
-    enlarged as the jackknife does (MacKinnon and White, Journal of Econometrics 1985).
+    Matches near each other see the same light, blur and slant, and err together. The gradient's covariance is therefore
+    made of what the residuals of a square of the image pull together.
     """
     residuals, jacobian = differentiate(model, matches, motion)
     cutoff = tukey_cutoff(residuals, noise.inlier_threshold, noise.resolution)
-    hessian = _hessian(model, matches, motion, cutoff)
     size = len(jacobian)
     sizes = lengths(residuals)
     used = sizes < cutoff
     weights, jacobian = tukey(sizes, cutoff)[0][used], jacobian[:, :, used]
     influences = residuals[:, used] * weights
     seen = float((influences**2).sum()) / max(influences.size - size, 1)  # the noise's variance
+    rounding = noise.resolution**2 / 12
     flat = jacobian.reshape(size, -1)
-    information, axes = np.linalg.eigh(flat @ flat.T)
-    floor = max(seen, noise.resolution**2 / 12) / _LARGEST_VARIANCE
-    axes = axes / np.sqrt(np.maximum(information, max(floor, TINY)))
-    # In these axes the Gauss-Newton Hessian is the identity, and the whole one not far from it.
-    curvatures, turn = np.linalg.eigh(axes.T @ hessian @ axes)
-    curvatures = np.maximum(curvatures, SMALLEST_CURVATURE)
+    floor = max(max(seen, rounding) / _LARGEST_VARIANCE, TINY)
+    axes, curvatures = whitening_axes(flat @ flat.T, _hessian(model, matches, motion, cutoff), floor)
     curvature = float(curvatures.mean())
-    axes = axes @ turn
-    variance = max(seen, curvature**2 * noise.resolution**2 / 12)  # at least of rounding
+    variance = max(seen, curvature**2 * rounding)
     alike = variance * np.eye(size)
     arms = np.einsum("ij,idn->jdn", axes, jacobian)
     leverage = weights * (arms**2).sum(axis=(0, 1)) / (len(residuals) * curvature)
-    pulls = np.einsum("jdn,dn->jn", arms, influences) / np.maximum(1 - leverage, SMALLEST_CURVATURE)
+    pulls = jackknifed(np.einsum("jdn,dn->jn", arms, influences), leverage)
     shared, squares = _scatter(pulls, matches.select(used))
     shared += max(variance - seen, 0.0) * np.eye(size)  # of rounding, each match errs by itself
     shared = (squares * shared + _ALIKE * alike) / (squares + _ALIKE)  # a few tell little

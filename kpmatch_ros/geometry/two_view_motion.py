@@ -23,7 +23,7 @@ from kpmatch_ros.geometry.two_view_errors import (
     lengths,
     residual_sizes,
 )
-from kpmatch_ros.geometry.two_view_fit import SETTLED, Noise, minimise
+from kpmatch_ros.geometry.two_view_fit import SETTLED, Covariances, Noise, minimise
 from kpmatch_ros.geometry.two_view_profile import profile_covariance, profile_directions
 from kpmatch_ros.geometry.two_view_rotation import TYPICAL
 from kpmatch_ros.geometry.two_view_search import SAMPLE
@@ -110,14 +110,10 @@ def _refine(
 
 
 class Decision(NamedTuple):
-    """Of the motions that explain the matches alike, the one to report, and the others.
-
-    `is_weak` tells whether the geometry constrains the fit that was given so little that others may do as well.
-    """
+    """Of the motions that explain the matches alike, the one to report, and the others."""
 
     fit: Fit
     rivals: list[Motion]
-    is_weak: bool
 
 
 def decide(
@@ -126,6 +122,14 @@ def decide(
     """Look for the motions that explain the matches as well as the one found.
 
     A plane has another one. Where the geometry constrains the motion little, there may be some anywhere.
+
+    Args:
+        matches: all of them.
+        fit: the motion found.
+        covariance: (6, 6) of the fit, if matches err alike.
+        rotation: (3, 3) the one that explains most matches without a translation.
+        noise: of the keypoints.
+        prior: the motion before, where it is known.
     """
     threshold = noise.inlier_threshold
     deviation = tukey_cutoff(epipolar_residuals(fit.support, fit.motion), threshold, noise.resolution) / TUKEY
@@ -138,8 +142,7 @@ def decide(
         if all(is_distinct(one.motion, motion) for one in fits):
             fits.append(_refine(matches, motion, threshold, noise.resolution, 1, _ROUGHLY))
     planes = len(fits)
-    is_weak = _is_weak(inliers, covariance / noise.design_effect)
-    if is_weak:
+    if _is_weak(inliers, covariance / noise.design_effect):
         some = matches.sample(_PROFILED)
         for motion in profile_directions(some, [rotation], threshold, deviation):
             nearby = minimise(Model.EPIPOLAR, some, motion, 3 * threshold, 5, _ROUGHLY)
@@ -167,19 +170,24 @@ def decide(
         if likely is not None:
             best = next(one for one in (best, *distinct) if one.motion is likely)
             alike = [one for one in alike if not is_distinct(best.motion, one.motion)]
-    return Decision(best, [one.motion for one in alike], is_weak)
+    return Decision(best, [one.motion for one in alike])
 
 
-def widen(matches: Matches, fit: Fit, covariance: np.ndarray, noise: Noise) -> np.ndarray:
-    """The covariance (6, 6) of a fit; where the geometry constrains it little, by the likelihood around it."""
+def widen(matches: Matches, fit: Fit, covariances: Covariances, noise: Noise) -> np.ndarray:
+    """The covariance (6, 6) of a fit; where the geometry constrains it little, by the likelihood around it.
+
+    Few matches tell how each errs. What all tell together, `covariances.alike`, is a lower bound then.
+    """
     threshold = noise.inlier_threshold
     deviation = tukey_cutoff(epipolar_residuals(fit.support, fit.motion), threshold, noise.resolution) / TUKEY
     inliers = agrees(matches, fit.motion, min(threshold, TYPICAL * deviation))
-    if not _is_weak(inliers, covariance / noise.design_effect):
-        return covariance
+    if not _is_weak(inliers, covariances.alike / noise.design_effect):
+        return covariances.shared
     some = matches.sample(SAMPLE)
     evidence = len(matches) / len(some) / noise.design_effect
-    return profile_covariance(some, fit.motion, covariance, threshold, deviation, evidence)
+    wide = profile_covariance(some, fit.motion, covariances.alike, threshold, deviation, evidence)
+    more, axes = np.linalg.eigh(covariances.shared - wide)
+    return np.asarray(wide + (axes * np.maximum(more, 0.0)) @ axes.T)
 
 
 def _is_weak(inliers: np.ndarray, covariance: np.ndarray) -> bool:
