@@ -1,8 +1,8 @@
 /* Optical flow by Lucas and Kanade in a pyramid (Bouguet, Pyramidal Implementation of the Lucas Kanade Feature Tracker,
  * 2001), compiled: what flow.py asks OpenCV's calcOpticalFlowPyrLK for, with the same numbers within rounding.
  *
- * OpenCV makes the pyramids, and the gradients of a whole image, in each call. Here pyramids are given, and gradients are
- * taken around the points alone. Pixels and gradients between the grid are integers, as OpenCV's are.
+ * OpenCV makes the pyramids, and the gradients of a whole image, in each call. Here pyramids are given, and gradients
+ * are taken around the points alone. Pixels and gradients between the grid are integers, as OpenCV's are.
  * test/test_compiled_tracks.py compares both.
  */
 #include "geometry.h"
@@ -79,7 +79,7 @@ INLINE int32_t between(const int16_t *above, const int32_t *weights, int bits)
             (1 << (bits - 1))) >> bits;
 }
 
-/* Gradients by Scharr's filter of pixels whose grid begins a column and a row before. Outside of the image they are 0. */
+/* Gradients by Scharr's filter of pixels whose grid begins a column and a row before. Outside the image they are 0. */
 INLINE void gradients(const int16_t *restrict pixels, const Place *place, const Level *image, int width, int height,
                       int16_t *restrict across, int16_t *restrict down)
 {
@@ -207,8 +207,9 @@ INLINE int follow(const Level *image0, const Level *image1, float x, float y, in
  * Windows have a side of 13 or 21. Found (T,) says whether a point is found.
  */
 FOR_EACH_PROCESSOR
-void kpmatch_follow(int64_t levels, const int64_t *sides, const uint8_t *const *pyramid0, const uint8_t *const *pyramid1,
-                    int32_t window, int64_t count, const float *points, float *moved, uint8_t *found)
+void kpmatch_follow(int64_t levels, const int64_t *sides, const uint8_t *const *pyramid0,
+                    const uint8_t *const *pyramid1, int32_t window, int64_t count, const float *points, float *moved,
+                    uint8_t *found)
 {
     for (int64_t i = 0; i < count; i++) {
         float *next = moved + 2 * i;

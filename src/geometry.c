@@ -10,7 +10,7 @@
  */
 #include "geometry.h"
 
-/* Changes with the arguments or the meaning of a function of the library. compiled.py loads no library with another number. */
+/* Changes with the arguments or the meaning of a function of the library. compiled.py loads no other version. */
 #define VERSION 3
 
 int kpmatch_version(void) { return VERSION; }
@@ -79,7 +79,8 @@ INLINE float interpolated(const Image *image, float x, float y)
 }
 
 /* Pixels of the image at the first so many places (2, USED) of a patch that is at a point, with a shape (2, 2). */
-INLINE void look(const Image *image, const float *point, const float *shape, const float *places, int count, float *seen)
+INLINE void look(const Image *image, const float *point, const float *shape, const float *places, int count,
+                 float *seen)
 {
     const float x0 = point[0], xx = shape[0], xy = shape[1], wide = REACH * (fabsf(xx) + fabsf(xy)) + 1;
     const float y0 = point[1], yx = shape[2], yy = shape[3], high = REACH * (fabsf(yx) + fabsf(yy)) + 1;
@@ -459,7 +460,7 @@ INLINE int undistort_one(const double *target, const double *coefficients, doubl
         inverse[2] = -jacobian[2] / determinant;
         inverse[3] = jacobian[0] / determinant;
         const double x = image[0] - target[0], y = image[1] - target[1];
-        /* Where it folds over twice it turns the scene by half a turn: the determinant is positive, the trace is not. */
+        /* Where it folds over twice it turns the scene by half a turn: the determinant is positive, the trace not. */
         if (fabs(x) < NEWTON_TOLERANCE && fabs(y) < NEWTON_TOLERANCE)
             return inverse[0] + inverse[3] > 0;
         const double along = inverse[0] * x + inverse[1] * y, down = inverse[2] * x + inverse[3] * y;

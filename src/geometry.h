@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Binary packages are for any x86-64 processor. Those with AVX2 get code of their own, chosen as the library is loaded. */
+/* Binary packages are for any x86-64 processor. Those with AVX2 get code of their own, chosen at loading. */
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
 #if __GNUC__ >= 12
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v3", "default")))

@@ -1,10 +1,10 @@
 /* LightGlue (kpmatch_ros/models/lightglue_layers.py), compiled for x86-64: a layer in bfloat16, and the assignment.
  *
  * PyTorch's operators there describe them, and run where this library is not built or the processor lacks what it
- * needs: AVX-512 with bfloat16, or with it tiles (AMX), which multiply several times as fast. Each of a layer's many small
- * operations writes its result for the next one to read, which takes longer than the products. Here a block of rows passes
- * through all of them in the processor's own cache. Products are of bfloat16 numbers with sums in float32, as in PyTorch;
- * what lies between them stays in float32. test/test_compiled_layers.py compares both.
+ * needs: AVX-512 with bfloat16, or with it tiles (AMX), which multiply several times as fast. Each of a layer's many
+ * small operations writes its result for the next one to read, which takes longer than the products. Here a block of
+ * rows passes through all of them in the processor's own cache. Products are of bfloat16 numbers with sums in float32,
+ * as in PyTorch; what lies between them stays in float32. test/test_compiled_layers.py compares both.
  *
  * C11, without Python's headers: kpmatch_ros/models/compiled.py calls it by ctypes.
  */
@@ -352,11 +352,12 @@ INLINE __mmask16 there(int64_t first, int64_t count)
 
 /* The best partner of each point by the logarithm of the probability that two points match.
  *
- * similarities (count0, count1); certain0 (count0,), certain1 (count1,): logarithms of the probabilities that a point has
- * a match; best0 (count0,), best1 (count1,), most0 (count0,): the partners, and the logarithm for best0; work (3, count1).
+ * similarities (count0, count1); certain0 (count0,), certain1 (count1,): logarithms of the probabilities that a point
+ * has a match; best0 (count0,), best1 (count1,), most0 (count0,): the partners, and the logarithm for best0;
+ * work (3, count1).
  */
-void kpmatch_best(int64_t count0, int64_t count1, const float *similarities, const float *certain0, const float *certain1,
-                  int64_t *best0, int64_t *best1, float *most0, float *work)
+void kpmatch_best(int64_t count0, int64_t count1, const float *similarities, const float *certain0,
+                  const float *certain1, int64_t *best0, int64_t *best1, float *most0, float *work)
 {
     const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
     const __m512i steps = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);

@@ -63,7 +63,7 @@ INLINE __m512 exponential(__m512 x)
     return _mm512_scalef_ps(power, x);
 }
 
-/* Products. The left side is rows in memory; the right side is packed: for each 16 columns, for each 32 numbers of depth,
+/* Products. The left side is rows in memory; the right side is packed: for each 16 columns, for each 32 deep,
  * 16 rows of 16 pairs of numbers. */
 
 typedef struct {

@@ -68,7 +68,7 @@ void kpmatch_nearest(int64_t count, const float *points, int64_t others, const f
     }
 }
 
-/* Of two points (2, N) within a distance only the one with the lower age (N,) stays (N,), then of the higher score (N,). */
+/* Of two points (2, N) within a distance only the one of lower age (N,), then of higher score (N,), stays (N,). */
 FOR_EACH_PROCESSOR
 void kpmatch_first_of_each_place(int64_t count, const float *points, double distance, const uint64_t *ages,
                                  const float *scores, uint8_t *stay)
@@ -151,7 +151,7 @@ void kpmatch_neighbours(int64_t count, const float *points, const uint8_t *own, 
     }
 }
 
-/* The largest number of each row (R, N) but of those points (2, N) that are nearer than a distance to the row's (2, R). */
+/* The largest number of each row (R, N), but for points (2, N) that are nearer than a distance to the row's (2, R). */
 FOR_EACH_PROCESSOR
 void kpmatch_largest_elsewhere(int64_t rows, int64_t count, const float *numbers, const float *points,
                                const float *places, float distance, float *largest)

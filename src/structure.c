@@ -108,7 +108,8 @@ INLINE void invert(float (*upper)[BLOCK], ptrdiff_t n)
 {
 #pragma omp simd
     for (ptrdiff_t i = 0; i < n; i++) {
-        const float a = upper[0][i], b = upper[1][i], c = upper[2][i], d = upper[3][i], e = upper[4][i], f = upper[5][i];
+        const float a = upper[0][i], b = upper[1][i], c = upper[2][i];
+        const float d = upper[3][i], e = upper[4][i], f = upper[5][i];
         const float aa = d * f - e * e, ab = c * e - b * f, ac = b * e - c * d;
         const float determinant = a * aa + b * ab + c * ac;
         const float known = determinant > ROUNDING * a * d * f ? 1.0f : 0.0f, divisor = known > 0 ? determinant : 1;
@@ -121,8 +122,8 @@ INLINE void invert(float (*upper)[BLOCK], ptrdiff_t n)
     }
 }
 
-INLINE void normal_equations(int64_t frames, int64_t count, const float *cameras, const float *rays, const float *landmarks,
-                             int64_t from, ptrdiff_t n, Normal *sums)
+INLINE void normal_equations(int64_t frames, int64_t count, const float *cameras, const float *rays,
+                             const float *landmarks, int64_t from, ptrdiff_t n, Normal *sums)
 {
     const float *restrict x = landmarks + from, *restrict y = x + count, *restrict inverse = y + count;
     float *restrict squares = sums->squares, *restrict seen = sums->seen;
@@ -163,10 +164,10 @@ INLINE void solve(const Normal *sums, ptrdiff_t i, const float *vector, float *s
     solution[2] = upper[2][i] * vector[0] + upper[4][i] * vector[1] + upper[5][i] * vector[2];
 }
 
-/* Move points (3, T) by a Gauss-Newton step. Gives the squared residuals (T,) there, and their degrees of freedom (T,). */
+/* Move points (3, T) by a Gauss-Newton step. Gives the squared residuals (T,) there and their degrees of freedom. */
 FOR_EACH_PROCESSOR
-void kpmatch_place(int64_t frames, int64_t count, const float *cameras, const float *rays, float *landmarks, float *squares,
-                   int64_t *freedom)
+void kpmatch_place(int64_t frames, int64_t count, const float *cameras, const float *rays, float *landmarks,
+                   float *squares, int64_t *freedom)
 {
     Normal sums;
     for (int64_t from = 0; from < count; from += BLOCK) {

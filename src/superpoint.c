@@ -14,7 +14,7 @@
 /* The arguments: structures of compiled.py, with their names there. */
 
 typedef struct {
-    const uint16_t *weights; /* packed: three times 3 x inputs numbers deep, each filled up with 0 to a multiple of 32 */
+    const uint16_t *weights; /* packed: three times 3 x inputs numbers deep, each filled up with 0 to whole 32s */
     const float *bias;       /* (outputs,) */
     int64_t inputs, outputs;
 } Convolution;

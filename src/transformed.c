@@ -53,7 +53,10 @@ typedef struct {
     int64_t count;  /* of rows that are kept */
 } Lines;
 
-INLINE float *line(const Lines *lines, int64_t row) { return lines->numbers + (row + lines->count) % lines->count * lines->stride; }
+INLINE float *line(const Lines *lines, int64_t row)
+{
+    return lines->numbers + (row + lines->count) % lines->count * lines->stride;
+}
 
 typedef struct {
     const Block *block;

@@ -1,7 +1,7 @@
 /* The loops of estimate_relative_pose, compiled: of two_view_errors.py and two_view_fit.py.
  *
- * The NumPy code of the same names describes the algorithms, and runs where the library is not built: a change of one is
- * a change of the other, and test/test_compiled_two_view.py compares them. Nothing is kept from call to call, and no
+ * The NumPy code of the same names describes the algorithms, and runs where the library is not built: a change of one
+ * is a change of the other, and test/test_compiled_two_view.py compares them. Nothing is kept from call to call, and no
  * memory is taken: sums run over blocks of matches, always in the same order.
  */
 #include "two_view.h"

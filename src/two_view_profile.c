@@ -60,7 +60,8 @@ INLINE int refine_turn(const Matches *matches, double *rotation, const double *s
         }
     }
     const double least = 1e-14 * (xx + yy + zz), diagonal = at_least(trust, least); /* _NOT_LOST */
-    double hessian[9] = {xx + diagonal, xy, xz, xy, yy + diagonal, yz, xz, yz, zz + diagonal}, step[3] = {-gx, -gy, -gz};
+    double hessian[9] = {xx + diagonal, xy, xz, xy, yy + diagonal, yz, xz, yz, zz + diagonal};
+    double step[3] = {-gx, -gy, -gz};
     if (!solve(3, hessian, step))
         return 0;
     turn(rotation, step);
