@@ -45,6 +45,11 @@ def test_no_file_is_over_500_lines() -> None:
     assert not {name: length for name, length in lengths.items() if length > 500}
 
 
+def test_no_line_of_the_c_sources_is_longer_than_pythons_may_be() -> None:
+    lines = [(path.name, line) for path in (ROOT / "src").glob("*.[ch]") for line in path.read_text().splitlines()]
+    assert not [each for each in lines if len(each[1]) > 120]
+
+
 def test_no_test_imports_private_names() -> None:
     """Attributes are ruff's to see (SLF001)."""
     private = re.compile(r"^\s*from (?:kpmatch_ros|simulation|benchmarks)\S* import [^#\n]*\b_\w", re.MULTILINE)
