@@ -136,7 +136,8 @@ INLINE void shift_step(const float *patch, const float *seen, float *step)
 }
 
 /* One step of an affine change and of blur: how x changes by 1, x and y, and how y does. */
-INLINE void affine_step(const float *patch, const float *equations, const float *seen, const float *places, float *step)
+INLINE void affine_step(const float *patch, const float *equations, const float *seen, const float *places,
+                        const float *deformed, float *step)
 {
     const float *across = patch + USED, *down = patch + 2 * USED, *laplacian = patch + 3 * USED;
     const float *x = places, *y = places + USED;
@@ -158,7 +159,8 @@ INLINE void affine_step(const float *patch, const float *equations, const float 
     const float gain = gain_of(power_of(sum, squares, USED), equations[CONTRAST]);
     float slope[6] = {ax, axx, axy, dy, dyx, dyy};
     for (int i = 0; i < 6; i++)
-        slope[i] = gain * (slope[i] - sum / USED * equations[SUMS + i]) - equations[OWN + i];
+        slope[i] = gain * (slope[i] - sum / USED * equations[SUMS + i]) - equations[OWN + i] -
+                   DEFORMATION_DAMPING * deformed[i];
     blur = gain * blur - equations[OWN_BLUR];
     for (int i = 0; i < 6; i++) {
         step[i] = blur * equations[COLUMN + i];
@@ -210,7 +212,7 @@ INLINE void align_one(const float *patch, const Image *image, const float *place
                       float *shape, float *sigma, float *likeness, uint8_t *good)
 {
     const float start[2] = {point[0], point[1]};
-    float seen[USED], equations[AFFINE], step[6], moved = 0;
+    float seen[USED], equations[AFFINE], step[6], deformed[6] = {0}, moved = 0;
     for (int i = 0; i < shifts; i++) {
         look(image, point, shape, places, FEW, seen);
         shift_step(patch, seen, step);
@@ -222,7 +224,9 @@ INLINE void align_one(const float *patch, const Image *image, const float *place
     sharpen(equations, narrower);
     for (int i = 0; i < ITERATIONS; i++) {
         look(image, point, shape, places, USED, seen);
-        affine_step(patch, equations, seen, places, step);
+        affine_step(patch, equations, seen, places, deformed, step);
+        for (int k = 0; k < 6; k++)
+            deformed[k] += k % 3 ? step[k] : 0;
         move(point, shape, step[0], step[3]);
         deform(shape, step);
         moved = sqrtf(step[0] * step[0] + step[3] * step[3]);

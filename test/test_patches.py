@@ -53,6 +53,25 @@ def test_a_surface_seen_larger_or_smaller_is_not_taken_for_less_so(scale: float,
     assert np.sqrt((np.concatenate(errors) ** 2).mean()) < largest
 
 
+def test_what_an_edge_does_not_tell_of_its_deformation_is_left_as_it_was() -> None:
+    # Steps that fit the noise add up if nothing holds their sum: to 0.1 after ten of them.
+    stripes = 128 + 40 * np.sin(np.arange(400) / 5) * np.ones((400, 1))
+    image0, image1 = (
+        signed(
+            np.clip(np.round(stripes + np.random.default_rng(seed).normal(0, 3, stripes.shape)), 0, 255).astype(
+                np.uint8
+            )
+        )
+        for seed in (1, 2)
+    )
+    grid = np.arange(20, 380, 20, dtype=np.float32)
+    points = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
+    found = align(cut(image0, points), image1, points + np.float32([0.3, 0]), no_change(len(points)))
+    assert found.good.mean() > 0.9
+    along_the_edge = found.shapes[:, 1] - (0, 1)
+    assert along_the_edge.std() < 0.04
+
+
 def test_many_patches_are_cut_and_found_as_few_are() -> None:
     image = picture(1.0)
     points = np.random.default_rng(0).uniform(20, SIDE - 20, (1500, 2)).astype(np.float32)

@@ -43,7 +43,7 @@ _LAST_STEP = 0.3  # pixels: what moves further in the last step is not yet, or n
 _BLOCK = 1024  # patches at a time that are searched for: their arrays stay in the cache
 _CUT_BLOCK = 384  # and that are cut, which takes more arrays; of larger products, OpenBLAS gives each core a part
 _DAMPING = np.array([1.0, 1e4, 1e4], np.float32)
-"""Noise of 10 grey levels over what a step is expected to be: any number of pixels, a tenth of a deformation."""
+"""Noise of 10 grey levels over what a change is expected to be: any number of pixels, a tenth of a deformation."""
 _BLUR_DAMPING = np.float32(1e4)  # the same for a fifth of a square pixel of blur
 _BLUR = 0.25  # square pixels: variance of the blur of an image by its pixels, its lens, and interpolation
 _WIDEST = 2.0  # times that variance: beyond, the Laplacian does not tell what blur adds
@@ -124,7 +124,8 @@ def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np
     """Find patches in an image, from :func:`signed`, near points (T, 2) float32, deformed as shapes (T, 2, 2) float32.
 
     Gauss-Newton on an affine map, inverse compositional (Baker and Matthews, IJCV 2004). Brightness and contrast of a
-    patch may change. So many steps before shift the patches only: from further away this is surer.
+    patch may change. So many steps before shift the patches only: from further away this is surer. How much a patch is
+    deformed beyond the shapes given has a Gaussian prior: what the images do not tell, steps do not add up to.
 
     Sharpness may change too. The blur of an image is as wide in pixels everywhere. On a surface that is seen larger
     than in the patch it is therefore narrower, and each spot looks less enlarged than it is. To first order, blur adds
@@ -152,11 +153,12 @@ def _align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: n
     narrower = _BLUR / 2 * _narrowing(shapes)
     affine = _sharpened(affine, narrower)
     points, shapes, last_step = points.copy(), shapes.copy(), np.zeros(len(points), np.float32)
-    moving = np.arange(len(points))
+    moving, deformed = np.arange(len(points)), np.zeros((len(points), 2, 3), np.float32)
     for iteration in range(1, _ITERATIONS + 1):
         at, shape = points[moving], shapes[moving]
         seen = _seen(image, at, shape, _PLACES)
-        step = _step(affine[moving], seen, across[moving], down[moving], _PLACES, laplacian[moving])
+        step = _step(affine[moving], seen, across[moving], down[moving], _PLACES, laplacian[moving], deformed[moving])
+        deformed[moving, :, 1:] += step[:, :, 1:]
         points[moving] = at - np.einsum("tij,tj->ti", shape, step[:, :, 0].clip(-2, 2))
         shapes[moving] = shape - shape @ step[:, :, 1:].clip(-0.3, 0.3)
         last_step[moving] = _length(step[:, :, 0])
@@ -274,8 +276,12 @@ def _step(
     down: np.ndarray,
     places: np.ndarray,
     laplacian: np.ndarray | None = None,
+    deformed: np.ndarray | None = None,
 ) -> np.ndarray:
-    """(T, 2, K) changes of a patch that explain the pixels seen (T, U), the arguments as in :func:`_equations`."""
+    """(T, 2, K) changes of a patch that explain the pixels seen (T, U), the arguments as in :func:`_equations`.
+
+    The prior is on these changes and those before, deformed (T, 2, K), together.
+    """
     size = 2 * len(places)
     inverse, sums, own = (
         equations[:, : size * size],
@@ -285,6 +291,8 @@ def _step(
     mean, _, gain = _brightness(seen, equations[:, -1])
     slope = np.concatenate([(each * seen) @ places.T for each in (across, down)], axis=1)
     slope = gain[:, None] * (slope - mean[:, None] * sums) - own
+    if deformed is not None:
+        slope -= (_DAMPING * deformed).reshape(-1, size)
     step = np.einsum("tij,tj->ti", inverse.reshape(-1, size, size), slope)
     if laplacian is not None:
         column, against = equations[:, size * size :][:, :size], equations[:, -2 * size - 3]
