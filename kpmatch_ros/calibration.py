@@ -35,8 +35,9 @@ class Doubt(NamedTuple):
 class Calibration:
     """The camera, or the pair of cameras, that the camera_infos describe.
 
-    An image has the camera_info of its own stamp, or else the newest one: a zoom lens, or a camera whose resolution
-    changes, sends another one with each image. One thread may update it while another waits and asks for the camera.
+    An image has the camera_info of its own stamp, or else the last one that is not later than it, or else the newest
+    one: a zoom lens, or a camera whose resolution changes, sends others, and an image that has to wait shall not have
+    that of images to come. One thread may update it while another waits and asks for the camera.
 
     Args:
         topics: of the images: one, or two for a stereo pair.
@@ -99,10 +100,9 @@ class Calibration:
             CalibrationError: when the calibration cannot be used, for itself or for images of these sizes.
         """
         with self._changed:
-            newest = [next(reversed(infos), 0) for infos in self._infos]
-            stamps = newest if stamps is None else stamps
+            stamps = [next(reversed(infos), 0) for infos in self._infos] if stamps is None else stamps
             self._used = list(stamps)
-            infos = tuple(infos.get(stamp, infos.get(last)) for infos, stamp, last in zip(self._infos, stamps, newest))
+            infos = tuple(_of_time(infos, stamp) for infos, stamp in zip(self._infos, stamps))
         if any(info is None for info in infos):
             return None
         if len(infos) != len(self._made_of) or any(a is not b for a, b in zip(infos, self._made_of)):
@@ -172,6 +172,14 @@ class Calibration:
             if fisheye:
                 found.append(Doubt("lens", f"{fisheye}, by the camera_info of {topic}"))
         return found
+
+
+def _of_time(infos: dict[int, Any], stamp: int) -> Any:
+    """The camera_info of an image, of those by stamp in the order in which they came; None where there is none."""
+    if stamp in infos:
+        return infos[stamp]
+    newest = next(reversed(infos.values()), None)
+    return next((info for time, info in reversed(infos.items()) if time <= stamp), newest)
 
 
 def _middle(info: Any, rectified: bool) -> str:

@@ -312,6 +312,22 @@ def test_the_only_calibration_of_a_bag_is_taken_wherever_it_is(
     assert json.loads(run(tmp_path / "in", tmp_path / "out", *QUICK, "--json")[1])["camera_info"] == "/calibration"
 
 
+def test_the_only_calibration_of_a_bag_is_not_taken_from_another_camera(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    with BagWriter(tmp_path / "in") as bag:
+        for stamp, view in zip(stamps(3), views):
+            for eye in ("one", "other"):
+                bag.write(f"/{eye}/image", image_message(view, stamp, eye, "mono8"), stamp)
+            bag.write("/one/camera_info", camera_info_message(demo_camera(*SIZE), stamp, "one"), stamp)
+    _, out, err = run(tmp_path / "in", tmp_path / "out", "--image", "/other/image", "--json", *QUICK)
+    assert json.loads(out)["camera_info"] is None and "--camera-info names one" in err
+    given = ("--image", "/other/image", "--camera-info", "/one/camera_info")
+    _, out, err = run(tmp_path / "in", tmp_path / "given", *given, "--json", *QUICK)
+    assert json.loads(out)["camera_info"] == "/one/camera_info" and err == ""
+    assert choose_camera(tmp_path / "in", "/one/image").camera_info == "/one/camera_info"
+
+
 @pytest.mark.parametrize("image", ["/eye/image_raw/compressed", "/eye/compressed_image"])
 def test_the_calibration_beside_compressed_images_is_found(
     views: list[NDArray[np.uint8]], tmp_path: Path, image: str

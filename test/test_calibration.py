@@ -185,12 +185,14 @@ def focal(calibration: Calibration, *stamps: int) -> list[float]:
     return [camera.focal for camera in found if isinstance(camera, Camera)]
 
 
-def test_an_image_has_the_calibration_of_its_own_stamp_or_else_the_newest() -> None:
+def test_an_image_has_the_calibration_of_its_own_stamp_or_else_the_one_before_it() -> None:
     calibration = Calibration(["image"], rectified=False)
     assert calibration.camera_for([SIZE], [10]) is None
     for stamp, value in ((10, 500.0), (20, 600.0), (30, 700.0)):
         calibration.update(0, stamp, zoomed(value))
-    assert focal(calibration, 10, 20, 30, 25, 0) == [500, 600, 700, 700, 700]
+    assert focal(calibration, 10, 20, 30) == [500, 600, 700]
+    assert focal(calibration, 25, 40) == [600, 700], "what came while the image waited is of later ones"
+    assert focal(calibration, 0) == [700], "none is before it: its stamp says nothing"
     calibration.update(0, 10, zoomed(550.0))  # a bag begins again
     assert focal(calibration, 10, 20, 15) == [550, 600, 550]
     for stamp in range(100, 1100):

@@ -51,8 +51,8 @@ def choose_camera(
 ) -> CameraTopics:
     """The camera of a bag. Topics that are not given are chosen where there is only one.
 
-    The calibration is the topic camera_info beside the images, as in image_pipeline, or else the only one in the bag.
-    Their masks are the topic mask beside the images.
+    The calibration is the topic camera_info beside the images, as in image_pipeline, or else the only one in the bag,
+    unless it is beside the images of another camera. Their masks are the topic mask beside the images.
 
     Raises:
         BagError: when a topic is not in the bag, or there are several to choose from.
@@ -66,7 +66,8 @@ def choose_camera(
         )
     chosen = _only(bag, images, image, "image", "--image")
     info = _beside(bag, chosen, infos, "camera_info", camera_info, "--camera-info")
-    if not info and len(infos) == 1:
+    others = [_beside(bag, topic, infos, "camera_info", None, "") for topic in topics]
+    if not info and len(infos) == 1 and infos[0].name not in others:  # it is not another camera's
         info = infos[0].name
     mask = _beside(bag, chosen, masks, "mask", mask_topic, "--mask-topic")
     return CameraTopics(chosen.name, info, chosen.num_messages, mask)
