@@ -148,6 +148,26 @@ def test_a_full_disk_is_named_with_the_file_and_leaves_nothing_behind(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_a_bag_that_appears_in_the_meantime_is_named_and_no_file_beside_it_is_left(
+    frames: list[Any], tmp_path: Path, kpmatch: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with BagWriter(tmp_path / "in") as bag:
+        for stamp, message in zip(stamps(3), frames):
+            bag.write("/image", message, stamp)
+
+    class Late(BagWriter):
+        def close(self) -> None:
+            super().close()
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "of another run").touch()
+
+    monkeypatch.setattr("kpmatch_ros.bags.replay.BagWriter", Late)
+    files = ("--report", tmp_path / "page.html", "--poses", tmp_path / "poses.txt")
+    err = refused(kpmatch("bag", tmp_path / "in", tmp_path / "out", *files, *QUICK))
+    assert f"{tmp_path / 'out'}: was made by another program" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
 def test_frames_do_not_wait_without_end_where_the_recorders_clock_goes_back(
     frames: list[Any], tmp_path: Path, kpmatch: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

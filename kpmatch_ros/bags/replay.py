@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -109,18 +110,18 @@ def replay(
     front_end = FrontEnd(parameters.replace({"queue": "all"}))
     front_end.matcher.warm_up()
     with ExitStack() as stack:
-        # The last to be entered is the first to be finished and moved to its place.
-        text = stack.enter_context(_whole_or_not(poses)) if poses is not None else None
+        # The last to be entered is the first to end: all are finished, then the bag is moved to its place, then the files.
+        text, page_file, file = (
+            None if path is None else stack.enter_context(_whole_or_not(path)) for path in (poses, page, rerun)
+        )
         folder = stack.enter_context(_whole_or_not(out))
         writer = stack.enter_context(BagWriter(folder, bag_storage(bag)))
         trajectory = Trajectory(stack.enter_context(text.open("w"))) if text is not None else None
         wanted = {"/tf", *(["features"] if features else []), *(["match_image"] if match_image else [])}
         wanted |= {"landmarks"} if landmarks else set()
-        page_file = stack.enter_context(_whole_or_not(page)) if page is not None else None
         recording = None
         title = encodable(f"Matches of {bag.name}")
-        if rerun is not None:
-            file = stack.enter_context(_whole_or_not(rerun))
+        if file is not None:
             recording = stack.enter_context(RerunRecording(file, cameras[0].num_images, title, metric=stereo))
         watchers = [each for each in (shown, recording) if each is not None]
         report = _process(bag, cameras, front_end, writer, wanted, trajectory, watchers)
@@ -264,6 +265,8 @@ def _whole_or_not(path: Path) -> Iterator[Path]:
     except BagError as error:  # it names the place that nobody knows
         raise type(error)(str(error).replace(str(place), str(path))) from error
     except OSError as error:  # a disk that is full does not say of which file
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR) and target.exists():
+            raise BagError(f"{path}: was made by another program while this one ran; choose another name") from error
         if error.filename is not None:
             raise
         raise OutputError(f"{path}, or a file beside it, cannot be written: {error.strerror}") from error
