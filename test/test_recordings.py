@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import sqlite3
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -228,6 +231,30 @@ def test_all_frames_of_a_killed_recorder_are_processed(kpmatch: Run, killed: Pat
 
 
 # poor metadata
+
+
+def test_a_database_without_an_index_by_time_needs_no_second_one_to_be_read(tmp_path: Path) -> None:
+    with BagWriter(tmp_path / "bag", "sqlite3") as bag:
+        for number in (2, 0, 1, *range(3, 8)):
+            view = np.tile(picture(number), (10, 10))
+            bag.write(TOPIC, image_message(view, STAMPS[number], "eye", "mono8"), STAMPS[number])
+    file = tmp_path / "bag" / "bag.db3"
+    database = sqlite3.connect(file)
+    database.execute("DROP INDEX timestamp_idx")
+    database.commit()
+    database.close()
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # the bag has 15 MB
+
+    code = (
+        "import sys; from kpmatch_ros.bags.files import read_messages; "
+        "print([record.stamp for record in read_messages(sys.argv[1])])"
+    )
+    command = [sys.executable, "-c", code, str(file)]
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == STAMPS
 
 
 @pytest.fixture(params=["mcap", "sqlite3"])

@@ -110,7 +110,7 @@ def replay(
     front_end = FrontEnd(parameters.replace({"queue": "all"}))
     front_end.matcher.warm_up()
     with ExitStack() as stack:
-        # The last to be entered is the first to end: all are finished, then the bag is moved to its place, then the files.
+        # The last to be entered is the first to end: all are finished, then the bag is moved to its place, then files.
         text, page_file, file = (
             None if path is None else stack.enter_context(_whole_or_not(path)) for path in (poses, page, rerun)
         )

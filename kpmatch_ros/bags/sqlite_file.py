@@ -51,10 +51,14 @@ class SqliteFile:
     def messages(self, ids: Collection[int]) -> Iterator[tuple[int, int, bytes]]:
         """The messages of some channels in the order of recording: channel, nanoseconds, content."""
         marks = ", ".join("?" for _ in ids)
-        for channel, time, content in self._database.execute(
-            f"SELECT topic_id, timestamp, data FROM messages WHERE topic_id IN ({marks}) ORDER BY timestamp, id",
+        # Contents are fetched one by one. Where there is no index by time, as some tools write none, SQLite sorts what
+        # it is asked for in a temporary file, which would be as large as the bag.
+        for place, channel, time in self._database.execute(
+            f"SELECT rowid, topic_id, timestamp FROM messages WHERE topic_id IN ({marks}) ORDER BY timestamp, id",
             tuple(ids),
         ):
+            found = self._database.execute("SELECT data FROM messages WHERE rowid = ?", (place,)).fetchone()
+            content = None if found is None else found[0]
             if not isinstance(time, int) or not isinstance(content, bytes):
                 raise ValueError("the database is malformed: a message has no time or no content")
             yield channel, time, content
