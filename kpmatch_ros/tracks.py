@@ -116,6 +116,7 @@ class Tracks:
         """
         if self._reference is None:
             self._reference = self._new(reference, np.arange(len(reference.keypoints))[: self.limit])
+        self._reference = self._reference.select(np.s_[: self.limit])  # which may have become less since
         tracks, templates, self._descriptors = self._reference, self._templates, reference.descriptors
         templates.keep(np.concatenate([tracks.templates, self._lost.templates]))
         detected, score = matched_keypoints(tracks, len(reference.keypoints), matches, scores)
@@ -199,6 +200,7 @@ class Tracks:
         stays = seen[:-1].sum(axis=0) == 1
         stays[agree], stays[known], stays[again] = False, True, False
         stay = stays[rows]
+        stay &= np.isin(rows, known) | apart(links.points, found.points, 1.0)  # what was found contradicts nothing
         order = np.argsort(np.concatenate([rows[stay], again]), kind="stable")
         more = replace(
             tracks.select(again),

@@ -72,6 +72,18 @@ def test_points_without_a_match_are_carried_and_go_on_from_where_they_were(pictu
     assert np.array_equal(after.track_ids, before.track_ids[kept])
 
 
+def test_there_are_no_more_tracks_than_the_limit_from_the_frame_on_when_it_is_lowered(
+    picture: NDArray[np.uint8],
+) -> None:
+    tracks, views = Tracks(100, 0), [view(picture, 3 * number, grid() - (3 * number, 0)) for number in range(3)]
+    before = tracks.follow(views[0], views[1], *NO_MATCHES)
+    tracks.advance(views[1], None)
+    tracks.limit = 10
+    after = tracks.follow(views[1], views[2], *NO_MATCHES)
+    assert len(before.points) > 10 == len(after.points)
+    assert np.isin(after.track_ids, before.track_ids).all()  # rather than new ones
+
+
 def test_a_track_that_no_longer_looks_alike_ends(picture: NDArray[np.uint8], texture: Texture) -> None:
     points, found, right = grid(), 0, 0
     for seed in range(11, 21):
@@ -315,3 +327,25 @@ def test_a_track_that_its_neighbours_lead_astray_is_found_by_its_depth(
     right = last & (error(found[2], 20) < 0.2)
     assert right.sum() == last.sum() == 4 if calibrated else right.sum() < 2
     assert found[2].refined[right].all() and (found[2].sigmas[right] < 0.2).all()
+
+
+def test_where_a_lost_track_is_found_none_stays_that_contradicts_the_motion(picture: NDArray[np.uint8]) -> None:
+    scene, (there, elsewhere) = picture.copy(), np.float32([[75, 75], [115, 95]])  # which look alike
+    for x, y in np.int64([there, elsewhere]):
+        scene[y + 40 : y + 61, x + 40 : x + 61] = picture[:21, :21]
+    tracks = Tracks(100, 0)
+    first = view(scene, 0, np.concatenate([grid(), there[None]]))
+    second = view(scene, 2, np.stack([there, elsewhere]) - np.float32([2, 0]))
+    scene[130:161, 150:181] = picture[100:131, 100:131]
+    third = view(scene, 4, np.stack([there - np.float32([4, 0]), np.float32([30, 90])]))
+    links = tracks.follow(first, second, *NO_MATCHES)
+    links, _ = tracks.settle(second, (CAMERA, CAMERA), links, sideways(len(links.points)))
+    tracks.advance(second, None)
+    # The matcher takes the one, which is hidden by now, for the other, and this one for something else.
+    links = tracks.follow(second, third, np.array([[0, 1], [1, 0]]), np.full(2, 0.9, np.float32))
+    agree = np.linalg.norm(links.points - links.reference_points + (2, 0), axis=1) < 1
+    assert np.count_nonzero(~agree) == 2
+    links, pose = tracks.settle(third, (CAMERA, CAMERA), links, sideways(len(links.points)).of(agree))
+    here = np.linalg.norm(links.points - third.keypoints[0], axis=1) < 1
+    assert np.allclose(links.reference_points[here], second.keypoints[:1], atol=0.1) and links.indices[here, 1] == [0]
+    assert pose.inliers is not None and pose.inliers[here].all()
