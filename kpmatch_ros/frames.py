@@ -186,6 +186,11 @@ class StereoPair(ImagePair):
 
     agreement: StereoAgreement
 
+    def only(self, shown: np.ndarray) -> StereoPair:
+        """The matches that a mask (M,) bool names; the agreement is that of all."""
+        names = "indices", "reference_points", "points", "sigmas", "scores"
+        return replace(self, **{name: getattr(self, name)[shown] for name in names})
+
     def tracked(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         """(M, 2) float32 the left points by the tracks of their frame, and (M,) bool which ones that moves."""
         places = np.full_like(self.reference.keypoints, np.nan)

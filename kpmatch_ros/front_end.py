@@ -16,6 +16,7 @@ from kpmatch_ros.frames import Frame, GivenFrame, Pair, Result, RightImage, Ster
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.refinement import INDEPENDENT_POINTS, REFINED_RESOLUTION, refine
+from kpmatch_ros.geometry.robust import SMALLEST_SAMPLE
 from kpmatch_ros.geometry.stereo_agreement import StereoAgreement, check_stereo_matches
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.geometry.stereo_motion import estimate_stereo_motion
@@ -176,6 +177,8 @@ class FrontEnd:
         if self.parameters.refine:
             cameras = reference.camera, current.camera
             links, pose = self._tracks.settle(self._view(current), cameras, links, pose)
+            if pose.status.is_certain and pose.num_inliers < max(self.parameters.min_inliers, SMALLEST_SAMPLE):
+                pose = RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, pose.num_matches, pose.inliers)
         pair = Pair(
             reference=reference,
             current=current,
@@ -240,6 +243,9 @@ class FrontEnd:
             started = time.perf_counter()
             start = points + reference_points - left.keypoints[indices[:, 0]]
             points, sigmas = refine_pair(self._view(left), self._view(right), reference_points, start)
+            found = indices, reference_points, points, sigmas, scores
+            shown = self._view(right).shows(points)
+            indices, reference_points, points, sigmas, scores = (each[shown] for each in found)
             match_ms += _milliseconds_since(started)
         agreement = self._check_sides(reference_points, points, camera)
         right_points[indices[:, 0]] = points
@@ -277,8 +283,8 @@ class FrontEnd:
         start = (right + left - stereo.reference_points)[moved]
         views = self._view(stereo.reference), self._view(stereo.current)
         right[moved], sigmas[moved] = refine_pair(*views, left[moved], start)
-        agreement = self._check_sides(left, right, camera)
-        return replace(stereo, reference_points=left, points=right, sigmas=sigmas, agreement=agreement)
+        stereo = replace(stereo, reference_points=left, points=right, sigmas=sigmas).only(views[1].shows(right))
+        return replace(stereo, agreement=self._check_sides(stereo.reference_points, stereo.points, camera))
 
     def _match(self, reference: Frame, current: Frame) -> tuple[np.ndarray, np.ndarray, int, float]:
         """Indices, scores, layers, and milliseconds."""

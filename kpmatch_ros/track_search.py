@@ -54,6 +54,13 @@ class View:
         """The normalized image, and smaller ones, for optical flow."""
         return pyramid(self.normalized)
 
+    def shows(self, points: np.ndarray) -> np.ndarray:
+        """(T,) bool which points (T, 2) are inside the image, and not under the mask."""
+        height, width = self.normalized.shape
+        shown = np.asarray(((points > -0.5) & (points < (width - 0.5, height - 0.5))).all(axis=1))
+        shown[shown] = ~self.hides(points[shown])
+        return shown
+
     def hides(self, points: np.ndarray) -> np.ndarray:
         """(T,) bool which points (T, 2) inside the image the mask hides."""
         if self.mask is None:

@@ -1,4 +1,4 @@
-"""When a frame becomes the new keyframe."""
+"""When a frame becomes the new keyframe, and what the checks of its tracks leave of a pose."""
 
 from __future__ import annotations
 
@@ -63,3 +63,22 @@ def test_a_keyframe_gives_way_where_the_matches_moved_far_with_a_pose_or_without
     frame, pair = front_end.register_frame(nothing, 10**8, CAMERA)
     assert pair is not None and pair.pose.status is status
     assert (front_end.reference is frame) == renewed
+
+
+def test_a_pose_has_as_many_inliers_as_are_asked_for_once_its_tracks_are_checked() -> None:
+    random = np.random.default_rng(1)
+    step = np.array([0.9, 0, 0.1])
+    scene = random.uniform((-1.5, -1.5, 4), (2, 1.5, 9), (30, 3))
+    slide = random.uniform((-0.3, -1, 4), (1, 1, 4.5), (12, 3))  # near in the first two frames, far in the last two
+    further = 2 * (slide - step)
+    frames = [
+        np.concatenate([scene - number * step, points])
+        for number, points in enumerate((slide, further / 2, further - step))
+    ]
+    pixels = [points[:, :2] / points[:, 2:] * 500 + (320, 240) for points in frames]
+    parameters = Parameters(min_inliers=35)
+    front_end = FrontEnd(parameters, cast(FeatureMatcher, InOrder(*pixels)))
+    pairs = [front_end.register_frame(np.zeros(SIZE[::-1], np.uint8), number, CAMERA)[1] for number in range(3)]
+    assert pairs[1] is not None and pairs[1].num_inliers == 42 and pairs[1].pose.status is PoseStatus.OK
+    assert pairs[2] is not None and pairs[2].num_inliers == 30 and pairs[2].pose.status is PoseStatus.TOO_FEW_MATCHES
+    assert not pairs[2].pose.translation.any() and not pairs[2].pose.covariance.any()

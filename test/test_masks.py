@@ -186,6 +186,16 @@ def test_both_cameras_have_a_mask_and_one_given_with_the_images_holds_too(
             assert frame.mask is not None and np.array_equal(frame.mask, mask != 0)
 
 
+def test_no_right_point_is_refined_into_the_mask_or_out_of_the_image(matcher: FeatureMatcher, picture: Image) -> None:
+    front_end, columns = FrontEnd(FINE.replace({"mode": "stereo"}), matcher), np.arange(WIDTH)
+    right = np.roll(picture, -1, axis=1)
+    stripes = np.where(columns % 6 < 3, 0, 255)[None].repeat(HEIGHT, 0).astype(np.uint8)  # a point has 1.5 pixels to go
+    for stamp in range(3):
+        stereo = front_end.register([picture, right], [stamp, stamp], masks=[None, stripes]).stereo
+        assert stereo is not None and len(stereo.points) > 10 and under(stripes, stereo.points) == 0
+        assert len(stereo.points) == len(stereo.indices) == len(stereo.scores) == len(stereo.sigmas)
+
+
 def test_a_frame_without_a_mask_has_none(matcher: FeatureMatcher, picture: Image) -> None:
     front_end = FrontEnd(FINE, matcher)
     assert front_end.register_frame(picture, 1)[0].mask is None
