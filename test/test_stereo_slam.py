@@ -203,15 +203,20 @@ def test_a_right_point_that_belongs_to_another_left_point_is_left_out(
         assert np.isfinite(observations.right_x).sum() == (0 if aside else (world.indices != NOT_DETECTED).sum())
 
 
-def test_a_keyframes_disparities_are_those_of_its_stereo_matches() -> None:
+@pytest.mark.parametrize("right", ["right", "left"])
+def test_a_keyframes_disparities_are_those_of_its_stereo_matches(right: str) -> None:
     """Its keypoints are as detected, whole pixels; the stereo matches are where the tracks are."""
     world, calibration = World(), (camera_info("left"), camera_info("right"))
     slam = StereoSlam(*calibration, rectified=True, keyframes=Keyframes(step=0.05, least_path=0.0))
     for frame in range(1, 3):
-        slam.add("features", SimpleNamespace(header=header(frame), points=np.round(world.pixels(frame)[:, :2]).ravel()))
+        # Both cameras of a rectified pair may have one frame_id: the left one's features come first.
+        for frame_id, columns in (("left", [0, 1]), (right, [2, 1])):
+            points = np.round(world.pixels(frame)[:, columns]).ravel()
+            slam.add("features", SimpleNamespace(header=header(frame, frame_id), points=points))
         feed(slam, world, frame - 1, frame)
     keyframe = slam.requests[0].reference
     pixels, matched = world.pixels(keyframe.number), world.indices != NOT_DETECTED
+    assert np.array_equal(keyframe.points, np.round(pixels[:, :2]))
     assert np.array_equal(np.isfinite(keyframe.right_x), matched)
     disparities = (keyframe.points[:, 0] - keyframe.right_x)[matched]
     np.testing.assert_allclose(disparities, (pixels[:, 0] - pixels[:, 2])[matched], atol=1e-9)

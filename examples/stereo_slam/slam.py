@@ -129,8 +129,10 @@ class StereoSlam:
         if topic == "features" and message.header.frame_id != self._frame_id:
             return 0  # the right camera's
         header = message.reference if topic == "stereo_matches" else message.header
-        waiting = self._waiting[topic]
-        waiting[nanoseconds(header.stamp)] = message
+        waiting, stamp = self._waiting[topic], nanoseconds(header.stamp)
+        if topic == "features" and stamp in waiting:
+            return 0  # the left camera's came first, with the same frame_id
+        waiting[stamp] = message
         while len(waiting) > _KEPT:
             del waiting[min(waiting)]
         if topic == "features":
