@@ -8,9 +8,10 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from kpmatch_ros.bags.archive import Job, Row, Settings, replay_one
@@ -97,6 +98,7 @@ def _connected(address: str) -> Iterator[None]:
     try:
         if in_main:
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's would leave without a word
-        yield
+        with redirect_stdout(sys.stderr):  # where Ray tells of a worker that died; stdout is for the table
+            yield
     finally:
         ray.shutdown()
