@@ -23,7 +23,7 @@ import pytest
 from bag_harness import QUICK, SIZE, Run, by_topic, stamps
 from numpy.typing import NDArray
 
-from kpmatch_ros.bags.archive import find_bags
+from kpmatch_ros.bags.archive import find_bags, jobs_for
 from kpmatch_ros.bags.files import BagWriter, image_message
 from simulation import demo_camera
 from simulation.bags import write_camera_bag
@@ -174,6 +174,7 @@ def test_bags_are_found_in_every_form_that_recorders_leave(tmp_path: Path) -> No
         "b/b_0.mcap", "b/b_1.mcap",  # a recorder that was killed
         "c/one.mcap", "c/two.db3", "c/old.bag", "c/note.txt",  # bare files
         "d/metadata.yaml", "d/e/e_0.mcap.zstd",  # metadata of something else
+        "i/three.mcap.zstd", "i/four.db3.zstd", "i/log.zstd",  # compressed as a whole
         ".trash/f.mcap",
     ):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +183,10 @@ def test_bags_are_found_in_every_form_that_recorders_leave(tmp_path: Path) -> No
     (tmp_path / "h").mkdir()
     (tmp_path / "h" / "metadata.yaml").symlink_to("/no/such/disk/metadata.yaml")  # what cannot be read is to be named
     found = [str(path.relative_to(tmp_path)) for path in find_bags(tmp_path)]
-    assert found == ["a", "b", "c/old.bag", "c/one.mcap", "c/two.db3", "d/e", "h"]
+    packed = ["i/four.db3.zstd", "i/three.mcap.zstd"]
+    assert found == ["a", "b", "c/old.bag", "c/one.mcap", "c/two.db3", "d/e", "h", *packed]
+    jobs = jobs_for([tmp_path / name for name in packed], tmp_path, Path("out"), Path("unfinished"))
+    assert [str(job.target) for job in jobs] == ["out/i/four_db3_zstd", "out/i/three_mcap_zstd"]
 
 
 @pytest.mark.parametrize(

@@ -416,6 +416,8 @@ def test_a_target_that_exists_is_left_alone(run: Run, bag: Path, tmp_path: Path)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["note"]
     assert "there is no folder" in refused(run(bag, tmp_path / "nowhere" / "out", *QUICK))
     assert "there is no folder" in refused(run(bag, tmp_path / "new", *QUICK, "--poses", tmp_path / "nowhere" / "p"))
+    assert "lies in the bag that is read" in refused(run(bag, bag / "out", *QUICK))
+    assert "/proc/out: cannot be written to /proc: No such file" in refused(run(bag, "/proc/out", *QUICK))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -228,6 +228,20 @@ def test_a_compressed_bag_is_read(tmp_path: Path, compression: CompressionMode) 
     assert [record.message.teeth for record in read_messages(tmp_path / "bag")] == [7]
 
 
+def test_a_file_is_found_that_was_compressed_or_decompressed_since_its_metadata_was_written(tmp_path: Path) -> None:
+    for name, compression in (("plain", CompressionMode.NONE), ("packed", CompressionMode.FILE)):
+        write_raw(tmp_path / name, {"robot_msgs/msg/Gear": "int32 teeth"}, compression=compression)
+    plain, packed = ((tmp_path / name / name).with_suffix(ending) for name, ending in
+                     (("plain", ".db3"), ("packed", ".db3.zstd")))  # fmt: skip
+    content = plain.read_bytes(), packed.read_bytes()
+    plain.with_suffix(".db3.zstd").write_bytes(content[1])
+    packed.with_suffix("").write_bytes(content[0])
+    plain.unlink()
+    packed.unlink()
+    for bag in (tmp_path / "plain", tmp_path / "packed", plain.with_suffix(".db3.zstd")):
+        assert [record.message.teeth for record in read_messages(bag)] == [7]
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_bag_of_humble_without_definitions_is_read_where_the_types_are_known(tmp_path: Path, known: bool) -> None:
     apsw = pytest.importorskip("apsw")

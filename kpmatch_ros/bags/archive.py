@@ -45,7 +45,7 @@ In a finished bag's folder also source: what tells the bag that was read from ot
 _ROW = "kpmatch_archive.json"  # in a finished bag's folder
 _SETTINGS = "archive.json"
 _STORAGE = re.compile(r".*\.(mcap|db3)(\.zstd)?")
-_FILES = (".mcap", ".db3", ".bag")  # those of ROS 1 are refused with the name of what converts them
+_FILES = (".mcap", ".db3", ".mcap.zstd", ".db3.zstd", ".bag")  # .bag is refused with the name of what converts it
 _SAMPLE = 4096  # bytes of a file's beginning, and of its end
 _OF_THE_MACHINE = ("device", "threads")  # parameters that another machine may have otherwise
 _OF_FILES = ("extractor", "matcher", "mask", "mask_right")  # parameters that may name files
@@ -109,7 +109,10 @@ class Job:
     def of(cls, bag: Path, folder: Path, out: Path, unfinished: Path) -> Job:
         """The job for a bag below a folder: its target is in the same place below `out`."""
         name = bag.relative_to(folder)
-        target = name if bag.is_dir() else name.with_name(f"{name.stem}_{name.suffix[1:]}")
+        if bag.is_dir():
+            return cls(str(name), bag, out / name, unfinished)
+        plain, packed = (name.with_suffix(""), "_zstd") if name.suffix == ".zstd" else (name, "")
+        target = name.with_name(f"{plain.stem}_{plain.suffix[1:]}{packed}")
         return cls(str(name), bag, out / target, unfinished)
 
 
@@ -117,7 +120,7 @@ def find_bags(folder: Path) -> list[Path]:
     """The bags below a folder, sorted.
 
     A bag is a folder with metadata.yaml, or with files that are numbered after it, or any other .mcap, .db3 or .bag
-    file. A folder that cannot be read is taken for one, so that it is named.
+    file, also with .zstd behind. A folder that cannot be read is taken for one, so that it is named.
 
     Raises:
         BagError: there is none.

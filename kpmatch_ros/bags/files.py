@@ -220,13 +220,13 @@ def pose_message(pose: Pose, stamp: int, frame_id: str) -> Any:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Recording]:
-    """A bag that is open for reading: a folder, or a bare .mcap or .db3 file."""
+    """A bag that is open for reading: a folder, or a bare .mcap or .db3 file, which may be compressed (.zstd)."""
     if not path.exists():
         raise BagError(f"{path}: there is no such bag")
     if path.suffix == ".bag":
         raise BagError(f"{path}: is a bag of ROS 1; rosbags-convert --src {path} --dst FOLDER makes one of ROS 2")
-    if not path.is_dir() and not (path.is_file() and path.suffix in (".mcap", ".db3")):
-        raise BagError(f"{path}: is not a bag; give a bag's folder, or a .mcap or .db3 file")
+    if not path.is_dir() and not (path.is_file() and path.name.removesuffix(".zstd").endswith((".mcap", ".db3"))):
+        raise BagError(f"{path}: is not a bag; give a bag's folder, or a .mcap or .db3 file, which may end in .zstd")
     with _explained(path):
         recording = Recording(path)
     try:

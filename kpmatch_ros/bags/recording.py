@@ -129,7 +129,7 @@ class Recording:
                 raise BagError(f"{folder}: cannot be read: it has no .mcap or .db3 file")
             self.remarks.append(f"metadata.yaml names no files: read were {', '.join(file.name for file in present)}")
             return present
-        listed = [folder / name for name in names]
+        listed = [_as_it_is_now(folder / name) for name in names]
         if missing := [file.name for file in listed if not file.is_file()]:
             raise BagError(
                 f"{folder}: cannot be read: files that metadata.yaml names are missing: {', '.join(missing)}"
@@ -221,6 +221,12 @@ def _parsed(text: str) -> Any:
 def _list(content: dict[str, Any], key: str) -> list[Any]:
     found = content.get(key)
     return found if isinstance(found, list) else []
+
+
+def _as_it_is_now(file: Path) -> Path:
+    """A file, or where it was compressed or decompressed since its metadata was written, what became of it."""
+    other = file.with_suffix("") if file.suffix == ".zstd" else file.with_name(f"{file.name}.zstd")
+    return other if other.is_file() and not file.exists() else file
 
 
 def _natural(path: Path) -> list[Any]:

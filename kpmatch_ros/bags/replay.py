@@ -94,6 +94,8 @@ def replay(
     check_odometry(parameters)
     if out.exists() or out.is_symlink():
         raise BagError(f"{out}: exists already; remove it or choose another name")
+    if bag.resolve() in out.resolve().parents:
+        raise BagError(f"{out}: lies in the bag that is read; choose another place")
     files = [path for path in (poses, page, rerun) if path is not None]
     for path in (out, *files):
         if not path.resolve().parent.is_dir():
@@ -267,6 +269,8 @@ def _whole_or_not(path: Path) -> Iterator[Path]:
     except OSError as error:  # a disk that is full does not say of which file
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR) and target.exists():
             raise BagError(f"{path}: was made by another program while this one ran; choose another name") from error
+        if str(folder) in map(str, (error.filename, error.filename2)):  # nobody knows it
+            raise OutputError(f"{path}: cannot be written to {target.parent}: {error.strerror}") from error
         if error.filename is not None:
             raise
         raise OutputError(f"{path}, or a file beside it, cannot be written: {error.strerror}") from error

@@ -55,7 +55,9 @@ def add_bag(commands: Any) -> None:
         "kpmatch bag drive out --image /camera/image_raw --params matcher.yaml --device cuda",
         "kpmatch bag drive out --left /cam0/image_raw --right /cam1/image_raw --poses poses.txt",
     )
-    parser.add_argument("source", metavar="IN", type=Path, help="bag to read: a folder, or a .mcap or .db3 file")
+    parser.add_argument(
+        "source", metavar="IN", type=Path, help="bag to read: a folder, or a .mcap or .db3 file, also .zstd"
+    )
     parser.add_argument("target", metavar="OUT", type=Path, help="bag to write: a folder that does not exist yet")
     parser.add_argument(
         "--poses",
