@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -220,6 +221,28 @@ def test_a_keyframes_disparities_are_those_of_its_stereo_matches(right: str) -> 
     assert np.array_equal(np.isfinite(keyframe.right_x), matched)
     disparities = (keyframe.points[:, 0] - keyframe.right_x)[matched]
     np.testing.assert_allclose(disparities, (pixels[:, 0] - pixels[:, 2])[matched], atol=1e-9)
+
+
+def test_the_page_on_front_ends_makes_the_factor_that_a_relative_pose_says() -> None:
+    random = np.random.default_rng(0)
+    turn, moved = Rotation.from_rotvec([0.3, -0.8, 0.5]), np.array([0.4, -0.2, 1.0])
+    spread = 1e-4 * random.normal(size=(6, 6))
+    pose = SimpleNamespace(
+        position=SimpleNamespace(**dict(zip("xyz", moved))),
+        orientation=SimpleNamespace(**dict(zip("xyzw", turn.as_quat()))),
+    )
+    message = SimpleNamespace(pose=SimpleNamespace(pose=pose, covariance=(spread @ spread.T).ravel()))
+    page = (EXAMPLES.parent / "docs" / "front_end.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "BetweenFactorPose3" in block)
+    names: dict[str, Any] = {"gtsam": gtsam, "np": np, "message": message, "reference": 1, "current": 2}
+    exec(code, names)
+    error = spread @ random.normal(size=6)  # as messages.md has it: t + dt, and exp(w) R
+    true = gtsam.Pose3(gtsam.Rot3((Rotation.from_rotvec(error[3:]) * turn).as_matrix()), moved + error[:3])
+    values = gtsam.Values()
+    values.insert(1, gtsam.Pose3())
+    values.insert(2, true)
+    expected = error @ np.linalg.solve(spread @ spread.T, error) / 2
+    assert names["factor"].error(values) == pytest.approx(expected, rel=1e-2)
 
 
 def test_messages_of_a_frame_may_come_in_any_order() -> None:
