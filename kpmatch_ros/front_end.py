@@ -108,10 +108,10 @@ class FrontEnd:
             TypeError: when a stamp, the calibration or the names are of another type.
         """
         given = GivenFrame.of(images, stamps, camera, frame_ids, masks)
+        described = self._describe(given)  # first: an image that is refused changes nothing
         if self.interruption(given.stamps[0], given.frame_ids):
             self.reset()
         self._last_stamp, self._last_frame_ids = given.stamps[0], given.frame_ids
-        described = self._describe(given)
         current, stereo = described[0], None
         both_cameras = camera if isinstance(camera, StereoCamera) else None
         linked = self._link(current)

@@ -147,6 +147,16 @@ def test_the_next_image_may_come_in_the_memory_of_the_one_before(matcher: Featur
     assert result.pair is not None and np.array_equal(result.pair.points, plain.points)
 
 
+def test_an_image_that_is_refused_changes_nothing(matcher: FeatureMatcher, images: list[Image]) -> None:
+    plain = registered(FrontEnd(PARAMETERS, matcher), images)
+    front_end = FrontEnd(PARAMETERS, matcher)
+    front_end.register([images[0]], [0], CAMERA)
+    with pytest.raises(ValueError, match="float64"):
+        front_end.register([images[1] / 255], [10**12], CAMERA)  # of a time much later
+    pair = front_end.register([images[1]], [10**8], CAMERA).pair
+    assert pair is not None and np.array_equal(pair.points, plain.points)
+
+
 @pytest.mark.parametrize("stamps", [np.array([5, 10**8], np.uint64), np.array([5, 10**8])])
 def test_stamps_of_numpy_are_whole_numbers(matcher: FeatureMatcher, images: list[Image], stamps: Any) -> None:
     front_end = FrontEnd(PARAMETERS, matcher)
