@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -83,6 +84,34 @@ def test_of_an_ambiguous_pose_the_page_shows_the_rotation_but_no_position(tmp_pa
         assert re.findall(r'"(\d+)"', numbers) == shown
     # Without a value Plotly has null: FAILED has one, for its rotation.
     assert certain.count("null") == page.count("null") == lost.count("null") - 1
+
+
+def trace(page: str, name: str) -> tuple[list[Any], list[Any]]:
+    """The x and y of a plot's line."""
+    (found,) = re.findall(rf'"name":"{name}","x":(\[[^]]*\]),"y":(\[[^]]*\])', page)
+    return json.loads(found[0]), json.loads(found[1])
+
+
+def test_a_broken_chain_is_marked_where_it_goes_on(tmp_path: Path) -> None:
+    assert "broken" not in page_of(tmp_path / "whole.html", 5)
+    page = page_of(tmp_path / "page.html", 5, {3: PoseStatus.FAILED})
+    (broken,) = re.findall(r'"x":\[0.0\],"y":\[2.0\],"text":(\["\d"\])', page)
+    assert json.loads(broken) == ["3"] and "the chain is broken before frame %{text}" in page
+
+
+def test_without_calibration_the_page_shows_no_number_of_inliers(tmp_path: Path) -> None:
+    page = page_of(tmp_path / "page.html", 4, {2: PoseStatus.NO_CALIBRATION})
+    assert trace(page, "inliers")[1] == [50, None, 50] and trace(page, "matches")[1] == [50, 50, 50]
+
+
+def test_no_line_leads_back_in_time(tmp_path: Path) -> None:
+    report = HtmlReport(5, metric=True)
+    for number, seconds in enumerate((0, 1, 2, 1, 2)):
+        given = result(number)
+        given.frame.stamp = seconds * 10**9
+        report.add(given, 12.5)
+    report.write(tmp_path / "page.html", "drive", [], [])
+    assert trace((tmp_path / "page.html").read_text(), "matches") == ([0, 1, None, 0, 1], [50, 50, None, 50, 50])
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")

@@ -32,7 +32,7 @@ class FrameFigures:
 
     Attributes:
         stamp: nanoseconds.
-        matches, inliers: of the frame with its reference.
+        matches, inliers: of the frame with its reference. Without calibration nothing is known of inliers: None.
         rotation: between them, degrees; None without a pose.
         latency: milliseconds.
         status: of the pose.
@@ -41,7 +41,7 @@ class FrameFigures:
 
     stamp: int
     matches: int
-    inliers: int
+    inliers: int | None
     rotation: float | None
     latency: float
     status: PoseStatus
@@ -55,7 +55,7 @@ class FrameFigures:
         return cls(
             pair.current.stamp,
             len(pair.indices),
-            pair.num_inliers,
+            None if status is PoseStatus.NO_CALIBRATION else pair.num_inliers,
             float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))) if status.has_pose else None,
             milliseconds,
             status,

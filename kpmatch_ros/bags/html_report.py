@@ -27,6 +27,7 @@ _PICTURE_BYTES = 120_000  # of one
 _WIDTHS = (1280, 960, 720, 540, 400)  # pixels, tried in this order
 _TEMPLATE = Path(__file__).with_name("report.html")
 _MATCHES_AND_INLIERS = "<span style='color:#3b82c4'>matches</span>, <span style='color:#2f9e6e'>inliers</span>"
+_BROKEN_COLOUR = "#d1495b"
 _OTHER_COLOUR = "#9b5de5"  # of a status that came later
 
 
@@ -50,13 +51,17 @@ class HtmlReport:
         self._points: list[FrameFigures] = []
         self._pictures: list[tuple[int, str, bytes]] = []  # number among the points, caption, JPEG
         self._trajectory = Trajectory()
+        self._breaks: list[tuple[int, np.ndarray]] = []  # number among the points, and where the chain goes on (3,)
 
     def add(self, result: Result, milliseconds: float) -> None:
         """The next frame, and what it took from its message to its results."""
+        breaks, before = self._trajectory.breaks, self._trajectory.position
         self._trajectory.add(result.frame, result.pair)
         pair = result.pair
         if pair is None:
             return
+        if self._trajectory.breaks > breaks:
+            self._breaks.append((len(self._points), before))
         self._points.append(FrameFigures.of(pair, self._trajectory.position, milliseconds))
         if (len(self._points) - 1) % self._every == 0 and len(self._pictures) < _MOST_PICTURES:
             self._pictures.append((len(self._points) - 1, caption(pair), _picture(pair, self._picture_bytes)))
@@ -117,20 +122,38 @@ class HtmlReport:
             "marker": {"size": 5, "color": list(range(len(at))), "colorscale": "Viridis"},
             "hovertemplate": "frame %{text}<br>x %{x}, z %{y}<extra></extra>",
         }
-        layout = {
+        layout: dict[str, Any] = {
             "xaxis": {"title": {"text": f"x, right ({unit})"}},
             "yaxis": {"title": {"text": "z, forward"}, "scaleanchor": "x"},
         }
-        return {"data": [trace], "layout": layout}
+        if not self._breaks:
+            return {"data": [trace], "layout": layout}
+        places = np.array([place for _, place in self._breaks])
+        broken = {
+            "type": "scatter",
+            "x": np.round(places[:, 0], 4).tolist(),
+            "y": np.round(places[:, 2], 4).tolist(),
+            "text": [str(number) for number, _ in self._breaks],
+            "mode": "markers",
+            "marker": {"size": 11, "symbol": "x", "color": _BROKEN_COLOUR},
+            "hovertemplate": "the chain is broken before frame %{text}, and goes on from here<extra></extra>",
+        }
+        layout["xaxis"]["title"] = {"text": f"x, right ({unit}); <span style='color:{_BROKEN_COLOUR}'>✖ broken</span>"}
+        return {"data": [trace, broken], "layout": layout}
 
     def _figures(self, start: int) -> dict[str, Any]:
         """Four plots over the seconds since the first of the frames, one below the other."""
         seconds = [round((point.stamp - start) * 1e-9, 4) for point in self._points]
         statuses = [point.status for point in self._points]
+        back = {number for number in range(1, len(seconds)) if seconds[number] < seconds[number - 1]}
+
+        def with_gaps(values: list[Any]) -> list[Any]:  # no line leads back in time
+            return [value for number, now in enumerate(values) for value in ([None, now] if number in back else [now])]
 
         def line(name: str, values: list[Any], axis: str, colour: str) -> dict[str, Any]:
             return {
-                "type": "scatter", "mode": "lines+markers", "name": name, "x": seconds, "y": values, "yaxis": axis,
+                "type": "scatter", "mode": "lines+markers", "name": name, "x": with_gaps(seconds),
+                "y": with_gaps(values), "yaxis": axis,
                 "line": {"color": colour, "width": 1.5}, "marker": {"size": 4},
             }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +39,7 @@ class Report:
         mask_faults: how many images have no mask, one that cannot be used, or one that hides everything;
             and how many masks were let go.
         doubts: how many frames have something about them that is hardly meant so, by kind.
-        interruptions: how many frames could not follow the one before: time jumped, or the frame_id changed.
+        interruptions: how many frames could not follow the one before, by reason: time jumped, or the frame_id changed.
         barren: how many frames have too few keypoints or matches for a pose.
         without_partner: of a stereo pair, how many images on each topic found no partner. A frame is a pair.
         faults: what was wrong, in words: the first of each kind.
@@ -107,7 +108,7 @@ class Report:
 
     def interrupted(self, explanation: str) -> None:
         """A frame could not follow the one before. A pose with its own status says so too."""
-        self._fault(self.interruptions, "frames", explanation)
+        self._fault(self.interruptions, re.split(r"[\d']", explanation)[0].strip(), explanation)  # up to its values
 
     def stamp_fault(self, fault: str, topic: str, explanation: str) -> None:
         """An image's stamp says nothing of its time."""
