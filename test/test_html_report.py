@@ -104,6 +104,18 @@ def test_without_calibration_the_page_shows_no_number_of_inliers(tmp_path: Path)
     assert trace(page, "inliers")[1] == [50, None, 50] and trace(page, "matches")[1] == [50, 50, 50]
 
 
+def test_frames_without_a_time_stand_beside_one_another(tmp_path: Path) -> None:
+    report = HtmlReport(4, metric=True)
+    for number in range(4):
+        given = result(number)
+        given.frame.stamp = 0
+        report.add(given, 12.5)
+    report.write(tmp_path / "page.html", "drive", [], [])
+    page = (tmp_path / "page.html").read_text()
+    assert trace(page, "matches")[0] == [0, 1, 2] and "pair: all stamps are the same" in page
+    assert "pair: all stamps" not in page_of(tmp_path / "other.html", 4)
+
+
 def test_no_line_leads_back_in_time(tmp_path: Path) -> None:
     report = HtmlReport(5, metric=True)
     for number, seconds in enumerate((0, 1, 2, 1, 2)):

@@ -27,6 +27,7 @@ _PICTURE_BYTES = 120_000  # of one
 _WIDTHS = (1280, 960, 720, 540, 400)  # pixels, tried in this order
 _TEMPLATE = Path(__file__).with_name("report.html")
 _MATCHES_AND_INLIERS = "<span style='color:#3b82c4'>matches</span>, <span style='color:#2f9e6e'>inliers</span>"
+_SECONDS = "seconds"
 _BROKEN_COLOUR = "#d1495b"
 _OTHER_COLOUR = "#9b5de5"  # of a status that came later
 
@@ -80,11 +81,12 @@ class HtmlReport:
         """
         from plotly.offline import get_plotlyjs
 
-        start = self._points[0].stamp if self._points else 0
+        places, axis = self._time_axis()
         frames = [
             {
                 "point": number,
-                "seconds": round((self._points[number].stamp - start) * 1e-9, 3),
+                "at": places[number],
+                "when": f"{places[number]:.3f} s, pair {number}" if axis == _SECONDS else f"pair {number}",
                 "caption": text,
                 "jpeg": base64.b64encode(jpeg).decode(),
             }
@@ -99,7 +101,7 @@ class HtmlReport:
             "@FAULTS@": f"<ul class='faults'>{notes}</ul>" if notes else "",
             "@EVERY@": every,
             "@TRAJECTORY@": _script(self._trajectory_figure()),
-            "@FIGURES@": _script(self._figures(start)),
+            "@FIGURES@": _script(self._figures(places, axis)),
             "@FRAMES@": _script(frames),
             "@PLOTLY@": get_plotlyjs(),
         }
@@ -141,18 +143,24 @@ class HtmlReport:
         layout["xaxis"]["title"] = {"text": f"x, right ({unit}); <span style='color:{_BROKEN_COLOUR}'>✖ broken</span>"}
         return {"data": [trace, broken], "layout": layout}
 
-    def _figures(self, start: int) -> dict[str, Any]:
+    def _time_axis(self) -> tuple[list[float], str]:
+        """Where each point is on the axis of the plots, and the axis' title."""
+        stamps = [point.stamp for point in self._points]
+        if len(stamps) > 1 and len(set(stamps)) == 1:  # the driver stamps no image
+            return list(map(float, range(len(stamps)))), "pair: all stamps are the same"
+        return [round((stamp - stamps[0]) * 1e-9, 4) for stamp in stamps], _SECONDS
+
+    def _figures(self, places: list[float], axis_title: str) -> dict[str, Any]:
         """Four plots over the seconds since the first of the frames, one below the other."""
-        seconds = [round((point.stamp - start) * 1e-9, 4) for point in self._points]
         statuses = [point.status for point in self._points]
-        back = {number for number in range(1, len(seconds)) if seconds[number] < seconds[number - 1]}
+        back = {number for number in range(1, len(places)) if places[number] < places[number - 1]}
 
         def with_gaps(values: list[Any]) -> list[Any]:  # no line leads back in time
             return [value for number, now in enumerate(values) for value in ([None, now] if number in back else [now])]
 
         def line(name: str, values: list[Any], axis: str, colour: str) -> dict[str, Any]:
             return {
-                "type": "scatter", "mode": "lines+markers", "name": name, "x": with_gaps(seconds),
+                "type": "scatter", "mode": "lines+markers", "name": name, "x": with_gaps(places),
                 "y": with_gaps(values), "yaxis": axis,
                 "line": {"color": colour, "width": 1.5}, "marker": {"size": 4},
             }  # fmt: skip
@@ -164,14 +172,14 @@ class HtmlReport:
                  "#9b5de5"),
             line("latency", [round(point.latency, 2) for point in self._points], "y3", "#e0703a"),
             {
-                "type": "scatter", "mode": "markers", "name": "status", "x": seconds, "yaxis": "y4",
+                "type": "scatter", "mode": "markers", "name": "status", "x": places, "yaxis": "y4",
                 "y": [status.name for status in statuses],
                 "marker": {"size": 8, "symbol": "square",
                            "color": [STATUS_COLOURS.get(status, _OTHER_COLOUR) for status in statuses]},
             },
         ]  # fmt: skip
         layout = {
-            "xaxis": {"title": {"text": "seconds"}, "anchor": "y4"},
+            "xaxis": {"title": {"text": axis_title}, "anchor": "y4"},
             "yaxis": {"title": {"text": _MATCHES_AND_INLIERS}, "domain": [0.76, 1.0], "rangemode": "tozero"},
             "yaxis2": {"title": {"text": "rotation (°)"}, "domain": [0.5, 0.72], "rangemode": "tozero"},
             "yaxis3": {"title": {"text": "latency (ms)"}, "domain": [0.24, 0.46], "rangemode": "tozero"},
