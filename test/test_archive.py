@@ -314,6 +314,19 @@ def test_two_bags_for_one_place_are_refused(
     assert all(str(folder / name) in error for name in names) and "rename one of them" in error
 
 
+def test_no_result_comes_to_stand_among_the_recordings(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "day"
+    for name in ("day/drive", "drive"):  # the first would become day/drive, which is the second
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_camera_bag(folder / name, views[:3], stamps(3), demo_camera(*SIZE))
+    status, printed, error = run(folder, tmp_path, *QUICK)
+    assert (status, printed, error.count("\n")) == (2, "", 1)
+    assert f"{folder / 'day' / 'drive'}: would become {folder / 'drive'}, below {folder}" in error
+    assert "remove" not in error
+
+
 def test_results_of_another_bag_of_that_name_are_not_taken_for_this_ones(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:

@@ -153,7 +153,8 @@ def jobs_for(bags: list[Path], folder: Path, out: Path, unfinished: Path) -> lis
     """A job for each bag below a folder.
 
     Raises:
-        BagError: two bags would be written to one place, or one of them into another's folder.
+        BagError: two bags would be written to one place, or one of them into another's folder, or into the folder that
+            was searched.
     """
     jobs = [Job.of(bag, folder, out, unfinished) for bag in bags]
     taken: dict[Path, Job] = {}
@@ -162,6 +163,10 @@ def jobs_for(bags: list[Path], folder: Path, out: Path, unfinished: Path) -> lis
         if other is not job:
             raise BagError(f"{job.source}: and {other.source} would both become {job.target}; rename one of them")
     for job in jobs:
+        if folder in job.target.parents:  # it would be read by the next run, or is a recording
+            raise BagError(
+                f"{job.source}: would become {job.target}, below {folder}; choose another folder to write to"
+            )
         for place in job.target.parents:
             if place in taken:
                 raise BagError(
