@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
+from kpmatch_ros.geometry.blur import blurred_alike
 from kpmatch_ros.geometry.flow import Neighbours, flow_far, flow_forth_and_back, pyramid
 from kpmatch_ros.geometry.patches import LONGEST_STEP, Alignment, align, cut, no_change, signed, unaligned
 from kpmatch_ros.geometry.refinement import align_deformed
@@ -21,6 +22,7 @@ _SHIFTS = 1  # steps from where the matcher or the neighbours put a point to nea
 _UNLIKE = 0.3  # correlation with the patch: even a newer patch of the track is not found there
 _HARDLY_ALIKE = 0.5  # correlation with the patch: flow alone leads anywhere
 _REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much for patches
+_SIGMA_STEP = 0.05  # pixels, from one image to the next, besides what patches tell
 _SIGMA_REPLACED = 0.3  # pixels, for each new patch of a track
 _SIGMA_FLOW = 0.7  # pixels
 _SIGMA_KEYPOINT = 0.8  # pixels, for each pixel between positions that the detector can give
@@ -117,9 +119,15 @@ def find_places(
     patches = templates.patches[tracks.templates[rest]]
     found.put(rest, align(patches, current.pixels, near[rest], tracks.shapes[rest], _SHIFTS))
     align_deformed(found, rest, patches, current.pixels, near, tracks.shapes, neighbours)
+    alike = blurred_alike(reference.pixels, current.pixels, tracks.points[rest], near[rest])
+    # A new track's first patch is of the reference already.
+    known = (tracks.ids > 0) | (alike is not None)
+    images = alike or (reference.pixels, current.pixels)
+    _step(tracks, found, rest[known[rest]], near, *images)
     rest = rest[~found.good[rest]]
     near[rest] = flow_far(reference.pyramid, current.pyramid, tracks.points[rest], near[rest])
     found.put(rest, align(templates.patches[tracks.templates[rest]], current.pixels, near[rest], tracks.shapes[rest]))
+    _step(tracks, found, rest[known[rest]], near, *images)
     # Where the first patch no longer fits, the reference's may: the track goes on with that one. A new track's is that.
     rest = rest[~found.good[rest] & (found.likeness[rest] > _UNLIKE) & (tracks.ids[rest] > 0)]
     newer = cut(reference.pixels, tracks.points[rest])
@@ -150,6 +158,34 @@ def find_places(
         renewed=np.concatenate([renewed, cut_here]),
         patches=np.concatenate([newer, cut(current.pixels, found.points[cut_here])]),
     )
+
+
+def _step(
+    tracks: TrackSet, found: Alignment, rows: np.ndarray, near: np.ndarray, before: np.ndarray, now: np.ndarray
+) -> None:
+    """Find tracks by their surroundings in the reference image where these tell more exactly than their first patches.
+
+    A first patch that is sharp tells little of a blurred image, but the reference is blurred as that one is, or is made
+    so. The track keeps its first patch, for when images are sharp again. Errors add up over such steps.
+
+    Args:
+        tracks: T tracks in the reference image.
+        found: by their patches; what is found better is put there.
+        rows: (R,) the tracks to search for.
+        near: (T, 2) float32 pixels, where to begin.
+        before: the reference image, float32 (H, W), from :func:`kpmatch_ros.geometry.patches.signed`.
+        now: the current one.
+    """
+    sigmas = np.where(found.good, np.hypot(found.sigmas, tracks.anchors), np.inf)
+    rows = rows[sigmas[rows] > np.hypot(tracks.sigmas[rows], _SIGMA_STEP)]
+    step = align(cut(before, tracks.points[rows]), now, near[rows], no_change(len(rows)), _SHIFTS)
+    spread = np.hypot(np.hypot(step.sigmas, _SIGMA_STEP), tracks.sigmas[rows])
+    better = step.good & (spread < sigmas[rows])
+    rows, step, spread = rows[better], step.select(better), spread[better]
+    # What is published is these and the anchors together. The first patch and its anchor stay.
+    beside = np.sqrt(np.maximum(spread**2 - tracks.anchors[rows] ** 2, 0))
+    shapes = step.shapes @ tracks.shapes[rows]
+    found.put(rows, replace(step, shapes=shapes, sigmas=beside, likeness=found.likeness[rows]))
 
 
 def _reachable(points: np.ndarray, image: np.ndarray) -> np.ndarray:

@@ -10,7 +10,18 @@ import numpy as np
 from kpmatch_ros.geometry import compiled
 from kpmatch_ros.geometry.parallel_arrays import ParallelArrays
 
-__all__ = ["LONGEST_STEP", "Alignment", "align", "cut", "inside", "inverse", "no_change", "signed", "unaligned"]
+__all__ = [
+    "LONGEST_STEP",
+    "Alignment",
+    "align",
+    "cut",
+    "gradients",
+    "inside",
+    "inverse",
+    "no_change",
+    "signed",
+    "unaligned",
+]
 
 _SIDE = 13  # pixels, as the window of geometry.flow
 _WIDE = _SIDE + 2  # with a border for gradients
@@ -113,6 +124,11 @@ def _cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
     affine = _equations(template, across, down, _PLACES, laplacian)
     shift = _equations(_centred(template[:, _FEW]), across[:, _FEW], down[:, _FEW], _PLACES[:1, _FEW])
     return np.concatenate([template, across, down, laplacian, affine, shift], axis=1)
+
+
+def gradients(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(T, U) gradients of patches (T, P), from :func:`cut`, along x and along y."""
+    return patches[:, len(_USED) : 2 * len(_USED)], patches[:, 2 * len(_USED) : 3 * len(_USED)]
 
 
 def no_change(count: int) -> np.ndarray:

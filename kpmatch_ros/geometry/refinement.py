@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from kpmatch_ros.colour import to_grey
+from kpmatch_ros.geometry.blur import blurred_alike
 from kpmatch_ros.geometry.flow import Neighbours, flow_near
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change, signed
 
@@ -135,8 +136,9 @@ def align_matches(
     known = np.flatnonzero(np.isfinite(points0).all(axis=1) & np.isfinite(points1).all(axis=1))
     start, furthest = points1[known].astype(np.float32), longest_step(resolution)
     near = flow_near(image0, image1, points0[known], start, furthest)
-    patches = cut(signed(image0), points0[known].astype(np.float32))
-    pixels = signed(image1)
+    pixels0, pixels = signed(image0), signed(image1)
+    pixels0, pixels = blurred_alike(pixels0, pixels, points0[known], start) or (pixels0, pixels)
+    patches = cut(pixels0, points0[known].astype(np.float32))
     found = align(patches, pixels, near, no_change(len(known)))
     around = Neighbours(points0[known], points1[known])
     align_deformed(found, np.arange(len(known)), patches, pixels, start, no_change(len(known)), around)

@@ -1,0 +1,172 @@
+"""Blur that one of two images has and the other has not: a camera that turned meanwhile, or focused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+import cv2
+import numpy as np
+from scipy.linalg import eigh
+
+from kpmatch_ros.geometry.patches import align, cut, gradients, no_change
+
+__all__ = ["blurred_alike", "focus_kernel", "line_kernel"]
+
+_REACH = 20  # pixels around a point: half the widest blur, half a patch, and how far a point may be from its place
+_SIDE = 2 * _REACH + 1
+_FEWEST, _MOST = 20, 64  # points that tell of the blur
+_SHARP = 0.65  # part of the other image's gradients, squared: with more, an image is as sharp as the other one
+_CLEARER = 0.02  # correlation of the patches: blur that adds less is none
+_LENGTHS = (3.0, 5.0, 7.0, 9.0, 12.0, 16.0, 21.0)  # pixels
+_WIDTHS = (1.0, 1.5, 2.2, 3.3)  # pixels
+_ANGLES = (0.25, -0.25, 0.12, -0.12)  # radians from what gradients tell
+_FACTORS = (1.15, 0.87)  # of a length
+
+_Blur = tuple[float, float | None]  # pixels; the direction, radians, or None for all directions
+
+
+def line_kernel(length: float, angle: float) -> np.ndarray:
+    """Blur of a point that moves over a length (pixels) in a direction (radians): (K, K) float32, its sum is one."""
+    half = math.ceil(length / 2)
+    along = np.linspace(-0.5, 0.5, 8 * math.ceil(length)) * (length - 1)
+    x, y = half + along * math.cos(angle), half + along * math.sin(angle)
+    columns, rows = np.floor(x).astype(int), np.floor(y).astype(int)
+    kernel = np.zeros((2 * half + 2, 2 * half + 2))
+    for i in (0, 1):
+        for j in (0, 1):
+            np.add.at(kernel, (rows + j, columns + i), (1 - abs(x - columns - i)) * (1 - abs(y - rows - j)))
+    return (kernel[:-1, :-1] / kernel.sum()).astype(np.float32)
+
+
+def focus_kernel(width: float) -> np.ndarray:
+    """Gaussian blur with a standard deviation (pixels): (K, K) float32, its sum is one."""
+    row = cv2.getGaussianKernel(2 * math.ceil(3 * width) + 1, width)
+    return np.asarray(row @ row.T, np.float32)
+
+
+def blurred_alike(
+    image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, points1: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Two images of a scene, of which the sharper one is blurred as the other one is.
+
+    Between a sharp and a blurred image a patch is off by what its surroundings leak into it. Blur takes from the
+    gradients along it: of the gradients around the same points, the direction in which one image has the smallest part
+    of the other's is that of its blur (a generalised eigenvalue problem). How wide it is tells the blur of the other
+    image with which patches are most alike. If each image is blurred in a direction of its own, both are.
+
+    Args:
+        image0: float32 (H, W), from :func:`kpmatch_ros.geometry.patches.signed`.
+        image1: the same of the other image, which may have another size.
+        points0: (M, 2) pixels in image 0.
+        points1: (M, 2) pixels in image 1, roughly the same points.
+
+    Returns:
+        Both images, of which one at least is blurred; None where they are alike, or too few points tell.
+    """
+    pair = _Pair.of(image0, image1, points0, points1)
+    if pair is None:
+        return None
+    # The gradients along v have, in image 1, the eigenvalue's part of what they have in image 0.
+    (least, most), directions = eigh(*(_energies(gradients(cut(*side))) for side in (pair.sides[1], pair.sides[0])))
+    kernels: list[np.ndarray | None] = [None, None]
+    for side, is_sharper, direction in (
+        (0, least < _SHARP, directions[:, 0]),
+        (1, most > 1 / _SHARP, directions[:, 1]),
+    ):
+        if is_sharper:
+            kernels[side] = pair.find(kernels, side, math.atan2(direction[1], direction[0]))
+    if kernels[0] is None and kernels[1] is None:
+        return None
+    return _filtered(image0, kernels[0]), _filtered(image1, kernels[1])
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """Surroundings of the same points in two images, one below the other: images (N _SIDE, _SIDE), points (N, 2)."""
+
+    sides: tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+    @classmethod
+    def of(cls, image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, points1: np.ndarray) -> _Pair | None:
+        whole = np.flatnonzero(_surrounded(points0, image0) & _surrounded(points1, image1))
+        if len(whole) < _FEWEST:
+            return None
+        some = whole[np.linspace(0, len(whole) - 1, min(len(whole), _MOST)).astype(int)]
+        return cls((_surroundings(image0, points0[some]), _surroundings(image1, points1[some])))
+
+    def find(self, kernels: list[np.ndarray | None], side: int, angle: float) -> np.ndarray | None:
+        """The kernel of a side, beside the other's, with which patches are most alike; None where none helps."""
+        others = list(kernels)
+
+        def likeness(blur: _Blur) -> float:
+            others[side] = _kernel(blur)
+            return self._likeness(others)
+
+        best = max(
+            _climb([(length, angle) for length in _LENGTHS], likeness),
+            _climb([(width, None) for width in _WIDTHS], likeness),
+            key=itemgetter(0),
+        )
+        if best[0] < self._likeness(kernels) + _CLEARER:
+            return None
+        size, direction = best[1]
+        if direction is not None:
+            best = max(
+                [best, *((likeness(each), each) for each in ((size, direction + turn) for turn in _ANGLES))],
+                key=itemgetter(0),
+            )
+            direction = best[1][1]
+            best = max(
+                [best, *((likeness(each), each) for each in ((size * factor, direction) for factor in _FACTORS))],
+                key=itemgetter(0),
+            )
+        return _kernel(best[1])
+
+    def _likeness(self, kernels: list[np.ndarray | None]) -> float:
+        (image0, points0), (image1, points1) = (
+            (_filtered(image, kernel), points) for (image, points), kernel in zip(self.sides, kernels)
+        )
+        return float(align(cut(image0, points0), image1, points1, no_change(len(points0)), 1).likeness.mean())
+
+
+def _climb(blurs: Sequence[_Blur], likeness: Callable[[_Blur], float]) -> tuple[float, _Blur]:
+    """The best of blurs that grow, and how alike it makes patches: this has one maximum."""
+    best = likeness(blurs[0]), blurs[0]
+    for blur in blurs[1:]:
+        reached = likeness(blur)
+        if reached < best[0]:
+            break
+        best = reached, blur
+    return best
+
+
+def _kernel(blur: _Blur) -> np.ndarray:
+    size, angle = blur
+    return focus_kernel(size) if angle is None else line_kernel(size, angle)
+
+
+def _filtered(image: np.ndarray, kernel: np.ndarray | None) -> np.ndarray:
+    return image if kernel is None else np.asarray(cv2.filter2D(image, -1, kernel))
+
+
+def _surrounded(points: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """(M,) bool which points (M, 2) have _REACH pixels and a half around them; NaN has none."""
+    height, width = image.shape
+    return np.asarray((points > _REACH).all(axis=1) & (points < (width - _REACH - 1, height - _REACH - 1)).all(axis=1))
+
+
+def _surroundings(image: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The surroundings of points (N, 2), one below the other, and the points (N, 2) float32 in there."""
+    middle, offsets = np.rint(points).astype(int), np.arange(-_REACH, _REACH + 1)
+    pixels = image[(middle[:, 1:] + offsets)[:, :, None], (middle[:, :1] + offsets)[:, None, :]]
+    below = _SIDE * np.arange(len(points))
+    return pixels.reshape(-1, _SIDE), (points - middle + _REACH + np.c_[np.zeros_like(below), below]).astype(np.float32)
+
+
+def _energies(gradients: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """(2, 2) mean products of gradients along x and y."""
+    across, down = (each.ravel().astype(np.float64) for each in gradients)
+    return np.array([[across @ across, across @ down], [across @ down, down @ down]]) / len(across) + 1e-6 * np.eye(2)

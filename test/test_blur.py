@@ -1,0 +1,139 @@
+"""Where one image is sharp and the other blurred, the sharp one is blurred alike before patches are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kpmatch_ros.geometry.blur import blurred_alike, focus_kernel, line_kernel
+from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change, signed
+from kpmatch_ros.geometry.refinement import align_matches, normalize_contrast
+from kpmatch_ros.tracks import Links, Tracks, View
+
+Texture = Callable[[int, int, int], NDArray[np.uint8]]
+Image = NDArray[np.uint8]
+
+SIZE, SHIFT = 320, 3
+ALONG_ROWS = line_kernel(9, 0.0)
+
+
+@pytest.fixture(scope="module")
+def scene(texture: Texture) -> Image:
+    return texture(SIZE + 40, SIZE + 40, 5)
+
+
+def seen(scene: Image, shift: int, kernel: NDArray[np.float32] | None = None, seed: int = 0) -> Image:
+    """The scene, further to the left by the shift, with blur and then noise."""
+    image: NDArray[Any] = scene.astype(np.float32)
+    if kernel is not None:
+        image = cv2.filter2D(image, -1, kernel)
+    image = image[20 : 20 + SIZE, 20 + shift : 20 + shift + SIZE]
+    noise = np.random.default_rng(seed).normal(0, 2, image.shape)
+    return normalize_contrast(np.clip(np.round(image + noise), 0, 255).astype(np.uint8))
+
+
+def corners(image: Image) -> NDArray[np.float32]:
+    found = cv2.goodFeaturesToTrack(image[30:-30, 30:-30], 150, 0.02, 8)
+    return found[:, 0] + np.float32(30)
+
+
+def misplaced(found: Alignment, points: NDArray[np.float32]) -> float:
+    """Median error of the patches that are found, pixels."""
+    assert found.good.mean() > 0.85
+    return float(np.median(np.linalg.norm(found.points - points + (SHIFT, 0), axis=1)[found.good]))
+
+
+def start(points: NDArray[np.float32]) -> NDArray[np.float32]:
+    away = np.random.default_rng(0).normal(0, 0.5, points.shape)
+    return (points - (SHIFT, 0) + away).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [ALONG_ROWS, line_kernel(7, 1.0), line_kernel(15, 2.2), focus_kernel(2.0)],
+    ids=["along rows", "aslant", "wide", "out of focus"],
+)
+@pytest.mark.parametrize("blurred", [0, 1], ids=["the first is blurred", "the second is blurred"])
+def test_the_sharp_image_of_two_is_blurred_as_the_other_one(
+    scene: Image, kernel: NDArray[np.float32], blurred: int
+) -> None:
+    kernels = [kernel if side == blurred else None for side in (0, 1)]
+    images = [signed(seen(scene, SHIFT * side, each, side)) for side, each in enumerate(kernels)]
+    points = corners(seen(scene, 0))
+    near = start(points)
+    alike = blurred_alike(images[0], images[1], points, near)
+    assert alike is not None
+    assert np.array_equal(alike[blurred], images[blurred]) and not np.array_equal(
+        alike[1 - blurred], images[1 - blurred]
+    )
+    with_blur, without = (
+        align(cut(first, points), second, near, no_change(len(points)), 1) for first, second in (alike, images)
+    )
+    assert misplaced(with_blur, points) < 0.2
+    assert with_blur.likeness.mean() > without.likeness.mean() + 0.02
+
+
+def test_images_that_are_blurred_in_directions_of_their_own_are_both_blurred(scene: Image) -> None:
+    images = [signed(seen(scene, 0, ALONG_ROWS, 0)), signed(seen(scene, SHIFT, line_kernel(9, np.pi / 2), 1))]
+    points = corners(seen(scene, 0))
+    alike = blurred_alike(images[0], images[1], points, start(points))
+    assert alike is not None
+    found = align(cut(alike[0], points), alike[1], start(points), no_change(len(points)), 1)
+    assert misplaced(found, points) < 0.2
+
+
+@pytest.mark.parametrize("kernel", [None, ALONG_ROWS], ids=["sharp", "blurred"])
+def test_images_as_sharp_as_each_other_are_left_as_they_are(scene: Image, kernel: NDArray[np.float32] | None) -> None:
+    images = [signed(seen(scene, SHIFT * side, kernel, side)) for side in (0, 1)]
+    points = corners(seen(scene, 0))
+    assert blurred_alike(images[0], images[1], points, start(points)) is None
+
+
+def test_too_few_points_or_none_inside_tell_nothing_of_blur(scene: Image) -> None:
+    images = signed(seen(scene, 0)), signed(seen(scene, 0, ALONG_ROWS))
+    points = corners(seen(scene, 0))
+    outside = np.full_like(points, np.nan)
+    for few in (points[:0], points[:5], points - SIZE, outside):
+        assert blurred_alike(images[0], images[1], few, few) is None
+    flat = np.zeros_like(images[0])
+    assert blurred_alike(flat, flat, points, points) is None
+    assert blurred_alike(images[0], flat, points, points) is None
+
+
+def test_a_match_of_a_sharp_image_with_a_blurred_one_is_refined(scene: Image) -> None:
+    images = seen(scene, 0, None, 0), seen(scene, SHIFT, ALONG_ROWS, 1)
+    points = corners(images[0])
+    assert misplaced(align_matches(images[0], images[1], points, start(points)), points) < 0.15
+
+
+def test_tracks_stay_exact_through_blur_and_keep_their_first_patch(scene: Image) -> None:
+    points = corners(seen(scene, 0))
+
+    def view(number: int, kernel: NDArray[np.float32] | None) -> View:
+        keypoints = points if not number else points[:0]
+        return View(
+            seen(scene, SHIFT * number, kernel, number), keypoints, np.eye(len(keypoints), 256, dtype=np.float32), 1.0
+        )
+
+    def errors(links: Links, number: int) -> NDArray[np.float64]:
+        return np.linalg.norm(links.points - points[links.track_ids.astype(int) - 1] + (SHIFT * number, 0), axis=1)
+
+    tracks, none = Tracks(300, 0), (np.zeros((0, 2), np.int64), np.zeros(0, np.float32))
+    before, medians, shares = view(0, None), [], []
+    for number in range(1, 6):
+        now = view(number, ALONG_ROWS if 2 <= number <= 3 else None)
+        links = tracks.follow(before, now, *none)
+        tracks.advance(now, None)
+        before = now
+        medians.append(float(np.median(errors(links, number))))
+        shares.append(len(links.points) / len(points))
+        assert np.isfinite(links.sigmas).all()
+        assert (errors(links, number) < 4 * links.sigmas).mean() > 0.9
+    assert min(shares) > 0.8
+    assert max(medians[1:3]) < 0.2
+    assert medians[4] < 0.06  # sharp again: as exact as by the first patch, which errors of the steps did not reach
