@@ -383,6 +383,14 @@ def test_poses_are_chained_from_the_first_camera(run: Run, tmp_path: Path) -> No
     assert rows[2, 1:4] @ moved > 0.97 * np.linalg.norm(rows[2, 1:4]) * np.linalg.norm(moved)
 
 
+def test_a_time_before_zero_is_written_as_such(run: Run, views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
+    with BagWriter(tmp_path / "in") as bag:
+        for number, view in enumerate(views[:2]):
+            bag.write("/eye/image", image_message(view, (2 * number - 1) * 250_000_000, "eye", "mono8"), FIRST + number)
+    assert run(tmp_path / "in", tmp_path / "out", *QUICK, "--poses", tmp_path / "poses.txt")[0] == 0
+    assert (tmp_path / "poses.txt").read_text().splitlines()[1].startswith("-0.250000000 0.0")
+
+
 def test_a_frame_that_cannot_be_related_breaks_the_chain_visibly(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:

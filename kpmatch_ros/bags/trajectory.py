@@ -73,4 +73,5 @@ class Trajectory:
 
 
 def _seconds(stamp: int) -> str:
-    return f"{stamp // 10**9}.{stamp % 10**9:09d}"
+    seconds, nanoseconds = divmod(abs(stamp), 10**9)
+    return f"{'-' if stamp < 0 else ''}{seconds}.{nanoseconds:09d}"
