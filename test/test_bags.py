@@ -324,10 +324,12 @@ def test_a_bag_without_messages_is_said_to_be_empty(tmp_path: Path, storage: Lit
             read(tmp_path / "bag")
 
 
-@pytest.mark.parametrize("metadata", ["", "a: [", "rosbag2_bagfile_information: 3", "just a line"])
-def test_broken_metadata_is_explained(bag: Path, metadata: str) -> None:
-    (bag / "metadata.yaml").write_text(metadata)
-    with pytest.raises(BagError, match="bag: cannot be read"):
+@pytest.mark.parametrize("metadata", [b"", b"a: [", b"rosbag2_bagfile_information: 3", b"just a line", b"\xff", b"\0"])
+def test_broken_metadata_is_explained(bag: Path, metadata: bytes) -> None:
+    (bag / "metadata.yaml").write_bytes(metadata)
+    with pytest.raises(
+        BagError, match=r"bag: cannot be read: metadata\.yaml .*without metadata.yaml the bag may be read"
+    ):
         read_all(bag)
 
 

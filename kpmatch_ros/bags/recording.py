@@ -140,7 +140,14 @@ class Recording:
 
     def _read_metadata(self, file: Path) -> list[str]:
         """The names of the bag's files. Every key may be absent."""
-        tree = _parsed(file.read_text(encoding="utf-8"))
+        try:
+            tree = _parsed(file.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+            raise ValueError(
+                f"metadata.yaml is damaged: {reason}; without metadata.yaml the bag may be read, and ros2 bag reindex "
+                f"{file.parent} writes another one"
+            ) from error
         content = tree.get("rosbag2_bagfile_information") if isinstance(tree, dict) else None
         if not isinstance(content, dict):
             raise ValueError(
