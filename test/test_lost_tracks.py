@@ -18,7 +18,7 @@ from kpmatch_ros.tracks import NOT_DETECTED, View
 
 SIZE, FOCAL, COUNT, DETECTED = 240, 200.0, 80, 30
 CAMERA = Camera(SIZE, SIZE, np.array([[FOCAL, 0, SIZE / 2], [0, FOCAL, SIZE / 2], [0, 0, 1]]), "", np.zeros(0))
-STILL = Window(np.stack([np.eye(3)] * 2), np.zeros((2, 3)))
+AWAY = np.array([[0.0, 0, 0], [3, 1, -2], [0, 0, 0]])  # of three cameras without a turn; the last one is to be set
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,8 @@ def recall(tracks: TrackSet, templates: Templates, view: View, camera: Camera | 
     lost = LostTracks()
     lost.remember(tracks, COUNT)
     for step in (0.5, -0.5):
-        lost.move_on(tracks.select(np.zeros(0, int)), STILL._replace(translations=np.array([[0, 0, 0], [step, 0, 0]])))
+        moves = AWAY + np.array([(0,), (0,), (step,)]) * (1, 0, 0)
+        lost.move_on(tracks.select(np.zeros(0, int)), Window(np.stack([np.eye(3)] * 3), moves))
     found = lost.recall(templates, view, camera, np.arange(DETECTED), room)
     assert found is not None
     assert len(lost.templates) == COUNT - len(found)

@@ -60,18 +60,19 @@ def test_a_silent_side_is_noticed_and_memory_stays_bounded() -> None:
     assert synchroniser.unpaired == [99, 0] and synchroniser.since == [1, 0]
 
 
-def test_a_side_is_silent_once_an_image_of_the_other_went_without_for_half_a_second() -> None:
+@pytest.mark.parametrize("late", [RIGHT, LEFT])
+def test_a_side_is_silent_once_an_image_of_the_other_went_without_for_half_a_second(late: int) -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
     for tenth in range(200):
-        if tenth % 50 == 0:  # one image in 5 s, the right one 0.2 s after the left one; the last left one stays alone
-            synchroniser.put(LEFT, 100 * tenth * MS, "")
+        if tenth % 50 == 0:  # one image in 5 s, the late one 0.2 s after the other; the last other one stays alone
+            synchroniser.put(1 - late, 100 * tenth * MS, "")
         if tenth % 50 == 2 and tenth < 150:
-            synchroniser.put(RIGHT, 100 * (tenth - 2) * MS, "")
+            synchroniser.put(late, 100 * (tenth - 2) * MS, "")
         synchroniser.wait(7.0 + 0.1 * tenth)
         if tenth not in (153, 154):
-            assert synchroniser.silent(RIGHT) == (tenth >= 155) and not synchroniser.silent(LEFT)
-    synchroniser.put(RIGHT, 15_000 * MS, "")
-    assert not synchroniser.silent(RIGHT)
+            assert synchroniser.silent(late) == (tenth >= 155) and not synchroniser.silent(1 - late)
+    synchroniser.put(late, 15_000 * MS, "")
+    assert not synchroniser.silent(late)
 
 
 def test_a_lost_image_of_a_slow_camera_does_not_make_it_silent_for_good() -> None:
@@ -155,6 +156,17 @@ def test_an_image_that_is_sent_twice_costs_no_other_pair() -> None:
     events.insert(21, (LEFT, 500.001))  # after the eleventh
     assert len(feed(synchroniser, *events)) == 20
     assert synchroniser.unpaired == [1, 0]
+
+
+def test_images_with_stamps_are_a_pair_however_late_one_of_them_comes() -> None:
+    synchroniser: StereoSynchroniser[int] = StereoSynchroniser(10 * MS, 10)
+    pairs = []
+    for number in range(1, 20):  # each right image comes 2.3 periods after the left one
+        pairs.append(synchroniser.put(LEFT, number * 50 * MS, number, arrived=number * 50 * MS))
+        if number > 2:
+            pairs.append(synchroniser.put(RIGHT, (number - 2) * 50 * MS, number - 2, arrived=(number * 50 + 15) * MS))
+    assert [pair for pair in pairs if pair] == [(number, number) for number in range(1, 18)]
+    assert synchroniser.unpaired == [0, 0]
 
 
 def test_lost_images_do_not_widen_the_tolerance_beyond_half_a_period() -> None:
