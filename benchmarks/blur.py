@@ -6,7 +6,7 @@
 A walk through the synthetic courtyard goes through the front end with the default parameters and 400 keypoints (1,024
 with --full). Frames are blurred along a line, as by a camera that turns while the shutter is open: over so many pixels
 in turn, along the rows, along the columns, or in a direction of its own for each frame. Blur is even on both sides of a
-point: where it is does not change.
+point: where it is does not change. The blur is made here, not by geometry/blur.py, which is to find it.
 """
 
 from __future__ import annotations
