@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kpmatch_ros.features import Features, to_numpy
-from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.camera import Camera, check_camera
 from kpmatch_ros.geometry.pose import RelativePose
 from kpmatch_ros.geometry.refinement import normalize_contrast
 from kpmatch_ros.geometry.stereo_agreement import StereoAgreement
@@ -25,7 +25,6 @@ __all__ = [
     "Result",
     "RightImage",
     "StereoPair",
-    "check_camera",
 ]
 
 
@@ -263,20 +262,6 @@ class GivenFrame:
             frame_ids=tuple(frame_ids[: len(images)]),
             masks=[to_numpy(mask) for mask in masks[: len(images)]],
         )
-
-
-def check_camera(camera: Any) -> Camera | None:
-    """The camera, or None for none.
-
-    Raises:
-        TypeError: it is something else, as a matrix or a message.
-    """
-    if camera is not None and not isinstance(camera, Camera):
-        raise TypeError(
-            f"the camera is a {type(camera).__name__}; kpmatch_ros.Camera(width, height, matrix) makes one, and of a "
-            "CameraInfo Camera.from_camera_info(info, rectified=...)"
-        )
-    return camera
 
 
 def _nanoseconds(stamp: Any) -> int:

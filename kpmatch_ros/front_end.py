@@ -12,8 +12,8 @@ import numpy as np
 
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.features import Features, to_numpy
-from kpmatch_ros.frames import Frame, GivenFrame, Pair, Result, RightImage, StereoPair, check_camera
-from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.frames import Frame, GivenFrame, Pair, Result, RightImage, StereoPair
+from kpmatch_ros.geometry.camera import Camera, check_camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.refinement import INDEPENDENT_POINTS, REFINED_RESOLUTION, refine
 from kpmatch_ros.geometry.robust import SMALLEST_SAMPLE

@@ -19,11 +19,9 @@ ASTRAY = 3.0
 """Times as far as its neighbours disagree: a point goes no further than that from where they went."""
 
 _SHIFTS = 1  # steps from where the matcher or the neighbours put a point to near its place
-_UNLIKE = 0.3  # correlation with the patch: even a newer patch of the track is not found there
 _HARDLY_ALIKE = 0.5  # correlation with the patch: flow alone leads anywhere
 _REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much for patches
 _SIGMA_STEP = 0.05  # pixels, from one image to the next, besides what patches tell
-_SIGMA_REPLACED = 0.3  # pixels, for each new patch of a track
 _SIGMA_FLOW = 0.7  # pixels
 _SIGMA_KEYPOINT = 0.8  # pixels, for each pixel between positions that the detector can give
 
@@ -128,14 +126,7 @@ def find_places(
     near[rest] = flow_far(reference.pyramid, current.pyramid, tracks.points[rest], near[rest])
     found.put(rest, align(templates.patches[tracks.templates[rest]], current.pixels, near[rest], tracks.shapes[rest]))
     _step(tracks, found, rest[known[rest]], near, *images)
-    # Where the first patch no longer fits, the reference's may: the track goes on with that one. A new track's is that.
-    rest = rest[~found.good[rest] & (found.likeness[rest] > _UNLIKE) & (tracks.ids[rest] > 0)]
-    newer = cut(reference.pixels, tracks.points[rest])
-    found.put(rest, align(newer, current.pixels, near[rest], no_change(len(rest))))
-    replaced = found.good[rest]
-    renewed, newer = rest[replaced], newer[replaced]
-    anchors[renewed] = np.hypot(tracks.sigmas[renewed], _SIGMA_REPLACED)
-    # Where neither fits, as in blurred images, flow may still lead there and back.
+    # Where no patch fits, flow may still lead there and back.
     rest = np.flatnonzero(~found.good & (found.likeness > _HARDLY_ALIKE))
     expected, spread = neighbours.expect(rest)
     flowed, good = flow_forth_and_back(
@@ -150,13 +141,13 @@ def find_places(
         bare[:] = False
     found.put(np.flatnonzero(bare), unaligned(keypoints[bare], found.likeness[bare]))
     anchors[bare] = keypoint_sigma(current.resolution)
-    cut_here = np.concatenate([rest, np.flatnonzero(bare)])
+    renewed = np.concatenate([rest, np.flatnonzero(bare)])
     return Places(
         found=found,
         anchors=anchors,
         bare=bare,
-        renewed=np.concatenate([renewed, cut_here]),
-        patches=np.concatenate([newer, cut(current.pixels, found.points[cut_here])]),
+        renewed=renewed,
+        patches=cut(current.pixels, found.points[renewed]),
     )
 
 

@@ -7,6 +7,7 @@ threads; each node then is a process of its own, which runs the matcher's own pr
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import gc
 import json
 import os
@@ -122,6 +123,7 @@ def _become(program: str, arguments: list[str], variables: dict[str, str], log: 
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a node that crashes says where in its log
     from kpmatch_ros.process import configure_process
 
     configure_process()

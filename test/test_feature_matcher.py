@@ -189,14 +189,17 @@ def test_what_half_precision_cannot_represent_is_computed_again_in_single(
         broken = "descriptors" if hasattr(output, "descriptors") else "scores0"
         return output._replace(**{broken: torch.full_like(getattr(output, broken), torch.nan)})
 
+    # On a processor without tiles for bfloat16, SuperPoint stays in float32.
+    formats = [network.dtype for network in (half.extractor, half.matcher)]  # type: ignore[union-attr]
     half.extractor.register_forward_hook(overflow)
     half.matcher.register_forward_hook(overflow)
     features = [half.extract(image) for image in views[:2]]
     assert all(torch.isfinite(torch.as_tensor(each.descriptors)).all() for each in features)
     matches = half.match(*features)
     assert torch.isfinite(torch.as_tensor(matches.scores)).all()
-    assert half.repeated_in_float32 == 3
-    assert half.extractor.dtype == half.matcher.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert half.repeated_in_float32 == sum(dtype == torch.bfloat16 for dtype in (formats[0], formats[0], formats[1]))
+    assert formats[1] == torch.bfloat16
+    assert [half.extractor.dtype, half.matcher.dtype] == formats  # type: ignore[union-attr]
     reference = single.match(*(single.extract(image) for image in views[:2]))
     # The weights were rounded, the arithmetic was not.
     assert abs(len(matches) - len(reference)) < 0.1 * len(reference)

@@ -16,8 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 import kpmatch_ros
-from kpmatch_ros import Camera, FeatureMatcher, Features, FrontEnd, Matches, Parameters
+from kpmatch_ros import Camera, FeatureMatcher, Features, FrontEnd, Matches, Parameters, StereoCamera
 from kpmatch_ros.bags.demo import demo_frames
+from kpmatch_ros.geometry.stereo_agreement import check_stereo_matches
+from kpmatch_ros.geometry.stereo_motion import estimate_stereo_motion
+from kpmatch_ros.geometry.two_view import estimate_relative_pose
 
 Image = NDArray[np.uint8]
 PARAMETERS = Parameters(device="cpu", precision="float32", max_keypoints=200)
@@ -185,6 +188,16 @@ def test_what_a_front_end_cannot_take_is_named(
 def test_features_are_not_matched_with_what_is_no_camera(matcher: FeatureMatcher, features: list[Features]) -> None:
     with pytest.raises(TypeError, match="the camera is a ndarray"):
         FrontEnd(PARAMETERS, matcher).match_features(*features, cameras=(CAMERA, np.eye(3)))  # type: ignore[arg-type]
+
+
+def test_a_motion_is_not_estimated_with_what_is_no_camera() -> None:
+    points, pair = np.zeros((20, 2)), StereoCamera(CAMERA, CAMERA, np.eye(3), np.array([-0.1, 0, 0]))
+    with pytest.raises(TypeError, match="the camera is a ndarray"):
+        estimate_relative_pose(points, points, CAMERA, np.eye(3))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="the stereo camera is a Camera"):
+        estimate_stereo_motion(points, points, points, points, pair, CAMERA)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="the stereo camera is a Camera"):
+        check_stereo_matches(points, points, CAMERA)  # type: ignore[arg-type]
 
 
 def test_the_code_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from kpmatch_ros.geometry import lens
 from kpmatch_ros.geometry.lens import CalibrationError
 
-__all__ = ["AHEAD", "BEHIND", "CalibrationError", "Camera", "camera_info_field"]
+__all__ = ["AHEAD", "BEHIND", "CalibrationError", "Camera", "camera_info_field", "check_camera"]
 
 # A focal length outside this range, in units of the longer image side, is a mistake: millimetres or a fraction of the
 # image's width instead of pixels, most often. The widest fisheye lens has about 0.2, a long telephoto lens 50.
@@ -229,3 +229,17 @@ def _check_matrix(matrix: np.ndarray, size: int) -> None:
         )
     if matrix[1, 0] != 0 or (matrix[2] != (0, 0, 1)).any():
         raise CalibrationError("value", f"the camera matrix must be [fx 0 cx; 0 fy cy; 0 0 1], not {matrix.tolist()}")
+
+
+def check_camera(camera: Any) -> Camera | None:
+    """The camera, or None for none.
+
+    Raises:
+        TypeError: it is something else, as a matrix or a message.
+    """
+    if camera is not None and not isinstance(camera, Camera):
+        raise TypeError(
+            f"the camera is a {type(camera).__name__}; kpmatch_ros.Camera(width, height, matrix) makes one, and of a "
+            "CameraInfo Camera.from_camera_info(info, rectified=...)"
+        )
+    return camera

@@ -9,7 +9,7 @@ import numpy as np
 
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.geometry.robust import FALSE_ALARM_RATE, epipolar_chance, log_false_alarms
-from kpmatch_ros.geometry.stereo_camera import StereoCamera
+from kpmatch_ros.geometry.stereo_camera import StereoCamera, check_stereo_camera
 from kpmatch_ros.geometry.stereo_errors import StereoPoints, as_pixels
 
 __all__ = ["StereoAgreement", "check_stereo_matches"]
@@ -58,8 +58,10 @@ def check_stereo_matches(
 
     Raises:
         ValueError: an array has another shape.
+        TypeError: the calibration is no StereoCamera.
     """
     left, right = as_pixels(left), as_pixels(right)
+    camera = check_stereo_camera(camera)
     if camera is None:
         return StereoAgreement(PoseStatus.NO_CALIBRATION, len(left), None)
     points = StereoPoints.of(left, right, camera)

@@ -11,7 +11,7 @@ import numpy as np
 
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 
-__all__ = ["StereoCamera"]
+__all__ = ["StereoCamera", "check_stereo_camera"]
 
 _ALIGNED = 0.1  # pixels between the rows of two images that are said to be rectified
 _FOCAL_TOLERANCE = 1e-3
@@ -157,3 +157,17 @@ def _baseline(left: np.ndarray, right: np.ndarray) -> float:
             "swapped. Swap the topics",
         )
     return baseline
+
+
+def check_stereo_camera(camera: Any) -> StereoCamera | None:
+    """The pair of cameras, or None for none.
+
+    Raises:
+        TypeError: it is something else, as one camera or a message.
+    """
+    if camera is not None and not isinstance(camera, StereoCamera):
+        raise TypeError(
+            f"the stereo camera is a {type(camera).__name__}; kpmatch_ros.StereoCamera(left, right, rotation, "
+            "translation) makes one, and of two CameraInfos StereoCamera.from_camera_infos(left, right, rectified=...)"
+        )
+    return camera

@@ -27,7 +27,7 @@ from kpmatch_ros.geometry.robust import (
     without_copies,
 )
 from kpmatch_ros.geometry.sandwich import jackknifed, student_factor, whitening_axes
-from kpmatch_ros.geometry.stereo_camera import StereoCamera
+from kpmatch_ros.geometry.stereo_camera import StereoCamera, check_stereo_camera
 from kpmatch_ros.geometry.stereo_errors import StereoPoints, StereoResiduals, as_pixels, stereo_residuals
 from kpmatch_ros.geometry.two_view_errors import Matches, Motion, agrees, lengths, median_parallax, rotation_residuals
 
@@ -101,6 +101,7 @@ def estimate_stereo_motion(
 
     Raises:
         ValueError: the arrays have another shape, or a parameter is out of range.
+        TypeError: a calibration is no StereoCamera.
     """
     pixels = [as_pixels(points) for points in (left0, right0, left1, right1)]
     if len({points.shape for points in pixels}) != 1:
@@ -108,6 +109,7 @@ def estimate_stereo_motion(
     check_options(max_reprojection_error, keypoint_resolution)
     total, inlier_threshold = len(pixels[0]), float(max_reprojection_error)
     required = max(min_inliers, SMALLEST_SAMPLE)
+    camera0, camera1 = check_stereo_camera(camera0), check_stereo_camera(camera1)
     if camera0 is None or camera1 is None:
         return RelativePose.undefined(PoseStatus.NO_CALIBRATION, total)
     shared = None if sigmas is None else _relative(sigmas, total)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import chdtri
 
-from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.camera import Camera, check_camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.robust import (
     FALSE_ALARM_RATE,
@@ -123,6 +123,7 @@ def estimate_relative_pose(
 
     Raises:
         ValueError: the arrays have another shape, or a parameter is out of range.
+        TypeError: a calibration is no Camera.
     """
     points0, points1 = np.asarray(points0, dtype=np.float64), np.asarray(points1, dtype=np.float64)
     if points0.shape != points1.shape or points0.ndim != 2 or points0.shape[1] != 2:
@@ -130,6 +131,7 @@ def estimate_relative_pose(
     check_options(max_reprojection_error, keypoint_resolution)
     total, inlier_threshold = len(points0), float(max_reprojection_error)
     required = max(min_inliers, SMALLEST_SAMPLE)
+    camera0, camera1 = check_camera(camera0), check_camera(camera1)
     if camera0 is None or camera1 is None:
         return RelativePose.undefined(PoseStatus.NO_CALIBRATION, total)
     if total < required:
