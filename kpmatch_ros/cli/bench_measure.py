@@ -286,6 +286,8 @@ def _measure(
             stages["match"].append(pair.match_ms)
             stages["pose"].append(pair.pose_ms)
             if publish is not None:
+                if i == 0:
+                    publish(pair, matcher)  # which loads the messages' types
                 stages["publish"].append(_timed(lambda: publish(pair, matcher))[1].wall)  # noqa: B023
             for name, work in _small_stages(matcher, image, stamp):
                 stages[name].append(_timed(work)[1].wall)
