@@ -40,6 +40,8 @@ Matcher = LightGlue | SuperGlue | NearestNeighbour
 _EXTRACTORS: dict[str, type[Extractor]] = {kind.MODEL_TYPE: kind for kind in (SuperPoint, ALIKED, DISK, XFeat)}
 _MATCHERS: dict[str, type[LightGlue | SuperGlue]] = {kind.MODEL_TYPE: kind for kind in (LightGlue, SuperGlue)}
 
+_LOADED = ("profile", "extractor", "matcher", "backend", "providers", "device", "precision", "threads")
+
 LARGEST_IMAGE = 3840 * 2176  # pixels: SuperPoint's first layers take 6 GB of memory for it in float32
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as OpenCV and the authors of SuperPoint convert colour to grey
@@ -94,7 +96,10 @@ class FeatureMatcher:
         return cls(extractor=str(folder), matcher=str(folder), **options)
 
     def configure(self, parameters: Parameters) -> None:
-        """Take over the parameters that may change while running."""
+        """Take over the parameters that may change while running. Those of what is loaded stay as they are."""
+        loaded = {name: getattr(self.parameters, name) for name in _LOADED}
+        if any(getattr(parameters, name) != value for name, value in loaded.items()):
+            parameters = parameters.replace(loaded)
         self.parameters = parameters
         self.extractor.max_keypoints = parameters.max_keypoints
         for name, published in self._published.items():

@@ -59,6 +59,7 @@ class FrontEnd:
         self._masks = load_masks(self.parameters)  # of the left and the right camera
         self.matcher = matcher or FeatureMatcher(self.parameters)
         self.matcher.configure(self.parameters)
+        self.parameters = self.matcher.parameters
         self.reference: Frame | None = None
         self._last_stamp: int | None = None
         self._last_frame_ids: tuple[str, ...] = ()
@@ -72,8 +73,8 @@ class FrontEnd:
         """Take over the parameters that may change between two frames."""
         if parameters.refine != self.parameters.refine:
             self._tracks.reset()
-        self.parameters = parameters
         self.matcher.configure(parameters)
+        self.parameters = self.matcher.parameters
         self._tracks.limit, self._tracks.memory = parameters.max_keypoints, parameters.lost_tracks
 
     def reset(self) -> None:
