@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kpmatch_ros import FeatureMatcher, Features, FrontEnd, Matches, ParameterError, Parameters
+from kpmatch_ros import FeatureMatcher, Features, Matches, ParameterError, Parameters
 from kpmatch_ros.images import ImageError
 
 Image = NDArray[np.uint8]
@@ -397,17 +397,6 @@ def test_max_keypoints_keeps_the_best(matcher: FeatureMatcher, views: Any) -> No
         assert len(best) == count < len(everything)
         assert torch.equal(best.keypoints, everything.keypoints[:count])
         assert torch.allclose(best.descriptors, everything.descriptors[:count], atol=1e-6)
-
-
-def test_what_is_loaded_keeps_its_name_whatever_is_configured(matcher: FeatureMatcher) -> None:
-    loaded = matcher.parameters
-    other = PARAMETERS.replace({"extractor": "disk", "matcher": "nearest", "max_keypoints": 77})
-    front_end = FrontEnd(other, matcher)
-    front_end.configure(other)
-    assert front_end.parameters == matcher.parameters
-    assert (matcher.parameters.extractor, matcher.parameters.matcher) == (loaded.extractor, loaded.matcher)
-    assert matcher.extractor.max_keypoints == matcher.parameters.max_keypoints == 77
-    matcher.configure(PARAMETERS)
 
 
 def test_parameters_take_effect_while_running(matcher: FeatureMatcher, views: Any) -> None:

@@ -200,6 +200,17 @@ def test_a_motion_is_not_estimated_with_what_is_no_camera() -> None:
         check_stereo_matches(points, points, CAMERA)  # type: ignore[arg-type]
 
 
+def test_what_is_loaded_keeps_its_name_whatever_is_configured(matcher: FeatureMatcher) -> None:
+    loaded = matcher.parameters
+    other = PARAMETERS.replace({"extractor": "disk", "matcher": "nearest", "max_keypoints": 77})
+    front_end = FrontEnd(other, matcher)
+    front_end.configure(other)
+    assert front_end.parameters == matcher.parameters
+    assert (matcher.parameters.extractor, matcher.parameters.matcher) == (loaded.extractor, loaded.matcher)
+    assert matcher.extractor.max_keypoints == matcher.parameters.max_keypoints == 77
+    matcher.configure(PARAMETERS)
+
+
 def test_the_code_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     text = (Path(__file__).parents[1] / "README.md").read_text()
     blocks = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "rclpy" not in code]
