@@ -161,7 +161,7 @@ def make_matchers(arguments: argparse.Namespace, device: torch.device) -> list[M
         name, _, source = text.rpartition("=")
         weights = load_ours(name or Path(source).name, source, device, getattr(torch, arguments.precision))
         for radius, subpixel, threshold in itertools.product(
-            arguments.nms_radius, readings, arguments.keypoint_threshold
+            arguments.nms_radius or [weights.extractor.nms_radius], readings, arguments.keypoint_threshold
         ):
             settings = (arguments.keypoints, radius, subpixel, threshold, arguments.filter_threshold)
             matchers.append(Ours(weights, *settings))
@@ -190,8 +190,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--validation", type=Path, metavar="SHARDS", help="views of the training's own shards instead")
     parser.add_argument("--validation-pairs", type=int, default=60, help="of photographs, and of rooms")
     parser.add_argument("--weights", nargs="*", default=[], metavar="NAME=FOLDER", help="ours")
-    parser.add_argument("--nms-radius", nargs="+", type=int, default=[1], help="pixels")
-    parser.add_argument("--subpixel", choices=("on", "off", "both"), default="off")
+    parser.add_argument("--nms-radius", nargs="+", type=int, help="pixels (default: what the weights publish)")
+    parser.add_argument("--subpixel", choices=("on", "off", "both"), default="on")
     parser.add_argument("--keypoint-threshold", nargs="+", type=float, default=[0.0])
     parser.add_argument("--filter-threshold", type=float, default=0.1, help="lowest score of a match")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
