@@ -40,6 +40,7 @@ Matcher = LightGlue | SuperGlue | NearestNeighbour
 _EXTRACTORS: dict[str, type[Extractor]] = {kind.MODEL_TYPE: kind for kind in (SuperPoint, ALIKED, DISK, XFeat)}
 _MATCHERS: dict[str, type[LightGlue | SuperGlue]] = {kind.MODEL_TYPE: kind for kind in (LightGlue, SuperGlue)}
 
+# Parameters that are settled when the networks are loaded.
 _LOADED = ("profile", "extractor", "matcher", "backend", "providers", "device", "precision", "threads")
 
 LARGEST_IMAGE = 3840 * 2176  # pixels: SuperPoint's first layers take 6 GB of memory for it in float32
