@@ -27,7 +27,7 @@ class InOrder:
         self._points = iter(points)
 
     def configure(self, parameters: Parameters) -> None:
-        """There is nothing to change."""
+        self.parameters = parameters
 
     def extract_batch(self, images: Any, masks: Any) -> list[Features]:
         """The points of the next image."""

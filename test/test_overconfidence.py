@@ -279,7 +279,7 @@ class Told:
         self.frames, self.matched = iter(frames), iter(matched)
 
     def configure(self, parameters: Parameters) -> None:
-        pass
+        self.parameters = parameters
 
     def extract_batch(self, images: Any, *_: Any) -> list[Features]:
         points = torch.from_numpy(next(self.frames).astype(np.float32))
