@@ -230,7 +230,10 @@ class NodeUnderTest:
     def stop(self, sent: signal.Signals = signal.SIGINT) -> int:
         """End the node as a launch file does, and return its exit status."""
         self.process.send_signal(sent)
-        return self.process.wait(timeout=30)
+        status = self.process.wait(timeout=30)
+        if status != 0:
+            print(self.log)  # pytest shows it where that was not to be
+        return status
 
     def end(self) -> None:
         """End the node if it still runs. It is asked first: a kill may damage the memory that both processes share."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rclpy.node import Node
 from std_msgs.msg import String
 
 from kpmatch_ros.ros.service_guard import survives
+from kpmatch_ros.ros.start import shut_down, told_to_end
 from kpmatch_ros.ros.transitions import explained
 
 MATCHER = Path(get_package_prefix("kpmatch_ros"), "lib", "kpmatch_ros", "matcher")
@@ -60,6 +62,40 @@ def test_a_node_that_may_not_write_a_log_says_what_to_set(monkeypatch: pytest.Mo
     done = ended(monkeypatch)
     assert done.returncode == 1 and "with these arguments" not in done.stderr
     assert "/proc/log" in done.stderr and "set ROS_LOG_DIR to a folder that" in done.stderr
+
+
+def test_a_signal_that_shuts_ros_down_at_the_same_time_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def race(context: rclpy.Context) -> None:
+        monkeypatch.undo()  # it happens once
+        context.shutdown()  # as rclpy's thread that hears of signals does
+        context.shutdown()
+
+    with domain_id() as domain:
+        context = rclpy.Context()
+        rclpy.init(context=context, domain_id=domain)
+        with pytest.raises(RCLError):
+            race(context)
+        monkeypatch.setattr(rclpy.Context, "try_shutdown", race)
+        rclpy.init(domain_id=domain)
+        try:
+            shut_down()
+            assert not rclpy.ok()
+            rclpy.init(domain_id=domain)  # nothing is left over
+        finally:
+            rclpy.try_shutdown()
+
+
+def test_a_signal_that_ros_has_not_heard_of_yet_is_waited_for() -> None:
+    with domain_id() as domain:
+        rclpy.init(domain_id=domain)
+        try:
+            assert not told_to_end()
+            heard = threading.Timer(0.3, rclpy.shutdown)
+            heard.start()
+            assert told_to_end()
+            heard.join()
+        finally:
+            rclpy.try_shutdown()
 
 
 def test_what_fails_because_the_node_was_told_to_end_is_no_fault(capfd: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ from kpmatch_ros.ros.monitor import Problem
 from kpmatch_ros.ros.outputs import Outputs, output_names
 from kpmatch_ros.ros.parameter_descriptors import declare_parameters
 from kpmatch_ros.ros.service_guard import guarded, survives
-from kpmatch_ros.ros.start import why_ros_cannot_start
+from kpmatch_ros.ros.start import shut_down, told_to_end, why_ros_cannot_start
 from kpmatch_ros.ros.tf import INSTALL, TFMessage
 from kpmatch_ros.ros.topic_names import check_topics
 from kpmatch_ros.ros.transitions import explained
@@ -422,7 +422,7 @@ def main(args: list[str] | None = None) -> int:
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     except Exception:
-        if rclpy.ok():
+        if not told_to_end():
             raise
         # Told to end in the middle of the executor's work, which then meets objects that are gone.
     finally:
@@ -430,7 +430,7 @@ def main(args: list[str] | None = None) -> int:
             signal.signal(sent, signal.SIG_IGN)
         if node is not None:
             node.end()
-        rclpy.try_shutdown()
+        shut_down()
         if any(thread.name.startswith(_THREAD_NAME) for thread in threading.enumerate()):
             # A network is still at work on the last frame, or loading. Nothing can interrupt it but the process's end.
             sys.stdout.flush()
