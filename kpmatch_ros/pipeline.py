@@ -484,7 +484,9 @@ def check_odometry(parameters: Parameters) -> None:
 
 def caption(pair: Pair) -> str:
     """The line of figures below a picture of matches."""
-    return (
-        f"{len(pair.indices)} matches, {pair.num_inliers} inliers, {pair.layers} layers, "
-        f"{pair.current.extract_ms + pair.match_ms:.0f} ms, {pair.pose.status.name}"
-    )
+    figures = [f"{len(pair.indices)} matches"]
+    if pair.pose.status is not PoseStatus.NO_CALIBRATION:
+        figures.append(f"{pair.num_inliers} inliers")
+    if pair.layers:
+        figures.append(f"{pair.layers} layers")
+    return ", ".join([*figures, f"{pair.current.extract_ms + pair.match_ms:.0f} ms", pair.pose.status.name])

@@ -89,6 +89,12 @@ def test_a_middleware_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch
     assert faults and "rmw_no_such_thing" in " ".join(finding.text + finding.remedy for finding in faults)
 
 
+def test_a_folder_for_logs_that_cannot_be_made_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROS_LOG_DIR", "/proc/log")  # where not even root makes a folder
+    (finding,) = (each for each in doctor.check_ros() if each.level == FAIL)
+    assert "ROS cannot start" in finding.text and "/proc/log" in finding.text and "ROS_LOG_DIR" in finding.remedy
+
+
 def test_messages_that_are_not_built_are_a_fault_with_the_command_that_builds_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -102,6 +102,9 @@ def test_a_broken_chain_is_marked_where_it_goes_on(tmp_path: Path) -> None:
 def test_without_calibration_the_page_shows_no_number_of_inliers(tmp_path: Path) -> None:
     page = page_of(tmp_path / "page.html", 4, {2: PoseStatus.NO_CALIBRATION})
     assert trace(page, "inliers")[1] == [50, None, 50] and trace(page, "matches")[1] == [50, 50, 50]
+    captions = re.findall(r"50 matches, [^\"<]*(?:OK|NO_CALIBRATION)", page)
+    assert captions[0] == "50 matches, 50 inliers, 9 layers, 2 ms, OK"
+    assert captions[1] == "50 matches, 9 layers, 2 ms, NO_CALIBRATION"
 
 
 def test_frames_without_a_time_stand_beside_one_another(tmp_path: Path) -> None:

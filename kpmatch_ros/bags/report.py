@@ -215,17 +215,13 @@ class Report:
                 4, ("stereo", f"{figures['stereo_matches']:.0f} matches of left and right{inliers} per frame (median)")
             )
         if self.odometry_breaks:
-            rows.append(("odometry", f"begins again {self.odometry_breaks} times: in frames of its own, odom_1 and on"))
+            again = _counted(self.odometry_breaks, "time")
+            rows.append(("odometry", f"begins again {again}: in frames of its own, odom_1 and on"))
         if self.breaks:
-            rows.append(("chain", f"broken {self.breaks} times: see the comments among the poses"))
+            rows.append(("chain", f"broken {_counted(self.breaks, 'time')}: see the comments among the poses"))
         if self.rejections:
-            rows.insert(
-                1,
-                (
-                    "rejected",
-                    f"{sum(self.rejections.values())} {'frames' if stereo else 'images'}: {counts(self.rejections)}",
-                ),
-            )
+            rejected = _counted(sum(self.rejections.values()), "frame" if stereo else "image")
+            rows.insert(1, ("rejected", f"{rejected}: {counts(self.rejections)}"))
         if self.without_partner:
             rows.insert(1, ("unpaired", f"images without a partner: {counts(self.without_partner)}"))
         if self.stamp_faults:
@@ -238,6 +234,10 @@ class Report:
         if self.refusals:
             rows.append(("camera_info", f"refused: {counts(self.refusals)}"))
         return rows
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _percentile(values: list[float] | list[int], percent: float) -> float | None:

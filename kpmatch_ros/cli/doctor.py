@@ -323,6 +323,9 @@ def check_ros() -> Iterator[Finding]:
         yield Finding(FAIL, "middleware", f"{wanted} does not load: {_first_line(answers['rmw']['error'])}", remedy)
     else:
         yield Finding(OK, "middleware", answers["rmw"]["value"])
+    if "error" in answers["start"]:
+        remedy = "correct what this names; for the logs, set ROS_LOG_DIR to a folder that this user may write to"
+        yield Finding(FAIL, "start", f"ROS cannot start: {_first_line(answers['start']['error'])}", remedy)
     yield _messages(answers)
     yield _converter(answers["converter"])
     yield _executable(answers)

@@ -31,6 +31,15 @@ def middleware() -> str:
     return str(get_rmw_implementation_identifier())
 
 
+def start() -> None:
+    """ROS starts, as in a node's process: it needs a folder for its logs, above all."""
+    import rclpy
+
+    context = rclpy.Context()
+    rclpy.init(args=[], context=context)
+    rclpy.shutdown(context=context)
+
+
 def package() -> str:
     """Where this package is."""
     import kpmatch_ros
@@ -78,6 +87,7 @@ if __name__ == "__main__":
     questions = {
         "rclpy": rclpy_file,
         "rmw": middleware,
+        "start": start,
         "package": package,
         "messages": messages,
         "installed": installed,
