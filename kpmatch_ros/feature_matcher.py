@@ -161,7 +161,7 @@ class FeatureMatcher:
             group = [i for i, image in enumerate(seen) if image.shape == shape and i not in found]
             if not group:
                 continue
-            inputs = [torch.cat([seen[i] for i in group])]
+            inputs = [torch.cat([seen[i] for i in group]) if len(group) > 1 else seen[group[0]]]
             if any(allowed[i] is not None for i in group):
                 inputs.append(torch.stack([self._upload_mask(allowed[i], shape[-2:]) for i in group]))
             detections = self._run(self.extractor, _is_sound, *inputs)
@@ -276,7 +276,7 @@ class FeatureMatcher:
             return torch.from_numpy(grey_levels(pixels, blue_first))[None, None]
         if min(pixels.strides) < 0 or not pixels.flags.writeable:  # torch takes neither
             pixels = pixels.copy()
-        image = self._send(torch.from_numpy(pixels)).float() / 255
+        image = self._send(torch.from_numpy(pixels)).float().div_(255)
         if image.ndim == 2:
             return image[None, None]
         if self.extractor.CHANNELS == 3:

@@ -67,7 +67,8 @@ def suppress_non_maxima(scores: Tensor, radius: int, again: int = 2) -> Tensor:
     if radius == 0:
         return scores
     if _may_look(scores) and not scores.requires_grad:
-        return torch.stack([torch.from_numpy(_maxima(each.numpy(), radius, again)) for each in scores])
+        maxima = [torch.from_numpy(_maxima(each.numpy(), radius, again)) for each in scores]
+        return maxima[0][None] if len(maxima) == 1 else torch.stack(maxima)
     maxima = scores == _largest_nearby(scores, radius)
     for _ in range(again):
         suppressed = _largest_nearby(maxima.to(torch.uint8), radius).to(torch.bool)
@@ -159,13 +160,13 @@ def select_keypoints(
     batch, _, width = scores.shape
     flat = scores.reshape(batch, -1)
     count = flat.shape[1] if max_keypoints < 0 else min(max_keypoints, flat.shape[1])
+    candidates = None
     if max_keypoints < 0 or _may_look(scores):
-        above = flat > threshold
-        found = int(above.sum(dim=1).max())
+        # A single image has its best among those above the threshold, which are some hundredths of the pixels.
+        candidates = (flat[0] > threshold).nonzero()[:, 0] if batch == 1 and _may_look(scores) else None
+        found = len(candidates) if candidates is not None else int((flat > threshold).sum(dim=1).max())
         count = min(count, rounded_up(found) if round_up and found else found)
-    if batch == 1 and _may_look(scores) and count <= found:
-        # Among those above the threshold alone, which are some hundredths of the pixels.
-        candidates = above[0].nonzero()[:, 0]
+    if candidates is not None and count <= len(candidates):
         best, order = flat[:, candidates].topk(count, dim=1)
         index = candidates[order]
     else:
