@@ -382,7 +382,7 @@ def _pruned_above(device: torch.device, dtype: torch.dtype, compiled: bool) -> i
     docs/performance.md has the measurements. For a GPU it is cvg/LightGlue's pruning_keypoint_thresholds, with flash
     attention. By PyTorch, AMX multiplies bfloat16 nearly as fast beside what dropping costs: no gain was found at 1024.
     """
-    if compiled:
+    if compiled and dtype == torch.bfloat16:
         return 128
     if device.type != "cpu" or (dtype == torch.bfloat16 and has_tiles()):
         return 1536

@@ -210,38 +210,10 @@ void kpmatch_parts(int64_t count, const float *image, uint16_t *parts)
     }
 }
 
-enum { CELL = 8, PIXELS = CELL * CELL, LOGITS = PIXELS + 1 };
-
-/* Scores (8 height, 8 width) of pixels, of the logits (height, width, 65) of cells: a softmax, whose last is none. */
-void kpmatch_scores(int64_t height, int64_t width, const float *logits, float *scores)
-{
-    for (int64_t y = 0; y < height; y++)
-        for (int64_t x = 0; x < width; x++) {
-            const float *cell = logits + (y * width + x) * LOGITS;
-            float *pixels = scores + (y * width * CELL + x) * CELL;
-            __m512 most = _mm512_set1_ps(cell[PIXELS]), parts[PIXELS / TILE];
-            for (int i = 0; i < PIXELS / TILE; i++)
-                most = _mm512_max_ps(most, _mm512_loadu_ps(cell + i * TILE));
-            most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-            __m512 total = _mm512_maskz_mov_ps(1, exponential(_mm512_sub_ps(_mm512_set1_ps(cell[PIXELS]), most)));
-            for (int i = 0; i < PIXELS / TILE; i++) {
-                parts[i] = exponential(_mm512_sub_ps(_mm512_loadu_ps(cell + i * TILE), most));
-                total = _mm512_add_ps(total, parts[i]);
-            }
-            const __m512 share = _mm512_set1_ps(1 / _mm512_reduce_add_ps(total));
-            for (int i = 0; i < PIXELS / TILE; i++, pixels += 2 * width * CELL) {
-                const __m512 rows = _mm512_mul_ps(parts[i], share);
-                _mm256_storeu_ps(pixels, _mm512_castps512_ps256(rows));
-                _mm256_storeu_ps(pixels + width * CELL, _mm512_extractf32x8_ps(rows, 1));
-            }
-        }
-}
-
 #else
 
 int64_t kpmatch_convolve_work(const void *block) { return (void)block, 0; }
 void kpmatch_convolve(const void *block) { (void)block; }
 void kpmatch_parts(void) {}
-void kpmatch_scores(void) {}
 
 #endif

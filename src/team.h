@@ -30,7 +30,7 @@ typedef struct {
 static void do_share(const Member *member)
 {
     Team *team = member->team;
-#ifdef KPMATCH_COMPILES
+#if defined(KPMATCH_NETWORKS_H) && defined(KPMATCH_COMPILES)
     if (team->tiles) {
         struct {
             uint8_t palette, start_row, reserved[14];

@@ -68,17 +68,29 @@ INLINE void NAME(look)(const float *const *rows, int64_t inputs, int64_t plane, 
 INLINE void NAME(multiply)(const float *rows, int64_t depth, const float *columns, int together, float *sums,
                            int64_t stride)
 {
-    Vector total[ROWS][NAME(TOGETHER) * NAME(VECTORS)] = {{{0}}};
+    /* Without a loop that is left, the sums are never in memory. */
+    Vector total[ROWS][NAME(TOGETHER) * NAME(VECTORS)];
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < together * NAME(VECTORS); v++)
+            total[r][v] = (Vector){0};
     for (int64_t i = 0; i < depth; i++) {
         Vector right[NAME(TOGETHER) * NAME(VECTORS)];
+#pragma GCC unroll 2
         for (int j = 0; j < together; j++)
+#pragma GCC unroll 4
             for (int v = 0; v < NAME(VECTORS); v++)
                 right[j * NAME(VECTORS) + v] = NAME(load)(columns + (j * depth + i) * BLOCK + v * WIDTH);
+#pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
             for (int v = 0; v < together * NAME(VECTORS); v++)
                 total[r][v] += rows[r * depth + i] * right[v];
     }
+#pragma GCC unroll 12
     for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
         for (int v = 0; v < together * NAME(VECTORS); v++)
             NAME(store)(sums + r * stride + v * WIDTH, total[r][v]);
 }

@@ -83,14 +83,6 @@ def test_parts_of_an_image_are_those_of_pytorch(size: tuple[int, int]) -> None:
     assert torch.equal(found.permute(0, 2, 3, 1), found.permute(0, 2, 3, 1).contiguous())
 
 
-@pytest.mark.parametrize("spread", [0.1, 5.0, 200.0])
-def test_scores_of_pixels_are_a_softmax_of_their_cell(spread: float) -> None:
-    logits = spread * torch.randn(2, 5, 7, 65, generator=torch.Generator().manual_seed(1))
-    exact = F.pixel_shuffle(logits.double().softmax(dim=3)[..., :-1].permute(0, 3, 1, 2), 8)[:, 0]
-    found = compiled.pixel_scores(logits)
-    assert found.shape == exact.shape and torch.allclose(found.double(), exact, rtol=1e-6 * max(spread, 1), atol=1e-9)
-
-
 @pytest.fixture(scope="module")
 def view() -> np.ndarray:
     return next(build_scene(0).film(camera_path(2), demo_camera(328, 248), noise=2.0)).image

@@ -1,11 +1,14 @@
-"""LightGlue's layers as src/lightglue.c computes them are those of PyTorch's operators, and no less exact."""
+"""LightGlue's layers as src/lightglue*.c compute them are those of PyTorch's operators, and no less exact."""
 
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +25,33 @@ from simulation import camera_path, demo_camera
 from simulation.bags import build_scene
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(not compiled.available(), reason="not built, or not for this processor")
+MISSING = "not built, or not for this processor"
 SIZES = [(64, 2), (128, 4), (192, 2), (256, 4)]  # channels, heads
+SOURCES = ("lightglue", "lightglue_avx2", "networks", "superpoint", "transformed")
 COUNTS = [(1, 1), (2, 31), (33, 32), (100, 65), (16, 257)]
 
 
-@pytest.fixture(params=[True, False], ids=["tiles", "vectors"])
-def tiles(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
+def skip_without(dtype: torch.dtype) -> None:
+    if not (compiled.available() if dtype == torch.bfloat16 else compiled.in_float32()):
+        pytest.skip(MISSING)
+
+
+KINDS = {"tiles": (torch.bfloat16, True), "vectors": (torch.bfloat16, False), "float32": (torch.float32, False)}
+
+
+@pytest.fixture(params=KINDS)
+def made(request: pytest.FixtureRequest) -> partial[compiled.CompiledLayer]:
+    """What makes a compiled layer of one of PyTorch's."""
+    dtype, tiles = KINDS[request.param]
+    skip_without(dtype)
+    return partial(compiled.CompiledLayer, dtype=dtype, tiles=tiles)
+
+
+@pytest.fixture(params=["bfloat16", "float32"])
+def precision(request: pytest.FixtureRequest) -> str:
+    """One in which the layers are compiled."""
+    skip_without(getattr(torch, request.param))
+    return str(request.param)
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -79,37 +101,46 @@ def error(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> float:
 @pytest.mark.parametrize(("size", "heads"), SIZES)
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_layer_is_as_exact_as_by_pytorch(
-    size: int, heads: int, counts: tuple[int, int], shared: bool, tiles: bool
+    size: int, heads: int, counts: tuple[int, int], shared: bool, made: partial[compiled.CompiledLayer]
 ) -> None:
     layer = layer_of(size, heads, shared)
     points = both(layer, counts)
-    exact = layer(*points)
+    exact, found = layer(*points), made(layer)(*points)
+    if made.keywords["dtype"] == torch.float32:
+        assert error(found, exact) < 1e-6  # both round
+        return
     by_pytorch = copy.deepcopy(layer).to(torch.bfloat16)(*points)
-    found = compiled.CompiledLayer(layer, tiles)(*points)
     assert error(found, exact) < min(1.05 * error(by_pytorch, exact), 0.004)
 
 
-def test_it_is_equal_bit_for_bit_whatever_the_threads(tiles: bool, threads: int) -> None:
+def test_it_is_equal_bit_for_bit_whatever_the_threads(made: partial[compiled.CompiledLayer], threads: int) -> None:
     layer = layer_of(128, 4)
     points, runs = both(layer, (300, 170)), []
     for count in (threads, 1):
         torch.set_num_threads(count)
-        runs.append(compiled.CompiledLayer(layer, tiles)(*points))
+        runs.append(made(layer)(*points))
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-def test_similarities_of_thousands_pick_the_best_alone(tiles: bool) -> None:
+def test_similarities_of_thousands_pick_the_best_alone(made: partial[compiled.CompiledLayer]) -> None:
     layer = layer_of(64, 2, scale=40.0)
     points = both(layer, (90, 70))
-    found, exact = compiled.CompiledLayer(layer, tiles)(*points), layer(*points)
+    found, exact = made(layer)(*points), layer(*points)
     by_pytorch = copy.deepcopy(layer).to(torch.bfloat16)(*points)
     assert all(torch.isfinite(each).all() for each in found)
     assert error(found, exact) < max(1.2 * error(by_pytorch, exact), 0.01)
 
 
-def test_padding_takes_no_part_wherever_it_is(tiles: bool) -> None:
+def test_what_is_no_number_stays_none(made: partial[compiled.CompiledLayer]) -> None:
     layer = layer_of(64, 2)
-    chosen = compiled.CompiledLayer(layer, tiles)
+    points = both(layer, (50, 40))
+    points[0].x[0, 7, 3] = torch.nan
+    assert all(each.isnan().all() for each in made(layer)(*points))  # all listen to all, within an image and across
+
+
+def test_padding_takes_no_part_wherever_it_is(made: partial[compiled.CompiledLayer]) -> None:
+    layer = layer_of(64, 2)
+    chosen = made(layer)
     padded = [points_of(count, 64, 2, seed, batch=3) for seed, count in enumerate((40, 50))]
     random = torch.Generator().manual_seed(5)
     for points in padded:
@@ -132,23 +163,46 @@ def test_padding_takes_no_part_wherever_it_is(tiles: bool) -> None:
     [
         lambda layer: setattr(layer.self_attention, "joint", None),
         lambda layer: setattr(layer.cross_mlp, "activation", torch.tanh),
-        lambda layer: setattr(layer.self_attention, "head_size", 16),
+        lambda layer: setattr(layer.self_attention, "head_size", 8),
         lambda layer: setattr(layer.cross_attention, "key_value_heads", 1),
         lambda layer: setattr(layer.cross_attention, "o_proj", torch.nn.Linear(64, 64)),
     ],
 )
-def test_what_the_source_does_not_compute_is_left_to_pytorch(change: Callable[[TransformerLayer], None]) -> None:
-    layer = layer_of(64, 2)
-    assert compiled.CompiledLayer.fits(layer)
+def test_what_the_source_does_not_compute_is_left_to_pytorch(
+    change: Callable[[TransformerLayer], None], precision: str
+) -> None:
+    layer, dtype = layer_of(64, 2), getattr(torch, precision)
+    assert compiled.CompiledLayer.fits(layer, dtype)
     change(layer)
-    assert not compiled.CompiledLayer.fits(layer)
-    layer.use_compiled()
+    assert not compiled.CompiledLayer.fits(layer, dtype)
+    layer.use_compiled(dtype)
     assert layer.compiled is None
+
+
+@pytest.mark.parametrize(("limit", "computed"), [("avx2", True), ("default", False)])
+def test_pytorch_s_limit_on_the_processor_s_instructions_holds_here_too(
+    limit: str, computed: bool, tmp_path: Path
+) -> None:
+    if not compiled.transforms() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip(MISSING)
+    program = (
+        "import torch; from kpmatch_ros.models import compiled;"
+        "logits = 3 * torch.randn(1, 4, 5, 65); cells = logits.double().softmax(3)[..., :-1].unflatten(3, (8, 8));"
+        "assert torch.allclose(compiled.pixel_scores(logits).double(), cells.transpose(2, 3).reshape(1, 32, 40));"
+        "print(compiled.available(), compiled.in_float32())"
+    )
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": limit}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"False {computed}\n", done.stderr
 
 
 # The assignment
 
+needs_bfloat16 = pytest.mark.skipif(not compiled.available(), reason=MISSING)
 
+
+@needs_bfloat16
 @pytest.mark.parametrize("counts", [(1, 1), (1, 40), (16, 1), (33, 32), (100, 65), (257, 300)])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 30.0, 1000.0])
 def test_the_best_pairs_are_those_of_pytorch(counts: tuple[int, int], spread: float) -> None:
@@ -164,11 +218,13 @@ def test_the_best_pairs_are_those_of_pytorch(counts: tuple[int, int], spread: fl
     assert (scores.amax(0) - scores.gather(0, best1[None])[0] <= within).all()
 
 
+@needs_bfloat16
 def test_of_equal_partners_the_first_is_the_best() -> None:
     best0, best1, _ = compiled.best_pairs(torch.zeros(40, 50), torch.zeros(40), torch.zeros(50))
     assert not best0.any() and not best1.any()
 
 
+@needs_bfloat16
 def test_similarities_that_are_no_numbers_have_no_score() -> None:
     best0, best1, most0 = compiled.best_pairs(torch.full((20, 20), torch.nan), torch.zeros(20), torch.zeros(20))
     assert most0.isnan().all()  # FeatureMatcher then computes once more, in float32
@@ -197,18 +253,21 @@ def pairs(matcher: FeatureMatcher, film: list[np.ndarray]) -> set[tuple[int, int
 @pytest.mark.parametrize(
     ("confidences", "least"), [({}, 0.97), ({"depth_confidence": 0.95, "width_confidence": 0.99}, 0.9)]
 )
-def test_the_matches_are_those_of_pytorch(film: list[np.ndarray], confidences: dict[str, float], least: float) -> None:
-    quick = matcher("bfloat16", **confidences)
+def test_the_matches_are_those_of_pytorch(
+    film: list[np.ndarray], confidences: dict[str, float], least: float, precision: str
+) -> None:
+    quick = matcher(precision, **confidences)
     assert isinstance(quick.matcher, LightGlue) and quick.matcher.is_compiled and not quick.matcher.round_up
     found = pairs(quick, film)
     for layer in quick.matcher.transformer_layers:
         layer.compiled = None
     by_pytorch = pairs(quick, film)
+    least = least if precision == "bfloat16" else 0.99
     assert len(found) > 100 and len(found & by_pytorch) > least * len(found | by_pytorch)
 
 
-def test_in_float32_pytorch_computes(film: list[np.ndarray]) -> None:
-    assert not matcher("float32").matcher.is_compiled
+@needs_bfloat16
+def test_what_is_compiled_in_bfloat16_does_not_compute_in_float32(film: list[np.ndarray]) -> None:
     for_a_moment = matcher("bfloat16")
     features = [for_a_moment.extract(image) for image in film[:2]]
     network = for_a_moment.matcher.float()
@@ -219,8 +278,8 @@ def test_in_float32_pytorch_computes(film: list[np.ndarray]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, network(*batch)))
 
 
-def test_the_states_within_can_still_be_recorded(film: list[np.ndarray]) -> None:
-    ours = matcher("bfloat16")
+def test_the_states_within_can_still_be_recorded(film: list[np.ndarray], precision: str) -> None:
+    ours = matcher(precision)
     features = [ours.extract(image) for image in film[:2]]
     with trace(ours.matcher) as recorded:
         ours.match(*features)
@@ -229,8 +288,8 @@ def test_the_states_within_can_still_be_recorded(film: list[np.ndarray]) -> None
     assert ours.matcher.is_compiled
 
 
-def test_a_copy_computes_as_the_original(film: list[np.ndarray]) -> None:
-    ours = matcher("bfloat16")
+def test_a_copy_computes_as_the_original(film: list[np.ndarray], precision: str) -> None:
+    ours = matcher(precision)
     batch = [ours._batch([ours.extract(image)]) for image in film[:2]]  # noqa: SLF001
     again = copy.deepcopy(ours.matcher)
     before = ours.matcher(*batch)
@@ -249,6 +308,7 @@ def test_what_pytorch_has_to_see_is_left_to_it(monkeypatch: pytest.MonkeyPatch) 
 # Whether it is there
 
 
+@pytest.mark.skipif(not compiled.transforms(), reason=MISSING)
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no compiler")
 @pytest.mark.parametrize(("words", "is_empty"), [([], False), (["-U__linux__"], True)])
 def test_the_source_compiles_without_a_warning_and_is_empty_for_others(
@@ -257,7 +317,7 @@ def test_the_source_compiles_without_a_warning_and_is_empty_for_others(
     command = ["cc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Wconversion", "-Werror", *words]
     command += ["-shared", "-fPIC", "-pthread", "-o", "plain.so"]
     command += [
-        *(str(ROOT / "src" / f"{name}.c") for name in ("lightglue", "networks", "superpoint", "transformed")),
+        *(str(ROOT / "src" / f"{name}.c") for name in SOURCES),
         "-lm",
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -267,11 +327,15 @@ def test_the_source_compiles_without_a_warning_and_is_empty_for_others(
 
 
 def test_the_doctor_says_whether_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled.transforms():
+        pytest.skip(MISSING)
     (finding,) = doctor.check_compiled_networks()
     assert finding.level == doctor.OK and finding.text.startswith("compiled")
     monkeypatch.setattr(compiled, "available", lambda: False)
-    (finding,) = doctor.check_compiled_networks()
-    assert "SuperPoint in float32" in finding.text
+    for floats, parts in ((True, "SuperPoint and LightGlue in float32"), (False, "SuperPoint in float32")):
+        monkeypatch.setattr(compiled, "in_float32", lambda floats=floats: floats)
+        (finding,) = doctor.check_compiled_networks()
+        assert parts in finding.text
     monkeypatch.setattr(compiled, "transforms", lambda: False)
     (finding,) = doctor.check_compiled_networks()
     assert finding.text.startswith("PyTorch")

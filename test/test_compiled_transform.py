@@ -1,4 +1,4 @@
-"""SuperPoint's convolutions in float32 as src/transformed.c computes them are those of PyTorch."""
+"""SuperPoint's convolutions in float32 as src/transformed.c computes them, and its scores, are those of PyTorch."""
 
 from __future__ import annotations
 
@@ -124,3 +124,11 @@ def test_two_images_of_one_size_are_described_together_as_alone() -> None:
         alone = ours.extract(image)
         assert torch.equal(together.keypoints, alone.keypoints)
         assert torch.allclose(together.descriptors, alone.descriptors, atol=1e-6)
+
+
+@pytest.mark.parametrize("spread", [0.1, 5.0, 200.0])
+def test_scores_of_pixels_are_a_softmax_of_their_cell(spread: float) -> None:
+    logits = spread * torch.randn(2, 5, 7, 65, generator=torch.Generator().manual_seed(1))
+    exact = F.pixel_shuffle(logits.double().softmax(dim=3)[..., :-1].permute(0, 3, 1, 2), 8)[:, 0]
+    found = compiled.pixel_scores(logits)
+    assert found.shape == exact.shape and torch.allclose(found.double(), exact, rtol=1e-6 * max(spread, 1), atol=1e-9)

@@ -192,7 +192,8 @@ def check_compiled_networks() -> Iterator[Finding]:
     except Exception:  # noqa: BLE001 (as for PyTorch, of which it is said)
         return
     if compiled.transforms() and not compiled.available():
-        text = f"compiled, {compiled.LIBRARY.name}, SuperPoint in float32; the rest takes AVX-512 with bfloat16"
+        parts = "SuperPoint and LightGlue" if compiled.in_float32() else "SuperPoint"
+        text = f"compiled, {compiled.LIBRARY.name}, {parts} in float32; in bfloat16 it takes AVX-512 that has it"
         yield Finding(OK, "networks", text)
     else:
         yield _compiled_part("networks", compiled, "PyTorch", ", on the processor")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "best_pairs",
     "has_tiles",
     "image_parts",
+    "in_float32",
     "open_library",
     "pixel_scores",
     "takes",
@@ -33,12 +34,12 @@ __all__ = [
 
 LIBRARY = Path(__file__).with_name("libkpmatch_networks.so")
 # As in src/networks.c and networks.h:
-_VERSION = 3  # the arguments and the meaning of its functions
-_TILES = 2  # of what it can run on this processor; 1 is vectors, 0 is nothing
+_VERSION = 4  # the arguments and the meaning of its functions
+_FLOATS, _VECTORS, _TILES = 1, 2, 3  # of what it can run on this processor; 0 is nothing
 _MOST_THREADS = 64
-_MULTIPLE = 32  # of a head's size, and so of all sizes
+_MULTIPLE = 32  # of a head's size, and so of all sizes, in bfloat16
 _LEAST_ROWS = 8  # of an image for each thread, which computes up to two beyond them
-_BLOCK = 16  # channels
+_BLOCK = 16  # channels in float32
 # From the numbers of a 3 x 3 window to those of a tile of 6 x 6, as src/transformed.h's, which has the other two.
 _TRANSFORM = [
     [1 / 4, 0, 0],
@@ -96,6 +97,8 @@ def open_library(path: Path) -> ctypes.CDLL | None:
         "kpmatch_support": (ctypes.c_int, []),
         "kpmatch_layer_work": (ctypes.c_int64, [layer]),
         "kpmatch_layer": (None, [layer]),
+        "kpmatch_float_layer_work": (ctypes.c_int64, [layer]),
+        "kpmatch_float_layer": (None, [layer]),
         "kpmatch_convolve_work": (size, [block]),
         "kpmatch_convolve": (None, [block]),
         "kpmatch_transformed_work": (size, [block]),
@@ -110,16 +113,22 @@ def open_library(path: Path) -> ctypes.CDLL | None:
 
 _library: Any = open_library(LIBRARY)
 # PyTorch may have been told to do without some vectors (ATEN_CPU_CAPABILITY): then so do we.
-_VECTORS = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
-_support: int = _library.kpmatch_support() if _library is not None and _VECTORS == 16 else 0
+_WIDTH = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
+_support: int = 0
 if _library is not None:
-    _library.kpmatch_vectors(_VECTORS)
+    _library.kpmatch_vectors(_WIDTH)
+    _support = min(_library.kpmatch_support(), {16: _TILES, 8: _FLOATS}.get(_WIDTH, 0))
 _kept = threading.local()
 
 
 def available() -> bool:
-    """Whether the library is there and the processor can run it: it has AVX-512 with bfloat16."""
-    return _support > 0
+    """Whether the library is there and the processor can run all of it: it has AVX-512 with bfloat16."""
+    return _support >= _VECTORS
+
+
+def in_float32() -> bool:
+    """Whether it computes LightGlue's layers in float32: with AVX2. PyTorch's with AVX-512 were not compared yet."""
+    return _support == _FLOATS and _WIDTH == 8
 
 
 def takes(numbers: Tensor) -> bool:
@@ -142,29 +151,34 @@ def transforms() -> bool:
 
 
 class CompiledLayer:
-    """A layer of LightGlue, fused (:meth:`LightGlue.fuse`), as src/lightglue.c computes it.
+    """A layer of LightGlue, fused (:meth:`LightGlue.fuse`).
+
+    In bfloat16 src/lightglue.c computes it, in float32 src/lightglue_avx2.c.
 
     Args:
         layer: for which :meth:`fits` is true.
+        dtype: of its products.
         tiles: multiply by tiles (AMX) where the processor has them.
     """
 
-    def __init__(self, layer: TransformerLayer, tiles: bool = True) -> None:
+    def __init__(self, layer: TransformerLayer, dtype: torch.dtype, tiles: bool = True) -> None:
         self.size, self.heads = layer.self_mlp.fc2.out_features, layer.self_attention.heads
-        self.tiles = tiles and has_tiles()
-        self.within = _half(layer.self_attention, layer.self_mlp)
-        self.across = _half(layer.cross_attention, layer.cross_mlp)
+        self.dtype, self.tiles = dtype, tiles and has_tiles()
+        pack = _packed if dtype == torch.bfloat16 else _packed_floats
+        self.within = _half(layer.self_attention, layer.self_mlp, pack)
+        self.across = _half(layer.cross_attention, layer.cross_mlp, pack)
 
     @staticmethod
-    def fits(layer: TransformerLayer) -> bool:
+    def fits(layer: TransformerLayer, dtype: torch.dtype) -> bool:
         """Whether this layer can be computed here, on this processor."""
         halves = ((layer.self_attention, layer.self_mlp), (layer.cross_attention, layer.cross_mlp))
-        return available() and all(
+        can, multiple = (available(), _MULTIPLE) if dtype == torch.bfloat16 else (in_float32(), _BLOCK)
+        return can and all(
             attention.joint is not None
             and attention.joint.bias is not None
             and isinstance(attention.o_proj, nn.Identity)
             and attention.key_value_heads == attention.heads
-            and attention.head_size % _MULTIPLE == 0
+            and attention.head_size % multiple == 0
             and mlp.activation is F.gelu
             for attention, mlp in halves
         )
@@ -191,9 +205,14 @@ class CompiledLayer:
         layer.within, layer.across = _as_structure(self.within), _as_structure(self.across)
         for i, (x, rotation, new) in enumerate(((x0, rotation0, new0), (x1, rotation1, new1))):
             layer.points[i] = _Points(len(x), x.data_ptr(), rotation.data_ptr(), new.data_ptr())
-        work = _working_memory(_library.kpmatch_layer_work(layer))
+        size_of, compute = (
+            (_library.kpmatch_layer_work, _library.kpmatch_layer)
+            if self.dtype == torch.bfloat16
+            else (_library.kpmatch_float_layer_work, _library.kpmatch_float_layer)
+        )
+        work = _working_memory(size_of(layer))
         layer.work = work.data_ptr()
-        _library.kpmatch_layer(layer)
+        compute(layer)
         return new0, new1
 
 
@@ -265,7 +284,7 @@ def pixel_scores(logits: Tensor) -> Tensor:
     logits = logits.contiguous()
     batch, height, width, count = logits.shape
     assert count == 65 and logits.dtype == torch.float32
-    if not available():
+    if _support < _FLOATS:
         scores = logits.softmax(dim=3)[..., :-1]
         return scores.reshape(batch, height, width, 8, 8).permute(0, 1, 3, 2, 4).reshape(batch, 8 * height, 8 * width)
     scores = logits.new_empty(batch, 8 * height, 8 * width)
@@ -314,15 +333,15 @@ def _rotation(points: Points, b: int) -> Tensor:
 _Weights = tuple[list[Tensor], int, float]
 
 
-def _half(attention: Attention, mlp: FeedForward) -> _Weights:
+def _half(attention: Attention, mlp: FeedForward, pack: Callable[[Tensor], Tensor]) -> _Weights:
     """The members of a _Half."""
     joint = attention.joint
     assert joint is not None
     tensors: list[Tensor] = []
     for linear in (joint, mlp.fc1):
-        tensors += [_packed(linear.weight), linear.bias.detach().float()]
+        tensors += [pack(linear.weight), linear.bias.detach().float()]
     tensors += [values.detach().float() for values in (mlp.layer_norm.weight, mlp.layer_norm.bias)]
-    tensors += [_packed(mlp.fc2.weight), mlp.fc2.bias.detach().float()]
+    tensors += [pack(mlp.fc2.weight), mlp.fc2.bias.detach().float()]
     return [each.contiguous() for each in tensors], joint.out_features // joint.in_features, mlp.layer_norm.eps
 
 
@@ -331,6 +350,12 @@ def _packed(weight: Tensor) -> Tensor:
     n, k = weight.shape
     pairs = weight.detach().to(torch.bfloat16).reshape(n // 16, 16, k // 32, 16, 2)
     return pairs.permute(0, 2, 3, 1, 4).contiguous()
+
+
+def _packed_floats(weight: Tensor) -> Tensor:
+    """A weight (N, K) as the right side of a product: see src/lightglue_avx2.c."""
+    n, k = weight.shape
+    return weight.detach().float().reshape(n // _BLOCK, _BLOCK, k).transpose(1, 2).contiguous()
 
 
 def _packed_windows(weight: Tensor) -> Tensor:

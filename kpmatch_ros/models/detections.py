@@ -67,8 +67,8 @@ def suppress_non_maxima(scores: Tensor, radius: int, again: int = 2) -> Tensor:
     if radius == 0:
         return scores
     if _may_look(scores) and not scores.requires_grad:
-        maxima = [torch.from_numpy(_maxima(each.numpy(), radius, again)) for each in scores]
-        return maxima[0][None] if len(maxima) == 1 else torch.stack(maxima)
+        found = [torch.from_numpy(_maxima(each.numpy(), radius, again)) for each in scores]
+        return found[0][None] if len(found) == 1 else torch.stack(found)
     maxima = scores == _largest_nearby(scores, radius)
     for _ in range(again):
         suppressed = _largest_nearby(maxima.to(torch.uint8), radius).to(torch.bool)

@@ -141,16 +141,16 @@ class LightGlue(PretrainedNetwork):
         return self
 
     def use_compiled(self, dtype: torch.dtype) -> LightGlue:
-        """For a processor, once fused: compute by src/lightglue.c what can be, with layers in ``dtype``."""
-        for layer in self._layers if dtype == torch.bfloat16 else ():
-            layer.use_compiled()
+        """For a processor, once fused: compute by the compiled networks what can be, with layers in ``dtype``."""
+        for layer in self._layers:
+            layer.use_compiled(dtype)
         for assignment in self.match_assignment_layers:
             cast(MatchAssignment, assignment).use_compiled()
         return self
 
     @property
     def is_compiled(self) -> bool:
-        """Whether src/lightglue.c computes the layers."""
+        """Whether the compiled networks compute the layers."""
         return all(layer.compiled is not None for layer in self._layers)
 
     def match_as_one_batch(self) -> LightGlue:

@@ -273,8 +273,7 @@ class TransformerLayer(nn.Module):
     Attributes:
         as_one_batch: compute both images as one batch where they have as many points. Half as many kernels, each for
             twice as much, are a gain on a GPU, which both images alone leave half empty.
-        compiled: computes the layer in bfloat16 in place of PyTorch's operators, see :meth:`use_compiled`; None if
-            these do.
+        compiled: computes the layer in place of PyTorch's operators, see :meth:`use_compiled`; None if these do.
     """
 
     def __init__(self, size: int, heads: int, key_value_heads: int, bias: bool, activation: str) -> None:
@@ -288,8 +287,8 @@ class TransformerLayer(nn.Module):
 
     def forward(self, points0: Points, points1: Points) -> tuple[Tensor, Tensor]:
         """The new states of both images' points."""
-        if self.compiled is not None and self.dtype == torch.bfloat16 and compiled.takes(points0.x):
-            # It may be in float32 for a moment.
+        if self.compiled is not None and self.compiled.dtype == self.dtype and compiled.takes(points0.x):
+            # What was made for bfloat16 may be in float32 for a moment.
             return self.compiled(points0, points1)
         alike = points0.x.shape == points1.x.shape and (points0.mask is None) == (points1.mask is None)
         if self.as_one_batch and alike:
@@ -332,9 +331,10 @@ class TransformerLayer(nn.Module):
         for attention in (self.self_attention, self.cross_attention):
             attention.join_projections()
 
-    def use_compiled(self) -> None:
+    def use_compiled(self, dtype: torch.dtype) -> None:
         """As :meth:`LightGlue.use_compiled`."""
-        self.compiled = compiled.CompiledLayer(self) if compiled.CompiledLayer.fits(self) else None
+        fits = compiled.CompiledLayer.fits(self, dtype)
+        self.compiled = compiled.CompiledLayer(self, dtype) if fits else None
 
 
 class MatchAssignment(nn.Module):
