@@ -71,7 +71,8 @@ class Calibration:
     def complete(self, stamps: Sequence[int]) -> bool:
         """Whether no image of a frame, by their stamps in nanoseconds, has to wait for its camera_info.
 
-        One that is not there yet will come if that of the image before came, and no later one is there.
+        One that is not there yet will come if that of the image before came, and no later one is there. Where time
+        went back, what is there is of before.
         """
         with self._changed:
             return self._complete(stamps)
@@ -83,7 +84,7 @@ class Calibration:
 
     def _complete(self, stamps: Sequence[int]) -> bool:
         return not any(
-            before in infos and stamp not in infos and next(reversed(infos)) < stamp
+            before in infos and stamp not in infos and not _is_past(next(reversed(infos)), stamp, before)
             for infos, before, stamp in zip(self._infos, self._used, stamps)
         )
 
@@ -229,3 +230,9 @@ def _fisheye(info: Any) -> str:
         f"D is {numbers} with {info.distortion_model}, whose third and fourth number are tangential distortion, some "
         "thousandths in most lenses: if these are the coefficients of a fisheye lens, distortion_model is equidistant"
     )
+
+
+def _is_past(newest: int, stamp: int, before: int | None) -> bool:
+    """Whether the newest calibration is later than an image whose predecessor had the stamp ``before``."""
+    of_before_time_went_back = before is not None and stamp < before <= newest
+    return stamp < newest and not of_before_time_went_back

@@ -73,6 +73,7 @@ class FrontEnd:
         """Take over the parameters that may change between two frames."""
         if parameters.refine != self.parameters.refine:
             self._tracks.reset()
+            self._fresh = True
         self.matcher.configure(parameters)
         self.parameters = self.matcher.parameters
         self._tracks.limit, self._tracks.memory = parameters.max_keypoints, parameters.lost_tracks

@@ -75,6 +75,8 @@ class Declaration:
             if self.type is float and isinstance(value, numbers.Real):
                 with suppress(OverflowError):  # beyond 1.8e308
                     value = float(value)
+        if value is False and "off" in self.choices:  # as YAML reads it without quotes
+            value = "off"
         if self.type is str and isinstance(value, os.PathLike):
             value = os.fspath(value)
         if type(value) is not self.type:

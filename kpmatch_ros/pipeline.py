@@ -268,13 +268,13 @@ class Pipeline:
             images = [self._pixels(side, message) for side, message in enumerate(received)]
             frame_ids = [message.header.frame_id for message in received]
             interruption = self.front_end.interruption(stamps[0], frame_ids)
-            if interruption:
-                self._events.interrupted(f"{interruption}: features and tracks are forgotten")
             camera = self._camera_for([(image.shape[1], image.shape[0]) for image in images], stamps)
             result = self.front_end.register(images, stamps, camera, frame_ids, masks)
         except ImageError as error:
             self._events.rejected(error.reason, f"an image was rejected: {error}")
             return None
+        if interruption:
+            self._events.interrupted(f"{interruption}: features and tracks are forgotten")
         if result.stereo is not None:
             self._check_stereo(result.stereo)
         self._check_masks(result)

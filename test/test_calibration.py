@@ -216,8 +216,12 @@ def test_an_image_waits_for_a_calibration_that_comes_with_each_image_and_for_no_
     calibration.camera_for([SIZE], [30])
     assert calibration.complete([40]), "that of the image before has not come either"
     calibration.update(0, 50, zoomed(700.0))
-    calibration.camera_for([SIZE], [50])
+    calibration.camera_for([SIZE], [20])
     assert calibration.complete([45]), "they come in order, and a later one is there"
+    calibration.camera_for([SIZE], [50])
+    assert not calibration.complete([5]), "time went back: what is there is of before"
+    calibration.update(0, 7, zoomed(800.0))
+    assert calibration.complete([5]), "its own was lost"
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from lifecycle_msgs.srv import ChangeState
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from rclpy.qos import QoSProfile
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
 from sensor_msgs.msg import CameraInfo, Image
 from std_srvs.srv import Trigger
 
@@ -182,3 +182,67 @@ def test_deactivation_does_not_wait_for_a_calibration(
     images.publish(Image(width=64, height=64, encoding="mono8", step=64, data=bytes(64 * 64)))
     spin_until(executor, waits.is_set)
     assert finished(node.trigger_deactivate) == SUCCESS
+
+
+def test_a_choice_that_ros_takes_for_a_boolean_is_understood(make_node: MakeNode) -> None:
+    node = make_node("stretch:=off")
+    assert node.parameters.stretch == "off"
+    assert node.set_parameters([Parameter("stretch", value="auto")])[0].successful
+    assert node.set_parameters([Parameter("stretch", value=False)])[0].successful and node.parameters.stretch == "off"
+    refused = node.set_parameters([Parameter("stretch", value=True)])[0]
+    assert not refused.successful and "it must be a str" in refused.reason
+
+
+def test_a_profile_is_refused_once_the_node_has_started_and_what_it_sets_is_named(make_node: MakeNode) -> None:
+    node = make_node()
+    refused = node.set_parameters([Parameter("profile", value="fast")])[0]
+    assert not refused.successful and "start it with profile:=fast, or set extractor, matcher" in refused.reason
+    assert node.parameters.profile == "accurate"
+    assert node.set_parameters([Parameter("profile", value="accurate")])[0].successful, "as it is"
+
+
+@pytest.mark.parametrize("value", ["depth:=-1", "reliability:=unknown", "depth:=2147483648"])
+def test_an_override_that_the_middleware_refuses_is_named(make_node: MakeNode, value: str) -> None:
+    node = make_node(f"qos_overrides./image.subscription.{value}", matcher="nearest")
+    assert (node.trigger_configure(), node.trigger_activate()) == (SUCCESS, FAILURE)
+    assert "qos_overrides of image" in node.fault and "depth a whole number" in node.fault
+
+
+def test_a_driver_that_is_started_again_is_heard_though_it_sends_its_calibration_once(
+    make_node: MakeNode, executor: SingleThreadedExecutor
+) -> None:
+    node = make_node(matcher="nearest")
+    assert (node.trigger_configure(), node.trigger_activate()) == (SUCCESS, SUCCESS)
+    heard: list[float] = []
+    taken = node._pipeline.add_info  # noqa: SLF001
+    node._pipeline.add_info = lambda side, info: (heard.append(info.k[0]), taken(side, info))  # noqa: SLF001
+    latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+    for focal in (300.0, 600.0, 900.0):
+        driver = rclpy.create_node("driver", context=executor.context)
+        infos = driver.create_publisher(CameraInfo, "camera_info", latched)
+        infos.publish(CameraInfo(width=320, height=240, k=[focal, 0.0, 160.0, 0.0, focal, 120.0, 0.0, 0.0, 1.0]))
+        spin_until(executor, lambda focal=focal: focal in heard)
+        driver.destroy_node()
+        if focal == 600.0:
+            assert (node.trigger_deactivate(), node.trigger_activate()) == (SUCCESS, SUCCESS)
+
+
+def test_a_best_effort_publisher_of_masks_leaves_the_images_reliable(
+    make_node: MakeNode, executor: SingleThreadedExecutor
+) -> None:
+    node = make_node(matcher="nearest", queue="all")
+    peer = rclpy.create_node("peer", context=executor.context)
+    executor.add_node(peer)
+    assert (node.trigger_configure(), node.trigger_activate()) == (SUCCESS, SUCCESS)
+
+    def reliability(topic: str) -> Any:
+        (one,) = peer.get_subscriptions_info_by_topic(f"/{topic}")
+        return one.qos_profile.reliability
+
+    spin_until(executor, lambda: peer.count_subscribers("/mask") == peer.count_subscribers("/image") == 1)
+    assert reliability("mask") == reliability("image") == ReliabilityPolicy.RELIABLE
+    masks = peer.create_publisher(Image, "mask", qos_profile_sensor_data)
+    spin_until(executor, lambda: reliability("mask") == ReliabilityPolicy.BEST_EFFORT)
+    assert reliability("image") == reliability("camera_info") == ReliabilityPolicy.RELIABLE
+    spin_until(executor, masks.get_subscription_count)
+    peer.destroy_node()

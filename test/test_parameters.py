@@ -184,3 +184,10 @@ def test_numbers_of_numpy_and_paths_are_values_too(tmp_path: Path) -> None:
     for name, value in (("max_keypoints", np.float64(300)), ("max_keypoints", np.True_), ("max_gap", 10**400)):
         with pytest.raises(ParameterError, match=f"{name} is "):
             Parameters.given({name: value})
+
+
+def test_off_may_be_written_without_quotes_where_yaml_reads_false() -> None:
+    assert Parameters(stretch=yaml.safe_load("off")).stretch == "off"
+    for name, value in (("stretch", True), ("queue", False)):
+        with pytest.raises(ParameterError, match=f"{name} is {value}; it must be a str"):
+            Parameters(**{name: value})

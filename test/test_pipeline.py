@@ -16,6 +16,7 @@ from kpmatch_ros.calibration import Calibration
 from kpmatch_ros.frames import Result
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.images import ImageError
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.pipeline import Pipeline
 
@@ -269,3 +270,18 @@ def test_a_file_of_more_pixels_than_the_networks_take_is_not_decoded_without_res
     if rejected:
         assert rejected[0][1] == "size"
         assert "3000 x 3000 pixels, more than the 8.4 million" in rejected[0][2] and "set resize" in rejected[0][2]
+
+
+def test_an_interruption_is_told_of_once_however_many_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, heard = make("image")
+    front_end: Any = pipeline.front_end
+    register = front_end.register
+    monkeypatch.setattr(front_end, "interruption", lambda stamp, frame_ids: "the frame_id changed")
+
+    def refuse(*arguments: Any) -> Result:
+        raise ImageError("size", "too many pixels")
+
+    for each in (refuse, refuse, register):
+        monkeypatch.setattr(front_end, "register", each)
+        pipeline.process([image(SECOND)])
+    assert [report[0] for report in heard.reports] == ["rejected", "rejected", "interrupted"]

@@ -44,9 +44,15 @@ class _Camera:
     image: Any = None
     info: Any = None
     mask: Any = None
-    latched_info: Any = None  # while the calibration is awaited from a publisher that sent it once
+    latched_info: Any = None  # where there is a publisher that sends it once
     calibrated: bool = False
+    informed: bool = False  # calibrated since the node was activated
     arrived: float | None = None  # the last image, monotonic seconds
+
+    @property
+    def topics(self) -> dict[str, str]:
+        """What is subscribed to: the names of its attributes, each with the topic."""
+        return {"image": self.image_topic, "info": self.info_topic, "mask": self.mask_topic}
 
 
 class Inputs:
@@ -92,7 +98,8 @@ class Inputs:
             self._asked |= {image: asked, info: f"{prefix}camera_info", mask: f"{prefix}mask"}
             self._cameras.append(_Camera(name, image, info, mask))
         self._incompatible: dict[str, str] = {}  # publishers with another quality of service, by topic
-        self._best_effort_wanted = False
+        self._best_effort: set[str] = set()  # topics whose publishers offer no more
+        self._to_lower: set[str] = set()  # those of them that are still subscribed to reliably
         self._subscribed_at = 0.0
         self._calibrated = threading.Event()
 
@@ -119,12 +126,14 @@ class Inputs:
     def subscribe(self) -> None:
         """Begin to receive: best effort, as drivers send, or with queue 'all' reliably, so that nothing is lost."""
         self._incompatible.clear()
-        self._best_effort_wanted = False
+        self._best_effort.clear()
+        self._to_lower.clear()
         self._subscribed_at = time.monotonic()
-        if not all(camera.calibrated for camera in self._cameras):
-            self._calibrated.clear()
+        self._calibrated.clear()
+        for camera in self._cameras:
+            camera.informed = False  # the driver may be another one by now
         try:
-            self._create(reliable=self._parameters.queue == "all")
+            self._create()
         except BaseException:
             self.unsubscribe()
             raise
@@ -147,22 +156,23 @@ class Inputs:
 
     def adapt(self) -> None:
         """Subscribe best effort where a publisher turned out to offer no more: to be called now and then."""
-        if self._best_effort_wanted:
-            self.unsubscribe()
-            self._create(reliable=False)
-            self._best_effort_wanted = False
+        topics, self._to_lower = self._to_lower, set()
+        self._best_effort |= topics
+        for side, camera in enumerate(self._cameras):
+            for what, topic in camera.topics.items():
+                if topic in topics:
+                    self._node.destroy_subscription(getattr(camera, what))
+                    self._subscribe_to(side, what)
 
     def hear_latched(self) -> None:
-        """Hear a calibration that its publisher sent once, before this node came: to be called now and then.
+        """Hear a calibration that its publisher sends once, maybe before this node came: to be called now and then.
 
         A latched message reaches only those who ask for it (durability transient_local), and they hear no other
-        publisher. So this is a subscription of its own, where there is such a publisher, until a calibration is there.
+        publisher. So this is a subscription of its own, where there is such a publisher. It stays: a driver that is
+        started again sends another calibration, once too.
         """
         for side, camera in enumerate(self._cameras):
-            if camera.calibrated and camera.latched_info is not None:
-                self._node.destroy_subscription(camera.latched_info)
-                camera.latched_info = None
-            if camera.calibrated or camera.info is None or camera.latched_info is not None:
+            if camera.info is None or camera.latched_info is not None:
                 continue
             offers = self._offers(camera.info_topic)
             if any(offer.qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL for offer in offers):
@@ -284,25 +294,10 @@ class Inputs:
     def _image_type(self) -> type:
         return CompressedImage if self._compressed else Image
 
-    def _create(self, reliable: bool) -> None:
-        # The partner of a stereo pair's image may come some images later.
-        newest = 1 if len(self._cameras) == 1 else 5
-        image_qos = QoSProfile(
-            depth=newest if self._parameters.queue == "latest" else 1000,
-            history=HistoryPolicy.KEEP_LAST,
-            reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
-        )
-        info_qos = QoSProfile(depth=max(10, image_qos.depth), reliability=image_qos.reliability)
-        mask_qos = QoSProfile(depth=max(5, image_qos.depth), reliability=image_qos.reliability)
-        kind = self._image_type
+    def _create(self) -> None:
         for side, camera in enumerate(self._cameras):
-            receive = functools.partial(self._receive_image, side)
-            camera.image = self._subscribe_to(kind, camera.image_topic, receive, image_qos)
-            receive = functools.partial(self._receive_info, side)
-            camera.info = self._subscribe_to(CameraInfo, camera.info_topic, receive, info_qos)
-            camera.mask = self._subscribe_to(
-                Image, camera.mask_topic, functools.partial(self._take_mask, side), mask_qos
-            )
+            for what in camera.topics:
+                self._subscribe_to(side, what)
         if self._parameters.publish_odometry and self._parameters.base_frame:
             self._transforms = self._node.create_subscription(
                 TFMessage,
@@ -311,22 +306,38 @@ class Inputs:
                 QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL),
             )
 
-    def _subscribe_to(self, kind: type, topic: str, callback: Callable[[Any], None], qos: QoSProfile) -> Any:
-        report = functools.partial(self._report_publisher, topic, qos.reliability == ReliabilityPolicy.RELIABLE)
-        return with_events(
+    def _subscribe_to(self, side: int, what: str) -> None:
+        """Subscribe to a camera's image, info or mask."""
+        camera = self._cameras[side]
+        topic = camera.topics[what]
+        kind, receive, least = {
+            # The partner of a stereo pair's image may come some images later.
+            "image": (self._image_type, self._receive_image, 1 if len(self._cameras) == 1 else 5),
+            "info": (CameraInfo, self._receive_info, 10),
+            "mask": (Image, self._take_mask, 5),
+        }[what]
+        reliable = self._parameters.queue == "all" and topic not in self._best_effort
+        qos = QoSProfile(
+            depth=least if self._parameters.queue == "latest" else 1000,
+            history=HistoryPolicy.KEEP_LAST,
+            reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
+        )
+        report = functools.partial(self._report_publisher, topic, reliable)
+        subscription = with_events(
             self._node.create_subscription,
             kind,
             self._asked[topic],
-            callback,
+            functools.partial(receive, side),
             qos,
             event_callbacks=SubscriptionEventCallbacks(incompatible_qos=report, use_default_callbacks=False),
-            qos_overriding_options=None if self._best_effort_wanted else overridable(),
+            qos_overriding_options=None if topic in self._best_effort else overridable(),
         )
+        setattr(camera, what, subscription)
 
     def _report_publisher(self, topic: str, reliable: bool, event: Any) -> None:
         policy = policy_of(event)
         if policy == "reliability" and reliable:
-            self._best_effort_wanted = True
+            self._to_lower.add(topic)
             remedy = "receiving it best effort instead: frames may be lost on the way"
         else:
             remedy = f"no message arrives; change the publisher{or_override(topic, 'subscription', policy)}"
@@ -339,8 +350,8 @@ class Inputs:
 
     def _receive_info(self, side: int, message: Any) -> None:
         self._take_info(side, message)
-        self._cameras[side].calibrated = True
-        if all(camera.calibrated for camera in self._cameras):
+        self._cameras[side].calibrated = self._cameras[side].informed = True
+        if all(camera.informed for camera in self._cameras):
             self._calibrated.set()
 
 

@@ -23,7 +23,7 @@ from std_srvs.srv import Trigger
 from kpmatch_ros.device import is_out_of_memory, release_memory, trim_heap
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.parameter_file import unused_files, without_effect
-from kpmatch_ros.parameters import ParameterError, Parameters, declarations
+from kpmatch_ros.parameters import ParameterError, Parameters, declarations, profile_values
 from kpmatch_ros.pipeline import WAITING_MEMORY, Pipeline, check_odometry
 from kpmatch_ros.ros.diagnostics import Condition, Diagnostics, LoggingMonitor, log_weights
 from kpmatch_ros.ros.inbox import Inbox
@@ -301,6 +301,11 @@ class MatcherNode(LifecycleNode):
         in_force = self._parameters_in_force
         try:
             parameters = in_force.replace(values)
+            if parameters.profile != in_force.profile:
+                raise ParameterError(
+                    "profile chooses among the values that the node starts with: start it with "
+                    f"profile:={parameters.profile}, or set {', '.join(profile_values(parameters.profile)) or 'others'}"
+                )
             fixed = [
                 name
                 for name in values

@@ -32,8 +32,9 @@ def parameter_descriptor(item: Declaration) -> ParameterDescriptor:
     descriptor = ParameterDescriptor(
         description=f"{item.description}{f' [{item.unit}]' if item.unit else ''}",
         additional_constraints="; ".join(constraints),
-        # A whole number in a file is an integer to ROS; Declaration.check takes it for a float and checks the rest.
-        dynamic_typing=item.type is float,
+        # To ROS a whole number in a file is an integer, and off is false. Declaration.check takes them for a float and
+        # for a choice, and checks the rest.
+        dynamic_typing=item.type is float or "off" in item.choices,
     )
     low, high = item.minimum, item.maximum
     if item.type is int and low is not None and high is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from rclpy.exceptions import InvalidParameterTypeException
+from rclpy.node import Node
 from rclpy.qos import QoSPolicyKind
 from rclpy.qos_overriding_options import QoSOverridingOptions
 
@@ -51,8 +52,12 @@ def with_events(create: Callable[..., Entity], *arguments: Any, event_callbacks:
     except UnsupportedEventTypeError:
         none = type(event_callbacks)(use_default_callbacks=False)
         return create(*arguments, event_callbacks=none, **options)
-    except (InvalidParameterTypeException, RuntimeError) as error:
-        if "qos_overrides" not in str(error) and "QoS override" not in str(error):
+    except (InvalidParameterTypeException, RuntimeError, TypeError) as error:
+        # Of a value that none of them knows, the middleware says only that something is invalid.
+        node: Any = getattr(create, "__self__", None)
+        given = f"qos_overrides.{node.resolve_topic_name(arguments[1])}." if isinstance(node, Node) else "?"
+        overridden = any(name.startswith(given) for name in getattr(node, "_parameter_overrides", {}))
+        if not overridden and "qos_overrides" not in str(error) and "QoS override" not in str(error):
             raise
         raise ParameterError(
             f"qos_overrides of {arguments[1]}: {error}. reliability is reliable or best_effort, durability volatile or "
