@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from two_view_scenes import Scene, check
+from two_view_scenes import Scene, check, pinhole
 
 from benchmarks.overconfidence import CAMERA, MOTIONS, WEAK, Problem, body, judge, plane, weak
 from kpmatch_ros.feature_matcher import FeatureMatcher, Features
@@ -314,3 +314,22 @@ def test_the_front_end_hands_on_the_motion_before_unless_it_is_told_not_to(motio
         return
     outcome = judge(pairs[2].pose, wall.truth)
     assert outcome.status is PoseStatus.OK and outcome.rotation < 1 and outcome.direction < 5
+
+
+# Few matches
+
+
+def test_of_few_matches_no_wrong_one_takes_the_pose_along() -> None:
+    camera = pinhole(130.0, 160, 120)
+    scene, sure = Scene(camera0=camera, camera1=camera, noise=0.1, outliers=0.2), 0
+    truth = Motion(cv2.Rodrigues(np.array(scene.rotation))[0], np.array(scene.translation))
+    direction = truth.translation / np.linalg.norm(truth.translation)
+    for seed in range(200):
+        points0, points1, _ = scene.matches(30, seed)
+        pose = estimate_relative_pose(points0, points1, camera, camera, keypoint_resolution=1 / 32, min_inliers=8)
+        if pose.status is PoseStatus.OK:
+            turn = cv2.Rodrigues(truth.rotation @ pose.rotation.T)[0].ravel()
+            error = np.concatenate([direction - pose.translation, turn])
+            assert error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error < 100  # 5 is right
+            sure += 1
+    assert sure > 100

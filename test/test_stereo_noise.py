@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import chi2
 from stereo_scenes import Scene, pair
 
+from kpmatch_ros.geometry.sandwich import left_out
 from kpmatch_ros.geometry.stereo_errors import StereoPoints
 from kpmatch_ros.geometry.stereo_motion import estimate_stereo_motion
 
@@ -25,6 +26,26 @@ def test_the_covariance_is_that_of_errors_that_left_and_right_share(own: float) 
     assert low < values.mean() < high
     # Taken for independent and all alike, they make a worse pose, and its covariance tells.
     assert low < scene.consistency(trials, count).mean() < high
+
+
+def test_with_few_points_of_which_one_sets_a_direction_the_covariance_is_not_too_sure() -> None:
+    scene, count = Scene(shared=0.2, own=0.1), 20
+    poses = [scene.estimate(count, seed, sigmas=Scene.shares(count), min_inliers=8) for seed in range(150)]
+    errors = np.array([scene.error(pose) for pose in poses])
+    values = [error @ np.linalg.solve(pose.covariance, error) for error, pose in zip(errors, poses)]
+    assert 4.5 < np.mean(values) < 7.0  # 6 is right
+
+
+def test_a_match_is_left_out_with_all_of_its_directions() -> None:
+    random = np.random.default_rng(3)
+    arms = random.normal(0, 0.05, (6, 3, 40))
+    arms[:, 0, 7] = 0.9 * np.eye(6)[2]  # sets one direction almost by itself
+    pulls, weights, slopes = random.normal(0, 0.1, (6, 40)), random.uniform(0.3, 1, 40), -random.uniform(0, 0.2, 40)
+    found = left_out(pulls, arms, weights, slopes)
+    for i in range(40):
+        own = weights[i] * arms[..., i] @ arms[..., i].T + slopes[i] * np.outer(pulls[:, i], pulls[:, i])
+        exact = np.linalg.solve(np.eye(6) - own, weights[i] * pulls[:, i])
+        np.testing.assert_allclose(found[:, i], exact, rtol=1e-9 if i == 7 else 0.02, atol=1e-4)
 
 
 def test_better_points_count_for_more() -> None:

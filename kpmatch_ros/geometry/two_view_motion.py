@@ -35,7 +35,9 @@ MANY_WRONG = 0.5
 
 _HOPEFUL = 3  # candidates that are refined, the best ones
 
-_LARGEST_LEVERAGE = 0.3  # of one match on the pose: 0 to 1; they add up to the degrees of freedom
+# Of one match on the pose: 0 to 1; they add up to the degrees of freedom. Of few matches, each has a large one.
+_LARGEST_LEVERAGE = 0.3
+_TIMES_THE_MEAN = 2.0
 
 # So they are with fewer inliers, or with a larger standard deviation of the translation's direction; among so many of
 # the matches.
@@ -99,11 +101,16 @@ def _refine(
         residuals, jacobian = differentiate(Model.EPIPOLAR, matches, motion)
         support = is_in_front(matches, motion, inlier_threshold)
         cutoff = tukey_cutoff(residuals[0, support], inlier_threshold, resolution)
-        weighted = jacobian[:, 0] * np.sqrt(tukey(lengths(residuals), cutoff)[0] * support)
+        weights = tukey(lengths(residuals), cutoff)[0] * support
+        weighted = jacobian[:, 0] * np.sqrt(weights)
         information, axes = np.linalg.eigh(weighted @ weighted.T)
         axes = axes / np.sqrt(np.maximum(information, _SINGULAR * information[-1] + TINY))
-        whitened = axes.T @ weighted
-        support &= dot(whitened, whitened) < _LARGEST_LEVERAGE
+        whitened = axes.T @ jacobian[:, 0]
+        # As large as if each match counted in full. A wrong match that was left out in the round before is beyond the
+        # cutoff now: without this it would come back, and the fit with it.
+        arms = dot(whitened, whitened)
+        leverage = arms / (1 + (1 - weights) * arms)
+        support &= leverage < max(_LARGEST_LEVERAGE, _TIMES_THE_MEAN * len(jacobian) / max(weights.sum(), 1.0))
         enough = _ROUGHLY if left else settled
         motion = minimise(Model.EPIPOLAR, matches, motion, cutoff, 10, enough, support)
     return Fit(motion, matches.select(support))
