@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import platform
+import threading
 from pathlib import Path
 
 import psutil
@@ -23,6 +24,7 @@ __all__ = [
     "release_memory",
     "resident_memory",
     "trim_heap",
+    "working_memory",
 ]
 
 
@@ -89,8 +91,20 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
+_kept: dict[int, torch.Tensor] = {}  # by thread
+
+
+def working_memory(size: int) -> torch.Tensor:
+    """So many bytes at least, kept for the thread that asks: asked of the system anew, they come page by page."""
+    work = _kept.get(threading.get_ident())
+    if work is None or len(work) < size:
+        work = _kept[threading.get_ident()] = torch.empty(size, dtype=torch.uint8)
+    return work
+
+
 def release_memory() -> None:
-    """Give what PyTorch and the C library keep for later back to the GPU and to the system."""
+    """Give what PyTorch, the C library and this package keep for later back to the GPU and to the system."""
+    _kept.clear()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     trim_heap()

@@ -12,35 +12,7 @@
 
 #ifdef KPMATCH_COMPILES
 #include "team.h"
-
-/* The arguments: structures of compiled.py, with their names there. Weights are packed as `packed` there says. */
-
-typedef struct {
-    const uint16_t *project; /* queries, keys unless they are the queries, values */
-    const float *project_bias;
-    const uint16_t *inner; /* the feed-forward network's two linear layers, with the norm between them */
-    const float *inner_bias;
-    const float *gain;
-    const float *shift;
-    const uint16_t *outer;
-    const float *outer_bias;
-    int64_t parts; /* 3; 2 where keys are queries */
-    float epsilon;
-} Half;
-
-typedef struct {
-    int64_t count;
-    const float *x;        /* (count, size) */
-    const float *rotation; /* (count, size / heads / 2, 2): cosine and sine */
-    float *out;            /* (count, size) */
-} Points;
-
-typedef struct {
-    int64_t size, heads, threads, tiles;
-    Half within, across;
-    Points points[2];
-    void *work; /* kpmatch_layer_work bytes, at a multiple of 64 */
-} Layer;
+#include "layer.h"
 
 /* What a layer knows of an image between its steps; all with whole blocks of rows. */
 typedef struct {
@@ -253,29 +225,8 @@ static void enter(const Thread *thread, const Points *points, uint16_t *rounded,
                                                                        : _mm512_setzero_ps());
 }
 
-typedef struct {
-    int64_t first, end;
-} Span;
-
-/* The rows of an image that are a thread's: both images' blocks are shared out evenly. */
-static Span rows_of(const Thread *thread, int i)
-{
-    const Points *points = thread->layer->points;
-    const int64_t blocks0 = whole(points[0].count, ROWS) / ROWS, all = blocks0 + whole(points[1].count, ROWS) / ROWS;
-    const int64_t first = all * thread->number / thread->team->count;
-    const int64_t end = all * (thread->number + 1) / thread->team->count;
-    const int64_t start = i ? blocks0 : 0, stop = i ? all : blocks0;
-    const Span span = {ROWS * ((first > start ? first : start) - start), ROWS * ((end < stop ? end : stop) - start)};
-    return span;
-}
-
-static int64_t most_rows(const Layer *layer)
-{
-    return whole(largest(layer->points[0].count, layer->points[1].count), ROWS);
-}
-
 /* Numbers in a row of the widest block: of `sums` and of `inputs`. */
-static int64_t widest(const Layer *layer) { return largest(most_rows(layer), 3 * layer->size); }
+static int64_t widest(const Layer *layer) { return largest(most_rows(layer, ROWS), 3 * layer->size); }
 
 /* Bytes of working memory. */
 int64_t kpmatch_layer_work(const Layer *layer)
@@ -302,7 +253,7 @@ static void run_thread(const void *job, Team *team, int64_t number)
     own.sums = (float *)taken(&work, 2 * ROWS * widest(layer));
     own.inputs = taken(&work, ROWS * widest(layer));
     for (int i = 0; i < 2; i++) {
-        const Span rows = rows_of(thread, i);
+        const Span rows = rows_of(layer, team, number, i, ROWS);
         for (int64_t first = rows.first; first < rows.end; first += ROWS) {
             enter(thread, &layer->points[i], images[i].rounded, first);
             project(thread, &layer->within, &layer->points[i], images[i].rounded + first * layer->size,
@@ -314,7 +265,7 @@ static void run_thread(const void *job, Team *team, int64_t number)
         const Points *points = &layer->points[i];
         const Points without_rotation = {points->count, NULL, NULL, NULL};
         const Image *image = &images[i];
-        const Span rows = rows_of(thread, i);
+        const Span rows = rows_of(layer, team, number, i, ROWS);
         for (int64_t head = 0; head < layer->heads; head++)
             for (int64_t first = rows.first; first < rows.end; first += ROWS)
                 listen(thread, &image->within, &image->within, points->count, head, image->message, first);
@@ -329,7 +280,7 @@ static void run_thread(const void *job, Team *team, int64_t number)
     for (int i = 0; i < 2; i++) {
         const Points *points = &layer->points[i];
         const Image *image = &images[i];
-        const Span rows = rows_of(thread, i);
+        const Span rows = rows_of(layer, team, number, i, ROWS);
         for (int64_t head = 0; head < layer->heads; head++)
             for (int64_t first = rows.first; first < rows.end; first += ROWS)
                 listen(thread, &image->across, &images[1 - i].across, layer->points[1 - i].count, head,

@@ -7,6 +7,7 @@
 
 #ifdef KPMATCH_COMPILES
 #include "team.h"
+#include "layer.h"
 
 enum {
     TOGETHER = 6, /* rows whose sums the registers hold, for 16 columns */
@@ -14,36 +15,6 @@ enum {
     COLUMNS = 16, /* of a matrix that are packed together */
     APART = 16    /* numbers between rows, which would else begin at the same lines of the cache */
 };
-
-/* The arguments: structures of compiled.py, with their names there. The right side of a product is packed: for each 16
- * columns, rows of 16 numbers. */
-
-typedef struct {
-    const float *project; /* queries, keys unless they are the queries, values */
-    const float *project_bias;
-    const float *inner; /* the feed-forward network's two linear layers, with the norm between them */
-    const float *inner_bias;
-    const float *gain;
-    const float *shift;
-    const float *outer;
-    const float *outer_bias;
-    int64_t parts; /* 3; 2 where keys are queries */
-    float epsilon;
-} Half;
-
-typedef struct {
-    int64_t count;
-    const float *x;        /* (count, size) */
-    const float *rotation; /* (count, size / heads / 2, 2): cosine and sine */
-    float *out;            /* (count, size) */
-} Points;
-
-typedef struct {
-    int64_t size, heads, threads, tiles;
-    Half within, across;
-    Points points[2];
-    void *work; /* kpmatch_float_layer_work bytes, at a multiple of 64 */
-} Layer;
 
 /* What a layer knows of an image between its steps; all with whole blocks of rows. */
 typedef struct {
@@ -66,7 +37,7 @@ typedef struct {
     float *hidden;  /* (ROWS, 2 size + APART) */
 } Thread;
 
-/* Products of 6 rows and 16 packed columns. */
+/* Products of 6 rows and 16 packed columns: of a matrix, for each 16 columns, rows of 16 numbers. */
 static __attribute__((noinline)) void multiply_block(const float *rows, int64_t stride, int64_t depth,
                                                      const float *columns, float *sums, int64_t sums_stride)
 {
@@ -244,27 +215,6 @@ static void enter(const Thread *thread, const Points *points, float *both, int64
             memset(both + row * 2 * size, 0, (size_t)size * sizeof *both);
 }
 
-typedef struct {
-    int64_t first, end;
-} Span;
-
-/* The rows of an image that are a thread's: both images' blocks are shared out evenly. */
-static Span rows_of(const Thread *thread, int i)
-{
-    const Points *points = thread->layer->points;
-    const int64_t blocks0 = whole(points[0].count, ROWS) / ROWS, all = blocks0 + whole(points[1].count, ROWS) / ROWS;
-    const int64_t first = all * thread->number / thread->team->count;
-    const int64_t end = all * (thread->number + 1) / thread->team->count;
-    const int64_t start = i ? blocks0 : 0, stop = i ? all : blocks0;
-    const Span span = {ROWS * ((first > start ? first : start) - start), ROWS * ((end < stop ? end : stop) - start)};
-    return span;
-}
-
-static int64_t most_rows(const Layer *layer)
-{
-    return whole(largest(layer->points[0].count, layer->points[1].count), ROWS);
-}
-
 /* Numbers of an image's states, messages and heads. */
 static int64_t image_work(const Layer *layer, int i)
 {
@@ -275,7 +225,7 @@ static int64_t image_work(const Layer *layer, int i)
 /* Numbers of a thread's own. */
 static int64_t thread_work(const Layer *layer)
 {
-    const int64_t widest = largest(whole(most_rows(layer), COLUMNS) + APART, 3 * layer->size);
+    const int64_t widest = largest(whole(most_rows(layer, ROWS), COLUMNS) + APART, 3 * layer->size);
     return ROWS * (widest + 2 * layer->size + APART);
 }
 
@@ -308,7 +258,7 @@ static void run_thread(const void *job, Team *team, int64_t number)
     own.hidden = work + number * thread_work(layer);
     own.sums = own.hidden + ROWS * (2 * size + APART);
     for (int i = 0; i < 2; i++) {
-        const Span rows = rows_of(thread, i);
+        const Span rows = rows_of(layer, team, number, i, ROWS);
         for (int64_t first = rows.first; first < rows.end; first += ROWS) {
             enter(thread, &layer->points[i], images[i].both, first);
             project(thread, &layer->within, &layer->points[i], images[i].both + first * 2 * size, &images[i].within,
@@ -320,20 +270,21 @@ static void run_thread(const void *job, Team *team, int64_t number)
         const Points *points = &layer->points[i];
         const Points without_rotation = {points->count, NULL, NULL, NULL};
         const Image *image = &images[i];
-        const Span rows = rows_of(thread, i);
+        const Span rows = rows_of(layer, team, number, i, ROWS);
         for (int64_t head = 0; head < layer->heads; head++)
             for (int64_t first = rows.first; first < rows.end; first += ROWS)
                 listen(thread, &image->within, &image->within, points->count, head, image->both, first);
         for (int64_t first = rows.first; first < rows.end; first += ROWS) {
             feed_forward(thread, &layer->within, points->count, image->both, NULL, first);
-            project(thread, &layer->across, &without_rotation, image->both + first * 2 * size, &images[i].across, first);
+            project(thread, &layer->across, &without_rotation, image->both + first * 2 * size, &images[i].across,
+                    first);
         }
     }
     pthread_barrier_wait(&team->barrier);
     for (int i = 0; i < 2; i++) {
         const Points *points = &layer->points[i];
         const Image *image = &images[i];
-        const Span rows = rows_of(thread, i);
+        const Span rows = rows_of(layer, team, number, i, ROWS);
         for (int64_t head = 0; head < layer->heads; head++)
             for (int64_t first = rows.first; first < rows.end; first += ROWS)
                 listen(thread, &image->across, &images[1 - i].across, layer->points[1 - i].count, head, image->both,
@@ -364,7 +315,8 @@ void kpmatch_scores(int64_t height, int64_t width, const float *logits, float *s
                 rows[i] = power_of_two(_mm256_mul_ps(below, to_base_two));
                 total = _mm256_add_ps(total, rows[i]);
             }
-            const __m256 none = power_of_two(_mm256_mul_ps(_mm256_sub_ps(_mm256_set1_ps(cell[PIXELS]), most), to_base_two));
+            const __m256 last = _mm256_sub_ps(_mm256_set1_ps(cell[PIXELS]), most);
+            const __m256 none = power_of_two(_mm256_mul_ps(last, to_base_two));
             const __m256 share = _mm256_set1_ps(1 / (sum_of(total) + _mm256_cvtss_f32(none)));
             for (int i = 0; i < CELL; i++)
                 _mm256_storeu_ps(pixels + i * width * CELL, _mm256_mul_ps(rows[i], share));

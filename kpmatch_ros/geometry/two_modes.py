@@ -109,7 +109,7 @@ def plane_motions(matches: Matches, motion: Motion, largest_distance: float) -> 
     on_plane = near[near.sum(axis=1).argmax()]
     if on_plane.mean() < _SMALLEST_PLANE:
         return []
-    plane = np.linalg.lstsq(rays[:, on_plane].T, seen[on_plane])[0]
+    plane = np.linalg.lstsq(rays[:, on_plane].T, seen[on_plane], rcond=None)[0]
     inverse = back @ (np.eye(3) - np.outer(motion.translation, plane))
     if np.linalg.det(inverse) == 0:  # the camera's centre is on the plane
         return []

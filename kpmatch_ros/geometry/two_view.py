@@ -317,8 +317,9 @@ def _is_free(problem: _Problem, solution: _Solution) -> bool:
     assert solution.motion is not None and solution.inliers is not None
     matches = problem.matches.select(solution.inliers)
     variance = _deviation(problem, matches, solution.motion) ** 2
+    parts = np.array([[0, 1], [1, 2]])  # a list of lists is two indices to NumPy 1.22
     return all(
-        are_on_one_line(rays[:2], noise.mean(axis=1)[[[0, 1], [1, 2]]], variance)
+        are_on_one_line(rays[:2], noise.mean(axis=1)[parts], variance)
         for rays, noise in ((matches.rays0, matches.noise0), (matches.rays1, matches.noise1))
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kpmatch_ros import compiled_library
+from kpmatch_ros.device import working_memory
 
 if TYPE_CHECKING:
     from kpmatch_ros.models.lightglue_layers import Attention, FeedForward, Points, TransformerLayer
@@ -118,7 +118,6 @@ _support: int = 0
 if _library is not None:
     _library.kpmatch_vectors(_WIDTH)
     _support = min(_library.kpmatch_support(), {16: _TILES, 8: _FLOATS}.get(_WIDTH, 0))
-_kept = threading.local()
 
 
 def available() -> bool:
@@ -210,7 +209,7 @@ class CompiledLayer:
             if self.dtype == torch.bfloat16
             else (_library.kpmatch_float_layer_work, _library.kpmatch_float_layer)
         )
-        work = _working_memory(size_of(layer))
+        work = working_memory(size_of(layer))
         layer.work = work.data_ptr()
         compute(layer)
         return new0, new1
@@ -262,7 +261,7 @@ class CompiledConvolutions:
         )
         for i, (weights, bias, channels, outputs) in enumerate(self.convolutions):
             block.convolutions[i] = _Convolution(weights.data_ptr(), bias.data_ptr(), channels, outputs)
-        work = _working_memory(size_of(block))
+        work = working_memory(size_of(block))
         block.work = work.data_ptr()
         for image, result in zip(images, out):
             block.image, block.out = image.data_ptr(), result.data_ptr()
@@ -315,14 +314,6 @@ def best_pairs(similarity: Tensor, certain0: Tensor, certain1: Tensor) -> tuple[
 
 def _threads() -> int:
     return min(torch.get_num_threads(), _MOST_THREADS)
-
-
-def _working_memory(size: int) -> Tensor:
-    """So many bytes at least, kept for each thread: asked of the system anew, they come page by page."""
-    if getattr(_kept, "work", None) is None or len(_kept.work) < size:
-        _kept.work = torch.empty(size, dtype=torch.uint8)
-    work: Tensor = _kept.work
-    return work
 
 
 def _rotation(points: Points, b: int) -> Tensor:

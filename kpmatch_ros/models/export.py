@@ -215,7 +215,7 @@ def export_module(module: nn.Module, examples: Sequence[Tensor], graph: Graph, f
     """
     import onnx
 
-    # Tracing takes seconds where torch.export takes minutes, and every PyTorch from 2.1 on has it.
+    # Tracing takes seconds where torch.export takes minutes, and every PyTorch has it.
     options: dict[str, Any] = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
     with warnings.catch_warnings():
         # Of the age of this way of exporting, and of values that become constants: export_check compares the results.

@@ -6,7 +6,6 @@ from typing import Any
 
 from rclpy.duration import Duration
 from rclpy.exceptions import InvalidHandle
-from rclpy.impl.implementation_singleton import rclpy_implementation
 
 try:
     from bondpy.bondpy import Bond
@@ -51,7 +50,7 @@ class ManagerBond:
             try:
                 bond.shutdown()
                 bond.pub.wait_for_all_acked(_FAREWELL)  # with the publisher, what has not arrived is gone
-            except (InvalidHandle, rclpy_implementation.RCLError):
+            except (InvalidHandle, RuntimeError):
                 if self._node.context.ok():
                     raise  # else the process was told to end, nothing can be sent, and the manager misses heartbeats
             self._node.destroy_subscription(bond.sub)  # bondpy leaves it with the node
