@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import platform
-import threading
 from pathlib import Path
 
 import psutil
 import torch
 
+from kpmatch_ros import working_memory
 from kpmatch_ros.parameters import ParameterError
 from kpmatch_ros.shell import in_shell
 
@@ -24,7 +24,6 @@ __all__ = [
     "release_memory",
     "resident_memory",
     "trim_heap",
-    "working_memory",
 ]
 
 
@@ -91,20 +90,9 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-_kept: dict[int, torch.Tensor] = {}  # by thread
-
-
-def working_memory(size: int) -> torch.Tensor:
-    """So many bytes at least, kept for the thread that asks: asked of the system anew, they come page by page."""
-    work = _kept.get(threading.get_ident())
-    if work is None or len(work) < size:
-        work = _kept[threading.get_ident()] = torch.empty(size, dtype=torch.uint8)
-    return work
-
-
 def release_memory() -> None:
     """Give what PyTorch, the C library and this package keep for later back to the GPU and to the system."""
-    _kept.clear()
+    working_memory.release()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     trim_heap()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kpmatch_ros import compiled_library
-from kpmatch_ros.device import working_memory
+from kpmatch_ros.working_memory import working_memory
 
 if TYPE_CHECKING:
     from kpmatch_ros.models.lightglue_layers import Attention, FeedForward, Points, TransformerLayer
