@@ -124,8 +124,8 @@ def test_graphs_match_images_as_the_networks_do(
     assert parity.pairs == 2
     assert parity.matches > 20
     assert parity.share >= 0.99
-    assert parity.score_difference < 1e-5
-    assert parity.descriptor_difference < 1e-5
+    assert parity.score_difference < 1e-4
+    assert parity.descriptor_difference < 1e-4
     assert parity.match_score_difference < 1e-3
 
 
@@ -136,7 +136,7 @@ def test_the_dense_part_is_equal_at_the_sizes_compared_with_transformers(
 ) -> None:
     image = torch.from_numpy(texture(height, width, 7)).float()[None, None] / 255
     for found, expected in zip(sessions[0](image), extractor.dense(image)):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("sessions", ["dynamic"], indirect=True)
@@ -191,7 +191,7 @@ def test_dynamic_graphs_take_other_numbers_and_sizes(
             match(*inputs(matcher, image0), *inputs(matcher, image1))
         return
     for found, expected in zip(dense(image), extractor.dense(image)):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     found = match(*inputs(matcher, image0), *inputs(matcher, image1))
     check_same(found, matcher(image0, image1))
 
@@ -256,7 +256,7 @@ def test_the_backend_gives_the_matches_of_pytorch(
         found.append((features, [*batch, *(matcher.match(*pair) for pair in pairs), strict]))
     for ours, theirs in zip(found[0][0], found[1][0]):
         assert torch.equal(ours.keypoints, theirs.keypoints)
-        torch.testing.assert_close(ours.descriptors, theirs.descriptors, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours.descriptors, theirs.descriptors, atol=1e-4, rtol=0)
     assert found[1][0][1].keypoints[:, 0].min() >= 40
     for ours, theirs in zip(found[0][1], found[1][1]):
         assert torch.equal(ours.indices, theirs.indices) and ours.layers == theirs.layers

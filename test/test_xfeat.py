@@ -162,7 +162,7 @@ def test_finds_and_describes_the_keypoints_of_the_definition(
     assert len(expected) > 10
     assert found.keys() == expected.keys()
     for point, (score, descriptor) in expected.items():
-        assert found[point][0] == pytest.approx(score, abs=1e-5)
+        assert found[point][0] == pytest.approx(score, abs=1e-4)
         assert torch.allclose(found[point][1], descriptor, atol=1e-4)
 
 
@@ -276,7 +276,7 @@ def test_real_weights_find_what_the_authors_code_finds(
     assert len(common) >= 0.99 * len(points)  # at the last place two may be as good; theirs has none in the last column
     for point, score, descriptor in zip(points, expected["scores"].tolist(), expected["descriptors"]):
         if point in common:
-            assert found[point][0] == pytest.approx(score, abs=1e-5)
+            assert found[point][0] == pytest.approx(score, abs=1e-4)
             assert torch.allclose(found[point][1], descriptor, atol=1e-4)
 
 
