@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import torch
 
 __all__ = ["release", "working_memory"]
 
-_kept: dict[int, torch.Tensor] = {}  # by thread
+_kept: weakref.WeakKeyDictionary[threading.Thread, torch.Tensor] = weakref.WeakKeyDictionary()  # it ends with a thread
 
 
 def working_memory(size: int) -> torch.Tensor:
     """So many bytes at least, kept for the thread that asks."""
-    work = _kept.get(threading.get_ident())
+    thread = threading.current_thread()
+    work = _kept.get(thread)
     if work is None or len(work) < size:
-        work = _kept[threading.get_ident()] = torch.empty(size, dtype=torch.uint8)
+        work = _kept[thread] = torch.empty(size, dtype=torch.uint8)
     return work
 
 
