@@ -55,6 +55,7 @@ class Calibration:
         self._used: list[int | None] = [None] * len(topics)  # stamps of the images that were asked for last
         self._changed = threading.Condition()
         self._made_of: tuple[Any, ...] = ()
+        self._frame_ids: Sequence[str] = ()  # of the images that were asked for last
         self._camera: Camera | StereoCamera | None = None
         self._fault: CalibrationError | None = None
 
@@ -89,13 +90,17 @@ class Calibration:
         )
 
     def camera_for(
-        self, sizes: Sequence[tuple[int, int]], stamps: Sequence[int] | None = None
+        self,
+        sizes: Sequence[tuple[int, int]],
+        stamps: Sequence[int] | None = None,
+        frame_ids: Sequence[str] = (),
     ) -> Camera | StereoCamera | None:
         """The camera, or the pair, for the images of a frame; None where a calibration is missing.
 
         Args:
             sizes: width and height of each image, pixels.
             stamps: of each image, nanoseconds; the newest calibration is meant where not given.
+            frame_ids: of each image, where known.
 
         Raises:
             CalibrationError: when the calibration cannot be used, for itself or for images of these sizes.
@@ -106,11 +111,13 @@ class Calibration:
             infos = tuple(_of_time(infos, stamp) for infos, stamp in zip(self._infos, stamps))
         if any(info is None for info in infos):
             return None
-        if len(infos) != len(self._made_of) or any(a is not b for a, b in zip(infos, self._made_of)):
-            self._made_of, self._camera, self._fault, self.doubts = infos, None, None, []
+        same = len(infos) == len(self._made_of) and all(a is b for a, b in zip(infos, self._made_of))
+        if not same or frame_ids != self._frame_ids:
+            self._made_of, self._frame_ids, self._camera, self._fault, self.doubts = infos, frame_ids, None, None, []
             try:
                 self._camera = self._make(infos)
                 self.doubts = [*self._of_baseline(), *self._of_names(infos), *self._of_numbers(infos)]
+                self.doubts += self._of_frame(infos, frame_ids)
             except CalibrationError as error:
                 self._fault = error
         if self._fault is not None:
@@ -158,6 +165,21 @@ class Calibration:
                 )
             found.append(Doubt("rectified", explanation))
         return found
+
+    def _of_frame(self, infos: tuple[Any, ...], frame_ids: Sequence[str]) -> list[Doubt]:
+        """Where the calibration is of another frame than the images: those of the left camera, whose frame poses have.
+
+        The right camera_info may name either frame: drivers of rectified pairs give both that of the left camera.
+        """
+        told = infos[0].header.frame_id
+        names = {name.lstrip("/") for name in (told, *frame_ids[:1])}  # ROS 1 has frames with and without
+        if not frame_ids or "" in names or len(names) == 1:
+            return []
+        explanation = (
+            f"the images on {self._topics[0]} have the frame_id {frame_ids[0]!r}, but their camera_info has {told!r}: is "
+            "it another camera's? Poses are in the images' frame, which has to be the camera's optical one"
+        )
+        return [Doubt("frame", explanation)]
 
     def _of_numbers(self, infos: tuple[Any, ...]) -> list[Doubt]:
         """Where numbers that a camera can have look like another image's, or like another lens model's."""

@@ -268,7 +268,7 @@ class Pipeline:
             images = [self._pixels(side, message) for side, message in enumerate(received)]
             frame_ids = [message.header.frame_id for message in received]
             interruption = self.front_end.interruption(stamps[0], frame_ids)
-            camera = self._camera_for([(image.shape[1], image.shape[0]) for image in images], stamps)
+            camera = self._camera_for([(image.shape[1], image.shape[0]) for image in images], stamps, frame_ids)
             result = self.front_end.register(images, stamps, camera, frame_ids, masks)
         except ImageError as error:
             self._events.rejected(error.reason, f"an image was rejected: {error}")
@@ -294,9 +294,11 @@ class Pipeline:
         if parameters is not self.front_end.parameters:
             self.front_end.configure(parameters)
 
-    def _camera_for(self, sizes: Sequence[tuple[int, int]], stamps: Sequence[int]) -> Camera | StereoCamera | None:
+    def _camera_for(
+        self, sizes: Sequence[tuple[int, int]], stamps: Sequence[int], frame_ids: Sequence[str]
+    ) -> Camera | StereoCamera | None:
         try:
-            camera = self.calibration.camera_for(sizes, stamps)
+            camera = self.calibration.camera_for(sizes, stamps, frame_ids)
             for doubt in self.calibration.doubts:
                 self._events.doubted(f"camera_info: {doubt.kind}", doubt.explanation)
             return camera

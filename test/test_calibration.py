@@ -141,6 +141,23 @@ def test_coefficients_of_a_fisheye_lens_by_another_name_are_named(distortion: tu
     assert doubts(["/camera/image"], False, with_matrix(500, 320, 240, "plumb_bob", crooked)) == []
 
 
+@pytest.mark.parametrize(
+    ("frame_ids", "doubted"),
+    [(["camera"], False), (["/camera"], False), ([""], False), ([], False), (["lidar"], True), (["camera", "right"], False)],
+)
+def test_a_calibration_of_another_frame_than_the_images_is_named(frame_ids: list[str], doubted: bool) -> None:
+    images = max(len(frame_ids), 1)
+    calibration = Calibration(["/front/image", "/right"][:images], rectified=False)
+    for side in range(images):
+        calibration.update(side, 0, info(baseline=0.1 * side))
+    assert calibration.camera_for([SIZE] * images, frame_ids=frame_ids) is not None
+    named = [doubt.explanation for doubt in calibration.doubts]
+    assert len(named) == doubted
+    assert not doubted or all(word in named[0] for word in ("/front/image", "'lidar'", "'camera'"))
+    calibration.camera_for([SIZE] * images, frame_ids=["camera"] * images)
+    assert calibration.doubts == [], "it goes with the frame that it was about"
+
+
 def test_a_doubt_goes_with_the_calibration_that_it_was_about() -> None:
     calibration = Calibration(["left", "right"], True)
     for baseline in (110.0, 0.11):
