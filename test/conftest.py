@@ -18,6 +18,8 @@ from typing import Any
 # Workers share the cores. Threads that wait for each other spin, and take another worker's core.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Messages check what is put into their fields, as they always do in ROS 2 Humble.
+os.environ.setdefault("ROS_PYTHON_CHECK_FIELDS", "1")
 
 import cv2
 import numpy as np
