@@ -114,6 +114,40 @@ def test_an_image_does_not_take_the_mask_of_the_first_one_for_its_own() -> None:
     assert not masks.complete([33 * MS])  # though no two masks have told their period
 
 
+def test_the_shortest_of_some_steps_is_a_streams_period_where_masks_or_images_are_lost() -> None:
+    masks = sync(1000 * MS, 1, 0, 100, 200, 500)
+    assert masks.take(0, 430 * MS) is None, "two masks of one another's images are 100 ms apart, not 300"
+    masks = sync(1000 * MS)
+    for stamp in (0, 100, 400):
+        assert masks.take(0, stamp * MS) is None
+    masks.put(0, 120 * MS, "of another image")
+    assert masks.take(0, 50 * MS) is None, "and so are two images, now that time went back"
+
+
+def test_an_image_of_a_time_that_went_back_costs_the_next_ones_no_mask() -> None:
+    masks = sync(10 * MS, 1, 1000, 1100)
+    assert [masks.take(0, stamp * MS) for stamp in (5000, 950, 1000, 1100)] == [None, None, "1000", "1100"]
+
+
+def test_masks_whose_images_have_gone_by_make_room() -> None:
+    masks: MaskSynchroniser[int] = MaskSynchroniser(1, 10 * MS, 5, 10**9)
+    for stamp in range(0, 2000 * MS, 100 * MS):
+        assert masks.put(0, stamp + 40 * MS, stamp) == 0 and masks.take(0, stamp) is None
+        assert masks.offset == [40 * MS]
+    masks.put(0, 2000 * MS, 2000)
+    assert masks.take(0, 2000 * MS) == 2000 and masks.offset == [None]
+
+
+def test_a_mask_is_late_where_its_image_has_gone_on_until_one_comes_in_time() -> None:
+    masks = sync(1000 * MS)
+    assert masks.take(0, 0) is masks.take(0, 100 * MS) is None
+    masks.put(0, 200 * MS, "of the next one")
+    assert masks.came_late == [False]
+    masks.put(0, 110 * MS, "late")
+    assert masks.came_late == [True]
+    assert masks.take(0, 200 * MS) == "of the next one" and masks.came_late == [False]
+
+
 def test_only_so_many_masks_wait() -> None:
     masks: MaskSynchroniser[int] = MaskSynchroniser(1, MS, 3, 10**9)
     assert [masks.put(0, stamp * 100 * MS, stamp) for stamp in range(5)] == [0, 0, 0, 1, 1]
@@ -151,6 +185,23 @@ def test_an_image_waits_while_its_mask_may_come() -> None:
     assert masks.complete([200 * MS, 201 * MS])
     masks.expected = []
     assert masks.complete([400 * MS, 401 * MS])
+
+
+def test_an_image_does_not_wait_where_masks_are_past_it() -> None:
+    masks = sync(10 * MS, 1, 2000)
+    assert masks.take(0, 1000 * MS) is None
+    assert masks.complete([1000 * MS]), "another image of the same stamp"
+    masks = sync(10 * MS, 1, 0)
+    assert masks.take(0, 0) == "0"
+    masks.put(0, 1_000_000 * MS, "far ahead")
+    assert not masks.complete([100 * MS])
+    masks.put(0, 1_000_100 * MS, "where time went for good")
+    assert masks.complete([100 * MS])
+    masks = sync(10 * MS)
+    assert masks.take(0, 5000 * MS) is None
+    for stamp in (1000, 1100):  # time went back
+        masks.put(0, stamp * MS, str(stamp))
+    assert masks.complete([1050 * MS])
 
 
 def test_waiting_ends_when_the_mask_comes_and_when_the_time_is_over() -> None:

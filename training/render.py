@@ -724,6 +724,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--first", type=int, default=0, help="number of the first cluster of each room for training")
     parser.add_argument("--clusters", type=int, default=60, help="of each room for training")
+    parser.add_argument("--held-out-first", type=int, default=0, help="likewise, for evaluation: others are other places")
     parser.add_argument("--held-out-clusters", type=int, default=25, help="of each room for evaluation")
     parser.add_argument("--held-out-after", type=int, default=250, help="views for training come first")
     parser.add_argument(
@@ -745,7 +746,8 @@ def main() -> None:
         for held_out, paths in ((False, arguments.pictures), (True, arguments.held_out_pictures))
     }
     views = 0
-    waiting = [(number, room) for number in range(arguments.held_out_clusters) for room in ROOMS if room.held_out]
+    numbers = range(arguments.held_out_first, arguments.held_out_clusters)
+    waiting = [(number, room) for number in numbers for room in ROOMS if room.held_out]
     queue = [
         (number, room) for number in range(arguments.first, arguments.clusters) for room in ROOMS if not room.held_out
     ]
