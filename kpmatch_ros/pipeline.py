@@ -153,7 +153,6 @@ class Pipeline:
         self._told_alone = None
         self._stamps = [None] * len(self._topics)
         self._stretches = [Stretch() for _ in self._topics]
-        self._reset_requested.clear()
 
     @property
     def odometry_breaks(self) -> int | None:

@@ -215,3 +215,11 @@ def test_without_stamps_the_side_that_comes_first_may_change_and_images_may_come
         for side in (LEFT, RIGHT) if number % 2 else (RIGHT, LEFT):
             found.append(synchroniser.put(side, 0, f"{'LR'[side]}{number}", burst * MS + len(found)))
     assert [pair for pair in found if pair] == [(f"L{i}", f"R{i}") for i in range(9)]
+
+
+def test_of_images_that_are_alike_in_stamp_and_arrival_the_newest_is_the_partner() -> None:
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    assert feed(synchroniser, (LEFT, 10), (LEFT, 10)) == []
+    assert synchroniser.put(LEFT, 10 * MS, "newest") is None
+    assert synchroniser.put(RIGHT, 10 * MS, "right") == ("newest", "right")
+    assert synchroniser.unpaired == [2, 0]

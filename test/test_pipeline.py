@@ -28,12 +28,13 @@ class FrontEndStub:
 
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters
+        self.resets = 0
 
     def configure(self, parameters: Parameters) -> None:
         self.parameters = parameters
 
     def reset(self) -> None:
-        pass
+        self.resets += 1
 
     def interruption(self, stamp: int, frame_ids: Any) -> str:
         return ""
@@ -285,3 +286,36 @@ def test_an_interruption_is_told_of_once_however_many_images_are_refused(monkeyp
         monkeypatch.setattr(front_end, "register", each)
         pipeline.process([image(SECOND)])
     assert [report[0] for report in heard.reports] == ["rejected", "rejected", "interrupted"]
+
+
+# Beginning again
+
+
+def test_a_pipeline_that_begins_again_knows_only_the_calibration_of_before() -> None:
+    pipeline, heard = make("left", "right")
+    pipeline.add_info(0, camera_info_message(Camera(8, 8, np.eye(3)), SECOND, "camera"))
+    pipeline.masks.expected = [0]
+    pipeline.add_mask(0, image(SECOND))
+    assert pipeline.add_image(0, image(SECOND)) is None
+    resets = pipeline.front_end.resets  # type: ignore[attr-defined]
+    pipeline.restart()
+    assert pipeline.front_end.resets == resets + 1  # type: ignore[attr-defined]
+    assert pipeline.add_image(1, image(SECOND)) is None, "its partner was of before"
+    left = image(SECOND)
+    assert pipeline.add_image(0, left) is not None
+    assert heard.reports == [], "no stamp is that of an image of before"
+    assert pipeline.masks.take(0, SECOND) is None
+    assert pipeline.calibration.camera_for([(8, 8)] * 2) is None  # the right one's is missing
+    pipeline.add_info(1, camera_info_message(Camera(8, 8, np.eye(3)), SECOND, "camera", 0.1))
+    assert pipeline.calibration.camera_for([(8, 8)] * 2) is not None
+
+
+def test_a_camera_that_is_alone_is_told_of_once_a_second() -> None:
+    pipeline, heard = make("left", "right")
+    for step in range(51):
+        assert pipeline.add_image(0, image((step + 1) * SECOND // 10)) is None
+        pipeline.watch(step / 10)
+    told = [message.header.stamp for topic, message in heard.messages if topic == "relative_pose"]
+    times = [stamp.sec + stamp.nanosec * 1e-9 for stamp in told]
+    assert len(times) == 5
+    assert np.diff(times) == pytest.approx(1.0, abs=0.11)
