@@ -335,9 +335,10 @@ class FeatureMatcher:
             return NearestNeighbour()
         registered = weights.REGISTRY.get(name)
         if registered is not None and not registered.fits(extractor):
+            fitting = " or ".join(weights.matchers_for(extractor))
             raise weights.WeightsError(
                 f"the matcher {name} was made for the extractor {registered.extractor}, not for {extractor}: it would "
-                "find next to no matches"
+                f"find next to no matches. For {extractor} set matcher to {fitting}"
             )
         matcher = _MATCHERS[network_type(name, _MATCHERS)].from_pretrained(name)
         if matcher.input_dim != self.extractor.descriptor_size:

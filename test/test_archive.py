@@ -197,6 +197,7 @@ def test_bags_are_found_in_every_form_that_recorders_leave(tmp_path: Path) -> No
         (["{in}/empty", "{out}"], "there is no bag in it"),
         (["{in}", "{in}/out"], "would be read too"),
         (["{in}", "{out}", "--gpus-per-bag", "1"], "give --ray too"),
+        (["{in}", "{out}", "--ray", "local", "--cpus-per-bag", "0"], "Ray would begin all bags at once"),
         (["{in}", "{out}", "--ray", "local", "--cpus-per-bag", "1.5"], "is not a part of one, nor a whole number"),
         (["{in}", "{out}", "--ray", "127.0.0.1:1"], "nothing answers there"),
     ],

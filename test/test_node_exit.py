@@ -57,6 +57,20 @@ def test_a_parameter_file_that_ros_cannot_read_is_named_in_a_line(
     assert str(file) in done.stderr and said in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["max_keypoints:=512"], 1, "--ros-args -p max_keypoints:=512"),
+        (["--image", "/camera/image_raw"], 1, "--ros-args -r image:=TOPIC"),
+        (["--help"], 0, "usage: matcher --ros-args"),
+    ],
+)
+def test_what_stands_before_ros_args_is_not_taken_in_silence(words: list[str], status: int, said: str) -> None:
+    done = subprocess.run([sys.executable, MATCHER, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == status
+    assert said in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_node_that_may_not_write_a_log_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROS_LOG_DIR", "/proc/log")  # where not even root makes a folder
     done = ended(monkeypatch)

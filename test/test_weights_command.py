@@ -207,6 +207,17 @@ def test_a_conversion_that_would_lose_something_is_refused(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_a_target_that_is_neither_a_folder_nor_a_safetensors_file_is_refused(run: Run, tmp_path: Path) -> None:
+    target = tmp_path / "superpoint.pth"
+    assert "a file whose name ends in .safetensors" in refused(run("weights", "convert", "superpoint-open", target))
+    assert not target.exists()
+
+
+def test_a_text_is_no_weights(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hi\n")
+    assert "(it is no file of PyTorch)" in refused(run("weights", "info", tmp_path / "notes.txt"))
+
+
 def test_a_target_that_exists_is_left_alone(run: Run, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     assert "is there already" in refused(run("weights", "convert", "superpoint-open", tmp_path / "folder"))

@@ -73,6 +73,8 @@ def _archive(options: argparse.Namespace) -> int:
     for name in ("cpus_per_bag", "gpus_per_bag"):
         if options.ray is None and vars(options)[name] is not None:
             raise CommandError(f"--{name.replace('_', '-')}: is Ray's to keep; give --ray too")
+    if options.cpus_per_bag == 0 and not options.gpus_per_bag:
+        raise CommandError("--cpus-per-bag 0: Ray would begin all bags at once; give more, or --gpus-per-bag too")
     parameters = replay_parameters(options)
     topics = chosen_topics(options, parameters)
     settings = Settings(parameters, topics, options.features, options.match_image).with_whole_paths()

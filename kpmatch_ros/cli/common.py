@@ -84,7 +84,7 @@ class Parser(argparse.ArgumentParser):
         return found, unknown
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} ({self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {message} ({in_shell(f'{self.prog} --help')})\n")
 
 
 def add_command(commands: Any, name: str, run: Any, summary: str, description: str, *examples: str) -> Parser:

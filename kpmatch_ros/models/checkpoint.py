@@ -231,6 +231,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _damaged(path: Path, error: Exception) -> weights.WeightsError:
     if isinstance(error, pickle.UnpicklingError):  # PyTorch's text recommends running the file's code
         reason = "it holds something other than tensors, which is not loaded because it could run code"
+    elif isinstance(error, LookupError):  # of the first byte that means nothing to pickle
+        reason = "it is no file of PyTorch"
     else:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return weights.WeightsError(

@@ -113,6 +113,8 @@ def convert(source: str | Path, target: Path, extractor: str | Path | None = Non
     """
     if target.exists():
         raise WeightsError(f"{target} is there already; remove it or choose another name")
+    if target.suffix in (".pth", ".pt", ".bin", ".onnx"):
+        raise WeightsError(f"{target}: weights are written as a folder, or as a file whose name ends in .safetensors")
     single_file = target.suffix == ".safetensors"
     networks = describe(source)
     registered = weights.REGISTRY.get(str(source))

@@ -18,6 +18,7 @@ from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValu
 from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
+from rclpy.utilities import remove_ros_args
 from std_srvs.srv import Trigger
 
 from kpmatch_ros.device import is_out_of_memory, release_memory, trim_heap
@@ -34,7 +35,7 @@ from kpmatch_ros.ros.monitor import Problem
 from kpmatch_ros.ros.outputs import Outputs, output_names
 from kpmatch_ros.ros.parameter_descriptors import declare_parameters
 from kpmatch_ros.ros.service_guard import guarded, survives
-from kpmatch_ros.ros.start import shut_down, told_to_end, why_ros_cannot_start
+from kpmatch_ros.ros.start import answer_to, shut_down, told_to_end, why_ros_cannot_start
 from kpmatch_ros.ros.tf import INSTALL, TFMessage
 from kpmatch_ros.ros.topic_names import check_topics
 from kpmatch_ros.ros.transitions import explained
@@ -402,7 +403,11 @@ def _load(parameters: Parameters) -> FrontEnd:
 
 def main(args: list[str] | None = None) -> int:
     """Run the node until it is told to stop. 0 on a clean end, 1 where it could not start."""
+    arguments = sys.argv if args is None else args
     try:
+        own = remove_ros_args(arguments)[args is None :]
+        if own:
+            return answer_to(own)
         rclpy.init(args=args)
     except RuntimeError as error:  # such as a parameter file that is not there, or is none
         print(f"matcher: {why_ros_cannot_start(error)}", file=sys.stderr)
@@ -411,7 +416,7 @@ def main(args: list[str] | None = None) -> int:
     status = 0
     try:
         node = MatcherNode()
-        for text in unused_files(sys.argv if args is None else args, node.get_fully_qualified_name()):
+        for text in unused_files(arguments, node.get_fully_qualified_name()):
             node.get_logger().warning(text)
         if not node.parameters.autostart or _start(node):
             rclpy.spin(node)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Sequence
 
 import rclpy
 
-__all__ = ["shut_down", "told_to_end", "why_ros_cannot_start"]
+from kpmatch_ros.parameters import declarations
+from kpmatch_ros.shell import matcher_in_shell
+
+__all__ = ["answer_to", "shut_down", "told_to_end", "why_ros_cannot_start"]
+
+_USAGE = """\
+usage: matcher --ros-args [-r image:=TOPIC] [-r camera_info:=TOPIC] [-p PARAMETER:=VALUE] [--params-file FILE]
+
+Matches the images of a camera. All arguments are ROS's own, and stand after --ros-args.
+docs/topics.md lists the topics, docs/parameters.md the parameters.
+"""
 
 _HEARING = 1.0  # seconds that a thread of rclpy may take to shut ROS down after a signal
 
@@ -16,6 +28,22 @@ def why_ros_cannot_start(error: Exception) -> str:
     if "log directory" in str(error):  # as of a service without a home, or with one that it may not write to
         return f"ROS cannot start: {error}; set ROS_LOG_DIR to a folder that this user may write to"
     return f"ROS cannot start with these arguments: {error}"
+
+
+def answer_to(words: Sequence[str]) -> int:
+    """Print the usage, or what is wrong with words that are not ROS's, of which the node takes none: exit status."""
+    if words[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0
+    name, assigned, value = words[0].lstrip("-_").partition(":=")
+    is_parameter = name in {item.name for item in declarations()}
+    instead = f"{'-p' if is_parameter else '-r'} {name}:={value}" if assigned else "-r image:=TOPIC"
+    print(
+        f"matcher: {words[0]!r} is not one of ROS's arguments, which stand after --ros-args: "
+        f"{matcher_in_shell(f'--ros-args {instead}')}",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def told_to_end() -> bool:

@@ -9,6 +9,7 @@ from kpmatch_ros.weights.registry import (
     fetch,
     file_hash,
     find,
+    matchers_for,
     resolve,
     verify,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "fetch",
     "file_hash",
     "find",
+    "matchers_for",
     "resolve",
     "verify",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import logging
 import os
@@ -269,10 +270,18 @@ def find(name: str) -> Weights:
     try:
         return REGISTRY[name]
     except KeyError:
+        near = difflib.get_close_matches(name, REGISTRY)
+        hint = f", did you mean {' or '.join(near)}?" if near else ""
         raise WeightsError(
-            f"no weights are called {name!r} and there is no such file; registered are {', '.join(REGISTRY)} "
-            f"({in_shell('kpmatch weights list')})"
+            f"no weights are called {name!r}, and there is no such file or folder{hint} "
+            f"({in_shell('kpmatch weights list')} shows the names)"
         ) from None
+
+
+def matchers_for(extractor: str) -> list[str]:
+    """The matchers for a registered extractor, `nearest` the last one, which takes any."""
+    made_for_it = [item.name for item in REGISTRY.values() if item.extractor and item.fits(extractor)]
+    return [*made_for_it, "nearest"]
 
 
 def resolve(source: str | Path) -> Path:
