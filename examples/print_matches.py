@@ -9,6 +9,14 @@ from rclpy.node import Node
 
 from kpmatch_ros.msg import MatchArray, RelativePose
 
+STATUSES = {
+    RelativePose.NO_CALIBRATION: "NO_CALIBRATION",
+    RelativePose.TOO_FEW_MATCHES: "TOO_FEW_MATCHES",
+    RelativePose.NO_TRANSLATION: "NO_TRANSLATION",
+    RelativePose.FAILED: "FAILED",
+    RelativePose.INTERRUPTED: "INTERRUPTED",
+}
+
 
 class MatchPrinter(Node):
     """Prints how many matches each pair of frames has, and whether its pose is known."""
@@ -19,8 +27,9 @@ class MatchPrinter(Node):
         self.create_subscription(RelativePose, "relative_pose", self._on_pose, 10)
 
     def _on_matches(self, message: MatchArray) -> None:
-        inliers = np.asarray(message.inliers, bool)
-        print(f"{len(message.scores)} matches, {inliers.sum()} inliers, tracks begin again: {message.reset}")
+        # Empty where nothing is known of inliers, as without calibration.
+        inliers = f"{np.count_nonzero(message.inliers)} inliers" if message.inliers else "inliers unknown"
+        print(f"{len(message.scores)} matches, {inliers}, tracks begin again: {message.reset}")
 
     def _on_pose(self, message: RelativePose) -> None:
         position = message.pose.pose.position
@@ -28,6 +37,8 @@ class MatchPrinter(Node):
             unit = " m" if message.metric else ""
             doubt = ", or by another motion" if message.status == RelativePose.AMBIGUOUS else ""
             print(f"moved ({position.x:.3f}, {position.y:.3f}, {position.z:.3f}){unit}{doubt}")
+        else:
+            print(f"no translation: {STATUSES[message.status]}")
 
 
 def main() -> None:

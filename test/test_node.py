@@ -209,6 +209,8 @@ def test_a_pose_without_calibration_says_so(tmp_path: Path) -> None:
         assert len(node.matches[0].scores) > 50 and len(node.matches[0].inliers) == 0
         reason = f"no calibration on {node.namespace}/camera_info"
         node.wait_for(lambda: reason in node.message(), "the reason")
+        node.wait_for(lambda: node.figures()["matches"], "the figures of the pair")
+        assert node.figures()["inlier ratio"] == ""
 
 
 def test_a_replays_first_frame_waits_for_a_calibration_that_comes_late(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kpmatch_ros.frames import Result
+from kpmatch_ros.frames import ImagePair, Result
 from kpmatch_ros.geometry.pose import PoseStatus
 
 __all__ = ["Monitor", "Problem"]
@@ -147,13 +147,13 @@ class Monitor:
         with self._lock:
             if result.stereo is not None:
                 self._last["stereo matches"] = str(len(result.stereo.indices))
-                self._last["stereo inlier ratio"] = f"{result.stereo.inlier_ratio:.3f}"
+                self._last["stereo inlier ratio"] = _inlier_ratio(result.stereo)
             self._processed += 1
             self._latencies.append((self._clock(), latency_ms))
             self._last["keypoints"] = str(len(result.frame.keypoints))
             if result.pair is not None:
                 self._last["matches"] = str(len(result.pair.indices))
-                self._last["inlier ratio"] = f"{result.pair.inlier_ratio:.3f}"
+                self._last["inlier ratio"] = _inlier_ratio(result.pair)
                 self._last["layers"] = str(result.pair.layers)
 
     def problems(self) -> list[Problem]:
@@ -211,6 +211,11 @@ class Monitor:
         for timed in (self._latencies, self._failures):
             while timed and timed[0][0] < limit:
                 timed.popleft()
+
+
+def _inlier_ratio(pair: ImagePair) -> str:
+    """Empty where nothing is known of inliers, as without calibration: a ratio of 0 would say that all are wrong."""
+    return "" if pair.inliers is None else f"{pair.inlier_ratio:.3f}"
 
 
 def _rate(times: deque[float] | list[float], now: float, window: float) -> float:
