@@ -176,8 +176,8 @@ class Calibration:
         if not frame_ids or "" in names or len(names) == 1:
             return []
         explanation = (
-            f"the images on {self._topics[0]} have the frame_id {frame_ids[0]!r}, but their camera_info has {told!r}: is "
-            "it another camera's? Poses are in the images' frame, which has to be the camera's optical one"
+            f"the images on {self._topics[0]} have the frame_id {frame_ids[0]!r}, but their camera_info has {told!r}: "
+            "is it another camera's? Poses are in the images' frame, which has to be the camera's optical one"
         )
         return [Doubt("frame", explanation)]
 

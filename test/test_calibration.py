@@ -143,7 +143,14 @@ def test_coefficients_of_a_fisheye_lens_by_another_name_are_named(distortion: tu
 
 @pytest.mark.parametrize(
     ("frame_ids", "doubted"),
-    [(["camera"], False), (["/camera"], False), ([""], False), ([], False), (["lidar"], True), (["camera", "right"], False)],
+    [
+        (["camera"], False),
+        (["/camera"], False),
+        ([""], False),
+        ([], False),
+        (["lidar"], True),
+        (["camera", "right"], False),
+    ],
 )
 def test_a_calibration_of_another_frame_than_the_images_is_named(frame_ids: list[str], doubted: bool) -> None:
     images = max(len(frame_ids), 1)

@@ -724,7 +724,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--first", type=int, default=0, help="number of the first cluster of each room for training")
     parser.add_argument("--clusters", type=int, default=60, help="of each room for training")
-    parser.add_argument("--held-out-first", type=int, default=0, help="likewise, for evaluation: others are other places")
+    parser.add_argument("--held-out-first", type=int, default=0, help="likewise, for evaluation")
     parser.add_argument("--held-out-clusters", type=int, default=25, help="of each room for evaluation")
     parser.add_argument("--held-out-after", type=int, default=250, help="views for training come first")
     parser.add_argument(
