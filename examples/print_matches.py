@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+
 import numpy as np
 import rclpy
 from rclpy.executors import ExternalShutdownException
@@ -48,11 +51,13 @@ def main() -> None:
         rclpy.spin(MatchPrinter())
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
-    except RuntimeError:  # a signal broke into rclpy's taking a message
+    except Exception:
+        time.sleep(1.0)  # a signal breaks into whatever rclpy does, and a thread of its own shuts ROS down
         if rclpy.ok():
             raise
     finally:
-        rclpy.try_shutdown()
+        with contextlib.suppress(RuntimeError):  # the signal's shutdown may be under way (ros2/rclpy#1352)
+            rclpy.try_shutdown()
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ def main(folder: Path) -> None:
         finally:
             slam.send_signal(signal.SIGINT)
             slam.wait(timeout=30)
+    assert slam.returncode == 0, log.read_text()
 
     def flat(stamp: Any, place: Any, turn: Any) -> list[float]:
         return [seconds(stamp), place.x, place.y, place.z, turn.x, turn.y, turn.z, turn.w]
@@ -123,7 +124,7 @@ def main(folder: Path) -> None:
     steps = [
         flat(each.header.stamp, each.pose.position, each.pose.orientation) for each in paths[-1].poses[-len(PLACES) :]
     ]
-    print(json.dumps({"path": steps, "frame": paths[-1].header.frame_id, "tf": links, "status": slam.returncode}))
+    print(json.dumps({"path": steps, "frame": paths[-1].header.frame_id, "tf": links}))
 
 
 if __name__ == "__main__":

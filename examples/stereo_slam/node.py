@@ -9,7 +9,9 @@ Needs GTSAM; a picture needs matplotlib too.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -197,12 +199,14 @@ def main() -> None:
         rclpy.spin(node)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
-    except RuntimeError:  # a signal broke into rclpy's taking a message
+    except Exception:
+        time.sleep(1.0)  # a signal breaks into whatever rclpy does, and a thread of its own shuts ROS down
         if rclpy.ok():
             raise
     finally:
         node.save_picture()
-        rclpy.try_shutdown()
+        with contextlib.suppress(RuntimeError):  # the signal's shutdown may be under way (ros2/rclpy#1352)
+            rclpy.try_shutdown()
 
 
 if __name__ == "__main__":
