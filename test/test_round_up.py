@@ -58,7 +58,7 @@ def assert_rounding_up_changes_nothing(model: LightGlue | SuperGlue, counts: tup
     assert min(counts) == 1 or (expected.matches0 >= 0).any()
     for name, there, here in zip(expected._fields, expected, found):
         if name.startswith("scores"):
-            assert torch.allclose(here, there, atol=1e-4), name
+            assert torch.allclose(here, there, atol=1e-5), name
         else:
             assert torch.equal(here, there), name
 
@@ -123,7 +123,7 @@ def test_extractors_find_the_same(kind: type[ALIKED | DISK | XFeat], texture: An
     assert 64 < count < 128 == found.mask.shape[1]
     assert int(found.mask.sum()) == count
     for there, here in zip(expected, found):
-        assert torch.allclose(here[:, :count].float(), there.float(), atol=1e-4)
+        assert torch.allclose(here[:, :count].float(), there.float(), atol=1e-5)
     model.max_keypoints = 75
     assert model(image).mask.shape[1] == 75
 

@@ -250,7 +250,7 @@ def test_an_image_worked_on_in_bands_gives_what_it_gives_as_a_whole(
     monkeypatch.setattr(superpoint, "BAND", 1)
     shapes: list[torch.Size] = []
     model.encoder.conv_blocks[0].conv_b.register_forward_hook(lambda _, inputs, output: shapes.append(output.shape))
-    assert torch.allclose(model.encoder(images), expected, rtol=0, atol=1e-4)
+    assert torch.allclose(model.encoder(images), expected, rtol=0, atol=1e-5)
     assert len(shapes) >= height // 8
     assert all(shape[2] <= 13 for shape in shapes)
 
@@ -274,7 +274,7 @@ def test_descriptors_at_keypoints_are_those_of_the_whole_map(
     keypoints[:, 0], keypoints[:, 1] = 0, size  # the far corners, beyond the centres of the outermost cells
     expected = superpoint.sample_descriptors(model.descriptor_decoder(features), keypoints)
     found = model.descriptor_decoder.at(features, keypoints, round_up)
-    assert torch.allclose(found, expected, rtol=0, atol=1e-4)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def test_pooling_by_comparing_is_pooling(ours: Callable[..., SuperPoint], texture: Any) -> None:
