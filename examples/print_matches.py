@@ -10,15 +10,8 @@ import rclpy
 from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 
+from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.msg import MatchArray, RelativePose
-
-STATUSES = {
-    RelativePose.NO_CALIBRATION: "NO_CALIBRATION",
-    RelativePose.TOO_FEW_MATCHES: "TOO_FEW_MATCHES",
-    RelativePose.NO_TRANSLATION: "NO_TRANSLATION",
-    RelativePose.FAILED: "FAILED",
-    RelativePose.INTERRUPTED: "INTERRUPTED",
-}
 
 
 class MatchPrinter(Node):
@@ -41,7 +34,7 @@ class MatchPrinter(Node):
             doubt = ", or by another motion" if message.status == RelativePose.AMBIGUOUS else ""
             print(f"moved ({position.x:.3f}, {position.y:.3f}, {position.z:.3f}){unit}{doubt}")
         else:
-            print(f"no translation: {STATUSES[message.status]}")
+            print(f"no translation: {PoseStatus(message.status).name}")
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ class Calibration:
         self._used: list[int | None] = [None] * len(topics)  # stamps of the images that were asked for last
         self._changed = threading.Condition()
         self._made_of: tuple[Any, ...] = ()
-        self._frame_ids: Sequence[str] = ()  # of the images that were asked for last
+        self._frame_ids: Sequence[str] = ()  # of the images that doubts are about
         self._camera: Camera | StereoCamera | None = None
         self._fault: CalibrationError | None = None
 
@@ -116,8 +116,8 @@ class Calibration:
             self._made_of, self._frame_ids, self._camera, self._fault, self.doubts = infos, frame_ids, None, None, []
             try:
                 self._camera = self._make(infos)
-                self.doubts = [*self._of_baseline(), *self._of_names(infos), *self._of_numbers(infos)]
-                self.doubts += self._of_frame(infos, frame_ids)
+                of_frame = self._of_frame(infos, frame_ids)
+                self.doubts = [*self._of_baseline(), *self._of_names(infos), *self._of_numbers(infos), *of_frame]
             except CalibrationError as error:
                 self._fault = error
         if self._fault is not None:
