@@ -21,6 +21,7 @@ from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_profi
 from sensor_msgs.msg import CameraInfo, Image
 from std_srvs.srv import Trigger
 
+from kpmatch_ros.parameters import ParameterError
 from kpmatch_ros.ros import inputs
 from kpmatch_ros.ros import node as matcher
 from kpmatch_ros.ros.node import MatcherNode
@@ -80,6 +81,24 @@ def finished(work: Callable[[], Any]) -> Any:
     thread.join(LIMIT)
     assert results, "it hangs"
     return results[0]
+
+
+@pytest.mark.parametrize("precision", ["float32", "float12"])
+def test_a_node_that_has_ended_or_cannot_start_is_gone_from_the_graph_while_the_program_still_holds_it(
+    executor: SingleThreadedExecutor, precision: str
+) -> None:
+    peer = rclpy.create_node("peer", context=executor.context)
+    values = [Parameter(name, value=value) for name, value in {**SMALL, "precision": precision}.items()]
+    held: list[Any] = []
+    try:
+        held.append(MatcherNode(context=executor.context, parameter_overrides=values))
+        spin_until(executor, lambda: "matcher" in peer.get_node_names())
+        held[0].end()
+    except ParameterError as error:
+        held.append(error)  # whose traceback holds the node
+    spin_until(executor, lambda: "matcher" not in peer.get_node_names())
+    peer.destroy_node()
+    assert isinstance(held[0], MatcherNode if precision == "float32" else ParameterError)
 
 
 def test_weights_on_a_file_system_that_times_out_fail_the_configuration(

@@ -77,6 +77,13 @@ class MatcherNode(LifecycleNode):
     def __init__(self, **options: Any) -> None:
         self._guarded_services: list[Any] = []
         super().__init__("matcher", **options)
+        try:
+            self._set_up()
+        except BaseException:
+            self.destroy_node()
+            raise
+
+    def _set_up(self) -> None:
         self._parameters_in_force = declare_parameters(self)
         self.add_on_set_parameters_callback(self._check_parameters)
         # rclpy ignores what nobody declares. A name like one of ours is taken for a slip; others may be another node's.
@@ -206,6 +213,11 @@ class MatcherNode(LifecycleNode):
         """Back to unconfigured, from where the node can be configured again."""
         self._release()
         return TransitionCallbackReturn.SUCCESS
+
+    def destroy_node(self) -> None:
+        """Leave the graph, and end the middleware's threads, which may crash where its libraries are unloaded first."""
+        super().destroy_node()
+        self.__dict__.pop("_state_machine", None)  # rclpy leaves it, with a publisher that holds the node
 
     def end(self) -> None:
         """Let go of everything, without waiting for long: the process is about to end."""
