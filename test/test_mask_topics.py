@@ -124,6 +124,20 @@ def test_the_shortest_of_some_steps_is_a_streams_period_where_masks_or_images_ar
     assert masks.take(0, 50 * MS) is None, "and so are two images, now that time went back"
 
 
+def test_the_shortest_of_nine_steps_is_a_streams_period() -> None:
+    lossy = sync(1000 * MS, 1, 0, 100, 400, 700, 1000)  # of 10 Hz, where two of three are lost
+    assert [lossy.take(0, stamp * MS) for stamp in (0, 100, 400, 700, 1000)] == ["0", "100", "400", "700", "1000"]
+    lossy.put(0, 1400 * MS, "1400")
+    assert lossy.take(0, 1300 * MS) is None
+    slowing = sync(100 * MS, 1)
+    stamps = [0, 20, 40, 60, *range(260, 2260, 200)]  # a camera that is set from 50 Hz to 5 Hz
+    for stamp in stamps:
+        slowing.put(0, stamp * MS, str(stamp))
+        assert slowing.take(0, stamp * MS) == str(stamp)
+    slowing.put(0, 2320 * MS, "2320")
+    assert slowing.take(0, 2260 * MS) == "2320"
+
+
 def test_an_image_of_a_time_that_went_back_costs_the_next_ones_no_mask() -> None:
     masks = sync(10 * MS, 1, 1000, 1100)
     assert [masks.take(0, stamp * MS) for stamp in (5000, 950, 1000, 1100)] == [None, None, "1000", "1100"]
@@ -138,6 +152,21 @@ def test_masks_whose_images_have_gone_by_make_room() -> None:
     assert masks.take(0, 2000 * MS) == 2000 and masks.offset == [None]
 
 
+def test_masks_whose_images_have_gone_by_make_room_after_time_went_back_too() -> None:
+    masks: MaskSynchroniser[int] = MaskSynchroniser(1, 10 * MS, 5, 10**9)
+    masks.put(0, 90_000 * MS, 90_000)
+    assert masks.take(0, 90_000 * MS) == 90_000
+    for stamp in range(0, 2000 * MS, 100 * MS):
+        assert masks.put(0, stamp + 40 * MS, stamp) == 0 and masks.take(0, stamp) is None
+
+
+def test_an_image_that_is_sent_twice_costs_those_of_a_time_that_goes_back_no_mask() -> None:
+    masks = sync(10 * MS, 1, 5000)
+    assert masks.take(0, 5000 * MS) == "5000"
+    masks.put(0, 1000 * MS, "1000")
+    assert [masks.take(0, stamp * MS) for stamp in (5100, 5100, 5200, 1000)] == [None, None, None, "1000"]
+
+
 def test_a_mask_is_late_where_its_image_has_gone_on_until_one_comes_in_time() -> None:
     masks = sync(1000 * MS)
     assert masks.take(0, 0) is masks.take(0, 100 * MS) is None
@@ -146,6 +175,17 @@ def test_a_mask_is_late_where_its_image_has_gone_on_until_one_comes_in_time() ->
     masks.put(0, 110 * MS, "late")
     assert masks.came_late == [True]
     assert masks.take(0, 200 * MS) == "of the next one" and masks.came_late == [False]
+    masks.put(0, 100 * MS, "of the time after it went back, in time")
+    assert masks.came_late == [False]
+
+
+def test_a_mask_that_would_just_have_been_near_enough_is_late() -> None:
+    masks = sync(10 * MS)
+    assert masks.take(0, 1000 * MS) is None
+    masks.put(0, 1011 * MS, "too far")
+    assert masks.came_late == [False]
+    masks.put(0, 1010 * MS, "near enough")
+    assert masks.came_late == [True]
 
 
 def test_only_so_many_masks_wait() -> None:
@@ -185,6 +225,13 @@ def test_an_image_waits_while_its_mask_may_come() -> None:
     assert masks.complete([200 * MS, 201 * MS])
     masks.expected = []
     assert masks.complete([400 * MS, 401 * MS])
+
+
+def test_an_image_waits_for_its_mask_though_the_first_one_has_a_stamp_that_is_far_off() -> None:
+    masks = sync(10 * MS, 1, 20_000)
+    assert not masks.complete([1000 * MS])
+    masks.put(0, 1000 * MS, "1000")
+    assert masks.complete([1000 * MS]) and masks.take(0, 1000 * MS) == "1000"
 
 
 def test_an_image_does_not_wait_where_masks_are_past_it() -> None:
