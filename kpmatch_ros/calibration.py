@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kpmatch_ros.geometry.camera import CalibrationError, Camera, camera_info_field
+from kpmatch_ros.geometry.lens import listed
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 
 __all__ = ["Calibration", "Doubt"]
 
 _KEPT = 1000  # camera_infos of a camera: as many images may wait to be processed
+_KEPT_MEMORY = 10**7  # bytes of them, but for the newest one: a calibration has half a kilobyte
 # How far off the middle of the full image a principal point may be, in half sides: lenses are centred to some
 # hundredths, cheap ones to a tenth. Where it is further off by the same factor along both sides, K probably was not
 # scaled with the image. Further off along one side, it is hardly that of this image either.
@@ -52,6 +54,7 @@ class Calibration:
         self._topics = topics
         self._rectified = rectified
         self._infos: list[dict[int, Any]] = [{} for _ in topics]  # by stamp, in the order in which they came
+        self._held = [0 for _ in topics]  # bytes
         self._used: list[int | None] = [None] * len(topics)  # stamps of the images that were asked for last
         self._changed = threading.Condition()
         self._made_of: tuple[Any, ...] = ()
@@ -63,10 +66,10 @@ class Calibration:
         """Take over a newer camera_info of camera 0 or 1, of a stamp in nanoseconds."""
         with self._changed:
             infos = self._infos[side]
-            infos.pop(stamp, None)
+            self._held[side] += _bytes(info) - _bytes(infos.pop(stamp, None))
             infos[stamp] = info
-            if len(infos) > _KEPT:
-                del infos[next(iter(infos))]
+            while len(infos) > _KEPT or (self._held[side] > _KEPT_MEMORY and len(infos) > 1):
+                self._held[side] -= _bytes(infos.pop(next(iter(infos))))
             self._changed.notify_all()
 
     def complete(self, stamps: Sequence[int]) -> bool:
@@ -152,7 +155,7 @@ class Calibration:
             named = "rectified" if words & {"rect", "rectified"} else "raw" if words & {"raw", "unrectified"} else ""
             if not coefficients.any() or not named or (named == "rectified") == self._rectified:
                 continue
-            distortion = f"the distortion of camera_info (D is {coefficients.tolist()})"
+            distortion = f"the distortion of camera_info (D is {listed(coefficients)})"
             if named == "rectified":
                 explanation = (
                     f"by its name {topic} has rectified images, but rectified is false, so {distortion} is corrected "
@@ -176,8 +179,9 @@ class Calibration:
         if not frame_ids or "" in names or len(names) == 1:
             return []
         explanation = (
-            f"the images on {self._topics[0]} have the frame_id {frame_ids[0]!r}, but their camera_info has {told!r}: "
-            "is it another camera's? Poses are in the images' frame, which has to be the camera's optical one"
+            f"the images on {self._topics[0]} have the frame_id {frame_ids[0]!r:.80}, but their camera_info has "
+            f"{told!r:.80}: is it another camera's? Poses are in the images' frame, which has to be the camera's "
+            "optical one"
         )
         return [Doubt("frame", explanation)]
 
@@ -195,6 +199,13 @@ class Calibration:
             if fisheye:
                 found.append(Doubt("lens", f"{fisheye}, by the camera_info of {topic}"))
         return found
+
+
+def _bytes(info: Any) -> int:
+    """What a camera_info takes besides its fixed fields."""
+    if info is None:
+        return 0
+    return 8 * len(camera_info_field(info, "D")) + len(info.distortion_model) + len(info.header.frame_id)
 
 
 def _of_time(infos: dict[int, Any], stamp: int) -> Any:

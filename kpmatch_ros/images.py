@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from kpmatch_ros.image_headers import JPEG, PNG, image_size, jpeg_end, jpeg_scans, png_picture
 
 MAX_SIDE = 32766  # pixels: of longer images OpenCV's remap, which cuts patches, takes none, nor does src/geometry.c
-LARGEST_FILE = 8192 * 8192  # pixels of a compressed image: `resize` keeps no more, and in colour they take 0.2 GB
+LARGEST_FILE = 8192 * 8192  # pixels of an image: `resize` keeps no more, and in colour they take 0.2 GB
 _MOST_SCANS = 100  # of a progressive JPEG: encoders make some ten, and each costs a pass over the whole image
 
 
@@ -101,7 +101,7 @@ def to_array(message: Any, largest: int = LARGEST_FILE, scale: Scale | None = No
         message: a `sensor_msgs/Image`, or a `sensor_msgs/CompressedImage` holding JPEG or PNG. Anything with their
             fields will do, `data` being bytes, `array.array` or a NumPy array. A compressed image has the colours that
             its file declares; its `format` is read only to refuse depth and to recognise Bayer mosaics kept as grey.
-        largest: pixels of a compressed image. One whose header declares more is not decoded.
+        largest: pixels of an image. One that has more, or whose header declares more, is not looked at.
         scale: makes 8 bits of 16, (H, W, channels), as :class:`kpmatch_ros.contrast.Stretch` does; a division by 257
             where not given.
 
@@ -125,6 +125,11 @@ def to_array(message: Any, largest: int = LARGEST_FILE, scale: Scale | None = No
     width, height = _integer(message, "width", "size"), _integer(message, "height", "size")
     what = f"{message.encoding} image of {width} x {height} pixels"
     _check_size(width, height, layout.colour, what)
+    if width * height > largest:  # what is made of it takes several times as much memory
+        raise ImageError(
+            "size",
+            f"{what}: more than the {largest / 1e6:.1f} million that are taken: send smaller images, or set resize",
+        )
     dtype = np.dtype(layout.dtype).newbyteorder(">" if message.is_bigendian else "<")
     step, row = _integer(message, "step", "step"), width * layout.channels * dtype.itemsize
     if step < row:

@@ -210,7 +210,7 @@ def frame_fault(child: str, frame: str) -> str:
         )
     if child == frame:
         return (
-            f"odometry places the frame {child!r} in itself and is not published into TF: odom_frame must be another "
-            "frame than base_frame, or without base_frame than the frame_id of the images"
+            f"odometry places the frame {child!r:.80} in itself and is not published into TF: odom_frame must be "
+            "another frame than base_frame, or without base_frame than the frame_id of the images"
         )
     return ""

@@ -34,6 +34,7 @@ __all__ = ["PATIENCE", "WAITING_MEMORY", "Calibration", "Events", "Pipeline", "c
 
 # Images of one camera that wait for the other's at most, by the parameter `queue`: all keeps what a busy bag sends.
 _WAITING = {"latest": 10, "all": 100}
+_UNPAIRED_MEMORY = 5 * 10**8  # bytes that they have at most: 80 colour images of 1920 x 1080
 # Masks that wait for their image at most.
 _MASKS = {"latest": 30, "all": 1000}
 WAITING_MEMORY = 2 * 10**9
@@ -146,7 +147,7 @@ class Pipeline:
         parameters = self._parameters
         self.front_end.reset()
         tolerance = round(parameters.sync_tolerance * 1e9)
-        self.synchroniser = StereoSynchroniser(tolerance, _WAITING[parameters.queue])
+        self.synchroniser = StereoSynchroniser(tolerance, _WAITING[parameters.queue], _UNPAIRED_MEMORY)
         cameras = len(self._topics)
         self.masks = MaskSynchroniser(cameras, tolerance, _MASKS[parameters.queue], WAITING_MEMORY // cameras)
         self._odometry = Odometry() if parameters.publish_odometry else None
@@ -183,7 +184,7 @@ class Pipeline:
             return (message,)
         before = list(self.synchroniser.unpaired)
         arrived = time.monotonic_ns() if arrived is None else arrived
-        frame = self.synchroniser.put(side, stamp, message, arrived)
+        frame = self.synchroniser.put(side, stamp, message, arrived, len(message.data))
         self._report_unpaired([now - then for now, then in zip(self.synchroniser.unpaired, before)])
         return frame
 
@@ -447,7 +448,7 @@ class Pipeline:
                 self._events.doubted(
                     "base_frame",
                     f"no odometry: /tf_static does not join base_frame {parameters.base_frame} and the camera's frame "
-                    f"{child!r}. Let robot_state_publisher tell where the camera is, or name another base_frame",
+                    f"{child!r:.80}. Let robot_state_publisher tell where the camera is, or name another base_frame",
                 )
                 return
             pose, child = of_base(pose, camera), parameters.base_frame

@@ -22,6 +22,7 @@ class _Waiting(NamedTuple):
     stamp: int
     arrived: int
     item: Any
+    size: int
 
 
 class StereoSynchroniser(Generic[Item]):
@@ -37,6 +38,7 @@ class StereoSynchroniser(Generic[Item]):
         tolerance: largest difference of two stamps that are not equal, nanoseconds. It never exceeds half the time
             between two images of a stream: at that, the partner might as well be another image's.
         capacity: how many images of a stream wait at most.
+        memory: how many bytes those of a stream have at most, but for the newest one.
 
     Attributes:
         unpaired: (left, right), images that found no partner.
@@ -45,9 +47,10 @@ class StereoSynchroniser(Generic[Item]):
         by_arrival: whether the last image had no stamp of its own, so that arrival decided.
     """
 
-    def __init__(self, tolerance: int, capacity: int) -> None:
+    def __init__(self, tolerance: int, capacity: int, memory: int) -> None:
         self._tolerance = tolerance
-        self._waiting: tuple[deque[_Waiting], ...] = (deque(maxlen=capacity), deque(maxlen=capacity))
+        self._capacity, self._memory = capacity, memory
+        self._waiting: tuple[deque[_Waiting], ...] = (deque(), deque())
         self._last: list[int | None] = [None, None]
         self._periods: tuple[deque[int], ...] = (deque(maxlen=_STEPS), deque(maxlen=_STEPS))  # by stamp
         self._arrived: list[int | None] = [None, None]
@@ -59,7 +62,7 @@ class StereoSynchroniser(Generic[Item]):
         self._now: float | None = None
         self.offset: int | None = None
 
-    def put(self, side: int, stamp: int, item: Item, arrived: int = 0) -> tuple[Item, Item] | None:
+    def put(self, side: int, stamp: int, item: Item, arrived: int = 0, size: int = 0) -> tuple[Item, Item] | None:
         """Add an image of the left (0) or right (1) stream, and return the pair that it completes, left first.
 
         Args:
@@ -67,6 +70,7 @@ class StereoSynchroniser(Generic[Item]):
             stamp: of the image, nanoseconds.
             item: is given back in the pair.
             arrived: when it arrived or was recorded, nanoseconds of any clock.
+            size: its bytes.
         """
         before = self._last[side]
         self.by_arrival = stamp == 0 or stamp == before
@@ -91,8 +95,11 @@ class StereoSynchroniser(Generic[Item]):
             while others and others[0].stamp < past:
                 others.popleft()
                 self.unpaired[1 - side] += 1
-            self.unpaired[side] += len(own) == own.maxlen  # the oldest makes way
-            own.append(_Waiting(stamp, arrived, item))
+            own.append(_Waiting(stamp, arrived, item, size))
+            held = sum(image.size for image in own)
+            while len(own) > self._capacity or (held > self._memory and len(own) > 1):  # the oldest make way
+                held -= own.popleft().size
+                self.unpaired[side] += 1
             return None
         # What came before either of the two has no partner: by arrival, as stamps may have gone back.
         self.unpaired[side] += len(own)

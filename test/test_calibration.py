@@ -15,7 +15,7 @@ from rosbags.highlevel import AnyReader
 
 from kpmatch_ros.bags.files import BagWriter, camera_info_message, image_message, read_messages
 from kpmatch_ros.calibration import Calibration
-from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.images import to_array
 from kpmatch_ros.ros.monitor import Monitor
 from node_harness import running_node
@@ -222,6 +222,38 @@ def test_an_image_has_the_calibration_of_its_own_stamp_or_else_the_one_before_it
     for stamp in range(100, 1100):
         calibration.update(0, stamp, zoomed(800.0))
     assert focal(calibration, 10) == [800], "old ones are not kept for ever"
+
+
+def test_calibrations_have_only_so_many_bytes() -> None:
+    long = zoomed(600.0)
+    long.d = np.full(10**6, 0.1)  # 8 MB
+    long.distortion_model = "plumb_bob"
+    calibration = Calibration(["image"], rectified=False)
+    calibration.update(0, 0, zoomed(500.0))
+    for stamp in (1, 1, 1):  # one of the same stamp takes its place
+        calibration.update(0, stamp, long)
+    assert focal(calibration, 0) == [500]
+    calibration.update(0, 2, long)
+    with pytest.raises(CalibrationError, match="not 1000000"):
+        calibration.camera_for([SIZE], [0])
+    calibration.update(0, 3, zoomed(700.0))
+    assert focal(calibration, 3) == [700]
+
+
+@pytest.mark.parametrize("value", [0.1, float("nan")])
+@pytest.mark.parametrize("rectified", [True, False])
+def test_what_is_said_of_an_endless_distortion_is_short(value: float, rectified: bool) -> None:
+    calibration = Calibration(["image_raw"], rectified)
+    long = info(baseline=0.1)
+    long.d, long.distortion_model, long.header.frame_id = np.full(10**5, value), "plumb_bob" + "!" * 10**5, "a" * 10**5
+    calibration.update(0, 0, long)
+    said = []
+    try:
+        calibration.camera_for([SIZE], [0], ["camera"])
+        said = [doubt.explanation for doubt in calibration.doubts]
+    except CalibrationError as error:
+        said = [str(error)]
+    assert said and max(map(len, said)) < 1000
 
 
 def test_an_image_waits_for_a_calibration_that_comes_with_each_image_and_for_no_other() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,6 +73,21 @@ def test_what_is_newly_wrong_is_told_at_once_and_once_between_two_regular_messag
     wrong.append(Problem("three", "the third"))
     told.watch()
     assert heard() == ["the first; the second; the third"]
+
+
+def test_what_is_wrong_with_every_frame_takes_no_memory_for_each() -> None:
+    monitor = Monitor()
+    tracemalloc.start()
+    try:
+        for number in range(100):
+            monitor.rejected("size", f"{number}" + " " * 10**6)
+            monitor.doubted("frame", f"{number}" + " " * 10**6)
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert held < 5 * 10**6
+    told = [(problem.kind, problem.explanation.strip()) for problem in monitor.problems()]
+    assert told == [("rejected: size", "99"), ("frame", "99")]
 
 
 def test_a_message_tells_of_all_that_was_wrong_before_its_stamp() -> None:

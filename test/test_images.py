@@ -192,6 +192,15 @@ def test_a_width_or_height_that_no_image_has_is_refused(field: str, value: int) 
     assert str(value) in refused(message, "size")
 
 
+def test_an_image_of_more_pixels_than_are_wanted_is_refused() -> None:
+    message = image("mono16", noise())
+    pixels = message.width * message.height
+    assert to_array(message, pixels).size == pixels
+    with pytest.raises(ImageError, match="set resize") as error:
+        to_array(message, pixels - 1)
+    assert error.value.reason == "size"
+
+
 @pytest.mark.parametrize("encoding", [*PACKED_YUV, "nv12", "nv21"])
 def test_an_odd_width_is_refused_where_two_pixels_share_their_colour(encoding: str) -> None:
     message = image(encoding, patches())

@@ -19,40 +19,40 @@ def feed(synchroniser: StereoSynchroniser[str], *events: tuple[int, float]) -> l
 
 
 def test_equal_stamps_are_a_pair_whichever_side_comes_first() -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     found = feed(synchroniser, (LEFT, 0), (RIGHT, 0), (RIGHT, 50), (LEFT, 50))
     assert found == [("L0", "R0"), ("L50", "R50")]
     assert synchroniser.unpaired == [0, 0]
 
 
 def test_near_stamps_are_a_pair_within_the_tolerance() -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     assert feed(synchroniser, (LEFT, 0), (RIGHT, 9), (LEFT, 50), (RIGHT, 61)) == [("L0", "R9")]
     assert synchroniser.offset == 11 * MS
 
 
 def test_without_tolerance_only_equal_stamps_are() -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(0, 10)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(0, 10, 10**9)
     assert feed(synchroniser, (LEFT, 0), (RIGHT, 0.001), (RIGHT, 50), (LEFT, 50)) == [("L50", "R50")]
     assert synchroniser.unpaired == [1, 1]
 
 
 def test_an_image_does_not_take_the_partner_of_the_next_one() -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)  # at 200 Hz this is two images wide
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)  # at 200 Hz this is two images wide
     found = feed(synchroniser, (LEFT, 0), (RIGHT, 0), (LEFT, 5), (RIGHT, 10), (LEFT, 10), (LEFT, 15), (RIGHT, 15))
     assert found == [("L0", "R0"), ("L10", "R10"), ("L15", "R15")]
     assert synchroniser.unpaired == [1, 0]
 
 
 def test_lost_images_leave_their_partners_unpaired_and_counted() -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     found = feed(synchroniser, (LEFT, 0), (LEFT, 50), (RIGHT, 50), (RIGHT, 100), (RIGHT, 150), (LEFT, 150))
     assert found == [("L50", "R50"), ("L150", "R150")]
     assert synchroniser.unpaired == [1, 1]
 
 
 def test_a_silent_side_is_noticed_and_memory_stays_bounded() -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 5)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 5, 10**9)
     feed(synchroniser, (LEFT, 0), (RIGHT, 0), *((LEFT, 50 * i) for i in range(1, 101)))
     assert synchroniser.since == [0, 100]
     assert synchroniser.unpaired == [95, 0]
@@ -60,9 +60,22 @@ def test_a_silent_side_is_noticed_and_memory_stays_bounded() -> None:
     assert synchroniser.unpaired == [99, 0] and synchroniser.since == [1, 0]
 
 
+def test_images_that_wait_have_only_so_many_bytes() -> None:
+    synchroniser: StereoSynchroniser[int] = StereoSynchroniser(10 * MS, 100, 100)
+    sizes = (40, 40, 20, 70, 500, 10)
+    for number, size in enumerate(sizes):
+        assert synchroniser.put(LEFT, 100 * number * MS, number, size=size) is None
+    assert synchroniser.put(RIGHT, 1000 * MS, 0, size=100) is None  # another camera's
+    assert synchroniser.unpaired == [6, 0], "the right one is past all of them"
+    for number, (size, unpaired) in enumerate(zip(sizes, (0, 0, 0, 2, 4, 5))):  # the newest stays, whatever its size
+        assert synchroniser.put(LEFT, (2000 + 100 * number) * MS, number, size=size) is None
+        assert synchroniser.unpaired[LEFT] == 6 + unpaired
+    assert synchroniser.put(RIGHT, 2500 * MS, 50) == (5, 50)
+
+
 @pytest.mark.parametrize("late", [RIGHT, LEFT])
 def test_a_side_is_silent_once_an_image_of_the_other_went_without_for_half_a_second(late: int) -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     for tenth in range(200):
         if tenth % 50 == 0:  # one image in 5 s, the late one 0.2 s after the other; the last other one stays alone
             synchroniser.put(1 - late, 100 * tenth * MS, "")
@@ -76,7 +89,7 @@ def test_a_side_is_silent_once_an_image_of_the_other_went_without_for_half_a_sec
 
 
 def test_a_lost_image_of_a_slow_camera_does_not_make_it_silent_for_good() -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     for tenth in range(100):  # one image a second, the right one after the left one; the third left one is lost
         number = tenth // 10
         if tenth % 10 == 0 and number != 2:
@@ -89,7 +102,7 @@ def test_a_lost_image_of_a_slow_camera_does_not_make_it_silent_for_good() -> Non
 
 
 def test_a_side_is_silent_while_images_of_the_other_wait_though_older_ones_have_just_found_it() -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     feed(synchroniser, (LEFT, 0), (LEFT, 50), (LEFT, 100), (RIGHT, 0))
     for tenth in range(7):
         synchroniser.wait(7.0 + 0.1 * tenth)
@@ -97,7 +110,7 @@ def test_a_side_is_silent_while_images_of_the_other_wait_though_older_ones_have_
 
 
 def test_a_side_is_not_silent_because_nobody_was_listening() -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     synchroniser.wait(1.0)
     synchroniser.put(LEFT, 0, "")
     synchroniser.wait(5.0)  # the process was held up; the right image lies ready
@@ -108,13 +121,13 @@ def test_a_side_is_not_silent_because_nobody_was_listening() -> None:
 
 
 def test_a_delayed_side_catches_up() -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     found = feed(synchroniser, *((LEFT, 50 * i) for i in range(8)), *((RIGHT, 50 * i) for i in range(8)))
     assert len(found) == 8 and synchroniser.unpaired == [0, 0]
 
 
 def test_stamps_that_go_back_begin_anew_and_lose_nothing_but_what_has_no_partner() -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     found = feed(synchroniser, (LEFT, 1000), (RIGHT, 1000), (LEFT, 1050), (LEFT, 0), (RIGHT, 1050), (RIGHT, 0))
     assert found == [("L1000", "R1000"), ("L1050", "R1050"), ("L0", "R0")]
     found = feed(synchroniser, (LEFT, 1100), (LEFT, 50), (RIGHT, 50), (RIGHT, 1100))
@@ -123,14 +136,14 @@ def test_stamps_that_go_back_begin_anew_and_lose_nothing_but_what_has_no_partner
 
 
 def test_one_side_running_backwards_gives_no_pairs() -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 5)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 5, 10**9)
     events = [event for i in range(30) for event in ((LEFT, 1025 + 50 * i), (RIGHT, 1000 - 50 * i))]
     assert feed(synchroniser, *events) == []
     assert synchroniser.unpaired == [25, 29] and synchroniser.offset is not None
 
 
 def test_streams_whose_stamps_do_not_fit_are_unpaired_one_image_later() -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 100)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 100, 10**9)
     assert feed(synchroniser, *((side, 50 * i + 20 * side) for i in range(5) for side in (LEFT, RIGHT))) == []
     assert synchroniser.unpaired == [4, 3] and synchroniser.offset == 20 * MS
 
@@ -138,7 +151,7 @@ def test_streams_whose_stamps_do_not_fit_are_unpaired_one_image_later() -> None:
 @pytest.mark.parametrize("stamp", [0, 5000, 1e12])
 @pytest.mark.parametrize("side", [LEFT, RIGHT])
 def test_one_stamp_that_is_far_off_costs_no_other_pair(stamp: float, side: int) -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 100)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 100, 10**9)
     early, late = 1 - side, side  # that one comes 150 ms after the other
     events = [(50 * i, early, 1000 + 50 * i) for i in range(20)] + [
         (50 * i + 150, late, 1003 + 50 * i) for i in range(20)
@@ -147,11 +160,11 @@ def test_one_stamp_that_is_far_off_costs_no_other_pair(stamp: float, side: int) 
         found = feed(synchroniser, *((side, value) for _, side, value in sorted([*events, (510, bad, stamp)])))
         assert len(found) == 20
         assert synchroniser.unpaired[bad] + synchroniser.waiting[bad] == 1
-        synchroniser = StereoSynchroniser(10 * MS, 100)
+        synchroniser = StereoSynchroniser(10 * MS, 100, 10**9)
 
 
 def test_an_image_that_is_sent_twice_costs_no_other_pair() -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     events = [event for i in range(20) for event in ((LEFT, 50 * i), (RIGHT, 50 * i + 3))]
     events.insert(21, (LEFT, 500.001))  # after the eleventh
     assert len(feed(synchroniser, *events)) == 20
@@ -159,7 +172,7 @@ def test_an_image_that_is_sent_twice_costs_no_other_pair() -> None:
 
 
 def test_images_with_stamps_are_a_pair_however_late_one_of_them_comes() -> None:
-    synchroniser: StereoSynchroniser[int] = StereoSynchroniser(10 * MS, 10)
+    synchroniser: StereoSynchroniser[int] = StereoSynchroniser(10 * MS, 10, 10**9)
     pairs = []
     for number in range(1, 20):  # each right image comes 2.3 periods after the left one
         pairs.append(synchroniser.put(LEFT, number * 50 * MS, number, arrived=number * 50 * MS))
@@ -170,7 +183,7 @@ def test_images_with_stamps_are_a_pair_however_late_one_of_them_comes() -> None:
 
 
 def test_lost_images_do_not_widen_the_tolerance_beyond_half_a_period() -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(100 * MS, 10)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(100 * MS, 10, 10**9)
     feed(synchroniser, *((side, 50 * i) for i in range(10) for side in (LEFT, RIGHT)))
     assert feed(synchroniser, (LEFT, 500), (RIGHT, 550), (LEFT, 600), (RIGHT, 650), (LEFT, 700), (RIGHT, 750)) == []
 
@@ -181,7 +194,7 @@ def test_every_image_is_paired_or_counted_or_waiting_and_no_pair_is_wrong(seed: 
     streams = [
         [50 * i + generator.uniform(-3, 3) for i in range(40) if generator.random() < 0.8] for _ in (LEFT, RIGHT)
     ]
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     found, sent = [], [0, 0]
     while any(streams):
         side = generator.choice([side for side in (LEFT, RIGHT) if streams[side]])
@@ -196,7 +209,7 @@ def test_every_image_is_paired_or_counted_or_waiting_and_no_pair_is_wrong(seed: 
 @pytest.mark.parametrize("stamp", [0, 7 * 10**9])
 def test_stamps_that_are_all_alike_leave_only_the_lost_image_without_a_partner(stamp: int) -> None:
     """Arrival decides: the right image follows 20 ms after the left one, ten times a second, and two are lost."""
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     found = []
     for number in range(12):
         for side in (LEFT, RIGHT):
@@ -208,7 +221,7 @@ def test_stamps_that_are_all_alike_leave_only_the_lost_image_without_a_partner(s
 
 
 def test_without_stamps_the_side_that_comes_first_may_change_and_images_may_come_in_a_burst() -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     found = []
     for number in range(9):
         burst = 500 if number in (4, 5) else 100 * number  # two frames at once, after a pause of this process
@@ -218,7 +231,7 @@ def test_without_stamps_the_side_that_comes_first_may_change_and_images_may_come
 
 
 def test_of_images_that_are_alike_in_stamp_and_arrival_the_newest_is_the_partner() -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10)
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     assert feed(synchroniser, (LEFT, 10), (LEFT, 10)) == []
     assert synchroniser.put(LEFT, 10 * MS, "newest") is None
     assert synchroniser.put(RIGHT, 10 * MS, "right") == ("newest", "right")

@@ -69,10 +69,17 @@ class CalibrationError(ValueError):
         self.reason = reason
 
 
+def listed(numbers: np.ndarray) -> str:
+    """Coefficients for the user: the first ones, where there are more than any model takes."""
+    most = max(_POLYNOMIAL_SIZES)
+    more = f" and {numbers.size - most} more" if numbers.size > most else ""
+    return f"{numbers.ravel()[:most].tolist()}{more}"
+
+
 def known_distortion(model: str, distortion: np.ndarray) -> tuple[str, np.ndarray]:
     """The model by its name in _COEFFICIENTS, or "" for none, and as many coefficients as it takes."""
     if distortion.ndim != 1 or not np.isfinite(distortion).all():
-        raise CalibrationError("value", f"the distortion coefficients must be finite numbers: {distortion.tolist()}")
+        raise CalibrationError("value", f"the distortion coefficients must be finite numbers: {listed(distortion)}")
     name = _SPELLINGS.get(re.sub(r"[^a-z0-9]", "", model.lower()), "")
     if not distortion.any():
         return name, np.zeros(distortion.size if name and distortion.size in _COEFFICIENTS[name] else 0)
@@ -92,7 +99,7 @@ def known_distortion(model: str, distortion: np.ndarray) -> tuple[str, np.ndarra
             return name, distortion[:size].copy()
     raise CalibrationError(
         "value",
-        f"{model} takes {' or '.join(str(size) for size in sizes)} distortion coefficients, not {distortion.size}",
+        f"{model:.80} takes {' or '.join(str(size) for size in sizes)} distortion coefficients, not {distortion.size}",
     )
 
 

@@ -49,7 +49,8 @@ class Monitor:
         self._odometry_breaks: int | None = None
         self._answered: Counter[str] = Counter()
         self._barren: tuple[float, float, str] | None = None  # since when, last seen, why
-        self._failures: deque[tuple[float, Problem]] = deque()
+        # By kind, when it was last so: every frame may bring one, and explanations may be long.
+        self._failures: dict[str, tuple[float, Problem]] = {}
         self._arrivals: deque[float] = deque()
         self._latencies: deque[tuple[float, float]] = deque()
         self._statuses: Counter[str] = Counter()
@@ -160,7 +161,7 @@ class Monitor:
         """What went wrong in the last seconds, of each kind the newest."""
         with self._lock:
             self._forget()
-            found = {problem.kind: problem for _, problem in self._failures}
+            found = {kind: problem for kind, (_, problem) in self._failures.items()}
             if self._barren is not None:
                 since, last, why = self._barren
                 if last - since >= _BARREN_AFTER and self._clock() - last <= self._window:
@@ -202,15 +203,15 @@ class Monitor:
         self._fail(fault, explanation)
 
     def _fail(self, kind: str, explanation: str) -> None:
-        self._failures.append((self._clock(), Problem(kind, explanation)))
+        self._failures[kind] = self._clock(), Problem(kind, explanation)
 
     def _forget(self) -> None:
         limit = self._clock() - self._window
         while self._arrivals and self._arrivals[0] < limit:
             self._arrivals.popleft()
-        for timed in (self._latencies, self._failures):
-            while timed and timed[0][0] < limit:
-                timed.popleft()
+        while self._latencies and self._latencies[0][0] < limit:
+            self._latencies.popleft()
+        self._failures = {kind: timed for kind, timed in self._failures.items() if timed[0] >= limit}
 
 
 def _inlier_ratio(pair: ImagePair) -> str:
