@@ -81,12 +81,12 @@ class StereoSynchroniser(Generic[Item]):
             self._waited[1 - side] = 0.0
         own, others = self._waiting[side], self._waiting[1 - side]
         differences = [abs(stamp - other.stamp) for other in others]
-        apart = [abs(arrived - other.arrived) for other in others]
-        nearest = min(range(len(others)), key=lambda i: (differences[i], apart[i], -i), default=None)
+        # Of those that are equally near the newest, which is also the nearest by arrival.
+        nearest = min(range(len(others)), key=lambda i: (differences[i], -i), default=None)
         if (
             nearest is None
             or differences[nearest] > self._limit()
-            or (self.by_arrival and apart[nearest] > self._arrival_limit())
+            or (self.by_arrival and abs(arrived - others[nearest].arrived) > self._arrival_limit())
         ):
             if nearest is not None:
                 self.offset = differences[nearest]

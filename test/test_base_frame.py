@@ -86,6 +86,11 @@ def test_circles_end_and_what_is_no_transform_is_passed_over() -> None:
     lost = transform("base_link", "camera", MOUNT._replace(position=np.array([0, np.nan, 0])))
     tree.update(SimpleNamespace(transforms=[broken, lost, transform("", "camera", MOUNT)]))
     assert tree.pose("camera", "base_link") is None
+    for w, taken in ((0.4, False), (2.1, False), (0.6, True), (1.9, True)):  # lengths; rounded numbers have not quite 1
+        scaled = transform("robot", f"length {w}", Pose(np.eye(3), np.zeros(3)))
+        scaled.transform.rotation.w = w
+        tree.update(SimpleNamespace(transforms=[broken, scaled]))
+        assert (tree.pose(f"length {w}", "robot") is not None) == taken
     tree.update(SimpleNamespace(transforms=[transform("a", "b", MOUNT), transform("b", "a", MOUNT)]))
     assert tree.pose("a", "nowhere") is None and tree.pose("a", "b") is not None
 

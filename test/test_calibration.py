@@ -224,6 +224,13 @@ def test_an_image_has_the_calibration_of_its_own_stamp_or_else_the_one_before_it
     assert focal(calibration, 10) == [800], "old ones are not kept for ever"
 
 
+def test_a_thousand_images_that_wait_keep_their_calibrations() -> None:
+    calibration = Calibration(["image"], rectified=False)
+    for stamp in range(1000):
+        calibration.update(0, stamp, zoomed(500.0 + stamp))
+    assert focal(calibration, 0, 500, 999) == [500, 1000, 1499]
+
+
 def test_calibrations_have_only_so_many_bytes() -> None:
     long = zoomed(600.0)
     long.d = np.full(10**6, 0.1)  # 8 MB

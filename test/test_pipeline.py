@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
+from kpmatch_ros import pipeline as pipeline_module
 from kpmatch_ros.bags.files import camera_info_message, image_message, new_message
 from kpmatch_ros.calibration import Calibration
 from kpmatch_ros.frames import Result
@@ -210,6 +211,23 @@ def test_a_partner_that_is_sent_again_is_waited_for_where_every_frame_is_process
     for tenth in range(49, 70):
         pipeline.watch(0.1 * tenth)
     assert heard.statuses == [PoseStatus.INTERRUPTED]
+
+
+def test_images_that_wait_for_a_partner_have_only_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_module, "_UNPAIRED_MEMORY", 2 * len(image(SECOND).data))
+    pipeline, heard = make("/left/image", "/right/image", queue="all")
+    for number in range(5):
+        pipeline.add_image(0, image(number * SECOND))
+    assert [report[:2] for report in heard.reports if report[0] == "unpaired"] == [("unpaired", "/left/image")] * 3
+
+
+def test_a_reset_that_is_asked_for_is_done_once() -> None:
+    pipeline, _ = make("image")
+    before = pipeline.front_end.resets  # type: ignore[attr-defined]
+    pipeline.request_reset()
+    for number in range(1, 4):
+        pipeline.process((image(number * SECOND),))
+    assert pipeline.front_end.resets == before + 1  # type: ignore[attr-defined]
 
 
 def test_images_that_still_wait_for_a_partner_at_the_end_are_reported() -> None:
