@@ -43,10 +43,11 @@ from kpmatch_ros.geometry.two_view_fit import Covariances, Noise, motion_covaria
 from kpmatch_ros.geometry.two_view_hidden import hidden_translation_covariance
 from kpmatch_ros.geometry.two_view_motion import MANY_WRONG, Fit, best_candidate, decide, fit_motion, widen
 from kpmatch_ros.geometry.two_view_rotation import (
+    Parallax,
+    find_parallax,
     fit_rotation,
     fit_rotation_roughly,
-    has_small_parallax,
-    large_parallax_chance,
+    has_certain_parallax,
 )
 from kpmatch_ros.geometry.two_view_search import SAMPLE, search_motions, search_translations
 
@@ -69,8 +70,6 @@ _ALLOWED = float(chdtri(5, 1e-3))
 
 # With so large a part of the matches that a rotation explains, samples of five rarely hold two of the others.
 _MOSTLY_FAR = 0.4
-
-_CERTAIN = 1e-12  # a false-alarm rate
 
 
 def estimate_relative_pose(
@@ -231,18 +230,17 @@ def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
         fit = None
 
     # Where even this rotation leaves far too much to explain, no better one needs to be found.
-    translates = fit is not None and (
-        large_parallax_chance(matches, fit.motion, rotation, turning, inlier_threshold) < math.log(_CERTAIN)
-    )
-    if not translates:
+    noise = Noise(inlier_threshold, resolution)
+    parallax = Parallax.NONE
+    if fit is not None and has_certain_parallax(matches, fit.motion, rotation, turning, noise):
+        parallax = Parallax.EVERYWHERE
+    else:
         rotation = fit_rotation(matches, [rotation], inlier_threshold, resolution)
         turning = lengths(rotation_residuals(matches, rotation)) < inlier_threshold
-        translates = fit is not None and (
-            large_parallax_chance(matches, fit.motion, rotation, turning, inlier_threshold)
-            < math.log(FALSE_ALARM_RATE / 2)
-        )
-    noise = Noise(inlier_threshold, resolution, design_effect(turning, independent_points))
-    if fit is not None and (translates or has_small_parallax(matches, fit.motion, rotation, turning, noise)):
+        noise = noise._replace(design_effect=design_effect(turning, independent_points))
+        if fit is not None:
+            parallax = find_parallax(matches, fit.motion, rotation, turning, noise)
+    if fit is not None and parallax is Parallax.EVERYWHERE:
         noise = noise._replace(design_effect=design_effect(moving, independent_points))
         covariances = _motion_covariances(fit, noise)
         decided, rivals = decide(matches, fit, covariances.alike, rotation, noise, prior)
@@ -265,8 +263,11 @@ def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
         if fit is None:
             return _Solution(PoseStatus.FAILED)
         return _Solution(PoseStatus.TOO_FEW_MATCHES, inliers=turning)
+    motion = Motion(rotation, np.zeros(3))
     covariance = _rotation_covariance(matches, rotation, noise)
-    return _Solution(PoseStatus.NO_TRANSLATION, Motion(rotation, np.zeros(3)), covariance, turning)
+    if fit is not None and parallax is Parallax.IN_ONE_PLACE:  # if it is the camera's, the rotation is the fit's
+        covariance[3:, 3:] += spread(motion, fit.motion)[3:, 3:]
+    return _Solution(PoseStatus.NO_TRANSLATION, motion, covariance, turning)
 
 
 def _check_noise(problem: _Problem, solution: _Solution) -> _Solution:

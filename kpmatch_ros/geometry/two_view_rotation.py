@@ -5,6 +5,7 @@ If it does, the motion has a translation.
 
 from __future__ import annotations
 
+import enum
 import math
 
 import numpy as np
@@ -26,16 +27,18 @@ from kpmatch_ros.geometry.two_view_errors import (
     agrees,
     epipolar_residuals,
     lengths,
+    residual_sizes,
     rotation_residuals,
 )
 from kpmatch_ros.geometry.two_view_fit import Noise, minimise
 
 __all__ = [
+    "Parallax",
     "TYPICAL",
+    "find_parallax",
     "fit_rotation",
     "fit_rotation_roughly",
-    "has_small_parallax",
-    "large_parallax_chance",
+    "has_certain_parallax",
     "small_parallax_chance",
 ]
 
@@ -48,6 +51,17 @@ _LONGEST_SLIP = 5.0
 _SLIPS = 1 / 3
 # Or it is wrong, in any direction, but so many times as often along the image's longer side as equal chances have it.
 _UNEQUAL = 2.0
+# One thing may move by itself. It takes such parts of the width and of the height that the matches take, at most.
+_THINGS = ((7 / 12, 3 / 4), (1 / 3, 1.0))
+_GRID = 24  # by such parts of the width and the height it is looked for
+# Unless the rotation explains fewer matches of the rest than such a part of those that the motion explains: what moves
+# is the scene then.
+_LITTLE = 1 / 4
+_CERTAIN = 1e-12  # a false-alarm rate
+# What remains without it must speak for a translation, too: so much of the logarithm of the false-alarm rate.
+_REMAINING = 1 / 3
+# How near to an epipolar line a match counts as along it, inlier thresholds: the share of the false alarms.
+_WIDTHS = {1.0: 1 / 2, 0.5: 1 / 4, 0.25: 1 / 8, 0.125: 1 / 8}
 # Keypoints jitter along their edges, which often have one direction in common. The variance of their noise, but for
 # rounding, may be so many times that across this direction (measured: 2.9).
 _UNEVEN = 3.0
@@ -55,61 +69,187 @@ _UNEVEN = 3.0
 # ones (simulated: 10 to 50, for 20 to 150 degrees of view and 30 to 800 matches).
 _INDEPENDENT_DIRECTIONS = 50
 
+# A rotation is fitted to residuals up to so many inlier thresholds, and then up to fewer.
+_WIDE = 4.0
+_NARROWER = (2.0, 1.0, 0.5)
+_NOISE_SCALES = 0.4 / 2.0 ** np.arange(5)  # standard deviations of the noise that are tried, inlier thresholds
+
 _EVERYTHING = 1e9  # pixels: a cutoff beyond all residuals
 
 _VERY_ROUGHLY = 1e-2  # part of the cost: what goes on from there is refined further
 _NEARLY = 1e-5  # part of the cost: more does not change a test
 
 
+class Parallax(enum.IntEnum):
+    """What a rotation leaves to explain."""
+
+    NONE = 0
+    IN_ONE_PLACE = 1
+    """Something moves: the camera, or before it a thing that moves by itself."""
+    EVERYWHERE = 2
+    """The camera moves."""
+
+
 def fit_rotation(matches: Matches, starts: list[np.ndarray], inlier_threshold: float, resolution: float) -> np.ndarray:
-    """The rotation (3, 3) that brings most matches within the inlier threshold, from the best of the starts."""
-    rotation = fit_rotation_roughly(matches, starts, inlier_threshold)
-    cutoff = tukey_cutoff(rotation_residuals(matches, rotation), inlier_threshold, resolution)
-    return minimise(Model.ROTATION, matches, Motion(rotation, np.zeros(3)), cutoff, 10).rotation
+    """The rotation (3, 3) that brings most matches within the inlier threshold, from the best of the starts.
+
+    Two things that turn differently have a rotation in between, which is near to many matches and right for none. So it
+    is fitted more and more narrowly, and the likeliest fit is taken.
+    """
+    motion = Motion(fit_rotation_roughly(matches, starts, inlier_threshold), np.zeros(3))
+    fits = [motion]
+    for part in _NARROWER:
+        fits.append(minimise(Model.ROTATION, matches, fits[-1], part * inlier_threshold, 5, _VERY_ROUGHLY))
+    best = max(fits, key=lambda fit: _likelihood(rotation_residuals(matches, fit.rotation), inlier_threshold))
+    cutoff = tukey_cutoff(rotation_residuals(matches, best.rotation), inlier_threshold, resolution)
+    return minimise(Model.ROTATION, matches, best, cutoff, 10).rotation
+
+
+def _likelihood(residuals: np.ndarray, inlier_threshold: float) -> float:
+    """Logarithm of the likelihood ratio of residuals (2, n), with the noise that suits them best.
+
+    A residual is that of noise, or it is wrong and anywhere within _WIDE inlier thresholds.
+    """
+    deviations = inlier_threshold * _NOISE_SCALES[:, None]
+    peak = 0.5 * (_WIDE * inlier_threshold / deviations) ** 2
+    squares = (residuals**2).sum(axis=0)
+    return float(np.log1p(peak * np.exp(-0.5 * squares / deviations**2)).sum(axis=1).max())
 
 
 def fit_rotation_roughly(matches: Matches, starts: list[np.ndarray], inlier_threshold: float) -> np.ndarray:
     """As fit_rotation, without the noise's scale."""
-    wide = 16 * inlier_threshold
+    widest = 16 * inlier_threshold
     still = [Motion(rotation, np.zeros(3)) for rotation in starts]
     motion = still[0]
     if len(still) > 1:
-        motion = min(still, key=lambda motion: tukey(lengths(rotation_residuals(matches, motion.rotation)), wide)[1])
-    for cutoff in (wide, 4 * inlier_threshold):
+        motion = min(still, key=lambda motion: tukey(lengths(rotation_residuals(matches, motion.rotation)), widest)[1])
+    for cutoff in (widest, _WIDE * inlier_threshold):
         motion = minimise(Model.ROTATION, matches, motion, cutoff, 5, _VERY_ROUGHLY)
     return motion.rotation
 
 
-# Does the rotation alone leave something to explain? Two tests share the false-alarm rate, FALSE_ALARM_RATE.
+# Does the rotation alone leave something to explain? Two tests share the false-alarm rate, FALSE_ALARM_RATE: one of the
+# matches that the rotation does not explain, and one of those that it does. They are made of all matches, and of those
+# that are left without one thing, which may move by itself.
 
 
-def large_parallax_chance(
-    matches: Matches, motion: Motion, rotation: np.ndarray, turning: np.ndarray, inlier_threshold: float
-) -> float:
-    """Logarithm of the false-alarm rate of so many matches along their epipolar lines.
-
-    These are matches that the rotation does not explain, on the side of points in front. Matches that may have slipped
-    are not counted.
-    """
-    others = matches.select(~turning)
-    distance = lengths(rotation_residuals(others, rotation))
-    # How probable it is that a residual of this length, in a random direction, ends near a half-line.
-    chances = _UNEQUAL * np.arcsin(np.minimum(inlier_threshold / np.maximum(distance, TINY), 1)) / math.pi
-    along = agrees(others, motion, inlier_threshold)
-    slipped = np.flatnonzero(along & (distance < _LONGEST_SLIP * inlier_threshold))
-    counted = np.ones(len(others), dtype=bool)
-    counted[slipped[np.argsort(-distance[slipped])][: int(_SLIPS * turning.sum())]] = False
-    return log_false_alarms(along[counted], np.minimum(chances, 1)[counted], 2)
-
-
-def has_small_parallax(
+def has_certain_parallax(
     matches: Matches, motion: Motion, rotation: np.ndarray, turning: np.ndarray, noise: Noise
+) -> bool:
+    """Whether even a rotation that was fitted roughly leaves so much to explain that no better one needs to be found.
+
+    Arguments as of find_parallax.
+    """
+    if not _are_along_lines(matches, motion, rotation, turning, noise, _CERTAIN):
+        return False
+    rest = _without_one_thing(matches, motion, rotation, noise)
+    return _is_scene(matches, motion, turning, rest, noise) or _are_along_lines(
+        matches.select(rest), motion, rotation, turning[rest], noise, _CERTAIN**_REMAINING
+    )
+
+
+def find_parallax(
+    matches: Matches, motion: Motion, rotation: np.ndarray, turning: np.ndarray, noise: Noise
+) -> Parallax:
+    """Where a rotation leaves something to explain that a translation explains.
+
+    Args:
+        matches: n of them.
+        motion: the best one with a translation.
+        rotation: (3, 3), the one that explains most matches.
+        turning: (n,) bool, the matches that it explains.
+        noise: of the keypoints.
+    """
+
+    def translates(among: np.ndarray, rate: float) -> bool:
+        chosen = matches.select(among), motion, rotation, turning[among], noise, rate
+        return _are_along_lines(*chosen) or _have_small_parallax(*chosen)
+
+    rate = FALSE_ALARM_RATE / 2
+    if not translates(np.ones(len(matches), dtype=bool), rate):
+        return Parallax.NONE
+    rest = _without_one_thing(matches, motion, rotation, noise)
+    if _is_scene(matches, motion, turning, rest, noise) or translates(rest, rate**_REMAINING):
+        return Parallax.EVERYWHERE
+    return Parallax.IN_ONE_PLACE
+
+
+def _is_scene(matches: Matches, motion: Motion, turning: np.ndarray, rest: np.ndarray, noise: Noise) -> bool:
+    """Whether what speaks for the motion is the scene, and not one thing, as hardly any of the rest (n,) turns."""
+    return bool((turning & rest).sum() < _LITTLE * agrees(matches, motion, noise.inlier_threshold).sum())
+
+
+def _are_along_lines(
+    matches: Matches,
+    motion: Motion,
+    rotation: np.ndarray,
+    turning: np.ndarray,
+    noise: Noise,
+    false_alarm_rate: float,
+) -> bool:
+    """Whether more of the matches that the rotation does not explain are along their epipolar lines than chance has it.
+
+    They count on the side of points in front. Matches that may have slipped are not counted.
+
+    How near to its line a match is depends on the noise. That one which has moved by three pixels is within one pixel
+    of a line says little; that it is within a tenth of a pixel says much. The lines are therefore as wide as the inlier
+    threshold, and narrower, each a test of its own (Moisan and Stival, IJCV 2004), with its share of the false alarms.
+    """
+    others, threshold = matches.select(~turning), noise.inlier_threshold
+    distance = lengths(rotation_residuals(others, rotation))
+
+    def chance(width: float) -> float:
+        """Logarithm of the false-alarm rate with lines of this width, pixels to either side."""
+        # How probable it is that a residual of this length, in a random direction, ends near a half-line.
+        chances = _UNEQUAL * np.arcsin(np.minimum(width / np.maximum(distance, TINY), 1)) / math.pi
+        along = agrees(others, motion, width)
+        slipped = np.flatnonzero(along & (distance < _LONGEST_SLIP * threshold))
+        counted = np.ones(len(others), dtype=bool)
+        counted[slipped[np.argsort(-distance[slipped])][: int(_SLIPS * turning.sum())]] = False
+        return log_false_alarms(along[counted], np.minimum(chances, 1)[counted], 2)
+
+    return any(chance(part * threshold) < math.log(share * false_alarm_rate) for part, share in _WIDTHS.items())
+
+
+def _have_small_parallax(
+    matches: Matches,
+    motion: Motion,
+    rotation: np.ndarray,
+    turning: np.ndarray,
+    noise: Noise,
+    false_alarm_rate: float,
 ) -> bool:
     """The F-test of the matches that the rotation does explain, without the tails of the noise."""
     residuals = rotation_residuals(matches, rotation)
     deviation = tukey_cutoff(residuals, noise.inlier_threshold, noise.resolution) / TUKEY
     typical = turning & (lengths(residuals) < TYPICAL * deviation)
-    return small_parallax_chance(matches.select(typical), motion, rotation, noise) < FALSE_ALARM_RATE / 2
+    return small_parallax_chance(matches.select(typical), motion, rotation, noise) < false_alarm_rate
+
+
+def _without_one_thing(matches: Matches, motion: Motion, rotation: np.ndarray, noise: Noise) -> np.ndarray:
+    """The matches (n,) outside of the place, as large as one thing, that speaks most for a motion with a translation.
+
+    Before a camera that stands or turns, a thing that moves by itself is seen to move as a near thing is before a
+    camera that moves. A scene has near things, or ground, in more than one place.
+    """
+    threshold = noise.inlier_threshold
+    turned = np.minimum(lengths(rotation_residuals(matches, rotation)), threshold)
+    moved = np.minimum(residual_sizes(matches, motion, threshold), threshold)
+    # On the unit sphere, where the corners of wide lenses are not far away.
+    places = matches.rays0[:2] / np.sqrt((matches.rays0**2).sum(axis=0))
+    low, high = places.min(axis=1), places.max(axis=1)
+    cells = ((places.T - low) / np.maximum(high - low, TINY) * _GRID).clip(0, _GRID - 1).astype(int)
+    sums: np.ndarray = np.zeros((_GRID + 1, _GRID + 1))
+    sums[1:, 1:] = np.bincount(cells @ (1, _GRID), turned**2 - moved**2, _GRID**2).reshape(_GRID, _GRID)
+    sums = sums.cumsum(axis=0).cumsum(axis=1)
+    best, place = -math.inf, (0, 0, 0, 0)
+    for part in _THINGS:
+        width, height = (round(_GRID * side) for side in part)
+        found = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
+        top, left = divmod(int(found.argmax()), found.shape[1])
+        if found[top, left] > best:
+            best, place = float(found[top, left]), (left, top, left + width, top + height)
+    return np.asarray(~((cells >= place[:2]) & (cells < place[2:])).all(axis=1))
 
 
 def small_parallax_chance(matches: Matches, motion: Motion, rotation: np.ndarray, noise: Noise) -> float:
