@@ -11,8 +11,9 @@ Planes: 300 points of a tilted plane, 640 x 480 pixels, 0.1 to 0.5 pixels of noi
 matches of a scene of 2 to 10 metres depth, 0.1 pixels of noise, 10 % wrong matches; what lies in the lower part of the
 picture is the robot's own body, which moves with the camera.
 
-Movers: 500 matches of such a scene, 0.3 pixels of noise, 10 % wrong; the camera stands or turns, and a round thing, so
-large a part of the picture, moves by 1.5 to 30 pixels and grows or shrinks by up to a tenth. Any translation is wrong.
+Movers: 500 matches of such a scene, 0.3 pixels of noise, 10 % wrong; the camera stands or turns, and one round thing
+or three, each so large a part of the picture, move by 1.5 to 30 pixels and grow or shrink by up to a tenth. Any
+translation is wrong.
 
 Weak: 40 to 160 matches of whole or nearly whole pixels (0.4 to 1.2 pixels of noise, half of the pairs with the tails of
 Student's distribution of three degrees of freedom) and 10 to 35 % wrong ones, half of these near the right place; wide
@@ -44,7 +45,7 @@ TILTS = (0, 15, 30, 45, 60)  # degrees
 MOTIONS = ("sideways", "towards", "any")
 WEAK = ("floor and box", "small area", "two planes", "plane and a few points", "coarse keypoints")
 BODIES = (0.15, 0.25, 0.33, 0.4, 0.5, 0.6)  # part of the picture
-MOVERS = (0.05, 0.1, 0.2, 0.3, 0.4)  # part of the picture
+MOVERS = ((0.05, 1), (0.1, 1), (0.2, 1), (0.3, 1), (0.4, 1), (0.05, 3), (0.1, 3))  # part of the picture, things
 
 Array = np.ndarray
 
@@ -103,17 +104,18 @@ def masked_body(part: float, seed: int, count: int = 600) -> Problem:
     return Problem(found.points0[above], found.points1[above], found.truth)
 
 
-def mover(part: float, stands: bool, seed: int, count: int = 500) -> Problem:
-    """A thing that moves by itself before a camera that stands or turns."""
+def mover(part: float, stands: bool, seed: int, things: int = 1) -> Problem:
+    """Things that move by themselves, each so large a part of the picture, before a camera that stands or turns."""
     random = np.random.default_rng(seed)
     truth = Pose(_turn(random, 0.0 if stands else 5.0), np.zeros(3))
-    scene = _see(random, truth, lambda rays: 1 / random.uniform(0.1, 0.5, len(rays)), count, noise=0.3)
+    scene = _see(random, truth, lambda rays: 1 / random.uniform(0.1, 0.5, len(rays)), 500, noise=0.3)
     radius = math.sqrt(part * CAMERA.width * CAMERA.height / math.pi)
-    middle = random.uniform((0.2 * CAMERA.width, 0.2 * CAMERA.height), (0.8 * CAMERA.width, 0.8 * CAMERA.height))
-    move = math.exp(random.uniform(math.log(1.5), math.log(30))) * _unit(random.normal(size=2))
-    away = scene.points0 - middle
-    on_it = np.linalg.norm(away, axis=1) < radius
-    scene.points1[on_it] += move + random.uniform(-0.1, 0.1) * away[on_it]
+    for _ in range(things):
+        middle = random.uniform((0.2 * CAMERA.width, 0.2 * CAMERA.height), (0.8 * CAMERA.width, 0.8 * CAMERA.height))
+        move = math.exp(random.uniform(math.log(1.5), math.log(30))) * _unit(random.normal(size=2))
+        away = scene.points0 - middle
+        on_it = np.linalg.norm(away, axis=1) < radius
+        scene.points1[on_it] += move + random.uniform(-0.1, 0.1) * away[on_it]
     return scene
 
 
@@ -313,7 +315,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--planes", type=int, default=200, help="pairs (default 200)")
     parser.add_argument("--bodies", type=int, default=100, help="pairs (default 100)")
-    parser.add_argument("--movers", type=int, default=200, help="pairs (default 200)")
+    parser.add_argument("--movers", type=int, default=280, help="pairs (default 200)")
     parser.add_argument("--weak", type=int, default=200, help="pairs of scenes that tell little (default 200)")
     parser.add_argument("--walks", action="store_true", help="the rendered walk too")
     parser.add_argument("--frames", type=int, default=21, help="of the walk (default 21)")
@@ -329,11 +331,11 @@ def main() -> None:
         count = max(1, round(options.bodies / len(BODIES)))
         measure(f"body of {100 * part:.0f} %", [body(part, seed) for seed in range(count)])
         measure(f"body of {100 * part:.0f} %, masked", [masked_body(part, seed) for seed in range(count)])
-    for part in MOVERS:
+    for part, things in MOVERS:
         count = max(1, round(options.movers / len(MOVERS) / 2))
         for stands in (True, False):
-            title = f"mover of {100 * part:.0f} %, {'standing' if stands else 'turning'}"
-            measure(title, [mover(part, stands, 1000 + seed) for seed in range(count)])
+            title = f"{things} of {100 * part:.0f} % moves, {'stands' if stands else 'turns'}"
+            measure(title, [mover(part, stands, 1000 + seed, things) for seed in range(count)])
     for kind in WEAK:
         count = max(1, round(options.weak / len(WEAK)))
         measure(kind, [weak(kind, seed) for seed in range(count)])

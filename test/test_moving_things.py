@@ -10,8 +10,12 @@ import pytest
 from two_view_scenes import FISHEYE, Scene, pinhole
 
 from benchmarks.overconfidence import CAMERA, mover
+from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
+from kpmatch_ros.parameters import Parameters
+from simulation import Scene as Scene3D
+from simulation import camera_path, demo_camera
 
 STANDING = Scene(rotation=(0.0, 0.0, 0.0), translation=(0.0, 0.0, 0.0), noise=0.3, outliers=0.1)
 
@@ -103,6 +107,19 @@ def test_what_has_most_of_the_matches_is_the_scene() -> None:
         wrong0, wrong1, _ = scene.matches(30, seed)
         pose = estimate(np.vstack([near0[thing], wrong0]), np.vstack([near1[thing], wrong1]))
         assert pose.status is PoseStatus.OK
+
+
+def test_a_poster_that_is_carried_past_a_camera_that_stands_moves_no_camera() -> None:
+    eye, pose = demo_camera(distorted=False), camera_path(21)[20]
+    poster = next(iter(Scene3D(53).film([camera_path(51)[50]], eye, noise=0.0))).image[100:400, 150:350]
+    front_end = FrontEnd(Parameters(device="cpu", rectified=True, max_keypoints=512))
+    statuses = []
+    for number, view in enumerate(Scene3D(3).film([pose] * 4, eye, noise=2.0)):
+        image = view.image.copy()
+        image[100:400, 120 + 8 * number :][:, :200] = poster
+        pair = front_end.register([cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)], [(number + 1) * 10**8], eye).pair
+        statuses += [pair.pose.status] if pair is not None else []
+    assert statuses == [PoseStatus.NO_TRANSLATION] * 3
 
 
 @pytest.mark.parametrize("count, wrong, least", [(20, 0.0, 60), (30, 0.2, 70)])
