@@ -333,3 +333,12 @@ def test_of_few_matches_no_wrong_one_takes_the_pose_along() -> None:
             assert error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error < 100  # 5 is right
             sure += 1
     assert sure > 100
+
+
+@pytest.mark.parametrize(
+    "kind, seed", [("coarse keypoints", 42), ("coarse keypoints", 100), ("plane and a few points", 25)]
+)
+def test_few_matches_are_not_sure_where_all_of_them_tell_of_another_motion_if_not_for_certain(
+    kind: str, seed: int
+) -> None:
+    assert weak(kind, seed).estimate().status is PoseStatus.AMBIGUOUS  # 13 to 62 degrees off

@@ -289,7 +289,7 @@ def _check_noise(problem: _Problem, solution: _Solution) -> _Solution:
     def evidence(motion: Motion) -> float:
         return float(gains(residual_sizes(matches, motion, threshold), deviations, anywhere).sum(axis=1).max())
 
-    best, value = solution, evidence(solution.motion)
+    best, value, doubts = solution, evidence(solution.motion), list[Motion]()
     for factor in _COARSER:
         coarser = problem._replace(
             inlier_threshold=factor * threshold,
@@ -301,10 +301,16 @@ def _check_noise(problem: _Problem, solution: _Solution) -> _Solution:
         if candidate is None or evidence(candidate) <= value:
             continue
         coarse = _solve(coarser, [candidate, solution.motion])
-        if coarse.status in agreed and coarse.motion is not None and evidence(coarse.motion) > value:
+        if coarse.status not in agreed:
+            doubts.append(candidate)
+        elif coarse.motion is not None and evidence(coarse.motion) > value:
             best, value = coarse, evidence(coarse.motion)
     if best is solution or best.motion is None:
-        return solution
+        if not doubts:
+            return solution
+        # With the larger noise, the matches as a whole tell of another motion, but not for certain.
+        covariance = solution.covariance + sum(spread(solution.motion, doubt) for doubt in doubts)
+        return solution._replace(status=PoseStatus.AMBIGUOUS, covariance=covariance)
     inliers = agrees(matches, best.motion, threshold)
     if inliers.sum() < problem.required:
         # The matches as a whole speak for a motion that too few of them are near enough to.

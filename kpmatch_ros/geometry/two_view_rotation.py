@@ -51,9 +51,8 @@ _LONGEST_SLIP = 5.0
 _SLIPS = 1 / 3
 # Or it is wrong, in any direction, but so many times as often along the image's longer side as equal chances have it.
 _UNEQUAL = 2.0
-# One thing may move by itself. It takes such parts of the width and of the height that the matches take, at most.
-_THINGS = ((7 / 12, 3 / 4), (1 / 3, 1.0))
-_GRID = 24  # by such parts of the width and the height it is looked for
+# One thing may move by itself. It takes such a part of the width that the matches take, at most.
+_THING = 2 / 3
 # Unless the rotation explains fewer matches of the rest than such a part of those that the motion explains: what moves
 # is the scene then.
 _LITTLE = 1 / 4
@@ -80,7 +79,7 @@ _VERY_ROUGHLY = 1e-2  # part of the cost: what goes on from there is refined fur
 _NEARLY = 1e-5  # part of the cost: more does not change a test
 
 
-class Parallax(enum.IntEnum):
+class Parallax(enum.Enum):
     """What a rotation leaves to explain."""
 
     NONE = 0
@@ -194,6 +193,7 @@ def _are_along_lines(
     How near to its line a match is depends on the noise. That one which has moved by three pixels is within one pixel
     of a line says little; that it is within a tenth of a pixel says much. The lines are therefore as wide as the inlier
     threshold, and narrower, each a test of its own (Moisan and Stival, IJCV 2004), with its share of the false alarms.
+    Rounding moves matches in two directions only: no lines are narrower than its steps.
     """
     others, threshold = matches.select(~turning), noise.inlier_threshold
     distance = lengths(rotation_residuals(others, rotation))
@@ -208,7 +208,11 @@ def _are_along_lines(
         counted[slipped[np.argsort(-distance[slipped])][: int(_SLIPS * turning.sum())]] = False
         return log_false_alarms(along[counted], np.minimum(chances, 1)[counted], 2)
 
-    return any(chance(part * threshold) < math.log(share * false_alarm_rate) for part, share in _WIDTHS.items())
+    return any(
+        chance(part * threshold) < math.log(share * false_alarm_rate)
+        for part, share in _WIDTHS.items()
+        if part == 1 or part * threshold > noise.resolution
+    )
 
 
 def _have_small_parallax(
@@ -227,29 +231,24 @@ def _have_small_parallax(
 
 
 def _without_one_thing(matches: Matches, motion: Motion, rotation: np.ndarray, noise: Noise) -> np.ndarray:
-    """The matches (n,) outside of the place, as large as one thing, that speaks most for a motion with a translation.
+    """The matches (n,) beside the part of the image's width that speaks most for a motion with a translation.
 
     Before a camera that stands or turns, a thing that moves by itself is seen to move as a near thing is before a
-    camera that moves. A scene has near things, or ground, in more than one place.
+    camera that moves. A scene has near things, or ground, on all sides.
     """
     threshold = noise.inlier_threshold
     turned = np.minimum(lengths(rotation_residuals(matches, rotation)), threshold)
     moved = np.minimum(residual_sizes(matches, motion, threshold), threshold)
-    # On the unit sphere, where the corners of wide lenses are not far away.
-    places = matches.rays0[:2] / np.sqrt((matches.rays0**2).sum(axis=0))
-    low, high = places.min(axis=1), places.max(axis=1)
-    cells = ((places.T - low) / np.maximum(high - low, TINY) * _GRID).clip(0, _GRID - 1).astype(int)
-    sums: np.ndarray = np.zeros((_GRID + 1, _GRID + 1))
-    sums[1:, 1:] = np.bincount(cells @ (1, _GRID), turned**2 - moved**2, _GRID**2).reshape(_GRID, _GRID)
-    sums = sums.cumsum(axis=0).cumsum(axis=1)
-    best, place = -math.inf, (0, 0, 0, 0)
-    for part in _THINGS:
-        width, height = (round(_GRID * side) for side in part)
-        found = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
-        top, left = divmod(int(found.argmax()), found.shape[1])
-        if found[top, left] > best:
-            best, place = float(found[top, left]), (left, top, left + width, top + height)
-    return np.asarray(~((cells >= place[:2]) & (cells < place[2:])).all(axis=1))
+    # On the unit sphere, where the sides of wide lenses are not far away.
+    places = matches.rays0[0] / np.sqrt((matches.rays0**2).sum(axis=0))
+    order = np.argsort(places)
+    ordered = places[order]
+    sums = np.append(0.0, np.cumsum((turned**2 - moved**2)[order]))
+    ends = np.searchsorted(ordered, ordered + _THING * (ordered[-1] - ordered[0]), side="right")
+    first = int((sums[ends] - sums[:-1]).argmax())
+    rest = np.ones(len(matches), dtype=bool)
+    rest[order[first : ends[first]]] = False
+    return rest
 
 
 def small_parallax_chance(matches: Matches, motion: Motion, rotation: np.ndarray, noise: Noise) -> float:
