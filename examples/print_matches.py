@@ -41,7 +41,9 @@ def main() -> None:
     """Until Ctrl-C."""
     rclpy.init()
     try:
-        rclpy.spin(MatchPrinter())
+        printer = MatchPrinter()
+        while rclpy.ok():  # rclpy.spin may sleep on after SIGTERM: it is woken before the shutdown that it looks for
+            rclpy.spin_once(printer, timeout_sec=1.0)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     except Exception:

@@ -196,7 +196,8 @@ def main() -> None:
     rclpy.init()
     node = SlamNode()
     try:
-        rclpy.spin(node)
+        while rclpy.ok():  # rclpy.spin may sleep on after SIGTERM: it is woken before the shutdown that it looks for
+            rclpy.spin_once(node, timeout_sec=1.0)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     except Exception:
