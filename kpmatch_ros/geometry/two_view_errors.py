@@ -31,6 +31,7 @@ __all__ = [
     "Matches",
     "Model",
     "Motion",
+    "NOISE_SCALES",
     "agrees",
     "disagreement",
     "displacements",
@@ -55,7 +56,8 @@ __all__ = [
 
 _AXES = np.array([cross_matrix(axis) for axis in np.eye(3)])  # of the rotation's three angles
 
-_NOISE_SCALES = 0.4 / 2.0 ** np.arange(5)  # standard deviations of the noise that are tried, inlier thresholds
+NOISE_SCALES = 0.4 / 2.0 ** np.arange(5)
+"""Standard deviations of the noise that are tried, inlier thresholds."""
 
 
 class Motion(NamedTuple):
@@ -319,7 +321,7 @@ def disagreement(matches: Matches, motion: Motion, inlier_threshold: float) -> f
     The count of the matches within the threshold does not decide by itself: many that nearly agree are worth less than
     somewhat fewer that agree to the noise.
     """
-    deviations = inlier_threshold * _NOISE_SCALES[:, None]
+    deviations = inlier_threshold * NOISE_SCALES[:, None]
     return -float(
         gains(residual_sizes(matches, motion, inlier_threshold), deviations, inlier_threshold).sum(axis=1).max()
     )

@@ -21,6 +21,7 @@ from kpmatch_ros.geometry.robust import (
     tukey_cutoff,
 )
 from kpmatch_ros.geometry.two_view_errors import (
+    NOISE_SCALES,
     Matches,
     Model,
     Motion,
@@ -71,7 +72,6 @@ _INDEPENDENT_DIRECTIONS = 50
 # A rotation is fitted to residuals up to so many inlier thresholds, and then up to fewer.
 _WIDE = 4.0
 _NARROWER = (2.0, 1.0, 0.5)
-_NOISE_SCALES = 0.4 / 2.0 ** np.arange(5)  # standard deviations of the noise that are tried, inlier thresholds
 
 _EVERYTHING = 1e9  # pixels: a cutoff beyond all residuals
 
@@ -109,7 +109,7 @@ def _likelihood(residuals: np.ndarray, inlier_threshold: float) -> float:
 
     A residual is that of noise, or it is wrong and anywhere within _WIDE inlier thresholds.
     """
-    deviations = inlier_threshold * _NOISE_SCALES[:, None]
+    deviations = inlier_threshold * NOISE_SCALES[:, None]
     peak = 0.5 * (_WIDE * inlier_threshold / deviations) ** 2
     squares = (residuals**2).sum(axis=0)
     return float(np.log1p(peak * np.exp(-0.5 * squares / deviations**2)).sum(axis=1).max())
