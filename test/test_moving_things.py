@@ -77,6 +77,21 @@ def test_a_rotation_is_that_of_the_scene_and_not_one_between_the_scene_and_a_thi
     assert max(errors) < 0.008  # 0.07 pixels; the one in between is up to 0.02 degrees off
 
 
+def test_few_matches_on_a_thing_are_rarely_taken_for_a_near_one() -> None:
+    camera = pinhole(130.0, 160, 120)
+    scene = Scene(translation=(0.0, 0.0, 0.0), noise=0.1, camera0=camera, camera1=camera)
+    moved = 0
+    for seed in range(30):
+        points0, points1, _ = scene.matches(60, seed)
+        random = np.random.default_rng(seed)
+        middle, angle = random.uniform((32, 24), (128, 96)), random.uniform(0, 2 * math.pi)
+        thing = np.argsort(np.linalg.norm(points0 - middle, axis=1))[:24]
+        points1[thing] += 4 * np.array([math.cos(angle), math.sin(angle)])
+        pose = estimate_relative_pose(points0, points1, camera, camera, keypoint_resolution=1 / 32)
+        moved += pose.status is PoseStatus.OK
+    assert moved <= 10  # 20 where the rotation is one between the two
+
+
 def test_a_camera_that_moves_does_so_whatever_else_moves() -> None:
     scene = Scene(noise=0.3, outliers=0.1)
     for seed in range(10):

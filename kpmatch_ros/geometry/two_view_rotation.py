@@ -142,6 +142,8 @@ def has_certain_parallax(
     if not _are_along_lines(matches, motion, rotation, turning, noise, _CERTAIN):
         return False
     rest = _without_one_thing(matches, motion, rotation, noise)
+    rotation = fit_rotation_roughly(matches.select(rest), [rotation], noise.inlier_threshold)
+    turning = lengths(rotation_residuals(matches, rotation)) < noise.inlier_threshold
     return _is_scene(matches, motion, turning, rest, noise) or _are_along_lines(
         matches.select(rest), motion, rotation, turning[rest], noise, _CERTAIN**_REMAINING
     )
