@@ -240,11 +240,10 @@ def judge(pose: RelativePose, truth: Pose) -> Outcome:
     """Compare a pose with the truth."""
     turn = Rotation.from_matrix(truth.rotation @ pose.rotation.T).as_rotvec()
     length = float(np.linalg.norm(truth.position))
-    if length == 0:
-        angle = math.degrees(float(np.linalg.norm(turn)))
-        return Outcome(pose.status, angle, math.nan, pose.status is PoseStatus.OK, math.nan)
-    shift = truth.position - pose.translation if pose.metric else truth.position / length - pose.translation
     rotation = math.degrees(float(np.linalg.norm(turn)))
+    if length == 0:
+        return Outcome(pose.status, rotation, math.nan, pose.status is PoseStatus.OK, math.nan)
+    shift = truth.position - pose.translation if pose.metric else truth.position / length - pose.translation
     away = float(np.linalg.norm(shift)) / (length if pose.metric else 1.0)
     direction = math.degrees(2 * math.asin(min(1.0, away / 2)))
     if pose.status is not PoseStatus.OK:
@@ -315,7 +314,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--planes", type=int, default=200, help="pairs (default 200)")
     parser.add_argument("--bodies", type=int, default=100, help="pairs (default 100)")
-    parser.add_argument("--movers", type=int, default=280, help="pairs (default 200)")
+    parser.add_argument("--movers", type=int, default=280, help="pairs (default 280)")
     parser.add_argument("--weak", type=int, default=200, help="pairs of scenes that tell little (default 200)")
     parser.add_argument("--walks", action="store_true", help="the rendered walk too")
     parser.add_argument("--frames", type=int, default=21, help="of the walk (default 21)")

@@ -125,11 +125,7 @@ def to_array(message: Any, largest: int = LARGEST_FILE, scale: Scale | None = No
     width, height = _integer(message, "width", "size"), _integer(message, "height", "size")
     what = f"{message.encoding} image of {width} x {height} pixels"
     _check_size(width, height, layout.colour, what)
-    if width * height > largest:  # what is made of it takes several times as much memory
-        raise ImageError(
-            "size",
-            f"{what}: more than the {largest / 1e6:.1f} million that are taken: send smaller images, or set resize",
-        )
+    _check_pixels(width * height, largest, f"{what}:")
     dtype = np.dtype(layout.dtype).newbyteorder(">" if message.is_bigendian else "<")
     step, row = _integer(message, "step", "step"), width * layout.channels * dtype.itemsize
     if step < row:
@@ -181,12 +177,7 @@ def check_header(data: bytes, what: str, largest: int = LARGEST_FILE) -> None:
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise ImageError("size", f"{what}: its header declares {width} x {height} pixels; the sides must be from 1 to "
                          f"{MAX_SIDE}: the file is damaged, or too large")  # fmt: skip
-    if width * height > largest:
-        raise ImageError(
-            "size",
-            f"{what}: its header declares {width} x {height} pixels, more than the {largest / 1e6:.1f} million that "
-            "are decoded: send smaller images, or set resize",
-        )
+    _check_pixels(width * height, largest, f"{what}: its header declares {width} x {height} pixels,")
     if data.startswith(JPEG) and (scans := jpeg_scans(data)) > _MOST_SCANS:
         raise ImageError(
             "decode", f"{what}: it has {scans} scans, and a JPEG some ten: the file is damaged, or made to take long"
@@ -269,6 +260,15 @@ def _check_size(width: int, height: int, colour: str, what: str) -> None:
         raise ImageError("size", f"{what}: two neighbours share a colour, so the width must be even")
     if colour.startswith("bayer") and min(width, height) < 3:  # OpenCV gives black
         raise ImageError("size", f"{what}: a Bayer mosaic needs at least 3 x 3 pixels")
+
+
+def _check_pixels(pixels: int, largest: int, what: str) -> None:
+    """Refuse an image, before several times as much memory is taken for what is made of it."""
+    if pixels > largest:
+        raise ImageError(
+            "size",
+            f"{what} more than the {largest / 1e6:.1f} million that are taken: send smaller images, or set resize",
+        )
 
 
 def _picture(pixels: NDArray[Any], colour: str, what: str, scale: Scale | None) -> NDArray[np.uint8]:
