@@ -20,6 +20,7 @@
 
 INLINE int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 INLINE int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINE float largest_of(__m256 x)
 {

@@ -1,4 +1,4 @@
-/* LightGlue (kpmatch_ros/models/lightglue_layers.py), compiled for x86-64: a layer in bfloat16, and the assignment.
+/* LightGlue (kpmatch_ros/models/lightglue_layers.py), compiled for x86-64: a layer in bfloat16.
  *
  * PyTorch's operators there describe them, and run where this library is not built or the processor lacks what it
  * needs: AVX-512 with bfloat16, or with it tiles (AMX), which multiply several times as fast. Each of a layer's many
@@ -293,90 +293,9 @@ static void run_thread(const void *job, Team *team, int64_t number)
 
 void kpmatch_layer(const Layer *layer) { work_together(layer->threads, layer->tiles, layer, run_thread); }
 
-/* The assignment (eqs. 7 to 9). */
-
-/* Which of 16 columns from `first` on there are. */
-INLINE __mmask16 there(int64_t first, int64_t count)
-{
-    return first + TILE <= count ? (__mmask16)0xFFFF : (__mmask16)((1u << (count - first)) - 1);
-}
-
-/* The best partner of each point by the logarithm of the probability that two points match.
- *
- * similarities (count0, count1); certain0 (count0,), certain1 (count1,): logarithms of the probabilities that a point
- * has a match; best0 (count0,), best1 (count1,), most0 (count0,): the partners, and the logarithm for best0;
- * work (3, count1).
- */
-void kpmatch_best(int64_t count0, int64_t count1, const float *similarities, const float *certain0,
-                  const float *certain1, int64_t *best0, int64_t *best1, float *most0, float *work)
-{
-    const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
-    const __m512i steps = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    float *largest1 = work, *total1 = work + count1, *most1 = work + 2 * count1;
-    for (int64_t c = 0; c < count1; c++) {
-        largest1[c] = most1[c] = -__builtin_inff();
-        total1[c] = 0;
-    }
-    for (int64_t r = 0; r < count0; r++) {
-        const float *row = similarities + r * count1;
-        __m512 most = lowest;
-        for (int64_t c = 0; c < count1; c += TILE) {
-            const __mmask16 some = there(c, count1);
-            const __m512 values = _mm512_mask_loadu_ps(lowest, some, row + c);
-            most = _mm512_max_ps(most, values);
-            _mm512_mask_storeu_ps(largest1 + c, some, _mm512_max_ps(values, _mm512_maskz_loadu_ps(some, largest1 + c)));
-        }
-        most0[r] = _mm512_reduce_max_ps(most);
-    }
-    for (int64_t r = 0; r < count0; r++) {
-        const float *row = similarities + r * count1;
-        const __m512 most = _mm512_set1_ps(most0[r]);
-        __m512 total = _mm512_setzero_ps();
-        for (int64_t c = 0; c < count1; c += TILE) {
-            const __mmask16 some = there(c, count1);
-            const __m512 values = _mm512_mask_loadu_ps(lowest, some, row + c);
-            const __m512 below = _mm512_maskz_sub_ps(some, values, _mm512_maskz_loadu_ps(some, largest1 + c));
-            const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(some, total1 + c), exponential(below));
-            total = _mm512_add_ps(total, exponential(_mm512_sub_ps(values, most)));
-            _mm512_mask_storeu_ps(total1 + c, some, sum);
-        }
-        most0[r] += logf(_mm512_reduce_add_ps(total));
-    }
-    for (int64_t c = 0; c < count1; c++)
-        largest1[c] += logf(total1[c]);
-    for (int64_t r = 0; r < count0; r++) {
-        const float *row = similarities + r * count1;
-        const __m512 whole_row = _mm512_set1_ps(most0[r]), certain = _mm512_set1_ps(certain0[r]);
-        __m512 most = lowest;
-        __m512i place = steps;
-        for (int64_t c = 0; c < count1; c += TILE) {
-            const __mmask16 some = there(c, count1);
-            const __m512 values = _mm512_maskz_loadu_ps(some, row + c);
-            const __m512 of_row = _mm512_sub_ps(values, whole_row);
-            const __m512 of_column = _mm512_sub_ps(values, _mm512_maskz_loadu_ps(some, largest1 + c));
-            __m512 score = _mm512_add_ps(_mm512_add_ps(of_row, of_column), certain);
-            score = _mm512_add_ps(score, _mm512_maskz_loadu_ps(some, certain1 + c));
-            const __mmask16 better = _mm512_mask_cmp_ps_mask(some, score, most, _CMP_GT_OQ);
-            most = _mm512_mask_mov_ps(most, better, score);
-            place = _mm512_mask_add_epi32(place, better, steps, _mm512_set1_epi32((int32_t)c));
-            const __mmask16 best =
-                _mm512_mask_cmp_ps_mask(some, score, _mm512_maskz_loadu_ps(some, most1 + c), _CMP_GT_OQ);
-            _mm512_mask_storeu_ps(most1 + c, best, score);
-            const __m512i number = _mm512_set1_epi64(r);
-            _mm512_mask_storeu_epi64(best1 + c, (__mmask8)best, number);
-            _mm512_mask_storeu_epi64(best1 + c + TILE / 2, (__mmask8)(best >> 8), number);
-        }
-        const float highest = _mm512_reduce_max_ps(most);
-        const __mmask16 equal = _mm512_cmp_ps_mask(most, _mm512_set1_ps(highest), _CMP_EQ_OQ);
-        most0[r] = isnan(most0[r]) ? most0[r] : highest;
-        best0[r] = (int64_t)_mm512_mask_reduce_min_epu32(equal, place);
-    }
-}
-
 #else
 
 int64_t kpmatch_layer_work(const void *layer) { return (void)layer, 0; }
 void kpmatch_layer(const void *layer) { (void)layer; }
-void kpmatch_best(void) {}
 
 #endif

@@ -296,37 +296,9 @@ static void run_thread(const void *job, Team *team, int64_t number)
 
 void kpmatch_float_layer(const Layer *layer) { work_together(layer->threads, 0, layer, run_thread); }
 
-enum { CELL = 8, PIXELS = CELL * CELL, LOGITS = PIXELS + 1 };
-
-/* Scores (8 height, 8 width) of pixels, of the logits (height, width, 65) of cells: a softmax, whose last is none. */
-void kpmatch_scores(int64_t height, int64_t width, const float *logits, float *scores)
-{
-    const __m256 to_base_two = _mm256_set1_ps(1.4426950408889634f);
-    for (int64_t y = 0; y < height; y++)
-        for (int64_t x = 0; x < width; x++) {
-            const float *cell = logits + (y * width + x) * LOGITS;
-            float *pixels = scores + (y * width * CELL + x) * CELL;
-            __m256 most = _mm256_set1_ps(cell[PIXELS]), total = _mm256_setzero_ps(), rows[CELL];
-            for (int i = 0; i < CELL; i++)
-                most = _mm256_max_ps(most, _mm256_loadu_ps(cell + i * CELL));
-            most = _mm256_set1_ps(largest_of(most));
-            for (int i = 0; i < CELL; i++) {
-                const __m256 below = _mm256_sub_ps(_mm256_loadu_ps(cell + i * CELL), most);
-                rows[i] = power_of_two(_mm256_mul_ps(below, to_base_two));
-                total = _mm256_add_ps(total, rows[i]);
-            }
-            const __m256 last = _mm256_sub_ps(_mm256_set1_ps(cell[PIXELS]), most);
-            const __m256 none = power_of_two(_mm256_mul_ps(last, to_base_two));
-            const __m256 share = _mm256_set1_ps(1 / (sum_of(total) + _mm256_cvtss_f32(none)));
-            for (int i = 0; i < CELL; i++)
-                _mm256_storeu_ps(pixels + i * width * CELL, _mm256_mul_ps(rows[i], share));
-        }
-}
-
 #else
 
 int64_t kpmatch_float_layer_work(const void *layer) { return (void)layer, 0; }
 void kpmatch_float_layer(const void *layer) { (void)layer; }
-void kpmatch_scores(void) {}
 
 #endif

@@ -4,7 +4,7 @@
 #include "target.h"
 
 /* Changes with the arguments or the meaning of a function. compiled.py loads no library with another number. */
-#define VERSION 4
+#define VERSION 5
 
 /* What of them this processor and system can run: what is for AVX2, for AVX-512 with bfloat16, and for tiles. */
 enum { NOTHING, FLOATS, VECTORS, TILES };

@@ -27,7 +27,7 @@ from simulation.bags import build_scene
 ROOT = Path(__file__).resolve().parent.parent
 MISSING = "not built, or not for this processor"
 SIZES = [(64, 2), (128, 4), (192, 2), (256, 4)]  # channels, heads
-SOURCES = ("lightglue", "lightglue_avx2", "networks", "superpoint", "transformed")
+SOURCES = ("lightglue", "lightglue_avx2", "networks", "scores", "superpoint", "transformed")
 COUNTS = [(1, 1), (2, 31), (33, 32), (100, 65), (16, 257)]
 
 
@@ -197,41 +197,9 @@ def test_pytorch_s_limit_on_the_processor_s_instructions_holds_here_too(
     assert done.stdout == f"False {computed}\n", done.stderr
 
 
-# The assignment
+# In the whole matcher
 
 needs_bfloat16 = pytest.mark.skipif(not compiled.available(), reason=MISSING)
-
-
-@needs_bfloat16
-@pytest.mark.parametrize("counts", [(1, 1), (1, 40), (16, 1), (33, 32), (100, 65), (257, 300)])
-@pytest.mark.parametrize("spread", [0.01, 1.0, 30.0, 1000.0])
-def test_the_best_pairs_are_those_of_pytorch(counts: tuple[int, int], spread: float) -> None:
-    random = torch.Generator().manual_seed(3)
-    similarity = spread * torch.randn(*counts, generator=random)
-    certain0, certain1 = (-torch.rand(count, generator=random) for count in counts)
-    wide = similarity.double()
-    scores = wide.log_softmax(1) + wide.log_softmax(0) + certain0[:, None] + certain1
-    best0, best1, most0 = compiled.best_pairs(similarity, certain0, certain1)
-    within = 1e-6 * spread + 3e-6
-    assert torch.allclose(most0.double(), scores.amax(1), rtol=1e-6, atol=within)
-    assert (scores.amax(1) - scores.gather(1, best0[:, None])[:, 0] <= within).all()
-    assert (scores.amax(0) - scores.gather(0, best1[None])[0] <= within).all()
-
-
-@needs_bfloat16
-def test_of_equal_partners_the_first_is_the_best() -> None:
-    best0, best1, _ = compiled.best_pairs(torch.zeros(40, 50), torch.zeros(40), torch.zeros(50))
-    assert not best0.any() and not best1.any()
-
-
-@needs_bfloat16
-def test_similarities_that_are_no_numbers_have_no_score() -> None:
-    best0, best1, most0 = compiled.best_pairs(torch.full((20, 20), torch.nan), torch.zeros(20), torch.zeros(20))
-    assert most0.isnan().all()  # FeatureMatcher then computes once more, in float32
-    assert ((best0 >= 0) & (best0 < 20) & (best1 >= 0) & (best1 < 20)).all()
-
-
-# In the whole matcher
 
 
 @pytest.fixture(scope="module")

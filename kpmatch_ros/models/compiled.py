@@ -24,6 +24,7 @@ __all__ = [
     "available",
     "best_pairs",
     "has_tiles",
+    "has_vectors",
     "image_parts",
     "in_float32",
     "open_library",
@@ -34,7 +35,7 @@ __all__ = [
 
 LIBRARY = Path(__file__).with_name("libkpmatch_networks.so")
 # As in src/networks.c and networks.h:
-_VERSION = 4  # the arguments and the meaning of its functions
+_VERSION = 5  # the arguments and the meaning of its functions
 _FLOATS, _VECTORS, _TILES = 1, 2, 3  # of what it can run on this processor; 0 is nothing
 _MOST_THREADS = 64
 _MULTIPLE = 32  # of a head's size, and so of all sizes, in bfloat16
@@ -137,6 +138,11 @@ def takes(numbers: Tensor) -> bool:
     """
     recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
     return numbers.device.type == "cpu" and not numbers.requires_grad and not recorded
+
+
+def has_vectors() -> bool:
+    """Whether it computes SuperPoint's scores and LightGlue's assignment: with AVX2."""
+    return _support >= _FLOATS
 
 
 def has_tiles() -> bool:
@@ -283,7 +289,7 @@ def pixel_scores(logits: Tensor) -> Tensor:
     logits = logits.contiguous()
     batch, height, width, count = logits.shape
     assert count == 65 and logits.dtype == torch.float32
-    if _support < _FLOATS:
+    if not has_vectors():
         scores = logits.softmax(dim=3)[..., :-1]
         return scores.reshape(batch, height, width, 8, 8).permute(0, 1, 3, 2, 4).reshape(batch, 8 * height, 8 * width)
     scores = logits.new_empty(batch, 8 * height, 8 * width)
@@ -305,7 +311,7 @@ def best_pairs(similarity: Tensor, certain0: Tensor, certain1: Tensor) -> tuple[
     """
     count0, count1 = similarity.shape
     best0, best1 = (torch.zeros(count, dtype=torch.int64) for count in (count0, count1))
-    most0, work = torch.empty(count0), torch.empty(3, count1)
+    most0, work = torch.empty(count0), torch.empty(4, count1)
     inputs = [values.float().contiguous() for values in (similarity, certain0, certain1)]
     assert inputs[1].shape == (count0,) and inputs[2].shape == (count1,)
     _library.kpmatch_best(count0, count1, *(each.data_ptr() for each in (*inputs, best0, best1, most0, work)))

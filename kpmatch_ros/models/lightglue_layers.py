@@ -373,7 +373,7 @@ class MatchAssignment(nn.Module):
 
     def use_compiled(self) -> None:
         """As :meth:`LightGlue.use_compiled`."""
-        self.compiled = compiled.best_pairs if compiled.available() else None
+        self.compiled = compiled.best_pairs if compiled.has_vectors() else None
 
     def _similarity(self, points0: Points, points1: Points) -> Tensor:
         # In float32: a score is a product of four probabilities, and half precision cannot tell the best two apart.
