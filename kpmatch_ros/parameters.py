@@ -36,7 +36,10 @@ class ParameterError(ValueError):
 
 @dataclass(frozen=True)
 class Declaration:
-    """One parameter without its value: type, default, what is allowed, description."""
+    """One parameter without its value: type, default, what is allowed, description.
+
+    `needs` names another parameter, and the value without which this one plays no part.
+    """
 
     name: str
     default: Any
@@ -47,6 +50,7 @@ class Declaration:
     choices: tuple[str, ...]
     pattern: str
     dynamic: bool
+    needs: tuple[str, Any] | None
 
     @property
     def type(self) -> type:
@@ -108,6 +112,7 @@ def _parameter(
     choices: tuple[str, ...] = (),
     pattern: str = "",
     dynamic: bool = False,
+    needs: tuple[str, Any] | None = None,
 ) -> Any:
     return field(
         default=default,
@@ -119,6 +124,7 @@ def _parameter(
             choices=choices,
             pattern=pattern,
             dynamic=dynamic,
+            needs=needs,
         ),
     )
 
@@ -174,6 +180,7 @@ class Parameters:
         "with backend onnxruntime: its execution providers, with commas between them and the preferred one first: "
         "tensorrt, cuda, openvino, cpu; those that are not available are left out with a warning",
         pattern=rf"{_PROVIDER}(, *{_PROVIDER})*",
+        needs=("backend", "onnxruntime"),
     )
     device: str = _parameter(
         "auto",
@@ -234,6 +241,7 @@ class Parameters:
         minimum=0.0,
         maximum=1.0,
         dynamic=True,
+        needs=("matcher", "nearest"),
     )
     depth_confidence: float = _parameter(
         0.95,
@@ -262,6 +270,7 @@ class Parameters:
         minimum=1,
         maximum=16384,
         dynamic=True,
+        needs=("reference", "keyframe"),
     )
     keyframe_max_parallax: float = _parameter(
         40.0,
@@ -270,6 +279,7 @@ class Parameters:
         unit="pixels",
         minimum=0.0,
         dynamic=True,
+        needs=("reference", "keyframe"),
     )
     refine: bool = _parameter(
         True,
@@ -284,6 +294,7 @@ class Parameters:
         minimum=0,
         maximum=100000,
         dynamic=True,
+        needs=("refine", True),
     )
     max_gap: float = _parameter(
         5.0,
@@ -353,15 +364,17 @@ class Parameters:
     )
     odom_frame: str = _parameter(
         "odom",
-        "frame of the odometry, of letters, digits, _ and /; after each break of the chain a number is added to it "
-        "(odom_1)",
+        "with publish_odometry: its frame, of letters, digits, _ and /; after each break of the chain a number is "
+        "added to it (odom_1)",
         pattern=r"[A-Za-z0-9_][A-Za-z0-9_/]*",
+        needs=("publish_odometry", True),
     )
     base_frame: str = _parameter(
         "",
         "with publish_odometry: the robot's frame, such as base_link, whose pose and velocity are published; "
         "/tf_static must join it to the camera's frame; empty publishes the left camera's optical frame",
         pattern=r"([A-Za-z0-9_][A-Za-z0-9_/]*)?",
+        needs=("publish_odometry", True),
     )
     publish_tf: bool = _parameter(
         True,
@@ -377,6 +390,7 @@ class Parameters:
         unit="seconds",
         minimum=0.0,
         maximum=4.0,
+        needs=("autostart", False),
     )
 
     def __post_init__(self) -> None:
@@ -416,6 +430,21 @@ class Parameters:
         for name in changes:
             declaration(name)
         return dataclasses.replace(self, **changes)
+
+    def idle(self) -> list[str]:
+        """The values that play no part because of another parameter, in words; defaults are not told of."""
+        found = []
+        for item in declarations():
+            value = getattr(self, item.name)
+            if item.needs is None or value == item.default:
+                continue
+            other, needed = item.needs
+            if getattr(self, other) != needed:
+                found.append(
+                    f"{item.name} is {value!r} and plays no part: it needs {other} {needed!r}, which is "
+                    f"{getattr(self, other)!r}"
+                )
+        return found
 
 
 def profile_values(profile: Any) -> Mapping[str, Any]:

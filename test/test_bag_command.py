@@ -478,3 +478,9 @@ def test_the_command_needs_no_ros(bag: Path, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "0 []"
+
+
+def test_an_option_that_plays_no_part_is_told_of(run: Run, bag: Path, tmp_path: Path) -> None:
+    status, _, errors = run(bag, tmp_path / "out", *QUICK, "--keyframe-min-matches", 40)
+    told = "keyframe_min_matches is 40 and plays no part: it needs reference 'keyframe', which is 'previous'"
+    assert status == 0 and f"kpmatch bag: {told}\n" in errors

@@ -18,6 +18,7 @@ from kpmatch_ros.parameters import (
     Declaration,
     ParameterError,
     Parameters,
+    declaration,
     declarations,
 )
 
@@ -191,3 +192,22 @@ def test_off_may_be_written_without_quotes_where_yaml_reads_false() -> None:
     for name, value in (("stretch", True), ("queue", False)):
         with pytest.raises(ParameterError, match=f"{name} is {value}; it must be a str"):
             Parameters(**{name: value})
+
+
+def test_a_value_that_plays_no_part_is_told_of_with_what_it_needs() -> None:
+    assert Parameters().idle() == []
+    (said,) = Parameters(providers="cuda, cpu").idle()
+    assert said == "providers is 'cuda, cpu' and plays no part: it needs backend 'onnxruntime', which is 'torch'"
+    assert Parameters(providers="cuda, cpu", backend="onnxruntime").idle() == []
+    values = {"base_frame": "base_link", "keyframe_min_matches": 50, "ratio_threshold": 0.8, "lost_tracks": 5}
+    told = Parameters.given({**values, "refine": False}).idle()
+    assert {text.split()[0] for text in told} == values.keys()
+    served = {"publish_odometry": True, "mode": "stereo", "reference": "keyframe", "matcher": "nearest"}
+    assert Parameters.given({**values, **served}).idle() == []
+
+
+def test_what_a_parameter_needs_can_be() -> None:
+    for item in declarations():
+        if item.needs is not None:
+            declaration(item.needs[0]).check(item.needs[1])
+            assert item.needs[0] in item.description, item.name

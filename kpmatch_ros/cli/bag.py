@@ -8,7 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kpmatch_ros.cli.common import MATCHING_OPTIONS, CommandError, Parser, add_command, add_parameters, utf8_path
+from kpmatch_ros.cli.common import (
+    MATCHING_OPTIONS,
+    CommandError,
+    Parser,
+    add_command,
+    add_parameters,
+    tell_of_idle,
+    utf8_path,
+)
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.tables import format_table
 
@@ -167,6 +175,7 @@ def replay_parameters(options: argparse.Namespace) -> Parameters:
             options.params, warn=lambda text: print(f"{options.name}: {text}", file=sys.stderr), options=changes
         )
     _check_topic_options(given, parameters.mode)
+    tell_of_idle(parameters, options.name)
     return parameters
 
 

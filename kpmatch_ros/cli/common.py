@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from kpmatch_ros.parameters import Declaration, ParameterError, declaration, meant
+from kpmatch_ros.parameters import Declaration, ParameterError, Parameters, declaration, meant
 from kpmatch_ros.shell import in_shell
 
 # PyTorch and OpenCV take seconds to import. Only the commands that need them import them, so that --help is instant.
@@ -33,6 +33,7 @@ __all__ = [
     "megabytes",
     "quiet_stderr",
     "read_image",
+    "tell_of_idle",
     "utf8_path",
     "whole_number",
     "write_picture",
@@ -96,6 +97,12 @@ def add_command(commands: Any, name: str, run: Any, summary: str, description: s
     )
     parser.set_defaults(run=run, name=parser.prog)
     return parser
+
+
+def tell_of_idle(parameters: Parameters, command: str) -> None:
+    """Tell the user of a command which of the parameters given play no part."""
+    for text in parameters.idle():
+        print(f"{command}: {text}", file=sys.stderr)
 
 
 def add_parameter(group: Any, item: Declaration, default: Any) -> None:

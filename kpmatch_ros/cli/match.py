@@ -18,6 +18,7 @@ from kpmatch_ros.cli.common import (
     can_write_picture,
     comma_separated,
     read_image,
+    tell_of_idle,
     write_picture,
 )
 from kpmatch_ros.parameters import Parameters
@@ -83,6 +84,7 @@ def add_match(commands: Any) -> None:
 def _match(options: argparse.Namespace) -> int:
     chosen = {name: value for name, value in vars(options).items() if name in MATCHING_OPTIONS}
     parameters = Parameters.given({**chosen, "refine": False})
+    tell_of_idle(parameters, options.name)
     if options.intrinsics is None and (options.intrinsics1 is not None or options.distortion is not None):
         given = "--intrinsics1" if options.intrinsics1 is not None else "--distortion"
         raise CommandError(f"{given} needs --intrinsics too")

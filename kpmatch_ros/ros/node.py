@@ -151,6 +151,8 @@ class MatcherNode(LifecycleNode):
         """Load the weights, run the networks once, offer the topics."""
         parameters = self._parameters_in_force
         check_odometry(parameters)
+        for text in parameters.idle():
+            self.get_logger().warning(text)
         if parameters.publish_odometry and parameters.base_frame and TFMessage is None:
             raise ParameterError(f"base_frame is {parameters.base_frame!r}, which takes /tf_static, but {INSTALL}")
         self._inputs = self._make_inputs()
