@@ -273,7 +273,8 @@ def train(arguments: argparse.Namespace) -> None:
     trained, watched = load(arguments.shards, device)
     torch.manual_seed(arguments.seed)  # of the weights to begin with
     built = {name: build(arguments.kind, name, arguments.start, device) for name in arguments.networks}
-    students = [Student(name, model, RATES[arguments.kind, name]) for name, (model, _) in built.items()]
+    rates = {name: arguments.rate or RATES[arguments.kind, name] for name in built}
+    students = [Student(name, model, rates[name]) for name, (model, _) in built.items()]
     extractors = load_extractors(arguments, device) if arguments.kind == "matching" else {}
     judges = {}  # a network that begins with random weights has none
     if arguments.kind == "matching":
@@ -323,6 +324,9 @@ def main(argv: list[str] | None = None) -> None:
         "--batches", type=int, default=0, help="of features that matchers learn from, kept and used again; 0: none is"
     )
     parser.add_argument("--heads", type=int, help="layers before the last whose assignment learns in a step, not all")
+    parser.add_argument(
+        "--rate", type=float, help="largest learning rate in place of the network's; lower for what was trained already"
+    )
     parser.add_argument("--networks", nargs="+", choices=("full", "fast"), default=["full", "fast"])
     train(parser.parse_args(argv))
 
