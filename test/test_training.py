@@ -436,6 +436,20 @@ def test_a_rate_that_is_given_is_that_of_the_training(folder: Path, tmp_path: Pa
     assert points[1] == steps(run(folder, tmp_path / "usual", "points", "--steps", "3"))
 
 
+@pytest.mark.usefixtures("small")
+def test_a_network_that_begins_with_random_weights_says_so(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(folder, tmp_path / "first", "points", "--steps", "1", "--networks", "full")
+    state = torch.load(tmp_path / "first" / "points.weights.pt", weights_only=True)["full"]
+    other = {**state, "config": {**state["config"], "descriptor_decoder_dim": 64}}
+    start = tmp_path / "start.weights.pt"
+    torch.save({"full": state, "fast": other}, start)
+    run(folder, tmp_path / "second", "points", "--steps", "1", "--start", str(start))
+    said = f"begins with random weights: --start {start} is of another architecture"
+    assert f"fast {said}" in (printed := capsys.readouterr().out) and f"full {said}" not in printed
+
+
 @pytest.mark.parametrize(
     ("stage", "more"), [("both", ["--networks", "fast"]), ("distil", ["--batches", "1", "--keypoints", "32"])]
 )

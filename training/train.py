@@ -18,6 +18,7 @@ from typing import Any
 import lightglue_loss
 import superpoint_loss
 import torch
+from common import log_line
 from degradation import degrade
 from export import read_trained
 from loop import Batches, Settings, Student, add_options, rate, run, settings_of, subnormals_are_zeros
@@ -273,6 +274,9 @@ def train(arguments: argparse.Namespace) -> None:
     trained, watched = load(arguments.shards, device)
     torch.manual_seed(arguments.seed)  # of the weights to begin with
     built = {name: build(arguments.kind, name, arguments.start, device) for name in arguments.networks}
+    for name, (_, fits) in built.items():
+        if arguments.start is not None and not fits:
+            log_line(f"{name} begins with random weights: --start {arguments.start} is of another architecture")
     rates = {name: arguments.rate or RATES[arguments.kind, name] for name in built}
     students = [Student(name, model, rates[name]) for name, (model, _) in built.items()]
     extractors = load_extractors(arguments, device) if arguments.kind == "matching" else {}
