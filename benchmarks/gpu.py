@@ -1,7 +1,7 @@
 """The package on a GPU: the tests that need one, then how fast it is, beside others where they can be imported.
 
     make gpu                                          # with the environment of make env, on any machine
-    make gpu PYTHON=python3 OUT=results               # with another Python: PyTorch, OpenCV, SciPy, safetensors, pytest
+    make gpu PYTHON=python3 OUT=results               # that has PyTorch, OpenCV, SciPy, safetensors, psutil, pytest
     PYTHONPATH=. python benchmarks/gpu.py --help      # the same without make
 
 It takes at most 8 minutes, needs no network and no ROS, and goes on after every failure. It writes gpu.json and gpu.md

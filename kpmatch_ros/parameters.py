@@ -147,6 +147,8 @@ _PROVIDER = "(tensorrt|cuda|openvino|cpu)"
 class Parameters:
     """One checked, immutable set of all parameters.
 
+    `profile` is only a name here: :meth:`given` sets what it chooses.
+
     Raises:
         ParameterError: when a value, or a combination of values, is not allowed.
     """

@@ -28,7 +28,8 @@ def add_archive(commands: Any) -> None:
         _archive,
         "run the matcher on all bags below a folder, on this machine or on Ray, and write one table",
         "Do what `kpmatch bag` does with every bag below a folder. A bag that was done before is not done again. One "
-        "that cannot be read is named and left out. The options are those of `kpmatch bag`, for all bags alike.",
+        "that cannot be read is named and left out. The options for topics, parameters, --features and "
+        "--match-image are those of `kpmatch bag`, for all bags alike.",
         "kpmatch archive recordings matched",
         "kpmatch archive recordings matched --ray local --cpus-per-bag 2",
         "kpmatch archive /data/recordings /data/matched --ray 10.0.0.1:6379 --gpus-per-bag 0.25",

@@ -28,7 +28,8 @@ def declare_parameters(node: LifecycleNode) -> Parameters:
 def parameter_descriptor(item: Declaration) -> ParameterDescriptor:
     """What `ros2 param describe` shows of a parameter."""
     constraints = [item.constraint] if item.choices else []
-    constraints += [] if item.dynamic else ["takes effect when the node is configured"]
+    if not item.dynamic:
+        constraints += [f"takes effect when the node {'starts' if item.name == 'profile' else 'is configured'}"]
     descriptor = ParameterDescriptor(
         description=f"{item.description}{f' [{item.unit}]' if item.unit else ''}",
         additional_constraints="; ".join(constraints),
