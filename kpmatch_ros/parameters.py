@@ -436,6 +436,9 @@ class Parameters:
     def idle(self) -> list[str]:
         """The values that play no part because of another parameter, in words; defaults are not told of."""
         found = []
+        chosen = profile_values(self.profile)
+        if chosen and all(getattr(self, name) != value for name, value in chosen.items()):
+            found.append(f"profile is {self.profile!r} and plays no part: {', '.join(chosen)} have other values")
         for item in declarations():
             value = getattr(self, item.name)
             if item.needs is None or value == item.default:

@@ -206,6 +206,12 @@ def test_a_value_that_plays_no_part_is_told_of_with_what_it_needs() -> None:
     assert Parameters.given({**values, **served}).idle() == []
 
 
+def test_a_profile_none_of_whose_values_is_in_force_is_told_of() -> None:
+    assert Parameters.given({"profile": "fast", "max_keypoints": 300}).idle() == []
+    (said,) = Parameters(profile="fast").idle()
+    assert said.startswith("profile is 'fast' and plays no part: extractor, matcher, max_keypoints, depth_confidence")
+
+
 def test_what_a_parameter_needs_can_be() -> None:
     for item in declarations():
         if item.needs is not None:
