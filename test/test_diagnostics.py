@@ -50,7 +50,8 @@ class FakeNode:
 
 def test_what_is_newly_wrong_is_told_at_once_and_once_between_two_regular_messages() -> None:
     node, wrong = FakeNode(), []
-    told = Diagnostics(node, Monitor(), lambda: Condition("active", "", "", list(wrong)))  # type: ignore[arg-type]
+    monitor = Monitor()
+    told = Diagnostics(node, monitor, lambda: Condition("active", "", "", list(wrong)))  # type: ignore[arg-type]
 
     def heard() -> list[str]:
         messages = [array.status[0].message for array in node.said]
@@ -58,8 +59,10 @@ def test_what_is_newly_wrong_is_told_at_once_and_once_between_two_regular_messag
         return messages
 
     told.every_second()
+    monitor.received()
+    told.every_second()
     told.watch()
-    assert heard() == ["matching"], "nothing is new"
+    assert heard() == ["waiting for images", "matching"], "nothing is new"
     wrong.append(Problem("one", "the first"))
     told.watch()
     told.watch()

@@ -86,7 +86,7 @@ class Diagnostics:
 
     def _publish(self, stamp: Any, condition: Condition) -> None:
         self._told = {problem.kind for problem in condition.problems}
-        level, text = _assess(condition)
+        level, text = _assess(condition, self._monitor.is_fed)
         values = {"state": condition.state, **self._monitor.values(), **_resources(condition.matcher)}
         array = DiagnosticArray()
         array.header.stamp = stamp
@@ -151,15 +151,15 @@ def log_weights(logger: Any, matcher: FeatureMatcher) -> None:
         logger.warning(matcher.onnx.note)
 
 
-def _assess(condition: Condition) -> tuple[bytes, str]:
-    """Level and text of the status."""
+def _assess(condition: Condition, is_fed: bool) -> tuple[bytes, str]:
+    """Level and text of the status, by whether frames arrive."""
     if condition.fault:
         return DiagnosticStatus.ERROR, _cut(condition.fault)
     if condition.state != "active":
         return DiagnosticStatus.OK, f"{condition.state}: {_NEXT[condition.state]}"
     if condition.problems:
         return DiagnosticStatus.WARN, in_short(condition.problems)
-    return DiagnosticStatus.OK, "matching"
+    return DiagnosticStatus.OK, "matching" if is_fed else "waiting for images"
 
 
 def in_short(problems: list[Problem]) -> str:

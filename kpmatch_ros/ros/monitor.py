@@ -62,6 +62,12 @@ class Monitor:
             self._received += 1
             self._arrivals.append(self._clock())
 
+    @property
+    def is_fed(self) -> bool:
+        """Whether a frame has arrived in the last seconds, so many as `window`."""
+        with self._lock:
+            return bool(self._arrivals) and self._arrivals[-1] >= self._clock() - self._window
+
     def dropped(self, frames: int = 1) -> None:
         """Frames were overtaken by a newer one, or left behind when the node stopped."""
         with self._lock:
