@@ -54,14 +54,14 @@ class Stretch:
         self.used = (high - low) / _FULL
         if not self.enabled:
             self._limits = None
-        if self._limits is None:
+        limits = self._limits
+        if limits is None or np.mean((sample < limits[0]) | (sample > limits[1])) > _OUTSIDE:
             if not self.enabled or high - low >= _SMALL_PART * _FULL:
+                self._limits = None
                 return scaled(pixels, 0.0, float(_FULL))
             self._limits = low, high
-        elif np.mean((sample < self._limits[0]) | (sample > self._limits[1])) > _OUTSIDE:
-            self._limits = low, high
         else:
-            first, last = self._limits
+            first, last = limits
             step = _LARGEST_STEP * max(last - first, _LEAST_SPAN)
             first += float(np.clip(_FOLLOWED * (low - first), -step, step))
             last += float(np.clip(_FOLLOWED * (high - last), -step, step))

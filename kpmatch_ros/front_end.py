@@ -25,6 +25,7 @@ from kpmatch_ros.geometry.two_view_errors import Motion
 from kpmatch_ros.kept_features import check_features, frame_without_image
 from kpmatch_ros.masks import both, fit, load_masks
 from kpmatch_ros.parameters import Parameters
+from kpmatch_ros.reference_choice import ReferenceChoice
 from kpmatch_ros.tracks import NOT_DETECTED, Links, Tracks, View, keypoint_sigma, pair_sigma, refine_pair
 
 __all__ = ["FrontEnd"]
@@ -67,13 +68,13 @@ class FrontEnd:
         self._last_motion: tuple[Frame, int, Motion] | None = None  # where it ended, nanoseconds; if it is sure
         self._tracks = Tracks(self.parameters.max_keypoints, self.parameters.lost_tracks)
         self._views: tuple[View, ...] = ()
+        self._choice = ReferenceChoice()
         self._fresh = True
 
     def configure(self, parameters: Parameters) -> None:
         """Take over the parameters that may change between two frames."""
         if parameters.refine != self.parameters.refine:
-            self._tracks.reset()
-            self._fresh = True
+            self._begin_tracks()
         self.matcher.configure(parameters)
         self.parameters = self.matcher.parameters
         self._tracks.limit, self._tracks.memory = parameters.max_keypoints, parameters.lost_tracks
@@ -81,9 +82,16 @@ class FrontEnd:
     def reset(self) -> None:
         """Forget the cached features and the tracks: the next frame has no pair."""
         self.reference = self._last_stamp = self._last_motion = None
-        self._tracks.reset()
+        self._choice.reset()
+        self._begin_tracks()
         self._views = ()
+
+    def _begin_tracks(self) -> None:
+        """Tracks begin again, those of the reference as well."""
+        self._tracks.reset()
         self._fresh = True
+        if self.reference is not None:
+            self.reference.track_ids[:] = 0
 
     def register(
         self,
@@ -201,7 +209,7 @@ class FrontEnd:
         if pair.pose.status is PoseStatus.OK:
             motion = Motion(pair.pose.rotation, pair.pose.translation)
             self._last_motion = current, current.stamp - reference.stamp, motion
-        if self._wants_new_reference(pair):
+        if self._choice.takes(pair, self.parameters):
             self.reference = current
             if self.parameters.refine:
                 self._tracks.advance(self._view(current), pair.inliers)
@@ -463,27 +471,6 @@ class FrontEnd:
         """Pixels of the image received between neighbouring positions that the extractor can give."""
         seen = self.parameters.resize
         return self.matcher.keypoint_resolution * (max(frame.features.size) / seen if seen else 1.0)
-
-    def _wants_new_reference(self, pair: Pair) -> bool:
-        if self._shows_nothing(pair):
-            return False
-        if self.parameters.reference == "previous" or len(pair.indices) < self.parameters.keyframe_min_matches:
-            return True
-        if pair.pose.status.has_pose:
-            parallax = pair.pose.median_parallax
-        else:
-            parallax = float(np.median(np.linalg.norm(pair.points - pair.reference_points, axis=1)))
-        return parallax > self.parameters.keyframe_max_parallax
-
-    def _shows_nothing(self, pair: Pair) -> bool:
-        """Whether the current image is dark, covered or blank, so that matching goes on better with the reference.
-
-        The reference stays for as long as a gap between frames may be.
-        """
-        age = (pair.current.stamp - pair.reference.stamp) * 1e-9
-        if 0 < self.parameters.max_gap < age:
-            return False
-        return len(pair.current.keypoints) < min(self.parameters.min_inliers, len(pair.reference.keypoints))
 
 
 @dataclass(frozen=True, eq=False)

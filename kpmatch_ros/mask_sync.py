@@ -53,7 +53,9 @@ class MaskSynchroniser(Generic[Item]):
         self._capacity, self._memory = capacity, memory
         self._masks: list[deque[_Mask]] = [deque() for _ in range(cameras)]
         self._taken: list[int | None] = [None] * cameras  # stamp of the last image
-        self._given: list[int | None] = [None] * cameras  # stamp of the last mask, of the time before it went back
+        self._given: list[int | None] = [
+            None
+        ] * cameras  # stamp of the last mask, or of where time began or went back to
         self._alone: list[int | None] = [None] * cameras  # that of the last image that went on without a mask
         self._steps: list[deque[int]] = [deque(maxlen=_STEPS) for _ in range(2 * cameras)]  # of images, of masks
         self._changed = threading.Condition()
@@ -114,7 +116,7 @@ class MaskSynchroniser(Generic[Item]):
         """Let go of masks whose images have gone by, when one without a mask follows one of the stamp `taken`."""
         given = self._given[camera]
         if taken is None or stamp < taken:  # the first one, or time went back: masks of either time may be needed
-            self._given[camera] = None
+            self._given[camera] = stamp
             return
         # Those older than what was given came after it, so they are of images to come, of a time that went back.
         masks = self._masks[camera]

@@ -49,7 +49,8 @@ class OdometryPose:
             R_true = exp([w]x) rotation, as in geometry_msgs/PoseWithCovariance.
         chain: how many times the chain of poses broke before. Poses of two chains cannot be compared: each chain has
             an odometry frame of its own, and its first camera is the origin.
-        twist: velocity since the frame before; None where that frame has no pose in the chain, or no earlier stamp.
+        twist: velocity since the last frame with a pose in the chain; None where no frame but a keyframe from before it
+            has one, or its stamp is not earlier.
     """
 
     rotation: np.ndarray
@@ -169,7 +170,6 @@ class Odometry:
         origin = None if pair.reset else self._known.get(reference)
         if not pose.status.is_certain or not pose.metric:
             self._known = {} if origin is None else {reference: origin}
-            self._last = None
             return None
         if origin is None:
             self.breaks += self._begun
@@ -185,15 +185,16 @@ class Odometry:
         """The velocity since the frame before.
 
         That frame is the reference, or another one that was matched with the same keyframe. Then the errors of both
-        steps are taken to be independent.
+        steps are taken to be independent. A keyframe by itself may be old: it tells where the camera is, not how fast.
         """
+        is_old = self._last is None and pair.current.number != pair.reference.number + 1
         stamp, before, spread = pair.reference.stamp, origin, pair.pose.covariance
         if self._last is not None and self._last[0] != pair.reference.number:
             _, stamp, before, earlier = self._last
             spread = spread + earlier
         self._last = pair.current.number, pair.current.stamp, current, pair.pose.covariance
         seconds = (pair.current.stamp - stamp) * 1e-9
-        if seconds <= 0:
+        if seconds <= 0 or is_old:
             return None
         moved = current.rotation.T @ (current.position - before.position)
         turned = current.rotation.T @ Rotation.from_matrix(current.rotation @ before.rotation.T).as_rotvec()

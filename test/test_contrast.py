@@ -139,3 +139,11 @@ def test_weights_that_are_a_fifo_are_refused_and_not_waited_for(tmp_path: Path) 
     (tmp_path / "config.json").write_text('{"model_type": "superpoint"}')
     with pytest.raises(WeightsError):
         FeatureMatcher(extractor=str(tmp_path))
+
+
+def test_a_camera_that_uses_its_range_is_not_stretched_after_a_dark_image() -> None:
+    stretch, random = Stretch(), np.random.default_rng(0)
+    full = random.integers(5000, 60000, (120, 160, 1), dtype=np.uint16)
+    before = stretch.to_8_bits(full)
+    stretch.to_8_bits(random.integers(300, 500, (120, 160, 1), dtype=np.uint16))
+    np.testing.assert_array_equal(stretch.to_8_bits(full), before)

@@ -233,3 +233,13 @@ def test_any_scene_gives_a_pose_or_the_reason_why_there_is_none() -> None:
             before = now
             statuses |= {pose.status for pose in poses}
     assert statuses >= {PoseStatus.OK, PoseStatus.NO_TRANSLATION, PoseStatus.FAILED}
+
+
+@pytest.mark.parametrize("image", [0, 1])
+def test_points_that_an_image_shows_as_one_give_no_motion(image: int) -> None:
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        points = [random.uniform((0, 0), (639, 479), (80, 2)), np.full((80, 2), 100.0)]
+        before, after = points if image else points[::-1]
+        pose = estimate_relative_pose(before, after, CAMERA, CAMERA)
+        assert pose.status is PoseStatus.FAILED

@@ -36,7 +36,7 @@ class InOrder:
 
     def match(self, reference: Features, current: Features) -> Any:
         """All of them."""
-        count = len(reference.keypoints)
+        count = min(len(reference.keypoints), len(current.keypoints))
         indices = np.repeat(np.arange(count)[:, None], 2, axis=1)
         return SimpleNamespace(indices=indices, scores=np.ones(count, np.float32), layers=0)
 
@@ -82,3 +82,44 @@ def test_a_pose_has_as_many_inliers_as_are_asked_for_once_its_tracks_are_checked
     assert pairs[1] is not None and pairs[1].num_inliers == 42 and pairs[1].pose.status is PoseStatus.OK
     assert pairs[2] is not None and pairs[2].num_inliers == 30 and pairs[2].pose.status is PoseStatus.TOO_FEW_MATCHES
     assert not pairs[2].pose.translation.any() and not pairs[2].pose.covariance.any()
+
+
+SCENE = np.random.default_rng(2).uniform((-2, -1.5, 4), (2, 1.5, 9), (60, 3))
+PIXELS = SCENE[:, :2] / SCENE[:, 2:] * 500 + (320, 240)
+NOTHING = np.zeros(SIZE[::-1], np.uint8)
+
+
+def keyframes(points: list[np.ndarray], **changes: Any) -> FrontEnd:
+    """A front end with a keyframe, whose images have these points."""
+    values = {"reference": "keyframe", "keyframe_min_matches": 10, "refine": False, **changes}
+    return FrontEnd(Parameters(**values), cast(FeatureMatcher, InOrder(*points)))
+
+
+def test_a_keyframe_without_calibration_gives_way_to_a_frame_that_has_one() -> None:
+    front_end = keyframes(4 * [PIXELS])
+    cameras = (None, None, CAMERA, CAMERA)
+    pairs = [front_end.register_frame(NOTHING, i * 10**8, camera)[1] for i, camera in enumerate(cameras)]
+    statuses = [pair.pose.status for pair in pairs if pair is not None]
+    assert statuses == [PoseStatus.NO_CALIBRATION, PoseStatus.NO_CALIBRATION, PoseStatus.NO_TRANSLATION]
+
+
+def test_dark_frames_take_the_keyframes_place_once_nothing_was_seen_for_a_gap() -> None:
+    front_end = keyframes(3 * [PIXELS] + 4 * [PIXELS[:0]], max_gap=5.0)
+    stays = []
+    for second in (0, 3, 6, 6.5, 9, 10.9, 11.1):  # dark from 6.5 on, when the keyframe is older than max_gap
+        front_end.register_frame(NOTHING, round(second * 1e9), CAMERA)
+        assert front_end.reference is not None
+        stays.append(front_end.reference.stamp == 0)
+    assert stays == [True] * 6 + [False]
+
+
+def test_new_tracks_begin_where_refine_changes_though_the_keyframe_stays() -> None:
+    front_end = keyframes(4 * [PIXELS])
+    ids = []
+    for i, refine in enumerate([False, False, True, False]):
+        front_end.configure(front_end.parameters.replace({"refine": refine}))
+        pair = front_end.register_frame(NOTHING, i * 10**8, CAMERA)[1]
+        if pair is not None and not refine:
+            assert pair.reset
+            ids.append(set(pair.track_ids.tolist()))
+    assert len(ids) == 2 and not ids[0] & ids[1]

@@ -18,6 +18,7 @@ from kpmatch_ros import FeatureMatcher, ParameterError, Parameters
 from kpmatch_ros.cuda_graphs import CudaGraphs, Imitation
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose, relative_motion
+from kpmatch_ros.mask_sync import MaskSynchroniser
 from kpmatch_ros.masks import fit
 from kpmatch_ros.models import ALIKED, DISK, SuperPoint, XFeat
 from simulation import camera_path, demo_camera
@@ -225,6 +226,15 @@ def test_a_mask_that_cannot_be_used_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(ParameterError, match=text):
         FrontEnd(FINE.replace(make(tmp_path)))
+
+
+def test_masks_of_a_time_that_went_back_are_found_though_none_was_found_before() -> None:
+    masks: MaskSynchroniser[int] = MaskSynchroniser(1, 10**7, 30, 10**9)
+    again = [round((0.5 + 0.1 * i) * 1e9) for i in range(8)]
+    for i, stamp in enumerate(again):
+        masks.put(0, stamp, i)
+    assert [masks.take(0, stamp) for stamp in (10 * 10**9, 10 * 10**9 + 10**8)] == [None, None]
+    assert [masks.take(0, stamp) for stamp in again] == list(range(8))
 
 
 # Poses with a robot's own body in the picture

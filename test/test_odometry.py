@@ -193,3 +193,28 @@ def test_the_twist_is_the_motion_since_the_frame_before_also_with_a_keyframe() -
 def test_without_time_between_two_frames_there_is_no_twist() -> None:
     pose = Odometry().add(pair(1, 2, reset=True))
     assert pose is not None and pose.twist is None
+
+
+def at(number: int, seconds: float, reference: tuple[int, float], pose: RelativePose, reset: bool = False) -> Any:
+    found = pair(reference[0], number, pose, reset)
+    found.reference.stamp, found.current.stamp = round(reference[1] * 1e9), round(seconds * 1e9)
+    return found
+
+
+def test_the_velocity_is_that_since_the_last_pose_not_since_an_old_keyframe() -> None:
+    odometry, keyframe = Odometry(), (1, 0.0)
+    stands = step(np.zeros(3), np.zeros(3), PoseStatus.NO_TRANSLATION)
+    odometry.add(at(2, 4.0, keyframe, stands, reset=True))
+    assert odometry.add(at(3, 4.1, keyframe, LOST)) is None
+    moved = odometry.add(at(4, 4.2, keyframe, step(np.array([0, 0, 0.2]), np.zeros(3))))
+    assert moved is not None and moved.twist is not None
+    np.testing.assert_allclose(moved.twist.velocity[:3], [0, 0, 1.0], atol=1e-9)  # 0.2 m in 0.2 s, and not in 4.2
+
+
+def test_a_chain_that_begins_at_an_old_keyframe_has_a_place_and_no_velocity_yet() -> None:
+    odometry, keyframe = Odometry(), (1, 0.0)
+    odometry.add(at(2, 4.0, keyframe, step(), reset=True))
+    again = odometry.add(at(3, 4.1, keyframe, step(), reset=True))
+    assert again is not None and again.chain == 1 and again.twist is None
+    further = odometry.add(at(4, 4.2, keyframe, step(2 * STEP, 2 * TURN)))
+    assert further is not None and further.twist is not None

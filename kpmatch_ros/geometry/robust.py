@@ -17,6 +17,7 @@ __all__ = [
     "TUKEY",
     "are_on_one_line",
     "check_options",
+    "dimensions",
     "design_effect",
     "epipolar_chance",
     "log_false_alarms",
@@ -88,7 +89,12 @@ def without_copies(*pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def are_on_one_line(points: np.ndarray, covariance: np.ndarray, variance: float) -> bool:
-    """Whether points (k, n) are no further from one line than noise spreads them.
+    """Whether points are no further from one line than noise spreads them; arguments as of :func:`dimensions`."""
+    return dimensions(points, covariance, variance) < 2
+
+
+def dimensions(points: np.ndarray, covariance: np.ndarray, variance: float) -> int:
+    """In how many directions points (k, n) lie further apart than noise spreads them: in none where they are one point.
 
     Args:
         points: coordinates.
@@ -98,7 +104,7 @@ def are_on_one_line(points: np.ndarray, covariance: np.ndarray, variance: float)
     away = points - points.mean(axis=1, keepdims=True)
     whitened = np.linalg.solve(np.linalg.cholesky(covariance), away)
     spreads = np.linalg.eigvalsh(whitened @ whitened.T) / (points.shape[1] - 1)
-    return bool(spreads[-2] < _ACROSS * variance)
+    return int((spreads >= _ACROSS * variance).sum())
 
 
 def tukey(lengths: np.ndarray, cutoff: float) -> tuple[np.ndarray, float]:

@@ -18,9 +18,9 @@ from kpmatch_ros.geometry.robust import (
     FALSE_ALARM_RATE,
     SMALLEST_SAMPLE,
     TUKEY,
-    are_on_one_line,
     check_options,
     design_effect,
+    dimensions,
     epipolar_chance,
     log_false_alarms,
     tukey_cutoff,
@@ -320,15 +320,16 @@ def _check_noise(problem: _Problem, solution: _Solution) -> _Solution:
 
 
 def _is_free(problem: _Problem, solution: _Solution) -> bool:
-    """Whether the inliers leave the motion free: those on one line in both images do."""
+    """Whether the inliers leave the motion free: on one line in both images, or seen as one point in either."""
     assert solution.motion is not None and solution.inliers is not None
     matches = problem.matches.select(solution.inliers)
     variance = _deviation(problem, matches, solution.motion) ** 2
     parts = np.array([[0, 1], [1, 2]])  # a list of lists is two indices to NumPy 1.22
-    return all(
-        are_on_one_line(rays[:2], noise.mean(axis=1)[parts], variance)
+    directions = [
+        dimensions(rays[:2], noise.mean(axis=1)[parts], variance)
         for rays, noise in ((matches.rays0, matches.noise0), (matches.rays1, matches.noise1))
-    )
+    ]
+    return max(directions) < 2 or min(directions) < 1
 
 
 class _Body(NamedTuple):
