@@ -49,8 +49,8 @@ class OdometryPose:
             R_true = exp([w]x) rotation, as in geometry_msgs/PoseWithCovariance.
         chain: how many times the chain of poses broke before. Poses of two chains cannot be compared: each chain has
             an odometry frame of its own, and its first camera is the origin.
-        twist: velocity since the last frame with a pose in the chain; None where there is none but an older keyframe, or
-            where its stamp is not earlier.
+        twist: velocity since the last frame with a pose in the chain; None where there is none but an older keyframe,
+            or where its stamp is not earlier.
     """
 
     rotation: np.ndarray
