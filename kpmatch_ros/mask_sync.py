@@ -53,9 +53,8 @@ class MaskSynchroniser(Generic[Item]):
         self._capacity, self._memory = capacity, memory
         self._masks: list[deque[_Mask]] = [deque() for _ in range(cameras)]
         self._taken: list[int | None] = [None] * cameras  # stamp of the last image
-        self._given: list[int | None] = [
-            None
-        ] * cameras  # stamp of the last mask, or of the first image since time began
+        # Stamp of the last mask, or of the first image where time began or went back.
+        self._given: list[int | None] = [None] * cameras
         self._alone: list[int | None] = [None] * cameras  # that of the last image that went on without a mask
         self._steps: list[deque[int]] = [deque(maxlen=_STEPS) for _ in range(2 * cameras)]  # of images, of masks
         self._changed = threading.Condition()
