@@ -368,3 +368,32 @@ def test_a_name_that_is_not_utf_8_costs_no_result(run: Run, kpmatch: Run, bags: 
     status, _, errors = kpmatch("bag", bags / f"{odd}.mcap", tmp_path / odd, *QUICK, *words)
     assert status == 0, errors
     assert all(Path(word.split("=")[1]).exists() for word in words)
+
+
+def test_what_lies_beside_the_bags_or_in_their_way_stops_no_other_bag(run: Run, bags: Path, tmp_path: Path) -> None:
+    (bags / "monday" / "a" / "a_7.mcap").symlink_to("/nowhere/a_7.mcap")
+    (bags / "c.mcap").rename(bags / "z.mcap")
+    shutil.rmtree(bags / "other")
+    out = tmp_path / "out"
+    assert run(bags, out, *QUICK)[0] == 0
+    assert {name: row["state"] for name, row in table(out).items()} == {
+        "monday/a": "done",
+        "cut": "broken",
+        "z.mcap": "done",
+    }
+    shutil.rmtree(out / "monday")
+    (out / "monday").symlink_to("/nowhere")
+    run(bags, out, *QUICK)
+    rows = table(out)
+    assert rows["monday/a"]["state"] == "broken" and "remove it" in rows["monday/a"]["message"]
+    assert rows["z.mcap"]["state"] == "done"
+
+
+def test_a_folder_named_as_registered_weights_is_not_taken_for_them(
+    run: Run, bags: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nearest").mkdir()
+    (tmp_path / "superpoint-open").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert run(bags, tmp_path / "out", *QUICK)[0] == 0
+    assert table(tmp_path / "out")["monday/a"]["state"] == "done"

@@ -354,3 +354,15 @@ def test_a_reader_that_stops_reading_is_no_fault(tmp_path: Path) -> None:
 def test_bad_usage_ends_the_process_with_status_2(tmp_path: Path) -> None:
     done = kpmatch("match", "nowhere.png", "nowhere.png", folder=tmp_path)
     assert "nowhere.png: No such file" in refused((done.returncode, done.stdout, done.stderr))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_a_command_whose_errors_nobody_can_read_ends_as_it_does_otherwise(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kpmatch_ros.cli", "match", "none.png", "nothing.png"]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, stderr=full, cwd=tmp_path, check=False).returncode == 2
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stderr=writer, stdout=subprocess.PIPE, cwd=tmp_path, check=False)
+    os.close(writer)
+    assert done.returncode == 2

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -28,6 +29,7 @@ from kpmatch_ros.bags.files import (
 from kpmatch_ros.messages import nanoseconds
 from kpmatch_ros.pipeline import Pipeline
 from simulation import demo_camera
+from simulation.bags import write_camera_bag
 
 IMAGE, INFO, TEXT = "sensor_msgs/msg/Image", "sensor_msgs/msg/CameraInfo", "std_msgs/msg/String"
 CAMERA = demo_camera(*SIZE)
@@ -248,3 +250,14 @@ def test_no_place_for_what_a_bag_decompresses_to_is_no_fault_of_the_bag(
         status, out, err = kpmatch(*words, tmp_path / "out", *QUICK)
         assert (status, out, err.count("\n")) == (2, "", 1)
         assert f"no place for what is in it in {tempfile.gettempdir()}: No space left" in err and "TMPDIR" in err
+
+
+@pytest.mark.parametrize("name", ["metadata.yaml", "in.mcap"])
+def test_a_file_of_a_bag_is_never_overwritten(kpmatch: Run, tmp_path: Path, name: str) -> None:
+    write_camera_bag(tmp_path / "in", [np.zeros((48, 64), np.uint8)] * 2, stamps(2), demo_camera(64, 48))
+    content = (tmp_path / "in" / name).read_bytes()
+    shutil.copytree(tmp_path / "in", tmp_path / "other")
+    words = (tmp_path / "in" / "in.mcap", tmp_path / "out", "--poses")
+    for folder in ("in", "other"):
+        assert "belongs to" in refused(kpmatch("bag", *words, tmp_path / folder / name, *QUICK))
+        assert (tmp_path / folder / name).read_bytes() == content

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -31,7 +32,7 @@ from kpmatch_ros.bags.recording import encodable
 from kpmatch_ros.bags.replay import replay
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.parameters import ParameterError, Parameters
-from kpmatch_ros.weights import WeightsError, file_hash
+from kpmatch_ros.weights import REGISTRY, WeightsError, file_hash
 
 __all__ = ["Job", "Row", "Settings", "claimed", "find_bags", "finished_row", "jobs_for", "replay_one", "write_tables"]
 
@@ -68,17 +69,24 @@ class Settings:
 
     def with_whole_paths(self) -> Settings:
         """The same where the current folder is another one, as on another machine."""
-        given = {name: getattr(self.parameters, name) for name in _OF_FILES}
-        whole = {name: str(Path(text).resolve()) for name, text in given.items() if text and Path(text).exists()}
+        whole = {name: str(path.resolve()) for name, path in self._files().items()}
         return dataclasses.replace(self, parameters=self.parameters.replace(whole))
+
+    def _files(self) -> dict[str, Path]:
+        """The files and folders that parameters name; what is registered is none, whatever lies here."""
+        given = {name: getattr(self.parameters, name) for name in _OF_FILES}
+        return {
+            name: Path(text)
+            for name, text in given.items()
+            if text and text not in REGISTRY and text != "nearest" and Path(text).exists()
+        }
 
     def described(self) -> dict[str, Any]:
         """What decides on the results, as JSON has it."""
         chosen = dataclasses.asdict(self.parameters)
         parameters = {name: value for name, value in chosen.items() if name not in _OF_THE_MACHINE}
         topics = {name: topic for name, topic in self.topics.items() if topic is not None}
-        named = {name: Path(chosen[name]) for name in _OF_FILES if chosen[name]}
-        contents = {f"content of {name}": _digest(path) for name, path in named.items() if path.exists()}
+        contents = {f"content of {name}": _digest(path) for name, path in self._files().items()}
         return {
             "version": kpmatch_ros.__version__,
             **parameters,
@@ -261,7 +269,8 @@ def _source(bag: Path) -> str:
         OSError: it cannot be read.
     """
     found = hashlib.sha256()
-    for file in sorted(path for path in bag.iterdir() if _STORAGE.fullmatch(path.name)) if bag.is_dir() else [bag]:
+    inside = sorted(path for path in bag.iterdir() if _STORAGE.fullmatch(path.name)) if bag.is_dir() else [bag]
+    for file in filter(Path.is_file, inside):  # and not a link to nowhere, nor a folder
         with file.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             for place in (0, max(size - _SAMPLE, 0)):
@@ -290,8 +299,9 @@ def replay_one(job: Job, settings: Settings) -> Row:
         if _row_in(job.target) is not None:
             text = f"{job.target}: was made from another bag than {job.source}, or from an earlier one; remove it, or "
             return row | {"state": "failed", "message": text + "choose another folder to write to", "seconds": 0.0}
-        if job.target.exists():
-            raise BagError(f"{job.target}: exists, and kpmatch archive did not make it; remove it")
+        for place in (job.target, *job.target.parents):
+            if os.path.lexists(place) and (place == job.target or not place.is_dir()):
+                raise BagError(f"{place}: exists, and kpmatch archive did not make it; remove it")
         cameras = choose_cameras(job.source, settings.parameters.mode, settings.topics)
         with tempfile.TemporaryDirectory(dir=job.unfinished) as folder:
             beside = Path(folder) / job.target.name
@@ -319,12 +329,24 @@ def replay_one(job: Job, settings: Settings) -> Row:
         raise
     except BagError as error:
         row |= {"state": "broken", "message": str(error)}
-    except (ParameterError, WeightsError, OSError):
+    except (ParameterError, WeightsError):
         raise
+    except OSError as error:
+        if not _is_of(job.source, error):
+            raise
+        row |= {"state": "broken", "message": f"{error.filename}: {error.strerror}"}
     except Exception as error:  # noqa: BLE001 - a fault of this program in one bag of many
         row |= {"state": "failed", "message": f"{job.source}: an unexpected fault, {type(error).__name__}: {error}"}
     row["seconds"] = round(time.perf_counter() - started, 3)
     return row
+
+
+def _is_of(bag: Path, error: OSError) -> bool:
+    """Whether a bag is at fault, one of whose files is in the way or cannot be read, and not the place to write to."""
+    if not isinstance(error.filename, (str, os.PathLike)) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return False
+    file = Path(os.fspath(error.filename))
+    return file == bag or bag in file.parents
 
 
 def write_tables(rows: list[Row], out: Path, unfinished: Path) -> list[Path]:
