@@ -71,6 +71,9 @@ class Recording:
             outputs = work()
         return graph.replay, outputs
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Recording, (self.device,)  # a copy has a stream and a pool of its own
+
 
 class Imitation:
     """Stands in for :class:`Recording` on any device: it repeats the work by calling the function again.
@@ -107,6 +110,14 @@ class CudaGraphs:
         self._recorder = recorder
         self._recorded: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"recorder": self._recorder, "enabled": self.enabled, "failure": self.failure}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has no recordings: they are of the weights of the original."""
+        self.__init__(state["recorder"])  # type: ignore[misc]
+        self.enabled, self.failure = state["enabled"], state["failure"]
 
     @classmethod
     def for_device(cls, device: torch.device) -> CudaGraphs | None:

@@ -237,13 +237,8 @@ class FeatureMatcher:
         if self.dtype == torch.float32 or isinstance(network, NearestNeighbour) or is_sound(found):
             return found
         self.repeated_in_float32 += 1
-        if self.graphs is not None:
-            return copy.deepcopy(network).float()(*inputs)  # recordings need the weights where they are
-        network.float()
-        try:
-            return network(*inputs)
-        finally:
-            self._to_precision(network)
+        # Of a copy: recordings need the weights where they are, and another thread may be running the network.
+        return copy.deepcopy(network).float()(*inputs)
 
     def _to_precision(self, network: Any) -> Any:
         # There oneDNN compiles its products for each number of points, and keeps what it compiled.

@@ -179,8 +179,7 @@ class FrontEnd:
         """Estimate the pose of the current frame, and decide if it becomes the reference."""
         reference, self.reference = self.reference, self.reference or current
         if reference is None or linked is None:
-            if self.parameters.refine or current.camera is not None:
-                self._view(current)  # now: the next image may come in the memory of this one
+            self._view(current)  # now: the next image may come in the memory of this one
             return None
         links, started = linked.links, time.perf_counter()
         pose = self.estimate_pose(reference, current, links)
@@ -210,9 +209,9 @@ class FrontEnd:
             motion = Motion(pair.pose.rotation, pair.pose.translation)
             self._last_motion = current, current.stamp - reference.stamp, motion
         if self._choice.takes(pair, self.parameters):
-            self.reference = current
+            self.reference, view = current, self._view(current)  # now, as for the first one
             if self.parameters.refine:
-                self._tracks.advance(self._view(current), pair.inliers)
+                self._tracks.advance(view, pair.inliers)
         return pair
 
     def _view(self, frame: Frame) -> View:

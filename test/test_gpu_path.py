@@ -6,6 +6,8 @@ On a GPU each such question makes the host wait until all that was begun before 
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -138,3 +140,14 @@ def test_whether_points_are_sure_is_not_asked_while_recording() -> None:
     for mask in (None, torch.ones(1, 30, dtype=torch.bool, device=META)):
         points = Points(states, states, mask, index, index)
         assert matcher.are_sure(points, points, 0).shape == ()
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda original: pickle.loads(pickle.dumps(original))])
+def test_a_matcher_with_recordings_can_be_copied_and_the_copy_records_anew(again: Any) -> None:
+    matcher = FeatureMatcher(matcher="nearest", device="cpu", precision="float32", max_keypoints=64)
+    matcher.graphs = CudaGraphs(Imitation())
+    image = np.random.default_rng(0).integers(0, 255, (96, 128), np.uint8)
+    expected = matcher.extract(image).numpy()
+    copied = again(matcher)
+    assert len(matcher.graphs) > 0 and copied.graphs is not None and len(copied.graphs) == 0
+    np.testing.assert_array_equal(copied.extract(image).numpy().keypoints, expected.keypoints)

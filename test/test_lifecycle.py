@@ -24,6 +24,7 @@ from std_srvs.srv import Trigger
 from kpmatch_ros.parameters import ParameterError
 from kpmatch_ros.ros import inputs
 from kpmatch_ros.ros import node as matcher
+from kpmatch_ros.ros.manager_bond import ManagerBond
 from kpmatch_ros.ros.node import MatcherNode
 from kpmatch_ros.srv import MatchFeatures
 
@@ -264,4 +265,26 @@ def test_a_best_effort_publisher_of_masks_leaves_the_images_reliable(
     spin_until(executor, lambda: reliability("mask") == ReliabilityPolicy.BEST_EFFORT)
     assert reliability("image") == reliability("camera_info") == ReliabilityPolicy.RELIABLE
     spin_until(executor, masks.get_subscription_count)
+    peer.destroy_node()
+
+
+def test_after_an_activation_that_failed_the_next_one_works(
+    make_node: MakeNode, executor: SingleThreadedExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = make_node(matcher="nearest", queue="all", autostart=False)
+    peer = rclpy.create_node("peer", context=executor.context)
+
+    def refuse(manager: ManagerBond, period: float) -> None:
+        raise RuntimeError("the middleware has no more room")
+
+    assert node.trigger_configure() == SUCCESS
+    with monkeypatch.context() as patched:
+        patched.setattr(ManagerBond, "form", refuse)
+        assert node.trigger_activate() == TransitionCallbackReturn.FAILURE
+    assert node.trigger_activate() == SUCCESS
+    images = peer.create_publisher(Image, "image", 10)
+    spin_until(executor, lambda: images.get_subscription_count() == 1)
+    images.publish(Image(height=48, width=64, encoding="mono8", step=64, data=bytes(48 * 64)))
+    spin_until(executor, lambda: node.monitor.values()["frames processed"] == "1")
+    assert node.monitor.values()["frames received"] == "1"
     peer.destroy_node()

@@ -229,3 +229,27 @@ def test_the_code_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_every_public_name_is_there() -> None:
     assert all(getattr(kpmatch_ros, name).__name__ == name for name in kpmatch_ros.__all__)
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_a_buffer_that_is_used_for_every_image_changes_no_result(texture: Any, refine: bool) -> None:
+    """`refine` is off for two frames, and the first frame has no calibration."""
+    wide = texture(240, 420, 3)
+    views = [np.ascontiguousarray(wide[:, 3 * i : 3 * i + 320]) for i in range(4)]
+    camera = Camera(320, 240, np.array([[300.0, 0, 160], [0, 300, 120], [0, 0, 1]]))
+    matcher = FeatureMatcher(matcher="nearest", device="cpu", precision="float32", max_keypoints=128)
+    found = []
+    for buffer in (None, np.empty_like(views[0])):
+        front_end = FrontEnd(matcher.parameters.replace({"refine": False}), matcher)
+        for i, view in enumerate(views):
+            if i == 2:
+                front_end.configure(front_end.parameters.replace({"refine": refine}))
+            if buffer is not None:
+                buffer[:] = view
+            pair = front_end.register([view if buffer is None else buffer], [i * 10**8], camera if i else None).pair
+            if pair is not None:
+                found.append((pair.points, pair.pose.rotation))
+    assert len(found) == 6
+    for (points, rotation), (again, turned) in zip(found[:3], found[3:]):
+        np.testing.assert_array_equal(points, again)
+        np.testing.assert_array_equal(rotation, turned)

@@ -181,9 +181,14 @@ class MatcherNode(LifecycleNode):
         super().on_activate(state)  # the publishers, before the first frame's results
         self._inbox = Inbox(self._parameters_in_force.queue == "latest", WAITING_MEMORY)
         self._inference.submit(self._process_frames, self._inbox, self._pipeline)
+        try:
+            if not self._parameters_in_force.autostart:  # a node that starts itself has no manager
+                self._bond.form(self._parameters_in_force.bond_heartbeat_period)
+        except BaseException:
+            self._stop_processing()
+            super().on_deactivate(state)
+            raise
         self._state = "active"
-        if not self._parameters_in_force.autostart:  # a node that starts itself has no manager
-            self._bond.form(self._parameters_in_force.bond_heartbeat_period)
         self.get_logger().info(f"active: waiting for images on {' and '.join(self._inputs.topics)}")
         return TransitionCallbackReturn.SUCCESS
 
