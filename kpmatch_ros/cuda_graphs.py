@@ -111,13 +111,9 @@ class CudaGraphs:
         self._recorded: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"recorder": self._recorder, "enabled": self.enabled, "failure": self.failure}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy has no recordings: they are of the weights of the original."""
-        self.__init__(state["recorder"])  # type: ignore[misc]
-        self.enabled, self.failure = state["enabled"], state["failure"]
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy has no recordings: they are of the weights of the original.
+        return CudaGraphs, (self._recorder,), {"enabled": self.enabled, "failure": self.failure}
 
     @classmethod
     def for_device(cls, device: torch.device) -> CudaGraphs | None:

@@ -277,8 +277,9 @@ def train(arguments: argparse.Namespace) -> None:
     for name, (_, fits) in built.items():
         if arguments.start is not None and not fits:
             log_line(f"{name} begins with random weights: --start {arguments.start} is of another architecture")
-    rates = {name: arguments.rate or RATES[arguments.kind, name] for name in built}
-    students = [Student(name, model, rates[name]) for name, (model, _) in built.items()]
+    students = [
+        Student(name, model, arguments.rate or RATES[arguments.kind, name]) for name, (model, _) in built.items()
+    ]
     extractors = load_extractors(arguments, device) if arguments.kind == "matching" else {}
     judges = {}  # a network that begins with random weights has none
     if arguments.kind == "matching":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -49,7 +48,8 @@ _STORAGE = re.compile(r".*\.(mcap|db3)(\.zstd)?")
 _FILES = (".mcap", ".db3", ".mcap.zstd", ".db3.zstd", ".bag")  # .bag is refused with the name of what converts it
 _SAMPLE = 4096  # bytes of a file's beginning, and of its end
 _OF_THE_MACHINE = ("device", "threads")  # parameters that another machine may have otherwise
-_OF_FILES = ("extractor", "matcher", "mask", "mask_right")  # parameters that may name files
+_OF_WEIGHTS = ("extractor", "matcher")  # parameters that name what is registered, or files
+_OF_FILES = (*_OF_WEIGHTS, "mask", "mask_right")  # parameters that may name files
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Settings:
         return {
             name: Path(text)
             for name, text in given.items()
-            if text and text not in REGISTRY and text != "nearest" and Path(text).exists()
+            if text and Path(text).exists() and not (name in _OF_WEIGHTS and (text in REGISTRY or text == "nearest"))
         }
 
     def described(self) -> dict[str, Any]:
@@ -342,11 +342,9 @@ def replay_one(job: Job, settings: Settings) -> Row:
 
 
 def _is_of(bag: Path, error: OSError) -> bool:
-    """Whether a bag is at fault, one of whose files is in the way or cannot be read, and not the place to write to."""
-    if not isinstance(error.filename, (str, os.PathLike)) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return False
-    file = Path(os.fspath(error.filename))
-    return file == bag or bag in file.parents
+    """Whether it is one of a bag's files that cannot be read, and not the place to write to."""
+    named = isinstance(error.filename, (str, os.PathLike))
+    return named and bag in (file := Path(error.filename), *file.parents)
 
 
 def write_tables(rows: list[Row], out: Path, unfinished: Path) -> list[Path]:

@@ -24,10 +24,10 @@ from kpmatch_ros.bags.mcap_file import McapFile
 from kpmatch_ros.bags.sqlite_file import SqliteFile
 from kpmatch_ros.bags.storage import Definition, StorageFile, from_zstd, type_name, zstd
 
-__all__ = ["BagError", "OutputError", "Raw", "Recording", "encodable"]
+__all__ = ["BagError", "OutputError", "Raw", "Recording", "encodable", "is_recording"]
 
 _SUFFIXES = (".mcap", ".db3")
-_ZSTD = b"\x28\xb5\x2f\xfd"  # what a compressed message begins with; one that is not begins with 0
+_ZSTD = b"\x28\xb5\x2f\xfd"  # what a compressed message or file begins with; a message that is not begins with 0
 
 
 class BagError(ValueError):
@@ -239,3 +239,11 @@ def _as_it_is_now(file: Path) -> Path:
 def _natural(path: Path) -> list[Any]:
     """bag_2.db3 comes before bag_10.db3."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.name)]
+
+
+def is_recording(file: Path) -> bool:
+    """Whether a file begins as those of bags do: MCAP, SQLite, or one compressed as a whole."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(16).startswith((mcap_file.MAGIC, sqlite_file.MAGIC, _ZSTD))

@@ -27,7 +27,7 @@ from kpmatch_ros.bags.files import (
     read_messages,
 )
 from kpmatch_ros.bags.html_report import HtmlReport
-from kpmatch_ros.bags.recording import encodable
+from kpmatch_ros.bags.recording import encodable, is_recording
 from kpmatch_ros.bags.report import Report
 from kpmatch_ros.bags.rerun_recording import RerunRecording
 from kpmatch_ros.bags.trajectory import Trajectory
@@ -155,18 +155,10 @@ def _check_place(file: Path, bag: Path, out: Path) -> None:
         raise BagError(f"{file}: belongs to the bag that is read; choose another name")
     if place.is_dir():
         raise BagError(f"{file}: is a folder; give the name of a file")
-    if (place.name == "metadata.yaml" and place.exists()) or _is_recording(place):
+    if (place.name == "metadata.yaml" and place.exists()) or is_recording(place):
         raise BagError(f"{file}: belongs to a bag; choose another name")
     if place.exists() and not place.is_file():  # /dev/null would become a file, and be one for all of the machine
         raise BagError(f"{file}: is a device or a pipe, which cannot be replaced; give the name of a file")
-
-
-def _is_recording(file: Path) -> bool:
-    """Whether a file begins as those of bags do: MCAP, SQLite, or one compressed as a whole."""
-    if not file.is_file():
-        return False
-    with file.open("rb") as stream:
-        return stream.read(8).startswith((b"\x89MCAP", b"SQLite", b"\x28\xb5\x2f\xfd"))
 
 
 def _process(
