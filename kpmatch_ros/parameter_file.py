@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import yaml
 
-from kpmatch_ros.parameters import ParameterError, Parameters, declaration, declarations, meant
+from kpmatch_ros.parameters import ParameterError, Parameters, declarations, meant
 
 __all__ = ["applies", "read_parameter_file", "read_sections", "unknown_keys", "unused_files", "without_effect"]
 
@@ -20,30 +19,64 @@ _FOREIGN = re.compile(r"use_sim_time|start_type_description_service|qos_override
 # Names of the node's topics, where parameters are given: other packages take topics as parameters.
 _TOPIC = re.compile(r"(left_|right_|left/|right/)?(image|camera_info|mask)(_topic|_raw)?")
 
+# How rcl_yaml_param_parser reads what stands without quotes.
+_TRUE = re.compile("y|Y|yes|Yes|YES|true|True|TRUE|on|On|ON")
+_FALSE = re.compile("n|N|no|No|NO|false|False|FALSE|off|Off|OFF")
+_INTEGER = re.compile("[-+]?(0x[0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)")
+_NUMBER = re.compile(r"[-+]?((\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|\.?inf|\.?nan)", re.ASCII | re.IGNORECASE)
+
 
 def read_sections(path: Path) -> list[tuple[str, Any]]:
     """The sections of a parameter file: the name of the node that each is for, and what its ros__parameters holds.
 
-    The name may be a pattern, and may be nested by namespace.
+    The name may be a pattern, and may be nested by namespace. A section may stand twice, and values are those that ROS
+    makes of their spelling (rcl_yaml_param_parser), which are not YAML's everywhere.
 
     Raises:
         ParameterError: when the file is no YAML.
         OSError: when it cannot be read.
     """
     try:
-        return list(_sections(yaml.safe_load(path.read_text())))
+        return list(_sections(yaml.compose(path.read_text(), _Loader)))
     except RecursionError as error:
         raise ParameterError(f"{path}: is nested too deeply for a parameter file") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, a date that is none
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParameterError(f"{path}: is no YAML file: {error}") from error
 
 
+class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As a node does, take no alias, which could stand for any amount of memory."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"ROS takes no alias,{str(self.peek_event().start_mark).rstrip()}")
+        return super().compose_node(parent, index)
+
+
 def _sections(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        if key == "ros__parameters":
-            yield path, value
+    for key, value in tree.value if isinstance(tree, yaml.MappingNode) else ():
+        if key.value == "ros__parameters":
+            yield path, _value(value)
         else:
-            yield from _sections(value, f"{path}/{str(key).strip('/')}")
+            yield from _sections(value, f"{path}/{str(key.value).strip('/')}")
+
+
+def _value(node: yaml.Node) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return {str(key.value): _value(value) for key, value in node.value}  # as with ROS, the last of a name counts
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item) for item in node.value]
+    text = str(node.value)
+    if node.style is not None:  # in quotes
+        return text
+    if not text:
+        return None
+    if _TRUE.fullmatch(text) or _FALSE.fullmatch(text):
+        return bool(_TRUE.fullmatch(text))
+    if _INTEGER.fullmatch(text):
+        octal = re.fullmatch("[-+]?0[0-7]+", text)
+        number = int(text, 8 if octal else 0)
+        return number if -(1 << 63) <= number < 1 << 63 else float(number)
+    return float(text.lower().replace(".i", "i").replace(".n", "n")) if _NUMBER.fullmatch(text) else text
 
 
 def applies(section: str, node_name: str) -> bool:
@@ -132,9 +165,6 @@ def read_parameter_file(
         for name, value in values.items():
             if _FOREIGN.fullmatch(str(name)) or str(name) in unknown:
                 continue
-            if isinstance(value, str) and declaration(str(name)).type is float:
-                with suppress(ValueError):
-                    value = float(value)  # to ROS 1e-3 is a number; YAML 1.1 wants a point in it
             changes[str(name)] = value
     try:
         return Parameters.given({**changes, **options})

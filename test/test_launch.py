@@ -234,7 +234,7 @@ def test_a_missing_parameter_file_stops_the_launch(capsys: pytest.CaptureFixture
     assert "process started" not in output
 
 
-@pytest.mark.parametrize("content", ["a: [", "date: 2024-13-45", "a: &a [*a]", "\xff"])
+@pytest.mark.parametrize("content", ["a: [", "a: &a [*a]", "\xff"])
 def test_a_parameter_file_that_is_no_yaml_is_named(params_file: Path, content: str) -> None:
     params_file.write_text(content, encoding="latin-1")
     with pytest.raises(RuntimeError, match=f"params_file: {params_file}: is n"):

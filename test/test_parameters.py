@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from kpmatch_ros.parameter_file import applies, read_parameter_file
+from kpmatch_ros.parameter_file import applies, read_parameter_file, read_sections
 from kpmatch_ros.parameters import (
     PROFILES,
     Declaration,
@@ -164,6 +164,55 @@ def test_a_profile_chooses_together_and_what_is_set_by_hand_wins(tmp_path: Path)
     file.write_text("/**:\n  ros__parameters:\n    max_keypoints: 300\n")
     mixed = read_parameter_file(file, options={"profile": "fast"})
     assert (mixed.matcher, mixed.max_keypoints) == ("lightglue-superpoint-open-fast", 300)
+
+
+SPELLINGS = """
+y N on No true FALSE 1_000 1:30 0x10 -0x1F 010 -010 08 +5 -0 1e-3 1E3 .5 5. -.5e2 .inf -.INF .nan inf nan 2024-01-01
+99999999999 0b11 0o17 1d ~ null '5' "true" 'y' /dev/null nearest
+""".split()
+
+
+def test_values_are_those_that_a_node_makes_of_their_spelling(tmp_path: Path) -> None:
+    import rclpy
+    from rclpy.node import Node
+
+    file = tmp_path / "parameters.yaml"
+    lines = "".join(f"    p{number}: {text}\n" for number, text in enumerate(SPELLINGS))
+    file.write_text(f"/**:\n  ros__parameters:\n{lines}")
+    context = rclpy.Context()
+    rclpy.init(context=context, args=["--ros-args", "--params-file", str(file)])
+    node = Node(
+        "matcher",
+        context=context,
+        automatically_declare_parameters_from_overrides=True,
+        start_parameter_services=False,
+        enable_rosout=False,
+    )
+    try:
+        expected = {text: node.get_parameter(f"p{number}").value for number, text in enumerate(SPELLINGS)}
+    finally:
+        node.destroy_node()
+        rclpy.shutdown(context=context)
+    ((_, values),) = read_sections(file)
+    found = dict(zip(SPELLINGS, values.values()))
+    # by their text, as nan is not nan, nor is True 1
+    assert {text: repr(value) for text, value in found.items()} == {
+        text: repr(value) for text, value in expected.items()
+    }
+
+
+def test_a_section_may_stand_twice(tmp_path: Path) -> None:
+    file = tmp_path / "parameters.yaml"
+    section = "/**:\n  ros__parameters:\n"
+    file.write_text(f"{section}    max_keypoints: 300\n    border: 7\n{section}    max_keypoints: 301\n")
+    assert read_parameter_file(file) == Parameters(max_keypoints=301, border=7)
+
+
+def test_what_a_node_does_not_take_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "parameters.yaml"
+    file.write_text("/a: &a {ros__parameters: {border: 7}}\n/matcher: *a\n")
+    with pytest.raises(ParameterError, match="is no YAML file: ROS takes no alias.*line 2"):
+        read_parameter_file(file)
 
 
 @pytest.mark.parametrize("section", ["/matcher(", "/[matcher", "/m.tcher", "/matcher?", "/matche+r"])
