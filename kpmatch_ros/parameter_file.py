@@ -65,6 +65,7 @@ def _value(node: yaml.Node) -> Any:
         return {str(key.value): _value(value) for key, value in node.value}  # as with ROS, the last of a name counts
     if isinstance(node, yaml.SequenceNode):
         return [_value(item) for item in node.value]
+    assert isinstance(node, yaml.ScalarNode)
     text = str(node.value)
     if node.style is not None:  # in quotes
         return text

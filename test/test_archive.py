@@ -189,6 +189,29 @@ def test_bags_are_found_in_every_form_that_recorders_leave(tmp_path: Path) -> No
     assert [str(job.target) for job in jobs] == ["out/i/four_db3_zstd", "out/i/three_mcap_zstd"]
 
 
+def test_a_bag_has_the_name_of_the_place_where_it_lies_whatever_links_lead_there(tmp_path: Path) -> None:
+    for name in ("runs/monday/day_0.mcap", "runs/tuesday/metadata.yaml", "runs/tuesday/x_0.db3"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "wednesday.mcap").touch()
+    (tmp_path / "runs" / "a_link").symlink_to("tuesday")
+    (tmp_path / "runs" / "latest").symlink_to("monday")
+    (tmp_path / "runs" / "far").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "runs" / "farther").symlink_to(tmp_path / "elsewhere")
+    found = [str(path.relative_to(tmp_path / "runs")) for path in find_bags(tmp_path / "runs")]
+    assert found == ["far/wednesday.mcap", "monday/day_0.mcap", "tuesday"]
+
+
+def test_a_name_too_long_for_what_is_written_costs_no_other_bag(run: Run, bags: Path, tmp_path: Path) -> None:
+    for length in (240, 255):
+        shutil.copytree(bags / "monday" / "a", bags / ("n" * length))
+    assert run(bags, tmp_path / "out", *QUICK)[0] == 0
+    rows = table(tmp_path / "out")
+    assert rows["n" * 240]["state"] == rows["monday/a"]["state"] == "done"
+    assert rows["n" * 255]["state"] == "broken" and "File name too long" in rows["n" * 255]["message"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -460,7 +460,7 @@ def test_being_stopped_leaves_no_half_bag_behind(
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     end = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.*/out/*")):  # until it is writing
+    while not list(tmp_path.glob(".kpmatch.*/out/*")):  # until it is writing
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
     process.send_signal(sent)

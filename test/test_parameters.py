@@ -166,10 +166,13 @@ def test_a_profile_chooses_together_and_what_is_set_by_hand_wins(tmp_path: Path)
     assert (mixed.matcher, mixed.max_keypoints) == ("lightglue-superpoint-open-fast", 300)
 
 
-SPELLINGS = """
-y N on No true FALSE 1_000 1:30 0x10 -0x1F 010 -010 08 +5 -0 1e-3 1E3 .5 5. -.5e2 .inf -.INF .nan inf nan 2024-01-01
-99999999999 0b11 0o17 1d ~ null '5' "true" 'y' /dev/null nearest
-""".split()
+# fmt: off
+SPELLINGS = [
+    "y", "N", "on", "No", "true", "FALSE", "1_000", "1:30", "0x10", "-0x1F", "010", "-010", "08", "+5", "-0", "1e-3",
+    "1E3", ".5", "5.", "-.5e2", ".inf", "-.INF", ".nan", "inf", "nan", "2024-01-01", "99999999999", "0b11", "0o17",
+    "1d", "~", "null", "'5'", '"true"', "'y'", "/dev/null", "nearest",
+]
+# fmt: on
 
 
 def test_values_are_those_that_a_node_makes_of_their_spelling(tmp_path: Path) -> None:
@@ -211,7 +214,7 @@ def test_a_section_may_stand_twice(tmp_path: Path) -> None:
 def test_what_a_node_does_not_take_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "parameters.yaml"
     file.write_text("/a: &a {ros__parameters: {border: 7}}\n/matcher: *a\n")
-    with pytest.raises(ParameterError, match="is no YAML file: ROS takes no alias.*line 2"):
+    with pytest.raises(ParameterError, match=r"is no YAML file: ROS takes no alias.*line 2"):
         read_parameter_file(file)
 
 

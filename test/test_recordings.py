@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import sqlite3
@@ -330,6 +331,27 @@ def test_ten_files_are_read_in_the_order_of_their_numbers(bag: Path, tmp_path: P
     change_metadata(bag, lambda tree: tree.update(relative_file_paths=[]))
     remarks = remarks_of(bag)
     assert f"bag_1{file.suffix}, bag_2{file.suffix}, bag_10{file.suffix}" in remarks
+
+
+def test_a_bag_may_have_more_files_than_a_process_may_have_open(bag: Path) -> None:
+    (file,) = (path for path in bag.iterdir() if path.name != "metadata.yaml")
+    names = [f"bag_{number}{file.suffix}" for number in range(80)]
+    for name in names[1:]:
+        shutil.copy(file, bag / name)
+    file.rename(bag / names[0])
+    change_metadata(bag, lambda tree: tree.update(relative_file_paths=names))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 40, limits[1]))
+    try:
+        assert stamps_of(bag) == STAMPS * 80
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_file_that_is_named_twice_is_read_once(bag: Path) -> None:
+    change_metadata(bag, lambda tree: tree.update(relative_file_paths=tree["relative_file_paths"] * 2))
+    assert stamps_of(bag) == STAMPS
 
 
 # damaged MCAP

@@ -18,6 +18,7 @@ import shutil
 import socket
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,21 +136,25 @@ def find_bags(folder: Path) -> list[Path]:
     """
     found: list[Path] = []
     seen: set[str] = set()
+    tops = deque([folder])
 
     def unreadable(error: OSError) -> None:
         found.append(Path(error.filename))
 
-    for place, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        here, real = Path(place), os.path.realpath(place)
-        if real in seen:  # links in a circle
-            folders.clear()
-        elif _is_bag(here, files):
-            found.append(here)
-            folders.clear()
-        else:
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            found += [here / name for name in files if name.endswith(_FILES) and not name.startswith(".")]
-        seen.add(real)
+    while tops:
+        for place, folders, files in os.walk(tops.popleft(), onerror=unreadable):
+            here, real = Path(place), os.path.realpath(place)
+            if real in seen:  # links in a circle
+                folders.clear()
+            elif _is_bag(here, files):
+                found.append(here)
+                folders.clear()
+            else:
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                # Links come last, so that a bag has the name of the place where it lies: "latest" is another one soon.
+                tops += [here / name for name in folders if (here / name).is_symlink()]
+                found += [here / name for name in files if name.endswith(_FILES) and not name.startswith(".")]
+            seen.add(real)
     if found == [folder]:
         raise BagError(f"{folder}: is one bag, not a folder with bags in it; kpmatch bag replays it")
     if not found:

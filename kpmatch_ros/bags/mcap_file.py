@@ -62,7 +62,7 @@ class _Chunk(NamedTuple):
 
 
 class McapFile:
-    """An open MCAP file.
+    """An MCAP file. It is open only while it is read: a bag may have more files than a process may have open.
 
     Attributes:
         channels: by id.
@@ -79,25 +79,20 @@ class McapFile:
         self._schemas: dict[int, tuple[str, Definition]] = {}
         self._chunks: list[_Chunk] = []
         self._loose: list[tuple[int, int]] = []  # log times and places of messages outside any chunk
-        self._file: BinaryIO = path.open("rb")
-        try:
+        self._path = path
+        self._file: BinaryIO
+        with path.open("rb") as self._file:
             self._open()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
     def messages(self, ids: Collection[int]) -> Iterator[tuple[int, int, bytes]]:
         """The messages of some channels in the order of their log times: channel, log time, content."""
         chunks = [chunk for chunk in self._chunks if not chunk.channels or not chunk.channels.isdisjoint(ids)]
         sources = [self._of_chunk(number, chunk, ids) for number, chunk in enumerate(chunks)]
         sources.append(self._of_loose(len(chunks), ids))
-        for time, _, _, channel, content in heapq.merge(*sources):
-            if content is not None:
-                yield channel, time, content
+        with self._path.open("rb") as self._file:
+            for time, _, _, channel, content in heapq.merge(*sources):
+                if content is not None:
+                    yield channel, time, content
 
     def _of_chunk(
         self, number: int, chunk: _Chunk, ids: Collection[int]

@@ -86,7 +86,7 @@ class Recording:
         self._compare_with_metadata()
 
     def close(self) -> None:
-        """Close all files."""
+        """Remove what was decompressed."""
         self._stack.close()
 
     def messages(self, topics: Collection[str]) -> Iterator[Raw]:
@@ -129,7 +129,7 @@ class Recording:
                 raise BagError(f"{folder}: cannot be read: it has no .mcap or .db3 file")
             self.remarks.append(f"metadata.yaml names no files: read were {', '.join(file.name for file in present)}")
             return present
-        listed = [_as_it_is_now(folder / name) for name in names]
+        listed = list(dict.fromkeys(_as_it_is_now(folder / name) for name in names))  # one may be named twice
         if missing := [file.name for file in listed if not file.is_file()]:
             raise BagError(
                 f"{folder}: cannot be read: files that metadata.yaml names are missing: {', '.join(missing)}"
@@ -185,7 +185,6 @@ class Recording:
             storage = SqliteFile(path)
         else:
             storage = McapFile(path)
-        self._stack.callback(storage.close)
         self._files.append(storage)
         for key, channel in storage.channels.items():
             if channel.encoding != "cdr":

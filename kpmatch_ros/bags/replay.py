@@ -92,6 +92,11 @@ def replay(
     if len(cameras) != 1 + stereo:
         raise ValueError(f"mode {parameters.mode} with {len(cameras)} cameras")
     check_odometry(parameters)
+    try:
+        os.lstat(out.with_name(f"{out.name}.mcap"))  # the longest name that will be written
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise BagError(f"{out}: cannot be written: {error.strerror}; choose another name") from error
     if out.exists() or out.is_symlink():
         raise BagError(f"{out}: exists already; remove it or choose another name")
     if bag.resolve() in out.resolve().parents:
@@ -122,7 +127,7 @@ def replay(
         wanted = {"/tf", *(["features"] if features else []), *(["match_image"] if match_image else [])}
         wanted |= {"landmarks"} if landmarks else set()
         recording = None
-        title = encodable(f"Matches of {bag.name}")
+        title = encodable(f"Matches of {bag.resolve().name}")
         if file is not None:
             recording = stack.enter_context(RerunRecording(file, cameras[0].num_images, title, metric=stereo))
         watchers = [each for each in (shown, recording) if each is not None]
@@ -260,7 +265,7 @@ def _whole_or_not(path: Path) -> Iterator[Path]:
     Where `path` is a link, the file that it names is written.
     """
     target = path.resolve()
-    folder = target.parent / f".{path.name}.{secrets.token_hex(8)}"
+    folder = target.parent / f".kpmatch.{secrets.token_hex(8)}"  # the name itself may be as long as names can be
     place = folder / path.name
     try:
         folder.mkdir(mode=0o700)  # in here, so that it is removed where a signal comes at once

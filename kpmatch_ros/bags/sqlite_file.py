@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 from collections.abc import Collection, Iterator
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,7 +18,7 @@ _FORMATS = {"ros2msg": "msg", "ros2idl": "idl"}
 
 
 class SqliteFile:
-    """An open .db3 file. It is only read: nothing is written beside it either.
+    """A .db3 file. It is open only while it is read, and only read: nothing is written beside it either.
 
     Attributes:
         channels: by id.
@@ -34,51 +35,54 @@ class SqliteFile:
         # shared memory, a file beside the bag. With an exclusive lock it keeps that to itself, and with the file system
         # layer "unix-none" the lock is none: the medium may be read-only. Without a log nothing needs a lock.
         access = "mode=ro&vfs=unix-none" if left else "immutable=1"
-        self._database = sqlite3.connect(f"file:{quote(str(path.absolute()))}?{access}", uri=True)
-        self._database.text_factory = lambda content: content.decode(errors="replace")
-        try:
-            if left:
-                self._database.execute("PRAGMA locking_mode=EXCLUSIVE")
-            self.channels, self.counts = self._read_topics()
-        except BaseException:
-            self._database.close()
-            raise
-
-    def close(self) -> None:
-        """Close the file."""
-        self._database.close()
+        self._address, self._with_log = f"file:{quote(str(path.absolute()))}?{access}", left
+        with closing(self._opened()) as database:
+            self.channels, self.counts = _read_topics(database)
 
     def messages(self, ids: Collection[int]) -> Iterator[tuple[int, int, bytes]]:
         """The messages of some channels in the order of recording: channel, nanoseconds, content."""
         marks = ", ".join("?" for _ in ids)
-        # Contents are fetched one by one. Where there is no index by time, as some tools write none, SQLite sorts what
-        # it is asked for in a temporary file, which would be as large as the bag.
-        for place, channel, time in self._database.execute(
-            f"SELECT rowid, topic_id, timestamp FROM messages WHERE topic_id IN ({marks}) ORDER BY timestamp, id",
-            tuple(ids),
-        ):
-            found = self._database.execute("SELECT data FROM messages WHERE rowid = ?", (place,)).fetchone()
-            content = None if found is None else found[0]
-            if not isinstance(time, int) or not isinstance(content, bytes):
-                raise ValueError("the database is malformed: a message has no time or no content")
-            yield channel, time, content
-
-    def _read_topics(self) -> tuple[dict[int, Channel], Counter[int]]:
-        names = {name for (name,) in self._database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if not {"messages", "topics"} <= names:
-            raise ValueError("the database has no tables of messages and topics")
-        definitions: dict[str, Definition] = {}
-        if "message_definitions" in names:
-            for name, encoding, text in self._database.execute(
-                "SELECT topic_type, encoding, encoded_message_definition FROM message_definitions"
+        with closing(self._opened()) as database:
+            # Contents are fetched one by one. Where there is no index by time, as some tools write none, SQLite sorts
+            # what it is asked for in a temporary file, which would be as large as the bag.
+            for place, channel, time in database.execute(
+                f"SELECT rowid, topic_id, timestamp FROM messages WHERE topic_id IN ({marks}) ORDER BY timestamp, id",
+                tuple(ids),
             ):
-                form = _FORMATS.get(encoding, "")
-                definitions[str(name)] = Definition(form, str(text).encode() if form else b"")
-        channels = {}
-        for key, topic, kind, encoding in self._database.execute(
-            "SELECT id, name, type, serialization_format FROM topics ORDER BY id"
+                found = database.execute("SELECT data FROM messages WHERE rowid = ?", (place,)).fetchone()
+                content = None if found is None else found[0]
+                if not isinstance(time, int) or not isinstance(content, bytes):
+                    raise ValueError("the database is malformed: a message has no time or no content")
+                yield channel, time, content
+
+    def _opened(self) -> sqlite3.Connection:
+        database = sqlite3.connect(self._address, uri=True)
+        database.text_factory = lambda content: content.decode(errors="replace")
+        if self._with_log:
+            try:
+                database.execute("PRAGMA locking_mode=EXCLUSIVE")
+            except BaseException:
+                database.close()
+                raise
+        return database
+
+
+def _read_topics(database: sqlite3.Connection) -> tuple[dict[int, Channel], Counter[int]]:
+    names = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if not {"messages", "topics"} <= names:
+        raise ValueError("the database has no tables of messages and topics")
+    definitions: dict[str, Definition] = {}
+    if "message_definitions" in names:
+        for name, encoding, text in database.execute(
+            "SELECT topic_type, encoding, encoded_message_definition FROM message_definitions"
         ):
-            none = Definition("", b"")
-            channels[int(key)] = Channel(str(topic), str(kind), str(encoding), definitions.get(str(kind), none))
-        counts = Counter(dict(self._database.execute("SELECT topic_id, COUNT(*) FROM messages GROUP BY topic_id")))
-        return channels, counts
+            form = _FORMATS.get(encoding, "")
+            definitions[str(name)] = Definition(form, str(text).encode() if form else b"")
+    channels = {}
+    for key, topic, kind, encoding in database.execute(
+        "SELECT id, name, type, serialization_format FROM topics ORDER BY id"
+    ):
+        none = Definition("", b"")
+        channels[int(key)] = Channel(str(topic), str(kind), str(encoding), definitions.get(str(kind), none))
+    counts = Counter(dict(database.execute("SELECT topic_id, COUNT(*) FROM messages GROUP BY topic_id")))
+    return channels, counts

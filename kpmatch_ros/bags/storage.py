@@ -36,16 +36,13 @@ class Channel(NamedTuple):
 
 
 class StorageFile(Protocol):
-    """An open file of a bag; `counts` are messages by channel."""
+    """A file of a bag; `counts` are messages by channel."""
 
     channels: dict[int, Channel]
     counts: Counter[int]
 
     def messages(self, ids: Collection[int]) -> Iterator[tuple[int, int, bytes]]:
         """The messages of some channels in the order of recording: channel, nanoseconds, content."""
-
-    def close(self) -> None:
-        """Close the file."""
 
 
 def type_name(spelling: str) -> str:

@@ -103,7 +103,7 @@ def _export(options: argparse.Namespace) -> int:
     try:
         check_exportable(networks.extractor, networks.matcher)
         # Whole or not at all: a folder that is there can be used.
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kpmatch.") as folder:
             parity, said = _write(Path(folder, "out"), networks, options, pictures)
             os.replace(Path(folder, "out"), target)
     except ExportError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -91,6 +92,8 @@ def _match(options: argparse.Namespace) -> int:
     picture = options.save
     if picture is None and not options.json:
         picture = Path(f"{options.image_a.stem}_{options.image_b.stem}_matches.png")
+        if len(os.fsencode(picture)) > os.pathconf(".", "PC_NAME_MAX"):
+            raise CommandError(f"{picture}: is too long for a file's name; name one with --save")
     elif picture is not None:
         _check_picture_file(picture)
     image_a, image_b = read_image(options.image_a), read_image(options.image_b)

@@ -137,7 +137,7 @@ def convert(source: str | Path, target: Path, extractor: str | Path | None = Non
         config, tensors = _folder_content(source, networks)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Everything is written and read back beside the target, so that it appears whole or not at all.
-    workplace = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    workplace = Path(tempfile.mkdtemp(dir=target.parent, prefix=".kpmatch."))
     try:
         content = workplace / target.name
         folder = workplace if single_file else content
