@@ -81,8 +81,7 @@ def triangulate(
     """
     found = StereoPoints.of(np.asarray(left, np.float64), np.asarray(right, np.float64), camera)
     x, y, inverse_depth = found.points
-    # Of points, both images err by a pixel there. Here the right one alone errs, against the left one.
-    spread = np.sqrt(found.covariances[2, 2] / 2) * pixel_sigmas
+    spread = found.inverse_depth_sigmas() * pixel_sigmas
     known = found.deep & (inverse_depth > _FROM_INFINITY * spread)
     inverse_depth = np.where(known, inverse_depth, np.nan)
     rays = np.stack([x, y, np.ones_like(x)], axis=1)

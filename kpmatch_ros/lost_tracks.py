@@ -92,7 +92,7 @@ class LostTracks:
             shapes=found.shapes,
             sigmas=np.hypot(found.sigmas, again.anchors),
             indices=np.concatenate([keypoints, np.full(len(more), NOT_DETECTED)])[:room].astype(np.int64),
-            rays=np.full_like(again.rays, np.nan),
+            sights=np.full_like(again.sights, np.nan),
             landmarks=np.full_like(again.landmarks, np.nan),
         )
 

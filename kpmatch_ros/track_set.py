@@ -38,7 +38,7 @@ class TrackSet(ParallelArrays):
     shapes: np.ndarray  # (T, 2, 2) float32: an offset in the patch, times this, is the offset in the image
     anchors: np.ndarray  # (T,) float32 standard deviation of where the patch was cut, pixels
     templates: np.ndarray  # (T,) int64 rows of Templates
-    rays: np.ndarray  # (T, FRAMES, 2) float32 x/z and y/z in the last frames, this image last; NaN where not known
+    sights: np.ndarray  # (T, FRAMES, 5) float32, see structure.py, in the last frames, this one last; NaN: not known
     landmarks: np.ndarray  # (T, 4) float32, of lost ones: homogeneous point in this camera's frame; NaN where not known
 
     def __len__(self) -> int:

@@ -16,7 +16,7 @@ from kpmatch_ros.geometry.flow import tree
 from kpmatch_ros.geometry.patches import Alignment, align, cut, inside, no_change
 from kpmatch_ros.geometry.pose import RelativePose
 from kpmatch_ros.geometry.refinement import align_matches, longest_step
-from kpmatch_ros.geometry.structure import FRAMES, Structure, Window, place, project, triangulate
+from kpmatch_ros.geometry.structure import FRAMES, Structure, Window, place, project, sights, triangulate
 from kpmatch_ros.lost_tracks import LostTracks
 from kpmatch_ros.track_search import View, find_places, keypoint_sigma
 from kpmatch_ros.track_set import (
@@ -183,21 +183,21 @@ class Tracks:
         tracks, rows, (camera0, camera1) = self._reference, self._rows, cameras
         if camera0 is None or camera1 is None or pose.inliers is None or not pose.status.is_certain:
             return links, pose
-        tracks.rays[:, -1] = camera0.normalise(tracks.points)
-        rays = np.full((len(self._window) + 1, 2, len(tracks)), np.nan, np.float32)  # of all tracks of the reference
-        rays[:-1] = tracks.rays[:, -len(self._window) :].transpose(1, 2, 0)
-        rays[-1][:, rows] = camera1.normalise(links.points).T
-        seen = np.isfinite(rays[:, 0])
-        agree = rows[pose.inliers & seen[-2:, rows].all(axis=0)]
+        tracks.sights[:, -1] = sights(camera0, tracks.points)
+        seen = np.full((len(self._window) + 1, 5, len(tracks)), np.nan, np.float32)  # of all tracks of the reference
+        seen[:-1] = tracks.sights[:, -len(self._window) :].transpose(1, 2, 0)
+        seen[-1][:, rows] = sights(camera1, links.points).T
+        known_in = np.isfinite(seen[:, 0])
+        agree = rows[pose.inliers & known_in[-2:, rows].all(axis=0)]
         noise = max(_NOISE, _NOISE_SIGMAS * float(np.median(links.sigmas))) / camera1.focal
-        scene = Structure.of(self._window, rays[:, :, agree], (pose.rotation, pose.translation), noise)
+        scene = Structure.of(self._window, seen[:, :, agree], (pose.rotation, pose.translation), noise)
         wrong = scene.contradicts(_FALSE_END)
         known, self._astray = agree[~wrong], agree[wrong]
-        lost = seen[-2] & (tracks.ids > 0)
+        lost = known_in[-2] & (tracks.ids > 0)
         lost[known] = False
-        again, found = self._search(current, camera1, rays, np.flatnonzero(lost), known, scene.select(~wrong))
+        again, found = self._search(current, camera1, seen, np.flatnonzero(lost), known, scene.select(~wrong))
 
-        stays = seen[:-1].sum(axis=0) == 1
+        stays = known_in[:-1].sum(axis=0) == 1
         stays[agree], stays[known], stays[again] = False, True, False
         stay = stays[rows]
         stay &= np.isin(rows, known) | apart(links.points, found.points, 1.0)  # what was found contradicts nothing
@@ -214,7 +214,7 @@ class Tracks:
         following.indices[:] = attach(following.points, following.indices, current.keypoints)
         following = following.select(order)
         self._rows = np.concatenate([rows[stay], again])[order]
-        following.rays[:, :-1] = tracks.rays[self._rows, 1:]
+        following.sights[:, :-1] = tracks.sights[self._rows, 1:]
         self._current, self._ahead = following, (scene.cameras, camera1)
         settled = Links(
             indices=np.stack([tracks.indices[self._rows], following.indices], axis=1).astype(np.int64),
@@ -231,7 +231,7 @@ class Tracks:
         self,
         current: View,
         camera: Camera,
-        rays: np.ndarray,
+        seen: np.ndarray,
         lost: np.ndarray,
         known: np.ndarray,
         scene: Structure,
@@ -241,7 +241,7 @@ class Tracks:
         Args:
             current: the image to search.
             camera: its calibration.
-            rays: (F, 2, T) of all tracks of the reference.
+            seen: (F, 5, T) sights of all tracks of the reference.
             lost: (R,) the tracks to search for.
             known: (K,) the tracks whose points are known.
             scene: these points.
@@ -258,15 +258,15 @@ class Tracks:
         spread = np.median(np.abs(depths - middle[:, None]), axis=1) + _LEAST_SPREAD * np.abs(middle)
         spread = np.maximum(spread, _KNOWN * scene.noise)  # all are 0 where a camera has only turned
         before = Window(scene.cameras.rotations[:-1], scene.cameras.translations[:-1])
-        landmarks = triangulate(before, rays[:-1][:, :, lost], prior=middle, information=(scene.noise / spread) ** 2)
+        landmarks = triangulate(before, seen[:-1][:, :, lost], prior=middle, information=(scene.noise / spread) ** 2)
         x, y, inverse_depths = landmarks
         tracks.landmarks[lost] = np.stack([x, y, np.ones_like(x), inverse_depths], axis=1)
         expected = camera.project(project(scene.cameras, landmarks).T).astype(np.float32)
         visible = inside(expected, image)
         lost, landmarks, expected = lost[visible], landmarks[:, visible], expected[visible]
         found = align(self._templates.patches[tracks.templates[lost]], image, expected, tracks.shapes[lost])
-        seen = rays[:, :, lost]
-        seen[-1] = camera.normalise(found.points).T
+        seen = seen[:, :, lost]
+        seen[-1] = sights(camera, found.points).T
         good = found.good & np.isfinite(seen[-1, 0])
         good[good] = ~current.hides(found.points[good])
         good &= ~place(scene.cameras, landmarks, seen, scene.noise).contradicts(_FALSE_FIND)
@@ -295,7 +295,7 @@ class Tracks:
         self._lost.remember(reference.select(ended), self.memory)
         tracks = self._current.select(agree)
         if self._ahead is None:
-            self._window, tracks.rays[:] = Window.start(), np.nan
+            self._window, tracks.sights[:] = Window.start(), np.nan
         else:
             self._window = self._ahead[0].advance()
         candidates = np.flatnonzero(without(len(current.keypoints), tracks.indices))
@@ -321,7 +321,7 @@ class Tracks:
             shapes=no_change(count),
             anchors=np.zeros(count, np.float32),
             templates=self._templates.add(cut(view.pixels, points), view.descriptors[indices]),
-            rays=np.full((count, FRAMES, 2), np.nan, np.float32),
+            sights=np.full((count, FRAMES, 5), np.nan, np.float32),
             landmarks=np.full((count, 4), np.nan, np.float32),
         )
 

@@ -3,7 +3,8 @@
  * As of geometry.c, the NumPy code of these names describes the algorithms: a change of one is a change of the other,
  * and test/test_compiled_tracks.py compares them. Nothing is kept from call to call, and no memory is taken.
  *
- * Cameras are (F, 12): a rotation (3, 3) and a translation each. Rays are (F, 2, T), NaN where they are not known.
+ * Cameras are (F, 12): a rotation (3, 3) and a translation each. Sights are (F, 5, T): a ray, NaN where it is not
+ * known, and the factors that whiten residuals there.
  */
 #include "geometry.h"
 
@@ -17,6 +18,7 @@
 
 enum {
     BLOCK = 64, /* points at a time: their sums stay in the nearest cache */
+    SIGHT = 5,  /* numbers of a sight */
     MOTION = 6  /* numbers of a motion */
 };
 
@@ -31,14 +33,34 @@ INLINE ptrdiff_t block_size(int64_t count, int64_t from)
     return (ptrdiff_t)(count - from < BLOCK ? count - from : BLOCK);
 }
 
+/* What makes the errors of a sight alike; nothing of a residual is left where it is not known. */
+typedef struct {
+    float known; /* 1 or 0 */
+    float xx, yx, yy;
+} Whitening;
+
+INLINE Whitening whitening(const float *ray, int64_t count)
+{
+    const float known = is_known(*ray);
+    const Whitening white = {known, or_zero(ray[2 * count], known), or_zero(ray[3 * count], known),
+                             or_zero(ray[4 * count], known)};
+    return white;
+}
+
+INLINE void whiten(const Whitening *white, float *residual)
+{
+    residual[1] = white->yx * residual[0] + white->yy * residual[1];
+    residual[0] *= white->xx;
+}
+
 /* 1/z (T,) of points by least squares, with what is expected (T,) and how much that counts (T,). */
 FOR_EACH_PROCESSOR
-void kpmatch_triangulate(int64_t frames, int64_t count, const float *cameras, const float *rays, int64_t reference,
+void kpmatch_triangulate(int64_t frames, int64_t count, const float *cameras, const float *sights, int64_t reference,
                          const float *prior, const float *information, float *inverse)
 {
     for (int64_t from = 0; from < count; from += BLOCK) {
         const ptrdiff_t n = block_size(count, from);
-        const float *restrict x = rays + 2 * reference * count + from, *restrict y = x + count;
+        const float *restrict x = sights + SIGHT * reference * count + from, *restrict y = x + count;
         float top[BLOCK], bottom[BLOCK];
         for (ptrdiff_t i = 0; i < n; i++) {
             top[i] = prior[from + i] * information[from + i];
@@ -46,16 +68,19 @@ void kpmatch_triangulate(int64_t frames, int64_t count, const float *cameras, co
         }
         for (int64_t f = 0; f < frames; f++) {
             const float *r = cameras + 12 * f, *t = r + 9;
-            const float *restrict u = rays + 2 * f * count + from, *restrict v = u + count;
+            const float *restrict u = sights + SIGHT * f * count + from, *restrict v = u + count;
 #pragma omp simd
             for (ptrdiff_t i = 0; i < n; i++) {
-                const float known = is_known(u[i]), seen_x = or_zero(u[i], known), seen_y = or_zero(v[i], known);
+                const Whitening white = whitening(u + i, count);
+                const float seen_x = or_zero(u[i], white.known), seen_y = or_zero(v[i], white.known);
                 const float z = r[6] * x[i] + r[7] * y[i] + r[8];
-                const float along_x = (t[0] - seen_x * t[2]) * known, along_y = (t[1] - seen_y * t[2]) * known;
-                const float apart_x = seen_x * z - (r[0] * x[i] + r[1] * y[i] + r[2]);
-                const float apart_y = seen_y * z - (r[3] * x[i] + r[4] * y[i] + r[5]);
-                top[i] += along_x * apart_x + along_y * apart_y;
-                bottom[i] += along_x * along_x + along_y * along_y;
+                float along[2] = {t[0] - seen_x * t[2], t[1] - seen_y * t[2]}, apart[2];
+                apart[0] = seen_x * z - (r[0] * x[i] + r[1] * y[i] + r[2]);
+                apart[1] = seen_y * z - (r[3] * x[i] + r[4] * y[i] + r[5]);
+                whiten(&white, along);
+                whiten(&white, apart);
+                top[i] += along[0] * apart[0] + along[1] * apart[1];
+                bottom[i] += along[0] * along[0] + along[1] * along[1];
             }
         }
         for (ptrdiff_t i = 0; i < n; i++)
@@ -67,30 +92,33 @@ void kpmatch_triangulate(int64_t frames, int64_t count, const float *cameras, co
 typedef struct {
     float turned[3];      /* its ray in the camera's axes */
     float where[2];       /* x/z and y/z */
-    float known;          /* 1 or 0 */
+    Whitening white;
     float nearness;       /* 0 where it is not known */
-    float residual[2];
+    float residual[2];    /* whitened */
     float jacobian[3][2]; /* of the residual by x/z, y/z and 1/z in the reference's frame */
 } Sight;
 
-INLINE Sight sight(const float *r, float x, float y, float inverse, float ray_x, float ray_y)
+INLINE Sight sight(const float *r, float x, float y, float inverse, const float *ray, int64_t count)
 {
     const float *t = r + 9;
     Sight s;
-    s.known = is_known(ray_x);
+    s.white = whitening(ray, count);
     for (int k = 0; k < 3; k++)
         s.turned[k] = r[3 * k] * x + r[3 * k + 1] * y + r[3 * k + 2];
     const float depth = at_least(s.turned[2] + t[2] * inverse, SMALLEST_DEPTH);
-    s.nearness = s.known / depth;
+    s.nearness = s.white.known / depth;
     s.where[0] = (s.turned[0] + t[0] * inverse) / depth;
     s.where[1] = (s.turned[1] + t[1] * inverse) / depth;
-    s.residual[0] = (s.where[0] - or_zero(ray_x, s.known)) * s.known;
-    s.residual[1] = (s.where[1] - or_zero(ray_y, s.known)) * s.known;
+    s.residual[0] = s.where[0] - or_zero(ray[0], s.white.known);
+    s.residual[1] = s.where[1] - or_zero(ray[count], s.white.known);
+    whiten(&s.white, s.residual);
     for (int k = 0; k < 2; k++) {
         s.jacobian[0][k] = (r[3 * k] - s.where[k] * r[6]) * s.nearness;
         s.jacobian[1][k] = (r[3 * k + 1] - s.where[k] * r[7]) * s.nearness;
         s.jacobian[2][k] = (t[k] - s.where[k] * t[2]) * s.nearness;
     }
+    for (int k = 0; k < 3; k++)
+        whiten(&s.white, s.jacobian[k]);
     return s;
 }
 
@@ -122,7 +150,7 @@ INLINE void invert(float (*upper)[BLOCK], ptrdiff_t n)
     }
 }
 
-INLINE void normal_equations(int64_t frames, int64_t count, const float *cameras, const float *rays,
+INLINE void normal_equations(int64_t frames, int64_t count, const float *cameras, const float *sights,
                              const float *landmarks, int64_t from, ptrdiff_t n, Normal *sums)
 {
     const float *restrict x = landmarks + from, *restrict y = x + count, *restrict inverse = y + count;
@@ -135,11 +163,11 @@ INLINE void normal_equations(int64_t frames, int64_t count, const float *cameras
         n22[i] = DAMPING;
     }
     for (int64_t f = 0; f < frames; f++) {
-        const float *restrict u = rays + 2 * f * count + from, *restrict v = u + count;
+        const float *restrict rays = sights + SIGHT * f * count + from;
 #pragma omp simd
         for (ptrdiff_t i = 0; i < n; i++) {
-            const Sight s = sight(cameras + 12 * f, x[i], y[i], inverse[i], u[i], v[i]);
-            seen[i] += s.known;
+            const Sight s = sight(cameras + 12 * f, x[i], y[i], inverse[i], rays + i, count);
+            seen[i] += s.white.known;
             squares[i] += product(s.residual, s.residual);
             g0[i] += product(s.jacobian[0], s.residual);
             g1[i] += product(s.jacobian[1], s.residual);
@@ -166,13 +194,13 @@ INLINE void solve(const Normal *sums, ptrdiff_t i, const float *vector, float *s
 
 /* Move points (3, T) by a Gauss-Newton step. Gives the squared residuals (T,) there and their degrees of freedom. */
 FOR_EACH_PROCESSOR
-void kpmatch_place(int64_t frames, int64_t count, const float *cameras, const float *rays, float *landmarks,
+void kpmatch_place(int64_t frames, int64_t count, const float *cameras, const float *sights, float *landmarks,
                    float *squares, int64_t *freedom)
 {
     Normal sums;
     for (int64_t from = 0; from < count; from += BLOCK) {
         const ptrdiff_t n = block_size(count, from);
-        normal_equations(frames, count, cameras, rays, landmarks, from, n, &sums);
+        normal_equations(frames, count, cameras, sights, landmarks, from, n, &sums);
         for (ptrdiff_t i = 0; i < n; i++) {
             const float gradient[3] = {sums.gradient[0][i], sums.gradient[1][i], sums.gradient[2][i]};
             float step[3];
@@ -193,8 +221,11 @@ INLINE void by_motion(const Sight *s, float inverse, float (*moves)[MOTION])
     const float across[MOTION] = {0, z, -y, inverse, 0, 0}, down[MOTION] = {-z, 0, x, 0, inverse, 0};
     const float away[MOTION] = {y, -x, 0, 0, 0, inverse};
     for (int c = 0; c < MOTION; c++) {
-        moves[0][c] = (across[c] - s->where[0] * away[c]) * s->nearness;
-        moves[1][c] = (down[c] - s->where[1] * away[c]) * s->nearness;
+        float move[2] = {(across[c] - s->where[0] * away[c]) * s->nearness,
+                         (down[c] - s->where[1] * away[c]) * s->nearness};
+        whiten(&s->white, move);
+        moves[0][c] = move[0];
+        moves[1][c] = move[1];
     }
 }
 
@@ -204,7 +235,7 @@ INLINE void by_motion(const Sight *s, float inverse, float (*moves)[MOTION])
  * (3, 6, T) times the motion's step.
  */
 FOR_EACH_PROCESSOR
-void kpmatch_motion_equations(int64_t frames, int64_t count, const float *cameras, const float *rays,
+void kpmatch_motion_equations(int64_t frames, int64_t count, const float *cameras, const float *sights,
                               const float *landmarks, double cutoff, double *whole, double *slope, float *steps,
                               float *carried)
 {
@@ -213,14 +244,14 @@ void kpmatch_motion_equations(int64_t frames, int64_t count, const float *camera
         whole[k] = 0;
     for (int k = 0; k < MOTION; k++)
         slope[k] = 0;
-    const float *last = cameras + 12 * (frames - 1), *u = rays + 2 * (frames - 1) * count, *v = u + count;
+    const float *last = cameras + 12 * (frames - 1), *rays = sights + SIGHT * (frames - 1) * count;
     for (int64_t from = 0; from < count; from += BLOCK) {
         const ptrdiff_t n = block_size(count, from);
-        normal_equations(frames, count, cameras, rays, landmarks, from, n, &sums);
+        normal_equations(frames, count, cameras, sights, landmarks, from, n, &sums);
         for (ptrdiff_t i = 0; i < n; i++) {
             const int64_t t = from + i;
             const float inverse = landmarks[2 * count + t];
-            const Sight s = sight(last, landmarks[t], landmarks[count + t], inverse, u[t], v[t]);
+            const Sight s = sight(last, landmarks[t], landmarks[count + t], inverse, rays + t, count);
             const float gradient[3] = {sums.gradient[0][i], sums.gradient[1][i], sums.gradient[2][i]};
             const double part = 1 + sums.squares[i] / (cutoff * (2 * sums.seen[i] - 3));
             /* What is fitted behind a camera has no inverse, and nothing to say of the motion. */

@@ -30,14 +30,14 @@ def close(ours: Any, numpys: Any, tolerance: float) -> None:
 def test_points_of_a_scene_are_placed_as_numpy_places_them() -> None:
     for seed in range(200):
         random = np.random.default_rng(seed)
-        cameras, landmarks, rays = scene_of(random)
+        cameras, landmarks, seen = scene_of(random)
         expected = random.uniform(0, 0.3, landmarks.shape[1]), random.uniform(0, 1, landmarks.shape[1])
-        for arguments in ((cameras, rays, -2), (cameras, rays, -2, *expected)):
+        for arguments in ((cameras, seen, -2), (cameras, seen, -2, *expected)):
             ours, numpys = triangulate(*arguments), with_numpy(triangulate, *arguments)
             # Where nothing but a standing camera's noise tells of a depth, less than all of it is sure.
             close(ours, numpys, 1e-3)
         # Of float32's rounding a small determinant leaves little: of 1/z times the noise of a ray.
-        ours, numpys = (call(place, cameras, landmarks, rays, 1e-3) for call in (lambda f, *a: f(*a), with_numpy))
+        ours, numpys = (call(place, cameras, landmarks, seen, 1e-3) for call in (lambda f, *a: f(*a), with_numpy))
         assert np.array_equal(ours.freedom, numpys.freedom)
         close(ours.squares, numpys.squares, 1e-3)
 
@@ -45,8 +45,8 @@ def test_points_of_a_scene_are_placed_as_numpy_places_them() -> None:
 @needed
 def test_equations_of_the_motion_are_those_of_numpy() -> None:
     for seed in range(200):
-        cameras, landmarks, rays = scene_of(np.random.default_rng(seed))
-        arguments = cameras, landmarks, rays, 1e-6
+        cameras, landmarks, seen = scene_of(np.random.default_rng(seed))
+        arguments = cameras, landmarks, seen, 1e-6
         ours, numpys = motion_equations(*arguments), with_numpy(motion_equations, *arguments)
         for one, other in zip(ours, numpys):
             close(one, other, 1e-3)
@@ -55,12 +55,12 @@ def test_equations_of_the_motion_are_those_of_numpy() -> None:
 @needed
 def test_a_structure_is_that_of_numpy() -> None:
     for seed in range(50):
-        cameras, _, rays = scene_of(np.random.default_rng(seed))
-        if rays.shape[2] < 20 or len(rays) < 4 or not cameras.translations.any():
+        cameras, _, seen = scene_of(np.random.default_rng(seed))
+        if seen.shape[2] < 20 or len(seen) < 4 or not cameras.translations.any():
             continue  # two frames do not tell how long a translation is
         window = Window(cameras.rotations[:-1], cameras.translations[:-1])
         motion = cameras.rotations[-1].T, -cameras.rotations[-1].T @ cameras.translations[-1]
-        ours, numpys = Structure.of(window, rays, motion, 1e-3), with_numpy(Structure.of, window, rays, motion, 1e-3)
+        ours, numpys = Structure.of(window, seen, motion, 1e-3), with_numpy(Structure.of, window, seen, motion, 1e-3)
         close(ours.cameras.rotations, numpys.cameras.rotations, 1e-5)
         close(ours.cameras.translations, numpys.cameras.translations, 1e-3)
         assert ours.noise == pytest.approx(numpys.noise, rel=1e-3)
@@ -186,9 +186,9 @@ IMAGE, POINTS = np.zeros((9, 9), np.uint8), np.zeros((1, 2), np.float32)
         lambda: compiled.first_of_each_place(POINTS, 1.0, np.zeros(2), np.zeros(1)),
         lambda: compiled.neighbours(POINTS, np.zeros(1, bool), np.zeros((7, 2)), np.zeros((7, 2))),
         lambda: compiled.largest_elsewhere(np.zeros((1, 2)), POINTS, POINTS, 1.0),
-        lambda: compiled.place(Window.start(), np.zeros((3, 4)), np.zeros((2, 2, 4))),
-        lambda: compiled.place(Window.start(), np.zeros((3, 5)), np.zeros((1, 2, 4))),
-        lambda: compiled.triangulate(Window.start(), np.zeros((1, 2, 4)), 1, 0.0, 0.0),
+        lambda: compiled.place(Window.start(), np.zeros((3, 4)), np.zeros((2, 5, 4))),
+        lambda: compiled.place(Window.start(), np.zeros((3, 5)), np.zeros((1, 5, 4))),
+        lambda: compiled.triangulate(Window.start(), np.zeros((1, 5, 4)), 1, 0.0, 0.0),
         lambda: compiled.cut(np.zeros((20, 2**15)), np.zeros((2, 85)), POINTS),
     ],
 )

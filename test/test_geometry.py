@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 from scipy.stats import chi2
-from two_view_scenes import CAMERA, DEPTH_CAMERA, DRONE, FISHEYE, Scene, check, degrees, pinhole, worst
+from two_view_scenes import CAMERA, DEPTH_CAMERA, DRONE, FISHEYE, Scene, check, degrees, pinhole, project, worst
 
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
@@ -40,6 +40,18 @@ def test_a_camera_that_turned_right_has_its_axis_to_the_right() -> None:
 def test_parallax_is_what_is_left_of_the_motion_without_the_rotation() -> None:
     scene = Scene(rotation=(0, 0, 0.3), translation=(0.2, 0, 0), depth=(3.999, 4.001))
     assert math.isclose(scene.estimate(200, 0).median_parallax, 500 * 0.2 / 4, rel_tol=0.02)
+
+
+@pytest.mark.parametrize("degrees_apart", [60, 120, 180])
+def test_views_from_opposite_sides_have_a_large_parallax(degrees_apart: float) -> None:
+    turn = cv2.Rodrigues(np.array([0, np.radians(degrees_apart), 0]))[0]
+    random, middle = np.random.default_rng(0), np.array([0, 0, 4.0])
+    points = random.uniform(-1, 1, (300, 3)) + middle
+    place = middle - turn @ middle + turn @ (0.1, 0.05, 0)
+    seen = [project(CAMERA, view) + random.normal(0, 0.3, (300, 2)) for view in (points, (points - place) @ turn)]
+    pose = estimate_relative_pose(*seen, CAMERA, CAMERA, keypoint_resolution=0.0)
+    assert pose.status is PoseStatus.OK
+    assert pose.median_parallax > CAMERA.focal * np.radians(degrees_apart) / 2
 
 
 # Accuracy

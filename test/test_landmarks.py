@@ -63,6 +63,19 @@ def test_sigmas_are_the_errors_along_the_ray(noise: float) -> None:
     assert np.mean(abs(errors) < 1.645) == pytest.approx(0.9, abs=0.02)
 
 
+@pytest.mark.parametrize("focal", [300.0, 900.0])
+def test_sigmas_are_those_of_the_right_image_whatever_its_focal_length(focal: float) -> None:
+    other = Camera(640, 480, np.array([[focal, 0, 319.5], [0, focal, 239.5], [0, 0, 1]]))
+    rig, points = StereoCamera(CAMERA, other, np.eye(3), np.array([-0.2, 0, 0])), scene(4000, 1, 8)
+    left = CAMERA.project(points[:, :2] / points[:, 2:])
+    moved = points + rig.translation
+    right = other.project(moved[:, :2] / moved[:, 2:]) + 0.2 * np.random.default_rng(1).normal(size=left.shape)
+    found, sigmas = triangulate(left, right, np.full(len(points), 0.2), rig)
+    known = np.isfinite(sigmas)
+    errors = (np.linalg.norm(found, axis=1) - np.linalg.norm(points, axis=1))[known] / sigmas[known]
+    assert known.mean() > 0.98 and np.mean(errors**2) == pytest.approx(1, abs=0.1)
+
+
 def test_points_that_may_be_infinitely_far_have_no_place() -> None:
     points = np.array([[0.1, 0.1, 10.0], [1.0, 1.0, 1e4], [0.1, 0.2, 5.0]])
     left, right = seen(points)

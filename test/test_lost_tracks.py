@@ -42,7 +42,7 @@ def lost_tracks(image: NDArray[np.uint8], off: NDArray[np.float64]) -> tuple[Tra
         shapes=no_change(COUNT),
         anchors=np.zeros(COUNT, np.float32),
         templates=templates.add(cut(view.pixels, points), descriptors),
-        rays=np.full((COUNT, FRAMES, 2), np.nan, np.float32),
+        sights=np.full((COUNT, FRAMES, 5), np.nan, np.float32),
         landmarks=landmarks.astype(np.float32),
     )
     return tracks, templates, view

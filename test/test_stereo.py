@@ -267,6 +267,28 @@ def test_before_a_scene_too_far_for_the_baseline_only_the_rotation_is_known() ->
 # No pose
 
 
+@pytest.mark.parametrize("depth", [(60, 300), (200, 1000), (1e3, 5e3), (1e5, 1e6)])
+@pytest.mark.parametrize("noise", [0.1, 0.3])
+def test_before_things_too_far_for_a_disparity_a_turn_is_no_translation(
+    depth: tuple[float, float], noise: float
+) -> None:
+    """The inverse depths are noise then, and some translation times noise fits anything."""
+    scene = Scene(translation=(0, 0, 0), depth=depth, noise=noise, unmatched=0.0)
+    found = [scene.estimate(150, seed, max_reprojection_error=1.0).status for seed in range(40)]
+    assert found.count(PoseStatus.OK) <= 1
+    assert found.count(PoseStatus.NO_TRANSLATION) >= 35
+
+
+@pytest.mark.parametrize(
+    ("length", "depth"), [(0.004, (2, 10)), (0.1, (30, 100)), (0.2, (60, 300)), (2.0, (200, 1000)), (20, (200, 1000))]
+)
+def test_before_far_things_a_translation_is_as_long_as_it_is(length: float, depth: tuple[float, float]) -> None:
+    scene = Scene(translation=(0.25 * length, -0.1 * length, length), depth=depth, noise=0.3, unmatched=0.0)
+    errors = scene.consistency(40, 150, max_reprojection_error=1.0)
+    assert np.median(errors) < 9  # 5.3 of a chi-square with 6 degrees of freedom
+    assert errors.max() < 60
+
+
 def test_without_calibration_there_is_no_pose() -> None:
     images, _ = Scene().pixels(50, 0)
     for cameras in ((None, pair()), (pair(), None)):

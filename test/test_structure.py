@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from two_view_scenes import CAMERA, DRONE, FISHEYE
 
-from kpmatch_ros.geometry.structure import FRAMES, Structure, Window
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.structure import FRAMES, Structure, Window, sights
 
 Array = NDArray[np.float64]
 
@@ -27,6 +29,13 @@ def walk(frames: int, count: int, seed: int = 0) -> tuple[list[tuple[Array, Arra
     return poses, seen[:, :2] / seen[:, 2:] + rng.normal(0, NOISE, (frames, 2, count))
 
 
+def even(rays: Array) -> Array:
+    """Sights (F, 5, T) of a camera whose pixels are alike everywhere."""
+    frames, _, count = rays.shape
+    factors = np.broadcast_to(np.array([1.0, 0.0, 1.0], rays.dtype)[:, None], (frames, 3, count))
+    return np.concatenate([rays, factors], axis=1)
+
+
 def follow(poses: list[tuple[Array, Array]], rays: Array, unit: bool = True) -> Structure:
     """The structure by all frames, each added to the ones before; of two views a motion has no length."""
     window, scene = Window.start(), None
@@ -35,7 +44,7 @@ def follow(poses: list[tuple[Array, Array]], rays: Array, unit: bool = True) -> 
         translation = rotation0.T @ (position1 - position0)
         motion = rotation0.T @ rotation1, translation / np.linalg.norm(translation) if unit else translation
         known = np.isfinite(rays[i - 1 : i + 1]).all(axis=(0, 1))
-        scene = Structure.of(window, rays[max(0, i - len(window)) : i + 1][:, :, known], motion, NOISE)
+        scene = Structure.of(window, even(rays[max(0, i - len(window)) : i + 1])[:, :, known], motion, NOISE)
         window = scene.cameras.advance()
     assert scene is not None
     return scene
@@ -99,7 +108,7 @@ def test_a_standing_camera_contradicts_nothing() -> None:
     rays = rng.uniform(-0.5, 0.5, (1, 2, 500)) + rng.normal(0, NOISE, (5, 2, 500))
     window = Window.start()
     for i in range(1, 5):
-        scene = Structure.of(window, rays[: i + 1], (np.eye(3), np.zeros(3)), NOISE)
+        scene = Structure.of(window, even(rays[: i + 1]), (np.eye(3), np.zeros(3)), NOISE)
         window = scene.cameras.advance()
     assert np.isfinite(scene.landmarks).all() and scene.contradicts(1e-3).mean() < 5e-3
 
@@ -113,11 +122,39 @@ def test_tracks_that_were_anywhere_before_are_contradicted_and_leave_the_motion_
     (rotation0, position0), (rotation1, position1) = poses[-2:]
     translation = rotation0.T @ (position1 - position0)
     motion = rotation0.T @ rotation1, translation / np.linalg.norm(translation)
-    without = Structure.of(window, rays[:, :, 20:], motion, NOISE)
+    without = Structure.of(window, even(rays)[:, :, 20:], motion, NOISE)
     rays[:-2, :, :20] = rng.uniform(-3, 3, (4, 2, 20))  # by least squares, some are behind a camera
-    scene = Structure.of(window, rays, motion, NOISE)
+    scene = Structure.of(window, even(rays), motion, NOISE)
     assert np.isfinite(scene.landmarks).all() and np.isfinite(scene.squares).all()
     contradicted = scene.contradicts(1e-3)
     assert contradicted[:20].all() and contradicted[20:].mean() < 0.03
     for ours, theirs in zip(scene.cameras, without.cameras):
         np.testing.assert_allclose(ours, theirs, atol=2e-3)  # of up to four metres
+
+
+@pytest.mark.parametrize("error", [0.05, 0.3])
+@pytest.mark.parametrize("lens", [CAMERA, FISHEYE, DRONE], ids=["pinhole", "fisheye", "drone"])
+def test_points_that_stand_still_stay_wherever_in_the_image_they_are(lens: Camera, error: float) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.uniform((0, 0), (lens.width, lens.height), (4000, 2))
+    rays = np.column_stack([lens.normalise(pixels), np.ones(len(pixels))])
+    rays = rays[np.isfinite(rays).all(axis=1)]
+    points = rays / np.linalg.norm(rays, axis=1, keepdims=True) / rng.uniform(0.1, 0.5, (len(rays), 1))
+    poses = [(turn(0.006 * i), np.array([0.05, 0.01, 0.08]) * i) for i in range(-FRAMES + 1, 2)]
+    seen = []
+    for rotation, position in poses:
+        local = (points - position) @ rotation
+        ahead = np.where(local[:, 2:] > 1e-3, local, np.nan)
+        shown = lens.project(ahead[:, :2] / ahead[:, 2:])
+        seen.append(sights(lens, shown + rng.normal(0, error, shown.shape)).T)
+    tracks = np.array(seen)
+    tracks = tracks[:, :, np.isfinite(tracks[-2:, 0]).all(axis=0)]
+    before = Window(
+        np.array([rotation.T for rotation, _ in poses[:-1]]),
+        np.array([-rotation.T @ position for rotation, position in poses[:-1]]),
+    )
+    scene = Structure.of(before, tracks, poses[-1], error / lens.focal)
+    assert scene.noise < 1.1 * error / lens.focal
+    angles = np.degrees(np.arctan(np.hypot(*tracks[-1, :2])))
+    for ring in (angles < 45, angles >= 45):
+        assert not ring.any() or scene.contradicts(1e-2)[ring].mean() < 0.02

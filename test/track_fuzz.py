@@ -18,7 +18,7 @@ NUMBERS = [np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45, 1e20, 0.0, 2.0**31, -(2.
 
 
 def scene_of(random: np.random.Generator) -> tuple[Window, np.ndarray, np.ndarray]:
-    """Cameras, and points (3, T) of the last but one: x/z, y/z and 1/z; and where they were seen (F, 2, T) float32."""
+    """Cameras, and points (3, T) of the last but one: x/z, y/z and 1/z; and their sights (F, 5, T) float32."""
     frames, count = int(random.integers(2, FRAMES + 2)), int(random.choice(COUNTS))
     steps = random.normal(0, random.choice([0.0, 0.1, 1.0]), (frames, 3))
     steps[-2] = 0
@@ -29,7 +29,8 @@ def scene_of(random: np.random.Generator) -> tuple[Window, np.ndarray, np.ndarra
     seen = cameras.rotations @ np.concatenate([landmarks[:2], np.ones((1, count))]) + steps[:, :, None] * landmarks[2]
     rays = seen[:, :2] / seen[:, 2:] + random.normal(0, 1e-3, (frames, 2, count))
     rays[:-2].transpose(0, 2, 1)[random.random((frames - 2, count)) < 0.3] = np.nan
-    return cameras, landmarks.astype(np.float32), rays.astype(np.float32)
+    factors = random.uniform([[0.3], [-0.5], [0.3]], [[1.2], [0.5], [1.2]], (frames, 3, count))
+    return cameras, landmarks.astype(np.float32), np.concatenate([rays, factors], axis=1).astype(np.float32)
 
 
 def views_of(random: np.random.Generator) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, np.ndarray]:
@@ -55,14 +56,14 @@ def spoil(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 def call_with_hostile_tracks(random: np.random.Generator) -> None:
     """Whatever is wrong with some tracks, the others get what they get without them."""
-    cameras, landmarks, rays = scene_of(random)
-    hostile = spoil(landmarks, random), spoil(rays, random)
-    sound = [(now == before) | (np.isnan(now) & np.isnan(before)) for now, before in zip(hostile, (landmarks, rays))]
+    cameras, landmarks, seen = scene_of(random)
+    hostile = spoil(landmarks, random), spoil(seen, random)
+    sound = [(now == before) | (np.isnan(now) & np.isnan(before)) for now, before in zip(hostile, (landmarks, seen))]
     same = sound[0].all(axis=0) & sound[1].all(axis=(0, 1))
     for ours, clean in (
-        (triangulate(cameras, hostile[1], -2), triangulate(cameras, rays, -2)),
-        (place(cameras, *hostile, 1e-3).landmarks, place(cameras, landmarks, rays, 1e-3).landmarks),
-        (place(cameras, *hostile, 1e-3).squares, place(cameras, landmarks, rays, 1e-3).squares),
+        (triangulate(cameras, hostile[1], -2), triangulate(cameras, seen, -2)),
+        (place(cameras, *hostile, 1e-3).landmarks, place(cameras, landmarks, seen, 1e-3).landmarks),
+        (place(cameras, *hostile, 1e-3).squares, place(cameras, landmarks, seen, 1e-3).squares),
     ):
         assert np.array_equal(ours[..., same], clean[..., same])
     for turned in (cameras, Window(spoil(cameras.rotations, random), spoil(cameras.translations, random))):

@@ -214,10 +214,10 @@ def largest_elsewhere(numbers: np.ndarray, points: np.ndarray, places: np.ndarra
 
 
 def triangulate(
-    cameras: Window, rays: np.ndarray, reference: int, prior: np.ndarray | float, information: np.ndarray | float
+    cameras: Window, sights: np.ndarray, reference: int, prior: np.ndarray | float, information: np.ndarray | float
 ) -> np.ndarray:
     """The last row of what structure.triangulate returns."""
-    frames, count, seen = _rays(cameras, rays)
+    frames, count, seen = _seen(cameras, sights)
     if not -frames <= reference < frames:
         raise ValueError(f"frame {reference} of {frames}")
     expected = [_given(np.broadcast_to(each, count), np.float32, count) for each in (prior, information)]
@@ -226,9 +226,9 @@ def triangulate(
     return inverse
 
 
-def place(cameras: Window, landmarks: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def place(cameras: Window, landmarks: np.ndarray, sights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The landmarks, squares and freedom of what structure.place returns."""
-    frames, count, seen = _rays(cameras, rays)
+    frames, count, seen = _seen(cameras, sights)
     landmarks = _copied(landmarks, np.float32, 3, count)
     results = landmarks, np.empty(count, np.float32), np.empty(count, np.int64)
     _library.kpmatch_place(frames, count, *seen, *results)
@@ -236,21 +236,21 @@ def place(cameras: Window, landmarks: np.ndarray, rays: np.ndarray) -> tuple[np.
 
 
 def motion_equations(
-    cameras: Window, landmarks: np.ndarray, rays: np.ndarray, cutoff: float
+    cameras: Window, landmarks: np.ndarray, sights: np.ndarray, cutoff: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """What structure.motion_equations returns."""
-    frames, count, seen = _rays(cameras, rays)
+    frames, count, seen = _seen(cameras, sights)
     landmarks = _given(landmarks, np.float32, 3, count)
     results = np.empty((6, 6)), np.empty(6), np.empty((3, count), np.float32), np.empty((3, 6, count), np.float32)
     _library.kpmatch_motion_equations(frames, count, *seen, landmarks, cutoff, *results)
     return results
 
 
-def _rays(cameras: Window, rays: np.ndarray) -> tuple[int, int, tuple[np.ndarray, np.ndarray]]:
-    """How many frames, and points, and the cameras (F, 12) and rays (F, 2, T) as C reads them."""
-    frames, count = len(rays), rays.shape[-1]
+def _seen(cameras: Window, sights: np.ndarray) -> tuple[int, int, tuple[np.ndarray, np.ndarray]]:
+    """How many frames, and points, and the cameras (F, 12) and sights (F, 5, T) as C reads them."""
+    frames, count = len(sights), sights.shape[-1]
     both = np.concatenate([cameras.rotations.reshape(-1, 9), cameras.translations], axis=1)
-    return frames, count, (_given(both, np.float32, frames, 12), _given(rays, np.float32, frames, 2, count))
+    return frames, count, (_given(both, np.float32, frames, 12), _given(sights, np.float32, frames, 5, count))
 
 
 # What src/two_view*.c have of the motion of two views. `columns` (4, 3, n) are those of Matches, a rotation (3, 3) and

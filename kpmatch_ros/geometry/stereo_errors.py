@@ -94,6 +94,10 @@ class StereoPoints:
         shift = self.jacobian[2] * self.points[2]
         return np.asarray(_quadratic(self.information, shift) < inlier_threshold**2)
 
+    def inverse_depth_sigmas(self) -> np.ndarray:
+        """Standard deviations (n,) of the inverse depth where the right pixel errs by one against the left pixel."""
+        return np.asarray(1 / np.sqrt(np.maximum(_quadratic(self.information, self.jacobian[2]), TINY)))
+
     @classmethod
     def of(
         cls, left: np.ndarray, right: np.ndarray, camera: StereoCamera, shared: np.ndarray | None = None

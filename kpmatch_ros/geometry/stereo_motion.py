@@ -41,6 +41,7 @@ _TUKEY_STEP = 4.0  # variances: what each condition after the first adds to the 
 
 _SAMPLE = 200  # points, at most, that the search looks at
 
+_FAR = 0.5  # part of the points whose disparity is below the threshold: one more start is tried
 _EXPLAINED = 0.5  # part of the points: no other start is tried once one explains more
 
 _ROUGHLY, _SETTLED = 1e-3, 1e-6  # parts of the cost that a further step promises to gain, twice
@@ -79,9 +80,10 @@ def estimate_stereo_motion(
     points eliminated (stereo_errors). Matches without a depth in either frame take no part; they are inliers if they
     agree. The same input gives the same answer.
 
-    Two tests have a false-alarm rate of FALSE_ALARM_RATE. The status is FAILED unless the first one says that wrong
-    matches would not agree as well, and the matches leave no direction of the motion free. It is OK only if the second
-    one, of the likelihood ratio, says that the translation is not zero. Equal matches count as one.
+    Tests have a false-alarm rate of FALSE_ALARM_RATE. The status is FAILED unless the first one says that wrong matches
+    would not agree as well, and the matches leave no direction of the motion free. It is OK only if two others say that
+    the translation is not zero: the likelihood ratio, and the score, which holds for points too far to have a depth.
+    Equal matches count as one.
 
     Args:
         left0: (M, 2) pixels in the reference frame's left image as received. NaN and infinity are outliers.
@@ -159,10 +161,11 @@ def estimate_stereo_motion(
     effect = design_effect(fit.left.squares < fit.cutoffs, independent_points)
     covariance, variance = effect * covariance, effect * variance
     status, estimate = PoseStatus.OK, None
+    moves = pair.moves_by_depth(fit, variance, effect)
     # How many standard deviations the translation is from zero tells nearly what the test tells, at once.
-    if fit.translation @ np.linalg.solve(covariance[:3, :3], fit.translation) < _CERTAIN**2:
+    if not moves or fit.translation @ np.linalg.solve(covariance[:3, :3], fit.translation) < _CERTAIN**2:
         still = pair.minimise(pair.evaluate(fit.rotation, np.zeros(3), fit.cutoffs), 20, _SETTLED, rotation_only=True)
-        if fdtrc(3, freedom, max(still.cost - fit.cost, 0.0) / variance / 3) > FALSE_ALARM_RATE:
+        if not moves or fdtrc(3, freedom, max(still.cost - fit.cost, 0.0) / variance / 3) > FALSE_ALARM_RATE:
             estimate = Pose(fit.rotation, fit.translation)
             status, fit = PoseStatus.NO_TRANSLATION, still
             mask[usable] = inliers = _agrees(frames, pair, fit, inlier_threshold)
@@ -264,6 +267,11 @@ class _FramePair:
             fits.append(sample.minimise(sample.evaluate(*start, wide), 4, _ROUGHLY))
             if (fits[-1].left.squares < wide).mean() > _EXPLAINED:
                 break
+        if sample.source.is_distant(inlier_threshold).mean() > _FAR:
+            # RANSAC gives any length of a translation, and from a long one the steps towards the right one are small.
+            turned = sample.evaluate(min(fits, key=lambda fit: fit.cost).rotation, np.zeros(3), wide)
+            turned = sample.minimise(turned, 4, _ROUGHLY, rotation_only=True)
+            fits.append(sample.minimise(turned, 8, _ROUGHLY))
         fit = min(fits, key=lambda fit: fit.cost)
         before = sample
         for pair, settled in ((sample, _ROUGHLY), (self, _ROUGHLY), (self, _SETTLED)):
@@ -338,6 +346,27 @@ class _FramePair:
             if part.sum() > 2
         )
 
+    def moves_by_depth(self, fit: _Fit, variance: float, effect: float) -> bool:
+        """Whether what a fit's inliers move by, once turned, depends on how far they are, by a test.
+
+        The likelihood ratio takes the inverse depths for free numbers. Where they are nothing but noise, a large
+        translation fits them to the noise of the movements, and the ratio promises what is not there. The depths that
+        the points have where the cameras only turn do not depend on the residuals, so that with these depths kept the
+        ratio is distributed as F, whatever their noise (Rao's score test).
+
+        Args:
+            fit: of the whole motion.
+            variance: of the keypoints' noise, at least, squared pixels.
+            effect: matches for each that errs independently.
+        """
+        still = self.evaluate(fit.rotation, np.zeros(3), fit.cutoffs).left
+        used = (fit.left.squares < fit.cutoffs) & (still.squares < BEHIND)
+        jacobian, residuals = still.jacobian[..., used].reshape(6, -1), still.residuals[:, used].ravel()
+        left = [_unexplained(part, residuals) for part in (jacobian[3:], jacobian)]
+        freedom = max(int((self.conditions[used] + 1).sum() // 2) - 6, 1)
+        variance = max(variance, effect * left[1] / freedom)
+        return bool(fdtrc(3, freedom, max(left[0] - left[1], 0.0) / variance / 3) < FALSE_ALARM_RATE)
+
     def covariance(self, fit: _Fit, resolution: float) -> tuple[np.ndarray, float, int]:
         """Covariance of an M-estimate with Tukey's loss, as kpmatch_ros.geometry.sandwich says.
 
@@ -380,6 +409,12 @@ class _FramePair:
         scatter = (count * scatter + _ALIKE * alike * np.eye(6)) / (count + _ALIKE)
         covariance = axes @ scatter @ axes.T
         return (covariance + covariance.T) / 2, alike, freedom
+
+
+def _unexplained(jacobian: np.ndarray, residuals: np.ndarray) -> float:
+    """The sum of squares of residuals (m,) that no combination of a jacobian's rows (p, m) explains."""
+    pull = jacobian @ residuals
+    return float(residuals @ residuals - pull @ np.linalg.lstsq(jacobian @ jacobian.T, pull, rcond=None)[0])
 
 
 def _normal_equations(left: StereoResiduals, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

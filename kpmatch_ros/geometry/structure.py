@@ -2,6 +2,10 @@
 
 Two frames tell how far a place is from an epipolar line. What slides along an outline, or shows two surfaces, is often
 near to it. Over more frames the places must be those of one point at one depth: two numbers a frame for three unknowns.
+
+Sights are what frames saw of points, (F, 5, T): x/z and y/z, NaN where the point was not seen; and the lower triangle
+(xx, yx, yy) of the matrix that makes the errors of these two as those of a pixel in the middle of the image, over the
+focal length. At the edge of a fisheye image a pixel is many times as much of x/z as there. Residuals are whitened so.
 """
 
 from __future__ import annotations
@@ -15,9 +19,10 @@ import numpy as np
 from scipy.special import chdtri
 
 from kpmatch_ros.geometry import compiled
+from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.robust import TINY
 
-__all__ = ["FRAMES", "Structure", "Window", "motion_equations", "place", "project", "triangulate"]
+__all__ = ["FRAMES", "Structure", "Window", "motion_equations", "place", "project", "sights", "triangulate"]
 
 FRAMES = 8
 """Most frames that are looked back at."""
@@ -57,9 +62,9 @@ class Window(NamedTuple):
         moved = self.translations - turned @ self.translations[-1]
         return Window(turned[-FRAMES:], moved[-FRAMES:])
 
-    def like(self, rays: np.ndarray) -> Window:
-        """In the precision of rays: that of float32 is enough for points, and takes half the time."""
-        return Window(self.rotations.astype(rays.dtype), self.translations.astype(rays.dtype))
+    def like(self, seen: np.ndarray) -> Window:
+        """In the precision of sights: that of float32 is enough for points, and takes half the time."""
+        return Window(self.rotations.astype(seen.dtype), self.translations.astype(seen.dtype))
 
     def __len__(self) -> int:
         return len(self.rotations)
@@ -74,7 +79,7 @@ class Structure:
         landmarks: (3, T) x/z, y/z and 1/z in the reference's frame.
         squares: (T,) sums of the squared residuals of all frames.
         freedom: (T,) degrees of freedom of these sums.
-        noise: standard deviation of a ray's coordinate.
+        noise: standard deviation of a whitened residual's coordinate: pixels over the focal length.
     """
 
     cameras: Window
@@ -84,7 +89,7 @@ class Structure:
     noise: float
 
     @classmethod
-    def of(cls, window: Window, rays: np.ndarray, motion: tuple[np.ndarray, np.ndarray], noise: float) -> Structure:
+    def of(cls, window: Window, seen: np.ndarray, motion: tuple[np.ndarray, np.ndarray], noise: float) -> Structure:
         """Fit the points, and once more the motion from the reference to the current camera, to all frames.
 
         Points that do not agree have little to say of the motion. Where most points speak for larger noise, as with a
@@ -92,13 +97,13 @@ class Structure:
 
         Args:
             window: where the cameras were, the reference last: F - 1 of them.
-            rays: (F, 2, T) x/z and y/z where the points were seen, NaN where they were not; the last two are known.
+            seen: (F, 5, T) sights; those of the last two frames are known.
             motion: rotation (3, 3) and translation (3,) of the current camera in the reference's frame. The translation
                 may have any length.
-            noise: least standard deviation of a ray's coordinate.
+            noise: least standard deviation of a whitened residual's coordinate.
         """
         rotation, translation = motion[0].T, -motion[0].T @ motion[1]
-        part = rays[:, :, np.random.default_rng(0).permutation(rays.shape[2])[:_ENOUGH]]
+        part = seen[:, :, np.random.default_rng(0).permutation(seen.shape[2])[:_ENOUGH]]
         translation = translation * _length(triangulate(window, part[:-1]), part, rotation, translation)
         cameras = window.join(rotation, translation)
         landmarks = triangulate(cameras, part, reference=-2)
@@ -109,7 +114,7 @@ class Structure:
             rotation = cv2.Rodrigues(step[:3].reshape(3, 1))[0] @ rotation
             translation = translation + step[3:]
             cameras = window.join(rotation, translation)
-        found = place(cameras, triangulate(cameras, rays, -2), rays, noise)
+        found = place(cameras, triangulate(cameras, seen, -2), seen, noise)
         long = found.freedom > 1
         if long.any():
             relative = found.squares[long] / _quantiles(0.5)[found.freedom[long]]
@@ -126,21 +131,32 @@ class Structure:
         return np.asarray(self.squares > self.noise**2 * _quantiles(false_alarms)[self.freedom])
 
 
-def place(cameras: Window, landmarks: np.ndarray, rays: np.ndarray, noise: float) -> Structure:
-    """Points that are near landmarks (3, S), fitted to rays (F, 2, S) of these cameras, with such noise."""
-    if compiled.available() and rays.dtype == np.float32:
-        return Structure(cameras, *compiled.place(cameras, landmarks, rays), noise)
-    normal = _Normal.of(cameras, landmarks, rays)
+def sights(camera: Camera, points: np.ndarray) -> np.ndarray:
+    """(N, 5) float32 what a camera saw, as the first lines of this file say, of pixels (N, 2)."""
+    rays, by_pixel = camera.normalise_with_jacobian(points)
+    (xx, xy), (yx, yy) = by_pixel.transpose(1, 2, 0) * camera.focal
+    # The inverse of the lower factor of the covariance: of (xx, xy)'s length and what of (yx, yy) is across it.
+    along = np.hypot(xx, xy)
+    across = (xx * yy - xy * yx) / along
+    slanted = (xx * yx + xy * yy) / along
+    return np.column_stack([rays, 1 / along, -slanted / (along * across), 1 / across]).astype(np.float32)
+
+
+def place(cameras: Window, landmarks: np.ndarray, seen: np.ndarray, noise: float) -> Structure:
+    """Points that are near landmarks (3, S), fitted to sights (F, 5, S) of these cameras, with such noise."""
+    if compiled.available() and seen.dtype == np.float32:
+        return Structure(cameras, *compiled.place(cameras, landmarks, seen), noise)
+    normal = _Normal.of(cameras, landmarks, seen)
     step = normal.points_step(normal.gradient)
     # The residuals are all but linear so near to the points. Far from them rounding may leave less than nothing.
     squares = normal.squares + np.einsum("at,at->t", normal.gradient, step)
     squares = np.where(squares < 0, normal.squares, squares)
-    return Structure(cameras, landmarks + step, squares, _freedom(rays), noise)
+    return Structure(cameras, landmarks + step, squares, _freedom(seen), noise)
 
 
 def triangulate(
     cameras: Window,
-    rays: np.ndarray,
+    seen: np.ndarray,
     reference: int = -1,
     prior: np.ndarray | float = 0.0,
     information: np.ndarray | float = 0.0,
@@ -149,25 +165,25 @@ def triangulate(
 
     Args:
         cameras: of F frames.
-        rays: (F, 2, T) where the points were seen, NaN where they were not; that of the reference is known.
+        seen: (F, 5, T) sights; that of the reference is known.
         reference: which of the frames it is.
         prior: (T,) expected 1/z.
         information: (T,) the noise's variance over that of the expected 1/z.
     """
-    x, y = rays[reference]
-    if compiled.available() and rays.dtype == np.float32:
-        return np.stack([x, y, compiled.triangulate(cameras, rays, reference, prior, information)])
-    known, seen = _known(rays)
-    cameras = cameras.like(rays)
+    x, y = seen[reference, :2]
+    if compiled.available() and seen.dtype == np.float32:
+        return np.stack([x, y, compiled.triangulate(cameras, seen, reference, prior, information)])
+    known, rays, factors = _known(seen)
+    cameras = cameras.like(seen)
     turned = cameras.rotations @ np.stack([x, y, np.ones_like(x)])
-    along = (cameras.translations[:, :2, None] - seen * cameras.translations[:, 2:, None]) * known
-    apart = seen * turned[:, 2:] - turned[:, :2]
+    along = _whitened(factors, (cameras.translations[:, :2, None] - rays * cameras.translations[:, 2:, None]) * known)
+    apart = _whitened(factors, rays * turned[:, 2:] - turned[:, :2])
     top, bottom = np.einsum("fit,fit->t", along, apart), np.einsum("fit,fit->t", along, along)
     return np.stack([x, y, (top + prior * information) / np.maximum(bottom + information, TINY)])
 
 
 def motion_equations(
-    cameras: Window, landmarks: np.ndarray, rays: np.ndarray, cutoff: float
+    cameras: Window, landmarks: np.ndarray, seen: np.ndarray, cutoff: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Normal equations of the last camera's motion, the points eliminated.
 
@@ -176,28 +192,35 @@ def motion_equations(
     Args:
         cameras: of F frames.
         landmarks: (3, T) the points.
-        rays: (F, 2, T) where they were seen, NaN where they were not.
+        seen: (F, 5, T) sights of them.
         cutoff: of a point's mean square, beyond which it has less to say.
 
     Returns:
         Their matrix (6, 6) and right side (6,), the steps of the points (3, T) by themselves, and what these change by
         with the motion (3, 6, T): steps less changes times the motion's step are those of all together.
     """
-    if compiled.available() and rays.dtype == np.float32:
-        return compiled.motion_equations(cameras, landmarks, rays, cutoff)
-    normal = _Normal.of(cameras, landmarks, rays)
-    return normal.of_motion(1 / (1 + normal.squares / (cutoff * _freedom(rays))) ** 2)
+    if compiled.available() and seen.dtype == np.float32:
+        return compiled.motion_equations(cameras, landmarks, seen, cutoff)
+    normal = _Normal.of(cameras, landmarks, seen)
+    return normal.of_motion(1 / (1 + normal.squares / (cutoff * _freedom(seen))) ** 2)
 
 
-def _known(rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which rays (F, 2, T) are known, (F, 1, T) bool, and the rays with zeros for the others."""
-    known = np.isfinite(rays[:, :1])
-    return known, np.where(known, rays, 0.0)
+def _known(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which of the sights (F, 5, T) are known, (F, 1, T) bool; the rays and the factors, zeros for the others."""
+    known = np.isfinite(seen[:, :1])
+    parts = np.where(known, seen, 0.0)
+    return known, parts[:, :2], parts[:, 2:]
 
 
-def _freedom(rays: np.ndarray) -> np.ndarray:
-    """(T,) degrees of freedom that the residuals of rays (F, 2, T) have for one point."""
-    return np.asarray(2 * np.isfinite(rays[:, 0]).sum(axis=0) - 3)
+def _whitened(factors: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+    """Residuals (..., 2, T) of x/z and y/z, made alike by factors (..., 3, T)."""
+    x, y = residuals[..., 0, :], residuals[..., 1, :]
+    return np.stack([factors[..., 0, :] * x, factors[..., 1, :] * x + factors[..., 2, :] * y], axis=-2)
+
+
+def _freedom(seen: np.ndarray) -> np.ndarray:
+    """(T,) degrees of freedom that the residuals of sights (F, 5, T) have for one point."""
+    return np.asarray(2 * np.isfinite(seen[:, 0]).sum(axis=0) - 3)
 
 
 @cache
@@ -206,13 +229,13 @@ def _quantiles(above: float) -> np.ndarray:
     return np.asarray(chdtri(np.arange(2 * (FRAMES + 1)), above))
 
 
-def _length(landmarks: np.ndarray, rays: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> float:
+def _length(landmarks: np.ndarray, seen: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> float:
     """How many times as long as given the translation is, by the landmarks (3, T) whose depth is known."""
-    deep = np.isfinite(rays[:-2, 0]).any(axis=0)
+    deep = np.isfinite(seen[:-2, 0]).any(axis=0)
     x, y, inverse = landmarks
-    turned = rotation @ np.stack([x, y, np.ones_like(x)])
-    along = translation[:2, None] - rays[-1] * translation[2]
-    wanted = ((rays[-1] * turned[2] - turned[:2]) * along).sum(axis=0)[deep]
+    turned, rays, factors = rotation @ np.stack([x, y, np.ones_like(x)]), seen[-1, :2], seen[-1, 2:]
+    along = _whitened(factors, translation[:2, None] - rays * translation[2])
+    wanted = (_whitened(factors, rays * turned[2] - turned[:2]) * along).sum(axis=0)[deep]
     given = ((along * along).sum(axis=0) * inverse)[deep]
     weights = np.abs(given)
     if len(given) < _FEWEST or weights.sum() < TINY:
@@ -238,26 +261,29 @@ class _Normal(NamedTuple):
     squares: np.ndarray  # (T,) squared residuals
     inverse: np.ndarray  # (3, 3, T) of the points' own
     gradient: np.ndarray  # (3, T)
-    residuals: np.ndarray  # (2, T) in the last camera
+    residuals: np.ndarray  # (2, T) in the last camera, whitened
     jacobian: np.ndarray  # (2, 3, T) of these by the points
+    factors: np.ndarray  # (3, T) that whiten there
     turned: np.ndarray  # (3, T) the points' rays in the last camera's axes
     where: np.ndarray  # (2, T) in the last camera
     nearness: np.ndarray  # (T,) of the points to the last camera
     inverse_depth: np.ndarray  # (T,)
 
     @classmethod
-    def of(cls, cameras: Window, landmarks: np.ndarray, rays: np.ndarray) -> _Normal:
-        """Of rays (F, 2, T) of landmarks (3, T)."""
-        known, given = _known(rays)
-        cameras, (x, y, inverse) = cameras.like(rays), landmarks
+    def of(cls, cameras: Window, landmarks: np.ndarray, seen: np.ndarray) -> _Normal:
+        """Of sights (F, 5, T) of landmarks (3, T)."""
+        known, given, factors = _known(seen)
+        cameras, (x, y, inverse) = cameras.like(seen), landmarks
         turned = cameras.rotations @ np.stack([x, y, np.ones_like(x)])  # (F, 3, T)
-        seen = turned + cameras.translations[:, :, None] * inverse
-        depth = np.maximum(seen[:, 2:], _SMALLEST_DEPTH)
-        where = seen[:, :2] / depth
-        residuals = (where - given) * known
+        moved = turned + cameras.translations[:, :, None] * inverse
+        depth = np.maximum(moved[:, 2:], _SMALLEST_DEPTH)
+        where = moved[:, :2] / depth
+        residuals = _whitened(factors, (where - given) * known)
         nearness = known / depth  # (F, 1, T)
         directions = [*cameras.rotations[:, :, :2].transpose(2, 0, 1), cameras.translations]
-        jacobian = [(each[:, :2, None] - where * each[:, 2:, None]) * nearness for each in directions]
+        jacobian = [
+            _whitened(factors, (each[:, :2, None] - where * each[:, 2:, None]) * nearness) for each in directions
+        ]
         normal = [[np.einsum("fit,fit->t", one, other) for other in jacobian[i:]] for i, one in enumerate(jacobian)]
         normal[2][0] += _DAMPING
         return cls(
@@ -266,6 +292,7 @@ class _Normal(NamedTuple):
             gradient=np.stack([np.einsum("fit,fit->t", each, residuals) for each in jacobian]),
             residuals=residuals[-1],
             jacobian=np.stack([each[-1] for each in jacobian], axis=1),
+            factors=factors[-1],
             turned=turned[-1],
             where=where[-1],
             nearness=nearness[-1, 0],
@@ -286,6 +313,7 @@ class _Normal(NamedTuple):
             ]
         )
         last = (moves[:2] - self.where[:, None] * moves[2]) * self.nearness  # (2, 6, T)
+        last = _whitened(self.factors, last.transpose(1, 0, 2)).transpose(1, 0, 2)
         mixed = np.einsum("iat,ict->act", self.jacobian, last)
         changes = np.einsum("abt,bct->act", self.inverse, mixed)
         carried, weighted = changes * weights, last * weights

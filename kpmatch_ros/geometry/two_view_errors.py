@@ -367,9 +367,21 @@ def _is_ahead(matches: Matches, motion: Motion) -> np.ndarray:
 
 
 def median_parallax(inliers: Matches, rotation: np.ndarray) -> float:
-    """Median displacement, pixels of the reference image, between the matches and where the rotation takes them."""
+    """Median displacement, pixels of the reference image, between the matches and where the rotation takes them.
+
+    The rotation takes some behind the camera, where it has no pixels: of these it is the angle, times the focal length.
+    """
     ahead, distances = displacements(inliers, rotation)
-    return float(np.median(distances[ahead])) if ahead.any() else 0.0
+    if not len(ahead):
+        return 0.0
+    if not ahead.all():
+        behind = inliers.select(np.flatnonzero(~ahead))
+        rays0, turned = behind.rays0, rotation @ behind.rays1
+        across = np.linalg.norm(np.cross(rays0, turned, axis=0), axis=0)
+        xx, _, yy = behind.noise0
+        distances = distances.copy()
+        distances[~ahead] = np.arctan2(across, dot(rays0, turned)) / np.sqrt((xx + yy) / 2)
+    return float(np.median(distances))
 
 
 def displacements(matches: Matches, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
