@@ -280,13 +280,19 @@ def test_before_things_too_far_for_a_disparity_a_turn_is_no_translation(
 
 
 @pytest.mark.parametrize(
-    ("length", "depth"), [(0.004, (2, 10)), (0.1, (30, 100)), (0.2, (60, 300)), (2.0, (200, 1000)), (20, (200, 1000))]
+    ("length", "depth"), [(0.004, (2, 10)), (0.1, (30, 100)), (0.2, (60, 300)), (2.0, (200, 1000)), (5.0, (200, 1000))]
 )
 def test_before_far_things_a_translation_is_as_long_as_it_is(length: float, depth: tuple[float, float]) -> None:
     scene = Scene(translation=(0.25 * length, -0.1 * length, length), depth=depth, noise=0.3, unmatched=0.0)
     errors = scene.consistency(40, 150, max_reprojection_error=1.0)
     assert np.median(errors) < 9  # 5.3 of a chi-square with 6 degrees of freedom
     assert errors.max() < 60
+
+
+def test_where_the_depths_do_not_tell_how_near_points_come_there_is_no_pose() -> None:
+    scene = Scene(translation=(5.0, -2.0, 20.0), depth=(200.0, 1000.0), noise=0.3, unmatched=0.0)
+    found = [scene.estimate(150, seed, max_reprojection_error=1.0).status for seed in range(30)]
+    assert PoseStatus.OK not in found
 
 
 def test_without_calibration_there_is_no_pose() -> None:

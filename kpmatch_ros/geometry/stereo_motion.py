@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from functools import cached_property
 
 import cv2
 import numpy as np
@@ -17,34 +15,23 @@ from kpmatch_ros.geometry.robust import (
     SMALLEST_CURVATURE,
     SMALLEST_SAMPLE,
     TINY,
-    TUKEY,
     are_on_one_line,
     check_options,
     design_effect,
     epipolar_chance,
     log_false_alarms,
-    tukey_cost,
     without_copies,
 )
 from kpmatch_ros.geometry.sandwich import left_out, student_factor, whitening_axes
 from kpmatch_ros.geometry.stereo_camera import StereoCamera, check_stereo_camera
-from kpmatch_ros.geometry.stereo_errors import StereoPoints, StereoResiduals, as_pixels, stereo_residuals
+from kpmatch_ros.geometry.stereo_errors import StereoPoints, as_pixels
+from kpmatch_ros.geometry.stereo_fit import SEARCH_THRESHOLD, SETTLED, Fit, FramePair, Start, normal_equations
 from kpmatch_ros.geometry.two_view_errors import Matches, Motion, agrees, lengths, median_parallax, rotation_residuals
 
 __all__ = ["estimate_stereo_motion"]
 
 _SEARCH_ITERATIONS = 1000
-_SEARCH_THRESHOLD = 3.0  # inlier thresholds: a point of uncertain depth is seen that far from where it should be
 
-_MEDIANS = np.array([1.0, 0.4549, 1.3863, 2.3660, 3.3567, 4.3515])  # of chi-square with 0 (unused) to 5 conditions
-_TUKEY_STEP = 4.0  # variances: what each condition after the first adds to the squared cutoff, TUKEY**2
-
-_SAMPLE = 200  # points, at most, that the search looks at
-
-_FAR = 0.5  # part of the points whose disparity is below the threshold: one more start is tried
-_EXPLAINED = 0.5  # part of the points: no other start is tried once one explains more
-
-_ROUGHLY, _SETTLED = 1e-3, 1e-6  # parts of the cost that a further step promises to gain, twice
 _CERTAIN = 30.0  # standard deviations of a translation that is not zero without a test
 
 _ALIKE = 6  # matches, of which the covariance is that of matches that err alike
@@ -53,6 +40,7 @@ _ALIKE = 6  # matches, of which the covariance is that of matches that err alike
 # rendered at 160 x 120 pixels, those whose standard deviations were a third of the median were off by twice as much.
 _UNTOLD = 0.5
 
+_BENT = 0.1  # part of a point's depth, which its error is
 _WEAK = 1e-6  # information, squared pixels: keeps the covariance finite
 
 _FARTHEST = 1e-4  # inverse metres: for a start, nothing is further
@@ -147,7 +135,7 @@ def estimate_stereo_motion(
 
     # A point without a depth follows any small translation. It says little of the translation, but biases the test of
     # whether it is zero.
-    pair = _FramePair.of(frames[0], frames[1])
+    pair = FramePair.of(frames[0], frames[1])
     fit = pair.fit(_search(pair, (camera0, camera1), inlier_threshold), inlier_threshold, keypoint_resolution)
     mask = np.zeros(total, dtype=bool)
     mask[usable] = inliers = _agrees(frames, pair, fit, inlier_threshold)
@@ -157,21 +145,21 @@ def estimate_stereo_motion(
     if inliers.sum() < required or (inliers & deep).sum() < SMALLEST_SAMPLE:
         return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total, mask)
 
-    covariance, variance, freedom = pair.covariance(fit, keypoint_resolution)
+    covariance, variance, freedom = _covariance(pair, fit, keypoint_resolution)
     effect = design_effect(fit.left.squares < fit.cutoffs, independent_points)
     covariance, variance = effect * covariance, effect * variance
     status, estimate = PoseStatus.OK, None
-    moves = pair.moves_by_depth(fit, variance, effect)
+    moves = _moves_by_depth(pair, fit, variance, effect)
     # How many standard deviations the translation is from zero tells nearly what the test tells, at once.
     if not moves or fit.translation @ np.linalg.solve(covariance[:3, :3], fit.translation) < _CERTAIN**2:
-        still = pair.minimise(pair.evaluate(fit.rotation, np.zeros(3), fit.cutoffs), 20, _SETTLED, rotation_only=True)
+        still = pair.minimise(pair.evaluate(fit.rotation, np.zeros(3), fit.cutoffs), 20, SETTLED, rotation_only=True)
         if not moves or fdtrc(3, freedom, max(still.cost - fit.cost, 0.0) / variance / 3) > FALSE_ALARM_RATE:
             estimate = Pose(fit.rotation, fit.translation)
             status, fit = PoseStatus.NO_TRANSLATION, still
             mask[usable] = inliers = _agrees(frames, pair, fit, inlier_threshold)
             if inliers.sum() < required:
                 return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total, mask)
-    if pair.is_free(fit, variance, status is PoseStatus.NO_TRANSLATION):
+    if _is_free(pair, fit, variance, status is PoseStatus.NO_TRANSLATION) or _is_bent(pair, fit, variance):
         return RelativePose.undefined(PoseStatus.FAILED, total)
     return RelativePose(
         status=status,
@@ -185,9 +173,6 @@ def estimate_stereo_motion(
         inliers=mask,
         estimate=estimate,
     )
-
-
-_Start = tuple[np.ndarray, np.ndarray]  # a rotation and a translation
 
 
 def _triangulate(
@@ -205,210 +190,96 @@ def _triangulate(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Fit:
-    """A motion, x_ref = rotation x_cur + translation, and what it leaves."""
+def _is_free(pair: FramePair, fit: Fit, variance: float, rotation_only: bool) -> bool:
+    """Whether the points leave the motion free, or its rotation, for a variance of the keypoints' noise."""
+    used = fit.left.squares < fit.cutoffs
+    if not fit.left.determine(used, variance, rotation_only):
+        return True
+    # Noise puts points beside their line, as if the rotation about it could be seen.
+    forward = np.arange(len(used)) < pair.forward
+    return not rotation_only and all(
+        are_on_one_line(pair.source.points[:, part], pair.source.covariances[..., part].mean(axis=-1), variance)
+        for part in (used & forward, used & ~forward)
+        if part.sum() > 2
+    )
 
-    rotation: np.ndarray
-    translation: np.ndarray
-    left: StereoResiduals
-    cutoffs: np.ndarray  # (n,) where Tukey's loss of the squares ends, squared pixels
-    cost: float
 
+def _moves_by_depth(pair: FramePair, fit: Fit, variance: float, effect: float) -> bool:
+    """Whether what a fit's inliers move by, once turned, depends on how far they are, by a test.
 
-@dataclass(frozen=True, eq=False)
-class _FramePair:
-    """The points that have a depth in one of two frames, or in both.
+    The likelihood ratio takes the inverse depths for free numbers. Where they are nothing but noise, a large
+    translation fits them to the noise of the movements, and the ratio promises what is not there. The depths that
+    the points have where the cameras only turn do not depend on the residuals, so that with these depths kept the
+    ratio is distributed as F, whatever their noise (Rao's score test).
 
-    Attributes:
-        source: the points in the reference frame where they have a depth there, `forward` of them; then, in the current
-            frame, those that have one there alone.
-        target: the same points in the other frame.
-        forward: how many.
-        order: (n,) which of the points of both frames they are.
-        conditions: (n,) how many the images of a point set beyond its position: 3 or 5.
+    Args:
+        fit: of the whole motion.
+        variance: of the keypoints' noise, at least, squared pixels.
+        effect: matches for each that errs independently.
     """
+    still = pair.evaluate(fit.rotation, np.zeros(3), fit.cutoffs).left
+    used = (fit.left.squares < fit.cutoffs) & (still.squares < BEHIND)
+    jacobian, residuals = still.jacobian[..., used].reshape(6, -1), still.residuals[:, used].ravel()
+    left = [_unexplained(part, residuals) for part in (jacobian[3:], jacobian)]
+    freedom = max(int((pair.conditions[used] + 1).sum() // 2) - 6, 1)
+    variance = max(variance, effect * left[1] / freedom)
+    return bool(fdtrc(3, freedom, max(left[0] - left[1], 0.0) / variance / 3) < FALSE_ALARM_RATE)
 
-    source: StereoPoints
-    target: StereoPoints
-    forward: int
-    order: np.ndarray
-    conditions: np.ndarray
 
-    @classmethod
-    def of(cls, reference: StereoPoints, current: StereoPoints) -> _FramePair:
-        """Of the same points in two frames."""
-        forward, backward = np.flatnonzero(reference.deep), np.flatnonzero(current.deep & ~reference.deep)
-        source = reference.select(forward).joined(current.select(backward))
-        target = current.select(forward).joined(reference.select(backward))
-        return cls(source, target, len(forward), np.concatenate([forward, backward]), 3 + 2 * target.deep)
+def _is_bent(pair: FramePair, fit: Fit, variance: float) -> bool:
+    """Whether the motion brings most points nearer by so much more than is known that the residuals are not linear.
 
-    @cached_property
-    def sample(self) -> _FramePair:
-        """_SAMPLE of the points at random, the same ones every time."""
-        if len(self.order) <= _SAMPLE:
-            return self
-        chosen = np.sort(np.random.default_rng(0).permutation(len(self.order))[:_SAMPLE])
-        forward = int((chosen < self.forward).sum())
-        source, target = self.source.select(chosen), self.target.select(chosen)
-        return _FramePair(source, target, forward, self.order[chosen], self.conditions[chosen])
+    They are least squares for errors of the depths that are small beside the depths from both frames.
+    """
+    forward = np.arange(len(pair.order)) < pair.forward
+    ahead = np.where(forward, -fit.translation @ fit.rotation[:, 2], fit.translation[2])
+    nearness = np.maximum(1 + ahead * fit.left.points[2], TINY)
+    errors = np.abs(ahead) * np.sqrt(variance * pair.source.covariances[2, 2]) / nearness
+    return bool(np.median(errors[fit.left.squares < fit.cutoffs]) > _BENT)
 
-    def evaluate(self, rotation: np.ndarray, translation: np.ndarray, cutoffs: np.ndarray) -> _Fit:
-        """What a motion leaves."""
-        left = stereo_residuals(self.source, self.target, self.forward, rotation, translation)
-        return _Fit(rotation, translation, left, cutoffs, tukey_cost(left.squares, cutoffs))
 
-    def fit(self, starts: list[_Start], inlier_threshold: float, resolution: float) -> _Fit:
-        """The best start, refined with the noise that it leaves."""
-        sample = self.sample
-        wide = _cutoffs(sample.conditions, inlier_threshold * _SEARCH_THRESHOLD / TUKEY)
-        fits: list[_Fit] = []
-        for start in starts:
-            fits.append(sample.minimise(sample.evaluate(*start, wide), 4, _ROUGHLY))
-            if (fits[-1].left.squares < wide).mean() > _EXPLAINED:
-                break
-        if sample.source.is_distant(inlier_threshold).mean() > _FAR:
-            # RANSAC gives any length of a translation, and from a long one the steps towards the right one are small.
-            turned = sample.evaluate(min(fits, key=lambda fit: fit.cost).rotation, np.zeros(3), wide)
-            turned = sample.minimise(turned, 4, _ROUGHLY, rotation_only=True)
-            fits.append(sample.minimise(turned, 8, _ROUGHLY))
-        fit = min(fits, key=lambda fit: fit.cost)
-        before = sample
-        for pair, settled in ((sample, _ROUGHLY), (self, _ROUGHLY), (self, _SETTLED)):
-            if pair is not before:
-                fit = pair.evaluate(fit.rotation, fit.translation, np.ones(len(pair.order)))
-            before = pair
-            cutoffs = _cutoffs(pair.conditions, pair.noise(fit.left.squares, inlier_threshold, resolution))
-            fit = pair.minimise(replace(fit, cutoffs=cutoffs, cost=tukey_cost(fit.left.squares, cutoffs)), 10, settled)
-        return fit
+def _covariance(pair: FramePair, fit: Fit, resolution: float) -> tuple[np.ndarray, float, int]:
+    """Covariance of an M-estimate with Tukey's loss, as kpmatch_ros.geometry.sandwich says.
 
-    def noise(self, squares: np.ndarray, inlier_threshold: float, resolution: float) -> float:
-        """Standard deviation of a keypoint's coordinate, pixels: that of the residuals, or of rounding if larger."""
-        near = squares < 4 * inlier_threshold**2 * self.conditions
-        noise = (
-            math.sqrt(np.median(squares[near] / _MEDIANS[self.conditions[near]])) if near.any() else inlier_threshold
-        )
-        return max(noise, resolution / math.sqrt(12), 1e-9)
+    Each match pulls by itself, and has the loss's own curvature in the Hessian.
 
-    def minimise(self, fit: _Fit, iterations: int, settled: float, rotation_only: bool = False) -> _Fit:
-        """Levenberg-Marquardt on Tukey's loss by the motion, or its rotation."""
-        free = slice(3, 6) if rotation_only else slice(0, 6)
-        damping = 1e-4
-        for _ in range(iterations):
-            weights = np.maximum(1 - fit.left.squares / fit.cutoffs, 0) ** 2
-            hessian, gradient = _normal_equations(fit.left, weights)
-            hessian, gradient = hessian[free, free], gradient[free]
-            diagonal = hessian.diagonal() + 1e-9 * hessian.trace() + TINY
-            for _ in range(6):
-                step = np.zeros(6)
-                step[free] = np.linalg.solve(hessian + np.diag(damping * diagonal), -gradient)
-                if -gradient @ step[free] < settled * fit.cost:
-                    return fit
-                trial = self.evaluate(
-                    cv2.Rodrigues(step[3:].reshape(3, 1))[0] @ fit.rotation, fit.translation + step[:3], fit.cutoffs
-                )
-                if trial.cost < fit.cost:
-                    break
-                damping *= 10
-            else:
-                return fit
-            fit, damping = trial, max(damping / 10, 1e-9)
-        return fit
+    Returns:
+        covariance (6, 6) of translation and rotation; the variance, squared pixels, by which costs are divided for
+        a test; degrees of freedom.
+    """
+    squares = fit.left.squares
+    used = squares < fit.cutoffs
+    # Of the motion: how far matches are from their epipolar lines within a frame does not tell.
+    conditions, share = (pair.conditions[used] + 1) // 2, squares[used] / fit.cutoffs[used]
+    jacobian, residuals = fit.left.jacobian[..., used], fit.left.residuals[:, used]
+    moved = (residuals**2).sum(axis=0)
+    freedom = max(int(conditions.sum()) - 6, 1)
+    spread = float(((1 - share) ** 4 * moved).sum()) / freedom
+    bends = (1 - share) ** 2 - 4 * moved / (fit.cutoffs[used] * conditions) * (1 - share)
+    curvature = max(float((conditions * bends).sum()) / max(conditions.sum(), 1), SMALLEST_CURVATURE)
+    # Left and right image round the row of a point alike: two residuals are one, with twice the variance.
+    rounding = resolution**2 / 6
+    variance = max(spread / curvature**2, TINY)
 
-    def agrees(self, fit: _Fit, inlier_threshold: float) -> np.ndarray:
-        """Which points (n,) are within the threshold (pixels) in every image and in front, or too far to say."""
-        found = fit.left
-        distances = [self.source.distances(found.points), self.target.distances(found.targets)]
-        near = np.asarray((found.squares < BEHIND) & (np.max(distances, axis=(0, 1)) < inlier_threshold))
-        doubtful = np.flatnonzero(near & (found.points[2] <= 0))
-        if len(doubtful):
-            # Seen from both frames, does the point move by less than the threshold if it is infinitely far?
-            far = found.points[:, doubtful]
-            far[2] = 1.0
-            turned = np.where(doubtful < self.forward, fit.rotation.T @ far, fit.rotation @ far)
-            target = self.target.select(doubtful)
-            moved = turned[:2] / np.maximum(turned[2], TINY) + target.rays - found.targets[:2, doubtful]
-            near[doubtful] = self.source.select(doubtful).is_distant(inlier_threshold) & (
-                target.distances(np.concatenate([moved, target.points[2:]]))[0] < inlier_threshold
-            )
-        return near
-
-    def is_free(self, fit: _Fit, variance: float, rotation_only: bool) -> bool:
-        """Whether the points leave the motion free, or its rotation, for a variance of the keypoints' noise."""
-        used = fit.left.squares < fit.cutoffs
-        if not fit.left.determine(used, variance, rotation_only):
-            return True
-        # Noise puts points beside their line, as if the rotation about it could be seen.
-        forward = np.arange(len(used)) < self.forward
-        return not rotation_only and all(
-            are_on_one_line(self.source.points[:, part], self.source.covariances[..., part].mean(axis=-1), variance)
-            for part in (used & forward, used & ~forward)
-            if part.sum() > 2
-        )
-
-    def moves_by_depth(self, fit: _Fit, variance: float, effect: float) -> bool:
-        """Whether what a fit's inliers move by, once turned, depends on how far they are, by a test.
-
-        The likelihood ratio takes the inverse depths for free numbers. Where they are nothing but noise, a large
-        translation fits them to the noise of the movements, and the ratio promises what is not there. The depths that
-        the points have where the cameras only turn do not depend on the residuals, so that with these depths kept the
-        ratio is distributed as F, whatever their noise (Rao's score test).
-
-        Args:
-            fit: of the whole motion.
-            variance: of the keypoints' noise, at least, squared pixels.
-            effect: matches for each that errs independently.
-        """
-        still = self.evaluate(fit.rotation, np.zeros(3), fit.cutoffs).left
-        used = (fit.left.squares < fit.cutoffs) & (still.squares < BEHIND)
-        jacobian, residuals = still.jacobian[..., used].reshape(6, -1), still.residuals[:, used].ravel()
-        left = [_unexplained(part, residuals) for part in (jacobian[3:], jacobian)]
-        freedom = max(int((self.conditions[used] + 1).sum() // 2) - 6, 1)
-        variance = max(variance, effect * left[1] / freedom)
-        return bool(fdtrc(3, freedom, max(left[0] - left[1], 0.0) / variance / 3) < FALSE_ALARM_RATE)
-
-    def covariance(self, fit: _Fit, resolution: float) -> tuple[np.ndarray, float, int]:
-        """Covariance of an M-estimate with Tukey's loss, as kpmatch_ros.geometry.sandwich says.
-
-        Each match pulls by itself, and has the loss's own curvature in the Hessian.
-
-        Returns:
-            covariance (6, 6) of translation and rotation; the variance, squared pixels, by which costs are divided for
-            a test; degrees of freedom.
-        """
-        squares = fit.left.squares
-        used = squares < fit.cutoffs
-        # Of the motion: how far matches are from their epipolar lines within a frame does not tell.
-        conditions, share = (self.conditions[used] + 1) // 2, squares[used] / fit.cutoffs[used]
-        jacobian, residuals = fit.left.jacobian[..., used], fit.left.residuals[:, used]
-        moved = (residuals**2).sum(axis=0)
-        freedom = max(int(conditions.sum()) - 6, 1)
-        spread = float(((1 - share) ** 4 * moved).sum()) / freedom
-        bends = (1 - share) ** 2 - 4 * moved / (fit.cutoffs[used] * conditions) * (1 - share)
-        curvature = max(float((conditions * bends).sum()) / max(conditions.sum(), 1), SMALLEST_CURVATURE)
-        # Left and right image round the row of a point alike: two residuals are one, with twice the variance.
-        rounding = resolution**2 / 6
-        variance = max(spread / curvature**2, TINY)
-
-        weights, slopes = (1 - share) ** 2, -4 * (1 - share) / fit.cutoffs[used]  # of the loss, and of its weight
-        gradients = (jacobian * residuals).sum(axis=1)
-        hessian = (jacobian * weights).reshape(6, -1) @ jacobian.reshape(6, -1).T + (gradients * slopes) @ gradients.T
-        # The jacobian by the translation is a multiple of the inverse depth. A product of two therefore holds the
-        # square of the depth as estimated, noise included: without this term the noise of a far point's depth is taken
-        # for depth.
-        noise = fit.left.slopes[..., used].transpose(1, 0, 2)
-        noise_bends = max(variance, rounding) * bends * fit.left.depth_variances[used]
-        hessian[:3, :3] -= (noise * noise_bends).reshape(3, -1) @ noise.reshape(3, -1).T
-        axes, curvatures = whitening_axes(_normal_equations(fit.left, used.astype(np.float64))[0], hessian, _WEAK)
-        axes = axes / np.sqrt(curvatures)  # in these, the whole Hessian is the identity
-        arms, pulls = np.einsum("ij,ikn->jkn", axes, jacobian), axes.T @ gradients
-        pulls = left_out(pulls, arms, weights, slopes)
-        scatter = max(rounding / variance, 1.0) * student_factor(pulls) * pulls @ pulls.T
-        # A few count as if all erred alike: pulls that vanish, or are too few, tell nothing of some directions.
-        alike, count = max(spread / curvature, rounding, TINY), len(share)
-        scatter = (count * scatter + _ALIKE * alike * np.eye(6)) / (count + _ALIKE)
-        covariance = axes @ scatter @ axes.T
-        return (covariance + covariance.T) / 2, alike, freedom
+    weights, slopes = (1 - share) ** 2, -4 * (1 - share) / fit.cutoffs[used]  # of the loss, and of its weight
+    gradients = (jacobian * residuals).sum(axis=1)
+    hessian = (jacobian * weights).reshape(6, -1) @ jacobian.reshape(6, -1).T + (gradients * slopes) @ gradients.T
+    # The jacobian by the translation is a multiple of the inverse depth. A product of two therefore holds the
+    # square of the depth as estimated, noise included: without this term the noise of a far point's depth is taken
+    # for depth.
+    noise = fit.left.slopes[..., used].transpose(1, 0, 2)
+    noise_bends = max(variance, rounding) * bends * fit.left.depth_variances[used]
+    hessian[:3, :3] -= (noise * noise_bends).reshape(3, -1) @ noise.reshape(3, -1).T
+    axes, curvatures = whitening_axes(normal_equations(fit.left, used.astype(np.float64))[0], hessian, _WEAK)
+    axes = axes / np.sqrt(curvatures)  # in these, the whole Hessian is the identity
+    arms, pulls = np.einsum("ij,ikn->jkn", axes, jacobian), axes.T @ gradients
+    pulls = left_out(pulls, arms, weights, slopes)
+    scatter = max(rounding / variance, 1.0) * student_factor(pulls) * pulls @ pulls.T
+    # A few count as if all erred alike: pulls that vanish, or are too few, tell nothing of some directions.
+    alike, count = max(spread / curvature, rounding, TINY), len(share)
+    scatter = (count * scatter + _ALIKE * alike * np.eye(6)) / (count + _ALIKE)
+    covariance = axes @ scatter @ axes.T
+    return (covariance + covariance.T) / 2, alike, freedom
 
 
 def _unexplained(jacobian: np.ndarray, residuals: np.ndarray) -> float:
@@ -417,13 +288,7 @@ def _unexplained(jacobian: np.ndarray, residuals: np.ndarray) -> float:
     return float(residuals @ residuals - pull @ np.linalg.lstsq(jacobian @ jacobian.T, pull, rcond=None)[0])
 
 
-def _normal_equations(left: StereoResiduals, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The Hessian (6, 6) by Gauss and Newton, and the gradient (6,)."""
-    weighted = (left.jacobian * weights).reshape(6, -1)
-    return weighted @ left.jacobian.reshape(6, -1).T, weighted @ left.residuals.ravel()
-
-
-def _agrees(frames: list[StereoPoints], pair: _FramePair, fit: _Fit, inlier_threshold: float) -> np.ndarray:
+def _agrees(frames: list[StereoPoints], pair: FramePair, fit: Fit, inlier_threshold: float) -> np.ndarray:
     """Which points (n,) are within the threshold (pixels) in every image and in front, or too far to say."""
     found = np.zeros(len(frames[0].deep), dtype=bool)
     found[pair.order] = pair.agrees(fit, inlier_threshold)
@@ -446,9 +311,9 @@ def _matches(frames: list[StereoPoints], chosen: np.ndarray) -> Matches:
     return Matches(np.array([*rays, *(frame.noise for frame in frames)])).select(chosen)
 
 
-def _search(pair: _FramePair, cameras: tuple[StereoCamera, StereoCamera], inlier_threshold: float) -> list[_Start]:
+def _search(pair: FramePair, cameras: tuple[StereoCamera, StereoCamera], inlier_threshold: float) -> list[Start]:
     """Where to start: the motion that RANSAC finds from the points of the frame with more, and standing still."""
-    starts: list[_Start] = [(np.eye(3), np.zeros(3))]
+    starts: list[Start] = [(np.eye(3), np.zeros(3))]
     sample = pair.sample
     backward = sample.forward < len(sample.order) / 2
     part = slice(sample.forward, None) if backward else slice(0, sample.forward)
@@ -469,7 +334,7 @@ def _search(pair: _FramePair, cameras: tuple[StereoCamera, StereoCamera], inlier
             np.eye(3),
             np.zeros(4),
             iterationsCount=_SEARCH_ITERATIONS,
-            reprojectionError=_SEARCH_THRESHOLD * inlier_threshold / camera.left.focal,
+            reprojectionError=SEARCH_THRESHOLD * inlier_threshold / camera.left.focal,
             confidence=0.999,
             flags=cv2.SOLVEPNP_P3P,
         )
@@ -481,11 +346,6 @@ def _search(pair: _FramePair, cameras: tuple[StereoCamera, StereoCamera], inlier
         # Points of the reference frame give the inverse of the motion, points of the current frame the motion.
         starts.insert(0, (rotation, translation) if backward else (rotation.T, -rotation.T @ translation))
     return starts
-
-
-def _cutoffs(conditions: np.ndarray, noise: float) -> np.ndarray:
-    """Where Tukey's loss ends, squared pixels, for points with so many conditions."""
-    return noise**2 * (TUKEY**2 + _TUKEY_STEP * (conditions - 1))
 
 
 def _relative(sigmas: np.ndarray, count: int) -> np.ndarray:
