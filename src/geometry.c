@@ -448,10 +448,13 @@ INLINE void distort_one(const double *point, const double *coefficients, double 
 }
 
 /* Newton's method on the distortion. Returns whether the point (2,) has a solution. */
-INLINE int undistort_one(const double *target, const double *coefficients, double *point, double *inverse)
+INLINE int undistort_one(const double *target, const double *coefficients, double furthest, double *point,
+                         double *inverse)
 {
-    point[0] = target[0];
-    point[1] = target[1];
+    const double radius = sqrt(target[0] * target[0] + target[1] * target[1]);
+    const double nearer = radius > furthest ? furthest / radius : 1;
+    point[0] = nearer * target[0];
+    point[1] = nearer * target[1];
     for (int i = 0; i < NEWTON_ITERATIONS; i++) {
         double image[2], jacobian[4];
         distort_one(point, coefficients, image, jacobian);
@@ -478,13 +481,16 @@ INLINE int undistort_one(const double *target, const double *coefficients, doubl
     return 0;
 }
 
-/* Undistort N points (N, 2), with the inverse (N, 2, 2) of the distortion's jacobian; NaN without a solution. */
-void kpmatch_undistort(int64_t count, const double *distorted, const double *coefficients, double *points,
-                       double *inverses)
+/* Undistort N points (N, 2), with the inverse (N, 2, 2) of the distortion's jacobian; NaN without a solution.
+ *
+ * None is searched for from further off the axis than furthest.
+ */
+void kpmatch_undistort(int64_t count, const double *distorted, const double *coefficients, double furthest,
+                       double *points, double *inverses)
 {
     for (int64_t i = 0; i < count; i++) {
         double *point = points + 2 * i, *inverse = inverses + 4 * i;
-        if (!undistort_one(distorted + 2 * i, coefficients, point, inverse))
+        if (!undistort_one(distorted + 2 * i, coefficients, furthest, point, inverse))
             point[0] = point[1] = inverse[0] = inverse[1] = inverse[2] = inverse[3] = NAN;
     }
 }

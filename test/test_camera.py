@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
+from kpmatch_ros.geometry.lens import fold
 
 pytestmark = pytest.mark.usefixtures("geometry")
 
@@ -141,6 +142,21 @@ def test_skew_is_honoured() -> None:
         x, y = cv2.undistortPoints(np.array([[[0.3, -0.2]]]), np.eye(3), np.array(coefficients or (0.0,) * 5))[0, 0]
         pixel = matrix @ [0.3, -0.2, 1]
         np.testing.assert_allclose(camera.normalise(pixel[None, :2]), [[x, y]], atol=1e-4)
+
+
+@pytest.mark.parametrize("coefficients", [(0.43, -0.124, 0, 0, -0.102), (0.35, -0.2, 1e-3, -1e-3, 0.0)])
+def test_directions_up_to_the_fold_of_a_lens_that_shows_edges_larger_are_found(
+    coefficients: tuple[float, ...],
+) -> None:
+    """Its pixels lie further out than the fold, where searches began that found no way back."""
+    camera = lens("plumb_bob", coefficients, 275, 640, 480)
+    radius, angle = np.meshgrid(np.linspace(0, 0.97, 60), np.linspace(0, 2 * np.pi, 40))
+    radius *= fold(camera.distortion_model, camera.distortion.tobytes())
+    directions = np.column_stack([(radius * np.cos(angle)).ravel(), (radius * np.sin(angle)).ravel()])
+    pixels = camera.project(directions)
+    shown = ((pixels >= 0) & (pixels < (640, 480))).all(axis=1)
+    assert shown.sum() > 500
+    np.testing.assert_allclose(camera.normalise(pixels[shown]), directions[shown], atol=1e-6)
 
 
 def test_pixels_beyond_the_fold_of_the_lens_model_have_no_direction() -> None:

@@ -67,7 +67,7 @@ def open_library(path: Path) -> ctypes.CDLL | None:
     functions = {
         "kpmatch_align": (None, [size, array, size, size, array, array, truth, *5 * [array]]),
         "kpmatch_cut": (None, [size, size, size, *4 * [array]]),
-        "kpmatch_undistort": (None, [size, *4 * [array]]),
+        "kpmatch_undistort": (None, [size, array, array, number, array, array]),
         "kpmatch_epipolar_residuals": (None, [*matches, *2 * [array]]),
         "kpmatch_rotation_residuals": (None, [*matches, *2 * [array]]),
         "kpmatch_depths": (None, [*matches, *2 * [array]]),
@@ -131,12 +131,12 @@ def _image(image: np.ndarray) -> np.ndarray:
     return _given(image, np.float32, height, width)
 
 
-def undistort(distorted: np.ndarray, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def undistort(distorted: np.ndarray, coefficients: np.ndarray, furthest: float) -> tuple[np.ndarray, np.ndarray]:
     """What lens.undistort returns, of the polynomial model with eight coefficients."""
     count = len(distorted)
     distorted, coefficients = _given(distorted, np.float64, count, 2), _given(coefficients, np.float64, 8)
     results = np.empty((count, 2)), np.empty((count, 2, 2))
-    _library.kpmatch_undistort(count, distorted, coefficients, *results)
+    _library.kpmatch_undistort(count, distorted, coefficients, furthest, *results)
     return results
 
 

@@ -48,6 +48,7 @@ LEAST_INVERTIBLE = 0.8
 _GRID = 24  # pixels along each side at which a lens model is looked at
 _PLAIN = 8  # coefficients of the models that are polynomials alone, without a thin prism and a tilted sensor
 _NEWTON_ITERATIONS = 50
+_BEFORE_THE_FOLD = 0.98  # of its radius: where to search from, at most
 _NEWTON_TOLERANCE = 1e-10  # normalised units: about 1e-7 px
 LARGEST_TANGENT = 50.0  # a direction within about one degree of the image plane is no usable one
 # Tangents at which the radius is compared, 0.25 degrees apart: two pixels of a usual camera. What is narrower, a pole
@@ -145,23 +146,28 @@ def undistort(distorted: np.ndarray, model: str, coefficients: np.ndarray) -> tu
     cv2.undistortPoints is not used: it stops after five fixed-point steps (its criteria are no argument of it
     in the OpenCV 4 of ROS 2 Humble and Jazzy), does not say which points did not converge, and gives no jacobian.
     """
+    folded = fold(model, coefficients.tobytes())
+    # A lens that shows things larger towards its edge has distorted points beyond the fold, where no step leads back.
+    furthest = _BEFORE_THE_FOLD * folded
     if compiled.available() and _is_polynomial(model, coefficients):
-        points, inverse = compiled.undistort(distorted, _padded(coefficients))
+        points, inverse = compiled.undistort(distorted, _padded(coefficients), furthest)
     else:
-        points, inverse = _undistort(distorted, model, coefficients)
+        points, inverse = _undistort(distorted, model, coefficients, furthest)
     # Beyond a fold the model may grow again. What it says there, of pixels that no corner of the calibration was near,
     # is another direction than the lens has: at the fold it jumps, by 15 degrees in the median of random lenses.
     with np.errstate(invalid="ignore"):
-        beyond = np.hypot(*points.T) > fold(model, coefficients.tobytes())
+        beyond = np.hypot(*points.T) > folded
     points[beyond], inverse[beyond] = np.nan, np.nan
     return points, inverse
 
 
-def _undistort(distorted: np.ndarray, model: str, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _undistort(
+    distorted: np.ndarray, model: str, coefficients: np.ndarray, furthest: float
+) -> tuple[np.ndarray, np.ndarray]:
     """The same by NumPy: a change here is one of src/geometry.c, too."""
     # Coordinates of one kind lie side by side: a third of the time that rows of two take.
     target = np.ascontiguousarray(distorted.T)
-    points = target.copy()
+    points = target * np.minimum(1, furthest / np.maximum(np.hypot(*target), 1e-300))
     for _ in range(_NEWTON_ITERATIONS):
         image, inverse, determinant = _distort(points, model, coefficients)
         residuals = image - target
