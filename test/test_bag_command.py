@@ -451,6 +451,15 @@ def test_a_bag_without_a_usable_image_leaves_nothing_behind(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_a_report_has_the_name_of_the_bags_folder_however_it_is_named(
+    run: Run, bag: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("plotly")
+    monkeypatch.chdir(bag)
+    assert run(".", tmp_path / "out", *QUICK, "--report", tmp_path / "report.html")[0] == 0
+    assert f"<title>Matches of {bag.name}</title>" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_being_stopped_leaves_no_half_bag_behind(
     views: list[NDArray[np.uint8]], tmp_path: Path, sent: signal.Signals

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -230,6 +231,13 @@ def test_a_damaged_image_is_refused_in_one_line(
 def test_a_file_that_is_not_there_is_named(run: Run, pictures: tuple[Path, Path], tmp_path: Path) -> None:
     assert "nowhere.png: No such file" in refused(run("match", pictures[0], tmp_path / "nowhere.png"))
     assert f"{tmp_path}: Is a directory" in refused(run("match", pictures[0], tmp_path))
+
+
+def test_a_picture_whose_name_would_be_too_long_is_refused_before_the_work(
+    run: Run, pictures: tuple[Path, Path], tmp_path: Path
+) -> None:
+    long = [shutil.copy(picture, tmp_path / f"{letter * 130}.png") for picture, letter in zip(pictures, "ab")]
+    assert "is too long for a file's name; name one with --save" in refused(run("match", *long))
 
 
 @pytest.mark.parametrize("extension", [".png", ".jpg", ".bmp", ".webp", ".tif"])

@@ -14,6 +14,7 @@ from kpmatch_ros.cli.common import (
     add_command,
     add_parameter,
     image_size,
+    tell_of_idle,
     whole_number,
 )
 from kpmatch_ros.parameters import ParameterError, Parameters, declaration, profile_values
@@ -149,10 +150,12 @@ def _bench(options: argparse.Namespace) -> int:
     from kpmatch_ros.cli.bench_measure import run_bench
 
     chosen = {name: getattr(options, name) for name in _BENCH_OPTIONS if hasattr(options, name)}
+    parameters = Parameters.given(chosen)
+    tell_of_idle(parameters, options.name)
     of_profile = profile_values(chosen.get("profile")).get("max_keypoints")
     run_bench(
         Request(
-            parameters=Parameters.given(chosen),
+            parameters=parameters,
             devices=options.device,
             precisions=options.precision,
             keypoints=options.keypoints or (_KEYPOINTS if of_profile is None else (of_profile,)),
