@@ -42,6 +42,17 @@ def test_parallax_is_what_is_left_of_the_motion_without_the_rotation() -> None:
     assert math.isclose(scene.estimate(200, 0).median_parallax, 500 * 0.2 / 4, rel_tol=0.02)
 
 
+def test_a_rotation_that_parallax_may_have_turned_is_less_sure() -> None:
+    """Some pixels of parallax may be matches that slipped along their edges: the status is NO_TRANSLATION."""
+    errors = []
+    for seed in range(20):
+        scene = Scene(translation=(0.02, 0, 0), noise=0.3, outliers=0.1)
+        pose = scene.estimate(150, seed, keypoint_resolution=0.0)
+        error = scene.error(pose)[3:]
+        errors.append(error @ np.linalg.solve(pose.covariance[3:, 3:], error))
+    assert np.mean(errors) < 8  # 3 of a chi-square, 70 where the covariance is that of the rotation's fit alone
+
+
 @pytest.mark.parametrize("degrees_apart", [60, 120, 180])
 def test_views_from_opposite_sides_have_a_large_parallax(degrees_apart: float) -> None:
     turn = cv2.Rodrigues(np.array([0, np.radians(degrees_apart), 0]))[0]

@@ -48,6 +48,7 @@ from kpmatch_ros.geometry.two_view_rotation import (
     fit_rotation,
     fit_rotation_roughly,
     has_certain_parallax,
+    may_have_parallax,
 )
 from kpmatch_ros.geometry.two_view_search import SAMPLE, search_motions, search_translations
 
@@ -265,7 +266,9 @@ def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
         return _Solution(PoseStatus.TOO_FEW_MATCHES, inliers=turning)
     motion = Motion(rotation, np.zeros(3))
     covariance = _rotation_covariance(matches, rotation, noise)
-    if fit is not None and parallax is Parallax.IN_ONE_PLACE:  # if it is the camera's, the rotation is the fit's
+    if fit is not None and (
+        parallax is Parallax.IN_ONE_PLACE or may_have_parallax(matches, fit.motion, rotation, moving, noise)
+    ):  # if it is the camera's, the rotation is the fit's
         covariance[3:, 3:] += spread(motion, fit.motion)[3:, 3:]
     return _Solution(PoseStatus.NO_TRANSLATION, motion, covariance, turning)
 

@@ -40,6 +40,7 @@ __all__ = [
     "fit_rotation",
     "fit_rotation_roughly",
     "has_certain_parallax",
+    "may_have_parallax",
     "small_parallax_chance",
 ]
 
@@ -230,6 +231,19 @@ def _have_small_parallax(
     deviation = tukey_cutoff(residuals, noise.inlier_threshold, noise.resolution) / TUKEY
     typical = turning & (lengths(residuals) < TYPICAL * deviation)
     return small_parallax_chance(matches.select(typical), motion, rotation, noise) < false_alarm_rate
+
+
+def may_have_parallax(matches: Matches, motion: Motion, rotation: np.ndarray, moving: np.ndarray, noise: Noise) -> bool:
+    """Whether a motion explains more than noise does, if no match has slipped along its edge.
+
+    What slips looks like parallax of a few pixels. Where a rotation alone is believed for that, the parallax may have
+    turned it: by many times the error of the matches.
+
+    Args:
+        moving: (n,) bool, the matches that the motion explains; others as of find_parallax.
+    """
+    near = moving & (lengths(rotation_residuals(matches, rotation)) < _LONGEST_SLIP * noise.inlier_threshold)
+    return small_parallax_chance(matches.select(near), motion, rotation, noise) < FALSE_ALARM_RATE
 
 
 def _without_one_thing(matches: Matches, motion: Motion, rotation: np.ndarray, noise: Noise) -> np.ndarray:
