@@ -237,8 +237,8 @@ def test_a_missing_parameter_file_stops_the_launch(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("content", ["a: [", "a: &a [*a]", "\xff"])
 def test_a_parameter_file_that_is_no_yaml_is_named(params_file: Path, content: str) -> None:
     params_file.write_text(content, encoding="latin-1")
-    with pytest.raises(RuntimeError, match=f"params_file: {params_file}: is n"):
-        Told(params_file=str(params_file))
+    status, log = launched(f"params_file:={params_file}")
+    assert status == 1 and f"params_file: {params_file}: is n" in log
 
 
 @pytest.mark.parametrize(
