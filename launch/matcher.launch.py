@@ -6,8 +6,10 @@ the parameter file decides. A name that is none is refused.
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from posixpath import dirname, join
 from typing import Any
@@ -141,11 +143,12 @@ def refuse_unknown_arguments(given: Mapping[str, str]) -> None:
             get_logger(FILE).warning(text)
 
 
-def check_params_file(path: Path, node_name: str) -> None:
-    """Name what ROS would ignore in silence: no section for the node, and keys that are no parameters.
+def read_params_file(path: Path, node_name: str) -> list[tuple[str, Any]]:
+    """The sections of a parameter file that apply to the node, in the order in which ROS applies them.
 
-    A key in a section of the node's own stops the launch. A section with a pattern, such as /**, may hold the
-    parameters of other nodes: there, a key that looks like a parameter of this node is warned of.
+    What ROS would ignore in silence is named: no section for the node, and keys that are no parameters. A key in a
+    section of the node's own stops the launch. A section with a pattern, such as /**, may hold the parameters of other
+    nodes: there, a key that looks like a parameter of this node is warned of.
 
     Raises:
         RuntimeError: for a file that is not there or is no YAML, and for a key that is no parameter.
@@ -174,6 +177,22 @@ def check_params_file(path: Path, node_name: str) -> None:
                 raise RuntimeError(text)
             if suggestion:
                 get_logger(FILE).warning(f"{text} It has no effect on {node_name}.")
+    return own
+
+
+def write_params_file(values: Mapping[str, Any], sections: Iterable[str]) -> str:
+    """Write a parameter file that holds the values in each of the sections, and return its path.
+
+    ROS merges parameter files by section: a section that an earlier file has keeps its place, and later ones win. So
+    what is to win over a file stands in each section of it that applies.
+    """
+    # ROS takes matcher and /matcher for two sections of one node.
+    spellings = [spelling for section in sections for spelling in (section, section.lstrip("/"))]
+    # JSON is YAML with all strings in quotes. launch_ros writes 1e5 and y without, which are a number and true to ROS.
+    text = json.dumps({section: {"ros__parameters": values} for section in spellings}, ensure_ascii=False)
+    with tempfile.NamedTemporaryFile("wb", prefix="launch_params_", suffix=".yaml", delete=False) as file:
+        file.write(text.encode(errors="surrogateescape"))
+    return file.name
 
 
 def parameter_value(item: Declaration, text: str) -> Any:
@@ -217,13 +236,16 @@ def start(context: LaunchContext) -> list[Node]:
     params_file = Path(given["params_file"]).expanduser()
     namespace = make_namespace_absolute(prefix_namespace(given.get("ros_namespace"), given["namespace"]))
     node_name = f"{namespace.rstrip('/')}/matcher"
-    check_params_file(params_file, node_name)
+    own = read_params_file(params_file, node_name)
 
     images, transport = image_topics(given)
     texts = {item.name: given[item.name] for item in declarations()} | {"image_transport": transport}
     overrides = {item.name: parameter_value(item, texts[item.name]) for item in declarations() if texts[item.name]}
     if given["use_sim_time"]:
         overrides["use_sim_time"] = is_true(given["use_sim_time"])
+    files = [str(params_file)]
+    if overrides:
+        files.append(write_params_file(overrides, ["/**", node_name, *(section for section, _ in own)]))
 
     remappings = []
     for argument, topic, _ in CAMERAS:
@@ -257,7 +279,7 @@ def start(context: LaunchContext) -> list[Node]:
         executable="matcher",
         name="matcher",
         namespace=given["namespace"],
-        parameters=[str(params_file), *([overrides] if overrides else [])],
+        parameters=files,
         remappings=remappings,
         ros_arguments=["--log-level", f"{logger}:={given['log_level']}"],
         output="screen",

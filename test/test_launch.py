@@ -180,6 +180,25 @@ def test_an_argument_that_is_given_overrides_the_parameter_file(params_file: Pat
     }
 
 
+@pytest.mark.parametrize("before", ["/robot/matcher", "robot/matcher", "/**", "/robot/*"])
+@pytest.mark.parametrize("last", ["/**", "/robot/matcher", "/robot:\n  matcher"])
+def test_an_argument_wins_wherever_the_file_has_the_parameter(params_file: Path, before: str, last: str) -> None:
+    """ROS merges the sections of all files, and the last section wins, which may be the parameter file's."""
+    values = "{device: 'cuda:1', use_sim_time: false, qos_overrides: {/image: {subscription: {depth: 7}}}}"
+    params_file.write_text(
+        f"{before}: {{ros__parameters: {{queue: all}}}}\n/other: {{ros__parameters: {{x: 1}}}}\n"
+        f"{last}: {{ros__parameters: {values}}}\n"
+    )
+    parameters = Told(params_file=str(params_file), namespace="robot", device="cpu", use_sim_time="true").parameters
+    expected = {"device": "cpu", "queue": "all", "use_sim_time": True, "qos_overrides./image.subscription.depth": 7}
+    assert {name: parameters.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("text", ["1", "1e5", "y", "0x10", "été", "🤖"])
+def test_a_text_stays_one_though_it_looks_like_something_else(text: str) -> None:
+    assert Told(extractor=text).parameters["extractor"] == text
+
+
 def test_every_parameter_reaches_the_node_with_its_type() -> None:
     given = {
         "mode": "stereo",
@@ -347,7 +366,7 @@ def test_two_cameras_have_a_node_each_and_share_the_other_arguments() -> None:
     assert run(RegisterEventHandler(note), two) == 0
     for command in commands:
         files = [Path(after) for word, after in pairwise(command) if word == "--params-file"]
-        assert any("max_keypoints: 512" in file.read_text() for file in files)
+        assert any('"max_keypoints": 512' in file.read_text() for file in files)
     lines = sorted(" ".join(command) for command in commands)
     assert ["__ns:=/back" in line for line in lines] == [True, False]
     assert ["__ns:=/front" in line for line in lines] == [False, True]
