@@ -210,22 +210,25 @@ def parameter_value(item: Declaration, text: str) -> Any:
         raise RuntimeError(f"argument {item.name} is {text!r}; it must be {expected}") from None
 
 
-def image_topics(given: Mapping[str, str]) -> tuple[dict[str, str], str]:
-    """The image topic of each camera of the mode in use, by argument, without /compressed; and the transport it names.
+def image_topics(given: Mapping[str, str], mode: str) -> tuple[dict[str, str], str]:
+    """The image topic of each camera, by argument, and the transport that those of the mode name.
+
+    Theirs come without /compressed.
 
     Raises:
         RuntimeError: where one topic is compressed and another is not, or image_transport says otherwise.
     """
     topics = {argument: given[f"{argument}image"] for argument, _, _ in CAMERAS}
-    compressed = {argument: topic for argument, topic in topics.items() if topic.endswith("/compressed")}
+    used = {argument: topic for argument, topic in topics.items() if bool(argument) == (mode == "stereo")}
+    compressed = [topic for topic in used.values() if topic.endswith("/compressed")]
     if not compressed:
         return topics, given["image_transport"]
-    named = " and ".join(compressed.values())
+    named = " and ".join(compressed)
     if given["image_transport"] == "raw":
         raise RuntimeError(f"{named}: is a topic of compressed images; image_transport:=raw cannot read it")
-    if len({"left_", "right_"} & compressed.keys()) == 1:
+    if len(compressed) < len(used):
         raise RuntimeError(f"{named}: give both cameras' topics with /compressed, or none")
-    return {argument: topic.removesuffix("/compressed") for argument, topic in topics.items()}, "compressed"
+    return topics | {argument: topic.removesuffix("/compressed") for argument, topic in used.items()}, "compressed"
 
 
 def start(context: LaunchContext) -> list[Node]:
@@ -238,7 +241,10 @@ def start(context: LaunchContext) -> list[Node]:
     node_name = f"{namespace.rstrip('/')}/matcher"
     own = read_params_file(params_file, node_name)
 
-    images, transport = image_topics(given)
+    # As ROS does: an argument, or else the last section that has the parameter, or else the default.
+    in_file = [values["mode"] for _, values in own if isinstance(values, dict) and "mode" in values]
+    mode = given["mode"] or [*(item.default for item in declarations() if item.name == "mode"), *in_file][-1]
+    images, transport = image_topics(given, mode)
     texts = {item.name: given[item.name] for item in declarations()} | {"image_transport": transport}
     overrides = {item.name: parameter_value(item, texts[item.name]) for item in declarations() if texts[item.name]}
     if given["use_sim_time"]:

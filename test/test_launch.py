@@ -352,6 +352,40 @@ def test_a_topic_of_compressed_images_cannot_be_read_raw() -> None:
     assert status == 1 and "image_transport:=raw cannot read it" in log
 
 
+LEFT = "/left/image_raw/compressed"
+
+
+@pytest.mark.parametrize(
+    ("words", "sections"),
+    [
+        ({"left_image": LEFT}, "{}"),
+        ({"left_image": LEFT, "image_transport": "raw"}, "{}"),
+        ({"left_image": LEFT, "right_image": LEFT, "mode": "mono"}, "{/**: {ros__parameters: {mode: stereo}}}"),
+        ({"image": LEFT}, "{/**: {ros__parameters: {mode: stereo}}}"),
+        ({"image": LEFT, "mode": "stereo", "image_transport": "raw"}, "{/**: {ros__parameters: {mode: mono}}}"),
+        ({"image": LEFT}, "{/**: {ros__parameters: {mode: mono}}, matcher: {ros__parameters: {mode: stereo}}}"),
+    ],
+)
+def test_a_camera_that_the_mode_has_not_sets_no_transport(
+    params_file: Path, words: dict[str, str], sections: str
+) -> None:
+    params_file.write_text(sections)
+    parameters = Told(params_file=str(params_file), **words).parameters
+    assert parameters.get("image_transport") == words.get("image_transport")
+
+
+def test_compressed_topics_of_the_parameter_files_mode_set_the_transport(params_file: Path) -> None:
+    params_file.write_text("/**: {ros__parameters: {mode: stereo}}\n")
+    told = Told(params_file=str(params_file), left_image=LEFT, right_image="/right/image_raw/compressed")
+    assert told.parameters["image_transport"] == "compressed"
+    assert told.topics["left/image"] == "/left/image_raw" and told.topics["right/image"] == "/right/image_raw"
+
+
+def test_one_compressed_topic_of_a_pair_stops_the_launch() -> None:
+    status, log = launched("mode:=stereo", f"left_image:={LEFT}")
+    assert status == 1 and "give both cameras' topics with /compressed, or none" in log
+
+
 def test_topics_may_begin_with_a_tilde() -> None:
     told = Told(image="~/image", namespace="robot")
     assert (told.topics["image"], told.topics["camera_info"]) == ("/robot/matcher/image", "/robot/matcher/camera_info")
