@@ -34,6 +34,7 @@ from kpmatch_ros.ros.match_service import MatchRequest, offer_match_features
 from kpmatch_ros.ros.monitor import Problem
 from kpmatch_ros.ros.outputs import Outputs, output_names
 from kpmatch_ros.ros.parameter_descriptors import declare_parameters
+from kpmatch_ros.ros.qos import undeclare_overrides
 from kpmatch_ros.ros.service_guard import guarded, survives
 from kpmatch_ros.ros.start import answer_to, shut_down, told_to_end, why_ros_cannot_start
 from kpmatch_ros.ros.tf import INSTALL, TFMessage
@@ -241,6 +242,7 @@ class MatcherNode(LifecycleNode):
         if self._outputs is not None:
             self._outputs.destroy()
             self._outputs = None
+        undeclare_overrides(self)
         self._pipeline = None
         self._state = "unconfigured"
         release_memory()
