@@ -26,6 +26,9 @@ from kpmatch_ros.parameter_file import applies, read_sections, unknown_keys
 from kpmatch_ros.parameters import Declaration, ParameterError, declarations, meant
 
 FILE = Path(__file__).name
+# The launch file that starts this one twice, and its own arguments.
+TWO_CAMERAS = "two_cameras.launch.py"
+TWO_CAMERAS_OWN = ("first", "second")
 # Prefixes of the arguments and of the topics that they name, and what they are for.
 CAMERAS = (
     ("", "", "the camera (mode mono)"),
@@ -35,7 +38,14 @@ CAMERAS = (
 # True and False too: a launch file that includes this one may hand on str(True).
 BOOLEANS = ["true", "false", "True", "False"]
 # Arguments that launch and launch_ros read themselves.
-LAUNCHS_OWN = {"launch-prefix", "launch-prefix-filter", "emulate_tty", "sigterm_timeout", "sigkill_timeout"}
+LAUNCHS_OWN = {
+    "emulate_tty",
+    "launch-prefix",
+    "launch-prefix-filter",
+    "ros_namespace",
+    "sigkill_timeout",
+    "sigterm_timeout",
+}
 
 
 def topic_arguments(argument: str, topic: str, camera: str) -> list[DeclareLaunchArgument]:
@@ -122,22 +132,26 @@ def is_true(text: str) -> bool:
     return text.lower() == "true"
 
 
-def launched_by(*files: str) -> bool:
-    """Whether the command line, `ros2 launch kpmatch_ros matcher.launch.py` say, names one of these launch files."""
-    return any(Path(word).name in files for word in sys.argv)
+def launched() -> str:
+    """The launch file of these two that the command line names, as `ros2 launch kpmatch_ros matcher.launch.py` does.
+
+    Empty where that is another one, which includes them.
+    """
+    return next((name for name in (Path(word).name for word in sys.argv) if name in (FILE, TWO_CAMERAS)), "")
 
 
 def refuse_unknown_arguments(given: Mapping[str, str]) -> None:
     """Name an argument that no argument is: launch takes any, in silence.
 
-    Where another launch file includes this one, its own arguments are among those given. Then only one that looks like
-    one of this file's is named, and the launch goes on.
+    Where a launch file of others includes this one, its own arguments are among those given. Then only one that looks
+    like one of this file's is named, and the launch goes on.
     """
-    known = [argument.name for argument in arguments()]
+    file = launched()
+    known = [*(argument.name for argument in arguments()), *(() if file == FILE else TWO_CAMERAS_OWN)]
     for name in given.keys() - set(known) - LAUNCHS_OWN:
         suggestion = meant(name, known)
-        text = f"{FILE} has no argument {name}{suggestion or '.'} --show-args lists the arguments"
-        if launched_by(FILE):
+        text = f"{file or FILE} has no argument {name}{suggestion or '.'} --show-args lists the arguments"
+        if file:
             raise RuntimeError(text)
         if suggestion:
             get_logger(FILE).warning(text)
@@ -195,6 +209,19 @@ def write_params_file(values: Mapping[str, Any], sections: Iterable[str]) -> str
     return file.name
 
 
+def value_of(name: str, kind: type, text: str) -> Any:
+    """What an argument's text says, as a type.
+
+    Raises:
+        RuntimeError: where it is no number.
+    """
+    try:
+        return is_true(text) if kind is bool else kind(text)
+    except ValueError:
+        expected = "a whole number" if kind is int else "a number"
+        raise RuntimeError(f"argument {name} is {text!r}; it must be {expected}") from None
+
+
 def parameter_value(item: Declaration, text: str) -> Any:
     """What an argument's text says, as the parameter's type.
 
@@ -202,12 +229,9 @@ def parameter_value(item: Declaration, text: str) -> Any:
         RuntimeError: where it is none, or is not allowed.
     """
     try:
-        return item.check(is_true(text) if item.type is bool else item.type(text))
+        return item.check(value_of(item.name, item.type, text))
     except ParameterError as error:
         raise RuntimeError(f"argument {error}") from None
-    except ValueError:
-        expected = "a whole number" if item.type is int else "a number"
-        raise RuntimeError(f"argument {item.name} is {text!r}; it must be {expected}") from None
 
 
 def image_topics(given: Mapping[str, str], mode: str) -> tuple[dict[str, str], str]:
@@ -262,10 +286,10 @@ def start(context: LaunchContext) -> list[Node]:
         remappings.append((f"{topic}mask", mask))
 
     respawn = is_true(given["respawn"])
-    retries = int(given["respawn_max_retries"])
+    retries = value_of("respawn_max_retries", int, given["respawn_max_retries"])
     # Not an argument of Humble's launch: given only where it is asked for.
     limit = {"respawn_max_retries": retries} if respawn and retries >= 0 else {}
-    required = is_true(given["required"]) if given["required"] else launched_by(FILE, "two_cameras.launch.py")
+    required = is_true(given["required"]) if given["required"] else bool(launched())
     ends = 0
 
     def ended(event: ProcessExited, context: LaunchContext) -> None:
