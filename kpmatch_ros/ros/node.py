@@ -27,6 +27,7 @@ from kpmatch_ros.parameter_file import unused_files, without_effect
 from kpmatch_ros.parameters import ParameterError, Parameters, declarations, profile_values
 from kpmatch_ros.pipeline import WAITING_MEMORY, Pipeline, check_odometry
 from kpmatch_ros.ros.diagnostics import Condition, Diagnostics, LoggingMonitor, log_weights
+from kpmatch_ros.ros.domain import domain_fault
 from kpmatch_ros.ros.inbox import Inbox
 from kpmatch_ros.ros.inputs import Inputs
 from kpmatch_ros.ros.manager_bond import ManagerBond
@@ -432,6 +433,10 @@ def main(args: list[str] | None = None) -> int:
         rclpy.init(args=args)
     except RuntimeError as error:  # such as a parameter file that is not there, or is none
         print(f"matcher: {why_ros_cannot_start(error)}", file=sys.stderr)
+        return 1
+    if fault := domain_fault(rclpy.get_default_context().get_domain_id(), rclpy.get_rmw_implementation_identifier()):
+        print(f"matcher: {fault}; set it to one of these", file=sys.stderr)
+        shut_down()
         return 1
     node = None
     status = 0
