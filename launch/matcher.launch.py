@@ -6,8 +6,10 @@ the parameter file decides. A name that is none is refused.
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from posixpath import dirname, join
 from typing import Any
@@ -24,6 +26,9 @@ from kpmatch_ros.parameter_file import applies, read_sections, unknown_keys
 from kpmatch_ros.parameters import Declaration, ParameterError, declarations, meant
 
 FILE = Path(__file__).name
+# The launch file that starts this one twice, and its own arguments.
+TWO_CAMERAS = "two_cameras.launch.py"
+TWO_CAMERAS_OWN = ("first", "second")
 # Prefixes of the arguments and of the topics that they name, and what they are for.
 CAMERAS = (
     ("", "", "the camera (mode mono)"),
@@ -33,7 +38,14 @@ CAMERAS = (
 # True and False too: a launch file that includes this one may hand on str(True).
 BOOLEANS = ["true", "false", "True", "False"]
 # Arguments that launch and launch_ros read themselves.
-LAUNCHS_OWN = {"launch-prefix", "launch-prefix-filter", "emulate_tty", "sigterm_timeout", "sigkill_timeout"}
+LAUNCHS_OWN = {
+    "emulate_tty",
+    "launch-prefix",
+    "launch-prefix-filter",
+    "ros_namespace",
+    "sigkill_timeout",
+    "sigterm_timeout",
+}
 
 
 def topic_arguments(argument: str, topic: str, camera: str) -> list[DeclareLaunchArgument]:
@@ -120,32 +132,37 @@ def is_true(text: str) -> bool:
     return text.lower() == "true"
 
 
-def launched_by(*files: str) -> bool:
-    """Whether the command line, `ros2 launch kpmatch_ros matcher.launch.py` say, names one of these launch files."""
-    return any(Path(word).name in files for word in sys.argv)
+def launched() -> str:
+    """The launch file of these two that the command line names, as `ros2 launch kpmatch_ros matcher.launch.py` does.
+
+    Empty where that is another one, which includes them.
+    """
+    return next((name for name in (Path(word).name for word in sys.argv) if name in (FILE, TWO_CAMERAS)), "")
 
 
 def refuse_unknown_arguments(given: Mapping[str, str]) -> None:
     """Name an argument that no argument is: launch takes any, in silence.
 
-    Where another launch file includes this one, its own arguments are among those given. Then only one that looks like
-    one of this file's is named, and the launch goes on.
+    Where a launch file of others includes this one, its own arguments are among those given. Then only one that looks
+    like one of this file's is named, and the launch goes on.
     """
-    known = [argument.name for argument in arguments()]
+    file = launched()
+    known = [*(argument.name for argument in arguments()), *(() if file == FILE else TWO_CAMERAS_OWN)]
     for name in given.keys() - set(known) - LAUNCHS_OWN:
         suggestion = meant(name, known)
-        text = f"{FILE} has no argument {name}{suggestion or '.'} --show-args lists the arguments"
-        if launched_by(FILE):
+        text = f"{file or FILE} has no argument {name}{suggestion or '.'} --show-args lists the arguments"
+        if file:
             raise RuntimeError(text)
         if suggestion:
             get_logger(FILE).warning(text)
 
 
-def check_params_file(path: Path, node_name: str) -> None:
-    """Name what ROS would ignore in silence: no section for the node, and keys that are no parameters.
+def read_params_file(path: Path, node_name: str) -> list[tuple[str, Any]]:
+    """The sections of a parameter file that apply to the node, in the order in which ROS applies them.
 
-    A key in a section of the node's own stops the launch. A section with a pattern, such as /**, may hold the
-    parameters of other nodes: there, a key that looks like a parameter of this node is warned of.
+    What ROS would ignore in silence is named: no section for the node, and keys that are no parameters. A key in a
+    section of the node's own stops the launch. A section with a pattern, such as /**, may hold the parameters of other
+    nodes: there, a key that looks like a parameter of this node is warned of.
 
     Raises:
         RuntimeError: for a file that is not there or is no YAML, and for a key that is no parameter.
@@ -174,6 +191,35 @@ def check_params_file(path: Path, node_name: str) -> None:
                 raise RuntimeError(text)
             if suggestion:
                 get_logger(FILE).warning(f"{text} It has no effect on {node_name}.")
+    return own
+
+
+def write_params_file(values: Mapping[str, Any], sections: Iterable[str]) -> str:
+    """Write a parameter file that holds the values in each of the sections, and return its path.
+
+    ROS merges parameter files by section: a section that an earlier file has keeps its place, and later ones win. So
+    what is to win over a file stands in each section of it that applies.
+    """
+    # ROS takes matcher and /matcher for two sections of one node.
+    spellings = [spelling for section in sections for spelling in (section, section.lstrip("/"))]
+    # JSON is YAML with all strings in quotes. launch_ros writes 1e5 and y without, which are a number and true to ROS.
+    text = json.dumps({section: {"ros__parameters": values} for section in spellings}, ensure_ascii=False)
+    with tempfile.NamedTemporaryFile("wb", prefix="launch_params_", suffix=".yaml", delete=False) as file:
+        file.write(text.encode(errors="surrogateescape"))
+    return file.name
+
+
+def value_of(name: str, kind: type, text: str) -> Any:
+    """What an argument's text says, as a type.
+
+    Raises:
+        RuntimeError: where it is no number.
+    """
+    try:
+        return is_true(text) if kind is bool else kind(text)
+    except ValueError:
+        expected = "a whole number" if kind is int else "a number"
+        raise RuntimeError(f"argument {name} is {text!r}; it must be {expected}") from None
 
 
 def parameter_value(item: Declaration, text: str) -> Any:
@@ -183,30 +229,30 @@ def parameter_value(item: Declaration, text: str) -> Any:
         RuntimeError: where it is none, or is not allowed.
     """
     try:
-        return item.check(is_true(text) if item.type is bool else item.type(text))
+        return item.check(value_of(item.name, item.type, text))
     except ParameterError as error:
         raise RuntimeError(f"argument {error}") from None
-    except ValueError:
-        expected = "a whole number" if item.type is int else "a number"
-        raise RuntimeError(f"argument {item.name} is {text!r}; it must be {expected}") from None
 
 
-def image_topics(given: Mapping[str, str]) -> tuple[dict[str, str], str]:
-    """The image topic of each camera of the mode in use, by argument, without /compressed; and the transport it names.
+def image_topics(given: Mapping[str, str], mode: str) -> tuple[dict[str, str], str]:
+    """The image topic of each camera, by argument, and the transport that those of the mode name.
+
+    Theirs come without /compressed.
 
     Raises:
         RuntimeError: where one topic is compressed and another is not, or image_transport says otherwise.
     """
     topics = {argument: given[f"{argument}image"] for argument, _, _ in CAMERAS}
-    compressed = {argument: topic for argument, topic in topics.items() if topic.endswith("/compressed")}
+    used = {argument: topic for argument, topic in topics.items() if bool(argument) == (mode == "stereo")}
+    compressed = [topic for topic in used.values() if topic.endswith("/compressed")]
     if not compressed:
         return topics, given["image_transport"]
-    named = " and ".join(compressed.values())
+    named = " and ".join(compressed)
     if given["image_transport"] == "raw":
         raise RuntimeError(f"{named}: is a topic of compressed images; image_transport:=raw cannot read it")
-    if len({"left_", "right_"} & compressed.keys()) == 1:
+    if len(compressed) < len(used):
         raise RuntimeError(f"{named}: give both cameras' topics with /compressed, or none")
-    return {argument: topic.removesuffix("/compressed") for argument, topic in topics.items()}, "compressed"
+    return topics | {argument: topic.removesuffix("/compressed") for argument, topic in used.items()}, "compressed"
 
 
 def start(context: LaunchContext) -> list[Node]:
@@ -217,13 +263,19 @@ def start(context: LaunchContext) -> list[Node]:
     params_file = Path(given["params_file"]).expanduser()
     namespace = make_namespace_absolute(prefix_namespace(given.get("ros_namespace"), given["namespace"]))
     node_name = f"{namespace.rstrip('/')}/matcher"
-    check_params_file(params_file, node_name)
+    own = read_params_file(params_file, node_name)
 
-    images, transport = image_topics(given)
+    # As ROS does: an argument, or else the last section that has the parameter, or else the default.
+    in_file = [values["mode"] for _, values in own if isinstance(values, dict) and "mode" in values]
+    mode = given["mode"] or [*(item.default for item in declarations() if item.name == "mode"), *in_file][-1]
+    images, transport = image_topics(given, mode)
     texts = {item.name: given[item.name] for item in declarations()} | {"image_transport": transport}
     overrides = {item.name: parameter_value(item, texts[item.name]) for item in declarations() if texts[item.name]}
     if given["use_sim_time"]:
         overrides["use_sim_time"] = is_true(given["use_sim_time"])
+    files = [str(params_file)]
+    if overrides:
+        files.append(write_params_file(overrides, ["/**", node_name, *(section for section, _ in own)]))
 
     remappings = []
     for argument, topic, _ in CAMERAS:
@@ -234,10 +286,10 @@ def start(context: LaunchContext) -> list[Node]:
         remappings.append((f"{topic}mask", mask))
 
     respawn = is_true(given["respawn"])
-    retries = int(given["respawn_max_retries"])
+    retries = value_of("respawn_max_retries", int, given["respawn_max_retries"])
     # Not an argument of Humble's launch: given only where it is asked for.
     limit = {"respawn_max_retries": retries} if respawn and retries >= 0 else {}
-    required = is_true(given["required"]) if given["required"] else launched_by(FILE, "two_cameras.launch.py")
+    required = is_true(given["required"]) if given["required"] else bool(launched())
     ends = 0
 
     def ended(event: ProcessExited, context: LaunchContext) -> None:
@@ -257,7 +309,7 @@ def start(context: LaunchContext) -> list[Node]:
         executable="matcher",
         name="matcher",
         namespace=given["namespace"],
-        parameters=[str(params_file), *([overrides] if overrides else [])],
+        parameters=files,
         remappings=remappings,
         ros_arguments=["--log-level", f"{logger}:={given['log_level']}"],
         output="screen",

@@ -1,7 +1,7 @@
 """Two matchers, one for each camera: ros2 launch kpmatch_ros two_cameras.launch.py first:=front second:=rear.
 
 Each node has its camera's namespace, and reads image_raw and camera_info there. All other arguments of
-matcher.launch.py, such as max_keypoints:=512, hold for both.
+matcher.launch.py, such as max_keypoints:=512, hold for both. A name that is no argument is refused there.
 """
 
 from __future__ import annotations
@@ -12,16 +12,28 @@ from launch import LaunchDescription
 from launch.actions import DeclareLaunchArgument, GroupAction, IncludeLaunchDescription
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import PushRosNamespace
 
 MATCHER = str(Path(__file__).with_name("matcher.launch.py"))
-CAMERAS = {"first": "front", "second": "rear"}
+# By name: the default, and what it is. matcher.launch.py knows first and second as TWO_CAMERAS_OWN.
+ARGUMENTS = {
+    "first": ("front", "namespace of the first camera"),
+    "second": ("rear", "namespace of the second camera"),
+    "namespace": ("", "namespace above those of the cameras"),
+    "image": ("image_raw", "image topic, in each camera's namespace"),
+}
 
 
 def matcher(camera: str) -> GroupAction:
-    """One camera's node. The group keeps its arguments from the other's."""
-    arguments = {"namespace": LaunchConfiguration(camera), "image": "image_raw"}
+    """One camera's node. The group keeps its namespace from the other's."""
     source = PythonLaunchDescriptionSource(MATCHER)
-    return GroupAction([IncludeLaunchDescription(source, launch_arguments=arguments.items())])
+    arguments = {"namespace": LaunchConfiguration(camera)}
+    return GroupAction(
+        [
+            PushRosNamespace(LaunchConfiguration("namespace")),
+            IncludeLaunchDescription(source, launch_arguments=arguments.items()),
+        ]
+    )
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -29,9 +41,10 @@ def generate_launch_description() -> LaunchDescription:
     return LaunchDescription(
         [
             *(
-                DeclareLaunchArgument(camera, default_value=namespace, description=f"namespace of the {camera} camera")
-                for camera, namespace in CAMERAS.items()
+                DeclareLaunchArgument(name, default_value=default, description=description)
+                for name, (default, description) in ARGUMENTS.items()
             ),
-            *map(matcher, CAMERAS),
+            matcher("first"),
+            matcher("second"),
         ]
     )

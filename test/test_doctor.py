@@ -95,6 +95,15 @@ def test_a_folder_for_logs_that_cannot_be_made_is_a_fault(monkeypatch: pytest.Mo
     assert "ROS cannot start" in finding.text and "/proc/log" in finding.text and "ROS_LOG_DIR" in finding.remedy
 
 
+def test_a_domain_that_dds_does_not_have_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROS_DOMAIN_ID", "300")
+    (finding,) = (each for each in doctor.check_ros() if each.level == FAIL)
+    assert "ROS_DOMAIN_ID is 300" in finding.text and finding.remedy == "set ROS_DOMAIN_ID to one of these"
+    monkeypatch.setenv("ROS_DOMAIN_ID", "-1")  # rcl takes it for its default
+    found = findings(doctor.check_ros)
+    assert "start" not in found and found["ROS 2"].text.endswith("domain 0")
+
+
 def test_messages_that_are_not_built_are_a_fault_with_the_command_that_builds_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

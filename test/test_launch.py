@@ -1,20 +1,16 @@
 """What `ros2 launch kpmatch_ros matcher.launch.py` does with its arguments.
 
-The launch file is performed for real. To see what the node is told, /bin/true runs in its place (launch's own
-`launch-prefix`) and its command line is given to rclpy, which reads it as it does in the node.
+The launch file is performed for real, see launch_harness.py.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,88 +18,25 @@ import pytest
 pytest.importorskip("launch_ros", reason="launch comes with a ROS installation, not from PyPI")
 rclpy = pytest.importorskip("rclpy")
 
-import launch.logging  # noqa: E402
 from ament_index_python.packages import PackageNotFoundError, get_package_share_directory  # noqa: E402
-from domain_coordinator import domain_id  # noqa: E402
-from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity, LaunchService  # noqa: E402
-from launch.actions import (  # noqa: E402
-    DeclareLaunchArgument,
-    GroupAction,
-    IncludeLaunchDescription,
-    RegisterEventHandler,
-)
+from launch import LaunchContext, LaunchDescription, LaunchService  # noqa: E402
+from launch.actions import DeclareLaunchArgument, RegisterEventHandler  # noqa: E402
 from launch.event_handlers import OnProcessExit, OnProcessStart  # noqa: E402
-from launch.launch_description_sources import (  # noqa: E402
-    PythonLaunchDescriptionSource,
-    get_launch_description_from_python_launch_file,
-)
+from launch.launch_description_sources import get_launch_description_from_python_launch_file  # noqa: E402
+from launch_harness import SHARE, Told, apart, include, launched, run  # noqa: E402, F401  (apart is a fixture)
 from launch_ros.actions import PushRosNamespace  # noqa: E402
 from lifecycle_msgs.srv import GetState  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
 
 from kpmatch_ros.parameters import declarations  # noqa: E402
 
-SHARE = Path(get_package_share_directory("kpmatch_ros"))
 LAUNCH_FILE = str(SHARE / "launch" / "matcher.launch.py")
 
 
-@pytest.fixture(autouse=True)
-def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A ROS domain of its own, and a folder for the logs and parameter files that launch writes and leaves."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("ROS_LOG_DIR", str(tmp_path))
-    launch.logging.reset()
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    with domain_id() as domain:
-        monkeypatch.setenv("ROS_DOMAIN_ID", str(domain))
-        yield
-
-
 @pytest.fixture
-def declared(apart: None) -> dict[str, DeclareLaunchArgument]:
+def declared() -> dict[str, DeclareLaunchArgument]:
     description = get_launch_description_from_python_launch_file(LAUNCH_FILE)
     return {argument.name: argument for argument in description.get_launch_arguments()}
-
-
-def include(**arguments: str) -> IncludeLaunchDescription:
-    return IncludeLaunchDescription(PythonLaunchDescriptionSource(LAUNCH_FILE), launch_arguments=arguments.items())
-
-
-def run(*entities: LaunchDescriptionEntity) -> int:
-    service = LaunchService(noninteractive=True)
-    service.include_launch_description(LaunchDescription(list(entities)))
-    return int(service.run())
-
-
-class Told:
-    """A node of the name that the launch file gives, as it comes out of the command line that it gives."""
-
-    def __init__(self, *around: LaunchDescriptionEntity, **arguments: str) -> None:
-        started: list[list[str]] = []
-        note = OnProcessStart(on_start=lambda event, _context: started.append(event.cmd))
-        group = GroupAction([*around, include(**arguments, **{"launch-prefix": "true"})])
-        assert run(RegisterEventHandler(note), group) == 0
-        ((_true, self.executable, *self.command_line),) = started
-        context = rclpy.Context()
-        rclpy.init(context=context)
-        try:
-            node = rclpy.create_node(
-                "unnamed",
-                context=context,
-                cli_args=self.command_line,
-                automatically_declare_parameters_from_overrides=True,
-                start_parameter_services=False,
-            )
-            self.name = node.get_fully_qualified_name()
-            self.parameters = {name: item.value for name, item in node.get_parameters_by_prefix("").items()}
-            topics = [
-                f"{camera}{topic}" for camera in ("", "left/", "right/") for topic in ("image", "camera_info", "mask")
-            ]
-            self.topics = {topic: node.resolve_topic_name(topic) for topic in topics}
-            node.destroy_node()
-        finally:
-            context.shutdown()
 
 
 @pytest.fixture
@@ -180,6 +113,25 @@ def test_an_argument_that_is_given_overrides_the_parameter_file(params_file: Pat
     }
 
 
+@pytest.mark.parametrize("before", ["/robot/matcher", "robot/matcher", "/**", "/robot/*"])
+@pytest.mark.parametrize("last", ["/**", "/robot/matcher", "/robot:\n  matcher"])
+def test_an_argument_wins_wherever_the_file_has_the_parameter(params_file: Path, before: str, last: str) -> None:
+    """ROS merges the sections of all files, and the last section wins, which may be the parameter file's."""
+    values = "{device: 'cuda:1', use_sim_time: false, qos_overrides: {/image: {subscription: {depth: 7}}}}"
+    params_file.write_text(
+        f"{before}: {{ros__parameters: {{queue: all}}}}\n/other: {{ros__parameters: {{x: 1}}}}\n"
+        f"{last}: {{ros__parameters: {values}}}\n"
+    )
+    parameters = Told(params_file=str(params_file), namespace="robot", device="cpu", use_sim_time="true").parameters
+    expected = {"device": "cpu", "queue": "all", "use_sim_time": True, "qos_overrides./image.subscription.depth": 7}
+    assert {name: parameters.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("text", ["1", "1e5", "y", "0x10", "été", "🤖"])
+def test_a_text_stays_one_though_it_looks_like_something_else(text: str) -> None:
+    assert Told(extractor=text).parameters["extractor"] == text
+
+
 def test_every_parameter_reaches_the_node_with_its_type() -> None:
     given = {
         "mode": "stereo",
@@ -237,8 +189,8 @@ def test_a_missing_parameter_file_stops_the_launch(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("content", ["a: [", "a: &a [*a]", "\xff"])
 def test_a_parameter_file_that_is_no_yaml_is_named(params_file: Path, content: str) -> None:
     params_file.write_text(content, encoding="latin-1")
-    with pytest.raises(RuntimeError, match=f"params_file: {params_file}: is n"):
-        Told(params_file=str(params_file))
+    status, log = launched(f"params_file:={params_file}")
+    assert status == 1 and f"params_file: {params_file}: is n" in log
 
 
 @pytest.mark.parametrize(
@@ -261,14 +213,6 @@ def test_a_parameter_file_for_other_nodes_is_reported(
     assert "has no section for /robot/matcher, so nothing in it applies" in capsys.readouterr().out
 
 
-def launched(*words: str) -> tuple[int, str]:
-    """The exit status and the log of the launch file with these arguments; the command line names the file."""
-    arguments = dict(word.split(":=") for word in words)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ros2", "launch", "kpmatch_ros", "matcher.launch.py", *words])
-        return run(include(**arguments)), Path(launch.logging.launch_config.log_dir, "launch.log").read_text()
-
-
 @pytest.mark.parametrize(
     ("word", "said"),
     [
@@ -279,6 +223,7 @@ def launched(*words: str) -> tuple[int, str]:
         ("max_keypoints:=0", "max_keypoints is 0; it must be 1 to 16384"),
         ("max_gap:=long", "max_gap is 'long'; it must be a number"),
         ("device:=gpu", "device is 'gpu'"),
+        ("respawn_max_retries:=abc", "respawn_max_retries is 'abc'; it must be a whole number"),
         ("rviz:=true", "rviz2 is not installed"),
     ],
 )
@@ -333,25 +278,43 @@ def test_a_topic_of_compressed_images_cannot_be_read_raw() -> None:
     assert status == 1 and "image_transport:=raw cannot read it" in log
 
 
+LEFT = "/left/image_raw/compressed"
+
+
+@pytest.mark.parametrize(
+    ("words", "sections"),
+    [
+        ({"left_image": LEFT}, "{}"),
+        ({"left_image": LEFT, "image_transport": "raw"}, "{}"),
+        ({"left_image": LEFT, "right_image": LEFT, "mode": "mono"}, "{/**: {ros__parameters: {mode: stereo}}}"),
+        ({"image": LEFT}, "{/**: {ros__parameters: {mode: stereo}}}"),
+        ({"image": LEFT, "mode": "stereo", "image_transport": "raw"}, "{/**: {ros__parameters: {mode: mono}}}"),
+        ({"image": LEFT}, "{/**: {ros__parameters: {mode: mono}}, matcher: {ros__parameters: {mode: stereo}}}"),
+    ],
+)
+def test_a_camera_that_the_mode_has_not_sets_no_transport(
+    params_file: Path, words: dict[str, str], sections: str
+) -> None:
+    params_file.write_text(sections)
+    parameters = Told(params_file=str(params_file), **words).parameters
+    assert parameters.get("image_transport") == words.get("image_transport")
+
+
+def test_compressed_topics_of_the_parameter_files_mode_set_the_transport(params_file: Path) -> None:
+    params_file.write_text("/**: {ros__parameters: {mode: stereo}}\n")
+    told = Told(params_file=str(params_file), left_image=LEFT, right_image="/right/image_raw/compressed")
+    assert told.parameters["image_transport"] == "compressed"
+    assert told.topics["left/image"] == "/left/image_raw" and told.topics["right/image"] == "/right/image_raw"
+
+
+def test_one_compressed_topic_of_a_pair_stops_the_launch() -> None:
+    status, log = launched("mode:=stereo", f"left_image:={LEFT}")
+    assert status == 1 and "give both cameras' topics with /compressed, or none" in log
+
+
 def test_topics_may_begin_with_a_tilde() -> None:
     told = Told(image="~/image", namespace="robot")
     assert (told.topics["image"], told.topics["camera_info"]) == ("/robot/matcher/image", "/robot/matcher/camera_info")
-
-
-def test_two_cameras_have_a_node_each_and_share_the_other_arguments() -> None:
-    commands: list[list[str]] = []
-    note = OnProcessStart(on_start=lambda event, _context: commands.append(event.cmd))
-    source = PythonLaunchDescriptionSource(str(SHARE / "launch" / "two_cameras.launch.py"))
-    arguments = {"second": "back", "max_keypoints": "512", "launch-prefix": "true"}
-    two = IncludeLaunchDescription(source, launch_arguments=arguments.items())
-    assert run(RegisterEventHandler(note), two) == 0
-    for command in commands:
-        files = [Path(after) for word, after in pairwise(command) if word == "--params-file"]
-        assert any("max_keypoints: 512" in file.read_text() for file in files)
-    lines = sorted(" ".join(command) for command in commands)
-    assert ["__ns:=/back" in line for line in lines] == [True, False]
-    assert ["__ns:=/front" in line for line in lines] == [False, True]
-    assert all("image:=image_raw" in line and "camera_info:=camera_info" in line for line in lines)
 
 
 def exit_status(*words: str) -> tuple[int, int]:

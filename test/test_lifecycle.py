@@ -228,6 +228,35 @@ def test_an_override_that_the_middleware_refuses_is_named(make_node: MakeNode, v
     assert "qos_overrides of image" in node.fault and "depth a whole number" in node.fault
 
 
+@pytest.mark.parametrize(("first", "second"), [("latest", "all"), ("all", "latest")])
+def test_the_quality_of_service_follows_the_queue_that_is_set_between_two_configurations(
+    make_node: MakeNode, executor: SingleThreadedExecutor, first: str, second: str
+) -> None:
+    """rclpy would keep that of the first one, and take it for the user's."""
+    expected = {"latest": ("best_effort", 10, 1), "all": ("reliable", 1000, 1000)}
+    override = "qos_overrides./camera_info.subscription.depth"
+    node = make_node(f"{override}:=7", matcher="nearest", queue=first)
+    peer = rclpy.create_node("peer", context=executor.context)
+    names = [
+        f"qos_overrides./{policy}"
+        for policy in ("image.subscription.reliability", "matches.publisher.depth", "image.subscription.depth")
+    ]
+    for queue in (first, second):
+        assert node.set_parameters([Parameter("queue", value=queue)])[0].successful
+        for _ in range(2):
+            assert (node.trigger_configure(), node.trigger_activate()) == (SUCCESS, SUCCESS)
+            spin_until(executor, lambda: peer.count_subscribers("/image") == 1)
+            (image,) = peer.get_subscriptions_info_by_topic("/image")
+            assert image.qos_profile.reliability.name.lower() == expected[queue][0]
+            assert tuple(parameter.value for parameter in node.get_parameters(names)) == expected[queue]
+            assert node.get_parameter(override).value == 7, "as the user gave it"
+            assert not node.set_parameters([Parameter(override, value=8)])[0].successful, "it would have no effect"
+            assert (node.trigger_deactivate(), node.trigger_cleanup()) == (SUCCESS, SUCCESS)
+            assert node.get_parameters_by_prefix("qos_overrides") == {}
+            spin_until(executor, lambda: peer.count_subscribers("/image") == 0)
+    peer.destroy_node()
+
+
 def test_a_driver_that_is_started_again_is_heard_though_it_sends_its_calibration_once(
     make_node: MakeNode, executor: SingleThreadedExecutor
 ) -> None:

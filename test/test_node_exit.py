@@ -19,6 +19,7 @@ from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.node import Node
 from std_msgs.msg import String
 
+from kpmatch_ros.ros.domain import domain_fault
 from kpmatch_ros.ros.service_guard import survives
 from kpmatch_ros.ros.start import shut_down, told_to_end
 from kpmatch_ros.ros.transitions import explained
@@ -76,6 +77,20 @@ def test_a_node_that_may_not_write_a_log_says_what_to_set(monkeypatch: pytest.Mo
     done = ended(monkeypatch)
     assert done.returncode == 1 and "with these arguments" not in done.stderr
     assert "/proc/log" in done.stderr and "set ROS_LOG_DIR to a folder that" in done.stderr
+
+
+@pytest.mark.parametrize("domain", ["233", "4294967296"])
+def test_a_domain_that_dds_does_not_have_is_named_in_a_line(domain: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fast DDS ends the process, with its own words, when the first node is made."""
+    monkeypatch.setenv("ROS_DOMAIN_ID", domain)
+    done = subprocess.run([sys.executable, MATCHER], capture_output=True, text=True, timeout=120)
+    said = f"matcher: ROS_DOMAIN_ID is {domain}, and rmw_fastrtps_cpp has domains 0 to 232; set it to one of these\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_a_middleware_without_dds_has_any_domain() -> None:
+    assert domain_fault(233, "rmw_zenoh_cpp") == ""
+    assert domain_fault(232, "rmw_cyclonedds_cpp") == "" != domain_fault(233, "rmw_cyclonedds_cpp")
 
 
 def test_a_signal_that_shuts_ros_down_at_the_same_time_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from kpmatch_ros import weights
 from kpmatch_ros.cli.common import add_command
 from kpmatch_ros.interpreter import FROM_PIP, how_to_install, is_externally_managed, numpy_clash, unseen_packages
 from kpmatch_ros.parameters import Parameters
+from kpmatch_ros.ros.domain import domain_fault
 from kpmatch_ros.shell import in_shell, matcher_in_shell
 
 __all__ = ["FAIL", "OK", "WARN", "Finding", "add_doctor", "examine", "run_doctor"]
@@ -315,7 +316,7 @@ def check_ros() -> Iterator[Finding]:
     if "error" in answers["rclpy"]:
         yield _no_rclpy(answers["rclpy"])
         return
-    domain = os.environ.get("ROS_DOMAIN_ID", "0")
+    domain = answers["start"].get("value", os.environ.get("ROS_DOMAIN_ID", "0"))
     distribution = os.environ.get("ROS_DISTRO", "distribution unknown, ROS_DISTRO is not set")
     yield Finding(OK, "ROS 2", f"{distribution}; rclpy at {Path(answers['rclpy']['value']).parent}; domain {domain}")
     if "error" in answers["rmw"]:
@@ -327,6 +328,8 @@ def check_ros() -> Iterator[Finding]:
     if "error" in answers["start"]:
         remedy = "correct what this names; for the logs, set ROS_LOG_DIR to a folder that this user may write to"
         yield Finding(FAIL, "start", f"ROS cannot start: {_first_line(answers['start']['error'])}", remedy)
+    elif fault := domain_fault(domain, answers["rmw"].get("value", "")):
+        yield Finding(FAIL, "start", f"no node can start: {fault}", "set ROS_DOMAIN_ID to one of these")
     yield _messages(answers)
     yield _converter(answers["converter"])
     yield _executable(answers)

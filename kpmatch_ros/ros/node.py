@@ -27,6 +27,7 @@ from kpmatch_ros.parameter_file import unused_files, without_effect
 from kpmatch_ros.parameters import ParameterError, Parameters, declarations, profile_values
 from kpmatch_ros.pipeline import WAITING_MEMORY, Pipeline, check_odometry
 from kpmatch_ros.ros.diagnostics import Condition, Diagnostics, LoggingMonitor, log_weights
+from kpmatch_ros.ros.domain import domain_fault
 from kpmatch_ros.ros.inbox import Inbox
 from kpmatch_ros.ros.inputs import Inputs
 from kpmatch_ros.ros.manager_bond import ManagerBond
@@ -34,6 +35,7 @@ from kpmatch_ros.ros.match_service import MatchRequest, offer_match_features
 from kpmatch_ros.ros.monitor import Problem
 from kpmatch_ros.ros.outputs import Outputs, output_names
 from kpmatch_ros.ros.parameter_descriptors import declare_parameters
+from kpmatch_ros.ros.qos import undeclare_overrides
 from kpmatch_ros.ros.service_guard import guarded, survives
 from kpmatch_ros.ros.start import answer_to, shut_down, told_to_end, why_ros_cannot_start
 from kpmatch_ros.ros.tf import INSTALL, TFMessage
@@ -241,6 +243,7 @@ class MatcherNode(LifecycleNode):
         if self._outputs is not None:
             self._outputs.destroy()
             self._outputs = None
+        undeclare_overrides(self)
         self._pipeline = None
         self._state = "unconfigured"
         release_memory()
@@ -430,6 +433,10 @@ def main(args: list[str] | None = None) -> int:
         rclpy.init(args=args)
     except RuntimeError as error:  # such as a parameter file that is not there, or is none
         print(f"matcher: {why_ros_cannot_start(error)}", file=sys.stderr)
+        return 1
+    if fault := domain_fault(rclpy.get_default_context().get_domain_id(), rclpy.get_rmw_implementation_identifier()):
+        print(f"matcher: {fault}; set it to one of these", file=sys.stderr)
+        shut_down()
         return 1
     node = None
     status = 0

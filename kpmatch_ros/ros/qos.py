@@ -23,6 +23,7 @@ __all__ = [
     "or_override",
     "overridable",
     "policy_of",
+    "undeclare_overrides",
     "with_events",
 ]
 
@@ -35,6 +36,18 @@ _OVERRIDABLE = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIAB
 def overridable() -> QoSOverridingOptions:
     """Lets parameters such as qos_overrides./image.subscription.reliability change the quality of service."""
     return QoSOverridingOptions(_OVERRIDABLE)
+
+
+def undeclare_overrides(node: Node) -> None:
+    """Undeclare the parameters that :func:`overridable` made, once the topics are withdrawn.
+
+    rclpy declares them with the quality of service that it is asked for first, and takes their values for the user's
+    when a topic is offered again. What the user gave is there again when they are declared anew.
+    """
+    for rest in node.get_parameters_by_prefix("qos_overrides"):
+        name = f"qos_overrides.{rest}"
+        node.describe_parameter(name).read_only = False  # rclpy undeclares no other ones
+        node.undeclare_parameter(name)
 
 
 def with_events(create: Callable[..., Entity], *arguments: Any, event_callbacks: Any, **options: Any) -> Entity:

@@ -31,13 +31,15 @@ def middleware() -> str:
     return str(get_rmw_implementation_identifier())
 
 
-def start() -> None:
-    """ROS starts, as in a node's process: it needs a folder for its logs, above all."""
+def start() -> int:
+    """The domain that ROS starts in, as in a node's process: it needs a folder for its logs, above all."""
     import rclpy
 
     context = rclpy.Context()
     rclpy.init(args=[], context=context)
+    domain = context.get_domain_id()
     rclpy.shutdown(context=context)
+    return int(domain)
 
 
 def package() -> str:
