@@ -57,7 +57,8 @@ def _sections(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         if key.value == "ros__parameters":
             yield path, _value(value)
         else:
-            yield from _sections(value, f"{path}/{str(key.value).strip('/')}")
+            name = str(key.value).strip("/")  # of the root, nothing is left
+            yield from _sections(value, f"{path}/{name}" if name else path)
 
 
 def _value(node: yaml.Node) -> Any:

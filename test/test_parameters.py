@@ -211,6 +211,12 @@ def test_a_section_may_stand_twice(tmp_path: Path) -> None:
     assert read_parameter_file(file) == Parameters(max_keypoints=301, border=7)
 
 
+def test_a_section_may_be_nested_below_the_root(tmp_path: Path) -> None:
+    file = tmp_path / "parameters.yaml"
+    file.write_text("/:\n  matcher:\n    ros__parameters: {border: 7}\n")
+    assert read_parameter_file(file) == Parameters(border=7)
+
+
 def test_what_a_node_does_not_take_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "parameters.yaml"
     file.write_text("/a: &a {ros__parameters: {border: 7}}\n/matcher: *a\n")
