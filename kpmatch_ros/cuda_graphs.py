@@ -246,14 +246,15 @@ class _Places:
 
     def __init__(self, example: ImageFeatures, size: int, padded: bool) -> None:
         device = example.keypoints.device
+        kind: Any = {"dtype": torch.float32, "device": device}
         self._index = torch.arange(size, device=device)[None]
         self._filled = 0
         self.features = ImageFeatures(
-            keypoints=torch.zeros(1, size, 2, device=device),
-            descriptors=torch.zeros(1, size, example.descriptors.shape[2], device=device),
+            keypoints=torch.zeros(1, size, 2, **kind),
+            descriptors=torch.zeros(1, size, example.descriptors.shape[2], **kind),
             size=torch.zeros_like(example.size),
             mask=torch.ones_like(self._index, dtype=torch.bool) if padded else None,
-            scores=torch.zeros(1, size, device=device),
+            scores=torch.zeros(1, size, **kind),
         )
         self.fill(example)
 

@@ -81,7 +81,7 @@ class FeatureMatcher:
         in_onnx_runtime = self.parameters.backend == "onnxruntime"
         self.device = choose_device("cpu" if in_onnx_runtime else self.parameters.device)
         self.dtype = choose_precision("float32" if in_onnx_runtime else self.parameters.precision, self.device)
-        self.luma = torch.tensor(_LUMA, device=self.device)
+        self.luma = torch.tensor(_LUMA, dtype=torch.float32, device=self.device)
         self.graphs = CudaGraphs.for_device(self.device)
         self.extractor = self._load_extractor()
         self.matcher = self._load_matcher()
@@ -306,12 +306,12 @@ class FeatureMatcher:
 
         mask = None
         if len(features) > 1:
-            counts = self._send(torch.tensor([len(item) for item in features]))
+            counts = self._send(torch.tensor([len(item) for item in features], device="cpu"))
             mask = torch.arange(max(map(len, features)), device=self.device) < counts[:, None]
         return ImageFeatures(
             keypoints=padded([item.keypoints for item in given]),
             descriptors=padded([item.descriptors for item in given]),
-            size=self._send(torch.tensor([item.size for item in given])),
+            size=self._send(torch.tensor([item.size for item in given], device="cpu")),
             mask=mask,
             scores=padded([item.scores for item in given]),
         )

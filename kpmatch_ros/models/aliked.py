@@ -158,7 +158,7 @@ class FeatureMap:
         """(B, P, 2) x, y to (B, P, C), bilinear, zero outside of the image."""
         first = positions.floor()
         size = vector(self.width, self.height, like=positions)
-        total = torch.zeros(())
+        total = positions.new_zeros(())
         for x in (0, 1):
             for y in (0, 1):
                 pixels = first + vector(x, y, like=positions)

@@ -285,7 +285,8 @@ def build_from(cls: type[Model], read: Checkpoint, options: Mapping[str, Any]) -
     config = {key: value for key, value in config.items() if key in network.DEFAULTS and value is not None}
     _check_config(checkpoint, network, config)
     with _explained(checkpoint.source, network.MODEL_TYPE), torch.device("meta"):
-        model = cls(**config)  # without memory: the file may declare a network of any size
+        # Without memory: the file may declare a network of any size. PyTorch's default number format plays no part.
+        model = cls(**config).float()
     expected = model.state_dict()
     given = {
         name: tensor.to(expected[name].dtype, copy=True).contiguous()

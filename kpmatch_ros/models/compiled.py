@@ -310,9 +310,9 @@ def best_pairs(similarity: Tensor, certain0: Tensor, certain1: Tensor) -> tuple[
         partners (N0,) and (N1,) int64, and the logarithms (N0,) of the scores of the first; NaN where there is none.
     """
     count0, count1 = similarity.shape
-    best0, best1 = (torch.zeros(count, dtype=torch.int64) for count in (count0, count1))
-    most0, work = torch.empty(count0), torch.empty(4, count1)
     inputs = [values.float().contiguous() for values in (similarity, certain0, certain1)]
+    best0, best1 = (inputs[0].new_zeros(count, dtype=torch.int64) for count in (count0, count1))
+    most0, work = inputs[0].new_empty(count0), inputs[0].new_empty(4, count1)
     assert inputs[1].shape == (count0,) and inputs[2].shape == (count1,)
     _library.kpmatch_best(count0, count1, *(each.data_ptr() for each in (*inputs, best0, best1, most0, work)))
     return best0, best1, most0
@@ -324,7 +324,7 @@ def _threads() -> int:
 
 def _rotation(points: Points, b: int) -> Tensor:
     rotation = points.rotation[b, 0]
-    return (torch.view_as_real(rotation) if rotation.is_complex() else rotation).contiguous()
+    return (torch.view_as_real(rotation) if rotation.is_complex() else rotation).float().contiguous()
 
 
 _Weights = tuple[list[Tensor], int, float]
@@ -369,7 +369,7 @@ def _transformed(weight: Tensor) -> Tensor:
     weight = weight.detach()
     if inputs == 1:
         return weight.permute(2, 3, 1, 0).reshape(9, outputs).float().contiguous()
-    turn = torch.tensor(_TRANSFORM, dtype=torch.float64)
+    turn = torch.tensor(_TRANSFORM, dtype=torch.float64, device=weight.device)
     numbers = torch.einsum("ay,bx,oiyx->aboi", turn, turn, weight.double())
     blocks = numbers.reshape(-1, outputs // _BLOCK, _BLOCK, inputs).transpose(2, 3)
     return blocks.float().contiguous()

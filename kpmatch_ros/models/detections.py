@@ -42,9 +42,9 @@ class Detections(NamedTuple):
     def none(cls, batch: int, descriptor_size: int, device: torch.device) -> Detections:
         """No keypoints at all."""
         return cls(
-            torch.zeros(batch, 0, 2, device=device),
-            torch.zeros(batch, 0, device=device),
-            torch.zeros(batch, 0, descriptor_size, device=device),
+            torch.zeros(batch, 0, 2, dtype=torch.float32, device=device),
+            torch.zeros(batch, 0, dtype=torch.float32, device=device),
+            torch.zeros(batch, 0, descriptor_size, dtype=torch.float32, device=device),
             torch.zeros(batch, 0, dtype=torch.bool, device=device),
         )
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +149,8 @@ class Attention(nn.Module):
         """Compute queries, keys and values by one product: on a GPU each product is a kernel to be started."""
         parts = self._parts()
         weight = torch.cat([part.weight for part in parts])
-        self.joint = nn.Linear(weight.shape[1], weight.shape[0], bias=parts[0].bias is not None).to(weight)
+        place: Any = {"device": weight.device, "dtype": weight.dtype}
+        self.joint = nn.Linear(weight.shape[1], weight.shape[0], bias=parts[0].bias is not None, **place)
         self.joint.weight.copy_(weight)
         if parts[0].bias is not None:
             self.joint.bias.copy_(torch.cat([part.bias for part in parts]))
