@@ -347,6 +347,8 @@ def _check_config(checkpoint: Checkpoint, network: type[_Buildable], config: Map
     """
     for key, value in config.items():
         default = network.DEFAULTS[key]
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise weights.WeightsError(f"{checkpoint.source} sets {key} to {value!r:.80}, which is not true or false")
         if isinstance(default, bool) or not isinstance(default, (int, float, list)):
             continue
         numbers = value if isinstance(default, list) and isinstance(value, (list, tuple)) else [value]

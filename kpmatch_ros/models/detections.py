@@ -20,6 +20,7 @@ __all__ = [
     "select_keypoints",
     "suppress_non_maxima",
     "unless_masked",
+    "within_border",
 ]
 
 
@@ -127,6 +128,13 @@ def clear_masked(scores: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         scores.masked_fill_(~mask[:, : scores.shape[1], : scores.shape[2]], 0)
     return scores
+
+
+def within_border(keypoints: Tensor, scores: Tensor, border: int) -> Tensor:
+    """Keypoints (..., 2) no nearer than ``border`` pixels to the sides of the scores (B, H, W): moved where needed."""
+    rows, columns = scores.shape[1:]
+    x, y = keypoints.unbind(dim=-1)
+    return torch.stack([x.clamp(border, columns - 1 - border), y.clamp(border, rows - 1 - border)], dim=-1)
 
 
 def unless_masked(refined: Tensor, whole: Tensor, mask: Tensor | None) -> Tensor:

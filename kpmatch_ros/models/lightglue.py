@@ -78,9 +78,10 @@ class LightGlue(PretrainedNetwork):
         super().__init__(**config)
         size, heads = self.config["descriptor_dim"], self.config["num_attention_heads"]
         key_value_heads = self.config["num_key_value_heads"] or heads
-        if size % heads or heads % key_value_heads:
+        if size % (2 * heads) or heads % key_value_heads:
             raise WeightsError(
-                f"LightGlue cannot split {size} channels into {heads} heads with {key_value_heads} key and value heads"
+                f"LightGlue cannot split {size} channels into {heads} heads with {key_value_heads} key and value "
+                "heads, each of an even number of channels"
             )
         if self.config["hidden_act"] not in ACTIVATIONS:
             raise WeightsError(
