@@ -234,7 +234,7 @@ class FeatureMatcher:
         if self.onnx is not None:
             return self.onnx.run(network, *inputs)
         found = network(*inputs) if self.graphs is None else self.graphs.run(network, *inputs)
-        if self.dtype == torch.float32 or isinstance(network, NearestNeighbour) or is_sound(found):
+        if isinstance(network, NearestNeighbour) or network.dtype == torch.float32 or is_sound(found):
             return found
         self.repeated_in_float32 += 1
         # Of a copy: recordings need the weights where they are, and another thread may be running the network.
