@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -263,6 +265,17 @@ def test_the_backend_gives_the_matches_of_pytorch(
         torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-3, rtol=0)
     counts = [len(matches) for matches in found[1][1]]
     assert counts[0] > 5 and counts[6] == 0 and counts[7] < counts[3]
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda original: pickle.loads(pickle.dumps(original))])
+def test_a_matcher_with_the_backend_can_be_copied(
+    both: tuple[FeatureMatcher, FeatureMatcher], views: list[Tensor], again: Any
+) -> None:
+    images = [(view[0, 0].numpy() * 255).round().astype(np.uint8) for view in views[:2]]
+    copied = again(both[1])
+    assert copied.onnx is not both[1].onnx and copied.onnx.providers == ["cpu"]
+    expected, found = (each.match(*(each.extract(image) for image in images)) for each in (both[1], copied))
+    assert len(found) > 5 and torch.equal(found.indices, expected.indices)
 
 
 def test_what_the_backend_cannot_is_refused(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
