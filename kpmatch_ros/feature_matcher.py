@@ -240,10 +240,18 @@ class FeatureMatcher:
         # Of a copy: recordings need the weights where they are, and another thread may be running the network.
         return copy.deepcopy(network).float()(*inputs)
 
-    def _to_precision(self, network: Any) -> Any:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.matcher, LightGlue):  # what was compiled may not run where a copy is loaded
+            self.matcher.round_up = self._rounds_up(self.matcher)
+
+    def _rounds_up(self, network: Any) -> bool:
         # There oneDNN compiles its products for each number of points, and keeps what it compiled.
         by_onednn = not (isinstance(network, LightGlue) and network.is_compiled)
-        network.round_up = self.device.type == "cpu" and self.dtype == torch.bfloat16 and by_onednn
+        return self.device.type == "cpu" and self.dtype == torch.bfloat16 and by_onednn
+
+    def _to_precision(self, network: Any) -> Any:
+        network.round_up = self._rounds_up(network)
         if not isinstance(network, (LightGlue, SuperGlue)):
             # How convolutions run fastest on processors and tensor cores alike.
             network.to(memory_format=torch.channels_last)

@@ -155,7 +155,29 @@ def transforms() -> bool:
     return _library is not None
 
 
-class CompiledLayer:
+class _Compiled:
+    """What is computed here. Copied, it is None where it cannot run: then PyTorch computes."""
+
+    dtype: torch.dtype
+
+    @staticmethod
+    def runs(dtype: torch.dtype) -> bool:
+        """Whether the library and the processor can compute it in this number format."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.__dict__)
+
+
+def _restored(kind: type[_Compiled], state: dict[str, Any]) -> _Compiled | None:
+    if not kind.runs(state["dtype"]):
+        return None
+    restored = kind.__new__(kind)
+    restored.__dict__.update(state)
+    return restored
+
+
+class CompiledLayer(_Compiled):
     """A layer of LightGlue, fused (:meth:`LightGlue.fuse`).
 
     In bfloat16 src/lightglue.c computes it, in float32 src/lightglue_avx2.c.
@@ -168,17 +190,21 @@ class CompiledLayer:
 
     def __init__(self, layer: TransformerLayer, dtype: torch.dtype, tiles: bool = True) -> None:
         self.size, self.heads = layer.self_mlp.fc2.out_features, layer.self_attention.heads
-        self.dtype, self.tiles = dtype, tiles and has_tiles()
+        self.dtype, self.tiles = dtype, tiles
         pack = _packed if dtype == torch.bfloat16 else _packed_floats
         self.within = _half(layer.self_attention, layer.self_mlp, pack)
         self.across = _half(layer.cross_attention, layer.cross_mlp, pack)
 
     @staticmethod
+    def runs(dtype: torch.dtype) -> bool:
+        return available() if dtype == torch.bfloat16 else in_float32()
+
+    @staticmethod
     def fits(layer: TransformerLayer, dtype: torch.dtype) -> bool:
         """Whether this layer can be computed here, on this processor."""
         halves = ((layer.self_attention, layer.self_mlp), (layer.cross_attention, layer.cross_mlp))
-        can, multiple = (available(), _MULTIPLE) if dtype == torch.bfloat16 else (in_float32(), _BLOCK)
-        return can and all(
+        multiple = _MULTIPLE if dtype == torch.bfloat16 else _BLOCK
+        return CompiledLayer.runs(dtype) and all(
             attention.joint is not None
             and attention.joint.bias is not None
             and isinstance(attention.o_proj, nn.Identity)
@@ -206,7 +232,7 @@ class CompiledLayer:
         if len(x0) == 0 or len(x1) == 0:
             return x0, x1
         new0, new1 = torch.empty_like(x0), torch.empty_like(x1)
-        layer = _Layer(self.size, self.heads, _threads(), self.tiles)
+        layer = _Layer(self.size, self.heads, _threads(), self.tiles and has_tiles())
         layer.within, layer.across = _as_structure(self.within), _as_structure(self.across)
         for i, (x, rotation, new) in enumerate(((x0, rotation0, new0), (x1, rotation1, new1))):
             layer.points[i] = _Points(len(x), x.data_ptr(), rotation.data_ptr(), new.data_ptr())
@@ -221,7 +247,7 @@ class CompiledLayer:
         return new0, new1
 
 
-class CompiledConvolutions:
+class CompiledConvolutions(_Compiled):
     """One 3 x 3 convolution or two, with ReLU behind each.
 
     In bfloat16 src/superpoint.c computes them by tiles; in float32 src/transformed.c, in a third of the time that they
@@ -243,10 +269,13 @@ class CompiledConvolutions:
         ]
 
     @staticmethod
+    def runs(dtype: torch.dtype) -> bool:
+        return has_tiles() if dtype == torch.bfloat16 else dtype == torch.float32 and transforms()
+
+    @staticmethod
     def fits(dtype: torch.dtype, *channels: int) -> bool:
         """Whether convolutions with so many channels as results can be computed here, on this processor."""
-        can = has_tiles() if dtype == torch.bfloat16 else dtype == torch.float32 and transforms()
-        return can and all(each % _BLOCK == 0 for each in channels)
+        return CompiledConvolutions.runs(dtype) and all(each % _BLOCK == 0 for each in channels)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Of (B, I, H, W), channels last, (B, O, H, W) or (B, O, H/2, W/2)."""

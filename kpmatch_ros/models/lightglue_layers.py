@@ -366,7 +366,8 @@ class MatchAssignment(nn.Module):
     def mutual_matches(self, points0: Points, points1: Points, threshold: float) -> Assignment:
         """The matches of B pairs of images, N0 and N1 at least 1, whose scores exceed a threshold."""
         masked = points0.mask is not None or points1.mask is not None
-        if masked or self.compiled is None or not compiled.takes(points0.x):
+        usable = self.compiled is not None and compiled.has_vectors() and compiled.takes(points0.x)
+        if masked or self.compiled is None or not usable:
             return mutual_matches(self(points0, points1), torch.exp, threshold)
         parts = self._similarity(points0, points1), self._certainty(points0), self._certainty(points1)
         best0, best1, most0 = (torch.stack(each) for each in zip(*map(self.compiled, *parts)))
