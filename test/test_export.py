@@ -324,6 +324,25 @@ def test_the_command_writes_checks_and_describes(run: Run, words: list[Any], tmp
     assert (status, errors) == (2, f"kpmatch export: {out} exists already: name another folder, or remove it\n")
 
 
+def test_an_empty_folder_is_filled_where_it_is_also_through_a_link_and_as_the_current_one(
+    run: Run, words: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "linked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("linked")
+    before = [(tmp_path / name).stat().st_ino for name in ("here", "linked")]
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", tmp_path / "link"):
+        status, _, errors = run(out, *words)
+        assert (status, errors) == (0, "")
+        assert sorted(path.name for path in Path(out).iterdir()) == ["export.json", "extractor.onnx", "matcher.onnx"]
+    assert (tmp_path / "link").is_symlink() and Path.cwd() == tmp_path / "here"
+    assert [(tmp_path / name).stat().st_ino for name in ("here", "linked")] == before
+    (tmp_path / "nowhere").symlink_to("missing")
+    status, _, errors = run(tmp_path / "nowhere", *words)
+    assert status == 2 and "nowhere exists already: name another folder, or remove it" in errors
+
+
 def test_matches_that_differ_are_an_error(
     run: Run, words: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
