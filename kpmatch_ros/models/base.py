@@ -47,6 +47,7 @@ class PretrainedNetwork(nn.Module):
         config: every key of :attr:`DEFAULTS`, with the value given or else the default.
         round_up: compute with few different numbers of points (:func:`rounded_up`), by padding. The results are the
             same, but for rounding.
+        is_traced: it is seen by :func:`kpmatch_ros.models.trace`, and runs without CUDA graphs.
 
     Raises:
         WeightsError: no network can work so.
@@ -62,6 +63,7 @@ class PretrainedNetwork(nn.Module):
         super().__init__()
         self.config = {**self.DEFAULTS, **config}
         self.round_up = False
+        self.is_traced = False
         for key, value in self.config.items():
             if key in _RANGES:
                 low, high = _RANGES[key]
