@@ -271,7 +271,7 @@ class ALIKED(Extractor):
         levels = self.encoder(padded)
         left, top = padding
         scores = self.score_head(levels)[:, top : top + height, left : left + width]
-        peaks = clear_border(suppress_non_maxima(scores, self.nms_radius).clone(), self.border)
+        peaks = clear_border(suppress_non_maxima(scores, self.nms_radius), self.border)
         peaks = clear_masked(peaks, allowed)
         keypoints, _, mask = select_keypoints(peaks, self.keypoint_threshold, self.max_keypoints, self.round_up)
         if keypoints.shape[1] == 0:

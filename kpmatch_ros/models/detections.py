@@ -60,13 +60,13 @@ def suppress_non_maxima(scores: Tensor, radius: int, again: int = 2) -> Tensor:
 
     Args:
         scores: (B, H, W) float32.
-        radius: pixels; 0 keeps all scores.
+        radius: pixels; 0 keeps all scores, in a copy.
         again: how often to look once more, for maxima among the pixels that those found so far do not suppress; twice
             in the code of SuperPoint's authors.
     """
 
     if radius == 0:
-        return scores
+        return scores.clone()  # the border and the mask are cleared in place
     if _may_look(scores) and not scores.requires_grad:
         found = [torch.from_numpy(_maxima(each.numpy(), radius, again)) for each in scores]
         return found[0][None] if len(found) == 1 else torch.stack(found)
