@@ -125,7 +125,7 @@ class LightGlue(PretrainedNetwork):
 
     @torch.no_grad()
     def fuse(self) -> LightGlue:
-        """Merge neighbouring linear layers, for inference: the matches stay, the names of the tensors do not.
+        """Merge neighbouring linear layers, once, for inference: the matches stay, the names of the tensors do not.
 
         Attention's output projection goes into the layer that reads its messages. If queries and keys of
         cross-attention have the same weights, as in the authors' networks, they are computed once. Queries, keys and

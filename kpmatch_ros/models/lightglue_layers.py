@@ -325,6 +325,8 @@ class TransformerLayer(nn.Module):
 
     def fuse(self) -> None:
         """As :meth:`LightGlue.fuse`."""
+        if self.self_attention.joint is not None:
+            return
         for attention, mlp in ((self.self_attention, self.self_mlp), (self.cross_attention, self.cross_mlp)):
             mlp.absorb(attention.o_proj)
             attention.o_proj = nn.Identity()
