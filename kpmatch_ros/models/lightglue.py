@@ -265,8 +265,8 @@ class LightGlue(PretrainedNetwork):
         """Run the points through the layers, dropping and stopping as configured; returns the number of layers run."""
         last = len(self.transformer_layers) - 1
         count0, count1 = len(points0.index), len(points1.index)
-        prunes = self.width_confidence > 0 and max(count0, count1) > self.prune_above
-        ahead = self.run_ahead and not prunes  # how many points are left has to be waited for anyway
+        prunes = [self.width_confidence > 0 and count > self.prune_above for count in (count0, count1)]
+        ahead = self.run_ahead and not any(prunes)  # how many points are left has to be waited for anyway
         enough: OnItsWay | None = None  # whether the points are sure after the layers so far
         for i, layer in enumerate(self.transformer_layers):
             before = points0.x, points1.x
@@ -282,9 +282,11 @@ class LightGlue(PretrainedNetwork):
                 enough = OnItsWay(self._are_sure(confidence0, confidence1, i, count0 + count1))
                 if not ahead and enough:
                     return i + 1
-            if prunes:
-                self._prune(points0, confidence0, i)
-                self._prune(points1, confidence1, i)
+            if any(prunes):
+                for points, confidence, dropped in zip((points0, points1), (confidence0, confidence1), prunes):
+                    if dropped:
+                        self._prune(points, confidence, i)
+                    points.layers[points.index] += 1
                 if len(points0.index) == 0 or len(points1.index) == 0:
                     return i + 1
         return last + 1
@@ -306,7 +308,6 @@ class LightGlue(PretrainedNetwork):
         if confidence is not None:
             keep |= confidence <= self._confidence_threshold(layer)
         points.keep(keep if points.mask is None else keep & points.mask[0], rounded_up if self.round_up else None)
-        points.layers[points.index] += 1
 
     def _confidence_threshold(self, layer: int) -> float:
         """Stricter in early layers: 0.8 + 0.1 exp(-4 l / L)."""
