@@ -155,6 +155,9 @@ class CudaGraphs:
 
     def _replayed(self, network: nn.Module, inputs: Sequence[Any]) -> Any:
         """The result of a recording; None where the network or its inputs are of a kind that is not recorded."""
+        # A recording runs no Python: nothing would be seen of what it repeats.
+        if getattr(network, "is_traced", False):
+            return None
         if isinstance(network, Extractor):
             image, *masks = inputs  # with or without the mask of where keypoints may be
             if network.max_keypoints < 0:
@@ -174,6 +177,8 @@ class CudaGraphs:
             has_mask = image0.mask is not None or image1.mask is not None
             if len(image0.keypoints) > 1 or has_mask or min(counts) == 0 or size is None:
                 return None
+            if isinstance(network, SuperGlue) and (image0.scores is None or image1.scores is None):
+                return None  # the network says what is missing
             padded = counts != (size, size)
             kind: Any = _RecordedLightGlue if isinstance(network, LightGlue) else _RecordedSuperGlue
             confidence = getattr(network, "depth_confidence", -1.0)
@@ -246,14 +251,15 @@ class _Places:
 
     def __init__(self, example: ImageFeatures, size: int, padded: bool) -> None:
         device = example.keypoints.device
+        kind: Any = {"dtype": torch.float32, "device": device}
         self._index = torch.arange(size, device=device)[None]
         self._filled = 0
         self.features = ImageFeatures(
-            keypoints=torch.zeros(1, size, 2, device=device),
-            descriptors=torch.zeros(1, size, example.descriptors.shape[2], device=device),
+            keypoints=torch.zeros(1, size, 2, **kind),
+            descriptors=torch.zeros(1, size, example.descriptors.shape[2], **kind),
             size=torch.zeros_like(example.size),
             mask=torch.ones_like(self._index, dtype=torch.bool) if padded else None,
-            scores=torch.zeros(1, size, device=device),
+            scores=torch.zeros(1, size, **kind),
         )
         self.fill(example)
 

@@ -81,7 +81,7 @@ class FeatureMatcher:
         in_onnx_runtime = self.parameters.backend == "onnxruntime"
         self.device = choose_device("cpu" if in_onnx_runtime else self.parameters.device)
         self.dtype = choose_precision("float32" if in_onnx_runtime else self.parameters.precision, self.device)
-        self.luma = torch.tensor(_LUMA, device=self.device)
+        self.luma = torch.tensor(_LUMA, dtype=torch.float32, device=self.device)
         self.graphs = CudaGraphs.for_device(self.device)
         self.extractor = self._load_extractor()
         self.matcher = self._load_matcher()
@@ -234,16 +234,24 @@ class FeatureMatcher:
         if self.onnx is not None:
             return self.onnx.run(network, *inputs)
         found = network(*inputs) if self.graphs is None else self.graphs.run(network, *inputs)
-        if self.dtype == torch.float32 or isinstance(network, NearestNeighbour) or is_sound(found):
+        if isinstance(network, NearestNeighbour) or network.dtype == torch.float32 or is_sound(found):
             return found
         self.repeated_in_float32 += 1
         # Of a copy: recordings need the weights where they are, and another thread may be running the network.
         return copy.deepcopy(network).float()(*inputs)
 
-    def _to_precision(self, network: Any) -> Any:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.matcher, LightGlue):  # what was compiled may not run where a copy is loaded
+            self.matcher.round_up = self._rounds_up(self.matcher)
+
+    def _rounds_up(self, network: Any) -> bool:
         # There oneDNN compiles its products for each number of points, and keeps what it compiled.
         by_onednn = not (isinstance(network, LightGlue) and network.is_compiled)
-        network.round_up = self.device.type == "cpu" and self.dtype == torch.bfloat16 and by_onednn
+        return self.device.type == "cpu" and self.dtype == torch.bfloat16 and by_onednn
+
+    def _to_precision(self, network: Any) -> Any:
+        network.round_up = self._rounds_up(network)
         if not isinstance(network, (LightGlue, SuperGlue)):
             # How convolutions run fastest on processors and tensor cores alike.
             network.to(memory_format=torch.channels_last)
@@ -306,12 +314,12 @@ class FeatureMatcher:
 
         mask = None
         if len(features) > 1:
-            counts = self._send(torch.tensor([len(item) for item in features]))
+            counts = self._send(torch.tensor([len(item) for item in features], device="cpu"))
             mask = torch.arange(max(map(len, features)), device=self.device) < counts[:, None]
         return ImageFeatures(
             keypoints=padded([item.keypoints for item in given]),
             descriptors=padded([item.descriptors for item in given]),
-            size=self._send(torch.tensor([item.size for item in given])),
+            size=self._send(torch.tensor([item.size for item in given], device="cpu")),
             mask=mask,
             scores=padded([item.scores for item in given]),
         )

@@ -17,7 +17,7 @@ def working_memory(size: int) -> torch.Tensor:
     thread = threading.current_thread()
     work = _kept.get(thread)
     if work is None or len(work) < size:
-        work = _kept[thread] = torch.empty(size, dtype=torch.uint8)
+        work = _kept[thread] = torch.empty(size, dtype=torch.uint8, device="cpu")
     return work
 
 

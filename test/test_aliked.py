@@ -309,6 +309,16 @@ def test_the_radius_the_border_and_the_threshold_are_followed(ours: Ours, pictur
     assert 0 < ours(keypoint_threshold=0.8)(image).mask.sum() < usual.mask.sum()
 
 
+@pytest.mark.parametrize("border", [4, 10])
+def test_no_keypoint_is_read_out_nearer_to_the_sides_than_the_border_chosen(
+    ours: Ours, picture: Callable[..., Tensor], border: int
+) -> None:
+    model = ours(keypoint_threshold=0.02)
+    model.nms_radius, model.border = 0, border  # every pixel, some of which move outwards
+    keypoints = model(picture(64, 96)[None]).keypoints[0]
+    assert keypoints.min() == border and (keypoints <= torch.tensor([95.0, 63.0]) - border).all()
+
+
 def test_whole_pixels_without_refinement(ours: Ours, picture: Callable[..., Tensor]) -> None:
     image = picture(64, 96)[None]
     whole, refined_points = (ours(refinement_radius=r)(image).keypoints for r in (0, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 
 import numpy as np
@@ -114,6 +115,22 @@ def test_an_image_is_described_as_by_pytorch(extractor: str, precision: str, mon
     assert len(theirs) > 50 and len(pairs) >= 0.98 * len(theirs)
     assert np.abs(ours.scores[pairs[:, 0]] - theirs.scores[pairs[:, 1]]).max() < 1e-4
     assert np.abs(ours.descriptors[pairs[:, 0]] - theirs.descriptors[pairs[:, 1]]).max() < 1e-3
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_matcher_loaded_where_nothing_is_compiled_computes_by_pytorch(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [view.image for view in build_scene(0).film(camera_path(2), demo_camera(320, 240), noise=2.0)][:2]
+    parameters = Parameters(device="cpu", precision=precision, max_keypoints=256, depth_confidence=-1.0)
+    stored = pickle.dumps(FeatureMatcher(parameters))
+    monkeypatch.setattr(compiled, "_support", 0)
+    monkeypatch.setattr(compiled, "_library", None)
+    loaded, made_there = pickle.loads(stored), FeatureMatcher(parameters)
+    features = [loaded.extract(image) for image in images]
+    found, expected = (each.match(*features) for each in (loaded, made_there))
+    assert len(found) > 50 and torch.equal(found.indices, expected.indices)
+    assert loaded.matcher.round_up == made_there.matcher.round_up == (precision == "bfloat16")
 
 
 def test_two_images_of_one_size_are_described_together_as_alone() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -265,6 +267,17 @@ def test_the_backend_gives_the_matches_of_pytorch(
     assert counts[0] > 5 and counts[6] == 0 and counts[7] < counts[3]
 
 
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda original: pickle.loads(pickle.dumps(original))])
+def test_a_matcher_with_the_backend_can_be_copied(
+    both: tuple[FeatureMatcher, FeatureMatcher], views: list[Tensor], again: Any
+) -> None:
+    images = [(view[0, 0].numpy() * 255).round().astype(np.uint8) for view in views[:2]]
+    copied = again(both[1])
+    assert copied.onnx is not both[1].onnx and copied.onnx.providers == ["cpu"]
+    expected, found = (each.match(*(each.extract(image) for image in images)) for each in (both[1], copied))
+    assert len(found) > 5 and torch.equal(found.indices, expected.indices)
+
+
 def test_what_the_backend_cannot_is_refused(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("device", "cuda"), ("precision", "bfloat16")):
         with pytest.raises(ParameterError, match=f"{name} is '{value}', but backend onnxruntime takes"):
@@ -309,6 +322,25 @@ def test_the_command_writes_checks_and_describes(run: Run, words: list[Any], tmp
             ]
     status, _, errors = run(out, *words)
     assert (status, errors) == (2, f"kpmatch export: {out} exists already: name another folder, or remove it\n")
+
+
+def test_an_empty_folder_is_filled_where_it_is_also_through_a_link_and_as_the_current_one(
+    run: Run, words: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "linked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("linked")
+    before = [(tmp_path / name).stat().st_ino for name in ("here", "linked")]
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", tmp_path / "link"):
+        status, _, errors = run(out, *words)
+        assert (status, errors) == (0, "")
+        assert sorted(path.name for path in Path(out).iterdir()) == ["export.json", "extractor.onnx", "matcher.onnx"]
+    assert (tmp_path / "link").is_symlink() and Path.cwd() == tmp_path / "here"
+    assert [(tmp_path / name).stat().st_ino for name in ("here", "linked")] == before
+    (tmp_path / "nowhere").symlink_to("missing")
+    status, _, errors = run(tmp_path / "nowhere", *words)
+    assert status == 2 and "nowhere exists already: name another folder, or remove it" in errors
 
 
 def test_matches_that_differ_are_an_error(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kpmatch_ros import FeatureMatcher, Parameters
 from kpmatch_ros.cuda_graphs import CudaGraphs, Imitation
-from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint, XFeat
+from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint, XFeat, trace
 from kpmatch_ros.models.assignment import ImageFeatures
 from kpmatch_ros.models.lightglue import Points
 
@@ -151,3 +151,47 @@ def test_a_matcher_with_recordings_can_be_copied_and_the_copy_records_anew(again
     copied = again(matcher)
     assert len(matcher.graphs) > 0 and copied.graphs is not None and len(copied.graphs) == 0
     np.testing.assert_array_equal(copied.extract(image).numpy().keypoints, expected.keypoints)
+
+
+# What recordings are not made for
+
+
+class Frozen:
+    """As a GPU's recordings: to repeat the work runs no Python."""
+
+    def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+        outputs = tuple(output.clone() for output in work())
+        return (lambda: None), outputs
+
+
+@pytest.mark.parametrize("kind", ["lightglue", "superglue"])
+def test_what_is_traced_is_seen_though_recordings_are_in_use(kind: str, request: pytest.FixtureRequest) -> None:
+    network = request.getfixturevalue(kind)()
+    random = torch.Generator().manual_seed(0)
+    image = ImageFeatures(
+        torch.rand(1, 20, 2, generator=random) * 100,
+        torch.randn(1, 20, network.input_dim, generator=random),
+        torch.tensor([[100, 100]]),
+        scores=torch.rand(1, 20, generator=random),
+    )
+    graphs, inputs = CudaGraphs(Frozen()), (network, image, image)
+    with trace(network) as expected:
+        network(image, image)
+    with trace(network) as first:
+        graphs.run(*inputs)
+    assert len(graphs) == 0
+    graphs.run(*inputs)
+    assert len(graphs) == 1
+    with trace(network) as later:
+        graphs.run(*inputs)
+    for recorded in (first, later):
+        for name in ("hidden_states", "attentions"):
+            ours, theirs = getattr(recorded, name), getattr(expected, name)
+            assert len(ours) > 0 and all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+def test_what_superglue_lacks_is_said_with_recordings_too(superglue: Callable[..., SuperGlue]) -> None:
+    network = superglue()
+    image = ImageFeatures(torch.rand(1, 20, 2), torch.rand(1, 20, network.input_dim), torch.tensor([[10, 10]]))
+    with pytest.raises(ValueError, match="SuperGlue needs the keypoints' detection scores"):
+        CudaGraphs(Imitation()).run(network, image, image)

@@ -162,6 +162,11 @@ def test_points_are_dropped_only_from_images_with_more_than_so_many(lightglue: C
     last = len(model.transformer_layers)
     assert (run(model, ahead=True, above=50).layers0 == last).all()
     assert (run(model, ahead=True, above=49).layers0 < last).any()
+    model.prune_above = 60  # each image for itself, as by the authors
+    for counts in ((50, 70), (70, 50)):
+        found = model(*scene(*counts))
+        for count, layers in zip(counts, (found.layers0, found.layers1)):
+            assert (layers < last).any() if count == 70 else (layers == last).all()
 
 
 @pytest.mark.parametrize("modes", [FIXED, ADAPTIVE], ids=["fixed", "adaptive"])
@@ -246,6 +251,7 @@ def test_a_fused_network_matches_as_before_with_fewer_products(
     assert torch.allclose(found.scores0, expected.scores0, rtol=0, atol=1e-4)
     layers = int(expected.layers)
     assert before - linear_layers_run(model, inputs) == 12 * layers
+    assert torch.equal(model.fuse()(*inputs).scores0, found.scores0)  # twice is once
 
 
 @pytest.mark.parametrize("pairs", [1, 2])

@@ -82,6 +82,43 @@ def test_a_superglue_of_a_hundred_thousand_layers_is_refused(random_folder: Any,
         SuperGlue.from_pretrained(source)
 
 
+@pytest.mark.parametrize(
+    ("kind", "built", "said", "message"),
+    [
+        (SuperPoint, {}, {"keypoint_decoder_dim": 66}, "keypoint_decoder_dim is 66; it must be 65"),
+        (SuperPoint, {}, {"keypoint_decoder_dim": 129}, "keypoint_decoder_dim is 129; it must be 65"),
+        (SuperPoint, {}, {"encoder_hidden_sizes": [8, 8, 8]}, r"encoder_hidden_sizes is \[8, 8, 8\]; it must be four"),
+        (SuperPoint, {}, {"encoder_hidden_sizes": [8] * 5}, "encoder_hidden_sizes is .*; it must be four"),
+        (SuperPoint, {}, {"decoder_hidden_size": 0}, "decoder_hidden_size is 0; it must be 1 or more"),
+        (SuperPoint, {}, {"subpixel": "false"}, "sets subpixel to 'false', which is not true or false"),
+        (SuperPoint, {}, {"subpixel": 1}, "sets subpixel to 1, which is not true or false"),
+        (LightGlue, {"num_hidden_layers": 2}, {"attention_bias": "false"}, "attention_bias to 'false', which is not"),
+        (LightGlue, {"descriptor_dim": 24}, {"num_attention_heads": 8}, "8 heads .* an even number of channels"),
+        (DISK, {}, {"kernel_size": 4}, "kernel_size is 4; it must be odd"),
+        (DISK, {}, {"up": [64, 64]}, r"up is \[64, 64\]; it must be two numbers shorter than down"),
+        (ALIKED, {}, {"encoder_sizes": [8, 8, 8]}, r"encoder_sizes is \[8, 8, 8\]; it must be 4 numbers"),
+        (ALIKED, {}, {"descriptor_dim": 126}, "descriptor_dim is 126; it must be a multiple of 4"),
+        (ALIKED, {}, {"refinement_radius": 200}, "refinement_radius is 200; it must be from 0 to 16"),
+        (ALIKED, {}, {"refinement_radius": -1}, "refinement_radius is -1; it must be from 0 to 16"),
+        (XFeat, {}, {"descriptor_dim": 32}, "descriptor_dim is 32; it must be 64"),
+        (SuperGlue, {"gnn_layers_types": ["self"]}, {"sinkhorn_iterations": 10**18}, "sinkhorn_iterations is 10.*; it"),
+        (SuperGlue, {"gnn_layers_types": ["self"]}, {"sinkhorn_iterations": 0}, "sinkhorn_iterations is 0; it must be"),
+    ],
+    ids=str,
+)
+def test_a_configuration_with_which_no_network_can_work_is_refused_by_key_and_value(
+    kind: Any, built: dict[str, Any], said: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    network = kind(**built)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    config = {key: value for key, value in network.config.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    kind.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, **said}))
+    with pytest.raises(WeightsError, match=f"{tmp_path}.*{message}"):
+        kind.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("kind", [ALIKED, DISK, XFeat])
 def test_an_extractor_of_an_impossible_radius_is_refused(kind: Any) -> None:
     with pytest.raises(WeightsError, match="nms_radius is -5; it must be from 0 to 64"):

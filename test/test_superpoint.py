@@ -358,6 +358,18 @@ def test_suppression_leaves_local_maxima_that_keep_their_distance(radius: int) -
         assert torch.equal(result[result > 0], image[result > 0])
 
 
+def test_scores_that_are_selected_from_stay_as_they_are_also_without_suppression(
+    ours: Callable[..., SuperPoint], texture: Any
+) -> None:
+    model = ours(nms_radius=0)
+    scores, descriptors = model.dense(batch(texture(96, 128, 8)))
+    allowed = torch.ones(1, 96, 128, dtype=torch.bool)
+    allowed[:, :, 64:] = False
+    before = scores.clone()
+    assert model.select(scores, descriptors, allowed).mask.any()
+    assert torch.equal(scores, before)
+
+
 def test_a_point_suppressed_only_by_a_suppressed_neighbour_comes_back() -> None:
     scores = torch.zeros(1, 1, 20)
     scores[0, 0, [5, 8, 11]] = torch.tensor([0.9, 0.8, 0.7])

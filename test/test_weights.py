@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -224,6 +225,49 @@ def test_code_inside_a_file_is_refused_and_does_not_run(tmp_path: Path, zipped: 
     with contextlib.suppress(Exception):
         torch.load(path, weights_only=False)
     assert marker.exists()  # or the file was harmless and nothing was tested
+
+
+def test_dictionaries_without_end_are_refused(tmp_path: Path) -> None:
+    itself: dict[str, Any] = {}
+    itself["model"] = itself
+    for content in (itself, {"a": {"b": {"c": {"d": {"e": torch.zeros(1)}}}}}):
+        torch.save(content, tmp_path / "some.pth")
+        with pytest.raises(WeightsError, match=r"some\.pth holds no named tensors"):
+            SuperPoint.from_pretrained(tmp_path / "some.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda tensor: tensor.to_sparse(), "is sparse or nested"),
+        (lambda tensor: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "is sparse or nested"),
+        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "is of the type qint8"),
+        (lambda tensor: tensor + 1j, "is of the type complex64"),
+        (lambda tensor: tensor.to("meta"), "is on the device meta"),
+        (lambda tensor: torch.zeros(1).expand(tensor.shape), "repeats its numbers"),
+        (lambda tensor: torch.zeros(1).expand(10**6, 10**6), "repeats its numbers"),
+    ],
+    ids=["sparse", "nested", "quantised", "complex", "meta", "expanded", "4 TB"],
+)
+def test_tensors_that_are_no_plain_numbers_are_named(
+    tmp_path: Path, small_superpoint: dict[str, Any], change: Any, fault: str
+) -> None:
+    tensors = SuperPoint(**small_superpoint).state_dict()
+    name = "encoder.conv_blocks.0.conv_a.weight"
+    torch.save({**tensors, name: change(tensors[name])}, tmp_path / "some.pth")
+    with pytest.raises(WeightsError, match=rf"some\.pth holds {name}, which {fault}; weights are real numbers"):
+        SuperPoint.from_pretrained(tmp_path / "some.pth")
+
+
+def test_shapes_are_compared_before_anything_is_copied(tmp_path: Path) -> None:
+    # Four views of one tensor, each as large as it: their copies would take four times its memory.
+    numbers = torch.zeros(64 << 20, dtype=torch.uint8)
+    names = [f"{name}.{kind}" for name in ("conv1a", "convPa", "convDa", "convDb") for kind in ("weight", "bias")]
+    torch.save(dict.fromkeys(names, numbers), tmp_path / "some.pth")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(WeightsError, match=r"some\.pth"):
+        SuperPoint.from_pretrained(tmp_path / "some.pth")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(1)], {"epoch": 3}, {}, torch.zeros(3), {"model": {}}])

@@ -46,6 +46,7 @@ _OPTIONS = (
     "filter_threshold",
 )
 
+_FILES = ("extractor.onnx", "matcher.onnx", "export.json")
 _LEAST_SHARE = 0.99  # of the matches, that PyTorch and ONNX Runtime have in common
 _FRAMES = 3  # of the demo bag
 
@@ -85,7 +86,8 @@ def add_export(commands: Any) -> None:
 
 def _export(options: argparse.Namespace) -> int:
     target: Path = options.target
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    is_there = target.is_dir()
+    if os.path.lexists(target) and not (is_there and not any(target.iterdir())):
         raise CommandError(f"{target} exists already: name another folder, or remove it")
     pictures = [read_image(path) for path in options.images or ()]  # before the work rather than after it
 
@@ -103,12 +105,16 @@ def _export(options: argparse.Namespace) -> int:
     try:
         check_exportable(networks.extractor, networks.matcher)
         # Whole or not at all: a folder that is there can be used.
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kpmatch.") as folder:
+        with tempfile.TemporaryDirectory(dir=target if is_there else target.parent, prefix=".kpmatch.") as folder:
             parity, said = _write(Path(folder, "out"), networks, options, pictures)
-            os.replace(Path(folder, "out"), target)
+            if not is_there:
+                os.replace(Path(folder, "out"), target)
+            else:  # filled, as it may be a link, a mount, or where somebody is
+                for name in _FILES:
+                    os.replace(Path(folder, "out", name), target / name)
     except ExportError as error:
         raise CommandError(str(error)) from error
-    for name in ("extractor.onnx", "matcher.onnx", "export.json"):
+    for name in _FILES:
         print(f"wrote      {target / name}")
     if parity is None:
         if said:
@@ -138,7 +144,7 @@ def _write(
     parameters = networks.parameters
     extractor: Any = networks.extractor
     matcher: Any = networks.matcher
-    files = folder / "extractor.onnx", folder / "matcher.onnx"
+    files = folder / _FILES[0], folder / _FILES[1]
     graphs = (
         export_extractor(extractor, files[0], options.size, options.dynamic),
         export_matcher(matcher, files[1], parameters.max_keypoints, options.dynamic),
@@ -178,7 +184,7 @@ def _write(
         },
         "parity": None if parity is None else {**asdict(parity), "share": parity.share},
     }
-    (folder / "export.json").write_text(json.dumps(description, indent=2) + "\n")
+    (folder / _FILES[2]).write_text(json.dumps(description, indent=2) + "\n")
     return parity, said
 
 

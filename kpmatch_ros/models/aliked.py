@@ -24,6 +24,7 @@ from kpmatch_ros.models.detections import (
     suppress_non_maxima,
     unless_masked,
     vector,
+    within_border,
 )
 
 __all__ = ["ALIKED"]
@@ -158,7 +159,7 @@ class FeatureMap:
         """(B, P, 2) x, y to (B, P, C), bilinear, zero outside of the image."""
         first = positions.floor()
         size = vector(self.width, self.height, like=positions)
-        total = torch.zeros(())
+        total = positions.new_zeros(())
         for x in (0, 1):
             for y in (0, 1):
                 pixels = first + vector(x, y, like=positions)
@@ -203,6 +204,10 @@ class ALIKED(Extractor):
     Args:
         config: any of the keys of :attr:`DEFAULTS`: the channels of the four scales (``encoder_sizes``) and of the
             descriptor, the number of ``samples`` that make a descriptor, and which keypoints to keep.
+
+    Attributes:
+        border: as of any extractor. Only the weights' own is that of the peaks, as in the authors' code: a keypoint is
+            then read out up to a pixel or so nearer to the sides.
     """
 
     MODEL_TYPE = "aliked"
@@ -222,6 +227,8 @@ class ALIKED(Extractor):
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
         sizes, dim = list(self.config["encoder_sizes"]), self.config["descriptor_dim"]
+        self.require("encoder_sizes", len(sizes) == len(STRIDES), f"{len(STRIDES)} numbers, one for each scale")
+        self.require("descriptor_dim", dim % len(STRIDES) == 0, f"a multiple of {len(STRIDES)}, of equal parts")
         self.encoder = Encoder(sizes, dim)
         self.score_head = ScoreHead(dim)
         self.descriptor_head = DescriptorHead(dim, self.config["samples"])
@@ -264,14 +271,16 @@ class ALIKED(Extractor):
         levels = self.encoder(padded)
         left, top = padding
         scores = self.score_head(levels)[:, top : top + height, left : left + width]
-        peaks = clear_border(suppress_non_maxima(scores, self.nms_radius).clone(), self.border)
+        peaks = clear_border(suppress_non_maxima(scores, self.nms_radius), self.border)
         peaks = clear_masked(peaks, allowed)
         keypoints, _, mask = select_keypoints(peaks, self.keypoint_threshold, self.max_keypoints, self.round_up)
         if keypoints.shape[1] == 0:
             return Detections.none(batch, self.descriptor_size, image.device)
-        refined, scores = refine(scores, keypoints, self.refinement_radius)
+        refined, refined_scores = refine(scores, keypoints, self.refinement_radius)
+        if self.border != self.config["border_removal_distance"]:
+            refined = within_border(refined, scores, self.border)
         keypoints = unless_masked(refined, keypoints, allowed)
-        scores, order = scores.masked_fill(~mask, -1.0).sort(dim=1, descending=True)
+        scores, order = refined_scores.masked_fill(~mask, -1.0).sort(dim=1, descending=True)
         mask = mask.gather(1, order)
         scores = scores * mask
         keypoints = keypoints.gather(1, order[..., None].expand_as(keypoints)) * mask[..., None]

@@ -94,14 +94,14 @@ class Assignment(NamedTuple):
     def empty(cls, batch: int, count0: int, count1: int, device: torch.device) -> Assignment:
         """No matches at all."""
 
-        def full(count: int, value: int) -> Tensor:
-            return torch.full((batch, count), value, dtype=torch.int64, device=device)
+        def full(count: int, value: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.full((batch, count), value, dtype=dtype, device=device)
 
         return cls(
             full(count0, -1),
             full(count1, -1),
-            torch.zeros(batch, count0, device=device),
-            torch.zeros(batch, count1, device=device),
+            full(count0, 0, torch.float32),
+            full(count1, 0, torch.float32),
             torch.zeros(batch, dtype=torch.int64, device=device),
             full(count0, 0),
             full(count1, 0),

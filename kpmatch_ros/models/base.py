@@ -16,8 +16,14 @@ __all__ = ["Extractor", "PretrainedNetwork", "rounded_up"]
 
 Self = TypeVar("Self", bound="PretrainedNetwork")
 
-# What a configuration may say of how keypoints are selected. A maximum over a wider window takes memory without end.
-_RANGES = {"nms_radius": (0, 64), "border_removal_distance": (0, 65535), "max_keypoints": (-1, 1 << 20)}
+# What a configuration may say of how the networks work. A wider window takes memory without end, more iterations time.
+_RANGES = {
+    "nms_radius": (0, 64),
+    "refinement_radius": (0, 16),
+    "border_removal_distance": (0, 65535),
+    "max_keypoints": (-1, 1 << 20),
+    "sinkhorn_iterations": (1, 1000),
+}
 
 
 def rounded_up(count: int) -> int:
@@ -41,6 +47,10 @@ class PretrainedNetwork(nn.Module):
         config: every key of :attr:`DEFAULTS`, with the value given or else the default.
         round_up: compute with few different numbers of points (:func:`rounded_up`), by padding. The results are the
             same, but for rounding.
+        is_traced: it is seen by :func:`kpmatch_ros.models.trace`, and runs without CUDA graphs.
+
+    Raises:
+        WeightsError: no network can work so.
     """
 
     MODEL_TYPE: ClassVar[str]
@@ -53,6 +63,19 @@ class PretrainedNetwork(nn.Module):
         super().__init__()
         self.config = {**self.DEFAULTS, **config}
         self.round_up = False
+        self.is_traced = False
+        for key, value in self.config.items():
+            if key in _RANGES:
+                low, high = _RANGES[key]
+                self.require(key, low <= value <= high, f"from {low} to {high}")
+            elif type(self.DEFAULTS.get(key)) in (int, list):  # channels, layers and the like
+                numbers = value if isinstance(value, (list, tuple)) else [value]
+                self.require(key, all(n >= 1 for n in numbers if not isinstance(n, str)), "1 or more")
+
+    def require(self, key: str, holds: bool, wanted: str) -> None:
+        """Refuse a configuration unless something ``holds``: a sentence says which value is ``wanted`` for a key."""
+        if not holds:
+            raise WeightsError(f"{key} is {self.config[key]!r:.80}; it must be {wanted}")
 
     @classmethod
     def from_pretrained(cls: type[Self], source: str | Path, **options: Any) -> Self:
@@ -82,9 +105,6 @@ class Extractor(PretrainedNetwork):
         max_keypoints: largest number of keypoints of an image; -1 for all.
         nms_radius: two keypoints are further apart than this, pixels.
         border: no keypoint is nearer to the image's sides, pixels.
-
-    Raises:
-        WeightsError: the configuration selects keypoints in a way that cannot be.
     """
 
     CHANNELS: ClassVar[int]
@@ -95,9 +115,6 @@ class Extractor(PretrainedNetwork):
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
-        for key, (low, high) in _RANGES.items():
-            if not low <= self.config[key] <= high:
-                raise WeightsError(f"{key} is {self.config[key]!r}; it must be from {low} to {high}")
         self.keypoint_threshold: float = self.config["keypoint_threshold"]
         self.max_keypoints: int = self.config["max_keypoints"]
         self.nms_radius: int = self.config["nms_radius"]

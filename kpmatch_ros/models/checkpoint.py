@@ -34,6 +34,8 @@ _MARKS = {
 NETWORKS = tuple(_MARKS)
 CONFIG_KEY = "kpmatch_config"  # of the header of a .safetensors file, which has no place for a configuration otherwise
 
+_WRAPPERS = 3  # dictionaries around that of the tensors, as in {"model": {...}}; one may hold itself without end
+
 # Keys of a Hugging Face config.json that say nothing about what the network computes.
 _DESCRIPTIVE = {
     "_name_or_path",
@@ -215,17 +217,42 @@ def _tensor_names(path: Path) -> list[str]:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return _checked(path, load_file(path))
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # SafetensorError, UnpicklingError, OSError, and what malformed archives raise besides
         raise _damaged(path, error) from error
     tensors = dict(loaded) if isinstance(loaded, Mapping) else {}
-    while len(tensors) == 1 and isinstance(next(iter(tensors.values())), Mapping):
-        tensors = dict(next(iter(tensors.values())))  # {"model": {...}} and the like
+    for _ in range(_WRAPPERS):
+        if len(tensors) == 1 and isinstance(inner := next(iter(tensors.values())), Mapping):
+            tensors = dict(inner)
     tensors = {str(name): tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
     if not tensors:
         raise weights.WeightsError(f"{path} holds no named tensors, so these are no weights")
+    return _checked(path, tensors)
+
+
+def _checked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, if all are real numbers that are in the file, one by one."""
+    for name, tensor in tensors.items():
+        fault = _fault(tensor)
+        if fault:
+            raise weights.WeightsError(
+                f"{path} holds {name:.80}, which {fault}; weights are real numbers, each of them in the file"
+            )
     return tensors
+
+
+def _fault(tensor: Tensor) -> str:
+    """Why a tensor is no plain numbers in memory; empty where it is."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return "is sparse or nested"
+    if tensor.is_quantized or tensor.is_complex():
+        return f"is of the type {str(tensor.dtype).removeprefix('torch.')}"
+    if tensor.device.type != "cpu":
+        return f"is on the device {tensor.device}"
+    # One number in the file may stand for any amount of memory.
+    repeats = tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+    return "repeats its numbers" if repeats else ""
 
 
 def _damaged(path: Path, error: Exception) -> weights.WeightsError:
@@ -285,25 +312,22 @@ def build_from(cls: type[Model], read: Checkpoint, options: Mapping[str, Any]) -
     config = {key: value for key, value in config.items() if key in network.DEFAULTS and value is not None}
     _check_config(checkpoint, network, config)
     with _explained(checkpoint.source, network.MODEL_TYPE), torch.device("meta"):
-        model = cls(**config)  # without memory: the file may declare a network of any size
-    expected = model.state_dict()
-    given = {
-        name: tensor.to(expected[name].dtype, copy=True).contiguous()
-        for name, tensor in checkpoint.tensors.items()
-        if name in expected
-    }
-    problems = [f"{name} is missing" for name in expected if name not in given]
-    problems += [f"{name} is unknown" for name in checkpoint.tensors if name not in expected]
+        # Without memory: the file may declare a network of any size. PyTorch's default number format plays no part.
+        model = cls(**config).float()
+    expected, stored = model.state_dict(), checkpoint.tensors
+    problems = [f"{name} is missing" for name in expected if name not in stored]
+    problems += [f"{name} is unknown" for name in stored if name not in expected]
     problems += [
-        f"{name} is {tuple(given[name].shape)}, not {tuple(tensor.shape)}"
+        f"{name} is {tuple(stored[name].shape)}, not {tuple(tensor.shape)}"
         for name, tensor in expected.items()
-        if name in given and given[name].shape != tensor.shape
+        if name in stored and stored[name].shape != tensor.shape
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise weights.WeightsError(
             f"{checkpoint.source} does not fit {network.MODEL_TYPE}: {', '.join(problems[:3])}{more}"
         )
+    given = {name: stored[name].to(tensor.dtype, copy=True).contiguous() for name, tensor in expected.items()}
     if not all(_is_finite(tensor) for tensor in given.values()):
         raise weights.WeightsError(f"{checkpoint.source} holds weights that are not finite: the file is damaged")
     model.load_state_dict(given, assign=True)
@@ -323,6 +347,8 @@ def _check_config(checkpoint: Checkpoint, network: type[_Buildable], config: Map
     """
     for key, value in config.items():
         default = network.DEFAULTS[key]
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise weights.WeightsError(f"{checkpoint.source} sets {key} to {value!r:.80}, which is not true or false")
         if isinstance(default, bool) or not isinstance(default, (int, float, list)):
             continue
         numbers = value if isinstance(default, list) and isinstance(value, (list, tuple)) else [value]

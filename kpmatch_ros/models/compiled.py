@@ -155,7 +155,29 @@ def transforms() -> bool:
     return _library is not None
 
 
-class CompiledLayer:
+class _Compiled:
+    """What is computed here. Copied, it is None where it cannot run: then PyTorch computes."""
+
+    dtype: torch.dtype
+
+    @staticmethod
+    def runs(dtype: torch.dtype) -> bool:
+        """Whether the library and the processor can compute it in this number format."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.__dict__)
+
+
+def _restored(kind: type[_Compiled], state: dict[str, Any]) -> _Compiled | None:
+    if not kind.runs(state["dtype"]):
+        return None
+    restored = kind.__new__(kind)
+    restored.__dict__.update(state)
+    return restored
+
+
+class CompiledLayer(_Compiled):
     """A layer of LightGlue, fused (:meth:`LightGlue.fuse`).
 
     In bfloat16 src/lightglue.c computes it, in float32 src/lightglue_avx2.c.
@@ -168,17 +190,21 @@ class CompiledLayer:
 
     def __init__(self, layer: TransformerLayer, dtype: torch.dtype, tiles: bool = True) -> None:
         self.size, self.heads = layer.self_mlp.fc2.out_features, layer.self_attention.heads
-        self.dtype, self.tiles = dtype, tiles and has_tiles()
+        self.dtype, self.tiles = dtype, tiles
         pack = _packed if dtype == torch.bfloat16 else _packed_floats
         self.within = _half(layer.self_attention, layer.self_mlp, pack)
         self.across = _half(layer.cross_attention, layer.cross_mlp, pack)
 
     @staticmethod
+    def runs(dtype: torch.dtype) -> bool:
+        return available() if dtype == torch.bfloat16 else in_float32()
+
+    @staticmethod
     def fits(layer: TransformerLayer, dtype: torch.dtype) -> bool:
         """Whether this layer can be computed here, on this processor."""
         halves = ((layer.self_attention, layer.self_mlp), (layer.cross_attention, layer.cross_mlp))
-        can, multiple = (available(), _MULTIPLE) if dtype == torch.bfloat16 else (in_float32(), _BLOCK)
-        return can and all(
+        multiple = _MULTIPLE if dtype == torch.bfloat16 else _BLOCK
+        return CompiledLayer.runs(dtype) and all(
             attention.joint is not None
             and attention.joint.bias is not None
             and isinstance(attention.o_proj, nn.Identity)
@@ -206,7 +232,7 @@ class CompiledLayer:
         if len(x0) == 0 or len(x1) == 0:
             return x0, x1
         new0, new1 = torch.empty_like(x0), torch.empty_like(x1)
-        layer = _Layer(self.size, self.heads, _threads(), self.tiles)
+        layer = _Layer(self.size, self.heads, _threads(), self.tiles and has_tiles())
         layer.within, layer.across = _as_structure(self.within), _as_structure(self.across)
         for i, (x, rotation, new) in enumerate(((x0, rotation0, new0), (x1, rotation1, new1))):
             layer.points[i] = _Points(len(x), x.data_ptr(), rotation.data_ptr(), new.data_ptr())
@@ -221,7 +247,7 @@ class CompiledLayer:
         return new0, new1
 
 
-class CompiledConvolutions:
+class CompiledConvolutions(_Compiled):
     """One 3 x 3 convolution or two, with ReLU behind each.
 
     In bfloat16 src/superpoint.c computes them by tiles; in float32 src/transformed.c, in a third of the time that they
@@ -243,10 +269,13 @@ class CompiledConvolutions:
         ]
 
     @staticmethod
+    def runs(dtype: torch.dtype) -> bool:
+        return has_tiles() if dtype == torch.bfloat16 else dtype == torch.float32 and transforms()
+
+    @staticmethod
     def fits(dtype: torch.dtype, *channels: int) -> bool:
         """Whether convolutions with so many channels as results can be computed here, on this processor."""
-        can = has_tiles() if dtype == torch.bfloat16 else dtype == torch.float32 and transforms()
-        return can and all(each % _BLOCK == 0 for each in channels)
+        return CompiledConvolutions.runs(dtype) and all(each % _BLOCK == 0 for each in channels)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Of (B, I, H, W), channels last, (B, O, H, W) or (B, O, H/2, W/2)."""
@@ -310,9 +339,9 @@ def best_pairs(similarity: Tensor, certain0: Tensor, certain1: Tensor) -> tuple[
         partners (N0,) and (N1,) int64, and the logarithms (N0,) of the scores of the first; NaN where there is none.
     """
     count0, count1 = similarity.shape
-    best0, best1 = (torch.zeros(count, dtype=torch.int64) for count in (count0, count1))
-    most0, work = torch.empty(count0), torch.empty(4, count1)
     inputs = [values.float().contiguous() for values in (similarity, certain0, certain1)]
+    best0, best1 = (inputs[0].new_zeros(count, dtype=torch.int64) for count in (count0, count1))
+    most0, work = inputs[0].new_empty(count0), inputs[0].new_empty(4, count1)
     assert inputs[1].shape == (count0,) and inputs[2].shape == (count1,)
     _library.kpmatch_best(count0, count1, *(each.data_ptr() for each in (*inputs, best0, best1, most0, work)))
     return best0, best1, most0
@@ -324,7 +353,7 @@ def _threads() -> int:
 
 def _rotation(points: Points, b: int) -> Tensor:
     rotation = points.rotation[b, 0]
-    return (torch.view_as_real(rotation) if rotation.is_complex() else rotation).contiguous()
+    return (torch.view_as_real(rotation) if rotation.is_complex() else rotation).float().contiguous()
 
 
 _Weights = tuple[list[Tensor], int, float]
@@ -369,7 +398,7 @@ def _transformed(weight: Tensor) -> Tensor:
     weight = weight.detach()
     if inputs == 1:
         return weight.permute(2, 3, 1, 0).reshape(9, outputs).float().contiguous()
-    turn = torch.tensor(_TRANSFORM, dtype=torch.float64)
+    turn = torch.tensor(_TRANSFORM, dtype=torch.float64, device=weight.device)
     numbers = torch.einsum("ay,bx,oiyx->aboi", turn, turn, weight.double())
     blocks = numbers.reshape(-1, outputs // _BLOCK, _BLOCK, inputs).transpose(2, 3)
     return blocks.float().contiguous()

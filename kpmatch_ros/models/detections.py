@@ -20,6 +20,7 @@ __all__ = [
     "select_keypoints",
     "suppress_non_maxima",
     "unless_masked",
+    "within_border",
 ]
 
 
@@ -42,9 +43,9 @@ class Detections(NamedTuple):
     def none(cls, batch: int, descriptor_size: int, device: torch.device) -> Detections:
         """No keypoints at all."""
         return cls(
-            torch.zeros(batch, 0, 2, device=device),
-            torch.zeros(batch, 0, device=device),
-            torch.zeros(batch, 0, descriptor_size, device=device),
+            torch.zeros(batch, 0, 2, dtype=torch.float32, device=device),
+            torch.zeros(batch, 0, dtype=torch.float32, device=device),
+            torch.zeros(batch, 0, descriptor_size, dtype=torch.float32, device=device),
             torch.zeros(batch, 0, dtype=torch.bool, device=device),
         )
 
@@ -59,13 +60,13 @@ def suppress_non_maxima(scores: Tensor, radius: int, again: int = 2) -> Tensor:
 
     Args:
         scores: (B, H, W) float32.
-        radius: pixels; 0 keeps all scores.
+        radius: pixels; 0 keeps all scores, in a copy.
         again: how often to look once more, for maxima among the pixels that those found so far do not suppress; twice
             in the code of SuperPoint's authors.
     """
 
     if radius == 0:
-        return scores
+        return scores.clone()  # the border and the mask are cleared in place
     if _may_look(scores) and not scores.requires_grad:
         found = [torch.from_numpy(_maxima(each.numpy(), radius, again)) for each in scores]
         return found[0][None] if len(found) == 1 else torch.stack(found)
@@ -127,6 +128,13 @@ def clear_masked(scores: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         scores.masked_fill_(~mask[:, : scores.shape[1], : scores.shape[2]], 0)
     return scores
+
+
+def within_border(keypoints: Tensor, scores: Tensor, border: int) -> Tensor:
+    """Keypoints (..., 2) no nearer than ``border`` pixels to the sides of the scores (B, H, W): moved where needed."""
+    rows, columns = scores.shape[1:]
+    x, y = keypoints.unbind(dim=-1)
+    return torch.stack([x.clamp(border, columns - 1 - border), y.clamp(border, rows - 1 - border)], dim=-1)
 
 
 def unless_masked(refined: Tensor, whole: Tensor, mask: Tensor | None) -> Tensor:

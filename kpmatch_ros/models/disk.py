@@ -128,6 +128,8 @@ class DISK(Extractor):
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
         down, up, size = list(self.config["down"]), list(self.config["up"]), self.config["kernel_size"]
+        self.require("kernel_size", size % 2 == 1, "odd")
+        self.require("up", 0 < len(up) == len(down) - 2, "two numbers shorter than down, for features of each pixel")
         self.unet = UNet(down, up, size)
         self.head = Head(up[-1] + down[0], self.config["descriptor_dim"], size)
         self.multiple = 2 ** (len(down) - 1)

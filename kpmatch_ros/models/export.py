@@ -10,6 +10,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,9 @@ def export_extractor(extractor: SuperPoint, file: Path, size: tuple[int, int], d
             Port("descriptors", "float32", (batch, extractor.descriptor_size, rows, columns)),
         ),
     )
-    export_module(DensePart(extractor), [torch.zeros(1, 1, height, width)], graph, file)
+    export_module(
+        DensePart(extractor), [torch.zeros(1, 1, height, width, dtype=torch.float32, device="cpu")], graph, file
+    )
     return graph
 
 
@@ -195,7 +198,9 @@ def export_matcher(matcher: LightGlue | SuperGlue, file: Path, keypoints: int, d
     # Numbers that differ, so that no free dimension is taken for another.
     numbers = {"B": 2, "N0": 24, "N1": 40}
     shapes = [[numbers[d] if isinstance(d, str) else d for d in port.shape] for port in inputs]
-    examples = [torch.ones(*shape, dtype=getattr(torch, port.dtype)) for shape, port in zip(shapes, inputs)]
+    examples = [
+        torch.ones(*shape, dtype=getattr(torch, port.dtype), device="cpu") for shape, port in zip(shapes, inputs)
+    ]
     export_module(WholeMatcher(matcher), examples, graph, file)
     return graph
 
@@ -217,7 +222,12 @@ def export_module(module: nn.Module, examples: Sequence[Tensor], graph: Graph, f
 
     # Tracing takes seconds where torch.export takes minutes, and every PyTorch has it.
     options: dict[str, Any] = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
-    with warnings.catch_warnings():
+    with ExitStack() as stack:
+        # PyTorch's exporter makes constants on the default device, in the default number format.
+        stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        stack.enter_context(warnings.catch_warnings())
         # Of the age of this way of exporting, and of values that become constants: export_check compares the results.
         warnings.simplefilter("ignore")
         torch.onnx.export(

@@ -148,7 +148,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 def _features(found: Detections, image: Tensor) -> ImageFeatures:
     """The features of one image, without a mask: of a single image all keypoints are real."""
-    size = torch.tensor([[image.shape[3], image.shape[2]]], dtype=torch.float32)
+    size = torch.tensor([[image.shape[3], image.shape[2]]], dtype=torch.float32, device=image.device)
     real = found.mask[0]
     return ImageFeatures(found.keypoints[:, real], found.descriptors[:, real], size, scores=found.scores[:, real])
 
@@ -190,6 +190,6 @@ def _matches(found: Assignment, image0: ImageFeatures, image1: ImageFeatures) ->
 def _partners(rows: Tensor, others: Tensor) -> Tensor:
     """For each of the matches ``rows`` (M, 4) its index among ``others``, -1 where it is not there."""
     if len(rows) == 0 or len(others) == 0:
-        return torch.full((len(rows),), -1)
+        return torch.full((len(rows),), -1, device=rows.device)
     nearest = torch.cdist(rows, others, p=torch.inf).min(dim=1)
     return torch.where(nearest.values <= SAME_PLACE, nearest.indices, -1)

@@ -44,7 +44,7 @@ def trace(network: nn.Module) -> Iterator[Trace]:
 
     Attention maps need N x M numbers for each head and layer, and are computed a second time for this. A batch that
     LightGlue matches with stopping or pruning goes through it pair by pair, and is recorded pair by pair. Pruned points
-    are missing from later records.
+    are missing from later records. On a GPU the network runs without CUDA graphs meanwhile, and so may drop points.
 
     Example::
 
@@ -70,6 +70,8 @@ def trace(network: nn.Module) -> Iterator[Trace]:
         recorded.hidden_states += arguments[:2]
 
     with ExitStack() as stack:
+        stack.callback(setattr, network, "is_traced", network.is_traced)
+        network.is_traced = True
         for module in network.modules():
             if isinstance(module, _ATTENTION):
                 handle = module.register_forward_hook(record_weights)

@@ -78,9 +78,10 @@ class LightGlue(PretrainedNetwork):
         super().__init__(**config)
         size, heads = self.config["descriptor_dim"], self.config["num_attention_heads"]
         key_value_heads = self.config["num_key_value_heads"] or heads
-        if size % heads or heads % key_value_heads:
+        if size % (2 * heads) or heads % key_value_heads:
             raise WeightsError(
-                f"LightGlue cannot split {size} channels into {heads} heads with {key_value_heads} key and value heads"
+                f"LightGlue cannot split {size} channels into {heads} heads with {key_value_heads} key and value "
+                "heads, each of an even number of channels"
             )
         if self.config["hidden_act"] not in ACTIVATIONS:
             raise WeightsError(
@@ -124,7 +125,7 @@ class LightGlue(PretrainedNetwork):
 
     @torch.no_grad()
     def fuse(self) -> LightGlue:
-        """Merge neighbouring linear layers, for inference: the matches stay, the names of the tensors do not.
+        """Merge neighbouring linear layers, once, for inference: the matches stay, the names of the tensors do not.
 
         Attention's output projection goes into the layer that reads its messages. If queries and keys of
         cross-attention have the same weights, as in the authors' networks, they are computed once. Queries, keys and
@@ -264,8 +265,8 @@ class LightGlue(PretrainedNetwork):
         """Run the points through the layers, dropping and stopping as configured; returns the number of layers run."""
         last = len(self.transformer_layers) - 1
         count0, count1 = len(points0.index), len(points1.index)
-        prunes = self.width_confidence > 0 and max(count0, count1) > self.prune_above
-        ahead = self.run_ahead and not prunes  # how many points are left has to be waited for anyway
+        prunes = [self.width_confidence > 0 and count > self.prune_above for count in (count0, count1)]
+        ahead = self.run_ahead and not any(prunes)  # how many points are left has to be waited for anyway
         enough: OnItsWay | None = None  # whether the points are sure after the layers so far
         for i, layer in enumerate(self.transformer_layers):
             before = points0.x, points1.x
@@ -281,9 +282,11 @@ class LightGlue(PretrainedNetwork):
                 enough = OnItsWay(self._are_sure(confidence0, confidence1, i, count0 + count1))
                 if not ahead and enough:
                     return i + 1
-            if prunes:
-                self._prune(points0, confidence0, i)
-                self._prune(points1, confidence1, i)
+            if any(prunes):
+                for points, confidence, dropped in zip((points0, points1), (confidence0, confidence1), prunes):
+                    if dropped:
+                        self._prune(points, confidence, i)
+                    points.layers[points.index] += 1
                 if len(points0.index) == 0 or len(points1.index) == 0:
                     return i + 1
         return last + 1
@@ -305,7 +308,6 @@ class LightGlue(PretrainedNetwork):
         if confidence is not None:
             keep |= confidence <= self._confidence_threshold(layer)
         points.keep(keep if points.mask is None else keep & points.mask[0], rounded_up if self.round_up else None)
-        points.layers[points.index] += 1
 
     def _confidence_threshold(self, layer: int) -> float:
         """Stricter in early layers: 0.8 + 0.1 exp(-4 l / L)."""

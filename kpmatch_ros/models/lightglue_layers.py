@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +149,8 @@ class Attention(nn.Module):
         """Compute queries, keys and values by one product: on a GPU each product is a kernel to be started."""
         parts = self._parts()
         weight = torch.cat([part.weight for part in parts])
-        self.joint = nn.Linear(weight.shape[1], weight.shape[0], bias=parts[0].bias is not None).to(weight)
+        place: Any = {"device": weight.device, "dtype": weight.dtype}
+        self.joint = nn.Linear(weight.shape[1], weight.shape[0], bias=parts[0].bias is not None, **place)
         self.joint.weight.copy_(weight)
         if parts[0].bias is not None:
             self.joint.bias.copy_(torch.cat([part.bias for part in parts]))
@@ -324,6 +325,8 @@ class TransformerLayer(nn.Module):
 
     def fuse(self) -> None:
         """As :meth:`LightGlue.fuse`."""
+        if self.self_attention.joint is not None:
+            return
         for attention, mlp in ((self.self_attention, self.self_mlp), (self.cross_attention, self.cross_mlp)):
             mlp.absorb(attention.o_proj)
             attention.o_proj = nn.Identity()
@@ -365,7 +368,8 @@ class MatchAssignment(nn.Module):
     def mutual_matches(self, points0: Points, points1: Points, threshold: float) -> Assignment:
         """The matches of B pairs of images, N0 and N1 at least 1, whose scores exceed a threshold."""
         masked = points0.mask is not None or points1.mask is not None
-        if masked or self.compiled is None or not compiled.takes(points0.x):
+        usable = self.compiled is not None and compiled.has_vectors() and compiled.takes(points0.x)
+        if masked or self.compiled is None or not usable:
             return mutual_matches(self(points0, points1), torch.exp, threshold)
         parts = self._similarity(points0, points1), self._certainty(points0), self._certainty(points1)
         best0, best1, most0 = (torch.stack(each) for each in zip(*map(self.compiled, *parts)))

@@ -52,8 +52,12 @@ class OnnxBackend:
             files = Path(folder, "extractor.onnx"), Path(folder, "matcher.onnx")
             self._dense = Session(files[0], export_extractor(extractor, files[0], size, dynamic=True), wish)
             self._match = Session(files[1], export_matcher(every_match, files[1], keypoints, dynamic=True), wish)
+        self._made_of = extractor, matcher, wish
         self.providers = self._match.providers
         self.note = wish.explain(self.providers)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OnnxBackend, self._made_of  # a copy makes its graphs anew: ONNX Runtime's sessions cannot be copied
 
     def run(self, network: nn.Module, *inputs: Any) -> Any:
         """What ``network(*inputs)`` gives, for one of the two networks, or another of the same weights."""

@@ -33,6 +33,7 @@ from kpmatch_ros.models.detections import (
     suppress_non_maxima,
     unless_masked,
     vector,
+    within_border,
 )
 from kpmatch_ros.models.transformed import takes_transform
 
@@ -188,8 +189,7 @@ class KeypointDecoder(nn.Module):
         self.compiled: CompiledConvolutions | None = None  # as of a ConvBlock
 
     def use_compiled(self, dtype: torch.dtype) -> None:
-        if self.conv_score_b.out_channels == CELL**2 + 1:
-            self.compiled = compiled_convolution(self.conv_score_a, dtype)
+        self.compiled = compiled_convolution(self.conv_score_a, dtype)
 
     def forward(self, features: Tensor) -> Tensor:
         if is_usable(self.compiled, self.conv_score_a, features) and features.dtype == self.compiled.dtype:
@@ -290,10 +290,13 @@ class SuperPoint(Extractor):
         super().__init__(**config)
         sizes = list(self.config["encoder_hidden_sizes"])
         hidden = self.config["decoder_hidden_size"]
+        self.require("encoder_hidden_sizes", len(sizes) == 4, f"four numbers, for cells of {CELL} pixels")
+        outputs = CELL**2 + 1
+        self.require("keypoint_decoder_dim", self.config["keypoint_decoder_dim"] == outputs, f"{outputs}")
         self.subpixel: bool = self.config["subpixel"]
         self.stays_float32 = False
         self.encoder = Encoder(sizes)
-        self.keypoint_decoder = KeypointDecoder(sizes[-1], hidden, self.config["keypoint_decoder_dim"])
+        self.keypoint_decoder = KeypointDecoder(sizes[-1], hidden, outputs)
         self.descriptor_decoder = DescriptorDecoder(sizes[-1], hidden, self.config["descriptor_decoder_dim"])
         self.requires_grad_(False).eval()
 
@@ -407,10 +410,8 @@ class SuperPoint(Extractor):
         maxima = clear_masked(clear_border(suppress_non_maxima(scores, self.nms_radius), self.border), allowed)
         keypoints, best, mask = select_keypoints(maxima, self.keypoint_threshold, self.max_keypoints)
         if self.subpixel:
-            rows, columns = scores.shape[1:]
-            x, y = read_out(scores, keypoints).unbind(dim=-1)
-            x, y = x.clamp(self.border, columns - 1 - self.border), y.clamp(self.border, rows - 1 - self.border)
-            keypoints = unless_masked(torch.stack([x, y], dim=-1), keypoints, allowed) * mask[..., None]
+            read = within_border(read_out(scores, keypoints), scores, self.border)
+            keypoints = unless_masked(read, keypoints, allowed) * mask[..., None]
         return keypoints, best, mask
 
     @property

@@ -83,6 +83,8 @@ class XFeat(Extractor):
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
+        size = _FUSION[-1][1]
+        self.require("descriptor_dim", self.descriptor_size == size, f"{size}")
         self.skip = nn.Conv2d(1, 24, 1)
         self.backbone = nn.ModuleList(Convolutions(layers, rectified=True) for layers in _BACKBONE)
         self.fusion = Convolutions(_FUSION, rectified=False)

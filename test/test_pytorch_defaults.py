@@ -1,0 +1,96 @@
+"""The number format and the device that a program chose in PyTorch for its own tensors change nothing here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from kpmatch_ros import FeatureMatcher, Matches
+from kpmatch_ros.cuda_graphs import CudaGraphs, Imitation
+from kpmatch_ros.models.assignment import ImageFeatures
+
+SETS: list[dict[str, Any]] = [
+    {"extractor": "superpoint-open", "depth_confidence": -1.0},
+    {"extractor": "superpoint-open", "width_confidence": 0.5},
+    {"extractor": "superpoint-open", "matcher": "nearest"},
+    {"extractor": "aliked-n16", "matcher": "nearest", "ratio_threshold": 0.9},
+    {"extractor": "disk", "matcher": "nearest"},
+    {"extractor": "xfeat", "matcher": "nearest"},
+]
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+def loaded(options: dict[str, Any]) -> FeatureMatcher:
+    return FeatureMatcher(**{"device": "cpu", "precision": "float32", "max_keypoints": 200, **options})
+
+
+def results(matcher: FeatureMatcher, texture: Any) -> list[torch.Tensor]:
+    image = cv2.GaussianBlur(texture(120, 160, 3), (0, 0), 1)
+    mask = np.ones((120, 160), np.uint8)
+    mask[:, :40] = 0
+    colour = np.stack([image] * 3, axis=-1)
+    features0, features1 = matcher.extract_batch([image, np.roll(colour, (3, 5), (0, 1))], [mask, None])
+    nothing = matcher.extract(image, np.zeros_like(mask))
+    found = matcher.match_batch([features0, features1, nothing], [features1, features0, features1])
+    of_features = [each for kept in (features0, nothing) for each in (kept.keypoints, kept.scores, kept.descriptors)]
+    return [*of_features, *(each for pair in found for each in assigned(pair))]
+
+
+def assigned(pair: Matches) -> list[torch.Tensor]:
+    return [pair.indices, pair.scores, *pair.assignment]
+
+
+def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("options", SETS, ids=lambda options: "-".join(map(str, options.values())))
+def test_results_do_not_depend_on_pytorchs_defaults(options: dict[str, Any], texture: Any) -> None:
+    matcher = loaded(options)
+    expected = results(matcher, texture)
+    assert len(expected[6]) > 0  # matches
+    for dtype in (torch.float64, torch.float16):
+        torch.set_default_dtype(dtype)
+        assert_same(results(matcher, texture), expected)
+        assert_same(results(loaded(options), texture), expected)
+    torch.set_default_device("meta")
+    assert_same(results(matcher, texture), expected)
+    assert_same(results(loaded(options), texture), expected)
+
+
+@pytest.mark.parametrize("kind", ["lightglue", "superglue"])
+def test_recordings_do_not_depend_on_pytorchs_defaults(kind: str, request: pytest.FixtureRequest) -> None:
+    network = request.getfixturevalue(kind)()
+    random = torch.Generator().manual_seed(0)
+    features = ImageFeatures(
+        torch.rand(1, 20, 2, generator=random) * 100,
+        torch.nn.functional.normalize(torch.randn(1, 20, network.input_dim, generator=random), dim=-1),
+        torch.tensor([[100, 100]]),
+        scores=torch.rand(1, 20, generator=random),
+    )
+    expected = CudaGraphs(Imitation()).run(network, features, features)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    assert_same(list(CudaGraphs(Imitation()).run(network, features, features)), list(expected))
+
+
+def test_onnx_runtime_does_not_depend_on_pytorchs_defaults(texture: Any) -> None:
+    pytest.importorskip("onnxruntime")
+    options = {"backend": "onnxruntime"}
+    expected = results(loaded(options), texture)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    assert_same(results(loaded(options), texture), expected)
