@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from two_view_scenes import Scene, check, pinhole
+from two_view_scenes import Scene, check, degrees, pinhole
 
 from benchmarks.overconfidence import CAMERA, MOTIONS, WEAK, Problem, body, judge, plane, weak
 from kpmatch_ros.feature_matcher import FeatureMatcher, Features
@@ -67,6 +67,21 @@ def test_a_plane_seen_sideways_is_certain_by_what_lies_in_front() -> None:
         problem = plane(30, "sideways", seed)
         outcome = judge(problem.estimate(), problem.truth)
         assert outcome.status is PoseStatus.OK and outcome.direction < 3
+
+
+def test_of_a_plane_in_a_strip_of_an_image_the_covariance_is_as_long_as_the_matches_leave_the_motion_free() -> None:
+    # As the epipolar lines turn along the likelihood's ridge, the noise alone makes wrong motions likelier by far.
+    strip = pinhole(400.0, 640, 160)
+    scene = Scene(plane=True, camera0=strip, camera1=strip, noise=0.3, outliers=0.1)
+    nees, lengths = [], []
+    for seed in range(24):
+        pose = scene.estimate(150, seed, keypoint_resolution=0)
+        if pose.status is PoseStatus.OK:
+            error = scene.error(pose)
+            nees.append(error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error)
+            lengths.append(degrees(error)[1] / math.degrees(math.sqrt(np.trace(pose.covariance[:3, :3]))))
+    assert len(nees) >= 18 and max(nees) < 25
+    assert np.median(lengths) > 0.3  # not much longer than it has to be
 
 
 def test_points_off_the_plane_decide() -> None:
@@ -217,7 +232,7 @@ def test_where_the_geometry_is_good_the_likelihood_gives_the_covariance_of_its_c
         pose = scene.estimate(150, seed, keypoint_resolution=0)
         matches, _ = normalise_matches(points0, points1, CAMERA, CAMERA)
         motion = Motion(pose.rotation, pose.translation)
-        wide = profile_covariance(matches, motion, pose.covariance, 1.0, 0.5, 1.0)
+        _, wide = profile_covariance(matches, motion, pose.covariance, 1.0, 0.5, 1.0)
         # Nowhere smaller, and hardly larger.
         extra = np.linalg.eigvalsh(wide - pose.covariance)
         assert extra[0] > -1e-6 * extra[-1] - 1e-15
@@ -232,8 +247,9 @@ def test_only_where_the_geometry_is_weak_the_likelihood_widens_the_covariance_th
         points0, points1, _ = scene.matches(count, 0)
         pose = scene.estimate(count, 0, keypoint_resolution=0)
         matches, _ = normalise_matches(points0, points1, CAMERA, CAMERA)
-        wide = widen(matches, Fit(Motion(pose.rotation, pose.translation), matches), covariances, noise)
+        wide, near = widen(matches, Fit(Motion(pose.rotation, pose.translation), matches), covariances, noise)
         assert (wide is covariances.shared) != weak_geometry
+        assert (near is covariances.shared) != weak_geometry
         if weak_geometry:  # no smaller than what the matches tell of their own errors, in any direction
             assert np.linalg.eigvalsh(wide - covariances.shared)[0] > -1e-12
             assert (wide.diagonal() > 3 * covariances.shared.diagonal()).any()
@@ -336,7 +352,13 @@ def test_of_few_matches_no_wrong_one_takes_the_pose_along() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, seed", [("coarse keypoints", 42), ("coarse keypoints", 100), ("plane and a few points", 25)]
+    "kind, seed",
+    [
+        ("coarse keypoints", 42),
+        ("coarse keypoints", 100),
+        ("plane and a few points", 25),
+        ("plane and a few points", 1),
+    ],
 )
 def test_few_matches_are_not_sure_where_all_of_them_tell_of_another_motion_if_not_for_certain(
     kind: str, seed: int

@@ -250,8 +250,9 @@ def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
             covariances = _motion_covariances(fit, noise)
         if moving.sum() < required:
             return _Solution(PoseStatus.TOO_FEW_MATCHES, inliers=moving)
-        covariance = widen(matches, fit, covariances, noise)
-        rivals = [rival for rival in rivals if not _covers(covariance, fit.motion, rival)]
+        covariance, near = widen(matches, fit, covariances, noise)
+        # On a long ridge, the covariance is long enough to cover motions that have nothing to do with it.
+        rivals = [rival for rival in rivals if not _covers(near, fit.motion, rival)]
         if any(is_distinct(fit.motion, rival) for rival in rivals):
             covariance = covariance + sum(spread(fit.motion, rival) for rival in rivals)
             return _Solution(PoseStatus.AMBIGUOUS, fit.motion, covariance, moving)

@@ -180,21 +180,29 @@ def decide(
     return Decision(best, [one.motion for one in alike])
 
 
-def widen(matches: Matches, fit: Fit, covariances: Covariances, noise: Noise) -> np.ndarray:
+def widen(matches: Matches, fit: Fit, covariances: Covariances, noise: Noise) -> tuple[np.ndarray, np.ndarray]:
     """The covariance (6, 6) of a fit; where the geometry constrains it little, by the likelihood around it.
 
     Few matches tell how each errs. What all tell together, `covariances.alike`, is a lower bound then.
+
+    Returns:
+        the covariance, and that by the likelihood near the fit alone: which other motions are the same one.
     """
     threshold = noise.inlier_threshold
     deviation = tukey_cutoff(epipolar_residuals(fit.support, fit.motion), threshold, noise.resolution) / TUKEY
     inliers = agrees(matches, fit.motion, min(threshold, TYPICAL * deviation))
     if not _is_weak(inliers, covariances.alike / noise.design_effect):
-        return covariances.shared
+        return covariances.shared, covariances.shared
     some = matches.sample(SAMPLE)
     evidence = len(matches) / len(some) / noise.design_effect
-    wide = profile_covariance(some, fit.motion, covariances.alike, threshold, deviation, evidence)
-    more, axes = np.linalg.eigh(covariances.shared - wide)
-    return np.asarray(wide + (axes * np.maximum(more, 0.0)) @ axes.T)
+    near, wide = profile_covariance(some, fit.motion, covariances.alike, threshold, deviation, evidence)
+    return _at_least(wide, covariances.shared), _at_least(near, covariances.shared)
+
+
+def _at_least(covariance: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """A covariance, enlarged where another one is larger."""
+    more, axes = np.linalg.eigh(other - covariance)
+    return np.asarray(covariance + (axes * np.maximum(more, 0.0)) @ axes.T)
 
 
 def _is_weak(inliers: np.ndarray, covariance: np.ndarray) -> bool:
