@@ -73,6 +73,31 @@ def test_lost_tracks_are_found_where_the_motion_puts_them_without_a_keypoint(
     assert len(recall(tracks, templates, view, CAMERA, room=DETECTED + 5)) == DETECTED + 5
 
 
+@pytest.mark.parametrize("off", [0.15, 0.4])
+def test_what_looks_alike_elsewhere_is_no_lost_track_though_all_move_alike(
+    image: NDArray[np.uint8], off: float
+) -> None:
+    """As the windows of a facade, all of which are where their neighbours say: one window further."""
+    far = off * np.hypot(SIZE, SIZE)
+    tracks, templates, view = lost_tracks(image, np.tile([far, 0.0], (COUNT, 1)))
+    assert len(recall(tracks, templates, view, CAMERA)) == 0
+
+
+def test_what_is_behind_the_camera_is_not_found_in_the_image(image: NDArray[np.uint8]) -> None:
+    tracks, templates, view = lost_tracks(image, np.zeros((COUNT, 2)))
+    tracks.landmarks[:, :3] *= -1
+    assert len(recall(tracks, templates, view, CAMERA)) == 0
+
+
+def test_without_a_motion_too_few_neighbours_tell_nothing(image: NDArray[np.uint8]) -> None:
+    tracks, templates, view = lost_tracks(image, np.zeros((COUNT, 2)))
+    few = tracks.select(np.arange(5))
+    lost = LostTracks()
+    lost.remember(few, COUNT)
+    again = lost.recall(templates, view, None, np.arange(DETECTED), COUNT)
+    assert again is not None and len(again) == 0
+
+
 def test_the_motion_puts_no_track_where_those_that_are_found_contradict_it(image: NDArray[np.uint8]) -> None:
     tracks, templates, view = lost_tracks(image, np.random.default_rng(2).uniform(-20, 20, (COUNT, 2)))
     found = recall(tracks, templates, view, CAMERA)
