@@ -64,7 +64,7 @@ def test_a_terminal_that_goes_away_leaves_no_half_bag_behind(bag: Path, tmp_path
     process = subprocess.Popen(
         command, cwd=tmp_path, env=ENVIRONMENT, preexec_fn=heed, stderr=subprocess.PIPE, text=True
     )
-    while not list(tmp_path.glob(".out.*")):
+    while not list(tmp_path.glob(".kpmatch.*")):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.Signals[by])
@@ -78,7 +78,7 @@ def test_with_nohup_the_work_goes_on(bag: Path, tmp_path: Path) -> None:
 
     command = ["kpmatch", "bag", "in", "out", *QUICK]
     process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, preexec_fn=ignore)
-    while not list(tmp_path.glob(".out.*")):
+    while not list(tmp_path.glob(".kpmatch.*")):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGHUP)

@@ -170,7 +170,8 @@ def _undistort(
     points = target * np.minimum(1, furthest / np.maximum(np.hypot(*target), 1e-300))
     for _ in range(_NEWTON_ITERATIONS):
         image, inverse, determinant = _distort(points, model, coefficients)
-        residuals = image - target
+        with np.errstate(over="ignore"):
+            residuals = image - target
         # Where the determinant is not positive the lens model folds over, as no lens does.
         sound = (determinant > 0) & (np.maximum(*np.abs(points)) < LARGEST_TANGENT)
         converged = sound & (np.maximum(*np.abs(residuals)) < _NEWTON_TOLERANCE)
