@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import time
@@ -37,7 +36,7 @@ from kpmatch_ros.ros.outputs import Outputs, output_names
 from kpmatch_ros.ros.parameter_descriptors import declare_parameters
 from kpmatch_ros.ros.qos import undeclare_overrides
 from kpmatch_ros.ros.service_guard import guarded, survives
-from kpmatch_ros.ros.start import answer_to, shut_down, told_to_end, why_ros_cannot_start
+from kpmatch_ros.ros.start import answer_to, ignore_signals, shut_down, told_to_end, why_ros_cannot_start
 from kpmatch_ros.ros.tf import INSTALL, TFMessage
 from kpmatch_ros.ros.topic_names import check_topics
 from kpmatch_ros.ros.transitions import explained
@@ -462,8 +461,7 @@ def main(args: list[str] | None = None) -> int:
             raise
         # Told to end in the middle of the executor's work, which then meets objects that are gone.
     finally:
-        for sent in (signal.SIGINT, signal.SIGTERM):  # ending is under way: a second Ctrl-C must not break into it
-            signal.signal(sent, signal.SIG_IGN)
+        ignore_signals()
         if node is not None:
             node.end()
         shut_down()

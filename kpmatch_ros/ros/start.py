@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import rclpy
 
 from kpmatch_ros.parameters import declarations
 from kpmatch_ros.shell import matcher_in_shell
 
-__all__ = ["answer_to", "shut_down", "told_to_end", "why_ros_cannot_start"]
+__all__ = ["answer_to", "ignore_signals", "shut_down", "told_to_end", "why_ros_cannot_start"]
 
 _USAGE = """\
 usage: matcher --ros-args [-r image:=TOPIC] [-r camera_info:=TOPIC] [-p PARAMETER:=VALUE] [--params-file FILE]
@@ -55,6 +57,17 @@ def told_to_end() -> bool:
     while rclpy.ok() and time.monotonic() < end:
         time.sleep(0.01)
     return not rclpy.ok()
+
+
+def ignore_signals() -> None:
+    """Ignore what tells to end, as ending is under way: a second Ctrl-C must not break into it, nor the first one.
+
+    rclpy may be told of a signal before Python is. Python's interrupt then comes with the next call, which is this one.
+    """
+    for sent in (signal.SIGINT, signal.SIGTERM):
+        with suppress(KeyboardInterrupt):
+            signal.signal(sent, signal.SIG_IGN)
+        signal.signal(sent, signal.SIG_IGN)
 
 
 def shut_down() -> None:
