@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from random_features import random_features
 from torch import Tensor, nn
 
 from kpmatch_ros import FeatureMatcher, Parameters
@@ -167,13 +168,7 @@ class Frozen:
 @pytest.mark.parametrize("kind", ["lightglue", "superglue"])
 def test_what_is_traced_is_seen_though_recordings_are_in_use(kind: str, request: pytest.FixtureRequest) -> None:
     network = request.getfixturevalue(kind)()
-    random = torch.Generator().manual_seed(0)
-    image = ImageFeatures(
-        torch.rand(1, 20, 2, generator=random) * 100,
-        torch.randn(1, 20, network.input_dim, generator=random),
-        torch.tensor([[100, 100]]),
-        scores=torch.rand(1, 20, generator=random),
-    )
+    image = random_features(network.input_dim)
     graphs, inputs = CudaGraphs(Frozen()), (network, image, image)
     with trace(network) as expected:
         network(image, image)

@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from random_features import random_features
 
 from kpmatch_ros import FeatureMatcher, Matches
 from kpmatch_ros.cuda_graphs import CudaGraphs, Imitation
-from kpmatch_ros.models.assignment import ImageFeatures
 
 SETS: list[dict[str, Any]] = [
     {"extractor": "superpoint-open", "depth_confidence": -1.0},
@@ -74,13 +74,7 @@ def test_results_do_not_depend_on_pytorchs_defaults(options: dict[str, Any], tex
 @pytest.mark.parametrize("kind", ["lightglue", "superglue"])
 def test_recordings_do_not_depend_on_pytorchs_defaults(kind: str, request: pytest.FixtureRequest) -> None:
     network = request.getfixturevalue(kind)()
-    random = torch.Generator().manual_seed(0)
-    features = ImageFeatures(
-        torch.rand(1, 20, 2, generator=random) * 100,
-        torch.nn.functional.normalize(torch.randn(1, 20, network.input_dim, generator=random), dim=-1),
-        torch.tensor([[100, 100]]),
-        scores=torch.rand(1, 20, generator=random),
-    )
+    features = random_features(network.input_dim)
     expected = CudaGraphs(Imitation()).run(network, features, features)
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")

@@ -377,10 +377,9 @@ def median_parallax(inliers: Matches, rotation: np.ndarray) -> float:
     if not ahead.all():
         behind = inliers.select(np.flatnonzero(~ahead))
         rays0, turned = behind.rays0, rotation @ behind.rays1
-        across = np.linalg.norm(np.cross(rays0, turned, axis=0), axis=0)
+        angles = np.arctan2(lengths(np.cross(rays0, turned, axis=0)), dot(rays0, turned))
         xx, _, yy = behind.noise0
-        distances = distances.copy()
-        distances[~ahead] = np.arctan2(across, dot(rays0, turned)) / np.sqrt((xx + yy) / 2)
+        distances[~ahead] = angles / np.sqrt((xx + yy) / 2)
     return float(np.median(distances))
 
 
