@@ -10,7 +10,7 @@ from kpmatch_ros.geometry import compiled
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.flow import Neighbours
 from kpmatch_ros.geometry.patches import Alignment, align, inside, no_change
-from kpmatch_ros.geometry.structure import Window
+from kpmatch_ros.geometry.structure import Structure, Window
 from kpmatch_ros.track_search import ASTRAY, View
 from kpmatch_ros.track_set import NOT_DETECTED, Templates, TrackSet, apart, first_of_each_place, without
 
@@ -49,14 +49,15 @@ class LostTracks:
             lost = ended if self._lost is None else self._lost.join(ended)
             self._lost = lost.select(np.arange(len(lost))[-limit:])
 
-    def move_on(self, reference: TrackSet, cameras: Window | None) -> None:
-        """See the points from the last of the cameras, no longer from the one before; None where it is not known.
+    def move_on(self, reference: TrackSet, scene: Structure | None) -> None:
+        """See the points from the last of the scene's cameras, no longer from the one before; None: not known.
 
-        Those of the reference's tracks, of which some will be lost, as well.
+        Those of the reference's tracks, of which some will be lost, as well. Where the scene has another unit than the
+        one before, lost points are not known any more.
         """
-        for tracks in (reference, self._lost):
+        for tracks, known in ((reference, scene is not None), (self._lost, scene is not None and scene.scaled)):
             if tracks is not None:
-                tracks.landmarks[:] = np.nan if cameras is None else _moved(tracks.landmarks, cameras)
+                tracks.landmarks[:] = _moved(tracks.landmarks, scene.cameras) if scene and known else np.nan
 
     def recall(
         self, templates: Templates, view: View, camera: Camera | None, candidates: np.ndarray, room: int

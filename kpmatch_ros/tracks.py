@@ -98,7 +98,7 @@ class Tracks:
         self._rows: np.ndarray = np.zeros(0, int)  # of the reference's tracks, those found in the current image
         self._astray: np.ndarray = np.zeros(0, int)  # and those that are no point of the scene
         self._window = Window.start()
-        self._ahead: tuple[Window, Camera] | None = None  # with the current image, where the motion is known
+        self._ahead: tuple[Structure, Camera] | None = None  # with the current image, where the motion is known
 
     def new_ids(self, count: int) -> np.ndarray:
         """(count,) uint64 ids that no track had before."""
@@ -190,7 +190,8 @@ class Tracks:
         known_in = np.isfinite(seen[:, 0])
         agree = rows[pose.inliers & known_in[-2:, rows].all(axis=0)]
         noise = max(_NOISE, _NOISE_SIGMAS * float(np.median(links.sigmas))) / camera1.focal
-        scene = Structure.of(self._window, seen[:, :, agree], (pose.rotation, pose.translation), noise)
+        motion = pose.rotation, pose.translation
+        scene = Structure.of(self._window, seen[:, :, agree], motion, noise, pose.metric)
         wrong = scene.contradicts(_FALSE_END)
         known, self._astray = agree[~wrong], agree[wrong]
         lost = known_in[-2] & (tracks.ids > 0)
@@ -214,8 +215,11 @@ class Tracks:
         following.indices[:] = attach(following.points, following.indices, current.keypoints)
         following = following.select(order)
         self._rows = np.concatenate([rows[stay], again])[order]
-        following.sights[:, :-1] = tracks.sights[self._rows, 1:]
-        self._current, self._ahead = following, (scene.cameras, camera1)
+        gone = (
+            scene.spare() if len(scene.cameras) > FRAMES else 0
+        )  # before there are so many, nothing was seen in column 0
+        following.sights[:, :-1] = np.delete(tracks.sights[self._rows], gone, axis=1)
+        self._current, self._ahead = following, (scene, camera1)
         settled = Links(
             indices=np.stack([tracks.indices[self._rows], following.indices], axis=1).astype(np.int64),
             reference_points=tracks.points[self._rows],
@@ -258,7 +262,8 @@ class Tracks:
         spread = np.median(np.abs(depths - middle[:, None]), axis=1) + _LEAST_SPREAD * np.abs(middle)
         spread = np.maximum(spread, _KNOWN * scene.noise)  # all are 0 where a camera has only turned
         before = Window(scene.cameras.rotations[:-1], scene.cameras.translations[:-1])
-        landmarks = triangulate(before, seen[:-1][:, :, lost], prior=middle, information=(scene.noise / spread) ** 2)
+        seen_before, told = seen[:-1][:, :, lost], (scene.noise / spread) ** 2
+        landmarks = triangulate(before, seen_before, prior=middle, information=told)[0]
         x, y, inverse_depths = landmarks
         tracks.landmarks[lost] = np.stack([x, y, np.ones_like(x), inverse_depths], axis=1)
         expected = camera.project(project(scene.cameras, landmarks).T).astype(np.float32)
@@ -297,7 +302,7 @@ class Tracks:
         if self._ahead is None:
             self._window, tracks.sights[:] = Window.start(), np.nan
         else:
-            self._window = self._ahead[0].advance()
+            self._window = self._ahead[0].cameras.advance(self._ahead[0].spare())
         candidates = np.flatnonzero(without(len(current.keypoints), tracks.indices))
         candidates = candidates[apart(current.keypoints[candidates], tracks.points, _SPACE)]
         camera = None if self._ahead is None else self._ahead[1]

@@ -53,10 +53,10 @@ INLINE void whiten(const Whitening *white, float *residual)
     residual[0] *= white->xx;
 }
 
-/* 1/z (T,) of points by least squares, with what is expected (T,) and how much that counts (T,). */
+/* 1/z (T,) of points by least squares, with what is expected (T,) and how much that counts (T,); and how well known. */
 FOR_EACH_PROCESSOR
 void kpmatch_triangulate(int64_t frames, int64_t count, const float *cameras, const float *sights, int64_t reference,
-                         const float *prior, const float *information, float *inverse)
+                         const float *prior, const float *information, float *inverse, float *known)
 {
     for (int64_t from = 0; from < count; from += BLOCK) {
         const ptrdiff_t n = block_size(count, from);
@@ -83,8 +83,10 @@ void kpmatch_triangulate(int64_t frames, int64_t count, const float *cameras, co
                 bottom[i] += along[0] * along[0] + along[1] * along[1];
             }
         }
-        for (ptrdiff_t i = 0; i < n; i++)
+        for (ptrdiff_t i = 0; i < n; i++) {
             inverse[from + i] = top[i] / at_least(bottom[i], TINY);
+            known[from + i] = bottom[i];
+        }
     }
 }
 

@@ -33,9 +33,9 @@ def test_points_of_a_scene_are_placed_as_numpy_places_them() -> None:
         cameras, landmarks, seen = scene_of(random)
         expected = random.uniform(0, 0.3, landmarks.shape[1]), random.uniform(0, 1, landmarks.shape[1])
         for arguments in ((cameras, seen, -2), (cameras, seen, -2, *expected)):
-            ours, numpys = triangulate(*arguments), with_numpy(triangulate, *arguments)
-            # Where nothing but a standing camera's noise tells of a depth, less than all of it is sure.
-            close(ours, numpys, 1e-3)
+            for ours, numpys in zip(triangulate(*arguments), with_numpy(triangulate, *arguments)):
+                # Where nothing but a standing camera's noise tells of a depth, less than all of it is sure.
+                close(ours, numpys, 1e-3)
         # Of float32's rounding a small determinant leaves little: of 1/z times the noise of a ray.
         ours, numpys = (call(place, cameras, landmarks, seen, 1e-3) for call in (lambda f, *a: f(*a), with_numpy))
         assert np.array_equal(ours.freedom, numpys.freedom)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.patches import cut, no_change
 from kpmatch_ros.geometry.refinement import normalize_contrast
-from kpmatch_ros.geometry.structure import FRAMES, Window
+from kpmatch_ros.geometry.structure import FRAMES, Structure, Window
 from kpmatch_ros.lost_tracks import LostTracks
 from kpmatch_ros.track_set import Templates, TrackSet
 from kpmatch_ros.tracks import NOT_DETECTED, View
@@ -48,13 +48,18 @@ def lost_tracks(image: NDArray[np.uint8], off: NDArray[np.float64]) -> tuple[Tra
     return tracks, templates, view
 
 
+def scene(cameras: Window, scaled: bool = True) -> Structure:
+    nothing = np.zeros((3, 0))
+    return Structure(cameras, nothing, nothing[0], nothing[0].astype(int), 1.0, scaled)
+
+
 def recall(tracks: TrackSet, templates: Templates, view: View, camera: Camera | None, room: int = 1000) -> TrackSet:
     """What is found of the tracks, after a move to the right by 0.5 and back again."""
     lost = LostTracks()
     lost.remember(tracks, COUNT)
     for step in (0.5, -0.5):
         moves = AWAY + np.array([(0,), (0,), (step,)]) * (1, 0, 0)
-        lost.move_on(tracks.select(np.zeros(0, int)), Window(np.stack([np.eye(3)] * 3), moves))
+        lost.move_on(tracks.select(np.zeros(0, int)), scene(Window(np.stack([np.eye(3)] * 3), moves)))
     found = lost.recall(templates, view, camera, np.arange(DETECTED), room)
     assert found is not None
     assert len(lost.templates) == COUNT - len(found)
@@ -111,5 +116,15 @@ def test_without_a_motion_lost_tracks_are_found_at_keypoints_alone(image: NDArra
     lost = LostTracks()
     lost.remember(tracks, COUNT)
     lost.move_on(tracks.select(np.zeros(0, int)), None)
+    again = lost.recall(templates, view, CAMERA, np.arange(DETECTED), COUNT)
+    assert again is not None and len(again) == DETECTED
+
+
+def test_points_in_another_unit_than_the_motion_s_are_found_as_without_a_motion(image: NDArray[np.uint8]) -> None:
+    tracks, templates, view = lost_tracks(image, np.zeros((COUNT, 2)))
+    lost = LostTracks()
+    lost.remember(tracks, COUNT)
+    cameras = Window(np.stack([np.eye(3)] * 2), np.array([[0.0, 0, 0], [100, 0, 0]]))
+    lost.move_on(tracks.select(np.zeros(0, int)), scene(cameras, scaled=False))
     again = lost.recall(templates, view, CAMERA, np.arange(DETECTED), COUNT)
     assert again is not None and len(again) == DETECTED

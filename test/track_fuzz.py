@@ -61,7 +61,7 @@ def call_with_hostile_tracks(random: np.random.Generator) -> None:
     sound = [(now == before) | (np.isnan(now) & np.isnan(before)) for now, before in zip(hostile, (landmarks, seen))]
     same = sound[0].all(axis=0) & sound[1].all(axis=(0, 1))
     for ours, clean in (
-        (triangulate(cameras, hostile[1], -2), triangulate(cameras, seen, -2)),
+        *zip(triangulate(cameras, hostile[1], -2), triangulate(cameras, seen, -2)),
         (place(cameras, *hostile, 1e-3).landmarks, place(cameras, landmarks, seen, 1e-3).landmarks),
         (place(cameras, *hostile, 1e-3).squares, place(cameras, landmarks, seen, 1e-3).squares),
     ):

@@ -83,7 +83,7 @@ def open_library(path: Path) -> ctypes.CDLL | None:
         "kpmatch_first_of_each_place": (None, [size, array, number, *3 * [array]]),
         "kpmatch_neighbours": (None, [size, array, array, size, *4 * [array]]),
         "kpmatch_largest_elsewhere": (None, [size, size, *3 * [array], ctypes.c_float, array]),
-        "kpmatch_triangulate": (None, [size, size, array, array, size, *3 * [array]]),
+        "kpmatch_triangulate": (None, [size, size, array, array, size, *4 * [array]]),
         "kpmatch_place": (None, [size, size, *5 * [array]]),
         "kpmatch_motion_equations": (None, [size, size, *3 * [array], number, *4 * [array]]),
     }
@@ -215,15 +215,15 @@ def largest_elsewhere(numbers: np.ndarray, points: np.ndarray, places: np.ndarra
 
 def triangulate(
     cameras: Window, sights: np.ndarray, reference: int, prior: np.ndarray | float, information: np.ndarray | float
-) -> np.ndarray:
-    """The last row of what structure.triangulate returns."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """1/z, the last row of what structure.triangulate returns, and what is known of it."""
     frames, count, seen = _seen(cameras, sights)
     if not -frames <= reference < frames:
         raise ValueError(f"frame {reference} of {frames}")
     expected = [_given(np.broadcast_to(each, count), np.float32, count) for each in (prior, information)]
-    inverse = np.empty(count, np.float32)
-    _library.kpmatch_triangulate(frames, count, *seen, reference % frames, *expected, inverse)
-    return inverse
+    results = np.empty(count, np.float32), np.empty(count, np.float32)
+    _library.kpmatch_triangulate(frames, count, *seen, reference % frames, *expected, *results)
+    return results
 
 
 def place(cameras: Window, landmarks: np.ndarray, sights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

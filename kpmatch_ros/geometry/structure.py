@@ -33,7 +33,8 @@ _DAMPING = 1e-9  # of an inverse depth
 _ROUNDING = 1e-6  # of the product of a matrix's diagonal, in float32; of points that are seen well 0.15 or more is left
 _CUTOFF = float(chdtri(1, 1e-2))  # of a point's mean square, beyond which it has less to say of the motion
 _ENOUGH = 250  # points that the motion is fitted to, where there are more
-_FEWEST = 8  # points that tell the length of a translation
+_TOLD = 10.0  # standard deviations of what all points together tell of their depth, of which noise tells less
+_LATEST = FRAMES // 2  # cameras that are kept whether or not they are where the next one is
 
 
 class Window(NamedTuple):
@@ -56,11 +57,12 @@ class Window(NamedTuple):
             np.concatenate([self.rotations, rotation[None]]), np.concatenate([self.translations, translation[None]])
         )
 
-    def advance(self) -> Window:
-        """Seen from the last camera, without those that are too long ago."""
+    def advance(self, spare: int = 0) -> Window:
+        """Seen from the last camera, without the spare one where there are too many."""
         turned = self.rotations @ self.rotations[-1].T
         moved = self.translations - turned @ self.translations[-1]
-        return Window(turned[-FRAMES:], moved[-FRAMES:])
+        kept = np.delete(np.arange(len(self)), [spare] if len(self) > FRAMES else [])
+        return Window(turned[kept], moved[kept])
 
     def like(self, seen: np.ndarray) -> Window:
         """In the precision of sights: that of float32 is enough for points, and takes half the time."""
@@ -80,6 +82,7 @@ class Structure:
         squares: (T,) sums of the squared residuals of all frames.
         freedom: (T,) degrees of freedom of these sums.
         noise: standard deviation of a whitened residual's coordinate: pixels over the focal length.
+        scaled: lengths are in the unit of the cameras before the last one.
     """
 
     cameras: Window
@@ -87,9 +90,12 @@ class Structure:
     squares: np.ndarray
     freedom: np.ndarray
     noise: float
+    scaled: bool = True
 
     @classmethod
-    def of(cls, window: Window, seen: np.ndarray, motion: tuple[np.ndarray, np.ndarray], noise: float) -> Structure:
+    def of(
+        cls, window: Window, seen: np.ndarray, motion: tuple[np.ndarray, np.ndarray], noise: float, metric: bool = False
+    ) -> Structure:
         """Fit the points, and once more the motion from the reference to the current camera, to all frames.
 
         Points that do not agree have little to say of the motion. Where most points speak for larger noise, as with a
@@ -98,23 +104,29 @@ class Structure:
         Args:
             window: where the cameras were, the reference last: F - 1 of them.
             seen: (F, 5, T) sights; those of the last two frames are known.
-            motion: rotation (3, 3) and translation (3,) of the current camera in the reference's frame. The translation
-                may have any length.
+            motion: rotation (3, 3) and translation (3,) of the current camera in the reference's frame.
             noise: least standard deviation of a whitened residual's coordinate.
+            metric: the translation is as long as it says, as those of the window are. Otherwise it may have any length.
         """
         rotation, translation = motion[0].T, -motion[0].T @ motion[1]
         part = seen[:, :, np.random.default_rng(0).permutation(seen.shape[2])[:_ENOUGH]]
-        translation = translation * _length(triangulate(window, part[:-1]), part, rotation, translation)
+        before, scaled = _landmarks(window, part[:-1], noise), True
+        # Without depths, each translation that is fitted to noise would make up more of them.
+        free = 3 if before is None else 6
+        if motion[1].any() and not metric:
+            length = None if before is None else _length(before, part[-1], rotation, translation)
+            translation, scaled = translation * (length or 1.0), length is not None
         cameras = window.join(rotation, translation)
-        landmarks = triangulate(cameras, part, reference=-2)
+        landmarks = triangulate(cameras, part, reference=-2)[0]
         for _ in range(_ITERATIONS):
             whole, slope, steps, carried = motion_equations(cameras, landmarks, part, _CUTOFF * noise * noise)
-            step = -np.linalg.lstsq(whole, slope, rcond=1e-9)[0]
+            step = np.zeros(6)
+            step[:free] = -np.linalg.lstsq(whole[:free, :free], slope[:free], rcond=1e-9)[0]
             landmarks = landmarks + steps - np.einsum("act,c->at", carried, step)
             rotation = cv2.Rodrigues(step[:3].reshape(3, 1))[0] @ rotation
             translation = translation + step[3:]
             cameras = window.join(rotation, translation)
-        found = place(cameras, triangulate(cameras, seen, -2), seen, noise)
+        found = replace(place(cameras, triangulate(cameras, seen, -2)[0], seen, noise), scaled=scaled)
         long = found.freedom > 1
         if long.any():
             relative = found.squares[long] / _quantiles(0.5)[found.freedom[long]]
@@ -125,6 +137,18 @@ class Structure:
         """The points that a mask (T,) names."""
         parts = {name: getattr(self, name)[..., chosen] for name in ("landmarks", "squares", "freedom")}
         return replace(self, **parts)
+
+    def spare(self) -> int:
+        """Which of the cameras is to be left where there are too many.
+
+        The oldest one, or the oldest of those that are where the next one is, but for the last ones: where a camera
+        stands, depths are known by the cameras from where it came.
+        """
+        turned, moved = self.cameras
+        steps = np.linalg.norm(np.diff(np.einsum("fji,fj->fi", turned, moved), axis=0), axis=1)
+        stands = steps * np.median(np.abs(self.landmarks[2])) < self.noise  # none where there are no points
+        standing = np.flatnonzero(stands[: max(len(self.cameras) - _LATEST, 0)])
+        return int(standing[0]) if len(standing) else 0
 
     def contradicts(self, false_alarms: float) -> np.ndarray:
         """(T,) bool which tracks no point explains: of those that one does, this is said of so large a part."""
@@ -160,8 +184,8 @@ def triangulate(
     reference: int = -1,
     prior: np.ndarray | float = 0.0,
     information: np.ndarray | float = 0.0,
-) -> np.ndarray:
-    """Where points are by least squares of their depth: (3, T) x/z, y/z and 1/z in the reference's frame.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where points are by least squares of their depth.
 
     Args:
         cameras: of F frames.
@@ -169,17 +193,21 @@ def triangulate(
         reference: which of the frames it is.
         prior: (T,) expected 1/z.
         information: (T,) the noise's variance over that of the expected 1/z.
+
+    Returns:
+        (3, T) x/z, y/z and 1/z in the reference's frame, and (T,) the noise's variance over that of this 1/z.
     """
     x, y = seen[reference, :2]
     if compiled.available() and seen.dtype == np.float32:
-        return np.stack([x, y, compiled.triangulate(cameras, seen, reference, prior, information)])
+        inverse, known = compiled.triangulate(cameras, seen, reference, prior, information)
+        return np.stack([x, y, inverse]), known
     known, rays, factors = _known(seen)
     cameras = cameras.like(seen)
     turned = cameras.rotations @ np.stack([x, y, np.ones_like(x)])
     along = _whitened(factors, (cameras.translations[:, :2, None] - rays * cameras.translations[:, 2:, None]) * known)
     apart = _whitened(factors, rays * turned[:, 2:] - turned[:, :2])
-    top, bottom = np.einsum("fit,fit->t", along, apart), np.einsum("fit,fit->t", along, along)
-    return np.stack([x, y, (top + prior * information) / np.maximum(bottom + information, TINY)])
+    top, bottom = np.einsum("fit,fit->t", along, apart), np.einsum("fit,fit->t", along, along) + information
+    return np.stack([x, y, (top + prior * information) / np.maximum(bottom, TINY)]), bottom
 
 
 def motion_equations(
@@ -229,22 +257,35 @@ def _quantiles(above: float) -> np.ndarray:
     return np.asarray(chdtri(np.arange(2 * (FRAMES + 1)), above))
 
 
-def _length(landmarks: np.ndarray, seen: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> float:
-    """How many times as long as given the translation is, by the landmarks (3, T) whose depth is known."""
-    deep = np.isfinite(seen[:-2, 0]).any(axis=0)
+def _landmarks(window: Window, seen: np.ndarray, noise: float) -> np.ndarray | None:
+    """Landmarks (3, T) of sights (F, 5, T), those of which little is known as far as the others; None: none is known.
+
+    Where the camera has only turned, or stood, its places are apart by noise alone.
+    """
+    (_, _, inverse), known = triangulate(window, seen)
+    middle = _median(inverse, known)
+    if not middle * np.sqrt(known.sum()) > _TOLD * noise:
+        return None
+    return triangulate(window, seen, prior=middle, information=(noise / middle) ** 2)[0]
+
+
+def _length(landmarks: np.ndarray, seen: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> float | None:
+    """How many times as long as given the translation to a camera of sights (5, T) is; None if landmarks are wrong."""
     x, y, inverse = landmarks
-    turned, rays, factors = rotation @ np.stack([x, y, np.ones_like(x)]), seen[-1, :2], seen[-1, 2:]
+    turned, rays, factors = rotation @ np.stack([x, y, np.ones_like(x)]), seen[:2], seen[2:]
     along = _whitened(factors, translation[:2, None] - rays * translation[2])
-    wanted = (_whitened(factors, rays * turned[2] - turned[:2]) * along).sum(axis=0)[deep]
-    given = ((along * along).sum(axis=0) * inverse)[deep]
+    wanted = (_whitened(factors, rays * turned[2] - turned[:2]) * along).sum(axis=0)
+    given = (along * along).sum(axis=0) * inverse
     weights = np.abs(given)
-    if len(given) < _FEWEST or weights.sum() < TINY:
-        return 1.0
-    ratios = wanted / np.where(weights > TINY, given, np.inf)
-    order = np.argsort(ratios)
+    scale = _median(wanted / np.where(weights > TINY, given, np.inf), weights)
+    return scale if scale > 0 else None
+
+
+def _median(values: np.ndarray, weights: np.ndarray) -> float:
+    """Of values (N,) by their weights (N,); 0 of none."""
+    order = np.argsort(values)
     middle = np.searchsorted(np.cumsum(weights[order]), weights.sum() / 2)
-    scale = float(ratios[order[min(middle, len(order) - 1)]])
-    return scale if scale > 0 else 1.0
+    return float(values[order[min(middle, len(order) - 1)]]) if len(order) else 0.0
 
 
 def project(cameras: Window, landmarks: np.ndarray) -> np.ndarray:
