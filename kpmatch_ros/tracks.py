@@ -97,6 +97,7 @@ class Tracks:
         self._descriptors: np.ndarray = np.zeros((0, 0), np.float32)  # of the reference's keypoints
         self._rows: np.ndarray = np.zeros(0, int)  # of the reference's tracks, those found in the current image
         self._astray: np.ndarray = np.zeros(0, int)  # and those that are no point of the scene
+        self._doubted: np.ndarray = np.zeros(0, bool)  # which rows agree with a motion that may be right
         self._window = Window.start()
         self._ahead: tuple[Structure, Camera] | None = None  # with the current image, where the motion is known
 
@@ -151,6 +152,7 @@ class Tracks:
         following.templates[np.cumsum(alive)[changed] - 1] = templates.add(places.patches[renewed], descriptors)
         self._current = following
         self._rows, self._astray, self._ahead = np.flatnonzero(alive), np.zeros(0, int), None
+        self._doubted = np.zeros(len(self._rows), bool)
         return Links(
             indices=np.stack([tracks.indices[alive], following.indices], axis=1).astype(np.int64),
             reference_points=tracks.points[alive],
@@ -189,17 +191,18 @@ class Tracks:
         seen[-1][:, rows] = sights(camera1, links.points).T
         known_in = np.isfinite(seen[:, 0])
         agree = rows[pose.inliers & known_in[-2:, rows].all(axis=0)]
+        doubted = np.zeros(len(rows), bool) if pose.doubted is None else pose.doubted
         noise = max(_NOISE, _NOISE_SIGMAS * float(np.median(links.sigmas))) / camera1.focal
         motion = pose.rotation, pose.translation
         scene = Structure.of(self._window, seen[:, :, agree], motion, noise, pose.metric)
         wrong = scene.contradicts(_FALSE_END)
         known, self._astray = agree[~wrong], agree[wrong]
         lost = known_in[-2] & (tracks.ids > 0)
-        lost[known] = False
+        lost[known], lost[rows[doubted]] = False, False
         again, found = self._search(current, camera1, seen, np.flatnonzero(lost), known, scene.select(~wrong))
 
         stays = known_in[:-1].sum(axis=0) == 1
-        stays[agree], stays[known], stays[again] = False, True, False
+        stays[agree], stays[known], stays[again], stays[rows[doubted]] = False, True, False, True
         stay = stays[rows]
         stay &= np.isin(rows, known) | apart(links.points, found.points, 1.0)  # what was found contradicts nothing
         order = np.argsort(np.concatenate([rows[stay], again]), kind="stable")
@@ -215,10 +218,11 @@ class Tracks:
         following.indices[:] = attach(following.points, following.indices, current.keypoints)
         following = following.select(order)
         self._rows = np.concatenate([rows[stay], again])[order]
-        gone = (
-            scene.spare() if len(scene.cameras) > FRAMES else 0
-        )  # before there are so many, nothing was seen in column 0
+        gone = scene.spare() if len(scene.cameras) > FRAMES else 0  # before, nothing was seen in column 0
         following.sights[:, :-1] = np.delete(tracks.sights[self._rows], gone, axis=1)
+        # What agrees with a translation that is not believed may stand or move: the next frames tell.
+        self._doubted = np.concatenate([doubted[stay], np.zeros(len(again), bool)])[order]
+        following.sights[self._doubted] = np.nan
         self._current, self._ahead = following, (scene, camera1)
         settled = Links(
             indices=np.stack([tracks.indices[self._rows], following.indices], axis=1).astype(np.int64),
@@ -285,14 +289,15 @@ class Tracks:
     def advance(self, current: View, inliers: np.ndarray | None) -> None:
         """Make the current image the reference, and begin tracks where there are none.
 
-        A track that contradicts the motion ends.
+        A track that contradicts the motion ends, but for one that agrees with a motion that may be the right one.
 
         Args:
             current: the image of the last :meth:`follow`.
             inliers: (M,) bool of the links, which agree with the motion; None where it is not known.
         """
         assert self._current is not None and self._reference is not None
-        reference, agree = self._reference, np.ones(len(self._rows), bool) if inliers is None else inliers
+        reference = self._reference
+        agree = np.ones(len(self._rows), bool) if inliers is None else inliers | self._doubted
         ended = reference.ids > 0
         ended[self._rows], ended[self._astray] = False, False
         self._describe(agree)

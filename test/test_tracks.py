@@ -438,3 +438,31 @@ def test_where_a_lost_track_is_found_none_stays_that_contradicts_the_motion(pict
     here = np.linalg.norm(links.points - third.keypoints[0], axis=1) < 1
     assert np.allclose(links.reference_points[here], second.keypoints[:1], atol=0.1) and links.indices[here, 1] == [0]
     assert pose.inliers is not None and pose.inliers[here].all()
+
+
+def test_what_agrees_with_a_translation_that_is_not_believed_goes_on(
+    picture: NDArray[np.uint8], texture: Texture
+) -> None:
+    """The camera is said to stand. Of four points that move before it, two agree with a translation."""
+    piece = np.float32([[115, 75], [125, 85], [115, 85], [125, 75]])
+    beside = grid()[(grid()[:, 0] < 80) | (grid()[:, 1] < 50) | (grid()[:, 1] > 110)]
+    points, tracks, ids = np.concatenate([piece, beside]), Tracks(100, 0), list[NDArray[np.uint64]]()
+    moves = np.arange(len(points)) < 4
+    views = [
+        replace(
+            with_patch(picture, texture, 0, shift), keypoints=points - np.outer(moves, (shift, 0)).astype(np.float32)
+        )
+        for shift in (0, 3, 6, 9)
+    ]
+    views = [replace(one, descriptors=np.eye(len(points), 128, dtype=np.float32)) for one in views]
+    for reference, current in zip(views, views[1:]):
+        links = tracks.follow(reference, current, *identity(len(points)))
+        ids.append(links.track_ids)
+        moving = np.linalg.norm(links.points - links.reference_points, axis=1) > 1
+        doubted = moving & np.isin(links.track_ids, ids[0][:2])
+        pose = replace(sideways(len(moving), PoseStatus.NO_TRANSLATION).of(~moving), translation=np.zeros(3))
+        links, pose = tracks.settle(current, (CAMERA, CAMERA), links, replace(pose, doubted=doubted))
+        tracks.advance(current, pose.inliers)
+    assert len(ids[0]) == len(points)
+    assert np.isin(ids[0], ids[1]).tolist() == [True, True, False, False] + [True] * len(beside)
+    assert np.isin(ids[0][:4], ids[2]).tolist() == [True, True, False, False]

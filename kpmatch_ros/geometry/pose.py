@@ -75,6 +75,8 @@ class RelativePose:
         median_parallax: median displacement of the inliers once the rotation is removed, pixels of the reference image.
         inliers: (num_matches,) bool: which matches are within the largest reprojection error of the pose and in front
             of both cameras; None if nothing was estimated.
+        doubted: (num_matches,) bool: with NO_TRANSLATION, which of the matches that are no inliers agree with a
+            translation, which things that move by themselves may have made as well; None where there is none.
         estimate: with NO_TRANSLATION in metres, the motion whose translation could not be told from zero, and of which
             the covariance is; None otherwise.
     """
@@ -89,14 +91,18 @@ class RelativePose:
     median_parallax: float
     inliers: np.ndarray | None
     estimate: Pose | None = None
+    doubted: np.ndarray | None = None
 
     def of(self, inliers: np.ndarray) -> RelativePose:
         """The same pose for other matches, of which some (num_matches,) bool agree with it."""
-        return replace(self, num_matches=len(inliers), num_inliers=int(inliers.sum()), inliers=inliers)
+        num_inliers = int(inliers.sum())
+        return replace(self, num_matches=len(inliers), num_inliers=num_inliers, inliers=inliers, doubted=None)
 
     def for_copies(self, which: np.ndarray) -> RelativePose:
         """The same pose where each of M matches is equal to one of those that it is from, of the indices (M,)."""
-        return replace(self, num_matches=len(which)) if self.inliers is None else self.of(self.inliers[which])
+        if self.inliers is None:
+            return replace(self, num_matches=len(which))
+        return replace(self.of(self.inliers[which]), doubted=None if self.doubted is None else self.doubted[which])
 
     @classmethod
     def undefined(cls, status: PoseStatus, num_matches: int, inliers: np.ndarray | None = None) -> RelativePose:

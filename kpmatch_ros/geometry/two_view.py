@@ -171,10 +171,7 @@ def estimate_relative_pose(
         solution = _solve_without(problem, body.mask, body.candidates)
     if solution.status is PoseStatus.OK and _is_free(problem, solution):
         solution = _Solution(PoseStatus.FAILED)
-    inliers = None
-    if solution.inliers is not None:
-        inliers = np.zeros(total, dtype=bool)
-        inliers[usable] = solution.inliers
+    inliers, doubted = (_spread_out(mask, usable) for mask in (solution.inliers, solution.doubted))
     if solution.motion is None or solution.inliers is None:
         return RelativePose.undefined(solution.status, total, inliers)
     return RelativePose(
@@ -187,7 +184,17 @@ def estimate_relative_pose(
         num_inliers=int(solution.inliers.sum()),
         median_parallax=median_parallax(matches.select(solution.inliers), solution.motion.rotation),
         inliers=inliers,
+        doubted=doubted,
     )
+
+
+def _spread_out(mask: np.ndarray | None, chosen: np.ndarray) -> np.ndarray | None:
+    """A mask of those that another one (N,) chooses, for all (N,) of them."""
+    if mask is None:
+        return None
+    every = np.zeros(len(chosen), dtype=bool)
+    every[chosen] = mask
+    return every
 
 
 class _Problem(NamedTuple):
@@ -207,12 +214,16 @@ class _Problem(NamedTuple):
 
 
 class _Solution(NamedTuple):
-    """What became of a problem: its motion, None without a pose, and its inliers (n,), None if not estimated."""
+    """What became of a problem: its motion, None without a pose, and its inliers (n,), None if not estimated.
+
+    Besides, those (n,) that agree with a translation that is not believed, if there is one.
+    """
 
     status: PoseStatus
     motion: Motion | None = None
     covariance: np.ndarray = np.zeros((6, 6))
     inliers: np.ndarray | None = None
+    doubted: np.ndarray | None = None
 
 
 def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
@@ -266,12 +277,13 @@ def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
             return _Solution(PoseStatus.FAILED)
         return _Solution(PoseStatus.TOO_FEW_MATCHES, inliers=turning)
     motion = Motion(rotation, np.zeros(3))
-    covariance = _rotation_covariance(matches, rotation, noise)
+    covariance, doubted = _rotation_covariance(matches, rotation, noise), None
     if fit is not None and (
         parallax is Parallax.IN_ONE_PLACE or may_have_parallax(matches, fit.motion, rotation, moving, noise)
     ):  # if it is the camera's, the rotation is the fit's
         covariance[3:, 3:] += spread(motion, fit.motion)[3:, 3:]
-    return _Solution(PoseStatus.NO_TRANSLATION, motion, covariance, turning)
+        doubted = moving & ~turning
+    return _Solution(PoseStatus.NO_TRANSLATION, motion, covariance, turning, doubted)
 
 
 def _check_noise(problem: _Problem, solution: _Solution) -> _Solution:
@@ -403,10 +415,10 @@ def _solve_without(problem: _Problem, own_body: np.ndarray, candidates: list[Mot
     solution = _solve(problem._replace(matches=problem.matches.select(~own_body)), candidates)
     if solution.inliers is None:
         return solution
-    inliers = np.zeros(len(own_body), dtype=bool)
-    inliers[~own_body] = solution.inliers
-    solution = solution._replace(inliers=inliers)
-    if solution.status is not PoseStatus.OK or solution.motion is None or own_body.sum() <= inliers.sum():
+    num_inliers = solution.inliers.sum()
+    inliers, doubted = (_spread_out(mask, ~own_body) for mask in (solution.inliers, solution.doubted))
+    solution = solution._replace(inliers=inliers, doubted=doubted)
+    if solution.status is not PoseStatus.OK or solution.motion is None or own_body.sum() <= num_inliers:
         return solution
     standing = Motion(np.eye(3), np.zeros(3))
     if problem.prior is not None and decide_by_prior([solution.motion, standing], problem.prior) is solution.motion:
