@@ -1,9 +1,9 @@
-/* What takes longest of kpmatch_ros/geometry, compiled: `align` and `cut` of patches.py and `undistort` of lens.py.
+/* What takes longest of kpmatch_ros/geometry, compiled: `align` and `cut` of patches.py.
  *
  * The NumPy code there describes the algorithms, and runs where this library is not built. Both give the same numbers
  * within rounding: a change of one is a change of the other, and test/test_compiled.py compares them.
  *
- * two_view.c holds what takes longest of the pose of two views.
+ * lens.c holds `undistort` of lens.py, two_view.c what takes longest of the pose of two views.
  *
  * C99, without Python's headers: kpmatch_ros/geometry/compiled.py calls it by ctypes. Sums are vectorised where
  * `omp simd` allows it. -ffast-math would allow it everywhere, but then comparisons need not notice NaN.
@@ -11,7 +11,7 @@
 #include "geometry.h"
 
 /* Changes with the arguments or the meaning of a function of the library. compiled.py loads no other version. */
-#define VERSION 3
+#define VERSION 4
 
 int kpmatch_version(void) { return VERSION; }
 
@@ -27,7 +27,9 @@ enum {
     FEW = 36,    /* the first of them, which are enough for a shift */
     AFFINE = 63, /* numbers of the equations of an affine change with blur */
     SHIFT = 9,   /* and of a shift */
-    PATCH = 4 * USED + AFFINE + SHIFT,
+    WEIGHTS = 4 * USED,
+    EQUATIONS = 5 * USED,
+    PATCH = EQUATIONS + AFFINE + SHIFT,
     FEWEST_ITERATIONS = 2,
     ITERATIONS = 10,
     WIDE = 15 /* pixels of a patch's side, with a border for gradients */
@@ -79,8 +81,8 @@ INLINE float interpolated(const Image *image, float x, float y)
 }
 
 /* Pixels of the image at the first so many places (2, USED) of a patch that is at a point, with a shape (2, 2). */
-INLINE void look(const Image *image, const float *point, const float *shape, const float *places, int count,
-                 float *seen)
+INLINE void look(const Image *image, const float *point, const float *shape, const float *places,
+                 const float *restrict weights, int count, float *seen)
 {
     const float x0 = point[0], xx = shape[0], xy = shape[1], wide = REACH * (fabsf(xx) + fabsf(xy)) + 1;
     const float y0 = point[1], yx = shape[2], yy = shape[3], high = REACH * (fabsf(yx) + fabsf(yy)) + 1;
@@ -96,18 +98,31 @@ INLINE void look(const Image *image, const float *point, const float *shape, con
             const float across = x - (float)column;
             const float above = between(pixels[corner], pixels[corner + 1], across);
             const float below = between(pixels[corner + width], pixels[corner + width + 1], across);
-            seen[i] = between(above, below, y - (float)row);
+            seen[i] = weights[i] * between(above, below, y - (float)row);
         }
     } else {
         for (int i = 0; i < count; i++)
-            seen[i] = interpolated(image, x0 + xx * along[i] + xy * down[i], y0 + yx * along[i] + yy * down[i]);
+            seen[i] = weights[i] * interpolated(image, x0 + xx * along[i] + xy * down[i],
+                                                y0 + yx * along[i] + yy * down[i]);
     }
 }
 
-/* The squared norm of so many pixels less their mean. */
-INLINE float power_of(float sum, float squares, int count)
+INLINE float total(const float *values, int count)
 {
-    return at_least(squares - sum * sum / (float)count, LEAST_CONTRAST);
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < count; i++)
+        sum += values[i];
+    return sum;
+}
+
+/* How many of the first so many pixels of a patch have the weight 1; 1 where none has. */
+INLINE float counted(const float *patch, int pixels) { return at_least(total(patch + WEIGHTS, pixels), 1); }
+
+/* The squared norm of so many pixels less their mean. */
+INLINE float power_of(float sum, float squares, float count)
+{
+    return at_least(squares - sum * sum / count, LEAST_CONTRAST);
 }
 
 /* What gives pixels of this power a contrast. */
@@ -117,9 +132,9 @@ INLINE float gain_of(float power, float contrast)
 }
 
 /* One step of a shift. */
-INLINE void shift_step(const float *patch, const float *seen, float *step)
+INLINE void shift_step(const float *patch, float count, const float *seen, float *step)
 {
-    const float *across = patch + USED, *down = patch + 2 * USED, *equations = patch + 4 * USED + AFFINE;
+    const float *across = patch + USED, *down = patch + 2 * USED, *equations = patch + EQUATIONS + AFFINE;
     float sum = 0, squares = 0, slope_x = 0, slope_y = 0;
 #pragma omp simd reduction(+ : sum, squares, slope_x, slope_y)
     for (int i = 0; i < FEW; i++) {
@@ -128,16 +143,16 @@ INLINE void shift_step(const float *patch, const float *seen, float *step)
         slope_x += across[i] * seen[i];
         slope_y += down[i] * seen[i];
     }
-    const float gain = gain_of(power_of(sum, squares, FEW), equations[8]);
-    slope_x = gain * (slope_x - sum / FEW * equations[4]) - equations[6];
-    slope_y = gain * (slope_y - sum / FEW * equations[5]) - equations[7];
+    const float gain = gain_of(power_of(sum, squares, count), equations[8]);
+    slope_x = gain * (slope_x - sum / count * equations[4]) - equations[6];
+    slope_y = gain * (slope_y - sum / count * equations[5]) - equations[7];
     step[0] = equations[0] * slope_x + equations[1] * slope_y;
     step[1] = equations[2] * slope_x + equations[3] * slope_y;
 }
 
 /* One step of an affine change and of blur: how x changes by 1, x and y, and how y does. */
-INLINE void affine_step(const float *patch, const float *equations, const float *seen, const float *places,
-                        const float *deformed, float *step)
+INLINE void affine_step(const float *patch, float count, const float *equations, const float *seen,
+                        const float *places, const float *deformed, float *step)
 {
     const float *across = patch + USED, *down = patch + 2 * USED, *laplacian = patch + 3 * USED;
     const float *x = places, *y = places + USED;
@@ -156,10 +171,10 @@ INLINE void affine_step(const float *patch, const float *equations, const float 
         dyx += d * x[i];
         dyy += d * y[i];
     }
-    const float gain = gain_of(power_of(sum, squares, USED), equations[CONTRAST]);
+    const float gain = gain_of(power_of(sum, squares, count), equations[CONTRAST]);
     float slope[6] = {ax, axx, axy, dy, dyx, dyy};
     for (int i = 0; i < 6; i++)
-        slope[i] = gain * (slope[i] - sum / USED * equations[SUMS + i]) - equations[OWN + i] -
+        slope[i] = gain * (slope[i] - sum / count * equations[SUMS + i]) - equations[OWN + i] -
                    DEFORMATION_DAMPING * deformed[i];
     blur = gain * blur - equations[OWN_BLUR];
     for (int i = 0; i < 6; i++) {
@@ -211,20 +226,21 @@ INLINE void deform(float *shape, const float *step)
 INLINE void align_one(const float *patch, const Image *image, const float *places, int shifts, float *point,
                       float *shape, float *sigma, float *likeness, uint8_t *good)
 {
-    const float start[2] = {point[0], point[1]};
+    const float start[2] = {point[0], point[1]}, *weights = patch + WEIGHTS;
+    const float few = counted(patch, FEW), count = counted(patch, USED);
     float seen[USED], equations[AFFINE], step[6], deformed[6] = {0}, moved = 0;
     for (int i = 0; i < shifts; i++) {
-        look(image, point, shape, places, FEW, seen);
-        shift_step(patch, seen, step);
+        look(image, point, shape, places, weights, FEW, seen);
+        shift_step(patch, few, seen, step);
         move(point, shape, step[0], step[1]);
     }
     const float narrower = BLUR / 2 * narrowing(shape);
     for (int i = 0; i < AFFINE; i++)
-        equations[i] = patch[4 * USED + i];
+        equations[i] = patch[EQUATIONS + i];
     sharpen(equations, narrower);
     for (int i = 0; i < ITERATIONS; i++) {
-        look(image, point, shape, places, USED, seen);
-        affine_step(patch, equations, seen, places, deformed, step);
+        look(image, point, shape, places, weights, USED, seen);
+        affine_step(patch, count, equations, seen, places, deformed, step);
         for (int k = 0; k < 6; k++)
             deformed[k] += k % 3 ? step[k] : 0;
         move(point, shape, step[0], step[3]);
@@ -234,7 +250,7 @@ INLINE void align_one(const float *patch, const Image *image, const float *place
         if (i + 1 >= FEWEST_ITERATIONS && !(moved >= SETTLED && moved < LAST_STEP))
             break;
     }
-    look(image, point, shape, places, USED, seen);
+    look(image, point, shape, places, weights, USED, seen);
     const float *own = patch, *laplacian = patch + 3 * USED;
     float sum = 0, squares = 0, product = 0;
 #pragma omp simd reduction(+ : sum, squares, product)
@@ -243,10 +259,10 @@ INLINE void align_one(const float *patch, const Image *image, const float *place
         squares += seen[i] * seen[i];
         product += seen[i] * (own[i] - narrower * laplacian[i]);
     }
-    const float contrast = equations[CONTRAST], power = power_of(sum, squares, USED), gain = gain_of(power, contrast);
+    const float contrast = equations[CONTRAST], power = power_of(sum, squares, count), gain = gain_of(power, contrast);
     *likeness = clip(product / sqrtf(power * contrast), 0, 1);
     const float residue = at_least(gain * gain * power - 2 * gain * product + contrast, 0);
-    *sigma = SIGMA_FLOOR + SIGMA_GROWTH * (residue / USED) * (equations[0] + equations[21]) / 2;
+    *sigma = SIGMA_FLOOR + SIGMA_GROWTH * (residue / count) * (equations[0] + equations[21]) / 2;
 
     const float x = point[0] - start[0], y = point[1] - start[1];
     const float wide = fabsf(shape[0]) + fabsf(shape[1]), high = fabsf(shape[2]) + fabsf(shape[3]);
@@ -279,21 +295,12 @@ INLINE float product(const float *restrict one, const float *restrict other, int
     return sum;
 }
 
-INLINE float total(const float *values, int count)
+/* So many values less the mean of those that count; the others are 0, and stay so. */
+INLINE void centre(const float *values, const float *weights, int pixels, float count, float *centred)
 {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < count; i++)
-        sum += values[i];
-    return sum;
-}
-
-/* Less their mean. */
-INLINE void centre(const float *values, int count, float *centred)
-{
-    const float mean = total(values, count) / (float)count;
-    for (int i = 0; i < count; i++)
-        centred[i] = values[i] - mean;
+    const float mean = total(values, pixels) / count;
+    for (int i = 0; i < pixels; i++)
+        centred[i] = weights[i] * (values[i] - mean);
 }
 
 /* Of a symmetric positive matrix (size, size), in place. */
@@ -318,13 +325,14 @@ INLINE void inverse(int size, float *matrix)
 }
 
 /* Equations of a shift: see _equations in patches.py. */
-INLINE void shift_equations(const float *template, const float *across, const float *down, float *equations)
+INLINE void shift_equations(const float *patch, float count, const float *template, float *equations)
 {
+    const float *across = patch + USED, *down = patch + 2 * USED;
     const float x = total(across, FEW), y = total(down, FEW);
     float normal[4];
-    normal[0] = product(across, across, FEW) - x * x / FEW + 1;
-    normal[1] = normal[2] = product(across, down, FEW) - x * y / FEW;
-    normal[3] = product(down, down, FEW) - y * y / FEW + 1;
+    normal[0] = product(across, across, FEW) - x * x / count + 1;
+    normal[1] = normal[2] = product(across, down, FEW) - x * y / count;
+    normal[3] = product(down, down, FEW) - y * y / count + 1;
     inverse(2, normal);
     for (int i = 0; i < 4; i++)
         equations[i] = normal[i];
@@ -336,7 +344,7 @@ INLINE void shift_equations(const float *template, const float *across, const fl
 }
 
 /* Equations of an affine change with blur. */
-INLINE void affine_equations(const float *patch, const float *places, float *equations)
+INLINE void affine_equations(const float *patch, float count, const float *places, float *equations)
 {
     const float *template = patch, *laplacian = patch + 3 * USED;
     float jacobian[6][USED], normal[7 * 7];
@@ -353,7 +361,7 @@ INLINE void affine_equations(const float *patch, const float *places, float *equ
     for (int i = 0; i < 6; i++) {
         for (int j = 0; j <= i; j++)
             normal[7 * i + j] = normal[7 * j + i] =
-                product(jacobian[i], jacobian[j], USED) - equations[SUMS + i] * equations[SUMS + j] / USED;
+                product(jacobian[i], jacobian[j], USED) - equations[SUMS + i] * equations[SUMS + j] / count;
         normal[8 * i] += i % 3 ? DEFORMATION_DAMPING : 1;
         equations[ALONG + i] = normal[7 * i + 6] = normal[42 + i] = product(jacobian[i], laplacian, USED);
         equations[OWN + i] = product(jacobian[i], template, USED);
@@ -394,19 +402,25 @@ INLINE void cut_one(const Image *image, const float *point, const float *places,
 {
     float pixels[WIDE * WIDE], middle[USED], few[FEW];
     float *template = patch, *across = patch + USED, *down = patch + 2 * USED, *laplacian = patch + 3 * USED;
+    float *weights = patch + WEIGHTS;
+    const float left = 1 - point[0], right = (float)image->width - 2 - point[0];
+    const float above = 1 - point[1], below = (float)image->height - 2 - point[1];
     look_around(image, point, pixels);
     for (int i = 0; i < USED; i++) {
         const float *here = pixels + ((int)places[USED + i] + WIDE / 2) * WIDE + (int)places[i] + WIDE / 2;
-        middle[i] = here[0];
-        across[i] = (here[1] - here[-1]) / 2;
-        down[i] = (here[WIDE] - here[-WIDE]) / 2;
-        laplacian[i] = here[-1] + here[1] + here[-WIDE] + here[WIDE] - 4 * here[0];
+        const float x = places[i], y = places[USED + i];
+        weights[i] = x >= left && x <= right && y >= above && y <= below; /* has neighbours in the image; NaN has not */
+        middle[i] = weights[i] * here[0];
+        across[i] = weights[i] * (here[1] - here[-1]) / 2;
+        down[i] = weights[i] * (here[WIDE] - here[-WIDE]) / 2;
+        laplacian[i] = weights[i] * (here[-1] + here[1] + here[-WIDE] + here[WIDE] - 4 * here[0]);
     }
-    centre(middle, USED, template);
-    centre(laplacian, USED, laplacian);
-    affine_equations(patch, places, patch + 4 * USED);
-    centre(template, FEW, few);
-    shift_equations(few, across, down, patch + 4 * USED + AFFINE);
+    const float count = counted(patch, USED), few_count = counted(patch, FEW);
+    centre(middle, weights, USED, count, template);
+    centre(laplacian, weights, USED, count, laplacian);
+    affine_equations(patch, count, places, patch + EQUATIONS);
+    centre(template, weights, FEW, few_count, few);
+    shift_equations(patch, few_count, few, patch + EQUATIONS + AFFINE);
 }
 
 /* Cut patches (T, PATCH) out of an image around points (T, 2). */
@@ -417,80 +431,4 @@ void kpmatch_cut(int64_t count, int64_t height, int64_t width, const float *pixe
     const Image image = {pixels, (ptrdiff_t)height, (ptrdiff_t)width};
     for (int64_t i = 0; i < count; i++)
         cut_one(&image, points + 2 * i, places, patches + i * PATCH);
-}
-
-/* Lenses: constants of lens.py, with their names there. */
-
-enum { NEWTON_ITERATIONS = 50 };
-#define NEWTON_TOLERANCE 1e-10
-#define LARGEST_TANGENT 50.0
-
-INLINE double larger(double a, double b) { return a > b ? a : b; }
-
-/* Distort a point by OpenCV's polynomial model, with the jacobian (2, 2): see _distort_polynomially in lens.py. */
-INLINE void distort_one(const double *point, const double *coefficients, double *image, double *jacobian)
-{
-    const double k1 = coefficients[0], k2 = coefficients[1], p1 = coefficients[2], p2 = coefficients[3];
-    const double k3 = coefficients[4], k4 = coefficients[5], k5 = coefficients[6], k6 = coefficients[7];
-    const double x = point[0], y = point[1], square = x * x + y * y, product = x * y;
-    const double above = 1 + square * (k1 + square * (k2 + square * k3));
-    const double below = 1 + square * (k4 + square * (k5 + square * k6));
-    const double radial = above / below;
-    /* By the square of the radius, times two. */
-    const double growth = 2 * (k1 + square * (2 * k2 + 3 * k3 * square)) / below -
-                          2 * radial * (k4 + square * (2 * k5 + 3 * k6 * square)) / below;
-    const double mixed = product * growth + 2 * (p1 * x + p2 * y);
-    image[0] = x * radial + 2 * p1 * product + p2 * (square + 2 * x * x);
-    image[1] = y * radial + p1 * (square + 2 * y * y) + 2 * p2 * product;
-    jacobian[0] = radial + x * x * growth + 2 * p1 * y + 6 * p2 * x;
-    jacobian[1] = jacobian[2] = mixed;
-    jacobian[3] = radial + y * y * growth + 6 * p1 * y + 2 * p2 * x;
-}
-
-/* Newton's method on the distortion. Returns whether the point (2,) has a solution. */
-INLINE int undistort_one(const double *target, const double *coefficients, double furthest, double *point,
-                         double *inverse)
-{
-    const double radius = sqrt(target[0] * target[0] + target[1] * target[1]);
-    const double nearer = radius > furthest ? furthest / radius : 1;
-    point[0] = nearer * target[0];
-    point[1] = nearer * target[1];
-    for (int i = 0; i < NEWTON_ITERATIONS; i++) {
-        double image[2], jacobian[4];
-        distort_one(point, coefficients, image, jacobian);
-        const double determinant = jacobian[0] * jacobian[3] - jacobian[1] * jacobian[2];
-        /* Where the determinant is not positive the lens model folds over, as no lens does. NaN is not either. */
-        if (!(determinant > 0 && fabs(point[0]) < LARGEST_TANGENT && fabs(point[1]) < LARGEST_TANGENT))
-            return 0;
-        inverse[0] = jacobian[3] / determinant;
-        inverse[1] = -jacobian[1] / determinant;
-        inverse[2] = -jacobian[2] / determinant;
-        inverse[3] = jacobian[0] / determinant;
-        const double x = image[0] - target[0], y = image[1] - target[1];
-        /* Where it folds over twice it turns the scene by half a turn: the determinant is positive, the trace not. */
-        if (fabs(x) < NEWTON_TOLERANCE && fabs(y) < NEWTON_TOLERANCE)
-            return inverse[0] + inverse[3] > 0;
-        const double along = inverse[0] * x + inverse[1] * y, down = inverse[2] * x + inverse[3] * y;
-        /* Steps shorter than half the way to the axis, plus a half, do not leap over a fold unseen. */
-        const double longest = 0.5 * (1 + sqrt(point[0] * point[0] + point[1] * point[1]));
-        const double length = larger(sqrt(along * along + down * down), 1e-300);
-        const double part = longest < length ? longest / length : 1;
-        point[0] -= part * along;
-        point[1] -= part * down;
-    }
-    return 0;
-}
-
-/* Undistort N points (N, 2), with the inverse (N, 2, 2) of the distortion's jacobian; NaN without a solution.
- *
- * None is searched for from further off the axis than furthest.
- */
-void kpmatch_undistort(int64_t count, const double *distorted, const double *coefficients, double furthest,
-                       double *points, double *inverses)
-{
-    for (int64_t i = 0; i < count; i++) {
-        double *point = points + 2 * i, *inverse = inverses + 4 * i;
-        if (!undistort_one(distorted + 2 * i, coefficients, furthest, point, inverse))
-            point[0] = point[1] = inverse[0] = inverse[1] = inverse[2] = inverse[3] = NAN;
-    }
 }

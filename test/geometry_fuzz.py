@@ -68,7 +68,7 @@ def patches_to_find(random: np.random.Generator, least: int) -> tuple[np.ndarray
     image = signed(cv2.GaussianBlur(noise, (0, 0), random.choice([0.8, 1.5, 3.0]))) if noise.size else signed(noise)
     count = int(random.integers(0, 30))
     points = random.uniform(-8, (width + 8, height + 8), (count, 2)).astype(np.float32)
-    patches = cut(image, points) if noise.size else np.zeros((count, 412), np.float32)
+    patches = cut(image, points) if noise.size else np.zeros((count, 497), np.float32)
     start = points + random.normal(0, random.choice([0.1, 0.5, 3.0]), points.shape)
     shapes = no_change(count) + random.normal(0, random.choice([0.0, 0.1, 2.0]), (count, 2, 2))
     return patches, image, start.astype(np.float32), shapes.astype(np.float32)

@@ -79,9 +79,9 @@ def test_patches_are_found_as_numpy_finds_them(film: list[np.ndarray], shifts: i
     patches = cut(film[0], points)
     start = points + random.normal(0, 0.7, points.shape).astype(np.float32)
     shapes = no_change(len(points)) + random.normal(0, deformed, (len(points), 2, 2)).astype(np.float32)
-    for image in film:
+    for image, at_least in zip(film, (10, 5)):  # the second has moved: few are found from there, some by chance
         arguments = patches, image, start, shapes, shifts
-        compare(align(*arguments), with_numpy(align, *arguments), 10)
+        compare(align(*arguments), with_numpy(align, *arguments), at_least)
 
 
 @needed

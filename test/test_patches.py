@@ -72,6 +72,25 @@ def test_what_an_edge_does_not_tell_of_its_deformation_is_left_as_it_was() -> No
     assert along_the_edge.std() < 0.04
 
 
+@pytest.mark.parametrize("depth", [1, 4, 5])
+def test_a_patch_cut_at_the_border_goes_where_its_point_goes(depth: int) -> None:
+    # With grey in place of what is beyond the image it goes 0.3 to 0.6 pixels less, or is not found: 8 to 65 % are not.
+    whole, margin = picture(1.0), 20
+    part = whole[margin:-margin, margin:-margin]
+    last = part.shape[0] - 1
+    along = np.arange(depth, last - depth, 5, dtype=np.float32)
+    near, far = np.full_like(along, depth), np.full_like(along, last - depth)
+    sides = [((near, along), (1, 0)), ((far, along), (-1, 0)), ((along, near), (0, 1)), ((along, far), (0, -1))]
+    points = np.concatenate([np.stack(side, axis=1) for side, _ in sides])
+    inwards = np.repeat([inward for _, inward in sides], len(along), axis=0)
+    noise = np.random.default_rng(0).normal(0, 2, part.shape).astype(np.float32)
+    found = align(cut(part + noise, points), whole, points + np.float32([20.4, 19.7]), no_change(len(points)), 1)
+    assert found.good.mean() > 0.98
+    errors = (found.points - points - margin)[found.good]
+    assert abs(np.median((errors * inwards[found.good]).sum(axis=1))) < 0.02
+    assert np.minimum((errors / found.sigmas[found.good, None]) ** 2, 25).mean() < 1.2
+
+
 def test_many_patches_are_cut_and_found_as_few_are() -> None:
     image = picture(1.0)
     points = np.random.default_rng(0).uniform(20, SIDE - 20, (1500, 2)).astype(np.float32)

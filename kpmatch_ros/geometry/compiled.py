@@ -1,6 +1,6 @@
 """The compiled part of this folder, where the build of the ROS package has put it beside.
 
-It is made from flow.c, geometry.c, points.c, structure.c, two_view.c and two_view_profile.c in src/.
+It is made from flow.c, geometry.c, lens.c, points.c, structure.c, two_view.c and two_view_profile.c in src/.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ __all__ = [
 ]
 
 LIBRARY = Path(__file__).with_name("libkpmatch_geometry.so")
-_VERSION = 3  # as in src/geometry.c: the arguments and the meaning of its functions
+_VERSION = 4  # as in src/geometry.c: the arguments and the meaning of its functions
 _MOST_LEVELS = 16  # of a pyramid
 _USED = 85  # pixels of a patch that are compared
-_PATCH = 4 * _USED + 63 + 9  # numbers of a patch
+_PATCH = 5 * _USED + 63 + 9  # numbers of a patch
 
 
 class _Array:

@@ -164,7 +164,7 @@ def undistort(distorted: np.ndarray, model: str, coefficients: np.ndarray) -> tu
 def _undistort(
     distorted: np.ndarray, model: str, coefficients: np.ndarray, furthest: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same by NumPy: a change here is one of src/geometry.c, too."""
+    """The same by NumPy: a change here is one of src/lens.c, too."""
     # Coordinates of one kind lie side by side: a third of the time that rows of two take.
     target = np.ascontiguousarray(distorted.T)
     points = target * np.minimum(1, furthest / np.maximum(np.hypot(*target), 1e-300))

@@ -104,8 +104,9 @@ def signed(image: np.ndarray) -> np.ndarray:
 def cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
     """(T, P) float32 patches of an image, from :func:`signed`, around points (T, 2): what :func:`align` needs of them.
 
-    These are the pixels, less their mean, their gradients, their Laplacians, less their mean, and the equations of an
-    affine change and of a shift.
+    These are the pixels, less their mean, their gradients, their Laplacians, less their mean, their weights, and the
+    equations of an affine change and of a shift. A pixel beyond the image has the weight 0, as one at its border, which
+    has no gradient; the others have 1. Grey in its place would be an edge that stays there while the point moves on.
     """
     if compiled.available():
         return compiled.cut(image, _PLACES[1:], points)
@@ -118,11 +119,20 @@ def _cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
         return np.concatenate([_cut(image, points[block]) for block in _blocks(len(points), _CUT_BLOCK)])
     wide = _sample(image, points[:, :1] + _WIDE_X, points[:, 1:] + _WIDE_Y)
     middle, left, right, above, below = (wide.take(_USED + i, axis=1) for i in (0, -1, 1, -_WIDE, _WIDE))
-    template, across, down = _centred(middle), (right - left) / 2, (below - above) / 2
-    laplacian = _centred(left + right + above + below - 4 * middle)
-    affine = _equations(template, across, down, _PLACES, laplacian)
-    shift = _equations(_centred(template[:, _FEW]), across[:, _FEW], down[:, _FEW], _PLACES[:1, _FEW])
-    return np.concatenate([template, across, down, laplacian, affine, shift], axis=1)
+    weights = _weights(image, points)
+    template, across, down = _centred(middle, weights), weights * (right - left) / 2, weights * (below - above) / 2
+    laplacian = _centred(left + right + above + below - 4 * middle, weights)
+    affine = _equations(template, across, down, _PLACES, _counts(weights), laplacian)
+    few = [each[:, _FEW] for each in (template, across, down, weights)]
+    shift = _equations(_centred(few[0], few[3]), few[1], few[2], _PLACES[:1, _FEW], _counts(few[3]))
+    return np.concatenate([template, across, down, laplacian, weights, affine, shift], axis=1)
+
+
+def _weights(image: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """(T, U) float32: 1 for pixels of patches around points (T, 2) that have neighbours in the image, 0 for others."""
+    least, most = 1 - points.T, np.array(image.shape[::-1], np.float32)[:, None] - 2 - points.T
+    whole = [(places >= least[i, :, None]) & (places <= most[i, :, None]) for i, places in enumerate((_X, _Y))]
+    return (whole[0] & whole[1]).astype(np.float32)
 
 
 def gradients(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -159,11 +169,12 @@ def _align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: n
         first, *others = (_align(patches[block], image, points[block], shapes[block], shifts) for block in blocks)
         return first.join(*others)
     start = points
-    template, across, down, laplacian = (patches[:, i * len(_USED) :][:, : len(_USED)] for i in range(4))
-    affine, shift = (patches[:, 4 * len(_USED) :][:, part] for part in (slice(_AFFINE), slice(_AFFINE, None)))
+    template, across, down, laplacian, weights = (patches[:, i * len(_USED) :][:, : len(_USED)] for i in range(5))
+    affine, shift = (patches[:, 5 * len(_USED) :][:, part] for part in (slice(_AFFINE), slice(_AFFINE, None)))
+    counts, few = _counts(weights), _counts(weights[:, _FEW])
     for _ in range(shifts):
-        seen, places = _seen(image, points, shapes, _PLACES[:, _FEW]), _PLACES[:1, _FEW]
-        step = _step(shift, seen, across[:, _FEW], down[:, _FEW], places)[:, :, 0]
+        seen, places = weights[:, _FEW] * _seen(image, points, shapes, _PLACES[:, _FEW]), _PLACES[:1, _FEW]
+        step = _step(shift, seen, across[:, _FEW], down[:, _FEW], places, few)[:, :, 0]
         points = points - np.einsum("tij,tj->ti", shapes, step.clip(-2, 2))
     narrower = _BLUR / 2 * _narrowing(shapes)
     affine = _sharpened(affine, narrower)
@@ -171,16 +182,17 @@ def _align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: n
     moving, deformed = np.arange(len(points)), np.zeros((len(points), 2, 3), np.float32)
     for iteration in range(1, _ITERATIONS + 1):
         at, shape = points[moving], shapes[moving]
-        seen = _seen(image, at, shape, _PLACES)
-        step = _step(affine[moving], seen, across[moving], down[moving], _PLACES, laplacian[moving], deformed[moving])
+        seen = weights[moving] * _seen(image, at, shape, _PLACES)
+        patch = affine[moving], seen, across[moving], down[moving]
+        step = _step(*patch, _PLACES, counts[moving], laplacian[moving], deformed[moving])
         deformed[moving, :, 1:] += step[:, :, 1:]
         points[moving] = at - np.einsum("tij,tj->ti", shape, step[:, :, 0].clip(-2, 2))
         shapes[moving] = shape - shape @ step[:, :, 1:].clip(-0.3, 0.3)
         last_step[moving] = _length(step[:, :, 0])
         if iteration >= _FEWEST_ITERATIONS:
             moving = moving[(last_step[moving] >= _SETTLED) & (last_step[moving] < _LAST_STEP)]
-    seen, contrast = _seen(image, points, shapes, _PLACES), affine[:, -1]
-    _, power, gain = _brightness(seen, contrast)
+    seen, contrast = weights * _seen(image, points, shapes, _PLACES), affine[:, -1]
+    _, power, gain = _brightness(seen, counts, contrast)
     product = np.einsum("tp,tp->t", seen, template) - narrower * np.einsum("tp,tp->t", seen, laplacian)
     likeness = (product / np.sqrt(power * contrast)).clip(0, 1)
     stretch = np.abs(shapes).sum(axis=2).max(axis=1, initial=0)
@@ -188,7 +200,7 @@ def _align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: n
     good = (_length(points - start) < LONGEST_STEP) & (likeness > _ALIKE) & (last_step < _LAST_STEP)
     good &= (stretch < _LARGEST_SCALE) & (area > 1 / _LARGEST_SCALE**2)
     good &= inside(points, image)
-    variance = np.maximum(gain * gain * power - 2 * gain * product + contrast, 0) / len(_USED)
+    variance = np.maximum(gain * gain * power - 2 * gain * product + contrast, 0) / counts
     sigmas = _SIGMA_FLOOR + _SIGMA_GROWTH * variance * (affine[:, 0] + affine[:, 21]) / 2
     return Alignment(points, shapes, sigmas.astype(np.float32), likeness.astype(np.float32), good)
 
@@ -210,11 +222,19 @@ def _seen(image: np.ndarray, points: np.ndarray, shapes: np.ndarray, places: np.
     return _sample(image, columns, rows)
 
 
-def _brightness(seen: np.ndarray, contrast: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of pixels (T, U) their mean, the squared norm of the rest, and the gain that gives it a contrast; (T,) each."""
-    pixels = seen.shape[1]
-    mean = seen @ _ONES[:pixels] / pixels
-    power = np.maximum(np.einsum("tp,tp->t", seen, seen) - pixels * mean * mean, _LEAST_CONTRAST)
+def _counts(weights: np.ndarray) -> np.ndarray:
+    """(T,) float32 how many pixels count, of weights (T, U); 1 where none does."""
+    return np.maximum(weights @ _ONES[: weights.shape[1]], 1)
+
+
+def _brightness(
+    seen: np.ndarray, counts: np.ndarray, contrast: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of pixels (T, U), 0 but for so many (T,), their mean, the squared norm of the rest, and the gain that gives it a
+    contrast (T,); (T,) each.
+    """
+    mean = seen @ _ONES[: seen.shape[1]] / counts
+    power = np.maximum(np.einsum("tp,tp->t", seen, seen) - counts * mean * mean, _LEAST_CONTRAST)
     return mean, power, np.sqrt(contrast / power).clip(1 / _LARGEST_GAIN, _LARGEST_GAIN)
 
 
@@ -240,6 +260,7 @@ def _equations(
     across: np.ndarray,
     down: np.ndarray,
     places: np.ndarray,
+    counts: np.ndarray,
     laplacian: np.ndarray | None = None,
 ) -> np.ndarray:
     """Equations of changes along x, and then along y, of pixels less their mean, for :func:`_step`.
@@ -249,6 +270,7 @@ def _equations(
         across: (T, U) gradients along x.
         down: (T, U) along y.
         places: (K, U) what a change is proportional to.
+        counts: (T,) how many pixels count; the others are 0, as are their gradients and Laplacians.
         laplacian: (T, U) less their mean, if blur may change besides.
 
     Returns:
@@ -265,7 +287,7 @@ def _equations(
         normal[i : i + kinds, j : j + kinds] = (products @ squares.T).reshape(kinds, kinds, -1)
     normal[kinds:size, :kinds] = normal[:kinds, kinds:size]
     sums = np.concatenate([places @ across.T, places @ down.T])
-    normal[:size, :size] -= sums[:, None] * sums / pixels
+    normal[:size, :size] -= sums[:, None] * sums / counts
     for k in range(size):
         normal[k, k] += _DAMPING[k % kinds]
     blur = []
@@ -290,6 +312,7 @@ def _step(
     across: np.ndarray,
     down: np.ndarray,
     places: np.ndarray,
+    counts: np.ndarray,
     laplacian: np.ndarray | None = None,
     deformed: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -303,7 +326,7 @@ def _step(
         equations[:, -2 * size - 1 : -size - 1],
         equations[:, -size - 1 : -1],
     )
-    mean, _, gain = _brightness(seen, equations[:, -1])
+    mean, _, gain = _brightness(seen, counts, equations[:, -1])
     slope = np.concatenate([(each * seen) @ places.T for each in (across, down)], axis=1)
     slope = gain[:, None] * (slope - mean[:, None] * sums) - own
     if deformed is not None:
@@ -330,10 +353,9 @@ def _blocks(count: int, most: int) -> list[slice]:
     return [slice(i, i + most) for i in range(0, count, most)]
 
 
-def _centred(values: np.ndarray) -> np.ndarray:
-    """Values (..., P) less their mean."""
-    count = values.shape[-1]
-    return values - (values @ _ONES[:count] / count)[..., None]
+def _centred(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Values (T, P) less their mean, by weights (T, P) that are 0 or 1; 0 where the weight is."""
+    return weights * (values - ((weights * values) @ _ONES[: values.shape[1]] / _counts(weights))[:, None])
 
 
 def _sample(image: np.ndarray, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
