@@ -86,7 +86,10 @@ def opencv(method: int, confidence: float = 0.99999) -> Estimator:
         )
         best, motion = 0, None
         for essential in [] if essentials is None else np.split(essentials, len(essentials) // 3):
-            count, rotation, translation, _ = cv2.recoverPose(essential, points0, points1, np.eye(3), mask=mask.copy())
+            # By default no point further than 50 baselines counts: of a small motion hardly any would.
+            count, rotation, translation, _, _ = cv2.recoverPose(
+                essential, points0, points1, np.eye(3), distanceThresh=1e9, mask=mask.copy()
+            )
             if count > best:  # OpenCV's motion takes points of image 0 to image 1
                 best, motion = count, Motion(rotation, translation.ravel()).inverse()
         return motion

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from benchmarks import estimators
+from kpmatch_ros.geometry.camera import Camera
 
 BOUNDS = (5.0, 10.0, 20.0)  # degrees
 
@@ -39,6 +41,19 @@ def test_every_estimator_finds_the_motion_of_exact_matches() -> None:
     problem = estimators.Scene("exact", outliers=0.0, noise=0.0).problem(200, 0)
     for name, estimator in estimators.estimators().items():
         assert max(estimators.error_of(estimator(problem, 1.0), problem.truth)) < 0.1, name
+
+
+def test_every_estimator_finds_a_motion_that_is_small_beside_the_depths() -> None:
+    random = np.random.default_rng(0)
+    matrix = np.array([[500.0, 0, 319.5], [0, 500.0, 239.5], [0, 0, 1]])
+    pixels0 = random.uniform((40, 40), (600, 440), (200, 2))
+    points = np.column_stack([pixels0, np.ones(200)]) @ np.linalg.inv(matrix).T * random.uniform(100, 300, (200, 1))
+    truth = estimators.Motion(Rotation.from_rotvec([0.01, -0.02, 0.005]).as_matrix(), np.array([0.8, 0.0, 0.6]))
+    seen = (points - truth.translation) @ truth.rotation @ matrix.T
+    camera = Camera(640, 480, matrix)
+    problem = estimators.Problem(pixels0, seen[:, :2] / seen[:, 2:], camera, camera, truth, 0.0)
+    for name, estimator in estimators.estimators().items():
+        assert max(estimators.error_of(estimator(problem, 1.0), truth)) < 1, name
 
 
 def test_the_error_is_that_of_the_rotation_and_of_the_direction_with_its_sign() -> None:
