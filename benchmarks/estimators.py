@@ -72,7 +72,7 @@ Estimator = Callable[[Problem, float], "Motion | None"]
 # The estimators: a problem and the largest error of an inlier, pixels, to a motion or none.
 
 
-def opencv(method: int, confidence: float = 0.99999) -> Estimator:
+def opencv(method: int) -> Estimator:
     """findEssentialMat, then recoverPose."""
 
     def estimate(problem: Problem, gate: float) -> Motion | None:
@@ -82,7 +82,7 @@ def opencv(method: int, confidence: float = 0.99999) -> Estimator:
         if len(points0) < 5:
             return None
         essentials, mask = cv2.findEssentialMat(
-            points0, points1, np.eye(3), method=method, prob=confidence, threshold=threshold
+            points0, points1, np.eye(3), method=method, prob=0.99999, threshold=threshold
         )
         best, motion = 0, None
         for essential in [] if essentials is None else np.split(essentials, len(essentials) // 3):
