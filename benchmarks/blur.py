@@ -97,7 +97,7 @@ def main() -> None:
     walks = []
     for seed in options.seeds:
         path = camera_path(7 * seed + options.frames)[7 * seed :]
-        walks.append(list(Scene(seed).film(path, eye, noise=0.0, noise_seed=seed)))
+        walks.append(list(Scene(seed).film(path, eye)))
     for name, (lengths, angle) in BLURS.items():
         found = [
             outcome

@@ -72,7 +72,7 @@ Estimator = Callable[[Problem, float], "Motion | None"]
 # The estimators: a problem and the largest error of an inlier, pixels, to a motion or none.
 
 
-def opencv(method: int, confidence: float = 0.99999) -> Estimator:
+def opencv(method: int) -> Estimator:
     """findEssentialMat, then recoverPose."""
 
     def estimate(problem: Problem, gate: float) -> Motion | None:
@@ -82,11 +82,14 @@ def opencv(method: int, confidence: float = 0.99999) -> Estimator:
         if len(points0) < 5:
             return None
         essentials, mask = cv2.findEssentialMat(
-            points0, points1, np.eye(3), method=method, prob=confidence, threshold=threshold
+            points0, points1, np.eye(3), method=method, prob=0.99999, threshold=threshold
         )
         best, motion = 0, None
         for essential in [] if essentials is None else np.split(essentials, len(essentials) // 3):
-            count, rotation, translation, _ = cv2.recoverPose(essential, points0, points1, np.eye(3), mask=mask.copy())
+            # By default no point further than 50 baselines counts: of a small motion hardly any would.
+            count, rotation, translation, _, _ = cv2.recoverPose(
+                essential, points0, points1, np.eye(3), distanceThresh=1e9, mask=mask.copy()
+            )
             if count > best:  # OpenCV's motion takes points of image 0 to image 1
                 best, motion = count, Motion(rotation, translation.ravel()).inverse()
         return motion

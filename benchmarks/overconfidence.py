@@ -302,7 +302,8 @@ def walk(frames: int, seed: int, stereo: bool) -> Iterator[Outcome]:
     poses = camera_path(frames + 20 * seed)[20 * seed :]
     paths = [poses, [stereo_right(pose, baseline) for pose in poses]] if stereo else [poses]
     rig = StereoCamera(eye, eye, np.eye(3), np.array([-baseline, 0.0, 0.0])) if stereo else eye
-    films = [Scene(seed).film(path, eye, noise=2.0, noise_seed=side) for side, path in enumerate(paths)]
+    # A frame's noise has the film's seed plus its number: the two cameras' are far apart, so that they share none.
+    films = [Scene(seed).film(path, eye, noise=2.0, noise_seed=10**6 * side) for side, path in enumerate(paths)]
     for number, views in enumerate(zip(*films)):
         images = [cv2.cvtColor(view.image, cv2.COLOR_RGB2GRAY) for view in views]
         pair = front_end.register(images, [(number + 1) * 10**8] * len(images), rig).pair

@@ -39,6 +39,7 @@ _NOISE = 2.0  # grey levels
 _RIGHT = 3.0  # pixels
 _BLUR = 9  # pixels
 _EDGE = 5  # pixels
+_EVEN = 2e-5  # of the inverse depth: how far it is from linear on a plane, at most
 _SEQUENCES = ("walk", "third", "exposure", "blur", "gap", "back")
 
 
@@ -65,7 +66,7 @@ def project(points: np.ndarray, view0: View, view1: View, camera: Camera) -> tup
     """Where points (N, 2) of view 0 are in view 1, by view 0's depth, and which of them are visible there (N,).
 
     Beside an edge of the depth, a point may lie on either surface: the places are (3, N, 2), by the depth at the point,
-    and by the nearest and the furthest one around it.
+    and by the nearest and the furthest one around it. Where all around it is one plane, all three are by its own depth.
     """
     focal, centre = camera.matrix[[0, 1], [0, 1]], camera.matrix[:2, 2]
     inverse = np.where(np.isfinite(view0.depth), 1 / view0.depth, 0).astype(np.float32)
@@ -77,6 +78,8 @@ def project(points: np.ndarray, view0: View, view1: View, camera: Camera) -> tup
             for each in (inverse, cv2.dilate(inverse, around), cv2.erode(inverse, around))
         ]
     )
+    even = one_plane(inverse, points)
+    near[1:, even] = near[0, even]
     rays = np.c_[(points - centre) / focal, np.ones(len(points))]
     world = (rays / np.maximum(near, 1e-6)[..., None]) @ view0.rotation.T + view0.position
     seen = (world - view1.position) @ view1.rotation
@@ -86,6 +89,17 @@ def project(points: np.ndarray, view0: View, view1: View, camera: Camera) -> tup
     surface = cv2.remap(depth, x, y, cv2.INTER_NEAREST).ravel()
     visible = (near[0] > 1e-6) & (seen[0, :, 2] > 0.1) & (seen[0, :, 2] < 1.02 * surface) & (found[0] > 4).all(axis=1)
     return found, visible & (found[0, :, 0] < camera.width - 5) & (found[0, :, 1] < camera.height - 5)
+
+
+def one_plane(inverse: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Whether all that is around points (N, 2) is one plane (N,): there the inverse depth (H, W) is linear."""
+    reach = _EDGE // 2 + 1  # between pixels, the nearest and the furthest depth are those of two windows
+    y, x = (each.ravel() for each in np.mgrid[-reach : reach + 1, -reach : reach + 1])
+    plane = np.c_[np.ones(len(x)), x, y]
+    column, row = np.round(points).astype(int).T + reach
+    around = np.pad(inverse, reach, mode="edge")[row[:, None] + y, column[:, None] + x]
+    rest = around - around @ (plane @ np.linalg.pinv(plane))
+    return np.asarray(abs(rest).max(axis=1) < _EVEN * around.mean(axis=1))
 
 
 def offsets(points: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -104,18 +118,13 @@ def sequence(name: str, views: Sequence[View]) -> list[Frame]:
     if name == "back":
         return frames[:13:3] + frames[9::-3]
     if name == "exposure":
-        return frames[:2] + [replace_image(frame, (0.6 * frame.image).astype(np.uint8)) for frame in frames[2:]]
+        return frames[:2] + [frame._replace(image=(0.6 * frame.image).astype(np.uint8)) for frame in frames[2:]]
     if name == "blur":
         kernel = np.full((1, _BLUR), 1 / _BLUR)
-        return frames[:2] + [replace_image(frame, cv2.filter2D(frame.image, -1, kernel)) for frame in frames[2:]]
+        return frames[:2] + [frame._replace(image=cv2.filter2D(frame.image, -1, kernel)) for frame in frames[2:]]
     if name == "gap":
         return frames[:3] + [Frame(np.zeros_like(frames[0].image), None)] * 5 + frames[8:]
     return frames[:14]
-
-
-def replace_image(frame: Frame, image: np.ndarray) -> Frame:
-    """The frame with other pixels."""
-    return frame._replace(image=image)
 
 
 def flow(frames: Sequence[Frame], start: np.ndarray) -> Iterator[Followed]:

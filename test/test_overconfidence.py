@@ -13,7 +13,7 @@ import pytest
 import torch
 from two_view_scenes import Scene, check, degrees, pinhole
 
-from benchmarks.overconfidence import CAMERA, MOTIONS, WEAK, Problem, body, judge, plane, weak
+from benchmarks.overconfidence import CAMERA, MOTIONS, WEAK, Problem, body, judge, plane, walk, weak
 from kpmatch_ros.feature_matcher import FeatureMatcher, Features
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
@@ -364,3 +364,21 @@ def test_few_matches_are_not_sure_where_all_of_them_tell_of_another_motion_if_no
     kind: str, seed: int
 ) -> None:
     assert weak(kind, seed).estimate().status is PoseStatus.AMBIGUOUS  # 13 to 62 degrees off
+
+
+# The benchmark
+
+
+def test_no_two_images_of_a_stereo_walk_share_their_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    class Unseen:
+        def __init__(self, seed: int) -> None: ...
+
+        def film(self, poses: list, camera: Any, *, noise: float, noise_seed: int) -> list:
+            seeds.extend(noise_seed + number for number in range(len(poses)))  # as Scene.film does
+            return []
+
+    monkeypatch.setattr("simulation.Scene", Unseen)
+    assert list(walk(4, 1, stereo=True)) == []
+    assert len(set(seeds)) == len(seeds) == 8

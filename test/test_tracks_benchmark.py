@@ -1,0 +1,53 @@
+"""benchmarks/tracks.py: the places that it takes for true."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from benchmarks.tracks import offsets, project
+from kpmatch_ros.geometry.camera import Camera
+from simulation import View
+
+CAMERA = Camera(320, 240, np.array([[300.0, 0, 159.5], [0, 300.0, 119.5], [0, 0, 1]]))
+STEP = np.array([0.4, 0.0, 0.3])  # metres
+
+
+def seen(depth: np.ndarray, position: np.ndarray) -> View:
+    image = np.zeros((CAMERA.height, CAMERA.width, 3), np.uint8)
+    return View(image, depth.astype(np.float32), np.eye(3), position, CAMERA)
+
+
+def rays() -> np.ndarray:
+    x, y = np.meshgrid(np.arange(CAMERA.width), np.arange(CAMERA.height))
+    return np.dstack([(x - 159.5) / 300, (y - 119.5) / 300, np.ones_like(x)])
+
+
+def anywhere(count: int = 50) -> np.ndarray:
+    return np.random.default_rng(0).uniform((60, 20), (260, 220), (count, 2))
+
+
+def exact(points: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """Where points (N, 2) at depths (N,) are after STEP."""
+    world = np.c_[(points - (159.5, 119.5)) / 300, np.ones(len(points))] * depth[:, None] - STEP
+    return np.asarray(world[:, :2] / world[:, 2:] * 300 + (159.5, 119.5))
+
+
+def test_a_point_of_a_slanted_plane_has_one_true_place() -> None:
+    normal = np.array([0.05, 0.3, 0.2])  # 1 / depth = normal . ray: a floor that comes near below
+    view, after = (seen(1 / (rays() @ normal), position) for position in (np.zeros(3), STEP))
+    points = anywhere()
+    own = 1 / (np.c_[(points - (159.5, 119.5)) / 300, np.ones(len(points))] @ normal)
+    places, _ = project(points, view, after, CAMERA)
+    assert np.abs(places - exact(points, own)).max() < 1e-3
+    beside = exact(points, own) + (0.03, -0.04)
+    np.testing.assert_allclose(np.linalg.norm(offsets(beside, places), axis=1), 0.05, atol=1e-3)
+
+
+def test_beside_an_edge_of_the_depth_a_point_may_lie_on_either_surface() -> None:
+    depth = np.where(rays()[..., 0] < 0, 2.0, 5.0)
+    points = np.array([[158.5, 100.0], [160.5, 60.0]])  # a pixel to either side
+    places, _ = project(points, seen(depth, np.zeros(3)), seen(depth, STEP), CAMERA)
+    for surface in (2.0, 5.0):
+        true = exact(points, np.full(2, surface))
+        assert np.abs(offsets(true, places)).max() < 1e-3
+    assert np.abs(offsets(exact(points, np.full(2, 3.0)), places)).max() > 1
