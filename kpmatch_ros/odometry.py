@@ -12,7 +12,7 @@ from kpmatch_ros.frames import Pair
 from kpmatch_ros.geometry.pose import Placed, RelativePose, cross_matrix
 from kpmatch_ros.geometry.robust import FALSE_ALARM_RATE
 
-__all__ = ["Odometry", "OdometryPose", "Twist", "compose", "frame_fault", "of_base"]
+__all__ = ["Odometry", "OdometryPose", "Place", "Twist", "compose", "frame_fault", "of_base"]
 
 # An odometry frame has x forward, y left and z up (REP-103), seen from the first camera. The camera's own frame is an
 # optical one: z forward, x right.
@@ -108,8 +108,8 @@ def _at_the_end_of(arm: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class _Place:
-    """The pose of a frame, and the translations on the way that none of the pairs could tell from zero.
+class Place:
+    """The pose of a frame in a chain, and the translations on the way that none of the pairs could tell from zero.
 
     Attributes:
         pose: of the frame, without them.
@@ -122,28 +122,29 @@ class _Place:
     spread: np.ndarray
 
     @classmethod
-    def of(cls, pose: OdometryPose) -> _Place:
+    def of(cls, pose: OdometryPose) -> Place:
         """A pose of which nothing is unseen."""
         return cls(pose, np.zeros(6), np.zeros((6, 6)))
 
-    def after(self, step: RelativePose, pose: OdometryPose) -> _Place:
-        """Where a step leads from there. By itself it leads to `pose`.
+    def after(self, step: RelativePose) -> Place:
+        """Where a step leads from there.
 
         A camera that creeps moves too little to be seen in any pair, and far in many. What all of them come to is
         tested as each pair is, and taken into the pose where it is not zero.
         """
+        pose = compose(self.pose, step)
         turned = np.kron(np.eye(2), self.pose.rotation)
         carried = _at_the_end_of(self.pose.rotation @ step.translation)
         unseen, spread = carried @ self.unseen, carried @ self.spread @ carried.T
         if step.estimate is None:
-            return _Place(pose, unseen, spread)
+            return Place(pose, unseen, spread)
         rotated = Rotation.from_matrix(step.estimate.rotation @ step.rotation.T).as_rotvec()
         unseen = unseen + turned @ np.concatenate([step.estimate.position, rotated])
         spread = spread + turned @ step.covariance @ turned.T
         if unseen[:3] @ np.linalg.pinv(spread[:3, :3], hermitian=True) @ unseen[:3] < _TOLD:
-            return _Place(pose, unseen, spread)
+            return Place(pose, unseen, spread)
         rotation = Rotation.from_rotvec(unseen[3:]).as_matrix() @ pose.rotation
-        return _Place.of(replace(pose, rotation=rotation, position=pose.position + unseen[:3]))
+        return Place.of(replace(pose, rotation=rotation, position=pose.position + unseen[:3]))
 
 
 class Odometry:
@@ -160,7 +161,7 @@ class Odometry:
 
     def __init__(self) -> None:
         self.breaks = 0
-        self._known: dict[int, _Place] = {}  # by the frame's number
+        self._known: dict[int, Place] = {}  # by the frame's number
         self._begun = False
         self._last: tuple[int, int, OdometryPose, np.ndarray] | None = None  # the frame before: number, stamp, step
 
@@ -174,12 +175,12 @@ class Odometry:
         if origin is None:
             self.breaks += self._begun
             self._begun = True
-            origin = _Place.of(OdometryPose(_FIRST_CAMERA, np.zeros(3), np.zeros((6, 6)), self.breaks))
+            origin = Place.of(OdometryPose(_FIRST_CAMERA, np.zeros(3), np.zeros((6, 6)), self.breaks))
             self._last = None
-        current = compose(origin.pose, pose)
-        place = origin.after(pose, current)
+        place = origin.after(pose)
         self._known = {reference: origin, pair.current.number: place}
-        return replace(place.pose, twist=self._twist(pair, origin.pose, current))
+        # What was unseen came about in many frames: it is no velocity of the last one.
+        return replace(place.pose, twist=self._twist(pair, origin.pose, compose(origin.pose, pose)))
 
     def _twist(self, pair: Pair, origin: OdometryPose, current: OdometryPose) -> Twist | None:
         """The velocity since the frame before.

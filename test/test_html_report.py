@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 
 import kpmatch_ros
+from kpmatch_ros.bags.files import BagWriter, read_messages
+from kpmatch_ros.bags.frame_figures import STATUS_COLOURS, EvenlyChosen
 from kpmatch_ros.bags.html_report import HtmlReport
-from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 
 pytest.importorskip("plotly")
 
@@ -25,14 +28,17 @@ FAST = ("--resize", "160", "--max-keypoints", "128", "--device", "cpu")
 
 
 def result(number: int, status: PoseStatus = PoseStatus.OK) -> Any:
-    """A frame of noise, which JPEG compresses worst, and its pair with the one before; the first has none."""
+    """A frame of noise, which JPEG compresses worst, and its pair with the one before.
+
+    The first has none, nor has one that is INTERRUPTED.
+    """
     random = np.random.default_rng(number)
     image = random.integers(0, 256, (240, 320, 3), dtype=np.uint8)
     frame = SimpleNamespace(number=number, stamp=number * 10**8, image=image, extract_ms=1.0)
-    if number == 0:
+    if number == 0 or status is PoseStatus.INTERRUPTED:
         return SimpleNamespace(frame=frame, pair=None)
     points = random.uniform(0, 200, (50, 2))
-    pose = SimpleNamespace(status=status, rotation=np.eye(3), translation=np.array([0.0, 0.0, 1.0]))
+    pose = RelativePose(status, np.eye(3), np.array([0.0, 0.0, 1.0]), np.eye(6), True, 50, 50, 9.0, np.ones(50, bool))
     pair = SimpleNamespace(
         reference=SimpleNamespace(number=number - 1, stamp=(number - 1) * 10**8, image=image),
         current=frame,
@@ -51,7 +57,7 @@ def result(number: int, status: PoseStatus = PoseStatus.OK) -> Any:
 
 
 def page_of(path: Path, frames: int, statuses: dict[int, PoseStatus] | None = None) -> str:
-    report = HtmlReport(frames, metric=True)
+    report = HtmlReport(metric=True)
     for number in range(frames):
         report.add(result(number, (statuses or {}).get(number, PoseStatus.OK)), 12.5)
     report.write(path, "a <drive>", [("frames", str(frames))], ["one <image> was lost"])
@@ -62,7 +68,18 @@ def test_a_page_of_a_thousand_frames_is_below_ten_megabytes_and_has_pictures_fro
     page = page_of(tmp_path / "page.html", 1000)
     assert len(page.encode()) < 10_000_000
     pictured = [int(number) for number in re.findall(r'"point":(\d+),', page)]
-    assert 100 <= len(pictured) <= 120 and pictured[0] == 0 and pictured[-1] >= 980
+    assert 60 <= len(pictured) <= 120 and set(np.diff(pictured)) == {16}
+    assert pictured[0] == 0 and pictured[-1] >= 980 and "one frame of 16" in page
+    assert sum(map(len, re.findall(r'"jpeg":"([^"]*)"', page))) < 3_000_000 * 4 / 3
+
+
+def test_of_any_number_of_things_at_least_half_the_most_are_chosen_evenly() -> None:
+    for count in (0, 1, 119, 120, 121, 240, 241, 5000):
+        chosen = EvenlyChosen[int](120)
+        for number in range(count):
+            chosen.add(lambda number=number: number)
+        assert chosen.kept == list(range(0, count, chosen.every))
+        assert min(count, 60) <= len(chosen.kept) <= 120
 
 
 def test_texts_are_escaped_and_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
@@ -99,6 +116,15 @@ def test_a_broken_chain_is_marked_where_it_goes_on(tmp_path: Path) -> None:
     assert json.loads(broken) == ["3"] and "the chain is broken before frame %{text}" in page
 
 
+def test_an_interruption_is_a_point_of_its_own_and_a_gap_in_the_lines(tmp_path: Path) -> None:
+    page = page_of(tmp_path / "page.html", 6, {1: PoseStatus.INTERRUPTED, 4: PoseStatus.INTERRUPTED})
+    assert trace(page, "matches") == ([0.0, 0.1, 0.2, 0.3, 0.4], [None, 50, 50, None, 50])
+    assert trace(page, "inliers")[1] == [None, 50, 50, None, 50] and trace(page, "latency")[1] == [12.5] * 5
+    assert '"y":["INTERRUPTED","OK","OK","INTERRUPTED","OK"]' in page
+    assert re.findall(r'"point":(\d+),', page) == ["1", "2", "4"]
+    assert set(STATUS_COLOURS) == set(PoseStatus)
+
+
 def test_without_calibration_the_page_shows_no_number_of_inliers(tmp_path: Path) -> None:
     page = page_of(tmp_path / "page.html", 4, {2: PoseStatus.NO_CALIBRATION})
     assert trace(page, "inliers")[1] == [50, None, 50] and trace(page, "matches")[1] == [50, 50, 50]
@@ -108,7 +134,7 @@ def test_without_calibration_the_page_shows_no_number_of_inliers(tmp_path: Path)
 
 
 def test_frames_without_a_time_stand_beside_one_another(tmp_path: Path) -> None:
-    report = HtmlReport(4, metric=True)
+    report = HtmlReport(metric=True)
     for number in range(4):
         given = result(number)
         given.frame.stamp = 0
@@ -119,14 +145,42 @@ def test_frames_without_a_time_stand_beside_one_another(tmp_path: Path) -> None:
     assert "pair: all stamps" not in page_of(tmp_path / "other.html", 4)
 
 
-def test_no_line_leads_back_in_time(tmp_path: Path) -> None:
-    report = HtmlReport(5, metric=True)
+def page_that_goes_back(path: Path) -> str:
+    """The last two of its frames have the stamps of others."""
+    report = HtmlReport(metric=True)
     for number, seconds in enumerate((0, 1, 2, 1, 2)):
         given = result(number)
         given.frame.stamp = seconds * 10**9
         report.add(given, 12.5)
-    report.write(tmp_path / "page.html", "drive", [], [])
-    assert trace((tmp_path / "page.html").read_text(), "matches") == ([0, 1, None, 0, 1], [50, 50, None, 50, 50])
+    report.write(path, "drive", [], [])
+    return path.read_text()
+
+
+def test_no_line_leads_back_in_time(tmp_path: Path) -> None:
+    page = page_that_goes_back(tmp_path / "page.html")
+    assert trace(page, "matches") == ([0, 1, None, 0, 1], [50, 50, None, 50, 50])
+
+
+def shown_by_chromium(page: Path, profile: Path) -> str:
+    """The page's DOM when its script is done."""
+    return subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
+         "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=10000", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    ).stdout  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+def test_a_click_shows_the_picture_of_its_frame_where_another_has_the_same_time(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    click = """<script>
+const {x, customdata} = figures.data.find(line => line.name === NAME);
+document.getElementById("figures").emit("plotly_click", {points: [{x: x.at(-1), customdata: customdata.at(-1)}]});
+</script></body>"""
+    text = page_that_goes_back(page)
+    for name in ("matches", "status"):
+        page.write_text(text.replace("</body>", click.replace("NAME", repr(name))))
+        assert 'data-shown="3"' in shown_by_chromium(page, tmp_path / "profile"), name
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
@@ -138,15 +192,24 @@ def test_the_page_opens_in_a_browser_without_a_network(
     assert status == 0 and page.stat().st_size < 10_000_000
     for row in printed.splitlines():  # the table of the terminal, whose last line only names the bag
         assert row.split(None, 1)[0] == "bag" or row.split(None, 1)[1] in page.read_text()
-    done = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-         "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=10000", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    body = re.search(r"<body[^>]*>", done.stdout)
+    shown = shown_by_chromium(page, tmp_path / "profile")
+    body = re.search(r"<body[^>]*>", shown)
     assert body and 'data-ready="11"' in body[0] and 'data-shown="0"' in body[0]  # the script went to its end
-    assert done.stdout.count('class="main-svg"') >= 2
-    assert re.search(r'id="caption">0\.000 s, pair 0: \d+ matches', done.stdout)
+    assert shown.count('class="main-svg"') >= 2
+    assert re.search(r'id="caption">0\.000 s, pair 0: \d+ matches', shown)
+
+
+def test_the_page_says_why_a_camera_without_calibration_has_no_pose(
+    kpmatch: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    with BagWriter(tmp_path / "in") as bag:
+        for record in itertools.islice(read_messages(DEMO, ["/camera/image_raw/compressed"]), 2):
+            bag.write(record.topic, record.message, record.stamp)
+    status, _, error = kpmatch("bag", tmp_path / "in", tmp_path / "out", "--report", tmp_path / "page.html", *FAST)
+    why = "no camera_info beside /camera/image_raw/compressed, so no relative pose; --camera-info names one"
+    assert (
+        status == 0 and error == f"kpmatch bag: {why}\n" and f"<li>{why}</li>" in (tmp_path / "page.html").read_text()
+    )
 
 
 def test_the_page_is_written_whole_or_not_at_all(kpmatch: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

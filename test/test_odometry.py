@@ -11,6 +11,7 @@ import numpy as np
 from scipy.stats import chi2
 from stereo_scenes import Scene
 
+from kpmatch_ros.bags.trajectory import Trajectory
 from kpmatch_ros.geometry.pose import Pose, PoseStatus, RelativePose
 from kpmatch_ros.odometry import Odometry, OdometryPose, compose
 
@@ -74,13 +75,23 @@ def test_the_uncertainty_grows_also_while_standing() -> None:
 
 
 def chain(scene: Scene, steps: int = 25) -> tuple[list[PoseStatus], OdometryPose]:
-    """A stereo pair of cameras that moves alike from each frame to the next one."""
-    odometry, statuses = Odometry(), []
+    """A stereo pair of cameras that moves alike from each frame to the next one.
+
+    Wherever odometry is, the poses of a replay are there too, but for the axes of their frame.
+    """
+    odometry, trajectory, statuses = Odometry(), Trajectory(), []
     for i in range(1, steps + 1):
         found = scene.estimate(150, seed=i)
-        pose = odometry.add(pair(i, i + 1, found, reset=i == 1))
+        made = pair(i, i + 1, found, reset=i == 1)
+        if i == 1:
+            trajectory.add(made.reference, None)
+        trajectory.add(made.current, made)
+        pose = odometry.add(made)
         statuses.append(found.status)
-    assert pose is not None
+        assert pose is not None
+        rotation, (x, y, z) = trajectory.pose
+        np.testing.assert_allclose(pose.position, [z, -x, -y], atol=1e-9)
+        np.testing.assert_allclose(pose.rotation, [[0, 0, 1], [-1, 0, 0], [0, -1, 0]] @ rotation.as_matrix(), atol=1e-9)
     return statuses, pose
 
 

@@ -81,7 +81,7 @@ def test_the_recording_holds_what_the_bag_holds(kpmatch: Callable[..., tuple[int
     (line,) = rows["/world/path"][0]["LineStrips3D:strips"]
     np.testing.assert_allclose(line, chained, atol=1e-5)
     # The pictures: one a frame, with keypoints and matches where they are in the smaller picture.
-    assert len(rows["/image"]) == 12 and len(rows["/image/keypoints"]) == 12 and len(rows["/image/matches"]) == 11
+    assert len(rows["/image"]) == 12 and len(rows["/image/keypoints"]) == 12 and len(rows["/image/matches"]) == 12
     assert picture(rows["/image"][-1]).shape == (480, 640, 3)
     ends = np.array(rows["/image/matches"][-1]["LineStrips2D:strips"])
     expected = np.stack([np.reshape(matches[-1].reference_points, (-1, 2)), np.reshape(matches[-1].points, (-1, 2))], 1)
@@ -90,7 +90,7 @@ def test_the_recording_holds_what_the_bag_holds(kpmatch: Callable[..., tuple[int
 
 
 def record(file: Path, frames: int, statuses: dict[int, PoseStatus] | None = None, shape: tuple[int, ...] = ()) -> None:
-    with RerunRecording(file, frames, "a drive", metric=True) as recording:
+    with RerunRecording(file, "a drive", metric=True) as recording:
         for number in range(frames):
             each = result(number, (statuses or {}).get(number, PoseStatus.OK))
             each.frame.keypoints = np.array([[0.0, 0.0], [319.0, 239.0]])
@@ -113,6 +113,30 @@ def test_a_frame_without_a_pose_is_a_gap_and_a_new_chain_a_line_of_its_own(tmp_p
     assert "one image was lost" in rows["/table"][0]["TextDocument:text"][0]
 
 
+def test_an_interruption_ends_what_was_shown_of_the_frame_before(tmp_path: Path) -> None:
+    record(tmp_path / "a.rrd", 6, {3: PoseStatus.INTERRUPTED})
+    rows = rows_of(tmp_path / "a.rrd")
+    assert [len(row["LineStrips2D:strips"]) for row in rows["/image/matches"]] == [0, 50, 50, 0, 50, 50]
+    states = [state for (state,) in values(rows["/figures/status"], "StateChange:state")]
+    assert states == ["OK", "OK", "INTERRUPTED", "OK", "OK"]
+    for name, known in (("matches", 1), ("inliers", 1), ("rotation", 1), ("latency", 0)):
+        series = [len(row["Scalars:scalars"]) for row in rows[f"/figures/{name}"] if "stamp" in row]
+        assert series == [1, 1, 1 - known, 1, 1], name
+
+
+def test_matches_are_neither_right_nor_wrong_where_no_motion_was_estimated(tmp_path: Path) -> None:
+    with RerunRecording(tmp_path / "a.rrd", "a drive", metric=True) as recording:
+        for number, inliers in enumerate((None, np.arange(50) < 49, None)):
+            each = result(number)
+            each.frame.keypoints = np.zeros((0, 2))
+            if each.pair is not None:
+                each.pair.inliers = inliers
+            recording.add(each, 12.5)
+        recording.finish([], [])
+    judged, unknown = (row["LineStrips2D:colors"] for row in rows_of(tmp_path / "a.rrd")["/image/matches"][1:])
+    assert len(set(judged)) == 2 and len(set(unknown)) == 1 and not set(unknown) & set(judged)
+
+
 def test_large_and_grey_pictures_are_scaled_and_points_with_them(tmp_path: Path) -> None:
     record(tmp_path / "a.rrd", 2, shape=(480, 1280))
     rows = rows_of(tmp_path / "a.rrd")
@@ -125,14 +149,14 @@ def test_large_and_grey_pictures_are_scaled_and_points_with_them(tmp_path: Path)
 
 
 def test_of_many_frames_the_pictures_are_bounded(tmp_path: Path) -> None:
-    with RerunRecording(tmp_path / "a.rrd", 2500, "a drive", metric=True) as recording:
+    with RerunRecording(tmp_path / "a.rrd", "a drive", metric=True) as recording:
         for number in range(2500):
             each = result(number)
             each.frame.keypoints, each.frame.image = np.zeros((0, 2)), each.frame.image[:60, :80]
             recording.add(each, 12.5)
         recording.finish([], [])
     rows = rows_of(tmp_path / "a.rrd")
-    assert 800 <= len(rows["/image"]) <= 1000
+    assert [row["frame"] for row in rows["/image"]] == list(range(0, 2500, 4))
     assert sum(len(bytes(row["EncodedImage:blob"][0])) for row in rows["/image"]) < 25_000_000
     assert len([row for row in rows["/figures/matches"] if "stamp" in row]) == 2499
 

@@ -319,8 +319,7 @@ def replay_one(job: Job, settings: Settings) -> Row:
                 raise OutputError(str(error).replace(str(beside), str(job.target))) from error
             figures = report.figures()
             row |= {name: figures[name] for name in ("frames", "rate", "matches", "inliers", "poses", "rejected")}
-            uncalibrated = [f"no camera_info for {camera.image}" for camera in cameras if not camera.camera_info]
-            row |= {"state": "done", "message": "; ".join(uncalibrated + report.faults)}
+            row |= {"state": "done", "message": "; ".join(report.faults)}
             row |= {"seconds": round(time.perf_counter() - started, 3), "source": _source(job.source)}
             (beside / _ROW).write_text(json.dumps(row))
             job.target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kpmatch_ros.frames import Pair
+from kpmatch_ros.frames import Result
 from kpmatch_ros.geometry.pose import PoseStatus
 
-__all__ = ["STATUS_COLOURS", "FrameFigures", "small_jpeg"]
+__all__ = ["STATUS_COLOURS", "EvenlyChosen", "FrameFigures", "Jpeg"]
 
 _QUALITIES = (85, 70, 55)  # of JPEG, tried in this order
 
@@ -23,7 +24,10 @@ STATUS_COLOURS = {
     PoseStatus.TOO_FEW_MATCHES: "#e0a030",
     PoseStatus.NO_CALIBRATION: "#8a8f98",
     PoseStatus.FAILED: "#d1495b",
+    PoseStatus.INTERRUPTED: "#9b5de5",
 }
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,15 +36,16 @@ class FrameFigures:
 
     Attributes:
         stamp: nanoseconds.
-        matches, inliers: of the frame with its reference. Without calibration nothing is known of inliers: None.
+        matches, inliers: of the frame with its reference; None where it has none. Without calibration nothing is known
+            of inliers: None.
         rotation: between them, degrees; None without a pose.
         latency: milliseconds.
-        status: of the pose.
+        status: of the pose; INTERRUPTED where the frame has no reference.
         position: (3,) of the camera in the first camera's optical frame; None where it is not known for certain.
     """
 
     stamp: int
-    matches: int
+    matches: int | None
     inliers: int | None
     rotation: float | None
     latency: float
@@ -48,12 +53,15 @@ class FrameFigures:
     position: np.ndarray | None
 
     @classmethod
-    def of(cls, pair: Pair, position: np.ndarray, milliseconds: float) -> FrameFigures:
-        """Of a pair, the position (3,) where the chain of poses is, and what the frame took."""
+    def of(cls, result: Result, position: np.ndarray, milliseconds: float) -> FrameFigures:
+        """Of a frame that is not the first, the position (3,) where the chain of poses is, and what the frame took."""
+        pair, stamp = result.pair, result.frame.stamp
+        if pair is None:
+            return cls(stamp, None, None, None, milliseconds, PoseStatus.INTERRUPTED, None)
         status = pair.pose.status
         cosine = (np.trace(pair.pose.rotation) - 1) / 2
         return cls(
-            pair.current.stamp,
+            stamp,
             len(pair.indices),
             None if status is PoseStatus.NO_CALIBRATION else pair.num_inliers,
             float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))) if status.has_pose else None,
@@ -63,23 +71,70 @@ class FrameFigures:
         )
 
 
-def small_jpeg(image: NDArray[np.uint8], most: int, widths: Sequence[int]) -> tuple[bytes, tuple[int, int]]:
-    """An image as a JPEG of at most so many bytes, if the smallest that is tried has no more; and its width and height.
+class EvenlyChosen(Generic[T]):
+    """Every n-th of things that come one after the other, where n doubles when there would be too many.
+
+    Nobody has to know how many will come: what a bag declares need not be what it holds.
 
     Args:
-        image: uint8, (H, W) grey or (H, W, 3) RGB.
-        most: bytes.
-        widths: pixels, tried in this order. The last is tried also where the image is smaller.
+        most: how many there are at most. Of more things than that, half as many or more are kept.
+
+    Attributes:
+        every: n.
+        kept: what is chosen so far.
     """
-    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
+
+    def __init__(self, most: int) -> None:
+        self.every = 1
+        self.kept: list[T] = []
+        self._most = most
+        self._count = 0
+
+    def add(self, make: Callable[[], T]) -> None:
+        """The next one, which is made only where it is chosen."""
+        if self._count % self.every == 0:
+            self.kept.append(make())
+        if len(self.kept) > self._most:
+            del self.kept[1::2]
+            self.every *= 2
+        self._count += 1
+
+
+class Jpeg(NamedTuple):
+    """A picture: encoded, and its width and height."""
+
+    data: bytes
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, image: NDArray[np.uint8], most: int, widths: Sequence[int]) -> Jpeg:
+        """An image in at most so many bytes, if the smallest that is tried has no more.
+
+        Args:
+            image: uint8, (H, W) grey or (H, W, 3) RGB.
+            most: bytes.
+            widths: pixels, tried in this order. The last is tried also where the image is smaller.
+        """
+        return _encoded(cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image, most, widths)
+
+    def within(self, most: int, widths: Sequence[int]) -> Jpeg:
+        """The picture itself where it has at most so many bytes, and otherwise a smaller one, as :meth:`of` says."""
+        if len(self.data) <= most:
+            return self
+        image = cv2.imdecode(np.frombuffer(self.data, np.uint8), cv2.IMREAD_UNCHANGED)
+        return _encoded(np.asarray(image), most, widths)
+
+
+def _encoded(image: np.ndarray, most: int, widths: Sequence[int]) -> Jpeg:
+    """A grey or BGR image, as :meth:`Jpeg.of` says."""
     encoded, size = b"", (0, 0)
     for width in widths:
-        if width > bgr.shape[1] and width != widths[-1]:
+        if width > image.shape[1] and width != widths[-1]:
             continue
-        size = (width, max(1, round(bgr.shape[0] * width / bgr.shape[1])))
-        scaled = cv2.resize(bgr, size, interpolation=cv2.INTER_AREA)
+        size = (width, max(1, round(image.shape[0] * width / image.shape[1])))
+        scaled = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
         for quality in _QUALITIES:
             encoded = cv2.imencode(".jpg", scaled, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
             if len(encoded) <= most:
-                return encoded, size
-    return encoded, size
+                return Jpeg(encoded, size)
+    return Jpeg(encoded, size)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kpmatch_ros.bags.files import BagError
-from kpmatch_ros.bags.frame_figures import STATUS_COLOURS, FrameFigures, small_jpeg
+from kpmatch_ros.bags.frame_figures import STATUS_COLOURS, EvenlyChosen, FrameFigures, Jpeg
 from kpmatch_ros.bags.trajectory import Trajectory
 from kpmatch_ros.drawing import draw_matches
 from kpmatch_ros.frames import Pair, Result
@@ -29,28 +29,25 @@ _TEMPLATE = Path(__file__).with_name("report.html")
 _MATCHES_AND_INLIERS = "<span style='color:#3b82c4'>matches</span>, <span style='color:#2f9e6e'>inliers</span>"
 _SECONDS = "seconds"
 _BROKEN_COLOUR = "#d1495b"
-_OTHER_COLOUR = "#9b5de5"  # of a status that came later
 
 
 class HtmlReport:
     """Collects what a replay does, and writes it as a page.
 
     Args:
-        frames: how many there will be about, to choose those that have a picture.
         metric: whether the poses are in metres.
 
     Raises:
         BagError: when plotly is not installed.
     """
 
-    def __init__(self, frames: int, metric: bool) -> None:
+    def __init__(self, metric: bool) -> None:
         if importlib.util.find_spec("plotly") is None:
             raise BagError("--report: the page needs plotly, which is not installed: pip install plotly")
         self._metric = metric
-        self._every = -(-max(frames, 1) // _MOST_PICTURES)
-        self._picture_bytes = min(_PICTURE_BYTES, _PICTURES_BYTES // max(1, min(frames, _MOST_PICTURES)))
-        self._points: list[FrameFigures] = []
-        self._pictures: list[tuple[int, str, bytes]] = []  # number among the points, caption, JPEG
+        self._begun = False
+        self._points: list[FrameFigures] = []  # of all frames but the first
+        self._pictures = EvenlyChosen[tuple[int, str, Jpeg]](_MOST_PICTURES)  # number among the points, caption
         self._trajectory = Trajectory()
         self._breaks: list[tuple[int, np.ndarray]] = []  # number among the points, and where the chain goes on (3,)
 
@@ -58,14 +55,15 @@ class HtmlReport:
         """The next frame, and what it took from its message to its results."""
         breaks, before = self._trajectory.breaks, self._trajectory.position
         self._trajectory.add(result.frame, result.pair)
-        pair = result.pair
-        if pair is None:
+        begun, self._begun = self._begun, True
+        if not begun and result.pair is None:
             return
         if self._trajectory.breaks > breaks:
             self._breaks.append((len(self._points), before))
-        self._points.append(FrameFigures.of(pair, self._trajectory.position, milliseconds))
-        if (len(self._points) - 1) % self._every == 0 and len(self._pictures) < _MOST_PICTURES:
-            self._pictures.append((len(self._points) - 1, caption(pair), _picture(pair, self._picture_bytes)))
+        pair, number = result.pair, len(self._points)
+        self._points.append(FrameFigures.of(result, self._trajectory.position, milliseconds))
+        if pair is not None:
+            self._pictures.add(lambda: (number, caption(pair), _picture(pair)))
 
     def write(self, path: Path, title: str, rows: list[tuple[str, str]], faults: list[str]) -> None:
         """Write the page.
@@ -82,24 +80,25 @@ class HtmlReport:
         from plotly.offline import get_plotlyjs
 
         places, axis = self._time_axis()
+        pictures, every = self._pictures.kept, self._pictures.every
+        most = _PICTURES_BYTES // max(1, len(pictures))
         frames = [
             {
                 "point": number,
                 "at": places[number],
                 "when": f"{places[number]:.3f} s, pair {number}" if axis == _SECONDS else f"pair {number}",
                 "caption": text,
-                "jpeg": base64.b64encode(jpeg).decode(),
+                "jpeg": base64.b64encode(jpeg.within(most, _WIDTHS).data).decode(),
             }
-            for number, text, jpeg in self._pictures
+            for number, text, jpeg in pictures
         ]
         table = "\n".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in rows)
         notes = "\n".join(f"<li>{html.escape(fault)}</li>" for fault in faults)
-        every = "each frame" if self._every == 1 else f"one frame of {self._every}"
         parts = {
             "@TITLE@": html.escape(title),
             "@TABLE@": table,
             "@FAULTS@": f"<ul class='faults'>{notes}</ul>" if notes else "",
-            "@EVERY@": every,
+            "@EVERY@": "each frame" if every == 1 else f"one frame of {every}",
             "@TRAJECTORY@": _script(self._trajectory_figure()),
             "@FIGURES@": _script(self._figures(places, axis)),
             "@FRAMES@": _script(frames),
@@ -153,6 +152,7 @@ class HtmlReport:
     def _figures(self, places: list[float], axis_title: str) -> dict[str, Any]:
         """Four plots over the seconds since the first of the frames, one below the other."""
         statuses = [point.status for point in self._points]
+        numbers = list(range(len(places)))  # what a click on a point tells
         back = {number for number in range(1, len(places)) if places[number] < places[number - 1]}
 
         def with_gaps(values: list[Any]) -> list[Any]:  # no line leads back in time
@@ -161,7 +161,7 @@ class HtmlReport:
         def line(name: str, values: list[Any], axis: str, colour: str) -> dict[str, Any]:
             return {
                 "type": "scatter", "mode": "lines+markers", "name": name, "x": with_gaps(places),
-                "y": with_gaps(values), "yaxis": axis,
+                "y": with_gaps(values), "yaxis": axis, "customdata": with_gaps(numbers),
                 "line": {"color": colour, "width": 1.5}, "marker": {"size": 4},
             }  # fmt: skip
 
@@ -173,9 +173,10 @@ class HtmlReport:
             line("latency", [round(point.latency, 2) for point in self._points], "y3", "#e0703a"),
             {
                 "type": "scatter", "mode": "markers", "name": "status", "x": places, "yaxis": "y4",
+                "customdata": numbers,
                 "y": [status.name for status in statuses],
                 "marker": {"size": 8, "symbol": "square",
-                           "color": [STATUS_COLOURS.get(status, _OTHER_COLOUR) for status in statuses]},
+                           "color": [STATUS_COLOURS[status] for status in statuses]},
             },
         ]  # fmt: skip
         layout = {
@@ -188,12 +189,12 @@ class HtmlReport:
         return {"data": data, "layout": layout}
 
 
-def _picture(pair: Pair, most: int) -> bytes:
-    """The matches as a JPEG of at most so many bytes, if the smallest that is tried has no more."""
+def _picture(pair: Pair) -> Jpeg:
+    """The matches."""
     drawn = draw_matches(
         pair.reference.image, pair.current.image, pair.reference_points, pair.points, pair.scores, pair.inliers
     )
-    return small_jpeg(drawn, most, _WIDTHS)[0]
+    return Jpeg.of(drawn, _PICTURE_BYTES, _WIDTHS)
 
 
 def _script(value: Any) -> str:

@@ -40,6 +40,7 @@ __all__ = ["replay"]
 _TF_STATIC, _TF_TYPE = "/tf_static", "tf2_msgs/msg/TFMessage"
 _MOST_WAITING = 100  # frames, whatever the recorder's clock says: that memory stays bounded
 _CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
+_INFO_OPTIONS = {"mono": ["--camera-info"], "stereo": ["--left-info", "--right-info"]}
 
 
 class _Waiting(NamedTuple):
@@ -105,7 +106,7 @@ def replay(
     for path in (out, *files):
         if not path.resolve().parent.is_dir():
             raise BagError(f"{path}: there is no folder {path.parent}")
-    shown = None if page is None else HtmlReport(cameras[0].num_images, metric=stereo)
+    shown = None if page is None else HtmlReport(metric=stereo)
     if rerun is not None:
         RerunRecording.check_installed()
     for path in files:
@@ -129,7 +130,7 @@ def replay(
         recording = None
         title = encodable(f"Matches of {bag.resolve().name}")
         if file is not None:
-            recording = stack.enter_context(RerunRecording(file, cameras[0].num_images, title, metric=stereo))
+            recording = stack.enter_context(RerunRecording(file, title, metric=stereo))
         watchers = [each for each in (shown, recording) if each is not None]
         report = _process(bag, cameras, front_end, writer, wanted, trajectory, watchers)
         if not report.latencies:
@@ -144,6 +145,10 @@ def replay(
                 f"{bag}: none of the {sum(camera.num_images for camera in cameras)} images on {topics} can "
                 f"be used: {next(filter(None, why))}"
             )
+        for camera, option in zip(cameras, _INFO_OPTIONS[parameters.mode]):
+            if not camera.camera_info:
+                missing = f"no camera_info beside {camera.image}, so no relative pose; {option} names one"
+                report.faults.append(missing)
         if shown is not None and page_file is not None:
             shown.write(page_file, title, report.rows(), report.faults)
         if recording is not None:

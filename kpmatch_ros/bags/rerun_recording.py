@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kpmatch_ros.bags.files import BagError
-from kpmatch_ros.bags.frame_figures import STATUS_COLOURS, FrameFigures, small_jpeg
+from kpmatch_ros.bags.frame_figures import STATUS_COLOURS, EvenlyChosen, FrameFigures, Jpeg
 from kpmatch_ros.bags.recording import encodable
 from kpmatch_ros.bags.trajectory import Trajectory
-from kpmatch_ros.frames import Frame, Pair, Result
+from kpmatch_ros.frames import Result
 
 __all__ = ["RerunRecording"]
 
@@ -22,19 +22,31 @@ _IMAGES_BYTES = 25_000_000  # of all JPEGs
 _IMAGE_BYTES = 60_000  # of one
 _WIDTHS = (640, 480, 320, 240)  # pixels, tried in this order
 _KEYPOINT, _INLIER, _OUTLIER = (170, 178, 189), (47, 158, 110), (209, 73, 91)  # RGB
-_SERIES = {"matches": (59, 130, 196), "inliers": _INLIER, "rotation": (155, 93, 229), "latency": (224, 112, 58)}
+_MATCH = (59, 130, 196)  # of which nothing is known
+_SERIES = {"matches": _MATCH, "inliers": _INLIER, "rotation": (155, 93, 229), "latency": (224, 112, 58)}
 _MATCHES, _AT, _PATH, _STATUS = "image/matches", "world/camera", "world/path", "figures/status"
+
+
+class _Picture(NamedTuple):
+    """An image and what is drawn on it, until it is known which images are kept."""
+
+    frame: int
+    stamp: int
+    jpeg: Jpeg
+    keypoints: np.ndarray  # (N, 2) in units of the image's size
+    matches: np.ndarray  # (M, 2, 2) likewise, where each was in the reference and where it is
+    colours: np.ndarray  # (M, 3) of the matches
 
 
 class RerunRecording:
     """Writes what a replay does into a file for Rerun, as a context manager.
 
     The timelines are `stamp`, the images' time, and `frame`, which counts them. Positions and rotations are in the
-    first camera's optical frame. Everything is written as it comes; the path and the table follow with :meth:`finish`.
+    first camera's optical frame. Figures and poses are written as they come; the images, the path and the table follow
+    with :meth:`finish`.
 
     Args:
         path: of the file.
-        frames: how many there will be about, to choose those that have an image.
         title: of the recording.
         metric: whether the poses are in metres.
 
@@ -42,14 +54,13 @@ class RerunRecording:
         BagError: when rerun-sdk is not installed.
     """
 
-    def __init__(self, path: Path, frames: int, title: str, metric: bool) -> None:
+    def __init__(self, path: Path, title: str, metric: bool) -> None:
         self.check_installed()
         import rerun
         import rerun.blueprint as views
 
         self._rerun = rerun
-        self._every = -(-max(frames, 1) // _MOST_IMAGES)
-        self._image_bytes = min(_IMAGE_BYTES, _IMAGES_BYTES // max(1, min(frames, _MOST_IMAGES)))
+        self._pictures = EvenlyChosen[_Picture](_MOST_IMAGES)
         self._trajectory = Trajectory()
         self._paths: list[list[np.ndarray]] = []  # a chain of positions each, (3,)
         self._frames = 0
@@ -86,17 +97,14 @@ class RerunRecording:
         """The next frame, and what it took from its message to its results."""
         breaks, before = self._trajectory.breaks, self._trajectory.position
         self._trajectory.add(result.frame, result.pair)
-        self._stream.set_time("stamp", timestamp=np.datetime64(result.frame.stamp, "ns"))
-        self._stream.set_time("frame", sequence=self._frames)
-        pair = result.pair
+        self._at(self._frames, result.frame.stamp)
         if not self._paths or self._trajectory.breaks > breaks:
             self._paths.append([before])  # the chain goes on from there
-        if self._frames % self._every == 0:
-            self._add_image(result.frame, pair)
+        self._pictures.add(lambda: self._picture(result))
         self._frames += 1
-        if pair is None:
+        if self._frames == 1 and result.pair is None:
             return
-        figures = FrameFigures.of(pair, self._trajectory.position, milliseconds)
+        figures = FrameFigures.of(result, self._trajectory.position, milliseconds)
         values = {"matches": figures.matches, "inliers": figures.inliers, "rotation": figures.rotation,
                   "latency": figures.latency}  # fmt: skip
         for name, value in values.items():
@@ -108,13 +116,16 @@ class RerunRecording:
             self._add_pose()
 
     def finish(self, rows: list[tuple[str, str]], faults: list[str]) -> None:
-        """The path, and the table.
+        """The images, the path, and the table.
 
         Args:
             rows: the table: names and texts.
             faults: what went wrong, in words.
         """
         rerun = self._rerun
+        most = _IMAGES_BYTES // max(1, len(self._pictures.kept))
+        for picture in self._pictures.kept:
+            self._add_picture(picture, picture.jpeg.within(most, _WIDTHS))
         self._stream.log(_PATH, rerun.LineStrips3D([np.array(path) for path in self._paths]), static=True)
         unit = "metres" if self._metric else "arbitrary scale: each step has length one"
         lines = ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows), f"| positions | {unit} |"]
@@ -127,20 +138,30 @@ class RerunRecording:
         quaternion = self._rerun.Quaternion(xyzw=rotation.as_quat())
         self._stream.log(_AT, self._rerun.Transform3D(translation=position, quaternion=quaternion))
 
-    def _add_image(self, frame: Frame, pair: Pair | None) -> None:
-        rerun = self._rerun
-        jpeg, size = small_jpeg(frame.image, self._image_bytes, _WIDTHS)
-        self._stream.log("image", rerun.EncodedImage(contents=jpeg, media_type="image/jpeg"))
+    def _at(self, frame: int, stamp: int) -> None:
+        self._stream.set_time("stamp", timestamp=np.datetime64(stamp, "ns"))
+        self._stream.set_time("frame", sequence=frame)
+
+    def _picture(self, result: Result) -> _Picture:
+        frame, pair = result.frame, result.pair
+        size = np.array(frame.image.shape[1::-1], np.float32)
+        # Where there are no matches, none are written: those of the frame before would stay.
+        ends = np.zeros((0, 2, 2)) if pair is None else np.stack([pair.reference_points, pair.points], axis=1)
+        colours = np.full((len(ends), 3), _MATCH, np.uint8)
+        if pair is not None and pair.inliers is not None:
+            colours[:] = np.where(pair.inliers[:, None], _INLIER, _OUTLIER)
+        jpeg = Jpeg.of(frame.image, _IMAGE_BYTES, _WIDTHS)
         # Rerun's pixel (0, 0) has its centre at (0.5, 0.5).
-        scale = np.array(size) / frame.image.shape[1::-1]
-        self._stream.log(
-            "image/keypoints", rerun.Points2D((frame.keypoints + 0.5) * scale, colors=_KEYPOINT, radii=1.0)
-        )
-        if pair is not None:
-            ends = (np.stack([pair.reference_points, pair.points], axis=1) + 0.5) * scale
-            agree = np.ones(len(ends), bool) if pair.inliers is None else pair.inliers
-            colours = np.where(agree[:, None], _INLIER, _OUTLIER).astype(np.uint8)
-            self._stream.log(_MATCHES, rerun.LineStrips2D(ends, colors=colours))
+        centre = np.float32(0.5)
+        keypoints, matches = (frame.keypoints + centre) / size, (ends + centre) / size
+        return _Picture(self._frames, frame.stamp, jpeg, keypoints, matches, colours)
+
+    def _add_picture(self, picture: _Picture, jpeg: Jpeg) -> None:
+        rerun, size = self._rerun, np.array(jpeg.size)
+        self._at(picture.frame, picture.stamp)
+        self._stream.log("image", rerun.EncodedImage(contents=jpeg.data, media_type="image/jpeg"))
+        self._stream.log("image/keypoints", rerun.Points2D(picture.keypoints * size, colors=_KEYPOINT, radii=1.0))
+        self._stream.log(_MATCHES, rerun.LineStrips2D(picture.matches * size, colors=picture.colours))
 
 
 def _layout(views: Any) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.frames import Frame, Pair
+from kpmatch_ros.odometry import OdometryPose, Place
 
 __all__ = ["Trajectory"]
 
@@ -15,10 +16,12 @@ __all__ = ["Trajectory"]
 class Trajectory:
     """Relative poses chained, as lines of a TUM file: seconds, x y z, quaternion x y z w of the camera in the world.
 
-    The world is the first camera's optical frame, in stereo the left camera's. Its unit is the metre. From one camera,
-    each translation has length one: its direction is right, and its scale is arbitrary from pair to pair. A frame whose
-    pose is not known has no line. A frame whose reference has no pose breaks the chain: a comment says so, and the
-    chain goes on from the last known pose.
+    The world is the first camera's optical frame, in stereo the left camera's. Its unit is the metre, and a camera that
+    creeps is followed as by :class:`kpmatch_ros.odometry.Odometry`. From one camera, each translation has length one:
+    its direction is right, and its scale is arbitrary from pair to pair.
+
+    A frame whose pose is not known has no line. A frame whose reference has no pose breaks the chain: a comment says
+    so, and the chain goes on from the last known pose.
 
     Args:
         stream: of the file; None where the poses alone are wanted.
@@ -27,25 +30,25 @@ class Trajectory:
     def __init__(self, stream: TextIO | None = None) -> None:
         self.breaks = 0
         self._stream = stream
-        self._known: dict[int, tuple[Rotation, np.ndarray]] = {}  # by the frames' numbers
-        self._last = Rotation.identity(), np.zeros(3)
+        self._known: dict[int, Place] = {}  # by the frames' numbers
+        self._last = Place.of(OdometryPose(np.eye(3), np.zeros(3), np.zeros((6, 6)), 0))
         self._write("# timestamp tx ty tz qx qy qz qw: pose of the camera in the first camera's optical frame")
 
     @property
     def position(self) -> np.ndarray:
         """(3,) of the last camera whose pose is known, in the world."""
-        return self._last[1]
+        return self._last.pose.position
 
     @property
     def pose(self) -> tuple[Rotation, np.ndarray]:
         """Rotation and position (3,) of that camera: x_world = rotation x_camera + position."""
-        return self._last
+        return Rotation.from_matrix(self._last.pose.rotation), self.position
 
     def add(self, frame: Frame, pair: Pair | None) -> None:
         """The next frame, and its pair with the reference."""
         if pair is None:
             if not self._known:
-                self._continue(frame, *self._last)
+                self._continue(frame, self._last)
             return
         if not pair.pose.status.is_certain:
             self._known.pop(frame.number, None)
@@ -55,15 +58,13 @@ class Trajectory:
             self.breaks += 1
             self._write(f"# broken: the pose of the frame at {_seconds(pair.reference.stamp)} is not known")
             start = self._last
-        rotation, position = start
-        self._continue(
-            frame, rotation * Rotation.from_matrix(pair.pose.rotation), position + rotation.apply(pair.pose.translation)
-        )
+        self._continue(frame, start.after(pair.pose))
         kept = (pair.reference.number, frame.number)
         self._known = {number: pose for number, pose in self._known.items() if number in kept}
 
-    def _continue(self, frame: Frame, rotation: Rotation, position: np.ndarray) -> None:
-        self._last = self._known[frame.number] = rotation, position
+    def _continue(self, frame: Frame, place: Place) -> None:
+        self._last = self._known[frame.number] = place
+        rotation, position = self.pose
         numbers = " ".join(f"{value:.9f}" for value in (*position, *rotation.as_quat()))
         self._write(f"{_seconds(frame.stamp)} {numbers}")
 
