@@ -385,6 +385,29 @@ def test_an_existing_folder_is_replaced_only_on_demand_and_only_if_it_is_a_bag(
     assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "other_0.mcap", "photos/cat.jpg"])
+def test_what_is_not_the_bags_is_never_removed_with_it(
+    tmp_path: Path, bag: Path, images: list[NDArray[np.uint8]], name: str
+) -> None:
+    (bag / name).parent.mkdir(exist_ok=True)
+    (bag / name).write_text("mine")
+    with pytest.raises(BagError, match=f"holds {name.split('/')[0]}, which is not of the bag there"):
+        write_camera_bag(bag, images, STAMPS, None, overwrite=True)
+    assert (bag / name).read_text() == "mine" and len(read_all(bag)) == 8
+
+
+def test_a_folder_of_whose_kind_its_metadata_says_nothing_and_a_link_to_a_bag_are_not_replaced(
+    tmp_path: Path, bag: Path, images: list[NDArray[np.uint8]]
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metadata.yaml").write_text("title: mine\n")
+    (tmp_path / "link").symlink_to(bag)
+    for name in ("other", "link"):
+        with pytest.raises(BagError, match="is not a bag, so it is not replaced"):
+            write_camera_bag(tmp_path / name, images, STAMPS, None, overwrite=True)
+    assert (tmp_path / "other" / "metadata.yaml").read_text() == "title: mine\n" and len(read_all(bag)) == 8
+
+
 def test_a_bag_whose_writing_fails_leaves_nothing_behind(tmp_path: Path, images: list[NDArray[np.uint8]]) -> None:
     with pytest.raises(KeyboardInterrupt), BagWriter(tmp_path / "bag") as bag:
         bag.write("/image", image_message(images[0], STAMPS[0], "eye"), STAMPS[0])

@@ -17,13 +17,11 @@ import pytest
 import torch
 
 from kpmatch_ros.cli.bench import Request
-from kpmatch_ros.cli.bench_measure import Film, forth_and_back, in_turn
+from kpmatch_ros.cli.bench_measure import forth_and_back, in_turn
 from kpmatch_ros.cli.bench_report import Spread
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.models.assignment import ImageFeatures
 from kpmatch_ros.parameters import Parameters
-from simulation import demo_camera
-from simulation.bags import write_camera_bag
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ["--keypoints", "40", "--repeats", "2", "--device", "cpu", "--precision", "float32"]
@@ -241,47 +239,50 @@ def test_xfeat_is_run_as_its_authors_have_it(
     )
 
 
-def test_images_come_from_a_bag(run: Run, folder: Path, texture: Any, tmp_path: Path) -> None:
-    images = [texture(80, 96, seed) for seed in range(2)]
-    for topic in ("/front/image_raw", "/rear/image_raw"):
-        write_camera_bag(tmp_path / topic.split("/")[1], images, [0, 10**8], None, image_topic=topic, encoding="mono8")
-    words = ["--extractor", folder, "--matcher", folder, *SMALL, "--json", tmp_path / "speed.json"]
-    assert run(*words, "--bag", tmp_path / "front")[0] == 0
-    (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
-    assert (row["width"], row["height"]) == (96, 80)
-    status, _, err = run(*words, "--bag", tmp_path / "front", "--image", "/rear/image_raw")
-    assert status == 2 and "there is no such image topic with messages in it; there is /front/image_raw" in err
-
-
-def test_a_pose_is_that_of_the_cameras_calibration_where_it_is_known(
-    run: Run, folder: Path, pictures: Path, texture: Any, tmp_path: Path
+def test_the_file_and_the_table_say_which_networks_and_parameters_were_measured(
+    run: Run, folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    words = ["--extractor", folder, "--matcher", folder, *SMALL, "--json", tmp_path / "speed.json"]
+    words = ["--extractor", folder, "--matcher", "nearest", "--images", pictures, *SMALL]
+    status, out, _ = run(*words, "--ratio-threshold", 0.9, "--no-subpixel", "--json", tmp_path / "speed.json")
+    assert status == 0
+    (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert (row["extractor"], row["matcher"]) == (str(folder), "nearest")
+    assert row["parameters"] == {
+        "extractor": str(folder),
+        "matcher": "nearest",
+        "device": "cpu",
+        "precision": "float32",
+        "max_keypoints": 40,
+        "ratio_threshold": 0.9,
+        "subpixel": False,
+    }
+    assert f"\n{folder} with nearest; subpixel false, ratio_threshold 0.9\n" in out
+    assert "refine" not in out
 
-    def calibrated(*source: Any) -> bool:
-        status, out, _ = run(*words, *source)
-        assert status == 0
-        (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
-        assert row["calibrated"] == ("the calibration was made up" not in out)
-        return bool(row["calibrated"])
 
-    images = [texture(80, 96, seed) for seed in range(2)]
-    for name, camera in (("with", demo_camera(96, 80)), ("without", None)):
-        write_camera_bag(tmp_path / name, images, [0, 10**8], camera, encoding="mono8")
-    assert calibrated("--sizes", "96x80") and calibrated("--bag", tmp_path / "with")
-    assert not calibrated("--bag", tmp_path / "without") and not calibrated("--images", pictures)
+def test_beside_others_it_is_said_that_tracks_were_not_refined(
+    run: Run, folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Peer:
+        name, KEEPS_FEATURES = "another", False
 
+        def max_keypoints(self, count: int) -> None:
+            pass
 
-def test_a_smaller_film_has_the_calibration_of_a_smaller_camera() -> None:
-    camera = demo_camera(640, 480)
-    images = [np.zeros((480, 640), np.uint8)]
-    assert Film(images, camera).resized((640, 480)).camera is camera
-    smaller = Film(images, camera).resized((320, 120))
-    assert smaller.images[0].shape == (120, 320) and smaller.camera is not None
-    ahead = np.array([[0.1, 0.2], [-0.3, 0.1]])  # x/z, y/z
-    expected = (camera.project(ahead) + 0.5) * [0.5, 0.25] - 0.5
-    np.testing.assert_allclose(smaller.camera.project(ahead), expected, atol=1e-6)
-    assert Film(images, None).resized((320, 120)).camera is None
+        def describe(self, image: Any) -> Any:
+            return image
+
+        def match(self, reference: Any, image: Any) -> int:
+            return 3
+
+    monkeypatch.setattr("benchmarks.peers.PEERS", {"transformers": lambda matcher, dtype: Peer()})
+    words = ["--extractor", folder, "--matcher", folder, "--images", pictures, *SMALL, "--against", "transformers"]
+    status, out, _ = run(*words, "--json", tmp_path / "speed.json")
+    assert status == 0
+    table, below = out.split("upload is a part of extract")
+    assert "frames/s" in table and "refine was off, as others follow no tracks" in below
+    (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert row["parameters"]["refine"] is False
 
 
 def test_threads_are_those_of_the_option(run: Run, folder: Path, pictures: Path, tmp_path: Path) -> None:

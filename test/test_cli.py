@@ -122,6 +122,28 @@ def test_the_matches_are_drawn_into_a_file(run: Run, pictures: tuple[Path, Path]
     assert drawn.std(axis=2).max() > 40  # the images are grey, the lines are not
 
 
+@pytest.mark.parametrize("links", ["none", "symbolic", "hard"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_image_is_never_drawn_over(
+    run: Run, pictures: tuple[Path, Path], tmp_path: Path, number: int, links: str
+) -> None:
+    own = [Path(shutil.copy(picture, tmp_path)) for picture in pictures]
+    content = own[number].read_bytes()
+    # Without --save, the picture goes where a link may be.
+    drawn, words = tmp_path / "a_b_matches.png", []
+    if links == "symbolic":
+        drawn.symlink_to(own[number].name)
+    elif links == "hard":
+        drawn.hardlink_to(own[number])
+    else:
+        words = ["--save", tmp_path / "nowhere" / ".." / own[number].name]
+        (tmp_path / "nowhere").mkdir()
+    line = refused(run("match", *own, "--matcher", "nearest", "--device", "cpu", *words))
+    assert f"belongs to what is read ({own[number]}); choose another name" in line
+    assert ("--save" in line) == (links == "none")
+    assert own[number].read_bytes() == content
+
+
 def test_options_mean_what_the_parameters_of_their_names_mean(run: Run, pictures: tuple[Path, Path]) -> None:
     options = {"max_keypoints": 100, "matcher": "nearest", "filter_threshold": 0.5, "border": 40, "device": "cpu"}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]

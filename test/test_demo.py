@@ -17,8 +17,8 @@ import cv2
 import numpy as np
 import pytest
 
-from kpmatch_ros.bags.demo import demo_frames
-from kpmatch_ros.bags.files import bag_topics, read_ground_truth
+from kpmatch_ros.bags.demo import demo_frames, unpack_demo_bag
+from kpmatch_ros.bags.files import BagWriter, bag_topics, new_message, read_ground_truth
 from kpmatch_ros.cli import main
 
 FRAMES = 4
@@ -27,6 +27,10 @@ FRAMES = 4
 def test_the_demo_shows_figures_close_to_the_truth_and_leaves_a_picture_the_bag_and_a_log(tmp_path: Path) -> None:
     # One test for all of it, because it starts a node.
     command = [sys.executable, "-m", "kpmatch_ros.cli", "demo", "--out", "the demo", "--frames", str(FRAMES)]
+    # What an earlier one left is replaced.
+    unpack_demo_bag(tmp_path / "the demo" / "bag", 2)
+    for name in ("frame0.png", "node.log"):
+        (tmp_path / "the demo" / name).write_text("old")
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=280)
     assert done.returncode == 0, done.stderr
 
@@ -101,6 +105,36 @@ def test_a_file_in_the_place_of_the_folder_is_left_alone(capsys: pytest.CaptureF
     (tmp_path / "file").write_text("mine")
     assert main(["demo", "--out", str(tmp_path / "file")]) == 2
     assert str(tmp_path / "file") in capsys.readouterr().err and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["bag", "frame0.png", "frame1.png", "matches.png", "node.log"])
+def test_what_the_demo_did_not_make_is_left_alone(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
+    pytest.importorskip("rclpy")
+    if name == "bag":
+        with BagWriter(tmp_path / name) as bag:
+            bag.write("/chatter", new_message("std_msgs/msg/String", data="mine"), 1)
+    else:
+        (tmp_path / name).write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert f"{tmp_path / name}: is there already, and nothing shows that kpmatch demo made it" in err
+    assert err.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_lies_in_the_demos_bag_and_is_not_the_demos_is_left_alone(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("rclpy")
+    unpack_demo_bag(tmp_path / "bag", 2)
+    for path in (tmp_path / "bag" / "notes.txt", tmp_path / "frame0.png"):
+        path.write_text("mine")
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "holds notes.txt, which is not of the bag there" in capsys.readouterr().err
+    assert (tmp_path / "bag" / "notes.txt").read_text() == (tmp_path / "frame0.png").read_text() == "mine"
 
 
 def test_a_frames_calibration_has_arrived_before_its_image_is_sent() -> None:

@@ -261,3 +261,19 @@ def test_a_file_of_a_bag_is_never_overwritten(kpmatch: Run, tmp_path: Path, name
     for folder in ("in", "other"):
         assert "belongs to" in refused(kpmatch("bag", *words, tmp_path / folder / name, *QUICK))
         assert (tmp_path / folder / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("option", ["--poses", "--report", "--rerun"])
+def test_parameters_and_masks_are_never_overwritten(
+    frames: list[Any], tmp_path: Path, kpmatch: Run, option: str
+) -> None:
+    write_frames(frames, tmp_path / "in")
+    (tmp_path / "matcher.yaml").write_text("/**:\n  ros__parameters:\n    max_keypoints: 50\n")
+    (tmp_path / "mask.png").write_bytes(b"a mask")
+    (tmp_path / "link").symlink_to("mask.png")
+    read = ["--params", tmp_path / "matcher.yaml", "--mask", tmp_path / "mask.png"]
+    before = {path: path.read_bytes() for path in (tmp_path / "matcher.yaml", tmp_path / "mask.png")}
+    for name in ("matcher.yaml", "mask.png", "link"):
+        line = refused(kpmatch("bag", tmp_path / "in", tmp_path / "out", *read, option, tmp_path / name, *QUICK))
+        assert f"{option} {tmp_path / name}: belongs to what is read" in line
+    assert before == {path: path.read_bytes() for path in before} and not (tmp_path / "out").exists()

@@ -31,8 +31,9 @@ from kpmatch_ros.bags.files import BagError, OutputError
 from kpmatch_ros.bags.recording import encodable
 from kpmatch_ros.bags.replay import replay
 from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.inputs import named_files
 from kpmatch_ros.parameters import ParameterError, Parameters
-from kpmatch_ros.weights import REGISTRY, WeightsError, file_hash
+from kpmatch_ros.weights import WeightsError, file_hash
 
 __all__ = ["Job", "Row", "Settings", "claimed", "find_bags", "finished_row", "jobs_for", "replay_one", "write_tables"]
 
@@ -49,8 +50,6 @@ _STORAGE = re.compile(r".*\.(mcap|db3)(\.zstd)?")
 _FILES = (".mcap", ".db3", ".mcap.zstd", ".db3.zstd", ".bag")  # .bag is refused with the name of what converts it
 _SAMPLE = 4096  # bytes of a file's beginning, and of its end
 _OF_THE_MACHINE = ("device", "threads")  # parameters that another machine may have otherwise
-_OF_WEIGHTS = ("extractor", "matcher")  # parameters that name what is registered, or files
-_OF_FILES = (*_OF_WEIGHTS, "mask", "mask_right")  # parameters that may name files
 
 
 @dataclass(frozen=True)
@@ -70,24 +69,15 @@ class Settings:
 
     def with_whole_paths(self) -> Settings:
         """The same where the current folder is another one, as on another machine."""
-        whole = {name: str(path.resolve()) for name, path in self._files().items()}
+        whole = {name: str(path.resolve()) for name, path in named_files(self.parameters).items()}
         return dataclasses.replace(self, parameters=self.parameters.replace(whole))
-
-    def _files(self) -> dict[str, Path]:
-        """The files and folders that parameters name; what is registered is none, whatever lies here."""
-        given = {name: getattr(self.parameters, name) for name in _OF_FILES}
-        return {
-            name: Path(text)
-            for name, text in given.items()
-            if text and Path(text).exists() and not (name in _OF_WEIGHTS and (text in REGISTRY or text == "nearest"))
-        }
 
     def described(self) -> dict[str, Any]:
         """What decides on the results, as JSON has it."""
         chosen = dataclasses.asdict(self.parameters)
         parameters = {name: value for name, value in chosen.items() if name not in _OF_THE_MACHINE}
         topics = {name: topic for name, topic in self.topics.items() if topic is not None}
-        contents = {f"content of {name}": _digest(path) for name, path in self._files().items()}
+        contents = {f"content of {name}": _digest(path) for name, path in named_files(self.parameters).items()}
         return {
             "version": kpmatch_ros.__version__,
             **parameters,

@@ -21,15 +21,17 @@ from kpmatch_ros.bags.files import (
     read_ground_truth,
     read_messages,
 )
+from kpmatch_ros.bags.recording import bag_information
 from kpmatch_ros.geometry.pose import Pose
 from kpmatch_ros.images import to_array
 
-__all__ = ["DEMO_BAG", "DemoFrame", "demo_frames", "unpack_demo_bag"]
+__all__ = ["DEMO_BAG", "DemoFrame", "demo_frames", "is_demo_bag", "unpack_demo_bag"]
 
 DEMO_BAG = Path(__file__).resolve().parents[1] / "data" / "demo"
 IMAGE_TOPIC = "/camera/image_raw"
 INFO_TOPIC = "/camera/camera_info"
 
+_NOTES = {"made_by": "kpmatch demo"}
 _PERIOD = 100_000_000  # nanoseconds between two frames
 
 
@@ -66,9 +68,24 @@ def demo_frames(count: int) -> Iterator[DemoFrame]:
         yield DemoFrame(stamp, frame.image, info, frame.pose)
 
 
+def is_demo_bag(path: str | Path) -> bool:
+    """Whether :func:`unpack_demo_bag` made the bag that is there."""
+    try:
+        notes = bag_information(Path(path, "metadata.yaml")).get("custom_data")
+    except (OSError, ValueError):  # there is no bag, or none that can be read
+        return False
+    return isinstance(notes, dict) and _NOTES.items() <= notes.items()
+
+
 def unpack_demo_bag(path: str | Path, count: int) -> None:
-    """Write so many frames as a bag with raw images, their calibration and the true poses. Raises BagError."""
-    with BagWriter(path, overwrite=True) as bag:
+    """Write so many frames as a bag with raw images, their calibration and the true poses.
+
+    One that this wrote before is replaced.
+
+    Raises:
+        BagError: something else is there, or the bag cannot be written.
+    """
+    with BagWriter(path, overwrite=is_demo_bag(path), notes=_NOTES) as bag:
         for frame in demo_frames(count):
             frame_id = frame.camera_info.header.frame_id
             bag.write(GROUND_TRUTH, pose_message(frame.pose, frame.stamp, "world"), frame.stamp)

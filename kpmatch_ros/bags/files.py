@@ -34,7 +34,7 @@ from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_
 from rosbags.typesys.store import Typestore
 from scipy.spatial.transform import Rotation
 
-from kpmatch_ros.bags.recording import BagError, OutputError, Recording
+from kpmatch_ros.bags.recording import BagError, OutputError, Recording, own_files
 from kpmatch_ros.bags.storage import Definition
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import Pose
@@ -431,25 +431,35 @@ class BagWriter:
     Args:
         path: of the folder, which must not exist yet.
         storage: of the messages.
-        overwrite: replace the folder if it is a bag.
+        overwrite: replace the folder if it is a bag's, and holds nothing else.
+        notes: for whoever reads metadata.yaml, its custom_data.
 
     Raises:
         OutputError: there is no place for it.
         BagError: when the folder cannot be written for another reason.
     """
 
-    def __init__(self, path: str | Path, storage: Storage = "mcap", overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        storage: Storage = "mcap",
+        overwrite: bool = False,
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = Path(path)
         if self.path.exists():
             if not overwrite:
                 raise BagError(f"{self.path}: exists already; remove it or choose another name")
-            if not (self.path / "metadata.yaml").is_file():
-                raise BagError(f"{self.path}: exists and is not a bag, so it is not replaced")
-            shutil.rmtree(self.path)
+            with _written(self.path):
+                for file in own_files(self.path):
+                    file.unlink()
+                self.path.rmdir()
         self._connections: dict[tuple[str, str], Any] = {}
         plugin = StoragePlugin.MCAP if storage == "mcap" else StoragePlugin.SQLITE3
         with _written(self.path):
             self._writer = Writer(self.path, version=8, storage_plugin=plugin)
+            for key, note in (notes or {}).items():
+                self._writer.set_custom_data(key, note)
             self._writer.open()
 
     def write(self, topic: str, message: Any, stamp: int) -> None:

@@ -24,7 +24,16 @@ from kpmatch_ros.bags.mcap_file import McapFile
 from kpmatch_ros.bags.sqlite_file import SqliteFile
 from kpmatch_ros.bags.storage import Definition, StorageFile, from_zstd, type_name, zstd
 
-__all__ = ["BagError", "OutputError", "Raw", "Recording", "encodable", "is_recording"]
+__all__ = [
+    "BagError",
+    "OutputError",
+    "Raw",
+    "Recording",
+    "bag_information",
+    "encodable",
+    "is_recording",
+    "own_files",
+]
 
 _SUFFIXES = (".mcap", ".db3")
 _ZSTD = b"\x28\xb5\x2f\xfd"  # what a compressed message or file begins with; a message that is not begins with 0
@@ -140,19 +149,7 @@ class Recording:
 
     def _read_metadata(self, file: Path) -> list[str]:
         """The names of the bag's files. Every key may be absent."""
-        try:
-            tree = _parsed(file.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
-            raise ValueError(
-                f"metadata.yaml is damaged: {reason}; without metadata.yaml the bag may be read, and ros2 bag reindex "
-                f"{file.parent} writes another one"
-            ) from error
-        content = tree.get("rosbag2_bagfile_information") if isinstance(tree, dict) else None
-        if not isinstance(content, dict):
-            raise ValueError(
-                "metadata.yaml has no rosbag2_bagfile_information; without metadata.yaml the bag may be read"
-            )
+        content = bag_information(file)
         for entry in _list(content, "topics_with_message_count"):
             about = entry.get("topic_metadata") if isinstance(entry, dict) else None
             if isinstance(about, dict) and isinstance(about.get("name"), str):
@@ -161,7 +158,7 @@ class Recording:
                     self._declared[about["name"]] = self._declared.get(about["name"], 0) + count
                 if isinstance(about.get("type"), str):
                     self._types[about["name"]] = about["type"]
-        return [PurePath(name).name for name in _list(content, "relative_file_paths") if isinstance(name, str)]
+        return _file_names(content)
 
     def _open(self, path: Path) -> None:
         if path.suffix == ".zstd":
@@ -216,6 +213,52 @@ class Recording:
 def encodable(text: str) -> str:
     """A text that holds a file's name, which need not be UTF-8, with what UTF-8 cannot hold escaped."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def bag_information(file: Path) -> dict[str, Any]:
+    """What a metadata.yaml says of its bag. Every key may be absent.
+
+    Raises:
+        ValueError: it is damaged, or says nothing of a bag.
+        OSError: it cannot be read.
+    """
+    try:
+        tree = _parsed(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise ValueError(
+            f"metadata.yaml is damaged: {reason}; without metadata.yaml the bag may be read, and ros2 bag reindex "
+            f"{file.parent} writes another one"
+        ) from error
+    content = tree.get("rosbag2_bagfile_information") if isinstance(tree, dict) else None
+    if not isinstance(content, dict):
+        raise ValueError("metadata.yaml has no rosbag2_bagfile_information; without metadata.yaml the bag may be read")
+    return content
+
+
+def own_files(folder: Path) -> list[Path]:
+    """The files of a bag's folder that holds nothing else, so that the bag can be replaced.
+
+    Raises:
+        BagError: it is no bag's folder, or something in it is not the bag's.
+        OSError: it cannot be read.
+    """
+    try:
+        if folder.is_symlink():  # what it names lies elsewhere
+            raise ValueError
+        names = _file_names(bag_information(folder / "metadata.yaml"))
+    except (ValueError, FileNotFoundError, NotADirectoryError):
+        raise BagError(f"{folder}: exists and is not a bag, so it is not replaced") from None
+    own = {folder / "metadata.yaml", *(_as_it_is_now(folder / name) for name in names)}
+    present = sorted(folder.iterdir())
+    foreign = [entry.name for entry in present if entry not in own or entry.is_dir()]
+    if foreign:
+        raise BagError(f"{folder}: holds {foreign[0]}, which is not of the bag there, so it is not replaced")
+    return present
+
+
+def _file_names(content: dict[str, Any]) -> list[str]:
+    return [PurePath(name).name for name in _list(content, "relative_file_paths") if isinstance(name, str)]
 
 
 @functools.lru_cache(maxsize=1)

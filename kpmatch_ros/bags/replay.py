@@ -32,6 +32,7 @@ from kpmatch_ros.bags.report import Report
 from kpmatch_ros.bags.rerun_recording import RerunRecording
 from kpmatch_ros.bags.trajectory import Trajectory
 from kpmatch_ros.front_end import FrontEnd
+from kpmatch_ros.inputs import overwritten
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.pipeline import PATIENCE, Pipeline, check_odometry
 
@@ -158,10 +159,10 @@ def replay(
 
 def _check_place(file: Path, bag: Path, out: Path) -> None:
     """Refuse a file in the place of something else, before the work rather than after it."""
-    place, source = file.resolve(), bag.resolve()
+    place = file.resolve()
     if place == out.resolve():
         raise BagError(f"{file}: is to hold the bag, so it cannot be a file too; choose another name for one of them")
-    if place == source or source in place.parents:
+    if overwritten(file, [bag]) is not None:
         raise BagError(f"{file}: belongs to the bag that is read; choose another name")
     if place.is_dir():
         raise BagError(f"{file}: is a folder; give the name of a file")

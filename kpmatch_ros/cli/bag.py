@@ -14,6 +14,7 @@ from kpmatch_ros.cli.common import (
     Parser,
     add_command,
     add_parameters,
+    check_outputs,
     tell_of_idle,
     utf8_path,
 )
@@ -133,6 +134,8 @@ def _bag(options: argparse.Namespace) -> int:
     if options.landmarks and parameters.mode != "stereo":
         raise CommandError("--landmarks: one camera knows no metres; name a stereo pair with --left and --right")
     source = options.source
+    outputs = {"--poses": options.poses, "--report": options.report, "--rerun": options.rerun}
+    check_outputs(outputs, [options.params], parameters)
     try:
         cameras = choose_cameras(source, parameters.mode, chosen_topics(options, parameters))
         report = replay(

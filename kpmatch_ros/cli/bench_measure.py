@@ -20,7 +20,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -32,14 +31,14 @@ from kpmatch_ros.bags.demo import demo_frames
 from kpmatch_ros.bags.files import BagError, image_message, image_topics, read_messages
 from kpmatch_ros.cli.bench import Request
 from kpmatch_ros.cli.bench_report import STAGES, Comparison, Row, Spread, draw, report
-from kpmatch_ros.cli.common import CommandError, read_image
+from kpmatch_ros.cli.common import CommandError, check_outputs, read_image, resized
 from kpmatch_ros.device import choose_device, choose_precision, processor_name
 from kpmatch_ros.feature_matcher import LARGEST_IMAGE, FeatureMatcher
 from kpmatch_ros.frames import Pair
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.images import ImageError, to_array
-from kpmatch_ros.parameters import ParameterError, Parameters
+from kpmatch_ros.parameters import ParameterError, Parameters, declarations
 
 __all__ = ["forth_and_back", "in_turn", "run_bench"]
 
@@ -61,24 +60,19 @@ class Lap(NamedTuple):
 
 
 class Film(NamedTuple):
-    """A sequence of images and the camera's calibration."""
+    """A sequence of images, and the calibration of a camera that makes images of the first one's size."""
 
     images: list[Image]
     camera: Camera | None
 
     def resized(self, size: tuple[int, int]) -> Film:
-        """With images of another size (width, height)."""
-        height, width = self.images[0].shape[:2]
-        if (width, height) == size:
-            return self
-        images: list[Image] = [
-            np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA)) for image in self.images
-        ]
-        if self.camera is None:
-            return Film(images, None)
+        """With each image brought to a size (width, height)."""
+        images = [resized(image, size) for image in self.images]
+        if self.camera is None or (self.camera.width, self.camera.height) == size:
+            return Film(images, self.camera)
         # The middle of the first pixel is (0, 0), its corner half a pixel before.
         half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
-        scale = np.diag([size[0] / width, size[1] / height, 1.0])
+        scale = np.diag([size[0] / self.camera.width, size[1] / self.camera.height, 1.0])
         matrix = np.linalg.inv(half) @ scale @ half @ self.camera.matrix
         return Film(images, replace(self.camera, width=size[0], height=size[1], matrix=matrix))
 
@@ -146,6 +140,8 @@ def _check_files(request: Request) -> None:
     for option, path in (("--json", request.json), ("--plot", request.plot)):
         if path is not None and not path.resolve().parent.is_dir():
             raise CommandError(f"{option} {path}: there is no folder {path.parent}")
+    sources = [] if request.images is None else _picture_files(request.images)
+    check_outputs({"--json": request.json, "--plot": request.plot}, [*sources, request.bag], request.parameters)
     if request.plot is not None:
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -159,7 +155,7 @@ def _check_files(request: Request) -> None:
 
 
 def _films(request: Request) -> list[Film]:
-    """The sequence of images in each size."""
+    """The sequence of images in each size; stderr tells of images that are not of the size that was not asked for."""
     count = request.repeats + 1
     if request.images is not None:
         film = Film(_pictures(request.images, count), None)
@@ -168,8 +164,12 @@ def _films(request: Request) -> list[Film]:
     else:
         frames = list(demo_frames(count))
         film = Film([frame.image for frame in frames], Camera.from_camera_info(frames[0].camera_info, rectified=False))
-    height, width = film.images[0].shape[:2]
-    sizes = request.sizes or [(width, height)]
+    of_images = [_size(image) for image in film.images]
+    others = sum(size != of_images[0] for size in of_images)
+    if others and not request.sizes:
+        first = "{}x{}".format(*of_images[0])
+        print(f"kpmatch bench: {others} of {len(of_images)} images were brought to {first} pixels", file=sys.stderr)
+    sizes = request.sizes or of_images[:1]
     for width, height in sizes:
         if width * height > LARGEST_IMAGE:
             most = f"the {LARGEST_IMAGE / 1e6:.1f} million that the networks take"
@@ -177,10 +177,20 @@ def _films(request: Request) -> list[Film]:
     return [film.resized(size) for size in sizes]
 
 
-def _pictures(folder: Path, count: int) -> list[Image]:
+def _size(image: Image) -> tuple[int, int]:
+    """Width and height, pixels."""
+    height, width = image.shape[:2]
+    return width, height
+
+
+def _picture_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise CommandError(f"--images {folder}: there is no such folder")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)
+
+
+def _pictures(folder: Path, count: int) -> list[Image]:
+    paths = _picture_files(folder)
     if len(paths) < 2:
         raise CommandError(f"--images {folder}: holds {len(paths)} pictures; a pair needs two")
     return [read_image(path) for path in paths[:count]]
@@ -197,12 +207,22 @@ def _recorded(bag: Path, topic: str, count: int, rectified: bool) -> Film:
         images = [np.ascontiguousarray(to_array(record.message)) for record in records]
         infos = read_messages(bag, [chosen.camera_info]) if chosen.camera_info else iter(())
         info = next(infos, None)
-        camera = None if info is None else Camera.from_camera_info(info.message, rectified=rectified)
-    except (BagError, ImageError, CalibrationError) as error:
+    except (BagError, ImageError) as error:
         raise CommandError(str(error)) from error
     if len(images) < 2:
         raise CommandError(f"--bag {bag}: holds {len(images)} images on {chosen.image}; a pair needs two")
-    return Film(images, camera)
+    return Film(images, None if info is None else _calibration(info.message, _size(images[0]), rectified))
+
+
+def _calibration(info: Any, size: tuple[int, int], rectified: bool) -> Camera | None:
+    """The camera that a camera_info tells of; None, and why on stderr, where it is no calibration of such images."""
+    try:
+        camera = Camera.from_camera_info(info, rectified=rectified)
+        camera.check_size(*size)
+    except CalibrationError as error:
+        print(f"kpmatch bench: the calibration is not used: {error}", file=sys.stderr)
+        return None
+    return camera
 
 
 def forth_and_back(film: Sequence[Image]) -> Iterator[Image]:
@@ -263,7 +283,8 @@ def _measure(
                 served.append(_serve(peer, first, second))
 
     # Peers give points as detected, and follow none.
-    front_end = FrontEnd(parameters.replace({"refine": parameters.refine and not peers}), matcher)
+    parameters = parameters.replace({"refine": parameters.refine and not peers})
+    front_end = FrontEnd(parameters, matcher)
     stages: dict[str, list[float]] = {name: [] for name in STAGES}
     frame_laps: list[Lap] = []
     without_pose: list[Lap] = []  # as others, who estimate none; it is computed on one thread
@@ -301,6 +322,11 @@ def _measure(
             yield _compare(peer.name, "sequence, features kept", moving, kept, without_pose)
 
     return Row(
+        extractor=parameters.extractor,
+        matcher=parameters.matcher,
+        parameters={
+            item.name: value for item in declarations() if (value := getattr(parameters, item.name)) != item.default
+        },
         device=torch.cuda.get_device_name(matcher.device) if cuda else "cpu",
         precision=str(matcher.dtype).removeprefix("torch."),
         width=width,

@@ -15,6 +15,8 @@ __all__ = ["STAGES", "Comparison", "Row", "Spread", "draw", "report"]
 
 STAGES = ("decode", "convert", "upload", "extract", "match", "pose", "publish")
 
+_SHOWN = ("extractor", "matcher", "device", "precision", "max_keypoints", "refine")  # elsewhere in the table
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -61,6 +63,9 @@ class Row:
     """What was measured with one setting; times in milliseconds.
 
     Attributes:
+        extractor: the network, as the parameter names it.
+        matcher: the same.
+        parameters: of a frame, by name: those that are not the defaults.
         device: where.
         precision: number format.
         width: of the images, pixels.
@@ -80,6 +85,9 @@ class Row:
         comparisons: with other implementations.
     """
 
+    extractor: str
+    matcher: str
+    parameters: dict[str, Any]
     device: str
     precision: str
     width: int
@@ -106,6 +114,7 @@ def report(rows: list[Row], machine: dict[str, Any], with_ros: bool) -> str:
         + "".join(f"; {gpu}" for gpu in machine["gpus"]),
         f"kpmatch_ros {kpmatch_ros.__version__}, PyTorch {machine['torch']}, Python {machine['python']}, "
         f"{machine['system']}",
+        _setting(rows[0]),
         "",
         "milliseconds, medians; a frame is one of a sequence, its reference's features cached; a pair is two images",
     ]
@@ -127,6 +136,8 @@ def report(rows: list[Row], machine: dict[str, Any], with_ros: bool) -> str:
     lines.append("upload is a part of extract; decode is of JPEG and, like convert and publish, not in frame")
     if not all(row.calibrated for row in rows):
         lines.append("the calibration was made up, as none is known: a pose takes more time where it is wrong")
+    if any(row.comparisons for row in rows):
+        lines.append("refine was off, as others follow no tracks: without --against a frame takes more time")
     if not with_ros:
         lines.append("publish was not measured: it needs ROS 2 and the built messages")
     if any(row.comparisons for row in rows):
@@ -139,6 +150,16 @@ def report(rows: list[Row], machine: dict[str, Any], with_ros: bool) -> str:
                 table.append([*cells, _ratio(one.wall_ratio), _ratio(one.cpu_ratio)])
         lines.append(format_table(table, (3, 5, 6)))
     return "\n".join(lines)
+
+
+def _setting(row: Row) -> str:
+    """The networks, and what else all rows have that is not the default and has no column."""
+    others = [
+        f"{name} {str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in row.parameters.items()
+        if name not in _SHOWN
+    ]
+    return "; ".join([f"{row.extractor} with {row.matcher}", *([", ".join(others)] if others else [])])
 
 
 def _short(milliseconds: float) -> str:

@@ -7,11 +7,12 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from kpmatch_ros.inputs import files_read, overwritten
 from kpmatch_ros.parameters import Declaration, ParameterError, Parameters, declaration, meant
 from kpmatch_ros.shell import in_shell
 
@@ -28,11 +29,13 @@ __all__ = [
     "add_parameter",
     "add_parameters",
     "can_write_picture",
+    "check_outputs",
     "comma_separated",
     "image_size",
     "megabytes",
     "quiet_stderr",
     "read_image",
+    "resized",
     "tell_of_idle",
     "utf8_path",
     "whole_number",
@@ -180,6 +183,34 @@ def whole_number(least: int) -> Any:
     return parse
 
 
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path | None], parameters: Parameters) -> None:
+    """Refuse to write over what a command reads, before the work rather than after it.
+
+    Args:
+        outputs: the files to write, by the options that name them; an empty option where none does.
+        inputs: the files and folders to read.
+        parameters: they may name more of them, weights and masks.
+
+    Raises:
+        CommandError: an output is an input, or lies in one, by whatever name; or two outputs are one file.
+    """
+    sources = [*(path for path in inputs if path is not None), *files_read(parameters)]
+    taken: dict[str, Path] = {}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        named = f"{option} {path}".lstrip()
+        source = overwritten(path, sources)
+        if source is not None:
+            raise CommandError(f"{named}: belongs to what is read ({source}); choose another name")
+        for other, place in taken.items():
+            if overwritten(path, [place]) is not None:
+                raise CommandError(
+                    f"{named}: cannot hold two things, and {other} is written there; choose another name"
+                )
+        taken[option] = path
+
+
 def read_image(path: Path) -> NDArray[np.uint8]:
     """The picture in a file: uint8, grey (H, W) or RGB (H, W, 3), upright where its EXIF data says how it was held.
 
@@ -209,6 +240,18 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         reason = "is empty" if not data else "is no image that OpenCV reads" if whole else "is cut short"
         raise CommandError(f"{path} {reason}{', or it is damaged or cut short' if whole else ''}")
     return np.asarray(pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+
+
+def resized(picture: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The picture, grey or RGB, brought to a size (width, height) in pixels; itself where it has that already."""
+    import cv2
+    import numpy as np
+
+    height, width = picture.shape[:2]
+    if (width, height) == size:
+        return picture
+    way = cv2.INTER_AREA if size[0] * size[1] < width * height else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(picture, size, interpolation=way), np.uint8)
 
 
 def can_write_picture(path: Path) -> bool:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_demo"]
 
+_PICTURES, _BEST_PAIR, _LOG = ("frame0.png", "frame1.png"), "matches.png", "node.log"  # beside the bag
 _FIRST_DOMAIN_PORT = 32768  # whoever holds port 32768 + N uses ROS domain N: the convention of ROS's domain_coordinator
 
 
@@ -42,7 +43,11 @@ def add_demo(commands: Any) -> None:
         "kpmatch demo --out demo",
     )
     parser.add_argument(
-        "--out", metavar="FOLDER", type=Path, default=Path("demo"), help="for the bag and the pictures (default demo)"
+        "--out",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("demo"),
+        help="for the bag and the pictures; what an earlier demo left there is replaced (default demo)",
     )
     parser.add_argument("--frames", metavar="N", type=whole_number(2), default=12, help="images to send (default 12)")
 
@@ -89,21 +94,22 @@ def run_demo(out: Path, frames: int) -> None:
         frames: images in the bag, at least two.
 
     Raises:
-        CommandError: when ROS 2 or the messages are missing, or the node fails.
+        CommandError: when ROS 2 or the messages are missing, something else is in the place of what the demo writes, or
+            the node fails.
     """
     _load_ros()
     from kpmatch_ros.bags.demo import IMAGE_TOPIC, INFO_TOPIC
     from kpmatch_ros.ros.player import play
 
-    out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    with _ros_domain() as domain, _node_process(domain, out / "node.log") as node:
-        bag = _unpack(out, frames)  # while the node loads PyTorch and its networks
+    _make_room(out)
+    bag = _unpack(out, frames)  # first, as it shows the next demo whose the other files are
+    with _ros_domain() as domain, _node_process(domain, out / _LOG) as node:
         recorded, truth = _read_bag(bag)
         print("waiting for the node ...", file=sys.stderr)
         answers = play(recorded, IMAGE_TOPIC, INFO_TOPIC, domain, node.check)
     steps = _compare(answers, truth)
-    picture = _save_best_picture(out / "matches.png", steps, answers.pictures)
+    picture = _save_best_picture(out / _BEST_PAIR, steps, answers.pictures)
     _print_results(steps, bag, picture, time.monotonic() - started)
 
 
@@ -124,6 +130,32 @@ def _load_ros() -> None:
         ) from error
 
 
+def _make_room(folder: Path) -> None:
+    """Make the folder, and remove what an earlier demo left in it, but for the bag.
+
+    Raises:
+        CommandError: there is something of these names that nothing shows to be the demo's: a recording, say.
+    """
+    from kpmatch_ros.bags.demo import is_demo_bag
+    from kpmatch_ros.bags.recording import BagError, own_files
+
+    folder.mkdir(parents=True, exist_ok=True)
+    bag = folder / "bag"
+    files = [folder / name for name in (*_PICTURES, _BEST_PAIR, _LOG)]
+    if is_demo_bag(bag):
+        try:
+            own_files(bag)
+        except BagError as error:
+            raise CommandError(str(error)) from error
+    elif taken := next(filter(os.path.lexists, (bag, *files)), None):
+        raise CommandError(
+            f"{taken}: is there already, and nothing shows that kpmatch demo made it; remove it, or choose another "
+            "folder with --out"
+        )
+    for path in files:
+        path.unlink(missing_ok=True)
+
+
 def _unpack(folder: Path, frames: int) -> Path:
     """The demo's frames as a bag, and the first two as picture files."""
     from kpmatch_ros.bags.demo import demo_frames, unpack_demo_bag
@@ -134,8 +166,8 @@ def _unpack(folder: Path, frames: int) -> Path:
         unpack_demo_bag(bag, frames)
     except BagError as error:
         raise CommandError(str(error)) from error
-    for number, frame in enumerate(demo_frames(2)):
-        write_picture(folder / f"frame{number}.png", frame.image)
+    for name, frame in zip(_PICTURES, demo_frames(2)):
+        write_picture(folder / name, frame.image)
     return bag
 
 
@@ -319,12 +351,12 @@ def _print_results(steps: list[Step], bag: Path, picture: Path | None, elapsed: 
         f"{elapsed:.0f} s in all.\n"
         "Latency: from publishing an image to having its matches and its pose. Errors: against the bag's true motion."
     )
-    print(f"\npicture    {picture or 'none arrived'}\nbag        {bag}\nnode's log {bag.parent / 'node.log'}")
+    print(f"\npicture    {picture or 'none arrived'}\nbag        {bag}\nnode's log {bag.parent / _LOG}")
     if shutil.which("ros2"):
         node = "ros2 launch kpmatch_ros matcher.launch.py image:=/camera/image_raw camera_info:=/camera/camera_info"
     else:
         node = matcher_in_shell("--ros-args -r image:=/camera/image_raw -r camera_info:=/camera/camera_info")
-    first, second, pair = (shlex.quote(str(bag.parent / f"{name}.png")) for name in ("frame0", "frame1", "pair"))
+    first, second, pair = (shlex.quote(str(bag.parent / name)) for name in (*_PICTURES, "pair.png"))
     print(
         f"""
 What next:

@@ -19,6 +19,7 @@ from kpmatch_ros.cli.common import (
     add_parameters,
     image_size,
     read_image,
+    resized,
     utf8_path,
     whole_number,
 )
@@ -151,7 +152,7 @@ def _write(
     )
     parity, said = None, ""
     if not options.no_check:
-        images = [networks.upload(picture) for picture in _resized(pictures or list(_demo()), options.size)]
+        images = [networks.upload(resized(picture, options.size)) for picture in pictures or _demo()]
         try:
             sessions = Session(files[0], graphs[0]), Session(files[1], graphs[1])
         except RuntimeMissing as error:
@@ -193,18 +194,3 @@ def _demo() -> Iterator[NDArray[np.uint8]]:
 
     for frame in demo_frames(_FRAMES):
         yield frame.image
-
-
-def _resized(pictures: list[NDArray[np.uint8]], size: tuple[int, int]) -> Iterator[NDArray[np.uint8]]:
-    """The pictures in the size that the graph takes."""
-    import cv2
-    import numpy as np
-
-    for picture in pictures:
-        height, width = picture.shape[:2]
-        if (width, height) != size:
-            smaller = size[0] * size[1] < width * height
-            picture = np.asarray(
-                cv2.resize(picture, size, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR), np.uint8
-            )
-        yield picture

@@ -17,6 +17,7 @@ from kpmatch_ros.cli.common import (
     add_command,
     add_parameters,
     can_write_picture,
+    check_outputs,
     comma_separated,
     read_image,
     tell_of_idle,
@@ -97,6 +98,8 @@ def _match(options: argparse.Namespace) -> int:
     elif picture is not None:
         _check_picture_file(picture)
     image_a, image_b = read_image(options.image_a), read_image(options.image_b)
+    given = "" if options.save is None else "--save"
+    check_outputs({given: picture}, [options.image_a, options.image_b], parameters)
     lens = options.distortion_model, options.distortion or ()
     camera_a = _camera(image_a, options.intrinsics, *lens)
     camera_b = _camera(image_b, options.intrinsics1 or options.intrinsics, *lens)
