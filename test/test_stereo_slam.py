@@ -24,6 +24,7 @@ from geometry_msgs.msg import PoseStamped
 from nav_msgs.msg import Path as PathMessage
 from rclpy.qos import QoSProfile
 from scipy.spatial.transform import Rotation
+from sensor_msgs.msg import CameraInfo
 from stereo_slam_robot import PLACES, TURNS
 from test_stereo_node import rig, stamped
 
@@ -34,18 +35,21 @@ from examples.stereo_slam.smoother import Calibration
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 FOCAL, CENTRE, BASELINE, NOISE = 400.0, (320.0, 240.0), 0.1, 0.2
 NOT_DETECTED = 2**32 - 1
-OK, TOO_FEW_MATCHES, FAILED = 0, 2, 4  # RelativePose
+OK, TOO_FEW_MATCHES, FAILED, INTERRUPTED = 0, 2, 4, 5  # RelativePose
 
 
 def header(frame: int, frame_id: str = "left") -> SimpleNamespace:
     return SimpleNamespace(stamp=SimpleNamespace(sec=frame, nanosec=0), frame_id=frame_id)
 
 
-def camera_info(side: str) -> SimpleNamespace:
+def camera_info(side: str) -> CameraInfo:
     offset = -FOCAL * BASELINE if side == "right" else 0.0
     k = [FOCAL, 0, CENTRE[0], 0, FOCAL, CENTRE[1], 0, 0, 1]
     p = [FOCAL, 0, CENTRE[0], offset, 0, FOCAL, CENTRE[1], 0, 0, 0, 1, 0]
-    return SimpleNamespace(header=header(0, side), distortion_model="plumb_bob", d=[0.0] * 5, k=k, r=np.eye(3), p=p)
+    info = CameraInfo(width=640, height=480, distortion_model="plumb_bob", d=[0.0] * 5)
+    info.k, info.r, info.p = ([float(number) for number in numbers] for numbers in (k, np.eye(3).ravel(), p))
+    info.header.frame_id = side
+    return info
 
 
 def true_pose(frame: int) -> Any:
@@ -217,7 +221,7 @@ def test_a_keyframes_disparities_are_those_of_its_stereo_matches(right: str) -> 
         feed(slam, world, frame - 1, frame)
     keyframe = slam.requests[0].reference
     pixels, matched = world.pixels(keyframe.number), world.indices != NOT_DETECTED
-    assert np.array_equal(keyframe.points, np.round(pixels[:, :2]))
+    np.testing.assert_allclose(keyframe.points, np.round(pixels[:, :2]), atol=1e-9)
     assert np.array_equal(np.isfinite(keyframe.right_x), matched)
     disparities = (keyframe.points[:, 0] - keyframe.right_x)[matched]
     np.testing.assert_allclose(disparities, (pixels[:, 0] - pixels[:, 2])[matched], atol=1e-9)
@@ -255,17 +259,135 @@ def test_messages_of_a_frame_may_come_in_any_order() -> None:
 
 def test_after_a_reset_only_a_guess_joins_the_frames() -> None:
     slam, world = new_slam(), World()
-    for frame in (0, 5):
-        slam.add("stereo_matches", world.stereo(frame))
+    slam.add("stereo_matches", world.stereo(0))
     feed(slam, world, 0, 1)
+    slam.add("stereo_matches", world.stereo(5))
     feed(slam, world, 5, 6, reset=True, first_id=1001)
     assert slam.breaks == 1 and [stamp // 10**9 for stamp in slam.stamps] == [0, 1, 5, 6]
     moved, true = slam.poses()[2].between(slam.poses()[3]), true_pose(5).between(true_pose(6))
     assert np.linalg.norm(moved.translation() - true.translation()) < 0.01
 
 
+@pytest.mark.parametrize("first", [0, 20])
+@pytest.mark.parametrize("reset", [True, False])
+def test_after_stamps_went_back_the_frames_are_taken_as_a_new_walk(first: int, reset: bool) -> None:
+    """A bag is looped, or a clock set back. The first pair of the new walk may be lost, and its reset with it."""
+    slam, world = new_slam(), World()
+    slam.add("stereo_matches", world.stereo(first))
+    for frame in range(first + 1, first + 13):
+        feed(slam, world, frame - 1, frame)
+    before = len(slam.stamps)
+    slam.add("relative_pose", SimpleNamespace(header=header(0), status=INTERRUPTED))
+    slam.add("stereo_matches", world.stereo(0))
+    for frame in range(1, 13):
+        feed(slam, world, frame - 1, frame, reset=reset and frame == 1, first_id=1000)
+    again = slam.stamps[before:]
+    assert [stamp // 10**9 for stamp in again] == list(range(0 if reset else 1, 13)) and slam.breaks == reset
+    poses = slam.poses()[before:]
+    moved = poses[0].between(poses[-1]), true_pose(12 - len(poses) + 1).between(true_pose(12))
+    assert np.linalg.norm(moved[0].translation() - moved[1].translation()) < 0.02
+
+
+def test_after_stamps_went_back_nothing_of_before_is_taken_for_what_comes() -> None:
+    """Stereo matches and features with the stamps of the new walk wait there still."""
+    world, keyframes = World(), Keyframes(step=0.05)
+    slam = StereoSlam(camera_info("left"), camera_info("right"), rectified=True, keyframes=keyframes)
+
+    def walk(again: bool, order: list[str], last: list[str]) -> list[tuple[int, ...]]:
+        world.seen.clear()  # other pictures
+        slam.add("stereo_matches", world.stereo(0))
+        completed = []
+        for frame in range(1, 8):
+            pair = world.pair(frame - 1, frame, reset=again and frame == 1, first_id=1000 if again else 1)
+            features = SimpleNamespace(header=header(frame), points=world.pixels(frame)[:, :2].ravel(), again=again)
+            messages = {"features": features, "stereo_matches": world.stereo(frame), **pair}
+            topics = last if frame == 7 else order
+            completed.append(tuple(slam.add(topic, messages[topic]) for topic in topics))
+        return completed
+
+    order = ["relative_pose", "matches", "stereo_matches"]
+    walk(False, ["features", *order], order)
+    assert walk(True, [*order, "features"], [*order, "features"]) == [(0, 0, 2, 0)] + [(0, 0, 1, 0)] * 6
+    assert len(slam.stamps) == 2 * 8 and slam.breaks == 1
+    assert {each.features.again for each in keyframes.kept if each.number >= 8} == {True}
+
+
+def test_an_image_whose_partner_came_late_has_its_own_pose() -> None:
+    """The node told of it as INTERRUPTED before."""
+    slam, world = new_slam(), World()
+    slam.add("stereo_matches", world.stereo(0))
+    feed(slam, world, 0, 1)
+    slam.add("relative_pose", SimpleNamespace(header=header(3), status=INTERRUPTED))
+    for frame in (2, 3):
+        messages = {"stereo_matches": world.stereo(frame), **world.pair(frame - 1, frame)}
+        completed = [slam.add(topic, message) for topic, message in messages.items()]
+        assert completed == [0, 0, 1], "with its relative_pose, not with that of before"
+
+
+@pytest.mark.parametrize("told", ["", "/left", "left"])
+def test_the_left_cameras_features_are_those_in_the_frame_of_the_matches(told: str) -> None:
+    """The camera_info may name another frame, or none. Where the left one's are lost, the right one's are not taken."""
+    info, world = camera_info("left"), World()
+    info.header.frame_id = told
+    keyframes = Keyframes(step=0.05, least_path=0.0)
+    slam = StereoSlam(info, camera_info("right"), rectified=True, keyframes=keyframes)
+    slam.add("stereo_matches", world.stereo(0))
+    for frame in range(1, 7):
+        sides = ("right",) if frame == 3 else ("left", "right")
+        for side in sides:
+            slam.add("features", SimpleNamespace(header=header(frame, side), points=world.pixels(frame)[:, :2].ravel()))
+        feed(slam, world, frame - 1, frame)
+    assert [each.number for each in keyframes.kept] == [1, 2, 4, 5, 6]
+    assert {each.features.header.frame_id for each in keyframes.kept} == {"left"}
+
+
+@pytest.mark.parametrize("rectified", [True, False])
+@pytest.mark.parametrize("crop", ["binning", "region of interest", "principal points"])
+def test_binning_and_region_of_interest_are_those_of_the_images(rectified: bool, crop: str) -> None:
+    """The images are half as large as the calibration, by binning or as a part; or the two cameras' centres differ."""
+    random = np.random.default_rng(1)
+    inside = np.c_[random.uniform(-1, 1, (50, 2)), random.uniform(4, 9, 50)]
+    infos = [camera_info(side) for side in ("left", "right")]
+    received = []
+    for side, info in enumerate(infos):
+        if crop == "principal points":
+            info.p[2] += 7.0 * side
+            info.k = np.reshape(info.p, (3, 4))[:, :3].ravel()
+        seen = inside - (side * BASELINE, 0, 0)
+        pixels = seen[:, :2] / seen[:, 2:] * FOCAL + (info.p[2], info.p[6])
+        if crop == "binning":
+            info.binning_x = info.binning_y = 2
+            pixels /= 2
+        elif crop == "region of interest":
+            info.roi.x_offset, info.roi.y_offset, info.roi.width, info.roi.height = 160, 120, 320, 240
+            pixels -= (160, 120)
+        received.append(pixels)
+    slam = StereoSlam(*infos, rectified=rectified)
+    seen = []
+    slam.smoother.add_frame = lambda motion, sigmas, reference, before, now: seen.append(now)  # type: ignore[method-assign]
+    world = World()
+    for frame in (0, 1):
+        stereo = world.stereo(frame)
+        stereo.reference_indices, stereo.sigmas, stereo.inliers = np.arange(50), np.full(50, NOISE), np.ones(50)
+        stereo.reference_points, stereo.points = received[0].ravel(), received[1].ravel()
+        slam.add("stereo_matches", stereo)
+    pair = world.pair(0, 1)
+    matches = pair["matches"]
+    matches.track_ids, matches.sigmas, matches.inliers = np.arange(50) + 1, np.full(50, NOISE), np.ones(50)
+    matches.indices = matches.reference_indices = np.arange(50)
+    matches.points = matches.reference_points = received[0].ravel()
+    for topic, message in pair.items():
+        slam.add(topic, message)
+    camera = slam.calibration
+    (now,) = seen
+    depth = camera.fx * camera.baseline / (now.points[:, 0] - now.right_x)
+    found = (now.points - (camera.cx, camera.cy)) / (camera.fx, camera.fy) * depth[:, None]
+    np.testing.assert_allclose(np.c_[found, depth], inside, rtol=1e-6)
+    assert camera.fx == pytest.approx(FOCAL / 2 if crop == "binning" else FOCAL), "the pixels of sigmas"
+
+
 def test_a_calibration_without_a_baseline_is_refused() -> None:
-    with pytest.raises(ValueError, match="calibrate the two as a stereo pair"):
+    with pytest.raises(ValueError, match="Calibrate the two cameras as one stereo pair"):
         StereoSlam(camera_info("left"), camera_info("left"), rectified=True)
 
 
