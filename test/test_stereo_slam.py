@@ -20,9 +20,11 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("kpmatch_ros.msg")
 
 import gtsam
+import rclpy
+from domain_coordinator import domain_id
 from geometry_msgs.msg import PoseStamped
 from nav_msgs.msg import Path as PathMessage
-from rclpy.qos import QoSProfile
+from rclpy.qos import DurabilityPolicy, QoSProfile
 from scipy.spatial.transform import Rotation
 from sensor_msgs.msg import CameraInfo
 from stereo_slam_robot import PLACES, TURNS
@@ -484,6 +486,29 @@ def test_the_node_follows_a_camera_and_closes_a_loop_over_dds(tmp_path: Path) ->
     # To the camera's right is minus y of a frame whose x points forward.
     np.testing.assert_allclose(found, [[0, -x, 0] for x in places], atol=0.006)
     assert slam.returncode == 0 and picture.stat().st_size > 10_000, log.read_text()
+
+
+def test_a_calibration_that_was_sent_once_is_heard_and_one_that_is_missing_is_named() -> None:
+    """A latched camera_info (durability transient_local) of the left camera, before the back-end came, and no other."""
+    context = rclpy.Context()
+    with domain_id() as domain:
+        rclpy.init(context=context, domain_id=domain)
+        try:
+            peer = rclpy.create_node("peer", context=context)
+            latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+            peer.create_publisher(CameraInfo, "left/camera_info", latched).publish(camera_info("left"))
+            environment = {**os.environ, "ROS_DOMAIN_ID": str(domain), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "-m", "stereo_slam.node", "--ros-args", "-r", "right/camera_info:=/other"]
+            slam = subprocess.Popen(command, cwd=EXAMPLES, env=environment, stderr=subprocess.PIPE, text=True)
+            try:
+                assert slam.stderr is not None
+                said = slam.stderr.readline()
+            finally:
+                slam.send_signal(signal.SIGINT)
+                slam.communicate(timeout=30)
+        finally:
+            rclpy.try_shutdown(context=context)
+    assert "nothing has come on /other\n" in said
 
 
 def test_raw_cameras_give_a_path_and_tf_over_dds(tf2_environment: dict[str, str], tmp_path: Path) -> None:
