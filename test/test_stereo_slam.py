@@ -20,11 +20,32 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("kpmatch_ros.msg")
 
 import gtsam
+import rclpy
+from domain_coordinator import domain_id
 from geometry_msgs.msg import PoseStamped
 from nav_msgs.msg import Path as PathMessage
-from rclpy.qos import QoSProfile
+from rclpy.qos import DurabilityPolicy, QoSProfile
 from scipy.spatial.transform import Rotation
+from sensor_msgs.msg import CameraInfo
 from stereo_slam_robot import PLACES, TURNS
+from stereo_slam_world import (
+    BASELINE,
+    CENTRE,
+    FAILED,
+    FOCAL,
+    INTERRUPTED,
+    NOISE,
+    NOT_DETECTED,
+    OK,
+    TOO_FEW_MATCHES,
+    World,
+    camera_info,
+    errors,
+    feed,
+    header,
+    new_slam,
+    true_pose,
+)
 from test_stereo_node import rig, stamped
 
 from examples.stereo_slam.pose_graph import Keyframe, Keyframes, Loop, PoseGraph, align
@@ -32,113 +53,6 @@ from examples.stereo_slam.slam import StereoSlam
 from examples.stereo_slam.smoother import Calibration
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-FOCAL, CENTRE, BASELINE, NOISE = 400.0, (320.0, 240.0), 0.1, 0.2
-NOT_DETECTED = 2**32 - 1
-OK, TOO_FEW_MATCHES, FAILED = 0, 2, 4  # RelativePose
-
-
-def header(frame: int, frame_id: str = "left") -> SimpleNamespace:
-    return SimpleNamespace(stamp=SimpleNamespace(sec=frame, nanosec=0), frame_id=frame_id)
-
-
-def camera_info(side: str) -> SimpleNamespace:
-    offset = -FOCAL * BASELINE if side == "right" else 0.0
-    k = [FOCAL, 0, CENTRE[0], 0, FOCAL, CENTRE[1], 0, 0, 1]
-    p = [FOCAL, 0, CENTRE[0], offset, 0, FOCAL, CENTRE[1], 0, 0, 0, 1, 0]
-    return SimpleNamespace(header=header(0, side), distortion_model="plumb_bob", d=[0.0] * 5, k=k, r=np.eye(3), p=p)
-
-
-def true_pose(frame: int) -> Any:
-    """A camera that walks forward and sways, in the first one's frame."""
-    turn = gtsam.Rot3.Ypr(0.0, 0.05 * np.sin(frame / 3), 0.03 * np.sin(frame / 2))
-    return gtsam.Pose3(turn, np.array([0.03 * frame, 0.0, 0.1 * frame]))
-
-
-class World:
-    """Points before a camera, and the messages of a matcher that tracks them all.
-
-    Every third track is carried: it is no keypoint, so it has no match in the right image. Every eighth one slips.
-    """
-
-    def __init__(self) -> None:
-        self.random = np.random.default_rng(4)
-        self.points = np.c_[self.random.uniform(-3, 3, (120, 2)), self.random.uniform(5, 12, 120)]
-        self.slip = self.random.normal(0, 2, (120, 2)) * (np.arange(120) % 8 == 0)[:, None]
-        self.indices = np.where(np.arange(120) % 3 == 0, NOT_DETECTED, np.arange(120))
-        self.aside = 0.0  # pixels from a track to the left point of its keypoint's stereo match
-        self.seen: dict[int, np.ndarray] = {}
-
-    def pixels(self, frame: int) -> np.ndarray:
-        """(120, 3) x and y in the left image, and x in the right one."""
-        if frame not in self.seen:
-            inside = np.array([true_pose(frame).transformTo(point) for point in self.points])
-            left = inside[:, :2] / inside[:, 2:] * FOCAL + CENTRE + frame * self.slip
-            left += self.random.normal(0, NOISE, (120, 2))
-            right = left[:, 0] - FOCAL * BASELINE / inside[:, 2] + self.random.normal(0, NOISE, 120)
-            self.seen[frame] = np.c_[left, right]
-        return self.seen[frame]
-
-    def stereo(self, frame: int) -> SimpleNamespace:
-        rows = np.flatnonzero(self.indices != NOT_DETECTED)
-        pixels = self.pixels(frame)[rows]
-        return SimpleNamespace(
-            header=header(frame, "right"),
-            reference=header(frame),
-            reference_num_keypoints=120,
-            reference_indices=rows,
-            reference_points=(pixels[:, :2] + (self.aside, 0)).ravel(),
-            points=pixels[:, [2, 1]].ravel(),
-            sigmas=np.full(len(rows), NOISE),
-            inliers=np.ones(len(rows)),
-        )
-
-    def pair(
-        self, reference: int, frame: int, status: int = OK, reset: bool = False, first_id: int = 1
-    ) -> dict[str, SimpleNamespace]:
-        """matches and relative_pose; the pose is off by some millimetres and milliradians."""
-        error = self.random.normal(0, 1, 6) * np.repeat([0.002, 0.01], 3)
-        motion = true_pose(reference).between(true_pose(frame)).compose(gtsam.Pose3.Expmap(error))
-        turn, place = motion.rotation().toQuaternion(), motion.translation()
-        pose = SimpleNamespace(
-            position=SimpleNamespace(x=place[0], y=place[1], z=place[2]),
-            orientation=SimpleNamespace(x=turn.x(), y=turn.y(), z=turn.z(), w=turn.w()),
-        )
-        covariance = np.diag(np.repeat([0.01**2, 0.002**2], 3)).ravel()
-        headers = {"header": header(frame), "reference": header(reference)}
-        return {
-            "matches": SimpleNamespace(
-                **headers,
-                reset=reset,
-                track_ids=np.arange(120) + first_id,
-                points=self.pixels(frame)[:, :2].ravel(),
-                reference_points=self.pixels(reference)[:, :2].ravel(),
-                indices=self.indices,
-                reference_indices=self.indices,
-                sigmas=np.full(120, NOISE),
-                inliers=np.ones(120),
-            ),
-            "relative_pose": SimpleNamespace(
-                **headers, pose=SimpleNamespace(pose=pose, covariance=covariance), metric=True, status=status
-            ),
-        }
-
-
-def new_slam() -> StereoSlam:
-    return StereoSlam(camera_info("left"), camera_info("right"), rectified=True)
-
-
-def feed(slam: StereoSlam, world: World, reference: int, frame: int, **pair: Any) -> None:
-    slam.add("stereo_matches", world.stereo(frame))
-    for topic, message in world.pair(reference, frame, **pair).items():
-        slam.add(topic, message)
-
-
-def errors(slam: StereoSlam) -> np.ndarray:
-    """(N,) metres between each frame's true place and the one found, both seen from the first camera."""
-    poses, numbers = slam.poses(), [stamp // 10**9 for stamp in slam.stamps]
-    moved = [poses[0].between(pose) for pose in poses]
-    true = [true_pose(numbers[0]).between(true_pose(number)) for number in numbers]
-    return np.array([np.linalg.norm(a.translation() - b.translation()) for a, b in zip(moved, true)])
 
 
 def test_smoothing_keeps_to_the_tracks_and_not_to_those_that_slip() -> None:
@@ -217,7 +131,7 @@ def test_a_keyframes_disparities_are_those_of_its_stereo_matches(right: str) -> 
         feed(slam, world, frame - 1, frame)
     keyframe = slam.requests[0].reference
     pixels, matched = world.pixels(keyframe.number), world.indices != NOT_DETECTED
-    assert np.array_equal(keyframe.points, np.round(pixels[:, :2]))
+    np.testing.assert_allclose(keyframe.points, np.round(pixels[:, :2]), atol=1e-9)
     assert np.array_equal(np.isfinite(keyframe.right_x), matched)
     disparities = (keyframe.points[:, 0] - keyframe.right_x)[matched]
     np.testing.assert_allclose(disparities, (pixels[:, 0] - pixels[:, 2])[matched], atol=1e-9)
@@ -255,17 +169,135 @@ def test_messages_of_a_frame_may_come_in_any_order() -> None:
 
 def test_after_a_reset_only_a_guess_joins_the_frames() -> None:
     slam, world = new_slam(), World()
-    for frame in (0, 5):
-        slam.add("stereo_matches", world.stereo(frame))
+    slam.add("stereo_matches", world.stereo(0))
     feed(slam, world, 0, 1)
+    slam.add("stereo_matches", world.stereo(5))
     feed(slam, world, 5, 6, reset=True, first_id=1001)
     assert slam.breaks == 1 and [stamp // 10**9 for stamp in slam.stamps] == [0, 1, 5, 6]
     moved, true = slam.poses()[2].between(slam.poses()[3]), true_pose(5).between(true_pose(6))
     assert np.linalg.norm(moved.translation() - true.translation()) < 0.01
 
 
+@pytest.mark.parametrize("first", [0, 20])
+@pytest.mark.parametrize("reset", [True, False])
+def test_after_stamps_went_back_the_frames_are_taken_as_a_new_walk(first: int, reset: bool) -> None:
+    """A bag is looped, or a clock set back. The first pair of the new walk may be lost, and its reset with it."""
+    slam, world = new_slam(), World()
+    slam.add("stereo_matches", world.stereo(first))
+    for frame in range(first + 1, first + 13):
+        feed(slam, world, frame - 1, frame)
+    before = len(slam.stamps)
+    slam.add("relative_pose", SimpleNamespace(header=header(0), status=INTERRUPTED))
+    slam.add("stereo_matches", world.stereo(0))
+    for frame in range(1, 13):
+        feed(slam, world, frame - 1, frame, reset=reset and frame == 1, first_id=1000)
+    again = slam.stamps[before:]
+    assert [stamp // 10**9 for stamp in again] == list(range(0 if reset else 1, 13)) and slam.breaks == reset
+    poses = slam.poses()[before:]
+    moved = poses[0].between(poses[-1]), true_pose(12 - len(poses) + 1).between(true_pose(12))
+    assert np.linalg.norm(moved[0].translation() - moved[1].translation()) < 0.02
+
+
+def test_after_stamps_went_back_nothing_of_before_is_taken_for_what_comes() -> None:
+    """Stereo matches and features with the stamps of the new walk wait there still."""
+    world, keyframes = World(), Keyframes(step=0.05)
+    slam = StereoSlam(camera_info("left"), camera_info("right"), rectified=True, keyframes=keyframes)
+
+    def walk(again: bool, order: list[str], last: list[str]) -> list[tuple[int, ...]]:
+        world.seen.clear()  # other pictures
+        slam.add("stereo_matches", world.stereo(0))
+        completed = []
+        for frame in range(1, 8):
+            pair = world.pair(frame - 1, frame, reset=again and frame == 1, first_id=1000 if again else 1)
+            features = SimpleNamespace(header=header(frame), points=world.pixels(frame)[:, :2].ravel(), again=again)
+            messages = {"features": features, "stereo_matches": world.stereo(frame), **pair}
+            topics = last if frame == 7 else order
+            completed.append(tuple(slam.add(topic, messages[topic]) for topic in topics))
+        return completed
+
+    order = ["relative_pose", "matches", "stereo_matches"]
+    walk(False, ["features", *order], order)
+    assert walk(True, [*order, "features"], [*order, "features"]) == [(0, 0, 2, 0)] + [(0, 0, 1, 0)] * 6
+    assert len(slam.stamps) == 2 * 8 and slam.breaks == 1
+    assert {each.features.again for each in keyframes.kept if each.number >= 8} == {True}
+
+
+def test_an_image_whose_partner_came_late_has_its_own_pose() -> None:
+    """The node told of it as INTERRUPTED before."""
+    slam, world = new_slam(), World()
+    slam.add("stereo_matches", world.stereo(0))
+    feed(slam, world, 0, 1)
+    slam.add("relative_pose", SimpleNamespace(header=header(3), status=INTERRUPTED))
+    for frame in (2, 3):
+        messages = {"stereo_matches": world.stereo(frame), **world.pair(frame - 1, frame)}
+        completed = [slam.add(topic, message) for topic, message in messages.items()]
+        assert completed == [0, 0, 1], "with its relative_pose, not with that of before"
+
+
+@pytest.mark.parametrize("told", ["", "/left", "left"])
+def test_the_left_cameras_features_are_those_in_the_frame_of_the_matches(told: str) -> None:
+    """The camera_info may name another frame, or none. Where the left one's are lost, the right one's are not taken."""
+    info, world = camera_info("left"), World()
+    info.header.frame_id = told
+    keyframes = Keyframes(step=0.05, least_path=0.0)
+    slam = StereoSlam(info, camera_info("right"), rectified=True, keyframes=keyframes)
+    slam.add("stereo_matches", world.stereo(0))
+    for frame in range(1, 7):
+        sides = ("right",) if frame == 3 else ("left", "right")
+        for side in sides:
+            slam.add("features", SimpleNamespace(header=header(frame, side), points=world.pixels(frame)[:, :2].ravel()))
+        feed(slam, world, frame - 1, frame)
+    assert [each.number for each in keyframes.kept] == [1, 2, 4, 5, 6]
+    assert {each.features.header.frame_id for each in keyframes.kept} == {"left"}
+
+
+@pytest.mark.parametrize("rectified", [True, False])
+@pytest.mark.parametrize("crop", ["binning", "region of interest", "principal points"])
+def test_binning_and_region_of_interest_are_those_of_the_images(rectified: bool, crop: str) -> None:
+    """The images are half as large as the calibration, by binning or as a part; or the two cameras' centres differ."""
+    random = np.random.default_rng(1)
+    inside = np.c_[random.uniform(-1, 1, (50, 2)), random.uniform(4, 9, 50)]
+    infos = [camera_info(side) for side in ("left", "right")]
+    received = []
+    for side, info in enumerate(infos):
+        if crop == "principal points":
+            info.p[2] += 7.0 * side
+            info.k = np.reshape(info.p, (3, 4))[:, :3].ravel()
+        seen = inside - (side * BASELINE, 0, 0)
+        pixels = seen[:, :2] / seen[:, 2:] * FOCAL + (info.p[2], info.p[6])
+        if crop == "binning":
+            info.binning_x = info.binning_y = 2
+            pixels /= 2
+        elif crop == "region of interest":
+            info.roi.x_offset, info.roi.y_offset, info.roi.width, info.roi.height = 160, 120, 320, 240
+            pixels -= (160, 120)
+        received.append(pixels)
+    slam = StereoSlam(*infos, rectified=rectified)
+    seen = []
+    slam.smoother.add_frame = lambda motion, sigmas, reference, before, now: seen.append(now)  # type: ignore[method-assign]
+    world = World()
+    for frame in (0, 1):
+        stereo = world.stereo(frame)
+        stereo.reference_indices, stereo.sigmas, stereo.inliers = np.arange(50), np.full(50, NOISE), np.ones(50)
+        stereo.reference_points, stereo.points = received[0].ravel(), received[1].ravel()
+        slam.add("stereo_matches", stereo)
+    pair = world.pair(0, 1)
+    matches = pair["matches"]
+    matches.track_ids, matches.sigmas, matches.inliers = np.arange(50) + 1, np.full(50, NOISE), np.ones(50)
+    matches.indices = matches.reference_indices = np.arange(50)
+    matches.points = matches.reference_points = received[0].ravel()
+    for topic, message in pair.items():
+        slam.add(topic, message)
+    camera = slam.calibration
+    (now,) = seen
+    depth = camera.fx * camera.baseline / (now.points[:, 0] - now.right_x)
+    found = (now.points - (camera.cx, camera.cy)) / (camera.fx, camera.fy) * depth[:, None]
+    np.testing.assert_allclose(np.c_[found, depth], inside, rtol=1e-6)
+    assert camera.fx == pytest.approx(FOCAL / 2 if crop == "binning" else FOCAL), "the pixels of sigmas"
+
+
 def test_a_calibration_without_a_baseline_is_refused() -> None:
-    with pytest.raises(ValueError, match="calibrate the two as a stereo pair"):
+    with pytest.raises(ValueError, match="Calibrate the two cameras as one stereo pair"):
         StereoSlam(camera_info("left"), camera_info("left"), rectified=True)
 
 
@@ -362,6 +394,29 @@ def test_the_node_follows_a_camera_and_closes_a_loop_over_dds(tmp_path: Path) ->
     # To the camera's right is minus y of a frame whose x points forward.
     np.testing.assert_allclose(found, [[0, -x, 0] for x in places], atol=0.006)
     assert slam.returncode == 0 and picture.stat().st_size > 10_000, log.read_text()
+
+
+def test_a_calibration_that_was_sent_once_is_heard_and_one_that_is_missing_is_named() -> None:
+    """A latched camera_info (durability transient_local) of the left camera, before the back-end came, and no other."""
+    context = rclpy.Context()
+    with domain_id() as domain:
+        rclpy.init(context=context, domain_id=domain)
+        try:
+            peer = rclpy.create_node("peer", context=context)
+            latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+            peer.create_publisher(CameraInfo, "left/camera_info", latched).publish(camera_info("left"))
+            environment = {**os.environ, "ROS_DOMAIN_ID": str(domain), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "-m", "stereo_slam.node", "--ros-args", "-r", "right/camera_info:=/other"]
+            slam = subprocess.Popen(command, cwd=EXAMPLES, env=environment, stderr=subprocess.PIPE, text=True)
+            try:
+                assert slam.stderr is not None
+                said = slam.stderr.readline()
+            finally:
+                slam.send_signal(signal.SIGINT)
+                slam.communicate(timeout=30)
+        finally:
+            rclpy.try_shutdown(context=context)
+    assert "nothing has come on /other\n" in said
 
 
 def test_raw_cameras_give_a_path_and_tf_over_dds(tf2_environment: dict[str, str], tmp_path: Path) -> None:

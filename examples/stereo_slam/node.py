@@ -22,9 +22,10 @@ import rclpy
 from builtin_interfaces.msg import Time
 from geometry_msgs.msg import Point, Pose, PoseStamped, Quaternion, Transform, TransformStamped, Vector3
 from nav_msgs.msg import Path as PathMessage
+from rclpy.clock import Clock, ClockType
 from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
-from rclpy.qos import QoSProfile, qos_profile_sensor_data
+from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from rclpy.task import Future
 from scipy.spatial.transform import Rotation
 from sensor_msgs.msg import CameraInfo
@@ -47,7 +48,9 @@ _TOPICS = {
     "relative_pose": RelativePose,
     "features": FeatureArray,
 }
+_SIDES = "left", "right"
 _EARLY = 100  # messages that wait for the calibration
+_PATIENCE = 5.0  # seconds without a calibration that are worth a warning
 
 
 class SlamNode(Node):
@@ -70,15 +73,36 @@ class SlamNode(Node):
         self._truth: dict[int, list[float]] = {}
         self._path = self.create_publisher(PathMessage, "path", 10)
         self._tf = None if TFMessage is None else self.create_publisher(TFMessage, "/tf", 100)
-        for side in ("left", "right"):
-            receive = functools.partial(self._on_info, side)
-            self.create_subscription(CameraInfo, f"{side}/camera_info", receive, qos_profile_sensor_data)
+        for side in _SIDES:
+            self._hear_info(side, qos_profile_sensor_data)
+        self._latched: set[str] = set()  # sides that are also heard as their publishers send once
+        self._started = time.monotonic()
+        steady = Clock(clock_type=ClockType.STEADY_TIME)  # that of a simulation may stand
+        self._seeking = self.create_timer(1.0, self._seek_infos, clock=steady)
         for topic, kind in _TOPICS.items():
             if topic != "features" or self._loops:
                 receive = functools.partial(self._on_message, topic)
                 self.create_subscription(kind, topic, receive, QoSProfile(depth=1000))
         self.create_subscription(PoseStamped, "ground_truth/pose", self._on_truth, QoSProfile(depth=1000))
         self._client = self.create_client(MatchFeatures, "match_features")
+
+    def _hear_info(self, side: str, qos: QoSProfile) -> None:
+        self.create_subscription(CameraInfo, f"{side}/camera_info", functools.partial(self._on_info, side), qos)
+
+    def _seek_infos(self) -> None:
+        """Hear a camera_info that was sent once, before this node came, and say where none comes.
+
+        Such a message (durability transient_local) reaches only those who ask for it, and they hear no other publisher.
+        """
+        for side in _SIDES:
+            offers = self.get_publishers_info_by_topic(f"{side}/camera_info")
+            latched = (offer.qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL for offer in offers)
+            if side not in self._latched and any(latched):
+                self._latched.add(side)
+                self._hear_info(side, QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL))
+        missing = [self.resolve_topic_name(f"{side}/camera_info") for side in _SIDES if side not in self._infos]
+        if missing and time.monotonic() - self._started > _PATIENCE:
+            self.get_logger().warning(f"no poses: nothing has come on {' and '.join(missing)}", once=True)
 
     def _on_info(self, side: str, info: CameraInfo) -> None:
         self._infos[side] = info
@@ -95,6 +119,7 @@ class SlamNode(Node):
         except ValueError as error:
             self.get_logger().error(f"camera_info cannot be used: {error}", once=True)
             return
+        self._seeking.cancel()
         early, self._early = self._early, []
         for topic, message in early:
             self._on_message(topic, message)

@@ -8,20 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import gtsam
 import numpy as np
+
+from kpmatch_ros import Camera, StereoCamera
 
 from .pose_graph import Keyframe, Keyframes, PoseGraph, align
 from .smoother import Calibration, FixedLagSmoother, Observations
 
 __all__ = ["LoopRequest", "StereoSlam", "nanoseconds"]
 
-_OK, _NO_TRANSLATION, _AMBIGUOUS = (
-    0,
-    3,
-    6,
-)  # RelativePose: in these the rotation holds, and the translation as its covariance says
+# RelativePose: in OK, NO_TRANSLATION and AMBIGUOUS the rotation holds, and the translation as its covariance says.
+_HOLDS, _INTERRUPTED = (0, 3, 6), 5
 _LOOSE = 10.0  # the message's motion is of the same matches: let it guide, not count twice
 _UNKNOWN = np.array([0.5, 0.5, 0.5, 1.0, 1.0, 1.0])  # radians, metres: nothing is known of a motion
 _GUESSED = np.array([0.02, 0.02, 0.02, 0.05, 0.05, 0.05])  # of a motion that only the tracks tell
@@ -46,33 +44,17 @@ class LoopRequest:
 
 @dataclass(frozen=True, eq=False)
 class _Rectifier:
-    """Takes pixels of an image to those of the rectified one."""
+    """Takes pixels of an image to those of the rectified left one."""
 
-    matrix: np.ndarray  # K (3, 3)
-    distortion: np.ndarray  # D
-    rotation: np.ndarray  # R (3, 3)
-    projection: np.ndarray  # P (3, 4)
-    rectified: bool
-
-    @classmethod
-    def from_camera_info(cls, info: Any, rectified: bool) -> _Rectifier:
-        if not rectified and info.distortion_model not in ("", "plumb_bob", "rational_polynomial"):
-            raise ValueError(
-                f"the distortion model {info.distortion_model!r} is not supported: rectify the images first"
-            )
-        matrix, rotation = (np.array(values, float).reshape(3, 3) for values in (info.k, info.r))
-        projection = np.array(info.p, float).reshape(3, 4)
-        return cls(matrix, np.array(info.d, float), rotation, projection, rectified)
+    camera: Camera
+    turn: np.ndarray  # (3, 3) from its frame to the rectified pair's
+    rectified: Camera
 
     def points(self, flat: Any) -> np.ndarray:
-        """(M, 2) of a message's flat array."""
-        points = np.asarray(flat, np.float64).reshape(-1, 2)
-        if self.rectified or not len(points):
-            return points
-        undistorted = cv2.undistortPoints(
-            points[:, None], self.matrix, self.distortion, R=self.rotation, P=self.projection[:, :3]
-        )
-        return np.asarray(undistorted).reshape(-1, 2)
+        """(M, 2) of a message's flat array; NaN where the lens model has no direction."""
+        seen = self.camera.normalise(np.asarray(flat, np.float64).reshape(-1, 2))
+        rays = np.c_[seen, np.ones(len(seen))] @ self.turn.T
+        return self.rectified.project(rays[:, :2] / rays[:, 2:])
 
 
 class StereoSlam:
@@ -83,6 +65,7 @@ class StereoSlam:
         breaks: how many times tracks began again, so that only a guess joins the frames before and after.
         requests: pairs of keyframes that wait to be matched; whoever answers takes them from here.
         graph: the loops, and the poses that they correct.
+        calibration: of the rectified pair, in pixels of the size of the images received.
     """
 
     def __init__(
@@ -93,26 +76,26 @@ class StereoSlam:
         `keyframes` has the distances that make a keyframe and a loop. Raises ValueError where the calibration is of no
         use.
         """
-        self._left, self._right = (_Rectifier.from_camera_info(info, rectified) for info in (left_info, right_info))
-        p, q = self._left.projection, self._right.projection
-        if not (p[0, 0] > 0 and q[0, 3] < 0):
-            raise ValueError(
-                f"P of the left camera has the focal length {p[0, 0]:g}, and P of the right one {q[0, 3]:g} in its "
-                "last column, where the baseline is: calibrate the two as a stereo pair"
-            )
-        self._calibration = Calibration(p[0, 0], p[1, 1], p[0, 2], p[1, 2], -q[0, 3] / q[0, 0])
-        self._to_rectified = gtsam.Pose3() if rectified else gtsam.Pose3(gtsam.Rot3(self._left.rotation), np.zeros(3))
+        pair = StereoCamera.from_camera_infos(left_info, right_info, rectified=rectified)
+        if "equidistant" in (pair.left.distortion_model, pair.right.distortion_model):
+            raise ValueError("a fisheye lens (equidistant) is not supported: rectify the images first")
+        camera = Camera.from_camera_info(left_info, rectified=True)  # P, with region of interest and binning
+        turns = [np.eye(3) if rectified else np.reshape(info.r, (3, 3)) for info in (left_info, right_info)]
+        self._left, self._right = (_Rectifier(*each, camera) for each in zip((pair.left, pair.right), turns))
+        (fx, _, cx), (_, fy, cy) = camera.matrix[:2].tolist()
+        self.calibration = Calibration(fx, fy, cx, cy, pair.baseline)
+        self._to_rectified = gtsam.Pose3(gtsam.Rot3(turns[0]), np.zeros(3))
         self.stamps: list[int] = []
         self.breaks = 0
         self.requests: list[LoopRequest] = []
         self.graph = PoseGraph()
-        self.smoother = FixedLagSmoother(self._calibration, lag)
+        self.smoother = FixedLagSmoother(self.calibration, lag)
         self._keyframes = Keyframes() if keyframes is None else keyframes
         self._numbers: dict[int, int] = {}
         self._waiting: dict[str, dict[int, Any]] = {
             kind: {} for kind in ("stereo_matches", "matches", "relative_pose", "features")
         }
-        self._frame_id = left_info.header.frame_id
+        self._frame_id: str | None = None  # of the left camera, as its images have it
         self._awaited: int | None = None  # stamp of a frame that becomes a keyframe when its features are there
 
     def poses(self) -> list[gtsam.Pose3]:
@@ -125,29 +108,36 @@ class StereoSlam:
 
     def add(self, topic: str, message: Any) -> int:
         """Take in a message of stereo_matches, matches, relative_pose or features; how many frames it completes."""
+        if topic == "relative_pose" and message.status == _INTERRUPTED:
+            return 0  # of no pair
         # The left image's stamp tells which frame it is.
-        if topic == "features" and message.header.frame_id != self._frame_id:
-            return 0  # the right camera's
         header = message.reference if topic == "stereo_matches" else message.header
         waiting, stamp = self._waiting[topic], nanoseconds(header.stamp)
-        if topic == "features" and stamp in waiting:
-            return 0  # the left camera's came first, with the same frame_id
+        newest = next(reversed(waiting), stamp)  # the messages of one topic come in order
+        if topic != "features":
+            self._frame_id = header.frame_id
+        elif self._frame_id not in (None, header.frame_id) or (stamp in waiting and stamp == newest):
+            return 0  # the right camera's: the left one's come first where both have one frame_id
+        if stamp < newest:
+            waiting.clear()  # stamps go back where a bag is looped or a clock is set: these are of before
         waiting[stamp] = message
         while len(waiting) > _KEPT:
-            del waiting[min(waiting)]
+            del waiting[next(iter(waiting))]
         if topic == "features":
             self._keep_keyframe()
             return 0
         frames = len(self.stamps)
-        for stamp in sorted(self._waiting["matches"].keys() & self._waiting["relative_pose"].keys()):
-            if stamp in self._waiting["stereo_matches"]:
-                self._add_frame(stamp)
+        matches, poses, stereo = (self._waiting[kind].keys() for kind in ("matches", "relative_pose", "stereo_matches"))
+        for stamp in sorted(matches & poses & stereo):
+            self._add_frame(stamp)
         return len(self.stamps) - frames
 
     def _add_frame(self, stamp: int) -> None:
         matches, relative = (self._waiting[topic].pop(stamp) for topic in ("matches", "relative_pose"))
         if self.stamps and stamp <= self.stamps[-1]:
-            return
+            if stamp == self.stamps[-1] and not matches.reset:
+                return  # a stamp that is repeated: nothing tells the frames apart
+            self._forget_stamps(stamp)
         reference_stamp = nanoseconds(matches.reference.stamp)
         if not self.stamps:
             self._begin(reference_stamp)
@@ -157,6 +147,8 @@ class StereoSlam:
         lost = reference is None  # that frame's messages did not come, but the tracks go on
         reference = len(self.stamps) - 1 if reference is None else reference
         before, now = self._observations(matches, reference_stamp, stamp)
+        if lost:
+            before.right_x[:] = np.nan  # that frame is not in the smoother: its points begin in this one
         motion, sigmas = self._motion(relative)
         if motion is None or lost:
             motion, sigmas = self.smoother.locate(now, reference), _GUESSED
@@ -187,9 +179,17 @@ class StereoSlam:
         self.stamps.append(stamp)
         return len(self.stamps) - 1
 
+    def _forget_stamps(self, stamp: int) -> None:
+        """Stamps went back to this one, as where a bag is looped: those of before may come again, for other frames."""
+        self._numbers.clear()
+        self._awaited = None
+        features = self._waiting["features"]
+        if next(reversed(features), stamp) > stamp:
+            features.clear()
+
     def _motion(self, message: Any) -> tuple[gtsam.Pose3 | None, np.ndarray]:
         """The motion of a RelativePose in the rectified camera's frame, and its sigmas (6,), rotation then position."""
-        if message.status not in (_OK, _NO_TRANSLATION, _AMBIGUOUS) or not message.metric:
+        if message.status not in _HOLDS or not message.metric:
             return None, _UNKNOWN
         p, q = message.pose.pose.position, message.pose.pose.orientation
         motion = gtsam.Pose3(gtsam.Rot3.Quaternion(q.w, q.x, q.y, q.z), np.array([p.x, p.y, p.z]))
@@ -205,14 +205,15 @@ class StereoSlam:
         count = len(matches.track_ids)
         # Without an estimated geometry there is no word on inliers: the robust cost has to cope with all.
         agree = np.array(matches.inliers, bool) if len(matches.inliers) else np.ones(count, bool)
+        reference_points, points = (self._left.points(flat) for flat in (matches.reference_points, matches.points))
+        agree &= np.isfinite(reference_points + points).all(axis=1)
         ids, sigmas = np.array(matches.track_ids, np.int64)[agree], np.array(matches.sigmas, float)[agree]
         sides = []
-        for when, points, indices in (
-            (reference_stamp, matches.reference_points, matches.reference_indices),
-            (stamp, matches.points, matches.indices),
+        for when, left, indices in (
+            (reference_stamp, reference_points[agree], matches.reference_indices),
+            (stamp, points[agree], matches.indices),
         ):
             keypoints = np.array(indices, np.int64)[agree]
-            left = self._left.points(points)[agree]
             matched, right_x, right_sigmas = self._stereo_of(when, keypoints)
             # A new track may begin at the keypoint of another one: the stereo match is that one's.
             right_x[np.abs(matched - left).max(axis=1) > _SAME] = np.nan
@@ -262,7 +263,7 @@ class StereoSlam:
     def add_answer(self, request: LoopRequest, matches: Any) -> bool:
         """Take in the service's MatchArray for a request; whether it closes a loop."""
         pairs = np.c_[np.array(matches.reference_indices, np.int64), np.array(matches.indices, np.int64)]
-        loop = align(request.reference, request.current, pairs, np.array(matches.scores, float), self._calibration)
+        loop = align(request.reference, request.current, pairs, np.array(matches.scores, float), self.calibration)
         if loop is None:
             return False
         self.graph.close(loop, self.smoother.poses)
