@@ -1,7 +1,4 @@
-# make demo: build everything, then run the real node on a camera bag. make test: the test suite.
-# make test-ros ROS=kilted: the tests that touch ROS, with another distribution.
-# make soak: an hour of overload and faults. make gpu: the tests and the benchmark for a GPU.
-# make aarch64: the compiled part's tests for ARM, in an emulator.
+# make demo: build everything, then run the real node on a camera bag. make help: all targets.
 PYTHON ?= python3
 # The ROS distribution: jazzy, or one with a requirements file of its own.
 ROS    ?= jazzy
@@ -23,7 +20,7 @@ SOURCES  := $(shell find kpmatch_ros launch config foxglove msg rviz scripts src
 ROS_TESTS := test/test_distributions.py test/test_node.py test/test_node_exit.py test/test_node_requests.py test/test_stereo_node.py \
   test/test_replay.py::test_poses_of_a_camera_walk_agree_with_the_truth
 
-.PHONY: demo test test-ros soak gpu aarch64 env build lint docs demo-bag clean
+.PHONY: help demo test test-ros soak gpu aarch64 env build lint docs demo-bag clean
 
 demo: build  ## the node on a camera bag, its poses against the truth, and a picture
 	tools/with_ros kpmatch demo
@@ -59,6 +56,9 @@ docs: build  ## config/matcher.yaml and docs/parameters.md, from the declaration
 
 demo-bag: build  ## the bag that ships with the package, from the simulation
 	tools/with_ros python -m simulation.bags kpmatch_ros/data/demo
+
+help:  ## what each target does
+	@sed -nE 's/^([a-z][a-z0-9-]*):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
 
 clean:  ## everything that was built, the environment too
 	rm -rf .venv .venv-* build build-* install install-* log demo

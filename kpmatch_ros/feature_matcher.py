@@ -66,7 +66,7 @@ class FeatureMatcher:
         luma: (3,) weights of red, green and blue in grey, on the device.
         repeated_in_float32: how often a network was run again in float32, as half precision gave NaN or no keypoint.
         graphs: recordings of the networks' work for a GPU; None for a processor. ``graphs.enabled = False`` does
-            without. With recordings no points are dropped (``width_confidence``) from up to 4,096 in an image.
+            without. With recordings, and up to 4,096 keypoints in an image, ``width_confidence`` has no effect.
         onnx: the networks in ONNX Runtime; None with the backend torch.
 
     Raises:

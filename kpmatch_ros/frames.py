@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = [
     "Result",
     "RightImage",
     "StereoPair",
+    "two_of_each",
 ]
 
 
@@ -245,26 +247,57 @@ class GivenFrame:
     @classmethod
     def of(cls, images: Any, stamps: Any, camera: Any, frame_ids: Any, masks: Any) -> GivenFrame:
         """From the arguments of :meth:`kpmatch_ros.front_end.FrontEnd.register`, which says what it raises."""
-        if len(images) not in (1, 2) or len(stamps) != len(images):
-            raise ValueError(f"a frame is one image or two, each with a stamp, not {len(images)} and {len(stamps)}")
-        for name, given in (("masks", masks), ("frame_ids", frame_ids)):
-            if len(given) < len(images):
-                raise ValueError(f"there are {len(images)} images and {len(given)} {name}: each image has its own")
-        if isinstance(frame_ids, str):
-            raise TypeError(f"frame_ids is {frame_ids!r}; it must be a list of names, one for each image")
+        images = _one_each("images", images, 1, to_numpy)
+        stamps = _one_each("stamps", stamps, len(images), _stamp, most=len(images))
+        frame_ids = _one_each("frame_ids", frame_ids, len(images), _frame_id)
+        masks = _one_each("masks", masks, len(images), to_numpy)
         both = (camera.left, camera.right) if isinstance(camera, StereoCamera) else (check_camera(camera), None)
         if camera is not None and isinstance(camera, StereoCamera) != (len(images) == 2):
             raise ValueError(f"a {type(camera).__name__} is no calibration for {len(images)} image(s)")
         return cls(
-            images=[to_numpy(image) for image in images],
-            stamps=[_nanoseconds(stamp) for stamp in stamps],
+            images=images,
+            stamps=stamps,
             cameras=both,
             frame_ids=tuple(frame_ids[: len(images)]),
-            masks=[to_numpy(mask) for mask in masks[: len(images)]],
+            masks=masks[: len(images)],
         )
 
 
-def _nanoseconds(stamp: Any) -> int:
+def two_of_each(cameras: Any, stamps: Any, frame_ids: Any) -> tuple[list[Camera | None], list[int], list[str]]:
+    """The calibrations, stamps and names of two images, checked.
+
+    Raises:
+        TypeError: one of the three is no list, or what is in it is of another type.
+        ValueError: there are not two.
+    """
+    return (
+        _one_each("cameras", cameras, 2, check_camera),
+        _one_each("stamps", stamps, 2, _stamp),
+        _one_each("frame_ids", frame_ids, 2, _frame_id),
+    )
+
+
+def _one_each(name: str, given: Any, least: int, check: Callable[[Any], Any], most: int = 2) -> list[Any]:
+    """What was given for each image, checked one by one. More than the images is for a camera that has none."""
+    try:
+        found = None if isinstance(given, str) else list(given)
+    except TypeError:
+        found = None
+    if found is None:
+        raise TypeError(f"{name} is {given!r:.80}; it must be a list, with one for each image")
+    if not least <= len(found) <= most:
+        wanted = str(least) if least == most else f"{least} to {most}"
+        raise ValueError(f"{name} has the length {len(found)}, not {wanted}: one for each image")
+    return [check(one) for one in found]
+
+
+def _frame_id(name: Any) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"frame_ids has {name!r:.80}; names of frames are texts")
+    return name
+
+
+def _stamp(stamp: Any) -> int:
     try:
         return operator.index(stamp)
     except TypeError:

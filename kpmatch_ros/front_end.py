@@ -12,8 +12,8 @@ import numpy as np
 
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.features import Features, to_numpy
-from kpmatch_ros.frames import Frame, GivenFrame, Pair, Result, RightImage, StereoPair
-from kpmatch_ros.geometry.camera import Camera, check_camera
+from kpmatch_ros.frames import Frame, GivenFrame, Pair, Result, RightImage, StereoPair, two_of_each
+from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.refinement import INDEPENDENT_POINTS, REFINED_RESOLUTION, refine
 from kpmatch_ros.geometry.robust import SMALLEST_SAMPLE
@@ -113,9 +113,9 @@ class FrontEnd:
                 besides those of the parameters `mask` and `mask_right`. One of another size is scaled to the image.
 
         Raises:
-            ValueError: when there are more than two images, or the calibration, masks or names are not of as many, or a
-                mask has another shape or type; or as :meth:`FeatureMatcher.extract`.
-            TypeError: when a stamp, the calibration or the names are of another type.
+            ValueError: when there are more than two images, or the stamps, calibration, masks or names are not of as
+                many, or a mask has another shape or type; or as :meth:`FeatureMatcher.extract`.
+            TypeError: when an image is no array, or a stamp, the calibration or the names are of another type.
         """
         given = GivenFrame.of(images, stamps, camera, frame_ids, masks)
         described = self._describe(given)  # first: an image that is refused changes nothing
@@ -324,14 +324,16 @@ class FrontEnd:
 
         Raises:
             FeatureError: features or calibration cannot be used. It is a ValueError.
-            TypeError: a calibration is no camera.
+            ValueError: calibrations, stamps or names are not two.
+            TypeError: a calibration is no camera, or a stamp or a name is of another type.
         """
+        cameras, stamps, frame_ids = two_of_each(cameras, stamps, frame_ids)
         frames = []
         given = zip(("reference_features", "features"), (reference, current), cameras, stamps, frame_ids)
         for name, features, camera, stamp, frame_id in given:
             size, most = self.matcher.extractor.descriptor_size, self.parameters.max_keypoints
             checked = check_features(features, name, size, most)
-            frames.append(frame_without_image(checked, name, check_camera(camera), stamp, frame_id))
+            frames.append(frame_without_image(checked, name, camera, stamp, frame_id))
         indices, scores, layers, match_ms = self._match(frames[0], frames[1])
         points = [frame.keypoints[side] for frame, side in zip(frames, indices.T)]
         pose = estimate_relative_pose(

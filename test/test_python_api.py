@@ -176,13 +176,54 @@ def test_stamps_of_numpy_are_whole_numbers(matcher: FeatureMatcher, images: list
         ({"stamps": [None]}, "a stamp is None"),
         ({"camera": np.eye(3)}, r"the camera is a ndarray; kpmatch_ros.Camera\(width, height, matrix\) makes one"),
         ({"frame_ids": "camera"}, "frame_ids is 'camera'"),
+        ({"frame_ids": [None]}, "frame_ids has None"),
+        ({"masks": None}, "masks is None"),
+        ({"stamps": 5}, "stamps is 5; it must be a list, with one for each image"),
+        ({"images": None}, "images is None"),
+        ({"images": ["a.png"]}, "the image is a str"),
     ],
 )
 def test_what_a_front_end_cannot_take_is_named(
     matcher: FeatureMatcher, images: list[Image], given: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(TypeError, match=said):
-        FrontEnd(PARAMETERS, matcher).register(images[:1], **{"stamps": [0], **given})
+        FrontEnd(PARAMETERS, matcher).register(**{"images": images[:1], "stamps": [0], **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"stamps": []}, "stamps has the length 0, not 1"),
+        ({"stamps": [1, 2]}, "stamps has the length 2, not 1"),
+        ({"frame_ids": []}, "frame_ids has the length 0, not 1 to 2"),
+        ({"masks": [None] * 3}, "masks has the length 3, not 1 to 2"),
+        ({"images": []}, "images has the length 0, not 1 to 2"),
+    ],
+)
+def test_what_is_not_of_as_many_as_the_images_is_named(
+    matcher: FeatureMatcher, images: list[Image], given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        FrontEnd(PARAMETERS, matcher).register(**{"images": images[:1], "stamps": [0], **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        ({"cameras": (CAMERA,)}, ValueError, "cameras has the length 1, not 2"),
+        ({"cameras": None}, TypeError, "cameras is None"),
+        ({"cameras": CAMERA}, TypeError, "cameras is Camera"),
+        ({"stamps": (1,)}, ValueError, "stamps has the length 1, not 2"),
+        ({"stamps": (1.5, 2.5)}, TypeError, "a stamp is 1.5"),
+        ({"frame_ids": ("cam0",)}, ValueError, "frame_ids has the length 1, not 2"),
+        ({"frame_ids": "cam0"}, TypeError, "frame_ids is 'cam0'"),
+    ],
+)
+def test_features_are_matched_with_two_of_each(
+    matcher: FeatureMatcher, features: list[Features], given: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        FrontEnd(PARAMETERS, matcher).match_features(*features, **given)
 
 
 def test_features_are_not_matched_with_what_is_no_camera(matcher: FeatureMatcher, features: list[Features]) -> None:

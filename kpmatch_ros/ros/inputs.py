@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rclpy.lifecycle import LifecycleNode
@@ -238,6 +240,12 @@ class Inputs:
                     "large images are easily lost best effort, which "
                     f"qos_overrides.{topic}.subscription.reliability: reliable prevents"
                 )
+            if others := _other_users_of_shared_memory():
+                why += (
+                    f"; or the publisher is another user's process on this machine (user {', '.join(others)}), of "
+                    "which Fast DDS's shared memory brings nothing: start both as one user, or one of the two with "
+                    "FASTDDS_BUILTIN_TRANSPORTS=UDPv4"
+                )
         meanwhile = f", {missed} images of the other camera" if missed else ""
         return Problem(f"silent: {topic}", f"no image on {topic} for {silent:.1f} s{meanwhile}: {why}")
 
@@ -358,6 +366,21 @@ class Inputs:
 def _prefixes(parameters: Parameters) -> tuple[str, ...]:
     """What the names of each camera's topics begin with."""
     return ("left/", "right/") if parameters.mode == "stereo" else ("",)
+
+
+def _other_users_of_shared_memory() -> list[str]:
+    """The other users with files of Fast DDS in shared memory; none where this process has nothing there itself.
+
+    A file of Fast DDS can be written by its owner alone, so nothing passes between two users, or from root to another
+    one. A file may be left of a process that is gone.
+    """
+    try:
+        if "/dev/shm/fast" not in Path("/proc/self/maps").read_text():
+            return []
+        owners = {found.stat().st_uid for found in Path("/dev/shm").glob("fast*_*")}
+    except OSError:  # another system, or a file that went away meanwhile: told of a second later
+        return []
+    return [str(owner) for owner in sorted(owners - {os.getuid()})]
 
 
 def _type_name(kind: type) -> str:
