@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -39,6 +40,7 @@ Texture = Callable[[int, int, int], np.ndarray]
 SaveFolder = Callable[..., Path]
 CPU = torch.device("cpu")
 SIZE = (160, 120)
+GPU_RUN = [str(TRAINING / "gpu_run.sh")]
 
 
 def draw(seed: int = 0) -> torch.Generator:
@@ -448,15 +450,45 @@ def test_a_rate_that_is_given_is_that_of_the_training(folder: Path, tmp_path: Pa
     assert points[1] == steps(run(folder, tmp_path / "usual", "points", "--steps", "3"))
 
 
+def points_file(folder: Path, **other: dict[str, Any]) -> Path:
+    """A points.weights.pt of random networks, in which those that are named have another configuration."""
+    models = {name: SuperPoint(**{**config, **other.get(name, {})}) for name, config in train.SUPERPOINTS.items()}
+    for model in models.values():
+        for number, (_, tensor) in enumerate(sorted(model.state_dict().items())):
+            tensor.copy_(0.3 * torch.randn(tensor.shape, generator=draw(number)))
+    path = folder / "some.weights.pt"
+    torch.save({name: {"config": m.config, "tensors": m.state_dict()} for name, m in models.items()}, path)
+    return path
+
+
+@pytest.mark.usefixtures("small")
+def test_of_a_teacher_for_points_the_detector_alone_counts(folder: Path, tmp_path: Path) -> None:
+    def losses(name: str, **other: dict[str, Any]) -> dict[int, dict[str, float]]:
+        (tmp_path / name).mkdir()
+        teacher = str(points_file(tmp_path / name, **other))
+        return steps(run(folder, tmp_path / name, "points", "--steps", "2", "--networks", "fast", "--teacher", teacher))
+
+    fits = losses("fits")
+    assert losses("wide", full={"descriptor_decoder_dim": 64}) == fits
+    assert losses("large", full={"decoder_hidden_size": 32}) != fits  # it is looked at
+
+
+@pytest.mark.usefixtures("small")
+def test_weights_of_another_architecture_are_not_taken_for_a_small_pair_to_begin_with(
+    folder: Path, teacher: Path, tmp_path: Path
+) -> None:
+    start = str(points_file(tmp_path, fast={"decoder_hidden_size": 32}))
+    with pytest.raises(ValueError, match="is of another architecture than the fast network"):
+        distilled(folder, teacher, tmp_path / "run", "points", "--steps", "1", "--start", start)
+    with pytest.raises(KeyError, match="holds full, fast, no network called slow"):
+        export.read_trained(SuperPoint, Path(start), "slow")
+
+
 @pytest.mark.usefixtures("small")
 def test_a_network_that_begins_with_random_weights_says_so(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(folder, tmp_path / "first", "points", "--steps", "1", "--networks", "full")
-    state = torch.load(tmp_path / "first" / "points.weights.pt", weights_only=True)["full"]
-    other = {**state, "config": {**state["config"], "descriptor_decoder_dim": 64}}
-    start = tmp_path / "start.weights.pt"
-    torch.save({"full": state, "fast": other}, start)
+    start = points_file(tmp_path, fast={"descriptor_decoder_dim": 64})
     run(folder, tmp_path / "second", "points", "--steps", "1", "--start", str(start))
     said = f"begins with random weights: --start {start} is of another architecture"
     assert f"fast {said}" in (printed := capsys.readouterr().out) and f"full {said}" not in printed
@@ -470,9 +502,10 @@ def test_the_script_for_a_gpu_trains_both_from_tiny_shards(
 ) -> None:
     options = ["--size", "96", "64", "--batch", "1", "--device", "cpu", "--precision", "float32", *more]
     out = tmp_path / "run"
-    script = [TRAINING / "gpu_run.sh", "--minutes", "0.02", "--stage", stage, "--shards", folder, "--out", out]
+    shards_there = os.path.relpath(folder, tmp_path)
     done = subprocess.run(
-        [str(part) for part in [*script, "--", *options]],
+        [*GPU_RUN, "--minutes", "0.02", "--stage", stage, "--shards", shards_there, "--out", "run", "--", *options],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=240,
@@ -484,10 +517,29 @@ def test_the_script_for_a_gpu_trains_both_from_tiny_shards(
         assert min(steps(log)) == 1 and (out / f"{kind}.weights.pt").exists()
 
 
+def commands_of_the_script_for_a_gpu(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """What it would call Python with."""
+    words = [*GPU_RUN, "--shards", "shards", "--out", "run", *options]
+    return subprocess.run(words, cwd=folder, env={**os.environ, "PYTHON": "echo"}, capture_output=True, text=True)
+
+
+def test_the_script_for_a_gpu_begins_every_stage_with_what_it_is_told(tmp_path: Path) -> None:
+    starts = ["--start-points", "a b.weights.pt", "--start-matching", "c.weights.pt"]
+    for stage in ("both", "distil"):
+        points, matching = commands_of_the_script_for_a_gpu(tmp_path, "--stage", stage, *starts).stdout.splitlines()
+        assert "--start a b.weights.pt" in points and "--start c.weights.pt" in matching
+    points, matching = commands_of_the_script_for_a_gpu(tmp_path).stdout.splitlines()
+    assert "--start superpoint-open" in points and "--start lightglue-superpoint-open" in matching
+    assert "--start" not in commands_of_the_script_for_a_gpu(tmp_path, "--stage", "distil").stdout
+
+
 def test_the_script_for_a_gpu_says_what_it_needs(tmp_path: Path) -> None:
-    done = subprocess.run([str(TRAINING / "gpu_run.sh"), "--minutes", "1"], capture_output=True, text=True)
+    done = subprocess.run([*GPU_RUN, "--minutes", "1"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "--shards and --out are needed" in done.stderr
+    done = commands_of_the_script_for_a_gpu(tmp_path, "--stage", "piont")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "there is no stage piont" in done.stderr and not list(tmp_path.iterdir())
 
 
 # --- shipping ---
