@@ -550,7 +550,7 @@ def test_what_is_exported_is_what_the_package_and_transformers_load(
 ) -> None:
     transformers = pytest.importorskip("transformers")
     source = random_folder(lightglue={"depth_confidence": -1.0, "width_confidence": -1.0})
-    superpoint = SuperPoint.from_pretrained(source)
+    superpoint = SuperPoint.from_pretrained(source, keypoint_threshold=0.04, nms_radius=3)
     export.export(superpoint, LightGlue.from_pretrained(source), tmp_path)
     image0 = texture(120, 160, 0)
     image1 = np.roll(image0, 5, axis=1)
