@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -459,6 +462,51 @@ def points_file(folder: Path, **other: dict[str, Any]) -> Path:
     path = folder / "some.weights.pt"
     torch.save({name: {"config": m.config, "tensors": m.state_dict()} for name, m in models.items()}, path)
     return path
+
+
+class Scale(nn.Linear):
+    """A network that learns at once."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size)
+        self.config = {"size": size}
+
+
+def learnt(out: Path, names: list[str], size: int, steps: int) -> None:
+    """A training of such networks, or what is left of it."""
+    students = [loop.Student(name, Scale(size), 1e-2) for name in names]
+    words = ["--shards", "none", "--out", str(out), "--steps", str(steps), "--device", "cpu"]
+    parser = argparse.ArgumentParser()
+    loop.add_options(parser, 1, SIZE)
+    arguments = parser.parse_args(words)
+    arguments.kind = "points"
+
+    def learn(step: int, progress: float) -> dict[str, float]:
+        for student in students:
+            student.step(student.model(torch.ones(1, size)).square().sum(), 1.0, step)
+        return {}
+
+    loop.run(arguments, settings(), students, learn, dict)
+
+
+def test_a_training_goes_on_with_the_networks_that_it_has_and_loses_none(tmp_path: Path) -> None:
+    learnt(tmp_path, ["full", "fast"], 2, 1)
+    before = (tmp_path / "points.pt").read_bytes()
+    for names in (["full"], ["full", "fast", "third"]):
+        with pytest.raises(ValueError, match=r"points\.pt holds fast, full: go on with just that"):
+            learnt(tmp_path, names, 2, 2)
+    assert (tmp_path / "points.pt").read_bytes() == before
+    learnt(tmp_path, ["full", "fast"], 2, 2)
+    assert torch.load(tmp_path / "points.pt", weights_only=True)["step"] == 2
+
+
+def test_parts_are_those_of_the_weights_that_lie_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "PART", 1000)
+    for size in (30, 2):
+        learnt(tmp_path, ["full"], size, 1)
+        (tmp_path / "points.pt").unlink()
+    parts = sorted(tmp_path.glob("points.weights.pt.*"), key=lambda part: int(part.suffix[1:]))
+    assert b"".join(part.read_bytes() for part in parts) == (tmp_path / "points.weights.pt").read_bytes()
 
 
 @pytest.mark.usefixtures("small")
