@@ -9,9 +9,11 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import cv2
 import numpy as np
@@ -588,6 +590,16 @@ def test_the_script_for_a_gpu_says_what_it_needs(tmp_path: Path) -> None:
     done = commands_of_the_script_for_a_gpu(tmp_path, "--stage", "piont")
     assert (done.returncode, done.stdout) == (2, "")
     assert "there is no stage piont" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_clusters_of_a_room_are_counted_from_the_first_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("drjit", "mitsuba"):  # what renders is not installed
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    render = importlib.import_module("render")
+    monkeypatch.delitem(sys.modules, "render")
+    rooms = [render.Room("hall", "hall"), render.Room("bath", "bath", held_out=True)]
+    for held_out, room in ((False, rooms[0]), (True, rooms[1])):
+        assert render.numbered(rooms, held_out, 100, 3) == [(100, room), (101, room), (102, room)]
 
 
 # --- shipping ---
