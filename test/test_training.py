@@ -64,12 +64,18 @@ def sampled(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     return nn.functional.grid_sample(image, (points / limits * 2 - 1)[:, None], align_corners=True)[:, 0, 0]
 
 
+def named(template: str, count: int, watched: bool = False) -> list[str]:
+    """Names of things to train on, or that are only watched."""
+    names = (template.format(i) for i in itertools.count())
+    return list(itertools.islice((n for n in names if (zlib.crc32(n.encode()) % 20 == 0) == watched), count))
+
+
 @pytest.fixture(scope="module")
 def folder(texture: Texture, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards: 21 photographs, and a wall with a board before it, seen by three cameras."""
     path = tmp_path_factory.mktemp("shards")
     pictures = [shards.encode_grey(texture(240, 320, i)) for i in range(21)]
-    shards.write_photos(path / "photos_0.npz", pictures, [str(i) for i in range(21)])
+    shards.write_photos(path / "photos_0.npz", pictures, named("photo_{}", 20) + named("photo_{}", 1, watched=True))
     matrix = np.array([[200.0, 0, 159.5], [0, 200, 119.5], [0, 0, 1]])
     cameras, encoded = [], []
     for shift in (0.0, 0.3, 0.6):
@@ -78,7 +84,7 @@ def folder(texture: Texture, tmp_path_factory: pytest.TempPathFactory) -> Path:
         cameras.append(pose)
         encoded.append(shards.encode_view(*room(texture, matrix, shift)))
     pairs, overlaps = [(0, 1), (1, 2), (0, 2)], [(0.8, 0.8)] * 3
-    for number, cluster in ((0, 1), (1, 0)):  # clusters 0, 20, ... are only watched
+    for number, (place,) in enumerate((named("hall_{}", 1), named("hall_{}", 1, watched=True))):
         shards.write_rooms(
             path / f"rooms_{number}.npz",
             encoded,
@@ -86,8 +92,8 @@ def folder(texture: Texture, tmp_path_factory: pytest.TempPathFactory) -> Path:
             np.stack(cameras),
             np.zeros(3),
             ["hall"],
-            np.full(3, cluster),
-            list("abc"),
+            np.full(3, number),
+            [f"{place}_{i}" for i in range(3)],
             np.array(pairs),
             np.array(overlaps),
         )
@@ -180,10 +186,36 @@ def test_two_views_of_a_room_show_the_same_surface_at_each_others_places(folder:
     assert agreement(0.0) > agreement(2.0) + 0.02
 
 
-def test_one_photograph_in_twenty_and_one_cluster_in_twenty_are_only_watched(folder: Path) -> None:
+def test_places_are_as_true_along_the_border_as_elsewhere() -> None:
+    x, y = torch.meshgrid(torch.arange(160.0) * 2, torch.arange(120.0) * 2, indexing="xy")
+    matrix, same, moved = torch.tensor([[[200.0, 0, 159.5], [0, 200, 119.5], [0, 0, 1]]]), torch.eye(3)[None], 0.5
+    poses = torch.eye(4).repeat(2, 1, 1, 1)
+    poses[1, 0, 0, 3] = moved
+
+    def inverse(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """That of the depth of a slanted wall."""
+        return 0.2 + 0.001 * x + 0.0005 * y
+
+    depth = (1 / inverse(x, y))[None, None]
+    wall = views.Spatial((same, same), (matrix, matrix), (poses[0], poses[1]), (depth, depth), 2.0, (320, 240))
+    points = torch.tensor([[[x, y] for x in (0.0, 160.0, 316.5, 317.9, 318.0, 319.0) for y in (0.0, 237.0, 239.0)]])
+    expected = points.clone()
+    expected[..., 0] -= 200 * moved * inverse(points[..., 0], points[..., 1])
+    assert (wall.places(points, 0)[0] - expected).abs().max() < 0.01
+
+
+def test_one_photograph_and_one_place_of_a_room_in_twenty_are_only_watched_whatever_else_there_is(
+    folder: Path, texture: Texture, tmp_path: Path
+) -> None:
     trained, watched = views.load(folder, CPU)
-    assert [len(source) for source in trained] == [19, 3]
-    assert [len(source) for source in watched] == [2, 3]
+    assert [len(source) for source in trained] == [20, 3]
+    assert [len(source) for source in watched] == [1, 3]
+    names = [f"photo_{i}" for i in range(2000)]
+    chosen = views.watched_of(names)
+    assert 60 < chosen.sum() < 140
+    assert views.watched_of(["one_more", *names])[1:].tolist() == chosen.tolist()
+    few = named("photo_{}", 3)
+    assert views.watched_of(few).sum() == 1  # something is watched always
 
 
 def test_degrading_changes_images_as_strongly_as_told_and_always_alike(texture: Texture) -> None:
@@ -424,48 +456,6 @@ def test_a_training_leaves_small_numbers_as_it_found_them() -> None:
     assert smallest * 1 > 0
 
 
-@pytest.mark.usefixtures("small")
-def test_a_training_lowers_its_losses_and_what_it_writes_can_be_exported(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    points = steps(run(folder, out, "points", "--steps", "24"))
-    for name in ("full", "fast"):
-        parts = [losses[f"{name} points"] for losses in points.values()]
-        assert np.mean(parts[-5:]) < np.mean(parts[:3]) - 0.05
-    matching = steps(run(folder, out, "matching", "--steps", "16", "--networks", "full"))
-    totals = [losses["full assignment"] for losses in matching.values()]
-    assert np.mean(totals[-5:]) < np.mean(totals[:3])
-    glue = torch.load(out / "matching.weights.pt", weights_only=True)["full"]
-    layer = "transformer_layers.0.cross_attention"
-    assert torch.equal(glue["tensors"][f"{layer}.q_proj.weight"], glue["tensors"][f"{layer}.k_proj.weight"])
-    content = (out / "matching.weights.pt").read_bytes()
-    assert b"".join(path.read_bytes() for path in sorted(out.glob("matching.weights.pt.*"))) == content
-    begun, fits = train.build("matching", "full", str(out / "matching.weights.pt"), CPU)
-    assert fits and torch.equal(
-        begun.state_dict()[f"{layer}.q_proj.bias"], glue["tensors"][f"{layer}.q_proj.bias"].float()
-    )
-
-
-@pytest.mark.usefixtures("small")
-def test_a_rate_that_is_given_is_that_of_the_training(folder: Path, tmp_path: Path) -> None:
-    points = [
-        steps(run(folder, tmp_path / rate, "points", "--steps", "3", "--rate", rate)) for rate in ("1e-9", "5e-3")
-    ]
-    given, usual = ([losses["full points"] for losses in each.values()] for each in points)
-    assert given[0] == usual[0] and given[2] != usual[2]
-    assert points[1] == steps(run(folder, tmp_path / "usual", "points", "--steps", "3"))
-
-
-def points_file(folder: Path, **other: dict[str, Any]) -> Path:
-    """A points.weights.pt of random networks, in which those that are named have another configuration."""
-    models = {name: SuperPoint(**{**config, **other.get(name, {})}) for name, config in train.SUPERPOINTS.items()}
-    for model in models.values():
-        for number, (_, tensor) in enumerate(sorted(model.state_dict().items())):
-            tensor.copy_(0.3 * torch.randn(tensor.shape, generator=draw(number)))
-    path = folder / "some.weights.pt"
-    torch.save({name: {"config": m.config, "tensors": m.state_dict()} for name, m in models.items()}, path)
-    return path
-
-
 class Scale(nn.Linear):
     """A network that learns at once."""
 
@@ -509,6 +499,48 @@ def test_parts_are_those_of_the_weights_that_lie_beside_them(tmp_path: Path, mon
         (tmp_path / "points.pt").unlink()
     parts = sorted(tmp_path.glob("points.weights.pt.*"), key=lambda part: int(part.suffix[1:]))
     assert b"".join(part.read_bytes() for part in parts) == (tmp_path / "points.weights.pt").read_bytes()
+
+
+@pytest.mark.usefixtures("small")
+def test_a_training_lowers_its_losses_and_what_it_writes_can_be_exported(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    points = steps(run(folder, out, "points", "--steps", "24"))
+    for name in ("full", "fast"):
+        parts = [losses[f"{name} points"] for losses in points.values()]
+        assert np.mean(parts[-5:]) < np.mean(parts[:3]) - 0.05
+    matching = steps(run(folder, out, "matching", "--steps", "16", "--networks", "full"))
+    totals = [losses["full assignment"] for losses in matching.values()]
+    assert np.mean(totals[-5:]) < np.mean(totals[:3])
+    glue = torch.load(out / "matching.weights.pt", weights_only=True)["full"]
+    layer = "transformer_layers.0.cross_attention"
+    assert torch.equal(glue["tensors"][f"{layer}.q_proj.weight"], glue["tensors"][f"{layer}.k_proj.weight"])
+    content = (out / "matching.weights.pt").read_bytes()
+    assert b"".join(path.read_bytes() for path in sorted(out.glob("matching.weights.pt.*"))) == content
+    begun, fits = train.build("matching", "full", str(out / "matching.weights.pt"), CPU)
+    assert fits and torch.equal(
+        begun.state_dict()[f"{layer}.q_proj.bias"], glue["tensors"][f"{layer}.q_proj.bias"].float()
+    )
+
+
+@pytest.mark.usefixtures("small")
+def test_a_rate_that_is_given_is_that_of_the_training(folder: Path, tmp_path: Path) -> None:
+    points = [
+        steps(run(folder, tmp_path / rate, "points", "--steps", "3", "--rate", rate)) for rate in ("1e-9", "5e-3")
+    ]
+    given, usual = ([losses["full points"] for losses in each.values()] for each in points)
+    assert given[0] == usual[0] and given[2] != usual[2]
+    assert points[1] == steps(run(folder, tmp_path / "usual", "points", "--steps", "3"))
+
+
+def points_file(folder: Path, **other: dict[str, Any]) -> Path:
+    """A points.weights.pt of random networks, in which those that are named have another configuration."""
+    models = {name: SuperPoint(**{**config, **other.get(name, {})}) for name, config in train.SUPERPOINTS.items()}
+    for model in models.values():
+        for number, (_, tensor) in enumerate(sorted(model.state_dict().items())):
+            tensor.copy_(0.3 * torch.randn(tensor.shape, generator=draw(number)))
+    path = folder / "some.weights.pt"
+    torch.save({name: {"config": m.config, "tensors": m.state_dict()} for name, m in models.items()}, path)
+    return path
 
 
 @pytest.mark.usefixtures("small")
