@@ -448,15 +448,18 @@ def test_folded_weights_give_the_scores_of_the_map(random_folder: SaveFolder, te
     torch.testing.assert_close(found[both], expected, atol=0.03, rtol=0.02)  # similarities are kept in float16
 
 
-def test_calibrated_weights_are_written_where_the_package_reads_them(
+def test_calibrated_weights_are_written_where_the_package_reads_them_with_the_settings_that_they_had(
     tmp_path: Path, random_folder: SaveFolder, texture: Texture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photographs(tmp_path, texture, "photos_0.npz", 2)
-    words = ["--weights", str(random_folder()), "--validation", str(tmp_path), "--pairs", "1", "--keypoints", "60"]
-    calibrate.main([*words, "--nms-radius", "3", str(tmp_path / "out")])
-    assert "layer 1:" in capsys.readouterr().out
-    assert SuperPoint.from_pretrained(tmp_path / "out").nms_radius == 3
-    LightGlue.from_pretrained(tmp_path / "out")
+    own = {"nms_radius": 3, "keypoint_threshold": 0.001, "max_keypoints": 77, "subpixel": True}
+    weights, out = str(random_folder(superpoint=own)), tmp_path / "out"
+    words = ["--weights", weights, "--validation", str(tmp_path), "--pairs", "1", "--keypoints", "60", str(out)]
+    for options, changed in (([], {}), (["--nms-radius", "2", "--no-subpixel"], {"nms_radius": 2, "subpixel": False})):
+        calibrate.main([*words, *options])
+        assert "layer 1:" in capsys.readouterr().out
+        assert SuperPoint.from_pretrained(out).config.items() >= {**own, **changed}.items()
+        LightGlue.from_pretrained(out)
 
 
 # --- export ----------------------------------------------------------------------------------------------------------
@@ -471,11 +474,17 @@ def test_what_training_writes_is_exported(
         trained = {"fast": {"config": model.config, "tensors": model.state_dict()}}
         torch.save(trained, tmp_path / f"{kind}.weights.pt")
     words = ["--points", str(tmp_path / "points.weights.pt"), "--matching", str(tmp_path / "matching.weights.pt")]
-    export.main([*words, "--network", "fast", "--nms-radius", "2", str(tmp_path / "out")])
+    export.main([*words, "--network", "fast", str(tmp_path / "out")])
     for model in networks.values():
         read = type(model).from_pretrained(tmp_path / "out").state_dict()
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(read[name].float(), tensor.half().float())
-    assert SuperPoint.from_pretrained(tmp_path / "out").nms_radius == 2
+    shipped = SuperPoint.from_pretrained("superpoint-open-fast").config
+    settings = {name: shipped[name] for name in export.DETECTION["fast"]}
+    assert SuperPoint.from_pretrained(tmp_path / "out").config.items() >= settings.items()
+    export.main([*words, "--network", "fast", "--keypoint-threshold", "0.5", str(tmp_path / "out")])
+    assert (
+        SuperPoint.from_pretrained(tmp_path / "out").config.items() >= {**settings, "keypoint_threshold": 0.5}.items()
+    )
     with pytest.raises(KeyError, match="no network called full"):
         export.main([*words, str(tmp_path / "out")])

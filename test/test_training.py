@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import itertools
 import json
+import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import cv2
 import numpy as np
@@ -24,6 +30,7 @@ if not TRAINING.is_dir():
     pytest.skip("training/ is not installed with the package", allow_module_level=True)
 sys.path.insert(0, str(TRAINING))
 
+import degradation  # noqa: E402
 import distil  # noqa: E402
 import export  # noqa: E402
 import lightglue_loss  # noqa: E402
@@ -32,13 +39,13 @@ import shards  # noqa: E402
 import superpoint_loss  # noqa: E402
 import train  # noqa: E402
 import views  # noqa: E402
-from degradation import degrade  # noqa: E402
 from views import HIDDEN, UNKNOWN, VISIBLE  # noqa: E402
 
 Texture = Callable[[int, int, int], np.ndarray]
 SaveFolder = Callable[..., Path]
 CPU = torch.device("cpu")
 SIZE = (160, 120)
+GPU_RUN = [str(TRAINING / "gpu_run.sh")]
 
 
 def draw(seed: int = 0) -> torch.Generator:
@@ -57,12 +64,18 @@ def sampled(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     return nn.functional.grid_sample(image, (points / limits * 2 - 1)[:, None], align_corners=True)[:, 0, 0]
 
 
+def named(template: str, count: int, watched: bool = False) -> list[str]:
+    """Names of things to train on, or that are only watched."""
+    names = (template.format(i) for i in itertools.count())
+    return list(itertools.islice((n for n in names if (zlib.crc32(n.encode()) % 20 == 0) == watched), count))
+
+
 @pytest.fixture(scope="module")
 def folder(texture: Texture, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards: 21 photographs, and a wall with a board before it, seen by three cameras."""
     path = tmp_path_factory.mktemp("shards")
     pictures = [shards.encode_grey(texture(240, 320, i)) for i in range(21)]
-    shards.write_photos(path / "photos_0.npz", pictures, [str(i) for i in range(21)])
+    shards.write_photos(path / "photos_0.npz", pictures, named("photo_{}", 20) + named("photo_{}", 1, watched=True))
     matrix = np.array([[200.0, 0, 159.5], [0, 200, 119.5], [0, 0, 1]])
     cameras, encoded = [], []
     for shift in (0.0, 0.3, 0.6):
@@ -71,7 +84,7 @@ def folder(texture: Texture, tmp_path_factory: pytest.TempPathFactory) -> Path:
         cameras.append(pose)
         encoded.append(shards.encode_view(*room(texture, matrix, shift)))
     pairs, overlaps = [(0, 1), (1, 2), (0, 2)], [(0.8, 0.8)] * 3
-    for number, cluster in ((0, 1), (1, 0)):  # clusters 0, 20, ... are only watched
+    for number, (place,) in enumerate((named("hall_{}", 1), named("hall_{}", 1, watched=True))):
         shards.write_rooms(
             path / f"rooms_{number}.npz",
             encoded,
@@ -79,8 +92,8 @@ def folder(texture: Texture, tmp_path_factory: pytest.TempPathFactory) -> Path:
             np.stack(cameras),
             np.zeros(3),
             ["hall"],
-            np.full(3, cluster),
-            list("abc"),
+            np.full(3, number),
+            [f"{place}_{i}" for i in range(3)],
             np.array(pairs),
             np.array(overlaps),
         )
@@ -173,25 +186,63 @@ def test_two_views_of_a_room_show_the_same_surface_at_each_others_places(folder:
     assert agreement(0.0) > agreement(2.0) + 0.02
 
 
-def test_one_photograph_in_twenty_and_one_cluster_in_twenty_are_only_watched(folder: Path) -> None:
+def test_places_are_as_true_along_the_border_as_elsewhere() -> None:
+    x, y = torch.meshgrid(torch.arange(160.0) * 2, torch.arange(120.0) * 2, indexing="xy")
+    matrix, same, moved = torch.tensor([[[200.0, 0, 159.5], [0, 200, 119.5], [0, 0, 1]]]), torch.eye(3)[None], 0.5
+    poses = torch.eye(4).repeat(2, 1, 1, 1)
+    poses[1, 0, 0, 3] = moved
+
+    def inverse(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """That of the depth of a slanted wall."""
+        return 0.2 + 0.001 * x + 0.0005 * y
+
+    depth = (1 / inverse(x, y))[None, None]
+    wall = views.Spatial((same, same), (matrix, matrix), (poses[0], poses[1]), (depth, depth), 2.0, (320, 240))
+    points = torch.tensor([[[x, y] for x in (0.0, 160.0, 316.5, 317.9, 318.0, 319.0) for y in (0.0, 237.0, 239.0)]])
+    expected = points.clone()
+    expected[..., 0] -= 200 * moved * inverse(points[..., 0], points[..., 1])
+    assert (wall.places(points, 0)[0] - expected).abs().max() < 0.01
+
+
+def test_one_photograph_and_one_place_of_a_room_in_twenty_are_only_watched_whatever_else_there_is(
+    folder: Path, texture: Texture, tmp_path: Path
+) -> None:
     trained, watched = views.load(folder, CPU)
-    assert [len(source) for source in trained] == [19, 3]
-    assert [len(source) for source in watched] == [2, 3]
+    assert [len(source) for source in trained] == [20, 3]
+    assert [len(source) for source in watched] == [1, 3]
+    names = [f"photo_{i}" for i in range(2000)]
+    chosen = views.watched_of(names)
+    assert 60 < chosen.sum() < 140
+    assert views.watched_of(["one_more", *names])[1:].tolist() == chosen.tolist()
+    few = named("photo_{}", 3)
+    assert views.watched_of(few).sum() == 1  # something is watched always
 
 
 def test_degrading_changes_images_as_strongly_as_told_and_always_alike(texture: Texture) -> None:
     image = torch.from_numpy(texture(120, 160, 1))[None, None].float().expand(12, -1, -1, -1) / 255
 
     def change(strength: float, seed: int = 0) -> torch.Tensor:
-        return degrade(draw(seed), image, torch.full((12,), strength)) - image
+        return degradation.degrade(draw(seed), image, torch.full((12,), strength)) - image
 
     assert change(0.0).abs().max() < 1e-6
     assert torch.equal(change(0.7), change(0.7))
     sizes = [float(change(strength).abs().mean()) for strength in (0.2, 0.5, 1.0)]
     assert sizes == sorted(sizes) and sizes[0] > 0
-    degraded = degrade(draw(), image, torch.ones(12))
+    degraded = degradation.degrade(draw(), image, torch.ones(12))
     assert degraded.min() >= 0 and degraded.max() <= 1
     assert torch.allclose(degraded * 255, (degraded * 255).round(), atol=1e-3)
+
+
+def test_degrading_moves_nothing_anywhere_in_an_image() -> None:
+    width, height = SIZE
+    x, y = grid()[0].T.view(2, 1, 1, height, width)  # an image of its own coordinates says what was moved whereto
+    places = torch.cat([x, y])
+    inner = (slice(None), slice(None), slice(8, -8), slice(8, -8))
+    for seed in range(40):
+        for part in (degradation.coarser(draw(seed), places), degradation.blurred(draw(seed), places, torch.ones(2))):
+            assert (part - places)[inner].abs().max() < 0.1
+    coded = degradation.jpeg(places / 255, torch.full((2, 1, 1, 1), 100.0)) * 255
+    assert (coded - places).view(2, 1, -1, 8, width // 8, 8).mean(dim=(3, 5)).abs().max() < 0.1  # of blocks of 8 x 8
 
 
 # --- SuperPoint ---
@@ -405,6 +456,51 @@ def test_a_training_leaves_small_numbers_as_it_found_them() -> None:
     assert smallest * 1 > 0
 
 
+class Scale(nn.Linear):
+    """A network that learns at once."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size)
+        self.config = {"size": size}
+
+
+def learnt(out: Path, names: list[str], size: int, steps: int) -> None:
+    """A training of such networks, or what is left of it."""
+    students = [loop.Student(name, Scale(size), 1e-2) for name in names]
+    words = ["--shards", "none", "--out", str(out), "--steps", str(steps), "--device", "cpu"]
+    parser = argparse.ArgumentParser()
+    loop.add_options(parser, 1, SIZE)
+    arguments = parser.parse_args(words)
+    arguments.kind = "points"
+
+    def learn(step: int, progress: float) -> dict[str, float]:
+        for student in students:
+            student.step(student.model(torch.ones(1, size)).square().sum(), 1.0, step)
+        return {}
+
+    loop.run(arguments, settings(), students, learn, dict)
+
+
+def test_a_training_goes_on_with_the_networks_that_it_has_and_loses_none(tmp_path: Path) -> None:
+    learnt(tmp_path, ["full", "fast"], 2, 1)
+    before = (tmp_path / "points.pt").read_bytes()
+    for names in (["full"], ["full", "fast", "third"]):
+        with pytest.raises(ValueError, match=r"points\.pt holds fast, full: go on with just that"):
+            learnt(tmp_path, names, 2, 2)
+    assert (tmp_path / "points.pt").read_bytes() == before
+    learnt(tmp_path, ["full", "fast"], 2, 2)
+    assert torch.load(tmp_path / "points.pt", weights_only=True)["step"] == 2
+
+
+def test_parts_are_those_of_the_weights_that_lie_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "PART", 1000)
+    for size in (30, 2):
+        learnt(tmp_path, ["full"], size, 1)
+        (tmp_path / "points.pt").unlink()
+    parts = sorted(tmp_path.glob("points.weights.pt.*"), key=lambda part: int(part.suffix[1:]))
+    assert b"".join(part.read_bytes() for part in parts) == (tmp_path / "points.weights.pt").read_bytes()
+
+
 @pytest.mark.usefixtures("small")
 def test_a_training_lowers_its_losses_and_what_it_writes_can_be_exported(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
@@ -436,15 +532,45 @@ def test_a_rate_that_is_given_is_that_of_the_training(folder: Path, tmp_path: Pa
     assert points[1] == steps(run(folder, tmp_path / "usual", "points", "--steps", "3"))
 
 
+def points_file(folder: Path, **other: dict[str, Any]) -> Path:
+    """A points.weights.pt of random networks, in which those that are named have another configuration."""
+    models = {name: SuperPoint(**{**config, **other.get(name, {})}) for name, config in train.SUPERPOINTS.items()}
+    for model in models.values():
+        for number, (_, tensor) in enumerate(sorted(model.state_dict().items())):
+            tensor.copy_(0.3 * torch.randn(tensor.shape, generator=draw(number)))
+    path = folder / "some.weights.pt"
+    torch.save({name: {"config": m.config, "tensors": m.state_dict()} for name, m in models.items()}, path)
+    return path
+
+
+@pytest.mark.usefixtures("small")
+def test_of_a_teacher_for_points_the_detector_alone_counts(folder: Path, tmp_path: Path) -> None:
+    def losses(name: str, **other: dict[str, Any]) -> dict[int, dict[str, float]]:
+        (tmp_path / name).mkdir()
+        teacher = str(points_file(tmp_path / name, **other))
+        return steps(run(folder, tmp_path / name, "points", "--steps", "2", "--networks", "fast", "--teacher", teacher))
+
+    fits = losses("fits")
+    assert losses("wide", full={"descriptor_decoder_dim": 64}) == fits
+    assert losses("large", full={"decoder_hidden_size": 32}) != fits  # it is looked at
+
+
+@pytest.mark.usefixtures("small")
+def test_weights_of_another_architecture_are_not_taken_for_a_small_pair_to_begin_with(
+    folder: Path, teacher: Path, tmp_path: Path
+) -> None:
+    start = str(points_file(tmp_path, fast={"decoder_hidden_size": 32}))
+    with pytest.raises(ValueError, match="is of another architecture than the fast network"):
+        distilled(folder, teacher, tmp_path / "run", "points", "--steps", "1", "--start", start)
+    with pytest.raises(KeyError, match="holds full, fast, no network called slow"):
+        export.read_trained(SuperPoint, Path(start), "slow")
+
+
 @pytest.mark.usefixtures("small")
 def test_a_network_that_begins_with_random_weights_says_so(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(folder, tmp_path / "first", "points", "--steps", "1", "--networks", "full")
-    state = torch.load(tmp_path / "first" / "points.weights.pt", weights_only=True)["full"]
-    other = {**state, "config": {**state["config"], "descriptor_decoder_dim": 64}}
-    start = tmp_path / "start.weights.pt"
-    torch.save({"full": state, "fast": other}, start)
+    start = points_file(tmp_path, fast={"descriptor_decoder_dim": 64})
     run(folder, tmp_path / "second", "points", "--steps", "1", "--start", str(start))
     said = f"begins with random weights: --start {start} is of another architecture"
     assert f"fast {said}" in (printed := capsys.readouterr().out) and f"full {said}" not in printed
@@ -458,9 +584,10 @@ def test_the_script_for_a_gpu_trains_both_from_tiny_shards(
 ) -> None:
     options = ["--size", "96", "64", "--batch", "1", "--device", "cpu", "--precision", "float32", *more]
     out = tmp_path / "run"
-    script = [TRAINING / "gpu_run.sh", "--minutes", "0.02", "--stage", stage, "--shards", folder, "--out", out]
+    shards_there = os.path.relpath(folder, tmp_path)
     done = subprocess.run(
-        [str(part) for part in [*script, "--", *options]],
+        [*GPU_RUN, "--minutes", "0.02", "--stage", stage, "--shards", shards_there, "--out", "run", "--", *options],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=240,
@@ -472,10 +599,39 @@ def test_the_script_for_a_gpu_trains_both_from_tiny_shards(
         assert min(steps(log)) == 1 and (out / f"{kind}.weights.pt").exists()
 
 
+def commands_of_the_script_for_a_gpu(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """What it would call Python with."""
+    words = [*GPU_RUN, "--shards", "shards", "--out", "run", *options]
+    return subprocess.run(words, cwd=folder, env={**os.environ, "PYTHON": "echo"}, capture_output=True, text=True)
+
+
+def test_the_script_for_a_gpu_begins_every_stage_with_what_it_is_told(tmp_path: Path) -> None:
+    starts = ["--start-points", "a b.weights.pt", "--start-matching", "c.weights.pt"]
+    for stage in ("both", "distil"):
+        points, matching = commands_of_the_script_for_a_gpu(tmp_path, "--stage", stage, *starts).stdout.splitlines()
+        assert "--start a b.weights.pt" in points and "--start c.weights.pt" in matching
+    points, matching = commands_of_the_script_for_a_gpu(tmp_path).stdout.splitlines()
+    assert "--start superpoint-open" in points and "--start lightglue-superpoint-open" in matching
+    assert "--start" not in commands_of_the_script_for_a_gpu(tmp_path, "--stage", "distil").stdout
+
+
 def test_the_script_for_a_gpu_says_what_it_needs(tmp_path: Path) -> None:
-    done = subprocess.run([str(TRAINING / "gpu_run.sh"), "--minutes", "1"], capture_output=True, text=True)
+    done = subprocess.run([*GPU_RUN, "--minutes", "1"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "--shards and --out are needed" in done.stderr
+    done = commands_of_the_script_for_a_gpu(tmp_path, "--stage", "piont")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "there is no stage piont" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_clusters_of_a_room_are_counted_from_the_first_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("drjit", "mitsuba"):  # what renders is not installed
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    render = importlib.import_module("render")
+    sys.modules.pop("render")  # the next one who imports it is to see what is installed
+    rooms = [render.Room("hall", "hall"), render.Room("bath", "bath", held_out=True)]
+    for held_out, room in ((False, rooms[0]), (True, rooms[1])):
+        assert render.numbered(rooms, held_out, 100, 3) == [(100, room), (101, room), (102, room)]
 
 
 # --- shipping ---
@@ -486,7 +642,7 @@ def test_what_is_exported_is_what_the_package_and_transformers_load(
 ) -> None:
     transformers = pytest.importorskip("transformers")
     source = random_folder(lightglue={"depth_confidence": -1.0, "width_confidence": -1.0})
-    superpoint = SuperPoint.from_pretrained(source)
+    superpoint = SuperPoint.from_pretrained(source, keypoint_threshold=0.04, nms_radius=3)
     export.export(superpoint, LightGlue.from_pretrained(source), tmp_path)
     image0 = texture(120, 160, 0)
     image1 = np.roll(image0, 5, axis=1)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from evaluation_matchers import Ours, Weights
 from evaluation_pairs import Pair, validation_pairs
-from export import export
+from export import add_detection_options, detection_of, export
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -173,16 +173,17 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--validation", type=Path, required=True, metavar="SHARDS", help="the training's shards")
     parser.add_argument("--pairs", type=int, default=40, help="of photographs, and of rooms")
     parser.add_argument("--keypoints", type=int, default=1024)
-    parser.add_argument("--nms-radius", type=int, default=1, help="pixels; written to the configuration")
-    parser.add_argument("--subpixel", action="store_true", help="read positions out to a fraction of a pixel")
     parser.add_argument("--threads", type=int, default=1)
+    add_detection_options(parser, "what the weights say; scores are fitted to points that are found so")
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     folder = resolve(arguments.weights)
-    superpoint, matcher = SuperPoint.from_pretrained(folder).float(), LightGlue.from_pretrained(folder).float()
+    superpoint = SuperPoint.from_pretrained(folder, **detection_of(arguments)).float()
+    matcher = LightGlue.from_pretrained(folder).float()
     weights = Weights("ours", superpoint, matcher, torch.device("cpu"), "")
-    extractor = Ours(weights, arguments.keypoints, arguments.nms_radius, arguments.subpixel, 0.0, 0.1)
+    threshold = superpoint.keypoint_threshold
+    extractor = Ours(weights, arguments.keypoints, superpoint.nms_radius, superpoint.subpixel, threshold, 0.1)
     found = collect(extractor, matcher, validation_pairs(arguments.validation, arguments.pairs))
     for layer, evidence in enumerate(found):
         change = fit(evidence)
@@ -193,7 +194,7 @@ def main(words: list[str] | None = None) -> None:
             f"{expected_error(evidence, Map()):.3f} before, {expected_error(evidence, change):.3f} after",
             flush=True,
         )
-    export(superpoint, matcher, arguments.folder, nms_radius=arguments.nms_radius)
+    export(superpoint, matcher, arguments.folder)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,10 @@ from safetensors.torch import save_file
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.weights import file_hash
 
-DETECTION = {
-    "keypoint_threshold": 0.04,
-    "max_keypoints": 1024,
-    "nms_radius": 3,
-    "subpixel": True,
-}  # why: README.md, what was measured
+DETECTION: dict[str, dict[str, Any]] = {
+    "full": {"keypoint_threshold": 0.04, "max_keypoints": 1024, "nms_radius": 3, "subpixel": True},
+    "fast": {"keypoint_threshold": 0.012, "max_keypoints": 1024, "nms_radius": 2, "subpixel": True},
+}  # of what comes from a training; why: README.md, what was measured
 
 
 def read_trained(make: type[Any], path: Path, network: str) -> Any:
@@ -44,11 +42,8 @@ def read_trained(make: type[Any], path: Path, network: str) -> Any:
     return model
 
 
-def export(superpoint: SuperPoint, lightglue: LightGlue, folder: Path, **detection: Any) -> Path:
-    """Write ``config.json`` and ``model.safetensors`` in float16; the latter's path.
-
-    Args:
-        detection: what the configuration says in place of DETECTION, such as ``nms_radius``.
+def export(superpoint: SuperPoint, lightglue: LightGlue, folder: Path) -> Path:
+    """Write ``config.json``, which says what the networks' own ones say, and ``model.safetensors``; the latter's path.
 
     Raises:
         ValueError: when a weight does not fit into float16, or the two do not belong together.
@@ -60,14 +55,13 @@ def export(superpoint: SuperPoint, lightglue: LightGlue, folder: Path, **detecti
         )
     tensors = {f"keypoint_detector.{name}": tensor for name, tensor in superpoint.state_dict().items()}
     tensors |= lightglue.state_dict()
-    return write(tensors, configuration(superpoint.config, lightglue.config, detection), folder)
+    return write(tensors, configuration(superpoint.config, lightglue.config), folder)
 
 
-def export_superpoint(superpoint: SuperPoint, folder: Path, **detection: Any) -> Path:
+def export_superpoint(superpoint: SuperPoint, folder: Path) -> Path:
     """Write a SuperPoint alone, as :func:`export` writes both."""
-    config = detector_configuration(superpoint.config, detection)
     head = {"architectures": ["SuperPointForKeypointDetection"], "dtype": "float16"}
-    return write(superpoint.state_dict(), {**head, **config}, folder)
+    return write(superpoint.state_dict(), {**head, **superpoint.config, "model_type": "superpoint"}, folder)
 
 
 def write(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Path) -> Path:
@@ -86,9 +80,7 @@ def write(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Path
     return folder / "model.safetensors"
 
 
-def configuration(
-    superpoint: dict[str, Any], lightglue: dict[str, Any], detection: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def configuration(superpoint: dict[str, Any], lightglue: dict[str, Any]) -> dict[str, Any]:
     """The configuration of both, as `transformers` names it."""
     size, heads = lightglue["descriptor_dim"], lightglue["num_attention_heads"]
     return {
@@ -102,16 +94,28 @@ def configuration(
         "initializer_range": 0.02,
         "dtype": "float16",
         "keypoint_detector_config": {
-            **detector_configuration(superpoint, detection or {}),
+            **superpoint,
+            "model_type": "superpoint",
             "attn_implementation": "eager",
             "initializer_range": 0.02,
         },
     }
 
 
-def detector_configuration(superpoint: dict[str, Any], detection: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a SuperPoint, as `transformers` names it."""
-    return {**superpoint, "model_type": "superpoint", **DETECTION, **detection}
+def add_detection_options(parser: argparse.ArgumentParser, otherwise: str) -> None:
+    """Options for the configuration's detector; ``otherwise`` says what holds without them."""
+    group = parser.add_argument_group("detector", f"what the configuration says; otherwise {otherwise}")
+    group.add_argument("--nms-radius", type=int, help="pixels")
+    group.add_argument("--keypoint-threshold", type=float)
+    group.add_argument(
+        "--subpixel", action=argparse.BooleanOptionalAction, help="read positions out to a fraction of a pixel"
+    )
+
+
+def detection_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the options say of the detector."""
+    given = {name: getattr(arguments, name) for name in ("nms_radius", "keypoint_threshold", "subpixel")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def main(words: list[str] | None = None) -> None:
@@ -120,17 +124,16 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--points", type=Path, required=True, help="points.weights.pt of train.py")
     parser.add_argument("--matching", type=Path, help="matching.weights.pt of train.py")
     parser.add_argument("--network", choices=("full", "fast"), default="full", help="which of those that they hold")
-    parser.add_argument("--nms-radius", type=int, default=DETECTION["nms_radius"], help="pixels, for the configuration")
-    parser.add_argument("--keypoint-threshold", type=float, default=DETECTION["keypoint_threshold"], help="the same")
+    add_detection_options(parser, "what was measured to be good for the network")
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args(words)
     superpoint = read_trained(SuperPoint, arguments.points, arguments.network)
-    detection = {"nms_radius": arguments.nms_radius, "keypoint_threshold": arguments.keypoint_threshold}
+    superpoint.config.update(DETECTION[arguments.network], **detection_of(arguments))
     if arguments.matching is None:
-        file = export_superpoint(superpoint, arguments.folder, **detection)
+        file = export_superpoint(superpoint, arguments.folder)
     else:
         lightglue = read_trained(LightGlue, arguments.matching, arguments.network)
-        file = export(superpoint, lightglue, arguments.folder, **detection)
+        file = export(superpoint, lightglue, arguments.folder)
     log_line(f"{file}: {file.stat().st_size} bytes, SHA-256 {file_hash(file)}")
 
 

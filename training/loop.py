@@ -226,12 +226,20 @@ def run(
     Args:
         learn: makes the students follow the losses of a step, given its number and the progress; the figures to log.
         watch: figures of the averages, on views that are not trained on.
+
+    Raises:
+        ValueError: when the folder holds other networks than these, which would be lost or begin in the middle.
     """
     arguments.out.mkdir(parents=True, exist_ok=True)
     checkpoint = arguments.out / f"{arguments.kind}.pt"
     first, elapsed = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=settings.device, weights_only=True)
+        held = state.keys() - {"step", "elapsed"}
+        if held != {student.name for student in students}:
+            raise ValueError(
+                f"{checkpoint} holds {', '.join(sorted(held))}: go on with just that, or in another folder"
+            )
         for student in students:
             student.restore(state[student.name])
         first, elapsed = state["step"], state["elapsed"]
@@ -294,6 +302,8 @@ def export(arguments: argparse.Namespace, students: list[Student]) -> None:
         path,
     )
     content = path.read_bytes()
+    for old in path.parent.glob(f"{path.name}.*"):  # there may be more of them
+        old.unlink()
     for number in range(0, len(content), PART):
         path.with_name(f"{path.name}.{number // PART}").write_bytes(content[number : number + PART])
     log_line(f"written {path}, {len(content) / 1e6:.1f} MB")

@@ -718,14 +718,19 @@ def save(path: Path, **arrays: Array) -> None:
     os.replace(partial, path)
 
 
+def numbered(rooms: list[Room], held_out: bool, first: int, count: int) -> list[tuple[int, Room]]:
+    """``count`` clusters, numbered from ``first`` on, of each of the rooms that are held out or that are not."""
+    return [(number, room) for number in range(first, first + count) for room in rooms if room.held_out == held_out]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", type=Path, required=True, help="folder of the repositories with the rooms")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--first", type=int, default=0, help="number of the first cluster of each room for training")
-    parser.add_argument("--clusters", type=int, default=60, help="of each room for training")
+    parser.add_argument("--clusters", type=int, default=60, help="how many of each room for training")
     parser.add_argument("--held-out-first", type=int, default=0, help="likewise, for evaluation")
-    parser.add_argument("--held-out-clusters", type=int, default=25, help="of each room for evaluation")
+    parser.add_argument("--held-out-clusters", type=int, default=25, help="how many of each room for evaluation")
     parser.add_argument("--held-out-after", type=int, default=250, help="views for training come first")
     parser.add_argument(
         "--pictures",
@@ -746,14 +751,9 @@ def main() -> None:
         for held_out, paths in ((False, arguments.pictures), (True, arguments.held_out_pictures))
     }
     views = 0
-    numbers = range(arguments.held_out_first, arguments.held_out_clusters)
-    waiting = [(number, room) for number in numbers for room in ROOMS if room.held_out]
-    queue = [
-        (number, room) for number in range(arguments.first, arguments.clusters) for room in ROOMS if not room.held_out
-    ]
-    if arguments.only:
-        waiting = [item for item in waiting if item[1].name in arguments.only]
-        queue = [item for item in queue if item[1].name in arguments.only]
+    rooms = [room for room in ROOMS if not arguments.only or room.name in arguments.only]
+    queue = numbered(rooms, False, arguments.first, arguments.clusters)
+    waiting = numbered(rooms, True, arguments.held_out_first, arguments.held_out_clusters)
     turn = 0
     while queue or waiting:
         turn += 1

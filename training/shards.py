@@ -95,6 +95,12 @@ def read_photos(path: Path | str) -> list[Array]:
         return [_decode(part, cv2.IMREAD_GRAYSCALE) for part in _parts(arrays["content"], arrays["offsets"])]
 
 
+def photo_names(path: Path | str) -> list[str]:
+    """The names of a shard's photographs, in the order of :func:`read_photos`."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return [str(name) for name in arrays["names"]]
+
+
 def encode_grey(image: Array, webp_quality: int = WEBP_QUALITY, jpeg_quality: int = 88) -> bytes:
     """An image (H, W) uint8 as WebP, or as JPEG where that is smaller and no worse."""
     webp = _encode(".webp", image, [cv2.IMWRITE_WEBP_QUALITY, webp_quality])

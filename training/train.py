@@ -53,18 +53,31 @@ REACH = 0.02  # a match's probability by the network to begin with: below it not
 # --- networks --------------------------------------------------------------------------------------------------------
 
 
-def build(kind: str, name: str, start: str | None, device: torch.device) -> tuple[Any, bool]:
-    """A network, with the weights of ``start`` where it is given and fits, else with random ones; and which of both."""
+def build(kind: str, name: str, start: str | None, device: torch.device, or_random: bool = False) -> tuple[Any, bool]:
+    """A network, with the weights of ``start``, or else with random ones; and whether it has those of ``start``.
+
+    Args:
+        or_random: random ones also where ``start`` is of another architecture.
+
+    Raises:
+        ValueError: when ``start`` is of another architecture.
+        KeyError: when the file ``start`` holds no network of that name.
+    """
     if kind == "points":
         make: Any = SuperPoint
         config = SUPERPOINTS[name]
     else:
         make, config = LightGlue, LIGHTGLUES[name]
     model = make(**config)
-    tensors = None if start is None else _start(make, name, start, model.config)
-    if tensors is not None:
-        model.load_state_dict(tensors)
-    elif kind == "points":
+    fits = False
+    if start is not None:
+        begun = _read(make, name, start)
+        fits = _shapes(begun) == _shapes(model)
+        if fits:
+            model.load_state_dict(begun.state_dict())
+        elif not or_random:
+            raise ValueError(f"{start} is of another architecture than the {name} network")
+    if kind == "points" and not fits:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -79,21 +92,16 @@ def build(kind: str, name: str, start: str | None, device: torch.device) -> tupl
         if has_tiles():
             model.leave_attention_to_pytorch()
     model = model.to(device)
-    return (model.to(memory_format=torch.channels_last) if kind == "points" else model), tensors is not None
+    return (model.to(memory_format=torch.channels_last) if kind == "points" else model), fits
 
 
-def _start(make: Any, name: str, start: str, config: dict[str, Any]) -> dict[str, Tensor] | None:
-    """The weights to begin with; None where what ``start`` names is another architecture."""
-    if start.endswith(".weights.pt"):
-        state = torch.load(start, map_location="cpu", weights_only=True)[name]
-        found, tensors = state["config"], state["tensors"]
-    else:
-        model = make.from_pretrained(start)
-        found, tensors = model.config, model.state_dict()
-    kept = ("encoder_hidden_sizes", "descriptor_decoder_dim", "descriptor_dim", "num_hidden_layers", "input_dim")
-    if any(found.get(key) != config.get(key) for key in kept):
-        return None
-    return {key: value.float() for key, value in tensors.items()}
+def _read(make: Any, name: str, source: str) -> Any:
+    """A network that was trained: that of a KIND.weights.pt of that name, or that of a folder or a registered name."""
+    return read_trained(make, Path(source), name) if source.endswith(".weights.pt") else make.from_pretrained(source)
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -273,7 +281,7 @@ def train(arguments: argparse.Namespace) -> None:
     device = settings.device
     trained, watched = load(arguments.shards, device)
     torch.manual_seed(arguments.seed)  # of the weights to begin with
-    built = {name: build(arguments.kind, name, arguments.start, device) for name in arguments.networks}
+    built = {name: build(arguments.kind, name, arguments.start, device, True) for name in arguments.networks}
     for name, (_, fits) in built.items():
         if arguments.start is not None and not fits:
             log_line(f"{name} begins with random weights: --start {arguments.start} is of another architecture")
@@ -287,7 +295,7 @@ def train(arguments: argparse.Namespace) -> None:
     # The average of the first network teaches itself and the others, unless there is one that is done learning.
     teacher = students[0].average
     if arguments.teacher is not None:
-        teacher = build("points", "full", str(arguments.teacher), device)[0].eval()
+        teacher = _read(SuperPoint, "full", str(arguments.teacher)).to(device, memory_format=torch.channels_last)
 
     def views(number: int) -> ViewPairs:
         return source_of(trained, number).pairs(settings.draw(1, number), settings.batch, settings.size)

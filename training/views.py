@@ -8,6 +8,7 @@ of its geometry, for a view of a room it is a turn and a zoom of the same camera
 from __future__ import annotations
 
 import copy
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from common import log_line
-from shards import Rooms, decode_normals, read_photos, read_rooms
+from shards import Rooms, decode_normals, photo_names, read_photos, read_rooms
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -235,10 +236,9 @@ class Spatial:
         depth = self.depths[view]
         batch, _, height, width = depth.shape
         at = pixels / self.step
-        low = at.floor()
-        part = at - low
-        x = low[..., 0].long().clamp(0, width - 2)
-        y = low[..., 1].long().clamp(0, height - 2)
+        low = at.floor().clamp(at.new_zeros(2), at.new_tensor([width - 2, height - 2]))
+        part = at - low  # an image goes on for some pixels after its last sample
+        x, y = low.long().unbind(dim=-1)
         flat = depth.view(batch, -1)
         corners = torch.stack([flat.gather(1, (y + j) * width + x + i) for j in (0, 1) for i in (0, 1)], dim=-1)
         weights = torch.stack(
@@ -249,9 +249,9 @@ class Spatial:
                 part[..., 0] * part[..., 1],
             ],
             dim=-1,
-        ).clamp(min=0)
+        )
         empty = (corners <= 0).any(dim=-1)
-        inverse = (weights / corners.clamp(min=1e-3)).sum(dim=-1) / weights.sum(dim=-1).clamp(min=1e-6)
+        inverse = (weights / corners.clamp(min=1e-3)).sum(dim=-1)
         spread = corners.amax(dim=-1) / corners.amin(dim=-1).clamp(min=1e-3) - 1
         return torch.where(empty, 0.0, 1 / inverse.clamp(min=1e-6)), torch.where(empty, 1.0, spread)
 
@@ -280,7 +280,6 @@ class RoomViews:
         first = np.cumsum([0, *(len(s.images) for s in shards)])
         kept = [s.pairs[s.overlaps.min(axis=1) >= overlap] + start for s, start in zip(shards, first)]
         self.pairs_of = torch.from_numpy(np.concatenate(kept)).to(device)
-        self.overlap = overlap
         self.camera_size = (self.albedo.shape[3], self.albedo.shape[2])
         self.step = self.albedo.shape[3] / self.depth.shape[3]
 
@@ -408,27 +407,40 @@ class RoomViews:
 Source = Photos | RoomViews
 
 
+def watched_of(names: list[str]) -> np.ndarray:
+    """(N,) bool, which of things with these names are only watched: one in twenty, by the name, whatever else there is.
+
+    Where none is, the first would be.
+    """
+    codes = np.array([zlib.crc32(name.encode()) for name in names])
+    chosen = codes % 20 == 0
+    return chosen if chosen.any() else codes == codes.min()
+
+
 def load(folder: Path, device: torch.device) -> tuple[list[Source], list[Source]]:
     """Everything that the shards of a folder hold: what to train on (logged), and what to watch the training with.
 
-    One photograph in twenty and one cluster of views in twenty are only watched.
+    About one photograph in twenty and one cluster of views in twenty are only watched, see :func:`watched_of`.
 
     Raises:
         FileNotFoundError: where there are no photographs.
     """
-    images = [image for path in sorted(folder.glob("photos_*.npz")) for image in read_photos(path)]
+    paths = sorted(folder.glob("photos_*.npz"))
+    images = [image for path in paths for image in read_photos(path)]
     if not images:
         raise FileNotFoundError(f"{folder} holds no photos_*.npz: make them with training/prepare.py")
-    trained: list[Source] = [Photos([image for i, image in enumerate(images) if i % 20], device)]
-    watched: list[Source] = [Photos(images[::20], device)]
+    chosen = watched_of([name for path in paths for name in photo_names(path)])
+    trained: list[Source] = [Photos([image for image, each in zip(images, chosen) if not each], device)]
+    watched: list[Source] = [Photos([image for image, each in zip(images, chosen) if each], device)]
     shards = [read_rooms(path) for path in sorted(folder.glob("rooms_*.npz"))]
     if shards:
         rooms = RoomViews(shards, device)
-        clusters = np.concatenate([s.cluster[s.pairs[s.overlaps.min(axis=1) >= rooms.overlap][:, 0]] for s in shards])
-        held_out = torch.from_numpy(clusters % 20 == 0).to(device)
+        views = [name for s in shards for name in s.names]
+        # render.py names a view by its room, its place in it, and its number there.
+        places = [views[i].rpartition("_")[0] for i in rooms.pairs_of[:, 0].tolist()]
+        held_out = torch.from_numpy(watched_of(places)).to(device)
         trained.append(rooms.only(~held_out))
-        if held_out.any():
-            watched.append(rooms.only(held_out))
+        watched.append(rooms.only(held_out))
     for source in trained:
         log_line(f"{type(source).__name__}: {len(source)} to train on")
     return trained, watched
