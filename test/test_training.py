@@ -24,6 +24,7 @@ if not TRAINING.is_dir():
     pytest.skip("training/ is not installed with the package", allow_module_level=True)
 sys.path.insert(0, str(TRAINING))
 
+import degradation  # noqa: E402
 import distil  # noqa: E402
 import export  # noqa: E402
 import lightglue_loss  # noqa: E402
@@ -32,7 +33,6 @@ import shards  # noqa: E402
 import superpoint_loss  # noqa: E402
 import train  # noqa: E402
 import views  # noqa: E402
-from degradation import degrade  # noqa: E402
 from views import HIDDEN, UNKNOWN, VISIBLE  # noqa: E402
 
 Texture = Callable[[int, int, int], np.ndarray]
@@ -183,15 +183,27 @@ def test_degrading_changes_images_as_strongly_as_told_and_always_alike(texture: 
     image = torch.from_numpy(texture(120, 160, 1))[None, None].float().expand(12, -1, -1, -1) / 255
 
     def change(strength: float, seed: int = 0) -> torch.Tensor:
-        return degrade(draw(seed), image, torch.full((12,), strength)) - image
+        return degradation.degrade(draw(seed), image, torch.full((12,), strength)) - image
 
     assert change(0.0).abs().max() < 1e-6
     assert torch.equal(change(0.7), change(0.7))
     sizes = [float(change(strength).abs().mean()) for strength in (0.2, 0.5, 1.0)]
     assert sizes == sorted(sizes) and sizes[0] > 0
-    degraded = degrade(draw(), image, torch.ones(12))
+    degraded = degradation.degrade(draw(), image, torch.ones(12))
     assert degraded.min() >= 0 and degraded.max() <= 1
     assert torch.allclose(degraded * 255, (degraded * 255).round(), atol=1e-3)
+
+
+def test_degrading_moves_nothing_anywhere_in_an_image() -> None:
+    width, height = SIZE
+    x, y = grid()[0].T.view(2, 1, 1, height, width)  # an image of its own coordinates says what was moved whereto
+    places = torch.cat([x, y])
+    inner = (slice(None), slice(None), slice(8, -8), slice(8, -8))
+    for seed in range(40):
+        for part in (degradation.coarser(draw(seed), places), degradation.blurred(draw(seed), places, torch.ones(2))):
+            assert (part - places)[inner].abs().max() < 0.1
+    coded = degradation.jpeg(places / 255, torch.full((2, 1, 1, 1), 100.0)) * 255
+    assert (coded - places).view(2, 1, -1, 8, width // 8, 8).mean(dim=(3, 5)).abs().max() < 0.1  # of blocks of 8 x 8
 
 
 # --- SuperPoint ---

@@ -46,12 +46,9 @@ def degrade(draw: torch.Generator, images: Tensor, strength: Tensor) -> Tensor:
     mean = x.mean(dim=(1, 2, 3), keepdim=True)
     contrast = (x - mean) * (normal() * 0.35 * strength).exp() + mean + normal() * 0.08 * strength
     x = torch.where(chance(0.8), contrast, x)
-    # A camera of less resolution. All such images of a batch have one resolution: a tensor has one size.
-    small = float(torch.rand((), generator=draw, device=device)) * 0.5 + 0.45
-    coarser = F.interpolate(x, scale_factor=small, mode="bilinear", antialias=True, align_corners=False)
-    coarser = F.interpolate(coarser, x.shape[2:], mode="bilinear", align_corners=False)
-    x = torch.where(chance(0.2), coarser, x)
-    x = torch.where(chance(0.45), _blurred(draw, x, strength), x)
+    less = coarser(draw, x)
+    x = torch.where(chance(0.2), less, x)
+    x = torch.where(chance(0.45), blurred(draw, x, strength), x)
     dark = chance(0.25)
     bright = chance(0.2) & ~dark
     exposure = torch.where(dark, (-normal().abs() * 1.2 * strength).exp(), torch.ones_like(strength))
@@ -64,14 +61,23 @@ def degrade(draw: torch.Generator, images: Tensor, strength: Tensor) -> Tensor:
     x = _rounded(x)
     quality = uniform(95 - 75 * 1.0, 95)
     quality = 95 - (95 - quality) * strength.clamp(max=1)
-    return torch.where(chance(0.4), _rounded(_jpeg(x, quality)), x)
+    return torch.where(chance(0.4), _rounded(jpeg(x, quality)), x)
 
 
 def _rounded(x: Tensor) -> Tensor:
     return (x.clamp(0, 1) * 255).round() / 255
 
 
-def _blurred(draw: torch.Generator, x: Tensor, strength: Tensor) -> Tensor:
+def coarser(draw: torch.Generator, x: Tensor) -> Tensor:
+    """From a camera of less resolution. All images of a batch have the same: a tensor has one size."""
+    share = float(torch.rand((), generator=draw, device=x.device)) * 0.5 + 0.45
+    # By sizes both ways: a scale_factor maps by itself and not by the whole pixels there are, and so moves the image.
+    size = [round(length * share) for length in x.shape[2:]]
+    less = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+    return F.interpolate(less, x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def blurred(draw: torch.Generator, x: Tensor, strength: Tensor) -> Tensor:
     """Half of the images out of focus, half moved during the exposure."""
     count, device, reach = len(x), x.device, 5
     axis = torch.arange(-reach, reach + 1, device=device, dtype=torch.float32)
@@ -90,7 +96,7 @@ def _blurred(draw: torch.Generator, x: Tensor, strength: Tensor) -> Tensor:
     return F.conv2d(padded.transpose(0, 1), kernels[:, None], groups=count).transpose(0, 1)
 
 
-def _jpeg(x: Tensor, quality: Tensor) -> Tensor:
+def jpeg(x: Tensor, quality: Tensor) -> Tensor:
     """What JPEG's quantisation of 8 x 8 blocks leaves of images (B, 1, H, W), H and W multiples of 8."""
     device = x.device
     frequency = torch.arange(8, device=device, dtype=torch.float32)
