@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import kpmatch_ros
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.models import LightGlue, SuperPoint
@@ -308,6 +310,7 @@ def test_figures_are_counted_over_the_matches_about_which_something_is_known() -
     difference = described["matchers"]["same"]["difference"]["right"]
     assert difference == {"value": 0, "low": 0, "high": 0}
     table = markdown({"rooms": described}, "ALIKED+LightGlue")
+    assert table.startswith("### rooms, 3 pairs\n")
     assert "| same | 2 | 1 | 0.583 | 40 / 60 / 80 | 1.3 | 16.7 / 25.0 / 29.2 | +0.0 (+0.0 to +0.0) |" in table
 
 
@@ -318,6 +321,8 @@ def test_pairs_of_one_place_are_no_more_evidence_than_one() -> None:
     figures = [of["matchers"]["m"]["figures"]["right"] for of in (alone, thrice)]
     assert figures[0]["low"] < figures[0]["value"] - 1 and figures[0]["high"] > figures[0]["value"] + 1
     assert figures[1] == pytest.approx(figures[0])
+    assert (thrice["pairs"], thrice["places"]) == (36, 12)
+    assert markdown({"rooms": thrice}, "").startswith("### rooms, 36 pairs of 12 places\n")
 
 
 def test_calibration_compares_scores_with_what_is_right() -> None:
@@ -363,6 +368,67 @@ def test_nothing_is_worked_out_twice(tmp_path: Path) -> None:
     pairs.append(evaluation_pairs.Pair("rooms", "new", (images[1] + 1, images[1]), motion, motion))
     figures = evaluate.evaluate([matcher], iter(pairs), evaluate.Cache(tmp_path, 1), known=True)
     assert figures["rooms"]["pairs"] == matcher.asked == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "anew"),
+    [
+        ("package/models/lightglue.py", {"matches", "refined", "poses"}),
+        ("package/models/libkpmatch_networks.so", {"matches", "refined", "poses"}),
+        ("package/geometry/two_view.py", {"refined", "poses"}),
+        ("package/geometry/libkpmatch_geometry.so", {"refined", "poses"}),
+        ("scripts/evaluation_matchers.py", {"matches", "refined", "poses"}),
+        ("scripts/evaluation_truth.py", {"poses"}),
+        ("package/odometry.py", set()),
+    ],
+)
+def test_what_other_code_worked_out_is_worked_out_anew(tmp_path: Path, changed: str, anew: set[str]) -> None:
+    package = Path(kpmatch_ros.__file__).parent
+    for folder in ("models", "geometry"):
+        shutil.copytree(package / folder, tmp_path / "package" / folder)
+        (tmp_path / "package" / folder / "__pycache__").mkdir(exist_ok=True)
+    for name in ("working_memory.py", "colour.py", "odometry.py"):
+        shutil.copy(package / name, tmp_path / "package")
+    shutil.copytree(TRAINING, tmp_path / "scripts")
+    before = evaluate.code_hashes(tmp_path / "package", tmp_path / "scripts")
+    with (tmp_path / changed).open("ab") as stream:
+        stream.write(b"\n")
+    after = evaluate.code_hashes(tmp_path / "package", tmp_path / "scripts")
+    assert {kind for kind in before if before[kind] != after[kind]} == anew
+
+
+def test_poses_of_another_estimator_are_not_taken_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    camera = Camera(*SIZE, MATRIX)
+    motion = Motion(np.eye(3), np.array([0.3, 0, 0]), (camera, camera))
+    image, matcher = np.zeros((120, 160), np.uint8), Counting()
+    pair = evaluation_pairs.Pair("rooms", "0", (image, image), motion, motion)
+    cache = evaluate.Cache(tmp_path, 1)
+    evaluate.evaluate([matcher], iter([pair]), cache)
+    assert cache.holds(matcher, pair)
+    monkeypatch.setitem(cache.code, "poses", "of another estimator")
+    assert not cache.holds(matcher, pair)
+    monkeypatch.undo()
+    assert cache.holds(matcher, pair)
+    monkeypatch.setattr(evaluate, "ORDERS", 3)
+    assert not cache.holds(matcher, pair)
+    evaluate.evaluate([matcher], iter([pair]), cache)
+    poses = cache.result(matcher, pair).poses
+    assert poses is not None and len(poses) == 3
+    assert matcher.asked == 1  # its matches are of the same code
+
+
+def test_results_are_written_under_the_whole_name_that_was_asked_for(tmp_path: Path, texture: Texture) -> None:
+    photographs(tmp_path, texture, "photos_heldout.npz", 1)
+    for name in ("new_0.1", "new_0.2"):
+        words = ["--data", str(tmp_path), "--groups", "photographs", "--peers", "sift", "--keypoints", "200"]
+        evaluate.main([*words, "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / name)])
+    written = sorted(path.name for path in tmp_path.glob("new*"))
+    assert written == ["new_0.1.json", "new_0.1.md", "new_0.2.json", "new_0.2.md"]
+    content = json.loads((tmp_path / "new_0.1.json").read_text())
+    assert content["groups"]["photographs"]["places"] == 1
+    assert set(content["code"]) == {"matches", "refined", "poses"}
 
 
 class Rounded:

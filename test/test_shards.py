@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,15 @@ def test_views_that_come_later_go_into_further_shards(
     held_out = shards.read_rooms(tmp_path / "rooms_heldout.npz")
     assert held_out.depth.shape == (2, 60, 80)
     assert np.abs(held_out.images[0].astype(float) - held_out.images[1]).max() > 5  # not the same light
+
+
+def test_places_are_numbered_alike_whenever_their_files_were_copied(tmp_path: Path) -> None:
+    places = [("bathroom", 0), ("hall", 0), ("bathroom", 1), ("hall", 1), ("hall", 2)]
+    for age, (scene, cluster) in enumerate(places):
+        path = tmp_path / f"{scene}_{cluster:04d}.json"
+        path.write_text(json.dumps({"scene": scene, "cluster": cluster, "held_out": True, "views": ["view"]}))
+        os.utime(path, (1_000_000 - age, 1_000_000 - age))
+    assert [(note["scene"], note["cluster"]) for note in pack.clusters(tmp_path, held_out=True)] == places
 
 
 SCENE = """<scene version="3.0.0">

@@ -5,7 +5,7 @@
 
 ``results.json`` and ``results.md`` hold matches, right matches, precision, shares within 1, 2 and 3 px, cells with
 right matches, AUC of poses and calibration, with 90 % intervals over places and paired differences to ALIKED+LightGlue.
-What each matcher finds in each pair is kept in the cache, so that only what is new is worked out.
+What each matcher finds in each pair is kept in the cache, so that only what is new is worked out: by another code, too.
 
 Nothing is chosen by the held-out groups: radius, thresholds and checkpoints are chosen with ``--validation``.
 """
@@ -13,6 +13,7 @@ Nothing is chosen by the held-out groups: radius, thresholds and checkpoints are
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -31,6 +32,8 @@ from evaluation_figures import Result, describe, markdown
 from evaluation_matchers import PEERS, Found, Matcher, Ours, Refined, load_ours, load_peer
 from evaluation_pairs import GROUPS, Pair, groups, validation_pairs
 from evaluation_truth import Motion, pose_errors
+
+import kpmatch_ros
 
 __all__ = ["evaluate", "main"]
 
@@ -63,26 +66,57 @@ def start_process() -> None:
     cv2.setNumThreads(1)
 
 
-def find_pose(path: Path, motion: Motion, points0: np.ndarray, points1: np.ndarray, resolution: float) -> None:
+def find_pose(
+    path: Path, motion: Motion, points0: np.ndarray, points1: np.ndarray, resolution: float, orders: int
+) -> None:
     """Work out a pair's poses and keep their errors."""
-    save(path, poses=pose_errors(motion, points0, points1, resolution, ORDERS))
+    save(path, poses=pose_errors(motion, points0, points1, resolution, orders))
+
+
+def code_hashes(package: Path, scripts: Path) -> dict[str, str]:
+    """Tells the code that works something out from every other, by what is worked out.
+
+    ``matches`` are those of networks; ``refined`` matches and ``poses`` depend on the geometry, too.
+
+    Args:
+        package: folder of ``kpmatch_ros``, with the libraries that its build compiled, if any.
+        scripts: folder of the evaluation's modules.
+    """
+    digest, hashes = hashlib.sha256(json.dumps(versions()).encode()), {}
+    parts = {
+        "matches": [*package.glob("models/*"), package / "working_memory.py", scripts / "evaluation_matchers.py"],
+        "refined": [*package.glob("geometry/*"), package / "colour.py"],
+        "poses": [scripts / "evaluation_truth.py"],
+    }
+    for kind, paths in parts.items():
+        for path in sorted(paths):
+            if path.suffix in (".py", ".so"):
+                digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        hashes[kind] = digest.hexdigest()[:12]  # of this part and those before it
+    return hashes
 
 
 class Cache:
-    """What matchers found, by ``matcher.key`` and ``pair.key``.
+    """What matchers found, by ``matcher.key``, ``pair.key`` and the code that worked it out.
 
     Args:
         processes: that work out poses while the networks run.
+
+    Attributes:
+        code: see :func:`code_hashes`.
     """
 
     def __init__(self, folder: Path, processes: int) -> None:
         self.folder = folder
+        self.code = code_hashes(Path(kpmatch_ros.__file__).parent, Path(__file__).parent)
         self.pool = ProcessPoolExecutor(processes, get_context("spawn"), start_process)
         self.waiting: dict[Path, Future[None]] = {}
 
     def path(self, matcher: Matcher, pair: Pair, kind: str) -> Path:
         """The file of a pair's ``matches`` or ``poses``."""
-        return self.folder / matcher.key / f"{pair.key}.{kind}.npz"
+        part = "refined" if kind == "matches" and isinstance(matcher, Refined) else kind
+        orders = f"-{ORDERS}" if kind == "poses" else ""
+        return self.folder / matcher.key / f"{pair.key}.{kind}{orders}-{self.code[part]}.npz"
 
     def holds(self, matcher: Matcher, pair: Pair) -> bool:
         """Whether everything about a pair has been worked out before."""
@@ -94,7 +128,7 @@ class Cache:
         found = self.matches(matcher, pair)
         poses = self.path(matcher, pair, "poses")
         if pair.motion is not None and not poses.exists() and poses not in self.waiting:
-            task = (poses, pair.motion, found.points0, found.points1, matcher.resolution)
+            task = (poses, pair.motion, found.points0, found.points1, matcher.resolution, ORDERS)
             self.waiting[poses] = self.pool.submit(find_pose, *task)
 
     def matches(self, matcher: Matcher, pair: Pair) -> Found:
@@ -212,11 +246,19 @@ def main(words: list[str] | None = None) -> None:
         pairs = iter(validation_pairs(arguments.validation, arguments.validation_pairs))
     else:
         pairs = groups(arguments.data, arguments.groups)
-    figures = evaluate(matchers, pairs, Cache(arguments.cache, arguments.processes), arguments.known)
-    content = {"versions": versions(), "orders": ORDERS, "keys": {m.name: m.key for m in matchers}, "groups": figures}
-    arguments.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    cache = Cache(arguments.cache, arguments.processes)
+    figures = evaluate(matchers, pairs, cache, arguments.known)
+    content = {
+        "versions": versions(),
+        "code": cache.code,
+        "orders": ORDERS,
+        "keys": {m.name: m.key for m in matchers},
+        "groups": figures,
+    }
     table = markdown(figures, REFERENCE)
-    arguments.out.with_suffix(".md").write_text(table)
+    # A name such as new_0.1 ends in no suffix.
+    arguments.out.with_name(f"{arguments.out.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    arguments.out.with_name(f"{arguments.out.name}.md").write_text(table)
     print(table)
 
 

@@ -109,7 +109,8 @@ def describe(results: dict[str, list[Result]], reference: str) -> dict[str, Any]
         results: by the matcher's name, of the same pairs in the same order.
         reference: the matcher to which the others' paired differences are given.
     """
-    draws = _draws([result.place for result in next(iter(results.values()))])
+    places = [result.place for result in next(iter(results.values()))]
+    draws = _draws(places)
     figures = {name: _figures(found, draws) for name, found in results.items()}
     table: dict[str, Any] = {}
     for name, found in results.items():
@@ -121,7 +122,7 @@ def describe(results: dict[str, list[Result]], reference: str) -> dict[str, Any]
             table[name]["difference"] = {
                 figure: _interval(values - figures[reference][figure]) for figure, values in figures[name].items()
             }
-    return {"pairs": len(next(iter(results.values()))), "matchers": table}
+    return {"pairs": len(places), "places": len(set(places)), "matchers": table}
 
 
 def calibration(results: Sequence[Result]) -> dict[str, Any] | None:
@@ -158,7 +159,9 @@ def markdown(groups: dict[str, Any], reference: str) -> str:
         header = ["matcher", "matches", "right", "precision", "≤ 1 / 2 / 3 px (%)", "cells"]
         header += [f"AUC at {'/'.join(map(str, ANGLES))}°", f"at 10°, to {reference}"] if posed else []
         header += [f"≤ 1 px, to {reference}", "calibration error"]
-        lines = [f"### {group}, {described['pairs']} pairs", "", _row(header), _row(["---"] * len(header))]
+        pairs, places = described["pairs"], described["places"]
+        title = f"### {group}, {pairs} pairs" + (f" of {places} places" if places < pairs else "")
+        lines = [title, "", _row(header), _row(["---"] * len(header))]
         lines += [_row(_cells(name, row, posed)) for name, row in matchers.items()]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"

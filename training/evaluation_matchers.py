@@ -7,7 +7,6 @@ networks. LightGlues run all layers and drop no points.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import sys
 from collections import OrderedDict
@@ -19,14 +18,13 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import cv2
 import numpy as np
 import torch
-from superpoint_loss import soft_maximum
 from torch import Tensor, nn
 
-from kpmatch_ros.geometry import flow, patches, refinement
+from kpmatch_ros.geometry import refinement
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperPoint
 from kpmatch_ros.models.assignment import ImageFeatures
 from kpmatch_ros.models.checkpoint import Checkpoint, build_from
-from kpmatch_ros.models.detections import clear_border, select_keypoints, suppress_non_maxima
+from kpmatch_ros.models.detections import clear_border, read_out, select_keypoints, suppress_non_maxima
 from kpmatch_ros.models.superpoint import sample_descriptors
 from kpmatch_ros.weights import resolve
 
@@ -203,8 +201,7 @@ class Ours:
         keypoints, _, mask = select_keypoints(scores, self.threshold, self.keypoints)
         keypoints = keypoints[mask][None]
         if self.subpixel:
-            index = (keypoints[..., 1] * scores.shape[2] + keypoints[..., 0]).long()
-            keypoints = soft_maximum(maps.probabilities, index)
+            keypoints = read_out(maps.probabilities, keypoints)
         return features_of(keypoints[0], sample_descriptors(maps.descriptors, keypoints)[0], image)
 
     @torch.inference_mode()
@@ -332,10 +329,9 @@ class Refined:
     """
 
     def __init__(self, matcher: Matcher) -> None:
-        code = "".join(inspect.getsource(module) for module in (flow, patches, refinement))
         self.matcher, self.resolution = matcher, matcher.resolution
         self.name = f"{matcher.name}, refined"
-        self.key = hash_of([], matcher=matcher.key, code=code)
+        self.key = hash_of([], refined=matcher.key)
 
     def __call__(self, image0: np.ndarray, image1: np.ndarray) -> Found:
         """Match two images."""

@@ -24,10 +24,13 @@ SHARD_BYTES = 25_000_000
 
 
 def clusters(folder: Path, held_out: bool) -> list[dict[str, Any]]:
-    """What ``render.py`` noted of its clusters, in the order in which they were rendered."""
-    notes = [(path.stat().st_mtime_ns, json.loads(path.read_text())) for path in folder.glob("*.json")]
-    notes.sort(key=lambda note: (note[0], note[1]["scene"]))
-    return [note for _, note in notes if note["held_out"] == held_out and note["views"]]
+    """What ``render.py`` noted of its clusters, by their numbers: the first few are of every scene.
+
+    Files' times say nothing: a copy may have others.
+    """
+    notes = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    notes.sort(key=lambda note: (note["cluster"], note["scene"]))
+    return [note for note in notes if note["held_out"] == held_out and note["views"]]
 
 
 def load(folder: Path, name: str) -> dict[str, Array]:
