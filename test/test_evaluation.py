@@ -1,4 +1,4 @@
-"""The evaluation's truths are true and its figures what they say; scores are calibrated, trained weights exported."""
+"""The evaluation's truths are true and its figures what they say."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -18,20 +17,18 @@ from torch import nn
 import kpmatch_ros
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
-from kpmatch_ros.models import LightGlue, SuperPoint
+from kpmatch_ros.models import SuperPoint
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
 if not TRAINING.is_dir():
     pytest.skip("training/ is not installed with the package", allow_module_level=True)
 sys.path.insert(0, str(TRAINING))
 
-import calibrate  # noqa: E402
 import evaluate  # noqa: E402
 import evaluation_pairs  # noqa: E402
-import export  # noqa: E402
 import shards  # noqa: E402
 from evaluation_figures import Result, calibration, describe, markdown  # noqa: E402
-from evaluation_matchers import Found, Ours, Refined, Sift, Weights, load_ours  # noqa: E402
+from evaluation_matchers import Found, Ours, Refined, Sift, load_ours  # noqa: E402
 from evaluation_truth import ByDepth, ByDisparity, ByHomography, Motion, pose_errors, project  # noqa: E402
 
 Texture = Callable[[int, int, int], np.ndarray]
@@ -463,94 +460,3 @@ def test_the_command_writes_figures_and_a_table(tmp_path: Path, random_folder: S
     content = json.loads((tmp_path / "results.json").read_text())
     assert list(content["groups"]["photographs"]["matchers"]) == ["SIFT, ratio test", "new r2", "new r2 sub"]
     assert "| new r2 sub |" in (tmp_path / "results.md").read_text()
-
-
-# --- scores ----------------------------------------------------------------------------------------------------------
-
-
-def made_up(seed: int, scale: float, shift: float, count: int = 1500) -> calibrate.Evidence:
-    """Matches that are right as often as scores say whose similarities and logits were changed by that much."""
-    draw = torch.Generator().manual_seed(seed)
-    rows = torch.randn(count, 40, generator=draw)
-    rows[:, 0] = 3 + 3 * torch.rand(count, generator=draw)
-    columns = torch.randn(count, 40, generator=draw)
-    columns[:, 0] = rows[:, 0]
-    logits = 2 * torch.randn(count, 2, generator=draw) + 1
-    evidence = calibrate.Evidence(
-        rows.half(), columns.half(), torch.zeros(count, 2, dtype=torch.long), logits, torch.zeros(0), torch.ones(count)
-    )
-    scores = calibrate.log_scores([evidence], torch.tensor(scale), torch.tensor(shift)).exp()
-    evidence.right = torch.rand(count, generator=draw) < scores
-    return evidence
-
-
-def test_the_map_of_the_scores_is_found_again() -> None:
-    evidence = [made_up(seed, 1.5, -0.8) for seed in range(4)]
-    change = calibrate.fit(evidence)
-    assert change.scale == pytest.approx(1.5, rel=0.15)
-    assert change.shift == pytest.approx(-0.8, abs=0.15)
-    assert calibrate.expected_error(evidence, change) < 0.03 < calibrate.expected_error(evidence, calibrate.Map())
-    assert calibrate.fit([]) == calibrate.Map()
-
-
-def test_folded_weights_give_the_scores_of_the_map(random_folder: SaveFolder, texture: Texture) -> None:
-    folder = random_folder()
-    superpoint, matcher = SuperPoint.from_pretrained(folder), LightGlue.from_pretrained(folder)
-    extractor = Ours(Weights("ours", superpoint, matcher, CPU, ""), 80, 2, False, 0.0, 0.1)
-    image = texture(120, 160, 0)
-    truth = ByHomography(np.eye(3))
-    pair = evaluation_pairs.Pair("validation photographs", "0", (image, image), truth)
-    change = calibrate.Map(1.3, -0.4)
-    last = len(matcher.match_assignment_layers) - 1
-    (before,) = calibrate.collect(extractor, matcher, [pair])[last]
-    assert len(before.right) > 10
-    calibrate.fold(matcher.match_assignment_layers[last], change)  # type: ignore[arg-type]
-    (after,) = calibrate.collect(extractor, matcher, [pair])[last]
-    kept = [before.chosen.tolist().index(match) for match in after.chosen.tolist() if match in before.chosen.tolist()]
-    assert len(kept) > 10
-    expected = calibrate.log_scores([before], torch.tensor(change.scale), torch.tensor(change.shift))[kept]
-    found = calibrate.log_scores([after], torch.tensor(1.0), torch.tensor(0.0))
-    both = [after.chosen.tolist().index(before.chosen[i].tolist()) for i in kept]
-    torch.testing.assert_close(found[both], expected, atol=0.03, rtol=0.02)  # similarities are kept in float16
-
-
-def test_calibrated_weights_are_written_where_the_package_reads_them_with_the_settings_that_they_had(
-    tmp_path: Path, random_folder: SaveFolder, texture: Texture, capsys: pytest.CaptureFixture[str]
-) -> None:
-    photographs(tmp_path, texture, "photos_0.npz", 2)
-    own = {"nms_radius": 3, "keypoint_threshold": 0.001, "max_keypoints": 77, "subpixel": True}
-    weights, out = str(random_folder(superpoint=own)), tmp_path / "out"
-    words = ["--weights", weights, "--validation", str(tmp_path), "--pairs", "1", "--keypoints", "60", str(out)]
-    for options, changed in (([], {}), (["--nms-radius", "2", "--no-subpixel"], {"nms_radius": 2, "subpixel": False})):
-        calibrate.main([*words, *options])
-        assert "layer 1:" in capsys.readouterr().out
-        assert SuperPoint.from_pretrained(out).config.items() >= {**own, **changed}.items()
-        LightGlue.from_pretrained(out)
-
-
-# --- export ----------------------------------------------------------------------------------------------------------
-
-
-def test_what_training_writes_is_exported(
-    tmp_path: Path, small_superpoint: dict[str, Any], random_folder: SaveFolder
-) -> None:
-    folder = random_folder()
-    networks = {"points": SuperPoint.from_pretrained(folder), "matching": LightGlue.from_pretrained(folder)}
-    for kind, model in networks.items():
-        trained = {"fast": {"config": model.config, "tensors": model.state_dict()}}
-        torch.save(trained, tmp_path / f"{kind}.weights.pt")
-    words = ["--points", str(tmp_path / "points.weights.pt"), "--matching", str(tmp_path / "matching.weights.pt")]
-    export.main([*words, "--network", "fast", str(tmp_path / "out")])
-    for model in networks.values():
-        read = type(model).from_pretrained(tmp_path / "out").state_dict()
-        for name, tensor in model.state_dict().items():
-            torch.testing.assert_close(read[name].float(), tensor.half().float())
-    shipped = SuperPoint.from_pretrained("superpoint-open-fast").config
-    settings = {name: shipped[name] for name in export.DETECTION["fast"]}
-    assert SuperPoint.from_pretrained(tmp_path / "out").config.items() >= settings.items()
-    export.main([*words, "--network", "fast", "--keypoint-threshold", "0.5", str(tmp_path / "out")])
-    assert (
-        SuperPoint.from_pretrained(tmp_path / "out").config.items() >= {**settings, "keypoint_threshold": 0.5}.items()
-    )
-    with pytest.raises(KeyError, match="no network called full"):
-        export.main([*words, str(tmp_path / "out")])

@@ -200,9 +200,9 @@ def test_no_right_point_is_refined_into_the_mask_or_out_of_the_image(matcher: Fe
 def test_a_frame_without_a_mask_has_none(matcher: FeatureMatcher, picture: Image) -> None:
     front_end = FrontEnd(FINE, matcher)
     assert front_end.register_frame(picture, 1)[0].mask is None
-    with pytest.raises(ValueError, match="1 images and 0 masks"):
+    with pytest.raises(ValueError, match="masks has the length 0, not 1 to 2"):
         front_end.register([picture], [2], masks=[])
-    with pytest.raises(ValueError, match="2 images and 1 frame_ids"):
+    with pytest.raises(ValueError, match="frame_ids has the length 1, not 2"):
         front_end.register([picture, picture], [2, 2], frame_ids=["left"])
 
 
