@@ -130,6 +130,19 @@ def test_a_run_does_not_go_on_with_other_settings(run: Run, bags: Path, tmp_path
     assert run(bags, tmp_path / "out", *QUICK, "--threads", 1)[0] == 0  # decides on rounding alone
 
 
+@pytest.mark.parametrize("name", ["archive.csv", "archive.json"])
+def test_parameters_that_lie_where_a_table_goes_are_not_overwritten(
+    run: Run, bags: Path, tmp_path: Path, name: str
+) -> None:
+    file = tmp_path / "out" / name
+    file.parent.mkdir()
+    file.write_text("/**:\n  ros__parameters:\n    max_keypoints: 50\n")
+    before = file.read_bytes()
+    status, _, error = run(bags, file.parent, *QUICK, "--params", file)
+    assert status == 2 and f"{file}: belongs to what is read" in error and len(error.splitlines()) == 1
+    assert file.read_bytes() == before
+
+
 def test_a_run_that_made_nothing_settles_nothing(run: Run, bags: Path, tmp_path: Path) -> None:
     status, _, error = run(bags, tmp_path / "out", *QUICK, "--extractor", "no_such_weights")
     assert status == 2 and "no_such_weights" in error and len(error.splitlines()) == 1

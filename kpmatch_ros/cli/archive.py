@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kpmatch_ros.cli.bag import add_replay_options, chosen_topics, replay_parameters
-from kpmatch_ros.cli.common import CommandError, add_command
+from kpmatch_ros.cli.common import CommandError, add_command, check_outputs
 from kpmatch_ros.tables import format_table
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def _archive(options: argparse.Namespace) -> int:
     if options.cpus_per_bag == 0 and not options.gpus_per_bag:
         raise CommandError("--cpus-per-bag 0: Ray would begin all bags at once; give more, or --gpus-per-bag too")
     parameters = replay_parameters(options)
+    for name in ("archive.csv", "archive.parquet", "archive.json"):
+        check_outputs({"": out / name}, [options.params], parameters)
     topics = chosen_topics(options, parameters)
     settings = Settings(parameters, topics, options.features, options.match_image).with_whole_paths()
     started = time.perf_counter()
@@ -87,10 +89,10 @@ def _archive(options: argparse.Namespace) -> int:
             rows = {job.name: row for job in jobs if (row := finished_row(job)) is not None}
             before = len(rows)
             _run(options, [job for job in jobs if job.name not in rows], settings, rows)
-            tables = write_tables([rows[job.name] for job in jobs], out, unfinished)
+            written = write_tables([rows[job.name] for job in jobs], out, unfinished)
     except BagError as error:
         raise CommandError(str(error)) from error
-    print(format_table(_summary(list(rows.values()), before, time.perf_counter() - started, tables)))
+    print(format_table(_summary(list(rows.values()), before, time.perf_counter() - started, written)))
     failed = [row for row in rows.values() if row["state"] == "failed"]
     if failed:
         raise CommandError(f"{len(failed)} of {len(rows)} bags failed; the same command tries them again")
