@@ -218,8 +218,7 @@ class Tracks:
         following.indices[:] = attach(following.points, following.indices, current.keypoints)
         following = following.select(order)
         self._rows = np.concatenate([rows[stay], again])[order]
-        gone = scene.spare() if len(scene.cameras) > FRAMES else 0  # before, nothing was seen in column 0
-        following.sights[:, :-1] = np.delete(tracks.sights[self._rows], gone, axis=1)
+        following.sights[:, :-1] = np.delete(tracks.sights[self._rows], scene.spare(), axis=1)
         # What agrees with a translation that is not believed may stand or move: the next frames tell.
         self._doubted = np.concatenate([doubted[stay], np.zeros(len(again), bool)])[order]
         following.sights[self._doubted] = np.nan

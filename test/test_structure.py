@@ -221,3 +221,12 @@ def test_points_that_stand_still_stay_wherever_in_the_image_they_are(lens: Camer
     angles = np.degrees(np.arctan(np.hypot(*tracks[-1, :2])))
     for ring in (angles < 45, angles >= 45):
         assert not ring.any() or scene.contradicts(1e-2)[ring].mean() < 0.02
+
+
+def test_a_scene_without_points_leaves_its_oldest_camera() -> None:
+    places = np.array([[0.1 * i, 0, 0] for i in range(FRAMES, -1, -1)])
+    cameras = Window(np.stack([np.eye(3)] * (FRAMES + 1)), places)
+    scene = Structure.of(
+        Window(cameras.rotations[:-1], places[:-1]), np.zeros((FRAMES + 1, 5, 0)), (np.eye(3), places[0]), NOISE
+    )
+    assert scene.spare() == 0 and len(scene.cameras.advance(scene.spare())) == FRAMES

@@ -139,16 +139,17 @@ class Structure:
         return replace(self, **parts)
 
     def spare(self) -> int:
-        """Which of the cameras is to be left where there are too many.
+        """Which of the cameras is to be left where there are too many; 0 where there are not.
 
         The oldest one, or the oldest of those that are where the next one is, but for the last ones: where a camera
         stands, depths are known by the cameras from where it came.
         """
         turned, moved = self.cameras
         steps = np.linalg.norm(np.diff(np.einsum("fji,fj->fi", turned, moved), axis=0), axis=1)
-        stands = steps * np.median(np.abs(self.landmarks[2])) < self.noise  # none where there are no points
-        standing = np.flatnonzero(stands[: max(len(self.cameras) - _LATEST, 0)])
-        return int(standing[0]) if len(standing) else 0
+        nearness = np.abs(self.landmarks[2])
+        stands = steps * _median(nearness, np.ones_like(nearness)) < self.noise
+        standing = np.flatnonzero(stands[: len(steps) + 1 - _LATEST])
+        return int(standing[0]) if len(standing) and len(steps) >= FRAMES else 0
 
     def contradicts(self, false_alarms: float) -> np.ndarray:
         """(T,) bool which tracks no point explains: of those that one does, this is said of so large a part."""
