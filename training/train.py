@@ -295,7 +295,8 @@ def train(arguments: argparse.Namespace) -> None:
     # The average of the first network teaches itself and the others, unless there is one that is done learning.
     teacher = students[0].average
     if arguments.teacher is not None:
-        teacher = _read(SuperPoint, "full", str(arguments.teacher)).to(device, memory_format=torch.channels_last)
+        found = _read(SuperPoint, "full", str(arguments.teacher)).eval()
+        teacher = found.to(device, memory_format=torch.channels_last)
 
     def views(number: int) -> ViewPairs:
         return source_of(trained, number).pairs(settings.draw(1, number), settings.batch, settings.size)
