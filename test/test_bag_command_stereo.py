@@ -235,6 +235,8 @@ def bag_of(path: Path, *topics: str) -> Path:
         ("/cam0/image_raw", "/cam1/image_raw"),
         ("/camera/infra1/image_rect_raw", "/camera/infra2/image_rect_raw"),
         ("/left_camera/image", "/right_camera/image"),
+        ("/left/image_left", "/right/image_right"),
+        ("/left_arm/left/image_raw", "/left_arm/right/image_raw"),
     ],
 )
 def test_a_pair_is_known_by_its_names(tmp_path: Path, left: str, right: str) -> None:

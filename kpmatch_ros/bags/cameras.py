@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,13 +134,18 @@ def _candidates(bag: Path) -> tuple[list[Topic], list[Topic], list[Topic]]:
 
 
 def _pairs(images: list[Topic]) -> list[tuple[Topic, Topic]]:
-    """Topics whose names differ in the side."""
+    """Topics whose names differ in the side, and in nothing else."""
     return [
         (one, other)
         for one in images
         for other in images
-        if any(left in one.name and one.name.replace(left, right) == other.name for left, right in _SIDES)
+        if one != other and any(_are_sides(one.name, other.name, left, right) for left, right in _SIDES)
     ]
+
+
+def _are_sides(one: str, other: str, left: str, right: str) -> bool:
+    """Whether one name becomes another where some of the words left, or all, are replaced by right."""
+    return re.fullmatch(f"(?:{left}|{right})".join(map(re.escape, one.split(left))), other) is not None
 
 
 def _beside(bag: Path, image: Topic, topics: list[Topic], kind: str, name: str | None, option: str) -> str:
