@@ -85,10 +85,18 @@ def write_mcap(
     declared: int | None = None,
     profile: str = "ros2",
     schema_encoding: str = "",
+    outside: int = 0,
+    schemas: str = "first",
+    too_long: int = 0,
 ) -> Path:
-    """Eight images in an MCAP, with more or less of an index; `foreign` channels: topic, encoding, schema's content."""
-    head = record(3, struct.pack("<H", 1) + text(kind) + text(schema_encoding) + text(""))
-    head += record(4, struct.pack("<HH", 1, 1) + text(topic) + text("cdr") + text(b""))
+    """Eight images in an MCAP, with more or less of an index.
+
+    `foreign` channels: topic, encoding, schema's content. `outside`: chunks whose messages stand outside any chunk.
+    `schemas`: first, last or absent, in the summary. `too_long`: bytes by which the index has chunks longer.
+    """
+    schema_of_images = record(3, struct.pack("<H", 1) + text(kind) + text(schema_encoding) + text(""))
+    channel_of_images = record(4, struct.pack("<HH", 1, 1) + text(topic) + text("cdr") + text(b""))
+    head = schema_of_images + channel_of_images
     for number, (name, encoding, schema) in enumerate(foreign, 2):
         head += record(3, struct.pack("<H", number) + text("foxglove.Log") + text(encoding) + text(schema))
         head += record(4, struct.pack("<HH", number, number) + text(name) + text(encoding) + text(b""))
@@ -98,7 +106,8 @@ def write_mcap(
 
     groups = np.array_split(np.arange(8), chunks) if chunks else [np.arange(8)]
     data = b"\x89MCAP0\r\n" + record(1, text(profile) + text("by hand"))
-    index = head if repeated else b""
+    in_summary = {"first": head, "last": channel_of_images + schema_of_images, "absent": channel_of_images}
+    index = in_summary[schemas] if repeated else b""
     for position, group in enumerate(groups):
         content = head if position == 0 else b""
         places = []
@@ -107,7 +116,7 @@ def write_mcap(
             content += message(1, number, raw_image(number))
             for channel in range(2, 2 + len(foreign)):
                 content += message(channel, number, b"\x08\x96\x01")
-        if not chunks:
+        if position >= chunks - outside:
             data += content
             continue
         first, last = STAMPS[int(group[0])], STAMPS[int(group[-1])]
@@ -119,7 +128,7 @@ def write_mcap(
             offsets = struct.pack("<HQ", 1, end)
             data += record(7, struct.pack("<H", 1) + text(b"".join(struct.pack("<QQ", *entry) for entry in places)))
         if chunk_indexes:
-            fixed = struct.pack("<QQQQ", first, last, place, end - place)
+            fixed = struct.pack("<QQQQ", first, last, place, end - place + too_long)
             index += record(8, fixed + text(offsets) + struct.pack("<Q", len(data) - end) + text("") + 2 * struct.pack("<Q", len(content)))  # fmt: skip # noqa: E501
     data += record(15, struct.pack("<I", 0))
     start = len(data)
@@ -129,7 +138,7 @@ def write_mcap(
             count = 8 if declared is None else declared
             counts = struct.pack("<HQ", 1, count) + b"".join(struct.pack("<HQ", 2 + i, 8) for i in range(len(foreign)))
             total = count + 8 * len(foreign)
-            fixed = struct.pack("<QHIIIIQQ", total, 1, 1 + len(foreign), 0, 0, chunks, STAMPS[0], STAMPS[-1])
+            fixed = struct.pack("<QHIIIIQQ", total, 1, 1 + len(foreign), 0, 0, chunks - outside, STAMPS[0], STAMPS[-1])
             data += record(11, fixed + text(counts))
     data += record(2, struct.pack("<QQI", start if summary else 0, 0, 0)) + b"\x89MCAP0\r\n"
     path.write_bytes(data)
@@ -151,6 +160,14 @@ def write_mcap(
         {"chunks": 0},
         {"chunks": 0, "statistics": False},
         {"chunks": 0, "summary": False},
+        {"outside": 1},
+        {"outside": 1, "message_indexes": False},
+        {"chunks": 3, "outside": 2, "statistics": False},
+        {"outside": 1, "too_long": 5},
+        {"outside": 1, "too_long": 1 << 40},
+        {"outside": 1, "too_long": -5},
+        {"schemas": "last"},
+        {"schemas": "absent"},
         {"profile": ""},
         {"kind": "sensor_msgs/Image"},
         {"kind": "sensor_msgs::msg::dds_::Image_"},
@@ -371,6 +388,17 @@ def test_calibration_that_is_declared_and_not_there_is_said_to_be(kpmatch: Run, 
     status, out, err = kpmatch("bag", path, tmp_path / "out", *QUICK)
     assert status == 0 and "declares messages on /camera/camera_info, but holds none that can be read" in err
     assert "NO_CALIBRATION 7" in out
+
+
+def test_a_record_with_a_false_length_is_explained_and_nothing_of_that_length_is_read(tmp_path: Path) -> None:
+    path = write_mcap(tmp_path / "bag.mcap", summary=False)
+    content = bytearray(path.read_bytes())
+    chunk = 8 + len(record(1, text("ros2") + text("by hand")))
+    for length in (64 << 30, 900 << 30, len(content)):
+        struct.pack_into("<Q", content, chunk + 1, length)
+        path.write_bytes(content)
+        with pytest.raises(BagError, match=r"a record is truncated; if the recording was cut short, `mcap recover`"):
+            bag_topics(path)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,8 @@ class McapFile:
     def __init__(self, path: Path) -> None:
         self.channels: dict[int, Channel] = {}
         self.counts: Counter[int] = Counter()
-        self._schemas: dict[int, tuple[str, Definition]] = {}
+        self._schemas: dict[int, tuple[str, Definition]] = {0: ("", Definition("", b""))}  # 0 is none
+        self._declared: dict[int, tuple[int, str, str]] = {}  # channels: schema, topic, encoding
         self._chunks: list[_Chunk] = []
         self._loose: list[tuple[int, int]] = []  # log times and places of messages outside any chunk
         self._path = path
@@ -115,7 +116,7 @@ class McapFile:
                 yield time, number, order, channel, content[22:]
 
     def _open(self) -> None:
-        size = self._file.seek(0, 2)
+        size = self._size = self._file.seek(0, 2)
         if not size:
             raise ValueError("the file is empty")
         self._file.seek(0)
@@ -133,45 +134,76 @@ class McapFile:
         (summary,) = struct.unpack_from("<Q", footer, 9)
         if summary and not begin <= summary <= size - 37:
             raise ValueError("its footer is damaged: the summary is outside the file")
-        if not (summary and self._read_summary(summary, size - 37)):
+        if not (summary and self._read_summary(begin, summary, size - 37)):
             self._scan(begin, summary or size - 37)
+        for key, (schema, topic, encoding) in self._declared.items():
+            name, definition = self._schemas.get(schema, self._schemas[0])
+            self.channels[key] = Channel(topic, name, encoding, definition)
 
-    def _read_summary(self, begin: int, end: int) -> bool:
-        """Take over the summary; whether it names everything in the file."""
+    def _read_summary(self, data: int, begin: int, end: int) -> bool:
+        """Take over the summary, which stands behind the data; whether everything in the file is known then."""
         declared = (0, 0, 0)
-        for record, _ in self._records(begin, end):
+        indexed: list[tuple[int, int]] = []  # begin and end of each chunk and its message indexes
+        for code, place, _ in self._walk(begin, end):
+            record = self._at(place)
             self._define(record)
-            if record.code == _CHUNK_INDEX:
+            if code == _CHUNK_INDEX:
                 fields = _Fields(record.content)
-                start, _, place, _ = fields.numbers("QQQQ")
-                indexed = fields.counted()
-                entries = struct.iter_unpack("<HQ", indexed[: len(indexed) // 10 * 10])
-                self._chunks.append(_Chunk(start, place, frozenset(channel for channel, _ in entries)))
-            elif record.code == _STATISTICS:
+                start, _, chunk, length = fields.numbers("QQQQ")
+                offsets = fields.counted()
+                entries = struct.iter_unpack("<HQ", offsets[: len(offsets) // 10 * 10])
+                self._chunks.append(_Chunk(start, chunk, frozenset(channel for channel, _ in entries)))
+                indexed.append((chunk, chunk + length + fields.numbers("Q")[0]))
+            elif code == _STATISTICS:
                 fields = _Fields(record.content)
                 messages, _, channels, _, _, chunks, _, _ = fields.numbers("QHIIIIQQ")
                 entries = struct.iter_unpack("<HQ", fields.counted())
                 self.counts = Counter(dict(entries))
                 declared = messages, channels, chunks
         messages, channels, chunks = declared
-        loose = messages and not self._chunks  # messages that stand outside chunks have no place in the summary
         counted = sum(self.counts.values()) == messages
         return bool(
-            messages and counted and not loose and len(self.channels) >= channels and len(self._chunks) >= chunks
+            messages
+            and counted
+            and len(self._declared) >= channels
+            and len(self._chunks) >= chunks
+            and self._read_between(data, begin, indexed)
+            and all(schema in self._schemas for schema, _, _ in self._declared.values())
         )
+
+    def _read_between(self, begin: int, end: int, indexed: list[tuple[int, int]]) -> bool:
+        """Take over what stands between the chunks of the index, which does not name it; whether no chunk does."""
+        place = begin
+        try:
+            for start, after in [*sorted(indexed), (end, end)]:
+                for code, here, place_after in self._walk(place, start):
+                    if code == _CHUNK:
+                        return False
+                    if code == _MESSAGE:
+                        self._loose.append((self._head_of_message()[1], here))
+                    elif code in (_SCHEMA, _CHANNEL):
+                        self._define(self._at(here))
+                    place = place_after
+                if place != start:
+                    return False
+                place = after
+        except (ValueError, struct.error):  # the index has wrong lengths
+            return False
+        return True
 
     def _scan(self, begin: int, end: int) -> None:
         """Find channels, chunks and messages where they stand."""
-        self._chunks, self.counts = [], Counter()
-        for record, place in self._records(begin, end):
-            self._define(record)
-            if record.code == _MESSAGE:
-                channel, _, time, _ = struct.unpack_from("<HIQQ", record.content)
+        self._chunks, self._loose, self.counts = [], [], Counter()
+        for code, place, _ in self._walk(begin, end):
+            if code == _MESSAGE:
+                channel, time = self._head_of_message()
                 self.counts[channel] += 1
                 self._loose.append((time, place))
-            elif record.code == _CHUNK:
+            elif code in (_SCHEMA, _CHANNEL):
+                self._define(self._at(place))
+            elif code == _CHUNK:
                 times, held = [], set()
-                for inner in _split(_unpacked(record.content)):
+                for inner in _split(_unpacked(self._at(place).content)):
                     self._define(inner)
                     if inner.code == _MESSAGE:
                         channel, _, time, _ = struct.unpack_from("<HIQQ", inner.content)
@@ -180,7 +212,7 @@ class McapFile:
                         times.append(time)
                 if times:
                     self._chunks.append(_Chunk(min(times), place, frozenset(held)))
-            elif record.code == _DATA_END:
+            elif code == _DATA_END:
                 break
 
     def _define(self, record: _Record) -> None:
@@ -194,23 +226,35 @@ class McapFile:
         elif record.code == _CHANNEL:
             fields = _Fields(record.content)
             key, schema = fields.numbers("HH")
-            name, definition = self._schemas.get(schema, ("", Definition("", b"")))
-            self.channels[key] = Channel(fields.text(), name, fields.text(), definition)
+            self._declared[key] = schema, fields.text(), fields.text()
 
     def _at(self, place: int) -> _Record:
-        self._file.seek(place)
-        code, length = struct.unpack("<BQ", self._exactly(9))
-        return _Record(code, self._exactly(length))
+        code, after = self._head(place)
+        return _Record(code, self._exactly(after - place - 9))
 
-    def _records(self, begin: int, end: int) -> Iterator[tuple[_Record, int]]:
+    def _walk(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """The records between two places: code, begin and end of each. The file is then at its content."""
         place = begin
         while place < end:
-            record = self._at(place)
-            yield record, place
-            place += 9 + len(record.content)
+            code, after = self._head(place)
+            yield code, place, after
+            place = after
+
+    def _head(self, place: int) -> tuple[int, int]:
+        """Code and end of a record. The file is then at its content."""
+        self._file.seek(place)
+        code, length = struct.unpack("<BQ", self._exactly(9))
+        if place + 9 + length > self._size:
+            raise ValueError("a record is truncated")
+        return code, place + 9 + length
+
+    def _head_of_message(self) -> tuple[int, int]:
+        """Channel and log time of a message at whose content the file is."""
+        channel, _, time, _ = struct.unpack("<HIQQ", self._exactly(22))
+        return channel, time
 
     def _exactly(self, length: int) -> bytes:
-        found = self._file.read(length) if length < 1 << 40 else b""
+        found = self._file.read(length)
         if len(found) != length:
             raise ValueError("a record is truncated")
         return found
