@@ -281,6 +281,37 @@ def test_a_topic_that_cannot_be_decoded_does_not_hinder_the_others(tmp_path: Pat
 # what is no bag, or a broken one
 
 
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+@pytest.mark.parametrize("name", ["run #3/drive#1", "50%41", "a?b", "wide ü", "drive.bag"])
+def test_a_bag_is_written_and_read_whatever_its_name_is(
+    tmp_path: Path, images: list[NDArray[np.uint8]], storage: Literal["mcap", "sqlite3"], name: str
+) -> None:
+    bag = tmp_path / name
+    write_camera_bag(bag, images, STAMPS, None, storage=storage)
+    assert len(read_all(bag)) == len(images)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.parent for path in files] == [bag, bag]
+
+
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_a_bag_whose_messages_are_not_there_when_it_is_finished_is_said_to(
+    tmp_path: Path, storage: Literal["mcap", "sqlite3"]
+) -> None:
+    writer = BagWriter(tmp_path / "bag", storage)
+    writer.write("/text", new_message("std_msgs/msg/String", data="?"), STAMPS[0])
+    storage_file(tmp_path / "bag").unlink()
+    with pytest.raises(BagError, match=r"bag: cannot be written: bag\..*, which holds its messages, is not there"):
+        writer.close()
+
+
+def test_what_macos_writes_beside_a_file_is_no_file_of_the_bag(bag: Path) -> None:
+    (bag / f"._{storage_file(bag).name}").write_bytes(b"\0\5\x16\7" + bytes(100))
+    remarks: list[str] = []
+    assert len(list(read_messages(bag, remarks=remarks))) == 8 and not remarks
+    (bag / "metadata.yaml").unlink()
+    assert len(read_all(bag)) == 8
+
+
 def test_a_recording_killed_before_its_metadata_was_written_is_read(bag: Path) -> None:
     (bag / "metadata.yaml").unlink()
     assert len(read_all(bag)) == 8

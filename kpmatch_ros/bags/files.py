@@ -35,6 +35,7 @@ from rosbags.typesys.store import Typestore
 from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.bags.recording import BagError, OutputError, Recording, own_files
+from kpmatch_ros.bags.sqlite_file import SqliteWriter
 from kpmatch_ros.bags.storage import Definition
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import Pose
@@ -223,7 +224,7 @@ def _opened(path: Path) -> Iterator[Recording]:
     """A bag that is open for reading: a folder, or a bare .mcap or .db3 file, which may be compressed (.zstd)."""
     if not path.exists():
         raise BagError(f"{path}: there is no such bag")
-    if path.suffix == ".bag":
+    if not path.is_dir() and path.suffix == ".bag":
         raise BagError(f"{path}: is a bag of ROS 1; rosbags-convert --src {path} --dst FOLDER makes one of ROS 2")
     if not path.is_dir() and not (path.is_file() and path.name.removesuffix(".zstd").endswith((".mcap", ".db3"))):
         raise BagError(f"{path}: is not a bag; give a bag's folder, or a .mcap or .db3 file, which may end in .zstd")
@@ -423,6 +424,10 @@ def _written(path: Path) -> Iterator[None]:
         raise
 
 
+class _Writer(Writer):
+    STORAGE_PLUGINS = {**Writer.STORAGE_PLUGINS, StoragePlugin.SQLITE3: SqliteWriter}
+
+
 class BagWriter:
     """Writes a bag, which is a folder.
 
@@ -457,7 +462,7 @@ class BagWriter:
         self._connections: dict[tuple[str, str], Any] = {}
         plugin = StoragePlugin.MCAP if storage == "mcap" else StoragePlugin.SQLITE3
         with _written(self.path):
-            self._writer = Writer(self.path, version=8, storage_plugin=plugin)
+            self._writer = _Writer(self.path, version=8, storage_plugin=plugin)
             for key, note in (notes or {}).items():
                 self._writer.set_custom_data(key, note)
             self._writer.open()
@@ -475,7 +480,10 @@ class BagWriter:
     def close(self) -> None:
         """Finish the bag. Its metadata is written only now."""
         with _written(self.path):
+            file = None if self._writer.storage is None else self._writer.storage.path
             self._writer.close()
+            if file is not None and not file.is_file():
+                raise FileNotFoundError(f"{file.name}, which holds its messages, is not there")
 
     def __enter__(self) -> BagWriter:
         return self

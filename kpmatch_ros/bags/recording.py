@@ -31,6 +31,8 @@ __all__ = [
     "Recording",
     "bag_information",
     "encodable",
+    "files_of",
+    "has_stored_name",
     "is_recording",
     "own_files",
 ]
@@ -119,12 +121,10 @@ class Recording:
                 self.remarks.append(f"{topic}: the bag's index declares {indexed} messages, {read[topic]} were read")
 
     def _files_of(self, folder: Path) -> list[Path]:
-        present = sorted(
-            (entry for entry in folder.iterdir() if entry.name.removesuffix(".zstd").endswith(_SUFFIXES)), key=_natural
-        )
+        present = _stored(folder)
         if not (folder / "metadata.yaml").exists():
             if not present:
-                if old := sorted(entry.name for entry in folder.iterdir() if entry.suffix == ".bag"):
+                if old := sorted(entry.name for entry in folder.glob("*.bag") if entry.is_file()):
                     raise BagError(f"{folder}: is not a bag of ROS 2; {old[0]} is one of ROS 1: name that file")
                 raise BagError(f"{folder}: is not a bag; a bag's folder holds metadata.yaml and .mcap or .db3 files")
             if len(present) > 1:
@@ -138,7 +138,7 @@ class Recording:
                 raise BagError(f"{folder}: cannot be read: it has no .mcap or .db3 file")
             self.remarks.append(f"metadata.yaml names no files: read were {', '.join(file.name for file in present)}")
             return present
-        listed = list(dict.fromkeys(_as_it_is_now(folder / name) for name in names))  # one may be named twice
+        listed = _listed(folder, names)
         if missing := [file.name for file in listed if not file.is_file()]:
             raise BagError(
                 f"{folder}: cannot be read: files that metadata.yaml names are missing: {', '.join(missing)}"
@@ -234,6 +234,34 @@ def bag_information(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("metadata.yaml has no rosbag2_bagfile_information; without metadata.yaml the bag may be read")
     return content
+
+
+def has_stored_name(name: str) -> bool:
+    """Whether a file may be one of a bag's, by its name. macOS writes `._drive_0.mcap` beside drive_0.mcap."""
+    return not name.startswith(".") and name.removesuffix(".zstd").endswith(_SUFFIXES)
+
+
+def files_of(bag: Path) -> list[Path]:
+    """The files that are read of a bag, also where it is broken; they need not exist.
+
+    Raises:
+        OSError: its folder cannot be read.
+    """
+    if not bag.is_dir():
+        return [bag]
+    try:
+        names = _file_names(bag_information(bag / "metadata.yaml"))
+    except (OSError, ValueError):
+        names = []
+    return _listed(bag, names) or _stored(bag)
+
+
+def _stored(folder: Path) -> list[Path]:
+    return sorted((entry for entry in folder.iterdir() if has_stored_name(entry.name)), key=_natural)
+
+
+def _listed(folder: Path, names: list[str]) -> list[Path]:
+    return list(dict.fromkeys(_as_it_is_now(folder / name) for name in names))  # one may be named twice
 
 
 def own_files(folder: Path) -> list[Path]:

@@ -1,7 +1,8 @@
-"""Reads the sqlite3 files of rosbag2, also what a killed recorder left in the write-ahead log."""
+"""The sqlite3 files of rosbag2: read, also what a killed recorder left in the write-ahead log, and written."""
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -9,12 +10,28 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 
+from rosbags.rosbag2.enums import CompressionMode
+from rosbags.rosbag2.storage_sqlite3 import Sqlite3Writer
+
 from kpmatch_ros.bags.storage import Channel, Definition
 
-__all__ = ["MAGIC", "SqliteFile"]
+__all__ = ["MAGIC", "SqliteFile", "SqliteWriter"]
 
 MAGIC = b"SQLite format 3\0"
 _FORMATS = {"ros2msg": "msg", "ros2idl": "idl"}
+
+
+def _quoted(path: Path) -> str:
+    """A path as SQLite's addresses have it. Its bytes need not be UTF-8."""
+    return quote(os.fsencode(path))
+
+
+class SqliteWriter(Sqlite3Writer):
+    """Writes the .db3 file of a bag in a folder of any name: rosbags gives SQLite an address that is not quoted."""
+
+    def __init__(self, path: Path, compression: CompressionMode) -> None:
+        super().__init__(Path(_quoted(path)), compression)
+        self.path = path / f"{path.name}.db3"
 
 
 class SqliteFile:
@@ -35,7 +52,7 @@ class SqliteFile:
         # shared memory, a file beside the bag. With an exclusive lock it keeps that to itself, and with the file system
         # layer "unix-none" the lock is none: the medium may be read-only. Without a log nothing needs a lock.
         access = "mode=ro&vfs=unix-none" if left else "immutable=1"
-        self._address, self._with_log = f"file:{quote(str(path.absolute()))}?{access}", left
+        self._address, self._with_log = f"file:{_quoted(path.absolute())}?{access}", left
         with closing(self._opened()) as database:
             self.channels, self.counts = _read_topics(database)
 
