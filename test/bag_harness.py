@@ -1,7 +1,8 @@
-"""What the tests of `kpmatch bag` share."""
+"""What the tests of `kpmatch bag` and `kpmatch archive` share."""
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 from collections.abc import Callable
@@ -38,6 +39,12 @@ def by_topic(path: Path) -> dict[str, list[Any]]:
     for record in read_messages(path):
         found.setdefault(record.topic, []).append(record)
     return found
+
+
+def table(out: Path) -> dict[str, dict[str, str]]:
+    """What `kpmatch archive` wrote of each bag."""
+    with (out / "archive.csv").open(newline="") as file:
+        return {row["bag"]: row for row in csv.DictReader(file)}
 
 
 def header_stamp(message: Any) -> int:

@@ -117,6 +117,13 @@ def texture() -> Texture:
 
 
 @pytest.fixture(scope="session")
+def views(texture: Texture) -> list[NDArray[np.uint8]]:
+    """Twelve small images of a textured plane that moves by."""
+    wide = texture(150, 240, 5)
+    return [np.ascontiguousarray(wide[i : i + 120, 4 * i : 4 * i + 160]) for i in range(12)]
+
+
+@pytest.fixture(scope="session")
 def picture(texture: Texture) -> Callable[..., Tensor]:
     """picture(height, width, seed=0): a colourful (3, H, W) image in [0, 1]."""
 

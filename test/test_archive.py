@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import fcntl
 import functools
@@ -12,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import psutil
 import pytest
-from bag_harness import QUICK, SIZE, Run, by_topic, stamps
+from bag_harness import QUICK, SIZE, Run, by_topic, stamps, table
 from numpy.typing import NDArray
 
 from kpmatch_ros.bags.archive import find_bags, jobs_for
@@ -33,13 +33,6 @@ from simulation.bags import write_camera_bag
 def run(kpmatch: Run) -> Run:
     """run(words...): exit status, stdout and stderr of `kpmatch archive`."""
     return functools.partial(kpmatch, "archive")
-
-
-@pytest.fixture(scope="module")
-def views(texture: Any) -> list[NDArray[np.uint8]]:
-    """Images of a textured plane that moves by."""
-    wide = texture(150, 240, 5)
-    return [np.ascontiguousarray(wide[i : i + SIZE[1], 4 * i : 4 * i + SIZE[0]]) for i in range(12)]
 
 
 @pytest.fixture
@@ -55,11 +48,6 @@ def bags(views: list[NDArray[np.uint8]], tmp_path: Path) -> Path:
     cut.write_bytes(cut.read_bytes()[:3000])
     (folder / "other" / "other.mcap").write_bytes(b"something else")
     return folder
-
-
-def table(out: Path) -> dict[str, dict[str, str]]:
-    with (out / "archive.csv").open(newline="") as file:
-        return {row["bag"]: row for row in csv.DictReader(file)}
 
 
 def test_every_bag_becomes_what_kpmatch_bag_makes_of_it_and_broken_ones_are_named(
@@ -143,6 +131,16 @@ def test_parameters_that_lie_where_a_table_goes_are_not_overwritten(
     assert file.read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["archive.csv", "archive.parquet", "archive.json"])
+def test_what_kpmatch_archive_did_not_write_is_not_overwritten(run: Run, bags: Path, tmp_path: Path, name: str) -> None:
+    file = tmp_path / "out" / name
+    file.parent.mkdir()
+    file.write_text('{"my": "list"}')
+    status, _, error = run(bags, file.parent, *QUICK)
+    assert status == 2 and f"{file}: is not what kpmatch archive wrote" in error and len(error.splitlines()) == 1
+    assert file.read_text() == '{"my": "list"}'
+
+
 def test_a_run_that_made_nothing_settles_nothing(run: Run, bags: Path, tmp_path: Path) -> None:
     status, _, error = run(bags, tmp_path / "out", *QUICK, "--extractor", "no_such_weights")
     assert status == 2 and "no_such_weights" in error and len(error.splitlines()) == 1
@@ -222,7 +220,8 @@ def test_a_name_too_long_for_what_is_written_costs_no_other_bag(run: Run, bags: 
     assert run(bags, tmp_path / "out", *QUICK)[0] == 0
     rows = table(tmp_path / "out")
     assert rows["n" * 240]["state"] == rows["monday/a"]["state"] == "done"
-    assert rows["n" * 255]["state"] == "broken" and "File name too long" in rows["n" * 255]["message"]
+    said = f"{tmp_path / 'out' / ('n' * 255)}: cannot be written: File name too long"
+    assert rows["n" * 255]["state"] == "broken" and said in rows["n" * 255]["message"]
 
 
 @pytest.mark.parametrize(
@@ -364,21 +363,21 @@ def test_no_result_comes_to_stand_among_the_recordings(
     assert "remove" not in error
 
 
-def test_results_of_another_bag_of_that_name_are_not_taken_for_this_ones(
-    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+def test_a_link_to_another_disk_in_the_place_of_results_costs_no_other_bag(
+    run: Run, bags: Path, tmp_path: Path
 ) -> None:
-    for place, count in (("one", 3), ("two", 5)):
-        (tmp_path / place).mkdir()
-        write_camera_bag(tmp_path / place / "drive", views[:count], stamps(count), demo_camera(*SIZE))
-    assert run(tmp_path / "one", tmp_path / "out", *QUICK)[0] == 0
-    status, _, errors = run(tmp_path / "two", tmp_path / "out", *QUICK)
-    assert status == 2 and f"{tmp_path / 'out' / 'drive'}: was made from another bag than {tmp_path / 'two'}" in errors
-    assert table(tmp_path / "out")["drive"]["state"] == "failed"
-    (tmp_path / "one").rename(tmp_path / "moved")  # is the same bag
-    assert "1 done (1 of them before)" in run(tmp_path / "moved", tmp_path / "out", *QUICK)[1]
-    shutil.rmtree(tmp_path / "out" / "drive")
-    assert run(tmp_path / "two", tmp_path / "out", *QUICK)[0] == 0
-    assert table(tmp_path / "out")["drive"]["frames"] == "5"
+    out = tmp_path / "out"
+    out.mkdir()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        if os.stat(elsewhere).st_dev == os.stat(out).st_dev:
+            pytest.skip("there is one file system")
+        (out / "monday").symlink_to(elsewhere)
+        status, _, errors = run(bags, out, *QUICK)
+        assert status == 2 and "1 of 4 bags failed" in errors
+        rows = table(out)
+        assert (rows["c.mcap"]["state"], rows["monday/a"]["state"]) == ("done", "failed")
+        assert f"{out / 'monday' / 'a'}: cannot be moved there" in rows["monday/a"]["message"]
+        assert not list(Path(elsewhere).iterdir())
 
 
 def test_a_mask_that_was_changed_is_another_setting(

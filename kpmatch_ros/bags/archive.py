@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 import socket
 import tempfile
@@ -28,7 +28,7 @@ from typing import Any
 import kpmatch_ros
 from kpmatch_ros.bags.cameras import choose_cameras
 from kpmatch_ros.bags.files import BagError, OutputError
-from kpmatch_ros.bags.recording import encodable
+from kpmatch_ros.bags.recording import encodable, files_of, has_stored_name
 from kpmatch_ros.bags.replay import replay
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.inputs import named_files
@@ -46,8 +46,8 @@ In a finished bag's folder also source: what tells the bag that was read from ot
 
 _ROW = "kpmatch_archive.json"  # in a finished bag's folder
 _SETTINGS = "archive.json"
-_STORAGE = re.compile(r".*\.(mcap|db3)(\.zstd)?")
-_FILES = (".mcap", ".db3", ".mcap.zstd", ".db3.zstd", ".bag")  # .bag is refused with the name of what converts it
+_FIGURES = ("frames", "rate", "matches", "inliers", "poses", "rejected")
+_TABLES = ("archive.csv", "archive.parquet")
 _SAMPLE = 4096  # bytes of a file's beginning, and of its end
 _OF_THE_MACHINE = ("device", "threads")  # parameters that another machine may have otherwise
 
@@ -115,11 +115,12 @@ class Job:
         return cls(str(name), bag, out / target, unfinished)
 
 
-def find_bags(folder: Path) -> list[Path]:
+def find_bags(folder: Path, out: Path | None = None) -> list[Path]:
     """The bags below a folder, sorted.
 
     A bag is a folder with metadata.yaml, or with files that are numbered after it, or any other .mcap, .db3 or .bag
-    file, also with .zstd behind. A folder that cannot be read is taken for one, so that it is named.
+    file, also with .zstd behind. A folder that cannot be read is taken for one, so that it is named. What is in `out`
+    is left out, whatever links lead there: it is this archive's own.
 
     Raises:
         BagError: there is none.
@@ -134,7 +135,7 @@ def find_bags(folder: Path) -> list[Path]:
     while tops:
         for place, folders, files in os.walk(tops.popleft(), onerror=unreadable):
             here, real = Path(place), os.path.realpath(place)
-            if real in seen:  # links in a circle
+            if real in seen or _is_own(Path(real), folder, out):  # links in a circle, or to what was made
                 folders.clear()
             elif _is_bag(here, files):
                 found.append(here)
@@ -143,7 +144,7 @@ def find_bags(folder: Path) -> list[Path]:
                 folders[:] = sorted(name for name in folders if not name.startswith("."))
                 # Links come last, so that a bag has the name of the place where it lies: "latest" is another one soon.
                 tops += [here / name for name in folders if (here / name).is_symlink()]
-                found += [here / name for name in files if name.endswith(_FILES) and not name.startswith(".")]
+                found += [here / name for name in files if has_stored_name(name) or _is_of_ros1(name)]
             seen.add(real)
     if found == [folder]:
         raise BagError(f"{folder}: is one bag, not a folder with bags in it; kpmatch bag replays it")
@@ -179,8 +180,19 @@ def jobs_for(bags: list[Path], folder: Path, out: Path, unfinished: Path) -> lis
     return jobs
 
 
+def _is_own(place: Path, folder: Path, out: Path | None) -> bool:
+    """Whether a place is in the archive itself, and not in the folder that is searched, which may be in it."""
+    inside = (place, *place.parents)
+    return out is not None and out.resolve() in inside and folder.resolve() not in inside
+
+
+def _is_of_ros1(name: str) -> bool:
+    """Whether a file is to be refused with the name of what converts it."""
+    return name.endswith(".bag") and not name.startswith(".")
+
+
 def _is_bag(folder: Path, files: list[str]) -> bool:
-    stored = [name for name in files if _STORAGE.fullmatch(name)]
+    stored = list(filter(has_stored_name, files))
     if "metadata.yaml" not in files:  # as after a recorder that was killed
         return any(name.startswith(f"{folder.name}_0.") for name in stored)
     try:
@@ -197,7 +209,7 @@ def claimed(out: Path, settings: Settings) -> Iterator[Path]:
     What an earlier run left there is removed, as what this one leaves.
 
     Raises:
-        BagError: another run writes to it, or it was made with other settings.
+        BagError: another run writes to it, or it was made with other settings, or something else is in the way.
         OSError: it cannot be written.
     """
     out.mkdir(exist_ok=True)
@@ -220,14 +232,16 @@ def claimed(out: Path, settings: Settings) -> Iterator[Path]:
 
 def _check_settings(file: Path, unfinished: Path, settings: dict[str, Any]) -> None:
     """A table of bags that were made in different ways would compare nothing. Until one is made, nothing is settled."""
-    if not file.exists() or next(file.parent.rglob(_ROW), None) is None:
+    begun = next(file.parent.rglob(_ROW), None) is not None
+    before = _settings_in(file) if os.path.lexists(file) else None
+    if before is None and not begun:
+        for table in (file.with_name(name) for name in _TABLES):
+            if os.path.lexists(table):
+                raise _foreign(table)
+    if before is None or not begun:
         (unfinished / file.name).write_text(json.dumps(settings, indent=1) + "\n")
         os.replace(unfinished / file.name, file)
         return
-    try:
-        before = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError):
-        raise BagError(f"{file}: is not what kpmatch archive wrote; choose another folder to write to") from None
     differing = [name for name in sorted({*before, *settings}) if before.get(name) != settings.get(name)]
     if differing:
         name = differing[0]
@@ -236,6 +250,21 @@ def _check_settings(file: Path, unfinished: Path, settings: dict[str, Any]) -> N
             f"{file.parent}: was begun with {name} {before.get(name)!r}, now it is {settings.get(name)!r}{more}; "
             "go on as it was begun, or choose another folder to write to"
         )
+
+
+def _settings_in(file: Path) -> dict[str, Any]:
+    """The settings that a run wrote. Raises BagError where it was none that did."""
+    try:
+        before = dict(json.loads(file.read_text()))
+    except (FileNotFoundError, IsADirectoryError, ValueError, TypeError):  # a link to nowhere, a folder, other text
+        before = {}
+    if not {"version", "features", "match_image"} <= before.keys():
+        raise _foreign(file)
+    return before
+
+
+def _foreign(file: Path) -> BagError:
+    return BagError(f"{file}: is not what kpmatch archive wrote; choose another folder to write to")
 
 
 def finished_row(job: Job) -> Row | None:
@@ -258,17 +287,19 @@ def _row_in(target: Path) -> Row | None:
 
 
 def _source(bag: Path) -> str:
-    """What tells a bag from another one of its name: size, beginning and end of its files, whatever these are called.
+    """What tells a bag from another one of its name: size, beginning and end of the files that are read of it.
+
+    A file that SQLite has its last messages in is one of them, and what the files are called says nothing.
 
     Raises:
         OSError: it cannot be read.
     """
     found = hashlib.sha256()
-    inside = sorted(path for path in bag.iterdir() if _STORAGE.fullmatch(path.name)) if bag.is_dir() else [bag]
-    for file in filter(Path.is_file, inside):  # and not a link to nowhere, nor a folder
+    read = [part for file in sorted(files_of(bag)) for part in (file, file.with_name(f"{file.name}-wal"))]
+    for file in filter(Path.is_file, read):  # and not a link to nowhere, nor a folder
         with file.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
-            for place in (0, max(size - _SAMPLE, 0)):
+            for place in (0, max(size - _SAMPLE, 0)) if size else ():
                 stream.seek(place)
                 found.update(size.to_bytes(8, "little") + stream.read(_SAMPLE))
     return found.hexdigest()[:16]
@@ -281,22 +312,33 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
+class _NotKept(Exception):
+    """There is no result that can be kept, and the bag is not broken. The text says why, and what to do."""
+
+
 def replay_one(job: Job, settings: Settings) -> Row:
     """Replay a bag. Its target is there, with its figures, when all is done, and otherwise not.
+
+    A bag that is done already, as by a worker that died thereafter, is not done again.
 
     Raises:
         ParameterError, WeightsError: no bag can be replayed like this.
         OutputError, OSError: the target cannot be written.
     """
+    if (done := finished_row(job)) is not None:
+        return done
     started = time.perf_counter()
     row: Row = {"bag": job.name, "where": f"{socket.gethostname()}:{os.getpid()}"}
     try:
         if _row_in(job.target) is not None:
-            text = f"{job.target}: was made from another bag than {job.source}, or from an earlier one; remove it, or "
-            return row | {"state": "failed", "message": text + "choose another folder to write to", "seconds": 0.0}
+            raise _NotKept(
+                f"{job.target}: was made from another bag than {job.source}, or from an earlier one; remove it, or "
+                "choose another folder to write to"
+            )
         for place in (job.target, *job.target.parents):
             if os.path.lexists(place) and (place == job.target or not place.is_dir()):
                 raise BagError(f"{place}: exists, and kpmatch archive did not make it; remove it")
+        source = _source(job.source)
         cameras = choose_cameras(job.source, settings.parameters.mode, settings.topics)
         with tempfile.TemporaryDirectory(dir=job.unfinished) as folder:
             beside = Path(folder) / job.target.name
@@ -305,24 +347,38 @@ def replay_one(job: Job, settings: Settings) -> Row:
                     job.source, beside, cameras, settings.parameters,
                     features=settings.features, match_image=settings.match_image,
                 )  # fmt: skip
-            except OutputError as error:
-                raise OutputError(str(error).replace(str(beside), str(job.target))) from error
+            except BagError as error:  # it names a place that is soon gone
+                raise type(error)(str(error).replace(str(beside), str(job.target))) from error
+            if _source(job.source) != source:
+                raise _NotKept(
+                    f"{job.source}: changed while it was read, as a bag does that is being copied; when it is whole, "
+                    "the same command does it"
+                )
             figures = report.figures()
-            row |= {name: figures[name] for name in ("frames", "rate", "matches", "inliers", "poses", "rejected")}
-            row |= {"state": "done", "message": "; ".join(report.faults)}
-            row |= {"seconds": round(time.perf_counter() - started, 3), "source": _source(job.source)}
-            (beside / _ROW).write_text(json.dumps(row))
+            whole = row | {name: figures[name] for name in _FIGURES}
+            whole |= {"state": "done", "message": "; ".join(report.faults)}
+            whole |= {"seconds": round(time.perf_counter() - started, 3), "source": source}
+            (beside / _ROW).write_text(json.dumps(whole))
             job.target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.replace(beside, job.target)
-            except OSError:  # a worker that seemed lost, and was replaced by this one, may have been first
-                if finished_row(job) is None:
+            except OSError as error:
+                # A worker that seemed lost, and was replaced by this one, may have been first.
+                if (done := finished_row(job)) is not None:
+                    return done
+                if error.errno != errno.EXDEV:
                     raise
-            return row
+                raise _NotKept(
+                    f"{job.target}: cannot be moved there, because {job.target.parent} is on another file system than "
+                    f"{job.unfinished.parent}; choose another folder to write to"
+                ) from error
+            return whole
     except OutputError:  # no place for this bag is none for the next one either
         raise
     except BagError as error:
         row |= {"state": "broken", "message": str(error)}
+    except _NotKept as error:
+        row |= {"state": "failed", "message": str(error)}
     except (ParameterError, WeightsError):
         raise
     except OSError as error:
@@ -364,19 +420,19 @@ def write_tables(rows: list[Row], out: Path, unfinished: Path) -> list[Path]:
         for reason in reasons:
             line[f"rejected_{reason}"] = None if rejected is None else rejected.get(reason, 0)
         lines.append(line)
-    with (unfinished / "archive.csv").open("w", newline="", encoding="utf-8") as file:
+    with (unfinished / _TABLES[0]).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(types))
         writer.writeheader()
         writer.writerows(lines)
-    written = ["archive.csv"]
+    written = [_TABLES[0]]
     if importlib.util.find_spec("pyarrow") is not None:
         import pyarrow
         from pyarrow import parquet
 
         kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
         schema = pyarrow.schema([(name, kinds[kind]) for name, kind in types.items()])
-        parquet.write_table(pyarrow.Table.from_pylist(lines, schema), unfinished / "archive.parquet")
-        written.append("archive.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(lines, schema), unfinished / _TABLES[1])
+        written.append(_TABLES[1])
     for name in written:
         os.replace(unfinished / name, out / name)
     return [out / name for name in written]

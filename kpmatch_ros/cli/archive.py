@@ -83,7 +83,7 @@ def _archive(options: argparse.Namespace) -> int:
     settings = Settings(parameters, topics, options.features, options.match_image).with_whole_paths()
     started = time.perf_counter()
     try:
-        bags = find_bags(source)
+        bags = find_bags(source, out)
         with claimed(out, settings) as unfinished:
             jobs = jobs_for(bags, source, out, unfinished)
             rows = {job.name: row for job in jobs if (row := finished_row(job)) is not None}

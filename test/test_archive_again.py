@@ -1,0 +1,129 @@
+"""kpmatch archive taken up again: what is done is not done again, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bag_harness import QUICK, SIZE, Run, stamps, table
+from numpy.typing import NDArray
+
+from kpmatch_ros.bags.archive import Settings, claimed, find_bags, jobs_for, replay_one
+from kpmatch_ros.bags.replay import replay
+from kpmatch_ros.parameters import Parameters
+from simulation import demo_camera
+from simulation.bags import write_camera_bag
+
+
+@pytest.fixture
+def run(kpmatch: Run) -> Run:
+    """run(words...): exit status, stdout and stderr of `kpmatch archive`."""
+    return functools.partial(kpmatch, "archive")
+
+
+def test_results_are_no_bags_to_read_whatever_links_lead_to_them(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    out = tmp_path / "data" / "matched"
+    (tmp_path / "data").mkdir()
+    write_camera_bag(tmp_path / "data" / "x", views[:3], stamps(3), demo_camera(*SIZE))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "all").symlink_to(tmp_path / "data")
+    for _ in range(2):
+        assert run(tmp_path / "in", out, *QUICK, "--match-image")[0] == 0
+        assert list(table(out)) == ["all/x"]
+    (tmp_path / "in" / "deeper").symlink_to(out / "all")
+    assert [path.name for path in find_bags(tmp_path / "in", out)] == ["x"]
+
+
+def test_results_of_another_bag_of_that_name_are_not_taken_for_this_ones(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    for place, count in (("one", 3), ("two", 5)):
+        (tmp_path / place).mkdir()
+        write_camera_bag(tmp_path / place / "drive", views[:count], stamps(count), demo_camera(*SIZE))
+    assert run(tmp_path / "one", tmp_path / "out", *QUICK)[0] == 0
+    status, _, errors = run(tmp_path / "two", tmp_path / "out", *QUICK)
+    assert status == 2 and f"{tmp_path / 'out' / 'drive'}: was made from another bag than {tmp_path / 'two'}" in errors
+    assert table(tmp_path / "out")["drive"]["state"] == "failed"
+    (tmp_path / "one").rename(tmp_path / "moved")  # is the same bag
+    assert "1 done (1 of them before)" in run(tmp_path / "moved", tmp_path / "out", *QUICK)[1]
+    shutil.rmtree(tmp_path / "out" / "drive")
+    assert run(tmp_path / "two", tmp_path / "out", *QUICK)[0] == 0
+    assert table(tmp_path / "out")["drive"]["frames"] == "5"
+
+
+def test_a_bag_that_changes_while_it_is_read_is_done_when_it_is_whole(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, count in (("in", 3), ("whole", 7)):
+        (tmp_path / place).mkdir()
+        write_camera_bag(tmp_path / place / "g", views[:count], stamps(count), None, storage="sqlite3")
+
+    def copied(*words: Any, **options: Any) -> Any:
+        report = replay(*words, **options)
+        shutil.copy(tmp_path / "whole" / "g" / "g.db3", tmp_path / "in" / "g" / "g.db3")
+        return report
+
+    monkeypatch.setattr("kpmatch_ros.bags.archive.replay", copied)
+    status, _, errors = run(tmp_path / "in", tmp_path / "out", *QUICK)
+    assert status == 2 and f"{tmp_path / 'in' / 'g'}: changed while it was read" in errors
+    row = table(tmp_path / "out")["g"]
+    assert (row["state"], row["frames"]) == ("failed", "") and not (tmp_path / "out" / "g").exists()
+    assert run(tmp_path / "in", tmp_path / "out", *QUICK)[0] == 0
+    assert table(tmp_path / "out")["g"]["frames"] == "7"
+
+
+def test_a_bag_is_another_one_where_more_files_of_it_are_read_or_its_log_is_another(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    split, killed = tmp_path / "in" / "split", tmp_path / "in" / "killed"
+    (tmp_path / "in").mkdir()
+    for bag in (split, tmp_path / "more", killed):
+        storage = "sqlite3" if bag == killed else "mcap"
+        write_camera_bag(bag, views[:3], stamps(3), demo_camera(*SIZE), storage=storage)
+    shutil.copy(tmp_path / "more" / "more.mcap", split / "split_1.mcap")
+    database = killed / "killed.db3"
+    recorder = sqlite3.connect(database)
+    recorder.execute("PRAGMA journal_mode=WAL")
+    for kept in (1, 2):  # a message less each time, in the log alone
+        recorder.execute("DELETE FROM messages WHERE id = ?", (kept,))
+        recorder.commit()
+        shutil.copy(f"{database}-wal", tmp_path / f"{kept}-wal")
+    shutil.copy(database, tmp_path / "db3")
+    recorder.close()
+    (killed / "metadata.yaml").unlink()
+
+    def left(log: int) -> None:
+        """What a recorder leaves that was killed."""
+        shutil.copy(tmp_path / "db3", database)
+        shutil.copy(tmp_path / f"{log}-wal", f"{database}-wal")
+
+    database.unlink()
+    database = killed / "killed_0.db3"
+    left(1)
+    assert run(tmp_path / "in", tmp_path / "out", *QUICK)[0] == 0
+    left(2)
+    metadata = split / "metadata.yaml"
+    metadata.write_text(metadata.read_text().replace("- split.mcap\n", "- split.mcap\n  - split_1.mcap\n", 1))
+    assert run(tmp_path / "in", tmp_path / "out", *QUICK)[0] == 2
+    rows = table(tmp_path / "out")
+    assert {row["state"] for row in rows.values()} == {"failed"}
+    assert all(f"{tmp_path / 'out' / name}: was made from another bag" in rows[name]["message"] for name in rows)
+
+
+def test_a_bag_whose_worker_died_after_it_was_done_is_done(views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
+    bag = tmp_path / "in" / "drive"
+    bag.parent.mkdir()
+    write_camera_bag(bag, views[:3], stamps(3), demo_camera(*SIZE))
+    options = dict(zip((word[2:].replace("-", "_") for word in QUICK[::2]), QUICK[1::2]))
+    settings = Settings(Parameters.given({**options, "max_keypoints": 256}), {"image": None})
+    with claimed(tmp_path / "out", settings) as unfinished:
+        (job,) = jobs_for([bag], bag.parent, tmp_path / "out", unfinished)
+        first = replay_one(job, settings)
+        assert first["state"] == "done" and replay_one(job, settings) == first
