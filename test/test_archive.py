@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -266,14 +268,12 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(
     views: list[NDArray[np.uint8]], bags: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
-    for name in ("d", "e"):
+    odd = os.fsdecode(b"caf\xe9")
+    for name in ("d", odd):
         write_camera_bag(bags / name, views, stamps(12), demo_camera(*SIZE))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "kpmatch_ros.cli", "archive", bags, out, *QUICK,
-               "--ray", "local", "--cpus-per-bag", max(1, (os.cpu_count() or 2) // 2)]  # fmt: skip
-    process = psutil.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     family: list[psutil.Process] = []
-    try:
+    with on_ray(bags, out, CUDA_VISIBLE_DEVICES="0") as process:
         at_work: list[psutil.Process] = []
         until = time.monotonic() + 120
         while not (at_work and any((out / ".unfinished").glob("tmp*"))):
@@ -282,18 +282,48 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(
             family = process.children(recursive=True)
             at_work = [child for child in family if title(child).startswith("ray::kpmatch ")]
         bag, victim = title(at_work[0]).removeprefix("ray::kpmatch "), at_work[0].pid
+        gpus = at_work[0].environ()["CUDA_VISIBLE_DEVICES"]
         os.kill(victim, signal.SIGKILL)
         printed, errors = process.communicate(timeout=240)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(60)
     assert process.returncode == 0 and printed.startswith("bags ") and "4 done, 2 broken" in printed, (printed, errors)
     rows = table(out)
+    assert gpus == "" and rows[r"caf\udce9"]["state"] == "done"
     assert rows[bag]["state"] in ("done", "broken") and not rows[bag]["where"].endswith(f":{victim}")
     assert not (out / ".unfinished").exists() and len(by_topic(out / "d")["/matches"]) == 11
     gone, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
+
+
+def test_a_bag_for_which_memory_runs_out_is_not_tried_for_ever(views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    (tmp_path / "in").mkdir()
+    write_camera_bag(tmp_path / "in" / "drive", views[:3], stamps(3), demo_camera(*SIZE))
+    short = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "50"}  # no task has enough
+    with on_ray(tmp_path / "in", tmp_path / "out", **short, RAY_task_oom_retry_delay_base_ms="10") as process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and f"{tmp_path / 'in' / 'drive'}: its machine ran out of memory" in errors, errors
+    assert table(tmp_path / "out")["drive"]["state"] == "failed" and "its worker died" not in errors
+
+
+@contextmanager
+def on_ray(bags: Path, out: Path, **environment: str) -> Iterator[psutil.Popen]:
+    """`kpmatch archive` on two workers of this machine; it is stopped where the test ends before it."""
+    command = [sys.executable, "-m", "kpmatch_ros.cli", "archive", bags, out, *QUICK,
+               "--ray", "local", "--cpus-per-bag", max(1, (os.cpu_count() or 2) // 2)]  # fmt: skip
+    process = psutil.Popen(
+        [*map(str, command)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="backslashreplace",
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
 
 
 def title(process: psutil.Process) -> str:

@@ -16,10 +16,11 @@ from typing import Any
 
 from kpmatch_ros.bags.archive import Job, Row, Settings, replay_one
 from kpmatch_ros.bags.files import BagError
+from kpmatch_ros.bags.recording import encodable
 
 __all__ = ["replay_on_ray"]
 
-_RETRIES = 3  # of a bag whose worker died
+_RETRIES = 3  # of a bag whose worker died, also for want of memory
 _PATIENCE = 5.0  # seconds for a cluster to answer
 _OBJECT_STORE = 100_000_000  # bytes. Only paths and figures travel; Ray would take 30 % of the memory.
 
@@ -45,6 +46,7 @@ def replay_on_ray(
     if importlib.util.find_spec("ray") is None:
         raise BagError("--ray: needs Ray, which is not installed: pip install ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_task_oom_retries", str(_RETRIES))  # Ray itself would try for ever
     import ray
     from ray.exceptions import RayError, RayTaskError
 
@@ -56,20 +58,30 @@ def replay_on_ray(
             if address == "local":
                 raise BagError(text)
             say(f"{text}; the bags wait until one joins that has")
-        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)(replay_one)
-        waiting = {task.options(name=f"kpmatch {job.name}").remote(job, settings): job for job in jobs}
+        # Ray leaves the GPUs visible to a task that has none.
+        hidden = {} if gpus else {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES, **hidden)(replay_one)
+        waiting = {task.options(name=f"kpmatch {encodable(job.name)}").remote(job, settings): job for job in jobs}
         for done in ray.util.as_completed(list(waiting), chunk_size=1, yield_obj_refs=True):
             try:
                 yield ray.get(done)
             except RayTaskError as error:
                 raise error.cause from None
             except RayError as error:
-                job, text = waiting[done], " ".join(str(error).split())
-                yield {
-                    "bag": job.name,
-                    "state": "failed",
-                    "message": f"{job.source}: its worker died {1 + _RETRIES} times: {text:.300}",
-                }
+                job = waiting[done]
+                yield {"bag": job.name, "state": "failed", "message": f"{job.source}: {_reason(error)}"}
+
+
+def _reason(error: Exception) -> str:
+    """Why Ray gave a bag up."""
+    from ray.exceptions import OutOfMemoryError, WorkerCrashedError
+
+    text = f"{' '.join(str(error).split()):.300}"
+    if isinstance(error, OutOfMemoryError):
+        return f"its machine ran out of memory; with a larger --cpus-per-bag it does fewer bags at a time: {text}"
+    if isinstance(error, WorkerCrashedError):
+        return f"its worker died {1 + _RETRIES} times: {text}"
+    return f"Ray could not do it: {text}"
 
 
 @contextmanager
