@@ -423,11 +423,15 @@ def test_a_mask_that_was_changed_is_another_setting(
     assert status == 2 and "was begun with content of mask '" in error and error.count("\n") == 1
 
 
-def test_a_name_that_is_not_utf_8_costs_no_result(run: Run, kpmatch: Run, bags: Path, tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf_8_costs_no_result(
+    run: Run, kpmatch: Run, views: list[NDArray[np.uint8]], bags: Path, tmp_path: Path
+) -> None:
     odd = os.fsdecode(b"caf\xe9")
+    write_camera_bag(bags / odd, views[:3], stamps(3), demo_camera(*SIZE), storage="sqlite3")
     (bags / "c.mcap").rename(bags / f"{odd}.mcap")
     assert run(bags, tmp_path / "out", *QUICK)[0] == 0
-    assert table(tmp_path / "out")[r"caf\udce9.mcap"]["state"] == "done"
+    rows = table(tmp_path / "out")
+    assert rows[r"caf\udce9.mcap"]["state"] == rows[r"caf\udce9"]["state"] == "done"
     words = [f"--report={tmp_path / 'r.html'}"] if importlib.util.find_spec("plotly") else []
     words += [f"--rerun={tmp_path / 'r.rrd'}"] if importlib.util.find_spec("rerun") else []
     status, _, errors = kpmatch("bag", bags / f"{odd}.mcap", tmp_path / odd, *QUICK, *words)

@@ -59,8 +59,8 @@ def replay_on_ray(
                 raise BagError(text)
             say(f"{text}; the bags wait until one joins that has")
         # Ray leaves the GPUs visible to a task that has none.
-        hidden = {} if gpus else {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
-        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES, **hidden)(replay_one)
+        environment = {"env_vars": {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}}
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES, runtime_env=environment)(replay_one)
         waiting = {task.options(name=f"kpmatch {encodable(job.name)}").remote(job, settings): job for job in jobs}
         for done in ray.util.as_completed(list(waiting), chunk_size=1, yield_obj_refs=True):
             try:
