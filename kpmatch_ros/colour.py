@@ -40,15 +40,19 @@ def grey_levels(pixels: Image, blue_first: bool) -> NDArray[np.float32]:
     return grey
 
 
+def resized_size(width: int, height: int, longest: int) -> tuple[int, int]:
+    """Width and height, pixels, that :func:`resize` gives an image of this size."""
+    scale = longest / max(height, width) if longest else 1.0
+    return max(round(width * scale), 1), max(round(height * scale), 1)
+
+
 def resize(pixels: Image, longest: int) -> Image:
     """The image with a longest side of so many pixels; 0 keeps its size. Down by area averaging, up bilinearly."""
     height, width = pixels.shape[:2]
-    if longest in (0, max(height, width)):
+    size = resized_size(width, height, longest)
+    if size == (width, height):
         return pixels
-    scale = longest / max(height, width)
-    size = (max(round(width * scale), 1), max(round(height * scale), 1))
+    way = cv2.INTER_AREA if longest < max(height, width) else cv2.INTER_LINEAR
     pixels, blue_first = in_memory_order(pixels)
-    resized = np.asarray(
-        cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR), np.uint8
-    )
+    resized = np.asarray(cv2.resize(pixels, size, interpolation=way), np.uint8)
     return resized[..., ::-1] if blue_first else resized

@@ -211,13 +211,34 @@ def test_kpmatch_match_scales_a_too_large_image_down_and_says_so(
     cv2.imwrite(str(tmp_path / "small.png"), cv2.resize(small, (300, 200)))
     words = ("match", tmp_path / "large.jpg", tmp_path / "small.png", *QUICK)
     status, out, err = kpmatch(*words, "--json")
-    assert status == 0 and "large.jpg is 600 x 400 pixels" in err and "--resize 386" in err
+    assert status == 0 and "large.jpg is 600 x 400 pixels" in err and "--resize 387" in err
     assert err.count("\n") == 1
     found = json.loads(out)
     assert found["num_keypoints"][0] > 0
-    assert np.max(found["points0"], initial=387) > 386  # points are in pixels of the file
+    assert np.max(found["points0"], initial=388) > 387  # points are in pixels of the file
     status, _, err = kpmatch(*words, "--resize", 300)
     assert (status, err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "more", "said"),
+    [
+        ([(8900, 12), (8900, 12)], [], ["a.png is 8900 x 12 pixels, more", "--resize 8192\n", "b.png"]),
+        ([(1000, 110), (400, 200)], [], ["a.png is 1000 x 110 pixels, more", "--resize 446\n"]),
+        ([(100, 100), (100, 80)], ["--resize", 8192], ["a.png is 100 x 100 pixels, 8192 x 8192 with --resize 8192, m"]),
+    ],
+    ids=["within the range of resize", "the other image is enlarged too", "enlarged by the user"],
+)
+def test_the_size_that_kpmatch_match_chooses_suits_both_images(
+    kpmatch: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: Any, more: list[Any], said: list[str]
+) -> None:
+    monkeypatch.setattr("kpmatch_ros.feature_matcher.LARGEST_IMAGE", 100_000)
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    for file, (width, height) in zip(files, sizes):
+        cv2.imwrite(str(file), np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8))
+    status, out, err = kpmatch("match", *files, *QUICK, *more, "--json")
+    assert status == 0 and len(json.loads(out)["num_keypoints"]) == 2, err
+    assert all(text in err for text in said), err
 
 
 def test_a_fault_of_the_program_is_one_line(kpmatch: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from kpmatch_ros.cli.common import (
     tell_of_idle,
     write_picture,
 )
-from kpmatch_ros.parameters import Parameters
+from kpmatch_ros.parameters import Parameters, declaration
 from kpmatch_ros.shell import in_shell
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ def add_match(commands: Any) -> None:
     parser.add_argument(
         "--distortion-model",
         metavar="MODEL",
-        default="plumb_bob",
-        help="plumb_bob (the default), rational_polynomial (8, 12 or 14 numbers) or equidistant (a fisheye lens, 4)",
+        help="of --distortion: plumb_bob (the default), rational_polynomial (8, 12 or 14 numbers) or equidistant (a "
+        "fisheye lens, 4)",
     )
     parser.add_argument(
         "--save",
@@ -90,6 +90,8 @@ def _match(options: argparse.Namespace) -> int:
     if options.intrinsics is None and (options.intrinsics1 is not None or options.distortion is not None):
         given = "--intrinsics1" if options.intrinsics1 is not None else "--distortion"
         raise CommandError(f"{given} needs --intrinsics too")
+    if options.distortion_model is not None and options.distortion is None:
+        raise CommandError("--distortion-model needs --distortion too")
     picture = options.save
     if picture is None and not options.json:
         picture = Path(f"{options.image_a.stem}_{options.image_b.stem}_matches.png")
@@ -100,7 +102,7 @@ def _match(options: argparse.Namespace) -> int:
     image_a, image_b = read_image(options.image_a), read_image(options.image_b)
     given = "" if options.save is None else "--save"
     check_outputs({given: picture}, [options.image_a, options.image_b], parameters)
-    lens = options.distortion_model, options.distortion or ()
+    lens = options.distortion_model or "plumb_bob", options.distortion or ()
     camera_a = _camera(image_a, options.intrinsics, *lens)
     camera_b = _camera(image_b, options.intrinsics1 or options.intrinsics, *lens)
 
@@ -138,24 +140,32 @@ def _next_command(options: argparse.Namespace) -> str:
 
 def _fitting(parameters: Parameters, images: dict[Path, NDArray[np.uint8]], command: str) -> Parameters:
     """The parameters, with a `resize` that the networks take where an image is too large for them; stderr says so."""
+    from kpmatch_ros.colour import resized_size
     from kpmatch_ros.feature_matcher import LARGEST_IMAGE
 
-    longest = 0
-    for path, image in images.items():
-        height, width = image.shape[:2]
-        scale = parameters.resize / max(height, width) if parameters.resize else 1.0
-        pixels = round(height * scale) * round(width * scale)
-        if pixels <= LARGEST_IMAGE:
-            continue
-        # A pixel less on each side, so that rounding does not bring it over the limit again.
-        fitting = max(int(max(height, width) * (LARGEST_IMAGE / (height * width)) ** 0.5) - 1, 1)
-        longest = min(longest or fitting, fitting)
+    sizes = {path: (image.shape[1], image.shape[0]) for path, image in images.items()}
+
+    def too_large(size: tuple[int, int], longest: int) -> bool:
+        width, height = resized_size(*size, longest)
+        return width * height > LARGEST_IMAGE
+
+    refused = [path for path, size in sizes.items() if too_large(size, parameters.resize)]
+    if not refused:
+        return parameters
+    # `resize` holds for both images, and enlarges too.
+    most = int(declaration("resize").maximum or 0)
+    longest = next(each for each in range(most, 0, -1) if not any(too_large(size, each) for size in sizes.values()))
+    for path in refused:
+        given = "{} x {} pixels".format(*sizes[path])
+        if parameters.resize:
+            width, height = resized_size(*sizes[path], parameters.resize)
+            given += f", {width} x {height} with --resize {parameters.resize}"
         print(
-            f"{command}: {path} is {width} x {height} pixels, more than the {LARGEST_IMAGE / 1e6:.1f} million that the "
-            f"networks take: matched with --resize {longest}",
+            f"{command}: {path} is {given}, more than the {LARGEST_IMAGE / 1e6:.1f} million pixels that the networks "
+            f"take: matched with --resize {longest}",
             file=sys.stderr,
         )
-    return parameters.replace({"resize": longest}) if longest else parameters
+    return parameters.replace({"resize": longest})
 
 
 def _camera(
