@@ -23,6 +23,7 @@ from kpmatch_ros.images import ImageError
 from kpmatch_ros.masks import fit, shrink_or_enlarge
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint, XFeat
 from kpmatch_ros.models.assignment import Assignment, ImageFeatures
+from kpmatch_ros.models.base import LARGEST_IMAGE
 from kpmatch_ros.models.checkpoint import network_type
 from kpmatch_ros.models.compiled import transforms
 from kpmatch_ros.models.detections import Detections
@@ -42,8 +43,6 @@ _MATCHERS: dict[str, type[LightGlue | SuperGlue]] = {kind.MODEL_TYPE: kind for k
 
 # Parameters that are settled when the networks are loaded.
 _LOADED = ("profile", "extractor", "matcher", "backend", "providers", "device", "precision", "threads")
-
-LARGEST_IMAGE = 3840 * 2176  # pixels: SuperPoint's first layers take 6 GB of memory for it in float32
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as OpenCV and the authors of SuperPoint convert colour to grey
 

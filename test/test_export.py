@@ -161,12 +161,13 @@ def test_padding_plays_no_part(sessions: tuple[Session, Session, bool], matcher:
     expected = matcher(image0._replace(mask=None), image1._replace(mask=None))
     assert (expected.matches0 >= 0).sum() > 5
     padded = [image.padded(PLACES) for image in (image0, image1)]
-    for image in padded:  # what is left over there may be anything finite
-        image.keypoints[~image.mask] = 1e4
-        image.descriptors[~image.mask] = 3.0
-    found = sessions[1](*inputs(matcher, padded[0]), *inputs(matcher, padded[1]))
-    assert (found[0][:, 25:] == -1).all() and (found[1][:, 31:] == -1).all()
-    check_same((found[0][:, :25], found[1][:, :31], found[2][:, :25], found[3][:, :31]), expected)
+    for left_over in (1e4, 3e38, float("nan")):
+        for image in padded:
+            for tensor in (image.keypoints, image.descriptors, image.scores):
+                tensor[~image.mask] = left_over
+        found = sessions[1](*inputs(matcher, padded[0]), *inputs(matcher, padded[1]))
+        assert (found[0][:, 25:] == -1).all() and (found[1][:, 31:] == -1).all()
+        check_same((found[0][:, :25], found[1][:, :31], found[2][:, :25], found[3][:, :31]), expected)
 
 
 def test_an_image_without_keypoints_has_no_matches(sessions: tuple[Session, Session, bool], matcher: Matcher) -> None:
@@ -222,6 +223,8 @@ def test_what_cannot_be_exported_is_named(extractor: SuperPoint, lightglue: Any)
         check_exportable(extractor, NearestNeighbour())
     with pytest.raises(ExportError, match="4 x 96 pixels are too small"):
         export_extractor(extractor, Path("unused"), (4, 96), False)
+    with pytest.raises(ExportError, match=r"99999 x 99999 pixels are too large .* 8\.4 million"):
+        export_extractor(extractor, Path("unused"), (99999, 99999), True)
 
 
 # The backend
@@ -364,6 +367,7 @@ def test_images_without_a_match_prove_nothing(run: Run, words: list[Any], tmp_pa
     [
         (["--size", "640"], "'640' is not a size such as 640x480"),
         (["--size", "4x480"], "images of 4 x 480 pixels are too small"),
+        (["--size", "3841x2176"], "images of 3841 x 2176 pixels are too large"),
         (["--keypoints", "0"], "'0' is not a whole number of at least 1"),
         (["--matcher", "nearest"], "the matcher is NearestNeighbour, which has no network to export"),
         (["--no-check"], "not allowed with argument"),

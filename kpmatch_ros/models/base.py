@@ -12,7 +12,9 @@ from torch import nn
 from kpmatch_ros.models.checkpoint import Checkpoint, build
 from kpmatch_ros.weights import WeightsError
 
-__all__ = ["Extractor", "PretrainedNetwork", "rounded_up"]
+__all__ = ["LARGEST_IMAGE", "Extractor", "PretrainedNetwork", "rounded_up"]
+
+LARGEST_IMAGE = 3840 * 2176  # pixels: SuperPoint's first layers take 6 GB of memory for it in float32
 
 Self = TypeVar("Self", bound="PretrainedNetwork")
 

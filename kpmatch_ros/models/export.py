@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kpmatch_ros.models.assignment import ImageFeatures
+from kpmatch_ros.models.base import LARGEST_IMAGE
 from kpmatch_ros.models.lightglue import LightGlue
 from kpmatch_ros.models.superglue import SuperGlue
 from kpmatch_ros.models.superpoint import CELL, ConvBlock, SuperPoint
@@ -110,7 +111,9 @@ class WholeMatcher(nn.Module):
 def _features(
     keypoints: Tensor, descriptors: Tensor, mask: Tensor, size: Tensor, scores: Tensor | None = None
 ) -> ImageFeatures:
-    return ImageFeatures(keypoints, descriptors, size, mask, scores)
+    """With zeros in the places without a keypoint: what stands there may not even be a number."""
+    keypoints, descriptors = (torch.where(mask[..., None], given, 0.0) for given in (keypoints, descriptors))
+    return ImageFeatures(keypoints, descriptors, size, mask, None if scores is None else torch.where(mask, scores, 0.0))
 
 
 def check_exportable(extractor: nn.Module, matcher: nn.Module) -> None:
@@ -136,17 +139,22 @@ def export_extractor(extractor: SuperPoint, file: Path, size: tuple[int, int], d
     Args:
         extractor: in any precision, on any device. It stays as it is, and the graph is float32.
         file: to write.
-        size: width and height of the images, pixels, at least 8 each.
+        size: width and height of the images, pixels, at least 8 each, with a product of LARGEST_IMAGE or less.
         dynamic: number and size of the images are free.
 
     Raises:
-        ExportError: the size is too small.
+        ExportError: the size is too small or too large.
         OSError: the file cannot be written.
     """
     width, height = size
     if min(size) < CELL:
         raise ExportError(
             f"images of {width} x {height} pixels are too small: SuperPoint takes {CELL} x {CELL} or more"
+        )
+    if width * height > LARGEST_IMAGE:
+        raise ExportError(
+            f"images of {width} x {height} pixels are too large for the networks, which take "
+            f"{LARGEST_IMAGE / 1e6:.1f} million pixels: name a smaller size"
         )
     batch: int | str = "B" if dynamic else 1
     rows, columns = ("H / 8", "W / 8") if dynamic else (height // CELL, width // CELL)
