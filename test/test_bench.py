@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -79,6 +80,17 @@ def test_every_stage_of_every_setting_is_in_the_table_and_in_the_file(run: Run, 
         assert column in out
     if matplotlib:
         assert "keypoints in an image" in plot.read_text()
+
+
+def test_images_without_a_keypoint_have_their_place_in_the_plot(
+    run: Run, folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    words = ["--extractor", folder, "--matcher", folder, "--images", pictures, "--keypoint-threshold", "1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        status, _, err = run(*words, *SMALL, "--plot", tmp_path / "speed.svg")
+    assert (status, err) == (0, "") and "keypoints in an image" in (tmp_path / "speed.svg").read_text()
 
 
 def test_a_profile_chooses_what_is_measured_and_what_is_set_by_hand_wins(

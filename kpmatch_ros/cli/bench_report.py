@@ -196,9 +196,10 @@ def draw(path: Path, rows: list[Row], machine: dict[str, Any]) -> None:
     axes = figure.add_subplot()
     for label, points in lines.items():
         axes.plot(*zip(*sorted(set(points))), marker="o", label=label, linestyle="-" if "kpmatch" in label else "--")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     ticks = sorted({round(row.keypoints) for row in rows})
+    if ticks[0] > 0:  # a logarithm has no place for images without a keypoint
+        axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
