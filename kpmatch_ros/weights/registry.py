@@ -6,25 +6,30 @@ import difflib
 import hashlib
 import logging
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kpmatch_ros.shell import in_shell
 from kpmatch_ros.weights.sources import Hub, Packaged, Source, Wheel
 
 __all__ = [
     "REGISTRY",
+    "Presence",
     "Weights",
     "WeightsError",
     "cache_folder",
+    "check_pair",
     "expected_hash",
     "fetch",
     "file_hash",
     "find",
+    "matchers_for",
+    "presence",
     "resolve",
     "verify",
 ]
@@ -79,6 +84,12 @@ class Weights:
         if isinstance(self.source, Hub):
             return self.source.cached() or cache_folder() / self.name / "model.safetensors"
         return cache_folder() / self.name / self.source.name
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The tensors, and what has to lie beside them."""
+        file = self.file
+        return (file, *(file.with_name(name) for name in self.source.BESIDE))
 
     @property
     def path(self) -> Path:
@@ -284,6 +295,20 @@ def matchers_for(extractor: str) -> list[str]:
     return [*made_for_it, "nearest"]
 
 
+def check_pair(matcher: str, extractor: str) -> None:
+    """Check that a matcher was made for an extractor, as far as both are registered.
+
+    Raises:
+        WeightsError: it was made for another one.
+    """
+    item = REGISTRY.get(matcher)
+    if item is not None and not item.fits(extractor):
+        raise WeightsError(
+            f"the matcher {matcher} was made for the extractor {item.extractor}, not for {extractor}. For {extractor} "
+            f"set matcher to {' or '.join(matchers_for(extractor))}"
+        )
+
+
 def resolve(source: str | Path) -> Path:
     """Turn a registered name, a folder or a file into a path that exists; a registered file has the right hash.
 
@@ -309,29 +334,86 @@ def resolve(source: str | Path) -> Path:
     return path
 
 
-def verify(item: Weights) -> None:
-    """Check that the file is there and is the one registered, or, for the hub's, still as the hub sent it.
+class Presence(NamedTuple):
+    """What there is of registered weights on this machine.
 
-    Raises:
-        WeightsError: it is not.
+    Attributes:
+        word: ``yes``; ``no`` where there is nothing; ``DAMAGED`` where it is not what was registered, or not all of it;
+            ``UNREADABLE`` where something else stands in its place, or the system refuses to read it.
+        fault: why they cannot be used, in words; empty where they can.
+        remedy: what to do about it.
     """
+
+    word: str
+    fault: str = ""
+    remedy: str = ""
+
+
+def presence(item: Weights) -> Presence:
+    """Look whether all files are there and are those registered, or, for the hub's, still as the hub sent them."""
     packaged = isinstance(item.source, Packaged)
     remedy = "install kpmatch_ros again" if packaged else in_shell(f"kpmatch weights fetch {item.name}")
-    file = item.file
-    if not file.exists():
-        terms = "" if packaged else f" ({item.terms})"
-        place = f"neither in the Hugging Face cache nor at {file}" if isinstance(item.source, Hub) else str(file)
-        raise WeightsError(f"the weights {item.name}{terms} are not on this machine ({place}): {remedy}")
+    file, *beside = item.files
+    for each in (file, *beside):
+        try:
+            regular = stat.S_ISREG(each.stat().st_mode)
+            if regular:  # opening a FIFO would wait for ever
+                each.open("rb").close()
+        except (FileNotFoundError, NotADirectoryError):
+            if each != file:
+                return Presence("DAMAGED", f"{each}, which belongs to {item.name}, is missing", remedy)
+            terms = "" if packaged else f" ({item.terms})"
+            place = f"neither in the Hugging Face cache nor at {file}" if isinstance(item.source, Hub) else str(file)
+            return Presence("no", f"the weights {item.name}{terms} are not on this machine ({place})", remedy)
+        except OSError as error:
+            return _unreadable(each, error, remedy)
+        if not regular:
+            return Presence("UNREADABLE", f"{each} is no regular file", f"remove it, then {remedy}")
+    try:
+        fault = _fault(item, file)
+    except OSError as error:
+        return _unreadable(file, error, remedy)
+    return Presence("DAMAGED", fault, remedy) if fault else Presence("yes")
+
+
+def _unreadable(file: Path, error: OSError, remedy: str) -> Presence:
+    reason = error.strerror or str(error)
+    return Presence(
+        "UNREADABLE", f"{file} cannot be read ({reason})", f"let this user read it, or remove it, then {remedy}"
+    )
+
+
+def _fault(item: Weights, file: Path) -> str:
+    """Why a file is not that of the weights, as far as can be told; empty where nothing speaks against it."""
     expected = expected_hash(item)
-    if not expected:
-        return
-    status = file.stat()
-    found = _hash_of_version(file, status.st_size, status.st_mtime_ns)
-    if found != expected:
-        raise WeightsError(
-            f"{file} is not the registered {item.name}: its SHA-256 is {found}, not {expected}; it is damaged "
-            f"or was replaced: {remedy}"
+    if expected:
+        status = file.stat()
+        found = _hash_of_version(file, status.st_size, status.st_mtime_ns)
+        if found == expected:
+            return ""
+        return (
+            f"{file} is not the registered {item.name}: its SHA-256 is {found}, not {expected}; it is damaged or was "
+            "replaced"
         )
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "numpy"):  # the header says how long the file is
+            pass
+    except SafetensorError as error:
+        return f"{file} is damaged or cut short ({error})"
+    return ""
+
+
+def verify(item: Weights) -> None:
+    """Check that all files are there and are those registered, or, for the hub's, still as the hub sent them.
+
+    Raises:
+        WeightsError: they are not; the text says what to do.
+    """
+    here = presence(item)
+    if here.fault:
+        raise WeightsError(f"{here.fault}: {here.remedy}")
 
 
 def expected_hash(item: Weights) -> str:
@@ -374,17 +456,16 @@ def fetch(
         WeightsError: the name is unknown, the source cannot be reached, or it sends something else.
     """
     item = find(name)
-    try:
-        verify(item)
+    here = presence(item)
+    if here.word == "yes":
         return item.path
-    except WeightsError:
-        if isinstance(item.source, Packaged):
-            raise
+    if isinstance(item.source, Packaged) or here.word == "UNREADABLE":
+        raise WeightsError(f"{here.fault}: {here.remedy}")
     announce(f"{name}: from {item.source}, by {item.origin}. Licence: {item.terms}")
     target = item.file
     try:
         if isinstance(item.source, Hub):
-            item.source.fetch(again=target.exists())
+            item.source.fetch(again=here.word == "DAMAGED")
         else:
             _fetch_file(item, item.source, target)
     except OSError as error:

@@ -16,6 +16,7 @@ import zipfile
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import ClassVar
 
 __all__ = ["Hub", "Packaged", "Source", "Wheel"]
 
@@ -25,6 +26,8 @@ class Packaged:
     """A Hugging Face folder that comes with the package."""
 
     folder: str
+
+    BESIDE: ClassVar = ("config.json",)  # the file of tensors
 
     @property
     def file(self) -> Path:
@@ -46,6 +49,8 @@ class Wheel:
 
     requirement: str
     member: str
+
+    BESIDE: ClassVar[tuple[str, ...]] = ()
 
     @property
     def name(self) -> str:
@@ -80,7 +85,9 @@ class Wheel:
                     shutil.copyfileobj(file, stream)
             except KeyError as error:
                 raise OSError(f"{wheels[0].name} holds no {self.member}") from error
-            except zipfile.BadZipFile as error:
+            except OSError:  # a full disk, say
+                raise
+            except Exception as error:  # BadZipFile, zlib.error, and what else damaged archives raise
                 raise OSError(f"{wheels[0].name} is damaged: {error}") from error
 
     def __str__(self) -> str:
@@ -99,7 +106,8 @@ class Hub:
 
     repository: str
 
-    _FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "LICENSE*")
+    BESIDE: ClassVar = ("config.json",)
+    _FILES: ClassVar = ("config.json", "preprocessor_config.json", "model.safetensors", "LICENSE*")
 
     def cached(self) -> Path | None:
         """The file of tensors in the library's cache, with its config.json beside it; None without it."""
