@@ -10,12 +10,50 @@ import sys
 import sysconfig
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import NamedTuple
 
-__all__ = ["FROM_PIP", "explain", "how_to_install", "is_externally_managed", "numpy_clash", "unseen_packages"]
+__all__ = [
+    "DEPENDENCIES",
+    "Dependency",
+    "explain",
+    "how_to_get",
+    "how_to_install",
+    "is_externally_managed",
+    "numpy_clash",
+    "unseen_packages",
+]
 
-_PIP_MODULES = ("torch", "safetensors", "rosbags", "rosbags_image")  # that no rosdep key installs everywhere
-FROM_PIP = " ".join(_PIP_MODULES).replace("_", "-")  # as the README installs them
-_FROM_APT = ("cv2", "numpy", "psutil", "scipy", "yaml")  # that rosdep installs into the system
+
+class Dependency(NamedTuple):
+    """A package that this one needs (setup.cfg and package.xml have their versions and their keys).
+
+    Attributes:
+        module: as Python imports it.
+        pip: as pip names it.
+        apt: as rosdep installs it into the system of a robot; empty for what no rosdep key installs everywhere.
+        only_for: what does not work without it; empty where nothing does.
+    """
+
+    module: str
+    pip: str
+    apt: str = ""
+    only_for: str = ""
+
+
+_COMMANDS = "kpmatch bag, demo, bench and archive"
+DEPENDENCIES = (
+    Dependency("torch", "torch"),
+    Dependency("safetensors", "safetensors"),
+    Dependency("rosbags", "rosbags", only_for=f"{_COMMANDS}, and the comparison of kpmatch export"),
+    Dependency("rosbags.image", "rosbags-image", only_for="Bayer and YUV images without cv_bridge"),
+    Dependency("cv2", "opencv-python-headless", "python3-opencv"),
+    Dependency("numpy", "numpy", "python3-numpy"),
+    Dependency("psutil", "psutil", "python3-psutil"),
+    Dependency("scipy", "scipy", "python3-scipy"),
+    Dependency("tqdm", "tqdm", "python3-tqdm", only_for=_COMMANDS),
+    Dependency("yaml", "PyYAML", "python3-yaml"),
+)
+_FROM_PIP = " ".join(each.pip for each in DEPENDENCIES if not each.apt)  # as the README installs them
 
 
 def in_environment() -> bool:
@@ -42,11 +80,25 @@ def how_to_install(packages: str) -> str:
     return f"{sys.executable} -m pip install {packages}"
 
 
+def how_to_get(module: str) -> str:
+    """What to do so that this Python has a module; empty for one that is no dependency of this package.
+
+    What a robot has from apt, other machines have from pip.
+    """
+    for each in DEPENDENCIES:
+        if each.module == module.partition(".")[0]:
+            if not each.apt:
+                return how_to_install(_FROM_PIP)
+            return f"sudo apt install {each.apt}" if "ROS_DISTRO" in os.environ else how_to_install(each.pip)
+    return ""
+
+
 def explain(error: ImportError) -> str:
     """One line for a user: which module this Python lacks or cannot load, and what to do."""
     said = " ".join(str(error).split())[:200]
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _PIP_MODULES:
-        return f"{said} ({sys.executable}): {how_to_install(FROM_PIP)}; kpmatch doctor says more"
+    remedy = how_to_get(error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+    if remedy:
+        return f"{said} ({sys.executable}): {remedy}; kpmatch doctor says more"
     return f"{said} ({sys.executable}); kpmatch doctor says what to do"
 
 
@@ -77,7 +129,7 @@ def unseen_packages() -> list[str]:
     settings = dict(line.lower().replace(" ", "").partition("=")[::2] for line in configuration.read_text().split("\n"))
     if settings.get("include-system-site-packages") != "false" or _is_inside("rclpy"):
         return []
-    return [name for name in _FROM_APT if _place(name, sys.path) is None]
+    return [each.module for each in DEPENDENCIES if each.apt and _place(each.module, sys.path) is None]
 
 
 def _place(module: str, folders: list[str]) -> Path | None:

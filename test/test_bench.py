@@ -117,6 +117,16 @@ def test_publishing_is_measured_where_the_messages_are_built(
     assert json.loads(file.read_text())["rows"][0]["stages"]["publish"]["median"] > 0
 
 
+def test_a_middleware_that_is_not_there_leaves_only_publishing_out(
+    run: Run, folder: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rclpy")
+    monkeypatch.setenv("RMW_IMPLEMENTATION", "rmw_no_such_thing")
+    status, out, err = run("--extractor", folder, "--matcher", folder, "--images", pictures, *SMALL)
+    assert status == 0 and "publish was not measured" in out
+    assert "publishing is not measured" in err and "rmw_no_such_thing" in err
+
+
 @pytest.mark.parametrize("stopping", [["--depth-confidence", -1, "--width-confidence", -1], []], ids=["fixed", ""])
 def test_transformers_finds_the_same_matches_with_the_same_weights(
     run: Run, tmp_path: Path, pictures: Path, stopping: list[Any]

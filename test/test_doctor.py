@@ -17,6 +17,7 @@ from kpmatch_ros import weights
 from kpmatch_ros.cli import doctor
 from kpmatch_ros.cli.doctor import FAIL, OK, WARN, Finding
 from kpmatch_ros.geometry import compiled as compiled_geometry
+from kpmatch_ros.interpreter import how_to_get
 from kpmatch_ros.models import compiled as compiled_networks
 from kpmatch_ros.weights import sources
 
@@ -85,8 +86,11 @@ def test_a_ros_that_ends_the_process_is_a_fault(tmp_path: Path, monkeypatch: pyt
 
 def test_a_middleware_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RMW_IMPLEMENTATION", "rmw_no_such_thing")
-    faults = [finding for finding in doctor.check_ros() if finding.level == FAIL]
-    assert faults and "rmw_no_such_thing" in " ".join(finding.text + finding.remedy for finding in faults)
+    found = findings(doctor.check_ros)
+    assert found["middleware"].level == FAIL and "rmw_no_such_thing" in found["middleware"].text
+    assert "unset RMW_IMPLEMENTATION" in found["middleware"].remedy
+    # The rest is looked at without it.
+    assert [found[subject].level for subject in ("ROS 2", "messages", "node")] == [OK, OK, OK]
 
 
 def test_a_folder_for_logs_that_cannot_be_made_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,12 +240,56 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch: pyte
         raise RuntimeError("the disk is on fire")
         yield
 
-    checks = ("opencv", "scipy", "geometry", "compiled_networks", "pytorch", "weights", "networks", "ros")
+    checks = (
+        "dependencies",
+        "opencv",
+        "scipy",
+        "geometry",
+        "compiled_networks",
+        "pytorch",
+        "weights",
+        "networks",
+        "ros",
+    )
     for name in checks:
         monkeypatch.setattr(doctor, f"check_{name}", broken)
     found = list(doctor.examine())
     assert [finding.level for finding in found] == [OK, OK] + [FAIL] * len(checks)
     assert "the disk is on fire" in found[-1].text
+
+
+@pytest.mark.parametrize("name", ["psutil", "safetensors", "yaml"])
+def test_a_package_that_everything_needs_is_a_fault_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    (finding,) = doctor.check_dependencies()
+    assert finding.level == FAIL and finding.subject.lower().endswith(name)
+    assert finding.remedy == how_to_get(name) and "pip install" in finding.remedy
+
+
+@pytest.mark.parametrize("name", ["rosbags", "tqdm"])
+def test_a_package_that_only_commands_need_is_worth_a_warning_which_names_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    (finding,) = doctor.check_dependencies()
+    assert finding.level == WARN and "kpmatch bag, demo, bench and archive" in finding.text
+    assert finding.remedy == how_to_get(name)
+    monkeypatch.setattr(doctor, "examine", lambda: iter([finding, Finding(OK, "node", "there")]))
+    assert doctor.run_doctor() and "kpmatch demo" not in capsys.readouterr().out
+
+
+def test_a_check_that_lacks_a_package_names_it_and_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking() -> Any:
+        raise ModuleNotFoundError("No module named 'psutil'", name="psutil")
+        yield
+
+    for name in ("opencv", "scipy", "geometry", "compiled_networks", "pytorch", "weights", "networks", "ros"):
+        monkeypatch.setattr(doctor, f"check_{name}", lacking)
+    *_, finding = doctor.examine()
+    assert finding.level == FAIL and "not looked at: No module named 'psutil'" in finding.text
+    assert finding.remedy == how_to_get("psutil")
 
 
 def test_a_fault_gives_status_2_and_each_line_its_remedy(

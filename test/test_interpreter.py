@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib
 import os
 import subprocess
@@ -55,6 +56,16 @@ def test_on_a_robot_the_environment_is_named_even_where_pip_would_install(
     assert "activate the virtual environment" in interpreter.how_to_install("torch")
 
 
+def test_the_dependencies_are_those_that_pip_and_rosdep_install() -> None:
+    declared = configparser.ConfigParser()
+    declared.read(ROOT / "setup.cfg")
+    from_pip = [line.split()[0] for line in declared["options"]["install_requires"].splitlines() if line]
+    assert sorted(each.pip for each in interpreter.DEPENDENCIES) == sorted(from_pip)
+    manifest = (ROOT / "package.xml").read_text()
+    for each in interpreter.DEPENDENCIES:
+        assert not each.apt or f"<exec_depend>{each.apt}</exec_depend>" in manifest
+
+
 @pytest.mark.parametrize(
     ("files", "clash"),
     [
@@ -80,7 +91,7 @@ def test_an_environment_that_hides_the_systems_packages_from_ros_is_a_fault(envi
     assert interpreter.unseen_packages() == []  # without ROS it is as good as another
     (environment / "system" / "rclpy.py").touch()
     importlib.invalidate_caches()
-    assert interpreter.unseen_packages() == ["cv2", "psutil", "scipy", "yaml"]
+    assert interpreter.unseen_packages() == ["cv2", "psutil", "scipy", "tqdm", "yaml"]
     finding = list(doctor.check_package())[1]
     assert finding.level == FAIL and "cv2" in finding.text and str(configuration) in finding.remedy
     configuration.write_text("home = /usr/bin\ninclude-system-site-packages = true\n")

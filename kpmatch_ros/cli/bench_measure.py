@@ -32,6 +32,7 @@ from kpmatch_ros.bags.files import BagError, image_message, image_topics, read_m
 from kpmatch_ros.cli.bench import Request
 from kpmatch_ros.cli.bench_report import STAGES, Comparison, Row, Spread, draw, report
 from kpmatch_ros.cli.common import CommandError, check_outputs, read_image, resized
+from kpmatch_ros.cli.ros_answers import ProcessEndedError, ask_ros
 from kpmatch_ros.device import choose_device, choose_precision, processor_name
 from kpmatch_ros.feature_matcher import LARGEST_IMAGE, FeatureMatcher
 from kpmatch_ros.frames import Pair
@@ -246,7 +247,12 @@ Publish = Callable[[Any, FeatureMatcher], Any]
 
 
 def _publisher() -> Publish | None:
-    """What makes a pair's messages and serialises them; None without ROS."""
+    """What makes a pair's messages and serialises them; None without ROS, and where importing it would end this."""
+    try:
+        ask_ros("messages")
+    except ProcessEndedError as error:
+        print(f"kpmatch bench: publishing is not measured: ROS is not usable, {error}", file=sys.stderr)
+        return None
     try:
         from kpmatch_ros.ros.serialization import serialize_pair
     except ImportError:

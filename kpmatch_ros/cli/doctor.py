@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -18,7 +19,15 @@ from typing import Any
 import kpmatch_ros
 from kpmatch_ros import weights
 from kpmatch_ros.cli.common import add_command
-from kpmatch_ros.interpreter import FROM_PIP, how_to_install, is_externally_managed, numpy_clash, unseen_packages
+from kpmatch_ros.cli.ros_answers import ProcessEndedError, ask_ros
+from kpmatch_ros.interpreter import (
+    DEPENDENCIES,
+    how_to_get,
+    how_to_install,
+    is_externally_managed,
+    numpy_clash,
+    unseen_packages,
+)
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.ros.domain import domain_fault
 from kpmatch_ros.shell import in_shell, matcher_in_shell
@@ -93,7 +102,9 @@ def _next_step(findings: list[Finding]) -> str:
         launch = "ros2 launch kpmatch_ros matcher.launch.py image:=TOPIC"
         if shutil.which("ros2") is None:  # ROS from PyPI has no ros2
             launch = matcher_in_shell("--ros-args -r image:=TOPIC")
-        return f"{in_shell('kpmatch demo')}, or {launch}"
+        lacking = {finding.subject for finding in findings if finding.level == WARN}
+        whole = not any(each.pip in lacking for each in DEPENDENCIES)  # the demo needs all
+        return f"{in_shell('kpmatch demo')}, or {launch}" if whole else launch
     return in_shell("kpmatch match A.jpg B.jpg")
 
 
@@ -101,6 +112,7 @@ def examine() -> Iterator[Finding]:
     """All findings. A check that fails itself is a finding, too."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         check_package,
+        check_dependencies,
         check_opencv,
         check_scipy,
         check_geometry,
@@ -114,7 +126,11 @@ def examine() -> Iterator[Finding]:
         try:
             yield from check()
         except Exception as error:  # noqa: BLE001 (whatever is broken here must not hide what comes after)
-            yield Finding(FAIL, check.__name__.removeprefix("check_"), f"{type(error).__name__}: {_first_line(error)}")
+            text = f"{type(error).__name__}: {_first_line(error)}"
+            remedy = ""
+            if isinstance(error, ImportError):
+                text, remedy = f"not looked at: {_first_line(error)}", how_to_get(error.name or "")
+            yield Finding(FAIL, check.__name__.removeprefix("check_"), text, remedy)
 
 
 def _first_line(error: object) -> str:
@@ -135,13 +151,40 @@ def check_package() -> Iterator[Finding]:
         yield Finding(OK, "Python", text)
 
 
+_LOOKED_AT = ("cv2", "scipy", "torch", "rosbags.image")  # by checks of their own
+
+
+def check_dependencies() -> Iterator[Finding]:
+    """The packages that have nothing else to be checked but that they are there."""
+    lacking = False
+    for each in DEPENDENCIES:
+        if each.module in _LOOKED_AT:
+            continue
+        try:
+            importlib.import_module(each.module)
+        except Exception as error:  # noqa: BLE001 (as for OpenCV)
+            lacking = True
+            text, level = _first_line(error), FAIL
+            if each.only_for:
+                text, level = f"{text}; without it {each.only_for} do not work", WARN
+            yield Finding(level, each.pip, text, _remedy(error, each.module))
+    if not lacking:
+        names = (each.pip for each in DEPENDENCIES if each.module not in _LOOKED_AT)
+        yield Finding(OK, "packages", ", ".join(names))
+
+
+def _remedy(error: Exception, module: str) -> str:
+    """What to do about a module that cannot be imported: it lacks another one, or is to be installed itself."""
+    named = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+    return numpy_clash(module) or how_to_get(named or module) or how_to_get(module)
+
+
 def check_opencv() -> Iterator[Finding]:
     """OpenCV: whether it is there and reads what it writes."""
     try:
         import cv2
     except Exception as error:  # noqa: BLE001 (ImportError, and what a clash of NumPy versions raises)
-        remedy = numpy_clash("cv2") or _from_apt("python3-opencv", "opencv-python-headless")
-        yield Finding(FAIL, "OpenCV", _first_line(error), remedy)
+        yield Finding(FAIL, "OpenCV", _first_line(error), _remedy(error, "cv2"))
         return
     import numpy as np
 
@@ -160,19 +203,13 @@ def check_opencv() -> Iterator[Finding]:
         yield Finding(OK, "OpenCV", text)
 
 
-def _from_apt(package: str, from_pip: str) -> str:
-    """How to install what a robot has from apt, and other machines from pip."""
-    return f"sudo apt install {package}" if "ROS_DISTRO" in os.environ else how_to_install(from_pip)
-
-
 def check_scipy() -> Iterator[Finding]:
     """SciPy, which a NumPy that it was not built for breaks as it does OpenCV."""
     try:
         import scipy.optimize
         import scipy.spatial.transform
     except Exception as error:  # noqa: BLE001 (as for OpenCV)
-        remedy = numpy_clash("scipy") or _from_apt("python3-scipy", "scipy")
-        yield Finding(FAIL, "SciPy", _first_line(error), remedy)
+        yield Finding(FAIL, "SciPy", _first_line(error), _remedy(error, "scipy"))
     else:
         yield Finding(OK, "SciPy", scipy.__version__)
 
@@ -214,8 +251,7 @@ def check_pytorch() -> Iterator[Finding]:
     try:
         import torch
     except Exception as error:  # noqa: BLE001 (ImportError, and OSError for libraries that it does not find)
-        remedy = how_to_install(FROM_PIP)
-        yield Finding(FAIL, "PyTorch", f"{_first_line(error)} ({sys.executable})", remedy)
+        yield Finding(FAIL, "PyTorch", f"{_first_line(error)} ({sys.executable})", _remedy(error, "torch"))
         return
     from kpmatch_ros.device import choose_device, choose_precision
 
@@ -295,31 +331,30 @@ def check_networks() -> Iterator[Finding]:
         yield Finding(OK, "networks", text)
 
 
-# Asked in a process of its own: importing rclpy may replace the process or, with libraries that clash, end it.
-_ROS_QUESTIONS = Path(kpmatch_ros.__file__).parent / "ros" / "questions.py"
-
-
 def check_ros() -> Iterator[Finding]:
     """ROS 2, its middleware, the messages, the image converter and the node's executable."""
-    process = subprocess.run(
-        [sys.executable, str(_ROS_QUESTIONS)], capture_output=True, text=True, timeout=_TIMEOUT, check=False
-    )
+    ended = ""
     try:
-        answers: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        said = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        remedy = f"run {sys.executable} -c 'import rclpy' and look for libraries of two ROS versions"
-        yield Finding(FAIL, "ROS 2", f"importing it ended the process ({process.returncode}): {said}", remedy)
-        return
+        answers = ask_ros()
+    except ProcessEndedError as error:
+        other = _without_chosen_middleware()
+        if other is None:
+            remedy = f"run {sys.executable} -c 'import rclpy' and look for libraries of two ROS versions"
+            yield Finding(FAIL, "ROS 2", str(error), remedy)
+            return
+        answers, ended = other, str(error)
     if "error" in answers["rclpy"]:
         yield _no_rclpy(answers["rclpy"])
         return
     domain = answers["start"].get("value", os.environ.get("ROS_DOMAIN_ID", "0"))
     distribution = os.environ.get("ROS_DISTRO", "distribution unknown, ROS_DISTRO is not set")
     yield Finding(OK, "ROS 2", f"{distribution}; rclpy at {Path(answers['rclpy']['value']).parent}; domain {domain}")
-    if "error" in answers["rmw"]:
-        wanted = os.environ.get("RMW_IMPLEMENTATION", "the default")
-        remedy = "install that middleware (ros-$ROS_DISTRO-rmw-...), or unset RMW_IMPLEMENTATION"
+    wanted = os.environ.get("RMW_IMPLEMENTATION", "the default")
+    remedy = "install that middleware (ros-$ROS_DISTRO-rmw-...), or unset RMW_IMPLEMENTATION"
+    if ended:
+        text = f"{wanted} does not load, {answers['rmw']['value']} does without RMW_IMPLEMENTATION: {ended}"
+        yield Finding(FAIL, "middleware", text, remedy)
+    elif "error" in answers["rmw"]:
         yield Finding(FAIL, "middleware", f"{wanted} does not load: {_first_line(answers['rmw']['error'])}", remedy)
     else:
         yield Finding(OK, "middleware", answers["rmw"]["value"])
@@ -331,6 +366,17 @@ def check_ros() -> Iterator[Finding]:
     yield _messages(answers)
     yield _converter(answers["converter"])
     yield _executable(answers)
+
+
+def _without_chosen_middleware() -> dict[str, Any] | None:
+    """The answers without RMW_IMPLEMENTATION; None where it is not set, or no middleware loads without it either."""
+    if "RMW_IMPLEMENTATION" not in os.environ:
+        return None
+    try:
+        answers = ask_ros(without="RMW_IMPLEMENTATION")
+    except ProcessEndedError:
+        return None
+    return answers if "value" in answers["rmw"] else None
 
 
 def _no_rclpy(answer: dict[str, str]) -> Finding:
@@ -379,7 +425,7 @@ def _converter(answer: dict[str, Any]) -> Finding:
     return Finding(OK, "converter", f"{module.split('.')[0]}, for Bayer and YUV images")
 
 
-_NODE_NEEDS = ("rclpy", "kpmatch_ros.msg", "torch", "cv2", "numpy", "scipy", "safetensors", "psutil")
+_NODE_NEEDS = ("rclpy", "kpmatch_ros.msg", *(each.module for each in DEPENDENCIES if not each.only_for))
 
 
 def _executable(answers: dict[str, Any]) -> Finding:

@@ -1,4 +1,4 @@
-"""What `kpmatch doctor` asks about ROS, printed as one JSON object.
+"""What the commands ask about ROS (all of it, or what the arguments name), printed as one JSON object.
 
 A program of its own: importing rclpy may replace the process, or end it where libraries clash. Each answer is a value
 or the error that the question raised.
@@ -95,4 +95,5 @@ if __name__ == "__main__":
         "installed": installed,
         "converter": converter,
     }
-    print(json.dumps({name: answer(question) for name, question in questions.items()}))
+    asked = sys.argv[1:] or list(questions)
+    print(json.dumps({name: answer(questions[name]) for name in asked}))

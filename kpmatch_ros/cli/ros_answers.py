@@ -1,0 +1,54 @@
+"""What the commands ask about ROS before they import it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kpmatch_ros
+
+__all__ = ["ProcessEndedError", "ask_ros"]
+
+_QUESTIONS = Path(kpmatch_ros.__file__).parent / "ros" / "questions.py"
+_TIMEOUT = 60.0  # seconds
+
+
+class ProcessEndedError(Exception):
+    """Importing ROS ended the process that did it, or it never answered; the text says how."""
+
+
+def ask_ros(*questions: str, without: str = "") -> dict[str, Any]:
+    """Ask a process of its own: importing rclpy may replace the process or, with libraries that clash, end it.
+
+    Args:
+        questions: some of those of ``ros/questions.py``; all where none is named.
+        without: a variable of the environment that the process does not get.
+
+    Returns:
+        for each question its ``value``, or the ``error`` and its ``type``.
+
+    Raises:
+        ProcessEndedError: there is no answer.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != without}
+    try:
+        process = subprocess.run(
+            [sys.executable, str(_QUESTIONS), *questions],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ProcessEndedError(f"importing it takes more than {_TIMEOUT:.0f} seconds") from error
+    try:
+        answers: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        said = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ProcessEndedError(f"importing it ended the process ({process.returncode}): {said}") from error
+    return answers
