@@ -42,7 +42,7 @@ class StereoSynchroniser(Generic[Item]):
 
     Attributes:
         unpaired: (left, right), images that found no partner.
-        since: (left, right), images of the other stream since the last one of this.
+        since: (left, right), images of the other stream since the last one of this that had no partner when they came.
         offset: by how much the stamps differed when two images last missed each other, nanoseconds; None before.
         by_arrival: whether the last image had no stamp of its own, so that arrival decided.
     """
@@ -101,6 +101,7 @@ class StereoSynchroniser(Generic[Item]):
                 held -= own.popleft().size
                 self.unpaired[side] += 1
             return None
+        self.since[1 - side] -= 1
         # What came before either of the two has no partner: by arrival, as stamps may have gone back.
         self.unpaired[side] += len(own)
         own.clear()
