@@ -23,8 +23,24 @@ __all__ = [
     "processor_name",
     "release_memory",
     "resident_memory",
+    "set_threads",
     "trim_heap",
 ]
+
+
+_threads: tuple[int, int] | None = None  # as many as PyTorch computed with before set_threads, and as many as it set
+
+
+def set_threads(count: int) -> None:
+    """Have PyTorch compute with so many threads of the processor; 0 is as many as it did before they were set here."""
+    global _threads
+    now = torch.get_num_threads()
+    before = _threads[0] if _threads is not None and _threads[1] == now else now  # or else the program chose others
+    if count > 0:
+        torch.set_num_threads(count)
+    elif before != now:
+        torch.set_num_threads(before)
+    _threads = (before, count) if count > 0 else None
 
 
 def choose_device(name: str) -> torch.device:

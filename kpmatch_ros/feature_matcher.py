@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from kpmatch_ros import weights
 from kpmatch_ros.colour import grey_levels, in_memory_order, resize
 from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, batch_is_small
-from kpmatch_ros.device import choose_device, choose_precision, has_tiles
+from kpmatch_ros.device import choose_device, choose_precision, has_tiles, set_threads
 from kpmatch_ros.features import Features, Matches, on_device, to_numpy
 from kpmatch_ros.images import ImageError
 from kpmatch_ros.masks import fit, shrink_or_enlarge
@@ -75,8 +75,7 @@ class FeatureMatcher:
 
     def __init__(self, parameters: Parameters | None = None, **options: Any) -> None:
         self.parameters = Parameters.given(options) if parameters is None else parameters.replace(options)
-        if self.parameters.threads > 0:
-            torch.set_num_threads(self.parameters.threads)
+        set_threads(self.parameters.threads)
         in_onnx_runtime = self.parameters.backend == "onnxruntime"
         self.device = choose_device("cpu" if in_onnx_runtime else self.parameters.device)
         self.dtype = choose_precision("float32" if in_onnx_runtime else self.parameters.precision, self.device)

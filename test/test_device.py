@@ -42,13 +42,18 @@ def test_attention_is_left_to_pytorch_where_the_processor_multiplies_in_tiles(
     assert ways == {not tiles}
 
 
-def test_threads_are_as_many_as_chosen_and_otherwise_left_alone() -> None:
+def test_threads_are_as_many_as_chosen_and_with_zero_as_many_as_before() -> None:
     before = torch.get_num_threads()
+
+    def used(threads: int) -> int:
+        FeatureMatcher(PARAMETERS, matcher="nearest", threads=threads)
+        return torch.get_num_threads()
+
     try:
-        FeatureMatcher(PARAMETERS, matcher="nearest", threads=2)
-        assert torch.get_num_threads() == 2
-        FeatureMatcher(PARAMETERS, matcher="nearest")
-        assert torch.get_num_threads() == 2
+        assert [used(threads) for threads in (0, 2, 3, 0)] == [before, 2, 3, before]
+        assert used(2) == 2
+        torch.set_num_threads(4)
+        assert used(0) == 4, "as the program chose itself in the meantime"
     finally:
         torch.set_num_threads(before)
 
