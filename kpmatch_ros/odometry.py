@@ -165,6 +165,10 @@ class Odometry:
         self._begun = False
         self._last: tuple[int, int, OdometryPose, np.ndarray] | None = None  # the frame before: number, stamp, step
 
+    def forget(self) -> None:
+        """Forget where the frames are, so that the next pose breaks the chain."""
+        self._known = {}
+
     def add(self, pair: Pair) -> OdometryPose | None:
         """The pose of the pair's current frame; None where the pair has no pose in metres."""
         pose, reference = pair.pose, pair.reference.number

@@ -101,6 +101,7 @@ class Pipeline:
             /tf.
         events: hears of what goes wrong.
         new: makes messages, see :mod:`kpmatch_ros.messages`.
+        odometry: chains the poses where `publish_odometry` is set. One that chained others goes on counting.
 
     Attributes:
         front_end: as given.
@@ -121,6 +122,7 @@ class Pipeline:
         wanted: Callable[[str], bool],
         events: Events,
         new: messages.NewMessage = messages.ros_message,
+        odometry: Odometry | None = None,
     ) -> None:
         parameters = front_end.parameters
         check_odometry(parameters)
@@ -134,7 +136,7 @@ class Pipeline:
         self._new = new
         self._parameters = parameters  # those that the next frame is processed with
         self._reset_requested = threading.Event()
-        self._odometry: Odometry | None = None
+        self._odometry = (odometry or Odometry()) if parameters.publish_odometry else None
         self.synchroniser: StereoSynchroniser[Any]
         self.masks: MaskSynchroniser[Any]
         self._stamps: list[int | None]  # of the last image on each topic
@@ -143,14 +145,15 @@ class Pipeline:
         self.restart()
 
     def restart(self) -> None:
-        """Begin as if nothing had been received, but for the calibration."""
+        """Begin as if nothing had been received, but for the calibration and the count of odometry's breaks."""
         parameters = self._parameters
         self.front_end.reset()
         tolerance = round(parameters.sync_tolerance * 1e9)
         self.synchroniser = StereoSynchroniser(tolerance, _WAITING[parameters.queue], _UNPAIRED_MEMORY)
         cameras = len(self._topics)
         self.masks = MaskSynchroniser(cameras, tolerance, _MASKS[parameters.queue], WAITING_MEMORY // cameras)
-        self._odometry = Odometry() if parameters.publish_odometry else None
+        if self._odometry is not None:
+            self._odometry.forget()
         self._told_alone = None
         self._stamps = [None] * len(self._topics)
         self._stretches = [Stretch() for _ in self._topics]
@@ -263,7 +266,7 @@ class Pipeline:
             self._reset_requested.clear()
             self.front_end.reset()
         stamps = _stamps(received)
-        masks = [self._mask(side, stamp) for side, stamp in enumerate(stamps)]
+        masks, faults = zip(*(self._mask(side, stamp) for side, stamp in enumerate(stamps)))
         try:
             images = [self._pixels(side, message) for side, message in enumerate(received)]
             frame_ids = [message.header.frame_id for message in received]
@@ -277,7 +280,7 @@ class Pipeline:
             self._events.interrupted(f"{interruption}: features and tracks are forgotten")
         if result.stereo is not None:
             self._check_stereo(result.stereo)
-        self._check_masks(result)
+        self._check_masks(result, faults)
         self._check_yield(result)
         self._publish_result(result)
         if interruption:
@@ -316,21 +319,18 @@ class Pipeline:
         except ImageError as error:
             raise ImageError(error.reason, f"{self._topics[side]}: {error}") from None
 
-    def _mask(self, side: int, stamp: int) -> np.ndarray | None:
-        """The mask that came for an image, 0 where nothing is to be detected; None where none did, or none of use."""
+    def _mask(self, side: int, stamp: int) -> tuple[np.ndarray | None, tuple[str, str] | None]:
+        """The mask that came for an image, 0 where nothing is to be detected; and a fault where none of use did."""
         message, topic = self.masks.take(side, stamp), self._topics[side]
         if message is None:
-            if side in self.masks.expected:
-                self._events.mask_fault("no mask", topic, self._missing_mask(side))
-            return None
+            return None, ("no mask", self._missing_mask(side)) if side in self.masks.expected else None
         try:
             if message.encoding not in ("mono8", "8UC1"):
                 raise ImageError("encoding", f"its encoding is {message.encoding!r:.80}; publish it as mono8")
-            return to_array(message)
+            return to_array(message), None
         except ImageError as error:
             explanation = f"an image on {topic} was processed without its mask, which cannot be used: {error}"
-            self._events.mask_fault("unusable mask", topic, explanation)
-            return None
+            return None, ("unusable mask", explanation)
 
     def _missing_mask(self, side: int) -> str:
         """Why an image has no mask, in words."""
@@ -355,7 +355,10 @@ class Pipeline:
             "each mask as its image, or play the bag slower"
         )
 
-    def _check_masks(self, result: Result) -> None:
+    def _check_masks(self, result: Result, faults: Sequence[tuple[str, str] | None]) -> None:
+        for topic, fault in zip(self._topics, faults):
+            if fault is not None:
+                self._events.mask_fault(fault[0], topic, fault[1])
         frames = [result.frame] if result.stereo is None else [result.frame, result.stereo.current]
         for topic, frame in zip(self._topics, frames):
             if frame.mask is not None and not frame.mask.any():
@@ -439,18 +442,20 @@ class Pipeline:
 
     def _publish_odometry(self, odometry: Odometry, pair: Pair) -> None:
         parameters, child = self.front_end.parameters, pair.current.frame_id
-        pose = odometry.add(pair)
-        if pose is None:
-            return
+        camera = None
         if parameters.base_frame:
             camera = self.transforms.pose(child, parameters.base_frame)
-            if camera is None:
+            if camera is None:  # no chain begins before it can be published
                 self._events.doubted(
                     "base_frame",
                     f"no odometry: /tf_static does not join base_frame {parameters.base_frame} and the camera's frame "
                     f"{child!r:.80}. Let robot_state_publisher tell where the camera is, or name another base_frame",
                 )
                 return
+        pose = odometry.add(pair)
+        if pose is None:
+            return
+        if camera is not None:
             pose, child = of_base(pose, camera), parameters.base_frame
         message = messages.odometry(pair.current, pose, parameters.odom_frame, child, self._new)
         fault = frame_fault(child, message.header.frame_id)

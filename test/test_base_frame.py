@@ -234,6 +234,7 @@ def test_the_node_takes_the_place_from_tf_static(
     found = json.loads(done.stdout.splitlines()[-1])
     assert "/tf_static does not join base_frame base_link and the camera's frame 'left_optical_frame'" in found["said"]
     assert found["before"] == 0
+    assert found["first"] == "odom", "no chain of poses begins and breaks before it is published"
     assert found["tf"] == found["frames"] and found["frames"][1] == "base_link"
     assert np.isfinite(found["position"]).all()
 

@@ -145,6 +145,16 @@ def test_a_lost_frame_breaks_the_chain_and_a_new_one_begins() -> None:
     assert odometry.breaks == 2, "a reset is a break"
 
 
+def test_what_begins_again_is_a_chain_of_its_own_unless_there_was_none() -> None:
+    odometry = Odometry()
+    odometry.forget()
+    chains = []
+    for number in range(1, 4):
+        chains.append(odometry.add(pair(number, number + 1)).chain)
+        odometry.forget()
+    assert chains == [0, 1, 2] and odometry.breaks == 2
+
+
 def test_a_frame_lost_between_others_that_see_the_keyframe_breaks_nothing() -> None:
     odometry = Odometry()
     first = odometry.add(pair(1, 2, reset=True))

@@ -175,6 +175,18 @@ def test_a_rejected_image_of_a_pair_is_named_by_its_topic(side: int) -> None:
     assert report[:2] == ("rejected", "step") and f"/{['left', 'right'][side]}/image: mono8" in report[2]
 
 
+@pytest.mark.parametrize("mask", [False, True])
+def test_an_image_that_is_rejected_is_not_said_to_be_processed_without_its_mask(mask: bool) -> None:
+    pipeline, heard = make("image")
+    pipeline.masks.expected = [0]
+    if mask:
+        pipeline.add_mask(0, image_message(np.zeros((8, 8, 3), np.uint8), SECOND, "camera", "rgb8"))  # which is none
+    message = image(SECOND)
+    message.encoding = "32SC1"
+    assert pipeline.process([message]) is None
+    assert [report[0] for report in heard.reports] == ["rejected"]
+
+
 def test_a_fault_that_is_raised_for_frame_after_frame_does_not_grow() -> None:
     calibration = Calibration(["/image"], rectified=False)
     info = camera_info_message(Camera(8, 8, np.eye(3)), SECOND, "camera")
