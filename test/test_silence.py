@@ -64,6 +64,15 @@ def test_the_compressed_topic_itself_may_be_given(tmp_path: Path) -> None:
         assert raw is not None
 
 
+def test_images_on_the_topic_that_was_remapped_by_mistake_are_named(tmp_path: Path) -> None:
+    arguments = ("-r", "image:=wrong/image_raw")
+    with running_node(tmp_path, arguments, calibrated=False, max_keypoints=64, matcher="nearest") as node:
+        ns = node.namespace
+        said = f"no image on {ns}/wrong/image_raw for"
+        node.wait_for(lambda: said in node.message(), "the silence")
+        node.wait_for(lambda: f"{ns}/image is published: remap to it" in node.message(), "the default topic")
+
+
 def test_a_misspelt_parameter_in_a_file_is_named_with_the_nearest_and_has_no_effect(tmp_path: Path) -> None:
     file = tmp_path / "matcher.yaml"
     file.write_text("/**:\n  ros__parameters:\n    max_keypoint: 100\n    min_inliers: 20\n    wheel_radius: 0.1\n")

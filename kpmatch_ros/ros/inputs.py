@@ -18,7 +18,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.ros.monitor import Problem
-from kpmatch_ros.ros.qos import SubscriptionEventCallbacks, or_override, overridable, policy_of, with_events
+from kpmatch_ros.ros.qos import SubscriptionEventCallbacks, mismatch, or_override, overridable, with_events
 from kpmatch_ros.ros.tf import TFMessage
 from kpmatch_ros.stereo_sync import StereoSynchroniser
 
@@ -99,9 +99,8 @@ class Inputs:
             info, mask = (node.resolve_topic_name(f"{prefix}{other}") for other in ("camera_info", "mask"))
             self._asked |= {image: asked, info: f"{prefix}camera_info", mask: f"{prefix}mask"}
             self._cameras.append(_Camera(name, image, info, mask))
-        self._incompatible: dict[str, str] = {}  # publishers with another quality of service, by topic
         self._best_effort: set[str] = set()  # topics whose publishers offer no more
-        self._to_lower: set[str] = set()  # those of them that are still subscribed to reliably
+        self._warned: set[str] = set()  # of what is said of publishers
         self._subscribed_at = 0.0
         self._calibrated = threading.Event()
 
@@ -127,9 +126,8 @@ class Inputs:
 
     def subscribe(self) -> None:
         """Begin to receive: best effort, as drivers send, or with queue 'all' reliably, so that nothing is lost."""
-        self._incompatible.clear()
         self._best_effort.clear()
-        self._to_lower.clear()
+        self._warned.clear()
         self._subscribed_at = time.monotonic()
         self._calibrated.clear()
         for camera in self._cameras:
@@ -157,14 +155,24 @@ class Inputs:
             camera.image = camera.info = camera.latched_info = camera.mask = None
 
     def adapt(self) -> None:
-        """Subscribe best effort where a publisher turned out to offer no more: to be called now and then."""
-        topics, self._to_lower = self._to_lower, set()
-        self._best_effort |= topics
+        """Subscribe best effort where a publisher offers no more, or warn of it: to be called now and then."""
         for side, camera in enumerate(self._cameras):
             for what, topic in camera.topics.items():
-                if topic in topics:
+                policy, _ = self._disagreement(camera, what)
+                if not policy:
+                    continue
+                text = self._unheard(topic, policy)
+                if self._lowers(policy):
+                    text = (
+                        f"the publisher of {topic} offers another {policy}: receiving it best effort instead: frames "
+                        "may be lost on the way"
+                    )
+                    self._best_effort.add(topic)
                     self._node.destroy_subscription(getattr(camera, what))
                     self._subscribe_to(side, what)
+                if text not in self._warned:
+                    self._warned.add(text)
+                    self._node.get_logger().warning(text)
 
     def hear_latched(self) -> None:
         """Hear a calibration that its publisher sends once, maybe before this node came: to be called now and then.
@@ -205,16 +213,21 @@ class Inputs:
         Args:
             synchroniser: knows of a stereo pair's cameras which one has fallen silent.
         """
-        found = [Problem(f"QoS: {topic}", explanation) for topic, explanation in self._incompatible.items()]
+        found: list[Problem] = []
         now = time.monotonic()
         waited = now - self._subscribed_at
         for side, camera in enumerate(self._cameras):
             if camera.image is None:
                 continue
+            unheard: dict[str, bool] = {}  # whether there are publishers, but none that the subscription can hear
+            for what, topic in camera.topics.items():
+                policy, unheard[what] = self._disagreement(camera, what)
+                if policy and not self._lowers(policy):
+                    found.append(Problem(f"QoS: {topic}", self._unheard(topic, policy)))
             silent = waited if camera.arrived is None else min(now - camera.arrived, waited)
             stereo = len(self._cameras) == 2
             missed, alone = (synchroniser.since[side], synchroniser.silent(side)) if stereo else (0, False)
-            if (silent > _SILENT_AFTER or alone) and camera.image_topic not in self._incompatible:
+            if (silent > _SILENT_AFTER or alone) and not unheard["image"]:
                 found.append(self._silence(camera, silent, missed))
             found += self._mixed(camera.image_topic, _type_name(self._image_type), "images")
             found += self._mixed(camera.info_topic, _type_name(CameraInfo), "calibrations")
@@ -222,7 +235,7 @@ class Inputs:
             if self._node.count_publishers(mask) and (why := self._wrong_publishers(mask, _type_name(Image))):
                 found.append(Problem(f"no mask: {mask}", f"no mask on {mask}: {why}"))
             info = camera.info_topic
-            if not camera.calibrated and waited > _SILENT_AFTER and info not in self._incompatible:
+            if not camera.calibrated and waited > _SILENT_AFTER and not unheard["info"]:
                 why = self._wrong_publishers(info, _type_name(CameraInfo)) or "its publisher has sent nothing"
                 explanation = f"no calibration on {info}, so no relative pose: {why}"
                 found.append(Problem(f"no calibration: {info}", explanation))
@@ -278,9 +291,14 @@ class Inputs:
             if kind in kinds
             and name != topic
             and name.endswith(ending)
-            and any(
-                offer.topic_type == kind and (offer.node_name, offer.node_namespace) != own
-                for offer in self._node.get_publishers_info_by_topic(name)
+            and (
+                # rclpy remaps the name that it is asked for publishers. It does not where it counts them.
+                self._node.count_publishers(name)
+                if self._node.resolve_topic_name(name) != name
+                else any(
+                    offer.topic_type == kind and (offer.node_name, offer.node_namespace) != own
+                    for offer in self._node.get_publishers_info_by_topic(name)
+                )
             )
         ]
         return next(iter(difflib.get_close_matches(topic, published, n=1, cutoff=0.0)), "")
@@ -298,9 +316,28 @@ class Inputs:
         """Those who publish on one of the topics, of any type."""
         return self._node.get_publishers_info_by_topic(self._asked[topic])  # it remaps, too
 
+    def _disagreement(self, camera: _Camera, what: str) -> tuple[str, bool]:
+        """The policy on which a publisher disagrees with a subscription; and whether all do, so that nothing comes."""
+        requested, wanted = getattr(camera, what).qos_profile, _type_name(self._type_of(what))
+        offers = [offer for offer in self._offers(camera.topics[what]) if offer.topic_type == wanted]
+        policies = [mismatch(offer.qos_profile, requested) for offer in offers]
+        return next(filter(None, policies), ""), bool(policies) and all(policies)
+
+    def _lowers(self, policy: str) -> bool:
+        """Whether a disagreement ends by itself: what the node chose to be reliable becomes best effort."""
+        return policy == "reliability" and self._parameters.queue == "all"
+
+    def _unheard(self, topic: str, policy: str) -> str:
+        remedy = f"change the publisher{or_override(topic, 'subscription', policy)}"
+        return f"the publisher of {topic} offers another {policy}: its messages do not arrive; {remedy}"
+
+    def _type_of(self, what: str) -> type:
+        images = CompressedImage if self._compressed else Image
+        return {"image": images, "info": CameraInfo, "mask": Image}[what]
+
     @property
     def _image_type(self) -> type:
-        return CompressedImage if self._compressed else Image
+        return self._type_of("image")
 
     def _create(self) -> None:
         for side, camera in enumerate(self._cameras):
@@ -318,11 +355,11 @@ class Inputs:
         """Subscribe to a camera's image, info or mask."""
         camera = self._cameras[side]
         topic = camera.topics[what]
-        kind, receive, least = {
+        receive, least = {
             # The partner of a stereo pair's image may come some images later.
-            "image": (self._image_type, self._receive_image, 1 if len(self._cameras) == 1 else 5),
-            "info": (CameraInfo, self._receive_info, 10),
-            "mask": (Image, self._take_mask, 5),
+            "image": (self._receive_image, 1 if len(self._cameras) == 1 else 5),
+            "info": (self._receive_info, 10),
+            "mask": (self._take_mask, 5),
         }[what]
         reliable = self._parameters.queue == "all" and topic not in self._best_effort
         qos = QoSProfile(
@@ -330,27 +367,16 @@ class Inputs:
             history=HistoryPolicy.KEEP_LAST,
             reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
         )
-        report = functools.partial(self._report_publisher, topic, reliable)
         subscription = with_events(
             self._node.create_subscription,
-            kind,
+            self._type_of(what),
             self._asked[topic],
             functools.partial(receive, side),
             qos,
-            event_callbacks=SubscriptionEventCallbacks(incompatible_qos=report, use_default_callbacks=False),
+            event_callbacks=SubscriptionEventCallbacks(use_default_callbacks=False),
             qos_overriding_options=None if topic in self._best_effort else overridable(),
         )
         setattr(camera, what, subscription)
-
-    def _report_publisher(self, topic: str, reliable: bool, event: Any) -> None:
-        policy = policy_of(event)
-        if policy == "reliability" and reliable:
-            self._to_lower.add(topic)
-            remedy = "receiving it best effort instead: frames may be lost on the way"
-        else:
-            remedy = f"no message arrives; change the publisher{or_override(topic, 'subscription', policy)}"
-            self._incompatible[topic] = f"the publisher of {topic} offers another {policy}: {remedy}"
-        self._node.get_logger().warning(f"the publisher of {topic} offers another {policy}: {remedy}")
 
     def _receive_image(self, side: int, message: Any) -> None:
         self._cameras[side].arrived = time.monotonic()

@@ -1,4 +1,4 @@
-"""Quality of service: what users may override, and how a mismatch is told."""
+"""Quality of service: of services, what users may override, and how a mismatch is told."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from typing import Any, TypeVar
 
 from rclpy.exceptions import InvalidParameterTypeException
 from rclpy.node import Node
-from rclpy.qos import QoSPolicyKind
+from rclpy.qos import (
+    HistoryPolicy,
+    QoSCompatibility,
+    QoSPolicyKind,
+    QoSProfile,
+    ReliabilityPolicy,
+    qos_check_compatible,
+    qos_profile_services_default,
+)
 from rclpy.qos_overriding_options import QoSOverridingOptions
 
 from kpmatch_ros.parameters import ParameterError
@@ -18,8 +26,10 @@ except ImportError:  # ROS 2 Humble
     from rclpy.qos_event import PublisherEventCallbacks, SubscriptionEventCallbacks, UnsupportedEventTypeError
 
 __all__ = [
+    "SERVICE_QOS",
     "PublisherEventCallbacks",
     "SubscriptionEventCallbacks",
+    "mismatch",
     "or_override",
     "overridable",
     "policy_of",
@@ -31,6 +41,24 @@ Entity = TypeVar("Entity")
 
 # rclpy's default lacks durability, which two sides can disagree on too.
 _OVERRIDABLE = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY, QoSPolicyKind.DURABILITY)
+
+SERVICE_QOS = QoSProfile(
+    history=HistoryPolicy.KEEP_LAST,
+    depth=100,
+    reliability=qos_profile_services_default.reliability,
+    durability=qos_profile_services_default.durability,
+)
+"""Of a service that many clients may ask at once. An executor takes one request at a time, and the middleware drops
+those for which it has no room: they are never answered. ROS has room for ten."""
+
+
+def mismatch(offered: QoSProfile, requested: QoSProfile) -> str:
+    """The policy by which the middleware keeps a publisher's messages from a subscription; empty where it does not."""
+    if qos_check_compatible(offered, requested)[0] != QoSCompatibility.ERROR:
+        return ""
+    asks_for_more = requested.reliability == ReliabilityPolicy.RELIABLE != offered.reliability
+    # The node's subscriptions ask for nothing else: neither a deadline nor liveliness.
+    return "reliability" if asks_for_more else "durability"
 
 
 def overridable() -> QoSOverridingOptions:
