@@ -133,16 +133,47 @@ def test_an_activation_that_fails_leaves_no_subscription_behind(make_node: MakeN
     assert node.trigger_cleanup() == SUCCESS and node.fault == ""
 
 
-def test_services_answer_in_every_state(make_node: MakeNode, executor: SingleThreadedExecutor) -> None:
-    make_node()
+def test_what_is_refused_in_a_state_is_refused_with_what_to_do_in_it(
+    make_node: MakeNode, executor: SingleThreadedExecutor
+) -> None:
+    node = make_node(matcher="nearest")
     peer = rclpy.create_node("peer", context=executor.context)
     executor.add_node(peer)
     reset, match = peer.create_client(Trigger, "reset"), peer.create_client(MatchFeatures, "match_features")
     spin_until(executor, lambda: reset.service_is_ready() and match.service_is_ready())
-    answers = reset.call_async(Trigger.Request()), match.call_async(MatchFeatures.Request())
+
+    def asked() -> list[str]:
+        answers = reset.call_async(Trigger.Request()), match.call_async(MatchFeatures.Request())
+        spin_until(executor, lambda: all(answer.done() for answer in answers))
+        return [answer.result().message for answer in answers]
+
+    def changed() -> str:
+        reason: str = node.set_parameters([Parameter("mode", value="stereo")])[0].reason
+        return reason
+
+    assert all("the node is unconfigured: configure and activate the node" in message for message in asked())
+    assert node.trigger_configure() == SUCCESS
+    assert "the node is inactive: activate the node" in asked()[1]
+    assert changed() == "mode takes effect when the node is configured: clean it up first (ros2 lifecycle set)"
+    assert node.trigger_activate() == SUCCESS
+    assert "when the node is configured: deactivate it and clean it up first" in changed()
+    assert node.trigger_shutdown() == SUCCESS
+    end = "is finalized: it processes no more images; start it again"
+    assert all(end in message for message in (*asked(), changed()))
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Trigger, "reset"), (MatchFeatures, "match_features")])
+def test_many_clients_that_ask_before_the_node_comes_to_it_are_all_answered(
+    make_node: MakeNode, executor: SingleThreadedExecutor, kind: Any, name: str
+) -> None:
+    make_node()
+    peer = rclpy.create_node("peer", context=executor.context)
+    executor.add_node(peer)
+    deep = QoSProfile(depth=100)  # a client hears the answers to all of them
+    clients = [peer.create_client(kind, name, qos_profile=deep) for _ in range(3)]
+    spin_until(executor, lambda: all(client.service_is_ready() for client in clients))
+    answers = [client.call_async(kind.Request()) for client in clients for _ in range(15)]
     spin_until(executor, lambda: all(answer.done() for answer in answers))
-    for answer in answers:
-        assert not answer.result().success and "the node is unconfigured" in answer.result().message
 
 
 def test_a_node_that_is_shut_down_refuses_the_requests_that_wait(
@@ -294,6 +325,38 @@ def test_a_best_effort_publisher_of_masks_leaves_the_images_reliable(
     spin_until(executor, lambda: reliability("mask") == ReliabilityPolicy.BEST_EFFORT)
     assert reliability("image") == reliability("camera_info") == ReliabilityPolicy.RELIABLE
     spin_until(executor, masks.get_subscription_count)
+    peer.destroy_node()
+
+
+@pytest.mark.parametrize(
+    ("topic", "silence"),
+    [("image", "no image on /image"), ("camera_info", "no calibration on /camera_info"), ("mask", "")],
+)
+def test_a_publisher_that_is_not_heard_is_told_of_while_it_is_there_and_hides_nothing(
+    make_node: MakeNode, executor: SingleThreadedExecutor, monkeypatch: pytest.MonkeyPatch, topic: str, silence: str
+) -> None:
+    monkeypatch.setattr(inputs, "_SILENT_AFTER", 0.0)
+    node = make_node(f"qos_overrides./{topic}.subscription.reliability:=reliable", matcher="nearest", queue="latest")
+    assert (node.trigger_configure(), node.trigger_activate()) == (SUCCESS, SUCCESS)
+    peer = rclpy.create_node("peer", context=executor.context)
+    kind = CameraInfo if topic == "camera_info" else Image
+
+    def told() -> str:
+        return "; ".join(problem.explanation for problem in node._condition().problems)  # noqa: SLF001
+
+    unheard = f"the publisher of /{topic} offers another reliability: its messages do not arrive"
+    first = peer.create_publisher(kind, topic, qos_profile_sensor_data)
+    spin_until(executor, lambda: unheard in told())
+    assert not silence or silence not in told(), "one sentence says why"
+    second = peer.create_publisher(kind, topic, 10)
+    spin_until(executor, lambda: silence in told())
+    assert unheard in told()
+    peer.destroy_publisher(first)
+    spin_until(executor, lambda: unheard not in told())
+    assert silence in told()
+    peer.destroy_publisher(second)
+    spin_until(executor, lambda: not silence or (silence in told() and "nobody publishes it" in told()))
+    assert unheard not in told()
     peer.destroy_node()
 
 

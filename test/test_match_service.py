@@ -232,7 +232,10 @@ def flood(node: NodeUnderTest, second: float) -> bool:
 def test_a_node_that_is_not_active_says_so(node: NodeUnderTest, features: list[FeatureArray]) -> None:
     assert change_state(node, "deactivate")
     response = ask(node, request_for(features))
-    assert (response.success, response.message) == (False, "the node is inactive: activate it, and it matches")
+    assert (response.success, response.message) == (
+        False,
+        "the node is inactive: activate the node to have it process images",
+    )
     assert change_state(node, "activate")
     assert ask(node, request_for(features)).success
     assert node.stop() == 0

@@ -17,6 +17,7 @@ from nav_msgs.msg import Odometry
 from rclpy.qos import QoSProfile
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
 from std_msgs.msg import Header
+from test_node import change_state
 
 from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
 from node_harness import NodeUnderTest, running_node, stamp_of
@@ -75,11 +76,20 @@ class Rig:
             self._publishers[side + " info"] = node.node.create_publisher(
                 CameraInfo, f"{side}/camera_info", QoSProfile(depth=100)
             )
-        publishers = self._publishers.values()
+        self.wait_until_connected()
+
+    def wait_until_connected(self) -> None:
+        """Wait until the node is active: it subscribes, and its publications are known here."""
+        node, publishers = self.node, self._publishers.values()
         node.wait_for(lambda: all(one.get_subscription_count() for one in publishers), "the node to subscribe")
         topics = ("stereo_matches", "relative_pose", "matches")
         node.wait_for(lambda: all(node.node.count_publishers(topic) for topic in topics), "its topics")
         node.wait_until_known()
+
+    def wait_until_gone(self) -> None:
+        """Wait until this side knows that the node, which was deactivated, subscribes no more."""
+        publishers = self._publishers.values()
+        self.node.wait_for(lambda: not any(one.get_subscription_count() for one in publishers), "it to unsubscribe")
 
     def send(
         self,
@@ -311,6 +321,15 @@ def test_odometry_chains_the_poses_and_a_lost_frame_begins_another_frame(tmp_pat
         assert found[-1].header.frame_id == "odom_1" and found[-1].header.stamp.nanosec == 600_000_000
         camera.wait_for_warning("odometry begins again in the frame odom_1")
         assert node.figures()["odometry breaks"] == "1"
+        for transitions, frame in ((("deactivate",), "odom_2"), (("deactivate", "cleanup", "configure"), "odom_3")):
+            for transition in transitions:
+                assert change_state(node, transition)
+            camera.wait_until_gone()
+            assert change_state(node, "activate")
+            camera.wait_until_connected()
+            for i in range(2):
+                camera.send(11 + 0.1 * i, 0.05 * i)
+            node.wait_for(lambda frame=frame: found[-1].header.frame_id == frame, frame)
 
 
 def test_a_baseline_in_millimetres_is_named_with_its_value(tmp_path: Path) -> None:

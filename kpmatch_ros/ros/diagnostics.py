@@ -15,7 +15,7 @@ from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.ros.monitor import Monitor, Problem
 from kpmatch_ros.weights import REGISTRY
 
-__all__ = ["Condition", "Diagnostics", "LoggingMonitor", "in_short", "log_weights"]
+__all__ = ["Condition", "Diagnostics", "LoggingMonitor", "in_short", "log_weights", "next_step"]
 
 _LONGEST = 600  # characters of one problem
 _MOST_PROBLEMS = 6  # in one message
@@ -151,12 +151,17 @@ def log_weights(logger: Any, matcher: FeatureMatcher) -> None:
         logger.warning(matcher.onnx.note)
 
 
+def next_step(state: str) -> str:
+    """The state of a node that is not active, and what to do to have it process images."""
+    return f"{state}: {_NEXT[state]}"
+
+
 def _assess(condition: Condition, is_fed: bool) -> tuple[bytes, str]:
     """Level and text of the status, by whether frames arrive."""
     if condition.fault:
         return DiagnosticStatus.ERROR, _cut(condition.fault)
     if condition.state != "active":
-        return DiagnosticStatus.OK, f"{condition.state}: {_NEXT[condition.state]}"
+        return DiagnosticStatus.OK, next_step(condition.state)
     if condition.problems:
         return DiagnosticStatus.WARN, in_short(condition.problems)
     return DiagnosticStatus.OK, "matching" if is_fed else "waiting for images"

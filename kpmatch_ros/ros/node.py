@@ -22,10 +22,11 @@ from std_srvs.srv import Trigger
 
 from kpmatch_ros.device import is_out_of_memory, release_memory, trim_heap
 from kpmatch_ros.front_end import FrontEnd
+from kpmatch_ros.odometry import Odometry
 from kpmatch_ros.parameter_file import unused_files, without_effect
 from kpmatch_ros.parameters import ParameterError, Parameters, declarations, profile_values
 from kpmatch_ros.pipeline import WAITING_MEMORY, Pipeline, check_odometry
-from kpmatch_ros.ros.diagnostics import Condition, Diagnostics, LoggingMonitor, log_weights
+from kpmatch_ros.ros.diagnostics import Condition, Diagnostics, LoggingMonitor, log_weights, next_step
 from kpmatch_ros.ros.domain import domain_fault
 from kpmatch_ros.ros.inbox import Inbox
 from kpmatch_ros.ros.inputs import Inputs
@@ -34,7 +35,7 @@ from kpmatch_ros.ros.match_service import MatchRequest, offer_match_features
 from kpmatch_ros.ros.monitor import Problem
 from kpmatch_ros.ros.outputs import Outputs, output_names
 from kpmatch_ros.ros.parameter_descriptors import declare_parameters
-from kpmatch_ros.ros.qos import undeclare_overrides
+from kpmatch_ros.ros.qos import SERVICE_QOS, undeclare_overrides
 from kpmatch_ros.ros.service_guard import guarded, survives
 from kpmatch_ros.ros.start import answer_to, ignore_signals, shut_down, told_to_end, why_ros_cannot_start
 from kpmatch_ros.ros.tf import INSTALL, TFMessage
@@ -49,6 +50,10 @@ _LAST_FRAME_WAIT = 1.0  # seconds that the frame at hand has to finish when the 
 # 510 MB in place of 340. It takes 10 ms, after a frame is published.
 _TRIM_INTERVAL = 1.0
 _THREAD_NAME = "inference"
+_TO_UNCONFIGURED = {
+    "active": "deactivate it and clean it up first (ros2 lifecycle set)",
+    "inactive": "clean it up first (ros2 lifecycle set)",
+}
 _TOO_SLOW = (
     f"frames are dropped though queue is all: those that wait take more than {WAITING_MEMORY / 1e9:g} GB, as they come "
     "faster than they are processed. Play the bag slower (ros2 bag play --rate), lower max_keypoints or resize, or set "
@@ -102,6 +107,7 @@ class MatcherNode(LifecycleNode):
         self._inputs = self._make_inputs()
         self._outputs: Outputs | None = None
         self._pipeline: Pipeline | None = None
+        self._odometry = Odometry()  # its frames are numbered for as long as the node lives
         self._inference: ThreadPoolExecutor | None = None
         self._inbox: Inbox[_Received, MatchRequest] | None = None
         self._bond = ManagerBond(self)
@@ -122,6 +128,7 @@ class MatcherNode(LifecycleNode):
 
     def create_service(self, srv_type: Any, srv_name: str, callback: Any, **options: Any) -> Any:
         """Offer a service that survives its requests, see :func:`kpmatch_ros.ros.service_guard.guarded`."""
+        options.setdefault("qos_profile", SERVICE_QOS)
         service = super().create_service(srv_type, srv_name, self._guarded(callback), **options)
         self._guarded_services.append(service)
         return service
@@ -164,7 +171,12 @@ class MatcherNode(LifecycleNode):
             front_end = self._wait_for(self._inference.submit(_load, parameters))
             self._outputs = Outputs(self, parameters)
             self._pipeline = Pipeline(
-                front_end, self._inputs.topics, self._outputs.publish, self._outputs.wanted, self.monitor
+                front_end,
+                self._inputs.topics,
+                self._outputs.publish,
+                self._outputs.wanted,
+                self.monitor,
+                odometry=self._odometry,
             )
         except BaseException:
             self._release(patience=0.0)  # nothing interrupts the networks' loading
@@ -300,7 +312,7 @@ class MatcherNode(LifecycleNode):
         """Hand a request to the inference thread; why it cannot be, or nothing."""
         inbox = self._inbox
         if inbox is None:
-            return f"the node is {self._state}: activate it, and it matches"
+            return f"the node is {next_step(self._state)}"
         return "" if inbox.ask(request) else "too many requests are waiting: ask again later"
 
     def _take_transforms(self, message: Any) -> None:
@@ -309,7 +321,7 @@ class MatcherNode(LifecycleNode):
 
     def _reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         if self._pipeline is None:
-            response.message = f"the node is {self._state}: it has no features and tracks yet"
+            response.message = f"there are no features and tracks, and the node is {next_step(self._state)}"
             return response
         self._pipeline.request_reset()
         response.success = True
@@ -334,10 +346,8 @@ class MatcherNode(LifecycleNode):
                 if not known[name].dynamic and getattr(parameters, name) != getattr(in_force, name)
             ]
             if fixed and self._state != "unconfigured":
-                raise ParameterError(
-                    f"{', '.join(fixed)} takes effect when the node is configured: deactivate it and clean it up first "
-                    "(ros2 lifecycle set)"
-                )
+                way = _TO_UNCONFIGURED.get(self._state) or f"it is {next_step(self._state)}"
+                raise ParameterError(f"{', '.join(fixed)} takes effect when the node is configured: {way}")
         except ParameterError as error:
             return SetParametersResult(successful=False, reason=str(error))
         self._parameters_in_force = parameters
