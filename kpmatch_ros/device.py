@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import platform
-from pathlib import Path
 
 import psutil
 import torch
 
 from kpmatch_ros import working_memory
 from kpmatch_ros.parameters import ParameterError
+from kpmatch_ros.processor import BFLOAT16, processor_features
 from kpmatch_ros.shell import in_shell
 
 __all__ = [
     "choose_device",
     "choose_precision",
-    "has_tiles",
     "is_out_of_memory",
-    "processor_features",
-    "processor_name",
     "release_memory",
     "resident_memory",
     "set_threads",
@@ -69,35 +65,10 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         if device.type == "cuda":
             return torch.float16
-        return torch.bfloat16 if processor_features() & {"avx512_bf16", "amx_bf16", "bf16"} else torch.float32
+        return torch.bfloat16 if processor_features() & BFLOAT16 else torch.float32
     if name == "float16" and device.type == "cpu":
         raise ParameterError("precision is 'float16', but the device is the CPU; use float32, bfloat16 or auto")
     return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
-
-
-def processor_features() -> frozenset[str]:
-    """The instruction sets that Linux names, such as avx512_bf16 and amx_bf16; none on another system."""
-    return frozenset(_of_processor(("flags", "Features")).split())
-
-
-def has_tiles() -> bool:
-    """Whether the processor multiplies matrices in bfloat16 by tiles (AMX), several times as fast as by vectors."""
-    return "amx_bf16" in processor_features()
-
-
-def processor_name() -> str:
-    """What the processor calls itself."""
-    return _of_processor(("model name",)) or platform.processor() or platform.machine()
-
-
-def _of_processor(keys: tuple[str, ...]) -> str:
-    """The first value of one of these keys in Linux's description of the processor; empty where there is none."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in keys:
-                return value.strip()
-    return ""
 
 
 def is_out_of_memory(error: Exception) -> bool:

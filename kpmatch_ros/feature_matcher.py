@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from kpmatch_ros import weights
 from kpmatch_ros.colour import grey_levels, in_memory_order, resize
 from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, batch_is_small
-from kpmatch_ros.device import choose_device, choose_precision, has_tiles, set_threads
+from kpmatch_ros.device import choose_device, choose_precision, set_threads
 from kpmatch_ros.features import Features, Matches, on_device, to_numpy
 from kpmatch_ros.images import ImageError
 from kpmatch_ros.masks import fit, shrink_or_enlarge
@@ -32,6 +32,7 @@ from kpmatch_ros.models.onnx_backend import OnnxBackend
 from kpmatch_ros.models.onnx_providers import Wish
 from kpmatch_ros.models.transformed import can_transform, transform_convolutions
 from kpmatch_ros.parameters import ParameterError, Parameters
+from kpmatch_ros.processor import has_tiles
 
 __all__ = ["FeatureMatcher", "Features", "Matches"]
 
@@ -368,8 +369,7 @@ class FeatureMatcher:
 
 def _transform_pays() -> bool:
     """Whether NNPACK's convolutions take least: compiled ones take less, with AMX oneDNN's (docs/performance.md)."""
-    wide = has_tiles() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return can_transform() and not (transforms() or wide)
+    return can_transform() and not (transforms() or has_tiles())
 
 
 def _pruned_above(device: torch.device, dtype: torch.dtype, compiled: bool) -> int:

@@ -32,8 +32,8 @@ from test_endurance import Resources
 from test_fuzz import assert_nothing_but_numbers, random_calibration, random_frame, random_image, random_stamp, stamped
 
 from kpmatch_ros.bags.files import image_topics, read_messages, typestore
-from kpmatch_ros.device import processor_features
 from kpmatch_ros.msg import FeatureArray, MatchArray
+from kpmatch_ros.processor import BFLOAT16, processor_features
 from node_harness import NodeUnderTest, running_node
 from simulation.bags import write_demo_bag
 
@@ -351,7 +351,7 @@ def main() -> int:
     )
     parser.add_argument("--parameter", action="append", default=[], metavar="NAME=VALUE", help="of the node")
     options = parser.parse_args()
-    if "bfloat16" in options.precision and not processor_features() & {"avx512_bf16", "amx_bf16", "bf16"}:
+    if "bfloat16" in options.precision and not processor_features() & BFLOAT16:
         parser.error("--precision bfloat16: this processor does not compute in it")
     return max(run_soak(options, precision) for precision in options.precision)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from kpmatch_ros import FeatureMatcher, ParameterError, Parameters
+from kpmatch_ros import FeatureMatcher, ParameterError, Parameters, processor
 from kpmatch_ros.device import choose_device, choose_precision, resident_memory
 from kpmatch_ros.models.lightglue_layers import Attention
 
@@ -29,6 +32,51 @@ def test_the_processor_computes_in_what_it_can() -> None:
     assert choose_precision("bfloat16", cpu) == torch.bfloat16
     with pytest.raises(ParameterError, match="precision is 'float16', but the device is the CPU"):
         choose_precision("float16", cpu)
+
+
+@pytest.mark.parametrize(("capability", "usable"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)])
+def test_what_pytorch_is_told_to_do_without_is_not_used(
+    capability: str, usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "_all_features", lambda: frozenset({"sse2", "avx2", "avx512_bf16", "amx_bf16"}))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert processor.has_tiles() == usable
+    assert choose_precision("auto", torch.device("cpu")) == (torch.bfloat16 if usable else torch.float32)
+    assert "sse2" in processor.processor_features()
+
+
+def test_what_an_arm_processor_has_is_used_whatever_pytorch_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "_all_features", lambda: frozenset({"asimd", "bf16"}))
+    for capability in ("DEFAULT", "SVE256"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+        assert choose_precision("auto", torch.device("cpu")) == torch.bfloat16
+
+
+LIMITED = """
+import sys
+import numpy as np
+import torch
+from kpmatch_ros import FeatureMatcher
+from kpmatch_ros.models.assignment import attend
+
+image = np.kron(np.random.default_rng(0).integers(0, 256, (15, 20), dtype=np.uint8), np.ones((8, 8), np.uint8))
+for precision in ("auto", "bfloat16"):
+    matcher = FeatureMatcher(device="cpu", precision=precision, max_keypoints=100)
+    features = matcher.extract(image)
+    assert len(matcher.match(features, features)) > 0.8 * len(features) > 10
+    print(matcher.dtype)
+heads = torch.randn(1, 4, 512, 64).bfloat16()  # as of SuperGlue, and of LightGlue with more than 1,024 keypoints
+assert torch.allclose(attend(heads, heads, heads, None).float(), attend(*3 * [heads.float()], None), atol=0.05)
+"""
+
+
+def test_a_limit_on_the_processor_s_instructions_leaves_it_working(tmp_path: Path) -> None:
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("ATEN_CPU_CAPABILITY=avx2 is no limit for this processor")
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
+    command = [sys.executable, "-c", LIMITED]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == "torch.float32\ntorch.bfloat16\n", done.stderr
 
 
 @pytest.mark.parametrize("tiles", [False, True])

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import kpmatch_ros
-from kpmatch_ros import weights
+from kpmatch_ros import processor, weights
 from kpmatch_ros.cli import doctor
 from kpmatch_ros.cli.doctor import FAIL, OK, WARN, Finding
 from kpmatch_ros.geometry import compiled as compiled_geometry
@@ -187,6 +188,17 @@ def test_without_pytorch_the_command_that_installs_it_is_given(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "torch", None)
     (finding,) = doctor.check_pytorch()
     assert finding.level == FAIL and "pip install torch" in finding.remedy
+
+
+def test_a_limit_that_takes_the_processor_s_bfloat16_away_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(processor, "_all_features", lambda: frozenset({"avx2", "avx512_bf16"}))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    limited = findings(doctor.check_pytorch)["precision"]
+    assert limited.level == WARN and "float32" in limited.text and "AVX2" in limited.text
+    assert "unset ATEN_CPU_CAPABILITY" in limited.remedy
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert findings(doctor.check_pytorch)["precision"] == Finding(OK, "precision", "auto means device cpu, bfloat16")
 
 
 def test_an_opencv_that_does_not_fit_numpy_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

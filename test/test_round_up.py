@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kpmatch_ros import FeatureMatcher
-from kpmatch_ros.device import has_tiles, processor_features
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue, XFeat
 from kpmatch_ros.models.assignment import ImageFeatures
 from kpmatch_ros.models.base import rounded_up
+from kpmatch_ros.processor import has_tiles, processor_features
 
 
 @given(st.integers(1, 16384))

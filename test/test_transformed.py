@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from kpmatch_ros import feature_matcher
+from kpmatch_ros import feature_matcher, processor
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.models import compiled, transformed
 from kpmatch_ros.models.transformed import TransformedConv2d, can_transform, takes_transform, transform_convolutions
@@ -101,7 +101,7 @@ def test_an_image_is_described_as_by_plain_convolutions(
 @pytest.mark.parametrize("widest", ["AVX2", "AVX512"])
 def test_a_processor_with_wide_units_computes_without_it(monkeypatch: pytest.MonkeyPatch, widest: str) -> None:
     monkeypatch.setattr(compiled, "_library", None)
-    monkeypatch.setattr(feature_matcher, "has_tiles", lambda: True)
+    monkeypatch.setattr(processor, "_all_features", lambda: frozenset({"avx512_bf16", "amx_bf16"}))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: widest)  # what PyTorch may use of it
     extractor = FeatureMatcher(device="cpu", precision="float32", matcher="nearest").extractor
     transformed = any(isinstance(layer, TransformedConv2d) for layer in extractor.modules())

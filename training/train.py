@@ -25,10 +25,10 @@ from loop import Batches, Settings, Student, add_options, rate, run, settings_of
 from torch import Tensor, nn
 from views import Source, ViewPairs, load
 
-from kpmatch_ros.device import has_tiles
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.models.detections import clear_border, suppress_non_maxima
 from kpmatch_ros.models.superpoint import sample_descriptors
+from kpmatch_ros.processor import has_tiles
 
 SUPERPOINTS: dict[str, dict[str, Any]] = {
     "full": {"descriptor_decoder_dim": 128, "keypoint_threshold": 0.0005, "max_keypoints": 1024},

@@ -254,13 +254,20 @@ def check_pytorch() -> Iterator[Finding]:
         yield Finding(FAIL, "PyTorch", f"{_first_line(error)} ({sys.executable})", _remedy(error, "torch"))
         return
     from kpmatch_ros.device import choose_device, choose_precision
+    from kpmatch_ros.processor import BFLOAT16, hidden_features
 
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     yield Finding(OK, "PyTorch", f"{torch.__version__}, {threads}")
     yield check_gpu(torch)
     device = choose_device("auto")
     precision = str(choose_precision("auto", device)).removeprefix("torch.")
-    yield Finding(OK, "precision", f"auto means device {device}, {precision}")
+    text = f"auto means device {device}, {precision}"
+    if device.type == "cpu" and hidden_features() & BFLOAT16:
+        used = torch.backends.cpu.get_cpu_capability()
+        text += f": the processor has bfloat16, but PyTorch is limited to the vectors {used}"
+        yield Finding(WARN, "precision", text, "unset ATEN_CPU_CAPABILITY, unless you want that limit")
+    else:
+        yield Finding(OK, "precision", text)
 
 
 def check_gpu(torch: Any) -> Finding:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kpmatch_ros.processor import hidden_features
+
 __all__ = [
     "Assignment",
     "ImageFeatures",
+    "attend",
     "attention_weights",
     "common_masks",
     "mutual_matches",
@@ -164,6 +167,26 @@ def mutual_of_best(best0: Tensor, best1: Tensor, scores0: Tensor, threshold: flo
         scores0=scores0,
         scores1=scores1,
     )
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled-dot-product attention, by PyTorch.
+
+    Args:
+        query: (B, heads, N, C) of any number format.
+        key: (B, heads, M, C).
+        value: (B, heads, M, C).
+        mask: (B, M) bool, true for keys that count; None if all count.
+
+    Returns:
+        (B, heads, N, C) in the number format of ``query``.
+    """
+    wanted = query.dtype
+    if wanted == torch.bfloat16 and query.device.type == "cpu" and "amx_bf16" in hidden_features():
+        # PyTorch lays bfloat16 out for tiles wherever there are some, and then fails if it may not use AVX-512.
+        query, key, value = query.float(), key.float(), value.float()
+    only = None if mask is None else mask[:, None, None, :]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=only).to(wanted)
 
 
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:

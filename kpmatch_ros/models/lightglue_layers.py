@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kpmatch_ros.models import compiled
-from kpmatch_ros.models.assignment import Assignment, attention_weights, mutual_matches, mutual_of_best
+from kpmatch_ros.models.assignment import Assignment, attend, attention_weights, mutual_matches, mutual_of_best
 
 __all__ = [
     "ACTIVATIONS",
@@ -121,9 +121,7 @@ class Attention(nn.Module):
         if self._computes_by_hand(points.query) and points is source:
             message = _attend_by_heads(points, mask)
         else:
-            message = F.scaled_dot_product_attention(
-                points.query, source.key, source.value, attn_mask=None if mask is None else mask[:, None, None, :]
-            )
+            message = attend(points.query, source.key, source.value, mask)
         return self._output(message)
 
     def both_ways(

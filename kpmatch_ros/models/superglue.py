@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from kpmatch_ros.models.assignment import (
     Assignment,
     ImageFeatures,
+    attend,
     attention_weights,
     common_masks,
     mutual_matches,
@@ -73,9 +74,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
         """Messages to x (B, N, C) from source (B, M, C); ``mask`` (B, M) marks the source's real points."""
         query, key, value = self._heads("query", x), self._heads("key", source), self._heads("value", source)
-        message = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=None if mask is None else mask[:, None, None, :]
-        )
+        message = attend(query, key, value, mask)
         return self.output["dense"](message.transpose(1, 2).flatten(-2))
 
     def weights(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
