@@ -48,7 +48,7 @@ from kpmatch_ros.processor import processor_name
 from simulation import Scene, camera_path, demo_camera
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("test/test_gpu.py", "test/test_gpu_path.py", "test/test_feature_matcher.py")
+TESTS = ("test/test_gpu.py", "test/test_cuda_graphs.py", "test/test_gpu_path.py", "test/test_feature_matcher.py")
 APART = 8  # frames between the images of a hard pair
 
 Image = NDArray[np.uint8]

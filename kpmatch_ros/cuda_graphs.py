@@ -108,8 +108,8 @@ class CudaGraphs:
         self.enabled = True
         self.failure = ""
         self._recorder = recorder
-        self._recorded: OrderedDict[Hashable, Any] = OrderedDict()
-        self._lock = threading.Lock()
+        self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
+        self._lock = threading.RLock()  # a recording that fails clears all of them while it holds the lock
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy has no recordings: they are of the weights of the original.
@@ -126,9 +126,10 @@ class CudaGraphs:
 
     def clear(self) -> None:
         """Forget all recordings, and with them their memory."""
-        self._recorded.clear()
-        if isinstance(self._recorder, Recording):
-            self._recorder = Recording(self._recorder.device)  # a pool that was given up cannot be used again
+        with self._lock:
+            self._recorded.clear()
+            if isinstance(self._recorder, Recording):
+                self._recorder = Recording(self._recorder.device)  # a pool that was given up cannot be used again
 
     @torch.inference_mode()
     def run(self, network: nn.Module, *inputs: Any) -> Any:
@@ -139,22 +140,32 @@ class CudaGraphs:
             conversion to another precision moves them, and needs :meth:`clear`.
             inputs: as the network takes them.
         """
-        if self.enabled:
+        found = self._use(network, inputs, lambda recorded: recorded(*inputs))
+        return network(*inputs) if found is None else found
+
+    @torch.inference_mode()
+    def record(self, network: nn.Module, *inputs: Any) -> None:
+        """Record now all that :meth:`run` may need for such inputs, whatever they hold; arguments as there."""
+        self._use(network, inputs, lambda recorded: recorded.record_all())
+
+    def _use(self, network: nn.Module, inputs: Sequence[Any], use: Callable[[Any], Any]) -> Any:
+        """What ``use`` makes of the recording for these inputs; None where there can be none."""
+        with self._lock:
+            if not self.enabled:  # asked under the lock: a recording may have failed while this thread waited for it
+                return None
             try:
-                with self._lock:
-                    found = self._replayed(network, inputs)
-                if found is not None:
-                    return found
+                recorded = self._find(network, inputs)
+                return None if recorded is None else use(recorded)
             except _CannotRecord as error:
                 self.enabled, self.failure = False, str(error)
                 self.clear()
                 warnings.warn(
-                    f"CUDA graphs are not used, and the networks run slower: {error}", RuntimeWarning, stacklevel=2
+                    f"CUDA graphs are not used, and the networks run slower: {error}", RuntimeWarning, stacklevel=3
                 )
-        return network(*inputs)
+                return None
 
-    def _replayed(self, network: nn.Module, inputs: Sequence[Any]) -> Any:
-        """The result of a recording; None where the network or its inputs are of a kind that is not recorded."""
+    def _find(self, network: nn.Module, inputs: Sequence[Any]) -> _Recorded | None:
+        """The recording for these inputs; None where the network or its inputs are of a kind that is not recorded."""
         # A recording runs no Python: nothing would be seen of what it repeats.
         if getattr(network, "is_traced", False):
             return None
@@ -168,7 +179,7 @@ class CudaGraphs:
                 getattr(network, "subpixel", False),
                 len(masks),
             )
-            return self._get(key, lambda: _RecordedExtractor(network, inputs, self._record))(inputs)
+            return self._get(key, lambda: _RecordedExtractor(network, inputs, self._record))
         if isinstance(network, (LightGlue, SuperGlue)):
             image0, image1 = inputs
             counts = image0.num_keypoints, image1.num_keypoints
@@ -183,10 +194,10 @@ class CudaGraphs:
             kind: Any = _RecordedLightGlue if isinstance(network, LightGlue) else _RecordedSuperGlue
             confidence = getattr(network, "depth_confidence", -1.0)
             key = (*_identity(network, image0.descriptors[:, :0]), size, padded, network.filter_threshold, confidence)
-            return self._get(key, lambda: kind(network, image0, image1, size, padded, self._record))(image0, image1)
+            return self._get(key, lambda: kind(network, image0, image1, size, padded, self._record))
         return None
 
-    def _get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def _get(self, key: Hashable, make: Callable[[], _Recorded]) -> _Recorded:
         if key in self._recorded:
             self._recorded.move_to_end(key)
         else:
@@ -226,14 +237,24 @@ def _identity(network: nn.Module, example: Tensor) -> tuple[Hashable, ...]:
 Record = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 
 
-class _RecordedExtractor:
+class _Recorded:
+    """A network for inputs of one shape. Calling it gives what the network gives."""
+
+    def __call__(self, *inputs: Any) -> Any:
+        raise NotImplementedError
+
+    def record_all(self) -> None:
+        """Record what is otherwise recorded when it is first needed; here all is from the beginning."""
+
+
+class _RecordedExtractor(_Recorded):
     """An extractor for images of one shape, with masks or without."""
 
     def __init__(self, network: Extractor, inputs: Sequence[Tensor], record: Record) -> None:
         self._places = [tensor.clone() for tensor in inputs]
         self._replay, self._found = record(lambda: tuple(network(*self._places)))
 
-    def __call__(self, inputs: Sequence[Tensor]) -> Detections:
+    def __call__(self, *inputs: Tensor) -> Detections:
         for place, tensor in zip(self._places, inputs):
             place.copy_(tensor)
         self._replay()
@@ -286,7 +307,7 @@ def _unpadded(found: Sequence[Tensor], count0: int, count1: int) -> Assignment:
     return Assignment(*(tensor.clone() for tensor in Assignment(*found).first(count0, count1)))
 
 
-class _RecordedSuperGlue:
+class _RecordedSuperGlue(_Recorded):
     """SuperGlue for one number of places: its layers are recorded, the optimal transport runs as it always does."""
 
     def __init__(
@@ -307,7 +328,7 @@ class _RecordedSuperGlue:
         return _unpadded(found, image0.num_keypoints, image1.num_keypoints)
 
 
-class _RecordedLightGlue:
+class _RecordedLightGlue(_Recorded):
     """LightGlue for one number of places.
 
     Without early stopping there is one recording. With it there is one for each layer and one for the assignment after
@@ -343,9 +364,16 @@ class _RecordedLightGlue:
             found = self._run("all", self._work_of_all)
             return _unpadded(found, count0, count1)
         self._run("encode", self._work_of_encoding)
-        layers = self._run_layers()
-        found = self._run(("assign", layers), partial(self._work_of_assigning, layers))
-        return _unpadded(found, count0, count1)
+        return _unpadded(self._run_assignment(self._run_layers()), count0, count1)
+
+    def record_all(self) -> None:
+        if not self._stops:
+            self._run("all", self._work_of_all)
+            return
+        self._run("encode", self._work_of_encoding)
+        for layer in range(len(self._network.transformer_layers)):
+            self._run_layer(layer)
+            self._run_assignment(layer + 1)
 
     def _run(self, name: Hashable, work: Callable[[], Outputs]) -> Outputs:
         if name not in self._recorded:
@@ -359,13 +387,19 @@ class _RecordedLightGlue:
         last = len(self._network.transformer_layers)
         enough: OnItsWay | None = None
         for layer in range(last):
-            self._run(layer, partial(self._work_of_layer, layer))
+            self._run_layer(layer)
             # The GPU has the next layer to do while the host asks about this one.
             if enough:
                 return layer
             if layer < last - 1:
                 enough = OnItsWay(self._sure[layer])
         return last
+
+    def _run_layer(self, layer: int) -> None:
+        self._run(layer, partial(self._work_of_layer, layer))
+
+    def _run_assignment(self, layers: int) -> Outputs:
+        return self._run(("assign", layers), partial(self._work_of_assigning, layers))
 
     def _encode(self) -> list[Points]:
         return [self._network.encode(places.features) for places in self._places]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,20 +212,40 @@ class FeatureMatcher:
         return [_one_pair(found, i, len(f0), len(f1)) for i, (f0, f1) in enumerate(zip(features0, features1))]
 
     def warm_up(self, width: int = 640, height: int = 480) -> None:
-        """Run every network once, so that the first frame takes no longer than the others."""
-        noise = np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
-        features = self.extract(noise)
-        self.match(features, features)
-        if self.graphs is not None:
-            # One less than a number of places: images mostly have fewer keypoints than there are places for.
-            for count in (size - 1 for size in SIZES if size <= len(features)):
-                fewer = replace(
-                    features,
-                    keypoints=features.keypoints[:count],
-                    scores=features.scores[:count],
-                    descriptors=features.descriptors[:count],
-                )
-                self.match(fewer, fewer)
+        """Run every network once, so that the first frame takes no longer than the others.
+
+        With recordings (:attr:`graphs`), make all that frames of this size may need: of as many images as the parameter
+        `mode` describes together, and for all numbers of keypoints up to `max_keypoints`.
+
+        Args:
+            width: of the images, pixels.
+            height: the same.
+        """
+        random = np.random.default_rng(0)
+        shape = (height, width, 3) if self.extractor.CHANNELS == 3 else (height, width)
+        images = [random.integers(0, 256, shape, dtype=np.uint8)] * (2 if self.parameters.mode == "stereo" else 1)
+        masked = self.parameters.mask or self.parameters.mask_right
+        self.extract_batch(images, [np.ones((height, width), np.uint8)] * len(images) if masked else None)
+        for count in self._counts_to_warm_up():
+            descriptors = random.normal(size=(count, self.extractor.descriptor_size)).astype(np.float32)
+            features = Features(
+                keypoints=(random.random((count, 2)) * (width, height)).astype(np.float32),
+                scores=np.ones(count, np.float32),
+                descriptors=descriptors / np.linalg.norm(descriptors, axis=1, keepdims=True),
+                size=(width, height),
+            )
+            self.match(features, features)
+            if self.graphs is not None:
+                self.graphs.record(self.matcher, self._batch([features]), self._batch([features]))
+
+    def _counts_to_warm_up(self) -> list[int]:
+        """Numbers of keypoints: one of each for which there are recordings, and one alone without recordings."""
+        most = min(self.parameters.max_keypoints, SIZES[-1])
+        if self.graphs is None or not self.graphs.enabled:
+            return [min(SIZES[0], most)]
+        # One less than a number of places: images mostly have fewer keypoints than there are places for. What has
+        # exactly as many needs no padding, and is likely for the largest number alone.
+        return sorted({most, *(min(size - 1, most) for size in SIZES)})
 
     def _run(self, network: Any, is_sound: Callable[[Any], bool], *inputs: Any) -> Any:
         """Run a network; once more in float32 where half precision overflowed."""

@@ -263,17 +263,6 @@ def test_changed_parameters_are_in_force_at_once(make: Make, device: torch.devic
     assert np.array_equal(match(matcher, *film[:2])[2].indices, matches.indices)
 
 
-def test_after_warming_up_nothing_is_recorded_for_fewer_keypoints(make: Make, device: torch.device) -> None:
-    matcher = make(device, random="lightglue", max_keypoints=300)
-    matcher.warm_up(128, 96)
-    assert matcher.graphs is not None
-    recordings = len(matcher.graphs)
-    size = matcher.extractor.descriptor_size
-    for counts in ((10, 90), (255, 3), (60, 60)):
-        matcher.match(*(random_features(count, size, seed) for seed, count in enumerate(counts)))
-    assert len(matcher.graphs) == recordings
-
-
 # Sequences, pairs, batches
 
 
