@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class FeatureMatcher:
         device: where the networks are.
         dtype: number format of the networks.
         luma: (3,) weights of red, green and blue in grey, on the device.
-        repeated_in_float32: how often a network was run again in float32, as half precision gave NaN or no keypoint.
+        repeated_in_float32: how many images and pairs were computed again in float32, as half precision overflowed.
         graphs: recordings of the networks' work for a GPU; None for a processor. ``graphs.enabled = False`` does
             without. With recordings, and up to 4,096 keypoints in an image, ``width_confidence`` has no effect.
         onnx: the networks in ONNX Runtime; None with the backend torch.
@@ -86,6 +86,7 @@ class FeatureMatcher:
         self.onnx = self._load_onnx() if in_onnx_runtime else None
         followed = ("keypoint_threshold", "nms_radius", "border")
         self.repeated_in_float32 = 0
+        self._in_float32: dict[type, Any] = {}
         self._published = {name: getattr(self.extractor, name) for name in followed}
         self.configure(self.parameters)
 
@@ -100,6 +101,7 @@ class FeatureMatcher:
         if any(getattr(parameters, name) != value for name, value in loaded.items()):
             parameters = parameters.replace(loaded)
         self.parameters = parameters
+        self._in_float32 = {}  # copies of the networks as they were configured
         self.extractor.max_keypoints = parameters.max_keypoints
         for name, published in self._published.items():
             chosen = getattr(parameters, name)
@@ -154,7 +156,7 @@ class FeatureMatcher:
         found: dict[int, Features] = {}
         for i, mask in enumerate(allowed):
             if mask is not None and not mask.any():
-                found[i] = self._no_features(received[i])  # the networks would find nothing, in float32 once more
+                found[i] = self._no_features(received[i])  # the networks would find nothing
         for shape in {image.shape for image in seen}:
             group = [i for i, image in enumerate(seen) if image.shape == shape and i not in found]
             if not group:
@@ -162,9 +164,10 @@ class FeatureMatcher:
             inputs = [torch.cat([seen[i] for i in group]) if len(group) > 1 else seen[group[0]]]
             if any(allowed[i] is not None for i in group):
                 inputs.append(torch.stack([self._upload_mask(allowed[i], shape[-2:]) for i in group]))
-            detections = self._run(self.extractor, _is_sound, *inputs)
-            counts = detections.mask.sum(dim=1).tolist()  # the one thing that a GPU has to be waited for
-            for i, count, keypoints, scores, descriptors in zip(group, counts, *detections[:3]):
+            detected = self._run(self.extractor, *inputs)
+            counts = torch.stack([each.mask.sum() for each in detected]).tolist()  # what a GPU has to be waited for
+            for i, count, each in zip(group, counts, detected):
+                keypoints, scores, descriptors = (values[0] for values in each[:3])
                 height, width = received[i].shape[:2]
                 x, y = keypoints[:count].unbind(1)
                 found[i] = Features(
@@ -208,8 +211,8 @@ class FeatureMatcher:
         if self.graphs is not None and self.graphs.enabled and len(features0) > 1 and batch_is_small(len(features0)):
             return [self.match(*pair) for pair in zip(features0, features1)]
         images = self._batch(features0), self._batch(features1)
-        found = self._run(self.matcher, lambda found: bool(torch.isfinite(found.scores0).all()), *images)
-        return [_one_pair(found, i, len(f0), len(f1)) for i, (f0, f1) in enumerate(zip(features0, features1))]
+        found = self._run(self.matcher, *images)
+        return [_without_padding(pair, len(f0), len(f1)) for pair, f0, f1 in zip(found, features0, features1)]
 
     def warm_up(self, width: int = 640, height: int = 480) -> None:
         """Run every network once, so that the first frame takes no longer than the others.
@@ -247,16 +250,29 @@ class FeatureMatcher:
         # exactly as many needs no padding, and is likely for the largest number alone.
         return sorted({most, *(min(size - 1, most) for size in SIZES)})
 
-    def _run(self, network: Any, is_sound: Callable[[Any], bool], *inputs: Any) -> Any:
-        """Run a network; once more in float32 where half precision overflowed."""
+    def _run(self, network: Any, *inputs: Any) -> list[Any]:
+        """What a network finds for each image or pair of a batch; in float32 where half precision overflowed."""
         if self.onnx is not None:
-            return self.onnx.run(network, *inputs)
-        found = network(*inputs) if self.graphs is None else self.graphs.run(network, *inputs)
-        if isinstance(network, NearestNeighbour) or network.dtype == torch.float32 or is_sound(found):
-            return found
-        self.repeated_in_float32 += 1
-        # Of a copy: recordings need the weights where they are, and another thread may be running the network.
-        return copy.deepcopy(network).float()(*inputs)
+            found = self.onnx.run(network, *inputs)
+        else:
+            found = network(*inputs) if self.graphs is None else self.graphs.run(network, *inputs)
+        each = [_item(found, i) for i in range(len(found[0]))]
+        if isinstance(network, NearestNeighbour) or network.dtype == torch.float32:
+            return each
+        for i, sound in enumerate(found.are_sound().tolist()):
+            if not sound:
+                self.repeated_in_float32 += 1
+                each[i] = self._copy_in_float32(network)(*(_item(given, i) for given in inputs))
+        return each
+
+    def _copy_in_float32(self, network: Any) -> Any:
+        """A copy of a network: recordings need its weights where they are, and another thread may be running it."""
+        if type(network) not in self._in_float32:
+            self._in_float32[type(network)] = copy.deepcopy(network).float()
+        return self._in_float32[type(network)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_in_float32": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -404,15 +420,19 @@ def _pruned_above(device: torch.device, dtype: torch.dtype, compiled: bool) -> i
     return 256 if dtype == torch.bfloat16 else 0
 
 
-def _is_sound(found: Detections) -> bool:
-    """Whether half precision was enough. NaN among the scores shows as an image without any keypoint."""
-    return bool(found.mask.any(dim=-1).all() & torch.isfinite(found.descriptors).all())
+def _item(batch: Any, i: int) -> Any:
+    """Item i of a batch, as a batch of one: of a tensor, or of a named tuple of tensors."""
+    if isinstance(batch, Tensor):
+        return batch[i : i + 1]
+    return type(batch)(*(None if values is None else values[i : i + 1] for values in batch))
 
 
-def _one_pair(found: Assignment, i: int, count0: int, count1: int) -> Matches:
-    """Pair i of a batch, without its padding."""
-    one = slice(i, i + 1)
-    assignment = Assignment(*(values[one] for values in found)).first(count0, count1)
+def _without_padding(pair: Assignment, count0: int, count1: int) -> Matches:
+    """The matches of a pair with so many keypoints; where there are none, no layer counts, though a batch ran them."""
+    if count0 == 0 or count1 == 0:
+        assignment = Assignment.empty(1, count0, count1, pair.layers.device)
+    else:
+        assignment = pair.first(count0, count1)
     index0 = (assignment.matches0[0] >= 0).nonzero()[:, 0]
     return Matches(
         indices=torch.stack([index0, assignment.matches0[0, index0]], dim=1),

@@ -20,7 +20,7 @@ def as_found(detections: Detections) -> list[Found]:
     """The keypoints of each image, without padding."""
     return [
         {tuple(p): (s, d) for p, s, d in zip(points[mask].tolist(), scores[mask].tolist(), descriptors[mask])}
-        for points, scores, descriptors, mask in zip(*detections)
+        for points, scores, descriptors, mask in zip(*detections[:4])
     ]
 
 

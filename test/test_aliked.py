@@ -343,7 +343,7 @@ def test_an_image_without_keypoints_gives_none(ours: Ours, picture: Callable[...
 
 
 def assert_nothing_found(found: Detections, batch: int) -> None:
-    assert [tuple(each.shape) for each in found] == [(batch, 0, 2), (batch, 0), (batch, 0, DIM), (batch, 0)]
+    assert [tuple(each.shape) for each in found] == [(batch, 0, 2), (batch, 0), (batch, 0, DIM), (batch, 0), (batch,)]
 
 
 def test_half_precision_finds_most_keypoints_and_scores_them_in_single(

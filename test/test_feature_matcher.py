@@ -177,36 +177,6 @@ def test_bfloat16_keeps_most_matches(
 # -------------------------------------------------------------------------------------------------------------- images
 
 
-def test_what_half_precision_cannot_represent_is_computed_again_in_single(
-    views: tuple[Image, Image, NDArray[np.float64]],
-) -> None:
-    half = FeatureMatcher(PARAMETERS, precision="bfloat16")
-    single = FeatureMatcher(PARAMETERS)
-
-    def overflow(module: Any, inputs: Any, output: Any) -> Any:
-        if module.dtype != torch.bfloat16:
-            return output
-        broken = "descriptors" if hasattr(output, "descriptors") else "scores0"
-        return output._replace(**{broken: torch.full_like(getattr(output, broken), torch.nan)})
-
-    # On a processor without tiles for bfloat16, SuperPoint stays in float32.
-    formats = [network.dtype for network in (half.extractor, half.matcher)]  # type: ignore[union-attr]
-    half.extractor.register_forward_hook(overflow)
-    half.matcher.register_forward_hook(overflow)
-    features = [half.extract(image) for image in views[:2]]
-    assert all(torch.isfinite(torch.as_tensor(each.descriptors)).all() for each in features)
-    matches = half.match(*features)
-    assert torch.isfinite(torch.as_tensor(matches.scores)).all()
-    half.configure(PARAMETERS.replace({"keypoint_threshold": 0.99}))
-    assert len(half.extract(views[0])) == 0  # which is nothing to repeat for a network in float32
-    assert half.repeated_in_float32 == sum(dtype == torch.bfloat16 for dtype in (*3 * [formats[0]], formats[1]))
-    assert formats[1] == torch.bfloat16
-    assert [half.extractor.dtype, half.matcher.dtype] == formats  # type: ignore[union-attr]
-    reference = single.match(*(single.extract(image) for image in views[:2]))
-    # The weights were rounded, the arithmetic was not.
-    assert abs(len(matches) - len(reference)) < 0.1 * len(reference)
-
-
 def test_grey_as_colour_gives_the_same_features(matcher: FeatureMatcher, views: Any) -> None:
     expected = matcher.extract(views[0]).numpy()
     found = matcher.extract(np.repeat(views[0][..., None], 3, axis=2)).numpy()

@@ -119,8 +119,10 @@ def test_what_the_weights_were_published_with_holds_unless_told_otherwise(random
     assert (extractor.nms_radius, extractor.border, extractor.keypoint_threshold) == (7, 11, 0.25)
 
 
-@pytest.mark.parametrize("kind", ["fixed", "adaptive", "superglue", "nearest"])
+@pytest.mark.parametrize("kind", ["fixed", "adaptive", "superglue", "nearest", "onnxruntime"])
 def test_pairs_match_as_a_batch_as_each_alone(random_folder: Callable[..., Path], texture: Any, kind: str) -> None:
+    if kind == "onnxruntime":
+        pytest.importorskip("onnxruntime")
     folder = random_folder(superglue={} if kind == "superglue" else None)
     confidence = (
         dict(depth_confidence=0.5, width_confidence=0.8)
@@ -133,6 +135,7 @@ def test_pairs_match_as_a_batch_as_each_alone(random_folder: Callable[..., Path]
         device="cpu",
         precision="float32",
         max_keypoints=120,
+        backend="onnxruntime" if kind == "onnxruntime" else "torch",
         **confidence,
     )
     first, second = (matcher.extract(image) for image in two_views(texture))
@@ -144,7 +147,8 @@ def test_pairs_match_as_a_batch_as_each_alone(random_folder: Callable[..., Path]
     for pair, matches in zip(pairs, found, strict=True):
         alone = matcher.match(*pair)
         assert same_matches(matches, alone)
-        assert matches.layers == alone.layers or len(pair[1]) == 0
+        assert matches.layers == alone.layers  # 0 where an image has no keypoint
+        assert torch.equal(matches.assignment.layers0, alone.assignment.layers0)
         assert [tensor.shape for tensor in matches.assignment] == [tensor.shape for tensor in alone.assignment]
     assert len(found[0]) > 20 and len(found[2]) == 0
     assert matcher.match_batch([], []) == []

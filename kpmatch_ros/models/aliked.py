@@ -18,6 +18,7 @@ from kpmatch_ros.models.base import Extractor
 from kpmatch_ros.models.checkpoint import Checkpoint
 from kpmatch_ros.models.detections import (
     Detections,
+    are_finite,
     clear_border,
     clear_masked,
     select_keypoints,
@@ -274,8 +275,9 @@ class ALIKED(Extractor):
         peaks = clear_border(suppress_non_maxima(scores, self.nms_radius), self.border)
         peaks = clear_masked(peaks, allowed)
         keypoints, _, mask = select_keypoints(peaks, self.keypoint_threshold, self.max_keypoints, self.round_up)
+        finite = are_finite(scores)
         if keypoints.shape[1] == 0:
-            return Detections.none(batch, self.descriptor_size, image.device)
+            return Detections.none(batch, self.descriptor_size, image.device)._replace(finite=finite)
         refined, refined_scores = refine(scores, keypoints, self.refinement_radius)
         if self.border != self.config["border_removal_distance"]:
             refined = within_border(refined, scores, self.border)
@@ -285,7 +287,7 @@ class ALIKED(Extractor):
         scores = scores * mask
         keypoints = keypoints.gather(1, order[..., None].expand_as(keypoints)) * mask[..., None]
         descriptors = self.descriptor_head(FeatureMap(levels, padding, width, height), keypoints)
-        return Detections(keypoints, scores, descriptors, mask)
+        return Detections(keypoints, scores, descriptors, mask, finite)
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int]]:

@@ -110,6 +110,10 @@ class Assignment(NamedTuple):
             full(count1, 0),
         )
 
+    def are_sound(self) -> Tensor:
+        """Whether the number format held what was computed (B,): NaN and infinity are in no score."""
+        return torch.isfinite(self.scores0).all(dim=1)
+
     def first(self, count0: int, count1: int) -> Assignment:
         """The same of the first keypoints of each image: the others are padding."""
         return Assignment(

@@ -14,6 +14,7 @@ from kpmatch_ros.models.base import rounded_up
 
 __all__ = [
     "Detections",
+    "are_finite",
     "clear_border",
     "clear_masked",
     "read_out",
@@ -32,12 +33,21 @@ class Detections(NamedTuple):
         scores: (B, N) float32, 0 for padding.
         descriptors: (B, N, D) float32 unit vectors.
         mask: (B, N) bool, true for keypoints, false for padding.
+        finite: (B,) bool, whether the scores that an image's keypoints were chosen by were all finite.
     """
 
     keypoints: Tensor
     scores: Tensor
     descriptors: Tensor
     mask: Tensor
+    finite: Tensor
+
+    def are_sound(self) -> Tensor:
+        """Whether the number format held what was computed (B,): NaN and infinity are in no score or descriptor.
+
+        NaN among the scores makes no keypoint, and so is not among the scores of those found.
+        """
+        return self.finite & torch.isfinite(self.descriptors).flatten(1).all(dim=1)
 
     @classmethod
     def none(cls, batch: int, descriptor_size: int, device: torch.device) -> Detections:
@@ -47,12 +57,18 @@ class Detections(NamedTuple):
             torch.zeros(batch, 0, dtype=torch.float32, device=device),
             torch.zeros(batch, 0, descriptor_size, dtype=torch.float32, device=device),
             torch.zeros(batch, 0, dtype=torch.bool, device=device),
+            torch.ones(batch, dtype=torch.bool, device=device),
         )
 
 
 def vector(x: float, y: float, like: Tensor) -> Tensor:
     """(x, y) as a tensor (2,), made on the device: a GPU waits for what comes from the host."""
     return torch.stack([like.new_full((), x), like.new_full((), y)])
+
+
+def are_finite(scores: Tensor) -> Tensor:
+    """Whether all scores (B, ...) of each image are finite, (B,) bool."""
+    return scores.flatten(1).sum(dim=1, dtype=torch.float32).isfinite()
 
 
 def suppress_non_maxima(scores: Tensor, radius: int, again: int = 2) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from kpmatch_ros.models.base import Extractor
 from kpmatch_ros.models.checkpoint import Checkpoint
-from kpmatch_ros.models.detections import Detections, clear_border, clear_masked, select_keypoints
+from kpmatch_ros.models.detections import Detections, are_finite, clear_border, clear_masked, select_keypoints
 
 __all__ = ["DISK"]
 
@@ -171,9 +171,10 @@ class DISK(Extractor):
         features = activate(self.unet(image), self.head.gate)
         scores = self.head.scores(features)[:, :height, :width]
         peaks = clear_masked(clear_border(strict_maxima(scores, self.nms_radius), self.border), allowed)
+        finite = are_finite(scores)
         scores = scores.masked_fill(~peaks, torch.finfo(scores.dtype).min)
         keypoints, scores, mask = select_keypoints(scores, self.keypoint_threshold, self.max_keypoints, self.round_up)
-        return Detections(keypoints, scores, self.head.descriptors(features, keypoints), mask)
+        return Detections(keypoints, scores, self.head.descriptors(features, keypoints), mask, finite)
 
 
 def strict_maxima(scores: Tensor, radius: int) -> Tensor:

@@ -26,6 +26,7 @@ from kpmatch_ros.models.compiled import (
 )
 from kpmatch_ros.models.detections import (
     Detections,
+    are_finite,
     clear_border,
     clear_masked,
     read_out,
@@ -388,7 +389,8 @@ class SuperPoint(Extractor):
             return self.select(scores, self.descriptor_decoder(features), allowed)
         keypoints, best, mask = self._detect(scores, allowed)
         round_up = self.round_up and self.dtype == torch.bfloat16
-        return Detections(keypoints, best, self.descriptor_decoder.at(features, keypoints, round_up), mask)
+        descriptors = self.descriptor_decoder.at(features, keypoints, round_up)
+        return Detections(keypoints, best, descriptors, mask, are_finite(scores))
 
     def dense(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """What the network computes for each place of an image (B, 1, H, W) of at least 8 x 8 pixels.
@@ -403,7 +405,7 @@ class SuperPoint(Extractor):
     def select(self, scores: Tensor, descriptors: Tensor, allowed: Tensor | None = None) -> Detections:
         """The keypoints in what :meth:`dense` gave, and their descriptors; ``allowed`` as for :meth:`forward`."""
         keypoints, best, mask = self._detect(scores, allowed)
-        return Detections(keypoints, best, sample_descriptors(descriptors, keypoints), mask)
+        return Detections(keypoints, best, sample_descriptors(descriptors, keypoints), mask, are_finite(scores))
 
     def _detect(self, scores: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The keypoints in scores (B, H, W), as :func:`select_keypoints` gives them, read out if :attr:`subpixel`."""

@@ -18,6 +18,7 @@ from kpmatch_ros.models.base import Extractor
 from kpmatch_ros.models.checkpoint import Checkpoint
 from kpmatch_ros.models.detections import (
     Detections,
+    are_finite,
     clear_border,
     clear_masked,
     select_keypoints,
@@ -146,7 +147,8 @@ class XFeat(Extractor):
         keypoints, scores, mask = select_keypoints(scores, 0.0, self.max_keypoints, self.round_up)
         descriptors = F.normalize(_between(features, keypoints[:, None], "bicubic")[:, :, 0], dim=1).transpose(1, 2)
         scale = vector(width / columns, height / rows, like=keypoints)
-        return Detections(((keypoints + 0.5) * scale - 0.5) * mask[..., None], scores, descriptors, mask)
+        keypoints = ((keypoints + 0.5) * scale - 0.5) * mask[..., None]
+        return Detections(keypoints, scores, descriptors, mask, are_finite(heat) & are_finite(reliability))
 
     def _look(self, grey: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unit features (B, 64, H/8, W/8), the map of keypoints (B, H, W), and reliability (B, 1, H/8, W/8)."""
