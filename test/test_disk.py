@@ -159,7 +159,7 @@ def test_an_image_of_one_colour_has_no_keypoints(ours: Ours) -> None:
     model = ours(border_removal_distance=0, keypoint_threshold=-100.0)
     model.head.score.weight.zero_()  # all pixels the same, at the border too
     found = model(torch.full((2, 3, 32, 48), 0.5))
-    assert [tuple(each.shape) for each in found] == [(2, 0, 2), (2, 0), (2, 0, DIM), (2, 0)]
+    assert [tuple(each.shape) for each in found] == [(2, 0, 2), (2, 0), (2, 0, DIM), (2, 0), (2,)]
 
 
 def test_images_of_a_batch_give_what_each_gives_alone(ours: Ours, picture: Callable[..., Tensor]) -> None:

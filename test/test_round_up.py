@@ -122,7 +122,7 @@ def test_extractors_find_the_same(kind: type[ALIKED | DISK | XFeat], texture: An
     count = int(expected.mask.sum())
     assert 64 < count < 128 == found.mask.shape[1]
     assert int(found.mask.sum()) == count
-    for there, here in zip(expected, found):
+    for there, here in zip(expected[:4], found[:4]):
         assert torch.allclose(here[:, :count].float(), there.float(), atol=1e-5)
     model.max_keypoints = 75
     assert model(image).mask.shape[1] == 75

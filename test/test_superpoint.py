@@ -231,7 +231,7 @@ def test_an_image_smaller_than_a_cell_has_no_keypoints(
     ours: Callable[..., SuperPoint], height: int, width: int
 ) -> None:
     detections = ours()(torch.rand(2, 1, height, width))
-    assert [tuple(field.shape) for field in detections] == [(2, 0, 2), (2, 0), (2, 0, 64), (2, 0)]
+    assert [tuple(field.shape) for field in detections] == [(2, 0, 2), (2, 0), (2, 0, 64), (2, 0), (2,)]
 
 
 def test_an_image_of_one_cell_is_looked_at(ours: Callable[..., SuperPoint], texture: Any) -> None:
