@@ -214,15 +214,16 @@ class Parameters:
     )
     nms_radius: int = _parameter(
         -1,
-        "radius of non-maximum suppression: two keypoints are further apart than this; -1 takes the value published "
-        "with the weights",
+        "radius of non-maximum suppression, in the image after resize: two maxima of the scores are further apart than "
+        "this, before subpixel moves each by up to about a pixel; -1 takes the value published with the weights",
         unit="pixels",
         minimum=-1,
         maximum=64,
     )
     border: int = _parameter(
         -1,
-        "no keypoint is closer to the image's border than this; -1 takes the value published with the weights",
+        "no keypoint is closer to the border of the image after resize than this; -1 takes the value published with "
+        "the weights",
         unit="pixels",
         minimum=-1,
         maximum=65535,
