@@ -193,16 +193,19 @@ class Odometry:
         steps are taken to be independent. A keyframe by itself may be old: it tells where the camera is, not how fast.
         """
         is_old = self._last is None and pair.current.number != pair.reference.number + 1
-        stamp, before, spread = pair.reference.stamp, origin, pair.pose.covariance
+        stamp, before, earlier = pair.reference.stamp, origin, np.zeros((6, 6))
         if self._last is not None and self._last[0] != pair.reference.number:
             _, stamp, before, earlier = self._last
-            spread = spread + earlier
         self._last = pair.current.number, pair.current.stamp, current, pair.pose.covariance
         seconds = (pair.current.stamp - stamp) * 1e-9
         if seconds <= 0 or is_old:
             return None
-        moved = current.rotation.T @ (current.position - before.position)
+        way = current.position - before.position
+        moved = current.rotation.T @ way
         turned = current.rotation.T @ Rotation.from_matrix(current.rotation @ before.rotation.T).as_rotvec()
+        # The current camera sees the way in its own axes, which err as its rotation does.
+        seen = _at_the_end_of(-origin.rotation.T @ way)
+        spread = seen @ pair.pose.covariance @ seen.T + earlier
         into = np.kron(np.eye(2), pair.pose.rotation.T)  # from the reference's axes to the current camera's
         return Twist(np.concatenate([moved, turned]) / seconds, into @ spread @ into.T / seconds**2, seconds)
 

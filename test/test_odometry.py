@@ -8,6 +8,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pytest
 from scipy.stats import chi2
 from stereo_scenes import Scene
 
@@ -206,9 +207,33 @@ def test_the_twist_is_the_motion_since_the_frame_before_also_with_a_keyframe() -
         assert pose is not None and pose.twist is not None
         np.testing.assert_allclose(pose.twist.velocity, [*(back @ [0, 0, 5.0]), 0, 0.3, 0], atol=1e-9)
     assert steps[1] is not None and steps[1].twist is not None and seen[1] is not None and seen[1].twist is not None
-    into = np.kron(np.eye(2), back)
-    np.testing.assert_allclose(steps[1].twist.covariance, into @ SPREAD @ SPREAD.T @ into.T * 100)
     assert np.trace(seen[1].twist.covariance) > 1.5 * np.trace(steps[1].twist.covariance)
+
+
+def test_the_twists_covariance_is_what_errors_of_the_poses_make_of_it() -> None:
+    """Two metres a frame: a rotation's error turns the velocity aside, in the camera's own axes."""
+    generator, draws = np.random.default_rng(0), 1000
+    first, second = np.array([0.1, 0, 2.0]), np.array([0.3, 0, 4.0])
+
+    def twist(reference: int, errors: np.ndarray) -> Any:
+        """Of a chain of two steps (reference 2), or two steps from one keyframe (reference 1)."""
+        odometry = Odometry()
+        ways = [(1, 2, first, 0.03), (reference, 3, first if reference == 2 else second, 0.03 * (3 - reference))]
+        for (before, after, way, angle), error in zip(ways, errors):
+            rotation = cv2.Rodrigues(np.array([0, angle, 0]))[0]
+            erring = cv2.Rodrigues(cv2.Rodrigues(error[3:])[0] @ rotation)[0].ravel()
+            made = pair(before, after, step(way + error[:3], erring), reset=after == 2)
+            made.reference.stamp, made.current.stamp = before * 10**8, after * 10**8
+            pose = odometry.add(made)
+        assert pose is not None and pose.twist is not None
+        return pose.twist
+
+    for reference in (2, 1):
+        told = twist(reference, np.zeros((2, 6)))
+        drawn = generator.normal(size=(draws, 2, 6)) @ SPREAD.T
+        off = np.array([twist(reference, errors).velocity - told.velocity for errors in drawn])
+        squares = np.einsum("ni,ij,nj->n", off, np.linalg.inv(told.covariance), off)
+        assert squares.mean() == pytest.approx(6, abs=5 * np.sqrt(12 / draws))  # chi-squared of 6, five sigma
 
 
 def test_without_time_between_two_frames_there_is_no_twist() -> None:
