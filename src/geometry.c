@@ -32,6 +32,7 @@ enum {
     PATCH = EQUATIONS + AFFINE + SHIFT,
     FEWEST_ITERATIONS = 2,
     ITERATIONS = 10,
+    SEARCHES = 2,
     WIDE = 15 /* pixels of a patch's side, with a border for gradients */
 };
 #define DEFORMATION_DAMPING 1e4f /* that of a shift is 1 */
@@ -40,14 +41,14 @@ enum {
 #define LONGEST_STEP 3.0f
 #define LAST_STEP 0.3f
 #define SETTLED 0.01f
-#define BLUR 0.25f
+#define BLUR 0.61f
 #define WIDEST 2.0f
 #define ALIKE 0.75f
 #define LARGEST_SCALE 3.0f
 #define LEAST_CONTRAST 0.1f
 #define LARGEST_GAIN 2.0f
-#define SIGMA_FLOOR 0.0325f
-#define SIGMA_GROWTH 20.4f
+#define SIGMA_FLOOR 0.0335f
+#define SIGMA_GROWTH 31.6f
 
 /* Parts of the equations of an affine change: see _equations in patches.py. */
 enum { INVERSE = 0, COLUMN = 36, ALONG = 42, OWN_BLUR = 48, BLUR_POWER = 49, SUMS = 50, OWN = 56, CONTRAST = 62 };
@@ -228,27 +229,30 @@ INLINE void align_one(const float *patch, const Image *image, const float *place
 {
     const float start[2] = {point[0], point[1]}, *weights = patch + WEIGHTS;
     const float few = counted(patch, FEW), count = counted(patch, USED);
-    float seen[USED], equations[AFFINE], step[6], deformed[6] = {0}, moved = 0;
+    float seen[USED], equations[AFFINE], step[6], narrower = 0, moved = 0;
     for (int i = 0; i < shifts; i++) {
         look(image, point, shape, places, weights, FEW, seen);
         shift_step(patch, few, seen, step);
         move(point, shape, step[0], step[1]);
     }
-    const float narrower = BLUR / 2 * narrowing(shape);
-    for (int i = 0; i < AFFINE; i++)
-        equations[i] = patch[EQUATIONS + i];
-    sharpen(equations, narrower);
-    for (int i = 0; i < ITERATIONS; i++) {
-        look(image, point, shape, places, weights, USED, seen);
-        affine_step(patch, count, equations, seen, places, deformed, step);
-        for (int k = 0; k < 6; k++)
-            deformed[k] += k % 3 ? step[k] : 0;
-        move(point, shape, step[0], step[3]);
-        deform(shape, step);
-        moved = sqrtf(step[0] * step[0] + step[3] * step[3]);
-        /* Not true of NaN. */
-        if (i + 1 >= FEWEST_ITERATIONS && !(moved >= SETTLED && moved < LAST_STEP))
-            break;
+    for (int search = 0; search < SEARCHES && moved < LAST_STEP; search++) {
+        float deformed[6] = {0};
+        narrower = BLUR / 2 * narrowing(shape);
+        for (int i = 0; i < AFFINE; i++)
+            equations[i] = patch[EQUATIONS + i];
+        sharpen(equations, narrower);
+        for (int i = 0; i < ITERATIONS; i++) {
+            look(image, point, shape, places, weights, USED, seen);
+            affine_step(patch, count, equations, seen, places, deformed, step);
+            for (int k = 0; k < 6; k++)
+                deformed[k] += k % 3 ? step[k] : 0;
+            move(point, shape, step[0], step[3]);
+            deform(shape, step);
+            moved = sqrtf(step[0] * step[0] + step[3] * step[3]);
+            /* Not true of NaN. */
+            if (i + 1 >= FEWEST_ITERATIONS && !(moved >= SETTLED && moved < LAST_STEP))
+                break;
+        }
     }
     look(image, point, shape, places, weights, USED, seen);
     const float *own = patch, *laplacian = patch + 3 * USED;

@@ -67,9 +67,9 @@ def test_what_an_edge_does_not_tell_of_its_deformation_is_left_as_it_was() -> No
     grid = np.arange(20, 380, 20, dtype=np.float32)
     points = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
     found = align(cut(image0, points), image1, points + np.float32([0.3, 0]), no_change(len(points)))
-    assert found.good.mean() > 0.9
+    assert found.good.mean() > 0.7  # nothing tells how far along the edge a point is: some go too far
     along_the_edge = found.shapes[:, 1] - (0, 1)
-    assert along_the_edge.std() < 0.04
+    assert along_the_edge.std() < 0.02
 
 
 @pytest.mark.parametrize("depth", [1, 4, 5])

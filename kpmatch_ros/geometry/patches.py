@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 
 from kpmatch_ros.geometry import compiled
@@ -42,7 +43,7 @@ _ONES = np.ones(len(_USED), np.float32)
 LONGEST_STEP = 3.0
 """Pixels from where the search began: what moves further is another corner."""
 
-_FEWEST_ITERATIONS, _ITERATIONS = 2, 10
+_FEWEST_ITERATIONS, _ITERATIONS, _SEARCHES = 2, 10, 2
 _SETTLED = 0.01
 """Pixels: what moves less in a step is in place.
 
@@ -55,15 +56,22 @@ _CUT_BLOCK = 384  # and that are cut, which takes more arrays; of larger product
 _DAMPING = np.array([1.0, 1e4, 1e4], np.float32)
 """Noise of 10 grey levels over what a change is expected to be: any number of pixels, a tenth of a deformation."""
 _BLUR_DAMPING = np.float32(1e4)  # the same for a fifth of a square pixel of blur
-_BLUR = 0.25  # square pixels: variance of the blur of an image by its pixels, its lens, and interpolation
+_SMOOTHING = 0.6
+"""Pixels: standard deviation of the blur of an image before patches are cut from it and found in it.
+
+What is as fine as the pixels is not interpolated right: linear interpolation, also a cubic one, moves it less than by
+the fraction of a pixel that is asked for. It is also where noise is, and where compression leaves marks that stay.
+"""
+_BLUR = 0.25 + _SMOOTHING**2
+"""Square pixels: variance of the blur of an image by its pixels, its lens, and interpolation, and by smoothing."""
 _WIDEST = 2.0  # times that variance: beyond, the Laplacian does not tell what blur adds
 _ALIKE = 0.75  # correlation with the patch: with less, it is another point
 _LARGEST_SCALE = 3.0  # change of length since the patch was cut
 _LEAST_CONTRAST = 0.1  # squared norm of a patch's grey levels: less is rounding
 _LARGEST_GAIN = 2.0  # change of contrast: more of it is another point, or noise
 
-_SIGMA_FLOOR = 0.0325  # pixels
-_SIGMA_GROWTH = 20.4  # pixels per square pixel that white noise as large as the residuals would make; measured
+_SIGMA_FLOOR = 0.0335  # pixels
+_SIGMA_GROWTH = 31.6  # pixels per square pixel that white noise as large as the residuals would make; measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +105,12 @@ def unaligned(points: np.ndarray, likeness: np.ndarray, good: bool = True) -> Al
 
 
 def signed(image: np.ndarray) -> np.ndarray:
-    """An image, uint8 (H, W), as :func:`cut` and :func:`align` take it: float32, 0 where it is grey, as all around."""
-    return np.subtract(image, 128, dtype=np.float32)
+    """An image, uint8 (H, W), as :func:`cut` and :func:`align` take it.
+
+    It is float32, a little smoothed, and 0 where it is grey, as all around.
+    """
+    pixels: np.ndarray = np.subtract(image, 128, dtype=np.float32)
+    return pixels if not pixels.size else np.asarray(cv2.GaussianBlur(pixels, (5, 5), _SMOOTHING, dst=pixels))
 
 
 def cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -150,7 +162,9 @@ def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np
 
     Gauss-Newton on an affine map, inverse compositional (Baker and Matthews, IJCV 2004). Brightness and contrast of a
     patch may change. So many steps before shift the patches only: from further away this is surer. How much a patch is
-    deformed beyond the shapes given has a Gaussian prior: what the images do not tell, steps do not add up to.
+    deformed beyond the shapes given has a Gaussian prior: what the images do not tell, steps do not add up to. What the
+    prior keeps from a deformation moves all points of a surface alike. So a patch that is in place is searched for once
+    more, from there, by a prior that has moved to the shape found (iterated Tikhonov regularisation).
 
     Sharpness may change too. The blur of an image is as wide in pixels everywhere. On a surface that is seen larger
     than in the patch it is therefore narrower, and each spot looks less enlarged than it is. To first order, blur adds
@@ -176,21 +190,24 @@ def _align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: n
         seen, places = weights[:, _FEW] * _seen(image, points, shapes, _PLACES[:, _FEW]), _PLACES[:1, _FEW]
         step = _step(shift, seen, across[:, _FEW], down[:, _FEW], places, few)[:, :, 0]
         points = points - np.einsum("tij,tj->ti", shapes, step.clip(-2, 2))
-    narrower = _BLUR / 2 * _narrowing(shapes)
-    affine = _sharpened(affine, narrower)
     points, shapes, last_step = points.copy(), shapes.copy(), np.zeros(len(points), np.float32)
-    moving, deformed = np.arange(len(points)), np.zeros((len(points), 2, 3), np.float32)
-    for iteration in range(1, _ITERATIONS + 1):
-        at, shape = points[moving], shapes[moving]
-        seen = weights[moving] * _seen(image, at, shape, _PLACES)
-        patch = affine[moving], seen, across[moving], down[moving]
-        step = _step(*patch, _PLACES, counts[moving], laplacian[moving], deformed[moving])
-        deformed[moving, :, 1:] += step[:, :, 1:]
-        points[moving] = at - np.einsum("tij,tj->ti", shape, step[:, :, 0].clip(-2, 2))
-        shapes[moving] = shape - shape @ step[:, :, 1:].clip(-0.3, 0.3)
-        last_step[moving] = _length(step[:, :, 0])
-        if iteration >= _FEWEST_ITERATIONS:
-            moving = moving[(last_step[moving] >= _SETTLED) & (last_step[moving] < _LAST_STEP)]
+    narrower, sharpened = np.zeros(len(points), np.float32), affine.copy()
+    for _ in range(_SEARCHES):
+        moving, deformed = np.flatnonzero(last_step < _LAST_STEP), np.zeros((len(points), 2, 3), np.float32)
+        narrower[moving] = _BLUR / 2 * _narrowing(shapes[moving])
+        sharpened[moving] = _sharpened(affine[moving], narrower[moving])
+        for iteration in range(1, _ITERATIONS + 1):
+            at, shape = points[moving], shapes[moving]
+            seen = weights[moving] * _seen(image, at, shape, _PLACES)
+            patch = sharpened[moving], seen, across[moving], down[moving]
+            step = _step(*patch, _PLACES, counts[moving], laplacian[moving], deformed[moving])
+            deformed[moving, :, 1:] += step[:, :, 1:]
+            points[moving] = at - np.einsum("tij,tj->ti", shape, step[:, :, 0].clip(-2, 2))
+            shapes[moving] = shape - shape @ step[:, :, 1:].clip(-0.3, 0.3)
+            last_step[moving] = _length(step[:, :, 0])
+            if iteration >= _FEWEST_ITERATIONS:
+                moving = moving[(last_step[moving] >= _SETTLED) & (last_step[moving] < _LAST_STEP)]
+    affine = sharpened
     seen, contrast = weights * _seen(image, points, shapes, _PLACES), affine[:, -1]
     _, power, gain = _brightness(seen, counts, contrast)
     product = np.einsum("tp,tp->t", seen, template) - narrower * np.einsum("tp,tp->t", seen, laplacian)
