@@ -43,7 +43,7 @@ enum {
 #define SETTLED 0.01f
 #define BLUR 0.61f
 #define WIDEST 2.0f
-#define ALIKE 0.75f
+#define ALIKE 0.82f
 #define LARGEST_SCALE 3.0f
 #define LEAST_CONTRAST 0.1f
 #define LARGEST_GAIN 2.0f

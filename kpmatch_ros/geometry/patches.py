@@ -65,7 +65,7 @@ the fraction of a pixel that is asked for. It is also where noise is, and where 
 _BLUR = 0.25 + _SMOOTHING**2
 """Square pixels: variance of the blur of an image by its pixels, its lens, and interpolation, and by smoothing."""
 _WIDEST = 2.0  # times that variance: beyond, the Laplacian does not tell what blur adds
-_ALIKE = 0.75  # correlation with the patch: with less, it is another point
+_ALIKE = 0.82  # correlation with the patch: with less, it is another point
 _LARGEST_SCALE = 3.0  # change of length since the patch was cut
 _LEAST_CONTRAST = 0.1  # squared norm of a patch's grey levels: less is rounding
 _LARGEST_GAIN = 2.0  # change of contrast: more of it is another point, or noise
