@@ -5,6 +5,7 @@ Exit status 0 on success and 2 on bad usage or input, with one line on stderr th
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import re
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import argcomplete
 
         argcomplete.autocomplete(parser)
-    options = parser.parse_args(_join_negative_values(sys.argv[1:] if arguments is None else arguments))
+    words = _join_negative_values(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(words, argparse.Namespace(words=words))
     try:
         with _signals_as_ctrl_c():
             status: int = options.run(options)

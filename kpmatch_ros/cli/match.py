@@ -131,10 +131,9 @@ def _match(options: argparse.Namespace) -> int:
 
 
 def _next_command(options: argparse.Namespace) -> str:
-    """What to try after this: the pose of the same images, or else a recording."""
+    """What to try after this: the same with the pose, or else a recording."""
     if options.intrinsics is None:
-        images = shlex.join([str(options.image_a), str(options.image_b)])
-        return f"{in_shell(f'kpmatch match {images} --intrinsics FX,FY,CX,CY')}  (the relative pose too)"
+        return f"{in_shell(f'kpmatch {shlex.join(options.words)} --intrinsics FX,FY,CX,CY')}  (the relative pose too)"
     return f"{in_shell('kpmatch bag BAG OUT --report report.html')}  (the same for a recording)"
 
 
