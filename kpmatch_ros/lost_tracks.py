@@ -189,7 +189,7 @@ def _seek(
     Returns:
         Which others are found, and where.
     """
-    rows = np.flatnonzero(without(len(lost), which) & inside(expected, view.normalized))[-_MOST:]
+    rows = np.flatnonzero(without(len(lost), which) & inside(expected, *view.normalized.shape))[-_MOST:]
     known = np.isfinite(expected[which, 0])
     start = np.concatenate([expected[rows], expected[which[known]]])
     targets = np.concatenate([np.full((len(rows), 2), np.nan), found[known]])

@@ -46,7 +46,7 @@ class View:
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """The normalized image, float32 (H, W), from :func:`kpmatch_ros.geometry.patches.signed`."""
+        """The normalized image from :func:`kpmatch_ros.geometry.patches.signed`, to find patches in."""
         return signed(self.normalized)
 
     @cached_property
@@ -117,7 +117,7 @@ def find_places(
     patches = templates.patches[tracks.templates[rest]]
     found.put(rest, align(patches, current.pixels, near[rest], tracks.shapes[rest], _SHIFTS))
     align_deformed(found, rest, patches, current.pixels, near, tracks.shapes, neighbours)
-    alike = blurred_alike(reference.pixels, current.pixels, tracks.points[rest], near[rest])
+    alike = blurred_alike(reference.normalized, current.normalized, tracks.points[rest], near[rest])
     # A new track's first patch is of the reference already.
     known = (tracks.ids > 0) | (alike is not None)
     images = alike or (reference.pixels, current.pixels)
@@ -164,7 +164,7 @@ def _step(
         found: by their patches; what is found better is put there.
         rows: (R,) the tracks to search for.
         near: (T, 2) float32 pixels, where to begin.
-        before: the reference image, float32 (H, W), from :func:`kpmatch_ros.geometry.patches.signed`.
+        before: the reference image, from :func:`kpmatch_ros.geometry.patches.signed`.
         now: the current one.
     """
     sigmas = np.where(found.good, np.hypot(found.sigmas, tracks.anchors), np.inf)

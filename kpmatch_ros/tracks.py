@@ -270,7 +270,7 @@ class Tracks:
         x, y, inverse_depths = landmarks
         tracks.landmarks[lost] = np.stack([x, y, np.ones_like(x), inverse_depths], axis=1)
         expected = camera.project(project(scene.cameras, landmarks).T).astype(np.float32)
-        visible = inside(expected, image)
+        visible = inside(expected, *current.normalized.shape)
         lost, landmarks, expected = lost[visible], landmarks[:, visible], expected[visible]
         found = align(self._templates.patches[tracks.templates[lost]], image, expected, tracks.shapes[lost])
         seen = seen[:, :, lost]

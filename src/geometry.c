@@ -11,7 +11,7 @@
 #include "geometry.h"
 
 /* Changes with the arguments or the meaning of a function of the library. compiled.py loads no other version. */
-#define VERSION 4
+#define VERSION 5
 
 int kpmatch_version(void) { return VERSION; }
 
@@ -41,14 +41,15 @@ enum {
 #define LONGEST_STEP 3.0f
 #define LAST_STEP 0.3f
 #define SETTLED 0.01f
-#define BLUR 0.61f
+#define FINE 2 /* pixels of the image that is given, to one in which points and shapes are */
+#define BLUR 0.5f
 #define WIDEST 2.0f
 #define ALIKE 0.82f
 #define LARGEST_SCALE 3.0f
 #define LEAST_CONTRAST 0.1f
 #define LARGEST_GAIN 2.0f
-#define SIGMA_FLOOR 0.0335f
-#define SIGMA_GROWTH 31.6f
+#define SIGMA_FLOOR 0.0275f
+#define SIGMA_GROWTH 27.5f
 
 /* Parts of the equations of an affine change: see _equations in patches.py. */
 enum { INVERSE = 0, COLUMN = 36, ALONG = 42, OWN_BLUR = 48, BLUR_POWER = 49, SUMS = 50, OWN = 56, CONTRAST = 62 };
@@ -85,8 +86,9 @@ INLINE float interpolated(const Image *image, float x, float y)
 INLINE void look(const Image *image, const float *point, const float *shape, const float *places,
                  const float *restrict weights, int count, float *seen)
 {
-    const float x0 = point[0], xx = shape[0], xy = shape[1], wide = REACH * (fabsf(xx) + fabsf(xy)) + 1;
-    const float y0 = point[1], yx = shape[2], yy = shape[3], high = REACH * (fabsf(yx) + fabsf(yy)) + 1;
+    const float x0 = FINE * point[0], xx = FINE * shape[0], xy = FINE * shape[1];
+    const float y0 = FINE * point[1], yx = FINE * shape[2], yy = FINE * shape[3];
+    const float wide = REACH * (fabsf(xx) + fabsf(xy)) + 1, high = REACH * (fabsf(yx) + fabsf(yy)) + 1;
     const float *restrict along = places, *restrict down = places + USED;
     if (x0 - wide > 0 && x0 + wide < (float)(image->width - 1) && y0 - high > 0 &&
         y0 + high < (float)(image->height - 1)) {
@@ -275,7 +277,7 @@ INLINE void align_one(const float *patch, const Image *image, const float *place
     *good = sqrtf(x * x + y * y) < LONGEST_STEP && *likeness > ALIKE &&
             moved < LAST_STEP && wide < LARGEST_SCALE && high < LARGEST_SCALE &&
             area > 1 / (LARGEST_SCALE * LARGEST_SCALE) && point[0] >= 1 && point[1] >= 1 &&
-            point[0] < (float)(image->width - 2) && point[1] < (float)(image->height - 2);
+            point[0] < (float)image->width / FINE - 2 && point[1] < (float)image->height / FINE - 2;
 }
 
 /* Find T patches (T, PATCH) in an image. Points (T, 2) and shapes (T, 2, 2) are where to begin, and then the result. */
@@ -385,20 +387,21 @@ INLINE void affine_equations(const float *patch, float count, const float *place
 /* Pixels (WIDE, WIDE) around a point. */
 INLINE void look_around(const Image *image, const float *point, float *pixels)
 {
-    const float x = point[0] - WIDE / 2, y = point[1] - WIDE / 2;
-    if (x >= 0 && y >= 0 && x + WIDE < (float)image->width && y + WIDE < (float)image->height) {
+    const float x = FINE * (point[0] - WIDE / 2), y = FINE * (point[1] - WIDE / 2);
+    if (x >= 0 && y >= 0 && x + FINE * WIDE < (float)image->width && y + FINE * WIDE < (float)image->height) {
         const ptrdiff_t column = (ptrdiff_t)x, row = (ptrdiff_t)y;
         const float across = x - (float)column, down = y - (float)row;
         for (int j = 0; j < WIDE; j++) {
-            const float *above = image->pixels + (row + j) * image->width + column, *below = above + image->width;
+            const float *above = image->pixels + (row + FINE * j) * image->width + column;
+            const float *below = above + image->width;
             for (int i = 0; i < WIDE; i++)
-                pixels[j * WIDE + i] = between(between(above[i], above[i + 1], across),
-                                               between(below[i], below[i + 1], across), down);
+                pixels[j * WIDE + i] = between(between(above[FINE * i], above[FINE * i + 1], across),
+                                               between(below[FINE * i], below[FINE * i + 1], across), down);
         }
     } else {
         for (int j = 0; j < WIDE; j++)
             for (int i = 0; i < WIDE; i++)
-                pixels[j * WIDE + i] = interpolated(image, x + (float)i, y + (float)j);
+                pixels[j * WIDE + i] = interpolated(image, x + FINE * (float)i, y + FINE * (float)j);
     }
 }
 
@@ -407,8 +410,8 @@ INLINE void cut_one(const Image *image, const float *point, const float *places,
     float pixels[WIDE * WIDE], middle[USED], few[FEW];
     float *template = patch, *across = patch + USED, *down = patch + 2 * USED, *laplacian = patch + 3 * USED;
     float *weights = patch + WEIGHTS;
-    const float left = 1 - point[0], right = (float)image->width - 2 - point[0];
-    const float above = 1 - point[1], below = (float)image->height - 2 - point[1];
+    const float left = 1 - point[0], right = (float)image->width / FINE - 2 - point[0];
+    const float above = 1 - point[1], below = (float)image->height / FINE - 2 - point[1];
     look_around(image, point, pixels);
     for (int i = 0; i < USED; i++) {
         const float *here = pixels + ((int)places[USED + i] + WIDE / 2) * WIDE + (int)places[i] + WIDE / 2;

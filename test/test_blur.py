@@ -63,10 +63,11 @@ def test_the_sharp_image_of_two_is_blurred_as_the_other_one(
     scene: Image, kernel: NDArray[np.float32], blurred: int
 ) -> None:
     kernels = [kernel if side == blurred else None for side in (0, 1)]
-    images = [signed(seen(scene, SHIFT * side, each, side)) for side, each in enumerate(kernels)]
+    pictures = [seen(scene, SHIFT * side, each, side) for side, each in enumerate(kernels)]
+    images = [signed(each) for each in pictures]
     points = corners(seen(scene, 0))
     near = start(points)
-    alike = blurred_alike(images[0], images[1], points, near)
+    alike = blurred_alike(*pictures, points, near)
     assert alike is not None
     assert np.array_equal(alike[blurred], images[blurred]) and not np.array_equal(
         alike[1 - blurred], images[1 - blurred]
@@ -79,7 +80,7 @@ def test_the_sharp_image_of_two_is_blurred_as_the_other_one(
 
 
 def test_images_that_are_blurred_in_directions_of_their_own_are_both_blurred(scene: Image) -> None:
-    images = [signed(seen(scene, 0, ALONG_ROWS, 0)), signed(seen(scene, SHIFT, line_kernel(9, np.pi / 2), 1))]
+    images = seen(scene, 0, ALONG_ROWS, 0), seen(scene, SHIFT, line_kernel(9, np.pi / 2), 1)
     points = corners(seen(scene, 0))
     alike = blurred_alike(images[0], images[1], points, start(points))
     assert alike is not None
@@ -89,18 +90,18 @@ def test_images_that_are_blurred_in_directions_of_their_own_are_both_blurred(sce
 
 @pytest.mark.parametrize("kernel", [None, ALONG_ROWS], ids=["sharp", "blurred"])
 def test_images_as_sharp_as_each_other_are_left_as_they_are(scene: Image, kernel: NDArray[np.float32] | None) -> None:
-    images = [signed(seen(scene, SHIFT * side, kernel, side)) for side in (0, 1)]
+    images = [seen(scene, SHIFT * side, kernel, side) for side in (0, 1)]
     points = corners(seen(scene, 0))
     assert blurred_alike(images[0], images[1], points, start(points)) is None
 
 
 def test_too_few_points_or_none_inside_tell_nothing_of_blur(scene: Image) -> None:
-    images = signed(seen(scene, 0)), signed(seen(scene, 0, ALONG_ROWS))
+    images = seen(scene, 0), seen(scene, 0, ALONG_ROWS)
     points = corners(seen(scene, 0))
     outside = np.full_like(points, np.nan)
     for few in (points[:0], points[:5], points - SIZE, outside):
         assert blurred_alike(images[0], images[1], few, few) is None
-    flat = np.zeros_like(images[0])
+    flat = np.full_like(images[0], 128)
     assert blurred_alike(flat, flat, points, points) is None
     assert blurred_alike(images[0], flat, points, points) is None
 

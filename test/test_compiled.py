@@ -73,13 +73,13 @@ def compare(ours: Alignment, numpys: Alignment, at_least: int) -> None:
 @pytest.mark.parametrize("deformed", [0.0, 0.1, 0.5])
 def test_patches_are_found_as_numpy_finds_them(film: list[np.ndarray], shifts: int, deformed: float) -> None:
     random = np.random.default_rng(shifts)
-    corners = cv2.goodFeaturesToTrack((film[0] + 128).astype(np.uint8), 300, 0.01, 5)[:, 0]
+    corners = cv2.goodFeaturesToTrack((film[0][::2, ::2] + 128).astype(np.uint8), 300, 0.01, 5)[:, 0]
     anywhere = random.uniform(-10, np.array(SIZE) + 10, (1200, 2))  # with the borders, and what is outside
     points = np.concatenate([corners, anywhere]).astype(np.float32)
     patches = cut(film[0], points)
     start = points + random.normal(0, 0.7, points.shape).astype(np.float32)
     shapes = no_change(len(points)) + random.normal(0, deformed, (len(points), 2, 2)).astype(np.float32)
-    for image, at_least in zip(film, (10, 5)):  # the second has moved: few are found from there, some by chance
+    for image, at_least in zip(film, (10, 3)):  # the second has moved: few are found from there, some by chance
         arguments = patches, image, start, shapes, shifts
         compare(align(*arguments), with_numpy(align, *arguments), at_least)
 
@@ -151,8 +151,8 @@ def test_spoilt_patches_are_not_found_and_leave_the_others_alone() -> None:
 
 @needed
 def test_an_image_longer_than_opencv_takes_is_refused_and_none_shorter() -> None:
-    points = np.float32([[20, 20], [32_740, 20]])
-    for height, width in ((40, 32_766), (32_766, 40)):
+    points = np.float32([[20, 20], [16_360, 20]])
+    for height, width in ((40, 16_383), (16_383, 40)):
         image = signed(np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8))
         there = points if width > height else points[:, ::-1]
         assert align(cut(image, there), image, there, no_change(2)).good.all()

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from scipy.linalg import eigh
 
-from kpmatch_ros.geometry.patches import align, cut, gradients, no_change
+from kpmatch_ros.geometry.patches import align, cut, gradients, no_change, signed
 
 __all__ = ["blurred_alike", "focus_kernel", "line_kernel"]
 
@@ -58,19 +58,22 @@ def blurred_alike(
     image with which patches are most alike. If each image is blurred in a direction of its own, both are.
 
     Args:
-        image0: float32 (H, W), from :func:`kpmatch_ros.geometry.patches.signed`.
+        image0: uint8 (H, W), from :func:`kpmatch_ros.geometry.refinement.normalize_contrast`.
         image1: the same of the other image, which may have another size.
         points0: (M, 2) pixels in image 0.
         points1: (M, 2) pixels in image 1, roughly the same points.
 
     Returns:
-        Both images, of which one at least is blurred; None where they are alike, or too few points tell.
+        Both images, of which one at least is blurred, as :func:`kpmatch_ros.geometry.patches.signed` gives them; None
+        where they are alike, or too few points tell.
     """
     pair = _Pair.of(image0, image1, points0, points1)
     if pair is None:
         return None
     # The gradients along v have, in image 1, the eigenvalue's part of what they have in image 0.
-    (least, most), directions = eigh(*(_energies(gradients(cut(*side))) for side in (pair.sides[1], pair.sides[0])))
+    (least, most), directions = eigh(
+        *(_energies(gradients(cut(signed(image), points))) for image, points in (pair.sides[1], pair.sides[0]))
+    )
     kernels: list[np.ndarray | None] = [None, None]
     for side, is_sharper, direction in (
         (0, least < _SHARP, directions[:, 0]),
@@ -80,12 +83,15 @@ def blurred_alike(
             kernels[side] = pair.find(kernels, side, math.atan2(direction[1], direction[0]))
     if kernels[0] is None and kernels[1] is None:
         return None
-    return _filtered(image0, kernels[0]), _filtered(image1, kernels[1])
+    return _filtered(_about_grey(image0), kernels[0]), _filtered(_about_grey(image1), kernels[1])
 
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """Surroundings of the same points in two images, one below the other: images (N _SIDE, _SIDE), points (N, 2)."""
+    """Surroundings of the same points in two images, one below the other.
+
+    They are float32 (N _SIDE, _SIDE), 0 where they are grey, with points (N, 2).
+    """
 
     sides: tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -148,8 +154,13 @@ def _kernel(blur: _Blur) -> np.ndarray:
     return focus_kernel(size) if angle is None else line_kernel(size, angle)
 
 
+def _about_grey(image: np.ndarray) -> np.ndarray:
+    return np.subtract(image, 128, dtype=np.float32)
+
+
 def _filtered(image: np.ndarray, kernel: np.ndarray | None) -> np.ndarray:
-    return image if kernel is None else np.asarray(cv2.filter2D(image, -1, kernel))
+    """An image, float32 with 0 for grey, blurred by a kernel, as patches are cut from it and found in it."""
+    return signed(image if kernel is None else np.asarray(cv2.filter2D(image, -1, kernel)))
 
 
 def _surrounded(points: np.ndarray, image: np.ndarray) -> np.ndarray:
@@ -163,7 +174,8 @@ def _surroundings(image: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np
     middle, offsets = np.rint(points).astype(int), np.arange(-_REACH, _REACH + 1)
     pixels = image[(middle[:, 1:] + offsets)[:, :, None], (middle[:, :1] + offsets)[:, None, :]]
     below = _SIDE * np.arange(len(points))
-    return pixels.reshape(-1, _SIDE), (points - middle + _REACH + np.c_[np.zeros_like(below), below]).astype(np.float32)
+    moved = points - middle + _REACH + np.c_[np.zeros_like(below), below]
+    return _about_grey(pixels.reshape(-1, _SIDE)), moved.astype(np.float32)
 
 
 def _energies(gradients: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

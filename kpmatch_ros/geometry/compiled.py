@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 LIBRARY = Path(__file__).with_name("libkpmatch_geometry.so")
-_VERSION = 4  # as in src/geometry.c: the arguments and the meaning of its functions
+_VERSION = 5  # as in src/geometry.c: the arguments and the meaning of its functions
 _MOST_LEVELS = 16  # of a pyramid
 _USED = 85  # pixels of a patch that are compared
 _PATCH = 5 * _USED + 63 + 9  # numbers of a patch

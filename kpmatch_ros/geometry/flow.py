@@ -72,7 +72,7 @@ def flow_forth_and_back(
     Points that move further (T,) than so many pixels from the start do not.
     """
     moved, there = _lucas_kanade(pyramid0, pyramid1, points, start, _WIDE_WINDOW)
-    there &= inside(moved, pyramid1[0])
+    there &= inside(moved, *pyramid1[0].shape)
     there &= np.linalg.norm(moved - start, axis=1) < furthest
     back, here = _lucas_kanade(pyramid1, pyramid0, moved[there], points[there], _WIDE_WINDOW)
     there[there] = here & (np.linalg.norm(back - points[there], axis=1) < _FORTH_AND_BACK)

@@ -56,13 +56,14 @@ _CUT_BLOCK = 384  # and that are cut, which takes more arrays; of larger product
 _DAMPING = np.array([1.0, 1e4, 1e4], np.float32)
 """Noise of 10 grey levels over what a change is expected to be: any number of pixels, a tenth of a deformation."""
 _BLUR_DAMPING = np.float32(1e4)  # the same for a fifth of a square pixel of blur
-_SMOOTHING = 0.6
-"""Pixels: standard deviation of the blur of an image before patches are cut from it and found in it.
+_FINE = 2
+"""Pixels of an image that patches are found in, to one of the image itself.
 
 What is as fine as the pixels is not interpolated right: linear interpolation, also a cubic one, moves it less than by
 the fraction of a pixel that is asked for. It is also where noise is, and where compression leaves marks that stay.
+Smoothed by half a pixel and drawn at half the distance, an image has little left that is so fine.
 """
-_BLUR = 0.25 + _SMOOTHING**2
+_BLUR = 0.5
 """Square pixels: variance of the blur of an image by its pixels, its lens, and interpolation, and by smoothing."""
 _WIDEST = 2.0  # times that variance: beyond, the Laplacian does not tell what blur adds
 _ALIKE = 0.82  # correlation with the patch: with less, it is another point
@@ -70,8 +71,8 @@ _LARGEST_SCALE = 3.0  # change of length since the patch was cut
 _LEAST_CONTRAST = 0.1  # squared norm of a patch's grey levels: less is rounding
 _LARGEST_GAIN = 2.0  # change of contrast: more of it is another point, or noise
 
-_SIGMA_FLOOR = 0.0335  # pixels
-_SIGMA_GROWTH = 31.6  # pixels per square pixel that white noise as large as the residuals would make; measured
+_SIGMA_FLOOR = 0.0275  # pixels
+_SIGMA_GROWTH = 27.5  # pixels per square pixel that white noise as large as the residuals would make; measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,12 +106,17 @@ def unaligned(points: np.ndarray, likeness: np.ndarray, good: bool = True) -> Al
 
 
 def signed(image: np.ndarray) -> np.ndarray:
-    """An image, uint8 (H, W), as :func:`cut` and :func:`align` take it.
+    """An image (H, W) as :func:`cut` and :func:`align` take it: float32 (2 H, 2 W), 0 where it is grey, as all around.
 
-    It is float32, a little smoothed, and 0 where it is grey, as all around.
+    Its pixel (2 x, 2 y) is where the pixel (x, y) of the image is. Points and patches are in pixels of the image.
+
+    Args:
+        image: uint8, or float32 that has 0 for grey already.
     """
-    pixels: np.ndarray = np.subtract(image, 128, dtype=np.float32)
-    return pixels if not pixels.size else np.asarray(cv2.GaussianBlur(pixels, (5, 5), _SMOOTHING, dst=pixels))
+    pixels = np.asarray(np.subtract(image, 128, dtype=np.float32) if image.dtype == np.uint8 else image)
+    if not pixels.size:
+        return np.zeros((_FINE * pixels.shape[0], _FINE * pixels.shape[1]), np.float32)
+    return np.asarray(cv2.pyrUp(pixels))
 
 
 def cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -142,7 +148,7 @@ def _cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 def _weights(image: np.ndarray, points: np.ndarray) -> np.ndarray:
     """(T, U) float32: 1 for pixels of patches around points (T, 2) that have neighbours in the image, 0 for others."""
-    least, most = 1 - points.T, np.array(image.shape[::-1], np.float32)[:, None] - 2 - points.T
+    least, most = 1 - points.T, np.array(image.shape[::-1], np.float32)[:, None] / _FINE - 2 - points.T
     whole = [(places >= least[i, :, None]) & (places <= most[i, :, None]) for i, places in enumerate((_X, _Y))]
     return (whole[0] & whole[1]).astype(np.float32)
 
@@ -216,15 +222,14 @@ def _align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: n
     area = shapes[:, 0, 0] * shapes[:, 1, 1] - shapes[:, 0, 1] * shapes[:, 1, 0]
     good = (_length(points - start) < LONGEST_STEP) & (likeness > _ALIKE) & (last_step < _LAST_STEP)
     good &= (stretch < _LARGEST_SCALE) & (area > 1 / _LARGEST_SCALE**2)
-    good &= inside(points, image)
+    good &= inside(points, image.shape[0] / _FINE, image.shape[1] / _FINE)
     variance = np.maximum(gain * gain * power - 2 * gain * product + contrast, 0) / counts
     sigmas = _SIGMA_FLOOR + _SIGMA_GROWTH * variance * (affine[:, 0] + affine[:, 21]) / 2
     return Alignment(points, shapes, sigmas.astype(np.float32), likeness.astype(np.float32), good)
 
 
-def inside(points: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """(T,) bool which points (T, 2) have pixels of the image (H, W) all around them; NaN has none."""
-    height, width = image.shape
+def inside(points: np.ndarray, height: float, width: float) -> np.ndarray:
+    """(T,) bool which points (T, 2) have pixels of an image of this size all around them; NaN has none."""
     return np.asarray((points >= 1).all(axis=1) & (points[:, 0] < width - 2) & (points[:, 1] < height - 2))
 
 
@@ -376,10 +381,13 @@ def _centred(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _sample(image: np.ndarray, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Values of an image between its pixels, 0 beyond it. OpenCV 4's remap knows 32 places between two pixels."""
+    """Values between the pixels of an image, from :func:`signed`, 0 beyond it.
+
+    OpenCV 4's remap knows 32 places between two pixels.
+    """
     height, width = image.shape
     padded = np.pad(image, 2)
-    x, y = np.nan_to_num(columns, nan=-2.0), np.nan_to_num(rows, nan=-2.0)
+    x, y = (_FINE * np.clip(np.nan_to_num(places, nan=-2.0), -1e9, 1e9) for places in (columns, rows))
     left, top = np.clip(np.floor(x), -2, width).astype(np.intp), np.clip(np.floor(y), -2, height).astype(np.intp)
     across, down = (x - left).astype(np.float32), (y - top).astype(np.float32)
     place = (top + 2) * (width + 4) + left + 2

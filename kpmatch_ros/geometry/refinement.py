@@ -100,7 +100,7 @@ def align_deformed(
         found: what was found of T patches; what is found now is put there.
         rows: (R,) which patches.
         patches: (R, P) float32, from :func:`kpmatch_ros.geometry.patches.cut`.
-        image: float32 (H, W), from :func:`kpmatch_ros.geometry.patches.signed`.
+        image: from :func:`kpmatch_ros.geometry.patches.signed`.
         near: (T, 2) float32 pixels, where to begin.
         shapes: (T, 2, 2) float32, of the patches in the image that the neighbours come from.
         around: these T points and their neighbours.
@@ -136,8 +136,7 @@ def align_matches(
     known = np.flatnonzero(np.isfinite(points0).all(axis=1) & np.isfinite(points1).all(axis=1))
     start, furthest = points1[known].astype(np.float32), longest_step(resolution)
     near = flow_near(image0, image1, points0[known], start, furthest)
-    pixels0, pixels = signed(image0), signed(image1)
-    pixels0, pixels = blurred_alike(pixels0, pixels, points0[known], start) or (pixels0, pixels)
+    pixels0, pixels = blurred_alike(image0, image1, points0[known], start) or (signed(image0), signed(image1))
     patches = cut(pixels0, points0[known].astype(np.float32))
     found = align(patches, pixels, near, no_change(len(known)))
     around = Neighbours(points0[known], points1[known])
