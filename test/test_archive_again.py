@@ -13,6 +13,7 @@ import pytest
 from bag_harness import QUICK, SIZE, Run, stamps, table
 from numpy.typing import NDArray
 
+from kpmatch_ros.bags import recording
 from kpmatch_ros.bags.archive import Settings, claimed, find_bags, jobs_for, replay_one
 from kpmatch_ros.bags.replay import replay
 from kpmatch_ros.parameters import Parameters
@@ -38,6 +39,7 @@ def test_results_are_no_bags_to_read_whatever_links_lead_to_them(
         assert run(tmp_path / "in", out, *QUICK, "--match-image")[0] == 0
         assert list(table(out)) == ["all/x"]
     (tmp_path / "in" / "deeper").symlink_to(out / "all")
+    (tmp_path / "in" / "latest.mcap").symlink_to(out / "all" / "x" / "x.mcap")
     assert [path.name for path in find_bags(tmp_path / "in", out)] == ["x"]
 
 
@@ -117,7 +119,27 @@ def test_a_bag_is_another_one_where_more_files_of_it_are_read_or_its_log_is_anot
     assert all(f"{tmp_path / 'out' / name}: was made from another bag" in rows[name]["message"] for name in rows)
 
 
-def test_a_bag_whose_worker_died_after_it_was_done_is_done(views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["[" * 3000, "rosbag2_bagfile_information: !!bool maybe"])
+def test_damaged_metadata_costs_no_other_bag(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path, damage: str
+) -> None:
+    for name in ("done", "good", "never"):
+        write_camera_bag(tmp_path / "in" / name, views[:3], stamps(3), None)
+    (tmp_path / "in" / "good").rename(tmp_path / "good")
+    (tmp_path / "in" / "never" / "metadata.yaml").write_text(damage)
+    assert run(tmp_path / "in", tmp_path / "out", *QUICK)[0] == 0
+    (tmp_path / "good").rename(tmp_path / "in" / "good")
+    (tmp_path / "in" / "done" / "metadata.yaml").write_text(damage)
+    assert run(tmp_path / "in", tmp_path / "out", *QUICK)[0] == 2
+    rows = table(tmp_path / "out")
+    assert {name: row["state"] for name, row in rows.items()} == {"done": "failed", "good": "done", "never": "broken"}
+    assert "was made from another bag" in rows["done"]["message"]
+    assert "metadata.yaml is damaged" in rows["never"]["message"]
+
+
+def test_a_bag_whose_worker_died_after_it_was_done_is_done(
+    views: list[NDArray[np.uint8]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bag = tmp_path / "in" / "drive"
     bag.parent.mkdir()
     write_camera_bag(bag, views[:3], stamps(3), demo_camera(*SIZE))
@@ -126,4 +148,6 @@ def test_a_bag_whose_worker_died_after_it_was_done_is_done(views: list[NDArray[n
     with claimed(tmp_path / "out", settings) as unfinished:
         (job,) = jobs_for([bag], bag.parent, tmp_path / "out", unfinished)
         first = replay_one(job, settings)
+        monkeypatch.setattr("yaml.safe_load", lambda text: pytest.fail("this takes longer than all else"))
+        recording._parsed.cache_clear()  # noqa: SLF001
         assert first["state"] == "done" and replay_one(job, settings) == first

@@ -294,6 +294,15 @@ def test_a_bag_is_written_and_read_whatever_its_name_is(
 
 
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_a_path_may_begin_with_two_slashes(
+    tmp_path: Path, images: list[NDArray[np.uint8]], storage: Literal["mcap", "sqlite3"]
+) -> None:
+    bag = Path(f"/{tmp_path}/bag")
+    write_camera_bag(bag, images, STAMPS, None, storage=storage)
+    assert str(bag).startswith("//") and len(read_all(bag)) == len(images)
+
+
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
 def test_a_bag_whose_messages_are_not_there_when_it_is_finished_is_said_to(
     tmp_path: Path, storage: Literal["mcap", "sqlite3"]
 ) -> None:
@@ -355,7 +364,8 @@ def test_a_bag_without_messages_is_said_to_be_empty(tmp_path: Path, storage: Lit
             read(tmp_path / "bag")
 
 
-@pytest.mark.parametrize("metadata", [b"", b"a: [", b"rosbag2_bagfile_information: 3", b"just a line", b"\xff", b"\0"])
+@pytest.mark.parametrize("metadata", [b"", b"a: [", b"rosbag2_bagfile_information: 3", b"just a line", b"\xff", b"\0",
+                                      b"[" * 3000, b"version: !!bool maybe", b"time: !!timestamp soon"])  # fmt: skip
 def test_broken_metadata_is_explained(bag: Path, metadata: bytes) -> None:
     (bag / "metadata.yaml").write_bytes(metadata)
     with pytest.raises(

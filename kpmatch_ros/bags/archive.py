@@ -28,7 +28,7 @@ from typing import Any
 import kpmatch_ros
 from kpmatch_ros.bags.cameras import choose_cameras
 from kpmatch_ros.bags.files import BagError, OutputError
-from kpmatch_ros.bags.recording import encodable, files_of, has_stored_name
+from kpmatch_ros.bags.recording import encodable, has_stored_name, stored_files
 from kpmatch_ros.bags.replay import replay
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.inputs import named_files
@@ -135,7 +135,8 @@ def find_bags(folder: Path, out: Path | None = None) -> list[Path]:
     while tops:
         for place, folders, files in os.walk(tops.popleft(), onerror=unreadable):
             here, real = Path(place), os.path.realpath(place)
-            if real in seen or _is_own(Path(real), folder, out):  # links in a circle, or to what was made
+            files = [name for name in files if not ((here / name).is_symlink() and _is_own(here / name, folder, out))]
+            if real in seen or _is_own(here, folder, out):  # links in a circle, or to what was made
                 folders.clear()
             elif _is_bag(here, files):
                 found.append(here)
@@ -182,7 +183,8 @@ def jobs_for(bags: list[Path], folder: Path, out: Path, unfinished: Path) -> lis
 
 def _is_own(place: Path, folder: Path, out: Path | None) -> bool:
     """Whether a place is in the archive itself, and not in the folder that is searched, which may be in it."""
-    inside = (place, *place.parents)
+    real = Path(os.path.realpath(place))
+    inside = (real, *real.parents)
     return out is not None and out.resolve() in inside and folder.resolve() not in inside
 
 
@@ -282,21 +284,25 @@ def finished_row(job: Job) -> Row | None:
 def _row_in(target: Path) -> Row | None:
     try:
         return dict(json.loads((target / _ROW).read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 
 def _source(bag: Path) -> str:
-    """What tells a bag from another one of its name: size, beginning and end of the files that are read of it.
+    """What tells a bag from another one of its name: its metadata, and size, beginning and end of its files.
 
-    A file that SQLite has its last messages in is one of them, and what the files are called says nothing.
+    A file that SQLite has its last messages in is one of them, and what the files are called says nothing. The metadata
+    names those that are read. It is not parsed: that takes longer than all else, and it may be damaged.
 
     Raises:
         OSError: it cannot be read.
     """
     found = hashlib.sha256()
-    read = [part for file in sorted(files_of(bag)) for part in (file, file.with_name(f"{file.name}-wal"))]
-    for file in filter(Path.is_file, read):  # and not a link to nowhere, nor a folder
+    files = stored_files(bag) if bag.is_dir() else [bag]
+    if (metadata := bag / "metadata.yaml").is_file():
+        found.update(metadata.read_bytes())
+    parts = [part for file in files for part in (file, file.with_name(f"{file.name}-wal"))]
+    for file in filter(Path.is_file, parts):  # and not a link to nowhere, nor a folder
         with file.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             for place in (0, max(size - _SAMPLE, 0)) if size else ():

@@ -31,10 +31,10 @@ __all__ = [
     "Recording",
     "bag_information",
     "encodable",
-    "files_of",
     "has_stored_name",
     "is_recording",
     "own_files",
+    "stored_files",
 ]
 
 _SUFFIXES = (".mcap", ".db3")
@@ -121,7 +121,7 @@ class Recording:
                 self.remarks.append(f"{topic}: the bag's index declares {indexed} messages, {read[topic]} were read")
 
     def _files_of(self, folder: Path) -> list[Path]:
-        present = _stored(folder)
+        present = stored_files(folder)
         if not (folder / "metadata.yaml").exists():
             if not present:
                 if old := sorted(entry.name for entry in folder.glob("*.bag") if entry.is_file()):
@@ -224,8 +224,11 @@ def bag_information(file: Path) -> dict[str, Any]:
     """
     try:
         tree = _parsed(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+    except OSError:
+        raise
+    except Exception as error:  # what PyYAML raises of a value that is none of its tag, or of deep nesting, is its own
+        said = str(error) if isinstance(error, (ValueError, yaml.YAMLError)) else f"{type(error).__name__}: {error}"
+        reason = " ".join(said.replace('in "<unicode string>", ', "").split())
         raise ValueError(
             f"metadata.yaml is damaged: {reason}; without metadata.yaml the bag may be read, and ros2 bag reindex "
             f"{file.parent} writes another one"
@@ -241,22 +244,12 @@ def has_stored_name(name: str) -> bool:
     return not name.startswith(".") and name.removesuffix(".zstd").endswith(_SUFFIXES)
 
 
-def files_of(bag: Path) -> list[Path]:
-    """The files that are read of a bag, also where it is broken; they need not exist.
+def stored_files(folder: Path) -> list[Path]:
+    """What a bag's folder holds that may be the bag's by its name, in the order of recording.
 
     Raises:
-        OSError: its folder cannot be read.
+        OSError: it cannot be read.
     """
-    if not bag.is_dir():
-        return [bag]
-    try:
-        names = _file_names(bag_information(bag / "metadata.yaml"))
-    except (OSError, ValueError):
-        names = []
-    return _listed(bag, names) or _stored(bag)
-
-
-def _stored(folder: Path) -> list[Path]:
     return sorted((entry for entry in folder.iterdir() if has_stored_name(entry.name)), key=_natural)
 
 

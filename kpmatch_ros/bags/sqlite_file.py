@@ -22,8 +22,11 @@ _FORMATS = {"ros2msg": "msg", "ros2idl": "idl"}
 
 
 def _quoted(path: Path) -> str:
-    """A path as SQLite's addresses have it. Its bytes need not be UTF-8."""
-    return quote(os.fsencode(path))
+    """A path as SQLite's addresses have it. Its bytes need not be UTF-8.
+
+    The first two slashes say that no machine is named: SQLite takes a path for one that itself begins with two.
+    """
+    return f"//{quote(os.fsencode(path.absolute()))}"
 
 
 class SqliteWriter(Sqlite3Writer):
@@ -52,7 +55,7 @@ class SqliteFile:
         # shared memory, a file beside the bag. With an exclusive lock it keeps that to itself, and with the file system
         # layer "unix-none" the lock is none: the medium may be read-only. Without a log nothing needs a lock.
         access = "mode=ro&vfs=unix-none" if left else "immutable=1"
-        self._address, self._with_log = f"file:{_quoted(path.absolute())}?{access}", left
+        self._address, self._with_log = f"file:{_quoted(path)}?{access}", left
         with closing(self._opened()) as database:
             self.channels, self.counts = _read_topics(database)
 
