@@ -145,6 +145,8 @@ def _pairs(images: list[Topic]) -> list[tuple[Topic, Topic]]:
 
 def _are_sides(one: str, other: str, left: str, right: str) -> bool:
     """Whether one name becomes another where some of the words left, or all, are replaced by right."""
+    if left not in one:  # most names have none, and each pair would take a pattern of its own
+        return False
     return re.fullmatch(f"(?:{left}|{right})".join(map(re.escape, one.split(left))), other) is not None
 
 
