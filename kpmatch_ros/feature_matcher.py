@@ -86,7 +86,6 @@ class FeatureMatcher:
         self.onnx = self._load_onnx() if in_onnx_runtime else None
         followed = ("keypoint_threshold", "nms_radius", "border")
         self.repeated_in_float32 = 0
-        self._in_float32: dict[type, Any] = {}
         self._published = {name: getattr(self.extractor, name) for name in followed}
         self.configure(self.parameters)
 
@@ -101,7 +100,6 @@ class FeatureMatcher:
         if any(getattr(parameters, name) != value for name, value in loaded.items()):
             parameters = parameters.replace(loaded)
         self.parameters = parameters
-        self._in_float32 = {}  # copies of the networks as they were configured
         self.extractor.max_keypoints = parameters.max_keypoints
         for name, published in self._published.items():
             chosen = getattr(parameters, name)
@@ -262,17 +260,11 @@ class FeatureMatcher:
         for i, sound in enumerate(found.are_sound().tolist()):
             if not sound:
                 self.repeated_in_float32 += 1
-                each[i] = self._copy_in_float32(network)(*(_item(given, i) for given in inputs))
+                # A copy: recordings need its weights where they are, and another thread may be running it. It is not
+                # kept, or it would have to follow what is set on the network; overflows are rare.
+                in_float32 = copy.deepcopy(network).float()
+                each[i] = in_float32(*(_item(given, i) for given in inputs))
         return each
-
-    def _copy_in_float32(self, network: Any) -> Any:
-        """A copy of a network: recordings need its weights where they are, and another thread may be running it."""
-        if type(network) not in self._in_float32:
-            self._in_float32[type(network)] = copy.deepcopy(network).float()
-        return self._in_float32[type(network)]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_in_float32": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

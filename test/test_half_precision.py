@@ -73,6 +73,24 @@ def test_what_half_precision_cannot_represent_is_computed_again_in_single(
     assert (torch.as_tensor(half.match(*fewer).scores) > 0.9).all()
 
 
+def test_what_computes_again_follows_what_is_set_on_the_networks(
+    half: FeatureMatcher, views: tuple[Image, Image]
+) -> None:
+    def overflow(module: Any, inputs: Any, output: Any) -> Any:
+        return output._replace(scores0=output.scores0 * torch.nan) if module.dtype == torch.bfloat16 else output
+
+    matcher: Any = half.matcher
+    features = [half.extract(image) for image in views]
+    matcher.register_forward_hook(overflow)
+    before = half.match(*features)
+    matcher.filter_threshold = 0.9
+    assert (torch.as_tensor(half.match(*features).scores) > 0.9).all() and len(before) > 30
+    matcher.filter_threshold = half.parameters.filter_threshold
+    matcher.load_state_dict({name: 0.5 * weight for name, weight in matcher.state_dict().items()})
+    assert not torch.equal(half.match(*features).scores, before.scores)
+    assert half.repeated_in_float32 == 3
+
+
 def test_an_image_that_shows_nothing_has_not_overflowed(half: FeatureMatcher, views: tuple[Image, Image]) -> None:
     half.configure(PARAMETERS.replace({"keypoint_threshold": -1.0}))  # that of the weights
     black = np.zeros_like(views[0])
@@ -138,3 +156,11 @@ def test_extractors_tell_scores_that_are_not_finite_from_an_image_that_shows_not
     assert found.finite.tolist() == found.are_sound().tolist() == [False, True, True]
     assert not found.mask[0].any()
     assert model(images[:1]).finite.tolist() == [False]
+
+
+def test_xfeat_tells_also_where_its_reliability_alone_is_not_finite(picture: Callable[..., Tensor]) -> None:
+    model = XFeat(max_keypoints=50)
+    image = picture(64, 96)[None]
+    assert model(image).finite.tolist() == [True]
+    model.reliability_head[-1].register_forward_hook(lambda module, inputs, output: output * torch.nan)  # type: ignore[union-attr]
+    assert model(image).finite.tolist() == [False]
