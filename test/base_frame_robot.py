@@ -78,7 +78,6 @@ def main(bag: Path, folder: Path) -> None:
                 {
                     "said": said(),
                     "before": before,
-                    "first": odometry[0].header.frame_id,
                     "frames": [last.header.frame_id, last.child_frame_id],
                     "tf": [placed.header.frame_id, placed.child_frame_id],
                     "position": [position.x, position.y, position.z],
