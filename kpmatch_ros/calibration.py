@@ -30,7 +30,7 @@ _PLAUSIBLE_BASELINES = 0.001, 10.0  # metres: a stereo endoscope has 4 mm, a lor
 class Doubt(NamedTuple):
     """Something about a calibration that can be, but hardly is meant so."""
 
-    kind: str  # a stable name
+    kind: str  # a stable name, with the topic of the images where it is one camera's
     explanation: str  # for the user
 
 
@@ -166,7 +166,7 @@ class Calibration:
                     f"by its name {topic} has raw images, but rectified is true, so {distortion} is not corrected: set "
                     "rectified to false if they are not rectified"
                 )
-            found.append(Doubt("rectified", explanation))
+            found.append(Doubt(f"rectified on {topic}", explanation))
         return found
 
     def _of_frame(self, infos: tuple[Any, ...], frame_ids: Sequence[str]) -> list[Doubt]:
@@ -191,13 +191,13 @@ class Calibration:
         for topic, info in zip(self._topics, infos):
             middle = _middle(info, self._rectified)
             if middle:
-                found.append(Doubt("principal point", f"{middle}, by the camera_info of {topic}"))
+                found.append(Doubt(f"principal point on {topic}", f"{middle}, by the camera_info of {topic}"))
             outside = _outside(info)
             if outside:
-                found.append(Doubt("region", f"{outside}, by the camera_info of {topic}"))
+                found.append(Doubt(f"region on {topic}", f"{outside}, by the camera_info of {topic}"))
             fisheye = "" if self._rectified else _fisheye(info)
             if fisheye:
-                found.append(Doubt("lens", f"{fisheye}, by the camera_info of {topic}"))
+                found.append(Doubt(f"lens on {topic}", f"{fisheye}, by the camera_info of {topic}"))
         return found
 
 

@@ -66,7 +66,7 @@ LENS = (-0.2, 0.05, 0.0, 0.0)
 )
 def test_a_name_that_contradicts_the_parameter_is_named(topic: str, rectified: bool, advice: str) -> None:
     ((kind, explanation),) = doubts([topic], rectified, info(LENS))
-    assert kind == "rectified"
+    assert kind == f"rectified on {topic}"
     assert topic in explanation and advice in explanation and "-0.2" in explanation
 
 
@@ -101,26 +101,26 @@ def with_matrix(focal: float, cx: float, cy: float, model: str = "plumb_bob", di
 def test_a_matrix_of_another_resolution_is_named(scale: float, size: str, rectified: bool) -> None:
     message = with_matrix(500 * scale, 320 * scale - 0.5, 240 * scale - 0.5)
     ((kind, explanation),) = doubts(["/camera/image"], rectified, message)
-    assert kind == "principal point"
+    assert kind == "principal point on /camera/image"
     assert size in explanation and "640x480" in explanation and "/camera/image" in explanation
 
 
 def test_a_matrix_of_an_image_of_another_shape_is_named() -> None:
     ((kind, explanation),) = doubts(["/camera/image"], False, with_matrix(900, 640, 360))  # of 1280x720
-    assert kind == "principal point" and "(640, 360)" in explanation
+    assert kind == "principal point on /camera/image" and "(640, 360)" in explanation
 
 
 @pytest.mark.parametrize("centre", [(320, -0.5), (-0.5, -0.5), (-0.5, 240), (455, 240), (250, 180)])
 def test_a_principal_point_that_no_lens_has_is_named(centre: tuple[float, float]) -> None:
     ((kind, _),) = doubts(["/camera/image"], False, with_matrix(500, *centre))
-    assert kind == "principal point"
+    assert kind == "principal point on /camera/image"
 
 
 def test_a_region_of_interest_beyond_the_full_image_is_named() -> None:
     message = with_matrix(500, 320, 240)
     message.roi.x_offset, message.roi.y_offset, message.roi.width, message.roi.height = 100, 60, 640, 480
     ((kind, explanation),) = doubts(["/camera/image"], False, message)
-    assert kind == "region" and "640x480 pixels from (100, 60) on, reaches beyond" in explanation
+    assert kind == "region on /camera/image" and "640x480 pixels from (100, 60) on, reaches beyond" in explanation
     message.width, message.height = 740, 540
     message.k[2], message.k[5] = 370, 270
     assert doubts(["/camera/image"], False, message) == []
@@ -134,7 +134,7 @@ def test_a_principal_point_that_a_lens_may_have_is_passed_over(centre: tuple[flo
 @pytest.mark.parametrize("distortion", [(-0.01, 0.02, -0.015, 0.003), (-0.007, 0.046, -0.043, 0.008, 0.0)])
 def test_coefficients_of_a_fisheye_lens_by_another_name_are_named(distortion: tuple[float, ...]) -> None:
     ((kind, explanation),) = doubts(["/camera/image"], False, with_matrix(330, 320, 240, "plumb_bob", distortion))
-    assert kind == "lens" and "equidistant" in explanation and str(distortion[2]) in explanation
+    assert kind == "lens on /camera/image" and "equidistant" in explanation and str(distortion[2]) in explanation
     assert doubts(["/camera/image"], True, with_matrix(330, 320, 240, "plumb_bob", distortion)) == []
     assert doubts(["/camera/image"], False, with_matrix(330, 320, 240, "fisheye", distortion[:4])) == []
     crooked = (-0.3, 0.1, 0.005, -0.008, 0.0)
@@ -163,6 +163,19 @@ def test_a_calibration_of_another_frame_than_the_images_is_named(frame_ids: list
     assert not doubted or all(word in named[0] for word in ("/front/image", "'lidar'", "'camera'"))
     calibration.camera_for([SIZE] * images, frame_ids=["camera"] * images)
     assert calibration.doubts == [], "it goes with the frame that it was about"
+
+
+def test_the_same_doubt_about_either_camera_of_a_pair_is_told_of_both() -> None:
+    off = [with_matrix(500, 60, 45, distortion=(-0.01, 0.02, -0.015, 0.003)) for _ in range(2)]
+    off[1].p[3] = -50.0
+    for message in off:
+        message.roi.x_offset, message.roi.width, message.roi.height = 100, 640, 480
+    topics, monitor = ["/left/image_rect", "/right/image_rect"], Monitor()
+    for kind, explanation in doubts(topics, False, *off):
+        monitor.doubted(kind, explanation)
+    assert {problem.kind for problem in monitor.problems()} == {
+        f"{what} on {topic}" for what in ("rectified", "principal point", "region", "lens") for topic in topics
+    }
 
 
 def test_a_doubt_goes_with_the_calibration_that_it_was_about() -> None:

@@ -278,7 +278,7 @@ def test_what_is_odd_about_a_calibration_is_said_with_every_frame() -> None:
         pipeline.process((image(stamp * SECOND),))
     doubts = [report for report in heard.reports if report[0] == "doubted"]
     assert len(doubts) == 2
-    assert doubts[0][1] == "camera_info: rectified" and "/camera/image_rect" in doubts[0][2]
+    assert doubts[0][1] == "camera_info: rectified on /camera/image_rect" and "/camera/image_rect" in doubts[0][2]
 
 
 @pytest.mark.parametrize(("resize", "decoded"), [(0, False), (640, True)])
