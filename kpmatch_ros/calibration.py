@@ -15,8 +15,8 @@ from kpmatch_ros.geometry.stereo_camera import StereoCamera
 
 __all__ = ["Calibration", "Doubt"]
 
-_KEPT = 1000  # camera_infos of a camera: as many images may wait to be processed
-_KEPT_MEMORY = 10**7  # bytes of them, but for the newest one: a calibration has half a kilobyte
+_KEPT = 100  # camera_infos of a camera that are kept while time goes forth, though later ones are in use
+_INFO_BYTES = 2000  # of a camera_info's fixed fields, and of the Python objects that hold them
 # How far off the middle of the full image a principal point may be, in half sides: lenses are centred to some
 # hundredths, cheap ones to a tenth. Where it is further off by the same factor along both sides, K probably was not
 # scaled with the image. Further off along one side, it is hardly that of this image either.
@@ -39,23 +39,26 @@ class Calibration:
 
     An image has the camera_info of its own stamp, or else the last one that is not later than it, or else the newest
     one: a zoom lens, or a camera whose resolution changes, sends others, and an image that has to wait shall not have
-    that of images to come. One thread may update it while another waits and asks for the camera.
+    that of images to come. A camera_info is kept until a later image is processed, as an image of its time may wait.
+    One thread may update it while another waits and asks for the camera.
 
     Args:
         topics: of the images: one, or two for a stereo pair.
         rectified: as the parameter.
+        memory: bytes that a camera's camera_infos have at most, but for the newest one. The oldest are let go.
 
     Attributes:
         doubts: about the calibration that was asked for last.
     """
 
-    def __init__(self, topics: Sequence[str], rectified: bool) -> None:
+    def __init__(self, topics: Sequence[str], rectified: bool, memory: int = 10**7) -> None:
         self.doubts: list[Doubt] = []
         self._topics = topics
         self._rectified = rectified
+        self._memory = memory
         self._infos: list[dict[int, Any]] = [{} for _ in topics]  # by stamp, in the order in which they came
         self._held = [0 for _ in topics]  # bytes
-        self._used: list[int | None] = [None] * len(topics)  # stamps of the images that were asked for last
+        self._processed: list[int | None] = [None] * len(topics)  # stamps of the images that were asked for last
         self._changed = threading.Condition()
         self._made_of: tuple[Any, ...] = ()
         self._frame_ids: Sequence[str] = ()  # of the images that doubts are about
@@ -68,8 +71,8 @@ class Calibration:
             infos = self._infos[side]
             self._held[side] += _bytes(info) - _bytes(infos.pop(stamp, None))
             infos[stamp] = info
-            while len(infos) > _KEPT or (self._held[side] > _KEPT_MEMORY and len(infos) > 1):
-                self._held[side] -= _bytes(infos.pop(next(iter(infos))))
+            while self._held[side] > self._memory and len(infos) > 1:
+                self._let_go_of_oldest(side)
             self._changed.notify_all()
 
     def complete(self, stamps: Sequence[int]) -> bool:
@@ -89,8 +92,26 @@ class Calibration:
     def _complete(self, stamps: Sequence[int]) -> bool:
         return not any(
             before in infos and stamp not in infos and not _is_past(next(reversed(infos)), stamp, before)
-            for infos, before, stamp in zip(self._infos, self._used, stamps)
+            for infos, before, stamp in zip(self._infos, self._processed, stamps)
         )
+
+    def _forget(self, side: int, stamp: int, used: int) -> None:
+        """Let go of camera_infos whose images have gone by, when an image is processed with that of the stamp `used`.
+
+        Images come in order. Where time went back, all that came before is of the time before. Where it did not, what
+        is later than the image is of images that wait, even if it came earlier: those of a bag that has begun again.
+        """
+        infos, before = self._infos[side], self._processed[side]
+        went_back = before is not None and stamp < before
+        while infos and used <= stamp and (went_back or len(infos) > _KEPT):
+            oldest = next(iter(infos))
+            if oldest == used or (oldest > used and not went_back):
+                return
+            self._let_go_of_oldest(side)
+
+    def _let_go_of_oldest(self, side: int) -> None:
+        infos = self._infos[side]
+        self._held[side] -= _bytes(infos.pop(next(iter(infos))))
 
     def camera_for(
         self,
@@ -110,8 +131,11 @@ class Calibration:
         """
         with self._changed:
             stamps = [next(reversed(infos), 0) for infos in self._infos] if stamps is None else stamps
-            self._used = list(stamps)
-            infos = tuple(_of_time(infos, stamp) for infos, stamp in zip(self._infos, stamps))
+            used = [_time_of(infos, stamp) for infos, stamp in zip(self._infos, stamps)]
+            infos = tuple(infos.get(time) for infos, time in zip(self._infos, used))
+            for side, stamp in enumerate(stamps):
+                self._forget(side, stamp, used[side])
+            self._processed = list(stamps)
         if any(info is None for info in infos):
             return None
         same = len(infos) == len(self._made_of) and all(a is b for a, b in zip(infos, self._made_of))
@@ -202,18 +226,17 @@ class Calibration:
 
 
 def _bytes(info: Any) -> int:
-    """What a camera_info takes besides its fixed fields."""
+    """What a camera_info takes in memory."""
     if info is None:
         return 0
-    return 8 * len(camera_info_field(info, "D")) + len(info.distortion_model) + len(info.header.frame_id)
+    return _INFO_BYTES + 8 * len(camera_info_field(info, "D")) + len(info.distortion_model) + len(info.header.frame_id)
 
 
-def _of_time(infos: dict[int, Any], stamp: int) -> Any:
-    """The camera_info of an image, of those by stamp in the order in which they came; None where there is none."""
+def _time_of(infos: dict[int, Any], stamp: int) -> int:
+    """The stamp of an image's camera_info, of those by stamp in the order in which they came; 0 where there is none."""
     if stamp in infos:
-        return infos[stamp]
-    newest = next(reversed(infos.values()), None)
-    return next((info for time, info in reversed(infos.items()) if time <= stamp), newest)
+        return stamp
+    return next((time for time in reversed(infos) if time <= stamp), next(reversed(infos), 0))
 
 
 def _middle(info: Any, rectified: bool) -> str:

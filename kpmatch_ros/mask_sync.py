@@ -35,7 +35,7 @@ class MaskSynchroniser(Generic[Item]):
         cameras: one, or two.
         tolerance: largest difference of the two stamps, nanoseconds. It never exceeds half the time between two masks,
             or two images that were processed: at that, the mask might as well be another image's.
-        capacity: how many masks of a camera wait at most.
+        capacity: how many masks of a camera wait at most; None where memory alone limits them.
         memory: how many bytes the masks of a camera have at most while they wait, but for the newest one.
 
     Attributes:
@@ -45,13 +45,14 @@ class MaskSynchroniser(Generic[Item]):
         came_late: of each camera, whether a mask came after its image had gone on without, since one came in time.
     """
 
-    def __init__(self, cameras: int, tolerance: int, capacity: int, memory: int) -> None:
+    def __init__(self, cameras: int, tolerance: int, capacity: int | None, memory: int) -> None:
         self.expected: Collection[int] = ()
         self.offset: list[int | None] = [None] * cameras
         self.came_late = [False] * cameras
         self._tolerance = tolerance
         self._capacity, self._memory = capacity, memory
         self._masks: list[deque[_Mask]] = [deque() for _ in range(cameras)]
+        self._held = [0] * cameras  # bytes
         self._taken: list[int | None] = [None] * cameras  # stamp of the last image
         # Stamp of the last mask, or of the first image where time began or went back.
         self._given: list[int | None] = [None] * cameras
@@ -73,13 +74,18 @@ class MaskSynchroniser(Generic[Item]):
             if masks:
                 self._measure(2 * camera + 1, masks[-1].stamp, stamp)
             masks.append(_Mask(stamp, item, size))
+            self._held[camera] += size
             self.came_late[camera] |= alone is not None and abs(stamp - alone) <= self._limit(camera)
-            let_go, held = 0, sum(mask.size for mask in masks)
-            while len(masks) > self._capacity or (held > self._memory and len(masks) > 1):
-                held -= masks.popleft().size
-                let_go += 1
+            before = len(masks)
+            while self._too_many(camera):
+                self._held[camera] -= masks.popleft().size
             self._changed.notify_all()
-            return let_go
+            return before - len(masks)
+
+    def _too_many(self, camera: int) -> bool:
+        waiting = len(self._masks[camera])
+        too_many = self._capacity is not None and waiting > self._capacity
+        return too_many or (self._held[camera] > self._memory and waiting > 1)
 
     def complete(self, stamps: Sequence[int]) -> bool:
         """Whether no image of a frame, by their stamps, has to wait: its mask is there, or cannot come any more."""
@@ -107,7 +113,7 @@ class MaskSynchroniser(Generic[Item]):
                 return None
             # What came before is useless, whatever its stamp. The mask is kept: another image may have the same stamp.
             while masks[0] is not found:
-                masks.popleft()
+                self._held[camera] -= masks.popleft().size
             self._given[camera] = found.stamp
             return found.item
 
@@ -121,6 +127,7 @@ class MaskSynchroniser(Generic[Item]):
         masks = self._masks[camera]
         gone = range(0 if given is None else given, taken)  # and not to `stamp`: one image's may be far off
         self._masks[camera] = deque(mask for mask in masks if mask.stamp not in gone)
+        self._held[camera] = sum(mask.size for mask in self._masks[camera])
 
     def _complete(self, stamps: Sequence[int]) -> bool:
         return all(

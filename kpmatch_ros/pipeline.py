@@ -35,11 +35,12 @@ __all__ = ["PATIENCE", "WAITING_MEMORY", "Calibration", "Events", "Pipeline", "c
 # Images of one camera that wait for the other's at most, by the parameter `queue`: all keeps what a busy bag sends.
 _WAITING = {"latest": 10, "all": 100}
 _UNPAIRED_MEMORY = 5 * 10**8  # bytes that they have at most: 80 colour images of 1920 x 1080
-# Masks that wait for their image at most.
-_MASKS = {"latest": 30, "all": 1000}
+_MASKS = {"latest": 30, "all": None}  # masks of a camera that wait for their image at most
+_MASK_BYTES = 1000  # of a mask's message besides its data
 WAITING_MEMORY = 2 * 10**9
 """Bytes of the images that wait to be processed at most, and of the masks that wait for theirs, where none is to be
 lost (`queue: all`): 2,170 colour images of 640 x 480, or 320 of 1920 x 1080. A robot's computer has 4 GB or more."""
+_INFO_MEMORY = {"latest": 10**7, "all": WAITING_MEMORY // 10}  # one camera's infos: 100,000, images of 20 kB each
 PATIENCE = 1.0
 """Seconds that an image waits for its mask and its camera_info at most where every frame is processed (`queue: all`,
 bags): by then a later one has mostly shown that it does not come, so that the time plays no part and all is the same
@@ -127,7 +128,7 @@ class Pipeline:
         parameters = front_end.parameters
         check_odometry(parameters)
         self.front_end = front_end
-        self.calibration = Calibration(topics, parameters.rectified)
+        self.calibration = Calibration(topics, parameters.rectified, _INFO_MEMORY[parameters.queue])
         self.transforms = StaticTransforms()
         self._topics = topics
         self._publish = publish
@@ -197,7 +198,8 @@ class Pipeline:
 
     def add_mask(self, side: int, message: Any) -> None:
         """Take over the mask of an image of camera 0 or 1, which may come before the image or after it."""
-        let_go = self.masks.put(side, messages.nanoseconds(message.header.stamp), message, len(message.data))
+        size = len(message.data) + _MASK_BYTES
+        let_go = self.masks.put(side, messages.nanoseconds(message.header.stamp), message, size)
         if self._parameters.queue == "all":  # otherwise old ones make way for new ones all the time
             for _ in range(let_go):
                 self._events.mask_fault("masks let go", self._topics[side], self._too_many_masks(side))
@@ -334,13 +336,11 @@ class Pipeline:
 
     def _missing_mask(self, side: int) -> str:
         """Why an image has no mask, in words."""
-        offset = self.masks.offset[side]
+        offset, why = self.masks.offset[side], ""
         if self.masks.came_late[side]:
             why = "; masks come after their images have gone on: set sync_tolerance to how much later they come"
         elif offset is not None:
             why = f"; the nearest one is {offset * 1e-9:.6f} s off"
-        else:
-            why = ""
         tolerance = self._parameters.sync_tolerance
         return (
             f"an image on {self._topics[side]} was processed without a mask: none came within sync_tolerance "
@@ -350,9 +350,9 @@ class Pipeline:
     def _too_many_masks(self, side: int) -> str:
         room = WAITING_MEMORY / len(self._topics) / 1e9
         return (
-            f"more than {_MASKS['all']:,} masks for {self._topics[side]} wait, or more than {room:g} GB, and the "
-            "oldest are let go: no image has their stamps, or images are processed more slowly than they come. Stamp "
-            "each mask as its image, or play the bag slower"
+            f"more than {room:g} GB of masks for {self._topics[side]} wait, and the oldest are let go: no image has "
+            "their stamps, or images are processed more slowly than they come. Stamp each mask as its image, or play "
+            "the bag slower"
         )
 
     def _check_masks(self, result: Result, faults: Sequence[tuple[str, str] | None]) -> None:

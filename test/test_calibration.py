@@ -224,7 +224,7 @@ def focal(calibration: Calibration, *stamps: int) -> list[float]:
 
 def test_an_image_has_the_calibration_of_its_own_stamp_or_else_the_one_before_it() -> None:
     calibration = Calibration(["image"], rectified=False)
-    assert calibration.camera_for([SIZE], [10]) is None
+    assert calibration.camera_for([SIZE], [10]) is calibration.camera_for([SIZE], [5]) is None
     for stamp, value in ((10, 500.0), (20, 600.0), (30, 700.0)):
         calibration.update(0, stamp, zoomed(value))
     assert focal(calibration, 10, 20, 30) == [500, 600, 700]
@@ -232,16 +232,41 @@ def test_an_image_has_the_calibration_of_its_own_stamp_or_else_the_one_before_it
     assert focal(calibration, 0) == [700], "none is before it: its stamp says nothing"
     calibration.update(0, 10, zoomed(550.0))  # a bag begins again
     assert focal(calibration, 10, 20, 15) == [550, 600, 550]
-    for stamp in range(100, 1100):
+    for stamp in range(100, 300):
         calibration.update(0, stamp, zoomed(800.0))
-    assert focal(calibration, 10) == [800], "old ones are not kept for ever"
+    assert focal(calibration, 10) == [550], "images that wait may still need it"
+    assert focal(calibration, 299, 10) == [800, 800], "old ones are not kept for ever"
 
 
-def test_a_thousand_images_that_wait_keep_their_calibrations() -> None:
+def test_images_that_wait_keep_their_calibrations_however_many_they_are() -> None:
     calibration = Calibration(["image"], rectified=False)
+    stamps = range(3000)
+    for stamp in stamps:
+        calibration.update(0, stamp, zoomed(500.0 + stamp))
+    assert focal(calibration, *stamps) == [500.0 + stamp for stamp in stamps]
+
+
+def test_images_that_wait_keep_their_calibrations_though_the_bag_has_begun_again() -> None:
+    calibration = Calibration(["image"], rectified=False)
+    first, again = range(500), range(300)
+    for stamp in [*first, *again]:
+        calibration.update(0, stamp, zoomed(500.0 + stamp))
+    assert focal(calibration, *first, *again) == [500.0 + stamp for stamp in [*first, *again]]
+
+
+def test_calibrations_of_images_that_have_gone_by_make_room_also_after_time_went_back() -> None:
+    calibration = Calibration(["image"], rectified=False)
+    for stamp in [*range(1000, 1400), *range(400)]:
+        calibration.update(0, stamp, zoomed(500.0 + stamp))
+        assert focal(calibration, stamp) == [500.0 + stamp]
+    assert focal(calibration, 1399) == [899], "its own was let go, as were those of the time before it went back"
+
+
+def test_calibrations_of_a_camera_without_images_have_only_so_many_bytes() -> None:
+    calibration = Calibration(["image"], rectified=False, memory=10**6)
     for stamp in range(1000):
         calibration.update(0, stamp, zoomed(500.0 + stamp))
-    assert focal(calibration, 0, 500, 999) == [500, 1000, 1499]
+    assert focal(calibration, 100) == [1499], "it was let go: 1,000 have 2 MB"
 
 
 def test_calibrations_have_only_so_many_bytes() -> None:

@@ -281,6 +281,19 @@ def test_what_is_odd_about_a_calibration_is_said_with_every_frame() -> None:
     assert doubts[0][1] == "camera_info: rectified on /camera/image_rect" and "/camera/image_rect" in doubts[0][2]
 
 
+def test_thousands_of_images_that_wait_keep_their_masks_and_calibrations() -> None:
+    pipeline, heard = make("image", queue="all")
+    pipeline.masks.expected = [0]
+    stamps = [number * SECOND // 60 for number in range(6000)]
+    small, large = (Camera(n, n, np.array([[10.0, 0, n / 2], [0, 10.0, n / 2], [0, 0, 1]])) for n in (8, 16))
+    for number, stamp in enumerate(stamps):
+        pipeline.add_info(0, camera_info_message(small if number < 1000 else large, stamp, "camera"))
+        pipeline.add_mask(0, image(stamp))
+    for stamp in stamps[:1000:10]:
+        pipeline.process([image(stamp)])
+    assert {report[0] for report in heard.reports} == {"mask hides everything"}
+
+
 @pytest.mark.parametrize(("resize", "decoded"), [(0, False), (640, True)])
 def test_a_file_of_more_pixels_than_the_networks_take_is_not_decoded_without_resize(
     resize: int, decoded: bool, monkeypatch: pytest.MonkeyPatch
