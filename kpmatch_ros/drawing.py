@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kpmatch_ros.colour import in_memory_order, to_grey
+from kpmatch_ros.frames import Pair
+from kpmatch_ros.geometry.pose import PoseStatus
 
-__all__ = ["draw_matches"]
+__all__ = ["caption", "draw_matches"]
 
 Image = NDArray[np.uint8]
 
@@ -192,3 +194,13 @@ def _extent(text: str, size: float) -> tuple[int, int, int]:
     """Width, height above and below the baseline, pixels."""
     (width, ascent), descent = cv2.getTextSize(text, _FONT, size, 1)
     return width, ascent, descent
+
+
+def caption(pair: Pair) -> str:
+    """The line of figures below a picture of matches."""
+    figures = [f"{len(pair.indices)} matches"]
+    if pair.pose.status is not PoseStatus.NO_CALIBRATION:
+        figures.append(f"{pair.num_inliers} inliers")
+    if pair.layers:
+        figures.append(f"{pair.layers} layers")
+    return ", ".join([*figures, f"{pair.current.extract_ms + pair.match_ms:.0f} ms", pair.pose.status.name])

@@ -15,7 +15,7 @@ import numpy as np
 from kpmatch_ros import match_request, messages
 from kpmatch_ros.calibration import Calibration
 from kpmatch_ros.contrast import Stretch, appearance
-from kpmatch_ros.drawing import draw_matches
+from kpmatch_ros.drawing import caption, draw_matches
 from kpmatch_ros.feature_matcher import LARGEST_IMAGE
 from kpmatch_ros.frames import ImagePair, Pair, Result, StereoPair
 from kpmatch_ros.front_end import FrontEnd
@@ -30,7 +30,7 @@ from kpmatch_ros.odometry import Odometry, frame_fault, of_base
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.stereo_sync import StereoSynchroniser
 
-__all__ = ["PATIENCE", "WAITING_MEMORY", "Calibration", "Events", "Pipeline", "caption", "check_odometry"]
+__all__ = ["PATIENCE", "WAITING_MEMORY", "Calibration", "Events", "Pipeline", "check_odometry"]
 
 # Images of one camera that wait for the other's at most, by the parameter `queue`: all keeps what a busy bag sends.
 _WAITING = {"latest": 10, "all": 100}
@@ -142,7 +142,7 @@ class Pipeline:
         self.masks: MaskSynchroniser[Any]
         self._stamps: list[int | None]  # of the last image on each topic
         self._told_alone: Any = None  # the last image without a partner that a pose told of
-        self._told_alone_at = -float("inf")
+        self._found_alone_at = -float("inf")  # seconds
         self.restart()
 
     def restart(self) -> None:
@@ -239,23 +239,29 @@ class Pipeline:
         """Report the images that still wait for a partner when nothing more will come."""
         self._report_unpaired(self.synchroniser.waiting)
 
-    def watch(self, now: float) -> None:
+    def watch(self, now: float) -> Any:
         """Let time pass: to be called every tenth of a second or so, with the seconds of any clock.
 
-        Where one camera has fallen silent, an INTERRUPTED pose tells of the other one's newest image, at most once a
-        second: nobody shall wait for a pose that cannot come.
+        Where one camera has fallen silent, this is the other one's newest image, at most once a second, until
+        :meth:`interrupt` has told of it: nobody shall wait for a pose that cannot come. Otherwise it is None.
         """
         self.synchroniser.wait(now)
         for side in range(len(self._topics)):
             silent = self.synchroniser.silent(side, _ALONE_AFTER[self._parameters.queue])
-            if not silent or now < self._told_alone_at + _ALONE_INTERVAL:
-                continue
             alone = self.synchroniser.newest(1 - side)
-            if alone is not None and alone is not self._told_alone:
-                self._told_alone, self._told_alone_at = alone, now
-                self._publish_interruption(alone.header)
+            due = silent and now >= self._found_alone_at + _ALONE_INTERVAL
+            if due and alone is not None and alone is not self._told_alone:
+                self._found_alone_at = now
+                return alone
+        return None
 
     # Processing
+
+    def interrupt(self, alone: Any) -> None:
+        """Tell of an image from :meth:`watch`, after the frames that came before it: it has no partner, and no pose."""
+        if alone is not self._told_alone:  # it may be found once more before it is told of
+            self._told_alone = alone
+            self._publish_interruption(alone.header)
 
     def process(self, received: Sequence[Any]) -> Result | None:
         """Process a frame and publish what comes of it; None where its images cannot be used.
@@ -487,13 +493,3 @@ def check_odometry(parameters: Parameters) -> None:
     """
     if parameters.publish_odometry and parameters.mode != "stereo":
         raise ParameterError("publish_odometry needs mode stereo: the poses of one camera are without metres")
-
-
-def caption(pair: Pair) -> str:
-    """The line of figures below a picture of matches."""
-    figures = [f"{len(pair.indices)} matches"]
-    if pair.pose.status is not PoseStatus.NO_CALIBRATION:
-        figures.append(f"{pair.num_inliers} inliers")
-    if pair.layers:
-        figures.append(f"{pair.layers} layers")
-    return ", ".join([*figures, f"{pair.current.extract_ms + pair.match_ms:.0f} ms", pair.pose.status.name])

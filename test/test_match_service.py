@@ -62,6 +62,33 @@ def test_where_all_frames_are_wanted_the_oldest_are_dropped_beyond_so_many_bytes
     assert inbox.put("too late", 1) == 1
 
 
+@pytest.mark.parametrize("latest", [False, True])
+def test_what_is_to_be_last_waits_for_the_frames_before_it_and_pushes_none_out(latest: bool) -> None:
+    inbox: Inbox[str, int] = Inbox(latest=latest, memory=100)
+    inbox.put("frame 0", 100)
+    inbox.put_last("silent for 1 s")
+    inbox.ask(0)
+    inbox.put_last("silent for 2 s")
+    inbox.ask(1)
+    assert taken(inbox, 4) == [0, "frame 0", 1, "silent for 2 s"]
+    inbox.put_last("silent for 3 s")
+    assert taken(inbox, 1) == ["silent for 3 s"], "it needs no frame to be taken"
+
+
+def test_what_is_to_be_last_is_gone_where_a_frame_comes_before_it_is_taken_or_the_inbox_is_closed() -> None:
+    inbox: Inbox[str, int] = Inbox(latest=False, memory=100)
+    inbox.put_last("silent")
+    inbox.put("frame 0", 1)
+    inbox.ask(0)
+    assert taken(inbox, 2) == [0, "frame 0"]
+    assert inbox.ask(1) and inbox.ask(2)
+    assert taken(inbox, 2) == [1, 2], "nothing comes between two requests"
+    inbox.put_last("silent again")
+    assert inbox.close() == (0, []), "no frame is lost with it"
+    inbox.put_last("too late")
+    assert inbox.take() is None
+
+
 # The node
 
 

@@ -203,11 +203,18 @@ def test_a_fault_that_is_raised_for_frame_after_frame_does_not_grow() -> None:
     assert len(set(depths)) == 1
 
 
+def watch(pipeline: Pipeline, now: float) -> None:
+    """Let time pass for a pipeline that has nothing else to do."""
+    alone = pipeline.watch(now)
+    if alone is not None:
+        pipeline.interrupt(alone)
+
+
 def test_an_image_without_a_partner_is_told_of_at_most_once_a_second() -> None:
     pipeline, heard = make("/left/image", "/right/image")
     for tenth in range(31):
         assert pipeline.add_image(0, image(tenth * SECOND // 10, "left")) is None
-        pipeline.watch(0.1 * tenth)
+        watch(pipeline, 0.1 * tenth)
     assert {topic for topic, _ in heard.messages} == {"relative_pose"}
     assert 2 <= len(heard.messages) <= 3
     assert heard.statuses == [PoseStatus.INTERRUPTED] * len(heard.messages)
@@ -218,11 +225,22 @@ def test_a_partner_that_is_sent_again_is_waited_for_where_every_frame_is_process
     pipeline, heard = make("/left/image", "/right/image", queue="all")
     pipeline.add_image(0, image(SECOND, "left"))
     for tenth in range(49):
-        pipeline.watch(0.1 * tenth)
+        watch(pipeline, 0.1 * tenth)
     assert heard.messages == []
     for tenth in range(49, 70):
-        pipeline.watch(0.1 * tenth)
+        watch(pipeline, 0.1 * tenth)
     assert heard.statuses == [PoseStatus.INTERRUPTED]
+
+
+def test_who_watches_publishes_nothing_and_hears_of_an_image_without_a_partner_until_it_is_told_of() -> None:
+    pipeline, heard = make("/left/image", "/right/image")
+    pipeline.add_image(0, image(SECOND, "left"))
+    found = [alone for tenth in range(31) if (alone := pipeline.watch(0.1 * tenth)) is not None]
+    assert len(found) == 3 and len({id(alone) for alone in found}) == 1 and heard.messages == []
+    for alone in found:
+        pipeline.interrupt(alone)
+    assert heard.statuses == [PoseStatus.INTERRUPTED], "one image is told of once"
+    assert not any(pipeline.watch(3 + 0.1 * tenth) for tenth in range(31))
 
 
 def test_images_that_wait_for_a_partner_have_only_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +375,7 @@ def test_a_camera_that_is_alone_is_told_of_once_a_second() -> None:
     pipeline, heard = make("left", "right")
     for step in range(51):
         assert pipeline.add_image(0, image((step + 1) * SECOND // 10)) is None
-        pipeline.watch(step / 10)
+        watch(pipeline, step / 10)
     told = [message.header.stamp for topic, message in heard.messages if topic == "relative_pose"]
     times = [stamp.sec + stamp.nanosec * 1e-9 for stamp in told]
     assert len(times) == 5

@@ -231,6 +231,21 @@ def test_a_silent_camera_and_stamps_that_do_not_fit_are_named(tmp_path: Path) ->
         assert int(figures[f"unpaired: {node.namespace}/left/image"]) > 0 and figures["frames received"] == "0"
 
 
+def test_word_of_a_silent_camera_comes_after_the_poses_of_the_frames_before(tmp_path: Path) -> None:
+    """Masks that are offered and do not come keep a frame waiting, for twice as long as it takes to call one silent."""
+    with rig(tmp_path, queue="latest", sync_tolerance=1.0) as camera:
+        node = camera.node
+        mask = node.node.create_publisher(Image, "left/mask", 10)
+        node.wait_for(mask.get_subscription_count, "the node to subscribe to masks")
+        camera.send(10.0, 0.0)
+        node.wait_for(lambda: node.stereo_matches, "the first frame")
+        camera.send(10.1, 0.0)
+        camera.send(10.2, 0.0, images="left")
+        node.wait_for(lambda: len(node.poses) == 2, "a pose, and word of the image without a partner")
+        told = [(stamp_of(pose.header), pose.status == RelativePose.INTERRUPTED) for pose in node.poses]
+        assert told == [(10.1, False), (10.2, True)]
+
+
 def test_what_is_newly_wrong_is_told_before_the_next_regular_diagnostics(tmp_path: Path) -> None:
     """Diagnostics come once a second; the first ones after a fault's result name it, not waiting for that second."""
     with rig(tmp_path) as camera:

@@ -15,9 +15,8 @@ import numpy as np
 from kpmatch_ros.bags.files import BagError
 from kpmatch_ros.bags.frame_figures import STATUS_COLOURS, EvenlyChosen, FrameFigures, Jpeg
 from kpmatch_ros.bags.trajectory import Trajectory
-from kpmatch_ros.drawing import draw_matches
+from kpmatch_ros.drawing import caption, draw_matches
 from kpmatch_ros.frames import Pair, Result
-from kpmatch_ros.pipeline import caption
 
 __all__ = ["HtmlReport"]
 

@@ -27,6 +27,8 @@ class Inbox(Generic[Item, Request]):
     Where both wait, items and requests take turns: a request waits for one item at most, beside other requests, and no
     more than one request comes between two items.
 
+    One item may wait behind all others, see :meth:`put_last`.
+
     Args:
         latest: keep only the newest item. Those that still wait when it arrives are dropped.
         memory: how many bytes the items have at most, but for the newest one. The oldest are dropped.
@@ -37,6 +39,7 @@ class Inbox(Generic[Item, Request]):
         self._memory = memory
         self._items: deque[tuple[Item, int]] = deque()  # with their bytes
         self._held = 0  # bytes
+        self._last: Item | None = None
         self._requests: deque[Request] = deque()
         self._request_is_next = True
         self._changed = threading.Condition()
@@ -53,8 +56,16 @@ class Inbox(Generic[Item, Request]):
             dropped = before - len(self._items)
             self._items.append((item, size))
             self._held += size
+            self._last = None
             self._changed.notify()
             return dropped
+
+    def put_last(self, item: Item) -> None:
+        """Add an item that is taken once no other waits, if none is put until then. It replaces one that waits so."""
+        with self._changed:
+            if not self._closed:
+                self._last = item
+                self._changed.notify()
 
     def ask(self, request: Request) -> bool:
         """Add a request; false where the inbox is closed, or too many wait."""
@@ -68,16 +79,23 @@ class Inbox(Generic[Item, Request]):
     def take(self) -> Item | Request | None:
         """Wait for the next item or request; None once the inbox is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._items or self._requests or self._closed)
+            self._changed.wait_for(lambda: self._has_item or self._requests or self._closed)
             if self._closed:
                 return None
-            if self._requests and (self._request_is_next or not self._items):
+            if self._requests and (self._request_is_next or not self._has_item):
                 self._request_is_next = False
                 return self._requests.popleft()
             self._request_is_next = True
+            if not self._items:
+                last, self._last = self._last, None
+                return last
             item, size = self._items.popleft()
             self._held -= size
             return item
+
+    @property
+    def _has_item(self) -> bool:
+        return bool(self._items) or self._last is not None
 
     def close(self) -> Left[Request]:
         """Wake the thread that waits, refuse whatever comes, and return what was still waiting."""
@@ -85,6 +103,7 @@ class Inbox(Generic[Item, Request]):
             self._closed = True
             left = Left(len(self._items), list(self._requests))
             self._items.clear()
+            self._last = None
             self._requests.clear()
             self._changed.notify_all()
             return left

@@ -70,6 +70,12 @@ class _Received(NamedTuple):
     arrived: float  # monotonic seconds
 
 
+class _Alone(NamedTuple):
+    """An image whose partner does not come."""
+
+    image: Any  # message
+
+
 class MatcherNode(LifecycleNode):
     """Images and calibration in; matches, relative poses and diagnostics out.
 
@@ -109,7 +115,7 @@ class MatcherNode(LifecycleNode):
         self._pipeline: Pipeline | None = None
         self._odometry = Odometry()  # its frames are numbered for as long as the node lives
         self._inference: ThreadPoolExecutor | None = None
-        self._inbox: Inbox[_Received, MatchRequest] | None = None
+        self._inbox: Inbox[_Received | _Alone, MatchRequest] | None = None
         self._bond = ManagerBond(self)
 
         self._diagnostics = Diagnostics(self, self.monitor, self._condition)
@@ -357,13 +363,16 @@ class MatcherNode(LifecycleNode):
 
     # Processing, on the inference thread
 
-    def _process_frames(self, inbox: Inbox[_Received, MatchRequest], pipeline: Pipeline) -> None:
+    def _process_frames(self, inbox: Inbox[_Received | _Alone, MatchRequest], pipeline: Pipeline) -> None:
         trimmed = time.monotonic()
         while (received := inbox.take()) is not None:
             if isinstance(received, MatchRequest):
                 self.monitor.answered(received.answer(pipeline))
                 continue
             try:
+                if isinstance(received, _Alone):
+                    pipeline.interrupt(received.image)
+                    continue
                 self._inputs.wait_for_calibration()
                 pipeline.masks.expected = self._inputs.masked
                 pipeline.wait(received.images, time.monotonic() - received.arrived)
@@ -408,7 +417,9 @@ class MatcherNode(LifecycleNode):
     def _watch(self) -> None:
         if self._state == "active" and self._pipeline is not None:
             self._inputs.hear_latched()
-            self._pipeline.watch(time.monotonic())
+            alone = self._pipeline.watch(time.monotonic())
+            if alone is not None and self._inbox is not None:
+                self._inbox.put_last(_Alone(alone))  # by the thread that processes, as it publishes frames before it
         self._diagnostics.watch()
 
     def _condition(self) -> Condition:
