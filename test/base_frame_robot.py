@@ -1,6 +1,7 @@
 """A robot with /tf_static beside the node, for test_base_frame.py, which runs this where tf2_msgs is built.
 
-Prints as JSON what the node said before it knew where the camera is, and what it published once it did.
+Prints as JSON what the node said before it knew where the camera is, and of a publisher that it cannot hear; and what
+it published once it did.
 """
 
 from __future__ import annotations
@@ -56,12 +57,20 @@ def main(bag: Path, folder: Path) -> None:
         play(node, bag, peers, 0)
         node.wait_for(said, "a warning")
         before = len(odometry)
+        volatile = node.node.create_publisher(TFMessage, "/tf_static", 10)
+        unheard = "the publisher of /tf_static offers another durability"
+        node.wait_for(
+            lambda: unheard in node.message() and unheard in node.log, "word of a publisher that is not heard"
+        )
+        volatility = node.message()
+        node.node.destroy_publisher(volatile)
         with AnyReader([bag]) as reader:
             connections = [each for each in reader.connections if each.topic == "/tf_static"]
             (static,) = [bytes(raw) for _, _, raw in reader.messages(connections)]
         qos = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         publisher = node.node.create_publisher(TFMessage, "/tf_static", qos)
         publisher.publish(static)
+        node.wait_for(lambda: unheard not in node.message(), "no word of it any more")
         node.wait_for(lambda: publisher.get_subscription_count(), "the node to hear /tf_static")
         replays = itertools.count(1)
 
@@ -77,6 +86,7 @@ def main(bag: Path, folder: Path) -> None:
             json.dumps(
                 {
                     "said": said(),
+                    "volatility": volatility,
                     "before": before,
                     "frames": [last.header.frame_id, last.child_frame_id],
                     "tf": [placed.header.frame_id, placed.child_frame_id],

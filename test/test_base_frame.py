@@ -267,6 +267,8 @@ def test_the_node_takes_the_place_from_tf_static(
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert "/tf_static does not join base_frame base_link and the camera's frame 'left_optical_frame'" in found["said"]
+    remedy = "change the publisher, or this node's parameter qos_overrides./tf_static.subscription.durability"
+    assert f"its messages do not arrive; {remedy}" in found["volatility"]
     assert found["before"] == 0
     assert found["tf"] == found["frames"] and found["frames"][1] == "base_link"
     assert np.isfinite(found["position"]).all()

@@ -99,6 +99,8 @@ class Inputs:
             info, mask = (node.resolve_topic_name(f"{prefix}{other}") for other in ("camera_info", "mask"))
             self._asked |= {image: asked, info: f"{prefix}camera_info", mask: f"{prefix}mask"}
             self._cameras.append(_Camera(name, image, info, mask))
+        self._static = node.resolve_topic_name("/tf_static")
+        self._asked[self._static] = "/tf_static"
         self._best_effort: set[str] = set()  # topics whose publishers offer no more
         self._warned: set[str] = set()  # of what is said of publishers
         self._subscribed_at = 0.0
@@ -158,7 +160,7 @@ class Inputs:
         """Subscribe best effort where a publisher offers no more, or warn of it: to be called now and then."""
         for side, camera in enumerate(self._cameras):
             for what, topic in camera.topics.items():
-                policy, _ = self._disagreement(camera, what)
+                policy, _ = self._disagreement(topic, getattr(camera, what))
                 if not policy:
                     continue
                 text = self._unheard(topic, policy)
@@ -170,9 +172,14 @@ class Inputs:
                     self._best_effort.add(topic)
                     self._node.destroy_subscription(getattr(camera, what))
                     self._subscribe_to(side, what)
-                if text not in self._warned:
-                    self._warned.add(text)
-                    self._node.get_logger().warning(text)
+                self._warn(text)
+        for problem in self._unheard_transforms():
+            self._warn(problem.explanation)
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            self._node.get_logger().warning(text)
 
     def hear_latched(self) -> None:
         """Hear a calibration that its publisher sends once, maybe before this node came: to be called now and then.
@@ -213,7 +220,7 @@ class Inputs:
         Args:
             synchroniser: knows of a stereo pair's cameras which one has fallen silent.
         """
-        found: list[Problem] = []
+        found = self._unheard_transforms()
         now = time.monotonic()
         waited = now - self._subscribed_at
         for side, camera in enumerate(self._cameras):
@@ -221,7 +228,7 @@ class Inputs:
                 continue
             unheard: dict[str, bool] = {}  # whether there are publishers, but none that the subscription can hear
             for what, topic in camera.topics.items():
-                policy, unheard[what] = self._disagreement(camera, what)
+                policy, unheard[what] = self._disagreement(topic, getattr(camera, what))
                 if policy and not self._lowers(policy):
                     found.append(Problem(f"QoS: {topic}", self._unheard(topic, policy)))
             silent = waited if camera.arrived is None else min(now - camera.arrived, waited)
@@ -316,12 +323,17 @@ class Inputs:
         """Those who publish on one of the topics, of any type."""
         return self._node.get_publishers_info_by_topic(self._asked[topic])  # it remaps, too
 
-    def _disagreement(self, camera: _Camera, what: str) -> tuple[str, bool]:
+    def _disagreement(self, topic: str, subscription: Any) -> tuple[str, bool]:
         """The policy on which a publisher disagrees with a subscription; and whether all do, so that nothing comes."""
-        requested, wanted = getattr(camera, what).qos_profile, _type_name(self._type_of(what))
-        offers = [offer for offer in self._offers(camera.topics[what]) if offer.topic_type == wanted]
-        policies = [mismatch(offer.qos_profile, requested) for offer in offers]
+        wanted = _type_name(subscription.msg_type)
+        offers = [offer for offer in self._offers(topic) if offer.topic_type == wanted]
+        policies = [mismatch(offer.qos_profile, subscription.qos_profile) for offer in offers]
         return next(filter(None, policies), ""), bool(policies) and all(policies)
+
+    def _unheard_transforms(self) -> list[Problem]:
+        """A publisher of /tf_static that the subscription cannot hear, where there is one."""
+        policy, _ = ("", False) if self._transforms is None else self._disagreement(self._static, self._transforms)
+        return [Problem(f"QoS: {self._static}", self._unheard(self._static, policy))] if policy else []
 
     def _lowers(self, policy: str) -> bool:
         """Whether a disagreement ends by itself: what the node chose to be reliable becomes best effort."""
@@ -344,11 +356,14 @@ class Inputs:
             for what in camera.topics:
                 self._subscribe_to(side, what)
         if self._parameters.publish_odometry and self._parameters.base_frame:
-            self._transforms = self._node.create_subscription(
+            self._transforms = with_events(
+                self._node.create_subscription,
                 TFMessage,
                 "/tf_static",
                 self._take_transforms,
                 QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL),
+                event_callbacks=SubscriptionEventCallbacks(use_default_callbacks=False),
+                qos_overriding_options=overridable(),
             )
 
     def _subscribe_to(self, side: int, what: str) -> None:
@@ -411,4 +426,4 @@ def _other_users_of_shared_memory() -> list[str]:
 
 def _type_name(kind: type) -> str:
     """A message class's name as the graph has it."""
-    return f"sensor_msgs/msg/{kind.__name__}"
+    return f"{kind.__module__.partition('.')[0]}/msg/{kind.__name__}"
