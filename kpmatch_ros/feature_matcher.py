@@ -270,6 +270,7 @@ class FeatureMatcher:
         self.__dict__.update(state)
         if isinstance(self.matcher, LightGlue):  # what was compiled may not run where a copy is loaded
             self.matcher.round_up = self._rounds_up(self.matcher)
+            self.matcher.prune_above = _pruned_above(self.device, self.dtype, self.matcher.is_compiled)
 
     def _rounds_up(self, network: Any) -> bool:
         # There oneDNN compiles its products for each number of points, and keeps what it compiled.
