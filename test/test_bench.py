@@ -167,7 +167,7 @@ def test_the_authors_package_is_given_the_weights_under_its_names(
         def extract(self, image: torch.Tensor, resize: int | None = 1024) -> dict[str, torch.Tensor]:
             assert resize is None and image.shape == (1, 80, 96)
             self.network.max_keypoints = self.conf.max_num_keypoints
-            keypoints, scores, descriptors, _ = self.network(image[None])
+            keypoints, scores, descriptors, *_ = self.network(image[None])
             size = torch.tensor([[96, 80]])
             return {"keypoints": keypoints, "descriptors": descriptors, "image_size": size}
 

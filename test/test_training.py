@@ -708,7 +708,7 @@ def distilled(folder: Path, teacher: Path, out: Path, kind: str, *options: str) 
 def test_a_small_pair_learns_from_a_large_one_and_goes_on_where_it_was_stopped(
     folder: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distil, "RATES", {"points": 5e-3, "matching": 5e-3})
+    monkeypatch.setattr(distil, "RATES", {"points": 5e-3, "matching": 1e-3})
     whole = tmp_path / "whole"
     points = distilled(folder, teacher, whole, "points", "--steps", "24")
     for part in ("points", "descriptors", "contrast"):
