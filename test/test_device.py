@@ -116,4 +116,5 @@ def test_memory_stays_flat_over_many_frames(random_folder: Callable[..., Path], 
         current = matcher.extract(images[frame % 5])
         assert len(matcher.match(previous, current)) > 0
         previous = current
-    assert resident_memory() - before < 2e6
+    # 200 frames' features and matches are 10 MB at least; the heap of a process that ran other tests moves by 2.
+    assert resident_memory() - before < 5e6
