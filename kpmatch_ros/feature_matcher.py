@@ -257,12 +257,13 @@ class FeatureMatcher:
         each = [_item(found, i) for i in range(len(found[0]))]
         if isinstance(network, NearestNeighbour) or network.dtype == torch.float32:
             return each
-        for i, sound in enumerate(found.are_sound().tolist()):
-            if not sound:
-                self.repeated_in_float32 += 1
-                # A copy: recordings need its weights where they are, and another thread may be running it. It is not
-                # kept, or it would have to follow what is set on the network; overflows are rare.
-                in_float32 = copy.deepcopy(network).float()
+        unsound = [i for i, sound in enumerate(found.are_sound().tolist()) if not sound]
+        if unsound:
+            self.repeated_in_float32 += len(unsound)
+            # A copy: recordings need its weights where they are, and another thread may be running it. It is not kept,
+            # or it would have to follow what is set on the network; overflows are rare.
+            in_float32 = copy.deepcopy(network).float()
+            for i in unsound:
                 each[i] = in_float32(*(_item(given, i) for given in inputs))
         return each
 

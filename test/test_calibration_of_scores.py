@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import training_scripts  # noqa: F401
 
 from kpmatch_ros.models import LightGlue, SuperPoint
 
-TRAINING = Path(__file__).resolve().parents[1] / "training"
-if not TRAINING.is_dir():
-    pytest.skip("training/ is not installed with the package", allow_module_level=True)
-sys.path.insert(0, str(TRAINING))
-
-import calibrate  # noqa: E402
-import evaluation_pairs  # noqa: E402
-import export  # noqa: E402
-import shards  # noqa: E402
-from evaluation_matchers import Ours, Weights  # noqa: E402
-from evaluation_truth import ByHomography  # noqa: E402
+# isort: split
+import calibrate
+import evaluation_pairs
+import export
+import shards
+from evaluation_matchers import Ours, Weights
+from evaluation_truth import ByHomography
 
 Texture = Callable[[int, int, int], np.ndarray]
 SaveFolder = Callable[..., Path]

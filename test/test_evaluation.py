@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,23 +12,20 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from training_scripts import TRAINING
 
 import kpmatch_ros
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.models import SuperPoint
 
-TRAINING = Path(__file__).resolve().parents[1] / "training"
-if not TRAINING.is_dir():
-    pytest.skip("training/ is not installed with the package", allow_module_level=True)
-sys.path.insert(0, str(TRAINING))
-
-import evaluate  # noqa: E402
-import evaluation_pairs  # noqa: E402
-import shards  # noqa: E402
-from evaluation_figures import Result, calibration, describe, markdown  # noqa: E402
-from evaluation_matchers import Found, Ours, Refined, Sift, load_ours  # noqa: E402
-from evaluation_truth import ByDepth, ByDisparity, ByHomography, Motion, pose_errors, project  # noqa: E402
+# isort: split
+import evaluate
+import evaluation_pairs
+import shards
+from evaluation_figures import Result, calibration, describe, markdown
+from evaluation_matchers import Found, Ours, Refined, Sift, load_ours
+from evaluation_truth import ByDepth, ByDisparity, ByHomography, Motion, pose_errors, project
 
 Texture = Callable[[int, int, int], np.ndarray]
 SaveFolder = Callable[..., Path]

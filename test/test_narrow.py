@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import training_scripts  # noqa: F401
 from torch import nn
 
 from kpmatch_ros.models import LightGlue
 
-TRAINING = Path(__file__).resolve().parents[1] / "training"
-if not TRAINING.is_dir():
-    pytest.skip("training/ is not installed with the package", allow_module_level=True)
-sys.path.insert(0, str(TRAINING))
-
-import lightglue_loss  # noqa: E402
-from narrow import load_narrow, narrow, save_narrow  # noqa: E402
+# isort: split
+import lightglue_loss
+from narrow import load_narrow, narrow, save_narrow
 
 SIZE = (160, 120)
 

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import training_scripts  # noqa: F401
 
-TRAINING = Path(__file__).resolve().parents[1] / "training"
-if not TRAINING.is_dir():
-    pytest.skip("training/ is not installed with the package", allow_module_level=True)
-sys.path.insert(0, str(TRAINING))
-
-import pack  # noqa: E402
-import shards  # noqa: E402
+# isort: split
+import pack
+import shards
 
 Texture = Callable[[int, int, int], np.ndarray]
 

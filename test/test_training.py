@@ -20,26 +20,22 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from training_scripts import TRAINING
 
 from kpmatch_ros import FeatureMatcher
 from kpmatch_ros.models import ImageFeatures, LightGlue, SuperPoint
 
-ROOT = Path(__file__).resolve().parents[1]
-TRAINING = ROOT / "training"
-if not TRAINING.is_dir():
-    pytest.skip("training/ is not installed with the package", allow_module_level=True)
-sys.path.insert(0, str(TRAINING))
-
-import degradation  # noqa: E402
-import distil  # noqa: E402
-import export  # noqa: E402
-import lightglue_loss  # noqa: E402
-import loop  # noqa: E402
-import shards  # noqa: E402
-import superpoint_loss  # noqa: E402
-import train  # noqa: E402
-import views  # noqa: E402
-from views import HIDDEN, UNKNOWN, VISIBLE  # noqa: E402
+# isort: split
+import degradation
+import distil
+import export
+import lightglue_loss
+import loop
+import shards
+import superpoint_loss
+import train
+import views
+from views import HIDDEN, UNKNOWN, VISIBLE
 
 Texture = Callable[[int, int, int], np.ndarray]
 SaveFolder = Callable[..., Path]

@@ -35,7 +35,18 @@ from kpmatch_ros.inputs import named_files
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.weights import WeightsError, file_hash
 
-__all__ = ["Job", "Row", "Settings", "claimed", "find_bags", "finished_row", "jobs_for", "replay_one", "write_tables"]
+__all__ = [
+    "WRITTEN",
+    "Job",
+    "Row",
+    "Settings",
+    "claimed",
+    "find_bags",
+    "finished_row",
+    "jobs_for",
+    "replay_one",
+    "write_tables",
+]
 
 Row = dict[str, Any]
 """The figures of a bag: bag, state, frames, rate, matches, inliers, poses, rejected, seconds, where, message.
@@ -48,6 +59,8 @@ _ROW = "kpmatch_archive.json"  # in a finished bag's folder
 _SETTINGS = "archive.json"
 _FIGURES = ("frames", "rate", "matches", "inliers", "poses", "rejected")
 _TABLES = ("archive.csv", "archive.parquet")
+WRITTEN = (*_TABLES, _SETTINGS)
+"""Names of the files that a run replaces in the folder that it writes to."""
 _SAMPLE = 4096  # bytes of a file's beginning, and of its end
 _OF_THE_MACHINE = ("device", "threads")  # parameters that another machine may have otherwise
 

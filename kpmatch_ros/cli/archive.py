@@ -63,7 +63,7 @@ def _share(text: str) -> float:
 
 
 def _archive(options: argparse.Namespace) -> int:
-    from kpmatch_ros.bags.archive import Settings, claimed, find_bags, finished_row, jobs_for, write_tables
+    from kpmatch_ros.bags.archive import WRITTEN, Settings, claimed, find_bags, finished_row, jobs_for, write_tables
     from kpmatch_ros.bags.files import BagError
 
     source, out = options.source.resolve(), options.target.resolve()
@@ -77,7 +77,7 @@ def _archive(options: argparse.Namespace) -> int:
     if options.cpus_per_bag == 0 and not options.gpus_per_bag:
         raise CommandError("--cpus-per-bag 0: Ray would begin all bags at once; give more, or --gpus-per-bag too")
     parameters = replay_parameters(options)
-    for name in ("archive.csv", "archive.parquet", "archive.json"):
+    for name in WRITTEN:
         check_outputs({"": out / name}, [options.params], parameters)
     topics = chosen_topics(options, parameters)
     settings = Settings(parameters, topics, options.features, options.match_image).with_whole_paths()

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from scipy.linalg import eigh
 
-from kpmatch_ros.geometry.patches import align, cut, gradients, no_change, signed
+from kpmatch_ros.geometry.patches import about_grey, align, cut, gradients, no_change, signed
 
 __all__ = ["blurred_alike", "focus_kernel", "line_kernel"]
 
@@ -83,7 +83,7 @@ def blurred_alike(
             kernels[side] = pair.find(kernels, side, math.atan2(direction[1], direction[0]))
     if kernels[0] is None and kernels[1] is None:
         return None
-    return _filtered(_about_grey(image0), kernels[0]), _filtered(_about_grey(image1), kernels[1])
+    return _filtered(about_grey(image0), kernels[0]), _filtered(about_grey(image1), kernels[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,10 +154,6 @@ def _kernel(blur: _Blur) -> np.ndarray:
     return focus_kernel(size) if angle is None else line_kernel(size, angle)
 
 
-def _about_grey(image: np.ndarray) -> np.ndarray:
-    return np.subtract(image, 128, dtype=np.float32)
-
-
 def _filtered(image: np.ndarray, kernel: np.ndarray | None) -> np.ndarray:
     """An image, float32 with 0 for grey, blurred by a kernel, as patches are cut from it and found in it."""
     return signed(image if kernel is None else np.asarray(cv2.filter2D(image, -1, kernel)))
@@ -175,7 +171,7 @@ def _surroundings(image: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np
     pixels = image[(middle[:, 1:] + offsets)[:, :, None], (middle[:, :1] + offsets)[:, None, :]]
     below = _SIDE * np.arange(len(points))
     moved = points - middle + _REACH + np.c_[np.zeros_like(below), below]
-    return _about_grey(pixels.reshape(-1, _SIDE)), moved.astype(np.float32)
+    return about_grey(pixels.reshape(-1, _SIDE)), moved.astype(np.float32)
 
 
 def _energies(gradients: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

@@ -13,6 +13,7 @@ from kpmatch_ros.geometry.parallel_arrays import ParallelArrays
 __all__ = [
     "LONGEST_STEP",
     "Alignment",
+    "about_grey",
     "align",
     "cut",
     "gradients",
@@ -105,15 +106,20 @@ def unaligned(points: np.ndarray, likeness: np.ndarray, good: bool = True) -> Al
     return Alignment(points, no_change(len(points)), none, np.maximum(likeness, 0), np.full(len(points), good))
 
 
+def about_grey(image: np.ndarray) -> np.ndarray:
+    """An image, uint8 (H, W), as float32 that is 0 where it is grey."""
+    return np.subtract(image, 128, dtype=np.float32)
+
+
 def signed(image: np.ndarray) -> np.ndarray:
     """An image (H, W) as :func:`cut` and :func:`align` take it: float32 (2 H, 2 W), 0 where it is grey, as all around.
 
     Its pixel (2 x, 2 y) is where the pixel (x, y) of the image is. Points and patches are in pixels of the image.
 
     Args:
-        image: uint8, or float32 that has 0 for grey already.
+        image: uint8, or float32 from :func:`about_grey`.
     """
-    pixels = np.asarray(np.subtract(image, 128, dtype=np.float32) if image.dtype == np.uint8 else image)
+    pixels = about_grey(image) if image.dtype == np.uint8 else image
     if not pixels.size:
         return np.zeros((_FINE * pixels.shape[0], _FINE * pixels.shape[1]), np.float32)
     return np.asarray(cv2.pyrUp(pixels))
