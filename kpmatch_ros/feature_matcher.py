@@ -220,9 +220,12 @@ class FeatureMatcher:
 
         Args:
             width: of the images, pixels.
-            height: the same.
+            height: the same; of an image that the parameter `resize` makes too large for the networks, as much as they
+                take.
         """
         random = np.random.default_rng(0)
+        if self.parameters.resize and width >= height:
+            height = min(height, max(LARGEST_IMAGE * width // self.parameters.resize**2, 1))
         shape = (height, width, 3) if self.extractor.CHANNELS == 3 else (height, width)
         images = [random.integers(0, 256, shape, dtype=np.uint8)] * (2 if self.parameters.mode == "stereo" else 1)
         masked = self.parameters.mask or self.parameters.mask_right

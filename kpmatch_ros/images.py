@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from kpmatch_ros.image_headers import JPEG, PNG, image_size, jpeg_end, jpeg_scans, png_picture
 
-MAX_SIDE = 32766  # pixels: of longer images OpenCV's remap, which cuts patches, takes none, nor does src/geometry.c
+MAX_SIDE = 32766  # pixels: src/geometry.c takes no longer images, and OpenCV hardly any
 LARGEST_FILE = 8192 * 8192  # pixels of an image: `resize` keeps no more, and in colour they take 0.2 GB
 _MOST_SCANS = 100  # of a progressive JPEG: encoders make some ten, and each costs a pass over the whole image
 

@@ -54,7 +54,7 @@ enum {
 /* Parts of the equations of an affine change: see _equations in patches.py. */
 enum { INVERSE = 0, COLUMN = 36, ALONG = 42, OWN_BLUR = 48, BLUR_POWER = 49, SUMS = 50, OWN = 56, CONTRAST = 62 };
 
-/* Sides are shorter than 2^15 pixels: see _LONGEST_SIDE in compiled.py. */
+/* Sides are shorter than 2^16 pixels, and there are fewer than 2^31 of these: see _image in compiled.py. */
 typedef struct {
     const float *pixels;
     ptrdiff_t height, width;

@@ -189,7 +189,7 @@ IMAGE, POINTS = np.zeros((9, 9), np.uint8), np.zeros((1, 2), np.float32)
         lambda: compiled.place(Window.start(), np.zeros((3, 4)), np.zeros((2, 5, 4))),
         lambda: compiled.place(Window.start(), np.zeros((3, 5)), np.zeros((1, 5, 4))),
         lambda: compiled.triangulate(Window.start(), np.zeros((1, 5, 4)), 1, 0.0, 0.0),
-        lambda: compiled.cut(np.zeros((20, 2**15)), np.zeros((2, 85)), POINTS),
+        lambda: compiled.cut(np.zeros((20, 2**16)), np.zeros((2, 85)), POINTS),
     ],
 )
 def test_arrays_that_do_not_belong_together_are_refused(call: Callable[[], Any]) -> None:

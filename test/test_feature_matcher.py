@@ -446,6 +446,13 @@ def test_warming_up_changes_nothing(matcher: FeatureMatcher) -> None:
     assert same(fresh.extract(image), matcher.extract(image))
 
 
+def test_warming_up_takes_the_largest_size_that_images_may_be_brought_to() -> None:
+    matcher = FeatureMatcher(device="cpu", profile="fast", max_keypoints=64, resize=3840)
+    matcher.warm_up()  # 640x480 would be 3840x2880 pixels, which are too many
+    with pytest.raises(ImageError, match="3840 x 2880 pixels is too large"):
+        matcher.extract(np.zeros((480, 640), np.uint8))
+
+
 def test_unknown_options_and_wrong_values_are_refused() -> None:
     with pytest.raises(ParameterError, match="no parameter 'max_keypoint'"):
         FeatureMatcher(max_keypoint=3)

@@ -124,10 +124,15 @@ def cut(image: np.ndarray, places: np.ndarray, points: np.ndarray) -> np.ndarray
 
 
 def _image(image: np.ndarray) -> np.ndarray:
-    """An image (H, W) whose places C rounds by far less than the pixel that it keeps free at the border."""
+    """An image (2 H, 2 W), from patches.signed.
+
+    C rounds its places by far less than the pixel that it keeps free at the border, and numbers its pixels in 32 bits.
+    """
     height, width = image.shape
-    if max(height, width) > MAX_SIDE:
-        raise ValueError(f"an image of {width}x{height} pixels has a side of more than {MAX_SIDE}")
+    if max(height, width) > 2 * MAX_SIDE or height * width >= 2**31:
+        raise ValueError(
+            f"an image of {width // 2}x{height // 2} pixels has a side of more than {MAX_SIDE}, or too many pixels"
+        )
     return _given(image, np.float32, height, width)
 
 
