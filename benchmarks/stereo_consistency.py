@@ -43,7 +43,7 @@ def pairs(front_end: FrontEnd, seed: int, poses: list[Pose], baseline: float) ->
     front_end.reset()
     for number, views in enumerate(zip(*films)):
         left, right = (cv2.cvtColor(view.image, cv2.COLOR_RGB2GRAY) for view in views)
-        _, pair = front_end.register_stereo_frame(left, right, (number + 1) * 10**8, camera)
+        pair = front_end.register([left, right], [(number + 1) * 10**8] * 2, camera).pair
         if pair is not None:
             yield pair, relative_motion(poses[number - 1], poses[number])
 

@@ -133,36 +133,10 @@ class FrontEnd:
             stereo = self._rejoin(stereo, pair, both_cameras)
         return Result(current, pair, stereo)
 
-    def register_frame(
-        self, image: np.ndarray, stamp: int, camera: Camera | None = None, frame_id: str = ""
-    ) -> tuple[Frame, Pair | None]:
+    def register_frame(self, image: np.ndarray, stamp: int, camera: Camera | None = None) -> tuple[Frame, Pair | None]:
         """Register an image of one camera: short for :meth:`register`, of which it gives frame and pair."""
-        result = self.register([image], [stamp], camera, [frame_id])
+        result = self.register([image], [stamp], camera)
         return result.frame, result.pair
-
-    def register_stereo_frame(
-        self,
-        left: np.ndarray,
-        right: np.ndarray,
-        stamp: int,
-        camera: StereoCamera | None = None,
-        frame_ids: tuple[str, str] = ("", ""),
-        right_stamp: int | None = None,
-    ) -> tuple[StereoPair, Pair | None]:
-        """Register a stereo pair of images: short for :meth:`register`, of which it gives stereo and pair.
-
-        Args:
-            left: the left image.
-            right: the right image.
-            stamp: time of the left image, nanoseconds.
-            camera: calibration of the pair.
-            frame_ids: names of the left and the right camera's optical frames.
-            right_stamp: time of the right image where it is another.
-        """
-        stamps = (stamp, stamp if right_stamp is None else right_stamp)
-        result = self.register((left, right), stamps, camera, frame_ids)
-        assert result.stereo is not None
-        return result.stereo, result.pair
 
     def _link(self, current: Frame) -> _Linked | None:
         """Find the reference's points in the current frame; None without a reference."""

@@ -292,7 +292,7 @@ def test_a_stereo_pair(make: Make, way: tuple[str, str], film: list[Image]) -> N
     assert [len(each) for each in found] == [len(each) for each in expected]
     front = FrontEnd(matcher.parameters, matcher)
     for stamp in (0, 100_000_000):
-        front.register_stereo_frame(left, right, stamp)
+        front.register([left, right], [stamp, stamp])
     matches, reference = matcher.match(*found).numpy(), plain.match(*expected).numpy()
     assert len(matches) > 20
     assert share_in_common(matches, reference) > (0.99 if way[1] == "float32" else 0.8)

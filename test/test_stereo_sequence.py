@@ -37,7 +37,9 @@ def register(bag: Path, **parameters: Any) -> Registered:
     results = []
     for images in zip(found["/left/image_rect"], found["/right/image_rect"]):
         stamps = [image.header.stamp.sec * 10**9 + image.header.stamp.nanosec for image in images]
-        results.append(front_end.register_stereo_frame(*map(to_array, images), stamps[0], camera))
+        result = front_end.register([to_array(image) for image in images], [stamps[0]] * 2, camera)
+        assert result.stereo is not None
+        results.append((result.stereo, result.pair))
     return results
 
 
@@ -120,9 +122,9 @@ def test_swapped_images_are_noticed(walk: Path) -> None:
     )
     left, right = (to_array(messages[f"/{side}/image_rect"]) for side in ("left", "right"))
     for stamp in (1, 2):
-        stereo, pair = front_end.register_stereo_frame(right, left, stamp, camera)
-        assert stereo.agreement.status is PoseStatus.FAILED
-    assert pair is not None and pair.pose.status is PoseStatus.NO_CALIBRATION
+        result = front_end.register([right, left], [stamp, stamp], camera)
+        assert result.stereo is not None and result.stereo.agreement.status is PoseStatus.FAILED
+    assert result.pair is not None and result.pair.pose.status is PoseStatus.NO_CALIBRATION
 
 
 def test_a_standing_drone_stands_and_its_stereo_matches_lie_on_opencvs_epipolar_lines(
