@@ -12,7 +12,7 @@ from kpmatch_ros.colour import in_memory_order, to_grey
 from kpmatch_ros.frames import Pair
 from kpmatch_ros.geometry.pose import PoseStatus
 
-__all__ = ["caption", "draw_matches"]
+__all__ = ["caption", "draw_matches", "draw_pair"]
 
 Image = NDArray[np.uint8]
 
@@ -76,6 +76,13 @@ def draw_matches(
     if text:
         _draw_text(canvas, text)
     return canvas
+
+
+def draw_pair(pair: Pair, text: str = "") -> Image:
+    """As :func:`draw_matches`, of a frame and its reference, which is on the left."""
+    return draw_matches(
+        pair.reference.image, pair.current.image, pair.reference_points, pair.points, pair.scores, pair.inliers, text
+    )
 
 
 def _side_by_side(image0: Image, image1: Image) -> tuple[Image, int]:

@@ -15,7 +15,7 @@ import numpy as np
 from kpmatch_ros import match_request, messages
 from kpmatch_ros.calibration import Calibration
 from kpmatch_ros.contrast import Stretch, appearance
-from kpmatch_ros.drawing import caption, draw_matches
+from kpmatch_ros.drawing import caption, draw_pair
 from kpmatch_ros.feature_matcher import LARGEST_IMAGE
 from kpmatch_ros.frames import ImagePair, Pair, Result, StereoPair
 from kpmatch_ros.front_end import FrontEnd
@@ -430,15 +430,7 @@ class Pipeline:
         if self._odometry is not None:
             self._publish_odometry(self._odometry, pair)
         if self._wanted("match_image"):
-            picture = draw_matches(
-                pair.reference.image,
-                pair.current.image,
-                pair.reference_points,
-                pair.points,
-                pair.scores,
-                pair.inliers,
-                caption(pair),
-            )
+            picture = draw_pair(pair, caption(pair))
             header = messages.header_of(pair.current, self._new)
             self._publish("match_image", messages.image_message(picture, header, self._new))
 

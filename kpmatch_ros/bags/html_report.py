@@ -15,7 +15,7 @@ import numpy as np
 from kpmatch_ros.bags.files import BagError
 from kpmatch_ros.bags.frame_figures import STATUS_COLOURS, EvenlyChosen, FrameFigures, Jpeg
 from kpmatch_ros.bags.trajectory import Trajectory
-from kpmatch_ros.drawing import caption, draw_matches
+from kpmatch_ros.drawing import caption, draw_pair
 from kpmatch_ros.frames import Pair, Result
 
 __all__ = ["HtmlReport"]
@@ -190,10 +190,7 @@ class HtmlReport:
 
 def _picture(pair: Pair) -> Jpeg:
     """The matches."""
-    drawn = draw_matches(
-        pair.reference.image, pair.current.image, pair.reference_points, pair.points, pair.scores, pair.inliers
-    )
-    return Jpeg.of(drawn, _PICTURE_BYTES, _WIDTHS)
+    return Jpeg.of(draw_pair(pair), _PICTURE_BYTES, _WIDTHS)
 
 
 def _script(value: Any) -> str:

@@ -252,15 +252,6 @@ def _check_picture_file(path: Path) -> None:
 
 
 def _save_picture(path: Path, pair: Pair) -> None:
-    from kpmatch_ros.drawing import draw_matches
+    from kpmatch_ros.drawing import draw_pair
 
-    picture = draw_matches(
-        pair.reference.image,
-        pair.current.image,
-        pair.reference_points,
-        pair.points,
-        pair.scores,
-        pair.pose.inliers,
-        f"matches {_figures_of(pair)}",
-    )
-    write_picture(path, picture)
+    write_picture(path, draw_pair(pair, f"matches {_figures_of(pair)}"))
