@@ -126,6 +126,14 @@ class Assignment(NamedTuple):
             layers1=self.layers1[:, :count1],
         )
 
+    def after(self, layers: int) -> Assignment:
+        """The same of keypoints that all took part in so many layers."""
+        return self._replace(
+            layers=torch.full_like(self.layers, layers),
+            layers0=torch.full_like(self.layers0, layers),
+            layers1=torch.full_like(self.layers1, layers),
+        )
+
     def keep(self, keep0: Tensor) -> Assignment:
         """The same without the matches of the keypoints of image 0 for which ``keep0`` (B, N0) is false."""
         matches0 = self.matches0.masked_fill(~keep0, -1)

@@ -221,7 +221,7 @@ class LightGlue(PretrainedNetwork):
 
     def assign(self, points0: Points, points1: Points, layers: int) -> Assignment:
         """The matches after so many layers of points that none were dropped of."""
-        return _after(layers, self._assign(points0, points1, layers))
+        return self._assign(points0, points1, layers).after(layers)
 
     def are_sure(self, points0: Points, points1: Points, layer: int) -> Tensor:
         """Whether enough points of a pair are sure after a layer, counted from 0 and not the last: () bool."""
@@ -346,17 +346,11 @@ def normalise_keypoints(keypoints: Tensor, size: Tensor) -> Tensor:
     return (keypoints - size / 2) / (size.amax(dim=-1, keepdim=True) / 2)
 
 
-def _after(layers: int, assignment: Assignment) -> Assignment:
-    """The assignment of points that all took part in so many layers."""
-    names = ("layers", "layers0", "layers1")
-    return assignment._replace(**{name: torch.full_like(getattr(assignment, name), layers) for name in names})
-
-
 def _unpruned(
     assignment: Assignment, points0: Points, points1: Points, count0: int, count1: int, layers: int
 ) -> Assignment:
     """The assignment of the points that are left, as one of all the points given."""
-    assignment = _after(layers, assignment)
+    assignment = assignment.after(layers)
     if len(points0.index) == count0 and len(points1.index) == count1:
         return assignment
     spread = _spread(assignment, points0.index, points1.index, count0, count1)

@@ -91,10 +91,9 @@ class OnnxBackend:
                 assert image.scores is not None
                 inputs.append(image.scores)
         matches0, matches1, scores0, scores1 = self._match(*inputs)
-        return Assignment(
-            matches0.masked_fill(scores0 <= threshold, -1),
-            matches1.masked_fill(scores1 <= threshold, -1),
-            scores0,
-            scores1,
-            *(torch.full_like(counts, layers) for counts in (found.layers, found.layers0, found.layers1)),
-        )
+        return found._replace(
+            matches0=matches0.masked_fill(scores0 <= threshold, -1),
+            matches1=matches1.masked_fill(scores1 <= threshold, -1),
+            scores0=scores0,
+            scores1=scores1,
+        ).after(layers)

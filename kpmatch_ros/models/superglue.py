@@ -212,15 +212,9 @@ class SuperGlue(PretrainedNetwork):
 
     def assign(self, x0: Tensor, x1: Tensor, mask0: Tensor | None, mask1: Tensor | None) -> Assignment:
         """The matches of points with the states that :meth:`states` gave."""
-        layers = len(self.gnn.layers)
         similarity = x0 @ x1.transpose(-1, -2) / math.sqrt(x0.shape[-1])
         plan = transport(similarity, self.bin_score, self.sinkhorn_iterations, mask0, mask1, self.steps_between)
-        assignment = mutual_matches(plan, torch.exp, self.filter_threshold)
-        return assignment._replace(
-            layers=torch.full_like(assignment.layers, layers),
-            layers0=torch.full_like(assignment.layers0, layers),
-            layers1=torch.full_like(assignment.layers1, layers),
-        )
+        return mutual_matches(plan, torch.exp, self.filter_threshold).after(len(self.gnn.layers))
 
     def _encode(self, image: ImageFeatures, scores: Tensor) -> Tensor:
         positions = normalise_keypoints(image.keypoints.float(), image.size)
