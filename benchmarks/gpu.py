@@ -40,9 +40,10 @@ import torch
 from numpy.typing import NDArray
 
 import kpmatch_ros
+from benchmarks.imitation import Imitation
 from benchmarks.peers import PEERS
 from kpmatch_ros import FeatureMatcher, FrontEnd, Parameters
-from kpmatch_ros.cuda_graphs import CudaGraphs, Imitation
+from kpmatch_ros.cuda_graphs import CudaGraphs
 from kpmatch_ros.process import configure_process
 from kpmatch_ros.processor import processor_name
 from simulation import Scene, camera_path, demo_camera

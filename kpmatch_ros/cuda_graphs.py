@@ -26,7 +26,7 @@ from kpmatch_ros.models.base import Extractor
 from kpmatch_ros.models.detections import Detections
 from kpmatch_ros.models.lightglue import OnItsWay, Points
 
-__all__ = ["SIZES", "CudaGraphs", "Imitation", "Recording", "batch_is_small", "rounded_up"]
+__all__ = ["SIZES", "CudaGraphs", "Recording", "batch_is_small", "rounded_up"]
 
 SIZES = (256, 512, 768, 1024, 1536, 2048, 3072, 4096)  # numbers of keypoints that recordings are made for
 
@@ -73,24 +73,6 @@ class Recording:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Recording, (self.device,)  # a copy has a stream and a pool of its own
-
-
-class Imitation:
-    """Stands in for :class:`Recording` on any device: it repeats the work by calling the function again.
-
-    Results land where the first ones were, as on a GPU. Their number may change, since on a processor SuperPoint gives
-    as many keypoints as there are.
-    """
-
-    def record(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-        """As :meth:`Recorder.record`."""
-        outputs = tuple(output.clone() for output in work())
-
-        def replay() -> None:
-            for place, result in zip(outputs, work()):
-                place.resize_(result.shape).copy_(result)
-
-        return replay, outputs
 
 
 class CudaGraphs:

@@ -1,6 +1,6 @@
 """Recordings of the networks' work: what warming up makes, and what a failure leaves. test_gpu.py has their results.
 
-On the processor they are imitated (kpmatch_ros.cuda_graphs.Imitation).
+On the processor they are imitated (benchmarks.imitation.Imitation).
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.imitation import Imitation
 from kpmatch_ros import FeatureMatcher, Features
-from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, Imitation, Recording
+from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, Recording
 
 Make = Callable[..., FeatureMatcher]
 

@@ -1,6 +1,6 @@
 """The package on a GPU: what it finds there, how much memory it takes, and what it does when there is too little.
 
-Each test also runs on the processor, where recordings are imitated (kpmatch_ros.cuda_graphs.Imitation). So a machine
+Each test also runs on the processor, where recordings are imitated (benchmarks.imitation.Imitation). So a machine
 without a GPU runs all of this code but the recording itself. `make gpu` runs this file and the benchmark.
 """
 
@@ -23,8 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from benchmarks.imitation import Imitation
 from kpmatch_ros import FeatureMatcher, Features, Matches, Parameters
-from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, Imitation, rounded_up
+from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, rounded_up
 from kpmatch_ros.device import is_out_of_memory, release_memory
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.models import ALIKED, DISK, SuperPoint, XFeat

@@ -17,8 +17,9 @@ import torch
 from random_features import random_features
 from torch import Tensor, nn
 
+from benchmarks.imitation import Imitation
 from kpmatch_ros import FeatureMatcher, Parameters
-from kpmatch_ros.cuda_graphs import CudaGraphs, Imitation
+from kpmatch_ros.cuda_graphs import CudaGraphs
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint, XFeat, trace
 from kpmatch_ros.models.assignment import ImageFeatures
 from kpmatch_ros.models.lightglue import Points

@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.imitation import Imitation
 from benchmarks.overconfidence import judge, masked_body
 from kpmatch_ros import FeatureMatcher, ParameterError, Parameters
-from kpmatch_ros.cuda_graphs import CudaGraphs, Imitation
+from kpmatch_ros.cuda_graphs import CudaGraphs
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose, relative_motion
 from kpmatch_ros.mask_sync import MaskSynchroniser

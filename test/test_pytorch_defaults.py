@@ -11,8 +11,9 @@ import pytest
 import torch
 from random_features import random_features
 
+from benchmarks.imitation import Imitation
 from kpmatch_ros import FeatureMatcher, Matches
-from kpmatch_ros.cuda_graphs import CudaGraphs, Imitation
+from kpmatch_ros.cuda_graphs import CudaGraphs
 
 SETS: list[dict[str, Any]] = [
     {"extractor": "superpoint-open", "depth_confidence": -1.0},
