@@ -26,7 +26,7 @@ from kpmatch_ros.models.base import Extractor
 from kpmatch_ros.models.detections import Detections
 from kpmatch_ros.models.lightglue import OnItsWay, Points
 
-__all__ = ["SIZES", "CudaGraphs", "Recording", "batch_is_small", "rounded_up"]
+__all__ = ["SIZES", "CudaGraphs", "Recording", "batch_is_small", "places_for"]
 
 SIZES = (256, 512, 768, 1024, 1536, 2048, 3072, 4096)  # numbers of keypoints that recordings are made for
 
@@ -165,7 +165,7 @@ class CudaGraphs:
         if isinstance(network, (LightGlue, SuperGlue)):
             image0, image1 = inputs
             counts = image0.num_keypoints, image1.num_keypoints
-            size = rounded_up(max(counts))
+            size = places_for(max(counts))
             # Masks of a single pair are not expected, and the pairs of a batch come one by one.
             has_mask = image0.mask is not None or image1.mask is not None
             if len(image0.keypoints) > 1 or has_mask or min(counts) == 0 or size is None:
@@ -202,7 +202,7 @@ class _CannotRecord(Exception):
     """A recording failed."""
 
 
-def rounded_up(count: int) -> int | None:
+def places_for(count: int) -> int | None:
     """The smallest of :data:`SIZES` that holds so many keypoints; None where none does."""
     return next((size for size in SIZES if size >= count), None)
 

@@ -31,7 +31,7 @@ from kpmatch_ros.models.onnx_backend import OnnxBackend
 from kpmatch_ros.models.onnx_providers import Wish
 from kpmatch_ros.models.transformed import can_transform, transform_convolutions
 from kpmatch_ros.parameters import ParameterError, Parameters
-from kpmatch_ros.processor import has_tiles
+from kpmatch_ros.processor import has_amx
 
 __all__ = ["FeatureMatcher", "Features", "Matches"]
 
@@ -379,7 +379,7 @@ class FeatureMatcher:
             if self.device.type != "cpu":
                 matcher.run_ahead = True
                 matcher.match_as_one_batch()
-            if has_tiles():
+            if has_amx():
                 matcher.leave_attention_to_pytorch()
             if self.device.type == "cpu":
                 matcher.use_compiled(self.dtype)
@@ -401,7 +401,7 @@ class FeatureMatcher:
 
 def _transform_pays() -> bool:
     """Whether NNPACK's convolutions take least: compiled ones take less, with AMX oneDNN's (docs/performance.md)."""
-    return can_transform() and not (transforms() or has_tiles())
+    return can_transform() and not (transforms() or has_amx())
 
 
 def _pruned_above(device: torch.device, dtype: torch.dtype, compiled: bool) -> int:
@@ -412,7 +412,7 @@ def _pruned_above(device: torch.device, dtype: torch.dtype, compiled: bool) -> i
     """
     if compiled and dtype == torch.bfloat16:
         return 128
-    if device.type != "cpu" or (dtype == torch.bfloat16 and has_tiles()):
+    if device.type != "cpu" or (dtype == torch.bfloat16 and has_amx()):
         return 1536
     return 256 if dtype == torch.bfloat16 else 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["BFLOAT16", "has_tiles", "hidden_features", "processor_features", "processor_name"]
+__all__ = ["BFLOAT16", "has_amx", "hidden_features", "processor_features", "processor_name"]
 
 BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """With any of these instruction sets a processor computes in bfloat16."""
@@ -31,7 +31,7 @@ def hidden_features() -> frozenset[str]:
     return frozenset(name for name in _all_features() if name.startswith(beyond))
 
 
-def has_tiles() -> bool:
+def has_amx() -> bool:
     """Whether matrices may be multiplied in bfloat16 by tiles (AMX), several times as fast as by vectors."""
     return "amx_bf16" in processor_features()
 

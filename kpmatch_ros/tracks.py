@@ -232,7 +232,7 @@ class Tracks:
             track_ids=following.ids.copy(),
             refined=np.concatenate([links.refined[stay], found.good])[order],
         )
-        return settled, pose.of(np.concatenate([pose.inliers[stay], found.good])[order])
+        return settled, pose.for_matches(np.concatenate([pose.inliers[stay], found.good])[order])
 
     def _search(
         self,

@@ -40,7 +40,7 @@ def test_what_pytorch_is_told_to_do_without_is_not_used(
 ) -> None:
     monkeypatch.setattr(processor, "_all_features", lambda: frozenset({"sse2", "avx2", "avx512_bf16", "amx_bf16"}))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert processor.has_tiles() == usable
+    assert processor.has_amx() == usable
     assert choose_precision("auto", torch.device("cpu")) == (torch.bfloat16 if usable else torch.float32)
     assert "sse2" in processor.processor_features()
 
@@ -83,7 +83,7 @@ def test_a_limit_on_the_processor_s_instructions_leaves_it_working(tmp_path: Pat
 def test_attention_is_left_to_pytorch_where_the_processor_multiplies_in_tiles(
     tiles: bool, random_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kpmatch_ros.feature_matcher.has_tiles", lambda: tiles)
+    monkeypatch.setattr("kpmatch_ros.feature_matcher.has_amx", lambda: tiles)
     folder = str(random_folder())
     matcher = FeatureMatcher(PARAMETERS, extractor=folder, matcher=folder).matcher
     ways = {module.by_hand for module in matcher.modules() if isinstance(module, Attention)}  # type: ignore[union-attr]

@@ -22,7 +22,7 @@ from kpmatch_ros import FeatureMatcher
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue, XFeat
 from kpmatch_ros.models.assignment import ImageFeatures
 from kpmatch_ros.models.base import rounded_up
-from kpmatch_ros.processor import has_tiles, processor_features
+from kpmatch_ros.processor import has_amx, processor_features
 
 
 @given(st.integers(1, 16384))
@@ -202,6 +202,6 @@ def test_memory_in_bfloat16_stays_within_a_tenth_of_what_all_layers_take() -> No
 
     _, all_layers, _ = measure("all layers", "2")
     _, adaptive, dropped = measure("adaptive", "30")
-    if not has_tiles():  # where points are dropped
+    if not has_amx():  # where points are dropped
         assert dropped > 100
     assert adaptive < 1.1 * all_layers

@@ -434,7 +434,7 @@ def test_where_a_lost_track_is_found_none_stays_that_contradicts_the_motion(pict
     links = tracks.follow(second, third, np.array([[0, 1], [1, 0]]), np.full(2, 0.9, np.float32))
     agree = np.linalg.norm(links.points - links.reference_points + (2, 0), axis=1) < 1
     assert np.count_nonzero(~agree) == 2
-    links, pose = tracks.settle(third, (CAMERA, CAMERA), links, sideways(len(links.points)).of(agree))
+    links, pose = tracks.settle(third, (CAMERA, CAMERA), links, sideways(len(links.points)).for_matches(agree))
     here = np.linalg.norm(links.points - third.keypoints[0], axis=1) < 1
     assert np.allclose(links.reference_points[here], second.keypoints[:1], atol=0.1) and links.indices[here, 1] == [0]
     assert pose.inliers is not None and pose.inliers[here].all()
@@ -460,7 +460,7 @@ def test_what_agrees_with_a_translation_that_is_not_believed_goes_on(
         ids.append(links.track_ids)
         moving = np.linalg.norm(links.points - links.reference_points, axis=1) > 1
         doubted = moving & np.isin(links.track_ids, ids[0][:2])
-        pose = replace(sideways(len(moving), PoseStatus.NO_TRANSLATION).of(~moving), translation=np.zeros(3))
+        pose = replace(sideways(len(moving), PoseStatus.NO_TRANSLATION).for_matches(~moving), translation=np.zeros(3))
         links, pose = tracks.settle(current, (CAMERA, CAMERA), links, replace(pose, doubted=doubted))
         tracks.advance(current, pose.inliers)
     assert len(ids[0]) == len(points)

@@ -80,7 +80,7 @@ def test_an_image_is_described_as_by_plain_convolutions(
 ) -> None:
     image = texture(131, 163, 3)
     monkeypatch.setattr(compiled, "_library", None)
-    monkeypatch.setattr(feature_matcher, "has_tiles", lambda: False)
+    monkeypatch.setattr(feature_matcher, "has_amx", lambda: False)
     found = FeatureMatcher(extractor=extractor, device="cpu", precision="float32", matcher="nearest")
     assert any(isinstance(layer, TransformedConv2d) for layer in found.extractor.modules())
     ours = found.extract(image).numpy()

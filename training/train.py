@@ -28,7 +28,7 @@ from views import Source, ViewPairs, load
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.models.detections import clear_border, suppress_non_maxima
 from kpmatch_ros.models.superpoint import sample_descriptors
-from kpmatch_ros.processor import has_tiles
+from kpmatch_ros.processor import has_amx
 
 SUPERPOINTS: dict[str, dict[str, Any]] = {
     "full": {"descriptor_decoder_dim": 128, "keypoint_threshold": 0.0005, "max_keypoints": 1024},
@@ -89,7 +89,7 @@ def build(kind: str, name: str, start: str | None, device: torch.device, or_rand
             layer.cross_attention.k_proj = layer.cross_attention.q_proj
         if device.type != "cpu":
             model.match_as_one_batch()
-        if has_tiles():
+        if has_amx():
             model.leave_attention_to_pytorch()
     model = model.to(device)
     return (model.to(memory_format=torch.channels_last) if kind == "points" else model), fits

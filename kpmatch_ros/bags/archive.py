@@ -31,8 +31,8 @@ from kpmatch_ros.bags.files import BagError, OutputError
 from kpmatch_ros.bags.recording import encodable, has_stored_name, stored_files
 from kpmatch_ros.bags.replay import replay
 from kpmatch_ros.geometry.pose import PoseStatus
-from kpmatch_ros.inputs import named_files
 from kpmatch_ros.parameters import ParameterError, Parameters
+from kpmatch_ros.source_files import named_files
 from kpmatch_ros.weights import WeightsError, file_hash
 
 __all__ = [

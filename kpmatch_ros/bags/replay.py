@@ -32,9 +32,9 @@ from kpmatch_ros.bags.report import Report
 from kpmatch_ros.bags.rerun_recording import RerunRecording
 from kpmatch_ros.bags.trajectory import Trajectory
 from kpmatch_ros.front_end import FrontEnd
-from kpmatch_ros.inputs import overwritten
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.pipeline import PATIENCE, Pipeline, check_odometry
+from kpmatch_ros.source_files import overwritten
 
 __all__ = ["replay"]
 

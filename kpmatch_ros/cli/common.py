@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from kpmatch_ros.inputs import files_read, overwritten
 from kpmatch_ros.parameters import Declaration, ParameterError, Parameters, declaration, meant
 from kpmatch_ros.shell import in_shell
+from kpmatch_ros.source_files import files_read, overwritten
 
 # PyTorch and OpenCV take seconds to import. Only the commands that need them import them, so that --help is instant.
 if TYPE_CHECKING:

@@ -93,7 +93,7 @@ class RelativePose:
     estimate: Pose | None = None
     doubted: np.ndarray | None = None
 
-    def of(self, inliers: np.ndarray) -> RelativePose:
+    def for_matches(self, inliers: np.ndarray) -> RelativePose:
         """The same pose for other matches, of which some (num_matches,) bool agree with it."""
         num_inliers = int(inliers.sum())
         return replace(self, num_matches=len(inliers), num_inliers=num_inliers, inliers=inliers, doubted=None)
@@ -102,7 +102,8 @@ class RelativePose:
         """The same pose where each of M matches is equal to one of those that it is from, of the indices (M,)."""
         if self.inliers is None:
             return replace(self, num_matches=len(which))
-        return replace(self.of(self.inliers[which]), doubted=None if self.doubted is None else self.doubted[which])
+        doubted = None if self.doubted is None else self.doubted[which]
+        return replace(self.for_matches(self.inliers[which]), doubted=doubted)
 
     @classmethod
     def undefined(cls, status: PoseStatus, num_matches: int, inliers: np.ndarray | None = None) -> RelativePose:
