@@ -21,13 +21,11 @@ class StereoAgreement:
 
     Attributes:
         status: OK; NO_CALIBRATION; or FAILED if the matches contradict the calibration.
-        num_matches: M, matches given.
         inliers: (M,) bool, which matches are on their epipolar line and in front of the cameras; None without
             calibration.
     """
 
     status: PoseStatus
-    num_matches: int
     inliers: np.ndarray | None
 
     @property
@@ -63,7 +61,7 @@ def check_stereo_matches(
     left, right = as_pixels(left), as_pixels(right)
     camera = check_stereo_camera(camera)
     if camera is None:
-        return StereoAgreement(PoseStatus.NO_CALIBRATION, len(left), None)
+        return StereoAgreement(PoseStatus.NO_CALIBRATION, None)
     points = StereoPoints.of(left, right, camera)
     on_line = points.deep & (points.distances(points.points).sum(axis=0) < max_reprojection_error)
     front = on_line & (points.points[2] > 0)
@@ -72,4 +70,4 @@ def check_stereo_matches(
     contradicted = len(left) >= min_inliers and (
         behind.sum() > front.sum() or log_false_alarms(front, chances, 1) > math.log(FALSE_ALARM_RATE)
     )
-    return StereoAgreement(PoseStatus.FAILED if contradicted else PoseStatus.OK, len(left), front)
+    return StereoAgreement(PoseStatus.FAILED if contradicted else PoseStatus.OK, front)
