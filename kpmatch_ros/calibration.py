@@ -51,7 +51,7 @@ class Calibration:
         doubts: about the calibration that was asked for last.
     """
 
-    def __init__(self, topics: Sequence[str], rectified: bool, memory: int = 10**7) -> None:
+    def __init__(self, topics: Sequence[str], rectified: bool, memory: int) -> None:
         self.doubts: list[Doubt] = []
         self._topics = topics
         self._rectified = rectified
@@ -114,23 +114,19 @@ class Calibration:
         self._held[side] -= _bytes(infos.pop(next(iter(infos))))
 
     def camera_for(
-        self,
-        sizes: Sequence[tuple[int, int]],
-        stamps: Sequence[int] | None = None,
-        frame_ids: Sequence[str] = (),
+        self, sizes: Sequence[tuple[int, int]], stamps: Sequence[int], frame_ids: Sequence[str]
     ) -> Camera | StereoCamera | None:
         """The camera, or the pair, for the images of a frame; None where a calibration is missing.
 
         Args:
             sizes: width and height of each image, pixels.
-            stamps: of each image, nanoseconds; the newest calibration is meant where not given.
-            frame_ids: of each image, where known.
+            stamps: of each image, nanoseconds.
+            frame_ids: of each image; none or empty ones where not known.
 
         Raises:
             CalibrationError: when the calibration cannot be used, for itself or for images of these sizes.
         """
         with self._changed:
-            stamps = [next(reversed(infos), 0) for infos in self._infos] if stamps is None else stamps
             used = [_time_of(infos, stamp) for infos, stamp in zip(self._infos, stamps)]
             infos = tuple(infos.get(time) for infos, time in zip(self._infos, used))
             for side, stamp in enumerate(stamps):

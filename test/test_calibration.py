@@ -22,6 +22,7 @@ from node_harness import running_node
 from simulation.bags import write_demo_bag
 
 SIZE = (640, 480)
+MEMORY = 10**7  # bytes
 MATRIX = np.array([[500.0, 0, 320], [0, 500.0, 240], [0, 0, 1]])
 
 
@@ -31,10 +32,10 @@ def info(distortion: tuple[float, ...] = (), baseline: float = 0.0) -> Any:
 
 
 def doubts(topics: list[str], rectified: bool, *infos: Any) -> list[tuple[str, str]]:
-    calibration = Calibration(topics, rectified)
+    calibration = Calibration(topics, rectified, MEMORY)
     for side, message in enumerate(infos):
         calibration.update(side, 0, message)
-    calibration.camera_for([SIZE] * len(infos))
+    calibration.camera_for([SIZE] * len(infos), [0] * len(infos), [])
     return [tuple(doubt) for doubt in calibration.doubts]
 
 
@@ -154,14 +155,14 @@ def test_coefficients_of_a_fisheye_lens_by_another_name_are_named(distortion: tu
 )
 def test_a_calibration_of_another_frame_than_the_images_is_named(frame_ids: list[str], doubted: bool) -> None:
     images = max(len(frame_ids), 1)
-    calibration = Calibration(["/front/image", "/right"][:images], rectified=False)
+    calibration = Calibration(["/front/image", "/right"][:images], False, MEMORY)
     for side in range(images):
         calibration.update(side, 0, info(baseline=0.1 * side))
-    assert calibration.camera_for([SIZE] * images, frame_ids=frame_ids) is not None
+    assert calibration.camera_for([SIZE] * images, [0] * images, frame_ids) is not None
     named = [doubt.explanation for doubt in calibration.doubts]
     assert len(named) == doubted
     assert not doubted or all(word in named[0] for word in ("/front/image", "'lidar'", "'camera'"))
-    calibration.camera_for([SIZE] * images, frame_ids=["camera"] * images)
+    calibration.camera_for([SIZE] * images, [0] * images, ["camera"] * images)
     assert calibration.doubts == [], "it goes with the frame that it was about"
 
 
@@ -179,11 +180,11 @@ def test_the_same_doubt_about_either_camera_of_a_pair_is_told_of_both() -> None:
 
 
 def test_a_doubt_goes_with_the_calibration_that_it_was_about() -> None:
-    calibration = Calibration(["left", "right"], True)
+    calibration = Calibration(["left", "right"], True, MEMORY)
     for baseline in (110.0, 0.11):
         calibration.update(0, 0, info())
         calibration.update(1, 0, info(baseline=baseline))
-        calibration.camera_for([SIZE] * 2)
+        calibration.camera_for([SIZE] * 2, [0] * 2, [])
         assert len(calibration.doubts) == (baseline > 10)
 
 
@@ -218,13 +219,13 @@ def zoomed(focal: float) -> Any:
 
 
 def focal(calibration: Calibration, *stamps: int) -> list[float]:
-    found = [calibration.camera_for([SIZE], [stamp]) for stamp in stamps]
+    found = [calibration.camera_for([SIZE], [stamp], []) for stamp in stamps]
     return [camera.focal for camera in found if isinstance(camera, Camera)]
 
 
 def test_an_image_has_the_calibration_of_its_own_stamp_or_else_the_one_before_it() -> None:
-    calibration = Calibration(["image"], rectified=False)
-    assert calibration.camera_for([SIZE], [10]) is calibration.camera_for([SIZE], [5]) is None
+    calibration = Calibration(["image"], False, MEMORY)
+    assert calibration.camera_for([SIZE], [10], []) is calibration.camera_for([SIZE], [5], []) is None
     for stamp, value in ((10, 500.0), (20, 600.0), (30, 700.0)):
         calibration.update(0, stamp, zoomed(value))
     assert focal(calibration, 10, 20, 30) == [500, 600, 700]
@@ -239,7 +240,7 @@ def test_an_image_has_the_calibration_of_its_own_stamp_or_else_the_one_before_it
 
 
 def test_images_that_wait_keep_their_calibrations_however_many_they_are() -> None:
-    calibration = Calibration(["image"], rectified=False)
+    calibration = Calibration(["image"], False, MEMORY)
     stamps = range(3000)
     for stamp in stamps:
         calibration.update(0, stamp, zoomed(500.0 + stamp))
@@ -247,7 +248,7 @@ def test_images_that_wait_keep_their_calibrations_however_many_they_are() -> Non
 
 
 def test_images_that_wait_keep_their_calibrations_though_the_bag_has_begun_again() -> None:
-    calibration = Calibration(["image"], rectified=False)
+    calibration = Calibration(["image"], False, MEMORY)
     first, again = range(500), range(300)
     for stamp in [*first, *again]:
         calibration.update(0, stamp, zoomed(500.0 + stamp))
@@ -255,7 +256,7 @@ def test_images_that_wait_keep_their_calibrations_though_the_bag_has_begun_again
 
 
 def test_calibrations_of_images_that_have_gone_by_make_room_also_after_time_went_back() -> None:
-    calibration = Calibration(["image"], rectified=False)
+    calibration = Calibration(["image"], False, MEMORY)
     for stamp in [*range(1000, 1400), *range(400)]:
         calibration.update(0, stamp, zoomed(500.0 + stamp))
         assert focal(calibration, stamp) == [500.0 + stamp]
@@ -263,7 +264,7 @@ def test_calibrations_of_images_that_have_gone_by_make_room_also_after_time_went
 
 
 def test_calibrations_of_a_camera_without_images_have_only_so_many_bytes() -> None:
-    calibration = Calibration(["image"], rectified=False, memory=10**6)
+    calibration = Calibration(["image"], False, 10**6)
     for stamp in range(1000):
         calibration.update(0, stamp, zoomed(500.0 + stamp))
     assert focal(calibration, 100) == [1499], "it was let go: 1,000 have 2 MB"
@@ -273,14 +274,14 @@ def test_calibrations_have_only_so_many_bytes() -> None:
     long = zoomed(600.0)
     long.d = np.full(10**6, 0.1)  # 8 MB
     long.distortion_model = "plumb_bob"
-    calibration = Calibration(["image"], rectified=False)
+    calibration = Calibration(["image"], False, MEMORY)
     calibration.update(0, 0, zoomed(500.0))
     for stamp in (1, 1, 1):  # one of the same stamp takes its place
         calibration.update(0, stamp, long)
     assert focal(calibration, 0) == [500]
     calibration.update(0, 2, long)
     with pytest.raises(CalibrationError, match="not 1000000"):
-        calibration.camera_for([SIZE], [0])
+        calibration.camera_for([SIZE], [0], [])
     calibration.update(0, 3, zoomed(700.0))
     assert focal(calibration, 3) == [700]
 
@@ -288,7 +289,7 @@ def test_calibrations_have_only_so_many_bytes() -> None:
 @pytest.mark.parametrize("value", [0.1, float("nan")])
 @pytest.mark.parametrize("rectified", [True, False])
 def test_what_is_said_of_an_endless_distortion_is_short(value: float, rectified: bool) -> None:
-    calibration = Calibration(["image_raw"], rectified)
+    calibration = Calibration(["image_raw"], rectified, MEMORY)
     long = info(baseline=0.1)
     long.d, long.distortion_model, long.header.frame_id = np.full(10**5, value), "plumb_bob" + "!" * 10**5, "a" * 10**5
     calibration.update(0, 0, long)
@@ -302,10 +303,10 @@ def test_what_is_said_of_an_endless_distortion_is_short(value: float, rectified:
 
 
 def test_an_image_waits_for_a_calibration_that_comes_with_each_image_and_for_no_other() -> None:
-    calibration = Calibration(["image"], rectified=False)
+    calibration = Calibration(["image"], False, MEMORY)
     assert calibration.complete([10]), "the first image: nothing is known"
     calibration.update(0, 10, zoomed(500.0))
-    calibration.camera_for([SIZE], [10])
+    calibration.camera_for([SIZE], [10], [])
     assert calibration.complete([10]) and not calibration.complete([20])
     sender = threading.Timer(0.05, lambda: calibration.update(0, 20, zoomed(600.0)))
     sender.start()
@@ -314,12 +315,12 @@ def test_an_image_waits_for_a_calibration_that_comes_with_each_image_and_for_no_
     assert time.monotonic() - begun < 30 and focal(calibration, 20) == [600]
     sender.join()
     calibration.wait([30], 0.05)  # it was lost
-    calibration.camera_for([SIZE], [30])
+    calibration.camera_for([SIZE], [30], [])
     assert calibration.complete([40]), "that of the image before has not come either"
     calibration.update(0, 50, zoomed(700.0))
-    calibration.camera_for([SIZE], [20])
+    calibration.camera_for([SIZE], [20], [])
     assert calibration.complete([45]), "they come in order, and a later one is there"
-    calibration.camera_for([SIZE], [50])
+    calibration.camera_for([SIZE], [50], [])
     assert not calibration.complete([5]), "time went back: what is there is of before"
     calibration.update(0, 7, zoomed(800.0))
     assert calibration.complete([5]), "its own was lost"

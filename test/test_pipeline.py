@@ -188,14 +188,14 @@ def test_an_image_that_is_rejected_is_not_said_to_be_processed_without_its_mask(
 
 
 def test_a_fault_that_is_raised_for_frame_after_frame_does_not_grow() -> None:
-    calibration = Calibration(["/image"], rectified=False)
+    calibration = Calibration(["/image"], rectified=False, memory=10**7)
     info = camera_info_message(Camera(8, 8, np.eye(3)), SECOND, "camera")
     info.k = np.zeros(9)
     calibration.update(0, SECOND, info)
     depths = []
     for _ in range(5):
         with pytest.raises(CalibrationError) as caught:
-            calibration.camera_for([(8, 8)])
+            calibration.camera_for([(8, 8)], [SECOND], [])
         trace, depth = caught.value.__traceback__, 0
         while trace is not None:
             trace, depth = trace.tb_next, depth + 1
@@ -366,9 +366,9 @@ def test_a_pipeline_that_begins_again_knows_only_the_calibration_of_before() -> 
     assert pipeline.add_image(0, left) is not None
     assert heard.reports == [], "no stamp is that of an image of before"
     assert pipeline.masks.take(0, SECOND) is None
-    assert pipeline.calibration.camera_for([(8, 8)] * 2) is None  # the right one's is missing
+    assert pipeline.calibration.camera_for([(8, 8)] * 2, [SECOND] * 2, []) is None  # the right one's is missing
     pipeline.add_info(1, camera_info_message(Camera(8, 8, np.eye(3)), SECOND, "camera", 0.1))
-    assert pipeline.calibration.camera_for([(8, 8)] * 2) is not None
+    assert pipeline.calibration.camera_for([(8, 8)] * 2, [SECOND] * 2, []) is not None
 
 
 def test_a_camera_that_is_alone_is_told_of_once_a_second() -> None:
