@@ -5,13 +5,11 @@ Wall time is what a robot waits for. Processor time is what the work costs; on a
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import itertools
 import json
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -397,15 +395,12 @@ def _forget_peak_memory(device: torch.device) -> bool:
 
 
 def _peak_memory() -> float:
-    """Of the process, MB."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1.024e-3
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1.024e-3
+    """Of the process, MB, where :func:`_forget_peak_memory` found Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1.024e-3 for line in lines if line.startswith("VmHWM:"))
 
 
-def describe_machine(devices: set[str] | None = None) -> dict[str, Any]:
+def describe_machine(devices: set[str]) -> dict[str, Any]:
     """What the figures depend on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
@@ -413,7 +408,7 @@ def describe_machine(devices: set[str] | None = None) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": cores,
         "threads": torch.get_num_threads(),
-        "gpus": sorted((devices or set()) - {"cpu"}),
+        "gpus": sorted(devices - {"cpu"}),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
