@@ -179,7 +179,6 @@ class Monitor:
         """All figures, ready to be shown."""
         with self._lock:
             self._forget()
-            now = self._clock()
             latencies = [latency for _, latency in self._latencies]
             values = {
                 "frames received": str(self._received),
@@ -187,8 +186,8 @@ class Monitor:
                 "frames dropped": str(self._dropped),
                 "frames rejected": str(self._rejected),
                 "frames waiting": str(self._received - self._processed - self._dropped - self._rejected),
-                "input rate (Hz)": f"{_rate(self._arrivals, now, self._window):.2f}",
-                "output rate (Hz)": f"{_rate([t for t, _ in self._latencies], now, self._window):.2f}",
+                "input rate (Hz)": f"{len(self._arrivals) / self._window:.2f}",
+                "output rate (Hz)": f"{len(self._latencies) / self._window:.2f}",
             }
             for percentile in (50, 95, 99):
                 figure = f"{np.percentile(latencies, percentile):.1f}" if latencies else ""
@@ -223,8 +222,3 @@ class Monitor:
 def _inlier_ratio(pair: ImagePair) -> str:
     """Empty where nothing is known of inliers, as without calibration: a ratio of 0 would say that all are wrong."""
     return "" if pair.inliers is None else f"{pair.inlier_ratio:.3f}"
-
-
-def _rate(times: deque[float] | list[float], now: float, window: float) -> float:
-    recent = [t for t in times if now - t <= window]
-    return len(recent) / window
