@@ -246,25 +246,10 @@ class ALIKED(Extractor):
         return _from_authors(checkpoint)
 
     @property
-    def descriptor_size(self) -> int:
-        """Length D of a descriptor."""
-        return self.config["descriptor_dim"]
-
-    @property
     def dtype(self) -> torch.dtype:
-        """The precision of the convolutions."""
         return self.score_head.reduction.weight.dtype
 
     def forward(self, image: Tensor, allowed: Tensor | None = None) -> Detections:
-        """Find and describe keypoints.
-
-        Args:
-            image: (B, 3, H, W) RGB or (B, 1, H, W) grey values in [0, 1], float.
-            allowed: (B, H, W) bool, false where no keypoint may be.
-
-        Returns:
-            the keypoints, padded to the largest number in the batch.
-        """
         batch, _, height, width = image.shape
         if min(height, width) < SMALLEST:
             return Detections.none(batch, self.descriptor_size, image.device)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kpmatch_ros.models.checkpoint import Checkpoint, build
 from kpmatch_ros.weights import WeightsError
+
+if TYPE_CHECKING:
+    from kpmatch_ros.models.detections import Detections
 
 __all__ = ["LARGEST_IMAGE", "Extractor", "PretrainedNetwork", "rounded_up"]
 
@@ -121,6 +124,28 @@ class Extractor(PretrainedNetwork):
         self.max_keypoints: int = self.config["max_keypoints"]
         self.nms_radius: int = self.config["nms_radius"]
         self.border: int = self.config["border_removal_distance"]
+
+    @property
+    def descriptor_size(self) -> int:
+        """Length D of a descriptor."""
+        return self.config["descriptor_dim"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the convolutions."""
+        raise NotImplementedError
+
+    def forward(self, image: Tensor, allowed: Tensor | None = None) -> Detections:
+        """Find and describe keypoints.
+
+        Args:
+            image: (B, 1, H, W) grey values in [0, 1], float; or (B, 3, H, W) RGB where :attr:`CHANNELS` is 3.
+            allowed: (B, H, W) bool, false where no keypoint may be.
+
+        Returns:
+            the keypoints, padded to the largest number in the batch.
+        """
+        raise NotImplementedError
 
     def to_precision(self: Self, dtype: torch.dtype) -> Self:
         """Convert the weights, or as many of them as bear it."""

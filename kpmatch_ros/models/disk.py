@@ -146,25 +146,11 @@ class DISK(Extractor):
         return _from_authors(theirs, checkpoint) if theirs else checkpoint
 
     @property
-    def descriptor_size(self) -> int:
-        """Length D of a descriptor."""
-        return self.config["descriptor_dim"]
-
-    @property
     def dtype(self) -> torch.dtype:
-        """The precision of the convolutions."""
         return self.head.score.weight.dtype
 
     def forward(self, image: Tensor, allowed: Tensor | None = None) -> Detections:
-        """Find and describe keypoints.
-
-        Args:
-            image: (B, 3, H, W) RGB or (B, 1, H, W) grey values in [0, 1], float.
-            allowed: (B, H, W) bool, false where no keypoint may be.
-
-        Returns:
-            the keypoints, padded to the largest number in the batch; their scores are logarithms of odds.
-        """
+        """As :meth:`Extractor.forward`; scores are logarithms of odds."""
         height, width = image.shape[-2:]
         image = image.expand(-1, 3, -1, -1).to(self.dtype)
         image = F.pad(image, (0, -width % self.multiple, 0, -height % self.multiple))

@@ -364,19 +364,9 @@ class SuperPoint(Extractor):
 
     @property
     def descriptor_size(self) -> int:
-        """Length D of a descriptor."""
         return self.config["descriptor_decoder_dim"]
 
     def forward(self, image: Tensor, allowed: Tensor | None = None) -> Detections:
-        """Find and describe keypoints.
-
-        Args:
-            image: (B, 1, H, W) grey values in [0, 1], float.
-            allowed: (B, H, W) bool, false where no keypoint may be.
-
-        Returns:
-            the keypoints, padded to the largest number in the batch.
-        """
         batch, _, height, width = image.shape
         if height < CELL or width < CELL:
             return Detections.none(batch, self.descriptor_size, image.device)
@@ -418,7 +408,6 @@ class SuperPoint(Extractor):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the convolutions."""
         return self.keypoint_decoder.conv_score_a.weight.dtype
 
 

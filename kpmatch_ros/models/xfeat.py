@@ -99,13 +99,7 @@ class XFeat(Extractor):
         return _from_authors(checkpoint) if "heatmap_head.2.weight" in checkpoint.tensors else checkpoint
 
     @property
-    def descriptor_size(self) -> int:
-        """Length D of a descriptor."""
-        return self.config["descriptor_dim"]
-
-    @property
     def dtype(self) -> torch.dtype:
-        """The precision of the convolutions."""
         return self.fusion[0].weight.dtype  # type: ignore[return-value]
 
     def to_precision(self, dtype: torch.dtype) -> XFeat:
@@ -120,16 +114,7 @@ class XFeat(Extractor):
         return self
 
     def forward(self, image: Tensor, allowed: Tensor | None = None) -> Detections:
-        """Find and describe keypoints.
-
-        Args:
-            image: (B, 3, H, W) RGB or (B, 1, H, W) grey values in [0, 1], float. Sides that are no multiples of 32
-                are seen a little smaller, as by the authors.
-            allowed: (B, H, W) bool, false where no keypoint may be.
-
-        Returns:
-            the keypoints, padded to the largest number in the batch.
-        """
+        """As :meth:`Extractor.forward`. As by the authors, sides of no multiple of 32 are seen a little smaller."""
         batch, _, height, width = image.shape
         rows, columns = height // MULTIPLE * MULTIPLE, width // MULTIPLE * MULTIPLE
         if min(rows, columns) == 0:
