@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kpmatch_ros.geometry.camera import AHEAD, BEHIND, Camera
+from kpmatch_ros.geometry.noise import noise_times, normalised_noise
 from kpmatch_ros.geometry.pose import cross_matrix
 from kpmatch_ros.geometry.robust import TINY
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
@@ -118,7 +119,7 @@ class StereoPoints:
         # The rays are moved, by as little as possible to first order, to where they meet (Sampson's approximation).
         essential = cross_matrix(shift) @ turn
         lines0, lines1 = essential.T @ rays1, essential @ rays0
-        moved0, moved1 = _times(noise0, lines0), _times(noise1, lines1)
+        moved0, moved1 = noise_times(noise0, lines0), noise_times(noise1, lines1)
         variances = np.array([(lines0[:2] * moved0).sum(axis=0), (lines1[:2] * moved1).sum(axis=0)])
         if shared is not None:  # the right one alone is off the line
             moved0, variances[0] = np.zeros_like(moved0), 0.0
@@ -136,7 +137,7 @@ class StereoPoints:
         # The right image by x, y and the inverse depth.
         jacobian = np.array([turn[:2, i, None] - rays1[:2] * turn[2, i] for i in (0, 1)] + [slope]) / depth
         inverse_noise = _inverse(noise1)
-        weighted = np.array([_times(inverse_noise, column) for column in jacobian])
+        weighted = np.array([noise_times(inverse_noise, column) for column in jacobian])
         information = np.einsum("idn,jdn->ijn", jacobian, weighted)
         if shared is None:
             information[:2, :2] += _symmetric(_inverse(noise0))
@@ -290,8 +291,7 @@ def _normalise(camera: Camera, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarr
     seen = np.isfinite(points).all(axis=1)
     rays = np.ones((3, len(pixels)))
     rays[:2] = points.T
-    (xx, xy), (yx, yy) = derivative.transpose(1, 2, 0)
-    noise = np.array([xx * xx + xy * xy, xx * yx + xy * yy, yx * yx + yy * yy])
+    noise = normalised_noise(derivative)
     if not seen.all():
         rays[:2, ~seen] = 0.0
         noise[:, ~seen] = [[1.0], [0.0], [1.0]]
@@ -301,11 +301,6 @@ def _normalise(camera: Camera, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def _symmetric(noise: np.ndarray) -> np.ndarray:
     """(3, n) as matrices (2, 2, n)."""
     return np.array([[noise[0], noise[1]], [noise[1], noise[2]]])
-
-
-def _times(noise: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """Symmetric matrices (3, n) times the first two of the coordinates (k, n): (2, n)."""
-    return np.asarray(noise[:2] * vectors[0] + noise[1:] * vectors[1])
 
 
 def _quadratic(matrices: np.ndarray, vectors: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ import numpy as np
 
 from kpmatch_ros.geometry import compiled
 from kpmatch_ros.geometry.camera import AHEAD, BEHIND, Camera
+from kpmatch_ros.geometry.noise import noise_times, normalised_noise
 from kpmatch_ros.geometry.pose import cross_matrix
 from kpmatch_ros.geometry.robust import TINY, tukey
 
@@ -138,8 +139,7 @@ def normalise_matches(
     columns = np.ones((4, 3, int(usable.sum())))
     for rays, noise, (points, derivative) in zip(columns[:2], columns[2:], sides):
         rays[:2] = points[usable].T
-        (xx, xy), (yx, yy) = derivative[usable].transpose(1, 2, 0)
-        noise[:] = xx * xx + xy * xy, xx * yx + xy * yy, yx * yx + yy * yy
+        noise[:] = normalised_noise(derivative[usable])
     return Matches(columns), usable
 
 
@@ -184,7 +184,7 @@ def _by_essential(matches: Matches, motion: Motion) -> tuple[np.ndarray, np.ndar
     essential = essential_matrix(motion)
     rays0, rays1 = matches.rays0, matches.rays1
     lines0, lines1 = essential @ rays1, essential[:, :2].T @ rays0
-    moved0, moved1 = _times(matches.noise0, lines0), _times(matches.noise1, lines1)
+    moved0, moved1 = noise_times(matches.noise0, lines0), noise_times(matches.noise1, lines1)
     variance = np.maximum(dot(lines0[:2], moved0) + dot(lines1, moved1), TINY)
     precision = 1 / np.sqrt(variance)
     residuals = dot(rays0, lines0) * precision
@@ -411,13 +411,6 @@ def lengths(vectors: np.ndarray) -> np.ndarray:
     return np.abs(vectors[0]) if len(vectors) == 1 else np.sqrt(dot(vectors, vectors))
 
 
-def _times(noise: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """Symmetric matrices (3, n), as Matches has them, times the first two of the coordinates (k, n): (2, n)."""
-    product = noise[:2] * vectors[0]
-    product += noise[1:] * vectors[1]
-    return product
-
-
 def _variances(noise: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     """Of the first two of the coordinates (k, n), for a noise as Matches has it: (n,)."""
-    return dot(vectors[:2], _times(noise, vectors))
+    return dot(vectors[:2], noise_times(noise, vectors))
