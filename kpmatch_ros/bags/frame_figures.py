@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
@@ -59,12 +60,11 @@ class FrameFigures:
         if pair is None:
             return cls(stamp, None, None, None, milliseconds, PoseStatus.INTERRUPTED, None)
         status = pair.pose.status
-        cosine = (np.trace(pair.pose.rotation) - 1) / 2
         return cls(
             stamp,
             len(pair.indices),
             None if status is PoseStatus.NO_CALIBRATION else pair.num_inliers,
-            float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))) if status.has_pose else None,
+            math.degrees(pair.pose.angle) if status.has_pose else None,
             milliseconds,
             status,
             position if status.is_certain else None,

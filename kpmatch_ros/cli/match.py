@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
@@ -231,12 +232,10 @@ def _figures_of(pair: Pair) -> str:
 
 
 def _pose_of(pair: Pair) -> list[str]:
-    import numpy as np
-
     pose = pair.pose
     if not pose.status.has_pose:
         return [pose.status.name]
-    turned = np.degrees(np.arccos(np.clip((np.trace(pose.rotation) - 1) / 2, -1, 1)))
+    turned = math.degrees(pose.angle)
     x, y, z = pose.translation
     moved = pose.status.name != "NO_TRANSLATION"
     direction = f"translation direction ({x:.3f}, {y:.3f}, {z:.3f})" if moved else "no translation"

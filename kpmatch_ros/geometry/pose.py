@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 
 __all__ = ["Placed", "Pose", "PoseStatus", "RelativePose", "cross_matrix", "relative_motion"]
 
@@ -92,6 +93,11 @@ class RelativePose:
     inliers: np.ndarray | None
     estimate: Pose | None = None
     doubted: np.ndarray | None = None
+
+    @property
+    def angle(self) -> float:
+        """How far the camera turned, radians."""
+        return float(Rotation.from_matrix(self.rotation).magnitude())
 
     def for_matches(self, inliers: np.ndarray) -> RelativePose:
         """The same pose for other matches, of which some (num_matches,) bool agree with it."""
