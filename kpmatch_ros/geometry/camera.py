@@ -210,7 +210,7 @@ def _inverse(matrix: np.ndarray) -> np.ndarray:
 
 
 def camera_info_field(info: Any, name: str) -> Any:
-    """K, D or P: lower case in ROS 2, upper case in ROS 1."""
+    """K, D, R or P: lower case in ROS 2, upper case in ROS 1."""
     return getattr(info, name.lower()) if hasattr(info, name.lower()) else getattr(info, name)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kpmatch_ros.geometry.camera import CalibrationError, Camera
+from kpmatch_ros.geometry.camera import CalibrationError, Camera, camera_info_field
 
 __all__ = ["StereoCamera", "check_stereo_camera"]
 
@@ -112,7 +112,7 @@ def _named(side: str) -> Iterator[None]:
 
 
 def _matrix(info: Any, name: str, shape: tuple[int, int], side: str) -> np.ndarray:
-    numbers = np.asarray(getattr(info, name.lower(), getattr(info, name, ())), dtype=np.float64).ravel()
+    numbers = np.asarray(camera_info_field(info, name), dtype=np.float64).ravel()
     if numbers.size != shape[0] * shape[1] or not np.isfinite(numbers).all():
         count = shape[0] * shape[1]
         raise CalibrationError("value", f"{name} of the {side} camera_info must be {count} finite numbers")
