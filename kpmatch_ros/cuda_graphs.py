@@ -24,7 +24,8 @@ from kpmatch_ros.models import LightGlue, SuperGlue
 from kpmatch_ros.models.assignment import Assignment, ImageFeatures
 from kpmatch_ros.models.base import Extractor
 from kpmatch_ros.models.detections import Detections
-from kpmatch_ros.models.lightglue import OnItsWay, Points
+from kpmatch_ros.models.lightglue import OnItsWay
+from kpmatch_ros.models.lightglue_layers import Points
 
 __all__ = ["SIZES", "CudaGraphs", "Recording", "batch_is_small", "places_for"]
 

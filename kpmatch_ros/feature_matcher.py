@@ -33,7 +33,7 @@ from kpmatch_ros.models.transformed import can_transform, transform_convolutions
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.processor import has_amx
 
-__all__ = ["FeatureMatcher", "Features", "Matches"]
+__all__ = ["FeatureMatcher"]
 
 Extractor = SuperPoint | ALIKED | DISK | XFeat
 Matcher = LightGlue | SuperGlue | NearestNeighbour

@@ -30,7 +30,7 @@ from kpmatch_ros.odometry import Odometry, frame_fault, of_base
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.stereo_sync import StereoSynchroniser
 
-__all__ = ["PATIENCE", "WAITING_MEMORY", "Calibration", "Events", "Pipeline", "check_odometry"]
+__all__ = ["PATIENCE", "WAITING_MEMORY", "Events", "Pipeline", "check_odometry"]
 
 # Images of one camera that wait for the other's at most, by the parameter `queue`: all keeps what a busy bag sends.
 _WAITING = {"latest": 10, "all": 100}

@@ -22,7 +22,7 @@ from kpmatch_ros import FeatureMatcher, Parameters
 from kpmatch_ros.cuda_graphs import CudaGraphs
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint, XFeat, trace
 from kpmatch_ros.models.assignment import ImageFeatures
-from kpmatch_ros.models.lightglue import Points
+from kpmatch_ros.models.lightglue_layers import Points
 
 META = torch.device("meta")
 POINTS = 50

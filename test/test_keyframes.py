@@ -8,7 +8,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from kpmatch_ros.feature_matcher import FeatureMatcher, Features
+from kpmatch_ros.feature_matcher import FeatureMatcher
+from kpmatch_ros.features import Features
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus

@@ -14,7 +14,8 @@ import torch
 from two_view_scenes import Scene, check, degrees, pinhole
 
 from benchmarks.overconfidence import CAMERA, MOTIONS, WEAK, Problem, body, judge, plane, walk, weak
-from kpmatch_ros.feature_matcher import FeatureMatcher, Features
+from kpmatch_ros.feature_matcher import FeatureMatcher
+from kpmatch_ros.features import Features
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.two_modes import decide_by_prior, is_distinct, plane_motions, rival_of, spread

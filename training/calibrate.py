@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.models.assignment import mutual_matches
-from kpmatch_ros.models.lightglue import MatchAssignment, Points, TokenConfidence
+from kpmatch_ros.models.lightglue_layers import MatchAssignment, Points, TokenConfidence
 from kpmatch_ros.weights import resolve
 
 __all__ = ["Evidence", "Map", "collect", "fit", "fold", "main"]

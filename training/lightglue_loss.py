@@ -17,7 +17,7 @@ from views import HIDDEN, VISIBLE, Geometry
 
 from kpmatch_ros.models import ImageFeatures, LightGlue
 from kpmatch_ros.models.assignment import mutual_matches
-from kpmatch_ros.models.lightglue import MatchAssignment, Points, TokenConfidence
+from kpmatch_ros.models.lightglue_layers import MatchAssignment, Points, TokenConfidence
 
 NEAR = 2.5  # pixels: a match
 STATES = 10.0  # how much the distance of states counts, beside the assignment

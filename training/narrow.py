@@ -18,8 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from kpmatch_ros.models import LightGlue
-from kpmatch_ros.models.lightglue import MatchAssignment, TokenConfidence, TransformerLayer
-from kpmatch_ros.models.lightglue_layers import Attention, FeedForward
+from kpmatch_ros.models.lightglue_layers import (
+    Attention,
+    FeedForward,
+    MatchAssignment,
+    TokenConfidence,
+    TransformerLayer,
+)
 
 __all__ = ["Coordinates", "Narrow", "load_narrow", "narrow", "save_narrow"]
 

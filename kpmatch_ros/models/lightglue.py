@@ -28,7 +28,7 @@ from kpmatch_ros.models.lightglue_layers import (
 )
 from kpmatch_ros.weights import WeightsError
 
-__all__ = ["LightGlue", "MatchAssignment", "Points", "TokenConfidence", "TransformerLayer"]
+__all__ = ["LightGlue", "OnItsWay", "normalise_keypoints"]
 
 
 class OnItsWay:
