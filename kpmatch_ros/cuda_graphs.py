@@ -258,12 +258,13 @@ class _Places:
         kind: Any = {"dtype": torch.float32, "device": device}
         self._index = torch.arange(size, device=device)[None]
         self._filled = 0
+        self._scores = torch.zeros(1, size, **kind)
         self.features = ImageFeatures(
             keypoints=torch.zeros(1, size, 2, **kind),
             descriptors=torch.zeros(1, size, example.descriptors.shape[2], **kind),
             size=torch.zeros_like(example.size),
             mask=torch.ones_like(self._index, dtype=torch.bool) if padded else None,
-            scores=torch.zeros(1, size, **kind),
+            scores=self._scores,
         )
         self.fill(example)
 
@@ -273,15 +274,14 @@ class _Places:
         places.keypoints[:, :count].copy_(image.keypoints)
         places.descriptors[:, :count].copy_(image.descriptors)
         places.size.copy_(image.size)
-        if image.scores is not None and places.scores is not None:
-            places.scores[:, :count].copy_(image.scores)
+        if image.scores is not None:
+            self._scores[:, :count].copy_(image.scores)
         if places.mask is not None and count != self._filled:
             torch.lt(self._index, count, out=places.mask)
             # What is left over there could be infinite, and a product of it with a weight of zero NaN.
             places.keypoints[:, count:].zero_()
             places.descriptors[:, count:].zero_()
-            if places.scores is not None:
-                places.scores[:, count:].zero_()
+            self._scores[:, count:].zero_()
         self._filled = count
 
 

@@ -51,9 +51,6 @@ class _Fields:
     def text(self) -> str:
         return self.counted().decode(errors="replace")
 
-    def rest(self) -> bytes:
-        return self._content[self._place :]
-
 
 class _Chunk(NamedTuple):
     start: int  # log time of its first message, nanoseconds
