@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from posixpath import dirname, join
 
-from kpmatch_ros.bags.files import IMAGE_TYPES, BagError, Topic, bag_topics
+from kpmatch_ros.bags.files import CAMERA_INFO_TYPE, IMAGE_TYPES, BagError, Topic, bag_topics
 
 __all__ = ["CameraTopics", "choose_camera", "choose_cameras", "choose_stereo_cameras"]
 
-_CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
 _SIDES = (("left", "right"), ("cam0", "cam1"), ("infra1", "infra2"))  # how drivers name the two cameras of a pair
 
 
@@ -129,7 +128,7 @@ def _candidates(bag: Path) -> tuple[list[Topic], list[Topic], list[Topic]]:
             images[topic.name] = topic._replace(num_messages=before + topic.num_messages)
     if not images:
         raise BagError(f"{bag}: has no image topic with messages in it")
-    infos = [topic for topic in topics if topic.type == _CAMERA_INFO]
+    infos = [topic for topic in topics if topic.type == CAMERA_INFO_TYPE]
     return list(images.values()), infos, [topic for topic in images.values() if topic.type == IMAGE_TYPES[0]]
 
 

@@ -59,7 +59,8 @@ __all__ = [
 ]
 
 IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
-USED_TYPES = (*IMAGE_TYPES, "sensor_msgs/msg/CameraInfo", "geometry_msgs/msg/PoseStamped")
+CAMERA_INFO_TYPE = "sensor_msgs/msg/CameraInfo"
+USED_TYPES = (*IMAGE_TYPES, CAMERA_INFO_TYPE, "geometry_msgs/msg/PoseStamped")
 GROUND_TRUTH = "/ground_truth/pose"
 
 Encoding = Literal["rgb8", "bgr8", "mono8"]
@@ -189,7 +190,7 @@ def camera_info_message(camera: Camera, stamp: int, frame_id: str, baseline: flo
     projection = np.column_stack([camera.matrix, [-camera.matrix[0, 0] * baseline, 0.0, 0.0]])
     distortion = camera.distortion if camera.distortion.size else np.zeros(5)
     return new_message(
-        "sensor_msgs/msg/CameraInfo",
+        CAMERA_INFO_TYPE,
         header=_header(stamp, frame_id),
         height=camera.height,
         width=camera.width,

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from kpmatch_ros.bags.cameras import CameraTopics
 from kpmatch_ros.bags.files import (
+    CAMERA_INFO_TYPE,
     IMAGE_TYPES,
     BagError,
     BagWriter,
@@ -40,7 +41,6 @@ __all__ = ["replay"]
 
 _TF_STATIC, _TF_TYPE = "/tf_static", "tf2_msgs/msg/TFMessage"
 _MOST_WAITING = 100  # frames, whatever the recorder's clock says: that memory stays bounded
-_CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
 _INFO_OPTIONS = {"mono": ["--camera-info"], "stereo": ["--left-info", "--right-info"]}
 
 
@@ -196,7 +196,7 @@ def _process(
         if camera.camera_info:
             infos.setdefault(camera.camera_info, []).append(side)
             # Images that were recorded before the first calibration have that one.
-            first = next(read_messages(bag, {camera.camera_info: [_CAMERA_INFO]}, []), None)
+            first = next(read_messages(bag, {camera.camera_info: [CAMERA_INFO_TYPE]}, []), None)
             if first is None:
                 report.faults.append(
                     f"{bag}: declares messages on {camera.camera_info}, but holds none that can be read"
@@ -234,7 +234,7 @@ def _process(
 
     wanted_types: dict[str, Sequence[str]] = {
         **dict.fromkeys(masks, IMAGE_TYPES[:1]),
-        **{topic: [_CAMERA_INFO] for topic in infos},
+        **{topic: [CAMERA_INFO_TYPE] for topic in infos},
         **dict.fromkeys(sides, IMAGE_TYPES),
     }
     started = time.perf_counter()
