@@ -123,6 +123,25 @@ def views(texture: Texture) -> list[NDArray[np.uint8]]:
     return [np.ascontiguousarray(wide[i : i + 120, 4 * i : 4 * i + 160]) for i in range(12)]
 
 
+@pytest.fixture(scope="module")
+def warped(texture: Texture) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float64]]:
+    """Two images, and the homography from the first to the second."""
+    homography = np.array([[0.97, 0.05, 6.0], [-0.04, 0.98, 9.0], [8e-5, -4e-5, 1.0]])
+    picture = cv2.GaussianBlur(texture(180, 240, 3), (0, 0), 1)
+    return picture, cv2.warpPerspective(picture, homography, (240, 180)), homography
+
+
+@pytest.fixture(scope="module")
+def pictures(texture: Texture, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three views of a texture and a file that is no picture."""
+    folder = tmp_path_factory.mktemp("pictures")
+    wide = texture(100, 140, 5)
+    for i in range(3):
+        cv2.imwrite(str(folder / f"{i}.png"), wide[4 * i : 4 * i + 80, 6 * i : 6 * i + 96])
+    (folder / "notes.txt").write_text("none")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def picture(texture: Texture) -> Callable[..., Tensor]:
     """picture(height, width, seed=0): a colourful (3, H, W) image in [0, 1]."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -38,17 +37,6 @@ def run(kpmatch: Run) -> Run:
 def folder(random_folder: Callable[..., Path]) -> Path:
     """Weights of small networks."""
     return random_folder()
-
-
-@pytest.fixture(scope="module")
-def pictures(texture: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with three views of a texture and a file that is no picture."""
-    folder = tmp_path_factory.mktemp("pictures")
-    wide = texture(100, 140, 5)
-    for i in range(3):
-        cv2.imwrite(str(folder / f"{i}.png"), wide[4 * i : 4 * i + 80, 6 * i : 6 * i + 96])
-    (folder / "notes.txt").write_text("none")
-    return folder
 
 
 def test_every_stage_of_every_setting_is_in_the_table_and_in_the_file(run: Run, folder: Path, tmp_path: Path) -> None:

@@ -33,17 +33,6 @@ def folder(random_folder: Callable[..., Path]) -> Path:
     return random_folder()
 
 
-@pytest.fixture(scope="module")
-def pictures(texture: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with three views of a texture and a file that is no picture."""
-    folder = tmp_path_factory.mktemp("pictures")
-    wide = texture(100, 140, 5)
-    for i in range(3):
-        cv2.imwrite(str(folder / f"{i}.png"), wide[4 * i : 4 * i + 80, 6 * i : 6 * i + 96])
-    (folder / "notes.txt").write_text("none")
-    return folder
-
-
 def test_images_come_from_a_bag(run: Run, folder: Path, texture: Any, tmp_path: Path) -> None:
     images = [texture(80, 96, seed) for seed in range(2)]
     for topic in ("/front/image_raw", "/rear/image_raw"):

@@ -36,14 +36,6 @@ def matcher(loaded: FeatureMatcher) -> FeatureMatcher:
     return loaded
 
 
-@pytest.fixture(scope="module")
-def views(texture: Any) -> tuple[Image, Image, NDArray[np.float64]]:
-    """Two images, and the homography from the first to the second."""
-    homography = np.array([[0.97, 0.05, 6.0], [-0.04, 0.98, 9.0], [8e-5, -4e-5, 1.0]])
-    picture = cv2.GaussianBlur(texture(180, 240, 3), (0, 0), 1)
-    return picture, cv2.warpPerspective(picture, homography, (240, 180)), homography
-
-
 def correct_share(
     matches: Matches, features0: Features, features1: Features, homography: NDArray[np.float64], pixels: float
 ) -> float:
@@ -78,12 +70,12 @@ def same(first: Features, second: Features) -> bool:
 
 
 def test_two_views_are_matched_where_they_show_the_same_point(
-    matcher: FeatureMatcher, views: tuple[Image, Image, NDArray[np.float64]]
+    matcher: FeatureMatcher, warped: tuple[Image, Image, NDArray[np.float64]]
 ) -> None:
-    features0, features1 = (matcher.extract(image) for image in views[:2])
+    features0, features1 = (matcher.extract(image) for image in warped[:2])
     matches = matcher.match(features0, features1)
     assert len(matches) == len(matches.scores) > 80
-    assert correct_share(matches, features0, features1, views[2], pixels=3) > 0.9
+    assert correct_share(matches, features0, features1, warped[2], pixels=3) > 0.9
     assert matches.indices.dtype == torch.int64
     assert 0 < matches.layers <= 9
     assert ((matches.scores > 0.1) & (matches.scores <= 1)).all()
@@ -92,9 +84,9 @@ def test_two_views_are_matched_where_they_show_the_same_point(
 
 
 def test_features_extracted_once_serve_for_many_pairs(
-    matcher: FeatureMatcher, views: tuple[Image, Image, NDArray[np.float64]]
+    matcher: FeatureMatcher, warped: tuple[Image, Image, NDArray[np.float64]]
 ) -> None:
-    features0, features1 = (matcher.extract(image) for image in views[:2])
+    features0, features1 = (matcher.extract(image) for image in warped[:2])
     before = [tensor.clone() for tensor in (features0.keypoints, features0.scores, features0.descriptors)]
     first = matcher.match(features0, features1)
     matcher.match(features1, features0)
@@ -107,9 +99,9 @@ def test_features_extracted_once_serve_for_many_pairs(
 
 
 def test_numpy_features_match_as_tensors_do(
-    matcher: FeatureMatcher, views: tuple[Image, Image, NDArray[np.float64]]
+    matcher: FeatureMatcher, warped: tuple[Image, Image, NDArray[np.float64]]
 ) -> None:
-    features0, features1 = (matcher.extract(image) for image in views[:2])
+    features0, features1 = (matcher.extract(image) for image in warped[:2])
     arrays0, arrays1 = features0.numpy(), features1.numpy()
     for array in (arrays0.keypoints, arrays0.scores, arrays0.descriptors):
         assert isinstance(array, np.ndarray)
@@ -125,11 +117,11 @@ def test_numpy_features_match_as_tensors_do(
 
 def test_the_same_images_give_exactly_the_same_results(
     matcher: FeatureMatcher,
-    views: tuple[Image, Image, NDArray[np.float64]],
+    warped: tuple[Image, Image, NDArray[np.float64]],
 ) -> None:
     results = []
     for each in (matcher, matcher, FeatureMatcher(PARAMETERS)):
-        features0, features1 = (each.extract(image) for image in views[:2])
+        features0, features1 = (each.extract(image) for image in warped[:2])
         results.append((features0, each.match(features0, features1)))
     for features, matches in results[1:]:
         assert same(features, results[0][0])
@@ -139,11 +131,11 @@ def test_the_same_images_give_exactly_the_same_results(
 
 def test_nearest_neighbours_match_the_same_features(
     matcher: FeatureMatcher,
-    views: tuple[Image, Image, NDArray[np.float64]],
+    warped: tuple[Image, Image, NDArray[np.float64]],
 ) -> None:
     nearest = FeatureMatcher(PARAMETERS, matcher="nearest")
-    features0, features1 = (nearest.extract(image) for image in views[:2])
-    assert same(features0, matcher.extract(views[0]))
+    features0, features1 = (nearest.extract(image) for image in warped[:2])
+    assert same(features0, matcher.extract(warped[0]))
     matches = nearest.match(features0, features1)
     similarity = features0.numpy().descriptors @ features1.numpy().descriptors.T
     best0, best1 = similarity.argmax(1), similarity.argmax(0)
@@ -153,22 +145,22 @@ def test_nearest_neighbours_match_the_same_features(
     nearest.configure(nearest.parameters.replace({"ratio_threshold": 0.8}))
     strict = nearest.match(features0, features1)
     assert 20 < len(strict) < len(matches)
-    shares = [correct_share(each, features0, features1, views[2], pixels=3) for each in (matches, strict)]
+    shares = [correct_share(each, features0, features1, warped[2], pixels=3) for each in (matches, strict)]
     assert shares[1] > shares[0]
 
 
 def test_bfloat16_keeps_most_matches(
     matcher: FeatureMatcher,
-    views: tuple[Image, Image, NDArray[np.float64]],
+    warped: tuple[Image, Image, NDArray[np.float64]],
 ) -> None:
     half = FeatureMatcher(PARAMETERS, precision="bfloat16")
-    features0, features1 = (half.extract(image) for image in views[:2])
+    features0, features1 = (half.extract(image) for image in warped[:2])
     assert_valid(features0, 240, 180)
     matches = half.match(features0, features1)
-    reference = matcher.match(*(matcher.extract(image) for image in views[:2]))
+    reference = matcher.match(*(matcher.extract(image) for image in warped[:2]))
     assert len(matches) > 0.9 * len(reference)
-    assert correct_share(matches, features0, features1, views[2], pixels=3) > 0.9
-    exact = [matcher.extract(image) for image in views[:2]]
+    assert correct_share(matches, features0, features1, warped[2], pixels=3) > 0.9
+    exact = [matcher.extract(image) for image in warped[:2]]
     pairs = {tuple(pair) for pair in half.match(*exact).indices.tolist()}
     expected = {tuple(pair) for pair in reference.indices.tolist()}
     assert len(pairs & expected) > 0.9 * len(expected)
@@ -177,9 +169,9 @@ def test_bfloat16_keeps_most_matches(
 # -------------------------------------------------------------------------------------------------------------- images
 
 
-def test_grey_as_colour_gives_the_same_features(matcher: FeatureMatcher, views: Any) -> None:
-    expected = matcher.extract(views[0]).numpy()
-    found = matcher.extract(np.repeat(views[0][..., None], 3, axis=2)).numpy()
+def test_grey_as_colour_gives_the_same_features(matcher: FeatureMatcher, warped: Any) -> None:
+    expected = matcher.extract(warped[0]).numpy()
+    found = matcher.extract(np.repeat(warped[0][..., None], 3, axis=2)).numpy()
     # Keypoints whose scores differ by rounding alone may come in another order.
     order, order_found = (np.lexsort(each.keypoints.round(1).T) for each in (expected, found))
     np.testing.assert_allclose(found.keypoints[order_found], expected.keypoints[order], atol=1e-3)
@@ -247,8 +239,8 @@ def test_how_an_image_lies_in_memory_plays_no_part(
     assert np.array_equal(image, layouts(colour)[layout])  # and it is left as it was
 
 
-def test_a_tensor_will_do_for_an_image(matcher: FeatureMatcher, views: Any) -> None:
-    assert same(matcher.extract(torch.from_numpy(views[0])), matcher.extract(views[0]))
+def test_a_tensor_will_do_for_an_image(matcher: FeatureMatcher, warped: Any) -> None:
+    assert same(matcher.extract(torch.from_numpy(warped[0])), matcher.extract(warped[0]))
 
 
 @pytest.mark.parametrize(
@@ -274,14 +266,14 @@ def test_what_is_no_image_is_refused(matcher: FeatureMatcher, image: NDArray[Any
 
 
 @pytest.mark.parametrize("given", ["a.png", None, [[0, 1]]], ids=["path", "None", "list"])
-def test_what_is_no_array_is_refused_with_what_makes_one(matcher: FeatureMatcher, views: Any, given: Any) -> None:
+def test_what_is_no_array_is_refused_with_what_makes_one(matcher: FeatureMatcher, warped: Any, given: Any) -> None:
     with pytest.raises(TypeError, match=r"the image is a \w+; .* numpy\.asarray\(image\.convert\('RGB'\)\)"):
         matcher.extract(given)
     if given is not None:  # which is no mask
         with pytest.raises(TypeError, match=r"the mask is a \w+; .* numpy\.asarray\(mask\.convert\('L'\)\)"):
-            matcher.extract(views[0], given)
+            matcher.extract(warped[0], given)
     with pytest.raises(TypeError, match="match takes Features, as extract gives them"):
-        matcher.match(views[0], given)
+        matcher.match(warped[0], given)
 
 
 def test_an_image_too_large_for_the_networks_is_refused_with_the_remedy(matcher: FeatureMatcher) -> None:
@@ -311,10 +303,10 @@ def test_images_of_any_size_and_content_give_valid_features_that_can_be_matched(
     assert np.isfinite(matches.scores).all()
 
 
-def test_a_covered_camera_gives_next_to_no_matches(matcher: FeatureMatcher, views: Any) -> None:
+def test_a_covered_camera_gives_next_to_no_matches(matcher: FeatureMatcher, warped: Any) -> None:
     # With the threshold that is published with the weights.
     matcher.configure(PARAMETERS.replace({"keypoint_threshold": -1.0}))
-    picture, random = matcher.extract(views[0]), np.random.default_rng(0)
+    picture, random = matcher.extract(warped[0]), np.random.default_rng(0)
     dark = [matcher.extract(random.normal(20, noise, (180, 240)).round().astype(np.uint8)) for noise in (0, 0, 1, 1)]
     for pair in ((dark[0], dark[1]), (dark[2], dark[3]), (dark[0], picture), (picture, dark[2])):
         assert len(matcher.match(*pair)) <= 3
@@ -360,30 +352,30 @@ def test_resizing_sets_the_longest_side(
     assert shapes == [(1, 1, *seen)]
 
 
-def test_max_keypoints_keeps_the_best(matcher: FeatureMatcher, views: Any) -> None:
+def test_max_keypoints_keeps_the_best(matcher: FeatureMatcher, warped: Any) -> None:
     matcher.configure(PARAMETERS.replace({"max_keypoints": 16384}))
-    everything = matcher.extract(views[0])
+    everything = matcher.extract(warped[0])
     for count in (1, 7, 100):
         matcher.configure(PARAMETERS.replace({"max_keypoints": count}))
-        best = matcher.extract(views[0])
+        best = matcher.extract(warped[0])
         assert len(best) == count < len(everything)
         assert torch.equal(best.keypoints, everything.keypoints[:count])
         assert torch.allclose(best.descriptors, everything.descriptors[:count], atol=1e-6)
 
 
-def test_parameters_take_effect_while_running(matcher: FeatureMatcher, views: Any) -> None:
-    features0, features1 = (matcher.extract(image) for image in views[:2])
+def test_parameters_take_effect_while_running(matcher: FeatureMatcher, warped: Any) -> None:
+    features0, features1 = (matcher.extract(image) for image in warped[:2])
     median = float(features0.scores.median())
     matcher.configure(PARAMETERS.replace({"keypoint_threshold": median}))
-    assert (matcher.extract(views[0]).scores > median).all()
+    assert (matcher.extract(warped[0]).scores > median).all()
     matcher.configure(PARAMETERS.replace({"keypoint_threshold": 1.0}))
-    assert len(matcher.extract(views[0])) == 0
+    assert len(matcher.extract(warped[0])) == 0
     matcher.configure(PARAMETERS.replace({"nms_radius": 12, "subpixel": False}))
-    points = matcher.extract(views[0]).keypoints
+    points = matcher.extract(warped[0]).keypoints
     apart = (points[:, None] - points[None]).abs().amax(-1).fill_diagonal_(99)
     assert apart.min() > 12
     matcher.configure(PARAMETERS.replace({"border": 30, "subpixel": False}))
-    points = matcher.extract(views[0]).keypoints
+    points = matcher.extract(warped[0]).keypoints
     assert (points >= 30).all()
     assert (points < torch.tensor([240 - 30, 180 - 30])).all()
     matcher.configure(PARAMETERS.replace({"filter_threshold": 0.8}))
@@ -393,7 +385,7 @@ def test_parameters_take_effect_while_running(matcher: FeatureMatcher, views: An
     matcher.configure(PARAMETERS.replace({"depth_confidence": 0.01}))
     assert matcher.match(features0, features1).layers < 9
     matcher.configure(PARAMETERS)
-    assert same(matcher.extract(views[0]), features0)
+    assert same(matcher.extract(warped[0]), features0)
 
 
 def test_a_folder_brings_its_own_detector(random_folder: Callable[..., Path], texture: Any) -> None:
@@ -418,8 +410,8 @@ def test_images_of_different_sizes_give_as_a_batch_what_each_gives_alone(matcher
     assert matcher.extract_batch([]) == []
 
 
-def test_matches_tell_about_every_keypoint_of_both_images(matcher: FeatureMatcher, views: Any) -> None:
-    features = [matcher.extract(image) for image in views[:2]]
+def test_matches_tell_about_every_keypoint_of_both_images(matcher: FeatureMatcher, warped: Any) -> None:
+    features = [matcher.extract(image) for image in warped[:2]]
     matches = matcher.match(*features)
     both = matches.assignment
     assert both.matches0.shape == both.scores0.shape == both.layers0.shape == (1, len(features[0]))
@@ -432,8 +424,8 @@ def test_matches_tell_about_every_keypoint_of_both_images(matcher: FeatureMatche
     assert isinstance(matches.numpy().assignment.matches0, np.ndarray)
 
 
-def test_features_of_another_extractor_are_refused_by_name_and_size(matcher: FeatureMatcher, views: Any) -> None:
-    features = matcher.extract(views[0])
+def test_features_of_another_extractor_are_refused_by_name_and_size(matcher: FeatureMatcher, warped: Any) -> None:
+    features = matcher.extract(warped[0])
     foreign = replace(features, descriptors=features.descriptors[:, :64])
     with pytest.raises(ValueError, match=r"shape \(\d+, 64\); the matcher lightglue-superpoint-open takes \(N, 128\)"):
         matcher.match(features, foreign)
@@ -462,12 +454,12 @@ def test_unknown_options_and_wrong_values_are_refused() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
-def test_a_gpu_finds_what_the_processor_does(matcher: FeatureMatcher, views: Any, precision: str) -> None:
+def test_a_gpu_finds_what_the_processor_does(matcher: FeatureMatcher, warped: Any, precision: str) -> None:
     on_gpu = FeatureMatcher(PARAMETERS, device="cuda", precision=precision)
-    features = [on_gpu.extract(image) for image in views[:2]]
+    features = [on_gpu.extract(image) for image in warped[:2]]
     assert features[0].keypoints.is_cuda
     matches = on_gpu.match(*features).numpy()
-    reference = matcher.match(*(matcher.extract(image) for image in views[:2]))
+    reference = matcher.match(*(matcher.extract(image) for image in warped[:2]))
     assert len(matches) > 0.9 * len(reference)
-    assert correct_share(matches, features[0].numpy(), features[1].numpy(), views[2], pixels=3) > 0.9
+    assert correct_share(matches, features[0].numpy(), features[1].numpy(), warped[2], pixels=3) > 0.9
     on_gpu.match(features[0].numpy(), features[1].numpy())

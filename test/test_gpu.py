@@ -81,14 +81,6 @@ def make(random_folder: Callable[..., Path]) -> Make:
 
 
 @pytest.fixture(scope="module")
-def views(texture: Any) -> tuple[Image, Image, NDArray[np.float64]]:
-    """Two images, and the homography from the first to the second."""
-    homography = np.array([[0.97, 0.05, 6.0], [-0.04, 0.98, 9.0], [8e-5, -4e-5, 1.0]])
-    picture = cv2.GaussianBlur(texture(180, 240, 3), (0, 0), 1)
-    return picture, cv2.warpPerspective(picture, homography, (240, 180)), homography
-
-
-@pytest.fixture(scope="module")
 def film(texture: Any) -> list[Image]:
     """Images 96 x 128 that a camera takes which moves to the right."""
     picture = cv2.GaussianBlur(texture(96, 192, 5), (0, 0), 1)
@@ -139,15 +131,15 @@ def enliven(model: nn.Module, seed: int) -> nn.Module:
 # The same as on the processor
 
 
-def test_it_finds_what_the_processor_finds(views: Any, way: tuple[str, str]) -> None:
+def test_it_finds_what_the_processor_finds(warped: Any, way: tuple[str, str]) -> None:
     parameters = Parameters(max_keypoints=256)
-    reference = match(FeatureMatcher(parameters, device="cpu", precision="float32"), *views[:2])
+    reference = match(FeatureMatcher(parameters, device="cpu", precision="float32"), *warped[:2])
     ours = with_recordings(FeatureMatcher(parameters, device=way[0], precision=way[1]))
-    assert ours.extract(views[0]).keypoints.device.type == way[0]  # type: ignore[union-attr]
-    features0, features1, matches = match(ours, *views[:2])
+    assert ours.extract(warped[0]).keypoints.device.type == way[0]  # type: ignore[union-attr]
+    features0, features1, matches = match(ours, *warped[:2])
     assert len(matches) > 0.9 * len(reference[2])
     assert share_of_keypoints(features0, reference[0], pixels=1.5) > 0.95
-    seen = cv2.perspectiveTransform(np.float64(features0.keypoints)[matches.indices[:, 0]][None], views[2])[0]
+    seen = cv2.perspectiveTransform(np.float64(features0.keypoints)[matches.indices[:, 0]][None], warped[2])[0]
     distances = np.linalg.norm(seen - np.asarray(features1.keypoints)[matches.indices[:, 1]], axis=1)
     assert (distances < 3).mean() > 0.9
     # What was kept on the host matches as well.
@@ -349,9 +341,9 @@ def test_it_stops_early_where_it_is_sure_and_as_early_as_without_recordings(make
     assert len(stopped) > 1 and min(stopped) < 5
 
 
-def test_an_easy_pair_takes_fewer_layers_than_a_hard_one(device: torch.device, views: Any) -> None:
+def test_an_easy_pair_takes_fewer_layers_than_a_hard_one(device: torch.device, warped: Any) -> None:
     matcher = with_recordings(FeatureMatcher(device=str(device), precision="float32", max_keypoints=200))
-    easy, other = matcher.extract(views[0]), matcher.extract(np.ascontiguousarray(views[1].T[::-1]))
+    easy, other = matcher.extract(warped[0]), matcher.extract(np.ascontiguousarray(warped[1].T[::-1]))
     assert matcher.match(easy, easy).layers < matcher.match(easy, other).layers
 
 
