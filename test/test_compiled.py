@@ -24,6 +24,7 @@ from kpmatch_ros.cli import doctor
 from kpmatch_ros.geometry import compiled
 from kpmatch_ros.geometry.lens import undistort
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change, signed
+from kpmatch_ros.images import MAX_SIDE
 from simulation import camera_path, demo_camera
 from simulation.bags import build_scene
 
@@ -150,15 +151,15 @@ def test_spoilt_patches_are_not_found_and_leave_the_others_alone() -> None:
 
 
 @needed
-def test_an_image_longer_than_opencv_takes_is_refused_and_none_shorter() -> None:
-    points = np.float32([[20, 20], [16_360, 20]])
-    for height, width in ((40, 16_383), (16_383, 40)):
+def test_an_image_longer_than_the_node_takes_is_refused_and_none_shorter() -> None:
+    points = np.float32([[20, 20], [32_740, 20]])
+    for height, width in ((40, MAX_SIDE), (MAX_SIDE, 40)):
         image = signed(np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8))
         there = points if width > height else points[:, ::-1]
         assert align(cut(image, there), image, there, no_change(2)).good.all()
     patches = cut(image, points[:, ::-1])
     # Of the second one's size, where its rows are counted in float32, C read behind its end.
-    for shape in ((40, 32_767), (2**25 + 7, 4)):
+    for shape in ((40, 2 * MAX_SIDE + 1), (2**25 + 7, 4)):
         with pytest.raises(ValueError, match="has a side of more than 32766"):
             align(patches, np.broadcast_to(np.float32(0), shape), points, no_change(2))
 

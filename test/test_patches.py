@@ -13,7 +13,6 @@ import pytest
 
 from kpmatch_ros.geometry.patches import align, cut, no_change, signed
 from kpmatch_ros.geometry.refinement import normalize_contrast
-from kpmatch_ros.images import MAX_SIDE
 
 SIDE, FINE = 240, 6  # pixels of an image, and points of the surface to a pixel
 MIDDLE = (SIDE - 1) / 2
@@ -152,12 +151,3 @@ def test_one_thread_computes_patches_whatever_blas_may_take() -> None:
     assert not ran.returncode, ran.stderr
     others, turns = map(int, ran.stdout.split())
     assert others and turns == 0
-
-
-@pytest.mark.parametrize("width", [16384, MAX_SIDE])
-def test_points_are_found_in_every_image_that_is_wide_enough_to_be_taken(width: int) -> None:
-    image = np.tile(picture(1.0)[:64, :128], (1, width // 128 + 1))[:, :width]
-    points = np.array([[width - 30, 30.0], [30.0, 30.0]], np.float32)
-    found = align(cut(signed(image), points), signed(image), points + np.float32(0.5), no_change(2))
-    assert found.good.all()
-    assert np.abs(found.points - points).max() < 0.02
