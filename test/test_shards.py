@@ -64,6 +64,13 @@ def test_views_of_rooms_come_back_with_exact_poses_and_nearly_exact_depth(textur
     assert rooms.normals.shape == (3, 30, 40, 3) and cosines.min() > 0.99
 
 
+def test_a_shard_may_hold_no_view(tmp_path: Path) -> None:
+    (tmp_path / "views").mkdir()
+    pack.pack_evaluation(tmp_path / "views", tmp_path / "rooms_heldout.npz")
+    rooms = shards.read_rooms(tmp_path / "rooms_heldout.npz")
+    assert (rooms.images, len(rooms.depth), len(rooms.normals), len(rooms.pairs)) == ([], 0, 0, 0)
+
+
 def test_light_is_decoded_as_it_was_encoded() -> None:
     values = np.arange(256, dtype=np.uint8)
     np.testing.assert_array_equal(shards.srgb(shards.linear(values)), values)

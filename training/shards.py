@@ -183,7 +183,7 @@ def write_rooms(
 
 
 def read_rooms(path: Path | str) -> Rooms:
-    """The views of a shard of rooms."""
+    """The views of a shard of rooms; there may be none."""
     with np.load(path, allow_pickle=False) as arrays:
         codes = [_decode(part, cv2.IMREAD_UNCHANGED) for part in _parts(arrays["depth"], arrays["depth_offsets"])]
         normals = [_decode(part, cv2.IMREAD_COLOR) for part in _parts(arrays["normals"], arrays["normals_offsets"])]
@@ -193,8 +193,8 @@ def read_rooms(path: Path | str) -> Rooms:
         return Rooms(
             images=images,
             light=light,
-            normals=np.stack(normals),
-            depth=np.stack(depth),
+            normals=np.stack(normals) if normals else np.zeros((0, 0, 0, 3), np.uint8),
+            depth=np.stack(depth) if depth else np.zeros((0, 0, 0), np.float32),
             K=arrays["K"],
             T_world_camera=arrays["T_world_camera"],
             scene=arrays["scene"],

@@ -432,7 +432,7 @@ def load(folder: Path, device: torch.device) -> tuple[list[Source], list[Source]
     chosen = watched_of([name for path in paths for name in photo_names(path)])
     trained: list[Source] = [Photos([image for image, each in zip(images, chosen) if not each], device)]
     watched: list[Source] = [Photos([image for image, each in zip(images, chosen) if each], device)]
-    shards = [read_rooms(path) for path in sorted(folder.glob("rooms_*.npz"))]
+    shards = [rooms for path in sorted(folder.glob("rooms_*.npz")) if (rooms := read_rooms(path)).images]
     if shards:
         rooms = RoomViews(shards, device)
         views = [name for s in shards for name in s.names]
