@@ -214,6 +214,13 @@ def test_one_photograph_and_one_place_of_a_room_in_twenty_are_only_watched_whate
     assert views.watched_of(few).sum() == 1  # something is watched always
 
 
+def test_a_shard_without_a_view_of_a_room_is_as_none(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos_0.npz").symlink_to(folder / "photos_0.npz")
+    nothing = np.zeros(0)
+    shards.write_rooms(tmp_path / "rooms_0.npz", [], nothing, nothing, nothing, [], nothing, [], nothing, nothing)
+    assert [len(sources) for sources in views.load(tmp_path, CPU)] == [1, 1]
+
+
 def test_degrading_changes_images_as_strongly_as_told_and_always_alike(texture: Texture) -> None:
     image = torch.from_numpy(texture(120, 160, 1))[None, None].float().expand(12, -1, -1, -1) / 255
 
@@ -460,8 +467,8 @@ class Scale(nn.Linear):
         self.config = {"size": size}
 
 
-def learnt(out: Path, names: list[str], size: int, steps: int) -> None:
-    """A training of such networks, or what is left of it."""
+def learnt(out: Path, names: list[str], size: int, steps: int, hurdle: Callable[[int], float] = lambda step: 1) -> None:
+    """A training of such networks, or what is left of it; a step's loss is taken so many times."""
     students = [loop.Student(name, Scale(size), 1e-2) for name in names]
     words = ["--shards", "none", "--out", str(out), "--steps", str(steps), "--device", "cpu"]
     parser = argparse.ArgumentParser()
@@ -471,7 +478,7 @@ def learnt(out: Path, names: list[str], size: int, steps: int) -> None:
 
     def learn(step: int, progress: float) -> dict[str, float]:
         for student in students:
-            student.step(student.model(torch.ones(1, size)).square().sum(), 1.0, step)
+            student.step(hurdle(step) * student.model(torch.ones(1, size)).square().sum(), 1.0, step)
         return {}
 
     loop.run(arguments, settings(), students, learn, dict)
@@ -486,6 +493,34 @@ def test_a_training_goes_on_with_the_networks_that_it_has_and_loses_none(tmp_pat
     assert (tmp_path / "points.pt").read_bytes() == before
     learnt(tmp_path, ["full", "fast"], 2, 2)
     assert torch.load(tmp_path / "points.pt", weights_only=True)["step"] == 2
+
+
+def test_where_memory_is_too_small_for_one_pair_a_training_ends_and_can_go_on(tmp_path: Path) -> None:
+    def short_of_memory(step: int) -> float:
+        if step > 3:
+            raise torch.OutOfMemoryError("too large")
+        return 1
+
+    with pytest.raises(torch.OutOfMemoryError, match="too large"):
+        learnt(tmp_path, ["full"], 2, 9, short_of_memory)
+    assert not list(tmp_path.glob("*.weights.pt"))
+    # Two pairs a step did not fit, nor did one at the step after that, which is to be done again.
+    assert torch.load(tmp_path / "points.pt", weights_only=True)["step"] == 4
+    learnt(tmp_path, ["full"], 2, 9)
+    assert (tmp_path / "points.weights.pt").exists()
+
+
+def test_losses_that_are_never_finite_end_a_training_without_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FloatingPointError, match="the loss of full was not finite in any of 3 steps"):
+        learnt(tmp_path / "short", ["full"], 2, 3, lambda step: np.nan)
+    monkeypatch.setattr(loop, "PATIENCE", 4)
+    with pytest.raises(FloatingPointError, match="the loss of full was not finite in 4 steps in a row"):
+        learnt(tmp_path / "late", ["full"], 2, 100, lambda step: np.inf if step > 5 else 1)
+    assert not list(tmp_path.glob("*/*.weights.pt"))
+    learnt(tmp_path / "now and then", ["full"], 2, 12, lambda step: np.inf if step % 4 else 1)
+    assert (tmp_path / "now and then" / "points.weights.pt").exists()
 
 
 def test_parts_are_those_of_the_weights_that_lie_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 __all__ = ["Batches", "Settings", "Student", "add_options", "rate", "run", "settings_of", "subnormals_are_zeros"]
 
 T = TypeVar("T")
+PATIENCE = 100  # steps in a row without a finite loss
 PART = 15_000_000  # bytes: larger files are also written in parts
 AHEAD = 2  # batches that are begun, on a processor, before they are asked for
 
@@ -36,6 +37,8 @@ class Student:
     Attributes:
         name: what files call it.
         rate: the full learning rate.
+        lost: steps in a row, up to now, whose loss was not finite.
+        followed: steps of this call whose loss was.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Student:
     rate: float
     average: Any = field(init=False)
     optimiser: torch.optim.Optimizer = field(init=False)
+    lost: int = field(default=0, init=False)
+    followed: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
@@ -51,14 +56,22 @@ class Student:
         self.optimiser = torch.optim.AdamW(self.model.parameters(), self.rate, weight_decay=1e-4, fused=on_gpu)
 
     def step(self, loss: Tensor, rate: float, number: int) -> None:
-        """Follow a loss: ``rate`` is the share of the full learning rate. A loss that is not finite changes nothing."""
+        """Follow a loss: ``rate`` is the share of the full learning rate. A loss that is not finite changes nothing.
+
+        Raises:
+            FloatingPointError: when PATIENCE losses in a row were not finite.
+        """
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
         for group in self.optimiser.param_groups:
             group["lr"] = rate * self.rate
         if not torch.isfinite(norm):
+            self.lost += 1
+            if self.lost == PATIENCE:
+                raise FloatingPointError(f"the loss of {self.name} was not finite in {self.lost} steps in a row")
             return
+        self.lost, self.followed = 0, self.followed + 1
         self.optimiser.step()
         decay = min(0.999, (1 + number) / (10 + number))
         with torch.no_grad():
@@ -229,6 +242,9 @@ def run(
 
     Raises:
         ValueError: when the folder holds other networks than these, which would be lost or begin in the middle.
+        torch.OutOfMemoryError: when a single pair of views is too much; a checkpoint is written before.
+        FloatingPointError: when losses are not finite, PATIENCE steps in a row or in all steps of this call; the
+            weights are not written then.
     """
     arguments.out.mkdir(parents=True, exist_ok=True)
     checkpoint = arguments.out / f"{arguments.kind}.pt"
@@ -261,6 +277,9 @@ def run(
         try:
             figures = learn(step, progress)
         except torch.OutOfMemoryError:
+            if settings.batch == 1:
+                save(checkpoint, students, step - 1, time.monotonic() - started)
+                raise
             settings.batch = settings.batch * 3 // 4
             torch.cuda.empty_cache()
             log_line(f"out of memory: {settings.batch} pairs a step from now on")
@@ -275,6 +294,9 @@ def run(
         if now - saved_at > arguments.save_every:
             save(checkpoint, students, step, now - started)
             saved_at = time.monotonic()
+    for student in students:
+        if student.lost and not student.followed:
+            raise FloatingPointError(f"the loss of {student.name} was not finite in any of {student.lost} steps")
     write("watched", {"step": step}, watch())
     save(checkpoint, students, step, time.monotonic() - started)
     export(arguments, students)
