@@ -86,11 +86,23 @@ def test_its_states_are_taught_where_they_are_wanted(wide: LightGlue) -> None:
 
 def test_it_is_kept_with_its_coordinates(wide: LightGlue, tmp_path: Path) -> None:
     made = narrow(wide, [batch(0)], 32)
-    save_narrow(tmp_path / "narrow.pt", made)
-    again = load_narrow(tmp_path / "narrow.pt", torch.device("cpu"))
+    save_narrow(tmp_path / "narrow.pt", made, wide)
+    again = load_narrow(tmp_path / "narrow.pt", wide, 32, torch.device("cpu"))
     x = torch.randn(3, 48)
     assert torch.equal(again.coordinates.of(x), made.coordinates.of(x))
     assert torch.equal(last_states(again.model, batch(2)), last_states(made.model, batch(2)))
+
+
+def test_what_is_kept_is_not_taken_for_another_width_or_for_that_of_another_teacher(
+    wide: LightGlue, tmp_path: Path, randomise_lightglue: Any
+) -> None:
+    file = tmp_path / "narrow.pt"
+    save_narrow(file, narrow(wide, [batch(0)], 32), wide)
+    with pytest.raises(ValueError, match=r"narrow\.pt has 32 channels of the same teacher, not 16 of this one"):
+        load_narrow(file, wide, 16, torch.device("cpu"))
+    randomise_lightglue(wide, 1)
+    with pytest.raises(ValueError, match=r"narrow\.pt has 32 channels of another teacher"):
+        load_narrow(file, wide, 32, torch.device("cpu"))
 
 
 def test_keys_of_their_own_are_refused(wide: LightGlue) -> None:

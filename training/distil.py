@@ -254,6 +254,9 @@ def small_matcher(
 
     It is the weights of ``--start``, the teacher's first layers, or all of its layers in ``--width`` channels. The last
     are kept in the run's folder: a run that goes on wants the same states.
+
+    Raises:
+        ValueError: when those that are kept there have another width, or were made of another teacher.
     """
     narrowing = None
     if arguments.start is not None:
@@ -264,8 +267,8 @@ def small_matcher(
             log_line(f"{arguments.width} channels are made of {teacher.config['descriptor_dim']}")
             made = narrow(teacher, (batch(number) for number in range(NARROWED)), arguments.width)
             arguments.out.mkdir(parents=True, exist_ok=True)
-            save_narrow(file, made)
-        made = load_narrow(file, device)
+            save_narrow(file, made, teacher)
+        made = load_narrow(file, teacher, arguments.width, device)
         model, narrowing, full_rate = made.model, made.coordinates.of, NARROW_RATE
     else:
         model, full_rate = copy.deepcopy(first_layers(teacher, arguments.layers)).to(device), RATES["matching"]

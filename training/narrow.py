@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import lightglue_loss
 import torch
+from evaluation_matchers import hash_of
 from torch import Tensor, nn
 
 from kpmatch_ros.models import LightGlue
@@ -125,17 +126,32 @@ def narrow(wide: LightGlue, batches: Iterable[lightglue_loss.Batch], width: int)
     return Narrow(model, coordinates)
 
 
-def save_narrow(file: Path, made: Narrow) -> None:
-    """Write a narrow LightGlue and its coordinates, whole or not at all."""
-    state = {"config": made.model.config, "tensors": made.model.state_dict(), "coordinates": vars(made.coordinates)}
+def save_narrow(file: Path, made: Narrow, wide: LightGlue) -> None:
+    """Write a narrow LightGlue, its coordinates and a hash of the wide one, whole or not at all."""
+    state = {
+        "config": made.model.config,
+        "tensors": made.model.state_dict(),
+        "coordinates": vars(made.coordinates),
+        "wide": hash_of([wide]),
+    }
     part = file.with_suffix(".part")
     torch.save(state, part)
     part.replace(file)
 
 
-def load_narrow(file: Path, device: torch.device) -> Narrow:
-    """Read what :func:`save_narrow` wrote."""
+def load_narrow(file: Path, wide: LightGlue, width: int, device: torch.device) -> Narrow:
+    """Read what :func:`save_narrow` wrote.
+
+    Raises:
+        ValueError: when it was made of another wide one than this, or has another width.
+    """
     state = torch.load(file, map_location=device, weights_only=True)
+    there = state["config"]["descriptor_dim"]
+    if there != width or state.get("wide") != hash_of([wide]):
+        teacher = "the same" if state.get("wide") == hash_of([wide]) else "another"
+        raise ValueError(
+            f"{file} has {there} channels of {teacher} teacher, not {width} of this one: choose another folder"
+        )
     model = LightGlue(**state["config"])
     model.load_state_dict(state["tensors"])
     return Narrow(model.to(device), Coordinates(**state["coordinates"]))
