@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from training_scripts import TRAINING
+from training_scripts import TRAINING, photographs
 
 import kpmatch_ros
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
-from kpmatch_ros.models import SuperPoint
+from kpmatch_ros.models import DISK, LightGlue, SuperPoint
 
 # isort: split
 import evaluate
 import evaluation_pairs
 import shards
 from evaluation_figures import Result, calibration, describe, markdown
-from evaluation_matchers import Found, Ours, Refined, Sift, load_ours
+from evaluation_matchers import Found, Learned, Ours, Refined, Sift, load_ours
 from evaluation_truth import ByDepth, ByDisparity, ByHomography, Motion, pose_errors, project
 
 Texture = Callable[[int, int, int], np.ndarray]
@@ -48,12 +47,6 @@ def pose(shift: tuple[float, float, float], turn: float = 0.05) -> np.ndarray:
     motion[:3, :3] = cv2.Rodrigues(np.array([0.0, turn, 0.02]))[0]
     motion[:3, 3] = shift
     return motion
-
-
-def photographs(folder: Path, texture: Texture, name: str, count: int = 3) -> None:
-    """A shard of pictures large enough to take views of."""
-    encoded = [shards.encode_grey(texture(600, 800, i)) for i in range(count)]
-    shards.write_photos(folder / name, encoded, [str(i) for i in range(count)])
 
 
 def seen_by_sift(pair: evaluation_pairs.Pair) -> np.ndarray:
@@ -271,6 +264,35 @@ def test_ours_finds_what_the_package_finds_and_reads_it_out_to_a_fraction(
     assert moved.max() <= 2
 
 
+def test_sift_says_where_a_blob_is() -> None:
+    y, x = np.mgrid[:200, :200]
+    offsets = []
+    for seed in range(20):
+        centre = 100 + np.random.default_rng(seed).uniform(-0.5, 0.5, 2)
+        blob = 60 + 150 * np.exp(-((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / 8)
+        points, _ = Sift(100).features(np.round(blob).astype(np.uint8))
+        offsets.append(points[np.linalg.norm(points - centre, axis=1).argmin()] - centre)
+    assert np.abs(np.mean(offsets, axis=0)).max() < 0.05
+
+
+def test_the_lowest_score_of_a_match_is_that_of_every_lightglue(
+    texture: Texture, randomise_lightglue: Randomise
+) -> None:
+    image = np.stack([texture(96, 128, 0)] * 3, axis=-1)
+    torch.manual_seed(0)
+
+    def peer(threshold: float) -> Learned:
+        glue = LightGlue(input_dim=128, descriptor_dim=32, num_attention_heads=2, num_hidden_layers=1)
+        randomise_lightglue(glue, 0)
+        return Learned("DISK", disk, glue, 60, threshold, CPU)
+
+    disk = DISK()
+    every = peer(0.0)(image, image).scores
+    middle = float(np.median(every))
+    assert 0 < len(peer(middle)(image, image).scores) < len(every)
+    assert peer(middle)(image, image).scores.min() >= middle and peer(middle).key != peer(0.0).key
+
+
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
@@ -412,18 +434,6 @@ def test_poses_of_another_estimator_are_not_taken_from_the_cache(
     assert matcher.asked == 1  # its matches are of the same code
 
 
-def test_results_are_written_under_the_whole_name_that_was_asked_for(tmp_path: Path, texture: Texture) -> None:
-    photographs(tmp_path, texture, "photos_heldout.npz", 1)
-    for name in ("new_0.1", "new_0.2"):
-        words = ["--data", str(tmp_path), "--groups", "photographs", "--peers", "sift", "--keypoints", "200"]
-        evaluate.main([*words, "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / name)])
-    written = sorted(path.name for path in tmp_path.glob("new*"))
-    assert written == ["new_0.1.json", "new_0.1.md", "new_0.2.json", "new_0.2.md"]
-    content = json.loads((tmp_path / "new_0.1.json").read_text())
-    assert content["groups"]["photographs"]["places"] == 1
-    assert set(content["code"]) == {"matches", "refined", "poses"}
-
-
 class Rounded:
     """Knows where points are after a shift of two pixels and a half, and says whole pixels."""
 
@@ -446,13 +456,3 @@ def test_refined_matches_lie_where_the_images_say(tmp_path: Path, texture: Textu
     errors = [np.median(cache.result(matcher, pair).errors) for matcher in (Rounded(), Refined(Rounded()))]
     assert errors[0] == pytest.approx(np.hypot(0.5, 0.5), abs=0.01)
     assert errors[1] < 0.1
-
-
-def test_the_command_writes_figures_and_a_table(tmp_path: Path, random_folder: SaveFolder, texture: Texture) -> None:
-    photographs(tmp_path, texture, "photos_heldout.npz", 1)
-    words = ["--data", str(tmp_path), "--groups", "photographs", "--peers", "sift", "--keypoints", "100"]
-    words += ["--weights", f"new={random_folder()}", "--nms-radius", "2", "--subpixel", "both"]
-    evaluate.main([*words, "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "results")])
-    content = json.loads((tmp_path / "results.json").read_text())
-    assert list(content["groups"]["photographs"]["matchers"]) == ["SIFT, ratio test", "new r2", "new r2 sub"]
-    assert "| new r2 sub |" in (tmp_path / "results.md").read_text()

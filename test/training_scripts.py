@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
 if not TRAINING.is_dir():
     pytest.skip("training/ is not installed with the package", allow_module_level=True)
 sys.path.insert(0, str(TRAINING))
+
+
+def photographs(folder: Path, texture: Callable[[int, int, int], np.ndarray], name: str, count: int = 3) -> None:
+    """A shard of pictures large enough to take views of."""
+    import shards
+
+    folder.mkdir(exist_ok=True)
+    encoded = [shards.encode_grey(texture(600, 800, i)) for i in range(count)]
+    shards.write_photos(folder / name, encoded, [str(i) for i in range(count)])

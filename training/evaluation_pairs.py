@@ -1,6 +1,6 @@
 """The groups of image pairs that matchers are compared on, each with what is true of it.
 
-A folder of evaluation data holds, each only where it is wanted: ``rooms_heldout.npz`` and ``photos_heldout.npz`` (see
+The folder ``eval`` of the training's data holds, each only where it is wanted: ``rooms_heldout.npz`` and ``photos_heldout.npz`` (see
 ``shards.py``), ``lund_door/`` (the photographs with COLMAP's ``cameras.txt`` and ``images.txt``), ``opencv/`` (graf1,
 graf3, H1to3p.xml, aloeL, aloeR, aloeGT) and ``scannet/`` (``pairs_with_gt.txt`` with its images).
 """
@@ -274,9 +274,17 @@ GROUPS: dict[str, tuple[str, Callable[[Path], Iterator[Pair]]]] = {
 
 
 def groups(data: Path, names: list[str] | None) -> Iterator[Pair]:
-    """The pairs of those groups, or of all whose data are there."""
-    for name in names or [name for name, (needed, _) in GROUPS.items() if (data / needed).exists()]:
-        yield from GROUPS[name][1](data)
+    """The pairs of those groups, or of all whose data are there.
+
+    Raises:
+        FileNotFoundError: when the data of a group that is asked for, or of all groups, are not there.
+    """
+    missing = {name: data / GROUPS[name][0] for name in names or GROUPS if not (data / GROUPS[name][0]).exists()}
+    chosen = [name for name in names or GROUPS if name not in missing]
+    if missing and (names or not chosen):
+        files = dict.fromkeys(map(str, missing.values()))
+        raise FileNotFoundError(f"nothing to evaluate on, not there: {', '.join(files)}")
+    return itertools.chain.from_iterable(GROUPS[name][1](data) for name in chosen)
 
 
 # --- validation ------------------------------------------------------------------------------------------------------
