@@ -3,9 +3,9 @@
     tools/with_ros python benchmarks/slam.py --cache ../cache         # on a processor half an hour the first time
     tools/with_ros python benchmarks/slam.py --cache ../cache --hard  # the same at dusk, see dusk.py
 
-The images and the matcher's messages are kept in the cache folder: 211 stereo frames of 480x360, 14 cm apart, noise of
-2 grey levels, baseline 12 cm. Needs GTSAM, evo and matplotlib. The absolute trajectory error is evo's, after a rigid
-alignment, as a root mean square.
+The images and the matcher's messages are kept in the cache folder, by the code and the settings that made them: 211
+stereo frames of 480x360, 14 cm apart, noise of 2 grey levels, baseline 12 cm. Needs GTSAM, evo and matplotlib. The
+absolute trajectory error is evo's, after a rigid alignment, as a root mean square.
 
 KLT is OpenCV's pyramidal optical flow (window 21, 4 levels, forward-backward check of 1 pixel) from frame to frame and
 from left to right. It begins at the same keypoints, wherever there is no track within 8 pixels. Its motion is estimated
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +29,10 @@ from evo.core.metrics import APE, PoseRelation
 from evo.core.trajectory import PoseTrajectory3D
 from scipy.spatial.transform import Rotation
 
-from benchmarks.dusk import write_dusk_bag
+import kpmatch_ros
+import simulation
+from benchmarks import dusk
+from benchmarks.code_hash import hash_of_code
 from examples.stereo_slam.picture import draw
 from examples.stereo_slam.slam import StereoSlam
 from kpmatch_ros import match_request
@@ -56,21 +59,27 @@ Messages = Iterable[tuple[str, Any]]
 
 
 def rounds(cache: Path, hard: bool) -> Path:
-    """The bag of the rounds, made if it is not there."""
-    bag = cache / "dusk" / "rounds" if hard else cache / "rounds"
+    """The bag of the rounds, made if there is none by this code."""
+    options = {"num_frames": _FRAMES, "step": _STEP, "size": _SIZE, "baseline": _BASELINE, "encoding": "mono8"}
+    files = [*Path(simulation.__file__).parent.rglob("*"), Path(dusk.__file__)]
+    bag = cache / f"{'dusk' if hard else 'easy'}-{hash_of_code(files, **options)}" / "rounds"
     if bag.exists():
         return bag
     bag.parent.mkdir(parents=True, exist_ok=True)
     if hard:
-        write_dusk_bag(bag, _FRAMES)
+        dusk.write_dusk_bag(bag, _FRAMES)
     else:
-        write_demo_bag(bag, num_frames=_FRAMES, step=_STEP, size=_SIZE, baseline=_BASELINE, encoding="mono8")
+        write_demo_bag(bag, **options)
     return bag
 
 
 def outputs(bag: Path, name: str, parameters: Parameters) -> Path:
-    """The bag of what the matcher publishes, made if it is not there; beside it, the chained poses."""
-    out = bag.with_name(name)
+    """The bag of what the matcher publishes, made if there is none by this code and these parameters.
+
+    Beside it are the chained poses.
+    """
+    package = Path(kpmatch_ros.__file__).parent
+    out = bag.with_name(f"{name}-{hash_of_code(package.rglob('*'), **asdict(parameters))}")
     if not out.exists():
         cameras = choose_cameras(bag, "stereo", {})
         replay(bag, out, cameras, parameters, poses=out.with_suffix(".txt"), features=True)

@@ -1,8 +1,9 @@
 """The groups of image pairs that matchers are compared on, each with what is true of it.
 
-The folder ``eval`` of the training's data holds, each only where it is wanted: ``rooms_heldout.npz`` and ``photos_heldout.npz`` (see
-``shards.py``), ``lund_door/`` (the photographs with COLMAP's ``cameras.txt`` and ``images.txt``), ``opencv/`` (graf1,
-graf3, H1to3p.xml, aloeL, aloeR, aloeGT) and ``scannet/`` (``pairs_with_gt.txt`` with its images).
+The folder ``eval`` of the training's data holds, each only where it is wanted: ``rooms_heldout.npz`` and
+``photos_heldout.npz`` (see ``shards.py``), ``lund_door/`` (the photographs with COLMAP's ``cameras.txt`` and
+``images.txt``), ``opencv/`` (graf1, graf3, H1to3p.xml, aloeL, aloeR, aloeGT) and ``scannet/`` (``pairs_with_gt.txt``
+with its images).
 """
 
 from __future__ import annotations
