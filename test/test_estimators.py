@@ -23,7 +23,7 @@ def areas(name: str, problems: list) -> list[float]:
 def test_on_pairs_with_wide_baselines_the_poses_are_not_below_plain_ransac(recorded_data: Path) -> None:
     pairs = list(estimators.read_pairs(recorded_data / "scannet_pairs", resize=640, device="cpu", precision="float32"))
     assert len(pairs) == 7
-    shuffled = [pair.shuffled(seed) for pair in pairs for seed in range(5)]
+    shuffled = [pair.shuffled(seed) for pair in pairs for seed in range(3)]
     ours, plain = (areas(name, shuffled) for name in ("kpmatch_ros", "OpenCV RANSAC"))
     # Together; each by itself differs by some thousandths with the order of the matches.
     assert sum(ours) >= sum(plain) and all(one > other - 0.01 for one, other in zip(ours, plain)), (ours, plain)
@@ -35,6 +35,19 @@ def test_in_scenes_of_every_kind_the_poses_are_not_below_plain_ransac(number: in
     problems = [estimators.SCENES[number].problem(300, seed) for seed in range(12)]
     ours, plain = (areas(name, problems) for name in ("kpmatch_ros", "OpenCV RANSAC"))
     assert all(one >= other for one, other in zip(ours, plain)), (ours, plain)
+
+
+@pytest.mark.parametrize("name", ["USAC_DEFAULT", "USAC_ACCURATE", "USAC_MAGSAC"])
+def test_opencvs_newer_estimators_are_better_than_its_plain_ransac(name: str) -> None:
+    problems = [estimators.SCENES[0].problem(300, seed) for seed in range(12)]
+    newer, plain = (areas(f"OpenCV {each}", problems) for each in (name, "RANSAC"))
+    assert newer[0] > plain[0] + 0.1, (newer, plain)
+
+
+def test_opencvs_estimators_try_as_many_samples_as_their_confidence_takes() -> None:
+    problems = [estimators.Scene("few right matches", outliers=0.75, noise=0.3).problem(200, i) for i in range(6)]
+    for name in ("OpenCV USAC_DEFAULT", "OpenCV USAC_MAGSAC"):
+        assert areas(name, problems)[2] > 0.9, name
 
 
 def test_every_estimator_finds_the_motion_of_exact_matches() -> None:
@@ -53,7 +66,7 @@ def test_every_estimator_finds_a_motion_that_is_small_beside_the_depths() -> Non
     camera = Camera(640, 480, matrix)
     problem = estimators.Problem(pixels0, seen[:, :2] / seen[:, 2:], camera, camera, truth, 0.0)
     for name, estimator in estimators.estimators().items():
-        assert max(estimators.error_of(estimator(problem, 1.0), truth)) < 1, name
+        assert max(estimators.error_of(estimator(problem, 1.0), truth)) < 2, name
 
 
 def test_the_error_is_that_of_the_rotation_and_of_the_direction_with_its_sign() -> None:

@@ -38,7 +38,7 @@ def search_motions(
         params.randomGeneratorState = seed
         params.isParallel = False  # or the answer changes from call to call
         params.sampler = cv2.SAMPLING_UNIFORM
-        params.score = cv2.SCORE_METHOD_MSAC  # OpenCV's MAGSAC was three to five times less accurate
+        params.score = cv2.SCORE_METHOD_MSAC  # OpenCV's MAGSAC goes wrong on points that are not in pixels
         params.loMethod = cv2.LOCAL_OPTIM_INNER_LO
         params.loIterations = 10
         params.loSampleSize = 14
