@@ -33,6 +33,7 @@ from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose, cross_matrix
 from kpmatch_ros.images import to_array
 from kpmatch_ros.parameters import Parameters
+from kpmatch_ros.tracks import NOT_DETECTED
 from simulation import Scene, View, camera_path, demo_camera
 
 _NOISE = 2.0  # grey levels
@@ -235,10 +236,11 @@ def epipolar(bag: Path, matcher: FeatureMatcher) -> None:
         if judge is None or pair is None or judge.pose.status is not PoseStatus.OK:
             continue
         keypoints = pair.reference.keypoints
+        own = pair.indices[:, 0] != NOT_DETECTED  # KLT has no other: a carried track need not be a keypoint
         flowed = next(flow([Frame(image, None) for image in images[i - 1 : i + 1]], keypoints)).points
         known = np.isfinite(flowed[:, 0])
         cells = []
-        for points0, points1 in ((keypoints[known], flowed[known]), (pair.reference_points, pair.points)):
+        for points0, points1 in ((keypoints[known], flowed[known]), (pair.reference_points[own], pair.points[own])):
             apart = sampson(points0, points1, judge.pose, camera)
             middle, most = np.percentile(apart, [50, 90]) if len(apart) else (np.nan, np.nan)
             cells.append(f"{len(apart) / len(keypoints):4.0%}  {middle:5.2f} {most:6.2f}")

@@ -1,12 +1,23 @@
-"""benchmarks/tracks.py: the places that it takes for true."""
+"""benchmarks/tracks.py: the places that it takes for true, and what it counts."""
 
 from __future__ import annotations
 
-import numpy as np
+import re
+from pathlib import Path
 
-from benchmarks.tracks import offsets, project
+import numpy as np
+import pytest
+
+from benchmarks.tracks import epipolar, offsets, project
+from kpmatch_ros import FeatureMatcher
+from kpmatch_ros.bags.cameras import choose_cameras
+from kpmatch_ros.bags.files import read_messages
+from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.images import to_array
+from kpmatch_ros.parameters import Parameters
 from simulation import View
+from simulation.bags import write_demo_bag
 
 CAMERA = Camera(320, 240, np.array([[300.0, 0, 159.5], [0, 300.0, 119.5], [0, 0, 1]]))
 STEP = np.array([0.4, 0.0, 0.3])  # metres
@@ -51,3 +62,25 @@ def test_beside_an_edge_of_the_depth_a_point_may_lie_on_either_surface() -> None
         true = exact(points, np.full(2, surface))
         assert np.abs(offsets(true, places)).max() < 1e-3
     assert np.abs(offsets(exact(points, np.full(2, 3.0)), places)).max() > 1
+
+
+def test_of_tracks_those_are_counted_that_are_keypoints_of_the_frame_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bag = tmp_path / "walk"
+    write_demo_bag(bag, num_frames=4, size=(320, 240))
+    matcher = FeatureMatcher(Parameters(device="cpu", precision="float32", max_keypoints=200))
+    epipolar(bag, matcher)
+    lines = [re.findall(r"(\d+)%", line) for line in capsys.readouterr().out.splitlines()]
+    said = [int(shares[1]) for shares in lines if len(shares) == 2 and shares]
+    topics, front_end = choose_cameras(bag, "mono", {})[0], FrontEnd(matcher.parameters, matcher)
+    camera = Camera.from_camera_info(next(read_messages(bag, [topics.camera_info])).message, rectified=False)
+    shares, carried = [], 0
+    for i, record in enumerate(read_messages(bag, [topics.image])):
+        _, pair = front_end.register_frame(np.ascontiguousarray(to_array(record.message)), i * 10**9, camera)
+        if pair is not None:
+            own = pair.indices[:, 0] >= 0
+            shares.append(round(100 * own.sum() / len(pair.reference.keypoints)))
+            carried += int((~own).sum())
+    assert carried > 20
+    assert said == shares
