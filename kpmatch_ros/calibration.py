@@ -11,6 +11,7 @@ import numpy as np
 
 from kpmatch_ros.geometry.camera import CalibrationError, Camera, camera_info_field
 from kpmatch_ros.geometry.lens import listed
+from kpmatch_ros.geometry.static_transforms import frame_name
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 
 __all__ = ["Calibration", "Doubt"]
@@ -195,7 +196,7 @@ class Calibration:
         The right camera_info may name either frame: drivers of rectified pairs give both that of the left camera.
         """
         told = infos[0].header.frame_id
-        names = {name.lstrip("/") for name in (told, *frame_ids[:1])}  # ROS 1 has frames with and without
+        names = {frame_name(name) for name in (told, *frame_ids[:1])}
         if not frame_ids or "" in names or len(names) == 1:
             return []
         explanation = (

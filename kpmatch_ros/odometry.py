@@ -11,6 +11,7 @@ from scipy.special import chdtri
 from kpmatch_ros.frames import Pair
 from kpmatch_ros.geometry.pose import Placed, RelativePose, cross_matrix
 from kpmatch_ros.geometry.robust import FALSE_ALARM_RATE
+from kpmatch_ros.geometry.static_transforms import frame_name
 
 __all__ = ["Odometry", "OdometryPose", "Place", "Twist", "compose", "frame_fault", "of_base"]
 
@@ -212,12 +213,12 @@ class Odometry:
 
 def frame_fault(child: str, frame: str) -> str:
     """Why TF cannot place one frame in the other, in words; empty where it can."""
-    if not child:
+    if not frame_name(child):
         return (
             "odometry has no child_frame_id and is not published into TF, as the images have no frame_id: have the "
             "camera's driver name its optical frame"
         )
-    if child == frame:
+    if frame_name(child) == frame_name(frame):
         return (
             f"odometry places the frame {child!r:.80} in itself and is not published into TF: odom_frame must be "
             "another frame than base_frame, or without base_frame than the frame_id of the images"

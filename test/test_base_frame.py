@@ -206,7 +206,7 @@ def test_a_base_that_tf_static_does_not_know_is_named(kpmatch: Any, robot_bag: P
         assert not {"/odometry", "/tf"} & {connection.topic for connection in reader.connections if connection.msgcount}
 
 
-@pytest.mark.parametrize("frame", ["", "left_optical_frame"])
+@pytest.mark.parametrize("frame", ["", "left_optical_frame", "/left_optical_frame"])
 def test_a_frame_that_cannot_be_placed_is_named_and_stays_out_of_tf(
     kpmatch: Any, robot_bag: Path, tmp_path: Path, frame: str
 ) -> None:

@@ -9,7 +9,7 @@ from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.geometry.pose import Pose
 
-__all__ = ["StaticTransforms"]
+__all__ = ["StaticTransforms", "frame_name"]
 
 
 class _Link(NamedTuple):
@@ -31,7 +31,7 @@ class StaticTransforms:
             moved, turned = item.transform.translation, item.transform.rotation
             position = np.array([moved.x, moved.y, moved.z])
             quaternion = np.array([turned.x, turned.y, turned.z, turned.w])
-            parent, child = _name(item.header.frame_id), _name(item.child_frame_id)
+            parent, child = frame_name(item.header.frame_id), frame_name(item.child_frame_id)
             length = np.linalg.norm(quaternion)
             if not parent or not child or not np.isfinite(position).all() or not 0.5 < length < 2.0:
                 continue
@@ -39,7 +39,7 @@ class StaticTransforms:
 
     def pose(self, frame: str, other: str) -> Pose | None:
         """The pose of one frame in another, x_other = rotation x_frame + position; None where nothing joins them."""
-        above, above_other = self._above(_name(frame)), self._above(_name(other))
+        above, above_other = self._above(frame_name(frame)), self._above(frame_name(other))
         common = next((name for name in above if name in above_other), None)
         if common is None:
             return None
@@ -57,6 +57,6 @@ class StaticTransforms:
         return found
 
 
-def _name(frame: str) -> str:
-    """Frames of TF have no leading slash; some drivers write one."""
+def frame_name(frame: str) -> str:
+    """The one name of a frame. Frames of TF have no leading slash; some drivers write one."""
     return frame.lstrip("/")
