@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from posixpath import dirname, join
 from typing import Any
@@ -26,6 +27,7 @@ from kpmatch_ros.parameter_file import applies, read_sections, unknown_keys
 from kpmatch_ros.parameters import Declaration, ParameterError, declarations, meant
 
 FILE = Path(__file__).name
+DEFAULTS = Path(get_package_share_directory("kpmatch_ros"), "config", "matcher.yaml")
 # The launch file that starts this one twice, and its own arguments.
 TWO_CAMERAS = "two_cameras.launch.py"
 TWO_CAMERAS_OWN = ("first", "second")
@@ -37,12 +39,14 @@ CAMERAS = (
 )
 # True and False too: a launch file that includes this one may hand on str(True).
 BOOLEANS = ["true", "false", "True", "False"]
-# Arguments that launch and launch_ros read themselves.
+# Arguments that launch and launch_ros read themselves, and what launch_ros keeps among them.
 LAUNCHS_OWN = {
     "emulate_tty",
+    "global_params",
     "launch-prefix",
     "launch-prefix-filter",
     "ros_namespace",
+    "ros_remaps",
     "sigkill_timeout",
     "sigterm_timeout",
 }
@@ -88,7 +92,7 @@ def arguments() -> list[DeclareLaunchArgument]:
         DeclareLaunchArgument("namespace", default_value="", description="namespace of the node and its topics"),
         DeclareLaunchArgument(
             "params_file",
-            default_value=str(Path(get_package_share_directory("kpmatch_ros"), "config", "matcher.yaml")),
+            default_value=str(DEFAULTS),
             description="YAML file with the node's parameters",
         ),
         *map(parameter_argument, declarations()),
@@ -133,11 +137,16 @@ def is_true(text: str) -> bool:
 
 
 def launched() -> str:
-    """The launch file of these two that the command line names, as `ros2 launch kpmatch_ros matcher.launch.py` does.
+    """The launch file of these two that the command line names, by package or by path.
 
-    Empty where that is another one, which includes them.
+    Empty where that is another one, which includes them, be it of the same name.
     """
-    return next((name for name in (Path(word).name for word in sys.argv) if name in (FILE, TWO_CAMERAS)), "")
+    folder = Path(__file__).resolve().parent
+    for before, word in pairwise(sys.argv):
+        path = Path(word)
+        if path.name in (FILE, TWO_CAMERAS) and (before == "kpmatch_ros" or path.resolve().parent == folder):
+            return path.name
+    return ""
 
 
 def refuse_unknown_arguments(given: Mapping[str, str]) -> None:
@@ -194,6 +203,35 @@ def read_params_file(path: Path, node_name: str) -> list[tuple[str, Any]]:
     return own
 
 
+def merged(sections: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """What sections of parameter files come to: the last one that has a parameter counts, as in ROS."""
+    found: dict[str, Any] = {}
+    for _, values in sections:
+        found |= values if isinstance(values, dict) else {}
+    return found
+
+
+def parameters_around(context: LaunchContext, node_name: str) -> dict[str, Any]:
+    """The node's parameters that SetParameter and SetParametersFromFile set around this file, and no argument does.
+
+    launch_ros keeps them under global_params, a pair or a file each, and hands them to a node before its own files.
+
+    Raises:
+        RuntimeError: for a file that is no YAML, and for a value that is not allowed.
+        OSError: for a file that cannot be read.
+    """
+    given = context.launch_configurations
+    found: dict[str, Any] = {}
+    try:
+        for item in given.get("global_params", []):
+            sections = [("/**", dict([item]))] if isinstance(item, tuple) else read_sections(Path(item))
+            found |= merged((section, values) for section, values in sections if applies(section, node_name))
+        checks = {"use_sim_time": bool} | {item.name: item.check for item in declarations()}
+        return {name: check(found[name]) for name, check in checks.items() if name in found and not given[name]}
+    except ParameterError as error:
+        raise RuntimeError(f"SetParameter: {error}") from error
+
+
 def write_params_file(values: Mapping[str, Any], sections: Iterable[str]) -> str:
     """Write a parameter file that holds the values in each of the sections, and return its path.
 
@@ -222,6 +260,22 @@ def value_of(name: str, kind: type, text: str) -> Any:
         raise RuntimeError(f"argument {name} is {text!r}; it must be {expected}") from None
 
 
+def counting(around: Mapping[str, Any], params_file: Path, in_file: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the parameters set around this file that count, by name.
+
+    All of them count over the packaged defaults, which nobody asked for. In launch_ros a node's own file counts over
+    them, and says nothing: that is warned of.
+    """
+    if params_file == DEFAULTS:
+        return dict(around)
+    if lost := [name for name, value in around.items() if in_file.get(name, value) != value]:
+        get_logger(FILE).warning(
+            f"params_file: {params_file} sets {', '.join(lost)}, which SetParameter sets around it: the file counts. "
+            "Take it out of the file, or give it as an argument"
+        )
+    return {name: value for name, value in around.items() if name not in in_file}
+
+
 def parameter_value(item: Declaration, text: str) -> Any:
     """What an argument's text says, as the parameter's type.
 
@@ -234,10 +288,15 @@ def parameter_value(item: Declaration, text: str) -> Any:
         raise RuntimeError(f"argument {error}") from None
 
 
-def image_topics(given: Mapping[str, str], mode: str) -> tuple[dict[str, str], str]:
+def image_topics(given: Mapping[str, str], mode: str, transport: str) -> tuple[dict[str, str], str]:
     """The image topic of each camera, by argument, and the transport that those of the mode name.
 
     Theirs come without /compressed.
+
+    Args:
+        given: the launch arguments.
+        mode: mono or stereo.
+        transport: what was asked for; empty where nothing was.
 
     Raises:
         RuntimeError: where one topic is compressed and another is not, or image_transport says otherwise.
@@ -246,9 +305,9 @@ def image_topics(given: Mapping[str, str], mode: str) -> tuple[dict[str, str], s
     used = {argument: topic for argument, topic in topics.items() if bool(argument) == (mode == "stereo")}
     compressed = [topic for topic in used.values() if topic.endswith("/compressed")]
     if not compressed:
-        return topics, given["image_transport"]
+        return topics, transport
     named = " and ".join(compressed)
-    if given["image_transport"] == "raw":
+    if transport == "raw":
         raise RuntimeError(f"{named}: is a topic of compressed images; image_transport:=raw cannot read it")
     if len(compressed) < len(used):
         raise RuntimeError(f"{named}: give both cameras' topics with /compressed, or none")
@@ -266,11 +325,13 @@ def start(context: LaunchContext) -> list[Node]:
     own = read_params_file(params_file, node_name)
 
     # As ROS does: an argument, or else the last section that has the parameter, or else the default.
-    in_file = [values["mode"] for _, values in own if isinstance(values, dict) and "mode" in values]
-    mode = given["mode"] or [*(item.default for item in declarations() if item.name == "mode"), *in_file][-1]
-    images, transport = image_topics(given, mode)
+    in_file = merged(own)
+    overrides = counting(parameters_around(context, node_name), params_file, in_file)
+    defaults = {item.name: item.default for item in declarations()}
+    mode = given["mode"] or (defaults | in_file | overrides)["mode"]
+    images, transport = image_topics(given, mode, given["image_transport"] or overrides.get("image_transport", ""))
     texts = {item.name: given[item.name] for item in declarations()} | {"image_transport": transport}
-    overrides = {item.name: parameter_value(item, texts[item.name]) for item in declarations() if texts[item.name]}
+    overrides |= {item.name: parameter_value(item, texts[item.name]) for item in declarations() if texts[item.name]}
     if given["use_sim_time"]:
         overrides["use_sim_time"] = is_true(given["use_sim_time"])
     files = [str(params_file)]

@@ -79,9 +79,13 @@ class Told:
 
 
 def launched(*words: str, file: str = "matcher.launch.py") -> tuple[int, str]:
-    """The exit status and the log of a launch file with these arguments; the command line names the file."""
+    """The exit status and the log of a launch file with these arguments; the command line names the file.
+
+    It is one of the package's, or a path.
+    """
     arguments = dict(word.split(":=") for word in words)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ros2", "launch", "kpmatch_ros", file, *words])
+        package = [] if Path(file).is_absolute() else ["kpmatch_ros"]
+        patch.setattr(sys, "argv", ["ros2", "launch", *package, file, *words])
         status = run(include(file, **arguments))
         return status, Path(launch.logging.launch_config.log_dir, "launch.log").read_text()

@@ -24,7 +24,7 @@ from launch.actions import DeclareLaunchArgument, RegisterEventHandler  # noqa: 
 from launch.event_handlers import OnProcessExit, OnProcessStart  # noqa: E402
 from launch.launch_description_sources import get_launch_description_from_python_launch_file  # noqa: E402
 from launch_harness import SHARE, Told, apart, include, launched, run  # noqa: E402, F401  (apart is a fixture)
-from launch_ros.actions import PushRosNamespace  # noqa: E402
+from launch_ros.actions import PushRosNamespace, SetParameter, SetParametersFromFile  # noqa: E402
 from lifecycle_msgs.srv import GetState  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
 
@@ -248,6 +248,62 @@ def test_the_arguments_of_a_launch_file_that_includes_this_one_are_its_own(capsy
     output = capsys.readouterr().out
     assert "has no argument max_keypoint, did you mean max_keypoints?" in output
     assert "robot" not in output
+
+
+@pytest.mark.parametrize("name", ["matcher.launch.py", "two_cameras.launch.py"])
+def test_a_launch_file_of_the_same_name_that_includes_this_one_has_arguments_of_its_own(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text(
+        "from launch import LaunchDescription as Description\n"
+        "from launch.actions import IncludeLaunchDescription as Include\n"
+        f"def generate_launch_description(): return Description([Include({LAUNCH_FILE!r})])\n"
+    )
+    status, log = launched("robot:=r2d2", "launch-prefix:=true", file=str(tmp_path / name))
+    assert status == 0 and "process started" in log
+
+
+def test_the_launch_file_may_be_named_by_its_path() -> None:
+    status, log = launched("colour:=red", file=LAUNCH_FILE)
+    assert status == 1 and "matcher.launch.py has no argument colour." in log
+
+
+def test_a_parameter_that_is_set_around_the_launch_file_counts_over_the_packaged_defaults(tmp_path: Path) -> None:
+    (tmp_path / "robot.yaml").write_text(
+        "/**: {ros__parameters: {min_inliers: 31}}\nlidar: {ros__parameters: {a: 1}}\n"
+    )
+    around = {"refine": False, "max_gap": 2, "max_keypoints": 77, "robot_radius": 0.3}
+    file = SetParametersFromFile(str(tmp_path / "robot.yaml"))
+    told = Told(file, *(SetParameter(name, value) for name, value in around.items()), max_keypoints="512")
+    expected = {"refine": False, "max_gap": 2.0, "max_keypoints": 512, "min_inliers": 31}
+    assert {name: told.parameters[name] for name in expected} == expected
+
+
+def test_a_mode_and_a_transport_that_are_set_around_the_launch_file_count_for_its_topics() -> None:
+    stereo = Told(SetParameter("mode", "stereo"), left_image=LEFT, right_image="/right/image_raw/compressed")
+    assert (stereo.parameters["mode"], stereo.parameters["image_transport"]) == ("stereo", "compressed")
+    assert stereo.topics["left/image"] == "/left/image_raw" and stereo.topics["right/image"] == "/right/image_raw"
+    mono = Told(SetParameter("image_transport", "compressed"), image="/front/image_raw")
+    assert (mono.parameters["image_transport"], mono.topics["image"]) == ("compressed", "/front/image_raw")
+
+
+def test_a_parameter_file_that_is_given_counts_over_what_is_set_around_the_launch_file_and_says_so(
+    params_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    around = {"device": "cpu", "min_inliers": 40, "queue": "all", "max_gap": 2.0}
+    parameters = Told(
+        *(SetParameter(name, value) for name, value in around.items()), params_file=str(params_file), min_inliers="50"
+    ).parameters
+    expected = {"device": "cuda:1", "min_inliers": 50, "queue": "all", "max_gap": 2.0}
+    assert {name: parameters[name] for name in expected} == expected
+    assert f"{params_file} sets device, which SetParameter sets around it: the file counts" in capsys.readouterr().out
+
+
+def test_a_value_that_is_not_allowed_around_the_launch_file_stops_the_launch(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(SetParameter("max_keypoints", 0), include(**{"launch-prefix": "true"})) == 1
+    assert "SetParameter: max_keypoints is 0; it must be 1 to 16384" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("key", ["max_keypoint", "frobnicate"])
