@@ -15,6 +15,7 @@ from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.ros.diagnostics import Condition, Diagnostics
 from kpmatch_ros.ros.monitor import Monitor, Problem
 from kpmatch_ros.ros.outputs import Outputs
+from kpmatch_ros.ros.senders import Senders, listed
 
 
 class FakeNode:
@@ -106,6 +107,15 @@ def test_a_message_tells_of_all_that_was_wrong_before_its_stamp() -> None:
     told.watch()
     assert len(node.said) == 2
     assert all(array.header.stamp.sec < when for array, when in zip(node.said, asked))
+
+
+def test_a_publisher_whose_nodes_name_is_not_known_yet_is_no_sender_of_another_name() -> None:
+    camera = SimpleNamespace(node_name="camera", node_namespace="/", endpoint_gid=[1])
+    restarted = SimpleNamespace(
+        node_name="_NODE_NAME_UNKNOWN_", node_namespace="_NODE_NAMESPACE_UNKNOWN_", endpoint_gid=[2]
+    )
+    assert Senders().on("/image", [camera, restarted]) == ["/camera"]
+    assert listed(["/camera", "", "/camera"]) == "/camera, one whose name is not known"
 
 
 @pytest.mark.parametrize(("queue", "least"), [("latest", 1), ("all", 50)])

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import rclpy
 from lifecycle_msgs.srv import ChangeState
 from sensor_msgs.msg import CameraInfo, Image
 
@@ -108,10 +109,12 @@ def test_another_node_on_the_same_topics_is_named(tmp_path: Path) -> None:
 def test_calibrations_of_two_publishers_are_told_of(tmp_path: Path) -> None:
     with running_node(tmp_path, max_keypoints=64) as node:
         node.wait_until_connected()
-        other = node.node.create_publisher(CameraInfo, "camera_info", 10)
+        other = rclpy.create_node("other", namespace=node.namespace, context=node.node.context)
+        infos = other.create_publisher(CameraInfo, "camera_info", 10)
         said = f"2 publishers send on {node.namespace}/camera_info"
         node.wait_for(lambda: said in node.message(), "the two to be named")
-        assert "calibrations of several cameras are mixed" in node.message() and other is not None
+        assert "calibrations of several cameras are mixed" in node.message() and infos is not None
+        other.destroy_node()
 
 
 def test_two_cameras_on_one_topic_do_not_flood_the_log(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import rclpy
 from bag_harness import Run
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
@@ -32,12 +33,13 @@ def test_other_types_latched_calibrations_and_misspelt_parameters_are_told_of(tm
         )
 
         node.node.destroy_publisher(other)
-        offers = [node.node.create_publisher(Image, "image", 10) for _ in range(2)]
+        second = rclpy.create_node("second", namespace=ns, context=node.node.context)
+        offers = [each.create_publisher(Image, "image", 10) for each in (node.node, second)]
         node.wait_for(lambda: "2 publishers send on" in node.message(), "the two cameras")
         node.wait_for(lambda: "but nothing comes" in node.message(), "the silence")
         assert "qos_overrides" not in node.message(), "with queue 'all' the subscription is reliable already"
-        for offer in offers:
-            node.node.destroy_publisher(offer)
+        node.node.destroy_publisher(offers[0])
+        second.destroy_node()
         elsewhere = node.node.create_publisher(Image, "camera/image", 10)
         node.wait_for(lambda: f"{ns}/camera/image is published" in node.message(), "the nearest topic")
         node.node.destroy_publisher(elsewhere)

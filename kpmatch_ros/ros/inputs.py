@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.ros.monitor import Problem
 from kpmatch_ros.ros.qos import SubscriptionEventCallbacks, mismatch, or_override, overridable, with_events
+from kpmatch_ros.ros.senders import Senders, full_name, listed
 from kpmatch_ros.ros.tf import TFMessage
 from kpmatch_ros.stereo_sync import StereoSynchroniser
 
 __all__ = ["Inputs"]
 
-_SILENT_AFTER = 2.0  # seconds without an image that are worth a warning
+# Without an image for so many seconds, or for so many of the camera's usual intervals, which are seconds at most.
+_SILENT_AFTER, _SILENT_INTERVALS, _SILENT_AT_MOST = 2.0, 3.0, 60.0
 # Seconds that the very first frame waits for a camera_info that somebody publishes. A replay (queue: all) has the time.
 _CALIBRATION_WAIT = {"latest": 1.0, "all": 10.0}
 
@@ -49,12 +53,25 @@ class _Camera:
     latched_info: Any = None  # where there is a publisher that sends it once
     calibrated: bool = False
     informed: bool = False  # calibrated since the node was activated
-    arrived: float | None = None  # the last image, monotonic seconds
+    arrived: float | None = None  # the last image since the node was activated, monotonic seconds
+    intervals: deque[float] = field(default_factory=lambda: deque(maxlen=10))  # seconds between the last images
 
     @property
     def topics(self) -> dict[str, str]:
         """What is subscribed to: the names of its attributes, each with the topic."""
         return {"image": self.image_topic, "info": self.info_topic, "mask": self.mask_topic}
+
+    @property
+    def silent_after(self) -> float:
+        """Seconds without an image that are worth a warning: some cameras send one in ten seconds."""
+        usual = statistics.median(self.intervals) if self.intervals else 0.0
+        return max(_SILENT_AFTER, min(_SILENT_INTERVALS * usual, _SILENT_AT_MOST))
+
+    def receive(self, now: float) -> None:
+        """An image arrived."""
+        if self.arrived is not None:
+            self.intervals.append(now - self.arrived)
+        self.arrived = now
 
 
 class Inputs:
@@ -103,6 +120,7 @@ class Inputs:
         self._asked[self._static] = "/tf_static"
         self._best_effort: set[str] = set()  # topics whose publishers offer no more
         self._warned: set[str] = set()  # of what is said of publishers
+        self._senders = Senders()
         self._subscribed_at = 0.0
         self._calibrated = threading.Event()
 
@@ -133,7 +151,7 @@ class Inputs:
         self._subscribed_at = time.monotonic()
         self._calibrated.clear()
         for camera in self._cameras:
-            camera.informed = False  # the driver may be another one by now
+            camera.informed, camera.arrived = False, None  # the driver may be another one by now
         try:
             self._create()
         except BaseException:
@@ -231,10 +249,10 @@ class Inputs:
                 policy, unheard[what] = self._disagreement(topic, getattr(camera, what))
                 if policy and not self._lowers(policy):
                     found.append(Problem(f"QoS: {topic}", self._unheard(topic, policy)))
-            silent = waited if camera.arrived is None else min(now - camera.arrived, waited)
+            silent = waited if camera.arrived is None else now - camera.arrived
             stereo = len(self._cameras) == 2
             missed, alone = (synchroniser.since[side], synchroniser.silent(side)) if stereo else (0, False)
-            if (silent > _SILENT_AFTER or alone) and not unheard["image"]:
+            if (silent > camera.silent_after or alone) and not unheard["image"]:
                 found.append(self._silence(camera, silent, missed))
             found += self._mixed(camera.image_topic, _type_name(self._image_type), "images")
             found += self._mixed(camera.info_topic, _type_name(CameraInfo), "calibrations")
@@ -291,7 +309,7 @@ class Inputs:
 
     def _nearest(self, topic: str, kind: str, ending: str = "") -> str:
         """The topic of the nearest name on which another node publishes a type; empty where there is none."""
-        own = (self._node.get_name(), self._node.get_namespace())
+        own = self._node.get_fully_qualified_name()
         published = [
             name
             for name, kinds in self._node.get_topic_names_and_types()
@@ -303,7 +321,7 @@ class Inputs:
                 self._node.count_publishers(name)
                 if self._node.resolve_topic_name(name) != name
                 else any(
-                    offer.topic_type == kind and (offer.node_name, offer.node_namespace) != own
+                    offer.topic_type == kind and full_name(offer) not in ("", own)
                     for offer in self._node.get_publishers_info_by_topic(name)
                 )
             )
@@ -312,11 +330,10 @@ class Inputs:
 
     def _mixed(self, topic: str, wanted: str, what: str) -> list[Problem]:
         """Several publishers of images or calibrations on one topic: two cameras cannot be told apart there."""
-        offers = [offer for offer in self._offers(topic) if offer.topic_type == wanted]
-        if len(offers) < 2:
+        names = self._senders.on(topic, [offer for offer in self._offers(topic) if offer.topic_type == wanted])
+        if len(names) < 2:
             return []
-        names = sorted({f"{offer.node_namespace.rstrip('/')}/{offer.node_name}" for offer in offers})
-        text = f"{len(offers)} publishers send on {topic} ({', '.join(names)}): {what} of several cameras are mixed"
+        text = f"{len(names)} publishers send on {topic} ({listed(names)}): {what} of several cameras are mixed"
         return [Problem(f"publishers: {topic}", text)]
 
     def _offers(self, topic: str) -> list[Any]:
@@ -394,7 +411,7 @@ class Inputs:
         setattr(camera, what, subscription)
 
     def _receive_image(self, side: int, message: Any) -> None:
-        self._cameras[side].arrived = time.monotonic()
+        self._cameras[side].receive(time.monotonic())
         self._take_image(side, message)
 
     def _receive_info(self, side: int, message: Any) -> None:

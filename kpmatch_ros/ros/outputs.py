@@ -14,6 +14,7 @@ from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.ros.monitor import Problem
 from kpmatch_ros.ros.qos import PublisherEventCallbacks, or_override, overridable, policy_of, with_events
+from kpmatch_ros.ros.senders import Senders, listed
 from kpmatch_ros.ros.tf import INSTALL, TFMessage
 
 __all__ = ["Outputs", "output_names"]
@@ -29,6 +30,7 @@ class Outputs:
 
     def __init__(self, node: LifecycleNode, parameters: Parameters) -> None:
         self._node = node
+        self._senders = Senders()
         self._refused: dict[str, str] = {}  # subscribers that ask for another quality of service, by topic
         if parameters.publish_odometry and parameters.publish_tf and TFMessage is None:
             node.get_logger().warning(f"odometry is published, but not into TF: {INSTALL}", once=True)
@@ -73,20 +75,19 @@ class Outputs:
     def _shared(self) -> list[Problem]:
         """Topics on which another node publishes too, as one that was started twice."""
         own = self._node.get_fully_qualified_name()
-        topics, names = [], set()
+        topics, names = [], []
         for name in self._publishers:
             topic = self._node.resolve_topic_name(name)
             if name == "/tf" or self._node.count_publishers(topic) < 2:
                 continue
-            offers = self._node.get_publishers_info_by_topic(name)  # it remaps
-            publishers = [f"{offer.node_namespace.rstrip('/')}/{offer.node_name}" for offer in offers]
+            publishers = self._senders.on(topic, self._node.get_publishers_info_by_topic(name))  # it remaps
             if len(publishers) > 1 and own in publishers:
                 topics.append(topic)
                 publishers.remove(own)
-                names |= set(publishers)
+                names += publishers
         if not topics:
             return []
-        others = ", ".join(sorted(names)) + (", another one of this name" if own in names else "")
+        others = listed(names) + (", another one of this name" if own in names else "")
         text = (
             f"another node publishes on {', '.join(topics)} too ({others}): subscribers receive both, mixed. Stop one "
             "of them, or give each a namespace of its own"
