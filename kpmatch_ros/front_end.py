@@ -332,7 +332,7 @@ class FrontEnd:
             pose=pose,
         )
 
-    def interruption(self, stamp: int, frame_ids: Sequence[str]) -> str:
+    def interruption(self, stamp: int, frame_ids: Sequence[str], overtaken: int = 0) -> str:
         """Why a frame cannot follow the last one, in words; empty where it can.
 
         Time went back, the gap is too long, or the images are another camera's.
@@ -340,6 +340,7 @@ class FrontEnd:
         Args:
             stamp: of the frame, nanoseconds.
             frame_ids: of its images.
+            overtaken: how many frames that came since the last one are left out, for the words.
         """
         if self._last_stamp is None:
             return ""
@@ -350,7 +351,11 @@ class FrontEnd:
         if elapsed < 0:
             return f"the stamps went back by {-elapsed:.3f} s"
         if 0 < self.parameters.max_gap < elapsed:
-            return f"no frame was processed for {elapsed:.3f} s, more than max_gap"
+            remedy = (
+                f", and frames that came meanwhile were dropped ({overtaken}), as they come faster than they are "
+                "processed: choose profile fast, set resize, lower max_keypoints, or raise max_gap"
+            )
+            return f"no frame was processed for {elapsed:.3f} s, more than max_gap{remedy if overtaken else ''}"
         return ""
 
     def _describe(self, given: GivenFrame) -> list[Frame]:

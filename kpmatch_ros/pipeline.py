@@ -263,11 +263,12 @@ class Pipeline:
             self._told_alone = alone
             self._publish_interruption(alone.header)
 
-    def process(self, received: Sequence[Any]) -> Result | None:
+    def process(self, received: Sequence[Any], overtaken: int = 0) -> Result | None:
         """Process a frame and publish what comes of it; None where its images cannot be used.
 
         Args:
             received: a frame's image messages, from :meth:`add_image`.
+            overtaken: how many frames that came since the last one are left out.
         """
         self._follow_parameters()
         if self._reset_requested.is_set():
@@ -278,14 +279,14 @@ class Pipeline:
         try:
             images = [self._pixels(side, message) for side, message in enumerate(received)]
             frame_ids = [message.header.frame_id for message in received]
-            interruption = self.front_end.interruption(stamps[0], frame_ids)
+            interruption = self.front_end.interruption(stamps[0], frame_ids, overtaken)
             camera = self._camera_for([(image.shape[1], image.shape[0]) for image in images], stamps, frame_ids)
             result = self.front_end.register(images, stamps, camera, frame_ids, masks)
         except ImageError as error:
             self._events.rejected(error.reason, f"an image was rejected: {error}")
             return None
         if interruption:
-            self._events.interrupted(f"{interruption}: features and tracks are forgotten")
+            self._events.interrupted(f"features and tracks are forgotten: {interruption}")
         if result.stereo is not None:
             self._check_stereo(result.stereo)
         self._check_masks(result, faults)

@@ -21,8 +21,9 @@ from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_profi
 from sensor_msgs.msg import CameraInfo, Image
 from std_srvs.srv import Trigger
 
+from kpmatch_ros.msg import MatchArray
 from kpmatch_ros.parameters import ParameterError
-from kpmatch_ros.ros import inputs
+from kpmatch_ros.ros import inputs, senders
 from kpmatch_ros.ros import node as matcher
 from kpmatch_ros.ros.manager_bond import ManagerBond
 from kpmatch_ros.ros.node import MatcherNode
@@ -72,6 +73,17 @@ def spin_until(executor: SingleThreadedExecutor, condition: Callable[[], Any]) -
             return
         executor.spin_once(timeout_sec=0.1)
     pytest.fail("it does not come to pass")
+
+
+def told(node: MatcherNode) -> str:
+    """What is wrong, as the diagnostics say it."""
+    return "; ".join(problem.explanation for problem in node._condition().problems)  # noqa: SLF001
+
+
+def picture(nanoseconds: int = 0) -> Image:
+    message = Image(height=48, width=64, encoding="mono8", step=64, data=bytes(48 * 64))
+    message.header.stamp.sec, message.header.stamp.nanosec = 100, nanoseconds
+    return message
 
 
 def finished(work: Callable[[], Any]) -> Any:
@@ -341,23 +353,117 @@ def test_a_publisher_that_is_not_heard_is_told_of_while_it_is_there_and_hides_no
     peer = rclpy.create_node("peer", context=executor.context)
     kind = CameraInfo if topic == "camera_info" else Image
 
-    def told() -> str:
-        return "; ".join(problem.explanation for problem in node._condition().problems)  # noqa: SLF001
-
     unheard = f"the publisher of /{topic} offers another reliability: its messages do not arrive"
     first = peer.create_publisher(kind, topic, qos_profile_sensor_data)
-    spin_until(executor, lambda: unheard in told())
-    assert not silence or silence not in told(), "one sentence says why"
+    spin_until(executor, lambda: unheard in told(node))
+    assert not silence or silence not in told(node), "one sentence says why"
     second = peer.create_publisher(kind, topic, 10)
-    spin_until(executor, lambda: silence in told())
-    assert unheard in told()
+    spin_until(executor, lambda: silence in told(node))
+    assert unheard in told(node)
     peer.destroy_publisher(first)
-    spin_until(executor, lambda: unheard not in told())
-    assert silence in told()
+    spin_until(executor, lambda: unheard not in told(node))
+    assert silence in told(node)
     peer.destroy_publisher(second)
-    spin_until(executor, lambda: not silence or (silence in told() and "nobody publishes it" in told()))
-    assert unheard not in told()
+    spin_until(executor, lambda: not silence or (silence in told(node) and "nobody publishes it" in told(node)))
+    assert unheard not in told(node)
     peer.destroy_node()
+
+
+@pytest.mark.parametrize(("interval", "silent"), [(0.1, 2.0), (2.6, 7.8), (1000.0, 60.0)])
+def test_a_camera_is_silent_when_it_misses_images_be_it_slow(
+    make_node: MakeNode,
+    executor: SingleThreadedExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+    interval: float,
+    silent: float,
+) -> None:
+    now = 5000.0
+    monkeypatch.setattr(inputs, "time", SimpleNamespace(monotonic=lambda: now))
+    node = make_node(matcher="nearest", queue="all")
+    assert (node.trigger_configure(), node.trigger_activate()) == (SUCCESS, SUCCESS)
+    peer = rclpy.create_node("peer", context=executor.context)
+    images = peer.create_publisher(Image, "image", 10)
+    spin_until(executor, images.get_subscription_count)
+    for number in range(4):
+        now += interval
+        images.publish(picture(number + 1))
+        spin_until(executor, lambda: node.monitor.values()["frames received"] == str(number + 1))  # noqa: B023
+    now += 0.99 * silent
+    assert "no image on /image" not in told(node)
+    now += 0.02 * silent
+    assert "no image on /image" in told(node)
+    peer.destroy_node()
+
+
+def test_publishers_of_one_name_are_two_senders_once_they_have_stood_for_longer_than_one_that_was_killed(
+    make_node: MakeNode, executor: SingleThreadedExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = make_node(matcher="nearest")
+    assert (node.trigger_configure(), node.trigger_activate()) == (SUCCESS, SUCCESS)
+    others = [rclpy.create_node(name, context=executor.context) for name in ("camera", "camera", "matcher", "usb")]
+    images = [other.create_publisher(Image, "image", 10) for other in others[:2]]
+    twin = others[2].create_publisher(MatchArray, "matches", 10)
+    spin_until(
+        executor, lambda: all(len(node.get_publishers_info_by_topic(name)) == 2 for name in ("image", "matches"))
+    )
+    assert "publishers send" not in told(node) and "another node publishes" not in told(node)
+    images.append(others[3].create_publisher(Image, "image", 10))
+    spin_until(executor, lambda: "2 publishers send on /image (/camera, /usb)" in told(node))
+    monkeypatch.setattr(senders, "_LEASE", 0.0)
+    spin_until(executor, lambda: "3 publishers send on /image (/camera, /usb)" in told(node))
+    spin_until(executor, lambda: "another node publishes on /matches too (/matcher, another one of" in told(node))
+    assert len(images) == 3 and twin is not None
+    for other in others:
+        other.destroy_node()
+
+
+def test_a_gap_with_dropped_frames_in_it_is_told_as_such_and_a_slow_frame_by_itself_is_no_gap(
+    make_node: MakeNode, executor: SingleThreadedExecutor
+) -> None:
+    node = make_node(matcher="nearest", max_gap=1e-6)
+    assert (node.trigger_configure(), node.trigger_activate()) == (SUCCESS, SUCCESS)
+    stamp = sent = 0
+
+    def send(apart: int) -> None:
+        nonlocal stamp, sent
+        stamp, sent = stamp + apart, sent + 1
+        node._take_image(0, picture(stamp))  # noqa: SLF001
+
+    def process(apart: int) -> str:
+        send(apart)
+        spin_until(executor, lambda: node.monitor.values()["frames processed"] == str(sent))
+        return told(node)
+
+    assert all("max_gap" not in process(1) for _ in range(3)), "each took more than a microsecond"
+    alone = process(10_000)
+    assert "no frame was processed for 0.000 s, more than max_gap" in alone and "dropped" not in alone
+
+    def overtaken() -> bool:
+        for _ in range(3):
+            send(10_000)
+        return "and frames that came meanwhile were dropped" in told(node)
+
+    spin_until(executor, overtaken)
+    assert "lower max_keypoints, or raise max_gap" in told(node)
+
+
+def test_figures_of_the_last_pair_end_with_the_cameras_that_it_was_of_and_counters_go_on(
+    make_node: MakeNode, executor: SingleThreadedExecutor
+) -> None:
+    node = make_node(matcher="nearest", mode="stereo")
+    assert (node.trigger_configure(), node.trigger_activate()) == (SUCCESS, SUCCESS)
+    for side in (0, 1):
+        node._take_image(side, picture(1))  # noqa: SLF001
+    spin_until(executor, lambda: node.monitor.values()["frames processed"] == "1")
+    node.monitor.odometry(1, "the chain broke")
+    before = node.monitor.values()
+    assert (before["keypoints"], before["stereo matches"], before["odometry breaks"]) == ("0", "0", "1")
+    assert (node.trigger_deactivate(), node.trigger_cleanup()) == (SUCCESS, SUCCESS)
+    assert node.set_parameters([Parameter("mode", value="mono")])[0].successful
+    assert node.trigger_configure() == SUCCESS
+    after = node.monitor.values()
+    assert (after["keypoints"], after["frames processed"]) == ("", "1")
+    assert not {"stereo matches", "stereo inlier ratio", "odometry breaks"} & set(after)
 
 
 def test_after_an_activation_that_failed_the_next_one_works(
@@ -376,7 +482,7 @@ def test_after_an_activation_that_failed_the_next_one_works(
     assert node.trigger_activate() == SUCCESS
     images = peer.create_publisher(Image, "image", 10)
     spin_until(executor, lambda: images.get_subscription_count() == 1)
-    images.publish(Image(height=48, width=64, encoding="mono8", step=64, data=bytes(48 * 64)))
+    images.publish(picture())
     spin_until(executor, lambda: node.monitor.values()["frames processed"] == "1")
     assert node.monitor.values()["frames received"] == "1"
     peer.destroy_node()

@@ -62,6 +62,15 @@ def test_where_all_frames_are_wanted_the_oldest_are_dropped_beyond_so_many_bytes
     assert inbox.put("too late", 1) == 1
 
 
+def test_a_frame_that_is_taken_knows_how_many_were_dropped_since_the_one_before() -> None:
+    inbox: Inbox[str, int] = Inbox(latest=True, memory=100)
+    for count in (0, 3, 1, 0):
+        for number in range(count + 1):
+            inbox.put(f"frame {number}", 1)
+        inbox.ask(0)
+        assert set(taken(inbox, 2)) == {0, f"frame {count}"} and inbox.overtaken == count
+
+
 @pytest.mark.parametrize("latest", [False, True])
 def test_what_is_to_be_last_waits_for_the_frames_before_it_and_pushes_none_out(latest: bool) -> None:
     inbox: Inbox[str, int] = Inbox(latest=latest, memory=100)

@@ -37,7 +37,7 @@ class FrontEndStub:
     def reset(self) -> None:
         self.resets += 1
 
-    def interruption(self, stamp: int, frame_ids: Any) -> str:
+    def interruption(self, stamp: int, frame_ids: Any, overtaken: int) -> str:
         return ""
 
     def register(self, images: Any, stamps: Any, camera: Any, frame_ids: Any, masks: Any) -> Result:
@@ -338,7 +338,7 @@ def test_an_interruption_is_told_of_once_however_many_images_are_refused(monkeyp
     pipeline, heard = make("image")
     front_end: Any = pipeline.front_end
     register = front_end.register
-    monkeypatch.setattr(front_end, "interruption", lambda stamp, frame_ids: "the frame_id changed")
+    monkeypatch.setattr(front_end, "interruption", lambda stamp, frame_ids, overtaken: "the frame_id changed")
 
     def refuse(*arguments: Any) -> Result:
         raise ImageError("size", "too many pixels")

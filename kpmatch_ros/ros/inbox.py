@@ -32,11 +32,16 @@ class Inbox(Generic[Item, Request]):
     Args:
         latest: keep only the newest item. Those that still wait when it arrives are dropped.
         memory: how many bytes the items have at most, but for the newest one. The oldest are dropped.
+
+    Attributes:
+        overtaken: how many items were dropped between the last one that was taken and the one before.
     """
 
     def __init__(self, latest: bool, memory: int) -> None:
         self._latest = latest
         self._memory = memory
+        self.overtaken = 0
+        self._dropped = 0  # since the last item was taken
         self._items: deque[tuple[Item, int]] = deque()  # with their bytes
         self._held = 0  # bytes
         self._last: Item | None = None
@@ -54,6 +59,7 @@ class Inbox(Generic[Item, Request]):
             while self._items and (self._latest or self._held + size > self._memory):
                 self._held -= self._items.popleft()[1]
             dropped = before - len(self._items)
+            self._dropped += dropped
             self._items.append((item, size))
             self._held += size
             self._last = None
@@ -91,6 +97,7 @@ class Inbox(Generic[Item, Request]):
                 return last
             item, size = self._items.popleft()
             self._held -= size
+            self.overtaken, self._dropped = self._dropped, 0
             return item
 
     @property

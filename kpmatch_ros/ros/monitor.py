@@ -46,15 +46,23 @@ class Monitor:
         self._rejected = 0
         self._faults: Counter[str] = Counter()
         self._interruptions = 0
-        self._odometry_breaks: int | None = None
+        self._odometry_breaks: int | None
         self._answered: Counter[str] = Counter()
-        self._barren: tuple[float, float, str] | None = None  # since when, last seen, why
+        self._barren: tuple[float, float, str] | None  # since when, last seen, why
         # By kind, when it was last so: every frame may bring one, and explanations may be long.
         self._failures: dict[str, tuple[float, Problem]] = {}
         self._arrivals: deque[float] = deque()
         self._latencies: deque[tuple[float, float]] = deque()
         self._statuses: Counter[str] = Counter()
-        self._last: dict[str, str] = {"keypoints": "", "matches": "", "inlier ratio": "", "layers": ""}
+        self._last: dict[str, str]
+        self.configured()
+
+    def configured(self) -> None:
+        """A pipeline was made: what is known of the last pair was another one's. Counters go on."""
+        with self._lock:
+            self._last = dict.fromkeys(("keypoints", "matches", "inlier ratio", "layers"), "")
+            self._odometry_breaks = None
+            self._barren = None
 
     def received(self) -> None:
         """A frame arrived."""

@@ -184,6 +184,7 @@ class MatcherNode(LifecycleNode):
                 self.monitor,
                 odometry=self._odometry,
             )
+            self.monitor.configured()
         except BaseException:
             self._release(patience=0.0)  # nothing interrupts the networks' loading
             raise
@@ -376,9 +377,7 @@ class MatcherNode(LifecycleNode):
                 self._inputs.wait_for_calibration()
                 pipeline.masks.expected = self._inputs.masked
                 pipeline.wait(received.images, time.monotonic() - received.arrived)
-                begun = time.monotonic()
-                result = pipeline.process(received.images)
-                self._compare_with_gap(time.monotonic() - begun)
+                result = pipeline.process(received.images, inbox.overtaken)
                 if result is not None:
                     self.monitor.processed((time.monotonic() - received.arrived) * 1e3, result)
             except Exception as error:  # noqa: BLE001  (one bad frame must not end the node)
@@ -395,17 +394,6 @@ class MatcherNode(LifecycleNode):
             if time.monotonic() > trimmed + _TRIM_INTERVAL:
                 trim_heap()
                 trimmed = time.monotonic()
-
-    def _compare_with_gap(self, seconds: float) -> None:
-        """Tell of a frame that took so many seconds, if the next one can only come too late for its tracks."""
-        parameters = self._parameters_in_force
-        if parameters.queue == "latest" and 0 < parameters.max_gap < seconds:
-            self.monitor.doubted(
-                "slow",
-                f"a frame took {seconds:.1f} s to process, more than max_gap ({parameters.max_gap:g} s), and the next "
-                "one begins new tracks without a pose: choose profile fast, set resize, lower max_keypoints, or raise "
-                "max_gap",
-            )
 
     # What is said of it
 
