@@ -20,8 +20,8 @@ import numpy as np
 from kpmatch_ros import FeatureMatcher, Features
 from kpmatch_ros.bags.demo import DEMO_BAG
 from kpmatch_ros.bags.files import image_topics, read_messages
-from kpmatch_ros.images import to_array
-from kpmatch_ros.processor import processor_name
+from kpmatch_ros.imaging.images import to_array
+from kpmatch_ros.runtime.processor import processor_name
 
 MODES = {"all layers": (-1.0, -1.0), "dropping": (-1.0, 0.99), "stopping": (0.95, -1.0), "both": (0.95, 0.99)}
 

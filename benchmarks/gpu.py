@@ -45,7 +45,7 @@ from benchmarks.peers import PEERS
 from kpmatch_ros import FeatureMatcher, FrontEnd, Parameters
 from kpmatch_ros.cuda_graphs import CudaGraphs
 from kpmatch_ros.process import configure_process
-from kpmatch_ros.processor import processor_name
+from kpmatch_ros.runtime.processor import processor_name
 from simulation import Scene, camera_path, demo_camera
 
 ROOT = Path(__file__).resolve().parent.parent

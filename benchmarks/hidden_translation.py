@@ -28,7 +28,7 @@ from kpmatch_ros.bags.files import read_messages
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import Pose, PoseStatus, RelativePose, relative_motion
-from kpmatch_ros.images import to_array
+from kpmatch_ros.imaging.images import to_array
 from kpmatch_ros.parameters import Parameters
 from simulation import Scene, camera_path, demo_camera
 

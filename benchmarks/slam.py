@@ -43,7 +43,7 @@ from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.pose import Pose
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.geometry.stereo_motion import estimate_stereo_motion
-from kpmatch_ros.images import to_array
+from kpmatch_ros.imaging.images import to_array
 from kpmatch_ros.messages import nanoseconds
 from kpmatch_ros.parameters import Parameters
 from simulation.bags import write_demo_bag

@@ -31,9 +31,9 @@ from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose, cross_matrix
-from kpmatch_ros.images import to_array
+from kpmatch_ros.imaging.images import to_array
 from kpmatch_ros.parameters import Parameters
-from kpmatch_ros.tracks import NOT_DETECTED
+from kpmatch_ros.tracking.tracks import NOT_DETECTED
 from simulation import Scene, View, camera_path, demo_camera
 
 _NOISE = 2.0  # grey levels

@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kpmatch_ros.colour import in_memory_order, to_grey
 from kpmatch_ros.frames import Pair
 from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.imaging.colour import in_memory_order, to_grey
 
 __all__ = ["caption", "draw_matches", "draw_pair"]
 

@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kpmatch_ros import weights
-from kpmatch_ros.colour import grey_levels, in_memory_order, resize
 from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, batch_is_small
-from kpmatch_ros.device import choose_device, choose_precision, set_threads
 from kpmatch_ros.features import Features, Matches, on_device, to_numpy
-from kpmatch_ros.images import ImageError
-from kpmatch_ros.masks import fit, shrink_or_enlarge
+from kpmatch_ros.imaging.colour import grey_levels, in_memory_order, resize
+from kpmatch_ros.imaging.images import ImageError
+from kpmatch_ros.imaging.masks import fit, shrink_or_enlarge
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint, XFeat
 from kpmatch_ros.models.assignment import Assignment, ImageFeatures
 from kpmatch_ros.models.base import LARGEST_IMAGE
@@ -31,7 +30,8 @@ from kpmatch_ros.models.onnx_backend import OnnxBackend
 from kpmatch_ros.models.onnx_providers import Wish
 from kpmatch_ros.models.transformed import can_transform, transform_convolutions
 from kpmatch_ros.parameters import ParameterError, Parameters
-from kpmatch_ros.processor import has_amx
+from kpmatch_ros.runtime.device import choose_device, choose_precision, set_threads
+from kpmatch_ros.runtime.processor import has_amx
 
 __all__ = ["FeatureMatcher"]
 

@@ -16,7 +16,7 @@ from kpmatch_ros.geometry.pose import RelativePose
 from kpmatch_ros.geometry.refinement import normalize_contrast
 from kpmatch_ros.geometry.stereo_agreement import StereoAgreement
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
-from kpmatch_ros.tracks import NOT_DETECTED
+from kpmatch_ros.tracking.tracks import NOT_DETECTED
 
 __all__ = [
     "Frame",

@@ -22,11 +22,11 @@ from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.geometry.stereo_motion import estimate_stereo_motion
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.geometry.two_view_errors import Motion
+from kpmatch_ros.imaging.masks import both, fit, load_masks
 from kpmatch_ros.kept_features import check_features, frame_without_image
-from kpmatch_ros.masks import both, fit, load_masks
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.reference_choice import ReferenceChoice
-from kpmatch_ros.tracks import NOT_DETECTED, Links, Tracks, View, keypoint_sigma, pair_sigma, refine_pair
+from kpmatch_ros.tracking.tracks import NOT_DETECTED, Links, Tracks, View, keypoint_sigma, pair_sigma, refine_pair
 
 __all__ = ["FrontEnd"]
 

@@ -7,7 +7,7 @@ import numpy as np
 from kpmatch_ros.features import Features, to_numpy
 from kpmatch_ros.frames import Frame
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
-from kpmatch_ros.images import MAX_SIDE
+from kpmatch_ros.imaging.images import MAX_SIDE
 
 __all__ = ["FeatureError", "check_features", "frame_without_image"]
 

@@ -9,7 +9,7 @@ import numpy as np
 from kpmatch_ros.frames import Result
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.geometry.stereo_errors import StereoPoints
-from kpmatch_ros.tracks import NOT_DETECTED
+from kpmatch_ros.tracking.tracks import NOT_DETECTED
 
 __all__ = ["Landmarks", "landmarks_of", "triangulate"]
 

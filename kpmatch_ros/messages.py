@@ -24,7 +24,7 @@ from kpmatch_ros.frames import Frame, ImagePair, Pair
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.landmarks import Landmarks
 from kpmatch_ros.odometry import OdometryPose, Twist
-from kpmatch_ros.tracks import NOT_DETECTED
+from kpmatch_ros.tracking.tracks import NOT_DETECTED
 
 __all__ = [
     "NewMessage",

@@ -13,8 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from kpmatch_ros import match_request, messages
-from kpmatch_ros.calibration import Calibration
-from kpmatch_ros.contrast import Stretch, appearance
 from kpmatch_ros.drawing import caption, draw_pair
 from kpmatch_ros.feature_matcher import LARGEST_IMAGE
 from kpmatch_ros.frames import ImagePair, Pair, Result, StereoPair
@@ -23,12 +21,14 @@ from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.geometry.static_transforms import StaticTransforms
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
-from kpmatch_ros.images import LARGEST_FILE, ImageError, to_array
+from kpmatch_ros.imaging.contrast import Stretch, appearance
+from kpmatch_ros.imaging.images import LARGEST_FILE, ImageError, to_array
 from kpmatch_ros.landmarks import landmarks_of
-from kpmatch_ros.mask_sync import MaskSynchroniser
 from kpmatch_ros.odometry import Odometry, frame_fault, of_base
 from kpmatch_ros.parameters import ParameterError, Parameters
-from kpmatch_ros.stereo_sync import StereoSynchroniser
+from kpmatch_ros.sync.calibration import Calibration
+from kpmatch_ros.sync.mask_sync import MaskSynchroniser
+from kpmatch_ros.sync.stereo_sync import StereoSynchroniser
 
 __all__ = ["PATIENCE", "WAITING_MEMORY", "Events", "Pipeline", "check_odometry"]
 

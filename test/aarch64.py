@@ -176,7 +176,7 @@ class EmulatedLibrary:
 
 def pytest_load_initial_conftests() -> None:
     """As a plugin of pytest, before the package is imported: it opens the libraries for aarch64 in place of its own."""
-    from kpmatch_ros import compiled_library
+    from kpmatch_ros.runtime import compiled_library
 
     opened = compiled_library.open_library
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rosbags.typesys import Stores, get_typestore
 from sensor_msgs.msg import CompressedImage, Image
 
-from kpmatch_ros.images import ImageError, to_array
+from kpmatch_ros.imaging.images import ImageError, to_array
 
 Array = NDArray[Any]
 PATCH = 8  # pixels; even, so that no patch shares its chroma with its neighbour

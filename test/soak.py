@@ -33,7 +33,7 @@ from test_fuzz import assert_nothing_but_numbers, random_calibration, random_fra
 
 from kpmatch_ros.bags.files import image_topics, read_messages, typestore
 from kpmatch_ros.msg import FeatureArray, MatchArray
-from kpmatch_ros.processor import BFLOAT16, processor_features
+from kpmatch_ros.runtime.processor import BFLOAT16, processor_features
 from node_harness import NodeUnderTest, running_node
 from simulation.bags import write_demo_bag
 

@@ -30,7 +30,7 @@ from kpmatch_ros.bags.files import (
 )
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import relative_motion
-from kpmatch_ros.images import to_array
+from kpmatch_ros.imaging.images import to_array
 from simulation import camera_path, demo_camera
 from simulation.bags import write_camera_bag, write_demo_bag
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kpmatch_ros.geometry.blur import blurred_alike, focus_kernel, line_kernel
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change, signed
 from kpmatch_ros.geometry.refinement import align_matches, normalize_contrast
-from kpmatch_ros.tracks import Links, Tracks, View
+from kpmatch_ros.tracking.tracks import Links, Tracks, View
 
 Texture = Callable[[int, int, int], NDArray[np.uint8]]
 Image = NDArray[np.uint8]

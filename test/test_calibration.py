@@ -14,10 +14,10 @@ from bag_harness import QUICK, by_topic
 from rosbags.highlevel import AnyReader
 
 from kpmatch_ros.bags.files import BagWriter, camera_info_message, image_message, read_messages
-from kpmatch_ros.calibration import Calibration
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
-from kpmatch_ros.images import to_array
+from kpmatch_ros.imaging.images import to_array
 from kpmatch_ros.ros.monitor import Monitor
+from kpmatch_ros.sync.calibration import Calibration
 from node_harness import running_node
 from simulation.bags import write_demo_bag
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from image_encodings import image
 
-from kpmatch_ros.colour import grey_levels, in_memory_order, resize, to_grey
 from kpmatch_ros.geometry.refinement import normalize_contrast
-from kpmatch_ros.images import to_array
+from kpmatch_ros.imaging.colour import grey_levels, in_memory_order, resize, to_grey
+from kpmatch_ros.imaging.images import to_array
 
 RGB = np.random.default_rng(3).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 ENCODINGS = ["rgb8", "bgr8", "rgba8", "bgra8"]

@@ -24,7 +24,7 @@ from kpmatch_ros.cli import doctor
 from kpmatch_ros.geometry import compiled
 from kpmatch_ros.geometry.lens import undistort
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change, signed
-from kpmatch_ros.images import MAX_SIDE
+from kpmatch_ros.imaging.images import MAX_SIDE
 from simulation import camera_path, demo_camera
 from simulation.bags import build_scene
 
@@ -196,9 +196,10 @@ def test_any_lens_gives_directions_that_it_shows_the_right_way_up(call: Callable
 def test_nothing_that_c_leaves_undefined_is_done_whatever_is_given(tmp_path: Path) -> None:
     # A program of its own, which is ended where it overflows, or reads what is not aligned or not its own.
     package = tmp_path / "kpmatch_ros"
-    shutil.copytree(Path(compiled.__file__).parent, package / "geometry", ignore=shutil.ignore_patterns("*.so"))
-    for name in ("__init__.py", "compiled_library.py", "image_headers.py", "images.py"):
-        shutil.copy(Path(kpmatch_ros.__file__).with_name(name), package)
+    installed = Path(kpmatch_ros.__file__).parent
+    for folder in ("geometry", "imaging", "runtime"):
+        shutil.copytree(installed / folder, package / folder, ignore=shutil.ignore_patterns("*.so"))
+    shutil.copy(installed / "__init__.py", package)
     library = package / "geometry" / compiled.LIBRARY.name
     undefined = ["-fsanitize=undefined", "-fsanitize=float-cast-overflow", "-fsanitize-undefined-trap-on-error"]
     if build(library, "-O1", "-fopenmp-simd", *undefined).returncode:

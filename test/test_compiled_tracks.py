@@ -13,8 +13,8 @@ from track_fuzz import call_with_hostile_tracks, scene_of, views_of
 from kpmatch_ros.geometry import compiled, flow
 from kpmatch_ros.geometry.patches import cut, signed
 from kpmatch_ros.geometry.structure import Structure, Window, motion_equations, place, triangulate
-from kpmatch_ros.lost_tracks import largest_elsewhere
-from kpmatch_ros.track_set import apart, attach, first_of_each_place
+from kpmatch_ros.tracking.lost_tracks import largest_elsewhere
+from kpmatch_ros.tracking.track_set import apart, attach, first_of_each_place
 
 
 def close(ours: Any, numpys: Any, tolerance: float) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from kpmatch_ros.bags.files import image_message
-from kpmatch_ros.contrast import Stretch, appearance
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.front_end import FrontEnd
-from kpmatch_ros.images import to_array
+from kpmatch_ros.imaging.contrast import Stretch, appearance
+from kpmatch_ros.imaging.images import to_array
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.pipeline import Pipeline
 from kpmatch_ros.ros.monitor import Monitor, Problem

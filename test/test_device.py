@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from kpmatch_ros import FeatureMatcher, ParameterError, Parameters, processor
-from kpmatch_ros.device import choose_device, choose_precision, resident_memory
+from kpmatch_ros import FeatureMatcher, ParameterError, Parameters
 from kpmatch_ros.models.lightglue_layers import Attention
+from kpmatch_ros.runtime import processor
+from kpmatch_ros.runtime.device import choose_device, choose_precision, resident_memory
 
 PARAMETERS = Parameters(device="cpu", precision="float32", max_keypoints=300)
 

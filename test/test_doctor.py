@@ -14,12 +14,13 @@ import pytest
 import torch
 
 import kpmatch_ros
-from kpmatch_ros import processor, weights
+from kpmatch_ros import weights
 from kpmatch_ros.cli import doctor
 from kpmatch_ros.cli.doctor import FAIL, OK, WARN, Finding
 from kpmatch_ros.geometry import compiled as compiled_geometry
-from kpmatch_ros.interpreter import how_to_get
 from kpmatch_ros.models import compiled as compiled_networks
+from kpmatch_ros.runtime import processor
+from kpmatch_ros.runtime.interpreter import how_to_get
 from kpmatch_ros.weights import sources
 
 ROOT = Path(__file__).resolve().parents[1]

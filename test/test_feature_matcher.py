@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from kpmatch_ros import FeatureMatcher, Features, Matches, ParameterError, Parameters
-from kpmatch_ros.images import ImageError
+from kpmatch_ros.imaging.images import ImageError
 
 Image = NDArray[np.uint8]
 

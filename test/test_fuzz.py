@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
-from kpmatch_ros.images import LAYOUTS
+from kpmatch_ros.imaging.images import LAYOUTS
 from kpmatch_ros.msg import MatchArray, RelativePose
 from node_harness import NodeUnderTest, running_node
 

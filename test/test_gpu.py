@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from benchmarks.imitation import Imitation
 from kpmatch_ros import FeatureMatcher, Features, Matches, Parameters
 from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, places_for
-from kpmatch_ros.device import is_out_of_memory, release_memory
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.models import ALIKED, DISK, SuperPoint, XFeat
+from kpmatch_ros.runtime.device import is_out_of_memory, release_memory
 
 Image = NDArray[np.uint8]
 Make = Callable[..., FeatureMatcher]

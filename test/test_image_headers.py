@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kpmatch_ros.image_headers import image_size, jpeg_end, jpeg_scans
-from kpmatch_ros.images import ImageError, to_array
+from kpmatch_ros.imaging.image_headers import image_size, jpeg_end, jpeg_scans
+from kpmatch_ros.imaging.images import ImageError, to_array
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -191,7 +191,7 @@ def test_an_animated_png_is_its_first_picture() -> None:
 
 def test_a_png_whose_animation_is_damaged_does_not_end_the_process() -> None:
     code = (
-        "import sys\nfrom types import SimpleNamespace\nfrom kpmatch_ros.images import to_array\n"
+        "import sys\nfrom types import SimpleNamespace\nfrom kpmatch_ros.imaging.images import to_array\n"
         "print(to_array(SimpleNamespace(format='png', data=sys.stdin.buffer.read())).min())"
     )
     damaged = animated(8 * (b"\x63" + bytes(32)))  # there is no filter 0x63: OpenCV 5.0 fails by a segmentation fault

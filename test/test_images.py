@@ -40,8 +40,8 @@ from image_encodings import (
 )
 from sensor_msgs.msg import Image
 
-from kpmatch_ros import images
-from kpmatch_ros.images import ImageError, to_array
+from kpmatch_ros.imaging import images
+from kpmatch_ros.imaging.images import ImageError, to_array
 
 
 @pytest.fixture(params=CONVERTERS)
@@ -368,7 +368,7 @@ import sys
 for name in ("rclpy", "sensor_msgs", "cv_bridge", "rosbags", "rosbags.image"):
     sys.modules[name] = None
 from types import SimpleNamespace
-from kpmatch_ros.images import to_array
+from kpmatch_ros.imaging.images import to_array
 message = SimpleNamespace(height=1, width=2, encoding="bgr8", is_bigendian=0, step=6, data=bytes(range(6)))
 print(to_array(message).tolist())
 """

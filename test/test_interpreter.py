@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from kpmatch_ros import interpreter
 from kpmatch_ros.cli import doctor
 from kpmatch_ros.cli.doctor import FAIL, OK
+from kpmatch_ros.runtime import interpreter
 from kpmatch_ros.shell import matcher_in_shell
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,9 +12,9 @@ from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.patches import cut, no_change
 from kpmatch_ros.geometry.refinement import normalize_contrast
 from kpmatch_ros.geometry.structure import FRAMES, Structure, Window
-from kpmatch_ros.lost_tracks import LostTracks
-from kpmatch_ros.track_set import Templates, TrackSet
-from kpmatch_ros.tracks import NOT_DETECTED, View
+from kpmatch_ros.tracking.lost_tracks import LostTracks
+from kpmatch_ros.tracking.track_set import Templates, TrackSet
+from kpmatch_ros.tracking.tracks import NOT_DETECTED, View
 
 SIZE, FOCAL, COUNT, DETECTED = 240, 200.0, 80, 30
 CAMERA = Camera(SIZE, SIZE, np.array([[FOCAL, 0, SIZE / 2], [0, FOCAL, SIZE / 2], [0, 0, 1]]), "", np.zeros(0))

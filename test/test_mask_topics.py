@@ -20,8 +20,8 @@ from test_pipeline import image, make
 from kpmatch_ros import pipeline as pipeline_module
 from kpmatch_ros.bags.files import BagWriter, camera_info_message, image_message, new_message
 from kpmatch_ros.frames import Result
-from kpmatch_ros.mask_sync import MaskSynchroniser
 from kpmatch_ros.pipeline import Pipeline
+from kpmatch_ros.sync.mask_sync import MaskSynchroniser
 from simulation import demo_camera
 
 MS = 1_000_000

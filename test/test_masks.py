@@ -19,9 +19,9 @@ from kpmatch_ros import FeatureMatcher, ParameterError, Parameters
 from kpmatch_ros.cuda_graphs import CudaGraphs
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose, relative_motion
-from kpmatch_ros.mask_sync import MaskSynchroniser
-from kpmatch_ros.masks import fit
+from kpmatch_ros.imaging.masks import fit
 from kpmatch_ros.models import ALIKED, DISK, SuperPoint, XFeat
+from kpmatch_ros.sync.mask_sync import MaskSynchroniser
 from simulation import camera_path, demo_camera
 from simulation.bags import build_scene
 

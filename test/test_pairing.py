@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from kpmatch_ros.stereo_sync import StereoSynchroniser
+from kpmatch_ros.sync.stereo_sync import StereoSynchroniser
 
 MS = 1_000_000
 LEFT, RIGHT = 0, 1

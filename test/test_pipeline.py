@@ -13,13 +13,13 @@ import pytest
 
 from kpmatch_ros import pipeline as pipeline_module
 from kpmatch_ros.bags.files import camera_info_message, image_message, new_message
-from kpmatch_ros.calibration import Calibration
 from kpmatch_ros.frames import Result
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.geometry.pose import PoseStatus
-from kpmatch_ros.images import ImageError
+from kpmatch_ros.imaging.images import ImageError
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.pipeline import Pipeline
+from kpmatch_ros.sync.calibration import Calibration
 
 SECOND = 1_000_000_000
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kpmatch_ros import FeatureMatcher, Features, Matches
 from kpmatch_ros.bags.files import read_messages
-from kpmatch_ros.images import to_array
+from kpmatch_ros.imaging.images import to_array
 from kpmatch_ros.models import SuperPoint
 from simulation import camera_path, demo_camera
 from simulation.bags import build_scene

@@ -22,7 +22,7 @@ from kpmatch_ros import FeatureMatcher
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue, XFeat
 from kpmatch_ros.models.assignment import ImageFeatures
 from kpmatch_ros.models.base import rounded_up
-from kpmatch_ros.processor import has_amx, processor_features
+from kpmatch_ros.runtime.processor import has_amx, processor_features
 
 
 @given(st.integers(1, 16384))
@@ -161,7 +161,7 @@ import json, sys
 from dataclasses import replace
 import numpy as np, torch
 from kpmatch_ros import FeatureMatcher, Features
-from kpmatch_ros.device import resident_memory, trim_heap
+from kpmatch_ros.runtime.device import resident_memory, trim_heap
 
 adaptive, frames = sys.argv[1] == "adaptive", int(sys.argv[2])
 torch.set_num_threads(1)

@@ -19,7 +19,7 @@ from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.pose import Pose, PoseStatus, relative_motion
 from kpmatch_ros.geometry.refinement import normalize_contrast, refine
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
-from kpmatch_ros.images import to_array
+from kpmatch_ros.imaging.images import to_array
 from kpmatch_ros.parameters import Parameters
 from simulation.bags import write_demo_bag
 

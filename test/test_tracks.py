@@ -16,7 +16,7 @@ from kpmatch_ros.frames import Frame, RightImage
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.refinement import normalize_contrast
-from kpmatch_ros.tracks import NOT_DETECTED, Links, Tracks, View, keypoint_sigma, refine_pair
+from kpmatch_ros.tracking.tracks import NOT_DETECTED, Links, Tracks, View, keypoint_sigma, refine_pair
 
 Texture = Callable[[int, int, int], NDArray[np.uint8]]
 

@@ -14,7 +14,7 @@ from kpmatch_ros.bags.cameras import choose_cameras
 from kpmatch_ros.bags.files import read_messages
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import Camera
-from kpmatch_ros.images import to_array
+from kpmatch_ros.imaging.images import to_array
 from kpmatch_ros.parameters import Parameters
 from simulation import View
 from simulation.bags import write_demo_bag

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from kpmatch_ros import feature_matcher, processor
+from kpmatch_ros import feature_matcher
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.models import compiled, transformed
 from kpmatch_ros.models.transformed import TransformedConv2d, can_transform, takes_transform, transform_convolutions
+from kpmatch_ros.runtime import processor
 
 pytestmark = pytest.mark.skipif(not can_transform(), reason="this PyTorch has no NNPACK, or not for this processor")
 

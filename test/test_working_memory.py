@@ -8,7 +8,7 @@ import weakref
 
 import torch
 
-from kpmatch_ros.working_memory import release, working_memory
+from kpmatch_ros.runtime.working_memory import release, working_memory
 
 
 def test_a_thread_gets_the_same_memory_again_and_more_where_it_asks_for_more() -> None:

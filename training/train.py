@@ -28,7 +28,7 @@ from views import Source, ViewPairs, load
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.models.detections import clear_border, suppress_non_maxima
 from kpmatch_ros.models.superpoint import sample_descriptors
-from kpmatch_ros.processor import has_amx
+from kpmatch_ros.runtime.processor import has_amx
 
 SUPERPOINTS: dict[str, dict[str, Any]] = {
     "full": {"descriptor_decoder_dim": 128, "keypoint_threshold": 0.0005, "max_keypoints": 1024},

@@ -23,7 +23,7 @@ from kpmatch_ros.bags.files import (
 )
 from kpmatch_ros.bags.recording import bag_information
 from kpmatch_ros.geometry.pose import Pose
-from kpmatch_ros.images import to_array
+from kpmatch_ros.imaging.images import to_array
 
 __all__ = ["DEMO_BAG", "DemoFrame", "demo_frames", "is_demo_bag", "unpack_demo_bag"]
 

@@ -31,14 +31,14 @@ from kpmatch_ros.cli.bench import Request
 from kpmatch_ros.cli.bench_report import STAGES, Comparison, Row, Spread, draw, report
 from kpmatch_ros.cli.common import CommandError, check_outputs, read_image, resized
 from kpmatch_ros.cli.ros_answers import ProcessEndedError, ask_ros
-from kpmatch_ros.device import choose_device, choose_precision
 from kpmatch_ros.feature_matcher import LARGEST_IMAGE, FeatureMatcher
 from kpmatch_ros.frames import Pair
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
-from kpmatch_ros.images import ImageError, to_array
+from kpmatch_ros.imaging.images import ImageError, to_array
 from kpmatch_ros.parameters import ParameterError, Parameters, declarations
-from kpmatch_ros.processor import processor_name
+from kpmatch_ros.runtime.device import choose_device, choose_precision
+from kpmatch_ros.runtime.processor import processor_name
 
 __all__ = ["forth_and_back", "in_turn", "run_bench"]
 

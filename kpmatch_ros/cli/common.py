@@ -221,7 +221,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     import cv2
     import numpy as np
 
-    from kpmatch_ros.images import ImageError, check_header, whole_file
+    from kpmatch_ros.imaging.images import ImageError, check_header, whole_file
 
     data = path.read_bytes()
     whole = whole_file(data)  # OpenCV 4.6 fills in what a JPEG cut short lacks

@@ -307,7 +307,7 @@ def _errors(pose: Any, reference: Pose, current: Pose) -> tuple[float | None, fl
 
 def _save_best_picture(path: Path, steps: list[Step], pictures: dict[int, Any]) -> Path | None:
     """The node's picture of a pair with many good matches and visible motion."""
-    from kpmatch_ros.images import to_array
+    from kpmatch_ros.imaging.images import to_array
     from kpmatch_ros.ros.player import nanoseconds
 
     shown = [step for step in steps if nanoseconds(step.matches.header.stamp) in pictures]

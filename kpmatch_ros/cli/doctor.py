@@ -20,7 +20,9 @@ import kpmatch_ros
 from kpmatch_ros import weights
 from kpmatch_ros.cli.common import add_command
 from kpmatch_ros.cli.ros_answers import ProcessEndedError, ask_ros
-from kpmatch_ros.interpreter import (
+from kpmatch_ros.parameters import Parameters
+from kpmatch_ros.ros.domain import domain_fault
+from kpmatch_ros.runtime.interpreter import (
     DEPENDENCIES,
     how_to_get,
     how_to_install,
@@ -28,8 +30,6 @@ from kpmatch_ros.interpreter import (
     numpy_clash,
     unseen_packages,
 )
-from kpmatch_ros.parameters import Parameters
-from kpmatch_ros.ros.domain import domain_fault
 from kpmatch_ros.shell import in_shell, matcher_in_shell
 
 __all__ = ["FAIL", "OK", "WARN", "Finding", "add_doctor", "examine", "run_doctor"]
@@ -253,8 +253,8 @@ def check_pytorch() -> Iterator[Finding]:
     except Exception as error:  # noqa: BLE001 (ImportError, and OSError for libraries that it does not find)
         yield Finding(FAIL, "PyTorch", f"{_first_line(error)} ({sys.executable})", _remedy(error, "torch"))
         return
-    from kpmatch_ros.device import choose_device, choose_precision
-    from kpmatch_ros.processor import BFLOAT16, hidden_features
+    from kpmatch_ros.runtime.device import choose_device, choose_precision
+    from kpmatch_ros.runtime.processor import BFLOAT16, hidden_features
 
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     yield Finding(OK, "PyTorch", f"{torch.__version__}, {threads}")

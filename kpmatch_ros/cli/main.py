@@ -27,9 +27,9 @@ from kpmatch_ros.cli.export import add_export
 from kpmatch_ros.cli.match import add_match
 from kpmatch_ros.cli.streams import prepare_streams
 from kpmatch_ros.cli.weights import add_weights
-from kpmatch_ros.interpreter import explain
 from kpmatch_ros.parameters import ParameterError
 from kpmatch_ros.process import configure_process
+from kpmatch_ros.runtime.interpreter import explain
 from kpmatch_ros.shell import in_shell
 from kpmatch_ros.weights import WeightsError
 

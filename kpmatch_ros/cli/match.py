@@ -108,7 +108,7 @@ def _match(options: argparse.Namespace) -> int:
     camera_b = _camera(image_b, options.intrinsics1 or options.intrinsics, *lens)
 
     from kpmatch_ros.front_end import FrontEnd
-    from kpmatch_ros.images import ImageError
+    from kpmatch_ros.imaging.images import ImageError
 
     parameters = _fitting(parameters, {options.image_a: image_a, options.image_b: image_b}, options.name)
     front_end = FrontEnd(parameters)
@@ -140,8 +140,8 @@ def _next_command(options: argparse.Namespace) -> str:
 
 def _fitting(parameters: Parameters, images: dict[Path, NDArray[np.uint8]], command: str) -> Parameters:
     """The parameters, with a `resize` that the networks take where an image is too large for them; stderr says so."""
-    from kpmatch_ros.colour import resized_size
     from kpmatch_ros.feature_matcher import LARGEST_IMAGE
+    from kpmatch_ros.imaging.colour import resized_size
 
     sizes = {path: (image.shape[1], image.shape[0]) for path, image in images.items()}
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kpmatch_ros import compiled_library
-from kpmatch_ros.images import MAX_SIDE
+from kpmatch_ros.imaging.images import MAX_SIDE
+from kpmatch_ros.runtime import compiled_library
 
 if TYPE_CHECKING:
     from kpmatch_ros.geometry.structure import Window
@@ -61,7 +61,7 @@ class _Array:
 
 
 def open_library(path: Path) -> ctypes.CDLL | None:
-    """As :func:`kpmatch_ros.compiled_library.open_library`."""
+    """As :func:`kpmatch_ros.runtime.compiled_library.open_library`."""
     truth, size, number, array = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, _Array
     matches = [size, array]
     functions = {

@@ -11,10 +11,10 @@ from dataclasses import fields
 import cv2
 import numpy as np
 
-from kpmatch_ros.colour import to_grey
 from kpmatch_ros.geometry.blur import blurred_alike
 from kpmatch_ros.geometry.flow import Neighbours, flow_near
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change, signed
+from kpmatch_ros.imaging.colour import to_grey
 
 __all__ = [
     "INDEPENDENT_POINTS",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kpmatch_ros.processor import hidden_features
+from kpmatch_ros.runtime.processor import hidden_features
 
 __all__ = [
     "Assignment",

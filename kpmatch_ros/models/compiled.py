@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kpmatch_ros import compiled_library
-from kpmatch_ros.working_memory import working_memory
+from kpmatch_ros.runtime import compiled_library
+from kpmatch_ros.runtime.working_memory import working_memory
 
 if TYPE_CHECKING:
     from kpmatch_ros.models.lightglue_layers import Attention, FeedForward, Points, TransformerLayer
@@ -91,7 +91,7 @@ class _Block(ctypes.Structure):
 
 
 def open_library(path: Path) -> ctypes.CDLL | None:
-    """As :func:`kpmatch_ros.compiled_library.open_library`."""
+    """As :func:`kpmatch_ros.runtime.compiled_library.open_library`."""
     layer, block = ctypes.POINTER(_Layer), ctypes.POINTER(_Block)
     size, address = ctypes.c_int64, ctypes.c_void_p
     functions: dict[str, tuple[Any, list[Any]]] = {

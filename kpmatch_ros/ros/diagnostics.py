@@ -10,9 +10,9 @@ import torch
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.lifecycle import LifecycleNode
 
-from kpmatch_ros.device import resident_memory
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.ros.monitor import Monitor, Problem
+from kpmatch_ros.runtime.device import resident_memory
 from kpmatch_ros.weights import REGISTRY
 
 __all__ = ["Condition", "Diagnostics", "LoggingMonitor", "in_short", "log_weights", "next_step"]

@@ -23,7 +23,7 @@ from kpmatch_ros.ros.monitor import Problem
 from kpmatch_ros.ros.qos import SubscriptionEventCallbacks, mismatch, or_override, overridable, with_events
 from kpmatch_ros.ros.senders import Senders, full_name, listed
 from kpmatch_ros.ros.tf import TFMessage
-from kpmatch_ros.stereo_sync import StereoSynchroniser
+from kpmatch_ros.sync.stereo_sync import StereoSynchroniser
 
 __all__ = ["Inputs"]
 

@@ -10,9 +10,9 @@ from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.lifecycle import LifecycleNode
 from rclpy.task import Future
 
-from kpmatch_ros.device import is_out_of_memory, release_memory
 from kpmatch_ros.match_request import refuse
 from kpmatch_ros.pipeline import Pipeline
+from kpmatch_ros.runtime.device import is_out_of_memory, release_memory
 from kpmatch_ros.srv import MatchFeatures
 
 __all__ = ["MatchRequest", "offer_match_features"]

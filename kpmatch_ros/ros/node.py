@@ -20,7 +20,6 @@ from rclpy.parameter import Parameter
 from rclpy.utilities import remove_ros_args
 from std_srvs.srv import Trigger
 
-from kpmatch_ros.device import is_out_of_memory, release_memory, trim_heap
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.odometry import Odometry
 from kpmatch_ros.parameter_file import unused_files, without_effect
@@ -41,6 +40,7 @@ from kpmatch_ros.ros.start import answer_to, ignore_signals, shut_down, told_to_
 from kpmatch_ros.ros.tf import INSTALL, TFMessage
 from kpmatch_ros.ros.topic_names import check_topics
 from kpmatch_ros.ros.transitions import explained
+from kpmatch_ros.runtime.device import is_out_of_memory, release_memory, trim_heap
 
 __all__ = ["MatcherNode", "main"]
 

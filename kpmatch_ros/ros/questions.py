@@ -71,7 +71,7 @@ def installed() -> str:
 
 def converter() -> tuple[str, str]:
     """The module that converts Bayer and YUV images, and why others do not."""
-    from kpmatch_ros.images import converter
+    from kpmatch_ros.imaging.images import converter
 
     convert, faults = converter()
     return getattr(convert, "__module__", ""), faults

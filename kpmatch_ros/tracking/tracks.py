@@ -17,9 +17,9 @@ from kpmatch_ros.geometry.patches import Alignment, align, cut, inside, no_chang
 from kpmatch_ros.geometry.pose import RelativePose
 from kpmatch_ros.geometry.refinement import align_matches, longest_step
 from kpmatch_ros.geometry.structure import FRAMES, Structure, Window, place, project, sights, triangulate
-from kpmatch_ros.lost_tracks import LostTracks
-from kpmatch_ros.track_search import View, find_places, keypoint_sigma
-from kpmatch_ros.track_set import (
+from kpmatch_ros.tracking.lost_tracks import LostTracks
+from kpmatch_ros.tracking.track_search import View, find_places, keypoint_sigma
+from kpmatch_ros.tracking.track_set import (
     NOT_DETECTED,
     Templates,
     TrackSet,

@@ -8,9 +8,9 @@ import ctypes
 import psutil
 import torch
 
-from kpmatch_ros import working_memory
 from kpmatch_ros.parameters import ParameterError
-from kpmatch_ros.processor import BFLOAT16, processor_features
+from kpmatch_ros.runtime import working_memory
+from kpmatch_ros.runtime.processor import BFLOAT16, processor_features
 from kpmatch_ros.shell import in_shell
 
 __all__ = [

@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kpmatch_ros.image_headers import JPEG
-from kpmatch_ros.images import ImageError, check_header, whole_file
+from kpmatch_ros.imaging.image_headers import JPEG
+from kpmatch_ros.imaging.images import ImageError, check_header, whole_file
 from kpmatch_ros.parameters import ParameterError, Parameters
 
 __all__ = ["both", "fit", "load_masks", "shrink_or_enlarge"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kpmatch_ros.colour import to_grey
+from kpmatch_ros.imaging.colour import to_grey
 
 __all__ = ["Stretch", "appearance"]
 

@@ -11,8 +11,8 @@ from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.flow import Neighbours
 from kpmatch_ros.geometry.patches import Alignment, align, inside, no_change
 from kpmatch_ros.geometry.structure import Structure, Window
-from kpmatch_ros.track_search import ASTRAY, View
-from kpmatch_ros.track_set import NOT_DETECTED, Templates, TrackSet, apart, first_of_each_place, without
+from kpmatch_ros.tracking.track_search import ASTRAY, View
+from kpmatch_ros.tracking.track_set import NOT_DETECTED, Templates, TrackSet, apart, first_of_each_place, without
 
 __all__ = ["LostTracks", "largest_elsewhere"]
 

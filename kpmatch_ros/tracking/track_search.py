@@ -11,7 +11,7 @@ from kpmatch_ros.geometry.blur import blurred_alike
 from kpmatch_ros.geometry.flow import Neighbours, flow_far, flow_forth_and_back, pyramid
 from kpmatch_ros.geometry.patches import LONGEST_STEP, Alignment, align, cut, no_change, signed, unaligned
 from kpmatch_ros.geometry.refinement import align_deformed
-from kpmatch_ros.track_set import Templates, TrackSet
+from kpmatch_ros.tracking.track_set import Templates, TrackSet
 
 __all__ = ["ASTRAY", "Places", "View", "find_places", "keypoint_sigma"]
 

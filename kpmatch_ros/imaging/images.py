@@ -34,7 +34,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kpmatch_ros.image_headers import JPEG, PNG, image_size, jpeg_end, jpeg_scans, png_picture
+from kpmatch_ros.imaging.image_headers import JPEG, PNG, image_size, jpeg_end, jpeg_scans, png_picture
 
 MAX_SIDE = 32766  # pixels: src/geometry.c takes no longer images, and OpenCV hardly any
 LARGEST_FILE = 8192 * 8192  # pixels of an image: `resize` keeps no more, and in colour they take 0.2 GB
@@ -102,8 +102,8 @@ def to_array(message: Any, largest: int = LARGEST_FILE, scale: Scale | None = No
             fields will do, `data` being bytes, `array.array` or a NumPy array. A compressed image has the colours that
             its file declares; its `format` is read only to refuse depth and to recognise Bayer mosaics kept as grey.
         largest: pixels of an image. One that has more, or whose header declares more, is not looked at.
-        scale: makes 8 bits of 16, (H, W, channels), as :class:`kpmatch_ros.contrast.Stretch` does; a division by 257
-            where not given.
+        scale: makes 8 bits of 16, (H, W, channels), as :class:`kpmatch_ros.imaging.contrast.Stretch` does;
+            a division by 257 where not given.
 
     Returns:
         uint8, (H, W) where the message is grey, else (H, W, 3) in RGB order. Often a view of `message.data`: do not

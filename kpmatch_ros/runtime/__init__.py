@@ -1,0 +1,1 @@
+"""What this machine and this process have: processor, device, memory, compiled parts, interpreter."""
