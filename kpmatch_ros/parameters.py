@@ -230,8 +230,8 @@ class Parameters:
     )
     subpixel: bool = _parameter(
         True,
-        "find keypoints to a fraction of a pixel, with weights that were trained for it (superpoint-open); false "
-        "finds whole pixels",
+        "find keypoints to a fraction of a pixel, with weights that were trained for it (superpoint-open and its fast "
+        "one); false finds whole pixels",
     )
     resize: int = _parameter(
         0, "longest side of the image that the extractor sees; 0 keeps the size", unit="pixels", minimum=0, maximum=8192
@@ -255,7 +255,8 @@ class Parameters:
     )
     width_confidence: float = _parameter(
         0.99,
-        "LightGlue drops points that are unmatchable with this confidence; -1 keeps every point",
+        "LightGlue drops points that are unmatchable with this confidence, where that is faster: on a GPU only above "
+        "4096 keypoints; -1 keeps every point",
         minimum=-1.0,
         maximum=1.0,
         dynamic=True,
