@@ -394,16 +394,16 @@ def test_nothing_is_worked_out_twice(tmp_path: Path) -> None:
         ("package/geometry/libkpmatch_geometry.so", {"refined", "poses"}),
         ("scripts/evaluation_matchers.py", {"matches", "refined", "poses"}),
         ("scripts/evaluation_truth.py", {"poses"}),
+        ("package/imaging/colour.py", {"refined", "poses"}),
         ("package/odometry.py", set()),
     ],
 )
 def test_what_other_code_worked_out_is_worked_out_anew(tmp_path: Path, changed: str, anew: set[str]) -> None:
     package = Path(kpmatch_ros.__file__).parent
-    for folder in ("models", "geometry"):
+    for folder in ("models", "runtime", "geometry", "imaging"):
         shutil.copytree(package / folder, tmp_path / "package" / folder)
         (tmp_path / "package" / folder / "__pycache__").mkdir(exist_ok=True)
-    for name in ("working_memory.py", "colour.py", "odometry.py"):
-        shutil.copy(package / name, tmp_path / "package")
+    shutil.copy(package / "odometry.py", tmp_path / "package")
     shutil.copytree(TRAINING, tmp_path / "scripts")
     before = evaluate.code_hashes(tmp_path / "package", tmp_path / "scripts")
     with (tmp_path / changed).open("ab") as stream:

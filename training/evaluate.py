@@ -85,8 +85,8 @@ def code_hashes(package: Path, scripts: Path) -> dict[str, str]:
     files: list[Path] = []
     hashes = {}
     parts = {
-        "matches": [*package.glob("models/*"), package / "working_memory.py", scripts / "evaluation_matchers.py"],
-        "refined": [*package.glob("geometry/*"), package / "colour.py"],
+        "matches": [*package.glob("models/*"), *package.glob("runtime/*"), scripts / "evaluation_matchers.py"],
+        "refined": [*package.glob("geometry/*"), *package.glob("imaging/*")],
         "poses": [scripts / "evaluation_truth.py"],
     }
     for kind, paths in parts.items():
