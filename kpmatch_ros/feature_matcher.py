@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from kpmatch_ros import weights
 from kpmatch_ros.cuda_graphs import SIZES, CudaGraphs, batch_is_small
 from kpmatch_ros.features import Features, Matches, on_device, to_numpy
-from kpmatch_ros.imaging.colour import grey_levels, in_memory_order, resize
+from kpmatch_ros.imaging.colour import grey_levels, in_memory_order, resize, resized_size
 from kpmatch_ros.imaging.images import ImageError
 from kpmatch_ros.imaging.masks import fit, shrink_or_enlarge
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint, XFeat
@@ -220,12 +221,11 @@ class FeatureMatcher:
 
         Args:
             width: of the images, pixels.
-            height: the same; of an image that the parameter `resize` makes too large for the networks, as much as they
-                take.
+            height: the same. Where `resize` makes the images too large for the networks, they are lower.
         """
         random = np.random.default_rng(0)
-        if self.parameters.resize and width >= height:
-            height = min(height, max(LARGEST_IMAGE * width // self.parameters.resize**2, 1))
+        while height > 1 and math.prod(resized_size(width, height, self.parameters.resize)) > LARGEST_IMAGE:
+            height -= 1
         shape = (height, width, 3) if self.extractor.CHANNELS == 3 else (height, width)
         images = [random.integers(0, 256, shape, dtype=np.uint8)] * (2 if self.parameters.mode == "stereo" else 1)
         masked = self.parameters.mask or self.parameters.mask_right

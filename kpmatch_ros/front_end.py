@@ -352,8 +352,8 @@ class FrontEnd:
             return f"the stamps went back by {-elapsed:.3f} s"
         if 0 < self.parameters.max_gap < elapsed:
             remedy = (
-                f", and frames that came meanwhile were dropped ({overtaken}), as they come faster than they are "
-                "processed: choose profile fast, set resize, lower max_keypoints, or raise max_gap"
+                f", and frames that came meanwhile were dropped ({overtaken}): if they come faster than they are "
+                "processed, choose profile fast, set resize, lower max_keypoints, or raise max_gap"
             )
             return f"no frame was processed for {elapsed:.3f} s, more than max_gap{remedy if overtaken else ''}"
         return ""

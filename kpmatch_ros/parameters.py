@@ -386,7 +386,9 @@ class Parameters:
         "base_frame, has a parent in TF already",
     )
     autostart: bool = _parameter(
-        True, "the node configures and activates itself when it starts; false leaves that to a lifecycle manager"
+        True,
+        "the node configures and activates itself when it starts; false leaves that to a lifecycle manager, with which "
+        "the node then has a bond",
     )
     bond_heartbeat_period: float = _parameter(
         0.1,

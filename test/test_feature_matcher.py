@@ -439,9 +439,9 @@ def test_warming_up_changes_nothing(matcher: FeatureMatcher) -> None:
 
 
 def test_warming_up_takes_the_largest_size_that_images_may_be_brought_to() -> None:
-    matcher = FeatureMatcher(device="cpu", profile="fast", max_keypoints=64, resize=3840)
-    matcher.warm_up()  # 640x480 would be 3840x2880 pixels, which are too many
-    with pytest.raises(ImageError, match="3840 x 2880 pixels is too large"):
+    matcher = FeatureMatcher(device="cpu", profile="fast", max_keypoints=64, resize=3341)
+    matcher.warm_up()  # 640x480 would be 3341x2506 pixels, which are too many
+    with pytest.raises(ImageError, match="3341 x 2506 pixels is too large"):
         matcher.extract(np.zeros((480, 640), np.uint8))
 
 

@@ -264,11 +264,6 @@ def test_a_profile_is_refused_once_the_node_has_started_and_what_it_sets_is_name
     assert node.set_parameters([Parameter("profile", value="accurate")])[0].successful, "as it is"
 
 
-def test_that_a_node_starts_itself_is_refused_once_it_has_started(make_node: MakeNode) -> None:
-    refused = make_node(autostart=False).set_parameters([Parameter("autostart", value=True)])[0]
-    assert not refused.successful and "start it with autostart:=true" in refused.reason
-
-
 @pytest.mark.parametrize("value", ["depth:=-1", "reliability:=unknown", "depth:=2147483648"])
 def test_an_override_that_the_middleware_refuses_is_named(make_node: MakeNode, value: str) -> None:
     node = make_node(f"qos_overrides./image.subscription.{value}", matcher="nearest")

@@ -521,6 +521,9 @@ def test_losses_that_are_never_finite_end_a_training_without_weights(
     assert not list(tmp_path.glob("*/*.weights.pt"))
     learnt(tmp_path / "now and then", ["full"], 2, 12, lambda step: np.inf if step % 4 else 1)
     assert (tmp_path / "now and then" / "points.weights.pt").exists()
+    learnt(tmp_path / "resumed", ["full"], 2, 3)
+    learnt(tmp_path / "resumed", ["full"], 2, 4, lambda step: np.nan)
+    assert torch.load(tmp_path / "resumed" / "points.pt", weights_only=True)["step"] == 4
 
 
 def test_parts_are_those_of_the_weights_that_lie_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

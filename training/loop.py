@@ -243,8 +243,8 @@ def run(
     Raises:
         ValueError: when the folder holds other networks than these, which would be lost or begin in the middle.
         torch.OutOfMemoryError: when a single pair of views is too much; a checkpoint is written before.
-        FloatingPointError: when losses are not finite, PATIENCE steps in a row or in all steps of this call; the
-            weights are not written then.
+        FloatingPointError: when losses are not finite, PATIENCE steps in a row or in all of a run that is not resumed;
+            the weights are not written then.
     """
     arguments.out.mkdir(parents=True, exist_ok=True)
     checkpoint = arguments.out / f"{arguments.kind}.pt"
@@ -295,7 +295,7 @@ def run(
             save(checkpoint, students, step, now - started)
             saved_at = time.monotonic()
     for student in students:
-        if student.lost and not student.followed:
+        if not first and student.lost and not student.followed:
             raise FloatingPointError(f"the loss of {student.name} was not finite in any of {student.lost} steps")
     write("watched", {"step": step}, watch())
     save(checkpoint, students, step, time.monotonic() - started)

@@ -146,9 +146,10 @@ def load_narrow(file: Path, wide: LightGlue, width: int, device: torch.device) -
         ValueError: when it was made of another wide one than this, or has another width.
     """
     state = torch.load(file, map_location=device, weights_only=True)
-    there = state["config"]["descriptor_dim"]
-    if there != width or state.get("wide") != hash_of([wide]):
-        teacher = "the same" if state.get("wide") == hash_of([wide]) else "another"
+    there, own = state["config"]["descriptor_dim"], hash_of([wide])
+    kept = state.get("wide", own)  # files from before say nothing of it
+    if there != width or kept != own:
+        teacher = "the same" if kept == own else "another"
         raise ValueError(
             f"{file} has {there} channels of {teacher} teacher, not {width} of this one: choose another folder"
         )

@@ -347,9 +347,6 @@ class MatcherNode(LifecycleNode):
                     "profile chooses among the values that the node starts with: start it with "
                     f"profile:={parameters.profile}, or set {', '.join(profile_values(parameters.profile)) or 'others'}"
                 )
-            if parameters.autostart != in_force.autostart:
-                choice = str(parameters.autostart).lower()
-                raise ParameterError(f"autostart counts when the node starts: start it with autostart:={choice}")
             fixed = [
                 name
                 for name in values

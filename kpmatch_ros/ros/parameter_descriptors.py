@@ -9,8 +9,6 @@ from kpmatch_ros.parameters import Declaration, Parameters, declarations, profil
 
 __all__ = ["declare_parameters", "parameter_descriptor"]
 
-_AT_START = ("autostart", "profile")
-
 
 def declare_parameters(node: LifecycleNode) -> Parameters:
     """Declare every parameter and return the values that the node was started with.
@@ -31,7 +29,7 @@ def parameter_descriptor(item: Declaration) -> ParameterDescriptor:
     """What `ros2 param describe` shows of a parameter."""
     constraints = [item.constraint] if item.choices else []
     if not item.dynamic:
-        constraints += [f"takes effect when the node {'starts' if item.name in _AT_START else 'is configured'}"]
+        constraints += [f"takes effect when the node {'starts' if item.name == 'profile' else 'is configured'}"]
     descriptor = ParameterDescriptor(
         description=f"{item.description}{f' [{item.unit}]' if item.unit else ''}",
         additional_constraints="; ".join(constraints),
