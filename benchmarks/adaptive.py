@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from kpmatch_ros import FeatureMatcher, Features
+from kpmatch_ros.bags import image_topics, read_messages
 from kpmatch_ros.bags.demo import DEMO_BAG
-from kpmatch_ros.bags.files import image_topics, read_messages
 from kpmatch_ros.imaging.images import to_array
 from kpmatch_ros.runtime.processor import processor_name
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from kpmatch_ros.bags.files import GROUND_TRUTH, BagWriter, camera_info_message, image_message, pose_message
+from kpmatch_ros.bags import GROUND_TRUTH, BagWriter, camera_info_message, image_message, pose_message
 from kpmatch_ros.geometry.pose import Pose
 from simulation.bags import FIRST_STAMP, build_scene
 from simulation.poses import camera_path, demo_camera, stereo_right

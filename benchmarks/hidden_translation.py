@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from kpmatch_ros.bags.files import read_messages
+from kpmatch_ros.bags import read_messages
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import Pose, PoseStatus, RelativePose, relative_motion

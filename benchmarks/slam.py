@@ -36,8 +36,8 @@ from benchmarks.code_hash import hash_of_code
 from examples.stereo_slam.picture import draw
 from examples.stereo_slam.slam import StereoSlam
 from kpmatch_ros import match_request
+from kpmatch_ros.bags import new_message, read_ground_truth, read_messages
 from kpmatch_ros.bags.cameras import choose_cameras
-from kpmatch_ros.bags.files import new_message, read_ground_truth, read_messages
 from kpmatch_ros.bags.replay import replay
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.pose import Pose

@@ -25,8 +25,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from kpmatch_ros.bags import read_messages
 from kpmatch_ros.bags.cameras import choose_cameras
-from kpmatch_ros.bags.files import read_messages
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import Camera

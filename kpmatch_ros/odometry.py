@@ -12,8 +12,9 @@ from kpmatch_ros.frames import Pair
 from kpmatch_ros.geometry.pose import Placed, RelativePose, cross_matrix
 from kpmatch_ros.geometry.robust import FALSE_ALARM_RATE
 from kpmatch_ros.geometry.static_transforms import frame_name
+from kpmatch_ros.parameters import ParameterError, Parameters
 
-__all__ = ["Odometry", "OdometryPose", "Place", "Twist", "compose", "frame_fault", "of_base"]
+__all__ = ["Odometry", "OdometryPose", "Place", "Twist", "check_odometry", "compose", "frame_fault", "of_base"]
 
 # An odometry frame has x forward, y left and z up (REP-103), seen from the first camera. The camera's own frame is an
 # optical one: z forward, x right.
@@ -224,3 +225,13 @@ def frame_fault(child: str, frame: str) -> str:
             "another frame than base_frame, or without base_frame than the frame_id of the images"
         )
     return ""
+
+
+def check_odometry(parameters: Parameters) -> None:
+    """Refuse odometry of one camera, before its networks are loaded.
+
+    Raises:
+        ParameterError: when it is asked for.
+    """
+    if parameters.publish_odometry and parameters.mode != "stereo":
+        raise ParameterError("publish_odometry needs mode stereo: the poses of one camera are without metres")

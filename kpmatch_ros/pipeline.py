@@ -8,14 +8,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from kpmatch_ros import match_request, messages
-from kpmatch_ros.drawing import caption, draw_pair
+from kpmatch_ros.events import Events
 from kpmatch_ros.feature_matcher import LARGEST_IMAGE
-from kpmatch_ros.frames import ImagePair, Pair, Result, StereoPair
+from kpmatch_ros.frames import Result, StereoPair
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.geometry.pose import PoseStatus
@@ -23,14 +23,14 @@ from kpmatch_ros.geometry.static_transforms import StaticTransforms
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.imaging.contrast import Stretch, appearance
 from kpmatch_ros.imaging.images import LARGEST_FILE, ImageError, to_array
-from kpmatch_ros.landmarks import landmarks_of
-from kpmatch_ros.odometry import Odometry, frame_fault, of_base
-from kpmatch_ros.parameters import ParameterError, Parameters
+from kpmatch_ros.odometry import Odometry, check_odometry
+from kpmatch_ros.parameters import Parameters
+from kpmatch_ros.result_publisher import ResultPublisher
 from kpmatch_ros.sync.calibration import Calibration
 from kpmatch_ros.sync.mask_sync import MaskSynchroniser
 from kpmatch_ros.sync.stereo_sync import StereoSynchroniser
 
-__all__ = ["PATIENCE", "WAITING_MEMORY", "Events", "Pipeline", "check_odometry"]
+__all__ = ["PATIENCE", "WAITING_MEMORY", "Pipeline"]
 
 # Images of one camera that wait for the other's at most, by the parameter `queue`: all keeps what a busy bag sends.
 _WAITING = {"latest": 10, "all": 100}
@@ -49,43 +49,6 @@ every time."""
 # may still be sending the partner again, and no pose shall depend on how long that takes.
 _ALONE_AFTER = {"latest": 0.5, "all": 5.0}
 _ALONE_INTERVAL = 1.0  # seconds between two such poses
-
-
-class Events(Protocol):
-    """What a pipeline reports besides its messages.
-
-    Explanations are for the user. Reasons are short and stable: they name counters.
-    """
-
-    def rejected(self, reason: str, explanation: str) -> None:
-        """A frame could not be used."""
-
-    def calibration_refused(self, reason: str, explanation: str) -> None:
-        """A frame was processed without its calibration, which could not be used."""
-
-    def doubted(self, kind: str, explanation: str) -> None:
-        """A frame was processed, but something about it is hardly meant so. The kind is short and stable."""
-
-    def interrupted(self, explanation: str) -> None:
-        """The frames' times jumped. Features and tracks were forgotten."""
-
-    def unpaired(self, topic: str, images: int, explanation: str) -> None:
-        """Images of one camera of a stereo pair found no partner."""
-
-    def stamp_fault(self, fault: str, topic: str, explanation: str) -> None:
-        """An image's stamp says nothing of its time. The fault is "zero stamps" or "repeated stamps"."""
-
-    def mask_fault(self, fault: str, topic: str, explanation: str) -> None:
-        """An image was processed without its mask, its mask is odd, or masks meet no image. The fault is stable."""
-
-    def pose(self, status: PoseStatus) -> None:
-        """A pose was published."""
-
-    def matched(self, fault: str) -> None:
-        """A frame was matched. The fault says why next to nothing came of it; it is empty where that is not so."""
-
-    def odometry(self, breaks: int, explanation: str) -> None:
-        """A pose was added to the odometry, whose chain broke so many times. The explanation is for a new break."""
 
 
 class Pipeline:
@@ -109,7 +72,6 @@ class Pipeline:
         calibration: that of the images.
         synchroniser: puts left and right images together.
         masks: puts images and their masks together.
-        transforms: to be updated with every message on /tf_static, where `base_frame` is given.
 
     Raises:
         ParameterError: when odometry is asked of one camera.
@@ -129,15 +91,13 @@ class Pipeline:
         check_odometry(parameters)
         self.front_end = front_end
         self.calibration = Calibration(topics, parameters.rectified, _INFO_MEMORY[parameters.queue])
-        self.transforms = StaticTransforms()
         self._topics = topics
-        self._publish = publish
-        self._wanted = wanted
         self._events = events
         self._new = new
+        chain = (odometry or Odometry()) if parameters.publish_odometry else None
+        self._results = ResultPublisher(publish, wanted, events, new, chain)
         self._parameters = parameters  # those that the next frame is processed with
         self._reset_requested = threading.Event()
-        self._odometry = (odometry or Odometry()) if parameters.publish_odometry else None
         self.synchroniser: StereoSynchroniser[Any]
         self.masks: MaskSynchroniser[Any]
         self._stamps: list[int | None]  # of the last image on each topic
@@ -153,16 +113,20 @@ class Pipeline:
         self.synchroniser = StereoSynchroniser(tolerance, _WAITING[parameters.queue], _UNPAIRED_MEMORY)
         cameras = len(self._topics)
         self.masks = MaskSynchroniser(cameras, tolerance, _MASKS[parameters.queue], WAITING_MEMORY // cameras)
-        if self._odometry is not None:
-            self._odometry.forget()
+        self._results.restart()
         self._told_alone = None
         self._stamps = [None] * len(self._topics)
         self._stretches = [Stretch() for _ in self._topics]
 
     @property
+    def transforms(self) -> StaticTransforms:
+        """To be updated with every message on /tf_static, where `base_frame` is given."""
+        return self._results.transforms
+
+    @property
     def odometry_breaks(self) -> int | None:
         """How many times the chain of odometry broke; None where there is no odometry."""
-        return None if self._odometry is None else self._odometry.breaks
+        return self._results.odometry_breaks
 
     # Receiving
 
@@ -261,7 +225,7 @@ class Pipeline:
         """Tell of an image from :meth:`watch`, after the frames that came before it: it has no partner, and no pose."""
         if alone is not self._told_alone:  # it may be found once more before it is told of
             self._told_alone = alone
-            self._publish_interruption(alone.header)
+            self._results.publish_interruption(alone.header)
 
     def process(self, received: Sequence[Any], overtaken: int = 0) -> Result | None:
         """Process a frame and publish what comes of it; None where its images cannot be used.
@@ -291,9 +255,9 @@ class Pipeline:
             self._check_stereo(result.stereo)
         self._check_masks(result, faults)
         self._check_yield(result)
-        self._publish_result(result)
+        self._results.publish(result, self.front_end.parameters)
         if interruption:
-            self._publish_interruption(messages.header_of(result.frame, self._new))
+            self._results.publish_interruption(messages.header_of(result.frame, self._new))
         return result
 
     def match_features(self, request: Any, response: Any) -> Any:
@@ -410,79 +374,6 @@ class Pipeline:
                 explanation = f"images on {topic} find no partner within sync_tolerance of their stamps{near}"
                 self._events.unpaired(topic, count, explanation)
 
-    # Messages
-
-    def _publish_result(self, result: Result) -> None:
-        if self._wanted("features"):
-            for frame in [result.frame] if result.stereo is None else [result.frame, result.stereo.current]:
-                extractor = self.front_end.parameters.extractor
-                self._publish("features", messages.feature_array(frame, extractor, self._new))
-        if result.stereo is not None:
-            self._publish("stereo_matches", self._match_array(result.stereo, messages.Pairing.STEREO))
-            if self._wanted("landmarks"):
-                header = messages.header_of(result.frame, self._new)
-                self._publish("landmarks", messages.point_cloud(landmarks_of(result), header, self._new))
-        pair = result.pair
-        if pair is None:
-            return
-        self._publish("matches", self._match_array(pair, messages.Pairing.CONSECUTIVE))
-        self._publish("relative_pose", messages.relative_pose(pair, self._new))
-        self._events.pose(pair.pose.status)
-        if self._odometry is not None:
-            self._publish_odometry(self._odometry, pair)
-        if self._wanted("match_image"):
-            picture = draw_pair(pair, caption(pair))
-            header = messages.header_of(pair.current, self._new)
-            self._publish("match_image", messages.image_message(picture, header, self._new))
-
-    def _match_array(self, pair: ImagePair, pairing: messages.Pairing) -> Any:
-        parameters = self.front_end.parameters
-        return messages.match_array(pair, pairing, parameters.extractor, parameters.matcher, self._new)
-
-    def _publish_odometry(self, odometry: Odometry, pair: Pair) -> None:
-        parameters, child = self.front_end.parameters, pair.current.frame_id
-        camera = None
-        if parameters.base_frame:
-            camera = self.transforms.pose(child, parameters.base_frame)
-            if camera is None:  # no chain begins before it can be published
-                self._events.doubted(
-                    "base_frame",
-                    f"no odometry: /tf_static does not join base_frame {parameters.base_frame} and the camera's frame "
-                    f"{child!r:.80}. Let robot_state_publisher tell where the camera is, or name another base_frame",
-                )
-                return
-        pose = odometry.add(pair)
-        if pose is None:
-            return
-        if camera is not None:
-            pose, child = of_base(pose, camera), parameters.base_frame
-        message = messages.odometry(pair.current, pose, parameters.odom_frame, child, self._new)
-        fault = frame_fault(child, message.header.frame_id)
-        if fault:
-            self._events.doubted("odometry frames", fault)
-        self._events.odometry(
-            odometry.breaks, f"the chain of poses broke: odometry begins again in the frame {message.header.frame_id}"
-        )
-        self._publish("odometry", message)
-        if parameters.publish_tf and self._wanted("/tf") and not fault:
-            transform = messages.transform_of(message, self._new)
-            self._publish("/tf", self._new("tf2_msgs/msg/TFMessage", transforms=[transform]))
-
-    def _publish_interruption(self, header: Any) -> None:
-        """Tell those who wait for the pose of an image that it has none."""
-        self._publish("relative_pose", messages.interruption(header, self._new))
-        self._events.pose(PoseStatus.INTERRUPTED)
-
 
 def _stamps(received: Sequence[Any]) -> list[int]:
     return [messages.nanoseconds(message.header.stamp) for message in received]
-
-
-def check_odometry(parameters: Parameters) -> None:
-    """Refuse odometry of one camera, before its networks are loaded.
-
-    Raises:
-        ParameterError: when it is asked for.
-    """
-    if parameters.publish_odometry and parameters.mode != "stereo":
-        raise ParameterError("publish_odometry needs mode stereo: the poses of one camera are without metres")

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kpmatch_ros.bags.files import (
+from kpmatch_ros.bags import (
     GROUND_TRUTH,
     BagWriter,
     Encoding,

@@ -11,9 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kpmatch_ros.bags.files import (
-    read_messages,
-)
+from kpmatch_ros.bags import read_messages
 from kpmatch_ros.messages import nanoseconds
 
 Run = Callable[..., tuple[int, str, str]]

@@ -31,7 +31,7 @@ from std_srvs.srv import Trigger
 from test_endurance import Resources
 from test_fuzz import assert_nothing_but_numbers, random_calibration, random_frame, random_image, random_stamp, stamped
 
-from kpmatch_ros.bags.files import image_topics, read_messages, typestore
+from kpmatch_ros.bags import image_topics, read_messages, typestore
 from kpmatch_ros.msg import FeatureArray, MatchArray
 from kpmatch_ros.runtime.processor import BFLOAT16, processor_features
 from node_harness import NodeUnderTest, running_node

@@ -25,8 +25,8 @@ import pytest
 from bag_harness import QUICK, SIZE, Run, by_topic, stamps, table
 from numpy.typing import NDArray
 
+from kpmatch_ros.bags import BagWriter, image_message
 from kpmatch_ros.bags.archive import find_bags, jobs_for
-from kpmatch_ros.bags.files import BagWriter, image_message
 from simulation import demo_camera
 from simulation.bags import write_camera_bag
 

@@ -31,8 +31,7 @@ from numpy.typing import NDArray
 from rosbags.highlevel import AnyReader
 from scipy.spatial.transform import Rotation
 
-from kpmatch_ros.bags.cameras import choose_camera
-from kpmatch_ros.bags.files import (
+from kpmatch_ros.bags import (
     BagWriter,
     bag_storage,
     bag_topics,
@@ -41,6 +40,7 @@ from kpmatch_ros.bags.files import (
     new_message,
     read_ground_truth,
 )
+from kpmatch_ros.bags.cameras import choose_camera
 from kpmatch_ros.geometry.pose import PoseStatus, relative_motion
 from kpmatch_ros.messages import nanoseconds
 from node_harness import NodeUnderTest, running_node

@@ -14,14 +14,8 @@ from bag_harness import FIRST, QUICK, Run, bag_command, by_topic, differences, h
 from rosbags.highlevel import AnyReader
 from scipy.spatial.transform import Rotation
 
+from kpmatch_ros.bags import BagWriter, bag_topics, new_message, read_ground_truth, read_messages
 from kpmatch_ros.bags.cameras import choose_stereo_cameras
-from kpmatch_ros.bags.files import (
-    BagWriter,
-    bag_topics,
-    new_message,
-    read_ground_truth,
-    read_messages,
-)
 from kpmatch_ros.geometry.pose import relative_motion
 from kpmatch_ros.messages import nanoseconds
 from node_harness import running_node

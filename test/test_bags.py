@@ -14,7 +14,7 @@ from rosbags.highlevel import AnyReader
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
-from kpmatch_ros.bags.files import (
+from kpmatch_ros.bags import (
     GROUND_TRUTH,
     BagError,
     BagWriter,

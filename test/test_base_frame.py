@@ -17,8 +17,8 @@ from bag_harness import QUICK, by_topic
 from rosbags.rosbag2 import Reader
 from scipy.spatial.transform import Rotation
 
+from kpmatch_ros.bags import BagWriter, new_message, read_messages
 from kpmatch_ros.bags.cameras import choose_cameras
-from kpmatch_ros.bags.files import BagWriter, new_message, read_messages
 from kpmatch_ros.bags.report import Report
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.pose import Pose, PoseStatus, RelativePose

@@ -13,7 +13,7 @@ import pytest
 from bag_harness import QUICK, by_topic
 from rosbags.highlevel import AnyReader
 
-from kpmatch_ros.bags.files import BagWriter, camera_info_message, image_message, read_messages
+from kpmatch_ros.bags import BagWriter, camera_info_message, image_message, read_messages
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.imaging.images import to_array
 from kpmatch_ros.ros.monitor import Monitor

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kpmatch_ros.bags.files import image_message
+from kpmatch_ros.bags import image_message
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.imaging.contrast import Stretch, appearance

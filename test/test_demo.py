@@ -17,8 +17,8 @@ import cv2
 import numpy as np
 import pytest
 
+from kpmatch_ros.bags import BagWriter, bag_topics, new_message, read_ground_truth
 from kpmatch_ros.bags.demo import demo_frames, unpack_demo_bag
-from kpmatch_ros.bags.files import BagWriter, bag_topics, new_message, read_ground_truth
 from kpmatch_ros.cli import main
 
 FRAMES = 4

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import kpmatch_ros
-from kpmatch_ros.bags.files import BagWriter, read_messages
+from kpmatch_ros.bags import BagWriter, read_messages
 from kpmatch_ros.bags.frame_figures import STATUS_COLOURS, EvenlyChosen
 from kpmatch_ros.bags.html_report import HtmlReport
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose

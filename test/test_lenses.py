@@ -17,8 +17,8 @@ from scipy.spatial.transform import Rotation
 from scipy.stats import chi2
 from sensor_msgs.msg import CameraInfo, Image, RegionOfInterest
 
+from kpmatch_ros.bags import BagWriter, camera_info_message, image_message
 from kpmatch_ros.bags.demo import DemoFrame, demo_frames
-from kpmatch_ros.bags.files import BagWriter, camera_info_message, image_message
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, relative_motion
 from kpmatch_ros.geometry.two_view import estimate_relative_pose

@@ -18,7 +18,7 @@ from test_masks import left_third, under
 from test_pipeline import image, make
 
 from kpmatch_ros import pipeline as pipeline_module
-from kpmatch_ros.bags.files import BagWriter, camera_info_message, image_message, new_message
+from kpmatch_ros.bags import BagWriter, camera_info_message, image_message, new_message
 from kpmatch_ros.frames import Result
 from kpmatch_ros.pipeline import Pipeline
 from kpmatch_ros.sync.mask_sync import MaskSynchroniser

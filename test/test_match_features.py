@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kpmatch_ros import FeatureMatcher, Features, Parameters
-from kpmatch_ros.bags.files import camera_info_message, new_message
+from kpmatch_ros.bags import camera_info_message, new_message
 from kpmatch_ros.frames import Frame
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import Camera

@@ -20,7 +20,7 @@ import pytest
 from bag_harness import QUICK
 
 from kpmatch_ros import feature_matcher
-from kpmatch_ros.bags.files import BagWriter, camera_info_message, image_message
+from kpmatch_ros.bags import BagWriter, camera_info_message, image_message
 from kpmatch_ros.parameters import Parameters
 from simulation import demo_camera
 

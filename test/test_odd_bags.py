@@ -17,7 +17,7 @@ import pytest
 from bag_harness import FIRST, QUICK, SIZE, Run, by_topic, header_stamp, refused, stamps
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 
-from kpmatch_ros.bags.files import (
+from kpmatch_ros.bags import (
     BagError,
     BagWriter,
     camera_info_message,

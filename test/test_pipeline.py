@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kpmatch_ros import pipeline as pipeline_module
-from kpmatch_ros.bags.files import camera_info_message, image_message, new_message
+from kpmatch_ros.bags import camera_info_message, image_message, new_message
 from kpmatch_ros.frames import Result
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.geometry.pose import PoseStatus

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from kpmatch_ros import FeatureMatcher, Features, Matches
-from kpmatch_ros.bags.files import read_messages
+from kpmatch_ros.bags import read_messages
 from kpmatch_ros.imaging.images import to_array
 from kpmatch_ros.models import SuperPoint
 from simulation import camera_path, demo_camera

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from bag_harness import QUICK, refused
 
-from kpmatch_ros.bags.files import (
+from kpmatch_ros.bags import (
     BagError,
     BagWriter,
     Topic,
@@ -266,7 +266,7 @@ def test_a_database_without_an_index_by_time_needs_no_second_one_to_be_read(tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # the bag has 15 MB
 
     code = (
-        "import sys; from kpmatch_ros.bags.files import read_messages; "
+        "import sys; from kpmatch_ros.bags import read_messages; "
         "print([record.stamp for record in read_messages(sys.argv[1])])"
     )
     command = [sys.executable, "-c", code, str(file)]

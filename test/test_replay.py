@@ -11,7 +11,7 @@ import pytest
 from rosbags.highlevel import AnyReader
 from scipy.spatial.transform import Rotation
 
-from kpmatch_ros.bags.files import GROUND_TRUTH
+from kpmatch_ros.bags import GROUND_TRUTH
 from kpmatch_ros.msg import MatchArray, RelativePose
 from node_harness import NodeUnderTest, running_node
 from simulation.bags import write_demo_bag

@@ -14,7 +14,7 @@ import pytest
 from test_html_report import result
 
 import kpmatch_ros
-from kpmatch_ros.bags.files import read_messages
+from kpmatch_ros.bags import read_messages
 from kpmatch_ros.bags.rerun_recording import RerunRecording
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.messages import nanoseconds

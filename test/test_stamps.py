@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from bag_harness import QUICK, Run, by_topic, read_tum
 
-from kpmatch_ros.bags.files import BagWriter, read_messages
+from kpmatch_ros.bags import BagWriter, read_messages
 from simulation.bags import write_demo_bag
 
 KEYFRAMES = ("--reference", "keyframe", "--keyframe-min-matches", "20", "--keyframe-max-parallax", "60")

@@ -12,7 +12,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 from scipy.stats import chi2
 
-from kpmatch_ros.bags.files import read_ground_truth, read_messages
+from kpmatch_ros.bags import read_ground_truth, read_messages
 from kpmatch_ros.cli import main
 from kpmatch_ros.frames import Pair, StereoPair
 from kpmatch_ros.front_end import FrontEnd

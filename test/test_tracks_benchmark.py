@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.tracks import epipolar, offsets, project
 from kpmatch_ros import FeatureMatcher
+from kpmatch_ros.bags import read_messages
 from kpmatch_ros.bags.cameras import choose_cameras
-from kpmatch_ros.bags.files import read_messages
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.imaging.images import to_array

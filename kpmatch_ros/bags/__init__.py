@@ -1,1 +1,57 @@
-"""Bags: reading and writing them, and running the matcher over one, without ROS."""
+"""ROS 2 bags (rosbag2: MCAP and sqlite3) without ROS, through rosbags.
+
+Messages are rosbags' dataclasses: they have the fields of the .msg file, and arrays are NumPy arrays. `new_message`
+makes one of any type, this package's included, with every field zero or empty:
+
+    with BagWriter("out") as bag:
+        message = new_message("kpmatch_ros/msg/MatchArray", width=640, height=480)
+        bag.write("matches", message, stamp)
+    for topic, type_name, stamp, message in read_messages("out"):
+        ...
+
+Bags are written so that ROS 2 Humble and later can play them (version 8 of the metadata); bags of all distributions up
+to Kilted are read, whether they carry their message definitions or not. A bag that cannot be read raises BagError.
+"""
+
+from kpmatch_ros.bags.message_types import (
+    CAMERA_INFO_TYPE,
+    IMAGE_TYPES,
+    camera_info_message,
+    image_message,
+    new_message,
+    pose_message,
+    typestore,
+)
+from kpmatch_ros.bags.reading import (
+    GROUND_TRUTH,
+    Record,
+    Topic,
+    bag_storage,
+    bag_topics,
+    image_topics,
+    read_ground_truth,
+    read_messages,
+)
+from kpmatch_ros.bags.recording import BagError, OutputError
+from kpmatch_ros.bags.writing import BagWriter
+
+__all__ = [
+    "CAMERA_INFO_TYPE",
+    "GROUND_TRUTH",
+    "IMAGE_TYPES",
+    "BagError",
+    "BagWriter",
+    "OutputError",
+    "Record",
+    "Topic",
+    "bag_storage",
+    "bag_topics",
+    "camera_info_message",
+    "image_message",
+    "image_topics",
+    "new_message",
+    "pose_message",
+    "read_ground_truth",
+    "read_messages",
+    "typestore",
+]

@@ -27,8 +27,7 @@ from typing import Any
 
 import kpmatch_ros
 from kpmatch_ros.bags.cameras import choose_cameras
-from kpmatch_ros.bags.files import BagError, OutputError
-from kpmatch_ros.bags.recording import encodable, has_stored_name, stored_files
+from kpmatch_ros.bags.recording import BagError, OutputError, encodable, has_stored_name, stored_files
 from kpmatch_ros.bags.replay import replay
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.parameters import ParameterError, Parameters

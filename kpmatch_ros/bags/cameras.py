@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from posixpath import dirname, join
 
-from kpmatch_ros.bags.files import CAMERA_INFO_TYPE, IMAGE_TYPES, BagError, Topic, bag_topics
+from kpmatch_ros.bags.message_types import CAMERA_INFO_TYPE, IMAGE_TYPES
+from kpmatch_ros.bags.reading import Topic, bag_topics
+from kpmatch_ros.bags.recording import BagError
 
 __all__ = ["CameraTopics", "choose_camera", "choose_cameras", "choose_stereo_cameras"]
 

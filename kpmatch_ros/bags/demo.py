@@ -13,15 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kpmatch_ros.bags.files import (
-    GROUND_TRUTH,
-    BagWriter,
-    image_message,
-    pose_message,
-    read_ground_truth,
-    read_messages,
-)
+from kpmatch_ros.bags.message_types import image_message, pose_message
+from kpmatch_ros.bags.reading import GROUND_TRUTH, read_ground_truth, read_messages
 from kpmatch_ros.bags.recording import bag_information
+from kpmatch_ros.bags.writing import BagWriter
 from kpmatch_ros.geometry.pose import Pose
 from kpmatch_ros.imaging.images import to_array
 

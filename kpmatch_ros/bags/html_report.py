@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from kpmatch_ros.bags.files import BagError
 from kpmatch_ros.bags.frame_figures import STATUS_COLOURS, EvenlyChosen, FrameFigures, Jpeg
+from kpmatch_ros.bags.recording import BagError
 from kpmatch_ros.bags.trajectory import Trajectory
 from kpmatch_ros.drawing import caption, draw_pair
 from kpmatch_ros.frames import Pair, Result

@@ -15,8 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from kpmatch_ros.bags.archive import Job, Row, Settings, replay_one
-from kpmatch_ros.bags.files import BagError
-from kpmatch_ros.bags.recording import encodable
+from kpmatch_ros.bags.recording import BagError, encodable
 
 __all__ = ["replay_on_ray"]
 

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
 
@@ -29,13 +29,17 @@ __all__ = [
     "OutputError",
     "Raw",
     "Recording",
+    "Storage",
     "bag_information",
     "encodable",
+    "explained",
     "has_stored_name",
     "is_recording",
     "own_files",
     "stored_files",
 ]
+
+Storage = Literal["mcap", "sqlite3"]
 
 _SUFFIXES = (".mcap", ".db3")
 _ZSTD = b"\x28\xb5\x2f\xfd"  # what a compressed message or file begins with; a message that is not begins with 0
@@ -47,6 +51,24 @@ class BagError(ValueError):
 
 class OutputError(BagError):
     """There is no place to write to: the disk is full, say. The bag that is read is not at fault."""
+
+
+@contextmanager
+def explained(path: Path, what: str = "cannot be read") -> Iterator[None]:
+    """Turn any error of the parsers, or of the writers, into a BagError."""
+    try:
+        yield
+    except BagError:
+        raise
+    except Exception as error:
+        # Storages, compressions and message parsers have errors of their own. A truncated file raises any of them.
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        if isinstance(error, KeyError):
+            reason += " is missing"
+        hint = ""
+        if "magic" in reason or "runcated" in reason or "malformed" in reason:
+            hint = "; if the recording was cut short, `mcap recover` (MCAP) or `ros2 bag reindex` may save it"
+        raise BagError(f"{path}: {what}: {reason}{hint}") from error
 
 
 class Raw(NamedTuple):
@@ -88,7 +110,7 @@ class Recording:
         self._stack = ExitStack()
         try:
             files = self._files_of(path) if path.is_dir() else [path]
-            self.storage: Literal["mcap", "sqlite3"] = "mcap" if ".mcap" in files[0].suffixes else "sqlite3"
+            self.storage: Storage = "mcap" if ".mcap" in files[0].suffixes else "sqlite3"
             for file in files:
                 self._open(file)
         except BaseException:

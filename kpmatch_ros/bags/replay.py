@@ -16,25 +16,18 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from kpmatch_ros.bags.cameras import CameraTopics
-from kpmatch_ros.bags.files import (
-    CAMERA_INFO_TYPE,
-    IMAGE_TYPES,
-    BagError,
-    BagWriter,
-    OutputError,
-    bag_storage,
-    bag_topics,
-    new_message,
-    read_messages,
-)
 from kpmatch_ros.bags.html_report import HtmlReport
-from kpmatch_ros.bags.recording import encodable, is_recording
+from kpmatch_ros.bags.message_types import CAMERA_INFO_TYPE, IMAGE_TYPES, new_message
+from kpmatch_ros.bags.reading import bag_storage, bag_topics, read_messages
+from kpmatch_ros.bags.recording import BagError, OutputError, encodable, is_recording
 from kpmatch_ros.bags.report import Report
 from kpmatch_ros.bags.rerun_recording import RerunRecording
 from kpmatch_ros.bags.trajectory import Trajectory
+from kpmatch_ros.bags.writing import BagWriter
 from kpmatch_ros.front_end import FrontEnd
+from kpmatch_ros.odometry import check_odometry
 from kpmatch_ros.parameters import Parameters
-from kpmatch_ros.pipeline import PATIENCE, Pipeline, check_odometry
+from kpmatch_ros.pipeline import PATIENCE, Pipeline
 from kpmatch_ros.source_files import overwritten
 
 __all__ = ["replay"]

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kpmatch_ros.bags.files import BagError
 from kpmatch_ros.bags.frame_figures import STATUS_COLOURS, EvenlyChosen, FrameFigures, Jpeg
-from kpmatch_ros.bags.recording import encodable
+from kpmatch_ros.bags.recording import BagError, encodable
 from kpmatch_ros.bags.trajectory import Trajectory
 from kpmatch_ros.frames import Result
 

@@ -63,8 +63,8 @@ def _share(text: str) -> float:
 
 
 def _archive(options: argparse.Namespace) -> int:
+    from kpmatch_ros.bags import BagError
     from kpmatch_ros.bags.archive import WRITTEN, Settings, claimed, find_bags, finished_row, jobs_for, write_tables
-    from kpmatch_ros.bags.files import BagError
 
     source, out = options.source.resolve(), options.target.resolve()
     if not source.is_dir():

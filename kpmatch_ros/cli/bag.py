@@ -126,8 +126,8 @@ def add_replay_options(parser: Parser) -> None:
 
 
 def _bag(options: argparse.Namespace) -> int:
+    from kpmatch_ros.bags import BagError
     from kpmatch_ros.bags.cameras import choose_cameras
-    from kpmatch_ros.bags.files import BagError
     from kpmatch_ros.bags.replay import replay
 
     parameters = replay_parameters(options)

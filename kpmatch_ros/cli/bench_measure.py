@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import kpmatch_ros
+from kpmatch_ros.bags import BagError, image_message, image_topics, read_messages
 from kpmatch_ros.bags.cameras import choose_camera
 from kpmatch_ros.bags.demo import demo_frames
-from kpmatch_ros.bags.files import BagError, image_message, image_topics, read_messages
 from kpmatch_ros.cli.bench import Request
 from kpmatch_ros.cli.bench_report import STAGES, Comparison, Row, Spread, draw, report
 from kpmatch_ros.cli.common import CommandError, check_outputs, read_image, resized

@@ -158,8 +158,8 @@ def _make_room(folder: Path) -> None:
 
 def _unpack(folder: Path, frames: int) -> Path:
     """The demo's frames as a bag, and the first two as picture files."""
+    from kpmatch_ros.bags import BagError
     from kpmatch_ros.bags.demo import demo_frames, unpack_demo_bag
-    from kpmatch_ros.bags.files import BagError
 
     bag = folder / "bag"
     try:
@@ -252,8 +252,8 @@ def _executable() -> list[str]:
 
 def _read_bag(bag: Path) -> tuple[list[RecordedFrame], dict[int, Pose]]:
     """Each frame as recorded, and the camera's true poses by their stamps."""
+    from kpmatch_ros.bags import read_ground_truth
     from kpmatch_ros.bags.demo import IMAGE_TOPIC, INFO_TOPIC
-    from kpmatch_ros.bags.files import read_ground_truth
     from kpmatch_ros.bags.recording import Recording
     from kpmatch_ros.ros.player import RecordedFrame
 

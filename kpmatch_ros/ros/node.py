@@ -21,10 +21,10 @@ from rclpy.utilities import remove_ros_args
 from std_srvs.srv import Trigger
 
 from kpmatch_ros.front_end import FrontEnd
-from kpmatch_ros.odometry import Odometry
+from kpmatch_ros.odometry import Odometry, check_odometry
 from kpmatch_ros.parameter_file import unused_files, without_effect
 from kpmatch_ros.parameters import ParameterError, Parameters, declarations, profile_values
-from kpmatch_ros.pipeline import WAITING_MEMORY, Pipeline, check_odometry
+from kpmatch_ros.pipeline import WAITING_MEMORY, Pipeline
 from kpmatch_ros.ros.diagnostics import Condition, Diagnostics, LoggingMonitor, log_weights, next_step
 from kpmatch_ros.ros.domain import domain_fault
 from kpmatch_ros.ros.inbox import Inbox

@@ -1,20 +1,14 @@
 """Weights known by name: their licences, sources and files. Nothing here imports PyTorch."""
 
+from kpmatch_ros.weights.files import Presence, expected_hash, fetch, file_hash, presence, resolve, verify
 from kpmatch_ros.weights.registry import (
     REGISTRY,
-    Presence,
     Weights,
     WeightsError,
     cache_folder,
     check_pair,
-    expected_hash,
-    fetch,
-    file_hash,
     find,
     matchers_for,
-    presence,
-    resolve,
-    verify,
 )
 from kpmatch_ros.weights.sources import Hub, Packaged, Wheel
 

@@ -1,40 +1,26 @@
-"""The weights known by name: licence, origin, size, hash, and their place on this machine."""
+"""The weights known by name: licence, origin, size, hash, and which ones belong together."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import logging
 import os
-import stat
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from kpmatch_ros.shell import in_shell
 from kpmatch_ros.weights.sources import Hub, Packaged, Source, Wheel
 
 __all__ = [
     "REGISTRY",
-    "Presence",
     "Weights",
     "WeightsError",
     "cache_folder",
     "check_pair",
-    "expected_hash",
-    "fetch",
-    "file_hash",
     "find",
     "matchers_for",
-    "presence",
-    "resolve",
-    "verify",
 ]
-
-_LOG = logging.getLogger(__name__)
 
 
 class WeightsError(ValueError):
@@ -307,191 +293,3 @@ def check_pair(matcher: str, extractor: str) -> None:
             f"the matcher {matcher} was made for the extractor {item.extractor}, not for {extractor}. For {extractor} "
             f"set matcher to {' or '.join(matchers_for(extractor))}"
         )
-
-
-def resolve(source: str | Path) -> Path:
-    """Turn a registered name, a folder or a file into a path that exists; a registered file has the right hash.
-
-    Nothing is fetched: a robot that starts up stays off the network.
-
-    Raises:
-        WeightsError: there is nothing there, or not the registered file.
-    """
-    if str(source) in REGISTRY:
-        item = REGISTRY[str(source)]
-        verify(item)
-        return item.path
-    try:
-        path = Path(source).expanduser()
-        there = path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, ~nobody, a zero byte
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise WeightsError(f"no weights are called {str(source)!r:.80}, and it is no path: {reason}") from error
-    if not there:
-        find(str(source))
-    elif not (path.is_file() or path.is_dir()):
-        raise WeightsError(f"{path} is neither a file nor a folder, but a FIFO, a device or the like: name a file")
-    return path
-
-
-class Presence(NamedTuple):
-    """What there is of registered weights on this machine.
-
-    Attributes:
-        word: ``yes``; ``no`` where there is nothing; ``DAMAGED`` where it is not what was registered, or not all of it;
-            ``UNREADABLE`` where something else stands in its place, or the system refuses to read it.
-        fault: why they cannot be used, in words; empty where they can.
-        remedy: what to do about it.
-    """
-
-    word: str
-    fault: str = ""
-    remedy: str = ""
-
-
-def presence(item: Weights) -> Presence:
-    """Look whether all files are there and are those registered, or, for the hub's, still as the hub sent them."""
-    packaged = isinstance(item.source, Packaged)
-    remedy = "install kpmatch_ros again" if packaged else in_shell(f"kpmatch weights fetch {item.name}")
-    file, *beside = item.files
-    for each in (file, *beside):
-        try:
-            regular = stat.S_ISREG(each.stat().st_mode)
-            if regular:  # opening a FIFO would wait for ever
-                each.open("rb").close()
-        except (FileNotFoundError, NotADirectoryError):
-            if each != file:
-                return Presence("DAMAGED", f"{each}, which belongs to {item.name}, is missing", remedy)
-            terms = "" if packaged else f" ({item.terms})"
-            place = f"neither in the Hugging Face cache nor at {file}" if isinstance(item.source, Hub) else str(file)
-            return Presence("no", f"the weights {item.name}{terms} are not on this machine ({place})", remedy)
-        except OSError as error:
-            return _unreadable(each, error, remedy)
-        if not regular:
-            return Presence("UNREADABLE", f"{each} is no regular file", f"remove it, then {remedy}")
-    try:
-        fault = _fault(item, file)
-    except OSError as error:
-        return _unreadable(file, error, remedy)
-    return Presence("DAMAGED", fault, remedy) if fault else Presence("yes")
-
-
-def _unreadable(file: Path, error: OSError, remedy: str) -> Presence:
-    reason = error.strerror or str(error)
-    return Presence(
-        "UNREADABLE", f"{file} cannot be read ({reason})", f"let this user read it, or remove it, then {remedy}"
-    )
-
-
-def _fault(item: Weights, file: Path) -> str:
-    """Why a file is not that of the weights, as far as can be told; empty where nothing speaks against it."""
-    expected = expected_hash(item)
-    if expected:
-        status = file.stat()
-        found = _hash_of_version(file, status.st_size, status.st_mtime_ns)
-        if found == expected:
-            return ""
-        return (
-            f"{file} is not the registered {item.name}: its SHA-256 is {found}, not {expected}; it is damaged or was "
-            "replaced"
-        )
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "numpy"):  # the header says how long the file is
-            pass
-    except SafetensorError as error:
-        return f"{file} is damaged or cut short ({error})"
-    return ""
-
-
-def verify(item: Weights) -> None:
-    """Check that all files are there and are those registered, or, for the hub's, still as the hub sent them.
-
-    Raises:
-        WeightsError: they are not; the text says what to do.
-    """
-    here = presence(item)
-    if here.fault:
-        raise WeightsError(f"{here.fault}: {here.remedy}")
-
-
-def expected_hash(item: Weights) -> str:
-    """SHA-256 that the file of ``item`` should have, hexadecimal; empty if it is unknown."""
-    return item.source.hash(item.file) if isinstance(item.source, Hub) else item.sha256
-
-
-@lru_cache(maxsize=16)
-def _hash_of_version(path: Path, size: int, modified: int) -> str:
-    """Hashed once for each state of the file: extractor and matcher often share one."""
-    return file_hash(path)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def fetch(
-    name: str,
-    announce: Callable[[str], None] = _LOG.warning,
-) -> Path:
-    """Fetch registered weights, unless they are there, and check their hash.
-
-    They go into the cache, those of the hub into the cache of ``huggingface_hub``. The file appears under its name only
-    when it is whole, so that a fetch cut half-way, or two at once, leave nothing broken behind.
-
-    Args:
-        name: one of REGISTRY.
-        announce: called before fetching with a text: what will be fetched and under which licence.
-
-    Returns:
-        The path to read, as :func:`resolve` gives it.
-
-    Raises:
-        WeightsError: the name is unknown, the source cannot be reached, or it sends something else.
-    """
-    item = find(name)
-    here = presence(item)
-    if here.word == "yes":
-        return item.path
-    if isinstance(item.source, Packaged) or here.word == "UNREADABLE":
-        raise WeightsError(f"{here.fault}: {here.remedy}")
-    announce(f"{name}: from {item.source}, by {item.origin}. Licence: {item.terms}")
-    target = item.file
-    try:
-        if isinstance(item.source, Hub):
-            item.source.fetch(again=here.word == "DAMAGED")
-        else:
-            _fetch_file(item, item.source, target)
-    except OSError as error:
-        where = f"and its config.json in {target.parent}" if isinstance(item.source, Hub) else f"at {target}"
-        raise WeightsError(
-            f"{name} could not be fetched from {item.source} ({error}); fetch it on another machine, put it {where}, "
-            f"and run {in_shell(f'kpmatch weights info {name}')}"
-        ) from error
-    verify(item)
-    return item.path
-
-
-def _fetch_file(item: Weights, source: Wheel, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, suffix=".part")
-    os.close(handle)
-    partial = Path(name)
-    try:
-        source.save(partial)
-        found, size = file_hash(partial), partial.stat().st_size
-        if found != item.sha256:
-            raise WeightsError(
-                f"{source} sent {size} bytes with SHA-256 {found}, not the registered {item.size} bytes with "
-                f"{item.sha256}; nothing was kept: try again, or put the file at {target} yourself"
-            )
-        partial.chmod(0o644)  # temporary files are private; a cache may be shared
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)

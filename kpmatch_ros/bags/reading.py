@@ -1,0 +1,224 @@
+"""What bags hold, message by message."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from rosbags.interfaces import Nodetype
+from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
+from rosbags.typesys.store import Typestore
+from scipy.spatial.transform import Rotation
+
+from kpmatch_ros.bags.message_types import CAMERA_INFO_TYPE, IMAGE_TYPES, POSE_TYPE, typestore
+from kpmatch_ros.bags.recording import BagError, Recording, Storage, explained
+from kpmatch_ros.bags.storage import Definition
+from kpmatch_ros.geometry.pose import Pose
+
+__all__ = [
+    "GROUND_TRUTH",
+    "Record",
+    "Topic",
+    "bag_storage",
+    "bag_topics",
+    "image_topics",
+    "read_ground_truth",
+    "read_messages",
+]
+
+GROUND_TRUTH = "/ground_truth/pose"
+_USED_TYPES = (*IMAGE_TYPES, CAMERA_INFO_TYPE, POSE_TYPE)
+
+
+class Record(NamedTuple):
+    """A message in a bag."""
+
+    topic: str
+    type: str  # such as "sensor_msgs/msg/Image"
+    stamp: int  # when it was recorded, nanoseconds
+    message: Any
+
+
+class Topic(NamedTuple):
+    """A topic in a bag."""
+
+    name: str
+    type: str
+    num_messages: int
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Recording]:
+    """A bag that is open for reading: a folder, or a bare .mcap or .db3 file, which may be compressed (.zstd)."""
+    if not path.exists():
+        raise BagError(f"{path}: there is no such bag")
+    if not path.is_dir() and path.suffix == ".bag":
+        raise BagError(f"{path}: is a bag of ROS 1; rosbags-convert --src {path} --dst FOLDER makes one of ROS 2")
+    if not path.is_dir() and not (path.is_file() and path.name.removesuffix(".zstd").endswith((".mcap", ".db3"))):
+        raise BagError(f"{path}: is not a bag; give a bag's folder, or a .mcap or .db3 file, which may end in .zstd")
+    with explained(path):
+        recording = Recording(path)
+    try:
+        if not recording.counts.total():
+            foreign = ", ".join(f"{topic} ({encoding})" for topic, encoding in sorted(recording.foreign.items()))
+            raise BagError(
+                f"{path}: the bag holds no messages{f' in the encoding of ROS 2, only {foreign}' if foreign else ''}"
+            )
+        yield recording
+    finally:
+        with suppress(Exception):
+            recording.close()
+
+
+def bag_topics(path: str | Path) -> list[Topic]:
+    """The topics of a bag that hold messages, by name. Raises BagError."""
+    with _opened(Path(path)) as recording:
+        return sorted(Topic(topic, kind, count) for (topic, kind), count in recording.counts.items() if count)
+
+
+def image_topics(path: str | Path) -> list[Topic]:
+    """The topics with images, compressed or not, that hold messages, by name. Raises BagError."""
+    return [topic for topic in bag_topics(path) if topic.type in IMAGE_TYPES]
+
+
+def bag_storage(path: str | Path) -> Storage:
+    """The storage of a bag. Raises BagError."""
+    with _opened(Path(path)) as recording:
+        return recording.storage
+
+
+def read_messages(
+    path: str | Path,
+    topics: Collection[str] | Mapping[str, Collection[str]] | None = None,
+    remarks: list[str] | None = None,
+) -> Iterator[Record]:
+    """The messages of a bag, or of some of its topics, in the order of recording.
+
+    Where the bag is split over several files, these are read one after the other, as `ros2 bag play` does.
+
+    Args:
+        path: of the bag.
+        topics: to read; all where not given. A mapping says of each which types are wanted: others are left out.
+        remarks: gets what is odd about the bag, in words, once the last message was read: topics and messages that were
+            left out, and numbers of messages that differ from what its metadata or index declares.
+
+    Raises:
+        BagError: it is broken, also in its middle, or lacks a topic; or a message cannot be decoded, and there are no
+            `remarks` to say so.
+    """
+    path = Path(path)
+    with _opened(path) as recording:
+        known = {topic for topic, _ in recording.counts}
+        if topics is not None and (missing := [topic for topic in topics if topic not in known]):
+            foreign = [f"; {topic} is in the encoding {recording.foreign[topic]}" for topic in missing
+                       if topic in recording.foreign]  # fmt: skip
+            raise BagError(
+                f"{path}: has no topic {', '.join(missing)}; it has {', '.join(sorted(known))}{''.join(foreign)}"
+            )
+        wanted = known if topics is None else set(topics)
+        types = topics if isinstance(topics, Mapping) else {}
+        left_out: Counter[str] = Counter()
+        reasons: dict[str, str] = {}  # the first of each topic
+        stores: dict[str, Typestore] = {}
+        for topic, kind in recording.counts:
+            if topic not in wanted or kind not in types.get(topic, [kind]):
+                continue
+            if kind not in stores:
+                with explained(path, f"the definition of {kind} cannot be understood"):
+                    stores[kind] = _store_for(kind, recording.definitions.get(kind))
+            if kind not in stores[kind].types:
+                raise BagError(
+                    f"{path}: {topic} has the type {kind}, which is not known here and which the bag does not define; "
+                    "leave that topic out"
+                )
+        raw = recording.messages(wanted)
+        while True:
+            with explained(path):
+                found = next(raw, None)
+            if found is None:
+                break
+            if found.type not in types.get(found.topic, [found.type]):
+                what = f"has the type {found.type}, not {' or '.join(types[found.topic])}"
+                left_out[found.topic] += 1
+                reasons.setdefault(found.topic, f"{_at(found.stamp)} {what}")
+                continue
+            try:
+                with explained(path, f"a message on {found.topic} {_at(found.stamp)} cannot be decoded"):
+                    message = stores[found.type].deserialize_cdr(found.content(), found.type)
+            except BagError as error:
+                if remarks is None:
+                    raise
+                left_out[found.topic] += 1
+                reasons.setdefault(found.topic, f"{_at(found.stamp)} cannot be decoded: {error.__cause__}")
+                continue
+            yield Record(found.topic, found.type, found.stamp, message)
+        if remarks is not None:
+            new = list(recording.remarks)
+            for topic, reason in reasons.items():
+                total = sum(count for (name, _), count in recording.counts.items() if name == topic)
+                new.append(f"{topic}: {left_out[topic]} of {total} messages were left out; the first one {reason}")
+            remarks += [remark for remark in new if remark not in remarks]
+
+
+def _at(stamp: int) -> str:
+    return f"at {stamp // 10**9}.{stamp % 10**9:09d} s"
+
+
+def _store_for(kind: str, definition: Definition | None) -> Typestore:
+    """The types that decode messages of one type: those that the bag defines, or else those known here.
+
+    Raises:
+        ValueError: what the bag defines is not the type that ROS has under this name.
+    """
+    if definition is None:
+        return typestore()
+    text = definition.content.decode()
+    if definition.form == "msg":
+        types = get_types_from_msg(text, kind)
+    else:  # one .idl file, or several, each below a line of "=" and its name
+        types = {}
+        for part in text.split("=" * 80 + "\n"):
+            if part:
+                types.update(get_types_from_idl(part.split("\n", 1)[1] if part.startswith("IDL: ") else part))
+    store = get_typestore(Stores.EMPTY)
+    store.register(types)
+    if kind in _USED_TYPES:
+        _check_fields(store, kind)
+    return store
+
+
+def _check_fields(store: Typestore, kind: str) -> None:
+    """Check that a type of ROS, and what it is made of, has the fields that are used here."""
+    if kind not in store.fielddefs:
+        raise ValueError(f"it leaves out {kind}")
+    ours, theirs = typestore().fielddefs[kind][1], store.fielddefs[kind][1]
+    if ours != theirs:
+        raise ValueError(f"{kind} has not the fields that ROS gives it, {', '.join(name for name, _ in ours)}")
+    for _, (node, detail) in ours:
+        element: Any = (node, detail)
+        while element[0] in (Nodetype.ARRAY, Nodetype.SEQUENCE):
+            element = element[1][0]
+        if element[0] == Nodetype.NAME:
+            _check_fields(store, str(element[1]))
+
+
+def read_ground_truth(path: str | Path, topic: str = GROUND_TRUTH) -> tuple[NDArray[np.int64], list[Pose]]:
+    """Stamps (N,), nanoseconds, and poses of the camera in the world from a topic of geometry_msgs/PoseStamped.
+
+    The pose is that of the optical frame: x_world = rotation x_camera + position. Raises BagError.
+    """
+    stamps, poses = [], []
+    for _, type_name, _, message in read_messages(path, [topic]):
+        if type_name != POSE_TYPE:
+            raise BagError(f"{path}: {topic} has the type {type_name} instead of {POSE_TYPE}")
+        position, q = message.pose.position, message.pose.orientation
+        stamps.append(message.header.stamp.sec * 10**9 + message.header.stamp.nanosec)
+        poses.append(
+            Pose(Rotation.from_quat([q.x, q.y, q.z, q.w]).as_matrix(), np.array([position.x, position.y, position.z]))
+        )
+    return np.array(stamps, np.int64), poses

@@ -1,0 +1,106 @@
+"""New bags."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rosbags.rosbag2 import StoragePlugin, Writer
+
+from kpmatch_ros.bags.message_types import typestore
+from kpmatch_ros.bags.recording import BagError, OutputError, Storage, explained, own_files
+from kpmatch_ros.bags.sqlite_file import SqliteWriter
+
+__all__ = ["BagWriter"]
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Turn any error of the writers into a BagError."""
+    try:
+        with explained(path, "cannot be written"):
+            yield
+    except BagError as error:
+        if isinstance(error.__cause__, (OSError, sqlite3.OperationalError)):
+            raise OutputError(str(error)) from error
+        raise
+
+
+class _Writer(Writer):
+    STORAGE_PLUGINS = {**Writer.STORAGE_PLUGINS, StoragePlugin.SQLITE3: SqliteWriter}
+
+
+class BagWriter:
+    """Writes a bag, which is a folder.
+
+    It is a context manager. An exception removes the bag that was begun.
+
+    Args:
+        path: of the folder, which must not exist yet.
+        storage: of the messages.
+        overwrite: replace the folder if it is a bag's, and holds nothing else.
+        notes: for whoever reads metadata.yaml, its custom_data.
+
+    Raises:
+        OutputError: there is no place for it.
+        BagError: when the folder cannot be written for another reason.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        storage: Storage = "mcap",
+        overwrite: bool = False,
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        if self.path.exists():
+            if not overwrite:
+                raise BagError(f"{self.path}: exists already; remove it or choose another name")
+            with _written(self.path):
+                for file in own_files(self.path):
+                    file.unlink()
+                self.path.rmdir()
+        self._connections: dict[tuple[str, str], Any] = {}
+        plugin = StoragePlugin.MCAP if storage == "mcap" else StoragePlugin.SQLITE3
+        with _written(self.path):
+            self._writer = _Writer(self.path, version=8, storage_plugin=plugin)
+            for key, note in (notes or {}).items():
+                self._writer.set_custom_data(key, note)
+            self._writer.open()
+
+    def write(self, topic: str, message: Any, stamp: int) -> None:
+        """Add a message of rosbags' typestore, recorded at `stamp`, nanoseconds."""
+        type_name = message.__msgtype__
+        data = typestore().serialize_cdr(message, type_name)
+        with _written(self.path):
+            if (topic, type_name) not in self._connections:
+                new = self._writer.add_connection(topic, type_name, typestore=typestore())
+                self._connections[topic, type_name] = new
+            self._writer.write(self._connections[topic, type_name], int(stamp), data)
+
+    def close(self) -> None:
+        """Finish the bag. Its metadata is written only now."""
+        with _written(self.path):
+            file = None if self._writer.storage is None else self._writer.storage.path
+            self._writer.close()
+            if file is not None and not file.is_file():
+                raise FileNotFoundError(f"{file.name}, which holds its messages, is not there")
+
+    def __enter__(self) -> BagWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            with suppress(Exception):
+                self._writer.abort()
+            shutil.rmtree(self.path, ignore_errors=True)
