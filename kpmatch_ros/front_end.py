@@ -405,37 +405,40 @@ class FrontEnd:
             current: the second one.
             links: their matches.
         """
-        right0, right1 = reference.right, current.right
-        points0, points1, found = links.reference_points, links.points, self._keypoint_resolution(current)
-        calibrated = reference.camera is not None and current.camera is not None
-        if not self.parameters.refine and calibrated:
-            points1 = refine(reference.normalized, current.normalized, points0, points1, found)
-        refined = links.refined if self.parameters.refine else np.isfinite(points1[:, 0])
-        enough = refined.sum() > _REFINABLE * len(refined)
+        resolution = self._keypoint_resolution(current)
+        exact = links if self.parameters.refine else self._refined(reference, current, links)
+        refined = bool(exact.refined.sum() > _REFINABLE * len(exact.refined))
+        if not refined:
+            exact = links
         options: dict[str, Any] = {
             "max_reprojection_error": self.parameters.max_reprojection_error,
             "min_inliers": self.parameters.min_inliers,
-            "keypoint_resolution": REFINED_RESOLUTION if enough else found,
-            "independent_points": INDEPENDENT_POINTS if enough else math.inf,
+            "keypoint_resolution": REFINED_RESOLUTION if refined else resolution,
+            "independent_points": INDEPENDENT_POINTS if refined else math.inf,
         }
+        points0, points1 = exact.reference_points, exact.points
+        right0, right1 = reference.right, current.right
         if right0 is None or right1 is None:
-            points1 = np.where(np.isfinite(points1), points1, links.points) if enough else links.points
+            points1 = np.where(np.isfinite(points1), points1, links.points)
             prior = self._motion_prior(reference, current)
             return estimate_relative_pose(points0, points1, reference.camera, current.camera, prior=prior, **options)
-        right_points0 = right0.beside(links.indices[:, 0], points0)
-        if not self.parameters.refine and enough:
-            right_points0 = refine(reference.normalized, right0.normalized, points0, right_points0, found)
-            beside = right1.beside(links.indices[:, 1], points1)
-            right_points1 = refine(current.normalized, right1.normalized, points1, beside, found)
-        else:
-            points1 = links.points
-            right_points1 = right1.beside(links.indices[:, 1], points1)
-        sigmas = None  # the right points are found from the left ones where these are refined
-        if enough:
-            sigmas = links.sigmas if self.parameters.refine else np.ones(len(points1))
+        right_points0 = right0.beside(exact.indices[:, 0], points0)
+        right_points1 = right1.beside(exact.indices[:, 1], points1)
+        if exact is not links:
+            right_points0 = refine(reference.normalized, right0.normalized, points0, right_points0, resolution)
+            right_points1 = refine(current.normalized, right1.normalized, points1, right_points1, resolution)
+        sigmas = exact.sigmas if refined else None  # given where the right points are found from the left ones
         return estimate_stereo_motion(
             points0, right_points0, points1, right_points1, right0.camera, right1.camera, sigmas=sigmas, **options
         )
+
+    def _refined(self, reference: Frame, current: Frame, links: Links) -> Links:
+        """The links with refined points, NaN where that was not possible; without calibration as they were."""
+        if reference.camera is None or current.camera is None:
+            return links
+        resolution = self._keypoint_resolution(current)
+        points = refine(reference.normalized, current.normalized, links.reference_points, links.points, resolution)
+        return replace(links, points=points, refined=np.isfinite(points[:, 0]), sigmas=np.ones(len(points)))
 
     def _motion_prior(self, reference: Frame, current: Frame) -> Motion | None:
         """The motion before, if it ended where this one begins and took about as long."""

@@ -16,6 +16,7 @@ to Kilted are read, whether they carry their message definitions or not. A bag t
 from kpmatch_ros.bags.message_types import (
     CAMERA_INFO_TYPE,
     IMAGE_TYPES,
+    Encoding,
     camera_info_message,
     image_message,
     new_message,
@@ -32,7 +33,7 @@ from kpmatch_ros.bags.reading import (
     read_ground_truth,
     read_messages,
 )
-from kpmatch_ros.bags.recording import BagError, OutputError
+from kpmatch_ros.bags.recording import BagError, OutputError, Storage
 from kpmatch_ros.bags.writing import BagWriter
 
 __all__ = [
@@ -41,8 +42,10 @@ __all__ = [
     "IMAGE_TYPES",
     "BagError",
     "BagWriter",
+    "Encoding",
     "OutputError",
     "Record",
+    "Storage",
     "Topic",
     "bag_storage",
     "bag_topics",

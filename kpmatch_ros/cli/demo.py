@@ -244,7 +244,7 @@ def _executable() -> list[str]:
         script = Path(get_package_prefix("kpmatch_ros"), "lib", "kpmatch_ros", "matcher")
         if script.is_file():
             return [sys.executable, str(script)]
-    return [sys.executable, "-c", "import sys; from kpmatch_ros.ros.node import main; sys.exit(main())"]
+    return [sys.executable, "-c", "import sys; from kpmatch_ros.ros.main import main; sys.exit(main())"]
 
 
 # The recording

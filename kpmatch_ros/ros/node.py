@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
 import time
 import traceback
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, TypeVar
 
-import rclpy
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
-from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
 from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from rclpy.utilities import remove_ros_args
 from std_srvs.srv import Trigger
 
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.odometry import Odometry, check_odometry
-from kpmatch_ros.parameter_file import unused_files, without_effect
+from kpmatch_ros.parameter_file import without_effect
 from kpmatch_ros.parameters import ParameterError, Parameters, declarations, profile_values
 from kpmatch_ros.pipeline import WAITING_MEMORY, Pipeline
 from kpmatch_ros.ros.diagnostics import Condition, Diagnostics, LoggingMonitor, log_weights, next_step
-from kpmatch_ros.ros.domain import domain_fault
 from kpmatch_ros.ros.inbox import Inbox
 from kpmatch_ros.ros.inputs import Inputs
 from kpmatch_ros.ros.manager_bond import ManagerBond
@@ -36,20 +29,21 @@ from kpmatch_ros.ros.outputs import Outputs, output_names
 from kpmatch_ros.ros.parameter_descriptors import declare_parameters
 from kpmatch_ros.ros.qos import SERVICE_QOS, undeclare_overrides
 from kpmatch_ros.ros.service_guard import guarded, survives
-from kpmatch_ros.ros.start import answer_to, ignore_signals, shut_down, told_to_end, why_ros_cannot_start
 from kpmatch_ros.ros.tf import INSTALL, TFMessage
 from kpmatch_ros.ros.topic_names import check_topics
 from kpmatch_ros.ros.transitions import explained
 from kpmatch_ros.runtime.device import is_out_of_memory, release_memory, trim_heap
 
-__all__ = ["MatcherNode", "main"]
+__all__ = ["THREAD_NAME", "MatcherNode"]
+
+THREAD_NAME = "inference"
+"""Of the thread that runs the networks."""
 
 _WATCH_PERIOD = 0.1  # seconds after which at the latest something new that is wrong is noticed
 _LAST_FRAME_WAIT = 1.0  # seconds that the frame at hand has to finish when the process is told to end
 # Seconds after which memory is given back to the system. The networks' buffers leave the heap with holes: a node held
 # 510 MB in place of 340. It takes 10 ms, after a frame is published.
 _TRIM_INTERVAL = 1.0
-_THREAD_NAME = "inference"
 _TO_UNCONFIGURED = {
     "active": "deactivate it and clean it up first (ros2 lifecycle set)",
     "inactive": "clean it up first (ros2 lifecycle set)",
@@ -171,7 +165,7 @@ class MatcherNode(LifecycleNode):
             raise ParameterError(f"base_frame is {parameters.base_frame!r}, which takes /tf_static, but {INSTALL}")
         self._inputs = self._make_inputs()
         check_topics({**self._inputs.names, **output_names(parameters)}, self.resolve_topic_name)
-        self._inference = ThreadPoolExecutor(max_workers=1, thread_name_prefix=_THREAD_NAME)
+        self._inference = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREAD_NAME)
         self._state = "configuring"
         try:
             front_end = self._wait_for(self._inference.submit(_load, parameters))
@@ -429,60 +423,3 @@ def _load(parameters: Parameters) -> FrontEnd:
     front_end = FrontEnd(parameters)
     front_end.matcher.warm_up()
     return front_end
-
-
-def main(args: list[str] | None = None) -> int:
-    """Run the node until it is told to stop. 0 on a clean end, 1 where it could not start."""
-    arguments = sys.argv if args is None else args
-    try:
-        own = remove_ros_args(arguments)[args is None :]
-        if own:
-            return answer_to(own)
-        rclpy.init(args=args)
-    except RuntimeError as error:  # such as a parameter file that is not there, or is none
-        print(f"matcher: {why_ros_cannot_start(error)}", file=sys.stderr)
-        return 1
-    if fault := domain_fault(rclpy.get_default_context().get_domain_id(), rclpy.get_rmw_implementation_identifier()):
-        print(f"matcher: {fault}; set it to one of these", file=sys.stderr)
-        shut_down()
-        return 1
-    node = None
-    status = 0
-    try:
-        node = MatcherNode()
-        for text in unused_files(arguments, node.get_fully_qualified_name()):
-            node.get_logger().warning(text)
-        if not node.parameters.autostart or _start(node):
-            rclpy.spin(node)
-        elif rclpy.ok():
-            node.get_logger().fatal(
-                "the node ends: it cannot start with these parameters. autostart: false lets it wait for a lifecycle "
-                "manager, and respawn:=true of the launch file starts it again"
-            )
-            status = 1
-    except (ParameterError, InvalidParameterTypeException, InvalidParameterValueException) as error:
-        print(f"matcher: {error}", file=sys.stderr)
-        status = 1
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
-    except Exception:
-        if not told_to_end():
-            raise
-        # Told to end in the middle of the executor's work, which then meets objects that are gone.
-    finally:
-        ignore_signals()
-        if node is not None:
-            node.end()
-        shut_down()
-        if any(thread.name.startswith(_THREAD_NAME) for thread in threading.enumerate()):
-            # A network is still at work on the last frame, or loading. Nothing can interrupt it but the process's end.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    return status
-
-
-def _start(node: MatcherNode) -> bool:
-    """Configure and activate, and return whether both went well."""
-    success = TransitionCallbackReturn.SUCCESS
-    return bool(node.trigger_configure() == success and node.trigger_activate() == success)
