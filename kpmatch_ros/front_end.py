@@ -15,7 +15,7 @@ from kpmatch_ros.features import Features, to_numpy
 from kpmatch_ros.frames import Frame, GivenFrame, Pair, Result, RightImage, StereoPair, two_of_each
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
-from kpmatch_ros.geometry.refinement import INDEPENDENT_POINTS, REFINED_RESOLUTION, refine
+from kpmatch_ros.geometry.refinement import INDEPENDENT_POINTS, REFINED_RESOLUTION, are_decisive, refine
 from kpmatch_ros.geometry.robust import SMALLEST_SAMPLE
 from kpmatch_ros.geometry.stereo_agreement import StereoAgreement, check_stereo_matches
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
@@ -30,7 +30,7 @@ from kpmatch_ros.tracking.tracks import NOT_DETECTED, Links, Tracks, View, keypo
 
 __all__ = ["FrontEnd"]
 
-_REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much, and none is refined
+_REFINABLE = 0.5  # part of the matches: with fewer, and not many, the images differ too much
 _KEPT_VIEWS = 4  # left and right, of reference and current frame
 _LIKE_TIMES = 2.0  # ratio of the times of two pairs, at most, whose motions are alike
 
@@ -398,7 +398,8 @@ class FrontEnd:
     def estimate_pose(self, reference: Frame, current: Frame, links: Links) -> RelativePose:
         """How the camera moved between two frames; in metres with stereo frames.
 
-        Points that are not refined yet (the parameter `refine`) are refined for this alone, where they can be.
+        Points that are not refined yet (the parameter `refine`) are refined for this alone, where they can be. Of one
+        camera, refined points decide alone where they are many: surroundings that are found speak for a match.
 
         Args:
             reference: the first frame.
@@ -407,7 +408,9 @@ class FrontEnd:
         """
         resolution = self._keypoint_resolution(current)
         exact = links if self.parameters.refine else self._refined(reference, current, links)
-        refined = bool(exact.refined.sum() > _REFINABLE * len(exact.refined))
+        found, total = int(exact.refined.sum()), len(exact.refined)
+        decisive = are_decisive(found, self.parameters.min_inliers)
+        refined = decisive or found > _REFINABLE * total
         if not refined:
             exact = links
         options: dict[str, Any] = {
@@ -420,8 +423,9 @@ class FrontEnd:
         right0, right1 = reference.right, current.right
         if right0 is None or right1 is None:
             points1 = np.where(np.isfinite(points1), points1, links.points)
-            prior = self._motion_prior(reference, current)
-            return estimate_relative_pose(points0, points1, reference.camera, current.camera, prior=prior, **options)
+            options["prior"] = self._motion_prior(reference, current)
+            options["decisive"] = exact.refined if decisive and found < total else None
+            return estimate_relative_pose(points0, points1, reference.camera, current.camera, **options)
         right_points0 = right0.beside(exact.indices[:, 0], points0)
         right_points1 = right1.beside(exact.indices[:, 1], points1)
         if exact is not links:

@@ -66,11 +66,9 @@ def start_process() -> None:
     cv2.setNumThreads(1)
 
 
-def find_pose(
-    path: Path, motion: Motion, points0: np.ndarray, points1: np.ndarray, resolution: float, orders: int
-) -> None:
+def find_pose(path: Path, motion: Motion, found: Found, resolution: float, orders: int) -> None:
     """Work out a pair's poses and keep their errors."""
-    save(path, poses=pose_errors(motion, points0, points1, resolution, orders))
+    save(path, poses=pose_errors(motion, found.points0, found.points1, resolution, orders, found.refined))
 
 
 def code_hashes(package: Path, scripts: Path) -> dict[str, str]:
@@ -127,8 +125,7 @@ class Cache:
         found = self.matches(matcher, pair)
         poses = self.path(matcher, pair, "poses")
         if pair.motion is not None and not poses.exists() and poses not in self.waiting:
-            task = (poses, pair.motion, found.points0, found.points1, matcher.resolution, ORDERS)
-            self.waiting[poses] = self.pool.submit(find_pose, *task)
+            self.waiting[poses] = self.pool.submit(find_pose, poses, pair.motion, found, matcher.resolution, ORDERS)
 
     def matches(self, matcher: Matcher, pair: Pair) -> Found:
         """What a matcher finds in a pair; what another one refines is matched once."""
@@ -136,12 +133,13 @@ class Cache:
         kept = read(path)
         if kept is not None:
             count0, count1 = kept["keypoints"].tolist()
-            return Found(kept["points0"], kept["points1"], kept["scores"], (count0, count1))
+            return Found(kept["points0"], kept["points1"], kept["scores"], (count0, count1), kept.get("refined"))
         if isinstance(matcher, Refined):
             found = matcher.refine(*pair.images, self.matches(matcher.matcher, pair))
         else:
             found = matcher(*pair.images)
-        save(path, **{**found._asdict(), "keypoints": np.array(found.keypoints)})
+        arrays = {name: np.array(array) for name, array in found._asdict().items() if array is not None}
+        save(path, **arrays)
         return found
 
     def result(self, matcher: Matcher, pair: Pair) -> Result:

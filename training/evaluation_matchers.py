@@ -42,12 +42,14 @@ class Found(NamedTuple):
         points0, points1: (M, 2) matches, x and y in pixels.
         scores: (M,) in [0, 1]; NaN where the matcher gives none.
         keypoints: how many there were in each image.
+        refined: (M,) bool matches whose surroundings were found; None where that was not tried.
     """
 
     points0: np.ndarray
     points1: np.ndarray
     scores: np.ndarray
     keypoints: tuple[int, int]
+    refined: np.ndarray | None = None
 
 
 class Matcher(Protocol):
@@ -334,7 +336,7 @@ class Sift:
 class Refined:
     """A matcher whose matches are moved to where image 0 looks alike in image 1, as the node does with `refine`.
 
-    A match whose surroundings are not found stays where it is.
+    A match whose surroundings are not found stays where it is. The pose is from the others where they are many.
     """
 
     def __init__(self, matcher: Matcher) -> None:
@@ -350,7 +352,7 @@ class Refined:
         """Refine what the matcher has found in two images."""
         normalized = [refinement.normalize_contrast(image) for image in (image0, image1)]
         aligned = refinement.align_matches(*normalized, found.points0, found.points1, self.resolution)
-        return found._replace(points1=aligned.points.astype(np.float64))
+        return found._replace(points1=aligned.points.astype(np.float64), refined=aligned.good)
 
 
 PEERS = {"aliked": "ALIKED+LightGlue", "disk": "DISK+LightGlue", "xfeat": XFeat.name, "sift": Sift.name}

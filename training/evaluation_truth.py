@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, cross_matrix
+from kpmatch_ros.geometry.refinement import are_decisive
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 
 __all__ = ["ByDepth", "ByDisparity", "ByHomography", "Motion", "Truth", "pose_errors", "project"]
@@ -77,14 +78,18 @@ class Motion:
         return max(math.degrees(math.acos(np.clip(cosine, -1, 1))) for cosine in (turn, along))
 
 
-def pose_errors(motion: Motion, points0: Array, points1: Array, resolution: float, orders: int) -> Array:
+def pose_errors(
+    motion: Motion, points0: Array, points1: Array, resolution: float, orders: int, refined: Array | None = None
+) -> Array:
     """Errors (orders,) in degrees of the package's own pose, the matches given in as many random orders.
 
     What a sampling estimator finds depends on the order of its input. An error is infinite where no pose is found.
 
     Args:
         resolution: pixels between neighbouring positions that a keypoint can have, 0 for any position.
+        refined: (M,) bool the matches that decide the pose where they are many; None where all do.
     """
+    decisive = refined is not None and are_decisive(int(refined.sum()), FEWEST_INLIERS)
     points0, points1 = motion.seen(points0, points1)
     errors = np.full(orders, np.inf)
     for number in range(orders):
@@ -95,6 +100,7 @@ def pose_errors(motion: Motion, points0: Array, points1: Array, resolution: floa
             *motion.cameras,
             min_inliers=FEWEST_INLIERS,
             keypoint_resolution=resolution,
+            decisive=refined[order] if decisive and refined is not None else None,
         )
         if found.status in (PoseStatus.OK, PoseStatus.AMBIGUOUS):  # of two motions the likelier one
             errors[number] = motion.error_of(found.rotation.T, -found.rotation.T @ found.translation)

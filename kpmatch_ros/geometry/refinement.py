@@ -21,6 +21,7 @@ __all__ = [
     "REFINED_RESOLUTION",
     "align_deformed",
     "align_matches",
+    "are_decisive",
     "longest_step",
     "normalize_contrast",
     "refine",
@@ -31,6 +32,8 @@ REFINED_RESOLUTION = 1 / 32
 
 Their noise is larger; the residuals show it.
 """
+
+_DECISIVE = 30
 
 INDEPENDENT_POINTS = 1400
 """How many points that err independently any number of refined matches are worth, at most.
@@ -148,6 +151,15 @@ def align_matches(
     for item in fields(Alignment):
         getattr(whole, item.name)[known[good]] = getattr(found, item.name)[good]
     return whole
+
+
+def are_decisive(num_refined: int, min_inliers: int) -> bool:
+    """Whether so many refined matches shall decide a pose of two views alone.
+
+    Surroundings that are found speak for a match: of 120 pairs of rooms that were taken from far apart, 80 % of the
+    refined matches are right, and 48 % of the others.
+    """
+    return num_refined >= max(_DECISIVE, 2 * min_inliers)
 
 
 def refine(

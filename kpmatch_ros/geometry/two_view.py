@@ -7,6 +7,7 @@ mean is said in :mod:`kpmatch_ros.geometry.two_view_errors`.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -84,6 +85,7 @@ def estimate_relative_pose(
     keypoint_resolution: float = 1.0,
     independent_points: float = math.inf,
     prior: Motion | None = None,
+    decisive: np.ndarray | None = None,
 ) -> RelativePose:
     """Pose of the current camera in the reference camera's optical frame, from matched keypoints.
 
@@ -117,6 +119,8 @@ def estimate_relative_pose(
             the covariance are those of so many: more points on the same surfaces do not make the pose surer.
         prior: the motion between the two images before, over about the same time, where it is known. It decides between
             motions that explain the matches alike.
+        decisive: (M,) bool which matches the pose is estimated from, where some are surer or more exact than others.
+            The others may be inliers of it.
 
     Returns:
         The pose, or why there is none.
@@ -136,10 +140,11 @@ def estimate_relative_pose(
         return RelativePose.undefined(PoseStatus.NO_CALIBRATION, total)
     if total < required:
         return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total)
-    if (copies := without_copies(points0, points1)) is not None:
+    if decisive is not None or (copies := without_copies(points0, points1)) is not None:
+        chosen = copies[0] if decisive is None else np.flatnonzero(decisive)
         pose = estimate_relative_pose(
-            points0[copies[0]],
-            points1[copies[0]],
+            points0[chosen],
+            points1[chosen],
             camera0,
             camera1,
             max_reprojection_error=max_reprojection_error,
@@ -148,7 +153,9 @@ def estimate_relative_pose(
             independent_points=independent_points,
             prior=prior,
         )
-        return pose.for_copies(copies[1])
+        if decisive is None:
+            return pose.for_copies(copies[1])
+        return _for_all(pose, decisive, points0, points1, camera0, camera1, inlier_threshold)
     matches, usable = normalise_matches(points0, points1, camera0, camera1)
     if len(matches) < required:
         return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total)
@@ -186,6 +193,29 @@ def estimate_relative_pose(
         inliers=inliers,
         doubted=doubted,
     )
+
+
+def _for_all(
+    pose: RelativePose,
+    decisive: np.ndarray,
+    points0: np.ndarray,
+    points1: np.ndarray,
+    camera0: Camera,
+    camera1: Camera,
+    inlier_threshold: float,
+) -> RelativePose:
+    """The pose that some matches decided, with inliers of all (M,)."""
+    inliers, doubted = (_spread_out(mask, decisive) for mask in (pose.inliers, pose.doubted))
+    if inliers is None:
+        return replace(pose, num_matches=len(decisive))
+    if pose.status.has_pose:
+        matches, usable = normalise_matches(points0[~decisive], points1[~decisive], camera0, camera1)
+        if pose.translation.any():
+            agree = agrees(matches, Motion(pose.rotation, pose.translation), inlier_threshold)
+        else:
+            agree = lengths(rotation_residuals(matches, pose.rotation)) < inlier_threshold
+        inliers[np.flatnonzero(~decisive)[usable]] = agree
+    return replace(pose.for_matches(inliers), doubted=doubted)
 
 
 def _spread_out(mask: np.ndarray | None, chosen: np.ndarray) -> np.ndarray | None:

@@ -1,0 +1,96 @@
+"""Matches whose surroundings are found decide a pose where they are many; what the others say is judged by it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from two_view_scenes import CAMERA, Scene, check
+
+from kpmatch_ros import Camera, FeatureMatcher, FrontEnd
+from kpmatch_ros.bags.demo import demo_frames
+from kpmatch_ros.geometry.pose import PoseStatus, relative_motion
+from kpmatch_ros.geometry.refinement import are_decisive
+from kpmatch_ros.geometry.two_view import estimate_relative_pose
+from kpmatch_ros.tracking.tracks import NOT_DETECTED, Links
+
+OTHER = {"rotation": (-0.1, 0.05, 0.0), "translation": (-0.1, 0.3, 0.2)}
+
+
+@pytest.mark.parametrize("translation", [(0.25, -0.05, 0.1), (0.0, 0.0, 0.0)], ids=["moves", "turns"])
+@pytest.mark.usefixtures("geometry")
+def test_the_matches_that_decide_are_right_where_more_others_agree_on_another_motion(
+    translation: tuple[float, float, float],
+) -> None:
+    scene = Scene(translation=translation, noise=0.2)
+    right, more = (np.hstack(scene.matches(count, seed)[:2]) for count, seed in ((60, 0), (50, 1)))
+    wrong = np.hstack(Scene(**OTHER, noise=0.2).matches(150, 2)[:2])
+    order = np.random.default_rng(0).permutation(260)
+    matches, which = np.concatenate([right, wrong, more])[order], np.repeat([0, 1, 2], [60, 150, 50])[order]
+
+    def estimate(decisive: np.ndarray | None) -> tuple[float, np.ndarray]:
+        pose = estimate_relative_pose(matches[:, :2], matches[:, 2:], CAMERA, CAMERA, decisive=decisive)
+        check(pose, 260)
+        assert pose.status is (PoseStatus.OK if any(pose.translation) else PoseStatus.NO_TRANSLATION)
+        assert pose.inliers is not None
+        return float(np.abs(scene.error(pose)[3:]).max()), pose.inliers
+
+    error, inliers = estimate(which == 0)
+    assert error < 2e-3
+    assert inliers[which == 0].mean() > 0.9 and inliers[which == 2].mean() > 0.9 and inliers[which == 1].mean() < 0.1
+    error, inliers = estimate(None)
+    assert error > 0.05 and inliers[which == 1].mean() > 0.9
+
+
+def test_matches_without_a_direction_are_no_inliers_of_what_others_decide() -> None:
+    points0, points1, _ = Scene(noise=0.2).matches(80, 0)
+    points1[::4] = np.nan
+    pose = estimate_relative_pose(points0, points1, CAMERA, CAMERA, decisive=np.arange(80) % 2 == 1)
+    assert pose.inliers is not None and pose.num_matches == 80
+    assert not pose.inliers[::4].any() and pose.inliers[2::4].all() and pose.inliers[1::2].all()
+
+
+def test_too_few_that_decide_give_no_pose_of_any_of_them() -> None:
+    points0, points1, _ = Scene(noise=0.2).matches(80, 0)
+    pose = estimate_relative_pose(points0, points1, CAMERA, CAMERA, decisive=np.arange(80) < 10)
+    assert pose.status is PoseStatus.TOO_FEW_MATCHES and pose.num_matches == 80 and pose.num_inliers == 0
+
+
+def test_few_refined_matches_decide_nothing_alone() -> None:
+    assert are_decisive(30, 15) and not are_decisive(29, 15)
+    assert are_decisive(100, 50) and not are_decisive(99, 50)
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_a_front_end_takes_the_motion_of_the_surroundings_that_it_finds(refine: bool) -> None:
+    """Two thirds of the matches are wrong, and agree on another motion. Their surroundings are not alike."""
+    frames = list(demo_frames(2))
+    info = frames[0].camera_info
+    camera = Camera(info.width, info.height, np.reshape(info.k, (3, 3)), info.distortion_model, np.array(info.d))
+    matcher = FeatureMatcher(matcher="nearest", device="cpu", precision="float32", max_keypoints=300, refine=refine)
+    front_end = FrontEnd(matcher.parameters, matcher)
+    for frame in frames:
+        pair = front_end.register([frame.image], [frame.stamp], camera).pair
+    assert pair is not None and pair.inliers is not None
+    right = np.flatnonzero(pair.inliers)[:60]
+    points0, points1, _ = Scene(**OTHER, camera0=camera, camera1=camera, noise=0.2).matches(120, 0)
+    links = Links(
+        indices=np.concatenate([pair.indices[right], np.full((120, 2), NOT_DETECTED)]),
+        reference_points=np.concatenate([pair.reference_points[right], points0]).astype(np.float32),
+        points=np.concatenate([pair.points[right], points1]).astype(np.float32),
+        sigmas=np.full(180, 0.3, np.float32),
+        scores=np.ones(180, np.float32),
+        track_ids=np.arange(1, 181, dtype=np.uint64),
+        refined=np.arange(180) < (60 if refine else 0),
+    )
+    truth = relative_motion(frames[0].pose, frames[1].pose)
+    pose = front_end.estimate_pose(pair.reference, pair.current, links)
+    assert pose.status is PoseStatus.OK and pose.inliers is not None
+    assert np.abs(pose.rotation - truth.rotation).max() < 2e-3
+    assert pose.inliers[:60].mean() > 0.8 and pose.inliers[60:].mean() < 0.1
+
+    few = replace(links, refined=links.refined & (np.arange(180) < 20))
+    if refine:  # those of 20 do not tell, so all do
+        pose = front_end.estimate_pose(pair.reference, pair.current, few)
+        assert np.abs(pose.rotation - truth.rotation).max() > 2e-2
