@@ -140,9 +140,9 @@ def estimate_relative_pose(
         return RelativePose.undefined(PoseStatus.NO_CALIBRATION, total)
     if total < required:
         return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total)
-    if decisive is not None or (copies := without_copies(points0, points1)) is not None:
-        chosen = copies[0] if decisive is None else np.flatnonzero(decisive)
-        pose = estimate_relative_pose(
+
+    def estimate_from(chosen: np.ndarray) -> RelativePose:
+        return estimate_relative_pose(
             points0[chosen],
             points1[chosen],
             camera0,
@@ -153,9 +153,11 @@ def estimate_relative_pose(
             independent_points=independent_points,
             prior=prior,
         )
-        if decisive is None:
-            return pose.for_copies(copies[1])
-        return _for_all(pose, decisive, points0, points1, camera0, camera1, inlier_threshold)
+
+    if decisive is not None:
+        return _for_all(estimate_from(decisive), decisive, points0, points1, camera0, camera1, inlier_threshold)
+    if (copies := without_copies(points0, points1)) is not None:
+        return estimate_from(copies[0]).for_copies(copies[1])
     matches, usable = normalise_matches(points0, points1, camera0, camera1)
     if len(matches) < required:
         return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total)
