@@ -346,9 +346,14 @@ def test_in_a_checkout_examples_are_commands_that_a_shell_finds(run: Run, monkey
 def test_files_whose_names_are_not_utf8_are_read_and_written(pictures: tuple[Path, Path], tmp_path: Path) -> None:
     for number, picture in enumerate(pictures):
         (tmp_path / os.fsdecode(b"r\xe9%d.png" % number)).write_bytes(picture.read_bytes())
-    command = [sys.executable, "-m", "kpmatch_ros.cli", "match", b"r\xe90.png", b"r\xe91.png", "--matcher", "nearest"]
-    for extra, written in ([], b"r\xe90_r\xe91_matches.png"), (["--save", b"\xe9.jpg"], b"\xe9.jpg"):
-        assert subprocess.run([*command, *extra], check=False, cwd=tmp_path).returncode == 0
+    code = (
+        "import sys; from kpmatch_ros.cli import main\n"
+        "for extra in [], sys.argv[-2:]: assert main([*sys.argv[1:-2], *extra]) == 0"
+    )
+    words = [b"r\xe90.png", b"r\xe91.png", "--extractor", "superpoint-open-fast", "--matcher", "nearest"]
+    command = [sys.executable, "-c", code, "match", *words, "--save", b"\xe9.jpg"]
+    assert subprocess.run(command, check=False, cwd=tmp_path).returncode == 0
+    for written in b"r\xe90_r\xe91_matches.png", b"\xe9.jpg":
         assert cv2.imdecode(np.frombuffer((tmp_path / os.fsdecode(written)).read_bytes(), np.uint8), 1) is not None
 
 

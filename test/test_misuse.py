@@ -17,6 +17,7 @@ from kpmatch_ros.ros.topic_names import check_topics
 from node_harness import running_node
 
 WIDTH, HEIGHT = 64, 48
+SMALL = {"profile": "fast", "max_keypoints": 64}
 
 
 def image(seconds: float, frame: str = "camera") -> Image:
@@ -29,7 +30,7 @@ def image(seconds: float, frame: str = "camera") -> Image:
 @pytest.mark.parametrize("arguments", [("camera_info:=image", "camera_info"), ("matches:=image", "matches")])
 def test_topics_that_are_remapped_onto_one_another_are_named(tmp_path: Path, arguments: tuple[str, str]) -> None:
     remapping, name = arguments
-    with running_node(tmp_path, ("-r", remapping), autostart=False, max_keypoints=64) as node:
+    with running_node(tmp_path, ("-r", remapping), autostart=False, **SMALL) as node:
         node.wait_for(node.is_there, "the node")
         request = ChangeState.Request()
         request.transition.label = "configure"
@@ -41,7 +42,7 @@ def test_topics_that_are_remapped_onto_one_another_are_named(tmp_path: Path, arg
 
 def test_cameras_that_are_swapped_by_remapping_stay_swapped(tmp_path: Path) -> None:
     swapped = ("-r", "left/image:=right/image", "-r", "right/image:=left/image")
-    with running_node(tmp_path, swapped, mode="stereo", max_keypoints=64) as node:
+    with running_node(tmp_path, swapped, mode="stereo", **SMALL) as node:
         left = node.node.create_publisher(Image, "left/image", 10)
         node.wait_for(left.get_subscription_count, "the node to subscribe")
         node.wait_until_known()
@@ -75,7 +76,7 @@ def test_a_quality_of_service_that_does_not_exist_is_named(
     tmp_path: Path, override: str, transition: str, topic: str
 ) -> None:
     overrides = {f"qos_overrides./{override}": "relyable"}
-    with running_node(tmp_path, autostart=False, max_keypoints=64, **overrides) as node:
+    with running_node(tmp_path, autostart=False, **SMALL, **overrides) as node:
         node.wait_for(node.is_there, "the node")
         for label in ("configure", "activate")[: 2 if transition == "activate" else 1]:
             request = ChangeState.Request()
@@ -87,14 +88,14 @@ def test_a_quality_of_service_that_does_not_exist_is_named(
 
 
 def test_a_parameter_that_plays_no_part_is_logged_as_the_node_is_configured(tmp_path: Path) -> None:
-    with running_node(tmp_path, max_keypoints=64, mode="stereo", base_frame="base_link") as node:
+    with running_node(tmp_path, mode="stereo", base_frame="base_link", **SMALL) as node:
         node.wait_for(lambda: "active: waiting" in node.log, "the node to be active")
         said = "base_frame is 'base_link' and plays no part: it needs publish_odometry True, which is False"
         assert said in node.log and node.log.count("plays no part") == 1
 
 
 def test_another_node_on_the_same_topics_is_named(tmp_path: Path) -> None:
-    with running_node(tmp_path, max_keypoints=64) as node:
+    with running_node(tmp_path, **SMALL) as node:
         node.wait_until_connected()
         node.wait_for_news()
         assert "another node" not in node.message()
@@ -107,7 +108,7 @@ def test_another_node_on_the_same_topics_is_named(tmp_path: Path) -> None:
 
 
 def test_calibrations_of_two_publishers_are_told_of(tmp_path: Path) -> None:
-    with running_node(tmp_path, max_keypoints=64) as node:
+    with running_node(tmp_path, **SMALL) as node:
         node.wait_until_connected()
         other = rclpy.create_node("other", namespace=node.namespace, context=node.node.context)
         infos = other.create_publisher(CameraInfo, "camera_info", 10)
@@ -119,7 +120,7 @@ def test_calibrations_of_two_publishers_are_told_of(tmp_path: Path) -> None:
 
 def test_two_cameras_on_one_topic_do_not_flood_the_log(tmp_path: Path) -> None:
     frames = 40
-    with running_node(tmp_path, calibrated=False, max_keypoints=64) as node:
+    with running_node(tmp_path, calibrated=False, **SMALL) as node:
         node.wait_until_connected()
         for number in range(frames):
             node.send(image(100 + 0.01 * number, "ab"[number % 2]))

@@ -295,7 +295,7 @@ def test_frames_that_wait_have_only_so_many_bytes(tmp_path: Path, monkeypatch: p
     program.parent.mkdir()
     program.write_text(
         f"#!{sys.executable}\nimport sys\nfrom kpmatch_ros.process import configure_process\nconfigure_process()\n"
-        f"from kpmatch_ros.ros import node\nnode.WAITING_MEMORY = {5 * WIDTH * HEIGHT}\nsys.exit(node.main())\n"
+        f"from kpmatch_ros.ros import main, node\nnode.WAITING_MEMORY = {5 * WIDTH * HEIGHT}\nsys.exit(main.main())\n"
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")

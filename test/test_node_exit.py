@@ -23,6 +23,7 @@ from kpmatch_ros.ros.domain import domain_fault
 from kpmatch_ros.ros.service_guard import survives
 from kpmatch_ros.ros.start import shut_down, told_to_end
 from kpmatch_ros.ros.transitions import explained
+from node_harness import running_node
 
 MATCHER = Path(get_package_prefix("kpmatch_ros"), "lib", "kpmatch_ros", "matcher")
 
@@ -30,17 +31,28 @@ MATCHER = Path(get_package_prefix("kpmatch_ros"), "lib", "kpmatch_ros", "matcher
 @pytest.mark.parametrize(
     ("parameter", "said"),
     [
-        ("extractor:=/no/such/weights", "/no/such/weights"),
-        ("publish_odometry:=true", "publish_odometry needs mode stereo"),
-        ("max_keypoints:=0", "max_keypoints"),
+        ({"extractor": "/no/such/weights"}, "/no/such/weights"),
+        ({"publish_odometry": True}, "publish_odometry needs mode stereo"),
+        ({"max_keypoints": 0}, "max_keypoints"),
     ],
 )
 def test_a_node_that_cannot_start_by_itself_ends_with_status_1(
-    parameter: str, said: str, monkeypatch: pytest.MonkeyPatch
+    parameter: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
-    done = ended(monkeypatch, "-p", parameter, "-p", "device:=cpu")
-    assert done.returncode == 1
-    assert said in done.stderr and "Traceback" not in done.stderr
+    with running_node(tmp_path, **parameter) as node:
+        assert node.process.wait(timeout=120) == 1
+        assert said in node.log and "Traceback" not in node.log
+
+
+def test_what_ros_refuses_is_refused_before_pytorch_is_loaded() -> None:
+    code = (
+        "import os, sys; from kpmatch_ros.ros.main import main\n"
+        "os.environ['ROS_DOMAIN_ID'] = '233'\n"
+        "for words in ['max_keypoints:=512'], ['--ros-args', '--params-file', '/none.yaml'], []:\n"
+        "    print(main(words), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout.splitlines() == ["1 False"] * 3, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -183,7 +195,7 @@ def test_ctrl_c_twice_before_ros_listens_ends_the_node_without_a_fuss(while_load
         f"{again}def configure_process():\n{stopped if while_loading else '    pass'}\n"
     )
     (package / "ros" / "__init__.py").write_text("")
-    (package / "ros" / "node.py").write_text(f"def main():\n{stopped}")
+    (package / "ros" / "main.py").write_text(f"def main():\n{stopped}")
     done = subprocess.run([sys.executable, MATCHER], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from typing import TYPE_CHECKING
 
 import rclpy
 from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
@@ -15,8 +16,17 @@ from rclpy.utilities import remove_ros_args
 from kpmatch_ros.parameter_file import unused_files
 from kpmatch_ros.parameters import ParameterError
 from kpmatch_ros.ros.domain import domain_fault
-from kpmatch_ros.ros.node import THREAD_NAME, MatcherNode
-from kpmatch_ros.ros.start import answer_to, ignore_signals, shut_down, told_to_end, why_ros_cannot_start
+from kpmatch_ros.ros.start import (
+    THREAD_NAME,
+    answer_to,
+    ignore_signals,
+    shut_down,
+    told_to_end,
+    why_ros_cannot_start,
+)
+
+if TYPE_CHECKING:
+    from kpmatch_ros.ros.node import MatcherNode
 
 __all__ = ["main"]
 
@@ -39,6 +49,8 @@ def main(args: list[str] | None = None) -> int:
     node = None
     status = 0
     try:
+        from kpmatch_ros.ros.node import MatcherNode  # with PyTorch, which takes seconds: after what ROS refuses
+
         node = MatcherNode()
         for text in unused_files(arguments, node.get_fully_qualified_name()):
             node.get_logger().warning(text)

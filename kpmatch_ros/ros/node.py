@@ -29,15 +29,13 @@ from kpmatch_ros.ros.outputs import Outputs, output_names
 from kpmatch_ros.ros.parameter_descriptors import declare_parameters
 from kpmatch_ros.ros.qos import SERVICE_QOS, undeclare_overrides
 from kpmatch_ros.ros.service_guard import guarded, survives
+from kpmatch_ros.ros.start import THREAD_NAME
 from kpmatch_ros.ros.tf import INSTALL, TFMessage
 from kpmatch_ros.ros.topic_names import check_topics
 from kpmatch_ros.ros.transitions import explained
 from kpmatch_ros.runtime.device import is_out_of_memory, release_memory, trim_heap
 
-__all__ = ["THREAD_NAME", "MatcherNode"]
-
-THREAD_NAME = "inference"
-"""Of the thread that runs the networks."""
+__all__ = ["MatcherNode"]
 
 _WATCH_PERIOD = 0.1  # seconds after which at the latest something new that is wrong is noticed
 _LAST_FRAME_WAIT = 1.0  # seconds that the frame at hand has to finish when the process is told to end

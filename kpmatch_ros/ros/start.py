@@ -13,7 +13,10 @@ import rclpy
 from kpmatch_ros.parameters import declarations
 from kpmatch_ros.shell import matcher_in_shell
 
-__all__ = ["answer_to", "ignore_signals", "shut_down", "told_to_end", "why_ros_cannot_start"]
+__all__ = ["THREAD_NAME", "answer_to", "ignore_signals", "shut_down", "told_to_end", "why_ros_cannot_start"]
+
+THREAD_NAME = "inference"
+"""Of the thread that runs the networks."""
 
 _USAGE = """\
 usage: matcher --ros-args [-r image:=TOPIC] [-r camera_info:=TOPIC] [-p PARAMETER:=VALUE] [--params-file FILE]
