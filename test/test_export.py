@@ -36,6 +36,9 @@ Matcher = LightGlue | SuperGlue
 
 WIDTH, HEIGHT = 128, 96
 PLACES = 40
+# Exporting takes a while for each operation in a graph.
+FEW_LAYERS = {"num_hidden_layers": 2}
+FEW_STEPS = {"gnn_layers_types": ["self", "cross"], "sinkhorn_iterations": 5}
 
 
 @pytest.fixture
@@ -46,7 +49,7 @@ def run(kpmatch: Run) -> Run:
 
 @pytest.fixture(scope="module")
 def weights(random_folder: Any) -> str:
-    return str(random_folder())
+    return str(random_folder(lightglue=FEW_LAYERS))
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +67,10 @@ def views(texture: Any) -> list[Tensor]:
 @pytest.fixture(scope="module", params=["LightGlue", "SuperGlue"])
 def matcher(request: pytest.FixtureRequest, lightglue: Any, superglue: Any) -> Matcher:
     if request.param == "LightGlue":
-        model: Matcher = lightglue(depth_confidence=-1.0, width_confidence=-1.0)
+        model: Matcher = lightglue(depth_confidence=-1.0, width_confidence=-1.0, **FEW_LAYERS)
         model.fuse()
     else:
-        model = superglue(sinkhorn_iterations=20)
+        model = superglue(**FEW_STEPS)
     model.filter_threshold = 0.01
     return model
 
@@ -230,10 +233,10 @@ def test_what_cannot_be_exported_is_named(extractor: SuperPoint, lightglue: Any)
 # The backend
 
 
-@pytest.fixture(scope="module", params=[None, {"sinkhorn_iterations": 20}], ids=["LightGlue", "SuperGlue"])
+@pytest.fixture(scope="module", params=[None, FEW_STEPS], ids=["LightGlue", "SuperGlue"])
 def both(request: pytest.FixtureRequest, random_folder: Any) -> tuple[FeatureMatcher, FeatureMatcher]:
     """The same networks in PyTorch and in ONNX Runtime."""
-    folder = random_folder(superglue=request.param)
+    folder = random_folder(lightglue=FEW_LAYERS, superglue=request.param)
     options = {"keypoint_threshold": 0.0, "filter_threshold": 0.01, "max_keypoints": PLACES, "threads": 1}
     options |= {"device": "cpu", "precision": "float32", "depth_confidence": -1.0, "width_confidence": -1.0}
     torch_matcher, onnx_matcher = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -29,9 +30,15 @@ def views(texture: Any) -> tuple[Image, Image]:
     return picture, cv2.warpPerspective(picture, homography, (240, 180))
 
 
-@pytest.fixture
-def half() -> FeatureMatcher:
+@pytest.fixture(scope="module")
+def loaded() -> FeatureMatcher:
     return FeatureMatcher(PARAMETERS, precision="bfloat16")
+
+
+@pytest.fixture
+def half(loaded: FeatureMatcher) -> FeatureMatcher:
+    """One to do anything with."""
+    return copy.deepcopy(loaded)
 
 
 def same(first: Features, second: Features) -> bool:
