@@ -400,10 +400,11 @@ def steps(log: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
 @pytest.mark.usefixtures("small")
 def test_trainings_that_were_stopped_go_on_as_if_they_had_not_been(folder: Path, tmp_path: Path) -> None:
     for kind, options in (("points", []), ("matching", ["--batches", "2", "--heads", "2"])):
-        whole = steps(run(folder, tmp_path / "whole", kind, "--steps", "3", *options))
-        run(folder, tmp_path / "parts", kind, "--steps", "3", "--stop-after", "1", *options)
-        parts = steps(run(folder, tmp_path / "parts", kind, "--steps", "3", *options))
-        assert sorted(parts) == sorted(whole) == [1, 2, 3]
+        options = ["--size", *map(str, SIZE), *options]
+        whole = steps(run(folder, tmp_path / "whole", kind, "--steps", "5", *options))
+        run(folder, tmp_path / "parts", kind, "--steps", "5", "--stop-after", "2", *options)
+        parts = steps(run(folder, tmp_path / "parts", kind, "--steps", "5", *options))
+        assert sorted(parts) == sorted(whole) == [1, 2, 3, 4, 5]
         for step, losses in whole.items():
             assert parts[step] == pytest.approx(losses, rel=1e-3, abs=2e-3)
 
