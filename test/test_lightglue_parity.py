@@ -325,9 +325,9 @@ def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         convert(request.param, folder)
     theirs = transformers.LightGlueForKeypointMatching.from_pretrained(folder, dtype=torch.float32).eval()
     theirs.keypoint_detector.keypoint_decoder.border_removal_distance = 0  # it has another idea of borders than ours
-    theirs.keypoint_detector.keypoint_decoder.max_keypoints = 300
+    theirs.keypoint_detector.keypoint_decoder.max_keypoints = 400
     # Theirs finds whole pixels.
-    options = {"border_removal_distance": 0, "max_keypoints": 300, "subpixel": False}
+    options = {"border_removal_distance": 0, "max_keypoints": 400, "subpixel": False}
     detector = SuperPoint.from_pretrained(weights.find(request.param).extractor, **options)
     return theirs, detector, LightGlue.from_pretrained(request.param)
 
@@ -337,8 +337,8 @@ def test_the_shipped_weights_match_as_in_transformers(
     shipped: Networks, texture: Any, record_difference: RecordDifference, modes: Modes
 ) -> None:
     warp = np.array([[0.95, 0.06, 5.0], [-0.05, 0.97, 9.0], [1e-4, -5e-5, 1.0]])
-    picture = texture(180, 240, 11)
-    images = np.stack([picture, cv2.warpPerspective(picture, warp, (240, 180))])
+    picture = texture(240, 320, 11)
+    images = np.stack([picture, cv2.warpPerspective(picture, warp, (320, 240))])
     compare_shipped(shipped, images, record_difference, modes)
 
 

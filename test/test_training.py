@@ -41,7 +41,6 @@ Texture = Callable[[int, int, int], np.ndarray]
 SaveFolder = Callable[..., Path]
 CPU = torch.device("cpu")
 SIZE = (160, 120)
-RUN_SIZE = (96, 64)  # of what is trained on
 GPU_RUN = [str(TRAINING / "gpu_run.sh")]
 
 
@@ -383,7 +382,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(folder: Path, out: Path, kind: str, *options: str) -> list[dict[str, Any]]:
     """Train; the log's lines."""
-    common = ["--shards", folder, "--out", out, "--batch", 2, "--size", *RUN_SIZE, "--log-every", 1, "--device", "cpu"]
+    common = ["--shards", folder, "--out", out, "--batch", 2, "--size", *SIZE, "--log-every", 1, "--device", "cpu"]
     train.main([kind, *map(str, common), "--precision", "float32", *options])
     return [json.loads(line) for line in (out / f"{kind}.jsonl").read_text().splitlines()]
 
@@ -400,7 +399,6 @@ def steps(log: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
 @pytest.mark.usefixtures("small")
 def test_trainings_that_were_stopped_go_on_as_if_they_had_not_been(folder: Path, tmp_path: Path) -> None:
     for kind, options in (("points", []), ("matching", ["--batches", "2", "--heads", "2"])):
-        options = ["--size", *map(str, SIZE), *options]
         whole = steps(run(folder, tmp_path / "whole", kind, "--steps", "5", *options))
         run(folder, tmp_path / "parts", kind, "--steps", "5", "--stop-after", "2", *options)
         parts = steps(run(folder, tmp_path / "parts", kind, "--steps", "5", *options))
@@ -612,8 +610,7 @@ def test_a_network_that_begins_with_random_weights_says_so(
 
 
 @pytest.mark.parametrize(
-    ("stage", "more"),
-    [("both", ["--networks", "fast"]), ("distil", ["--batches", "1", "--keypoints", "32", "--watch-views", "1"])],
+    ("stage", "more"), [("both", ["--networks", "fast"]), ("distil", ["--batches", "1", "--keypoints", "32"])]
 )
 def test_the_script_for_a_gpu_trains_both_from_tiny_shards(
     folder: Path, tmp_path: Path, stage: str, more: list[str]
@@ -735,8 +732,8 @@ def teacher(small: None, tmp_path: Path, randomise_superpoint: Any, randomise_li
 
 def distilled(folder: Path, teacher: Path, out: Path, kind: str, *options: str) -> dict[int, dict[str, float]]:
     """Distil; the losses by step."""
-    common = ["--shards", folder, "--out", out, "--teacher", teacher, "--batch", 2, "--log-every", 1, "--device", "cpu"]
-    few = ["--size", *RUN_SIZE, "--batches", 3, "--watch-views", 1, "--keypoints", 128, "--layers", 1]
+    common = ["--shards", folder, "--out", out, "--teacher", teacher, "--batch", 2, "--size", *SIZE, "--log-every", 1]
+    few = ["--batches", 3, "--watch-views", 1, "--keypoints", 128, "--layers", 1, "--device", "cpu"]
     distil.main([kind, *map(str, common + few), "--precision", "float32", *options])
     return steps([json.loads(line) for line in (out / f"{kind}.jsonl").read_text().splitlines()])
 
