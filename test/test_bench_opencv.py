@@ -51,7 +51,7 @@ def shared(some: np.ndarray, others: np.ndarray) -> float:
 
 
 def test_the_matches_are_those_of_this_package(views: list[np.ndarray]) -> None:
-    matcher = FeatureMatcher(profile="fast", max_keypoints=150, **ALL_LAYERS)
+    matcher = FeatureMatcher(max_keypoints=150, **ALL_LAYERS)
     peer = OpenCV(matcher, torch.float32)
     ours = [matcher.extract(view).numpy() for view in views]
     theirs = [peer.describe(view) for view in views]

@@ -177,8 +177,10 @@ def test_what_the_source_does_not_compute_is_left_to_pytorch(
     assert layer.compiled is None
 
 
-def test_pytorch_s_limit_on_the_processor_s_instructions_holds_here_too(tmp_path: Path) -> None:
-    # Of one to AVX2 test_device.py tells.
+@pytest.mark.parametrize(("limit", "computed"), [("avx2", True), ("default", False)])
+def test_pytorch_s_limit_on_the_processor_s_instructions_holds_here_too(
+    limit: str, computed: bool, tmp_path: Path
+) -> None:
     if not compiled.transforms() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip(MISSING)
     program = (
@@ -187,10 +189,10 @@ def test_pytorch_s_limit_on_the_processor_s_instructions_holds_here_too(tmp_path
         "assert torch.allclose(compiled.pixel_scores(logits).double(), cells.transpose(2, 3).reshape(1, 32, 40));"
         "print(compiled.available(), compiled.in_float32())"
     )
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": limit}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout == "False False\n", done.stderr
+    assert done.stdout == f"False {computed}\n", done.stderr
 
 
 # In the whole matcher

@@ -66,10 +66,10 @@ def random_features(matcher: FeatureMatcher, count: int, seed: int) -> Features:
     ("options", "layers"),
     [
         ({"max_keypoints": 300, "depth_confidence": -1.0}, 1),
-        ({"max_keypoints": 300, "depth_confidence": 0.7}, 3),
-        ({"max_keypoints": 256, "depth_confidence": 0.7}, 3),  # in the largest number of places nothing is padded
+        ({"max_keypoints": 700, "depth_confidence": 0.7}, 3),
+        ({"max_keypoints": 512, "depth_confidence": 0.7}, 3),  # in the largest number of places nothing is padded
         ({"max_keypoints": 100, "depth_confidence": 0.7, "mode": "stereo"}, 2),
-        ({"max_keypoints": 100, "superglue": True}, 1),
+        ({"max_keypoints": 300, "superglue": True}, 1),
     ],
     ids=str,
 )

@@ -49,7 +49,7 @@ def run(kpmatch: Run) -> Run:
 
 @pytest.fixture(scope="module")
 def weights(random_folder: Any) -> str:
-    return str(random_folder(lightglue=FEW_LAYERS))
+    return str(random_folder())
 
 
 @pytest.fixture(scope="module")
@@ -233,10 +233,10 @@ def test_what_cannot_be_exported_is_named(extractor: SuperPoint, lightglue: Any)
 # The backend
 
 
-@pytest.fixture(scope="module", params=[None, FEW_STEPS], ids=["LightGlue", "SuperGlue"])
+@pytest.fixture(scope="module", params=[None, {"sinkhorn_iterations": 20}], ids=["LightGlue", "SuperGlue"])
 def both(request: pytest.FixtureRequest, random_folder: Any) -> tuple[FeatureMatcher, FeatureMatcher]:
     """The same networks in PyTorch and in ONNX Runtime."""
-    folder = random_folder(lightglue=FEW_LAYERS, superglue=request.param)
+    folder = random_folder(superglue=request.param)
     options = {"keypoint_threshold": 0.0, "filter_threshold": 0.01, "max_keypoints": PLACES, "threads": 1}
     options |= {"device": "cpu", "precision": "float32", "depth_confidence": -1.0, "width_confidence": -1.0}
     torch_matcher, onnx_matcher = (

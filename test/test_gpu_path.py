@@ -26,7 +26,6 @@ from kpmatch_ros.models.lightglue_layers import Points
 
 META = torch.device("meta")
 POINTS = 50
-SMALL: dict[str, Any] = {"input_dim": 128, "descriptor_dim": 64, "num_hidden_layers": 2}
 
 
 def features(padded: bool) -> ImageFeatures:
@@ -61,7 +60,7 @@ def test_finding_and_describing_keypoints_asks_for_nothing(kind: Any, masked: bo
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: LightGlue(**SMALL, depth_confidence=-1.0, width_confidence=-1.0).fuse().match_as_one_batch(),
+        lambda: LightGlue(input_dim=128, depth_confidence=-1.0, width_confidence=-1.0).fuse().match_as_one_batch(),
         lambda: NearestNeighbour(ratio_threshold=0.9),
     ],
     ids=["LightGlue", "nearest"],
@@ -110,20 +109,16 @@ def test_extractors_can_be_recorded(kind: Any, masked: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "make",
+    "matcher",
     [
-        lambda: LightGlue(**SMALL, depth_confidence=-1.0, width_confidence=-1.0),
-        lambda: LightGlue(**SMALL, depth_confidence=-1.0, width_confidence=0.99),
-        lambda: SuperGlue(hidden_size=128, num_attention_heads=4, gnn_layers_types=["self", "cross"]),
+        LightGlue(input_dim=128, depth_confidence=-1.0, width_confidence=-1.0),
+        LightGlue(input_dim=128, depth_confidence=-1.0, width_confidence=0.99),
+        SuperGlue(hidden_size=128, num_attention_heads=4, gnn_layers_types=["self", "cross"]),
     ],
     ids=["LightGlue", "LightGlue that would drop points", "SuperGlue"],
 )
 @pytest.mark.parametrize("counts", [(50, 40), (256, 256)], ids=str)
-def test_matchers_can_be_recorded(
-    make: Callable[[], nn.Module], counts: tuple[int, int], request: pytest.FixtureRequest
-) -> None:
-    matcher: Any = make().to(META)
-    request.getfixturevalue("nothing_from_the_host")
+def test_matchers_can_be_recorded(nothing_from_the_host: None, matcher: Any, counts: tuple[int, int]) -> None:
     images = [
         ImageFeatures(
             keypoints=torch.zeros(1, count, 2, device=META),
@@ -133,6 +128,7 @@ def test_matchers_can_be_recorded(
         )
         for count in counts
     ]
+    matcher = matcher.to(META)
     if isinstance(matcher, SuperGlue):
         matcher.sinkhorn_iterations = 1  # more of them look at how far they came, outside of the recording
     found = CudaGraphs(Imitation()).run(matcher, *images)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -30,15 +29,9 @@ def views(texture: Any) -> tuple[Image, Image]:
     return picture, cv2.warpPerspective(picture, homography, (240, 180))
 
 
-@pytest.fixture(scope="module")
-def loaded() -> FeatureMatcher:
-    return FeatureMatcher(PARAMETERS, precision="bfloat16")
-
-
 @pytest.fixture
-def half(loaded: FeatureMatcher) -> FeatureMatcher:
-    """One to do anything with."""
-    return copy.deepcopy(loaded)
+def half() -> FeatureMatcher:
+    return FeatureMatcher(PARAMETERS, precision="bfloat16")
 
 
 def same(first: Features, second: Features) -> bool:

@@ -84,7 +84,7 @@ def test_recordings_do_not_depend_on_pytorchs_defaults(kind: str, request: pytes
 
 def test_onnx_runtime_does_not_depend_on_pytorchs_defaults(texture: Any) -> None:
     pytest.importorskip("onnxruntime")
-    options = {"backend": "onnxruntime", "profile": "fast"}  # quickly exported
+    options = {"backend": "onnxruntime"}
     expected = results(loaded(options), texture)
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
