@@ -6,8 +6,6 @@ without a GPU runs all of this code but the recording itself. `make gpu` runs th
 
 from __future__ import annotations
 
-import copy
-import functools
 import math
 import subprocess
 import sys
@@ -65,14 +63,8 @@ def small(random_folder: Callable[..., Path]) -> dict[str, str]:
     return {"lightglue": str(random_folder()), "superglue": str(random_folder(superglue={}))}
 
 
-@pytest.fixture(scope="module")
-def load() -> Callable[..., FeatureMatcher]:
-    """load(**names): a matcher, which is to be left as it is."""
-    return functools.cache(FeatureMatcher)
-
-
 @pytest.fixture
-def make(small: dict[str, str], load: Callable[..., FeatureMatcher]) -> Make:
+def make(small: dict[str, str]) -> Make:
     """make(device, precision, recorded=True, random="", options...): the shipped networks, all layers by default.
 
     ``random`` is "lightglue" or "superglue": small networks with random weights in their place.
@@ -85,13 +77,10 @@ def make(small: dict[str, str], load: Callable[..., FeatureMatcher]) -> Make:
         random: str = "",
         **options: Any,
     ) -> FeatureMatcher:
-        names = {"extractor": small[random], "matcher": small[random]} if random else {}
-        if "matcher" in options:
-            names["matcher"] = options.pop("matcher")
-        matcher = copy.deepcopy(load(device=str(device), precision=precision, **names))
+        if random:
+            options = {"extractor": small[random], "matcher": small[random], **options}
         options = {"max_keypoints": 100, "depth_confidence": -1.0, "width_confidence": -1.0, **options}
-        matcher.configure(matcher.parameters.replace(options))
-        return with_recordings(matcher, recorded)
+        return with_recordings(FeatureMatcher(device=str(device), precision=precision, **options), recorded)
 
     return build
 
