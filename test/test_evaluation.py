@@ -146,18 +146,18 @@ def test_disparities_and_homographies_say_where_a_point_is() -> None:
 
 
 def test_views_of_photographs_are_where_their_homography_says(tmp_path: Path, texture: Texture) -> None:
-    photographs(tmp_path, texture, "photos_heldout.npz", 2)
+    photographs(tmp_path, texture, "photos_heldout.npz")
     light = list(evaluation_pairs.groups(tmp_path, ["photographs"]))
     again = list(evaluation_pairs.photo_pairs(tmp_path, "photographs", evaluation_pairs.LIGHT))
     assert [pair.key for pair in light] == [pair.key for pair in again]
-    assert len({pair.key for pair in light}) == 2
+    assert len({pair.key for pair in light}) == 3
     for pair in light:
         assert pair.images[0].shape == (480, 640)
         assert np.median(seen_by_sift(pair)) < 0.5
     # By default what is there: photographs, and the same degraded.
     every = list(evaluation_pairs.groups(tmp_path, None))
-    assert [pair.group for pair in every] == 2 * ["photographs"] + 2 * ["degraded"]
-    assert np.array_equal(every[0].truth.homography, every[2].truth.homography)  # type: ignore[attr-defined]
+    assert [pair.group for pair in every] == 3 * ["photographs"] + 3 * ["degraded"]
+    assert np.array_equal(every[0].truth.homography, every[3].truth.homography)  # type: ignore[attr-defined]
 
 
 def test_validation_views_are_where_their_geometry_says(tmp_path: Path, texture: Texture) -> None:
@@ -369,32 +369,19 @@ class Counting:
         return Found(points0, points1, np.full(60, 0.9), (60, 60))
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], evaluate.Cache]:
-    """cache(folder): one whose poses are worked out by the same process as those of all others."""
-    pool = evaluate.Cache(tmp_path_factory.mktemp("none"), 1).pool
-
-    def make(folder: Path) -> evaluate.Cache:
-        made = evaluate.Cache(folder, 1)
-        made.pool = pool
-        return made
-
-    return make
-
-
-def test_nothing_is_worked_out_twice(tmp_path: Path, cache: Callable[[Path], evaluate.Cache]) -> None:
+def test_nothing_is_worked_out_twice(tmp_path: Path) -> None:
     camera = Camera(*SIZE, MATRIX)
     motion = Motion(np.eye(3), np.array([0.3, 0, 0]), (camera, camera))
     images = np.zeros((120, 160), np.uint8), np.ones((120, 160), np.uint8)
     pairs = [evaluation_pairs.Pair("rooms", str(i), (images[0] + i, images[1]), motion, motion) for i in range(2)]
     matcher = Counting()
     for _ in range(2):
-        figures = evaluate.evaluate([matcher], iter(pairs), cache(tmp_path))
+        figures = evaluate.evaluate([matcher], iter(pairs), evaluate.Cache(tmp_path, 1))
         assert matcher.asked == 2
         assert figures["rooms"]["matchers"]["counting"]["figures"]["AUC at 5"]["value"] > 95
         assert figures["rooms"]["matchers"]["counting"]["figures"]["within 1 px"]["value"] == 1
     pairs.append(evaluation_pairs.Pair("rooms", "new", (images[1] + 1, images[1]), motion, motion))
-    figures = evaluate.evaluate([matcher], iter(pairs), cache(tmp_path), known=True)
+    figures = evaluate.evaluate([matcher], iter(pairs), evaluate.Cache(tmp_path, 1), known=True)
     assert figures["rooms"]["pairs"] == matcher.asked == 2
 
 
@@ -426,23 +413,23 @@ def test_what_other_code_worked_out_is_worked_out_anew(tmp_path: Path, changed: 
 
 
 def test_poses_of_another_estimator_are_not_taken_from_the_cache(
-    tmp_path: Path, cache: Callable[[Path], evaluate.Cache], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     camera = Camera(*SIZE, MATRIX)
     motion = Motion(np.eye(3), np.array([0.3, 0, 0]), (camera, camera))
     image, matcher = np.zeros((120, 160), np.uint8), Counting()
     pair = evaluation_pairs.Pair("rooms", "0", (image, image), motion, motion)
-    kept = cache(tmp_path)
-    evaluate.evaluate([matcher], iter([pair]), kept)
-    assert kept.holds(matcher, pair)
-    monkeypatch.setitem(kept.code, "poses", "of another estimator")
-    assert not kept.holds(matcher, pair)
+    cache = evaluate.Cache(tmp_path, 1)
+    evaluate.evaluate([matcher], iter([pair]), cache)
+    assert cache.holds(matcher, pair)
+    monkeypatch.setitem(cache.code, "poses", "of another estimator")
+    assert not cache.holds(matcher, pair)
     monkeypatch.undo()
-    assert kept.holds(matcher, pair)
+    assert cache.holds(matcher, pair)
     monkeypatch.setattr(evaluate, "ORDERS", 3)
-    assert not kept.holds(matcher, pair)
-    evaluate.evaluate([matcher], iter([pair]), kept)
-    poses = kept.result(matcher, pair).poses
+    assert not cache.holds(matcher, pair)
+    evaluate.evaluate([matcher], iter([pair]), cache)
+    poses = cache.result(matcher, pair).poses
     assert poses is not None and len(poses) == 3
     assert matcher.asked == 1  # its matches are of the same code
 

@@ -20,6 +20,5 @@ def photographs(folder: Path, texture: Callable[[int, int, int], np.ndarray], na
     import shards
 
     folder.mkdir(exist_ok=True)
-    picture = texture(600, 800, 0)
-    encoded = [shards.encode_grey(np.roll(picture, 37 * i, axis=1)) for i in range(count)]
+    encoded = [shards.encode_grey(texture(600, 800, i)) for i in range(count)]
     shards.write_photos(folder / name, encoded, [str(i) for i in range(count)])
