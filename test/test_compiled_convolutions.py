@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from kpmatch_ros import FeatureMatcher, Parameters
 from kpmatch_ros.models import SuperPoint, compiled, trace
 from kpmatch_ros.models.superpoint import ConvBlock, in_parts
+from simulation import camera_path, demo_camera
+from simulation.bags import build_scene
 
 pytestmark = pytest.mark.skipif(not compiled.has_tiles(), reason="not built, or a processor without tiles")
 SIZES = [(1, 1), (2, 3), (8, 32), (9, 33), (16, 31), (21, 70), (40, 64)]  # height, width
@@ -82,8 +84,8 @@ def test_parts_of_an_image_are_those_of_pytorch(size: tuple[int, int]) -> None:
 
 
 @pytest.fixture(scope="module")
-def view(walk: list[np.ndarray]) -> np.ndarray:
-    return walk[0][:232, :312]  # of whole cells, but no power of two of them
+def view() -> np.ndarray:
+    return next(build_scene(0).film(camera_path(2), demo_camera(328, 248), noise=2.0)).image
 
 
 def extractor_of(precision: str) -> FeatureMatcher:

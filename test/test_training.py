@@ -558,11 +558,12 @@ def test_a_training_lowers_its_losses_and_what_it_writes_can_be_exported(folder:
 
 @pytest.mark.usefixtures("small")
 def test_a_rate_that_is_given_is_that_of_the_training(folder: Path, tmp_path: Path) -> None:
-    few = ["--steps", "3", "--networks", "full"]
-    points = [steps(run(folder, tmp_path / rate, "points", *few, "--rate", rate)) for rate in ("1e-9", "5e-3")]
+    points = [
+        steps(run(folder, tmp_path / rate, "points", "--steps", "3", "--rate", rate)) for rate in ("1e-9", "5e-3")
+    ]
     given, usual = ([losses["full points"] for losses in each.values()] for each in points)
     assert given[0] == usual[0] and given[2] != usual[2]
-    assert points[1] == steps(run(folder, tmp_path / "usual", "points", *few))
+    assert points[1] == steps(run(folder, tmp_path / "usual", "points", "--steps", "3"))
 
 
 def points_file(folder: Path, **other: dict[str, Any]) -> Path:
