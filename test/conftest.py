@@ -123,6 +123,14 @@ def views(texture: Texture) -> list[NDArray[np.uint8]]:
     return [np.ascontiguousarray(wide[i : i + 120, 4 * i : 4 * i + 160]) for i in range(12)]
 
 
+@pytest.fixture(scope="session")
+def walk() -> list[NDArray[np.uint8]]:
+    """RGB images 320 x 240 that a camera takes one after the other: those of the demo bag."""
+    from kpmatch_ros.bags.demo import demo_frames  # as above
+
+    return [cv2.resize(frame.image, (320, 240), interpolation=cv2.INTER_AREA) for frame in demo_frames(12)]
+
+
 @pytest.fixture(scope="module")
 def warped(texture: Texture) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float64]]:
     """Two images, and the homography from the first to the second."""

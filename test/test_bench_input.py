@@ -152,6 +152,17 @@ def test_what_is_measured_is_never_overwritten(
             place.unlink()
 
 
+def test_a_file_is_refused_before_ros_is_asked(
+    run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("kpmatch_ros.cli.bench_measure.ask_ros", lambda *questions: asked.extend(questions))
+    for words in (["--json", tmp_path / "none" / "a.json"], ["--json", pictures / "0.png"]):
+        assert run("--images", pictures, *words)[0] == 2
+    assert run("--images", tmp_path / "none")[0] == 2
+    assert not asked
+
+
 def test_one_file_cannot_hold_the_figures_and_their_drawing(run: Run, pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "link.svg").symlink_to("a.svg")
     words = ["--images", pictures, *SMALL, "--json", tmp_path / "a.svg", "--plot", tmp_path / "link.svg"]

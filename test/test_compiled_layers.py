@@ -21,8 +21,6 @@ from kpmatch_ros import FeatureMatcher, Parameters
 from kpmatch_ros.cli import doctor
 from kpmatch_ros.models import LightGlue, compiled, trace
 from kpmatch_ros.models.lightglue_layers import Points, TransformerLayer
-from simulation import camera_path, demo_camera
-from simulation.bags import build_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 MISSING = "not built, or not for this processor"
@@ -202,18 +200,13 @@ def test_pytorch_s_limit_on_the_processor_s_instructions_holds_here_too(
 needs_bfloat16 = pytest.mark.skipif(not compiled.available(), reason=MISSING)
 
 
-@pytest.fixture(scope="module")
-def film() -> list[np.ndarray]:
-    return [view.image for view in build_scene(0).film(camera_path(3), demo_camera(320, 240), noise=2.0)]
-
-
 def matcher(precision: str, **changes: Any) -> FeatureMatcher:
     values = {"device": "cpu", "max_keypoints": 256, "depth_confidence": -1.0, "width_confidence": -1.0, **changes}
     return FeatureMatcher(Parameters(precision=precision, **values))
 
 
-def pairs(matcher: FeatureMatcher, film: list[np.ndarray]) -> set[tuple[int, int]]:
-    found = matcher.match(*(matcher.extract(image) for image in film[:2]))
+def pairs(matcher: FeatureMatcher, walk: list[np.ndarray]) -> set[tuple[int, int]]:
+    found = matcher.match(*(matcher.extract(image) for image in walk[:2]))
     return set(map(tuple, np.asarray(found.indices).tolist()))
 
 
@@ -222,22 +215,22 @@ def pairs(matcher: FeatureMatcher, film: list[np.ndarray]) -> set[tuple[int, int
     ("confidences", "least"), [({}, 0.97), ({"depth_confidence": 0.95, "width_confidence": 0.99}, 0.9)]
 )
 def test_the_matches_are_those_of_pytorch(
-    film: list[np.ndarray], confidences: dict[str, float], least: float, precision: str
+    walk: list[np.ndarray], confidences: dict[str, float], least: float, precision: str
 ) -> None:
     quick = matcher(precision, **confidences)
     assert isinstance(quick.matcher, LightGlue) and quick.matcher.is_compiled and not quick.matcher.round_up
-    found = pairs(quick, film)
+    found = pairs(quick, walk)
     for layer in quick.matcher.transformer_layers:
         layer.compiled = None
-    by_pytorch = pairs(quick, film)
+    by_pytorch = pairs(quick, walk)
     least = least if precision == "bfloat16" else 0.99
     assert len(found) > 100 and len(found & by_pytorch) > least * len(found | by_pytorch)
 
 
 @needs_bfloat16
-def test_what_is_compiled_in_bfloat16_does_not_compute_in_float32(film: list[np.ndarray]) -> None:
+def test_what_is_compiled_in_bfloat16_does_not_compute_in_float32(walk: list[np.ndarray]) -> None:
     for_a_moment = matcher("bfloat16")
-    features = [for_a_moment.extract(image) for image in film[:2]]
+    features = [for_a_moment.extract(image) for image in walk[:2]]
     network = for_a_moment.matcher.float()
     batch = [for_a_moment._batch([each]) for each in features]  # noqa: SLF001
     found = network(*batch)
@@ -246,9 +239,9 @@ def test_what_is_compiled_in_bfloat16_does_not_compute_in_float32(film: list[np.
     assert all(torch.equal(a, b) for a, b in zip(found, network(*batch)))
 
 
-def test_the_states_within_can_still_be_recorded(film: list[np.ndarray], precision: str) -> None:
+def test_the_states_within_can_still_be_recorded(walk: list[np.ndarray], precision: str) -> None:
     ours = matcher(precision)
-    features = [ours.extract(image) for image in film[:2]]
+    features = [ours.extract(image) for image in walk[:2]]
     with trace(ours.matcher) as recorded:
         ours.match(*features)
     layers = len(ours.matcher.transformer_layers)
@@ -256,9 +249,9 @@ def test_the_states_within_can_still_be_recorded(film: list[np.ndarray], precisi
     assert ours.matcher.is_compiled
 
 
-def test_a_copy_computes_as_the_original(film: list[np.ndarray], precision: str) -> None:
+def test_a_copy_computes_as_the_original(walk: list[np.ndarray], precision: str) -> None:
     ours = matcher(precision)
-    batch = [ours._batch([ours.extract(image)]) for image in film[:2]]  # noqa: SLF001
+    batch = [ours._batch([ours.extract(image)]) for image in walk[:2]]  # noqa: SLF001
     again = copy.deepcopy(ours.matcher)
     before = ours.matcher(*batch)
     del ours

@@ -13,8 +13,6 @@ from torch.nn import functional as F
 
 from kpmatch_ros import FeatureMatcher, Parameters
 from kpmatch_ros.models import SuperPoint, compiled
-from simulation import camera_path, demo_camera
-from simulation.bags import build_scene
 
 pytestmark = pytest.mark.skipif(not compiled.transforms(), reason="the compiled networks are not built")
 SIZES = [(1, 1), (2, 3), (5, 7), (8, 8), (9, 33), (31, 16), (70, 21), (41, 64), (130, 17)]  # height, width
@@ -96,8 +94,10 @@ def matcher_of(extractor: str, precision: str) -> FeatureMatcher:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("extractor", EXTRACTORS)
-def test_an_image_is_described_as_by_pytorch(extractor: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    image = next(build_scene(0).film(camera_path(2), demo_camera(331, 250), noise=2.0)).image
+def test_an_image_is_described_as_by_pytorch(
+    walk: list[np.ndarray], extractor: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = walk[0][:235, :307]
     monkeypatch.setattr(compiled, "_support", 0)  # as on a processor without tiles
     found = matcher_of(extractor, precision)
     assert isinstance(found.extractor, SuperPoint) and found.extractor.dtype == torch.float32
@@ -119,23 +119,21 @@ def test_an_image_is_described_as_by_pytorch(extractor: str, precision: str, mon
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_matcher_loaded_where_nothing_is_compiled_computes_by_pytorch(
-    precision: str, monkeypatch: pytest.MonkeyPatch
+    walk: list[np.ndarray], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = [view.image for view in build_scene(0).film(camera_path(2), demo_camera(320, 240), noise=2.0)][:2]
     parameters = Parameters(device="cpu", precision=precision, max_keypoints=256, depth_confidence=-1.0)
     stored = pickle.dumps(FeatureMatcher(parameters))
     monkeypatch.setattr(compiled, "_support", 0)
     monkeypatch.setattr(compiled, "_library", None)
     loaded, made_there = pickle.loads(stored), FeatureMatcher(parameters)
-    features = [loaded.extract(image) for image in images]
+    features = [loaded.extract(image) for image in walk[:2]]
     found, expected = (each.match(*features) for each in (loaded, made_there))
     assert len(found) > 50 and torch.equal(found.indices, expected.indices)
     assert loaded.matcher.round_up == made_there.matcher.round_up == (precision == "bfloat16")
 
 
-def test_two_images_of_one_size_are_described_together_as_alone() -> None:
-    views = build_scene(0).film(camera_path(2), demo_camera(320, 240), noise=2.0)
-    images = [view.image for view in views][:2]
+def test_two_images_of_one_size_are_described_together_as_alone(walk: list[np.ndarray]) -> None:
+    images = walk[:2]
     ours = matcher_of("superpoint-open", "float32")
     for together, image in zip(ours.extract_batch(images), images):
         alone = ours.extract(image)

@@ -36,6 +36,9 @@ Matcher = LightGlue | SuperGlue
 
 WIDTH, HEIGHT = 128, 96
 PLACES = 40
+# Exporting takes a while for each operation in a graph.
+FEW_LAYERS = {"num_hidden_layers": 2}
+FEW_STEPS = {"gnn_layers_types": ["self", "cross"], "sinkhorn_iterations": 5}
 
 
 @pytest.fixture
@@ -64,10 +67,10 @@ def views(texture: Any) -> list[Tensor]:
 @pytest.fixture(scope="module", params=["LightGlue", "SuperGlue"])
 def matcher(request: pytest.FixtureRequest, lightglue: Any, superglue: Any) -> Matcher:
     if request.param == "LightGlue":
-        model: Matcher = lightglue(depth_confidence=-1.0, width_confidence=-1.0)
+        model: Matcher = lightglue(depth_confidence=-1.0, width_confidence=-1.0, **FEW_LAYERS)
         model.fuse()
     else:
-        model = superglue(sinkhorn_iterations=20)
+        model = superglue(**FEW_STEPS)
     model.filter_threshold = 0.01
     return model
 

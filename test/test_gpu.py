@@ -57,8 +57,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture(scope="module")
+def small(random_folder: Callable[..., Path]) -> dict[str, str]:
+    """Folders of small networks with random weights, by their matcher."""
+    return {"lightglue": str(random_folder()), "superglue": str(random_folder(superglue={}))}
+
+
 @pytest.fixture
-def make(random_folder: Callable[..., Path]) -> Make:
+def make(small: dict[str, str]) -> Make:
     """make(device, precision, recorded=True, random="", options...): the shipped networks, all layers by default.
 
     ``random`` is "lightglue" or "superglue": small networks with random weights in their place.
@@ -72,8 +78,7 @@ def make(random_folder: Callable[..., Path]) -> Make:
         **options: Any,
     ) -> FeatureMatcher:
         if random:
-            folder = str(random_folder(superglue={} if random == "superglue" else None))
-            options = {"extractor": folder, "matcher": folder, **options}
+            options = {"extractor": small[random], "matcher": small[random], **options}
         options = {"max_keypoints": 100, "depth_confidence": -1.0, "width_confidence": -1.0, **options}
         return with_recordings(FeatureMatcher(device=str(device), precision=precision, **options), recorded)
 
@@ -264,7 +269,7 @@ def test_the_matches_of_a_sequence(make: Make, way: tuple[str, str], film: list[
     matchers = [make(*way, recorded=recorded, depth_confidence=confidence) for recorded in (True, False)]
     fronts = [FrontEnd(matcher.parameters, matcher) for matcher in matchers]
     shares, layers = [], []
-    frames = 8 if way[0] == "cuda" else 4  # what imitates recordings computes everything twice
+    frames = 8 if way[0] == "cuda" else 3  # what imitates recordings computes everything twice
     for i, image in enumerate(film[:frames]):
         pairs = [front.register_frame(image, i * 100_000_000)[1] for front in fronts]
         if None not in pairs and i > 0:
@@ -443,7 +448,7 @@ def test_memory_stays_flat(make: Make, device: torch.device, film: list[Image]) 
     on_gpu = device.type == "cuda"
     matcher = make(device, "float16" if on_gpu else "float32", depth_confidence=0.6)
     front = FrontEnd(matcher.parameters, matcher)
-    frames, used = (1000 if on_gpu else 40), []
+    frames, used = (1000 if on_gpu else 12), []
     for i in range(frames):
         image = film[(i if i // len(film) % 2 == 0 else -1 - i) % len(film)]
         # Numbers of keypoints and sizes of images change, as they do on a robot.

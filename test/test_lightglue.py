@@ -130,7 +130,7 @@ def run(model: LightGlue, ahead: bool, above: int = 0) -> Assignment:
 
 @pytest.mark.parametrize("width_confidence", [-1.0, 0.8])
 @pytest.mark.parametrize("depth_confidence", [-1.0, 0.2, 0.5, 0.8, 1.0])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_running_ahead_changes_nothing(
     lightglue: Callable[..., LightGlue], seed: int, depth_confidence: float, width_confidence: float
 ) -> None:

@@ -380,14 +380,17 @@ def in_kornia(model: LightGlue) -> Any:
 
 
 @pytest.mark.parametrize("modes", [FIXED, ADAPTIVE], ids=["fixed", "adaptive"])
-@pytest.mark.parametrize(("count0", "count1"), [(120, 120), (120, 80), (70, 120), (1, 30), (1, 1)])
 @pytest.mark.parametrize(
-    "config",
+    ("config", "count0", "count1"),
     [
-        {},
-        {"num_attention_heads": 2, "num_hidden_layers": 3},
-        {"input_dim": 48},
-        {"descriptor_dim": 128, "filter_threshold": 0.4},
+        ({}, 120, 120),
+        ({}, 120, 80),
+        ({}, 70, 120),
+        ({}, 1, 30),
+        ({}, 1, 1),
+        ({"num_attention_heads": 2, "num_hidden_layers": 3}, 120, 80),
+        ({"input_dim": 48}, 70, 120),
+        ({"descriptor_dim": 128, "filter_threshold": 0.4}, 120, 80),
     ],
     ids=str,
 )

@@ -152,7 +152,7 @@ def assert_equal(
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_matches_as_transformers_does(
     pair: Pair, seed: int, counts: tuple[int, int], record_difference: RecordDifference
 ) -> None:
@@ -180,7 +180,7 @@ def test_matches_as_transformers_does(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("counts", [(150, 150), (150, 90), (90, 150), (1, 7)], ids=str)
+@pytest.mark.parametrize("counts", [(150, 90), (1, 7)], ids=str)
 @pytest.mark.usefixtures("transport_without_padding")
 def test_follows_every_option_of_the_configuration_as_transformers_does(
     pair: Pair, config: dict[str, Any], counts: tuple[int, int], record_difference: RecordDifference

@@ -93,9 +93,9 @@ def run_bench(request: Request) -> None:
         ParameterError: when a parameter has a value it may not have.
         WeightsError: when the weights are missing or damaged.
     """
-    publish = _publisher()  # first: loading ROS may restart the process
-    settings = _settings(request)
     _check_files(request)
+    publish = _publisher()  # before anything is printed: loading ROS may restart the process
+    settings = _settings(request)
     films = _films(request)
     rows: list[Row] = []
     steps = len(settings) * len(films) * len(request.keypoints)
