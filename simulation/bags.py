@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import functools
+import os
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -62,8 +65,21 @@ def write_camera_bag(
 
 @functools.lru_cache(maxsize=1)
 def build_scene(seed: int) -> Scene:
-    """The courtyard, built once in a process."""
-    return Scene(seed)
+    """The courtyard, built once in a process, or once for all processes to which KPMATCH_SCENES names one folder."""
+    folder = os.environ.get("KPMATCH_SCENES")
+    if folder is None:
+        return Scene(seed)
+    file = Path(folder) / f"courtyard_{seed}.pickle"
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if file.exists():
+            scene: Scene = pickle.loads(file.read_bytes())
+        else:
+            scene = Scene(seed)
+            whole = file.with_suffix(".part")
+            whole.write_bytes(pickle.dumps(scene))
+            whole.rename(file)
+    return scene
 
 
 def write_demo_bag(

@@ -42,6 +42,7 @@ class Scene:
             surface.paint = Paint(albedo.astype(np.float32, copy=False), relief.astype(np.float32, copy=False), alpha)
             if alpha is not None:
                 surface.mask = Texture(alpha)
+            del surface.painter  # a function, which nobody can pickle
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(paint, range(len(self._surfaces))))

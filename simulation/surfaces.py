@@ -77,6 +77,7 @@ class Surface:
     """A painted surface with coordinates u to the right and v downwards from its top left corner, metres."""
 
     mask: Texture | None = None  # holes
+    painter: Painter  # until the surface is painted
     paint: Paint  # until the light is baked into
     texture: Texture
 

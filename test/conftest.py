@@ -413,6 +413,14 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The courtyard takes seconds to build: one worker does it for all, and for the processes that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KPMATCH_SCENES", str(shared_folder(tmp_path_factory)))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tf2_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Environment variables of a process that has tf2_msgs/TFMessage, which ROS on PyPI lacks."""

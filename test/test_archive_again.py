@@ -72,7 +72,7 @@ def test_a_bag_that_changes_while_it_is_read_is_done_when_it_is_whole(
         shutil.copy(tmp_path / "whole" / "g" / "g.db3", tmp_path / "in" / "g" / "g.db3")
         return report
 
-    monkeypatch.setattr("kpmatch_ros.bags.archive.replay", copied)
+    monkeypatch.setattr("kpmatch_ros.bags.replay.replay", copied)
     status, _, errors = run(tmp_path / "in", tmp_path / "out", *QUICK)
     assert status == 2 and f"{tmp_path / 'in' / 'g'}: changed while it was read" in errors
     row = table(tmp_path / "out")["g"]

@@ -103,3 +103,12 @@ def test_where_there_is_ros2_the_doctor_names_the_launch_file(
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     run_doctor()
     assert capsys.readouterr().out.endswith("or ros2 launch kpmatch_ros matcher.launch.py image:=TOPIC\n")
+
+
+def test_a_bag_that_cannot_be_read_is_refused_before_pytorch_is_loaded(tmp_path: Path) -> None:
+    code = (
+        "import sys; from kpmatch_ros.cli import main\n"
+        "print(main(['bag', 'none', 'out']), main(['archive', '.', '../out']), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "2 2 False", done.stderr

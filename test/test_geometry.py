@@ -279,14 +279,14 @@ def normalised_errors(scene: Scene, count: int, trials: int) -> np.ndarray:
 
 
 def test_the_covariance_is_that_of_the_errors() -> None:
-    trials = 120
+    trials = 60
     values = normalised_errors(Scene(noise=0.5), 150, trials)
     low, high = chi2.ppf([0.025, 0.975], 5 * trials) / trials
     assert low < values.mean() < high
 
 
 def test_the_covariance_of_a_rotation_alone_is_that_of_its_errors() -> None:
-    trials = 120
+    trials = 60
     values = normalised_errors(replace(TURN, noise=0.4), 150, trials)
     low, high = chi2.ppf([0.025, 0.975], 3 * trials) / trials
     assert low < values.mean() < high

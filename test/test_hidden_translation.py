@@ -93,8 +93,8 @@ def test_the_left_and_the_right_camera_of_a_standing_drone_turn_alike_within_the
     recorded_data: Path,
 ) -> None:
     sides = [read_side(recorded_data / "euroc_v101_still_stereo", side) for side in ("/cam0", "/cam1")]
-    both = [estimate(images, camera) for images, camera, _ in sides]
+    both = [estimate(images[:7], camera) for images, camera, _ in sides]
     for poses in both:
-        assert [pose.status for pose in poses] == [PoseStatus.NO_TRANSLATION] * 11
+        assert [pose.status for pose in poses] == [PoseStatus.NO_TRANSLATION] * 6
     values = [difference(poses, [rectify for _, _, rectify in sides]) for poses in zip(*both)]
-    assert np.mean(values) < chi2.ppf(0.999, 3 * 11) / 11  # 5.7; by the noise alone 16
+    assert np.mean(values) < chi2.ppf(0.999, 3 * 6) / 6  # 7.1; by the noise alone 16

@@ -25,7 +25,7 @@ from kpmatch_ros.parameters import Parameters
 from simulation import demo_camera
 
 Run = Callable[..., tuple[int, str, str]]
-MUTATIONS = int(os.environ.get("KPMATCH_MUTATIONS", "630"))
+MUTATIONS = int(os.environ.get("KPMATCH_MUTATIONS", "270"))
 KINDS = ("mcap", "sqlite3", "metadata", "png", "jpeg", "webp", "tiff", "calibration", "parameters")
 SIZE = (48, 32)
 CONFIGURATION = Path(__file__).resolve().parents[1] / "config" / "matcher.yaml"

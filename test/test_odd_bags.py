@@ -7,7 +7,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -133,20 +132,21 @@ def test_the_last_time_that_a_message_can_hold_is_never_exceeded(
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
 @pytest.mark.parametrize("most", [100, 30_000])
 def test_a_full_disk_is_named_with_the_file_and_leaves_nothing_behind(
-    frames: list[Any], tmp_path: Path, storage: Any, most: int
+    frames: list[Any], tmp_path: Path, kpmatch: Run, storage: Any, most: int
 ) -> None:
     with BagWriter(tmp_path / "in", storage) as bag:
         for stamp, message in zip(stamps(6), frames):
             bag.write("/image", message, stamp)
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-
-    command = ["kpmatch", "bag", "in", "out", "--match-image", "--poses", "poses.txt", *QUICK]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, preexec_fn=limit, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("kpmatch bag: out") and "cannot be written: " in done.stderr
+    out = tmp_path / "out"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        status, _, errors = kpmatch("bag", tmp_path / "in", out, "--match-image", "--poses", tmp_path / "p.txt", *QUICK)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 2 and errors.count("\n") == 1
+    assert errors.startswith(f"kpmatch bag: {out}") and "cannot be written: " in errors
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 

@@ -109,15 +109,8 @@ def truth(bag: Path) -> dict[int, tuple[Rotation, np.ndarray]]:
     return poses
 
 
-# ONNX Runtime takes three seconds of a processor for a frame, and what it finds is compared with PyTorch's below.
-@pytest.mark.parametrize(("backend", "most"), [("torch", None), ("onnxruntime", 3)], ids=["torch", "onnxruntime"])
-def test_poses_of_a_camera_walk_agree_with_the_truth(
-    tmp_path: Path, demo_bag: Path, backend: str, most: int | None
-) -> None:
-    if backend == "onnxruntime":
-        pytest.importorskip("onnx")
-        pytest.importorskip("onnxruntime")
-    node = run(tmp_path, demo_bag, "/camera/image_raw", "/camera/camera_info", most, backend=backend)
+def test_poses_of_a_camera_walk_agree_with_the_truth(tmp_path: Path, demo_bag: Path) -> None:
+    node = run(tmp_path, demo_bag, "/camera/image_raw", "/camera/camera_info")
     check_messages(node)
     world = truth(demo_bag)
     rotation_errors, direction_errors = [], []
@@ -178,7 +171,7 @@ def test_a_replay_of_every_frame_gives_the_same_messages_every_time(tmp_path: Pa
         (tmp_path / name).mkdir()
         # Each started from nothing: forked nodes would have the same random numbers.
         topics = ("/camera/image_raw", "/camera/camera_info")
-        node = run(tmp_path / name, demo_bag, *topics, fork=False, max_keypoints=512)
+        node = run(tmp_path / name, demo_bag, *topics, 4, fork=False, max_keypoints=512)
         runs.append(content(node))
     assert runs[0] == runs[1]
 
@@ -218,9 +211,9 @@ def test_a_handheld_camera_at_one_frame_a_second_gives_a_message_for_every_pair(
 
 def test_a_camera_that_stands_still_is_not_said_to_move(tmp_path: Path, recorded_data: Path) -> None:
     bag = recorded_data / "euroc_v101_still_stereo"
-    node = run(tmp_path, bag, "/cam0/image_raw", "/cam0/camera_info")
+    node = run(tmp_path, bag, "/cam0/image_raw", "/cam0/camera_info", 6)
     check_messages(node)
-    assert len(node.matches) == len(node.poses) == 11
+    assert len(node.matches) == len(node.poses) == 5
     for pose in node.poses:
         assert pose.status in (RelativePose.OK, RelativePose.NO_TRANSLATION)
         assert np.degrees(rotation_of(pose).magnitude()) < 0.2

@@ -203,7 +203,7 @@ def test_the_inliers_are_the_right_matches() -> None:
 
 
 def test_the_covariance_is_that_of_the_errors() -> None:
-    trials = 200
+    trials = 100
     low, high = chi2.ppf([0.025, 0.975], 6 * trials) / trials
     assert low < Scene(noise=0.5).consistency(trials).mean() < high
 
@@ -235,9 +235,9 @@ def test_whole_pixels_are_no_more_certain_than_rounding_allows() -> None:
 @pytest.mark.parametrize("rotation", [(0, 0, 0), (0.02, -0.05, 0.01)], ids=["standing", "turning"])
 def test_standing_and_turning_cameras_get_no_translation(rotation: tuple[float, float, float]) -> None:
     scene = Scene(noise=0.5, translation=(0, 0, 0), rotation=rotation)
-    poses = [scene.estimate(80, seed) for seed in range(100)]
-    # One false alarm in a thousand is what is stated: two in a hundred happen by chance once in 200 runs.
-    assert sum(pose.status is PoseStatus.OK for pose in poses) <= 1
+    poses = [scene.estimate(80, seed) for seed in range(40)]
+    # One false alarm in a thousand is what is stated.
+    assert not any(pose.status is PoseStatus.OK for pose in poses)
     assert all(math.degrees(np.linalg.norm(scene.error(pose)[3:])) < 0.1 for pose in poses)
 
 
@@ -284,7 +284,7 @@ def test_before_things_too_far_for_a_disparity_a_turn_is_no_translation(
 )
 def test_before_far_things_a_translation_is_as_long_as_it_is(length: float, depth: tuple[float, float]) -> None:
     scene = Scene(translation=(0.25 * length, -0.1 * length, length), depth=depth, noise=0.3, unmatched=0.0)
-    errors = scene.consistency(40, 150, max_reprojection_error=1.0)
+    errors = scene.consistency(15, 150, max_reprojection_error=1.0)
     assert np.median(errors) < 9  # 5.3 of a chi-square with 6 degrees of freedom
     assert errors.max() < 60
 

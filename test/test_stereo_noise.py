@@ -20,7 +20,7 @@ def errors(scene: Scene, trials: int, **options: object) -> np.ndarray:
 
 @pytest.mark.parametrize("own", [0.1, 0.3], ids=["small own errors", "own errors as large"])
 def test_the_covariance_is_that_of_errors_that_left_and_right_share(own: float) -> None:
-    scene, trials, count = Scene(shared=0.2, own=own), 60, 200
+    scene, trials, count = Scene(shared=0.2, own=own), 30, 200
     low, high = chi2.ppf([0.001, 0.999], 6 * trials) / trials
     values = scene.consistency(trials, count, sigmas=Scene.shares(count))
     assert low < values.mean() < high
@@ -49,7 +49,7 @@ def test_a_match_is_left_out_with_all_of_its_directions() -> None:
 
 
 def test_better_points_count_for_more() -> None:
-    scene, trials = Scene(shared=0.2, own=0.1), 30
+    scene, trials = Scene(shared=0.2, own=0.1), 15
     alike = errors(scene, trials, sigmas=np.ones(200))
     weighted = errors(scene, trials, sigmas=Scene.shares(200))
     assert (np.sqrt((weighted**2).mean(axis=0)) < 0.9 * np.sqrt((alike**2).mean(axis=0))).all()

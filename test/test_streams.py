@@ -33,7 +33,7 @@ def closing(*descriptors: int) -> Callable[[], None]:
     return lambda: [os.close(descriptor) for descriptor in descriptors] and None
 
 
-@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)], ids=["stdin", "stdout", "stderr", "all"])
+@pytest.mark.parametrize("closed", [(0, 2), (0, 1, 2)], ids=["all but stdout", "all"])
 def test_a_stream_that_is_closed_does_no_harm(bag: Path, tmp_path: Path, closed: tuple[int, ...]) -> None:
     command = ["kpmatch", "bag", "in", "out", "--json", "--poses", "poses.txt", *QUICK]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, preexec_fn=closing(*closed), capture_output=True)
@@ -41,6 +41,12 @@ def test_a_stream_that_is_closed_does_no_harm(bag: Path, tmp_path: Path, closed:
     assert done.stdout == b"" if 1 in closed else json.loads(done.stdout)["frames"] == 4
     assert len(by_topic(tmp_path / "out")["/matches"]) == 3
     assert len((tmp_path / "poses.txt").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2], ids=["stdin", "stdout", "stderr"])
+def test_any_one_stream_may_be_closed(closed: int) -> None:
+    done = subprocess.run(["kpmatch", "weights", "list"], preexec_fn=closing(closed), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and ("superpoint-open" in done.stdout) == (closed != 1)
 
 
 def test_a_fault_is_not_printed_among_the_results_where_stderr_is_closed(tmp_path: Path) -> None:
@@ -55,8 +61,7 @@ def test_an_output_that_is_full_is_named() -> None:
     assert done.stderr == "kpmatch weights list: the output cannot be written: No space left on device\n"
 
 
-@pytest.mark.parametrize("by", ["SIGHUP", "SIGTERM"])
-def test_a_terminal_that_goes_away_leaves_no_half_bag_behind(bag: Path, tmp_path: Path, by: str) -> None:
+def test_a_terminal_that_goes_away_leaves_no_half_bag_behind(bag: Path, tmp_path: Path) -> None:
     def heed() -> None:  # the tests may run under nohup
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -67,7 +72,7 @@ def test_a_terminal_that_goes_away_leaves_no_half_bag_behind(bag: Path, tmp_path
     while not list(tmp_path.glob(".kpmatch.*")):
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.Signals[by])
+    process.send_signal(signal.SIGHUP)
     assert process.communicate()[1] == "kpmatch bag: stopped\n" and process.returncode == 130
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 
 import cv2
 import numpy as np
@@ -170,6 +171,12 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_stones(scene:
     assert np.array_equal(first.image, again.image) and np.array_equal(first.depth, again.depth)
     assert np.abs(first.image.astype(int) - other.image).mean() > 5
     assert (first.depth == other.depth).mean() > 0.8  # what stands where is the same, but for leaves and hills
+
+
+def test_a_scene_that_another_process_built_gives_the_same_bytes(scene: Scene) -> None:
+    camera, pose = demo_camera(160, 120), camera_path(1)[0]
+    received = pickle.loads(pickle.dumps(scene)).render(*pose, camera)
+    assert np.array_equal(received.image, scene.render(*pose, camera).image)
 
 
 def test_film_gives_the_views_of_the_poses_in_order_each_with_noise_of_its_own(scene: Scene) -> None:

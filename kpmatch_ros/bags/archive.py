@@ -28,7 +28,6 @@ from typing import Any
 import kpmatch_ros
 from kpmatch_ros.bags.cameras import choose_cameras
 from kpmatch_ros.bags.recording import BagError, OutputError, encodable, has_stored_name, stored_files
-from kpmatch_ros.bags.replay import replay
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.source_files import named_files
@@ -360,6 +359,9 @@ def replay_one(job: Job, settings: Settings) -> Row:
         cameras = choose_cameras(job.source, settings.parameters.mode, settings.topics)
         with tempfile.TemporaryDirectory(dir=job.unfinished) as folder:
             beside = Path(folder) / job.target.name
+            # It loads PyTorch, which takes seconds: neither a folder without bags nor Ray's driver needs it.
+            from kpmatch_ros.bags.replay import replay
+
             try:
                 report = replay(
                     job.source, beside, cameras, settings.parameters,

@@ -128,7 +128,6 @@ def add_replay_options(parser: Parser) -> None:
 def _bag(options: argparse.Namespace) -> int:
     from kpmatch_ros.bags import BagError
     from kpmatch_ros.bags.cameras import choose_cameras
-    from kpmatch_ros.bags.replay import replay
 
     parameters = replay_parameters(options)
     if options.landmarks and parameters.mode != "stereo":
@@ -138,6 +137,9 @@ def _bag(options: argparse.Namespace) -> int:
     check_outputs(outputs, [options.params], parameters)
     try:
         cameras = choose_cameras(source, parameters.mode, chosen_topics(options, parameters))
+        # PyTorch takes seconds to load: what cannot be read is refused before.
+        from kpmatch_ros.bags.replay import replay
+
         report = replay(
             source, options.target, cameras, parameters, poses=options.poses, page=options.report,
             rerun=options.rerun, features=options.features, match_image=options.match_image,
