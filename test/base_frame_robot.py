@@ -37,7 +37,7 @@ def main(bag: Path, folder: Path) -> None:
     from tf2_msgs.msg import TFMessage
 
     parameters = {"mode": "stereo", "rectified": True, "publish_odometry": True, "base_frame": "base_link"}
-    with running_node(folder, matcher="nearest", max_keypoints=256, **parameters) as node:
+    with running_node(folder, profile="fast", matcher="nearest", max_keypoints=256, **parameters) as node:
         odometry: list[Odometry] = []
         transforms: list[Any] = []
         node.subscribe(Odometry, "odometry", odometry.append)

@@ -276,7 +276,7 @@ def test_the_node_takes_the_place_from_tf_static(
 
 @pytest.mark.skipif(find_spec("tf2_msgs") is not None, reason="this ROS has tf2_msgs")
 def test_without_tf2_msgs_the_node_says_once_that_tf_is_not_published(tmp_path: Path) -> None:
-    with running_node(tmp_path, mode="stereo", publish_odometry=True, matcher="nearest") as node:
+    with running_node(tmp_path, profile="fast", mode="stereo", publish_odometry=True, matcher="nearest") as node:
         node.wait_for(lambda: node.node.count_publishers("odometry"), "the topic")
         assert node.stop() == 0
         assert node.log.count("odometry is published, but not into TF: tf2_msgs is not installed") == 1

@@ -355,7 +355,10 @@ def test_a_camera_that_changes_its_images_size_has_poses_throughout_in_a_bag(
 
 
 def test_frames_that_wait_keep_their_calibrations_in_the_node(changing: Path, tmp_path: Path) -> None:
-    with running_node(tmp_path, max_keypoints=256, matcher="nearest") as node, AnyReader([changing]) as reader:
+    with (
+        running_node(tmp_path, profile="fast", max_keypoints=256, matcher="nearest") as node,
+        AnyReader([changing]) as reader,
+    ):
         node.wait_until_connected()
         assert node.infos is not None
         for connection, _, raw in reader.messages():  # at once: most of them wait

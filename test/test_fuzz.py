@@ -20,7 +20,7 @@ from kpmatch_ros.imaging.images import LAYOUTS
 from kpmatch_ros.msg import MatchArray, RelativePose
 from node_harness import NodeUnderTest, running_node
 
-MESSAGES = int(os.environ.get("KPMATCH_FUZZ", "4000"))
+MESSAGES = int(os.environ.get("KPMATCH_FUZZ", "2000"))
 BATCH = 250  # between two checks that a good frame is processed
 
 # Every name in sensor_msgs/image_encodings, and what no camera should ever send.

@@ -18,7 +18,7 @@ from kpmatch_ros.ros import manager_bond
 from kpmatch_ros.ros.manager_bond import ManagerBond
 from node_harness import NodeUnderTest, running_node
 
-SMALL = {"max_keypoints": 64, "matcher": "nearest"}
+SMALL = {"profile": "fast", "max_keypoints": 64, "matcher": "nearest"}
 # As bondpy's Bond is called, but for the messages, whose package is bond's own.
 STAND_IN = """
 from std_msgs.msg import String

@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
 
     switch(True)
     # With LOCALHOST, rmw_fastrtps takes shared memory too, whatever the environment says.
-    parameters = {"matcher": "nearest", "max_keypoints": 60, "max_gap": 1e6}
+    parameters = {"profile": "fast", "matcher": "nearest", "max_keypoints": 60, "max_gap": 1e6}
     with running_node(folder, calibrated=False, discovery_range="SUBNET", **parameters) as node:
         node.wait_for(lambda: send(node), "a pair", timeout=120)
         print("works")

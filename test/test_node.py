@@ -26,7 +26,7 @@ from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
 from node_harness import NodeUnderTest, running_node, stamp_of
 
 WIDTH, HEIGHT = 320, 240
-FAST = {"max_keypoints": 256}
+FAST = {"profile": "fast", "max_keypoints": 256}
 
 
 def textured(shift: int = 0) -> np.ndarray:
@@ -88,7 +88,7 @@ def state(node: NodeUnderTest) -> str:
 
 
 def test_every_pair_of_frames_gives_one_match_array_and_one_pose(tmp_path: Path) -> None:
-    with running_node(tmp_path, **FAST) as node:
+    with running_node(tmp_path, max_keypoints=256) as node:
         features: list[FeatureArray] = []
         node.subscribe(FeatureArray, "features", features.append)
         node.wait_until_connected()
@@ -387,7 +387,7 @@ def test_the_lifecycle_can_be_walked_and_a_failed_configuration_mended(tmp_path:
         assert state(node) == "unconfigured"
         node.wait_for(lambda: "no-such-weights" in node.message(), "the reason")
         assert node.diagnostics[-1].status[0].level == DiagnosticStatus.ERROR
-        assert set_parameters(node, extractor="superpoint-open").successful
+        assert set_parameters(node, extractor="superpoint-open-fast").successful
         for _ in range(2):
             assert change_state(node, "configure") and state(node) == "inactive"
             assert change_state(node, "activate") and state(node) == "active"

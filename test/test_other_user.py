@@ -37,7 +37,7 @@ def camera_of_another_user(node: NodeUnderTest, environment: dict[str, str]) -> 
 
 def test_another_users_camera_is_named_and_is_heard_over_udp(tmp_path: Path) -> None:
     # With LOCALHOST, rmw_fastrtps takes shared memory whatever the environment says.
-    parameters = {"matcher": "nearest", "max_keypoints": 60}
+    parameters = {"profile": "fast", "matcher": "nearest", "max_keypoints": 60}
     with running_node(tmp_path, calibrated=False, discovery_range="SUBNET", **parameters) as node:
         node.node.destroy_publisher(node.images)
         with camera_of_another_user(node, {}):

@@ -13,9 +13,11 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from kpmatch_ros.parameter_file import read_parameter_file, without_effect
 from node_harness import running_node
 
+SMALL = {"profile": "fast", "max_keypoints": 64}
+
 
 def test_other_types_latched_calibrations_and_misspelt_parameters_are_told_of(tmp_path: Path) -> None:
-    with running_node(tmp_path, calibrated=False, max_keypoints=64, filter_treshold=0.2) as node:
+    with running_node(tmp_path, calibrated=False, filter_treshold=0.2, **SMALL) as node:
         ns = node.namespace
         node.node.destroy_publisher(node.images)
         other = node.node.create_publisher(CompressedImage, "image", 10)
@@ -55,7 +57,7 @@ def test_other_types_latched_calibrations_and_misspelt_parameters_are_told_of(tm
 def test_the_compressed_topic_itself_may_be_given(tmp_path: Path) -> None:
     arguments = ("-r", "image:=camera/image_raw/compressed")
     with running_node(
-        tmp_path, arguments, calibrated=False, image_transport="compressed", max_keypoints=64, matcher="nearest"
+        tmp_path, arguments, calibrated=False, image_transport="compressed", matcher="nearest", **SMALL
     ) as node:
         publisher = node.node.create_publisher(CompressedImage, "camera/image_raw/compressed", 10)
         node.wait_for(publisher.get_subscription_count, "the node on the topic that was given")
@@ -68,7 +70,7 @@ def test_the_compressed_topic_itself_may_be_given(tmp_path: Path) -> None:
 
 def test_images_on_the_topic_that_was_remapped_by_mistake_are_named(tmp_path: Path) -> None:
     arguments = ("-r", "image:=wrong/image_raw")
-    with running_node(tmp_path, arguments, calibrated=False, max_keypoints=64, matcher="nearest") as node:
+    with running_node(tmp_path, arguments, calibrated=False, matcher="nearest", **SMALL) as node:
         ns = node.namespace
         said = f"no image on {ns}/wrong/image_raw for"
         node.wait_for(lambda: said in node.message(), "the silence")

@@ -24,7 +24,7 @@ from node_harness import NodeUnderTest, running_node, stamp_of
 
 WIDTH, HEIGHT, FOCAL, BASELINE = 320, 240, 300.0, 0.1
 NEAR, FAR = 2.0, 5.0  # metres
-PARAMETERS = {"mode": "stereo", "rectified": True, "max_keypoints": 200}
+PARAMETERS = {"profile": "fast", "mode": "stereo", "rectified": True, "max_keypoints": 200}
 
 
 def picture(seed: int, width: int) -> np.ndarray:
