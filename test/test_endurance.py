@@ -65,12 +65,8 @@ def test_two_hundred_lifecycle_cycles_leave_nothing_behind(
         Transition.TRANSITION_DEACTIVATE,
         Transition.TRANSITION_CLEANUP,
     )
-    network = {
-        "extractor": folder,
-        "matcher": folder,
-        "max_keypoints": 60,
-        "resize": WIDTH,
-    }  # as small while they warm up
+    # With resize, the images to warm up with are as small as the camera's.
+    network = {"extractor": folder, "matcher": folder, "max_keypoints": 60, "resize": WIDTH}
     with running_node(tmp_path, calibrated=False, autostart=False, **network) as node:
         held = []
         for number in range(200):
@@ -151,12 +147,8 @@ def test_a_killed_node_publishes_again_once_started_and_subscribers_stay(
     monkeypatch.setenv("ROS_STATIC_PEERS", "127.0.0.1")  # where no multicast leaves the machine
     folder = str(random_folder())
     random = np.random.default_rng(5)
-    network = {
-        "extractor": folder,
-        "matcher": folder,
-        "max_keypoints": 60,
-        "resize": WIDTH,
-    }  # as small while they warm up
+    # With resize, the images to warm up with are as small as the camera's.
+    network = {"extractor": folder, "matcher": folder, "max_keypoints": 60, "resize": WIDTH}
     with running_node(tmp_path, calibrated=False, discovery_range="SUBNET", queue="latest", **network) as node:
         seconds = 0.0
         for restart in range(KILLS + 1):
