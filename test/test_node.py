@@ -442,7 +442,7 @@ def test_simulated_time_that_stands_still_stops_nothing(tmp_path: Path) -> None:
 
 
 def test_a_frame_that_needs_more_memory_than_there_is_is_given_up_and_the_next_one_matched(tmp_path: Path) -> None:
-    with running_node(tmp_path, **FAST) as node:
+    with running_node(tmp_path, max_keypoints=256) as node:  # the fast networks get by with what is left
         node.wait_until_connected()
         send_frames(node, 2)
         node.wait_for(lambda: len(node.matches) == 1, "a pair")
