@@ -409,7 +409,9 @@ class FrontEnd:
         resolution = self._keypoint_resolution(current)
         exact = links if self.parameters.refine else self._refined(reference, current, links)
         found, total = int(exact.refined.sum()), len(exact.refined)
-        decisive = are_decisive(found, self.parameters.min_inliers)
+        right0, right1 = reference.right, current.right
+        stereo = right0 is not None and right1 is not None
+        decisive = not stereo and are_decisive(found, self.parameters.min_inliers)
         refined = decisive or found > _REFINABLE * total
         if not refined:
             exact = links
@@ -420,7 +422,6 @@ class FrontEnd:
             "independent_points": INDEPENDENT_POINTS if refined else math.inf,
         }
         points0, points1 = exact.reference_points, exact.points
-        right0, right1 = reference.right, current.right
         if right0 is None or right1 is None:
             points1 = np.where(np.isfinite(points1), points1, links.points)
             options["prior"] = self._motion_prior(reference, current)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,8 +33,13 @@ def test_the_matches_that_decide_are_right_where_more_others_agree_on_another_mo
     def estimate(decisive: np.ndarray | None) -> tuple[float, np.ndarray]:
         pose = estimate_relative_pose(matches[:, :2], matches[:, 2:], CAMERA, CAMERA, decisive=decisive)
         check(pose, 260)
-        assert pose.status is (PoseStatus.OK if any(pose.translation) else PoseStatus.NO_TRANSLATION)
         assert pose.inliers is not None
+        if decisive is not None:
+            moves = any(translation)
+            assert pose.status is (PoseStatus.OK if moves else PoseStatus.NO_TRANSLATION)
+            assert np.abs(scene.error(pose)[:3]).max() < (0.05 if moves else 1e-9)
+            camera = np.array(translation) / (np.linalg.norm(translation) or 1)
+            assert moves == bool(pose.translation @ camera > 0.99)
         return float(np.abs(scene.error(pose)[3:]).max()), pose.inliers
 
     error, inliers = estimate(which == 0)
@@ -51,10 +57,58 @@ def test_matches_without_a_direction_are_no_inliers_of_what_others_decide() -> N
     assert not pose.inliers[::4].any() and pose.inliers[2::4].all() and pose.inliers[1::2].all()
 
 
-def test_too_few_that_decide_give_no_pose_of_any_of_them() -> None:
-    points0, points1, _ = Scene(noise=0.2).matches(80, 0)
-    pose = estimate_relative_pose(points0, points1, CAMERA, CAMERA, decisive=np.arange(80) < 10)
-    assert pose.status is PoseStatus.TOO_FEW_MATCHES and pose.num_matches == 80 and pose.num_inliers == 0
+@pytest.mark.parametrize("decisive", [10, 30], ids=["too few", "most of them wrong"])
+def test_all_decide_where_those_that_should_give_no_pose(decisive: int) -> None:
+    points0, points1, _ = Scene(noise=0.2).matches(200, 0)
+    points1[8:30] = np.random.default_rng(1).uniform((0, 0), (640, 480), (22, 2))
+    pose, every = (
+        estimate_relative_pose(points0, points1, CAMERA, CAMERA, decisive=some)
+        for some in (np.arange(200) < decisive, None)
+    )
+    assert pose.status is PoseStatus.OK and pose.inliers is not None and pose.inliers[30:].mean() > 0.9
+    np.testing.assert_array_equal(pose.rotation, every.rotation)
+
+
+def test_parallax_is_that_of_all_inliers() -> None:
+    far, near = (np.hstack(Scene(depth=depth).matches(n, 0)[:2]) for depth, n in (((4.0, 10.0), 60), ((1.0, 1.5), 90)))
+    matches = np.concatenate([far, near])
+    pose = estimate_relative_pose(matches[:, :2], matches[:, 2:], CAMERA, CAMERA, decisive=np.arange(150) < 60)
+    alone = estimate_relative_pose(far[:, :2], far[:, 2:], CAMERA, CAMERA)
+    assert pose.num_inliers > 140 and pose.median_parallax > 2 * alone.median_parallax
+
+
+def test_what_agrees_with_a_translation_that_is_not_believed_is_doubted_whether_it_decides_or_not() -> None:
+    """The camera turns, and something in one place of the picture moves: as in test_moving_things."""
+    scene = Scene(translation=(0.0, 0.0, 0.0), noise=0.1)
+    points0, points1, _ = scene.matches(400, 0)
+    inside = (np.abs(points0 - (320, 240)) < (60, 60)).all(axis=1)
+    points1[inside] += (12.0, 3.0)
+    assert inside.sum() > 10
+    decisive = np.arange(400) % 2 == 0
+    pose = estimate_relative_pose(points0, points1, CAMERA, CAMERA, decisive=decisive)
+    every = estimate_relative_pose(points0, points1, CAMERA, CAMERA)
+    assert pose.status is every.status is PoseStatus.NO_TRANSLATION
+    assert pose.doubted is not None and every.doubted is not None and every.doubted[inside].mean() > 0.9
+    assert pose.doubted[inside & decisive].mean() > 0.9 and pose.doubted[inside & ~decisive].mean() > 0.9
+    assert not (pose.doubted & pose.inliers).any()
+
+
+def test_copies_of_matches_that_decide_change_nothing() -> None:
+    points0, points1, _ = Scene(noise=0.3, outliers=0.2).matches(120, 0)
+    decisive = np.arange(120) % 2 == 0
+    once = estimate_relative_pose(points0, points1, CAMERA, CAMERA, decisive=decisive)
+    order = np.arange(200) % 120
+    twice = estimate_relative_pose(points0[order], points1[order], CAMERA, CAMERA, decisive=decisive[order])
+    np.testing.assert_array_equal(once.rotation, twice.rotation)
+    assert twice.num_matches == 200 and once.inliers is not None and twice.inliers is not None
+    np.testing.assert_array_equal(once.inliers[order], twice.inliers)
+
+
+@pytest.mark.parametrize("decisive", [np.ones(80, int), np.ones(40, bool), np.ones((80, 1), bool), [1] * 80])
+def test_a_mask_of_another_type_or_shape_is_refused(decisive: Any) -> None:
+    points0, points1, _ = Scene().matches(80, 0)
+    with pytest.raises(ValueError, match=r"decisive must be \(M,\) bool, M = 80"):
+        estimate_relative_pose(points0, points1, CAMERA, CAMERA, decisive=decisive)
 
 
 def test_few_refined_matches_decide_nothing_alone() -> None:

@@ -7,7 +7,6 @@ mean is said in :mod:`kpmatch_ros.geometry.two_view_errors`.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -120,7 +119,7 @@ def estimate_relative_pose(
         prior: the motion between the two images before, over about the same time, where it is known. It decides between
             motions that explain the matches alike.
         decisive: (M,) bool which matches the pose is estimated from, where some are surer or more exact than others.
-            The others may be inliers of it.
+            The others may be inliers of it. Where these give no pose, all decide.
 
     Returns:
         The pose, or why there is none.
@@ -132,6 +131,10 @@ def estimate_relative_pose(
     points0, points1 = np.asarray(points0, dtype=np.float64), np.asarray(points1, dtype=np.float64)
     if points0.shape != points1.shape or points0.ndim != 2 or points0.shape[1] != 2:
         raise ValueError(f"points0 and points1 must both have shape (M, 2), not {points0.shape} and {points1.shape}")
+    if decisive is not None:
+        decisive = np.asarray(decisive)
+        if decisive.dtype != bool or decisive.shape != (len(points0),):
+            raise ValueError(f"decisive must be (M,) bool, M = {len(points0)}, not {decisive.dtype} {decisive.shape}")
     check_options(max_reprojection_error, keypoint_resolution)
     total, inlier_threshold = len(points0), float(max_reprojection_error)
     required = max(min_inliers, SMALLEST_SAMPLE)
@@ -141,10 +144,10 @@ def estimate_relative_pose(
     if total < required:
         return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total)
 
-    def estimate_from(chosen: np.ndarray) -> RelativePose:
-        return estimate_relative_pose(
-            points0[chosen],
-            points1[chosen],
+    if (copies := without_copies(points0, points1)) is not None:
+        pose = estimate_relative_pose(
+            points0[copies[0]],
+            points1[copies[0]],
             camera0,
             camera1,
             max_reprojection_error=max_reprojection_error,
@@ -152,12 +155,9 @@ def estimate_relative_pose(
             keypoint_resolution=keypoint_resolution,
             independent_points=independent_points,
             prior=prior,
+            decisive=None if decisive is None else decisive[copies[0]],
         )
-
-    if decisive is not None:
-        return _for_all(estimate_from(decisive), decisive, points0, points1, camera0, camera1, inlier_threshold)
-    if (copies := without_copies(points0, points1)) is not None:
-        return estimate_from(copies[0]).for_copies(copies[1])
+        return pose.for_copies(copies[1])
     matches, usable = normalise_matches(points0, points1, camera0, camera1)
     if len(matches) < required:
         return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total)
@@ -173,13 +173,9 @@ def estimate_relative_pose(
         required,
         prior,
     )
-    body = _find_own_body(problem)
-    if body.mask is None:
-        solution = _check_noise(problem, _solve(problem, body.candidates))
-    else:
-        solution = _solve_without(problem, body.mask, body.candidates)
-    if solution.status is PoseStatus.OK and _is_free(problem, solution):
-        solution = _Solution(PoseStatus.FAILED)
+    solution = _estimate(problem, decisive[usable]) if decisive is not None else None
+    if solution is None or not solution.status.has_pose:
+        solution = _decide(problem)
     inliers, doubted = (_spread_out(mask, usable) for mask in (solution.inliers, solution.doubted))
     if solution.motion is None or solution.inliers is None:
         return RelativePose.undefined(solution.status, total, inliers)
@@ -195,29 +191,6 @@ def estimate_relative_pose(
         inliers=inliers,
         doubted=doubted,
     )
-
-
-def _for_all(
-    pose: RelativePose,
-    decisive: np.ndarray,
-    points0: np.ndarray,
-    points1: np.ndarray,
-    camera0: Camera,
-    camera1: Camera,
-    inlier_threshold: float,
-) -> RelativePose:
-    """The pose that some matches decided, with inliers of all (M,)."""
-    inliers, doubted = (_spread_out(mask, decisive) for mask in (pose.inliers, pose.doubted))
-    if inliers is None:
-        return replace(pose, num_matches=len(decisive))
-    if pose.status.has_pose:
-        matches, usable = normalise_matches(points0[~decisive], points1[~decisive], camera0, camera1)
-        if pose.translation.any():
-            agree = agrees(matches, Motion(pose.rotation, pose.translation), inlier_threshold)
-        else:
-            agree = lengths(rotation_residuals(matches, pose.rotation)) < inlier_threshold
-        inliers[np.flatnonzero(~decisive)[usable]] = agree
-    return replace(pose.for_matches(inliers), doubted=doubted)
 
 
 def _spread_out(mask: np.ndarray | None, chosen: np.ndarray) -> np.ndarray | None:
@@ -248,7 +221,7 @@ class _Problem(NamedTuple):
 class _Solution(NamedTuple):
     """What became of a problem: its motion, None without a pose, and its inliers (n,), None if not estimated.
 
-    Besides, those (n,) that agree with a translation that is not believed, if there is one.
+    Besides, those (n,) that agree with a translation that is not believed, if there is one, and this motion.
     """
 
     status: PoseStatus
@@ -256,6 +229,40 @@ class _Solution(NamedTuple):
     covariance: np.ndarray = np.zeros((6, 6))
     inliers: np.ndarray | None = None
     doubted: np.ndarray | None = None
+    unbelieved: Motion | None = None
+
+
+def _estimate(problem: _Problem, decisive: np.ndarray) -> _Solution:
+    """The motion that some (n,) of the matches decide, with the inliers among all."""
+    threshold = problem.inlier_threshold
+    solution = _decide(problem._replace(matches=problem.matches.select(decisive)))
+    motion, unbelieved = solution.motion, solution.unbelieved
+    if motion is None or not solution.status.has_pose:
+        return solution
+    others = problem.matches.select(~decisive)
+    inliers, doubted = (_spread_out(mask, decisive) for mask in (solution.inliers, solution.doubted))
+    assert inliers is not None
+    if motion.translation.any():
+        inliers[~decisive] = agrees(others, motion, threshold)
+    else:
+        inliers[~decisive] = lengths(rotation_residuals(others, motion.rotation)) < threshold
+    if doubted is not None and unbelieved is not None:
+        doubted[~decisive] = agrees(others, unbelieved, threshold) & ~inliers[~decisive]
+    return solution._replace(inliers=inliers, doubted=doubted)
+
+
+def _decide(problem: _Problem) -> _Solution:
+    """The motion of all matches, but for those of the robot's own body; none where they leave it free."""
+    if len(problem.matches) < problem.required:
+        return _Solution(PoseStatus.TOO_FEW_MATCHES)
+    body = _find_own_body(problem)
+    if body.mask is None:
+        solution = _check_noise(problem, _solve(problem, body.candidates))
+    else:
+        solution = _solve_without(problem, body.mask, body.candidates)
+    if solution.status is PoseStatus.OK and _is_free(problem, solution):
+        return _Solution(PoseStatus.FAILED)
+    return solution
 
 
 def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
@@ -309,13 +316,13 @@ def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
             return _Solution(PoseStatus.FAILED)
         return _Solution(PoseStatus.TOO_FEW_MATCHES, inliers=turning)
     motion = Motion(rotation, np.zeros(3))
-    covariance, doubted = _rotation_covariance(matches, rotation, noise), None
+    covariance, doubted, unbelieved = _rotation_covariance(matches, rotation, noise), None, None
     if fit is not None and (
         parallax is Parallax.IN_ONE_PLACE or may_have_parallax(matches, fit.motion, rotation, moving, noise)
     ):  # if it is the camera's, the rotation is the fit's
         covariance[3:, 3:] += spread(motion, fit.motion)[3:, 3:]
-        doubted = moving & ~turning
-    return _Solution(PoseStatus.NO_TRANSLATION, motion, covariance, turning, doubted)
+        doubted, unbelieved = moving & ~turning, fit.motion
+    return _Solution(PoseStatus.NO_TRANSLATION, motion, covariance, turning, doubted, unbelieved)
 
 
 def _check_noise(problem: _Problem, solution: _Solution) -> _Solution:
