@@ -97,4 +97,4 @@ def test_the_left_and_the_right_camera_of_a_standing_drone_turn_alike_within_the
     for poses in both:
         assert [pose.status for pose in poses] == [PoseStatus.NO_TRANSLATION] * 6
     values = [difference(poses, [rectify for _, _, rectify in sides]) for poses in zip(*both)]
-    assert np.mean(values) < chi2.ppf(0.999, 3 * 6) / 6  # 7.1; by the noise alone 16
+    assert np.mean(values) < chi2.ppf(0.999, 3 * 6) / 6  # 7.1; of 11 pairs, by the noise alone 16

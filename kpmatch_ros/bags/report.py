@@ -23,7 +23,7 @@ _BARREN = 0.2  # part of the frames with hardly a match that is worth a word
 class Report:
     """What a replay did.
 
-    It hears of a pipeline's events, see :class:`kpmatch_ros.pipeline.Events`.
+    It hears of a pipeline's events, see :class:`kpmatch_ros.events.Events`.
 
     Attributes:
         cameras: one, or the left and the right one.
