@@ -411,7 +411,9 @@ class FrontEnd:
         found, total = int(exact.refined.sum()), len(exact.refined)
         right0, right1 = reference.right, current.right
         stereo = right0 is not None and right1 is not None
-        decisive = not stereo and are_decisive(found, self.parameters.min_inliers)
+        # What stands still in the image, as a robot's own body, is found wherever the rest is seen from.
+        moves = np.linalg.norm(exact.points - exact.reference_points, axis=1) > self.parameters.max_reprojection_error
+        decisive = not stereo and are_decisive(int((exact.refined & moves).sum()), self.parameters.min_inliers)
         refined = decisive or found > _REFINABLE * total
         if not refined:
             exact = links

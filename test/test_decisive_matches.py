@@ -144,6 +144,19 @@ def test_a_front_end_takes_the_motion_of_the_surroundings_that_it_finds(refine: 
     assert np.abs(pose.rotation - truth.rotation).max() < 2e-3
     assert pose.inliers[:60].mean() > 0.8 and pose.inliers[60:].mean() < 0.1
 
+    # A robot's own body is found in every image, and its matches stand still.
+    body = np.flatnonzero(pair.inliers)[:60]
+    still = pair.reference_points[body]
+    with_body = replace(
+        links,
+        reference_points=np.concatenate([still, points0]).astype(np.float32),
+        points=np.concatenate([still, points1]).astype(np.float32),
+    )
+    if refine:
+        pose = front_end.estimate_pose(pair.reference, pair.current, with_body)
+        assert pose.status is PoseStatus.OK and pose.inliers is not None
+        assert pose.inliers[60:].mean() > 0.9 and not pose.inliers[:60].any()
+
     few = replace(links, refined=links.refined & (np.arange(180) < 20))
     if refine:  # those of 20 do not tell, so all do
         pose = front_end.estimate_pose(pair.reference, pair.current, few)
