@@ -225,6 +225,11 @@ class Result:
     pair: Pair | None
     stereo: StereoPair | None
 
+    @property
+    def frames(self) -> list[Frame]:
+        """The frame, and in stereo that of the right image."""
+        return [self.frame] if self.stereo is None else [self.frame, self.stereo.current]
+
 
 @dataclass(frozen=True, eq=False)
 class GivenFrame:

@@ -15,7 +15,7 @@ from kpmatch_ros.features import Features, to_numpy
 from kpmatch_ros.frames import Frame, GivenFrame, Pair, Result, RightImage, StereoPair, two_of_each
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
-from kpmatch_ros.geometry.refinement import INDEPENDENT_POINTS, REFINED_RESOLUTION, are_decisive, refine
+from kpmatch_ros.geometry.refinement import INDEPENDENT_POINTS, REFINED_RESOLUTION, decisive_matches, refine
 from kpmatch_ros.geometry.robust import SMALLEST_SAMPLE
 from kpmatch_ros.geometry.stereo_agreement import StereoAgreement, check_stereo_matches
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
@@ -408,26 +408,25 @@ class FrontEnd:
         """
         resolution = self._keypoint_resolution(current)
         exact = links if self.parameters.refine else self._refined(reference, current, links)
-        found, total = int(exact.refined.sum()), len(exact.refined)
         right0, right1 = reference.right, current.right
-        stereo = right0 is not None and right1 is not None
-        # What stands still in the image, as a robot's own body, is found wherever the rest is seen from.
-        moves = np.linalg.norm(exact.points - exact.reference_points, axis=1) > self.parameters.max_reprojection_error
-        decisive = not stereo and are_decisive(int((exact.refined & moves).sum()), self.parameters.min_inliers)
-        refined = decisive or found > _REFINABLE * total
-        if not refined:
-            exact = links
         options: dict[str, Any] = {
             "max_reprojection_error": self.parameters.max_reprojection_error,
             "min_inliers": self.parameters.min_inliers,
+        }
+        decisive = None
+        if right0 is None or right1 is None:
+            decisive = decisive_matches(exact.reference_points, exact.points, exact.refined, **options)
+        refined = decisive is not None or bool(exact.refined.sum() > _REFINABLE * len(exact.refined))
+        if not refined:
+            exact = links
+        options |= {
             "keypoint_resolution": REFINED_RESOLUTION if refined else resolution,
             "independent_points": INDEPENDENT_POINTS if refined else math.inf,
         }
         points0, points1 = exact.reference_points, exact.points
         if right0 is None or right1 is None:
             points1 = np.where(np.isfinite(points1), points1, links.points)
-            options["prior"] = self._motion_prior(reference, current)
-            options["decisive"] = exact.refined if decisive and found < total else None
+            options |= {"prior": self._motion_prior(reference, current), "decisive": decisive}
             return estimate_relative_pose(points0, points1, reference.camera, current.camera, **options)
         right_points0 = right0.beside(exact.indices[:, 0], points0)
         right_points1 = right1.beside(exact.indices[:, 1], points1)

@@ -330,8 +330,7 @@ class Pipeline:
         for topic, fault in zip(self._topics, faults):
             if fault is not None:
                 self._events.mask_fault(fault[0], topic, fault[1])
-        frames = [result.frame] if result.stereo is None else [result.frame, result.stereo.current]
-        for topic, frame in zip(self._topics, frames):
+        for topic, frame in zip(self._topics, result.frames):
             if frame.mask is not None and not frame.mask.any():
                 explanation = f"the mask hides all of an image on {topic}, so nothing is detected in it"
                 self._events.mask_fault("mask hides everything", topic, explanation)

@@ -61,7 +61,7 @@ class ResultPublisher:
     def publish(self, result: Result, parameters: Parameters) -> None:
         """Publish all that came of a frame, which was processed with these parameters."""
         if self._wanted("features"):
-            for frame in [result.frame] if result.stereo is None else [result.frame, result.stereo.current]:
+            for frame in result.frames:
                 self._publish("features", messages.feature_array(frame, parameters.extractor, self._new))
         if result.stereo is not None:
             self._publish("stereo_matches", self._match_array(result.stereo, messages.Pairing.STEREO, parameters))

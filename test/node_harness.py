@@ -28,6 +28,7 @@ from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
 
 Process = subprocess.Popen[str] | forked.ForkedProcess
 PARAMETERS = {"device": "cpu", "precision": "float32", "queue": "all"}
+SMALL = {"profile": "fast", "max_keypoints": 64}  # where the networks play no part
 
 _PATIENCE = 1.0  # seconds after which a question is asked again
 _ARRIVAL = 60.0  # seconds that a message may take
@@ -309,4 +310,4 @@ def running_node(
             rclpy.shutdown(context=context)
 
 
-__all__ = ["PARAMETERS", "NodeUnderTest", "running_node", "stamp_of"]
+__all__ = ["PARAMETERS", "SMALL", "NodeUnderTest", "running_node", "stamp_of"]

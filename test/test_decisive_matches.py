@@ -12,7 +12,7 @@ from two_view_scenes import CAMERA, Scene, check
 from kpmatch_ros import Camera, FeatureMatcher, FrontEnd
 from kpmatch_ros.bags.demo import demo_frames
 from kpmatch_ros.geometry.pose import PoseStatus, relative_motion
-from kpmatch_ros.geometry.refinement import are_decisive
+from kpmatch_ros.geometry.refinement import decisive_matches
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.tracking.tracks import NOT_DETECTED, Links
 
@@ -112,16 +112,20 @@ def test_a_mask_of_another_type_or_shape_is_refused(decisive: Any) -> None:
 
 
 def test_few_refined_matches_decide_nothing_alone() -> None:
-    assert are_decisive(30, 15) and not are_decisive(29, 15)
-    assert are_decisive(100, 50) and not are_decisive(99, 50)
+    def decide(refined: int, min_inliers: int) -> bool:
+        points0, points1, _ = Scene().matches(200, 0)
+        decisive = decisive_matches(points0, points1, np.arange(200) < refined, min_inliers=min_inliers)
+        return decisive is not None and int(decisive.sum()) == refined
+
+    assert decide(30, 15) and not decide(29, 15)
+    assert decide(100, 50) and not decide(99, 50)
 
 
 @pytest.mark.parametrize("refine", [False, True])
 def test_a_front_end_takes_the_motion_of_the_surroundings_that_it_finds(refine: bool) -> None:
     """Two thirds of the matches are wrong, and agree on another motion. Their surroundings are not alike."""
     frames = list(demo_frames(2))
-    info = frames[0].camera_info
-    camera = Camera(info.width, info.height, np.reshape(info.k, (3, 3)), info.distortion_model, np.array(info.d))
+    camera = Camera.from_camera_info(frames[0].camera_info, rectified=False)
     matcher = FeatureMatcher(matcher="nearest", device="cpu", precision="float32", max_keypoints=300, refine=refine)
     front_end = FrontEnd(matcher.parameters, matcher)
     for frame in frames:

@@ -16,9 +16,8 @@ from std_msgs.msg import String
 
 from kpmatch_ros.ros import manager_bond
 from kpmatch_ros.ros.manager_bond import ManagerBond
-from node_harness import NodeUnderTest, running_node
+from node_harness import SMALL, NodeUnderTest, running_node
 
-SMALL = {"profile": "fast", "max_keypoints": 64, "matcher": "nearest"}
 # As bondpy's Bond is called, but for the messages, whose package is bond's own.
 STAND_IN = """
 from std_msgs.msg import String
@@ -67,7 +66,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("stand_in")
 def test_a_managed_node_has_a_bond_under_its_name_while_it_is_active(tmp_path: Path) -> None:
-    with running_node(tmp_path, autostart=False, bond_heartbeat_period=0.05, **SMALL) as node:
+    with running_node(tmp_path, autostart=False, bond_heartbeat_period=0.05, matcher="nearest", **SMALL) as node:
         heard: list[str] = []
         node.subscribe(String, "bond", lambda message: heard.append(message.data))
         node.wait_for(node.is_there, "the node")
@@ -90,7 +89,7 @@ def test_a_managed_node_has_a_bond_under_its_name_while_it_is_active(tmp_path: P
 
 @pytest.mark.usefixtures("stand_in")
 def test_a_node_that_starts_itself_has_none(tmp_path: Path) -> None:
-    with running_node(tmp_path, **SMALL) as node:
+    with running_node(tmp_path, matcher="nearest", **SMALL) as node:
         node.wait_until_connected()
         assert not node.node.count_publishers("bond")
 
@@ -130,7 +129,7 @@ def test_a_period_of_zero_makes_no_bond(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_manager_with_bondpy_forms_a_bond_and_notices_a_kill(tmp_path: Path) -> None:
     from bondpy.bondpy import Bond
 
-    with running_node(tmp_path, autostart=False, **SMALL) as node:
+    with running_node(tmp_path, autostart=False, matcher="nearest", **SMALL) as node:
         node.wait_for(node.is_there, "the node")
         change(node, "configure")
         change(node, "activate")

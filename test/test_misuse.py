@@ -14,10 +14,9 @@ from kpmatch_ros.msg import MatchArray
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.ros.outputs import output_names
 from kpmatch_ros.ros.topic_names import check_topics
-from node_harness import running_node
+from node_harness import SMALL, running_node
 
 WIDTH, HEIGHT = 64, 48
-SMALL = {"profile": "fast", "max_keypoints": 64}
 
 
 def image(seconds: float, frame: str = "camera") -> Image:

@@ -19,10 +19,9 @@ from rcl_interfaces.srv import (
 from rclpy.parameter import Parameter
 from rosgraph_msgs.msg import Clock
 
-from node_harness import NodeUnderTest, running_node
+from node_harness import SMALL, NodeUnderTest, running_node
 
 MANY = 20_000
-SMALL = {"profile": "fast", "max_keypoints": 64, "matcher": "nearest"}
 
 
 def ask(node: NodeUnderTest, kind: type, name: str, request: Any) -> Any:
@@ -41,7 +40,7 @@ def typed(name: str, kind: int) -> ParameterMessage:
 
 
 def test_a_transition_that_is_not_allowed_is_refused_by_id_as_by_label(tmp_path: Path) -> None:
-    with running_node(tmp_path, **SMALL) as node:
+    with running_node(tmp_path, matcher="nearest", **SMALL) as node:
         node.wait_until_connected()
         for number in (1, 2, 3, 10, 50, 99, 255):  # configure, cleanup and activate are other states' transitions
             request = ChangeState.Request()
@@ -105,7 +104,7 @@ def test_parameters_of_unknown_types_and_endless_lists_are_refused(tmp_path: Pat
 
 
 def test_a_negative_time_on_the_clock_is_counted_and_named_and_ends_nothing(tmp_path: Path) -> None:
-    with running_node(tmp_path, calibrated=False, use_sim_time=True, **SMALL) as node:
+    with running_node(tmp_path, calibrated=False, use_sim_time=True, matcher="nearest", **SMALL) as node:
         node.wait_until_connected()
         clock = node.node.create_publisher(Clock, "/clock", 10)
 
@@ -128,7 +127,7 @@ def test_a_profile_decides_what_the_node_was_not_given(tmp_path: Path) -> None:
 
 
 def test_a_node_says_that_it_loads_and_that_it_is_finalized(tmp_path: Path) -> None:
-    with running_node(tmp_path, autostart=False, **SMALL) as node:
+    with running_node(tmp_path, autostart=False, matcher="nearest", **SMALL) as node:
         node.wait_for(lambda: node.diagnostics, "diagnostics")
         request = ChangeState.Request()
         request.transition.label = "configure"

@@ -11,9 +11,7 @@ from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from kpmatch_ros.parameter_file import read_parameter_file, without_effect
-from node_harness import running_node
-
-SMALL = {"profile": "fast", "max_keypoints": 64}
+from node_harness import SMALL, running_node
 
 
 def test_other_types_latched_calibrations_and_misspelt_parameters_are_told_of(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, cross_matrix
-from kpmatch_ros.geometry.refinement import are_decisive
+from kpmatch_ros.geometry.refinement import decisive_matches
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 
 __all__ = ["ByDepth", "ByDisparity", "ByHomography", "Motion", "Truth", "pose_errors", "project"]
@@ -89,8 +89,10 @@ def pose_errors(
         resolution: pixels between neighbouring positions that a keypoint can have, 0 for any position.
         refined: (M,) bool the matches that decide the pose where they are many; None where all do.
     """
-    decisive = refined is not None and are_decisive(int(refined.sum()), FEWEST_INLIERS)
     points0, points1 = motion.seen(points0, points1)
+    decisive = None
+    if refined is not None:
+        decisive = decisive_matches(points0, points1, refined, min_inliers=FEWEST_INLIERS)
     errors = np.full(orders, np.inf)
     for number in range(orders):
         order = np.random.default_rng(number).permutation(len(points0))
@@ -100,7 +102,7 @@ def pose_errors(
             *motion.cameras,
             min_inliers=FEWEST_INLIERS,
             keypoint_resolution=resolution,
-            decisive=refined[order] if decisive and refined is not None else None,
+            decisive=None if decisive is None else decisive[order],
         )
         if found.status in (PoseStatus.OK, PoseStatus.AMBIGUOUS):  # of two motions the likelier one
             errors[number] = motion.error_of(found.rotation.T, -found.rotation.T @ found.translation)

@@ -21,7 +21,7 @@ __all__ = [
     "REFINED_RESOLUTION",
     "align_deformed",
     "align_matches",
-    "are_decisive",
+    "decisive_matches",
     "longest_step",
     "normalize_contrast",
     "refine",
@@ -153,13 +153,30 @@ def align_matches(
     return whole
 
 
-def are_decisive(num_refined: int, min_inliers: int) -> bool:
-    """Whether so many refined matches, of points that move in the image, shall decide a pose of two views alone.
+def decisive_matches(
+    points0: np.ndarray,
+    points1: np.ndarray,
+    refined: np.ndarray,
+    *,
+    max_reprojection_error: float = 1.0,
+    min_inliers: int = 15,
+) -> np.ndarray | None:
+    """(M,) bool which matches shall decide a pose of two views alone: the refined ones where many move; None for all.
 
     Surroundings that are found speak for a match: of 120 pairs of rooms that were taken from far apart, 80 % of the
-    refined matches are right, and 48 % of the others.
+    refined matches are right, and 48 % of the others. What stands still in the image, as a robot's own body, is found
+    wherever the rest is seen from.
+
+    Args:
+        points0: (M, 2) pixels in image 0.
+        points1: (M, 2) pixels in image 1; NaN stands still.
+        refined: (M,) bool which matches are refined.
+        max_reprojection_error: what moves by no more stands still, pixels.
+        min_inliers: those that a pose needs.
     """
-    return num_refined >= max(_DECISIVE, 2 * min_inliers)
+    moves = np.linalg.norm(points1 - points0, axis=1) > max_reprojection_error
+    many = (refined & moves).sum() >= max(_DECISIVE, 2 * min_inliers)
+    return refined if many and not refined.all() else None
 
 
 def refine(

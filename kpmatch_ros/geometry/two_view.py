@@ -159,9 +159,6 @@ def estimate_relative_pose(
         )
         return pose.for_copies(copies[1])
     matches, usable = normalise_matches(points0, points1, camera0, camera1)
-    if len(matches) < required:
-        return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total)
-
     normalised_threshold = 2 * inlier_threshold / (camera0.focal + camera1.focal)
     problem = _Problem(
         matches,
@@ -173,9 +170,9 @@ def estimate_relative_pose(
         required,
         prior,
     )
-    solution = _estimate(problem, decisive[usable]) if decisive is not None else None
+    solution = None if decisive is None else _estimate_by(decisive[usable], problem)
     if solution is None or not solution.status.has_pose:
-        solution = _decide(problem)
+        solution = _estimate(problem)
     inliers, doubted = (_spread_out(mask, usable) for mask in (solution.inliers, solution.doubted))
     if solution.motion is None or solution.inliers is None:
         return RelativePose.undefined(solution.status, total, inliers)
@@ -232,10 +229,10 @@ class _Solution(NamedTuple):
     unbelieved: Motion | None = None
 
 
-def _estimate(problem: _Problem, decisive: np.ndarray) -> _Solution:
+def _estimate_by(decisive: np.ndarray, problem: _Problem) -> _Solution:
     """The motion that some (n,) of the matches decide, with the inliers among all."""
     threshold = problem.inlier_threshold
-    solution = _decide(problem._replace(matches=problem.matches.select(decisive)))
+    solution = _estimate(problem._replace(matches=problem.matches.select(decisive)))
     motion, unbelieved = solution.motion, solution.unbelieved
     if motion is None or not solution.status.has_pose:
         return solution
@@ -251,7 +248,7 @@ def _estimate(problem: _Problem, decisive: np.ndarray) -> _Solution:
     return solution._replace(inliers=inliers, doubted=doubted)
 
 
-def _decide(problem: _Problem) -> _Solution:
+def _estimate(problem: _Problem) -> _Solution:
     """The motion of all matches, but for those of the robot's own body; none where they leave it free."""
     if len(problem.matches) < problem.required:
         return _Solution(PoseStatus.TOO_FEW_MATCHES)
