@@ -15,7 +15,13 @@ from kpmatch_ros.features import Features, to_numpy
 from kpmatch_ros.frames import Frame, GivenFrame, Pair, Result, RightImage, StereoPair, two_of_each
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
-from kpmatch_ros.geometry.refinement import INDEPENDENT_POINTS, REFINED_RESOLUTION, decisive_matches, refine
+from kpmatch_ros.geometry.refinement import (
+    INDEPENDENT_POINTS,
+    REFINED_RESOLUTION,
+    align_matches,
+    decisive_matches,
+    refine,
+)
 from kpmatch_ros.geometry.robust import SMALLEST_SAMPLE
 from kpmatch_ros.geometry.stereo_agreement import StereoAgreement, check_stereo_matches
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
@@ -424,16 +430,17 @@ class FrontEnd:
             "independent_points": INDEPENDENT_POINTS if refined else math.inf,
         }
         points0, points1 = exact.reference_points, exact.points
+        sigmas = exact.sigmas if refined else None
         if right0 is None or right1 is None:
             points1 = np.where(np.isfinite(points1), points1, links.points)
-            options |= {"prior": self._motion_prior(reference, current), "decisive": decisive}
+            options |= {"prior": self._motion_prior(reference, current), "sigmas": sigmas, "decisive": decisive}
             return estimate_relative_pose(points0, points1, reference.camera, current.camera, **options)
         right_points0 = right0.beside(exact.indices[:, 0], points0)
         right_points1 = right1.beside(exact.indices[:, 1], points1)
         if exact is not links:
             right_points0 = refine(reference.normalized, right0.normalized, points0, right_points0, resolution)
             right_points1 = refine(current.normalized, right1.normalized, points1, right_points1, resolution)
-        sigmas = exact.sigmas if refined else None  # given where the right points are found from the left ones
+        # The right points are found from the left ones.
         return estimate_stereo_motion(
             points0, right_points0, points1, right_points1, right0.camera, right1.camera, sigmas=sigmas, **options
         )
@@ -443,8 +450,12 @@ class FrontEnd:
         if reference.camera is None or current.camera is None:
             return links
         resolution = self._keypoint_resolution(current)
-        points = refine(reference.normalized, current.normalized, links.reference_points, links.points, resolution)
-        return replace(links, points=points, refined=np.isfinite(points[:, 0]), sigmas=np.ones(len(points)))
+        images = reference.normalized, current.normalized
+        found = align_matches(*images, links.reference_points, links.points, resolution)
+        points = np.where(found.good[:, None], found.points, np.float32(np.nan))
+        return replace(
+            links, points=points, refined=found.good, sigmas=np.where(found.good, found.sigmas, links.sigmas)
+        )
 
     def _motion_prior(self, reference: Frame, current: Frame) -> Motion | None:
         """The motion before, if it ended where this one begins and took about as long."""

@@ -307,6 +307,17 @@ def test_the_first_convolution_in_bfloat16_is_as_exact_as_in_float32(
     assert (coarse - precise).abs().mean() > 4 * (found.float() - precise.bfloat16().float()).abs().mean()
 
 
+def test_training_in_bfloat16_converts_nothing_back_between_convolutions() -> None:
+    block = superpoint.ConvBlock(1, 16, pooling=True).train()
+    seen: list[torch.dtype] = []
+    block.conv_b.register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = block(torch.rand(1, 1, 32, 32))
+    found.float().sum().backward()
+    assert seen == [torch.bfloat16] and found.dtype == torch.bfloat16
+    assert block.conv_a.weight.grad is not None and block.conv_a.weight.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_below_zero_becomes_zero_in_every_precision(dtype: torch.dtype) -> None:
     tiny = torch.finfo(dtype).tiny

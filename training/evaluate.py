@@ -68,7 +68,8 @@ def start_process() -> None:
 
 def find_pose(path: Path, motion: Motion, found: Found, resolution: float, orders: int) -> None:
     """Work out a pair's poses and keep their errors."""
-    save(path, poses=pose_errors(motion, found.points0, found.points1, resolution, orders, found.refined))
+    matches = found.points0, found.points1
+    save(path, poses=pose_errors(motion, *matches, resolution, orders, found.refined, found.sigmas))
 
 
 def code_hashes(package: Path, scripts: Path) -> dict[str, str]:
@@ -84,7 +85,7 @@ def code_hashes(package: Path, scripts: Path) -> dict[str, str]:
     hashes = {}
     parts = {
         "matches": [*package.glob("models/*"), *package.glob("runtime/*"), scripts / "evaluation_matchers.py"],
-        "refined": [*package.glob("geometry/*"), *package.glob("imaging/*")],
+        "refined": [*package.glob("geometry/*"), *package.glob("imaging/*"), *package.glob("tracking/*")],
         "poses": [scripts / "evaluation_truth.py"],
     }
     for kind, paths in parts.items():
@@ -132,8 +133,8 @@ class Cache:
         path = self.path(matcher, pair, "matches")
         kept = read(path)
         if kept is not None:
-            count0, count1 = kept["keypoints"].tolist()
-            return Found(kept["points0"], kept["points1"], kept["scores"], (count0, count1), kept.get("refined"))
+            counts = tuple(kept.pop("keypoints").tolist())
+            return Found(**kept, keypoints=counts)  # type: ignore[arg-type]
         if isinstance(matcher, Refined):
             found = matcher.refine(*pair.images, self.matches(matcher.matcher, pair))
         else:

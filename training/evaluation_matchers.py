@@ -26,6 +26,7 @@ from kpmatch_ros.models.assignment import ImageFeatures
 from kpmatch_ros.models.checkpoint import Checkpoint, build_from
 from kpmatch_ros.models.detections import clear_border, read_out, select_keypoints, suppress_non_maxima
 from kpmatch_ros.models.superpoint import sample_descriptors
+from kpmatch_ros.tracking.track_search import keypoint_sigma
 from kpmatch_ros.weights import resolve
 
 __all__ = ["PEERS", "Found", "Matcher", "Ours", "Refined", "load_ours", "load_peer", "missing_files"]
@@ -43,6 +44,7 @@ class Found(NamedTuple):
         scores: (M,) in [0, 1]; NaN where the matcher gives none.
         keypoints: how many there were in each image.
         refined: (M,) bool matches whose surroundings were found; None where that was not tried.
+        sigmas: (M,) standard deviations of ``points1`` then, pixels.
     """
 
     points0: np.ndarray
@@ -50,6 +52,7 @@ class Found(NamedTuple):
     scores: np.ndarray
     keypoints: tuple[int, int]
     refined: np.ndarray | None = None
+    sigmas: np.ndarray | None = None
 
 
 class Matcher(Protocol):
@@ -352,7 +355,8 @@ class Refined:
         """Refine what the matcher has found in two images."""
         normalized = [refinement.normalize_contrast(image) for image in (image0, image1)]
         aligned = refinement.align_matches(*normalized, found.points0, found.points1, self.resolution)
-        return found._replace(points1=aligned.points.astype(np.float64), refined=aligned.good)
+        sigmas = np.where(aligned.good, aligned.sigmas, keypoint_sigma(self.resolution)).astype(np.float64)
+        return found._replace(points1=aligned.points.astype(np.float64), refined=aligned.good, sigmas=sigmas)
 
 
 PEERS = {"aliked": "ALIKED+LightGlue", "disk": "DISK+LightGlue", "xfeat": XFeat.name, "sift": Sift.name}

@@ -70,6 +70,14 @@ class Motion:
             return points0, points1
         return project(self.cuts[0], points0), project(self.cuts[1], points1)
 
+    def seen_sigmas(self, points1: Array, sigmas: Array) -> Array:
+        """Standard deviations (M,) of points (M, 2) of image 1, in pixels of its camera's image."""
+        if self.cuts is None:
+            return sigmas
+        place = project(self.cuts[1], points1)
+        across, down = (project(self.cuts[1], points1 + step) - place for step in np.eye(2))
+        return np.asarray(sigmas * np.sqrt(np.abs(across[:, 0] * down[:, 1] - across[:, 1] * down[:, 0])))
+
     def error_of(self, rotation: Array, translation: Array) -> float:
         """The larger of the angles by which rotation and direction of translation are off, degrees."""
         turn = (np.trace(rotation.T @ self.rotation) - 1) / 2
@@ -79,7 +87,13 @@ class Motion:
 
 
 def pose_errors(
-    motion: Motion, points0: Array, points1: Array, resolution: float, orders: int, refined: Array | None = None
+    motion: Motion,
+    points0: Array,
+    points1: Array,
+    resolution: float,
+    orders: int,
+    refined: Array | None = None,
+    sigmas: Array | None = None,
 ) -> Array:
     """Errors (orders,) in degrees of the package's own pose, the matches given in as many random orders.
 
@@ -88,7 +102,10 @@ def pose_errors(
     Args:
         resolution: pixels between neighbouring positions that a keypoint can have, 0 for any position.
         refined: (M,) bool the matches that decide the pose where they are many; None where all do.
+        sigmas: (M,) standard deviations of ``points1``, pixels; None where they are alike.
     """
+    if sigmas is not None:
+        sigmas = motion.seen_sigmas(points1, sigmas)
     points0, points1 = motion.seen(points0, points1)
     decisive = None
     if refined is not None:
@@ -102,6 +119,7 @@ def pose_errors(
             *motion.cameras,
             min_inliers=FEWEST_INLIERS,
             keypoint_resolution=resolution,
+            sigmas=None if sigmas is None else sigmas[order],
             decisive=None if decisive is None else decisive[order],
         )
         if found.status in (PoseStatus.OK, PoseStatus.AMBIGUOUS):  # of two motions the likelier one

@@ -17,6 +17,7 @@ __all__ = [
     "TUKEY",
     "are_on_one_line",
     "check_options",
+    "check_sigmas",
     "dimensions",
     "design_effect",
     "epipolar_chance",
@@ -63,6 +64,18 @@ def check_options(max_reprojection_error: float, keypoint_resolution: float) -> 
         raise ValueError(f"max_reprojection_error must be a positive number of pixels, not {max_reprojection_error}")
     if not 0 <= keypoint_resolution < math.inf:
         raise ValueError(f"keypoint_resolution must be a number of pixels from 0 up, not {keypoint_resolution}")
+
+
+def check_sigmas(sigmas: np.ndarray, count: int) -> np.ndarray:
+    """Standard deviations (count,) as float64.
+
+    Raises:
+        ValueError: they are not so many, or not positive numbers.
+    """
+    sigmas = np.asarray(sigmas, dtype=np.float64)
+    if sigmas.shape != (count,) or not ((sigmas > 0) & np.isfinite(sigmas)).all():
+        raise ValueError(f"sigmas must be {count} positive numbers, not {sigmas.shape} from {sigmas.min(initial=0)} up")
+    return sigmas
 
 
 def without_copies(*pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:

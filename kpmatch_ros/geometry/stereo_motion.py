@@ -17,6 +17,7 @@ from kpmatch_ros.geometry.robust import (
     TINY,
     are_on_one_line,
     check_options,
+    check_sigmas,
     design_effect,
     epipolar_chance,
     log_false_alarms,
@@ -350,7 +351,5 @@ def _search(pair: FramePair, cameras: tuple[StereoCamera, StereoCamera], inlier_
 
 def _relative(sigmas: np.ndarray, count: int) -> np.ndarray:
     """Standard deviations (count,) in units of their median."""
-    sigmas = np.asarray(sigmas, dtype=np.float64)
-    if sigmas.shape != (count,) or not (sigmas > 0).all() or not np.isfinite(sigmas).all():
-        raise ValueError(f"sigmas must be {count} positive numbers, not {sigmas.shape} from {sigmas.min(initial=0)} up")
+    sigmas = check_sigmas(sigmas, count)
     return np.sqrt(((sigmas / np.median(sigmas)) ** 2 + _UNTOLD**2) / (1 + _UNTOLD**2)) if count else sigmas

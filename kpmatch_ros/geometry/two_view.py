@@ -7,7 +7,6 @@ mean is said in :mod:`kpmatch_ros.geometry.two_view_errors`.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 from scipy.special import chdtri
@@ -17,16 +16,16 @@ from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.robust import (
     FALSE_ALARM_RATE,
     SMALLEST_SAMPLE,
-    TUKEY,
     check_options,
+    check_sigmas,
     design_effect,
     dimensions,
     epipolar_chance,
     log_false_alarms,
-    tukey_cutoff,
     without_copies,
 )
-from kpmatch_ros.geometry.two_modes import decide_by_prior, distance, is_distinct, rival_of, spread
+from kpmatch_ros.geometry.two_modes import decide_by_prior, distance, is_distinct, spread
+from kpmatch_ros.geometry.two_view_body import find_own_body
 from kpmatch_ros.geometry.two_view_errors import (
     Matches,
     Motion,
@@ -42,6 +41,7 @@ from kpmatch_ros.geometry.two_view_errors import (
 from kpmatch_ros.geometry.two_view_fit import Covariances, Noise, motion_covariances, rotation_covariance
 from kpmatch_ros.geometry.two_view_hidden import hidden_translation_covariance
 from kpmatch_ros.geometry.two_view_motion import MANY_WRONG, Fit, best_candidate, decide, fit_motion, widen
+from kpmatch_ros.geometry.two_view_problem import Problem, Solution, spread_out, weigh
 from kpmatch_ros.geometry.two_view_rotation import (
     Parallax,
     find_parallax,
@@ -53,13 +53,6 @@ from kpmatch_ros.geometry.two_view_rotation import (
 from kpmatch_ros.geometry.two_view_search import SAMPLE, search_motions, search_translations
 
 __all__ = ["estimate_relative_pose"]
-
-# A robot's own body stands still in the image while the scene moves. The scene has at least so large a part of the
-# matches; its motion explains so large a part of it; and what stands still speaks for this motion by so little of what
-# the scene's matches do.
-_SMALLEST_SCENE = 0.2
-_EXPLAINED = 0.6
-_CONTRADICTED = 0.5
 
 # Noise above the threshold spreads the residuals evenly up to it, as a standard deviation of 1.5 thresholds would. With
 # less than so many thresholds the noise is not above it.
@@ -84,6 +77,7 @@ def estimate_relative_pose(
     keypoint_resolution: float = 1.0,
     independent_points: float = math.inf,
     prior: Motion | None = None,
+    sigmas: np.ndarray | None = None,
     decisive: np.ndarray | None = None,
 ) -> RelativePose:
     """Pose of the current camera in the reference camera's optical frame, from matched keypoints.
@@ -118,6 +112,9 @@ def estimate_relative_pose(
             the covariance are those of so many: more points on the same surfaces do not make the pose surer.
         prior: the motion between the two images before, over about the same time, where it is known. It decides between
             motions that explain the matches alike.
+        sigmas: (M,) standard deviations of the matches, pixels, where they are known to differ: of a coordinate of
+            the one point beside where the other one is. Exact matches then count for more, as far as the residuals bear
+            that out.
         decisive: (M,) bool which matches the pose is estimated from, where some are surer or more exact than others.
             The others may be inliers of it. Where these give no pose, all decide.
 
@@ -135,6 +132,8 @@ def estimate_relative_pose(
         decisive = np.asarray(decisive)
         if decisive.dtype != bool or decisive.shape != (len(points0),):
             raise ValueError(f"decisive must be (M,) bool, M = {len(points0)}, not {decisive.dtype} {decisive.shape}")
+    if sigmas is not None:
+        sigmas = check_sigmas(sigmas, len(points0))
     check_options(max_reprojection_error, keypoint_resolution)
     total, inlier_threshold = len(points0), float(max_reprojection_error)
     required = max(min_inliers, SMALLEST_SAMPLE)
@@ -155,12 +154,13 @@ def estimate_relative_pose(
             keypoint_resolution=keypoint_resolution,
             independent_points=independent_points,
             prior=prior,
+            sigmas=None if sigmas is None else sigmas[copies[0]],
             decisive=None if decisive is None else decisive[copies[0]],
         )
         return pose.for_copies(copies[1])
     matches, usable = normalise_matches(points0, points1, camera0, camera1)
     normalised_threshold = 2 * inlier_threshold / (camera0.focal + camera1.focal)
-    problem = _Problem(
+    problem = Problem(
         matches,
         inlier_threshold,
         normalised_threshold,
@@ -169,11 +169,12 @@ def estimate_relative_pose(
         epipolar_chance(camera0, inlier_threshold),
         required,
         prior,
+        None if sigmas is None else sigmas[usable],
     )
     solution = None if decisive is None else _estimate_by(decisive[usable], problem)
     if solution is None or not solution.status.has_pose:
         solution = _estimate(problem)
-    inliers, doubted = (_spread_out(mask, usable) for mask in (solution.inliers, solution.doubted))
+    inliers, doubted = (spread_out(mask, usable) for mask in (solution.inliers, solution.doubted))
     if solution.motion is None or solution.inliers is None:
         return RelativePose.undefined(solution.status, total, inliers)
     return RelativePose(
@@ -190,54 +191,15 @@ def estimate_relative_pose(
     )
 
 
-def _spread_out(mask: np.ndarray | None, chosen: np.ndarray) -> np.ndarray | None:
-    """A mask of those that another one (N,) chooses, for all (N,) of them."""
-    if mask is None:
-        return None
-    every = np.zeros(len(chosen), dtype=bool)
-    every[chosen] = mask
-    return every
-
-
-class _Problem(NamedTuple):
-    """Usable matches, and what estimate_relative_pose was told of them.
-
-    `chance` is the probability that a wrong match is within the inlier threshold of its epipolar line.
-    """
-
-    matches: Matches
-    inlier_threshold: float
-    normalised_threshold: float
-    resolution: float
-    independent_points: float
-    chance: float
-    required: int
-    prior: Motion | None
-
-
-class _Solution(NamedTuple):
-    """What became of a problem: its motion, None without a pose, and its inliers (n,), None if not estimated.
-
-    Besides, those (n,) that agree with a translation that is not believed, if there is one, and this motion.
-    """
-
-    status: PoseStatus
-    motion: Motion | None = None
-    covariance: np.ndarray = np.zeros((6, 6))
-    inliers: np.ndarray | None = None
-    doubted: np.ndarray | None = None
-    unbelieved: Motion | None = None
-
-
-def _estimate_by(decisive: np.ndarray, problem: _Problem) -> _Solution:
+def _estimate_by(decisive: np.ndarray, problem: Problem) -> Solution:
     """The motion that some (n,) of the matches decide, with the inliers among all."""
     threshold = problem.inlier_threshold
-    solution = _estimate(problem._replace(matches=problem.matches.select(decisive)))
+    solution = _estimate(problem.select(decisive))
     motion, unbelieved = solution.motion, solution.unbelieved
     if motion is None or not solution.status.has_pose:
         return solution
     others = problem.matches.select(~decisive)
-    inliers, doubted = (_spread_out(mask, decisive) for mask in (solution.inliers, solution.doubted))
+    inliers, doubted = (spread_out(mask, decisive) for mask in (solution.inliers, solution.doubted))
     assert inliers is not None
     if motion.translation.any():
         inliers[~decisive] = agrees(others, motion, threshold)
@@ -248,23 +210,25 @@ def _estimate_by(decisive: np.ndarray, problem: _Problem) -> _Solution:
     return solution._replace(inliers=inliers, doubted=doubted)
 
 
-def _estimate(problem: _Problem) -> _Solution:
+def _estimate(problem: Problem) -> Solution:
     """The motion of all matches, but for those of the robot's own body; none where they leave it free."""
     if len(problem.matches) < problem.required:
-        return _Solution(PoseStatus.TOO_FEW_MATCHES)
-    body = _find_own_body(problem)
+        return Solution(PoseStatus.TOO_FEW_MATCHES)
+    body = find_own_body(problem)
     if body.mask is None:
         solution = _check_noise(problem, _solve(problem, body.candidates))
     else:
         solution = _solve_without(problem, body.mask, body.candidates)
     if solution.status is PoseStatus.OK and _is_free(problem, solution):
-        return _Solution(PoseStatus.FAILED)
+        return Solution(PoseStatus.FAILED)
     return solution
 
 
-def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
+def _solve(problem: Problem, candidates: list[Motion]) -> Solution:
     """The motion that most of the matches agree with; candidates are searched for where there are none."""
-    matches, inlier_threshold, normalised_threshold, resolution, independent_points, chance, required, prior = problem
+    matches, inlier_threshold, normalised_threshold, resolution, independent_points, chance, required, prior, _ = (
+        problem
+    )
     candidates = candidates or search_motions(matches, inlier_threshold, normalised_threshold)
     starts = [np.eye(3)] + [candidate.rotation for candidate in candidates]
     rotation = fit_rotation_roughly(matches.sample(SAMPLE), starts, inlier_threshold)
@@ -289,29 +253,11 @@ def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
         if fit is not None:
             parallax = find_parallax(matches, fit.motion, rotation, turning, noise)
     if fit is not None and parallax is Parallax.EVERYWHERE:
-        noise = noise._replace(design_effect=design_effect(moving, independent_points))
-        covariances = _motion_covariances(fit, noise)
-        decided, rivals = decide(matches, fit, covariances.alike, rotation, noise, prior)
-        if decided is not fit:
-            fit, moving = decided, agrees(matches, decided.motion, inlier_threshold)
-            covariances = _motion_covariances(fit, noise)
-        if moving.sum() < required:
-            return _Solution(PoseStatus.TOO_FEW_MATCHES, inliers=moving)
-        covariance, near = widen(matches, fit, covariances, noise)
-        # On a long ridge, the covariance is long enough to cover motions that have nothing to do with it.
-        rivals = [rival for rival in rivals if not _covers(near, fit.motion, rival)]
-        if any(is_distinct(fit.motion, rival) for rival in rivals):
-            covariance = covariance + sum(spread(fit.motion, rival) for rival in rivals)
-            return _Solution(PoseStatus.AMBIGUOUS, fit.motion, covariance, moving)
-        # A unit vector does not vary along itself.
-        across = np.eye(6)
-        across[:3, :3] -= np.outer(fit.motion.translation, fit.motion.translation)
-        covariance = covariance + sum(across @ spread(fit.motion, rival) @ across for rival in rivals)
-        return _Solution(PoseStatus.OK, fit.motion, covariance, moving)
+        return _decide(problem, fit, rotation)
     if turning.sum() < required:
         if fit is None:
-            return _Solution(PoseStatus.FAILED)
-        return _Solution(PoseStatus.TOO_FEW_MATCHES, inliers=turning)
+            return Solution(PoseStatus.FAILED)
+        return Solution(PoseStatus.TOO_FEW_MATCHES, inliers=turning)
     motion = Motion(rotation, np.zeros(3))
     covariance, doubted, unbelieved = _rotation_covariance(matches, rotation, noise), None, None
     if fit is not None and (
@@ -319,10 +265,43 @@ def _solve(problem: _Problem, candidates: list[Motion]) -> _Solution:
     ):  # if it is the camera's, the rotation is the fit's
         covariance[3:, 3:] += spread(motion, fit.motion)[3:, 3:]
         doubted, unbelieved = moving & ~turning, fit.motion
-    return _Solution(PoseStatus.NO_TRANSLATION, motion, covariance, turning, doubted, unbelieved)
+    return Solution(PoseStatus.NO_TRANSLATION, motion, covariance, turning, doubted, unbelieved)
 
 
-def _check_noise(problem: _Problem, solution: _Solution) -> _Solution:
+def _decide(problem: Problem, fit: Fit, rotation: np.ndarray) -> Solution:
+    """The motion with a translation, by each match's own standard deviation where it is known, if no other is as good.
+
+    Args:
+        problem: the matches.
+        fit: the motion of them all.
+        rotation: (3, 3) the one that explains most matches without a translation.
+    """
+    matches, inlier_threshold, _, resolution, *_ = weighed = weigh(problem, fit.motion)
+    if weighed is not problem:
+        fit = fit_motion(matches, [fit.motion], inlier_threshold, resolution) or fit
+    moving = agrees(matches, fit.motion, inlier_threshold)
+    noise = Noise(inlier_threshold, resolution, design_effect(moving, problem.independent_points))
+    covariances = _motion_covariances(fit, noise)
+    decided, rivals = decide(matches, fit, covariances.alike, rotation, noise, problem.prior)
+    if decided is not fit:
+        fit, covariances = decided, _motion_covariances(decided, noise)
+    inliers = agrees(problem.matches, fit.motion, problem.inlier_threshold)
+    if inliers.sum() < problem.required:
+        return Solution(PoseStatus.TOO_FEW_MATCHES, inliers=inliers)
+    covariance, near = widen(matches, fit, covariances, noise)
+    # On a long ridge, the covariance is long enough to cover motions that have nothing to do with it.
+    rivals = [rival for rival in rivals if not _covers(near, fit.motion, rival)]
+    if any(is_distinct(fit.motion, rival) for rival in rivals):
+        covariance = covariance + sum(spread(fit.motion, rival) for rival in rivals)
+        return Solution(PoseStatus.AMBIGUOUS, fit.motion, covariance, inliers)
+    # A unit vector does not vary along itself.
+    across = np.eye(6)
+    across[:3, :3] -= np.outer(fit.motion.translation, fit.motion.translation)
+    covariance = covariance + sum(across @ spread(fit.motion, rival) @ across for rival in rivals)
+    return Solution(PoseStatus.OK, fit.motion, covariance, inliers)
+
+
+def _check_noise(problem: Problem, solution: Solution) -> Solution:
     """The solution, or one with a larger inlier threshold if the matches as a whole speak for that.
 
     Where the noise is above the threshold, a few matches that agree by chance may decide. The noise is then that of the
@@ -333,7 +312,7 @@ def _check_noise(problem: _Problem, solution: _Solution) -> _Solution:
     if solution.motion is None or solution.inliers is None or solution.status not in agreed:
         return solution
     matches, threshold = problem.matches, problem.inlier_threshold
-    if solution.inliers.mean() > MANY_WRONG or _deviation(problem, matches, solution.motion) < _SHARP * threshold:
+    if solution.inliers.mean() > MANY_WRONG or problem.deviation(solution.motion) < _SHARP * threshold:
         return solution
     anywhere = threshold / problem.chance  # where a wrong match is, around its epipolar line
     deviations = threshold * _DEVIATIONS[:, None]
@@ -343,11 +322,7 @@ def _check_noise(problem: _Problem, solution: _Solution) -> _Solution:
 
     best, value, doubts = solution, evidence(solution.motion), list[Motion]()
     for factor in _COARSER:
-        coarser = problem._replace(
-            inlier_threshold=factor * threshold,
-            normalised_threshold=factor * problem.normalised_threshold,
-            chance=min(1.0, factor * problem.chance),
-        )
+        coarser = problem.with_threshold(factor)
         candidates = search_motions(matches, coarser.inlier_threshold, coarser.normalised_threshold, 1)
         candidate = best_candidate(matches, candidates, coarser.inlier_threshold)
         if candidate is None or evidence(candidate) <= value:
@@ -371,11 +346,11 @@ def _check_noise(problem: _Problem, solution: _Solution) -> _Solution:
     return best._replace(inliers=inliers)
 
 
-def _is_free(problem: _Problem, solution: _Solution) -> bool:
+def _is_free(problem: Problem, solution: Solution) -> bool:
     """Whether the inliers leave the motion free: on one line in both images, or seen as one point in either."""
     assert solution.motion is not None and solution.inliers is not None
-    matches = problem.matches.select(solution.inliers)
-    variance = _deviation(problem, matches, solution.motion) ** 2
+    agreeing = problem.select(solution.inliers)
+    matches, variance = agreeing.matches, agreeing.deviation(solution.motion) ** 2
     parts = np.array([[0, 1], [1, 2]])  # a list of lists is two indices to NumPy 1.22
     directions = [
         dimensions(rays[:2], noise.mean(axis=1)[parts], variance)
@@ -384,75 +359,17 @@ def _is_free(problem: _Problem, solution: _Solution) -> bool:
     return max(directions) < 2 or min(directions) < 1
 
 
-class _Body(NamedTuple):
-    """Which matches (n,) are on the robot's own body, None where none is; and candidates for the others' motion."""
-
-    mask: np.ndarray | None
-    candidates: list[Motion]
-
-
-def _find_own_body(problem: _Problem) -> _Body:
-    """Look whether the matches that stand still in the image contradict the motion of the rest.
-
-    If so, they are on something that moves with the camera, as a robot's own body does, or the camera stands still
-    before something that moves.
-    """
-    matches, inlier_threshold = problem.matches, problem.inlier_threshold
-    still = lengths(rotation_residuals(matches, np.eye(3))) < inlier_threshold
-    if still.sum() < problem.required or (~still).sum() < max(problem.required, _SMALLEST_SCENE * len(matches)):
-        return _Body(None, [])
-    scene, body = matches.select(~still), matches.select(still)
-    own = search_motions(scene, inlier_threshold, problem.normalised_threshold)
-    found = best_candidate(scene, own, inlier_threshold)
-    if found is None:
-        return _Body(None, [])
-    if not _contradicts(problem, scene, body, found):
-        return _Body(None, own)
-    whole = search_motions(matches, inlier_threshold, problem.normalised_threshold, 1)
-    whole += search_translations(scene, np.eye(3), inlier_threshold)
-    both = best_candidate(matches, [found, *whole], inlier_threshold)
-    assert both is not None
-    if agrees(scene, both, inlier_threshold).mean() >= _EXPLAINED:
-        return _Body(still, own) if _contradicts(problem, scene, body, both) else _Body(None, [both, *whole])
-    deviation = _deviation(problem, scene, found)
-    effect = design_effect(agrees(scene, found, inlier_threshold), problem.independent_points)
-    if rival_of(scene, found, both, inlier_threshold, deviation, effect).is_alike:
-        return _Body(None, [both, *whole])
-    return _Body(still, own)
-
-
-def _contradicts(problem: _Problem, scene: Matches, body: Matches, motion: Motion) -> bool:
-    """Whether a motion explains the scene, and the body speaks against it."""
-    inlier_threshold = problem.inlier_threshold
-    agree = agrees(scene, motion, inlier_threshold)
-    if agree.mean() < _EXPLAINED:
-        return False
-    if log_false_alarms(agree, np.full(len(scene), problem.chance), 5) > math.log(FALSE_ALARM_RATE):
-        return False
-    deviation = _deviation(problem, scene, motion)
-    worth = [
-        gains(residual_sizes(side, motion, inlier_threshold), deviation, inlier_threshold) for side in (scene, body)
-    ]
-    return bool(worth[1].mean() <= _CONTRADICTED * worth[0][agree].mean())
-
-
-def _deviation(problem: _Problem, matches: Matches, motion: Motion) -> float:
-    """Standard deviation of the keypoints' noise, pixels."""
-    sizes = residual_sizes(matches, motion, problem.inlier_threshold)
-    return tukey_cutoff(sizes, problem.inlier_threshold, problem.resolution) / TUKEY
-
-
-def _solve_without(problem: _Problem, own_body: np.ndarray, candidates: list[Motion]) -> _Solution:
+def _solve_without(problem: Problem, own_body: np.ndarray, candidates: list[Motion]) -> Solution:
     """The motion of the matches that do not stand still in the image.
 
     Where more stand still than move, the camera may stand before something large that moves: AMBIGUOUS, unless the
     motion before tells.
     """
-    solution = _solve(problem._replace(matches=problem.matches.select(~own_body)), candidates)
+    solution = _solve(problem.select(~own_body), candidates)
     if solution.inliers is None:
         return solution
     num_inliers = solution.inliers.sum()
-    inliers, doubted = (_spread_out(mask, ~own_body) for mask in (solution.inliers, solution.doubted))
+    inliers, doubted = (spread_out(mask, ~own_body) for mask in (solution.inliers, solution.doubted))
     solution = solution._replace(inliers=inliers, doubted=doubted)
     if solution.status is not PoseStatus.OK or solution.motion is None or own_body.sum() <= num_inliers:
         return solution

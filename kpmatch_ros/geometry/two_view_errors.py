@@ -115,6 +115,12 @@ class Matches:
         indices = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
         return Matches(self.columns.take(indices, axis=2))
 
+    def scaled(self, scales: np.ndarray) -> Matches:
+        """The matches with so many times (n,) the noise in both images."""
+        columns = self.columns.copy()
+        columns[2:] *= scales * scales
+        return Matches(columns)
+
     def sample(self, size: int, seed: int = 0) -> Matches:
         """So many of the matches at random, the same for the same seed; all where there are no more."""
         if len(self) <= size:

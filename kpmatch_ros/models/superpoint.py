@@ -102,7 +102,9 @@ class ConvBlock(nn.Module):
         # Next to a cut a convolution sees zeros in place of the image's next row: its outer row there is thrown away.
         above, below = int(top > 0), int(bottom < x.shape[2])
         x = conv_a(x[:, :, top - 2 * above : bottom + 2 * below])
-        x = relu_(x.to(self.conv_b.weight.dtype))
+        if x.dtype == torch.float32:  # what autocast made narrower stays so: training would convert it to and fro
+            x = x.to(self.dtype)
+        x = relu_(x)
         x = self.conv_b(x[:, :, above : x.shape[2] - below])
         return self._finish(x[:, :, above : x.shape[2] - below])
 

@@ -1,0 +1,75 @@
+"""Matches on the robot's own body, which stand still in the image while the scene moves."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from kpmatch_ros.geometry.robust import FALSE_ALARM_RATE, design_effect, log_false_alarms
+from kpmatch_ros.geometry.two_modes import rival_of
+from kpmatch_ros.geometry.two_view_errors import Motion, agrees, gains, lengths, residual_sizes, rotation_residuals
+from kpmatch_ros.geometry.two_view_motion import best_candidate
+from kpmatch_ros.geometry.two_view_problem import Problem
+from kpmatch_ros.geometry.two_view_search import search_motions, search_translations
+
+__all__ = ["Body", "find_own_body"]
+
+# The scene has at least so large a part of the matches; its motion explains so large a part of it; and what stands
+# still speaks for this motion by so little of what the scene's matches do.
+_SMALLEST_SCENE = 0.2
+_EXPLAINED = 0.6
+_CONTRADICTED = 0.5
+
+
+class Body(NamedTuple):
+    """Which matches (n,) are on the robot's own body, None where none is; and candidates for the others' motion."""
+
+    mask: np.ndarray | None
+    candidates: list[Motion]
+
+
+def find_own_body(problem: Problem) -> Body:
+    """Look whether the matches that stand still in the image contradict the motion of the rest.
+
+    If so, they are on something that moves with the camera, as a robot's own body does, or the camera stands still
+    before something that moves.
+    """
+    matches, inlier_threshold = problem.matches, problem.inlier_threshold
+    still = lengths(rotation_residuals(matches, np.eye(3))) < inlier_threshold
+    if still.sum() < problem.required or (~still).sum() < max(problem.required, _SMALLEST_SCENE * len(matches)):
+        return Body(None, [])
+    scene, body = problem.select(~still), problem.select(still)
+    own = search_motions(scene.matches, inlier_threshold, problem.normalised_threshold)
+    found = best_candidate(scene.matches, own, inlier_threshold)
+    if found is None:
+        return Body(None, [])
+    if not _contradicts(scene, body, found):
+        return Body(None, own)
+    whole = search_motions(matches, inlier_threshold, problem.normalised_threshold, 1)
+    whole += search_translations(scene.matches, np.eye(3), inlier_threshold)
+    both = best_candidate(matches, [found, *whole], inlier_threshold)
+    assert both is not None
+    if agrees(scene.matches, both, inlier_threshold).mean() >= _EXPLAINED:
+        return Body(still, own) if _contradicts(scene, body, both) else Body(None, [both, *whole])
+    effect = design_effect(agrees(scene.matches, found, inlier_threshold), problem.independent_points)
+    if rival_of(scene.matches, found, both, inlier_threshold, scene.deviation(found), effect).is_alike:
+        return Body(None, [both, *whole])
+    return Body(still, own)
+
+
+def _contradicts(scene: Problem, body: Problem, motion: Motion) -> bool:
+    """Whether a motion explains the scene, and the body speaks against it."""
+    inlier_threshold = scene.inlier_threshold
+    agree = agrees(scene.matches, motion, inlier_threshold)
+    if agree.mean() < _EXPLAINED:
+        return False
+    if log_false_alarms(agree, np.full(len(agree), scene.chance), 5) > math.log(FALSE_ALARM_RATE):
+        return False
+    deviation = scene.deviation(motion)
+    worth = [
+        gains(residual_sizes(side.matches, motion, inlier_threshold), deviation, inlier_threshold)
+        for side in (scene, body)
+    ]
+    return bool(worth[1].mean() <= _CONTRADICTED * worth[0][agree].mean())
