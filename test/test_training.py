@@ -382,7 +382,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(folder: Path, out: Path, kind: str, *options: str) -> list[dict[str, Any]]:
     """Train; the log's lines."""
-    common = ["--shards", folder, "--out", out, "--batch", 2, "--size", *SIZE, "--log-every", 1, "--device", "cpu"]
+    common = ["--shards", folder, "--out", out, "--batch", 2, "--size", *SIZE, "--log-every", 1,
+              "--watch-views", 2, "--device", "cpu"]  # fmt: skip
     train.main([kind, *map(str, common), "--precision", "float32", *options])
     return [json.loads(line) for line in (out / f"{kind}.jsonl").read_text().splitlines()]
 
@@ -617,6 +618,7 @@ def test_the_script_for_a_gpu_trains_both_from_tiny_shards(
     folder: Path, tmp_path: Path, stage: str, more: list[str]
 ) -> None:
     options = ["--size", "96", "64", "--batch", "1", "--device", "cpu", "--precision", "float32", *more]
+    options += ["--watch-views", "1"]
     out = tmp_path / "run"
     shards_there = os.path.relpath(folder, tmp_path)
     done = subprocess.run(
@@ -737,6 +739,21 @@ def distilled(folder: Path, teacher: Path, out: Path, kind: str, *options: str) 
     few = ["--batches", 3, "--watch-views", 1, "--keypoints", 128, "--layers", 1, "--device", "cpu"]
     distil.main([kind, *map(str, common + few), "--precision", "float32", *options])
     return steps([json.loads(line) for line in (out / f"{kind}.jsonl").read_text().splitlines()])
+
+
+def test_what_is_watched_is_the_same_in_every_run(folder: Path) -> None:
+    """Whatever its seed and how many pairs are a step: so that runs compare."""
+    _, watched = views.load(folder, CPU)
+    seen = []
+    for seed, batch in ((0, 1), (3, 7)):
+        settings = loop.Settings(CPU, batch, SIZE, seed, None)
+        seen.append(list(loop.watched_parts(watched, settings, 5)))
+    assert [name for name, _, _ in seen[0]] == ["Photos", "Photos", "RoomViews", "RoomViews"]
+    assert [len(pairs.images[0]) for _, pairs, _ in seen[0]] == [4, 1, 4, 1]
+    for (_, first, draw0), (_, second, draw1) in zip(*seen):
+        assert torch.equal(first.images[1], second.images[1])
+        assert torch.equal(torch.rand(3, generator=draw0), torch.rand(3, generator=draw1))
+    assert loop.means([{"a": 1.0, "b": 2.0}, {"a": 3.0}]) == {"a": 2.0, "b": 2.0}
 
 
 def test_a_small_pair_learns_from_a_large_one_and_goes_on_where_it_was_stopped(

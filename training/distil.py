@@ -28,12 +28,23 @@ import torch
 from common import log_line
 from degradation import degrade
 from export import read_trained
-from loop import Batches, Settings, Student, add_options, rate, run, settings_of, subnormals_are_zeros
+from loop import (
+    Batches,
+    Settings,
+    Student,
+    add_options,
+    means,
+    rate,
+    run,
+    settings_of,
+    subnormals_are_zeros,
+    watched_parts,
+)
 from narrow import load_narrow, narrow, save_narrow
 from torch import Tensor
 from torch.nn import functional as F
 from train import REACH, build, extract, features, load_extractors, packed, source_of
-from views import Source, load
+from views import Source, ViewPairs, load
 
 from kpmatch_ros.models import LightGlue, SuperPoint
 from kpmatch_ros.models.superpoint import sample_descriptors
@@ -121,11 +132,9 @@ def watch_points(
     teacher: SuperPoint, student: Student, watched: list[Source], settings: Settings, views: int
 ) -> dict[str, float]:
     """Losses of the average, and how many points are found again, on lightly degraded views that are not trained on."""
-    figures: dict[str, float] = {}
-    for number, source in enumerate(watched):
-        draw = settings.draw(3, number)
-        pairs = source.pairs(draw, views, settings.size)
-        strength = torch.full((views,), 0.3, device=settings.device)
+
+    def found(name: str, pairs: ViewPairs, draw: torch.Generator) -> dict[str, float]:
+        strength = torch.full((len(pairs.images[0]),), 0.3, device=settings.device)
         images = [degrade(draw, image, strength) for image in pairs.images]
         with settings.autocast():
             outputs = [superpoint_loss.run(student.average, packed(image)) for image in images]
@@ -133,9 +142,10 @@ def watch_points(
         maps = [superpoint_loss.probabilities(out.logits) for out in outputs]
         points = superpoint_loss.own_points(superpoint_loss.probabilities(clean.logits), DESCRIBED, RADIUS)
         taught = Taught(pairs.images[0], clean.logits.log_softmax(dim=1), clean.descriptors, points)
-        found = points_losses(outputs[0], taught) | superpoint_loss.found_again((maps[0], maps[1]), pairs.geometry, 256)
-        figures |= {f"{type(source).__name__} {key}": float(value) for key, value in found.items()}
-    return figures
+        again = superpoint_loss.found_again((maps[0], maps[1]), pairs.geometry, 256)
+        return {f"{name} {key}": float(value) for key, value in (points_losses(outputs[0], taught) | again).items()}
+
+    return means(found(*part) for part in watched_parts(watched, settings, views))
 
 
 # --- LightGlue -------------------------------------------------------------------------------------------------------
@@ -287,7 +297,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=0, help="channels of a matcher with all of the teacher's layers")
     parser.add_argument("--keypoints", type=int, default=512, help="of an image, that matchers learn with")
     parser.add_argument("--batches", type=int, default=250, help="different ones; they are kept in memory")
-    parser.add_argument("--watch-views", type=int, default=8, help="pairs of each source that are watched")
     add_options(parser, batch=4, size=(320, 240))
     distil(parser.parse_args(argv))
 

@@ -8,22 +8,35 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from common import log_line
 from torch import Tensor, nn
+from views import Source, ViewPairs
 
-__all__ = ["Batches", "Settings", "Student", "add_options", "rate", "run", "settings_of", "subnormals_are_zeros"]
+__all__ = [
+    "Batches",
+    "Settings",
+    "Student",
+    "add_options",
+    "rate",
+    "run",
+    "means",
+    "settings_of",
+    "subnormals_are_zeros",
+    "watched_parts",
+]
 
 T = TypeVar("T")
 PATIENCE = 100  # steps in a row without a finite loss
 PART = 15_000_000  # bytes: larger files are also written in parts
+WATCHED_AT_ONCE = 4  # pairs of views
 AHEAD = 2  # batches that are begun, on a processor, before they are asked for
 
 
@@ -132,7 +145,32 @@ def add_options(parser: argparse.ArgumentParser, batch: int, size: tuple[int, in
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=50, help="steps")
     parser.add_argument("--watch-every", type=float, default=60, help="seconds")
+    parser.add_argument("--watch-views", type=int, default=24, help="pairs of each source that are watched")
     parser.add_argument("--save-every", type=float, default=120, help="seconds")
+
+
+def watched_parts(
+    watched: list[Source], settings: Settings, count: int
+) -> Iterator[tuple[str, ViewPairs, torch.Generator]]:
+    """``count`` pairs of each source that is not trained on, some at a time, with the source's name and random numbers.
+
+    They are the same in every run, whatever its seed and batch: of four pairs one figure differs from the next by more
+    than a training changes it.
+    """
+    alike = replace(settings, seed=0)
+    for number, source in enumerate(watched):
+        for start in range(0, count, WATCHED_AT_ONCE):
+            draw = alike.draw(3, number, start)
+            yield type(source).__name__, source.pairs(draw, min(WATCHED_AT_ONCE, count - start), settings.size), draw
+
+
+def means(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each figure over the parts that have it."""
+    figures: dict[str, list[float]] = {}
+    for part in parts:
+        for key, value in part.items():
+            figures.setdefault(key, []).append(float(value))
+    return {key: sum(values) / len(values) for key, values in figures.items()}
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:

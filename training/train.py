@@ -21,7 +21,18 @@ import torch
 from common import log_line
 from degradation import degrade
 from export import read_trained
-from loop import Batches, Settings, Student, add_options, rate, run, settings_of, subnormals_are_zeros
+from loop import (
+    Batches,
+    Settings,
+    Student,
+    add_options,
+    means,
+    rate,
+    run,
+    settings_of,
+    subnormals_are_zeros,
+    watched_parts,
+)
 from torch import Tensor, nn
 from views import Source, ViewPairs, load
 
@@ -233,42 +244,43 @@ def features(found: list[tuple[Tensor, Tensor, Tensor]], pairs: ViewPairs, setti
 
 
 @torch.no_grad()
-def watch_points(students: list[Student], watched: list[Source], settings: Settings) -> dict[str, float]:
+def watch_points(students: list[Student], watched: list[Source], settings: Settings, count: int) -> dict[str, float]:
     """How many points are found again, on views that are not trained on, lightly degraded."""
-    figures: dict[str, float] = {}
-    for number, source in enumerate(watched):
-        draw = settings.draw(3, number)
-        pairs = source.pairs(draw, min(settings.batch, 24), settings.size)
+
+    def found(name: str, pairs: ViewPairs, draw: torch.Generator) -> dict[str, float]:
         strength = torch.full((len(pairs.images[0]),), 0.3, device=settings.device)
         images = [degrade(draw, image, strength) for image in pairs.images]
+        figures = {}
         for student in students:
             with settings.autocast():
                 maps = [
                     superpoint_loss.probabilities(superpoint_loss.run(student.average, packed(i)).logits)
                     for i in images
                 ]
-            found = superpoint_loss.found_again((maps[0], maps[1]), pairs.geometry)
-            figures |= {f"{student.name} {type(source).__name__} {key}": value for key, value in found.items()}
-    return figures
+            again = superpoint_loss.found_again((maps[0], maps[1]), pairs.geometry)
+            figures |= {f"{student.name} {name} {key}": value for key, value in again.items()}
+        return figures
+
+    return means(found(*part) for part in watched_parts(watched, settings, count))
 
 
 @torch.no_grad()
 def watch_matching(
-    extractors: dict[str, SuperPoint], students: list[Student], watched: list[Source], settings: Settings
+    extractors: dict[str, SuperPoint], students: list[Student], watched: list[Source], settings: Settings, count: int
 ) -> dict[str, float]:
     """Loss, recall and precision of the last layer, on views that are not trained on."""
-    figures: dict[str, float] = {}
-    for number, source in enumerate(watched):
-        draw = settings.draw(3, number)
-        pairs = source.pairs(draw, min(settings.batch, 24), settings.size)
-        images = _degraded(pairs, draw, settings)
+
+    def found(name: str, pairs: ViewPairs, draw: torch.Generator) -> dict[str, float]:
+        images, points = _degraded(pairs, draw, settings), _kind_of_points(2, settings)[0]
+        figures = {}
         for student in students:
             with settings.autocast():
-                found = [extract(extractors[student.name], i, _kind_of_points(2, settings)[0], 2, True) for i in images]
-                parts = lightglue_loss.losses(student.average, features(found, pairs, settings))
-            for key in ("last", "recall", "precision"):
-                figures[f"{student.name} {type(source).__name__} {key}"] = float(parts[key])
-    return figures
+                seen = [extract(extractors[student.name], image, points, 2, True) for image in images]
+                parts = lightglue_loss.losses(student.average, features(seen, pairs, settings))
+            figures |= {f"{student.name} {name} {key}": float(parts[key]) for key in ("last", "recall", "precision")}
+        return figures
+
+    return means(found(*part) for part in watched_parts(watched, settings, count))
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -314,8 +326,8 @@ def train(arguments: argparse.Namespace) -> None:
 
     def watch() -> dict[str, float]:
         if arguments.kind == "points":
-            return watch_points(students, watched, settings)
-        return watch_matching(extractors, students, watched, settings)
+            return watch_points(students, watched, settings, arguments.watch_views)
+        return watch_matching(extractors, students, watched, settings, arguments.watch_views)
 
     run(arguments, settings, students, learn, watch)
 
