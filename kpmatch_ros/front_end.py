@@ -211,6 +211,7 @@ class FrontEnd:
             reference_points=reference.keypoints[indices[:, 0]],
             points=current.keypoints[indices[:, 1]],
             sigmas=np.full(len(indices), keypoint_sigma(self._keypoint_resolution(current)), np.float32),
+            pair_sigmas=np.full(len(indices), pair_sigma(self._keypoint_resolution(current)), np.float32),
             scores=scores,
             track_ids=self._continue_tracks(reference, current, indices),
             refined=np.zeros(len(indices), bool),
@@ -430,17 +431,17 @@ class FrontEnd:
             "independent_points": INDEPENDENT_POINTS if refined else math.inf,
         }
         points0, points1 = exact.reference_points, exact.points
-        sigmas = exact.sigmas if refined else None
         if right0 is None or right1 is None:
             points1 = np.where(np.isfinite(points1), points1, links.points)
-            options |= {"prior": self._motion_prior(reference, current), "sigmas": sigmas, "decisive": decisive}
+            options |= {"prior": self._motion_prior(reference, current), "decisive": decisive}
+            options |= {"sigmas": exact.pair_sigmas if refined else None}
             return estimate_relative_pose(points0, points1, reference.camera, current.camera, **options)
         right_points0 = right0.beside(exact.indices[:, 0], points0)
         right_points1 = right1.beside(exact.indices[:, 1], points1)
         if exact is not links:
             right_points0 = refine(reference.normalized, right0.normalized, points0, right_points0, resolution)
             right_points1 = refine(current.normalized, right1.normalized, points1, right_points1, resolution)
-        # The right points are found from the left ones.
+        sigmas = exact.sigmas if refined else None  # given where the right points are found from the left ones
         return estimate_stereo_motion(
             points0, right_points0, points1, right_points1, right0.camera, right1.camera, sigmas=sigmas, **options
         )
@@ -453,9 +454,9 @@ class FrontEnd:
         images = reference.normalized, current.normalized
         found = align_matches(*images, links.reference_points, links.points, resolution)
         points = np.where(found.good[:, None], found.points, np.float32(np.nan))
-        return replace(
-            links, points=points, refined=found.good, sigmas=np.where(found.good, found.sigmas, links.sigmas)
-        )
+        pair_sigmas = np.where(found.good, found.sigmas, links.pair_sigmas)
+        alike = np.ones(len(points))
+        return replace(links, points=points, refined=found.good, sigmas=alike, pair_sigmas=pair_sigmas)
 
     def _motion_prior(self, reference: Frame, current: Frame) -> Motion | None:
         """The motion before, if it ended where this one begins and took about as long."""

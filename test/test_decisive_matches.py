@@ -138,6 +138,7 @@ def test_a_front_end_takes_the_motion_of_the_surroundings_that_it_finds(refine: 
         reference_points=np.concatenate([pair.reference_points[right], points0]).astype(np.float32),
         points=np.concatenate([pair.points[right], points1]).astype(np.float32),
         sigmas=np.full(180, 0.3, np.float32),
+        pair_sigmas=np.full(180, 0.3, np.float32),
         scores=np.ones(180, np.float32),
         track_ids=np.arange(1, 181, dtype=np.uint64),
         refined=np.arange(180) < (60 if refine else 0),

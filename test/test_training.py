@@ -753,7 +753,11 @@ def test_what_is_watched_is_the_same_in_every_run(folder: Path) -> None:
     for (_, first, draw0), (_, second, draw1) in zip(*seen):
         assert torch.equal(first.images[1], second.images[1])
         assert torch.equal(torch.rand(3, generator=draw0), torch.rand(3, generator=draw1))
-    assert loop.means([{"a": 1.0, "b": 2.0}, {"a": 3.0}]) == {"a": 2.0, "b": 2.0}
+    four, one = (pairs.images[1] for _, pairs, _ in seen[0][:2])
+    assert not torch.equal(four[:1], one), "each part has views of its own"
+    counts = iter((4.0, 9.0, 0.0, 5.0))
+    figures = loop.watched_means(watched, settings, 5, lambda name, pairs, draw: {name: next(counts)})
+    assert figures == {"Photos": 5.0, "RoomViews": 1.0}, "each pair counts alike"
 
 
 def test_a_small_pair_learns_from_a_large_one_and_goes_on_where_it_was_stopped(

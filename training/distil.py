@@ -33,12 +33,11 @@ from loop import (
     Settings,
     Student,
     add_options,
-    means,
     rate,
     run,
     settings_of,
     subnormals_are_zeros,
-    watched_parts,
+    watched_means,
 )
 from narrow import load_narrow, narrow, save_narrow
 from torch import Tensor
@@ -145,7 +144,7 @@ def watch_points(
         again = superpoint_loss.found_again((maps[0], maps[1]), pairs.geometry, 256)
         return {f"{name} {key}": float(value) for key, value in (points_losses(outputs[0], taught) | again).items()}
 
-    return means(found(*part) for part in watched_parts(watched, settings, views))
+    return watched_means(watched, settings, views, found)
 
 
 # --- LightGlue -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,9 +27,9 @@ __all__ = [
     "add_options",
     "rate",
     "run",
-    "means",
     "settings_of",
     "subnormals_are_zeros",
+    "watched_means",
     "watched_parts",
 ]
 
@@ -154,8 +154,8 @@ def watched_parts(
 ) -> Iterator[tuple[str, ViewPairs, torch.Generator]]:
     """``count`` pairs of each source that is not trained on, some at a time, with the source's name and random numbers.
 
-    They are the same in every run, whatever its seed and batch: of four pairs one figure differs from the next by more
-    than a training changes it.
+    They are the same in every run of a size and a kind of device, whatever its seed and batch: of four pairs a figure
+    differs from that of four others by more than a training changes it.
     """
     alike = replace(settings, seed=0)
     for number, source in enumerate(watched):
@@ -164,12 +164,17 @@ def watched_parts(
             yield type(source).__name__, source.pairs(draw, min(WATCHED_AT_ONCE, count - start), settings.size), draw
 
 
-def means(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each figure over the parts that have it."""
+def watched_means(
+    watched: list[Source],
+    settings: Settings,
+    count: int,
+    judge: Callable[[str, ViewPairs, torch.Generator], Mapping[str, float]],
+) -> dict[str, float]:
+    """The mean, over all pairs, of the figures that ``judge`` has of some: see :func:`watched_parts`."""
     figures: dict[str, list[float]] = {}
-    for part in parts:
-        for key, value in part.items():
-            figures.setdefault(key, []).append(float(value))
+    for name, pairs, draw in watched_parts(watched, settings, count):
+        for key, value in judge(name, pairs, draw).items():
+            figures.setdefault(key, []).extend([float(value)] * len(pairs.images[0]))
     return {key: sum(values) / len(values) for key, values in figures.items()}
 
 

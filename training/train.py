@@ -26,12 +26,11 @@ from loop import (
     Settings,
     Student,
     add_options,
-    means,
     rate,
     run,
     settings_of,
     subnormals_are_zeros,
-    watched_parts,
+    watched_means,
 )
 from torch import Tensor, nn
 from views import Source, ViewPairs, load
@@ -261,7 +260,7 @@ def watch_points(students: list[Student], watched: list[Source], settings: Setti
             figures |= {f"{student.name} {name} {key}": value for key, value in again.items()}
         return figures
 
-    return means(found(*part) for part in watched_parts(watched, settings, count))
+    return watched_means(watched, settings, count, found)
 
 
 @torch.no_grad()
@@ -280,7 +279,7 @@ def watch_matching(
             figures |= {f"{student.name} {name} {key}": float(parts[key]) for key in ("last", "recall", "precision")}
         return figures
 
-    return means(found(*part) for part in watched_parts(watched, settings, count))
+    return watched_means(watched, settings, count, found)
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------

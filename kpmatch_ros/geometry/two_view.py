@@ -113,8 +113,9 @@ def estimate_relative_pose(
         prior: the motion between the two images before, over about the same time, where it is known. It decides between
             motions that explain the matches alike.
         sigmas: (M,) standard deviations of the matches, pixels, where they are known to differ: of a coordinate of
-            the one point beside where the other one is. Exact matches then count for more, as far as the residuals bear
-            that out.
+            the one point beside where the other one is. A motion with a translation is then fitted again with exact
+            matches counting for more, as far as the residuals bear that out. From 0.42 times max_reprojection_error
+            on all count alike.
         decisive: (M,) bool which matches the pose is estimated from, where some are surer or more exact than others.
             The others may be inliers of it. Where these give no pose, all decide.
 
@@ -226,10 +227,8 @@ def _estimate(problem: Problem) -> Solution:
 
 def _solve(problem: Problem, candidates: list[Motion]) -> Solution:
     """The motion that most of the matches agree with; candidates are searched for where there are none."""
-    matches, inlier_threshold, normalised_threshold, resolution, independent_points, chance, required, prior, _ = (
-        problem
-    )
-    candidates = candidates or search_motions(matches, inlier_threshold, normalised_threshold)
+    matches, inlier_threshold, resolution = problem.matches, problem.inlier_threshold, problem.resolution
+    candidates = candidates or search_motions(matches, inlier_threshold, problem.normalised_threshold)
     starts = [np.eye(3)] + [candidate.rotation for candidate in candidates]
     rotation = fit_rotation_roughly(matches.sample(SAMPLE), starts, inlier_threshold)
     turning = lengths(rotation_residuals(matches, rotation)) < inlier_threshold
@@ -238,7 +237,7 @@ def _solve(problem: Problem, candidates: list[Motion]) -> Solution:
 
     fit = fit_motion(matches, candidates, inlier_threshold, resolution)
     moving = np.zeros(len(matches), dtype=bool) if fit is None else agrees(matches, fit.motion, inlier_threshold)
-    if log_false_alarms(moving, np.full(len(matches), chance), 5) > math.log(FALSE_ALARM_RATE):
+    if log_false_alarms(moving, np.full(len(matches), problem.chance), 5) > math.log(FALSE_ALARM_RATE):
         fit = None
 
     # Where even this rotation leaves far too much to explain, no better one needs to be found.
@@ -249,12 +248,12 @@ def _solve(problem: Problem, candidates: list[Motion]) -> Solution:
     else:
         rotation = fit_rotation(matches, [rotation], inlier_threshold, resolution)
         turning = lengths(rotation_residuals(matches, rotation)) < inlier_threshold
-        noise = noise._replace(design_effect=design_effect(turning, independent_points))
+        noise = noise._replace(design_effect=design_effect(turning, problem.independent_points))
         if fit is not None:
             parallax = find_parallax(matches, fit.motion, rotation, turning, noise)
     if fit is not None and parallax is Parallax.EVERYWHERE:
         return _decide(problem, fit, rotation)
-    if turning.sum() < required:
+    if turning.sum() < problem.required:
         if fit is None:
             return Solution(PoseStatus.FAILED)
         return Solution(PoseStatus.TOO_FEW_MATCHES, inliers=turning)
@@ -269,18 +268,21 @@ def _solve(problem: Problem, candidates: list[Motion]) -> Solution:
 
 
 def _decide(problem: Problem, fit: Fit, rotation: np.ndarray) -> Solution:
-    """The motion with a translation, by each match's own standard deviation where it is known, if no other is as good.
+    """The motion with a translation, by what is known of each match, and whether others explain the matches as well.
 
     Args:
         problem: the matches.
-        fit: the motion of them all.
+        fit: the motion of them all, taken alike.
         rotation: (3, 3) the one that explains most matches without a translation.
     """
-    matches, inlier_threshold, _, resolution, *_ = weighed = weigh(problem, fit.motion)
+    weighed = weigh(problem, fit.motion)
+    matches, inlier_threshold = weighed.matches, weighed.inlier_threshold
     if weighed is not problem:
-        fit = fit_motion(matches, [fit.motion], inlier_threshold, resolution) or fit
+        again = fit_motion(matches, [fit.motion], inlier_threshold, problem.resolution)
+        assert again is not None
+        fit = again
     moving = agrees(matches, fit.motion, inlier_threshold)
-    noise = Noise(inlier_threshold, resolution, design_effect(moving, problem.independent_points))
+    noise = Noise(inlier_threshold, problem.resolution, design_effect(moving, problem.independent_points))
     covariances = _motion_covariances(fit, noise)
     decided, rivals = decide(matches, fit, covariances.alike, rotation, noise, problem.prior)
     if decided is not fit:
@@ -322,7 +324,8 @@ def _check_noise(problem: Problem, solution: Solution) -> Solution:
 
     best, value, doubts = solution, evidence(solution.motion), list[Motion]()
     for factor in _COARSER:
-        coarser = problem.with_threshold(factor)
+        # Noise as large as this is not what standard deviations below the threshold tell.
+        coarser = problem.with_threshold(factor)._replace(sigmas=None)
         candidates = search_motions(matches, coarser.inlier_threshold, coarser.normalised_threshold, 1)
         candidate = best_candidate(matches, candidates, coarser.inlier_threshold)
         if candidate is None or evidence(candidate) <= value:

@@ -8,7 +8,7 @@ What src/two_view.c has of it is computed there, where it is built: a change her
 All residuals are in pixels of the images as received, and mean the same for both models: how far, to first order, the
 four coordinates of a match must move to agree with the model (Sampson's distance). Independent keypoint noise of s
 pixels per coordinate gives each condition's residual a standard deviation of s, whatever the lenses, the focal lengths
-and the motion.
+and the motion. Where matches err by different amounts (:meth:`Matches.scaled`), each has pixels as large as its noise.
 """
 
 from __future__ import annotations
@@ -86,10 +86,13 @@ class Matches:
         columns: (4, 3, n) float64, what follows in this order.
         rays0, rays1: (3, n) directions in the optical frame, z = 1.
         noise0, noise1: (3, n) variance of x, covariance of x and y, and variance of y, for keypoint noise of one pixel
-            per coordinate. They hold the focal length and the lens's local magnification.
+            per coordinate. They hold the focal length and the lens's local magnification; and the scales.
+        scales: (n,) keypoint noise of each match, where one pixel is that of a match in the middle; None where all err
+            alike.
     """
 
     columns: np.ndarray
+    scales: np.ndarray | None = None
 
     @property
     def rays0(self) -> np.ndarray:
@@ -113,13 +116,21 @@ class Matches:
     def select(self, chosen: np.ndarray) -> Matches:
         """The matches for which the mask (n,) is true, or those of the indices (m,)."""
         indices = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
-        return Matches(self.columns.take(indices, axis=2))
+        return Matches(self.columns.take(indices, axis=2), None if self.scales is None else self.scales[indices])
 
     def scaled(self, scales: np.ndarray) -> Matches:
-        """The matches with so many times (n,) the noise in both images."""
+        """The matches, all alike before, with so many times (n,) the noise in both images."""
+        assert self.scales is None
         columns = self.columns.copy()
         columns[2:] *= scales * scales
-        return Matches(columns)
+        return Matches(columns, scales)
+
+    @property
+    def focals(self) -> np.ndarray:
+        """(n,) pixels of the reference image to one of normalised coordinates, at each match."""
+        xx, _, yy = self.noise0
+        focals = np.sqrt(2 / (xx + yy))
+        return np.asarray(focals if self.scales is None else focals * self.scales)
 
     def sample(self, size: int, seed: int = 0) -> Matches:
         """So many of the matches at random, the same for the same seed; all where there are no more."""
@@ -314,7 +325,7 @@ def gains(sizes: np.ndarray, deviation: float | np.ndarray, inlier_threshold: fl
 
     Args:
         sizes: lengths (n,) of the residuals, pixels.
-        deviation: standard deviation of the noise, pixels; an array (k, 1) gives (k, n).
+        deviation: standard deviation of the noise, pixels; an array (k, 1) or (k, n) gives (k, n).
         inlier_threshold: largest residual of an inlier, pixels.
     """
     peak = 2 * inlier_threshold / (math.sqrt(2 * math.pi) * deviation)

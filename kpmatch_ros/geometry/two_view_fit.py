@@ -189,7 +189,7 @@ def _scatter(pulls: np.ndarray, matches: Matches) -> tuple[np.ndarray, float]:
     if not len(matches):
         return np.zeros((len(pulls), len(pulls))), 0.0
     directions = matches.rays0 / lengths(matches.rays0)
-    focal = np.median(lengths(matches.rays0) / np.sqrt((matches.noise0[0] + matches.noise0[2]) / 2))
+    focal = np.median(lengths(matches.rays0) * matches.focals)
     places = directions[:2] * (focal / _SQUARE)
     scatter, squares = np.zeros((len(pulls), len(pulls))), 0
     for shift in np.array([(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5)]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ class Problem(NamedTuple):
         chance: the probability that a wrong match is within the inlier threshold of its epipolar line.
         required: so many inliers a pose needs.
         prior: the motion before, where it is known.
-        sigmas: (n,) standard deviations of the matches, pixels, where they are known to differ.
+        sigmas: (n,) standard deviations of one point beside the other one, pixels, where they are known to differ.
     """
 
     matches: Matches
@@ -89,21 +90,23 @@ def spread_out(mask: np.ndarray | None, chosen: np.ndarray) -> np.ndarray | None
 
 
 def weigh(problem: Problem, motion: Motion) -> Problem:
-    """The problem with each match as exact as its standard deviation and the residuals beside a motion say.
+    """The problem with each match as exact as its standard deviation, and the residuals beside a motion, say.
 
     What standard deviations do not tell is alike for all matches, and as large as makes the residuals likeliest. A
-    match is an inlier within 3.3 standard deviations then, and within the inlier threshold as before. Where none is
-    more exact than that, the problem is the same.
+    match that is more exact than the inlier threshold allows for is an inlier within 3.3 of its standard deviations
+    then. The others stay as they are, all alike. Where no match is so exact, the problem is the same.
     """
     if problem.sigmas is None:
         return problem
     threshold = problem.inlier_threshold
     sizes = residual_sizes(problem.matches, motion, threshold)
-    deviations = np.hypot(problem.sigmas, threshold * _UNTOLD[:, None])
+    # Of a match one point errs, and residuals are those of noise in both. Rounding is in them, too.
+    told = np.hypot(problem.sigmas / math.sqrt(2), problem.resolution / math.sqrt(12))
+    deviations = np.hypot(told, threshold * _UNTOLD[:, None])
     likeliest = deviations[gains(sizes, deviations, threshold).sum(axis=1).argmax()]
     scales = np.minimum(likeliest / (_INEXACT * threshold), 1.0)
-    # In units of the median match's noise, pixels go on to be pixels.
-    middle = float(np.median(scales))
     if scales.min() == 1.0:
         return problem
+    # In units of the middle match's noise, pixels go on to be pixels.
+    middle = float(np.median(scales))
     return problem.with_threshold(middle)._replace(matches=problem.matches.scaled(scales / middle))

@@ -76,6 +76,7 @@ class Places:
     Attributes:
         found: points, shapes and likeness; which are good.
         anchors: (T,) float32 standard deviation of where their patches were cut, pixels.
+        pair_sigmas: (T,) float32 standard deviation of a coordinate of the point beside where it is in the reference.
         bare: (T,) bool which points are keypoints as detected.
         renewed: (R,) tracks that go on with another patch.
         patches: (R, P) float32 these patches.
@@ -83,6 +84,7 @@ class Places:
 
     found: Alignment
     anchors: np.ndarray
+    pair_sigmas: np.ndarray
     bare: np.ndarray
     renewed: np.ndarray
     patches: np.ndarray
@@ -121,11 +123,14 @@ def find_places(
     # A new track's first patch is of the reference already.
     known = (tracks.ids > 0) | (alike is not None)
     images = alike or (reference.pixels, current.pixels)
-    _step(tracks, found, rest[known[rest]], near, *images)
+    steps = _step(tracks, found, rest[known[rest]], near, *images)
     rest = rest[~found.good[rest]]
     near[rest] = flow_far(reference.pyramid, current.pyramid, tracks.points[rest], near[rest])
     found.put(rest, align(templates.patches[tracks.templates[rest]], current.pixels, near[rest], tracks.shapes[rest]))
-    _step(tracks, found, rest[known[rest]], near, *images)
+    steps = np.fmin(steps, _step(tracks, found, rest[known[rest]], near, *images))
+    # By the same patch a track is found in both images; a new one's is of the reference.
+    own = np.sqrt(np.maximum(tracks.sigmas**2 - tracks.anchors**2, 0))
+    pair_sigmas = np.where(np.isfinite(steps), steps, np.hypot(found.sigmas, own))
     # Where no patch fits, flow may still lead there and back.
     rest = np.flatnonzero(~found.good & (found.likeness > _HARDLY_ALIKE))
     expected, spread = neighbours.expect(rest)
@@ -134,17 +139,18 @@ def find_places(
     )
     rest, flowed = rest[good], flowed[good]
     found.put(rest, unaligned(flowed, found.likeness[rest]))
-    anchors[rest] = np.hypot(tracks.sigmas[rest], _SIGMA_FLOW)
+    anchors[rest], pair_sigmas[rest] = np.hypot(tracks.sigmas[rest], _SIGMA_FLOW), _SIGMA_FLOW
     # Where the images differ too much for patches and flow, what the matcher finds is taken as it is.
     bare = matched & ~found.good
     if found.good[matched].sum() > _REFINABLE * matched.sum():
         bare[:] = False
     found.put(np.flatnonzero(bare), unaligned(keypoints[bare], found.likeness[bare]))
-    anchors[bare] = keypoint_sigma(current.resolution)
+    anchors[bare] = pair_sigmas[bare] = keypoint_sigma(current.resolution)
     renewed = np.concatenate([rest, np.flatnonzero(bare)])
     return Places(
         found=found,
         anchors=anchors,
+        pair_sigmas=pair_sigmas.astype(np.float32),
         bare=bare,
         renewed=renewed,
         patches=cut(current.pixels, found.points[renewed]),
@@ -153,7 +159,7 @@ def find_places(
 
 def _step(
     tracks: TrackSet, found: Alignment, rows: np.ndarray, near: np.ndarray, before: np.ndarray, now: np.ndarray
-) -> None:
+) -> np.ndarray:
     """Find tracks by their surroundings in the reference image where these tell more exactly than their first patches.
 
     A first patch that is sharp tells little of a blurred image, but the reference is blurred as that one is, or is made
@@ -166,17 +172,24 @@ def _step(
         near: (T, 2) float32 pixels, where to begin.
         before: the reference image, from :func:`kpmatch_ros.geometry.patches.signed`.
         now: the current one.
+
+    Returns:
+        (T,) standard deviation of a coordinate of the step, pixels, of those found better; NaN for the others.
     """
     sigmas = np.where(found.good, np.hypot(found.sigmas, tracks.anchors), np.inf)
     rows = rows[sigmas[rows] > np.hypot(tracks.sigmas[rows], _SIGMA_STEP)]
     step = align(cut(before, tracks.points[rows]), now, near[rows], no_change(len(rows)), _SHIFTS)
-    spread = np.hypot(np.hypot(step.sigmas, _SIGMA_STEP), tracks.sigmas[rows])
+    errors = np.hypot(step.sigmas, _SIGMA_STEP)
+    spread = np.hypot(errors, tracks.sigmas[rows])
     better = step.good & (spread < sigmas[rows])
-    rows, step, spread = rows[better], step.select(better), spread[better]
+    rows, step, errors, spread = rows[better], step.select(better), errors[better], spread[better]
     # What is published is these and the anchors together. The first patch and its anchor stay.
     beside = np.sqrt(np.maximum(spread**2 - tracks.anchors[rows] ** 2, 0))
     shapes = step.shapes @ tracks.shapes[rows]
     found.put(rows, replace(step, shapes=shapes, sigmas=beside, likeness=found.likeness[rows]))
+    steps = np.full(len(tracks), np.nan)
+    steps[rows] = errors
+    return steps
 
 
 def _reachable(points: np.ndarray, image: np.ndarray) -> np.ndarray:

@@ -56,7 +56,8 @@ class Links:
         indices: (M, 2) int64 keypoints of reference and current, or NOT_DETECTED.
         reference_points: (M, 2) float32 pixels.
         points: (M, 2) float32 pixels.
-        sigmas: (M,) float32 standard deviation of a coordinate of points, pixels.
+        sigmas: (M,) float32 standard deviation of a coordinate of points, pixels: of where the track's point is seen.
+        pair_sigmas: (M,) float32 the same beside reference_points: what the reference shares is not in it.
         scores: (M,) float32 in [0, 1]: the matcher's, or the likeness to the first patch where it has none.
         track_ids: (M,) uint64.
         refined: (M,) bool: the surroundings were found; the others are keypoints as detected.
@@ -66,6 +67,7 @@ class Links:
     reference_points: np.ndarray
     points: np.ndarray
     sigmas: np.ndarray
+    pair_sigmas: np.ndarray
     scores: np.ndarray
     track_ids: np.ndarray
     refined: np.ndarray
@@ -158,6 +160,7 @@ class Tracks:
             reference_points=tracks.points[alive],
             points=following.points.copy(),
             sigmas=following.sigmas.copy(),
+            pair_sigmas=places.pair_sigmas[alive],
             scores=score[alive],
             track_ids=following.ids.copy(),
             refined=~places.bare[alive],
@@ -228,6 +231,7 @@ class Tracks:
             reference_points=tracks.points[self._rows],
             points=following.points.copy(),
             sigmas=following.sigmas.copy(),
+            pair_sigmas=np.concatenate([links.pair_sigmas[stay], found.sigmas])[order],
             scores=np.concatenate([links.scores[stay], found.likeness])[order],
             track_ids=following.ids.copy(),
             refined=np.concatenate([links.refined[stay], found.good])[order],
