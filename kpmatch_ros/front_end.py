@@ -406,8 +406,8 @@ class FrontEnd:
         """How the camera moved between two frames; in metres with stereo frames.
 
         Points that are not refined yet (the parameter `refine`) are refined for this alone, where they can be. Of one
-        camera, refined points decide alone where they are many: surroundings that are found speak for a match. Each weighs
-        by how exactly it was found.
+        camera, refined points decide alone where they are many: surroundings that are found speak for a match. Each
+        weighs by how exactly it was found.
 
         Args:
             reference: the first frame.

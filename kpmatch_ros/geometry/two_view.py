@@ -308,7 +308,7 @@ def _check_noise(problem: Problem, solution: Solution) -> Solution:
 
     Where the noise is above the threshold, a few matches that agree by chance may decide. The noise is then that of the
     larger threshold; inliers are counted within the threshold given. If too few are within it, the pose is that of the
-    few, and AMBIGUOUS.
+    few, and AMBIGUOUS. So it is if the motion by the smaller noise is another one, and certain by itself.
     """
     agreed = (PoseStatus.OK, PoseStatus.AMBIGUOUS)
     if solution.motion is None or solution.inliers is None or solution.status not in agreed:
@@ -341,12 +341,19 @@ def _check_noise(problem: Problem, solution: Solution) -> Solution:
         # With the larger noise, the matches as a whole tell of another motion, but not for certain.
         covariance = solution.covariance + sum(spread(solution.motion, doubt) for doubt in doubts)
         return solution._replace(status=PoseStatus.AMBIGUOUS, covariance=covariance)
-    inliers = agrees(matches, best.motion, threshold)
+    motion = best.motion
+    inliers = agrees(matches, motion, threshold)
     if inliers.sum() < problem.required:
         # The matches as a whole speak for a motion that too few of them are near enough to.
-        covariance = solution.covariance + best.covariance + spread(solution.motion, best.motion)
+        covariance = solution.covariance + best.covariance + spread(solution.motion, motion)
         return solution._replace(status=PoseStatus.AMBIGUOUS, covariance=covariance)
-    return best._replace(inliers=inliers)
+    best = best._replace(inliers=inliers)
+    if not solution.status is best.status is PoseStatus.OK or not is_distinct(motion, solution.motion):
+        return best
+    if _covers(best.covariance, motion, solution.motion):
+        return best
+    # Either motion is certain if the noise is what it takes it for.
+    return best._replace(status=PoseStatus.AMBIGUOUS, covariance=best.covariance + spread(motion, solution.motion))
 
 
 def _is_free(problem: Problem, solution: Solution) -> bool:
