@@ -60,6 +60,18 @@ def test_matched_keypoints_are_refined(picture: NDArray[np.uint8]) -> None:
     assert (links.sigmas > 0).all() and links.sigmas.max() < 0.1
 
 
+def test_a_pair_of_images_errs_by_what_finding_the_patch_in_both_errs(picture: NDArray[np.uint8]) -> None:
+    points, tracks = grid(), Tracks(100, 0)
+    first, second, third = view(picture, 0, points), view(picture, 3), view(picture, 6)
+    new = tracks.follow(first, second, *NO_MATCHES)
+    np.testing.assert_allclose(new.pair_sigmas, new.sigmas, rtol=1e-5)  # the patch is of the first image
+    tracks.advance(second, None)
+    old = tracks.follow(second, third, *NO_MATCHES)
+    both = np.hypot(new.sigmas[np.isin(new.track_ids, old.track_ids)], old.sigmas)
+    assert (old.pair_sigmas < 1.001 * both).all()  # less where the image before tells more than the first patch
+    assert np.isclose(old.pair_sigmas, both, rtol=1e-3).mean() > 0.9
+
+
 def test_points_without_a_match_are_carried_and_go_on_from_where_they_were(picture: NDArray[np.uint8]) -> None:
     points, tracks = grid(), Tracks(100, 0)
     before = tracks.follow(first := view(picture, 0, points), second := view(picture, 3), *NO_MATCHES)
@@ -211,7 +223,7 @@ def test_keypoints_stand_in_for_tracks_only_where_the_images_differ_too_much_for
         return
     bare = there & ~links.refined
     assert bare.sum() > 0.5 * len(changed) and np.array_equal(links.points[bare], points[links.indices[bare, 1]])
-    assert links.sigmas[bare] == pytest.approx(keypoint_sigma(1.0))
+    assert links.sigmas[bare] == pytest.approx(keypoint_sigma(1.0)) == links.pair_sigmas[bare]
 
 
 @pytest.mark.parametrize("across", [False, True])
@@ -237,14 +249,16 @@ def test_in_a_scene_that_slowly_changes_tracks_go_on_by_the_frame_before(
     points, tracks, other = grid(), Tracks(100, 0), texture(SIZE + 100, SIZE + 100, 11)
     views = [view((picture * (1 - part) + other * part).astype(np.uint8), 2 * k, points if k == 0 else None)
              for k, part in enumerate(np.linspace(0, 1, 9))]  # fmt: skip
-    spreads = []
+    spreads, steps = [], []
     for before, now in itertools.pairwise(views):
         links = tracks.follow(before, now, *NO_MATCHES)
         tracks.advance(now, None)
         spreads.append(np.median(links.sigmas))
+        steps.append(np.median(links.pair_sigmas))
     assert len(links.points) >= 0.95 * len(points) and links.refined.all() and links.track_ids.max() == len(points)
     # The errors of the steps add up. A new patch adds 0.3 pixels; flow, which would be the only way without, 0.7.
     assert spreads[0] < 0.1 < spreads[3] < 0.6 and spreads[-1] < 1.0
+    assert max(steps) < 0.5 * spreads[-1] and links.pair_sigmas.min() > 0
 
 
 def test_the_same_images_give_the_same_tracks(picture: NDArray[np.uint8]) -> None:
