@@ -432,17 +432,18 @@ class FrontEnd:
             "independent_points": INDEPENDENT_POINTS if refined else math.inf,
         }
         points0, points1 = exact.reference_points, exact.points
+        sigmas = exact.pair_sigmas if refined else None
         if right0 is None or right1 is None:
             points1 = np.where(np.isfinite(points1), points1, links.points)
-            options |= {"prior": self._motion_prior(reference, current), "decisive": decisive}
-            options |= {"sigmas": exact.pair_sigmas if refined else None}
+            options |= {"prior": self._motion_prior(reference, current), "sigmas": sigmas, "decisive": decisive}
             return estimate_relative_pose(points0, points1, reference.camera, current.camera, **options)
         right_points0 = right0.beside(exact.indices[:, 0], points0)
         right_points1 = right1.beside(exact.indices[:, 1], points1)
         if exact is not links:
             right_points0 = refine(reference.normalized, right0.normalized, points0, right_points0, resolution)
             right_points1 = refine(current.normalized, right1.normalized, points1, right_points1, resolution)
-        sigmas = exact.sigmas if refined else None  # given where the right points are found from the left ones
+            sigmas = None if sigmas is None else np.ones(len(sigmas))  # where they count, the covariance is too small
+        # The right points are found from the left ones.
         return estimate_stereo_motion(
             points0, right_points0, points1, right_points1, right0.camera, right1.camera, sigmas=sigmas, **options
         )
@@ -456,8 +457,7 @@ class FrontEnd:
         found = align_matches(*images, links.reference_points, links.points, resolution)
         points = np.where(found.good[:, None], found.points, np.float32(np.nan))
         pair_sigmas = np.where(found.good, found.sigmas, links.pair_sigmas)
-        alike = np.ones(len(points))
-        return replace(links, points=points, refined=found.good, sigmas=alike, pair_sigmas=pair_sigmas)
+        return replace(links, points=points, refined=found.good, pair_sigmas=pair_sigmas)
 
     def _motion_prior(self, reference: Frame, current: Frame) -> Motion | None:
         """The motion before, if it ended where this one begins and took about as long."""
