@@ -442,8 +442,8 @@ class FrontEnd:
         if exact is not links:
             right_points0 = refine(reference.normalized, right0.normalized, points0, right_points0, resolution)
             right_points1 = refine(current.normalized, right1.normalized, points1, right_points1, resolution)
-            sigmas = None if sigmas is None else np.ones(len(sigmas))  # where they count, the covariance is too small
-        # The right points are found from the left ones.
+            sigmas = np.ones(len(points0))  # with those that are known the covariance would be too small
+        # Given where the right points are found from the left ones.
         return estimate_stereo_motion(
             points0, right_points0, points1, right_points1, right0.camera, right1.camera, sigmas=sigmas, **options
         )

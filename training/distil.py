@@ -42,7 +42,7 @@ from loop import (
 from narrow import load_narrow, narrow, save_narrow
 from torch import Tensor
 from torch.nn import functional as F
-from train import REACH, build, extract, features, load_extractors, packed, source_of
+from train import REACH, build, extract, features, lightly_degraded, load_extractors, packed, source_of
 from views import Source, ViewPairs, load
 
 from kpmatch_ros.models import LightGlue, SuperPoint
@@ -133,8 +133,7 @@ def watch_points(
     """Losses of the average, and how many points are found again, on lightly degraded views that are not trained on."""
 
     def found(name: str, pairs: ViewPairs, draw: torch.Generator) -> dict[str, float]:
-        strength = torch.full((len(pairs.images[0]),), 0.3, device=settings.device)
-        images = [degrade(draw, image, strength) for image in pairs.images]
+        images = lightly_degraded(pairs, draw, settings)
         with settings.autocast():
             outputs = [superpoint_loss.run(student.average, packed(image)) for image in images]
             clean = superpoint_loss.run(teacher, packed(pairs.images[0]))

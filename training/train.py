@@ -157,6 +157,12 @@ def _degraded(pairs: ViewPairs, draw: torch.Generator, settings: Settings) -> li
     return [degrade(draw, image, strength) for image in pairs.images]
 
 
+def lightly_degraded(pairs: ViewPairs, draw: torch.Generator, settings: Settings) -> list[Tensor]:
+    """All pairs in the same conditions, in which points are watched."""
+    strength = torch.full((len(pairs.images[0]),), 0.3, device=settings.device)
+    return [degrade(draw, image, strength) for image in pairs.images]
+
+
 def extract(
     model: SuperPoint, images: Tensor, count: int, radius: int, fractions: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,9 +253,7 @@ def watch_points(students: list[Student], watched: list[Source], settings: Setti
     """How many points are found again, on views that are not trained on, lightly degraded."""
 
     def found(name: str, pairs: ViewPairs, draw: torch.Generator) -> dict[str, float]:
-        strength = torch.full((len(pairs.images[0]),), 0.3, device=settings.device)
-        images = [degrade(draw, image, strength) for image in pairs.images]
-        figures = {}
+        images, figures = lightly_degraded(pairs, draw, settings), {}
         for student in students:
             with settings.autocast():
                 maps = [
