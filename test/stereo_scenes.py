@@ -131,7 +131,6 @@ def check(pose: RelativePose, count: int) -> None:
     assert pose.num_matches == count and pose.median_parallax >= 0
     if pose.inliers is not None:
         assert pose.inliers.shape == (count,) and pose.num_inliers == pose.inliers.sum()
-    if pose.status in (PoseStatus.OK, PoseStatus.NO_TRANSLATION):
-        assert pose.metric
-    if pose.status is not PoseStatus.OK:
+    assert pose.metric == pose.status.has_pose
+    if pose.status not in (PoseStatus.OK, PoseStatus.AMBIGUOUS):
         assert not pose.translation.any()

@@ -241,6 +241,42 @@ def test_standing_and_turning_cameras_get_no_translation(rotation: tuple[float, 
     assert all(math.degrees(np.linalg.norm(scene.error(pose)[3:])) < 0.1 for pose in poses)
 
 
+def _two_groups(first: int, second: int, scattered: int, seed: int) -> list[np.ndarray]:
+    """left0, right0, left1, right1 of matches of two motions, and others anywhere."""
+    scenes = [(Scene(noise=0.2), first), (OTHER, second), (Scene(outliers=1.0), scattered)]
+    groups = [scene.pixels(count, seed + count)[0] for scene, count in scenes if count]
+    return [np.concatenate([group[image] for group in groups]) for image in range(4)]
+
+
+OTHER = Scene(rotation=(-0.05, 0.1, 0.0), translation=(-0.3, 0.1, 0.0), noise=0.2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_two_groups_of_matches_with_a_motion_each_are_ambiguous_if_neither_has_most(seed: int) -> None:
+    pose = estimate_stereo_motion(*_two_groups(130, 100, 70, seed), pair(), pair())
+    check(pose, 300)
+    assert pose.status is PoseStatus.AMBIGUOUS and pose.inliers is not None and pose.inliers[:130].mean() > 0.9
+    other = OTHER.error(pose)
+    away = other / np.linalg.norm(other)
+    assert away @ pose.covariance @ away > 0.9 * other @ other
+
+
+@pytest.mark.parametrize("groups", [(100, 0, 200), (160, 120, 20), (130, 30, 140)])
+def test_matches_that_most_agree_with_or_the_others_do_not_agree_on_are_sure(groups: tuple[int, int, int]) -> None:
+    for seed in range(4):
+        pose = estimate_stereo_motion(*_two_groups(*groups, seed), pair(), pair())
+        assert pose.status is PoseStatus.OK
+        assert np.abs(Scene().error(pose)).max() < 0.01
+
+
+def test_a_robots_own_body_is_no_other_motion_of_the_scene() -> None:
+    scene, body, wrong = _two_groups(120, 0, 0, 0), Scene().pixels(110, 1)[0], _two_groups(0, 0, 40, 0)
+    body[2], body[3] = body[0], body[1]
+    pixels = [np.concatenate(parts) for parts in zip(scene, body, wrong)]
+    pose = estimate_stereo_motion(*pixels, pair(), pair())
+    assert pose.status is PoseStatus.OK and pose.inliers is not None and pose.inliers[:120].mean() > 0.9
+
+
 def test_keypoints_that_did_not_move_at_all_are_a_standing_camera() -> None:
     (left, right, _, _), _ = Scene(rounded=True, unmatched=0.0).pixels(200, 0)
     pose = estimate_stereo_motion(left, right, left, right, pair(), pair())

@@ -11,6 +11,8 @@ from kpmatch_ros.geometry.camera import Camera
 
 __all__ = [
     "FALSE_ALARM_RATE",
+    "LOOSELY",
+    "MANY_WRONG",
     "SMALLEST_CURVATURE",
     "SMALLEST_SAMPLE",
     "TINY",
@@ -21,6 +23,7 @@ __all__ = [
     "dimensions",
     "design_effect",
     "epipolar_chance",
+    "is_other_motion",
     "log_false_alarms",
     "tukey",
     "tukey_cost",
@@ -34,6 +37,12 @@ FALSE_ALARM_RATE = 1e-3
 SMALLEST_SAMPLE = 8
 """Fewest matches of an estimate: its five or six degrees of freedom, and some left over to tell the noise."""
 
+MANY_WRONG = 0.5
+"""Other motions are searched for where an even smaller part of the matches agrees."""
+
+LOOSELY = 2.0
+"""Inlier thresholds within which matches that do not agree with a motion may agree on another one."""
+
 TUKEY = 4.685
 """Where Tukey's loss ends, standard deviations: 95 % of the efficiency of least squares under Gaussian noise."""
 
@@ -46,6 +55,9 @@ TINY = 1e-30
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # its powers tell rows of numbers from each other
 
 _ACROSS = 3.0  # variances of the noise: by so much, at most, does noise alone spread points across their line
+
+_RIVALLING = 0.5  # matches that agree on another motion, for each inlier
+_SAME = 0.5  # part of the inliers: a motion that explains more of them is no other one
 
 _POWERS = np.linspace(0.1, 4, 40)  # of Chernoff's bound
 
@@ -192,6 +204,24 @@ def log_false_alarms(hits: np.ndarray, chances: np.ndarray, sample: int) -> floa
         for power in _POWERS[max(low - 1, 0) : low + 1]
     ]
     return float(models) + min(bounds)
+
+
+def is_other_motion(agreeing: np.ndarray, shared: np.ndarray, chance: float, sample: int) -> bool:
+    """Whether matches that do not agree with a motion agree on another one, and many do.
+
+    Matches that are wrong each by itself agree on nothing. Where places look alike, as with equal windows in a row,
+    wrong ones come in groups, each with a motion of its own.
+
+    Args:
+        agreeing: (n,) bool, which of them are near the other motion, within LOOSELY thresholds.
+        shared: (m,) bool, which of the first motion's inliers are so, too. Most are where it is the same motion again,
+            because the noise is above the threshold.
+        chance: how probable it is that a wrong match is as near.
+        sample: how many matches determine a motion.
+    """
+    if agreeing.sum() < _RIVALLING * len(shared) or shared.mean() > _SAME:
+        return False
+    return log_false_alarms(agreeing, np.full(len(agreeing), chance), sample) < math.log(FALSE_ALARM_RATE)
 
 
 def epipolar_chance(camera: Camera, inlier_threshold: float) -> float:

@@ -12,6 +12,8 @@ from kpmatch_ros.geometry.camera import BEHIND
 from kpmatch_ros.geometry.pose import Pose, PoseStatus, RelativePose
 from kpmatch_ros.geometry.robust import (
     FALSE_ALARM_RATE,
+    LOOSELY,
+    MANY_WRONG,
     SMALLEST_CURVATURE,
     SMALLEST_SAMPLE,
     TINY,
@@ -20,6 +22,7 @@ from kpmatch_ros.geometry.robust import (
     check_sigmas,
     design_effect,
     epipolar_chance,
+    is_other_motion,
     log_false_alarms,
     without_copies,
 )
@@ -27,6 +30,7 @@ from kpmatch_ros.geometry.sandwich import left_out, student_factor, whitening_ax
 from kpmatch_ros.geometry.stereo_camera import StereoCamera, check_stereo_camera
 from kpmatch_ros.geometry.stereo_errors import StereoPoints, as_pixels
 from kpmatch_ros.geometry.stereo_fit import SEARCH_THRESHOLD, SETTLED, Fit, FramePair, Start, normal_equations
+from kpmatch_ros.geometry.two_modes import spread
 from kpmatch_ros.geometry.two_view_errors import Matches, Motion, agrees, lengths, median_parallax, rotation_residuals
 
 __all__ = ["estimate_stereo_motion"]
@@ -72,7 +76,8 @@ def estimate_stereo_motion(
     Tests have a false-alarm rate of FALSE_ALARM_RATE. The status is FAILED unless the first one says that wrong matches
     would not agree as well, and the matches leave no direction of the motion free. It is OK only if two others say that
     the translation is not zero: the likelihood ratio, and the score, which holds for points too far to have a depth.
-    Equal matches count as one.
+    It is AMBIGUOUS if fewer than half of the matches agree, and of the others many on another motion, as where places
+    look alike. Equal matches count as one.
 
     Args:
         left0: (M, 2) pixels in the reference frame's left image as received. NaN and infinity are outliers.
@@ -162,6 +167,10 @@ def estimate_stereo_motion(
                 return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total, mask)
     if _is_free(pair, fit, variance, status is PoseStatus.NO_TRANSLATION) or _is_bent(pair, fit, variance):
         return RelativePose.undefined(PoseStatus.FAILED, total)
+    if status is PoseStatus.OK:
+        other = _other_motion(frames, pair, inliers, (camera0, camera1), inlier_threshold, keypoint_resolution)
+        if other is not None:
+            status, covariance = PoseStatus.AMBIGUOUS, covariance + spread(Motion(fit.rotation, fit.translation), other)
     return RelativePose(
         status=status,
         rotation=fit.rotation,
@@ -189,6 +198,33 @@ def _triangulate(
     return points.without_depth(
         points.deep & ~(front & (points.distances(points.points).sum(axis=0) < inlier_threshold))
     )
+
+
+def _other_motion(
+    frames: list[StereoPoints],
+    pair: FramePair,
+    inliers: np.ndarray,
+    cameras: tuple[StereoCamera, StereoCamera],
+    inlier_threshold: float,
+    resolution: float,
+) -> Motion | None:
+    """Where fewer than half of the matches are inliers, the motion that many others agree on; else None."""
+    still = lengths(rotation_residuals(_matches(frames, np.arange(len(inliers))), np.eye(3))) < inlier_threshold
+    scene = inliers | ~still  # but for the robot's own body
+    if inliers[scene].mean() >= MANY_WRONG:
+        return None
+    rest = [frame.select(np.flatnonzero(scene & ~inliers)) for frame in frames]
+    if (rest[0].deep | rest[1].deep).sum() < SMALLEST_SAMPLE:
+        return None
+    threshold = LOOSELY * inlier_threshold
+    other = FramePair.of(rest[0], rest[1])
+    fit = other.fit(_search(other, cameras, threshold), threshold, resolution)
+    agreeing = _agrees(rest, other, fit, threshold)
+    everywhere = pair.evaluate(fit.rotation, fit.translation, np.ones(len(pair.order)))
+    shared = _agrees(frames, pair, everywhere, threshold)[inliers]
+    if not is_other_motion(agreeing, shared, epipolar_chance(cameras[0].left, threshold), 3):
+        return None
+    return Motion(fit.rotation, fit.translation)
 
 
 def _is_free(pair: FramePair, fit: Fit, variance: float, rotation_only: bool) -> bool:

@@ -15,12 +15,15 @@ from kpmatch_ros.geometry.camera import Camera, check_camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.robust import (
     FALSE_ALARM_RATE,
+    LOOSELY,
+    MANY_WRONG,
     SMALLEST_SAMPLE,
     check_options,
     check_sigmas,
     design_effect,
     dimensions,
     epipolar_chance,
+    is_other_motion,
     log_false_alarms,
     without_copies,
 )
@@ -40,7 +43,7 @@ from kpmatch_ros.geometry.two_view_errors import (
 )
 from kpmatch_ros.geometry.two_view_fit import Covariances, Noise, motion_covariances, rotation_covariance
 from kpmatch_ros.geometry.two_view_hidden import hidden_translation_covariance
-from kpmatch_ros.geometry.two_view_motion import MANY_WRONG, Fit, best_candidate, decide, fit_motion, widen
+from kpmatch_ros.geometry.two_view_motion import Fit, best_candidate, decide, fit_motion, widen
 from kpmatch_ros.geometry.two_view_problem import Problem, Solution, spread_out, weigh
 from kpmatch_ros.geometry.two_view_rotation import (
     Parallax,
@@ -94,7 +97,8 @@ def estimate_relative_pose(
     motion free. Equal matches count as one.
 
     Matches that stand still in the image while the rest moves otherwise are outliers, as those on a robot's own body
-    are. If more stand still than move, the status is AMBIGUOUS, unless the motion before tells. Otherwise two views
+    are. If more stand still than move, the status is AMBIGUOUS, unless the motion before tells. So it is if fewer than
+    half of the matches agree, and of the others many on another motion, as where places look alike. Otherwise two views
     cannot tell a translation from objects that move before a standing camera, nor from a calibration that is wrong by
     more than the noise.
 
@@ -222,7 +226,7 @@ def _estimate(problem: Problem) -> Solution:
         solution = _solve_without(problem, body.mask, body.candidates)
     if solution.status is PoseStatus.OK and _is_free(problem, solution):
         return Solution(PoseStatus.FAILED)
-    return solution
+    return _check_rest(problem, solution)
 
 
 def _solve(problem: Problem, candidates: list[Motion]) -> Solution:
@@ -354,6 +358,32 @@ def _check_noise(problem: Problem, solution: Solution) -> Solution:
         return best
     # Either motion is certain if the noise is what it takes it for.
     return best._replace(status=PoseStatus.AMBIGUOUS, covariance=best.covariance + spread(motion, solution.motion))
+
+
+def _check_rest(problem: Problem, solution: Solution) -> Solution:
+    """The solution, or AMBIGUOUS if fewer than half of the matches agree with it, and many others on another motion.
+
+    Which of the two is right they do not tell; the motion before may.
+    """
+    if solution.status is not PoseStatus.OK or solution.motion is None or solution.inliers is None:
+        return solution
+    still = lengths(rotation_residuals(problem.matches, np.eye(3))) < problem.inlier_threshold
+    scene = solution.inliers | ~still  # but for the robot's own body
+    if solution.inliers[scene].mean() >= MANY_WRONG:
+        return solution
+    rest = problem.select(scene & ~solution.inliers).with_threshold(LOOSELY)
+    candidates = search_motions(rest.matches, rest.inlier_threshold, rest.normalised_threshold, 1)
+    other = best_candidate(rest.matches, candidates, rest.inlier_threshold)
+    if other is None:
+        return solution
+    agreeing = agrees(rest.matches, other, rest.inlier_threshold)
+    shared = agrees(problem.matches.select(solution.inliers), other, rest.inlier_threshold)
+    if not is_other_motion(agreeing, shared, rest.chance, 5):
+        return solution
+    if problem.prior is not None and decide_by_prior([solution.motion, other], problem.prior) is solution.motion:
+        return solution
+    covariance = solution.covariance + spread(solution.motion, other)
+    return solution._replace(status=PoseStatus.AMBIGUOUS, covariance=covariance)
 
 
 def _is_free(problem: Problem, solution: Solution) -> bool:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kpmatch_ros.geometry.robust import TINY, TUKEY, tukey, tukey_cutoff
+from kpmatch_ros.geometry.robust import MANY_WRONG, TINY, TUKEY, tukey, tukey_cutoff
 from kpmatch_ros.geometry.two_modes import decide_by_prior, is_distinct, plane_motions, rival_of
 from kpmatch_ros.geometry.two_view_errors import (
     Matches,
@@ -28,10 +28,7 @@ from kpmatch_ros.geometry.two_view_profile import profile_covariance, profile_di
 from kpmatch_ros.geometry.two_view_rotation import TYPICAL
 from kpmatch_ros.geometry.two_view_search import SAMPLE
 
-__all__ = ["MANY_WRONG", "Decision", "Fit", "best_candidate", "decide", "fit_motion", "widen"]
-
-MANY_WRONG = 0.5
-"""Other motions are searched for where an even smaller part of the matches agrees."""
+__all__ = ["Decision", "Fit", "best_candidate", "decide", "fit_motion", "widen"]
 
 _HOPEFUL = 3  # candidates that are refined, the best ones
 
