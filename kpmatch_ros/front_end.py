@@ -430,13 +430,14 @@ class FrontEnd:
         options |= {
             "keypoint_resolution": REFINED_RESOLUTION if refined else resolution,
             "independent_points": INDEPENDENT_POINTS if refined else math.inf,
+            "prior": self._motion_prior(reference, current),
         }
         points0, points1 = exact.reference_points, exact.points
         sigmas = exact.pair_sigmas if refined else None
         if right0 is None or right1 is None:
             points1 = np.where(np.isfinite(points1), points1, links.points)
-            options |= {"prior": self._motion_prior(reference, current), "sigmas": sigmas, "decisive": decisive}
-            return estimate_relative_pose(points0, points1, reference.camera, current.camera, **options)
+            cameras = reference.camera, current.camera
+            return estimate_relative_pose(points0, points1, *cameras, sigmas=sigmas, decisive=decisive, **options)
         right_points0 = right0.beside(exact.indices[:, 0], points0)
         right_points1 = right1.beside(exact.indices[:, 1], points1)
         if exact is not links:

@@ -308,6 +308,14 @@ def test_two_groups_of_matches_that_agree_on_a_motion_each_are_ambiguous_if_neit
     assert estimate_relative_pose(points0, points1, CAMERA, CAMERA, prior=prior).status is PoseStatus.OK
 
 
+def test_matches_that_decide_do_not_make_a_motion_doubtful_that_most_of_all_agree_with() -> None:
+    points0, points1 = _two_groups(240, 40, 20, 0)
+    decisive = np.isin(np.arange(300), [*range(45), *range(240, 300)])
+    few = estimate_relative_pose(points0[decisive], points1[decisive], CAMERA, CAMERA)
+    pose = estimate_relative_pose(points0, points1, CAMERA, CAMERA, decisive=decisive)
+    assert few.status is PoseStatus.AMBIGUOUS and pose.status is PoseStatus.OK
+
+
 @pytest.mark.parametrize("groups", [(100, 0, 200), (160, 120, 20), (130, 30, 140)])
 def test_matches_that_most_agree_with_or_the_others_do_not_agree_on_are_sure(groups: tuple[int, int, int]) -> None:
     for seed in range(4):

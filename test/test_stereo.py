@@ -20,6 +20,7 @@ from kpmatch_ros.geometry.stereo_agreement import check_stereo_matches
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
 from kpmatch_ros.geometry.stereo_errors import StereoPoints, stereo_residuals
 from kpmatch_ros.geometry.stereo_motion import estimate_stereo_motion
+from kpmatch_ros.geometry.two_view_errors import Motion
 
 
 def infos(focal: float = 500.0, baseline: float = BASELINE, **changes: Any) -> tuple[Any, Any]:
@@ -259,6 +260,19 @@ def test_two_groups_of_matches_with_a_motion_each_are_ambiguous_if_neither_has_m
     other = OTHER.error(pose)
     away = other / np.linalg.norm(other)
     assert away @ pose.covariance @ away > 0.9 * other @ other
+
+    before = estimate_stereo_motion(*_two_groups(300, 0, 0, seed), pair(), pair())
+    prior = Motion(before.rotation, before.translation)
+    told = estimate_stereo_motion(*_two_groups(130, 100, 70, seed), pair(), pair(), prior=prior)
+    assert told.status is PoseStatus.OK and np.abs(Scene().error(told)).max() < 0.01
+
+
+def test_before_something_that_moves_more_matches_that_stand_still_are_another_motion() -> None:
+    mover, still, wrong = _two_groups(100, 0, 0, 0), Scene().pixels(120, 1)[0], _two_groups(0, 0, 40, 0)
+    still[2], still[3] = still[0], still[1]
+    noise = np.random.default_rng(0)
+    pixels = [np.concatenate(parts) + noise.normal(0, 0.3, (260, 2)) for parts in zip(mover, still, wrong)]
+    assert estimate_stereo_motion(*pixels, pair(), pair()).status is not PoseStatus.OK
 
 
 @pytest.mark.parametrize("groups", [(100, 0, 200), (160, 120, 20), (130, 30, 140)])

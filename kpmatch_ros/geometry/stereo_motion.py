@@ -30,7 +30,7 @@ from kpmatch_ros.geometry.sandwich import left_out, student_factor, whitening_ax
 from kpmatch_ros.geometry.stereo_camera import StereoCamera, check_stereo_camera
 from kpmatch_ros.geometry.stereo_errors import StereoPoints, as_pixels
 from kpmatch_ros.geometry.stereo_fit import SEARCH_THRESHOLD, SETTLED, Fit, FramePair, Start, normal_equations
-from kpmatch_ros.geometry.two_modes import spread
+from kpmatch_ros.geometry.two_modes import decide_by_prior, spread
 from kpmatch_ros.geometry.two_view_errors import Matches, Motion, agrees, lengths, median_parallax, rotation_residuals
 
 __all__ = ["estimate_stereo_motion"]
@@ -64,6 +64,7 @@ def estimate_stereo_motion(
     min_inliers: int = 15,
     keypoint_resolution: float = 1.0,
     independent_points: float = math.inf,
+    prior: Motion | None = None,
     sigmas: np.ndarray | None = None,
 ) -> RelativePose:
     """Pose of the current left camera in the reference left camera's optical frame, in metres.
@@ -77,7 +78,7 @@ def estimate_stereo_motion(
     would not agree as well, and the matches leave no direction of the motion free. It is OK only if two others say that
     the translation is not zero: the likelihood ratio, and the score, which holds for points too far to have a depth.
     It is AMBIGUOUS if fewer than half of the matches agree, and of the others many on another motion, as where places
-    look alike. Equal matches count as one.
+    look alike, unless the motion before tells. Equal matches count as one.
 
     Args:
         left0: (M, 2) pixels in the reference frame's left image as received. NaN and infinity are outliers.
@@ -92,6 +93,8 @@ def estimate_stereo_motion(
             two_view.estimate_relative_pose. The covariance is no smaller than rounding allows.
         independent_points: how many points, at most, err independently of each other. With more points, the covariance
             is that of so many: more points on the same surfaces do not make the pose surer.
+        prior: the motion between the two frames before, over about the same time, where it is known. It decides between
+            two motions that many matches agree on each.
         sigmas: (M,) standard deviations of the left points, in any unit, where the right points were found from these
             and share their errors. Where not given, all points err alike and independently.
 
@@ -126,6 +129,7 @@ def estimate_stereo_motion(
             min_inliers=min_inliers,
             keypoint_resolution=keypoint_resolution,
             independent_points=independent_points,
+            prior=prior,
             sigmas=None if sigmas is None else np.asarray(sigmas)[copies[0]],
         )
         return pose.for_copies(copies[1])
@@ -169,8 +173,10 @@ def estimate_stereo_motion(
         return RelativePose.undefined(PoseStatus.FAILED, total)
     if status is PoseStatus.OK:
         other = _other_motion(frames, pair, inliers, (camera0, camera1), inlier_threshold, keypoint_resolution)
-        if other is not None:
-            status, covariance = PoseStatus.AMBIGUOUS, covariance + spread(Motion(fit.rotation, fit.translation), other)
+        motion = Motion(fit.rotation, fit.translation)
+        decided = None if other is None or prior is None else decide_by_prior([motion, other], prior)
+        if other is not None and decided is not motion:
+            status, covariance = PoseStatus.AMBIGUOUS, covariance + spread(motion, other)
     return RelativePose(
         status=status,
         rotation=fit.rotation,
@@ -210,7 +216,9 @@ def _other_motion(
 ) -> Motion | None:
     """Where fewer than half of the matches are inliers, the motion that many others agree on; else None."""
     still = lengths(rotation_residuals(_matches(frames, np.arange(len(inliers))), np.eye(3))) < inlier_threshold
-    scene = inliers | ~still  # but for the robot's own body
+    scene = (
+        inliers | ~still if still.sum() <= inliers.sum() else np.ones(len(inliers), bool)
+    )  # without the robot's body
     if inliers[scene].mean() >= MANY_WRONG:
         return None
     rest = [frame.select(np.flatnonzero(scene & ~inliers)) for frame in frames]

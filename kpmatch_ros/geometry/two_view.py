@@ -178,7 +178,7 @@ def estimate_relative_pose(
     )
     solution = None if decisive is None else _estimate_by(decisive[usable], problem)
     if solution is None or not solution.status.has_pose:
-        solution = _estimate(problem)
+        solution = _check_rest(problem, _estimate(problem))
     inliers, doubted = (spread_out(mask, usable) for mask in (solution.inliers, solution.doubted))
     if solution.motion is None or solution.inliers is None:
         return RelativePose.undefined(solution.status, total, inliers)
@@ -197,9 +197,12 @@ def estimate_relative_pose(
 
 
 def _estimate_by(decisive: np.ndarray, problem: Problem) -> Solution:
-    """The motion that some (n,) of the matches decide, with the inliers among all."""
-    threshold = problem.inlier_threshold
-    solution = _estimate(problem.select(decisive))
+    """The motion that some (n,) of the matches decide, with the inliers among all.
+
+    Where fewer than half of all are, it is these, too, that tell whether others agree on another motion.
+    """
+    threshold, deciding = problem.inlier_threshold, problem.select(decisive)
+    solution = _estimate(deciding)
     motion, unbelieved = solution.motion, solution.unbelieved
     if motion is None or not solution.status.has_pose:
         return solution
@@ -212,6 +215,8 @@ def _estimate_by(decisive: np.ndarray, problem: Problem) -> Solution:
         inliers[~decisive] = lengths(rotation_residuals(others, motion.rotation)) < threshold
     if doubted is not None and unbelieved is not None:
         doubted[~decisive] = agrees(others, unbelieved, threshold) & ~inliers[~decisive]
+    if inliers.mean() < MANY_WRONG:
+        solution = _check_rest(deciding, solution)
     return solution._replace(inliers=inliers, doubted=doubted)
 
 
@@ -226,7 +231,7 @@ def _estimate(problem: Problem) -> Solution:
         solution = _solve_without(problem, body.mask, body.candidates)
     if solution.status is PoseStatus.OK and _is_free(problem, solution):
         return Solution(PoseStatus.FAILED)
-    return _check_rest(problem, solution)
+    return solution
 
 
 def _solve(problem: Problem, candidates: list[Motion]) -> Solution:
