@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.features import Features, to_numpy
@@ -437,7 +438,8 @@ class FrontEnd:
         if right0 is None or right1 is None:
             points1 = np.where(np.isfinite(points1), points1, links.points)
             cameras = reference.camera, current.camera
-            return estimate_relative_pose(points0, points1, *cameras, sigmas=sigmas, decisive=decisive, **options)
+            options |= {"sigmas": sigmas, "decisive": decisive, "readout": self._readout(reference, current)}
+            return estimate_relative_pose(points0, points1, *cameras, **options)
         right_points0 = right0.beside(exact.indices[:, 0], points0)
         right_points1 = right1.beside(exact.indices[:, 1], points1)
         if exact is not links:
@@ -468,7 +470,15 @@ class FrontEnd:
         now = current.stamp - reference.stamp
         if end is not reference or max(before, now) > _LIKE_TIMES * min(before, now):
             return None
-        return motion
+        if before == now:
+            return motion
+        turn = Rotation.from_matrix(motion.rotation).as_rotvec()
+        return Motion(Rotation.from_rotvec(turn * now / before).as_matrix(), motion.translation)
+
+    def _readout(self, reference: Frame, current: Frame) -> float:
+        """Which part of the time between two frames is the parameter `readout_time`; 0 where stamps deny it."""
+        interval = 1e-9 * abs(current.stamp - reference.stamp)
+        return self.parameters.readout_time / interval if self.parameters.readout_time < interval else 0.0
 
     def _keypoint_resolution(self, frame: Frame) -> float:
         """Pixels of the image received between neighbouring positions that the extractor can give."""

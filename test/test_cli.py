@@ -161,7 +161,8 @@ def test_the_options_are_those_of_the_parameters_that_concern_matching() -> None
     node_alone = {
         "mode", "reference", "keyframe_min_matches", "keyframe_max_parallax", "max_gap", "queue", "image_transport",
         "rectified", "sync_tolerance", "publish_odometry", "autostart", "motion_prior", "stretch", "odom_frame",
-        "publish_tf", "bond_heartbeat_period", "mask", "mask_right", "base_frame", "refine", "lost_tracks",
+        "publish_tf", "bond_heartbeat_period", "readout_time", "mask", "mask_right", "base_frame", "refine",
+        "lost_tracks",
     }  # fmt: skip
     assert set(MATCHING_OPTIONS) | node_alone == {item.name for item in declarations()}
     assert not set(MATCHING_OPTIONS) & node_alone

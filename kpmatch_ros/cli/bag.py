@@ -36,6 +36,7 @@ BAG_OPTIONS = (
     "mask",
     "mask_right",
     "rectified",
+    "readout_time",
     "motion_prior",
     "mode",
     "sync_tolerance",

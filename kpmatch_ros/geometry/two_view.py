@@ -27,6 +27,7 @@ from kpmatch_ros.geometry.robust import (
     log_false_alarms,
     without_copies,
 )
+from kpmatch_ros.geometry.rolling_shutter import check_readout, read_at_once, reading_times
 from kpmatch_ros.geometry.two_modes import decide_by_prior, distance, is_distinct, spread
 from kpmatch_ros.geometry.two_view_body import find_own_body
 from kpmatch_ros.geometry.two_view_errors import (
@@ -65,6 +66,9 @@ _DEVIATIONS = 0.1 * 2.0 ** np.arange(7)  # standard deviations of the noise by w
 
 _ALLOWED = float(chdtri(5, 1e-3))
 
+_READINGS = 3  # with a rolling shutter, at most: each with the motion of the one before
+_SETTLED = 1e-5  # radians by which rays turn
+
 # With so large a part of the matches that a rotation explains, samples of five rarely hold two of the others.
 _MOSTLY_FAR = 0.4
 
@@ -82,6 +86,7 @@ def estimate_relative_pose(
     prior: Motion | None = None,
     sigmas: np.ndarray | None = None,
     decisive: np.ndarray | None = None,
+    readout: float = 0.0,
 ) -> RelativePose:
     """Pose of the current camera in the reference camera's optical frame, from matched keypoints.
 
@@ -122,6 +127,9 @@ def estimate_relative_pose(
             on all count alike.
         decisive: (M,) bool which matches the pose is estimated from, where some are surer or more exact than others.
             The others may be inliers of it. Where these give no pose, all decide.
+        readout: with a rolling shutter, the part of the time between the two images in which an image's rows are read;
+            0 where all are read at once. The pose is the motion between the middle rows; the motion before tells how
+            turns and moves change (rolling_shutter).
 
     Returns:
         The pose, or why there is none.
@@ -140,6 +148,7 @@ def estimate_relative_pose(
     if sigmas is not None:
         sigmas = check_sigmas(sigmas, len(points0))
     check_options(max_reprojection_error, keypoint_resolution)
+    check_readout(readout)
     total, inlier_threshold = len(points0), float(max_reprojection_error)
     required = max(min_inliers, SMALLEST_SAMPLE)
     camera0, camera1 = check_camera(camera0), check_camera(camera1)
@@ -161,6 +170,7 @@ def estimate_relative_pose(
             prior=prior,
             sigmas=None if sigmas is None else sigmas[copies[0]],
             decisive=None if decisive is None else decisive[copies[0]],
+            readout=readout,
         )
         return pose.for_copies(copies[1])
     matches, usable = normalise_matches(points0, points1, camera0, camera1)
@@ -176,9 +186,22 @@ def estimate_relative_pose(
         prior,
         None if sigmas is None else sigmas[usable],
     )
-    solution = None if decisive is None else _estimate_by(decisive[usable], problem)
-    if solution is None or not solution.status.has_pose:
-        solution = _check_rest(problem, _estimate(problem))
+    deciding = None if decisive is None else decisive[usable]
+    if not readout:
+        solution = _estimate_either(deciding, problem)
+    else:
+        times = [
+            reading_times(points[usable], camera, readout)
+            for points, camera in ((points0, camera0), (points1, camera1))
+        ]
+        last = prior
+        for _ in range(_READINGS):
+            if last is not None:
+                problem = problem._replace(matches=read_at_once(matches, times, last, prior))
+            solution = _estimate_either(deciding, problem)
+            before, last = last, solution.motion
+            if last is None or (before is not None and np.abs(distance(before, last)).max() * readout < _SETTLED):
+                break
     inliers, doubted = (spread_out(mask, usable) for mask in (solution.inliers, solution.doubted))
     if solution.motion is None or solution.inliers is None:
         return RelativePose.undefined(solution.status, total, inliers)
@@ -190,10 +213,18 @@ def estimate_relative_pose(
         metric=False,
         num_matches=total,
         num_inliers=int(solution.inliers.sum()),
-        median_parallax=median_parallax(matches.select(solution.inliers), solution.motion.rotation),
+        median_parallax=median_parallax(problem.matches.select(solution.inliers), solution.motion.rotation),
         inliers=inliers,
         doubted=doubted,
     )
+
+
+def _estimate_either(decisive: np.ndarray | None, problem: Problem) -> Solution:
+    """The motion that some (n,) of the matches decide, or all of them where these give no pose."""
+    solution = None if decisive is None else _estimate_by(decisive, problem)
+    if solution is None or not solution.status.has_pose:
+        solution = _check_rest(problem, _estimate(problem))
+    return solution
 
 
 def _estimate_by(decisive: np.ndarray, problem: Problem) -> Solution:

@@ -1,0 +1,127 @@
+"""One camera whose rows are read one after the other: how wrong are its poses, and what is `readout_time` worth?
+
+    tools/with_ros python benchmarks/rolling_shutter.py            # some fifteen minutes on one core
+    tools/with_ros python benchmarks/rolling_shutter.py --seeds 7 --frames 5 --readouts 0.3
+
+A walk through synthetic courtyards, with the demo's camera (640 x 480, lens distortion) and noise of 2 grey levels, on
+a path that bends by 11 degrees and turns by up to 3 degrees each 25 cm. Reading an image takes so large a part of the
+interval between two frames. Bands of four rows are rendered from where the camera is when their middle is read. Poses
+are estimated from the same matches, as of a global shutter and with the readout told. The true motion is that between
+the middle rows. NEES is e' C^-1 e of the error e of a pose and its covariance C: 5 on average where it is right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from scipy.interpolate import CubicSpline
+from scipy.spatial.transform import Rotation, RotationSpline
+
+from benchmarks.overconfidence import Outcome, judge
+from kpmatch_ros import front_end
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import Pose, PoseStatus, RelativePose, relative_motion
+from kpmatch_ros.geometry.two_view import estimate_relative_pose
+from kpmatch_ros.parameters import Parameters
+from simulation import Scene, camera_path, demo_camera
+
+_NOISE = 2.0  # grey levels
+_ROWS = 4  # of a band
+_STEP = 0.25  # metres between two poses of the path
+_INTERVAL = 0.1  # seconds between two frames
+KINDS = ("global", "told")
+
+
+class Walk:
+    """Where a camera is at any time, in frames."""
+
+    def __init__(self, frames: int, step: float) -> None:
+        path = camera_path(4 + math.ceil((frames + 2) * step / _STEP))
+        times = np.arange(len(path)) * _STEP / step
+        self._positions = CubicSpline(times, np.array([pose.position for pose in path]))
+        self._rotations = RotationSpline(times, Rotation.from_matrix(np.array([pose.rotation for pose in path])))
+
+    def __call__(self, time: float) -> Pose:
+        return Pose(self._rotations(time).as_matrix(), self._positions(time))
+
+
+def read_by_rows(scene: Scene, walk: Walk, camera: Camera, start: float, readout: float, seed: int) -> np.ndarray:
+    """The image (H, W, 3) whose first row is read at a time, and the last one `readout` frames later."""
+
+    def band(row: int) -> np.ndarray:
+        matrix = camera.matrix.copy()
+        matrix[1, 2] -= row
+        part = Camera(camera.width, _ROWS, matrix, camera.distortion_model, camera.distortion)
+        return scene.render(*walk(start + readout * (row + _ROWS / 2) / camera.height), part).image
+
+    with ThreadPoolExecutor() as pool:
+        image = np.concatenate(list(pool.map(band, range(0, camera.height, _ROWS)))).astype(np.float32)
+    image += np.random.default_rng(seed).standard_normal(image.shape, np.float32) * np.float32(_NOISE)
+    return np.round(np.clip(image, 0, 255)).astype(np.uint8)
+
+
+class Twice:
+    """Estimates a pose in place of the front end, as of a global shutter and with the readout told."""
+
+    def __init__(self) -> None:
+        self.poses: dict[str, RelativePose] = {}
+
+    def __call__(self, *matches: Any, readout: float, prior: Any, **options: Any) -> RelativePose:
+        self.poses = {"global": estimate_relative_pose(*matches, prior=prior, **options)}
+        self.poses["told"] = estimate_relative_pose(*matches, prior=prior, readout=readout, **options)
+        return self.poses["told"]
+
+
+def report(readout: float, kind: str, outcomes: list[Outcome], pairs: int) -> None:
+    """Print a row."""
+    rotation, direction, nees = np.array([(one.rotation, one.direction, one.nees) for one in outcomes]).T
+    errors = (
+        f"  {np.sqrt(np.mean(each**2)):.4f} {np.median(each):.4f} {each.max():.4f}" for each in (rotation, direction)
+    )
+    print(f"{readout:4.2f}  {kind:6s}  {len(outcomes):3d} of {pairs:3d} OK{''.join(errors)}", end="")
+    print(f"  {np.mean(nees):.1f} {np.median(nees):.1f}", flush=True)
+
+
+def main() -> None:
+    """Print two rows for each readout."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9, 10], help="courtyards")
+    parser.add_argument("--frames", type=int, default=9, help="of each courtyard")
+    parser.add_argument("--readouts", type=float, nargs="+", default=[0.1, 0.3, 0.6], help="parts of an interval")
+    parser.add_argument("--step", type=float, default=0.05, help="metres from frame to frame")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    camera, walk, twice = demo_camera(), Walk(options.frames, options.step), Twice()
+    front_end.estimate_relative_pose = twice  # type: ignore[assignment]
+    outcomes: dict[tuple[float, str], list[Outcome]] = {
+        (readout, kind): [] for readout in options.readouts for kind in KINDS
+    }
+    scenes = {seed: Scene(seed) for seed in options.seeds}
+    print("readout  estimate        rotation, rms, median, largest (degrees)  direction  NEES, mean, median")
+    for readout in options.readouts:
+        pairs = 0
+        parameters = Parameters(device=options.device, precision="float32", readout_time=readout * _INTERVAL)
+        eyes = front_end.FrontEnd(parameters)
+        for seed, scene in scenes.items():
+            eyes.reset()
+            for number in range(options.frames):
+                image = read_by_rows(scene, walk, camera, number + 1, readout, 1000 * seed + number)
+                pair = eyes.register([image], [round(1e9 * _INTERVAL * (number + 1))], camera).pair
+                if pair is None:
+                    continue
+                pairs += 1
+                middle = number + 1 + readout / 2
+                truth = relative_motion(walk(middle - 1), walk(middle))
+                for kind, pose in twice.poses.items():
+                    if pose.status is PoseStatus.OK:
+                        outcomes[readout, kind].append(judge(pose, truth))
+        for kind in KINDS:
+            report(readout, kind, outcomes[readout, kind], pairs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Images whose rows are read one after the other, while the camera moves: a rolling shutter.
+
+Let a camera turn by the rotation vector w and move by t from one image to the next, and by v and s, in the same axes,
+from the one before. Its path is taken to be the parabola through these three: at the time u, in intervals after the
+middle row of the reference image was read, it has turned and moved by
+
+    w u + (w - v) u (u - 1) / 2,    t u + (t - s) u (u - 1) / 2
+
+Each ray is turned to where it were if the camera stood as it did for the middle row of its image. Both rays of a match
+are then turned so that the way between their two moments is parallel to t. So one motion from image to image holds for
+all matches, with the length of t left open.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from kpmatch_ros.geometry.camera import AHEAD, Camera
+from kpmatch_ros.geometry.robust import TINY
+from kpmatch_ros.geometry.two_view_errors import Matches, Motion
+
+__all__ = ["check_readout", "read_at_once", "reading_times"]
+
+
+def check_readout(readout: float) -> None:
+    """Raises ValueError for what is no part of the interval between two images."""
+    if not (math.isfinite(readout) and 0 <= readout <= 1):
+        raise ValueError(f"readout must be a part of the time between the two images, from 0 to 1, not {readout}")
+
+
+def reading_times(points: np.ndarray, camera: Camera, readout: float) -> np.ndarray:
+    """When the rows of pixels (n, 2) are read (n,), from the middle of the readout on, in intervals between images."""
+    return np.asarray(readout * ((points[:, 1] + 0.5) / camera.height - 0.5))
+
+
+def read_at_once(matches: Matches, times: Sequence[np.ndarray], motion: Motion, before: Motion | None) -> Matches:
+    """The matches as of images that are read at once.
+
+    Args:
+        matches: n of them, as received.
+        times: (n,) when their rows are read, from :func:`reading_times`, of the reference image and of the current one.
+        motion: of the camera between the two images, nearly.
+        before: that between the two images before, in as long a time, with a translation as long; None where it is not
+            known: the camera is taken to go on turning and moving as it does now, seen from itself.
+    """
+    rotation = Rotation.from_matrix(motion.rotation)
+    last = Motion(*motion) if before is None else before
+    turn, turn_before = (Rotation.from_matrix(one.rotation).as_rotvec() for one in (motion, last))
+    way, way_before = motion.translation, last.rotation.T @ last.translation
+
+    def path(now: np.ndarray, past: np.ndarray, times: np.ndarray) -> np.ndarray:
+        return np.outer(times, now) + np.outer(times * (times - 1) / 2, now - past)
+
+    turns0 = Rotation.from_rotvec(path(turn, turn_before, times[0]))
+    turns1 = rotation.inv() * Rotation.from_rotvec(path(turn, turn_before, 1 + times[1]))
+    if way.any():
+        ways = path(way, way_before, 1 + times[1]) - path(way, way_before, times[0])
+        ways /= np.maximum(np.linalg.norm(ways, axis=1, keepdims=True), TINY)
+        parallel = Rotation.from_rotvec(np.cross(ways, way))  # sine and angle are the same here
+        turns0, turns1 = parallel * turns0, rotation.inv() * parallel * rotation * turns1
+    columns = matches.columns.copy()
+    for rays, turns in ((columns[0], turns0), (columns[1], turns1)):
+        turned = turns.apply(rays.T).T
+        ahead = turned[2] > AHEAD
+        rays[:, ahead] = turned[:, ahead] / turned[2, ahead]
+    return Matches(columns, matches.scales)
