@@ -1,0 +1,165 @@
+"""Images whose rows are read one after the other: told how long that takes, poses are as of images read at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+from two_view_scenes import CAMERA, DRONE, check
+
+from kpmatch_ros import front_end as front_end_module
+from kpmatch_ros.bags.demo import demo_frames
+from kpmatch_ros.feature_matcher import FeatureMatcher
+from kpmatch_ros.geometry.camera import Camera
+from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
+from kpmatch_ros.geometry.two_view import estimate_relative_pose
+from kpmatch_ros.geometry.two_view_errors import Motion
+from kpmatch_ros.parameters import ParameterError, Parameters
+
+READOUT = 0.3
+
+
+@dataclass(frozen=True)
+class Ride:
+    """A camera that moves on a parabola, in intervals between images."""
+
+    turn: tuple[float, float, float] = (0.01, 0.03, -0.01)
+    way: tuple[float, float, float] = (0.06, 0.0, 0.03)
+    turn_changes: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    way_changes: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    camera: Camera = field(default=CAMERA)
+
+    def pose(self, time: np.ndarray) -> tuple[Rotation, np.ndarray]:
+        """Of the camera in its frame at time 0."""
+        bent = time * (time - 1) / 2
+        turn = np.outer(time, self.turn) + np.outer(bent, self.turn_changes)
+        return Rotation.from_rotvec(turn), np.outer(time, self.way) + np.outer(bent, self.way_changes)
+
+    def motion(self, start: float) -> Motion:
+        """From a time to one interval later."""
+        (first, last), (begin, end) = self.pose(np.array([start, start + 1.0]))
+        way = first.inv().apply(end - begin)
+        return Motion((first.inv() * last).as_matrix(), way / max(np.linalg.norm(way), 1e-12))
+
+    def sees(self, points: np.ndarray, start: float, readout: float) -> np.ndarray:
+        """Pixels (n, 2) of points (n, 3) whose row is read when they are in it."""
+        rows = np.full(len(points), self.camera.height / 2)
+        for _ in range(20):
+            rotations, positions = self.pose(start + readout * ((rows + 0.5) / self.camera.height - 0.5))
+            seen = rotations.inv().apply(points - positions)
+            pixels = self.camera.project(seen[:, :2] / seen[:, 2:])
+            rows = np.clip(pixels[:, 1], -100, self.camera.height + 100)
+        return pixels
+
+    def matches(self, readout: float, seed: int, noise: float = 0.05, count: int = 300) -> list[np.ndarray]:
+        random = np.random.default_rng(seed)
+        size = self.camera.width, self.camera.height
+        rays = self.camera.normalise(random.uniform((0, 0), size, (3 * count, 2)))
+        points = np.column_stack([rays, np.ones(len(rays))]) / random.uniform(0.1, 0.5, (len(rays), 1))
+        pixels = [self.sees(points, time, readout) for time in (0.0, 1.0)]
+        inside = np.logical_and.reduce([((view > 0) & (view < size)).all(axis=1) for view in pixels])
+        return [view[inside][:count] + random.normal(0, noise, (count, 2)) for view in pixels]
+
+
+def errors(pose: RelativePose, truth: Motion) -> tuple[float, float, float]:
+    """Of rotation and direction, degrees, and e' C^-1 e."""
+    turn = Rotation.from_matrix(pose.rotation @ truth.rotation.T).as_rotvec()
+    error = np.concatenate([pose.translation - truth.translation, turn])
+    nees = error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error
+    return np.degrees(np.linalg.norm(turn)), np.degrees(np.linalg.norm(error[:3])), float(nees)
+
+
+def estimate(ride: Ride, seed: int, **options: Any) -> RelativePose:
+    pose = estimate_relative_pose(
+        *ride.matches(READOUT, seed), ride.camera, ride.camera, keypoint_resolution=1 / 32, **options
+    )
+    check(pose, 300)
+    assert pose.status is PoseStatus.OK
+    return pose
+
+
+STRAIGHT = Ride()
+BENT = Ride(turn_changes=(0.003, -0.004, 0.002), way_changes=(-0.01, 0.004, 0.012))
+
+
+@pytest.mark.parametrize("ride", [BENT, Ride(camera=DRONE, turn=(0.0, -0.04, 0.02), turn_changes=(0.0, 0.004, 0.0))])
+def test_with_the_motion_before_a_pose_is_that_of_images_read_at_once(ride: Ride) -> None:
+    told, taken_for_global = (
+        np.array(
+            [errors(estimate(ride, seed, prior=ride.motion(-1), readout=readout), ride.motion(0)) for seed in range(8)]
+        )
+        for readout in (READOUT, 0.0)
+    )
+    assert np.median(told[:, 2]) < 9 < 15 < np.median(taken_for_global[:, 2])
+    assert np.median(told[:, 0]) < 0.4 * np.median(taken_for_global[:, 0])
+    assert np.median(told[:, 1]) < np.median(taken_for_global[:, 1])
+
+
+def test_without_the_motion_before_the_camera_is_taken_to_go_on_as_it_does() -> None:
+    # Seen from itself: a robot that drives a curve. On this parabola it drifts by a little.
+    ride = Ride(way_changes=tuple(np.cross(STRAIGHT.turn, STRAIGHT.way)))
+    found = np.array([errors(estimate(ride, seed, readout=READOUT), ride.motion(0)) for seed in range(8)])
+    assert np.median(found[:, 2]) < 9
+
+
+def test_a_camera_that_only_turns_does_so_by_rows_too() -> None:
+    ride = Ride(way=(0.0, 0.0, 0.0), turn=(0.0, 0.05, 0.0))
+    for seed in range(4):
+        pose = estimate_relative_pose(*ride.matches(READOUT, seed), CAMERA, CAMERA, readout=READOUT)
+        turn = Rotation.from_matrix(pose.rotation @ ride.motion(0).rotation.T).magnitude()
+        assert pose.status is PoseStatus.NO_TRANSLATION and np.degrees(turn) < 0.005
+
+
+def test_a_global_shutter_is_what_a_readout_of_zero_is() -> None:
+    points = STRAIGHT.matches(0.0, 0)
+    poses = [estimate_relative_pose(*points, CAMERA, CAMERA, **told) for told in ({}, {"readout": 0.0})]
+    assert np.array_equal(poses[0].rotation, poses[1].rotation)
+
+
+@pytest.mark.parametrize("readout", [-0.1, 1.1, np.nan, np.inf])
+def test_a_readout_is_a_part_of_the_time_between_two_images(readout: float) -> None:
+    points = STRAIGHT.matches(0.0, 0)
+    with pytest.raises(ValueError, match="readout must be a part of the time"):
+        estimate_relative_pose(*points, CAMERA, CAMERA, readout=readout)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_is_given_is_a_pose_or_none_and_never_an_error(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    points = random.uniform(-200, 900, (2, 60, 2))
+    points[random.random((2, 60)) < 0.1] = np.nan
+    points[1, :30] = points[0, :30] + random.normal(0, 0.1, (30, 2))
+    prior = Motion(Rotation.random(random_state=seed).as_matrix(), np.array([0.0, 0.0, float(seed % 2)]))
+    for before in (None, prior):
+        check(estimate_relative_pose(*points, CAMERA, CAMERA, readout=1.0, prior=before), 60)
+
+
+@pytest.mark.parametrize(
+    ("readout_time", "intervals", "told"),
+    [(0.03, [0.1, 0.1], [0.3, 0.3]), (0.03, [0.1, 0.02], [0.3, 0.0]), (0.0, [0.1, 0.1], [0.0, 0.0])],
+)
+def test_the_front_end_tells_which_part_of_the_time_between_two_frames_it_is(
+    readout_time: float, intervals: list[float], told: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+
+    def remember(*matches: Any, readout: float, **options: Any) -> RelativePose:
+        given.append(readout)
+        return estimate_relative_pose(*matches, readout=readout, **options)
+
+    monkeypatch.setattr(front_end_module, "estimate_relative_pose", remember)
+    parameters = Parameters(matcher="nearest", device="cpu", max_keypoints=100, readout_time=readout_time)
+    front_end = front_end_module.FrontEnd(parameters, FeatureMatcher(parameters))
+    stamp = 10**9
+    for frame, interval in zip(demo_frames(3), [0.0, *intervals]):
+        stamp += round(1e9 * interval)
+        front_end.register([frame.image], [stamp], Camera.from_camera_info(frame.camera_info, rectified=False))
+    assert np.allclose(given, told)
+
+
+def test_no_readout_is_longer_than_a_fifth_of_a_second() -> None:
+    with pytest.raises(ParameterError, match=r"readout_time is 0\.3"):
+        Parameters(readout_time=0.3)
