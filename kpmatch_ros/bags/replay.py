@@ -19,6 +19,7 @@ from kpmatch_ros.bags.cameras import CameraTopics
 from kpmatch_ros.bags.html_report import HtmlReport
 from kpmatch_ros.bags.message_types import CAMERA_INFO_TYPE, IMAGE_TYPES, new_message
 from kpmatch_ros.bags.reading import bag_storage, bag_topics, read_messages
+from kpmatch_ros.bags.readout import ReadoutSearch
 from kpmatch_ros.bags.recording import BagError, OutputError, encodable, is_recording
 from kpmatch_ros.bags.report import Report
 from kpmatch_ros.bags.rerun_recording import RerunRecording
@@ -56,6 +57,7 @@ def replay(
     features: bool = False,
     match_image: bool = False,
     landmarks: bool = False,
+    readout: bool = False,
 ) -> Report:
     """Write a bag of what the node would publish for a bag's camera, or for its stereo pair of cameras.
 
@@ -75,6 +77,7 @@ def replay(
         features: write `features` too.
         match_image: write `match_image` too.
         landmarks: in stereo, write `landmarks` too.
+        readout: of one camera, look for the `readout_time` that explains the matches best, too.
 
     Raises:
         OutputError: when there is no place for what is to be written.
@@ -125,7 +128,8 @@ def replay(
         title = encodable(f"Matches of {bag.resolve().name}")
         if file is not None:
             recording = stack.enter_context(RerunRecording(file, title, metric=stereo))
-        watchers = [each for each in (shown, recording) if each is not None]
+        search = ReadoutSearch(parameters) if readout else None
+        watchers = [each for each in (shown, recording, search) if each is not None]
         report = _process(bag, cameras, front_end, writer, wanted, trajectory, watchers)
         if not report.latencies:
             topics = " and ".join(camera.image for camera in cameras)
@@ -143,6 +147,7 @@ def replay(
             if not camera.camera_info:
                 missing = f"no camera_info beside {camera.image}, so no relative pose; {option} names one"
                 report.faults.append(missing)
+        report.readout = search
         if shown is not None and page_file is not None:
             shown.write(page_file, title, report.rows(), report.faults)
         if recording is not None:
@@ -172,7 +177,7 @@ def _process(
     writer: BagWriter,
     wanted: set[str],
     trajectory: Trajectory | None,
-    watchers: Sequence[HtmlReport | RerunRecording],
+    watchers: Sequence[HtmlReport | RerunRecording | ReadoutSearch],
 ) -> Report:
     report = Report(cameras)
     recorded: list[int] = []

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from kpmatch_ros.bags.cameras import CameraTopics
+from kpmatch_ros.bags.readout import ReadoutSearch
 from kpmatch_ros.frames import Result
 from kpmatch_ros.geometry.pose import PoseStatus
 
@@ -50,6 +51,7 @@ class Report:
         elapsed: time that the replay took, seconds.
         breaks: of the chain of poses; None where it was not written.
         odometry_breaks: of the chain of odometry; None where it was not written.
+        readout: the search for the parameter `readout_time`; None where it was not wanted.
     """
 
     cameras: tuple[CameraTopics, ...]
@@ -76,6 +78,7 @@ class Report:
     barren: int = 0
     breaks: int | None = None
     odometry_breaks: int | None = None
+    readout: ReadoutSearch | None = None
     _barren_because: str = ""
     _unpaired_because: dict[str, str] = field(default_factory=dict)  # the last explanation, by topic
 
@@ -175,6 +178,9 @@ class Report:
             "breaks": self.breaks,
             "remarks": list(self.remarks),
         }
+        if self.readout is not None:
+            found = self.readout.found()
+            figures["readout"] = None if found is None else {**found._asdict(), "sure": found.is_sure}
         if len(self.cameras) == 2:
             figures |= {
                 "unpaired": dict(self.without_partner),
@@ -219,6 +225,8 @@ class Report:
             rows.append(("odometry", f"begins again {again}: in frames of its own, odom_1 and on"))
         if self.breaks:
             rows.append(("chain", f"broken {_counted(self.breaks, 'time')}: see the comments among the poses"))
+        if self.readout is not None:
+            rows.append(("readout", self.readout.in_words()))
         if self.rejections:
             rejected = _counted(sum(self.rejections.values()), "frame" if stereo else "image")
             rows.insert(1, ("rejected", f"{rejected}: {counts(self.rejections)}"))

@@ -89,6 +89,12 @@ def add_bag(commands: Any) -> None:
         help="also write the same for the Rerun viewer (needs rerun-sdk)",
     )
     parser.add_argument("--landmarks", action="store_true", help="in stereo, also write /landmarks: points in metres")
+    parser.add_argument(
+        "--readout",
+        action="store_true",
+        help="of one camera, also look for the readout_time of its rolling shutter that explains the matches best: for "
+        "a recording in which the camera turns",
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     add_replay_options(parser)
 
@@ -133,6 +139,8 @@ def _bag(options: argparse.Namespace) -> int:
     parameters = replay_parameters(options)
     if options.landmarks and parameters.mode != "stereo":
         raise CommandError("--landmarks: one camera knows no metres; name a stereo pair with --left and --right")
+    if options.readout and parameters.mode == "stereo":
+        raise CommandError("--readout: is for one camera; name it with --image")
     source = options.source
     outputs = {"--poses": options.poses, "--report": options.report, "--rerun": options.rerun}
     check_outputs(outputs, [options.params], parameters)
@@ -144,7 +152,7 @@ def _bag(options: argparse.Namespace) -> int:
         report = replay(
             source, options.target, cameras, parameters, poses=options.poses, page=options.report,
             rerun=options.rerun, features=options.features, match_image=options.match_image,
-            landmarks=options.landmarks,
+            landmarks=options.landmarks, readout=options.readout,
         )  # fmt: skip
     except BagError as error:
         raise CommandError(str(error)) from error

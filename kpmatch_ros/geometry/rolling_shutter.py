@@ -21,9 +21,9 @@ from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.geometry.camera import AHEAD, Camera
 from kpmatch_ros.geometry.robust import TINY
-from kpmatch_ros.geometry.two_view_errors import Matches, Motion
+from kpmatch_ros.geometry.two_view_errors import Matches, Motion, epipolar_residuals, normalise_matches
 
-__all__ = ["check_readout", "read_at_once", "reading_times"]
+__all__ = ["check_readout", "read_at_once", "reading_times", "residuals_read_at_once"]
 
 
 def check_readout(readout: float) -> None:
@@ -68,3 +68,20 @@ def read_at_once(matches: Matches, times: Sequence[np.ndarray], motion: Motion, 
         ahead = turned[2] > AHEAD
         rays[:, ahead] = turned[:, ahead] / turned[2, ahead]
     return Matches(columns, matches.scales)
+
+
+def residuals_read_at_once(
+    points0: np.ndarray,
+    points1: np.ndarray,
+    camera0: Camera,
+    camera1: Camera,
+    readout: float,
+    motion: Motion,
+    before: Motion | None,
+) -> np.ndarray:
+    """Distances from the epipolar lines of a motion (n,), pixels, of those matches that both cameras have a ray for."""
+    matches, usable = normalise_matches(points0.astype(np.float64), points1.astype(np.float64), camera0, camera1)
+    times = [
+        reading_times(points[usable], camera, readout) for points, camera in ((points0, camera0), (points1, camera1))
+    ]
+    return epipolar_residuals(read_at_once(matches, times, motion, before), motion)

@@ -1,0 +1,84 @@
+"""A recording tells how long its camera takes to read an image, if the camera turns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+from test_rolling_shutter import Ride
+
+from kpmatch_ros.bags.readout import Readout, ReadoutSearch
+from kpmatch_ros.frames import Result
+from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.parameters import Parameters
+
+INTERVAL = 0.1  # seconds
+
+
+@dataclass(frozen=True)
+class Look(Ride):
+    """A camera that is carried along and looks around, by so many radians, from a time on."""
+
+    around: float = 0.3
+    start: float = 0.0
+
+    def pose(self, time: np.ndarray) -> tuple[Rotation, np.ndarray]:
+        times = self.start + np.append(time, 0.0)
+        angles = self.around * np.column_stack([np.sin(0.3 * times), 0.5 * np.cos(0.23 * times)])
+        turns = Rotation.from_euler("yx", angles)
+        places = np.column_stack([0.05 * times, 0.2 * np.sin(0.1 * times), 0.03 * times])
+        return turns[-1].inv() * turns[:-1], turns[-1].inv().apply(places[:-1] - places[-1])
+
+
+def search(readout: float, around: float, pairs: int = 15, status: PoseStatus = PoseStatus.OK) -> Readout | None:
+    """What is found in a ride whose images are read in so many seconds, looking around by so many radians."""
+    found = ReadoutSearch(Parameters())
+    frames = [
+        SimpleNamespace(stamp=round(1e9 * INTERVAL * number), camera=Ride().camera) for number in range(pairs + 1)
+    ]
+    for number in range(pairs):
+        points0, points1 = Look(around=around, start=number).matches(readout / INTERVAL, number)
+        pair = SimpleNamespace(
+            reference=frames[number],
+            current=frames[number + 1],
+            reference_points=points0.astype(np.float32),
+            points=points1.astype(np.float32),
+            pose=SimpleNamespace(status=status, metric=False),
+        )
+        found.add(cast(Result, SimpleNamespace(pair=pair)), 0.0)
+    return found.found()
+
+
+@pytest.mark.parametrize("readout", [0.0, 0.02])
+def test_the_readout_of_a_camera_that_looks_around_is_found(readout: float) -> None:
+    found = search(readout, 0.3, pairs=12)
+    assert found is not None and found.is_sure and found.pairs == 11
+    assert abs(found.best - readout) < 0.002 and found.low - 0.001 < readout < found.high + 0.001
+
+
+def test_a_camera_that_hardly_turns_does_not_tell() -> None:
+    found = search(0.033, 0.01, pairs=12)
+    assert found is not None and not found.is_sure
+
+
+@pytest.mark.parametrize("missing", [{"pairs": 10}, {"status": PoseStatus.AMBIGUOUS}])
+def test_of_few_pairs_with_a_pose_nothing_is_said(missing: dict[str, Any]) -> None:
+    assert search(0.02, 0.3, **{"pairs": 12, **missing}) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (None, "not known: fewer than 10 pairs"),
+        (Readout(0.01, 0.0, 0.03, 20), "the camera should turn more"),
+        (Readout(0.0, 0.0, 0.001, 20), "a global shutter"),
+        (Readout(0.02, 0.019, 0.021, 20), "0.0200 s (90 %: 0.0190 to 0.0210, 20 pairs): a rolling shutter; set"),
+    ],
+)
+def test_what_was_found_is_said_in_words(found: Readout | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ReadoutSearch, "found", lambda self: found)
+    assert words in ReadoutSearch(Parameters()).in_words()
