@@ -53,7 +53,8 @@ class ReadoutSearch:
     def __init__(self, parameters: Parameters) -> None:
         self._parameters = parameters
         self._times = np.arange(0.0, _LONGEST, _STEP)
-        self._costs: list[np.ndarray] = []
+        self._costs: list[list[float]] = []
+        self._intervals: list[float] = []  # seconds
         self._last: tuple[Frame | None, int, list[Motion | None]] = None, 0, []
 
     def add(self, result: Result, milliseconds: float) -> None:
@@ -74,9 +75,9 @@ class ReadoutSearch:
             for number, time in enumerate(self._times)
         ]
         self._last = pair.current, interval, [motion for motion, _ in poses]
-        costs = np.array([cost for _, cost in poses])
-        if follows and np.isfinite(costs).all():
-            self._costs.append(costs)
+        if follows:
+            self._costs.append([cost for _, cost in poses])
+            self._intervals.append(1e-9 * interval)
 
     def _motion(self, pair: Pair, readout: float, before: Motion | None) -> tuple[Motion | None, float]:
         """The motion with a readout, and the cost of what is left; infinite without a motion."""
@@ -101,12 +102,17 @@ class ReadoutSearch:
 
     def found(self) -> Readout | None:
         """The time that explains all pairs best; None where there are too few."""
-        if len(self._costs) < _FEWEST:
+        if not self._costs:
             return None
-        costs = np.array(self._costs)
+        # Nothing is read for longer than until the next image.
+        tried = self._times <= np.median(self._intervals)
+        costs, times = np.array(self._costs)[:, tried], self._times[tried]
+        costs = costs[np.isfinite(costs).all(axis=1)]
+        if len(costs) < _FEWEST or len(times) < 3:
+            return None
         drawn = np.random.default_rng(0).integers(len(costs), size=(_RESAMPLED, len(costs)))
-        low, high = np.percentile([self._lowest(costs[one].sum(axis=0)) for one in drawn], [5, 95])
-        return Readout(self._lowest(costs.sum(axis=0)), float(low), float(high), len(costs))
+        low, high = np.percentile([_lowest(times, costs[one].sum(axis=0)) for one in drawn], [5, 95])
+        return Readout(_lowest(times, costs.sum(axis=0)), float(low), float(high), len(costs))
 
     def in_words(self) -> str:
         """What was found, and what to do."""
@@ -122,10 +128,11 @@ class ReadoutSearch:
             return f"{interval}: a global shutter, or one that makes no difference here"
         return f"{interval}: a rolling shutter; set readout_time to it"
 
-    def _lowest(self, costs: np.ndarray) -> float:
-        """Where the parabola through the lowest cost and its neighbours is lowest, seconds."""
-        middle = int(np.clip(costs.argmin(), 1, len(costs) - 2))
-        left, here, right = costs[middle - 1 : middle + 2]
-        bend = left - 2 * here + right
-        away = 0.5 * (left - right) / bend if bend > 0 else math.copysign(1.0, left - right)
-        return float(np.clip(self._times[middle] + _STEP * np.clip(away, -1, 1), 0.0, self._times[-1]))
+
+def _lowest(times: np.ndarray, costs: np.ndarray) -> float:
+    """Where the parabola through the lowest cost and its neighbours is lowest, seconds."""
+    middle = int(np.clip(costs.argmin(), 1, len(costs) - 2))
+    left, here, right = costs[middle - 1 : middle + 2]
+    bend = left - 2 * here + right
+    away = 0.5 * (left - right) / bend if bend > 0 else math.copysign(1.0, left - right)
+    return float(np.clip(times[middle] + _STEP * np.clip(away, -1, 1), 0.0, times[-1]))
