@@ -197,19 +197,6 @@ def test_json_holds_the_figures(run: Run, bag: Path, tmp_path: Path) -> None:
     assert figures["rate"] > 0 and 0 < figures["latency_ms"]["median"] <= figures["latency_ms"]["95 %"]
 
 
-def test_the_readout_of_the_camera_is_looked_for_on_demand(run: Run, bag: Path, tmp_path: Path) -> None:
-    status, out, err = run(bag, tmp_path / "out", *QUICK, "--readout")
-    assert (status, err) == (0, "")
-    assert (
-        next(line for line in out.splitlines() if line.startswith("readout"))
-        .split(None, 1)[1]
-        .startswith("not known: fewer than 10 pairs")
-    )
-    assert json.loads(run(bag, tmp_path / "json", *QUICK, "--readout", "--json")[1])["readout"] is None
-    status, _, err = run(bag, tmp_path / "stereo", "--readout", "--mode", "stereo")
-    assert status == 2 and "--readout: is for one camera" in err and not (tmp_path / "stereo").exists()
-
-
 def test_images_that_cannot_be_used_are_counted_and_the_run_goes_on(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:

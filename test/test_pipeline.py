@@ -278,14 +278,18 @@ def test_images_whose_stamps_say_nothing_are_reported_by_topic() -> None:
     for stamp in (SECOND, SECOND, 2 * SECOND):
         pipeline.add_image(0, image(stamp))
     pipeline.add_image(1, image(0))
-    assert [report[:2] for report in heard.reports if "stamps" in report[0]] == [
+
+    def about_stamps() -> list[tuple[str, str, str]]:  # on a slow machine images wait too long meanwhile: also reported
+        return [report for report in heard.reports if "stamps" in report[0]]
+
+    assert [report[:2] for report in about_stamps()] == [
         ("repeated stamps", "/left/image"),
         ("zero stamps", "/right/image"),
     ]
-    assert "they find no partner, as the other camera's are stamped" in heard.reports[-1][2]
+    assert "they find no partner, as the other camera's are stamped" in about_stamps()[-1][2]
     pipeline.add_image(0, image(0))
     pipeline.add_image(1, image(0))
-    assert "tracks and poses are right all the same" in heard.reports[-1][2]
+    assert "tracks and poses are right all the same" in about_stamps()[-1][2]
 
 
 def test_what_is_odd_about_a_calibration_is_said_with_every_frame() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from bag_harness import QUICK, Run, refused
 from scipy.spatial.transform import Rotation
 from test_rolling_shutter import Ride
 
+from kpmatch_ros.bags.demo import DEMO_BAG
 from kpmatch_ros.bags.readout import Readout, ReadoutSearch
 from kpmatch_ros.frames import Result
 from kpmatch_ros.geometry.pose import PoseStatus
@@ -82,3 +86,16 @@ def test_of_few_pairs_with_a_pose_nothing_is_said(missing: dict[str, Any]) -> No
 def test_what_was_found_is_said_in_words(found: Readout | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ReadoutSearch, "found", lambda self: found)
     assert words in ReadoutSearch(Parameters()).in_words()
+
+
+def test_a_replay_looks_for_it_on_demand(kpmatch: Run, tmp_path: Path) -> None:
+    status, out, _ = kpmatch("bag", DEMO_BAG, tmp_path / "out", *QUICK, "--readout")
+    row = next(line for line in out.splitlines() if line.startswith("readout"))
+    assert status == 0 and row.endswith("a global shutter, or one that makes no difference here")
+    few = kpmatch("bag", DEMO_BAG, tmp_path / "few", *QUICK, "--readout", "--min-inliers", "250", "--json")
+    assert json.loads(few[1])["readout"] is None
+
+
+def test_stereo_has_no_readout_time(kpmatch: Run, tmp_path: Path) -> None:
+    error = refused(kpmatch("bag", DEMO_BAG, tmp_path / "out", "--readout", "--mode", "stereo"))
+    assert "--readout: is for one camera" in error and not (tmp_path / "out").exists()
