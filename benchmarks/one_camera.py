@@ -40,11 +40,11 @@ class Twice:
         return self.poses[KINDS[1]]
 
 
-def report(step: int, kind: str, outcomes: list[Outcome], pairs: int) -> None:
-    """Print a row."""
+def report(label: str, outcomes: list[Outcome], pairs: int) -> None:
+    """Print a row: root mean square, median and largest of both errors, mean and median of the NEES."""
     rotation, direction, nees = np.array([(one.rotation, one.direction, one.nees) for one in outcomes]).T
     print(
-        f"every {step}  {kind:12s}  {len(outcomes):3d} of {pairs:3d} OK"
+        f"{label}  {len(outcomes):3d} of {pairs:3d} OK"
         + "".join(
             f"  {np.sqrt(np.mean(error**2)):.4f} {np.median(error):.4f} {error.max():.4f}"
             for error in (rotation, direction)
@@ -87,7 +87,7 @@ def main() -> None:
         "step     matches                     rotation, rms, median, largest (degrees)  direction  NEES, mean, median"
     )
     for (step, kind), found in outcomes.items():
-        report(step, kind, found, pairs[step])
+        report(f"every {step}  {kind:12s}", found, pairs[step])
 
 
 if __name__ == "__main__":

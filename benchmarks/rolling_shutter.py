@@ -21,6 +21,7 @@ import numpy as np
 from scipy.interpolate import CubicSpline
 from scipy.spatial.transform import Rotation, RotationSpline
 
+from benchmarks.one_camera import report
 from benchmarks.overconfidence import Outcome, judge
 from kpmatch_ros import front_end
 from kpmatch_ros.geometry.camera import Camera
@@ -76,16 +77,6 @@ class Twice:
         return self.poses["told"]
 
 
-def report(readout: float, kind: str, outcomes: list[Outcome], pairs: int) -> None:
-    """Print a row."""
-    rotation, direction, nees = np.array([(one.rotation, one.direction, one.nees) for one in outcomes]).T
-    errors = (
-        f"  {np.sqrt(np.mean(each**2)):.4f} {np.median(each):.4f} {each.max():.4f}" for each in (rotation, direction)
-    )
-    print(f"{readout:4.2f}  {kind:6s}  {len(outcomes):3d} of {pairs:3d} OK{''.join(errors)}", end="")
-    print(f"  {np.mean(nees):.1f} {np.median(nees):.1f}", flush=True)
-
-
 def main() -> None:
     """Print two rows for each readout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,7 +111,7 @@ def main() -> None:
                     if pose.status is PoseStatus.OK:
                         outcomes[readout, kind].append(judge(pose, truth))
         for kind in KINDS:
-            report(readout, kind, outcomes[readout, kind], pairs)
+            report(f"{readout:4.2f}  {kind:6s}", outcomes[readout, kind], pairs)
 
 
 if __name__ == "__main__":

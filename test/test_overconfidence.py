@@ -197,9 +197,8 @@ def test_where_the_scene_tells_little_a_pose_says_so(kind: str) -> None:
     outcomes = [judge(problem.estimate(), problem.truth) for problem in problems]
     assert not any(outcome.wrong_and_sure for outcome in outcomes)
     sure = [outcome.nees for outcome in outcomes if outcome.status is PoseStatus.OK]
-    if kind == "coarse keypoints":
-        return  # most are AMBIGUOUS
-    assert len(sure) >= 3 and np.median(sure) < 9  # 4.35 of a chi-square distribution with five degrees of freedom
+    assert len(sure) >= 3 or kind == "coarse keypoints"  # of these, most are AMBIGUOUS
+    assert not sure or np.median(sure) < 9  # 4.35 of a chi-square distribution with five degrees of freedom
 
 
 def test_the_profile_finds_the_motion_from_a_rotation_that_is_five_degrees_off() -> None:

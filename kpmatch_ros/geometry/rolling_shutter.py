@@ -32,9 +32,14 @@ def check_readout(readout: float) -> None:
         raise ValueError(f"readout must be a part of the time between the two images, from 0 to 1, not {readout}")
 
 
-def reading_times(points: np.ndarray, camera: Camera, readout: float) -> np.ndarray:
-    """When the rows of pixels (n, 2) are read (n,), from the middle of the readout on, in intervals between images."""
-    return np.asarray(readout * ((points[:, 1] + 0.5) / camera.height - 0.5))
+def reading_times(
+    points0: np.ndarray, points1: np.ndarray, camera0: Camera, camera1: Camera, readout: float
+) -> list[np.ndarray]:
+    """When the rows of both images' pixels (n, 2) are read, (n,) each: intervals from the middle of the readout on."""
+    return [
+        np.asarray(readout * ((points[:, 1] + 0.5) / camera.height - 0.5))
+        for points, camera in ((points0, camera0), (points1, camera1))
+    ]
 
 
 def read_at_once(matches: Matches, times: Sequence[np.ndarray], motion: Motion, before: Motion | None) -> Matches:
@@ -81,7 +86,5 @@ def residuals_read_at_once(
 ) -> np.ndarray:
     """Distances from the epipolar lines of a motion (n,), pixels, of those matches that both cameras have a ray for."""
     matches, usable = normalise_matches(points0.astype(np.float64), points1.astype(np.float64), camera0, camera1)
-    times = [
-        reading_times(points[usable], camera, readout) for points, camera in ((points0, camera0), (points1, camera1))
-    ]
+    times = reading_times(points0[usable], points1[usable], camera0, camera1, readout)
     return epipolar_residuals(read_at_once(matches, times, motion, before), motion)

@@ -215,6 +215,8 @@ def _other_motion(
     resolution: float,
 ) -> Motion | None:
     """Where fewer than half of the matches are inliers, the motion that many others agree on; else None."""
+    if inliers.mean() >= MANY_WRONG:  # as nearly always
+        return None
     still = lengths(rotation_residuals(_matches(frames, np.arange(len(inliers))), np.eye(3))) < inlier_threshold
     scene = (
         inliers | ~still if still.sum() <= inliers.sum() else np.ones(len(inliers), bool)

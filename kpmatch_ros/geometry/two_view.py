@@ -190,10 +190,7 @@ def estimate_relative_pose(
     if not readout:
         solution = _estimate_either(deciding, problem)
     else:
-        times = [
-            reading_times(points[usable], camera, readout)
-            for points, camera in ((points0, camera0), (points1, camera1))
-        ]
+        times = reading_times(points0[usable], points1[usable], camera0, camera1, readout)
         last = prior
         for _ in range(_READINGS):
             if last is not None:
@@ -402,6 +399,8 @@ def _check_rest(problem: Problem, solution: Solution) -> Solution:
     Which of the two is right they do not tell; the motion before may.
     """
     if solution.status is not PoseStatus.OK or solution.motion is None or solution.inliers is None:
+        return solution
+    if solution.inliers.mean() >= MANY_WRONG:  # as nearly always
         return solution
     still = lengths(rotation_residuals(problem.matches, np.eye(3))) < problem.inlier_threshold
     scene = solution.inliers | ~still  # but for the robot's own body
