@@ -271,13 +271,13 @@ class MatcherNode(LifecycleNode):
 
     def _wait_for(self, future: Future[Answer]) -> Answer:
         """The result, unless the process is told to end in the meantime. Diagnostics go on."""
-        told = -1.0  # before any time: it is told at once
+        told = -1.0  # before any time: it is told at once, however short the wait
         while self.context.ok():
-            if wait([future], 0.1).done:
-                return future.result()
             if time.monotonic() >= told + 1.0:  # the executor, whose timers would do it, is waiting in here
                 told = time.monotonic()
                 self._diagnostics.every_second()
+            if wait([future], 0.1).done:
+                return future.result()
         raise ExternalShutdownException
 
     # Input
