@@ -40,8 +40,8 @@ class MatchPrinter(Node):
 def main() -> None:
     """Until Ctrl-C."""
     rclpy.init()
+    printer = MatchPrinter()
     try:
-        printer = MatchPrinter()
         while rclpy.ok():  # rclpy.spin may sleep on after SIGTERM: it is woken before the shutdown that it looks for
             rclpy.spin_once(printer, timeout_sec=1.0)
     except (KeyboardInterrupt, ExternalShutdownException):
@@ -51,6 +51,7 @@ def main() -> None:
         if rclpy.ok():
             raise
     finally:
+        printer.destroy_node()  # ends the middleware's threads, which may crash where its libraries are unloaded first
         with contextlib.suppress(RuntimeError):  # the signal's shutdown may be under way (ros2/rclpy#1352)
             rclpy.try_shutdown()
 

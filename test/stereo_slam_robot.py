@@ -111,7 +111,7 @@ def main(folder: Path) -> None:
         finally:
             slam.send_signal(signal.SIGINT)
             slam.wait(timeout=30)
-    assert slam.returncode == 0, log.read_text()
+    assert slam.returncode == 0, f"exit status {slam.returncode}: {log.read_text()}"
 
     def flat(stamp: Any, place: Any, turn: Any) -> list[float]:
         return [seconds(stamp), place.x, place.y, place.z, turn.x, turn.y, turn.z, turn.w]

@@ -231,6 +231,7 @@ def main() -> None:
             raise
     finally:
         node.save_picture()
+        node.destroy_node()  # ends the middleware's threads, which may crash where its libraries are unloaded first
         with contextlib.suppress(RuntimeError):  # the signal's shutdown may be under way (ros2/rclpy#1352)
             rclpy.try_shutdown()
 
