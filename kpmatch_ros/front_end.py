@@ -185,14 +185,14 @@ class FrontEnd:
             pose_ms=_milliseconds_since(started),
         )
         self._fresh = False
-        self._last_motion = None
-        if pair.pose.status is PoseStatus.OK:
-            motion = Motion(pair.pose.rotation, pair.pose.translation)
-            self._last_motion = current, current.stamp - reference.stamp, motion
         if self._choice.takes(pair, self.parameters):
             self.reference, view = current, self._view(current)  # now, as for the first one
             if self.parameters.refine:
-                self._tracks.advance(view, pair.inliers)
+                self._tracks.advance(view, pair.inliers if pair.pose.status.is_certain else None)
+            self._last_motion = None
+            if pair.pose.status is PoseStatus.OK:
+                motion = Motion(pair.pose.rotation, pair.pose.translation)
+                self._last_motion = current, current.stamp - reference.stamp, motion
         return pair
 
     def _view(self, frame: Frame) -> View:

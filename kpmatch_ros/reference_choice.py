@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kpmatch_ros.frames import Frame, Pair
+from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.parameters import Parameters
 
 __all__ = ["ReferenceChoice"]
@@ -15,17 +16,22 @@ class ReferenceChoice:
 
     def __init__(self) -> None:
         self._shown_at: int | None = None  # the last frame in which there was something to see, nanoseconds
+        self._is_lost = False  # the frame before
 
     def reset(self) -> None:
         """Forget the frames so far."""
         self._shown_at = None
+        self._is_lost = False
 
     def takes(self, pair: Pair, parameters: Parameters) -> bool:
         """Whether the current frame of a pair becomes the reference. To be asked of every pair, in order."""
+        was_lost, self._is_lost = self._is_lost, _is_lost(pair)
         if self._shows_nothing(pair, parameters):
             return False
         if _is_calibrated(pair.current) and not _is_calibrated(pair.reference):
             return True  # with the reference of before no frame would have a pose
+        if self._is_lost and not was_lost:
+            return False  # a blurred or covered image, or a bad pair of them: the next one may go on where it could not
         if parameters.reference == "previous" or len(pair.indices) < parameters.keyframe_min_matches:
             return True
         if pair.pose.status.has_pose:
@@ -44,6 +50,17 @@ class ReferenceChoice:
             return False
         since = pair.reference.stamp if self._shown_at is None else self._shown_at
         return not 0 < parameters.max_gap < (pair.current.stamp - since) * 1e-9
+
+
+def _is_lost(pair: Pair) -> bool:
+    """Whether nothing places the current frame beside its reference, which could be placed.
+
+    Of one camera an AMBIGUOUS pose counts as a place: planes give one for every pair.
+    """
+    status = pair.pose.status
+    if not _is_calibrated(pair.reference):
+        return False
+    return not (status.is_certain or (pair.reference.right is None and status is PoseStatus.AMBIGUOUS))
 
 
 def _is_calibrated(frame: Frame) -> bool:

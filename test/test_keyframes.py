@@ -58,9 +58,11 @@ def test_a_keyframe_gives_way_where_the_matches_moved_far_with_a_pose_or_without
         min_inliers=min_inliers,
         refine=False,
     )
-    front_end = FrontEnd(parameters, cast(FeatureMatcher, InOrder(before, after)))
+    front_end = FrontEnd(parameters, cast(FeatureMatcher, InOrder(before, after, after)))
     nothing = np.zeros(SIZE[::-1], np.uint8)
     front_end.register_frame(nothing, 0, CAMERA)
+    if status is not PoseStatus.OK:  # the first of them is passed over
+        front_end.register_frame(nothing, 5 * 10**7, CAMERA)
     frame, pair = front_end.register_frame(nothing, 10**8, CAMERA)
     assert pair is not None and pair.pose.status is status
     assert (front_end.reference is frame) == renewed
@@ -102,6 +104,26 @@ def test_a_keyframe_without_calibration_gives_way_to_a_frame_that_has_one() -> N
     pairs = [front_end.register_frame(NOTHING, i * 10**8, camera)[1] for i, camera in enumerate(cameras)]
     statuses = [pair.pose.status for pair in pairs if pair is not None]
     assert statuses == [PoseStatus.NO_CALIBRATION, PoseStatus.NO_CALIBRATION, PoseStatus.NO_TRANSLATION]
+
+
+def statuses_and_references(seconds: list[float], points: list[np.ndarray], **changes: Any) -> list[tuple[str, int]]:
+    """What becomes of frames that have these points: each one's status, and the number of its reference."""
+    front_end = keyframes(points, **{"reference": "previous", **changes})
+    pairs = [front_end.register_frame(NOTHING, round(second * 1e9), CAMERA)[1] for second in seconds]
+    return [(pair.pose.status.name, pair.reference.number) for pair in pairs if pair is not None]
+
+
+OTHER = np.random.default_rng(3).uniform((5, 5), (630, 470), (60, 2))  # of another place, or of nothing
+
+
+def test_one_frame_without_a_pose_is_passed_over() -> None:
+    found = statuses_and_references([0, 0.1, 0.2, 0.3], [PIXELS, OTHER, PIXELS, PIXELS])
+    assert found == [("FAILED", 1), ("NO_TRANSLATION", 1), ("NO_TRANSLATION", 3)]
+
+
+def test_where_two_frames_in_a_row_have_no_pose_the_second_is_the_reference() -> None:
+    found = statuses_and_references([0, 0.1, 0.2, 0.3, 0.4], [PIXELS, OTHER, OTHER, OTHER, PIXELS])
+    assert found == [("FAILED", 1), ("FAILED", 1), ("NO_TRANSLATION", 3), ("FAILED", 4)]
 
 
 def test_dark_frames_take_the_keyframes_place_once_nothing_was_seen_for_a_gap() -> None:

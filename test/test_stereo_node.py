@@ -312,7 +312,7 @@ def test_stamps_that_go_back_begin_anew_and_are_named(tmp_path: Path) -> None:
         assert (node.poses[1].header.stamp.sec, node.poses[1].reference) == (50, Header())
 
 
-def test_odometry_chains_the_poses_and_a_lost_frame_begins_another_frame(tmp_path: Path) -> None:
+def test_odometry_chains_the_poses_past_a_lost_frame_and_two_begin_another_frame(tmp_path: Path) -> None:
     with rig(tmp_path, publish_odometry=True) as camera:
         node = camera.node
         found: list[Odometry] = []
@@ -329,11 +329,12 @@ def test_odometry_chains_the_poses_and_a_lost_frame_begins_another_frame(tmp_pat
         assert {message.child_frame_id for message in found} == {"left_optical"}
         spread = [np.trace(np.reshape(message.pose.covariance, (6, 6))) for message in found]
         assert 0 < spread[0] < spread[1] < spread[2]
-        for i in range(3):
-            camera.send(10.4 + 0.1 * i, 0.05 * i, baseline=0.0 if i == 0 else BASELINE)
+        for i, baseline in enumerate([0.0, BASELINE, 0.0, 0.0, BASELINE, BASELINE]):
+            camera.send(10.4 + 0.1 * i, 0.05 * i, baseline=baseline)
             node.wait_for(lambda frames=4 + i: len(node.poses) == frames, "the pair")
-        node.wait_for(lambda: len(found) == 4, "a pose after the lost ones")
-        assert found[-1].header.frame_id == "odom_1" and found[-1].header.stamp.nanosec == 600_000_000
+        node.wait_for(lambda: len(found) == 5, "poses after the lost ones")
+        frames = [(message.header.frame_id, message.header.stamp.nanosec // 10**8) for message in found[3:]]
+        assert frames == [("odom", 5), ("odom_1", 9)]
         camera.wait_for_warning("odometry begins again in the frame odom_1")
         assert node.figures()["odometry breaks"] == "1"
         for transitions, frame in ((("deactivate",), "odom_2"), (("deactivate", "cleanup", "configure"), "odom_3")):
