@@ -120,7 +120,7 @@ class Pipeline:
 
     @property
     def transforms(self) -> StaticTransforms:
-        """To be updated with every message on /tf_static, where `base_frame` is given."""
+        """To be updated with every message on /tf_static, where there is odometry."""
         return self._results.transforms
 
     @property
@@ -351,10 +351,11 @@ class Pipeline:
         self._events.matched(f"{keypoints} keypoints and {matches or 0} matches a frame; {looks}")
 
     def _check_stereo(self, stereo: StereoPair) -> None:
-        if stereo.agreement.status is PoseStatus.FAILED:
+        status, agree = stereo.agreement.status, stereo.agreement.agree
+        if status is PoseStatus.FAILED and agree is not None:
             self._events.calibration_refused(
                 "stereo matches",
-                f"only {stereo.num_inliers} of {len(stereo.indices)} stereo matches agree with the camera_infos: left "
+                f"only {agree.sum()} of {len(agree)} stereo matches agree with the camera_infos: left "
                 "and right images are swapped, or the calibration is another pair's, or no longer right"
                 + (
                     "; or images of two moments were taken for a pair, as their stamps are zero or repeat"

@@ -378,7 +378,8 @@ def test_too_few_inliers_are_named_so_and_shown() -> None:
 def test_matches_at_random_fail(count: int) -> None:
     for seed in range(4):
         pose = Scene(outliers=1.0).estimate(count, seed)
-        assert pose.status is PoseStatus.FAILED and pose.inliers is None
+        assert pose.status is PoseStatus.FAILED and pose.inliers is not None
+        assert len(pose.inliers) == count and not pose.inliers.any() and pose.num_inliers == 0
 
 
 def test_matches_with_nan_or_infinity_are_outliers() -> None:

@@ -21,16 +21,23 @@ class StereoAgreement:
 
     Attributes:
         status: OK; NO_CALIBRATION; or FAILED if the matches contradict the calibration.
-        inliers: (M,) bool, which matches are on their epipolar line and in front of the cameras; None without
+        agree: (M,) bool, which matches are on their epipolar line and in front of the cameras; None without
             calibration.
     """
 
     status: PoseStatus
-    inliers: np.ndarray | None
+    agree: np.ndarray | None
+
+    @property
+    def inliers(self) -> np.ndarray | None:
+        """(M,) bool: those that agree; none where they do so by chance alone (FAILED); None without calibration."""
+        if self.agree is None or self.status is PoseStatus.OK:
+            return self.agree
+        return np.zeros_like(self.agree)
 
     @property
     def num_inliers(self) -> int:
-        """Matches that agree."""
+        """How many they are."""
         return 0 if self.inliers is None else int(self.inliers.sum())
 
 
