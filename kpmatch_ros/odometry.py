@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -174,7 +175,7 @@ class Odometry:
     def add(self, pair: Pair) -> OdometryPose | None:
         """The pose of the pair's current frame; None where the pair has no pose in metres."""
         pose, reference = pair.pose, pair.reference.number
-        origin = None if pair.reset else self._known.get(reference)
+        origin = self._known.get(reference)
         if not pose.status.is_certain or not pose.metric:
             self._known = {} if origin is None else {reference: origin}
             return None
@@ -185,7 +186,10 @@ class Odometry:
             self._last = None
         place = origin.after(pose)
         self._known = {reference: origin, pair.current.number: place}
-        # What was unseen came about in many frames: it is no velocity of the last one.
+        # What was unseen came about in many frames: it is no velocity of the last one. A twist is what was measured,
+        # also where that may be zero: a filter that takes many such zeros for measurements never learns of a creep.
+        if pose.estimate is not None:
+            pose = replace(pose, rotation=pose.estimate.rotation, translation=pose.estimate.position)
         return replace(place.pose, twist=self._twist(pair, origin.pose, compose(origin.pose, pose)))
 
     def _twist(self, pair: Pair, origin: OdometryPose, current: OdometryPose) -> Twist | None:
@@ -212,8 +216,14 @@ class Odometry:
         return Twist(np.concatenate([moved, turned]) / seconds, into @ spread @ into.T / seconds**2, seconds)
 
 
-def frame_fault(child: str, frame: str) -> str:
-    """Why TF cannot place one frame in the other, in words; empty where it can."""
+def frame_fault(child: str, frame: str, above: Sequence[str] = ()) -> str:
+    """Why TF cannot place one frame in the other, in words; empty where it can.
+
+    Args:
+        child: the frame that odometry places.
+        frame: the one that it is placed in.
+        above: the frames in which /tf_static places the child already, nearest first.
+    """
     if not frame_name(child):
         return (
             "odometry has no child_frame_id and is not published into TF, as the images have no frame_id: have the "
@@ -223,6 +233,11 @@ def frame_fault(child: str, frame: str) -> str:
         return (
             f"odometry places the frame {child!r:.80} in itself and is not published into TF: odom_frame must be "
             "another frame than base_frame, or without base_frame than the frame_id of the images"
+        )
+    if above:
+        return (
+            f"odometry is not published into TF: a frame has one parent, and {child!r:.80} has {above[0]!r:.80} by "
+            f"/tf_static. Set base_frame to {above[-1]!r:.80}, or publish_tf to false"
         )
     return ""
 

@@ -254,6 +254,7 @@ class Parameters:
         minimum=0.0,
         maximum=0.2,
         dynamic=True,
+        needs=("mode", "mono"),
     )
     motion_prior: bool = _parameter(
         True,

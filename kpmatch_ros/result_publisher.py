@@ -30,7 +30,7 @@ class ResultPublisher:
         odometry: chains the poses; None publishes no odometry.
 
     Attributes:
-        transforms: to be updated with every message on /tf_static, where `base_frame` is given.
+        transforms: to be updated with every message on /tf_static, where there is odometry.
     """
 
     def __init__(
@@ -107,7 +107,9 @@ class ResultPublisher:
         if camera is not None:
             pose, child = of_base(pose, camera), parameters.base_frame
         message = messages.odometry(pair.current, pose, parameters.odom_frame, child, self._new)
-        fault = frame_fault(child, message.header.frame_id)
+        fault = frame_fault(
+            child, message.header.frame_id, self.transforms.above(child) if parameters.publish_tf else ()
+        )
         if fault:
             self._events.doubted("odometry frames", fault)
         self._events.odometry(

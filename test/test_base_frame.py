@@ -187,7 +187,7 @@ def test_the_bag_command_takes_the_place_from_the_bag(kpmatch: Any, robot_bag: P
         return [record.message for record in found["/odometry"]], found.get("/tf", [])
 
     (camera, *_), transforms = odometry("camera")
-    assert camera.child_frame_id == "left_optical_frame" and len(transforms) == 1
+    assert camera.child_frame_id == "left_optical_frame" and not transforms, "it has a parent by the bag"
     (base, *_), (first, *_) = odometry("base", "--base-frame", "base_link", "--odom-frame", "map")
     assert (base.header.frame_id, base.child_frame_id) == ("map", "base_link")
     assert first.message.transforms[0].child_frame_id == "base_link"
@@ -223,6 +223,28 @@ def test_a_frame_that_cannot_be_placed_is_named_and_stays_out_of_tf(
     found = by_topic(tmp_path / "out")
     assert [record.message.child_frame_id for record in found["/odometry"]] == [frame]
     assert not found.get("/tf")
+
+
+def test_a_frame_that_has_a_parent_in_tf_is_named_and_gets_no_second_one(
+    kpmatch: Any, robot_bag: Path, tmp_path: Path
+) -> None:
+    """A driver joins the camera's optical frame to its body, and base_link is below base_footprint."""
+    said = {}
+    for base in ("", "base_link", "base_footprint"):
+        with BagWriter(tmp_path / f"in{base}", "mcap") as writer:
+            for topic, _, stamp, message in read_messages(robot_bag):
+                writer.write(topic, message, stamp)
+            below = new_message("tf2_msgs/msg/TFMessage", transforms=[transform("base_footprint", "base_link", MOUNT)])
+            writer.write("/tf_static", below, stamp)
+        words = (*STEREO, "--base-frame", base) if base else STEREO
+        status, out, err = kpmatch("bag", str(tmp_path / f"in{base}"), str(tmp_path / f"out{base}"), *words)
+        assert status == 0 and ("odometry frames 1" in out) == (base != "base_footprint")
+        found = by_topic(tmp_path / f"out{base}")
+        said[base] = err, len(found["/odometry"]), len(found.get("/tf", []))
+    remedy = "Set base_frame to 'base_footprint', or publish_tf to false"
+    assert f"'left_optical_frame' has 'base_link' by /tf_static. {remedy}" in said[""][0]
+    assert f"'base_link' has 'base_footprint' by /tf_static. {remedy}" in said["base_link"][0]
+    assert [counts for _, *counts in said.values()] == [[1, 0], [1, 0], [1, 1]]
 
 
 # In the node

@@ -201,7 +201,7 @@ def _process(
                 )
             else:
                 pipeline.add_info(side, first.message)
-    if front_end.parameters.base_frame and any(topic.name == _TF_STATIC for topic in bag_topics(bag)):
+    if front_end.parameters.publish_odometry and any(topic.name == _TF_STATIC for topic in bag_topics(bag)):
         for record in read_messages(bag, {_TF_STATIC: [_TF_TYPE]}, report.remarks):
             pipeline.transforms.update(record.message)
     masks: dict[str, list[int]] = {}

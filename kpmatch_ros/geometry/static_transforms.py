@@ -47,6 +47,10 @@ class StaticTransforms:
         back = of_other.rotation.T
         return Pose(back @ of_frame.rotation, back @ (of_frame.position - of_other.position))
 
+    def above(self, frame: str) -> list[str]:
+        """The names of the frames above a frame, nearest first."""
+        return list(self._above(frame_name(frame)))[1:]
+
     def _above(self, frame: str) -> dict[str, Pose]:
         """The frame's pose in itself and in each frame above it, nearest first; a circle ends where it closes."""
         found = {frame: Pose(np.eye(3), np.zeros(3))}

@@ -83,7 +83,7 @@ class Inputs:
         take_image: is called with every image, and with 0 (one camera, or the left one) or 1 (the right one).
         take_info: is called likewise with every camera_info.
         take_mask: is called likewise with every mask.
-        take_transforms: is called with every message on /tf_static, where `base_frame` needs them.
+        take_transforms: is called with every message on /tf_static, where there is odometry.
     """
 
     def __init__(
@@ -372,7 +372,7 @@ class Inputs:
         for side, camera in enumerate(self._cameras):
             for what in camera.topics:
                 self._subscribe_to(side, what)
-        if self._parameters.publish_odometry and self._parameters.base_frame:
+        if self._parameters.publish_odometry and TFMessage is not None:
             self._transforms = with_events(
                 self._node.create_subscription,
                 TFMessage,
