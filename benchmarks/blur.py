@@ -36,6 +36,9 @@ BLURS = {
     "1 5, any direction": ((1, 5), None),
     "1 9, along rows": ((1, 9), 0.0),
     "1 9 17, along rows": ((1, 9, 17), 0.0),
+    "1 33, along rows": ((1, 33), 0.0),
+    "1 61, along rows": ((1, 61), 0.0),
+    "1 41, any direction": ((1, 41), None),
 }
 _NOISE = 2.0  # grey levels
 
@@ -77,7 +80,7 @@ def judged(
         grey = np.clip(np.round(image), 0, 255).astype(np.uint8)
         pair = front_end.register([grey], [(number + 1) * 10**8], camera).pair
         if pair is not None:
-            yield judge(pair.pose, relative_motion(views[number - 1], view))
+            yield judge(pair.pose, relative_motion(views[pair.reference.stamp // 10**8 - 1], view))
 
 
 def main() -> None:

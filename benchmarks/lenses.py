@@ -13,7 +13,6 @@ covariance C: 5 on average where the covariance is right.
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 
 import cv2
@@ -114,11 +113,11 @@ def main() -> None:
         camera = Camera(640, 480, matrix, model, np.array(coefficients))
         rays, found, counts = directions(camera), [], []
         front_end.reset()
-        for number, (before, after) in enumerate(itertools.pairwise([poses[0], *poses])):
-            image = photograph(scene, after, camera, rays, 1000 * options.seed + number)
+        for number, pose in enumerate(poses):
+            image = photograph(scene, pose, camera, rays, 1000 * options.seed + number)
             pair = front_end.register_frame(image, (number + 1) * 10**8, camera)[1]
             if pair is not None and pair.pose.status is PoseStatus.OK:
-                outcome = judge(pair.pose, relative_motion(before, after))
+                outcome = judge(pair.pose, relative_motion(poses[pair.reference.stamp // 10**8 - 1], pose))
                 found.append((outcome.rotation, outcome.direction, outcome.nees))
                 counts.append((pair.pose.num_inliers, pair.pose.num_matches))
         (turn, shift, _), (largest_turn, largest_shift, _) = np.median(found, axis=0), np.max(found, axis=0)

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.overconfidence import Outcome, judge
-from kpmatch_ros import front_end
+from kpmatch_ros import frame_motion
+from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose, relative_motion
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.parameters import Parameters
@@ -65,8 +66,8 @@ def main() -> None:
     options = parser.parse_args()
     camera, path = demo_camera(), camera_path(options.start + options.frames)[options.start :]
     twice = Twice()
-    front_end.estimate_relative_pose = twice  # type: ignore[assignment]
-    eyes = front_end.FrontEnd(Parameters(device=options.device, precision="float32"))
+    frame_motion.estimate_relative_pose = twice  # type: ignore[assignment]
+    eyes = FrontEnd(Parameters(device=options.device, precision="float32"))
     outcomes: dict[tuple[int, str], list[Outcome]] = {(step, kind): [] for step in options.steps for kind in KINDS}
     pairs = dict.fromkeys(options.steps, 0)
     for seed in options.seeds:
@@ -79,7 +80,7 @@ def main() -> None:
                     if pair is None:
                         continue
                     pairs[step] += 1
-                    truth = relative_motion(path[number - step], path[number])
+                    truth = relative_motion(path[pair.reference.stamp // 10**8 - 1], path[number])
                     for kind, pose in twice.poses.items():
                         if pose.status is PoseStatus.OK:
                             outcomes[step, kind].append(judge(pose, truth))

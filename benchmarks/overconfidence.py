@@ -308,7 +308,7 @@ def walk(frames: int, seed: int, stereo: bool) -> Iterator[Outcome]:
         images = [cv2.cvtColor(view.image, cv2.COLOR_RGB2GRAY) for view in views]
         pair = front_end.register(images, [(number + 1) * 10**8] * len(images), rig).pair
         if pair is not None:
-            yield judge(pair.pose, relative_motion(poses[number - 1], poses[number]))
+            yield judge(pair.pose, relative_motion(poses[pair.reference.stamp // 10**8 - 1], poses[number]))
 
 
 def main() -> None:

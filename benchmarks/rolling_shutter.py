@@ -23,7 +23,8 @@ from scipy.spatial.transform import Rotation, RotationSpline
 
 from benchmarks.one_camera import report
 from benchmarks.overconfidence import Outcome, judge
-from kpmatch_ros import front_end
+from kpmatch_ros import frame_motion
+from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import Pose, PoseStatus, RelativePose, relative_motion
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     camera, walk, twice = demo_camera(), Walk(options.frames, options.step), Twice()
-    front_end.estimate_relative_pose = twice  # type: ignore[assignment]
+    frame_motion.estimate_relative_pose = twice  # type: ignore[assignment]
     outcomes: dict[tuple[float, str], list[Outcome]] = {
         (readout, kind): [] for readout in options.readouts for kind in KINDS
     }
@@ -96,7 +97,7 @@ def main() -> None:
     for readout in options.readouts:
         pairs = 0
         parameters = Parameters(device=options.device, precision="float32", readout_time=readout * _INTERVAL)
-        eyes = front_end.FrontEnd(parameters)
+        eyes = FrontEnd(parameters)
         for seed, scene in scenes.items():
             eyes.reset()
             for number in range(options.frames):
@@ -106,7 +107,8 @@ def main() -> None:
                     continue
                 pairs += 1
                 middle = number + 1 + readout / 2
-                truth = relative_motion(walk(middle - 1), walk(middle))
+                back = (pair.current.stamp - pair.reference.stamp) / (1e9 * _INTERVAL)
+                truth = relative_motion(walk(middle - back), walk(middle))
                 for kind, pose in twice.poses.items():
                     if pose.status is PoseStatus.OK:
                         outcomes[readout, kind].append(judge(pose, truth))

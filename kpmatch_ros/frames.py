@@ -12,11 +12,11 @@ import numpy as np
 
 from kpmatch_ros.features import Features, to_numpy
 from kpmatch_ros.geometry.camera import Camera, check_camera
-from kpmatch_ros.geometry.pose import RelativePose
+from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.refinement import normalize_contrast
 from kpmatch_ros.geometry.stereo_agreement import StereoAgreement
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
-from kpmatch_ros.tracking.tracks import NOT_DETECTED
+from kpmatch_ros.tracking.tracks import LARGEST_SIGMA, NOT_DETECTED
 
 __all__ = [
     "Frame",
@@ -175,6 +175,12 @@ class Pair(ImagePair):
     @property
     def num_inliers(self) -> int:
         return self.pose.num_inliers
+
+    @property
+    def is_smeared(self) -> bool:
+        """Whether one of the images is blurred so much more than the other that nothing tells where points are."""
+        vague = np.count_nonzero(self.sigmas >= LARGEST_SIGMA)
+        return self.pose.status is PoseStatus.TOO_FEW_MATCHES and vague > len(self.sigmas) / 2
 
 
 @dataclass(frozen=True, eq=False)

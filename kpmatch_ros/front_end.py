@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.features import Features, to_numpy
+from kpmatch_ros.frame_motion import FrameMotion
 from kpmatch_ros.frames import Frame, GivenFrame, Pair, Result, RightImage, StereoPair, two_of_each
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
-from kpmatch_ros.geometry.refinement import (
-    INDEPENDENT_POINTS,
-    REFINED_RESOLUTION,
-    align_matches,
-    decisive_matches,
-    refine,
-)
 from kpmatch_ros.geometry.robust import SMALLEST_SAMPLE
 from kpmatch_ros.geometry.stereo_agreement import StereoAgreement, check_stereo_matches
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
-from kpmatch_ros.geometry.stereo_motion import estimate_stereo_motion
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
-from kpmatch_ros.geometry.two_view_errors import Motion
 from kpmatch_ros.imaging.masks import both, fit, load_masks
 from kpmatch_ros.kept_features import check_features, frame_without_image
 from kpmatch_ros.parameters import Parameters
@@ -37,9 +26,7 @@ from kpmatch_ros.tracking.tracks import NOT_DETECTED, Links, Tracks, View, keypo
 
 __all__ = ["FrontEnd"]
 
-_REFINABLE = 0.5  # part of the matches: with fewer, and not many, the images differ too much
 _KEPT_VIEWS = 4  # left and right, of reference and current frame
-_LIKE_TIMES = 2.0  # ratio of the times of two pairs, at most, whose motions are alike
 
 
 class FrontEnd:
@@ -72,7 +59,7 @@ class FrontEnd:
         self._last_stamp: int | None = None
         self._last_frame_ids: tuple[str, ...] = ()
         self._next_number = 0
-        self._last_motion: tuple[Frame, int, Motion] | None = None  # where it ended, nanoseconds; if it is sure
+        self._motion = FrameMotion()
         self._tracks = Tracks(self.parameters.max_keypoints, self.parameters.lost_tracks)
         self._views: tuple[View, ...] = ()
         self._choice = ReferenceChoice()
@@ -88,7 +75,8 @@ class FrontEnd:
 
     def reset(self) -> None:
         """Forget the cached features and the tracks: the next frame has no pair."""
-        self.reference = self._last_stamp = self._last_motion = None
+        self.reference = self._last_stamp = None
+        self._motion.forget()
         self._choice.reset()
         self._begin_tracks()
         self._views = ()
@@ -189,10 +177,7 @@ class FrontEnd:
             self.reference, view = current, self._view(current)  # now, as for the first one
             if self.parameters.refine:
                 self._tracks.advance(view, pair.inliers if pair.pose.status.is_certain else None)
-            self._last_motion = None
-            if pair.pose.status is PoseStatus.OK:
-                motion = Motion(pair.pose.rotation, pair.pose.translation)
-                self._last_motion = current, current.stamp - reference.stamp, motion
+            self._motion.remember(pair)
         return pair
 
     def _view(self, frame: Frame) -> View:
@@ -406,79 +391,9 @@ class FrontEnd:
     def estimate_pose(self, reference: Frame, current: Frame, links: Links) -> RelativePose:
         """How the camera moved between two frames; in metres with stereo frames.
 
-        Points that are not refined yet (the parameter `refine`) are refined for this alone, where they can be. Of one
-        camera, refined points decide alone where they are many: surroundings that are found speak for a match. Each
-        weighs by how exactly it was found.
-
-        Args:
-            reference: the first frame.
-            current: the second one.
-            links: their matches.
+        See :meth:`kpmatch_ros.frame_motion.FrameMotion.estimate`.
         """
-        resolution = self._keypoint_resolution(current)
-        exact = links if self.parameters.refine else self._refined(reference, current, links)
-        right0, right1 = reference.right, current.right
-        options: dict[str, Any] = {
-            "max_reprojection_error": self.parameters.max_reprojection_error,
-            "min_inliers": self.parameters.min_inliers,
-        }
-        decisive = None
-        if right0 is None or right1 is None:
-            decisive = decisive_matches(exact.reference_points, exact.points, exact.refined, **options)
-        refined = decisive is not None or bool(exact.refined.sum() > _REFINABLE * len(exact.refined))
-        if not refined:
-            exact = links
-        options |= {
-            "keypoint_resolution": REFINED_RESOLUTION if refined else resolution,
-            "independent_points": INDEPENDENT_POINTS if refined else math.inf,
-            "prior": self._motion_prior(reference, current),
-        }
-        points0, points1 = exact.reference_points, exact.points
-        sigmas = exact.pair_sigmas if refined else None
-        if right0 is None or right1 is None:
-            points1 = np.where(np.isfinite(points1), points1, links.points)
-            cameras = reference.camera, current.camera
-            options |= {"sigmas": sigmas, "decisive": decisive, "readout": self._readout(reference, current)}
-            return estimate_relative_pose(points0, points1, *cameras, **options)
-        right_points0 = right0.beside(exact.indices[:, 0], points0)
-        right_points1 = right1.beside(exact.indices[:, 1], points1)
-        if exact is not links:
-            right_points0 = refine(reference.normalized, right0.normalized, points0, right_points0, resolution)
-            right_points1 = refine(current.normalized, right1.normalized, points1, right_points1, resolution)
-            sigmas = np.ones(len(points0))  # with those that are known the covariance would be too small
-        # Given where the right points are found from the left ones.
-        return estimate_stereo_motion(
-            points0, right_points0, points1, right_points1, right0.camera, right1.camera, sigmas=sigmas, **options
-        )
-
-    def _refined(self, reference: Frame, current: Frame, links: Links) -> Links:
-        """The links with refined points, NaN where that was not possible; without calibration as they were."""
-        if reference.camera is None or current.camera is None:
-            return links
-        resolution = self._keypoint_resolution(current)
-        images = reference.normalized, current.normalized
-        found = align_matches(*images, links.reference_points, links.points, resolution)
-        points = np.where(found.good[:, None], found.points, np.float32(np.nan))
-        pair_sigmas = np.where(found.good, found.sigmas, links.pair_sigmas)
-        return replace(links, points=points, refined=found.good, pair_sigmas=pair_sigmas)
-
-    def _motion_prior(self, reference: Frame, current: Frame) -> Motion | None:
-        """The motion before, if it ended where this one begins and took about as long."""
-        if not self.parameters.motion_prior or self._last_motion is None:
-            return None
-        end, before, motion = self._last_motion
-        now = current.stamp - reference.stamp
-        if end is not reference or max(before, now) > _LIKE_TIMES * min(before, now):
-            return None
-        if before == now:
-            return motion
-        turn = Rotation.from_matrix(motion.rotation).as_rotvec()
-        return Motion(Rotation.from_rotvec(turn * now / before).as_matrix(), motion.translation)
-
-    def _readout(self, reference: Frame, current: Frame) -> float:
-        """Which part of the time between two frames is the parameter `readout_time`; 0 where stamps deny it."""
-        interval = 1e-9 * abs(current.stamp - reference.stamp)
-        return self.parameters.readout_time / interval if self.parameters.readout_time < interval else 0.0
+        return self._motion.estimate(reference, current, links, self.parameters, self._keypoint_resolution(current))
 
     def _keypoint_resolution(self, frame: Frame) -> float:
         """Pixels of the image received between neighbouring positions that the extractor can give."""

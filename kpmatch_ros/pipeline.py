@@ -336,7 +336,13 @@ class Pipeline:
                 self._events.mask_fault("mask hides everything", topic, explanation)
 
     def _check_yield(self, result: Result) -> None:
-        """Report how a frame looks that gives too few keypoints or matches for a pose."""
+        """Report how a frame looks that gives too few keypoints or matches for a pose, or none that tells anything."""
+        if result.pair is not None and result.pair.is_smeared:
+            self._events.doubted(
+                "blur",
+                "an image is blurred over tens of pixels more than the one it is matched with, so nothing tells where "
+                "its points are, and it has no pose: shorten the exposure, or light the scene",
+            )
         least, keypoints = self.front_end.parameters.min_inliers, len(result.frame.keypoints)
         matches = None if result.pair is None else len(result.pair.indices)
         if keypoints >= least and (matches is None or matches >= least):

@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from kpmatch_ros.bags.demo import demo_frames
+from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.blur import blurred_alike, focus_kernel, line_kernel
+from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change, signed
+from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.geometry.refinement import align_matches, normalize_contrast
+from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.tracking.tracks import Links, Tracks, View
 
 Texture = Callable[[int, int, int], NDArray[np.uint8]]
@@ -68,12 +73,11 @@ def test_the_sharp_image_of_two_is_blurred_as_the_other_one(
     points = corners(seen(scene, 0))
     near = start(points)
     alike = blurred_alike(*pictures, points, near)
-    assert alike is not None
-    assert np.array_equal(alike[blurred], images[blurred]) and not np.array_equal(
-        alike[1 - blurred], images[1 - blurred]
-    )
+    assert alike is not None and alike.sigma == 0
+    assert np.array_equal(alike.images[blurred], images[blurred])
+    assert not np.array_equal(alike.images[1 - blurred], images[1 - blurred])
     with_blur, without = (
-        align(cut(first, points), second, near, no_change(len(points)), 1) for first, second in (alike, images)
+        align(cut(first, points), second, near, no_change(len(points)), 1) for first, second in (alike.images, images)
     )
     assert misplaced(with_blur, points) < 0.2
     assert with_blur.likeness.mean() > without.likeness.mean() + 0.02
@@ -84,7 +88,7 @@ def test_images_that_are_blurred_in_directions_of_their_own_are_both_blurred(sce
     points = corners(seen(scene, 0))
     alike = blurred_alike(images[0], images[1], points, start(points))
     assert alike is not None
-    found = align(cut(alike[0], points), alike[1], start(points), no_change(len(points)), 1)
+    found = align(cut(alike.images[0], points), alike.images[1], start(points), no_change(len(points)), 1)
     assert misplaced(found, points) < 0.2
 
 
@@ -104,6 +108,38 @@ def test_too_few_points_or_none_inside_tell_nothing_of_blur(scene: Image) -> Non
     flat = np.full_like(images[0], 128)
     assert blurred_alike(flat, flat, points, points) is None
     assert blurred_alike(images[0], flat, points, points) is None
+
+
+@pytest.mark.parametrize("angle", [0.0, 1.0])
+def test_blur_that_is_too_wide_to_find_points_in_is_said(scene: Image, angle: float) -> None:
+    points = corners(seen(scene, 0))
+    sigmas = {}
+    for length in (9, 15, 21, 45, 61):
+        images = seen(scene, 0, None, 0), seen(scene, SHIFT, line_kernel(length, angle), 1)
+        along = np.random.default_rng(1).normal(0, 0.1 * length, (len(points), 1))  # where a detector sees them
+        near = start(points) + (along * (np.cos(angle), np.sin(angle))).astype(np.float32)
+        alike = blurred_alike(*images, points, near)
+        assert alike is not None
+        sigmas[length] = alike.sigma
+        if alike.sigma:  # whether a match is found or not
+            assert (align_matches(*images, points, near).sigmas >= np.float32(alike.sigma)).all()
+    assert all((sigma > 5) == (length > 28) for length, sigma in sigmas.items()) and sigmas[9] == 0
+
+
+@pytest.mark.parametrize("refine", [True, False])
+def test_a_smeared_frame_has_no_pose_and_its_neighbours_go_on_past_it(refine: bool) -> None:
+    frames = list(demo_frames(3))
+    camera = Camera.from_camera_info(frames[0].camera_info, rectified=False)
+    front_end = FrontEnd(Parameters(device="cpu", profile="fast", refine=refine))
+    pairs = []
+    for number, frame in enumerate(frames):
+        image = cv2.cvtColor(frame.image, cv2.COLOR_RGB2GRAY)
+        image = cv2.filter2D(image, -1, line_kernel(61, 0.0)) if number == 1 else image
+        pairs.append(front_end.register([image], [number * 10**8], camera).pair)
+    smeared, sharp = pairs[1:]
+    assert smeared is not None and sharp is not None
+    assert smeared.pose.status is PoseStatus.TOO_FEW_MATCHES and smeared.is_smeared == refine
+    assert sharp.pose.status is PoseStatus.OK and sharp.reference.stamp == 0 and not sharp.is_smeared
 
 
 def test_a_match_of_a_sharp_image_with_a_blurred_one_is_refined(scene: Image) -> None:

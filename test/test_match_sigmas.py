@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from two_view_scenes import CAMERA, Scene
 
-from kpmatch_ros import front_end
+from kpmatch_ros import frame_motion
+from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.geometry.two_view_errors import Motion, epipolar_residuals, normalise_matches
@@ -186,9 +187,9 @@ def test_one_cameras_pose_is_by_how_exactly_each_point_was_found(refine: bool, m
         told.append(sigmas)
         return estimate_relative_pose(*points, sigmas=sigmas, **options)
 
-    monkeypatch.setattr(front_end, "estimate_relative_pose", noticed)
+    monkeypatch.setattr(frame_motion, "estimate_relative_pose", noticed)
     camera, poses = demo_camera(320, 240), camera_path(2)
-    eyes = front_end.FrontEnd(Parameters(device="cpu", max_keypoints=256, refine=refine))
+    eyes = FrontEnd(Parameters(device="cpu", max_keypoints=256, refine=refine))
     for number, view in enumerate(build_scene(0).film(poses, camera, noise=2.0)):
         pair = eyes.register_frame(view.image, number * 10**8, camera)[1]
     assert pair is not None and pair.pose.status is PoseStatus.OK

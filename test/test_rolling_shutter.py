@@ -10,9 +10,10 @@ import pytest
 from scipy.spatial.transform import Rotation
 from two_view_scenes import CAMERA, DRONE, check
 
-from kpmatch_ros import front_end as front_end_module
+from kpmatch_ros import frame_motion
 from kpmatch_ros.bags.demo import demo_frames
 from kpmatch_ros.feature_matcher import FeatureMatcher
+from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
@@ -150,9 +151,9 @@ def test_the_front_end_tells_which_part_of_the_time_between_two_frames_it_is(
         given.append(readout)
         return estimate_relative_pose(*matches, readout=readout, **options)
 
-    monkeypatch.setattr(front_end_module, "estimate_relative_pose", remember)
+    monkeypatch.setattr(frame_motion, "estimate_relative_pose", remember)
     parameters = Parameters(matcher="nearest", device="cpu", max_keypoints=100, readout_time=readout_time)
-    front_end = front_end_module.FrontEnd(parameters, FeatureMatcher(parameters))
+    front_end = FrontEnd(parameters, FeatureMatcher(parameters))
     stamp = 10**9
     for frame, interval in zip(demo_frames(3), [0.0, *intervals]):
         stamp += round(1e9 * interval)

@@ -13,19 +13,38 @@ from scipy.linalg import eigh
 
 from kpmatch_ros.geometry.patches import about_grey, align, cut, gradients, no_change, signed
 
-__all__ = ["blurred_alike", "focus_kernel", "line_kernel"]
+__all__ = ["Alike", "blurred_alike", "focus_kernel", "line_kernel"]
 
 _REACH = 20  # pixels around a point: half the widest blur, half a patch, and how far a point may be from its place
 _SIDE = 2 * _REACH + 1
 _FEWEST, _MOST = 20, 64  # points that tell of the blur
 _SHARP = 0.65  # part of the other image's gradients, squared: with more, an image is as sharp as the other one
+_HARDLY = 0.08  # the same: a line of _WIDEST leaves about as much
 _CLEARER = 0.02  # correlation of the patches: blur that adds less is none
 _LENGTHS = (3.0, 5.0, 7.0, 9.0, 12.0, 16.0, 21.0)  # pixels
 _WIDTHS = (1.0, 1.5, 2.2, 3.3)  # pixels
 _ANGLES = (0.25, -0.25, 0.12, -0.12)  # radians from what gradients tell
 _FACTORS = (1.15, 0.87)  # of a length
+_HALVINGS = 2  # of the images, to see blur that is wider
+_WIDEST = 28.0  # pixels of a line: with wider blur, patches and keypoints are found off along it
+_OFF = 0.2  # standard deviation of how far, part of the length
 
 _Blur = tuple[float, float | None]  # pixels; the direction, radians, or None for all directions
+_Blurs = list[_Blur | None]  # of image 0 and 1; None for none
+
+
+@dataclass(frozen=True, eq=False)
+class Alike:
+    """Two images that are blurred alike.
+
+    Attributes:
+        images: float32 (H, W), as :func:`kpmatch_ros.geometry.patches.signed` gives them.
+        sigma: pixels, the standard deviation of where points are in one image beside the other, because blur that only
+            one of them has is too wide to tell; 0 where it is not.
+    """
+
+    images: tuple[np.ndarray, np.ndarray]
+    sigma: float
 
 
 def line_kernel(length: float, angle: float) -> np.ndarray:
@@ -47,15 +66,14 @@ def focus_kernel(width: float) -> np.ndarray:
     return np.asarray(row @ row.T, np.float32)
 
 
-def blurred_alike(
-    image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, points1: np.ndarray
-) -> tuple[np.ndarray, np.ndarray] | None:
+def blurred_alike(image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, points1: np.ndarray) -> Alike | None:
     """Two images of a scene, of which the sharper one is blurred as the other one is.
 
     Between a sharp and a blurred image a patch is off by what its surroundings leak into it. Blur takes from the
     gradients along it: of the gradients around the same points, the direction in which one image has the smallest part
     of the other's is that of its blur (a generalised eigenvalue problem). How wide it is tells the blur of the other
-    image with which patches are most alike. If each image is blurred in a direction of its own, both are.
+    image with which patches are most alike. If each image is blurred in a direction of its own, both are. Blur that is
+    wider than the surroundings is looked for in images half as fine.
 
     Args:
         image0: uint8 (H, W), from :func:`kpmatch_ros.geometry.refinement.normalize_contrast`.
@@ -64,26 +82,44 @@ def blurred_alike(
         points1: (M, 2) pixels in image 1, roughly the same points.
 
     Returns:
-        Both images, of which one at least is blurred, as :func:`kpmatch_ros.geometry.patches.signed` gives them; None
-        where they are alike, or too few points tell.
+        Both images, of which one at least is blurred; None where they are alike, or too few points tell.
     """
-    pair = _Pair.of(image0, image1, points0, points1)
-    if pair is None:
+    blurs = _missing_blurs(image0, image1, points0, points1, _HALVINGS)
+    if blurs == [None, None]:
         return None
+    length = max([size for size, direction in filter(None, blurs) if direction is not None], default=0.0)
+    found0, found1 = (_filtered(about_grey(image), blur) for image, blur in zip((image0, image1), blurs))
+    return Alike((found0, found1), _OFF * length if length > _WIDEST else 0.0)
+
+
+def _missing_blurs(
+    image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, points1: np.ndarray, halvings: int
+) -> _Blurs:
+    """The blur of each image that the other one has and it has not."""
+    pair = _Pair.of(image0, image1, points0, points1)
+    blurs: _Blurs = [None, None]
+    if pair is None:
+        return blurs
     # The gradients along v have, in image 1, the eigenvalue's part of what they have in image 0.
     (least, most), directions = eigh(
         *(_energies(gradients(cut(signed(image), points))) for image, points in (pair.sides[1], pair.sides[0]))
     )
-    kernels: list[np.ndarray | None] = [None, None]
-    for side, is_sharper, direction in (
-        (0, least < _SHARP, directions[:, 0]),
-        (1, most > 1 / _SHARP, directions[:, 1]),
+    for side, left, across, direction in (
+        (0, least, most, directions[:, 0]),
+        (1, 1 / most, 1 / least, directions[:, 1]),
     ):
-        if is_sharper:
-            kernels[side] = pair.find(kernels, side, math.atan2(direction[1], direction[0]))
-    if kernels[0] is None and kernels[1] is None:
-        return None
-    return _filtered(about_grey(image0), kernels[0]), _filtered(about_grey(image1), kernels[1])
+        if left >= _SHARP:
+            continue
+        angle = math.atan2(direction[1], direction[0])
+        blurs[side] = blur = pair.find(blurs, side, angle)
+        # Where patches are off by more than their size, no blur makes them alike.
+        if left < min(_HARDLY, across / 3) and (blur is None or blur[0] < _LENGTHS[-2]):
+            blurs[side] = 2 * _WIDEST, angle
+    if halvings and any(blur is not None and blur[0] >= _LENGTHS[-1] for blur in blurs):
+        wider = _missing_blurs(_half(image0), _half(image1), (points0 - 0.5) / 2, (points1 - 0.5) / 2, halvings - 1)
+        if wider != [None, None]:
+            return [None if blur is None else (2 * blur[0], blur[1]) for blur in wider]
+    return blurs
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,20 +139,20 @@ class _Pair:
         some = whole[np.linspace(0, len(whole) - 1, min(len(whole), _MOST)).astype(int)]
         return cls((_surroundings(image0, points0[some]), _surroundings(image1, points1[some])))
 
-    def find(self, kernels: list[np.ndarray | None], side: int, angle: float) -> np.ndarray | None:
-        """The kernel of a side, beside the other's, with which patches are most alike; None where none helps."""
-        others = list(kernels)
+    def find(self, blurs: _Blurs, side: int, angle: float) -> _Blur | None:
+        """The blur of a side, beside the other's, with which patches are most alike; None where none helps."""
+        both = list(blurs)
 
         def likeness(blur: _Blur) -> float:
-            others[side] = _kernel(blur)
-            return self._likeness(others)
+            both[side] = blur
+            return self._likeness(both)
 
         best = max(
             _climb([(length, angle) for length in _LENGTHS], likeness),
             _climb([(width, None) for width in _WIDTHS], likeness),
             key=itemgetter(0),
         )
-        if best[0] < self._likeness(kernels) + _CLEARER:
+        if best[0] < self._likeness(blurs) + _CLEARER:
             return None
         size, direction = best[1]
         if direction is not None:
@@ -129,13 +165,17 @@ class _Pair:
                 [best, *((likeness(each), each) for each in ((size * factor, direction) for factor in _FACTORS))],
                 key=itemgetter(0),
             )
-        return _kernel(best[1])
+        return best[1]
 
-    def _likeness(self, kernels: list[np.ndarray | None]) -> float:
+    def _likeness(self, blurs: _Blurs) -> float:
         (image0, points0), (image1, points1) = (
-            (_filtered(image, kernel), points) for (image, points), kernel in zip(self.sides, kernels)
+            (_filtered(image, blur), points) for (image, points), blur in zip(self.sides, blurs)
         )
         return float(align(cut(image0, points0), image1, points1, no_change(len(points0)), 1).likeness.mean())
+
+
+def _half(image: np.ndarray) -> np.ndarray:
+    return np.asarray(cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
 
 
 def _climb(blurs: Sequence[_Blur], likeness: Callable[[_Blur], float]) -> tuple[float, _Blur]:
@@ -154,9 +194,9 @@ def _kernel(blur: _Blur) -> np.ndarray:
     return focus_kernel(size) if angle is None else line_kernel(size, angle)
 
 
-def _filtered(image: np.ndarray, kernel: np.ndarray | None) -> np.ndarray:
-    """An image, float32 with 0 for grey, blurred by a kernel, as patches are cut from it and found in it."""
-    return signed(image if kernel is None else np.asarray(cv2.filter2D(image, -1, kernel)))
+def _filtered(image: np.ndarray, blur: _Blur | None) -> np.ndarray:
+    """An image, float32 with 0 for grey, with a blur, as patches are cut from it and found in it."""
+    return signed(image if blur is None else np.asarray(cv2.filter2D(image, -1, _kernel(blur))))
 
 
 def _surrounded(points: np.ndarray, image: np.ndarray) -> np.ndarray:

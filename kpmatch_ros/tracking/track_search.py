@@ -122,7 +122,7 @@ def find_places(
     alike = blurred_alike(reference.normalized, current.normalized, tracks.points[rest], near[rest])
     # A new track's first patch is of the reference already.
     known = (tracks.ids > 0) | (alike is not None)
-    images = alike or (reference.pixels, current.pixels)
+    images = (reference.pixels, current.pixels) if alike is None else alike.images
     steps = _step(tracks, found, rest[known[rest]], near, *images)
     rest = rest[~found.good[rest]]
     near[rest] = flow_far(reference.pyramid, current.pyramid, tracks.points[rest], near[rest])
@@ -147,6 +147,9 @@ def find_places(
     found.put(np.flatnonzero(bare), unaligned(keypoints[bare], found.likeness[bare]))
     anchors[bare] = pair_sigmas[bare] = keypoint_sigma(current.resolution)
     renewed = np.concatenate([rest, np.flatnonzero(bare)])
+    if alike is not None:
+        found.sigmas[:], pair_sigmas = np.hypot(found.sigmas, alike.sigma), np.hypot(pair_sigmas, alike.sigma)
+        anchors[renewed] = np.hypot(anchors[renewed], alike.sigma)
     return Places(
         found=found,
         anchors=anchors,

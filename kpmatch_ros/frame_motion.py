@@ -1,0 +1,132 @@
+"""How the camera moved between two frames, by the points that were found in both."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from kpmatch_ros.frames import Frame, Pair
+from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
+from kpmatch_ros.geometry.refinement import (
+    INDEPENDENT_POINTS,
+    REFINED_RESOLUTION,
+    align_matches,
+    decisive_matches,
+    refine,
+)
+from kpmatch_ros.geometry.stereo_motion import estimate_stereo_motion
+from kpmatch_ros.geometry.two_view import estimate_relative_pose
+from kpmatch_ros.geometry.two_view_errors import Motion
+from kpmatch_ros.parameters import Parameters
+from kpmatch_ros.tracking.tracks import LARGEST_SIGMA, Links
+
+__all__ = ["FrameMotion"]
+
+_REFINABLE = 0.5  # part of the matches: with fewer, and not many, the images differ too much
+_LIKE_TIMES = 2.0  # ratio of the times of two pairs, at most, whose motions are alike
+
+
+class FrameMotion:
+    """Estimates motions between frames, and knows the last one that was sure."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Frame, int, Motion] | None = None  # where it ended, nanoseconds; if it is sure
+
+    def forget(self) -> None:
+        """Forget the last motion."""
+        self._last = None
+
+    def remember(self, pair: Pair) -> None:
+        """Take the motion of a pair for the last one. Its current frame is the next one's reference."""
+        self._last = None
+        if pair.pose.status is PoseStatus.OK:
+            motion = Motion(pair.pose.rotation, pair.pose.translation)
+            self._last = pair.current, pair.current.stamp - pair.reference.stamp, motion
+
+    def estimate(
+        self, reference: Frame, current: Frame, links: Links, parameters: Parameters, resolution: float
+    ) -> RelativePose:
+        """How the camera moved between two frames; in metres with stereo frames.
+
+        Points that are not refined yet (the parameter `refine`) are refined for this alone, where they can be. Of one
+        camera, refined points decide alone where they are many: surroundings that are found speak for a match. Each
+        weighs by how exactly it was found.
+
+        Args:
+            reference: the first frame.
+            current: the second one.
+            links: their matches.
+            parameters: those in force.
+            resolution: pixels of the current image between neighbouring positions that the extractor can give.
+        """
+        exact = links if parameters.refine else _refined(reference, current, links, resolution)
+        right0, right1 = reference.right, current.right
+        options: dict[str, Any] = {
+            "max_reprojection_error": parameters.max_reprojection_error,
+            "min_inliers": parameters.min_inliers,
+        }
+        decisive = None
+        if right0 is None or right1 is None:
+            decisive = decisive_matches(exact.reference_points, exact.points, exact.refined, **options)
+        refined = decisive is not None or bool(exact.refined.sum() > _REFINABLE * len(exact.refined))
+        telling = exact.pair_sigmas < LARGEST_SIGMA
+        if not refined:
+            exact = links
+        options |= {
+            "keypoint_resolution": REFINED_RESOLUTION if refined else resolution,
+            "independent_points": INDEPENDENT_POINTS if refined else math.inf,
+            "prior": self._prior(reference, current) if parameters.motion_prior else None,
+        }
+        points0, points1 = exact.reference_points, exact.points
+        sigmas = exact.pair_sigmas if refined else None
+        if right0 is None or right1 is None:
+            points1 = np.where(np.isfinite(points1), points1, links.points)
+            points1 = np.where(telling[:, None], points1, np.float32(np.nan))
+            readout = _readout(reference, current, parameters.readout_time)
+            options |= {"sigmas": sigmas, "decisive": decisive, "readout": readout}
+            return estimate_relative_pose(points0, points1, reference.camera, current.camera, **options)
+        right_points0 = right0.beside(exact.indices[:, 0], points0)
+        right_points1 = right1.beside(exact.indices[:, 1], points1)
+        if exact is not links:
+            right_points0 = refine(reference.normalized, right0.normalized, points0, right_points0, resolution)
+            right_points1 = refine(current.normalized, right1.normalized, points1, right_points1, resolution)
+            sigmas = np.ones(len(points0))  # with those that are known the covariance would be too small
+        points1 = np.where(telling[:, None], points1, np.float32(np.nan))
+        # Given where the right points are found from the left ones.
+        return estimate_stereo_motion(
+            points0, right_points0, points1, right_points1, right0.camera, right1.camera, sigmas=sigmas, **options
+        )
+
+    def _prior(self, reference: Frame, current: Frame) -> Motion | None:
+        """The motion before, if it ended where this one begins and took about as long."""
+        if self._last is None:
+            return None
+        end, before, motion = self._last
+        now = current.stamp - reference.stamp
+        if end is not reference or max(before, now) > _LIKE_TIMES * min(before, now):
+            return None
+        if before == now:
+            return motion
+        turn = Rotation.from_matrix(motion.rotation).as_rotvec()
+        return Motion(Rotation.from_rotvec(turn * now / before).as_matrix(), motion.translation)
+
+
+def _refined(reference: Frame, current: Frame, links: Links, resolution: float) -> Links:
+    """The links with refined points, NaN where that was not possible; without calibration as they were."""
+    if reference.camera is None or current.camera is None:
+        return links
+    images = reference.normalized, current.normalized
+    found = align_matches(*images, links.reference_points, links.points, resolution)
+    points = np.where(found.good[:, None], found.points, np.float32(np.nan))
+    pair_sigmas = np.where(found.good, found.sigmas, np.hypot(links.pair_sigmas, found.sigmas))
+    return replace(links, points=points, refined=found.good, pair_sigmas=pair_sigmas)
+
+
+def _readout(reference: Frame, current: Frame, readout_time: float) -> float:
+    """Which part of the time between two frames reading one takes, seconds; 0 where stamps deny it."""
+    interval = 1e-9 * abs(current.stamp - reference.stamp)
+    return readout_time / interval if readout_time < interval else 0.0
