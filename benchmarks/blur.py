@@ -39,6 +39,7 @@ BLURS = {
     "1 33, along rows": ((1, 33), 0.0),
     "1 61, along rows": ((1, 61), 0.0),
     "1 41, any direction": ((1, 41), None),
+    "1 1 41 45, any direction": ((1, 1, 41, 45), None),
 }
 _NOISE = 2.0  # grey levels
 
@@ -88,6 +89,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23], help="courtyards")
     parser.add_argument("--frames", type=int, default=17, help="of each")
+    parser.add_argument(
+        "--only", nargs="+", choices=BLURS, default=list(BLURS), metavar="BLUR", help="of the kinds of blur"
+    )
     parser.add_argument("--full", action="store_true", help="640x480 pixels")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
@@ -101,7 +105,8 @@ def main() -> None:
     for seed in options.seeds:
         path = camera_path(7 * seed + options.frames)[7 * seed :]
         walks.append(list(Scene(seed).film(path, eye)))
-    for name, (lengths, angle) in BLURS.items():
+    for name in options.only:
+        lengths, angle = BLURS[name]
         found = [
             outcome
             for seed, views in zip(options.seeds, walks)

@@ -72,11 +72,12 @@ def main() -> None:
     path = camera_path(options.start + step * len(options.seeds) + 1)[options.start :]
     shares, angles, squares, chained, lost = [], [], [], [], 0
     for part, seed in enumerate(options.seeds):
-        poses, odometry = path[part * step : (part + 1) * step + 1], Odometry()
+        poses, odometry, begun = path[part * step : (part + 1) * step + 1], Odometry(), None
         for number, (pair, motion) in enumerate(pairs(front_end, seed, poses, options.baseline), 1):
             place = odometry.add(pair)
             if place is not None and place.chain == 0:
-                way = relative_motion(poses[0], poses[number])
+                begun = poses[pair.reference.stamp // 10**8 - 1] if begun is None else begun
+                way = relative_motion(begun, poses[number])
                 true = Pose(_AXES @ way.rotation, _AXES @ way.position)
                 chained.append(nees(true, place.rotation, place.position, place.covariance))
             if pair.pose.status is not PoseStatus.OK:

@@ -235,9 +235,12 @@ def epipolar(bag: Path, matcher: FeatureMatcher) -> None:
         (_, judge), (_, pair) = (each.register_frame(image, i * 10**9, camera) for each in (plain, ours))
         if judge is None or pair is None or judge.pose.status is not PoseStatus.OK:
             continue
+        before = pair.reference.stamp // 10**9
+        if judge.reference.stamp != pair.reference.stamp:
+            continue
         keypoints = pair.reference.keypoints
         own = pair.indices[:, 0] != NOT_DETECTED  # KLT has no other: a carried track need not be a keypoint
-        flowed = next(flow([Frame(image, None) for image in images[i - 1 : i + 1]], keypoints)).points
+        flowed = next(flow([Frame(images[each], None) for each in (before, i)], keypoints)).points
         known = np.isfinite(flowed[:, 0])
         cells = []
         for points0, points1 in ((keypoints[known], flowed[known]), (pair.reference_points[own], pair.points[own])):

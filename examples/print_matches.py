@@ -40,8 +40,9 @@ class MatchPrinter(Node):
 def main() -> None:
     """Until Ctrl-C."""
     rclpy.init()
-    printer = MatchPrinter()
+    printer = None
     try:
+        printer = MatchPrinter()
         while rclpy.ok():  # rclpy.spin may sleep on after SIGTERM: it is woken before the shutdown that it looks for
             rclpy.spin_once(printer, timeout_sec=1.0)
     except (KeyboardInterrupt, ExternalShutdownException):
@@ -51,7 +52,8 @@ def main() -> None:
         if rclpy.ok():
             raise
     finally:
-        printer.destroy_node()  # ends the middleware's threads, which may crash where its libraries are unloaded first
+        if printer is not None:  # ends the middleware's threads, which may crash where its libraries are unloaded first
+            printer.destroy_node()
         with contextlib.suppress(RuntimeError):  # the signal's shutdown may be under way (ros2/rclpy#1352)
             rclpy.try_shutdown()
 

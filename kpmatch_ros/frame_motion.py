@@ -22,12 +22,12 @@ from kpmatch_ros.geometry.stereo_motion import estimate_stereo_motion
 from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.geometry.two_view_errors import Motion
 from kpmatch_ros.parameters import Parameters
-from kpmatch_ros.tracking.tracks import LARGEST_SIGMA, Links
+from kpmatch_ros.tracking.tracks import Links
 
 __all__ = ["FrameMotion"]
 
 _REFINABLE = 0.5  # part of the matches: with fewer, and not many, the images differ too much
-_LIKE_TIMES = 2.0  # ratio of the times of two pairs, at most, whose motions are alike
+_LIKE_TIMES = 2.5  # ratio of the times of two pairs, at most, whose motions are alike: one frame may be passed over
 
 
 class FrameMotion:
@@ -73,7 +73,6 @@ class FrameMotion:
         if right0 is None or right1 is None:
             decisive = decisive_matches(exact.reference_points, exact.points, exact.refined, **options)
         refined = decisive is not None or bool(exact.refined.sum() > _REFINABLE * len(exact.refined))
-        telling = exact.pair_sigmas < LARGEST_SIGMA
         if not refined:
             exact = links
         options |= {
@@ -85,7 +84,6 @@ class FrameMotion:
         sigmas = exact.pair_sigmas if refined else None
         if right0 is None or right1 is None:
             points1 = np.where(np.isfinite(points1), points1, links.points)
-            points1 = np.where(telling[:, None], points1, np.float32(np.nan))
             readout = _readout(reference, current, parameters.readout_time)
             options |= {"sigmas": sigmas, "decisive": decisive, "readout": readout}
             return estimate_relative_pose(points0, points1, reference.camera, current.camera, **options)
@@ -95,7 +93,6 @@ class FrameMotion:
             right_points0 = refine(reference.normalized, right0.normalized, points0, right_points0, resolution)
             right_points1 = refine(current.normalized, right1.normalized, points1, right_points1, resolution)
             sigmas = np.ones(len(points0))  # with those that are known the covariance would be too small
-        points1 = np.where(telling[:, None], points1, np.float32(np.nan))
         # Given where the right points are found from the left ones.
         return estimate_stereo_motion(
             points0, right_points0, points1, right_points1, right0.camera, right1.camera, sigmas=sigmas, **options
@@ -122,7 +119,7 @@ def _refined(reference: Frame, current: Frame, links: Links, resolution: float) 
     images = reference.normalized, current.normalized
     found = align_matches(*images, links.reference_points, links.points, resolution)
     points = np.where(found.good[:, None], found.points, np.float32(np.nan))
-    pair_sigmas = np.where(found.good, found.sigmas, np.hypot(links.pair_sigmas, found.sigmas))
+    pair_sigmas = np.where(found.good, found.sigmas, links.pair_sigmas)
     return replace(links, points=points, refined=found.good, pair_sigmas=pair_sigmas)
 
 

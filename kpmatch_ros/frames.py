@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from kpmatch_ros.features import Features, to_numpy
+from kpmatch_ros.geometry.blur import gradient_energy
 from kpmatch_ros.geometry.camera import Camera, check_camera
-from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
+from kpmatch_ros.geometry.pose import RelativePose
 from kpmatch_ros.geometry.refinement import normalize_contrast
 from kpmatch_ros.geometry.stereo_agreement import StereoAgreement
 from kpmatch_ros.geometry.stereo_camera import StereoCamera
-from kpmatch_ros.tracking.tracks import LARGEST_SIGMA, NOT_DETECTED
+from kpmatch_ros.tracking.tracks import NOT_DETECTED
 
 __all__ = [
     "Frame",
@@ -93,7 +94,7 @@ class Frame:
     def with_right(self, right: RightImage) -> Frame:
         """The frame with its right image, and with what was made of it before."""
         frame = replace(self, right=right)
-        for name in ("normalized", "descriptors"):
+        for name in ("normalized", "gradients", "descriptors"):
             if name in self.__dict__:
                 frame.__dict__[name] = self.__dict__[name]
         return frame
@@ -102,6 +103,11 @@ class Frame:
     def normalized(self) -> np.ndarray:
         """The image as :func:`kpmatch_ros.geometry.refinement.normalize_contrast` gives it, made once for all pairs."""
         return normalize_contrast(self.image)
+
+    @cached_property
+    def gradients(self) -> np.ndarray:
+        """(2, 2) as :func:`kpmatch_ros.geometry.blur.gradient_energy` gives them."""
+        return gradient_energy(self.normalized)
 
     @cached_property
     def descriptors(self) -> np.ndarray:
@@ -162,11 +168,14 @@ class Pair(ImagePair):
         track_ids: (M,) uint64.
         pose: of the current camera in the reference camera's frame.
         pose_ms: what the pose took, and settling the tracks by it, milliseconds.
+        smeared: which image, 0 the reference or 1 the current one, is blurred so much more than the other that nothing
+            tells where points are, and there is no pose; None for neither.
     """
 
     track_ids: np.ndarray
     pose: RelativePose
     pose_ms: float = 0.0
+    smeared: int | None = None
 
     @property
     def inliers(self) -> np.ndarray | None:
@@ -175,12 +184,6 @@ class Pair(ImagePair):
     @property
     def num_inliers(self) -> int:
         return self.pose.num_inliers
-
-    @property
-    def is_smeared(self) -> bool:
-        """Whether one of the images is blurred so much more than the other that nothing tells where points are."""
-        vague = np.count_nonzero(self.sigmas >= LARGEST_SIGMA)
-        return self.pose.status is PoseStatus.TOO_FEW_MATCHES and vague > len(self.sigmas) / 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.features import Features, to_numpy
 from kpmatch_ros.frame_motion import FrameMotion
 from kpmatch_ros.frames import Frame, GivenFrame, Pair, Result, RightImage, StereoPair, two_of_each
+from kpmatch_ros.geometry.blur import smeared_image
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.robust import SMALLEST_SAMPLE
@@ -26,6 +27,7 @@ from kpmatch_ros.tracking.tracks import NOT_DETECTED, Links, Tracks, View, keypo
 
 __all__ = ["FrontEnd"]
 
+_VAGUE = 5.0  # pixels: standard deviation of a point of which nothing tells where it is; tracks have no larger one
 _KEPT_VIEWS = 4  # left and right, of reference and current frame
 
 
@@ -151,7 +153,13 @@ class FrontEnd:
             self._view(current)  # now: the next image may come in the memory of this one
             return None
         links, started = linked.links, time.perf_counter()
-        pose = self.estimate_pose(reference, current, links)
+        smeared = smeared_image(reference.gradients, current.gradients)
+        smeared = links.smeared if smeared is None else smeared
+        pose, none = self.estimate_pose(reference, current, links), np.zeros(len(links.points), bool)
+        if smeared is not None:
+            links = replace(links, sigmas=np.full_like(links.sigmas, _VAGUE))
+            if pose.status is not PoseStatus.NO_CALIBRATION:
+                pose = RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, len(none), none)
         if self.parameters.refine:
             cameras = reference.camera, current.camera
             links, pose = self._tracks.settle(self._view(current), cameras, links, pose)
@@ -171,13 +179,17 @@ class FrontEnd:
             track_ids=links.track_ids,
             pose=pose,
             pose_ms=_milliseconds_since(started),
+            smeared=smeared,
         )
         self._fresh = False
         if self._choice.takes(pair, self.parameters):
             self.reference, view = current, self._view(current)  # now, as for the first one
             if self.parameters.refine:
-                self._tracks.advance(view, pair.inliers if pair.pose.status.is_certain else None)
+                agree = pair.inliers if pair.pose.status.is_certain else None
+                self._tracks.advance(view, agree if smeared is None else none)
             self._motion.remember(pair)
+        elif pair.pose.status.is_certain:  # beside a keyframe: how the camera moved before it is long ago
+            self._motion.forget()
         return pair
 
     def _view(self, frame: Frame) -> View:

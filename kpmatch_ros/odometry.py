@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from scipy.special import chdtri
 from kpmatch_ros.frames import Pair
 from kpmatch_ros.geometry.pose import Placed, RelativePose, cross_matrix
 from kpmatch_ros.geometry.robust import FALSE_ALARM_RATE
-from kpmatch_ros.geometry.static_transforms import frame_name
+from kpmatch_ros.geometry.static_transforms import StaticTransforms, frame_name
 from kpmatch_ros.parameters import ParameterError, Parameters
 
 __all__ = ["Odometry", "OdometryPose", "Place", "Twist", "check_odometry", "compose", "frame_fault", "of_base"]
@@ -216,13 +215,13 @@ class Odometry:
         return Twist(np.concatenate([moved, turned]) / seconds, into @ spread @ into.T / seconds**2, seconds)
 
 
-def frame_fault(child: str, frame: str, above: Sequence[str] = ()) -> str:
+def frame_fault(child: str, frame: str, transforms: StaticTransforms | None = None) -> str:
     """Why TF cannot place one frame in the other, in words; empty where it can.
 
     Args:
         child: the frame that odometry places.
         frame: the one that it is placed in.
-        above: the frames in which /tf_static places the child already, nearest first.
+        transforms: what /tf_static says; None where TF is left alone.
     """
     if not frame_name(child):
         return (
@@ -233,6 +232,12 @@ def frame_fault(child: str, frame: str, above: Sequence[str] = ()) -> str:
         return (
             f"odometry places the frame {child!r:.80} in itself and is not published into TF: odom_frame must be "
             "another frame than base_frame, or without base_frame than the frame_id of the images"
+        )
+    above = [] if transforms is None else transforms.above(child)
+    if frame_name(frame) in above or (transforms is not None and frame_name(child) in transforms.above(frame)):
+        return (
+            f"odometry is not published into TF: /tf_static joins {child!r:.80} and {frame!r:.80} already, as if "
+            "nothing moved. Leave that transform out, or set publish_tf to false"
         )
     if above:
         return (

@@ -162,8 +162,8 @@ class Parameters:
     )
     reference: str = _parameter(
         "previous",
-        "what a frame is matched with: previous, the frame before; keyframe, a frame that is kept until "
-        "keyframe_min_matches or keyframe_max_parallax replaces it",
+        "what a frame is matched with: previous, the frame before, or the one before that where it has no pose; "
+        "keyframe, a frame that is kept until keyframe_min_matches or keyframe_max_parallax replaces it",
         choices=("previous", "keyframe"),
         dynamic=True,
     )

@@ -337,7 +337,7 @@ class Pipeline:
 
     def _check_yield(self, result: Result) -> None:
         """Report how a frame looks that gives too few keypoints or matches for a pose, or none that tells anything."""
-        if result.pair is not None and result.pair.is_smeared:
+        if result.pair is not None and result.pair.smeared is not None:
             self._events.doubted(
                 "blur",
                 "an image is blurred over tens of pixels more than the one it is matched with, so nothing tells where "

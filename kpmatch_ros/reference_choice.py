@@ -11,6 +11,9 @@ from kpmatch_ros.parameters import Parameters
 __all__ = ["ReferenceChoice"]
 
 
+_REFERENCE = 0  # of a pair's images
+
+
 class ReferenceChoice:
     """Decides of frame after frame whether it becomes the reference, by the parameter `reference`."""
 
@@ -30,6 +33,8 @@ class ReferenceChoice:
             return False
         if _is_calibrated(pair.current) and not _is_calibrated(pair.reference):
             return True  # with the reference of before no frame would have a pose
+        if pair.smeared == _REFERENCE:
+            return True
         if self._is_lost and not was_lost:
             return False  # a blurred or covered image, or a bad pair of them: the next one may go on where it could not
         if parameters.reference == "previous" or len(pair.indices) < parameters.keyframe_min_matches:
@@ -58,6 +63,8 @@ def _is_lost(pair: Pair) -> bool:
     Of one camera an AMBIGUOUS pose counts as a place: planes give one for every pair.
     """
     status = pair.pose.status
+    if pair.smeared is not None:
+        return True
     if not _is_calibrated(pair.reference):
         return False
     return not (status.is_certain or (pair.reference.right is None and status is PoseStatus.AMBIGUOUS))

@@ -107,9 +107,7 @@ class ResultPublisher:
         if camera is not None:
             pose, child = of_base(pose, camera), parameters.base_frame
         message = messages.odometry(pair.current, pose, parameters.odom_frame, child, self._new)
-        fault = frame_fault(
-            child, message.header.frame_id, self.transforms.above(child) if parameters.publish_tf else ()
-        )
+        fault = frame_fault(child, message.header.frame_id, self.transforms if parameters.publish_tf else None)
         if fault:
             self._events.doubted("odometry frames", fault)
         self._events.odometry(

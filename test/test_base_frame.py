@@ -23,7 +23,7 @@ from kpmatch_ros.bags.report import Report
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.pose import Pose, PoseStatus, RelativePose
 from kpmatch_ros.geometry.static_transforms import StaticTransforms
-from kpmatch_ros.odometry import Odometry, OdometryPose, Twist, of_base
+from kpmatch_ros.odometry import Odometry, OdometryPose, Twist, frame_fault, of_base
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.pipeline import Pipeline
 from node_harness import running_node
@@ -98,6 +98,16 @@ def test_circles_end_and_what_is_no_transform_is_passed_over() -> None:
         assert (tree.pose(f"length {w}", "robot") is not None) == taken
     tree.update(SimpleNamespace(transforms=[transform("a", "b", MOUNT), transform("b", "a", MOUNT)]))
     assert tree.pose("a", "nowhere") is None and tree.pose("a", "b") is not None
+
+
+def test_tf_gets_no_second_parent_and_no_circle() -> None:
+    tree = StaticTransforms()
+    links = [transform(*names, MOUNT) for names in (("map", "odom"), ("odom", "base_link"), ("base_link", "camera"))]
+    tree.update(SimpleNamespace(transforms=links))
+    assert "joins 'base_link' and 'odom' already" in frame_fault("base_link", "odom", tree)
+    assert "joins 'map' and 'odom' already" in frame_fault("map", "odom", tree)
+    assert "'camera' has 'base_link' by /tf_static. Set base_frame to 'map'" in frame_fault("camera", "vo", tree)
+    assert not frame_fault("map", "vo", tree) and not frame_fault("camera", "vo")
 
 
 # From the camera's pose to the base's

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kpmatch_ros.bags.demo import demo_frames
 from kpmatch_ros.front_end import FrontEnd
-from kpmatch_ros.geometry.blur import blurred_alike, focus_kernel, line_kernel
+from kpmatch_ros.geometry.blur import blurred_alike, focus_kernel, gradient_energy, line_kernel, smeared_image
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.patches import Alignment, align, cut, no_change, signed
 from kpmatch_ros.geometry.pose import PoseStatus
@@ -73,7 +73,7 @@ def test_the_sharp_image_of_two_is_blurred_as_the_other_one(
     points = corners(seen(scene, 0))
     near = start(points)
     alike = blurred_alike(*pictures, points, near)
-    assert alike is not None and alike.sigma == 0
+    assert alike is not None and alike.smeared is None
     assert np.array_equal(alike.images[blurred], images[blurred])
     assert not np.array_equal(alike.images[1 - blurred], images[1 - blurred])
     with_blur, without = (
@@ -110,36 +110,78 @@ def test_too_few_points_or_none_inside_tell_nothing_of_blur(scene: Image) -> Non
     assert blurred_alike(images[0], flat, points, points) is None
 
 
-@pytest.mark.parametrize("angle", [0.0, 1.0])
-def test_blur_that_is_too_wide_to_find_points_in_is_said(scene: Image, angle: float) -> None:
-    points = corners(seen(scene, 0))
-    sigmas = {}
-    for length in (9, 15, 21, 45, 61):
-        images = seen(scene, 0, None, 0), seen(scene, SHIFT, line_kernel(length, angle), 1)
-        along = np.random.default_rng(1).normal(0, 0.1 * length, (len(points), 1))  # where a detector sees them
-        near = start(points) + (along * (np.cos(angle), np.sin(angle))).astype(np.float32)
-        alike = blurred_alike(*images, points, near)
-        assert alike is not None
-        sigmas[length] = alike.sigma
-        if alike.sigma:  # whether a match is found or not
-            assert (align_matches(*images, points, near).sigmas >= np.float32(alike.sigma)).all()
-    assert all((sigma > 5) == (length > 28) for length, sigma in sigmas.items()) and sigmas[9] == 0
+@pytest.mark.parametrize("angle", [0.0, 1.0, 2.2])
+def test_an_image_that_is_blurred_over_many_pixels_is_smeared(scene: Image, angle: float) -> None:
+    sharp = gradient_energy(seen(scene, 0))
+    for length, smeared in ((1, None), (9, None), (15, None), (33, 1), (41, 1), (61, 1)):
+        energy = gradient_energy(seen(scene, SHIFT, line_kernel(length, angle), 1))
+        assert smeared_image(sharp, energy) == smeared
+        assert smeared_image(energy, sharp) == (None if smeared is None else 0)
+        assert smeared_image(energy, energy) is None
+
+
+def test_an_image_that_is_out_of_focus_flat_or_shows_another_place_is_not_smeared(
+    scene: Image, texture: Texture
+) -> None:
+    sharp = gradient_energy(seen(scene, 0))
+    others = [
+        seen(scene, 0, focus_kernel(6.0)),
+        np.full((SIZE, SIZE), 128, np.uint8),
+        normalize_contrast(texture(SIZE, SIZE, 9)),
+        cv2.resize(seen(scene, 0)[60:200, 60:200], (SIZE, SIZE), interpolation=cv2.INTER_CUBIC),
+    ]
+    for other in others:
+        energy = gradient_energy(other)
+        assert smeared_image(sharp, energy) is None and smeared_image(energy, sharp) is None
+
+
+A, S = 1, 61  # pixels of a frame's blur
 
 
 @pytest.mark.parametrize("refine", [True, False])
-def test_a_smeared_frame_has_no_pose_and_its_neighbours_go_on_past_it(refine: bool) -> None:
-    frames = list(demo_frames(3))
+@pytest.mark.parametrize(
+    ("blurs", "statuses", "references"),
+    [
+        ((A, S, A, A), "SOO", (0, 0, 2)),  # one is passed over
+        ((A, S, S, A, A), "SSSO", (0, 0, 2, 3)),  # behind two, a sharp frame has nothing to be matched with
+        ((S, A, A), "SO", (0, 1)),  # a smeared reference gives way at once
+    ],
+)
+def test_smeared_frames_have_no_pose_and_sharp_ones_are_matched_with_sharp_ones(
+    blurs: tuple[int, ...], statuses: str, references: tuple[int, ...], refine: bool
+) -> None:
+    """S: TOO_FEW_MATCHES, as one of the two images is smeared; O: OK."""
+    frames = list(demo_frames(len(blurs)))
     camera = Camera.from_camera_info(frames[0].camera_info, rectified=False)
     front_end = FrontEnd(Parameters(device="cpu", profile="fast", refine=refine))
-    pairs = []
-    for number, frame in enumerate(frames):
+    found, used = "", []
+    for number, (frame, length) in enumerate(zip(frames, blurs)):
+        image = cv2.filter2D(cv2.cvtColor(frame.image, cv2.COLOR_RGB2GRAY), -1, line_kernel(length, 0.0))
+        pair = front_end.register([image], [number * 10**8], camera).pair
+        if pair is None:
+            continue
+        used.append(pair.reference.stamp // 10**8)
+        if pair.smeared is None:
+            assert pair.pose.status is PoseStatus.OK
+            found += "O"
+        else:
+            assert pair.smeared == (0 if length == A else 1) and pair.pose.status is PoseStatus.TOO_FEW_MATCHES
+            assert pair.inliers is not None and not pair.inliers.any() and (pair.sigmas == 5).all()
+            found += "S"
+    assert (found, tuple(used)) == (statuses, references)
+
+
+def test_a_smeared_frame_is_passed_over_without_calibration_too() -> None:
+    front_end = FrontEnd(Parameters(device="cpu", profile="fast"))
+    statuses, used = [], []
+    for number, frame in enumerate(demo_frames(3)):
         image = cv2.cvtColor(frame.image, cv2.COLOR_RGB2GRAY)
-        image = cv2.filter2D(image, -1, line_kernel(61, 0.0)) if number == 1 else image
-        pairs.append(front_end.register([image], [number * 10**8], camera).pair)
-    smeared, sharp = pairs[1:]
-    assert smeared is not None and sharp is not None
-    assert smeared.pose.status is PoseStatus.TOO_FEW_MATCHES and smeared.is_smeared == refine
-    assert sharp.pose.status is PoseStatus.OK and sharp.reference.stamp == 0 and not sharp.is_smeared
+        image = cv2.filter2D(image, -1, line_kernel(S, 0.0)) if number == 1 else image
+        pair = front_end.register([image], [number * 10**8]).pair
+        if pair is not None:
+            statuses.append(pair.pose.status)
+            used.append(pair.reference.stamp)
+    assert statuses == 2 * [PoseStatus.NO_CALIBRATION] and used == [0, 0]
 
 
 def test_a_match_of_a_sharp_image_with_a_blurred_one_is_refined(scene: Image) -> None:

@@ -8,11 +8,13 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from kpmatch_ros import frame_motion
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.features import Features
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import Camera
 from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.geometry.two_view import estimate_relative_pose
 from kpmatch_ros.parameters import Parameters
 
 SIZE = (640, 480)
@@ -124,6 +126,29 @@ def test_one_frame_without_a_pose_is_passed_over() -> None:
 def test_where_two_frames_in_a_row_have_no_pose_the_second_is_the_reference() -> None:
     found = statuses_and_references([0, 0.1, 0.2, 0.3, 0.4], [PIXELS, OTHER, OTHER, OTHER, PIXELS])
     assert found == [("FAILED", 1), ("FAILED", 1), ("NO_TRANSLATION", 3), ("FAILED", 4)]
+
+
+def test_the_motion_before_is_known_past_a_frame_that_is_passed_over_but_not_beside_a_keyframe() -> None:
+    priors: list[bool] = []
+
+    def walk(points: list[np.ndarray], **changes: Any) -> list[bool]:
+        priors.clear()
+        front_end = keyframes(points, **{"reference": "previous", **changes})
+        for number in range(len(points)):  # 30 Hz: twice the time of a frame is not exactly twice as many nanoseconds
+            front_end.register_frame(NOTHING, round(number * 1e9 / 30), CAMERA)
+        return list(priors)
+
+    def noticed(*points: Any, prior: Any, **options: Any) -> Any:
+        priors.append(prior is not None)
+        return estimate_relative_pose(*points, prior=prior, **options)
+
+    moving = [SCENE - (0.2 * number, 0.01 * number, 0) for number in range(5)]
+    seen = [points[:, :2] / points[:, 2:] * 500 + (320, 240) for points in moving]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frame_motion, "estimate_relative_pose", noticed)
+        assert walk(seen[:4]) == [False, True, True]
+        assert walk([*seen[:2], OTHER, seen[3], seen[4]]) == [False, True, True, True]
+        assert walk(seen, reference="keyframe", keyframe_max_parallax=1000.0) == [False] * 4
 
 
 def test_dark_frames_take_the_keyframes_place_once_nothing_was_seen_for_a_gap() -> None:

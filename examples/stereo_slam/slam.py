@@ -202,9 +202,9 @@ class StereoSlam:
 
     def _observations(self, matches: Any, reference_stamp: int, stamp: int) -> tuple[Observations, Observations]:
         """The inliers among the tracks: where they are in the reference, and in the frame."""
-        count = len(matches.track_ids)
-        # Without an estimated geometry there is no word on inliers: the robust cost has to cope with all.
-        agree = np.array(matches.inliers, bool) if len(matches.inliers) else np.ones(count, bool)
+        # Where no geometry was estimated, or none agrees with any match, the robust cost has to cope with all that are
+        # known to some pixels: those of a smeared image are not.
+        agree = np.array(matches.inliers if any(matches.inliers) else np.array(matches.sigmas) < 5, bool)
         reference_points, points = (self._left.points(flat) for flat in (matches.reference_points, matches.points))
         agree &= np.isfinite(reference_points + points).all(axis=1)
         ids, sigmas = np.array(matches.track_ids, np.int64)[agree], np.array(matches.sigmas, float)[agree]

@@ -13,21 +13,21 @@ from scipy.linalg import eigh
 
 from kpmatch_ros.geometry.patches import about_grey, align, cut, gradients, no_change, signed
 
-__all__ = ["Alike", "blurred_alike", "focus_kernel", "line_kernel"]
+__all__ = ["Alike", "blurred_alike", "focus_kernel", "gradient_energy", "line_kernel", "smeared_image"]
 
 _REACH = 20  # pixels around a point: half the widest blur, half a patch, and how far a point may be from its place
 _SIDE = 2 * _REACH + 1
 _FEWEST, _MOST = 20, 64  # points that tell of the blur
 _SHARP = 0.65  # part of the other image's gradients, squared: with more, an image is as sharp as the other one
-_HARDLY = 0.08  # the same: a line of _WIDEST leaves about as much
+_SMEARED = 0.2  # the same, of a whole image half as fine: lines of 25 pixels and more leave less
+_DIRECTED = 1.5  # times as much is left across, or it is another blur
 _CLEARER = 0.02  # correlation of the patches: blur that adds less is none
 _LENGTHS = (3.0, 5.0, 7.0, 9.0, 12.0, 16.0, 21.0)  # pixels
 _WIDTHS = (1.0, 1.5, 2.2, 3.3)  # pixels
 _ANGLES = (0.25, -0.25, 0.12, -0.12)  # radians from what gradients tell
 _FACTORS = (1.15, 0.87)  # of a length
 _HALVINGS = 2  # of the images, to see blur that is wider
-_WIDEST = 28.0  # pixels of a line: with wider blur, patches and keypoints are found off along it
-_OFF = 0.2  # standard deviation of how far, part of the length
+_WIDEST = 28.0  # pixels of a line: with wider blur, patches and keypoints are found anywhere along it
 
 _Blur = tuple[float, float | None]  # pixels; the direction, radians, or None for all directions
 _Blurs = list[_Blur | None]  # of image 0 and 1; None for none
@@ -39,12 +39,12 @@ class Alike:
 
     Attributes:
         images: float32 (H, W), as :func:`kpmatch_ros.geometry.patches.signed` gives them.
-        sigma: pixels, the standard deviation of where points are in one image beside the other, because blur that only
-            one of them has is too wide to tell; 0 where it is not.
+        smeared: which image, 0 or 1, is blurred so widely that points are found anywhere along its blur; None for
+            neither.
     """
 
     images: tuple[np.ndarray, np.ndarray]
-    sigma: float
+    smeared: int | None
 
 
 def line_kernel(length: float, angle: float) -> np.ndarray:
@@ -87,9 +87,34 @@ def blurred_alike(image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, p
     blurs = _missing_blurs(image0, image1, points0, points1, _HALVINGS)
     if blurs == [None, None]:
         return None
-    length = max([size for size, direction in filter(None, blurs) if direction is not None], default=0.0)
+    for side, blur in enumerate(blurs):
+        if blur is not None and blur[1] is not None and blur[0] > _WIDEST:
+            return Alike((signed(image0), signed(image1)), 1 - side)
     found0, found1 = (_filtered(about_grey(image), blur) for image, blur in zip((image0, image1), blurs))
-    return Alike((found0, found1), _OFF * length if length > _WIDEST else 0.0)
+    return Alike((found0, found1), None)
+
+
+def gradient_energy(image: np.ndarray) -> np.ndarray:
+    """(2, 2) mean products of the gradients of an image (H, W) uint8, half as fine, along x and y."""
+    half = _half(image).astype(np.float32)
+    return _energies((cv2.Sobel(half, cv2.CV_32F, 1, 0, scale=0.125), cv2.Sobel(half, cv2.CV_32F, 0, 1, scale=0.125)))
+
+
+def smeared_image(energy0: np.ndarray, energy1: np.ndarray) -> int | None:
+    """Which of two images, 0 or 1, is blurred along a line so widely that its points tell nothing beside the other's.
+
+    Of the gradients along the blur only a small part is left, and more of those across. So wide a blur is told without
+    matches: these lie anywhere along it.
+
+    Args:
+        energy0: of image 0, from :func:`gradient_energy`.
+        energy1: of image 1, which shows about the same.
+    """
+    least, most = eigh(energy1, energy0, eigvals_only=True)
+    for side, left, across in ((1, least, most), (0, 1 / most, 1 / least)):
+        if left < min(_SMEARED, across / _DIRECTED):
+            return side
+    return None
 
 
 def _missing_blurs(
@@ -104,17 +129,12 @@ def _missing_blurs(
     (least, most), directions = eigh(
         *(_energies(gradients(cut(signed(image), points))) for image, points in (pair.sides[1], pair.sides[0]))
     )
-    for side, left, across, direction in (
-        (0, least, most, directions[:, 0]),
-        (1, 1 / most, 1 / least, directions[:, 1]),
+    for side, is_sharper, direction in (
+        (0, least < _SHARP, directions[:, 0]),
+        (1, most > 1 / _SHARP, directions[:, 1]),
     ):
-        if left >= _SHARP:
-            continue
-        angle = math.atan2(direction[1], direction[0])
-        blurs[side] = blur = pair.find(blurs, side, angle)
-        # Where patches are off by more than their size, no blur makes them alike.
-        if left < min(_HARDLY, across / 3) and (blur is None or blur[0] < _LENGTHS[-2]):
-            blurs[side] = 2 * _WIDEST, angle
+        if is_sharper:
+            blurs[side] = pair.find(blurs, side, math.atan2(direction[1], direction[0]))
     if halvings and any(blur is not None and blur[0] >= _LENGTHS[-1] for blur in blurs):
         wider = _missing_blurs(_half(image0), _half(image1), (points0 - 0.5) / 2, (points1 - 0.5) / 2, halvings - 1)
         if wider != [None, None]:

@@ -113,7 +113,7 @@ class RelativePose:
 
     @classmethod
     def undefined(cls, status: PoseStatus, num_matches: int, inliers: np.ndarray | None = None) -> RelativePose:
-        """No pose, and the reason: identity, zero covariance. With FAILED no match is an inlier."""
+        """No pose, and the reason: identity, zero covariance. With FAILED no match is an inlier, unless told."""
         if status is PoseStatus.FAILED and inliers is None:
             inliers = np.zeros(num_matches, bool)
         return cls(

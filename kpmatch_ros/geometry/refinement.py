@@ -134,7 +134,7 @@ def align_matches(
         resolution: pixels between neighbouring positions that the detector can give.
 
     Returns:
-        Where they are in image 1. Where nothing is found, points1 as they are, and how far blur moves them for sigmas.
+        Where they are in image 1; points1 as they are where nothing is found.
     """
     known = np.flatnonzero(np.isfinite(points0).all(axis=1) & np.isfinite(points1).all(axis=1))
     start, furthest = points1[known].astype(np.float32), longest_step(resolution)
@@ -145,12 +145,10 @@ def align_matches(
     found = align(patches, pixels, near, no_change(len(known)))
     around = Neighbours(points0[known], points1[known])
     align_deformed(found, np.arange(len(known)), patches, pixels, start, no_change(len(known)), around)
-    if alike is not None:
-        found.sigmas[:] = np.hypot(found.sigmas, alike.sigma)
     good = found.good & (np.linalg.norm(found.points - start, axis=1) < furthest)
     count = len(points1)
-    none, off = np.zeros(count, np.float32), np.full(count, 0.0 if alike is None else alike.sigma, np.float32)
-    whole = Alignment(np.array(points1, np.float32), no_change(count), off, none, np.zeros(count, bool))
+    none = np.zeros(count, np.float32)
+    whole = Alignment(np.array(points1, np.float32), no_change(count), none, none.copy(), np.zeros(count, bool))
     for item in fields(Alignment):
         getattr(whole, item.name)[known[good]] = getattr(found, item.name)[good]
     return whole

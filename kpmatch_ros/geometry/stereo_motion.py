@@ -170,7 +170,7 @@ def estimate_stereo_motion(
             if inliers.sum() < required:
                 return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total, mask)
     if _is_free(pair, fit, variance, status is PoseStatus.NO_TRANSLATION) or _is_bent(pair, fit, variance):
-        return RelativePose.undefined(PoseStatus.FAILED, total)
+        return RelativePose.undefined(PoseStatus.FAILED, total, mask)
     if status is PoseStatus.OK:
         other = _other_motion(frames, pair, inliers, (camera0, camera1), inlier_threshold, keypoint_resolution)
         motion = Motion(fit.rotation, fit.translation)

@@ -80,6 +80,7 @@ class Places:
         bare: (T,) bool which points are keypoints as detected.
         renewed: (R,) tracks that go on with another patch.
         patches: (R, P) float32 these patches.
+        smeared: see :class:`kpmatch_ros.geometry.blur.Alike`.
     """
 
     found: Alignment
@@ -88,6 +89,7 @@ class Places:
     bare: np.ndarray
     renewed: np.ndarray
     patches: np.ndarray
+    smeared: int | None
 
 
 def keypoint_sigma(resolution: float) -> float:
@@ -147,9 +149,6 @@ def find_places(
     found.put(np.flatnonzero(bare), unaligned(keypoints[bare], found.likeness[bare]))
     anchors[bare] = pair_sigmas[bare] = keypoint_sigma(current.resolution)
     renewed = np.concatenate([rest, np.flatnonzero(bare)])
-    if alike is not None:
-        found.sigmas[:], pair_sigmas = np.hypot(found.sigmas, alike.sigma), np.hypot(pair_sigmas, alike.sigma)
-        anchors[renewed] = np.hypot(anchors[renewed], alike.sigma)
     return Places(
         found=found,
         anchors=anchors,
@@ -157,6 +156,7 @@ def find_places(
         bare=bare,
         renewed=renewed,
         patches=cut(current.pixels, found.points[renewed]),
+        smeared=None if alike is None else alike.smeared,
     )
 
 

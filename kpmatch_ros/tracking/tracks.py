@@ -30,7 +30,7 @@ from kpmatch_ros.tracking.track_set import (
     without,
 )
 
-__all__ = ["LARGEST_SIGMA", "NOT_DETECTED", "Links", "Tracks", "View", "keypoint_sigma", "pair_sigma", "refine_pair"]
+__all__ = ["NOT_DETECTED", "Links", "Tracks", "View", "keypoint_sigma", "pair_sigma", "refine_pair"]
 
 _SPACE = 4.0  # pixels between a new track and others
 _CELL = 40  # pixels: tracks are spread over cells of this size
@@ -45,8 +45,7 @@ _AROUND = 5  # points around one, whose depths say what its own may be
 _LEAST_SPREAD = 0.3  # of depths, as part of them
 _KNOWN = 1e-3  # times the noise: an inverse depth that is known to this does not move a point
 
-LARGEST_SIGMA = 5.0
-"""Pixels: a point that is known less exactly has no part in a pose."""
+_LARGEST_SIGMA = 5.0  # pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +61,8 @@ class Links:
         scores: (M,) float32 in [0, 1]: the matcher's, or the likeness to the first patch where it has none.
         track_ids: (M,) uint64.
         refined: (M,) bool: the surroundings were found; the others are keypoints as detected.
+        smeared: which image, 0 or 1, is blurred so widely that points are found anywhere along its blur; None where
+            their surroundings show none.
     """
 
     indices: np.ndarray
@@ -72,6 +73,7 @@ class Links:
     scores: np.ndarray
     track_ids: np.ndarray
     refined: np.ndarray
+    smeared: int | None = None
 
 
 class Tracks:
@@ -144,7 +146,7 @@ class Tracks:
         following = replace(
             tracks.select(alive),
             points=found.points[alive],
-            sigmas=np.minimum(np.hypot(found.sigmas, places.anchors), LARGEST_SIGMA)[alive],
+            sigmas=np.minimum(np.hypot(found.sigmas, places.anchors), _LARGEST_SIGMA)[alive],
             indices=detected[alive],
             shapes=found.shapes[alive],
             anchors=places.anchors[alive],
@@ -165,6 +167,7 @@ class Tracks:
             scores=score[alive],
             track_ids=following.ids.copy(),
             refined=~places.bare[alive],
+            smeared=places.smeared,
         )
 
     def settle(
@@ -213,7 +216,7 @@ class Tracks:
         more = replace(
             tracks.select(again),
             points=found.points,
-            sigmas=np.minimum(np.hypot(found.sigmas, tracks.anchors[again]), LARGEST_SIGMA),
+            sigmas=np.minimum(np.hypot(found.sigmas, tracks.anchors[again]), _LARGEST_SIGMA),
             shapes=found.shapes,
             indices=np.full(len(again), NOT_DETECTED),
             landmarks=np.full((len(again), 4), np.nan, np.float32),
@@ -384,5 +387,4 @@ def refine_pair(view0: View, view1: View, points0: np.ndarray, points1: np.ndarr
         (M, 2) float32 points1 refined, where the surroundings are alike, and (M,) float32 standard deviations, pixels.
     """
     found = align_matches(view0.normalized, view1.normalized, points0, points1, view1.resolution)
-    bare = np.hypot(pair_sigma(view1.resolution), found.sigmas)
-    return found.points, np.where(found.good, found.sigmas, bare).astype(np.float32)
+    return found.points, np.where(found.good, found.sigmas, pair_sigma(view1.resolution)).astype(np.float32)
