@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+from bag_harness import QUICK
 from numpy.typing import NDArray
 
+from kpmatch_ros.bags import BagWriter, read_messages
 from kpmatch_ros.bags.demo import demo_frames
 from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.blur import blurred_alike, focus_kernel, gradient_energy, line_kernel, smeared_image
@@ -19,6 +22,7 @@ from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.geometry.refinement import align_matches, normalize_contrast
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.tracking.tracks import Links, Tracks, View
+from simulation.bags import write_demo_bag
 
 Texture = Callable[[int, int, int], NDArray[np.uint8]]
 Image = NDArray[np.uint8]
@@ -182,6 +186,22 @@ def test_a_smeared_frame_is_passed_over_without_calibration_too() -> None:
             statuses.append(pair.pose.status)
             used.append(pair.reference.stamp)
     assert statuses == 2 * [PoseStatus.NO_CALIBRATION] and used == [0, 0]
+
+
+def test_a_smeared_image_is_named_with_what_to_do(kpmatch: Any, tmp_path: Path) -> None:
+    write_demo_bag(tmp_path / "sharp", num_frames=3, size=(320, 240), encoding="mono8")
+    images = 0
+    with BagWriter(tmp_path / "in") as bag:
+        for topic, _, stamp, message in read_messages(tmp_path / "sharp"):
+            if hasattr(message, "encoding"):
+                images += 1
+                if images == 2:
+                    pixels = np.frombuffer(message.data, np.uint8).reshape(240, 320)
+                    message.data = cv2.filter2D(pixels, -1, line_kernel(S, 0.0)).ravel()
+            bag.write(topic, message, stamp)
+    status, out, err = kpmatch("bag", str(tmp_path / "in"), str(tmp_path / "out"), *QUICK)
+    assert status == 0 and "blur 1" in out
+    assert "it has no pose: shorten the exposure" in err
 
 
 def test_a_match_of_a_sharp_image_with_a_blurred_one_is_refined(scene: Image) -> None:
