@@ -139,6 +139,12 @@ def test_an_image_that_is_out_of_focus_flat_or_shows_another_place_is_not_smeare
         assert smeared_image(sharp, energy) is None and smeared_image(energy, sharp) is None
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (3, 2)])
+def test_the_smallest_images_are_not_smeared(size: tuple[int, int]) -> None:
+    energies = [gradient_energy(np.full(size, grey, np.uint8)) for grey in (3, 200)]
+    assert all(energy.shape == (2, 2) for energy in energies) and smeared_image(*energies) is None
+
+
 A, S = 1, 61  # pixels of a frame's blur
 
 

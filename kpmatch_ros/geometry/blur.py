@@ -195,7 +195,8 @@ class _Pair:
 
 
 def _half(image: np.ndarray) -> np.ndarray:
-    return np.asarray(cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
+    height, width = image.shape
+    return np.asarray(cv2.resize(image, (-(-width // 2), -(-height // 2)), interpolation=cv2.INTER_AREA))
 
 
 def _climb(blurs: Sequence[_Blur], likeness: Callable[[_Blur], float]) -> tuple[float, _Blur]:
