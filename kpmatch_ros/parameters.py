@@ -248,7 +248,7 @@ class Parameters:
     )
     readout_time: float = _parameter(
         0.0,
-        "with a rolling shutter: time from reading an image's first row to its last; poses of one camera are then as "
+        "with mode mono and a rolling shutter: time from reading an image's first row to its last; poses are then as "
         "of images read at once, between their middle rows; 0 for a global shutter",
         unit="seconds",
         minimum=0.0,

@@ -201,7 +201,8 @@ def _process(
                 )
             else:
                 pipeline.add_info(side, first.message)
-    if front_end.parameters.publish_odometry and any(topic.name == _TF_STATIC for topic in bag_topics(bag)):
+    places = front_end.parameters.publish_odometry or front_end.parameters.base_frame
+    if places and any(topic.name == _TF_STATIC for topic in bag_topics(bag)):
         for record in read_messages(bag, {_TF_STATIC: [_TF_TYPE]}, report.remarks):
             pipeline.transforms.update(record.message)
     masks: dict[str, list[int]] = {}
