@@ -99,6 +99,11 @@ class Frame:
                 frame.__dict__[name] = self.__dict__[name]
         return frame
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a pose can be had of it: with a right image, in metres."""
+        return self.camera is not None and (self.right is None or self.right.camera is not None)
+
     @cached_property
     def normalized(self) -> np.ndarray:
         """The image as :func:`kpmatch_ros.geometry.refinement.normalize_contrast` gives it, made once for all pairs."""

@@ -23,11 +23,19 @@ from kpmatch_ros.imaging.masks import both, fit, load_masks
 from kpmatch_ros.kept_features import check_features, frame_without_image
 from kpmatch_ros.parameters import Parameters
 from kpmatch_ros.reference_choice import ReferenceChoice
-from kpmatch_ros.tracking.tracks import NOT_DETECTED, Links, Tracks, View, keypoint_sigma, pair_sigma, refine_pair
+from kpmatch_ros.tracking.tracks import (
+    LARGEST_SIGMA,
+    NOT_DETECTED,
+    Links,
+    Tracks,
+    View,
+    keypoint_sigma,
+    pair_sigma,
+    refine_pair,
+)
 
 __all__ = ["FrontEnd"]
 
-_VAGUE = 5.0  # pixels: standard deviation of a point of which nothing tells where it is; tracks have no larger one
 _KEPT_VIEWS = 4  # left and right, of reference and current frame
 
 
@@ -155,11 +163,13 @@ class FrontEnd:
         links, started = linked.links, time.perf_counter()
         smeared = smeared_image(reference.gradients, current.gradients)
         smeared = links.smeared if smeared is None else smeared
-        pose, none = self.estimate_pose(reference, current, links), np.zeros(len(links.points), bool)
+        none = np.zeros(len(links.points), bool)
         if smeared is not None:
-            links = replace(links, sigmas=np.full_like(links.sigmas, _VAGUE))
-            if pose.status is not PoseStatus.NO_CALIBRATION:
-                pose = RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, len(none), none)
+            links = replace(links, sigmas=np.full_like(links.sigmas, LARGEST_SIGMA))
+        if smeared is not None and reference.is_calibrated and current.is_calibrated:
+            pose = RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, len(none), none)
+        else:
+            pose = self.estimate_pose(reference, current, links)
         if self.parameters.refine:
             cameras = reference.camera, current.camera
             links, pose = self._tracks.settle(self._view(current), cameras, links, pose)

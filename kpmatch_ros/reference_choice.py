@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kpmatch_ros.frames import Frame, Pair
+from kpmatch_ros.frames import Pair
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.parameters import Parameters
 
@@ -31,7 +31,7 @@ class ReferenceChoice:
         was_lost, self._is_lost = self._is_lost, _is_lost(pair)
         if self._shows_nothing(pair, parameters):
             return False
-        if _is_calibrated(pair.current) and not _is_calibrated(pair.reference):
+        if pair.current.is_calibrated and not pair.reference.is_calibrated:
             return True  # with the reference of before no frame would have a pose
         if pair.smeared == _REFERENCE:
             return True
@@ -65,10 +65,6 @@ def _is_lost(pair: Pair) -> bool:
     status = pair.pose.status
     if pair.smeared is not None:
         return True
-    if not _is_calibrated(pair.reference):
+    if not pair.reference.is_calibrated:
         return False
     return not (status.is_certain or (pair.reference.right is None and status is PoseStatus.AMBIGUOUS))
-
-
-def _is_calibrated(frame: Frame) -> bool:
-    return frame.camera is not None and (frame.right is None or frame.right.camera is not None)

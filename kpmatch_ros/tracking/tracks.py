@@ -30,7 +30,7 @@ from kpmatch_ros.tracking.track_set import (
     without,
 )
 
-__all__ = ["NOT_DETECTED", "Links", "Tracks", "View", "keypoint_sigma", "pair_sigma", "refine_pair"]
+__all__ = ["LARGEST_SIGMA", "NOT_DETECTED", "Links", "Tracks", "View", "keypoint_sigma", "pair_sigma", "refine_pair"]
 
 _SPACE = 4.0  # pixels between a new track and others
 _CELL = 40  # pixels: tracks are spread over cells of this size
@@ -45,7 +45,8 @@ _AROUND = 5  # points around one, whose depths say what its own may be
 _LEAST_SPREAD = 0.3  # of depths, as part of them
 _KNOWN = 1e-3  # times the noise: an inverse depth that is known to this does not move a point
 
-_LARGEST_SIGMA = 5.0  # pixels
+LARGEST_SIGMA = 5.0
+"""Pixels: standard deviation of a point of which nothing tells where it is. Tracks have no larger one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +147,7 @@ class Tracks:
         following = replace(
             tracks.select(alive),
             points=found.points[alive],
-            sigmas=np.minimum(np.hypot(found.sigmas, places.anchors), _LARGEST_SIGMA)[alive],
+            sigmas=np.minimum(np.hypot(found.sigmas, places.anchors), LARGEST_SIGMA)[alive],
             indices=detected[alive],
             shapes=found.shapes[alive],
             anchors=places.anchors[alive],
@@ -216,7 +217,7 @@ class Tracks:
         more = replace(
             tracks.select(again),
             points=found.points,
-            sigmas=np.minimum(np.hypot(found.sigmas, tracks.anchors[again]), _LARGEST_SIGMA),
+            sigmas=np.minimum(np.hypot(found.sigmas, tracks.anchors[again]), LARGEST_SIGMA),
             shapes=found.shapes,
             indices=np.full(len(again), NOT_DETECTED),
             landmarks=np.full((len(again), 4), np.nan, np.float32),
