@@ -139,6 +139,19 @@ def test_an_image_that_is_out_of_focus_flat_or_shows_another_place_is_not_smeare
         assert smeared_image(sharp, energy) is None and smeared_image(energy, sharp) is None
 
 
+def test_a_blank_or_dark_image_is_not_smeared_whatever_the_direction_of_the_scenes_gradients(scene: Image) -> None:
+    """Contrast is normalised: noise is made as strong as a scene."""
+    tall = gradient_energy(cv2.resize(seen(scene, 0), (SIZE, 3 * SIZE), interpolation=cv2.INTER_CUBIC))
+    random = np.random.default_rng(0)
+    covered = [np.zeros((SIZE, SIZE)), np.full((SIZE, SIZE), 128.0)]
+    covered += [random.poisson(mean, (SIZE, SIZE)) for mean in (0.2, 1, 3)]
+    covered += [128 + random.normal(0, deviation, (SIZE, SIZE)) for deviation in (0.5, 1, 2, 5)]
+    assert tall[0, 0] > 2 * tall[1, 1]
+    for other in covered:
+        energy = gradient_energy(normalize_contrast(other.clip(0, 255).astype(np.uint8)))
+        assert smeared_image(tall, energy) is None and smeared_image(energy, tall) is None
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (3, 2)])
 def test_the_smallest_images_are_not_smeared(size: tuple[int, int]) -> None:
     energies = [gradient_energy(np.full(size, grey, np.uint8)) for grey in (3, 200)]

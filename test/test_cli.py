@@ -92,6 +92,15 @@ def test_a_pose_that_cannot_be_had_says_why(run: Run, pictures: tuple[Path, Path
     assert "TOO_FEW_MATCHES" in out
 
 
+@pytest.mark.parametrize("camera", [CAMERA, []])
+def test_a_smeared_image_is_named(run: Run, pictures: tuple[Path, Path], tmp_path: Path, camera: list[str]) -> None:
+    smeared = tmp_path / "smeared.png"
+    cv2.imwrite(str(smeared), cv2.blur(cv2.imread(str(pictures[1])), (61, 1)))
+    for images, name in (((pictures[0], smeared), "B"), ((smeared, pictures[0]), "A")):
+        _, out, _ = run("match", *images, "--device", "cpu", *camera)
+        assert f"blur       {name}, over tens of pixels" in out
+
+
 def test_the_camera_of_b_and_the_lens_change_the_pose(run: Run, pictures: tuple[Path, Path]) -> None:
     def pose(*options: str) -> Any:
         quick = ("--device", "cpu", "--matcher", "nearest", "--max-keypoints", 300)

@@ -218,6 +218,8 @@ def _summary(pair: Pair, parameters: Parameters, milliseconds: float) -> str:
         f"keypoints  {len(pair.reference.keypoints)} and {len(pair.current.keypoints)} ({parameters.extractor})",
         f"matches    {_figures_of(pair)} ({parameters.matcher})",
     ]
+    if pair.smeared is not None:
+        lines.append(f"blur       {'AB'[pair.smeared]}, over tens of pixels: nothing tells where its points are")
     if pair.current.camera is not None:
         lines += [f"pose       {line}" if n == 0 else f"           {line}" for n, line in enumerate(_pose_of(pair))]
     lines.append(f"time       {milliseconds:.0f} ms for both images, the first run of the networks included")

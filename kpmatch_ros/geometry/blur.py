@@ -9,7 +9,7 @@ from operator import itemgetter
 
 import cv2
 import numpy as np
-from scipy.linalg import eigh
+from scipy.linalg import eigh, eigvalsh
 
 from kpmatch_ros.geometry.patches import about_grey, align, cut, gradients, no_change, signed
 
@@ -21,6 +21,7 @@ _FEWEST, _MOST = 20, 64  # points that tell of the blur
 _SHARP = 0.65  # part of the other image's gradients, squared: with more, an image is as sharp as the other one
 _SMEARED = 0.2  # the same, of a whole image half as fine: lines of 25 pixels and more leave less
 _DIRECTED = 1.5  # times as much is left across, or it is another blur
+_NOISE = 1.2  # times as large one way as the other: gradients of noise are less so, those left by blur more
 _CLEARER = 0.02  # correlation of the patches: blur that adds less is none
 _LENGTHS = (3.0, 5.0, 7.0, 9.0, 12.0, 16.0, 21.0)  # pixels
 _WIDTHS = (1.0, 1.5, 2.2, 3.3)  # pixels
@@ -104,15 +105,16 @@ def smeared_image(energy0: np.ndarray, energy1: np.ndarray) -> int | None:
     """Which of two images, 0 or 1, is blurred along a line so widely that its points tell nothing beside the other's.
 
     Of the gradients along the blur only a small part is left, and more of those across. So wide a blur is told without
-    matches: these lie anywhere along it.
+    matches: these lie anywhere along it. Noise has gradients in all directions, as the image of a covered lens.
 
     Args:
         energy0: of image 0, from :func:`gradient_energy`.
         energy1: of image 1, which shows about the same.
     """
     least, most = eigh(energy1, energy0, eigvals_only=True)
-    for side, left, across in ((1, least, most), (0, 1 / most, 1 / least)):
-        if left < min(_SMEARED, across / _DIRECTED):
+    for side, energy, left, across in ((1, energy1, least, most), (0, energy0, 1 / most, 1 / least)):
+        one_way, other_way = eigvalsh(energy)
+        if left < min(_SMEARED, across / _DIRECTED) and one_way * _NOISE < other_way:
             return side
     return None
 
