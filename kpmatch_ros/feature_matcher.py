@@ -23,7 +23,7 @@ from kpmatch_ros.imaging.masks import fit, shrink_or_enlarge
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, NearestNeighbour, SuperGlue, SuperPoint, XFeat
 from kpmatch_ros.models.assignment import Assignment, ImageFeatures
 from kpmatch_ros.models.base import LARGEST_IMAGE
-from kpmatch_ros.models.checkpoint import network_type
+from kpmatch_ros.models.checkpoint import check_made_for, network_type
 from kpmatch_ros.models.compiled import transforms
 from kpmatch_ros.models.detections import Detections
 from kpmatch_ros.models.export import ExportError
@@ -367,7 +367,7 @@ class FeatureMatcher:
         name, extractor = self.parameters.matcher, self.parameters.extractor
         if name == "nearest":
             return NearestNeighbour()
-        weights.check_pair(name, extractor)
+        check_made_for(name, extractor)
         matcher = _MATCHERS[network_type(name, _MATCHERS)].from_pretrained(name)
         if matcher.input_dim != self.extractor.descriptor_size:
             raise weights.WeightsError(

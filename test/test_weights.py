@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kpmatch_ros import FeatureMatcher, weights
-from kpmatch_ros.models import LightGlue, SuperPoint
+from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperPoint
 from kpmatch_ros.models.assignment import ImageFeatures
 from kpmatch_ros.models.checkpoint import NETWORKS
+from kpmatch_ros.models.convert import convert
 from kpmatch_ros.weights import REGISTRY, Hub, Packaged, Weights, WeightsError
 
 SaveFolder = Callable[..., Path]
@@ -320,6 +321,22 @@ def test_a_registered_matcher_wants_the_extractor_it_was_made_for(monkeypatch: p
     monkeypatch.setitem(REGISTRY, "superpoint-other", REGISTRY["superpoint-open"])
     with pytest.raises(WeightsError, match="lightglue-superpoint-open was made for the extractor superpoint-open, not"):
         FeatureMatcher(extractor="superpoint-other", device="cpu")
+
+
+@pytest.mark.parametrize("network", [DISK, ALIKED])
+def test_an_extractor_of_another_kind_is_refused_though_its_descriptors_have_the_size(
+    network: Any, random_folder: SaveFolder, tmp_path: Path
+) -> None:
+    """Descriptors of 128 numbers are SuperPoint's here, DISK's and ALIKED's."""
+    file = tmp_path / "other.safetensors"
+    save_file(network().state_dict(), file)
+    of_a_superpoint = random_folder(superpoint={"descriptor_decoder_dim": 128})
+    for matcher in ("lightglue-superpoint-open", str(of_a_superpoint)):
+        with pytest.raises(WeightsError, match=f"made for the features of a superpoint, but .* a {network.MODEL_TYPE}"):
+            FeatureMatcher(extractor=str(file), matcher=matcher, device="cpu")
+    with pytest.raises(WeightsError, match="made for the features of a superpoint"):
+        convert("lightglue-superpoint-open", tmp_path / "both", extractor=file)
+    FeatureMatcher(extractor=str(file), matcher="nearest", device="cpu")
 
 
 def test_the_fast_extractor_has_the_matchers_of_the_one_that_taught_it() -> None:

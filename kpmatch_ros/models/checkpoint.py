@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from kpmatch_ros import weights
 
-__all__ = ["NETWORKS", "Checkpoint", "build", "build_from", "network_type", "network_types", "read_source"]
+__all__ = [
+    "MATCHERS",
+    "NETWORKS",
+    "Checkpoint",
+    "build",
+    "build_from",
+    "check_made_for",
+    "network_type",
+    "network_types",
+    "read_source",
+]
 
 # One tensor that only this network has: its name in the authors' files and in this package's (and `transformers`').
 # Matchers come first: the folder of a matcher can hold its detector too, under a longer name.
@@ -32,6 +42,7 @@ _MARKS = {
     "xfeat": ("heatmap_head.2.weight", "reliability_head.2.weight"),
 }
 NETWORKS = tuple(_MARKS)
+MATCHERS = ("lightglue", "superglue")
 CONFIG_KEY = "kpmatch_config"  # of the header of a .safetensors file, which has no place for a configuration otherwise
 
 _WRAPPERS = 3  # dictionaries around that of the tensors, as in {"model": {...}}; one may hold itself without end
@@ -101,22 +112,48 @@ def network_type(source: str | Path, kinds: Collection[str]) -> str:
         WeightsError: the weights are missing or damaged, or hold none of these networks; the text names what they
             hold and what was wanted.
     """
-    registered = weights.REGISTRY.get(str(source))
-    if registered is not None:  # a folder may hold more than the registered name means
-        found, holder = list(registered.networks), registered.name
-    else:
-        file = tensor_file(weights.resolve(source))
-        names = _tensor_names(file)
-        found, holder = network_types(names), str(source)
-        if not found:
-            raise no_network(holder, names)
+    found = _networks_of(source)
     for kind in found:
         if kind in kinds:
             return kind
     raise weights.WeightsError(
-        f"{holder} holds a {' and a '.join(found)}, not a {' or a '.join(kinds)}; check which is given as extractor "
+        f"{source} holds a {' and a '.join(found)}, not a {' or a '.join(kinds)}; check which is given as extractor "
         "and which as matcher"
     )
+
+
+def check_made_for(matcher: str | Path, extractor: str | Path) -> None:
+    """Check that a matcher was made for an extractor, as far as names and the weights themselves tell.
+
+    Descriptors of the same size may be another network's: with these, nothing matches.
+
+    Raises:
+        WeightsError: it was made for another one; or as :func:`network_type`.
+    """
+    weights.check_pair(str(matcher), str(extractor))
+    registered = weights.REGISTRY.get(str(matcher))
+    made_for = matcher if registered is None else registered.extractor
+    wanted, given = (
+        [kind for kind in _networks_of(source) if kind not in MATCHERS] if source else []
+        for source in (made_for, extractor)
+    )
+    if wanted and given and not set(wanted) & set(given):
+        raise weights.WeightsError(
+            f"the matcher {matcher} was made for the features of a {' or a '.join(wanted)}, but {extractor} holds a "
+            f"{' and a '.join(given)}: they do not belong together"
+        )
+
+
+def _networks_of(source: str | Path) -> list[str]:
+    """The networks that weights hold, at least one; the arguments and errors as of :func:`network_type`."""
+    registered = weights.REGISTRY.get(str(source))
+    if registered is not None:  # a folder may hold more than the registered name means
+        return list(registered.networks)
+    names = _tensor_names(tensor_file(weights.resolve(source)))
+    found = network_types(names)
+    if not found:
+        raise no_network(str(source), names)
+    return found
 
 
 def no_network(source: str, names: Collection[str]) -> weights.WeightsError:

@@ -18,8 +18,10 @@ from kpmatch_ros import weights
 from kpmatch_ros.models import ALIKED, DISK, LightGlue, SuperGlue, SuperPoint, XFeat
 from kpmatch_ros.models.checkpoint import (
     CONFIG_KEY,
+    MATCHERS,
     Checkpoint,
     build_from,
+    check_made_for,
     network_types,
     no_network,
     prepared,
@@ -30,7 +32,6 @@ from kpmatch_ros.weights import WeightsError
 __all__ = ["Network", "convert", "describe"]
 
 _KINDS: dict[str, Any] = {kind.MODEL_TYPE: kind for kind in (LightGlue, SuperGlue, SuperPoint, ALIKED, DISK, XFeat)}
-_MATCHERS = ("lightglue", "superglue")
 # Of those that `transformers` has.
 _ARCHITECTURES = {
     "lightglue": "LightGlueForKeypointMatching",
@@ -121,10 +122,10 @@ def convert(source: str | Path, target: Path, extractor: str | Path | None = Non
     if extractor is None and registered is not None and not single_file and len(networks) == 1:
         extractor = registered.extractor or None
     if extractor is not None:
-        if networks[0].model not in _MATCHERS:
+        if networks[0].model not in MATCHERS:
             raise WeightsError(f"{source} is a {networks[0].model}; only a matcher has an extractor beside it")
-        weights.check_pair(str(source), str(extractor))
-        networks = [networks[0], *(network for network in describe(extractor) if network.model not in _MATCHERS)]
+        check_made_for(source, extractor)
+        networks = [networks[0], *(network for network in describe(extractor) if network.model not in MATCHERS)]
         if len(networks) == 1:
             raise WeightsError(f"{extractor} holds no extractor, so none for {source}")
     metadata = {"format": "pt"}
@@ -172,7 +173,7 @@ def _folder_content(source: str | Path, networks: list[Network]) -> tuple[dict[s
     head = {**configs[0], "dtype": precisions.pop() if precisions in ({"float16"}, {"bfloat16"}) else "float32"}
     if networks[0].model in _ARCHITECTURES:
         head["architectures"] = [_ARCHITECTURES[networks[0].model]]
-    if networks[0].model not in _MATCHERS:
+    if networks[0].model not in MATCHERS:
         return head, networks[0].tensors
     if len(networks) == 1:
         raise WeightsError(
