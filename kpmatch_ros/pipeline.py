@@ -213,7 +213,7 @@ class Pipeline:
         for side in range(len(self._topics)):
             silent = self.synchroniser.silent(side, _ALONE_AFTER[self._parameters.queue])
             alone = self.synchroniser.newest(1 - side)
-            due = silent and now >= self._found_alone_at + _ALONE_INTERVAL
+            due = silent and abs(now - self._found_alone_at) >= _ALONE_INTERVAL  # a clock may go back
             if due and alone is not None and alone is not self._told_alone:
                 self._found_alone_at = now
                 return alone

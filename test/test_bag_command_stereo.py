@@ -16,7 +16,7 @@ from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.bags import BagWriter, bag_topics, new_message, read_ground_truth, read_messages
 from kpmatch_ros.bags.cameras import choose_stereo_cameras
-from kpmatch_ros.geometry.pose import relative_motion
+from kpmatch_ros.geometry.pose import PoseStatus, relative_motion
 from kpmatch_ros.messages import nanoseconds
 from node_harness import running_node
 from simulation.bags import write_demo_bag
@@ -146,6 +146,29 @@ def test_images_without_a_partner_are_counted_and_named(run: Run, stereo_bag: Pa
     rows = {line.split()[0]: line for line in out.splitlines()}
     assert "3 of 320 x 240 (/left/image_rect with /right/image_rect)" in rows["frames"]
     assert "/left/image_rect 2" in rows["unpaired"] and "of left and right" in rows["stereo"]
+
+
+def test_a_camera_that_falls_silent_is_told_of_as_by_the_node(run: Run, stereo_bag: Path, tmp_path: Path) -> None:
+    """From the third frame on only left images come, ten a second, for 8 s: a pose tells of it from 5 s on."""
+    counts = {"/left/image_rect": 0, "/right/image_rect": 0}
+    with BagWriter(tmp_path / "silent") as bag:
+        for topic, _, recorded, message in read_messages(stereo_bag):
+            if topic in counts:
+                counts[topic] += 1
+            if counts.get(topic, 0) < 3:
+                bag.write(topic, message, recorded)
+            elif counts[topic] == 3 and topic == "/left/image_rect":
+                begun = recorded
+                first = nanoseconds(message.header.stamp)
+                for later in range(0, 8 * 10**9, 10**8):
+                    message.header.stamp.sec, message.header.stamp.nanosec = divmod(first + later, 10**9)
+                    bag.write(topic, message, begun + later)
+    status, out, _ = run(str(tmp_path / "silent"), str(tmp_path / "out"), *STEREO)
+    poses = [record for record in read_messages(tmp_path / "out") if record.topic == "/relative_pose"]
+    alone = [pose for pose in poses if pose.message.status == PoseStatus.INTERRUPTED]
+    assert status == 0 and len(poses) == 1 + len(alone) and "INTERRUPTED 3" in out
+    assert [(pose.stamp - begun) * 1e-9 for pose in alone] == pytest.approx([5.1, 6.1, 7.1], abs=0.2)
+    assert all(0 <= pose.stamp - nanoseconds(pose.message.header.stamp) <= 2 * 10**8 for pose in alone)
 
 
 def test_stamps_are_paired_within_the_tolerance(run: Run, stereo_bag: Path, tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ __all__ = ["replay"]
 
 _TF_STATIC, _TF_TYPE = "/tf_static", "tf2_msgs/msg/TFMessage"
 _MOST_WAITING = 100  # frames, whatever the recorder's clock says: that memory stays bounded
+_LOOK = 100_000_000  # nanoseconds after which the node looks whether a camera has fallen silent
+_MOST_LOOKS = 100  # between two messages: longer, nothing new is found
 _INFO_OPTIONS = {"mono": ["--camera-info"], "stereo": ["--left-info", "--right-info"]}
 
 
@@ -231,6 +233,23 @@ def _process(
                 for watcher in watchers:
                     watcher.add(result, milliseconds)
 
+    looked: int | None = None
+
+    def listen(until: int) -> None:
+        """Let the recorder's clock go on: a camera of a pair that has fallen silent is told of, as by the node."""
+        nonlocal looked, at_hand
+        if looked is None or until < looked:
+            looked = until
+        for _ in range(min((until - looked) // _LOOK, _MOST_LOOKS)):
+            looked += _LOOK
+            alone = pipeline.watch(looked * 1e-9)
+            if alone is not None:
+                process(looked)
+                at_hand = looked
+                pipeline.interrupt(alone)
+        if until - looked >= _LOOK:
+            looked = until
+
     wanted_types: dict[str, Sequence[str]] = {
         **dict.fromkeys(masks, IMAGE_TYPES[:1]),
         **{topic: [CAMERA_INFO_TYPE] for topic in infos},
@@ -240,6 +259,7 @@ def _process(
     # disable=None: no bar where stderr is no terminal
     with tqdm(total=cameras[0].num_images, desc="frames", unit="frame", disable=None, leave=False) as bar:
         for topic, _, recorded_at, message in read_messages(bag, wanted_types, report.remarks):
+            listen(recorded_at)
             for side in infos.get(topic, ()):
                 pipeline.add_info(side, message)
             for side in masks.get(topic, ()):

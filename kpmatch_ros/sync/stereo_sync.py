@@ -124,7 +124,7 @@ class StereoSynchroniser(Generic[Item]):
 
     def wait(self, now: float) -> None:
         """Let time pass: to be called every tenth of a second or so, with the seconds of any clock."""
-        step = 0.0 if self._now is None else min(now - self._now, _LONGEST_STEP)
+        step = 0.0 if self._now is None else min(max(now - self._now, 0.0), _LONGEST_STEP)
         self._now = now
         self._waited = [None if waited is None else waited + step for waited in self._waited]
 
