@@ -21,7 +21,8 @@ class ParameterError(ValueError):
 class Declaration:
     """One parameter without its value: type, default, what is allowed, description.
 
-    `needs` names another parameter, and the value without which this one plays no part.
+    `special` is a value outside of the range that is allowed too. `needs` names another parameter, and the value
+    without which this one plays no part.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Declaration:
     unit: str
     minimum: float | None
     maximum: float | None
+    special: float | None
     choices: tuple[str, ...]
     pattern: str
     dynamic: bool
@@ -46,9 +48,8 @@ class Declaration:
         if self.choices:
             return "one of " + ", ".join(self.choices)
         if self.minimum is not None and self.maximum is not None:
-            return f"{self.minimum:g} to {self.maximum:g}"
-        if self.minimum is not None:
-            return f"at least {self.minimum:g}"
+            special = "" if self.special is None else f"{self.special:g}, or "
+            return f"{special}{self.minimum:g} to {self.maximum:g}"
         return ""
 
     def check(self, value: Any) -> Any:
@@ -81,7 +82,7 @@ class Declaration:
             raise ParameterError(f"{self.name} is {value!r}; it must be a finite number")
         too_low = self.minimum is not None and value < self.minimum
         too_high = self.maximum is not None and value > self.maximum
-        if too_low or too_high:
+        if (too_low or too_high) and value != self.special:
             raise ParameterError(f"{self.name} is {value!r}; it must be {self.constraint}")
 
 
@@ -92,6 +93,7 @@ def parameter(
     unit: str = "",
     minimum: float | None = None,
     maximum: float | None = None,
+    special: float | None = None,
     choices: tuple[str, ...] = (),
     pattern: str = "",
     dynamic: bool = False,
@@ -105,6 +107,7 @@ def parameter(
             unit=unit,
             minimum=minimum,
             maximum=maximum,
+            special=special,
             choices=choices,
             pattern=pattern,
             dynamic=dynamic,

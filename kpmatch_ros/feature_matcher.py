@@ -119,6 +119,26 @@ class FeatureMatcher:
         """Distance of neighbouring positions that keypoints can have, pixels of the image seen; 0 without a grid."""
         return self.extractor.RESOLUTION
 
+    def confidences(self) -> dict[str, str]:
+        """What ``depth_confidence`` and ``width_confidence`` do here, in words: not everything heeds them."""
+        found = {}
+        for name in ("depth_confidence", "width_confidence"):
+            value, above = getattr(self.parameters, name), 0
+            if name == "width_confidence" and isinstance(self.matcher, LightGlue):
+                recorded = self.graphs is not None and self.graphs.enabled
+                above = max(self.matcher.prune_above, SIZES[-1] if recorded else 0)
+            if not isinstance(self.matcher, LightGlue):
+                found[name] = "no effect: the matcher is no LightGlue"
+            elif self.onnx is not None:
+                found[name] = "no effect: backend onnxruntime runs every layer with every point"
+            elif value < 0:
+                found[name] = "off"
+            elif above >= self.parameters.max_keypoints:
+                found[name] = f"no effect: images with up to {above} keypoints take less time with every point"
+            else:
+                found[name] = f"{value:g}" + (f", for images with more than {above} keypoints" if above else "")
+        return found
+
     def extract(self, image: np.ndarray | Tensor, mask: np.ndarray | Tensor | None = None) -> Features:
         """Find and describe the keypoints of an image.
 

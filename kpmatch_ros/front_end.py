@@ -69,6 +69,7 @@ class FrontEnd:
         self._last_stamp: int | None = None
         self._last_frame_ids: tuple[str, ...] = ()
         self._next_number = 0
+        self._most_kept = self.parameters.max_keypoints  # the largest until now: features kept from then are asked for
         self._motion = FrameMotion()
         self._tracks = Tracks(self.parameters.max_keypoints, self.parameters.lost_tracks)
         self._views: tuple[View, ...] = ()
@@ -82,6 +83,7 @@ class FrontEnd:
         self.matcher.configure(parameters)
         self.parameters = self.matcher.parameters
         self._tracks.limit, self._tracks.memory = parameters.max_keypoints, parameters.lost_tracks
+        self._most_kept = max(self._most_kept, parameters.max_keypoints)
 
     def reset(self) -> None:
         """Forget the cached features and the tracks: the next frame has no pair."""
@@ -320,8 +322,7 @@ class FrontEnd:
         frames = []
         given = zip(("reference_features", "features"), (reference, current), cameras, stamps, frame_ids)
         for name, features, camera, stamp, frame_id in given:
-            size, most = self.matcher.extractor.descriptor_size, self.parameters.max_keypoints
-            checked = check_features(features, name, size, most)
+            checked = check_features(features, name, self.matcher.extractor.descriptor_size, self._most_kept)
             frames.append(frame_without_image(checked, name, camera, stamp, frame_id))
         indices, scores, layers, match_ms = self._match(frames[0], frames[1])
         points = [frame.keypoints[side] for frame, side in zip(frames, indices.T)]

@@ -107,8 +107,9 @@ class Parameters:
     keypoint_threshold: float = _parameter(
         -1.0,
         "lowest detection score of a keypoint; -1 takes the value published with the weights",
-        minimum=-1.0,
+        minimum=0.0,
         maximum=1.0,
+        special=-1.0,
         dynamic=True,
     )
     nms_radius: int = _parameter(
@@ -147,18 +148,23 @@ class Parameters:
     )
     depth_confidence: float = _parameter(
         0.95,
-        "LightGlue stops early once this share of the points is sure of its matches; -1 always runs every layer",
-        minimum=-1.0,
+        "with backend torch: LightGlue stops early once this share of the points is sure of its matches; -1 always "
+        "runs every layer",
+        minimum=0.01,
         maximum=1.0,
+        special=-1.0,
         dynamic=True,
+        needs=("backend", "torch"),
     )
     width_confidence: float = _parameter(
         0.99,
-        "LightGlue drops points that are unmatchable with this confidence, where that is faster: on a GPU only above "
-        "4096 keypoints; -1 keeps every point",
-        minimum=-1.0,
+        "with backend torch: LightGlue drops points that are unmatchable with this confidence, where that is faster: "
+        "on a GPU only above 4096 keypoints; -1 keeps every point",
+        minimum=0.01,
         maximum=1.0,
+        special=-1.0,
         dynamic=True,
+        needs=("backend", "torch"),
     )
     reference: str = _parameter(
         "previous",
@@ -181,6 +187,7 @@ class Parameters:
         "keyframe; where a pose is known, the rotation's part does not count",
         unit="pixels",
         minimum=0.0,
+        maximum=1e9,
         dynamic=True,
         needs=("reference", "keyframe"),
     )
@@ -204,6 +211,7 @@ class Parameters:
         "a longer time between two frames clears the cached features and begins new tracks; 0 allows any gap",
         unit="seconds",
         minimum=0.0,
+        maximum=1e9,
         dynamic=True,
     )
     queue: str = _parameter(
@@ -347,14 +355,14 @@ class Parameters:
         return dataclasses.replace(self, **changes)
 
     def idle(self) -> list[str]:
-        """The values that play no part because of another parameter, in words; defaults are not told of."""
+        """The values that play no part because of another parameter, in words; not those that nobody chose."""
         found = []
         chosen = profile_values(self.profile)
         if chosen and all(getattr(self, name) != value for name, value in chosen.items()):
             found.append(f"profile is {self.profile!r} and plays no part: {', '.join(chosen)} have other values")
         for item in declarations():
             value = getattr(self, item.name)
-            if item.needs is None or value == item.default:
+            if item.needs is None or value in (item.default, chosen.get(item.name)):
                 continue
             other, needed = item.needs
             if getattr(self, other) != needed:

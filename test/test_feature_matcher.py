@@ -388,6 +388,27 @@ def test_parameters_take_effect_while_running(matcher: FeatureMatcher, warped: A
     assert same(matcher.extract(warped[0]), features0)
 
 
+def test_where_confidences_have_no_effect_it_says_so(random_folder: Callable[..., Path]) -> None:
+    def told(**options: Any) -> list[str]:
+        options = {"device": "cpu", "precision": "float32", **options}
+        matcher = FeatureMatcher.from_pretrained(random_folder(superglue=options.pop("superglue", None)), **options)
+        return list(matcher.confidences().values())
+
+    assert told(depth_confidence=0.9, width_confidence=-1.0) == ["0.9", "off"]
+    lightglue = FeatureMatcher(PARAMETERS, width_confidence=0.9)
+    for above, said in (
+        (0, "0.9"),
+        (100, "0.9, for images with more than 100 keypoints"),
+        (4096, "no effect: images with up to 4096 keypoints take less time with every point"),
+    ):
+        lightglue.matcher.prune_above = above  # type: ignore[union-attr]
+        assert lightglue.confidences()["width_confidence"] == said
+    no_lightglue = ["no effect: the matcher is no LightGlue"] * 2
+    assert list(FeatureMatcher(PARAMETERS, matcher="nearest").confidences().values()) == no_lightglue
+    assert told(superglue={}) == no_lightglue
+    assert all(text.startswith("no effect: backend onnxruntime") for text in told(backend="onnxruntime"))
+
+
 def test_a_folder_brings_its_own_detector(random_folder: Callable[..., Path], texture: Any) -> None:
     matcher = FeatureMatcher.from_pretrained(random_folder(), device="cpu", precision="float32", max_keypoints=50)
     features = matcher.extract(texture(64, 96, 0))

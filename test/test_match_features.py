@@ -136,6 +136,18 @@ def test_features_that_cannot_be_used_are_refused_with_the_reason(
         front_end.match_features(*features)
 
 
+def test_features_that_were_kept_are_matched_after_max_keypoints_is_lowered(
+    matcher: FeatureMatcher, features: list[Features]
+) -> None:
+    """A robot that sheds load keeps its map."""
+    front_end = FrontEnd(PARAMETERS, matcher)
+    before = front_end.match_features(*features)
+    front_end.configure(PARAMETERS.replace({"max_keypoints": 50}))
+    after = front_end.match_features(*features)
+    assert np.array_equal(before.indices, after.indices) and len(after.indices) > 100
+    front_end.configure(PARAMETERS)
+
+
 def test_a_calibration_of_another_size_is_refused(front_end: FrontEnd, features: list[Features]) -> None:
     other = Camera(2 * WIDTH, 2 * HEIGHT, CAMERA.matrix)
     with pytest.raises(

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from diagnostic_msgs.msg import DiagnosticStatus
 from lifecycle_msgs.srv import ChangeState, GetState
+from rcl_interfaces.msg import ParameterType
 from rcl_interfaces.srv import DescribeParameters, SetParametersAtomically
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
@@ -370,6 +371,8 @@ def test_parameters_change_at_a_frame_boundary_or_are_refused_with_the_reason(tm
         assert not refused.successful and "filter_threshold" in refused.reason and "1.5" in refused.reason
         refused = set_parameters(node, nms_radius=2)
         assert not refused.successful and "deactivate" in refused.reason
+        for value in ("x", 5):
+            assert not set_parameters(node, filter_threshold=value).successful
         send_frames(node, 2)
         node.wait_for(lambda: node.matches, "a pair")
         assert node.matches[0].num_keypoints == 40, "the accepted change took effect, the refused set left it alone"
@@ -378,6 +381,7 @@ def test_parameters_change_at_a_frame_boundary_or_are_refused_with_the_reason(tm
         assert "keypoints kept per image" in described[0].description
         assert (described[0].integer_range[0].from_value, described[0].integer_range[0].to_value) == (1, 16384)
         assert described[1].floating_point_range[0].to_value == 1.0
+        assert described[1].type == ParameterType.PARAMETER_DOUBLE, "not that of the values refused"
         assert "when the node is configured" in described[2].additional_constraints
 
 

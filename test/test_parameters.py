@@ -46,6 +46,9 @@ def wrong_values(item: Declaration) -> list[Any]:
         wrong += [10**400, math.nan, math.inf, -math.inf]
     if item.minimum is not None:
         wrong += [item.type(item.minimum - 1), item.type(-(10**12))]
+        if item.special is not None:
+            wrong = [value for value in wrong if value != item.special]
+            wrong += [(item.minimum + item.special) / 2, item.special - 1]
     if item.maximum is not None:
         wrong += [item.type(item.maximum + 1), item.type(10**12)]
     if item.choices:
@@ -70,7 +73,7 @@ def test_wrong_values_are_refused_and_named(item: Declaration) -> None:
 
 def right_values(item: Declaration) -> list[Any]:
     right = [item.default, *item.choices]
-    right += [item.type(limit) for limit in (item.minimum, item.maximum) if limit is not None]
+    right += [item.type(limit) for limit in (item.minimum, item.maximum, item.special) if limit is not None]
     if item.type is bool:
         right += [True, False]
     if item.name == "device":
@@ -262,6 +265,10 @@ def test_a_value_that_plays_no_part_is_told_of_with_what_it_needs() -> None:
     assert {text.split()[0] for text in told} == values.keys()
     served = {"publish_odometry": True, "mode": "stereo", "reference": "keyframe", "matcher": "nearest"}
     assert Parameters.given({**values, **served}).idle() == []
+    in_onnx = {"backend": "onnxruntime", "profile": "fast"}
+    assert Parameters.given(in_onnx).idle() == [], "nobody chose the profile's depth_confidence"
+    (said,) = Parameters.given({**in_onnx, "depth_confidence": 0.5}).idle()
+    assert said.startswith("depth_confidence is 0.5 and plays no part: it needs backend 'torch'")
 
 
 def test_a_profile_none_of_whose_values_is_in_force_is_told_of() -> None:

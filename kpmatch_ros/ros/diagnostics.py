@@ -187,10 +187,13 @@ def _resources(matcher: FeatureMatcher | None) -> dict[str, str]:
         values["repeated in float32"] = str(matcher.repeated_in_float32)
         values["extractor"] = matcher.parameters.extractor
         values["matcher"] = matcher.parameters.matcher
+        values |= matcher.confidences()
         if matcher.onnx is not None:
             values["onnxruntime"] = matcher.onnx.note or f"on {', '.join(matcher.onnx.providers)}"
         if matcher.device.type == "cuda":
             values["GPU"] = torch.cuda.get_device_name(matcher.device)
+            if matcher.graphs is not None and matcher.graphs.failure:
+                values["CUDA graphs"] = f"none, so it is slower: {_cut(matcher.graphs.failure)}"
             values["GPU memory (MB)"] = f"{torch.cuda.memory_allocated(matcher.device) / 1e6:.0f}"
     return values
 

@@ -26,7 +26,7 @@ from kpmatch_ros.ros.manager_bond import ManagerBond
 from kpmatch_ros.ros.match_service import MatchRequest, offer_match_features
 from kpmatch_ros.ros.monitor import Problem
 from kpmatch_ros.ros.outputs import Outputs, output_names
-from kpmatch_ros.ros.parameter_descriptors import declare_parameters
+from kpmatch_ros.ros.parameter_descriptors import declare_parameters, parameter_type
 from kpmatch_ros.ros.qos import SERVICE_QOS, undeclare_overrides
 from kpmatch_ros.ros.service_guard import guarded, survives
 from kpmatch_ros.ros.start import THREAD_NAME
@@ -130,6 +130,12 @@ class MatcherNode(LifecycleNode):
         service = super().create_service(srv_type, srv_name, self._guarded(callback), **options)
         self._guarded_services.append(service)
         return service
+
+    def describe_parameter(self, name: str) -> Any:
+        """The descriptor with the type declared: rclpy leaves that of the last value there, be it refused."""
+        descriptor = super().describe_parameter(name)
+        descriptor.type = parameter_type(name, descriptor.type)
+        return descriptor
 
     def _guarded(self, callback: Any) -> Any:
         return guarded(callback, self.get_logger, self.has_parameter)

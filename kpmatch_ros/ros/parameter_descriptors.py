@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, ParameterType
 from rclpy.lifecycle import LifecycleNode
 
 from kpmatch_ros.parameters import Declaration, Parameters, declarations, profile_values
 
-__all__ = ["declare_parameters", "parameter_descriptor"]
+__all__ = ["declare_parameters", "parameter_descriptor", "parameter_type"]
+
+_TYPES = {
+    bool: ParameterType.PARAMETER_BOOL,
+    int: ParameterType.PARAMETER_INTEGER,
+    float: ParameterType.PARAMETER_DOUBLE,
+    str: ParameterType.PARAMETER_STRING,
+}
 
 
 def declare_parameters(node: LifecycleNode) -> Parameters:
@@ -27,7 +34,7 @@ def declare_parameters(node: LifecycleNode) -> Parameters:
 
 def parameter_descriptor(item: Declaration) -> ParameterDescriptor:
     """What `ros2 param describe` shows of a parameter."""
-    constraints = [item.constraint] if item.choices else []
+    constraints = [item.constraint] if item.choices or item.special is not None else []
     if not item.dynamic:
         constraints += [f"takes effect when the node {'starts' if item.name == 'profile' else 'is configured'}"]
     descriptor = ParameterDescriptor(
@@ -38,9 +45,15 @@ def parameter_descriptor(item: Declaration) -> ParameterDescriptor:
         dynamic_typing=item.type is float or "off" in item.choices,
     )
     low, high = item.minimum, item.maximum
-    if item.type is int and low is not None and high is not None:
-        descriptor.integer_range = [IntegerRange(from_value=int(low), to_value=int(high), step=1)]
-    elif item.type is float and low is not None:
-        upper = 1e9 if high is None else high
-        descriptor.floating_point_range = [FloatingPointRange(from_value=low, to_value=upper, step=0.0)]
+    if low is not None and high is not None:
+        low = low if item.special is None else min(low, item.special)  # what lies between, Declaration.check refuses
+        if item.type is int:
+            descriptor.integer_range = [IntegerRange(from_value=int(low), to_value=int(high), step=1)]
+        else:
+            descriptor.floating_point_range = [FloatingPointRange(from_value=low, to_value=high, step=0.0)]
     return descriptor
+
+
+def parameter_type(name: str, otherwise: int) -> int:
+    """The type, of rcl_interfaces/ParameterType, that a parameter was declared with; another node's is as given."""
+    return next((_TYPES[item.type] for item in declarations() if item.name == name), otherwise)
