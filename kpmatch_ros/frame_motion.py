@@ -13,6 +13,7 @@ from kpmatch_ros.frames import Frame, Pair
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.refinement import (
     INDEPENDENT_POINTS,
+    REFINABLE,
     REFINED_RESOLUTION,
     align_matches,
     decisive_matches,
@@ -26,7 +27,6 @@ from kpmatch_ros.tracking.tracks import Links
 
 __all__ = ["FrameMotion"]
 
-_REFINABLE = 0.5  # part of the matches: with fewer, and not many, the images differ too much
 _LIKE_TIMES = 2.5  # ratio of the times of two pairs, at most, whose motions are alike: one frame may be passed over
 
 
@@ -72,7 +72,7 @@ class FrameMotion:
         decisive = None
         if right0 is None or right1 is None:
             decisive = decisive_matches(exact.reference_points, exact.points, exact.refined, **options)
-        refined = decisive is not None or bool(exact.refined.sum() > _REFINABLE * len(exact.refined))
+        refined = decisive is not None or bool(exact.refined.sum() > REFINABLE * len(exact.refined))
         if not refined:
             exact = links
         options |= {

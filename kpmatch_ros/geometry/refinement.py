@@ -18,6 +18,7 @@ from kpmatch_ros.imaging.colour import to_grey
 
 __all__ = [
     "INDEPENDENT_POINTS",
+    "REFINABLE",
     "REFINED_RESOLUTION",
     "align_deformed",
     "align_matches",
@@ -32,6 +33,9 @@ REFINED_RESOLUTION = 1 / 32
 
 Their noise is larger; the residuals show it.
 """
+
+REFINABLE = 0.5
+"""Part of the matches whose surroundings are found: with fewer, and not many, the images differ too much for that."""
 
 _DECISIVE = 30
 

@@ -10,7 +10,7 @@ import numpy as np
 from kpmatch_ros.geometry.blur import blurred_alike
 from kpmatch_ros.geometry.flow import Neighbours, flow_far, flow_forth_and_back, pyramid
 from kpmatch_ros.geometry.patches import LONGEST_STEP, Alignment, align, cut, no_change, signed, unaligned
-from kpmatch_ros.geometry.refinement import align_deformed
+from kpmatch_ros.geometry.refinement import REFINABLE, align_deformed
 from kpmatch_ros.tracking.track_set import Templates, TrackSet
 
 __all__ = ["ASTRAY", "Places", "View", "find_places", "keypoint_sigma"]
@@ -20,7 +20,6 @@ ASTRAY = 3.0
 
 _SHIFTS = 1  # steps from where the matcher or the neighbours put a point to near its place
 _HARDLY_ALIKE = 0.5  # correlation with the patch: flow alone leads anywhere
-_REFINABLE = 0.5  # part of the matches: with fewer, the images differ too much for patches
 _SIGMA_STEP = 0.05  # pixels, from one image to the next, besides what patches tell
 _SIGMA_FLOW = 0.7  # pixels
 _SIGMA_KEYPOINT = 0.8  # pixels, for each pixel between positions that the detector can give
@@ -144,7 +143,7 @@ def find_places(
     anchors[rest], pair_sigmas[rest] = np.hypot(tracks.sigmas[rest], _SIGMA_FLOW), _SIGMA_FLOW
     # Where the images differ too much for patches and flow, what the matcher finds is taken as it is.
     bare = matched & ~found.good
-    if found.good[matched].sum() > _REFINABLE * matched.sum():
+    if found.good[matched].sum() > REFINABLE * matched.sum():
         bare[:] = False
     found.put(np.flatnonzero(bare), unaligned(keypoints[bare], found.likeness[bare]))
     anchors[bare] = pair_sigmas[bare] = keypoint_sigma(current.resolution)
