@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from kpmatch_ros.frames import Pair
-from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.parameters import Parameters
 
 __all__ = ["ReferenceChoice"]
@@ -58,13 +57,5 @@ class ReferenceChoice:
 
 
 def _is_lost(pair: Pair) -> bool:
-    """Whether nothing places the current frame beside its reference, which could be placed.
-
-    Of one camera an AMBIGUOUS pose counts as a place: planes give one for every pair.
-    """
-    status = pair.pose.status
-    if pair.smeared is not None:
-        return True
-    if not pair.reference.is_calibrated:
-        return False
-    return not (status.is_certain or (pair.reference.right is None and status is PoseStatus.AMBIGUOUS))
+    """Whether nothing places the current frame beside its reference, which could be placed."""
+    return pair.smeared is not None or (pair.reference.is_calibrated and not pair.pose.is_placed)

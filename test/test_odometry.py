@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -134,6 +135,23 @@ def test_what_was_unseen_turns_with_the_camera_and_a_twist_shows_its_own_step() 
     np.testing.assert_allclose(third.position, [0.006 - 1e-4, -1, 0], atol=1e-8)
     np.testing.assert_allclose(third.twist.velocity, [*creep, 0, 1e-4, 0], atol=1e-6)
     assert np.trace(third.covariance) > np.trace(second.covariance)
+
+
+@pytest.mark.parametrize(("metric", "breaks", "steps"), [(False, 0, 4), (True, 1, 3)])
+def test_one_cameras_chain_goes_on_by_the_likelier_motion_and_says_so(metric: bool, breaks: int, steps: int) -> None:
+    """A frame that is AMBIGUOUS is the next one's reference. Of a stereo pair it is none, unless it is the second."""
+    stream, turn = io.StringIO(), np.array([0, np.radians(10), 0])
+    trajectory = Trajectory(stream)
+    trajectory.add(pair(0, 1).reference, None)
+    for number, status in enumerate((PoseStatus.OK, PoseStatus.AMBIGUOUS, PoseStatus.OK, PoseStatus.OK)):
+        made = pair(number, number + 1, replace(step(turn=turn, status=status), metric=metric))
+        trajectory.add(made.current, made)
+    rotation, _ = trajectory.pose
+    assert np.degrees(rotation.magnitude()) == pytest.approx(10 * steps)
+    assert (trajectory.breaks, trajectory.doubts) == (breaks, 1 - breaks)
+    text = stream.getvalue()
+    assert ("# broken" in text, "# ambiguous" in text) == (bool(breaks), not breaks)
+    assert sum(not line.startswith("#") for line in text.splitlines()) == 4, "it has no line itself"
 
 
 def test_a_lost_frame_breaks_the_chain_and_a_new_one_begins() -> None:

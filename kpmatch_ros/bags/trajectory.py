@@ -20,15 +20,20 @@ class Trajectory:
     creeps is followed as by :class:`kpmatch_ros.odometry.Odometry`. From one camera, each translation has length one:
     its direction is right, and its scale is arbitrary from pair to pair.
 
-    A frame whose pose is not known has no line. A frame whose reference has no pose breaks the chain: a comment says
-    so, and the chain goes on from the last known pose.
+    A frame whose pose is not known for certain has no line. Where one camera's pose is AMBIGUOUS, the chain goes on by
+    the likelier motion, and a comment says so. A frame whose reference has no pose breaks the chain: a comment says so,
+    and the chain goes on from the last known pose.
 
     Args:
         stream: of the file; None where the poses alone are wanted.
+
+    Attributes:
+        breaks: how many times the chain broke.
+        doubts: how many of its steps are the likelier of two motions.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self.breaks = 0
+        self.breaks = self.doubts = 0
         self._stream = stream
         self._known: dict[int, Place] = {}  # by the frames' numbers
         self._last = Place.of(OdometryPose(np.eye(3), np.zeros(3), np.zeros((6, 6)), 0))
@@ -50,15 +55,20 @@ class Trajectory:
             if not self._known:
                 self._continue(frame, self._last)
             return
-        if not pair.pose.status.is_certain:
+        if not pair.pose.is_placed:
             self._known.pop(frame.number, None)
             return
-        start = self._known.get(pair.reference.number)
-        if start is None:
+        start, certain = self._known.get(pair.reference.number), pair.pose.status.is_certain
+        if start is None and certain:
             self.breaks += 1
             self._write(f"# broken: the pose of the frame at {_seconds(pair.reference.stamp)} is not known")
             start = self._last
-        self._continue(frame, start.after(pair.pose))
+        if start is not None and certain:
+            self._continue(frame, start.after(pair.pose))
+        elif start is not None:
+            self.doubts += 1
+            self._write(f"# ambiguous: the pose of the frame at {_seconds(frame.stamp)} is the likelier of two")
+            self._known[frame.number] = start.after(pair.pose)
         kept = (pair.reference.number, frame.number)
         self._known = {number: pose for number, pose in self._known.items() if number in kept}
 

@@ -95,6 +95,14 @@ class RelativePose:
     doubted: np.ndarray | None = None
 
     @property
+    def is_placed(self) -> bool:
+        """Whether the current camera has a place beside the reference camera.
+
+        Of one camera an AMBIGUOUS pose is one, the likelier of two: planes give such a pose for every pair.
+        """
+        return self.status.is_certain or (self.status is PoseStatus.AMBIGUOUS and not self.metric)
+
+    @property
     def angle(self) -> float:
         """How far the camera turned, radians."""
         return float(Rotation.from_matrix(self.rotation).magnitude())
