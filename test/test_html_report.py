@@ -73,6 +73,17 @@ def test_a_page_of_a_thousand_frames_is_below_ten_megabytes_and_has_pictures_fro
     assert sum(map(len, re.findall(r'"jpeg":"([^"]*)"', page))) < 3_000_000 * 4 / 3
 
 
+def test_many_points_are_not_drawn_as_vectors(tmp_path: Path) -> None:
+    report = HtmlReport(metric=True)
+    made = result(1)
+    report.add(result(0), 12.5)
+    for _ in range(5001):
+        report.add(made, 12.5)
+    report.write(tmp_path / "page.html", "drive", [], [])
+    own = (tmp_path / "page.html").read_text().rpartition("<script>")[2]  # behind plotly's
+    assert '"type":"scatter"' not in own and own.count('"type":"scattergl"') == 6
+
+
 def test_of_any_number_of_things_at_least_half_the_most_are_chosen_evenly() -> None:
     for count in (0, 1, 119, 120, 121, 240, 241, 5000):
         chosen = EvenlyChosen[int](120)
@@ -96,9 +107,9 @@ def test_of_an_ambiguous_pose_the_page_shows_the_rotation_but_no_position(tmp_pa
     page = page_of(tmp_path / "page.html", 4, {2: PoseStatus.AMBIGUOUS})
     lost = page_of(tmp_path / "lost.html", 4, {2: PoseStatus.FAILED})
     assert '"AMBIGUOUS"' in page and "#f2c14e" in page and "#f2c14e" not in certain
-    for text, shown in ((certain, ["0", "1", "2"]), (page, ["0", "2"]), (lost, ["0", "2"])):
-        (numbers,) = re.findall(r'"text": ?\[("start"[^]]*)\]', text)
-        assert re.findall(r'"(\d+)"', numbers) == shown
+    for text, shown in ((certain, [0, 1, 2, 3]), (page, [0, 1, 3]), (lost, [0, 1, 3])):
+        (names,) = re.findall(r'"text":(\["frame 0"[^]]*\])', text)
+        assert json.loads(names) == [f"frame {number}" for number in shown]
     # Without a value Plotly has null: FAILED has one, for its rotation.
     assert certain.count("null") == page.count("null") == lost.count("null") - 1
 
@@ -112,13 +123,13 @@ def trace(page: str, name: str) -> tuple[list[Any], list[Any]]:
 def test_a_broken_chain_is_marked_where_it_goes_on(tmp_path: Path) -> None:
     assert "broken" not in page_of(tmp_path / "whole.html", 5)
     page = page_of(tmp_path / "page.html", 5, {3: PoseStatus.FAILED})
-    (broken,) = re.findall(r'"x":\[0.0\],"y":\[2.0\],"text":(\["\d"\])', page)
-    assert json.loads(broken) == ["3"] and "the chain is broken before frame %{text}" in page
+    (broken,) = re.findall(r'"x":\[0.0\],"y":\[2.0\],"text":(\["frame \d"\])', page)
+    assert json.loads(broken) == ["frame 4"] and "the chain is broken before %{text}" in page
 
 
 def test_an_interruption_is_a_point_of_its_own_and_a_gap_in_the_lines(tmp_path: Path) -> None:
     page = page_of(tmp_path / "page.html", 6, {1: PoseStatus.INTERRUPTED, 4: PoseStatus.INTERRUPTED})
-    assert trace(page, "matches") == ([0.0, 0.1, 0.2, 0.3, 0.4], [None, 50, 50, None, 50])
+    assert trace(page, "matches") == ([0.1, 0.2, 0.3, 0.4, 0.5], [None, 50, 50, None, 50])
     assert trace(page, "inliers")[1] == [None, 50, 50, None, 50] and trace(page, "latency")[1] == [12.5] * 5
     assert '"y":["INTERRUPTED","OK","OK","INTERRUPTED","OK"]' in page
     assert re.findall(r'"point":(\d+),', page) == ["1", "2", "4"]
@@ -141,8 +152,8 @@ def test_frames_without_a_time_stand_beside_one_another(tmp_path: Path) -> None:
         report.add(given, 12.5)
     report.write(tmp_path / "page.html", "drive", [], [])
     page = (tmp_path / "page.html").read_text()
-    assert trace(page, "matches")[0] == [0, 1, 2] and "pair: all stamps are the same" in page
-    assert "pair: all stamps" not in page_of(tmp_path / "other.html", 4)
+    assert trace(page, "matches")[0] == [1, 2, 3] and "frame: all stamps are the same" in page
+    assert "frame: all stamps" not in page_of(tmp_path / "other.html", 4)
 
 
 def page_that_goes_back(path: Path) -> str:
@@ -158,7 +169,7 @@ def page_that_goes_back(path: Path) -> str:
 
 def test_no_line_leads_back_in_time(tmp_path: Path) -> None:
     page = page_that_goes_back(tmp_path / "page.html")
-    assert trace(page, "matches") == ([0, 1, None, 0, 1], [50, 50, None, 50, 50])
+    assert trace(page, "matches") == ([1, 2, None, 1, 2], [50, 50, None, 50, 50])
 
 
 def shown_by_chromium(page: Path, profile: Path) -> str:
@@ -196,7 +207,7 @@ def test_the_page_opens_in_a_browser_without_a_network(
     body = re.search(r"<body[^>]*>", shown)
     assert body and 'data-ready="11"' in body[0] and 'data-shown="0"' in body[0]  # the script went to its end
     assert shown.count('class="main-svg"') >= 2
-    assert re.search(r'id="caption">0\.000 s, pair 0: \d+ matches', shown)
+    assert re.search(r'id="caption">0\.\d+ s, frame 1: \d+ matches', shown)
 
 
 def test_the_page_says_why_a_camera_without_calibration_has_no_pose(

@@ -27,6 +27,7 @@ _WIDTHS = (1280, 960, 720, 540, 400)  # pixels, tried in this order
 _TEMPLATE = Path(__file__).with_name("report.html")
 _MATCHES_AND_INLIERS = "<span style='color:#3b82c4'>matches</span>, <span style='color:#2f9e6e'>inliers</span>"
 _SECONDS = "seconds"
+_MOST_VECTORS = 5000  # points
 _BROKEN_COLOUR = "#d1495b"
 
 
@@ -44,8 +45,8 @@ class HtmlReport:
         if importlib.util.find_spec("plotly") is None:
             raise BagError("--report: the page needs plotly, which is not installed: pip install plotly")
         self._metric = metric
-        self._begun = False
-        self._points: list[FrameFigures] = []  # of all frames but the first
+        self._start: int | None = None  # stamp of the first frame
+        self._points: list[FrameFigures] = []  # of all frames but the first, whose number is 0
         self._pictures = EvenlyChosen[tuple[int, str, Jpeg]](_MOST_PICTURES)  # number among the points, caption
         self._trajectory = Trajectory()
         self._breaks: list[tuple[int, np.ndarray]] = []  # number among the points, and where the chain goes on (3,)
@@ -54,8 +55,8 @@ class HtmlReport:
         """The next frame, and what it took from its message to its results."""
         breaks, before = self._trajectory.breaks, self._trajectory.position
         self._trajectory.add(result.frame, result.pair)
-        begun, self._begun = self._begun, True
-        if not begun and result.pair is None:
+        if self._start is None:
+            self._start = result.frame.stamp
             return
         if self._trajectory.breaks > breaks:
             self._breaks.append((len(self._points), before))
@@ -85,7 +86,7 @@ class HtmlReport:
             {
                 "point": number,
                 "at": places[number],
-                "when": f"{places[number]:.3f} s, pair {number}" if axis == _SECONDS else f"pair {number}",
+                "when": f"{places[number]:.3f} s, {_frame(number)}" if axis == _SECONDS else _frame(number),
                 "caption": text,
                 "jpeg": base64.b64encode(jpeg.within(most, _WIDTHS).data).decode(),
             }
@@ -111,16 +112,16 @@ class HtmlReport:
         known = [point for point in self._points if point.position is not None]
         at = np.array([np.zeros(3), *(point.position for point in known if point.position is not None)])
         unit = "m" if self._metric else "arbitrary scale: each step has length one"
-        numbers = ["start", *(str(number) for number, point in enumerate(self._points) if point.position is not None)]
+        names = [_frame(number) for number, point in enumerate(self._points) if point.position is not None]
         trace = {
-            "type": "scattergl" if len(at) > 5000 else "scatter",
+            "type": _kind(len(at)),
             "x": np.round(at[:, 0], 4).tolist(),
             "y": np.round(at[:, 2], 4).tolist(),
-            "text": numbers,
+            "text": [_frame(-1), *names],
             "mode": "lines+markers",
             "line": {"color": "#9fb3c8", "width": 1.5},
             "marker": {"size": 5, "color": list(range(len(at))), "colorscale": "Viridis"},
-            "hovertemplate": "frame %{text}<br>x %{x}, z %{y}<extra></extra>",
+            "hovertemplate": "%{text}<br>x %{x}, z %{y}<extra></extra>",
         }
         layout: dict[str, Any] = {
             "xaxis": {"title": {"text": f"x, right ({unit})"}},
@@ -133,10 +134,10 @@ class HtmlReport:
             "type": "scatter",
             "x": np.round(places[:, 0], 4).tolist(),
             "y": np.round(places[:, 2], 4).tolist(),
-            "text": [str(number) for number, _ in self._breaks],
+            "text": [_frame(number) for number, _ in self._breaks],
             "mode": "markers",
             "marker": {"size": 11, "symbol": "x", "color": _BROKEN_COLOUR},
-            "hovertemplate": "the chain is broken before frame %{text}, and goes on from here<extra></extra>",
+            "hovertemplate": "the chain is broken before %{text}, and goes on from here<extra></extra>",
         }
         layout["xaxis"]["title"] = {"text": f"x, right ({unit}); <span style='color:{_BROKEN_COLOUR}'>✖ broken</span>"}
         return {"data": [trace, broken], "layout": layout}
@@ -144,12 +145,12 @@ class HtmlReport:
     def _time_axis(self) -> tuple[list[float], str]:
         """Where each point is on the axis of the plots, and the axis' title."""
         stamps = [point.stamp for point in self._points]
-        if len(stamps) > 1 and len(set(stamps)) == 1:  # the driver stamps no image
-            return list(map(float, range(len(stamps)))), "pair: all stamps are the same"
-        return [round((stamp - stamps[0]) * 1e-9, 4) for stamp in stamps], _SECONDS
+        if len(stamps) > 1 and set(stamps) == {self._start}:  # the driver stamps no image
+            return [number + 1.0 for number in range(len(stamps))], "frame: all stamps are the same"
+        return [round((stamp - (self._start or 0)) * 1e-9, 4) for stamp in stamps], _SECONDS
 
     def _figures(self, places: list[float], axis_title: str) -> dict[str, Any]:
-        """Four plots over the seconds since the first of the frames, one below the other."""
+        """Four plots over the seconds since the first frame, one below the other."""
         statuses = [point.status for point in self._points]
         numbers = list(range(len(places)))  # what a click on a point tells
         back = {number for number in range(1, len(places)) if places[number] < places[number - 1]}
@@ -159,7 +160,7 @@ class HtmlReport:
 
         def line(name: str, values: list[Any], axis: str, colour: str) -> dict[str, Any]:
             return {
-                "type": "scatter", "mode": "lines+markers", "name": name, "x": with_gaps(places),
+                "type": _kind(len(places)), "mode": "lines+markers", "name": name, "x": with_gaps(places),
                 "y": with_gaps(values), "yaxis": axis, "customdata": with_gaps(numbers),
                 "line": {"color": colour, "width": 1.5}, "marker": {"size": 4},
             }  # fmt: skip
@@ -171,7 +172,7 @@ class HtmlReport:
                  "#9b5de5"),
             line("latency", [round(point.latency, 2) for point in self._points], "y3", "#e0703a"),
             {
-                "type": "scatter", "mode": "markers", "name": "status", "x": places, "yaxis": "y4",
+                "type": _kind(len(places)), "mode": "markers", "name": "status", "x": places, "yaxis": "y4",
                 "customdata": numbers,
                 "y": [status.name for status in statuses],
                 "marker": {"size": 8, "symbol": "square",
@@ -186,6 +187,16 @@ class HtmlReport:
             "yaxis4": {"domain": [0.0, 0.18], "type": "category"},
         }
         return {"data": data, "layout": layout}
+
+
+def _frame(point: int) -> str:
+    """The name of a frame by its number among the points: the first frame, which has no pair, is not among them."""
+    return f"frame {point + 1}"
+
+
+def _kind(points: int) -> str:
+    """Plotly's kind of a plot: as vectors, so many points make a page slow."""
+    return "scattergl" if points > _MOST_VECTORS else "scatter"
 
 
 def _picture(pair: Pair) -> Jpeg:
