@@ -13,11 +13,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from kpmatch_ros.bags.cameras import CameraTopics
 from kpmatch_ros.bags.html_report import HtmlReport
 from kpmatch_ros.bags.message_types import CAMERA_INFO_TYPE, IMAGE_TYPES, new_message
+from kpmatch_ros.bags.origin import origin
 from kpmatch_ros.bags.reading import bag_storage, bag_topics, read_messages
 from kpmatch_ros.bags.readout import ReadoutSearch
 from kpmatch_ros.bags.recording import BagError, OutputError, encodable, is_recording
@@ -65,8 +67,8 @@ def replay(
 
     The topics are matches and relative_pose, in stereo also stereo_matches, with publish_odometry odometry and /tf, and
     features, landmarks and match_image where they are wanted. Messages have the stamps of their images and are
-    recorded when these were: in stereo, when the later one was. The bag has the storage of the one read. It is written
-    whole or not at all.
+    recorded when these were: in stereo, when the later one was. The bag has the storage of the one read, and says in
+    its custom_data what it was made from and by. It is written whole or not at all.
 
     Args:
         bag: to read.
@@ -122,10 +124,13 @@ def replay(
             None if path is None else stack.enter_context(_whole_or_not(path)) for path in (poses, page, rerun)
         )
         folder = stack.enter_context(_whole_or_not(out))
-        writer = stack.enter_context(BagWriter(folder, bag_storage(bag)))
-        trajectory = Trajectory(stack.enter_context(text.open("w"))) if text is not None else None
-        wanted = {"/tf", *(["features"] if features else []), *(["match_image"] if match_image else [])}
-        wanted |= {"landmarks"} if landmarks else set()
+        notes = origin(bag, cameras, front_end.parameters, front_end.matcher)
+        writer = stack.enter_context(BagWriter(folder, bag_storage(bag), notes=notes))
+        trajectory = Trajectory(None if text is None else stack.enter_context(text.open("w")))
+        asked = {"features": features, "landmarks": landmarks, "match_image": match_image}
+        wanted = {"/tf", *(topic for topic, given in asked.items() if given)}
+        for topic, type_name in _outputs(parameters, wanted).items():
+            writer.declare(topic, type_name)
         recording = None
         title = encodable(f"Matches of {bag.resolve().name}")
         if file is not None:
@@ -157,6 +162,22 @@ def replay(
     return report
 
 
+def _outputs(parameters: Parameters, wanted: set[str]) -> dict[str, str]:
+    """The topics of the bag to write, and their types."""
+    types = {"/matches": "kpmatch_ros/msg/MatchArray", "/relative_pose": "kpmatch_ros/msg/RelativePose"}
+    if parameters.mode == "stereo":
+        types["/stereo_matches"] = "kpmatch_ros/msg/MatchArray"
+    if parameters.publish_odometry:
+        types["/odometry"] = "nav_msgs/msg/Odometry"
+        types |= {"/tf": _TF_TYPE} if parameters.publish_tf else {}
+    asked = {
+        "features": "kpmatch_ros/msg/FeatureArray",
+        "landmarks": "sensor_msgs/msg/PointCloud2",
+        "match_image": IMAGE_TYPES[0],
+    }
+    return types | {f"/{topic}": type_name for topic, type_name in asked.items() if topic in wanted}
+
+
 def _check_place(file: Path, bag: Path, out: Path) -> None:
     """Refuse a file in the place of something else, before the work rather than after it."""
     place = file.resolve()
@@ -178,11 +199,12 @@ def _process(
     front_end: FrontEnd,
     writer: BagWriter,
     wanted: set[str],
-    trajectory: Trajectory | None,
+    trajectory: Trajectory,
     watchers: Sequence[HtmlReport | RerunRecording | ReadoutSearch],
 ) -> Report:
     report = Report(cameras)
-    recorded: list[int] = []
+    recorded: list[int] = []  # when the images of the first camera were, nanoseconds
+    images = 0
     waiting: deque[_Waiting] = deque()
     at_hand = 0  # when the frame at hand was recorded
 
@@ -226,8 +248,7 @@ def _process(
             begun = time.perf_counter()
             result = pipeline.process(images)
             if result is not None:
-                if trajectory is not None:
-                    trajectory.add(result.frame, result.pair)
+                trajectory.add(result.frame, result.pair)
                 milliseconds = (time.perf_counter() - begun) * 1e3
                 report.processed(result, milliseconds)
                 for watcher in watchers:
@@ -265,20 +286,22 @@ def _process(
             for side in masks.get(topic, ()):
                 pipeline.add_mask(side, message)
             if topic in sides:
-                recorded.append(recorded_at)
-                bar.update(sides[topic] == 0)
+                images += 1
+                if sides[topic] == 0:
+                    recorded.append(recorded_at)
+                    bar.update()
                 received = pipeline.add_image(sides[topic], message, recorded_at)
                 if received is not None:
                     waiting.append(_Waiting(received, recorded_at))
             process(recorded_at)
         process(None)
-    if not recorded:
+    if not images:
         return report
     pipeline.finish()
     report.finish()
     report.elapsed = time.perf_counter() - started
-    report.recorded = (max(recorded) - min(recorded)) * 1e-9
-    report.breaks = None if trajectory is None else trajectory.breaks
+    report.period = float(np.median(np.abs(np.diff(recorded)))) * 1e-9 if len(recorded) > 1 else 0.0
+    report.breaks, report.chain_doubts = trajectory.breaks, trajectory.doubts
     report.odometry_breaks = pipeline.odometry_breaks
     return report
 

@@ -47,9 +47,10 @@ class Report:
         first_rejection: why the first frame that was rejected could not be used; empty where none was.
         remarks: what is odd about the bag that was read, in words, as numbers of messages that its metadata does not
             declare.
-        recorded: time from the first to the last image, seconds.
+        period: time from one image of a camera to the next as they were recorded, the median, seconds; 0 of one image.
         elapsed: time that the replay took, seconds.
-        breaks: of the chain of poses; None where it was not written.
+        breaks: of the chain of poses.
+        chain_doubts: how many steps of this chain are the likelier of two motions.
         odometry_breaks: of the chain of odometry; None where it was not written.
         readout: the search for the parameter `readout_time`; None where it was not wanted.
     """
@@ -73,10 +74,11 @@ class Report:
     faults: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     first_rejection: str = ""
-    recorded: float = 0.0
+    period: float = 0.0
     elapsed: float = 0.0
     barren: int = 0
-    breaks: int | None = None
+    breaks: int = 0
+    chain_doubts: int = 0
     odometry_breaks: int | None = None
     readout: ReadoutSearch | None = None
     _barren_because: str = ""
@@ -169,13 +171,14 @@ class Report:
             "masks": dict(self.mask_faults),
             "doubts": dict(self.doubts),
             "rate": _rounded(len(self.latencies) / self.elapsed),
-            "times_real_time": _rounded(self.recorded / self.elapsed) if self.recorded else None,
+            "times_real_time": _rounded(self.period * len(self.latencies) / self.elapsed) if self.period else None,
             "latency_ms": {"median": _percentile(self.latencies, 50), "95 %": _percentile(self.latencies, 95)},
             "keypoints": _percentile(self.keypoints, 50),
             "matches": _percentile(self.matches, 50),
             "inliers": _percentile(self.inliers, 50),
             "poses": dict(self.poses),
             "breaks": self.breaks,
+            "chain_doubts": self.chain_doubts,
             "remarks": list(self.remarks),
         }
         if self.readout is not None:
@@ -224,7 +227,11 @@ class Report:
             again = _counted(self.odometry_breaks, "time")
             rows.append(("odometry", f"begins again {again}: in frames of its own, odom_1 and on"))
         if self.breaks:
-            rows.append(("chain", f"broken {_counted(self.breaks, 'time')}: see the comments among the poses"))
+            again = _counted(self.breaks, "time")
+            rows.append(("chain", f"broken {again}: --poses joins the parts as if the camera had stood still there"))
+        if self.chain_doubts:
+            likelier = _counted(self.chain_doubts, "step")
+            rows.append(("chain", f"{likelier} by the likelier of two motions (AMBIGUOUS), see --poses' comments"))
         if self.readout is not None:
             rows.append(("readout", self.readout.in_words()))
         if self.rejections:

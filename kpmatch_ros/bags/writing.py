@@ -74,14 +74,19 @@ class BagWriter:
                 self._writer.set_custom_data(key, note)
             self._writer.open()
 
+    def declare(self, topic: str, type_name: str) -> None:
+        """Add a topic, which a bag without messages on it has, too."""
+        if (topic, type_name) not in self._connections:
+            with _written(self.path):
+                new = self._writer.add_connection(topic, type_name, typestore=typestore())
+            self._connections[topic, type_name] = new
+
     def write(self, topic: str, message: Any, stamp: int) -> None:
         """Add a message of rosbags' typestore, recorded at `stamp`, nanoseconds."""
         type_name = message.__msgtype__
         data = typestore().serialize_cdr(message, type_name)
+        self.declare(topic, type_name)
         with _written(self.path):
-            if (topic, type_name) not in self._connections:
-                new = self._writer.add_connection(topic, type_name, typestore=typestore())
-                self._connections[topic, type_name] = new
             self._writer.write(self._connections[topic, type_name], int(stamp), data)
 
     def close(self) -> None:

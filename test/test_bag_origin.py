@@ -1,0 +1,92 @@
+"""What a bag that `kpmatch bag` writes says of itself, and how fast it is said to have been made."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from bag_harness import FIRST, QUICK, Run
+from numpy.typing import NDArray
+from rosbags.highlevel import AnyReader
+
+import kpmatch_ros
+from kpmatch_ros.weights import REGISTRY
+from simulation import demo_camera
+from simulation.bags import write_camera_bag
+
+SIZE = (160, 120)
+
+
+@pytest.fixture
+def run(kpmatch: Run) -> Run:
+    """run(words...): exit status, stdout and stderr of `kpmatch bag`."""
+    return functools.partial(kpmatch, "bag")
+
+
+@pytest.fixture
+def image(texture: Any) -> NDArray[np.uint8]:
+    found: NDArray[np.uint8] = texture(SIZE[1], SIZE[0], 0)
+    return found
+
+
+def custom_data(bag: Path) -> dict[str, str]:
+    information = yaml.safe_load((bag / "metadata.yaml").read_text())["rosbag2_bagfile_information"]
+    return dict(information["custom_data"])
+
+
+def test_a_bag_says_what_it_was_made_from_and_by(
+    run: Run, image: NDArray[np.uint8], random_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_camera_bag(tmp_path / "drive", [image] * 2, [FIRST, FIRST + 10**8], demo_camera(*SIZE))
+    weights = random_folder()
+    words = ("--device", "cpu", "--precision", "float32", "--extractor", weights, "--matcher", "nearest")
+    assert run(tmp_path / "drive", tmp_path / "out", *words)[0] == 0
+    said = yaml.safe_load((tmp_path / "out" / "metadata.yaml").read_text())["rosbag2_bagfile_information"][
+        "custom_data"
+    ]
+    assert said["made by"] == f"kpmatch_ros {kpmatch_ros.__version__}" and said["made from"] == "drive"
+    assert json.loads(said["parameters"])["matcher"] == "nearest"
+    (camera,) = json.loads(said["topics"])
+    assert (camera["image"], camera["num_images"]) == ("/camera/image_raw", 2)
+    tensors = weights / "model.safetensors"
+    assert json.loads(said["sha256"])[str(tensors)] == hashlib.sha256(tensors.read_bytes()).hexdigest()
+    assert said["ran on"].startswith("cpu in float32 with ")
+    assert run(tmp_path / "drive", tmp_path / "other", *QUICK)[0] == 0
+    said = yaml.safe_load((tmp_path / "other" / "metadata.yaml").read_text())["rosbag2_bagfile_information"][
+        "custom_data"
+    ]
+    assert json.loads(said["sha256"])["superpoint-open"] == REGISTRY["superpoint-open"].sha256
+
+
+@pytest.mark.parametrize("asked", [(), ("--features", "--match-image")])
+def test_a_topic_without_a_message_is_in_the_bag_with_its_type(
+    run: Run, image: NDArray[np.uint8], tmp_path: Path, asked: tuple[str, ...]
+) -> None:
+    write_camera_bag(tmp_path / "in", [image], [FIRST], demo_camera(*SIZE))
+    assert run(tmp_path / "in", tmp_path / "out", *QUICK, *asked)[0] == 0
+    types = {"/matches": "kpmatch_ros/msg/MatchArray", "/relative_pose": "kpmatch_ros/msg/RelativePose"}
+    if asked:
+        types |= {"/features": "kpmatch_ros/msg/FeatureArray", "/match_image": "sensor_msgs/msg/Image"}
+    with AnyReader([tmp_path / "out"]) as reader:
+        assert {connection.topic: connection.msgtype for connection in reader.connections} == types
+        assert all(connection.msgdef.data for connection in reader.connections)
+
+
+def test_a_pause_of_the_recording_does_not_make_the_replay_faster(
+    run: Run, image: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    """Ten frames a second: once all in a row, once with a hundred seconds between the second and the third."""
+    shares = []
+    for pause in (0, 100 * 10**9):
+        stamps = [FIRST + number * 10**8 + (pause if number > 1 else 0) for number in range(5)]
+        write_camera_bag(tmp_path / f"in{pause}", [image] * 5, stamps, demo_camera(*SIZE))
+        figures = json.loads(run(tmp_path / f"in{pause}", tmp_path / f"out{pause}", *QUICK, "--json")[1])
+        shares.append(figures["times_real_time"] / figures["rate"])
+    assert shares == pytest.approx([0.1, 0.1], abs=0.001)
