@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import kpmatch_ros
-from kpmatch_ros.bags.cameras import choose_cameras
+from kpmatch_ros.bags.cameras import UnsuitableError, choose_cameras
 from kpmatch_ros.bags.recording import BagError, OutputError, encodable, has_stored_name, stored_files
 from kpmatch_ros.geometry.pose import PoseStatus
 from kpmatch_ros.parameters import ParameterError, Parameters
@@ -50,7 +50,8 @@ Row = dict[str, Any]
 """The figures of a bag: bag, state, frames, rate, matches, inliers, poses, rejected, seconds, where, message.
 
 In a finished bag's folder also source: what tells the bag that was read from others of its name.
-`state` is done; or broken, where the bag is at fault; or failed, where something else is.
+`state` is done; or broken, where the bag is at fault; or unsuitable, where it has not the topics that are asked for; or
+failed, where something else is at fault.
 """
 
 _ROW = "kpmatch_archive.json"  # in a finished bag's folder
@@ -396,7 +397,7 @@ def replay_one(job: Job, settings: Settings) -> Row:
     except OutputError:  # no place for this bag is none for the next one either
         raise
     except BagError as error:
-        row |= {"state": "broken", "message": str(error)}
+        row |= {"state": "unsuitable" if isinstance(error, UnsuitableError) else "broken", "message": str(error)}
     except _NotKept as error:
         row |= {"state": "failed", "message": str(error)}
     except (ParameterError, WeightsError):

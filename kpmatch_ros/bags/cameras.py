@@ -12,9 +12,13 @@ from kpmatch_ros.bags.message_types import CAMERA_INFO_TYPE, IMAGE_TYPES
 from kpmatch_ros.bags.reading import Topic, bag_topics
 from kpmatch_ros.bags.recording import BagError
 
-__all__ = ["CameraTopics", "choose_camera", "choose_cameras", "choose_stereo_cameras"]
+__all__ = ["CameraTopics", "UnsuitableError", "choose_camera", "choose_cameras", "choose_stereo_cameras"]
 
 _SIDES = (("left", "right"), ("cam0", "cam1"), ("infra1", "infra2"))  # how drivers name the two cameras of a pair
+
+
+class UnsuitableError(BagError):
+    """A bag that can be read has not the topics that are asked for, or more than one choice of them."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ def choose_cameras(bag: Path, mode: str, topics: Mapping[str, str | None]) -> tu
         topics: those given, by the names that :func:`choose_camera` or :func:`choose_stereo_cameras` has for them.
 
     Raises:
-        BagError: when a topic is not in the bag, or there is none or several to choose from.
+        UnsuitableError: when a topic is not in the bag, or there is none or several to choose from.
+        BagError: when it cannot be read.
     """
     return choose_stereo_cameras(bag, **topics) if mode == "stereo" else (choose_camera(bag, **topics),)
 
@@ -57,12 +62,12 @@ def choose_camera(
     unless it is beside the images of another camera. Their masks are the topic mask beside the images.
 
     Raises:
-        BagError: when a topic is not in the bag, or there are several to choose from.
+        UnsuitableError: when a topic is not in the bag, or there are several to choose from.
     """
     topics, infos, masks = _candidates(bag)
     images = topics if image is not None else _without_masks(topics)
     if image is None and len(images) > 1 and _pairs(images):
-        raise BagError(
+        raise UnsuitableError(
             f"{bag}: has {len(images)} image topics, choose one with --image, or a stereo pair with --left "
             f"and --right: {_names(images)}"
         )
@@ -90,7 +95,7 @@ def choose_stereo_cameras(
     The calibration of each is camera_info beside its images, and its masks are mask beside them.
 
     Raises:
-        BagError: when a topic is not in the bag, or there is no pair or several to choose from.
+        UnsuitableError: when a topic is not in the bag, or there is no pair or several to choose from.
     """
     topics, infos, masks = _candidates(bag)
     images = _without_masks(topics)
@@ -104,10 +109,12 @@ def choose_stereo_cameras(
         pairs = [pair for pair in _pairs(images) if all(topic in (None, own) for topic, own in zip(given, pair))]
     if len(pairs) != 1:
         why = f"{len(pairs)} pairs of topics may be" if pairs else "no two topics are named like"
-        raise BagError(f"{bag}: {why} a left and a right camera; name them with --left and --right: {_names(images)}")
+        raise UnsuitableError(
+            f"{bag}: {why} a left and a right camera; name them with --left and --right: {_names(images)}"
+        )
     (pair,) = pairs
     if pair[0] == pair[1]:
-        raise BagError(f"{bag}: --left and --right are both {pair[0].name}; stereo needs two cameras")
+        raise UnsuitableError(f"{bag}: --left and --right are both {pair[0].name}; stereo needs two cameras")
     first, second = (
         CameraTopics(
             image.name,
@@ -129,7 +136,7 @@ def _candidates(bag: Path) -> tuple[list[Topic], list[Topic], list[Topic]]:
             before = images[topic.name].num_messages if topic.name in images else 0
             images[topic.name] = topic._replace(num_messages=before + topic.num_messages)
     if not images:
-        raise BagError(f"{bag}: has no image topic with messages in it")
+        raise UnsuitableError(f"{bag}: has no image topic with messages in it")
     infos = [topic for topic in topics if topic.type == CAMERA_INFO_TYPE]
     return list(images.values()), infos, [topic for topic in images.values() if topic.type == IMAGE_TYPES[0]]
 
@@ -175,16 +182,16 @@ def _names(topics: list[Topic]) -> str:
 
 def _only(bag: Path, candidates: list[Topic], name: str | None, what: str, option: str) -> Topic:
     if not candidates:
-        raise BagError(f"{bag}: has no {what} topic with messages in it")
+        raise UnsuitableError(f"{bag}: has no {what} topic with messages in it")
     if name is None:
         if len(candidates) > 1:
-            raise BagError(
+            raise UnsuitableError(
                 f"{bag}: has {len(candidates)} {what} topics, choose one with {option}: {_names(candidates)}"
             )
         return candidates[0]
     for topic in candidates:
         if topic.name.lstrip("/") == name.lstrip("/"):
             return topic
-    raise BagError(
+    raise UnsuitableError(
         f"{bag}: {option} {name}: there is no such {what} topic with messages in it; there is {_names(candidates)}"
     )

@@ -28,7 +28,7 @@ def add_archive(commands: Any) -> None:
         _archive,
         "run the matcher on all bags below a folder, on this machine or on Ray, and write one table",
         "Do what `kpmatch bag` does with every bag below a folder. A bag that was done before is not done again. One "
-        "that cannot be read is named and left out. The options for topics, parameters, --features and "
+        "that cannot be used is named and left out. The options for topics, parameters, --features and "
         "--match-image are those of `kpmatch bag`, for all bags alike.",
         "kpmatch archive recordings matched",
         "kpmatch archive recordings matched --ray local --cpus-per-bag 2",
@@ -96,7 +96,7 @@ def _archive(options: argparse.Namespace) -> int:
     failed = [row for row in rows.values() if row["state"] == "failed"]
     if failed:
         raise CommandError(f"{len(failed)} of {len(rows)} bags failed; the same command tries them again")
-    if all(row["state"] == "broken" for row in rows.values()):
+    if all(row["state"] in ("broken", "unsuitable") for row in rows.values()):
         raise CommandError(f"none of the {len(rows)} bags can be used")
     return 0
 
@@ -147,7 +147,7 @@ def _summary(rows: list[Row], before: int, seconds: float, tables: list[Path]) -
         return ", ".join(f"{name} {count}" for name, count in sorted(counter.items())) or "none"
 
     earlier = f" ({before} of them before)" if before else ""
-    others = "".join(f", {states[state]} {state}" for state in ("broken", "failed") if states[state])
+    others = "".join(f", {states[state]} {state}" for state in ("broken", "unsuitable", "failed") if states[state])
     no_parquet = "" if len(tables) > 1 else " (archive.parquet needs pyarrow, which is not installed)"
     return [
         ("bags", f"{states['done']} done{earlier}{others}"),
