@@ -6,12 +6,10 @@ that any worker may die, and any run may be taken up again.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import errno
 import fcntl
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -26,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import kpmatch_ros
+from kpmatch_ros.bags.archive_table import TABLES, Row
 from kpmatch_ros.bags.cameras import UnsuitableError, choose_cameras
-from kpmatch_ros.bags.recording import BagError, OutputError, encodable, has_stored_name, stored_files
-from kpmatch_ros.geometry.pose import PoseStatus
+from kpmatch_ros.bags.recording import BagError, OutputError, has_stored_name, stored_files
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.source_files import named_files
 from kpmatch_ros.weights import WeightsError, file_hash
@@ -36,29 +34,18 @@ from kpmatch_ros.weights import WeightsError, file_hash
 __all__ = [
     "WRITTEN",
     "Job",
-    "Row",
     "Settings",
     "claimed",
     "find_bags",
     "finished_row",
     "jobs_for",
     "replay_one",
-    "write_tables",
 ]
-
-Row = dict[str, Any]
-"""The figures of a bag: bag, state, frames, rate, matches, inliers, poses, rejected, seconds, where, message.
-
-In a finished bag's folder also source: what tells the bag that was read from others of its name.
-`state` is done; or broken, where the bag is at fault; or unsuitable, where it has not the topics that are asked for; or
-failed, where something else is at fault.
-"""
 
 _ROW = "kpmatch_archive.json"  # in a finished bag's folder
 _SETTINGS = "archive.json"
 _FIGURES = ("frames", "rate", "matches", "inliers", "poses", "rejected")
-_TABLES = ("archive.csv", "archive.parquet")
-WRITTEN = (*_TABLES, _SETTINGS)
+WRITTEN = (*TABLES, _SETTINGS)
 """Names of the files that a run replaces in the folder that it writes to."""
 _SAMPLE = 4096  # bytes of a file's beginning, and of its end
 _OF_THE_MACHINE = ("device", "threads")  # parameters that another machine may have otherwise
@@ -249,7 +236,7 @@ def _check_settings(file: Path, unfinished: Path, settings: dict[str, Any]) -> N
     begun = next(file.parent.rglob(_ROW), None) is not None
     before = _settings_in(file) if os.path.lexists(file) else None
     if before is None and not begun:
-        for table in (file.with_name(name) for name in _TABLES):
+        for table in (file.with_name(name) for name in TABLES):
             if os.path.lexists(table):
                 raise _foreign(table)
     if before is None or not begun:
@@ -416,44 +403,3 @@ def _is_of(bag: Path, error: OSError) -> bool:
     """Whether it is one of a bag's files that cannot be read, and not the place to write to."""
     named = isinstance(error.filename, (str, os.PathLike))
     return named and bag in (file := Path(error.filename), *file.parents)
-
-
-def write_tables(rows: list[Row], out: Path, unfinished: Path) -> list[Path]:
-    """Write archive.csv, and where pyarrow is installed archive.parquet; their paths."""
-    reasons = sorted({reason for row in rows for reason in row.get("rejected", {})})
-    types = {
-        **dict.fromkeys(("bag", "state"), str),
-        "frames": int,
-        **dict.fromkeys(("rate", "matches", "inliers"), float),
-        **{f"status_{status.name.lower()}": int for status in PoseStatus},
-        "rejected": int,
-        **{f"rejected_{reason}": int for reason in reasons},
-        "seconds": float,
-        **dict.fromkeys(("where", "message"), str),
-    }
-    lines = []
-    for row in rows:
-        poses, rejected = row.get("poses"), row.get("rejected")
-        line = {name: encodable(text) if isinstance(text := row.get(name), str) else text for name in types}
-        line["rejected"] = None if rejected is None else sum(rejected.values())
-        for status in PoseStatus:
-            line[f"status_{status.name.lower()}"] = None if poses is None else poses.get(status.name, 0)
-        for reason in reasons:
-            line[f"rejected_{reason}"] = None if rejected is None else rejected.get(reason, 0)
-        lines.append(line)
-    with (unfinished / _TABLES[0]).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(types))
-        writer.writeheader()
-        writer.writerows(lines)
-    written = [_TABLES[0]]
-    if importlib.util.find_spec("pyarrow") is not None:
-        import pyarrow
-        from pyarrow import parquet
-
-        kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
-        schema = pyarrow.schema([(name, kinds[kind]) for name, kind in types.items()])
-        parquet.write_table(pyarrow.Table.from_pylist(lines, schema), unfinished / _TABLES[1])
-        written.append(_TABLES[1])
-    for name in written:
-        os.replace(unfinished / name, out / name)
-    return [out / name for name in written]

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-from kpmatch_ros.bags.archive import Job, Row, Settings, replay_one
+from kpmatch_ros.bags.archive import Job, Settings, replay_one
+from kpmatch_ros.bags.archive_table import Row
 from kpmatch_ros.bags.recording import BagError, encodable
 
 __all__ = ["replay_on_ray"]

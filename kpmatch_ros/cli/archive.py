@@ -16,7 +16,8 @@ from kpmatch_ros.cli.common import CommandError, add_command, check_outputs
 from kpmatch_ros.tables import format_table
 
 if TYPE_CHECKING:
-    from kpmatch_ros.bags.archive import Job, Row, Settings
+    from kpmatch_ros.bags.archive import Job, Settings
+    from kpmatch_ros.bags.archive_table import Row
 
 __all__ = ["add_archive"]
 
@@ -64,7 +65,8 @@ def _share(text: str) -> float:
 
 def _archive(options: argparse.Namespace) -> int:
     from kpmatch_ros.bags import BagError
-    from kpmatch_ros.bags.archive import WRITTEN, Settings, claimed, find_bags, finished_row, jobs_for, write_tables
+    from kpmatch_ros.bags.archive import WRITTEN, Settings, claimed, find_bags, finished_row, jobs_for
+    from kpmatch_ros.bags.archive_table import write_tables
 
     source, out = options.source.resolve(), options.target.resolve()
     if not source.is_dir():

@@ -1,0 +1,66 @@
+"""The table of an archive of bags: one row a bag, for spreadsheets and for programs."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from kpmatch_ros.bags.recording import encodable
+from kpmatch_ros.geometry.pose import PoseStatus
+
+__all__ = ["TABLES", "Row", "write_tables"]
+
+Row = dict[str, Any]
+"""The figures of a bag: bag, state, frames, rate, matches, inliers, poses, rejected, seconds, where, message.
+
+In a finished bag's folder also source: what tells the bag that was read from others of its name.
+`state` is done; or broken, where the bag is at fault; or unsuitable, where it has not the topics that are asked for; or
+failed, where something else is at fault.
+"""
+
+TABLES = ("archive.csv", "archive.parquet")
+"""Names of the files."""
+
+
+def write_tables(rows: list[Row], out: Path, unfinished: Path) -> list[Path]:
+    """Write archive.csv, and where pyarrow is installed archive.parquet; their paths."""
+    reasons = sorted({reason for row in rows for reason in row.get("rejected", {})})
+    types = {
+        **dict.fromkeys(("bag", "state"), str),
+        "frames": int,
+        **dict.fromkeys(("rate", "matches", "inliers"), float),
+        **{f"status_{status.name.lower()}": int for status in PoseStatus},
+        "rejected": int,
+        **{f"rejected_{reason}": int for reason in reasons},
+        "seconds": float,
+        **dict.fromkeys(("where", "message"), str),
+    }
+    lines = []
+    for row in rows:
+        poses, rejected = row.get("poses"), row.get("rejected")
+        line = {name: encodable(text) if isinstance(text := row.get(name), str) else text for name in types}
+        line["rejected"] = None if rejected is None else sum(rejected.values())
+        for status in PoseStatus:
+            line[f"status_{status.name.lower()}"] = None if poses is None else poses.get(status.name, 0)
+        for reason in reasons:
+            line[f"rejected_{reason}"] = None if rejected is None else rejected.get(reason, 0)
+        lines.append(line)
+    with (unfinished / TABLES[0]).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(types))
+        writer.writeheader()
+        writer.writerows(lines)
+    written = [TABLES[0]]
+    if importlib.util.find_spec("pyarrow") is not None:
+        import pyarrow
+        from pyarrow import parquet
+
+        kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
+        schema = pyarrow.schema([(name, kinds[kind]) for name, kind in types.items()])
+        parquet.write_table(pyarrow.Table.from_pylist(lines, schema), unfinished / TABLES[1])
+        written.append(TABLES[1])
+    for name in written:
+        os.replace(unfinished / name, out / name)
+    return [out / name for name in written]
