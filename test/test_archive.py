@@ -306,6 +306,21 @@ def test_a_bag_for_which_memory_runs_out_is_not_tried_for_ever(views: list[NDArr
     assert table(tmp_path / "out")["drive"]["state"] == "failed" and "its worker died" not in errors
 
 
+def test_bags_in_hand_when_a_run_is_stopped_count_no_attempt(views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    for name in ("a", "b", "c"):
+        write_camera_bag(tmp_path / "in" / name, views, stamps(12), demo_camera(*SIZE))
+    attempts = tmp_path / "out" / ".attempts"
+    with on_ray(tmp_path / "in", tmp_path / "out") as process:
+        until = time.monotonic() + 120
+        while not (attempts.is_dir() and any(file.stat().st_size for file in attempts.iterdir())):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+        process.terminate()
+        process.communicate(timeout=120)
+    assert process.returncode == 130 and not any(file.stat().st_size for file in attempts.glob("*"))
+
+
 @contextmanager
 def on_ray(bags: Path, out: Path, **environment: str) -> Iterator[psutil.Popen]:
     """`kpmatch archive` on two workers of this machine; it is stopped where the test ends before it."""
@@ -351,9 +366,9 @@ def test_a_full_disk_is_no_fault_of_the_bags(
     monkeypatch.setattr(BagWriter, "write", fill)
     out = tmp_path / "out"
     status, printed, errors = run(tmp_path / "in", out, *QUICK)
-    assert (status, printed, errors.count("\n")) == (2, "", 1)
-    assert f"{out / 'b'}: cannot be written: [Errno {errno.ENOSPC}] No space left on device" in errors
-    assert (out / "a" / "metadata.yaml").exists() and not (out / "b").exists() and not (out / "archive.csv").exists()
+    assert (status, printed, errors.count("\n")) == (2, "", 2)
+    assert f"{out / 'b'}: cannot be written: [Errno {errno.ENOSPC}] No space left on device" in errors.splitlines()[1]
+    assert (out / "a" / "metadata.yaml").exists() and not (out / "b").exists() and list(table(out)) == ["a"]
     monkeypatch.setattr(BagWriter, "write", write)
     assert "3 done (1 of them before)\n" in run(tmp_path / "in", out, *QUICK)[1]
 

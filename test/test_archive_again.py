@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +156,74 @@ def test_a_bag_whose_worker_died_after_it_was_done_is_done(
         monkeypatch.setattr("yaml.safe_load", lambda text: pytest.fail("this takes longer than all else"))
         recording._parsed.cache_clear()  # noqa: SLF001
         assert first["state"] == "done" and replay_one(job, settings) == first
+
+
+DEADLY = """
+import os, signal, sys
+from kpmatch_ros.bags import archive
+from kpmatch_ros.cli import main
+choose = archive.choose_cameras
+def choose_cameras(bag, *words):
+    if bag.name.startswith("deadly"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return choose(bag, *words)
+archive.choose_cameras = choose_cameras
+sys.exit(main(["archive", *sys.argv[1:]]))
+"""
+
+
+def test_a_bag_that_kills_its_process_is_done_last_and_passed_over_after_four_attempts(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for name in ("deadly", "good"):
+        write_camera_bag(tmp_path / "in" / name, views[:3], stamps(3), demo_camera(*SIZE))
+    command = [sys.executable, "-c", DEADLY, tmp_path / "in", out, *QUICK]
+    for attempt in range(4):
+        assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+        assert (out / "good").exists() == (attempt > 0)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "1 of 2 bags failed" in done.stderr
+    assert f"{tmp_path / 'in' / 'deadly'}: is passed over, because 4 processes died" in done.stderr
+    assert {name: row["state"] for name, row in table(out).items()} == {"deadly": "failed", "good": "done"}
+    assert run(tmp_path / "in", out, *QUICK)[0] == 0  # where memory is enough
+    assert table(out)["deadly"]["state"] == "done" and not (out / ".attempts").exists()
+
+
+def test_a_run_that_is_stopped_is_no_attempt_that_a_bag_failed(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_camera_bag(tmp_path / "in" / "drive", views[:3], stamps(3), demo_camera(*SIZE))
+    with monkeypatch.context() as patch:
+        patch.setattr("kpmatch_ros.bags.replay.replay", stop)
+        for _ in range(5):
+            assert run(tmp_path / "in", tmp_path / "out", *QUICK)[0] == 130
+    assert run(tmp_path / "in", tmp_path / "out", *QUICK)[0] == 0
+
+
+def stop(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_run_that_is_stopped_leaves_a_table_of_what_is_done(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    out = tmp_path / "out"
+    for name in ("a", "b", "c"):
+        write_camera_bag(tmp_path / "in" / name, views[:3], stamps(3), demo_camera(*SIZE))
+
+    def stopped_at_b(bag: Path, *words: Any, **options: Any) -> Any:
+        return stop() if bag.name == "b" else replay(bag, *words, **options)
+
+    def no_space(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("kpmatch_ros.bags.replay.replay", stopped_at_b)
+    if full:
+        monkeypatch.setattr("kpmatch_ros.bags.archive_table.write_tables", no_space)
+    status, printed, errors = run(tmp_path / "in", out, *QUICK)
+    assert (status, printed) == (130, "") and errors.endswith("kpmatch archive: stopped\n")
+    assert "2 of 3 bags are not done yet" in errors and errors.count("\n") == 2
+    assert ("the table cannot be written: No space left on device" in errors) == full
+    assert full or {name: row["state"] for name, row in table(out).items()} == {"a": "done"}

@@ -1,7 +1,8 @@
 """Folders of bags: each is replayed as `kpmatch bag` does, and one table holds the figures of all. `kpmatch archive`.
 
-Scheduling, retries and placement on several machines are Ray's. What is here makes a bag's result whole or absent, so
-that any worker may die, and any run may be taken up again.
+Scheduling and placement on several machines are Ray's. What is here makes a bag's result whole or absent, so that any
+worker may die, and any run may be taken up again; and it counts the processes that died of a bag, so that one bag does
+not stop the others.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from kpmatch_ros.source_files import named_files
 from kpmatch_ros.weights import WeightsError, file_hash
 
 __all__ = [
+    "ATTEMPTS",
     "WRITTEN",
     "Job",
     "Settings",
@@ -42,11 +44,15 @@ __all__ = [
     "replay_one",
 ]
 
+ATTEMPTS = 4
+"""How often a bag is begun whose process dies each time, as for want of memory."""
+
 _ROW = "kpmatch_archive.json"  # in a finished bag's folder
 _SETTINGS = "archive.json"
 _FIGURES = ("frames", "rate", "matches", "inliers", "poses", "rejected")
 WRITTEN = (*TABLES, _SETTINGS)
 """Names of the files that a run replaces in the folder that it writes to."""
+_ATTEMPTS = ".attempts"  # folder, beside .unfinished: what a run that was killed leaves is not to forget
 _SAMPLE = 4096  # bytes of a file's beginning, and of its end
 _OF_THE_MACHINE = ("device", "threads")  # parameters that another machine may have otherwise
 
@@ -96,22 +102,39 @@ class Job:
         source: to read.
         target: folder to write.
         unfinished: folder on the same file system, for what is not whole yet.
+        attempts: file with one byte for each attempt that has not ended. None is there while no process has died.
     """
 
     name: str
     source: Path
     target: Path
     unfinished: Path
+    attempts: Path
+
+    @property
+    def begun(self) -> int:
+        """How many attempts have not ended, as a process did that died of it."""
+        try:
+            return self.attempts.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def forget_attempts_after(self, begun: int) -> None:
+        """Count so many attempts at most: those after them were stopped from outside."""
+        if self.begun > begun:
+            os.truncate(self.attempts, begun)
 
     @classmethod
     def of(cls, bag: Path, folder: Path, out: Path, unfinished: Path) -> Job:
         """The job for a bag below a folder: its target is in the same place below `out`."""
         name = bag.relative_to(folder)
+        # A name may be as long as names can be, and has slashes.
+        attempts = out / _ATTEMPTS / hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
         if bag.is_dir():
-            return cls(str(name), bag, out / name, unfinished)
+            return cls(str(name), bag, out / name, unfinished, attempts)
         plain, packed = (name.with_suffix(""), "_zstd") if name.suffix == ".zstd" else (name, "")
         target = name.with_name(f"{plain.stem}_{plain.suffix[1:]}{packed}")
-        return cls(str(name), bag, out / target, unfinished)
+        return cls(str(name), bag, out / target, unfinished, attempts)
 
 
 def find_bags(folder: Path, out: Path | None = None) -> list[Path]:
@@ -207,7 +230,8 @@ def _is_bag(folder: Path, files: list[str]) -> bool:
 def claimed(out: Path, settings: Settings) -> Iterator[Path]:
     """The folder for what is not whole yet, in an archive that no other run writes to at the same time.
 
-    What an earlier run left there is removed, as what this one leaves.
+    What an earlier run left there is removed, as what this one leaves. Attempts are counted until a run reaches its
+    end.
 
     Raises:
         BagError: another run writes to it, or it was made with other settings, or something else is in the way.
@@ -224,11 +248,16 @@ def claimed(out: Path, settings: Settings) -> Iterator[Path]:
         unfinished = out / ".unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
+        attempts = out / _ATTEMPTS
+        attempts.mkdir(exist_ok=True)
         try:
             _check_settings(out / _SETTINGS, unfinished, settings.described())
             yield unfinished
+            shutil.rmtree(attempts, ignore_errors=True)  # each bag has its row
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+            with suppress(OSError):  # some are counted
+                attempts.rmdir()
 
 
 def _check_settings(file: Path, unfinished: Path, settings: dict[str, Any]) -> None:
@@ -324,7 +353,8 @@ class _NotKept(Exception):
 def replay_one(job: Job, settings: Settings) -> Row:
     """Replay a bag. Its target is there, with its figures, when all is done, and otherwise not.
 
-    A bag that is done already, as by a worker that died thereafter, is not done again.
+    A bag that is done already, as by a worker that died thereafter, is not done again; nor is one begun that as many
+    processes died of as may.
 
     Raises:
         ParameterError, WeightsError: no bag can be replayed like this.
@@ -332,8 +362,24 @@ def replay_one(job: Job, settings: Settings) -> Row:
     """
     if (done := finished_row(job)) is not None:
         return done
-    started = time.perf_counter()
     row: Row = {"bag": job.name, "where": f"{socket.gethostname()}:{os.getpid()}"}
+    if job.begun >= ATTEMPTS:
+        return row | {
+            "state": "failed",
+            "message": f"{job.source}: is passed over, because {job.begun} processes died while they replayed it, as "
+            "where memory runs out; kpmatch bag shows how it goes alone",
+        }
+    with job.attempts.open("ab") as file:
+        file.write(b".")
+    try:
+        return _replay(job, settings, row)
+    finally:  # whatever the outcome, this process is alive
+        job.attempts.unlink(missing_ok=True)
+
+
+def _replay(job: Job, settings: Settings, row: Row) -> Row:
+    """The row of an attempt, see :func:`replay_one`; what is known of the bag before is in `row`."""
+    started = time.perf_counter()
     try:
         if _row_in(job.target) is not None:
             raise _NotKept(

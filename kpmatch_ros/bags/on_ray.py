@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-from kpmatch_ros.bags.archive import Job, Settings, replay_one
+from kpmatch_ros.bags.archive import ATTEMPTS, Job, Settings, replay_one
 from kpmatch_ros.bags.archive_table import Row
 from kpmatch_ros.bags.recording import BagError, encodable
 
 __all__ = ["replay_on_ray"]
 
-_RETRIES = 3  # of a bag whose worker died, also for want of memory
 _PATIENCE = 5.0  # seconds for a cluster to answer
 _OBJECT_STORE = 100_000_000  # bytes. Only paths and figures travel; Ray would take 30 % of the memory.
 
@@ -46,11 +45,11 @@ def replay_on_ray(
     if importlib.util.find_spec("ray") is None:
         raise BagError("--ray: needs Ray, which is not installed: pip install ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_task_oom_retries", str(_RETRIES))  # Ray itself would try for ever
+    os.environ.setdefault("RAY_task_oom_retries", str(ATTEMPTS - 1))  # Ray itself would try for ever
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    with _connected(address):
+    with _unanswered(jobs) as unanswered, _connected(address):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
             largest = " and ".join(f"{max(node.get(kind, 0) for node in nodes):g} {kind}s" for kind in ("CPU", "GPU"))
@@ -60,16 +59,31 @@ def replay_on_ray(
             say(f"{text}; the bags wait until one joins that has")
         # Ray leaves the GPUs visible to a task that has none.
         environment = {"env_vars": {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}}
-        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES, runtime_env=environment)(replay_one)
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=ATTEMPTS - 1, runtime_env=environment)
+        task = remote(replay_one)
         waiting = {task.options(name=f"kpmatch {encodable(job.name)}").remote(job, settings): job for job in jobs}
         for done in ray.util.as_completed(list(waiting), chunk_size=1, yield_obj_refs=True):
+            job = waiting[done]
             try:
-                yield ray.get(done)
+                row = ray.get(done)
             except RayTaskError as error:
                 raise error.cause from None
             except RayError as error:
-                job = waiting[done]
-                yield {"bag": job.name, "state": "failed", "message": f"{job.source}: {_reason(error)}"}
+                row = {"bag": job.name, "state": "failed", "message": f"{job.source}: {_reason(error)}"}
+            unanswered.remove(job)
+            yield row
+
+
+@contextmanager
+def _unanswered(jobs: list[Job]) -> Iterator[set[Job]]:
+    """A set of the jobs. Of those left in it at the end no attempt is counted: their workers were ended."""
+    before = {job: job.begun for job in jobs}
+    unanswered = set(jobs)
+    try:
+        yield unanswered
+    finally:
+        for job in unanswered:
+            job.forget_attempts_after(before[job])
 
 
 def _reason(error: Exception) -> str:
@@ -80,7 +94,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OutOfMemoryError):
         return f"its machine ran out of memory; with a larger --cpus-per-bag it does fewer bags at a time: {text}"
     if isinstance(error, WorkerCrashedError):
-        return f"its worker died {1 + _RETRIES} times: {text}"
+        return f"its worker died {ATTEMPTS} times: {text}"
     return f"Ray could not do it: {text}"
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,8 +90,19 @@ def _archive(options: argparse.Namespace) -> int:
             jobs = jobs_for(bags, source, out, unfinished)
             rows = {job.name: row for job in jobs if (row := finished_row(job)) is not None}
             before = len(rows)
-            _run(options, [job for job in jobs if job.name not in rows], settings, rows)
-            written = write_tables([rows[job.name] for job in jobs], out, unfinished)
+            # What a process died of comes last: a run that dies of it again has done the others.
+            to_do = sorted((job for job in jobs if job.name not in rows), key=lambda job: job.begun)
+
+            def write() -> list[Path]:
+                return write_tables([rows[job.name] for job in jobs if job.name in rows], out, unfinished)
+
+            try:
+                _run(options, to_do, settings, rows)
+            except BaseException:  # Ctrl-C too
+                if rows:
+                    _end_early(options.name, f"{len(jobs) - len(rows)} of {len(jobs)} bags", write)
+                raise
+            written = write()
     except BagError as error:
         raise CommandError(str(error)) from error
     print(format_table(_summary(list(rows.values()), before, time.perf_counter() - started, written)))
@@ -101,6 +112,15 @@ def _archive(options: argparse.Namespace) -> int:
     if all(row["state"] in ("broken", "unsuitable") for row in rows.values()):
         raise CommandError(f"none of the {len(rows)} bags can be used")
     return 0
+
+
+def _end_early(name: str, waiting: str, write: Callable[[], list[Path]]) -> None:
+    """Write the table of a run that does not reach its end, and say what it lacks."""
+    try:
+        text = f"{' and '.join(map(str, write()))} without them"
+    except OSError as error:  # the disk that is full
+        text = f"the table cannot be written: {error.strerror or error}; one of an earlier run may be there"
+    print(f"{name}: {waiting} are not done yet, the same command goes on with them; {text}", file=sys.stderr)
 
 
 def _run(options: argparse.Namespace, jobs: list[Job], settings: Settings, rows: dict[str, Row]) -> None:
