@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from kpmatch_ros.bags import recording
 from kpmatch_ros.bags.archive import Settings, claimed, find_bags, jobs_for, replay_one
 from kpmatch_ros.bags.replay import replay
+from kpmatch_ros.cli.bag import BAG_OPTIONS
 from kpmatch_ros.parameters import Parameters
 from simulation import demo_camera
 from simulation.bags import write_camera_bag
@@ -227,3 +229,18 @@ def test_a_run_that_is_stopped_leaves_a_table_of_what_is_done(
     assert "2 of 3 bags are not done yet" in errors and errors.count("\n") == 2
     assert ("the table cannot be written: No space left on device" in errors) == full
     assert full or {name: row["state"] for name, row in table(out).items()} == {"a": "done"}
+
+
+def test_parameters_that_decide_nothing_may_change_between_runs(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    write_camera_bag(tmp_path / "in" / "drive", views[:3], stamps(3), demo_camera(*SIZE))
+    assert run(tmp_path / "in", tmp_path / "out", *QUICK)[0] == 0
+    described = set(json.loads((tmp_path / "out" / "archive.json").read_text()))
+    options = set(BAG_OPTIONS) - {"device", "threads", "profile"}
+    assert described == options | {"version", "features", "match_image"}
+    parameters = tmp_path / "node.yaml"
+    lines = ("queue: all", "autostart: false", "bond_heartbeat_period: 1.0", "image_transport: compressed")
+    parameters.write_text("/**:\n  ros__parameters:\n" + "".join(f"    {line}\n" for line in lines))
+    status, printed, errors = run(tmp_path / "in", tmp_path / "out", *QUICK, "--params", parameters)
+    assert status == 0 and "1 done (1 of them before)" in printed, errors

@@ -55,6 +55,8 @@ WRITTEN = (*TABLES, _SETTINGS)
 _ATTEMPTS = ".attempts"  # folder, beside .unfinished: what a run that was killed leaves is not to forget
 _SAMPLE = 4096  # bytes of a file's beginning, and of its end
 _OF_THE_MACHINE = ("device", "threads")  # parameters that another machine may have otherwise
+# Parameters without effect on a replay: the node's alone, and a profile is only a name for others.
+_WITHOUT_EFFECT = ("autostart", "bond_heartbeat_period", "image_transport", "profile", "queue")
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ class Settings:
 
     def described(self) -> dict[str, Any]:
         """What decides on the results, as JSON has it."""
-        chosen = dataclasses.asdict(self.parameters)
-        parameters = {name: value for name, value in chosen.items() if name not in _OF_THE_MACHINE}
+        chosen, passed_over = dataclasses.asdict(self.parameters), (*_OF_THE_MACHINE, *_WITHOUT_EFFECT)
+        parameters = {name: value for name, value in chosen.items() if name not in passed_over}
         topics = {name: topic for name, topic in self.topics.items() if topic is not None}
         contents = {f"content of {name}": _digest(path) for name, path in named_files(self.parameters).items()}
         return {
