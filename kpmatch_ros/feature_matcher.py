@@ -31,7 +31,7 @@ from kpmatch_ros.models.onnx_backend import OnnxBackend
 from kpmatch_ros.models.onnx_providers import Wish
 from kpmatch_ros.models.transformed import can_transform, transform_convolutions
 from kpmatch_ros.parameters import ParameterError, Parameters
-from kpmatch_ros.runtime.device import choose_device, choose_precision, set_threads
+from kpmatch_ros.runtime.device import choose_runtime, set_threads
 from kpmatch_ros.runtime.processor import has_amx
 
 __all__ = ["FeatureMatcher"]
@@ -77,14 +77,12 @@ class FeatureMatcher:
     def __init__(self, parameters: Parameters | None = None, **options: Any) -> None:
         self.parameters = Parameters.given(options) if parameters is None else parameters.replace(options)
         set_threads(self.parameters.threads)
-        in_onnx_runtime = self.parameters.backend == "onnxruntime"
-        self.device = choose_device("cpu" if in_onnx_runtime else self.parameters.device)
-        self.dtype = choose_precision("float32" if in_onnx_runtime else self.parameters.precision, self.device)
+        self.device, self.dtype = choose_runtime(self.parameters)
         self.luma = torch.tensor(_LUMA, dtype=torch.float32, device=self.device)
         self.graphs = CudaGraphs.for_device(self.device)
         self.extractor = self._load_extractor()
         self.matcher = self._load_matcher()
-        self.onnx = self._load_onnx() if in_onnx_runtime else None
+        self.onnx = self._load_onnx() if self.parameters.backend == "onnxruntime" else None
         followed = ("keypoint_threshold", "nms_radius", "border")
         self.repeated_in_float32 = 0
         self._published = {name: getattr(self.extractor, name) for name in followed}

@@ -238,7 +238,7 @@ def test_parameters_that_decide_nothing_may_change_between_runs(
     assert run(tmp_path / "in", tmp_path / "out", *QUICK)[0] == 0
     described = set(json.loads((tmp_path / "out" / "archive.json").read_text()))
     options = set(BAG_OPTIONS) - {"device", "threads", "profile"}
-    assert described == options | {"version", "features", "match_image"}
+    assert described == options | {"version", "features", "match_image", "landmarks", "poses", "report"}
     parameters = tmp_path / "node.yaml"
     lines = ("queue: all", "autostart: false", "bond_heartbeat_period: 1.0", "image_transport: compressed")
     parameters.write_text("/**:\n  ros__parameters:\n" + "".join(f"    {line}\n" for line in lines))

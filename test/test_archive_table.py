@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bag_harness import QUICK, SIZE, Run, stamps, table
+from bag_harness import QUICK, SIZE, Run, by_topic, read_tum, stamps, table
 from numpy.typing import NDArray
 
 from kpmatch_ros.bags import BagWriter
-from kpmatch_ros.bags.message_types import camera_info_message
+from kpmatch_ros.bags.message_types import camera_info_message, image_message
 from simulation import demo_camera
 from simulation.bags import write_camera_bag
 
@@ -45,3 +45,55 @@ def test_a_bag_without_the_topics_asked_for_is_not_called_broken(
     assert f"{fleet / 'no images'}: has no image topic" in errors
     status, _, errors = run(fleet, tmp_path / "none", *QUICK, "--image", "/top/image")
     assert status == 2 and errors.splitlines()[-1] == "kpmatch archive: none of the 4 bags can be used"
+
+
+def test_a_row_says_what_an_evaluation_asks_and_what_computed_it(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    write_camera_bag(tmp_path / "in" / "drive", views[:3], stamps(3), demo_camera(*SIZE))
+    assert run(tmp_path / "in", tmp_path / "out", *QUICK, "--threads", "1")[0] == 0
+    row = table(tmp_path / "out")["drive"]
+    assert (row["device"], row["precision"], row["threads"]) == ("cpu", "float32", "1")
+    assert float(row["recorded"]) == 0.2 and row["status_ok"] == "2" and row["rejected"] == "0"
+    assert 0 < float(row["latency_p50"]) <= float(row["latency_p95"]) < 1000 * float(row["seconds"])
+    assert (row["breaks"], row["odometry_breaks"], row["unpaired"]) == ("", "", "")  # nobody asked for them
+
+
+def test_a_row_of_a_stereo_pair_counts_the_images_without_a_partner(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    with BagWriter(tmp_path / "in" / "pair") as bag:
+        for side, shown in (("left", views[:4]), ("right", views[2:5])):
+            for view, stamp in zip(shown, stamps(4)):
+                bag.write(f"/{side}/image", image_message(view, stamp, side, "mono8"), stamp)
+    assert run(tmp_path / "in", tmp_path / "out", *QUICK, "--mode", "stereo", "--landmarks")[0] == 0
+    row = table(tmp_path / "out")["pair"]
+    assert (row["frames"], row["unpaired"], row["status_no_calibration"]) == ("3", "1", "2")
+
+
+def test_poses_and_report_lie_in_each_bags_folder(run: Run, views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    for name in ("monday/drive", "poses.txt"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_camera_bag(tmp_path / "in" / name, views[:3], stamps(3), demo_camera(*SIZE))
+    out = tmp_path / "out"
+    assert run(tmp_path / "in", out, *QUICK, "--poses", "--report")[0] == 0
+    for name, row in table(out).items():
+        _, places = read_tum(out / name / "poses.txt")
+        assert len(places) == 3 and row["breaks"] == "0"
+        assert "Matches of " in (out / name / "report.html").read_text()
+        assert set(by_topic(out / name)) == {"/matches", "/relative_pose"}
+    status, _, error = run(tmp_path / "in", out, *QUICK, "--poses")
+    assert status == 2 and "was begun with report True, now it is False" in error
+
+
+def test_what_each_bag_would_be_refused_for_is_said_once(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        write_camera_bag(tmp_path / "in" / name, views[:3], stamps(3), demo_camera(*SIZE))
+    status, _, error = run(tmp_path / "in", tmp_path / "out", *QUICK, "--landmarks")
+    assert status == 2 and "one camera knows no metres" in error and error.count("\n") == 1
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, _, error = run(tmp_path / "in", tmp_path / "out", *QUICK, "--report")
+    assert status == 2 and "pip install plotly" in error and error.count("\n") == 1

@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -49,7 +50,10 @@ ATTEMPTS = 4
 
 _ROW = "kpmatch_archive.json"  # in a finished bag's folder
 _SETTINGS = "archive.json"
-_FIGURES = ("frames", "rate", "matches", "inliers", "poses", "rejected")
+_FIGURES = (
+    *("frames", "rate", "latency_ms", "matches", "inliers", "poses", "breaks", "odometry_breaks"),
+    *("unpaired", "rejected"),
+)
 WRITTEN = (*TABLES, _SETTINGS)
 """Names of the files that a run replaces in the folder that it writes to."""
 _ATTEMPTS = ".attempts"  # folder, beside .unfinished: what a run that was killed leaves is not to forget
@@ -66,13 +70,17 @@ class Settings:
     Attributes:
         parameters: as the node's.
         topics: those given, see :func:`kpmatch_ros.bags.cameras.choose_cameras`.
-        features, match_image: write these topics too.
+        features, match_image, landmarks: write these topics too.
+        poses, report: write poses.txt and report.html into each bag's folder too.
     """
 
     parameters: Parameters
     topics: Mapping[str, str | None]
     features: bool = False
     match_image: bool = False
+    landmarks: bool = False
+    poses: bool = False
+    report: bool = False
 
     def with_whole_paths(self) -> Settings:
         """The same where the current folder is another one, as on another machine."""
@@ -90,8 +98,7 @@ class Settings:
             **parameters,
             **contents,
             **topics,
-            "features": self.features,
-            "match_image": self.match_image,
+            **{name: getattr(self, name) for name in ("features", "match_image", "landmarks", "poses", "report")},
         }
 
 
@@ -364,6 +371,10 @@ def replay_one(job: Job, settings: Settings) -> Row:
     """
     if (done := finished_row(job)) is not None:
         return done
+    if settings.report and importlib.util.find_spec("plotly") is None:
+        raise ParameterError(
+            f"--report: the page needs plotly, which is not installed on {socket.gethostname()}: pip install plotly"
+        )
     row: Row = {"bag": job.name, "where": f"{socket.gethostname()}:{os.getpid()}"}
     if job.begun >= ATTEMPTS:
         return row | {
@@ -394,25 +405,38 @@ def _replay(job: Job, settings: Settings, row: Row) -> Row:
         source = _source(job.source)
         cameras = choose_cameras(job.source, settings.parameters.mode, settings.topics)
         with tempfile.TemporaryDirectory(dir=job.unfinished) as folder:
-            beside = Path(folder) / job.target.name
+            beside = Path(folder) / "bag" / job.target.name  # whose name may be that of a file
+            beside.parent.mkdir()
+            poses = Path(folder) / "poses.txt" if settings.poses else None
+            page = Path(folder) / "report.html" if settings.report else None
             # It loads PyTorch, which takes seconds: neither a folder without bags nor Ray's driver needs it.
-            from kpmatch_ros.bags.replay import replay
+            import torch
 
+            from kpmatch_ros.bags.replay import replay
+            from kpmatch_ros.runtime.device import choose_runtime
+
+            device, precision = choose_runtime(settings.parameters)
             try:
                 report = replay(
                     job.source, beside, cameras, settings.parameters,
-                    features=settings.features, match_image=settings.match_image,
+                    features=settings.features, match_image=settings.match_image, landmarks=settings.landmarks,
+                    poses=poses, page=page,
                 )  # fmt: skip
-            except BagError as error:  # it names a place that is soon gone
-                raise type(error)(str(error).replace(str(beside), str(job.target))) from error
+                for file in filter(None, (poses, page)):
+                    os.replace(file, beside / file.name)
+            except BagError as error:  # it names places that are soon gone
+                text = str(error).replace(str(beside), str(job.target)).replace(folder, str(job.target))
+                raise type(error)(text) from error
             if _source(job.source) != source:
                 raise _NotKept(
                     f"{job.source}: changed while it was read, as a bag does that is being copied; when it is whole, "
                     "the same command does it"
                 )
             figures = report.figures()
-            whole = row | {name: figures[name] for name in _FIGURES}
-            whole |= {"state": "done", "message": "; ".join(report.faults)}
+            whole = row | {name: figures.get(name) for name in _FIGURES}
+            whole |= {"state": "done", "message": "; ".join(report.faults), "recorded": round(report.recorded, 3)}
+            whole |= {"device": str(device), "precision": str(precision).removeprefix("torch.")}
+            whole |= {"threads": torch.get_num_threads()}
             whole |= {"seconds": round(time.perf_counter() - started, 3), "source": source}
             (beside / _ROW).write_text(json.dumps(whole))
             job.target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,15 +14,18 @@ from kpmatch_ros.geometry.pose import PoseStatus
 __all__ = ["TABLES", "Row", "write_tables"]
 
 Row = dict[str, Any]
-"""The figures of a bag: bag, state, frames, rate, matches, inliers, poses, rejected, seconds, where, message.
+"""The figures of a bag: bag, state, where and message, seconds, and of one that is done those of its replay.
 
-In a finished bag's folder also source: what tells the bag that was read from others of its name.
+These are some of :meth:`kpmatch_ros.bags.report.Report.figures`, recorded (seconds), and what computed them: device,
+precision and threads. In a finished bag's folder also source: what tells the bag that was read from others of its name.
 `state` is done; or broken, where the bag is at fault; or unsuitable, where it has not the topics that are asked for; or
 failed, where something else is at fault.
 """
 
 TABLES = ("archive.csv", "archive.parquet")
 """Names of the files."""
+
+_LATENCIES = {"latency_p50": "median", "latency_p95": "95 %"}  # milliseconds; columns, and what the report calls them
 
 
 def write_tables(rows: list[Row], out: Path, unfinished: Path) -> list[Path]:
@@ -31,18 +34,23 @@ def write_tables(rows: list[Row], out: Path, unfinished: Path) -> list[Path]:
     types = {
         **dict.fromkeys(("bag", "state"), str),
         "frames": int,
-        **dict.fromkeys(("rate", "matches", "inliers"), float),
+        **dict.fromkeys(("rate", "matches", "inliers", "recorded", *_LATENCIES), float),
         **{f"status_{status.name.lower()}": int for status in PoseStatus},
-        "rejected": int,
+        **dict.fromkeys(("breaks", "odometry_breaks", "unpaired", "rejected"), int),
         **{f"rejected_{reason}": int for reason in reasons},
         "seconds": float,
+        **dict.fromkeys(("device", "precision"), str),
+        "threads": int,
         **dict.fromkeys(("where", "message"), str),
     }
     lines = []
     for row in rows:
         poses, rejected = row.get("poses"), row.get("rejected")
         line = {name: encodable(text) if isinstance(text := row.get(name), str) else text for name in types}
-        line["rejected"] = None if rejected is None else sum(rejected.values())
+        for name in ("rejected", "unpaired"):
+            line[name] = None if row.get(name) is None else sum(row[name].values())
+        for name, percentile in _LATENCIES.items():
+            line[name] = (row.get("latency_ms") or {}).get(percentile)
         for status in PoseStatus:
             line[f"status_{status.name.lower()}"] = None if poses is None else poses.get(status.name, 0)
         for reason in reasons:

@@ -300,6 +300,7 @@ def _process(
     pipeline.finish()
     report.finish()
     report.elapsed = time.perf_counter() - started
+    report.recorded = (max(recorded) - min(recorded)) * 1e-9 if recorded else 0.0
     report.period = float(np.median(np.abs(np.diff(recorded)))) * 1e-9 if len(recorded) > 1 else 0.0
     report.breaks, report.chain_doubts = trajectory.breaks, trajectory.doubts
     report.odometry_breaks = pipeline.odometry_breaks

@@ -47,6 +47,7 @@ class Report:
         first_rejection: why the first frame that was rejected could not be used; empty where none was.
         remarks: what is odd about the bag that was read, in words, as numbers of messages that its metadata does not
             declare.
+        recorded: time from the first to the last image, seconds.
         period: time from one image of a camera to the next as they were recorded, the median, seconds; 0 of one image.
         elapsed: time that the replay took, seconds.
         breaks: of the chain of poses.
@@ -74,6 +75,7 @@ class Report:
     faults: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     first_rejection: str = ""
+    recorded: float = 0.0
     period: float = 0.0
     elapsed: float = 0.0
     barren: int = 0

@@ -29,8 +29,8 @@ def add_archive(commands: Any) -> None:
         _archive,
         "run the matcher on all bags below a folder, on this machine or on Ray, and write one table",
         "Do what `kpmatch bag` does with every bag below a folder. A bag that was done before is not done again. One "
-        "that cannot be used is named and left out. The options for topics, parameters, --features and "
-        "--match-image are those of `kpmatch bag`, for all bags alike.",
+        "that cannot be used is named and left out. The options for topics, parameters and what is "
+        "written are those of `kpmatch bag`, for all bags alike.",
         "kpmatch archive recordings matched",
         "kpmatch archive recordings matched --ray local --cpus-per-bag 2",
         "kpmatch archive /data/recordings /data/matched --ray 10.0.0.1:6379 --gpus-per-bag 0.25",
@@ -50,6 +50,15 @@ def add_archive(commands: Any) -> None:
             type=_share,
             help=f"{kind.upper()}s that Ray keeps for a bag, 0.25 say for four bags on one (default {default:g})",
         )
+    parser.add_argument(
+        "--poses", action="store_true", help="also write the chained poses of each bag, into its folder: poses.txt"
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="also write a page for each bag, into its folder: report.html (needs plotly)",
+    )
+    parser.add_argument("--landmarks", action="store_true", help="in stereo, also write /landmarks: points in metres")
     add_replay_options(parser)
 
 
@@ -79,10 +88,14 @@ def _archive(options: argparse.Namespace) -> int:
     if options.cpus_per_bag == 0 and not options.gpus_per_bag:
         raise CommandError("--cpus-per-bag 0: Ray would begin all bags at once; give more, or --gpus-per-bag too")
     parameters = replay_parameters(options)
+    if options.landmarks and parameters.mode != "stereo":
+        raise CommandError("--landmarks: one camera knows no metres; name a stereo pair with --left and --right")
     for name in WRITTEN:
         check_outputs({"": out / name}, [options.params], parameters)
     topics = chosen_topics(options, parameters)
-    settings = Settings(parameters, topics, options.features, options.match_image).with_whole_paths()
+    settings = Settings(
+        parameters, topics, options.features, options.match_image, options.landmarks, options.poses, options.report
+    ).with_whole_paths()
     started = time.perf_counter()
     try:
         bags = find_bags(source, out)

@@ -8,7 +8,7 @@ import ctypes
 import psutil
 import torch
 
-from kpmatch_ros.parameters import ParameterError
+from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.runtime import working_memory
 from kpmatch_ros.runtime.processor import BFLOAT16, processor_features
 from kpmatch_ros.shell import in_shell
@@ -16,6 +16,7 @@ from kpmatch_ros.shell import in_shell
 __all__ = [
     "choose_device",
     "choose_precision",
+    "choose_runtime",
     "is_out_of_memory",
     "release_memory",
     "resident_memory",
@@ -69,6 +70,18 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "float16" and device.type == "cpu":
         raise ParameterError("precision is 'float16', but the device is the CPU; use float32, bfloat16 or auto")
     return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+
+
+def choose_runtime(parameters: Parameters) -> tuple[torch.device, torch.dtype]:
+    """Where PyTorch's networks run, and in which number format. With another backend they only feed it.
+
+    Raises:
+        ParameterError: when the device is not there, or cannot compute in the format.
+    """
+    if parameters.backend == "onnxruntime":
+        return torch.device("cpu"), torch.float32
+    device = choose_device(parameters.device)
+    return device, choose_precision(parameters.precision, device)
 
 
 def is_out_of_memory(error: Exception) -> bool:
