@@ -1,10 +1,12 @@
-"""What a bag that `kpmatch bag` writes says of itself, and how fast it is said to have been made."""
+"""What a bag that `kpmatch bag` writes says of itself, how fast it is said to have been made, and what it leaves."""
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from numpy.typing import NDArray
 from rosbags.highlevel import AnyReader
 
 import kpmatch_ros
+from kpmatch_ros.bags import BagWriter, image_message
+from kpmatch_ros.bags.recording import OutputError, Storage
 from kpmatch_ros.weights import REGISTRY
 from simulation import demo_camera
 from simulation.bags import write_camera_bag
@@ -90,3 +94,21 @@ def test_a_pause_of_the_recording_does_not_make_the_replay_faster(
         figures = json.loads(run(tmp_path / f"in{pause}", tmp_path / f"out{pause}", *QUICK, "--json")[1])
         shares.append(figures["times_real_time"] / figures["rate"])
     assert shares == pytest.approx([0.1, 0.1], abs=0.001)
+
+
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_a_bag_that_cannot_be_finished_keeps_no_space(
+    image: NDArray[np.uint8], tmp_path: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is removed while it is open keeps its place on a disk that is full."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    bag = BagWriter(tmp_path / "out", storage)
+    bag.write("/image", image_message(image, FIRST, "eye", "mono8"), FIRST)
+    monkeypatch.setattr(vars(bag)["_writer"].storage, "close", full)
+    with pytest.raises(OutputError, match="No space left"):
+        bag.close()
+    held = [os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+    assert not [path for path in held if path.startswith(str(tmp_path))]

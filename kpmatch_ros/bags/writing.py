@@ -92,8 +92,15 @@ class BagWriter:
     def close(self) -> None:
         """Finish the bag. Its metadata is written only now."""
         with _written(self.path):
-            file = None if self._writer.storage is None else self._writer.storage.path
-            self._writer.close()
+            storage = self._writer.storage
+            file = None if storage is None else storage.path
+            try:
+                self._writer.close()
+            except BaseException:
+                if storage is not None:  # a file that stays open keeps its space on a disk that is full
+                    with suppress(Exception):
+                        storage.abort()
+                raise
             if file is not None and not file.is_file():
                 raise FileNotFoundError(f"{file.name}, which holds its messages, is not there")
 
