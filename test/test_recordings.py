@@ -10,6 +10,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from kpmatch_ros.bags import (
     read_messages,
     typestore,
 )
+from kpmatch_ros.bags.storage import zstd
 from simulation import demo_camera
 from simulation.bags import write_camera_bag
 
@@ -88,13 +90,16 @@ def write_mcap(
     outside: int = 0,
     schemas: str = "first",
     too_long: int = 0,
+    compression: str = "",
+    definition: str = "",
 ) -> Path:
     """Eight images in an MCAP, with more or less of an index.
 
     `foreign` channels: topic, encoding, schema's content. `outside`: chunks whose messages stand outside any chunk.
     `schemas`: first, last or absent, in the summary. `too_long`: bytes by which the index has chunks longer.
+    `compression`: of the chunks, zstd or none.
     """
-    schema_of_images = record(3, struct.pack("<H", 1) + text(kind) + text(schema_encoding) + text(""))
+    schema_of_images = record(3, struct.pack("<H", 1) + text(kind) + text(schema_encoding) + text(definition))
     channel_of_images = record(4, struct.pack("<HH", 1, 1) + text(topic) + text("cdr") + text(b""))
     head = schema_of_images + channel_of_images
     for number, (name, encoding, schema) in enumerate(foreign, 2):
@@ -121,7 +126,8 @@ def write_mcap(
             continue
         first, last = STAMPS[int(group[0])], STAMPS[int(group[-1])]
         place = len(data)
-        data += record(6, struct.pack("<QQQI", first, last, len(content), 0) + text("") + struct.pack("<Q", len(content)) + content)  # fmt: skip # noqa: E501
+        packed, check = (zstd.compress(content), zlib.crc32(content)) if compression else (content, 0)
+        data += record(6, struct.pack("<QQQI", first, last, len(content), check) + text(compression) + struct.pack("<Q", len(packed)) + packed)  # fmt: skip # noqa: E501
         end = len(data)
         offsets = b""
         if message_indexes:
@@ -129,7 +135,7 @@ def write_mcap(
             data += record(7, struct.pack("<H", 1) + text(b"".join(struct.pack("<QQ", *entry) for entry in places)))
         if chunk_indexes:
             fixed = struct.pack("<QQQQ", first, last, place, end - place + too_long)
-            index += record(8, fixed + text(offsets) + struct.pack("<Q", len(data) - end) + text("") + 2 * struct.pack("<Q", len(content)))  # fmt: skip # noqa: E501
+            index += record(8, fixed + text(offsets) + struct.pack("<Q", len(data) - end) + text(compression) + struct.pack("<QQ", len(packed), len(content)))  # fmt: skip # noqa: E501
     data += record(15, struct.pack("<I", 0))
     start = len(data)
     if summary:

@@ -1,6 +1,7 @@
 """Reads MCAP files (mcap.dev/spec), also those of recorders that left out part of the index.
 
-A summary is a convenience: where it is absent, or holds less than the file, the data section is scanned instead. A
+A summary is a convenience: where it is absent, damaged, or holds less than the file, the data section is scanned
+instead. So are recordings that were not finished, which end with a part of a record. A damaged chunk is left out. A
 channel in another encoding than ROS 2's (protobuf, JSON) is reported and does no harm to the others.
 """
 
@@ -9,18 +10,21 @@ from __future__ import annotations
 import heapq
 import struct
 import zlib
+from array import array
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from kpmatch_ros.bags.storage import Channel, Definition, from_lz4, from_zstd
+from kpmatch_ros.bags.storage import Channel, Definition, from_lz4, from_zstd, in_seconds, reason_of
 
 __all__ = ["MAGIC", "McapFile"]
 
 MAGIC = b"\x89MCAP0\r\n"
 _HEADER, _FOOTER, _SCHEMA, _CHANNEL, _MESSAGE, _CHUNK = 1, 2, 3, 4, 5, 6
 _CHUNK_INDEX, _STATISTICS, _SUMMARY_OFFSET, _DATA_END = 8, 0x0B, 0x0E, 0x0F
+_MOST_TOLD = 10  # places that are damaged
 _FORMATS = {"ros2msg": "msg", "ros2idl": "idl", "omgidl": "idl"}
 
 
@@ -64,9 +68,10 @@ class McapFile:
     Attributes:
         channels: by id.
         counts: how many messages each channel has, as the file's statistics declare, or else as counted.
+        unfinished, damage: as a StorageFile's.
 
     Raises:
-        ValueError, struct.error: it is no MCAP file, cut short, or damaged.
+        ValueError, struct.error: it is no MCAP file, or so damaged or cut short that no message can be read.
         OSError: it cannot be read.
     """
 
@@ -76,7 +81,10 @@ class McapFile:
         self._schemas: dict[int, tuple[str, Definition]] = {0: ("", Definition("", b""))}  # 0 is none
         self._declared: dict[int, tuple[int, str, str]] = {}  # channels: schema, topic, encoding
         self._chunks: list[_Chunk] = []
-        self._loose: list[tuple[int, int]] = []  # log times and places of messages outside any chunk
+        self._loose: dict[int, array[int]] = {}  # by channel: log time and place of each message outside any chunk
+        self.unfinished = ""
+        self.damage: list[str] = []
+        self._last: int | None = None  # log time of the last message that could be read
         self._path = path
         self._file: BinaryIO
         with path.open("rb") as self._file:
@@ -87,9 +95,11 @@ class McapFile:
         chunks = [chunk for chunk in self._chunks if not chunk.channels or not chunk.channels.isdisjoint(ids)]
         sources = [self._of_chunk(number, chunk, ids) for number, chunk in enumerate(chunks)]
         sources.append(self._of_loose(len(chunks), ids))
+        self._last = None
         with self._path.open("rb") as self._file:
             for time, _, _, channel, content in heapq.merge(*sources):
                 if content is not None:
+                    self._last = time
                     yield channel, time, content
 
     def _of_chunk(
@@ -97,20 +107,26 @@ class McapFile:
     ) -> Iterator[tuple[int, int, int, int, bytes | None]]:
         yield chunk.start, number, -1, 0, None  # so that a chunk is decompressed when its turn comes
         found: list[tuple[int, int, int, int, bytes | None]] = []
-        for record in _split(_unpacked(self._at(chunk.place).content)):
-            if record.code == _MESSAGE:
-                channel, _, time, _ = struct.unpack_from("<HIQQ", record.content)
-                if channel in ids:
-                    found.append((time, number, len(found), channel, record.content[22:]))
+        try:
+            record = self._at(chunk.place)
+            if record.code != _CHUNK:
+                raise ValueError("no chunk is where the index has one")
+            for inner in _split(_unpacked(record.content)):
+                if inner.code == _MESSAGE:
+                    channel, _, time, _ = struct.unpack_from("<HIQQ", inner.content)
+                    if channel in ids:
+                        found.append((time, number, len(found), channel, inner.content[22:]))
+        except Exception as error:  # noqa: BLE001 - compressions have errors of their own
+            self._leave_out(chunk.place, error)
         found.sort(key=lambda entry: entry[0])
         yield from found
 
     def _of_loose(self, number: int, ids: Collection[int]) -> Iterator[tuple[int, int, int, int, bytes | None]]:
-        for order, (time, place) in enumerate(sorted(self._loose)):
-            content = self._at(place).content
-            (channel,) = struct.unpack_from("<H", content)
-            if channel in ids:
-                yield time, number, order, channel, content[22:]
+        stored = {channel: self._loose.get(channel, array("Q")) for channel in ids}
+        places = sorted(entry for channel, both in stored.items()
+                        for entry in zip(both[::2], both[1::2], repeat(channel)))  # fmt: skip
+        for order, (time, place, channel) in enumerate(places):
+            yield time, number, order, channel, self._at(place).content[22:]
 
     def _open(self) -> None:
         size = self._size = self._file.seek(0, 2)
@@ -122,20 +138,65 @@ class McapFile:
         if self._at(8).code != _HEADER:
             raise ValueError("its first record is no header")
         begin = self._file.tell()
-        self._file.seek(max(size - 37, 8))
+        self._file.seek(max(size - 37, begin))
         footer = self._file.read()
-        if footer[-8:] != MAGIC:
-            raise ValueError("the magic bytes at its end are not MCAP's: it was not finished")
-        if footer[0] != _FOOTER or len(footer) != 37:
-            raise ValueError("it has no footer")
-        (summary,) = struct.unpack_from("<Q", footer, 9)
-        if summary and not begin <= summary <= size - 37:
-            raise ValueError("its footer is damaged: the summary is outside the file")
-        if not (summary and self._read_summary(begin, summary, size - 37)):
-            self._scan(begin, summary or size - 37)
+        if footer[-8:] == MAGIC:
+            self._read_finished(begin, footer)
+        else:
+            self._read_unfinished(begin)
         for key, (schema, topic, encoding) in self._declared.items():
             name, definition = self._schemas.get(schema, self._schemas[0])
             self.channels[key] = Channel(topic, name, encoding, definition)
+        if self.damage and (lost := sum(count for key, count in self.counts.items() if key not in self.channels)):
+            self.damage.append(f"{lost} messages were left out: which topics they are of stood in what is damaged")
+
+    def _read_finished(self, begin: int, footer: bytes) -> None:
+        """Read what the summary says; or scan the file where it says less than there is, or is damaged."""
+        end = self._size - len(footer)
+        try:
+            if footer[0] != _FOOTER or len(footer) != 37:
+                raise ValueError("it has no footer")
+            (summary,) = struct.unpack_from("<Q", footer, 9)
+            if summary and not begin <= summary <= end:
+                raise ValueError("its footer is damaged: the summary is outside the file")
+            if summary and self._read_summary(begin, summary, end):
+                return
+        except (ValueError, struct.error) as error:
+            self.damage.append(f"its index was not used, because it is damaged: {reason_of(error)}")
+            summary = 0
+        reached, obstacle = self._scan(begin, summary or end, sorted(chunk.place for chunk in self._chunks))
+        if not self.counts and (obstacle or self.damage):
+            raise obstacle or ValueError(self.damage[0])
+        if obstacle is not None:
+            self.damage.append(
+                f"it is damaged at byte {reached}: {reason_of(obstacle)}; what follows was not read; {self._so_far()}"
+            )
+
+    def _read_unfinished(self, begin: int) -> None:
+        """Read as far as there are whole records."""
+        reached, _ = self._scan(begin, self._size, [])
+        if not self.counts:
+            raise ValueError(
+                "the magic bytes at its end are not MCAP's: it was not finished, and no message in it can be read"
+                + "".join(f"; {each}" for each in self.damage)
+            )
+        rest = self._size - reached
+        self.unfinished = f"the recording was not finished, or was cut short; {self._so_far()}" + (
+            f"; its last {rest} bytes, from byte {reached} on, hold no whole record" if rest else ""
+        )
+
+    def _so_far(self) -> str:
+        if self._last is None:
+            return "no message was read before"
+        return f"the last message that was read before is of {in_seconds(self._last)}"
+
+    def _leave_out(self, place: int, error: Exception) -> None:
+        if len(self.damage) < _MOST_TOLD:
+            self.damage.append(
+                f"what is at byte {place} was left out, because it is damaged: {reason_of(error)}; {self._so_far()}"
+            )
+        elif len(self.damage) == _MOST_TOLD:
+            self.damage.append(f"more that is damaged was left out behind that, the first of it at byte {place}")
 
     def _read_summary(self, data: int, begin: int, end: int) -> bool:
         """Take over the summary, which stands behind the data; whether everything in the file is known then."""
@@ -177,7 +238,7 @@ class McapFile:
                     if code == _CHUNK:
                         return False
                     if code == _MESSAGE:
-                        self._loose.append((self._head_of_message()[1], here))
+                        self._add_loose(here)
                     elif code in (_SCHEMA, _CHANNEL):
                         self._define(self._at(here))
                     place = place_after
@@ -188,29 +249,62 @@ class McapFile:
             return False
         return True
 
-    def _scan(self, begin: int, end: int) -> None:
-        """Find channels, chunks and messages where they stand."""
-        self._chunks, self._loose, self.counts = [], [], Counter()
-        for code, place, _ in self._walk(begin, end):
-            if code == _MESSAGE:
-                channel, time = self._head_of_message()
-                self.counts[channel] += 1
-                self._loose.append((time, place))
-            elif code in (_SCHEMA, _CHANNEL):
-                self._define(self._at(place))
-            elif code == _CHUNK:
-                times, held = [], set()
-                for inner in _split(_unpacked(self._at(place).content)):
-                    self._define(inner)
-                    if inner.code == _MESSAGE:
-                        channel, _, time, _ = struct.unpack_from("<HIQQ", inner.content)
-                        self.counts[channel] += 1
-                        held.add(channel)
-                        times.append(time)
-                if times:
-                    self._chunks.append(_Chunk(min(times), place, frozenset(held)))
-            elif code == _DATA_END:
-                break
+    def _scan(self, begin: int, end: int, known: Sequence[int]) -> tuple[int, Exception | None]:
+        """Find channels, chunks and messages where they stand.
+
+        Where no record follows, go on at the next of the places of chunks that are known from elsewhere.
+
+        Returns:
+            up to where there are records, and why no further: None at the end of the data.
+        """
+        self._chunks, self._loose, self.counts = [], {}, Counter()
+        place = begin
+        while place < end:
+            try:
+                code, after = self._head(place)
+            except ValueError as error:
+                following = next((chunk for chunk in known if chunk > place), None)
+                if following is None:
+                    return place, error
+                self._leave_out(place, error)
+                place = following
+                continue
+            if code == _DATA_END:
+                return end, None
+            try:
+                if code == _MESSAGE:
+                    channel, time = self._add_loose(place)
+                    self._count([channel], [time])
+                elif code in (_SCHEMA, _CHANNEL):
+                    self._define(self._at(place))
+                elif code == _CHUNK:
+                    self._scan_chunk(place)
+            except Exception as error:  # noqa: BLE001 - compressions have errors of their own
+                self._leave_out(place, error)
+            place = after
+        return place, None
+
+    def _scan_chunk(self, place: int) -> None:
+        times, held = [], []
+        for inner in _split(_unpacked(self._at(place).content)):
+            self._define(inner)
+            if inner.code == _MESSAGE:
+                channel, _, time, _ = struct.unpack_from("<HIQQ", inner.content)
+                held.append(channel)
+                times.append(time)
+        if times:
+            self._count(held, times)
+            self._chunks.append(_Chunk(min(times), place, frozenset(held)))
+
+    def _count(self, channels: Sequence[int], times: Sequence[int]) -> None:
+        self.counts.update(channels)
+        self._last = max(*times, self._last or 0)
+
+    def _add_loose(self, place: int) -> tuple[int, int]:
+        """Take over a message at whose content the file is: its channel and log time. Its content is not read."""
+        channel, _, time, _ = struct.unpack("<HIQQ", self._exactly(22))
+        self._loose.setdefault(channel, array("Q")).extend((time, place))
+        return channel, time
 
     def _define(self, record: _Record) -> None:
         """Take over a schema or a channel; other records say nothing here."""
@@ -241,14 +335,11 @@ class McapFile:
         """Code and end of a record. The file is then at its content."""
         self._file.seek(place)
         code, length = struct.unpack("<BQ", self._exactly(9))
+        if not code:  # as where a disk lost what was written
+            raise ValueError("no record begins there")
         if place + 9 + length > self._size:
             raise ValueError("a record is truncated")
         return code, place + 9 + length
-
-    def _head_of_message(self) -> tuple[int, int]:
-        """Channel and log time of a message at whose content the file is."""
-        channel, _, time, _ = struct.unpack("<HIQQ", self._exactly(22))
-        return channel, time
 
     def _exactly(self, length: int) -> bytes:
         found = self._file.read(length)

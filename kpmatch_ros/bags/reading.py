@@ -16,8 +16,8 @@ from rosbags.typesys.store import Typestore
 from scipy.spatial.transform import Rotation
 
 from kpmatch_ros.bags.message_types import CAMERA_INFO_TYPE, IMAGE_TYPES, POSE_TYPE, typestore
-from kpmatch_ros.bags.recording import BagError, Recording, Storage, explained
-from kpmatch_ros.bags.storage import Definition
+from kpmatch_ros.bags.recording import BagError, Recording, Storage, explained, with_remedy
+from kpmatch_ros.bags.storage import Definition, in_seconds
 from kpmatch_ros.geometry.pose import Pose
 
 __all__ = [
@@ -66,9 +66,8 @@ def _opened(path: Path) -> Iterator[Recording]:
     try:
         if not recording.counts.total():
             foreign = ", ".join(f"{topic} ({encoding})" for topic, encoding in sorted(recording.foreign.items()))
-            raise BagError(
-                f"{path}: the bag holds no messages{f' in the encoding of ROS 2, only {foreign}' if foreign else ''}"
-            )
+            only = f" in the encoding of ROS 2, only {foreign}" if foreign else ""
+            raise BagError("; ".join([f"{path}: the bag holds no messages{only}", *recording.damage]))
         yield recording
     finally:
         with suppress(Exception):
@@ -105,11 +104,12 @@ def read_messages(
         path: of the bag.
         topics: to read; all where not given. A mapping says of each which types are wanted: others are left out.
         remarks: gets what is odd about the bag, in words, once the last message was read: topics and messages that were
-            left out, and numbers of messages that differ from what its metadata or index declares.
+            left out, what is damaged, up to where a recording goes that was not finished, and numbers of messages that
+            differ from what its metadata or index declares.
 
     Raises:
-        BagError: it is broken, also in its middle, or lacks a topic; or a message cannot be decoded, and there are no
-            `remarks` to say so.
+        BagError: nothing of it can be read, or it lacks a topic; or part of it is damaged, or a message cannot be
+            decoded, and there are no `remarks` to say so.
     """
     path = Path(path)
     with _opened(path) as recording:
@@ -137,36 +137,37 @@ def read_messages(
                     "leave that topic out"
                 )
         raw = recording.messages(wanted)
+        nothing = wanted == known
         while True:
             with explained(path):
                 found = next(raw, None)
+            unsaid = remarks is None or (found is None and nothing)
+            if unsaid and recording.damage:
+                raise BagError(f"{path}: cannot be read: {with_remedy(recording.damage[0], path)}")
             if found is None:
                 break
+            nothing = False
             if found.type not in types.get(found.topic, [found.type]):
                 what = f"has the type {found.type}, not {' or '.join(types[found.topic])}"
                 left_out[found.topic] += 1
-                reasons.setdefault(found.topic, f"{_at(found.stamp)} {what}")
+                reasons.setdefault(found.topic, f"at {in_seconds(found.stamp)} {what}")
                 continue
             try:
-                with explained(path, f"a message on {found.topic} {_at(found.stamp)} cannot be decoded"):
+                with explained(path, f"a message on {found.topic} at {in_seconds(found.stamp)} cannot be decoded"):
                     message = stores[found.type].deserialize_cdr(found.content(), found.type)
             except BagError as error:
                 if remarks is None:
                     raise
                 left_out[found.topic] += 1
-                reasons.setdefault(found.topic, f"{_at(found.stamp)} cannot be decoded: {error.__cause__}")
+                reasons.setdefault(found.topic, f"at {in_seconds(found.stamp)} cannot be decoded: {error.__cause__}")
                 continue
             yield Record(found.topic, found.type, found.stamp, message)
         if remarks is not None:
-            new = list(recording.remarks)
+            new = recording.remarks + recording.damage
             for topic, reason in reasons.items():
                 total = sum(count for (name, _), count in recording.counts.items() if name == topic)
                 new.append(f"{topic}: {left_out[topic]} of {total} messages were left out; the first one {reason}")
             remarks += [remark for remark in new if remark not in remarks]
-
-
-def _at(stamp: int) -> str:
-    return f"at {stamp // 10**9}.{stamp % 10**9:09d} s"
 
 
 def _store_for(kind: str, definition: Definition | None) -> Typestore:

@@ -22,7 +22,7 @@ import yaml
 from kpmatch_ros.bags import mcap_file, sqlite_file
 from kpmatch_ros.bags.mcap_file import McapFile
 from kpmatch_ros.bags.sqlite_file import SqliteFile
-from kpmatch_ros.bags.storage import Definition, StorageFile, from_zstd, type_name, zstd
+from kpmatch_ros.bags.storage import Definition, StorageFile, from_zstd, reason_of, type_name, zstd
 
 __all__ = [
     "BagError",
@@ -37,6 +37,7 @@ __all__ = [
     "is_recording",
     "own_files",
     "stored_files",
+    "with_remedy",
 ]
 
 Storage = Literal["mcap", "sqlite3"]
@@ -60,15 +61,20 @@ def explained(path: Path, what: str = "cannot be read") -> Iterator[None]:
         yield
     except BagError:
         raise
-    except Exception as error:
-        # Storages, compressions and message parsers have errors of their own. A truncated file raises any of them.
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        if isinstance(error, KeyError):
-            reason += " is missing"
-        hint = ""
-        if "magic" in reason or "runcated" in reason or "malformed" in reason:
-            hint = "; if the recording was cut short, `mcap recover` (MCAP) or `ros2 bag reindex` may save it"
-        raise BagError(f"{path}: {what}: {reason}{hint}") from error
+    except Exception as error:  # storages, compressions and message parsers have errors of their own
+        raise BagError(f"{path}: {what}: {with_remedy(reason_of(error), path)}") from error
+
+
+def with_remedy(reason: str, path: Path) -> str:
+    """Why a file, or a bag's folder, cannot be read, and what may help, unless that is said already."""
+    if " recover" in reason or ".recover" in reason:
+        return reason
+    if "database" in reason and "malformed" in reason:
+        file = path if path.is_file() else "FILE"
+        return f"{reason}; `sqlite3 {file} .recover` may save what is in it"
+    if "magic" in reason or "runcated" in reason:
+        return f"{reason}; if the recording was cut short, `mcap recover` may save what is in it"
+    return reason
 
 
 class Raw(NamedTuple):
@@ -95,8 +101,8 @@ class Recording:
         remarks: what is odd about the bag, in words for the user. Reading may add to them.
 
     Raises:
-        BagError: the folder is no bag, or files of it are missing.
-        Exception: of the storage's own kind, where a file is damaged.
+        BagError: the folder is no bag, or files of it are missing, or none can be read.
+        OSError: metadata.yaml, or the folder, cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -106,17 +112,33 @@ class Recording:
         self.remarks: list[str] = []
         self._declared: dict[str, int] = {}
         self._types: dict[str, str] = {}  # as metadata.yaml has them, by topic
-        self._files: list[StorageFile] = []
+        self._files: dict[str, StorageFile] = {}  # by name
+        self._lost: list[str] = []  # files that cannot be read
         self._stack = ExitStack()
         try:
             files = self._files_of(path) if path.is_dir() else [path]
             self.storage: Storage = "mcap" if ".mcap" in files[0].suffixes else "sqlite3"
             for file in files:
-                self._open(file)
+                try:
+                    self._open(file)
+                except (OutputError, PermissionError):  # what the user can mend is no damage
+                    raise
+                except Exception as error:
+                    reason = with_remedy(reason_of(error), file)
+                    if len(files) == 1:
+                        raise BagError(f"{path}: cannot be read: {reason}") from error
+                    self._lost.append(f"{file.name}: cannot be read, so its messages are missing: {reason}")
+            if not self._files:
+                raise BagError(f"{path}: none of its {len(files)} files can be read: {'; '.join(self._lost[:3])}")
         except BaseException:
             self._stack.close()
             raise
         self._compare_with_metadata()
+
+    @property
+    def damage(self) -> list[str]:
+        """What cannot be read of the bag, in words for the user. Reading may add to it."""
+        return self._lost + [f"{name}: {each}" for name, file in self._files.items() for each in file.damage]
 
     def close(self) -> None:
         """Remove what was decompressed."""
@@ -125,7 +147,7 @@ class Recording:
     def messages(self, topics: Collection[str]) -> Iterator[Raw]:
         """The messages on some topics, file by file, each in the order of recording."""
         read: Counter[str] = Counter()
-        for storage in self._files:
+        for storage in self._files.values():
             wanted = {
                 key: (channel.topic, self._type(channel.topic, channel.type))
                 for key, channel in storage.channels.items()
@@ -183,6 +205,7 @@ class Recording:
         return _file_names(content)
 
     def _open(self, path: Path) -> None:
+        name = path.name
         if path.suffix == ".zstd":
             folder = self._stack.enter_context(tempfile.TemporaryDirectory())
             plain = Path(folder, path.stem)
@@ -204,7 +227,9 @@ class Recording:
             storage = SqliteFile(path)
         else:
             storage = McapFile(path)
-        self._files.append(storage)
+        self._files[name] = storage
+        if storage.unfinished:
+            self.remarks.append(f"{name}: {storage.unfinished}")
         for key, channel in storage.channels.items():
             if channel.encoding != "cdr":
                 if storage.counts[key]:

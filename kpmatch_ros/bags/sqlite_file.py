@@ -1,4 +1,7 @@
-"""The sqlite3 files of rosbag2: read, also what a killed recorder left in the write-ahead log, and written."""
+"""The sqlite3 files of rosbag2: read, also what a killed recorder left in the write-ahead log, and written.
+
+Of a damaged file the messages are read that can be: SQLite finds those behind the damage where its index is whole.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,14 @@ import os
 import sqlite3
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from urllib.parse import quote
 
 from rosbags.rosbag2.enums import CompressionMode
 from rosbags.rosbag2.storage_sqlite3 import Sqlite3Writer
 
-from kpmatch_ros.bags.storage import Channel, Definition
+from kpmatch_ros.bags.storage import Channel, Definition, in_seconds, reason_of
 
 __all__ = ["MAGIC", "SqliteFile", "SqliteWriter"]
 
@@ -42,10 +45,11 @@ class SqliteFile:
 
     Attributes:
         channels: by id.
-        counts: how many messages each channel has.
+        counts: how many messages each channel has, or where the file is damaged, how many could be counted.
+        unfinished, damage: as a StorageFile's.
 
     Raises:
-        sqlite3.Error, ValueError: it is no such file, cut short, or damaged.
+        sqlite3.Error, ValueError: it is no such file, or so damaged or cut short that no message can be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,38 +60,93 @@ class SqliteFile:
         # layer "unix-none" the lock is none: the medium may be read-only. Without a log nothing needs a lock.
         access = "mode=ro&vfs=unix-none" if left else "immutable=1"
         self._address, self._with_log = f"file:{_quoted(path)}?{access}", left
+        self.unfinished = ""
+        self.damage: list[str] = []
+        self._last: int | None = None  # time of the last message that was read
+        missing = 0 if left else _missing_bytes(path)  # those that are in the log are not missing
+        self._cut = missing > 0
+        if missing:
+            self.damage.append(f"it was cut short: its last {missing} bytes are missing")
         with closing(self._opened()) as database:
-            self.channels, self.counts = _read_topics(database)
+            self.channels = _read_topics(database)
+            self.counts, error = _count(database)
+        if error is not None:
+            if not self.counts:
+                raise error
+            self._add_damage("its table of messages", error)
 
     def messages(self, ids: Collection[int]) -> Iterator[tuple[int, int, bytes]]:
         """The messages of some channels in the order of recording: channel, nanoseconds, content."""
-        marks = ", ".join("?" for _ in ids)
+        self._last = None
+        left_out = 0
         with closing(self._opened()) as database:
             # Contents are fetched one by one. Where there is no index by time, as some tools write none, SQLite sorts
             # what it is asked for in a temporary file, which would be as large as the bag.
-            for place, channel, time in database.execute(
-                f"SELECT rowid, topic_id, timestamp FROM messages WHERE topic_id IN ({marks}) ORDER BY timestamp, id",
+            for time, row, channel in self._in_order(database, ids):
+                try:
+                    content = _content(database, row)
+                    if not isinstance(time, int):
+                        raise ValueError("it has no time")
+                except (sqlite3.DatabaseError, ValueError) as error:
+                    left_out += 1
+                    if left_out == 1:
+                        self._add_damage(f"messages were left out; the first one, in row {row},", error)
+                    continue
+                self._last = time
+                yield channel, time, content
+
+    def _in_order(self, database: sqlite3.Connection, ids: Collection[int]) -> Iterator[tuple[int, int, int]]:
+        """Time, row and channel of messages in the order of recording."""
+        marks = ", ".join("?" for _ in ids)
+        last = (-(2**63), 0)
+        if not self._cut:
+            try:
+                for found in database.execute(
+                    f"SELECT timestamp, rowid, topic_id FROM messages WHERE topic_id IN ({marks}) "
+                    "ORDER BY timestamp, rowid",
+                    tuple(ids),
+                ):
+                    if isinstance(found[0], int):
+                        last = found[:2]
+                    yield found
+                return
+            except sqlite3.DatabaseError as error:
+                self._add_damage("its index of messages", error)
+        # The table may go on where the index does not.
+        rest: list[tuple[int, int, int]] = []
+        with suppress(sqlite3.DatabaseError):
+            for found in database.execute(
+                f"SELECT timestamp, rowid, topic_id FROM messages NOT INDEXED WHERE topic_id IN ({marks}) "
+                "AND typeof(timestamp) = 'integer'",
                 tuple(ids),
             ):
-                found = database.execute("SELECT data FROM messages WHERE rowid = ?", (place,)).fetchone()
-                content = None if found is None else found[0]
-                if not isinstance(time, int) or not isinstance(content, bytes):
-                    raise ValueError("the database is malformed: a message has no time or no content")
-                yield channel, time, content
+                rest.append(found)
+        if self._cut:  # what is missing of the last message that can be read is zeros to SQLite
+            while rest and not _is_readable(database, rest.pop()[1]):
+                pass
+        yield from sorted(found for found in rest if found[:2] > last)
+
+    def _add_damage(self, what: str, error: Exception) -> None:
+        before = "no message was read before" if self._last is None else (
+            f"the last message that was read before is of {in_seconds(self._last)}"
+        )  # fmt: skip
+        self.damage.append(f"{what} is damaged: {reason_of(error)}; {before}")
 
     def _opened(self) -> sqlite3.Connection:
         database = sqlite3.connect(self._address, uri=True)
         database.text_factory = lambda content: content.decode(errors="replace")
-        if self._with_log:
-            try:
+        try:
+            if self._with_log:
                 database.execute("PRAGMA locking_mode=EXCLUSIVE")
-            except BaseException:
-                database.close()
-                raise
+            if self._cut:  # or SQLite refuses a file that is shorter than it says
+                database.execute("PRAGMA writable_schema=ON")
+        except BaseException:
+            database.close()
+            raise
         return database
 
 
-def _read_topics(database: sqlite3.Connection) -> tuple[dict[int, Channel], Counter[int]]:
+def _read_topics(database: sqlite3.Connection) -> dict[int, Channel]:
     names = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     if not {"messages", "topics"} <= names:
         raise ValueError("the database has no tables of messages and topics")
@@ -104,5 +163,41 @@ def _read_topics(database: sqlite3.Connection) -> tuple[dict[int, Channel], Coun
     ):
         none = Definition("", b"")
         channels[int(key)] = Channel(str(topic), str(kind), str(encoding), definitions.get(str(kind), none))
-    counts = Counter(dict(database.execute("SELECT topic_id, COUNT(*) FROM messages GROUP BY topic_id")))
-    return channels, counts
+    return channels
+
+
+def _count(database: sqlite3.Connection) -> tuple[Counter[int], sqlite3.DatabaseError | None]:
+    """How many messages each channel has: those before any damage, and what SQLite says of that."""
+    try:
+        return Counter(dict(database.execute("SELECT topic_id, COUNT(*) FROM messages GROUP BY topic_id"))), None
+    except sqlite3.DatabaseError as error:
+        counts: Counter[int] = Counter()
+        with suppress(sqlite3.DatabaseError):
+            for (channel,) in database.execute("SELECT topic_id FROM messages NOT INDEXED"):
+                counts[channel] += 1
+        return counts, error
+
+
+def _content(database: sqlite3.Connection, row: int) -> bytes:
+    """The content of a message. Raises ValueError or sqlite3.DatabaseError."""
+    found = database.execute("SELECT data FROM messages WHERE rowid = ?", (row,)).fetchone()
+    if found is None or not isinstance(found[0], bytes):
+        raise ValueError("it has no content")
+    return found[0]
+
+
+def _is_readable(database: sqlite3.Connection, row: int) -> bool:
+    try:
+        return bool(_content(database, row))
+    except (sqlite3.DatabaseError, ValueError):
+        return False
+
+
+def _missing_bytes(path: Path) -> int:
+    """How much shorter a file is than its header says, in bytes; 0 where that says nothing (sqlite.org/fileformat)."""
+    with path.open("rb") as file:
+        header, size = file.read(100), file.seek(0, 2)
+    if len(header) < 100 or header[24:28] != header[92:96]:  # not written by the last that changed the file
+        return 0
+    page_size, pages = int.from_bytes(header[16:18], "big"), int.from_bytes(header[28:32], "big")
+    return max(pages * (65536 if page_size == 1 else page_size) - size, 0)

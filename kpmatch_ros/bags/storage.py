@@ -13,7 +13,18 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-__all__ = ["LARGEST", "Channel", "Definition", "StorageFile", "from_lz4", "from_zstd", "type_name", "zstd"]
+__all__ = [
+    "LARGEST",
+    "Channel",
+    "Definition",
+    "StorageFile",
+    "from_lz4",
+    "from_zstd",
+    "in_seconds",
+    "reason_of",
+    "type_name",
+    "zstd",
+]
 
 LARGEST = 1 << 30
 """Bytes that a message or a chunk has at most once decompressed. A few kilobytes can become any number of them."""
@@ -36,13 +47,33 @@ class Channel(NamedTuple):
 
 
 class StorageFile(Protocol):
-    """A file of a bag; `counts` are messages by channel."""
+    """A file of a bag.
+
+    Attributes:
+        channels: by id.
+        counts: messages by channel.
+        unfinished: in words, up to where there is a recording that its recorder did not finish; empty where it did.
+        damage: in words, what cannot be read, and where. Reading may add to it.
+    """
 
     channels: dict[int, Channel]
     counts: Counter[int]
+    unfinished: str
+    damage: list[str]
 
     def messages(self, ids: Collection[int]) -> Iterator[tuple[int, int, bytes]]:
         """The messages of some channels in the order of recording: channel, nanoseconds, content."""
+
+
+def in_seconds(stamp: int) -> str:
+    """A time in nanoseconds, in words."""
+    return f"{stamp // 10**9}.{stamp % 10**9:09d} s"
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of any parser says, on one line."""
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return f"{reason} is missing" if isinstance(error, KeyError) else reason
 
 
 def type_name(spelling: str) -> str:

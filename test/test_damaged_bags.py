@@ -1,0 +1,283 @@
+"""Bags that were not finished, or are damaged: what can be read is read, and a remark says what is missing."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bag_harness import QUICK, refused
+from test_recordings import IMAGE, STAMPS, TOPIC, picture, raw_image, stamps_of, write_mcap
+
+from kpmatch_ros.bags import (
+    BagError,
+    BagWriter,
+    Topic,
+    bag_topics,
+    image_message,
+    read_messages,
+)
+
+Run = Callable[..., tuple[int, str, str]]
+MAGIC = b"\x89MCAP0\r\n"
+CHUNK, DATA_END, FOOTER, MESSAGE = 6, 15, 2, 5
+
+
+def records(content: bytes) -> list[tuple[int, int, int]]:
+    """Code, begin and end of each record of an MCAP."""
+    found, place = [], len(MAGIC)
+    while place < len(content) - len(MAGIC):
+        code, length = struct.unpack_from("<BQ", content, place)
+        found.append((code, place, place + 9 + length))
+        place += 9 + length
+    return found
+
+
+def places(path: Path, code: int) -> list[tuple[int, int]]:
+    return [(begin, end) for each, begin, end in records(path.read_bytes()) if each == code]
+
+
+def overwrite(path: Path, place: int, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(content)
+
+
+def read(path: Path) -> tuple[list[int], str]:
+    """The stamps of the images that can be read, and the remarks."""
+    remarks: list[str] = []
+    stamps = [found.stamp for found in read_messages(path, [TOPIC], remarks)]
+    return stamps, "\n".join(remarks)
+
+
+# a recorder that was killed, or lost power
+
+
+@pytest.mark.parametrize("parts", [{}, {"compression": "zstd"}, {"message_indexes": False}, {"outside": 1}])
+def test_an_mcap_that_was_not_finished_is_read_up_to_its_last_whole_chunk(
+    kpmatch: Run, tmp_path: Path, parts: dict[str, Any]
+) -> None:
+    path = write_mcap(tmp_path / "drive.mcap", chunks=4, **parts)
+    last = places(path, CHUNK)[-1]
+    count = 2 * len(places(path, CHUNK)) - 2
+    path.write_bytes(path.read_bytes()[: last[1] - 10])
+    stamps, remarks = read(path)
+    assert stamps == STAMPS[:count] == stamps_of(path)
+    rest = last[1] - 10 - last[0]
+    assert remarks == (
+        "drive.mcap: the recording was not finished, or was cut short; the last message that was read before is of "
+        f"1700000000.{count - 1}00000000 s; its last {rest} bytes, from byte {last[0]} on, hold no whole record"
+    )
+    assert bag_topics(path) == [Topic(TOPIC, IMAGE, count)]
+    status, out, err = kpmatch("bag", path, tmp_path / "out", *QUICK)
+    assert status == 0 and f"frames     {count} of" in out
+    assert remarks in err and remarks in out
+
+
+def test_an_mcap_that_lacks_its_end_alone_is_read_whole(tmp_path: Path) -> None:
+    for parts in ({"chunks": 4}, {"chunks": 0}, {"summary": False}):
+        path = write_mcap(tmp_path / "bag.mcap", **parts)
+        for end in (places(path, DATA_END)[0][0], places(path, FOOTER)[0][0], path.stat().st_size - 1):
+            path.write_bytes(path.read_bytes()[:end])
+            stamps, remarks = read(path)
+            assert stamps == STAMPS and "was not finished" in remarks and "no whole record" not in remarks
+            write_mcap(path, **parts)
+
+
+def test_zeros_that_a_lost_disk_cache_leaves_at_the_end_are_no_messages(tmp_path: Path) -> None:
+    path = write_mcap(tmp_path / "bag.mcap", chunks=4)
+    begin, _ = places(path, CHUNK)[-1]
+    path.write_bytes(path.read_bytes()[:begin] + bytes(70_000))
+    stamps, remarks = read(path)
+    assert stamps == STAMPS[:6] and f"its last 70000 bytes, from byte {begin} on, hold no whole record" in remarks
+
+
+@pytest.mark.parametrize("parts", [{"chunks": 4}, {"chunks": 0}, {"chunks": 3, "outside": 1, "compression": "zstd"}])
+def test_wherever_an_mcap_was_cut_what_is_read_is_the_beginning(tmp_path: Path, parts: dict[str, Any]) -> None:
+    content = write_mcap(tmp_path / "whole.mcap", **parts).read_bytes()
+    path, most = tmp_path / "cut.mcap", 0
+    for end in [*range(0, len(content), 997), *range(len(content) - 60, len(content))]:
+        path.write_bytes(content[:end])
+        try:
+            stamps, remarks = read(path)
+        except BagError as error:
+            assert most == 0 and str(path) in str(error)
+            continue
+        assert stamps == STAMPS[: len(stamps)] and len(stamps) >= most and "not finished" in remarks
+        most = len(stamps)
+    assert most == 8
+
+
+def test_an_unfinished_mcap_without_a_whole_message_is_refused(tmp_path: Path) -> None:
+    path = write_mcap(tmp_path / "bag.mcap")
+    for end in (len(MAGIC) + 40, 5000):
+        path.write_bytes(path.read_bytes()[:end])
+        with pytest.raises(BagError, match=r"it was not finished, and no message in it can be read.*`mcap recover`"):
+            read(path)
+        write_mcap(path)
+
+
+# damage
+
+
+@pytest.mark.parametrize("parts", [{}, {"summary": False}, {"chunk_indexes": False}, {"message_indexes": False}])
+def test_a_damaged_chunk_costs_its_own_messages_alone(kpmatch: Run, tmp_path: Path, parts: dict[str, Any]) -> None:
+    path = write_mcap(tmp_path / "drive.mcap", chunks=4, compression="zstd", **parts)
+    begin, _ = places(path, CHUNK)[2]
+    overwrite(path, begin + 1000, bytes(4096))
+    stamps, remarks = read(path)
+    assert stamps == [*STAMPS[:4], *STAMPS[6:]]
+    said = f"drive.mcap: what is at byte {begin} was left out, because it is damaged: "
+    assert said in remarks and "the last message that was read before is of 1700000000.300000000 s" in remarks
+    with pytest.raises(BagError, match=rf"drive\.mcap: cannot be read: drive.mcap: what is at byte {begin} was"):
+        stamps_of(path)
+    status, out, err = kpmatch("bag", path, tmp_path / "out", *QUICK)
+    assert status == 0 and "frames     6 of" in out and said in out and said in err
+    _, out, _ = kpmatch("bag", path, tmp_path / "again", *QUICK, "--json")
+    assert any(remark.startswith(said) for remark in json.loads(out)["remarks"])
+
+
+def test_messages_before_damage_inside_a_chunk_that_is_not_compressed_are_kept(tmp_path: Path) -> None:
+    path = write_mcap(tmp_path / "bag.mcap", chunks=2)
+    _, end = places(path, CHUNK)[1]
+    overwrite(path, end - len(raw_image(7)) - 22 - 9, b"\xff" * 9)  # the head of its last message
+    assert read(path)[0] == STAMPS[:7]
+
+
+def test_where_a_chunks_length_is_lost_the_index_says_where_the_next_one_is(tmp_path: Path) -> None:
+    path = write_mcap(tmp_path / "bag.mcap", chunks=4, statistics=False)  # so that the file is scanned
+    begin, _ = places(path, CHUNK)[2]
+    overwrite(path, begin, bytes(200))
+    stamps, remarks = read(path)
+    assert stamps == [*STAMPS[:4], *STAMPS[6:]]
+    assert f"what is at byte {begin} was left out, because it is damaged: no record begins there" in remarks
+
+
+@pytest.mark.parametrize("parts", [{"chunks": 4, "summary": False}, {"chunks": 0}])
+def test_where_a_length_is_lost_and_no_index_helps_reading_ends_there(tmp_path: Path, parts: dict[str, Any]) -> None:
+    path = write_mcap(tmp_path / "bag.mcap", **parts)
+    begin, _ = places(path, CHUNK)[2] if parts["chunks"] else places(path, MESSAGE)[4]
+    overwrite(path, begin, b"\xff" * 9)
+    stamps, remarks = read(path)
+    assert stamps == STAMPS[:4]
+    assert f"bag.mcap: it is damaged at byte {begin}: a record is truncated; what follows was not read" in remarks
+    assert "the last message that was read before is of 1700000000.300000000 s" in remarks
+
+
+def test_a_damaged_index_costs_no_message(tmp_path: Path) -> None:
+    for code, at, content in ((DATA_END, 13, b"\xff" * 9), (FOOTER, 9, b"\xff" * 8), (FOOTER, 0, b"\xff" * 9)):
+        path = write_mcap(tmp_path / "bag.mcap", chunks=4)
+        overwrite(path, places(path, code)[0][0] + at, content)
+        stamps, remarks = read(path)
+        assert stamps == STAMPS and "bag.mcap: its index was not used, because it is damaged: " in remarks
+
+
+def test_topics_that_were_named_in_a_damaged_chunk_are_said_to_be_lost(tmp_path: Path) -> None:
+    path = write_mcap(tmp_path / "bag.mcap", chunks=4, compression="zstd", summary=False)
+    begin, _ = places(path, CHUNK)[0]
+    overwrite(path, begin + 1000, bytes(4096))
+    with pytest.raises(BagError, match=r"holds no messages; .*6 messages were left out: which topics they are of"):
+        read(path)
+
+
+def test_a_bag_of_nothing_but_damaged_chunks_is_refused(kpmatch: Run, tmp_path: Path) -> None:
+    for summary in (True, False):
+        path = write_mcap(tmp_path / "bag.mcap", chunks=2, compression="zstd", summary=summary)
+        for begin, _ in places(path, CHUNK):
+            overwrite(path, begin + 1000, bytes(4096))
+        with pytest.raises(BagError, match=r"bag\.mcap: cannot be read: .*damaged"):
+            list(read_messages(path, remarks=[]))
+        assert "is damaged" in refused(kpmatch("bag", path, tmp_path / "out", *QUICK))
+
+
+# sqlite3
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    """A bag of forty images in one sqlite3 file of some 800 kB."""
+    with BagWriter(tmp_path / "bag", "sqlite3") as bag:
+        for number in range(40):
+            stamp = STAMPS[0] + number * 10**8
+            bag.write(TOPIC, image_message(picture(number % 8), stamp, "eye", "mono8"), stamp)
+    return tmp_path / "bag" / "bag.db3"
+
+
+def test_a_damaged_database_is_read_around_its_damage(kpmatch: Run, database: Path, tmp_path: Path) -> None:
+    stamps = stamps_of(database)
+    overwrite(database, database.stat().st_size * 93 // 100 // 4096 * 4096, bytes(8192))
+    kept, remarks = read(database)
+    assert 36 <= len(kept) < 40 and set(kept) < set(stamps) and kept == sorted(kept)
+    assert "bag.db3: " in remarks and "is damaged: database disk image is malformed" in remarks
+    assert "the last message that was read before is of 170000000" in remarks
+    with pytest.raises(BagError, match=r"bag\.db3: cannot be read: .*malformed; .*`sqlite3 .*bag\.db3 \.recover` may"):
+        stamps_of(database)
+    status, out, err = kpmatch("bag", database.parent, tmp_path / "out", *QUICK)
+    assert status == 0 and f"frames     {len(kept)} of" in out and "is malformed" in out and "is malformed" in err
+
+
+def test_wherever_a_database_was_cut_what_is_read_is_what_was_recorded(database: Path) -> None:
+    whole = {found.stamp: bytes(found.message.data) for found in read_messages(database)}
+    content, most = database.read_bytes(), 0
+    for end in range(4096, len(content), 20_011):
+        database.write_bytes(content[:end])
+        remarks: list[str] = []
+        try:
+            found = {each.stamp: bytes(each.message.data) for each in read_messages(database, [TOPIC], remarks)}
+        except BagError:
+            assert not most
+            continue
+        assert found.items() <= whole.items()
+        assert f"bag.db3: it was cut short: its last {len(content) - end} bytes are missing" in remarks
+        most = max(most, len(found))
+    assert most > 30
+
+
+@pytest.mark.parametrize("page", range(0, 190, 7))
+def test_no_lost_page_of_a_database_goes_unsaid(database: Path, page: int) -> None:
+    """Its own pages are checked; a last page of an image has nothing that could be."""
+    stamps = stamps_of(database)
+    size = database.stat().st_size
+    overwrite(database, page * size // 190 // 4096 * 4096, b"\xff" * 4096)
+    try:
+        kept, remarks = read(database)
+    except BagError as error:
+        assert str(database) in str(error)
+        return
+    assert kept == [stamp for stamp in stamps if stamp in kept]
+    assert bool(remarks) == (kept != stamps) or "index" in remarks
+
+
+def test_a_database_that_cannot_be_opened_has_the_remedy_of_a_database(database: Path) -> None:
+    overwrite(database, 100, bytes(3000))
+    for path in (database, database.parent):
+        with pytest.raises(BagError, match=rf"malformed; `sqlite3 {database} \.recover` may save what is in it"):
+            bag_topics(path)
+
+
+# messages outside chunks
+
+
+def test_reading_a_topic_costs_nothing_of_the_contents_of_others(tmp_path: Path) -> None:
+    path = write_mcap(tmp_path / "bag.mcap", chunks=0, foreign=[("/points", "cdr", b"")], summary=False)
+    content = path.read_bytes()
+    end = places(path, DATA_END)[0][0]
+    large = 1 << 28
+    with path.open("r+b") as file:  # with holes, which take no place
+        file.truncate(end)
+        file.seek(end)
+        for number in range(4):
+            file.write(struct.pack("<BQ", MESSAGE, 22 + large) + struct.pack("<HIQQ", 2, 8, STAMPS[number] + 1, 0))
+            file.seek(large, 1)
+        file.write(content[end:])
+
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+    before = bytes_read()
+    assert stamps_of(path) == STAMPS
+    assert bytes_read() - before < 10_000_000 < path.stat().st_size // 100
+    assert Topic("/points", "foxglove.Log", 12) in bag_topics(path)
