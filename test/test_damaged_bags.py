@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from bag_harness import QUICK, refused
+from bag_harness import QUICK, refused, table
 from test_recordings import IMAGE, STAMPS, TOPIC, picture, raw_image, stamps_of, write_mcap
 
 from kpmatch_ros.bags import (
@@ -20,6 +22,8 @@ from kpmatch_ros.bags import (
     image_message,
     read_messages,
 )
+from simulation import demo_camera
+from simulation.bags import write_camera_bag
 
 Run = Callable[..., tuple[int, str, str]]
 MAGIC = b"\x89MCAP0\r\n"
@@ -256,6 +260,71 @@ def test_a_database_that_cannot_be_opened_has_the_remedy_of_a_database(database:
     for path in (database, database.parent):
         with pytest.raises(BagError, match=rf"malformed; `sqlite3 {database} \.recover` may save what is in it"):
             bag_topics(path)
+
+
+# files of one bag
+
+
+@pytest.fixture(params=["mcap", "sqlite3"])
+def split(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A bag in twelve files, two images each, without metadata.yaml."""
+    (tmp_path / "drive").mkdir()
+    for number in range(12):
+        stamps = [STAMPS[0] + (2 * number + each) * 10**8 for each in range(2)]
+        images = [np.repeat(picture(each)[..., None], 3, axis=2) for each in range(2)]
+        write_camera_bag(tmp_path / "part", images, stamps, demo_camera(160, 120), image_topic=TOPIC, storage=request.param)  # fmt: skip # noqa: E501
+        (file,) = (path for path in (tmp_path / "part").iterdir() if path.stem == "part")
+        file.rename(tmp_path / "drive" / f"drive_{number}{file.suffix}")
+        shutil.rmtree(tmp_path / "part")
+    return tmp_path / "drive"
+
+
+def file_of(split: Path, number: int) -> Path:
+    (file,) = split.glob(f"drive_{number}.*")
+    return file
+
+
+def test_numbered_files_without_metadata_are_one_bag(kpmatch: Run, split: Path, tmp_path: Path) -> None:
+    stamps, remarks = read(split)
+    assert stamps == [STAMPS[0] + number * 10**8 for number in range(24)]
+    first, last = file_of(split, 0).name, file_of(split, 11).name
+    assert remarks == f"there is no metadata.yaml: read as one bag were 12 files, {first} to {last}"
+    file_of(split, 0).unlink()  # a recorder with little space removes its oldest
+    assert len(read(split)[0]) == 22
+    status, out, _ = kpmatch("bag", split, tmp_path / "out", *QUICK)
+    assert status == 0 and "frames     22 of" in out and "there is no metadata.yaml" in out
+
+
+def test_files_of_several_bags_or_with_one_missing_are_not_taken_for_one(split: Path) -> None:
+    for change in (lambda: file_of(split, 5).rename(split / f"walk_5{file_of(split, 5).suffix}"),
+                   lambda: next(split.glob("walk_5*")).unlink()):  # fmt: skip
+        change()
+        with pytest.raises(BagError, match=r"files but no metadata\.yaml, and they are not numbered.*ros2 bag reindex"):
+            read(split)
+
+
+def test_a_damaged_file_among_several_is_a_gap(kpmatch: Run, split: Path, tmp_path: Path) -> None:
+    name = file_of(split, 3).name
+    file_of(split, 3).write_bytes(b"")
+    stamps, remarks = read(split)
+    assert stamps == [STAMPS[0] + number * 10**8 for number in range(24) if number not in (6, 7)]
+    said = f"{name}: cannot be read, so its messages are missing: "
+    assert said in remarks
+    with pytest.raises(BagError, match=f"drive: cannot be read: {name}"):
+        stamps_of(split)
+    (tmp_path / "all").mkdir()
+    split.rename(tmp_path / "all" / "drive")
+    status, printed, errors = kpmatch("archive", tmp_path / "all", tmp_path / "out", *QUICK)
+    assert status == 0 and "1 done" in printed, errors
+    row = table(tmp_path / "out")["drive"]
+    assert row["state"] == "done" and row["frames"] == "22" and said in row["message"]
+
+
+def test_several_files_none_of_which_can_be_read_are_no_bag(split: Path) -> None:
+    for number in range(12):
+        file_of(split, number).write_bytes(b"something else")
+    with pytest.raises(BagError, match=r"drive: none of its 12 files can be read: drive_0\.\w+: cannot be read"):
+        read(split)
 
 
 # messages outside chunks

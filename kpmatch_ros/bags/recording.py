@@ -171,11 +171,18 @@ class Recording:
                 if old := sorted(entry.name for entry in folder.glob("*.bag") if entry.is_file()):
                     raise BagError(f"{folder}: is not a bag of ROS 2; {old[0]} is one of ROS 1: name that file")
                 raise BagError(f"{folder}: is not a bag; a bag's folder holds metadata.yaml and .mcap or .db3 files")
+            # A recording that was killed before it wrote its metadata has one file, or several that are numbered.
             if len(present) > 1:
-                raise BagError(
-                    f"{folder}: has {len(present)} files but no metadata.yaml; ros2 bag reindex {folder} writes one"
+                if not _are_numbered(present):
+                    raise BagError(
+                        f"{folder}: has {len(present)} files but no metadata.yaml, and they are not numbered as those "
+                        f"of one bag: {_in_short(present)}; name one of them, or if all are of one bag, "
+                        f"ros2 bag reindex {folder} writes metadata.yaml"
+                    )
+                self.remarks.append(
+                    f"there is no metadata.yaml: read as one bag were {len(present)} files, {_in_short(present)}"
                 )
-            return present  # a recording that was killed before it wrote its metadata
+            return present
         names = self._read_metadata(folder / "metadata.yaml")
         if not names:
             if not present:
@@ -349,6 +356,22 @@ def _as_it_is_now(file: Path) -> Path:
 def _natural(path: Path) -> list[Any]:
     """bag_2.db3 comes before bag_10.db3."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.name)]
+
+
+def _are_numbered(files: list[Path]) -> bool:
+    """Whether files that are sorted have one stem and consecutive numbers, as drive_0.mcap and drive_1.mcap."""
+    found = [re.fullmatch(r"(.*?)(\d+)(\.\w+)", file.name.removesuffix(".zstd")) for file in files]
+    parts = [match.groups() for match in found if match is not None]
+    first = int(parts[0][1]) if parts else 0
+    return len({(stem, suffix) for stem, _, suffix in parts}) == 1 and [int(number) for _, number, _ in parts] == list(
+        range(first, first + len(files))
+    )
+
+
+def _in_short(files: list[Path]) -> str:
+    """The names of files that are sorted, or where these are many, of the first and the last one."""
+    names = [file.name for file in files]
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]} to {names[-1]}"
 
 
 def is_recording(file: Path) -> bool:
