@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 from bag_harness import QUICK, refused, table
-from test_recordings import IMAGE, STAMPS, TOPIC, picture, raw_image, stamps_of, write_mcap
+from rosbags.rosbag2 import StoragePlugin, Writer
+from test_recordings import IMAGE, INFO, STAMPS, TOPIC, picture, raw_image, remarks_of, stamps_of, write_mcap
 
 from kpmatch_ros.bags import (
     BagError,
     BagWriter,
     Topic,
     bag_topics,
+    camera_info_message,
     image_message,
     read_messages,
+    typestore,
 )
 from simulation import demo_camera
 from simulation.bags import write_camera_bag
@@ -325,6 +328,55 @@ def test_several_files_none_of_which_can_be_read_are_no_bag(split: Path) -> None
         file_of(split, number).write_bytes(b"something else")
     with pytest.raises(BagError, match=r"drive: none of its 12 files can be read: drive_0\.\w+: cannot be read"):
         read(split)
+
+
+# definitions
+
+_HEADER = "std_msgs/Header header\n"
+_PIXELS = "uint32 height\nuint32 width\nstring encoding\nuint8 is_bigendian\nuint32 step\nuint8[] data\n"
+_NESTED = f"{'=' * 80}\nMSG: std_msgs/Header\nbuiltin_interfaces/Time stamp\nstring frame_id\n"
+_TIME = f"{'=' * 80}\nMSG: builtin_interfaces/Time\nint32 sec\nuint32 nanosec\n"
+
+
+@pytest.mark.parametrize(
+    ("definition", "said"),
+    [
+        (_HEADER + _PIXELS + _NESTED + _TIME, ""),
+        ((_HEADER + _PIXELS + _NESTED + _TIME).replace("\n", "\r\n"), ""),
+        ("", "is empty"),
+        (" \r\n", "is empty"),
+        ("\x00\xff", "cannot be understood"),
+        (_HEADER + _PIXELS, "leaves out std_msgs/msg/Header"),
+        ((_HEADER + _PIXELS + _NESTED).replace("\n", "\r\n"), ""),
+    ],
+)
+def test_images_are_read_whatever_became_of_their_definition(tmp_path: Path, definition: str, said: str) -> None:
+    path = write_mcap(tmp_path / "bag.mcap", schema_encoding="ros2msg", definition=definition)
+    found = [bytes(found.message.data) for found in read_messages(path, [TOPIC])]
+    assert found == [picture(number).tobytes() for number in range(8)]
+    remark = f"{IMAGE}: was read by the package's own definition: that in the bag {said}"
+    assert remarks_of(path) == (remark if said else "")
+
+
+@pytest.mark.parametrize("storage", list(StoragePlugin))
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda _: "", id="empty"),
+        pytest.param(lambda text: text.replace("\n", "\r\n"), id="other line ends"),
+        pytest.param(lambda text: text.split("=" * 80)[0], id="what it is made of left out"),
+    ],
+)
+def test_calibration_is_read_whatever_became_of_its_definition(
+    tmp_path: Path, storage: StoragePlugin, change: Callable[[str], str]
+) -> None:
+    store, camera = typestore(), demo_camera(160, 120)
+    with Writer(tmp_path / "bag", version=8, storage_plugin=storage) as writer:
+        definition = change(store.generate_msgdef(INFO)[0])
+        connection = writer.add_connection("/info", INFO, msgdef=definition, rihs01="RIHS01_0")
+        writer.write(connection, STAMPS[0], store.serialize_cdr(camera_info_message(camera, STAMPS[0], "eye"), INFO))
+    (found,) = read_messages(tmp_path / "bag")
+    assert found.message.k.tolist() == camera.matrix.ravel().tolist() and found.message.header.frame_id == "eye"
 
 
 # messages outside chunks

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 GROUND_TRUTH = "/ground_truth/pose"
-_USED_TYPES = (*IMAGE_TYPES, CAMERA_INFO_TYPE, POSE_TYPE)
+_USED_TYPES = (*IMAGE_TYPES, CAMERA_INFO_TYPE, POSE_TYPE, "tf2_msgs/msg/TFMessage")
 
 
 class Record(NamedTuple):
@@ -130,7 +130,9 @@ def read_messages(
                 continue
             if kind not in stores:
                 with explained(path, f"the definition of {kind} cannot be understood"):
-                    stores[kind] = _store_for(kind, recording.definitions.get(kind))
+                    stores[kind], why = _store_for(kind, recording.definitions.get(kind))
+                if why:
+                    recording.remarks.append(f"{kind}: was read by the package's own definition: that in the bag {why}")
             if kind not in stores[kind].types:
                 raise BagError(
                     f"{path}: {topic} has the type {kind}, which is not known here and which the bag does not define; "
@@ -170,42 +172,62 @@ def read_messages(
             remarks += [remark for remark in new if remark not in remarks]
 
 
-def _store_for(kind: str, definition: Definition | None) -> Typestore:
+def _store_for(kind: str, definition: Definition | None) -> tuple[Typestore, str]:
     """The types that decode messages of one type: those that the bag defines, or else those known here.
+
+    Returns:
+        the types, and where they are not those that the bag defines, why; or nothing where it defines none.
 
     Raises:
         ValueError: what the bag defines is not the type that ROS has under this name.
+        Exception: it cannot be parsed, and is not of a type that is used here.
     """
     if definition is None:
-        return typestore()
-    text = definition.content.decode()
-    if definition.form == "msg":
-        types = get_types_from_msg(text, kind)
-    else:  # one .idl file, or several, each below a line of "=" and its name
-        types = {}
-        for part in text.split("=" * 80 + "\n"):
-            if part:
-                types.update(get_types_from_idl(part.split("\n", 1)[1] if part.startswith("IDL: ") else part))
+        return typestore(), ""
+    if not definition.content.strip():
+        return typestore(), "is empty"
     store = get_typestore(Stores.EMPTY)
-    store.register(types)
-    if kind in _USED_TYPES:
-        _check_fields(store, kind)
-    return store
+    try:
+        store.register(_types_in(definition, kind))
+    except Exception:
+        if kind not in _USED_TYPES:
+            raise
+        return typestore(), "cannot be understood"
+    absent = _absent_types(store, kind) if kind in _USED_TYPES else []
+    return (typestore(), f"leaves out {', '.join(absent)}") if absent else (store, "")
 
 
-def _check_fields(store: Typestore, kind: str) -> None:
-    """Check that a type of ROS, and what it is made of, has the fields that are used here."""
+def _types_in(definition: Definition, kind: str) -> dict[str, Any]:
+    """The types that a definition holds, by name. Raises what its parser does."""
+    text = definition.content.decode().replace("\r\n", "\n").replace("\r", "\n")
+    if definition.form == "msg":
+        return dict(get_types_from_msg(text, kind))
+    types: dict[str, Any] = {}
+    for part in text.split("=" * 80 + "\n"):  # one .idl file, or several, each below a line of "=" and its name
+        if part:
+            types.update(get_types_from_idl(part.split("\n", 1)[1] if part.startswith("IDL: ") else part))
+    return types
+
+
+def _absent_types(store: Typestore, kind: str) -> list[str]:
+    """Which types of ROS are absent that a type is made of, or it itself. Those that are there have its fields.
+
+    Raises:
+        ValueError: one has other fields.
+    """
     if kind not in store.fielddefs:
-        raise ValueError(f"it leaves out {kind}")
+        return [kind]
     ours, theirs = typestore().fielddefs[kind][1], store.fielddefs[kind][1]
     if ours != theirs:
         raise ValueError(f"{kind} has not the fields that ROS gives it, {', '.join(name for name, _ in ours)}")
+    absent: list[str] = []
     for _, (node, detail) in ours:
         element: Any = (node, detail)
         while element[0] in (Nodetype.ARRAY, Nodetype.SEQUENCE):
             element = element[1][0]
         if element[0] == Nodetype.NAME:
-            _check_fields(store, str(element[1]))
+            absent += _absent_types(store, str(element[1]))
+    return list(dict.fromkeys(absent))
 
 
 def read_ground_truth(path: str | Path, topic: str = GROUND_TRUTH) -> tuple[NDArray[np.int64], list[Pose]]:
