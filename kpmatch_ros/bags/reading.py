@@ -165,7 +165,7 @@ def read_messages(
                 continue
             yield Record(found.topic, found.type, found.stamp, message)
         if remarks is not None:
-            new = recording.remarks + recording.damage
+            new = recording.damage + recording.remarks  # the cause comes before what follows from it
             for topic, reason in reasons.items():
                 total = sum(count for (name, _), count in recording.counts.items() if name == topic)
                 new.append(f"{topic}: {left_out[topic]} of {total} messages were left out; the first one {reason}")
