@@ -110,6 +110,8 @@ class SqliteFile:
                         last = found[:2]
                     yield found
                 return
+            except sqlite3.OperationalError:  # no place to sort in, say: the bag is not at fault
+                raise
             except sqlite3.DatabaseError as error:
                 self._add_damage("its index of messages", error)
         # The table may go on where the index does not.
@@ -170,6 +172,8 @@ def _count(database: sqlite3.Connection) -> tuple[Counter[int], sqlite3.Database
     """How many messages each channel has: those before any damage, and what SQLite says of that."""
     try:
         return Counter(dict(database.execute("SELECT topic_id, COUNT(*) FROM messages GROUP BY topic_id"))), None
+    except sqlite3.OperationalError:
+        raise
     except sqlite3.DatabaseError as error:
         counts: Counter[int] = Counter()
         with suppress(sqlite3.DatabaseError):
