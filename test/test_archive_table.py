@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,22 @@ def test_a_bag_without_the_topics_asked_for_is_not_called_broken(
     assert f"{fleet / 'no images'}: has no image topic" in errors
     status, _, errors = run(fleet, tmp_path / "none", *QUICK, "--image", "/top/image")
     assert status == 2 and errors.splitlines()[-1] == "kpmatch archive: none of the 4 bags can be used"
+
+
+def test_a_bag_whose_images_are_in_what_is_damaged_is_broken_and_not_unsuitable(
+    run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    drive = tmp_path / "in" / "drive"
+    write_camera_bag(drive, views[:3], stamps(3), demo_camera(*SIZE))
+    with BagWriter(tmp_path / "other") as bag:
+        bag.write("/info", camera_info_message(demo_camera(*SIZE), stamps(1)[0], "eye"), stamps(1)[0])
+    (drive / "metadata.yaml").unlink()
+    (drive / "drive.mcap").unlink()
+    (drive / "drive_0.mcap").write_bytes(b"garbage")  # it held the images
+    shutil.copy(tmp_path / "other" / "other.mcap", drive / "drive_1.mcap")
+    assert run(tmp_path / "in", tmp_path / "out", *QUICK)[0] == 2
+    row = table(tmp_path / "out")["drive"]
+    assert row["state"] == "broken" and "drive_0.mcap: cannot be read" in row["message"]
 
 
 def test_a_row_says_what_an_evaluation_asks_and_what_computed_it(

@@ -28,7 +28,7 @@ from typing import Any
 import kpmatch_ros
 from kpmatch_ros.bags.archive_table import TABLES, Row
 from kpmatch_ros.bags.cameras import UnsuitableError, choose_cameras
-from kpmatch_ros.bags.recording import BagError, OutputError, has_stored_name, stored_files
+from kpmatch_ros.bags.recording import BagError, OutputError, has_stored_name, is_unfinished, stored_files
 from kpmatch_ros.parameters import ParameterError, Parameters
 from kpmatch_ros.source_files import named_files
 from kpmatch_ros.weights import WeightsError, file_hash
@@ -129,9 +129,12 @@ class Job:
             return 0
 
     def forget_attempts_after(self, begun: int) -> None:
-        """Count so many attempts at most: those after them were stopped from outside."""
-        if self.begun > begun:
-            os.truncate(self.attempts, begun)
+        """Count so many attempts at most: those after them have ended, or were stopped from outside."""
+        if begun == 0:
+            self.attempts.unlink(missing_ok=True)
+        elif self.begun > begun:
+            with suppress(FileNotFoundError):  # a worker that is still alive was first
+                os.truncate(self.attempts, begun)
 
     @classmethod
     def of(cls, bag: Path, folder: Path, out: Path, unfinished: Path) -> Job:
@@ -382,25 +385,30 @@ def replay_one(job: Job, settings: Settings) -> Row:
             "message": f"{job.source}: is passed over, because {job.begun} processes died while they replayed it, as "
             "where memory runs out; kpmatch bag shows how it goes alone",
         }
+    begun, kept = job.begun, 0
     with job.attempts.open("ab") as file:
         file.write(b".")
     try:
         return _replay(job, settings, row)
+    except BaseException as error:
+        kept = 0 if isinstance(error, Exception) else begun  # stopped from outside: it tells nothing of the bag
+        raise
     finally:  # whatever the outcome, this process is alive
-        job.attempts.unlink(missing_ok=True)
+        job.forget_attempts_after(kept)
 
 
 def _replay(job: Job, settings: Settings, row: Row) -> Row:
     """The row of an attempt, see :func:`replay_one`; what is known of the bag before is in `row`."""
     started = time.perf_counter()
     try:
-        if _row_in(job.target) is not None:
+        before = _row_in(job.target)
+        if before is not None and not before.get("unfinished"):
             raise _NotKept(
                 f"{job.target}: was made from another bag than {job.source}, or from an earlier one; remove it, or "
                 "choose another folder to write to"
             )
         for place in (job.target, *job.target.parents):
-            if os.path.lexists(place) and (place == job.target or not place.is_dir()):
+            if os.path.lexists(place) and ((place == job.target and before is None) or not place.is_dir()):
                 raise BagError(f"{place}: exists, and kpmatch archive did not make it; remove it")
         source = _source(job.source)
         cameras = choose_cameras(job.source, settings.parameters.mode, settings.topics)
@@ -436,11 +444,13 @@ def _replay(job: Job, settings: Settings, row: Row) -> Row:
             whole = row | {name: figures.get(name) for name in _FIGURES}
             whole |= {"state": "done", "message": "; ".join(report.faults), "recorded": round(report.recorded, 3)}
             whole |= {"device": str(device), "precision": str(precision).removeprefix("torch.")}
-            whole |= {"threads": torch.get_num_threads()}
+            whole |= {"threads": torch.get_num_threads(), "unfinished": is_unfinished(job.source)}
             whole |= {"seconds": round(time.perf_counter() - started, 3), "source": source}
             (beside / _ROW).write_text(json.dumps(whole))
             job.target.parent.mkdir(parents=True, exist_ok=True)
             try:
+                if before is not None:  # of a part of the bag
+                    os.replace(job.target, Path(folder) / "before")
                 os.replace(beside, job.target)
             except OSError as error:
                 # A worker that seemed lost, and was replaced by this one, may have been first.

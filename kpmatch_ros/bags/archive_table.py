@@ -17,7 +17,8 @@ Row = dict[str, Any]
 """The figures of a bag: bag, state, where and message, seconds, and of one that is done those of its replay.
 
 These are some of :meth:`kpmatch_ros.bags.report.Report.figures`, recorded (seconds), and what computed them: device,
-precision and threads. In a finished bag's folder also source: what tells the bag that was read from others of its name.
+precision and threads. In a finished bag's folder also source: what tells the bag that was read from others of its name;
+and unfinished: whether it may have been a part of the bag, which another run may find whole.
 `state` is done; or broken, where the bag is at fault; or unsuitable, where it has not the topics that are asked for; or
 failed, where something else is at fault.
 """

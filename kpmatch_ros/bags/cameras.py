@@ -9,7 +9,7 @@ from pathlib import Path
 from posixpath import dirname, join
 
 from kpmatch_ros.bags.message_types import CAMERA_INFO_TYPE, IMAGE_TYPES
-from kpmatch_ros.bags.reading import Topic, bag_topics
+from kpmatch_ros.bags.reading import Topic, bag_damage, bag_topics
 from kpmatch_ros.bags.recording import BagError
 
 __all__ = ["CameraTopics", "UnsuitableError", "choose_camera", "choose_cameras", "choose_stereo_cameras"]
@@ -50,7 +50,12 @@ def choose_cameras(bag: Path, mode: str, topics: Mapping[str, str | None]) -> tu
         UnsuitableError: when a topic is not in the bag, or there is none or several to choose from.
         BagError: when it cannot be read.
     """
-    return choose_stereo_cameras(bag, **topics) if mode == "stereo" else (choose_camera(bag, **topics),)
+    try:
+        return choose_stereo_cameras(bag, **topics) if mode == "stereo" else (choose_camera(bag, **topics),)
+    except UnsuitableError as error:
+        if damage := bag_damage(bag):  # the topics may have stood there
+            raise BagError("; ".join([str(error), *damage])) from error
+        raise
 
 
 def choose_camera(

@@ -80,6 +80,12 @@ def bag_topics(path: str | Path) -> list[Topic]:
         return sorted(Topic(topic, kind, count) for (topic, kind), count in recording.counts.items() if count)
 
 
+def bag_damage(path: str | Path) -> list[str]:
+    """What cannot be read of a bag, in words, as far as its index tells. Raises BagError."""
+    with _opened(Path(path)) as recording:
+        return recording.damage
+
+
 def image_topics(path: str | Path) -> list[Topic]:
     """The topics with images, compressed or not, that hold messages, by name. Raises BagError."""
     return [topic for topic in bag_topics(path) if topic.type in IMAGE_TYPES]

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import re
+import shlex
 import shutil
+import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -35,6 +38,7 @@ __all__ = [
     "explained",
     "has_stored_name",
     "is_recording",
+    "is_unfinished",
     "own_files",
     "stored_files",
     "with_remedy",
@@ -67,10 +71,10 @@ def explained(path: Path, what: str = "cannot be read") -> Iterator[None]:
 
 def with_remedy(reason: str, path: Path) -> str:
     """Why a file, or a bag's folder, cannot be read, and what may help, unless that is said already."""
-    if " recover" in reason or ".recover" in reason:
+    if "mcap recover" in reason or ".recover`" in reason:
         return reason
     if "database" in reason and "malformed" in reason:
-        file = path if path.is_file() else "FILE"
+        file = shlex.quote(str(path)) if path.is_file() else "FILE"
         return f"{reason}; `sqlite3 {file} .recover` may save what is in it"
     if "magic" in reason or "runcated" in reason:
         return f"{reason}; if the recording was cut short, `mcap recover` may save what is in it"
@@ -121,7 +125,7 @@ class Recording:
             for file in files:
                 try:
                     self._open(file)
-                except (OutputError, PermissionError):  # what the user can mend is no damage
+                except (OutputError, MemoryError, OSError, sqlite3.OperationalError):  # of the machine, not the bag
                     raise
                 except Exception as error:
                     reason = with_remedy(reason_of(error), file)
@@ -359,8 +363,8 @@ def _natural(path: Path) -> list[Any]:
 
 
 def _are_numbered(files: list[Path]) -> bool:
-    """Whether files that are sorted have one stem and consecutive numbers, as drive_0.mcap and drive_1.mcap."""
-    found = [re.fullmatch(r"(.*?)(\d+)(\.\w+)", file.name.removesuffix(".zstd")) for file in files]
+    """Whether files that are sorted have the names that rosbag2 gives those of one bag: drive_0.mcap, drive_1.mcap."""
+    found = [re.fullmatch(r"(.+)_(0|[1-9]\d*)(\.\w+)", file.name.removesuffix(".zstd")) for file in files]
     parts = [match.groups() for match in found if match is not None]
     first = int(parts[0][1]) if parts else 0
     return len({(stem, suffix) for stem, _, suffix in parts}) == 1 and [int(number) for _, number, _ in parts] == list(
@@ -372,6 +376,19 @@ def _in_short(files: list[Path]) -> str:
     """The names of files that are sorted, or where these are many, of the first and the last one."""
     names = [file.name for file in files]
     return ", ".join(names) if len(names) <= 4 else f"{names[0]} to {names[-1]}"
+
+
+def is_unfinished(bag: Path) -> bool:
+    """Whether a file of a bag may still be written, or was not finished: an MCAP without its end, a log of SQLite's."""
+
+    def is_open(file: Path) -> bool:
+        if file.suffix == ".mcap":
+            with file.open("rb") as stream:
+                stream.seek(-min(len(mcap_file.MAGIC), file.stat().st_size), os.SEEK_END)
+                return stream.read() != mcap_file.MAGIC
+        return file.with_name(f"{file.name}-wal").exists()
+
+    return any(is_open(file) for file in (stored_files(bag) if bag.is_dir() else [bag]) if file.is_file())
 
 
 def is_recording(file: Path) -> bool:

@@ -37,6 +37,7 @@ __all__ = ["replay"]
 
 _TF_STATIC, _TF_TYPE = "/tf_static", "tf2_msgs/msg/TFMessage"
 _MOST_WAITING = 100  # frames, whatever the recorder's clock says: that memory stays bounded
+_PAUSE = 10  # times as long as nine of ten steps from image to image: the recording paused
 _LOOK = 100_000_000  # nanoseconds after which the node looks whether a camera has fallen silent
 _MOST_LOOKS = 100  # between two messages: longer, nothing new is found
 _INFO_OPTIONS = {"mono": ["--camera-info"], "stereo": ["--left-info", "--right-info"]}
@@ -227,7 +228,7 @@ def _process(
                 pipeline.add_info(side, first.message)
     places = front_end.parameters.publish_odometry or front_end.parameters.base_frame
     if places and any(topic.name == _TF_STATIC for topic in bag_topics(bag)):
-        for record in read_messages(bag, {_TF_STATIC: [_TF_TYPE]}, report.remarks):
+        for record in read_messages(bag, {_TF_STATIC: [_TF_TYPE]}, []):  # what is odd, the images' reading tells
             pipeline.transforms.update(record.message)
     masks: dict[str, list[int]] = {}
     for side, camera in enumerate(cameras):
@@ -301,10 +302,22 @@ def _process(
     report.finish()
     report.elapsed = time.perf_counter() - started
     report.recorded = (max(recorded) - min(recorded)) * 1e-9 if recorded else 0.0
-    report.period = float(np.median(np.abs(np.diff(recorded)))) * 1e-9 if len(recorded) > 1 else 0.0
+    report.period = _period(recorded)
     report.breaks, report.chain_doubts = trajectory.breaks, trajectory.doubts
     report.odometry_breaks = pipeline.odometry_breaks
     return report
+
+
+def _period(stamps: list[int]) -> float:
+    """Mean time between images, recorded at these nanoseconds, seconds; 0 of one. Pauses of the recording do not count.
+
+    Images may have been recorded in bursts: most of the steps are then shorter.
+    """
+    steps = np.sort(np.abs(np.diff(stamps)))
+    if not len(steps):
+        return 0.0
+    usual = steps[int(0.9 * (len(steps) - 1))]
+    return float(steps[steps <= _PAUSE * usual].mean()) * 1e-9
 
 
 @contextmanager

@@ -48,7 +48,8 @@ class Report:
         remarks: what is odd about the bag that was read, in words, as numbers of messages that its metadata does not
             declare.
         recorded: time from the first to the last image, seconds.
-        period: time from one image of a camera to the next as they were recorded, the median, seconds; 0 of one image.
+        period: mean time from one image of a camera to the next as they were recorded, without pauses, seconds; 0 of
+            one image.
         elapsed: time that the replay took, seconds.
         breaks: of the chain of poses.
         chain_doubts: how many steps of this chain are the likelier of two motions.

@@ -111,9 +111,13 @@ def _archive(options: argparse.Namespace) -> int:
 
             try:
                 _run(options, to_do, settings, rows)
-            except BaseException:  # Ctrl-C too
-                if rows:
-                    _end_early(options.name, f"{len(jobs) - len(rows)} of {len(jobs)} bags", write)
+            except BaseException as error:  # Ctrl-C too
+                if len(rows) == before:
+                    raise
+                note = _end_early(f"{len(jobs) - len(rows)} of {len(jobs)} bags", write)
+                if isinstance(error, BagError):
+                    raise CommandError(f"{error}; {note}") from error
+                print(f"{options.name}: {note}", file=sys.stderr)
                 raise
             written = write()
     except BagError as error:
@@ -127,13 +131,13 @@ def _archive(options: argparse.Namespace) -> int:
     return 0
 
 
-def _end_early(name: str, waiting: str, write: Callable[[], list[Path]]) -> None:
+def _end_early(waiting: str, write: Callable[[], list[Path]]) -> str:
     """Write the table of a run that does not reach its end, and say what it lacks."""
     try:
         text = f"{' and '.join(map(str, write()))} without them"
     except OSError as error:  # the disk that is full
         text = f"the table cannot be written: {error.strerror or error}; one of an earlier run may be there"
-    print(f"{name}: {waiting} are not done yet, the same command goes on with them; {text}", file=sys.stderr)
+    return f"{waiting} are not done yet, the same command goes on with them; {text}"
 
 
 def _run(options: argparse.Namespace, jobs: list[Job], settings: Settings, rows: dict[str, Row]) -> None:
