@@ -228,8 +228,11 @@ def _process(
                 pipeline.add_info(side, first.message)
     places = front_end.parameters.publish_odometry or front_end.parameters.base_frame
     if places and any(topic.name == _TF_STATIC for topic in bag_topics(bag)):
-        for record in read_messages(bag, {_TF_STATIC: [_TF_TYPE]}, []):  # what is odd, the images' reading tells
+        odd: list[str] = []
+        for record in read_messages(bag, {_TF_STATIC: [_TF_TYPE]}, odd):
             pipeline.transforms.update(record.message)
+        # What is odd about the whole bag, reading the images tells.
+        report.remarks += [remark for remark in odd if remark.startswith(f"{_TF_STATIC}: ")]
     masks: dict[str, list[int]] = {}
     for side, camera in enumerate(cameras):
         if camera.mask:
