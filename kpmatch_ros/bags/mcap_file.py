@@ -17,14 +17,17 @@ from itertools import repeat
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from kpmatch_ros.bags.storage import Channel, Definition, from_lz4, from_zstd, in_seconds, reason_of
+from kpmatch_ros.bags.storage import LARGEST, Channel, Definition, from_lz4, from_zstd, in_seconds, reason_of, zstd
 
 __all__ = ["MAGIC", "McapFile"]
 
 MAGIC = b"\x89MCAP0\r\n"
 _HEADER, _FOOTER, _SCHEMA, _CHANNEL, _MESSAGE, _CHUNK = 1, 2, 3, 4, 5, 6
-_CHUNK_INDEX, _STATISTICS, _SUMMARY_OFFSET, _DATA_END = 8, 0x0B, 0x0E, 0x0F
+_CHUNK_INDEX, _ATTACHMENT, _STATISTICS, _SUMMARY_OFFSET, _DATA_END = 8, 9, 0x0B, 0x0E, 0x0F
 _MOST_TOLD = 10  # places that are damaged
+# What damaged bytes raise; RuntimeError is lz4's. OSError and MemoryError are not among them: a disk or a network that
+# fails, or too little memory, is no fault of the file, and another attempt may well succeed.
+_DAMAGE = (ValueError, struct.error, zstd.ZstdError, RuntimeError)
 _FORMATS = {"ros2msg": "msg", "ros2idl": "idl", "omgidl": "idl"}
 
 
@@ -62,6 +65,12 @@ class _Chunk(NamedTuple):
     channels: frozenset[int]  # in its message indexes; empty where it has none
 
 
+class _Scanned(NamedTuple):
+    reached: int  # up to where there are records
+    obstacle: Exception | None  # why no further
+    finished: bool  # whether the data end as a recorder ends them
+
+
 class McapFile:
     """An MCAP file. It is open only while it is read: a bag may have more files than a process may have open.
 
@@ -84,6 +93,7 @@ class McapFile:
         self._loose: dict[int, array[int]] = {}  # by channel: log time and place of each message outside any chunk
         self.unfinished = ""
         self.damage: list[str] = []
+        self._damaged: set[int] = set()  # places that were told of
         self._last: int | None = None  # log time of the last message that could be read
         self._path = path
         self._file: BinaryIO
@@ -107,6 +117,7 @@ class McapFile:
     ) -> Iterator[tuple[int, int, int, int, bytes | None]]:
         yield chunk.start, number, -1, 0, None  # so that a chunk is decompressed when its turn comes
         found: list[tuple[int, int, int, int, bytes | None]] = []
+        before, obstacle = 0, None  # messages of any channel before damage
         try:
             record = self._at(chunk.place)
             if record.code != _CHUNK:
@@ -114,12 +125,15 @@ class McapFile:
             for inner in _split(_unpacked(record.content)):
                 if inner.code == _MESSAGE:
                     channel, _, time, _ = struct.unpack_from("<HIQQ", inner.content)
+                    before += 1
                     if channel in ids:
                         found.append((time, number, len(found), channel, inner.content[22:]))
-        except Exception as error:  # noqa: BLE001 - compressions have errors of their own
-            self._leave_out(chunk.place, error)
+        except _DAMAGE as error:
+            obstacle = error
         found.sort(key=lambda entry: entry[0])
         yield from found
+        if obstacle is not None:
+            self._leave_out(chunk.place, obstacle, before)
 
     def _of_loose(self, number: int, ids: Collection[int]) -> Iterator[tuple[int, int, int, int, bytes | None]]:
         stored = {channel: self._loose.get(channel, array("Q")) for channel in ids}
@@ -164,25 +178,64 @@ class McapFile:
         except (ValueError, struct.error) as error:
             self.damage.append(f"its index was not used, because it is damaged: {reason_of(error)}")
             summary = 0
-        reached, obstacle = self._scan(begin, summary or end, sorted(chunk.place for chunk in self._chunks))
+        reached, obstacle, _ = self._scan(begin, summary or end, sorted(chunk.place for chunk in self._chunks))
         if not self.counts and (obstacle or self.damage):
             raise obstacle or ValueError(self.damage[0])
         if obstacle is not None:
-            self.damage.append(
-                f"it is damaged at byte {reached}: {reason_of(obstacle)}; what follows was not read; {self._so_far()}"
-            )
+            self._end_at(reached, obstacle)
 
     def _read_unfinished(self, begin: int) -> None:
         """Read as far as there are whole records."""
-        reached, _ = self._scan(begin, self._size, [])
+        reached, obstacle, finished = self._scan(begin, self._size, [])
+        cut = obstacle is None or self._is_cut(reached)
+        if obstacle is not None and not cut:
+            self._end_at(reached, obstacle)
         if not self.counts:
             raise ValueError(
                 "the magic bytes at its end are not MCAP's: it was not finished, and no message in it can be read"
                 + "".join(f"; {each}" for each in self.damage)
             )
         rest = self._size - reached
-        self.unfinished = f"the recording was not finished, or was cut short; {self._so_far()}" + (
-            f"; its last {rest} bytes, from byte {reached} on, hold no whole record" if rest else ""
+        if finished:
+            self.unfinished = f"the recording was finished, but {self._what_follows(reached)}"
+        elif not cut:
+            self.unfinished = "the recording was not finished, or was cut short"
+        else:
+            self.unfinished = f"the recording was not finished, or was cut short; {self._so_far()}" + (
+                f"; its last {rest} bytes, from byte {reached} on, hold no whole record" if rest else ""
+            )
+
+    def _is_cut(self, place: int) -> bool:
+        """Whether the file ends within the record at a place, or has zeros alone from there on.
+
+        A disk that lost what was written last leaves zeros. Where neither is so, there is damage before the end.
+        """
+        self._file.seek(place)
+        head = self._file.read(9)
+        if len(head) == 9 and any(head):
+            code, length = struct.unpack("<BQ", head)
+            # A length that no recorder writes is damaged itself.
+            return 0 < code <= _DATA_END and (length <= LARGEST or code == _ATTACHMENT)
+        while block := self._file.read(1 << 20):
+            if any(block):
+                return False
+        return True
+
+    def _what_follows(self, place: int) -> str:
+        """What is wrong behind the data of a recording that was finished."""
+        try:
+            for code, _, after in self._walk(place, self._size):
+                if code == _FOOTER:
+                    self._file.seek(after)
+                    if self._exactly(8) == MAGIC:
+                        return f"{self._size - after - 8} bytes that are not its own follow its end at byte {after + 8}"
+        except ValueError:
+            pass
+        return f"its index, from byte {place} on, was cut short or is damaged"
+
+    def _end_at(self, place: int, obstacle: Exception) -> None:
+        self.damage.append(
+            f"it is damaged at byte {place}: {reason_of(obstacle)}; what follows was not read; {self._so_far()}"
         )
 
     def _so_far(self) -> str:
@@ -190,12 +243,19 @@ class McapFile:
             return "no message was read before"
         return f"the last message that was read before is of {in_seconds(self._last)}"
 
-    def _leave_out(self, place: int, error: Exception) -> None:
-        if len(self.damage) < _MOST_TOLD:
-            self.damage.append(
-                f"what is at byte {place} was left out, because it is damaged: {reason_of(error)}; {self._so_far()}"
+    def _leave_out(self, place: int, error: Exception, before: int = 0) -> None:
+        """Tell of damage in a record, before which so many messages in that record were read."""
+        if place in self._damaged:  # when the file was opened, say
+            return
+        self._damaged.add(place)
+        if len(self._damaged) <= _MOST_TOLD:
+            what = (
+                f"what is at byte {place} is damaged inside, and was left out from there on"
+                if before
+                else f"what is at byte {place} was left out, because it is damaged"
             )
-        elif len(self.damage) == _MOST_TOLD:
+            self.damage.append(f"{what}: {reason_of(error)}; {self._so_far()}")
+        elif len(self._damaged) == _MOST_TOLD + 1:
             self.damage.append(f"more that is damaged was left out behind that, the first of it at byte {place}")
 
     def _read_summary(self, data: int, begin: int, end: int) -> bool:
@@ -249,13 +309,10 @@ class McapFile:
             return False
         return True
 
-    def _scan(self, begin: int, end: int, known: Sequence[int]) -> tuple[int, Exception | None]:
+    def _scan(self, begin: int, end: int, known: Sequence[int]) -> _Scanned:
         """Find channels, chunks and messages where they stand.
 
         Where no record follows, go on at the next of the places of chunks that are known from elsewhere.
-
-        Returns:
-            up to where there are records, and why no further: None at the end of the data.
         """
         self._chunks, self._loose, self.counts = [], {}, Counter()
         place = begin
@@ -265,12 +322,13 @@ class McapFile:
             except ValueError as error:
                 following = next((chunk for chunk in known if chunk > place), None)
                 if following is None:
-                    return place, error
+                    return _Scanned(place, error, finished=False)
                 self._leave_out(place, error)
                 place = following
                 continue
             if code == _DATA_END:
-                return end, None
+                return _Scanned(after, None, finished=True)
+            before = self.counts.total()
             try:
                 if code == _MESSAGE:
                     channel, time = self._add_loose(place)
@@ -279,22 +337,24 @@ class McapFile:
                     self._define(self._at(place))
                 elif code == _CHUNK:
                     self._scan_chunk(place)
-            except Exception as error:  # noqa: BLE001 - compressions have errors of their own
-                self._leave_out(place, error)
+            except _DAMAGE as error:
+                self._leave_out(place, error, self.counts.total() - before)
             place = after
-        return place, None
+        return _Scanned(place, None, finished=False)
 
     def _scan_chunk(self, place: int) -> None:
         times, held = [], []
-        for inner in _split(_unpacked(self._at(place).content)):
-            self._define(inner)
-            if inner.code == _MESSAGE:
-                channel, _, time, _ = struct.unpack_from("<HIQQ", inner.content)
-                held.append(channel)
-                times.append(time)
-        if times:
-            self._count(held, times)
-            self._chunks.append(_Chunk(min(times), place, frozenset(held)))
+        try:
+            for inner in _split(_unpacked(self._at(place).content)):
+                self._define(inner)
+                if inner.code == _MESSAGE:
+                    channel, _, time, _ = struct.unpack_from("<HIQQ", inner.content)
+                    held.append(channel)
+                    times.append(time)
+        finally:  # what stands before damage can be read
+            if times:
+                self._count(held, times)
+                self._chunks.append(_Chunk(min(times), place, frozenset(held)))
 
     def _count(self, channels: Sequence[int], times: Sequence[int]) -> None:
         self.counts.update(channels)
@@ -333,6 +393,8 @@ class McapFile:
 
     def _head(self, place: int) -> tuple[int, int]:
         """Code and end of a record. The file is then at its content."""
+        if place > self._size:  # a damaged index names it; to seek there may be an error of the system's
+            raise ValueError("a record is truncated")
         self._file.seek(place)
         code, length = struct.unpack("<BQ", self._exactly(9))
         if not code:  # as where a disk lost what was written
