@@ -1,15 +1,17 @@
 """The sqlite3 files of rosbag2: read, also what a killed recorder left in the write-ahead log, and written.
 
-Of a damaged file the messages are read that can be: SQLite finds those behind the damage where its index is whole.
+Of a damaged file the messages are read that can be: where the index by time is whole, all but those on damaged pages;
+where it is not, those that stand in the table before the first damage.
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
+from array import array
 from collections import Counter
-from collections.abc import Collection, Iterator
-from contextlib import closing, suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -21,6 +23,7 @@ from kpmatch_ros.bags.storage import Channel, Definition, in_seconds, reason_of
 __all__ = ["MAGIC", "SqliteFile", "SqliteWriter"]
 
 MAGIC = b"SQLite format 3\0"
+_FIRST = (-(2**63), -(2**63))  # a time and a row before any
 _FORMATS = {"ros2msg": "msg", "ros2idl": "idl"}
 
 
@@ -69,11 +72,7 @@ class SqliteFile:
             self.damage.append(f"it was cut short: its last {missing} bytes are missing")
         with closing(self._opened()) as database:
             self.channels = _read_topics(database)
-            self.counts, error = _count(database)
-        if error is not None:
-            if not self.counts:
-                raise error
-            self._add_damage("its table of messages", error)
+            self.counts = self._count(database)
 
     def messages(self, ids: Collection[int]) -> Iterator[tuple[int, int, bytes]]:
         """The messages of some channels in the order of recording: channel, nanoseconds, content."""
@@ -86,8 +85,10 @@ class SqliteFile:
                 try:
                     content = _content(database, row)
                     if not isinstance(time, int):
-                        raise ValueError("it has no time")
-                except (sqlite3.DatabaseError, ValueError) as error:
+                        raise _DamageError("it has no time")
+                    if channel is None:
+                        raise _DamageError("it has no topic")
+                except _DamageError as error:
                     left_out += 1
                     if left_out == 1:
                         self._add_damage(f"messages were left out; the first one, in row {row},", error)
@@ -95,12 +96,28 @@ class SqliteFile:
                 self._last = time
                 yield channel, time, content
 
-    def _in_order(self, database: sqlite3.Connection, ids: Collection[int]) -> Iterator[tuple[int, int, int]]:
-        """Time, row and channel of messages in the order of recording."""
-        marks = ", ".join("?" for _ in ids)
-        last = (-(2**63), 0)
+    def _count(self, database: sqlite3.Connection) -> Counter[int]:
+        """How many messages each channel has that can be found."""
+        try:
+            with _damage():
+                return Counter(dict(database.execute("SELECT topic_id, COUNT(*) FROM messages GROUP BY topic_id")))
+        except _DamageError as error:
+            found = Counter(channel for *_, channel in self._around_damage(database, _FIRST, lambda *_: None))
+            lost = found.pop(None, 0)
+            if not found:
+                raise
+            self.damage.append(
+                f"its table of messages is damaged: {error}"
+                + (f"; {lost} messages in it cannot be read" if lost else "")
+            )
+            return Counter({channel: count for channel, count in found.items() if channel is not None})
+
+    def _in_order(self, database: sqlite3.Connection, ids: Collection[int]) -> Iterator[tuple[int, int, int | None]]:
+        """Time, row and channel of messages in the order of recording; no channel where that cannot be read."""
+        last = _FIRST
         if not self._cut:
-            try:
+            marks = ", ".join("?" for _ in ids)
+            with suppress(_DamageError), _damage():
                 for found in database.execute(
                     f"SELECT timestamp, rowid, topic_id FROM messages WHERE topic_id IN ({marks}) "
                     "ORDER BY timestamp, rowid",
@@ -110,23 +127,40 @@ class SqliteFile:
                         last = found[:2]
                     yield found
                 return
-            except sqlite3.OperationalError:  # no place to sort in, say: the bag is not at fault
-                raise
-            except sqlite3.DatabaseError as error:
-                self._add_damage("its index of messages", error)
-        # The table may go on where the index does not.
-        rest: list[tuple[int, int, int]] = []
-        with suppress(sqlite3.DatabaseError):
-            for found in database.execute(
-                f"SELECT timestamp, rowid, topic_id FROM messages NOT INDEXED WHERE topic_id IN ({marks}) "
-                "AND typeof(timestamp) = 'integer'",
-                tuple(ids),
-            ):
-                rest.append(found)
+        for found in self._around_damage(database, last, self._add_damage):
+            if found[2] is None or found[2] in ids:
+                yield found
+
+    def _around_damage(
+        self, database: sqlite3.Connection, last: tuple[int, int], tell: Callable[[str, Exception], None]
+    ) -> Iterator[tuple[int, int, int | None]]:
+        """Time, row and channel of all messages behind one, where a part of the table or of its index is damaged."""
+        if not self._cut:
+            try:
+                with _damage():
+                    # The index by time has all that this asks for, so that no page of the table is looked at.
+                    for time, row in database.execute(
+                        "SELECT timestamp, rowid FROM messages WHERE (timestamp, rowid) > (?, ?) "
+                        "ORDER BY timestamp, rowid",
+                        last,
+                    ):
+                        if isinstance(time, int):
+                            last = time, row
+                        yield time, row, _channel(database, row)
+                return
+            except _DamageError as error:
+                tell("its table of messages, or the index of it,", error)
+        rows, rest = array("q"), []
+        with suppress(_DamageError):
+            for time, row, channel in _in_table(database):
+                rows.append(row)
+                if isinstance(time, int) and (time, row) > last:
+                    rest.append((time, row, channel))
         if self._cut:  # what is missing of the last message that can be read is zeros to SQLite
-            while rest and not _is_readable(database, rest.pop()[1]):
+            while rows and not _is_readable(database, rows.pop()):
                 pass
-        yield from sorted(found for found in rest if found[:2] > last)
+            rest = [found for found in rest if rows and found[1] <= rows[-1]]
+        yield from sorted(rest)
 
     def _add_damage(self, what: str, error: Exception) -> None:
         before = "no message was read before" if self._last is None else (
@@ -168,32 +202,60 @@ def _read_topics(database: sqlite3.Connection) -> dict[int, Channel]:
     return channels
 
 
-def _count(database: sqlite3.Connection) -> tuple[Counter[int], sqlite3.DatabaseError | None]:
-    """How many messages each channel has: those before any damage, and what SQLite says of that."""
+class _DamageError(ValueError):
+    """Something in the file is damaged."""
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """Tell damage of the file from a fault of the machine: a disk that fails, say, or has no place to sort in."""
     try:
-        return Counter(dict(database.execute("SELECT topic_id, COUNT(*) FROM messages GROUP BY topic_id"))), None
+        yield
     except sqlite3.OperationalError:
         raise
     except sqlite3.DatabaseError as error:
-        counts: Counter[int] = Counter()
-        with suppress(sqlite3.DatabaseError):
-            for (channel,) in database.execute("SELECT topic_id FROM messages NOT INDEXED"):
-                counts[channel] += 1
-        return counts, error
+        raise _DamageError(reason_of(error)) from error
+
+
+def _in_table(database: sqlite3.Connection) -> Iterator[tuple[int, int, int]]:
+    """Time, row and channel of the messages as they stand in the table. Raises _DamageError where it is damaged.
+
+    They are asked for one by one: sqlite3 steps ahead, so that a query for all loses the one before the damage.
+    """
+    last = -(2**63)
+    while True:
+        with _damage():
+            found = database.execute(
+                "SELECT timestamp, rowid, topic_id FROM messages NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT 1",
+                (last,),
+            ).fetchone()
+        if found is None or found[1] <= last:  # a damaged page may have its rows in any order
+            return
+        last = found[1]
+        yield found
+
+
+def _channel(database: sqlite3.Connection, row: int) -> int | None:
+    """The channel of a message, if it can be read."""
+    with suppress(_DamageError), _damage():
+        found = database.execute("SELECT topic_id FROM messages WHERE rowid = ?", (row,)).fetchone()
+        return found[0] if found else None
+    return None
 
 
 def _content(database: sqlite3.Connection, row: int) -> bytes:
-    """The content of a message. Raises ValueError or sqlite3.DatabaseError."""
-    found = database.execute("SELECT data FROM messages WHERE rowid = ?", (row,)).fetchone()
+    """The content of a message. Raises _DamageError."""
+    with _damage():
+        found = database.execute("SELECT data FROM messages WHERE rowid = ?", (row,)).fetchone()
     if found is None or not isinstance(found[0], bytes):
-        raise ValueError("it has no content")
+        raise _DamageError("it has no content")
     return found[0]
 
 
 def _is_readable(database: sqlite3.Connection, row: int) -> bool:
     try:
         return bool(_content(database, row))
-    except (sqlite3.DatabaseError, ValueError):
+    except _DamageError:
         return False
 
 
