@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+import re
 import shutil
+import sqlite3
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +26,7 @@ from kpmatch_ros.bags import (
     bag_topics,
     camera_info_message,
     image_message,
+    mcap_file,
     read_messages,
     typestore,
 )
@@ -29,6 +34,7 @@ from simulation import demo_camera
 from simulation.bags import write_camera_bag
 
 Run = Callable[..., tuple[int, str, str]]
+STRING = "std_msgs/msg/String"
 MAGIC = b"\x89MCAP0\r\n"
 CHUNK, DATA_END, FOOTER, MESSAGE = 6, 15, 2, 5
 
@@ -87,19 +93,21 @@ def test_an_mcap_that_was_not_finished_is_read_up_to_its_last_whole_chunk(
 def test_an_mcap_that_lacks_its_end_alone_is_read_whole(tmp_path: Path) -> None:
     for parts in ({"chunks": 4}, {"chunks": 0}, {"summary": False}):
         path = write_mcap(tmp_path / "bag.mcap", **parts)
-        for end in (places(path, DATA_END)[0][0], places(path, FOOTER)[0][0], path.stat().st_size - 1):
+        data, footer, size = places(path, DATA_END)[0], places(path, FOOTER)[0], path.stat().st_size
+        index = f"the recording was finished, but its index, from byte {data[1]} on, was cut short or is damaged"
+        for end, said in ((data[0], "was not finished"), (footer[0], index), (size - 1, index)):
             path.write_bytes(path.read_bytes()[:end])
             stamps, remarks = read(path)
-            assert stamps == STAMPS and "was not finished" in remarks and "no whole record" not in remarks
+            assert stamps == STAMPS == stamps_of(path) and said in remarks and "no whole record" not in remarks
             write_mcap(path, **parts)
 
 
-def test_zeros_that_a_lost_disk_cache_leaves_at_the_end_are_no_messages(tmp_path: Path) -> None:
+def test_what_follows_the_end_of_an_mcap_is_no_fault_of_the_recording(tmp_path: Path) -> None:
     path = write_mcap(tmp_path / "bag.mcap", chunks=4)
-    begin, _ = places(path, CHUNK)[-1]
-    path.write_bytes(path.read_bytes()[:begin] + bytes(70_000))
-    stamps, remarks = read(path)
-    assert stamps == STAMPS[:6] and f"its last 70000 bytes, from byte {begin} on, hold no whole record" in remarks
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes() + bytes(512))
+    said = f"the recording was finished, but 512 bytes that are not its own follow its end at byte {size}"
+    assert read(path) == (STAMPS, f"bag.mcap: {said}")
 
 
 @pytest.mark.parametrize("parts", [{"chunks": 4}, {"chunks": 0}, {"chunks": 3, "outside": 1, "compression": "zstd"}])
@@ -147,11 +155,18 @@ def test_a_damaged_chunk_costs_its_own_messages_alone(kpmatch: Run, tmp_path: Pa
     assert any(remark.startswith(said) for remark in json.loads(out)["remarks"])
 
 
-def test_messages_before_damage_inside_a_chunk_that_is_not_compressed_are_kept(tmp_path: Path) -> None:
-    path = write_mcap(tmp_path / "bag.mcap", chunks=2)
-    _, end = places(path, CHUNK)[1]
+@pytest.mark.parametrize("summary", [True, False])
+def test_messages_before_damage_inside_a_chunk_that_is_not_compressed_are_kept(tmp_path: Path, summary: bool) -> None:
+    path = write_mcap(tmp_path / "bag.mcap", chunks=2, summary=summary)
+    begin, end = places(path, CHUNK)[1]
     overwrite(path, end - len(raw_image(7)) - 22 - 9, b"\xff" * 9)  # the head of its last message
-    assert read(path)[0] == STAMPS[:7]
+    stamps, remarks = read(path)
+    assert stamps == STAMPS[:7]
+    assert remarks.startswith(
+        f"bag.mcap: what is at byte {begin} is damaged inside, and was left out from there on: a record in a chunk is "
+        "truncated; the last message that was read before is of 1700000000.600000000 s"
+    )
+    assert remarks.count(f"at byte {begin}") == 1
 
 
 def test_where_a_chunks_length_is_lost_the_index_says_where_the_next_one_is(tmp_path: Path) -> None:
@@ -172,6 +187,20 @@ def test_where_a_length_is_lost_and_no_index_helps_reading_ends_there(tmp_path: 
     assert stamps == STAMPS[:4]
     assert f"bag.mcap: it is damaged at byte {begin}: a record is truncated; what follows was not read" in remarks
     assert "the last message that was read before is of 1700000000.300000000 s" in remarks
+
+
+@pytest.mark.parametrize("lost", [bytes(9), b"\xff" * 9])
+def test_damage_in_an_mcap_that_was_not_finished_is_not_taken_for_its_end(tmp_path: Path, lost: bytes) -> None:
+    path = write_mcap(tmp_path / "bag.mcap", chunks=4)
+    begin, _ = places(path, CHUNK)[1]
+    path.write_bytes(path.read_bytes()[: places(path, DATA_END)[0][0]])
+    overwrite(path, begin, lost)
+    stamps, remarks = read(path)
+    assert stamps == STAMPS[:2]
+    assert f"bag.mcap: it is damaged at byte {begin}: " in remarks and "what follows was not read" in remarks
+    assert "was not finished" in remarks and "no whole record" not in remarks
+    with pytest.raises(BagError, match=f"it is damaged at byte {begin}"):
+        stamps_of(path)
 
 
 def test_a_damaged_index_costs_no_message(tmp_path: Path) -> None:
@@ -263,6 +292,98 @@ def test_a_database_that_cannot_be_opened_has_the_remedy_of_a_database(database:
     for path in (database, database.parent):
         with pytest.raises(BagError, match=rf"malformed; `sqlite3 {database} \.recover` may save what is in it"):
             bag_topics(path)
+
+
+@pytest.fixture
+def strings(tmp_path: Path) -> Path:
+    """A message on a topic of its own, then two thousand small ones on /a, in a database without overflow pages."""
+    store = typestore()
+    with Writer(tmp_path / "small", version=8, storage_plugin=StoragePlugin.SQLITE3) as writer:
+        sparse, many = (writer.add_connection(name, STRING, typestore=store) for name in ("/tf_static_like", "/a"))
+        for number in range(2001):
+            content = store.serialize_cdr(store.types[STRING](f"number {number}"), STRING)
+            writer.write(many if number else sparse, STAMPS[0] + number, content)
+    return tmp_path / "small" / "small.db3"
+
+
+def lose_a_leaf(path: Path) -> set[int]:
+    """Lose the page of the table of messages a third of the way in; the numbers of the messages on it."""
+    content = path.read_bytes()
+    (size,) = struct.unpack_from(">H", content, 16)
+    pages = (content[page : page + size] for page in range(0, len(content), size))
+    leaves = [number * size for number, page in enumerate(pages) if page[0] == 13 and b"number " in page]
+    page = leaves[len(leaves) // 3]
+    overwrite(path, page, bytes(size))
+    return {int(each[1]) for each in re.finditer(rb"number (\d+)", content[page : page + size])}
+
+
+def numbers(path: Path, topic: str, remarks: list[str]) -> list[int]:
+    return [int(found.message.data.split()[1]) for found in read_messages(path, [topic], remarks)]
+
+
+def test_a_lost_page_of_a_table_costs_its_own_messages_alone(strings: Path) -> None:
+    lost = lose_a_leaf(strings)
+    remarks: list[str] = []
+    kept = [*numbers(strings, "/tf_static_like", remarks), *numbers(strings, "/a", remarks)]
+    assert len(lost) > 10 and kept == [number for number in range(2001) if number not in lost]
+    said = "\n".join(remarks)
+    assert f"its table of messages is damaged: database disk image is malformed; {len(lost)} messages in it" in said
+    assert f"messages were left out; the first one, in row {min(lost) + 1}, is damaged: " in said
+    assert "no message was read before" not in said.split("\n")[0]
+    assert {topic.name: topic.num_messages for topic in bag_topics(strings)} == {
+        "/tf_static_like": 1,
+        "/a": 2000 - len(lost),
+    }
+
+
+def test_where_a_database_has_no_index_all_before_the_lost_page_is_read(strings: Path) -> None:
+    with sqlite3.connect(strings) as database:
+        database.execute("DROP INDEX timestamp_idx")
+    database.close()
+    lost = lose_a_leaf(strings)
+    kept = [*numbers(strings, "/tf_static_like", []), *numbers(strings, "/a", [])]
+    assert kept == list(range(min(lost)))
+
+
+# faults of the machine
+
+
+def failing(function: Callable[..., Any], fault: BaseException, place: int) -> Callable[..., Any]:
+    """A function that raises at one of its calls."""
+    calls = itertools.count()
+
+    def call(*args: Any) -> Any:
+        if next(calls) == place:
+            raise fault
+        return function(*args)
+
+    return call
+
+
+@pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), MemoryError("no memory")])
+@pytest.mark.parametrize("summary", [True, False])
+def test_a_machine_that_fails_while_an_mcap_is_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, summary: bool
+) -> None:
+    path = write_mcap(tmp_path / "bag.mcap", chunks=4, summary=summary)
+    read_bytes = mcap_file.McapFile._exactly  # noqa: SLF001
+    for place in range(14):
+        monkeypatch.setattr(mcap_file.McapFile, "_exactly", failing(read_bytes, fault, place))
+        with pytest.raises(BagError, match=str(fault.args[-1])):
+            read(path)
+
+
+def test_a_disk_that_fails_while_a_damaged_database_is_read_is_no_damage(
+    strings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lose_a_leaf(strings)
+    fault, connect = sqlite3.OperationalError("disk I/O error"), sqlite3.connect
+    for place in (*range(12), 700, 900, 1700, 3000):
+        execute = failing(sqlite3.Connection.execute, fault, place)
+        kind = type("Failing", (sqlite3.Connection,), {"execute": lambda *args, execute=execute: execute(*args)})
+        monkeypatch.setattr(sqlite3, "connect", functools.partial(connect, factory=kind))
+        with pytest.raises(BagError, match="disk I/O error"):
+            numbers(strings, "/a", [])
 
 
 # files of one bag
