@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import struct
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from simulation import demo_camera
 from simulation.bags import write_camera_bag
 
 Run = Callable[..., tuple[int, str, str]]
+Monkey = pytest.MonkeyPatch
 STRING = "std_msgs/msg/String"
 MAGIC = b"\x89MCAP0\r\n"
 CHUNK, DATA_END, FOOTER, MESSAGE = 6, 15, 2, 5
@@ -102,14 +104,6 @@ def test_an_mcap_that_lacks_its_end_alone_is_read_whole(tmp_path: Path) -> None:
             write_mcap(path, **parts)
 
 
-def test_what_follows_the_end_of_an_mcap_is_no_fault_of_the_recording(tmp_path: Path) -> None:
-    path = write_mcap(tmp_path / "bag.mcap", chunks=4)
-    size = path.stat().st_size
-    path.write_bytes(path.read_bytes() + bytes(512))
-    said = f"the recording was finished, but 512 bytes that are not its own follow its end at byte {size}"
-    assert read(path) == (STAMPS, f"bag.mcap: {said}")
-
-
 @pytest.mark.parametrize("parts", [{"chunks": 4}, {"chunks": 0}, {"chunks": 3, "outside": 1, "compression": "zstd"}])
 def test_wherever_an_mcap_was_cut_what_is_read_is_the_beginning(tmp_path: Path, parts: dict[str, Any]) -> None:
     content = write_mcap(tmp_path / "whole.mcap", **parts).read_bytes()
@@ -121,7 +115,7 @@ def test_wherever_an_mcap_was_cut_what_is_read_is_the_beginning(tmp_path: Path, 
         except BagError as error:
             assert most == 0 and str(path) in str(error)
             continue
-        assert stamps == STAMPS[: len(stamps)] and len(stamps) >= most and "not finished" in remarks
+        assert stamps == STAMPS[: len(stamps)] and len(stamps) >= most and "the recording was" in remarks
         most = len(stamps)
     assert most == 8
 
@@ -162,11 +156,10 @@ def test_messages_before_damage_inside_a_chunk_that_is_not_compressed_are_kept(t
     overwrite(path, end - len(raw_image(7)) - 22 - 9, b"\xff" * 9)  # the head of its last message
     stamps, remarks = read(path)
     assert stamps == STAMPS[:7]
-    assert remarks.startswith(
-        f"bag.mcap: what is at byte {begin} is damaged inside, and was left out from there on: a record in a chunk is "
-        "truncated; the last message that was read before is of 1700000000.600000000 s"
+    said = (
+        f"what is at byte {begin} is damaged inside, and was left out from there on: a record in a chunk is truncated"
     )
-    assert remarks.count(f"at byte {begin}") == 1
+    assert remarks.count(said) == 1 == remarks.count(f"byte {begin}") and "of 1700000000.600000000 s" in remarks
 
 
 def test_where_a_chunks_length_is_lost_the_index_says_where_the_next_one_is(tmp_path: Path) -> None:
@@ -196,9 +189,8 @@ def test_damage_in_an_mcap_that_was_not_finished_is_not_taken_for_its_end(tmp_pa
     path.write_bytes(path.read_bytes()[: places(path, DATA_END)[0][0]])
     overwrite(path, begin, lost)
     stamps, remarks = read(path)
-    assert stamps == STAMPS[:2]
     assert f"bag.mcap: it is damaged at byte {begin}: " in remarks and "what follows was not read" in remarks
-    assert "was not finished" in remarks and "no whole record" not in remarks
+    assert stamps == STAMPS[:2] and "was not finished" in remarks and "no whole record" not in remarks
     with pytest.raises(BagError, match=f"it is damaged at byte {begin}"):
         stamps_of(path)
 
@@ -324,31 +316,22 @@ def numbers(path: Path, topic: str, remarks: list[str]) -> list[int]:
 def test_a_lost_page_of_a_table_costs_its_own_messages_alone(strings: Path) -> None:
     lost = lose_a_leaf(strings)
     remarks: list[str] = []
-    kept = [*numbers(strings, "/tf_static_like", remarks), *numbers(strings, "/a", remarks)]
-    assert len(lost) > 10 and kept == [number for number in range(2001) if number not in lost]
+    kept = numbers(strings, "/tf_static_like", remarks) + numbers(strings, "/a", remarks)
+    assert lost and kept == [number for number in range(2001) if number not in lost]
     said = "\n".join(remarks)
-    assert f"its table of messages is damaged: database disk image is malformed; {len(lost)} messages in it" in said
+    assert f"is damaged: database disk image is malformed; {len(lost)} messages in it cannot be read\n" in said
     assert f"messages were left out; the first one, in row {min(lost) + 1}, is damaged: " in said
-    assert "no message was read before" not in said.split("\n")[0]
-    assert {topic.name: topic.num_messages for topic in bag_topics(strings)} == {
-        "/tf_static_like": 1,
-        "/a": 2000 - len(lost),
-    }
+    assert [topic.num_messages for topic in bag_topics(strings)] == [2000 - len(lost), 1]
 
 
 def test_where_a_database_has_no_index_all_before_the_lost_page_is_read(strings: Path) -> None:
-    with sqlite3.connect(strings) as database:
+    with closing(sqlite3.connect(strings)) as database:
         database.execute("DROP INDEX timestamp_idx")
-    database.close()
     lost = lose_a_leaf(strings)
-    kept = [*numbers(strings, "/tf_static_like", []), *numbers(strings, "/a", [])]
-    assert kept == list(range(min(lost)))
+    assert numbers(strings, "/tf_static_like", []) + numbers(strings, "/a", []) == list(range(min(lost)))
 
 
-# faults of the machine
-
-
-def failing(function: Callable[..., Any], fault: BaseException, place: int) -> Callable[..., Any]:
+def failing(function: Callable[..., Any], fault: Exception, place: int) -> Callable[..., Any]:
     """A function that raises at one of its calls."""
     calls = itertools.count()
 
@@ -361,21 +344,16 @@ def failing(function: Callable[..., Any], fault: BaseException, place: int) -> C
 
 
 @pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), MemoryError("no memory")])
-@pytest.mark.parametrize("summary", [True, False])
-def test_a_machine_that_fails_while_an_mcap_is_read_is_no_damage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, summary: bool
-) -> None:
-    path = write_mcap(tmp_path / "bag.mcap", chunks=4, summary=summary)
+def test_a_machine_that_fails_is_no_damage_of_an_mcap(tmp_path: Path, monkeypatch: Monkey, fault: Exception) -> None:
     read_bytes = mcap_file.McapFile._exactly  # noqa: SLF001
-    for place in range(14):
+    for summary, place in [(True, place) for place in range(32)] + [(False, place) for place in range(27)]:
+        path = write_mcap(tmp_path / "bag.mcap", chunks=4, summary=summary)
         monkeypatch.setattr(mcap_file.McapFile, "_exactly", failing(read_bytes, fault, place))
         with pytest.raises(BagError, match=str(fault.args[-1])):
             read(path)
 
 
-def test_a_disk_that_fails_while_a_damaged_database_is_read_is_no_damage(
-    strings: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fails_is_no_damage_of_a_database(strings: Path, monkeypatch: Monkey) -> None:
     lose_a_leaf(strings)
     fault, connect = sqlite3.OperationalError("disk I/O error"), sqlite3.connect
     for place in (*range(12), 700, 900, 1700, 3000):
@@ -482,11 +460,8 @@ def test_images_are_read_whatever_became_of_their_definition(tmp_path: Path, def
 @pytest.mark.parametrize("storage", list(StoragePlugin))
 @pytest.mark.parametrize(
     "change",
-    [
-        pytest.param(lambda _: "", id="empty"),
-        pytest.param(lambda text: text.replace("\n", "\r\n"), id="other line ends"),
-        pytest.param(lambda text: text.split("=" * 80)[0], id="what it is made of left out"),
-    ],
+    [lambda _: "", lambda text: text.replace("\n", "\r\n"), lambda text: text.split("=" * 80)[0]],
+    ids=["empty", "other line ends", "what it is made of left out"],
 )
 def test_calibration_is_read_whatever_became_of_its_definition(
     tmp_path: Path, storage: StoragePlugin, change: Callable[[str], str]
