@@ -167,6 +167,8 @@ def test_a_killed_node_publishes_again_once_started_and_subscribers_stay(
                 frame_is_matched()
             if restart < KILLS:
                 node.restart(signal.SIGKILL)
+        # The last match may be the killed node's: one that has not begun yet would end with another status.
+        node.wait_for(lambda: node.log.count("active: waiting") == KILLS + 1, "the last node to be active")
         assert node.stop() == 0
 
 
