@@ -379,13 +379,13 @@ def replay_one(job: Job, settings: Settings) -> Row:
             f"--report: the page needs plotly, which is not installed on {socket.gethostname()}: pip install plotly"
         )
     row: Row = {"bag": job.name, "where": f"{socket.gethostname()}:{os.getpid()}"}
-    if job.begun >= ATTEMPTS:
+    begun, kept = job.begun, 0
+    if begun >= ATTEMPTS:
         return row | {
             "state": "failed",
-            "message": f"{job.source}: is passed over, because {job.begun} processes died while they replayed it, as "
+            "message": f"{job.source}: is passed over, because {begun} processes died while they replayed it, as "
             "where memory runs out; kpmatch bag shows how it goes alone",
         }
-    begun, kept = job.begun, 0
     with job.attempts.open("ab") as file:
         file.write(b".")
     try:
@@ -421,7 +421,7 @@ def _replay(job: Job, settings: Settings, row: Row) -> Row:
             import torch
 
             from kpmatch_ros.bags.replay import replay
-            from kpmatch_ros.runtime.device import choose_runtime
+            from kpmatch_ros.runtime.device import choose_runtime, format_name
 
             device, precision = choose_runtime(settings.parameters)
             try:
@@ -443,7 +443,7 @@ def _replay(job: Job, settings: Settings, row: Row) -> Row:
             figures = report.figures()
             whole = row | {name: figures.get(name) for name in _FIGURES}
             whole |= {"state": "done", "message": "; ".join(report.faults), "recorded": round(report.recorded, 3)}
-            whole |= {"device": str(device), "precision": str(precision).removeprefix("torch.")}
+            whole |= {"device": str(device), "precision": format_name(precision)}
             whole |= {"threads": torch.get_num_threads(), "unfinished": is_unfinished(job.source)}
             whole |= {"seconds": round(time.perf_counter() - started, 3), "source": source}
             (beside / _ROW).write_text(json.dumps(whole))

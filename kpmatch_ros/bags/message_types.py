@@ -25,6 +25,7 @@ __all__ = [
     "CAMERA_INFO_TYPE",
     "IMAGE_TYPES",
     "POSE_TYPE",
+    "TF_TYPE",
     "Encoding",
     "camera_info_message",
     "image_message",
@@ -36,6 +37,7 @@ __all__ = [
 IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 CAMERA_INFO_TYPE = "sensor_msgs/msg/CameraInfo"
 POSE_TYPE = "geometry_msgs/msg/PoseStamped"
+TF_TYPE = "tf2_msgs/msg/TFMessage"
 
 Encoding = Literal["rgb8", "bgr8", "mono8"]
 

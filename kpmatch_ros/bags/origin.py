@@ -13,6 +13,7 @@ from kpmatch_ros.bags.cameras import CameraTopics
 from kpmatch_ros.bags.recording import encodable
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.parameters import Parameters
+from kpmatch_ros.runtime.device import format_name
 from kpmatch_ros.source_files import files_read
 from kpmatch_ros.weights import REGISTRY, expected_hash, file_hash
 
@@ -33,12 +34,11 @@ def origin(
     registered = (REGISTRY[name] for name in (parameters.extractor, parameters.matcher) if name in REGISTRY)
     hashes = {item.name: expected_hash(item) for item in registered}
     hashes |= {encodable(str(file)): file_hash(file) for file in files_read(parameters) if file.is_file()}
-    number_format = str(matcher.dtype).removeprefix("torch.")
     return {
         "made by": f"kpmatch_ros {kpmatch_ros.__version__}",
         "made from": encodable(bag.resolve().name),
         "topics": json.dumps([dataclasses.asdict(camera) for camera in cameras]),
         "parameters": json.dumps(dataclasses.asdict(parameters)),
         "sha256": json.dumps(hashes),
-        "ran on": f"{matcher.device} in {number_format} with {torch.get_num_threads()} threads",
+        "ran on": f"{matcher.device} in {format_name(matcher.dtype)} with {torch.get_num_threads()} threads",
     }

@@ -15,7 +15,7 @@ from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_
 from rosbags.typesys.store import Typestore
 from scipy.spatial.transform import Rotation
 
-from kpmatch_ros.bags.message_types import CAMERA_INFO_TYPE, IMAGE_TYPES, POSE_TYPE, typestore
+from kpmatch_ros.bags.message_types import CAMERA_INFO_TYPE, IMAGE_TYPES, POSE_TYPE, TF_TYPE, typestore
 from kpmatch_ros.bags.recording import BagError, Recording, Storage, explained, with_remedy
 from kpmatch_ros.bags.storage import Definition, in_seconds
 from kpmatch_ros.geometry.pose import Pose
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 GROUND_TRUTH = "/ground_truth/pose"
-_USED_TYPES = (*IMAGE_TYPES, CAMERA_INFO_TYPE, POSE_TYPE, "tf2_msgs/msg/TFMessage")
+_USED_TYPES = (*IMAGE_TYPES, CAMERA_INFO_TYPE, POSE_TYPE, TF_TYPE)
 
 
 class Record(NamedTuple):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from kpmatch_ros.bags.cameras import CameraTopics
 from kpmatch_ros.bags.html_report import HtmlReport
-from kpmatch_ros.bags.message_types import CAMERA_INFO_TYPE, IMAGE_TYPES, new_message
+from kpmatch_ros.bags.message_types import CAMERA_INFO_TYPE, IMAGE_TYPES, TF_TYPE, new_message
 from kpmatch_ros.bags.origin import origin
 from kpmatch_ros.bags.reading import bag_storage, bag_topics, read_messages
 from kpmatch_ros.bags.readout import ReadoutSearch
@@ -35,7 +35,7 @@ from kpmatch_ros.source_files import overwritten
 
 __all__ = ["replay"]
 
-_TF_STATIC, _TF_TYPE = "/tf_static", "tf2_msgs/msg/TFMessage"
+_TF_STATIC = "/tf_static"
 _MOST_WAITING = 100  # frames, whatever the recorder's clock says: that memory stays bounded
 _PAUSE = 10  # times as long as nine of ten steps from image to image: the recording paused
 _LOOK = 100_000_000  # nanoseconds after which the node looks whether a camera has fallen silent
@@ -170,7 +170,7 @@ def _outputs(parameters: Parameters, wanted: set[str]) -> dict[str, str]:
         types["/stereo_matches"] = "kpmatch_ros/msg/MatchArray"
     if parameters.publish_odometry:
         types["/odometry"] = "nav_msgs/msg/Odometry"
-        types |= {"/tf": _TF_TYPE} if parameters.publish_tf else {}
+        types |= {"/tf": TF_TYPE} if parameters.publish_tf else {}
     asked = {
         "features": "kpmatch_ros/msg/FeatureArray",
         "landmarks": "sensor_msgs/msg/PointCloud2",
@@ -229,7 +229,7 @@ def _process(
     places = front_end.parameters.publish_odometry or front_end.parameters.base_frame
     if places and any(topic.name == _TF_STATIC for topic in bag_topics(bag)):
         odd: list[str] = []
-        for record in read_messages(bag, {_TF_STATIC: [_TF_TYPE]}, odd):
+        for record in read_messages(bag, {_TF_STATIC: [TF_TYPE]}, odd):
             pipeline.transforms.update(record.message)
         # What is odd about the whole bag, reading the images tells.
         report.remarks += [remark for remark in odd if remark.startswith(f"{_TF_STATIC}: ")]

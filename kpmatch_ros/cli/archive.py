@@ -58,7 +58,6 @@ def add_archive(commands: Any) -> None:
         action="store_true",
         help="also write a page for each bag, into its folder: report.html (needs plotly)",
     )
-    parser.add_argument("--landmarks", action="store_true", help="in stereo, also write /landmarks: points in metres")
     add_replay_options(parser)
 
 
@@ -88,8 +87,6 @@ def _archive(options: argparse.Namespace) -> int:
     if options.cpus_per_bag == 0 and not options.gpus_per_bag:
         raise CommandError("--cpus-per-bag 0: Ray would begin all bags at once; give more, or --gpus-per-bag too")
     parameters = replay_parameters(options)
-    if options.landmarks and parameters.mode != "stereo":
-        raise CommandError("--landmarks: one camera knows no metres; name a stereo pair with --left and --right")
     for name in WRITTEN:
         check_outputs({"": out / name}, [options.params], parameters)
     topics = chosen_topics(options, parameters)

@@ -88,7 +88,6 @@ def add_bag(commands: Any) -> None:
         type=utf8_path,
         help="also write the same for the Rerun viewer (needs rerun-sdk)",
     )
-    parser.add_argument("--landmarks", action="store_true", help="in stereo, also write /landmarks: points in metres")
     parser.add_argument(
         "--readout",
         action="store_true",
@@ -129,6 +128,7 @@ def add_replay_options(parser: Parser) -> None:
     )
     parser.add_argument("--features", action="store_true", help="also write /features, with the descriptors")
     parser.add_argument("--match-image", action="store_true", help="also write /match_image, pictures of the matches")
+    parser.add_argument("--landmarks", action="store_true", help="in stereo, also write /landmarks: points in metres")
     add_parameters(parser, "parameters", BAG_OPTIONS)
 
 
@@ -137,8 +137,6 @@ def _bag(options: argparse.Namespace) -> int:
     from kpmatch_ros.bags.cameras import choose_cameras
 
     parameters = replay_parameters(options)
-    if options.landmarks and parameters.mode != "stereo":
-        raise CommandError("--landmarks: one camera knows no metres; name a stereo pair with --left and --right")
     if options.readout and parameters.mode == "stereo":
         raise CommandError("--readout: is for one camera; name it with --image")
     source = options.source
@@ -185,6 +183,8 @@ def replay_parameters(options: argparse.Namespace) -> Parameters:
             options.params, warn=lambda text: print(f"{options.name}: {text}", file=sys.stderr), options=changes
         )
     _check_topic_options(given, parameters.mode)
+    if options.landmarks and parameters.mode != "stereo":
+        raise CommandError("--landmarks: one camera knows no metres; name a stereo pair with --left and --right")
     tell_of_idle(parameters, options.name)
     return parameters
 

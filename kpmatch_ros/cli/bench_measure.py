@@ -37,7 +37,7 @@ from kpmatch_ros.front_end import FrontEnd
 from kpmatch_ros.geometry.camera import CalibrationError, Camera
 from kpmatch_ros.imaging.images import ImageError, to_array
 from kpmatch_ros.parameters import ParameterError, Parameters, declarations
-from kpmatch_ros.runtime.device import choose_device, choose_precision
+from kpmatch_ros.runtime.device import choose_device, choose_precision, format_name
 from kpmatch_ros.runtime.processor import processor_name
 
 __all__ = ["forth_and_back", "in_turn", "run_bench"]
@@ -333,7 +333,7 @@ def _measure(
             item.name: value for item in declarations() if (value := getattr(parameters, item.name)) != item.default
         },
         device=torch.cuda.get_device_name(matcher.device) if cuda else "cpu",
-        precision=str(matcher.dtype).removeprefix("torch."),
+        precision=format_name(matcher.dtype),
         width=width,
         height=height,
         calibrated=film.camera is not None,

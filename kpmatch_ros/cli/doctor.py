@@ -253,14 +253,14 @@ def check_pytorch() -> Iterator[Finding]:
     except Exception as error:  # noqa: BLE001 (ImportError, and OSError for libraries that it does not find)
         yield Finding(FAIL, "PyTorch", f"{_first_line(error)} ({sys.executable})", _remedy(error, "torch"))
         return
-    from kpmatch_ros.runtime.device import choose_device, choose_precision
+    from kpmatch_ros.runtime.device import choose_device, choose_precision, format_name
     from kpmatch_ros.runtime.processor import BFLOAT16, hidden_features
 
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     yield Finding(OK, "PyTorch", f"{torch.__version__}, {threads}")
     yield check_gpu(torch)
     device = choose_device("auto")
-    precision = str(choose_precision("auto", device)).removeprefix("torch.")
+    precision = format_name(choose_precision("auto", device))
     text = f"auto means device {device}, {precision}"
     if device.type == "cpu" and hidden_features() & BFLOAT16:
         used = torch.backends.cpu.get_cpu_capability()

@@ -113,8 +113,7 @@ def smeared_image(energy0: np.ndarray, energy1: np.ndarray) -> int | None:
     """
     least, most = eigh(energy1, energy0, eigvals_only=True)
     for side, energy, left, across in ((1, energy1, least, most), (0, energy0, 1 / most, 1 / least)):
-        one_way, other_way = eigvalsh(energy)
-        if left < min(_SMEARED, across / _DIRECTED) and one_way * _NOISE < other_way:
+        if left < min(_SMEARED, across / _DIRECTED) and eigvalsh(energy) @ (_NOISE, -1) < 0:
             return side
     return None
 

@@ -12,7 +12,7 @@ from rclpy.lifecycle import LifecycleNode
 
 from kpmatch_ros.feature_matcher import FeatureMatcher
 from kpmatch_ros.ros.monitor import Monitor, Problem
-from kpmatch_ros.runtime.device import resident_memory
+from kpmatch_ros.runtime.device import format_name, resident_memory
 from kpmatch_ros.weights import REGISTRY
 
 __all__ = ["Condition", "Diagnostics", "LoggingMonitor", "in_short", "log_weights", "next_step"]
@@ -144,7 +144,7 @@ def log_weights(logger: Any, matcher: FeatureMatcher) -> None:
             terms = "no network" if name == "nearest" else "licence unknown: see where it comes from"
         logger.info(f"{role} {name} ({terms})")
     if matcher.onnx is None:
-        logger.info(f"on {matcher.device} in {_format_of(matcher)}")
+        logger.info(f"on {matcher.device} in {format_name(matcher.dtype)}")
         return
     logger.info(f"in onnxruntime on {', '.join(matcher.onnx.providers)}")
     if matcher.onnx.note:
@@ -183,7 +183,7 @@ def _resources(matcher: FeatureMatcher | None) -> dict[str, str]:
     values = {"resident memory (MB)": f"{resident_memory() / 1e6:.0f}"}
     if matcher is not None:
         values["device"] = str(matcher.device)
-        values["precision"] = _format_of(matcher)
+        values["precision"] = format_name(matcher.dtype)
         values["repeated in float32"] = str(matcher.repeated_in_float32)
         values["extractor"] = matcher.parameters.extractor
         values["matcher"] = matcher.parameters.matcher
@@ -196,7 +196,3 @@ def _resources(matcher: FeatureMatcher | None) -> dict[str, str]:
                 values["CUDA graphs"] = f"none, so it is slower: {_cut(matcher.graphs.failure)}"
             values["GPU memory (MB)"] = f"{torch.cuda.memory_allocated(matcher.device) / 1e6:.0f}"
     return values
-
-
-def _format_of(matcher: FeatureMatcher) -> str:
-    return str(matcher.dtype).removeprefix("torch.")

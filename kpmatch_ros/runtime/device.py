@@ -17,6 +17,7 @@ __all__ = [
     "choose_device",
     "choose_precision",
     "choose_runtime",
+    "format_name",
     "is_out_of_memory",
     "release_memory",
     "resident_memory",
@@ -82,6 +83,11 @@ def choose_runtime(parameters: Parameters) -> tuple[torch.device, torch.dtype]:
         return torch.device("cpu"), torch.float32
     device = choose_device(parameters.device)
     return device, choose_precision(parameters.precision, device)
+
+
+def format_name(dtype: torch.dtype) -> str:
+    """A number format as the parameter ``precision`` has it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def is_out_of_memory(error: Exception) -> bool:
