@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -59,7 +60,10 @@ def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None
 
 
 @pytest.mark.parametrize("options", SETS, ids=lambda options: "-".join(map(str, options.values())))
-def test_results_do_not_depend_on_pytorchs_defaults(options: dict[str, Any], texture: Any) -> None:
+def test_results_do_not_depend_on_pytorchs_defaults(
+    options: dict[str, Any], texture: Any, fetched: Callable[[str], Path]
+) -> None:
+    fetched(options["extractor"])
     matcher = loaded(options)
     expected = results(matcher, texture)
     assert len(expected[6]) > 0  # matches
