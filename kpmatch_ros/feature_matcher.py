@@ -80,6 +80,7 @@ class FeatureMatcher:
         self.device, self.dtype = choose_runtime(self.parameters)
         self.luma = torch.tensor(_LUMA, dtype=torch.float32, device=self.device)
         self.graphs = CudaGraphs.for_device(self.device)
+        weights.check_pair(self.parameters.matcher, self.parameters.extractor)  # before the user fetches one in vain
         self.extractor = self._load_extractor()
         self.matcher = self._load_matcher()
         self.onnx = self._load_onnx() if self.parameters.backend == "onnxruntime" else None
