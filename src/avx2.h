@@ -56,7 +56,7 @@ INLINE __m256 power_of_two(__m256 x)
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(power), exponent));
 }
 
-/* x times the normal distribution function of x, with an error of 1e-9 in addition to rounding. */
+/* GELU: x times the cumulative normal distribution at x, with an error of 1e-9 in addition to rounding. */
 INLINE __m256 gelu(__m256 x)
 {
     const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x), one = _mm256_set1_ps(1);

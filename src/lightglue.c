@@ -56,7 +56,7 @@ INLINE __m512 power_of_two(__m512 x)
     return _mm512_scalef_ps(power, x); /* times 2^floor(x) */
 }
 
-/* x times the normal distribution function of x, with an error of 5e-5 for |x| up to 4, and 1e-4 of x beyond. */
+/* GELU: x times the cumulative normal distribution at x. The error is 5e-5 for |x| up to 4, and 1e-4 of x beyond. */
 INLINE __m512 gelu(__m512 x)
 {
     const __m512 near = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(4)), _mm512_set1_ps(-4));

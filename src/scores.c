@@ -16,7 +16,7 @@ INLINE __m256 exponential(__m256 x) { return power_of_two(_mm256_mul_ps(x, _mm25
 
 enum { CELL = 8, PIXELS = CELL * CELL, LOGITS = PIXELS + 1 };
 
-/* Softmax scores (8 height, 8 width) of pixels from the logits (height, width, 65) of cells. The last logit is none. */
+/* Scores (8 height, 8 width) of pixels: softmax of the logits (height, width, 65) of cells, the last one for none. */
 void kpmatch_scores(int64_t height, int64_t width, const float *logits, float *scores)
 {
     for (int64_t y = 0; y < height; y++)

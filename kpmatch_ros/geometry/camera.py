@@ -16,7 +16,7 @@ __all__ = ["AHEAD", "BEHIND", "CalibrationError", "Camera", "camera_info_field",
 # fraction of the image's width instead of pixels. The widest fisheye lens has about 0.2, a long telephoto lens 50.
 _FOCAL_RANGE = (0.01, 1000.0)
 AHEAD = 0.02
-"""Smallest cosine to a camera's axis: a point at a larger angle, 89 degrees, counts as behind the camera."""
+"""Smallest cosine to a camera's axis: a point at more than 89 degrees counts as behind the camera."""
 
 BEHIND = 1e6
 """Pixels: the residual of a point behind a camera."""

@@ -211,7 +211,7 @@ def neighbours(
 
 
 def largest_elsewhere(numbers: np.ndarray, points: np.ndarray, places: np.ndarray, distance: float) -> np.ndarray:
-    """Largest number of each row (R, N), at least -1, of points (N, 2) that are not that close to its place (R, 2)."""
+    """Largest number of each row (R, N), at least -1, of points (N, 2) not within `distance` of its place (R, 2)."""
     rows, count, largest = len(places), len(points), np.empty(len(places), np.float32)
     numbers = _given(numbers, np.float32, rows, count)
     _library.kpmatch_largest_elsewhere(rows, count, numbers, _columns(points), _columns(places), distance, largest)

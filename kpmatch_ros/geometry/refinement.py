@@ -61,6 +61,7 @@ def normalize_contrast(image: np.ndarray) -> np.ndarray:
     """The image in grey, uint8 (H, W), with the same local brightness and contrast everywhere.
 
     Exposure differs between frames and between cameras. After this normalisation, it does not shift matches.
+
     Args:
         image: uint8 grey (H, W) or RGB (H, W, 3).
     """

@@ -147,8 +147,8 @@ def tukey_cost(squares: np.ndarray, cutoffs: np.ndarray) -> float:
 def tukey_cutoff(residuals: np.ndarray, inlier_threshold: float, resolution: float) -> float:
     """Cutoff of Tukey's loss, pixels: TUKEY standard deviations of the residuals' noise, or of rounding if larger.
 
-    The standard deviation comes from the median of the residuals below twice the inlier threshold. If one of two
-    conditions (2, n) has no residuals, as on a row that both images share, this median may be zero. Even then, half of
+    The standard deviation comes from the median of the residuals below twice the inlier threshold. If the residuals of
+    one of two conditions (2, n) vanish, as on a row that both images share, this median may be zero. Even then, half of
     the matches are within the cutoff.
     """
     sizes = np.abs(residuals)

@@ -46,8 +46,8 @@ def left_out(pulls: np.ndarray, arms: np.ndarray, weights: np.ndarray, slopes: n
     """Pulls (p, n) of n matches with several residuals each, without each match's own effect on the estimate.
 
     A match often determines one direction of the estimate almost alone, and hardly affects the others. A single
-    leverage for all of its residuals would be their mean. The error of the direction that it determines would then be
-    as small as its residual. Instead, each match is removed from the Hessian in all of its directions (Bell and
+    leverage for all of its residuals would average over them. The error of the direction that it determines would then
+    look as small as its residual. Instead, each match is removed from the Hessian in all of its directions (Bell and
     McCaffrey, Survey Methodology 2002).
 
     Args:

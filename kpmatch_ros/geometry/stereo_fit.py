@@ -16,7 +16,7 @@ from kpmatch_ros.geometry.stereo_errors import StereoPoints, StereoResiduals, st
 __all__ = ["SEARCH_THRESHOLD", "SETTLED", "Fit", "FramePair", "Start", "normal_equations"]
 
 SEARCH_THRESHOLD = 3.0
-"""Inlier threshold of the search, in inlier thresholds. It is larger because the depths are uncertain."""
+"""Threshold of the search, in inlier thresholds: a point of uncertain depth may be projected this far off."""
 
 _ROUGHLY, SETTLED = 1e-3, 1e-6  # twice the expected relative decrease of the cost below which the minimisation ends
 

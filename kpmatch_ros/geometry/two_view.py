@@ -59,8 +59,8 @@ from kpmatch_ros.geometry.two_view_search import SAMPLE, search_motions, search_
 __all__ = ["estimate_relative_pose"]
 
 # Noise above the inlier threshold spreads the residuals evenly. tukey_cutoff, which looks at residuals below two
-# thresholds, then estimates a standard deviation of 1.5 thresholds. Below this many thresholds, the noise is smaller
-# than the inlier threshold.
+# thresholds, then estimates a standard deviation of 1.5 thresholds. If the estimate is below _SHARP thresholds, the
+# noise is not above the inlier threshold.
 _SHARP = 0.3
 _COARSER = (3.0, 9.0)  # factors on the inlier threshold, tried where few matches agree
 _DEVIATIONS = 0.1 * 2.0 ** np.arange(7)  # standard deviations of the noise for the comparison, in inlier thresholds
@@ -131,8 +131,6 @@ def estimate_relative_pose(
         readout: with a rolling shutter, the time to read the rows of one image, as a part of the time between the two
             images; 0 for a global shutter. The pose is the motion between the middle rows. The prior gives the change
             of the rotation and the translation (see :mod:`kpmatch_ros.geometry.rolling_shutter`).
-            0 where all are read at once. The pose is the motion between the middle rows; the motion before tells how
-            turns and moves change (rolling_shutter).
 
     Returns:
         The pose, or the reason why there is none.

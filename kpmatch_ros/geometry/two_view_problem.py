@@ -93,7 +93,7 @@ def weigh(problem: Problem, motion: Motion) -> Problem:
     """The problem with each match weighted by its standard deviation and by the residuals under a motion.
 
     Errors that the standard deviations do not include are equal for all matches. Their size is the one that makes the
-    residuals likeliest. A match that is more precise than the inlier threshold then has an own threshold of 3.3
+    residuals likeliest. A match that is more precise than the inlier threshold then has a threshold of 3.3 of its
     standard deviations. The other matches keep equal weights. If no match is that precise, the problem is unchanged.
     """
     if problem.sigmas is None:

@@ -155,7 +155,7 @@ def refine_turns(
     trust = 100 * max(deviation, _SMALLEST * inlier_threshold) ** 2
     if compiled.available():
         return compiled.refine_turns(matches.columns, turns, shifts, pixels, trust)
-    # Keep this equal to src/two_view.c.
+    # Keep this equal to src/two_view_profile.c.
     for cutoff in pixels:
         residuals, jacobian = _evaluate(matches, turns, shifts)
         weights = np.maximum(1 - (residuals / cutoff) ** 2, 0.0) ** 2
