@@ -1,5 +1,5 @@
-/* Functions of vectors of 8 numbers, for x86-64 with AVX2. KPMATCH_COMPILES is defined where there is something to
- * compile. */
+/* Functions of vectors of 8 numbers, for x86-64 with AVX2. KPMATCH_COMPILES is defined if the compiled networks are
+ * supported. */
 #ifndef KPMATCH_AVX2_H
 #define KPMATCH_AVX2_H
 
@@ -12,7 +12,7 @@
 #include <stddef.h>
 #include <string.h>
 
-/* From here on code is for these processors alone. */
+/* The code below is for these processors only. */
 #pragma GCC target("avx2,fma")
 #include <immintrin.h>
 
@@ -40,10 +40,10 @@ INLINE float sum_of(__m256 x)
 
 /* Functions. Both polynomials were fitted by reweighted least squares. */
 
-/* 2^x for x up to 127, with a relative error of 1e-7; 2^-125 for all below. */
+/* 2^x for x up to 127, with a relative error of 1e-7; 2^-125 for all x below -125. */
 INLINE __m256 power_of_two(__m256 x)
 {
-    x = _mm256_max_ps(_mm256_set1_ps(-125), x); /* NaN stays: it is the second */
+    x = _mm256_max_ps(_mm256_set1_ps(-125), x); /* as the second operand, NaN remains NaN */
     const __m256 floor = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m256 part = _mm256_sub_ps(x, floor);
     __m256 power = _mm256_set1_ps(0.0013276466634124517f);
@@ -56,12 +56,12 @@ INLINE __m256 power_of_two(__m256 x)
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(power), exponent));
 }
 
-/* x times the share of a normal distribution below x, with an error of 1e-9 beside what is rounded. */
+/* GELU: x times the cumulative normal distribution at x, with an error of 1e-9 in addition to rounding. */
 INLINE __m256 gelu(__m256 x)
 {
     const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x), one = _mm256_set1_ps(1);
     const __m256 t = _mm256_div_ps(one, _mm256_fmadd_ps(_mm256_set1_ps(0.24f), size, one));
-    __m256 beyond = _mm256_set1_ps(-0.12438305f); /* the share beyond |x|, over e^(-x^2 / 2) */
+    __m256 beyond = _mm256_set1_ps(-0.12438305f); /* probability beyond |x|, over e^(-x^2 / 2) */
     beyond = _mm256_fmadd_ps(beyond, t, _mm256_set1_ps(0.55118001f));
     beyond = _mm256_fmadd_ps(beyond, t, _mm256_set1_ps(-0.6392811f));
     beyond = _mm256_fmadd_ps(beyond, t, _mm256_set1_ps(0.61839065f));

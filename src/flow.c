@@ -1,22 +1,22 @@
-/* Optical flow by Lucas and Kanade in a pyramid (Bouguet, Pyramidal Implementation of the Lucas Kanade Feature Tracker,
- * 2001), compiled: what flow.py asks OpenCV's calcOpticalFlowPyrLK for, with the same numbers within rounding.
+/* Pyramidal optical flow by Lucas and Kanade (Bouguet, Pyramidal Implementation of the Lucas Kanade Feature Tracker,
+ * 2001), compiled. It replaces OpenCV's calcOpticalFlowPyrLK in flow.py, with the same results within rounding.
  *
- * OpenCV makes the pyramids, and the gradients of a whole image, in each call. Here pyramids are given, and gradients
- * are taken around the points alone. Pixels and gradients between the grid are integers, as OpenCV's are.
- * test/test_compiled_tracks.py compares both.
+ * OpenCV computes the pyramids, and the gradients of a whole image, in each call. This code takes the pyramids as
+ * arguments, and computes gradients only around the points. Interpolated pixels and gradients are integers, as in
+ * OpenCV. test/test_compiled_tracks.py compares both.
  */
 #include "geometry.h"
 
 enum {
-    WIDEST = 21,       /* pixels of a window's side, at most */
-    ROW = 24,          /* numbers of a row of a window: so many, or 16, are computed, as vectors are whole */
-    GRID = ROW + 8,    /* and of a row of the pixels that it is interpolated between, with a border for gradients */
+    WIDEST = 21,       /* pixels, the largest side of a window */
+    ROW = 24,          /* numbers in a row of a window: 24 or 16 are computed, which are whole vectors */
+    GRID = ROW + 8,    /* numbers in a row of the pixels for interpolation, with a border for gradients */
     WEIGHT_BITS = 14,
-    PIXEL_BITS = 5     /* of a pixel's fraction */
+    PIXEL_BITS = 5     /* fraction bits of a pixel */
 };
 #define ITERATIONS 10
 #define SHORTEST_STEP 0.03f
-#define BACK_AND_FORTH 0.01f /* pixels: the next step is the last one reversed */
+#define BACK_AND_FORTH 0.01f /* pixels: if the step is the previous one reversed within this, the search oscillates */
 #define LEAST_EIGENVALUE 1e-4f
 #define LEAST_DETERMINANT 1.1920929e-7f
 
@@ -25,7 +25,7 @@ typedef struct {
     ptrdiff_t height, width;
 } Level;
 
-/* Mirrored at the middle of the first and the last pixel. */
+/* A position mirrored at the centres of the first and the last pixel. */
 INLINE ptrdiff_t mirrored(ptrdiff_t place, ptrdiff_t count)
 {
     if (count == 1)
@@ -35,7 +35,7 @@ INLINE ptrdiff_t mirrored(ptrdiff_t place, ptrdiff_t count)
     return place;
 }
 
-/* So many pixels of an image from a column and a row on, in rows of GRID. */
+/* Copy `width` x `height` pixels of an image, from a column and a row on, into rows of GRID. */
 INLINE void copy(const Level *image, ptrdiff_t column, ptrdiff_t row, int width, int height, int16_t *restrict pixels)
 {
     const int inside = column >= 0 && row >= 0 && column + width <= image->width && row + height <= image->height;
@@ -50,13 +50,13 @@ INLINE void copy(const Level *image, ptrdiff_t column, ptrdiff_t row, int width,
     }
 }
 
-/* Where a window begins: the pixel, and weights of the four pixels around each place in it. */
+/* Where a window begins: the first pixel, and the interpolation weights of four neighbouring pixels. */
 typedef struct {
     ptrdiff_t column, row;
     int32_t weights[4];
 } Place;
 
-/* Returns 0 where no pixel of a window is in the image. NaN is nowhere. */
+/* Returns 0 if no pixel of the window is in the image, or for NaN. */
 INLINE int place_at(float x, float y, int side, const Level *image, Place *place)
 {
     if (!(x >= (float)-side && y >= (float)-side && x < (float)image->width && y < (float)image->height))
@@ -71,7 +71,7 @@ INLINE int place_at(float x, float y, int side, const Level *image, Place *place
     return 1;
 }
 
-/* The grid between its numbers, less so many bits, rounded. */
+/* Interpolation in the grid, shifted right by `bits` and rounded. */
 INLINE int32_t between(const int16_t *above, const int32_t *weights, int bits)
 {
     const int16_t *below = above + GRID;
@@ -79,7 +79,7 @@ INLINE int32_t between(const int16_t *above, const int32_t *weights, int bits)
             (1 << (bits - 1))) >> bits;
 }
 
-/* Gradients by Scharr's filter of pixels whose grid begins a column and a row before. Outside the image they are 0. */
+/* Scharr gradients of pixels in a grid that begins one column and one row earlier. Outside the image, they are 0. */
 INLINE void gradients(const int16_t *restrict pixels, const Place *place, const Level *image, int width, int height,
                       int16_t *restrict across, int16_t *restrict down)
 {
@@ -101,12 +101,12 @@ INLINE void gradients(const int16_t *restrict pixels, const Place *place, const 
                 across[y * GRID + x] = down[y * GRID + x] = 0;
 }
 
-/* A window of the first image: pixels and gradients, which are 0 beyond the window's side. */
+/* A window of the first image: pixels and gradients, with gradients 0 beyond the window's side. */
 typedef struct {
     int16_t pixels[WIDEST * ROW], across[WIDEST * ROW], down[WIDEST * ROW];
 } Window;
 
-/* So many columns and rows of the grid between its numbers, and zeros up to the rest of each row. */
+/* Interpolate `width` columns and `height` rows of the grid, and fill each row with zeros up to `wide`. */
 INLINE void interpolate(const int16_t *restrict grid, const int32_t *weights, int bits, int width, int height, int wide,
                         int16_t *restrict values)
 {
@@ -120,7 +120,7 @@ INLINE void interpolate(const int16_t *restrict grid, const int32_t *weights, in
 
 INLINE float sum(const int32_t *columns, int wide)
 {
-    float all = 0; /* of 32 bits there would be too few */
+    float all = 0; /* the total may exceed 32 bits */
     for (int x = 0; x < wide; x++)
         all += (float)columns[x];
     return all * (1.0f / (1 << 20));
@@ -129,7 +129,7 @@ INLINE float sum(const int32_t *columns, int wide)
 /* Sums of the products of a window's gradients. */
 INLINE void squares(const Window *window, int side, int wide, float *xx, float *xy, float *yy)
 {
-    int32_t sums[3][ROW] = {{0}}; /* of a column they fit */
+    int32_t sums[3][ROW] = {{0}}; /* the sum of one column fits into 32 bits */
     for (int y = 0; y < side; y++)
         for (int x = 0; x < wide; x++) {
             const int32_t dx = window->across[y * ROW + x], dy = window->down[y * ROW + x];
@@ -142,7 +142,7 @@ INLINE void squares(const Window *window, int side, int wide, float *xx, float *
     *yy = sum(sums[2], wide);
 }
 
-/* Sums of a window's gradients times how much brighter the other image is. */
+/* Sums of a window's gradients times the difference in brightness to the other image. */
 INLINE void slopes(const Window *window, const int16_t *grid, const int32_t *weights, int side, int wide, float *slope)
 {
     int32_t sums[2][ROW] = {{0}};
@@ -158,7 +158,7 @@ INLINE void slopes(const Window *window, const int16_t *grid, const int32_t *wei
     slope[1] = sum(sums[1], wide);
 }
 
-/* Follow a point of one image into another, in one level. Returns 0 where it is not found; next may have moved. */
+/* Follow a point of one image into another, in one level. Returns 0 if it is not found; `next` may have changed. */
 INLINE int follow(const Level *image0, const Level *image1, float x, float y, int side, int wide, float *next)
 {
     int16_t pixels[ROW * GRID], columns[ROW * GRID], rows[ROW * GRID];
@@ -201,10 +201,10 @@ INLINE int follow(const Level *image0, const Level *image1, float x, float y, in
     return 1;
 }
 
-/* Follow points (T, 2) from one image into another near a start (T, 2), which becomes where they are.
+/* Follow points (T, 2) of one image into another, from a start (T, 2), which is replaced by the positions found.
  *
- * Each image is a pyramid: the addresses of its levels, the largest first. Their sides (L, 2) are of both images.
- * Windows have a side of 13 or 21. Found (T,) says whether a point is found.
+ * Each image is a pyramid: the addresses of its levels, the largest first. The sides (L, 2) of the levels are the same
+ * for both images. Windows have a side of 13 or 21. `found` (T,) tells whether a point was found.
  */
 FOR_EACH_PROCESSOR
 void kpmatch_follow(int64_t levels, const int64_t *sides, const uint8_t *const *pyramid0,

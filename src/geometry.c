@@ -1,47 +1,47 @@
-/* What takes longest of kpmatch_ros/geometry, compiled: `align` and `cut` of patches.py.
+/* The slowest functions of kpmatch_ros/geometry, compiled: `align` and `cut` of patches.py.
  *
- * The NumPy code there describes the algorithms, and runs where this library is not built. Both give the same numbers
- * within rounding: a change of one is a change of the other, and test/test_compiled.py compares them.
+ * The NumPy code there describes the algorithms, and runs if this library is not built. Both give the same results
+ * within rounding. Change both together; test/test_compiled.py compares them.
  *
- * lens.c holds `undistort` of lens.py, two_view.c what takes longest of the pose of two views.
+ * lens.c has `undistort` of lens.py. two_view.c has the slowest functions of the two-view pose.
  *
- * C99, without Python's headers: kpmatch_ros/geometry/compiled.py calls it by ctypes. Sums are vectorised where
- * `omp simd` allows it. -ffast-math would allow it everywhere, but then comparisons need not notice NaN.
+ * The code is C99 without Python's headers: kpmatch_ros/geometry/compiled.py calls it with ctypes. Sums are vectorised
+ * where `omp simd` allows it. -ffast-math would allow it everywhere, but comparisons could then ignore NaN.
  */
 #include "geometry.h"
 
-/* Changes with the arguments or the meaning of a function of the library. compiled.py loads no other version. */
+/* Increase this with each change of a function's arguments or meaning. compiled.py loads no other version. */
 #define VERSION 5
 
 int kpmatch_version(void) { return VERSION; }
 
-/* Unlike fmaxf and fminf, these give NaN for NaN. */
+/* Unlike fmaxf and fminf, these return NaN for NaN. */
 INLINE float at_least(float value, float bound) { return value < bound ? bound : value; }
 INLINE float at_most(float value, float bound) { return value > bound ? bound : value; }
 INLINE float clip(float value, float least, float most) { return at_most(at_least(value, least), most); }
 
-/* Patches: constants of patches.py, with their names there. */
+/* Patches: constants of patches.py, with the same names. */
 
 enum {
     USED = 85,   /* pixels of a patch that are compared */
-    FEW = 36,    /* the first of them, which are enough for a shift */
-    AFFINE = 63, /* numbers of the equations of an affine change with blur */
-    SHIFT = 9,   /* and of a shift */
+    FEW = 36,    /* the first pixels, which are enough for a shift */
+    AFFINE = 63, /* numbers in the equations of an affine change with blur */
+    SHIFT = 9,   /* numbers in the equations of a shift */
     WEIGHTS = 4 * USED,
     EQUATIONS = 5 * USED,
     PATCH = EQUATIONS + AFFINE + SHIFT,
     FEWEST_ITERATIONS = 2,
     ITERATIONS = 10,
     SEARCHES = 2,
-    WIDE = 15 /* pixels of a patch's side, with a border for gradients */
+    WIDE = 15 /* pixels of a patch's side, with a border for the gradients */
 };
-#define DEFORMATION_DAMPING 1e4f /* that of a shift is 1 */
+#define DEFORMATION_DAMPING 1e4f /* the damping of a shift is 1 */
 #define BLUR_DAMPING 1e4f
-#define REACH 6.0f /* pixels from the middle of a patch to its sides */
+#define REACH 6.0f /* pixels from the centre of a patch to its sides */
 #define LONGEST_STEP 3.0f
 #define LAST_STEP 0.3f
 #define SETTLED 0.01f
-#define FINE 2 /* pixels of the image that is given, to one in which points and shapes are */
+#define FINE 2 /* pixels of the given image, per pixel of points and shapes */
 #define BLUR 0.5f
 #define WIDEST 2.0f
 #define ALIKE 0.82f
@@ -51,16 +51,16 @@ enum {
 #define SIGMA_FLOOR 0.0275f
 #define SIGMA_GROWTH 27.5f
 
-/* Parts of the equations of an affine change: see _equations in patches.py. */
+/* Offsets in the equations of an affine change, see _equations in patches.py. */
 enum { INVERSE = 0, COLUMN = 36, ALONG = 42, OWN_BLUR = 48, BLUR_POWER = 49, SUMS = 50, OWN = 56, CONTRAST = 62 };
 
-/* Sides are shorter than 2^16 pixels, and there are fewer than 2^31 of these: see _image in compiled.py. */
+/* The sides are shorter than 2^16 pixels, and there are fewer than 2^31 pixels, see _image in compiled.py. */
 typedef struct {
     const float *pixels;
     ptrdiff_t height, width;
 } Image;
 
-/* A pixel, or 0 outside of the image. */
+/* A pixel, or 0 outside the image. */
 INLINE float pixel(const Image *image, ptrdiff_t column, ptrdiff_t row)
 {
     if (column < 0 || row < 0 || column >= image->width || row >= image->height)
@@ -70,7 +70,7 @@ INLINE float pixel(const Image *image, ptrdiff_t column, ptrdiff_t row)
 
 INLINE float between(float from, float to, float part) { return from + part * (to - from); }
 
-/* The image between its pixels. NaN is outside. */
+/* Linear interpolation between the image's pixels. NaN counts as outside. */
 INLINE float interpolated(const Image *image, float x, float y)
 {
     if (!(x > -1 && y > -1 && x < (float)image->width && y < (float)image->height))
@@ -82,7 +82,7 @@ INLINE float interpolated(const Image *image, float x, float y)
     return between(above, below, y - (float)row);
 }
 
-/* Pixels of the image at the first so many places (2, USED) of a patch that is at a point, with a shape (2, 2). */
+/* Weighted pixels of the image at the first `count` places (2, USED) of a patch at a point, with a shape (2, 2). */
 INLINE void look(const Image *image, const float *point, const float *shape, const float *places,
                  const float *restrict weights, int count, float *seen)
 {
@@ -119,16 +119,16 @@ INLINE float total(const float *values, int count)
     return sum;
 }
 
-/* How many of the first so many pixels of a patch have the weight 1; 1 where none has. */
+/* Number of the first `pixels` pixels of a patch with weight 1; at least 1. */
 INLINE float counted(const float *patch, int pixels) { return at_least(total(patch + WEIGHTS, pixels), 1); }
 
-/* The squared norm of so many pixels less their mean. */
+/* Squared norm of `count` pixels minus their mean. */
 INLINE float power_of(float sum, float squares, float count)
 {
     return at_least(squares - sum * sum / count, LEAST_CONTRAST);
 }
 
-/* What gives pixels of this power a contrast. */
+/* The gain that gives pixels with this power the contrast. */
 INLINE float gain_of(float power, float contrast)
 {
     return clip(sqrtf(contrast / power), 1 / LARGEST_GAIN, LARGEST_GAIN);
@@ -153,7 +153,7 @@ INLINE void shift_step(const float *patch, float count, const float *seen, float
     step[1] = equations[2] * slope_x + equations[3] * slope_y;
 }
 
-/* One step of an affine change and of blur: how x changes by 1, x and y, and how y does. */
+/* One step of an affine change and of blur: changes of x by 1, x and y, then those of y. */
 INLINE void affine_step(const float *patch, float count, const float *equations, const float *seen,
                         const float *places, const float *deformed, float *step)
 {
@@ -187,7 +187,7 @@ INLINE void affine_step(const float *patch, float count, const float *equations,
     }
 }
 
-/* How much narrower the image's blur is on a surface seen through a shape. */
+/* Decrease of the blur of the image on a surface seen through a shape. */
 INLINE float narrowing(const float *shape)
 {
     const float area = shape[0] * shape[3] - shape[1] * shape[2];
@@ -195,7 +195,7 @@ INLINE float narrowing(const float *shape)
     return 1 - at_most(squares / at_least(2 * area * area, 1e-6f), WIDEST);
 }
 
-/* The equations of a patch less its Laplacian times so much. */
+/* Change the equations to those of the patch minus `narrower` times its Laplacian. */
 INLINE void sharpen(float *equations, float narrower)
 {
     const float own = equations[OWN_BLUR], power = equations[BLUR_POWER];
@@ -251,7 +251,7 @@ INLINE void align_one(const float *patch, const Image *image, const float *place
             move(point, shape, step[0], step[3]);
             deform(shape, step);
             moved = sqrtf(step[0] * step[0] + step[3] * step[3]);
-            /* Not true of NaN. */
+            /* False for NaN. */
             if (i + 1 >= FEWEST_ITERATIONS && !(moved >= SETTLED && moved < LAST_STEP))
                 break;
         }
@@ -280,7 +280,7 @@ INLINE void align_one(const float *patch, const Image *image, const float *place
             point[0] < (float)image->width / FINE - 2 && point[1] < (float)image->height / FINE - 2;
 }
 
-/* Find T patches (T, PATCH) in an image. Points (T, 2) and shapes (T, 2, 2) are where to begin, and then the result. */
+/* Find T patches (T, PATCH) in an image. Points (T, 2) and shapes (T, 2, 2) are the start, and then the result. */
 FOR_EACH_PROCESSOR
 void kpmatch_align(int64_t count, const float *patches, int64_t height, int64_t width, const float *pixels,
                    const float *places, int32_t shifts, float *points, float *shapes, float *sigmas, float *likeness,
@@ -301,7 +301,7 @@ INLINE float product(const float *restrict one, const float *restrict other, int
     return sum;
 }
 
-/* So many values less the mean of those that count; the others are 0, and stay so. */
+/* Values minus the mean of those with a weight. The others are 0 before and after. */
 INLINE void centre(const float *values, const float *weights, int pixels, float count, float *centred)
 {
     const float mean = total(values, pixels) / count;
@@ -309,7 +309,7 @@ INLINE void centre(const float *values, const float *weights, int pixels, float 
         centred[i] = weights[i] * (values[i] - mean);
 }
 
-/* Of a symmetric positive matrix (size, size), in place. */
+/* Invert a symmetric positive matrix (size, size), in place. */
 INLINE void inverse(int size, float *matrix)
 {
     for (int k = 0; k < size; k++) {
@@ -330,7 +330,7 @@ INLINE void inverse(int size, float *matrix)
     }
 }
 
-/* Equations of a shift: see _equations in patches.py. */
+/* Equations of a shift, see _equations in patches.py. */
 INLINE void shift_equations(const float *patch, float count, const float *template, float *equations)
 {
     const float *across = patch + USED, *down = patch + 2 * USED;
@@ -416,7 +416,7 @@ INLINE void cut_one(const Image *image, const float *point, const float *places,
     for (int i = 0; i < USED; i++) {
         const float *here = pixels + ((int)places[USED + i] + WIDE / 2) * WIDE + (int)places[i] + WIDE / 2;
         const float x = places[i], y = places[USED + i];
-        weights[i] = x >= left && x <= right && y >= above && y <= below; /* has neighbours in the image; NaN has not */
+        weights[i] = x >= left && x <= right && y >= above && y <= below; /* has neighbours in the image; 0 for NaN */
         middle[i] = weights[i] * here[0];
         across[i] = weights[i] * (here[1] - here[-1]) / 2;
         down[i] = weights[i] * (here[WIDE] - here[-WIDE]) / 2;
@@ -430,7 +430,7 @@ INLINE void cut_one(const Image *image, const float *point, const float *places,
     shift_equations(patch, few_count, few, patch + EQUATIONS + AFFINE);
 }
 
-/* Cut patches (T, PATCH) out of an image around points (T, 2). */
+/* Cut patches (T, PATCH) from an image around points (T, 2). */
 FOR_EACH_PROCESSOR
 void kpmatch_cut(int64_t count, int64_t height, int64_t width, const float *pixels, const float *places,
                  const float *points, float *patches)

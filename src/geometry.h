@@ -1,4 +1,4 @@
-/* What the C files of the library kpmatch_geometry share. */
+/* Definitions shared by the C files of the library kpmatch_geometry. */
 #ifndef KPMATCH_GEOMETRY_H
 #define KPMATCH_GEOMETRY_H
 
@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Binary packages are for any x86-64 processor. Those with AVX2 get code of their own, chosen at loading. */
+/* Binary packages must run on any x86-64 processor. Processors with AVX2 get their own code, chosen at load time. */
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
 #if __GNUC__ >= 12
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v3", "default")))
@@ -16,7 +16,7 @@
 #else
 #define FOR_EACH_PROCESSOR
 #endif
-/* Into each of these versions. */
+/* Inlined into each of these versions. */
 #define INLINE static inline __attribute__((always_inline))
 
 #endif

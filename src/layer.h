@@ -1,19 +1,19 @@
-/* What a layer of LightGlue is given, whatever the precision that it is computed in. Include it behind team.h. */
+/* Arguments of a LightGlue layer, for any precision. Include this file after team.h. */
 #ifndef KPMATCH_LAYER_H
 #define KPMATCH_LAYER_H
 
-/* The arguments: structures of compiled.py, with their names there. Weights are packed as the functions there say. */
+/* The arguments: structures of compiled.py, with the same names. Its functions describe how weights are packed. */
 
 typedef struct {
-    const void *project; /* queries, keys unless they are the queries, values */
+    const void *project; /* queries; keys, unless they are equal to the queries; values */
     const float *project_bias;
-    const void *inner; /* the feed-forward network's two linear layers, with the norm between them */
+    const void *inner; /* the two linear layers of the feed-forward network, with the normalisation between them */
     const float *inner_bias;
     const float *gain;
     const float *shift;
     const void *outer;
     const float *outer_bias;
-    int64_t parts; /* 3; 2 where keys are queries */
+    int64_t parts; /* 3; 2 if the keys are the queries */
     float epsilon;
 } Half;
 
@@ -28,14 +28,14 @@ typedef struct {
     int64_t size, heads, threads, tiles;
     Half within, across;
     Points points[2];
-    void *work; /* as many bytes as the precision's function says, at a multiple of 64 */
+    void *work; /* working memory of the size that the precision's function returns, aligned to 64 bytes */
 } Layer;
 
 typedef struct {
     int64_t first, end;
 } Span;
 
-/* The rows of an image that are a thread's: both images' blocks of rows are shared out evenly. */
+/* A thread's rows of an image. The blocks of rows of both images are distributed evenly over the threads. */
 static Span rows_of(const Layer *layer, const Team *team, int64_t number, int image, int64_t block)
 {
     const int64_t blocks0 = whole(layer->points[0].count, block) / block;

@@ -1,10 +1,10 @@
-/* What takes longest of kpmatch_ros/geometry/lens.py, compiled: `undistort`.
+/* The slowest function of kpmatch_ros/geometry/lens.py, compiled: `undistort`.
  *
- * As of geometry.c, the NumPy code of these names describes the algorithm: a change of one is a change of the other.
+ * As with geometry.c, the NumPy code with these names describes the algorithm. Change both together.
  */
 #include "geometry.h"
 
-/* Constants of lens.py, with their names there. */
+/* Constants of lens.py, with the same names. */
 
 enum { NEWTON_ITERATIONS = 50 };
 #define NEWTON_TOLERANCE 1e-10
@@ -12,7 +12,7 @@ enum { NEWTON_ITERATIONS = 50 };
 
 INLINE double larger(double a, double b) { return a > b ? a : b; }
 
-/* Distort a point by OpenCV's polynomial model, with the jacobian (2, 2): see _distort_polynomially in lens.py. */
+/* Distort a point with OpenCV's polynomial model; also the jacobian (2, 2), see _distort_polynomially in lens.py. */
 INLINE void distort_one(const double *point, const double *coefficients, double *image, double *jacobian)
 {
     const double k1 = coefficients[0], k2 = coefficients[1], p1 = coefficients[2], p2 = coefficients[3];
@@ -21,7 +21,7 @@ INLINE void distort_one(const double *point, const double *coefficients, double 
     const double above = 1 + square * (k1 + square * (k2 + square * k3));
     const double below = 1 + square * (k4 + square * (k5 + square * k6));
     const double radial = above / below;
-    /* By the square of the radius, times two. */
+    /* Derivative by the squared radius, times two. */
     const double growth = 2 * (k1 + square * (2 * k2 + 3 * k3 * square)) / below -
                           2 * radial * (k4 + square * (2 * k5 + 3 * k6 * square)) / below;
     const double mixed = product * growth + 2 * (p1 * x + p2 * y);
@@ -44,7 +44,7 @@ INLINE int undistort_one(const double *target, const double *coefficients, doubl
         double image[2], jacobian[4];
         distort_one(point, coefficients, image, jacobian);
         const double determinant = jacobian[0] * jacobian[3] - jacobian[1] * jacobian[2];
-        /* Where the determinant is not positive the lens model folds over, as no lens does. NaN is not either. */
+        /* If the determinant is not positive, the lens model folds over, which no real lens does. Also for NaN. */
         if (!(determinant > 0 && fabs(point[0]) < LARGEST_TANGENT && fabs(point[1]) < LARGEST_TANGENT))
             return 0;
         inverse[0] = jacobian[3] / determinant;
@@ -52,11 +52,11 @@ INLINE int undistort_one(const double *target, const double *coefficients, doubl
         inverse[2] = -jacobian[2] / determinant;
         inverse[3] = jacobian[0] / determinant;
         const double x = image[0] - target[0], y = image[1] - target[1];
-        /* Where it folds over twice it turns the scene by half a turn: the determinant is positive, the trace not. */
+        /* If it folds over twice, it rotates the scene by 180 degrees: positive determinant, but negative trace. */
         if (fabs(x) < NEWTON_TOLERANCE && fabs(y) < NEWTON_TOLERANCE)
             return inverse[0] + inverse[3] > 0;
         const double along = inverse[0] * x + inverse[1] * y, down = inverse[2] * x + inverse[3] * y;
-        /* Steps shorter than half the way to the axis, plus a half, do not leap over a fold unseen. */
+        /* Steps of at most half the distance to the axis, plus a half, do not jump over a fold unnoticed. */
         const double longest = 0.5 * (1 + sqrt(point[0] * point[0] + point[1] * point[1]));
         const double length = larger(sqrt(along * along + down * down), 1e-300);
         const double part = longest < length ? longest / length : 1;
@@ -68,7 +68,7 @@ INLINE int undistort_one(const double *target, const double *coefficients, doubl
 
 /* Undistort N points (N, 2), with the inverse (N, 2, 2) of the distortion's jacobian; NaN without a solution.
  *
- * None is searched for from further off the axis than furthest.
+ * No search starts further from the axis than `furthest`.
  */
 void kpmatch_undistort(int64_t count, const double *distorted, const double *coefficients, double furthest,
                        double *points, double *inverses)

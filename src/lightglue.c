@@ -1,12 +1,13 @@
 /* LightGlue (kpmatch_ros/models/lightglue_layers.py), compiled for x86-64: a layer in bfloat16.
  *
- * PyTorch's operators there describe them, and run where this library is not built or the processor lacks what it
- * needs: AVX-512 with bfloat16, or with it tiles (AMX), which multiply several times as fast. Each of a layer's many
- * small operations writes its result for the next one to read, which takes longer than the products. Here a block of
- * rows passes through all of them in the processor's own cache. Products are of bfloat16 numbers with sums in float32,
- * as in PyTorch; what lies between them stays in float32. test/test_compiled_layers.py compares both.
+ * PyTorch's operators there describe the computation. They run if this library is not built, or if the processor does
+ * not have AVX-512 with bfloat16. Tiles (AMX), which some of these processors have, multiply several times as fast. In
+ * PyTorch, each of a layer's many small operations writes its result to memory for the next one, which takes longer
+ * than the products. Here, a block of rows passes through all operations in the processor's cache. Products are of
+ * bfloat16 numbers with sums in float32, as in PyTorch. Values between the products stay in float32.
+ * test/test_compiled_layers.py compares both.
  *
- * C11, without Python's headers: kpmatch_ros/models/compiled.py calls it by ctypes.
+ * The code is C11 without Python's headers: kpmatch_ros/models/compiled.py calls it with ctypes.
  */
 #include "networks.h"
 
@@ -14,7 +15,7 @@
 #include "team.h"
 #include "layer.h"
 
-/* What a layer knows of an image between its steps; all with whole blocks of rows. */
+/* The data of an image between the steps of a layer. All arrays have whole blocks of rows. */
 typedef struct {
     uint16_t *query;        /* (rows, size) */
     uint16_t *key, *value;  /* of each head, packed as the right side of a product */
@@ -30,12 +31,12 @@ typedef struct {
     Image images[2];
     Team *team;
     int64_t number; /* of this thread */
-    /* Of a block of rows: */
-    float *sums;      /* results of products, as wide as the widest */
-    uint16_t *inputs; /* numbers for the next product */
+    /* For a block of rows: */
+    float *sums;      /* results of products, as wide as the widest one */
+    uint16_t *inputs; /* inputs of the next product */
 } Thread;
 
-/* Into a thread's sums. */
+/* Multiply into the thread's sums. */
 INLINE void multiply_into_sums(const Thread *thread, const Side *sides, int count, const uint16_t *packed,
                                int64_t columns)
 {
@@ -44,7 +45,7 @@ INLINE void multiply_into_sums(const Thread *thread, const Side *sides, int coun
 
 /* Functions. Both polynomials were fitted by reweighted least squares. */
 
-/* 2^x, with a relative error of 8e-5, a thirtieth of what bfloat16 rounds away. */
+/* 2^x, with a relative error of 8e-5, a thirtieth of the rounding error of bfloat16. */
 INLINE __m512 power_of_two(__m512 x)
 {
     const __m512 part = _mm512_reduce_ps(x, 0x01); /* x - floor(x) */
@@ -55,7 +56,7 @@ INLINE __m512 power_of_two(__m512 x)
     return _mm512_scalef_ps(power, x); /* times 2^floor(x) */
 }
 
-/* x times the share of a normal distribution below x, with an error of 5e-5 up to 4 and 1e-4 of x beyond. */
+/* GELU: x times the cumulative normal distribution at x. The error is 5e-5 for |x| up to 4, and 1e-4 of x beyond. */
 INLINE __m512 gelu(__m512 x)
 {
     const __m512 near = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(4)), _mm512_set1_ps(-4));
@@ -71,16 +72,16 @@ INLINE __m512 gelu(__m512 x)
     return _mm512_mul_ps(x, _mm512_fmadd_ps(near, slope, _mm512_set1_ps(0.5f)));
 }
 
-/* Turn pairs of channels, each by the cosine and sine in its place. */
+/* Rotate pairs of channels, each by the cosine and sine at the same index. */
 INLINE __m512 turned(__m512 pairs, __m512 rotation)
 {
     const __m512 cosine = _mm512_moveldup_ps(rotation), sine = _mm512_movehdup_ps(rotation);
     return _mm512_fmaddsub_ps(pairs, cosine, _mm512_mul_ps(_mm512_permute_ps(pairs, 0xB1), sine));
 }
 
-/* The layer's steps, each for a block of 32 rows from `first` on. */
+/* The steps of the layer, each for a block of 32 rows that begins at `first`. */
 
-/* Queries, keys and values of rounded states. */
+/* Compute queries, keys and values from rounded states. */
 static void project(const Thread *thread, const Half *half, const Points *points, const uint16_t *states, Heads *heads,
                     int64_t first)
 {
@@ -102,7 +103,7 @@ static void project(const Thread *thread, const Half *half, const Points *points
             if (c < size)
                 store_rounded(heads->query + row * size + c, sum);
             if (c >= keys && c < values) {
-                /* The key is a column: its pairs of channels go one below the other. */
+                /* The key is a column, so its pairs of channels are stored below each other. */
                 uint32_t pairs[TILE / 2];
                 store_rounded((uint16_t *)pairs, sum);
                 const int64_t channel = c - keys, within = channel % width;
@@ -127,7 +128,7 @@ static void project(const Thread *thread, const Half *half, const Points *points
     }
 }
 
-/* Weights of a row of similarities, 0 beyond `count`. Returns what their sum has to be divided by. */
+/* Softmax weights of a row of similarities, not normalised, 0 beyond `count`. Returns their sum, the divisor. */
 INLINE float weigh(float *similarities, int64_t count, int64_t rows, float scale, uint16_t *weights)
 {
     for (int64_t c = count; c < rows; c++)
@@ -150,7 +151,7 @@ INLINE float weigh(float *similarities, int64_t count, int64_t rows, float scale
     return _mm512_reduce_add_ps(_mm512_add_ps(total0, total1));
 }
 
-/* Messages of one head from a source to rows. */
+/* Messages of one head from a source to rows of a target. */
 static void listen(const Thread *thread, const Heads *to, const Heads *from, int64_t count, int64_t head,
                    uint16_t *message, int64_t first)
 {
@@ -171,7 +172,7 @@ static void listen(const Thread *thread, const Heads *to, const Heads *from, int
     }
 }
 
-/* The states after a message: x plus the feed-forward network of both. `rounded` becomes them, rounded. */
+/* States after a message: x plus the feed-forward network of x and message. `rounded` becomes the rounded states. */
 static void feed_forward(const Thread *thread, const Half *half, int64_t count, const float *x, uint16_t *rounded,
                          const uint16_t *message, float *out, int64_t first)
 {
@@ -215,7 +216,7 @@ static void feed_forward(const Thread *thread, const Half *half, int64_t count, 
     }
 }
 
-/* States as they enter the layer, rounded; 0 where a block is longer than its points. */
+/* Rounded states at the input of the layer; 0 for the rows of a block beyond its points. */
 static void enter(const Thread *thread, const Points *points, uint16_t *rounded, int64_t first)
 {
     const int64_t size = thread->layer->size;
@@ -225,10 +226,10 @@ static void enter(const Thread *thread, const Points *points, uint16_t *rounded,
                                                                        : _mm512_setzero_ps());
 }
 
-/* Numbers in a row of the widest block: of `sums` and of `inputs`. */
+/* Numbers per row in the widest block, for `sums` and for `inputs`. */
 static int64_t widest(const Layer *layer) { return largest(most_rows(layer, ROWS), 3 * layer->size); }
 
-/* Bytes of working memory. */
+/* Size of the working memory, bytes. */
 int64_t kpmatch_layer_work(const Layer *layer)
 {
     const int64_t rows = whole(layer->points[0].count, ROWS) + whole(layer->points[1].count, ROWS);

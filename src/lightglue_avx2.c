@@ -1,7 +1,7 @@
-/* A layer of LightGlue (kpmatch_ros/models/lightglue_layers.py) in float32, and SuperPoint's scores, for AVX2.
+/* A layer of LightGlue (kpmatch_ros/models/lightglue_layers.py) in float32, for AVX2.
  *
- * As lightglue.c, which computes the same in bfloat16, where a processor can: a block of rows passes through all of a
- * layer's operations in the processor's own cache. test/test_compiled_layers.py compares with PyTorch.
+ * As in lightglue.c, which computes the same in bfloat16 on processors that support it, a block of rows passes through
+ * all operations of a layer in the processor's cache. test/test_compiled_layers.py compares it with PyTorch.
  */
 #include "avx2.h"
 
@@ -10,17 +10,17 @@
 #include "layer.h"
 
 enum {
-    TOGETHER = 6, /* rows whose sums the registers hold, for 16 columns */
-    ROWS = 24,    /* of a block: a multiple of them */
-    COLUMNS = 16, /* of a matrix that are packed together */
-    APART = 16    /* numbers between rows, which would else begin at the same lines of the cache */
+    TOGETHER = 6, /* rows whose sums fit into the registers, for 16 columns */
+    ROWS = 24,    /* of a block: a multiple of TOGETHER */
+    COLUMNS = 16, /* columns of a matrix that are packed together */
+    APART = 16    /* numbers between rows, so that they do not begin at the same cache lines */
 };
 
-/* What a layer knows of an image between its steps; all with whole blocks of rows. */
+/* The data of an image between the steps of a layer. All arrays have whole blocks of rows. */
 typedef struct {
     float *query; /* (rows, size) */
     float *key;   /* of each head, packed as the right side of a product with queries */
-    float *value; /* of each head, as that of a product with weights */
+    float *value; /* of each head, packed as the right side of a product with weights */
 } Heads;
 
 typedef struct {
@@ -33,11 +33,11 @@ typedef struct {
     Image images[2];
     Team *team;
     int64_t number; /* of this thread */
-    float *sums;    /* of a block of rows, as wide as the widest product */
+    float *sums;    /* for a block of rows, as wide as the widest product */
     float *hidden;  /* (ROWS, 2 size + APART) */
 } Thread;
 
-/* Products of 6 rows and 16 packed columns: of a matrix, for each 16 columns, rows of 16 numbers. */
+/* Products of 6 rows and 16 packed columns. A packed matrix has, for each 16 columns, rows of 16 numbers. */
 static __attribute__((noinline)) void multiply_block(const float *rows, int64_t stride, int64_t depth,
                                                      const float *columns, float *sums, int64_t sums_stride)
 {
@@ -61,7 +61,7 @@ static __attribute__((noinline)) void multiply_block(const float *rows, int64_t 
     }
 }
 
-/* Sums (ROWS, columns) of a block of rows times a packed matrix, of which one row in `pitch` follows the other. */
+/* Sums (ROWS, columns) of a block of rows times a packed matrix with `pitch` rows for each 16 columns. */
 static void multiply(const float *rows, int64_t stride, int64_t depth, const float *packed, int64_t pitch,
                      int64_t columns, float *sums, int64_t sums_stride)
 {
@@ -71,16 +71,16 @@ static void multiply(const float *rows, int64_t stride, int64_t depth, const flo
                            sums_stride);
 }
 
-/* Turn pairs of channels, each by the cosine and sine in its place. */
+/* Rotate pairs of channels, each by the cosine and sine at the same index. */
 INLINE __m256 turned(__m256 pairs, __m256 rotation)
 {
     const __m256 cosine = _mm256_moveldup_ps(rotation), sine = _mm256_movehdup_ps(rotation);
     return _mm256_fmaddsub_ps(pairs, cosine, _mm256_mul_ps(_mm256_permute_ps(pairs, 0xB1), sine));
 }
 
-/* The layer's steps, each for a block of rows from `first` on. */
+/* The steps of the layer, each for a block of rows that begins at `first`. */
 
-/* Queries, keys and values of states. */
+/* Compute queries, keys and values from states. */
 static void project(const Thread *thread, const Half *half, const Points *points, const float *states, Heads *heads,
                     int64_t first)
 {
@@ -116,7 +116,7 @@ static void project(const Thread *thread, const Half *half, const Points *points
     }
 }
 
-/* Weights in place of a row of similarities. Returns what their sum has to be divided by. */
+/* Replace a row of similarities by softmax weights, not normalised. Returns their sum, the divisor. */
 INLINE float weigh(float *similarities, int64_t count, float scale)
 {
     const __m256 lowest = _mm256_set1_ps(-__builtin_inff()), factor = _mm256_set1_ps(scale);
@@ -141,7 +141,7 @@ INLINE float weigh(float *similarities, int64_t count, float scale)
     return sum_of(_mm256_add_ps(total0, total1));
 }
 
-/* Messages of one head from a source to rows, beside their states. */
+/* Messages of one head from a source to rows of a target, stored next to their states. */
 static void listen(const Thread *thread, const Heads *to, const Heads *from, int64_t count, int64_t head, float *both,
                    int64_t first)
 {
@@ -164,7 +164,7 @@ static void listen(const Thread *thread, const Heads *to, const Heads *from, int
     }
 }
 
-/* The states after a message: x plus the feed-forward network of both, of which they become the first half. */
+/* States after a message: x plus the feed-forward network of `both`. The new states become the first half of `both`. */
 static void feed_forward(const Thread *thread, const Half *half, int64_t count, float *both, float *out, int64_t first)
 {
     const int64_t size = thread->layer->size, wide = 2 * size, stride = wide + APART;
@@ -204,7 +204,7 @@ static void feed_forward(const Thread *thread, const Half *half, int64_t count, 
     }
 }
 
-/* States as they enter the layer; 0 where a block is longer than its points. */
+/* States at the input of the layer; 0 for the rows of a block beyond its points. */
 static void enter(const Thread *thread, const Points *points, float *both, int64_t first)
 {
     const int64_t size = thread->layer->size;
@@ -215,21 +215,21 @@ static void enter(const Thread *thread, const Points *points, float *both, int64
             memset(both + row * 2 * size, 0, (size_t)size * sizeof *both);
 }
 
-/* Numbers of an image's states, messages and heads. */
+/* Size of an image's states, messages and heads, in numbers. */
 static int64_t image_work(const Layer *layer, int i)
 {
     const int64_t rows = whole(layer->points[i].count, ROWS);
     return (6 * rows + 2 * whole(rows, COLUMNS)) * layer->size;
 }
 
-/* Numbers of a thread's own. */
+/* Size of a thread's own working memory, in numbers. */
 static int64_t thread_work(const Layer *layer)
 {
     const int64_t widest = largest(whole(most_rows(layer, ROWS), COLUMNS) + APART, 3 * layer->size);
     return ROWS * (widest + 2 * layer->size + APART);
 }
 
-/* Bytes of working memory. */
+/* Size of the working memory, bytes. */
 int64_t kpmatch_float_layer_work(const Layer *layer)
 {
     return (image_work(layer, 0) + image_work(layer, 1) + layer->threads * thread_work(layer)) * (int64_t)sizeof(float);

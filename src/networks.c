@@ -1,12 +1,12 @@
-/* Whether the compiled networks are for this package and can run on this processor. */
+/* Version of the compiled networks, and their support by this processor. */
 #include <stdint.h>
 
 #include "target.h"
 
-/* Changes with the arguments or the meaning of a function. compiled.py loads no library with another number. */
+/* Increase this with each change of a function's arguments or meaning. compiled.py loads no other version. */
 #define VERSION 5
 
-/* What of them this processor and system can run: what is for AVX2, for AVX-512 with bfloat16, and for tiles. */
+/* Support by this processor and system: for AVX2, for AVX-512 with bfloat16, and for tiles. */
 enum { NOTHING, FLOATS, VECTORS, TILES };
 
 int kpmatch_version(void) { return VERSION; }
@@ -19,8 +19,8 @@ int kpmatch_version(void) { return VERSION; }
 
 int kpmatch_support(void)
 {
-    const long ask_permission = 0x1023, tile_data = 18; /* Linux lets a process use tiles that asks for them */
-    const unsigned int tiles = 1u << 24 | 1u << 22;     /* and that they multiply bfloat16 */
+    const long ask_permission = 0x1023, tile_data = 18; /* on Linux, a process must request permission to use tiles */
+    const unsigned int tiles = 1u << 24 | 1u << 22;     /* tiles, and their bfloat16 products */
     unsigned int eax, ebx, ecx, edx;
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))

@@ -1,6 +1,6 @@
-/* What the compiled networks share, for x86-64 with AVX-512 and bfloat16: products of matrices, and threads.
+/* Definitions shared by the compiled networks, for x86-64 with AVX-512 and bfloat16: matrix products.
  *
- * KPMATCH_COMPILES is defined where there is something to compile.
+ * KPMATCH_COMPILES is defined if the compiled networks are supported.
  */
 #ifndef KPMATCH_NETWORKS_H
 #define KPMATCH_NETWORKS_H
@@ -15,7 +15,7 @@
 #include <stddef.h>
 #include <string.h>
 
-/* From here on code is for these processors alone; the functions for tiles are called only where there are some. */
+/* The code below is for these processors only. Functions for tiles are called only on processors with tiles. */
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma,bmi2")
 #include <immintrin.h>
 
@@ -26,14 +26,14 @@ enum {
     ROWS = 32,             /* of a block: two tiles */
     TILE = 16,             /* rows of a tile, and its columns of float32 */
     PAIRS = 2 * TILE,      /* bfloat16 numbers in a row of a tile */
-    PACKED = TILE * PAIRS /* and in all of it */
+    PACKED = TILE * PAIRS /* bfloat16 numbers in a tile */
 };
 
 INLINE int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 INLINE int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* The compiler does not know of all that the instructions for tiles read: what was written before is in memory here. */
+/* The compiler does not know which memory the tile instructions read. This forces earlier writes to memory. */
 INLINE void finish_writing(const void *place) { __asm__ volatile("" : : "r"(place) : "memory"); }
 
 INLINE void store_rounded(uint16_t *place, __m512 values)
@@ -41,7 +41,7 @@ INLINE void store_rounded(uint16_t *place, __m512 values)
     _mm256_storeu_si256((__m256i *)place, (__m256i)_mm512_cvtneps_pbh(values));
 }
 
-/* So many numbers of working memory. */
+/* Take memory for `numbers` numbers from the working memory. */
 INLINE uint16_t *taken(char **work, int64_t numbers)
 {
     uint16_t *place = (uint16_t *)*work;
@@ -49,7 +49,7 @@ INLINE uint16_t *taken(char **work, int64_t numbers)
     return place;
 }
 
-/* e^x, with a relative error of 1e-7 beside what x is rounded by. */
+/* e^x, with a relative error of 1e-7 in addition to the rounding of x. */
 INLINE __m512 exponential(__m512 x)
 {
     x = _mm512_mul_ps(x, _mm512_set1_ps(1.4426950408889634f));
@@ -63,12 +63,12 @@ INLINE __m512 exponential(__m512 x)
     return _mm512_scalef_ps(power, x);
 }
 
-/* Products. The left side is rows in memory; the right side is packed: for each 16 columns, for each 32 deep,
+/* Matrix products. The left side is rows in memory. The right side is packed: for each 16 columns and each depth of 32,
  * 16 rows of 16 pairs of numbers. */
 
 typedef struct {
     const uint16_t *numbers;
-    int64_t stride; /* numbers from a row to the next */
+    int64_t stride; /* numbers from one row to the next */
     int64_t depth;  /* a multiple of 32 */
 } Side;
 

@@ -1,13 +1,13 @@
-/* Which points are near to others, compiled: loops of flow.py, track_set.py and lost_tracks.py, which have trees and
- * NumPy instead. There are some hundred points: to look at all of them takes less than to build a tree.
+/* Neighbour searches, compiled: loops of flow.py, track_set.py and lost_tracks.py, which use trees and NumPy instead.
+ * With some hundred points, checking all of them takes less time than building a tree.
  *
- * test/test_compiled_tracks.py compares both. Points (2, N) are x and then y, in float32, whose differences are exact
- * enough to pass over a block of them. Those that are near are compared in float64.
+ * test/test_compiled_tracks.py compares both. Points (2, N) are all x followed by all y, in float32. Their differences
+ * in float32 are precise enough to skip a block of points. Points that may be close are compared in float64.
  */
 #include "geometry.h"
 
 enum {
-    BLOCK = 32,      /* points that are passed over together */
+    BLOCK = 32,      /* points that are skipped together */
     NEIGHBOURS = 7,  /* as in flow.py */
     MIDDLE = NEIGHBOURS / 2
 };
@@ -24,7 +24,7 @@ INLINE double square_of_distance(const Points *points, int64_t i, float x, float
     return across * across + down * down;
 }
 
-/* Whether any of the points from one on, up to BLOCK, may be nearer than the root of this. NaN is near to nothing. */
+/* Whether any of up to BLOCK points, from index `from` on, may be closer than sqrt(square). False for NaN. */
 INLINE int any_within(const Points *points, int64_t from, float x, float y, double square)
 {
     const float *restrict xs = points->x + from, *restrict ys = points->y + from;
@@ -43,7 +43,7 @@ INLINE int64_t block_end(const Points *points, int64_t from)
     return points->count - from < BLOCK ? points->count : from + BLOCK;
 }
 
-/* The nearest of M others (2, M) to each of N points (2, N), if it is nearer than this; else M, and infinity. */
+/* The nearest of M others (2, M) to each of N points (2, N), if closer than `furthest`; otherwise M and infinity. */
 FOR_EACH_PROCESSOR
 void kpmatch_nearest(int64_t count, const float *points, int64_t others, const float *places, double furthest,
                      double *distances, int64_t *nearest)
@@ -68,7 +68,7 @@ void kpmatch_nearest(int64_t count, const float *points, int64_t others, const f
     }
 }
 
-/* Of two points (2, N) within a distance only the one of lower age (N,), then of higher score (N,), stays (N,). */
+/* Mask (N,) of points (2, N) that stay: of two within the distance, the one with the lower age, then higher score. */
 FOR_EACH_PROCESSOR
 void kpmatch_first_of_each_place(int64_t count, const float *points, double distance, const uint64_t *ages,
                                  const float *scores, uint8_t *stay)
@@ -89,7 +89,7 @@ void kpmatch_first_of_each_place(int64_t count, const float *points, double dist
         }
 }
 
-/* The number in the middle; they are sorted. */
+/* The median of NEIGHBOURS values, which are sorted in place. */
 INLINE float median(float *values)
 {
     for (int i = 1; i < NEIGHBOURS; i++)
@@ -101,9 +101,10 @@ INLINE float median(float *values)
     return values[MIDDLE];
 }
 
-/* How the neighbours of points (2, N) move, and by how much they disagree.
+/* Median motion of the neighbours of points (2, N), and their disagreement.
  *
- * The neighbours are M others (2, M), which move so far (2, M). A point that is one of them (N,) is not its own.
+ * The neighbours are M others (2, M) with their moves (2, M). `own` (N,) marks points that are among the others, and
+ * are not their own neighbours.
  */
 FOR_EACH_PROCESSOR
 void kpmatch_neighbours(int64_t count, const float *points, const uint8_t *own, int64_t others, const float *places,
@@ -112,7 +113,7 @@ void kpmatch_neighbours(int64_t count, const float *points, const uint8_t *own, 
     const Points all = {others, places, places + others};
     for (int64_t i = 0; i < count; i++) {
         const float x = points[i], y = points[count + i];
-        double squares[NEIGHBOURS + 1]; /* of the nearest ones, in order */
+        double squares[NEIGHBOURS + 1]; /* squared distances of the nearest ones, in order */
         int64_t near[NEIGHBOURS + 1];
         for (int k = 0; k <= NEIGHBOURS; k++) {
             squares[k] = INFINITY;
@@ -151,7 +152,7 @@ void kpmatch_neighbours(int64_t count, const float *points, const uint8_t *own, 
     }
 }
 
-/* The largest number of each row (R, N), but for points (2, N) that are nearer than a distance to the row's (2, R). */
+/* Largest number in each row (R, N), without points (2, N) closer than `distance` to the row's place (2, R). */
 FOR_EACH_PROCESSOR
 void kpmatch_largest_elsewhere(int64_t rows, int64_t count, const float *numbers, const float *points,
                                const float *places, float distance, float *largest)

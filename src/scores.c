@@ -1,7 +1,7 @@
-/* What the networks end with, compiled for x86-64 with AVX2: SuperPoint's scores, and LightGlue's assignment.
+/* The last steps of the networks, compiled for x86-64 with AVX2: SuperPoint's scores, and LightGlue's assignment.
  *
- * float32 whatever the networks' precision: half precision cannot tell the best two scores apart.
- * test/test_compiled_scores.py compares with PyTorch.
+ * They use float32 for any precision of the networks, because half precision cannot tell the best two scores apart.
+ * test/test_compiled_scores.py compares the results with PyTorch.
  */
 #include "avx2.h"
 
@@ -11,12 +11,12 @@
 
 enum { WIDTH = 8 }; /* numbers of a vector */
 
-/* e^x, with a relative error of 1e-7 beside what x is rounded by; e^-86.6 for all below. */
+/* e^x, with a relative error of 1e-7 in addition to the rounding of x; e^-86.6 for all lower x. */
 INLINE __m256 exponential(__m256 x) { return power_of_two(_mm256_mul_ps(x, _mm256_set1_ps(1.4426950408889634f))); }
 
 enum { CELL = 8, PIXELS = CELL * CELL, LOGITS = PIXELS + 1 };
 
-/* Scores (8 height, 8 width) of pixels, of the logits (height, width, 65) of cells: a softmax, whose last is none. */
+/* Scores (8 height, 8 width) of pixels: softmax of the logits (height, width, 65) of cells, the last one for none. */
 void kpmatch_scores(int64_t height, int64_t width, const float *logits, float *scores)
 {
     for (int64_t y = 0; y < height; y++)
@@ -40,16 +40,16 @@ void kpmatch_scores(int64_t height, int64_t width, const float *logits, float *s
         }
 }
 
-/* The assignment (LightGlue's eqs. 7 to 9). */
+/* The assignment (eqs. 7 to 9 of the LightGlue paper). */
 
-/* Some of 8 columns from `first` on, all bits of those that there are. */
+/* Mask of the 8 columns from `first` on: all bits set for columns below `count`. */
 INLINE __m256i there(int64_t first, int64_t count)
 {
     const __m256i steps = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int32_t)least(count - first, WIDTH)), steps);
 }
 
-/* AMD's processors take long for stores with a mask. */
+/* Masked stores are slow on AMD's processors, so they are used only at the end of a row. */
 INLINE void store(float *place, __m256i some, int64_t first, int64_t count, __m256 values)
 {
     if (first + WIDTH <= count)
@@ -58,11 +58,10 @@ INLINE void store(float *place, __m256i some, int64_t first, int64_t count, __m2
         _mm256_maskstore_ps(place + first, some, values);
 }
 
-/* The best partner of each point by the logarithm of the probability that two points match.
+/* The best partner of each point, by the log probability that two points match.
  *
- * similarities (count0, count1); certain0 (count0,), certain1 (count1,): logarithms of the probabilities that a point
- * has a match; best0 (count0,), best1 (count1,), most0 (count0,): the partners, and the logarithm for best0;
- * work (4, count1).
+ * similarities (count0, count1); certain0 (count0,), certain1 (count1,): log probabilities that a point has a match;
+ * best0 (count0,), best1 (count1,): the partners; most0 (count0,): the log probability for best0; work (4, count1).
  */
 void kpmatch_best(int64_t count0, int64_t count1, const float *similarities, const float *certain0,
                   const float *certain1, int64_t *best0, int64_t *best1, float *most0, float *work)

@@ -1,28 +1,28 @@
 /* The loops of structure.py, compiled: `triangulate`, `place` and the equations of the last camera's motion.
  *
- * As of geometry.c, the NumPy code of these names describes the algorithms: a change of one is a change of the other,
- * and test/test_compiled_tracks.py compares them. Nothing is kept from call to call, and no memory is taken.
+ * As with geometry.c, the NumPy code with these names describes the algorithms. Change both together;
+ * test/test_compiled_tracks.py compares them. Functions keep no state between calls and allocate no memory.
  *
- * Cameras are (F, 12): a rotation (3, 3) and a translation each. Sights are (F, 5, T): a ray, NaN where it is not
- * known, and the factors that whiten residuals there.
+ * Cameras are (F, 12): a rotation (3, 3) and a translation each. Sights are (F, 5, T): a ray, NaN if unknown, and the
+ * factors that whiten its residuals.
  */
 #include "geometry.h"
 
 #include <float.h>
 
-/* Constants of structure.py, with their names there. */
+/* Constants of structure.py, with the same names. */
 #define SMALLEST_DEPTH 1e-3f
 #define DAMPING 1e-9f
 #define ROUNDING 1e-6f
 #define TINY 1e-30f
 
 enum {
-    BLOCK = 64, /* points at a time: their sums stay in the nearest cache */
-    SIGHT = 5,  /* numbers of a sight */
-    MOTION = 6  /* numbers of a motion */
+    BLOCK = 64, /* points at a time, so that their sums stay in the nearest cache */
+    SIGHT = 5,  /* numbers in a sight */
+    MOTION = 6  /* parameters of a motion */
 };
 
-/* Unlike fmaxf, this gives NaN for NaN. */
+/* Unlike fmaxf, this returns NaN for NaN. */
 INLINE float at_least(float value, float bound) { return value < bound ? bound : value; }
 
 INLINE float is_known(float ray) { return fabsf(ray) <= FLT_MAX ? 1.0f : 0.0f; }
@@ -33,7 +33,7 @@ INLINE ptrdiff_t block_size(int64_t count, int64_t from)
     return (ptrdiff_t)(count - from < BLOCK ? count - from : BLOCK);
 }
 
-/* What makes the errors of a sight alike; nothing of a residual is left where it is not known. */
+/* The whitening of a sight's errors. It makes residuals zero if the sight is unknown. */
 typedef struct {
     float known; /* 1 or 0 */
     float xx, yx, yy;
@@ -53,7 +53,7 @@ INLINE void whiten(const Whitening *white, float *residual)
     residual[0] *= white->xx;
 }
 
-/* 1/z (T,) of points by least squares, with what is expected (T,) and how much that counts (T,); and how well known. */
+/* 1/z (T,) of points by least squares, with a prior (T,) of given information (T,); also the information (T,). */
 FOR_EACH_PROCESSOR
 void kpmatch_triangulate(int64_t frames, int64_t count, const float *cameras, const float *sights, int64_t reference,
                          const float *prior, const float *information, float *inverse, float *known)
@@ -90,12 +90,12 @@ void kpmatch_triangulate(int64_t frames, int64_t count, const float *cameras, co
     }
 }
 
-/* A point in a camera. */
+/* A point as seen by a camera. */
 typedef struct {
     float turned[3];      /* its ray in the camera's axes */
-    float where[2];       /* x/z and y/z */
+    float where[2];       /* x/z and y/z, predicted */
     Whitening white;
-    float nearness;       /* 0 where it is not known */
+    float nearness;       /* 0 if the sight is unknown */
     float residual[2];    /* whitened */
     float jacobian[3][2]; /* of the residual by x/z, y/z and 1/z in the reference's frame */
 } Sight;
@@ -126,14 +126,14 @@ INLINE Sight sight(const float *r, float x, float y, float inverse, const float 
 
 INLINE float product(const float *a, const float *b) { return a[0] * b[0] + a[1] * b[1]; }
 
-/* Of the points of a block: squared residuals, normal equations, and in how many frames they were seen. */
+/* Sums over the frames for a block of points: squared residuals, number of sights, and normal equations. */
 typedef struct {
     float squares[BLOCK], seen[BLOCK];
     float gradient[3][BLOCK];
-    float inverse[6][BLOCK]; /* of the normal equations: (0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2) */
+    float inverse[6][BLOCK]; /* inverse of the normal equations: (0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2) */
 } Normal;
 
-/* Inverses of symmetric positive matrices; zero where rounding leaves nothing of the determinant. */
+/* Inverses of symmetric positive matrices; zero if rounding dominates the determinant. */
 INLINE void invert(float (*upper)[BLOCK], ptrdiff_t n)
 {
 #pragma omp simd
@@ -185,7 +185,7 @@ INLINE void normal_equations(int64_t frames, int64_t count, const float *cameras
     invert(sums->inverse, n);
 }
 
-/* The inverse of a point's normal equations times a vector. */
+/* Multiply a vector by the inverse of a point's normal equations. */
 INLINE void solve(const Normal *sums, ptrdiff_t i, const float *vector, float *solution)
 {
     const float(*upper)[BLOCK] = sums->inverse;
@@ -194,7 +194,7 @@ INLINE void solve(const Normal *sums, ptrdiff_t i, const float *vector, float *s
     solution[2] = upper[2][i] * vector[0] + upper[4][i] * vector[1] + upper[5][i] * vector[2];
 }
 
-/* Move points (3, T) by a Gauss-Newton step. Gives the squared residuals (T,) there and their degrees of freedom. */
+/* Move points (3, T) by a Gauss-Newton step. Also gives their squared residuals (T,) and degrees of freedom. */
 FOR_EACH_PROCESSOR
 void kpmatch_place(int64_t frames, int64_t count, const float *cameras, const float *sights, float *landmarks,
                    float *squares, int64_t *freedom)
@@ -216,7 +216,7 @@ void kpmatch_place(int64_t frames, int64_t count, const float *cameras, const fl
     }
 }
 
-/* How a point in the last camera moves (2, 6) as the camera turns about its axes, before it moves, and moves. */
+/* Derivatives (2, 6) of a point in the last camera by its motion: rotation about the axes, then translation. */
 INLINE void by_motion(const Sight *s, float inverse, float (*moves)[MOTION])
 {
     const float x = s->turned[0], y = s->turned[1], z = s->turned[2];
@@ -231,10 +231,10 @@ INLINE void by_motion(const Sight *s, float inverse, float (*moves)[MOTION])
     }
 }
 
-/* Normal equations of the last camera's motion (6, 6) and (6,), the points (3, T) eliminated.
+/* Normal equations of the last camera's motion (6, 6) and (6,), with the points (3, T) eliminated.
  *
- * Points whose mean square is large beside a cutoff have less to say. Their own steps are steps (3, T), less carried
- * (3, 6, T) times the motion's step.
+ * Points with a mean square that is large compared to the cutoff have less weight. The joint step of the points is
+ * steps (3, T) minus carried (3, 6, T) times the motion's step.
  */
 FOR_EACH_PROCESSOR
 void kpmatch_motion_equations(int64_t frames, int64_t count, const float *cameras, const float *sights,
@@ -256,7 +256,7 @@ void kpmatch_motion_equations(int64_t frames, int64_t count, const float *camera
             const Sight s = sight(last, landmarks[t], landmarks[count + t], inverse, rays + t, count);
             const float gradient[3] = {sums.gradient[0][i], sums.gradient[1][i], sums.gradient[2][i]};
             const double part = 1 + sums.squares[i] / (cutoff * (2 * sums.seen[i] - 3));
-            /* What is fitted behind a camera has no inverse, and nothing to say of the motion. */
+            /* A point fitted behind a camera has no inverse matrix, and no weight for the motion. */
             const double weight = sums.inverse[0][i] > 0 ? 1 / (part * part) : 0;
             float moves[2][MOTION], mixed[3][MOTION], own[3];
             double turned[3][MOTION]; /* the inverse times mixed */

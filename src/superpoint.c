@@ -1,9 +1,9 @@
 /* Convolutions of SuperPoint (kpmatch_ros/models/superpoint.py) in bfloat16, compiled for x86-64 with tiles (AMX).
  *
- * An image's channels lie one after the other, pixel by pixel. The three pixels of a window's row are then numbers in
- * succession, and those of the next window begin one pixel further on: the left side of a product lies ready in memory,
- * and a row of 32 windows is one block of it. Rows pass through both convolutions of a block of the encoder, and its
- * pooling, in the processor's own cache. Products are of bfloat16 numbers with sums in float32, as in PyTorch.
+ * The channels of each pixel are contiguous, pixel after pixel. The three pixels of a window's row are therefore
+ * contiguous numbers, and the next window begins one pixel later. The left side of a product is thus ready in memory,
+ * and 32 windows in a row are one block of it. Rows pass through both convolutions of an encoder block, and its
+ * pooling, in the processor's cache. Products are of bfloat16 numbers with sums in float32, as in PyTorch.
  * test/test_compiled_convolutions.py compares both.
  */
 #include "networks.h"
@@ -11,42 +11,42 @@
 #ifdef KPMATCH_COMPILES
 #include "team.h"
 
-/* The arguments: structures of compiled.py, with their names there. */
+/* The arguments: structures of compiled.py, with the same names. */
 
 typedef struct {
-    const uint16_t *weights; /* packed: three times 3 x inputs numbers deep, each filled up with 0 to whole 32s */
+    const uint16_t *weights; /* packed: three times a depth of 3 x inputs, each padded with 0 to a multiple of 32 */
     const float *bias;       /* (outputs,) */
     int64_t inputs, outputs;
 } Convolution;
 
 typedef struct {
     int64_t height, width, threads;
-    int64_t count;   /* of convolutions, 1 or 2; ReLU follows each */
-    int64_t pooling; /* 2 x 2 behind them */
+    int64_t count;   /* of convolutions, 1 or 2; each is followed by ReLU */
+    int64_t pooling; /* 2 x 2, after the convolutions */
     Convolution convolutions[2];
     const uint16_t *image; /* (height, width, inputs) */
-    uint16_t *out;         /* (height, width, outputs), or half as high and wide */
-    void *work;            /* kpmatch_convolve_work bytes, at a multiple of 64 */
+    uint16_t *out;         /* (height, width, outputs), or half the height and width */
+    void *work;            /* kpmatch_convolve_work bytes, aligned to 64 bytes */
 } Block;
 
-enum { KEPT = 4 }; /* rows: three of windows, and the next */
+enum { KEPT = 4 }; /* rows that are kept: three of windows, and the next one */
 
-/* Rows of pixels that a convolution looks at, the newest ones, between borders of 0. */
+/* The latest rows of the input of a convolution, between borders of 0. */
 typedef struct {
     uint16_t *numbers;
-    int64_t stride; /* numbers from a row to the next */
-    int64_t next;   /* the row that comes next */
+    int64_t stride; /* numbers from one row to the next */
+    int64_t next;   /* index of the next row to be stored */
 } Lines;
 
 typedef struct {
     const Block *block;
-    Lines lines[2]; /* before each convolution */
-    float *sums[2]; /* (32, outputs) of a row, and of the next one where they are pooled */
+    Lines lines[2]; /* the input of each convolution */
+    float *sums[2]; /* (32, outputs) of a row, and of the next row with pooling */
 } Band;
 
 INLINE int64_t depth_of(int64_t inputs) { return whole(3 * inputs, PAIRS); }
 
-/* Windows begin at whole blocks of pixels, and end where the depth that was filled up ends. */
+/* Windows begin at whole blocks of pixels, and end at the padded depth. */
 INLINE int64_t stride_of(int64_t width, int64_t inputs)
 {
     return whole((whole(width, ROWS) + 2) * inputs + PAIRS, PAIRS);
@@ -89,7 +89,7 @@ static void store_pooled(const Convolution *convolution, float *const *sums, int
         }
 }
 
-/* A row of a convolution's results, behind ReLU. */
+/* A row of a convolution's results, after ReLU. */
 static void convolve_row(const Lines *lines, const Convolution *convolution, int64_t width, int64_t row, float *sums,
                          uint16_t *pixels)
 {
@@ -99,7 +99,7 @@ static void convolve_row(const Lines *lines, const Convolution *convolution, int
     }
 }
 
-/* Have the image's rows up to `row` before the first convolution. */
+/* Read the image's rows up to `row` as input of the first convolution. */
 static void read_rows(Band *band, int64_t row)
 {
     const Block *block = band->block;
@@ -114,7 +114,7 @@ static void read_rows(Band *band, int64_t row)
     }
 }
 
-/* Have the rows up to `row` before the last convolution. */
+/* Compute the input rows of the last convolution up to `row`. */
 static void make_rows(Band *band, int64_t row)
 {
     const Block *block = band->block;
@@ -144,10 +144,10 @@ static int64_t band_work(const Block *block)
     return 2 * whole(numbers, PAIRS);
 }
 
-/* Bytes of working memory. */
+/* Size of the working memory, bytes. */
 int64_t kpmatch_convolve_work(const Block *block) { return block->threads * band_work(block); }
 
-/* A thread computes a band of rows, and those around it that it needs. */
+/* Each thread computes a band of rows, and the rows around it that it needs. */
 static void convolve_band(const void *job, Team *team, int64_t number)
 {
     const Block *block = job;
@@ -161,7 +161,7 @@ static void convolve_band(const void *job, Team *team, int64_t number)
         Lines *lines = &band.lines[i];
         lines->stride = stride_of(block->width, convolution->inputs);
         lines->numbers = taken(&work, KEPT * lines->stride);
-        /* The first row that its windows see. */
+        /* The first row that its windows need. */
         lines->next = first * step - block->count + i;
         memset(lines->numbers, 0, (size_t)(KEPT * lines->stride) * sizeof *lines->numbers);
         widest = largest(widest, whole(convolution->outputs, PAIRS));
@@ -190,10 +190,10 @@ static void convolve_band(const void *job, Team *team, int64_t number)
 
 void kpmatch_convolve(const Block *block) { work_together(block->threads, 1, block, convolve_band); }
 
-/* What the first convolution sees of an image's pixels: parts (count, 4), of in_parts in superpoint.py. */
+/* Input of the first convolution, from an image's pixels: parts (count, 4), as in_parts in superpoint.py. */
 void kpmatch_parts(int64_t count, const float *image, uint16_t *parts)
 {
-    const __m512i one = _mm512_set1_epi32(0x3F80 << 16); /* in the upper half of a pair */
+    const __m512i one = _mm512_set1_epi32(0x3F80 << 16); /* 1 in the upper half of each pair */
     const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
     for (int64_t i = 0; i < count; i += TILE) {
@@ -203,7 +203,7 @@ void kpmatch_parts(int64_t count, const float *image, uint16_t *parts)
         const __m512 rest = _mm512_sub_ps(values, (__m512)_mm512_slli_epi32(high, 16));
         const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(rest));
         const __m512i lower = _mm512_or_si512(high, _mm512_slli_epi32(low, 16)), upper = _mm512_or_si512(high, one);
-        const uint32_t stored = _pdep_u32(some, 0x55555555) * 3; /* two pairs a pixel */
+        const uint32_t stored = _pdep_u32(some, 0x55555555) * 3; /* two pairs per pixel */
         _mm512_mask_storeu_epi32(parts + 4 * i, (__mmask16)stored, _mm512_permutex2var_epi32(lower, first, upper));
         _mm512_mask_storeu_epi32(parts + 4 * i + 2 * TILE, (__mmask16)(stored >> TILE),
                                  _mm512_permutex2var_epi32(lower, second, upper));

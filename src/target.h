@@ -1,6 +1,6 @@
-/* Defines KPMATCH_COMPILES where the compiler and the system are such that the networks can be compiled.
+/* Defines KPMATCH_COMPILES if the compiler and the system support the compiled networks.
  *
- * Apart from networks.h, which lets the compiler use instructions that the processor may not have.
+ * This is separate from networks.h, which allows the compiler to use instructions that the processor may not have.
  */
 #ifndef KPMATCH_TARGET_H
 #define KPMATCH_TARGET_H

@@ -1,6 +1,6 @@
-/* Threads that do a job together.
+/* A team of threads for one job.
  *
- * They live as long as it takes. Include it behind networks.h where they are to multiply by tiles.
+ * The threads end with the job. To multiply with tiles, include this file after networks.h.
  */
 #ifndef KPMATCH_TEAM_H
 #define KPMATCH_TEAM_H
@@ -14,10 +14,10 @@
 enum { MOST_THREADS = 64 };
 
 typedef struct Team {
-    pthread_mutex_t start; /* held until it is known how many they are */
+    pthread_mutex_t start; /* held until the number of threads is known */
     pthread_barrier_t barrier;
     int64_t count;
-    int64_t tiles; /* whether they multiply by tiles */
+    int64_t tiles; /* whether they multiply with tiles */
     const void *job;
     void (*work)(const void *job, struct Team *team, int64_t number);
 } Team;
@@ -57,7 +57,7 @@ static void *join_in(void *argument)
     pthread_mutex_lock(&member->team->start);
     pthread_mutex_unlock(&member->team->start);
 #ifdef __x86_64__
-    /* Numbers below the normal ones take processors far longer, and count for nothing here. */
+    /* Denormal numbers are much slower on these processors, and do not matter here. They are treated as 0. */
     const unsigned int modes = _mm_getcsr();
     _mm_setcsr(modes | 0x8040);
     do_share(member);
@@ -68,7 +68,7 @@ static void *join_in(void *argument)
     return NULL;
 }
 
-/* Do a job with so many threads, or with fewer where the system starts no more. */
+/* Do a job with `threads` threads, or with fewer if the system cannot start more. */
 static void work_together(int64_t threads, int64_t tiles, const void *job,
                           void (*work)(const void *job, Team *team, int64_t number))
 {

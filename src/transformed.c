@@ -1,9 +1,9 @@
-/* Convolutions of SuperPoint (kpmatch_ros/models/superpoint.py) in float32, through a transform.
+/* Convolutions of SuperPoint (kpmatch_ros/models/superpoint.py) in float32, with Winograd's algorithm.
  *
- * 4 x 4 results of a 3 x 3 convolution come from 6 x 6 pixels, by 36 products in place of 144 (Winograd's algorithm:
- * Lavin, Gray: Fast Algorithms for Convolutional Neural Networks, CVPR 2016, whose matrices these are). An image's
- * channels lie one after the other, pixel by pixel. Rows pass through both convolutions of a block of the encoder, and
- * its pooling, in the processor's own cache. test/test_compiled_convolutions.py compares with PyTorch.
+ * 4 x 4 results of a 3 x 3 convolution are computed from 6 x 6 pixels with 36 products instead of 144. The matrices are
+ * those of Lavin, Gray: Fast Algorithms for Convolutional Neural Networks, CVPR 2016. The channels of each pixel are
+ * contiguous, pixel after pixel. Rows pass through both convolutions of an encoder block, and its pooling, in the
+ * processor's cache. test/test_compiled_convolutions.py compares the results with PyTorch.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -14,43 +14,43 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum {
-    TILE = 6,      /* pixels, high and wide */
-    RESULTS = 4,   /* of a tile, high and wide */
+    TILE = 6,      /* pixels, height and width */
+    RESULTS = 4,   /* of a tile, height and width */
     BLOCK = 16,    /* columns of a product that are packed together */
-    CHUNK = 24,    /* tiles that are multiplied at a time: 6 and 12 divide it */
-    APART = 16,    /* numbers between planes, which would else begin at the same lines of the cache */
-    MOST_TILES = 96, /* tiles that rows are gathered for */
-    BORDER = 5,    /* columns beside a line's own: one before, and four behind */
-    SPARE = 16     /* numbers behind a line that are read and not used */
+    CHUNK = 24,    /* tiles that are multiplied at a time, a multiple of 6 and 12 */
+    APART = 16,    /* numbers between planes, so that they do not begin at the same cache lines */
+    MOST_TILES = 96, /* tiles for which rows are collected */
+    BORDER = 5,    /* additional columns of a line: one before, and four after */
+    SPARE = 16     /* numbers after a line that are read but not used */
 };
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t whole(int64_t count) { return (count + RESULTS - 1) / RESULTS * RESULTS; }
 
-/* The arguments: structures of compiled.py, with their names there. */
+/* The arguments: structures of compiled.py, with the same names. */
 
 typedef struct {
-    const float *weights; /* (36, outputs / 16, inputs, 16) in the transform; (9, outputs) of a single input */
+    const float *weights; /* (36, outputs / 16, inputs, 16) in the transform; (9, outputs) for a single input */
     const float *bias;    /* (outputs,) */
-    int64_t inputs, outputs; /* multiples of 16, but for a single input */
+    int64_t inputs, outputs; /* multiples of 16, except for a single input */
 } Convolution;
 
 typedef struct {
     int64_t height, width, threads;
-    int64_t count;   /* of convolutions, 1 or 2; ReLU follows each */
-    int64_t pooling; /* 2 x 2 behind them; not behind a convolution of a single input */
+    int64_t count;   /* of convolutions, 1 or 2; each is followed by ReLU */
+    int64_t pooling; /* 2 x 2, after the convolutions; not after a convolution with a single input */
     Convolution convolutions[2];
     const float *image; /* (height, width, inputs) */
-    float *out;         /* (height, width, outputs), or half as high and wide */
+    float *out;         /* (height, width, outputs), or half the height and width */
     void *work;         /* kpmatch_transformed_work bytes */
 } Block;
 
-/* Rows of pixels, the newest ones of which are kept. */
+/* The latest rows of pixels. */
 typedef struct {
     float *numbers;
-    int64_t stride; /* numbers from a row to the next */
-    int64_t count;  /* of rows that are kept */
+    int64_t stride; /* numbers from one row to the next */
+    int64_t count;  /* number of rows that are kept */
 } Lines;
 
 INLINE float *line(const Lines *lines, int64_t row)
@@ -60,9 +60,9 @@ INLINE float *line(const Lines *lines, int64_t row)
 
 typedef struct {
     const Block *block;
-    Lines lines[2]; /* what each convolution looks at, between columns of 0 */
-    int64_t end[2]; /* the row that comes next there */
-    Lines out;      /* of the image */
+    Lines lines[2]; /* the input of each convolution, between columns of 0 */
+    int64_t end[2]; /* index of the next row to be stored there */
+    Lines out;      /* the result of the image */
     float *work;
 } Band;
 
@@ -83,12 +83,12 @@ typedef struct {
 #include "transformed.h"
 #pragma GCC pop_options
 #endif
-/* For any processor: the compiler makes of them what it has. */
+/* For any processor. The compiler uses the instructions that are available. */
 #define WIDTH 4
 #ifdef __SSE__
 #define ROWS 3 /* 16 registers */
 #else
-#define ROWS 6 /* 32, as of NEON */
+#define ROWS 6 /* 32 registers, as with NEON */
 #endif
 #define NAME(x) x##_plain
 #include "transformed.h"
@@ -99,7 +99,7 @@ typedef void ConvolveFirst(const Convolution *, const Lines *, int64_t, int64_t,
 static Convolve *convolve = convolve_plain;
 static ConvolveFirst *convolve_first = convolve_first_plain;
 
-/* Compute with vectors of so many numbers at most, as the processor has them; what is used is returned. */
+/* Select vectors of at most `most` numbers that the processor supports. Returns the number selected. */
 int kpmatch_vectors(int most)
 {
 #ifdef CHOOSES
@@ -134,10 +134,10 @@ static int64_t step_of(const Block *block)
     return RESULTS * largest(1, MOST_TILES * RESULTS / whole(block->width));
 }
 
-/* Rows that are kept before a convolution. */
+/* Input rows of a convolution that are kept. */
 static int64_t kept_of(const Block *block, int index)
 {
-    /* Before the second one those of the next tiles are there already. */
+    /* The rows of the next tiles are already there before the second convolution. */
     return step_of(block) + (index == 0 ? 2 : RESULTS + 1);
 }
 
@@ -172,7 +172,7 @@ static void convolve_rows(const Band *band, int index, int64_t first, int64_t ro
         convolve(convolution, seen, first, rows, band->block->width, pooling, out, band->work);
 }
 
-/* Have the image's rows up to `end` before the first convolution. */
+/* Read the image's rows up to `end` as input of the first convolution. */
 static void read_rows(Band *band, int64_t end)
 {
     const Block *block = band->block;
@@ -186,13 +186,13 @@ static void read_rows(Band *band, int64_t end)
     }
 }
 
-/* Have the rows up to `end` before the second convolution, by whole tiles of the first one, which begin at multiples of
- * 4: what they round does not depend on where bands begin. */
+/* Compute the input rows of the second convolution up to `end`, in whole tiles of the first one. These begin at
+ * multiples of 4, so that rounding does not depend on where a band begins. */
 static void make_rows(Band *band, int64_t end)
 {
     const Block *block = band->block;
     Lines out = band->lines[1];
-    out.numbers += block->convolutions[1].inputs; /* behind the border */
+    out.numbers += block->convolutions[1].inputs; /* after the border */
     while (band->end[1] < end) {
         const int64_t first = band->end[1], rows = least(step_of(block), whole(end - first)), stop = first + rows;
         if (first < block->height) {
@@ -205,7 +205,7 @@ static void make_rows(Band *band, int64_t end)
     }
 }
 
-/* A thread computes a band of rows, and those around it that it needs. */
+/* Each thread computes a band of rows, and the rows around it that it needs. */
 static void convolve_band(const void *job, Team *team, int64_t number)
 {
     const Block *block = job;
@@ -219,7 +219,7 @@ static void convolve_band(const void *job, Team *team, int64_t number)
         band.lines[i] = (Lines){work, stride_of(block->width, block->convolutions[i].inputs), kept_of(block, i)};
         work += lines_of(block, i);
     }
-    /* The first rows that are seen, but for the one above the image, which is 0 already. */
+    /* The first rows that are needed. The row above the image is 0 already. */
     band.end[1] = largest(first - RESULTS, 0);
     band.end[0] = (last == 0 ? first : band.end[1]) - 1;
     band.work = work;

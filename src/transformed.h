@@ -1,5 +1,5 @@
 /* The body of transformed.c, for vectors of WIDTH numbers. The registers hold the sums of ROWS rows of a product.
- * NAME(x) is a name of its own for each width. */
+ * NAME(x) is a different name for each width. */
 
 typedef float NAME(Vector) __attribute__((vector_size(4 * WIDTH)));
 typedef float NAME(Unaligned) __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
@@ -7,14 +7,14 @@ typedef int32_t NAME(Bits) __attribute__((vector_size(4 * WIDTH)));
 #define Vector NAME(Vector)
 
 enum {
-    NAME(VECTORS) = BLOCK / WIDTH,      /* of a block of columns */
+    NAME(VECTORS) = BLOCK / WIDTH,      /* in a block of columns */
     NAME(TOGETHER) = WIDTH > 8 ? 2 : 1, /* blocks of columns that are multiplied at a time */
-    NAME(PIXELS) = WIDTH > 8 ? 8 : 4    /* of the first convolution */
+    NAME(PIXELS) = WIDTH > 8 ? 8 : 4    /* pixels at a time in the first convolution */
 };
 
 INLINE Vector NAME(load)(const float *place) { return *(const NAME(Unaligned) *)place; }
 INLINE void NAME(store)(float *place, Vector values) { *(NAME(Unaligned) *)place = values; }
-/* NaN stays. */
+/* NaN remains NaN. */
 INLINE Vector NAME(positive)(Vector values) { return (Vector)((NAME(Bits))values & ~(values < 0)); }
 INLINE Vector NAME(larger)(Vector a, Vector b)
 {
@@ -22,7 +22,7 @@ INLINE Vector NAME(larger)(Vector a, Vector b)
     return (Vector)(((NAME(Bits))a & ~second) | ((NAME(Bits))b & second));
 }
 
-/* One pass of the transform of six numbers, in place. */
+/* One pass of the forward transform of six numbers, in place. */
 INLINE void NAME(transform)(Vector *d, int step)
 {
     const Vector d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
@@ -35,7 +35,7 @@ INLINE void NAME(transform)(Vector *d, int step)
     d[5 * step] = 4 * d1 - 5 * d3 + d5;
 }
 
-/* One pass back: six numbers to four. */
+/* One pass of the inverse transform: six numbers to four. */
 INLINE void NAME(restore)(const Vector *m, int step, Vector *y, int y_step)
 {
     const Vector sum = m[step] + m[2 * step], difference = m[step] - m[2 * step];
@@ -46,7 +46,7 @@ INLINE void NAME(restore)(const Vector *m, int step, Vector *y, int y_step)
     y[3 * y_step] = difference + 8 * difference2 + m[5 * step];
 }
 
-/* The transform of a tile, whose first pixel of each row is given. */
+/* The transform of a tile, from pointers to the first pixel of each row. */
 INLINE void NAME(look)(const float *const *rows, int64_t inputs, int64_t plane, float *seen)
 {
     for (int64_t c = 0; c < inputs; c += WIDTH) {
@@ -64,11 +64,11 @@ INLINE void NAME(look)(const float *const *rows, int64_t inputs, int64_t plane, 
     }
 }
 
-/* Products of so many rows (ROWS, depth) and so many blocks of columns (depth, BLOCK), each packed. */
+/* Products of ROWS packed rows (ROWS, depth) and `together` packed blocks of columns (depth, BLOCK). */
 INLINE void NAME(multiply)(const float *rows, int64_t depth, const float *columns, int together, float *sums,
                            int64_t stride)
 {
-    /* Without a loop that is left, the sums are never in memory. */
+    /* With all inner loops unrolled, the sums stay in registers. */
     Vector total[ROWS][NAME(TOGETHER) * NAME(VECTORS)];
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; r++)
@@ -107,7 +107,7 @@ static __attribute__((noinline)) void NAME(multiply_more)(const float *rows, int
     NAME(multiply)(rows, depth, columns, NAME(TOGETHER), sums, stride);
 }
 
-/* The results of a tile (4, 4), behind ReLU, from its sums in the transform. */
+/* The results (4, 4) of a tile, after ReLU, from its sums in the transform. */
 INLINE void NAME(finish)(const float *sums, int64_t plane, Vector bias, Vector *results)
 {
     Vector m[TILE * TILE], half[RESULTS * TILE];
@@ -121,7 +121,7 @@ INLINE void NAME(finish)(const float *sums, int64_t plane, Vector bias, Vector *
         results[i] = NAME(positive)(results[i] + bias);
 }
 
-/* Results of a tile, at a column of their rows. */
+/* Store the results of a tile at a column of their rows. */
 INLINE void NAME(put)(const Vector *results, int64_t rows, int64_t columns, float *const *out, int64_t outputs)
 {
     for (int64_t j = 0; j < least(RESULTS, rows); j++)
@@ -129,7 +129,7 @@ INLINE void NAME(put)(const Vector *results, int64_t rows, int64_t columns, floa
             NAME(store)(out[j] + k * outputs, results[j * RESULTS + k]);
 }
 
-/* The same behind pooling. */
+/* The same with pooling. */
 INLINE void NAME(put_pooled)(const Vector *results, int64_t rows, int64_t columns, float *const *out, int64_t outputs)
 {
     for (int64_t j = 0; j < least(RESULTS, rows) / 2; j++)
@@ -141,7 +141,7 @@ INLINE void NAME(put_pooled)(const Vector *results, int64_t rows, int64_t column
         }
 }
 
-/* Rows of a convolution's results, from `first` on. The lines have a column of 0 before the image's. */
+/* Rows of a convolution's results, from `first` on. The lines have a column of 0 before the image's first column. */
 static void NAME(convolve)(const Convolution *convolution, const Lines *lines, int64_t first, int64_t rows,
                            int64_t width, int64_t pooling, const Lines *out, float *work)
 {
@@ -193,7 +193,7 @@ static void NAME(convolve)(const Convolution *convolution, const Lines *lines, i
     }
 }
 
-/* The same of a convolution of one channel, without a transform and without pooling. */
+/* The same for a convolution with one input channel, without a transform and without pooling. */
 static void NAME(convolve_first)(const Convolution *convolution, const Lines *lines, int64_t first, int64_t rows,
                                  int64_t width, const Lines *out)
 {

@@ -1,14 +1,14 @@
-/* The loops of estimate_relative_pose, compiled: of two_view_errors.py and two_view_fit.py.
+/* The loops of estimate_relative_pose, compiled: functions of two_view_errors.py and two_view_fit.py.
  *
- * The NumPy code of the same names describes the algorithms, and runs where the library is not built: a change of one
- * is a change of the other, and test/test_compiled_two_view.py compares them. Nothing is kept from call to call, and no
- * memory is taken: sums run over blocks of matches, always in the same order.
+ * The NumPy code with the same names describes the algorithms, and runs if the library is not built. Change both
+ * together; test/test_compiled_two_view.py compares them. Functions keep no state between calls and allocate no memory.
+ * Sums run over blocks of matches, always in the same order.
  */
 #include "two_view.h"
 
 enum {
-    LARGEST = 5, /* numbers of Motion.moved */
-    EPIPOLAR = 0 /* Model; the other one is the rotation's */
+    LARGEST = 5, /* parameters of Motion.moved */
+    EPIPOLAR = 0 /* the Model with a translation; the other one is the rotation */
 };
 
 /* Residuals: two_view_errors.py. */
@@ -25,7 +25,7 @@ void kpmatch_epipolar_residuals(int64_t count, const double *columns, const doub
         residuals[i] = by_essential(&matches, i, essential).residual;
 }
 
-/* rotation_residuals of a match */
+/* rotation_residuals, for one match */
 INLINE void rotation_residual(const Matches *matches, ptrdiff_t i, const double *rotation, double *first,
                               double *second)
 {
@@ -43,7 +43,7 @@ void kpmatch_rotation_residuals(int64_t count, const double *columns, const doub
         rotation_residual(&matches, i, rotation, residuals + i, residuals + matches.count + i);
 }
 
-/* depths of a match */
+/* depths, for one match */
 typedef struct {
     double depth0, depth1, squared_sine;
 } Depths;
@@ -79,7 +79,7 @@ void kpmatch_depths(int64_t count, const double *columns, const double *motion, 
     }
 }
 
-/* _is_ahead of a match */
+/* _is_ahead, for one match */
 INLINE int is_ahead(const Matches *matches, ptrdiff_t i, const Motion *motion)
 {
     const Depths found = depths(matches, i, motion);
@@ -103,7 +103,7 @@ void kpmatch_displacements(int64_t count, const double *columns, const double *r
     }
 }
 
-/* Length of the residual under a rotation alone. */
+/* Length of the residual under a pure rotation. */
 INLINE double distance(const Matches *matches, ptrdiff_t i, const double *rotation)
 {
     double first, second;
@@ -111,7 +111,7 @@ INLINE double distance(const Matches *matches, ptrdiff_t i, const double *rotati
     return sqrt(first * first + second * second);
 }
 
-/* is_in_front, or agrees for those that are to be near their epipolar lines: (n,) */
+/* is_in_front, or with `near`, agrees: (n,) */
 FOR_EACH_PROCESSOR
 void kpmatch_in_front(int64_t count, const double *columns, const double *motion, double inlier_threshold,
                       int32_t near, uint8_t *front)
@@ -146,7 +146,7 @@ void kpmatch_residual_sizes(int64_t count, const double *columns, const double *
     }
 }
 
-/* What a model's jacobian is of a block of matches: residuals, and their derivatives by the numbers of move. */
+/* The jacobian of a model for a block of matches: residuals, and their derivatives by the parameters of move. */
 typedef struct {
     double residuals[2][BLOCK], jacobian[LARGEST][2][BLOCK];
 } Derivatives;
@@ -154,7 +154,7 @@ typedef struct {
 INLINE int conditions_of(int model) { return model == EPIPOLAR ? 1 : 2; }
 INLINE int numbers_of(int model) { return model == EPIPOLAR ? 5 : 3; }
 
-/* _epipolar_jacobian, of a block of matches */
+/* _epipolar_jacobian, for a block of matches */
 INLINE void epipolar_jacobian(const Matches *matches, ptrdiff_t from, ptrdiff_t size, const double *essential,
                               const double (*changes)[9], Derivatives *found)
 {
@@ -185,7 +185,7 @@ INLINE void epipolar_jacobian(const Matches *matches, ptrdiff_t from, ptrdiff_t 
     }
 }
 
-/* _rotation_jacobian, of a block of matches */
+/* _rotation_jacobian, for a block of matches */
 INLINE void rotation_jacobian(const Matches *matches, ptrdiff_t from, ptrdiff_t size, const double *rotation,
                               Derivatives *found)
 {
@@ -201,7 +201,7 @@ INLINE void rotation_jacobian(const Matches *matches, ptrdiff_t from, ptrdiff_t 
     }
 }
 
-/* A motion, and what a model needs of it. */
+/* A motion, and the matrices that a model derives from it. */
 typedef struct {
     Motion motion;
     double essential[9], changes[LARGEST][9];
@@ -217,7 +217,7 @@ INLINE Frame frame_of(int model, const Motion *motion)
     return frame;
 }
 
-/* differentiate, of a block of matches */
+/* differentiate, for a block of matches */
 INLINE void differentiate_block(int model, const Matches *matches, ptrdiff_t from, ptrdiff_t size, const Frame *frame,
                           Derivatives *found)
 {
@@ -250,12 +250,12 @@ void kpmatch_differentiate(int32_t model, int64_t count, const double *columns, 
 
 /* Estimates: two_view_fit.py. */
 
-/* Tukey's loss of the residuals' lengths, tukey in robust.py: gradient and hessian are of half of it. */
+/* Tukey's loss of the residuals' lengths, tukey in robust.py. Gradient and Hessian are those of half the loss. */
 typedef struct {
     double cost, gradient[LARGEST], hessian[LARGEST][LARGEST];
 } Loss;
 
-/* The loss of those matches that are used, of all where none are named. */
+/* The loss of the matches in `used`, or of all matches if it is NULL. */
 INLINE void evaluate(int model, const Matches *matches, const Motion *motion, const uint8_t *used, double cutoff,
                      Loss *loss)
 {
@@ -300,7 +300,7 @@ INLINE void evaluate(int model, const Matches *matches, const Motion *motion, co
             loss->hessian[l][k] = loss->hessian[k][l];
 }
 
-/* The step of minimise with this damping. Returns 0 where the system is singular. */
+/* The step of minimise with this damping. Returns 0 if the system is singular. */
 INLINE int damped_step(int size, const Loss *loss, double damping, double *step)
 {
     double system[LARGEST * LARGEST], trace = 0;
@@ -315,7 +315,7 @@ INLINE int damped_step(int size, const Loss *loss, double damping, double *step)
     return solve(size, system, step);
 }
 
-/* minimise: from a motion, in place. `used` (n,) or NULL. Returns 0 where a system is singular. */
+/* minimise: refines a motion in place. `used` is (n,) or NULL. Returns 0 if a system is singular. */
 FOR_EACH_PROCESSOR
 int32_t kpmatch_minimise(int32_t model, int64_t count, const double *columns, double *motion, double cutoff,
                          int64_t iterations, double settled, const uint8_t *used)
@@ -354,7 +354,7 @@ int32_t kpmatch_minimise(int32_t model, int64_t count, const double *columns, do
     return 1;
 }
 
-/* _hessian: (p, p), by differences of the gradient over steps of so many radians. */
+/* _hessian: (p, p), from differences of the gradient over steps of `length` radians. */
 FOR_EACH_PROCESSOR
 void kpmatch_hessian(int32_t model, int64_t count, const double *columns, const double *motion, double cutoff,
                      double length, double *hessian)

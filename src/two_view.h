@@ -4,18 +4,18 @@
 
 #include "geometry.h"
 
-/* As in robust.py and camera.py. */
+/* Constants of robust.py and camera.py. */
 #define TINY 1e-30
 #define AHEAD 0.02
 #define BEHIND 1e6
 
-enum { BLOCK = 128 }; /* matches that are looked at together: what is found of them stays in the nearest cache */
+enum { BLOCK = 128 }; /* matches processed at a time, so that their results stay in the nearest cache */
 
-/* Unlike fmax and fmin, these give NaN for NaN. */
+/* Unlike fmax and fmin, these return NaN for NaN. */
 INLINE double at_least(double value, double bound) { return value < bound ? bound : value; }
 INLINE double at_most(double value, double bound) { return value > bound ? bound : value; }
 
-/* As in two_view_errors.py: rays and noise (3, n) of each image, one after the other. */
+/* As in two_view_errors.py: rays and noise (3, n) of each image, in this order in memory. */
 typedef struct {
     ptrdiff_t count;
     const double *rays0, *rays1, *noise0, *noise1;
@@ -27,21 +27,21 @@ INLINE Matches matches_at(int64_t count, const double *columns)
     return (Matches){n, columns, columns + 3 * n, columns + 6 * n, columns + 9 * n};
 }
 
-/* How many matches are in the block that begins there. */
+/* Number of matches in the block that begins at `from`. */
 INLINE ptrdiff_t block_size(const Matches *matches, ptrdiff_t from)
 {
     return matches->count - from < BLOCK ? matches->count - from : BLOCK;
 }
 
-/* Small linear algebra, as NumPy, LAPACK and OpenCV do it. */
+/* Small linear algebra, with the results of NumPy, LAPACK and OpenCV. */
 
-/* Solve a system (size, size) in place. Returns 0 where it is singular: np.linalg.solve raises LinAlgError. */
+/* Solve a system (size, size) in place. Returns 0 if it is singular, where np.linalg.solve raises LinAlgError. */
 INLINE int solve(int size, double *matrix, double *vector)
 {
     for (int i = 0; i < size; i++) {
         int pivot = i;
         for (int row = i + 1; row < size; row++)
-            if (!(fabs(matrix[size * row + i]) <= fabs(matrix[size * pivot + i]))) /* NaN is chosen: it is not zero */
+            if (!(fabs(matrix[size * row + i]) <= fabs(matrix[size * pivot + i]))) /* true for NaN, which is not zero */
                 pivot = row;
         if (matrix[size * pivot + i] == 0)
             return 0;
@@ -77,7 +77,7 @@ INLINE void multiply(const double *a, const double *b, double *product)
                 a[3 * row] * b[column] + a[3 * row + 1] * b[3 + column] + a[3 * row + 2] * b[6 + column];
 }
 
-/* A rotation after a step of angles about the axes (Rodrigues): _turned in two_view_profile.py, and cv2.Rodrigues. */
+/* A rotation after a rotation step about the axes (Rodrigues): _turned in two_view_profile.py, and cv2.Rodrigues. */
 INLINE void turn(double *rotation, const double *step)
 {
     const double angle = at_least(sqrt(step[0] * step[0] + step[1] * step[1] + step[2] * step[2]), 1e-12);
@@ -92,7 +92,7 @@ INLINE void turn(double *rotation, const double *step)
         rotation[i] = turned[i];
 }
 
-/* Matrix (3, 3) of the cross product with a vector on the left: pose.py. */
+/* Matrix (3, 3) of the cross product with a vector as the left factor, as in pose.py. */
 INLINE void cross_matrix(const double *vector, double *matrix)
 {
     const double x = vector[0], y = vector[1], z = vector[2], found[9] = {0, -z, y, z, 0, -x, -y, x, 0};
@@ -118,7 +118,7 @@ INLINE void tangents(const double *direction, double *found)
     found[5] = -y;
 }
 
-/* Motion.moved, by so many numbers. */
+/* Motion.moved, with a step of `size` parameters. */
 INLINE void move(Motion *motion, int size, const double *step)
 {
     turn(motion->rotation, step);
@@ -142,7 +142,7 @@ INLINE void essential_matrix(const Motion *motion, double *essential)
     multiply(cross, motion->rotation, essential);
 }
 
-/* _essential_changes: derivatives (5, 9) of the essential matrix by the numbers of move. */
+/* _essential_changes: derivatives (5, 9) of the essential matrix by the parameters of move. */
 INLINE void essential_changes(const Motion *motion, double (*changes)[9])
 {
     double across[9], columns[6], cross[9], product[9];
@@ -161,7 +161,7 @@ INLINE void essential_changes(const Motion *motion, double (*changes)[9])
     }
 }
 
-/* _by_essential of a match: its Sampson distance, and the vectors of its derivatives by the essential matrix. */
+/* _by_essential, for one match: its Sampson distance, and the vectors of its derivatives by the essential matrix. */
 typedef struct {
     double residual, first_x, first_y, first_z, second_x, second_y;
 } ByEssential;
@@ -189,7 +189,7 @@ INLINE ByEssential by_essential(const Matches *matches, ptrdiff_t i, const doubl
                          z0 * precision, moved1_x * weight,                  moved1_y * weight};
 }
 
-/* project_turned of a match. */
+/* project_turned, for one match. */
 typedef struct {
     double x, y, l00, l10, l11;
     int ahead;
@@ -214,7 +214,7 @@ INLINE Projected project_turned(const Matches *matches, ptrdiff_t i, const doubl
     return (Projected){x, y, l00, l10, sqrt(at_least(noise11 - l10 * l10, TINY)), ahead};
 }
 
-/* whiten, of a vector; something else where the match is behind. */
+/* whiten, for one vector; the value `behind` if the match is behind the camera. */
 INLINE void whiten(Projected to, double x, double y, double behind, double *first, double *second)
 {
     const double whitened = x / to.l00;

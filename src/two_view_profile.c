@@ -1,7 +1,7 @@
-/* The other motions that explain the matches: two_view_profile.py, compiled. See two_view.c. */
+/* Other motions that explain the matches: functions of two_view_profile.py, compiled. See two_view.c. */
 #include "two_view.h"
 
-/* What _evaluate gives for a block of matches: distances, and their jacobian by the rotation. */
+/* The result of _evaluate for a block of matches: distances, and their jacobian by the rotation. */
 typedef struct {
     double residuals[BLOCK], jacobian[3][BLOCK];
 } Turning;
@@ -35,7 +35,7 @@ INLINE void evaluate_turn(const Matches *matches, ptrdiff_t from, ptrdiff_t size
     }
 }
 
-/* A step of Gauss-Newton for one rotation, as in refine_turns. Returns 0 where its equations are singular. */
+/* One Gauss-Newton step of refine_turns for one rotation. Returns 0 if its equations are singular. */
 INLINE int refine_turn(const Matches *matches, double *rotation, const double *shift, double cutoff, double trust)
 {
     double xx = 0, xy = 0, xz = 0, yy = 0, yz = 0, zz = 0, gx = 0, gy = 0, gz = 0;
@@ -68,7 +68,7 @@ INLINE int refine_turn(const Matches *matches, double *rotation, const double *s
     return 1;
 }
 
-/* refine_turns: rotations (k, 3, 3) in place, and residuals (k, n). Returns 0 where equations are singular. */
+/* refine_turns: rotations (k, 3, 3) in place, and residuals (k, n). Returns 0 if a system is singular. */
 FOR_EACH_PROCESSOR
 int32_t kpmatch_refine_turns(int64_t count, const double *columns, int64_t steps, const double *cutoffs, double trust,
                              int64_t motions, double *turns, const double *shifts, double *residuals)

@@ -1,1 +1,1 @@
-"""Cameras, poses, and the motion between views, from matched keypoints."""
+"""Cameras, poses, and the motion between views from matched keypoints."""

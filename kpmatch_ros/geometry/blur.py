@@ -1,4 +1,4 @@
-"""Blur that one of two images has and the other has not: a camera that turned meanwhile, or focused."""
+"""Blur that only one of two images has, because the camera turned or focused in between."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from kpmatch_ros.geometry.patches import about_grey, align, cut, gradients, no_c
 
 __all__ = ["Alike", "blurred_alike", "focus_kernel", "gradient_energy", "line_kernel", "smeared_image"]
 
-_REACH = 20  # pixels around a point: half the widest blur, half a patch, and how far a point may be from its place
+_REACH = 20  # pixels around a point: half the widest blur, half a patch, and the largest error of the point's position
 _SIDE = 2 * _REACH + 1
-_FEWEST, _MOST = 20, 64  # points that tell of the blur
-_SHARP = 0.65  # part of the other image's gradients, squared: with more, an image is as sharp as the other one
-_SMEARED = 0.2  # the same, of a whole image half as fine: lines of 25 pixels and more leave less
-_DIRECTED = 1.5  # times as much is left across, or it is another blur
-_NOISE = 1.2  # times as large one way as the other: gradients of noise are less so, those left by blur more
-_CLEARER = 0.02  # correlation of the patches: blur that adds less is none
+_FEWEST, _MOST = 20, 64  # points used to estimate the blur
+_SHARP = 0.65  # part of the other image's squared gradients; above it, an image is as sharp as the other one
+_SMEARED = 0.2  # the same for a whole image at half the resolution; lines of 25 pixels and more leave less
+_DIRECTED = 1.5  # smallest ratio of the parts left across and along a line blur
+_NOISE = 1.2  # ratio of the gradients' eigenvalues: noise has a smaller one, the gradients left by blur a larger one
+_CLEARER = 0.02  # smallest gain of the patches' correlation by a blur
 _LENGTHS = (3.0, 5.0, 7.0, 9.0, 12.0, 16.0, 21.0)  # pixels
 _WIDTHS = (1.0, 1.5, 2.2, 3.3)  # pixels
-_ANGLES = (0.25, -0.25, 0.12, -0.12)  # radians from what gradients tell
-_FACTORS = (1.15, 0.87)  # of a length
-_HALVINGS = 2  # of the images, to see blur that is wider
+_ANGLES = (0.25, -0.25, 0.12, -0.12)  # radians from the direction of the gradients
+_FACTORS = (1.15, 0.87)  # on the length
+_HALVINGS = 2  # of the images, for wider blur
 _WIDEST = 28.0  # pixels of a line: with wider blur, patches and keypoints are found anywhere along it
 
-_Blur = tuple[float, float | None]  # pixels; the direction, radians, or None for all directions
-_Blurs = list[_Blur | None]  # of image 0 and 1; None for none
+_Blur = tuple[float, float | None]  # size in pixels; direction in radians, or None for all directions
+_Blurs = list[_Blur | None]  # of image 0 and image 1; None without blur
 
 
 @dataclass(frozen=True, eq=False)
 class Alike:
-    """Two images that are blurred alike.
+    """Two images with the same blur.
 
     Attributes:
-        images: float32 (H, W), as :func:`kpmatch_ros.geometry.patches.signed` gives them.
-        smeared: which image, 0 or 1, is blurred so widely that points are found anywhere along its blur; None for
-            neither.
+        images: float32 (2 H, 2 W), from :func:`kpmatch_ros.geometry.patches.signed`.
+        smeared: index of the image, 0 or 1, whose blur is so wide that points are found anywhere along it; None if
+            neither image has such a blur.
     """
 
     images: tuple[np.ndarray, np.ndarray]
@@ -49,7 +49,7 @@ class Alike:
 
 
 def line_kernel(length: float, angle: float) -> np.ndarray:
-    """Blur of a point that moves over a length (pixels) in a direction (radians): (K, K) float32, its sum is one."""
+    """Blur of a point that moves by `length` pixels in the direction `angle`, radians: (K, K) float32 with sum one."""
     half = math.ceil(length / 2)
     along = np.linspace(-0.5, 0.5, 8 * math.ceil(length)) * (length - 1)
     x, y = half + along * math.cos(angle), half + along * math.sin(angle)
@@ -62,19 +62,19 @@ def line_kernel(length: float, angle: float) -> np.ndarray:
 
 
 def focus_kernel(width: float) -> np.ndarray:
-    """Gaussian blur with a standard deviation (pixels): (K, K) float32, its sum is one."""
+    """Gaussian blur with the standard deviation `width`, pixels: (K, K) float32 with sum one."""
     row = cv2.getGaussianKernel(2 * math.ceil(3 * width) + 1, width)
     return np.asarray(row @ row.T, np.float32)
 
 
 def blurred_alike(image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, points1: np.ndarray) -> Alike | None:
-    """Two images of a scene, of which the sharper one is blurred as the other one is.
+    """Two images of a scene, with the sharper one blurred like the other one.
 
-    Between a sharp and a blurred image a patch is off by what its surroundings leak into it. Blur takes from the
-    gradients along it: of the gradients around the same points, the direction in which one image has the smallest part
-    of the other's is that of its blur (a generalised eigenvalue problem). How wide it is tells the blur of the other
-    image with which patches are most alike. If each image is blurred in a direction of its own, both are. Blur that is
-    wider than the surroundings is looked for in images half as fine.
+    Between a sharp and a blurred image, the surroundings leak into a patch and shift it. Blur reduces the gradients
+    along it. Therefore the direction of the blur is the one in which one image has the smallest part of the other's
+    gradients, around the same points (a generalised eigenvalue problem). The width of the blur is the one that makes
+    patches most similar when it is applied to the other image. If each image is blurred in a direction of its own, both
+    are blurred. Blur wider than the surroundings is estimated at half the resolution.
 
     Args:
         image0: uint8 (H, W), from :func:`kpmatch_ros.geometry.refinement.normalize_contrast`.
@@ -83,7 +83,7 @@ def blurred_alike(image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, p
         points1: (M, 2) pixels in image 1, roughly the same points.
 
     Returns:
-        Both images, of which one at least is blurred; None where they are alike, or too few points tell.
+        Both images, at least one of them blurred or smeared; None if they have the same blur, or with too few points.
     """
     blurs = _missing_blurs(image0, image1, points0, points1, _HALVINGS)
     if blurs == [None, None]:
@@ -96,20 +96,21 @@ def blurred_alike(image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, p
 
 
 def gradient_energy(image: np.ndarray) -> np.ndarray:
-    """(2, 2) mean products of the gradients of an image (H, W) uint8, half as fine, along x and y."""
+    """(2, 2) mean products of the gradients along x and y, of an image (H, W) uint8 at half the resolution."""
     half = _half(image).astype(np.float32)
     return _energies((cv2.Sobel(half, cv2.CV_32F, 1, 0, scale=0.125), cv2.Sobel(half, cv2.CV_32F, 0, 1, scale=0.125)))
 
 
 def smeared_image(energy0: np.ndarray, energy1: np.ndarray) -> int | None:
-    """Which of two images, 0 or 1, is blurred along a line so widely that its points tell nothing beside the other's.
+    """Index of the image, 0 or 1, with so wide a line blur that its points carry no information; None for neither.
 
-    Of the gradients along the blur only a small part is left, and more of those across. So wide a blur is told without
-    matches: these lie anywhere along it. Noise has gradients in all directions, as the image of a covered lens.
+    Such a blur leaves only a small part of the other image's gradients along the line, and more of those across it.
+    This test uses no matches, because matches lie anywhere along the blur. It excludes images of noise, as with a
+    covered lens, which have gradients in all directions.
 
     Args:
         energy0: of image 0, from :func:`gradient_energy`.
-        energy1: of image 1, which shows about the same.
+        energy1: of image 1, which shows about the same scene.
     """
     least, most = eigh(energy1, energy0, eigvals_only=True)
     for side, energy, left, across in ((1, energy1, least, most), (0, energy0, 1 / most, 1 / least)):
@@ -121,12 +122,12 @@ def smeared_image(energy0: np.ndarray, energy1: np.ndarray) -> int | None:
 def _missing_blurs(
     image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, points1: np.ndarray, halvings: int
 ) -> _Blurs:
-    """The blur of each image that the other one has and it has not."""
+    """The blur to apply to each image, which the other image has."""
     pair = _Pair.of(image0, image1, points0, points1)
     blurs: _Blurs = [None, None]
     if pair is None:
         return blurs
-    # The gradients along v have, in image 1, the eigenvalue's part of what they have in image 0.
+    # The eigenvalue is the ratio of the squared gradients along v, in image 1 to those in image 0.
     (least, most), directions = eigh(
         *(_energies(gradients(cut(signed(image), points))) for image, points in (pair.sides[1], pair.sides[0]))
     )
@@ -145,9 +146,9 @@ def _missing_blurs(
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """Surroundings of the same points in two images, one below the other.
+    """Surroundings of the same points in two images, stacked vertically.
 
-    They are float32 (N _SIDE, _SIDE), 0 where they are grey, with points (N, 2).
+    Each side is a float32 array (N _SIDE, _SIDE) with 0 for mid-grey, and points (N, 2) in it.
     """
 
     sides: tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -161,7 +162,7 @@ class _Pair:
         return cls((_surroundings(image0, points0[some]), _surroundings(image1, points1[some])))
 
     def find(self, blurs: _Blurs, side: int, angle: float) -> _Blur | None:
-        """The blur of a side, beside the other's, with which patches are most alike; None where none helps."""
+        """The blur of one side, given the other's, that makes patches most similar; None if no blur helps."""
         both = list(blurs)
 
         def likeness(blur: _Blur) -> float:
@@ -201,7 +202,7 @@ def _half(image: np.ndarray) -> np.ndarray:
 
 
 def _climb(blurs: Sequence[_Blur], likeness: Callable[[_Blur], float]) -> tuple[float, _Blur]:
-    """The best of blurs that grow, and how alike it makes patches: this has one maximum."""
+    """The best of blurs in increasing order, and its likeness of patches, which has one maximum."""
     best = likeness(blurs[0]), blurs[0]
     for blur in blurs[1:]:
         reached = likeness(blur)
@@ -217,18 +218,18 @@ def _kernel(blur: _Blur) -> np.ndarray:
 
 
 def _filtered(image: np.ndarray, blur: _Blur | None) -> np.ndarray:
-    """An image, float32 with 0 for grey, with a blur, as patches are cut from it and found in it."""
+    """An image, float32 with 0 for mid-grey, with a blur applied, in the form that patches are cut from."""
     return signed(image if blur is None else np.asarray(cv2.filter2D(image, -1, _kernel(blur))))
 
 
 def _surrounded(points: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """(M,) bool which points (M, 2) have _REACH pixels and a half around them; NaN has none."""
+    """(M,) bool which points (M, 2) have _REACH pixels on all sides; False for NaN."""
     height, width = image.shape
     return np.asarray((points > _REACH).all(axis=1) & (points < (width - _REACH - 1, height - _REACH - 1)).all(axis=1))
 
 
 def _surroundings(image: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The surroundings of points (N, 2), one below the other, and the points (N, 2) float32 in there."""
+    """The surroundings of points (N, 2), stacked vertically, and the points (N, 2) float32 in this array."""
     middle, offsets = np.rint(points).astype(int), np.arange(-_REACH, _REACH + 1)
     pixels = image[(middle[:, 1:] + offsets)[:, :, None], (middle[:, :1] + offsets)[:, None, :]]
     below = _SIDE * np.arange(len(points))

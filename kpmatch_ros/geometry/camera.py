@@ -1,4 +1,4 @@
-"""Camera calibration: from the pixels of an image as received to directions in the camera's optical frame."""
+"""Camera calibration: from pixels of an image as received to directions in the camera's optical frame."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from kpmatch_ros.geometry.lens import CalibrationError
 
 __all__ = ["AHEAD", "BEHIND", "CalibrationError", "Camera", "camera_info_field", "check_camera"]
 
-# A focal length outside this range, in units of the longer image side, is a mistake: millimetres or a fraction of the
-# image's width instead of pixels, most often. The widest fisheye lens has about 0.2, a long telephoto lens 50.
+# A focal length outside this range, in units of the longer image side, is an error. Typical errors are millimetres or a
+# fraction of the image's width instead of pixels. The widest fisheye lens has about 0.2, a long telephoto lens 50.
 _FOCAL_RANGE = (0.01, 1000.0)
 AHEAD = 0.02
-"""Cosine to a camera's axis: a point further off, 89 degrees, is behind the camera."""
+"""Smallest cosine to a camera's axis: a point at more than 89 degrees counts as behind the camera."""
 
 BEHIND = 1e6
 """Pixels: the residual of a point behind a camera."""
@@ -24,19 +24,19 @@ BEHIND = 1e6
 
 @dataclass(frozen=True, eq=False)
 class Camera:
-    """Pinhole camera with lens distortion, as calibrated for one image size.
+    """Pinhole camera with lens distortion, calibrated for one image size.
 
     Attributes:
         width, height: size of the image as received, pixels.
         matrix: (3, 3) float64, the camera matrix in pixels of that image; the centre of its top-left pixel is (0, 0).
         distortion_model: "plumb_bob", "rational_polynomial" (both as cv2.projectPoints), "equidistant" (cv2.fisheye),
-            or "" for none (the names of sensor_msgs/distortion_models.hpp). Other names of these models are taken too,
-            in any spelling: "radtan", "fisheye", "Kannala-Brandt". The attribute holds the first name.
+            or "" for none (the names of sensor_msgs/distortion_models.hpp). Other names of these models are accepted
+            too, in any spelling: "radtan", "fisheye", "Kannala-Brandt". The attribute holds the first name.
         distortion: (n,) float64, the model's coefficients in OpenCV's order. Empty or all zero means no distortion
-            whatever the model, as in image_geometry. Zeros behind the model's last coefficient are left out.
+            for any model, as in image_geometry. Zeros after the model's last coefficient are removed.
 
     Raises:
-        CalibrationError: no camera has these numbers, or the distortion model is unknown.
+        CalibrationError: no real camera has these values, or the distortion model is unknown.
     """
 
     width: int
@@ -47,7 +47,7 @@ class Camera:
 
     def __post_init__(self) -> None:
         for name, value in (("matrix", self.matrix), ("distortion", self.distortion)):
-            array = np.array(value, dtype=np.float64)  # a copy: the caller's buffer may be a reused message's
+            array = np.array(value, dtype=np.float64)  # a copy, because the caller may reuse the message's buffer
             array.setflags(write=False)
             object.__setattr__(self, name, array)
         object.__setattr__(self, "width", int(self.width))
@@ -68,22 +68,23 @@ class Camera:
     def from_camera_info(cls, info: Any, *, rectified: bool) -> Camera:
         """The camera of a sensor_msgs/CameraInfo message.
 
-        Region of interest and binning (0 means 1) turn the full-resolution calibration into that of the image received,
-        as in image_geometry.
+        Region of interest and binning (0 means 1) convert the full-resolution calibration to the received image, as in
+        image_geometry.
 
         Args:
-            info: the message, of rclpy, rosbags or ROS 1 (k or K, and so on).
-            rectified: the images are already rectified (image_rect): P is used, without distortion; otherwise K and D.
+            info: the message, from rclpy, rosbags or ROS 1 (fields k or K, and so on).
+            rectified: whether the images are already rectified (image_rect). Then P is used, without distortion.
+                Otherwise K and D are used.
 
         Raises:
-            CalibrationError: it is no calibration, or none that this package can use.
+            CalibrationError: the message has no calibration, or one that this package cannot use.
         """
         name = "P" if rectified else "K"
         numbers = np.asarray(camera_info_field(info, name), dtype=np.float64).ravel()
         expected = 12 if rectified else 9
         if numbers.size != expected:
             raise CalibrationError("value", f"camera_info: {name} has {numbers.size} numbers instead of {expected}")
-        if numbers[0] == 0.0:  # how sensor_msgs/CameraInfo says so
+        if numbers[0] == 0.0:  # the convention of sensor_msgs/CameraInfo
             raise CalibrationError(
                 "uncalibrated",
                 f"camera_info: {name}[0] is 0, the camera is not calibrated. Calibrate it (camera_calibration) and "
@@ -95,7 +96,7 @@ class Camera:
         whole = roi.x_offset == roi.y_offset == roi.width == roi.height == 0
         width, height = (info.width, info.height) if whole else (roi.width, roi.height)
         binning_x, binning_y = max(1, info.binning_x), max(1, info.binning_y)
-        # The region is given in pixels of the full resolution, so it comes before the binning.
+        # The region is given in pixels of the full resolution, so it is applied before the binning.
         matrix[:2, 2] -= (roi.x_offset, roi.y_offset)
         matrix[0] /= binning_x
         matrix[1] /= binning_y
@@ -112,10 +113,10 @@ class Camera:
         return cls(width // binning_x, height // binning_y, matrix, model, np.asarray(distortion, dtype=np.float64))
 
     def check_size(self, width: int, height: int) -> None:
-        """Check that the calibration is for images of this size in pixels.
+        """Check that the calibration is for images of this size, in pixels.
 
         Raises:
-            CalibrationError: it is not ("size").
+            CalibrationError: the size differs ("size").
         """
         if (width, height) != (self.width, self.height):
             raise CalibrationError(
@@ -127,11 +128,11 @@ class Camera:
     def _check_lens(self) -> None:
         """Check that the distortion can be inverted over nearly all of the image.
 
-        A fisheye image may hold more than the model has directions for: black corners outside the image circle, and
-        rays from behind the camera. Its model only must not fold over in front of the camera.
+        A fisheye image may contain pixels without a direction in the model: black corners outside the image circle, and
+        rays from behind the camera. Its model must only not fold over in front of the camera.
 
         Raises:
-            CalibrationError: it cannot ("lens").
+            CalibrationError: the distortion cannot be inverted ("lens").
         """
         key = self.matrix.tobytes(), self.distortion_model, self.distortion.tobytes()
         part = lens.invertible_part(self.width, self.height, *key)
@@ -149,21 +150,21 @@ class Camera:
         return float(self.matrix[0, 0] + self.matrix[1, 1]) / 2
 
     def normalise(self, points: np.ndarray) -> np.ndarray:
-        """Pixels (N, 2) to undistorted normalised coordinates x/z, y/z in the optical frame, (N, 2) float64.
+        """Undistorted normalised coordinates x/z, y/z (N, 2) float64 in the optical frame, from pixels (N, 2).
 
-        The result is NaN where a pixel is NaN or infinite, and where the lens model has no direction for it: outside
-        the part of the image in which the distortion can be inverted, or 89 degrees and more off the axis.
+        The result is NaN if the pixel is NaN or infinite, or if the lens model has no direction for it: outside the
+        part of the image in which the distortion can be inverted, or at 89 degrees and more from the axis.
 
         Raises:
-            ValueError: the pixels are not of shape (N, 2).
+            ValueError: the pixels do not have the shape (N, 2).
         """
         return self.normalise_with_jacobian(points)[0]
 
     def project(self, directions: np.ndarray) -> np.ndarray:
-        """Normalised coordinates x/z, y/z (N, 2) to pixels (N, 2): the inverse of `normalise`.
+        """Pixels (N, 2) from normalised coordinates x/z, y/z (N, 2): the inverse of `normalise`.
 
-        The result is NaN where they are, and for directions beyond a fold of the lens model, which it would show in the
-        middle of others.
+        The result is NaN if the input is, and for directions beyond a fold of the lens model, which the model would
+        project among other directions.
         """
         if self.distortion.any():
             with np.errstate(invalid="ignore"):
@@ -176,7 +177,7 @@ class Camera:
         """As `normalise`, with the jacobian (N, 2, 2) float64 by the pixel's coordinates; NaN where `normalise` is NaN.
 
         Raises:
-            ValueError: the pixels are not of shape (N, 2).
+            ValueError: the pixels do not have the shape (N, 2).
         """
         pixels = np.asarray(points, dtype=np.float64)
         if pixels.ndim != 2 or pixels.shape[1] != 2:
@@ -184,7 +185,7 @@ class Camera:
         per_pixel = _inverse(self.matrix)
         with np.errstate(invalid="ignore"):
             distorted = (pixels - self.matrix[:2, 2]) @ per_pixel.T
-            good = (np.abs(distorted) < lens.LARGEST_TANGENT).all(axis=1)  # NaN is not
+            good = (np.abs(distorted) < lens.LARGEST_TANGENT).all(axis=1)  # False for NaN
         if good.all():
             if not self.distortion.any():
                 return distorted, np.broadcast_to(per_pixel, (len(pixels), 2, 2))
@@ -198,19 +199,19 @@ class Camera:
         return normalised, jacobian
 
     def _undistort(self, distorted: np.ndarray, per_pixel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Through the lens, with the jacobian by the pixel's coordinates."""
+        """Undistorted coordinates, and their jacobian by the pixel's coordinates."""
         normalised, inverse = lens.undistort(distorted, self.distortion_model, self.distortion)
         return normalised, (inverse.reshape(-1, 2) @ per_pixel).reshape(-1, 2, 2)
 
 
 def _inverse(matrix: np.ndarray) -> np.ndarray:
-    """Normalised coordinates by pixels (2, 2), of a camera matrix (3, 3)."""
+    """Derivative (2, 2) of normalised coordinates by pixels, for a camera matrix (3, 3)."""
     (fx, skew), (_, fy) = matrix[:2, :2]
     return np.array([[1 / fx, -skew / (fx * fy)], [0.0, 1 / fy]])
 
 
 def camera_info_field(info: Any, name: str) -> Any:
-    """K, D, R or P: lower case in ROS 2, upper case in ROS 1."""
+    """The field K, D, R or P: lower case in ROS 2, upper case in ROS 1."""
     return getattr(info, name.lower()) if hasattr(info, name.lower()) else getattr(info, name)
 
 
@@ -232,10 +233,10 @@ def _check_matrix(matrix: np.ndarray, size: int) -> None:
 
 
 def check_camera(camera: Any) -> Camera | None:
-    """The camera, or None for none.
+    """The camera, or None.
 
     Raises:
-        TypeError: it is something else, as a matrix or a message.
+        TypeError: it is another object, for example a matrix or a message.
     """
     if camera is not None and not isinstance(camera, Camera):
         raise TypeError(

@@ -1,6 +1,6 @@
-"""The compiled part of this folder, where the build of the ROS package has put it beside.
+"""Bindings of the compiled geometry library, which the build of the ROS package puts next to this file.
 
-It is made from flow.c, geometry.c, lens.c, points.c, structure.c, two_view.c and two_view_profile.c in src/.
+Its sources are flow.c, geometry.c, lens.c, points.c, structure.c, two_view.c and two_view_profile.c in src/.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ __all__ = [
 ]
 
 LIBRARY = Path(__file__).with_name("libkpmatch_geometry.so")
-_VERSION = 5  # as in src/geometry.c: the arguments and the meaning of its functions
+_VERSION = 5  # of the functions' arguments and meaning, as in src/geometry.c
 _MOST_LEVELS = 16  # of a pyramid
 _USED = 85  # pixels of a patch that are compared
-_PATCH = 5 * _USED + 63 + 9  # numbers of a patch
+_PATCH = 5 * _USED + 63 + 9  # numbers in a patch
 
 
 class _Array:
-    """An argument that is an array whose numbers C reads or writes, or None."""
+    """A function argument: an array that C reads or writes, or None."""
 
     @classmethod
     def from_param(cls, values: np.ndarray | None) -> ctypes.c_void_p | None:
@@ -94,14 +94,14 @@ _library: Any = open_library(LIBRARY)
 
 
 def available() -> bool:
-    """Whether the library is there."""
+    """Whether the library is loaded."""
     return _library is not None
 
 
 def align(
     patches: np.ndarray, image: np.ndarray, places: np.ndarray, points: np.ndarray, shapes: np.ndarray, shifts: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The members of the Alignment that patches.align returns. Patches are compared at places (2, 85)."""
+    """The members of the Alignment that patches.align returns. `places` (2, 85) are the compared pixels of a patch."""
     image, places, count = _image(image), _given(places, np.float32, 2, _USED), len(points)
     patches = _given(patches, np.float32, count, _PATCH)
     results = (
@@ -116,7 +116,7 @@ def align(
 
 
 def cut(image: np.ndarray, places: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """What patches.cut returns. Places (2, 85) are whole numbers of up to 6 pixels."""
+    """The result of patches.cut. `places` (2, 85) are integers of at most 6 pixels."""
     image, places, count = _image(image), _given(places, np.float32, 2, _USED), len(points)
     patches = np.empty((count, _PATCH), np.float32)
     _library.kpmatch_cut(count, *image.shape, image, places, _given(points, np.float32, count, 2), patches)
@@ -124,9 +124,9 @@ def cut(image: np.ndarray, places: np.ndarray, points: np.ndarray) -> np.ndarray
 
 
 def _image(image: np.ndarray) -> np.ndarray:
-    """An image (2 H, 2 W), from patches.signed.
+    """An image (2 H, 2 W) from patches.signed, checked for C.
 
-    C rounds its places by far less than the pixel that it keeps free at the border, and numbers its pixels in 32 bits.
+    C rounds positions by far less than the one pixel that it keeps free at the border, and uses 32-bit pixel indices.
     """
     height, width = image.shape
     if max(height, width) > 2 * MAX_SIDE or height * width >= 2**31:
@@ -137,7 +137,7 @@ def _image(image: np.ndarray) -> np.ndarray:
 
 
 def undistort(distorted: np.ndarray, coefficients: np.ndarray, furthest: float) -> tuple[np.ndarray, np.ndarray]:
-    """What lens.undistort returns, of the polynomial model with eight coefficients."""
+    """The result of lens.undistort, for the polynomial model with eight coefficients."""
     count = len(distorted)
     distorted, coefficients = _given(distorted, np.float64, count, 2), _given(coefficients, np.float64, 8)
     results = np.empty((count, 2)), np.empty((count, 2, 2))
@@ -145,7 +145,7 @@ def undistort(distorted: np.ndarray, coefficients: np.ndarray, furthest: float) 
     return results
 
 
-# What src/flow.c, src/points.c and src/structure.c have of tracks.
+# Functions for tracks, from src/flow.c, src/points.c and src/structure.c.
 
 
 def follow(
@@ -155,10 +155,10 @@ def follow(
     start: np.ndarray,
     window: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where points (T, 2) of one image are in another, (T, 2), and which are found (T,), as OpenCV's optical flow.
+    """Optical flow as OpenCV's: positions (T, 2) of one image's points (T, 2) in another, and mask (T,) of those found.
 
-    Each image is a pyramid: its levels, uint8, the largest first, of the same sizes both. A window has a side of 13 or
-    21 pixels.
+    Each image is a pyramid: uint8 levels, the largest first, with the same sizes for both images. The window's side is
+    13 or 21 pixels.
     """
     sides = np.array([each.shape for each in pyramid0], np.int64)
     if window not in (13, 21):
@@ -176,14 +176,14 @@ def follow(
 
 
 def nearest(points: np.ndarray, others: np.ndarray, furthest: float) -> tuple[np.ndarray, np.ndarray]:
-    """How far the nearest of others (M, 2) is from each of the points (N, 2), and which; inf and M if not so near."""
+    """Distance from each of the points (N, 2) to the nearest of others (M, 2), and its index; inf and M if too far."""
     distances, which = np.empty(len(points)), np.empty(len(points), np.int64)
     _library.kpmatch_nearest(len(points), _columns(points), len(others), _columns(others), furthest, distances, which)
     return distances, which
 
 
 def first_of_each_place(points: np.ndarray, distance: float, ages: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Which points (T, 2) stay if of two that are so near only one does: of the lower age, then the higher score."""
+    """Mask (T,) of the points that stay, of several within the distance: the lowest age, then the highest score."""
     count, stay = len(points), np.empty(len(points), bool)
     ages, scores = _given(ages, np.uint64, count), _given(scores, np.float32, count)
     _library.kpmatch_first_of_each_place(count, _columns(points), distance, ages, scores, stay)
@@ -193,13 +193,13 @@ def first_of_each_place(points: np.ndarray, distance: float, ages: np.ndarray, s
 def neighbours(
     points: np.ndarray, own: np.ndarray, others: np.ndarray, moves: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How the neighbours of points (R, 2) among others (M, 2) move (R, 2), and by how much they disagree (R,).
+    """Median motion (R, 2) of the neighbours of points (R, 2) among others (M, 2), and their disagreement (R,).
 
     Args:
         points: the points.
-        own: (R,) bool which of them are among the others.
-        others: at least 8.
-        moves: (M, 2) of the others.
+        own: (R,) bool, which of the points are among the others.
+        others: at least 8 points.
+        moves: (M, 2) motion of the others.
     """
     count, most = len(points), len(others)
     if most < 8:
@@ -211,7 +211,7 @@ def neighbours(
 
 
 def largest_elsewhere(numbers: np.ndarray, points: np.ndarray, places: np.ndarray, distance: float) -> np.ndarray:
-    """The largest number of each row (R, N), -1 at least, of points (N, 2) that are not so near to its place (R, 2)."""
+    """Largest number of each row (R, N), at least -1, of points (N, 2) not within `distance` of its place (R, 2)."""
     rows, count, largest = len(places), len(points), np.empty(len(places), np.float32)
     numbers = _given(numbers, np.float32, rows, count)
     _library.kpmatch_largest_elsewhere(rows, count, numbers, _columns(points), _columns(places), distance, largest)
@@ -221,7 +221,7 @@ def largest_elsewhere(numbers: np.ndarray, points: np.ndarray, places: np.ndarra
 def triangulate(
     cameras: Window, sights: np.ndarray, reference: int, prior: np.ndarray | float, information: np.ndarray | float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """1/z, the last row of what structure.triangulate returns, and what is known of it."""
+    """1/z, the last row of the result of structure.triangulate, and its information."""
     frames, count, seen = _seen(cameras, sights)
     if not -frames <= reference < frames:
         raise ValueError(f"frame {reference} of {frames}")
@@ -232,7 +232,7 @@ def triangulate(
 
 
 def place(cameras: Window, landmarks: np.ndarray, sights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The landmarks, squares and freedom of what structure.place returns."""
+    """The landmarks, squares and freedom of the result of structure.place."""
     frames, count, seen = _seen(cameras, sights)
     landmarks = _copied(landmarks, np.float32, 3, count)
     results = landmarks, np.empty(count, np.float32), np.empty(count, np.int64)
@@ -243,7 +243,7 @@ def place(cameras: Window, landmarks: np.ndarray, sights: np.ndarray) -> tuple[n
 def motion_equations(
     cameras: Window, landmarks: np.ndarray, sights: np.ndarray, cutoff: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What structure.motion_equations returns."""
+    """The result of structure.motion_equations."""
     frames, count, seen = _seen(cameras, sights)
     landmarks = _given(landmarks, np.float32, 3, count)
     results = np.empty((6, 6)), np.empty(6), np.empty((3, count), np.float32), np.empty((3, 6, count), np.float32)
@@ -252,16 +252,16 @@ def motion_equations(
 
 
 def _seen(cameras: Window, sights: np.ndarray) -> tuple[int, int, tuple[np.ndarray, np.ndarray]]:
-    """How many frames, and points, and the cameras (F, 12) and sights (F, 5, T) as C reads them."""
+    """Numbers of frames and points, and the cameras (F, 12) and sights (F, 5, T) in C's layout."""
     frames, count = len(sights), sights.shape[-1]
     both = np.concatenate([cameras.rotations.reshape(-1, 9), cameras.translations], axis=1)
     return frames, count, (_given(both, np.float32, frames, 12), _given(sights, np.float32, frames, 5, count))
 
 
-# What src/two_view*.c have of the motion of two views. `columns` (4, 3, n) are those of Matches, a rotation (3, 3) and
-# a translation (3,) those of a Motion, and the functions those of these names in two_view*.py.
+# Functions for the motion of two views, from src/two_view*.c. `columns` (4, 3, n) are those of Matches. A rotation
+# (3, 3) and a translation (3,) are those of a Motion. The functions are those with the same names in two_view*.py.
 
-_SHAPES = ((5, 1), (3, 2))  # numbers and conditions of each Model
+_SHAPES = ((5, 1), (3, 2))  # numbers of parameters and of conditions of each Model
 
 
 def epipolar_residuals(columns: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
@@ -297,7 +297,7 @@ def displacements(columns: np.ndarray, rotation: np.ndarray) -> tuple[np.ndarray
 def in_front(
     columns: np.ndarray, rotation: np.ndarray, translation: np.ndarray, inlier_threshold: float, *, near: bool
 ) -> np.ndarray:
-    """Which matches (n,) are in front of both cameras, as is_in_front; as agrees, if they are to be near as well."""
+    """Mask (n,) of matches in front of both cameras, as is_in_front; with `near`, also near their lines, as agrees."""
     columns, motion = _matches(columns), _motion(rotation, translation)
     front = np.empty(columns.shape[2], bool)
     _library.kpmatch_in_front(len(front), columns, motion, inlier_threshold, near, front)
@@ -332,7 +332,7 @@ def minimise(
     settled: float,
     used: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rotation and the translation."""
+    """The refined rotation and translation."""
     columns, motion = _matches(columns), _motion(rotation, translation)
     count = columns.shape[2]
     used = None if used is None else _given(used, np.bool_, count)
@@ -344,7 +344,7 @@ def minimise(
 def hessian(
     model: int, columns: np.ndarray, rotation: np.ndarray, translation: np.ndarray, cutoff: float, step: float
 ) -> np.ndarray:
-    """What two_view_fit has of this name, by differences over such a step, radians."""
+    """The result of two_view_fit._hessian, from differences over `step`, radians."""
     columns, motion, numbers = _matches(columns), _motion(rotation, translation), _SHAPES[model][0]
     found = np.empty((numbers, numbers))
     _library.kpmatch_hessian(model, columns.shape[2], columns, motion, cutoff, step, found)
@@ -354,7 +354,7 @@ def hessian(
 def refine_turns(
     columns: np.ndarray, turns: np.ndarray, shifts: np.ndarray, cutoffs: Sequence[float], trust: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What two_view_profile has of this name, with cutoffs in pixels."""
+    """The result of two_view_profile.refine_turns, with cutoffs in pixels."""
     columns, steps, motions = _matches(columns), np.array(cutoffs, float), len(turns)
     turns, shifts = _copied(turns, np.float64, motions, 3, 3), _given(shifts, np.float64, motions, 3)
     residuals = np.empty((motions, columns.shape[2]))
@@ -369,30 +369,30 @@ def _matches(columns: np.ndarray) -> np.ndarray:
 
 
 def _motion(rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
-    """(12,): a copy."""
+    """A copy (12,)."""
     return _given(np.concatenate([rotation, translation], axis=None, dtype=np.float64), np.float64, 12)
 
 
 def _given(values: np.ndarray, dtype: type[np.generic], *shape: int) -> np.ndarray:
-    """The values as C reads them: one after the other, in this machine's byte order, each at a multiple of its size.
+    """The values in C's layout: contiguous, in this machine's byte order, and aligned.
 
     Raises:
-        ValueError: they have another shape.
+        ValueError: the array has another shape.
     """
     if values.shape != shape:
         raise ValueError(f"an array of shape {values.shape} where {shape} belongs")
     if type(values) is np.ndarray and values.dtype.type is dtype and values.dtype.isnative and values.flags.carray:
-        return values  # as most are
+        return values  # the usual case
     return np.require(values, dtype, ["C_CONTIGUOUS", "ALIGNED", "ENSUREARRAY"])
 
 
 def _copied(values: np.ndarray, dtype: type[np.generic], *shape: int) -> np.ndarray:
-    """As :func:`_given`, and C may write there."""
+    """As :func:`_given`, but a copy that C may write to."""
     return _given(values, dtype, *shape).copy()
 
 
 def _columns(points: np.ndarray) -> np.ndarray:
-    """Points (N, 2) as C reads them: (2, N) float32."""
+    """Points (N, 2) in C's layout: (2, N) float32."""
     return _given(points.T, np.float32, 2, len(points))
 
 

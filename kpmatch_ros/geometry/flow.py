@@ -1,4 +1,4 @@
-"""Optical flow: where points of one image are in another (Lucas and Kanade, IJCAI 1981; OpenCV's)."""
+"""Optical flow: positions of one image's points in another (Lucas and Kanade, IJCAI 1981; OpenCV's implementation)."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from kpmatch_ros.geometry.patches import inside, inverse
 __all__ = ["Neighbours", "flow_far", "flow_forth_and_back", "flow_near", "pyramid", "tree"]
 
 tree = partial(cKDTree, balanced_tree=False, compact_nodes=False)
-"""A tree of points (T, 2), built quickly: each is asked but once."""
+"""A k-d tree of points (T, 2) that is quick to build, because each tree is queried only once."""
 
 _WINDOW = 13  # pixels
-_WIDE_WINDOW = 21  # pixels: where nothing but the flow itself tells whether it is right
-_LEVELS = 2  # of a pyramid, besides the image
+_WIDE_WINDOW = 21  # pixels, if only the flow itself can tell whether it is right
+_LEVELS = 2  # levels of a pyramid in addition to the image
 _STOP = (cv2.TERM_CRITERIA_COUNT + cv2.TERM_CRITERIA_EPS, 10, 0.03)
-_FORTH_AND_BACK = 1.0  # pixels
+_FORTH_AND_BACK = 1.0  # pixels, largest error after tracking forward and backward
 _NEIGHBOURS = 7
 _SMALLEST_SPREAD = 1.0  # pixels
-_SURROUNDING = 16  # neighbours that tell a deformation: fewer are less exact, more lie on other surfaces
-_ROUNDS = 5  # of reweighting: neighbours on another surface, and wrong matches, lose their weight
+_SURROUNDING = 16  # neighbours for a deformation: fewer are less precise, more lie on other surfaces
+_ROUNDS = 5  # of reweighting, which removes neighbours on other surfaces and wrong matches
 _OUTLIER = 3.0  # times the median residual
-_RIDGE = 10.0  # square pixels: neighbours err by a pixel, and a deformation is a third or so
-_LARGEST_DEFORMATION = 3.0  # of a length
+_RIDGE = 10.0  # square pixels: neighbours have an error of one pixel, and a deformation is about a third
+_LARGEST_DEFORMATION = 3.0  # relative change of length
 
 
 def pyramid(image: np.ndarray) -> list[np.ndarray]:
-    """An image, uint8 (H, W), and after it smaller and smaller ones: made once, for all that is followed."""
+    """An image, uint8 (H, W), followed by its smaller levels. It is built once for all points."""
     levels = [image]
     for _ in range(_LEVELS):
         levels.append(cv2.pyrDown(levels[-1]))
@@ -42,10 +42,10 @@ def pyramid(image: np.ndarray) -> list[np.ndarray]:
 def flow_near(
     image0: np.ndarray, image1: np.ndarray, points: np.ndarray, start: np.ndarray, furthest: float
 ) -> np.ndarray:
-    """Follow points (T, 2) of image 0 into image 1, uint8 (H, W) both, near a start (T, 2).
+    """Follow points (T, 2) of image 0 into image 1, uint8 (H, W) both, from a start (T, 2).
 
     Returns:
-        (T, 2) float32 pixels; the start where nothing is found within so many pixels of it.
+        (T, 2) float32 pixels; the start if nothing is found within `furthest` pixels of it.
     """
     moved, there = _lucas_kanade([image0], [image1], points, start, _WINDOW)
     there &= np.linalg.norm(moved - start, axis=1) < furthest
@@ -55,7 +55,7 @@ def flow_near(
 def flow_far(
     pyramid0: Sequence[np.ndarray], pyramid1: Sequence[np.ndarray], points: np.ndarray, start: np.ndarray
 ) -> np.ndarray:
-    """Follow points (T, 2) of image 0 into image 1, by their pyramids, from a start (T, 2); (T, 2) float32 pixels."""
+    """Follow points (T, 2) of image 0 into image 1, with pyramids, from a start (T, 2); (T, 2) float32 pixels."""
     moved, there = _lucas_kanade(pyramid0, pyramid1, points, start, _WINDOW)
     return np.where(there[:, None], moved, start).astype(np.float32)
 
@@ -67,9 +67,9 @@ def flow_forth_and_back(
     start: np.ndarray,
     furthest: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As :func:`flow_far`, with a wider window, and (T,) bool which points lead back to where they began.
+    """As :func:`flow_far` with a wider window; also (T,) bool which points return to their origin in the reverse flow.
 
-    Points that move further (T,) than so many pixels from the start do not.
+    Points further than `furthest` (T,) pixels from the start count as not found.
     """
     moved, there = _lucas_kanade(pyramid0, pyramid1, points, start, _WIDE_WINDOW)
     there &= inside(moved, *pyramid1[0].shape)
@@ -80,11 +80,11 @@ def flow_forth_and_back(
 
 
 class Neighbours:
-    """Where points are if they move as their neighbours do.
+    """Prediction of the positions of points from the motion of their neighbours.
 
     Args:
         points: (T, 2) pixels in image 0.
-        targets: (T, 2) pixels in image 1; NaN where that is not known.
+        targets: (T, 2) pixels in image 1; NaN if unknown.
     """
 
     def __init__(self, points: np.ndarray, targets: np.ndarray) -> None:
@@ -96,9 +96,9 @@ class Neighbours:
         return tree(self._points[self._known])
 
     def expect(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(R, 2) float32 where some of the points (R,) are in image 1, and (R,) how far neighbours disagree, pixels.
+        """(R, 2) float32 predicted positions of points (R,) in image 1, and (R,) the neighbours' disagreement, pixels.
 
-        The same place and infinity where too few neighbours are known.
+        With too few known neighbours, the position is the one in image 0 and the disagreement is infinite.
         """
         if len(self._moves) <= _NEIGHBOURS:
             return self._points[rows], np.full(len(rows), np.inf)
@@ -107,22 +107,23 @@ class Neighbours:
             middle, spread = compiled.neighbours(self._points[rows], own, others, self._moves)
             return (self._points[rows] + middle).astype(np.float32), np.maximum(spread, _SMALLEST_SPREAD)
         _, near = self._tree.query(self._points[rows], k=_NEIGHBOURS + 1)
-        near = np.where(self._known[rows, None], near[:, 1:], near[:, :-1])  # the nearest of a known one is itself
+        near = np.where(self._known[rows, None], near[:, 1:], near[:, :-1])  # a known point is its own nearest one
         moves, half = self._moves[near], _NEIGHBOURS // 2
         middle = np.partition(moves, half, axis=1)[:, half]
         spread = np.partition(np.linalg.norm(moves - middle[:, None], axis=2), half, axis=1)[:, half]
         return (self._points[rows] + middle).astype(np.float32), np.maximum(spread, _SMALLEST_SPREAD)
 
     def deformations(self, rows: np.ndarray) -> np.ndarray:
-        """(R, 2, 2) float32 affine maps of the surroundings of some of the points (R,), from image 0 into image 1.
+        """(R, 2, 2) float32 affine maps of the surroundings of points (R,), from image 0 into image 1.
 
-        Fitted to how the neighbours move, by iteratively reweighted least squares with Tukey's weights. No change where
-        too few neighbours are known, or they contradict each other so that they tell of a mirror or a point.
+        The maps are fitted to the motion of the neighbours, by iteratively reweighted least squares with Tukey's
+        weights. The map is the identity if there are too few known neighbours, or if the fit is a reflection, close to
+        singular, or too large.
         """
         shapes = np.tile(np.eye(2, dtype=np.float32), (len(rows), 1, 1))
         if len(self._moves) < _SURROUNDING or len(rows) == 0:
             return shapes
-        # Arrays are (..., neighbours, R): many points at once, each of which has little to compute.
+        # Arrays have the shape (..., neighbours, R), because there are many points with little to compute for each.
         _, near = self._tree.query(self._points[rows], k=_SURROUNDING)
         offsets = (self._points[self._known][near.T] - self._points[rows]).astype(np.float64).transpose(2, 0, 1)
         terms = np.stack([np.ones_like(offsets[0]), *offsets])
@@ -154,14 +155,14 @@ def _lucas_kanade(
     start: np.ndarray,
     window: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(T, 2) float32 pixels, and (T,) bool which were found."""
+    """(T, 2) float32 pixels, and (T,) bool which points were found."""
     if not len(points):
         return np.array(start, np.float32), np.zeros(0, bool)
     image0, image1 = pyramid0[0], pyramid1[0]
     if compiled.available() and image0.shape == image1.shape:
-        levels = 1 + sum(min(each.shape) > window for each in pyramid0[1:])  # as OpenCV has it
+        levels = 1 + sum(min(each.shape) > window for each in pyramid0[1:])  # as in OpenCV
         return compiled.follow(pyramid0[:levels], pyramid1[:levels], points, start, window)
-    if image0.shape != image1.shape:  # OpenCV wants one size
+    if image0.shape != image1.shape:  # OpenCV needs equal sizes
         height, width = np.maximum(image0.shape, image1.shape)
         image0, image1 = (
             cv2.copyMakeBorder(each, 0, height - each.shape[0], 0, width - each.shape[1], cv2.BORDER_REPLICATE)

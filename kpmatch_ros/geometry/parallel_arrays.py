@@ -1,4 +1,4 @@
-"""Arrays side by side: row i of each says something of the same thing."""
+"""Parallel arrays: row i of each array describes the same object."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Arrays = TypeVar("Arrays", bound="ParallelArrays")
 
 
 class ParallelArrays:
-    """Base of dataclasses whose members are nothing but arrays of one length."""
+    """Base class of dataclasses whose members are all arrays of the same length."""
 
     def select(self: Arrays, chosen: np.ndarray | slice) -> Arrays:
-        """The rows that a mask, an array of indices or a slice names."""
+        """The rows selected by a mask, an array of indices or a slice."""
         return type(self)(*(values[chosen] for values in vars(self).values()))
 
     def join(self: Arrays, *others: Arrays) -> Arrays:
-        """These rows, and then the others'."""
+        """These rows, followed by the others'."""
         return type(self)(*map(np.concatenate, zip(*(vars(part).values() for part in (self, *others)))))

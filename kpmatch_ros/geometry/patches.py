@@ -1,4 +1,4 @@
-"""Patches of an image, found in others under an affine change (Shi and Tomasi, CVPR 1994)."""
+"""Image patches, and their alignment in other images under an affine change (Shi and Tomasi, CVPR 1994)."""
 
 from __future__ import annotations
 
@@ -24,68 +24,72 @@ __all__ = [
     "unaligned",
 ]
 
-_SIDE = 13  # pixels, as the window of geometry.flow
-_WIDE = _SIDE + 2  # with a border for gradients
+_SIDE = 13  # pixels; the same as the window of geometry.flow
+_WIDE = _SIDE + 2  # with a border, for the gradients
 _WIDE_OFFSETS = np.arange(_WIDE, dtype=np.float32) - _WIDE // 2
 _WIDE_X, _WIDE_Y = (grid.ravel() for grid in np.meshgrid(_WIDE_OFFSETS, _WIDE_OFFSETS))
 _INNER = (abs(_WIDE_X) <= _SIDE // 2) & (abs(_WIDE_Y) <= _SIDE // 2) & ((_WIDE_X + _WIDE_Y) % 2 == 0)
 _SPARSE = np.flatnonzero(_INNER & (_WIDE_X % 2 == 1))
 _USED = np.concatenate([_SPARSE, np.flatnonzero(_INNER & (_WIDE_X % 2 == 0))])
-"""Pixels of a patch that are compared: like a chessboard's black fields, which is half the work, and finds as well.
+"""Indices of the patch pixels that are compared: every second one, like the dark squares of a chessboard.
 
-First come those at odd places, which are enough for a shift.
+This halves the work, and the search finds points equally well. The pixels with odd x and y offsets come first. They are
+enough to estimate a shift.
 """
 _FEW = slice(len(_SPARSE))
 _X, _Y = _WIDE_X[_USED], _WIDE_Y[_USED]
 _PLACES = np.stack([np.ones_like(_X), _X, _Y])  # (3, U)
-_AFFINE = 63  # numbers of the equations of an affine change with blur
+_AFFINE = 63  # numbers in the equations of an affine change with blur
 _ONES = np.ones(len(_USED), np.float32)
 
 LONGEST_STEP = 3.0
-"""Pixels from where the search began: what moves further is another corner."""
+"""Pixels, the longest move from the start of the search. A point that moves further is another corner."""
 
 _FEWEST_ITERATIONS, _ITERATIONS, _SEARCHES = 2, 10, 2
 _SETTLED = 0.01
-"""Pixels: what moves less in a step is in place.
+"""Pixels: the search ends when a step is shorter.
 
-Where one image is sharp and the other blurred, a step halves what is left, and the search begins at a keypoint, which
-blur shifts by a tenth of a pixel, all points alike.
+If one image is sharp and the other blurred, each step only halves the remaining error. The search begins at a keypoint,
+and blur shifts all keypoints by a tenth of a pixel in the same direction.
 """
-_LAST_STEP = 0.3  # pixels: what moves further in the last step is not yet, or nowhere, in place
-_BLOCK = 1024  # patches at a time that are searched for: their arrays stay in the cache
-_CUT_BLOCK = 384  # and that are cut, which takes more arrays; of larger products, OpenBLAS gives each core a part
+_LAST_STEP = 0.3  # pixels: if the last step is longer, the search has not converged
+_BLOCK = 1024  # patches aligned at a time, so that their arrays stay in the cache
+_CUT_BLOCK = 384  # patches cut at a time; cutting needs more arrays, and OpenBLAS splits larger products over all cores
 _DAMPING = np.array([1.0, 1e4, 1e4], np.float32)
-"""Noise of 10 grey levels over what a change is expected to be: any number of pixels, a tenth of a deformation."""
-_BLUR_DAMPING = np.float32(1e4)  # the same for a fifth of a square pixel of blur
-_FINE = 2
-"""Pixels of an image that patches are found in, to one of the image itself.
+"""Prior: squared ratio of the noise, 10 grey levels, to the expected change.
 
-What is as fine as the pixels is not interpolated right: linear interpolation, also a cubic one, moves it less than by
-the fraction of a pixel that is asked for. It is also where noise is, and where compression leaves marks that stay.
-Smoothed by half a pixel and drawn at half the distance, an image has little left that is so fine.
+The expected deformation is 0.1. The expected shift, 10 pixels, is practically no limit.
+"""
+_BLUR_DAMPING = np.float32(1e4)  # the same prior for blur, whose expected change is a fifth of a square pixel
+_FINE = 2
+"""Pixels of the image that patches are found in, per pixel of the original image.
+
+Interpolation is wrong for details as fine as the pixels: linear and also cubic interpolation move them by less than the
+requested fraction of a pixel. Noise and the artefacts of compression, which do not move with the scene, are also at
+this scale. An image smoothed by half a pixel and sampled at half the distance has little of such detail left.
 """
 _BLUR = 0.5
-"""Square pixels: variance of the blur of an image by its pixels, its lens, and interpolation, and by smoothing."""
-_WIDEST = 2.0  # times that variance: beyond, the Laplacian does not tell what blur adds
-_ALIKE = 0.82  # correlation with the patch: with less, it is another point
-_LARGEST_SCALE = 3.0  # change of length since the patch was cut
-_LEAST_CONTRAST = 0.1  # squared norm of a patch's grey levels: less is rounding
-_LARGEST_GAIN = 2.0  # change of contrast: more of it is another point, or noise
+"""Square pixels: variance of an image's total blur, by its pixels, its lens, interpolation and smoothing."""
+_WIDEST = 2.0  # in units of that variance; beyond it, the Laplacian does not describe the added blur
+_ALIKE = 0.82  # lowest correlation with the patch; with a lower one, it is another point
+_LARGEST_SCALE = 3.0  # largest change of length since the patch was cut
+_LEAST_CONTRAST = 0.1  # squared norm of a patch's grey levels; smaller values are rounding
+_LARGEST_GAIN = 2.0  # largest change of contrast; with a larger one, it is another point or noise
 
 _SIGMA_FLOOR = 0.0275  # pixels
-_SIGMA_GROWTH = 27.5  # pixels per square pixel that white noise as large as the residuals would make; measured
+_SIGMA_GROWTH = 27.5  # pixels per square pixel of the variance from white noise as large as the residuals; measured
 
 
 @dataclass(frozen=True, eq=False)
 class Alignment(ParallelArrays):
-    """Where T patches were found.
+    """Result of the alignment of T patches.
 
     Attributes:
         points: (T, 2) float32 pixels.
-        shapes: (T, 2, 2) float32: an offset in the patch, times this, is the offset in the image.
+        shapes: (T, 2, 2) float32: maps an offset in the patch to the offset in the image.
         sigmas: (T,) float32 standard deviation of a coordinate of points, pixels.
         likeness: (T,) float32 correlation with the patch, in [0, 1].
-        good: (T,) bool whether it is found.
+        good: (T,) bool whether the patch was found.
     """
 
     points: np.ndarray
@@ -95,26 +99,27 @@ class Alignment(ParallelArrays):
     good: np.ndarray
 
     def put(self, rows: np.ndarray, part: Alignment) -> None:
-        """Replace the rows (R,) by an alignment of R patches."""
+        """Replace the rows (R,) by the rows of another alignment of R patches."""
         for whole, values in zip(vars(self).values(), vars(part).values()):
             whole[rows] = values
 
 
 def unaligned(points: np.ndarray, likeness: np.ndarray, good: bool = True) -> Alignment:
-    """Points (T, 2) taken as they are, which are alike by likeness (T,), and good or not."""
+    """An alignment from points (T, 2) without a search, with the given likeness (T,) and the same `good` for all."""
     none = np.zeros(len(points), np.float32)
     return Alignment(points, no_change(len(points)), none, np.maximum(likeness, 0), np.full(len(points), good))
 
 
 def about_grey(image: np.ndarray) -> np.ndarray:
-    """An image, uint8 (H, W), as float32 that is 0 where it is grey."""
+    """An image, uint8 (H, W), as float32 with 0 for mid-grey."""
     return np.subtract(image, 128, dtype=np.float32)
 
 
 def signed(image: np.ndarray) -> np.ndarray:
-    """An image (H, W) as :func:`cut` and :func:`align` take it: float32 (2 H, 2 W), 0 where it is grey, as all around.
+    """An image (H, W) in the form that :func:`cut` and :func:`align` take: float32 (2 H, 2 W), with 0 for mid-grey.
 
-    Its pixel (2 x, 2 y) is where the pixel (x, y) of the image is. Points and patches are in pixels of the image.
+    Its pixel (2 x, 2 y) is the original pixel (x, y). Points and patches use the pixels of the original image. Beyond
+    its border, the image counts as mid-grey.
 
     Args:
         image: uint8, or float32 from :func:`about_grey`.
@@ -126,11 +131,12 @@ def signed(image: np.ndarray) -> np.ndarray:
 
 
 def cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(T, P) float32 patches of an image, from :func:`signed`, around points (T, 2): what :func:`align` needs of them.
+    """(T, P) float32 patches around points (T, 2) of an image from :func:`signed`, in the form :func:`align` takes.
 
-    These are the pixels, less their mean, their gradients, their Laplacians, less their mean, their weights, and the
-    equations of an affine change and of a shift. A pixel beyond the image has the weight 0, as one at its border, which
-    has no gradient; the others have 1. Grey in its place would be an edge that stays there while the point moves on.
+    A patch holds, in this order: the pixels minus their mean, their gradients along x and y, their Laplacians minus
+    their mean, their weights, and the equations of an affine change and of a shift. A pixel beyond the image or at its
+    border, where there is no gradient, has weight 0. The others have weight 1. If pixels beyond the border were grey,
+    they would form an edge that stands still while the point moves.
     """
     if compiled.available():
         return compiled.cut(image, _PLACES[1:], points)
@@ -138,7 +144,7 @@ def cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def _cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """The same by NumPy: a change here is one of src/geometry.c, too."""
+    """The NumPy version of :func:`cut`. Keep it equal to src/geometry.c."""
     if len(points) > _CUT_BLOCK:
         return np.concatenate([_cut(image, points[block]) for block in _blocks(len(points), _CUT_BLOCK)])
     wide = _sample(image, points[:, :1] + _WIDE_X, points[:, 1:] + _WIDE_Y)
@@ -153,35 +159,36 @@ def _cut(image: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def _weights(image: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(T, U) float32: 1 for pixels of patches around points (T, 2) that have neighbours in the image, 0 for others."""
+    """(T, U) float32 weights of the pixels of patches around points (T, 2): 1 with neighbours in the image, else 0."""
     least, most = 1 - points.T, np.array(image.shape[::-1], np.float32)[:, None] / _FINE - 2 - points.T
     whole = [(places >= least[i, :, None]) & (places <= most[i, :, None]) for i, places in enumerate((_X, _Y))]
     return (whole[0] & whole[1]).astype(np.float32)
 
 
 def gradients(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(T, U) gradients of patches (T, P), from :func:`cut`, along x and along y."""
+    """(T, U) gradients along x and along y, of patches (T, P) from :func:`cut`."""
     return patches[:, len(_USED) : 2 * len(_USED)], patches[:, 2 * len(_USED) : 3 * len(_USED)]
 
 
 def no_change(count: int) -> np.ndarray:
-    """(T, 2, 2) float32 shapes of patches that are not deformed."""
+    """(T, 2, 2) float32 shapes of patches without deformation."""
     return np.tile(np.eye(2, dtype=np.float32), (count, 1, 1))
 
 
 def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np.ndarray, shifts: int = 0) -> Alignment:
-    """Find patches in an image, from :func:`signed`, near points (T, 2) float32, deformed as shapes (T, 2, 2) float32.
+    """Find patches in an image from :func:`signed`, near points (T, 2) float32, with shapes (T, 2, 2) float32.
 
-    Gauss-Newton on an affine map, inverse compositional (Baker and Matthews, IJCV 2004). Brightness and contrast of a
-    patch may change. So many steps before shift the patches only: from further away this is surer. How much a patch is
-    deformed beyond the shapes given has a Gaussian prior: what the images do not tell, steps do not add up to. What the
-    prior keeps from a deformation moves all points of a surface alike. So a patch that is in place is searched for once
-    more, from there, by a prior that has moved to the shape found (iterated Tikhonov regularisation).
+    The method is Gauss-Newton on an affine map, inverse compositional (Baker and Matthews, IJCV 2004). Brightness and
+    contrast of a patch may change. The first `shifts` steps only shift the patches, which converges better from further
+    away. A Gaussian prior limits the deformation relative to the given shapes, so that the steps do not accumulate a
+    deformation that the images do not support. The part of the deformation that the prior suppresses shifts all points
+    of a surface in the same direction. Therefore a converged patch is searched for once more, with the prior centred on
+    the shape found (iterated Tikhonov regularisation).
 
-    Sharpness may change too. The blur of an image is as wide in pixels everywhere. On a surface that is seen larger
-    than in the patch it is therefore narrower, and each spot looks less enlarged than it is. To first order, blur adds
-    the Laplacian (Lindeberg, Scale-Space Theory in Computer Vision, 1994). What the shapes say of it is taken from the
-    patch. The rest is estimated besides the affine map.
+    Sharpness may change too. The blur of an image has the same width in pixels everywhere. On a surface that appears
+    larger than in the patch, the blur is therefore narrower, and each spot looks less enlarged than it is. To first
+    order, blur adds the Laplacian (Lindeberg, Scale-Space Theory in Computer Vision, 1994). The change of blur that the
+    shapes imply is subtracted from the patch. The rest is estimated together with the affine map.
     """
     if compiled.available():
         return Alignment(*compiled.align(patches, image, _PLACES[1:], points, shapes, shifts))
@@ -189,7 +196,7 @@ def align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np
 
 
 def _align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: np.ndarray, shifts: int) -> Alignment:
-    """The same by NumPy: a change here is one of src/geometry.c, too."""
+    """The NumPy version of :func:`align`. Keep it equal to src/geometry.c."""
     if len(points) > _BLOCK:
         blocks = _blocks(len(points), _BLOCK)
         first, *others = (_align(patches[block], image, points[block], shapes[block], shifts) for block in blocks)
@@ -235,31 +242,32 @@ def _align(patches: np.ndarray, image: np.ndarray, points: np.ndarray, shapes: n
 
 
 def inside(points: np.ndarray, height: float, width: float) -> np.ndarray:
-    """(T,) bool which points (T, 2) have pixels of an image of this size all around them; NaN has none."""
+    """(T,) bool which points (T, 2) have pixels of an image of this size on all sides; False for NaN."""
     return np.asarray((points >= 1).all(axis=1) & (points[:, 0] < width - 2) & (points[:, 1] < height - 2))
 
 
 def _length(moves: np.ndarray) -> np.ndarray:
-    """(T,) of moves (T, 2)."""
+    """Lengths (T,) of moves (T, 2)."""
     return np.asarray(np.hypot(moves[:, 0], moves[:, 1]))
 
 
 def _seen(image: np.ndarray, points: np.ndarray, shapes: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """(T, U) pixels of the image at places (3, U) of patches that are at points (T, 2), with shapes (T, 2, 2)."""
+    """(T, U) pixels of the image at the offsets `places` (3, U) of patches at points (T, 2) with shapes (T, 2, 2)."""
     columns, rows = np.concatenate([points[:, :, None], shapes], axis=2).transpose(1, 0, 2) @ places
     return _sample(image, columns, rows)
 
 
 def _counts(weights: np.ndarray) -> np.ndarray:
-    """(T,) float32 how many pixels count, of weights (T, U); 1 where none does."""
+    """(T,) float32 number of pixels with a weight, from weights (T, U); at least 1."""
     return np.maximum(weights @ _ONES[: weights.shape[1]], 1)
 
 
 def _brightness(
     seen: np.ndarray, counts: np.ndarray, contrast: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of pixels (T, U), 0 but for so many (T,), their mean, the squared norm of the rest, and the gain that gives it a
-    contrast (T,); (T,) each.
+    """Mean, squared norm without the mean, and gain of pixels (T, U), of which `counts` (T,) are not 0; (T,) each.
+
+    The gain scales the pixels to the squared norm `contrast` (T,).
     """
     mean = seen @ _ONES[: seen.shape[1]] / counts
     power = np.maximum(np.einsum("tp,tp->t", seen, seen) - counts * mean * mean, _LEAST_CONTRAST)
@@ -267,14 +275,14 @@ def _brightness(
 
 
 def _narrowing(shapes: np.ndarray) -> np.ndarray:
-    """(T,) how much narrower an image's blur is on surfaces seen through shapes (T, 2, 2): a part of its variance."""
+    """(T,) decrease of the blur's variance on surfaces seen through shapes (T, 2, 2), as a part of this variance."""
     area = shapes[:, 0, 0] * shapes[:, 1, 1] - shapes[:, 0, 1] * shapes[:, 1, 0]
     widening = (shapes * shapes).sum(axis=(1, 2)) / np.maximum(2 * area * area, 1e-6)
     return np.asarray(1 - np.minimum(widening, _WIDEST), np.float32)
 
 
 def _sharpened(affine: np.ndarray, narrower: np.ndarray) -> np.ndarray:
-    """The equations of an affine change (T, 63) of patches less their Laplacians times so much (T,)."""
+    """Equations of an affine change (T, 63), of the patches minus `narrower` (T,) times their Laplacians."""
     changed, (along, own, power) = affine.copy(), (affine[:, 42:48], affine[:, 48], affine[:, 49])
     changed[:, 48] -= narrower * power
     changed[:, -7:-1] -= narrower[:, None] * along
@@ -291,21 +299,21 @@ def _equations(
     counts: np.ndarray,
     laplacian: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Equations of changes along x, and then along y, of pixels less their mean, for :func:`_step`.
+    """Equations of changes along x, and then along y, of pixels minus their mean, for :func:`_step`.
 
     Args:
-        template: (T, U) pixels of patches, less their mean.
+        template: (T, U) pixels of patches, minus their mean.
         across: (T, U) gradients along x.
-        down: (T, U) along y.
-        places: (K, U) what a change is proportional to.
-        counts: (T,) how many pixels count; the others are 0, as are their gradients and Laplacians.
-        laplacian: (T, U) less their mean, if blur may change besides.
+        down: (T, U) gradients along y.
+        places: (K, U) the factors that a change is proportional to.
+        counts: (T,) number of pixels that count; the others are 0, as are their gradients and Laplacians.
+        laplacian: (T, U) Laplacians minus their mean, if blur may change too.
 
     Returns:
-        (T, 4 K² + 4 K + 1): the inverse of the normal equations, the sums of the gradients times the places, those
-        times the template, and the squared norm of the template. With Laplacians, there are 4 K + 2 more after the
-        inverse: its column of blur, the sums of the gradients times the places and the Laplacians, and the products of
-        the Laplacians with the template and with themselves.
+        (T, 4 K² + 4 K + 1): the inverse of the normal equations, the sums of the gradients times the places, the sums
+        of the gradients times the places times the template, and the squared norm of the template. With Laplacians,
+        4 K + 2 more numbers follow the inverse: its column of blur, the sums of the gradients times the places times
+        the Laplacians, and the products of the Laplacians with the template and with themselves.
     """
     kinds, pixels = places.shape
     size = 2 * kinds
@@ -344,9 +352,9 @@ def _step(
     laplacian: np.ndarray | None = None,
     deformed: np.ndarray | None = None,
 ) -> np.ndarray:
-    """(T, 2, K) changes of a patch that explain the pixels seen (T, U), the arguments as in :func:`_equations`.
+    """(T, 2, K) changes of a patch that explain the pixels seen (T, U). The arguments are those of :func:`_equations`.
 
-    The prior is on these changes and those before, deformed (T, 2, K), together.
+    The prior limits the sum of these changes and the previous ones, `deformed` (T, 2, K).
     """
     size = 2 * len(places)
     inverse, sums, own = (
@@ -367,7 +375,7 @@ def _step(
 
 
 def inverse(matrices: np.ndarray) -> np.ndarray:
-    """Of symmetric positive matrices (N, N, T), by elimination: many at once, which are small."""
+    """Inverses of symmetric positive matrices (N, N, T), for many small ones at once, by elimination."""
     result = matrices.copy()
     for k in range(len(result)):
         pivot, column = 1 / result[k, k], result[:, k].copy()
@@ -382,14 +390,14 @@ def _blocks(count: int, most: int) -> list[slice]:
 
 
 def _centred(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Values (T, P) less their mean, by weights (T, P) that are 0 or 1; 0 where the weight is."""
+    """Values (T, P) minus their weighted mean; the weights (T, P) are 0 or 1. Values with weight 0 become 0."""
     return weights * (values - ((weights * values) @ _ONES[: values.shape[1]] / _counts(weights))[:, None])
 
 
 def _sample(image: np.ndarray, columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Values between the pixels of an image, from :func:`signed`, 0 beyond it.
+    """Linear interpolation between the pixels of an image from :func:`signed`, 0 beyond it.
 
-    OpenCV 4's remap knows 32 places between two pixels.
+    OpenCV 4's remap is not used because it has only 32 positions between two pixels.
     """
     height, width = image.shape
     padded = np.pad(image, 2)

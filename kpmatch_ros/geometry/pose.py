@@ -1,4 +1,4 @@
-"""Poses: of a camera in the world, and of one camera in another's frame."""
+"""Poses of a camera in the world, and of one camera in another camera's frame."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Placed", "Pose", "PoseStatus", "RelativePose", "cross_matrix", "rela
 
 
 class Placed(Protocol):
-    """Anything with a pose in the world: x_world = rotation x_camera + position."""
+    """An object with a pose in the world: x_world = rotation x_camera + position."""
 
     @property
     def rotation(self) -> NDArray[np.float64]:
@@ -33,7 +33,7 @@ class Pose(NamedTuple):
 
 
 class PoseStatus(IntEnum):
-    """Whether there is a pose, or why there is none: the statuses of msg/RelativePose."""
+    """Status of a pose, or the reason why there is none: the statuses of msg/RelativePose."""
 
     OK = 0
     NO_CALIBRATION = 1
@@ -45,12 +45,12 @@ class PoseStatus(IntEnum):
 
     @property
     def has_pose(self) -> bool:
-        """Whether there is a rotation, and a translation or its absence. Of an AMBIGUOUS one it is the likelier."""
+        """Whether there is a rotation, and a translation or zero. AMBIGUOUS has the likelier of two poses."""
         return self.is_certain or self is PoseStatus.AMBIGUOUS
 
     @property
     def is_certain(self) -> bool:
-        """Whether one motion alone explains the matches: what may be chained."""
+        """Whether only one motion explains the matches. Such poses can be chained."""
         return self in (PoseStatus.OK, PoseStatus.NO_TRANSLATION)
 
 
@@ -58,28 +58,28 @@ class PoseStatus(IntEnum):
 class RelativePose:
     """Pose of the current camera (image 1) in the reference camera's optical frame (image 0): x_ref = R x_cur + t.
 
-    Never holds NaN or infinity.
+    No value is NaN or infinite.
 
     Attributes:
-        status: OK; NO_TRANSLATION (standing still, or pure rotation: the translation is zero); AMBIGUOUS (two motions
-            explain the matches alike: the likelier one, and a covariance that covers both); otherwise the reason why
-            there is no pose, and identity in its place.
+        status: OK; NO_TRANSLATION (camera at rest or in pure rotation: the translation is zero); AMBIGUOUS (two motions
+            explain the matches equally well: the pose is the likelier one, and the covariance covers both); otherwise
+            the reason why there is no pose, which is then the identity.
         rotation: (3, 3) float64, R.
-        translation: (3,) float64, t: a unit vector; in metres where `metric` is true; or zero.
+        translation: (3,) float64, t: in metres if `metric` is true, otherwise a unit vector; or zero.
         covariance: (6, 6) float64 in the order of geometry_msgs/PoseWithCovariance: translation x y z, then rotation
             in radians about the fixed axes x y z of the reference frame, w in R_true = exp([w]x) R. A unit vector has
-            no variance along itself. With NO_TRANSLATION of two views the translation's block is identity / 3, that of
-            a unit vector of unknown direction. Without a pose all is zero, which ROS reads as unknown.
-        metric: the translation is in metres.
-        num_matches: matches given.
-        num_inliers: matches that agree with the pose.
-        median_parallax: median displacement of the inliers once the rotation is removed, pixels of the reference image.
-        inliers: (num_matches,) bool: which matches are within the largest reprojection error of the pose and in front
-            of both cameras; None if nothing was estimated.
-        doubted: (num_matches,) bool: with NO_TRANSLATION, which of the matches that are no inliers agree with a
-            translation, which things that move by themselves may have made as well; None where there is none.
-        estimate: with NO_TRANSLATION in metres, the motion whose translation could not be told from zero, and of which
-            the covariance is; None otherwise.
+            no variance along itself. With NO_TRANSLATION of two views, the translation's block is identity / 3, that of
+            a unit vector of unknown direction. Without a pose, all elements are zero, which ROS reads as unknown.
+        metric: whether the translation is in metres.
+        num_matches: number of given matches.
+        num_inliers: number of matches that agree with the pose.
+        median_parallax: median displacement of the inliers without the rotation, pixels of the reference image.
+        inliers: (num_matches,) bool: matches within the largest reprojection error of the pose and in front of both
+            cameras; None if nothing was estimated.
+        doubted: (num_matches,) bool: with NO_TRANSLATION, the matches that are not inliers but agree with a rejected
+            translation, which moving objects may have caused; None without such a translation.
+        estimate: with NO_TRANSLATION in metres, the motion whose translation could not be told from zero, to which the
+            covariance belongs; otherwise None.
     """
 
     status: PoseStatus
@@ -96,24 +96,25 @@ class RelativePose:
 
     @property
     def is_placed(self) -> bool:
-        """Whether the current camera has a place beside the reference camera.
+        """Whether the current camera has a position relative to the reference camera.
 
-        Of one camera an AMBIGUOUS pose is one, the likelier of two: planes give such a pose for every pair.
+        This includes an AMBIGUOUS pose of one camera, the likelier of two, because every pair of views of a plane
+        gives such a pose.
         """
         return self.status.is_certain or (self.status is PoseStatus.AMBIGUOUS and not self.metric)
 
     @property
     def angle(self) -> float:
-        """How far the camera turned, radians."""
+        """Rotation angle of the camera, radians."""
         return float(Rotation.from_matrix(self.rotation).magnitude())
 
     def for_matches(self, inliers: np.ndarray) -> RelativePose:
-        """The same pose for other matches, of which some (num_matches,) bool agree with it."""
+        """The same pose for other matches, with their inliers (num_matches,) bool."""
         num_inliers = int(inliers.sum())
         return replace(self, num_matches=len(inliers), num_inliers=num_inliers, inliers=inliers, doubted=None)
 
     def for_copies(self, which: np.ndarray) -> RelativePose:
-        """The same pose where each of M matches is equal to one of those that it is from, of the indices (M,)."""
+        """The same pose for M matches with duplicates. `which` (M,) are their indices in the pose's own matches."""
         if self.inliers is None:
             return replace(self, num_matches=len(which))
         doubted = None if self.doubted is None else self.doubted[which]
@@ -121,7 +122,7 @@ class RelativePose:
 
     @classmethod
     def undefined(cls, status: PoseStatus, num_matches: int, inliers: np.ndarray | None = None) -> RelativePose:
-        """No pose, and the reason: identity, zero covariance. With FAILED no match is an inlier, unless told."""
+        """No pose, and the reason: identity, zero covariance. With FAILED, no match is an inlier unless given."""
         if status is PoseStatus.FAILED and inliers is None:
             inliers = np.zeros(num_matches, bool)
         return cls(
@@ -143,6 +144,6 @@ def relative_motion(reference: Placed, current: Placed) -> Pose:
 
 
 def cross_matrix(vector: np.ndarray) -> np.ndarray:
-    """The matrix (3, 3) of the cross product with a vector (3,) on the left."""
+    """The matrix (3, 3) of the cross product with a vector (3,) as the left factor."""
     x, y, z = vector
     return np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])

@@ -1,7 +1,7 @@
-"""Matches to a fraction of a pixel.
+"""Sub-pixel refinement of matches.
 
-A detector finds a point of the scene again to about a pixel. For points far from a stereo pair that is a good part of
-their disparity. The surroundings of a keypoint are found in the other image to about a tenth of a pixel.
+A detector locates a point of the scene to about one pixel. For points far from a stereo pair, this is a large part of
+their disparity. Alignment of the surroundings of a keypoint locates it in the other image to about a tenth of a pixel.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ __all__ = [
 ]
 
 REFINED_RESOLUTION = 1 / 32
-"""Keypoint resolution of refined matches, pixels: all that OpenCV's interpolation tells apart.
+"""Keypoint resolution of refined matches, pixels: the smallest step of OpenCV's interpolation.
 
-Their noise is larger; the residuals show it.
+The noise of refined matches is larger, and the residuals show it.
 """
 
 REFINABLE = 0.5
-"""Part of the matches whose surroundings are found: with fewer, and not many, the images differ too much for that."""
+"""Part of the matches that are refined: with a smaller part and few matches, the images differ too much for patches."""
 
-_DECISIVE = 30
+_DECISIVE = 30  # refined matches that decide a pose alone
 
 INDEPENDENT_POINTS = 1400
-"""How many points that err independently any number of refined matches are worth, at most.
+"""Largest number of independent points that any number of refined matches is worth.
 
-The errors that are left, from interpolation, light and how patches are deformed, are alike on a surface. The motion
-follows a part of them, which the residuals then do not show. This is a design effect (Kish, Survey Sampling, 1965): the
-inverse of the correlation of two points' errors. It was measured on 288 pairs of synthetic stereo frames with some 580
-matches each, in sequences of 33 frames: the squared errors of the motion were 1.41 times those of independent matches,
-to 5 %. docs/relative_pose.md has more figures.
+The remaining errors, from interpolation, light and the deformation of patches, are similar on a surface. The motion
+follows a part of them, and the residuals do not show this part. The number is a design effect (Kish, Survey Sampling,
+1965): the inverse of the correlation of two points' errors. It was measured on 288 pairs of synthetic stereo frames
+with about 580 matches each, in sequences of 33 frames: the squared errors of the motion were 1.41 times those of
+independent matches, with an uncertainty of 5 %. docs/relative_pose.md has more figures.
 """
 
-_WINDOW = 30  # pixels to each side of a pixel: large beside a patch, whose contrast then does not change with its scale
-_SHIFTS = 3  # steps from a detected keypoint to near its place
-_IN_NUMBERS = 0.25  # part of the points: with fewer lost, the images are alike
-_DEFORMED = 0.1  # of a length: what is less deformed is found as exactly without
-_LONGEST_STEP = 3.0  # pixels, or as many steps of the detector's grid
-_SMALLEST_DEVIATION = 2.0  # grey levels: less is noise
+_WINDOW = 30  # pixels to each side: large compared to a patch, so that the patch's contrast is independent of its scale
+_SHIFTS = 3  # shift-only steps from a detected keypoint
+_IN_NUMBERS = 0.25  # part of the points: if fewer are lost, the images are similar
+_DEFORMED = 0.1  # relative change of length: smaller deformations do not need this start
+_LONGEST_STEP = 3.0  # pixels, or steps of the detector's grid if these are larger
+_SMALLEST_DEVIATION = 2.0  # grey levels: smaller ones are noise
 
 
 def normalize_contrast(image: np.ndarray) -> np.ndarray:
-    """The image in grey, uint8 (H, W), with the same brightness and contrast everywhere.
+    """The image in grey, uint8 (H, W), with the same local brightness and contrast everywhere.
 
-    Exposure differs from frame to frame and from camera to camera. After this it moves no match.
+    Exposure differs between frames and between cameras. After this normalisation, it does not shift matches.
 
     Args:
         image: uint8 grey (H, W) or RGB (H, W, 3).
@@ -69,7 +69,7 @@ def normalize_contrast(image: np.ndarray) -> np.ndarray:
     size = (2 * _WINDOW + 1, 2 * _WINDOW + 1)
     mean: np.ndarray = cv2.boxFilter(grey, cv2.CV_32F, size)
     deviation: np.ndarray = cv2.sqrBoxFilter(grey, cv2.CV_32F, size)
-    # In place: new arrays of this size take longer than what is computed.
+    # In place, because allocating arrays of this size takes longer than the computation.
     deviation -= mean * mean
     np.sqrt(np.maximum(deviation, _SMALLEST_DEVIATION**2, out=deviation), out=deviation)
     values = np.subtract(grey, mean, out=mean)
@@ -80,10 +80,10 @@ def normalize_contrast(image: np.ndarray) -> np.ndarray:
 
 
 def longest_step(resolution: float) -> float:
-    """How far from a keypoint its refined place may be, pixels: what moves further was not the same corner.
+    """Largest distance of a refined point from its keypoint, pixels. A point that moves further is another corner.
 
     Args:
-        resolution: pixels between neighbouring positions that the detector can give.
+        resolution: pixels between neighbouring positions that the detector can report.
     """
     return _LONGEST_STEP * max(resolution, 1.0)
 
@@ -97,18 +97,18 @@ def align_deformed(
     shapes: np.ndarray,
     around: Neighbours,
 ) -> None:
-    """Search again for R patches that were lost in numbers, deformed as their neighbours move.
+    """Align lost patches again, starting with the deformation of their neighbours, if many of R patches were lost.
 
-    An affine change is found from nearby only. Between images that are far apart, by angle or by distance, the moves of
-    the matches around a point say where to begin. What was found though it is much deformed is searched for again too:
-    so far off, it is not exact.
+    The alignment converges only from a similar shape. Between images with distant viewpoints, the motion of the
+    matches around a point gives a start. Strongly deformed patches that were found are aligned again too, because they
+    are imprecise.
 
     Args:
-        found: what was found of T patches; what is found now is put there.
-        rows: (R,) which patches.
+        found: alignment of T patches. New results are written into it.
+        rows: (R,) indices of the patches.
         patches: (R, P) float32, from :func:`kpmatch_ros.geometry.patches.cut`.
         image: from :func:`kpmatch_ros.geometry.patches.signed`.
-        near: (T, 2) float32 pixels, where to begin.
+        near: (T, 2) float32 pixels, where the search begins.
         shapes: (T, 2, 2) float32, of the patches in the image that the neighbours come from.
         around: these T points and their neighbours.
     """
@@ -125,20 +125,20 @@ def align_deformed(
 def align_matches(
     image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, points1: np.ndarray, resolution: float = 1.0
 ) -> Alignment:
-    """Find the surroundings of points0 in image 1, near points1: optical flow, and then an affine change.
+    """Align the surroundings of points0 with image 1 near points1, with optical flow and then an affine change.
 
-    The view of a slanting surface is deformed from image to image. Without allowance for that, a point is off by the
-    deformation times the distance of the window's content from its middle: on the ground, 0.2 pixels, all to one side.
+    The image of a slanted surface deforms between two views. Without a model of this, a point has an error of the
+    deformation times the offset of the window's content from its centre: on the ground 0.2 pixels, all to one side.
 
     Args:
         image0: uint8 (H, W), from :func:`normalize_contrast`.
         image1: the same of the other image.
         points0: (M, 2) pixels in image 0; NaN is allowed.
         points1: (M, 2) pixels in image 1, the same matches.
-        resolution: pixels between neighbouring positions that the detector can give.
+        resolution: pixels between neighbouring positions that the detector can report.
 
     Returns:
-        Where they are in image 1; points1 as they are where nothing is found.
+        The alignment in image 1. Where nothing is found, the points are points1.
     """
     known = np.flatnonzero(np.isfinite(points0).all(axis=1) & np.isfinite(points1).all(axis=1))
     start, furthest = points1[known].astype(np.float32), longest_step(resolution)
@@ -166,18 +166,18 @@ def decisive_matches(
     max_reprojection_error: float = 1.0,
     min_inliers: int = 15,
 ) -> np.ndarray | None:
-    """(M,) bool which matches shall decide a pose of two views alone: the refined ones where many move; None for all.
+    """(M,) bool which matches decide a two-view pose: the refined ones if many of them move; None for all matches.
 
-    Surroundings that are found speak for a match: of 120 pairs of rooms that were taken from far apart, 80 % of the
-    refined matches are right, and 48 % of the others. What stands still in the image, as a robot's own body, is found
-    wherever the rest is seen from.
+    A match whose surroundings were found is more reliable: in 120 pairs of indoor images with distant viewpoints, 80 %
+    of the refined matches are correct, and 48 % of the others. Points that stand still in the image, like those on the
+    robot's own body, are refined regardless of the viewpoint of the rest.
 
     Args:
         points0: (M, 2) pixels in image 0.
-        points1: (M, 2) pixels in image 1; NaN stands still.
+        points1: (M, 2) pixels in image 1; NaN counts as standing still.
         refined: (M,) bool which matches are refined.
-        max_reprojection_error: what moves by no more stands still, pixels.
-        min_inliers: those that a pose needs.
+        max_reprojection_error: largest motion of a point that stands still, pixels.
+        min_inliers: number of inliers that a pose needs.
     """
     moves = np.linalg.norm(points1 - points0, axis=1) > max_reprojection_error
     many = (refined & moves).sum() >= max(_DECISIVE, 2 * min_inliers)
@@ -187,6 +187,6 @@ def decisive_matches(
 def refine(
     image0: np.ndarray, image1: np.ndarray, points0: np.ndarray, points1: np.ndarray, resolution: float = 1.0
 ) -> np.ndarray:
-    """The points of :func:`align_matches`: (M, 2) float32 pixels in image 1; NaN for a match that is not found."""
+    """The points of :func:`align_matches`: (M, 2) float32 pixels in image 1; NaN for a match that was not found."""
     found = align_matches(image0, image1, points0, points1, resolution)
     return np.where(found.good[:, None], found.points, np.float32(np.nan))

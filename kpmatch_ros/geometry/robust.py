@@ -1,4 +1,4 @@
-"""Robust estimation that the motion of two views and that of two stereo frames share."""
+"""Robust estimation, shared by the motion of two views and the motion of two stereo frames."""
 
 from __future__ import annotations
 
@@ -32,45 +32,45 @@ __all__ = [
 ]
 
 FALSE_ALARM_RATE = 1e-3
-"""How often, at most, noise and wrong matches alone are taken for a translation, or for a geometry at all."""
+"""Largest rate at which noise and wrong matches alone are taken for a translation, or for any motion."""
 
 SMALLEST_SAMPLE = 8
-"""Fewest matches of an estimate: its five or six degrees of freedom, and some left over to tell the noise."""
+"""Smallest number of matches for an estimate: five or six degrees of freedom, and some more to estimate the noise."""
 
 MANY_WRONG = 0.5
-"""Other motions are searched for where an even smaller part of the matches agrees."""
+"""Part of the matches: if fewer agree, other motions are searched for."""
 
 LOOSELY = 2.0
-"""Inlier thresholds within which matches that do not agree with a motion may agree on another one."""
+"""Threshold, in inlier thresholds, for matches that may agree on another motion."""
 
 TUKEY = 4.685
-"""Where Tukey's loss ends, standard deviations: 95 % of the efficiency of least squares under Gaussian noise."""
+"""Cutoff of Tukey's loss, in standard deviations: 95 % of the efficiency of least squares under Gaussian noise."""
 
 SMALLEST_CURVATURE = 0.1
-"""Lower bound of the loss's curvature, in units of its Gauss-Newton approximation."""
+"""Lower bound of the loss's curvature, relative to its Gauss-Newton approximation."""
 
 TINY = 1e-30
-"""Stands for zero in a denominator."""
+"""Replaces zero in a denominator."""
 
-_ODD = np.uint64(0x9E3779B97F4A7C15)  # its powers tell rows of numbers from each other
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # its powers make the sums of different rows differ
 
-_ACROSS = 3.0  # variances of the noise: by so much, at most, does noise alone spread points across their line
+_ACROSS = 3.0  # variances of the noise: noise alone spreads points across their line by at most this
 
-_RIVALLING = 0.5  # matches that agree on another motion, for each inlier
-_SAME = 0.5  # part of the inliers: a motion that explains more of them is no other one
+_RIVALLING = 0.5  # matches that agree on another motion, per inlier
+_SAME = 0.5  # part of the inliers: a motion that explains more of them is the same motion
 
 _POWERS = np.linspace(0.1, 4, 40)  # of Chernoff's bound
 
-_HALF = 1.01  # medians: more than half are below
+_HALF = 1.01  # times the median, so that more than half are below
 
-_DEVIATIONS_PER_MEDIAN = 1.4826  # standard deviation over median absolute deviation, Gaussian noise
+_DEVIATIONS_PER_MEDIAN = 1.4826  # standard deviation over median absolute deviation, for Gaussian noise
 
 
 def check_options(max_reprojection_error: float, keypoint_resolution: float) -> None:
-    """Check what both estimators take, pixels.
+    """Check the options that both estimators take, pixels.
 
     Raises:
-        ValueError: one of them is out of range.
+        ValueError: an option is out of range.
     """
     if not 0 < max_reprojection_error < math.inf:
         raise ValueError(f"max_reprojection_error must be a positive number of pixels, not {max_reprojection_error}")
@@ -82,7 +82,7 @@ def check_sigmas(sigmas: np.ndarray, count: int) -> np.ndarray:
     """Standard deviations (count,) as float64.
 
     Raises:
-        ValueError: they are not so many, or not positive numbers.
+        ValueError: their number is wrong, or one is not a positive number.
     """
     sigmas = np.asarray(sigmas, dtype=np.float64)
     if sigmas.shape != (count,) or not ((sigmas > 0) & np.isfinite(sigmas)).all():
@@ -91,18 +91,18 @@ def check_sigmas(sigmas: np.ndarray, count: int) -> np.ndarray:
 
 
 def without_copies(*pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Which matches remain if equal ones count as one; None where no two are equal.
+    """The matches that remain if duplicates count once; None if there are no duplicates.
 
-    A copy says nothing new. Taken for evidence, copies of five matches make any motion through these certain.
+    A duplicate carries no new information. If it counted, duplicates of five matches would make any motion certain.
 
     Args:
         pixels: (M, 2) float64, the matched pixels in each image.
 
     Returns:
-        indices (m,) of the matches that remain, in their order, and which of these (M,) each match is equal to.
+        indices (m,) of the remaining matches, in their order, and for each match (M,) the one of these it is equal to.
     """
     rows = np.ascontiguousarray(np.concatenate(pixels, axis=1))
-    # Equal rows have equal sums: where no two sums are equal, no two rows are.
+    # Equal rows have equal sums. If all sums differ, all rows differ.
     sums = np.sort(rows.view(np.uint64) @ _ODD ** np.arange(rows.shape[1], dtype=np.uint64))
     if (sums[1:] != sums[:-1]).all():
         return None
@@ -114,12 +114,12 @@ def without_copies(*pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def are_on_one_line(points: np.ndarray, covariance: np.ndarray, variance: float) -> bool:
-    """Whether points are no further from one line than noise spreads them; arguments as of :func:`dimensions`."""
+    """Whether points lie on one line within the noise. The arguments are those of :func:`dimensions`."""
     return dimensions(points, covariance, variance) < 2
 
 
 def dimensions(points: np.ndarray, covariance: np.ndarray, variance: float) -> int:
-    """In how many directions points (k, n) lie further apart than noise spreads them: in none where they are one point.
+    """Number of directions in which points (k, n) are spread by more than the noise: 0 for a single point.
 
     Args:
         points: coordinates.
@@ -133,23 +133,23 @@ def dimensions(points: np.ndarray, covariance: np.ndarray, variance: float) -> i
 
 
 def tukey(lengths: np.ndarray, cutoff: float) -> tuple[np.ndarray, float]:
-    """Weights (n,) and total cost of Tukey's biweight of the residuals' lengths (n,), pixels."""
+    """Weights (n,) and total cost of Tukey's biweight loss, for the residuals' lengths (n,), pixels."""
     shares = np.minimum((lengths / cutoff) ** 2, 1)
     return (1 - shares) ** 2, float((shares * (3 - 3 * shares + shares**2)).sum()) * cutoff**2 / 3
 
 
 def tukey_cost(squares: np.ndarray, cutoffs: np.ndarray) -> float:
-    """Total cost of the same loss of squared residuals (n,), each with a cutoff of its own (n,), squared pixels."""
+    """Total cost of the same loss, for squared residuals (n,), each with its own cutoff (n,), squared pixels."""
     shares = np.minimum(squares / cutoffs, 1)
     return float((cutoffs * shares * (3 - 3 * shares + shares**2)).sum()) / 3
 
 
 def tukey_cutoff(residuals: np.ndarray, inlier_threshold: float, resolution: float) -> float:
-    """Where Tukey's loss ends, pixels: TUKEY standard deviations of the residuals' noise, or of rounding if larger.
+    """Cutoff of Tukey's loss, pixels: TUKEY standard deviations of the residuals' noise, or of rounding if larger.
 
-    The standard deviation is that of the residuals below twice the inlier threshold, by their median. Where one of two
-    conditions (2, n) leaves nothing, as on a row that both images share, this median may be zero. Half of the matches
-    are within the cutoff nevertheless.
+    The standard deviation comes from the median of the residuals below twice the inlier threshold. If the residuals of
+    one of two conditions (2, n) vanish, as on a row that both images share, this median may be zero. Even then, half of
+    the matches are within the cutoff.
     """
     sizes = np.abs(residuals)
     near = sizes[sizes < 2 * inlier_threshold]
@@ -163,21 +163,22 @@ def tukey_cutoff(residuals: np.ndarray, inlier_threshold: float, resolution: flo
 
 
 def _median(numbers: np.ndarray) -> float:
-    """np.median of numbers (n,), none of which is NaN, in a fifth of its time."""
+    """np.median of numbers (n,) without NaN, in a fifth of its time."""
     low, high = (len(numbers) - 1) // 2, len(numbers) // 2
     parted = np.partition(numbers, (low, high))
     return float(parted[low] + parted[high]) / 2
 
 
 def log_false_alarms(hits: np.ndarray, chances: np.ndarray, sample: int) -> float:
-    """Logarithm of a bound on how many models are expected to be hit as much by chance alone.
+    """Logarithm of a bound on the expected number of models with as many hits by chance alone.
 
-    A contrario RANSAC (Moisan and Stival, IJCV 2004), where unlikely hits count for more. The bound is Chernoff's.
+    This is a contrario RANSAC (Moisan and Stival, IJCV 2004) with larger weights for unlikely hits. The bound is
+    Chernoff's.
 
     Args:
         hits: (n,) bool, the matches that agree with the model.
-        chances: (n,) how probable it is that a wrong match agrees.
-        sample: how many of the matches determine a model, and so agree with it anyway. There are n over `sample`
+        chances: (n,) probability that a wrong match agrees.
+        sample: number of matches that determine a model, and therefore always agree with it. There are n over `sample`
             models.
     """
     count = len(hits)
@@ -189,7 +190,7 @@ def log_false_alarms(hits: np.ndarray, chances: np.ndarray, sample: int) -> floa
     if chances.min() == chances.max():
         chances, weights, repeated = chances[:1], weights[:1], count
 
-    # The bound is convex in the power.
+    # The bound is convex in the power, so a binary search finds its minimum.
     low, high = 0, len(_POWERS) - 1
     while low < high:
         middle = (low + high) // 2
@@ -207,17 +208,17 @@ def log_false_alarms(hits: np.ndarray, chances: np.ndarray, sample: int) -> floa
 
 
 def is_other_motion(agreeing: np.ndarray, shared: np.ndarray, chance: float, sample: int) -> bool:
-    """Whether matches that do not agree with a motion agree on another one, and many do.
+    """Whether many of the matches that do not agree with a motion agree on another one.
 
-    Matches that are wrong each by itself agree on nothing. Where places look alike, as with equal windows in a row,
-    wrong ones come in groups, each with a motion of its own.
+    Independent wrong matches agree on nothing. In repetitive scenes, as with equal windows in a row, wrong matches come
+    in groups, each with its own motion.
 
     Args:
-        agreeing: (n,) bool, which of them are near the other motion, within LOOSELY thresholds.
-        shared: (m,) bool, which of the first motion's inliers are so, too. Most are where it is the same motion again,
-            because the noise is above the threshold.
-        chance: how probable it is that a wrong match is as near.
-        sample: how many matches determine a motion.
+        agreeing: (n,) bool, which of these matches are within LOOSELY thresholds of the other motion.
+        shared: (m,) bool, which of the first motion's inliers are within them too. If most are, it is the same motion,
+            found again because the noise exceeds the threshold.
+        chance: probability that a wrong match is within them.
+        sample: number of matches that determine a motion.
     """
     if agreeing.sum() < _RIVALLING * len(shared) or shared.mean() > _SAME:
         return False
@@ -225,20 +226,20 @@ def is_other_motion(agreeing: np.ndarray, shared: np.ndarray, chance: float, sam
 
 
 def epipolar_chance(camera: Camera, inlier_threshold: float) -> float:
-    """Probability, at most, that a wrong match is within the threshold (pixels) of its epipolar line.
+    """Upper bound of the probability that a wrong match is within the threshold (pixels) of its epipolar line.
 
-    The line is no longer than the image's diagonal, and the residual is that of two images.
+    The line is at most as long as the image's diagonal, and the residual combines two images.
     """
     area = camera.width * camera.height
     return min(1.0, 2 * math.sqrt(2) * inlier_threshold * math.hypot(camera.width, camera.height) / area)
 
 
 def design_effect(used: np.ndarray, independent_points: float) -> float:
-    """Factor on a variance for matches that err together (Kish, Survey Sampling, 1965).
+    """Factor on a variance for errors that matches share (Kish, Survey Sampling, 1965).
 
     Args:
         used: (n,) bool, the matches that the estimate is made from.
-        independent_points: how many points that err independently any number of these are worth, at most: the inverse
-            of the correlation of their errors.
+        independent_points: largest number of independent points that any number of matches is worth: the inverse of the
+            correlation of their errors.
     """
     return 1.0 + float(used.sum()) / independent_points

@@ -1,14 +1,14 @@
-"""Images whose rows are read one after the other, while the camera moves: a rolling shutter.
+"""Rolling shutter: images whose rows are read one after the other while the camera moves.
 
-Let a camera turn by the rotation vector w and move by t from one image to the next, and by v and s, in the same axes,
-from the one before. Its path is taken to be the parabola through these three: at the time u, in intervals after the
-middle row of the reference image was read, it has turned and moved by
+Let a camera rotate by the rotation vector w and move by t from one image to the next. In the interval before, it
+rotated by v and moved by s, in the same axes. Its path is modelled as the parabola through these three poses. At time
+u, in intervals after the middle row of the reference image was read, it has rotated and moved by
 
     w u + (w - v) u (u - 1) / 2,    t u + (t - s) u (u - 1) / 2
 
-Each ray is turned to where it were if the camera stood as it did for the middle row of its image. Both rays of a match
-are then turned so that the way between their two moments is parallel to t. So one motion from image to image holds for
-all matches, with the length of t left open.
+Each ray is rotated to the camera's orientation at the middle row of its image. Both rays of a match are then rotated so
+that the translation between their two reading times is parallel to t. After this, one motion between the images holds
+for all matches. The length of t remains undetermined.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["check_readout", "read_at_once", "reading_times", "residuals_read_at_
 
 
 def check_readout(readout: float) -> None:
-    """Raises ValueError for what is no part of the interval between two images."""
+    """Raise ValueError if the readout is not a part of the interval between two images."""
     if not (math.isfinite(readout) and 0 <= readout <= 1):
         raise ValueError(f"readout must be a part of the time between the two images, from 0 to 1, not {readout}")
 
@@ -35,7 +35,7 @@ def check_readout(readout: float) -> None:
 def reading_times(
     points0: np.ndarray, points1: np.ndarray, camera0: Camera, camera1: Camera, readout: float
 ) -> list[np.ndarray]:
-    """When the rows of both images' pixels (n, 2) are read, (n,) each: intervals from the middle of the readout on."""
+    """Reading times (n,) of both images' pixels (n, 2), in intervals relative to the middle of the readout."""
     return [
         np.asarray(readout * ((points[:, 1] + 0.5) / camera.height - 0.5))
         for points, camera in ((points0, camera0), (points1, camera1))
@@ -43,14 +43,14 @@ def reading_times(
 
 
 def read_at_once(matches: Matches, times: Sequence[np.ndarray], motion: Motion, before: Motion | None) -> Matches:
-    """The matches as of images that are read at once.
+    """The matches as if all rows of an image were read at once.
 
     Args:
-        matches: n of them, as received.
-        times: (n,) when their rows are read, from :func:`reading_times`, of the reference image and of the current one.
-        motion: of the camera between the two images, nearly.
-        before: that between the two images before, in as long a time, with a translation as long; None where it is not
-            known: the camera is taken to go on turning and moving as it does now, seen from itself.
+        matches: n matches, as received.
+        times: (n,) reading times of the rows, from :func:`reading_times`, of the reference image and the current one.
+        motion: approximate motion of the camera between the two images.
+        before: motion between the two preceding images, over the same time and with a translation of the same length;
+            None if unknown. Then the camera is assumed to continue the same rotation and translation in its own frame.
     """
     rotation = Rotation.from_matrix(motion.rotation)
     last = Motion(*motion) if before is None else before
@@ -65,7 +65,7 @@ def read_at_once(matches: Matches, times: Sequence[np.ndarray], motion: Motion, 
     if way.any():
         ways = path(way, way_before, 1 + times[1]) - path(way, way_before, times[0])
         ways /= np.maximum(np.linalg.norm(ways, axis=1, keepdims=True), TINY)
-        parallel = Rotation.from_rotvec(np.cross(ways, way))  # sine and angle are the same here
+        parallel = Rotation.from_rotvec(np.cross(ways, way))  # for these small angles, sine and angle are equal
         turns0, turns1 = parallel * turns0, rotation.inv() * parallel * rotation * turns1
     columns = matches.columns.copy()
     for rays, turns in ((columns[0], turns0), (columns[1], turns1)):
@@ -84,7 +84,7 @@ def residuals_read_at_once(
     motion: Motion,
     before: Motion | None,
 ) -> np.ndarray:
-    """Distances from the epipolar lines of a motion (n,), pixels, of those matches that both cameras have a ray for."""
+    """Distances (n,) from the epipolar lines of a motion, pixels, of the matches with a ray in both cameras."""
     matches, usable = normalise_matches(points0.astype(np.float64), points1.astype(np.float64), camera0, camera1)
     times = reading_times(points0[usable], points1[usable], camera0, camera1, readout)
     return epipolar_residuals(read_at_once(matches, times, motion, before), motion)

@@ -1,7 +1,8 @@
 """Covariance of an M-estimate: H^-1 G H^-1 (Huber, Robust Statistics).
 
-H is the loss's whole Hessian: its Gauss-Newton part takes noise for parallax. G is the covariance of the loss's
-gradient, by what the residuals pull: matches do not err alike (White, Econometrica 1980).
+H is the full Hessian of the loss, because its Gauss-Newton part would take noise for parallax. G is the covariance of
+the loss's gradient, computed from each residual's contribution, because matches have different errors (White,
+Econometrica 1980). The contribution of one match to the gradient is its pull.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from kpmatch_ros.geometry.robust import SMALLEST_CURVATURE, TINY
 
 __all__ = ["jackknifed", "left_out", "student_factor", "whitening_axes"]
 
-_SMALLEST_REST = 0.1  # 1 less the leverage
-_SLIGHT = 0.1  # a leverage: its square is small
+_SMALLEST_REST = 0.1  # lower bound of 1 minus the leverage
+_SLIGHT = 0.1  # leverage whose square is negligible
 
 
 def whitening_axes(gauss_newton: np.ndarray, hessian: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray]:
-    """Axes in which the Gauss-Newton Hessian is the identity, and the whole one diagonal and not far from it.
+    """Axes in which the Gauss-Newton Hessian is the identity, and the full Hessian is diagonal.
 
     Args:
-        gauss_newton: (p, p) J'J of an estimate's p numbers.
-        hessian: (p, p) the whole one.
-        floor: least eigenvalue of J'J.
+        gauss_newton: (p, p) J'J of an estimate with p parameters.
+        hessian: (p, p) the full Hessian.
+        floor: smallest eigenvalue of J'J.
 
     Returns:
-        The axes (p, p), in columns, and the whole Hessian's diagonal (p,), at least SMALLEST_CURVATURE.
+        The axes (p, p), in columns, and the full Hessian's diagonal (p,), at least SMALLEST_CURVATURE.
     """
     information, axes = np.linalg.eigh(gauss_newton)
     axes = axes / np.sqrt(np.maximum(information, floor))
@@ -34,30 +35,30 @@ def whitening_axes(gauss_newton: np.ndarray, hessian: np.ndarray, floor: float) 
 
 
 def jackknifed(pulls: np.ndarray, leverage: np.ndarray) -> np.ndarray:
-    """What the residuals of n matches pull, (p, n), without their own effect on the estimate.
+    """Pulls (p, n) of the residuals of n matches, without each match's own effect on the estimate.
 
-    A match with leverage (n,) leaves a residual below its error (MacKinnon and White, Journal of Econometrics 1985).
+    A match with leverage (n,) has a residual below its error (MacKinnon and White, Journal of Econometrics 1985).
     """
     return np.asarray(pulls / np.maximum(1 - leverage, _SMALLEST_REST))
 
 
 def left_out(pulls: np.ndarray, arms: np.ndarray, weights: np.ndarray, slopes: np.ndarray) -> np.ndarray:
-    """What n matches of several residuals each pull, (p, n), without their own effect on the estimate.
+    """Pulls (p, n) of n matches with several residuals each, without each match's own effect on the estimate.
 
-    A match often sets one direction of the estimate almost by itself, and has little to do with the others. One
-    leverage for all of its residuals takes the mean of these: the error of the direction that it sets is then as small
-    as the residual that it leaves. Each match is left out of the Hessian instead, with all of its directions (Bell and
+    A match often determines one direction of the estimate almost alone, and hardly affects the others. A single
+    leverage for all of its residuals would average over them. The error of the direction that it determines would then
+    look as small as its residual. Instead, each match is removed from the Hessian in all of its directions (Bell and
     McCaffrey, Survey Methodology 2002).
 
     Args:
-        pulls: (p, n) gradients, unweighted, in axes where the whole Hessian is the identity.
+        pulls: (p, n) gradients, unweighted, in axes where the full Hessian is the identity.
         arms: (p, d, n) jacobian in the same axes.
         weights: (n,) of the loss.
-        slopes: (n,) of these weights, by half of the squared residuals.
+        slopes: (n,) derivatives of these weights by half of the squared residuals.
     """
     weighted, size = pulls * weights, len(pulls)
     leverage = weights * (arms * arms).sum(axis=(0, 1)) + slopes * (pulls * pulls).sum(axis=0)
-    # To first order, where leverage is slight.
+    # First order, for small leverage.
     own = np.einsum("idn,dn->in", arms * weights, np.einsum("jdn,jn->dn", arms, weighted))
     found = weighted + own + pulls * (slopes * (pulls * weighted).sum(axis=0))
     strong = np.flatnonzero(leverage > _SLIGHT)
@@ -72,10 +73,10 @@ def left_out(pulls: np.ndarray, arms: np.ndarray, weights: np.ndarray, slopes: n
 
 
 def student_factor(pulls: np.ndarray) -> float:
-    """Factor on the sum of products of pulls (p, n), for how little n of them tell of a covariance.
+    """Factor on the sum of products of pulls (p, n), for a covariance estimated from only n of them.
 
-    With k degrees of freedom, errors over that covariance look k / (k - p - 1) times as large: its inverse is
-    Wishart's. Pulls with heavy tails are worth fewer, by their kurtosis (Mardia, Biometrika 1970).
+    With k degrees of freedom, errors relative to that covariance look k / (k - p - 1) times as large, because its
+    inverse has a Wishart distribution. Pulls with heavy tails count less, by their kurtosis (Mardia, Biometrika 1970).
     """
     size = len(pulls)
     shares = (pulls * (np.linalg.pinv(pulls @ pulls.T, hermitian=True) @ pulls)).sum(axis=0)

@@ -1,4 +1,4 @@
-"""Where the frames of a robot are that do not move: what /tf_static says."""
+"""Poses of a robot's fixed frames, from /tf_static."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["StaticTransforms", "frame_name"]
 
 
 class _Link(NamedTuple):
-    """A frame's place below its parent."""
+    """The pose of a frame in its parent."""
 
     parent: str
     pose: Pose
 
 
 class StaticTransforms:
-    """A tree of frames. One thread may update it while another looks a frame up."""
+    """A tree of frames. One thread may update it while another one looks up a frame."""
 
     def __init__(self) -> None:
         self._links: dict[str, _Link] = {}
 
     def update(self, message: Any) -> None:
-        """Take over a tf2_msgs/TFMessage of /tf_static. What is not a transform is passed over."""
+        """Add the transforms of a tf2_msgs/TFMessage of /tf_static. Invalid transforms are ignored."""
         for item in message.transforms:
             moved, turned = item.transform.translation, item.transform.rotation
             position = np.array([moved.x, moved.y, moved.z])
@@ -38,7 +38,7 @@ class StaticTransforms:
             self._links[child] = _Link(parent, Pose(Rotation.from_quat(quaternion).as_matrix(), position))
 
     def pose(self, frame: str, other: str) -> Pose | None:
-        """The pose of one frame in another, x_other = rotation x_frame + position; None where nothing joins them."""
+        """The pose of one frame in another, x_other = rotation x_frame + position; None if they are not connected."""
         above, above_other = self._above(frame_name(frame)), self._above(frame_name(other))
         common = next((name for name in above if name in above_other), None)
         if common is None:
@@ -48,11 +48,11 @@ class StaticTransforms:
         return Pose(back @ of_frame.rotation, back @ (of_frame.position - of_other.position))
 
     def above(self, frame: str) -> list[str]:
-        """The names of the frames above a frame, nearest first."""
+        """Names of the ancestors of a frame, nearest first."""
         return list(self._above(frame_name(frame)))[1:]
 
     def _above(self, frame: str) -> dict[str, Pose]:
-        """The frame's pose in itself and in each frame above it, nearest first; a circle ends where it closes."""
+        """Pose of the frame in itself and in each ancestor, nearest first. A cycle ends where it closes."""
         found = {frame: Pose(np.eye(3), np.zeros(3))}
         while (link := self._links.get(frame)) is not None and link.parent not in found:
             rotation, position = found[frame]
@@ -62,5 +62,5 @@ class StaticTransforms:
 
 
 def frame_name(frame: str) -> str:
-    """The one name of a frame. Frames of TF have no leading slash; some drivers write one."""
+    """The frame's name without a leading slash. TF has none, but some drivers write one."""
     return frame.lstrip("/")

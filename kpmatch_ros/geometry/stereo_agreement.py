@@ -1,4 +1,4 @@
-"""Stereo matches checked against the calibration."""
+"""Check of stereo matches against the calibration."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ __all__ = ["StereoAgreement", "check_stereo_matches"]
 
 @dataclass(frozen=True, eq=False)
 class StereoAgreement:
-    """How many matches of a left and a right image agree with the pair's calibration.
+    """Agreement of the matches of a left and a right image with the calibration.
 
     Attributes:
         status: OK; NO_CALIBRATION; or FAILED if the matches contradict the calibration.
-        agree: (M,) bool, which matches are on their epipolar line and in front of the cameras; None without
-            calibration.
+        agree: (M,) bool, matches on their epipolar lines and in front of the cameras; None without calibration.
     """
 
     status: PoseStatus
@@ -30,14 +29,14 @@ class StereoAgreement:
 
     @property
     def inliers(self) -> np.ndarray | None:
-        """(M,) bool: those that agree; none where they do so by chance alone (FAILED); None without calibration."""
+        """(M,) bool, the matches that agree; all False with FAILED; None without calibration."""
         if self.agree is None or self.status is PoseStatus.OK:
             return self.agree
         return np.zeros_like(self.agree)
 
     @property
     def num_inliers(self) -> int:
-        """How many they are."""
+        """Number of inliers."""
         return 0 if self.inliers is None else int(self.inliers.sum())
 
 
@@ -49,21 +48,21 @@ def check_stereo_matches(
     max_reprojection_error: float = 1.0,
     min_inliers: int = 15,
 ) -> StereoAgreement:
-    """Which matches of a left and a right image agree with the calibration: on their epipolar lines, and in front.
+    """Check which matches of a left and a right image are on their epipolar lines and in front of the cameras.
 
-    Matches contradict the calibration if no more of them agree than chance has it, or if more are behind the cameras
-    than in front.
+    Matches contradict the calibration if no more of them agree than by chance, or if more are behind the cameras than
+    in front.
 
     Args:
-        left: (M, 2) pixels in the left image as received. NaN and infinity are outliers.
+        left: (M, 2) pixels in the left image as received. NaN and infinity count as outliers.
         right: (M, 2) pixels in the right image, the same matches.
         camera: the calibration; None gives NO_CALIBRATION.
-        max_reprojection_error: the largest of an inlier, pixels.
-        min_inliers: fewer matches than this contradict no calibration.
+        max_reprojection_error: the inlier threshold, pixels.
+        min_inliers: with fewer matches, the calibration is never contradicted.
 
     Raises:
         ValueError: an array has another shape.
-        TypeError: the calibration is no StereoCamera.
+        TypeError: the calibration is not a StereoCamera.
     """
     left, right = as_pixels(left), as_pixels(right)
     camera = check_stereo_camera(camera)

@@ -1,4 +1,4 @@
-"""Calibration of a stereo pair of cameras."""
+"""Calibration of a stereo camera."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from kpmatch_ros.geometry.camera import CalibrationError, Camera, camera_info_fi
 
 __all__ = ["StereoCamera", "check_stereo_camera"]
 
-_ALIGNED = 0.1  # pixels between the rows of two images that are said to be rectified
+_ALIGNED = 0.1  # pixels, largest difference between the rows of two rectified images
 _FOCAL_TOLERANCE = 1e-3
 _ROTATION_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class StereoCamera:
-    """A calibrated pair of cameras: a point of the left optical frame is x_right = rotation x_left + translation.
+    """A calibrated stereo pair: x_right = rotation x_left + translation, for a point in both optical frames.
 
-    For raw images these are the frames of the cameras themselves, not of rectified ones.
+    For raw images, these are the frames of the cameras themselves, not those of the rectified images.
 
     Attributes:
         left: the left camera.
@@ -31,7 +31,7 @@ class StereoCamera:
         translation: (3,) float64, metres.
 
     Raises:
-        CalibrationError: two cameras cannot be so, or their images differ in size.
+        CalibrationError: the values are not those of a stereo pair, or the image sizes differ.
     """
 
     left: Camera
@@ -60,17 +60,17 @@ class StereoCamera:
 
     @classmethod
     def from_camera_infos(cls, left: Any, right: Any, *, rectified: bool) -> StereoCamera:
-        """The pair of two sensor_msgs/CameraInfo messages, of any kind that Camera.from_camera_info takes.
+        """The stereo camera of two sensor_msgs/CameraInfo messages, of any type that Camera.from_camera_info takes.
 
         Args:
             left: of the left camera.
             right: of the right camera.
-            rectified: the images are already rectified. Then P of each is used and nothing else. Otherwise K, D and R
-                of each are used, and P for the baseline: -P[3] / P[0] of the right camera.
+            rectified: whether the images are already rectified. Then only P of each message is used. Otherwise K, D and
+                R of each are used, and P for the baseline: -P[3] / P[0] of the right camera.
 
         Raises:
-            CalibrationError: besides the reasons of a Camera, "baseline" (there is none), "swapped" (the right camera
-                is on the left) and "alignment" (the two P are not those of one rectified pair).
+            CalibrationError: in addition to the reasons of a Camera, "baseline" (it is zero), "swapped" (the right
+                camera is on the left) and "alignment" (the two P do not belong to one rectified pair).
         """
         cameras = []
         for info, side in ((left, "left"), (right, "right")):
@@ -87,14 +87,14 @@ class StereoCamera:
 
     @property
     def baseline(self) -> float:
-        """Distance of the two cameras, metres."""
+        """Distance between the two cameras, metres."""
         return float(np.linalg.norm(self.translation))
 
     def check_size(self, left: tuple[int, int], right: tuple[int, int]) -> None:
         """Check that the calibration is for images of these sizes, (width, height) in pixels.
 
         Raises:
-            CalibrationError: it is not ("size").
+            CalibrationError: a size differs ("size").
         """
         with _named("left"):
             self.left.check_size(*left)
@@ -104,7 +104,7 @@ class StereoCamera:
 
 @contextmanager
 def _named(side: str) -> Iterator[None]:
-    """Have what is wrong with a camera say which one it is."""
+    """Add the side of the camera to the text of a CalibrationError."""
     try:
         yield
     except CalibrationError as error:
@@ -127,7 +127,7 @@ def _check_rotation(matrix: np.ndarray, name: str) -> None:
 
 
 def _baseline(left: np.ndarray, right: np.ndarray) -> float:
-    """Metres, from the two P of one rectified pair."""
+    """Baseline in metres, from the two P of one rectified pair."""
     together = "Calibrate the two cameras as one stereo pair (camera_calibration with two cameras)"
     for projection, side in ((left, "left"), (right, "right")):
         if projection[0, 0] <= 0 or projection[1, 1] <= 0:
@@ -160,10 +160,10 @@ def _baseline(left: np.ndarray, right: np.ndarray) -> float:
 
 
 def check_stereo_camera(camera: Any) -> StereoCamera | None:
-    """The pair of cameras, or None for none.
+    """The stereo camera, or None.
 
     Raises:
-        TypeError: it is something else, as one camera or a message.
+        TypeError: it is another object, for example one camera or a message.
     """
     if camera is not None and not isinstance(camera, StereoCamera):
         raise TypeError(

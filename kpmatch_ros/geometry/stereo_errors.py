@@ -1,13 +1,13 @@
-"""Points as one stereo frame sees them, and how well a motion brings those of two frames together.
+"""Points as seen by one stereo frame, and the residuals of a motion between the points of two frames.
 
-The left and the right image of a frame give each point three coordinates: x and y in the left image, normalised, and
-the inverse of its depth. They also give them a covariance, and one residual that the motion has no part in: how far the
-match is from its epipolar line. Under a motion the points of one frame, the source, are seen by the other one, the
-target. What is left is compared with the covariance of both. This is least squares in all four images with the points
-eliminated, where the error of a point is small beside its distance from the cameras.
+The left and the right image of a frame give each point three coordinates: normalised x and y in the left image, and the
+inverse depth. They also give the covariance of these, and one residual that does not depend on the motion: the distance
+of the match from its epipolar line. Under a motion, the points of one frame, the source, are projected into the other
+one, the target. The difference is compared with the covariance of both. This equals least squares in all four images
+with the points eliminated, if the error of a point is small relative to its distance from the cameras.
 
-Residuals are in pixels of the images as received. Points come last in every array. Sums over few things then run along
-many points.
+Residuals are in pixels of the images as received. Points are the last dimension of every array, so that sums over few
+numbers run along many points.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from kpmatch_ros.geometry.stereo_camera import StereoCamera
 __all__ = ["StereoPoints", "StereoResiduals", "as_pixels", "stereo_residuals"]
 
 _AT_THE_CENTRE = 1e-6
-"""Depth in one camera over that in another one: a point nearer is at the camera's centre, and has no direction."""
+"""Depth in one camera relative to another: a point with a smaller one is at the camera's centre, without direction."""
 
-_ROUNDING = 1e-14  # part of the largest eigenvalue: smaller ones are of no certain size
+_ROUNDING = 1e-14  # relative to the largest eigenvalue: smaller ones are rounding
 
-_WEAK = 1e-6  # squared pixels metres: keeps the inverse depth of a point regular where nothing determines it
+_WEAK = 1e-6  # squared pixels metres: keeps an undetermined inverse depth regular
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,14 +40,14 @@ class StereoPoints:
     Attributes:
         rays: (2, n) normalised coordinates in the left image.
         noise: (3, n) variance of x, covariance of x and y, variance of y there, for keypoint noise of one pixel.
-        seen: (n,) bool, where the left image has a direction; elsewhere nothing has a meaning.
-        deep: (n,) bool, where the right image has one too, and the point is ahead of it or beyond infinity.
-        points: (3, n) x, y and inverse depth, the likeliest; the depth is infinite where it is not known.
-        covariances: (3, 3, n) of these for keypoint noise of one pixel; zero for the depth where it is not known.
-        squares: (n,) squared distance of the match from its epipolar line, pixels; zero where there is none.
-        offset: (2, n) the right image's coordinates, normalised, from where it would see the point.
-        jacobian: (3, 2, n) of where it sees the point, by x, y and the inverse depth.
-        information: (3, n) the inverse of the right image's noise; all three are zero where the depth is not known.
+        seen: (n,) bool, whether the left image has a direction; otherwise the other values have no meaning.
+        deep: (n,) bool, whether the right image has one too, and the point is ahead of it or beyond infinity.
+        points: (3, n) x, y and inverse depth, the likeliest values; inverse depth 0 if the depth is unknown.
+        covariances: (3, 3, n) of these, for keypoint noise of one pixel; zero for an unknown depth.
+        squares: (n,) squared distance of the match from its epipolar line, pixels; zero without a match.
+        offset: (2, n) normalised coordinates in the right image, minus the point's projection there.
+        jacobian: (3, 2, n) of this projection by x, y and the inverse depth.
+        information: (3, n) the inverse of the right image's noise. All three are zero if the depth is unknown.
     """
 
     rays: np.ndarray
@@ -62,16 +62,16 @@ class StereoPoints:
     information: np.ndarray
 
     def select(self, chosen: np.ndarray) -> StereoPoints:
-        """The points of the indices (m,)."""
+        """The points at the indices (m,)."""
         return StereoPoints(*(getattr(self, field.name).take(chosen, axis=-1) for field in fields(self)))
 
     def joined(self, other: StereoPoints) -> StereoPoints:
-        """These points, and then others."""
+        """These points, followed by others."""
         pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
         return StereoPoints(*(np.concatenate(pair, axis=-1) for pair in pairs))
 
     def without_depth(self, chosen: np.ndarray) -> StereoPoints:
-        """The depth of the points for which the mask (n,) is true is not known."""
+        """The same points, with the depth of those in the mask (n,) set to unknown."""
         if not chosen.any():
             return self
         kept, points, covariances = ~chosen, self.points.copy(), self.covariances * ~chosen
@@ -83,7 +83,7 @@ class StereoPoints:
         )  # fmt: skip
 
     def distances(self, points: np.ndarray) -> np.ndarray:
-        """Of the left and the right pixel (2, n) from where the two images would see points (3, n) close to these."""
+        """Distances (2, n), pixels, of the left and right pixels from the projections of nearby points (3, n)."""
         moved = points - self.points
         right = self.offset - self.jacobian[0] * moved[0] - self.jacobian[1] * moved[1] - self.jacobian[2] * moved[2]
         left = self.rays - points[:2]
@@ -91,37 +91,37 @@ class StereoPoints:
         return np.asarray(np.sqrt(np.maximum(squares, 0.0)))
 
     def is_distant(self, inlier_threshold: float) -> np.ndarray:
-        """Which points (n,) would move by less than the threshold (pixels) if they were infinitely far."""
+        """Mask (n,) of points that would move by less than the threshold (pixels) if they were at infinity."""
         shift = self.jacobian[2] * self.points[2]
         return np.asarray(_quadratic(self.information, shift) < inlier_threshold**2)
 
     def inverse_depth_sigmas(self) -> np.ndarray:
-        """Standard deviations (n,) of the inverse depth where the right pixel errs by one against the left pixel."""
+        """Standard deviations (n,) of the inverse depth, for an error of the right pixel of one, given the left one."""
         return np.asarray(1 / np.sqrt(np.maximum(_quadratic(self.information, self.jacobian[2]), TINY)))
 
     @classmethod
     def of(
         cls, left: np.ndarray, right: np.ndarray, camera: StereoCamera, shared: np.ndarray | None = None
     ) -> StereoPoints:
-        """Of the same points in both images.
+        """Points from their pixels in both images.
 
         Args:
             left: (n, 2) pixels in the left image.
-            right: (n, 2) pixels in the right image; NaN where there is no match.
+            right: (n, 2) pixels in the right image; NaN without a match.
             camera: the calibration.
-            shared: (n,) standard deviations of the left pixels, where the right ones were found from these: they show
-                what is at the left pixel, its error included, and err by one pixel besides. Where not given, both err
-                by one pixel, independently.
+            shared: (n,) standard deviations of the left pixels, if the right ones were found from them. The right
+                pixels then share the error of the left ones, and have an error of one pixel of their own. If None, both
+                have independent errors of one pixel.
         """
         rays0, noise0, seen = _normalise(camera.left, left)
         rays1, noise1, matched = _normalise(camera.right, right)
         deep, turn, shift = seen & matched, camera.rotation, camera.translation
-        # The rays are moved, by as little as possible to first order, to where they meet (Sampson's approximation).
+        # To first order, the rays are moved by as little as possible so that they meet (Sampson's approximation).
         essential = cross_matrix(shift) @ turn
         lines0, lines1 = essential.T @ rays1, essential @ rays0
         moved0, moved1 = noise_times(noise0, lines0), noise_times(noise1, lines1)
         variances = np.array([(lines0[:2] * moved0).sum(axis=0), (lines1[:2] * moved1).sum(axis=0)])
-        if shared is not None:  # the right one alone is off the line
+        if shared is not None:  # only the right pixel is off the line
             moved0, variances[0] = np.zeros_like(moved0), 0.0
         variance = np.maximum(variances.sum(axis=0), TINY)
         away = np.where(deep, (rays1 * lines1).sum(axis=0) / variance, 0.0)
@@ -131,17 +131,17 @@ class StereoPoints:
         start = turn @ rays0
         fixed, slope = (part[:2] - rays1[:2] * part[2] for part in (start, shift[:, None]))
         inverse_depth = -(slope * fixed).sum(axis=0) / np.maximum((slope * slope).sum(axis=0), TINY)
-        depth = start[2] + shift[2] * inverse_depth  # in the right camera, over that in the left one
+        depth = start[2] + shift[2] * inverse_depth  # in the right camera, relative to the left one
         deep &= depth > np.maximum(AHEAD * np.sqrt((rays1 * rays1).sum(axis=0)) * np.abs(depth), _AT_THE_CENTRE)
         depth = np.where(deep, depth, 1.0)
-        # The right image by x, y and the inverse depth.
+        # Derivatives of the right image by x, y and the inverse depth.
         jacobian = np.array([turn[:2, i, None] - rays1[:2] * turn[2, i] for i in (0, 1)] + [slope]) / depth
         inverse_noise = _inverse(noise1)
         weighted = np.array([noise_times(inverse_noise, column) for column in jacobian])
         information = np.einsum("idn,jdn->ijn", jacobian, weighted)
         if shared is None:
             information[:2, :2] += _symmetric(_inverse(noise0))
-        else:  # an error of both moves the point, and leaves its depth
+        else:  # an error that both share moves the point, but not its depth
             information[:2] = information[2, :2] = 0.0
             information[:2, :2] = _symmetric(_inverse(noise0)) / (shared * shared)
         information[2, 2] += _WEAK
@@ -161,15 +161,15 @@ class StereoPoints:
 
 
 class StereoResiduals(NamedTuple):
-    """What a motion leaves of n points, whitened: with a variance of one for keypoint noise of one pixel.
+    """Residuals of n points under a motion, whitened: their variance is one for keypoint noise of one pixel.
 
     Attributes:
-        residuals: (3, n); the last one is zero where the target does not know the depth.
-        jacobian: (6, 3, n) by the translation, metres, and angles about the source's axes of the reference frame.
+        residuals: (3, n); the last one is zero if the target does not know the depth.
+        jacobian: (6, 3, n) by the translation, metres, and by angles about the reference frame's axes.
         squares: (n,) squared residuals of all images together, pixels.
-        points: (3, n) in the source, the likeliest.
+        points: (3, n) in the source, the likeliest values.
         targets: (3, n) the same in the target.
-        slopes: (3, 3, n) the jacobian by the translation over the inverse depth.
+        slopes: (3, 3, n) the jacobian by the translation, over the inverse depth.
         depth_variances: (n,) of the inverse depth in the source, for keypoint noise of one pixel.
     """
 
@@ -182,15 +182,15 @@ class StereoResiduals(NamedTuple):
     depth_variances: np.ndarray
 
     def determine(self, used: np.ndarray, variance: float, rotation_only: bool = False) -> bool:
-        """Whether the points tell the motion: in its weakest direction to a radian, or to as far as they are.
+        """Whether the points determine the motion: in its weakest direction to a radian, or to the points' distance.
 
-        Points that coincide, or lie on one line, leave a rotation free. Points that are near beside the translation are
-        seen as one.
+        Points that coincide or lie on one line leave a rotation undetermined. If the translation is much longer than
+        the points are far, all points look like one.
 
         Args:
             used: (n,) bool, the points that the motion is estimated from.
             variance: of the keypoints' noise, squared pixels.
-            rotation_only: the translation is known.
+            rotation_only: whether the translation is known.
         """
         jacobian = self.jacobian[..., used].reshape(6, -1)
         jacobian[:3] /= max(np.sqrt(np.mean(self.points[2, used] ** 2)), TINY) if used.any() else 1.0
@@ -202,18 +202,18 @@ class StereoResiduals(NamedTuple):
 def stereo_residuals(
     source: StereoPoints, target: StereoPoints, forward: int, rotation: np.ndarray, translation: np.ndarray
 ) -> StereoResiduals:
-    """Compare two frames under a motion, x_ref = rotation x_cur + translation.
+    """Residuals between two frames under a motion, x_ref = rotation x_cur + translation.
 
     Args:
         source: points of one frame, all with a depth.
         target: the same points in the other frame.
-        forward: the source is the reference frame for so many points, the first ones, and the current frame for the
-            others.
+        forward: number of points, the first ones, whose source is the reference frame. For the others, it is the
+            current frame.
         rotation: (3, 3).
         translation: (3,), metres.
     """
     count, back = len(source.deep), rotation.T
-    # In the target, a point is turn (x, y, 1) + shift q, with the inverse depth q. The matrix takes (x, y, q, 1).
+    # In the target, a point is turn (x, y, 1) + shift q, with inverse depth q. The matrix takes (x, y, q, 1).
     matrix = np.empty((3, 4, count))
     for part, turn, shift in (
         (slice(0, forward), back, -back @ translation),
@@ -224,7 +224,7 @@ def stereo_residuals(
     known = target.deep
     distance = target.points - first
     distance[2] *= known
-    # By the source's x, y and inverse depth.
+    # Derivatives by the source's x, y and inverse depth.
     carry = -first[:, None] * matrix[2, :3]
     carry[:2] += matrix[:2, :3]
     carry[2, 2] += 1.0
@@ -241,7 +241,7 @@ def stereo_residuals(
     squares = (residuals * residuals).sum(axis=0) + source.squares + target.squares
     squares = np.where(ahead, squares, BEHIND**2)
 
-    # The jacobian at the likeliest points. A step moves a point of the target by turn (w x z + q dt).
+    # The jacobian at the likeliest points. A step moves a point in the target by turn (w x z + q dt).
     targets, _, depth = _project(matrix, points)
     arms = points.copy()  # z
     arms[2] = 1.0
@@ -268,7 +268,7 @@ def as_pixels(points: np.ndarray) -> np.ndarray:
     """Pixels (M, 2) as float64.
 
     Raises:
-        ValueError: they have another shape.
+        ValueError: the array has another shape.
     """
     points = np.asarray(points, dtype=np.float64)
     if points.ndim != 2 or points.shape[1] != 2:
@@ -277,7 +277,7 @@ def as_pixels(points: np.ndarray) -> np.ndarray:
 
 
 def _project(matrix: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Points (3, n) seen in the target; which are ahead (n,); and their depths (n,) over those in the source."""
+    """Projection of points (3, n) into the target; mask (n,) of those ahead; depths (n,) relative to the source."""
     there = matrix[:, 0] * points[0] + matrix[:, 1] * points[1] + matrix[:, 2] * points[2] + matrix[:, 3]
     ahead = there[2] > np.maximum(AHEAD * np.sqrt((there * there).sum(axis=0)), _AT_THE_CENTRE)
     depth = np.where(ahead, there[2], 1.0)
@@ -286,7 +286,7 @@ def _project(matrix: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _normalise(camera: Camera, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rays (3, n) with z = 1, their noise (3, n), and which pixels (n, 2) have one; where none is, that of the axis."""
+    """Rays (3, n) with z = 1, their noise (3, n), and mask of pixels (n, 2) with a ray; the others get the axis."""
     points, derivative = camera.normalise_with_jacobian(pixels)
     seen = np.isfinite(points).all(axis=1)
     rays = np.ones((3, len(pixels)))
@@ -299,24 +299,24 @@ def _normalise(camera: Camera, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _symmetric(noise: np.ndarray) -> np.ndarray:
-    """(3, n) as matrices (2, 2, n)."""
+    """Noise (3, n) as matrices (2, 2, n)."""
     return np.array([[noise[0], noise[1]], [noise[1], noise[2]]])
 
 
 def _quadratic(matrices: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """v' M v (n,) of symmetric matrices (3, n) and vectors (2, n)."""
+    """v' M v (n,) for symmetric matrices (3, n) and vectors (2, n)."""
     x, y = vectors
     return np.asarray(matrices[0] * x * x + 2 * matrices[1] * x * y + matrices[2] * y * y)
 
 
 def _inverse(noise: np.ndarray) -> np.ndarray:
-    """Of symmetric matrices (3, n): xx, xy, yy."""
+    """Inverses of symmetric matrices (3, n): xx, xy, yy."""
     xx, xy, yy = noise
     return np.array([yy, -xy, xx]) / np.maximum(xx * yy - xy * xy, TINY)
 
 
 def _inverse_symmetric(matrices: np.ndarray) -> np.ndarray:
-    """Of positive definite matrices (3, 3, n)."""
+    """Inverses of positive definite matrices (3, 3, n)."""
     (a, b, c), (_, d, e), (_, _, f) = matrices
     ad, ae, af = d * f - e * e, c * e - b * f, b * e - c * d
     dd, de, df = a * f - c * c, b * c - a * e, a * d - b * b
@@ -324,7 +324,7 @@ def _inverse_symmetric(matrices: np.ndarray) -> np.ndarray:
 
 
 def _cholesky(matrices: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Lower factors of positive definite matrices (3, 3, n): the diagonal's inverses, then 10, 20, 21."""
+    """Cholesky factors of positive definite matrices (3, 3, n): inverses of the diagonal, then l10, l20, l21."""
     one = 1 / np.sqrt(np.maximum(matrices[0, 0], TINY))
     l10, l20 = matrices[1, 0] * one, matrices[2, 0] * one
     two = 1 / np.sqrt(np.maximum(matrices[1, 1] - l10 * l10, TINY))

@@ -1,4 +1,4 @@
-"""Fitting the motion of a stereo pair of cameras to points of two frames."""
+"""Fit of the motion of a stereo camera to points of two frames."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ from kpmatch_ros.geometry.stereo_errors import StereoPoints, StereoResiduals, st
 __all__ = ["SEARCH_THRESHOLD", "SETTLED", "Fit", "FramePair", "Start", "normal_equations"]
 
 SEARCH_THRESHOLD = 3.0
-"""Inlier thresholds: a point of uncertain depth is seen that far from where it should be."""
+"""Threshold of the search, in inlier thresholds: a point of uncertain depth may be projected this far off."""
 
-_ROUGHLY, SETTLED = 1e-3, 1e-6  # parts of the cost that a further step promises to gain, twice
+_ROUGHLY, SETTLED = 1e-3, 1e-6  # twice the expected relative decrease of the cost below which the minimisation ends
 
-_MEDIANS = np.array([1.0, 0.4549, 1.3863, 2.3660, 3.3567, 4.3515])  # of chi-square with 0 (unused) to 5 conditions
-_TUKEY_STEP = 4.0  # variances: what each condition after the first adds to the squared cutoff, TUKEY**2
+_MEDIANS = np.array([1.0, 0.4549, 1.3863, 2.3660, 3.3567, 4.3515])  # of chi-square, for 0 (unused) to 5 conditions
+_TUKEY_STEP = 4.0  # variances: each condition after the first adds this to the squared cutoff, TUKEY**2
 
-_SAMPLE = 200  # points, at most, that the search looks at
+_SAMPLE = 200  # largest number of points that the search uses
 
-_FAR = 0.5  # part of the points whose disparity is below the threshold: one more start is tried
-_EXPLAINED = 0.5  # part of the points: no other start is tried once one explains more
+_FAR = 0.5  # part of the points with a disparity below the threshold: if more are, one more start is tried
+_EXPLAINED = 0.5  # part of the points: if a start explains more, no other start is tried
 
 Start = tuple[np.ndarray, np.ndarray]
-"""A rotation and a translation."""
+"""Rotation and translation."""
 
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """A motion, x_ref = rotation x_cur + translation, and what it leaves."""
+    """A motion, x_ref = rotation x_cur + translation, and its residuals."""
 
     rotation: np.ndarray
     translation: np.ndarray
     left: StereoResiduals
-    cutoffs: np.ndarray  # (n,) where Tukey's loss of the squares ends, squared pixels
+    cutoffs: np.ndarray  # (n,) cutoffs of Tukey's loss, squared pixels
     cost: float
 
 
 @dataclass(frozen=True, eq=False)
 class FramePair:
-    """The points that have a depth in one of two frames, or in both.
+    """The points with a depth in at least one of two frames.
 
     Attributes:
-        source: the points in the reference frame where they have a depth there, `forward` of them; then, in the current
-            frame, those that have one there alone.
+        source: the points in the reference frame if they have a depth there, `forward` of them; followed by the points
+            in the current frame that have a depth there only.
         target: the same points in the other frame.
-        forward: how many.
-        order: (n,) which of the points of both frames they are.
-        conditions: (n,) how many the images of a point set beyond its position: 3 or 5.
+        forward: number of points whose source is the reference frame.
+        order: (n,) indices of these points among the points of both frames.
+        conditions: (n,) number of measurements of a point in excess of its three coordinates: 3 or 5.
     """
 
     source: StereoPoints
@@ -64,7 +64,7 @@ class FramePair:
 
     @classmethod
     def of(cls, reference: StereoPoints, current: StereoPoints) -> FramePair:
-        """Of the same points in two frames."""
+        """The pair from the same points in two frames."""
         forward, backward = np.flatnonzero(reference.deep), np.flatnonzero(current.deep & ~reference.deep)
         source = reference.select(forward).joined(current.select(backward))
         target = current.select(forward).joined(reference.select(backward))
@@ -72,7 +72,7 @@ class FramePair:
 
     @cached_property
     def sample(self) -> FramePair:
-        """_SAMPLE of the points at random, the same ones every time."""
+        """_SAMPLE random points, always the same ones."""
         if len(self.order) <= _SAMPLE:
             return self
         chosen = np.sort(np.random.default_rng(0).permutation(len(self.order))[:_SAMPLE])
@@ -81,12 +81,12 @@ class FramePair:
         return FramePair(source, target, forward, self.order[chosen], self.conditions[chosen])
 
     def evaluate(self, rotation: np.ndarray, translation: np.ndarray, cutoffs: np.ndarray) -> Fit:
-        """What a motion leaves."""
+        """The residuals of a motion."""
         left = stereo_residuals(self.source, self.target, self.forward, rotation, translation)
         return Fit(rotation, translation, left, cutoffs, tukey_cost(left.squares, cutoffs))
 
     def fit(self, starts: list[Start], inlier_threshold: float, resolution: float) -> Fit:
-        """The best start, refined with the noise that it leaves."""
+        """The best start, refined with the noise estimated from its residuals."""
         sample = self.sample
         wide = _cutoffs(sample.conditions, inlier_threshold * SEARCH_THRESHOLD / TUKEY)
         fits: list[Fit] = []
@@ -95,7 +95,7 @@ class FramePair:
             if (fits[-1].left.squares < wide).mean() > _EXPLAINED:
                 break
         if sample.source.is_distant(inlier_threshold).mean() > _FAR:
-            # RANSAC gives any length of a translation, and from a long one the steps towards the right one are small.
+            # RANSAC returns a translation of any length. From a long one, the steps towards the right one are short.
             turned = sample.evaluate(min(fits, key=lambda fit: fit.cost).rotation, np.zeros(3), wide)
             turned = sample.minimise(turned, 4, _ROUGHLY, rotation_only=True)
             fits.append(sample.minimise(turned, 8, _ROUGHLY))
@@ -110,7 +110,7 @@ class FramePair:
         return fit
 
     def noise(self, squares: np.ndarray, inlier_threshold: float, resolution: float) -> float:
-        """Standard deviation of a keypoint's coordinate, pixels: that of the residuals, or of rounding if larger."""
+        """Standard deviation of a keypoint's coordinate, pixels, from the residuals, or from rounding if larger."""
         near = squares < 4 * inlier_threshold**2 * self.conditions
         noise = (
             math.sqrt(np.median(squares[near] / _MEDIANS[self.conditions[near]])) if near.any() else inlier_threshold
@@ -118,7 +118,7 @@ class FramePair:
         return max(noise, resolution / math.sqrt(12), 1e-9)
 
     def minimise(self, fit: Fit, iterations: int, settled: float, rotation_only: bool = False) -> Fit:
-        """Levenberg-Marquardt on Tukey's loss by the motion, or its rotation."""
+        """Levenberg-Marquardt on Tukey's loss, by the motion or by its rotation only."""
         free = slice(3, 6) if rotation_only else slice(0, 6)
         damping = 1e-4
         for _ in range(iterations):
@@ -143,13 +143,13 @@ class FramePair:
         return fit
 
     def agrees(self, fit: Fit, inlier_threshold: float) -> np.ndarray:
-        """Which points (n,) are within the threshold (pixels) in every image and in front, or too far to say."""
+        """Mask (n,) of points within the threshold (pixels) in every image, and in front or too far to tell."""
         found = fit.left
         distances = [self.source.distances(found.points), self.target.distances(found.targets)]
         near = np.asarray((found.squares < BEHIND) & (np.max(distances, axis=(0, 1)) < inlier_threshold))
         doubtful = np.flatnonzero(near & (found.points[2] <= 0))
         if len(doubtful):
-            # Seen from both frames, does the point move by less than the threshold if it is infinitely far?
+            # Seen from both frames, does the point move by less than the threshold if it is at infinity?
             far = found.points[:, doubtful]
             far[2] = 1.0
             turned = np.where(doubtful < self.forward, fit.rotation.T @ far, fit.rotation @ far)
@@ -162,11 +162,11 @@ class FramePair:
 
 
 def normal_equations(left: StereoResiduals, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The Hessian (6, 6) by Gauss and Newton, and the gradient (6,)."""
+    """The Gauss-Newton Hessian (6, 6) and the gradient (6,)."""
     weighted = (left.jacobian * weights).reshape(6, -1)
     return weighted @ left.jacobian.reshape(6, -1).T, weighted @ left.residuals.ravel()
 
 
 def _cutoffs(conditions: np.ndarray, noise: float) -> np.ndarray:
-    """Where Tukey's loss ends, squared pixels, for points with so many conditions."""
+    """Cutoffs of Tukey's loss, squared pixels, for points with these numbers of conditions."""
     return noise**2 * (TUKEY**2 + _TUKEY_STEP * (conditions - 1))

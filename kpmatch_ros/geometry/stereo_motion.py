@@ -1,4 +1,4 @@
-"""The motion of a stereo pair of cameras between two frames, in metres."""
+"""Motion of a stereo camera between two frames, in metres."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ __all__ = ["estimate_stereo_motion"]
 
 _SEARCH_ITERATIONS = 1000
 
-_CERTAIN = 30.0  # standard deviations of a translation that is not zero without a test
+_CERTAIN = 30.0  # standard deviations from zero beyond which a translation needs no test
 
-_ALIKE = 6  # matches, of which the covariance is that of matches that err alike
+_ALIKE = 6  # matches: weight of the covariance under equal errors
 
-# Medians of the standard deviations that are given: errors that these do not tell, alike for all points. Of matches
-# rendered at 160 x 120 pixels, those whose standard deviations were a third of the median were off by twice as much.
+# Errors that the given standard deviations do not include, equal for all points, in medians of these deviations. For
+# matches rendered at 160 x 120 pixels, those with a third of the median deviation had twice the stated error.
 _UNTOLD = 0.5
 
-_BENT = 0.1  # part of a point's depth, which its error is
-_WEAK = 1e-6  # information, squared pixels: keeps the covariance finite
+_BENT = 0.1  # error of a point's depth, relative to the depth
+_WEAK = 1e-6  # information, in squared pixels, which keeps the covariance finite
 
-_FARTHEST = 1e-4  # inverse metres: for a start, nothing is further
-_FURTHEST_START = 1e6  # translation over the distance of the furthest point: all points would be seen as one
+_FARTHEST = 1e-4  # inverse metres: a start uses no points further away
+_FURTHEST_START = 1e6  # translation over the largest depth: a longer one would project all points onto one
 
 
 def estimate_stereo_motion(
@@ -69,42 +69,43 @@ def estimate_stereo_motion(
 ) -> RelativePose:
     """Pose of the current left camera in the reference left camera's optical frame, in metres.
 
-    Levenberg-Marquardt starts from standing still and from P3P with RANSAC (OpenCV), of points of one frame in the
-    other's left image. It minimises Tukey's loss, scaled to the noise, of the residuals in all four images, with the
-    points eliminated (stereo_errors). Matches without a depth in either frame take no part; they are inliers if they
-    agree. The same input gives the same answer.
+    Levenberg-Marquardt starts with no motion, and with P3P and RANSAC (OpenCV) from points of one frame in the other
+    frame's left image. It minimises Tukey's loss of the residuals in all four images, scaled to the noise, with the
+    points eliminated (see :mod:`kpmatch_ros.geometry.stereo_errors`). Matches that have no depth in either frame do not
+    influence the pose; they are inliers if they agree with it. The same input gives the same result.
 
-    Tests have a false-alarm rate of FALSE_ALARM_RATE. The status is FAILED unless the first one says that wrong matches
-    would not agree as well, and the matches leave no direction of the motion free. It is OK only if two others say that
-    the translation is not zero: the likelihood ratio, and the score, which holds for points too far to have a depth.
-    It is AMBIGUOUS if fewer than half of the matches agree, and of the others many on another motion, as where places
-    look alike, unless the motion before tells. Equal matches count as one.
+    The tests have a false-alarm rate of FALSE_ALARM_RATE. The status is FAILED if wrong matches could agree as well by
+    chance, if the matches do not determine every direction of the motion, or if the motion makes points so close that
+    the errors of their depths are not small. It is OK only if two tests confirm that the translation is not zero: the
+    likelihood ratio test, and the score test, which is valid for points too far to have a depth. It is AMBIGUOUS if
+    fewer than half of the matches agree and many of the others agree on another motion, as with repetitive structures,
+    unless the prior decides. Duplicate matches count once.
 
     Args:
-        left0: (M, 2) pixels in the reference frame's left image as received. NaN and infinity are outliers.
-        right0: (M, 2) pixels of the same points in its right image, NaN where there is no stereo match.
+        left0: (M, 2) pixels in the reference frame's left image as received. NaN and infinity count as outliers.
+        right0: (M, 2) pixels of the same points in its right image, NaN without a stereo match.
         left1: (M, 2) pixels in the current frame's left image, matched with left0.
         right1: (M, 2) pixels of the same points in its right image, or NaN.
         camera0: calibration of the reference frame; None gives NO_CALIBRATION.
         camera1: calibration of the current frame.
-        max_reprojection_error: the largest of an inlier in any of the images, pixels.
-        min_inliers: fewer matches, or inliers, give TOO_FEW_MATCHES; so do fewer than 8 that have a depth.
-        keypoint_resolution: pixels between neighbouring positions that the detector can give, as for
-            two_view.estimate_relative_pose. The covariance is no smaller than rounding allows.
-        independent_points: how many points, at most, err independently of each other. With more points, the covariance
-            is that of so many: more points on the same surfaces do not make the pose surer.
-        prior: the motion between the two frames before, over about the same time, where it is known. It decides between
-            two motions that many matches agree on each.
-        sigmas: (M,) standard deviations of the left points, in any unit, where the right points were found from these
-            and share their errors. Where not given, all points err alike and independently.
+        max_reprojection_error: the inlier threshold in each of the images, pixels.
+        min_inliers: with fewer matches or inliers, or fewer than 8 with a depth, the status is TOO_FEW_MATCHES.
+        keypoint_resolution: pixels between neighbouring positions that the detector can report, as for
+            two_view.estimate_relative_pose. The covariance is at least that of rounding.
+        independent_points: largest number of points with independent errors. With more points, the covariance counts
+            only this many: more points on the same surfaces do not make the pose more certain.
+        prior: motion between the two preceding frames, over about the same time; None if unknown. It decides between
+            two motions that each have many matches.
+        sigmas: (M,) standard deviations of the left points, in any unit, if the right points were found from the left
+            ones and share their errors. None if all points have equal and independent errors.
 
     Returns:
-        The pose, or why there is none. With NO_TRANSLATION the covariance is that of the estimate whose translation
-        could not be told from zero.
+        The pose, or the reason why there is none. With NO_TRANSLATION, the covariance is that of the estimate whose
+        translation could not be told from zero.
 
     Raises:
-        ValueError: the arrays have another shape, or a parameter is out of range.
-        TypeError: a calibration is no StereoCamera.
+        ValueError: an array has another shape, or a parameter is out of range.
+        TypeError: a calibration is not a StereoCamera.
     """
     pixels = [as_pixels(points) for points in (left0, right0, left1, right1)]
     if len({points.shape for points in pixels}) != 1:
@@ -143,8 +144,8 @@ def estimate_stereo_motion(
     if len(deep) < required or deep.sum() < SMALLEST_SAMPLE:
         return RelativePose.undefined(PoseStatus.TOO_FEW_MATCHES, total)
 
-    # A point without a depth follows any small translation. It says little of the translation, but biases the test of
-    # whether it is zero.
+    # A point without a depth fits any small translation. It has little information on the translation, but biases the
+    # test of whether it is zero.
     pair = FramePair.of(frames[0], frames[1])
     fit = pair.fit(_search(pair, (camera0, camera1), inlier_threshold), inlier_threshold, keypoint_resolution)
     mask = np.zeros(total, dtype=bool)
@@ -160,7 +161,7 @@ def estimate_stereo_motion(
     covariance, variance = effect * covariance, effect * variance
     status, estimate = PoseStatus.OK, None
     moves = _moves_by_depth(pair, fit, variance, effect)
-    # How many standard deviations the translation is from zero tells nearly what the test tells, at once.
+    # The number of standard deviations from zero approximates the test, and needs no second minimisation.
     if not moves or fit.translation @ np.linalg.solve(covariance[:3, :3], fit.translation) < _CERTAIN**2:
         still = pair.minimise(pair.evaluate(fit.rotation, np.zeros(3), fit.cutoffs), 20, SETTLED, rotation_only=True)
         if not moves or fdtrc(3, freedom, max(still.cost - fit.cost, 0.0) / variance / 3) > FALSE_ALARM_RATE:
@@ -194,10 +195,10 @@ def estimate_stereo_motion(
 def _triangulate(
     left: np.ndarray, right: np.ndarray, camera: StereoCamera, inlier_threshold: float, shared: np.ndarray | None
 ) -> StereoPoints:
-    """Without the depth of points that are off their epipolar lines or certainly behind the cameras.
+    """Stereo points of a frame, without the depth of points off their epipolar lines or certainly behind the cameras.
 
-    A point so far that the sign of its disparity is chance keeps it. Were those of one sign left out, the far points
-    would seem nearer.
+    A point so far that its disparity may have either sign keeps its depth. If the points with one sign were left out,
+    the far points would seem closer.
     """
     points = StereoPoints.of(left, right, camera, shared)
     front = (points.points[2] > 0) | points.is_distant(inlier_threshold)
@@ -214,13 +215,13 @@ def _other_motion(
     inlier_threshold: float,
     resolution: float,
 ) -> Motion | None:
-    """Where fewer than half of the matches are inliers, the motion that many others agree on; else None."""
-    if inliers.mean() >= MANY_WRONG:  # as nearly always
+    """The motion that many of the other matches agree on, if fewer than half are inliers; otherwise None."""
+    if inliers.mean() >= MANY_WRONG:  # the usual case
         return None
     still = lengths(rotation_residuals(_matches(frames, np.arange(len(inliers))), np.eye(3))) < inlier_threshold
     scene = (
         inliers | ~still if still.sum() <= inliers.sum() else np.ones(len(inliers), bool)
-    )  # without the robot's body
+    )  # without the robot's own body
     if inliers[scene].mean() >= MANY_WRONG:
         return None
     rest = [frame.select(np.flatnonzero(scene & ~inliers)) for frame in frames]
@@ -238,11 +239,11 @@ def _other_motion(
 
 
 def _is_free(pair: FramePair, fit: Fit, variance: float, rotation_only: bool) -> bool:
-    """Whether the points leave the motion free, or its rotation, for a variance of the keypoints' noise."""
+    """Whether the points leave the motion, or its rotation, undetermined, given the variance of the noise."""
     used = fit.left.squares < fit.cutoffs
     if not fit.left.determine(used, variance, rotation_only):
         return True
-    # Noise puts points beside their line, as if the rotation about it could be seen.
+    # Noise moves points off their line, which looks as if the rotation about this line were visible.
     forward = np.arange(len(used)) < pair.forward
     return not rotation_only and all(
         are_on_one_line(pair.source.points[:, part], pair.source.covariances[..., part].mean(axis=-1), variance)
@@ -252,17 +253,18 @@ def _is_free(pair: FramePair, fit: Fit, variance: float, rotation_only: bool) ->
 
 
 def _moves_by_depth(pair: FramePair, fit: Fit, variance: float, effect: float) -> bool:
-    """Whether what a fit's inliers move by, once turned, depends on how far they are, by a test.
+    """Test whether the displacements of a fit's inliers, after the rotation, depend on their depths.
 
-    The likelihood ratio takes the inverse depths for free numbers. Where they are nothing but noise, a large
-    translation fits them to the noise of the movements, and the ratio promises what is not there. The depths that
-    the points have where the cameras only turn do not depend on the residuals, so that with these depths kept the
-    ratio is distributed as F, whatever their noise (Rao's score test).
+    The likelihood ratio treats the inverse depths as free parameters. If they are only noise, a large translation fits
+    them to the noise of the displacements, and the ratio claims a translation that is not there. The depths of the
+    points under a pure rotation do not depend on the residuals. With these depths fixed, the ratio has an F
+    distribution, whatever the depths' noise (Rao's score test).
 
     Args:
+        pair: the points.
         fit: of the whole motion.
-        variance: of the keypoints' noise, at least, squared pixels.
-        effect: matches for each that errs independently.
+        variance: lower bound of the variance of the keypoints' noise, squared pixels.
+        effect: number of matches per independent match.
     """
     still = pair.evaluate(fit.rotation, np.zeros(3), fit.cutoffs).left
     used = (fit.left.squares < fit.cutoffs) & (still.squares < BEHIND)
@@ -274,9 +276,10 @@ def _moves_by_depth(pair: FramePair, fit: Fit, variance: float, effect: float) -
 
 
 def _is_bent(pair: FramePair, fit: Fit, variance: float) -> bool:
-    """Whether the motion brings most points nearer by so much more than is known that the residuals are not linear.
+    """Whether the motion brings most points so much closer that their residuals are not linear in the depth errors.
 
-    They are least squares for errors of the depths that are small beside the depths from both frames.
+    The residuals are those of least squares if the errors of the depths are small in both frames, relative to the
+    depths.
     """
     forward = np.arange(len(pair.order)) < pair.forward
     ahead = np.where(forward, -fit.translation @ fit.rotation[:, 2], fit.translation[2])
@@ -286,17 +289,17 @@ def _is_bent(pair: FramePair, fit: Fit, variance: float) -> bool:
 
 
 def _covariance(pair: FramePair, fit: Fit, resolution: float) -> tuple[np.ndarray, float, int]:
-    """Covariance of an M-estimate with Tukey's loss, as kpmatch_ros.geometry.sandwich says.
+    """Covariance of an M-estimate with Tukey's loss, see :mod:`kpmatch_ros.geometry.sandwich`.
 
-    Each match pulls by itself, and has the loss's own curvature in the Hessian.
+    Each match contributes its own gradient, and the loss's own curvature in the Hessian.
 
     Returns:
-        covariance (6, 6) of translation and rotation; the variance, squared pixels, by which costs are divided for
-        a test; degrees of freedom.
+        covariance (6, 6) of translation and rotation; the variance, squared pixels, that costs are divided by in a
+        test; degrees of freedom.
     """
     squares = fit.left.squares
     used = squares < fit.cutoffs
-    # Of the motion: how far matches are from their epipolar lines within a frame does not tell.
+    # Conditions of the motion only. The distances from the epipolar lines within a frame carry no information on it.
     conditions, share = (pair.conditions[used] + 1) // 2, squares[used] / fit.cutoffs[used]
     jacobian, residuals = fit.left.jacobian[..., used], fit.left.residuals[:, used]
     moved = (residuals**2).sum(axis=0)
@@ -304,25 +307,25 @@ def _covariance(pair: FramePair, fit: Fit, resolution: float) -> tuple[np.ndarra
     spread = float(((1 - share) ** 4 * moved).sum()) / freedom
     bends = (1 - share) ** 2 - 4 * moved / (fit.cutoffs[used] * conditions) * (1 - share)
     curvature = max(float((conditions * bends).sum()) / max(conditions.sum(), 1), SMALLEST_CURVATURE)
-    # Left and right image round the row of a point alike: two residuals are one, with twice the variance.
+    # The left and right image round a point's row in the same way, so two residuals are one with twice the variance.
     rounding = resolution**2 / 6
     variance = max(spread / curvature**2, TINY)
 
     weights, slopes = (1 - share) ** 2, -4 * (1 - share) / fit.cutoffs[used]  # of the loss, and of its weight
     gradients = (jacobian * residuals).sum(axis=1)
     hessian = (jacobian * weights).reshape(6, -1) @ jacobian.reshape(6, -1).T + (gradients * slopes) @ gradients.T
-    # The jacobian by the translation is a multiple of the inverse depth. A product of two therefore holds the
-    # square of the depth as estimated, noise included: without this term the noise of a far point's depth is taken
-    # for depth.
+    # The jacobian by the translation is a multiple of the inverse depth. Therefore a product of two contains the square
+    # of the estimated inverse depth, including its noise. Without this correction, the noise of a far point's depth
+    # would count as depth.
     noise = fit.left.slopes[..., used].transpose(1, 0, 2)
     noise_bends = max(variance, rounding) * bends * fit.left.depth_variances[used]
     hessian[:3, :3] -= (noise * noise_bends).reshape(3, -1) @ noise.reshape(3, -1).T
     axes, curvatures = whitening_axes(normal_equations(fit.left, used.astype(np.float64))[0], hessian, _WEAK)
-    axes = axes / np.sqrt(curvatures)  # in these, the whole Hessian is the identity
+    axes = axes / np.sqrt(curvatures)  # in these axes, the whole Hessian is the identity
     arms, pulls = np.einsum("ij,ikn->jkn", axes, jacobian), axes.T @ gradients
     pulls = left_out(pulls, arms, weights, slopes)
     scatter = max(rounding / variance, 1.0) * student_factor(pulls) * pulls @ pulls.T
-    # A few count as if all erred alike: pulls that vanish, or are too few, tell nothing of some directions.
+    # Few matches count as if all errors were equal, because vanishing or few gradients do not determine all directions.
     alike, count = max(spread / curvature, rounding, TINY), len(share)
     scatter = (count * scatter + _ALIKE * alike * np.eye(6)) / (count + _ALIKE)
     covariance = axes @ scatter @ axes.T
@@ -330,13 +333,13 @@ def _covariance(pair: FramePair, fit: Fit, resolution: float) -> tuple[np.ndarra
 
 
 def _unexplained(jacobian: np.ndarray, residuals: np.ndarray) -> float:
-    """The sum of squares of residuals (m,) that no combination of a jacobian's rows (p, m) explains."""
+    """Sum of squares of residuals (m,) that no combination of a jacobian's rows (p, m) explains."""
     pull = jacobian @ residuals
     return float(residuals @ residuals - pull @ np.linalg.lstsq(jacobian @ jacobian.T, pull, rcond=None)[0])
 
 
 def _agrees(frames: list[StereoPoints], pair: FramePair, fit: Fit, inlier_threshold: float) -> np.ndarray:
-    """Which points (n,) are within the threshold (pixels) in every image and in front, or too far to say."""
+    """Mask (n,) of points within the threshold (pixels) in every image, and in front or too far to tell."""
     found = np.zeros(len(frames[0].deep), dtype=bool)
     found[pair.order] = pair.agrees(fit, inlier_threshold)
     bare = np.flatnonzero(~(frames[0].deep | frames[1].deep))
@@ -353,21 +356,21 @@ def _agrees(frames: list[StereoPoints], pair: FramePair, fit: Fit, inlier_thresh
 
 
 def _matches(frames: list[StereoPoints], chosen: np.ndarray) -> Matches:
-    """The points of these indices in the left images of two frames."""
+    """The points at these indices, as matches of the left images of two frames."""
     rays = [np.concatenate([frame.rays, np.ones((1, len(frame.deep)))]) for frame in frames]
     return Matches(np.array([*rays, *(frame.noise for frame in frames)])).select(chosen)
 
 
 def _search(pair: FramePair, cameras: tuple[StereoCamera, StereoCamera], inlier_threshold: float) -> list[Start]:
-    """Where to start: the motion that RANSAC finds from the points of the frame with more, and standing still."""
+    """Starts: the motion that RANSAC finds from the points of the frame with more of them, and no motion."""
     starts: list[Start] = [(np.eye(3), np.zeros(3))]
     sample = pair.sample
     backward = sample.forward < len(sample.order) / 2
     part = slice(sample.forward, None) if backward else slice(0, sample.forward)
     points, rays, camera = sample.source.points[:, part], sample.target.rays[:, part], cameras[int(backward)]
     deep = points[2] > _FARTHEST
-    # A disparity below its error leaves the depth open. A single point kilometres away puts what OpenCV makes of all
-    # inliers in the end (EPnP) metres off. Without nearer points these still give the rotation.
+    # A disparity below its error leaves the depth undetermined. A single point kilometres away shifts OpenCV's final
+    # estimate from all inliers (EPnP) by metres. If there are no closer points, these still give the rotation.
     disparities = camera.left.focal * camera.baseline * points[2]
     if (certain := deep & (disparities > inlier_threshold)).sum() >= SMALLEST_SAMPLE:
         deep = certain
@@ -396,6 +399,6 @@ def _search(pair: FramePair, cameras: tuple[StereoCamera, StereoCamera], inlier_
 
 
 def _relative(sigmas: np.ndarray, count: int) -> np.ndarray:
-    """Standard deviations (count,) in units of their median."""
+    """Standard deviations (count,) relative to their median, with _UNTOLD added in quadrature."""
     sigmas = check_sigmas(sigmas, count)
     return np.sqrt(((sigmas / np.median(sigmas)) ** 2 + _UNTOLD**2) / (1 + _UNTOLD**2)) if count else sigmas

@@ -1,11 +1,13 @@
-"""Points seen in several frames: where one point of a scene that stands still would be, and how badly it explains them.
+"""Points seen in several frames: the static point that explains them best, and its residuals.
 
-Two frames tell how far a place is from an epipolar line. What slides along an outline, or shows two surfaces, is often
-near to it. Over more frames the places must be those of one point at one depth: two numbers a frame for three unknowns.
+Two frames only give the distance of a point from its epipolar line. A point that slides along an outline, or shows two
+surfaces, is often close to this line. Over more frames, the positions must be those of one point at one depth: two
+measurements per frame for three unknowns.
 
-Sights are what frames saw of points, (F, 5, T): x/z and y/z, NaN where the point was not seen; and the lower triangle
-(xx, yx, yy) of the matrix that makes the errors of these two as those of a pixel in the middle of the image, over the
-focal length. At the edge of a fisheye image a pixel is many times as much of x/z as there. Residuals are whitened so.
+Sights are the measurements of points in the frames, (F, 5, T). They hold x/z and y/z, NaN if the point was not seen,
+and the lower triangle (xx, yx, yy) of the matrix that whitens the errors of these two. After whitening, an error has
+the size of one pixel at the centre of the image, divided by the focal length. At the edge of a fisheye image, a pixel
+is many times larger in x/z than at the centre. Residuals are whitened with this matrix.
 """
 
 from __future__ import annotations
@@ -25,22 +27,22 @@ from kpmatch_ros.geometry.robust import TINY
 __all__ = ["FRAMES", "Structure", "Window", "motion_equations", "place", "project", "sights", "triangulate"]
 
 FRAMES = 8
-"""Most frames that are looked back at."""
+"""Largest number of earlier frames that are used."""
 
 _ITERATIONS = 2
-_SMALLEST_DEPTH = 1e-3  # of a direction's length
+_SMALLEST_DEPTH = 1e-3  # relative to the length of the ray
 _DAMPING = 1e-9  # of an inverse depth
-_ROUNDING = 1e-6  # of the product of a matrix's diagonal, in float32; of points that are seen well 0.15 or more is left
-_CUTOFF = float(chdtri(1, 1e-2))  # of a point's mean square, beyond which it has less to say of the motion
-_ENOUGH = 250  # points that the motion is fitted to, where there are more
-_TOLD = 10.0  # standard deviations of what all points together tell of their depth, of which noise tells less
-_LATEST = FRAMES // 2  # cameras that are kept whether or not they are where the next one is
+_ROUNDING = 1e-6  # smallest determinant over the product of the diagonal, in float32; well-seen points have >= 0.15
+_CUTOFF = float(chdtri(1, 1e-2))  # a point's mean square beyond which its weight for the motion decreases
+_ENOUGH = 250  # largest number of points that the motion is fitted to
+_TOLD = 10.0  # standard deviations of the points' common depth, above which it is not noise
+_LATEST = FRAMES // 2  # latest cameras, which are kept even if the camera stood still
 
 
 class Window(NamedTuple):
-    """Where F cameras were: x_frame = rotation x_reference + translation. The last one is the reference itself.
+    """Positions of F cameras: x_frame = rotation x_reference + translation. The last camera is the reference.
 
-    Lengths are in units of the first translation where that has no metres.
+    Without metres, lengths are in units of the first translation.
     """
 
     rotations: np.ndarray  # (F, 3, 3)
@@ -48,24 +50,24 @@ class Window(NamedTuple):
 
     @classmethod
     def start(cls) -> Window:
-        """The reference alone."""
+        """The window with the reference alone."""
         return cls(np.eye(3)[None], np.zeros((1, 3)))
 
     def join(self, rotation: np.ndarray, translation: np.ndarray) -> Window:
-        """With one more camera, still seen from the same one."""
+        """The window with one more camera, in the same reference frame."""
         return Window(
             np.concatenate([self.rotations, rotation[None]]), np.concatenate([self.translations, translation[None]])
         )
 
     def advance(self, spare: int = 0) -> Window:
-        """Seen from the last camera, without the spare one where there are too many."""
+        """The window in the frame of the last camera. If there are too many cameras, the spare one is removed."""
         turned = self.rotations @ self.rotations[-1].T
         moved = self.translations - turned @ self.translations[-1]
         kept = np.delete(np.arange(len(self)), [spare] if len(self) > FRAMES else [])
         return Window(turned[kept], moved[kept])
 
     def like(self, seen: np.ndarray) -> Window:
-        """In the precision of sights: that of float32 is enough for points, and takes half the time."""
+        """The window in the precision of sights. For points, float32 is precise enough and takes half the time."""
         return Window(self.rotations.astype(seen.dtype), self.translations.astype(seen.dtype))
 
     def __len__(self) -> int:
@@ -77,12 +79,12 @@ class Structure:
     """T points, and the cameras that saw them.
 
     Attributes:
-        cameras: of F frames; the last but one is the reference, the last one the current frame.
+        cameras: of F frames; the second last is the reference, the last one is the current frame.
         landmarks: (3, T) x/z, y/z and 1/z in the reference's frame.
         squares: (T,) sums of the squared residuals of all frames.
         freedom: (T,) degrees of freedom of these sums.
-        noise: standard deviation of a whitened residual's coordinate: pixels over the focal length.
-        scaled: lengths are in the unit of the cameras before the last one.
+        noise: standard deviation of a coordinate of a whitened residual: pixels over the focal length.
+        scaled: whether lengths are in the unit of the cameras before the last one.
     """
 
     cameras: Window
@@ -96,22 +98,22 @@ class Structure:
     def of(
         cls, window: Window, seen: np.ndarray, motion: tuple[np.ndarray, np.ndarray], noise: float, metric: bool = False
     ) -> Structure:
-        """Fit the points, and once more the motion from the reference to the current camera, to all frames.
+        """Fit the points, and refine the motion from the reference to the current camera, with all frames.
 
-        Points that do not agree have little to say of the motion. Where most points speak for larger noise, as with a
-        calibration that is not exact, the noise is larger.
+        Points with large residuals have little weight for the motion. If most points indicate larger noise, as with an
+        imprecise calibration, the noise is increased.
 
         Args:
-            window: where the cameras were, the reference last: F - 1 of them.
+            window: the first F - 1 cameras, the reference last.
             seen: (F, 5, T) sights; those of the last two frames are known.
             motion: rotation (3, 3) and translation (3,) of the current camera in the reference's frame.
-            noise: least standard deviation of a whitened residual's coordinate.
-            metric: the translation is as long as it says, as those of the window are. Otherwise it may have any length.
+            noise: smallest standard deviation of a coordinate of a whitened residual.
+            metric: whether the length of the translation is known, in the unit of the window. Otherwise it is fitted.
         """
         rotation, translation = motion[0].T, -motion[0].T @ motion[1]
         part = seen[:, :, np.random.default_rng(0).permutation(seen.shape[2])[:_ENOUGH]]
         before, scaled = _landmarks(window, part[:-1], noise), True
-        # Without depths, each translation that is fitted to noise would make up more of them.
+        # Without depths, a translation fitted to noise would produce depths from this noise.
         free = 3 if before is None else 6
         if motion[1].any() and not metric:
             length = None if before is None else _length(before, part[-1], rotation, translation)
@@ -134,15 +136,15 @@ class Structure:
         return found
 
     def select(self, chosen: np.ndarray) -> Structure:
-        """The points that a mask (T,) names."""
+        """The points in a mask (T,)."""
         parts = {name: getattr(self, name)[..., chosen] for name in ("landmarks", "squares", "freedom")}
         return replace(self, **parts)
 
     def spare(self) -> int:
-        """Which of the cameras is to be left where there are too many; 0 where there are not.
+        """Index of the camera to remove if there are too many cameras, otherwise 0.
 
-        The oldest one, or the oldest of those that are where the next one is, but for the last ones: where a camera
-        stands, depths are known by the cameras from where it came.
+        It is the oldest camera, or the oldest one at the same place as the next camera, except the latest ones. While
+        the camera stands still, depths are known only from the cameras before it stopped.
         """
         turned, moved = self.cameras
         steps = np.linalg.norm(np.diff(np.einsum("fji,fj->fi", turned, moved), axis=0), axis=1)
@@ -152,15 +154,15 @@ class Structure:
         return int(standing[0]) if len(standing) and len(steps) >= FRAMES else 0
 
     def contradicts(self, false_alarms: float) -> np.ndarray:
-        """(T,) bool which tracks no point explains: of those that one does, this is said of so large a part."""
+        """(T,) bool which tracks no static point explains. `false_alarms` is the rate for tracks of static points."""
         return np.asarray(self.squares > self.noise**2 * _quantiles(false_alarms)[self.freedom])
 
 
 def sights(camera: Camera, points: np.ndarray) -> np.ndarray:
-    """(N, 5) float32 what a camera saw, as the first lines of this file say, of pixels (N, 2)."""
+    """(N, 5) float32 sights of pixels (N, 2), in the form that this module's docstring defines."""
     rays, by_pixel = camera.normalise_with_jacobian(points)
     (xx, xy), (yx, yy) = by_pixel.transpose(1, 2, 0) * camera.focal
-    # The inverse of the lower factor of the covariance: of (xx, xy)'s length and what of (yx, yy) is across it.
+    # The inverse of the covariance's lower Cholesky factor: the length of (xx, xy), and the part of (yx, yy) across it.
     along = np.hypot(xx, xy)
     across = (xx * yy - xy * yx) / along
     slanted = (xx * yx + xy * yy) / along
@@ -168,12 +170,12 @@ def sights(camera: Camera, points: np.ndarray) -> np.ndarray:
 
 
 def place(cameras: Window, landmarks: np.ndarray, seen: np.ndarray, noise: float) -> Structure:
-    """Points that are near landmarks (3, S), fitted to sights (F, 5, S) of these cameras, with such noise."""
+    """Points near landmarks (3, S), fitted to sights (F, 5, S) of these cameras, for the given noise."""
     if compiled.available() and seen.dtype == np.float32:
         return Structure(cameras, *compiled.place(cameras, landmarks, seen), noise)
     normal = _Normal.of(cameras, landmarks, seen)
     step = normal.points_step(normal.gradient)
-    # The residuals are all but linear so near to the points. Far from them rounding may leave less than nothing.
+    # Near the points, the residuals are almost linear. Far from them, rounding may make the sum negative.
     squares = normal.squares + np.einsum("at,at->t", normal.gradient, step)
     squares = np.where(squares < 0, normal.squares, squares)
     return Structure(cameras, landmarks + step, squares, _freedom(seen), noise)
@@ -186,17 +188,17 @@ def triangulate(
     prior: np.ndarray | float = 0.0,
     information: np.ndarray | float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where points are by least squares of their depth.
+    """Depths of points by linear least squares.
 
     Args:
         cameras: of F frames.
-        seen: (F, 5, T) sights; that of the reference is known.
-        reference: which of the frames it is.
+        seen: (F, 5, T) sights; those of the reference frame are known.
+        reference: index of the reference frame.
         prior: (T,) expected 1/z.
-        information: (T,) the noise's variance over that of the expected 1/z.
+        information: (T,) variance of the noise over the variance of the expected 1/z.
 
     Returns:
-        (3, T) x/z, y/z and 1/z in the reference's frame, and (T,) the noise's variance over that of this 1/z.
+        (3, T) x/z, y/z and 1/z in the reference's frame, and (T,) variance of the noise over the variance of this 1/z.
     """
     x, y = seen[reference, :2]
     if compiled.available() and seen.dtype == np.float32:
@@ -214,19 +216,20 @@ def triangulate(
 def motion_equations(
     cameras: Window, landmarks: np.ndarray, seen: np.ndarray, cutoff: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Normal equations of the last camera's motion, the points eliminated.
+    """Normal equations of the last camera's motion, with the points eliminated.
 
-    The motion is a turn about the camera's axes before the translation, and the translation.
+    The motion is a rotation about the camera's axes, applied before the translation, and the translation.
 
     Args:
         cameras: of F frames.
         landmarks: (3, T) the points.
         seen: (F, 5, T) sights of them.
-        cutoff: of a point's mean square, beyond which it has less to say.
+        cutoff: a point's mean square beyond which its weight decreases.
 
     Returns:
-        Their matrix (6, 6) and right side (6,), the steps of the points (3, T) by themselves, and what these change by
-        with the motion (3, 6, T): steps less changes times the motion's step are those of all together.
+        The matrix (6, 6) and the right side (6,) of the equations; the steps (3, T) of the points without the motion;
+        their derivatives (3, 6, T) by the motion. The joint step of the points is the step minus the derivatives times
+        the motion's step.
     """
     if compiled.available() and seen.dtype == np.float32:
         return compiled.motion_equations(cameras, landmarks, seen, cutoff)
@@ -235,33 +238,33 @@ def motion_equations(
 
 
 def _known(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which of the sights (F, 5, T) are known, (F, 1, T) bool; the rays and the factors, zeros for the others."""
+    """Mask (F, 1, T) of the known sights (F, 5, T), and the rays and whitening factors, 0 where unknown."""
     known = np.isfinite(seen[:, :1])
     parts = np.where(known, seen, 0.0)
     return known, parts[:, :2], parts[:, 2:]
 
 
 def _whitened(factors: np.ndarray, residuals: np.ndarray) -> np.ndarray:
-    """Residuals (..., 2, T) of x/z and y/z, made alike by factors (..., 3, T)."""
+    """Residuals (..., 2, T) of x/z and y/z, whitened by factors (..., 3, T)."""
     x, y = residuals[..., 0, :], residuals[..., 1, :]
     return np.stack([factors[..., 0, :] * x, factors[..., 1, :] * x + factors[..., 2, :] * y], axis=-2)
 
 
 def _freedom(seen: np.ndarray) -> np.ndarray:
-    """(T,) degrees of freedom that the residuals of sights (F, 5, T) have for one point."""
+    """(T,) degrees of freedom of the residuals of sights (F, 5, T), for one point each."""
     return np.asarray(2 * np.isfinite(seen[:, 0]).sum(axis=0) - 3)
 
 
 @cache
 def _quantiles(above: float) -> np.ndarray:
-    """The value of chi-square that so large a part is above, for each number of degrees of freedom."""
+    """Quantiles of chi-square with the probability `above` of larger values, for each number of degrees of freedom."""
     return np.asarray(chdtri(np.arange(2 * (FRAMES + 1)), above))
 
 
 def _landmarks(window: Window, seen: np.ndarray, noise: float) -> np.ndarray | None:
-    """Landmarks (3, T) of sights (F, 5, T), those of which little is known as far as the others; None: none is known.
+    """Landmarks (3, T) of sights (F, 5, T), with the median depth as prior; None if no depth is known.
 
-    Where the camera has only turned, or stood, its places are apart by noise alone.
+    If the camera only turned or stood still, its positions differ by noise alone.
     """
     (_, _, inverse), known = triangulate(window, seen)
     middle = _median(inverse, known)
@@ -271,7 +274,7 @@ def _landmarks(window: Window, seen: np.ndarray, noise: float) -> np.ndarray | N
 
 
 def _length(landmarks: np.ndarray, seen: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> float | None:
-    """How many times as long as given the translation to a camera of sights (5, T) is; None if landmarks are wrong."""
+    """Factor on the translation to a camera with sights (5, T), from the landmarks' depths; None if not positive."""
     x, y, inverse = landmarks
     turned, rays, factors = rotation @ np.stack([x, y, np.ones_like(x)]), seen[:2], seen[2:]
     along = _whitened(factors, translation[:2, None] - rays * translation[2])
@@ -283,14 +286,14 @@ def _length(landmarks: np.ndarray, seen: np.ndarray, rotation: np.ndarray, trans
 
 
 def _median(values: np.ndarray, weights: np.ndarray) -> float:
-    """Of values (N,) by their weights (N,); 0 of none."""
+    """Weighted median of values (N,) with weights (N,); 0 without values."""
     order = np.argsort(values)
     middle = np.searchsorted(np.cumsum(weights[order]), weights.sum() / 2)
     return float(values[order[min(middle, len(order) - 1)]]) if len(order) else 0.0
 
 
 def project(cameras: Window, landmarks: np.ndarray) -> np.ndarray:
-    """(2, T) x/z and y/z of landmarks in the last camera; NaN behind it."""
+    """(2, T) x/z and y/z of landmarks in the last camera; NaN for points behind it."""
     x, y, inverse = landmarks
     seen = cameras.rotations[-1] @ np.stack([x, y, np.ones_like(x)]) + cameras.translations[-1][:, None] * inverse
     ahead = seen[2] > _SMALLEST_DEPTH
@@ -298,22 +301,22 @@ def project(cameras: Window, landmarks: np.ndarray) -> np.ndarray:
 
 
 class _Normal(NamedTuple):
-    """Normal equations of points, and what is needed for those of the last camera."""
+    """Normal equations of the points, and the terms for those of the last camera."""
 
     squares: np.ndarray  # (T,) squared residuals
-    inverse: np.ndarray  # (3, 3, T) of the points' own
+    inverse: np.ndarray  # (3, 3, T) inverses of the points' own matrices
     gradient: np.ndarray  # (3, T)
     residuals: np.ndarray  # (2, T) in the last camera, whitened
     jacobian: np.ndarray  # (2, 3, T) of these by the points
-    factors: np.ndarray  # (3, T) that whiten there
+    factors: np.ndarray  # (3, T) whitening factors of the last camera
     turned: np.ndarray  # (3, T) the points' rays in the last camera's axes
-    where: np.ndarray  # (2, T) in the last camera
-    nearness: np.ndarray  # (T,) of the points to the last camera
+    where: np.ndarray  # (2, T) positions in the last camera
+    nearness: np.ndarray  # (T,) depth in the reference over depth in the last camera; 0 if not seen
     inverse_depth: np.ndarray  # (T,)
 
     @classmethod
     def of(cls, cameras: Window, landmarks: np.ndarray, seen: np.ndarray) -> _Normal:
-        """Of sights (F, 5, T) of landmarks (3, T)."""
+        """The equations of sights (F, 5, T) of landmarks (3, T)."""
         known, given, factors = _known(seen)
         cameras, (x, y, inverse) = cameras.like(seen), landmarks
         turned = cameras.rotations @ np.stack([x, y, np.ones_like(x)])  # (F, 3, T)
@@ -342,8 +345,8 @@ class _Normal(NamedTuple):
         )
 
     def of_motion(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """What :func:`motion_equations` returns, by weights (T,) of the points."""
-        # What is fitted behind a camera has no inverse, and nothing to say of the motion.
+        """The result of :func:`motion_equations`, with weights (T,) of the points."""
+        # A point fitted behind a camera has no inverse matrix, and no weight for the motion.
         weights = weights * (self.inverse[0, 0] > 0)
         x, y, z = self.turned
         none, inverse = np.zeros_like(x), self.inverse_depth
@@ -364,14 +367,14 @@ class _Normal(NamedTuple):
         return whole, slope, self.points_step(self.gradient), changes
 
     def points_step(self, slope: np.ndarray) -> np.ndarray:
-        """(3, T) Gauss-Newton step of the points by the slope (3, T) of half the squares."""
+        """(3, T) Gauss-Newton step of the points, from the gradient (3, T) of half the squares."""
         return -np.einsum("abt,bt->at", self.inverse, slope)
 
 
 def _inverse(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, e: np.ndarray, f: np.ndarray) -> np.ndarray:
-    """(3, 3, T) of symmetric positive matrices whose upper triangles are (a, b, c), (d, e) and (f), each (T,).
+    """(3, 3, T) inverses of symmetric positive matrices with upper triangles (a, b, c), (d, e) and (f), each (T,).
 
-    Zero where rounding leaves nothing of the determinant.
+    The inverse is zero if rounding dominates the determinant.
     """
     adjoint = np.array(
         [

@@ -1,8 +1,8 @@
-"""Motions that explain the same matches alike, and what can tell them apart.
+"""Motions that explain the same matches equally well, and tests that tell them apart.
 
 The points of one plane have two motions (Malis and Vargas, INRIA RR-6303, 2007). Both fit the epipolar constraint of
-every point. Points off the plane, points that one of the two places behind a camera, and the motion before can tell
-which one is right.
+every point. Points off the plane, points that one of the motions places behind a camera, and the prior (the motion of
+the preceding pair) can tell which one is right.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from kpmatch_ros.geometry.two_view_errors import Matches, Motion, dot, gains, re
 
 __all__ = ["Rival", "decide_by_prior", "distance", "is_distinct", "plane_motions", "rival_of", "spread"]
 
-_SMALLEST_PLANE = 0.5  # part of the matches: with as many off the plane, these refute the other motion
+_SMALLEST_PLANE = 0.5  # part of the matches: with fewer on the plane, those off it refute the other motion
 
-_PLANES = 100  # tried
+_PLANES = 100  # number of samples
 
-_ORTHONORMAL, _NEARLY_ORTHONORMAL = 1e-10, 1e-2  # products of a rotation's rows differ from the identity by less
+_ORTHONORMAL, _NEARLY_ORTHONORMAL = 1e-10, 1e-2  # largest differences of R R' from the identity
 
-_BAND = 10.0  # inlier thresholds: where matches are that one motion explains, under another one
+_BAND = 10.0  # inlier thresholds: range of the residuals, under one motion, of matches that another motion explains
 
 _UNEXPLAINED, _REFUTING = 0.1, 1.0  # log-likelihood ratios
 
 _DISTINCT_ROTATION = math.radians(0.5)
 _DISTINCT_DIRECTION = math.radians(5.0)
 
-# From one pair of frames to the next, a robot's motion changes by about so much. Tails are those of Student's
-# distribution with three degrees of freedom: now and then a motion changes abruptly.
+# Typical change of a robot's motion from one pair of frames to the next. The tails are those of Student's distribution
+# with three degrees of freedom, because a motion sometimes changes abruptly.
 _ROTATION_CHANGE = math.radians(1.0)
-_RELATIVE_CHANGE = 0.1  # of the rotation, besides
+_RELATIVE_CHANGE = 0.1  # additional change, relative to the rotation
 _DIRECTION_CHANGE = math.radians(10.0)
 _FREEDOM = 3
 
@@ -47,9 +47,9 @@ class Rival(NamedTuple):
 
     Attributes:
         motion: the other motion.
-        score: difference of the two log-likelihoods in its standard deviations (Vuong, Econometrica, 1989): above 0
-            where the chosen motion is the likelier one.
-        difference: of the log-likelihoods of independent matches.
+        score: difference of the two log-likelihoods, in standard deviations (Vuong, Econometrica, 1989); positive if
+            the chosen motion is likelier.
+        difference: of the log-likelihoods, for independent matches.
     """
 
     motion: Motion
@@ -60,48 +60,48 @@ class Rival(NamedTuple):
     def is_alike(self) -> bool:
         """Whether the matches do not refute it.
 
-        A rival that is right is refuted with a probability of FALSE_ALARM_RATE at most.
+        A correct rival is refuted with a probability of at most FALSE_ALARM_RATE.
         """
         return self.score < float(-ndtri(FALSE_ALARM_RATE))
 
     @property
     def is_within_noise(self) -> bool:
-        """Whether a motion that is right would be that much less likely than the likeliest one.
+        """Whether a correct motion could be this much less likely than the likeliest one.
 
-        Of a right motion, twice the difference has a chi-square distribution (Wilks). This test is the stricter one for
-        two motions that are no plane's: it trusts in the noise's distribution.
+        For a correct motion, twice the difference has a chi-square distribution (Wilks). For two motions that are not
+        those of a plane, this test is the stricter one, because it relies on the noise's distribution.
         """
         return self.difference < float(chdtri(5, FALSE_ALARM_RATE)) / 2
 
 
 def plane_motions(matches: Matches, motion: Motion, largest_distance: float) -> list[Motion]:
-    """The motions, two up to sign, that a plane through half or more of the matches allows; empty where there is none.
+    """The motions, two up to sign, of a plane through at least half of the matches; empty if there is no such plane.
 
-    Given a motion, the inverse depths of a plane's points are linear in their coordinates. RANSAC finds the plane with
-    three matches a sample.
+    Under a motion, the inverse depths of a plane's points are linear in their coordinates. RANSAC finds the plane with
+    samples of three matches.
 
     Args:
         matches: those that agree with the motion.
         motion: one that explains them.
-        largest_distance: of a point from where it were if it lay on the plane, pixels.
+        largest_distance: largest distance of a point's image from its position if it were on the plane, pixels.
     """
     if len(matches) < SMALLEST_SAMPLE:
         return []
-    # With the inverse depth q, the current camera sees the reference's ray x0 at R' (x0 - q t), which should be x1.
+    # With inverse depth q, the current camera sees the reference's ray x0 at R' (x0 - q t), which should equal x1.
     back = motion.rotation.T
     turned, shift = back @ matches.rays0, back @ motion.translation
     residual = turned[:2] - matches.rays1[:2] * turned[2]
     slope = shift[:2, None] - matches.rays1[:2] * shift[2]
     weight = dot(slope, slope)
     inverse_depth = dot(slope, residual) / np.maximum(weight, TINY)
-    # How far the point appears to move, pixels, where the inverse depth changes by one.
+    # Apparent motion of the point, pixels, per change of the inverse depth.
     depth = np.maximum(turned[2] - inverse_depth * shift[2], AHEAD)
     scale = np.sqrt(2 * weight / (matches.noise1[0] + matches.noise1[2])) / depth
     rays, seen = matches.rays0 * scale, inverse_depth * scale
     samples = _triples(len(matches))
     systems = matches.rays0.T[samples]
-    systems[:, range(3), range(3)] += 1e-9  # regular also where a match is drawn twice
-    regular = np.linalg.det(systems) != 0  # three points of a line may be singular to the last bit
+    systems[:, range(3), range(3)] += 1e-9  # keeps the system regular if a match is drawn twice
+    regular = np.linalg.det(systems) != 0  # three points on a line may still be singular to the last bit
     if not regular.any():
         return []
     planes = np.linalg.solve(systems[regular], inverse_depth[samples[regular]][..., None])[..., 0]
@@ -126,21 +126,21 @@ def plane_motions(matches: Matches, motion: Motion, largest_distance: float) -> 
 
 @functools.lru_cache(maxsize=16)
 def _triples(count: int) -> np.ndarray:
-    """Samples of three of so many matches, (_PLANES, 3)."""
+    """Random samples of three of `count` matches, (_PLANES, 3)."""
     samples = np.random.default_rng(0).integers(count, size=(_PLANES, 3))
     samples.setflags(write=False)
     return samples
 
 
 def _as_rotation(matrix: np.ndarray) -> np.ndarray | None:
-    """The rotation nearest to one of OpenCV's; None where there is none near.
+    """The rotation closest to a result of OpenCV; None if it is not close to a rotation.
 
-    Where the camera hardly moves or is near the plane, OpenCV's may have lost some or all of its digits.
+    If the camera hardly moves or is close to the plane, OpenCV's result may have lost its precision.
     """
     error = np.abs(matrix @ matrix.T - np.eye(3)).max()
     if error < _ORTHONORMAL and np.linalg.det(matrix) > 0:
         return matrix
-    if not error < _NEARLY_ORTHONORMAL:  # NaN is not
+    if not error < _NEARLY_ORTHONORMAL:  # also true for NaN
         return None
     left, _, right = np.linalg.svd(matrix)
     return np.asarray(left @ right) if np.linalg.det(matrix) > 0 else None
@@ -149,27 +149,27 @@ def _as_rotation(matrix: np.ndarray) -> np.ndarray | None:
 def rival_of(
     matches: Matches, chosen: Motion, other: Motion, inlier_threshold: float, deviation: float, design_effect: float
 ) -> Rival:
-    """Compare two refined motions by the likelihoods of each match.
+    """Compare two refined motions by the likelihood of each match.
 
-    Both motions explain the points of a plane, but not by the same part of their noise: the sum of the differences of
-    the log-likelihoods varies with the root of the number of matches. Vuong's test takes this variance from the
-    matches.
+    Both motions explain the points of a plane, but with different parts of their noise. Therefore the sum of the
+    log-likelihood differences varies with the square root of the number of matches. Vuong's test estimates this
+    variance from the matches.
 
     Args:
-        matches: all of them, wrong ones too.
+        matches: all matches, including wrong ones.
         chosen: the likelier motion.
         other: its rival.
         inlier_threshold: largest residual of an inlier, pixels.
         deviation: standard deviation of the keypoints' noise, pixels.
-        design_effect: factor on the variance of an estimate, for matches that err together.
+        design_effect: factor on the variance of an estimate, for errors that matches share.
     """
     own, others = (
         gains(residual_sizes(matches, motion, inlier_threshold), deviation, _BAND * inlier_threshold)
         for motion in (chosen, other)
     )
     difference = own - others
-    # If the rival is right, what it leaves unexplained is wrong, and agrees with the chosen motion by chance only: it
-    # does not tell how much the others vary. One such match is allowed for.
+    # If the rival is right, the matches that it leaves unexplained are wrong. They agree with the chosen motion by
+    # chance, and do not measure the variation of the others. One such match is allowed for.
     refuting = (difference > _REFUTING) & (others < _UNEXPLAINED)
     usual = difference[~refuting]
     variance = float(((usual - usual.mean()) ** 2).sum()) if len(usual) else 0.0
@@ -179,7 +179,7 @@ def rival_of(
 
 
 def is_distinct(chosen: Motion, other: Motion, times: float = 1.0) -> bool:
-    """Whether two motions differ by more than so many times half a degree of rotation or five degrees of direction."""
+    """Whether two motions differ by more than `times` 0.5 degrees of rotation or `times` 5 degrees of direction."""
     return (
         _angle(chosen.rotation.T @ other.rotation) > times * _DISTINCT_ROTATION
         or _between(chosen.translation, other.translation) > times * _DISTINCT_DIRECTION
@@ -187,21 +187,21 @@ def is_distinct(chosen: Motion, other: Motion, times: float = 1.0) -> bool:
 
 
 def distance(chosen: Motion, other: Motion) -> np.ndarray:
-    """From one motion to another (6,): of the translations, and of the rotations about the reference frame's axes."""
+    """Difference (6,) of two motions: of the translations, and of the rotations about the reference frame's axes."""
     turn = cv2.Rodrigues(other.rotation @ chosen.rotation.T)[0].ravel()
     return np.concatenate([other.translation - chosen.translation, turn])
 
 
 def spread(chosen: Motion, other: Motion) -> np.ndarray:
-    """What a covariance (6, 6) of translation and rotation needs besides to cover another motion: their distance."""
+    """The matrix (6, 6) that makes a covariance of translation and rotation cover another motion when added."""
     away = distance(chosen, other)
     return np.outer(away, away)
 
 
 def decide_by_prior(motions: list[Motion], prior: Motion) -> Motion | None:
-    """Of motions that the matches cannot tell apart, the one like the motion before; None where two are.
+    """The one of several motions, equally likely by the matches, that is closest to the prior; None if undecided.
 
-    It has to be more probable than each other one by a factor of 1 / FALSE_ALARM_RATE.
+    It must be more probable than each other one by a factor of 1 / FALSE_ALARM_RATE.
     """
     values = [_log_prior(motion, prior) for motion in motions]
     order = np.argsort(values)[::-1]
@@ -211,7 +211,7 @@ def decide_by_prior(motions: list[Motion], prior: Motion) -> Motion | None:
 
 
 def _log_prior(motion: Motion, prior: Motion) -> float:
-    """Logarithm of a motion's probability density after another motion, but for a constant."""
+    """Log probability density of a motion, given the prior, up to a constant."""
     change = _ROTATION_CHANGE + _RELATIVE_CHANGE * _angle(prior.rotation)
     turned = _angle(prior.rotation.T @ motion.rotation) / change
     shifted = _between(prior.translation, motion.translation) / _DIRECTION_CHANGE
@@ -223,7 +223,7 @@ def _angle(rotation: np.ndarray) -> float:
 
 
 def _between(one: np.ndarray, other: np.ndarray) -> float:
-    """Angle of two directions; a right angle where one of them is none."""
+    """Angle between two directions; a right angle if one of them is zero."""
     if not one.any() or not other.any():
         return math.pi / 2
     (a, b, c), (x, y, z) = one.tolist(), other.tolist()

@@ -1,7 +1,7 @@
 """Relative pose of two calibrated views from matched keypoints.
 
-The motion has a translation, or is a pure rotation: both are fitted, and tests decide. What the residuals of the two
-mean is said in :mod:`kpmatch_ros.geometry.two_view_errors`.
+The estimator fits a motion with a translation and a pure rotation. Statistical tests decide between them.
+:mod:`kpmatch_ros.geometry.two_view_errors` defines the residuals of both models.
 """
 
 from __future__ import annotations
@@ -58,18 +58,19 @@ from kpmatch_ros.geometry.two_view_search import SAMPLE, search_motions, search_
 
 __all__ = ["estimate_relative_pose"]
 
-# Noise above the threshold spreads the residuals evenly up to it, as a standard deviation of 1.5 thresholds would. With
-# less than so many thresholds the noise is not above it.
+# Noise above the inlier threshold spreads the residuals evenly. tukey_cutoff, which looks at residuals below two
+# thresholds, then estimates a standard deviation of 1.5 thresholds. If the estimate is below _SHARP thresholds, the
+# noise is not above the inlier threshold.
 _SHARP = 0.3
-_COARSER = (3.0, 9.0)  # inlier thresholds that are tried where few matches agree
-_DEVIATIONS = 0.1 * 2.0 ** np.arange(7)  # standard deviations of the noise by which they are compared
+_COARSER = (3.0, 9.0)  # factors on the inlier threshold, tried where few matches agree
+_DEVIATIONS = 0.1 * 2.0 ** np.arange(7)  # standard deviations of the noise for the comparison, in inlier thresholds
 
-_ALLOWED = float(chdtri(5, 1e-3))
+_ALLOWED = float(chdtri(5, 1e-3))  # squared Mahalanobis distance, five degrees of freedom
 
-_READINGS = 3  # with a rolling shutter, at most: each with the motion of the one before
-_SETTLED = 1e-5  # radians by which rays turn
+_READINGS = 3  # most iterations with a rolling shutter; each uses the motion of the previous one
+_SETTLED = 1e-5  # radians: the iterations end when the rays turn by less
 
-# With so large a part of the matches that a rotation explains, samples of five rarely hold two of the others.
+# If the rotation explains a larger part of the matches, samples of five matches rarely hold two of the others.
 _MOSTLY_FAR = 0.4
 
 
@@ -91,52 +92,52 @@ def estimate_relative_pose(
     """Pose of the current camera in the reference camera's optical frame, from matched keypoints.
 
     Candidates come from RANSAC with the five-point solver (OpenCV; Nister, PAMI 2004), and from RANSAC for the
-    translation alone, given the rotation that explains most matches. The likeliest is refined by Levenberg-Marquardt on
-    the Sampson distances of all matches in front of the cameras, with Tukey's loss scaled to the noise. The same input
-    gives the same answer, on any thread.
+    translation alone, given the rotation that explains most matches. Levenberg-Marquardt refines the likeliest
+    candidate on the Sampson distances of all matches in front of the cameras. It uses Tukey's loss, scaled to the
+    noise. The same input gives the same result on any thread.
 
-    Three tests have a false-alarm rate of FALSE_ALARM_RATE. The status is FAILED unless the first one says that wrong
-    matches would not agree as well. It is OK only if the second one says that no rotation alone explains the matches,
-    and the third one that the other motion of a plane does not explain them as well. Otherwise the status is AMBIGUOUS,
-    unless the motion before tells. It is FAILED, not OK, if the inliers are on one line in both images: they leave the
-    motion free. Equal matches count as one.
+    Three tests have a false-alarm rate of FALSE_ALARM_RATE each. If wrong matches could agree with the motion as well
+    by chance (first test), the status is FAILED, unless a pure rotation explains enough matches. If a rotation alone
+    explains the matches (second test), the status is NO_TRANSLATION. If the other motion of a plane explains the
+    matches as well (third test), the status is AMBIGUOUS, unless the prior decides. The status is also FAILED if the
+    inliers lie on one line in both images, because they do not determine the motion. Duplicate matches count once.
 
-    Matches that stand still in the image while the rest moves otherwise are outliers, as those on a robot's own body
-    are. If more stand still than move, the status is AMBIGUOUS, unless the motion before tells. So it is if fewer than
-    half of the matches agree, and of the others many on another motion, as where places look alike. Otherwise two views
-    cannot tell a translation from objects that move before a standing camera, nor from a calibration that is wrong by
-    more than the noise.
+    Matches that stand still in the image while the rest moves are outliers, like those on the robot's own body. If more
+    matches stand still than move, the status is AMBIGUOUS, unless the prior decides. The status is also AMBIGUOUS if
+    fewer than half of the matches agree and many of the others agree on another motion, as with repetitive structures.
+    Beyond these tests, two views cannot tell a translation from objects that move before a standing camera, or from a
+    calibration error that exceeds the noise.
 
     Args:
-        points0: (M, 2) pixels in the reference image as received. NaN and infinity are outliers.
+        points0: (M, 2) pixels in the reference image as received. NaN and infinity count as outliers.
         points1: (M, 2) pixels in the current image, the same matches.
         camera0: calibration of the reference image; None gives NO_CALIBRATION.
         camera1: calibration of the current image.
-        max_reprojection_error: the largest of an inlier, pixels.
-        min_inliers: fewer matches, or inliers, give TOO_FEW_MATCHES; fewer than 8 always do.
-        keypoint_resolution: pixels between neighbouring positions that the detector can give: 1 for whole pixels, more
-            where it sees the image made smaller, 0 for any position. Parallax below it is taken for rounding, and the
-            covariance is no smaller than rounding allows.
-        independent_points: how many points, at most, err independently of each other. With more points, the test and
-            the covariance are those of so many: more points on the same surfaces do not make the pose surer.
-        prior: the motion between the two images before, over about the same time, where it is known. It decides between
-            motions that explain the matches alike.
-        sigmas: (M,) standard deviations of the matches, pixels, where they are known to differ: of a coordinate of
-            the one point beside where the other one is. A motion with a translation is then fitted again with exact
-            matches counting for more, as far as the residuals bear that out. From 0.42 times max_reprojection_error
-            on all count alike.
-        decisive: (M,) bool which matches the pose is estimated from, where some are surer or more exact than others.
-            The others may be inliers of it. Where these give no pose, all decide.
-        readout: with a rolling shutter, the part of the time between the two images in which an image's rows are read;
-            0 where all are read at once. The pose is the motion between the middle rows; the motion before tells how
-            turns and moves change (rolling_shutter).
+        max_reprojection_error: the inlier threshold, pixels.
+        min_inliers: with fewer matches or inliers, the status is TOO_FEW_MATCHES. The lower limit is 8.
+        keypoint_resolution: pixels between neighbouring positions that the detector can report: 1 for whole pixels,
+            more if the detector works on a smaller image, 0 for any position. Smaller parallax counts as rounding, and
+            the covariance is at least that of rounding.
+        independent_points: largest number of points with independent errors. With more points, the test and the
+            covariance count only this many: more points on the same surfaces do not make the pose more certain.
+        prior: motion between the two preceding images, over about the same time; None if unknown. It decides between
+            motions that explain the matches equally well.
+        sigmas: (M,) standard deviations of the matches, pixels; None if they are equal. Each is that of a coordinate of
+            one point, given the other point. A motion with a translation is then fitted again with larger weights for
+            precise matches, as far as the residuals support this. Matches with a standard deviation of 0.42 times
+            max_reprojection_error or more have equal weights.
+        decisive: (M,) bool, the matches that the pose is estimated from, if some are more reliable or more precise.
+            The others can be inliers of this pose. If the decisive matches give no pose, all matches are used.
+        readout: with a rolling shutter, the time to read the rows of one image, as a part of the time between the two
+            images; 0 for a global shutter. The pose is the motion between the middle rows. The prior gives the change
+            of the rotation and the translation (see :mod:`kpmatch_ros.geometry.rolling_shutter`).
 
     Returns:
-        The pose, or why there is none.
+        The pose, or the reason why there is none.
 
     Raises:
-        ValueError: the arrays have another shape, or a parameter is out of range.
-        TypeError: a calibration is no Camera.
+        ValueError: an array has another shape, or a parameter is out of range.
+        TypeError: a calibration is not a Camera.
     """
     points0, points1 = np.asarray(points0, dtype=np.float64), np.asarray(points1, dtype=np.float64)
     if points0.shape != points1.shape or points0.ndim != 2 or points0.shape[1] != 2:
@@ -217,7 +218,7 @@ def estimate_relative_pose(
 
 
 def _estimate_either(decisive: np.ndarray | None, problem: Problem) -> Solution:
-    """The motion that some (n,) of the matches decide, or all of them where these give no pose."""
+    """The motion from the matches in the mask `decisive` (n,), or from all matches if these give no pose."""
     solution = None if decisive is None else _estimate_by(decisive, problem)
     if solution is None or not solution.status.has_pose:
         solution = _check_rest(problem, _estimate(problem))
@@ -225,9 +226,9 @@ def _estimate_either(decisive: np.ndarray | None, problem: Problem) -> Solution:
 
 
 def _estimate_by(decisive: np.ndarray, problem: Problem) -> Solution:
-    """The motion that some (n,) of the matches decide, with the inliers among all.
+    """The motion from the matches in the mask `decisive` (n,), and the inliers among all matches.
 
-    Where fewer than half of all are, it is these, too, that tell whether others agree on another motion.
+    If fewer than half of all matches are inliers, the decisive matches are also tested for another motion.
     """
     threshold, deciding = problem.inlier_threshold, problem.select(decisive)
     solution = _estimate(deciding)
@@ -249,7 +250,7 @@ def _estimate_by(decisive: np.ndarray, problem: Problem) -> Solution:
 
 
 def _estimate(problem: Problem) -> Solution:
-    """The motion of all matches, but for those of the robot's own body; none where they leave it free."""
+    """The motion of all matches except those on the robot's own body; no pose if they do not determine it."""
     if len(problem.matches) < problem.required:
         return Solution(PoseStatus.TOO_FEW_MATCHES)
     body = find_own_body(problem)
@@ -263,7 +264,7 @@ def _estimate(problem: Problem) -> Solution:
 
 
 def _solve(problem: Problem, candidates: list[Motion]) -> Solution:
-    """The motion that most of the matches agree with; candidates are searched for where there are none."""
+    """The motion that most matches agree with. If there are no candidates, RANSAC searches for them."""
     matches, inlier_threshold, resolution = problem.matches, problem.inlier_threshold, problem.resolution
     candidates = candidates or search_motions(matches, inlier_threshold, problem.normalised_threshold)
     starts = [np.eye(3)] + [candidate.rotation for candidate in candidates]
@@ -277,7 +278,7 @@ def _solve(problem: Problem, candidates: list[Motion]) -> Solution:
     if log_false_alarms(moving, np.full(len(matches), problem.chance), 5) > math.log(FALSE_ALARM_RATE):
         fit = None
 
-    # Where even this rotation leaves far too much to explain, no better one needs to be found.
+    # If even this rough rotation leaves far too much unexplained, a better rotation is not needed.
     noise = Noise(inlier_threshold, resolution)
     parallax = Parallax.NONE
     if fit is not None and has_certain_parallax(matches, fit.motion, rotation, turning, noise):
@@ -298,19 +299,19 @@ def _solve(problem: Problem, candidates: list[Motion]) -> Solution:
     covariance, doubted, unbelieved = _rotation_covariance(matches, rotation, noise), None, None
     if fit is not None and (
         parallax is Parallax.IN_ONE_PLACE or may_have_parallax(matches, fit.motion, rotation, moving, noise)
-    ):  # if it is the camera's, the rotation is the fit's
+    ):  # if the translation is the camera's, the rotation is the fit's
         covariance[3:, 3:] += spread(motion, fit.motion)[3:, 3:]
         doubted, unbelieved = moving & ~turning, fit.motion
     return Solution(PoseStatus.NO_TRANSLATION, motion, covariance, turning, doubted, unbelieved)
 
 
 def _decide(problem: Problem, fit: Fit, rotation: np.ndarray) -> Solution:
-    """The motion with a translation, by what is known of each match, and whether others explain the matches as well.
+    """Refine the motion with each match's own standard deviation, and test whether other motions explain the matches.
 
     Args:
         problem: the matches.
-        fit: the motion of them all, taken alike.
-        rotation: (3, 3) the one that explains most matches without a translation.
+        fit: the motion fitted to all matches with equal weights.
+        rotation: (3, 3) the pure rotation that explains most matches.
     """
     weighed = weigh(problem, fit.motion)
     matches, inlier_threshold = weighed.matches, weighed.inlier_threshold
@@ -328,12 +329,12 @@ def _decide(problem: Problem, fit: Fit, rotation: np.ndarray) -> Solution:
     if inliers.sum() < problem.required:
         return Solution(PoseStatus.TOO_FEW_MATCHES, inliers=inliers)
     covariance, near = widen(matches, fit, covariances, noise)
-    # On a long ridge, the covariance is long enough to cover motions that have nothing to do with it.
+    # Along a long ridge of the likelihood, the covariance is long enough to cover unrelated motions.
     rivals = [rival for rival in rivals if not _covers(near, fit.motion, rival)]
     if any(is_distinct(fit.motion, rival) for rival in rivals):
         covariance = covariance + sum(spread(fit.motion, rival) for rival in rivals)
         return Solution(PoseStatus.AMBIGUOUS, fit.motion, covariance, inliers)
-    # A unit vector does not vary along itself.
+    # A unit vector has no variance along its own direction.
     across = np.eye(6)
     across[:3, :3] -= np.outer(fit.motion.translation, fit.motion.translation)
     covariance = covariance + sum(across @ spread(fit.motion, rival) @ across for rival in rivals)
@@ -341,11 +342,12 @@ def _decide(problem: Problem, fit: Fit, rotation: np.ndarray) -> Solution:
 
 
 def _check_noise(problem: Problem, solution: Solution) -> Solution:
-    """The solution, or one with a larger inlier threshold if the matches as a whole speak for that.
+    """The solution, or one with a larger inlier threshold if the matches as a whole support it.
 
-    Where the noise is above the threshold, a few matches that agree by chance may decide. The noise is then that of the
-    larger threshold; inliers are counted within the threshold given. If too few are within it, the pose is that of the
-    few, and AMBIGUOUS. So it is if the motion by the smaller noise is another one, and certain by itself.
+    If the noise exceeds the threshold, a few matches that agree by chance can decide. The covariance is then that of
+    the noise at the larger threshold, but inliers are counted within the given threshold. If too few matches are within
+    the given threshold, the pose stays that of the smaller noise and is AMBIGUOUS. The pose is also AMBIGUOUS if the
+    smaller noise gives a distinct motion that is certain on its own.
     """
     agreed = (PoseStatus.OK, PoseStatus.AMBIGUOUS)
     if solution.motion is None or solution.inliers is None or solution.status not in agreed:
@@ -353,7 +355,7 @@ def _check_noise(problem: Problem, solution: Solution) -> Solution:
     matches, threshold = problem.matches, problem.inlier_threshold
     if solution.inliers.mean() > MANY_WRONG or problem.deviation(solution.motion) < _SHARP * threshold:
         return solution
-    anywhere = threshold / problem.chance  # where a wrong match is, around its epipolar line
+    anywhere = threshold / problem.chance  # range of a wrong match's distance from its epipolar line, pixels
     deviations = threshold * _DEVIATIONS[:, None]
 
     def evidence(motion: Motion) -> float:
@@ -361,7 +363,7 @@ def _check_noise(problem: Problem, solution: Solution) -> Solution:
 
     best, value, doubts = solution, evidence(solution.motion), list[Motion]()
     for factor in _COARSER:
-        # Noise as large as this is not what standard deviations below the threshold tell.
+        # The given standard deviations are below the threshold and do not describe noise this large.
         coarser = problem.with_threshold(factor)._replace(sigmas=None)
         candidates = search_motions(matches, coarser.inlier_threshold, coarser.normalised_threshold, 1)
         candidate = best_candidate(matches, candidates, coarser.inlier_threshold)
@@ -375,13 +377,13 @@ def _check_noise(problem: Problem, solution: Solution) -> Solution:
     if best is solution or best.motion is None:
         if not doubts:
             return solution
-        # With the larger noise, the matches as a whole tell of another motion, but not for certain.
+        # With the larger noise, the matches as a whole support another motion, but not with certainty.
         covariance = solution.covariance + sum(spread(solution.motion, doubt) for doubt in doubts)
         return solution._replace(status=PoseStatus.AMBIGUOUS, covariance=covariance)
     motion = best.motion
     inliers = agrees(matches, motion, threshold)
     if inliers.sum() < problem.required:
-        # The matches as a whole speak for a motion that too few of them are near enough to.
+        # The matches as a whole support a motion that has too few inliers.
         covariance = solution.covariance + best.covariance + spread(solution.motion, motion)
         return solution._replace(status=PoseStatus.AMBIGUOUS, covariance=covariance)
     best = best._replace(inliers=inliers)
@@ -389,21 +391,21 @@ def _check_noise(problem: Problem, solution: Solution) -> Solution:
         return best
     if _covers(best.covariance, motion, solution.motion):
         return best
-    # Either motion is certain if the noise is what it takes it for.
+    # Each motion is certain under its own noise level.
     return best._replace(status=PoseStatus.AMBIGUOUS, covariance=best.covariance + spread(motion, solution.motion))
 
 
 def _check_rest(problem: Problem, solution: Solution) -> Solution:
-    """The solution, or AMBIGUOUS if fewer than half of the matches agree with it, and many others on another motion.
+    """The solution, or AMBIGUOUS if fewer than half of the matches agree with it and many others on another motion.
 
-    Which of the two is right they do not tell; the motion before may.
+    The matches cannot tell which of the two motions is right. The prior may.
     """
     if solution.status is not PoseStatus.OK or solution.motion is None or solution.inliers is None:
         return solution
-    if solution.inliers.mean() >= MANY_WRONG:  # as nearly always
+    if solution.inliers.mean() >= MANY_WRONG:  # the usual case
         return solution
     still = lengths(rotation_residuals(problem.matches, np.eye(3))) < problem.inlier_threshold
-    scene = solution.inliers | ~still  # but for the robot's own body
+    scene = solution.inliers | ~still  # without the robot's own body
     if solution.inliers[scene].mean() >= MANY_WRONG:
         return solution
     rest = problem.select(scene & ~solution.inliers).with_threshold(LOOSELY)
@@ -422,11 +424,11 @@ def _check_rest(problem: Problem, solution: Solution) -> Solution:
 
 
 def _is_free(problem: Problem, solution: Solution) -> bool:
-    """Whether the inliers leave the motion free: on one line in both images, or seen as one point in either."""
+    """Whether the inliers leave the motion undetermined: on one line in both images, or one point in either image."""
     assert solution.motion is not None and solution.inliers is not None
     agreeing = problem.select(solution.inliers)
     matches, variance = agreeing.matches, agreeing.deviation(solution.motion) ** 2
-    parts = np.array([[0, 1], [1, 2]])  # a list of lists is two indices to NumPy 1.22
+    parts = np.array([[0, 1], [1, 2]])  # NumPy 1.22 would read a list of lists as two indices
     directions = [
         dimensions(rays[:2], noise.mean(axis=1)[parts], variance)
         for rays, noise in ((matches.rays0, matches.noise0), (matches.rays1, matches.noise1))
@@ -437,8 +439,8 @@ def _is_free(problem: Problem, solution: Solution) -> bool:
 def _solve_without(problem: Problem, own_body: np.ndarray, candidates: list[Motion]) -> Solution:
     """The motion of the matches that do not stand still in the image.
 
-    Where more stand still than move, the camera may stand before something large that moves: AMBIGUOUS, unless the
-    motion before tells.
+    If more matches stand still than move, the camera may stand before a large moving object. The status is then
+    AMBIGUOUS, unless the prior decides.
     """
     solution = _solve(problem.select(~own_body), candidates)
     if solution.inliers is None:
@@ -455,11 +457,11 @@ def _solve_without(problem: Problem, own_body: np.ndarray, candidates: list[Moti
     return solution._replace(status=PoseStatus.AMBIGUOUS, covariance=covariance)
 
 
-# How sure.
+# Uncertainty.
 
 
 def _motion_covariances(fit: Fit, noise: Noise) -> Covariances:
-    """(6, 6) covariances of the translation's direction and the rotation."""
+    """(6, 6) covariances of the translation's direction and of the rotation."""
     expand = np.zeros((6, 5))
     expand[3:, :3] = np.eye(3)
     expand[:3, 3:] = tangents(fit.motion.translation)
@@ -467,7 +469,7 @@ def _motion_covariances(fit: Fit, noise: Noise) -> Covariances:
 
 
 def _covers(covariance: np.ndarray, motion: Motion, other: Motion) -> bool:
-    """Whether another motion is among those that a covariance (6, 6) allows for, but for one in a thousand."""
+    """Whether a covariance (6, 6) covers another motion, at the 99.9 % quantile."""
     away = distance(motion, other)
     away[:3] -= (away[:3] @ motion.translation) * motion.translation
     near = float(motion.translation @ other.translation) > 0
@@ -475,7 +477,7 @@ def _covers(covariance: np.ndarray, motion: Motion, other: Motion) -> bool:
 
 
 def _rotation_covariance(matches: Matches, rotation: np.ndarray, noise: Noise) -> np.ndarray:
-    """(6, 6) covariance of a unit vector of unknown direction and the rotation."""
+    """(6, 6) covariance of the rotation, and of a unit vector of unknown direction."""
     covariance = np.zeros((6, 6))
     covariance[:3, :3] = np.eye(3) / 3
     covariance[3:, 3:] = rotation_covariance(matches, rotation, noise)

@@ -16,25 +16,25 @@ from kpmatch_ros.geometry.two_view_search import search_motions, search_translat
 
 __all__ = ["Body", "find_own_body"]
 
-# The scene has at least so large a part of the matches; its motion explains so large a part of it; and what stands
-# still speaks for this motion by so little of what the scene's matches do.
+# The scene has at least _SMALLEST_SCENE of the matches. Its motion explains at least _EXPLAINED of the scene. Matches
+# that stand still support this motion by at most _CONTRADICTED of the support by the scene's matches.
 _SMALLEST_SCENE = 0.2
 _EXPLAINED = 0.6
 _CONTRADICTED = 0.5
 
 
 class Body(NamedTuple):
-    """Which matches (n,) are on the robot's own body, None where none is; and candidates for the others' motion."""
+    """Mask (n,) of matches on the robot's own body, None without any; and candidates for the others' motion."""
 
     mask: np.ndarray | None
     candidates: list[Motion]
 
 
 def find_own_body(problem: Problem) -> Body:
-    """Look whether the matches that stand still in the image contradict the motion of the rest.
+    """Test whether the matches that stand still in the image contradict the motion of the rest.
 
-    If so, they are on something that moves with the camera, as a robot's own body does, or the camera stands still
-    before something that moves.
+    If they do, they are on an object that moves with the camera, like the robot's own body, or the camera stands still
+    in front of a moving object.
     """
     matches, inlier_threshold = problem.matches, problem.inlier_threshold
     still = lengths(rotation_residuals(matches, np.eye(3))) < inlier_threshold
@@ -60,7 +60,7 @@ def find_own_body(problem: Problem) -> Body:
 
 
 def _contradicts(scene: Problem, body: Problem, motion: Motion) -> bool:
-    """Whether a motion explains the scene, and the body speaks against it."""
+    """Whether a motion explains the scene but not the body."""
     inlier_threshold = scene.inlier_threshold
     agree = agrees(scene.matches, motion, inlier_threshold)
     if agree.mean() < _EXPLAINED:

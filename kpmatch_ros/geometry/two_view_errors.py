@@ -1,14 +1,14 @@
 """Residuals of matches under a motion of two views, and their derivatives.
 
-There are two models of the motion. With a translation, a match must lie on its epipolar line: one condition. Under a
-pure rotation it must lie on one point: two conditions, the one across the epipolar line and the one along it.
+There are two models of the motion. With a translation, a match must lie on its epipolar line, which is one condition.
+Under a pure rotation it must lie on one point, which is two conditions: across the epipolar line and along it.
 
-What src/two_view.c has of it is computed there, where it is built: a change here is one there.
+The compiled library computes the functions that src/two_view.c implements. Change both together.
 
-All residuals are in pixels of the images as received, and mean the same for both models: how far, to first order, the
-four coordinates of a match must move to agree with the model (Sampson's distance). Independent keypoint noise of s
-pixels per coordinate gives each condition's residual a standard deviation of s, whatever the lenses, the focal lengths
-and the motion. Where matches err by different amounts (:meth:`Matches.scaled`), each has pixels as large as its noise.
+All residuals are in pixels of the images as received. They have the same meaning in both models: how far, to first
+order, the four coordinates of a match must move to agree with the model (Sampson's distance). Independent keypoint
+noise of s pixels per coordinate gives each condition's residual a standard deviation of s, for any lens, focal length
+and motion. If matches have different noise (:meth:`Matches.scaled`), the unit of each match is proportional to it.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ __all__ = [
 ]
 
 
-_AXES = np.array([cross_matrix(axis) for axis in np.eye(3)])  # of the rotation's three angles
+_AXES = np.array([cross_matrix(axis) for axis in np.eye(3)])  # derivatives by the rotation's three angles
 
 NOISE_SCALES = 0.4 / 2.0 ** np.arange(5)
-"""Standard deviations of the noise that are tried, inlier thresholds."""
+"""Standard deviations of the noise that are tried, in inlier thresholds."""
 
 
 class Motion(NamedTuple):
-    """x_ref = rotation x_cur + translation; the translation has length one, or zero for a pure rotation."""
+    """x_ref = rotation x_cur + translation; the translation has unit length, or is zero for a pure rotation."""
 
     rotation: np.ndarray
     translation: np.ndarray
 
     def moved(self, step: np.ndarray) -> Motion:
-        """After a step (3,) of angles about the reference frame's axes, or (5,) with two along the tangents."""
+        """The motion after a step: (3,) angles about the reference frame's axes, or (5,) with two along tangents."""
         rotation = cv2.Rodrigues(step[:3].reshape(3, 1))[0] @ self.rotation
         if len(step) == 3:
             return Motion(rotation, self.translation)
@@ -80,15 +80,14 @@ class Motion(NamedTuple):
 class Matches:
     """n matches in normalised coordinates, of the reference (0) and the current (1) image.
 
-    Matches come last in every array: sums over few numbers then run along many matches.
+    Matches are the last dimension of every array, so that sums over few numbers run along many matches.
 
     Attributes:
-        columns: (4, 3, n) float64, what follows in this order.
+        columns: (4, 3, n) float64, the four arrays below, in this order.
         rays0, rays1: (3, n) directions in the optical frame, z = 1.
         noise0, noise1: (3, n) variance of x, covariance of x and y, and variance of y, for keypoint noise of one pixel
-            per coordinate. They hold the focal length and the lens's local magnification; and the scales.
-        scales: (n,) keypoint noise of each match, where one pixel is that of a match in the middle; None where all err
-            alike.
+            per coordinate. They include the focal length, the lens's local magnification and the scales.
+        scales: (n,) keypoint noise of each match, relative to the noise of a typical match; None if it is equal.
     """
 
     columns: np.ndarray
@@ -114,12 +113,12 @@ class Matches:
         return self.columns.shape[2]
 
     def select(self, chosen: np.ndarray) -> Matches:
-        """The matches for which the mask (n,) is true, or those of the indices (m,)."""
+        """The matches in the mask (n,), or at the indices (m,)."""
         indices = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
         return Matches(self.columns.take(indices, axis=2), None if self.scales is None else self.scales[indices])
 
     def scaled(self, scales: np.ndarray) -> Matches:
-        """The matches, all alike before, with so many times (n,) the noise in both images."""
+        """The matches, which had equal noise, with the noise of both images multiplied by scales (n,)."""
         assert self.scales is None
         columns = self.columns.copy()
         columns[2:] *= scales * scales
@@ -127,13 +126,13 @@ class Matches:
 
     @property
     def focals(self) -> np.ndarray:
-        """(n,) pixels of the reference image to one of normalised coordinates, at each match."""
+        """(n,) local focal length: pixels of the reference image per unit of normalised coordinates, at each match."""
         xx, _, yy = self.noise0
         focals = np.sqrt(2 / (xx + yy))
         return np.asarray(focals if self.scales is None else focals * self.scales)
 
     def sample(self, size: int, seed: int = 0) -> Matches:
-        """So many of the matches at random, the same for the same seed; all where there are no more."""
+        """A random sample of matches, the same for the same seed; all matches if there are at most `size`."""
         if len(self) <= size:
             return self
         return self.select(_some(len(self), size, seed))
@@ -141,7 +140,7 @@ class Matches:
 
 @functools.lru_cache(maxsize=16)
 def _some(count: int, size: int, seed: int) -> np.ndarray:
-    """So many of the indices of `count` things at random."""
+    """`size` random indices below `count`."""
     chosen = np.random.default_rng(seed).permutation(count)[:size]
     chosen.setflags(write=False)
     return chosen
@@ -150,7 +149,7 @@ def _some(count: int, size: int, seed: int) -> np.ndarray:
 def normalise_matches(
     points0: np.ndarray, points1: np.ndarray, camera0: Camera, camera1: Camera
 ) -> tuple[Matches, np.ndarray]:
-    """The matches that both cameras have a direction for, and which of the pixels (M, 2) they are, (M,) bool."""
+    """The matches with a direction in both cameras, and the mask (M,) of these among the given pixels (M, 2)."""
     sides = [camera.normalise_with_jacobian(points) for points, camera in ((points0, camera0), (points1, camera1))]
     usable = np.isfinite(sides[0][0] + sides[1][0]).all(axis=1)
     columns = np.ones((4, 3, int(usable.sum())))
@@ -161,10 +160,10 @@ def normalise_matches(
 
 
 class Model(enum.IntEnum):
-    """What a motion asks of a match, by the numbers of src/two_view.c.
+    """The conditions of a match under a motion, numbered as in src/two_view.c.
 
-    With a translation it is one condition, and has five numbers of Motion.moved. A pure rotation has three, and asks
-    for two.
+    With a translation, there is one condition, and the motion has five parameters of Motion.moved. A pure rotation has
+    two conditions and three parameters.
     """
 
     EPIPOLAR = 0
@@ -172,14 +171,14 @@ class Model(enum.IntEnum):
 
 
 def differentiate(model: Model, matches: Matches, motion: Motion) -> tuple[np.ndarray, np.ndarray]:
-    """Residuals (d, n) of matches under a motion, and their jacobian (p, d, n) by the p numbers of Motion.moved."""
+    """Residuals (d, n) of matches under a motion, and their jacobian (p, d, n) by the p parameters of Motion.moved."""
     if compiled.available():
         return compiled.differentiate(model, matches.columns, *motion)
     return _epipolar_jacobian(matches, motion) if model is Model.EPIPOLAR else _rotation_jacobian(matches, motion)
 
 
 def essential_matrix(motion: Motion) -> np.ndarray:
-    """The matrix (3, 3) whose product with the rays of a right match, reference first, is zero."""
+    """The matrix E (3, 3) with x0' E x1 = 0 for the rays x0 (reference) and x1 (current) of a correct match."""
     return cross_matrix(motion.translation) @ motion.rotation
 
 
@@ -196,7 +195,7 @@ def epipolar_residuals(matches: Matches, motion: Motion) -> np.ndarray:
 def _by_essential(matches: Matches, motion: Motion) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sampson distances (n,), and their derivatives by the essential matrix.
 
-    The derivatives are first x rays1 - rays0 x second, outer products, of first (3, n) and second (2, n).
+    The derivatives are the outer products first x rays1 - rays0 x second, with first (3, n) and second (2, n).
     """
     essential = essential_matrix(motion)
     rays0, rays1 = matches.rays0, matches.rays1
@@ -212,7 +211,7 @@ def _by_essential(matches: Matches, motion: Motion) -> tuple[np.ndarray, np.ndar
 
 
 def _essential_changes(motion: Motion) -> np.ndarray:
-    """Derivatives (5, 9) of the essential matrix by the numbers of Motion.moved."""
+    """Derivatives (5, 9) of the essential matrix by the parameters of Motion.moved."""
     sideways = (tangents(motion.translation).T @ _AXES.reshape(3, 9)).reshape(2, 3, 3)
     changes = np.concatenate([cross_matrix(motion.translation) @ _AXES, sideways]) @ motion.rotation
     return np.asarray(changes.reshape(5, 9))
@@ -228,7 +227,7 @@ def _epipolar_jacobian(matches: Matches, motion: Motion) -> tuple[np.ndarray, np
 
 
 def epipolar_gradient(matches: Matches, motion: Motion, cutoff: float) -> np.ndarray:
-    """Gradient (5,) of half of Tukey's loss of the Sampson distances: what the jacobian gives, without it."""
+    """Gradient (5,) of half of Tukey's loss of the Sampson distances, computed without the jacobian."""
     residuals, first, second = _by_essential(matches, motion)
     pull = residuals * tukey(np.abs(residuals), cutoff)[0]
     gradient = (first * pull) @ matches.rays1.T
@@ -237,7 +236,7 @@ def epipolar_gradient(matches: Matches, motion: Motion, cutoff: float) -> np.nda
 
 
 def rotation_residuals(matches: Matches, rotation: np.ndarray) -> np.ndarray:
-    """Residuals (2, n) under a pure rotation, pixels, each in axes of its own; BEHIND where a match is behind."""
+    """Residuals (2, n) under a pure rotation, whitened, pixels; BEHIND if the match is behind the camera."""
     if compiled.available():
         return compiled.rotation_residuals(matches.columns, rotation)
     projected, ahead, factors = project_turned(matches, rotation)
@@ -262,18 +261,18 @@ def _rotation_jacobian(matches: Matches, motion: Motion) -> tuple[np.ndarray, np
 
 
 def project_turned(matches: Matches, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the current image's rays appear in the reference image once turned.
+    """Projection of the current image's rays, after the rotation, into the reference image.
 
     Returns:
-        normalised coordinates (2, n); which rays are ahead of the reference camera (n,); and the Cholesky factor
-        l00, l10, l11 (3, n) of the covariance of the distance from the match, for keypoint noise of one pixel in both
+        normalised coordinates (2, n); mask (n,) of the rays ahead of the reference camera; and the Cholesky factor
+        l00, l10, l11 (3, n) of the covariance of the offset from the match, for keypoint noise of one pixel in both
         images.
     """
     turned = rotation @ matches.rays1
     ahead = turned[2] > AHEAD * lengths(matches.rays1)
     depth = turned[2] if ahead.all() else np.where(ahead, turned[2], 1.0)
     projected = turned[:2] / depth
-    # The derivative of x, y by the current image's coordinates carries that image's noise over.
+    # The derivative of x, y by the current image's coordinates propagates that image's noise.
     (xx, xy), (yx, yy) = (rotation[:2, :2, None] - projected[:, None] * rotation[2, :2, None]) / depth
     a, b, c = matches.noise1
     own0, own1, own2 = matches.noise0
@@ -289,13 +288,13 @@ def project_turned(matches: Matches, rotation: np.ndarray) -> tuple[np.ndarray, 
 
 
 def whiten(x: np.ndarray, y: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """The vectors x, y (..., n) times the inverse of their Cholesky factors (3, n): (2, ..., n)."""
+    """The vectors x, y (..., n) multiplied by the inverse of their Cholesky factors (3, n): (2, ..., n)."""
     first = x / factors[0]
     return np.array([first, (y - factors[1] * first) / factors[2]])
 
 
 def agrees(matches: Matches, motion: Motion, inlier_threshold: float) -> np.ndarray:
-    """Which matches (n,) are within the threshold (pixels) of their epipolar line and in front of both cameras."""
+    """Mask (n,) of matches within the threshold (pixels) of their epipolar line and in front of both cameras."""
     if compiled.available():
         return compiled.in_front(matches.columns, *motion, inlier_threshold, near=True)
     near = np.abs(epipolar_residuals(matches, motion)) < inlier_threshold
@@ -303,9 +302,10 @@ def agrees(matches: Matches, motion: Motion, inlier_threshold: float) -> np.ndar
 
 
 def residual_sizes(matches: Matches, motion: Motion, inlier_threshold: float) -> np.ndarray:
-    """Lengths (n,) of the residuals, pixels.
+    """Absolute residuals (n,), pixels.
 
-    Those of a match behind a camera are those of a far point, unless it may be one: its depth has no certain sign then.
+    A match behind a camera has the residual of a point at infinity. The exception is a match that may be at infinity,
+    whose depth has no certain sign.
     """
     if compiled.available():
         return compiled.residual_sizes(matches.columns, *motion, inlier_threshold)
@@ -319,12 +319,12 @@ def residual_sizes(matches: Matches, motion: Motion, inlier_threshold: float) ->
 
 
 def gains(sizes: np.ndarray, deviation: float | np.ndarray, inlier_threshold: float) -> np.ndarray:
-    """What matches are worth to a motion: log-likelihood ratios (n,), 0 for those that are far off.
+    """Log-likelihood ratios (n,) of matches under a motion, 0 for matches with large residuals.
 
-    A residual is that of noise, or it is wrong and anywhere within the inlier threshold.
+    A residual is either noise, or wrong and uniformly distributed within the inlier threshold.
 
     Args:
-        sizes: lengths (n,) of the residuals, pixels.
+        sizes: absolute residuals (n,), pixels.
         deviation: standard deviation of the noise, pixels; an array (k, 1) or (k, n) gives (k, n).
         inlier_threshold: largest residual of an inlier, pixels.
     """
@@ -333,10 +333,10 @@ def gains(sizes: np.ndarray, deviation: float | np.ndarray, inlier_threshold: fl
 
 
 def disagreement(matches: Matches, motion: Motion, inlier_threshold: float) -> float:
-    """How little the matches speak for a motion: minus their log-likelihood ratio, with the noise that suits it best.
+    """Negative log-likelihood ratio of the matches under a motion, with the noise that gives the best value.
 
-    The count of the matches within the threshold does not decide by itself: many that nearly agree are worth less than
-    somewhat fewer that agree to the noise.
+    The number of matches within the threshold does not decide alone: many matches that nearly agree count less than
+    somewhat fewer that agree within the noise.
     """
     deviations = inlier_threshold * NOISE_SCALES[:, None]
     return -float(
@@ -345,14 +345,14 @@ def disagreement(matches: Matches, motion: Motion, inlier_threshold: float) -> f
 
 
 def is_in_front(matches: Matches, motion: Motion, inlier_threshold: float) -> np.ndarray:
-    """Which matches (n,) triangulate in front of both cameras, or are so far that their depth has no certain sign."""
+    """Mask (n,) of matches that triangulate in front of both cameras, or whose depth has no certain sign."""
     if compiled.available():
         return compiled.in_front(matches.columns, *motion, inlier_threshold, near=False)
     return _in_front(matches, motion, inlier_threshold, np.ones(len(matches), dtype=bool))
 
 
 def _in_front(matches: Matches, motion: Motion, inlier_threshold: float, among: np.ndarray) -> np.ndarray:
-    """As is_in_front, of some of the matches (n,); false for the others."""
+    """As is_in_front, for the matches in the mask `among` (n,); False for the others."""
     front = among & _is_ahead(matches, motion)
     behind = np.flatnonzero(among & ~front)
     if len(behind):
@@ -361,10 +361,10 @@ def _in_front(matches: Matches, motion: Motion, inlier_threshold: float, among: 
 
 
 def depths(matches: Matches, motion: Motion) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the rays of the matches come closest.
+    """Depths of the closest points of the rays of the matches.
 
     Returns:
-        depths (n,) in the reference and the current camera, but for a positive factor; squared sine (n,) of the angle
+        depths (n,) in the reference and in the current camera, up to a positive factor; squared sine (n,) of the angle
         between the rays.
     """
     if compiled.available():
@@ -378,15 +378,16 @@ def depths(matches: Matches, motion: Motion) -> tuple[np.ndarray, np.ndarray, np
 
 
 def _is_ahead(matches: Matches, motion: Motion) -> np.ndarray:
-    """Which matches (n,) triangulate in front of both cameras."""
+    """Mask (n,) of matches that triangulate in front of both cameras."""
     depth0, depth1, _ = depths(matches, motion)
     return np.asarray(np.minimum(depth0, depth1) > 0)
 
 
 def median_parallax(inliers: Matches, rotation: np.ndarray) -> float:
-    """Median displacement, pixels of the reference image, between the matches and where the rotation takes them.
+    """Median displacement of the inliers after the rotation is removed, pixels of the reference image.
 
-    The rotation takes some behind the camera, where it has no pixels: of these it is the angle, times the focal length.
+    If the rotation moves a ray behind the camera, it has no pixel. The displacement is then the angle times the focal
+    length.
     """
     ahead, distances = displacements(inliers, rotation)
     if not len(ahead):
@@ -401,7 +402,7 @@ def median_parallax(inliers: Matches, rotation: np.ndarray) -> float:
 
 
 def displacements(matches: Matches, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which matches (n,) are ahead once turned, and how far (n,) from there the reference image shows them, pixels."""
+    """Mask (n,) of matches ahead of the camera after the rotation, and their displacements (n,) from there, pixels."""
     if compiled.available():
         return compiled.displacements(matches.columns, rotation)
     projected, ahead, _ = project_turned(matches, rotation)
@@ -411,7 +412,7 @@ def displacements(matches: Matches, rotation: np.ndarray) -> tuple[np.ndarray, n
 
 
 def tangents(direction: np.ndarray) -> np.ndarray:
-    """Two orthonormal columns (3, 2), orthogonal to a unit vector (3,): those of a Householder reflection."""
+    """Two orthonormal columns (3, 2), orthogonal to a unit vector (3,), from a Householder reflection."""
     x, y, z = direction
     sign = math.copysign(1.0, z)
     a = -1.0 / (sign + z)
@@ -419,7 +420,7 @@ def tangents(direction: np.ndarray) -> np.ndarray:
 
 
 def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Products (n,) of columns (k, n)."""
+    """Dot products (n,) of columns (k, n)."""
     return np.asarray(np.einsum("in,in->n", a, b))
 
 
@@ -429,5 +430,5 @@ def lengths(vectors: np.ndarray) -> np.ndarray:
 
 
 def _variances(noise: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """Of the first two of the coordinates (k, n), for a noise as Matches has it: (n,)."""
+    """Variances (n,) of the products with the first two of the coordinates (k, n), for noise (3, n) as in Matches."""
     return dot(vectors[:2], noise_times(noise, vectors))

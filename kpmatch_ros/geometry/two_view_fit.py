@@ -1,4 +1,4 @@
-"""M-estimates of the motion of two views: the minimum of the loss, and its covariance."""
+"""M-estimates of the motion of two views, with their covariances."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from kpmatch_ros.geometry.two_view_errors import (
 
 __all__ = ["SETTLED", "Covariances", "Noise", "minimise", "motion_covariances", "rotation_covariance"]
 
-_STEP = 1e-6  # radians: by differences of the gradient over it, the Hessian
+_STEP = 1e-6  # radians, step of the gradient's differences for the Hessian
 
 _LARGEST_VARIANCE = math.pi**2  # of an unknown angle
 
-_SQUARE = 32  # pixels: nearer matches err together, as a patch has a side of 13
-_ALIKE = 20  # squares, of which the covariance is that of matches that err alike, and each by itself
+_SQUARE = 32  # pixels: closer matches share errors, because a patch has a side of 13 pixels
+_ALIKE = 20  # squares: weight of the covariance under equal and independent errors
 
 SETTLED = 5e-7
-"""Part of the cost that a further step of the minimisation gains at most."""
+"""Relative decrease of the cost below which the minimisation ends."""
 
 
 class Noise(NamedTuple):
-    """The keypoints' noise, as far as it is known.
+    """The noise of the keypoints.
 
     Attributes:
         inlier_threshold: largest residual of an inlier, pixels.
-        resolution: pixels between neighbouring positions that the detector can give.
-        design_effect: factor on the variance of an estimate, for matches that err together.
+        resolution: pixels between neighbouring positions that the detector can report.
+        design_effect: factor on the variance of an estimate, for errors that matches share.
     """
 
     inlier_threshold: float
@@ -55,22 +55,22 @@ def minimise(
     settled: float = SETTLED,
     used: np.ndarray | None = None,
 ) -> Motion:
-    """Levenberg-Marquardt on Tukey's loss of the residuals' lengths; those beyond the cutoff (pixels) count nothing.
+    """Levenberg-Marquardt on Tukey's loss of the residuals' lengths; residuals beyond the cutoff have no weight.
 
-    It ends after so many iterations, or where a step promises to gain less than the part `settled` of the cost.
+    It ends after `iterations`, or if a step is expected to decrease the cost by less than the part `settled`.
 
     Args:
         model: of the residuals.
-        matches: n of them.
-        motion: where to start.
+        matches: n matches.
+        motion: the start.
         cutoff: of the loss, pixels.
-        iterations: at most.
+        iterations: largest number of iterations.
         settled: a part of the cost.
-        used: (n,) bool, the matches that count; all where not given.
+        used: (n,) bool, the matches that count; None for all.
     """
     if compiled.available():
         return Motion(*compiled.minimise(model, matches.columns, *motion, cutoff, iterations, settled, used))
-    # A change here is one of src/two_view.c, too.
+    # Keep this equal to src/two_view.c.
     damping = 1e-4
     residuals, jacobian = differentiate(model, matches, motion)
     count = np.ones(len(matches)) if used is None else used.astype(np.float64)
@@ -80,7 +80,7 @@ def minimise(
         weighted = (jacobian * (weights * count)).reshape(size, -1)
         hessian = weighted @ jacobian.reshape(size, -1).T
         gradient = weighted @ residuals.ravel()
-        # The second term keeps the system regular where the matches leave a direction free.
+        # The trace keeps the system regular if the matches do not determine a direction.
         diagonal = hessian.diagonal() + 1e-9 * hessian.trace() + TINY
         for _ in range(6):
             step = np.linalg.solve(hessian + np.diag(damping * diagonal), -gradient)
@@ -103,8 +103,8 @@ class Covariances(NamedTuple):
     """Covariances (p, p) of one estimate.
 
     Attributes:
-        alike: if matches err alike, and each by itself.
-        shared: if each errs as its residual says, and neighbours together.
+        alike: under equal and independent errors of the matches.
+        shared: with each match's error from its residual, and errors that neighbours share.
     """
 
     alike: np.ndarray
@@ -112,17 +112,17 @@ class Covariances(NamedTuple):
 
 
 def motion_covariances(matches: Matches, motion: Motion, noise: Noise) -> Covariances:
-    """Covariances (5, 5) of a motion with translation, by the numbers of Motion.moved, from its matches."""
+    """Covariances (5, 5) of a motion with translation, by the parameters of Motion.moved, from its matches."""
     return _covariances(Model.EPIPOLAR, matches, motion, noise)
 
 
 def rotation_covariance(matches: Matches, rotation: np.ndarray, noise: Noise) -> np.ndarray:
-    """Covariance (3, 3) of a rotation without translation, from the matches it came from."""
+    """Covariance (3, 3) of a rotation without translation, from its matches."""
     return _covariances(Model.ROTATION, matches, Motion(rotation, np.zeros(3)), noise).shared
 
 
 def _hessian(model: Model, matches: Matches, motion: Motion, cutoff: float) -> np.ndarray:
-    """Second derivatives (p, p) of half of Tukey's loss, by differences of the gradient."""
+    """Second derivatives (p, p) of half of Tukey's loss, from differences of the gradient."""
     if compiled.available():
         return compiled.hessian(model, matches.columns, *motion, cutoff, _STEP)
     start = _gradient(model, matches, motion, cutoff)
@@ -140,10 +140,10 @@ def _gradient(model: Model, matches: Matches, motion: Motion, cutoff: float) -> 
 
 
 def _covariances(model: Model, matches: Matches, motion: Motion, noise: Noise) -> Covariances:
-    """Covariances (p, p) of an M-estimate with Tukey's loss, as kpmatch_ros.geometry.sandwich says.
+    """Covariances (p, p) of an M-estimate with Tukey's loss, see :mod:`kpmatch_ros.geometry.sandwich`.
 
-    Matches near each other see the same light, blur and slant, and err together. The gradient's covariance is therefore
-    made of what the residuals of a square of the image pull together.
+    Matches close to each other have the same light, blur and slant, and share errors. Therefore the covariance of the
+    gradient is computed from the sum of the gradients in each square of the image.
     """
     residuals, jacobian = differentiate(model, matches, motion)
     cutoff = tukey_cutoff(residuals, noise.inlier_threshold, noise.resolution)
@@ -152,7 +152,7 @@ def _covariances(model: Model, matches: Matches, motion: Motion, noise: Noise) -
     used = sizes < cutoff
     weights, jacobian = tukey(sizes, cutoff)[0][used], jacobian[:, :, used]
     influences = residuals[:, used] * weights
-    seen = float((influences**2).sum()) / max(influences.size - size, 1)  # the noise's variance
+    seen = float((influences**2).sum()) / max(influences.size - size, 1)  # variance of the noise
     rounding = noise.resolution**2 / 12
     flat = jacobian.reshape(size, -1)
     floor = max(max(seen, rounding) / _LARGEST_VARIANCE, TINY)
@@ -164,27 +164,27 @@ def _covariances(model: Model, matches: Matches, motion: Motion, noise: Noise) -
     leverage = weights * (arms**2).sum(axis=(0, 1)) / (len(residuals) * curvature)
     pulls = jackknifed(np.einsum("jdn,dn->jn", arms, influences), leverage)
     shared, squares = _scatter(pulls, matches.select(used))
-    shared += max(variance - seen, 0.0) * np.eye(size)  # of rounding, each match errs by itself
-    shared = (squares * shared + _ALIKE * alike) / (squares + _ALIKE)  # a few tell little
+    shared += max(variance - seen, 0.0) * np.eye(size)  # rounding errors are independent
+    shared = (squares * shared + _ALIKE * alike) / (squares + _ALIKE)  # few squares give an uncertain covariance
     axes = noise.design_effect**0.5 * axes / curvatures
     return Covariances(*(_bounded(axes @ scatter @ axes.T) for scatter in (alike, shared)))
 
 
 def _bounded(covariance: np.ndarray) -> np.ndarray:
-    """A covariance (p, p) of which no angle is less certain than one that is not known."""
+    """A covariance (p, p), limited to the variance of an unknown angle in every direction."""
     variances, axes = np.linalg.eigh(covariance)
     return np.asarray((axes * np.clip(variances, 0, _LARGEST_VARIANCE)) @ axes.T)
 
 
 def _scatter(pulls: np.ndarray, matches: Matches) -> tuple[np.ndarray, float]:
-    """Covariance (p, p) of the sum of pulls (p, n), of which those near each other in the reference image are alike.
+    """Covariance (p, p) of the sum of pulls (p, n), which are similar for neighbours in the reference image.
 
-    It is the sum over squares of the image of the products of their pulls (Liang and Zeger, Biometrika 1986). The mean
-    of four grids of squares, each moved by half a square, makes the share of two pulls fall with their distance
-    (Conley, Journal of Econometrics 1999).
+    It is the sum over squares of the image of the products of their summed pulls (Liang and Zeger, Biometrika 1986).
+    The mean over four grids of squares, each shifted by half a square, makes the weight of a pair of pulls decrease
+    with their distance (Conley, Journal of Econometrics 1999).
 
     Returns:
-        covariance; how many squares have a match.
+        covariance; number of squares with a match.
     """
     if not len(matches):
         return np.zeros((len(pulls), len(pulls))), 0.0

@@ -1,10 +1,10 @@
-"""What a translation too small to be seen does to a rotation that is estimated without one.
+"""Effect of a translation, too small to be detected, on a rotation that is estimated without it.
 
-Where the matches do not tell a translation from zero, the rotation alone is fitted. A translation of a millimetre moves
-the points of a room by a tenth of a pixel and more. The rotation follows most of this parallax. Its covariance by the
-noise of the keypoints, some thousandths of a pixel for a thousand matches, knows nothing of it. The residuals do. What
-the rotation cannot follow, as near things move and far ones do not, is left in them, and is alike where matches are
-near each other.
+If the matches cannot tell a translation from zero, only the rotation is fitted. A translation of a millimetre moves the
+points of a room by a tenth of a pixel and more, and the rotation follows most of this parallax. The rotation's
+covariance from the noise of the keypoints, some thousandths of a pixel for a thousand matches, does not include this
+error. The residuals show it: near points move and far points do not, and the rotation cannot follow this. This part
+stays in the residuals, and is similar for matches close to each other.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ from kpmatch_ros.geometry.two_view_fit import Noise
 
 __all__ = ["hidden_translation_covariance"]
 
-# Variance over squared mean of the points' inverse depths, if all are as likely from zero, far away, to the nearest
-# point's. With less, the same residuals would speak for a larger translation.
+# Variance over squared mean of the points' inverse depths, if these are uniformly distributed from zero (far away) to
+# the nearest point's. With a smaller value, the same residuals would indicate a larger translation.
 _UNEVEN_DEPTH = 1 / 3
-# Half waves, at most, over the longer side of the matches. Shorter ones hold few matches and little of the variance.
+# Largest number of half waves over the longer side of the matches. Shorter waves have few matches and little variance.
 _HALF_WAVES = 5
 
 _PRICE = 2.0  # of a parameter, in twice the log-likelihood (Akaike, IEEE Trans. Automatic Control 1974)
-_SIZES = 60  # of the translation, that are compared
-_SMALLEST_SIZE = 1e-2  # variance of what parallax is seen best, over that of its noise
-_UNSEEN = 1e-9  # part of the largest eigenvalue
+_SIZES = 60  # number of sizes of the translation that are compared
+_SMALLEST_SIZE = 1e-2  # variance of the best visible parallax over that of its noise
+_UNSEEN = 1e-9  # relative to the largest eigenvalue
 
 
 def hidden_translation_covariance(matches: Matches, rotation: np.ndarray, noise: Noise) -> np.ndarray:
-    """Covariance (3, 3) of a rotation's error by a translation that it was estimated without.
+    """Covariance (3, 3) of a rotation's error from a translation that it was estimated without.
 
-    The mean inverse depth times the translation, and waves of the inverse depth over the image times the translation,
-    are random effects of a linear model of the residuals (Laird and Ware, Biometrics 1982), besides the rotation. The
-    effects are normal, of mean zero; the variances of the waves are _UNEVEN_DEPTH together, in proportion to the
-    squares of their lengths, so that each octave has as much. This assumes that scenes look alike at all scales. One
-    number is not known, the size of the translation. It is the likeliest by the residuals, given the noise (restricted
-    maximum likelihood, Patterson and Thompson, Biometrika 1971). It is zero unless this explains them better than noise
-    alone does, by Akaike's criterion. Matches that err together are noise here: `noise.design_effect` is in the
-    variance of the residuals.
+    The random effects of a linear model of the residuals (Laird and Ware, Biometrics 1982), in addition to the
+    rotation, are the mean inverse depth times the translation, and waves of the inverse depth over the image times the
+    translation. The effects are normal with mean zero. The variances of the waves add up to _UNEVEN_DEPTH. They are
+    proportional to the squared wavelengths, so that each octave has the same variance. This assumes that scenes look
+    similar at all scales. The only unknown is the size of the translation. Its estimate is the likeliest size for the
+    residuals, given the noise (restricted maximum likelihood, Patterson and Thompson, Biometrika 1971). It is zero
+    unless it explains the residuals better than noise alone, by Akaike's criterion. Errors that matches share count as
+    noise: `noise.design_effect` multiplies the variance of the residuals.
 
-    The covariance is the second moment of what the effects, as far as the residuals tell them, do to the rotation.
+    The covariance is the second moment of the effects on the rotation, given the residuals.
 
-    It does not tell of translations that leave nothing alike in the residuals: where all points are equally far, where
-    no point is about as far as its neighbours, or where the parallax is lost in the noise. To allow for these, the
-    covariance of each camera that does stand still would have to be many times too wide.
+    It does not include translations that leave no pattern in the residuals: if all points are equally far, if no point
+    has a depth similar to its neighbours, or if the noise hides the parallax. To include these, the covariance of every
+    camera that really stands still would have to be many times too large.
 
     Args:
-        matches: wrong ones too.
-        rotation: fitted to them, (3, 3).
+        matches: all matches, including wrong ones.
+        rotation: (3, 3), fitted to the matches.
         noise: of the keypoints.
     """
     residuals, jacobian = differentiate(Model.ROTATION, matches, Motion(rotation, np.zeros(3)))
@@ -59,7 +59,7 @@ def hidden_translation_covariance(matches: Matches, rotation: np.ndarray, noise:
     cutoff = tukey_cutoff(residuals, noise.inlier_threshold, noise.resolution)
     used = np.flatnonzero(sizes < cutoff)
     residuals, jacobian, sizes = residuals[:, used], jacobian[:, :, used].reshape(3, -1), sizes[used]
-    # An M-estimate errs as least squares would with these in place of the residuals (Huber, Robust Statistics).
+    # An M-estimate has the error of least squares with these in place of the residuals (Huber, Robust Statistics).
     shares = (sizes / cutoff) ** 2
     curvature = max(float(((1 - shares) * (1 - 3 * shares)).mean()), SMALLEST_CURVATURE)
     pulls = (residuals * tukey(sizes, cutoff)[0] / curvature).ravel()
@@ -68,7 +68,7 @@ def hidden_translation_covariance(matches: Matches, rotation: np.ndarray, noise:
 
     effects = _effects(matches.select(used), rotation)
     follow = np.linalg.pinv(jacobian @ jacobian.T, rcond=1e-12, hermitian=True) @ (jacobian @ effects.T)
-    # What the rotation cannot follow.
+    # The part that the rotation cannot follow.
     left = effects - follow.T @ jacobian
     seen, axes = np.linalg.eigh(left @ left.T)
     follow, found = follow @ axes, axes.T @ (left @ pulls)
@@ -81,12 +81,12 @@ def hidden_translation_covariance(matches: Matches, rotation: np.ndarray, noise:
 
 
 def _effects(matches: Matches, rotation: np.ndarray) -> np.ndarray:
-    """Changes (k, 2 n) of the residuals by the effects, in units of their standard deviations."""
+    """Changes (k, 2 n) of the residuals by the effects, per standard deviation of each effect."""
     projected, _, factors = project_turned(matches, rotation)
     one, zero = np.ones(len(matches)), np.zeros(len(matches))
     x, y = projected
     by_translation = whiten(np.array([one, zero, -x]), np.array([zero, one, -y]), factors).transpose(1, 0, 2)
-    # A stereographic projection: the edge of a fisheye's image is not stretched.
+    # The stereographic projection does not stretch the edge of a fisheye image.
     places = matches.rays0[:2] / (matches.rays0[2] + lengths(matches.rays0))
     corner = places.min(axis=1, keepdims=True)
     across, down = (places - corner) / max(float(np.ptp(places, axis=1).max()), TINY)
@@ -101,17 +101,17 @@ def _effects(matches: Matches, rotation: np.ndarray) -> np.ndarray:
 
 
 def _likeliest_size(seen: np.ndarray, found: np.ndarray, variance: float) -> float:
-    """Variance of the effects, over that of the noise: independent `found` have variance (seen + size seen^2) times it.
+    """Variance of the effects over that of the noise; `found` has variance (seen + size seen^2) times the noise's.
 
     Args:
-        seen: (k,) from zero up.
-        found: (k,), zero where seen is.
+        seen: (k,) eigenvalues, from zero up.
+        found: (k,) independent values, zero where `seen` is zero.
         variance: of the noise.
     """
     squares = found * found / np.maximum(seen * variance, TINY)
     growth = np.max(squares - 1, initial=0.0, where=seen > 0)
     smallest = _SMALLEST_SIZE / max(float(seen[-1]), TINY)
-    largest = float(np.max(squares / np.maximum(seen, TINY), initial=0.0, where=seen > 0))  # no `found` speaks for more
+    largest = float(np.max(squares / np.maximum(seen, TINY), initial=0.0, where=seen > 0))  # none needs a larger one
     if growth <= 0 or largest <= smallest:
         return 0.0
     tried = np.concatenate([[0.0], np.geomspace(smallest, largest, _SIZES)])

@@ -30,30 +30,31 @@ from kpmatch_ros.geometry.two_view_search import SAMPLE
 
 __all__ = ["Decision", "Fit", "best_candidate", "decide", "fit_motion", "widen"]
 
-_HOPEFUL = 3  # candidates that are refined, the best ones
+_HOPEFUL = 3  # best candidates, which are refined
 
-# Of one match on the pose: 0 to 1; they add up to the degrees of freedom. Of few matches, each has a large one.
+# Leverage of one match on the pose, from 0 to 1. The leverages add up to the degrees of freedom. Therefore each of few
+# matches has a large one.
 _LARGEST_LEVERAGE = 0.3
 _TIMES_THE_MEAN = 2.0
 
-# So they are with fewer inliers, or with a larger standard deviation of the translation's direction; among so many of
-# the matches.
+# The geometry is weak with fewer inliers, or with a larger standard deviation of the translation's direction. The
+# likelihood is then profiled with a sample of _PROFILED matches.
 _FEW = 60
 _UNCERTAIN = math.radians(0.5)
 _PROFILED = 100
-_OTHER = 2.0  # times the distance of distinct motions: nearer ones are the same maximum
+_OTHER = 2.0  # times the distance of distinct motions; closer motions are the same maximum
 
-_IN_FRONT = 0.5  # part of the matches: a motion that places more of them behind a camera is no rival
+_IN_FRONT = 0.5  # part of the matches: a motion that places fewer of them in front of the cameras is not a rival
 
-_SINGULAR = 1e-15  # part of the largest eigenvalue
+_SINGULAR = 1e-15  # relative to the largest eigenvalue
 
-_ROUGHLY = 1e-3  # part of the cost: what goes on from there is refined further
+_ROUGHLY = 1e-3  # relative change of the cost, for fits that are refined later
 
 
 class Fit(NamedTuple):
-    """A motion and the matches that decided it: those in front of the cameras.
+    """A motion and the matches that determine it, all in front of the cameras.
 
-    The few that have a degree of freedom almost to themselves are left out: they fit whether they are right or wrong.
+    Matches that determine a degree of freedom almost alone are left out, because they fit whether correct or wrong.
     """
 
     motion: Motion
@@ -61,7 +62,7 @@ class Fit(NamedTuple):
 
 
 def best_candidate(matches: Matches, candidates: list[Motion], inlier_threshold: float) -> Motion | None:
-    """The best of the candidates, each refined on a sample of the matches; None without candidates."""
+    """The best of the candidates, after refinement on a sample of the matches; None without candidates."""
     different: list[Motion] = []
     for candidate in candidates:
         if all(is_distinct(candidate, other) for other in different):
@@ -80,7 +81,7 @@ def best_candidate(matches: Matches, candidates: list[Motion], inlier_threshold:
 
 
 def fit_motion(matches: Matches, candidates: list[Motion], inlier_threshold: float, resolution: float) -> Fit | None:
-    """The best candidate, refined; None without candidates."""
+    """The best candidate, refined on all matches; None without candidates."""
     motion = best_candidate(matches, candidates, inlier_threshold)
     return None if motion is None else _refine(matches, motion, inlier_threshold, resolution, 2)
 
@@ -93,7 +94,7 @@ def _refine(
     rounds: int,
     settled: float = SETTLED,
 ) -> Fit:
-    """A motion refined on the matches that are in front of the cameras, with Tukey's loss scaled to their noise."""
+    """A motion refined on the matches in front of the cameras, with Tukey's loss scaled to their noise."""
     for left in reversed(range(rounds)):
         residuals, jacobian = differentiate(Model.EPIPOLAR, matches, motion)
         support = is_in_front(matches, motion, inlier_threshold)
@@ -103,8 +104,8 @@ def _refine(
         information, axes = np.linalg.eigh(weighted @ weighted.T)
         axes = axes / np.sqrt(np.maximum(information, _SINGULAR * information[-1] + TINY))
         whitened = axes.T @ jacobian[:, 0]
-        # As large as if each match counted in full. A wrong match that was left out in the round before is beyond the
-        # cutoff now: without this it would come back, and the fit with it.
+        # The leverage is that of a match with full weight. A wrong match that was left out in the previous round is now
+        # beyond the cutoff. With its real weight it would come back and pull the fit again.
         arms = dot(whitened, whitened)
         leverage = arms / (1 + (1 - weights) * arms)
         support &= leverage < max(_LARGEST_LEVERAGE, _TIMES_THE_MEAN * len(jacobian) / max(weights.sum(), 1.0))
@@ -114,7 +115,7 @@ def _refine(
 
 
 class Decision(NamedTuple):
-    """Of the motions that explain the matches alike, the one to report, and the others."""
+    """The motion to report, and the others that explain the matches equally well."""
 
     fit: Fit
     rivals: list[Motion]
@@ -123,17 +124,17 @@ class Decision(NamedTuple):
 def decide(
     matches: Matches, fit: Fit, covariance: np.ndarray, rotation: np.ndarray, noise: Noise, prior: Motion | None
 ) -> Decision:
-    """Look for the motions that explain the matches as well as the one found.
+    """Find other motions that explain the matches as well as the fit, and decide between them.
 
-    A plane has another one. Where the geometry constrains the motion little, there may be some anywhere.
+    A plane has a second motion. If the geometry is weak, other motions may be anywhere.
 
     Args:
-        matches: all of them.
+        matches: all matches.
         fit: the motion found.
-        covariance: (6, 6) of the fit, if matches err alike.
-        rotation: (3, 3) the one that explains most matches without a translation.
+        covariance: (6, 6) of the fit, under equal errors of the matches.
+        rotation: (3, 3) the pure rotation that explains most matches.
         noise: of the keypoints.
-        prior: the motion before, where it is known.
+        prior: motion between the two preceding images; None if unknown.
     """
     threshold = noise.inlier_threshold
     deviation = tukey_cutoff(epipolar_residuals(fit.support, fit.motion), threshold, noise.resolution) / TUKEY
@@ -178,12 +179,14 @@ def decide(
 
 
 def widen(matches: Matches, fit: Fit, covariances: Covariances, noise: Noise) -> tuple[np.ndarray, np.ndarray]:
-    """The covariance (6, 6) of a fit; where the geometry constrains it little, by the likelihood around it.
+    """The covariance (6, 6) of a fit. If the geometry is weak, it is that of the likelihood around the fit.
 
-    Few matches tell how each errs. What all tell together, `covariances.alike`, is a lower bound then.
+    The residuals of few matches are a poor measure of each match's error. `covariances.alike`, which all matches
+    determine together, is then a lower bound.
 
     Returns:
-        the covariance, and that by the likelihood near the fit alone: which other motions are the same one.
+        the covariance, and the covariance of the likelihood near the fit only, which tells which other motions belong
+        to the same maximum.
     """
     threshold = noise.inlier_threshold
     deviation = tukey_cutoff(epipolar_residuals(fit.support, fit.motion), threshold, noise.resolution) / TUKEY
@@ -197,12 +200,12 @@ def widen(matches: Matches, fit: Fit, covariances: Covariances, noise: Noise) ->
 
 
 def _at_least(covariance: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """A covariance, enlarged where another one is larger."""
+    """A covariance, enlarged in the directions where another one is larger."""
     more, axes = np.linalg.eigh(other - covariance)
     return np.asarray(covariance + (axes * np.maximum(more, 0.0)) @ axes.T)
 
 
 def _is_weak(inliers: np.ndarray, covariance: np.ndarray) -> bool:
-    """Whether the geometry constrains a motion so little that others may explain the matches (n,) as well."""
+    """Whether the geometry is so weak that other motions may explain the matches (n,) as well."""
     uncertain = float(np.linalg.eigvalsh(covariance[:3, :3])[-1]) > _UNCERTAIN**2
     return bool(inliers.sum() < _FEW or inliers.mean() < MANY_WRONG or uncertain)

@@ -1,4 +1,4 @@
-"""What a relative pose of two views is estimated from, and what becomes of it."""
+"""Input and result of the relative pose estimation from two views."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from kpmatch_ros.geometry.two_view_errors import Matches, Motion, gains, residua
 
 __all__ = ["Problem", "Solution", "spread_out", "weigh"]
 
-# Errors that standard deviations do not tell, alike for all matches, inlier thresholds: a calibration's, a rolling
-# shutter's.
+# Standard deviations, in inlier thresholds, of errors that are equal for all matches and that the given standard
+# deviations do not include: those of the calibration or of a rolling shutter.
 _UNTOLD = np.array([0.0, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0])
 
-# Of the inlier threshold: so large a standard deviation leaves a match the whole threshold, 3.3 deviations.
+# In inlier thresholds: a match with this standard deviation keeps the whole threshold, which is 3.3 deviations.
 _INEXACT = 0.3
 
 
 class Problem(NamedTuple):
-    """Usable matches, and what estimate_relative_pose was told of them.
+    """Usable matches, and the arguments of estimate_relative_pose.
 
     Attributes:
-        matches: n of them.
+        matches: n matches.
         inlier_threshold: the largest residual of an inlier, pixels.
         normalised_threshold: the same in normalised coordinates.
         resolution: pixels between neighbouring positions that a keypoint can have.
-        independent_points: how many points, at most, err independently of each other.
-        chance: the probability that a wrong match is within the inlier threshold of its epipolar line.
-        required: so many inliers a pose needs.
-        prior: the motion before, where it is known.
-        sigmas: (n,) standard deviations of one point beside the other one, pixels, where they are known to differ.
+        independent_points: largest number of points with independent errors.
+        chance: probability that a wrong match is within the inlier threshold of its epipolar line.
+        required: number of inliers that a pose needs.
+        prior: motion between the two preceding images; None if unknown.
+        sigmas: (n,) standard deviations of one point, given the other one, pixels; None if they are equal.
     """
 
     matches: Matches
@@ -47,13 +47,13 @@ class Problem(NamedTuple):
     sigmas: np.ndarray | None
 
     def select(self, chosen: np.ndarray) -> Problem:
-        """The problem with the matches for which the mask (n,) is true."""
+        """The problem with the matches in the mask (n,)."""
         return self._replace(
             matches=self.matches.select(chosen), sigmas=None if self.sigmas is None else self.sigmas[chosen]
         )
 
     def with_threshold(self, factor: float) -> Problem:
-        """The problem with so many times the inlier threshold."""
+        """The problem with the inlier threshold multiplied by a factor."""
         return self._replace(
             inlier_threshold=factor * self.inlier_threshold,
             normalised_threshold=factor * self.normalised_threshold,
@@ -61,15 +61,15 @@ class Problem(NamedTuple):
         )
 
     def deviation(self, motion: Motion) -> float:
-        """Standard deviation of the keypoints' noise beside a motion, pixels."""
+        """Standard deviation of the keypoints' noise under a motion, pixels."""
         sizes = residual_sizes(self.matches, motion, self.inlier_threshold)
         return tukey_cutoff(sizes, self.inlier_threshold, self.resolution) / TUKEY
 
 
 class Solution(NamedTuple):
-    """What became of a problem: its motion, None without a pose, and its inliers (n,), None if not estimated.
+    """Result of a problem: status, motion (None without a pose), covariance, and inliers (n,) (None if not estimated).
 
-    Besides, those (n,) that agree with a translation that is not believed, if there is one, and this motion.
+    If a translation was rejected, `unbelieved` is that motion, and `doubted` (n,) the matches that agree with it.
     """
 
     status: PoseStatus
@@ -81,7 +81,7 @@ class Solution(NamedTuple):
 
 
 def spread_out(mask: np.ndarray | None, chosen: np.ndarray) -> np.ndarray | None:
-    """A mask of those that another one (N,) chooses, for all (N,) of them."""
+    """A mask of the elements that `chosen` (N,) selects, extended to all N elements with False."""
     if mask is None:
         return None
     every = np.zeros(len(chosen), dtype=bool)
@@ -90,23 +90,23 @@ def spread_out(mask: np.ndarray | None, chosen: np.ndarray) -> np.ndarray | None
 
 
 def weigh(problem: Problem, motion: Motion) -> Problem:
-    """The problem with each match as exact as its standard deviation, and the residuals beside a motion, say.
+    """The problem with each match weighted by its standard deviation and by the residuals under a motion.
 
-    What standard deviations do not tell is alike for all matches, and as large as makes the residuals likeliest. A
-    match that is more exact than the inlier threshold allows for is an inlier within 3.3 of its standard deviations
-    then. The others stay as they are, all alike. Where no match is so exact, the problem is the same.
+    Errors that the standard deviations do not include are equal for all matches. Their size is the one that makes the
+    residuals likeliest. A match that is more precise than the inlier threshold then has a threshold of 3.3 of its
+    standard deviations. The other matches keep equal weights. If no match is that precise, the problem is unchanged.
     """
     if problem.sigmas is None:
         return problem
     threshold = problem.inlier_threshold
     sizes = residual_sizes(problem.matches, motion, threshold)
-    # Of a match one point errs, and residuals are those of noise in both. Rounding is in them, too.
+    # Only one point of a match has this error, but residuals assume noise in both. They also include rounding.
     told = np.hypot(problem.sigmas / math.sqrt(2), problem.resolution / math.sqrt(12))
     deviations = np.hypot(told, threshold * _UNTOLD[:, None])
     likeliest = deviations[gains(sizes, deviations, threshold).sum(axis=1).argmax()]
     scales = np.minimum(likeliest / (_INEXACT * threshold), 1.0)
     if scales.min() == 1.0:
         return problem
-    # In units of the middle match's noise, pixels go on to be pixels.
+    # In units of the median match's noise, so that these units remain close to pixels.
     middle = float(np.median(scales))
     return problem.with_threshold(middle)._replace(matches=problem.matches.scaled(scales / middle))

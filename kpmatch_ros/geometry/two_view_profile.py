@@ -1,8 +1,7 @@
 """Other motions that explain the matches of two views: the likelihood's profile over the translation's direction.
 
-Where the geometry constrains the motion little, as with few surfaces or with matches in a small part of the image, the
-likelihood has more than one maximum. Far from each other, they may be nearly as high. The covariance of one does not
-tell of the others.
+If the geometry is weak, as with few surfaces or with matches in a small part of the image, the likelihood has more than
+one maximum. Distant maxima may be almost equally high. The covariance at one maximum does not include the others.
 """
 
 from __future__ import annotations
@@ -18,36 +17,36 @@ from kpmatch_ros.geometry.two_view_errors import Matches, Motion, depths, gains
 
 __all__ = ["profile_covariance", "profile_directions", "refine_turns"]
 
-_DIRECTIONS = 60  # of half a sphere: 15 degrees apart
-_CUTOFFS = (8.0, 4.0, 2.0, 2.0, 2.0)  # inlier thresholds: where Tukey's loss ends, step by step
-_SMALLEST = 0.01  # deviation, inlier thresholds
-_FOUND = 5  # motions, at most
-_BAND = 10.0  # inlier thresholds: where wrong matches are; with a narrow band, right ones would tell less than they do
-_STEPS = (15, 5)  # of directions along the ridge and across it
-_REACH = (8.0, 3.0)  # standard deviations, at first
-# The reach is doubled where the likelihood is not low at the end: three standard deviations are 4.5 of its logarithm.
-# Of poses of a plane in a strip of an image, 10 of 90 were wrong and sure without it, 4 of 97 after one time, 2 of 90
-# after two.
+_DIRECTIONS = 60  # over half a sphere: 15 degrees apart
+_CUTOFFS = (8.0, 4.0, 2.0, 2.0, 2.0)  # cutoffs of Tukey's loss in successive steps, in inlier thresholds
+_SMALLEST = 0.01  # smallest deviation, in inlier thresholds
+_FOUND = 5  # largest number of motions
+_BAND = 10.0  # inlier thresholds: range of wrong matches; a narrow band would understate what correct matches tell
+_STEPS = (15, 5)  # directions along the ridge and across it
+_REACH = (8.0, 3.0)  # standard deviations, first reach of the grid
+# The reach is doubled if the likelihood is not low at the end: three standard deviations are 4.5 of its logarithm. For
+# a plane in a strip of an image, 10 of 90 poses were overconfident (OK, but wrong) without doubling, 4 of 97 after one
+# doubling, and 2 of 90 after two.
 _GROWTHS, _RIM = 2, 4.5
-_LOST = 100.0  # of log-likelihood: a motion so far below the likeliest counts nothing, even by a tenth of that
-_SAME = 1e-6  # variances of the noise: by less, only rounding changes residuals
+_LOST = 100.0  # log-likelihood below the maximum at which a motion has no weight, even with a tenth of the difference
+_SAME = 1e-6  # variances of the noise: smaller changes of residuals are rounding
 _FARTHEST = math.radians(60.0)
-_SINGULAR = 1e-12  # part of the largest eigenvalue
-_NOT_LOST = 1e-14  # part of the trace: above rounding
+_SINGULAR = 1e-12  # relative to the largest eigenvalue
+_NOT_LOST = 1e-14  # relative to the trace: above rounding
 _APART = math.cos(math.radians(10.0))
 
 
 def profile_directions(
     matches: Matches, rotations: list[np.ndarray], inlier_threshold: float, deviation: float
 ) -> list[Motion]:
-    """The likeliest motions whose directions of translation are more than 10 degrees apart, the likeliest first.
+    """The likeliest motions with directions of translation more than 10 degrees apart, in decreasing likelihood.
 
-    For each of many directions, the rotation is refined by Gauss-Newton, from each start, for all at once. The noise is
-    taken to be alike in all directions.
+    For each of many directions, Gauss-Newton refines the rotation from each start, for all of them at once. The noise
+    is assumed to be the same in all directions of the image.
 
     Args:
-        matches: some of them, wrong ones too.
-        rotations: where to start, (3, 3) each.
+        matches: a sample of them, including wrong ones.
+        rotations: starts, (3, 3) each.
         inlier_threshold: largest residual of an inlier, pixels.
         deviation: standard deviation of the keypoints' noise, pixels.
     """
@@ -71,26 +70,26 @@ def profile_covariance(
     deviation: float,
     evidence: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Covariances (6, 6) of a motion by the likelihood around it, nowhere smaller than that by its curvature.
+    """Covariances (6, 6) of a motion from the likelihood around it, at least as large as that from its curvature.
 
-    Where the geometry constrains the motion little, the likelihood is a long, bent ridge. Its curvature at the top does
-    not tell how long. Over a grid of directions around the motion's, the rotation is refined, and the second moments
-    about the motion are taken, weighted by the likelihood, as far as it tells.
+    If the geometry is weak, the likelihood is a long, curved ridge. Its curvature at the top does not tell its length.
+    This function refines the rotation on a grid of directions around the motion's. It returns the second moments about
+    the motion, weighted by the likelihood.
 
     Args:
-        matches: some of them, wrong ones too.
-        motion: the likeliest one.
-        covariance: (6, 6) of the translation's direction and the rotation, by the likelihood's curvature.
+        matches: a sample of them, including wrong ones.
+        motion: the likeliest motion.
+        covariance: (6, 6) of the translation's direction and the rotation, from the likelihood's curvature.
         inlier_threshold: largest residual of an inlier, pixels.
         deviation: standard deviation of the keypoints' noise, pixels.
-        evidence: how many independent matches each of these stands for.
+        evidence: number of independent matches that each of these matches represents.
 
     Returns:
-        by the likelihood as far as its curvature says that it reaches, and as far as it does.
+        the covariance on the first grid, whose reach comes from the curvature, and on the last grid.
     """
     variances, axes = np.linalg.eigh(covariance[:3, :3])
     reach = np.minimum(np.sqrt(np.maximum(variances[:0:-1], TINY)) * _REACH, _FARTHEST)
-    # To first order, the rotation follows the direction like this.
+    # First-order change of the rotation with the direction.
     follow = covariance[3:, :3] @ np.linalg.pinv(covariance[:3, :3], rcond=1e-9, hermitian=True)
     found = [covariance]
     for _ in range(1 + _GROWTHS):
@@ -111,7 +110,7 @@ def profile_covariance(
         moments = (away.T * weights) @ away / weights.sum()
         moments[3:, 3:] += covariance[3:, 3:] - follow @ covariance[:3, 3:]
         found.append(_larger(found[-1], moments))
-        # A curvature that is too sharp makes the grid too short. The longer one is coarser: both count.
+        # A too sharp curvature makes the grid too short. The longer grid is coarser, so both count.
         short = np.array([grid[[0, -1]].min(), grid[:, [0, -1]].min()]) < _RIM
         if not (short & (reach < _FARTHEST)).any():
             break
@@ -120,9 +119,9 @@ def profile_covariance(
 
 
 def _larger(covariance: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """The covariance (6, 6), enlarged in the directions in which the second moments (6, 6) are larger."""
+    """The covariance (6, 6), enlarged in the directions where the second moments (6, 6) are larger."""
     values, axes = np.linalg.eigh(covariance)
-    axes = axes[:, 1:] * np.sqrt(np.maximum(values[1:], _SINGULAR * values[-1]))  # but for the translation's length
+    axes = axes[:, 1:] * np.sqrt(np.maximum(values[1:], _SINGULAR * values[-1]))  # without the translation's length
     inverse = np.linalg.pinv(axes)
     values, turn = np.linalg.eigh(inverse @ moments @ inverse.T)
     axes = axes @ turn * np.sqrt(np.maximum(values, 1.0))
@@ -137,26 +136,26 @@ def refine_turns(
     inlier_threshold: float,
     deviation: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rotations (k, 3, 3) refined by Gauss-Newton, each with its direction of translation (k, 3), for all at once.
+    """Rotations (k, 3, 3) refined by Gauss-Newton, each with its direction of translation (k, 3), all at once.
 
     Args:
-        matches: n of them.
-        turns: where to start.
+        matches: n matches.
+        turns: starts.
         shifts: directions.
-        cutoffs: inlier thresholds where Tukey's loss ends, step by step.
+        cutoffs: cutoffs of Tukey's loss in successive steps, in inlier thresholds.
         inlier_threshold: largest residual of an inlier, pixels.
         deviation: standard deviation of the keypoints' noise, pixels.
 
     Returns:
-        the rotations, and the Sampson distances (k, n) that they leave.
+        the rotations, and their Sampson distances (k, n).
     """
     pixels = [cutoff * inlier_threshold for cutoff in cutoffs]
-    # A trust of a tenth of a radian keeps the system regular, also where there is no noise. Through a lens that
-    # enlarges a thousand times this is lost to rounding, and a part of the trace is what is not.
+    # A prior of a tenth of a radian keeps the system regular, even without noise. With a lens that magnifies a thousand
+    # times, rounding removes this term. A part of the trace is then large enough.
     trust = 100 * max(deviation, _SMALLEST * inlier_threshold) ** 2
     if compiled.available():
         return compiled.refine_turns(matches.columns, turns, shifts, pixels, trust)
-    # A change here is one of src/two_view.c, too.
+    # Keep this equal to src/two_view_profile.c.
     for cutoff in pixels:
         residuals, jacobian = _evaluate(matches, turns, shifts)
         weights = np.maximum(1 - (residuals / cutoff) ** 2, 0.0) ** 2
@@ -172,17 +171,17 @@ def refine_turns(
 def _told(
     matches: Matches, turns: np.ndarray, shifts: np.ndarray, residuals: np.ndarray, deviation: float
 ) -> np.ndarray:
-    """How much of a log-likelihood's difference counts, between each of k motions and the last one: (k,), 0.1 to 1.
+    """Part (k,), 0.1 to 1, of a log-likelihood difference that counts, between each of k motions and the last one.
 
-    From one motion to the other, a residual changes by where the match is, and by the keypoints' noise along the
-    epipolar line, for this turns. The first change tells the motions apart, and its square is expected to be twice the
-    difference. With the second one, the right motion's log-likelihood is lower, by the ratio of both to the first. Of a
-    plane in a strip of an image, 640 x 160 pixels at 0.3 pixels of noise, noise is 85 % of the change along the
-    likelihood's ridge; of a plane that fills 640 x 480 pixels, 8 %.
+    From one motion to the other, a residual changes for two reasons: the position of the match, and the keypoints'
+    noise along the epipolar line, because this line turns. The first change tells the motions apart, and its expected
+    square is twice the difference. The second change lowers the correct motion's log-likelihood, by the ratio of both
+    changes to the first. For a plane in a strip of an image, 640 x 160 pixels with 0.3 pixels of noise, noise is 85 %
+    of the change along the likelihood's ridge. For a plane that fills 640 x 480 pixels, it is 8 %.
     """
     essentials = np.cross(shifts[:, :, None], turns, axis=1)
     pixel0, pixel1 = (np.sqrt((noise[0] + noise[2]) / 2) for noise in (matches.noise0, matches.noise1))
-    normals = np.empty((len(turns), 4, len(matches)))  # of the right matches, in their four coordinates, pixels
+    normals = np.empty((len(turns), 4, len(matches)))  # of the constraint, in the four coordinates of a match, pixels
     np.matmul(essentials[:, :2], matches.rays1 * pixel0, out=normals[:, :2])
     np.matmul(essentials[:, :, :2].transpose(0, 2, 1), matches.rays0 * pixel1, out=normals[:, 2:])
     normals /= np.sqrt(np.maximum(np.einsum("kin,kin->kn", normals, normals), TINY))[:, None]
@@ -194,7 +193,7 @@ def _told(
 
 
 def _evaluate(matches: Matches, turns: np.ndarray, shifts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sampson distances (k, n) of k motions and their jacobian (k, 3, n) by the rotation, with a constant variance."""
+    """Sampson distances (k, n) of k motions, and their jacobian (k, 3, n) by the rotation at constant variance."""
     rays0, noise0, noise1 = (
         matches.rays0,
         (matches.noise0[0] + matches.noise0[2]) / 2,
@@ -224,7 +223,7 @@ def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _turned(turns: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """Rotations (k, 3, 3) after steps (k, 3) of angles about the axes (Rodrigues)."""
+    """Rotations (k, 3, 3) after rotation steps (k, 3) about the axes (Rodrigues)."""
     angles = np.maximum(np.linalg.norm(steps, axis=1), 1e-12)[:, None, None]
     x, y, z = steps.T
     zero = np.zeros_like(x)
@@ -233,14 +232,14 @@ def _turned(turns: np.ndarray, steps: np.ndarray) -> np.ndarray:
 
 
 def _facing(near: Matches, motion: Motion) -> Motion:
-    """The motion, or its opposite: that which has more of the matches in front of both cameras."""
+    """The motion or the one with opposite translation: whichever has more matches in front of both cameras."""
     depth0, depth1, _ = depths(near, motion)
     forward, backward = (np.minimum(depth0, depth1) > 0).sum(), (np.maximum(depth0, depth1) < 0).sum()
     return motion if forward >= backward else Motion(motion.rotation, -motion.translation)
 
 
 def _half_sphere(count: int) -> np.ndarray:
-    """Directions (count, 3), evenly spread over the half of the sphere with z above zero (a Fibonacci lattice)."""
+    """Directions (count, 3), evenly spread over the half of the sphere with z > 0 (a Fibonacci lattice)."""
     z = (np.arange(count) + 0.5) / count
     angle = math.pi * (1 + math.sqrt(5)) * np.arange(count)
     radius = np.sqrt(1 - z * z)

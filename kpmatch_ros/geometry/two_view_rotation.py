@@ -1,6 +1,6 @@
-"""The rotation that explains most matches of two views, and whether it leaves something to explain.
+"""The rotation that explains most matches of two views, and tests for parallax that it does not explain.
 
-If it does, the motion has a translation.
+If there is such parallax, the motion has a translation.
 """
 
 from __future__ import annotations
@@ -45,56 +45,57 @@ __all__ = [
 ]
 
 TYPICAL = 3.0
-"""Beyond so many standard deviations are the tails of the noise. The test for small parallax leaves them out."""
+"""Standard deviations beyond which the noise has tails. The test for small parallax leaves them out."""
 
-# Under a pure rotation, a match may still be further than the inlier threshold from where the rotation takes it. It may
-# have slipped along an edge: up to so many thresholds, and so many matches for each one that has not slipped.
+# Under a pure rotation, a match may still be further than the inlier threshold from its predicted position. It may have
+# slipped along an edge: by up to _LONGEST_SLIP thresholds, and up to _SLIPS such matches per match that has not.
 _LONGEST_SLIP = 5.0
 _SLIPS = 1 / 3
-# Or it is wrong, in any direction, but so many times as often along the image's longer side as equal chances have it.
+# Or it is wrong, in any direction. Directions along the image's longer side may be up to _UNEQUAL times as frequent as
+# in a uniform distribution.
 _UNEQUAL = 2.0
-# One thing may move by itself. It takes such a part of the width that the matches take, at most.
+# One object may move independently. It covers at most this part of the width that the matches cover.
 _THING = 2 / 3
-# Unless the rotation explains fewer matches of the rest than such a part of those that the motion explains: what moves
-# is the scene then.
+# The scene itself moves if the rotation explains few matches outside this object: fewer than this part of the number
+# that the motion explains.
 _LITTLE = 1 / 4
 _CERTAIN = 1e-12  # a false-alarm rate
-# What remains without it must speak for a translation, too: so much of the logarithm of the false-alarm rate.
+# The matches outside the object must support a translation too: with this part of the log false-alarm rate.
 _REMAINING = 1 / 3
-# How near to an epipolar line a match counts as along it, inlier thresholds: the share of the false alarms.
+# Widths of an epipolar line, in inlier thresholds, and the share of the false alarms that each one has.
 _WIDTHS = {1.0: 1 / 2, 0.5: 1 / 4, 0.25: 1 / 8, 0.125: 1 / 8}
-# Keypoints jitter along their edges, which often have one direction in common. The variance of their noise, but for
-# rounding, may be so many times that across this direction (measured: 2.9).
+# Keypoints jitter along their edges, which often have one direction in common. Without rounding, the variance of their
+# noise along this direction may be this many times the variance across it (measured: 2.9).
 _UNEVEN = 3.0
 # The smallest F-test probability over all directions of translation is about that of the smallest of 50 independent
-# ones (simulated: 10 to 50, for 20 to 150 degrees of view and 30 to 800 matches).
+# tests (simulated: 10 to 50, for 20 to 150 degrees of view and 30 to 800 matches).
 _INDEPENDENT_DIRECTIONS = 50
 
-# A rotation is fitted to residuals up to so many inlier thresholds, and then up to fewer.
+# A rotation is fitted with a cutoff of this many inlier thresholds first, and then with smaller ones.
 _WIDE = 4.0
 _NARROWER = (2.0, 1.0, 0.5)
 
 _EVERYTHING = 1e9  # pixels: a cutoff beyond all residuals
 
-_VERY_ROUGHLY = 1e-2  # part of the cost: what goes on from there is refined further
-_NEARLY = 1e-5  # part of the cost: more does not change a test
+_VERY_ROUGHLY = 1e-2  # relative change of the cost, for fits that are refined later
+_NEARLY = 1e-5  # relative change of the cost, small enough for a test
 
 
 class Parallax(enum.Enum):
-    """What a rotation leaves to explain."""
+    """What a rotation leaves unexplained."""
 
     NONE = 0
     IN_ONE_PLACE = 1
-    """Something moves: the camera, or before it a thing that moves by itself."""
+    """The camera moves, or an object moves independently."""
     EVERYWHERE = 2
     """The camera moves."""
 
 
 def fit_rotation(matches: Matches, starts: list[np.ndarray], inlier_threshold: float, resolution: float) -> np.ndarray:
-    """The rotation (3, 3) that brings most matches within the inlier threshold, from the best of the starts.
+    """The rotation (3, 3) that brings most matches within the inlier threshold, starting from the best of `starts`.
 
-    Two things that turn differently have a rotation in between, which is near to many matches and right for none. So it
-    is fitted more and more narrowly, and the likeliest fit is taken.
+    If two objects rotate differently, a rotation in between is close to many matches and right for none. Therefore the
+    fit is repeated with smaller and smaller cutoffs, and the likeliest result is taken.
     """
     motion = Motion(fit_rotation_roughly(matches, starts, inlier_threshold), np.zeros(3))
     fits = [motion]
@@ -106,9 +107,9 @@ def fit_rotation(matches: Matches, starts: list[np.ndarray], inlier_threshold: f
 
 
 def _likelihood(residuals: np.ndarray, inlier_threshold: float) -> float:
-    """Logarithm of the likelihood ratio of residuals (2, n), with the noise that suits them best.
+    """Log-likelihood ratio of residuals (2, n), with the noise that gives the best value.
 
-    A residual is that of noise, or it is wrong and anywhere within _WIDE inlier thresholds.
+    A residual is either noise, or wrong and uniformly distributed within _WIDE inlier thresholds.
     """
     deviations = inlier_threshold * NOISE_SCALES[:, None]
     peak = 0.5 * (_WIDE * inlier_threshold / deviations) ** 2
@@ -117,7 +118,7 @@ def _likelihood(residuals: np.ndarray, inlier_threshold: float) -> float:
 
 
 def fit_rotation_roughly(matches: Matches, starts: list[np.ndarray], inlier_threshold: float) -> np.ndarray:
-    """As fit_rotation, without the noise's scale."""
+    """As fit_rotation, but with fixed cutoffs instead of the estimated noise."""
     widest = 16 * inlier_threshold
     still = [Motion(rotation, np.zeros(3)) for rotation in starts]
     motion = still[0]
@@ -128,17 +129,17 @@ def fit_rotation_roughly(matches: Matches, starts: list[np.ndarray], inlier_thre
     return motion.rotation
 
 
-# Does the rotation alone leave something to explain? Two tests share the false-alarm rate, FALSE_ALARM_RATE: one of the
-# matches that the rotation does not explain, and one of those that it does. They are made of all matches, and of those
-# that are left without one thing, which may move by itself.
+# Does the rotation leave parallax unexplained? Two tests share the false-alarm rate, FALSE_ALARM_RATE: one with the
+# matches that the rotation does not explain, and one with those that it explains. Both are made with all matches, and
+# again without one object, which may move independently.
 
 
 def has_certain_parallax(
     matches: Matches, motion: Motion, rotation: np.ndarray, turning: np.ndarray, noise: Noise
 ) -> bool:
-    """Whether even a rotation that was fitted roughly leaves so much to explain that no better one needs to be found.
+    """Whether even a roughly fitted rotation leaves so much parallax that a better rotation is not needed.
 
-    Arguments as of find_parallax.
+    The arguments are those of find_parallax.
     """
     if not _are_along_lines(matches, motion, rotation, turning, noise, _CERTAIN):
         return False
@@ -153,13 +154,13 @@ def has_certain_parallax(
 def find_parallax(
     matches: Matches, motion: Motion, rotation: np.ndarray, turning: np.ndarray, noise: Noise
 ) -> Parallax:
-    """Where a rotation leaves something to explain that a translation explains.
+    """Where a translation explains matches that a rotation does not.
 
     Args:
-        matches: n of them.
-        motion: the best one with a translation.
-        rotation: (3, 3), the one that explains most matches.
-        turning: (n,) bool, the matches that it explains.
+        matches: n matches.
+        motion: the best motion with a translation.
+        rotation: (3, 3), the rotation that explains most matches.
+        turning: (n,) bool, the matches that this rotation explains.
         noise: of the keypoints.
     """
 
@@ -177,7 +178,7 @@ def find_parallax(
 
 
 def _is_scene(matches: Matches, motion: Motion, turning: np.ndarray, rest: np.ndarray, noise: Noise) -> bool:
-    """Whether what speaks for the motion is the scene, and not one thing, as hardly any of the rest (n,) turns."""
+    """Whether the scene supports the motion, and not one object: hardly any of the `rest` (n,) only rotates."""
     return bool((turning & rest).sum() < _LITTLE * agrees(matches, motion, noise.inlier_threshold).sum())
 
 
@@ -189,21 +190,21 @@ def _are_along_lines(
     noise: Noise,
     false_alarm_rate: float,
 ) -> bool:
-    """Whether more of the matches that the rotation does not explain are along their epipolar lines than chance has it.
+    """Whether more of the matches that the rotation does not explain are along their epipolar lines than by chance.
 
-    They count on the side of points in front. Matches that may have slipped are not counted.
+    Only the side of the line with points in front of the cameras counts. Matches that may have slipped do not count.
 
-    How near to its line a match is depends on the noise. That one which has moved by three pixels is within one pixel
-    of a line says little; that it is within a tenth of a pixel says much. The lines are therefore as wide as the inlier
-    threshold, and narrower, each a test of its own (Moisan and Stival, IJCV 2004), with its share of the false alarms.
-    Rounding moves matches in two directions only: no lines are narrower than its steps.
+    The noise determines how close a match is to its line. If a match has moved by three pixels, one pixel from the line
+    is weak evidence, and a tenth of a pixel is strong evidence. Therefore the test is made with lines as wide as the
+    inlier threshold and with narrower ones (Moisan and Stival, IJCV 2004), each with its share of the false alarms.
+    Rounding moves matches in two directions only, so no line is narrower than the resolution.
     """
     others, threshold = matches.select(~turning), noise.inlier_threshold
     distance = lengths(rotation_residuals(others, rotation))
 
     def chance(width: float) -> float:
-        """Logarithm of the false-alarm rate with lines of this width, pixels to either side."""
-        # How probable it is that a residual of this length, in a random direction, ends near a half-line.
+        """Log false-alarm rate with lines of this half-width, pixels."""
+        # Probability that a residual of this length, in a random direction, ends near a half-line.
         chances = _UNEQUAL * np.arcsin(np.minimum(width / np.maximum(distance, TINY), 1)) / math.pi
         along = agrees(others, motion, width)
         slipped = np.flatnonzero(along & (distance < _LONGEST_SLIP * threshold))
@@ -226,7 +227,7 @@ def _have_small_parallax(
     noise: Noise,
     false_alarm_rate: float,
 ) -> bool:
-    """The F-test of the matches that the rotation does explain, without the tails of the noise."""
+    """Whether the F-test with the matches that the rotation explains, without the noise's tails, finds parallax."""
     residuals = rotation_residuals(matches, rotation)
     deviation = tukey_cutoff(residuals, noise.inlier_threshold, noise.resolution) / TUKEY
     typical = turning & (lengths(residuals) < TYPICAL * deviation)
@@ -234,28 +235,32 @@ def _have_small_parallax(
 
 
 def may_have_parallax(matches: Matches, motion: Motion, rotation: np.ndarray, moving: np.ndarray, noise: Noise) -> bool:
-    """Whether a motion explains more than noise does, if no match has slipped along its edge.
+    """Whether a motion explains more than noise does, under the assumption that no match has slipped along its edge.
 
-    What slips looks like parallax of a few pixels. Where a rotation alone is believed for that, the parallax may have
-    turned it: by many times the error of the matches.
+    Slipped matches look like parallax of a few pixels. If the parallax is real but a pure rotation is reported, the
+    parallax may have changed the rotation by many times the error of the matches.
 
     Args:
-        moving: (n,) bool, the matches that the motion explains; others as of find_parallax.
+        matches: n matches.
+        motion: the best motion with a translation.
+        rotation: (3, 3), the rotation that explains most matches.
+        moving: (n,) bool, the matches that the motion explains.
+        noise: of the keypoints.
     """
     near = moving & (lengths(rotation_residuals(matches, rotation)) < _LONGEST_SLIP * noise.inlier_threshold)
     return small_parallax_chance(matches.select(near), motion, rotation, noise) < FALSE_ALARM_RATE
 
 
 def _without_one_thing(matches: Matches, motion: Motion, rotation: np.ndarray, noise: Noise) -> np.ndarray:
-    """The matches (n,) beside the part of the image's width that speaks most for a motion with a translation.
+    """Mask (n,) of the matches outside the part of the image's width that supports a translation most.
 
-    Before a camera that stands or turns, a thing that moves by itself is seen to move as a near thing is before a
-    camera that moves. A scene has near things, or ground, on all sides.
+    If the camera stands still or only rotates, an object that moves independently looks like a close object in front of
+    a moving camera. A real scene has close objects, or ground, on all sides.
     """
     threshold = noise.inlier_threshold
     turned = np.minimum(lengths(rotation_residuals(matches, rotation)), threshold)
     moved = np.minimum(residual_sizes(matches, motion, threshold), threshold)
-    # On the unit sphere, where the sides of wide lenses are not far away.
+    # On the unit sphere, which limits the extent of the sides of a wide-angle image.
     places = matches.rays0[0] / np.sqrt((matches.rays0**2).sum(axis=0))
     order = np.argsort(places)
     ordered = places[order]
@@ -268,19 +273,19 @@ def _without_one_thing(matches: Matches, motion: Motion, rotation: np.ndarray, n
 
 
 def small_parallax_chance(matches: Matches, motion: Motion, rotation: np.ndarray, noise: Noise) -> float:
-    """Probability of such residuals along the epipolar lines if they are noise, as the residuals across the lines are.
+    """Probability of such residuals along the epipolar lines under noise with the variance of those across the lines.
 
-    The F-test of nested models: least squares with a rotation (two conditions a match, three parameters) and with a
-    translation (one condition, five parameters). Rounding to the resolution can move every match by half of it in one
-    direction, which leaves the residuals across too small: a variance below that of rounding is not believed. The rest
-    of the noise may be _UNEVEN.
+    This is the F-test of nested models: least squares with a rotation (two conditions per match, three parameters) and
+    with a translation (one condition, five parameters). Rounding to the resolution can move every match by half of it
+    in one direction, which makes the residuals across the lines too small. Therefore the variance is at least that of
+    rounding. The rest of the noise may be _UNEVEN.
     """
     count = len(matches)
     if count < SMALLEST_SAMPLE:
         return 1.0
     turned = minimise(Model.ROTATION, matches, Motion(rotation, np.zeros(3)), _EVERYTHING, 5).rotation
     total = float((rotation_residuals(matches, turned) ** 2).sum())
-    # To first order, the translation is the direction nearest to all the planes of the two rays.
+    # To first order, the translation is the direction closest to the planes of all pairs of rays.
     normals = np.cross(turned @ matches.rays1, matches.rays0, axis=0)
     starts = (motion, Motion(turned, np.linalg.eigh(normals @ normals.T)[1][:, 0]))
     fits = [minimise(Model.EPIPOLAR, matches, start, _EVERYTHING, 10, _NEARLY) for start in starts]

@@ -1,4 +1,4 @@
-"""Candidates for the motion of two views, from samples of their matches."""
+"""Candidates for the motion of two views, from random samples of their matches."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from kpmatch_ros.geometry.two_view_errors import (
 __all__ = ["SAMPLE", "search_motions", "search_translations"]
 
 SAMPLE = 200
-"""Matches, at most, that a search looks at: enough to find a motion, which all matches then refine."""
+"""Largest number of matches that a search uses. It is enough to find a motion, which all matches then refine."""
 
-_SEARCHES = 2  # from different seeds, and of different matches: one in twenty ends in a wrong optimum
+_SEARCHES = 2  # with different seeds and different matches, because one search in twenty ends in a wrong optimum
 _SEARCH_ITERATIONS = 2000
-_TRANSLATIONS = 200  # tried with the rotation given, by the votes of so many matches:
-_VOTERS = 120
+_TRANSLATIONS = 200  # directions tried with a given rotation
+_VOTERS = 120  # matches that vote for them
 
 
 def search_motions(
     matches: Matches, inlier_threshold: float, normalised_threshold: float, searches: int = _SEARCHES
 ) -> list[Motion]:
-    """Candidates: RANSAC from several seeds. `normalised_threshold` is the inlier threshold in normalised units."""
+    """Candidates by RANSAC with several seeds. `normalised_threshold` is the inlier threshold in normalised units."""
     candidates = []
     for seed in range(searches):
         params = cv2.UsacParams()
         params.randomGeneratorState = seed
-        params.isParallel = False  # or the answer changes from call to call
+        params.isParallel = False  # otherwise the result changes from call to call
         params.sampler = cv2.SAMPLING_UNIFORM
-        params.score = cv2.SCORE_METHOD_MSAC  # OpenCV's MAGSAC goes wrong on points that are not in pixels
+        params.score = cv2.SCORE_METHOD_MSAC  # OpenCV's MAGSAC fails with points that are not in pixels
         params.loMethod = cv2.LOCAL_OPTIM_INNER_LO
         params.loIterations = 10
         params.loSampleSize = 14
@@ -58,14 +58,14 @@ def search_motions(
 
 
 def _decompose(essential: np.ndarray, matches: Matches, inlier_threshold: float, normalised_threshold: float) -> Motion:
-    """Of the four motions of an essential matrix, the one that has most matches in front of both cameras."""
+    """The one of the four motions of an essential matrix that has most matches in front of both cameras."""
     *rotations, translation = cv2.decomposeEssentialMat(essential)
     shift = translation.ravel()
     near = matches.select(np.abs(epipolar_residuals(matches, Motion(rotations[0], shift))) < inlier_threshold)
     votes = []
     for rotation in rotations:
         depth0, depth1, squared_sine = depths(near, Motion(rotation, shift))
-        # The depth of what the rotation alone explains has no certain sign: half a vote tells the rotations apart.
+        # A match that the rotation alone explains has a depth of uncertain sign. Half a vote tells the rotations apart.
         worth = 0.5 + 0.5 * (squared_sine > normalised_threshold**2)
         votes.append((float(worth[np.minimum(depth0, depth1) > 0].sum()), Motion(rotation, shift)))
         votes.append((float(worth[np.maximum(depth0, depth1) < 0].sum()), Motion(rotation, -shift)))
@@ -73,18 +73,18 @@ def _decompose(essential: np.ndarray, matches: Matches, inlier_threshold: float,
 
 
 def search_translations(matches: Matches, rotation: np.ndarray, inlier_threshold: float) -> list[Motion]:
-    """The translation that most of these matches agree with, given the rotation: RANSAC with two matches a sample.
+    """The translation that most of these matches agree with, given the rotation: RANSAC with samples of two matches.
 
-    It finds the few near points of a scene that is mostly far away, where samples of five rarely hold two of them.
+    It finds the few near points of a scene that is mostly far away, where samples of five rarely contain two of them.
     """
     if len(matches) < 2:
         return []
     matches = matches.sample(_VOTERS)
     normals = np.cross(matches.rays0, rotation @ matches.rays1, axis=0)  # of the epipolar planes
     pairs = np.random.default_rng(0).integers(len(matches), size=(_TRANSLATIONS, 2))
-    directions = np.cross(normals[:, pairs[:, 0]], normals[:, pairs[:, 1]], axis=0)  # which hold the translation
+    directions = np.cross(normals[:, pairs[:, 0]], normals[:, pairs[:, 1]], axis=0)  # intersections of two such planes
     directions = (directions / np.maximum(lengths(directions), TINY)).astype(np.float32)
-    # Nearness moves a match from where the rotation takes it by a positive multiple of t_xy - t_z (x, y).
+    # Inverse depth moves a match from its rotated position by a positive multiple of t_xy - t_z (x, y).
     projected, _, factors = project_turned(matches, rotation)
     (x, y), factors = projected.astype(np.float32)[:, :, None], factors.astype(np.float32)[:, :, None]
     away = whiten(directions[0] - x * directions[2], directions[1] - y * directions[2], factors)

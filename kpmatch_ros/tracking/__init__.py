@@ -1,1 +1,1 @@
-"""Points that are followed from frame to frame."""
+"""Tracking of points from frame to frame."""

@@ -1,4 +1,4 @@
-"""Tracks that are lost, and how they are found again: by their descriptors, and where the motion puts their points."""
+"""Lost tracks, and their recovery by descriptors and by the motion of the camera."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from kpmatch_ros.tracking.track_set import NOT_DETECTED, Templates, TrackSet, ap
 
 __all__ = ["LostTracks", "largest_elsewhere"]
 
-_SIMILAR = 0.8  # cosine of two descriptors of one point
-_PART = 64  # numbers of a descriptor
-_RATIO = 0.8  # of distances to the nearest and the second nearest descriptor (Lowe, IJCV 2004)
-_BESIDE = 8.0  # pixels: keypoints so near to each other have descriptors that are alike
-_LOST_SPREAD = 5.0  # lost tracks were lost at different times: their moves may differ by so many times more
-_SHIFTS = 2  # steps from a keypoint, or from where the motion puts a track, to near its place
-_SMALLEST_DEPTH = 1e-3  # of the depth that a point had when it was lost
-_AGREE = 1.5  # pixels: the motion puts tracks where they are, or all as far from there, if they disagree by less
-# Part of the image's diagonal that errors of the motion may have added up to. Before a facade with equal windows, right
-# tracks were up to 8 pixels of 320 x 240 from where it puts them, those of another window 187 to 412.
+_SIMILAR = 0.8  # smallest cosine of two descriptors of one point
+_PART = 64  # dimensions of a descriptor that the first comparison uses
+_RATIO = 0.8  # ratio of the distances to the nearest and second nearest descriptor (Lowe, IJCV 2004)
+_BESIDE = 8.0  # pixels: keypoints closer to each other have similar descriptors
+_LOST_SPREAD = 5.0  # factor on the spread of displacements, because tracks were lost at different times
+_SHIFTS = 2  # shift-only steps from a keypoint, or from the position predicted by the motion
+_SMALLEST_DEPTH = 1e-3  # relative to the depth of the point when it was lost
+_AGREE = 1.5  # pixels: largest disagreement of neighbouring tracks on the offset from the predicted positions
+# Largest accumulated error of the motion, as a part of the image's diagonal. On a facade with equal windows, correct
+# tracks were up to 8 pixels of 320 x 240 from their predicted positions, those of another window 187 to 412.
 _DRIFT = 0.1
-_MOST = 250  # tracks, the last ones lost, that are searched for where the motion puts them
+_MOST = 250  # most recently lost tracks that are searched for at their predicted positions
 
 
 class LostTracks:
-    """The lost tracks of one camera, the last one lost last."""
+    """The lost tracks of one camera, in the order in which they were lost."""
 
     def __init__(self) -> None:
         self._lost: TrackSet | None = None
@@ -42,7 +42,7 @@ class LostTracks:
         return np.zeros(0, np.int64) if self._lost is None else self._lost.templates
 
     def remember(self, ended: TrackSet, limit: int) -> None:
-        """Remember tracks that ended, and of all only so many."""
+        """Add tracks that ended, and keep only the last `limit` lost tracks."""
         if not limit:
             self._lost = None
         elif len(ended):
@@ -50,10 +50,10 @@ class LostTracks:
             self._lost = lost.select(np.arange(len(lost))[-limit:])
 
     def move_on(self, reference: TrackSet, scene: Structure | None) -> None:
-        """See the points from the last of the scene's cameras, no longer from the one before; None: not known.
+        """Transform the points of the reference's tracks and of the lost tracks into the frame of the last camera.
 
-        Those of the reference's tracks, of which some will be lost, as well. Where the scene has another unit than the
-        one before, lost points are not known any more.
+        If `scene` is None (unknown motion), all points become unknown. If the scene has another unit of length than the
+        cameras before, the points of lost tracks become unknown.
         """
         for tracks, known in ((reference, scene is not None), (self._lost, scene is not None and scene.scaled)):
             if tracks is not None:
@@ -62,21 +62,21 @@ class LostTracks:
     def recall(
         self, templates: Templates, view: View, camera: Camera | None, candidates: np.ndarray, room: int
     ) -> TrackSet | None:
-        """The tracks that are found again in an image, which are no longer lost; None where there are none.
+        """The tracks found again in an image, which are then no longer lost; None without lost tracks or without room.
 
         Args:
             templates: the tracks' patches and descriptors.
             view: the image.
-            camera: its calibration; None where the motion is not known.
-            candidates: (C,) keypoints at which there is no track.
-            room: most tracks that may be found.
+            camera: its calibration; None if the motion is unknown.
+            candidates: (C,) keypoints without a track.
+            room: largest number of tracks to return.
         """
         lost = self._lost
         if lost is None or not len(lost) or room <= 0:
             return None
         which, keypoints = _alike(lost, templates, view, candidates)
         again, points, count = lost.select(which), view.keypoints[keypoints].astype(np.float32), len(which)
-        # With the change since the patch was cut, or without.
+        # Each patch is tried with the deformation since it was cut, and without.
         patches = np.tile(templates.patches[again.templates], (2, 1))
         shapes = np.concatenate([again.shapes, no_change(count)])
         both = align(patches, view.pixels, np.tile(points, (2, 1)), shapes, _SHIFTS)
@@ -84,7 +84,7 @@ class LostTracks:
         expected = _places(lost.landmarks, camera)
         furthest = _DRIFT * float(np.hypot(*view.normalized.shape))
         good = found.good & _agrees(expected[which], again.points, found.points, furthest)
-        if camera is not None:  # what is behind the camera is not in the image
+        if camera is not None:  # a point behind the camera is not in the image
             good &= np.isfinite(expected[which, 0]) | ~np.isfinite(again.landmarks[:, 0])
         good[good] = ~view.hides(found.points[good])
         which, keypoints, found = which[good], keypoints[good], found.select(good)
@@ -105,16 +105,16 @@ class LostTracks:
 
 
 def _moved(landmarks: np.ndarray, cameras: Window) -> np.ndarray:
-    """Homogeneous points (L, 4) of the reference's frame in that of the last camera."""
+    """Homogeneous points (L, 4) of the reference's frame, transformed into the frame of the last camera."""
     motion = np.c_[cameras.rotations[-1], cameras.translations[-1]]
     return np.concatenate([landmarks @ motion.T, landmarks[:, 3:]], axis=1)
 
 
 def _alike(lost: TrackSet, templates: Templates, view: View, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which lost tracks (R,) have descriptors like those of which of the keypoints (C,); (R,) each."""
+    """Lost tracks (R,) and keypoints (R,), from candidates (C,), whose descriptors match."""
     if len(candidates) < 2:
         return np.zeros(0, np.int64), candidates[:0]
-    # A part of the descriptors is enough to tell which lost track is the most similar; all of it tells how similar.
+    # A part of the descriptor is enough to find the most similar lost track. The full one gives the similarity.
     of_view = view.descriptors[candidates].astype(np.float32, copy=False)
     best = (of_view[:, :_PART] @ templates.descriptors[:, :_PART][lost.templates].T).argmax(axis=1)
     descriptors = templates.descriptors[lost.templates[best]]
@@ -126,28 +126,28 @@ def _alike(lost: TrackSet, templates: Templates, view: View, candidates: np.ndar
 
 
 def _distinct(view: View, keypoints: np.ndarray, descriptors: np.ndarray) -> np.ndarray:
-    """Which keypoints (R,) are clearly more like descriptors (R, D) than other keypoints of the image are (R,)."""
+    """Mask (R,) of keypoints (R,) that are clearly closer to their descriptors (R, D) than other keypoints are."""
     similar = descriptors @ view.descriptors.astype(np.float32, copy=False).T
     own = similar[np.arange(len(keypoints)), keypoints]
-    # Of unit vectors, the squared distance is 2 - 2 cosine.
+    # The squared distance of unit vectors is 2 - 2 cosine.
     return np.asarray(1 - own < _RATIO**2 * (1 - largest_elsewhere(similar, view.keypoints, keypoints)))
 
 
 def largest_elsewhere(similar: np.ndarray, points: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """The largest number of each row (R, N), -1 at least, of points (N, 2) that are not beside the row's own (R,).
+    """Largest value of each row (R, N), at least -1, over the points (N, 2) that are not close to the row's own (R,).
 
-    The numbers may be overwritten.
+    The array `similar` may be overwritten.
     """
     if compiled.available():
         return compiled.largest_elsewhere(similar, points, points[own], _BESIDE)
-    # Each coordinate by itself: a norm over pairs of two numbers takes several times as long as all the rest.
+    # Each coordinate on its own: a norm over pairs of numbers takes several times as long as all the rest.
     across, down = (np.square(np.subtract.outer(each[own], each)) for each in points.T)
     np.copyto(similar, -1.0, where=across + down < _BESIDE**2)
     return np.asarray(similar.max(axis=1, initial=-1.0))
 
 
 def _places(landmarks: np.ndarray, camera: Camera | None) -> np.ndarray:
-    """(L, 2) float32 pixels where a camera sees homogeneous points (L, 4) of its frame; NaN where it sees none."""
+    """(L, 2) float32 pixels where the camera sees homogeneous points (L, 4) of its frame; NaN if it does not."""
     if camera is None:
         return np.full((len(landmarks), 2), np.nan, np.float32)
     depth = np.where(landmarks[:, 2:3] > _SMALLEST_DEPTH, landmarks[:, 2:3], np.nan)
@@ -155,12 +155,12 @@ def _places(landmarks: np.ndarray, camera: Camera | None) -> np.ndarray:
 
 
 def _agrees(expected: np.ndarray, before: np.ndarray, found: np.ndarray, furthest: float) -> np.ndarray:
-    """Which points (R, 2), found by their descriptors, are where their neighbours say (R,).
+    """Mask (R,) of points found by their descriptors that agree with the displacements of their neighbours.
 
-    Another point that resembles it is elsewhere. What is compared is how far points are from where the motion puts them
-    (R, 2), or where that is NaN, from where they were lost (R, 2). Where a scene repeats itself, all may resemble
-    others that are as far away: none is further than `furthest`, pixels, from where the motion puts it. Where the
-    motion does not tell, as without a calibration, and there are too few neighbours, nothing does.
+    Similar points at wrong places do not agree. The displacement is measured from `expected` (R, 2), where the motion
+    puts the point, or from `before` (R, 2), where it was lost, if `expected` is NaN. In repetitive scenes, all points
+    may match others with the same displacement. Therefore no point may be further than `furthest`, pixels, from where
+    the motion puts it. If the motion is unknown, as without a calibration, points with too few neighbours do not agree.
     """
     agrees, told = np.zeros(len(found), bool), np.isfinite(expected[:, 0])
     for rows, start, most in ((told, expected, 1.0), (~told, before, _LOST_SPREAD)):
@@ -173,21 +173,21 @@ def _agrees(expected: np.ndarray, before: np.ndarray, found: np.ndarray, furthes
 def _seek(
     lost: TrackSet, templates: Templates, view: View, expected: np.ndarray, which: np.ndarray, found: np.ndarray
 ) -> tuple[np.ndarray, Alignment]:
-    """Search for more tracks where the motion puts them, whether or not there is a keypoint.
+    """Search for more lost tracks at their predicted positions, with or without a keypoint there.
 
-    The motion adds up the errors of all frames since a track was lost. Therefore the tracks that were found by their
-    descriptors must agree around a place on how far off it is.
+    The prediction accumulates the errors of all frames since a track was lost. Therefore the tracks found by their
+    descriptors nearby must agree on the offset from the prediction.
 
     Args:
         lost: L tracks.
         templates: their patches.
         view: the image to search.
-        expected: (L, 2) pixels where the motion puts them, NaN where it is not known.
-        which: (R,) those that are found already.
-        found: (R, 2) where.
+        expected: (L, 2) pixels, positions predicted by the motion; NaN if unknown.
+        which: (R,) the tracks found already.
+        found: (R, 2) their positions.
 
     Returns:
-        Which others are found, and where.
+        Indices of the other tracks found, and their alignment.
     """
     rows = np.flatnonzero(without(len(lost), which) & inside(expected, *view.normalized.shape))[-_MOST:]
     known = np.isfinite(expected[which, 0])

@@ -1,4 +1,4 @@
-"""Where the tracks of one image are in another: by the matcher, by optical flow, and by their patches."""
+"""Search for the tracks of one image in another, with the matcher, optical flow and the tracks' patches."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from kpmatch_ros.tracking.track_set import Templates, TrackSet
 __all__ = ["ASTRAY", "Places", "View", "find_places", "keypoint_sigma"]
 
 ASTRAY = 3.0
-"""Times as far as its neighbours disagree: a point goes no further than that from where they went."""
+"""Factor on the disagreement of the neighbours: a point is at most this far from where its neighbours moved."""
 
-_SHIFTS = 1  # steps from where the matcher or the neighbours put a point to near its place
-_HARDLY_ALIKE = 0.5  # correlation with the patch: flow alone leads anywhere
-_SIGMA_STEP = 0.05  # pixels, from one image to the next, besides what patches tell
+_SHIFTS = 1  # shift-only steps from the position by the matcher or the neighbours
+_HARDLY_ALIKE = 0.5  # lowest correlation with the patch; below it, optical flow alone leads to random places
+_SIGMA_STEP = 0.05  # pixels, error of a step between two images in addition to the patches' own
 _SIGMA_FLOW = 0.7  # pixels
-_SIGMA_KEYPOINT = 0.8  # pixels, for each pixel between positions that the detector can give
+_SIGMA_KEYPOINT = 0.8  # per pixel between positions that the detector can report
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What is needed of an image.
+    """An image with its features, as the tracking uses it.
 
     Attributes:
         normalized: uint8 (H, W), from :func:`kpmatch_ros.geometry.refinement.normalize_contrast`.
         keypoints: (N, 2) float32 pixels.
         descriptors: (N, D) float32 unit vectors.
-        resolution: pixels between neighbouring positions that the detector can give.
-        mask: (H, W) uint8 or bool, 0 where nothing is to be found; None where there is none.
+        resolution: pixels between neighbouring positions that the detector can report.
+        mask: (H, W) uint8 or bool, 0 where points are ignored; None if there is no mask.
     """
 
     normalized: np.ndarray
@@ -45,23 +45,23 @@ class View:
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """The normalized image from :func:`kpmatch_ros.geometry.patches.signed`, to find patches in."""
+        """The normalized image from :func:`kpmatch_ros.geometry.patches.signed`, for patch search."""
         return signed(self.normalized)
 
     @cached_property
     def pyramid(self) -> list[np.ndarray]:
-        """The normalized image, and smaller ones, for optical flow."""
+        """The normalized image and its smaller levels, for optical flow."""
         return pyramid(self.normalized)
 
     def shows(self, points: np.ndarray) -> np.ndarray:
-        """(T,) bool which points (T, 2) are inside the image, and not under the mask."""
+        """(T,) bool which points (T, 2) are inside the image and not masked."""
         height, width = self.normalized.shape
         shown = np.asarray(((points > -0.5) & (points < (width - 0.5, height - 0.5))).all(axis=1))
         shown[shown] = ~self.hides(points[shown])
         return shown
 
     def hides(self, points: np.ndarray) -> np.ndarray:
-        """(T,) bool which points (T, 2) inside the image the mask hides."""
+        """(T,) bool which points (T, 2) inside the image are masked."""
         if self.mask is None:
             return np.zeros(len(points), bool)
         columns, rows = np.rint(points).astype(int).T
@@ -70,15 +70,15 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Where T tracks of a reference image are in the current one.
+    """Positions of T tracks of a reference image in the current one.
 
     Attributes:
-        found: points, shapes and likeness; which are good.
-        anchors: (T,) float32 standard deviation of where their patches were cut, pixels.
-        pair_sigmas: (T,) float32 standard deviation of a coordinate of the point beside where it is in the reference.
+        found: points, shapes, likeness, and whether each track was found.
+        anchors: (T,) float32 standard deviation of the position where the patch was cut, pixels.
+        pair_sigmas: (T,) float32 standard deviation of a coordinate of the point, given the point in the reference.
         bare: (T,) bool which points are keypoints as detected.
-        renewed: (R,) tracks that go on with another patch.
-        patches: (R, P) float32 these patches.
+        renewed: (R,) tracks that continue with a new patch.
+        patches: (R, P) float32 the new patches.
         smeared: see :class:`kpmatch_ros.geometry.blur.Alike`.
     """
 
@@ -95,7 +95,7 @@ def keypoint_sigma(resolution: float) -> float:
     """Standard deviation of a coordinate of a keypoint as detected, pixels.
 
     Args:
-        resolution: pixels between neighbouring positions that the detector can give.
+        resolution: pixels between neighbouring positions that the detector can report.
     """
     return _SIGMA_KEYPOINT * max(resolution, 1.0)
 
@@ -107,10 +107,10 @@ def find_places(
 
     Args:
         tracks: T tracks in the reference image.
-        templates: their patches.
-        keypoints: (T, 2) float32 where the matcher sees them in the current one, pixels; NaN where it does not.
-        reference: the first image.
-        current: the second one.
+        templates: the tracks' patches.
+        keypoints: (T, 2) float32 matched keypoints in the current image, pixels; NaN without a match.
+        reference: the reference image.
+        current: the current image.
     """
     matched = np.isfinite(keypoints[:, 0])
     neighbours, near, unmatched = Neighbours(tracks.points, keypoints), keypoints.copy(), np.flatnonzero(~matched)
@@ -121,7 +121,7 @@ def find_places(
     found.put(rest, align(patches, current.pixels, near[rest], tracks.shapes[rest], _SHIFTS))
     align_deformed(found, rest, patches, current.pixels, near, tracks.shapes, neighbours)
     alike = blurred_alike(reference.normalized, current.normalized, tracks.points[rest], near[rest])
-    # A new track's first patch is of the reference already.
+    # The first patch of a new track was cut from the reference, so a step from the reference adds nothing.
     known = (tracks.ids > 0) | (alike is not None)
     images = (reference.pixels, current.pixels) if alike is None else alike.images
     steps = _step(tracks, found, rest[known[rest]], near, *images)
@@ -129,10 +129,10 @@ def find_places(
     near[rest] = flow_far(reference.pyramid, current.pyramid, tracks.points[rest], near[rest])
     found.put(rest, align(templates.patches[tracks.templates[rest]], current.pixels, near[rest], tracks.shapes[rest]))
     steps = np.fmin(steps, _step(tracks, found, rest[known[rest]], near, *images))
-    # By the same patch a track is found in both images; a new one's is of the reference.
+    # The same patch locates a track in both images. The patch of a new track comes from the reference.
     own = np.sqrt(np.maximum(tracks.sigmas**2 - tracks.anchors**2, 0))
     pair_sigmas = np.where(np.isfinite(steps), steps, np.hypot(found.sigmas, own))
-    # Where no patch fits, flow may still lead there and back.
+    # Where no patch fits, optical flow may still find the point, and lead back from it.
     rest = np.flatnonzero(~found.good & (found.likeness > _HARDLY_ALIKE))
     expected, spread = neighbours.expect(rest)
     flowed, good = flow_forth_and_back(
@@ -141,7 +141,7 @@ def find_places(
     rest, flowed = rest[good], flowed[good]
     found.put(rest, unaligned(flowed, found.likeness[rest]))
     anchors[rest], pair_sigmas[rest] = np.hypot(tracks.sigmas[rest], _SIGMA_FLOW), _SIGMA_FLOW
-    # Where the images differ too much for patches and flow, what the matcher finds is taken as it is.
+    # If the images differ too much for patches and flow, the matched keypoints are used as detected.
     bare = matched & ~found.good
     if found.good[matched].sum() > REFINABLE * matched.sum():
         bare[:] = False
@@ -162,21 +162,21 @@ def find_places(
 def _step(
     tracks: TrackSet, found: Alignment, rows: np.ndarray, near: np.ndarray, before: np.ndarray, now: np.ndarray
 ) -> np.ndarray:
-    """Find tracks by their surroundings in the reference image where these tell more exactly than their first patches.
+    """Align tracks with their surroundings in the reference image if this is more precise than with their first patch.
 
-    A first patch that is sharp tells little of a blurred image, but the reference is blurred as that one is, or is made
-    so. The track keeps its first patch, for when images are sharp again. Errors add up over such steps.
+    A sharp first patch fits a blurred image poorly. The reference has the same blur as the current image, or is blurred
+    to have it. The track keeps its first patch for later sharp images. Errors accumulate over such steps.
 
     Args:
         tracks: T tracks in the reference image.
-        found: by their patches; what is found better is put there.
+        found: alignment with the first patches. Better results are written into it.
         rows: (R,) the tracks to search for.
-        near: (T, 2) float32 pixels, where to begin.
+        near: (T, 2) float32 pixels, where the search begins.
         before: the reference image, from :func:`kpmatch_ros.geometry.patches.signed`.
-        now: the current one.
+        now: the current image, in the same form.
 
     Returns:
-        (T,) standard deviation of a coordinate of the step, pixels, of those found better; NaN for the others.
+        (T,) standard deviation of a coordinate of the step, pixels, for tracks that became better; NaN for the others.
     """
     sigmas = np.where(found.good, np.hypot(found.sigmas, tracks.anchors), np.inf)
     rows = rows[sigmas[rows] > np.hypot(tracks.sigmas[rows], _SIGMA_STEP)]
@@ -185,7 +185,7 @@ def _step(
     spread = np.hypot(errors, tracks.sigmas[rows])
     better = step.good & (spread < sigmas[rows])
     rows, step, errors, spread = rows[better], step.select(better), errors[better], spread[better]
-    # What is published is these and the anchors together. The first patch and its anchor stay.
+    # The published sigma combines this one with the anchor. The track keeps its first patch and its anchor.
     beside = np.sqrt(np.maximum(spread**2 - tracks.anchors[rows] ** 2, 0))
     shapes = step.shapes @ tracks.shapes[rows]
     found.put(rows, replace(step, shapes=shapes, sigmas=beside, likeness=found.likeness[rows]))
@@ -195,7 +195,7 @@ def _step(
 
 
 def _reachable(points: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """(T,) bool which points (T, 2) are so near to the image (H, W) that their patches may be found in it."""
+    """(T,) bool which points (T, 2) are close enough to the image (H, W) for their patches to be found in it."""
     height, width = image.shape
     beyond = LONGEST_STEP
     return np.asarray((points > -beyond).all(axis=1) & (points < (width + beyond, height + beyond)).all(axis=1))

@@ -1,4 +1,4 @@
-"""Tracks as they are in one image, what they look like, and their keypoints."""
+"""The state of tracks in one image, their appearance, and their keypoints."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ __all__ = [
 ]
 
 NOT_DETECTED = -1
-"""Index of a point that is no keypoint of its image."""
+"""Index of a point that is not a keypoint of its image."""
 
-_ONE_PLACE = 1.0  # pixels
-_ATTACHED = 2.0  # pixels: a keypoint so near to a track is the track's
+_ONE_PLACE = 1.0  # pixels; closer points are at the same place
+_ATTACHED = 2.0  # pixels: a keypoint closer to a track belongs to it
 
 
 @dataclass(frozen=True, eq=False)
 class TrackSet(ParallelArrays):
-    """T tracks as they are in one image."""
+    """The state of T tracks in one image."""
 
-    ids: np.ndarray  # (T,) uint64; 0 until the point is first found again
+    ids: np.ndarray  # (T,) uint64; 0 until the point is found again for the first time
     points: np.ndarray  # (T, 2) float32 pixels
     sigmas: np.ndarray  # (T,) float32 pixels
     indices: np.ndarray  # (T,) int64 keypoints of the image, or NOT_DETECTED
-    shapes: np.ndarray  # (T, 2, 2) float32: an offset in the patch, times this, is the offset in the image
-    anchors: np.ndarray  # (T,) float32 standard deviation of where the patch was cut, pixels
+    shapes: np.ndarray  # (T, 2, 2) float32: maps an offset in the patch to the offset in the image
+    anchors: np.ndarray  # (T,) float32 standard deviation of the position where the patch was cut, pixels
     templates: np.ndarray  # (T,) int64 rows of Templates
-    sights: np.ndarray  # (T, FRAMES, 5) float32, see structure.py, in the last frames, this one last; NaN: not known
-    landmarks: np.ndarray  # (T, 4) float32, of lost ones: homogeneous point in this camera's frame; NaN where not known
+    sights: np.ndarray  # (T, FRAMES, 5) float32, see structure.py, of the last frames, this one last; NaN if unknown
+    landmarks: np.ndarray  # (T, 4) float32, lost tracks only: homogeneous point in this camera's frame; NaN if unknown
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 class Templates:
-    """What tracks look like: a patch and a descriptor each.
+    """Appearance of tracks: a patch and a descriptor each.
 
-    This is most of what is known of a track. It stays in its row while tracks come and go, of which only few change.
+    This is most of a track's data. It stays in its row while other tracks come and go, because only few tracks change.
 
     Attributes:
         patches: (R, P) float32.
@@ -74,19 +74,19 @@ class Templates:
         return taken
 
     def keep(self, rows: np.ndarray) -> None:
-        """Give all other rows away."""
+        """Free all other rows."""
         self._free = np.flatnonzero(without(len(self.patches), rows))
 
 
 def matched_keypoints(
     tracks: TrackSet, keypoints: int, matches: np.ndarray, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The keypoint (T,) that matches each track, or NOT_DETECTED, and its score (T,), 0 without one.
+    """The keypoint (T,) matched to each track, or NOT_DETECTED, and the score (T,) of the match, or 0.
 
     Args:
         tracks: the tracks in the reference image.
-        keypoints: how many the reference image has.
-        matches: (K, 2) keypoints of reference and current.
+        keypoints: number of keypoints of the reference image.
+        matches: (K, 2) keypoints of the reference and the current image.
         scores: (K,).
     """
     track = np.full(keypoints, -1)
@@ -99,28 +99,28 @@ def matched_keypoints(
 
 
 def without(count: int, indices: np.ndarray) -> np.ndarray:
-    """(N,) bool which of so many keypoints are not among the indices (T,), some of which may be NOT_DETECTED."""
+    """(N,) bool which of `count` keypoints are not among the indices (T,). The indices may contain NOT_DETECTED."""
     free = np.ones(count, bool)
     free[indices[indices != NOT_DETECTED]] = False
     return free
 
 
 def apart(points: np.ndarray, others: np.ndarray, distance: float) -> np.ndarray:
-    """(N,) bool which points (N, 2) are nearer than a distance to none of the others (M, 2)."""
+    """(N,) bool which points (N, 2) have none of the others (M, 2) within the distance."""
     if not len(others) or not len(points):
         return np.ones(len(points), bool)
     return np.asarray(_nearest(points, others, distance)[0] > distance)
 
 
 def _nearest(points: np.ndarray, others: np.ndarray, furthest: float) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) how far the nearest of others (M, 2) is from points (N, 2), and which one it is; inf if not so near."""
+    """Distance (N,) from points (N, 2) to the nearest of others (M, 2), and its index; inf if beyond `furthest`."""
     if compiled.available():
         return compiled.nearest(points, others, furthest)
     return tree(others).query(points, distance_upper_bound=furthest)
 
 
 def first_of_each_place(points: np.ndarray, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Which points (T,) stay if of two at one place only the older one does."""
+    """Mask (T,) of the points that stay if, of several points at one place, only the oldest stays."""
     stay = np.ones(len(points), bool)
     if len(points) < 2:
         return stay
@@ -134,7 +134,7 @@ def first_of_each_place(points: np.ndarray, ids: np.ndarray, scores: np.ndarray)
 
 
 def attach(points: np.ndarray, detected: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
-    """The keypoints (T,) of points: those given, and else the nearest one if it is near and no other point's."""
+    """The keypoints (T,) of points: the given ones, or else the nearest keypoint if it is close and still free."""
     found = detected.copy()
     names, wants = np.flatnonzero(without(len(keypoints), detected)), np.flatnonzero(detected < 0)
     if not len(names) or not len(wants):

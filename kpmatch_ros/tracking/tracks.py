@@ -1,8 +1,8 @@
-"""Tracks: the points of a scene, followed from frame to frame. No ROS in here.
+"""Tracks: the points of a scene, followed from frame to frame. This module does not use ROS.
 
-The matcher finds most points of a frame in the next one. Optical flow that starts where the neighbours went finds most
-of the others. Each place is then compared with the first patch of its track, under an affine change (Shi and Tomasi,
-CVPR 1994), so that errors do not add up from frame to frame.
+The matcher finds most points of a frame in the next one. Optical flow, started from the motion of neighbouring points,
+finds most of the others. Each position is then aligned with the first patch of its track under an affine change (Shi
+and Tomasi, CVPR 1994), so that errors do not accumulate from frame to frame.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from kpmatch_ros.tracking.track_set import (
 
 __all__ = ["LARGEST_SIGMA", "NOT_DETECTED", "Links", "Tracks", "View", "keypoint_sigma", "pair_sigma", "refine_pair"]
 
-_SPACE = 4.0  # pixels between a new track and others
+_SPACE = 4.0  # pixels, smallest distance of a new track from other tracks
 _CELL = 40  # pixels: tracks are spread over cells of this size
 
-# How far from the places of one point a track may be: the standard deviation is so many pixels, or so many times the
-# track's median one, as in blurred images.
+# Noise of a track's positions around those of a fixed point. The standard deviation is _NOISE pixels, or _NOISE_SIGMAS
+# times the median sigma of the tracks if that is larger, as in blurred images.
 _NOISE = 0.35
 _NOISE_SIGMAS = 1.2
-_FALSE_END = 1e-3  # how often, at most, a point that stands still is taken for one that does not
-_FALSE_FIND = 0.05  # so alike must a place be that is searched for with the motion
-_AROUND = 5  # points around one, whose depths say what its own may be
-_LEAST_SPREAD = 0.3  # of depths, as part of them
-_KNOWN = 1e-3  # times the noise: an inverse depth that is known to this does not move a point
+_FALSE_END = 1e-3  # largest rate at which a static point is taken for a moving one
+_FALSE_FIND = 0.05  # the same rate for a position found by a search with the motion
+_AROUND = 5  # neighbouring points whose depths predict the depth of a point
+_LEAST_SPREAD = 0.3  # smallest assumed spread of the depths, relative to the depth
+_KNOWN = 1e-3  # in units of the noise: an inverse depth known to this precision does not move a point
 
 LARGEST_SIGMA = 5.0
-"""Pixels: standard deviation of a point of which nothing tells where it is. Tracks have no larger one."""
+"""Pixels: standard deviation of a point of unknown position. No track has a larger one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,16 +54,16 @@ class Links:
     """The points of a reference image that were found in the current one: M parallel arrays.
 
     Attributes:
-        indices: (M, 2) int64 keypoints of reference and current, or NOT_DETECTED.
+        indices: (M, 2) int64 keypoints of the reference and the current image, or NOT_DETECTED.
         reference_points: (M, 2) float32 pixels.
         points: (M, 2) float32 pixels.
-        sigmas: (M,) float32 standard deviation of a coordinate of points, pixels: of where the track's point is seen.
-        pair_sigmas: (M,) float32 the same beside reference_points: what the reference shares is not in it.
-        scores: (M,) float32 in [0, 1]: the matcher's, or the likeness to the first patch where it has none.
+        sigmas: (M,) float32 standard deviation of a coordinate of points, pixels: the error of the whole track.
+        pair_sigmas: (M,) float32 the same, given reference_points: without the error that the reference point shares.
+        scores: (M,) float32 in [0, 1]: the matcher's score, or the correlation with the first patch if there is none.
         track_ids: (M,) uint64.
-        refined: (M,) bool: the surroundings were found; the others are keypoints as detected.
-        smeared: which image, 0 or 1, is blurred so widely that points are found anywhere along its blur; None where
-            their surroundings show none.
+        refined: (M,) bool: the point was aligned by its surroundings; the others are keypoints as detected.
+        smeared: index of the image, 0 or 1, whose blur is so wide that points are found anywhere along it; None if
+            neither image shows such a blur.
     """
 
     indices: np.ndarray
@@ -80,12 +80,11 @@ class Links:
 class Tracks:
     """The tracks of one camera.
 
-    The tracks of the reference image are followed into the current one. Tracks that are lost are remembered by their
-    descriptors.
+    Tracks of the reference image are followed into the current one. Lost tracks are remembered by their descriptors.
 
     Args:
-        limit: most tracks in an image.
-        memory: most lost tracks that are remembered; 0 remembers none.
+        limit: largest number of tracks in an image.
+        memory: largest number of lost tracks to remember; 0 for none.
     """
 
     def __init__(self, limit: int, memory: int) -> None:
@@ -95,20 +94,20 @@ class Tracks:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all tracks. Their ids are not given again."""
+        """Forget all tracks. Their ids are not used again."""
         self._templates = Templates()
         self._reference: TrackSet | None = None
         self._current: TrackSet | None = None
         self._lost = LostTracks()
         self._descriptors: np.ndarray = np.zeros((0, 0), np.float32)  # of the reference's keypoints
-        self._rows: np.ndarray = np.zeros(0, int)  # of the reference's tracks, those found in the current image
-        self._astray: np.ndarray = np.zeros(0, int)  # and those that are no point of the scene
-        self._doubted: np.ndarray = np.zeros(0, bool)  # which rows agree with a motion that may be right
+        self._rows: np.ndarray = np.zeros(0, int)  # the reference's tracks that were found in the current image
+        self._astray: np.ndarray = np.zeros(0, int)  # the reference's tracks that are not on a static point
+        self._doubted: np.ndarray = np.zeros(0, bool)  # the rows that agree with a translation that may be right
         self._window = Window.start()
-        self._ahead: tuple[Structure, Camera] | None = None  # with the current image, where the motion is known
+        self._ahead: tuple[Structure, Camera] | None = None  # includes the current image, if the motion is known
 
     def new_ids(self, count: int) -> np.ndarray:
-        """(count,) uint64 ids that no track had before."""
+        """(count,) uint64 ids that no track has had before."""
         self._next_id += count
         return np.arange(self._next_id - count, self._next_id, dtype=np.uint64)
 
@@ -116,14 +115,14 @@ class Tracks:
         """Find the reference's tracks in the current image.
 
         Args:
-            reference: the image of the last :meth:`advance`; the first one is where tracks begin.
+            reference: the image of the last :meth:`advance`. In the first one, tracks begin.
             current: the image to search.
-            matches: (K, 2) keypoints of reference and current that the matcher takes for the same points.
-            scores: (K,) the matcher's, in [0, 1].
+            matches: (K, 2) matched keypoints of the reference and the current image.
+            scores: (K,) the matcher's scores, in [0, 1].
         """
         if self._reference is None:
             self._reference = self._new(reference, np.arange(len(reference.keypoints))[: self.limit])
-        self._reference = self._reference.select(np.s_[: self.limit])  # which may have become less since
+        self._reference = self._reference.select(np.s_[: self.limit])  # the limit may have been lowered
         tracks, templates, self._descriptors = self._reference, self._templates, reference.descriptors
         templates.keep(np.concatenate([tracks.templates, self._lost.templates]))
         detected, score = matched_keypoints(tracks, len(reference.keypoints), matches, scores)
@@ -135,7 +134,7 @@ class Tracks:
         alive = found.good.copy()
         alive[alive] = ~current.hides(found.points[alive])
 
-        # A keypoint that is not where its track was found is another point's.
+        # A keypoint away from the place where its track was found belongs to another point.
         apart = np.linalg.norm(keypoints - found.points, axis=1)
         detected[~(apart < longest_step(current.resolution))] = NOT_DETECTED
         score = np.where(detected >= 0, score, found.likeness).astype(np.float32)
@@ -174,20 +173,20 @@ class Tracks:
     def settle(
         self, current: View, cameras: tuple[Camera | None, Camera | None], links: Links, pose: RelativePose
     ) -> tuple[Links, RelativePose]:
-        """End the tracks that no point of a standing scene explains, and search for those that are lost where it would.
+        """End the tracks that no static point explains, and search for lost tracks where the motion predicts them.
 
-        Links that contradict the motion of the two images alone may be of something that moves. They stay, unless they
-        agreed with the motions before.
+        Links that contradict the motion of the two images may be on a moving object. They stay, unless they agreed with
+        the motion of earlier images.
 
         Args:
             current: the image of the last :meth:`follow`.
-            cameras: of reference and current image.
-            links: what :meth:`follow` gave.
-            pose: the motion by these links.
+            cameras: calibrations of the reference and the current image.
+            links: the result of :meth:`follow`.
+            pose: the motion estimated from these links.
 
         Returns:
-            The links that are left and those that were found, and the same pose for them. Without a certain pose, as
-            without calibration, they are as given.
+            The remaining links together with those found by the search, and the same pose for them. If the pose is not
+            certain, for example without calibration, both are returned unchanged.
         """
         assert self._current is not None and self._reference is not None
         tracks, rows, (camera0, camera1) = self._reference, self._rows, cameras
@@ -212,7 +211,7 @@ class Tracks:
         stays = known_in[:-1].sum(axis=0) == 1
         stays[agree], stays[known], stays[again], stays[rows[doubted]] = False, True, False, True
         stay = stays[rows]
-        stay &= np.isin(rows, known) | apart(links.points, found.points, 1.0)  # what was found contradicts nothing
+        stay &= np.isin(rows, known) | apart(links.points, found.points, 1.0)  # the points found agree with the motion
         order = np.argsort(np.concatenate([rows[stay], again]), kind="stable")
         more = replace(
             tracks.select(again),
@@ -227,7 +226,7 @@ class Tracks:
         following = following.select(order)
         self._rows = np.concatenate([rows[stay], again])[order]
         following.sights[:, :-1] = np.delete(tracks.sights[self._rows], scene.spare(), axis=1)
-        # What agrees with a translation that is not believed may stand or move: the next frames tell.
+        # Tracks that agree with a rejected translation may be static or moving. The next frames decide.
         self._doubted = np.concatenate([doubted[stay], np.zeros(len(again), bool)])[order]
         following.sights[self._doubted] = np.nan
         self._current, self._ahead = following, (scene, camera1)
@@ -252,7 +251,7 @@ class Tracks:
         known: np.ndarray,
         scene: Structure,
     ) -> tuple[np.ndarray, Alignment]:
-        """Search for tracks of the reference where the motion and their depths, or those around them, put them.
+        """Search for tracks of the reference where the motion and their depths, or those of their neighbours, put them.
 
         Args:
             current: the image to search.
@@ -260,10 +259,10 @@ class Tracks:
             seen: (F, 5, T) sights of all tracks of the reference.
             lost: (R,) the tracks to search for.
             known: (K,) the tracks whose points are known.
-            scene: these points.
+            scene: the points of these K tracks.
 
         Returns:
-            Which were found, and where.
+            Indices of the tracks found, and their alignment.
         """
         assert self._current is not None and self._reference is not None
         tracks, image = self._reference, current.pixels
@@ -272,7 +271,7 @@ class Tracks:
         depths = scene.landmarks[2][tree(tracks.points[known]).query(tracks.points[lost], k=_AROUND)[1]]
         middle = np.median(depths, axis=1)
         spread = np.median(np.abs(depths - middle[:, None]), axis=1) + _LEAST_SPREAD * np.abs(middle)
-        spread = np.maximum(spread, _KNOWN * scene.noise)  # all are 0 where a camera has only turned
+        spread = np.maximum(spread, _KNOWN * scene.noise)  # all inverse depths are 0 if the camera only turned
         before = Window(scene.cameras.rotations[:-1], scene.cameras.translations[:-1])
         seen_before, told = seen[:-1][:, :, lost], (scene.noise / spread) ** 2
         landmarks = triangulate(before, seen_before, prior=middle, information=told)[0]
@@ -295,13 +294,13 @@ class Tracks:
         return lost[good], found.select(good)
 
     def advance(self, current: View, inliers: np.ndarray | None) -> None:
-        """Make the current image the reference, and begin tracks where there are none.
+        """Make the current image the reference, and begin new tracks in empty areas.
 
-        A track that contradicts the motion ends, but for one that agrees with a motion that may be the right one.
+        A track that contradicts the motion ends, unless it agrees with a translation that may be the right one.
 
         Args:
             current: the image of the last :meth:`follow`.
-            inliers: (M,) bool of the links, which agree with the motion; None where it is not known.
+            inliers: (M,) bool, which of the links agree with the motion; None if the motion is unknown.
         """
         assert self._current is not None and self._reference is not None
         reference = self._reference
@@ -324,7 +323,7 @@ class Tracks:
             tracks = tracks.join(recalled)
             candidates = candidates[apart(current.keypoints[candidates], recalled.points, _SPACE)]
         self._reference = tracks.join(self._fill(tracks, current, candidates))
-        # Not before: a track that was published at one place in this image is not found again at another.
+        # This comes after the recall: a track published at one place of this image must not be recalled at another.
         self._lost.remember(reference.select(self._rows[~agree]), self.memory)
         self._current = None
 
@@ -344,7 +343,7 @@ class Tracks:
         )
 
     def _describe(self, agree: np.ndarray) -> None:
-        """Take over the descriptors of the reference's tracks that are keypoints of it, and no longer are, or end."""
+        """Store the reference's descriptors of tracks that are keypoints there, and that end or are no keypoint now."""
         assert self._current is not None and self._reference is not None
         reference, now = self._reference, self._reference.templates.copy()
         now[self._rows] = self._current.templates
@@ -355,7 +354,7 @@ class Tracks:
             self._templates.descriptors[templates[last]] = descriptors
 
     def _fill(self, tracks: TrackSet, view: View, candidates: np.ndarray) -> TrackSet:
-        """New tracks at keypoints (C,) that no track is near to, first where there are fewest."""
+        """New tracks at keypoints (C,) away from other tracks. Cells with the fewest tracks come first."""
         room = max(self.limit - len(tracks), 0)
         if len(candidates) > room:
             crowd = np.zeros([side // _CELL + 2 for side in view.normalized.shape], int)
@@ -364,19 +363,19 @@ class Tracks:
             cells = rows * crowd.shape[1] + columns
             by_cell = np.argsort(cells, kind="stable")
             _, first, numbers = np.unique(cells[by_cell], return_index=True, return_inverse=True)
-            rank = np.empty(len(cells), int)  # of each candidate among those of its cell
+            rank = np.empty(len(cells), int)  # of each candidate within its cell
             rank[by_cell] = np.arange(len(cells)) - first[numbers]
             candidates = np.sort(candidates[np.argsort(crowd.ravel()[cells] + rank, kind="stable")[:room]])
         return self._new(view, candidates)
 
 
 def pair_sigma(resolution: float) -> float:
-    """Standard deviation of a coordinate of a keypoint, given another image's keypoint: both err."""
+    """Standard deviation of a coordinate of a keypoint relative to another image's keypoint; both have errors."""
     return float(np.sqrt(2) * keypoint_sigma(resolution))
 
 
 def refine_pair(view0: View, view1: View, points0: np.ndarray, points1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Refine matches of two images taken at one time.
+    """Refine matches of two images taken at the same time.
 
     Args:
         view0: the left image.
@@ -385,7 +384,7 @@ def refine_pair(view0: View, view1: View, points0: np.ndarray, points1: np.ndarr
         points1: (M, 2) float32 pixels in the right image, the same matches.
 
     Returns:
-        (M, 2) float32 points1 refined, where the surroundings are alike, and (M,) float32 standard deviations, pixels.
+        (M, 2) float32 points1, refined where the surroundings match, and (M,) float32 standard deviations, pixels.
     """
     found = align_matches(view0.normalized, view1.normalized, points0, points1, view1.resolution)
     return found.points, np.where(found.good, found.sigmas, pair_sigma(view1.resolution)).astype(np.float32)
