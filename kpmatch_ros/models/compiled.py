@@ -349,7 +349,7 @@ def best_pairs(similarity: Tensor, certain0: Tensor, certain1: Tensor) -> tuple[
         certain1: (N1,) float32, the same for image 1.
 
     Returns:
-        partners (N0,) and (N1,) int64, and the log scores (N0,) of the first, NaN for a point without a partner.
+        partners (N0,) and (N1,) int64, and the log scores (N0,) of the first, NaN if similarities are NaN.
     """
     count0, count1 = similarity.shape
     inputs = [values.float().contiguous() for values in (similarity, certain0, certain1)]
