@@ -78,7 +78,7 @@ class Attention(nn.Module):
         return self.output["dense"](message.transpose(1, 2).flatten(-2))
 
     def weights(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention weights (B, heads, N, M) of the points of x for those of source, arguments as for :meth:`forward`."""
+        """Attention weights (B, heads, N, M) of x for the points of source, arguments as for :meth:`forward`."""
         return attention_weights(self._heads("query", x), self._heads("key", source), mask)
 
     def _heads(self, projection: str, x: Tensor) -> Tensor:
