@@ -45,8 +45,8 @@ def activate(x: Tensor, gate: nn.PReLU) -> Tensor:
 class Head(nn.Module):
     """The last layer: scores of all pixels, and descriptors of selected pixels.
 
-    In the authors' code one convolution computes both for every pixel. That is 80 % of all the work, and nearly all of it
-    is for descriptors that are not used.
+    In the authors' code one convolution computes both for every pixel. That is 80 % of all the work, and nearly all of
+    it is for descriptors that are not used.
     """
 
     def __init__(self, inputs: int, outputs: int, size: int) -> None:
@@ -75,7 +75,7 @@ class Head(nn.Module):
 
 
 class UNet(nn.Module):
-    """Computes the head's input features from an image (B, 3, H, W), with sides that are multiples of 2^(len(down) - 1)."""
+    """Computes the head's input features from an image (B, 3, H, W), whose sides are multiples of 2^(len(down) - 1)."""
 
     def __init__(self, down: list[int], up: list[int], size: int) -> None:
         super().__init__()
