@@ -288,8 +288,8 @@ def run(
         watch: returns validation figures of the averaged networks.
 
     Raises:
-        ValueError: the checkpoint's networks are not exactly these: others would be lost, and missing ones would start in
-            the middle of the schedule.
+        ValueError: the checkpoint's networks are not exactly these: others would be lost, and missing ones would start
+            in the middle of the schedule.
         torch.OutOfMemoryError: a single pair of views needs too much memory; a checkpoint is written before.
         FloatingPointError: losses are not finite in PATIENCE successive steps, or in all steps of a run that was not
             resumed. The weights are not written then.
