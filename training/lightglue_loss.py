@@ -107,7 +107,9 @@ def opinion(model: LightGlue, batch: Batch, narrow: Callable[[Tensor], Tensor] |
 
 
 def within_reach(judge: Opinion, batch: Batch, least: float) -> Batch:
-    """Remove true matches to which another LightGlue gives a probability below ``least``: their points become unmatched.
+    """Remove true matches whose probability is below ``least`` according to another LightGlue.
+
+    Their points become unmatched.
 
     Two points on a bare wall may be a true match that nothing in the images shows. A network that learns such matches
     learns to match everything. So does a network for which they are ignored, because then only the few easy points of
