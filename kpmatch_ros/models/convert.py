@@ -32,7 +32,7 @@ from kpmatch_ros.weights import WeightsError
 __all__ = ["Network", "convert", "describe"]
 
 _KINDS: dict[str, Any] = {kind.MODEL_TYPE: kind for kind in (LightGlue, SuperGlue, SuperPoint, ALIKED, DISK, XFeat)}
-# The names of those architectures that `transformers` supports.
+# `transformers`' names of the networks that it supports.
 _ARCHITECTURES = {
     "lightglue": "LightGlueForKeypointMatching",
     "superglue": "SuperGlueForKeypointMatching",

@@ -226,7 +226,7 @@ class LightGlue(PretrainedNetwork):
         return self.assign(points0, points1, len(self.transformer_layers))
 
     def assign(self, points0: Points, points1: Points, layers: int) -> Assignment:
-        """The matches after ``layers`` layers, for points of which none was dropped."""
+        """Return the matches after ``layers`` layers. No point must have been dropped before."""
         return self._assign(points0, points1, layers).after(layers)
 
     def are_sure(self, points0: Points, points1: Points, layer: int) -> Tensor:
