@@ -221,7 +221,7 @@ class Batches(Generic[T]):
 
     Args:
         make: creates the batch of a number.
-        count: number of different batches, which are kept and used again; 0 creates a new batch for each step and keeps none.
+        count: number of different batches, which are kept and used again; 0 creates a new one for each step.
     """
 
     def __init__(self, make: Callable[[int], T], count: int, settings: Settings) -> None:
