@@ -116,7 +116,7 @@ class XFeat(Extractor):
     def forward(self, image: Tensor, allowed: Tensor | None = None) -> Detections:
         """See :meth:`Extractor.forward`.
 
-        As in the authors' code, an image whose sides are not multiples of 32 is scaled down to the next multiples.
+        As in the authors' code, an image whose sides are not multiples of 32 is scaled down to such sides.
         """
         batch, _, height, width = image.shape
         rows, columns = height // MULTIPLE * MULTIPLE, width // MULTIPLE * MULTIPLE
