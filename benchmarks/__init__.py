@@ -1,1 +1,1 @@
-"""Programs that measure this package, and what it is compared with."""
+"""Benchmarks of this package, and the implementations that it is compared with."""

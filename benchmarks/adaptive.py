@@ -27,7 +27,7 @@ MODES = {"all layers": (-1.0, -1.0), "dropping": (-1.0, 0.99), "stopping": (0.95
 
 
 def first(features: Features, count: int) -> Features:
-    """The features with the highest scores."""
+    """Return the first features, which have the highest scores."""
     return replace(
         features,
         keypoints=features.keypoints[:count],
@@ -37,14 +37,14 @@ def first(features: Features, count: int) -> Features:
 
 
 def measure(matcher: FeatureMatcher, pairs: Sequence[tuple[Features, Features]]) -> dict[str, tuple[float, float]]:
-    """Milliseconds of processor time and layers of a pair, by mode, on the average."""
+    """Return the mean processor time in milliseconds and the mean number of layers of a pair, by mode."""
     times: dict[str, list[float]] = {mode: [] for mode in MODES}
     layers: dict[str, list[int]] = {mode: [] for mode in MODES}
     for number, pair in enumerate(pairs):
         for mode, (depth, width) in MODES.items():
             matcher.configure(matcher.parameters.replace({"depth_confidence": depth, "width_confidence": width}))
             if number == 0:
-                matcher.match(*pair)  # the first of a shape is never like the others
+                matcher.match(*pair)  # warm-up: the first call with new shapes takes longer
             begun = time.process_time()
             layers[mode].append(matcher.match(*pair).layers)
             times[mode].append(1e3 * (time.process_time() - begun))
@@ -66,7 +66,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"{processor_name()}; {topic}, {options.pairs} pairs {options.apart} apart; ms of processor time (layers)")
     print(f"{'precision':>10} {'keypoints':>10} " + " ".join(f"{mode:>14}" for mode in MODES))
     for precision in options.precision:
-        # Below the published threshold: otherwise an image has too few for the largest numbers.
+        # A threshold of 0: with the published one, an image may have too few keypoints for the largest numbers.
         matcher = FeatureMatcher(precision=precision, max_keypoints=max(options.keypoints), keypoint_threshold=0.0)
         described = [matcher.extract(image) for image in images]
         for count in options.keypoints:

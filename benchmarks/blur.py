@@ -45,7 +45,7 @@ _NOISE = 2.0  # grey levels
 
 
 def line(length: int, angle: float) -> np.ndarray:
-    """The blur of a point that moves so far (pixels) in a direction (radians): a square array that adds up to one."""
+    """The blur kernel of a point that moves by a length (pixels) in a direction (radians): a square array of sum 1."""
     side = 2 * (length // 2) + 3
     blur, middle = np.zeros((side, side)), side // 2
     for along in np.linspace(-(length - 1) / 2, (length - 1) / 2, 20 * length):
@@ -58,7 +58,7 @@ def line(length: int, angle: float) -> np.ndarray:
 
 
 def halved(camera: Camera) -> Camera:
-    """The camera of an image of half the size."""
+    """Return the camera of an image of half the size."""
     matrix = camera.matrix.copy()
     matrix[:2] *= 0.5
     matrix[:2, 2] -= 0.25  # the centre of the first pixel is (0, 0)
@@ -68,7 +68,7 @@ def halved(camera: Camera) -> Camera:
 def judged(
     front_end: FrontEnd, views: list[View], camera: Camera, lengths: tuple[int, ...], angle: float | None, seed: int
 ) -> Iterator[Outcome]:
-    """What became of the pairs of frames."""
+    """Yield the outcomes of the pairs of frames."""
     random = np.random.default_rng(seed)
     front_end.reset()
     for number, view in enumerate(views):

@@ -1,4 +1,4 @@
-"""Tells what one code worked out from what another one did: for the names of what benchmarks and trainings keep."""
+"""Hashes of code, for the names of cached results of benchmarks and trainings."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 
 __all__ = ["hash_of_code", "versions"]
 
-SUFFIXES = (".py", ".so", ".safetensors")  # code, what was compiled of it, and weights
+SUFFIXES = (".py", ".so", ".safetensors")  # code, compiled code, and weights
 
 
 def versions() -> dict[str, str]:
-    """What figures depend on besides the code and the weights."""
+    """Return the versions that figures depend on besides the code and the weights."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -29,11 +29,11 @@ def versions() -> dict[str, str]:
 
 
 def hash_of_code(files: Iterable[Path], **settings: object) -> str:
-    """12 hexadecimal digits that tell code and weights, versions and settings from all others.
+    """Return 12 hexadecimal digits that identify code, weights, versions and settings.
 
     Args:
-        files: code and weights; files of other kinds do not count. Where their folder lies does not count either.
-        settings: what JSON can hold.
+        files: code and weights; other kinds of files are ignored. The location of their folder does not matter.
+        settings: values that JSON can represent.
     """
     digest = hashlib.sha256(json.dumps([versions(), settings], sort_keys=True).encode())
     chosen = {path for path in files if path.suffix in SUFFIXES}

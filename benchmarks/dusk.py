@@ -1,8 +1,8 @@
 """A hard sequence for a back-end: rounds through the synthetic courtyard at dusk, by a fast camera with few frames.
 
-Six rounds, 43 cm from frame to frame (three times as far as in the easy sequence), 40 % of the contrast, noise of 4
-grey levels, and an exposure of a sixth of a frame's time, whose blur is the mean of four images along the way. No
-setting of the package or of the example is chosen on seed 7.
+It has six rounds with 43 cm from frame to frame (three times as far as in the easy sequence), 40 % of the contrast,
+noise of 4 grey levels, and an exposure time of a sixth of the frame interval. The motion blur is the mean of four
+images along the path. No setting of the package or of the example is chosen on seed 7.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = ["DUSK_SEED", "write_dusk_bag"]
 DUSK_SEED = 7
 _STEP = 3 * 14.945 / 105  # metres; a round is 14.945
 _SIZE, _BASELINE, _PERIOD = (480, 360), 0.12, 100_000_000  # nanoseconds
-_EXPOSURE, _PARTS = 1 / 6, 4  # of a frame's time; images that make one
+_EXPOSURE, _PARTS = 1 / 6, 4  # exposure time in frame intervals, number of images averaged for it
 _CONTRAST, _BLACK, _NOISE = 0.4, 16.0, 4.0  # grey levels
 
 
 def write_dusk_bag(path: str | Path, num_frames: int = 211, seed: int = DUSK_SEED) -> None:
-    """A rectified stereo bag like that of :func:`simulation.bags.write_demo_bag`. Poses are those amid an exposure."""
+    """Write a rectified stereo bag like :func:`simulation.bags.write_demo_bag`, with the poses at mid-exposure."""
     camera = demo_camera(*_SIZE, distorted=False)
     poses = camera_path(num_frames, _STEP)
     with BagWriter(path, "mcap", False) as bag:
@@ -49,19 +49,19 @@ def write_dusk_bag(path: str | Path, num_frames: int = 211, seed: int = DUSK_SEE
 
 
 def _exposed(poses: list[Pose]) -> Iterator[Pose]:
-    """The left camera's poses while each image is exposed, then the right one's."""
+    """For each image, yield the left camera's poses during the exposure, then the right camera's."""
     for number, pose in enumerate(poses):
         start, end = (poses[number], poses[number + 1]) if number + 1 < len(poses) else poses[number - 1 :]
         turn = Rotation.from_matrix(start.rotation.T @ end.rotation).as_rotvec()
         for eye in (0.0, _BASELINE):
             for part in range(_PARTS):
-                time = _EXPOSURE * ((part + 0.5) / _PARTS - 0.5)  # of a frame's time, from the middle
+                time = _EXPOSURE * ((part + 0.5) / _PARTS - 0.5)  # in frame intervals, relative to mid-exposure
                 rotation = pose.rotation @ Rotation.from_rotvec(time * turn).as_matrix()
                 left = Pose(rotation, pose.position + time * (end.position - start.position))
                 yield stereo_right(left, eye)
 
 
 def _sensed(light: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.uint8]:
-    """The grey image (H, W) that a sensor makes of light, RGB (H, W, 3)."""
+    """Simulate the sensor: light, RGB (H, W, 3), to a grey image (H, W)."""
     grey = _BLACK + _CONTRAST * (light @ np.array([0.299, 0.587, 0.114]))
     return np.round(np.clip(grey + random.normal(0, _NOISE, grey.shape), 0, 255)).astype(np.uint8)

@@ -39,11 +39,11 @@ from kpmatch_ros.tables import format_table
 Array = NDArray[np.float64]
 BOUNDS = (5.0, 10.0, 20.0)  # degrees
 CONFIDENCE = 0.99999  # of RANSAC
-ITERATIONS = 10_000  # at most, OpenCV's 1,000 are few: that confidence takes 4,700 where 70 % of the matches are wrong
+ITERATIONS = 10_000  # at most: OpenCV's 1,000 are too few, CONFIDENCE needs 4,700 if 70 % of the matches are wrong
 
 
 class Motion(NamedTuple):
-    """x_0 = rotation x_1 + translation, of a length that nobody knows."""
+    """x_0 = rotation x_1 + translation; the translation's length is unknown."""
 
     rotation: Array
     translation: Array
@@ -54,14 +54,14 @@ class Motion(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """Matches (M, 2) in pixels, the cameras they were seen with, and the truth."""
+    """Matches (M, 2) in pixels, their cameras, and the true motion."""
 
     points0: Array
     points1: Array
     camera0: Camera
     camera1: Camera
     truth: Motion
-    resolution: float = 1.0  # pixels between the positions that a keypoint can have
+    resolution: float = 1.0  # distance between the positions that a keypoint can have, pixels
 
     def shuffled(self, seed: int) -> Problem:
         order = np.random.default_rng(seed).permutation(len(self.points0))
@@ -71,20 +71,20 @@ class Problem:
 Estimator = Callable[[Problem, float], "Motion | None"]
 
 
-# The estimators: a problem and the largest error of an inlier, pixels, to a motion or none.
+# The estimators. They take a problem and the inlier threshold in pixels, and return a motion or None.
 
 
 def without_distortion(problem: Problem) -> tuple[float, Array, Array]:
-    """The cameras' mean focal length, and both points (M, 2) as a pinhole camera with it has them, from its centre."""
+    """Return the cameras' mean focal length, and both points (M, 2) in pixels of a pinhole camera, from its centre."""
     focal = (problem.camera0.focal + problem.camera1.focal) / 2
     return focal, focal * problem.camera0.normalise(problem.points0), focal * problem.camera1.normalise(problem.points1)
 
 
 def opencv(method: int) -> Estimator:
-    """findEssentialMat, then recoverPose."""
+    """Estimator that uses findEssentialMat and recoverPose."""
 
     def estimate(problem: Problem, gate: float) -> Motion | None:
-        # In pixels: MAGSAC goes wrong where a focal length is the unit.
+        # In pixels, because MAGSAC gives wrong results in units of the focal length.
         focal, points0, points1 = without_distortion(problem)
         matrix = np.diag([focal, focal, 1.0])
         if len(points0) < 5:
@@ -94,11 +94,11 @@ def opencv(method: int) -> Estimator:
         )
         best, motion = 0, None
         for essential in [] if essentials is None else np.split(essentials, len(essentials) // 3):
-            # By default no point further than 50 baselines counts: of a small motion hardly any would.
+            # By default, points farther than 50 baselines are ignored. With a small motion hardly any would remain.
             count, rotation, translation, _, _ = cv2.recoverPose(
                 essential, points0, points1, matrix, distanceThresh=1e9, mask=mask.copy()
             )
-            if count > best:  # OpenCV's motion takes points of image 0 to image 1
+            if count > best:  # OpenCV's motion maps points of image 0 to image 1
                 best, motion = count, Motion(rotation, translation.ravel()).inverse()
         return motion
 
@@ -106,17 +106,17 @@ def opencv(method: int) -> Estimator:
 
 
 def ours(problem: Problem, gate: float) -> Motion | None:
-    """kpmatch_ros.geometry.two_view."""
+    """Estimator of kpmatch_ros.geometry.two_view."""
     pose = estimate_relative_pose(
         problem.points0, problem.points1, problem.camera0, problem.camera1, max_reprojection_error=gate,
         keypoint_resolution=problem.resolution,
     )  # fmt: skip
-    known = pose.status in (PoseStatus.OK, PoseStatus.AMBIGUOUS)  # of two motions the likelier one, as the others give
+    known = pose.status in (PoseStatus.OK, PoseStatus.AMBIGUOUS)  # AMBIGUOUS: the likelier motion, as the others give
     return Motion(pose.rotation, pose.translation) if known else None
 
 
 def estimators() -> dict[str, Estimator]:
-    """All that are here, by name."""
+    """Return all estimators that are installed, by name."""
     found: dict[str, Estimator] = {
         "OpenCV RANSAC": opencv(cv2.RANSAC),
         "OpenCV USAC_DEFAULT": opencv(cv2.USAC_DEFAULT),
@@ -144,7 +144,7 @@ def estimators() -> dict[str, Estimator]:
 
 
 def error_of(found: Motion | None, truth: Motion) -> tuple[float, float]:
-    """Degrees: of the rotation, and between the directions of the translation."""
+    """Return the errors of the rotation and of the translation's direction, degrees."""
     if found is None:
         return 180.0, 180.0
     turned = Rotation.from_matrix(found.rotation.T @ truth.rotation).magnitude()
@@ -153,12 +153,12 @@ def error_of(found: Motion | None, truth: Motion) -> tuple[float, float]:
 
 
 def area_under_curve(errors: Sequence[float], bound: float) -> float:
-    """0 to 1: the share of errors up to x, over x from 0 to the bound, averaged."""
+    """Mean of the share of errors up to x, over x from 0 to the bound: 0 to 1."""
     return float(np.mean(np.clip(1 - np.array(errors) / bound, 0, 1)))
 
 
 def measure(estimator: Estimator, problems: Sequence[Problem], gate: float) -> tuple[list[tuple[float, float]], float]:
-    """The errors, and the median processor time of a call, milliseconds."""
+    """Return the errors and the median processor time of a call, milliseconds."""
     errors, times = [], []
     for problem in problems:
         started = time.process_time()
@@ -193,7 +193,7 @@ def compare(title: str, problems: Sequence[Problem], gate: float, only: str = ""
 
 
 def read_pairs(folder: Path, **options: Any) -> Iterator[Problem]:
-    """The pairs of a folder, matched; `options` are FeatureMatcher's."""
+    """Yield the matched pairs of a folder; `options` are FeatureMatcher's."""
     from kpmatch_ros import FeatureMatcher
 
     matcher = FeatureMatcher(**options)
@@ -214,19 +214,19 @@ def read_pairs(folder: Path, **options: Any) -> Iterator[Problem]:
             points1,
             Camera(width0, height0, numbers[2:11].reshape(3, 3)),
             Camera(width1, height1, numbers[11:20].reshape(3, 3)),
-            Motion(truth[:3, :3], truth[:3, 3]).inverse(),  # T_0to1 takes points of image 0 to image 1
+            Motion(truth[:3, :3], truth[:3, 3]).inverse(),  # T_0to1 maps points of image 0 to image 1
             max(width0, height0) / options["resize"] if options.get("resize") else 1.0,
         )
 
 
-# Scenes made here
+# Simulated scenes
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Random points before a camera that turns by some degrees and moves; then noise, and wrong matches.
+    """Random points in front of a camera that rotates by a few degrees and moves, with noise and wrong matches.
 
-    Depths are 2 to 10 metres unless the scene is a plane; a part of the points may move on their own, as one body.
+    Depths are 2 to 10 metres unless the scene is a plane. A part of the points may move independently, as one body.
     """
 
     title: str

@@ -4,14 +4,14 @@
     make gpu PYTHON=python3 OUT=results               # that has PyTorch, OpenCV, SciPy, safetensors, psutil, pytest
     PYTHONPATH=. python benchmarks/gpu.py --help      # the same without make
 
-It takes at most 8 minutes, needs no network and no ROS, and goes on after every failure. It writes gpu.json and gpu.md
-into OUT. Without a GPU it says so and runs everything on the processor, at small sizes and with imitated recordings: to
-see that it runs, not how fast.
+It takes at most 8 minutes, needs neither network nor ROS, and continues after every failure. It writes gpu.json and
+gpu.md to OUT. Without a GPU it reports this and runs everything on the processor, at small sizes and with imitated CUDA
+graphs. Such a run shows that the benchmark works, not how fast the package is.
 
-Measured: an image's extraction, a pair's matching, and a frame from pixels to pose; by precision and number of
-keypoints, with and without CUDA graphs ("captured", "eager"), with all layers and adaptive. An easy pair is two
-neighbouring frames of a synthetic camera, a hard one two that are eight frames apart. Others are measured in turn with
-this package, on the same images, with the same weights and all layers.
+It measures the extraction of an image's features, the matching of a pair, and a frame from pixels to pose, by precision
+and number of keypoints, with and without CUDA graphs ("captured", "eager"), with all layers and adaptive. An easy pair
+is two neighbouring frames of a synthetic camera, a hard pair two that are eight frames apart. Other implementations are
+measured in turn with this package, on the same images, with the same weights and all layers.
 """
 
 from __future__ import annotations
@@ -57,17 +57,17 @@ Image = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """The extent of the measurements.
 
     Attributes:
-        device: where.
+        device: device of the networks.
         precisions: number formats.
-        counts: of keypoints asked for.
+        counts: numbers of keypoints requested.
         size: (width, height) of the images, pixels.
-        repeats: measurements of each.
-        frames: of the sequences for the measurement from pixels to pose.
-        peer_counts: of keypoints beside others.
-        compiled_counts: the same beside others that are compiled, which takes long.
+        repeats: number of repetitions of each measurement.
+        frames: number of frames of the sequences for the measurement from pixels to pose.
+        peer_counts: numbers of keypoints for the comparison with others.
+        compiled_counts: numbers of keypoints for the comparison with compiled others, which takes long.
     """
 
     device: str
@@ -104,15 +104,15 @@ STAND_IN = Plan(
 
 @dataclass
 class Report:
-    """What came of it.
+    """Results.
 
     Attributes:
-        machine: what the figures depend on.
+        machine: properties of the machine that the figures depend on.
         tests: numbers of tests by outcome.
-        rows: of this package.
-        peers: of others.
-        failures: what failed, and how.
-        left_out: what was not done, and why.
+        rows: figures of this package.
+        peers: figures of others.
+        failures: what failed, and the error.
+        left_out: what was not done, and the reason.
     """
 
     machine: dict[str, Any]
@@ -124,7 +124,7 @@ class Report:
 
     @contextlib.contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """Note a failure, print it, and go on."""
+        """Record and print a failure of the block, and continue."""
         try:
             yield
         except Exception as error:  # noqa: BLE001
@@ -135,23 +135,23 @@ class Report:
                     torch.cuda.empty_cache()
 
     def leave_out(self, what: str) -> None:
-        """Note what is not done."""
+        """Record and print what is not done."""
         self.left_out.append(what)
         print(f"left out: {what}", flush=True)
 
 
 class Deadline:
-    """When to stop beginning something new.
+    """The time after which nothing new is started.
 
     Args:
-        seconds: from now.
+        seconds: time from now.
     """
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Seconds."""
+        """Return the remaining seconds."""
         return self._end - time.monotonic()
 
 
@@ -205,7 +205,7 @@ def can_import(module: str) -> bool:
 
 
 def describe_machine(has_gpu: bool) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return properties of the machine that the figures depend on."""
     machine: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name() if has_gpu else None,
         "memory_gb": round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1) if has_gpu else None,
@@ -225,7 +225,7 @@ def describe_machine(has_gpu: bool) -> dict[str, Any]:
 
 
 def run_tests(report: Report, seconds: float) -> None:
-    """Those that need CUDA, or their stand-ins; test_feature_matcher.py's own one as well."""
+    """Run the tests that need CUDA, or their stand-ins, and the GPU test of test_feature_matcher.py."""
     with tempfile.TemporaryDirectory() as folder, report.attempt("the tests"):
         result = Path(folder) / "tests.xml"
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
@@ -243,7 +243,7 @@ def run_tests(report: Report, seconds: float) -> None:
 
 
 def read_results(path: Path, report: Report) -> None:
-    """Numbers and failures of pytest's XML."""
+    """Read numbers and failures of tests from pytest's XML."""
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     for case in ElementTree.parse(path).iter("testcase"):
         name = f"{case.get('classname', '')}.{case.get('name', '')}"
@@ -262,7 +262,7 @@ def read_results(path: Path, report: Report) -> None:
 
 
 def make_film(plan: Plan) -> list[Image]:
-    """Frames of the synthetic camera, in colour."""
+    """Return frames of the synthetic camera, in colour."""
     frames = max(plan.frames + 1, APART + 1)
     camera = demo_camera(*plan.size)
     return [view.image for view in Scene(seed=0).film(camera_path(frames), camera, noise=2.0)]
@@ -280,7 +280,7 @@ def make_matcher(plan: Plan, precision: str, recorded: bool, adaptive: bool, cou
 
 
 def measure_all(plan: Plan, film: list[Image], report: Report, deadline: Deadline) -> None:
-    """Every combination, those that matter most first."""
+    """Measure every combination, the most important first."""
     for count in sorted(plan.counts, key=lambda count: abs(count - 1024)):
         for precision in plan.precisions:
             for recorded in (True, False):
@@ -301,12 +301,12 @@ def mode(recorded: bool) -> str:
 def measure(
     plan: Plan, film: list[Image], precision: str, count: int, recorded: bool, adaptive: bool
 ) -> list[dict[str, Any]]:
-    """A row for the easy pair and one for the hard one."""
+    """Return a row for the easy pair and one for the hard pair."""
     matcher = make_matcher(plan, precision, recorded, adaptive, count)
     on_gpu = plan.device != "cpu"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    upload = time_of(lambda: matcher.upload(film[0]), plan.repeats)  # a part of extract
+    upload = time_of(lambda: matcher.upload(film[0]), plan.repeats)  # included in extract
     extract = time_of(lambda: matcher.extract(film[0]).numpy(), plan.repeats)
     frame = time_of_frames(matcher, film, plan) if adaptive else None
     rows = []
@@ -341,14 +341,14 @@ def measure(
 
 
 def time_of(work: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Milliseconds until the result is on the host: median, 95th percentile, least."""
+    """Milliseconds until the result is on the host: median, 95th percentile, minimum."""
     for _ in range(min(repeats, 3)):
         work()
     return spread([timed(work) for _ in range(repeats)])
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Milliseconds."""
+    """Return the milliseconds of a call."""
     wait()
     started = time.perf_counter()
     work()
@@ -357,7 +357,7 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def wait() -> None:
-    """Until the GPU has nothing left to do."""
+    """Wait until the GPU is idle."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -368,13 +368,13 @@ def spread(times: Sequence[float]) -> dict[str, float]:
 
 
 def time_of_frames(matcher: FeatureMatcher, film: list[Image], plan: Plan) -> dict[str, dict[str, float]]:
-    """Frames of a sequence from pixels to matches, and to the pose as well; the reference's features are kept."""
+    """Time frames of a sequence from pixels to matches, and to the pose; the reference's features are kept."""
     result = {}
     for name, camera in (("matches", None), ("pose", demo_camera(*plan.size))):
         front = FrontEnd(matcher.parameters, matcher)
         times = []
         for i in range(2 * plan.frames + 1):
-            image = film[min(i % (2 * plan.frames), -i % (2 * plan.frames))]  # forth and back
+            image = film[min(i % (2 * plan.frames), -i % (2 * plan.frames))]  # forwards and backwards
             started = time.perf_counter()
             front.register_frame(image, i * 100_000_000, camera)
             times.append((time.perf_counter() - started) * 1e3)
@@ -386,9 +386,9 @@ def time_of_frames(matcher: FeatureMatcher, film: list[Image], plan: Plan) -> di
 
 
 def measure_peers(plan: Plan, film: list[Image], report: Report, deadline: Deadline) -> None:
-    """transformers and cvg/LightGlue, where they can be imported; the latter compiled as well.
+    """Measure transformers and cvg/LightGlue, if they can be imported; the latter also compiled.
 
-    Each in a process of its own: after a kernel's illegal access no work on the GPU succeeds in the process any more.
+    Each runs in its own process, because after an illegal access of a kernel all further GPU work of a process fails.
     """
     for name, compiled in (("transformers", False), ("lightglue", False), ("lightglue", True)):
         for precision in ("float16", "float32") if plan.device != "cpu" else ("float32",):
@@ -406,10 +406,10 @@ def measure_peers(plan: Plan, film: list[Image], report: Report, deadline: Deadl
 
 
 def measure_peer(plan: Plan, film: list[Image], name: str, compiled: bool, precision: str) -> list[dict[str, Any]]:
-    """A row for each number of keypoints."""
+    """Return a row for each number of keypoints."""
     matcher = make_matcher(plan, precision, True, False, 1024)
-    # cvg/LightGlue comes to half precision by its authors' way: float32 weights, autocast, and the
-    # matcher's option mp. With weights in half precision it fails.
+    # cvg/LightGlue fails with weights in half precision. Its authors' way to half precision is float32 weights,
+    # autocast and the matcher's option mp.
     half = name == "lightglue" and precision != "float32"
     peer: Any = PEERS[name](matcher, torch.float32 if half else getattr(torch, precision))
     label = f"{'cvg/LightGlue' if name == 'lightglue' else name}{', compiled' if compiled else ''}"
@@ -427,7 +427,7 @@ def measure_peer(plan: Plan, film: list[Image], name: str, compiled: bool, preci
 def beside(
     peer: Any, label: str, matcher: FeatureMatcher, precision: str, count: int, film: list[Image], plan: Plan
 ) -> dict[str, Any]:
-    """A pair from nothing and, where the other can keep features, a frame whose reference's are kept."""
+    """Time a pair without kept features and, if the other can keep features, a frame with the reference's kept."""
     matcher.configure(matcher.parameters.replace({"max_keypoints": count}))
     peer.max_keypoints(count)
 
@@ -459,7 +459,7 @@ def beside(
             matches = peer.match(reference, film[1])
             ended = time.perf_counter()
             theirs["pair"].append((ended - started) * 1e3)
-            theirs["frame"].append((ended - described) * 1e3)  # transformers keeps no features: as long as a pair
+            theirs["frame"].append((ended - described) * 1e3)  # transformers keeps no features: the same as a pair
     row: dict[str, Any] = {
         "peer": label,
         "precision": precision,
@@ -478,13 +478,13 @@ def beside(
 
 
 def write(report: Report, folder: Path) -> None:
-    """gpu.json and gpu.md."""
+    """Write gpu.json and gpu.md."""
     (folder / "gpu.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
     (folder / "gpu.md").write_text(markdown(report) + "\n")
 
 
 def markdown(report: Report) -> str:
-    """Everything as tables."""
+    """Format all results as Markdown tables."""
     machine = report.machine
     gpu = f"{machine['gpu']}, {machine['memory_gb']} GB, CUDA {machine['cuda']}" if machine["gpu"] else "no GPU"
     lines = [
@@ -570,7 +570,7 @@ def table(head: Sequence[str], cells: Sequence[Sequence[Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    if "OPENBLAS_NUM_THREADS" not in os.environ:  # NumPy has read it already
+    if "OPENBLAS_NUM_THREADS" not in os.environ:  # NumPy has already read it, so the process has to be restarted
         configure_process()
         os.execv(sys.executable, sys.orig_argv)
     sys.exit(main())

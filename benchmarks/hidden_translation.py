@@ -37,7 +37,7 @@ APART = (1, 2, 3, 4, 5)  # frames
 
 
 def estimate(images: Iterable[np.ndarray], camera: Camera, keypoints: int = 1024) -> list[RelativePose]:
-    """The pose of every image but the first, by the one before."""
+    """Return the pose of every image but the first, relative to the one before."""
     front_end = FrontEnd(Parameters(device="cpu", precision="float32", max_keypoints=keypoints))
     pairs = [front_end.register([image], [(i + 1) * 10**8], camera).pair for i, image in enumerate(images)]
     return [pair.pose for pair in pairs if pair is not None]
@@ -57,7 +57,7 @@ def report(title: str, values: Sequence[float], pairs: int) -> None:
 
 
 def rendered(title: str, paths: Iterable[list[Pose]]) -> None:
-    """The errors of a rendered camera, one path in each courtyard."""
+    """Print the NEES of a rendered camera's rotations, with one path per courtyard."""
     camera, values, pairs = demo_camera(), [], 0
     for seed, path in enumerate(paths):
         film = Scene(seed).film(path, camera, noise=2.0, noise_seed=100 * seed)
@@ -80,7 +80,7 @@ def small_steps(length: float, seed: int, frames: int = 6) -> list[Pose]:
 
 
 def read_side(bag: Path, side: str) -> tuple[list[np.ndarray], Camera, np.ndarray]:
-    """The images of a camera, its calibration, and the rotation (3, 3) that rectifies it."""
+    """Read the images of a camera, its calibration, and its rectifying rotation (3, 3)."""
     records = list(read_messages(bag, [f"{side}/image_raw", f"{side}/camera_info"]))
     images = [to_array(record.message) for record in records if record.topic.endswith("image_raw")]
     info = next(record.message for record in records if record.topic.endswith("camera_info"))
@@ -88,14 +88,14 @@ def read_side(bag: Path, side: str) -> tuple[list[np.ndarray], Camera, np.ndarra
 
 
 def difference(poses: Sequence[RelativePose], rectify: Sequence[np.ndarray]) -> float:
-    """The NEES of the difference of the rotations that the cameras of a standing pair saw, in one frame."""
+    """NEES of the difference between the rotations estimated by the two cameras of a standing pair, in one frame."""
     turns = [r @ Rotation.from_matrix(pose.rotation).as_rotvec() for r, pose in zip(rectify, poses)]
     covariances = [r @ pose.covariance[3:, 3:] @ r.T for r, pose in zip(rectify, poses)]
     return nees(turns[0] - turns[1], covariances[0] + covariances[1])
 
 
 def recorded(bag: Path, sides: Sequence[str]) -> None:
-    """How far the left and the right camera of a standing pair differ."""
+    """Print how far the left and the right camera of a standing pair differ."""
     images, cameras, rectify = zip(*(read_side(bag, side) for side in sides))
     for keypoints, apart in [*((1024, apart) for apart in APART), (512, 1)]:
         values, pairs = [], 0

@@ -1,4 +1,4 @@
-"""Recordings of the networks' work imitated where there is no GPU, for tests and benchmarks."""
+"""Imitation of CUDA graphs on machines without a GPU, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = ["Imitation"]
 
 
 class Imitation:
-    """Repeats work by calling the function again: what :class:`kpmatch_ros.cuda_graphs.Recording` does on a GPU.
+    """Imitates :class:`kpmatch_ros.cuda_graphs.Recording` by calling the function again.
 
-    Results land where the first ones were, as on a GPU. Their number may change, since on a processor SuperPoint gives
-    as many keypoints as there are.
+    As on a GPU, results are written to the tensors of the first call. Their size may change, because on a processor
+    SuperPoint returns as many keypoints as it finds.
     """
 
     def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        """As :meth:`kpmatch_ros.cuda_graphs.Recorder.record`."""
+        """See :meth:`kpmatch_ros.cuda_graphs.Recorder.record`."""
         outputs = tuple(output.clone() for output in work())
 
         def replay() -> None:

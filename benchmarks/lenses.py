@@ -26,7 +26,7 @@ from kpmatch_ros.parameters import Parameters
 from simulation import Scene, camera_path
 
 _NOISE = 2.0  # grey levels
-_FINER = 2  # rays along a side of a pixel, and pixels of the cube
+_FINER = 2  # number of rays along a side of a pixel, and of the cube's pixels per pixel of the lens
 _KINECT = (0.48, -2.65, 6e-4, -3e-4, 1.57, 0.36, -2.48, 1.49)
 _TILTED = (0.9, -3.5, 6e-4, 3e-4, 5.2, 0.75, -3.3, 5.0, 1e-3, -1e-3, 8e-4, 2e-4, 0.008, -0.006)
 LENSES = {
@@ -39,19 +39,19 @@ LENSES = {
     "fisheye-144": (250.0, "equidistant", (0.02, -0.01, 0.003, -0.0005)),
     "fisheye-190": (150.0, "equidistant", (-0.01, 0.005, -0.002, 0.0001)),
 }
-"""Focal length in pixels, model and coefficients. The fisheye lenses are named by their degrees across the image, the
-last one by what it sees from top to bottom: its image has black corners."""
+"""Focal length in pixels, model and coefficients. Fisheye lenses are named by their horizontal angle of view, degrees;
+the last one by its vertical angle: its image has black corners."""
 
 
 def directions(camera: Camera) -> np.ndarray:
-    """Unit vectors (2 H, 2 W, 3) that the quarters of a camera's pixels look along; NaN where a lens shows nothing."""
+    """Return the directions (2 H, 2 W, 3) of the quarters of a camera's pixels, unit vectors; NaN outside the lens."""
     shape = (_FINER * camera.height, _FINER * camera.width)
     y, x = (np.indices(shape) + 0.5) / _FINER - 0.5  # the centre of the top-left pixel is (0, 0)
     if camera.distortion_model != "equidistant":
         rays = np.ones((*shape, 3))
         rays[..., :2] = camera.normalise(np.column_stack([x.ravel(), y.ravel()])).reshape(*shape, 2)
         return np.asarray(rays / np.linalg.norm(rays, axis=2, keepdims=True))
-    # Camera has directions up to 89 degrees off the axis alone.
+    # Camera supports only directions up to 89 degrees from the axis.
     x, y = (x - camera.matrix[0, 2]) / camera.matrix[0, 0], (y - camera.matrix[1, 2]) / camera.matrix[1, 1]
     angles = np.linspace(0, math.radians(130), 100_000)
     radii = angles * (1 + (angles[:, None] ** [2, 4, 6, 8]) @ camera.distortion)
@@ -63,7 +63,7 @@ def directions(camera: Camera) -> np.ndarray:
 
 
 def photograph(scene: Scene, pose: Pose, camera: Camera, rays: np.ndarray, seed: int) -> np.ndarray:
-    """The grey image (H, W) of a camera with these directions (2 H, 2 W, 3)."""
+    """Render the grey image (H, W) of a camera with these directions (2 H, 2 W, 3)."""
     focal = _FINER * camera.focal
     width = round(focal / 0.49)  # a little over 90 degrees
     middle = (width - 1) / 2
@@ -87,7 +87,7 @@ def photograph(scene: Scene, pose: Pose, camera: Camera, rays: np.ndarray, seed:
 
 
 def _pixels(fine: np.ndarray) -> np.ndarray:
-    """(H, W): the means of pixels whose quarters are given (2 H, 2 W)."""
+    """Average quarters of pixels (2 H, 2 W) to pixels (H, W)."""
     height, width = fine.shape
     return np.asarray(fine.reshape(height // _FINER, _FINER, width // _FINER, _FINER).mean(axis=(1, 3)))
 

@@ -35,13 +35,13 @@ from simulation import Scene, camera_path, demo_camera
 
 
 def film(frames: int) -> list[np.ndarray]:
-    """Grey images of the synthetic camera, 640x480."""
+    """Return grey images of the synthetic camera, 640x480."""
     views = Scene(seed=0).film(camera_path(frames), demo_camera(distorted=False))
     return [cv2.cvtColor(view.image, cv2.COLOR_RGB2GRAY) for view in views]
 
 
 def image_of(pixels: np.ndarray, number: int) -> Image:
-    """A mono8 message."""
+    """Return a mono8 message."""
     message = Image(height=pixels.shape[0], width=pixels.shape[1], encoding="mono8", step=pixels.shape[1])
     message.header.frame_id = "camera"
     message.header.stamp.sec = number + 1
@@ -50,7 +50,7 @@ def image_of(pixels: np.ndarray, number: int) -> Image:
 
 
 def play(frames: int, features: bool) -> None:
-    """The other process: a camera that sends an image when the last one's pose has come."""
+    """Run the other process: a camera that sends an image when the last image's pose has arrived."""
     rclpy.init()
     node = Node("camera")
     received: list[Any] = []
@@ -83,7 +83,7 @@ def play(frames: int, features: bool) -> None:
 
 
 def timed(method: Callable[..., Any], laps: list[float]) -> Callable[..., Any]:
-    """The same method, which notes how long it took, seconds."""
+    """Wrap a method so that it records its durations, in seconds."""
 
     @functools.wraps(method)
     def wrapped(*arguments: Any, **options: Any) -> Any:
@@ -138,7 +138,7 @@ def main() -> None:
     making: list[float] = []
     for _ in range(100):
         timed(deserialize_message, making)(serialized, Image)
-    own = np.subtract(latencies, front_end)[2:]  # the first frames find everything cold
+    own = np.subtract(latencies, front_end)[2:]  # the first frames are slow, because nothing is cached yet
     print(
         f"{len(own)} frames of 640x480 with {options.keypoints} keypoints, features "
         f"{'subscribed to' if options.features else 'not subscribed to'}; milliseconds, median (95th percentile)"

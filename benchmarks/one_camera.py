@@ -29,7 +29,7 @@ KINDS = ("all alike", "each its own")
 
 
 class Twice:
-    """Estimates a pose in place of the front end, with standard deviations and without."""
+    """Replaces the front end's pose estimation: estimates each pose with and without standard deviations."""
 
     def __init__(self) -> None:
         self.poses: dict[str, RelativePose] = {}
@@ -42,7 +42,7 @@ class Twice:
 
 
 def report(label: str, outcomes: list[Outcome], pairs: int) -> None:
-    """Print a row: root mean square, median and largest of both errors, mean and median of the NEES."""
+    """Print a row: RMS, median and maximum of both errors, mean and median of the NEES."""
     rotation, direction, nees = np.array([(one.rotation, one.direction, one.nees) for one in outcomes]).T
     print(
         f"{label}  {len(outcomes):3d} of {pairs:3d} OK"

@@ -1,9 +1,10 @@
 """OpenCV 5's ALIKED and LightGlueMatcher for `kpmatch bench --against opencv`, with this package's weights.
 
-Both classes read an ONNX file and run it in OpenCV's DNN module. Their sources say what the graphs take and give:
+Both classes read an ONNX file and run it in OpenCV's DNN module. According to their source code, the graphs have these
+inputs and outputs:
 
 - `ALIKED`: `image` (1, C, H, W) in [0, 1]; `keypoints` (N, 2) x, y from -1 to 1 across the image, `descriptors` (N, D)
-  and `scores` (N,). SuperPoint fits too.
+  and `scores` (N,). The class also works for SuperPoint.
 - `LightGlueMatcher`: `kpts0`, `desc0`, `kpts1`, `desc1`, each (1, N, ...); `matches0` (M, 2) int64 and `mscores0` (M,).
 """
 
@@ -38,7 +39,7 @@ class Described(NamedTuple):
 
     Attributes:
         points: (N, 2) float32 x, y, pixels.
-        positions: (N, 2) float32, the same as LightGlue takes them.
+        positions: (N, 2) float32, the same normalised for LightGlue.
         descriptors: (N, D) float32 unit vectors.
     """
 
@@ -48,13 +49,13 @@ class Described(NamedTuple):
 
 
 class OpenCV:
-    """SuperPoint or ALIKED by `cv2.ALIKED`, LightGlue by `cv2.LightGlueMatcher`, all its layers.
+    """SuperPoint or ALIKED in `cv2.ALIKED`, LightGlue with all its layers in `cv2.LightGlueMatcher`.
 
-    The graphs are made here, and not kept. That of the extractor is made for a size of images and a number of
-    keypoints, when the first such image comes.
+    The graphs are exported on demand and not kept. The extractor's graph has a fixed image size and number of
+    keypoints. It is exported at the first image of a size.
 
     Attributes:
-        name: with its version and precision.
+        name: its name with version and precision.
     """
 
     INSTALL: ClassVar[str] = "pip install 'opencv-python-headless>=5' onnx onnxruntime"
@@ -89,25 +90,25 @@ class OpenCV:
             self._extractors.clear()
 
     def describe(self, image: Image) -> Described:
-        """The features of an image."""
+        """Return the features of an image."""
         height, width = image.shape[:2]
         if (width, height) not in self._extractors:
             self._extractors[width, height] = self._make_extractor(width, height)
         found, descriptors = self._extractors[width, height].detectAndCompute(self._seen(image), None)
         real = [i for i, keypoint in enumerate(found) if keypoint.response > 0]
         points = np.asarray(cv2.KeyPoint.convert(found), np.float32).reshape(-1, 2)[real]
-        # OpenCV would stretch positions to a square; without sizes of the images it takes those that it is given.
+        # OpenCV would normalise positions to a square. Without image sizes it uses the given positions unchanged.
         size = torch.tensor([[width, height]])
         return Described(
             points, normalise_keypoints(torch.from_numpy(points)[None], size)[0].numpy(), descriptors[real]
         )
 
     def match(self, reference: Described, image: Image) -> int:
-        """The number of matches of described features with an image."""
+        """Return the number of matches between extracted features and an image."""
         return len(self.pairs(reference, self.describe(image)))
 
     def pairs(self, features0: Described, features1: Described) -> NDArray[np.int64]:
-        """Indices (M, 2) of the points that match."""
+        """Return the indices (M, 2) of matching points."""
         if len(features0.points) == 0 or len(features1.points) == 0:
             return np.empty((0, 2), np.int64)
         self._matcher.setPairInfo(features0.positions, features1.positions)
@@ -115,7 +116,7 @@ class OpenCV:
         return np.array([(one.queryIdx, one.trainIdx) for one in found], np.int64).reshape(-1, 2)
 
     def _seen(self, image: Image) -> Image:
-        """Grey, or the blue, green and red that `cv2.ALIKED` turns round."""
+        """Convert an image to grey, or to BGR, which `cv2.ALIKED` converts to RGB."""
         if self._network.CHANNELS == 1:
             return np.asarray(image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))
         return np.asarray(cv2.cvtColor(image, cv2.COLOR_GRAY2BGR if image.ndim == 2 else cv2.COLOR_RGB2BGR))
@@ -130,10 +131,10 @@ class OpenCV:
 
 
 class _WholeExtractor(nn.Module):
-    """An extractor with the selection of keypoints; those that are none have score 0.
+    """An extractor with the selection of keypoints; padding has score 0.
 
-    The graph gives as many for each image: with a free number, OpenCV 5.0.0 gave zeros in place of the last keypoint of
-    an image with more of them than the one before.
+    The graph has a fixed number of keypoints. With a dynamic number, OpenCV 5.0.0 returned zeros instead of the last
+    keypoints if an image had more of them than the one before.
     """
 
     def __init__(self, network: SuperPoint | ALIKED) -> None:
@@ -153,7 +154,7 @@ class _WholeExtractor(nn.Module):
 
 
 def _write_extractor(network: SuperPoint | ALIKED, file: Path, width: int, height: int) -> None:
-    """An extractor with its number of keypoints, for images of one size."""
+    """Export an extractor with its number of keypoints, for images of one size."""
     import onnxruntime
 
     channels = network.CHANNELS
@@ -167,8 +168,8 @@ def _write_extractor(network: SuperPoint | ALIKED, file: Path, width: int, heigh
         ),
     )
     export_module(_WholeExtractor(network), [torch.zeros(1, channels, height, width)], graph, file)
-    # OpenCV 5.0.0 takes a whole number cast to float for a whole number still, and refuses to divide it by a float
-    # ("All inputs should have equal types"). With constants folded there is none.
+    # OpenCV 5.0.0 treats an integer cast to float as an integer and refuses to divide it by a float ("All inputs should
+    # have equal types"). Constant folding removes such operations.
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(file)
@@ -176,22 +177,22 @@ def _write_extractor(network: SuperPoint | ALIKED, file: Path, width: int, heigh
 
 
 class _PairMatcher(nn.Module):
-    """A LightGlue that lists a match for each point, -1 where there is none, which OpenCV drops."""
+    """A LightGlue that returns a match for each point, -1 for no match, which OpenCV drops."""
 
     def __init__(self, matcher: LightGlue) -> None:
         super().__init__()
         self.matcher: Any = WholeMatcher(matcher).matcher
 
     def forward(self, kpts0: Tensor, kpts1: Tensor, desc0: Tensor, desc1: Tensor) -> tuple[Tensor, Tensor]:
-        square = torch.full((1, 2), 2.0)  # an image in which positions are pixels from its centre
+        square = torch.full((1, 2), 2.0)  # an image size for which normalised positions are pixels from the centre
         found = self.matcher.match_all(ImageFeatures(kpts0 + 1, desc0, square), ImageFeatures(kpts1 + 1, desc1, square))
         matches = found.matches0[0]
         return torch.stack([torch.arange(matches.shape[0]), matches], dim=1), found.scores0[0]
 
 
 def _write_matcher(matcher: LightGlue, file: Path) -> None:
-    """A matcher with all its layers, for any numbers of keypoints."""
-    numbers = {"N0": 24, "N1": 40}  # traced with
+    """Export a matcher with all its layers, for any number of keypoints."""
+    numbers = {"N0": 24, "N1": 40}  # for tracing
     inputs = tuple(
         Port(f"{kind}{i}", "float32", (1, f"N{i}", length))
         for kind, length in (("kpts", 2), ("desc", matcher.input_dim))
@@ -204,7 +205,7 @@ def _write_matcher(matcher: LightGlue, file: Path) -> None:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """OpenCV warns that its networks have no targets to choose from, of the target that it chose itself."""
+    """Suppress OpenCV's warning that its networks have no choice of targets, which its own setting causes."""
     level = cv2.utils.logging.getLogLevel()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
     try:

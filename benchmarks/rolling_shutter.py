@@ -32,14 +32,14 @@ from kpmatch_ros.parameters import Parameters
 from simulation import Scene, camera_path, demo_camera
 
 _NOISE = 2.0  # grey levels
-_ROWS = 4  # of a band
+_ROWS = 4  # rows of a band
 _STEP = 0.25  # metres between two poses of the path
 _INTERVAL = 0.1  # seconds between two frames
 KINDS = ("global", "told")
 
 
 class Walk:
-    """Where a camera is at any time, in frames."""
+    """The camera's pose at any time, in frames."""
 
     def __init__(self, frames: int, step: float) -> None:
         path = camera_path(4 + math.ceil((frames + 2) * step / _STEP))
@@ -52,7 +52,7 @@ class Walk:
 
 
 def read_by_rows(scene: Scene, walk: Walk, camera: Camera, start: float, readout: float, seed: int) -> np.ndarray:
-    """The image (H, W, 3) whose first row is read at a time, and the last one `readout` frames later."""
+    """Render an image (H, W, 3) whose first row is read at time `start`, and whose last row `readout` frames later."""
 
     def band(row: int) -> np.ndarray:
         matrix = camera.matrix.copy()
@@ -67,7 +67,7 @@ def read_by_rows(scene: Scene, walk: Walk, camera: Camera, start: float, readout
 
 
 class Twice:
-    """Estimates a pose in place of the front end, as of a global shutter and with the readout told."""
+    """Replaces the front end's pose estimation: estimates each pose for a global shutter and with the readout time."""
 
     def __init__(self) -> None:
         self.poses: dict[str, RelativePose] = {}

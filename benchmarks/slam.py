@@ -52,14 +52,14 @@ _FRAMES, _SIZE, _BASELINE = 211, (480, 360), 0.12
 _STEP = 14.945 / 105  # metres: a round is 105 frames
 _TOPICS = ("features", "stereo_matches", "matches", "relative_pose")
 _FLOW = {"winSize": (21, 21), "maxLevel": 4, "criteria": (3, 30, 0.01)}
-_APART = 8  # pixels between a track and a new one
+_APART = 8  # pixels: smallest distance of a new track from the others
 _KLT_SIGMA = 0.3  # pixels
 
 Messages = Iterable[tuple[str, Any]]
 
 
 def rounds(cache: Path, hard: bool) -> Path:
-    """The bag of the rounds, made if there is none by this code."""
+    """Return the bag of the rounds. It is created unless this version of the code has already done so."""
     options = {"num_frames": _FRAMES, "step": _STEP, "size": _SIZE, "baseline": _BASELINE, "encoding": "mono8"}
     files = [*Path(simulation.__file__).parent.rglob("*"), Path(dusk.__file__)]
     bag = cache / f"{'dusk' if hard else 'easy'}-{hash_of_code(files, **options)}" / "rounds"
@@ -74,9 +74,9 @@ def rounds(cache: Path, hard: bool) -> Path:
 
 
 def outputs(bag: Path, name: str, parameters: Parameters) -> Path:
-    """The bag of what the matcher publishes, made if there is none by this code and these parameters.
+    """Return the bag of the matcher's messages. It is created unless this code did so with the same parameters.
 
-    Beside it are the chained poses.
+    The file of chained poses is beside it.
     """
     package = Path(kpmatch_ros.__file__).parent
     out = bag.with_name(f"{name}-{hash_of_code(package.rglob('*'), **asdict(parameters))}")
@@ -87,13 +87,13 @@ def outputs(bag: Path, name: str, parameters: Parameters) -> Path:
 
 
 def recorded(bag: Path) -> Iterator[tuple[str, Any]]:
-    """The messages of a bag that the back-end subscribes to."""
+    """Yield those messages of a bag that the back-end subscribes to."""
     for record in read_messages(bag, [f"/{topic}" for topic in _TOPICS]):
         yield record.topic[1:], record.message
 
 
 def camera_infos(bag: Path) -> list[Any]:
-    """Of the left and the right camera."""
+    """Return the CameraInfo messages of the left and the right camera."""
     return [next(read_messages(bag, [f"/{side}/camera_info"])).message for side in ("left", "right")]
 
 
@@ -101,12 +101,12 @@ class Klt:
     """Tracks by optical flow, as messages like the matcher's."""
 
     def __init__(self, bag: Path, features: Path, most: int) -> None:
-        """From the images of a bag, and the keypoints in the matcher's messages; at most so many tracks."""
+        """Track the images of a bag, from the keypoints in the matcher's messages, with at most ``most`` tracks."""
         self._bag, self._features, self._most = bag, features, most
         self._camera = StereoCamera.from_camera_infos(*camera_infos(bag), rectified=True)
 
     def messages(self) -> Iterator[tuple[str, Any]]:
-        """As a node would publish them."""
+        """Yield the messages that a node would publish."""
         keypoints = {
             nanoseconds(message.header.stamp): np.reshape(message.points, (-1, 2))
             for topic, message in recorded(self._features)
@@ -199,7 +199,7 @@ class Klt:
 
 
 def flow(image0: np.ndarray, image1: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where points (N, 2) of image 0 are in image 1, and which of them came back to where they began (N,)."""
+    """Track points (N, 2) of image 0 in image 1; also return which of them passed the forward-backward check, (N,)."""
     if not len(points):
         return points, np.zeros(0, bool)
     moved, there, _ = cv2.calcOpticalFlowPyrLK(image0, image1, points[:, None], None, **_FLOW)
@@ -211,13 +211,13 @@ def flow(image0: np.ndarray, image1: np.ndarray, points: np.ndarray) -> tuple[np
 
 
 class Matcher:
-    """Answers the back-end's requests, as the service match_features does."""
+    """Answers the back-end's requests, like the service match_features."""
 
     def __init__(self, parameters: Parameters) -> None:
         self._front_end = FrontEnd(parameters)
 
     def __call__(self, reference: Any, current: Any) -> Any:
-        """The MatchArray of two FeatureArrays."""
+        """Return the MatchArray of two FeatureArrays."""
         nothing = new_message("sensor_msgs/msg/CameraInfo")
         request = SimpleNamespace(
             reference_features=reference, features=current, reference_camera_info=nothing, camera_info=nothing
@@ -229,7 +229,7 @@ class Matcher:
 
 
 def run(messages: Messages, infos: Sequence[Any], matcher: Matcher | None) -> tuple[StereoSlam, float]:
-    """The back-end on messages, closing loops where there is a matcher; and its own milliseconds a frame."""
+    """Run the back-end, with loop closures if there is a matcher; also return its own processor time, ms per frame."""
     slam, busy = StereoSlam(*infos, rectified=True), 0.0
     for topic, message in messages:
         started = time.process_time()
@@ -245,7 +245,7 @@ def run(messages: Messages, infos: Sequence[Any], matcher: Matcher | None) -> tu
 
 
 def chain(messages: Messages) -> tuple[list[int], list[gtsam.Pose3]]:
-    """Stamps, and the poses that the relative poses of consecutive frames give one after the other."""
+    """Return stamps and poses that result from chaining the relative poses of consecutive frames."""
     stamps, poses = [], []
     for topic, message in messages:
         if topic == "relative_pose":
@@ -260,12 +260,12 @@ def chain(messages: Messages) -> tuple[list[int], list[gtsam.Pose3]]:
 
 
 def positions(poses: Sequence[gtsam.Pose3]) -> np.ndarray:
-    """(N, 3) metres."""
+    """Return the positions (N, 3), metres."""
     return np.array([pose.translation() for pose in poses])
 
 
 def trajectory_error(stamps: Sequence[int], poses: Sequence[gtsam.Pose3], truth: dict[int, Pose]) -> float:
-    """Metres, root mean square: evo's absolute pose error of the positions, after a rigid alignment."""
+    """Return evo's absolute pose error of the positions after a rigid alignment, RMS in metres."""
     found = np.array([pose.matrix() for pose in poses])
     true = np.tile(np.eye(4), (len(stamps), 1, 1))
     for matrix, stamp in zip(true, stamps):

@@ -31,11 +31,11 @@ from kpmatch_ros.parameters import Parameters
 from simulation import Scene, camera_path, demo_camera, stereo_right
 
 _NOISE = 2.0  # grey levels
-_AXES = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])  # of the first camera, in the odometry frame (REP-103)
+_AXES = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])  # axes of the first camera in the odometry frame (REP-103)
 
 
 def pairs(front_end: FrontEnd, seed: int, poses: list[Pose], baseline: float) -> Iterator[tuple[Pair, Pose]]:
-    """The front end's pairs of frames along a path, and the true motions."""
+    """Yield the front end's pairs of frames along a path, and the true motions."""
     eye = demo_camera(distorted=False)
     camera = StereoCamera(eye, eye, np.eye(3), np.array([-baseline, 0.0, 0.0]))
     scene = Scene(seed)
@@ -53,13 +53,13 @@ def pairs(front_end: FrontEnd, seed: int, poses: list[Pose], baseline: float) ->
 
 
 def nees(true: Pose, rotation: np.ndarray, position: np.ndarray, covariance: np.ndarray) -> float:
-    """The normalised squared error of a pose, of which the covariance is about fixed axes."""
+    """Return the NEES of a pose whose covariance refers to fixed axes."""
     error = np.concatenate([true.position - position, cv2.Rodrigues(true.rotation @ rotation.T)[0].ravel()])
     return float(error @ np.linalg.solve(covariance, error))
 
 
 def main() -> None:
-    """Print the errors and the NEES, part by part and of all."""
+    """Print errors and NEES, the mean NEES after each part and all figures at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14], help="courtyards")
     parser.add_argument("--frames", type=int, default=41, help="stereo frames of each part")

@@ -40,12 +40,12 @@ _NOISE = 2.0  # grey levels
 _RIGHT = 3.0  # pixels
 _BLUR = 9  # pixels
 _EDGE = 5  # pixels
-_EVEN = 2e-5  # of the inverse depth: how far it is from linear on a plane, at most
+_EVEN = 2e-5  # relative to the inverse depth: its largest deviation from a linear function on a plane
 _SEQUENCES = ("walk", "third", "exposure", "blur", "gap", "back")
 
 
 class Frame(NamedTuple):
-    """An image, and the view whose geometry it has; None for a black one."""
+    """An image, and the view that has its geometry; None for a black image."""
 
     image: np.ndarray
     view: View | None
@@ -55,7 +55,7 @@ class Frame(NamedTuple):
 class Followed:
     """Points of the first frame in a later one: positions (N, 2), NaN where lost.
 
-    Their standard deviations (N,) and whether they agree with the motion (N,) are known of the package's tracks alone.
+    Standard deviations (N,) and inliers (N,) are known only for the package's tracks.
     """
 
     points: np.ndarray
@@ -64,10 +64,11 @@ class Followed:
 
 
 def project(points: np.ndarray, view0: View, view1: View, camera: Camera) -> tuple[np.ndarray, np.ndarray]:
-    """Where points (N, 2) of view 0 are in view 1, by view 0's depth, and which of them are visible there (N,).
+    """Project points (N, 2) of view 0 to view 1 by view 0's depth; also return which of them are visible there, (N,).
 
-    Beside an edge of the depth, a point may lie on either surface: the places are (3, N, 2), by the depth at the point,
-    and by the nearest and the furthest one around it. Where all around it is one plane, all three are by its own depth.
+    Beside a depth edge, a point may be on either surface. The positions are therefore (3, N, 2): by the depth at the
+    point, and by the nearest and the farthest depth around it. If the surroundings are one plane, all three use the
+    point's own depth.
     """
     focal, centre = camera.matrix[[0, 1], [0, 1]], camera.matrix[:2, 2]
     inverse = np.where(np.isfinite(view0.depth), 1 / view0.depth, 0).astype(np.float32)
@@ -93,8 +94,8 @@ def project(points: np.ndarray, view0: View, view1: View, camera: Camera) -> tup
 
 
 def one_plane(inverse: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Whether all that is around points (N, 2) is one plane (N,): there the inverse depth (H, W) is linear."""
-    reach = _EDGE // 2 + 1  # between pixels, the nearest and the furthest depth are those of two windows
+    """Whether the surroundings of points (N, 2) are one plane, (N,): the inverse depth (H, W) is linear there."""
+    reach = _EDGE // 2 + 1  # between pixels, the nearest and the farthest depth are from two windows
     y, x = (each.ravel() for each in np.mgrid[-reach : reach + 1, -reach : reach + 1])
     plane = np.c_[np.ones(len(x)), x, y]
     column, row = np.round(points).astype(int).T + reach
@@ -104,7 +105,7 @@ def one_plane(inverse: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def offsets(points: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """(N, 2) pixels from the nearest of the true places (3, N, 2) to points (N, 2); NaN for lost ones."""
+    """Return offsets (N, 2) in pixels of points (N, 2) from the nearest true position (3, N, 2); NaN for lost ones."""
     apart = points - truth
     nearest = np.where(np.isfinite(apart), apart, 0)
     which = np.linalg.norm(nearest, axis=2).argmin(axis=0)
@@ -112,7 +113,7 @@ def offsets(points: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def sequence(name: str, views: Sequence[View]) -> list[Frame]:
-    """The frames of a sequence."""
+    """Return the frames of a sequence."""
     frames = [Frame(np.ascontiguousarray(view.image), view) for view in views]
     if name == "third":
         return frames[::3]
@@ -129,7 +130,7 @@ def sequence(name: str, views: Sequence[View]) -> list[Frame]:
 
 
 def flow(frames: Sequence[Frame], start: np.ndarray) -> Iterator[Followed]:
-    """KLT of the points (N, 2) of the first frame."""
+    """Track the points (N, 2) of the first frame with KLT."""
     grey = [cv2.cvtColor(frame.image, cv2.COLOR_RGB2GRAY) for frame in frames]
     points, alive = start.astype(np.float32)[:, None], np.ones(len(start), bool)
     options = {"winSize": (21, 21), "maxLevel": 4, "criteria": (3, 30, 0.01)}
@@ -142,7 +143,7 @@ def flow(frames: Sequence[Frame], start: np.ndarray) -> Iterator[Followed]:
 
 
 def tracks(frames: Sequence[Frame], front_end: FrontEnd, camera: Camera) -> Iterator[Followed]:
-    """The front end's tracks of the keypoints of the first frame."""
+    """Yield the front end's tracks of the keypoints of the first frame."""
     front_end.reset()
     number: dict[int, int] = {}
     for i, frame in enumerate(frames):
@@ -181,7 +182,7 @@ def main() -> None:
 
 
 def report(names: Sequence[str], views: Sequence[View], camera: Camera, matcher: FeatureMatcher) -> None:
-    """Print a table for each of the sequences made of the views."""
+    """Print a table for each sequence, created from the views."""
     front_end = FrontEnd(replace(matcher.parameters, max_gap=0.0), matcher)
     for name in names:
         frames = sequence(name, views)
@@ -216,9 +217,9 @@ def report(names: Sequence[str], views: Sequence[View], camera: Camera, matcher:
 
 
 def epipolar(bag: Path, matcher: FeatureMatcher) -> None:
-    """Print how far the points of each pair of frames of a bag are from the epipolar lines of one motion.
+    """For each pair of frames of a bag, print the points' distances from the epipolar lines of one motion.
 
-    The motion is estimated from all matches as detected: neither from the tracks nor from KLT.
+    The motion is estimated from all unrefined matches, independently of the tracks and of KLT.
     """
     topics = choose_cameras(bag, "mono", {})[0]
     records = {record.topic: record.message for record in read_messages(bag, [topics.camera_info])}
@@ -239,7 +240,7 @@ def epipolar(bag: Path, matcher: FeatureMatcher) -> None:
         if judge.reference.stamp != pair.reference.stamp:
             continue
         keypoints = pair.reference.keypoints
-        own = pair.indices[:, 0] != NOT_DETECTED  # KLT has no other: a carried track need not be a keypoint
+        own = pair.indices[:, 0] != NOT_DETECTED  # keypoints only, as for KLT: a carried track need not be a keypoint
         flowed = next(flow([Frame(images[each], None) for each in (before, i)], keypoints)).points
         known = np.isfinite(flowed[:, 0])
         cells = []
@@ -251,7 +252,7 @@ def epipolar(bag: Path, matcher: FeatureMatcher) -> None:
 
 
 def sampson(points0: np.ndarray, points1: np.ndarray, pose: RelativePose, camera: Camera) -> np.ndarray:
-    """(M,) pixels: Sampson's distance of matches (M, 2) from epipolar lines (Hartley and Zisserman, section 11.4.3)."""
+    """Sampson distance (M,) in pixels of matches (M, 2) (Hartley and Zisserman, section 11.4.3)."""
     # x_ref = R x_cur + t, so that x_ref' [t] R x_cur = 0.
     essential = cross_matrix(pose.translation) @ pose.rotation
     rays = [np.c_[camera.normalise(points), np.ones(len(points))] for points in (points0, points1)]

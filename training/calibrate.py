@@ -34,22 +34,22 @@ from kpmatch_ros.weights import resolve
 
 __all__ = ["Evidence", "Map", "collect", "fit", "fold", "main"]
 
-LEAST = 0.02  # score of a match that is looked at
-SURE = 0.8  # confidence of a point with which LightGlue may stop
+LEAST = 0.02  # lowest score of a match that is used
+SURE = 0.8  # confidence of a point above which LightGlue may stop
 BINS = 10
 
 
 @dataclass
 class Evidence:
-    """M matches of a layer, and which of them are right.
+    """M matches of a layer, and which of them are correct.
 
     Attributes:
-        rows: (M, N1) float16, similarities of the match's point of image 0 to all of image 1.
-        columns: (M, N0) float16, likewise of its point of image 1.
-        chosen: (M, 2) int64, where in ``rows`` and in ``columns`` the match stands.
-        logits: (M, 2) of both points' matchability.
-        right: (M,) bool.
-        weight: (M,) how much it counts.
+        rows: (M, N1) float16, similarities of the match's point of image 0 with all points of image 1.
+        columns: (M, N0) float16, similarities of its point of image 1 with all points of image 0.
+        chosen: (M, 2) int64, indices of the match in ``rows`` and in ``columns``.
+        logits: (M, 2) logits of both points' matchability.
+        right: (M,) bool, correct matches.
+        weight: (M,) weight of each match.
     """
 
     rows: Tensor
@@ -62,14 +62,14 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Map:
-    """``scale`` of the similarities, and ``shift`` of the logits of matchability."""
+    """Calibration of a layer: ``scale`` of the similarities and ``shift`` of the logits of matchability."""
 
     scale: float = 1.0
     shift: float = 0.0
 
 
 def log_scores(evidence: list[Evidence], scale: Tensor, shift: Tensor) -> Tensor:
-    """Logarithms (M,) of the matches' scores, were similarities and logits changed so."""
+    """Return the log scores (M,) of the matches with scaled similarities and shifted logits."""
     parts = []
     for each in evidence:
         rows = (scale * each.rows.float()).log_softmax(dim=1).gather(1, each.chosen[:, :1])[:, 0]
@@ -79,7 +79,7 @@ def log_scores(evidence: list[Evidence], scale: Tensor, shift: Tensor) -> Tensor
 
 
 def fit(evidence: list[Evidence]) -> Map:
-    """The map under which the scores are the likeliest probabilities of being right."""
+    """Fit the map that makes the scores the most likely probabilities of being correct."""
     if not any(len(each.right) for each in evidence):
         return Map()
     right = torch.cat([each.right for each in evidence]).float()
@@ -101,8 +101,8 @@ def fit(evidence: list[Evidence]) -> Map:
 
 @torch.no_grad()
 def fold(head: MatchAssignment, change: Map) -> None:
-    """Change a layer's assignment so that its scores are those of the map."""
-    # A similarity is a product of two projections.
+    """Fold a map into a layer's weights."""
+    # A similarity is a product of two projections, so each of them gets the square root of the scale.
     head.final_projection.weight.mul_(math.sqrt(change.scale))
     head.final_projection.bias.mul_(math.sqrt(change.scale))
     head.matchability.bias.add_(change.shift)
@@ -110,7 +110,7 @@ def fold(head: MatchAssignment, change: Map) -> None:
 
 @torch.no_grad()
 def collect(extractor: Ours, matcher: LightGlue, pairs: Iterable[Pair]) -> list[list[Evidence]]:
-    """Evidence by layer; each group of pairs counts as much as the others."""
+    """Collect the evidence of each layer. All groups of pairs get the same total weight."""
     found: list[list[Evidence]] = [[] for _ in matcher.match_assignment_layers]
     groups: list[list[str]] = [[] for _ in found]
     for pair in pairs:
@@ -157,7 +157,7 @@ def _evidence(
 
 @torch.no_grad()
 def expected_error(evidence: list[Evidence], change: Map) -> float:
-    """Mean difference, over bins of the score, between the score and the share of right matches."""
+    """Return the expected calibration error: the mean difference between score and precision, over bins of scores."""
     scores = log_scores(evidence, torch.tensor(change.scale), torch.tensor(change.shift)).exp()
     right = torch.cat([each.right for each in evidence]).float()
     weight = torch.cat([each.weight for each in evidence])
@@ -167,7 +167,7 @@ def expected_error(evidence: list[Evidence], change: Map) -> float:
 
 
 def main(words: list[str] | None = None) -> None:
-    """Calibrate as the command line says."""
+    """Calibrate according to the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help="a Hugging Face folder, or a registered name")
     parser.add_argument("--validation", type=Path, required=True, metavar="SHARDS", help="the training's shards")

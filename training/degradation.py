@@ -1,4 +1,4 @@
-"""What light, lens, sensor and compression of a robot's camera make of images: for a batch at once, on its device."""
+"""Simulates lighting, lens, sensor and compression of a robot's camera, for a batch of images on its device."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _QUANTISATION = """
 
 
 def degrade(draw: torch.Generator, images: Tensor, strength: Tensor) -> Tensor:
-    """Degraded images, quantised to 256 grey values.
+    """Return degraded images, quantised to 256 grey values.
 
     Args:
         images: (B, 1, H, W) in [0, 1].
-        strength: (B,) 0 leaves an image as it is; 1 goes up to images that people find hard to read.
+        strength: (B,) 0 keeps an image unchanged; 1 includes images that people find hard to recognise.
 
     Returns:
         (B, 1, H, W) in [0, 1].
@@ -38,7 +38,7 @@ def degrade(draw: torch.Generator, images: Tensor, strength: Tensor) -> Tensor:
         return torch.rand(count, 1, 1, 1, generator=draw, device=device) < probability * strength.clamp(max=1)
 
     x = images
-    # Light that changes over the image: lamps, shadows, vignetting.
+    # Lighting that changes over the image: lamps, shadows, vignetting.
     coarse = (torch.rand(count, 1, 3, 4, generator=draw, device=device) * 2 - 1) * 0.5 * strength
     light = F.interpolate(coarse, x.shape[2:], mode="bicubic", align_corners=True)
     x = torch.where(chance(0.4), x * light.exp(), x)
@@ -69,16 +69,16 @@ def _rounded(x: Tensor) -> Tensor:
 
 
 def coarser(draw: torch.Generator, x: Tensor) -> Tensor:
-    """From a camera of less resolution. All images of a batch have the same: a tensor has one size."""
+    """Simulate a camera of lower resolution. It is the same for a whole batch, because a tensor has one size."""
     share = float(torch.rand((), generator=draw, device=x.device)) * 0.5 + 0.45
-    # By sizes both ways: a scale_factor maps by itself and not by the whole pixels there are, and so moves the image.
+    # By size in both directions: a scale_factor is applied without rounding to whole pixels, and would shift the image.
     size = [round(length * share) for length in x.shape[2:]]
     less = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
     return F.interpolate(less, x.shape[2:], mode="bilinear", align_corners=False)
 
 
 def blurred(draw: torch.Generator, x: Tensor, strength: Tensor) -> Tensor:
-    """Half of the images out of focus, half moved during the exposure."""
+    """Blur the images: half of them by defocus, half by motion."""
     count, device, reach = len(x), x.device, 5
     axis = torch.arange(-reach, reach + 1, device=device, dtype=torch.float32)
     columns, rows = torch.meshgrid(axis, axis, indexing="xy")
@@ -97,7 +97,7 @@ def blurred(draw: torch.Generator, x: Tensor, strength: Tensor) -> Tensor:
 
 
 def jpeg(x: Tensor, quality: Tensor) -> Tensor:
-    """What JPEG's quantisation of 8 x 8 blocks leaves of images (B, 1, H, W), H and W multiples of 8."""
+    """Quantise 8 x 8 blocks of images (B, 1, H, W) as JPEG does; H and W are multiples of 8."""
     device = x.device
     frequency = torch.arange(8, device=device, dtype=torch.float32)
     basis = torch.cos((2 * frequency + 1) * frequency[:, None] * math.pi / 16) / 2

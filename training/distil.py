@@ -50,26 +50,26 @@ from kpmatch_ros.models.superpoint import sample_descriptors
 from kpmatch_ros.weights import resolve
 
 RATES = {"points": 1e-3, "matching": 1e-4}
-NARROW_RATE = 5e-4  # of a matcher whose layers are narrow
-AGAIN_RATE = 2.5e-5  # of a matcher that has been trained: four times as much loses more than it gains
-NARROWED = 10  # batches that a matcher is made narrow by
-DESCRIBED = 256  # of a view's points, the best, whose descriptors are told apart from each other
-FLOOR = 0.05  # how much the descriptor of a cell without a point counts, beside one with a point
-SHARES = {"points": 5.0, "descriptors": 2.0, "contrast": 0.3}  # of the loss, so that their gradients are about as large
-RADIUS = 2  # pixels, of the suppression of non-maxima
+NARROW_RATE = 5e-4  # learning rate of a matcher with narrow layers
+AGAIN_RATE = 2.5e-5  # learning rate of a matcher that has been trained: with four times as much it loses performance
+NARROWED = 10  # number of batches that a matcher is narrowed with
+DESCRIBED = 256  # number of a view's best points whose descriptors are contrasted with each other
+FLOOR = 0.05  # weight of the descriptor of a cell without a point, relative to one with a point
+SHARES = {"points": 5.0, "descriptors": 2.0, "contrast": 0.3}  # weights of the losses, for gradients of similar size
+RADIUS = 2  # pixels, of non-maximum suppression
 
 
 # --- SuperPoint ------------------------------------------------------------------------------------------------------
 
 
 class Taught(NamedTuple):
-    """Views and what a SuperPoint says of them.
+    """Views and a SuperPoint's outputs for them.
 
     Attributes:
         images: (B, 1, H, W) uint8.
-        cells: (B, 65, H/8, W/8) float16, the logarithm of each class's probability.
+        cells: (B, 65, H/8, W/8) float16, the log probability of each class.
         descriptors: (B, D, H/8, W/8) float16.
-        points: (B, N, 2) its best points.
+        points: (B, N, 2) the views' best points.
     """
 
     images: Tensor
@@ -80,7 +80,7 @@ class Taught(NamedTuple):
 
 @torch.no_grad()
 def teach(teacher: SuperPoint, sources: list[Source], settings: Settings, number: int) -> Taught:
-    """Views and what the teacher says of them, undegraded."""
+    """Create views without degradation, and the teacher's outputs for them."""
     pairs = source_of(sources, number).pairs(settings.draw(1, number), settings.batch, settings.size)
     images = (torch.cat(pairs.images) * 255).round().to(torch.uint8)
     with settings.autocast():
@@ -90,11 +90,12 @@ def teach(teacher: SuperPoint, sources: list[Source], settings: Settings, number
 
 
 def points_losses(outputs: superpoint_loss.Outputs, taught: Taught) -> dict[str, Tensor]:
-    """``total``, and what it is made of.
+    """Return the loss ``total`` and its parts.
 
-    - ``points``: the divergence of the two distributions over a cell's 65 classes (Kullback and Leibler's).
-    - ``descriptors``: one minus the cosine between the cells' descriptors, those of cells with a point first.
-    - ``contrast``: cross entropy over a view's points: a student's descriptor is to be told by the teacher's.
+    - ``points``: the Kullback-Leibler divergence of the distributions over a cell's 65 classes.
+    - ``descriptors``: one minus the cosine between the cells' descriptors, mostly of cells with a point.
+    - ``contrast``: cross entropy over a view's points: the student's descriptor of a point has to identify the
+      teacher's.
     """
     cells = taught.cells.float()
     points = F.kl_div(outputs.logits.log_softmax(dim=1), cells, reduction="none", log_target=True).sum(dim=1).mean()
@@ -104,7 +105,7 @@ def points_losses(outputs: superpoint_loss.Outputs, taught: Taught) -> dict[str,
     ours = sample_descriptors(outputs.descriptors, taught.points)
     theirs = sample_descriptors(taught.descriptors.float(), taught.points)
     similarity = ours @ theirs.transpose(1, 2) / superpoint_loss.TEMPERATURE
-    # Points within some pixels share most of their patch: not each other's negatives.
+    # Points within a few pixels share most of their patch, so they are not used as negatives of each other.
     neighbours = torch.cdist(taught.points, taught.points) < 6
     neighbours.diagonal(dim1=1, dim2=2).fill_(False)
     similarity = similarity.masked_fill(neighbours, -1e4)
@@ -115,7 +116,7 @@ def points_losses(outputs: superpoint_loss.Outputs, taught: Taught) -> dict[str,
 
 
 def points_step(student: Student, taught: Taught, settings: Settings, step: int, progress: float) -> dict[str, Tensor]:
-    """One step of a small SuperPoint, on views degraded anew."""
+    """Train a small SuperPoint for one step, on views with new degradations."""
     draw = settings.draw(2, step)
     images = taught.images.float() / 255
     images = degrade(draw, images, torch.rand(len(images), generator=draw, device=settings.device))
@@ -130,7 +131,7 @@ def points_step(student: Student, taught: Taught, settings: Settings, step: int,
 def watch_points(
     teacher: SuperPoint, student: Student, watched: list[Source], settings: Settings, views: int
 ) -> dict[str, float]:
-    """Losses of the average, and how many points are found again, on lightly degraded views that are not trained on."""
+    """Return losses and repeatability of the averaged student, on lightly degraded views that are not trained on."""
 
     def found(name: str, pairs: ViewPairs, draw: torch.Generator) -> dict[str, float]:
         images = lightly_degraded(pairs, draw, settings)
@@ -159,9 +160,14 @@ def teach_matching(
     number: int,
     narrow: Callable[[Tensor], Tensor] | None = None,
 ) -> lightglue_loss.Batch:
-    """Pairs of views: a SuperPoint's features, the true assignment, and the teacher's, with its states made narrow.
+    """Create pairs of views: a SuperPoint's features, the true assignment, and the teacher's opinion.
 
-    True matches to which the teacher gives no chance are left out, as in train.py.
+    True matches whose probability is low according to the teacher are treated as unmatched, as in train.py.
+
+    Args:
+        points: number of points of an image.
+        number: number of the batch.
+        narrow: projects the teacher's states to the student's width; None to omit the states.
     """
     draw = settings.draw(1, number)
     pairs = source_of(sources, number).pairs(draw, settings.batch, settings.size)
@@ -177,7 +183,7 @@ def teach_matching(
 def matching_step(
     student: Student, batch: lightglue_loss.Batch, settings: Settings, step: int, progress: float
 ) -> dict[str, Tensor]:
-    """One step of a small LightGlue."""
+    """Train a small LightGlue for one step."""
     with settings.autocast():
         parts = lightglue_loss.losses(student.model, batch)
     student.step(parts["total"], rate(progress), step)
@@ -186,7 +192,7 @@ def matching_step(
 
 @torch.no_grad()
 def watch_matching(student: Student, batches: dict[str, lightglue_loss.Batch], settings: Settings) -> dict[str, float]:
-    """Losses, recall and precision of the average, on views that are not trained on."""
+    """Return losses, recall and precision of the averaged student, on views that are not trained on."""
     figures = {}
     for name, batch in batches.items():
         with settings.autocast():
@@ -198,7 +204,7 @@ def watch_matching(student: Student, batches: dict[str, lightglue_loss.Batch], s
 
 
 def first_layers(model: LightGlue, count: int) -> LightGlue:
-    """A LightGlue of the first ``count`` layers of another, with copies of its weights."""
+    """Return a LightGlue of the first ``count`` layers of another, with copies of its weights."""
     first = LightGlue(**{**model.config, "num_hidden_layers": count})
     kept = first.state_dict()
     first.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in kept})
@@ -210,11 +216,11 @@ def first_layers(model: LightGlue, count: int) -> LightGlue:
 
 @subnormals_are_zeros()
 def distil(arguments: argparse.Namespace) -> None:
-    """Train as the arguments say; write checkpoints and a log into ``--out``."""
+    """Train according to the arguments; write checkpoints and a log to ``--out``."""
     settings = settings_of(arguments)
     device = settings.device
     trained, watched = load(arguments.shards, device)
-    torch.manual_seed(arguments.seed)  # of the weights to begin with
+    torch.manual_seed(arguments.seed)  # for the initial weights
     if arguments.kind == "points":
         teacher = packed_model(SuperPoint.from_pretrained(resolve(arguments.teacher)).float(), device)
         student = Student("fast", build("points", "fast", arguments.start, device)[0], RATES["points"])
@@ -248,7 +254,7 @@ def distil(arguments: argparse.Namespace) -> None:
 
 
 def packed_model(model: SuperPoint, device: torch.device) -> SuperPoint:
-    """The network on its device, with the channels of a pixel beside each other."""
+    """Move a network to its device, in channels-last format."""
     return model.to(device, memory_format=torch.channels_last)
 
 
@@ -258,13 +264,13 @@ def small_matcher(
     batch: Callable[[int], lightglue_loss.Batch],
     device: torch.device,
 ) -> tuple[Any, Callable[[Tensor], Tensor] | None, float]:
-    """The LightGlue to begin with, what makes the teacher's states narrow as its own, and the full learning rate.
+    """Return the initial LightGlue, the projection of the teacher's states to its width, and the full learning rate.
 
-    It is the weights of ``--start``, the teacher's first layers, or all of its layers in ``--width`` channels. The last
-    are kept in the run's folder: a run that goes on wants the same states.
+    Its weights are those of ``--start``, the teacher's first layers, or all of its layers in ``--width`` channels. The
+    last are saved in the run's folder, because a resumed run needs the same states.
 
     Raises:
-        ValueError: when those that are kept there have another width, or were made of another teacher.
+        ValueError: the saved ones have another width, or were made from another teacher.
     """
     narrowing = None
     if arguments.start is not None:

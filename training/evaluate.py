@@ -37,7 +37,7 @@ from benchmarks.code_hash import hash_of_code, versions
 
 __all__ = ["evaluate", "main"]
 
-ORDERS = 10  # of the matches, for each pose
+ORDERS = 10  # number of random orders of the matches, for each pose
 REFERENCE = PEERS["aliked"]
 
 
@@ -45,7 +45,7 @@ REFERENCE = PEERS["aliked"]
 
 
 def save(path: Path, **arrays: Any) -> None:
-    """Write arrays so that the file is there whole or not at all."""
+    """Write arrays to a file atomically: the file is complete or does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.part.npz")
     np.savez(partial, **arrays)
@@ -53,7 +53,7 @@ def save(path: Path, **arrays: Any) -> None:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """The arrays of a file, None where it is not there."""
+    """Read the arrays of a file; None if it does not exist."""
     if not path.exists():
         return None
     with np.load(path) as arrays:
@@ -61,24 +61,24 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def start_process() -> None:
-    """A process that works out poses gives way to everything else, and uses one core."""
+    """Initialise a process that estimates poses: it has a low priority and uses one core."""
     os.nice(5)
     cv2.setNumThreads(1)
 
 
 def find_pose(path: Path, motion: Motion, found: Found, resolution: float, orders: int) -> None:
-    """Work out a pair's poses and keep their errors."""
+    """Estimate a pair's poses and save their errors."""
     matches = found.points0, found.points1
     save(path, poses=pose_errors(motion, *matches, resolution, orders, found.refined, found.sigmas))
 
 
 def code_hashes(package: Path, scripts: Path) -> dict[str, str]:
-    """Tells the code that works something out from every other, by what is worked out.
+    """Return a hash of the code for each kind of result.
 
-    ``matches`` are those of networks; ``refined`` matches and ``poses`` depend on the geometry, too.
+    ``matches`` depend on the networks; ``refined`` matches and ``poses`` also depend on the geometry.
 
     Args:
-        package: folder of ``kpmatch_ros``, with the libraries that its build compiled, if any.
+        package: folder of ``kpmatch_ros``, with the libraries compiled by its build, if any.
         scripts: folder of the evaluation's modules.
     """
     files: list[Path] = []
@@ -90,15 +90,15 @@ def code_hashes(package: Path, scripts: Path) -> dict[str, str]:
     }
     for kind, paths in parts.items():
         files += paths
-        hashes[kind] = hash_of_code(files)  # of this part and those before it
+        hashes[kind] = hash_of_code(files)  # of this part and the parts before it
     return hashes
 
 
 class Cache:
-    """What matchers found, by ``matcher.key``, ``pair.key`` and the code that worked it out.
+    """Cache of the matchers' results, by ``matcher.key``, ``pair.key`` and the code that computed them.
 
     Args:
-        processes: that work out poses while the networks run.
+        processes: number of processes that estimate poses while the networks run.
 
     Attributes:
         code: see :func:`code_hashes`.
@@ -117,19 +117,19 @@ class Cache:
         return self.folder / matcher.key / f"{pair.key}.{kind}{orders}-{self.code[part]}.npz"
 
     def holds(self, matcher: Matcher, pair: Pair) -> bool:
-        """Whether everything about a pair has been worked out before."""
+        """Whether all results of a pair are cached."""
         kinds = ["matches"] if pair.motion is None else ["matches", "poses"]
         return all(self.path(matcher, pair, kind).exists() for kind in kinds)
 
     def fill(self, matcher: Matcher, pair: Pair) -> None:
-        """Match a pair, and have its poses worked out, unless that has been done."""
+        """Match a pair and start the estimation of its poses, unless the results are cached."""
         found = self.matches(matcher, pair)
         poses = self.path(matcher, pair, "poses")
         if pair.motion is not None and not poses.exists() and poses not in self.waiting:
             self.waiting[poses] = self.pool.submit(find_pose, poses, pair.motion, found, matcher.resolution, ORDERS)
 
     def matches(self, matcher: Matcher, pair: Pair) -> Found:
-        """What a matcher finds in a pair; what another one refines is matched once."""
+        """Return the matches of a pair. Matches that another matcher refines are computed only once."""
         path = self.path(matcher, pair, "matches")
         kept = read(path)
         if kept is not None:
@@ -144,7 +144,7 @@ class Cache:
         return found
 
     def result(self, matcher: Matcher, pair: Pair) -> Result:
-        """What a matcher found in a pair."""
+        """Return the result of a matcher for a pair."""
         path = self.path(matcher, pair, "poses")
         if path in self.waiting:
             self.waiting[path].result()
@@ -164,10 +164,10 @@ class Cache:
 
 
 def evaluate(matchers: list[Matcher], pairs: Iterator[Pair], cache: Cache, known: bool = False) -> dict[str, Any]:
-    """Figures by group of pairs and matcher, see :func:`evaluation_figures.describe`.
+    """Return the figures for each group of pairs and each matcher, see :func:`evaluation_figures.describe`.
 
     Args:
-        known: only of pairs of which the cache holds everything.
+        known: use only pairs whose results are all cached.
     """
     seen: dict[str, list[Pair]] = {}
     for number, pair in enumerate(pairs):
@@ -185,11 +185,11 @@ def evaluate(matchers: list[Matcher], pairs: Iterator[Pair], cache: Cache, known
 
 
 def make_matchers(arguments: argparse.Namespace, device: torch.device) -> list[Matcher]:
-    """All matchers that the arguments ask for, the peers first.
+    """Create all matchers that the arguments name, the peers first.
 
     Raises:
-        FileNotFoundError: when files of a peer that is asked for are missing; of those that are not, it is left out.
-        ValueError: when two would have one name in the tables, or there is none.
+        FileNotFoundError: files of a named peer are missing; without named peers, a peer without files is left out.
+        ValueError: two matchers have the same name, or there is none.
     """
     teachers = arguments.teachers or arguments.data / "teachers"
     numbers = (arguments.keypoints, arguments.filter_threshold)
@@ -222,9 +222,9 @@ def make_matchers(arguments: argparse.Namespace, device: torch.device) -> list[M
 
 
 def main(words: list[str] | None = None) -> None:
-    """Evaluate as the command line says."""
+    """Evaluate according to the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_option(parser)  # the groups lie in its eval/, see evaluation_pairs.py
+    add_data_option(parser)  # the groups are in its folder eval/, see evaluation_pairs.py
     parser.add_argument("--teachers", type=Path, help="folder of the peers' files (default: teachers/ in --data)")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, help="only these groups")
     parser.add_argument("--validation", type=Path, metavar="SHARDS", help="views of the training's own shards instead")
@@ -269,7 +269,7 @@ def main(words: list[str] | None = None) -> None:
         "groups": figures,
     }
     table = markdown(figures, REFERENCE)
-    # A name such as new_0.1 ends in no suffix.
+    # with_suffix() would cut a name such as new_0.1.
     arguments.out.with_name(f"{arguments.out.name}.json").write_text(json.dumps(content, indent=1) + "\n")
     arguments.out.with_name(f"{arguments.out.name}.md").write_text(table)
     print(table)

@@ -1,4 +1,4 @@
-"""From what matchers found to figures with intervals, and from figures to a table."""
+"""Figures with intervals from matchers' results, and tables of the figures."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ BINS = 10  # of scores
 
 @dataclass(frozen=True)
 class Result:
-    """What a matcher did with a pair.
+    """The result of a matcher for a pair.
 
     Attributes:
-        points0: (M, 2) of image 0, pixels.
+        points0: (M, 2) points of image 0, pixels.
         scores: (M,) in [0, 1] or NaN.
-        errors: (M,) pixels, NaN where nothing is known.
-        right: largest error of a right match, pixels.
-        keypoints: of both images.
-        poses: (orders,) errors of poses in degrees; None where there is no pose to find.
-        place: what the pair shows. Pairs of one place succeed and fail together.
+        errors: (M,) pixels, NaN where the ground truth is unknown.
+        right: largest error of a correct match, pixels.
+        keypoints: number of keypoints in each image.
+        poses: (orders,) errors of poses, degrees; None if the pair has no pose.
+        place: what the pair shows. Results of pairs of one place are correlated.
     """
 
     points0: Array
@@ -45,7 +45,7 @@ class Result:
     place: str
 
     def numbers(self) -> dict[str, float]:
-        """What is summed over pairs; ``judged`` are the matches about which something is known."""
+        """Return the numbers to sum over pairs; ``judged`` counts the matches whose ground truth is known."""
         judged = ~np.isnan(self.errors)
         right = judged & (self.errors <= self.right)
         numbers = {
@@ -75,21 +75,21 @@ FIGURES: dict[str, Callable[[dict[str, Array]], Array]] = {
     **{f"within {limit} px": _share(f"within {limit} px") for limit in LIMITS},
     **{f"AUC at {angle}": _mean(f"AUC at {angle}") for angle in ANGLES},
 }
-"""Of sums over pairs, for each resample: means over pairs, and shares of all matches together."""
+"""Figures from sums over pairs, for each resample: means over pairs, and shares of all matches together."""
 
 
 def _figures(results: Sequence[Result], draws: Array) -> dict[str, Array]:
-    """Each figure (1 + RESAMPLES,) of the pairs themselves and of their resamples."""
+    """Return each figure (1 + RESAMPLES,) for the pairs themselves and for their resamples."""
     rows = [result.numbers() for result in results]
     sums = {name: draws @ np.array([row[name] for row in rows]) for name in rows[0]} | {"pairs": draws.sum(axis=1)}
-    # A figure is left out where its numbers are: poses of planar pairs.
+    # A figure is left out if its numbers are missing, for example poses of planar pairs.
     return {name: figure(sums) for name, figure in FIGURES.items() if name in sums}
 
 
 def _draws(places: Sequence[str]) -> Array:
-    """How often (1 + RESAMPLES, pairs) each pair counts: once at first, then as often as its place is drawn.
+    """Return how often (1 + RESAMPLES, pairs) each pair counts: first once, then as often as its place is drawn.
 
-    Places are drawn with replacement, all pairs of a place together.
+    Places are drawn with replacement; all pairs of a place are drawn together.
     """
     rng = np.random.default_rng(0)
     names, number = np.unique(np.asarray(places), return_inverse=True)
@@ -103,11 +103,11 @@ def _interval(values: Array) -> dict[str, float]:
 
 
 def describe(results: dict[str, list[Result]], reference: str) -> dict[str, Any]:
-    """Figures of the matchers on a group, with bootstrap intervals over places.
+    """Compute the figures of the matchers for a group, with bootstrap intervals over places.
 
     Args:
-        results: by the matcher's name, of the same pairs in the same order.
-        reference: the matcher to which the others' paired differences are given.
+        results: by the matcher's name, for the same pairs in the same order.
+        reference: the matcher to which the others' paired differences are computed.
     """
     places = [result.place for result in next(iter(results.values()))]
     draws = _draws(places)
@@ -126,7 +126,7 @@ def describe(results: dict[str, list[Result]], reference: str) -> dict[str, Any]
 
 
 def calibration(results: Sequence[Result]) -> dict[str, Any] | None:
-    """Of the matches with a score in each bin, how many there are, their mean score, and which share is right.
+    """For each bin of the score, return the number of matches, their mean score, and the share of correct ones.
 
     ``expected error`` is the mean over matches of the difference between the last two. None without scores.
     """
@@ -151,7 +151,7 @@ def calibration(results: Sequence[Result]) -> dict[str, Any] | None:
 
 
 def markdown(groups: dict[str, Any], reference: str) -> str:
-    """The figures of :func:`describe` by group as Markdown tables."""
+    """Format the figures of :func:`describe` by group as Markdown tables."""
     parts = []
     for group, described in groups.items():
         matchers = described["matchers"]

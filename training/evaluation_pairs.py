@@ -1,6 +1,6 @@
-"""The groups of image pairs that matchers are compared on, each with what is true of it.
+"""The groups of image pairs for the comparison of matchers, with their ground truth.
 
-The folder ``eval`` of the training's data holds, each only where it is wanted: ``rooms_heldout.npz`` and
+The folder ``eval`` of the training's data holds the following, each only if it is needed: ``rooms_heldout.npz`` and
 ``photos_heldout.npz`` (see ``shards.py``), ``lund_door/`` (the photographs with COLMAP's ``cameras.txt`` and
 ``images.txt``), ``opencv/`` (graf1, graf3, H1to3p.xml, aloeL, aloeR, aloeGT) and ``scannet/`` (``pairs_with_gt.txt``
 with its images).
@@ -31,29 +31,29 @@ from kpmatch_ros.geometry.camera import Camera
 __all__ = ["GROUPS", "VALIDATION", "Pair", "groups", "validation_pairs"]
 
 RIGHT = 3.0  # pixels
-LOOSE = 6.5  # pixels: on ScanNet, whose poses are not exact; a squared symmetric epipolar distance of 5e-4
+LOOSE = 6.5  # pixels: for ScanNet, whose poses are inexact; equals a squared symmetric epipolar distance of 5e-4
 SIZE = (640, 480)
 SEED = 17
-CLUSTERS = 24  # places in the held-out rooms, the first so many; nothing has been chosen by the others yet
+CLUSTERS = 24  # number of places used, the first ones of the held-out rooms; nothing has been chosen by the others yet
 PAIRS_OF_CLUSTER = 10
-OVERLAPS = (0.15, 0.2, 0.3, 0.4, 0.55, 0.8)  # bins of room pairs that take turns in a cluster; pack.py keeps no less
+OVERLAPS = (0.15, 0.2, 0.3, 0.4, 0.55, 0.8)  # bins of room pairs, used in turn in a cluster; pack.py keeps no less
 PHOTO_PAIRS = 40
-LARGE = (780, 580)  # pixels: smaller photographs would have to be blown up
+LARGE = (780, 580)  # pixels: smaller photographs would have to be enlarged
 LIGHT, HEAVY = 0.3, 0.8  # strengths of degradation
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Two images and what is true of them.
+    """Two images and their ground truth.
 
     Attributes:
-        group: what figures are given for.
-        name: tells it from the other pairs of its group.
+        group: group of pairs for which figures are computed.
+        name: identifies the pair within its group.
         images: uint8, grey (H, W) or RGB (H, W, 3).
-        truth: judges matches.
-        motion: of the cameras; None where a pose makes no sense.
-        right: largest error of a match that counts as right, pixels.
-        place: what pairs that see the same things have in common; empty where no other pair does.
+        truth: gives the errors of matches.
+        motion: relative pose of the cameras; None if a pose is not defined.
+        right: largest error of a correct match, pixels.
+        place: identifier of the scene, shared by pairs that show the same things; empty if no other pair does.
     """
 
     group: str
@@ -66,7 +66,7 @@ class Pair:
 
     @cached_property
     def key(self) -> str:
-        """Tells the pair from every other, by its images and its truth."""
+        """Hash of the pair's group, images and ground truth."""
         digest = hashlib.sha256(self.group.encode())
         for image in self.images:
             digest.update(str(image.shape).encode() + np.ascontiguousarray(image).tobytes())
@@ -76,7 +76,7 @@ class Pair:
 
 
 def _digest(digest: Any, value: Any) -> None:
-    """Feed arrays and numbers of dataclasses and tuples to a hash."""
+    """Add the arrays and numbers of dataclasses and tuples to a hash."""
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             _digest(digest, getattr(value, field.name))
@@ -93,7 +93,7 @@ def _digest(digest: Any, value: Any) -> None:
 
 
 def room_pairs(data: Path) -> Iterator[Pair]:
-    """Pairs of lit views of the held-out rooms, with much overlap and with little."""
+    """Yield pairs of lit views of the held-out rooms, with large and small overlap."""
     rooms = read_rooms(data / "rooms_heldout.npz")
     if len(rooms.images) == 0:
         return
@@ -113,9 +113,9 @@ def room_pairs(data: Path) -> Iterator[Pair]:
 
 
 def choose_pairs(rooms: Rooms) -> list[tuple[int, int]]:
-    """Some pairs of views of each cluster, those of a cluster one after the other.
+    """Choose pairs of views of each cluster; a cluster's pairs follow each other.
 
-    Which of a cluster's pairs are chosen does not depend on the other clusters.
+    The choice in a cluster does not depend on the other clusters.
     """
     chosen = []
     overlap = rooms.overlaps.min(axis=1)
@@ -134,13 +134,13 @@ def choose_pairs(rooms: Rooms) -> list[tuple[int, int]]:
 
 
 def photo_pairs(data: Path, group: str, strength: float) -> Iterator[Pair]:
-    """Views of held-out photographs through homographies, degraded with that strength."""
+    """Yield pairs of views of held-out photographs under homographies, degraded with this strength."""
     draw = torch.Generator().manual_seed(SEED)
     images = read_photos(data / "photos_heldout.npz")
     photographs = [image for image in images if image.shape[1] >= LARGE[0] and image.shape[0] >= LARGE[1]]
     order = torch.randperm(len(photographs), generator=draw).tolist()
     for number, index in enumerate(order[:PHOTO_PAIRS]):
-        draw = torch.Generator().manual_seed(SEED * 1000 + number)  # the same views whatever the strength
+        draw = torch.Generator().manual_seed(SEED * 1000 + number)  # the same views for every strength
         moves = _moves(draw, photographs[index].shape[1::-1])
         source = torch.from_numpy(photographs[index])[None, None].float() / 255
         size = torch.tensor([photographs[index].shape[1::-1]])
@@ -151,7 +151,7 @@ def photo_pairs(data: Path, group: str, strength: float) -> Iterator[Pair]:
 
 
 def _moves(draw: torch.Generator, size: tuple[int, ...]) -> list[Tensor]:
-    """Homographies (1, 3, 3) from a photograph to two views of it that share at least 40 %."""
+    """Draw homographies (1, 3, 3) from a photograph to two views of it that share at least 40 %."""
     middle = (torch.tensor([size]) - 1) / 2
     while True:
         scale = 1.0 + 0.2 * torch.rand(1, generator=draw)
@@ -163,7 +163,7 @@ def _moves(draw: torch.Generator, size: tuple[int, ...]) -> list[Tensor]:
 
 
 def _shared(homography: np.ndarray) -> float:
-    """The share of an image of SIZE that a second one shows."""
+    """The share of an image of SIZE that is also in a second one."""
     x, y = np.meshgrid(*(np.arange(0, side, 20.0) for side in SIZE))
     places = project(homography, np.stack([x.ravel(), y.ravel()], axis=1))
     with np.errstate(invalid="ignore"):
@@ -171,7 +171,7 @@ def _shared(homography: np.ndarray) -> float:
 
 
 def _grey(image: Tensor) -> np.ndarray:
-    """(1, 1, H, W) in [0, 1] to (H, W) uint8."""
+    """Convert (1, 1, H, W) in [0, 1] to (H, W) uint8."""
     return (image[0, 0] * 255).round().to(torch.uint8).numpy(force=True)
 
 
@@ -179,14 +179,14 @@ def _grey(image: Tensor) -> np.ndarray:
 
 
 def lund_pairs(data: Path) -> Iterator[Pair]:
-    """All pairs of the twelve photographs of a church door, with the poses that COLMAP found (CAMERA SIMPLE_RADIAL)."""
+    """Yield all pairs of twelve photographs of a church door, with poses from COLMAP (CAMERA SIMPLE_RADIAL)."""
     folder = data / "lund_door"
     words = _lines(folder / "cameras.txt")[0].split()
     full = np.array(words[2:4], dtype=float)
     focal, cx, cy, radial = map(float, words[4:8])
     size = (432, 640)
     scale = np.array(size) / full
-    centre = np.array([cx, cy]) * scale - 0.5  # COLMAP has the corner of the image at 0, not the centre of its pixel
+    centre = np.array([cx, cy]) * scale - 0.5  # COLMAP's origin is the image's corner, not the first pixel's centre
     matrix = np.array([[focal * scale[0], 0, centre[0]], [0, focal * scale[1], centre[1]], [0, 0, 1]])
     camera = Camera(*size, matrix, "plumb_bob", np.array([radial, 0, 0, 0]))
     found = []
@@ -206,7 +206,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _rotation(quaternion: np.ndarray) -> np.ndarray:
-    """(3, 3) of w, x, y, z."""
+    """Rotation matrix (3, 3) of a quaternion w, x, y, z."""
     w, x, y, z = quaternion / np.linalg.norm(quaternion)
     return np.array(
         [
@@ -218,7 +218,7 @@ def _rotation(quaternion: np.ndarray) -> np.ndarray:
 
 
 def graf_pairs(data: Path) -> Iterator[Pair]:
-    """graf1 and graf3, a painted wall."""
+    """Yield the pair graf1 and graf3, a painted wall."""
     store = cv2.FileStorage(str(data / "opencv/H1to3p.xml"), cv2.FILE_STORAGE_READ)
     homography = store.getNode("H13").mat()
     store.release()
@@ -227,7 +227,7 @@ def graf_pairs(data: Path) -> Iterator[Pair]:
 
 
 def aloe_pairs(data: Path) -> Iterator[Pair]:
-    """aloe, half as large, like what cameras give; its disparity is in pixels of the whole."""
+    """Yield the aloe pair at half its size, closer to cameras' images; the file's disparity is in full-size pixels."""
     images = [
         cv2.resize(_read(data / "opencv" / name), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
         for name in ("aloeL.jpg", "aloeR.jpg")
@@ -237,7 +237,7 @@ def aloe_pairs(data: Path) -> Iterator[Pair]:
 
 
 def scannet_pairs(data: Path) -> Iterator[Pair]:
-    """The pairs of ``pairs_with_gt.txt``: names, rotations, K0, K1 (9), T_0to1 (16). Never to choose anything by."""
+    """Yield the pairs of ``pairs_with_gt.txt``: names, rotations, K0, K1 (9), T_0to1 (16). Never tune on it."""
     folder = data / "scannet"
     for line in (folder / "pairs_with_gt.txt").read_text().splitlines():
         names, numbers = line.split()[:2], np.array(line.split()[4:], dtype=float)
@@ -251,10 +251,10 @@ def scannet_pairs(data: Path) -> Iterator[Pair]:
 
 
 def _read(path: Path) -> np.ndarray:
-    """An image file as RGB (H, W, 3) uint8.
+    """Read an image file as RGB (H, W, 3) uint8.
 
     Raises:
-        OSError: when it is missing or damaged.
+        OSError: the file is missing or damaged.
     """
     image = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if image is None:
@@ -271,14 +271,14 @@ GROUPS: dict[str, tuple[str, Callable[[Path], Iterator[Pair]]]] = {
     "aloe": ("opencv", aloe_pairs),
     "scannet": ("scannet", scannet_pairs),
 }
-"""Of each group: what must lie in the data folder, and its pairs."""
+"""For each group, what the data folder must hold, and the function that yields its pairs."""
 
 
 def groups(data: Path, names: list[str] | None) -> Iterator[Pair]:
-    """The pairs of those groups, or of all whose data are there.
+    """Return the pairs of the named groups, or of all groups whose data exist.
 
     Raises:
-        FileNotFoundError: when the data of a group that is asked for, or of all groups, are not there.
+        FileNotFoundError: the data of a named group, or of all groups, are missing.
     """
     missing = {name: data / GROUPS[name][0] for name in names or GROUPS if not (data / GROUPS[name][0]).exists()}
     chosen = [name for name in names or GROUPS if name not in missing]
@@ -295,12 +295,12 @@ VALIDATION = {"Photos": "validation photographs", "RoomViews": "validation rooms
 
 @dataclass(frozen=True)
 class ByGeometry:
-    """The training's own geometry of a single pair of views."""
+    """Ground truth from the training's geometry, for a single pair of views."""
 
     geometry: views.Geometry
 
     def errors(self, points0: np.ndarray, points1: np.ndarray) -> np.ndarray:
-        """Distance (M,) of the points of image 1 from their true places, or of those of image 0 where that is known."""
+        """Distance (M,) of image 1's points from their true positions, or of image 0's points if that is unknown."""
         given = [torch.from_numpy(points).float()[None] for points in (points0, points1)]
         distances = []
         for side in (0, 1):
@@ -312,9 +312,9 @@ class ByGeometry:
 
 
 def validation_pairs(shards: Path, count: int) -> list[Pair]:
-    """``count`` pairs each of the photographs and of the rooms that the training watches, and does not learn from.
+    """Return ``count`` pairs of photographs and of rooms each, from the training's validation views.
 
-    They are made at once: the shards take gigabytes of memory, the pairs do not.
+    All pairs are created at once, because the shards take gigabytes of memory and the pairs do not.
     """
     pairs = []
     sources = views.load(shards, torch.device("cpu"))[1]
@@ -330,7 +330,7 @@ def validation_pairs(shards: Path, count: int) -> list[Pair]:
 
 
 def _motion(geometry: views.Geometry) -> Motion | None:
-    """The motion between the cameras of a single pair of views; None between views of a photograph."""
+    """Relative pose of the cameras of a single pair of views; None for views of a photograph."""
     if not isinstance(geometry, views.Spatial):
         return None
     poses = [pose[0].double().numpy() for pose in geometry.poses]

@@ -1,7 +1,7 @@
-"""What is true of a pair of images: where matches ought to lie, and how the cameras stand. Only NumPy and OpenCV.
+"""Ground truth of image pairs: the true positions of matches, and the cameras' relative pose. NumPy and OpenCV only.
 
-Errors of matches are in pixels of image 1: 0 and more where the true place is known, infinite for a match that is
-certainly wrong, NaN where nothing is known about it.
+Errors of matches are in pixels of image 1: 0 or more if the true position is known, infinite if the match is certainly
+wrong, NaN if nothing is known about it.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ __all__ = ["ByDepth", "ByDisparity", "ByHomography", "Motion", "Truth", "pose_er
 
 Array = NDArray[np.float64]
 
-AGREES = 0.03  # two depths that differ by less, relatively, are the same surface
-EDGE = 0.10  # where a depth's neighbours differ by more there is an edge
-NEAREST = 0.05  # metres: what is nearer is behind the camera
+AGREES = 0.03  # relative difference of two depths up to which they belong to the same surface
+EDGE = 0.10  # relative difference of neighbouring depths above which there is an edge
+NEAREST = 0.05  # metres: nearer points are treated as behind the camera
 FEWEST_INLIERS = 8
 
 
 class Truth(Protocol):
-    """Judges the matches of a pair."""
+    """Gives the errors of a pair's matches."""
 
     def errors(self, points0: Array, points1: Array) -> Array:
-        """Errors (M,) in pixels of matches (M, 2), (M, 2)."""
+        """Return the errors (M,) of matches (M, 2), (M, 2), pixels."""
 
 
 @dataclass(frozen=True)
 class Motion:
-    """How camera 1 stands to camera 0, x1 = rotation x0 + translation; judges matches by their epipolar lines.
+    """Relative pose of the cameras, x1 = rotation x0 + translation; gives matches' errors by their epipolar lines.
 
     Attributes:
         rotation: (3, 3).
         translation: (3,) of any length.
-        cameras: of both images.
-        cuts: (3, 3) homographies from the images matched to those of the cameras; None where they are the same.
+        cameras: cameras of both images.
+        cuts: (3, 3) homographies from the matched images to the cameras' images; None if they are the same.
     """
 
     rotation: Array
@@ -52,7 +52,7 @@ class Motion:
     cuts: tuple[Array, Array] | None = None
 
     def errors(self, points0: Array, points1: Array) -> Array:
-        """Sampson's distance (M,): how far the four coordinates of a match must move to lie on epipolar lines."""
+        """Sampson distance (M,): how far a match's four coordinates must move to fulfil the epipolar constraint."""
         points0, points1 = self.seen(points0, points1)
         rays0, rays1 = (
             np.c_[camera.normalise(points), np.ones(len(points))]
@@ -65,13 +65,13 @@ class Motion:
         return np.abs((rays1 * lines1).sum(axis=1)) / np.sqrt(np.maximum(slopes, 1e-30))
 
     def seen(self, points0: Array, points1: Array) -> tuple[Array, Array]:
-        """The matches in pixels of the cameras' images."""
+        """Convert matches to pixels of the cameras' images."""
         if self.cuts is None:
             return points0, points1
         return project(self.cuts[0], points0), project(self.cuts[1], points1)
 
     def seen_sigmas(self, points1: Array, sigmas: Array) -> Array:
-        """Standard deviations (M,) of points (M, 2) of image 1, in pixels of its camera's image."""
+        """Convert standard deviations (M,) of points (M, 2) of image 1 to pixels of its camera's image."""
         if self.cuts is None:
             return sigmas
         place = project(self.cuts[1], points1)
@@ -79,7 +79,7 @@ class Motion:
         return np.asarray(sigmas * np.sqrt(np.abs(across[:, 0] * down[:, 1] - across[:, 1] * down[:, 0])))
 
     def error_of(self, rotation: Array, translation: Array) -> float:
-        """The larger of the angles by which rotation and direction of translation are off, degrees."""
+        """The larger of the angular errors of rotation and translation direction, degrees."""
         turn = (np.trace(rotation.T @ self.rotation) - 1) / 2
         lengths = np.linalg.norm(translation) * np.linalg.norm(self.translation)
         along = translation @ self.translation / max(lengths, 1e-30)
@@ -95,14 +95,14 @@ def pose_errors(
     refined: Array | None = None,
     sigmas: Array | None = None,
 ) -> Array:
-    """Errors (orders,) in degrees of the package's own pose, the matches given in as many random orders.
+    """Return errors (orders,) in degrees of the package's pose estimate, for as many random orders of the matches.
 
-    What a sampling estimator finds depends on the order of its input. An error is infinite where no pose is found.
+    The result of a sampling estimator depends on the order of its input. An error is infinite if no pose is found.
 
     Args:
-        resolution: pixels between neighbouring positions that a keypoint can have, 0 for any position.
-        refined: (M,) bool the matches that decide the pose where they are many; None where all do.
-        sigmas: (M,) standard deviations of ``points1``, pixels; None where they are alike.
+        resolution: distance between neighbouring positions that a keypoint can have, pixels; 0 for any position.
+        refined: (M,) bool, matches that alone determine the pose if there are enough of them; None if all do.
+        sigmas: (M,) standard deviations of ``points1``, pixels; None if they are equal.
     """
     if sigmas is not None:
         sigmas = motion.seen_sigmas(points1, sigmas)
@@ -122,7 +122,7 @@ def pose_errors(
             sigmas=None if sigmas is None else sigmas[order],
             decisive=None if decisive is None else decisive[order],
         )
-        if found.status in (PoseStatus.OK, PoseStatus.AMBIGUOUS):  # of two motions the likelier one
+        if found.status in (PoseStatus.OK, PoseStatus.AMBIGUOUS):  # AMBIGUOUS gives the more likely of two motions
             errors[number] = motion.error_of(found.rotation.T, -found.rotation.T @ found.translation)
         elif len(points0) < FEWEST_INLIERS:
             break
@@ -131,24 +131,24 @@ def pose_errors(
 
 @dataclass(frozen=True)
 class ByHomography:
-    """Both images show a plane: ``homography`` (3, 3) maps pixels of image 0 into image 1."""
+    """Ground truth for images of a plane: ``homography`` (3, 3) maps pixels of image 0 to image 1."""
 
     homography: Array
 
     def errors(self, points0: Array, points1: Array) -> Array:
-        """Distance (M,) of the points of image 1 from their true places."""
+        """Distance (M,) of image 1's points from their true positions."""
         distances = np.linalg.norm(project(self.homography, points0) - points1, axis=1)
         return np.where(np.isnan(distances), np.inf, distances)
 
 
 @dataclass(frozen=True)
 class ByDisparity:
-    """Both images are rectified: ``disparity`` (H, W) in pixels, 0 where it is unknown."""
+    """Ground truth for rectified images: ``disparity`` (H, W) in pixels, 0 where it is unknown."""
 
     disparity: Array
 
     def errors(self, points0: Array, points1: Array) -> Array:
-        """Distance (M,) of the points of image 1 from their true places; NaN where no disparity is known."""
+        """Distance (M,) of image 1's points from their true positions; NaN where no disparity is known."""
         height, width = self.disparity.shape
         x, y = np.round(points0).astype(int).reshape(-1, 2).T
         shift = self.disparity[y.clip(0, height - 1), x.clip(0, width - 1)]
@@ -158,13 +158,13 @@ class ByDisparity:
 
 @dataclass(frozen=True)
 class ByDepth:
-    """Two views of a scene with depth.
+    """Ground truth for two views of a scene with known depth.
 
     Attributes:
-        depths: (h, w) of both, along the optical axis, 0 where there is nothing.
-        matrices: of both cameras, (3, 3).
+        depths: (h, w) depth maps of both views, along the optical axis, 0 where there is nothing.
+        matrices: (3, 3) camera matrices of both views.
         motion: (4, 4), from camera 0 to camera 1.
-        step: image pixels to one sample of the depth.
+        step: image pixels per sample of the depth.
     """
 
     depths: tuple[Array, Array]
@@ -173,10 +173,10 @@ class ByDepth:
     step: float = 1.0
 
     def errors(self, points0: Array, points1: Array) -> Array:
-        """Distance (M,) of the points of image 1 from their true places.
+        """Distance (M,) of image 1's points from their true positions.
 
-        Beside an edge a point may lie on one of two surfaces: of all within one sample, the one that fits best counts.
-        A surface counts only where image 1 shows it: where one of the depths within a sample of the point agrees.
+        Beside an edge a point may be on either of two surfaces. The one within one sample that fits best is used.
+        A surface is used only if image 1 shows it: one of the depths within a sample of the point must agree.
         """
         at0, at1 = points0 / self.step, points1 / self.step
         near0, near1 = _neighbours(self.depths[0], at0), _neighbours(self.depths[1], at1)
@@ -197,13 +197,13 @@ class ByDepth:
 
 
 def project(homography: Array, points: Array) -> Array:
-    """Points (N, 2) through a homography (3, 3); NaN for what comes to lie behind the camera."""
+    """Map points (N, 2) by a homography (3, 3); NaN for points behind the camera."""
     mapped = np.c_[points, np.ones(len(points))] @ homography.T
     return np.where(mapped[:, 2:] > 1e-6, mapped[:, :2] / np.maximum(mapped[:, 2:], 1e-6), np.nan)
 
 
 def _neighbours(depth: Array, points: Array) -> Array:
-    """The nine samples (9, M) within one of each point (M, 2)."""
+    """Return the nine depth samples (9, M) around each point (M, 2)."""
     height, width = depth.shape
     x, y = np.round(points).astype(int).reshape(-1, 2).T
     shifts = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
@@ -211,7 +211,7 @@ def _neighbours(depth: Array, points: Array) -> Array:
 
 
 def _interpolated(depth: Array, points: Array) -> Array:
-    """Depth (M,) at points (M, 2) between the samples, 0 at edges. Inverse depth is linear over a plane's image."""
+    """Interpolate depth (M,) at points (M, 2), 0 at edges. Inverse depth is linear in the image of a plane."""
     height, width = depth.shape
     low = np.floor(points).astype(int).reshape(-1, 2).clip(0, (width - 2, height - 2))
     part = points - low

@@ -22,17 +22,17 @@ from kpmatch_ros.weights import file_hash
 DETECTION: dict[str, dict[str, Any]] = {
     "full": {"keypoint_threshold": 0.04, "max_keypoints": 1024, "nms_radius": 3, "subpixel": True},
     "fast": {"keypoint_threshold": 0.012, "max_keypoints": 1024, "nms_radius": 2, "subpixel": True},
-}  # of what comes from a training; why: README.md, what was measured
+}  # configuration of trained networks; README.md gives the measurements
 
 
 def read_trained(make: type[Any], path: Path, network: str) -> Any:
-    """The network called ``network``, ``full`` or ``fast``, in a file that train.py or distil.py writes.
+    """Read the network called ``network``, ``full`` or ``fast``, from a file of train.py or distil.py.
 
     Args:
         make: SuperPoint or LightGlue.
 
     Raises:
-        KeyError: when the file holds no such network.
+        KeyError: the file holds no network of this name.
     """
     trained = torch.load(path, map_location="cpu", weights_only=True)
     if network not in trained:
@@ -43,10 +43,10 @@ def read_trained(make: type[Any], path: Path, network: str) -> Any:
 
 
 def export(superpoint: SuperPoint, lightglue: LightGlue, folder: Path) -> Path:
-    """Write ``config.json``, which says what the networks' own ones say, and ``model.safetensors``; the latter's path.
+    """Write ``config.json``, with both networks' configurations, and ``model.safetensors``; return the latter's path.
 
     Raises:
-        ValueError: when a weight does not fit into float16, or the two do not belong together.
+        ValueError: a weight does not fit into float16, or the networks do not belong together.
     """
     if superpoint.descriptor_size != lightglue.input_dim:
         raise ValueError(
@@ -59,16 +59,16 @@ def export(superpoint: SuperPoint, lightglue: LightGlue, folder: Path) -> Path:
 
 
 def export_superpoint(superpoint: SuperPoint, folder: Path) -> Path:
-    """Write a SuperPoint alone, as :func:`export` writes both."""
+    """Write a SuperPoint without a matcher, in the format of :func:`export`."""
     head = {"architectures": ["SuperPointForKeypointDetection"], "dtype": "float16"}
     return write(superpoint.state_dict(), {**head, **superpoint.config, "model_type": "superpoint"}, folder)
 
 
 def write(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Path) -> Path:
-    """Write tensors in float16 and their configuration; the file of the tensors.
+    """Write tensors in float16 and their configuration; return the path of the tensors' file.
 
     Raises:
-        ValueError: when a weight does not fit into float16.
+        ValueError: a weight does not fit into float16.
     """
     tensors = {name: tensor.to(torch.float16).contiguous() for name, tensor in tensors.items()}
     infinite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
@@ -81,7 +81,7 @@ def write(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Path
 
 
 def configuration(superpoint: dict[str, Any], lightglue: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of both, as `transformers` names it."""
+    """The configuration of both networks, with the keys of `transformers`."""
     size, heads = lightglue["descriptor_dim"], lightglue["num_attention_heads"]
     return {
         "architectures": ["LightGlueForKeypointMatching"],
@@ -103,7 +103,7 @@ def configuration(superpoint: dict[str, Any], lightglue: dict[str, Any]) -> dict
 
 
 def add_detection_options(parser: argparse.ArgumentParser, otherwise: str) -> None:
-    """Options for the configuration's detector; ``otherwise`` says what holds without them."""
+    """Add options for the detector's configuration; ``otherwise`` describes the values without them."""
     group = parser.add_argument_group("detector", f"what the configuration says; otherwise {otherwise}")
     group.add_argument("--nms-radius", type=int, help="pixels")
     group.add_argument("--keypoint-threshold", type=float)
@@ -113,13 +113,13 @@ def add_detection_options(parser: argparse.ArgumentParser, otherwise: str) -> No
 
 
 def detection_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the options say of the detector."""
+    """Return the detector's configuration from the options."""
     given = {name: getattr(arguments, name) for name in ("nms_radius", "keypoint_threshold", "subpixel")}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def main(words: list[str] | None = None) -> None:
-    """Export as the command line says."""
+    """Export according to the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=Path, required=True, help="points.weights.pt of train.py")
     parser.add_argument("--matching", type=Path, help="matching.weights.pt of train.py")

@@ -1,7 +1,7 @@
-"""What a LightGlue learns from the features of two views with known geometry.
+"""The loss of a LightGlue, from the features of two views with known geometry.
 
-The negative log-likelihood of the true assignment after every layer (LightGlue, section 3.4, eq. 11). The confidences
-learn to say whether a point's match is the final one already; nothing of that reaches the layers.
+It is the negative log-likelihood of the true assignment after every layer (LightGlue, section 3.4, eq. 11). The
+confidences learn whether a point's match is already final. Their gradients do not reach the layers.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from kpmatch_ros.models import ImageFeatures, LightGlue
 from kpmatch_ros.models.assignment import mutual_matches
 from kpmatch_ros.models.lightglue_layers import MatchAssignment, Points, TokenConfidence
 
-NEAR = 2.5  # pixels: a match
-STATES = 10.0  # how much the distance of states counts, beside the assignment
-FAR = 3.0  # pixels: a point with none so near has no match; in between nothing is said
+NEAR = 2.5  # pixels: largest error of a match
+STATES = 10.0  # weight of the distance between states, relative to the assignment
+FAR = 3.0  # pixels: a point whose nearest point is farther has no match; points between NEAR and FAR are ignored
 
 
 class Opinion(NamedTuple):
-    """What another LightGlue says of B pairs.
+    """Outputs of another LightGlue for B pairs.
 
     Attributes:
-        matches: (B, N, N) float16, the probability of each pair of points to be a match.
-        matchable: of both images, (B, N) float16, the probability of a point to have a match.
-        states: of both images, (L, B, N, C) float16, what the states after each layer are to be; None leaves it open.
+        matches: (B, N, N) float16, the probability that each pair of points is a match.
+        matchable: for both images, (B, N) float16, the probability that a point has a match.
+        states: for both images, (L, B, N, C) float16, the target states after each layer; None without targets.
     """
 
     matches: Tensor
@@ -39,14 +39,14 @@ class Opinion(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B pairs with N points an image.
+    """B pairs with N points per image.
 
     Attributes:
-        points, descriptors: of both images, (B, N, 2) and (B, N, D).
-        partners: (B, N) int64, the index of the point's match in image 1, -1 where there is none or it is unknown.
-        alone: of both images, (B, N) bool, points that certainly have no match.
+        points, descriptors: for both images, (B, N, 2) and (B, N, D).
+        partners: (B, N) int64, index of the point's match in image 1, -1 if it has none or it is unknown.
+        alone: for both images, (B, N) bool, points that certainly have no match.
         size: width and height of the images.
-        opinion: what to learn besides the truth.
+        opinion: outputs of another LightGlue to learn in addition to the truth.
     """
 
     points: tuple[Tensor, Tensor]
@@ -59,13 +59,13 @@ class Batch(NamedTuple):
 
 @torch.no_grad()
 def truth(points: tuple[Tensor, Tensor], geometry: Geometry) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Partners (B, N) and who is alone, see :class:`Batch`, of points (B, N, 2) of both views."""
-    with torch.autocast(points[0].device.type, enabled=False):  # half precision would move the places by pixels
+    """Return partners (B, N) and unmatched points, see :class:`Batch`, for points (B, N, 2) of both views."""
+    with torch.autocast(points[0].device.type, enabled=False):  # half precision would move the positions by pixels
         there, state0 = geometry.places(points[0], 0)
         back, state1 = geometry.places(points[1], 1)
     forth = torch.cdist(there, points[1])
     return_ = torch.cdist(points[0], back)
-    # A point may be visible one way and unknown the other, beside an edge: the known way counts.
+    # Beside an edge, a point may be visible in one direction and unknown in the other. Then the known direction counts.
     visible0, visible1 = (state0 == VISIBLE)[:, :, None], (state1 == VISIBLE)[:, None]
     far = torch.full((), torch.inf, device=forth.device)
     distance = torch.where(visible0 & visible1, torch.maximum(forth, return_), far)
@@ -86,10 +86,10 @@ def encoded(model: LightGlue, batch: Batch) -> list[Points]:
 
 @torch.no_grad()
 def opinion(model: LightGlue, batch: Batch, narrow: Callable[[Tensor], Tensor] | None = None) -> Opinion:
-    """What a LightGlue says after its last layer; its layers in the precision of autocast.
+    """Return the outputs of a LightGlue after its last layer; the layers run in the precision of autocast.
 
     Args:
-        narrow: makes the states of a narrower one, with as many layers, from its own; None if states are left open.
+        narrow: projects the states to those of a narrower LightGlue with as many layers; None to omit the states.
     """
     now = encoded(model, batch)
     states: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -107,10 +107,13 @@ def opinion(model: LightGlue, batch: Batch, narrow: Callable[[Tensor], Tensor] |
 
 
 def within_reach(judge: Opinion, batch: Batch, least: float) -> Batch:
-    """The same without the true matches to which another LightGlue gives less than ``least``: their points are alone.
+    """Remove true matches whose probability is below ``least`` according to another LightGlue.
 
-    Two places on a bare wall may be each other's, and nothing in the images tells so. Who is to learn such matches
-    learns to match everything. So does who is told nothing of them: what remains of the wall are its few easy points.
+    Their points become unmatched.
+
+    Two points on a bare wall may be a true match that nothing in the images shows. A network that learns such matches
+    learns to match everything. So does a network for which they are ignored, because then only the few easy points of
+    the wall remain.
     """
     chosen = judge.matches.gather(2, batch.partners.clamp(min=0)[..., None])[..., 0]
     lost0 = (batch.partners >= 0) & (chosen < least)
@@ -122,11 +125,12 @@ def within_reach(judge: Opinion, batch: Batch, least: float) -> Batch:
 
 
 def losses(model: LightGlue, batch: Batch, asked: Collection[int] | None = None) -> dict[str, Tensor]:
-    """``total``, and ``assignment``, ``agreement`` and ``confidence`` of which it is made.
+    """Return the loss ``total``, its parts ``assignment``, ``agreement``, ``distance`` and ``confidence``, and figures.
 
-    The assignments are those of the layers ``asked`` (from 0) and the last one, or of all where None are given.
-    ``last`` is the last layer's assignment. ``agreement`` is the cross entropy with the opinion, where there is one.
-    ``distance`` is how far the states are from those that it wants, squared, as a share of their squares.
+    The assignments are those of the layers ``asked`` (from 0) and of the last one, or of all layers if it is None.
+    ``last`` is the last layer's assignment. ``agreement`` is the cross entropy with the opinion, if there is one.
+    ``distance`` is the squared distance between the states and the opinion's target states, relative to the square of
+    the latter.
     """
     now = encoded(model, batch)
     heads = cast(list[MatchAssignment], list(model.match_assignment_layers))

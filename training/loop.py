@@ -1,4 +1,4 @@
-"""What every training has in common: networks and their averages, settings, schedule, log, checkpoints."""
+"""Common code of all trainings: networks and their averages, settings, schedule, log, checkpoints."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-PATIENCE = 100  # steps in a row without a finite loss
+PATIENCE = 100  # number of successive steps without a finite loss
 PART = 15_000_000  # bytes: larger files are also written in parts
 WATCHED_AT_ONCE = 4  # pairs of views
-AHEAD = 2  # batches that are begun, on a processor, before they are asked for
+AHEAD = 2  # on a processor, number of batches that are prepared in advance
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -45,13 +45,13 @@ AHEAD = 2  # batches that are begun, on a processor, before they are asked for
 
 @dataclass
 class Student:
-    """A network in training, its optimiser, and the moving average of its weights, which is what is used.
+    """A network in training, its optimiser, and the moving average of its weights, which is the result.
 
     Attributes:
-        name: what files call it.
+        name: its name in files.
         rate: the full learning rate.
-        lost: steps in a row, up to now, whose loss was not finite.
-        followed: steps of this call whose loss was.
+        lost: number of successive steps up to now whose loss was not finite.
+        followed: number of steps of this call whose loss was finite.
     """
 
     name: str
@@ -69,10 +69,14 @@ class Student:
         self.optimiser = torch.optim.AdamW(self.model.parameters(), self.rate, weight_decay=1e-4, fused=on_gpu)
 
     def step(self, loss: Tensor, rate: float, number: int) -> None:
-        """Follow a loss: ``rate`` is the share of the full learning rate. A loss that is not finite changes nothing.
+        """Take an optimiser step. A loss that is not finite changes nothing.
+
+        Args:
+            rate: share of the full learning rate.
+            number: number of the step.
 
         Raises:
-            FloatingPointError: when PATIENCE losses in a row were not finite.
+            FloatingPointError: PATIENCE successive losses were not finite.
         """
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -109,7 +113,7 @@ class Student:
 
 @dataclass
 class Settings:
-    """What a run is made of; ``progress`` from 0 to 1 decides learning rate and curriculum."""
+    """Settings of a run. Learning rate and curriculum depend on ``progress``, which goes from 0 to 1."""
 
     device: torch.device
     batch: int
@@ -121,7 +125,7 @@ class Settings:
         return torch.autocast(self.device.type, self.precision or torch.bfloat16, enabled=self.precision is not None)
 
     def draw(self, *key: int) -> torch.Generator:
-        """Random numbers for a purpose and a step: a run that goes on sees what one that never stopped would see."""
+        """Return random numbers for a purpose and a step; a resumed run gets the same ones as an uninterrupted run."""
         value = self.seed
         for part in key:
             value = (value * 1_000_003 + part + 1) % (1 << 62)
@@ -129,7 +133,7 @@ class Settings:
 
 
 def add_options(parser: argparse.ArgumentParser, batch: int, size: tuple[int, int]) -> None:
-    """The options that every training has; ``batch`` and ``size`` are the defaults."""
+    """Add the options that all trainings have; ``batch`` and ``size`` are their defaults."""
     parser.add_argument("--shards", type=Path, required=True, help="folder of photos_*.npz and rooms_*.npz")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     length = parser.add_mutually_exclusive_group(required=True)
@@ -152,10 +156,10 @@ def add_options(parser: argparse.ArgumentParser, batch: int, size: tuple[int, in
 def watched_parts(
     watched: list[Source], settings: Settings, count: int
 ) -> Iterator[tuple[str, ViewPairs, torch.Generator]]:
-    """``count`` pairs of each source that is not trained on, some at a time, with the source's name and random numbers.
+    """Yield ``count`` validation pairs of each source in small groups, with the source's name and random numbers.
 
-    They are the same in every run of a size and a kind of device, whatever its seed and batch: of four pairs a figure
-    differs from that of four others by more than a training changes it.
+    The pairs are the same in all runs with the same size and kind of device, whatever their seed and batch. The choice
+    of four pairs changes a figure by more than a training does.
     """
     alike = replace(settings, seed=0)
     for number, source in enumerate(watched):
@@ -170,7 +174,7 @@ def watched_means(
     count: int,
     judge: Callable[[str, ViewPairs, torch.Generator], Mapping[str, float]],
 ) -> dict[str, float]:
-    """The mean, over all pairs, of the figures that ``judge`` has of some: see :func:`watched_parts`."""
+    """Return the mean of the figures of ``judge`` over all pairs of :func:`watched_parts`."""
     figures: dict[str, list[float]] = {}
     for name, pairs, draw in watched_parts(watched, settings, count):
         for key, value in judge(name, pairs, draw).items():
@@ -179,9 +183,9 @@ def watched_means(
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
-    """The settings that the options say."""
+    """Return the settings from the options."""
     named = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cudnn.allow_tf32 = True  # not for products: TF32 would move the views' points by half a pixel
+    torch.backends.cudnn.allow_tf32 = True  # not for matrix products: TF32 would move the views' points by half a pixel
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
     return Settings(
@@ -195,10 +199,10 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 @contextmanager
 def subnormals_are_zeros() -> Iterator[None]:
-    """Let a processor take numbers below float32's smallest exponent for zeros, in this thread and those it starts.
+    """Let the processor flush subnormal numbers to zero, in this thread and in those that it starts.
 
-    The gradients of a sure network's assignments are full of them, and products of such numbers take several times as
-    long.
+    The gradients of a confident network's assignments are full of subnormal numbers, and products of them take several
+    times as long.
     """
     torch.set_flush_denormal(True)
     try:
@@ -211,13 +215,13 @@ def subnormals_are_zeros() -> Iterator[None]:
 
 
 class Batches(Generic[T]):
-    """Batches by number; the same number gives the same batch in every run.
+    """Batches by number; a number gives the same batch in every run.
 
-    On a processor the next ones are made by another thread while one is learnt from.
+    On a processor, another thread prepares the next batches during a training step.
 
     Args:
-        make: the batch of a number.
-        count: so many different ones, which are kept and used again; 0 makes each anew, and keeps none.
+        make: creates the batch of a number.
+        count: number of different batches, which are kept and used again; 0 creates a new one for each step.
     """
 
     def __init__(self, make: Callable[[int], T], count: int, settings: Settings) -> None:
@@ -234,7 +238,7 @@ class Batches(Generic[T]):
                 self.begun[number] = self.worker.submit(self.make, number)
         number = self._number(step)
         future = self.begun.pop(number)
-        batch = future.result()  # one that failed, for want of memory say, is not kept
+        batch = future.result()  # if it raises, for example for lack of memory, the batch is not kept
         if self.count:
             self.begun[number] = future
         return batch
@@ -250,13 +254,13 @@ class Batches(Generic[T]):
 
 
 def rate(progress: float) -> float:
-    """Rises over the first 2 %, stays, and falls to zero over the last 40 % like a cosine."""
+    """Learning rate schedule: rises over the first 2 %, stays, and falls to zero over the last 40 % like a cosine."""
     fall = max(0.0, (progress - 0.6) / 0.4)
     return min(1.0, (progress + 1e-4) / 0.02) * 0.5 * (1 + math.cos(math.pi * min(fall, 1.0)))
 
 
 def progresses(arguments: argparse.Namespace, step: int, elapsed: float) -> Iterator[float]:
-    """The progress before each step: by the number of steps, or by the time that has been spent."""
+    """Yield the progress before each step, by the number of steps or by the time spent."""
     started = time.monotonic() - elapsed
     last = math.inf if arguments.stop_after is None else step + arguments.stop_after
     while step < last:
@@ -277,17 +281,18 @@ def run(
     learn: Callable[[int, float], Mapping[str, Any]],
     watch: Callable[[], Mapping[str, float]],
 ) -> None:
-    """Train, from where the run's folder ``--out`` was left; write checkpoints, a log and the averaged weights there.
+    """Train, from the checkpoint in ``--out`` if there is one; write checkpoints, a log and the averaged weights there.
 
     Args:
-        learn: makes the students follow the losses of a step, given its number and the progress; the figures to log.
-        watch: figures of the averages, on views that are not trained on.
+        learn: trains the students for one step, given its number and the progress; returns the figures to log.
+        watch: returns validation figures of the averaged networks.
 
     Raises:
-        ValueError: when the folder holds other networks than these, which would be lost or begin in the middle.
-        torch.OutOfMemoryError: when a single pair of views is too much; a checkpoint is written before.
-        FloatingPointError: when losses are not finite, PATIENCE steps in a row or in all of a run that is not resumed;
-            the weights are not written then.
+        ValueError: the checkpoint's networks are not exactly these: others would be lost, and missing ones would start
+            in the middle of the schedule.
+        torch.OutOfMemoryError: a single pair of views needs too much memory; a checkpoint is written before.
+        FloatingPointError: losses are not finite in PATIENCE successive steps, or in all steps of a run that was not
+            resumed. The weights are not written then.
     """
     arguments.out.mkdir(parents=True, exist_ok=True)
     checkpoint = arguments.out / f"{arguments.kind}.pt"
@@ -346,14 +351,14 @@ def run(
 
 
 def save(path: Path, students: list[Student], step: int, elapsed: float) -> None:
-    """Write a checkpoint so that it is there whole or not at all."""
+    """Write a checkpoint atomically: the file is complete or does not exist."""
     partial = path.with_suffix(".part")
     torch.save({student.name: student.state() for student in students} | {"step": step, "elapsed": elapsed}, partial)
     os.replace(partial, path)
 
 
 def export(arguments: argparse.Namespace, students: list[Student]) -> None:
-    """The averaged weights alone, ``KIND.weights.pt``; a file of more than PART bytes in parts as well."""
+    """Write the averaged weights to ``KIND.weights.pt``. A file of more than PART bytes is also written in parts."""
     path = arguments.out / f"{arguments.kind}.weights.pt"
     dtype = torch.float32 if arguments.kind == "points" else torch.float16
     torch.save(
@@ -367,7 +372,7 @@ def export(arguments: argparse.Namespace, students: list[Student]) -> None:
         path,
     )
     content = path.read_bytes()
-    for old in path.parent.glob(f"{path.name}.*"):  # there may be more of them
+    for old in path.parent.glob(f"{path.name}.*"):  # an earlier file may have had more parts
         old.unlink()
     for number in range(0, len(content), PART):
         path.with_name(f"{path.name}.{number // PART}").write_bytes(content[number : number + PART])

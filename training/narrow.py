@@ -1,9 +1,9 @@
-"""A narrower LightGlue that begins with what a wide one knows.
+"""A narrower LightGlue that starts with the knowledge of a wide one.
 
-The states of a wide one lie mostly in a space of few dimensions. The narrow one's states are their coordinates there.
-Each of its layers begins with the wide one's weights, as far as these act on that space: heads by their strongest
-directions, the rotary encoding by its strongest frequencies, the feed-forward network by its strongest channels, whose
-last layer is fitted again. Low ranks are the best for the states that were seen (Eckart and Young, 1936).
+The states of a wide LightGlue are mostly in a space of few dimensions. The states of the narrow one are coordinates in
+this space. Each of its layers starts with the wide one's weights, restricted to this space: the strongest directions of
+heads, the strongest frequencies of the rotary encoding, and the strongest channels of the feed-forward network, whose
+last layer is fitted again. The low-rank approximations are optimal for the observed states (Eckart and Young, 1936).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from kpmatch_ros.models.lightglue_layers import (
 
 __all__ = ["Coordinates", "Narrow", "load_narrow", "narrow", "save_narrow"]
 
-RIDGE = 1e-4  # of the mean squared activation
-WEAKEST = 0.1  # of the strongest direction: a descriptor's weaker ones are taken for stronger than they are
+RIDGE = 1e-4  # ridge regularisation, relative to the mean squared activation
+WEAKEST = 0.1  # relative to the strongest direction of descriptors: weaker ones are treated as this strong
 
 
 @dataclass
 class Coordinates:
-    """Where narrow states y stand for wide ones x: x is about ``out @ y + origin``, and y is ``into @ (x - origin)``.
+    """Map between narrow states y and wide states x: x is about ``out @ y + origin``, y is ``into @ (x - origin)``.
 
     Attributes:
         out: (wide, narrow).
@@ -48,17 +48,17 @@ class Coordinates:
     origin: Tensor
 
     def of(self, x: Tensor) -> Tensor:
-        """The narrow states (…, narrow) of wide ones (…, wide)."""
+        """Return the narrow states (…, narrow) of wide states (…, wide)."""
         return (x - self.origin) @ self.into.T
 
     def linear(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a linear layer of wide states, for narrow ones."""
+        """Convert weight and bias of a linear layer from wide to narrow states."""
         return weight @ self.out, bias + weight @ self.origin
 
 
 @dataclass
 class Narrow:
-    """A narrow LightGlue to train, and where its states are to be found in the wide one's."""
+    """A narrow LightGlue to train, and the coordinates of its states in the wide one's."""
 
     model: LightGlue
     coordinates: Coordinates
@@ -66,12 +66,12 @@ class Narrow:
 
 @dataclass
 class Seen:
-    """What went through a layer of the wide one: rows of points.
+    """Observed inputs and outputs of a half of a layer of the wide LightGlue: rows of points.
 
     Attributes:
-        x: (M, C) states that a half of the layer reads.
-        message: (M, C) what attention adds to them.
-        after: (M, C) the states after it.
+        x: (M, C) input states.
+        message: (M, C) messages from the attention.
+        after: (M, C) output states.
     """
 
     x: list[Tensor] = field(default_factory=list)
@@ -85,15 +85,15 @@ class Seen:
 
 @torch.no_grad()
 def narrow(wide: LightGlue, batches: Iterable[lightglue_loss.Batch], width: int) -> Narrow:
-    """Make a LightGlue of ``width`` channels of one that is done learning, by what it does with some batches.
+    """Create a LightGlue of ``width`` channels from a trained one, by its states on some batches.
 
     Args:
-        wide: not fused.
-        batches: some thousand points in all.
-        width: divides by twice the number of heads.
+        wide: a LightGlue that is not fused.
+        batches: batches with a few thousand points in all.
+        width: a multiple of twice the number of heads.
 
     Raises:
-        ValueError: where cross-attention has other weights for keys than for queries.
+        ValueError: cross-attention has different weights for keys and queries.
     """
     for number, layer in enumerate(_layers(wide)):
         attention = layer.cross_attention
@@ -127,7 +127,7 @@ def narrow(wide: LightGlue, batches: Iterable[lightglue_loss.Batch], width: int)
 
 
 def save_narrow(file: Path, made: Narrow, wide: LightGlue) -> None:
-    """Write a narrow LightGlue, its coordinates and a hash of the wide one, whole or not at all."""
+    """Write a narrow LightGlue, its coordinates and a hash of the wide one to a file, atomically."""
     state = {
         "config": made.model.config,
         "tensors": made.model.state_dict(),
@@ -140,14 +140,14 @@ def save_narrow(file: Path, made: Narrow, wide: LightGlue) -> None:
 
 
 def load_narrow(file: Path, wide: LightGlue, width: int, device: torch.device) -> Narrow:
-    """Read what :func:`save_narrow` wrote.
+    """Read a file of :func:`save_narrow`.
 
     Raises:
-        ValueError: when it was made of another wide one than this, or has another width.
+        ValueError: the narrow LightGlue was made from another wide one, or has another width.
     """
     state = torch.load(file, map_location=device, weights_only=True)
     there, own = state["config"]["descriptor_dim"], hash_of([wide])
-    kept = state.get("wide", own)  # files from before say nothing of it
+    kept = state.get("wide", own)  # older files do not have it
     if there != width or kept != own:
         teacher = "the same" if kept == own else "another"
         raise ValueError(
@@ -159,9 +159,10 @@ def load_narrow(file: Path, wide: LightGlue, width: int, device: torch.device) -
 
 
 def _coordinates(basis: Tensor, wide: LightGlue, model: LightGlue) -> Coordinates:
-    """Coordinates in an orthonormal basis (wide, narrow), so that the narrow one reads descriptors as they come.
+    """Return coordinates in an orthonormal basis (wide, narrow), chosen so that the narrow one reads raw descriptors.
 
-    Where they are as many as its states, it has no first layer: its states begin as the descriptors themselves.
+    If descriptors and narrow states have the same size, the narrow one has no input projection: its first states are
+    the descriptors themselves.
     """
     first = wide.input_projection
     weight, bias = torch.eye(len(basis)).to(basis), torch.zeros(len(basis)).to(basis)
@@ -211,7 +212,7 @@ def _record(wide: LightGlue, batch: lightglue_loss.Batch, seen: list[tuple[Seen,
 
 
 def _strongest_frequencies(wide: LightGlue, states: list[Tensor], width: int) -> Tensor:
-    """The rotary encoding's pairs of channels that queries and keys use most, (narrow head size / 2,)."""
+    """Return the rotary encoding's channel pairs that queries and keys use most, (narrow head size / 2,)."""
     strength: Tensor | float = 0.0
     for layer, x in zip(_layers(wide), states):
         energies = []
@@ -225,13 +226,13 @@ def _strongest_frequencies(wide: LightGlue, states: list[Tensor], width: int) ->
 
 
 def _root(rows: Tensor) -> Tensor:
-    """The symmetric root (C, C) of the mean square of rows (M, C)."""
+    """Return the symmetric square root (C, C) of the second-moment matrix of rows (M, C)."""
     values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def _range(matrix: Tensor, root: Tensor, rank: int) -> Tensor:
-    """(K, rank), orthonormal: where matrix (K, C) takes vectors with that root of their mean square, best."""
+    """Return the orthonormal basis (K, rank) that keeps most of ``matrix`` (K, C) times vectors with this ``root``."""
     return torch.linalg.svd(matrix @ root, full_matrices=False).U[:, :rank]
 
 
@@ -244,10 +245,13 @@ def _narrow_half(
     space: Coordinates,
     pairs: Tensor | None,
 ) -> None:
-    """Self-attention, with the rotary encoding's ``pairs``, or cross-attention; and the feed-forward network behind."""
+    """Fill one half of a layer: attention, and the feed-forward network behind it.
+
+    It is self-attention with the rotary encoding's ``pairs``, or cross-attention if ``pairs`` is None.
+    """
     x, message, after = torch.cat(seen.x), torch.cat(seen.message), torch.cat(seen.after)
     size, small, width = wide.head_size, own.head_size, len(space.into)
-    scale = (small / size) ** 0.25  # similarities are divided by the root of the head's size
+    scale = (small / size) ** 0.25  # similarities are divided by the square root of the head's size
     root = _root(x)
     if pairs is None:
         weight, bias = _weight(wide.q_proj).unflatten(0, (-1, size)), _bias(wide.q_proj).unflatten(0, (-1, size))
@@ -259,7 +263,7 @@ def _narrow_half(
         rows = (torch.arange(wide.q_proj.out_features // size).to(kept)[:, None] * size + kept).flatten()
         for mine, theirs in ((own.q_proj, wide.q_proj), (own.k_proj, wide.k_proj)):
             _linear(mine, *(scale * part for part in space.linear(theirs.weight[rows], theirs.bias[rows])))
-    # What the feed-forward network reads of a message.
+    # The subspace of a message that the feed-forward network reads.
     first = wide_mlp.fc1
     of_x, of_message = first.weight.chunk(2, dim=1)
     read = _range(of_message, _root(message), width)  # (2 C, narrow)
@@ -277,7 +281,7 @@ def _narrow_half(
         values.append(space.linear(column.T @ head @ weight, column.T @ head @ bias))
     _linear(own.v_proj, *(torch.cat(part) for part in zip(*values)))
     _linear(own.o_proj, torch.cat(columns, dim=1), to_read @ out.bias)
-    # The channels that say most, and the last layer fitted to what they say.
+    # The channels with the strongest effect. The last layer is fitted to their outputs.
     hidden = first(torch.cat([x, message], dim=1))
     active = wide_mlp.activation(wide_mlp.layer_norm(hidden))
     says = active.var(dim=0) * (space.into @ wide_mlp.fc2.weight).square().sum(dim=0)
@@ -302,6 +306,6 @@ def _narrow_half(
 def _narrow_assignment(own: MatchAssignment, wide: MatchAssignment, space: Coordinates) -> None:
     weight, bias = space.linear(wide.final_projection.weight, wide.final_projection.bias)
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    scale = (weight.shape[1] / weight.shape[0]) ** 0.25  # similarities are divided by the root of the width
+    scale = (weight.shape[1] / weight.shape[0]) ** 0.25  # similarities are divided by the square root of the width
     _linear(own.final_projection, scale * s[:, None] * v, scale * u.T @ bias)
     _linear(own.matchability, *space.linear(wide.matchability.weight, wide.matchability.bias))

@@ -18,15 +18,15 @@ import shards
 
 Array = np.ndarray
 
-STEP = 2  # pixels from one sample of a shard's depth and normals to the next
-LEAST, MOST = 0.15, 0.9  # overlap of a pair worth learning from
+STEP = 2  # pixels between two samples of a shard's depth and normals
+LEAST, MOST = 0.15, 0.9  # limits of the overlap of a pair that is useful for training
 SHARD_BYTES = 25_000_000
 
 
 def clusters(folder: Path, held_out: bool) -> list[dict[str, Any]]:
-    """What ``render.py`` noted of its clusters, by their numbers: the first few are of every scene.
+    """Read ``render.py``'s notes about its clusters, in the order of their numbers: the first few are from every scene.
 
-    Files' times say nothing: a copy may have others.
+    The files' modification times are not used, because those of copies may differ.
     """
     notes = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     notes.sort(key=lambda note: (note["cluster"], note["scene"]))
@@ -39,7 +39,7 @@ def load(folder: Path, name: str) -> dict[str, Array]:
 
 
 class Shard:
-    """What one file of views is made from, cluster by cluster."""
+    """The content of one file of views, collected cluster by cluster."""
 
     def __init__(self) -> None:
         self.views: list[shards.EncodedView] = []
@@ -90,7 +90,7 @@ class Shard:
 
 
 def pack_training(folder: Path, out: Path) -> None:
-    """Write ``rooms_0.npz``, ``rooms_1.npz``, ... of the views for training."""
+    """Write the training views to ``rooms_0.npz``, ``rooms_1.npz``, ..."""
     out.mkdir(parents=True, exist_ok=True)
     waiting = clusters(folder, held_out=False)
     number = shard_number = pairs = views = 0
@@ -133,7 +133,7 @@ def _names(path: Path) -> set[str]:
 
 
 def pack_evaluation(folder: Path, path: Path) -> None:
-    """Write the views for evaluation, as pictures of a camera, with depth of every pixel."""
+    """Write the evaluation views, as pictures of a camera, with the depth of every pixel."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shard = Shard()
     for number, note in enumerate(clusters(folder, held_out=True)):
@@ -148,25 +148,25 @@ def pack_evaluation(folder: Path, path: Path) -> None:
 
 
 def photograph(rng: np.random.Generator, view: dict[str, Array]) -> Array:
-    """What a camera may take of a view (H, W) uint8: lamps, some from where there are none in other views, and faults.
+    """Simulate a camera's picture (H, W) uint8 of a view, with lighting and image defects; some lamps are in no other.
 
     Args:
-        view: what ``render.py`` wrote.
+        view: a view as written by ``render.py``.
     """
     height, width = view["grey"].shape
     albedo, normals = shards.linear(view["grey"]), shards.decode_normals(view["normals"])
     seen = view["depth"] > 0
     lamps = shards.linear(view["light"]) if "light" in view else np.ones_like(albedo)
-    own = np.zeros_like(albedo)  # lamps of this view only: the day goes by, a lamp is switched on
+    own = np.zeros_like(albedo)  # lamps of this view only, as if time had passed or a lamp had been switched on
     for _ in range(int(rng.integers(1, 4))):
         direction = rng.normal(size=3) + [0, 0.8, 0]
         direction /= np.linalg.norm(direction)
         own += np.float32(rng.uniform(0.3, 1)) * np.maximum(normals @ direction.astype(np.float32), 0)
     share = rng.uniform(0.4, 1.0)
-    # From all around, more from the ceiling than from the floor.
+    # Ambient light, stronger from the ceiling than from the floor.
     around = rng.uniform(0.05, 0.25) * (0.75 + 0.25 * normals[..., 1])
     light = albedo * (share * lamps + (1 - share) * own + around)
-    light = np.where(seen, light, rng.uniform(0.3, 1.2))  # outside the window
+    light = np.where(seen, light, rng.uniform(0.3, 1.2))  # the outside, seen through a window
     y, x = np.mgrid[:height, :width]
     radius = np.hypot(x - (width - 1) / 2, y - (height - 1) / 2) / (width / 2)
     light = light * (1 - rng.uniform(0, 0.3) * radius**2)

@@ -26,11 +26,11 @@ from common import add_data_option, log_line, write_json
 
 from kpmatch_ros import weights
 
-AREA = 480_000  # pixels of a stored picture, at most: 800 x 600
+AREA = 480_000  # largest number of pixels of a stored picture: 800 x 600
 SHORTEST_SIDE = 320
 FEWEST_CORNERS = 120  # in a picture 640 pixels wide; with fewer there is nothing to learn from
 LEAST_SHARP = 100  # variance of the Laplacian of the picture as stored; blurred pictures have less
-HELD_OUT = 10  # every so many-th picture, by its hash, is kept for evaluation
+HELD_OUT = 10  # one in so many pictures, chosen by its hash, is kept for evaluation
 SHARD_BYTES = 25_000_000
 
 
@@ -39,11 +39,11 @@ class Source:
     """A public repository with pictures or rooms.
 
     Attributes:
-        licence: of what is taken from it.
-        author: who is to be named.
-        notice: regular expression on the files that state the licence.
-        take: regular expression on the path of a picture; None where there are no pictures to take.
-        most: at most so many pictures, so that no source outweighs the others.
+        licence: licence of what is taken from it.
+        author: author to be named.
+        notice: regular expression for the paths of files that state the licence.
+        take: regular expression for the paths of pictures; None if no pictures are taken.
+        most: largest number of pictures, so that no source outweighs the others.
     """
 
     repository: str
@@ -59,7 +59,7 @@ class Source:
 
 
 SOURCES = (
-    # Pictures named by an Open Images id, which is 16 hexadecimal digits; where the other 96 come from is not told.
+    # Only pictures named by an Open Images id of 16 hexadecimal digits; the origin of the other 96 is not documented.
     Source(
         "MiguelARD/DoorDetect-Dataset",
         "CC-BY-2.0",
@@ -84,7 +84,7 @@ SOURCES = (
     Source("hchoi405/dppm-scenes", "CC-BY-3.0, CC0-1.0", "as its rooms' LICENSE.txt tell", r"LICENSE\.txt$"),
 )
 
-# Registered weights and the file that holds them.
+# Registered weights and the files that hold them.
 TEACHERS = {
     "aliked-n16": "aliked-n16.pth",
     "lightglue-aliked": "aliked_lightglue.pth",
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def fetch_teachers(data: Path, source: Path | None) -> list[dict[str, str]]:
-    """Put the teachers' weights into ``data/teachers``; what they are."""
+    """Put the teachers' weights into ``data/teachers``; return their descriptions."""
     folder = data / "teachers"
     folder.mkdir(exist_ok=True)
     listed = []
@@ -141,7 +141,7 @@ def fetch_teachers(data: Path, source: Path | None) -> list[dict[str, str]]:
 
 
 def fetch_repository(source: Source, folder: Path, data: Path) -> str:
-    """Clone a repository into ``folder`` where it is not there, and keep its notices; the commit, where it is known."""
+    """Clone a repository into ``folder`` if it is missing, and copy its notices; return its commit, if it is known."""
     target = folder / source.name
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def fetch_repository(source: Source, folder: Path, data: Path) -> str:
 
 
 def run(*command: str) -> str:
-    """What a program printed; ends this one with the program's own words where it fails."""
+    """Run a program and return its output; if it fails, exit with its error message."""
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
         sys.exit(f"{' '.join(command)} failed: {finished.stderr.strip()}")
@@ -166,7 +166,7 @@ def run(*command: str) -> str:
 
 
 def store_pictures(data: Path, source: Source, root: Path, commit: str, pictures: list[dict[str, object]]) -> int:
-    """Write a source's pictures that are worth having to ``data/pictures``, each once, and list them; how many."""
+    """Write a source's useful pictures to ``data/pictures`` without duplicates, and list them; return their number."""
     (data / "pictures").mkdir(exist_ok=True)
     taken = 0
     known = np.array([_bits(str(picture["looks"])) for picture in pictures]).reshape(-1, 64)
@@ -181,7 +181,7 @@ def store_pictures(data: Path, source: Source, root: Path, commit: str, pictures
         known = np.vstack([known, fingerprint])
         encoded = shards.encode_grey(image, webp_quality=82, jpeg_quality=85)
         name = f"pictures/{sha256[:16]}.{'webp' if encoded[:4] == b'RIFF' else 'jpg'}"
-        if not (data / name).exists():  # a training may be reading it
+        if not (data / name).exists():  # a running training may read it
             (data / name).write_bytes(encoded)
         taken += 1
         pictures.append(
@@ -206,7 +206,7 @@ def _bits(text: str) -> np.ndarray:
 
 
 def _candidates(source: Source, root: Path) -> Iterator[tuple[str, str, np.ndarray | None]]:
-    """Path, SHA-256 and what :func:`read_picture` makes of a source's pictures, in a fixed random order."""
+    """Yield path, SHA-256 and :func:`read_picture` of a source's pictures, in a fixed random order."""
     paths = [path for path in _files(root) if re.search(source.take or "", path)]
     paths.sort(key=lambda path: hashlib.sha256(path.encode()).digest())
 
@@ -215,18 +215,18 @@ def _candidates(source: Source, root: Path) -> Iterator[tuple[str, str, np.ndarr
         return path, hashlib.sha256(content).hexdigest(), read_picture(content)
 
     with ThreadPoolExecutor(1) as pool:
-        for start in range(0, len(paths), 64):  # not all at once: more may be there than are taken
+        for start in range(0, len(paths), 64):  # in parts, because there may be more pictures than are taken
             yield from pool.map(read, paths[start : start + 64])
 
 
 def _files(root: Path) -> list[str]:
-    """The files below a folder, as paths from there, in order."""
+    """The files below a folder, as sorted relative paths."""
     files = (file for file in root.rglob("*") if file.is_file() and ".git" not in file.parts)
     return sorted(str(file.relative_to(root)) for file in files)
 
 
 def read_picture(content: bytes) -> np.ndarray | None:
-    """The picture (H, W) grey; None where it is too small, too plain, blurred or unreadable."""
+    """Decode a picture to grey (H, W); None if it is too small, too plain, blurred or unreadable."""
     image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE)
     if image is None:
         return None
@@ -241,7 +241,7 @@ def read_picture(content: bytes) -> np.ndarray | None:
 
 
 def difference_hash(image: np.ndarray) -> np.ndarray:
-    """64 bits that size and compression of a picture hardly change: is each spot brighter than its left neighbour?
+    """64 bits that hardly depend on a picture's size and compression: whether each cell is brighter than its left one.
 
     Args:
         image: (H, W) grey or (H, W, 3) BGR, uint8.
@@ -252,7 +252,7 @@ def difference_hash(image: np.ndarray) -> np.ndarray:
 
 
 def write_table(path: Path, pictures: list[dict[str, object]]) -> None:
-    """A table of the pictures that is small enough to be kept with the code."""
+    """Write a table of the pictures that is small enough for the repository."""
     with path.open("w", newline="") as stream:
         table = csv.writer(stream, lineterminator="\n")
         table.writerow(["repository", "picture", "licence", "sha256, first 16 digits", "width", "height", "split"])
@@ -270,7 +270,7 @@ def write_table(path: Path, pictures: list[dict[str, object]]) -> None:
 
 
 def pack_pictures(data: Path, pictures: list[dict[str, object]]) -> None:
-    """Put the pictures for training into ``data/shards/photos_*.npz``, mixed, the others into ``data/eval``."""
+    """Write the training pictures to ``data/shards/photos_*.npz``, mixed, and the others to ``data/eval``."""
     ordered = sorted(pictures, key=lambda picture: str(picture["sha256"]))
     for folder in ("shards", "eval"):
         (data / folder).mkdir(exist_ok=True)

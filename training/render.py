@@ -22,7 +22,7 @@ from pathlib import Path
 
 import cv2
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its products are of 3 x 3 here: threads would only wait
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its products are only 3 x 3 here: threads would only wait
 
 import drjit as dr
 import mitsuba as mi
@@ -34,12 +34,12 @@ mi.set_variant("llvm_ad_rgb")
 Array = np.ndarray
 
 WIDTH, HEIGHT = 640, 480
-SAMPLES = 3  # squared: rays through a pixel, for the albedo
-PREVIEW = 8  # a preview has so many times fewer columns and rows
-NEAREST = 0.3  # metres from a camera to anything
-LIGHT = 0.995  # albedo from which on a surface is a lamp
-VIEWS = 6  # of a cluster
-PAPERS = 16  # pictures to paper a room with
+SAMPLES = 3  # rays in each direction through a pixel, for the albedo
+PREVIEW = 8  # a preview has this many times fewer columns and rows
+NEAREST = 0.3  # metres: smallest distance of a camera from anything
+LIGHT = 0.995  # lowest albedo of a lamp's surface
+VIEWS = 6  # number of views of a cluster
+PAPERS = 16  # number of pictures for the wallpaper of a room
 GLASS = {"dielectric", "thindielectric", "roughdielectric"}
 METAL = {"conductor", "roughconductor"}
 
@@ -49,9 +49,9 @@ class Room:
     """A room to render.
 
     Attributes:
-        folder: below the folder of sources.
+        folder: its folder below the folder of sources.
         scale: metres per unit of the file.
-        held_out: for evaluation only.
+        held_out: whether it is only for evaluation.
     """
 
     name: str
@@ -77,10 +77,10 @@ ROOMS = (
 
 
 class Scene:
-    """A room that rays can be cast into.
+    """A room for ray casting.
 
     Args:
-        folder: with ``scene.xml``, meshes and textures.
+        folder: a folder with ``scene.xml``, meshes and textures.
         scale: metres per unit of the file.
     """
 
@@ -90,7 +90,7 @@ class Scene:
         self._masked = False
         self.missing: list[str] = []
         materials = {element.get("id"): element for element in root.findall("bsdf")}
-        self._plain: list[mi.BSDF] = []  # materials of one colour, which can be papered
+        self._plain: list[mi.BSDF] = []  # materials of one colour, which can get wallpaper
         self._paper: Paper | None = None
         self.lights: list[Light] = []
         content: dict[str, object] = {"type": "scene"}
@@ -103,7 +103,7 @@ class Scene:
         placed = root.find("sensor/transform")
         if placed is None:
             raise ValueError(f"{folder / 'scene.xml'} has no camera: nobody knows where the room is")
-        self.inside = scale * np.array(_transform(placed).matrix, float)[:3, 3]  # where the author's camera is
+        self.inside = scale * np.array(_transform(placed).matrix, float)[:3, 3]  # position of the author's camera
 
     def _shape(
         self,
@@ -112,7 +112,7 @@ class Scene:
         known: dict[str, object],
         scale: float,
     ) -> dict[str, object] | None:
-        """What Mitsuba makes a shape from; None for glass, and where the mesh is not there."""
+        """Mitsuba's dictionary of a shape; None for glass, and if the mesh is missing."""
         made: dict[str, object] = {"type": shape.get("type")}
         file = shape.find("string[@name='filename']")
         if file is not None:
@@ -164,7 +164,7 @@ class Scene:
         return made
 
     def _material(self, material: ElementTree.Element) -> dict[str, object] | None:
-        """The matt material of the same colour; None for glass."""
+        """The diffuse material of the same colour; None for glass."""
         every = [material, *material.iter("bsdf")]
         kinds = {element.get("type") for element in every}
         if kinds & GLASS:
@@ -185,7 +185,7 @@ class Scene:
         return _matt(colour)
 
     def _cut_out(self, colour: dict[str, object], opacity: dict[str, object]) -> dict[str, object]:
-        """A texture of a colour that is -1 where nothing is to be seen (Mitsuba's mask needs a newer LLVM)."""
+        """A texture of a colour that is -1 where it is transparent (Mitsuba's mask needs a newer LLVM)."""
         if opacity["type"] != "bitmap":
             return colour
         image = cv2.imread(str(opacity["filename"]), cv2.IMREAD_UNCHANGED)
@@ -222,15 +222,15 @@ class Scene:
     # --- rays
 
     def hits(self, origins: Array, directions: Array) -> tuple[Array, Array, Array]:
-        """What rays meet.
+        """Cast rays.
 
         Args:
             origins: (N, 3) or (3,), metres.
             directions: (N, 3), of any length.
 
         Returns:
-            (N,) how many times ``directions`` to the hit, 0 for none; (N, 3) unit normals of the shading on the ray's
-            side; (N, 3) albedo, proportional to light, 0 for none.
+            (N,) distances to the hits in units of ``directions``, 0 without a hit; (N, 3) unit shading normals on the
+            ray's side; (N, 3) albedo, proportional to light, 0 without a hit.
         """
         count = len(directions)
         o = mi.Point3f(np.ascontiguousarray(np.broadcast_to(origins, (count, 3)).T, np.float32))
@@ -242,19 +242,19 @@ class Scene:
         return np.array(distance), np.array(normal).reshape(3, -1).T, np.array(albedo).reshape(3, -1).T
 
     def pixels(self, pose: Pose, pixels: Array) -> tuple[Array, Array]:
-        """What pixels' centres see: depth (N,) in metres, 0 for nothing, and world normals (N, 3)."""
+        """Return depth (N,) in metres at the pixels' centres, 0 for nothing, and world normals (N, 3)."""
         depth, normals, _ = self.hits(pose.T_world_camera[:3, 3], pixel_rays(pose, pixels))
         return depth, normals
 
     def colours(self, pose: Pose, pixels: Array, seed: int) -> tuple[Array, Array]:
-        """Albedo (N, 3), and light (N,) that falls onto it, each the mean over a pixel; 0 where there is nothing."""
+        """Return albedo (N, 3) and incident light (N,), averaged over each pixel; 0 where there is nothing."""
         across, down, straight = (mi.Vector3f(*(float(v) for v in column)) for column in ray_matrix(pose).T)
         o = mi.Point3f(*(float(v) for v in pose.T_world_camera[:3, 3]))
         column, row = (mi.Float(np.ascontiguousarray(part, np.float32)) for part in pixels.T)
         random = mi.PCG32(size=len(pixels), initstate=seed)
         albedo, light = dr.zeros(mi.Color3f, len(pixels)), dr.zeros(mi.Float, len(pixels))
         across_pixel = dr.opaque(mi.Float, 0.7 / float(pose.K[0, 0]) / SAMPLES)
-        # Numbers in the code would have it compiled anew for every view.
+        # Literals would be compiled into the kernel, which would have to be compiled again for every view.
         dr.make_opaque(across, down, straight, o, albedo, light)
         for number in range(SAMPLES**2):
             left, top = dr.opaque(mi.Float, number % SAMPLES), dr.opaque(mi.Float, number // SAMPLES)
@@ -269,7 +269,7 @@ class Scene:
         return np.array(albedo / SAMPLES**2).reshape(3, -1).T, np.array(light / SAMPLES**2)
 
     def _light(self, lamp: Light, place: mi.Point3f, normal: mi.Normal3f, valid: mi.Bool, random: mi.PCG32) -> mi.Float:
-        """What a random point of a lamp sends to a place, shadows considered."""
+        """Return the light that a random point of a lamp sends to a place, including shadows."""
         spread = mi.Vector3f(random.next_float32(), random.next_float32(), random.next_float32()) - 0.5
         start = place + normal * 2e-3
         way = (
@@ -290,11 +290,11 @@ class Scene:
     def _trace(
         self, o: mi.Point3f, d: mi.Vector3f, across_pixel: mi.Float
     ) -> tuple[mi.Float, mi.Bool, mi.Normal3f, mi.Color3f, mi.SurfaceInteraction3f]:
-        """Distance to what unit rays meet, whether they meet anything, normal on the ray's side, albedo."""
+        """Return the hits of unit rays: distance, validity, normal on the ray's side, albedo, and the interaction."""
         si = self.scene.ray_intersect(mi.Ray3f(o, d))
         travelled = mi.Float(si.t)
         albedo = si.bsdf().eval_diffuse_reflectance(si, si.is_valid())
-        if self._masked:  # go on through what is cut out
+        if self._masked:  # continue through transparent parts
             for _ in range(3):
                 through = si.is_valid() & (albedo.x < 0)
                 behind = self.scene.ray_intersect(mi.Ray3f(si.p + d * 1e-4, d), through)
@@ -309,11 +309,11 @@ class Scene:
         return travelled, valid, normal, dr.select(valid, albedo, 0), si
 
     def paper(self, rng: np.random.Generator, pictures: list[Array]) -> None:
-        """Paper most of the materials of one colour with pictures (H, W) uint8; with none, take the paper off."""
+        """Put pictures (H, W) uint8 on most of the materials of one colour, like wallpaper; without any, remove it."""
         self._paper = Paper(rng, pictures, self._plain) if pictures else None
 
     def illuminate(self, rng: np.random.Generator) -> None:
-        """Hang some lamps into the room, near the ceiling or anywhere."""
+        """Add some lamps to the room, near the ceiling or anywhere."""
         self.lights = []
         for position in wander(self, rng)[: int(rng.integers(2, 4))]:
             above = self.hits(position, np.array([[0.0, 1.0, 0.0]]))[0][0]
@@ -323,7 +323,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Light:
-    """A lamp: where (3,) in metres, the side of the cube that shines in metres, and how bright it is."""
+    """A lamp: its position (3,) in metres, the side of the luminous cube in metres, and its brightness."""
 
     position: Array
     size: float
@@ -331,15 +331,15 @@ class Light:
 
 
 class Paper:
-    """Pictures on materials of one colour: laid onto the surfaces along the world's axes, so that no view matters.
+    """Pictures on materials of one colour. They are projected along the world's axes, independently of the view.
 
     Args:
         pictures: (H, W) uint8.
-        materials: which ones may be papered; about a quarter are left.
+        materials: materials that may get wallpaper; about a quarter are left unchanged.
     """
 
     SIDE = 512
-    LEVELS = 7  # of resolution, each half of the one before
+    LEVELS = 7  # of resolution, each with half of the one before
 
     def __init__(self, rng: np.random.Generator, pictures: list[Array], materials: list[mi.BSDF]) -> None:
         parts = []
@@ -349,7 +349,7 @@ class Paper:
             image = cv2.resize(
                 picture[y : y + side, x : x + side], (self.SIDE, self.SIDE), interpolation=cv2.INTER_AREA
             ).astype(np.float32)
-            image = np.block([[image, image[:, ::-1]], [image[::-1], image[::-1, ::-1]]])  # it can be laid side by side
+            image = np.block([[image, image[:, ::-1]], [image[::-1], image[::-1, ::-1]]])  # so that tiles fit together
             image = (image - image.mean()) / max(image.std(), 1)
             for _ in range(self.LEVELS):
                 parts.append(image.ravel())
@@ -365,7 +365,7 @@ class Paper:
         for number in numbers:
             if rng.random() < 0.75:
                 contrast[number] = rng.uniform(0.05, 0.45)
-                tile[number] = np.exp(rng.uniform(*np.log([1.6, 8.0])))  # metres of a picture and its mirror image
+                tile[number] = np.exp(rng.uniform(*np.log([1.6, 8.0])))  # metres, of a picture and its mirror image
                 which[number] = rng.integers(len(pictures))
                 brightness[number] = rng.uniform(0.3, 0.9)
         self._count = dr.opaque(mi.UInt32, count)
@@ -374,7 +374,7 @@ class Paper:
         self._shift = [mi.Float(part.astype(np.float32)) for part in shift]
 
     def on(self, si: mi.SurfaceInteraction3f, valid: mi.Bool, albedo: mi.Color3f, footprint: mi.Float) -> mi.Color3f:
-        """The albedo with paper; ``footprint`` is the size in metres of what is seen as one."""
+        """Return the albedo with wallpaper; ``footprint`` is the size of a pixel on the surface, metres."""
         number = dr.reinterpret_array(mi.UInt32, si.bsdf())
         papered = valid & (number < self._count)
         contrast = dr.gather(mi.Float, self._contrast, number, papered)
@@ -424,7 +424,7 @@ def _matt(colour: dict[str, object]) -> dict[str, object]:
 
 
 def _transform(element: ElementTree.Element) -> mi.ScalarTransform4f:
-    """A ``<transform>``: its parts one after the other."""
+    """Read a ``<transform>`` by applying its parts in turn."""
     result = mi.ScalarTransform4f()
     for part in element:
         if part.tag == "matrix":
@@ -461,7 +461,7 @@ class Pose:
 
 
 def look(position: Array, direction: Array, roll: float, focal: float) -> Pose:
-    """The camera at a place (3,) that looks along a direction (3,), turned by ``roll`` radians about it."""
+    """Return the camera at a position (3,) that looks along a direction (3,), rotated by ``roll`` radians about it."""
     forward = direction / np.linalg.norm(direction)
     right = np.cross(forward, [0.0, 1.0, 0.0])
     right /= np.linalg.norm(right)
@@ -474,25 +474,25 @@ def look(position: Array, direction: Array, roll: float, focal: float) -> Pose:
 
 
 def ray_matrix(pose: Pose) -> Array:
-    """(3, 3): what makes of a pixel (column, row, 1) the world direction that goes a metre along the optical axis."""
+    """The matrix (3, 3) from a pixel (column, row, 1) to its ray in the world, with 1 m along the optical axis."""
     return pose.T_world_camera[:3, :3] @ np.linalg.inv(pose.K)
 
 
 def pixel_rays(pose: Pose, pixels: Array) -> Array:
-    """(N, 3) world directions through pixels (N, 2), so long that they go one metre along the optical axis."""
+    """Return rays (N, 3) in the world through pixels (N, 2), with a component of 1 m along the optical axis."""
     across, down, straight = ray_matrix(pose).T
     return pixels[:, :1] * across + pixels[:, 1:] * down + straight
 
 
 def grid(step: int = 1) -> Array:
-    """Every so many-th pixel of an image (N, 2), row by row: column, row."""
+    """Pixels (N, 2) as column, row, row by row: the centres of blocks of ``step`` x ``step`` pixels of an image."""
     rows, columns = np.mgrid[: HEIGHT // step, : WIDTH // step] * step + (step - 1) / 2
     return np.stack([columns.ravel(), rows.ravel()], 1)
 
 
 @dataclass
 class Preview:
-    """A pose and what it sees on a coarse grid: depth, normals, albedo of (H / PREVIEW, W / PREVIEW)."""
+    """A pose and its view on a coarse grid: depth, normals, albedo of (H / PREVIEW, W / PREVIEW)."""
 
     pose: Pose
     depth: Array
@@ -507,7 +507,7 @@ def preview(scene: Scene, pose: Pose) -> Preview:
 
 
 def worth_it(seen: Preview, scale: float = 1.0) -> bool:
-    """Whether there is enough in a view, at a useful distance, and not only plain wall."""
+    """Whether a view shows enough, at a useful distance, and not only plain walls."""
     solid = seen.depth > 0
     good = solid & (seen.albedo.min(-1) < LIGHT)
     if good.mean() < 0.7:
@@ -519,13 +519,13 @@ def worth_it(seen: Preview, scale: float = 1.0) -> bool:
     changes = np.zeros(grey.shape, bool)
     for image in (grey, shade.astype(np.float32)):
         changes |= cv2.morphologyEx(image, cv2.MORPH_GRADIENT, np.ones((3, 3))) > 12
-    # In each of 4 x 3 parts of the view, or nearly, something must be.
+    # At least 9 of the 4 x 3 parts of the view must show something.
     parts = cv2.resize(changes.astype(np.float32), (4, 3), interpolation=cv2.INTER_AREA)
     return bool(changes.mean() > 0.2 and (parts > 0.06).sum() >= 9)
 
 
 def free(scene: Scene, positions: Array) -> Array:
-    """(N,) whether places (N, 3) are in a room, a fair height above something, and nothing is too near."""
+    """Whether positions (N, 3) are in a room, at a reasonable height, and not too near to anything, (N,) bool."""
     directions = around()
     distance, _, _ = scene.hits(positions.repeat(len(directions), 0), np.tile(directions, (len(positions), 1)))
     distance = distance.reshape(len(positions), len(directions))
@@ -536,7 +536,7 @@ def free(scene: Scene, positions: Array) -> Array:
 
 
 def around(count: int = 100) -> Array:
-    """(N, 3) unit vectors all around; the first points down, the second up."""
+    """Unit vectors (N, 3) in all directions; the first points down, the second up."""
     i = np.arange(count) + 0.5
     height, turn = 1 - 2 * i / count, np.pi * (1 + 5**0.5) * i
     flat = np.sqrt(1 - height**2)
@@ -544,7 +544,7 @@ def around(count: int = 100) -> Array:
 
 
 def wander(scene: Scene, rng: np.random.Generator, count: int = 64) -> Array:
-    """(N, 3) places in the room that can be reached from the author's camera without going through anything."""
+    """Return positions (N, 3) in the room that can be reached from the author's camera without crossing anything."""
     positions = np.tile(scene.inside, (count, 1))
     for _ in range(4):
         directions = rng.normal(size=(count, 3)) * [1, 0.3, 1]
@@ -558,7 +558,7 @@ def wander(scene: Scene, rng: np.random.Generator, count: int = 64) -> Array:
 
 
 def anchor(scene: Scene, rng: np.random.Generator) -> Preview | None:
-    """A view from a random place; None where none was found in many tries."""
+    """Return a view from a random position; None if many tries found none."""
     for _ in range(100):
         for position in wander(scene, rng)[:8]:
             for _ in range(6):
@@ -572,7 +572,7 @@ def anchor(scene: Scene, rng: np.random.Generator) -> Preview | None:
 
 
 def neighbour(scene: Scene, first: Preview, rng: np.random.Generator) -> Preview | None:
-    """A view from another place of something that the first view sees; None where this try failed."""
+    """Return a view from another position of something that the first view shows; None if this try failed."""
     rows, columns = first.depth.shape
     row, column = rng.integers(rows // 4, 3 * rows // 4), rng.integers(columns // 4, 3 * columns // 4)
     depth = first.depth[row, column]
@@ -580,7 +580,7 @@ def neighbour(scene: Scene, first: Preview, rng: np.random.Generator) -> Preview
         return None
     pixel = np.array([[column, row]]) * PREVIEW + (PREVIEW - 1) / 2
     centre = first.pose.T_world_camera[:3, 3]
-    back = -pixel_rays(first.pose, pixel)[0] * depth  # from the spot to the camera
+    back = -pixel_rays(first.pose, pixel)[0] * depth  # from the target point to the camera
     spot = centre - back
     turn, tilt = np.radians(rng.uniform(-45, 45)), np.radians(rng.uniform(-15, 15))
     distance = np.linalg.norm(back)
@@ -596,7 +596,7 @@ def neighbour(scene: Scene, first: Preview, rng: np.random.Generator) -> Preview
     clear, _, _ = scene.hits(position, (spot - position)[None])
     if not 0.97 < clear[0] < 1.03 or not free(scene, position[None])[0]:
         return None
-    # The spot need not be in the middle of the other view.
+    # The target point need not be in the centre of the other view.
     focal = np.exp(rng.uniform(*np.log([380, 700])))
     roll = np.radians(rng.uniform(-20, 20) if rng.random() < 0.5 else rng.normal() * 3)
     pose = look(position, spot - position, roll, focal)
@@ -609,7 +609,7 @@ def neighbour(scene: Scene, first: Preview, rng: np.random.Generator) -> Preview
 
 
 def overlap(one: Preview, other: Preview) -> float:
-    """The share of one view's pixels whose surface the other sees too."""
+    """The share of one view's pixels whose surface the other view also shows."""
     depth = one.depth.ravel()
     step = HEIGHT // one.depth.shape[0]
     points = one.pose.T_world_camera[:3, 3] + pixel_rays(one.pose, grid(step)) * depth[:, None]
@@ -621,7 +621,7 @@ def overlap(one: Preview, other: Preview) -> float:
     rows, columns = other.depth.shape
     inside = (depth > 0) & (there[:, 2] > 0.05) & (cells >= 0).all(1) & (cells < [columns, rows]).all(1)
     column, row = np.where(inside, cells[:, 0], 0).astype(int), np.where(inside, cells[:, 1], 0).astype(int)
-    # The nearest sample of a slanted surface differs in depth though it is the same surface: any neighbour may agree.
+    # On a slanted surface the nearest sample has another depth, so agreement with any neighbour is enough.
     lowest = cv2.erode(other.depth.astype(np.float32), np.ones((3, 3)))[row, column]
     highest = cv2.dilate(other.depth.astype(np.float32), np.ones((3, 3)))[row, column]
     same = inside & (other.depth[row, column] > 0) & (z > lowest * 0.99) & (z < highest * 1.01)
@@ -632,12 +632,12 @@ def overlap(one: Preview, other: Preview) -> float:
 
 
 def render(scene: Scene, pose: Pose, rng: np.random.Generator) -> dict[str, Array]:
-    """A view in full.
+    """Render a view in full resolution.
 
     Returns:
-        ``rgb`` (H, W, 3) and ``grey`` (H, W) uint8, sRGB-coded albedo, and ``light`` (H, W) float32, what falls onto
-        it, to be multiplied by the linear albedo: the means over each pixel; ``normals`` (H, W, 3) uint8, coded world
-        vectors, and ``depth`` (H, W) float32 metres, of what pixels' centres see; ``K``, ``T_world_camera``.
+        ``rgb`` (H, W, 3) and ``grey`` (H, W) uint8, sRGB-coded albedo, and ``light`` (H, W) float32, the incident light
+        to multiply by the linear albedo, all averaged over each pixel; ``normals`` (H, W, 3) uint8, encoded world
+        vectors, and ``depth`` (H, W) float32 metres, at the pixels' centres; ``K``, ``T_world_camera``.
     """
     depth, normals = scene.pixels(pose, grid())
     albedo, light = scene.colours(pose, grid(), int(rng.integers(1 << 30)))
@@ -654,10 +654,10 @@ def render(scene: Scene, pose: Pose, rng: np.random.Generator) -> dict[str, Arra
 
 
 def render_cluster(scene: Scene, room: Room, number: int, folder: Path, pictures: list[Array]) -> int:
-    """Render a cluster of views into ``folder``; how many views.
+    """Render a cluster of views into ``folder``; return the number of views.
 
     Args:
-        pictures: (H, W) uint8 to paper the room with; none leave it as it is.
+        pictures: (H, W) uint8 pictures for the wallpaper of the room; none leave it unchanged.
     """
     rng = np.random.default_rng([number, *room.name.encode()])
     scene.paper(rng, [pictures[i] for i in rng.choice(len(pictures), min(PAPERS, len(pictures)), replace=False)])
@@ -701,7 +701,7 @@ def render_cluster(scene: Scene, room: Room, number: int, folder: Path, pictures
 
 
 def overlap_of_maps(one: Preview, other: Preview) -> float:
-    """As :func:`overlap`, of maps whose sample (0, 0) lies at the image's pixel (0, 0)."""
+    """Compute :func:`overlap` for maps whose sample (0, 0) is at the image's pixel (0, 0)."""
     step = HEIGHT // one.depth.shape[0]
     shift = (step - 1) / 2
     moved = []
@@ -719,7 +719,7 @@ def save(path: Path, **arrays: Array) -> None:
 
 
 def numbered(rooms: list[Room], held_out: bool, first: int, count: int) -> list[tuple[int, Room]]:
-    """``count`` clusters, numbered from ``first`` on, of each of the rooms that are held out or that are not."""
+    """Number ``count`` clusters from ``first`` on, for each of the rooms that are held out or that are not."""
     return [(number, room) for number in range(first, first + count) for room in rooms if room.held_out == held_out]
 
 

@@ -1,14 +1,14 @@
 """Training data in a few files: photographs, and views of rendered rooms with depth, normals and poses.
 
-A shard is an .npz file of plain arrays. Encoded images lie one after the other in an array of bytes, with the offsets
-at which they begin. Only NumPy and OpenCV are needed to read one.
+A shard is an .npz file of plain arrays. Encoded images are concatenated in an array of bytes, with an array of the
+offsets of their beginnings. Reading a shard needs only NumPy and OpenCV.
 
 Coordinates: the pixel in column c and row r has its centre at (c, r), so that the top left corner of an image is at
 (-0.5, -0.5). A camera looks along +z, x points right, y points down. A world point is ``T_world_camera`` times a
 camera point. Depth is the camera's z in metres, not the length of the ray.
 
-A view's image is larger than its maps of depth and normals. A sample of a map is what the ray through one pixel's
-centre hits, it is no mean. The sample in column c and row r of a map lies at the image's pixel (step * c, step * r),
+A view's image is larger than its maps of depth and normals. A sample of a map is the value at the ray through one
+pixel's centre, not a mean. The sample in column c and row r of a map is at the image's pixel (step * c, step * r),
 with step = image width / map width (2 in training shards, 1 in the evaluation set).
 """
 
@@ -26,7 +26,7 @@ Array = np.ndarray
 
 WEBP_QUALITY = 85
 NORMALS_QUALITY = 90
-DEPTH_STEP = 1e-4  # of inverse depth, in 1/m: with a baseline of 1 m and a focal length of 500 px, 0.05 px
+DEPTH_STEP = 1e-4  # of inverse depth, in 1/m: 0.05 px with a baseline of 1 m and a focal length of 500 px
 LARGEST_CODE = 65535
 
 
@@ -36,22 +36,22 @@ class Rooms:
 
     Attributes:
         images: N grey images (H, W) uint8. In training shards: albedo, that is the surface's colour without any light,
-            sRGB-coded (:func:`linear` undoes that). In the evaluation set: lit pictures as a camera takes them.
-        light: N images (H, W) uint8, sRGB-coded, of the light that falls onto what an image shows, cast shadows
-            included, in a unit that is the same for the views of a cluster. ``linear(image) * linear(light)`` is a
-            picture under the room's lamps; some light from all around is missing in it. All 255 where it is not known.
-        normals: (N, h, w, 3) uint8, unit vectors in the world's frame towards the camera's side;
-            :func:`decode_normals` makes numbers of them. They mean nothing where the depth is 0.
+            sRGB-coded (:func:`linear` decodes it). In the evaluation set: lit pictures like a camera's.
+        light: N images (H, W) uint8, sRGB-coded, of the light that falls onto what an image shows, including cast
+            shadows, in a unit that is the same for all views of a cluster. ``linear(image) * linear(light)`` is a
+            picture under the room's lamps, without part of the ambient light. All 255 if it is unknown.
+        normals: (N, h, w, 3) uint8, unit vectors in the world frame towards the camera's side, encoded for
+            :func:`decode_normals`. They are undefined where the depth is 0.
         depth: (N, h, w) float32, metres along the optical axis; 0 where there is nothing.
         K: (N, 3, 3) float64, in pixels of the image.
         T_world_camera: (N, 4, 4) float64.
         scene: (N,) int64, index into ``scene_names``.
         scene_names: names of the rooms.
         cluster: (N,) int64; views of one cluster look at the same place.
-        names: of the views.
+        names: names of the views.
         pairs: (P, 2) int64, indices of views that see some of the same surface.
-        overlaps: (P, 2) float32. For a pair (i, j): the share of i's pixels whose surface j sees, and of j's that i
-            sees.
+        overlaps: (P, 2) float32. For a pair (i, j): the share of i's pixels whose surface j sees, and the share of j's
+            pixels whose surface i sees.
     """
 
     images: list[Array]
@@ -72,11 +72,11 @@ class Rooms:
 
 
 def write_photos(path: Path, encoded: Sequence[bytes], names: Sequence[str]) -> None:
-    """Write photographs that are encoded already.
+    """Write photographs that are already encoded.
 
     Args:
         encoded: contents of WebP or JPEG files of grey images.
-        names: one for each.
+        names: one name for each.
     """
     sizes = [_decode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE).shape[::-1] for content in encoded]
     content, offsets = _joined(encoded)
@@ -90,19 +90,19 @@ def write_photos(path: Path, encoded: Sequence[bytes], names: Sequence[str]) -> 
 
 
 def read_photos(path: Path | str) -> list[Array]:
-    """The grey images (H, W) uint8 of a shard of photographs."""
+    """Read the grey images (H, W) uint8 of a shard of photographs."""
     with np.load(path, allow_pickle=False) as arrays:
         return [_decode(part, cv2.IMREAD_GRAYSCALE) for part in _parts(arrays["content"], arrays["offsets"])]
 
 
 def photo_names(path: Path | str) -> list[str]:
-    """The names of a shard's photographs, in the order of :func:`read_photos`."""
+    """Read the names of a shard's photographs, in the order of :func:`read_photos`."""
     with np.load(path, allow_pickle=False) as arrays:
         return [str(name) for name in arrays["names"]]
 
 
 def encode_grey(image: Array, webp_quality: int = WEBP_QUALITY, jpeg_quality: int = 88) -> bytes:
-    """An image (H, W) uint8 as WebP, or as JPEG where that is smaller and no worse."""
+    """Encode an image (H, W) uint8 as WebP, or as JPEG if that is smaller and not less exact."""
     webp = _encode(".webp", image, [cv2.IMWRITE_WEBP_QUALITY, webp_quality])
     jpeg = _encode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, jpeg_quality])
     if len(jpeg) < len(webp):
@@ -122,12 +122,12 @@ EncodedView = tuple[bytes, bytes, bytes, bytes, Array]
 
 
 def encode_view(image: Array, light: Array | None, normals: Array, depth: Array) -> EncodedView:
-    """What :func:`write_rooms` takes of a view.
+    """Encode a view for :func:`write_rooms`.
 
     Args:
         image: (H, W) uint8.
-        light: (H, W) uint8; None where it is not known.
-        normals: (h, w, 3) float, unit vectors, or uint8, coded ones.
+        light: (H, W) uint8; None if it is unknown.
+        normals: (h, w, 3) unit vectors as float, or encoded as uint8.
         depth: (h, w) float, metres, 0 where there is nothing.
 
     Returns:
@@ -163,7 +163,7 @@ def write_rooms(
     pairs: Array,
     overlaps: Array,
 ) -> None:
-    """Write views; ``views`` holds what :func:`encode_view` gives of each, the rest is as in :class:`Rooms`."""
+    """Write views from :func:`encode_view`; the other arguments are as in :class:`Rooms`."""
     arrays = {}
     for number, what in enumerate(("images", "light", "normals", "depth")):
         arrays[what], arrays[f"{what}_offsets"] = _joined([view[number] for view in views])
@@ -183,7 +183,7 @@ def write_rooms(
 
 
 def read_rooms(path: Path | str) -> Rooms:
-    """The views of a shard of rooms; there may be none."""
+    """Read the views of a shard of rooms, which may be empty."""
     with np.load(path, allow_pickle=False) as arrays:
         codes = [_decode(part, cv2.IMREAD_UNCHANGED) for part in _parts(arrays["depth"], arrays["depth_offsets"])]
         normals = [_decode(part, cv2.IMREAD_COLOR) for part in _parts(arrays["normals"], arrays["normals_offsets"])]
@@ -207,35 +207,35 @@ def read_rooms(path: Path | str) -> Rooms:
 
 
 def linear(image: Array) -> Array:
-    """sRGB-coded numbers (any shape, uint8) as float32 proportional to light, 0 to 1."""
+    """Decode sRGB (any shape, uint8) to float32 proportional to light, 0 to 1."""
     x = np.arange(256, dtype=np.float32) / 255
     table = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4).astype(np.float32)
     return table[image]
 
 
 def srgb(light: Array) -> Array:
-    """The contrary of :func:`linear`: any shape, 0 to 1 and clipped to that, to uint8."""
+    """Encode light as sRGB, the inverse of :func:`linear`: any shape, clipped to 0 to 1, to uint8."""
     x = np.clip(light, 0, 1)
     x = np.where(x <= 0.0031308, 12.92 * x, 1.055 * np.power(x, 1 / 2.4) - 0.055)
     return np.round(x * 255).astype(np.uint8)
 
 
 def encode_normals(normals: Array) -> Array:
-    """Unit vectors (..., 3) as uint8."""
+    """Encode unit vectors (..., 3) as uint8."""
     return np.round(np.clip(normals, -1, 1) * 127 + 128).astype(np.uint8)
 
 
 def decode_normals(coded: Array) -> Array:
-    """uint8 (..., 3) as float32 unit vectors."""
+    """Decode uint8 (..., 3) to float32 unit vectors."""
     normals = (coded.astype(np.float32) - 128) / 127
     return normals / np.maximum(np.linalg.norm(normals, axis=-1, keepdims=True), 1e-6)
 
 
 def encode_depth(depth: Array) -> tuple[Array, Array]:
-    """Depth (h, w) in metres as codes (h, w) uint16, 0 for nothing, and (2,) float64 offset and step.
+    """Encode depth (h, w) in metres as codes (h, w) uint16, 0 for nothing, and (2,) float64 offset and step.
 
-    A code c > 0 stands for the inverse depth ``offset + step * (c - 1)``. Inverse depth is linear over a plane's image,
-    and an error of it moves a reprojected point by as many pixels near and far.
+    A code c > 0 stands for the inverse depth ``offset + step * (c - 1)``. Inverse depth is linear in the image of a
+    plane, and an error of it moves a reprojected point by the same number of pixels, near or far.
     """
     seen = depth > 0
     if not seen.any():
@@ -248,7 +248,7 @@ def encode_depth(depth: Array) -> tuple[Array, Array]:
 
 
 def decode_depth(codes: Array, scale: Array) -> Array:
-    """The contrary of :func:`encode_depth`: (h, w) float32 metres, 0 for nothing."""
+    """Decode depth, the inverse of :func:`encode_depth`: (h, w) float32 metres, 0 for nothing."""
     seen = codes > 0
     inverse = scale[0] + scale[1] * (codes.astype(np.float64) - 1)
     return np.where(seen, 1 / np.where(seen, inverse, 1), 0).astype(np.float32)
@@ -269,7 +269,7 @@ def _decode(content: Array, flags: int) -> Array:
 
 
 def _joined(parts: Sequence[bytes]) -> tuple[Array, Array]:
-    """All parts as one array of bytes, and the offsets (N + 1,) of their beginnings and the last's end."""
+    """Concatenate the parts to one array of bytes; also return the offsets (N + 1,) of their beginnings and the end."""
     offsets = np.cumsum([0, *(len(part) for part in parts)]).astype(np.int64)
     return np.frombuffer(b"".join(parts), np.uint8), offsets
 
@@ -279,7 +279,7 @@ def _parts(content: Array, offsets: Array) -> list[Array]:
 
 
 def _save(path: Path, **arrays: Array) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write arrays to a file atomically: the file is complete or does not exist."""
     partial = path.with_suffix(".part.npz")
     np.savez(partial, **arrays)  # type: ignore[arg-type]
     os.replace(partial, path)

@@ -1,12 +1,13 @@
-"""What a SuperPoint learns from pairs of views with known geometry: where its points are, and their descriptors.
+"""The loss of a SuperPoint, from pairs of views with known geometry: the positions of points, and their descriptors.
 
-- *Consensus*: an averaged copy of the network (a mean teacher, Tarvainen and Valpola, NeurIPS 2017) looks at both views
-  before their degradation. Where its two answers agree, after the one has been brought into the other view, are the
-  points: homographic adaptation (SuperPoint, section 5) with two views and no end. Both views learn the same points of
-  the scene, to a fraction of a pixel.
-- *Reprojection*: the network's own points, read out to a fraction of a pixel, are to lie on each other in both views
+- *Consensus*: an averaged copy of the network (a mean teacher, Tarvainen and Valpola, NeurIPS 2017) sees both views
+  before their degradation. Points are where its two outputs agree after one has been warped to the other view. This is
+  homographic adaptation (SuperPoint, section 5) with two views, continuously during the training. Both views learn the
+  same points of the scene, to a fraction of a pixel.
+- *Reprojection*: the network's own points, refined to a fraction of a pixel, have to coincide in both views
   (ALIKE, Zhao et al., IEEE Transactions on Multimedia 2022, eq. 9).
-- *Descriptors*: each point is to be told from all others of the other view (InfoNCE, van den Oord et al., 2018).
+- *Descriptors*: each point has to be distinguished from all others of the other view (InfoNCE, van den Oord et al.,
+  2018).
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ from kpmatch_ros.models.detections import read_out
 from kpmatch_ros.models.superpoint import CELL, sample_descriptors
 
 BORDER = 6  # pixels along the sides without points
-POINTS = 1100  # labels of a view that shows nothing but what the other shows
-LEAST = 5e-4  # agreement of the two maps (their geometric mean) below which there is no point
-APART = 3  # pixels: labels are maxima within so many in x and y
-CANDIDATES = 400  # of the network's own points, for the reprojection
-DESCRIBED = 512  # labels of a pair whose descriptors are compared
-CLOSE = 3.0  # pixels: own points of both views that are the same point of the scene
+POINTS = 1100  # number of labels of a view that is completely visible in the other one
+LEAST = 5e-4  # lowest agreement of the two maps (their geometric mean) for a point
+APART = 3  # pixels: labels are maxima within this distance in x and y
+CANDIDATES = 400  # number of the network's own points, for the reprojection
+DESCRIBED = 512  # number of labels of a pair whose descriptors are compared
+CLOSE = 3.0  # pixels: largest distance of own points of both views that are the same point of the scene
 TEMPERATURE = 0.07
 
 
 class Outputs(NamedTuple):
-    """logits (B, 65, H/8, W/8) and unit descriptors (B, D, H/8, W/8), float32."""
+    """Logits (B, 65, H/8, W/8) and unit descriptors (B, D, H/8, W/8), float32."""
 
     logits: Tensor
     descriptors: Tensor
 
 
 def run(model: SuperPoint, images: Tensor) -> Outputs:
-    """The network's two maps; convolutions in the precision of autocast."""
+    """Compute the network's two maps; convolutions run in the precision of autocast."""
     features = model.encoder(images)
     decoder = model.keypoint_decoder
     logits = decoder.conv_score_b(F.relu(decoder.conv_score_a(features)))
@@ -48,14 +49,14 @@ def run(model: SuperPoint, images: Tensor) -> Outputs:
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """(B, H, W) the probability of each pixel to be its cell's point."""
+    """Return for each pixel the probability (B, H, W) that it is its cell's point."""
     return F.pixel_shuffle(logits.softmax(dim=1)[:, :-1], CELL)[:, 0]
 
 
 class Labels(NamedTuple):
-    """The same points of the scene in both views: (B, N, 2) each, and which of them count (B, N).
+    """The same points of the scene in both views, (B, N, 2) each, and which of them are valid, (B, N).
 
-    ``covered``: per view (B, H/8, W/8) bool, the cells about which something is known.
+    ``covered``: for each view (B, H/8, W/8) bool, the cells with known ground truth.
     """
 
     points: tuple[Tensor, Tensor]
@@ -65,11 +66,11 @@ class Labels(NamedTuple):
 
 @torch.no_grad()
 def consensus(maps: tuple[Tensor, Tensor], images: tuple[Tensor, Tensor], geometry: Geometry, corners: float) -> Labels:
-    """Points on whose place the two maps (B, H, W) of probabilities agree.
+    """Find points on whose position the two maps (B, H, W) of probabilities agree.
 
     Args:
-        images: (B, 1, H, W) the views, not degraded.
-        corners: how much the smaller eigenvalue of the structure tensor says beside the maps: its exponent.
+        images: (B, 1, H, W) the views without degradation.
+        corners: weight of the smaller eigenvalue of the structure tensor relative to the maps, as its exponent.
     """
     first, second = (_blur(each[:, None], 1.0) for each in maps)
     if corners > 0:
@@ -107,7 +108,7 @@ def _cell_middles(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def _at(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear samples (B, N) of (B, 1, H, W) at points (B, N, 2)."""
+    """Sample (B, 1, H, W) bilinearly at points (B, N, 2): (B, N)."""
     limits = points.new_tensor(maps.shape[:1:-1]) - 1
     grid = (points / limits * 2 - 1)[:, None]
     return F.grid_sample(maps, grid, align_corners=True, padding_mode="zeros")[:, 0, 0]
@@ -133,10 +134,10 @@ def _cornerness(image: Tensor) -> Tensor:
 
 
 def _peak_offset(common: Tensor, index: Tensor) -> Tensor:
-    """Where (B, N, 2) between its neighbours a maximum lies: a parabola through the logarithms of three values."""
+    """Subpixel offset (B, N, 2) of a maximum, by a parabola through the logarithms of three values."""
     width = common.shape[3]
     logs = (common.flatten(1) + 1e-9).log()
-    index = index.clamp(width, logs.shape[1] - width - 1)  # where there is no maximum at all the index is 0
+    index = index.clamp(width, logs.shape[1] - width - 1)  # without any maximum the index is 0
     middle = logs.gather(1, index)
     offsets = []
     for step in (1, width):
@@ -147,9 +148,10 @@ def _peak_offset(common: Tensor, index: Tensor) -> Tensor:
 
 
 def detector_loss(logits: Tensor, points: Tensor, valid: Tensor, covered: Tensor) -> Tensor:
-    """Cross entropy over the 65 classes of each cell that is covered.
+    """Cross entropy over the 65 classes of each covered cell.
 
-    A point between four pixels is shared by them bilinearly; what a cell's points leave of 1 is "no point".
+    The target of a point between four pixels is shared bilinearly by them. The rest of a cell's probability is the
+    class "no point".
     """
     batch, _, rows, columns = logits.shape
     height, width = rows * CELL, columns * CELL
@@ -170,7 +172,7 @@ def detector_loss(logits: Tensor, points: Tensor, valid: Tensor, covered: Tensor
 
 
 def own_points(maps: Tensor, count: int, radius: int = 2) -> Tensor:
-    """The ``count`` best maxima (B, N, 2) of maps (B, H, W), read out to a fraction of a pixel, with gradients."""
+    """Return the ``count`` best maxima (B, N, 2) of maps (B, H, W), refined to subpixel positions, with gradients."""
     _, height, width = maps.shape
     size = 2 * radius + 1
     flat = maps.detach()[:, None]
@@ -182,13 +184,13 @@ def own_points(maps: Tensor, count: int, radius: int = 2) -> Tensor:
 
 
 def soft_maximum(maps: Tensor, index: Tensor, radius: int = 2) -> Tensor:
-    """The places (B, N, 2) of the flat ``index`` (B, N) in maps (B, H, W), to a fraction of a pixel, with gradients."""
+    """Refine the flat ``index`` (B, N) in maps (B, H, W) to subpixel positions (B, N, 2), with gradients."""
     width = maps.shape[2]
     return read_out(maps, torch.stack([index % width, index // width], dim=-1).float(), radius)
 
 
 def reprojection_loss(points: tuple[Tensor, Tensor], geometry: Geometry) -> Tensor:
-    """Mean distance, in pixels, of mutually nearest points that are close to each other's place."""
+    """Mean distance in pixels of mutually nearest points that are close to each other's position."""
     total, count = torch.zeros((), device=points[0].device), torch.zeros((), device=points[0].device)
     there, state0 = geometry.places(points[0], 0)
     back, state1 = geometry.places(points[1], 1)
@@ -208,16 +210,16 @@ def reprojection_loss(points: tuple[Tensor, Tensor], geometry: Geometry) -> Tens
 
 
 def descriptor_loss(draw: torch.Generator, descriptors: tuple[Tensor, Tensor], labels: Labels) -> Tensor:
-    """Cross entropy over the points of the other view, both ways."""
+    """Cross entropy over the points of the other view, in both directions."""
     valid = labels.valid
-    # Any DESCRIBED of the points.
+    # DESCRIBED random points.
     lots = torch.rand(valid.shape, generator=draw, device=valid.device)
     order = torch.where(valid, lots, -1.0).topk(DESCRIBED, dim=1).indices
     valid = valid.gather(1, order)
     pick = order[..., None].expand(-1, -1, 2)
     sampled = [sample_descriptors(d, p.gather(1, pick)) for d, p in zip(descriptors, labels.points)]
     similarity = sampled[0] @ sampled[1].transpose(1, 2) / TEMPERATURE
-    # Points within some pixels share most of their patch: not each other's negatives.
+    # Points within a few pixels share most of their patch, so they are not used as negatives of each other.
     place = labels.points[0].gather(1, pick)
     neighbours = torch.cdist(place, place) < 6
     neighbours.diagonal(dim1=1, dim2=2).fill_(False)
@@ -230,7 +232,7 @@ def descriptor_loss(draw: torch.Generator, descriptors: tuple[Tensor, Tensor], l
 def losses(
     draw: torch.Generator, outputs: tuple[Outputs, Outputs], labels: Labels, geometry: Geometry
 ) -> dict[str, Tensor]:
-    """``total`` and the parts of it, of the maps of both (degraded) views."""
+    """Return the loss ``total`` and its parts, from the maps of both degraded views."""
     parts = {
         "points": sum(
             detector_loss(out.logits, points, labels.valid, covered)
@@ -249,7 +251,7 @@ def losses(
 
 @torch.no_grad()
 def found_again(maps: tuple[Tensor, Tensor], geometry: Geometry, count: int = 512) -> dict[str, float]:
-    """Share of the points found again within 1 and 3 pixels; ``whole`` without fractions of pixels."""
+    """Share of points repeated within 1 and 3 pixels; the figures called ``whole`` are for points at whole pixels."""
     figures: dict[str, float] = {}
     refined = [own_points(each, count) for each in maps]
     for name, points in (("", refined), ("whole ", [p.round() for p in refined])):

@@ -55,23 +55,23 @@ LIGHTGLUES: dict[str, dict[str, Any]] = {
     "fast": {"input_dim": 128, "descriptor_dim": 128, "num_hidden_layers": 6},
 }
 RATES = {("points", "full"): 4e-4, ("points", "fast"): 1e-3, ("matching", "full"): 3e-5, ("matching", "fast"): 6e-4}
-CORNERS = 0.3  # how much cornerness says at first about where points are; nothing from 60 % of the training on
-FAINT = 5e-3  # a point's score: below it nothing is said about the point's match
-REACH = 0.02  # a match's probability by the network to begin with: below it nothing is said about the match
+CORNERS = 0.3  # initial weight of cornerness in the choice of points; it falls to 0 at 60 % of the training
+FAINT = 5e-3  # score of a point below which its match is ignored
+REACH = 0.02  # probability of a match by the initial network below which its points count as unmatched
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
 
 
 def build(kind: str, name: str, start: str | None, device: torch.device, or_random: bool = False) -> tuple[Any, bool]:
-    """A network, with the weights of ``start``, or else with random ones; and whether it has those of ``start``.
+    """Build a network with the weights of ``start`` or with random ones; also return whether ``start`` was used.
 
     Args:
-        or_random: random ones also where ``start`` is of another architecture.
+        or_random: use random weights if ``start`` has another architecture.
 
     Raises:
-        ValueError: when ``start`` is of another architecture.
-        KeyError: when the file ``start`` holds no network of that name.
+        ValueError: ``start`` has another architecture.
+        KeyError: the file ``start`` holds no network of this name.
     """
     if kind == "points":
         make: Any = SuperPoint
@@ -106,7 +106,7 @@ def build(kind: str, name: str, start: str | None, device: torch.device, or_rand
 
 
 def _read(make: Any, name: str, source: str) -> Any:
-    """A network that was trained: that of a KIND.weights.pt of that name, or that of a folder or a registered name."""
+    """Read a trained network: the one of this name in a KIND.weights.pt, or that of a folder or a registered name."""
     return read_trained(make, Path(source), name) if source.endswith(".weights.pt") else make.from_pretrained(source)
 
 
@@ -118,14 +118,14 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def source_of(sources: list[Source], number: int) -> Source:
-    """Photographs for three batches of five, rooms for the others."""
+    """Photographs for three of five batches, rooms for the others."""
     return sources[1] if len(sources) > 1 and number % 5 in (1, 3) else sources[0]
 
 
 def points_step(
     teacher: SuperPoint, students: list[Student], pairs: ViewPairs, settings: Settings, step: int, progress: float
 ) -> dict[str, float]:
-    """One step of the SuperPoints. Labels come from the teacher, on views that are not degraded."""
+    """Train the SuperPoints for one step. Labels come from the teacher, on views without degradation."""
     draw = settings.draw(2, step)
     with torch.no_grad(), settings.autocast():
         maps = [
@@ -146,19 +146,19 @@ def points_step(
 
 
 def packed(images: Tensor) -> Tensor:
-    """The images with the channels of a pixel beside each other."""
+    """Convert the images to channels-last format."""
     return images.contiguous(memory_format=torch.channels_last)
 
 
 def _degraded(pairs: ViewPairs, draw: torch.Generator, settings: Settings) -> list[Tensor]:
-    """Each pair in conditions of its own: from hardly touched to hard to read."""
+    """Degrade each pair with a random strength, from hardly changed to hard to recognise."""
     count = len(pairs.images[0])
     strength = torch.rand(count, generator=draw, device=settings.device)
     return [degrade(draw, image, strength) for image in pairs.images]
 
 
 def lightly_degraded(pairs: ViewPairs, draw: torch.Generator, settings: Settings) -> list[Tensor]:
-    """All pairs in the same conditions, in which points are watched."""
+    """Degrade all pairs with the same strength, which is used to monitor points."""
     strength = torch.full((len(pairs.images[0]),), 0.3, device=settings.device)
     return [degrade(draw, image, strength) for image in pairs.images]
 
@@ -166,9 +166,9 @@ def lightly_degraded(pairs: ViewPairs, draw: torch.Generator, settings: Settings
 def extract(
     model: SuperPoint, images: Tensor, count: int, radius: int, fractions: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``count`` best points (B, N, 2) of images, their descriptors (B, N, D) and scores (B, N).
+    """Return the ``count`` best points (B, N, 2) of images, their descriptors (B, N, D) and scores (B, N).
 
-    They are found as the package finds them.
+    The detection is the same as in the package.
     """
     out = superpoint_loss.run(model, packed(images))
     maps = superpoint_loss.probabilities(out.logits)
@@ -188,7 +188,7 @@ def matching_batches(
     settings: Settings,
     number: int,
 ) -> dict[str, lightglue_loss.Batch]:
-    """What each LightGlue learns from, by its name: the features of a SuperPoint that is not trained any more."""
+    """Return the batch of each LightGlue, by its name, with features of a SuperPoint that is not trained any more."""
     degraded = _degraded(pairs, settings.draw(2, number), settings)
     count, radius, fractions = _kind_of_points(number, settings)
     batches = {}
@@ -210,7 +210,7 @@ def matching_step(
     progress: float,
     heads: int | None,
 ) -> dict[str, float]:
-    """One step of the LightGlues; ``heads`` of the layers before the last learn, or all."""
+    """Train the LightGlues for one step. ``heads`` of the layers before the last learn, or all if it is None."""
     figures: dict[str, float] = {}
     for student in students:
         asked = None
@@ -225,16 +225,17 @@ def matching_step(
 
 
 def _kind_of_points(step: int, settings: Settings) -> tuple[int, int, bool]:
-    """How many points, the radius of their suppression, and whether they are read out to a fraction of a pixel."""
+    """Number of points, radius of their suppression, and whether they are refined to a fraction of a pixel."""
     area = settings.size[0] * settings.size[1] / (640 * 480)
     count = (512, 768, 1024)[step % 3]
     return int(count * area), (2, 1, 3, 2)[(step // 3) % 4], step % 4 != 3
 
 
 def features(found: list[tuple[Tensor, Tensor, Tensor]], pairs: ViewPairs, settings: Settings) -> lightglue_loss.Batch:
-    """What LightGlue learns from: nothing is said about points that the detector hardly sees.
+    """Create a batch for LightGlue. Points with a low detection score are ignored.
 
-    On a bare wall such points lie anywhere, and two of them near each other's place are no match that can be learnt.
+    On a bare wall such points are at arbitrary positions. Two of them near each other's true position are not a match
+    that can be learnt.
     """
     partners, alone = lightglue_loss.truth((found[0][0], found[1][0]), pairs.geometry)
     other = found[1][2].gather(1, partners.clamp(min=0))
@@ -250,7 +251,7 @@ def features(found: list[tuple[Tensor, Tensor, Tensor]], pairs: ViewPairs, setti
 
 @torch.no_grad()
 def watch_points(students: list[Student], watched: list[Source], settings: Settings, count: int) -> dict[str, float]:
-    """How many points are found again, on views that are not trained on, lightly degraded."""
+    """Return the repeatability of points, on lightly degraded views that are not trained on."""
 
     def found(name: str, pairs: ViewPairs, draw: torch.Generator) -> dict[str, float]:
         images, figures = lightly_degraded(pairs, draw, settings), {}
@@ -271,7 +272,7 @@ def watch_points(students: list[Student], watched: list[Source], settings: Setti
 def watch_matching(
     extractors: dict[str, SuperPoint], students: list[Student], watched: list[Source], settings: Settings, count: int
 ) -> dict[str, float]:
-    """Loss, recall and precision of the last layer, on views that are not trained on."""
+    """Return loss, recall and precision of the last layer, on views that are not trained on."""
 
     def found(name: str, pairs: ViewPairs, draw: torch.Generator) -> dict[str, float]:
         images, points = _degraded(pairs, draw, settings), _kind_of_points(2, settings)[0]
@@ -291,11 +292,11 @@ def watch_matching(
 
 @subnormals_are_zeros()
 def train(arguments: argparse.Namespace) -> None:
-    """Train as the arguments say; write checkpoints and a log into ``--out``."""
+    """Train according to the arguments; write checkpoints and a log to ``--out``."""
     settings = settings_of(arguments)
     device = settings.device
     trained, watched = load(arguments.shards, device)
-    torch.manual_seed(arguments.seed)  # of the weights to begin with
+    torch.manual_seed(arguments.seed)  # for the initial weights
     built = {name: build(arguments.kind, name, arguments.start, device, True) for name in arguments.networks}
     for name, (_, fits) in built.items():
         if arguments.start is not None and not fits:
@@ -307,7 +308,7 @@ def train(arguments: argparse.Namespace) -> None:
     judges = {}  # a network that begins with random weights has none
     if arguments.kind == "matching":
         judges = {student.name: copy.deepcopy(student.average) for student in students if built[student.name][1]}
-    # The average of the first network teaches itself and the others, unless there is one that is done learning.
+    # Without --teacher, the average of the first network teaches this network and the others.
     teacher = students[0].average
     if arguments.teacher is not None:
         found = _read(SuperPoint, "full", str(arguments.teacher)).eval()
@@ -336,7 +337,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def load_extractors(arguments: argparse.Namespace, device: torch.device) -> dict[str, SuperPoint]:
-    """The averaged SuperPoints of ``--points``, or of this run's folder."""
+    """Load the averaged SuperPoints of ``--points``, or of this run's folder."""
     file = arguments.points or arguments.out / "points.weights.pt"
     models = {name: read_trained(SuperPoint, file, name) for name in arguments.networks}
     return {name: model.to(device, memory_format=torch.channels_last) for name, model in models.items()}

@@ -1,8 +1,8 @@
-"""Pairs of views with known geometry, made on the device that trains: photographs through homographies, and rooms.
+"""Pairs of views with known geometry, created on the training device from photographs and rooms.
 
-A photograph gives two views of a plane. A room gives two views with parallax and occlusion, known from its depth; it is
-lit by the training itself. Each view is resampled once, by a homography of its own: for a photograph that is the whole
-of its geometry, for a view of a room it is a turn and a zoom of the same camera.
+A photograph gives two views of a plane. A room gives two views with parallax and occlusion, known from its depth; the
+training simulates its lighting. Each view is resampled once, by its own homography. For a photograph, this is the
+complete geometry. For a view of a room, it is a rotation and a zoom of the same camera.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SIZE = (640, 480)  # width, height of a view
-AGREES = 0.03  # two depths that differ by less, relatively, are the same surface
-EDGE = 0.10  # where a depth's neighbours differ by more, nothing is said about the point
+AGREES = 0.03  # relative difference of two depths up to which they belong to the same surface
+EDGE = 0.10  # relative difference of neighbouring depths above which the point is ignored
 
 VISIBLE, UNKNOWN, HIDDEN = 1, 0, -1
 
 
 class Geometry(Protocol):
-    """Where the points of one view lie in the other."""
+    """Maps points between the two views of each pair."""
 
     def places(self, points: Tensor, of: int) -> tuple[Tensor, Tensor]:
         """Map points of view ``of`` (0 or 1) into the other view.
@@ -37,7 +37,8 @@ class Geometry(Protocol):
             points: (B, N, 2) x, y in pixels.
 
         Returns:
-            places (B, N, 2), and states (B, N) int8: VISIBLE, HIDDEN (outside the other view, or occluded) or UNKNOWN.
+            positions (B, N, 2), and states (B, N) int8: VISIBLE, HIDDEN (outside the other view, or occluded) or
+            UNKNOWN.
         """
 
 
@@ -50,21 +51,21 @@ class ViewPairs:
 
 
 def apply(homographies: Tensor, points: Tensor) -> Tensor:
-    """(B, N, 2) points through (B, 3, 3) homographies. What lies behind the camera comes out far away."""
+    """Map points (B, N, 2) by homographies (B, 3, 3). Points behind the camera get coordinates far away."""
     mapped = points @ homographies[:, :, :2].transpose(1, 2) + homographies[:, None, :, 2]
     depth = mapped[..., 2:]
     return torch.where(depth > 1e-6, mapped[..., :2] / depth.clamp(min=1e-6), torch.full_like(mapped[..., :2], -1e4))
 
 
 def inside(points: Tensor, size: tuple[int, int], margin: float = 0.0) -> Tensor:
-    """(…) which points (…, 2) lie in an image of that width and height."""
+    """Return which of the points (…, 2) are in an image of this width and height, (…) bool."""
     limit = points.new_tensor(size) - 1 - margin
     return ((points >= margin) & (points <= limit)).all(dim=-1)
 
 
 @dataclass
 class Planar:
-    """Two views of a photograph: ``homographies`` (B, 3, 3) map each view's pixels into the other's."""
+    """Geometry of two views of a photograph: ``homographies`` (B, 3, 3) map each view's pixels to the other's."""
 
     homographies: tuple[Tensor, Tensor]
     size: tuple[int, int] = SIZE
@@ -80,12 +81,12 @@ class Planar:
 def random_homographies(
     draw: torch.Generator, centre: Tensor, scale: Tensor, strength: Tensor, size: tuple[int, int] = SIZE
 ) -> Tensor:
-    """Homographies (B, 3, 3) from a source image to views of it.
+    """Draw homographies (B, 3, 3) from a source image to views of it.
 
     Args:
-        centre: (B, 2) the source's point that lies near the view's middle.
-        scale: (B,) pixels of the source to one of the view.
-        strength: (B,) 0 for a plain cut, 1 for strong turns, tilts and changes of scale.
+        centre: (B, 2) the source's point that is near the view's centre.
+        scale: (B,) source pixels per view pixel.
+        strength: (B,) 0 for a plain crop, 1 for strong rotations, tilts and changes of scale.
     """
     count, device = len(scale), scale.device
 
@@ -100,7 +101,7 @@ def random_homographies(
     shift = normal(2) * 0.08 * strength[:, None] * extent
     cos, sin = torch.cos(angle), torch.sin(angle)
     zero, one = torch.zeros_like(angle), torch.ones_like(angle)
-    # Turn and tilt about the middle, in pixels of the view.
+    # Rotation and tilt about the centre, in pixels of the view.
     turn = torch.stack([cos * aspect, -sin, zero, sin * aspect, cos, zero, tilt[:, 0], tilt[:, 1], one], -1).view(
         -1, 3, 3
     )
@@ -113,13 +114,14 @@ def random_homographies(
 
 
 def resample(images: Tensor, sizes: Tensor, homographies: Tensor, size: tuple[int, int] = SIZE) -> Tensor:
-    """Views (B, 1, H, W) of images, each pixel the mean of four places in it, as a sensor's pixel has an area.
+    """Resample images to views (B, 1, H, W).
 
-    Beyond an image lies its mirror image.
+    Each pixel is the mean of four samples, because a sensor's pixel has an area.
+    Images are continued by reflection beyond their borders.
 
     Args:
         images: (B, 1, h, w) float, padded on the right and below.
-        sizes: (B, 2) width and height of what is not padding.
+        sizes: (B, 2) width and height without padding.
         homographies: (B, 3, 3) from the image to the view.
     """
     width, height = size
@@ -140,7 +142,7 @@ def resample(images: Tensor, sizes: Tensor, homographies: Tensor, size: tuple[in
 
 
 class Photos:
-    """Photographs on the device, padded to one size."""
+    """Photographs on the device, padded to the same size."""
 
     def __init__(self, images: list[np.ndarray], device: torch.device) -> None:
         height, width = (max(image.shape[i] for image in images) for i in (0, 1))
@@ -154,7 +156,7 @@ class Photos:
         return len(self.pixels)
 
     def pairs(self, draw: torch.Generator, count: int, size: tuple[int, int] = SIZE) -> ViewPairs:
-        """``count`` pairs of views of random photographs."""
+        """Create ``count`` pairs of views of random photographs."""
         device = self.pixels.device
 
         def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -186,14 +188,14 @@ class Photos:
 
 @dataclass
 class Spatial:
-    """Two views of a room, each the resampled image of a camera with depth.
+    """Geometry of two views of a room, each the resampled image of a camera with depth.
 
     Attributes:
-        cuts: from each camera's image to its view, (B, 3, 3).
+        cuts: homographies from each camera's image to its view, (B, 3, 3).
         matrices: the cameras' matrices, (B, 3, 3).
         poses: camera to world, (B, 4, 4).
         depths: (B, 1, h, w) along the optical axis, 0 where there is nothing.
-        step: image pixels to one sample of the depth.
+        step: image pixels per sample of the depth.
         camera_size: width and height of the cameras' images.
     """
 
@@ -223,21 +225,21 @@ class Spatial:
         farthest = self._farthest(there, pixels)
         occluded = (farthest > 0) & (z > farthest * (1 + AGREES))
         agrees = (other > 0) & ((z / other.clamp(min=1e-3) - 1).abs() < AGREES)
-        # A cut of a camera's image may show its mirror image beyond the border: only what no view shows is hidden.
+        # A view may continue a camera's image by reflection. Only points that no view shows are hidden.
         gone = known & ((outside & ~inside(places, self.size)) | (z <= 0.05) | (~outside & occluded))
         state = torch.where(gone, HIDDEN, torch.where(known & ~outside & agrees, VISIBLE, UNKNOWN))
         return places, state.to(torch.int8)
 
     def _depth(self, view: int, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Depth (B, N) at an image's pixels, and how much its four samples differ, relatively.
+        """Depth (B, N) at an image's pixels, and the relative difference of its four samples.
 
-        Inverse depth is linear over a plane's image: interpolating it is exact there.
+        Inverse depth is linear in the image of a plane, so its interpolation is exact there.
         """
         depth = self.depths[view]
         batch, _, height, width = depth.shape
         at = pixels / self.step
         low = at.floor().clamp(at.new_zeros(2), at.new_tensor([width - 2, height - 2]))
-        part = at - low  # an image goes on for some pixels after its last sample
+        part = at - low  # may exceed 1: the image extends some pixels beyond the last sample
         x, y = low.long().unbind(dim=-1)
         flat = depth.view(batch, -1)
         corners = torch.stack([flat.gather(1, (y + j) * width + x + i) for j in (0, 1) for i in (0, 1)], dim=-1)
@@ -256,7 +258,7 @@ class Spatial:
         return torch.where(empty, 0.0, 1 / inverse.clamp(min=1e-6)), torch.where(empty, 1.0, spread)
 
     def _farthest(self, view: int, pixels: Tensor) -> Tensor:
-        """The largest depth within a sample of an image's pixel; behind it a point is hidden for certain."""
+        """The largest depth within a sample of an image's pixel; a point behind it is certainly hidden."""
         largest = F.max_pool2d(self.depths[view], 3, stride=1, padding=1)
         batch, _, height, width = largest.shape
         at = (pixels / self.step).round().long()
@@ -265,7 +267,7 @@ class Spatial:
 
 
 class RoomViews:
-    """Views of rooms on the device: albedo, normals, depth and poses, and which of them overlap."""
+    """Views of rooms on the device: albedo, normals, depth and poses, and the pairs that overlap."""
 
     def __init__(self, shards: list[Rooms], device: torch.device, overlap: float = 0.15) -> None:
         self.albedo = torch.from_numpy(np.concatenate([np.stack(s.images) for s in shards])[:, None]).to(device)
@@ -287,13 +289,13 @@ class RoomViews:
         return len(self.pairs_of)
 
     def only(self, chosen: Tensor) -> RoomViews:
-        """The same views with the pairs (P,) that are chosen."""
+        """The same views with only the chosen pairs (P,)."""
         same = copy.copy(self)
         same.pairs_of = self.pairs_of[chosen]
         return same
 
     def pairs(self, draw: torch.Generator, count: int, size: tuple[int, int] = SIZE) -> ViewPairs:
-        """``count`` pairs of overlapping views, in light that is the same for two of three pairs."""
+        """Create ``count`` pairs of overlapping views. The light is the same in both views for about 70 %."""
         device = self.albedo.device
 
         def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -307,7 +309,7 @@ class RoomViews:
         others = self._lamps(draw, points[0])
         relit = torch.rand(count, generator=draw, device=device) < 0.33
         moved = tuple(torch.where(relit.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in zip(lamps, others))
-        # The room's own lamps for two of three pairs; of these a fourth have other light in the second view.
+        # Two of three pairs are under the room's own lamps. In a quarter of these, the second view has other lamps.
         first = torch.rand(count, generator=draw, device=device) < 0.33
         own = (first, first | (torch.rand(count, generator=draw, device=device) < 0.25))
         fit = min(self.camera_size[0] / size[0], self.camera_size[1] / size[1])
@@ -333,7 +335,7 @@ class RoomViews:
         return ViewPairs((views[0], views[1]), geometry)
 
     def _world(self, index: Tensor) -> Tensor:
-        """Points (B, h, w, 3) of the views' surfaces in the world."""
+        """Return points (B, h, w, 3) of the views' surfaces in the world frame."""
         depth = self.depth[index, 0]
         height, width = depth.shape[1:]
         x = torch.arange(width, device=depth.device) * self.step
@@ -345,7 +347,7 @@ class RoomViews:
         return (rays @ pose[:, :3, :3].transpose(1, 2) + pose[:, None, :3, 3]).view(len(index), height, width, 3)
 
     def _lamps(self, draw: torch.Generator, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions (B, 3 lamps, 3), strengths (B, 3) and ambient light (B,) near what a view shows."""
+        """Draw positions (B, 3 lamps, 3), strengths (B, 3) and ambient light (B,), near what a view shows."""
         count, device = len(points), points.device
         flat = points.view(count, -1, 3)
         centre = flat.mean(dim=1, keepdim=True)
@@ -356,10 +358,10 @@ class RoomViews:
         return places, strengths, ambient
 
     def _lit(self, index: Tensor, points: Tensor, light: tuple[Tensor, Tensor, Tensor], own: Tensor) -> Tensor:
-        """Pictures (B, 1, H, W) in [0, 1], sRGB-coded, of the views; surfaces scatter as Lambert's do.
+        """Render lit pictures (B, 1, H, W) in [0, 1], sRGB-coded, of the views, with Lambertian surfaces.
 
         Args:
-            own: (B,) bool, true for those in ``light``, false for those under the room's own lamps.
+            own: (B,) bool, true for views lit by ``light``, false for views lit by the room's own lamps.
         """
         places, strengths, ambient = light
         normals = self.normals[index].float()
@@ -373,7 +375,7 @@ class RoomViews:
         shading = ambient[:, None, None] + (1 - ambient[:, None, None]) * (shading / mean).clamp(max=6)
         albedo = (self.albedo[index].float() / 255) ** 2.2
         shading = self._enlarged(shading[:, None], albedo)
-        room = (self.light[index].float() / 255) ** 2.2  # under the room's own lamps, with their shadows
+        room = (self.light[index].float() / 255) ** 2.2  # light of the room's own lamps, with shadows
         room = room / room.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-3)
         dim = ambient.view(-1, 1, 1, 1) * 0.6
         by_lamps = (own | ~self.known_light[index]).view(-1, 1, 1, 1)
@@ -383,9 +385,10 @@ class RoomViews:
         return (lit * exposure).clamp(0, 1) ** (1 / 2.2)
 
     def _enlarged(self, shading: Tensor, albedo: Tensor) -> Tensor:
-        """Shading (B, 1, h, w) in the size of the albedo (B, 1, H, W), without crossing the albedo's edges.
+        """Upsample shading (B, 1, h, w) to the size of the albedo (B, 1, H, W), without crossing the albedo's edges.
 
-        Joint bilateral upsampling (Kopf et al., SIGGRAPH 2007): or else an object's light would spill over its outline.
+        This is joint bilateral upsampling (Kopf et al., SIGGRAPH 2007). Otherwise an object's shading would extend
+        beyond its outline.
         """
         height, width = albedo.shape[2:]
         x, y = (torch.arange(n, device=albedo.device) / self.step for n in (width, height))
@@ -408,9 +411,9 @@ Source = Photos | RoomViews
 
 
 def watched_of(names: list[str]) -> np.ndarray:
-    """(N,) bool, which of things with these names are only watched: one in twenty, by the name, whatever else there is.
+    """Return (N,) bool, which of the named items are for validation: about one in twenty, by a hash of the name alone.
 
-    Where none is, the first would be.
+    If none were chosen, the first by hash is.
     """
     codes = np.array([zlib.crc32(name.encode()) for name in names])
     chosen = codes % 20 == 0
@@ -418,12 +421,12 @@ def watched_of(names: list[str]) -> np.ndarray:
 
 
 def load(folder: Path, device: torch.device) -> tuple[list[Source], list[Source]]:
-    """Everything that the shards of a folder hold: what to train on (logged), and what to watch the training with.
+    """Load the shards of a folder: the sources to train on (logged), and the sources for validation.
 
-    About one photograph in twenty and one cluster of views in twenty are only watched, see :func:`watched_of`.
+    About one in twenty photographs and one in twenty clusters of views are for validation, see :func:`watched_of`.
 
     Raises:
-        FileNotFoundError: where there are no photographs.
+        FileNotFoundError: there are no photographs.
     """
     paths = sorted(folder.glob("photos_*.npz"))
     images = [image for path in paths for image in read_photos(path)]

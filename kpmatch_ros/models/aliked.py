@@ -1,4 +1,4 @@
-"""ALIKED: a light network that finds keypoints to a fraction of a pixel and describes them by deformable sampling.
+"""ALIKED: a light network with subpixel keypoints, and descriptors sampled at learned, deformable positions.
 
 Zhao, Wu, Chen, Chen, Xu, Li: ALIKED: A Lighter Keypoint and Descriptor Extraction Network via Deformable
 Transformation, IEEE Transactions on Instrumentation and Measurement 2023 (arXiv:2304.03608).
@@ -30,12 +30,12 @@ from kpmatch_ros.models.detections import (
 
 __all__ = ["ALIKED"]
 
-STRIDES = (1, 2, 8, 32)  # pixels between the features of each level
-SMALLEST = 8  # pixels: an image less wide or high has no keypoints
+STRIDES = (1, 2, 8, 32)  # pixels between neighbouring features, for each level
+SMALLEST = 8  # pixels: a narrower or lower image has no keypoints
 
 
 class DeformableConv(nn.Module):
-    """A 3 x 3 convolution with nine taps that the features themselves displace (Dai et al., ICCV 2017)."""
+    """A 3 x 3 convolution whose nine taps have learned, input-dependent offsets (Dai et al., ICCV 2017)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -45,8 +45,8 @@ class DeformableConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         furthest = max(height, width) / 4
-        # Positions in float32: half precision cannot tell neighbouring pixels apart.
-        offsets = self.offset_conv(x).float().clamp(-furthest, furthest).unflatten(1, (9, 2))  # of y, then x
+        # Positions in float32: half precision cannot distinguish neighbouring pixels.
+        offsets = self.offset_conv(x).float().clamp(-furthest, furthest).unflatten(1, (9, 2))  # y, then x
         taps = torch.arange(9, device=x.device)[:, None, None]
         rows = torch.arange(height, device=x.device)[:, None] + torch.div(taps, 3, rounding_mode="floor") - 1
         columns = torch.arange(width, device=x.device) + taps % 3 - 1
@@ -55,7 +55,7 @@ class DeformableConv(nn.Module):
             / grid_size(x)
             - 1
         )
-        samples = F.grid_sample(x.float(), grid.flatten(1, 2), align_corners=False)  # zero outside, as padding
+        samples = F.grid_sample(x.float(), grid.flatten(1, 2), align_corners=False)  # zero outside, like zero padding
         samples = samples.unflatten(2, (9, height)).flatten(1, 2).to(x.dtype)
         return F.conv2d(samples, self.conv.weight.flatten(1)[:, :, None, None], self.conv.bias)
 
@@ -66,7 +66,7 @@ def grid_size(x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Two convolutions, deformable or not; with ``shortcut``, a third one bypasses them."""
+    """Two convolutions, deformable or not; with ``shortcut``, a third one connects input and output."""
 
     def __init__(self, inputs: int, outputs: int, deformable: bool, shortcut: bool) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """(B, 3, H, W) image to features at four scales, each (B, dim / 4, H / stride, W / stride)."""
+    """Computes features at four scales, each (B, dim / 4, H / stride, W / stride), from an image (B, 3, H, W)."""
 
     def __init__(self, sizes: list[int], dim: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Encoder(nn.Module):
 
 
 class ScoreHead(nn.Module):
-    """Features of all scales to the score of each pixel."""
+    """Computes the score of each pixel from the features of all scales."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -118,9 +118,9 @@ class ScoreHead(nn.Module):
         )
 
     def forward(self, levels: list[Tensor]) -> Tensor:
-        """(B, H, W) scores in [0, 1] of the padded image."""
-        # Bilinear upsampling and a 1 x 1 convolution may change places: 8 channels to enlarge instead of 128. In
-        # float32: in half precision neighbouring scores become equal, and suppression and refinement need differences.
+        """Return the scores (B, H, W) in [0, 1] of the padded image."""
+        # Bilinear upsampling and a 1 x 1 convolution commute: 8 channels are upsampled instead of 128. In float32: in
+        # half precision neighbouring scores become equal, and suppression and refinement need their differences.
         parts = self.reduction.weight.split([level.shape[1] for level in levels], dim=1)
         x = torch.stack(
             [
@@ -135,13 +135,13 @@ class ScoreHead(nn.Module):
 
 @dataclass
 class FeatureMap:
-    """One unit vector for each pixel, computed on request: a thousand keypoints need a quarter of them.
+    """One unit vector for each pixel, computed on request: a thousand keypoints need only a quarter of them.
 
     Attributes:
         levels: features at four scales of the padded image.
-        padding: columns and rows of padding at the left and at the top.
-        width: of the image without padding, pixels.
-        height: of the image without padding, pixels.
+        padding: columns of padding at the left, rows of padding at the top.
+        width: width of the image without padding, pixels.
+        height: height of the image without padding, pixels.
     """
 
     levels: list[Tensor]
@@ -150,14 +150,14 @@ class FeatureMap:
     height: int
 
     def at(self, pixels: Tensor) -> Tensor:
-        """(B, P, 2) whole x, y to (B, P, C)."""
+        """Return the vectors (B, P, C) at pixels (B, P, 2), whole x, y."""
         far_corner = grid_size(self.levels[0]) - 1
         grid = (pixels + vector(*self.padding, like=pixels)) / far_corner * 2 - 1
         samples = [F.grid_sample(level.float(), grid[:, None], align_corners=True)[:, :, 0] for level in self.levels]
         return F.normalize(torch.cat(samples, dim=1), dim=1).transpose(1, 2)
 
     def between(self, positions: Tensor) -> Tensor:
-        """(B, P, 2) x, y to (B, P, C), bilinear, zero outside of the image."""
+        """Return the vectors (B, P, C) at positions (B, P, 2) x, y; bilinear, zero outside the image."""
         first = positions.floor()
         size = vector(self.width, self.height, like=positions)
         total = positions.new_zeros(())
@@ -171,7 +171,7 @@ class FeatureMap:
 
 
 class DescriptorHead(nn.Module):
-    """Describes a keypoint by features at places that the features around it choose (SDDH, section III-C)."""
+    """Describes a keypoint with features at positions that the features around it select (SDDH, section III-C)."""
 
     def __init__(self, dim: int, samples: int) -> None:
         super().__init__()
@@ -181,10 +181,11 @@ class DescriptorHead(nn.Module):
         self.aggregation = nn.Linear(samples * dim, dim, bias=False)
 
     def forward(self, features: FeatureMap, keypoints: Tensor) -> Tensor:
-        """(B, N, 2) keypoints in pixels to (B, N, dim) unit vectors."""
+        """Return unit descriptors (B, N, dim) at keypoints (B, N, 2), pixels."""
         batch, count = keypoints.shape[:2]
         furthest = max(features.width, features.height) / 4
-        # The 3 x 3 pixels around the keypoint; at the border those nearest, and as in the authors' code never the last.
+        # The 3 x 3 pixels around the keypoint, moved inside the image at its border. As in the authors' code, the last
+        # row and column are never used.
         limit = vector(features.width - 4, features.height - 4, like=keypoints)
         corner = torch.minimum((keypoints.floor() - 1).clamp(min=0), limit)
         taps = torch.arange(9, device=keypoints.device)
@@ -204,16 +205,16 @@ class ALIKED(Extractor):
 
     Args:
         config: any of the keys of :attr:`DEFAULTS`: the channels of the four scales (``encoder_sizes``) and of the
-            descriptor, the number of ``samples`` that make a descriptor, and which keypoints to keep.
+            descriptor, the number of ``samples`` of a descriptor, and the selection of keypoints.
 
     Attributes:
-        border: as of any extractor. Only the weights' own is that of the peaks, as in the authors' code: a keypoint is
-            then read out up to a pixel or so nearer to the sides.
+        border: see :class:`Extractor`. The configured border applies to the peaks before refinement, as in the authors'
+            code, so that a keypoint may be about a pixel nearer to the sides. Any other value also applies after it.
     """
 
     MODEL_TYPE = "aliked"
-    CHANNELS = 3  # it sees colour
-    RESOLUTION = 0.0  # it finds fractions of a pixel
+    CHANNELS = 3  # colour images
+    RESOLUTION = 0.0  # keypoints are fractions of a pixel
     DEFAULTS = {
         "encoder_sizes": [16, 32, 64, 128],
         "descriptor_dim": 128,
@@ -233,8 +234,8 @@ class ALIKED(Extractor):
         self.encoder = Encoder(sizes, dim)
         self.score_head = ScoreHead(dim)
         self.descriptor_head = DescriptorHead(dim, self.config["samples"])
-        # The authors' code has one radius for suppression and refinement, but the scores were trained for 2: refining
-        # with 4 costs 7 % of the correct matches.
+        # The authors' code has one radius for suppression and refinement, but the scores were trained for 2. Refinement
+        # with a radius of 4 loses 7 % of the correct matches.
         self.refinement_radius: int = self.config["refinement_radius"]
         self.requires_grad_(False).eval()
 
@@ -276,10 +277,10 @@ class ALIKED(Extractor):
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int]]:
-    """Repeat an image's outermost pixels on all sides until width and height are multiples of ``multiple``.
+    """Replicate an image's outermost pixels on all sides until width and height are multiples of ``multiple``.
 
     Returns:
-        the padded image, and how many columns there are before the first and rows above the first.
+        the padded image, and the number of columns added at the left and of rows added at the top.
     """
     extra_height, extra_width = (-size % multiple for size in image.shape[-2:])
     left, top = extra_width // 2, extra_height // 2
@@ -287,16 +288,16 @@ def pad_to_multiple(image: Tensor, multiple: int) -> tuple[Tensor, tuple[int, in
 
 
 def refine(scores: Tensor, keypoints: Tensor, radius: int, temperature: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Move keypoints to the centre of the scores around them (DKD, section III-B).
+    """Refine keypoints to the softmax-weighted centre of the scores around them (DKD, section III-B).
 
     Args:
         scores: (B, H, W).
         keypoints: (B, N, 2) x, y of the peaks, whole pixels.
-        radius: how far around a peak scores count, pixels.
-        temperature: the smaller, the more only the highest scores count.
+        radius: radius of the square of scores around a peak, pixels.
+        temperature: temperature of the softmax: with a smaller one, the highest scores weigh more.
 
     Returns:
-        keypoints (B, N, 2), and the scores (B, N) at their new place.
+        keypoints (B, N, 2), and the scores (B, N) at their refined positions.
     """
     padded = F.pad(scores, (radius, radius, radius, radius))
     steps = torch.arange(2 * radius + 1, device=scores.device)
@@ -312,7 +313,7 @@ def refine(scores: Tensor, keypoints: Tensor, radius: int, temperature: float = 
 
 
 def _from_authors(checkpoint: Checkpoint) -> Checkpoint:
-    """The authors' ``.pth`` (Shiaoming/ALIKED) under this module's names, batch norms folded into the convolutions."""
+    """Convert the authors' ``.pth`` (Shiaoming/ALIKED) to this module's names, and fold the batch norms."""
     theirs = {name: tensor.float() for name, tensor in checkpoint.tensors.items()}
     tensors: dict[str, Tensor] = {}
     for block in range(4):
@@ -337,7 +338,7 @@ def _from_authors(checkpoint: Checkpoint) -> Checkpoint:
         tensors[f"score_head.convs.{i}.weight"] = theirs[f"score_head.{2 * i + 2}.weight"]
     aggregation = theirs["desc_head.agg_weights"]  # (samples, in, out)
     tensors["descriptor_head.aggregation.weight"] = aggregation.flatten(0, 1).T
-    # Channels of a pixel stand together here, pixels of a channel there.
+    # A pixel's channels are adjacent here; in the authors' file, a channel's pixels.
     tensors["descriptor_head.offset_a.weight"] = theirs["desc_head.offset_conv.0.weight"].permute(0, 2, 3, 1).flatten(1)
     tensors["descriptor_head.offset_a.bias"] = theirs["desc_head.offset_conv.0.bias"]
     tensors["descriptor_head.offset_b.weight"] = theirs["desc_head.offset_conv.2.weight"].flatten(1)

@@ -1,4 +1,4 @@
-"""What all networks with weights share: their configuration, loading them, and the numbers of points they take."""
+"""Base classes of all networks with weights: configuration, loading, and rounding of the number of keypoints."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = ["LARGEST_IMAGE", "Extractor", "PretrainedNetwork", "rounded_up"]
 
-LARGEST_IMAGE = 3840 * 2176  # pixels: SuperPoint's first layers take 6 GB of memory for it in float32
+LARGEST_IMAGE = 3840 * 2176  # pixels: SuperPoint's first layers need 6 GB of memory for such an image in float32
 
 Self = TypeVar("Self", bound="PretrainedNetwork")
 
-# What a configuration may say of how the networks work. A wider window takes memory without end, more iterations time.
+# Allowed ranges of configuration values. A wider window needs unlimited memory, more iterations unlimited time.
 _RANGES = {
     "nms_radius": (0, 64),
     "refinement_radius": (0, 16),
@@ -32,9 +32,9 @@ _RANGES = {
 
 
 def rounded_up(count: int) -> int:
-    """The next of few numbers of points: 64, multiples of 128 up to 1024, of 256 up to 2048, and so on.
+    """Round a number of points up to one of a few values: 64, multiples of 128 to 1024, of 256 to 2048, and so on.
 
-    oneDNN compiles the layers in bfloat16 for each number of points, and keeps some 2 MB for each.
+    oneDNN compiles the bfloat16 layers for each number of points, and keeps about 2 MB for each.
     """
     if count <= 64:
         return 64
@@ -43,23 +43,23 @@ def rounded_up(count: int) -> int:
 
 
 class PretrainedNetwork(nn.Module):
-    """A network that is built from a configuration and loads its weights with :meth:`from_pretrained`.
+    """Base class of networks that have a configuration and load their weights with :meth:`from_pretrained`.
 
     Args:
         config: any of the keys of :attr:`DEFAULTS`.
 
     Attributes:
-        config: every key of :attr:`DEFAULTS`, with the value given or else the default.
-        round_up: compute with few different numbers of points (:func:`rounded_up`), by padding. The results are the
-            same, but for rounding.
-        is_traced: it is seen by :func:`kpmatch_ros.models.trace`, and runs without CUDA graphs.
+        config: every key of :attr:`DEFAULTS`, with the given or the default value.
+        round_up: pad the points so that only a few different numbers of points occur (:func:`rounded_up`). The results
+            are the same, except for rounding.
+        is_traced: true while :func:`kpmatch_ros.models.trace` records the network; it then runs without CUDA graphs.
 
     Raises:
-        WeightsError: no network can work so.
+        WeightsError: the configuration is invalid.
     """
 
     MODEL_TYPE: ClassVar[str]
-    """What a Hugging Face ``config.json`` calls the network."""
+    """The name of the network in a Hugging Face ``config.json``."""
 
     DEFAULTS: ClassVar[dict[str, Any]]
     """The default configuration."""
@@ -78,7 +78,7 @@ class PretrainedNetwork(nn.Module):
                 self.require(key, all(n >= 1 for n in numbers if not isinstance(n, str)), "1 or more")
 
     def require(self, key: str, holds: bool, wanted: str) -> None:
-        """Refuse a configuration unless something ``holds``: a sentence says which value is ``wanted`` for a key."""
+        """Raise WeightsError unless ``holds``; the text names the key and the value that is ``wanted``."""
         if not holds:
             raise WeightsError(f"{key} is {self.config[key]!r:.80}; it must be {wanted}")
 
@@ -88,35 +88,37 @@ class PretrainedNetwork(nn.Module):
 
         Args:
             source: a registered name (``kpmatch weights list``), a Hugging Face folder, a ``.safetensors`` file, or
-                the original authors' ``.pth`` file. The folder of a matcher may hold its extractor too.
-            options: keys of :attr:`DEFAULTS`. They replace the checkpoint's own.
+                the original authors' ``.pth`` file. The folder of a matcher may also hold its extractor.
+            options: keys of :attr:`DEFAULTS`. They replace the checkpoint's values.
 
         Raises:
-            WeightsError: there are no such weights, they are damaged, or they are of another network.
+            WeightsError: the weights do not exist, are damaged, or belong to another network.
         """
         return build(cls, source, options)
 
     @classmethod
     def prepare(cls, checkpoint: Checkpoint) -> Checkpoint:
-        """Translate a checkpoint into this network's configuration and names of tensors."""
+        """Translate a checkpoint into this network's configuration and tensor names."""
         raise NotImplementedError
 
 
 class Extractor(PretrainedNetwork):
-    """A network that finds and describes keypoints; the attributes select them and may change between two images.
+    """Base class of networks that detect keypoints and compute their descriptors.
+
+    The attributes control the selection of keypoints. They may change between two images.
 
     Attributes:
         keypoint_threshold: lowest score of a keypoint.
         max_keypoints: largest number of keypoints of an image; -1 for all.
-        nms_radius: two keypoints are further apart than this, pixels.
-        border: no keypoint is nearer to the image's sides, pixels.
+        nms_radius: two keypoints are more than this distance apart in x or in y, pixels.
+        border: keypoints are at least this distance from the image's sides, pixels.
     """
 
     CHANNELS: ClassVar[int]
-    """What it sees: 1 for grey, 3 for RGB."""
+    """Number of channels of the input image: 1 for grey, 3 for RGB."""
 
     RESOLUTION: ClassVar[float]
-    """Pixels between neighbouring positions that a keypoint can have; 0 for any position."""
+    """Distance between neighbouring positions that a keypoint can have, pixels; 0 for any position."""
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
@@ -136,7 +138,7 @@ class Extractor(PretrainedNetwork):
         raise NotImplementedError
 
     def forward(self, image: Tensor, allowed: Tensor | None = None) -> Detections:
-        """Find and describe keypoints.
+        """Detect keypoints and compute their descriptors.
 
         Args:
             image: (B, 1, H, W) grey values in [0, 1], float; or (B, 3, H, W) RGB where :attr:`CHANNELS` is 3.
@@ -148,5 +150,5 @@ class Extractor(PretrainedNetwork):
         raise NotImplementedError
 
     def to_precision(self: Self, dtype: torch.dtype) -> Self:
-        """Convert the weights, or as many of them as bear it."""
+        """Convert the weights to ``dtype``; subclasses keep those layers as they are that need more precision."""
         return self.to(dtype)

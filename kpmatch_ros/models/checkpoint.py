@@ -1,4 +1,4 @@
-"""Reading weights from disk, without ever running code from a file."""
+"""Reading of weights from disk, without ever running code from a file."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ __all__ = [
     "read_source",
 ]
 
-# One tensor that only this network has: its name in the authors' files and in this package's (and `transformers`').
-# Matchers come first: the folder of a matcher can hold its detector too, under a longer name.
+# One tensor that only this network has: its name in the authors' files, and in this package and `transformers`.
+# Matchers come first: a matcher's folder can also hold its detector, whose names have a prefix.
 _MARKS = {
     "lightglue": ("log_assignment.0.final_proj.weight", "match_assignment_layers.0.final_projection.weight"),
     "superglue": ("bin_score",),
@@ -43,15 +43,15 @@ _MARKS = {
 }
 NETWORKS = tuple(_MARKS)
 MATCHERS = ("lightglue", "superglue")
-CONFIG_KEY = "kpmatch_config"  # of the header of a .safetensors file, which has no place for a configuration otherwise
+CONFIG_KEY = "kpmatch_config"  # in the header of a .safetensors file, which has no other place for a configuration
 
-_WRAPPERS = 3  # dictionaries around that of the tensors, as in {"model": {...}}; one may hold itself without end
+_WRAPPERS = 3  # levels of dictionaries around the tensors, as in {"model": {...}}; a malformed one may contain itself
 
-# Keys of a Hugging Face config.json that say nothing about what the network computes.
+# Keys of a Hugging Face config.json that do not change what the network computes.
 _DESCRIPTIVE = {
     "_name_or_path",
     "architectures",
-    "attention_dropout",  # a regulariser of training
+    "attention_dropout",  # used only in training
     "attn_implementation",
     "dtype",
     "initializer_range",
@@ -74,7 +74,7 @@ class Checkpoint:
     source: str
 
     def part(self, config_key: str, prefix: str) -> Checkpoint:
-        """The network stored inside this one under ``prefix``."""
+        """The network stored in this checkpoint under ``prefix``."""
         tensors = {name[len(prefix) :]: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
         return Checkpoint(dict(self.config[config_key]), tensors, self.source)
 
@@ -91,7 +91,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def network_types(names: Iterable[str]) -> list[str]:
-    """Which of :data:`NETWORKS` a file holds, by the names of its tensors; a matcher comes before its detector."""
+    """The :data:`NETWORKS` in a file, according to the names of its tensors; a matcher comes before its detector."""
     names = list(names)
     found = []
     for kind, marks in _MARKS.items():
@@ -102,15 +102,15 @@ def network_types(names: Iterable[str]) -> list[str]:
 
 
 def network_type(source: str | Path, kinds: Collection[str]) -> str:
-    """Which of the networks ``kinds`` the weights are for; the tensors themselves are not read.
+    """Return which of the networks ``kinds`` the weights hold, without reading the tensors.
 
     Args:
         source: a registered name, a Hugging Face folder, a ``.safetensors`` or an authors' ``.pth`` file.
-        kinds: some of :data:`NETWORKS`, such as all matchers.
+        kinds: some of :data:`NETWORKS`, for example all matchers.
 
     Raises:
-        WeightsError: the weights are missing or damaged, or hold none of these networks; the text names what they
-            hold and what was wanted.
+        WeightsError: the weights are missing or damaged, or hold none of these networks; the text names the networks
+            that they hold and those that were expected.
     """
     found = _networks_of(source)
     for kind in found:
@@ -123,12 +123,12 @@ def network_type(source: str | Path, kinds: Collection[str]) -> str:
 
 
 def check_made_for(matcher: str | Path, extractor: str | Path) -> None:
-    """Check that a matcher was made for an extractor, as far as names and the weights themselves tell.
+    """Check that a matcher was made for an extractor, as far as the names and the weights show.
 
-    Descriptors of the same size may be another network's: with these, nothing matches.
+    Descriptors of two networks may have the same size. A matcher finds no matches with those of the wrong network.
 
     Raises:
-        WeightsError: it was made for another one; or as :func:`network_type`.
+        WeightsError: the matcher was made for another extractor; or see :func:`network_type`.
     """
     weights.check_pair(str(matcher), str(extractor))
     registered = weights.REGISTRY.get(str(matcher))
@@ -145,9 +145,9 @@ def check_made_for(matcher: str | Path, extractor: str | Path) -> None:
 
 
 def _networks_of(source: str | Path) -> list[str]:
-    """The networks that weights hold, at least one; the arguments and errors as of :func:`network_type`."""
+    """The networks in the weights, at least one; arguments and errors as for :func:`network_type`."""
     registered = weights.REGISTRY.get(str(source))
-    if registered is not None:  # a folder may hold more than the registered name means
+    if registered is not None:  # the folder may hold more networks than the registered name stands for
         return list(registered.networks)
     names = _tensor_names(tensor_file(weights.resolve(source)))
     found = network_types(names)
@@ -157,7 +157,7 @@ def _networks_of(source: str | Path) -> list[str]:
 
 
 def no_network(source: str, names: Collection[str]) -> weights.WeightsError:
-    """The error for a file whose tensors are of no network that this package has."""
+    """The error for a file whose tensors belong to no network of this package."""
     return weights.WeightsError(
         f"{source} holds none of the networks {', '.join(NETWORKS)}, but {', '.join(list(names)[:3])} and so on"
     )
@@ -188,10 +188,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_source(source: str | Path) -> Checkpoint:
-    """What a registered name, a folder or a file holds; of a LightGlue, the layers that the name stands for.
+    """Read a registered name, a folder or a file. A registered LightGlue may stand for only its first layers.
 
     Raises:
-        WeightsError: as :func:`read_checkpoint`, or when there is no such name or file.
+        WeightsError: there is no such name or file; or see :func:`read_checkpoint`.
     """
     read = read_checkpoint(weights.resolve(source))
     registered = weights.REGISTRY.get(str(source))
@@ -199,14 +199,14 @@ def read_source(source: str | Path) -> Checkpoint:
 
 
 def first_layers(lightglue: Checkpoint, count: int) -> Checkpoint:
-    """A LightGlue without the layers after the first ``count``, from a Hugging Face folder.
+    """A LightGlue with only its first ``count`` layers, from a Hugging Face folder.
 
-    Each layer was trained to match by itself, so that matching can stop there.
+    Matching can stop after any layer, because each was trained to give matches.
     """
 
     def kept(name: str) -> bool:
         layer = re.match(r"(transformer_layers|match_assignment_layers|token_confidence)\.(\d+)\.", name)
-        # A confidence stands between two layers: there is one less of them.
+        # A confidence layer stands between two layers, so there is one fewer.
         return not layer or int(layer[2]) < count - (layer[1] == "token_confidence")
 
     tensors = {name: tensor for name, tensor in lightglue.tensors.items() if kept(name)}
@@ -214,7 +214,7 @@ def first_layers(lightglue: Checkpoint, count: int) -> Checkpoint:
 
 
 def _own_config(path: Path) -> dict[str, Any]:
-    """The configuration in the header of a ``.safetensors`` file that this package wrote; empty in other files."""
+    """The configuration in the header of a ``.safetensors`` file written by this package; empty for other files."""
     if path.suffix != ".safetensors":
         return {}
     try:
@@ -227,10 +227,10 @@ def _own_config(path: Path) -> dict[str, Any]:
 
 
 def tensor_file(path: Path) -> Path:
-    """The file of tensors in a Hugging Face folder; a file is that itself.
+    """The file with the tensors in a Hugging Face folder; a path to a file is returned unchanged.
 
     Raises:
-        WeightsError: the folder has none, or it is no regular file.
+        WeightsError: the folder has no such file, or it is not a regular file.
     """
     names = ("model.safetensors", "pytorch_model.bin") if path.is_dir() else ("",)
     for file in (path / name for name in names):
@@ -256,7 +256,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return _checked(path, load_file(path))
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # SafetensorError, UnpicklingError, OSError, and what malformed archives raise besides
+    except Exception as error:  # SafetensorError, UnpicklingError, OSError, and whatever malformed archives raise
         raise _damaged(path, error) from error
     tensors = dict(loaded) if isinstance(loaded, Mapping) else {}
     for _ in range(_WRAPPERS):
@@ -269,7 +269,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _checked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, if all are real numbers that are in the file, one by one."""
+    """Return the tensors, if all of them are plain real numbers stored completely in the file."""
     for name, tensor in tensors.items():
         fault = _fault(tensor)
         if fault:
@@ -280,22 +280,22 @@ def _checked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fault(tensor: Tensor) -> str:
-    """Why a tensor is no plain numbers in memory; empty where it is."""
+    """Why a tensor is not a plain dense array of real numbers; empty if it is."""
     if tensor.is_nested or tensor.layout != torch.strided:
         return "is sparse or nested"
     if tensor.is_quantized or tensor.is_complex():
         return f"is of the type {str(tensor.dtype).removeprefix('torch.')}"
     if tensor.device.type != "cpu":
         return f"is on the device {tensor.device}"
-    # One number in the file may stand for any amount of memory.
+        # A tensor of stride 0 takes one number in the file and any amount of memory when copied.
     repeats = tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
     return "repeats its numbers" if repeats else ""
 
 
 def _damaged(path: Path, error: Exception) -> weights.WeightsError:
-    if isinstance(error, pickle.UnpicklingError):  # PyTorch's text recommends running the file's code
+    if isinstance(error, pickle.UnpicklingError):  # PyTorch's own text recommends running the file's code
         reason = "it holds something other than tensors, which is not loaded because it could run code"
-    elif isinstance(error, LookupError):  # of the first byte that means nothing to pickle
+    elif isinstance(error, LookupError):  # the first byte is no opcode of pickle
         reason = "it is no file of PyTorch"
     else:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -306,7 +306,7 @@ def _damaged(path: Path, error: Exception) -> weights.WeightsError:
 
 
 def prepared(network: type[_Buildable], read: Checkpoint) -> Checkpoint:
-    """The part of a checkpoint that is for ``network``, in its own names; a matcher's folder may hold it."""
+    """The tensors and configuration for ``network``, under its own names; a matcher's folder may hold its detector."""
     part, own_name = "keypoint_detector.", _MARKS[network.MODEL_TYPE][-1]
     if read.config.get("model_type") != network.MODEL_TYPE and part + own_name in read.tensors:
         read = read.part("keypoint_detector_config", part)
@@ -317,6 +317,7 @@ def build(cls: type[Model], source: str | Path, options: Mapping[str, Any]) -> M
     """Construct the network ``cls`` from weights: a registered name, a folder or a file.
 
     Args:
+        options: configuration values that replace the checkpoint's.
         options: configuration that replaces the checkpoint's own.
 
     Raises:
@@ -330,10 +331,10 @@ def build(cls: type[Model], source: str | Path, options: Mapping[str, Any]) -> M
 
 
 def build_from(cls: type[Model], read: Checkpoint, options: Mapping[str, Any]) -> Model:
-    """As :func:`build`, from what was read of the weights.
+    """Construct the network ``cls`` from a checkpoint, see :func:`build`.
 
     Raises:
-        WeightsError: it is damaged, or made for another network or configuration.
+        WeightsError: the checkpoint is damaged, or made for another network or configuration.
     """
     network: type[_Buildable] = cls  # type: ignore[assignment]
     with _explained(read.source, network.MODEL_TYPE):
@@ -349,7 +350,7 @@ def build_from(cls: type[Model], read: Checkpoint, options: Mapping[str, Any]) -
     config = {key: value for key, value in config.items() if key in network.DEFAULTS and value is not None}
     _check_config(checkpoint, network, config)
     with _explained(checkpoint.source, network.MODEL_TYPE), torch.device("meta"):
-        # Without memory: the file may declare a network of any size. PyTorch's default number format plays no part.
+        # Without memory: the file may declare a network of any size. float() overrides PyTorch's default data type.
         model = cls(**config).float()
     expected, stored = model.state_dict(), checkpoint.tensors
     problems = [f"{name} is missing" for name in expected if name not in stored]
@@ -372,15 +373,15 @@ def build_from(cls: type[Model], read: Checkpoint, options: Mapping[str, Any]) -
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite, by the least and the largest: a NaN is both."""
+    """Whether all numbers are finite, checked by the minimum and the maximum, which are NaN if any number is."""
     return tensor.numel() == 0 or all(bool(torch.isfinite(each)) for each in tensor.aminmax())
 
 
 def _check_config(checkpoint: Checkpoint, network: type[_Buildable], config: Mapping[str, Any]) -> None:
-    """Check a configuration's types, and that it declares no more parts than the file has tensors for.
+    """Check the types of a configuration, and that the file has enough tensors for the declared number of parts.
 
     Raises:
-        WeightsError: it is not so.
+        WeightsError: a value has the wrong type, or declares more parts than the file has tensors.
     """
     for key, value in config.items():
         default = network.DEFAULTS[key]
@@ -408,7 +409,7 @@ def _check_config(checkpoint: Checkpoint, network: type[_Buildable], config: Map
 
 @contextmanager
 def _explained(source: str, kind: str) -> Iterator[None]:
-    """Turn any failure on a malformed checkpoint into an error that names the file."""
+    """Turn any failure caused by a malformed checkpoint into an error that names the file."""
     try:
         yield
     except weights.WeightsError as error:

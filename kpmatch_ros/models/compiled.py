@@ -1,4 +1,7 @@
-"""Networks on the processor, and LightGlue's assignment, that the build of the ROS package compiles from src/*.c."""
+"""Compiled code for the processor: LightGlue's layers and assignment, SuperPoint's convolutions and scores.
+
+The build of the ROS package compiles the library from src/*.c.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +37,14 @@ __all__ = [
 ]
 
 LIBRARY = Path(__file__).with_name("libkpmatch_networks.so")
-# As in src/networks.c and networks.h:
-_VERSION = 5  # the arguments and the meaning of its functions
-_FLOATS, _VECTORS, _TILES = 1, 2, 3  # of what it can run on this processor; 0 is nothing
+# These values must agree with src/networks.c and networks.h.
+_VERSION = 5  # of the library's interface: the arguments and the meaning of its functions
+_FLOATS, _VECTORS, _TILES = 1, 2, 3  # what kpmatch_support() returns for this processor; 0: no support
 _MOST_THREADS = 64
-_MULTIPLE = 32  # of a head's size, and so of all sizes, in bfloat16
-_LEAST_ROWS = 8  # of an image for each thread, which computes up to two beyond them
+_MULTIPLE = 32  # in bfloat16, a head's size must be a multiple of this, and so are all other sizes
+_LEAST_ROWS = 8  # image rows for each thread; a thread computes up to two rows more
 _BLOCK = 16  # channels in float32
-# From the numbers of a 3 x 3 window to those of a tile of 6 x 6, as src/transformed.h's, which has the other two.
+# Winograd transform of a 3 x 3 kernel for tiles of 6 x 6. src/transformed.h has the transforms of the input and output.
 _TRANSFORM = [
     [1 / 4, 0, 0],
     [-1 / 6, -1 / 6, -1 / 6],
@@ -91,7 +94,7 @@ class _Block(ctypes.Structure):
 
 
 def open_library(path: Path) -> ctypes.CDLL | None:
-    """As :func:`kpmatch_ros.runtime.compiled_library.open_library`."""
+    """Open the library, see :func:`kpmatch_ros.runtime.compiled_library.open_library`."""
     layer, block = ctypes.POINTER(_Layer), ctypes.POINTER(_Block)
     size, address = ctypes.c_int64, ctypes.c_void_p
     functions: dict[str, tuple[Any, list[Any]]] = {
@@ -113,7 +116,7 @@ def open_library(path: Path) -> ctypes.CDLL | None:
 
 
 _library: Any = open_library(LIBRARY)
-# PyTorch may have been told to do without some vectors (ATEN_CPU_CAPABILITY): then so do we.
+# ATEN_CPU_CAPABILITY may forbid PyTorch some vector instructions: this module obeys it too.
 _WIDTH = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
 _support: int = 0
 if _library is not None:
@@ -122,47 +125,53 @@ if _library is not None:
 
 
 def available() -> bool:
-    """Whether the library is there and the processor can run all of it: it has AVX-512 with bfloat16."""
+    """Whether the library is present and the processor can run all of it, which needs AVX-512 with bfloat16."""
     return _support >= _VECTORS
 
 
 def in_float32() -> bool:
-    """Whether it computes LightGlue's layers in float32: with AVX2. PyTorch's with AVX-512 were not compared yet."""
+    """Whether the library computes LightGlue's layers in float32.
+
+    It needs AVX2. With AVX-512 PyTorch computes them: the two were not compared there yet.
+    """
     return _support == _FLOATS and _WIDTH == 8
 
 
 def takes(numbers: Tensor) -> bool:
-    """Whether what follows from a tensor may be computed here: on the processor, and unseen by PyTorch.
+    """Whether the compiled code may process a tensor: it is on the processor, and PyTorch need not see the operations.
 
-    PyTorch has to see it to find gradients, and to record a network for ONNX.
+    PyTorch must see the operations for gradients and while it traces or compiles a network, as for ONNX.
     """
     recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
     return numbers.device.type == "cpu" and not numbers.requires_grad and not recorded
 
 
 def has_vectors() -> bool:
-    """Whether it computes SuperPoint's scores and LightGlue's assignment: with AVX2."""
+    """Whether the library computes SuperPoint's scores and LightGlue's assignment, which needs AVX2."""
     return _support >= _FLOATS
 
 
 def has_tiles() -> bool:
-    """Whether it multiplies by tiles (AMX)."""
+    """Whether the library multiplies with matrix tiles (AMX)."""
     return _support >= _TILES
 
 
 def transforms() -> bool:
-    """Whether it computes convolutions in float32, through a transform, which it does on any processor."""
+    """Whether the library computes float32 convolutions with the Winograd transform; it does so on any processor."""
     return _library is not None
 
 
 class _Compiled:
-    """What is computed here. Copied, it is None where it cannot run: then PyTorch computes."""
+    """Base class of compiled operations.
+
+    Copying or unpickling one gives None where the processor cannot run it. PyTorch then computes the operation.
+    """
 
     dtype: torch.dtype
 
     @staticmethod
     def runs(dtype: torch.dtype) -> bool:
-        """Whether the library and the processor can compute it in this number format."""
+        """Whether the library and the processor support this data type."""
         raise NotImplementedError
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -178,14 +187,14 @@ def _restored(kind: type[_Compiled], state: dict[str, Any]) -> _Compiled | None:
 
 
 class CompiledLayer(_Compiled):
-    """A layer of LightGlue, fused (:meth:`LightGlue.fuse`).
+    """A fused layer of LightGlue (:meth:`LightGlue.fuse`).
 
-    In bfloat16 src/lightglue.c computes it, in float32 src/lightglue_avx2.c.
+    It is computed by src/lightglue.c in bfloat16 and by src/lightglue_avx2.c in float32.
 
     Args:
-        layer: for which :meth:`fits` is true.
-        dtype: of its products.
-        tiles: multiply by tiles (AMX) where the processor has them.
+        layer: a layer for which :meth:`fits` is true.
+        dtype: data type of the matrix products.
+        tiles: multiply with matrix tiles (AMX) where the processor has them.
     """
 
     def __init__(self, layer: TransformerLayer, dtype: torch.dtype, tiles: bool = True) -> None:
@@ -201,7 +210,7 @@ class CompiledLayer(_Compiled):
 
     @staticmethod
     def fits(layer: TransformerLayer, dtype: torch.dtype) -> bool:
-        """Whether this layer can be computed here, on this processor."""
+        """Whether the compiled code can compute this layer on this processor."""
         halves = ((layer.self_attention, layer.self_mlp), (layer.cross_attention, layer.cross_mlp))
         multiple = _MULTIPLE if dtype == torch.bfloat16 else _BLOCK
         return CompiledLayer.runs(dtype) and all(
@@ -215,7 +224,7 @@ class CompiledLayer(_Compiled):
         )
 
     def __call__(self, points0: Points, points1: Points) -> tuple[Tensor, Tensor]:
-        """The new states (B, N, C) of both images' points, float32. Those of padding stay as they are."""
+        """Return the new states (B, N, C) of both images' points, float32. The states of padding do not change."""
         states0, states1 = (points.x.float().contiguous() for points in (points0, points1))
         if points0.mask is None and points1.mask is None and len(states0) == 1:
             new0, new1 = self._run(states0[0], states1[0], _rotation(points0, 0), _rotation(points1, 0))
@@ -228,7 +237,7 @@ class CompiledLayer(_Compiled):
         return states0, states1
 
     def _run(self, x0: Tensor, x1: Tensor, rotation0: Tensor, rotation1: Tensor) -> tuple[Tensor, Tensor]:
-        """A pair: states (N, C) and rotations (N, C / heads / 2, 2), float32, one after the other in memory."""
+        """Compute one pair: states (N, C) and rotations (N, C / heads / 2, 2), float32, contiguous."""
         if len(x0) == 0 or len(x1) == 0:
             return x0, x1
         new0, new1 = torch.empty_like(x0), torch.empty_like(x1)
@@ -248,15 +257,15 @@ class CompiledLayer(_Compiled):
 
 
 class CompiledConvolutions(_Compiled):
-    """One 3 x 3 convolution or two, with ReLU behind each.
+    """One or two 3 x 3 convolutions, each followed by ReLU.
 
-    In bfloat16 src/superpoint.c computes them by tiles; in float32 src/transformed.c, in a third of the time that they
-    take PyTorch.
+    src/superpoint.c computes them in bfloat16, with matrix tiles (AMX). src/transformed.c computes them in float32, in
+    a third of PyTorch's time.
 
     Args:
         convolutions: weight (O, I, 3, 3) and bias (O,) of each; see :meth:`fits`.
-        pooling: with 2 x 2 max pooling behind.
-        dtype: of images and results.
+        pooling: whether 2 x 2 max pooling follows.
+        dtype: data type of images and results.
     """
 
     def __init__(self, convolutions: Sequence[tuple[Tensor, Tensor]], pooling: bool, dtype: torch.dtype) -> None:
@@ -274,11 +283,11 @@ class CompiledConvolutions(_Compiled):
 
     @staticmethod
     def fits(dtype: torch.dtype, *channels: int) -> bool:
-        """Whether convolutions with so many channels as results can be computed here, on this processor."""
+        """Whether the compiled code can compute convolutions with so many output channels on this processor."""
         return CompiledConvolutions.runs(dtype) and all(each % _BLOCK == 0 for each in channels)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Of (B, I, H, W), channels last, (B, O, H, W) or (B, O, H/2, W/2)."""
+        """Map images (B, I, H, W) to (B, O, H, W), or with pooling to (B, O, H/2, W/2), channels last."""
         assert images.dtype == self.dtype
         by_tiles = self.dtype == torch.bfloat16
         size_of, compute = (
@@ -305,7 +314,7 @@ class CompiledConvolutions(_Compiled):
 
 
 def image_parts(image: Tensor) -> Tensor:
-    """As :func:`kpmatch_ros.models.superpoint.in_parts`, of (B, 1, H, W) float32."""
+    """Compute :func:`kpmatch_ros.models.superpoint.in_parts` for an image (B, 1, H, W), float32."""
     assert image.dtype == torch.float32 and image.shape[1] == 1
     image = image.contiguous()
     parts = image.new_empty(*image[:, 0].shape, 4, dtype=torch.bfloat16)
@@ -314,7 +323,11 @@ def image_parts(image: Tensor) -> Tensor:
 
 
 def pixel_scores(logits: Tensor) -> Tensor:
-    """Scores of pixels (B, 8 H, 8 W), of logits (B, H, W, 65) float32: 8 x 8 pixels of each cell, and none of them."""
+    """Return the pixels' scores (B, 8 H, 8 W).
+
+    Args:
+        logits: (B, H, W, 65) float32, for the 8 x 8 pixels of each cell and for "no keypoint in this cell".
+    """
     logits = logits.contiguous()
     batch, height, width, count = logits.shape
     assert count == 65 and logits.dtype == torch.float32
@@ -328,15 +341,15 @@ def pixel_scores(logits: Tensor) -> Tensor:
 
 
 def best_pairs(similarity: Tensor, certain0: Tensor, certain1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best partner of each point, by the scores of :class:`MatchAssignment`.
+    """Find the best partner of each point by the scores of :class:`MatchAssignment`.
 
     Args:
         similarity: (N0, N1) float32 on the processor, N0 and N1 at least 1.
-        certain0: (N0,) float32, logarithms of the probabilities that a point has a match.
-        certain1: (N1,).
+        certain0: (N0,) float32, log probabilities that a point has a match.
+        certain1: (N1,) float32, the same for image 1.
 
     Returns:
-        partners (N0,) and (N1,) int64, and the logarithms (N0,) of the scores of the first; NaN where there is none.
+        partners (N0,) and (N1,) int64, and the log scores (N0,) of the first, NaN if similarities are NaN.
     """
     count0, count1 = similarity.shape
     inputs = [values.float().contiguous() for values in (similarity, certain0, certain1)]
@@ -360,7 +373,7 @@ _Weights = tuple[list[Tensor], int, float]
 
 
 def _half(attention: Attention, mlp: FeedForward, pack: Callable[[Tensor], Tensor]) -> _Weights:
-    """The members of a _Half."""
+    """The tensors, the number of parts and the epsilon of a ``_Half``."""
     joint = attention.joint
     assert joint is not None
     tensors: list[Tensor] = []
@@ -372,20 +385,20 @@ def _half(attention: Attention, mlp: FeedForward, pack: Callable[[Tensor], Tenso
 
 
 def _packed(weight: Tensor) -> Tensor:
-    """A weight (N, K) as the right side of a product: see src/lightglue.c."""
+    """Pack a weight (N, K) as the right-hand side of a product, see src/lightglue.c."""
     n, k = weight.shape
     pairs = weight.detach().to(torch.bfloat16).reshape(n // 16, 16, k // 32, 16, 2)
     return pairs.permute(0, 2, 3, 1, 4).contiguous()
 
 
 def _packed_floats(weight: Tensor) -> Tensor:
-    """A weight (N, K) as the right side of a product: see src/lightglue_avx2.c."""
+    """Pack a weight (N, K) as the right-hand side of a product, see src/lightglue_avx2.c."""
     n, k = weight.shape
     return weight.detach().float().reshape(n // _BLOCK, _BLOCK, k).transpose(1, 2).contiguous()
 
 
 def _packed_windows(weight: Tensor) -> Tensor:
-    """A convolution's weight (O, I, 3, 3) as the right side of a product: see src/superpoint.c."""
+    """Pack a convolution's weight (O, I, 3, 3) as the right-hand side of a product, see src/superpoint.c."""
     outputs, inputs = weight.shape[:2]
     rows = weight.detach().permute(0, 2, 3, 1).reshape(outputs, 3, 3 * inputs)
     rows = F.pad(rows, (0, -3 * inputs % _MULTIPLE, 0, 0, 0, -outputs % _MULTIPLE))
@@ -393,7 +406,7 @@ def _packed_windows(weight: Tensor) -> Tensor:
 
 
 def _transformed(weight: Tensor) -> Tensor:
-    """A convolution's weight (O, I, 3, 3) in the transform, packed: see src/transformed.c."""
+    """Transform a convolution's weight (O, I, 3, 3) and pack it, see src/transformed.c."""
     outputs, inputs = weight.shape[:2]
     weight = weight.detach()
     if inputs == 1:

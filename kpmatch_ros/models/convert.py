@@ -32,7 +32,7 @@ from kpmatch_ros.weights import WeightsError
 __all__ = ["Network", "convert", "describe"]
 
 _KINDS: dict[str, Any] = {kind.MODEL_TYPE: kind for kind in (LightGlue, SuperGlue, SuperPoint, ALIKED, DISK, XFeat)}
-# Of those that `transformers` has.
+# `transformers`' names of the networks that it supports.
 _ARCHITECTURES = {
     "lightglue": "LightGlueForKeypointMatching",
     "superglue": "SuperGlueForKeypointMatching",
@@ -47,8 +47,8 @@ class Network:
 
     Attributes:
         model: one of :data:`kpmatch_ros.models.checkpoint.NETWORKS`.
-        config: everything it was built with.
-        tensors: by the names of this package and of `transformers`, as stored: in the precision of the file.
+        config: the complete configuration of the network.
+        tensors: the tensors by the names of this package and of `transformers`, in the precision of the file.
     """
 
     model: str
@@ -57,7 +57,7 @@ class Network:
 
     @property
     def parameters(self) -> int:
-        """How many numbers were learned."""
+        """Number of learned parameters."""
         return sum(tensor.numel() for tensor in self.tensors.values() if tensor.is_floating_point())
 
     @property
@@ -68,16 +68,16 @@ class Network:
 
     @property
     def descriptor_size(self) -> int:
-        """Size of the descriptors that a matcher takes, or that another network makes."""
+        """Size of the descriptors that a matcher takes or an extractor computes."""
         names = {"lightglue": "input_dim", "superglue": "hidden_size", "superpoint": "descriptor_decoder_dim"}
         return self.config[names.get(self.model, "descriptor_dim")]
 
 
 def describe(source: str | Path) -> list[Network]:
-    """The networks in a folder, file, or under a registered name; a matcher comes before its detector.
+    """Return the networks in a folder or file, or under a registered name; a matcher comes before its detector.
 
     Raises:
-        WeightsError: there are none that this package knows, or they are damaged.
+        WeightsError: the weights hold no network that this package knows, or they are damaged.
     """
     read = read_source(source)
     registered = weights.REGISTRY.get(str(source))
@@ -90,29 +90,29 @@ def describe(source: str | Path) -> list[Network]:
 
 
 def _network(model: str, read: Checkpoint) -> Network:
-    # Building it checks everything: names, shapes, finite values, and that the configuration is understood.
+    # Building the network checks everything: names, shapes, finite values, and the configuration.
     built = build_from(_KINDS[model], read, {})
     stored = prepared(_KINDS[model], read).tensors
     return Network(model, built.config, {name: stored[name] for name in built.state_dict()})
 
 
 def convert(source: str | Path, target: Path, extractor: str | Path | None = None) -> list[Network]:
-    """Write weights in another format; the precision stays.
+    """Write weights in another format, in the same precision.
 
     Args:
         source: a registered name, a Hugging Face folder, a ``.safetensors`` or an authors' ``.pth`` file.
-        target: ``*.safetensors`` for one network alone, its configuration in the header; anything else becomes a
-            Hugging Face folder, which `transformers` loads too if it has the network.
-        extractor: for a matcher, the extractor that it was made for, unless the source holds it. A Hugging Face folder
-            holds both. A registered matcher brings its own.
+        target: ``*.safetensors`` for a single network, with its configuration in the header. Any other name becomes a
+            Hugging Face folder, which `transformers` can also load if it has the network.
+        extractor: the extractor that a matcher was made for, if the source does not hold it: a matcher's Hugging Face
+            folder holds both. The default for a registered matcher is its registered extractor.
 
     Returns:
         the networks written.
 
     Raises:
-        WeightsError: the source cannot be read, the target exists, or the target cannot hold the source.
+        WeightsError: the source cannot be read, the target exists, or the target's format cannot hold the source.
     """
-    if os.path.lexists(target):  # a link that leads nowhere, too
+    if os.path.lexists(target):  # also a broken link
         raise WeightsError(f"{target} is there already; remove it or choose another name")
     if target.suffix in (".pth", ".pt", ".bin", ".onnx"):
         raise WeightsError(f"{target}: weights are written as a folder, or as a file whose name ends in .safetensors")
@@ -138,17 +138,17 @@ def convert(source: str | Path, target: Path, extractor: str | Path | None = Non
     else:
         config, tensors = _folder_content(source, networks)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Everything is written and read back beside the target, so that it appears whole or not at all.
+    # Everything is written and read back in a folder beside the target, so that it appears complete or not at all.
     workplace = Path(tempfile.mkdtemp(dir=target.parent, prefix=".kpmatch."))
     try:
         content = workplace / target.name
         folder = workplace if single_file else content
         folder.mkdir(exist_ok=True)
-        # Two projections of an authors' file can share memory, which the format refuses.
+        # Two projections of an authors' file can share memory, which safetensors rejects.
         copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         file = content if single_file else folder / "model.safetensors"
         save_file(copies, file, metadata=metadata)
-        file.chmod(0o644)  # it is written for this user alone
+        file.chmod(0o644)  # safetensors makes it readable only for this user
         if not single_file:
             (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         written = describe(content)
@@ -167,7 +167,7 @@ def _config(network: Network) -> dict[str, Any]:
 
 
 def _folder_content(source: str | Path, networks: list[Network]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and tensors of a Hugging Face folder."""
+    """Return config.json and the tensors of a Hugging Face folder."""
     configs = [_config(network) for network in networks]
     precisions = {network.precision for network in networks}
     head = {**configs[0], "dtype": precisions.pop() if precisions in ({"float16"}, {"bfloat16"}) else "float32"}
@@ -187,6 +187,6 @@ def _folder_content(source: str | Path, networks: list[Network]) -> tuple[dict[s
             f"descriptors of size {detector.descriptor_size}: they do not belong together"
         )
     if detector.model == "superpoint":
-        head.pop("input_dim", None)  # follows from the SuperPoint's configuration, and `transformers` does not know it
+        head.pop("input_dim", None)  # it follows from SuperPoint's configuration, and `transformers` does not know it
     tensors = {**matcher.tensors, **{_DETECTOR + name: tensor for name, tensor in detector.tensors.items()}}
     return {**head, "keypoint_detector_config": configs[1]}, tensors

@@ -1,4 +1,4 @@
-"""Keypoints of a batch of images, and how a map of scores becomes keypoints."""
+"""Keypoints of a batch of images, and their selection from a score map."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ __all__ = [
 
 
 class Detections(NamedTuple):
-    """Keypoints of a batch of B images, padded to the same number N; best scores first, padding last.
+    """Keypoints of a batch of B images, padded to the same number N. The best scores come first, padding last.
 
     Attributes:
         keypoints: (B, N, 2) float32 x, y in pixels; the centre of the top-left pixel is (0, 0).
         scores: (B, N) float32, 0 for padding.
         descriptors: (B, N, D) float32 unit vectors.
         mask: (B, N) bool, true for keypoints, false for padding.
-        finite: (B,) bool, whether the scores that an image's keypoints were chosen by were all finite.
+        finite: (B,) bool, whether all scores of the image's score map were finite.
     """
 
     keypoints: Tensor
@@ -43,15 +43,16 @@ class Detections(NamedTuple):
     finite: Tensor
 
     def are_sound(self) -> Tensor:
-        """Whether the number format held what was computed (B,): NaN and infinity are in no score or descriptor.
+        """Whether an image's score map and descriptors have no NaN or infinity, (B,) bool.
 
-        NaN among the scores makes no keypoint, and so is not among the scores of those found.
+        They have some if the data type cannot represent the values. The whole score map is checked, because a pixel
+        whose score is NaN never becomes a keypoint.
         """
         return self.finite & torch.isfinite(self.descriptors).flatten(1).all(dim=1)
 
     @classmethod
     def none(cls, batch: int, descriptor_size: int, device: torch.device) -> Detections:
-        """No keypoints at all."""
+        """Detections without any keypoint."""
         return cls(
             torch.zeros(batch, 0, 2, dtype=torch.float32, device=device),
             torch.zeros(batch, 0, dtype=torch.float32, device=device),
@@ -62,7 +63,7 @@ class Detections(NamedTuple):
 
 
 def vector(x: float, y: float, like: Tensor) -> Tensor:
-    """(x, y) as a tensor (2,), made on the device: a GPU waits for what comes from the host."""
+    """(x, y) as a tensor (2,), created on the device: copying it from the host would make a GPU wait."""
     return torch.stack([like.new_full((), x), like.new_full((), y)])
 
 
@@ -72,17 +73,17 @@ def are_finite(scores: Tensor) -> Tensor:
 
 
 def suppress_non_maxima(scores: Tensor, radius: int, again: int = 2) -> Tensor:
-    """Set all scores to zero but those that are the largest within ``radius`` pixels in x and y.
+    """Set all scores to zero except those that are the largest within ``radius`` pixels in x and y.
 
     Args:
         scores: (B, H, W) float32.
-        radius: pixels; 0 keeps all scores, in a copy.
-        again: how often to look once more, for maxima among the pixels that those found so far do not suppress; twice
-            in the code of SuperPoint's authors.
+        radius: pixels; 0 returns a copy of all scores.
+        again: number of further passes. Each pass looks for maxima among the pixels that the maxima found so far do
+            not suppress. The code of SuperPoint's authors makes two.
     """
 
     if radius == 0:
-        return scores.clone()  # the border and the mask are cleared in place
+        return scores.clone()  # callers clear the border and the mask in place
     if _may_look(scores) and not scores.requires_grad:
         found = [torch.from_numpy(_maxima(each.numpy(), radius, again)) for each in scores]
         return found[0][None] if len(found) == 1 else torch.stack(found)
@@ -95,12 +96,15 @@ def suppress_non_maxima(scores: Tensor, radius: int, again: int = 2) -> Tensor:
 
 
 def _may_look(x: Tensor) -> bool:
-    """Whether values may be looked at: a GPU would have to be waited for, and a graph that is traced has none yet."""
+    """Whether the code may branch on values: a GPU would have to be waited for, and a traced graph has no values."""
     return x.device.type == "cpu" and not torch.jit.is_tracing()
 
 
 def _maxima(scores: np.ndarray, radius: int, again: int) -> np.ndarray:
-    """As :func:`suppress_non_maxima` of (H, W), by OpenCV: PyTorch's pooling records the place of each maximum."""
+    """Compute :func:`suppress_non_maxima` for scores (H, W) with OpenCV.
+
+    PyTorch's pooling also records the place of each maximum, which costs time.
+    """
     window = np.ones((2 * radius + 1, 2 * radius + 1), np.uint8)
     maxima = cv2.compare(scores, cv2.dilate(scores, window), cv2.CMP_EQ)
     for _ in range(again):
@@ -112,9 +116,9 @@ def _maxima(scores: np.ndarray, radius: int, again: int) -> np.ndarray:
 
 
 def _largest_nearby(x: Tensor, radius: int) -> Tensor:
-    """The largest of the values (B, H, W), float32 or uint8, within ``radius`` in both directions of each."""
+    """For each of the values (B, H, W), float32 or uint8, the largest within ``radius`` in both directions."""
     size = 2 * radius + 1
-    # A square window's maximum is that of its rows' maxima: 2 (2r+1) comparisons a pixel in place of (2r+1)^2.
+    # Rows first, then columns: 2 (2r+1) comparisons per pixel instead of (2r+1)^2.
     rows = F.max_pool2d(x[:, None].float(), (1, size), stride=1, padding=(0, radius))
     return F.max_pool2d(rows, (size, 1), stride=1, padding=(radius, 0))[:, 0].to(x.dtype)
 
@@ -122,7 +126,7 @@ def _largest_nearby(x: Tensor, radius: int) -> Tensor:
 def clear_border(scores: Tensor, border: int) -> Tensor:
     """Set the scores (B, H, W) within ``border`` pixels of the sides to zero, in place.
 
-    H and W are whole cells, as in the authors' code: pixels beyond an image's last whole cell have no scores.
+    H and W cover whole cells, as in the authors' code: pixels beyond an image's last whole cell have no scores.
     """
     if border > 0:
         scores[:, :border] = 0
@@ -135,10 +139,10 @@ def clear_border(scores: Tensor, border: int) -> Tensor:
 def clear_masked(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Set the scores (B, H, W) to zero where ``mask`` is false, in place.
 
-    After the suppression of those that are no maxima: before it, the scores beside the mask would become maxima.
+    Call it after non-maximum suppression. Before it, the scores next to the mask would become maxima.
 
     Args:
-        scores: or bool, true for maxima.
+        scores: scores, or bool that is true for maxima.
         mask: (B, H', W') bool, of at least as many rows and columns; None changes nothing.
     """
     if mask is not None:
@@ -147,19 +151,19 @@ def clear_masked(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def within_border(keypoints: Tensor, scores: Tensor, border: int) -> Tensor:
-    """Keypoints (..., 2) no nearer than ``border`` pixels to the sides of the scores (B, H, W): moved where needed."""
+    """Clamp keypoints (..., 2) to at least ``border`` pixels from the sides of the scores (B, H, W)."""
     rows, columns = scores.shape[1:]
     x, y = keypoints.unbind(dim=-1)
     return torch.stack([x.clamp(border, columns - 1 - border), y.clamp(border, rows - 1 - border)], dim=-1)
 
 
 def unless_masked(refined: Tensor, whole: Tensor, mask: Tensor | None) -> Tensor:
-    """Keypoints (B, N, 2) moved by a fraction of a pixel or so, but for those that would come to lie under the mask.
+    """Return the refined keypoints (B, N, 2), but the unrefined ones where refinement moves a keypoint into the mask.
 
     Args:
-        refined: where they move.
-        whole: where they stay otherwise, pixels that the mask allows.
-        mask: (B, H, W) bool, false where no keypoint may be; None lets all move.
+        refined: keypoints after subpixel refinement.
+        whole: the same keypoints before refinement, on pixels that the mask allows.
+        mask: (B, H, W) bool, false where no keypoint may be; None accepts all refined keypoints.
     """
     if mask is None:
         return refined
@@ -172,11 +176,11 @@ def unless_masked(refined: Tensor, whole: Tensor, mask: Tensor | None) -> Tensor
 def select_keypoints(
     scores: Tensor, threshold: float, max_keypoints: int, round_up: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The pixels of highest score above ``threshold``, at most ``max_keypoints`` of each image (-1: all).
+    """Select the pixels of highest score above ``threshold``, at most ``max_keypoints`` of each image (-1: all).
 
     Args:
         scores: (B, H, W) scores after suppression.
-        round_up: let N be one of few numbers, see :func:`kpmatch_ros.models.base.rounded_up`.
+        round_up: round N up to one of a few values, see :func:`kpmatch_ros.models.base.rounded_up`.
 
     Returns:
         keypoints (B, N, 2) as x, y; scores (B, N), descending; mask (B, N).
@@ -186,7 +190,7 @@ def select_keypoints(
     count = flat.shape[1] if max_keypoints < 0 else min(max_keypoints, flat.shape[1])
     candidates = None
     if max_keypoints < 0 or _may_look(scores):
-        # A single image has its best among those above the threshold, which are some hundredths of the pixels.
+        # For a single image, search only the pixels above the threshold, which are a few per cent of all pixels.
         candidates = (flat[0] > threshold).nonzero()[:, 0] if batch == 1 and _may_look(scores) else None
         found = len(candidates) if candidates is not None else int((flat > threshold).sum(dim=1).max())
         count = min(count, rounded_up(found) if round_up and found else found)
@@ -202,15 +206,15 @@ def select_keypoints(
 
 
 def read_out(scores: Tensor, keypoints: Tensor, radius: int = 2) -> Tensor:
-    """Keypoints to a fraction of a pixel: the centre of mass of the scores around each.
+    """Refine keypoints to a fraction of a pixel: the centre of mass of the scores around each.
 
-    A soft-argmax, as in ALIKE (Zhao et al., IEEE Transactions on Multimedia 2022, section III-B). The training
-    reads them out by the same function.
+    This is a soft-argmax, as in ALIKE (Zhao et al., IEEE Transactions on Multimedia 2022, section III-B). The training
+    uses the same function.
 
     Args:
         scores: (B, H, W) scores before any suppression.
         keypoints: (B, N, 2) float32 whole pixels x, y.
-        radius: of the square of scores that counts, pixels.
+        radius: radius of the square of scores that is used, pixels.
 
     Returns:
         (B, N, 2) float32 x, y.

@@ -1,4 +1,4 @@
-"""DISK: a U-Net that scores and describes every pixel, trained by reinforcement.
+"""DISK: a U-Net that computes a score and a descriptor for every pixel, trained by reinforcement learning.
 
 Tyszkiewicz, Fua, Trulls: DISK: Learning local features with policy gradient, NeurIPS 2020 (arXiv:2006.13566).
 """
@@ -20,7 +20,7 @@ __all__ = ["DISK"]
 
 
 class Conv(nn.Module):
-    """Instance norm, PReLU and a convolution; the first two only if ``gated``."""
+    """Instance norm, PReLU and a convolution. Without ``gated``, only the convolution."""
 
     def __init__(self, inputs: int, outputs: int, size: int, gated: bool = True) -> None:
         super().__init__()
@@ -32,9 +32,9 @@ class Conv(nn.Module):
 
 
 def activate(x: Tensor, gate: nn.PReLU) -> Tensor:
-    """Each channel of each image to mean 0 and variance 1, then PReLU."""
-    # F.instance_norm would copy channels-last tensors to and fro. Mean and variance of each row first, then of all
-    # rows, as one sum over all pixels loses digits.
+    """Normalise each channel of each image to mean 0 and variance 1, then apply PReLU."""
+    # F.instance_norm would copy channels-last tensors twice. Mean and variance are computed for each row first and then
+    # over all rows, because a single sum over all pixels loses precision.
     mean = x.permute(0, 2, 3, 1).mean(dim=2, dtype=torch.float32).mean(dim=1)
     centred = x - mean[:, :, None, None].to(x.dtype)
     norms = torch.linalg.vector_norm(centred.permute(0, 2, 3, 1), dim=2, dtype=torch.float32)
@@ -43,10 +43,10 @@ def activate(x: Tensor, gate: nn.PReLU) -> Tensor:
 
 
 class Head(nn.Module):
-    """The last layer: scores of all pixels, and descriptors of those pixels that are asked for.
+    """The last layer: scores of all pixels, and descriptors of selected pixels.
 
-    In the authors' code one convolution makes both for every pixel. That is 80 % of all the work, nearly all of it for
-    descriptors that are not used.
+    In the authors' code one convolution computes both for every pixel. That is 80 % of all the work, and nearly all of
+    it is for descriptors that are not used.
     """
 
     def __init__(self, inputs: int, outputs: int, size: int) -> None:
@@ -56,13 +56,13 @@ class Head(nn.Module):
         self.descriptor = nn.Conv2d(inputs, outputs, size)
 
     def scores(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) activated features to scores (B, H, W)."""
-        # In float32: in half precision neighbouring scores become equal, and neither is then the larger.
+        """Compute the scores (B, H, W) from activated features (B, C, H, W)."""
+        # In float32: in half precision neighbouring scores become equal, and then neither of them is a strict maximum.
         weight, bias = (parameter.float() for parameter in self.score.parameters())
         return F.conv2d(x.float(), weight, bias, padding=self.score.padding)[:, 0]
 
     def descriptors(self, x: Tensor, keypoints: Tensor) -> Tensor:
-        """Unit vectors (B, N, D) at keypoints (B, N, 2), whole x, y."""
+        """Compute unit descriptors (B, N, D) at keypoints (B, N, 2), whole pixels x, y."""
         (height, width), size = x.shape[-2:], self.descriptor.kernel_size[0]
         steps = torch.arange(size, device=x.device) - size // 2
         rows, columns = keypoints[..., 1:].long() + steps, keypoints[..., :1].long() + steps
@@ -75,7 +75,7 @@ class Head(nn.Module):
 
 
 class UNet(nn.Module):
-    """(B, 3, H, W) image, sides multiples of 2 to the number of ``up``, to the features that the head sees."""
+    """Computes the head's input features from an image (B, 3, H, W), whose sides are multiples of 2^(len(down) - 1)."""
 
     def __init__(self, down: list[int], up: list[int], size: int) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class UNet(nn.Module):
 
 
 def join(below: Tensor, beside: Tensor) -> Tensor:
-    """Features of half the size, enlarged, and those beside them."""
+    """Upsample features of half the size, and concatenate them with those of the skip connection."""
     return torch.cat([F.interpolate(below, scale_factor=2, mode="bilinear", align_corners=False), beside], dim=1)
 
 
@@ -107,13 +107,14 @@ class DISK(Extractor):
     """Detector and descriptor. Build it with :meth:`from_pretrained`.
 
     Args:
-        config: any of the keys of :attr:`DEFAULTS`: the channels of the U-Net on its way ``down`` and ``up``, the
-            ``kernel_size`` of its convolutions, the ``descriptor_dim``, and which keypoints to keep.
+        config: any of the keys of :attr:`DEFAULTS`: the channels of the U-Net on its contracting (``down``) and
+            expanding (``up``) path, the ``kernel_size`` of its convolutions, the ``descriptor_dim``, and the selection
+            of keypoints.
     """
 
     MODEL_TYPE = "disk"
-    CHANNELS = 3  # it sees colour
-    RESOLUTION = 1.0  # it finds whole pixels
+    CHANNELS = 3  # colour images
+    RESOLUTION = 1.0  # keypoints are whole pixels
     DEFAULTS = {
         "down": [16, 32, 64, 64, 64],
         "up": [64, 64, 64],
@@ -140,7 +141,7 @@ class DISK(Extractor):
         """Translate the authors' checkpoint into this module's configuration and parameter names."""
         theirs = {}
         for name, tensor in checkpoint.tensors.items():
-            found = re.search(r"\bunet\.path_.*", name)  # a detector inside a matcher has a longer name
+            found = re.search(r"\bunet\.path_.*", name)  # a detector inside a matcher has a prefix
             if found:
                 theirs[found[0]] = tensor
         return _from_authors(theirs, checkpoint) if theirs else checkpoint
@@ -150,7 +151,7 @@ class DISK(Extractor):
         return self.head.score.weight.dtype
 
     def forward(self, image: Tensor, allowed: Tensor | None = None) -> Detections:
-        """As :meth:`Extractor.forward`; scores are logarithms of odds."""
+        """See :meth:`Extractor.forward`; scores are log odds."""
         height, width = image.shape[-2:]
         image = image.expand(-1, 3, -1, -1).to(self.dtype)
         image = F.pad(image, (0, -width % self.multiple, 0, -height % self.multiple))
@@ -164,7 +165,7 @@ class DISK(Extractor):
 
 
 def strict_maxima(scores: Tensor, radius: int) -> Tensor:
-    """Which scores (B, H, W) are larger than all others within ``radius`` pixels in x and y."""
+    """Whether each of the scores (B, H, W) is larger than all others within ``radius`` pixels in x and y."""
     if radius == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     height, width, window = scores.shape[-2], scores.shape[-1], 2 * radius + 1
@@ -178,7 +179,7 @@ def strict_maxima(scores: Tensor, radius: int) -> Tensor:
 
 
 def _from_authors(theirs: dict[str, Tensor], checkpoint: Checkpoint) -> Checkpoint:
-    """The authors' tensors (cvlab-epfl/disk) under this module's names; their last convolution becomes two."""
+    """Convert the authors' tensors (cvlab-epfl/disk) to this module's names; their last convolution becomes two."""
     tensors = {}
     for name, tensor in theirs.items():
         name = re.sub(r"path_down\.(\d+)\.1\.", r"down.\1.", name)
@@ -199,6 +200,6 @@ def _from_authors(theirs: dict[str, Tensor], checkpoint: Checkpoint) -> Checkpoi
         "kernel_size": tensors["head.score.weight"].shape[-1],
         "descriptor_dim": tensors["head.descriptor.weight"].shape[0],
     }
-    # What stands in a matcher's configuration is the matcher's.
+    # The configuration of a matcher's folder belongs to the matcher.
     inside = "keypoint_detector_config" in checkpoint.config
     return Checkpoint({**config, **({} if inside else checkpoint.config)}, tensors, checkpoint.source)

@@ -1,7 +1,7 @@
-"""The networks as ONNX graphs, for other runtimes: ONNX Runtime, TensorRT, OpenVINO.
+"""Export of the networks as ONNX graphs for other runtimes: ONNX Runtime, TensorRT, OpenVINO.
 
-A graph holds what a network computes from tensors to tensors: of SuperPoint the dense part, of a matcher all layers and
-the assignment. The selection of keypoints is not in it: :meth:`SuperPoint.select` does that.
+A graph holds what a network computes from tensors to tensors: the dense part of SuperPoint, or all layers of a matcher
+with the assignment. It does not include the selection of keypoints: use :meth:`SuperPoint.select`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ __all__ = [
     "export_module",
 ]
 
-OPSET = 17  # the first with layer normalisation, and one that TensorRT 8.6 and OpenVINO 2023 know
+OPSET = 17  # the first opset with layer normalisation; TensorRT 8.6 and OpenVINO 2023 support it
 
 
 class ExportError(ValueError):
-    """A network cannot be exported, or what exports is not installed; the text says why and what to do."""
+    """A network cannot be exported, or a package for it is not installed; the text gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Port:
     """An input or output of a graph.
 
     Attributes:
-        name: of the tensor.
+        name: name of the tensor.
         dtype: float32, int64 or bool.
-        shape: a number for each dimension, or a name where it is free.
+        shape: for each dimension its size, or a name if the dimension is dynamic.
     """
 
     name: str
@@ -62,14 +62,14 @@ class Port:
 
 @dataclass(frozen=True)
 class Graph:
-    """What a graph takes and gives, in order."""
+    """The inputs and outputs of a graph, in order."""
 
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
 
 
 class DensePart(nn.Module):
-    """SuperPoint without the selection of keypoints, and without what only a processor asks for."""
+    """SuperPoint without the selection of keypoints, and without the optimisations for the processor."""
 
     def __init__(self, extractor: SuperPoint) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class DensePart(nn.Module):
 
 
 class WholeMatcher(nn.Module):
-    """A matcher with all layers, in operations on real numbers that do not depend on a value."""
+    """A matcher with all layers, in operations on real numbers, with a control flow that does not depend on values."""
 
     def __init__(self, matcher: LightGlue | SuperGlue) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class WholeMatcher(nn.Module):
         self.eval()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Arguments: for each image keypoints, descriptors, mask, size, and for SuperGlue detection scores."""
+        """Match two images, given for each of them keypoints, descriptors, mask, size, and for SuperGlue scores."""
         half = len(tensors) // 2
         image0, image1 = (_features(*part) for part in (tensors[:half], tensors[half:]))
         if isinstance(self.matcher, LightGlue):
@@ -111,13 +111,13 @@ class WholeMatcher(nn.Module):
 def _features(
     keypoints: Tensor, descriptors: Tensor, mask: Tensor, size: Tensor, scores: Tensor | None = None
 ) -> ImageFeatures:
-    """With zeros in the places without a keypoint: what stands there may not even be a number."""
+    """Features with zeros at padding, where the given values may be anything, even NaN."""
     keypoints, descriptors = (torch.where(mask[..., None], given, 0.0) for given in (keypoints, descriptors))
     return ImageFeatures(keypoints, descriptors, size, mask, None if scores is None else torch.where(mask, scores, 0.0))
 
 
 def check_exportable(extractor: nn.Module, matcher: nn.Module) -> None:
-    """Say what cannot be exported before anything is. Raises ExportError."""
+    """Raise ExportError if the networks cannot be exported, before any file is written."""
     if not isinstance(extractor, SuperPoint):
         raise ExportError(
             f"the extractor is {type(extractor).__name__}, and only SuperPoint can be exported: take a SuperPoint "
@@ -134,13 +134,13 @@ def check_exportable(extractor: nn.Module, matcher: nn.Module) -> None:
 
 
 def export_extractor(extractor: SuperPoint, file: Path, size: tuple[int, int], dynamic: bool) -> Graph:
-    """Write SuperPoint's dense part.
+    """Export SuperPoint's dense part.
 
     Args:
-        extractor: in any precision, on any device. It stays as it is, and the graph is float32.
-        file: to write.
+        extractor: a network in any precision, on any device. It is not changed. The graph is float32.
+        file: the file to write.
         size: width and height of the images, pixels, at least 8 each, with a product of LARGEST_IMAGE or less.
-        dynamic: number and size of the images are free.
+        dynamic: whether the number and the size of the images are dynamic.
 
     Raises:
         ExportError: the size is too small or too large.
@@ -174,13 +174,13 @@ def export_extractor(extractor: SuperPoint, file: Path, size: tuple[int, int], d
 
 
 def export_matcher(matcher: LightGlue | SuperGlue, file: Path, keypoints: int, dynamic: bool) -> Graph:
-    """Write a matcher, with all its layers and its ``filter_threshold``.
+    """Export a matcher with all its layers and its ``filter_threshold``.
 
     Args:
-        matcher: in any precision, on any device. It stays as it is, and the graph is float32.
-        file: to write.
-        keypoints: places for keypoints in each image; masks say which hold one.
-        dynamic: the numbers of pairs and of places are free, the latter for each image on its own.
+        matcher: a network in any precision, on any device. It is not changed. The graph is float32.
+        file: the file to write.
+        keypoints: number of keypoints of each image including padding; masks mark the real ones.
+        dynamic: whether the number of pairs and each image's number of keypoints are dynamic.
 
     Raises:
         OSError: the file cannot be written.
@@ -203,7 +203,7 @@ def export_matcher(matcher: LightGlue | SuperGlue, file: Path, keypoints: int, d
         for i, count in enumerate(counts)
     ]
     graph = Graph(tuple(inputs), tuple(outputs))
-    # Numbers that differ, so that no free dimension is taken for another.
+    # Different sizes, so that the tracing does not confuse two dynamic dimensions.
     numbers = {"B": 2, "N0": 24, "N1": 40}
     shapes = [[numbers[d] if isinstance(d, str) else d for d in port.shape] for port in inputs]
     examples = [
@@ -215,28 +215,28 @@ def export_matcher(matcher: LightGlue | SuperGlue, file: Path, keypoints: int, d
 
 @torch.no_grad()
 def export_module(module: nn.Module, examples: Sequence[Tensor], graph: Graph, file: Path) -> None:
-    """Trace a module, name the dimensions of its graph, and have ONNX check it.
+    """Trace a module, name the dimensions of its graph, and check the graph with ONNX.
 
     Args:
-        module: of tensors to tensors.
-        examples: its inputs, of any numbers in the free dimensions.
-        graph: the names of its inputs and outputs, and their shapes.
-        file: to write.
+        module: a module from tensors to tensors.
+        examples: its inputs, of any size in the dynamic dimensions.
+        graph: names and shapes of its inputs and outputs.
+        file: the file to write.
 
     Raises:
         OSError: the file cannot be written.
     """
     import onnx
 
-    # Tracing takes seconds where torch.export takes minutes, and every PyTorch has it.
+    # Tracing takes seconds, torch.export minutes, and every PyTorch supports tracing.
     options: dict[str, Any] = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
     with ExitStack() as stack:
-        # PyTorch's exporter makes constants on the default device, in the default number format.
+        # PyTorch's exporter creates constants on the default device, with the default data type.
         stack.enter_context(torch.device("cpu"))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         stack.enter_context(warnings.catch_warnings())
-        # Of the age of this way of exporting, and of values that become constants: export_check compares the results.
+        # The warnings say that this exporter is old, and that values become constants. export_check compares results.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module,

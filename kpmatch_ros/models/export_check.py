@@ -1,4 +1,4 @@
-"""Whether exported graphs, run by ONNX Runtime, give what the networks give in PyTorch."""
+"""Compares the results of exported graphs in ONNX Runtime with those of the networks in PyTorch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kpmatch_ros.models.superpoint import SuperPoint
 
 __all__ = ["SAME_PLACE", "Parity", "RuntimeMissing", "Session", "compare"]
 
-SAME_PLACE = 0.01  # pixels: keypoints that are read out to a fraction of a pixel differ by rounding
+SAME_PLACE = 0.01  # pixels: subpixel keypoints may differ by rounding
 
 
 class RuntimeMissing(ExportError):
@@ -30,16 +30,16 @@ class RuntimeMissing(ExportError):
 
 @dataclass(frozen=True)
 class Parity:
-    """How far ONNX Runtime's results are from PyTorch's.
+    """Differences between ONNX Runtime's and PyTorch's results.
 
     Attributes:
-        pairs: pairs of images that were matched.
-        score_difference: largest difference of detection scores, of any pixel.
-        descriptor_difference: largest difference of a descriptor's component, of any cell.
-        matches: matches in PyTorch, of all pairs.
-        equal: those that both found, at the same places of both images.
-        total: those that at least one found.
-        match_score_difference: largest difference of the scores of those that both found.
+        pairs: number of matched image pairs.
+        score_difference: largest difference of the detection scores of any pixel.
+        descriptor_difference: largest difference of any descriptor component of any cell.
+        matches: number of PyTorch's matches in all pairs.
+        equal: number of matches that both found, at the same positions in both images.
+        total: number of matches that at least one of them found.
+        match_score_difference: largest difference of the scores of matches that both found.
     """
 
     pairs: int
@@ -52,7 +52,7 @@ class Parity:
 
     @property
     def share(self) -> float:
-        """Of the matches that at least one found, those that both found; 0 without any."""
+        """Share of the matches that both found among those that at least one found; 0 without any."""
         return self.equal / self.total if self.total else 0.0
 
 
@@ -60,17 +60,17 @@ class Session:
     """A graph in ONNX Runtime.
 
     Args:
-        file: the graph.
-        graph: what it takes and gives.
-        wish: what it is to run on.
+        file: the graph's file.
+        graph: the graph's inputs and outputs.
+        wish: the requested execution providers.
 
     Attributes:
-        graph: the same.
-        providers: what it runs on, of those wished for, in their order.
+        graph: the graph's inputs and outputs.
+        providers: the requested providers that are in use, in order of preference.
 
     Raises:
         RuntimeMissing: ONNX Runtime is not installed.
-        ExportError: it has nothing of what was wished for.
+        ExportError: ONNX Runtime has none of the requested providers.
     """
 
     def __init__(self, file: Path, graph: Graph, wish: Wish = ON_PROCESSOR) -> None:
@@ -88,11 +88,11 @@ class Session:
         self.providers = wish.started(self._session)
 
     def takes(self, name: str) -> bool:
-        """Whether it has an input of this name."""
+        """Whether the graph has an input of this name."""
         return any(port.name == name for port in self.graph.inputs)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Run the graph; inputs and outputs in its order."""
+        """Run the graph. Inputs and outputs are in the graph's order."""
         arrays = {
             port.name: np.ascontiguousarray(tensor.numpy(), dtype=port.dtype)
             for port, tensor in zip(self.graph.inputs, tensors)
@@ -108,14 +108,14 @@ def compare(
     images: Sequence[Tensor],
     places: int | None,
 ) -> Parity:
-    """Extract and match consecutive images by the networks and by their graphs, each from its own keypoints.
+    """Extract and match consecutive images with the networks and with their graphs, each with its own keypoints.
 
     Args:
-        extractor: float32, on the processor.
-        matcher: the same, with all layers and points.
-        sessions: of their graphs.
-        images: (1, 1, H, W) grey in [0, 1].
-        places: for keypoints in the matcher's graph; None where their number is free.
+        extractor: a float32 network on the processor.
+        matcher: a float32 network on the processor that uses all layers and points.
+        sessions: the graphs of both.
+        images: (1, 1, H, W) grey values in [0, 1].
+        places: number of keypoints in the matcher's graph including padding; None if it is dynamic.
     """
     dense, match = sessions
     score_difference = descriptor_difference = match_score_difference = 0.0
@@ -147,18 +147,18 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 def _features(found: Detections, image: Tensor) -> ImageFeatures:
-    """The features of one image, without a mask: of a single image all keypoints are real."""
+    """Return the features of one image without padding, and therefore without a mask."""
     size = torch.tensor([[image.shape[3], image.shape[2]]], dtype=torch.float32, device=image.device)
     real = found.mask[0]
     return ImageFeatures(found.keypoints[:, real], found.descriptors[:, real], size, scores=found.scores[:, real])
 
 
 def _run(match: Session, image0: ImageFeatures, image1: ImageFeatures, places: int | None) -> Assignment:
-    """The assignment that a matcher's graph gives."""
+    """Return the assignment that a matcher's graph computes."""
     count0, count1 = image0.num_keypoints, image1.num_keypoints
     empty = Assignment.empty(1, count0, count1, image0.keypoints.device)
     if count0 == 0 or count1 == 0:
-        return empty  # a graph takes one place at least
+        return empty  # a graph needs at least one keypoint
     with_scores = match.takes("detection_scores0")
     found = match(*_inputs(image0, places, with_scores), *_inputs(image1, places, with_scores))
     names = ("matches0", "matches1", "scores0", "scores1")
@@ -168,7 +168,7 @@ def _run(match: Session, image0: ImageFeatures, image1: ImageFeatures, places: i
 
 
 def _inputs(features: ImageFeatures, places: int | None, with_scores: bool) -> list[Tensor]:
-    """The features of one image as a graph takes them."""
+    """Return the features of one image as inputs of a graph."""
     assert features.scores is not None
     behind = 0 if places is None else places - features.num_keypoints
     tensors = [
@@ -181,14 +181,14 @@ def _inputs(features: ImageFeatures, places: int | None, with_scores: bool) -> l
 
 
 def _matches(found: Assignment, image0: ImageFeatures, image1: ImageFeatures) -> tuple[Tensor, Tensor]:
-    """The matches of one pair: where they are in both images (M, 4), pixels, and their scores (M,)."""
+    """Return the matches of one pair: x, y in both images (M, 4), pixels, and their scores (M,)."""
     index0 = (found.matches0[0] >= 0).nonzero()[:, 0]
     index1 = found.matches0[0, index0]
     return torch.cat([image0.keypoints[0, index0], image1.keypoints[0, index1]], dim=1), found.scores0[0, index0]
 
 
 def _partners(rows: Tensor, others: Tensor) -> Tensor:
-    """For each of the matches ``rows`` (M, 4) its index among ``others``, -1 where it is not there."""
+    """For each of the matches ``rows`` (M, 4), return its index among ``others``, -1 if it is missing there."""
     if len(rows) == 0 or len(others) == 0:
         return torch.full((len(rows),), -1, device=rows.device)
     nearest = torch.cdist(rows, others, p=torch.inf).min(dim=1)

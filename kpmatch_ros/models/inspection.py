@@ -1,6 +1,6 @@
 """Records hidden states and attention maps of the networks, on request.
 
-The networks themselves hold no code for this, so that it costs nothing without a request.
+It uses hooks: the networks have no code for it, so it costs nothing when it is not used.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _STATES = (lightglue_layers.FeedForward, superglue.Propagation)
 
 @dataclass
 class Trace:
-    """Records in the order in which they were made.
+    """Recorded tensors, in the order of their computation.
 
     Attributes:
-        hidden_states: of a matcher (B, N, C), image 0 and image 1 in turn: the first layer's input, then the states
-            after each attention block (LightGlue has two a layer: self, cross). Of a SuperPoint (B, C, H, W): the
+        hidden_states: for a matcher (B, N, C), image 0 and image 1 in turn: the first layer's input, then the states
+            after each attention block (LightGlue has two per layer: self, cross). For SuperPoint (B, C, H, W): the
             output of each block of convolutions.
-        attentions: of a matcher (B, heads, N, M), image 0 and image 1 in turn: how much each of N points listened to
-            each of M, in each attention block. Empty for a SuperPoint.
+        attentions: for a matcher (B, heads, N, M), image 0 and image 1 in turn: the attention weights of N points for
+            M points, in each attention block. Empty for SuperPoint.
     """
 
     hidden_states: list[Tensor] = field(default_factory=list)
@@ -40,12 +40,12 @@ class Trace:
 
 @contextmanager
 def trace(network: nn.Module) -> Iterator[Trace]:
-    """Record what a SuperPoint, LightGlue or SuperGlue computes while the context is open.
+    """Record the hidden states and attention maps of a SuperPoint, LightGlue or SuperGlue while the context is open.
 
-    Attention maps need N x M numbers for each head and layer, and are computed a second time for this. A batch that
-    LightGlue matches with stopping or pruning goes through it pair by pair, and is recorded pair by pair. Pruned points
-    are missing from later records. On a GPU the network runs without CUDA graphs meanwhile, and so may drop points.
-
+    Attention maps need N x M numbers for each head and layer, and are computed a second time for the record. If
+    LightGlue stops early or prunes points, it matches a batch pair by pair, and the records are also pair by pair.
+    Pruned points are missing from later records. On a GPU the network runs without CUDA graphs during the recording,
+    and so may prune points.
     Example::
 
         with trace(matcher.matcher) as recorded:
@@ -82,7 +82,7 @@ def trace(network: nn.Module) -> Iterator[Trace]:
             elif isinstance(network, lightglue.LightGlue) and module is network.input_projection:
                 handle = module.register_forward_hook(record_output)
             elif isinstance(module, lightglue_layers.TransformerLayer):
-                # Compiled, it shows nothing of what is within.
+                # A compiled layer does not call its submodules, so it has nothing to record.
                 stack.callback(setattr, module, "compiled", module.compiled)
                 module.compiled = None
                 continue

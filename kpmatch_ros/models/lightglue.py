@@ -1,4 +1,4 @@
-"""LightGlue: a transformer that matches two sets of keypoints, and stops as soon as it is sure.
+"""LightGlue: a transformer that matches two sets of keypoints, and stops as soon as it is confident.
 
 Lindenberger, Sarlin, Pollefeys: LightGlue: Local Feature Matching at Light Speed, ICCV 2023 (arXiv:2306.13643).
 Equation numbers below are the paper's.
@@ -32,7 +32,7 @@ __all__ = ["LightGlue", "OnItsWay", "normalise_keypoints"]
 
 
 class OnItsWay:
-    """A truth value that a device is still computing; the host waits for it when it asks for the value."""
+    """A bool that a device is still computing. The host waits for it only when it reads the value."""
 
     def __init__(self, value: Tensor) -> None:
         self.value = value.to("cpu", non_blocking=True)
@@ -52,12 +52,13 @@ class LightGlue(PretrainedNetwork):
             the size of the extractor's descriptors.
 
     Attributes:
-        depth_confidence: share of sure points from which on matching stops; -1 never stops.
-        width_confidence: sureness from which on a point without a match is dropped; -1 drops none.
+        depth_confidence: matching stops when more than this share of points is confident; -1 never stops.
+        width_confidence: a confident point is dropped when the probability that it has no match is at least this; -1
+            drops none.
         filter_threshold: lowest score of a match.
-        run_ahead: begin the next layer before it is known whether the last one was enough, and discard its result if
-            it was. This keeps a GPU busy while the host looks. The matches are the same.
-        prune_above: points are dropped only from images with more of them than this.
+        run_ahead: start the next layer before the host knows whether matching may stop, and discard the layer's result
+            if it may. This keeps a GPU busy while the host decides. The matches are the same.
+        prune_above: points are dropped only from images with more points than this.
     """
 
     MODEL_TYPE = "lightglue"
@@ -105,17 +106,17 @@ class LightGlue(PretrainedNetwork):
 
     @classmethod
     def prepare(cls, checkpoint: Checkpoint) -> Checkpoint:
-        """Translate a checkpoint of either family into this module's configuration and parameter names."""
+        """Translate a Hugging Face or an authors' checkpoint into this module's configuration and parameter names."""
         config = dict(checkpoint.config)
         if "matcher.log_assignment.0.final_proj.weight" in checkpoint.tensors:
-            # A file of cvg/glue-factory, as LighterGlue's, holds the extractor too.
+            # A file of cvg/glue-factory, such as LighterGlue's, also holds the extractor.
             own = {k.removeprefix("matcher."): v for k, v in checkpoint.tensors.items() if k.startswith("matcher.")}
             checkpoint = replace(checkpoint, tensors=own)
         if "log_assignment.0.final_proj.weight" in checkpoint.tensors:
             config, tensors = _from_authors(checkpoint)
         else:
             tensors = {k: v for k, v in checkpoint.tensors.items() if not k.startswith("keypoint_detector.")}
-            # The detector and what follows from other keys, such as the width of the MLP, are no settings of ours.
+            # Ignore the detector, and keys that follow from others, such as the width of the MLP.
             detector = config.pop("keypoint_detector_config", None) or {}
             for derived in ("hidden_size", "intermediate_size", "head_dim", "trust_remote_code"):
                 config.pop(derived, None)
@@ -125,24 +126,28 @@ class LightGlue(PretrainedNetwork):
 
     @torch.no_grad()
     def fuse(self) -> LightGlue:
-        """Merge neighbouring linear layers, once, for inference: the matches stay, the names of the tensors do not.
+        """Merge neighbouring linear layers for inference. The matches stay the same, but the tensor names change.
 
-        Attention's output projection goes into the layer that reads its messages. If queries and keys of
-        cross-attention have the same weights, as in the authors' networks, they are computed once. Queries, keys and
-        values come of one product.
+        The output projection of the attention is merged into the layer that reads its messages. If queries and keys of
+        cross-attention have the same weights, as in the authors' networks, they are computed once. One matrix product
+        computes queries, keys and values. Fusing a second time changes nothing.
         """
         for layer in self._layers:
             layer.fuse()
         return self
 
     def leave_attention_to_pytorch(self) -> LightGlue:
-        """For bfloat16 on a processor that multiplies in tiles: see :class:`Attention`."""
+        """Let PyTorch compute the attention: for bfloat16 on a processor with matrix tiles, see :class:`Attention`."""
         for layer in self._layers:
             layer.self_attention.by_hand = layer.cross_attention.by_hand = False
         return self
 
     def use_compiled(self, dtype: torch.dtype) -> LightGlue:
-        """For a processor, once fused: compute by the compiled networks what can be, with layers in ``dtype``."""
+        """Use the compiled code for the processor where possible; call :meth:`fuse` first.
+
+        Args:
+            dtype: data type of the layers.
+        """
         for layer in self._layers:
             layer.use_compiled(dtype)
         for assignment in self.match_assignment_layers:
@@ -155,7 +160,7 @@ class LightGlue(PretrainedNetwork):
         return all(layer.compiled is not None for layer in self._layers)
 
     def match_as_one_batch(self) -> LightGlue:
-        """For a GPU: see :class:`TransformerLayer`."""
+        """Compute both images as one batch: for a GPU, see :class:`TransformerLayer`."""
         for layer in self._layers:
             layer.as_one_batch = True
         return self
@@ -163,16 +168,17 @@ class LightGlue(PretrainedNetwork):
     def to_precision(self, dtype: torch.dtype) -> LightGlue:
         """Convert the weights of the transformer's layers.
 
-        The points' states stay float32, as sums of all layers' changes, and so do the small layers that read them:
-        scores are products of four probabilities, and half precision cannot tell the best two of a thousand apart. Nor
-        can 8 bits of mantissa tell neighbouring pixels apart, so the positions stay as well.
+        The points' states stay float32, because they are sums of all layers' changes. The small layers that read the
+        states stay float32 too: scores are products of four probabilities, and half precision cannot distinguish the
+        best two of a thousand. The positions also stay float32, because 8 bits of mantissa cannot distinguish
+        neighbouring pixels.
         """
         self.transformer_layers.to(dtype)
         return self
 
     @property
     def input_dim(self) -> int:
-        """Size of the descriptors it takes."""
+        """Size of the descriptors that the matcher takes."""
         return self.config["input_dim"]
 
     @property
@@ -185,13 +191,13 @@ class LightGlue(PretrainedNetwork):
         return cast(list[TransformerLayer], list(self.transformer_layers))
 
     def forward(self, image0: ImageFeatures, image1: ImageFeatures) -> Assignment:
-        """Match the features of B pairs of images; detection scores play no part."""
+        """Match the features of B pairs of images; detection scores are not used."""
         batch, count0, count1 = len(image0.keypoints), image0.num_keypoints, image1.num_keypoints
         if count0 == 0 or count1 == 0:
             return Assignment.empty(batch, count0, count1, image0.keypoints.device)
         adaptive = self.depth_confidence > 0 or self.width_confidence > 0
         if adaptive and (batch > 1 or image0.mask is not None or image1.mask is not None):
-            # Each pair stops and drops points in its own time: pairs are matched one by one, without their padding.
+            # Each pair stops and drops points independently: pairs are matched one by one, without their padding.
             return self._one_by_one(image0, image1)
         if self.round_up:
             image0, image1 = image0.padded(rounded_up(count0)), image1.padded(rounded_up(count1))
@@ -208,11 +214,11 @@ class LightGlue(PretrainedNetwork):
         return _unpruned(assignment, points0, points1, count0, count1, layers)
 
     def match_all(self, image0: ImageFeatures, image1: ImageFeatures) -> Assignment:
-        """As :meth:`forward`, with all layers and points whatever the confidences are: it asks the host nothing.
+        """Compute :meth:`forward` with all layers and points, whatever the confidences are, and without host decisions.
 
         Args:
-            image0: with at least one keypoint, and with a mask where ``image1`` has one.
-            image1: the same.
+            image0: features with at least one keypoint, and with a mask if ``image1`` has one.
+            image1: features with at least one keypoint, and with a mask if ``image0`` has one.
         """
         points0, points1 = self.encode(image0), self.encode(image1)
         for layer in self.transformer_layers:
@@ -220,11 +226,15 @@ class LightGlue(PretrainedNetwork):
         return self.assign(points0, points1, len(self.transformer_layers))
 
     def assign(self, points0: Points, points1: Points, layers: int) -> Assignment:
-        """The matches after so many layers of points that none were dropped of."""
+        """Return the matches after ``layers`` layers. No point must have been dropped before."""
         return self._assign(points0, points1, layers).after(layers)
 
     def are_sure(self, points0: Points, points1: Points, layer: int) -> Tensor:
-        """Whether enough points of a pair are sure after a layer, counted from 0 and not the last: () bool."""
+        """Whether enough points of a pair are confident after a layer, () bool.
+
+        Args:
+            layer: index of the layer, from 0; not the last layer.
+        """
         unsure = torch.zeros((), dtype=torch.float64, device=points0.x.device)
         total = torch.zeros_like(unsure)
         for points in (points0, points1):
@@ -238,7 +248,7 @@ class LightGlue(PretrainedNetwork):
         return assignment.mutual_matches(points0, points1, self.filter_threshold)
 
     def encode(self, image: ImageFeatures) -> Points:
-        """The points of B images as they enter the first layer."""
+        """Return the points of B images as the first layer takes them."""
         positions = normalise_keypoints(image.keypoints.float(), image.size)
         device = image.keypoints.device
         return Points(
@@ -250,7 +260,7 @@ class LightGlue(PretrainedNetwork):
         )
 
     def states(self, image0: ImageFeatures, image1: ImageFeatures) -> Iterator[tuple[Points, Points]]:
-        """Both images' points after each layer in turn, without stopping or dropping; for training.
+        """Yield both images' points after each layer, without stopping or dropping points; for training.
 
         The states are float32 and keep their gradients.
         """
@@ -266,8 +276,8 @@ class LightGlue(PretrainedNetwork):
         last = len(self.transformer_layers) - 1
         count0, count1 = len(points0.index), len(points1.index)
         prunes = [self.width_confidence > 0 and count > self.prune_above for count in (count0, count1)]
-        ahead = self.run_ahead and not any(prunes)  # how many points are left has to be waited for anyway
-        enough: OnItsWay | None = None  # whether the points are sure after the layers so far
+        ahead = self.run_ahead and not any(prunes)  # pruning waits for the number of remaining points anyway
+        enough: OnItsWay | None = None  # whether enough points are confident after the layers so far
         for i, layer in enumerate(self.transformer_layers):
             before = points0.x, points1.x
             points0.x, points1.x = layer(points0, points1)
@@ -292,17 +302,17 @@ class LightGlue(PretrainedNetwork):
         return last + 1
 
     def _confidences(self, points: Points, layer: int) -> Tensor:
-        """How sure (N,) the points of a single image are; padding is."""
+        """Confidences (N,) of the points of a single image; 1 for padding."""
         confidence = cast(Tensor, self.token_confidence[layer](points.x))[0]
         return confidence if points.mask is None else confidence.masked_fill(~points.mask[0], 1.0)
 
     def _are_sure(self, confidence0: Tensor, confidence1: Tensor, layer: int, total: int) -> Tensor:
-        """Whether enough of the ``total`` points are sure; the pruned ones are (section 3.3)."""
+        """Whether enough of the ``total`` points are confident; pruned points count as confident (section 3.3)."""
         unsure = (torch.cat([confidence0, confidence1]) < self._confidence_threshold(layer)).sum()
         return 1 - unsure.double() / total > self.depth_confidence
 
     def _prune(self, points: Points, confidence: Tensor | None, layer: int) -> None:
-        """Drop the points that are sure of having no match (section 3.3)."""
+        """Drop the points that confidently have no match (section 3.3)."""
         assignment = cast(MatchAssignment, self.match_assignment_layers[layer])
         keep = assignment.matchabilities(points.x)[0] > 1 - self.width_confidence
         if confidence is not None:
@@ -310,7 +320,7 @@ class LightGlue(PretrainedNetwork):
         points.keep(keep if points.mask is None else keep & points.mask[0], rounded_up if self.round_up else None)
 
     def _confidence_threshold(self, layer: int) -> float:
-        """Stricter in early layers: 0.8 + 0.1 exp(-4 l / L)."""
+        """The confidence above which a point is confident, stricter in early layers: 0.8 + 0.1 exp(-4 l / L)."""
         return 0.8 + 0.1 * math.exp(-4 * layer / len(self.transformer_layers))
 
     def _one_by_one(self, image0: ImageFeatures, image1: ImageFeatures) -> Assignment:
@@ -326,7 +336,7 @@ class LightGlue(PretrainedNetwork):
 
 
 def _without_padding(images: ImageFeatures, i: int) -> tuple[ImageFeatures, Tensor]:
-    """Image i of a batch, and which of its keypoints are real, as indices."""
+    """Return image i of a batch without padding, and the indices of its real keypoints."""
     if images.mask is None:
         real = torch.arange(images.num_keypoints, device=images.keypoints.device)
     else:
@@ -336,7 +346,7 @@ def _without_padding(images: ImageFeatures, i: int) -> tuple[ImageFeatures, Tens
 
 
 def normalise_keypoints(keypoints: Tensor, size: Tensor) -> Tensor:
-    """Pixels to positions around the image's centre, in units of half its longer side.
+    """Convert pixels to positions relative to the image's centre, in units of half its longer side.
 
     Args:
         keypoints: (B, N, 2) x, y.
@@ -349,7 +359,7 @@ def normalise_keypoints(keypoints: Tensor, size: Tensor) -> Tensor:
 def _unpruned(
     assignment: Assignment, points0: Points, points1: Points, count0: int, count1: int, layers: int
 ) -> Assignment:
-    """The assignment of the points that are left, as one of all the points given."""
+    """Expand the assignment of the remaining points to one of all points before pruning."""
     assignment = assignment.after(layers)
     if len(points0.index) == count0 and len(points1.index) == count1:
         return assignment
@@ -358,7 +368,7 @@ def _unpruned(
 
 
 def _spread(assignment: Assignment, index0: Tensor, index1: Tensor, count0: int, count1: int) -> Assignment:
-    """An assignment of points ``index0`` and ``index1`` as one of ``count0`` and ``count1`` points."""
+    """Expand an assignment of the points ``index0`` and ``index1`` to one of ``count0`` and ``count1`` points."""
     batch = len(assignment.layers)
     total = Assignment.empty(batch, count0, count1, index0.device)
 
@@ -377,10 +387,10 @@ def _spread(assignment: Assignment, index0: Tensor, index1: Tensor, count0: int,
 
 
 def _from_authors(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of the authors' ``.pth`` (cvg/LightGlue) under this module's names."""
+    """Configuration and tensors of the authors' ``.pth`` (cvg/LightGlue) with this module's names."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in checkpoint.tensors.items():
-        # Older files count the layers behind the block's name: self_attn.0 instead of transformers.0.self_attn.
+        # Older files have the layer's number after the block's name: self_attn.0 instead of transformers.0.self_attn.
         name = re.sub(r"^(self_attn|cross_attn)\.(\d+)\.", r"transformers.\2.\1.", name)
         if name == "confidence_thresholds" or re.fullmatch(r"log_assignment\.\d+\.r", name):
             continue  # computed from the number of layers; left over from an experiment of the authors
@@ -396,7 +406,7 @@ def _from_authors(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Ten
         name = name.replace(".self_attn.", ".self_attention.").replace(".cross_attn.", ".cross_attention.")
         name = name.replace(".out_proj.", ".o_proj.").replace(".to_out.", ".o_proj.").replace(".to_v.", ".v_proj.")
         if ".Wqkv." in name:
-            # Interleaved: query, key and value of a channel stand next to each other.
+            # Interleaved: a channel's query, key and value are adjacent.
             for part, projection in zip(tensor.unflatten(0, (-1, 3)).unbind(1), ("q_proj", "k_proj", "v_proj")):
                 tensors[name.replace("Wqkv", projection)] = part
         elif ".to_qk." in name:

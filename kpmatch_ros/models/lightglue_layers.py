@@ -1,4 +1,4 @@
-"""The layers of LightGlue; see :mod:`kpmatch_ros.models.lightglue` for the paper that equation numbers refer to."""
+"""The layers of LightGlue. Equation and section numbers refer to the paper, see :mod:`kpmatch_ros.models.lightglue`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ __all__ = [
     "TransformerLayer",
 ]
 
-_LOW = -1e30  # of a similarity: its exponential is 0
-_ACROSS_AT_ONCE = 1024  # points of an image up to which a head's similarities, float32, were seen to stay in the cache
+_LOW = -1e30  # added to a similarity so that its exponential is 0
+_ACROSS_AT_ONCE = 1024  # points up to which a head's float32 similarities were seen to stay in the cache
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -45,7 +45,7 @@ class PositionalEncoder(nn.Module):
     """Rotary encoding of 2-D positions: learned frequencies, one rotation per pair of channels (eq. 6).
 
     Attributes:
-        as_complex: rotations are complex numbers; if false, pairs of real ones, for ONNX, which has no complex numbers.
+        as_complex: rotations are complex numbers; if false, pairs of real numbers, because ONNX has no complex numbers.
     """
 
     def __init__(self, head_size: int) -> None:
@@ -54,9 +54,9 @@ class PositionalEncoder(nn.Module):
         self.as_complex = True
 
     def forward(self, positions: Tensor) -> Tensor:
-        """(B, N, 2) normalised positions to rotations: complex numbers of length 1 (B, 1, N, head size / 2).
+        """Compute rotations for normalised positions (B, N, 2): unit complex numbers (B, 1, N, head size / 2).
 
-        Without :attr:`as_complex` they are cosine and sine (B, 1, N, head size / 2, 2).
+        If :attr:`as_complex` is false, they are cosine and sine (B, 1, N, head size / 2, 2).
         """
         angles = self.projector(positions)[:, None]
         if not self.as_complex:
@@ -65,7 +65,7 @@ class PositionalEncoder(nn.Module):
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair of channels of x (B, heads, N, head size) by its angle, in float32."""
+    """Rotate each pair of channels of x (B, heads, N, head size) by its angle, in float32."""
     pairs = x.float().unflatten(-1, (-1, 2))
     if not rotation.is_complex():
         (x0, x1), (cosine, sine) = pairs.unbind(-1), rotation.unbind(-1)
@@ -87,9 +87,9 @@ class Attention(nn.Module):
     """Multi-head attention; keys and values may have fewer heads than queries.
 
     Attributes:
-        by_hand: compute bfloat16 on a processor head by head, from large products. Where the processor multiplies in
+        by_hand: compute bfloat16 on a processor head by head, from large matrix products. On processors with matrix
             tiles (AMX), PyTorch's attention takes a third of that time; on others it takes longer.
-        joint: computes queries, keys and values by one product, see :meth:`join_projections`.
+        joint: computes queries, keys and values with one matrix product, see :meth:`join_projections`.
     """
 
     def __init__(self, size: int, heads: int, key_value_heads: int, bias: bool) -> None:
@@ -104,20 +104,20 @@ class Attention(nn.Module):
         self.by_hand = True
 
     def project(self, x: Tensor, rotation: Tensor | None = None) -> Heads:
-        """Queries, keys and values of the points x (B, N, C)."""
+        """Return queries, keys and values of the points x (B, N, C)."""
         together = torch.cat([part(x) for part in self._parts()], dim=-1) if self.joint is None else self.joint(x)
         heads = together.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
         value = heads[:, -self.key_value_heads :]
         heads = heads[:, : -self.key_value_heads]  # queries, then keys unless they are the same
         if rotation is not None and heads.is_cuda:
-            heads = rotate(heads, rotation)  # at once: it is the number of kernels that takes time
+            heads = rotate(heads, rotation)  # both at once: on a GPU the number of kernels determines the time
         query, key = heads[:, : self.heads], heads[:, -self.key_value_heads :]
         if rotation is not None and not heads.is_cuda:
-            query, key = rotate(query, rotation), rotate(key, rotation)  # one by one they stay in the cache
+            query, key = rotate(query, rotation), rotate(key, rotation)  # one by one, so that they stay in the cache
         return Heads(query, self._shared(key), self._shared(value))
 
     def forward(self, points: Heads, source: Heads, mask: Tensor | None) -> Tensor:
-        """Messages (B, N, C) to points from a source of M points; ``mask`` (B, M) marks the source's real ones."""
+        """Return messages (B, N, C) to points from a source of M points; ``mask`` (B, M) is true for real ones."""
         if self._computes_by_hand(points.query) and points is source:
             message = _attend_by_heads(points, mask)
         else:
@@ -127,7 +127,7 @@ class Attention(nn.Module):
     def both_ways(
         self, heads0: Heads, heads1: Heads, mask0: Tensor | None, mask1: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Messages to the points of two images from each other's; masks as for :meth:`forward`."""
+        """Return the messages that two images' points receive from each other; masks as for :meth:`forward`."""
         most = max(heads0.query.shape[2], heads1.query.shape[2])
         at_once = self.k_proj is self.q_proj and self._computes_by_hand(heads0.query)
         if at_once and most <= _ACROSS_AT_ONCE and not (heads0.query.requires_grad or self._forward_hooks):
@@ -139,12 +139,12 @@ class Attention(nn.Module):
         return self.by_hand and numbers.dtype == torch.bfloat16 and numbers.device.type == "cpu"
 
     def share_equal_projections(self) -> None:
-        """Compute queries and keys once if their weights are the same, as in the authors' cross-attention."""
+        """Compute queries and keys only once if their weights are equal, as in the authors' cross-attention."""
         if all(torch.equal(*pair) for pair in zip(self.q_proj.parameters(), self.k_proj.parameters())):
             self.k_proj = self.q_proj
 
     def join_projections(self) -> None:
-        """Compute queries, keys and values by one product: on a GPU each product is a kernel to be started."""
+        """Compute queries, keys and values with one matrix product: on a GPU each product needs a kernel launch."""
         parts = self._parts()
         weight = torch.cat([part.weight for part in parts])
         place: Any = {"device": weight.device, "dtype": weight.dtype}
@@ -154,14 +154,14 @@ class Attention(nn.Module):
             self.joint.bias.copy_(torch.cat([part.bias for part in parts]))
         self.joint.requires_grad_(False)
         for part in parts:
-            del part.weight, part.bias  # the modules stay: whether keys are queries is still to be seen
+            del part.weight, part.bias  # keep the modules: other code checks whether k_proj is q_proj
 
     def _parts(self) -> list[nn.Linear]:
-        """What computes queries, keys and values; queries and values where the keys are the queries."""
+        """The projections to queries, keys and values; without that to keys if the keys are the queries."""
         return [self.q_proj, self.v_proj] if self.k_proj is self.q_proj else [self.q_proj, self.k_proj, self.v_proj]
 
     def weights(self, points: Heads, source: Heads, mask: Tensor | None) -> Tensor:
-        """How much (B, heads, N, M) each point listens to each of the source, arguments as for :meth:`forward`."""
+        """Attention weights (B, heads, N, M) of each point for each of the source, arguments as for :meth:`forward`."""
         return attention_weights(points.query, source.key, mask)
 
     def _output(self, message: Tensor) -> Tensor:
@@ -173,12 +173,13 @@ class Attention(nn.Module):
 
 
 def _attend_by_heads(heads: Heads, mask: Tensor | None) -> Tensor:
-    """Self-attention with similarities in bfloat16: a third less time than PyTorch's on a processor without tiles.
+    """Compute self-attention with similarities in bfloat16.
 
-    It is not for cross-attention, whose similarities are up to 2000, where bfloat16 has steps of 8.
+    On a processor without matrix tiles it takes a third less time than PyTorch's. It is not precise enough for
+    cross-attention, whose similarities reach 2000, where bfloat16 has steps of 8.
 
     Args:
-        heads: of an image's N points.
+        heads: queries, keys and values of an image's N points.
         mask: (B, N) bool, as for :meth:`Attention.forward`.
 
     Returns:
@@ -186,7 +187,7 @@ def _attend_by_heads(heads: Heads, mask: Tensor | None) -> Tensor:
     """
     batch, count, points, size = heads.query.shape
     message = heads.query.new_empty(batch, points, count, size).transpose(1, 2)
-    rows = max(2**20 // points, 128)  # of one head at a time: 2 MB of similarities stay in the cache
+    rows = max(2**20 // points, 128)  # rows of one head at a time: 2 MB of similarities stay in the cache
     lows = _low_where_masked(mask, heads.query.dtype, batch)
     for b, h, first in itertools.product(range(batch), range(count), range(0, points, rows)):
         some = slice(first, first + rows)
@@ -196,13 +197,13 @@ def _attend_by_heads(heads: Heads, mask: Tensor | None) -> Tensor:
 
 
 def _attend_across(heads0: Heads, heads1: Heads, mask0: Tensor | None, mask1: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cross-attention in both directions, where queries are keys: similarities are computed once, in float32.
+    """Compute cross-attention in both directions where queries equal keys. Float32 similarities are computed once.
 
     The weights are powers of two, which PyTorch computes in half the time of exponentials.
 
     Args:
-        heads0: of image 0, N points.
-        heads1: of image 1, M points.
+        heads0: queries, keys and values of image 0, N points.
+        heads1: queries, keys and values of image 1, M points.
         mask0: (B, N) bool, as for :meth:`Attention.forward`.
         mask1: (B, M).
 
@@ -224,13 +225,13 @@ def _attend_across(heads0: Heads, heads1: Heads, mask0: Tensor | None, mask1: Te
 
 
 def _listen(exponents: Tensor, values: Tensor) -> Tensor:
-    """Means (N, C) of the values (M, C) with the weights 2^exponents (N, M), of which the largest of a row is 1."""
-    weights = exponents.clamp_min_(-100).exp2_()  # numbers below the normal ones take processors far longer
+    """Average the values (M, C) with the weights 2^exponents (N, M), whose largest in each row is 1: (N, C)."""
+    weights = exponents.clamp_min_(-100).exp2_()  # subnormal numbers would take processors far longer
     return (weights.to(values.dtype) @ values) / weights.sum(dim=1, keepdim=True)
 
 
 def _low_where_masked(mask: Tensor | None, dtype: torch.dtype, batch: int) -> Sequence[Tensor | None]:
-    """For each image of a batch what is added to similarities with its points (N,): much less for padding."""
+    """For each image of a batch, the term (N,) to add to similarities with its points: very negative for padding."""
     if mask is None:
         return [None] * batch
     return mask.new_zeros(mask.shape, dtype=dtype).masked_fill_(~mask, _LOW).unbind()
@@ -247,18 +248,18 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(2 * size, size)
 
     def forward(self, x: Tensor, message: Tensor, rounded: Tensor | None = None) -> Tensor:
-        """The new states of points x (B, N, C).
+        """Return the new states of points x (B, N, C).
 
         Args:
-            message: (B, N, C) what they received.
-            rounded: their states in the precision of the message, where these are at hand.
+            message: (B, N, C) the messages that the points received.
+            rounded: the points' states in the precision of the message, if already computed.
         """
         states = x.to(message.dtype) if rounded is None else rounded
         hidden = self.layer_norm(self.fc1(torch.cat([states, message], dim=-1)))
         return x + self.fc2(self.activation(hidden))
 
     def absorb(self, projection: nn.Module) -> None:
-        """Include this linear layer of the messages: from now on they come without it."""
+        """Merge a linear layer of the messages into this layer. From then on, messages must come without it."""
         assert isinstance(projection, nn.Linear)
         of_message = self.fc1.weight[:, projection.out_features :]
         if projection.bias is not None:
@@ -270,9 +271,9 @@ class TransformerLayer(nn.Module):
     """Self-attention within each image, then cross-attention between the two (section 3.1).
 
     Attributes:
-        as_one_batch: compute both images as one batch where they have as many points. Half as many kernels, each for
-            twice as much, are a gain on a GPU, which both images alone leave half empty.
-        compiled: computes the layer in place of PyTorch's operators, see :meth:`use_compiled`; None if these do.
+        as_one_batch: compute both images as one batch if they have equally many points. This takes half as many
+            kernels, each with twice the work. It is faster on a GPU, which a single image leaves half idle.
+        compiled: computes the layer instead of PyTorch, see :meth:`use_compiled`; None for PyTorch.
     """
 
     def __init__(self, size: int, heads: int, key_value_heads: int, bias: bool, activation: str) -> None:
@@ -285,9 +286,9 @@ class TransformerLayer(nn.Module):
         self.compiled: compiled.CompiledLayer | None = None
 
     def forward(self, points0: Points, points1: Points) -> tuple[Tensor, Tensor]:
-        """The new states of both images' points."""
+        """Return the new states of both images' points."""
         if self.compiled is not None and self.compiled.dtype == self.dtype and compiled.takes(points0.x):
-            # What was made for bfloat16 may be in float32 for a moment.
+            # A layer compiled for bfloat16 may temporarily be in float32, so the types are compared.
             return self.compiled(points0, points1)
         alike = points0.x.shape == points1.x.shape and (points0.mask is None) == (points1.mask is None)
         if self.as_one_batch and alike:
@@ -318,11 +319,11 @@ class TransformerLayer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of its products."""
+        """The precision of the matrix products."""
         return self.self_mlp.fc1.weight.dtype
 
     def fuse(self) -> None:
-        """As :meth:`LightGlue.fuse`."""
+        """See :meth:`LightGlue.fuse`."""
         if self.self_attention.joint is not None:
             return
         for attention, mlp in ((self.self_attention, self.self_mlp), (self.cross_attention, self.cross_mlp)):
@@ -333,17 +334,16 @@ class TransformerLayer(nn.Module):
             attention.join_projections()
 
     def use_compiled(self, dtype: torch.dtype) -> None:
-        """As :meth:`LightGlue.use_compiled`."""
+        """See :meth:`LightGlue.use_compiled`."""
         fits = compiled.CompiledLayer.fits(self, dtype)
         self.compiled = compiled.CompiledLayer(self, dtype) if fits else None
 
 
 class MatchAssignment(nn.Module):
-    """An assignment from the similarity of every pair and the matchability of every point (eqs. 7 to 9).
+    """Assignment from the similarity of every pair and the matchability of every point (eqs. 7 to 9).
 
     Attributes:
-        compiled: finds the best pairs on a processor in place of PyTorch's operators, see :meth:`use_compiled`; None if
-            these do.
+        compiled: finds the best pairs on a processor instead of PyTorch, see :meth:`use_compiled`; None for PyTorch.
     """
 
     def __init__(self, size: int) -> None:
@@ -353,7 +353,7 @@ class MatchAssignment(nn.Module):
         self.compiled: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
 
     def forward(self, points0: Points, points1: Points) -> Tensor:
-        """Logarithms (B, N0, N1) of the probabilities that two points match; -inf for padding."""
+        """Return the log probabilities (B, N0, N1) that two points match; -inf for padding."""
         similarity = self._similarity(points0, points1)
         real = _pairs(points0.mask, points1.mask)
         if real is not None:
@@ -374,16 +374,16 @@ class MatchAssignment(nn.Module):
         return mutual_of_best(best0, best1, most0.exp(), threshold)
 
     def use_compiled(self) -> None:
-        """As :meth:`LightGlue.use_compiled`."""
+        """See :meth:`LightGlue.use_compiled`."""
         self.compiled = compiled.best_pairs if compiled.has_vectors() else None
 
     def _similarity(self, points0: Points, points1: Points) -> Tensor:
-        # In float32: a score is a product of four probabilities, and half precision cannot tell the best two apart.
+        # In float32: a score is a product of four probabilities, and half precision cannot distinguish the best two.
         projected0, projected1 = (self.final_projection(points.x).float() for points in (points0, points1))
         return projected0 / math.sqrt(projected0.shape[-1]) @ projected1.transpose(-1, -2)
 
     def _certainty(self, points: Points) -> Tensor:
-        """Logarithm (B, N) of the probability that a point has a match."""
+        """Log probability (B, N) that a point has a match."""
         return F.logsigmoid(self.matchability(points.x).float())[..., 0]
 
     def matchabilities(self, x: Tensor) -> Tensor:
@@ -392,9 +392,10 @@ class MatchAssignment(nn.Module):
 
 
 def _log_softmax_of_columns(x: Tensor) -> Tensor:
-    """Over dimension 1 of (B, N0, N1)."""
+    """Log softmax over dimension 1 of (B, N0, N1)."""
     if x.is_cuda:
-        # Along the last dimension in memory. Across it, 1024 x 1024 values take an H100 0.54 ms, a fifth of LightGlue.
+        # Reduce along the last dimension in memory. Along another one, 1024 x 1024 values take an H100 0.54 ms, which
+        # is a fifth of LightGlue's time.
         return x.transpose(1, 2).contiguous().log_softmax(dim=2).transpose(1, 2)
     return x.log_softmax(dim=1)
 
@@ -406,28 +407,29 @@ def _pairs(mask0: Tensor | None, mask1: Tensor | None) -> Tensor | None:
 
 
 class TokenConfidence(nn.Module):
-    """How sure each point is that its match, or having none, will not change any more (eq. 10)."""
+    """Confidence of each point that its match, or its lack of a match, is final (eq. 10)."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.token = nn.Linear(size, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Probability (B, N)."""
+        """Return the confidence (B, N), a probability."""
         return self.token(x).float().sigmoid()[..., 0]
 
 
 @dataclass
 class Points:
-    """The points of one image on their way through the layers.
+    """The points of one image between the layers.
 
     Attributes:
         x: (B, N, C) states, float32.
         rotation: the rotary encoding of their positions.
         mask: (B, N) bool, true for points, false for padding; None without padding.
-        index: int64, of the points of a single image the places among the keypoints given: without those dropped, and
-            without padding, which is behind all others.
-        layers: (count,) int64, for each of the keypoints given, the layers it took part in. Only for a single pair.
+        index: int64, for the remaining points of a single image, their indices among the given keypoints. Dropped
+            points and padding, which is last, are not included.
+        layers: (count,) int64, for each given keypoint the number of layers that it took part in. Only valid for a
+            single pair.
     """
 
     x: Tensor
@@ -443,9 +445,9 @@ class Points:
         """Drop the points of a single image for which ``keep`` (N,) is false.
 
         Args:
-            keep: false for padding.
-            rounded: the number of points to compute with from now on, from the number of those that are kept. The
-                others follow behind as padding.
+            keep: (N,) bool, false for padding.
+            rounded: returns the number of points to compute with, given the number of points that are kept. Padding
+                fills up the difference.
         """
         chosen = keep.nonzero()[:, 0]
         count = len(chosen)

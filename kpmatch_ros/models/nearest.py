@@ -1,4 +1,4 @@
-"""Mutual nearest neighbours: matching without a network."""
+"""Mutual nearest neighbours: matching of descriptors without a network."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class NearestNeighbour(nn.Module):
     The score of a match is the similarity, clipped to [0, 1].
 
     Args:
-        ratio_threshold: the ratio test of Lowe (IJCV 2004): highest ratio of the Euclidean distances to the nearest
-            and the second nearest descriptor of the other image; 1 turns it off.
-        filter_threshold: lowest score of a match.
+        ratio_threshold: threshold of the ratio test (Lowe, IJCV 2004): the largest ratio of the Euclidean distances to
+            the nearest and the second nearest descriptor of the other image; 1 disables the test.
+        filter_threshold: a match's score must exceed it.
     """
 
     def __init__(self, ratio_threshold: float = 1.0, filter_threshold: float = 0.0) -> None:
@@ -30,7 +30,7 @@ class NearestNeighbour(nn.Module):
         self.filter_threshold = filter_threshold
 
     def forward(self, image0: ImageFeatures, image1: ImageFeatures) -> Assignment:
-        """Match the descriptors of B pairs of images, unit vectors; their keypoints and scores play no part."""
+        """Match the descriptors of B pairs of images, unit vectors; keypoints and their scores are not used."""
         similarity = image0.descriptors.float() @ image1.descriptors.float().transpose(-1, -2)
         if image0.mask is not None:
             similarity = similarity.masked_fill(~image0.mask[:, :, None], _PADDED)
@@ -49,7 +49,7 @@ class NearestNeighbour(nn.Module):
             similarity = F.pad(similarity, (0, 1), value=_PADDED)
         best = similarity.topk(2, dim=-1).values
         distance = (2 - 2 * best.clamp(-1, 1)).sqrt()  # between unit vectors
-        alone = best[..., 1] == _PADDED  # without a second nearest there is nothing to confuse the nearest with
+        alone = best[..., 1] == _PADDED  # without a second nearest descriptor the nearest one is unambiguous
         return alone | (distance[..., 0] <= self.ratio_threshold * distance[..., 1])
 
 

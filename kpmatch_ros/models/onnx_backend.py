@@ -1,4 +1,4 @@
-"""The networks in ONNX Runtime instead of PyTorch."""
+"""Inference with ONNX Runtime instead of PyTorch."""
 
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ from kpmatch_ros.models.superpoint import CELL, SuperPoint
 
 __all__ = ["OnnxBackend"]
 
-_TRACED = (64, 64), 64  # pixels, keypoints; both are free
+_TRACED = (64, 64), 64  # pixels, keypoints; both are dynamic
 
 
 class OnnxBackend:
-    """Runs an extractor and a matcher by their graphs, with all layers, in float32.
+    """Runs an extractor and a matcher as ONNX graphs, with all layers, in float32.
 
-    The graphs are made here, with free numbers and sizes, and not kept as files.
+    It exports the graphs itself, with dynamic numbers and sizes, and does not keep their files.
 
     Args:
         extractor: a SuperPoint.
         matcher: a LightGlue or SuperGlue.
-        wish: what they are to run on.
+        wish: the requested execution providers.
 
     Attributes:
-        providers: what they run on, as :class:`Wish` names it, the one that is asked first in front.
-        note: one sentence on what was wished for and is missing; empty where nothing is.
+        providers: the providers in use, by their names in :class:`Wish`, in order of preference.
+        note: one sentence about requested providers that are missing; empty if none is.
 
     Raises:
-        ExportError: they are others, onnx or ONNX Runtime is not installed, or it has nothing of what was wished for.
+        ExportError: the networks are of other types, onnx or ONNX Runtime is not installed, or ONNX Runtime has none
+            of the requested providers.
     """
 
     def __init__(self, extractor: nn.Module, matcher: nn.Module, wish: Wish = ON_PROCESSOR) -> None:
         check_exportable(extractor, matcher)
         assert isinstance(extractor, SuperPoint) and isinstance(matcher, (LightGlue, SuperGlue))
-        # The threshold may change while the node runs, so the graph has none.
+        # The threshold may change while the node runs, so it is not part of the graph.
         every_match = copy.copy(matcher)
         every_match.filter_threshold = 0.0
         size, keypoints = _TRACED
@@ -57,10 +58,10 @@ class OnnxBackend:
         self.note = wish.explain(self.providers)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OnnxBackend, self._made_of  # a copy makes its graphs anew: ONNX Runtime's sessions cannot be copied
+        return OnnxBackend, self._made_of  # a copy exports its graphs again: ONNX Runtime's sessions cannot be copied
 
     def run(self, network: nn.Module, *inputs: Any) -> Any:
-        """What ``network(*inputs)`` gives, for one of the two networks, or another of the same weights."""
+        """Return ``network(*inputs)``, for one of the two networks or for another network with the same weights."""
         if isinstance(network, SuperPoint):
             image, *allowed = inputs
             if min(image.shape[2:]) < CELL or not self._takes(B=len(image), H=image.shape[2], W=image.shape[3]):
@@ -75,14 +76,14 @@ class OnnxBackend:
         return self._assignment(image0, image1, network.filter_threshold, len(layers))
 
     def _takes(self, **numbers: int) -> bool:
-        """Whether the graphs are made for inputs of this size; for others PyTorch runs the network."""
+        """Whether the graphs accept inputs of this size; otherwise PyTorch runs the network."""
         return "tensorrt" not in self.providers or in_range(**numbers)
 
     def _assignment(self, image0: ImageFeatures, image1: ImageFeatures, threshold: float, layers: int) -> Assignment:
         count0, count1 = image0.num_keypoints, image1.num_keypoints
         found = Assignment.empty(len(image0.keypoints), count0, count1, image0.keypoints.device)
         if count0 == 0 or count1 == 0:
-            return found  # a graph takes one place at least
+            return found  # a graph needs at least one keypoint
         inputs = []
         for image, mask in zip((image0, image1), common_masks(image0, image1)):
             real = torch.ones_like(image.keypoints[..., 0], dtype=torch.bool) if mask is None else mask

@@ -1,6 +1,6 @@
-"""What ONNX Runtime runs graphs with, its execution providers: which of those wished for are there, and their options.
+"""ONNX Runtime's execution providers: selection of those that are available, and their options.
 
-Options are those of https://onnxruntime.ai/docs/execution-providers/. TensorRT and CUDA were never run.
+The options are documented at https://onnxruntime.ai/docs/execution-providers/. TensorRT and CUDA were never run.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ PROVIDERS = {
     "openvino": "OpenVINOExecutionProvider",
     "cpu": "CPUExecutionProvider",
 }
-"""ONNX Runtime's names by those of the parameter ``providers``."""
+"""ONNX Runtime's names of the providers, by their names in the parameter ``providers``."""
 
-# Least, usual and largest number in each free dimension: TensorRT builds an engine for them, and takes no others.
+# Minimum, optimum and maximum of each dynamic dimension: TensorRT builds an engine for them and accepts no others.
 _RANGES = {"B": (1, 1, 2), "H": (64, 480, 1088), "W": (64, 640, 1920), "N0": (1, 1024, 4096), "N1": (1, 1024, 4096)}
 
 
 @dataclass(frozen=True)
 class Wish:
-    """The providers wished for.
+    """The requested providers.
 
     Attributes:
-        names: keys of :data:`PROVIDERS`, the one liked best first.
+        names: keys of :data:`PROVIDERS`, in order of preference.
         half: let TensorRT compute in float16.
-        threads: for OpenVINO.
+        threads: number of threads, for OpenVINO.
     """
 
     names: Sequence[str] = ("cpu",)
@@ -43,15 +43,15 @@ class Wish:
     threads: int = 1
 
     def start(self, make: Callable[[list[tuple[str, dict[str, Any]]]], Any], file: Path, graph: Graph) -> Any:
-        """A session of a graph with those of the providers that there are.
+        """Create a session of a graph with the requested providers that are available.
 
         Args:
-            make: makes a session with providers, each a name and options, ONNX Runtime's own.
-            file: the graph.
-            graph: what it takes and gives.
+            make: creates an ONNX Runtime session, given for each provider ONNX Runtime's name and options.
+            file: the graph's file.
+            graph: the graph's inputs and outputs.
 
         Raises:
-            ExportError: none of those wished for is there.
+            ExportError: none of the requested providers is available.
         """
         import onnxruntime
 
@@ -67,12 +67,12 @@ class Wish:
         return session
 
     def started(self, session: Any) -> list[str]:
-        """Those of the providers wished for that a session of ONNX Runtime has, in its order."""
+        """The requested providers that a session of ONNX Runtime has, in order of preference."""
         running = session.get_providers()
         return [name for name in self.names if PROVIDERS[name] in running]
 
     def explain(self, started: Sequence[str]) -> str:
-        """One sentence on those that are missing; empty where none is."""
+        """One sentence about the requested providers that are missing; empty if none is."""
         import onnxruntime
 
         missing = [name for name in self.names if name not in started]
@@ -85,11 +85,11 @@ class Wish:
 
     def _options(self, name: str, file: Path, graph: Graph) -> dict[str, Any]:
         if name == "openvino":
-            # Of the ways to a device this is the one that takes no other number format than the graph's.
+            # Of the ways to select a device, this is the one that accepts only the graph's own number format.
             return {"device_type": "CPU", "precision": "FP32", "num_of_threads": str(self.threads)}
         if name != "tensorrt":
             return {}
-        # A cached engine is found by the graph's names, not by its weights: each graph has a folder.
+        # TensorRT looks up a cached engine by the graph's names, not by its weights, so each graph needs a folder.
         folder = cache_folder() / "tensorrt" / hashlib.sha256(file.read_bytes()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         least, usual, largest = (_shapes(graph, i) for i in range(3))
@@ -109,7 +109,7 @@ ON_PROCESSOR = Wish()
 
 
 def _shapes(graph: Graph, which: int) -> str:
-    """The shapes of a graph's inputs as TensorRT's profile has them."""
+    """The shapes of a graph's inputs in the format of TensorRT's optimisation profiles."""
     return ",".join(
         f"{port.name}:{'x'.join(str(_RANGES[size][which] if isinstance(size, str) else size) for size in port.shape)}"
         for port in graph.inputs
@@ -117,5 +117,9 @@ def _shapes(graph: Graph, which: int) -> str:
 
 
 def in_range(**numbers: int) -> bool:
-    """Whether TensorRT's engines take so many images B of height H and width W, or pairs B with N0 and N1 keypoints."""
+    """Whether TensorRT's engines accept these sizes.
+
+    Args:
+        numbers: number of images B, their height H and width W, or number of pairs B, their keypoints N0 and N1.
+    """
     return all(_RANGES[name][0] <= number <= _RANGES[name][2] for name, number in numbers.items())

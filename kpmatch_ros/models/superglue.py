@@ -1,4 +1,4 @@
-"""SuperGlue: a graph neural network that matches two sets of keypoints, and optimal transport that decides.
+"""SuperGlue: a graph neural network that matches two sets of keypoints by optimal transport.
 
 Sarlin, DeTone, Malisiewicz, Rabinovich: SuperGlue: Learning Feature Matching with Graph Neural Networks, CVPR 2020
 (arXiv:1911.11763). Equation numbers below are the paper's.
@@ -67,18 +67,18 @@ class Attention(nn.Module):
     def __init__(self, size: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        # Grouped and named as in `transformers`, so that the tensors have the same names there and here.
+        # The same groups and names as in `transformers`, so that tensors have the same names in both.
         self.self = nn.ModuleDict({name: nn.Linear(size, size) for name in ("query", "key", "value")})
         self.output = nn.ModuleDict({"dense": nn.Linear(size, size)})
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-        """Messages to x (B, N, C) from source (B, M, C); ``mask`` (B, M) marks the source's real points."""
+        """Return the messages to x (B, N, C) from source (B, M, C); ``mask`` (B, M) is true for the source's points."""
         query, key, value = self._heads("query", x), self._heads("key", source), self._heads("value", source)
         message = attend(query, key, value, mask)
         return self.output["dense"](message.transpose(1, 2).flatten(-2))
 
     def weights(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-        """How much (B, heads, N, M) each point of x listens to each of source, arguments as for :meth:`forward`."""
+        """Attention weights (B, heads, N, M) of x for the points of source, arguments as for :meth:`forward`."""
         return attention_weights(self._heads("query", x), self._heads("key", source), mask)
 
     def _heads(self, projection: str, x: Tensor) -> Tensor:
@@ -94,12 +94,12 @@ class Propagation(nn.Module):
         self.mlp = perceptron([2 * size, 2 * size, size])
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-        """The new states of x (B, N, C), which listens to source (B, M, C)."""
+        """Return the new states of x (B, N, C), which attends to source (B, M, C)."""
         return x + self.mlp(torch.cat([x, self.attention(x, source, mask)], dim=-1))
 
 
 class GraphNetwork(nn.Module):
-    """Layers in which points listen to their own image's points ("self") or to the other's ("cross")."""
+    """Layers in which points attend to the points of their own image ("self") or of the other image ("cross")."""
 
     def __init__(self, size: int, heads: int, types: list[str]) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class SuperGlue(PretrainedNetwork):
         config: any of the keys of :attr:`DEFAULTS`, named as in `transformers`' ``SuperGlueConfig``.
 
     Attributes:
-        steps_between: of the optimal transport, see :func:`sinkhorn`.
+        steps_between: parameter of the optimal transport, see :func:`sinkhorn`.
     """
 
     MODEL_TYPE = "superglue"
@@ -155,19 +155,19 @@ class SuperGlue(PretrainedNetwork):
 
     @classmethod
     def prepare(cls, checkpoint: Checkpoint) -> Checkpoint:
-        """Translate a checkpoint of either family into this module's configuration and parameter names."""
+        """Translate a Hugging Face or an authors' checkpoint into this module's configuration and parameter names."""
         if "final_proj.weight" in checkpoint.tensors:
             return _from_authors(checkpoint)
         tensors = {k: v for k, v in checkpoint.tensors.items() if not k.startswith("keypoint_detector.")}
-        # The detector is no setting of ours, and dropout plays no part after training.
+        # This module has no option for the detector, and dropout is used only in training.
         others = ("keypoint_detector_config", "attention_probs_dropout_prob")
         config = {key: value for key, value in checkpoint.config.items() if key not in others}
         return Checkpoint(config, tensors, checkpoint.source)
 
     def to_precision(self, dtype: torch.dtype) -> SuperGlue:
-        """Convert the weights of the graph network, all but its batch norms'.
+        """Convert the weights of the graph network to ``dtype``, except its batch norms.
 
-        The keypoint encoder keeps its precision: 8 bits of mantissa cannot tell neighbouring pixels apart.
+        The keypoint encoder keeps its precision: 8 bits of mantissa cannot distinguish neighbouring pixels.
         """
         for module in (*self.gnn.modules(), self.final_projection["final_proj"]):
             if isinstance(module, nn.Linear):
@@ -176,7 +176,7 @@ class SuperGlue(PretrainedNetwork):
 
     @property
     def input_dim(self) -> int:
-        """Size of the descriptors it takes."""
+        """Size of the descriptors that the matcher takes."""
         return self.config["hidden_size"]
 
     @property
@@ -202,16 +202,19 @@ class SuperGlue(PretrainedNetwork):
         return self.assign(*self.states(image0, image1), mask0, mask1).first(count0, count1)
 
     def states(self, image0: ImageFeatures, image1: ImageFeatures) -> tuple[Tensor, Tensor]:
-        """The points (B, N, C) of both images after the last layer; both have scores, and both a mask or none."""
+        """The states (B, N, C) of both images' points after the last layer.
+
+        Both images need scores. Either both or none of them has a mask.
+        """
         assert image0.scores is not None and image1.scores is not None
         x0, x1 = self._encode(image0, image0.scores), self._encode(image1, image1.scores)
         x0, x1 = self.gnn(x0, x1, image0.mask, image1.mask)
-        # In float32: half precision cannot tell the best two of a thousand scores apart.
+        # In float32: half precision cannot distinguish the best two of a thousand scores.
         projection = self.final_projection["final_proj"]
         return projection(x0).float(), projection(x1).float()
 
     def assign(self, x0: Tensor, x1: Tensor, mask0: Tensor | None, mask1: Tensor | None) -> Assignment:
-        """The matches of points with the states that :meth:`states` gave."""
+        """Match points by the states from :meth:`states`."""
         similarity = x0 @ x1.transpose(-1, -2) / math.sqrt(x0.shape[-1])
         plan = transport(similarity, self.bin_score, self.sinkhorn_iterations, mask0, mask1, self.steps_between)
         return mutual_matches(plan, torch.exp, self.filter_threshold).after(len(self.gnn.layers))
@@ -222,7 +225,7 @@ class SuperGlue(PretrainedNetwork):
 
 
 def normalise_keypoints(keypoints: Tensor, size: Tensor) -> Tensor:
-    """Pixels to positions around the image's centre, in units of 0.7 times its longer side.
+    """Convert pixels to positions relative to the image's centre, in units of 0.7 times its longer side.
 
     Args:
         keypoints: (B, N, 2) x, y.
@@ -232,8 +235,8 @@ def normalise_keypoints(keypoints: Tensor, size: Tensor) -> Tensor:
     return (keypoints - size / 2) / (size.amax(dim=-1, keepdim=True) * 0.7)
 
 
-STEPS_BETWEEN = 15  # iterations as products between two with logarithms
-LARGEST_CHANGE = 40.0  # of a factor's logarithm in these: float32 can represent exp(-87) to exp(88)
+STEPS_BETWEEN = 15  # iterations as matrix-vector products between two iterations in the logarithmic domain
+LARGEST_CHANGE = 40.0  # of a factor's logarithm in these products: float32 can represent exp(-87) to exp(88)
 
 
 def transport(
@@ -244,12 +247,12 @@ def transport(
     mask1: Tensor | None = None,
     steps_between: int = STEPS_BETWEEN,
 ) -> Tensor:
-    """Share each point out over the other image's points and a dustbin for points without a match (eqs. 7 to 9).
+    """Solve the optimal transport between the images' points, with a dustbin for unmatched points (eqs. 7 to 9).
 
     Args:
         similarity: (B, N0, N1) float32.
         bin_score: () similarity of any point with the dustbin.
-        iterations: of Sinkhorn's algorithm.
+        iterations: iterations of Sinkhorn's algorithm.
         mask0: (B, N0) bool, true for points, false for padding, which takes no part; None without padding.
         mask1: (B, N1), None if ``mask0`` is None.
         steps_between: see :func:`sinkhorn`.
@@ -264,7 +267,7 @@ def transport(
         [similarity.masked_fill(~pairs, -torch.inf), bin_score.expand_as(similarity[:, :, :1])], dim=2
     )
     augmented = torch.cat([augmented, bin_score.expand_as(augmented[:, :1])], dim=1)
-    # A point weighs 1, padding nothing, and a dustbin has room for all of the other image's points.
+    # A point has weight 1 and padding weight 0. A dustbin can take all of the other image's points.
     count0, count1 = (mask.sum(dim=1, keepdim=True).clamp(min=1) for mask in (mask0, mask1))
     log_rows = torch.cat([mask0, count1], dim=1).to(similarity).log()
     log_columns = torch.cat([mask1, count0], dim=1).to(similarity).log()
@@ -276,26 +279,27 @@ def transport(
 def sinkhorn(
     matrix: Tensor, log_rows: Tensor, log_columns: Tensor, iterations: int, steps_between: int = STEPS_BETWEEN
 ) -> tuple[Tensor, Tensor]:
-    """Scale the rows and columns of exp(matrix) in turn until both have the sums wanted.
+    """Scale the rows and columns of exp(matrix) in turn until both have the given sums.
 
-    Logarithms can represent every factor, but cost an exponential per entry and iteration. Therefore, as in Schmitzer:
-    Stabilized Sparse Scaling Algorithms, SIAM J. Sci. Comput. 2019 (arXiv:1610.06519), most iterations are products of
-    the matrix scaled so far with vectors. That is ten times as fast for a thousand points. If a factor changes so much
-    in these that float32 may lose entries, they are discarded and repeated with logarithms.
+    Iterations in the logarithmic domain can represent every factor, but need an exponential per entry and iteration.
+    Therefore most iterations are products of vectors with the matrix as scaled so far, as in Schmitzer: Stabilized
+    Sparse Scaling Algorithms, SIAM J. Sci. Comput. 2019 (arXiv:1610.06519). For a thousand points this is ten times as
+    fast. If a factor changes so much in these products that float32 may lose entries, they are discarded and repeated
+    in the logarithmic domain.
 
     Args:
         matrix: (B, R, C) logarithms of the entries.
         log_rows: (B, R) logarithms of the sums of the rows, -inf for padding.
         log_columns: (B, C) logarithms of the sums of the columns, -inf for padding.
         iterations: how often the rows and then the columns are scaled.
-        steps_between: iterations as products between two with logarithms. 0 does all with logarithms, and then no step
-            depends on a value: a graph can hold them.
+        steps_between: number of iterations as products between two in the logarithmic domain. With 0, all iterations
+            use logarithms, and no operation depends on a value, so that they can be traced to a graph.
 
     Returns:
         logarithms of the rows' (B, R) and of the columns' (B, C) factors.
     """
     u, v = torch.zeros_like(log_rows), torch.zeros_like(log_columns)
-    v = v.masked_fill(log_columns == -torch.inf, -torch.inf)  # what has no weight is not there from the first step on
+    v = v.masked_fill(log_columns == -torch.inf, -torch.inf)  # exclude padding from the first iteration on
     rows, columns = log_rows.exp()[..., None], log_columns.exp()[..., None]
     smallest = torch.finfo(matrix.dtype).tiny
     while iterations > 0:
@@ -317,13 +321,14 @@ def sinkhorn(
 
 
 def _from_authors(checkpoint: Checkpoint) -> Checkpoint:
-    """The authors' ``.pth`` (magicleap/SuperGluePretrainedNetwork) under this module's names."""
+    """Convert the authors' ``.pth`` (magicleap/SuperGluePretrainedNetwork) to this module's names."""
     heads = 4  # fixed in the authors' code
     tensors = {}
     for name, tensor in checkpoint.tensors.items():
         if name.endswith(".weight") and tensor.ndim == 3:
             tensor = tensor[..., 0]  # a convolution of width 1 is a linear layer
-        # A head's channels lie `heads` apart there and together here; of the merging layer these are the inputs.
+        # The authors interleave the heads' channels; here a head's channels are contiguous. For the merging layer this
+        # concerns the inputs.
         if name.endswith(".attn.merge.weight"):
             tensor = tensor.unflatten(1, (-1, heads)).transpose(1, 2).flatten(1, 2)
         elif ".attn.proj." in name:
@@ -351,7 +356,7 @@ def _from_authors(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _grouped(name: str, names: Collection[str]) -> str:
-    """Count linear layer, batch norm and ReLU of a perceptron as one layer instead of three."""
+    """Rename a tensor: the authors count a linear layer, its batch norm and its ReLU as three layers, here as one."""
     found = re.fullmatch(r"(keypoint_encoder\.encoder|gnn\.layers\.\d+\.mlp)\.(\d+)\.(\w+)", name)
     if not found:
         return name

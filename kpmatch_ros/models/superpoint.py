@@ -1,4 +1,4 @@
-"""SuperPoint: a network that finds keypoints in a grey image and describes them.
+"""SuperPoint: a network that detects keypoints in a grey image and computes their descriptors.
 
 DeTone, Malisiewicz, Rabinovich: SuperPoint: Self-Supervised Interest Point Detection and Description, CVPR Workshops
 2018 (arXiv:1712.07629).
@@ -40,17 +40,18 @@ from kpmatch_ros.models.transformed import takes_transform
 
 __all__ = ["SuperPoint"]
 
-CELL = 8  # pixels: one vector of scores and one descriptor for each 8 x 8 cell of the image
-WINDOWS = 4096  # of 3 x 3 cells whose numbers are copied at a time
-BAND = 8 << 20  # bytes of activations that a processor's convolutions make at a time
+CELL = 8  # pixels: each 8 x 8 cell of the image has one vector of scores and one descriptor
+WINDOWS = 4096  # number of windows of 3 x 3 cells that are copied at a time
+BAND = 8 << 20  # bytes of activations of one band, when a processor convolves an image band by band
 
 
 class ConvBlock(nn.Module):
-    """Two 3 x 3 convolutions, and 2 x 2 max pooling if ``pooling``.
+    """Two 3 x 3 convolutions, followed by 2 x 2 max pooling if ``pooling``.
 
     Attributes:
-        in_bands: a processor computes a large image band by band, and pools by comparing; the results are the same.
-        compiled: computes it in place of PyTorch, see :meth:`SuperPoint.use_compiled`.
+        in_bands: on a processor, compute a large image band by band and pool with comparisons. The results are the
+            same.
+        compiled: computes the block instead of PyTorch, see :meth:`SuperPoint.use_compiled`; None for PyTorch.
     """
 
     def __init__(self, inputs: int, outputs: int, pooling: bool) -> None:
@@ -74,12 +75,12 @@ class ConvBlock(nn.Module):
         if self._lightly(x) and self._goes_to_bfloat16(x):
             x, conv_a = in_parts(x), PartsConvolution(self.conv_a)
         if self.pooling and self._lightly(x):
-            # Band by band: at 640 x 480 the first block's activations are 79 MB, which would leave the cache and be
-            # asked of the system, page by page, for every image.
+            # Band by band: at 640 x 480 the first block's activations are 79 MB. They would not fit into the cache, and
+            # the operating system would have to supply their pages again for every image.
             rows = max(BAND // (self.channels * x[:, 0, 0].numel() * x.element_size()), 8) // 2 * 2
         if rows >= height:
             return self._rows(x, conv_a, 0, height)
-        cuts = [*range(0, height - 1, rows), height]  # a single row left over would be none after pooling
+        cuts = [*range(0, height - 1, rows), height]  # a band of a single row would vanish in the pooling
         return torch.cat([self._rows(x, conv_a, top, bottom) for top, bottom in zip(cuts, cuts[1:])], dim=2)
 
     @property
@@ -94,22 +95,22 @@ class ConvBlock(nn.Module):
             self.compiled = CompiledConvolutions(convolutions, self.pooling, dtype)
 
     def _goes_to_bfloat16(self, x: Tensor) -> bool:
-        """Whether it sees an image in float32 and goes on in bfloat16, see :meth:`SuperPoint.to_precision`."""
+        """Whether the block takes a float32 image and continues in bfloat16, see :meth:`SuperPoint.to_precision`."""
         return self.conv_a.in_channels == 1 and (x.dtype, self.dtype) == (torch.float32, torch.bfloat16)
 
     def _rows(self, x: Tensor, conv_a: Callable[[Tensor], Tensor], top: int, bottom: int) -> Tensor:
-        """The output for the rows ``top`` to ``bottom`` of x."""
-        # Next to a cut a convolution sees zeros in place of the image's next row: its outer row there is thrown away.
+        """Return the output for the rows ``top`` to ``bottom`` of x."""
+        # At a cut a convolution sees zeros instead of the image's next row, so its outermost row there is discarded.
         above, below = int(top > 0), int(bottom < x.shape[2])
         x = conv_a(x[:, :, top - 2 * above : bottom + 2 * below])
-        if x.dtype == torch.float32:  # what autocast made narrower stays so: training would convert it to and fro
+        if x.dtype == torch.float32:  # keep what autocast made narrower: training would convert it back and forth
             x = x.to(self.dtype)
         x = relu_(x)
         x = self.conv_b(x[:, :, above : x.shape[2] - below])
         return self._finish(x[:, :, above : x.shape[2] - below])
 
     def _finish(self, x: Tensor) -> Tensor:
-        # The maximum is positive if any is: pooling first leaves a quarter of the work.
+        # ReLU and the maximum commute, so ReLU after pooling has a quarter of the work.
         if not self.pooling:
             return relu_(x)
         return relu_(_halved(x) if self._lightly(x) else F.max_pool2d(x, 2))
@@ -119,19 +120,19 @@ class ConvBlock(nn.Module):
 
 
 def compiled_convolution(conv: nn.Conv2d, dtype: torch.dtype) -> CompiledConvolutions | None:
-    """A 3 x 3 convolution and ReLU, compiled; None where that cannot be."""
+    """Compile a 3 x 3 convolution with ReLU; None if this processor or data type does not support it."""
     if not CompiledConvolutions.fits(dtype, conv.out_channels):
         return None
     return CompiledConvolutions([(conv.weight, cast(Tensor, conv.bias))], False, dtype)
 
 
 def is_usable(compiled: CompiledConvolutions | None, conv: nn.Conv2d, x: Tensor) -> TypeGuard[CompiledConvolutions]:
-    """Whether what was compiled of a convolution may be used for x: the network's precision may have changed since."""
+    """Whether a compiled convolution may process x: the network's precision may have changed since compilation."""
     return compiled is not None and compiled.dtype == conv.weight.dtype and takes(x)
 
 
 def in_parts(image: Tensor) -> Tensor:
-    """An image (B, 1, H, W), float32, for :class:`PartsConvolution`: (B, 4, H, W), bfloat16."""
+    """Split an image (B, 1, H, W), float32, for :class:`PartsConvolution`: (B, 4, H, W), bfloat16."""
     high = image.bfloat16()
     low = (image - high).bfloat16()
     parts = torch.cat([high, low, high, torch.ones_like(high)], dim=1)
@@ -139,10 +140,11 @@ def in_parts(image: Tensor) -> Tensor:
 
 
 class PartsConvolution:
-    """A 3 x 3 convolution of an image in bfloat16 that is as exact as in float32, of which its result is rounded.
+    """A 3 x 3 convolution of an image in bfloat16 that is as exact as one in float32 whose result is rounded.
 
-    Image and weights are sums of two numbers in bfloat16 each, their product is that of three pairs, summed in float32.
-    A convolution to bfloat16 writes half of what one in float32 does, which a conversion would have to read again.
+    Image and weights are sums of two bfloat16 numbers each. Their product is the sum of three partial products,
+    accumulated in float32. The output is bfloat16: a float32 convolution writes twice as many bytes, which a conversion
+    to bfloat16 would then have to read again.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -150,7 +152,7 @@ class PartsConvolution:
         high, self.bias = conv.weight.bfloat16(), conv.bias.bfloat16()
         low = (conv.weight - high).bfloat16()
         rest = torch.zeros_like(high)
-        rest[:, 0, 1, 1] = (conv.bias - self.bias).bfloat16()  # a kernel's middle never lies beyond the border
+        rest[:, 0, 1, 1] = (conv.bias - self.bias).bfloat16()  # a kernel's centre is never in the zero padding
         self.weight = torch.cat([high, high, low, rest], dim=1).contiguous(memory_format=torch.channels_last)
 
     def __call__(self, parts: Tensor) -> Tensor:
@@ -160,7 +162,7 @@ class PartsConvolution:
 def relu_(x: Tensor) -> Tensor:
     """ReLU, in place."""
     if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not x.requires_grad:
-        # The sign is the same bit as an int16's, and a processor compares integers three times as fast.
+        # A bfloat16 has its sign in the same bit as an int16, and a processor compares integers three times as fast.
         x.view(torch.int16).clamp_(min=0)
         return x
     return F.relu(x, inplace=True)
@@ -183,37 +185,37 @@ class Encoder(nn.Module):
 
 
 class KeypointDecoder(nn.Module):
-    """Feature map to the score of each pixel: a softmax over a cell's 64 pixels and "no keypoint here"."""
+    """Maps features to the score of each pixel: a softmax over a cell's 64 pixels and "no keypoint in this cell"."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
         self.conv_score_a = nn.Conv2d(inputs, hidden, 3, padding=1)
         self.conv_score_b = nn.Conv2d(hidden, outputs, 1)
-        self.compiled: CompiledConvolutions | None = None  # as of a ConvBlock
+        self.compiled: CompiledConvolutions | None = None  # see ConvBlock
 
     def use_compiled(self, dtype: torch.dtype) -> None:
         self.compiled = compiled_convolution(self.conv_score_a, dtype)
 
     def forward(self, features: Tensor) -> Tensor:
         if is_usable(self.compiled, self.conv_score_a, features) and features.dtype == self.compiled.dtype:
-            hidden = self.compiled(features).permute(0, 2, 3, 1)  # as it lies in memory
+            hidden = self.compiled(features).permute(0, 2, 3, 1)  # channels last, as in memory
             return pixel_scores(_convolved(hidden.to(self.conv_score_b.weight.dtype), self.conv_score_b).float())
         hidden = relu_(self.conv_score_a(features))
         logits = self.conv_score_b(hidden.to(self.conv_score_b.weight.dtype))
-        # float32 from here on: in half precision neighbouring scores become equal, and suppression lets both through
-        # or neither (LightGlue-ONNX #77).
+        # float32 from here on: in half precision neighbouring scores become equal, and suppression then keeps both or
+        # neither (LightGlue-ONNX #77).
         scores = logits.float().softmax(dim=1)[:, :-1]
         return F.pixel_shuffle(scores, CELL).squeeze(1)
 
 
 class DescriptorDecoder(nn.Module):
-    """Feature map to one unit descriptor per cell."""
+    """Maps features to one unit descriptor per cell."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
         self.conv_descriptor_a = nn.Conv2d(inputs, hidden, 3, padding=1)
         self.conv_descriptor_b = nn.Conv2d(hidden, outputs, 1)
-        self.compiled: CompiledConvolutions | None = None  # as of a ConvBlock
+        self.compiled: CompiledConvolutions | None = None  # see ConvBlock
 
     def use_compiled(self, dtype: torch.dtype) -> None:
         self.compiled = compiled_convolution(self.conv_descriptor_a, dtype)
@@ -224,12 +226,15 @@ class DescriptorDecoder(nn.Module):
         return F.normalize(descriptors.float(), dim=1)
 
     def at(self, features: Tensor, keypoints: Tensor, round_up: bool = False) -> Tensor:
-        """As :func:`sample_descriptors` of :meth:`forward`, computed for the cells around keypoints alone.
+        """Sample descriptors at keypoints, computed only for the cells around them.
+
+        The result equals :func:`sample_descriptors` of :meth:`forward`.
 
         Args:
             features: (B, C, h, w).
             keypoints: (B, N, 2) x, y in pixels.
-            round_up: compute for one of few numbers of cells, see :func:`kpmatch_ros.models.base.rounded_up`.
+            round_up: round the number of cells up to one of a few values, see
+                :func:`kpmatch_ros.models.base.rounded_up`.
 
         Returns:
             (B, N, D).
@@ -247,9 +252,16 @@ class DescriptorDecoder(nn.Module):
         return F.normalize(samples, dim=2)
 
     def _of_cells(self, features: Tensor, cells: Tensor, count: int) -> Tensor:
-        """The descriptors of some cells, whose indices count all images, and of the first cell as often as is left."""
+        """Return ``count`` descriptors: those of ``cells``, then the first cell's as padding.
+
+        Args:
+            features: (B, C, h, w).
+            cells: indices into the cells of all images.
+            count: at least the number of cells.
+        """
         _, channels, height, width = features.shape
-        # In memory, a row of pixels is one of channels too: a row of a 3 x 3 window is 3 C numbers in succession.
+        # The pixels of a row are contiguous with their channels, so each row of a 3 x 3 window is 3 C numbers in
+        # succession.
         padded = F.pad(features.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
         rows = padded.as_strided((padded[..., 0].numel() - 2, 3 * channels), (channels, 1))
         image, y, x = cells // (height * width), cells // width % height, cells % width
@@ -266,17 +278,17 @@ class SuperPoint(Extractor):
     """Detector and descriptor. Build it with :meth:`from_pretrained`.
 
     Args:
-        config: any of the keys of :attr:`DEFAULTS`, named as in `transformers`' ``SuperPointConfig``. It does not know
-            ``subpixel`` and finds whole pixels.
+        config: any of the keys of :attr:`DEFAULTS`, named as in `transformers`' ``SuperPointConfig``. `transformers`
+            does not know ``subpixel``: its keypoints are whole pixels.
 
     Attributes:
-        subpixel: keypoints are read out to a fraction of a pixel; for weights that were trained so.
-        stays_float32: whatever the precision, see :meth:`use_compiled`.
+        subpixel: refine keypoints to a fraction of a pixel; for weights that were trained with this refinement.
+        stays_float32: :meth:`to_precision` changes nothing, see :meth:`use_compiled`.
     """
 
     MODEL_TYPE = "superpoint"
-    CHANNELS = 1  # it sees grey
-    RESOLUTION = 1.0  # it finds whole pixels, or fractions that are hardly more exact
+    CHANNELS = 1  # grey images
+    RESOLUTION = 1.0  # keypoints are whole pixels, or fractions that are hardly more exact
     DEFAULTS = {
         "encoder_hidden_sizes": [64, 64, 128, 128],
         "decoder_hidden_size": 256,
@@ -305,7 +317,7 @@ class SuperPoint(Extractor):
 
     @classmethod
     def prepare(cls, checkpoint: Checkpoint) -> Checkpoint:
-        """Translate a checkpoint of either family into this module's configuration and parameter names."""
+        """Translate a Hugging Face or an authors' checkpoint into this module's configuration and parameter names."""
         if checkpoint.config.get("model_type") != "superpoint" and "keypoint_detector_config" in checkpoint.config:
             checkpoint = checkpoint.part("keypoint_detector_config", "keypoint_detector.")
         if "conv1a.weight" not in checkpoint.tensors:
@@ -335,11 +347,11 @@ class SuperPoint(Extractor):
         return Checkpoint({**config, **checkpoint.config}, tensors, checkpoint.source)
 
     def to_precision(self, dtype: torch.dtype) -> SuperPoint:
-        """Convert the weights, all but those that keypoints depend on most.
+        """Convert the weights, except those that influence the keypoints most.
 
-        8 bits of mantissa cannot tell neighbouring grey values apart: with the first convolution in bfloat16, 6 % of
-        the keypoints are others, with it in float32 1 %. The two last ones turn small differences into scores and
-        descriptors. These three are 2 % of the arithmetic.
+        8 bits of mantissa cannot distinguish neighbouring grey values. With the first convolution in bfloat16, 6 % of
+        the keypoints change; with it in float32, 1 %. The last convolution of each decoder turns small differences into
+        scores and descriptors. These three convolutions are 2 % of the arithmetic and stay as they are.
         """
         if self.stays_float32:
             return self
@@ -354,9 +366,10 @@ class SuperPoint(Extractor):
         return self
 
     def use_compiled(self, dtype: torch.dtype) -> SuperPoint:
-        """On a processor: compute convolutions by src/superpoint.c or src/transformed.c, where they can.
+        """Compute convolutions on the processor with src/superpoint.c or src/transformed.c where possible.
 
-        Without tiles, those in float32 take less time than PyTorch's in bfloat16: they stay in float32 then.
+        Without matrix tiles (AMX), compiled float32 convolutions take less time than PyTorch's in bfloat16. The network
+        then stays in float32.
         """
         self.stays_float32 = transforms() and (dtype == torch.float32 or not has_tiles())
         for part in (*self.encoder.conv_blocks, self.keypoint_decoder, self.descriptor_decoder):
@@ -374,8 +387,8 @@ class SuperPoint(Extractor):
             return Detections.none(batch, self.descriptor_size, image.device)
         features = self.encoder(image)
         scores = self.keypoint_decoder(features)
-        # A processor takes less time for the cells around some hundred keypoints than for the whole map, unless the
-        # map goes through the transform.
+        # On a processor it is faster to compute descriptors only for the cells around a few hundred keypoints than for
+        # the whole map, unless the map is computed with the Winograd transform.
         transformed = takes_transform(self.descriptor_decoder.conv_descriptor_a, features)
         if image.device.type != "cpu" or self.training or transformed:
             return self.select(scores, self.descriptor_decoder(features), allowed)
@@ -385,7 +398,7 @@ class SuperPoint(Extractor):
         return Detections(keypoints, best, descriptors, mask, are_finite(scores))
 
     def dense(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network computes for each place of an image (B, 1, H, W) of at least 8 x 8 pixels.
+        """Compute scores and descriptors for all positions of an image (B, 1, H, W) of at least 8 x 8 pixels.
 
         Returns:
             scores (B, H, W) in [0, 1] and unit descriptors (B, D, H/8, W/8), both float32. H and W are rounded down to
@@ -395,12 +408,12 @@ class SuperPoint(Extractor):
         return self.keypoint_decoder(features), self.descriptor_decoder(features)
 
     def select(self, scores: Tensor, descriptors: Tensor, allowed: Tensor | None = None) -> Detections:
-        """The keypoints in what :meth:`dense` gave, and their descriptors; ``allowed`` as for :meth:`forward`."""
+        """Select keypoints from the results of :meth:`dense`; ``allowed`` as for :meth:`forward`."""
         keypoints, best, mask = self._detect(scores, allowed)
         return Detections(keypoints, best, sample_descriptors(descriptors, keypoints), mask, are_finite(scores))
 
     def _detect(self, scores: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The keypoints in scores (B, H, W), as :func:`select_keypoints` gives them, read out if :attr:`subpixel`."""
+        """The keypoints in scores (B, H, W), as from :func:`select_keypoints`, refined if :attr:`subpixel`."""
         maxima = clear_masked(clear_border(suppress_non_maxima(scores, self.nms_radius), self.border), allowed)
         keypoints, best, mask = select_keypoints(maxima, self.keypoint_threshold, self.max_keypoints)
         if self.subpixel:
@@ -414,10 +427,10 @@ class SuperPoint(Extractor):
 
 
 def sample_descriptors(descriptors: Tensor, keypoints: Tensor) -> Tensor:
-    """Bilinear samples of a descriptor map at keypoints, of unit length.
+    """Sample a descriptor map bilinearly at keypoints, and normalise to unit length.
 
-    The map's corner cells are taken to lie at (3.5, 3.5) and (W-1, H-1), as in the authors' code: a shift of up to
-    3.5 pixels at the far borders that published weights were trained with.
+    As in the authors' code, the centres of the map's corner cells are placed at (3.5, 3.5) and (W-1, H-1). This shifts
+    samples by up to 3.5 pixels at the far borders. Published weights were trained with this shift.
 
     Args:
         descriptors: (B, D, H/8, W/8).
@@ -432,12 +445,12 @@ def sample_descriptors(descriptors: Tensor, keypoints: Tensor) -> Tensor:
 
 
 def cells_around(keypoints: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The four cells around each keypoint, and their weights in a bilinear sample as :func:`sample_descriptors` takes.
+    """Find the four cells around each keypoint and their bilinear weights, as :func:`sample_descriptors` uses them.
 
     Args:
         keypoints: (B, N, 2) x, y in pixels.
-        height: of the map, cells.
-        width: the same.
+        height: height of the map, cells.
+        width: width of the map, cells.
 
     Returns:
         indices (B, N, 4) into the map's cells, row by row, and weights (B, N, 4) float32, 0 for cells outside.
@@ -453,18 +466,18 @@ def cells_around(keypoints: Tensor, height: int, width: int) -> tuple[Tensor, Te
 
 
 def _positions(keypoints: Tensor, height: int, width: int) -> Tensor:
-    """Places in a map of descriptors, from 0 in its first cell to 1 where :func:`sample_descriptors` takes its last."""
+    """Positions in a descriptor map, from 0 at the first cell to 1 where :func:`sample_descriptors` has the last."""
     far_corner = vector(width * CELL - CELL / 2 - 0.5, height * CELL - CELL / 2 - 0.5, like=keypoints)
     return (keypoints - CELL / 2 + 0.5) / far_corner
 
 
 def _convolved(windows: Tensor, convolution: nn.Conv2d) -> Tensor:
-    """What a convolution makes of its windows (..., rows x columns x channels)."""
+    """Apply a convolution to its windows (..., rows x columns x channels)."""
     return F.linear(windows, convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias)
 
 
 def _halved(x: Tensor) -> Tensor:
-    """2 x 2 max pooling of (B, C, H, W). PyTorch's notes where each maximum came from, in three times the time."""
+    """2 x 2 max pooling of (B, C, H, W). PyTorch's takes three times as long: it records each maximum's position."""
     x = x[..., : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2]
     x = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
     return torch.maximum(x[..., ::2], x[..., 1::2])

@@ -1,8 +1,8 @@
-"""Convolutions through a transform, which take a processor half the time in float32.
+"""Float32 convolutions with the Winograd transform, which take a processor half the time.
 
-A 3 x 3 convolution in tiles of 6 x 6 takes 1.8 multiplications a pixel in place of 9 (Lavin, Gray: Fast Algorithms for
-Convolutional Neural Networks, CVPR 2016). NNPACK computes so. It comes with PyTorch, which itself takes it only where
-oneDNN is missing, and for batches of 16 images. There is none for bfloat16.
+A 3 x 3 convolution in tiles of 6 x 6 needs 1.8 multiplications per pixel instead of 9 (Lavin, Gray: Fast Algorithms for
+Convolutional Neural Networks, CVPR 2016). NNPACK, which comes with PyTorch, implements it. PyTorch itself uses NNPACK
+only if oneDNN is missing and the batch has 16 images. There is no implementation for bfloat16.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ __all__ = ["TransformedConv2d", "can_transform", "takes_transform", "transform_c
 
 Network = TypeVar("Network", bound=nn.Module)
 
-FEWEST_CHANNELS = 48  # with fewer, the transforms cost what the products save
-MOST_NUMBERS = 4 << 20  # seen at a time: the transforms of more would take hundreds of MB
+FEWEST_CHANNELS = 48  # with fewer channels, the transforms cost as much as the products save
+MOST_NUMBERS = 4 << 20  # numbers of the input: the transforms of a larger one would take hundreds of MB
 
 
 def _nnpack() -> Callable[..., Tensor] | None:
-    """NNPACK's convolution; None where PyTorch does not bring it, or it does not know the processor.
+    """NNPACK's convolution; None if PyTorch does not include it, or if it does not support the processor.
 
-    Its threads are as many as PyTorch computes with when the first convolution is asked for.
+    The number of its threads is PyTorch's number of threads at the first convolution.
     """
     available, convolve = (
         getattr(torch.ops.aten, name, None) for name in ("_nnpack_available", "_nnpack_spatial_convolution")
     )
-    # The question sets NNPACK up: before it is asked, all of its convolutions fail.
+    # _nnpack_available() also initialises NNPACK: before that call, all of its convolutions fail.
     return convolve if available is not None and available() else None
 
 
@@ -37,17 +37,17 @@ _CONVOLVE = _nnpack()
 
 
 class TransformedConv2d(nn.Conv2d):
-    """A convolution that keeps the size of what it sees; where NNPACK is, see :func:`can_transform`.
+    """A 3 x 3 convolution that keeps the size of its input, computed by NNPACK if possible (:func:`can_transform`).
 
     Attributes:
-        transformed: go through the transform; if false, as any other convolution.
+        transformed: use the transform; if false, compute it like any other convolution.
     """
 
     transformed = True
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> TransformedConv2d:
-        """The same convolution, with the same tensors."""
+        """Return the same convolution, with the same tensors."""
         made = cls(conv.in_channels, conv.out_channels, 3, padding=1, device="meta")
         made.weight, made.bias = conv.weight, conv.bias
         return made.train(conv.training)
@@ -59,25 +59,25 @@ class TransformedConv2d(nn.Conv2d):
 
 
 def can_transform() -> bool:
-    """Whether this PyTorch brings NNPACK, and NNPACK knows the processor."""
+    """Whether this PyTorch includes NNPACK, and NNPACK supports the processor."""
     return _CONVOLVE is not None
 
 
 def takes_transform(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether a convolution of x goes through the transform."""
+    """Whether a convolution of x is computed with the transform."""
     is_small = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() <= MOST_NUMBERS
     return isinstance(conv, TransformedConv2d) and conv.transformed and is_small
 
 
 def transform_convolutions(network: Network) -> Network:
-    """Let a network's wide convolutions go through the transform; its tensors and their names stay."""
+    """Let a network's wide convolutions use the transform. Its tensors and their names stay the same."""
     for parent in network.modules():
         for name, child in parent.named_children():
             if isinstance(child, nn.Conv2d) and _fits(child):
                 setattr(parent, name, TransformedConv2d.of(child))
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.out_channels >= FEWEST_CHANNELS:
-            # NNPACK wants a channel's pixels beside each other. contiguous() sees no difference in one input channel.
+            # NNPACK needs contiguous channels. contiguous() does not copy a weight with a single input channel.
             module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
     return network
 

@@ -1,7 +1,7 @@
-"""XFeat: a network small enough for processors, with a detector of its own that looks at single pixels.
+"""XFeat: a network small enough for processors, with a separate keypoint detector that works on single pixels.
 
 Potje, Cadar, Araujo, Martins, Nascimento: XFeat: Accelerated Features for Lightweight Image Matching, CVPR 2024
-(arXiv:2404.19174). This is its sparse reading.
+(arXiv:2404.19174). This module implements the sparse variant.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from kpmatch_ros.models.detections import (
 
 __all__ = ["XFeat"]
 
-CELL = 8  # pixels of an image to one of its features
-MULTIPLE = 32  # sides of an image are multiples of this: the coarsest features have one for as many pixels
+CELL = 8  # pixels of the image for each feature
+MULTIPLE = 32  # the sides of the network's input are multiples of this, the stride of the coarsest features
 
-# Of each convolution of the backbone: inputs, outputs, size, stride.
+# For each convolution of the backbone: inputs, outputs, kernel size, stride.
 _BACKBONE = (
     ((1, 4, 3, 1), (4, 8, 3, 2), (8, 8, 3, 1), (8, 24, 3, 2)),
     ((24, 24, 3, 1), (24, 24, 3, 1)),
@@ -45,7 +45,7 @@ _KEYPOINTS = ((64, 64, 1, 1), (64, 64, 1, 1), (64, 64, 1, 1), (64, 65, 1, 1))
 
 
 class Convolutions(nn.ModuleList):
-    """Convolutions one after the other, each followed by a ReLU, the last one only if ``rectified``."""
+    """Convolutions in sequence, each followed by a ReLU, the last one only if ``rectified``."""
 
     def __init__(self, layers: tuple[tuple[int, int, int, int], ...], rectified: bool) -> None:
         super().__init__(
@@ -56,7 +56,7 @@ class Convolutions(nn.ModuleList):
 
     def forward(self, x: Tensor) -> Tensor:
         for number, conv in enumerate(self):
-            # A layer may be in another precision than the one before, see XFeat.to_precision.
+            # A layer may have another precision than the one before, see XFeat.to_precision.
             x = conv(x.to(cast(Tensor, conv.weight).dtype))
             if self.rectified or number < len(self) - 1:
                 x = F.relu(x, inplace=True)
@@ -67,13 +67,13 @@ class XFeat(Extractor):
     """Detector and descriptor. Build it with :meth:`from_pretrained`.
 
     Args:
-        config: any of the keys of :attr:`DEFAULTS`: which keypoints to keep. ``keypoint_threshold`` is the lowest
-            value of the map of keypoints; a keypoint's score is that value times the reliability of its place.
+        config: any of the keys of :attr:`DEFAULTS`: the selection of keypoints. ``keypoint_threshold`` is the lowest
+            value in the keypoint heatmap. A keypoint's score is that value times the reliability at its position.
     """
 
     MODEL_TYPE = "xfeat"
-    CHANNELS = 3  # it sees colour, as the mean of the three
-    RESOLUTION = 1.0  # it finds whole pixels
+    CHANNELS = 3  # colour images, of which the network sees the mean of the three channels
+    RESOLUTION = 1.0  # keypoints are whole pixels
     DEFAULTS = {
         "descriptor_dim": 64,
         "keypoint_threshold": 0.05,
@@ -103,9 +103,9 @@ class XFeat(Extractor):
         return self.fusion[0].weight.dtype  # type: ignore[return-value]
 
     def to_precision(self, dtype: torch.dtype) -> XFeat:
-        """Convert the weights, all but those that keypoints depend on most.
+        """Convert the weights, except those that influence the keypoints most.
 
-        8 bits of mantissa cannot tell neighbouring grey values apart: what reads pixels stays float32.
+        8 bits of mantissa cannot distinguish neighbouring grey values, so layers that read pixels stay float32.
         """
         precise = {self.backbone[0][0], self.skip, *self.keypoint_head, self.reliability_head[-1]}  # type: ignore[index]
         for module in self.modules():
@@ -114,7 +114,10 @@ class XFeat(Extractor):
         return self
 
     def forward(self, image: Tensor, allowed: Tensor | None = None) -> Detections:
-        """As :meth:`Extractor.forward`. As by the authors, sides of no multiple of 32 are seen a little smaller."""
+        """See :meth:`Extractor.forward`.
+
+        As in the authors' code, an image whose sides are not multiples of 32 is scaled down to such sides.
+        """
         batch, _, height, width = image.shape
         rows, columns = height // MULTIPLE * MULTIPLE, width // MULTIPLE * MULTIPLE
         if min(rows, columns) == 0:
@@ -124,7 +127,7 @@ class XFeat(Extractor):
             grey = F.interpolate(grey, (rows, columns), mode="bilinear", align_corners=False)
             if allowed is not None:
                 seen = F.interpolate(allowed[:, None].float(), (rows, columns), mode="bilinear", align_corners=False)
-                allowed = seen[:, 0] > 0.999  # all pixels that have a part in it
+                allowed = seen[:, 0] > 0.999  # all pixels that contribute must be allowed
         features, heat, reliability = self._look(grey)
         maxima = suppress_non_maxima(heat, self.nms_radius, again=0) * (heat > self.keypoint_threshold)
         maxima = clear_masked(clear_border(maxima, self.border), allowed)
@@ -136,7 +139,7 @@ class XFeat(Extractor):
         return Detections(keypoints, scores, descriptors, mask, are_finite(heat) & are_finite(reliability))
 
     def _look(self, grey: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit features (B, 64, H/8, W/8), the map of keypoints (B, H, W), and reliability (B, 1, H/8, W/8)."""
+        """Return unit features (B, 64, H/8, W/8), keypoint heatmap (B, H, W) and reliability (B, 1, H/8, W/8)."""
         grey = F.instance_norm(grey)
         x = self.backbone[0](grey)
         skipped = self.skip(F.avg_pool2d(grey, 4).to(self.skip.weight.dtype))
@@ -146,32 +149,32 @@ class XFeat(Extractor):
         x5 = self.backbone[4](x4)
         coarse = [F.interpolate(each, x3.shape[-2:], mode="bilinear", align_corners=False) for each in (x4, x5)]
         features = self.fusion(x3 + coarse[0] + coarse[1])
-        # float32 from here on: in half precision neighbouring scores become equal, and neither is then the larger.
+        # float32 from here on: in half precision neighbouring scores become equal, and neither is a strict maximum.
         heat = self.keypoint_head(F.pixel_unshuffle(grey, CELL)).float().softmax(dim=1)[:, :-1]
         reliability = self.reliability_head(features).float().sigmoid()
         return F.normalize(features.float(), dim=1), F.pixel_shuffle(heat, CELL)[:, 0], reliability
 
 
 def _every_pixel(heat: Tensor) -> Tensor:
-    """x, y of all pixels of a map (B, H, W), as (B, H, W, 2)."""
+    """Return x, y of all pixels of a heatmap (B, H, W), as (B, H, W, 2)."""
     y, x = (torch.arange(size, device=heat.device, dtype=heat.dtype) for size in heat.shape[1:])
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).expand(len(heat), -1, -1, -1)
 
 
 def _between(values: Tensor, positions: Tensor, mode: str) -> Tensor:
-    """Samples (B, C, R, N) of a map (B, C, H/8, W/8) at positions (B, R, N, 2), x and y in pixels.
+    """Sample a map (B, C, H/8, W/8) at positions (B, R, N, 2), x and y in pixels: (B, C, R, N).
 
-    As in the authors' code, with which the weights were trained, the first and the last pixel lie on the outer edges of
-    the map's cells: half a pixel off at the sides, nothing in the middle.
+    As in the authors' code, with which the weights were trained, the first and the last pixel are placed on the outer
+    edges of the map's cells. This is half a pixel off at the sides and correct in the middle.
     """
     far = vector(values.shape[-1] * CELL - 1, values.shape[-2] * CELL - 1, like=positions)
     return F.grid_sample(values, positions / far * 2 - 1, mode=mode, align_corners=False)
 
 
 def _from_authors(checkpoint: Checkpoint) -> Checkpoint:
-    """The authors' file (verlab/accelerated_features) under this module's names, batch norms in the convolutions.
+    """Convert the authors' file (verlab/accelerated_features) to this module's names, and fold batch norms.
 
-    Its fine matcher is for XFeat's semi-dense reading, and left out.
+    Their fine matcher is only for the semi-dense variant, and is left out.
     """
     theirs = {name: tensor.float() for name, tensor in checkpoint.tensors.items()}
     names = {f"block{i + 1}": f"backbone.{i}" for i in range(len(_BACKBONE))}

@@ -1,1 +1,1 @@
-"""What this machine and this process have: processor, device, memory, compiled parts, interpreter."""
+"""The runtime environment: processor, device, memory, compiled libraries, Python interpreter."""

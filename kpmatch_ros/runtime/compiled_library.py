@@ -1,4 +1,4 @@
-"""Opens what the build of the ROS package compiled and has put beside the modules."""
+"""Loads the libraries that the build of the ROS package compiles and puts beside the modules."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["open_library"]
 def open_library(
     path: Path, version: int, functions: Mapping[str, tuple[Any, Sequence[Any]]], instead: str
 ) -> ctypes.CDLL | None:
-    """The library; None where there is none for this version and processor.
+    """Load a library; None if it does not exist, or is for another version or processor.
 
     Args:
-        path: of the library.
-        version: what its function ``kpmatch_version`` has to return.
-        functions: the types of what each of its functions returns and takes.
-        instead: what does its work without it, for the warning.
+        path: path of the library.
+        version: the value that its function ``kpmatch_version`` must return.
+        functions: the return type and the argument types of each of its functions.
+        instead: name of what replaces the library, for the warning.
     """
     if not path.exists():
         return None
@@ -35,7 +35,7 @@ def open_library(
             return library
         problem = f"has version {found}, not {version}: build the package again"
     except (OSError, AttributeError) as error:
-        # Of another processor's library, the system says that there is no such file.
+        # For a library of another processor, the operating system reports that there is no such file.
         problem = f"cannot be loaded on {platform.machine()}: {error}. Build the package again"
     warnings.warn(f"{path} {problem}. {instead} does its work", RuntimeWarning, stacklevel=3)
     return None

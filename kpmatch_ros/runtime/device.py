@@ -1,4 +1,4 @@
-"""Where the networks run and in which number format, and the memory that they leave behind."""
+"""Device, number format and number of threads of the networks, and release of their memory."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ __all__ = [
 ]
 
 
-_threads: tuple[int, int] | None = None  # as many as PyTorch computed with before set_threads, and as many as it set
+_threads: tuple[int, int] | None = None  # PyTorch's number of threads before set_threads, and the number that it set
 
 
 def set_threads(count: int) -> None:
-    """Have PyTorch compute with so many threads of the processor; 0 is as many as it did before they were set here."""
+    """Set PyTorch's number of processor threads; 0 restores the number from before the first call."""
     global _threads
     now = torch.get_num_threads()
-    before = _threads[0] if _threads is not None and _threads[1] == now else now  # or else the program chose others
+    before = _threads[0] if _threads is not None and _threads[1] == now else now  # keep a number set by the program
     if count > 0:
         torch.set_num_threads(count)
     elif before != now:
@@ -42,10 +42,10 @@ def set_threads(count: int) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a parameter names; ``auto`` is the GPU where there is one.
+    """Return the device that a parameter names; ``auto`` is the GPU if there is one.
 
     Raises:
-        ParameterError: when it is not there.
+        ParameterError: the device does not exist.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,10 +59,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The number format a parameter names; ``auto`` is the fastest one that the device computes in hardware.
+    """Return the number format that a parameter names; ``auto`` is the fastest one that the device has in hardware.
 
     Raises:
-        ParameterError: when the device cannot compute in it.
+        ParameterError: the device cannot compute in this format.
     """
     if name == "auto":
         if device.type == "cuda":
@@ -74,10 +74,10 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def choose_runtime(parameters: Parameters) -> tuple[torch.device, torch.dtype]:
-    """Where PyTorch's networks run, and in which number format. With another backend they only feed it.
+    """Return device and number format of PyTorch's networks. With another backend, PyTorch only prepares its inputs.
 
     Raises:
-        ParameterError: when the device is not there, or cannot compute in the format.
+        ParameterError: the device does not exist, or cannot compute in the format.
     """
     if parameters.backend == "onnxruntime":
         return torch.device("cpu"), torch.float32
@@ -86,18 +86,18 @@ def choose_runtime(parameters: Parameters) -> tuple[torch.device, torch.dtype]:
 
 
 def format_name(dtype: torch.dtype) -> str:
-    """A number format as the parameter ``precision`` has it."""
+    """The name of a number format in the parameter ``precision``."""
     return str(dtype).removeprefix("torch.")
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of a network says that the GPU's memory, or the machine's, was not enough."""
-    # For the machine's, PyTorch raises a plain RuntimeError.
+    """Whether an error of a network means that the GPU or the machine is out of memory."""
+    # If the machine is out of memory, PyTorch raises a plain RuntimeError.
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def release_memory() -> None:
-    """Give what PyTorch, the C library and this package keep for later back to the GPU and to the system."""
+    """Return cached memory of PyTorch, of the C library and of this package to the GPU and the operating system."""
     working_memory.release()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -105,11 +105,11 @@ def release_memory() -> None:
 
 
 def trim_heap() -> None:
-    """Give the C library's free memory back to the system, what lies between memory in use too; some 10 ms."""
+    """Return the C library's free memory to the operating system, even between blocks in use. It takes about 10 ms."""
     with contextlib.suppress(AttributeError):  # a C library other than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_memory() -> int:
-    """Bytes of this process that are in the machine's memory."""
+    """Resident memory of this process, bytes."""
     return int(psutil.Process().memory_info().rss)

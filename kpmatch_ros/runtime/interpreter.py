@@ -1,6 +1,6 @@
-"""The Python that runs this: which packages it sees, and how one that is missing gets to it.
+"""The Python interpreter: the packages that it sees, and how to install a missing one.
 
-On a robot that is a virtual environment that sees the system's packages, ROS's among them (README, "Install").
+On a robot it belongs to a virtual environment that also sees the system's packages, including ROS (README, "Install").
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ __all__ = [
 
 
 class Dependency(NamedTuple):
-    """A package that this one needs (setup.cfg and package.xml have their versions and their keys).
+    """A package that this package needs; setup.cfg and package.xml have versions and rosdep keys.
 
     Attributes:
-        module: as Python imports it.
-        pip: as pip names it.
-        apt: as rosdep installs it into the system of a robot; empty for what no rosdep key installs everywhere.
-        only_for: what does not work without it; empty where nothing does.
+        module: its name for Python's import.
+        pip: its name for pip.
+        apt: its name for apt, as rosdep installs it on a robot; empty if there is no rosdep key for all distributions.
+        only_for: the features that need it; empty if the whole package needs it.
     """
 
     module: str
@@ -57,20 +57,20 @@ _FROM_PIP = " ".join(each.pip for each in DEPENDENCIES if not each.apt)  # as th
 
 
 def in_environment() -> bool:
-    """Whether this is the Python of a virtual environment."""
+    """Whether this Python belongs to a virtual environment."""
     return sys.prefix != sys.base_prefix
 
 
 def is_externally_managed() -> bool:
-    """Whether pip refuses to install into the system's Python: on Debian 12, Ubuntu 24.04 and later (PEP 668)."""
+    """Whether pip refuses to install into the system's Python, as on Debian 12, Ubuntu 24.04 and later (PEP 668)."""
     return Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").is_file()
 
 
 def how_to_install(packages: str) -> str:
-    """What to do so that this Python has packages.
+    """Return the instruction that installs packages for this Python.
 
     Args:
-        packages: as pip names them, with spaces between.
+        packages: pip's names of the packages, separated by spaces.
     """
     if not in_environment() and (is_externally_managed() or "ROS_DISTRO" in os.environ):
         return (
@@ -81,9 +81,9 @@ def how_to_install(packages: str) -> str:
 
 
 def how_to_get(module: str) -> str:
-    """What to do so that this Python has a module; empty for one that is no dependency of this package.
+    """Return the instruction that installs a module for this Python; empty if it is no dependency of this package.
 
-    What a robot has from apt, other machines have from pip.
+    On a robot, dependencies with a rosdep key come from apt. On other machines they come from pip.
     """
     for each in DEPENDENCIES:
         if each.module == module.partition(".")[0]:
@@ -94,7 +94,7 @@ def how_to_get(module: str) -> str:
 
 
 def explain(error: ImportError) -> str:
-    """One line for a user: which module this Python lacks or cannot load, and what to do."""
+    """One line for users: the module that this Python lacks or cannot load, and the remedy."""
     said = " ".join(str(error).split())[:200]
     remedy = how_to_get(error.name or "") if isinstance(error, ModuleNotFoundError) else ""
     if remedy:
@@ -103,13 +103,13 @@ def explain(error: ImportError) -> str:
 
 
 def numpy_clash(module: str) -> str:
-    """What to do where a NumPy of the virtual environment hides the one that a module of the system is built for.
+    """Return the remedy if a virtual environment's NumPy hides the NumPy that a module of the system was built for.
 
     Args:
-        module: one that cannot be imported.
+        module: a module that cannot be imported.
 
     Returns:
-        The remedy; empty where NumPy and the module come from one place.
+        The remedy; empty if NumPy and the module come from the same place.
     """
     hidden = in_environment() and _is_inside("numpy") and _place("numpy", _system_folders()) is not None
     if hidden and _place(module, sys.path) is not None and not _is_inside(module):
@@ -118,10 +118,10 @@ def numpy_clash(module: str) -> str:
 
 
 def unseen_packages() -> list[str]:
-    """The system's modules that ROS and this package need, and that the virtual environment does not show.
+    """Return the system modules that ROS and this package need, but that the virtual environment does not show.
 
     Returns:
-        Their names. None where ROS itself lies in the environment, or is not there.
+        Their names; an empty list if ROS itself is in the environment or is not installed.
     """
     configuration = Path(sys.prefix, "pyvenv.cfg")
     if not in_environment() or not configuration.is_file() or _place("rclpy", _system_folders()) is None:
@@ -133,18 +133,18 @@ def unseen_packages() -> list[str]:
 
 
 def _place(module: str, folders: list[str]) -> Path | None:
-    """The file that a module would be imported from. Nothing is imported, and what was imported does not count."""
+    """The file that a module would be imported from. Nothing is imported, and imported modules do not matter."""
     found = PathFinder.find_spec(module, folders)
     return Path(found.origin) if found is not None and found.origin is not None else None
 
 
 def _is_inside(module: str) -> bool:
-    """Whether a module lies in this environment."""
+    """Whether a module belongs to this virtual environment."""
     place = _place(module, sys.path)
     return place is not None and Path(sys.prefix) in place.parents
 
 
 def _system_folders() -> list[str]:
-    """The folders of modules that are not this environment's."""
+    """The folders of modules outside this virtual environment."""
     environment = Path(sys.prefix)
     return [folder for folder in sys.path if environment not in Path(folder).parents]

@@ -1,4 +1,4 @@
-"""The processor: its name, and which of its instructions the networks may use."""
+"""The processor: its name, and the instruction sets that the networks may use."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 __all__ = ["BFLOAT16", "has_amx", "hidden_features", "processor_features", "processor_name"]
 
 BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-"""With any of these instruction sets a processor computes in bfloat16."""
+"""A processor with any of these instruction sets computes in bfloat16."""
 
-# How the names of those begin that PyTorch does without where it goes no further than this.
+# Prefixes of the instruction sets that PyTorch does not use, by its processor capability.
 _BEYOND = {"AVX2": ("avx512", "amx"), "DEFAULT": ("avx", "amx")}
 
 
 def processor_features() -> frozenset[str]:
-    """The instruction sets that may be used, by Linux's names, such as avx512_bf16; none on another system.
+    """The instruction sets that may be used, by Linux's names, for example avx512_bf16; none on another system.
 
     They are those that PyTorch uses. The environment variable ``ATEN_CPU_CAPABILITY`` limits them.
     """
@@ -26,18 +26,18 @@ def processor_features() -> frozenset[str]:
 
 
 def hidden_features() -> frozenset[str]:
-    """The instruction sets that the processor has and PyTorch does without, named as in :func:`processor_features`."""
+    """The instruction sets that the processor has but PyTorch does not use, named as in :func:`processor_features`."""
     beyond = _BEYOND.get(torch.backends.cpu.get_cpu_capability(), ())
     return frozenset(name for name in _all_features() if name.startswith(beyond))
 
 
 def has_amx() -> bool:
-    """Whether matrices may be multiplied in bfloat16 by tiles (AMX), several times as fast as by vectors."""
+    """Whether bfloat16 matrices may be multiplied with tiles (AMX), several times as fast as with vectors."""
     return "amx_bf16" in processor_features()
 
 
 def processor_name() -> str:
-    """What the processor calls itself."""
+    """The processor's model name."""
     return _described("model name") or platform.processor() or platform.machine()
 
 
@@ -47,7 +47,7 @@ def _all_features() -> frozenset[str]:
 
 
 def _described(*keys: str) -> str:
-    """The first value of one of these keys in Linux's description of the processor; empty where there is none."""
+    """The first value of one of these keys in /proc/cpuinfo; empty if there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,7 @@
-"""Memory that the compiled networks work in: asked of the system anew for each image, it would come page by page."""
+"""Working memory of the compiled networks.
+
+It is kept between images, because the operating system supplies newly allocated memory page by page.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ import torch
 
 __all__ = ["release", "working_memory"]
 
-_kept: weakref.WeakKeyDictionary[threading.Thread, torch.Tensor] = weakref.WeakKeyDictionary()  # it ends with a thread
+# A thread's memory is released when the thread ends.
+_kept: weakref.WeakKeyDictionary[threading.Thread, torch.Tensor] = weakref.WeakKeyDictionary()
 
 
 def working_memory(size: int) -> torch.Tensor:
-    """So many bytes at least, kept for the thread that asks."""
+    """Return at least ``size`` bytes, which are kept for the calling thread."""
     thread = threading.current_thread()
     work = _kept.get(thread)
     if work is None or len(work) < size:
@@ -22,5 +26,5 @@ def working_memory(size: int) -> torch.Tensor:
 
 
 def release() -> None:
-    """Keep nothing any longer. What is in use goes with its user."""
+    """Release all memory that is kept. Memory in use is freed when its user releases it."""
     _kept.clear()

