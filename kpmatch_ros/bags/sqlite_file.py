@@ -30,7 +30,7 @@ _FORMATS = {"ros2msg": "msg", "ros2idl": "idl"}
 def _quoted(path: Path) -> str:
     """A path as it is written in SQLite's file URIs. Its bytes need not be UTF-8.
 
-    The two leading slashes stand for an empty host. Without them, SQLite would take the begin of a path that itself
+    The two leading slashes stand for an empty host. Without them, SQLite would take the start of a path that itself
     starts with two slashes for a host.
     """
     return f"//{quote(os.fsencode(path.absolute()))}"
