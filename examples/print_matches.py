@@ -43,7 +43,7 @@ def main() -> None:
     printer = None
     try:
         printer = MatchPrinter()
-        while rclpy.ok():  # not rclpy.spin: SIGTERM may wake it before the shutdown that it checks, and it sleeps on
+        while rclpy.ok():  # not rclpy.spin: after SIGTERM it may wake before the shutdown, see none, and sleep on
             rclpy.spin_once(printer, timeout_sec=1.0)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass

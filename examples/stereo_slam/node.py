@@ -229,7 +229,7 @@ def main() -> None:
     rclpy.init()
     node = SlamNode()
     try:
-        while rclpy.ok():  # not rclpy.spin: SIGTERM may wake it before the shutdown that it checks, and it sleeps on
+        while rclpy.ok():  # not rclpy.spin: after SIGTERM it may wake before the shutdown, see none, and sleep on
             rclpy.spin_once(node, timeout_sec=1.0)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass

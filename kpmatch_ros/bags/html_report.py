@@ -30,7 +30,7 @@ _WIDTHS = (1280, 960, 720, 540, 400)  # pixels, tried in this order
 _TEMPLATE = Path(__file__).with_name("report.html")
 _MATCHES_AND_INLIERS = "<span style='color:#3b82c4'>matches</span>, <span style='color:#2f9e6e'>inliers</span>"
 _SECONDS = "seconds"
-_MOST_VECTORS = 5000  # points drawn as vectors (SVG)
+_MOST_VECTORS = 5000  # largest number of points that a plot draws as vectors (SVG)
 _BROKEN_COLOUR = "#d1495b"
 
 

@@ -69,7 +69,7 @@ class _Chunk(NamedTuple):
 class _Scanned(NamedTuple):
     reached: int  # byte up to which records were found
     obstacle: Exception | None  # why the scan stopped there
-    finished: bool  # whether the data section ends with the record that a recorder writes last
+    finished: bool  # whether the data section ends with a DataEnd record, as a recorder writes it
 
 
 class McapFile:

@@ -85,7 +85,7 @@ def bag_topics(path: str | Path) -> list[Topic]:
 
 
 def bag_damage(path: str | Path) -> list[str]:
-    """The damage that is found when a bag is opened, in words; no message is read for it. Raises BagError."""
+    """The damage that is found when a bag is opened, before its messages are read, in words. Raises BagError."""
     with _opened(Path(path)) as recording:
         return recording.damage
 
