@@ -1,4 +1,4 @@
-"""Subscribe to a running matcher node: python examples/print_matches.py"""
+"""Print the messages of a running matcher node: python examples/print_matches.py"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kpmatch_ros.msg import MatchArray, RelativePose
 
 
 class MatchPrinter(Node):
-    """Prints how many matches each pair of frames has, and whether its pose is known."""
+    """Prints the number of matches and inliers of each pair of frames, and its translation."""
 
     def __init__(self) -> None:
         super().__init__("match_printer")
@@ -23,7 +23,7 @@ class MatchPrinter(Node):
         self.create_subscription(RelativePose, "relative_pose", self._on_pose, 10)
 
     def _on_matches(self, message: MatchArray) -> None:
-        # Empty where nothing is known of inliers, as without calibration.
+        # The array is empty if inliers are not known, for example without calibration.
         inliers = f"{np.count_nonzero(message.inliers)} inliers" if message.inliers else "inliers unknown"
         print(f"{len(message.scores)} matches, {inliers}, tracks begin again: {message.reset}")
 
@@ -38,23 +38,23 @@ class MatchPrinter(Node):
 
 
 def main() -> None:
-    """Until Ctrl-C."""
+    """Run the node until Ctrl-C."""
     rclpy.init()
     printer = None
     try:
         printer = MatchPrinter()
-        while rclpy.ok():  # rclpy.spin may sleep on after SIGTERM: it is woken before the shutdown that it looks for
+        while rclpy.ok():  # not rclpy.spin: after SIGTERM it may wake before the shutdown, see none, and sleep on
             rclpy.spin_once(printer, timeout_sec=1.0)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     except Exception:
-        time.sleep(1.0)  # a signal breaks into whatever rclpy does, and a thread of its own shuts ROS down
+        time.sleep(1.0)  # a signal may interrupt rclpy anywhere, and a separate thread shuts ROS down: wait for it
         if rclpy.ok():
             raise
     finally:
-        if printer is not None:  # ends the middleware's threads, which may crash where its libraries are unloaded first
+        if printer is not None:  # ends the middleware's threads: they may crash if its libraries are unloaded first
             printer.destroy_node()
-        with contextlib.suppress(RuntimeError):  # the signal's shutdown may be under way (ros2/rclpy#1352)
+        with contextlib.suppress(RuntimeError):  # the signal's shutdown may be in progress (ros2/rclpy#1352)
             rclpy.try_shutdown()
 
 

@@ -1,6 +1,6 @@
-"""Bags of simulated cameras, and of any images.
+"""Writes bags of simulated cameras, and of any images.
 
-`python -m simulation.bags` in a checkout makes the bag of `kpmatch demo` (Makefile: demo-bag).
+`python -m simulation.bags` in a checkout writes the bag of `kpmatch demo` (Makefile: demo-bag).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from simulation.scene import Scene
 
 __all__ = ["FIRST_STAMP", "build_scene", "write_camera_bag", "write_demo_bag"]
 
-FIRST_STAMP = 1_700_000_000_000_000_000  # nanoseconds: any time that is not zero
+FIRST_STAMP = 1_700_000_000_000_000_000  # nanoseconds; an arbitrary time other than zero
 
 
 def write_camera_bag(
@@ -50,10 +50,10 @@ def write_camera_bag(
     storage: Storage = "mcap",
     overwrite: bool = False,
 ) -> None:
-    """A bag of one camera: RGB (H, W, 3) or grey (H, W) uint8 images, recorded at `stamps`, nanoseconds.
+    """Write a bag of one camera: RGB (H, W, 3) or grey (H, W) uint8 images, recorded at `stamps`, nanoseconds.
 
-    With a camera, its calibration goes with every image, on `info_topic` or on camera_info beside the image topic.
-    Raises BagError.
+    If `camera` is given, its calibration is written with every image, on `info_topic` or else on camera_info beside the
+    image topic. Raises BagError.
     """
     info_topic = info_topic or f"{image_topic.rsplit('/', 1)[0]}/camera_info"
     with BagWriter(path, storage, overwrite) as bag:
@@ -65,7 +65,10 @@ def write_camera_bag(
 
 @functools.lru_cache(maxsize=1)
 def build_scene(seed: int) -> Scene:
-    """The courtyard, built once in a process, or once for all processes to which KPMATCH_SCENES names one folder."""
+    """The courtyard, which is built once per process.
+
+    If the environment variable KPMATCH_SCENES names a folder, it is built once for all processes that use this folder.
+    """
     folder = os.environ.get("KPMATCH_SCENES")
     if folder is None:
         return Scene(seed)
@@ -97,13 +100,14 @@ def write_demo_bag(
     storage: Storage = "mcap",
     overwrite: bool = False,
 ) -> list[Pose]:
-    """A bag of a camera that walks through the synthetic courtyard, and the truth: the camera's poses in the world.
+    """Write a bag of a camera that walks through the synthetic courtyard, and return its poses in the world.
 
-    Topics: /camera/image_raw (with a little lens distortion and noise), /camera/camera_info and /ground_truth/pose.
-    With a `baseline` in metres, a rectified stereo pair instead: image_rect and camera_info in /left and /right; the
-    truth is the left camera's. `motions` are those of `simulation.camera_path`, in place of num_frames of walking; a
-    walking camera moves `step` metres to the next frame.
-    Equal arguments make equal bags. Raises BagError.
+    The topics are /camera/image_raw (with some lens distortion and noise), /camera/camera_info and /ground_truth/pose.
+    With a `baseline` in metres, the bag has a rectified stereo pair instead: image_rect and camera_info in /left and
+    /right. The ground truth is then that of the left camera.
+
+    `motions`, see :func:`simulation.camera_path`, replaces `num_frames` of walking. A walking camera moves `step`
+    metres from frame to frame. Equal arguments give equal bags. Raises BagError.
     """
     poses = camera_path(num_frames if motions is None else motions, step)
     period = round(1e9 / rate)

@@ -1,4 +1,4 @@
-"""What stands in the courtyard, and what can be seen beyond it."""
+"""The surfaces of the courtyard, and of the land beyond it."""
 
 from __future__ import annotations
 
@@ -41,24 +41,24 @@ from simulation.surfaces import Flat, Round, Surface
 
 EAST, NORTH, UP = np.eye(3)
 EAVES = cut(roof, lambda x, y: y > 0.10 - 0.11 * np.sqrt(np.clip(1 - (((x / 0.21) % 1 - 0.5) * 2) ** 2, 0, 1)))
-ARCHES, SPRING, SPAN = (2.0, 5.0, 8.0), 1.75, 1.1  # middles of the arches, height of their feet, half their width
+ARCHES, SPRING, SPAN = (2.0, 5.0, 8.0), 1.75, 1.1  # metres: centres, height of their feet, half their width
 
 
 def furnish() -> list[Surface]:
-    """Every surface of the scene. Their order matters: each is painted with its own number's random state."""
+    """All surfaces of the scene. Their order matters, because the index of a surface seeds its random state."""
     ground = Flat((4.0, 0.0, 0.0), UP, EAST, 12.0, 14.0, cobbles, 112)
     return [ground, *_house(), *_gallery(), *_parapet(), *_things(), *_land()]
 
 
 def _house() -> Iterator[Surface]:
-    """At the far end, its front at x = 11."""
+    """The house at the far end, with its front at x = 11."""
     yield _wall((11, 7.4), (11, -3.4), (0, 5.4), -EAST, plaster(rgb(226, 190, 134), 0.62), 112)
     yield _wall((11, -3.4), (16, -3.4), (0, 5.4), -NORTH, plaster(rgb(226, 190, 134), 0.55), 64)
     slope = np.array([math.cos(0.5), 0, math.sin(0.5)])
     yield Flat((12.6, 2.0, 6.35), np.cross(slope, NORTH), slope, 11.5, 4.6, roof, 96)
     yield Flat((10.8, 2.0, 5.28), -UP, EAST, 11.5, 0.6, planks(rgb(120, 92, 64), 0.16), 96)
     yield Flat((10.55, 2.0, 5.30), -EAST, UP, 11.5, 0.22, EAVES)
-    # The door, in a frame of stone.
+    # The door in its stone frame.
     yield Flat((10.92, 1.0, 1.15), -EAST, UP, 1.24, 2.3, planks(rgb(132, 104, 74), 0.16, rgb(60, 96, 118)), 200)
     for y in (0.27, 1.73):
         yield from _box((10.9, y, 0.0), (0.22, 0.22, 2.32), hewn, hidden="back above below")
@@ -83,7 +83,7 @@ def _house() -> Iterator[Surface]:
                 density=180,
                 hidden="back above below",
             )
-    # Bougainvillea, three layers deep.
+    # Bougainvillea in three layers.
     for gap, leaf in ((0.10, 0.075), (0.19, 0.07), (0.27, 0.065)):
         yield Flat(
             (11 - gap, -0.35, 3.55),
@@ -96,7 +96,7 @@ def _house() -> Iterator[Surface]:
 
 
 def _gallery() -> Iterator[Surface]:
-    """On the left: an arcade half a metre thick, and what is behind it."""
+    """The gallery on the left: an arcade half a metre thick, and the room behind it."""
     left, face, back = 0.5, 4.6, 5.1
     yield _wall((left, face), (11, face), (0, 4.3), -NORTH, _arcade, 112)
     behind = cut(masonry(), lambda x, y: ~_under_arches(10.5 - x, y))
@@ -132,7 +132,7 @@ def _gallery() -> Iterator[Surface]:
 
 
 def _under_arches(x: Image, y: Image) -> Any:
-    """Which points of the arcade, metres from the left and from the bottom, are open, (h, w) bool."""
+    """Mask (h, w) bool of the points inside an arch, which are open; x and y in metres from the left and the bottom."""
     return np.any(
         [
             np.where(y <= SPRING, np.abs(x - middle) <= SPAN, np.hypot(x - middle, y - SPRING) <= SPAN)
@@ -143,7 +143,7 @@ def _under_arches(x: Image, y: Image) -> Any:
 
 
 def _arcade(c: Canvas) -> Paint:
-    """Masonry with arches of hewn stone."""
+    """Paint masonry with arches of hewn stone."""
     wall = masonry((0.2, 0.34), (0.25, 0.7))(c)
     x, y = c.xy()
     labels, trim = np.zeros((c.h, c.w), np.int32), np.zeros((c.h, c.w), bool)
@@ -166,7 +166,7 @@ def _arcade(c: Canvas) -> Paint:
 
 
 def _parapet() -> Iterator[Surface]:
-    """On the right, with pillars; and a wall behind the viewer."""
+    """The parapet on the right with its pillars, and the wall behind the viewer."""
     yield _wall((-3, -4.4), (11, -4.4), (0, 0.86), NORTH, masonry())
     yield _wall((-3, -4.32), (11, -4.32), (0.86, 0.94), NORTH, masonry((0.2, 0.2), (0.7, 1.1)))
     yield Flat((4.0, -4.6, 0.94), UP, EAST, 0.56, 14.0, masonry((0.7, 1.1), (0.6, 0.6)), 112)
@@ -180,7 +180,7 @@ def _parapet() -> Iterator[Surface]:
 
 
 def _things() -> Iterator[Surface]:
-    """A well, crates, barrels, pots and a bench."""
+    """The objects in the courtyard: a well, crates, barrels, pots and a bench."""
     well, timber = np.array([6.7, -1.5, 0.0]), planks(rgb(132, 102, 70), 0.12, nails=False)
     yield Round.cone(well, 0.78, 0.72, 0.78, masonry((0.18, 0.22), (0.25, 0.45)), density=160)
     yield Round.cone(well, 0.5, 0.5, 0.85, masonry(), density=80, hollow=True)
@@ -213,7 +213,7 @@ def _things() -> Iterator[Surface]:
 
 
 def _land() -> Iterator[Surface]:
-    """Beyond the parapet: an old olive tree, cypresses, bushes, and hills."""
+    """The land beyond the parapet: an old olive tree, cypresses, bushes and hills."""
     yield Round.cone((2.3, -5.9, -1.0), 0.26, 0.17, 4.2, planks(rgb(128, 116, 98), 0.08, nails=False), density=96)
     for x, y, z, r in (
         (2.2, -5.8, 4.1, 1.25),
@@ -254,7 +254,7 @@ def _wall(
     painter: Painter,
     density: float = 128.0,
 ) -> Surface:
-    """An upright rectangle between two points on the ground plan."""
+    """An upright rectangle between two points (x, y) of the floor plan, from one height to another."""
     centre = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2, (z[0] + z[1]) / 2)
     return Flat(centre, normal, UP, math.dist(start, end), z[1] - z[0], painter, density)
 
@@ -267,7 +267,11 @@ def _box(
     density: float = 160.0,
     hidden: str = "below",
 ) -> Iterator[Surface]:
-    """Depth (along x before it is turned by yaw), width and height. Faces that nobody will see are left out."""
+    """The faces of a box, without the `hidden` ones, which no camera sees.
+
+    `bottom` is the centre of its lower face; `size` is its depth (along x, before it is turned by `yaw`), width and
+    height, metres.
+    """
     forward, left = np.array([math.cos(yaw), math.sin(yaw), 0]), np.array([-math.sin(yaw), math.cos(yaw), 0])
     depth, width, height = size
     middle = np.asarray(bottom, float) + UP * height / 2
@@ -284,7 +288,7 @@ def _box(
 
 
 def _potted(base: ArrayLike, radius: float, high: float, bush: float) -> list[Surface]:
-    """A shrub with orange flowers: a shell of leaves with holes, round a denser one."""
+    """A potted shrub with orange flowers: a shell of leaves with holes around a denser one."""
     foot, rim = np.asarray(base, float), 0.16 * high
     crown = foot + UP * (high + bush * 0.72)
     return [

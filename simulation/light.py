@@ -1,4 +1,4 @@
-"""The sun, the sky and their light, which is computed once and baked into the textures."""
+"""Sun, sky and their light. The light is computed once and baked into the textures."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ SUNLIGHT = np.array([1.0, 0.89, 0.70], np.float32) * np.float32(3.3)
 ZENITH, HORIZON = np.array([0.36, 0.52, 0.86], np.float32), np.array([0.78, 0.82, 0.88], np.float32)
 BOUNCE = np.array([0.34, 0.28, 0.20], np.float32)
 LIGHT_DENSITY = 22.0  # light samples per metre
-MIDDLE, REACH = np.array([4.0, 1.0, 1.5]), 9.5  # the ball in which shadows are looked for
-SUNS, SKIES = 4, 12  # directions from which their light comes
+MIDDLE, REACH = np.array([4.0, 1.0, 1.5]), 9.5  # centre and radius, metres, of the region with shadows
+SUNS, SKIES = 4, 12  # number of directions from which the light of the sun and of the sky comes
 SKY_SIZE, SKY_TOP, SKY_END = (480, 2000), 75.0, -8.0  # texels; elevation of the first and the last row, degrees
 
 
 def illuminate(surfaces: Sequence[Surface], pool: ThreadPoolExecutor) -> None:
-    """Sun with soft shadows, light from the whole sky, and what the ground throws back."""
+    """Light all surfaces: sun with soft shadows, light from the whole sky, and light reflected by the ground."""
     near = [surface for surface in surfaces if not surface.far]
-    turns = 2.4 * np.arange(SKIES) + 1.0  # the golden angle spreads directions evenly
+    turns = 2.4 * np.arange(SKIES) + 1.0  # steps of the golden angle spread the directions evenly
     suns = [SUN + 0.012 * math.sqrt((i + 0.5) / SUNS) * _sideways(SUN, turn) for i, turn in enumerate(turns[:SUNS])]
     heights = (np.arange(SKIES) + 0.5) / SKIES
     flat = np.sqrt(1 - heights**2)
     skies = np.stack([flat * np.cos(turns), flat * np.sin(turns), heights], axis=1)
-    # All light samples of all surfaces in one list, so that each light is looked up once.
+    # The light samples of all surfaces are in one array, so that each light is looked up once.
     grids: list[tuple[int, int]] = []
     points, normals = [], []
     for surface in near:
@@ -58,7 +58,7 @@ def illuminate(surfaces: Sequence[Surface], pool: ThreadPoolExecutor) -> None:
         part = seen * np.maximum(facing @ direction.astype(np.float32), 0) * np.float32(2 / SKIES)
         sky_seen += part
         sky += part[:, None] * mix(HORIZON, ZENITH, np.float32(direction[2]))
-    # What sunlit ground and walls throw back: less in corners, more from below.
+    # Light reflected by sunlit ground and walls: less in corners, more from below.
     sky += BOUNCE * (0.35 + 1.3 * sky_seen + 0.25 * (1 - facing[:, 2]))[:, None]
     ends = np.cumsum([rows * columns for rows, columns in grids])
 
@@ -73,7 +73,7 @@ def illuminate(surfaces: Sequence[Surface], pool: ThreadPoolExecutor) -> None:
 
 
 def _grid(surface: Surface, shape: tuple[int, int]) -> tuple[Image, Image]:
-    """u and v, (h, w), of the middles of a surface's texels when it is divided into h x w."""
+    """u and v, (h, w) each, of the centres of the cells when a surface is divided into h x w cells."""
     u = (np.arange(shape[1], dtype=np.float32) + HALF) * np.float32(surface.width / shape[1])
     v = (np.arange(shape[0], dtype=np.float32) + HALF) * np.float32(surface.height / shape[0])
     across, down = np.meshgrid(u, v)
@@ -81,11 +81,11 @@ def _grid(surface: Surface, shape: tuple[int, int]) -> tuple[Image, Image]:
 
 
 def _bake(surface: Surface, sky: Image, sun_seen: Image) -> None:
-    """Paint under the light that falls on it becomes the texture."""
+    """Compute a surface's texture from its paint and the light that falls on it."""
     paint = surface.paint
     h, w = paint.relief.shape
     sky, sun_seen = (cv2.resize(array, (w, h), interpolation=cv2.INTER_LINEAR) for array in (sky, sun_seen))
-    # Relief: its slopes turn the normal, its hollows see less of the sky.
+    # The slopes of the relief turn the normal; its hollows receive less light from the sky.
     normal, right, down = surface.directions(*_grid(surface, (h, w)))
     sun = SUN.astype(np.float32)
     rise_u, rise_v = (
@@ -95,7 +95,7 @@ def _bake(surface: Surface, sky: Image, sun_seen: Image) -> None:
     cosine = (normal @ sun - rise_u * (right @ sun) - rise_v * (down @ sun)) / np.sqrt(1 + rise_u**2 + rise_v**2)
     hollow = paint.relief - cv2.GaussianBlur(paint.relief, (0, 0), 0.03 * surface.density)
     if surface.mask is not None and isinstance(surface, Round):
-        cosine = 0.35 + 0.65 * cosine  # leaves point everywhere and let light through
+        cosine = 0.35 + 0.65 * cosine  # leaves point in all directions and let light through
     light = (
         sky * np.clip(1 + 22 * hollow, 0.45, 1.25)[..., None] + SUNLIGHT * (np.maximum(cosine, 0) * sun_seen)[..., None]
     )
@@ -104,7 +104,7 @@ def _bake(surface: Surface, sky: Image, sun_seen: Image) -> None:
 
 
 class _Shadow:
-    """What the light from one direction reaches: the scene's depth along parallel rays."""
+    """Shadow map for light from one direction: the scene's depth along parallel rays."""
 
     def __init__(self, surfaces: Sequence[Surface], direction: Vector, size: int, bias: float) -> None:
         direction = direction / np.linalg.norm(direction)
@@ -122,7 +122,7 @@ class _Shadow:
         self.depth[np.isinf(self.depth)] = 1e3
 
     def lit(self, points: Image, normals: Image) -> Image:
-        """How much of the light reaches the points (n, 3), from 0 to 1."""
+        """The fraction of the light that reaches points (n, 3) with these normals (n, 3): (n,), 0 to 1."""
         result = []
         for first in range(0, len(points), CHUNK):
             facing, at = normals[first : first + CHUNK], points[first : first + CHUNK]
@@ -132,32 +132,32 @@ class _Shadow:
             nearest: Any = cv2.remap(
                 self.depth, place[:1], place[1:], cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=[1e3]
             )
-            # Fading over the thickness of `bias`, so that a surface does not shade itself.
+            # The shadow fades in over the thickness of `bias`, so that a surface does not shade itself.
             result.append(np.clip((nearest[0] - local[:, 2]) / self.bias + 1 + HALF / slant, 0, 1))
         return np.concatenate(result)
 
 
 def _sideways(direction: Vector, angle: float) -> Vector:
-    """A unit vector square to `direction`, turned about it by `angle`."""
+    """A unit vector perpendicular to `direction`, turned about it by `angle`, radians."""
     first = np.cross(direction, (0.31, 0.95, 0.07))
     first /= np.linalg.norm(first)
     return np.asarray(math.cos(angle) * first + math.sin(angle) * np.cross(direction, first))
 
 
 def _develop(light: Image) -> NDArray[np.uint8]:
-    """From light to display-encoded bytes, with a film's soft shoulder (Narkowicz's fit to the ACES curve)."""
+    """Convert light to display-encoded bytes, with the soft shoulder of film (Narkowicz's fit to the ACES curve)."""
     x = light * np.float32(0.42)
     film = np.clip(x * (2.51 * x + 0.03) / (x * (2.43 * x + 0.59) + 0.14), 0, 1)
     return np.round(np.sqrt(film) * 255).astype(np.uint8)
 
 
 def paint_sky(rng: np.random.Generator) -> Texture:
-    """Azimuth from behind round by the right, elevation downwards."""
+    """Paint the sky as a panorama: columns by azimuth from pi to -pi (x in the middle), rows by falling elevation."""
     h, w = SKY_SIZE
     azimuth = np.linspace(np.pi, -np.pi, w, dtype=np.float32)[None]
     elevation = np.radians(np.linspace(SKY_TOP, SKY_END, h, dtype=np.float32))[:, None]
     height = np.sin(np.maximum(elevation, 0.0))
-    # Clouds lie on a plane overhead, so they crowd towards the horizon.
+    # The clouds lie in a plane overhead, so they are denser towards the horizon.
     reach, size = np.cos(elevation) / (height + 0.13), 1200
     px, py = (((f(azimuth) * reach / 16 + 0.5) * size).astype(np.float32) for f in (np.cos, np.sin))
 
@@ -180,7 +180,7 @@ def paint_sky(rng: np.random.Generator) -> Texture:
 
 
 def sky_colours(sky: Texture, direction: Image) -> NDArray[np.uint8]:
-    """Colours (n, 3) in directions (3, n) in the world."""
+    """Colours (n, 3) of the sky in directions (3, n) in the world."""
     x, y, z = direction
     elevation = np.degrees(np.arctan2(z, np.hypot(x, y)))
     azimuth = np.arctan2(y, x)

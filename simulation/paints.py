@@ -1,4 +1,4 @@
-"""The paints of the courtyard and the land beyond: masonry, plaster, wood, tiles, leaves, hills."""
+"""The painters for the courtyard and the land beyond it: masonry, plaster, wood, tiles, leaves, hills."""
 
 from __future__ import annotations
 
@@ -60,9 +60,15 @@ def courses(
     waver: float = 0.0,
     bond: bool = False,
 ) -> NDArray[np.int32]:
-    """Labels (h, w) of stones laid in courses, 0 in the joints; ranges of their height and length, metres.
+    """Labels (h, w) of stones that are laid in courses; 0 in the joints.
 
-    `waver` bends the joints; `bond` lays every second course half a stone further, as bricks are.
+    Args:
+        c: canvas.
+        course: range of the height of a course, metres.
+        length: range of the length of a stone, metres.
+        joint: width of the joints, metres.
+        waver: by how much the joints are bent, metres.
+        bond: shift every second course by half a stone, as with bricks.
     """
     labels = np.zeros((c.h, c.w), np.int32)
     top, row, label, scale = -c.rng.uniform(0, course[0]), 0, 0, c.density
@@ -93,7 +99,18 @@ def stones(
     rough: float = 0.004,
     vary: float = 0.12,
 ) -> Paint:
-    """Stones of varied tones, rounded off over `round_off` metres at their edges, `thick` metres above the mortar."""
+    """Paint labelled stones in varied tones.
+
+    Args:
+        c: canvas.
+        labels: (h, w) of the stones; 0 is mortar.
+        tones: (n, 3) colours of the stones.
+        mortar: (3,) colour.
+        round_off: distance from the edges over which a stone is rounded, metres.
+        thick: mean height of the stones above the mortar, metres.
+        rough: height of the grain, metres.
+        vary: standard deviation of the brightness from stone to stone.
+    """
     count = int(labels.max()) + 1
     tone = tones[c.rng.integers(0, len(tones), count)] * c.rng.normal(1, vary, (count, 1))
     tone *= c.rng.normal(1, 0.015, (count, 3))
@@ -101,7 +118,7 @@ def stones(
     tone[0], lift[0] = mortar, 0
     edge = cv2.distanceTransform((labels > 0).astype(np.uint8), cv2.DIST_L2, 3) / np.float32(c.density * round_off)
     grain, speckle = c.noise(0.12, 6, 0.7), c.speckle()
-    # Dirt settles where the stone meets the mortar.
+    # Stones are darker at their edges, where dirt settles.
     dirt = np.where(labels > 0, 0.72 + 0.28 * np.minimum(edge / np.float32(0.4), 1), np.float32(1))
     shade = (1 + 0.13 * grain + 0.06 * c.noise(0.5, 4) + 0.035 * speckle) * dirt
     swell = 1 - np.square(1 - np.minimum(edge, 1))
@@ -110,7 +127,7 @@ def stones(
 
 
 def masonry(course: tuple[float, float] = (0.16, 0.32), length: tuple[float, float] = (0.22, 0.62)) -> Painter:
-    """Roughly squared stones."""
+    """A painter of roughly squared stones, with ranges of the height of a course and the length of a stone, metres."""
     return lambda c: stones(c, courses(c, course, length, 0.022, 0.018), LIMESTONE, MORTAR, 0.035, 0.022)
 
 
@@ -124,7 +141,7 @@ def pavers(c: Canvas) -> Paint:
 
 
 def cobbles(c: Canvas) -> Paint:
-    """Every texel belongs to the nearest of scattered points; the borders are joints."""
+    """Cobblestones: each texel belongs to the nearest of scattered points, and the borders are joints."""
     spacing = 0.135 * c.density
     y, x = np.mgrid[-1 : c.h / spacing + 1, -1 : c.w / spacing + 1]
     x += 0.5 * (np.arange(len(x))[:, None] % 2) + c.rng.uniform(0.23, 0.77, x.shape)
@@ -146,12 +163,15 @@ def cobbles(c: Canvas) -> Paint:
 
 
 def plaster(tone: Image, bare: float) -> Painter:
-    """Lime plaster, fallen off in places so that masonry shows; `bare` is where on the noise's scale that begins."""
+    """A painter of lime plaster that has fallen off in places and shows masonry.
+
+    It has fallen off where noise exceeds `bare`: a smaller value shows more masonry.
+    """
 
     def paint(c: Canvas) -> Paint:
         under = masonry()(c)
         height = c.xy()[1]
-        level = c.noise(1.7, 7, 0.6) + 0.9 * np.exp(-height / 0.5) - bare  # bare near the ground, where the damp is
+        level = c.noise(1.7, 7, 0.6) + 0.9 * np.exp(-height / 0.5) - bare  # less plaster near the damp ground
         off = smooth(-0.01, 0.05, level)
         cloud, grain, runs = c.noise(0.9, 6), c.noise(0.06, 4, 0.8), c.noise((1.2, 0.07), 4)
         fresh = tone * (1 + 0.08 * cloud + 0.05 * grain + 0.05 * runs)[..., None]
@@ -164,14 +184,14 @@ def plaster(tone: Image, bare: float) -> Painter:
 
 
 def planks(tone: Image, wide: float = 0.13, peeling: Image | None = None, nails: bool = True) -> Painter:
-    """Boards standing upright; `peeling` is the colour of old paint on them."""
+    """A painter of upright boards about `wide` metres wide; `peeling` is the colour of old paint on them."""
 
     def paint(c: Canvas) -> Paint:
         count = max(1, round(c.w / c.density / wide))
         place = np.arange(c.w, dtype=np.float32) / c.w * count
         board = np.minimum(place.astype(int), count - 1)
         x = np.arange(c.w, dtype=np.float32) / c.density + c.rng.uniform(0, 50, count).astype(np.float32)[board]
-        # The grain: a tree's rings cut lengthwise.
+        # The grain: growth rings cut lengthwise.
         fibre = c.noise((0.45, max(2 / c.density, 0.012)), 4, 0.8)
         rings = np.sin((x + 0.02 * c.noise((0.7, 0.1), 3)) * 330 + 2.0 * fibre)
         light = c.rng.normal(1, 0.08, count).astype(np.float32)[board] * (
@@ -195,7 +215,7 @@ def planks(tone: Image, wide: float = 0.13, peeling: Image | None = None, nails:
 
 
 def crate(c: Canvas) -> Paint:
-    """Boards behind a frame with a diagonal brace."""
+    """The side of a crate: boards behind a frame with a diagonal brace."""
     boards = planks(rgb(182, 142, 96), 0.12)(c)
     frame = lying(planks(rgb(158, 118, 76), 5.0, nails=False))(c)
     x, y = c.xy()
@@ -219,7 +239,7 @@ def staves(c: Canvas) -> Paint:
 
 
 def roof(c: Canvas) -> Paint:
-    """Roman tiles: half pipes in columns, each row overlapping the next below."""
+    """Roman roof tiles: half pipes in columns, where each row overlaps the next one below."""
     x, y = c.xy()
     x = (x + 0.02 * c.noise(0.6, 3)) / np.float32(0.21)
     column = np.floor(x)
@@ -241,7 +261,7 @@ def roof(c: Canvas) -> Paint:
 
 
 def terracotta(c: Canvas) -> Paint:
-    """A turned pot with a moulded band."""
+    """A clay pot made on a potter's wheel, with a band in relief."""
     x, y = c.xy()
     grain, cloud = c.noise(0.04, 4, 0.8), c.noise(0.3)
     turning = np.sin(y * 420 + 2 * cloud)
@@ -255,7 +275,7 @@ def terracotta(c: Canvas) -> Paint:
 
 
 def hewn(c: Canvas) -> Paint:
-    """Pale stone in one piece."""
+    """A single block of pale hewn stone."""
     x, y = c.xy()
     grain = c.noise(0.08, 5, 0.75)
     rim = np.minimum(np.minimum(x, c.w / c.density - x), np.minimum(y, c.h / c.density - y))
@@ -264,7 +284,7 @@ def hewn(c: Canvas) -> Paint:
 
 
 def window(c: Canvas) -> Paint:
-    """Panes that mirror the sky, in a pale frame."""
+    """A window: panes that mirror the sky, in a pale frame."""
     x, y = c.xy()
     wide, high = c.w / c.density, c.h / c.density
     mirrored = smooth(-0.5, 1.6, c.noise(0.6, 4) - 0.8 + 2.0 * y / high)
@@ -276,7 +296,7 @@ def window(c: Canvas) -> Paint:
 
 
 def shutter(c: Canvas) -> Paint:
-    """Slats in a frame, the paint peeling."""
+    """A window shutter: slats in a frame, with peeling paint."""
     wood = planks(rgb(140, 118, 90), 0.5, rgb(76, 120, 108), nails=False)(c)
     x, y = c.xy()
     wide, high = c.w / c.density, c.h / c.density
@@ -300,7 +320,10 @@ def leaves(
     blossom: Image | None = None,
     flowers: float = 0.0,
 ) -> Painter:
-    """Foliage with holes: leaves of `size` metres where thickness(canvas, noise) is above about 0.2."""
+    """A painter of foliage with holes: leaves of `size` metres where thickness(canvas, noise) is above about 0.2.
+
+    A fraction of about `flowers` of the leaves has the colour `blossom`.
+    """
 
     def paint(c: Canvas) -> Paint:
         lumps = c.noise(0.6)
@@ -310,7 +333,7 @@ def leaves(
         count = int(2.6 * c.h * c.w / (c.density * size) ** 2)
         px, py, order = c.rng.uniform(0, c.w, count), c.rng.uniform(0, c.h, count), np.linspace(0, 1, count)
         grows = thick[py.astype(int), px.astype(int)] > c.rng.uniform(-0.05, 0.2, count)
-        colour = greens[c.rng.integers(0, len(greens), count)] * (0.45 + 0.6 * order)[:, None]  # the last lie on top
+        colour = greens[c.rng.integers(0, len(greens), count)] * (0.45 + 0.6 * order)[:, None]  # later ones on top
         if blossom is not None:
             colour[c.rng.random(count) < flowers * (0.3 + 1.4 * order)] = blossom
         colour *= c.rng.uniform(0.75, 1.2, (count, 1))
@@ -333,13 +356,13 @@ def bushy(cover: float) -> Callable[[Canvas, Image], Image]:
 
 
 def creeper(c: Canvas, lumps: Image) -> Image:
-    """Thinning out downwards and to the sides."""
+    """The thickness of a climbing plant, for :func:`leaves`: less towards the bottom and the sides."""
     x, y = c.xy()
     return 0.9 - 1.3 * np.abs(x * c.density / c.w * 2 - 1) ** 3 - 1.25 * (1 - y * c.density / c.h) ** 1.5 + 0.55 * lumps
 
 
 def cypress(c: Canvas) -> Paint:
-    """The outline of a flame, lit as if it were round."""
+    """A cypress: the outline of a flame, shaded as if it were round."""
     x, y = c.xy()
     across, down = np.abs(x * c.density / c.w * 2 - 1), 1 - y * c.density / c.h
     half = 0.92 * np.sqrt(down * (1.12 - down**3))
@@ -349,7 +372,10 @@ def cypress(c: Canvas) -> Paint:
 
 
 def ridge(base: float, rise: float, haze: float) -> Painter:
-    """A range of hills: an outline cut from a plane, woods and fields on it, paled by `haze`."""
+    """A painter of a range of hills with woods and fields, in front of which lies `haze` (0 to 1).
+
+    Their outline varies by about `rise` around `base`, both as fractions of the canvas's height.
+    """
 
     def paint(c: Canvas) -> Paint:
         wide, high = c.w / c.density, c.h / c.density

@@ -1,4 +1,4 @@
-"""The courtyard as a whole: built, painted and lit once, then seen by any camera from any pose."""
+"""The complete courtyard: built, painted and lit once, then rendered for any camera and pose."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from simulation.tracer import CHUNK, Tracer, ray_grids, split_tiles
 class Scene:
     """A courtyard on a sunny afternoon, 14 by 12 metres, with hills beyond its wall.
 
-    The seed decides the stones, leaves and clouds, not what stands where; the same seed gives the same bytes. Building
-    takes some seconds, an image of 640x480 about a third of one, on one core; more cores share both.
+    The seed determines the stones, leaves and clouds, but not the places of objects. Equal seeds give equal bytes. On
+    one core, building the scene takes some seconds, and an image of 640x480 about a third of a second. More cores share
+    this work.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -42,7 +43,7 @@ class Scene:
             surface.paint = Paint(albedo.astype(np.float32, copy=False), relief.astype(np.float32, copy=False), alpha)
             if alpha is not None:
                 surface.mask = Texture(alpha)
-            del surface.painter  # a function, which nobody can pickle
+            del surface.painter  # functions like these cannot be pickled
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(paint, range(len(self._surfaces))))
@@ -50,9 +51,12 @@ class Scene:
             illuminate(self._surfaces, pool)
 
     def film(self, poses: Iterable[Pose], camera: Camera, *, noise: float = 0.0, noise_seed: int = 0) -> Iterator[View]:
-        """The views from one pose after the other; all cores work on the next ones meanwhile."""
+        """Yield the views from one pose after the other. Meanwhile, all cores render the next ones.
+
+        The arguments are those of :meth:`render`; `noise_seed` grows by one from view to view.
+        """
         workers = os.cpu_count() or 1
-        ray_grids(camera)  # once, not once in every thread
+        ray_grids(camera)  # fill the cache once, not once in every thread
         with ThreadPoolExecutor(workers) as pool:
             waiting: deque[Future[View]] = deque()
             for number, pose in enumerate(poses):
@@ -65,10 +69,10 @@ class Scene:
     def render(
         self, rotation: ArrayLike, position: ArrayLike, camera: Camera, *, noise: float = 0.0, noise_seed: int = 0
     ) -> View:
-        """What `camera` sees from the pose x_world = rotation x_camera + position.
+        """Render what `camera` sees from the pose x_world = rotation x_camera + position.
 
-        `noise` is the sensor's, in grey levels (standard deviation), drawn from `noise_seed`. Raises ValueError where
-        the camera's distortion has no inverse within the image.
+        `noise` is the standard deviation of the sensor's noise in grey levels, drawn from `noise_seed`. Raises
+        ValueError if the camera's distortion has no inverse somewhere in the image.
         """
         pose = Pose(np.asarray(rotation, np.float64), np.asarray(position, np.float64))
         tracer = Tracer(self._surfaces, pose)
@@ -82,7 +86,7 @@ class Scene:
             for tile in tiles:
                 depth[tile], which[tile] = tracer.trace(rays.x[tile], rays.y[tile], tracer.within(windows, tile), focal)
             image = self._shade(tracer, which.ravel(), rays.x.ravel(), rays.y.ravel(), focal).reshape(*which.shape, 3)
-            # Where surfaces meet, a pixel is the mean of four points in it.
+            # At the borders of surfaces, a pixel is the mean of four points in it.
             square = np.ones((3, 3), np.uint8)
             edges: Any = cv2.dilate(which, square) != cv2.erode(which, square)
             for tile in tiles:
@@ -101,7 +105,7 @@ class Scene:
         return View(np.round(np.clip(image, 0, 255)).astype(np.uint8), depth, *pose, camera)
 
     def _shade(self, tracer: Tracer, which: NDArray[np.int16], x: Image, y: Image, focal: float) -> Image:
-        """Colours (n, 3) of rays (n,) that meet `which` of the tracer's surfaces, -1 for the sky."""
+        """Colours (n, 3) of rays (n,). `which` is the index in `tracer.seen` of the surface met, or -1 for the sky."""
         colour = np.empty((len(which), 3), np.float32)
         order = np.argsort(which, kind="stable")
         starts = np.searchsorted(which, np.arange(-1, len(tracer.seen) + 1), sorter=order)

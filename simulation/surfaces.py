@@ -1,4 +1,4 @@
-"""What the scene is made of: flat and round surfaces, where rays meet them, and the textures they carry."""
+"""Flat and round surfaces, their intersections with rays, and their textures."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from simulation.poses import Vector
 
 
 class Texture:
-    """An image with ever smaller copies of itself, so that each sample is the mean over a pixel's footprint."""
+    """An image and smaller copies of it (a mipmap), so that each sample is the mean over a pixel's footprint."""
 
     def __init__(self, image: NDArray[np.uint8]) -> None:
         levels: list[Any] = [image]
         while len(levels) < 2 or (min(levels[-1].shape[:2]) > 4 and len(levels) < 9):
             height, width = levels[-1].shape[:2]
             levels.append(cv2.resize(levels[-1], ((width + 1) // 2, (height + 1) // 2), interpolation=cv2.INTER_AREA))
-        # All levels in one image, the smaller ones below each other to the right of the first.
+        # All levels are in one image, the smaller ones below each other to the right of the first.
         height, width = image.shape[:2]
         rows = max(height, sum(level.shape[0] for level in levels[1:]))
         self.atlas = np.zeros((rows, width + (width + 1) // 2, *image.shape[2:]), np.uint8)
@@ -36,7 +36,7 @@ class Texture:
         self.table = np.array(table, np.float32)
 
     def at(self, x: Image, y: Image, level: int) -> NDArray[np.uint8]:
-        """Samples at texel coordinates of the first level, continuous, 0 at the image's edge."""
+        """Samples of a level. Coordinates are continuous, in texels of the first level, and 0 at the image's edge."""
         sx, sy, right, bottom, left, top = self.table[level]
         column = np.minimum(np.maximum(x * sx - HALF, 0), right) + left
         row = np.minimum(np.maximum(y * sy - HALF, 0), bottom) + top
@@ -44,7 +44,10 @@ class Texture:
         return samples[0]
 
     def filtered(self, x: Image, y: Image, footprint: Image, blend: bool = True) -> Image:
-        """Samples (n, ...) averaged over `footprint` texels: between the two nearest levels, or from the nearest."""
+        """Samples (n, ...) averaged over `footprint` texels.
+
+        With `blend` they are interpolated between the two nearest levels; otherwise they come from the nearest level.
+        """
         level = np.log2(footprint)
         np.minimum(np.maximum(level, 0, out=level), np.float32(len(self.table) - 1.001), out=level)
         lower = (level if blend else level + HALF).astype(np.int8)
@@ -64,7 +67,7 @@ class Texture:
 
 
 class Hit(NamedTuple):
-    """Where rays o + z d meet a surface."""
+    """The intersections of rays o + z d with a surface."""
 
     z: Image
     u: Image  # metres from the left edge
@@ -76,9 +79,9 @@ class Hit(NamedTuple):
 class Surface:
     """A painted surface with coordinates u to the right and v downwards from its top left corner, metres."""
 
-    mask: Texture | None = None  # holes
+    mask: Texture | None = None  # alpha of the paint; None without holes
     painter: Painter  # until the surface is painted
-    paint: Paint  # until the light is baked into
+    paint: Paint  # until light is baked into the texture
     texture: Texture
 
     def __init__(
@@ -91,33 +94,33 @@ class Surface:
         density: float,
         far: bool = False,
     ) -> None:
-        self.axes, self.origin = np.stack(axes), origin  # rows: the local axes in the world
+        self.axes, self.origin = np.stack(axes), origin  # the rows of axes are the local axes in the world
         self.width, self.height, self.density = width, height, density  # metres, metres, texels per metre
-        self.painter, self.far = painter, far  # far: too far away for shadows
+        self.painter, self.far = painter, far  # far: too far away to have or cast shadows
 
     def corners(self) -> Vector:
-        """Corners (N, 3) in local coordinates of a body that holds the surface."""
+        """Corners (N, 3), in local coordinates, of a body that contains the surface."""
         raise NotImplementedError
 
     def faces(self, position: Vector) -> bool:
-        """Whether it can be seen from a point in the world."""
+        """Whether the surface can be seen from a point in the world."""
         return True
 
     def meet(self, o: Any, d: Any) -> Hit:
-        """Where rays o + z d meet it; o and d are three coordinates in the local frame, arrays or numbers."""
+        """The intersections with rays o + z d; o and d are three local coordinates each, arrays or numbers."""
         raise NotImplementedError
 
     def points(self, u: Image, v: Image) -> Image:
-        """World coordinates (h, w, 3) of u and v, each (h, w)."""
+        """World coordinates (h, w, 3) of the points with surface coordinates u and v, (h, w) each."""
         raise NotImplementedError
 
     def directions(self, u: Image, v: Image) -> tuple[Image, Image, Image]:
-        """Normal, and where u and v grow, in the world: (h, w, 3), or (1, 1, 3) where it is the same everywhere."""
+        """Normals, and directions of growing u and v, in the world: (h, w, 3) each, or (1, 1, 3) if constant."""
         raise NotImplementedError
 
 
 class Flat(Surface):
-    """A rectangle, seen from the side its normal points to; local axes: right, down, normal."""
+    """A rectangle, visible only from the side to which its normal points. Local axes: right, down, normal."""
 
     def __init__(
         self,
@@ -161,8 +164,18 @@ class Flat(Surface):
 class Round(Surface):
     """Part of a surface of revolution: r^2 = a + b h + c h^2 at height h above the bottom, from 0 to `height`.
 
-    Cylinders, cones, balls and barrels are all of this kind. `up` is the axis, `seam` the direction where the texture
-    begins; `arc` is how far it goes round; `hollow` shows the inside instead of the outside.
+    Cylinders, cones, balls and barrels are surfaces of this kind.
+
+    Args:
+        bottom: centre of the bottom.
+        profile: (a, b, c).
+        height: along the axis, metres.
+        painter: of the surface.
+        density: texels per metre.
+        up: the axis.
+        seam: direction in which the texture begins.
+        arc: angle that the surface covers around the axis, radians.
+        hollow: the inside is visible, instead of the outside.
     """
 
     def __init__(
@@ -190,20 +203,20 @@ class Round(Surface):
 
     @classmethod
     def cone(cls, bottom: ArrayLike, r0: float, r1: float, height: float, painter: Painter, **more: Any) -> Round:
-        """Radius r0 at the bottom and r1 at the top."""
+        """A cone with radius r0 at the bottom and r1 at the top."""
         slope = (r1 - r0) / height
         return cls(bottom, (r0 * r0, 2 * r0 * slope, slope * slope), height, painter, **more)
 
     @classmethod
     def ball(cls, centre: ArrayLike, radius: float, painter: Painter, flat: float = 1.0, **more: Any) -> Round:
-        """An ellipsoid, `flat` times as high as wide."""
+        """An ellipsoid that is `flat` times as high as wide."""
         high = radius * flat
         bottom = np.asarray(centre, float) - [0, 0, high]
         return cls(bottom, (0.0, 2 * radius * radius / high, -1 / flat**2), 2 * high, painter, **more)
 
     @classmethod
     def barrel(cls, bottom: ArrayLike, r0: float, r1: float, height: float, painter: Painter, **more: Any) -> Round:
-        """Radius r0 at both ends and r1 in the middle."""
+        """A barrel with radius r0 at both ends and r1 in the middle."""
         bulge = 4 * (r1 * r1 - r0 * r0) / height
         return cls(bottom, (r0 * r0, bulge, -bulge / height), height, painter, **more)
 
@@ -227,7 +240,7 @@ class Round(Surface):
         return Hit(z, angle * np.float32(self.radius), self.height - h, facing, inside)
 
     def _profile_at(self, u: Image, v: Image) -> tuple[Image, Image, Image, Image]:
-        """Cosine and sine of the angle, height, and radius."""
+        """Cosine and sine of the angle around the axis, height above the bottom, and radius."""
         a, b, c = self.profile
         h = self.height - v
         return np.cos(u / self.radius), np.sin(u / self.radius), h, np.sqrt(np.maximum(a + b * h + c * h * h, 1e-8))

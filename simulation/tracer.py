@@ -1,4 +1,4 @@
-"""Rays through a lens or along a beam of light, and the nearest surface that each of them meets."""
+"""Finds the nearest surface along rays: through a lens, or parallel as a beam of light."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from simulation.painting import Image
 from simulation.poses import Vector
 from simulation.surfaces import Flat, Hit, Surface
 
-NEAR = 0.05  # metres; what is nearer is not seen
-CHUNK = 16384  # samples at a time: they stay in the cache, and cv2.remap takes rows of up to 32767
-OFFSETS = ((-3 / 8, -1 / 8), (1 / 8, -3 / 8), (3 / 8, 1 / 8), (-1 / 8, 3 / 8))  # points in a pixel, to average
+NEAR = 0.05  # metres; nearer surfaces are not visible
+CHUNK = 16384  # samples at a time: they fit in the cache, and cv2.remap takes rows of at most 32767
+OFFSETS = ((-3 / 8, -1 / 8), (1 / 8, -3 / 8), (3 / 8, 1 / 8), (-1 / 8, 3 / 8))  # points in a pixel for its mean
 
 
 class Rays:
-    """A grid of rays through (x, y, 1), each (H, W)."""
+    """A grid of rays through (x, y, 1); x and y are (H, W)."""
 
     def __init__(self, x: Image, y: Image) -> None:
         self.x, self.y = x.astype(np.float32), y.astype(np.float32)
-        # Lowest and highest x up to each column, y up to each row: in order, so that windows are found by bisection.
+        # By column, the highest x up to it and the lowest x from it on; by row, the same for y. These are sorted, so
+        # that windows are found by bisection.
         self._bounds = [
             (np.minimum.accumulate(values.min(axis=axis)[::-1])[::-1], np.maximum.accumulate(values.max(axis=axis)))
             for values, axis in ((self.y, 1), (self.x, 0))
         ]
 
     def windows(self, low: Vector, high: Vector) -> NDArray[np.intp]:
-        """First row, end row, first column, end column (N, 4) of the rays between low and high, both (x, y) (N, 2)."""
+        """First row, end row, first column, end column (N, 4) of the rays in boxes from low to high (x, y), (N, 2)."""
         return np.stack(
             [
                 index
@@ -50,7 +51,7 @@ class Rays:
 
 @functools.lru_cache(maxsize=4)
 def ray_grids(camera: Camera) -> tuple[Rays, list[Rays]]:
-    """Rays through the centres of the pixels, and through each of OFFSETS in all of them."""
+    """Rays through the centres of all pixels, and a list with the rays through each of OFFSETS in all pixels."""
     y, x = np.mgrid[0 : camera.height, 0 : camera.width]
     rays, slope = camera.normalise_with_jacobian(np.stack([x.ravel(), y.ravel()], axis=1))
     if not np.isfinite(rays).all():
@@ -61,7 +62,7 @@ def ray_grids(camera: Camera) -> tuple[Rays, list[Rays]]:
 
 
 class Seen(NamedTuple):
-    """A surface and how the camera lies to it: x_local = turn x_camera + offset."""
+    """A surface that may be visible, and its pose relative to the camera: x_local = turn x_camera + offset."""
 
     surface: Surface
     turn: Image
@@ -73,7 +74,11 @@ class Tracer:
     """Finds the nearest surface along rays."""
 
     def __init__(self, surfaces: Iterable[Surface], pose: Pose, parallel: bool = False) -> None:
-        """Rays from the position through (x, y, 1) in the camera frame; parallel ones along z, from (x, y, 0)."""
+        """Select the surfaces that rays in a camera frame may meet.
+
+        The rays start at the pose's position and go through (x, y, 1). If `parallel`, they start at (x, y, 0) and go
+        along z.
+        """
         self.rotation, self.parallel = pose.rotation, parallel
         seen = []
         for surface in surfaces:
@@ -82,10 +87,10 @@ class Tracer:
                 box = _bounds((surface.corners() - offset) @ turn, parallel)
                 if box is not None:
                     seen.append(Seen(surface, turn.astype(np.float32), offset.astype(np.float32), box))
-        self.seen = sorted(seen, key=lambda entry: float(entry.box[0, 2]))  # the nearer, the more it hides
+        self.seen = sorted(seen, key=lambda entry: float(entry.box[0, 2]))  # nearest first: it may hide the others
 
     def windows(self, rays: Rays) -> NDArray[np.intp]:
-        """Where in the grid each of `seen` may show up, (N, 4)."""
+        """The part of the grid in which each of `seen` may be visible, (N, 4), see :meth:`Rays.windows`."""
         boxes = np.array([entry.box for entry in self.seen]).reshape(-1, 2, 3)
         return rays.windows(boxes[:, 0, :2], boxes[:, 1, :2])
 
@@ -93,7 +98,7 @@ class Tracer:
     def within(
         windows: NDArray[np.intp], tile: tuple[slice, slice], margin: int = 0
     ) -> list[tuple[int, tuple[slice, slice]]]:
-        """Which of `seen` may show up in a tile, and in which part of it."""
+        """The indices of `seen` that may be visible in a tile, each with its part of the tile, widened by `margin`."""
         rows, columns = tile
         low = np.array([rows.start, rows.start, columns.start, columns.start])
         end = np.array([rows.stop, rows.stop, columns.stop, columns.stop])
@@ -107,9 +112,9 @@ class Tracer:
     def trace(
         self, x: Image, y: Image, among: Iterable[tuple[int, Any]], focal: float
     ) -> tuple[Image, NDArray[np.int16]]:
-        """Depth along z, inf where nothing is met, and which of `seen` is met, -1 where none is.
+        """Depth along z (inf if a ray meets nothing), and the index in `seen` of the surface that a ray meets (or -1).
 
-        `among` names the surfaces that may be met, nearest first, each with the part of x and y to look in.
+        `among` gives the indices of the surfaces to test, nearest first, each with the part of x and y to test.
         """
         depth, which = np.full(x.shape, np.inf, np.float32), np.full(x.shape, -1, np.int16)
         for index, part in among:
@@ -136,11 +141,11 @@ class Tracer:
         return depth, which
 
     def colour(self, index: int, x: Image, y: Image, focal: float) -> Image:
-        """Colours (n, 3) where rays (n,) meet one of `seen`."""
+        """Colours (n, 3) at the intersections of rays (n,) with one surface of `seen`."""
         entry = self.seen[index]
         scale, taps, step = np.float32(entry.surface.density), 1, np.zeros(2, np.float32)
         if isinstance(entry.surface, Flat):
-            # A slanting plane's footprint is long: several samples along it instead of one that is blurred all round.
+            # The footprint on a slanted plane is long: average several samples along it instead of one blurred sample.
             normal, middle = entry.turn[2], len(x) // 2
             slant = abs(normal[0] * x[middle] + normal[1] * y[middle] + normal[2])
             taps = min(4, max(1, round(0.7 / max(float(slant), 1e-3))))
@@ -160,19 +165,19 @@ class Tracer:
         return entry.surface.meet(entry.offset, [a + b for a, b in zip(along, entry.turn[:, 2])])
 
     def _footprint(self, z: Image, facing: Image, focal: float) -> Image:
-        """Size in metres of a sample on the surface; its area is z^2 / (focal^2 |n . d|)."""
+        """Size in metres of a sample's footprint on the surface; its area is z^2 / (focal^2 |n . d|)."""
         if self.parallel:
             return np.full(z.shape, 1 / focal, np.float32)
         return z / np.sqrt(np.maximum(facing, np.float32(1e-3))) / np.float32(focal)
 
 
 def _bounds(points: Vector, parallel: bool) -> Vector | None:
-    """Lowest and highest (x, y, depth), (2, 3), at which rays meet a body with these corners; None if they do not."""
+    """Lowest and highest (x, y, depth), (2, 3), of rays that meet a body with these corners; None if it is behind."""
     if not parallel:
         ahead = points[:, 2] > NEAR
         if not ahead.any():
             return None
-        if not ahead.all():  # add where its edges and diagonals enter
+        if not ahead.all():  # add the points where its edges and diagonals cross the plane z = NEAR
             near, behind = points[ahead][:, None], points[~ahead][None]
             share = (near[..., 2:] - NEAR) / (near[..., 2:] - behind[..., 2:])
             points = np.concatenate([points[ahead], (near + share * (behind - near)).reshape(-1, 3)])

@@ -1,6 +1,7 @@
-"""Point the CMake targets of the ROS wheels at this environment's Python.
+"""Make the CMake targets of the ROS wheels use this environment's Python and NumPy.
 
-The wheels export the include folders of the machine they were built on, which CMake then refuses as missing.
+The wheels export the include folders of the machine on which they were built. CMake rejects these, because they do not
+exist here.
 """
 
 import re

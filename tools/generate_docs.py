@@ -10,12 +10,12 @@ CHOSEN = {name for chosen in PROFILES.values() for name in chosen}
 
 
 def shown_default(item: Declaration) -> str:
-    """The default as YAML has it."""
+    """The default value, written as in YAML."""
     return str(item.default).lower() if item.type is bool else str(item.default) or '""'
 
 
 def config_file() -> str:
-    """The text of config/matcher.yaml: every parameter at its default, with its description."""
+    """The text of config/matcher.yaml: every parameter with its default and its description."""
     lines = [
         "# The matcher node's parameters at their defaults, written from kpmatch_ros/parameters.py by `make docs`.",
         "# Those marked with ° may change while the node runs (ros2 param set). What a profile chooses is left out.",
@@ -25,13 +25,13 @@ def config_file() -> str:
     for item in declarations():
         notes = ", ".join(part for part in (item.constraint, item.unit) if part)
         lines.append(f"    # {'° ' if item.dynamic else ''}{item.description}{f' ({notes})' if notes else ''}")
-        # What a profile chooses must not be set here: what is set wins.
+        # Parameters that a profile chooses are commented out: a value in the file would override the profile.
         lines.append(f"    {'# ' if item.name in CHOSEN else ''}{item.name}: {shown_default(item)}")
     return "\n".join(lines) + "\n"
 
 
 def markdown_table() -> str:
-    """The table in docs/parameters.md."""
+    """The table for docs/parameters.md."""
     rows = ["| parameter | type | default | allowed | unit | description |", "|---|---|---|---|---|---|"]
     for item in declarations():
         mark = "°" if item.dynamic else ""

@@ -1,1 +1,1 @@
-"""A small stereo SLAM on the matcher's topics: `smoother` and `pose_graph` without ROS, `node` with it."""
+"""A small stereo SLAM on the matcher's topics. Only `node` needs ROS; `smoother`, `pose_graph` and `slam` do not."""

@@ -2,9 +2,9 @@
 
     python -m stereo_slam.node --ros-args -p rectified:=true -p picture:=trajectory.png  # in examples/
 
-It takes `matches`, `stereo_matches`, `relative_pose`, `features` and the two `camera_info`, calls the service
-`match_features`, and publishes `path` and TF: map to odom (what the loops correct), and odom to the left camera.
-Needs GTSAM; a picture needs matplotlib too.
+It subscribes to `matches`, `stereo_matches`, `relative_pose`, `features` and the two `camera_info` topics, and calls
+the service `match_features`. It publishes `path` and TF: map to odom (the correction by loop closures), and odom to the
+left camera. It needs GTSAM; a picture also needs matplotlib.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .slam import LoopRequest, StereoSlam, nanoseconds
 
 try:
     from tf2_msgs.msg import TFMessage
-except ImportError:  # a minimal ROS does not have it
+except ImportError:  # a minimal ROS installation does not have it
     TFMessage = None
 
 _TOPICS = {
@@ -49,12 +49,12 @@ _TOPICS = {
     "features": FeatureArray,
 }
 _SIDES = "left", "right"
-_EARLY = 100  # messages that wait for the calibration
-_PATIENCE = 5.0  # seconds without a calibration that are worth a warning
+_EARLY = 100  # largest number of messages that wait for the calibration
+_PATIENCE = 5.0  # seconds without a calibration before the node warns
 
 
 class SlamNode(Node):
-    """Feeds :class:`StereoSlam` from topics, answers its requests by the service, and publishes its poses."""
+    """Passes messages to :class:`StereoSlam`, answers its requests through the service, and publishes its poses."""
 
     def __init__(self) -> None:
         super().__init__("stereo_slam")
@@ -75,9 +75,9 @@ class SlamNode(Node):
         self._tf = None if TFMessage is None else self.create_publisher(TFMessage, "/tf", 100)
         for side in _SIDES:
             self._hear_info(side, qos_profile_sensor_data)
-        self._latched: set[str] = set()  # sides that are also heard as their publishers send once
+        self._latched: set[str] = set()  # sides with a second, transient_local subscription
         self._started = time.monotonic()
-        steady = Clock(clock_type=ClockType.STEADY_TIME)  # that of a simulation may stand
+        steady = Clock(clock_type=ClockType.STEADY_TIME)  # the clock of a simulation may stand still
         self._seeking = self.create_timer(1.0, self._seek_infos, clock=steady)
         for topic, kind in _TOPICS.items():
             if topic != "features" or self._loops:
@@ -90,9 +90,10 @@ class SlamNode(Node):
         self.create_subscription(CameraInfo, f"{side}/camera_info", functools.partial(self._on_info, side), qos)
 
     def _seek_infos(self) -> None:
-        """Hear a camera_info that was sent once, before this node came, and say where none comes.
+        """Subscribe to a camera_info that was sent once, before this node started, and warn if none arrives.
 
-        Such a message (durability transient_local) reaches only those who ask for it, and they hear no other publisher.
+        Such a message (durability transient_local) reaches only transient_local subscriptions, and these do not receive
+        messages from volatile publishers. So both subscriptions are needed.
         """
         for side in _SIDES:
             offers = self.get_publishers_info_by_topic(f"{side}/camera_info")
@@ -143,7 +144,11 @@ class SlamNode(Node):
             self._publish(message.header.frame_id)
 
     def _ask(self, request: LoopRequest) -> None:
-        """Have two keyframes matched. Without calibrations: two left images know no scale, the stereo points do."""
+        """Request the matches of two keyframes.
+
+        The request has no calibrations, because a relative pose of two left images would have no scale. The stereo
+        points of the keyframes give the scale.
+        """
         if not self._client.service_is_ready():
             self.get_logger().warning("no loops: there is no service match_features", once=True)
             return
@@ -178,7 +183,10 @@ class SlamNode(Node):
             self._tf.publish(TFMessage(transforms=transforms))
 
     def save_picture(self) -> None:
-        """Save the trajectory, beside the truth where it came on ground_truth/pose, if the parameter names a file."""
+        """Save a picture of the trajectory if the parameter `picture` names a file.
+
+        It shows the ground truth too if that arrived on ground_truth/pose.
+        """
         if not self._picture or self._slam is None or len(self._slam.stamps) < 2:
             return
         from .picture import draw
@@ -192,7 +200,7 @@ class SlamNode(Node):
 
 
 def positions(poses: Sequence[gtsam.Pose3]) -> np.ndarray:
-    """(N, 3) metres."""
+    """The positions of N poses, (N, 3), metres."""
     return np.array([pose.translation() for pose in poses])
 
 
@@ -217,22 +225,22 @@ def _transform(pose: gtsam.Pose3) -> Transform:
 
 
 def main() -> None:
-    """Until Ctrl-C."""
+    """Run the node until Ctrl-C."""
     rclpy.init()
     node = SlamNode()
     try:
-        while rclpy.ok():  # rclpy.spin may sleep on after SIGTERM: it is woken before the shutdown that it looks for
+        while rclpy.ok():  # not rclpy.spin: after SIGTERM it may wake before the shutdown, see none, and sleep on
             rclpy.spin_once(node, timeout_sec=1.0)
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     except Exception:
-        time.sleep(1.0)  # a signal breaks into whatever rclpy does, and a thread of its own shuts ROS down
+        time.sleep(1.0)  # a signal may interrupt rclpy anywhere, and a separate thread shuts ROS down: wait for it
         if rclpy.ok():
             raise
     finally:
         node.save_picture()
-        node.destroy_node()  # ends the middleware's threads, which may crash where its libraries are unloaded first
-        with contextlib.suppress(RuntimeError):  # the signal's shutdown may be under way (ros2/rclpy#1352)
+        node.destroy_node()  # ends the middleware's threads: they may crash if its libraries are unloaded first
+        with contextlib.suppress(RuntimeError):  # the signal's shutdown may be in progress (ros2/rclpy#1352)
             rclpy.try_shutdown()
 
 

@@ -1,4 +1,4 @@
-"""A picture of trajectories, beside the truth where it is known."""
+"""Draws trajectories, and compares them with the ground truth if it is known."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ __all__ = ["draw", "fit"]
 
 
 def fit(positions: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Positions (N, 3), turned and moved as a whole so that they fit the true ones (N, 3) best."""
+    """Positions (N, 3) after the rotation and translation that align them best with the true positions (N, 3)."""
     centre, true_centre = positions.mean(axis=0), truth.mean(axis=0)
     rotation, _ = Rotation.align_vectors(truth - true_centre, positions - centre)
     return np.asarray(rotation.apply(positions - centre) + true_centre)
 
 
 def draw(path: Path, trajectories: Mapping[str, np.ndarray], truth: np.ndarray | None = None) -> None:
-    """Save trajectories, (N, 3) metres each by name, seen from above, and with a truth (N, 3) how far they are from it.
+    """Save a plot of trajectories seen from above, and if the ground truth is given, of the distances from it.
 
-    With a truth, every trajectory has a row for each of its rows, and is fitted to it first.
+    Args:
+        path: of the picture.
+        trajectories: by name, (N, 3) each, metres.
+        truth: (N, 3), metres; None if not known. The trajectories must have the same rows, and are aligned with it.
     """
     if truth is not None:
         trajectories = {name: fit(positions, truth) for name, positions in trajectories.items()}

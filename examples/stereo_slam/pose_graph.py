@@ -1,4 +1,4 @@
-"""Loop closure: keyframes, the pose of one in another, and the graph of poses that they correct. No ROS in here."""
+"""Loop closure: keyframes, relative poses of two keyframes, and the pose graph that they correct. Works without ROS."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from .smoother import Calibration, stereo_noise
 
 __all__ = ["Keyframe", "Keyframes", "Loop", "PoseGraph", "align"]
 
-_KEYPOINT_SIGMA = 0.7  # pixels: keypoints of two views as detected, which nothing has refined
+_KEYPOINT_SIGMA = 0.7  # pixels: error of keypoints as detected, without refinement
 _LEAST_INLIERS = 30
 _LEAST_DISPARITY = 2.0  # pixels
 _INLIER_DISTANCE = 2.0  # pixels
-_LEAST_SHARE = 0.75  # of the matches: of a wall far away, fewer agree with two motions alike
-_INDEPENDENT = 100  # points at most that err independently: neighbours err alike
-_ROBUST = 1.345  # standard deviations, Huber
+_LEAST_SHARE = 0.75  # fraction of inliers among the matches: of a distant wall, two motions may each explain fewer
+_INDEPENDENT = 100  # largest number of points with independent errors: neighbouring points have similar errors
+_ROBUST = 1.345  # standard deviations, Huber cost
 
 
 @dataclass(frozen=True, eq=False)
 class Keyframe:
-    """A frame that is kept.
+    """A frame that is kept for loop closure.
 
     Attributes:
         number: of the frame.
-        features: what finds its points again; nothing in here looks into it.
-        points: (N, 2) its keypoints in the left image, pixels, rectified; NaN where unknown.
-        right_x: (N,) their x in the right image; NaN where unknown.
+        features: with which its points are matched again; this module does not use their content.
+        points: (N, 2) keypoints in the rectified left image, pixels; NaN if unknown.
+        right_x: (N,) x of the keypoints in the rectified right image, pixels; NaN if unknown.
         right_sigmas: (N,) standard deviations of right_x, pixels.
     """
 
@@ -55,29 +55,29 @@ class Loop:
 
 
 class Keyframes:
-    """The keyframes so far, and which of them may show the same place."""
+    """The keyframes so far. It decides which frames become keyframes, and which of them may show the same place."""
 
     def __init__(self, step: float = 0.4, turn: float = 0.2, radius: float = 1.5, least_path: float = 6.0) -> None:
-        """What makes a keyframe, and what makes two of them candidates for a loop.
+        """Set the limits for new keyframes, and for loop candidates.
 
         Args:
-            step: metres from the last keyframe.
-            turn: radians from the last keyframe.
-            radius: metres between two keyframes that may show the same place.
-            least_path: metres walked between them.
+            step: distance from the last keyframe beyond which a frame becomes a keyframe, metres.
+            turn: rotation from the last keyframe beyond which a frame becomes a keyframe, radians.
+            radius: largest distance between two keyframes that may show the same place, metres.
+            least_path: shortest path between two keyframes that may show the same place, metres.
         """
         self.kept: list[Keyframe] = []
         self._step, self._turn, self._radius, self._least_path = step, turn, radius, least_path
 
     def wants(self, poses: Sequence[gtsam.Pose3]) -> bool:
-        """Whether the last of the poses is far enough from the last keyframe to become one."""
+        """Whether the last pose is far enough from the last keyframe to become a keyframe."""
         if not self.kept:
             return True
         moved = poses[self.kept[-1].number].between(poses[-1])
         return float(np.linalg.norm(moved.translation())) > self._step or _angle(moved.rotation()) > self._turn
 
     def candidates(self, keyframe: Keyframe, poses: Sequence[gtsam.Pose3], most: int = 2) -> list[Keyframe]:
-        """Older keyframes that may show what this one shows, the likeliest first."""
+        """Older keyframes that may show the same place as this keyframe, the most likely first."""
         positions = np.array([pose.translation() for pose in poses])
         walked = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(positions, axis=0), axis=1))])
         found = []
@@ -92,24 +92,24 @@ class Keyframes:
 
 
 def _angle(rotation: gtsam.Rot3) -> float:
-    """Radians."""
+    """The angle of a rotation, radians."""
     return float(np.linalg.norm(gtsam.Rot3.Logmap(rotation)))
 
 
 def align(
     reference: Keyframe, current: Keyframe, indices: np.ndarray, scores: np.ndarray, calibration: Calibration
 ) -> Loop | None:
-    """How two keyframes lie to each other, in metres; None where too few matches agree.
+    """Estimate the relative pose of two keyframes, in metres; None if there are too few inliers.
 
-    PnP with RANSAC gives a first pose: the reference's stereo pair knows the points. Both frames' observations, left
-    and right, then refine pose and points together, and give the covariance.
+    The reference's stereo matches give 3D points, and PnP with RANSAC gives an initial pose. A bundle adjustment of
+    both frames' left and right observations then refines the pose and the points, and gives the covariance.
 
     Args:
         reference: the older keyframe.
-        current: the newer one.
-        indices: (M, 2) matched keypoints of the two.
-        scores: (M,) of the matches; the better of two that claim one point counts.
-        calibration: of the pair.
+        current: the newer keyframe.
+        indices: (M, 2) indices of the matched keypoints in the two keyframes.
+        scores: (M,) of the matches.
+        calibration: of the stereo pair.
     """
     indices = indices[np.argsort(-scores)]
     disparity = (reference.points[:, 0] - reference.right_x)[indices[:, 0]]
@@ -121,7 +121,7 @@ def align(
     points0, points1 = reference.points[indices[:, 0]], current.points[indices[:, 1]]
     depth = calibration.fx * calibration.baseline / disparity
     rays = (np.c_[points0, np.ones(len(points0))] @ np.linalg.inv(matrix).T) * depth[:, None]
-    cv2.setRNGSeed(0)  # equal keyframes give equal loops
+    cv2.setRNGSeed(0)  # so that equal keyframes give equal loops
     found, turn, shift, inliers = cv2.solvePnPRansac(
         rays, points1, matrix, None, iterationsCount=300, reprojectionError=_INLIER_DISTANCE, confidence=0.999
     )
@@ -139,7 +139,10 @@ def _refine(
     first: gtsam.Pose3,
     calibration: Calibration,
 ) -> Loop | None:
-    """Bundle adjustment of two frames: points (M, 3) in the reference's camera frame, and a first pose in it."""
+    """Bundle adjustment of two keyframes; None if the pose is not determined.
+
+    `points` (M, 3) and the initial pose `first` of the current camera are in the reference's camera frame.
+    """
     stereo, mono = calibration.gtsam_stereo(), calibration.gtsam_mono()
     huber = gtsam.noiseModel.mEstimator.Huber.Create(_ROBUST)
     mono_noise = gtsam.noiseModel.Robust.Create(huber, gtsam.noiseModel.Isotropic.Sigma(2, _KEYPOINT_SIGMA))
@@ -162,17 +165,17 @@ def _refine(
     try:
         values = gtsam.LevenbergMarquardtOptimizer(graph, values).optimize()
         covariance = gtsam.Marginals(graph, values).marginalCovariance(X(1))
-    except RuntimeError:  # a system that does not determine the pose
+    except RuntimeError:  # the equations do not determine the pose
         return None
     covariance = np.asarray(covariance) * max(1.0, len(indices) / _INDEPENDENT)
     return Loop(reference.number, current.number, values.atPose3(X(1)), covariance, len(indices))
 
 
 class PoseGraph:
-    """Every frame's pose, held by the smoothed motion from its reference and by loops.
+    """Graph of the poses of all frames, with the smoothed motion from each frame's reference and the loops as factors.
 
     Attributes:
-        loops: those that were added.
+        loops: the loops added so far.
     """
 
     def __init__(self) -> None:
@@ -182,14 +185,15 @@ class PoseGraph:
         self._smoothed: list[gtsam.Pose3] = []
 
     def add_frame(self, reference: int, sigmas: np.ndarray) -> None:
-        """A frame; sigmas (6,), rotation then position, of the motion to it from a reference.
+        """Add a frame, with the sigmas (6,), rotation then position, of the motion from its reference to it.
 
-        The reference of a frame after a dark one is the frame before: the dark one's guess then holds nothing.
+        After a dark frame, the reference of the next frame is the frame before the dark one. So no other pose depends
+        on the guessed motion of the dark frame.
         """
         self._steps.append((reference, sigmas))
 
     def poses(self, smoothed: Sequence[gtsam.Pose3]) -> list[gtsam.Pose3]:
-        """The corrected poses of all frames: as the loops made them, and the smoothed motion since the last loop."""
+        """The poses of all frames, corrected up to the last loop; later frames follow with their smoothed motion."""
         poses = list(self._poses)
         for number in range(len(poses), len(smoothed)):
             before = smoothed[number - 1].between(smoothed[number]) if number else None
@@ -197,7 +201,7 @@ class PoseGraph:
         return poses
 
     def close(self, loop: Loop, smoothed: Sequence[gtsam.Pose3]) -> None:
-        """Add a loop and correct all poses."""
+        """Add a loop, and correct the poses of all frames."""
         self.loops.append(loop)
         values, graph = gtsam.Values(), gtsam.NonlinearFactorGraph()
         for number, pose in enumerate(self.poses(smoothed)):
@@ -207,7 +211,7 @@ class PoseGraph:
             motion = smoothed[reference].between(smoothed[number])
             noise = gtsam.noiseModel.Diagonal.Sigmas(sigmas)
             graph.add(gtsam.BetweenFactorPose3(X(reference), X(number), motion, noise))
-        cauchy = gtsam.noiseModel.mEstimator.Cauchy.Create(3.0)  # a wrong loop gives way to the others
+        cauchy = gtsam.noiseModel.mEstimator.Cauchy.Create(3.0)  # so that a wrong loop loses against the others
         for each in self.loops:
             robust = gtsam.noiseModel.Robust.Create(cauchy, gtsam.noiseModel.Gaussian.Covariance(each.covariance))
             graph.add(gtsam.BetweenFactorPose3(X(each.reference), X(each.current), each.pose, robust))

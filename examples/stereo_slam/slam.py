@@ -1,6 +1,6 @@
-"""From the matcher's messages to poses: puts a frame's messages together, smooths, and closes loops.
+"""Computes poses from the matcher's messages: collects the messages of each frame, smooths, and closes loops.
 
-No ROS in here: a message is anything with the fields of its definition, of rclpy or of a bag.
+This module does not need ROS: a message is any object with the fields of its definition, from rclpy or from a bag.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from .smoother import Calibration, FixedLagSmoother, Observations
 
 __all__ = ["LoopRequest", "StereoSlam", "nanoseconds"]
 
-# RelativePose: in OK, NO_TRANSLATION and AMBIGUOUS the rotation holds, and the translation as its covariance says.
+# RelativePose: with OK, NO_TRANSLATION and AMBIGUOUS the rotation is valid, and the translation within its covariance.
 _HOLDS, _INTERRUPTED = (0, 3, 6), 5
-_LOOSE = 10.0  # the message's motion is of the same matches: let it guide, not count twice
-_UNKNOWN = np.array([0.5, 0.5, 0.5, 1.0, 1.0, 1.0])  # radians, metres: nothing is known of a motion
-_GUESSED = np.array([0.02, 0.02, 0.02, 0.05, 0.05, 0.05])  # of a motion that only the tracks tell
-_SAME = 0.01  # pixels between two left points that are one: rounding
-_KEPT = 50  # frames whose messages are kept while others of the frame may come
-# The world has x forward, y left and z up (REP-103), seen from the first camera, whose own frame is an optical one.
+_LOOSE = 10.0  # factor for the sigmas of a RelativePose: it comes from the same matches, which must not count twice
+_UNKNOWN = np.array([0.5, 0.5, 0.5, 1.0, 1.0, 1.0])  # sigmas of an unknown motion: radians, metres
+_GUESSED = np.array([0.02, 0.02, 0.02, 0.05, 0.05, 0.05])  # sigmas of a motion that is known only from the tracks
+_SAME = 0.01  # largest distance of two left points that are the same point, pixels: allows for rounding
+_KEPT = 50  # largest number of messages on each topic that wait for the other messages of their frame
+# The world has x forward, y left and z up (REP-103), as seen from the first camera. The camera has an optical frame.
 _FIRST_CAMERA = gtsam.Pose3(gtsam.Rot3(np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])), np.zeros(3))
 
 
 def nanoseconds(stamp: Any) -> int:
-    """A builtin_interfaces/Time as one number."""
+    """A builtin_interfaces/Time as one number of nanoseconds."""
     return int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
 
 
 @dataclass(frozen=True, eq=False)
 class LoopRequest:
-    """Two keyframes that may show the same place: what the service match_features is to match."""
+    """Two keyframes that may show the same place. The service match_features has to match them."""
 
     reference: Keyframe
     current: Keyframe
@@ -44,37 +44,43 @@ class LoopRequest:
 
 @dataclass(frozen=True, eq=False)
 class _Rectifier:
-    """Takes pixels of an image to those of the rectified left one."""
+    """Converts pixels of one of the images to pixels of the rectified image."""
 
     camera: Camera
-    turn: np.ndarray  # (3, 3) from its frame to the rectified pair's
+    turn: np.ndarray  # (3, 3) rotation from the camera's frame to that of the rectified pair
     rectified: Camera
 
     def points(self, flat: Any) -> np.ndarray:
-        """(M, 2) of a message's flat array; NaN where the lens model has no direction."""
+        """Rectified points (M, 2) from a message's flat array; NaN where the lens model cannot be inverted."""
         seen = self.camera.normalise(np.asarray(flat, np.float64).reshape(-1, 2))
         rays = np.c_[seen, np.ones(len(seen))] @ self.turn.T
         return self.rectified.project(rays[:, :2] / rays[:, 2:])
 
 
 class StereoSlam:
-    """Takes the matcher's messages in any order and gives the camera's poses.
+    """Computes the camera's poses from the matcher's messages. The topics may arrive in any order.
 
     Attributes:
-        stamps: nanoseconds of each frame.
-        breaks: how many times tracks began again, so that only a guess joins the frames before and after.
-        requests: pairs of keyframes that wait to be matched; whoever answers takes them from here.
+        stamps: of each frame, nanoseconds.
+        breaks: how many times all tracks began again, so that only a guess joins the frames before and after.
+        requests: pairs of keyframes that are to be matched; the caller removes those that it handles.
         graph: the loops, and the poses that they correct.
-        calibration: of the rectified pair, in pixels of the size of the images received.
+        calibration: of the rectified pair, in pixels of the received images.
     """
 
     def __init__(
         self, left_info: Any, right_info: Any, *, rectified: bool, lag: int = 20, keyframes: Keyframes | None = None
     ) -> None:
-        """The pair's sensor_msgs/CameraInfo, whether its images are rectified, and the smoother's lag in frames.
+        """Start without frames.
 
-        `keyframes` has the distances that make a keyframe and a loop. Raises ValueError where the calibration is of no
-        use.
+        Args:
+            left_info, right_info: sensor_msgs/CameraInfo of the pair.
+            rectified: whether the images are rectified.
+            lag: of the smoother, frames.
+            keyframes: with the limits for keyframes and loops; the default ones if None.
+
+        Raises:
+            ValueError: the calibration cannot be used.
         """
         pair = StereoCamera.from_camera_infos(left_info, right_info, rectified=rectified)
         if "equidistant" in (pair.left.distortion_model, pair.right.distortion_model):
@@ -95,31 +101,31 @@ class StereoSlam:
         self._waiting: dict[str, dict[int, Any]] = {
             kind: {} for kind in ("stereo_matches", "matches", "relative_pose", "features")
         }
-        self._frame_id: str | None = None  # of the left camera, as its images have it
-        self._awaited: int | None = None  # stamp of a frame that becomes a keyframe when its features are there
+        self._frame_id: str | None = None  # of the left camera's images
+        self._awaited: int | None = None  # stamp of a frame that becomes a keyframe when its features arrive
 
     def poses(self) -> list[gtsam.Pose3]:
-        """The pose of each frame's left camera: x_world = pose x_camera, with what the loops correct."""
+        """The pose of each frame's left camera, corrected by the loops: x_world = pose x_camera."""
         return [pose.compose(self._to_rectified) for pose in self.graph.poses(self.smoother.poses)]
 
     def smoothed(self) -> list[gtsam.Pose3]:
-        """The same without the loops."""
+        """The same without the correction by the loops."""
         return [pose.compose(self._to_rectified) for pose in self.smoother.poses]
 
     def add(self, topic: str, message: Any) -> int:
-        """Take in a message of stereo_matches, matches, relative_pose or features; how many frames it completes."""
+        """Add a message of stereo_matches, matches, relative_pose or features. Returns the number of new frames."""
         if topic == "relative_pose" and message.status == _INTERRUPTED:
-            return 0  # of no pair
-        # The left image's stamp tells which frame it is.
+            return 0  # it belongs to no pair of frames
+        # The stamp of the left image identifies the frame.
         header = message.reference if topic == "stereo_matches" else message.header
         waiting, stamp = self._waiting[topic], nanoseconds(header.stamp)
         newest = next(reversed(waiting), stamp)  # the messages of one topic come in order
         if topic != "features":
             self._frame_id = header.frame_id
         elif self._frame_id not in (None, header.frame_id) or (stamp in waiting and stamp == newest):
-            return 0  # the right camera's: the left one's come first where both have one frame_id
+            return 0  # features of the right camera: if both have the same frame_id, those of the left one come first
         if stamp < newest:
-            waiting.clear()  # stamps go back where a bag is looped or a clock is set: these are of before
+            waiting.clear()  # stamps went back, as with a looped bag or a clock that is set: drop the older messages
         waiting[stamp] = message
         while len(waiting) > _KEPT:
             del waiting[next(iter(waiting))]
@@ -136,7 +142,7 @@ class StereoSlam:
         matches, relative = (self._waiting[topic].pop(stamp) for topic in ("matches", "relative_pose"))
         if self.stamps and stamp <= self.stamps[-1]:
             if stamp == self.stamps[-1] and not matches.reset:
-                return  # a stamp that is repeated: nothing tells the frames apart
+                return  # a repeated stamp: the two frames cannot be distinguished
             self._forget_stamps(stamp)
         reference_stamp = nanoseconds(matches.reference.stamp)
         if not self.stamps:
@@ -144,11 +150,11 @@ class StereoSlam:
         reference = self._numbers.get(reference_stamp)
         if reference is None and matches.reset:
             reference = self._begin_again(reference_stamp)
-        lost = reference is None  # that frame's messages did not come, but the tracks go on
+        lost = reference is None  # the reference frame's messages did not arrive, but the tracks continue
         reference = len(self.stamps) - 1 if reference is None else reference
         before, now = self._observations(matches, reference_stamp, stamp)
         if lost:
-            before.right_x[:] = np.nan  # that frame is not in the smoother: its points begin in this one
+            before.right_x[:] = np.nan  # the reference is not in the smoother: new points begin in this frame
         motion, sigmas = self._motion(relative)
         if motion is None or lost:
             motion, sigmas = self.smoother.locate(now, reference), _GUESSED
@@ -167,7 +173,10 @@ class StereoSlam:
         self._register(stamp)
 
     def _begin_again(self, stamp: int) -> int:
-        """Nothing joins the frames to come with those before: as a guess, the camera is where it was."""
+        """Add the reference of new tracks as a frame, and return its number.
+
+        Nothing joins it to the frames before. As a guess, the camera has not moved.
+        """
         nothing = Observations(*(np.zeros(shape) for shape in (0, (0, 2), 0, 0, 0)))
         self.smoother.add_frame(gtsam.Pose3(), _UNKNOWN, len(self.stamps) - 1, nothing, nothing)
         self.graph.add_frame(len(self.stamps) - 1, _UNKNOWN)
@@ -180,7 +189,10 @@ class StereoSlam:
         return len(self.stamps) - 1
 
     def _forget_stamps(self, stamp: int) -> None:
-        """Stamps went back to this one, as where a bag is looped: those of before may come again, for other frames."""
+        """Forget the stamps of earlier frames, because stamps went back to this one, as when a bag is looped.
+
+        The earlier stamps may come again for other frames.
+        """
         self._numbers.clear()
         self._awaited = None
         features = self._waiting["features"]
@@ -188,12 +200,16 @@ class StereoSlam:
             features.clear()
 
     def _motion(self, message: Any) -> tuple[gtsam.Pose3 | None, np.ndarray]:
-        """The motion of a RelativePose in the rectified camera's frame, and its sigmas (6,), rotation then position."""
+        """The motion of a RelativePose in the rectified camera's frame, and its sigmas (6,), rotation then position.
+
+        The motion is None if the message has no valid pose in metres.
+        """
         if message.status not in _HOLDS or not message.metric:
             return None, _UNKNOWN
         p, q = message.pose.pose.position, message.pose.pose.orientation
         motion = gtsam.Pose3(gtsam.Rot3.Quaternion(q.w, q.x, q.y, q.z), np.array([p.x, p.y, p.z]))
-        # ROS has position and rotation about the reference's axes; GTSAM rotation and position in the current frame.
+        # ROS orders the covariance as position, rotation, about the reference's axes. GTSAM orders it as rotation,
+        # position, in the current frame.
         turn = motion.rotation().matrix()
         covariance = np.array(message.pose.covariance, float).reshape(6, 6)
         spread = [np.diag(turn.T @ covariance[part, part] @ turn) for part in (slice(3, 6), slice(0, 3))]
@@ -201,9 +217,9 @@ class StereoSlam:
         return self._to_rectified.compose(motion).compose(self._to_rectified.inverse()), sigmas
 
     def _observations(self, matches: Any, reference_stamp: int, stamp: int) -> tuple[Observations, Observations]:
-        """The inliers among the tracks: where they are in the reference, and in the frame."""
-        # Where no geometry was estimated, or none agrees with any match, the robust cost has to cope with all that are
-        # known to some pixels: those of a smeared image are not.
+        """The observations of the tracks that are inliers: in the reference, and in the frame."""
+        # If no geometry was estimated, or no match is an inlier, all matches known to a few pixels are used, and the
+        # robust cost has to reject the outliers. Matches of a blurred image are not known so well.
         agree = np.array(matches.inliers if any(matches.inliers) else np.array(matches.sigmas) < 5, bool)
         reference_points, points = (self._left.points(flat) for flat in (matches.reference_points, matches.points))
         agree &= np.isfinite(reference_points + points).all(axis=1)
@@ -215,16 +231,16 @@ class StereoSlam:
         ):
             keypoints = np.array(indices, np.int64)[agree]
             matched, right_x, right_sigmas = self._stereo_of(when, keypoints)
-            # A new track may begin at the keypoint of another one: the stereo match is that one's.
+            # A new track may begin at the keypoint of another track. The stereo match then belongs to that other track.
             right_x[np.abs(matched - left).max(axis=1) > _SAME] = np.nan
             sides.append(Observations(ids, left, sigmas, right_x, right_sigmas))
         return sides[0], sides[1]
 
     def _stereo_of(self, stamp: int, keypoints: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The stereo matches of a frame's left keypoints (M,): left points, x in the right image, and its sigmas.
+        """The stereo matches of a frame's left keypoints (M,): left points (M, 2), x in the right image, sigmas of x.
 
-        All are NaN without a match. NOT_DETECTED, for a track that was carried, is no keypoint, and so has none either.
-        The left point is where the keypoint's track is, a pixel or so beside the keypoint.
+        All values are NaN without a match. The index NOT_DETECTED, of a track that was found without a keypoint, has no
+        match. The left point is the position of the keypoint's track, which is about a pixel beside the keypoint.
         """
         stereo, count = self._waiting["stereo_matches"].get(stamp), len(keypoints)
         left, right_x, sigmas = np.full((count, 2), np.nan), np.full(count, np.nan), np.full(count, np.nan)
@@ -246,7 +262,7 @@ class StereoSlam:
     # Loops
 
     def _keep_keyframe(self) -> None:
-        """Keep the awaited keyframe once its features are there, and ask for loops."""
+        """Keep the awaited keyframe once its features are there, and request loops."""
         stamp = self._awaited
         if stamp is None or stamp not in self._waiting["features"]:
             return
@@ -254,14 +270,14 @@ class StereoSlam:
         features = self._waiting["features"][stamp]
         points = self._left.points(features.points)
         matched, right_x, sigmas = self._stereo_of(stamp, np.arange(len(points)))
-        right_x += points[:, 0] - matched[:, 0]  # the keypoint is as deep as its surroundings, where the match is
+        right_x += points[:, 0] - matched[:, 0]  # keep the disparity: keypoint and match have the same depth
         keyframe = Keyframe(self._numbers[stamp], features, points, right_x, sigmas)
         poses = self.graph.poses(self.smoother.poses)
         self.requests += [LoopRequest(other, keyframe) for other in self._keyframes.candidates(keyframe, poses)]
         self._keyframes.kept.append(keyframe)
 
     def add_answer(self, request: LoopRequest, matches: Any) -> bool:
-        """Take in the service's MatchArray for a request; whether it closes a loop."""
+        """Add the service's MatchArray for a request. Returns whether it closes a loop."""
         pairs = np.c_[np.array(matches.reference_indices, np.int64), np.array(matches.indices, np.int64)]
         loop = align(request.reference, request.current, pairs, np.array(matches.scores, float), self.calibration)
         if loop is None:

@@ -1,4 +1,4 @@
-"""Fixed-lag smoothing: the latest poses of a stereo camera, and the points that its tracks see. No ROS in here."""
+"""Fixed-lag smoothing of the latest poses of a stereo camera and of the 3D points of its tracks. Works without ROS."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from gtsam.symbol_shorthand import L, X
 
 __all__ = ["Calibration", "FixedLagSmoother", "Observations", "stereo_noise"]
 
-_LEAST_SIGMA = 0.1  # pixels: no calibration is better
-_LEAST_DISPARITY = 1.5  # pixels: beyond that depth a point begins nowhere near its place
-_FAR = 20.0  # metres: a point is not known better than that before it is seen
-_ROBUST = 1.0  # standard deviations, Cauchy: a track that slipped loses its say
-_LEAST_KNOWN = 12  # points that tell where a camera is
-_GATE = 8.0  # pixels between an observation and where its point was expected
-_RELINEARISE = 0.001  # metres, radians: what moves less keeps its linearisation, and its factors their robust weights
+_LEAST_SIGMA = 0.1  # pixels: no calibration is more accurate
+_LEAST_DISPARITY = 1.5  # pixels: with less disparity, the initial position of a point is too inaccurate
+_FAR = 20.0  # metres: sigma of the prior on a new point
+_ROBUST = 1.0  # standard deviations, Cauchy cost: a track that slipped loses its influence
+_LEAST_KNOWN = 12  # smallest number of known points from which a camera is located
+_GATE = 8.0  # largest distance of an observation from the expected position of its point, pixels
+_RELINEARISE = 0.001  # metres, radians: variables that move less keep their linearisation, their factors the weights
 
 
 @dataclass(frozen=True)
@@ -32,24 +32,24 @@ class Calibration:
     baseline: float
 
     def gtsam_stereo(self) -> gtsam.Cal3_S2Stereo:
-        """The pair as GTSAM's stereo factors take it."""
+        """The pair as GTSAM's stereo factors need it."""
         return gtsam.Cal3_S2Stereo(self.fx, self.fy, 0.0, self.cx, self.cy, self.baseline)
 
     def gtsam_mono(self) -> gtsam.Cal3_S2:
-        """The left camera as GTSAM's projection factors take it."""
+        """The left camera as GTSAM's projection factors need it."""
         return gtsam.Cal3_S2(self.fx, self.fy, 0.0, self.cx, self.cy)
 
 
 @dataclass(frozen=True, eq=False)
 class Observations:
-    """Where tracks are in one frame: parallel arrays of M rows, pixels of the rectified images.
+    """The positions of M tracks in one frame, in pixels of the rectified images.
 
     Attributes:
-        ids: (M,) the tracks.
+        ids: (M,) ids of the tracks.
         points: (M, 2) in the left image.
-        sigmas: (M,) standard deviations of a coordinate of points.
-        right_x: (M,) x in the right image; NaN where the point has no match there.
-        right_sigmas: (M,) of right_x, given the left point.
+        sigmas: (M,) standard deviations of each coordinate of points.
+        right_x: (M,) x in the right image; NaN if the point has no match there.
+        right_sigmas: (M,) standard deviations of right_x, given the left point.
     """
 
     ids: np.ndarray
@@ -60,10 +60,10 @@ class Observations:
 
 
 def stereo_noise(left_sigma: float, right_sigma: float) -> gtsam.noiseModel.Gaussian:
-    """Noise of (left x, right x, y), pixels.
+    """Noise model of (left x, right x, y), pixels.
 
-    The right point is where the left one's surroundings are found. It therefore shares the left one's error, and the
-    disparity has an error of its own.
+    The right point is found by matching the surroundings of the left point. Therefore it shares the error of the left
+    point, and the disparity has an independent error.
     """
     left, disparity = max(left_sigma, _LEAST_SIGMA) ** 2, max(right_sigma, _LEAST_SIGMA) ** 2
     return gtsam.noiseModel.Gaussian.Covariance(
@@ -72,16 +72,16 @@ def stereo_noise(left_sigma: float, right_sigma: float) -> gtsam.noiseModel.Gaus
 
 
 class FixedLagSmoother:
-    """Poses and points of the latest frames, estimated together (GTSAM's IncrementalFixedLagSmoother).
+    """Estimates the poses and points of the latest frames together (GTSAM's IncrementalFixedLagSmoother).
 
-    What becomes older than the lag is marginalised out: its pose stays as it was last estimated.
+    Frames older than the lag are marginalised out. Their poses stay as last estimated.
 
     Attributes:
         poses: the pose of every frame so far, x_world = pose x_camera; those within the lag still change.
     """
 
     def __init__(self, calibration: Calibration, lag: int = 20, most: int = 300) -> None:
-        """The lag is a number of frames; about so many points, at most, are seen by each."""
+        """Start without frames. `lag` is in frames; `most` is the approximate largest number of points per frame."""
         self.poses: list[gtsam.Pose3] = []
         self._calibration = calibration
         self._stereo, self._mono = calibration.gtsam_stereo(), calibration.gtsam_mono()
@@ -92,14 +92,14 @@ class FixedLagSmoother:
         parameters.findUnusedFactorSlots = True
         self._smoother = gtsam.IncrementalFixedLagSmoother(float(lag), parameters)
         self._estimate = gtsam.Values()
-        # What the next update adds: factors, variables, and the frame that saw each variable last.
+        # The next update adds these: factors, variables, and for each variable the last frame that saw it.
         self._graph, self._new = gtsam.NonlinearFactorGraph(), gtsam.Values()
         self._seen: dict[Any, float] = {}
-        self._landmarks: dict[int, tuple[int, int]] = {}  # of a track: number of its point, last frame that sees it
+        self._landmarks: dict[int, tuple[int, int]] = {}  # by track: number of its point, last frame that sees it
         self._num_landmarks = 0
 
     def start(self, pose: gtsam.Pose3) -> None:
-        """The first frame: its pose is given."""
+        """Add the first frame with a given pose."""
         self._graph.add(gtsam.PriorFactorPose3(X(0), pose, gtsam.noiseModel.Isotropic.Sigma(6, 1e-4)))
         self._add_pose(0, pose)
         self._update()
@@ -107,14 +107,14 @@ class FixedLagSmoother:
     def add_frame(
         self, motion: gtsam.Pose3, sigmas: np.ndarray, reference: int, before: Observations, now: Observations
     ) -> gtsam.Pose3:
-        """Take in a frame, and give its pose.
+        """Add a frame, and return its pose.
 
         Args:
-            motion: guess of its pose in the reference's camera frame.
-            sigmas: (6,) how far off the guess may be: rotation (radians), then position (metres). The tracks give the
-                pose; this holds it where there are none.
-            reference: number of the frame that its tracks come from; the first one is 0.
-            before: the tracks in that frame. It is used for tracks that begin there.
+            motion: initial guess of its pose in the reference's camera frame.
+            sigmas: (6,) standard deviations of the guess: rotation (radians), then position (metres). The tracks
+                determine the pose; the guess keeps it in place if there are no tracks.
+            reference: number of the frame from which its tracks come; the first frame is 0.
+            before: the tracks in the reference, used for tracks that begin there.
             now: the same tracks in this frame, row by row.
         """
         frame = len(self.poses)
@@ -129,7 +129,7 @@ class FixedLagSmoother:
         known = [self._known(track) for track in now.ids.tolist()]
         fresh = [row for row, point in enumerate(known) if point is None]
         room = max(0, self._most - (len(known) - len(fresh)))
-        for row in fresh[:: max(1, len(fresh) // room)] if room else []:  # a part of them, from all over the image
+        for row in fresh[:: max(1, len(fresh) // room)] if room else []:  # some of them, from all over the image
             known[row] = self._begin(int(now.ids[row]), reference if reference_known else None, before, frame, now, row)
         for row, (track, point) in enumerate(zip(now.ids.tolist(), known)):
             if point is not None:
@@ -138,7 +138,10 @@ class FixedLagSmoother:
         return self.poses[frame]
 
     def locate(self, now: Observations, reference: int) -> gtsam.Pose3 | None:
-        """Pose of a frame in the camera frame of another, by the points that its tracks see; None with too few."""
+        """The pose of a new frame in the camera frame of `reference`, from the known points that its tracks see.
+
+        It is None if there are too few points.
+        """
         known = {row: self._known(track) for row, track in enumerate(now.ids.tolist())}
         seen = {row: point for row, point in known.items() if point is not None}
         rows = list(seen)
@@ -159,7 +162,7 @@ class FixedLagSmoother:
         self._seen[X(frame)] = float(frame)
 
     def _known(self, track: int) -> np.ndarray | None:
-        """The point (3,) of a track that the smoother holds, metres in the world."""
+        """The point (3,) of a track in the world, metres; None if the smoother does not hold it."""
         number, last = self._landmarks.get(track, (0, -1))
         key = L(number)
         if last < 0 or not self._estimate.exists(key):
@@ -169,7 +172,10 @@ class FixedLagSmoother:
     def _begin(
         self, track: int, reference: int | None, before: Observations, frame: int, now: Observations, row: int
     ) -> np.ndarray | None:
-        """Begin the point of a track where the pair sees it, here or in the reference: (3,) metres in the world."""
+        """Add a point for a track, from a stereo observation in the reference or in this frame.
+
+        Returns the point (3,) in the world, metres; None without a stereo observation of sufficient disparity.
+        """
         for number, seen in ((reference, before), (frame, now)):
             if number is None or not seen.points[row, 0] - seen.right_x[row] > _LEAST_DISPARITY:
                 continue
@@ -189,7 +195,7 @@ class FixedLagSmoother:
     def _observe(
         self, track: int, frame: int, pose: gtsam.Pose3, point: np.ndarray, seen: Observations, row: int
     ) -> None:
-        """Add a factor for a point that a frame sees, unless the observation is far from where the point should be."""
+        """Add a factor for a frame's observation of a point, unless it is far from the point's expected position."""
         x, y, z = pose.transformTo(point)
         c, (u, v) = self._calibration, seen.points[row]
         if z <= 0 or np.hypot(c.fx * x / z + c.cx - u, c.fy * y / z + c.cy - v) > _GATE:

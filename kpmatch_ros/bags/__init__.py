@@ -1,7 +1,7 @@
-"""ROS 2 bags (rosbag2: MCAP and sqlite3) without ROS, through rosbags.
+"""Reads and writes ROS 2 bags (rosbag2: MCAP and sqlite3) without ROS, through the library rosbags.
 
 Messages are rosbags' dataclasses: they have the fields of the .msg file, and arrays are NumPy arrays. `new_message`
-makes one of any type, this package's included, with every field zero or empty:
+makes a message of any type, including this package's types, with every field zero or empty:
 
     with BagWriter("out") as bag:
         message = new_message("kpmatch_ros/msg/MatchArray", width=640, height=480)
@@ -9,8 +9,8 @@ makes one of any type, this package's included, with every field zero or empty:
     for topic, type_name, stamp, message in read_messages("out"):
         ...
 
-Bags are written so that ROS 2 Humble and later can play them (version 8 of the metadata); bags of all distributions up
-to Kilted are read, whether they carry their message definitions or not. A bag that cannot be read raises BagError.
+ROS 2 Humble and later can play the bags that are written (metadata version 8). Bags of all distributions up to Kilted
+can be read, with or without message definitions in the bag. A bag that cannot be read raises BagError.
 """
 
 from kpmatch_ros.bags.message_types import (

@@ -1,8 +1,8 @@
-"""Folders of bags: each is replayed as `kpmatch bag` does, and one table holds the figures of all. `kpmatch archive`.
+"""Replays all bags below a folder as `kpmatch bag` does. `kpmatch archive` writes the figures of all into one table.
 
-Scheduling and placement on several machines are Ray's. What is here makes a bag's result whole or absent, so that any
-worker may die, and any run may be taken up again; and it counts the processes that died of a bag, so that one bag does
-not stop the others.
+Ray schedules the bags and places them on several machines. This module makes a bag's result complete or absent, so that
+any worker may die and any run can be resumed. It also counts the processes that died while they replayed a bag, so that
+one bag does not stop the others.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ __all__ = [
 ]
 
 ATTEMPTS = 4
-"""How often a bag is begun whose process dies each time, as for want of memory."""
+"""Attempts for a bag whose process dies each time, for example for lack of memory."""
 
-_ROW = "kpmatch_archive.json"  # in a finished bag's folder
+_ROW = "kpmatch_archive.json"  # in the target folder of each finished bag
 _SETTINGS = "archive.json"
 _FIGURES = (
     *("frames", "rate", "latency_ms", "matches", "inliers", "poses", "breaks", "odometry_breaks"),
     *("unpaired", "rejected"),
 )
 WRITTEN = (*TABLES, _SETTINGS)
-"""Names of the files that a run replaces in the folder that it writes to."""
-_ATTEMPTS = ".attempts"  # folder, beside .unfinished: what a run that was killed leaves is not to forget
-_SAMPLE = 4096  # bytes of a file's beginning, and of its end
-_OF_THE_MACHINE = ("device", "threads")  # parameters that another machine may have otherwise
-# Parameters without effect on a replay: the node's alone, and a profile is only a name for others.
+"""Names of the files that a run replaces in its output folder."""
+_ATTEMPTS = ".attempts"  # folder beside .unfinished: the counts must survive a run that is killed
+_SAMPLE = 4096  # bytes hashed at the beginning of a file, and at its end
+_OF_THE_MACHINE = ("device", "threads")  # parameters that may differ between machines
+# Parameters without effect on a replay: only the node uses them, and a profile is a name for other parameters.
 _WITHOUT_EFFECT = ("autostart", "bond_heartbeat_period", "image_transport", "profile", "queue")
 
 
@@ -69,9 +69,9 @@ class Settings:
 
     Attributes:
         parameters: as the node's.
-        topics: those given, see :func:`kpmatch_ros.bags.cameras.choose_cameras`.
+        topics: the topics that the user named, see :func:`kpmatch_ros.bags.cameras.choose_cameras`.
         features, match_image, landmarks: write these topics too.
-        poses, report: write poses.txt and report.html into each bag's folder too.
+        poses, report: write poses.txt and report.html into each bag's target folder too.
     """
 
     parameters: Parameters
@@ -83,12 +83,12 @@ class Settings:
     report: bool = False
 
     def with_whole_paths(self) -> Settings:
-        """The same where the current folder is another one, as on another machine."""
+        """The settings with absolute paths: they stay valid in another working directory, as on another machine."""
         whole = {name: str(path.resolve()) for name, path in named_files(self.parameters).items()}
         return dataclasses.replace(self, parameters=self.parameters.replace(whole))
 
     def described(self) -> dict[str, Any]:
-        """What decides on the results, as JSON has it."""
+        """The settings that affect the results, as a dict for JSON."""
         chosen, passed_over = dataclasses.asdict(self.parameters), (*_OF_THE_MACHINE, *_WITHOUT_EFFECT)
         parameters = {name: value for name, value in chosen.items() if name not in passed_over}
         topics = {name: topic for name, topic in self.topics.items() if topic is not None}
@@ -107,11 +107,12 @@ class Job:
     """One bag to replay.
 
     Attributes:
-        name: of the bag, below the folder that was searched.
-        source: to read.
+        name: path of the bag relative to the folder that was searched.
+        source: the bag to read.
         target: folder to write.
-        unfinished: folder on the same file system, for what is not whole yet.
-        attempts: file with one byte for each attempt that has not ended. None is there while no process has died.
+        unfinished: folder on the same file system, for incomplete results.
+        attempts: file with one byte for each attempt that has not ended. It exists only while an attempt runs, or
+            after a process has died.
     """
 
     name: str
@@ -122,25 +123,25 @@ class Job:
 
     @property
     def begun(self) -> int:
-        """How many attempts have not ended, as a process did that died of it."""
+        """The number of attempts that have not ended, for example because their process died."""
         try:
             return self.attempts.stat().st_size
         except FileNotFoundError:
             return 0
 
     def forget_attempts_after(self, begun: int) -> None:
-        """Count so many attempts at most: those after them have ended, or were stopped from outside."""
+        """Reduce the count to `begun` attempts: the later ones have ended, or were stopped from outside."""
         if begun == 0:
             self.attempts.unlink(missing_ok=True)
         elif self.begun > begun:
-            with suppress(FileNotFoundError):  # a worker that is still alive was first
+            with suppress(FileNotFoundError):  # another worker that is still alive has removed it
                 os.truncate(self.attempts, begun)
 
     @classmethod
     def of(cls, bag: Path, folder: Path, out: Path, unfinished: Path) -> Job:
-        """The job for a bag below a folder: its target is in the same place below `out`."""
+        """The job for a bag below a folder. Its target has the same relative place below `out`."""
         name = bag.relative_to(folder)
-        # A name may be as long as names can be, and has slashes.
+        # Hashed, because the name contains slashes and may be as long as the file system allows.
         attempts = out / _ATTEMPTS / hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
         if bag.is_dir():
             return cls(str(name), bag, out / name, unfinished, attempts)
@@ -152,12 +153,12 @@ class Job:
 def find_bags(folder: Path, out: Path | None = None) -> list[Path]:
     """The bags below a folder, sorted.
 
-    A bag is a folder with metadata.yaml, or with files that are numbered after it, or any other .mcap, .db3 or .bag
-    file, also with .zstd behind. A folder that cannot be read is taken for one, so that it is named. What is in `out`
-    is left out, whatever links lead there: it is this archive's own.
+    A bag is a folder with metadata.yaml, a folder whose first file is named after it (drive/drive_0.mcap), or any other
+    .mcap or .db3 file, also with .zstd appended, or .bag file. A folder that cannot be read counts as a bag, so that
+    the table names it. Everything inside `out` is left out, also where links lead there: the archive wrote it.
 
     Raises:
-        BagError: there is none.
+        BagError: there is no bag, or the folder itself is one.
     """
     found: list[Path] = []
     seen: set[str] = set()
@@ -170,14 +171,14 @@ def find_bags(folder: Path, out: Path | None = None) -> list[Path]:
         for place, folders, files in os.walk(tops.popleft(), onerror=unreadable):
             here, real = Path(place), os.path.realpath(place)
             files = [name for name in files if not ((here / name).is_symlink() and _is_own(here / name, folder, out))]
-            if real in seen or _is_own(here, folder, out):  # links in a circle, or to what was made
+            if real in seen or _is_own(here, folder, out):  # circular links, or links to the archive's own output
                 folders.clear()
             elif _is_bag(here, files):
                 found.append(here)
                 folders.clear()
             else:
                 folders[:] = sorted(name for name in folders if not name.startswith("."))
-                # Links come last, so that a bag has the name of the place where it lies: "latest" is another one soon.
+                # Links are followed last, so that a bag is named after its real place: "latest" changes its target.
                 tops += [here / name for name in folders if (here / name).is_symlink()]
                 found += [here / name for name in files if has_stored_name(name) or _is_of_ros1(name)]
             seen.add(real)
@@ -192,7 +193,7 @@ def jobs_for(bags: list[Path], folder: Path, out: Path, unfinished: Path) -> lis
     """A job for each bag below a folder.
 
     Raises:
-        BagError: two bags would be written to one place, or one of them into another's folder, or into the folder that
+        BagError: two bags have the same target, or one target is inside another bag's target or inside the folder that
             was searched.
     """
     jobs = [Job.of(bag, folder, out, unfinished) for bag in bags]
@@ -202,7 +203,7 @@ def jobs_for(bags: list[Path], folder: Path, out: Path, unfinished: Path) -> lis
         if other is not job:
             raise BagError(f"{job.source}: and {other.source} would both become {job.target}; rename one of them")
     for job in jobs:
-        if folder in job.target.parents:  # it would be read by the next run, or is a recording
+        if folder in job.target.parents:  # the next run would read it, or it replaces a recording
             raise BagError(
                 f"{job.source}: would become {job.target}, below {folder}; choose another folder to write to"
             )
@@ -216,38 +217,38 @@ def jobs_for(bags: list[Path], folder: Path, out: Path, unfinished: Path) -> lis
 
 
 def _is_own(place: Path, folder: Path, out: Path | None) -> bool:
-    """Whether a place is in the archive itself, and not in the folder that is searched, which may be in it."""
+    """Whether a place is inside `out`, and not inside the searched folder (which itself may be inside `out`)."""
     real = Path(os.path.realpath(place))
     inside = (real, *real.parents)
     return out is not None and out.resolve() in inside and folder.resolve() not in inside
 
 
 def _is_of_ros1(name: str) -> bool:
-    """Whether a file is to be refused with the name of what converts it."""
+    """Whether a file is a ROS 1 bag. The replay refuses it and names the tool that converts it."""
     return name.endswith(".bag") and not name.startswith(".")
 
 
 def _is_bag(folder: Path, files: list[str]) -> bool:
     stored = list(filter(has_stored_name, files))
-    if "metadata.yaml" not in files:  # as after a recorder that was killed
+    if "metadata.yaml" not in files:  # a killed recorder leaves none
         return any(name.startswith(f"{folder.name}_0.") for name in stored)
     try:
         text = (folder / "metadata.yaml").read_text(errors="replace")
     except OSError:
-        return True  # so that it is named
+        return True  # so that the table names it
     return bool(stored) or "rosbag2_bagfile_information" in text
 
 
 @contextmanager
 def claimed(out: Path, settings: Settings) -> Iterator[Path]:
-    """The folder for what is not whole yet, in an archive that no other run writes to at the same time.
+    """Lock an archive for this run, and give the folder for incomplete results in it.
 
-    What an earlier run left there is removed, as what this one leaves. Attempts are counted until a run reaches its
+    The folder is emptied at the start and removed at the end. The counts of attempts are kept until a run reaches its
     end.
 
     Raises:
-        BagError: another run writes to it, or it was made with other settings, or something else is in the way.
-        OSError: it cannot be written.
+        BagError: another run writes to the archive, it was made with other settings, or something else is in the way.
+        OSError: the archive cannot be written.
     """
     out.mkdir(exist_ok=True)
     with (out / ".lock").open("w") as lock:
@@ -268,12 +269,15 @@ def claimed(out: Path, settings: Settings) -> Iterator[Path]:
             shutil.rmtree(attempts, ignore_errors=True)  # each bag has its row
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-            with suppress(OSError):  # some are counted
+            with suppress(OSError):  # not empty: some attempts are counted
                 attempts.rmdir()
 
 
 def _check_settings(file: Path, unfinished: Path, settings: dict[str, Any]) -> None:
-    """A table of bags that were made in different ways would compare nothing. Until one is made, nothing is settled."""
+    """Refuse other settings than the archive was begun with, and write them to `file` until a first bag is finished.
+
+    The figures of bags that were replayed with different settings cannot be compared.
+    """
     begun = next(file.parent.rglob(_ROW), None) is not None
     before = _settings_in(file) if os.path.lexists(file) else None
     if before is None and not begun:
@@ -295,10 +299,10 @@ def _check_settings(file: Path, unfinished: Path, settings: dict[str, Any]) -> N
 
 
 def _settings_in(file: Path) -> dict[str, Any]:
-    """The settings that a run wrote. Raises BagError where it was none that did."""
+    """The settings that an earlier run wrote. Raises BagError if kpmatch archive did not write the file."""
     try:
         before = dict(json.loads(file.read_text()))
-    except (FileNotFoundError, IsADirectoryError, ValueError, TypeError):  # a link to nowhere, a folder, other text
+    except (FileNotFoundError, IsADirectoryError, ValueError, TypeError):  # a broken link, a folder, other text
         before = {}
     if not {"version", "features", "match_image"} <= before.keys():
         raise _foreign(file)
@@ -310,7 +314,7 @@ def _foreign(file: Path) -> BagError:
 
 
 def finished_row(job: Job) -> Row | None:
-    """The figures of a bag that was done before; None where it is to be done, or another one has its place."""
+    """The figures of a bag that is finished; None if it is not, or if the target was made from another bag."""
     row = _row_in(job.target)
     if row is None:
         return None
@@ -329,20 +333,21 @@ def _row_in(target: Path) -> Row | None:
 
 
 def _source(bag: Path) -> str:
-    """What tells a bag from another one of its name: its metadata, and size, beginning and end of its files.
+    """A hash that distinguishes a bag from others of the same name.
 
-    A file that SQLite has its last messages in is one of them, and what the files are called says nothing. The metadata
-    names those that are read. It is not parsed: that takes longer than all else, and it may be damaged.
+    It covers metadata.yaml, and the size, beginning and end of each file, including SQLite's write-ahead logs, which
+    may hold the last messages. It does not cover file names: the metadata names the files that are read. The metadata
+    is not parsed, because that takes longer than all the rest, and because it may be damaged.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the bag cannot be read.
     """
     found = hashlib.sha256()
     files = stored_files(bag) if bag.is_dir() else [bag]
     if (metadata := bag / "metadata.yaml").is_file():
         found.update(metadata.read_bytes())
     parts = [part for file in files for part in (file, file.with_name(f"{file.name}-wal"))]
-    for file in filter(Path.is_file, parts):  # and not a link to nowhere, nor a folder
+    for file in filter(Path.is_file, parts):  # no broken links, no folders
         with file.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             for place in (0, max(size - _SAMPLE, 0)) if size else ():
@@ -352,24 +357,24 @@ def _source(bag: Path) -> str:
 
 
 def _digest(path: Path) -> str:
-    """What tells a file, or a folder's files, from others in the same place."""
+    """A hash of the name and content of a file, or of each file in a folder."""
     files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
     lines = "\n".join(f"{file.name} {file_hash(file)}" for file in files)
     return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 class _NotKept(Exception):
-    """There is no result that can be kept, and the bag is not broken. The text says why, and what to do."""
+    """The result cannot be kept, although the bag is not broken. The text says why, and what to do."""
 
 
 def replay_one(job: Job, settings: Settings) -> Row:
-    """Replay a bag. Its target is there, with its figures, when all is done, and otherwise not.
+    """Replay a bag, and return its row. The target appears, with its figures, only when the whole replay is done.
 
-    A bag that is done already, as by a worker that died thereafter, is not done again; nor is one begun that as many
-    processes died of as may.
+    A bag that is already done is not replayed again: its worker may have died afterwards. A bag is skipped once
+    ATTEMPTS processes have died while they replayed it.
 
     Raises:
-        ParameterError, WeightsError: no bag can be replayed like this.
+        ParameterError, WeightsError: no bag can be replayed with these settings.
         OutputError, OSError: the target cannot be written.
     """
     if (done := finished_row(job)) is not None:
@@ -391,14 +396,14 @@ def replay_one(job: Job, settings: Settings) -> Row:
     try:
         return _replay(job, settings, row)
     except BaseException as error:
-        kept = 0 if isinstance(error, Exception) else begun  # stopped from outside: it tells nothing of the bag
+        kept = 0 if isinstance(error, Exception) else begun  # stopped from outside: this says nothing about the bag
         raise
-    finally:  # whatever the outcome, this process is alive
+    finally:  # this process is alive, so its own attempt does not count
         job.forget_attempts_after(kept)
 
 
 def _replay(job: Job, settings: Settings, row: Row) -> Row:
-    """The row of an attempt, see :func:`replay_one`; what is known of the bag before is in `row`."""
+    """Make one attempt, and return its row, see :func:`replay_one`. `row` holds the columns known before it."""
     started = time.perf_counter()
     try:
         before = _row_in(job.target)
@@ -413,11 +418,11 @@ def _replay(job: Job, settings: Settings, row: Row) -> Row:
         source = _source(job.source)
         cameras = choose_cameras(job.source, settings.parameters.mode, settings.topics)
         with tempfile.TemporaryDirectory(dir=job.unfinished) as folder:
-            beside = Path(folder) / "bag" / job.target.name  # whose name may be that of a file
+            beside = Path(folder) / "bag" / job.target.name  # in bag/: the name may be poses.txt or report.html
             beside.parent.mkdir()
             poses = Path(folder) / "poses.txt" if settings.poses else None
             page = Path(folder) / "report.html" if settings.report else None
-            # It loads PyTorch, which takes seconds: neither a folder without bags nor Ray's driver needs it.
+            # Imported here, because PyTorch takes seconds to load: a folder without bags and Ray's driver do without.
             import torch
 
             from kpmatch_ros.bags.replay import replay
@@ -432,7 +437,7 @@ def _replay(job: Job, settings: Settings, row: Row) -> Row:
                 )  # fmt: skip
                 for file in filter(None, (poses, page)):
                     os.replace(file, beside / file.name)
-            except BagError as error:  # it names places that are soon gone
+            except BagError as error:  # its text names temporary paths
                 text = str(error).replace(str(beside), str(job.target)).replace(folder, str(job.target))
                 raise type(error)(text) from error
             if _source(job.source) != source:
@@ -449,11 +454,11 @@ def _replay(job: Job, settings: Settings, row: Row) -> Row:
             (beside / _ROW).write_text(json.dumps(whole))
             job.target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                if before is not None:  # of a part of the bag
+                if before is not None:  # made when the bag was incomplete
                     os.replace(job.target, Path(folder) / "before")
                 os.replace(beside, job.target)
             except OSError as error:
-                # A worker that seemed lost, and was replaced by this one, may have been first.
+                # Ray may have taken another worker for lost and started this one; the other may have finished first.
                 if (done := finished_row(job)) is not None:
                     return done
                 if error.errno != errno.EXDEV:
@@ -463,7 +468,7 @@ def _replay(job: Job, settings: Settings, row: Row) -> Row:
                     f"{job.unfinished.parent}; choose another folder to write to"
                 ) from error
             return whole
-    except OutputError:  # no place for this bag is none for the next one either
+    except OutputError:  # without space for this bag, there is none for the next one either
         raise
     except BagError as error:
         row |= {"state": "unsuitable" if isinstance(error, UnsuitableError) else "broken", "message": str(error)}
@@ -482,6 +487,6 @@ def _replay(job: Job, settings: Settings, row: Row) -> Row:
 
 
 def _is_of(bag: Path, error: OSError) -> bool:
-    """Whether it is one of a bag's files that cannot be read, and not the place to write to."""
+    """Whether an error concerns one of the bag's own files, and not the output."""
     named = isinstance(error.filename, (str, os.PathLike))
     return named and bag in (file := Path(error.filename), *file.parents)

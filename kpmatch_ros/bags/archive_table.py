@@ -1,4 +1,4 @@
-"""The table of an archive of bags: one row a bag, for spreadsheets and for programs."""
+"""Writes the table of an archive of bags: one row per bag, for spreadsheets and for programs."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from kpmatch_ros.geometry.pose import PoseStatus
 __all__ = ["TABLES", "Row", "write_tables"]
 
 Row = dict[str, Any]
-"""The figures of a bag: bag, state, where and message, seconds, and of one that is done those of its replay.
+"""The figures of a bag: bag, state, where, message and seconds, and the figures of its replay if it is done.
 
-These are some of :meth:`kpmatch_ros.bags.report.Report.figures`, recorded (seconds), and what computed them: device,
-precision and threads. In a finished bag's folder also source: what tells the bag that was read from others of its name;
-and unfinished: whether it may have been a part of the bag, which another run may find whole.
-`state` is done; or broken, where the bag is at fault; or unsuitable, where it has not the topics that are asked for; or
-failed, where something else is at fault.
+The figures of the replay are some of :meth:`kpmatch_ros.bags.report.Report.figures`, `recorded` (seconds), and device,
+precision and threads, which say what computed them. In a finished bag's folder the row also has `source`, a hash that
+distinguishes the bag from others of its name, and `unfinished`: whether the bag may have been incomplete when it was
+read, so that a later run may find more in it.
+
+`state` is done; broken if the bag is at fault; unsuitable if it lacks the topics that the user asked for, or offers a
+choice of them; or failed if something else is at fault.
 """
 
 TABLES = ("archive.csv", "archive.parquet")
-"""Names of the files."""
+"""Names of the files with the table."""
 
-_LATENCIES = {"latency_p50": "median", "latency_p95": "95 %"}  # milliseconds; columns, and what the report calls them
+_LATENCIES = {"latency_p50": "median", "latency_p95": "95 %"}  # milliseconds; column: name in the report
 
 
 def write_tables(rows: list[Row], out: Path, unfinished: Path) -> list[Path]:
-    """Write archive.csv, and where pyarrow is installed archive.parquet; their paths."""
+    """Write archive.csv, and archive.parquet if pyarrow is installed. Returns the paths of the written files."""
     reasons = sorted({reason for row in rows for reason in row.get("rejected", {})})
     types = {
         **dict.fromkeys(("bag", "state"), str),

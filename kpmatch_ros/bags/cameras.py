@@ -1,4 +1,4 @@
-"""Which topics of a bag are the camera's, or the stereo pair's."""
+"""Chooses the topics of a camera, or of a stereo pair, in a bag."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kpmatch_ros.bags.recording import BagError
 
 __all__ = ["CameraTopics", "UnsuitableError", "choose_camera", "choose_cameras", "choose_stereo_cameras"]
 
-_SIDES = (("left", "right"), ("cam0", "cam1"), ("infra1", "infra2"))  # how drivers name the two cameras of a pair
+_SIDES = (("left", "right"), ("cam0", "cam1"), ("infra1", "infra2"))  # drivers' names for the two cameras of a pair
 
 
 class UnsuitableError(BagError):
-    """A bag that can be read has not the topics that are asked for, or more than one choice of them."""
+    """The bag can be read, but it lacks the topics that are asked for, or offers more than one choice of them."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class CameraTopics:
 
     Attributes:
         image: sensor_msgs/Image or CompressedImage.
-        camera_info: its calibration; empty where there is none.
-        num_images: how many images there are.
-        mask: sensor_msgs/Image that is 0 where nothing is to be detected; empty where there is none.
+        camera_info: topic with its calibration; empty if there is none.
+        num_images: number of images on the topic.
+        mask: topic with masks, sensor_msgs/Image; no keypoints are detected where a mask is 0. Empty if there is none.
     """
 
     image: str
@@ -39,21 +39,22 @@ class CameraTopics:
 
 
 def choose_cameras(bag: Path, mode: str, topics: Mapping[str, str | None]) -> tuple[CameraTopics, ...]:
-    """The camera of a bag, or with mode stereo the left and the right one.
+    """The camera of a bag; in mode stereo, the left and the right camera.
 
     Args:
-        bag: to look into.
+        bag: to read.
         mode: mono or stereo.
-        topics: those given, by the names that :func:`choose_camera` or :func:`choose_stereo_cameras` has for them.
+        topics: the topics that the user named, as keyword arguments of :func:`choose_camera` or
+            :func:`choose_stereo_cameras`.
 
     Raises:
-        UnsuitableError: when a topic is not in the bag, or there is none or several to choose from.
-        BagError: when it cannot be read.
+        UnsuitableError: a topic is not in the bag, or there is no topic or more than one to choose from.
+        BagError: the bag cannot be read.
     """
     try:
         return choose_stereo_cameras(bag, **topics) if mode == "stereo" else (choose_camera(bag, **topics),)
     except UnsuitableError as error:
-        if damage := bag_damage(bag):  # the topics may have stood there
+        if damage := bag_damage(bag):  # the topics may be in the damaged part
             raise BagError("; ".join([str(error), *damage])) from error
         raise
 
@@ -61,13 +62,14 @@ def choose_cameras(bag: Path, mode: str, topics: Mapping[str, str | None]) -> tu
 def choose_camera(
     bag: Path, image: str | None = None, camera_info: str | None = None, mask_topic: str | None = None
 ) -> CameraTopics:
-    """The camera of a bag. Topics that are not given are chosen where there is only one.
+    """The camera of a bag. Topics that are not given are chosen if there is only one candidate.
 
-    The calibration is the topic camera_info beside the images, as in image_pipeline, or else the only one in the bag,
-    unless it is beside the images of another camera. Their masks are the topic mask beside the images.
+    The calibration is the topic camera_info beside the images, as in image_pipeline. Without it, the only calibration
+    in the bag is used, unless it is beside the images of another camera. The masks are the topic mask beside the
+    images.
 
     Raises:
-        UnsuitableError: when a topic is not in the bag, or there are several to choose from.
+        UnsuitableError: a topic is not in the bag, or there are several to choose from.
     """
     topics, infos, masks = _candidates(bag)
     images = topics if image is not None else _without_masks(topics)
@@ -94,13 +96,13 @@ def choose_stereo_cameras(
     left_mask: str | None = None,
     right_mask: str | None = None,
 ) -> tuple[CameraTopics, CameraTopics]:
-    """The left and the right camera of a bag. Topics that are not given are guessed where only one pair fits.
+    """The left and the right camera of a bag. Topics that are not given are guessed if only one pair fits.
 
-    Image topics are taken for a pair where their names differ in left and right, cam0 and cam1, or infra1 and infra2.
-    The calibration of each is camera_info beside its images, and its masks are mask beside them.
+    Two image topics are a pair if their names differ only in left and right, cam0 and cam1, or infra1 and infra2. The
+    calibration of each camera is the topic camera_info beside its images, and its masks are the topic mask beside them.
 
     Raises:
-        UnsuitableError: when a topic is not in the bag, or there is no pair or several to choose from.
+        UnsuitableError: a topic is not in the bag, or there is no pair or more than one to choose from.
     """
     topics, infos, masks = _candidates(bag)
     images = _without_masks(topics)
@@ -133,9 +135,9 @@ def choose_stereo_cameras(
 
 
 def _candidates(bag: Path) -> tuple[list[Topic], list[Topic], list[Topic]]:
-    """The topics with images, at least one, those with calibrations, and those that may be masks."""
+    """The topics with images (at least one), those with calibrations, and those that may hold masks."""
     topics = bag_topics(bag)
-    images: dict[str, Topic] = {}  # raw and compressed ones may be on one topic
+    images: dict[str, Topic] = {}  # one topic may hold both raw and compressed images
     for topic in topics:
         if topic.type in IMAGE_TYPES:
             before = images[topic.name].num_messages if topic.name in images else 0
@@ -147,7 +149,7 @@ def _candidates(bag: Path) -> tuple[list[Topic], list[Topic], list[Topic]]:
 
 
 def _pairs(images: list[Topic]) -> list[tuple[Topic, Topic]]:
-    """Topics whose names differ in the side, and in nothing else."""
+    """Pairs of topics whose names differ only in the words for the side."""
     return [
         (one, other)
         for one in images
@@ -157,14 +159,14 @@ def _pairs(images: list[Topic]) -> list[tuple[Topic, Topic]]:
 
 
 def _are_sides(one: str, other: str, left: str, right: str) -> bool:
-    """Whether one name becomes another where some of the words left, or all, are replaced by right."""
-    if left not in one:  # most names have none, and each pair would take a pattern of its own
+    """Whether `one` becomes `other` if some or all occurrences of `left` in it are replaced by `right`."""
+    if left not in one:  # true of most names: it saves compiling a pattern for each pair
         return False
     return re.fullmatch(f"(?:{left}|{right})".join(map(re.escape, one.split(left))), other) is not None
 
 
 def _beside(bag: Path, image: Topic, topics: list[Topic], kind: str, name: str | None, option: str) -> str:
-    """The topic with the camera_info or the mask of images: the one given, or that of this kind beside them, or ""."""
+    """The topic with the camera_info or mask of an image topic: the named one, else the one beside it, else ""."""
     if name is not None:
         return _only(bag, topics, name, kind, option).name
     beside = join(dirname(image.name.removesuffix("/compressed")), kind)
@@ -172,7 +174,7 @@ def _beside(bag: Path, image: Topic, topics: list[Topic], kind: str, name: str |
 
 
 def _without_masks(images: list[Topic]) -> list[Topic]:
-    """Those image topics that are not named mask beside another one."""
+    """The image topics without those that are named mask and are beside another image topic."""
     folders = [dirname(topic.name.removesuffix("/compressed")) for topic in images]
     return [
         topic

@@ -1,6 +1,7 @@
-"""The camera bag that ships with the package: a short walk with the camera's true poses.
+"""Reads the demo bag that ships with the package: a short walk of one camera, with its ground-truth poses.
 
-`simulation/` made it (`make demo-bag` in a checkout). Reading it needs neither the simulation nor ROS.
+The package `simulation/` rendered the bag (`make demo-bag` in a checkout). Reading it needs neither the simulation nor
+ROS.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class DemoFrame(NamedTuple):
 
     Attributes:
         stamp: nanoseconds.
-        image: RGB.
-        camera_info: its calibration, a sensor_msgs/CameraInfo of rosbags.
+        image: (H, W, 3) uint8, RGB.
+        camera_info: the calibration, a sensor_msgs/CameraInfo of rosbags.
         pose: of the optical frame in the world.
     """
 
@@ -47,7 +48,7 @@ class DemoFrame(NamedTuple):
 
 
 def demo_frames(count: int) -> Iterator[DemoFrame]:
-    """So many frames of the walk. Where the bag holds fewer, the camera walks back and forth."""
+    """Yield `count` frames of the walk. If the bag holds fewer, the camera walks back and forth."""
     stamps, poses = read_ground_truth(DEMO_BAG)
     infos = {record.stamp: record.message for record in read_messages(DEMO_BAG, [INFO_TOPIC])}
     images = {record.stamp: record.message for record in read_messages(DEMO_BAG, [f"{IMAGE_TOPIC}/compressed"])}
@@ -64,21 +65,21 @@ def demo_frames(count: int) -> Iterator[DemoFrame]:
 
 
 def is_demo_bag(path: str | Path) -> bool:
-    """Whether :func:`unpack_demo_bag` made the bag that is there."""
+    """Whether :func:`unpack_demo_bag` wrote the bag at `path`."""
     try:
         notes = bag_information(Path(path, "metadata.yaml")).get("custom_data")
-    except (OSError, ValueError):  # there is no bag, or none that can be read
+    except (OSError, ValueError):  # there is no bag, or it cannot be read
         return False
     return isinstance(notes, dict) and _NOTES.items() <= notes.items()
 
 
 def unpack_demo_bag(path: str | Path, count: int) -> None:
-    """Write so many frames as a bag with raw images, their calibration and the true poses.
+    """Write `count` frames as a bag with raw images, their calibration and the ground-truth poses.
 
-    One that this wrote before is replaced.
+    A bag that this function wrote earlier is replaced.
 
     Raises:
-        BagError: something else is there, or the bag cannot be written.
+        BagError: something else is at `path`, or the bag cannot be written.
     """
     with BagWriter(path, overwrite=is_demo_bag(path), notes=_NOTES) as bag:
         for frame in demo_frames(count):

@@ -1,4 +1,4 @@
-"""What the reports of a replay show of each frame."""
+"""The figures and pictures that the reports of a replay show for each frame."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FrameFigures:
-    """What a report says of a frame.
+    """What a report shows for one frame.
 
     Attributes:
         stamp: nanoseconds.
-        matches, inliers: of the frame with its reference; None where it has none. Without calibration nothing is known
-            of inliers: None.
-        rotation: between them, degrees; None without a pose.
+        matches: number of matches with the reference frame; None without a reference.
+        inliers: number of inliers among them; None without a reference or without calibration.
+        rotation: between the reference and the frame, degrees; None without a pose.
         latency: milliseconds.
-        status: of the pose; INTERRUPTED where the frame has no reference.
-        position: (3,) of the camera in the first camera's optical frame; None where it is not known for certain.
+        status: of the pose; INTERRUPTED if the frame has no reference.
+        position: (3,) of the camera in the first camera's optical frame; None if the pose is not certain.
     """
 
     stamp: int
@@ -55,7 +55,13 @@ class FrameFigures:
 
     @classmethod
     def of(cls, result: Result, position: np.ndarray, milliseconds: float) -> FrameFigures:
-        """Of a frame that is not the first, the position (3,) where the chain of poses is, and what the frame took."""
+        """The figures of a frame that is not the first one.
+
+        Args:
+            result: of the frame.
+            position: (3,) of the last known camera in the chain of poses.
+            milliseconds: latency of the frame.
+        """
         pair, stamp = result.pair, result.frame.stamp
         if pair is None:
             return cls(stamp, None, None, None, milliseconds, PoseStatus.INTERRUPTED, None)
@@ -72,16 +78,17 @@ class FrameFigures:
 
 
 class EvenlyChosen(Generic[T]):
-    """Every n-th of things that come one after the other, where n doubles when there would be too many.
+    """Keeps every n-th item of a sequence. n doubles whenever more than `most` items would be kept.
 
-    Nobody has to know how many will come: what a bag declares need not be what it holds.
+    The length of the sequence need not be known in advance: a bag may declare another number of messages than it holds.
 
     Args:
-        most: how many there are at most. Of more things than that, half as many or more are kept.
+        most: largest number of items that are kept. Once there are more items than that, at least half as many are
+            kept.
 
     Attributes:
         every: n.
-        kept: what is chosen so far.
+        kept: the items kept so far.
     """
 
     def __init__(self, most: int) -> None:
@@ -91,7 +98,7 @@ class EvenlyChosen(Generic[T]):
         self._count = 0
 
     def add(self, make: Callable[[], T]) -> None:
-        """The next one, which is made only where it is chosen."""
+        """Add the next item. `make` is called only if the item is kept."""
         if self._count % self.every == 0:
             self.kept.append(make())
         if len(self.kept) > self._most:
@@ -101,24 +108,24 @@ class EvenlyChosen(Generic[T]):
 
 
 class Jpeg(NamedTuple):
-    """A picture: encoded, and its width and height."""
+    """A picture encoded as JPEG, and its width and height in pixels."""
 
     data: bytes
     size: tuple[int, int]
 
     @classmethod
     def of(cls, image: NDArray[np.uint8], most: int, widths: Sequence[int]) -> Jpeg:
-        """An image in at most so many bytes, if the smallest that is tried has no more.
+        """Encode an image with the first width and quality that fit in `most` bytes, or else with the last ones.
 
         Args:
             image: uint8, (H, W) grey or (H, W, 3) RGB.
             most: bytes.
-            widths: pixels, tried in this order. The last is tried also where the image is smaller.
+            widths: pixels, tried in this order. Widths above the image's are skipped, except for the last one.
         """
         return _encoded(cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image, most, widths)
 
     def within(self, most: int, widths: Sequence[int]) -> Jpeg:
-        """The picture itself where it has at most so many bytes, and otherwise a smaller one, as :meth:`of` says."""
+        """The picture itself if it has at most `most` bytes, and otherwise a smaller one, see :meth:`of`."""
         if len(self.data) <= most:
             return self
         image = cv2.imdecode(np.frombuffer(self.data, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -126,7 +133,7 @@ class Jpeg(NamedTuple):
 
 
 def _encoded(image: np.ndarray, most: int, widths: Sequence[int]) -> Jpeg:
-    """A grey or BGR image, as :meth:`Jpeg.of` says."""
+    """Encode a grey or BGR image, see :meth:`Jpeg.of`."""
     encoded, size = b"", (0, 0)
     for width in widths:
         if width > image.shape[1] and width != widths[-1]:

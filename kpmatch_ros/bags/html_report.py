@@ -1,4 +1,7 @@
-"""A replay as one page: trajectory, figures per frame, and pictures of the matches. It opens without a network."""
+"""Writes a replay as one HTML page: trajectory, figures per frame, and pictures of the matches.
+
+The page opens without a network.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +24,24 @@ from kpmatch_ros.frames import Pair, Result
 __all__ = ["HtmlReport"]
 
 _MOST_PICTURES = 120
-_PICTURES_BYTES = 3_000_000  # of all JPEGs. As text they take a third more, beside 5 MB of plotly: below 10 MB.
-_PICTURE_BYTES = 120_000  # of one
+_PICTURES_BYTES = 3_000_000  # of all JPEGs. Base64 adds a third, and plotly takes 5 MB: the page stays below 10 MB.
+_PICTURE_BYTES = 120_000  # of one JPEG
 _WIDTHS = (1280, 960, 720, 540, 400)  # pixels, tried in this order
 _TEMPLATE = Path(__file__).with_name("report.html")
 _MATCHES_AND_INLIERS = "<span style='color:#3b82c4'>matches</span>, <span style='color:#2f9e6e'>inliers</span>"
 _SECONDS = "seconds"
-_MOST_VECTORS = 5000  # points
+_MOST_VECTORS = 5000  # largest number of points that a plot draws as vectors (SVG)
 _BROKEN_COLOUR = "#d1495b"
 
 
 class HtmlReport:
-    """Collects what a replay does, and writes it as a page.
+    """Collects the results of a replay, and writes them as an HTML page.
 
     Args:
         metric: whether the poses are in metres.
 
     Raises:
-        BagError: when plotly is not installed.
+        BagError: plotly is not installed.
     """
 
     def __init__(self, metric: bool) -> None:
@@ -46,13 +49,13 @@ class HtmlReport:
             raise BagError("--report: the page needs plotly, which is not installed: pip install plotly")
         self._metric = metric
         self._start: int | None = None  # stamp of the first frame
-        self._points: list[FrameFigures] = []  # of all frames but the first, whose number is 0
-        self._pictures = EvenlyChosen[tuple[int, str, Jpeg]](_MOST_PICTURES)  # number among the points, caption
+        self._points: list[FrameFigures] = []  # of all frames except the first one, frame 0
+        self._pictures = EvenlyChosen[tuple[int, str, Jpeg]](_MOST_PICTURES)  # index in _points, caption, picture
         self._trajectory = Trajectory()
-        self._breaks: list[tuple[int, np.ndarray]] = []  # number among the points, and where the chain goes on (3,)
+        self._breaks: list[tuple[int, np.ndarray]] = []  # index in _points, position (3,) where the chain goes on
 
     def add(self, result: Result, milliseconds: float) -> None:
-        """The next frame, and what it took from its message to its results."""
+        """Add the next frame, with its latency from the message to the results."""
         breaks, before = self._trajectory.breaks, self._trajectory.position
         self._trajectory.add(result.frame, result.pair)
         if self._start is None:
@@ -71,11 +74,11 @@ class HtmlReport:
         Args:
             path: of the file.
             title: of the page.
-            rows: the table: names and texts.
+            rows: of the table, each a name and a text.
             faults: what went wrong, in words.
 
         Raises:
-            OSError: when it cannot be written.
+            OSError: the file cannot be written.
         """
         from plotly.offline import get_plotlyjs
 
@@ -108,7 +111,7 @@ class HtmlReport:
         path.write_text(page, encoding="utf-8", errors="backslashreplace")  # a bag's name need not be UTF-8
 
     def _trajectory_figure(self) -> dict[str, Any]:
-        """Seen from above: the camera's x to the right, its z (forward) up."""
+        """The trajectory seen from above: x (right) on the horizontal axis, z (forward) on the vertical one."""
         known = [point for point in self._points if point.position is not None]
         at = np.array([np.zeros(3), *(point.position for point in known if point.position is not None)])
         unit = "m" if self._metric else "arbitrary scale: each step has length one"
@@ -143,19 +146,19 @@ class HtmlReport:
         return {"data": [trace, broken], "layout": layout}
 
     def _time_axis(self) -> tuple[list[float], str]:
-        """Where each point is on the axis of the plots, and the axis' title."""
+        """The position of each point on the horizontal axis of the plots, and the title of the axis."""
         stamps = [point.stamp for point in self._points]
-        if len(stamps) > 1 and set(stamps) == {self._start}:  # the driver stamps no image
+        if len(stamps) > 1 and set(stamps) == {self._start}:  # the driver does not stamp its images
             return [number + 1.0 for number in range(len(stamps))], "frame: all stamps are the same"
         return [round((stamp - (self._start or 0)) * 1e-9, 4) for stamp in stamps], _SECONDS
 
     def _figures(self, places: list[float], axis_title: str) -> dict[str, Any]:
-        """Four plots over the seconds since the first frame, one below the other."""
+        """Four plots, one below the other, over the time since the first frame."""
         statuses = [point.status for point in self._points]
-        numbers = list(range(len(places)))  # what a click on a point tells
+        numbers = list(range(len(places)))  # a click on a point passes its number to the page's script
         back = {number for number in range(1, len(places)) if places[number] < places[number - 1]}
 
-        def with_gaps(values: list[Any]) -> list[Any]:  # no line leads back in time
+        def with_gaps(values: list[Any]) -> list[Any]:  # so that no line is drawn back in time
             return [value for number, now in enumerate(values) for value in ([None, now] if number in back else [now])]
 
         def line(name: str, values: list[Any], axis: str, colour: str) -> dict[str, Any]:
@@ -190,20 +193,20 @@ class HtmlReport:
 
 
 def _frame(point: int) -> str:
-    """The name of a frame by its number among the points: the first frame, which has no pair, is not among them."""
+    """The name of the frame with this index in `_points`, which leaves out the first frame."""
     return f"frame {point + 1}"
 
 
 def _kind(points: int) -> str:
-    """Plotly's kind of a plot: as vectors, so many points make a page slow."""
+    """Plotly's type for a plot with so many points: many points drawn as vectors make the page slow."""
     return "scattergl" if points > _MOST_VECTORS else "scatter"
 
 
 def _picture(pair: Pair) -> Jpeg:
-    """The matches."""
+    """A picture of the pair with its matches."""
     return Jpeg.of(draw_pair(pair), _PICTURE_BYTES, _WIDTHS)
 
 
 def _script(value: Any) -> str:
-    """JSON that may stand in a script element."""
+    """The value as JSON that is safe inside a script element."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")

@@ -1,8 +1,9 @@
-"""Reads MCAP files (mcap.dev/spec), also those of recorders that left out part of the index.
+"""Reads MCAP files (mcap.dev/spec), including files whose index is incomplete.
 
-A summary is a convenience: where it is absent, damaged, or holds less than the file, the data section is scanned
-instead. So are recordings that were not finished, which end with a part of a record. A damaged chunk is left out. A
-channel in another encoding than ROS 2's (protobuf, JSON) is reported and does no harm to the others.
+The summary is used only if it is complete. If it is absent, damaged, or lists less than the file holds, the data
+section is scanned instead. Unfinished recordings, which may end in the middle of a record, are scanned too. A damaged
+chunk is left out. A channel in another encoding than ROS 2's (protobuf, JSON) is reported and does not affect the
+others.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ __all__ = ["MAGIC", "McapFile"]
 MAGIC = b"\x89MCAP0\r\n"
 _HEADER, _FOOTER, _SCHEMA, _CHANNEL, _MESSAGE, _CHUNK = 1, 2, 3, 4, 5, 6
 _CHUNK_INDEX, _ATTACHMENT, _STATISTICS, _SUMMARY_OFFSET, _DATA_END = 8, 9, 0x0B, 0x0E, 0x0F
-_MOST_TOLD = 10  # places that are damaged
-# What damaged bytes raise; RuntimeError is lz4's. OSError and MemoryError are not among them: a disk or a network that
-# fails, or too little memory, is no fault of the file, and another attempt may well succeed.
+_MOST_TOLD = 10  # damaged places that are reported one by one
+# The errors that damaged bytes raise; RuntimeError is lz4's. OSError and MemoryError are not among them: a failing disk
+# or network, or too little memory, is no fault of the file, and another attempt may succeed.
 _DAMAGE = (ValueError, struct.error, zstd.ZstdError, RuntimeError)
 _FORMATS = {"ros2msg": "msg", "ros2idl": "idl", "omgidl": "idl"}
 
@@ -37,7 +38,7 @@ class _Record(NamedTuple):
 
 
 class _Fields:
-    """Reads the fields of a record one after the other."""
+    """Reads the fields of a record in order."""
 
     def __init__(self, content: bytes) -> None:
         self._content, self._place = content, 0
@@ -60,15 +61,15 @@ class _Fields:
 
 
 class _Chunk(NamedTuple):
-    start: int  # log time of its first message, nanoseconds
-    place: int  # of its record in the file
-    channels: frozenset[int]  # in its message indexes; empty where it has none
+    start: int  # earliest log time of its messages, nanoseconds
+    place: int  # of its record in the file, bytes
+    channels: frozenset[int]  # the channels in its message indexes; empty if it has none
 
 
 class _Scanned(NamedTuple):
-    reached: int  # up to where there are records
-    obstacle: Exception | None  # why no further
-    finished: bool  # whether the data end as a recorder ends them
+    reached: int  # byte up to which records were found
+    obstacle: Exception | None  # why the scan stopped there
+    finished: bool  # whether the data section ends with a DataEnd record, as a recorder writes it
 
 
 class McapFile:
@@ -76,24 +77,24 @@ class McapFile:
 
     Attributes:
         channels: by id.
-        counts: how many messages each channel has, as the file's statistics declare, or else as counted.
-        unfinished, damage: as a StorageFile's.
+        counts: number of messages of each channel, from the file's statistics, or else counted.
+        unfinished, damage: see :class:`kpmatch_ros.bags.storage.StorageFile`.
 
     Raises:
-        ValueError, struct.error: it is no MCAP file, or so damaged or cut short that no message can be read.
-        OSError: it cannot be read.
+        ValueError, struct.error: it is not an MCAP file, or it is so damaged or cut short that no message can be read.
+        OSError: the file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.channels: dict[int, Channel] = {}
         self.counts: Counter[int] = Counter()
-        self._schemas: dict[int, tuple[str, Definition]] = {0: ("", Definition("", b""))}  # 0 is none
-        self._declared: dict[int, tuple[int, str, str]] = {}  # channels: schema, topic, encoding
+        self._schemas: dict[int, tuple[str, Definition]] = {0: ("", Definition("", b""))}  # id 0 means no schema
+        self._declared: dict[int, tuple[int, str, str]] = {}  # by channel id: schema, topic, encoding
         self._chunks: list[_Chunk] = []
         self._loose: dict[int, array[int]] = {}  # by channel: log time and place of each message outside any chunk
         self.unfinished = ""
         self.damage: list[str] = []
-        self._damaged: set[int] = set()  # places that were told of
+        self._damaged: set[int] = set()  # damaged places that were found so far
         self._last: int | None = None  # log time of the last message that could be read
         self._path = path
         self._file: BinaryIO
@@ -115,9 +116,9 @@ class McapFile:
     def _of_chunk(
         self, number: int, chunk: _Chunk, ids: Collection[int]
     ) -> Iterator[tuple[int, int, int, int, bytes | None]]:
-        yield chunk.start, number, -1, 0, None  # so that a chunk is decompressed when its turn comes
+        yield chunk.start, number, -1, 0, None  # a placeholder: the chunk is decompressed only when its turn comes
         found: list[tuple[int, int, int, int, bytes | None]] = []
-        before, obstacle = 0, None  # messages of any channel before damage
+        before, obstacle = 0, None  # messages of any channel before the damage
         try:
             record = self._at(chunk.place)
             if record.code != _CHUNK:
@@ -165,7 +166,7 @@ class McapFile:
             self.damage.append(f"{lost} messages were left out: which topics they are of stood in what is damaged")
 
     def _read_finished(self, begin: int, footer: bytes) -> None:
-        """Read what the summary says; or scan the file where it says less than there is, or is damaged."""
+        """Read the summary; if it is damaged or lists less than the file holds, scan the file instead."""
         end = self._size - len(footer)
         try:
             if footer[0] != _FOOTER or len(footer) != 37:
@@ -185,7 +186,7 @@ class McapFile:
             self._end_at(reached, obstacle)
 
     def _read_unfinished(self, begin: int) -> None:
-        """Read as far as there are whole records."""
+        """Read up to the last complete record."""
         reached, obstacle, finished = self._scan(begin, self._size, [])
         cut = obstacle is None or self._is_cut(reached)
         if obstacle is not None and not cut:
@@ -206,15 +207,15 @@ class McapFile:
             )
 
     def _is_cut(self, place: int) -> bool:
-        """Whether the file ends within the record at a place, or has zeros alone from there on.
+        """Whether the file ends within the record at a place, or holds only zeros from there on.
 
-        A disk that lost what was written last leaves zeros. Where neither is so, there is damage before the end.
+        A disk that lost the last writes leaves zeros. If neither holds, the file is damaged before its end.
         """
         self._file.seek(place)
         head = self._file.read(9)
         if len(head) == 9 and any(head):
             code, length = struct.unpack("<BQ", head)
-            # A length that no recorder writes is damaged itself.
+            # No recorder writes a record (except an attachment) longer than LARGEST: such a length is itself damaged.
             return 0 < code <= _DATA_END and (length <= LARGEST or code == _ATTACHMENT)
         while block := self._file.read(1 << 20):
             if any(block):
@@ -222,7 +223,7 @@ class McapFile:
         return True
 
     def _what_follows(self, place: int) -> str:
-        """What is wrong behind the data of a recording that was finished."""
+        """What is wrong after the data section of a finished recording, in words."""
         try:
             for code, _, after in self._walk(place, self._size):
                 if code == _FOOTER:
@@ -244,8 +245,8 @@ class McapFile:
         return f"the last message that was read before is of {in_seconds(self._last)}"
 
     def _leave_out(self, place: int, error: Exception, before: int = 0) -> None:
-        """Tell of damage in a record, before which so many messages in that record were read."""
-        if place in self._damaged:  # when the file was opened, say
+        """Report damage in the record at a place; `before` messages in that record were read before the damage."""
+        if place in self._damaged:  # reported already, for example when the file was opened
             return
         self._damaged.add(place)
         if len(self._damaged) <= _MOST_TOLD:
@@ -259,7 +260,7 @@ class McapFile:
             self.damage.append(f"more that is damaged was left out behind that, the first of it at byte {place}")
 
     def _read_summary(self, data: int, begin: int, end: int) -> bool:
-        """Take over the summary, which stands behind the data; whether everything in the file is known then."""
+        """Read the summary, which follows the data. Returns whether it describes everything in the file."""
         declared = (0, 0, 0)
         indexed: list[tuple[int, int]] = []  # begin and end of each chunk and its message indexes
         for code, place, _ in self._walk(begin, end):
@@ -290,7 +291,10 @@ class McapFile:
         )
 
     def _read_between(self, begin: int, end: int, indexed: list[tuple[int, int]]) -> bool:
-        """Take over what stands between the chunks of the index, which does not name it; whether no chunk does."""
+        """Read the records between the indexed chunks, which the index does not list.
+
+        Returns whether there is no chunk among them, and the lengths in the index are right.
+        """
         place = begin
         try:
             for start, after in [*sorted(indexed), (end, end)]:
@@ -305,14 +309,14 @@ class McapFile:
                 if place != start:
                     return False
                 place = after
-        except (ValueError, struct.error):  # the index has wrong lengths
+        except (ValueError, struct.error):  # the lengths in the index are wrong
             return False
         return True
 
     def _scan(self, begin: int, end: int, known: Sequence[int]) -> _Scanned:
-        """Find channels, chunks and messages where they stand.
+        """Find channels, chunks and messages by reading the records one after the other.
 
-        Where no record follows, go on at the next of the places of chunks that are known from elsewhere.
+        Where there is no valid record, the scan goes on at the next chunk in `known`, places of chunks from the index.
         """
         self._chunks, self._loose, self.counts = [], {}, Counter()
         place = begin
@@ -351,7 +355,7 @@ class McapFile:
                     channel, _, time, _ = struct.unpack_from("<HIQQ", inner.content)
                     held.append(channel)
                     times.append(time)
-        finally:  # what stands before damage can be read
+        finally:  # the messages before the damage can be read
             if times:
                 self._count(held, times)
                 self._chunks.append(_Chunk(min(times), place, frozenset(held)))
@@ -361,13 +365,16 @@ class McapFile:
         self._last = max(*times, self._last or 0)
 
     def _add_loose(self, place: int) -> tuple[int, int]:
-        """Take over a message at whose content the file is: its channel and log time. Its content is not read."""
+        """Note a message outside any chunk. The file is positioned at its content, of which only the head is read.
+
+        Returns its channel and log time.
+        """
         channel, _, time, _ = struct.unpack("<HIQQ", self._exactly(22))
         self._loose.setdefault(channel, array("Q")).extend((time, place))
         return channel, time
 
     def _define(self, record: _Record) -> None:
-        """Take over a schema or a channel; other records say nothing here."""
+        """Note a schema or a channel; other records are ignored."""
         if record.code == _SCHEMA:
             fields = _Fields(record.content)
             (key,) = fields.numbers("H")
@@ -384,7 +391,7 @@ class McapFile:
         return _Record(code, self._exactly(after - place - 9))
 
     def _walk(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """The records between two places: code, begin and end of each. The file is then at its content."""
+        """Yield code, begin and end of each record between two places. The file is then at the record's content."""
         place = begin
         while place < end:
             code, after = self._head(place)
@@ -392,12 +399,12 @@ class McapFile:
             place = after
 
     def _head(self, place: int) -> tuple[int, int]:
-        """Code and end of a record. The file is then at its content."""
-        if place > self._size:  # a damaged index names it; to seek there may be an error of the system's
+        """Code and end of the record at a place. The file is then at its content."""
+        if place > self._size:  # from a damaged index; seeking there may raise an OSError
             raise ValueError("a record is truncated")
         self._file.seek(place)
         code, length = struct.unpack("<BQ", self._exactly(9))
-        if not code:  # as where a disk lost what was written
+        if not code:  # a disk that lost writes leaves zeros
             raise ValueError("no record begins there")
         if place + 9 + length > self._size:
             raise ValueError("a record is truncated")

@@ -1,4 +1,4 @@
-"""Messages without ROS: rosbags' dataclasses of ROS 2's types and of this package's own.
+"""Creates messages without ROS: rosbags' dataclasses of ROS 2's types and of this package's own types.
 
 They have the fields of the .msg file. Arrays are NumPy arrays.
 """
@@ -54,7 +54,7 @@ def typestore() -> Typestore:
 def _own_definitions() -> dict[str, str]:
     """The package's .msg files by type name.
 
-    They are in msg/ of a checkout, and in share/kpmatch_ros/msg of an installation.
+    A checkout has them in msg/, an installation in share/kpmatch_ros/msg.
     """
     above = Path(__file__).resolve().parents[2:]
     for folder in (above[0] / "msg", *(prefix / "share" / "kpmatch_ros" / "msg" for prefix in above)):
@@ -64,11 +64,11 @@ def _own_definitions() -> dict[str, str]:
 
 
 def new_message(type_name: str, **fields: Any) -> Any:
-    """A message of any type in `typestore`. Fields that are not given are zero or empty.
+    """A message of any type in :func:`typestore`. Fields that are not given are zero or empty.
 
     Raises:
-        KeyError: for an unknown type.
-        TypeError: for a field that the type does not have.
+        KeyError: the type is unknown.
+        TypeError: the type does not have one of the fields.
     """
     store = typestore()
     defaults = {name: _default(kind, detail) for name, (kind, detail) in store.fielddefs[type_name][1]}
@@ -104,7 +104,18 @@ def image_message(
     encoding: Encoding = "rgb8",
     compressed: Literal["", "png", "jpeg"] = "",
 ) -> Any:
-    """A sensor_msgs/Image, or a CompressedImage, of an RGB (H, W, 3) or grey (H, W) uint8 image."""
+    """A sensor_msgs/Image, or a CompressedImage, with an RGB (H, W, 3) or grey (H, W) uint8 image.
+
+    Args:
+        image: RGB or grey; it is converted to `encoding`.
+        stamp: nanoseconds.
+        frame_id: of the header.
+        encoding: of the pixels.
+        compressed: format of a CompressedImage; empty for an Image.
+
+    Raises:
+        BagError: the image cannot be compressed.
+    """
     grey = image.ndim == 2
     if encoding == "mono8":
         pixels = image if grey else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
@@ -112,7 +123,7 @@ def image_message(
         pixels = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if grey else image
     header = _header(stamp, frame_id)
     if compressed:
-        # cv2 takes blue first; the format is spelt as ROS's compressed_image_transport does.
+        # cv2 expects BGR; the format string follows ROS's compressed_image_transport.
         ok, data = cv2.imencode(f".{compressed}", pixels if pixels.ndim == 2 else pixels[..., ::-1])
         if not ok:
             raise BagError(f"an image of shape {image.shape} cannot be stored as {compressed}")
@@ -138,9 +149,9 @@ def image_message(
 
 
 def camera_info_message(camera: Camera, stamp: int, frame_id: str, baseline: float = 0.0) -> Any:
-    """A sensor_msgs/CameraInfo.
+    """A sensor_msgs/CameraInfo at a stamp in nanoseconds.
 
-    For the right camera of a rectified stereo pair, its P holds the `baseline` in metres.
+    For the right camera of a rectified stereo pair, give the `baseline` in metres: P then holds -fx * baseline.
     """
     projection = np.column_stack([camera.matrix, [-camera.matrix[0, 0] * baseline, 0.0, 0.0]])
     distortion = camera.distortion if camera.distortion.size else np.zeros(5)
@@ -158,7 +169,7 @@ def camera_info_message(camera: Camera, stamp: int, frame_id: str, baseline: flo
 
 
 def pose_message(pose: Pose, stamp: int, frame_id: str) -> Any:
-    """A geometry_msgs/PoseStamped."""
+    """A geometry_msgs/PoseStamped at a stamp in nanoseconds."""
     x, y, z = (float(value) for value in pose.position)
     qx, qy, qz, qw = (float(value) for value in Rotation.from_matrix(pose.rotation).as_quat())
     return new_message(

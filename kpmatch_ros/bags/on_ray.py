@@ -1,4 +1,4 @@
-"""Bags of an archive on the workers of Ray: Ray places them, retries them, and sees who died."""
+"""Replays the bags of an archive on Ray workers: Ray places them, retries them, and detects workers that died."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ from kpmatch_ros.bags.recording import BagError, encodable
 __all__ = ["replay_on_ray"]
 
 _PATIENCE = 5.0  # seconds for a cluster to answer
-_OBJECT_STORE = 100_000_000  # bytes. Only paths and figures travel; Ray would take 30 % of the memory.
+_OBJECT_STORE = 100_000_000  # bytes. Only paths and figures are transferred; Ray's default is 30 % of the memory.
 
 
 def replay_on_ray(
     jobs: list[Job], settings: Settings, address: str, cpus: float, gpus: float, say: Callable[[str], None]
 ) -> Iterator[Row]:
-    """The figures of each bag, when it is done.
+    """Replay bags on Ray, and yield the row of each bag when it is done.
 
     The workers need the package, the weights, and the folders under the same paths.
 
     Args:
         jobs: the bags.
-        settings: of them all.
-        address: of a cluster, or local for workers of this machine.
-        cpus, gpus: that Ray keeps for one bag.
-        say: gets a sentence that is not an error.
+        settings: for all bags.
+        address: of a cluster, or local for workers on this machine.
+        cpus, gpus: number that Ray reserves for one bag.
+        say: called with each message that is not an error.
 
     Raises:
-        BagError: Ray is not installed, the cluster cannot be reached, or this machine has not enough for one bag.
-        ParameterError, WeightsError, OSError: as of :func:`replay_one`.
+        BagError: Ray is not installed, the cluster cannot be reached, or this machine has too few CPUs or GPUs for one
+            bag.
+        ParameterError, WeightsError, OSError: see :func:`kpmatch_ros.bags.archive.replay_one`.
     """
     if importlib.util.find_spec("ray") is None:
         raise BagError("--ray: needs Ray, which is not installed: pip install ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_task_oom_retries", str(ATTEMPTS - 1))  # Ray itself would try for ever
+    os.environ.setdefault("RAY_task_oom_retries", str(ATTEMPTS - 1))  # Ray's default is to retry for ever
     import ray
     from ray.exceptions import RayError, RayTaskError
 
@@ -57,7 +58,7 @@ def replay_on_ray(
             if address == "local":
                 raise BagError(text)
             say(f"{text}; the bags wait until one joins that has")
-        # Ray leaves the GPUs visible to a task that has none.
+        # Without this, Ray leaves the GPUs visible to a task that reserves none.
         environment = {"env_vars": {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}}
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=ATTEMPTS - 1, runtime_env=environment)
         task = remote(replay_one)
@@ -76,7 +77,10 @@ def replay_on_ray(
 
 @contextmanager
 def _unanswered(jobs: list[Job]) -> Iterator[set[Job]]:
-    """A set of the jobs. Of those left in it at the end no attempt is counted: their workers were ended."""
+    """A set of the jobs, from which the caller removes those that are answered.
+
+    For the jobs left at the end, this run's attempts are not counted: their workers were stopped, they did not die.
+    """
     before = {job: job.begun for job in jobs}
     unanswered = set(jobs)
     try:
@@ -87,7 +91,7 @@ def _unanswered(jobs: list[Job]) -> Iterator[set[Job]]:
 
 
 def _reason(error: Exception) -> str:
-    """Why Ray gave a bag up."""
+    """Why Ray gave up on a bag, in words."""
     from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
     text = f"{' '.join(str(error).split()):.300}"
@@ -104,7 +108,7 @@ def _connected(address: str) -> Iterator[None]:
 
     endpoint = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
     try:
-        if endpoint:  # Ray itself would try for minutes, with a line of its log for each time
+        if endpoint:  # checked first, because Ray retries for minutes and logs a line each time
             socket.create_connection((endpoint[1], int(endpoint[2])), _PATIENCE).close()
     except (OSError, OverflowError) as error:
         raise BagError(
@@ -123,8 +127,8 @@ def _connected(address: str) -> Iterator[None]:
         raise BagError(f"--ray {address}: Ray cannot be reached: {text.rstrip('.'):.300}{hint}") from error
     try:
         if in_main:
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's would leave without a word
-        with redirect_stdout(sys.stderr):  # where Ray tells of a worker that died; stdout is for the table
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler would exit without a message
+        with redirect_stdout(sys.stderr):  # Ray prints to stdout that a worker died, but stdout is for the table
             yield
     finally:
         ray.shutdown()

@@ -1,4 +1,4 @@
-"""What a bag was made from and by, as its metadata.yaml says."""
+"""Records in a bag's metadata.yaml how the bag was made: from which data, and with which software and settings."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = ["origin"]
 def origin(
     bag: Path, cameras: tuple[CameraTopics, ...], parameters: Parameters, matcher: FeatureMatcher
 ) -> dict[str, str]:
-    """Notes for a bag's custom_data: whoever finds it years later can make it again.
+    """Notes for a bag's custom_data, with which the bag can be reproduced years later.
 
     Args:
-        bag: that was read.
-        cameras: whose images were.
-        parameters: all that it was made with.
-        matcher: the networks, where they ran.
+        bag: the bag that was read.
+        cameras: the cameras whose images were read.
+        parameters: all parameters of the replay.
+        matcher: the networks, for their device and precision.
     """
     registered = (REGISTRY[name] for name in (parameters.extractor, parameters.matcher) if name in REGISTRY)
     hashes = {item.name: expected_hash(item) for item in registered}

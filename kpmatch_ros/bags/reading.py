@@ -1,4 +1,4 @@
-"""What bags hold, message by message."""
+"""Reads bags message by message."""
 
 from __future__ import annotations
 
@@ -54,7 +54,11 @@ class Topic(NamedTuple):
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Recording]:
-    """A bag that is open for reading: a folder, or a bare .mcap or .db3 file, which may be compressed (.zstd)."""
+    """Open a bag for reading: a folder, or a bare .mcap or .db3 file, which may be compressed (.zstd).
+
+    Raises:
+        BagError: the bag cannot be read, or it holds no messages in ROS 2's encoding.
+    """
     if not path.exists():
         raise BagError(f"{path}: there is no such bag")
     if not path.is_dir() and path.suffix == ".bag":
@@ -75,24 +79,24 @@ def _opened(path: Path) -> Iterator[Recording]:
 
 
 def bag_topics(path: str | Path) -> list[Topic]:
-    """The topics of a bag that hold messages, by name. Raises BagError."""
+    """The topics of a bag that hold messages, sorted by name. Raises BagError."""
     with _opened(Path(path)) as recording:
         return sorted(Topic(topic, kind, count) for (topic, kind), count in recording.counts.items() if count)
 
 
 def bag_damage(path: str | Path) -> list[str]:
-    """What cannot be read of a bag, in words, as far as its index tells. Raises BagError."""
+    """The damage that is found when a bag is opened, before its messages are read, in words. Raises BagError."""
     with _opened(Path(path)) as recording:
         return recording.damage
 
 
 def image_topics(path: str | Path) -> list[Topic]:
-    """The topics with images, compressed or not, that hold messages, by name. Raises BagError."""
+    """The topics with raw or compressed images that hold messages, sorted by name. Raises BagError."""
     return [topic for topic in bag_topics(path) if topic.type in IMAGE_TYPES]
 
 
 def bag_storage(path: str | Path) -> Storage:
-    """The storage of a bag. Raises BagError."""
+    """The storage format of a bag. Raises BagError."""
     with _opened(Path(path)) as recording:
         return recording.storage
 
@@ -102,20 +106,21 @@ def read_messages(
     topics: Collection[str] | Mapping[str, Collection[str]] | None = None,
     remarks: list[str] | None = None,
 ) -> Iterator[Record]:
-    """The messages of a bag, or of some of its topics, in the order of recording.
+    """Yield the messages of a bag, or of some of its topics, in the order of recording.
 
-    Where the bag is split over several files, these are read one after the other, as `ros2 bag play` does.
+    If the bag is split into several files, they are read one after the other, as `ros2 bag play` does.
 
     Args:
         path: of the bag.
-        topics: to read; all where not given. A mapping says of each which types are wanted: others are left out.
-        remarks: gets what is odd about the bag, in words, once the last message was read: topics and messages that were
-            left out, what is damaged, up to where a recording goes that was not finished, and numbers of messages that
-            differ from what its metadata or index declares.
+        topics: to read; all if not given. A mapping gives the types that are wanted on each topic; messages of other
+            types are left out.
+        remarks: list that receives what is odd about the bag, in words, once the last message is read: topics and
+            messages that were left out, damage, up to where an unfinished recording goes, and message counts that
+            differ from those in the metadata or the index.
 
     Raises:
-        BagError: nothing of it can be read, or it lacks a topic; or part of it is damaged, or a message cannot be
-            decoded, and there are no `remarks` to say so.
+        BagError: nothing can be read, or a topic is missing. Without `remarks`, also if a part of the bag is damaged or
+            a message cannot be decoded.
     """
     path = Path(path)
     with _opened(path) as recording:
@@ -129,7 +134,7 @@ def read_messages(
         wanted = known if topics is None else set(topics)
         types = topics if isinstance(topics, Mapping) else {}
         left_out: Counter[str] = Counter()
-        reasons: dict[str, str] = {}  # the first of each topic
+        reasons: dict[str, str] = {}  # why a message was left out: the first reason of each topic
         stores: dict[str, Typestore] = {}
         for topic, kind in recording.counts:
             if topic not in wanted or kind not in types.get(topic, [kind]):
@@ -171,7 +176,7 @@ def read_messages(
                 continue
             yield Record(found.topic, found.type, found.stamp, message)
         if remarks is not None:
-            new = recording.damage + recording.remarks  # the cause comes before what follows from it
+            new = recording.damage + recording.remarks  # the cause comes before its consequences
             for topic, reason in reasons.items():
                 total = sum(count for (name, _), count in recording.counts.items() if name == topic)
                 new.append(f"{topic}: {left_out[topic]} of {total} messages were left out; the first one {reason}")
@@ -179,14 +184,14 @@ def read_messages(
 
 
 def _store_for(kind: str, definition: Definition | None) -> tuple[Typestore, str]:
-    """The types that decode messages of one type: those that the bag defines, or else those known here.
+    """The types that decode messages of type `kind`: from the bag's definition, or else from :func:`typestore`.
 
     Returns:
-        the types, and where they are not those that the bag defines, why; or nothing where it defines none.
+        the types, and why the bag's definition was not used; the text is empty if it was used or the bag has none.
 
     Raises:
-        ValueError: what the bag defines is not the type that ROS has under this name.
-        Exception: it cannot be parsed, and is not of a type that is used here.
+        ValueError: the bag's definition has other fields than ROS's type of this name.
+        Exception: the definition cannot be parsed, and this package does not use the type itself.
     """
     if definition is None:
         return typestore(), ""
@@ -204,22 +209,22 @@ def _store_for(kind: str, definition: Definition | None) -> tuple[Typestore, str
 
 
 def _types_in(definition: Definition, kind: str) -> dict[str, Any]:
-    """The types that a definition holds, by name. Raises what its parser does."""
+    """The types that a definition holds, by name. Raises the parser's errors."""
     text = definition.content.decode().replace("\r\n", "\n").replace("\r", "\n")
     if definition.form == "msg":
         return dict(get_types_from_msg(text, kind))
     types: dict[str, Any] = {}
-    for part in text.split("=" * 80 + "\n"):  # one .idl file, or several, each below a line of "=" and its name
+    for part in text.split("=" * 80 + "\n"):  # one .idl file, or several, each after a line of "=" and its name
         if part:
             types.update(get_types_from_idl(part.split("\n", 1)[1] if part.startswith("IDL: ") else part))
     return types
 
 
 def _absent_types(store: Typestore, kind: str) -> list[str]:
-    """Which types of ROS are absent that a type is made of, or it itself. Those that are there have its fields.
+    """The types that `store` lacks, among `kind` and all types of its fields. Those it has are equal to ROS's.
 
     Raises:
-        ValueError: one has other fields.
+        ValueError: a type has other fields than in ROS.
     """
     if kind not in store.fielddefs:
         return [kind]
@@ -237,9 +242,9 @@ def _absent_types(store: Typestore, kind: str) -> list[str]:
 
 
 def read_ground_truth(path: str | Path, topic: str = GROUND_TRUTH) -> tuple[NDArray[np.int64], list[Pose]]:
-    """Stamps (N,), nanoseconds, and poses of the camera in the world from a topic of geometry_msgs/PoseStamped.
+    """Read stamps (N,) in nanoseconds, and N poses of the camera in the world, from a geometry_msgs/PoseStamped topic.
 
-    The pose is that of the optical frame: x_world = rotation x_camera + position. Raises BagError.
+    Each pose is that of the optical frame: x_world = rotation x_camera + position. Raises BagError.
     """
     stamps, poses = [], []
     for _, type_name, _, message in read_messages(path, [topic]):

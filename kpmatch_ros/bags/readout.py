@@ -1,4 +1,4 @@
-"""Which `readout_time` explains the matches of a recording best."""
+"""Searches for the `readout_time` of a rolling shutter that explains the matches of a recording best."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from kpmatch_ros.parameters import Parameters
 
 __all__ = ["Readout", "ReadoutSearch"]
 
-_STEP = 0.004  # seconds between two times that are tried
-_LONGEST = 0.072
+_STEP = 0.004  # seconds between two candidate times
+_LONGEST = 0.072  # seconds; all candidates are shorter
 _FEWEST = 10  # pairs
-_ALIKE = 0.2  # part of its time by which that of the pair before may differ
-_SURE = 0.008  # seconds
-_RESAMPLED = 500  # times, with pairs drawn anew
-_FLOOR = 0.02  # pixels: as exact as matches are, at best
+_ALIKE = 0.2  # largest difference of the previous pair's interval, as a fraction of this pair's
+_SURE = 0.008  # seconds: width of the 90 % interval below which the result is trusted
+_RESAMPLED = 500  # bootstrap samples
+_FLOOR = 0.02  # pixels: matches are at best this accurate, so smaller residuals count for no more
 
 
 class Readout(NamedTuple):
-    """Seconds, with the 90 % interval from drawing the pairs anew."""
+    """The best readout time and its 90 % bootstrap interval, in seconds, and the number of pairs."""
 
     best: float
     low: float
@@ -36,15 +36,16 @@ class Readout(NamedTuple):
 
     @property
     def is_sure(self) -> bool:
-        """Whether the interval is narrow enough to choose a time by."""
+        """Whether the interval is narrow enough to set `readout_time` to the best time."""
         return self.high - self.low < _SURE
 
 
 class ReadoutSearch:
-    """Estimates each pose of one camera as if its images were read in so many seconds, and compares what is left.
+    """Estimates each pose of one camera with several candidate readout times, and compares the residuals.
 
-    While the camera turns, matches of a rolling shutter's images are near one motion's epipolar lines only once the
-    time is right. How large residuals are is compared by the logarithm of their median, for all matches of a pair.
+    While a camera with a rolling shutter turns, the matches agree with the epipolar geometry of one motion only if the
+    readout time is right. The cost of a candidate for a pair is the number of its matches times the logarithm of their
+    median absolute residual.
 
     Args:
         parameters: those of the replay.
@@ -58,7 +59,7 @@ class ReadoutSearch:
         self._last: tuple[Frame | None, int, list[Motion | None]] = None, 0, []
 
     def add(self, result: Result, milliseconds: float) -> None:
-        """The next frame."""
+        """Add the next frame. It is ignored unless it has an OK pose of one camera."""
         pair = result.pair
         if (
             pair is None
@@ -80,7 +81,16 @@ class ReadoutSearch:
             self._intervals.append(1e-9 * interval)
 
     def _motion(self, pair: Pair, readout: float, before: Motion | None) -> tuple[Motion | None, float]:
-        """The motion with a readout, and the cost of what is left; infinite without a motion."""
+        """Estimate a pair's motion with one candidate.
+
+        Args:
+            pair: to estimate.
+            readout: the candidate as a fraction of the pair's interval, 0 to 1.
+            before: motion of the previous pair with the same candidate; None if it is not known.
+
+        Returns:
+            the motion, and its cost; None and infinity if the motion cannot be estimated.
+        """
         cameras = pair.reference.camera, pair.current.camera
         if not 0 <= readout <= 1 or cameras[0] is None or cameras[1] is None:
             return None, math.inf
@@ -101,10 +111,10 @@ class ReadoutSearch:
         return motion, len(residuals) * math.log(math.hypot(float(np.median(np.abs(residuals))), _FLOOR))
 
     def found(self) -> Readout | None:
-        """The time that explains all pairs best; None where there are too few."""
+        """The time that explains all pairs best; None if there are too few pairs."""
         if not self._costs:
             return None
-        # Nothing is read for longer than until the next image.
+        # Reading an image takes no longer than the interval to the next image.
         tried = self._times <= np.median(self._intervals)
         costs, times = np.array(self._costs)[:, tried], self._times[tried]
         costs = costs[np.isfinite(costs).all(axis=1)]
@@ -115,7 +125,7 @@ class ReadoutSearch:
         return Readout(_lowest(times, costs.sum(axis=0)), float(low), float(high), len(costs))
 
     def in_words(self) -> str:
-        """What was found, and what to do."""
+        """The result and what the user should do, in words."""
         found = self.found()
         if found is None:
             return (
@@ -130,7 +140,7 @@ class ReadoutSearch:
 
 
 def _lowest(times: np.ndarray, costs: np.ndarray) -> float:
-    """Where the parabola through the lowest cost and its neighbours is lowest, seconds."""
+    """The minimum of the parabola through the lowest cost and its two neighbours, seconds."""
     middle = int(np.clip(costs.argmin(), 1, len(costs) - 2))
     left, here, right = costs[middle - 1 : middle + 2]
     bend = left - 2 * here + right

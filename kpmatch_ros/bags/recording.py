@@ -1,7 +1,8 @@
-"""A recording: the files of a bag, and what its metadata says of them.
+"""Opens a recording: the files of a bag, and their metadata.
 
-metadata.yaml is taken as a hint. Bags come with poor ones: written by hand, by another tool, or by a recorder that was
-killed. What the files hold is what is read. Where the metadata or an index declares something else, a remark says so.
+metadata.yaml is only a hint, because it is often wrong: written by hand, by another tool, or by a recorder that was
+killed. The content of the files is authoritative. If the metadata or an index declares something else, a remark says
+so.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ __all__ = [
 Storage = Literal["mcap", "sqlite3"]
 
 _SUFFIXES = (".mcap", ".db3")
-_ZSTD = b"\x28\xb5\x2f\xfd"  # what a compressed message or file begins with; a message that is not begins with 0
+_ZSTD = b"\x28\xb5\x2f\xfd"  # magic bytes of a compressed message or file; an uncompressed message begins with 0
 
 
 class BagError(ValueError):
@@ -55,22 +56,22 @@ class BagError(ValueError):
 
 
 class OutputError(BagError):
-    """There is no place to write to: the disk is full, say. The bag that is read is not at fault."""
+    """The output cannot be written, for example because the disk is full. The bag that is read is not at fault."""
 
 
 @contextmanager
 def explained(path: Path, what: str = "cannot be read") -> Iterator[None]:
-    """Turn any error of the parsers, or of the writers, into a BagError."""
+    """Turn any error of the parsers or writers into a BagError."""
     try:
         yield
     except BagError:
         raise
-    except Exception as error:  # storages, compressions and message parsers have errors of their own
+    except Exception as error:  # storages, compressions and message parsers raise errors of their own types
         raise BagError(f"{path}: {what}: {with_remedy(reason_of(error), path)}") from error
 
 
 def with_remedy(reason: str, path: Path) -> str:
-    """Why a file, or a bag's folder, cannot be read, and what may help, unless that is said already."""
+    """The reason why a file or a bag's folder cannot be read, with a remedy appended unless it names one already."""
     if "mcap recover" in reason or ".recover`" in reason:
         return reason
     if "database" in reason and "malformed" in reason:
@@ -98,15 +99,15 @@ class Recording:
     """An open bag: a folder, or a bare .mcap or .db3 file.
 
     Attributes:
-        storage: of its messages.
-        counts: messages in ROS 2's encoding, by topic and type.
-        foreign: the other topics that hold messages, with their encoding.
-        definitions: of the types; those that the bag does not define are absent.
+        storage: format of its files.
+        counts: number of messages in ROS 2's encoding, by topic and type.
+        foreign: topics that hold messages in another encoding, and that encoding.
+        definitions: message definitions by type; types that the bag does not define are absent.
         remarks: what is odd about the bag, in words for the user. Reading may add to them.
 
     Raises:
-        BagError: the folder is no bag, or files of it are missing, or none can be read.
-        OSError: metadata.yaml, or the folder, cannot be read.
+        BagError: the folder is not a bag, some of its files are missing, or none of them can be read.
+        OSError: metadata.yaml or the folder cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -114,8 +115,8 @@ class Recording:
         self.foreign: dict[str, str] = {}
         self.definitions: dict[str, Definition] = {}
         self.remarks: list[str] = []
-        self._declared: dict[str, int] = {}
-        self._types: dict[str, str] = {}  # as metadata.yaml has them, by topic
+        self._declared: dict[str, int] = {}  # number of messages by topic, from metadata.yaml
+        self._types: dict[str, str] = {}  # by topic, from metadata.yaml
         self._files: dict[str, StorageFile] = {}  # by name
         self._lost: list[str] = []  # files that cannot be read
         self._stack = ExitStack()
@@ -125,7 +126,7 @@ class Recording:
             for file in files:
                 try:
                     self._open(file)
-                except (OutputError, MemoryError, OSError, sqlite3.OperationalError):  # of the machine, not the bag
+                except (OutputError, MemoryError, OSError, sqlite3.OperationalError):  # the machine's, not the bag's
                     raise
                 except Exception as error:
                     reason = with_remedy(reason_of(error), file)
@@ -141,15 +142,15 @@ class Recording:
 
     @property
     def damage(self) -> list[str]:
-        """What cannot be read of the bag, in words for the user. Reading may add to it."""
+        """Which parts of the bag cannot be read, in words for the user. Reading may add to it."""
         return self._lost + [f"{name}: {each}" for name, file in self._files.items() for each in file.damage]
 
     def close(self) -> None:
-        """Remove what was decompressed."""
+        """Remove the temporary files that were decompressed."""
         self._stack.close()
 
     def messages(self, topics: Collection[str]) -> Iterator[Raw]:
-        """The messages on some topics, file by file, each in the order of recording."""
+        """Yield the messages on some topics: file by file, and within a file in the order of recording."""
         read: Counter[str] = Counter()
         for storage in self._files.values():
             wanted = {
@@ -175,7 +176,7 @@ class Recording:
                 if old := sorted(entry.name for entry in folder.glob("*.bag") if entry.is_file()):
                     raise BagError(f"{folder}: is not a bag of ROS 2; {old[0]} is one of ROS 1: name that file")
                 raise BagError(f"{folder}: is not a bag; a bag's folder holds metadata.yaml and .mcap or .db3 files")
-            # A recording that was killed before it wrote its metadata has one file, or several that are numbered.
+            # A recorder that was killed before it wrote the metadata leaves one file, or several numbered files.
             if len(present) > 1:
                 if not _are_numbered(present):
                     raise BagError(
@@ -203,7 +204,7 @@ class Recording:
         return listed
 
     def _read_metadata(self, file: Path) -> list[str]:
-        """The names of the bag's files. Every key may be absent."""
+        """Read declared counts and types, and return the names of the bag's files. Every key may be absent."""
         content = bag_information(file)
         for entry in _list(content, "topics_with_message_count"):
             about = entry.get("topic_metadata") if isinstance(entry, dict) else None
@@ -269,22 +270,22 @@ class Recording:
 
 
 def encodable(text: str) -> str:
-    """A text that holds a file's name, which need not be UTF-8, with what UTF-8 cannot hold escaped."""
+    """The text with everything escaped that UTF-8 cannot hold. File names in it need not be UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def bag_information(file: Path) -> dict[str, Any]:
-    """What a metadata.yaml says of its bag. Every key may be absent.
+    """The rosbag2_bagfile_information of a metadata.yaml. Every key may be absent.
 
     Raises:
-        ValueError: it is damaged, or says nothing of a bag.
-        OSError: it cannot be read.
+        ValueError: the file is damaged, or does not describe a bag.
+        OSError: the file cannot be read.
     """
     try:
         tree = _parsed(file.read_text(encoding="utf-8"))
     except OSError:
         raise
-    except Exception as error:  # what PyYAML raises of a value that is none of its tag, or of deep nesting, is its own
+    except Exception as error:  # PyYAML raises many types, for example for a value unlike its tag or for deep nesting
         said = str(error) if isinstance(error, (ValueError, yaml.YAMLError)) else f"{type(error).__name__}: {error}"
         reason = " ".join(said.replace('in "<unicode string>", ', "").split())
         raise ValueError(
@@ -298,32 +299,32 @@ def bag_information(file: Path) -> dict[str, Any]:
 
 
 def has_stored_name(name: str) -> bool:
-    """Whether a file may be one of a bag's, by its name. macOS writes `._drive_0.mcap` beside drive_0.mcap."""
+    """Whether a file may belong to a bag, by its name. macOS writes `._drive_0.mcap` beside drive_0.mcap."""
     return not name.startswith(".") and name.removesuffix(".zstd").endswith(_SUFFIXES)
 
 
 def stored_files(folder: Path) -> list[Path]:
-    """What a bag's folder holds that may be the bag's by its name, in the order of recording.
+    """The entries of a folder that may belong to a bag by their names, in the order of recording.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the folder cannot be read.
     """
     return sorted((entry for entry in folder.iterdir() if has_stored_name(entry.name)), key=_natural)
 
 
 def _listed(folder: Path, names: list[str]) -> list[Path]:
-    return list(dict.fromkeys(_as_it_is_now(folder / name) for name in names))  # one may be named twice
+    return list(dict.fromkeys(_as_it_is_now(folder / name) for name in names))  # metadata may name a file twice
 
 
 def own_files(folder: Path) -> list[Path]:
-    """The files of a bag's folder that holds nothing else, so that the bag can be replaced.
+    """The files of a bag's folder, which must hold nothing else, so that the bag can be replaced.
 
     Raises:
-        BagError: it is no bag's folder, or something in it is not the bag's.
-        OSError: it cannot be read.
+        BagError: the folder is not a bag, or holds something that does not belong to the bag.
+        OSError: the folder cannot be read.
     """
     try:
-        if folder.is_symlink():  # what it names lies elsewhere
+        if folder.is_symlink():  # its files are elsewhere
             raise ValueError
         names = _file_names(bag_information(folder / "metadata.yaml"))
     except (ValueError, FileNotFoundError, NotADirectoryError):
@@ -342,8 +343,8 @@ def _file_names(content: dict[str, Any]) -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def _parsed(text: str) -> Any:
-    """What YAML text holds. A bag is opened several times, and a thousand topics take a second."""
-    return yaml.safe_load(text)  # libyaml's loader is faster, and text that is nested deeply makes it crash
+    """Parse YAML text. It is cached: a bag is opened several times, and parsing a thousand topics takes a second."""
+    return yaml.safe_load(text)  # not libyaml's faster loader, because deeply nested text makes it crash
 
 
 def _list(content: dict[str, Any], key: str) -> list[Any]:
@@ -352,18 +353,21 @@ def _list(content: dict[str, Any], key: str) -> list[Any]:
 
 
 def _as_it_is_now(file: Path) -> Path:
-    """A file, or where it was compressed or decompressed since its metadata was written, what became of it."""
+    """The path of a file, or of its compressed or decompressed form if only that exists.
+
+    The file may have been compressed or decompressed after its metadata was written.
+    """
     other = file.with_suffix("") if file.suffix == ".zstd" else file.with_name(f"{file.name}.zstd")
     return other if other.is_file() and not file.exists() else file
 
 
 def _natural(path: Path) -> list[Any]:
-    """bag_2.db3 comes before bag_10.db3."""
+    """Sorting key by which bag_2.db3 comes before bag_10.db3."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def _are_numbered(files: list[Path]) -> bool:
-    """Whether files that are sorted have the names that rosbag2 gives those of one bag: drive_0.mcap, drive_1.mcap."""
+    """Whether sorted files are numbered as rosbag2 numbers the files of one bag: drive_0.mcap, drive_1.mcap."""
     found = [re.fullmatch(r"(.+)_(0|[1-9]\d*)(\.\w+)", file.name.removesuffix(".zstd")) for file in files]
     parts = [match.groups() for match in found if match is not None]
     first = int(parts[0][1]) if parts else 0
@@ -373,13 +377,16 @@ def _are_numbered(files: list[Path]) -> bool:
 
 
 def _in_short(files: list[Path]) -> str:
-    """The names of files that are sorted, or where these are many, of the first and the last one."""
+    """The names of sorted files; of more than four, only the first and the last name."""
     names = [file.name for file in files]
     return ", ".join(names) if len(names) <= 4 else f"{names[0]} to {names[-1]}"
 
 
 def is_unfinished(bag: Path) -> bool:
-    """Whether a file of a bag may still be written, or was not finished: an MCAP without its end, a log of SQLite's."""
+    """Whether a file of a bag is still being written, or was not finished.
+
+    Such an MCAP file lacks its end, and such an SQLite file has a write-ahead log.
+    """
 
     def is_open(file: Path) -> bool:
         if file.suffix == ".mcap":
@@ -392,7 +399,7 @@ def is_unfinished(bag: Path) -> bool:
 
 
 def is_recording(file: Path) -> bool:
-    """Whether a file begins as those of bags do: MCAP, SQLite, or one compressed as a whole."""
+    """Whether a file begins with the magic bytes of MCAP, SQLite or zstd."""
     if not file.is_file():
         return False
     with file.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""A bag in, a bag out: what the matcher node would publish, every frame in order, without ROS. `kpmatch bag`."""
+"""Replays a bag without ROS: writes a bag of what the node would publish for every frame in order. `kpmatch bag`."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ from kpmatch_ros.source_files import overwritten
 __all__ = ["replay"]
 
 _TF_STATIC = "/tf_static"
-_MOST_WAITING = 100  # frames, whatever the recorder's clock says: that memory stays bounded
-_PAUSE = 10  # times as long as nine of ten steps from image to image: the recording paused
-_LOOK = 100_000_000  # nanoseconds after which the node looks whether a camera has fallen silent
-_MOST_LOOKS = 100  # between two messages: longer, nothing new is found
+_MOST_WAITING = 100  # frames; bounds the memory, whatever the recorder's clock says
+_PAUSE = 10  # times the 90th percentile of the steps between images: a longer step is a pause of the recording
+_LOOK = 100_000_000  # nanoseconds between two checks whether a camera of a pair has fallen silent, as in the node
+_MOST_LOOKS = 100  # checks between two messages: further ones find nothing new
 _INFO_OPTIONS = {"mono": ["--camera-info"], "stereo": ["--left-info", "--right-info"]}
 
 
 class _Waiting(NamedTuple):
     """A frame that waits for its masks or its calibration."""
 
-    images: tuple[Any, ...]  # messages: one, or left and right
+    images: tuple[Any, ...]  # image messages: one, or left and right
     recorded_at: int  # nanoseconds
 
 
@@ -64,39 +64,42 @@ def replay(
     landmarks: bool = False,
     readout: bool = False,
 ) -> Report:
-    """Write a bag of what the node would publish for a bag's camera, or for its stereo pair of cameras.
+    """Write a bag with everything the node would publish for a bag's camera, or for its stereo pair.
 
-    The topics are matches and relative_pose, in stereo also stereo_matches, with publish_odometry odometry and /tf, and
-    features, landmarks and match_image where they are wanted. Messages have the stamps of their images and are
-    recorded when these were: in stereo, when the later one was. The bag has the storage of the one read, and says in
-    its custom_data what it was made from and by. It is written whole or not at all.
+    The topics are matches and relative_pose; in stereo also stereo_matches; with publish_odometry also odometry and
+    (with publish_tf) /tf; and features, landmarks and match_image if they are requested. Messages have the stamps of
+    their images, and the record time of these: in stereo, that of the later image. The new bag has the storage format
+    of the source, and its custom_data records how it was made. It is written completely or not at all.
 
     Args:
         bag: to read.
         out: folder to write, which must not exist.
-        cameras: one, or with mode stereo the left and the right one.
-        parameters: as the node's. Every frame is processed: `queue` is all.
-        poses: text file for the chained poses in TUM's format.
-        page: HTML file for a page with everything that the replay shows, see :class:`HtmlReport`.
-        rerun: file for the Rerun viewer with the same, see :class:`RerunRecording`.
+        cameras: one camera, or in mode stereo the left and the right one.
+        parameters: as the node's. Every frame is processed: `queue` is set to all.
+        poses: text file for the chained poses in the TUM format.
+        page: HTML file for a report of the replay, see :class:`HtmlReport`.
+        rerun: file for the Rerun viewer with the same content, see :class:`RerunRecording`.
         features: write `features` too.
         match_image: write `match_image` too.
         landmarks: in stereo, write `landmarks` too.
-        readout: of one camera, look for the `readout_time` that explains the matches best, too.
+        readout: for one camera, also search for the `readout_time` that explains the matches best.
+
+    Returns:
+        the figures of the replay.
 
     Raises:
-        OutputError: when there is no place for what is to be written.
-        BagError: when the bag is broken, none of its images can be used, or `out` exists.
-        ParameterError, WeightsError: when the networks cannot be loaded, or odometry is asked of one camera.
-        OSError: when a file cannot be written.
-        ValueError: when there are more or fewer cameras than the mode has.
+        OutputError: the output cannot be written, for example because the disk is full.
+        BagError: the bag is broken, none of its images can be used, or `out` exists.
+        ParameterError, WeightsError: the networks cannot be loaded, or odometry is requested for one camera.
+        OSError: a file cannot be written.
+        ValueError: the number of cameras does not fit the mode.
     """
     stereo = parameters.mode == "stereo"
     if len(cameras) != 1 + stereo:
         raise ValueError(f"mode {parameters.mode} with {len(cameras)} cameras")
     check_odometry(parameters)
     try:
-        os.lstat(out.with_name(f"{out.name}.mcap"))  # the longest name that will be written
+        os.lstat(out.with_name(f"{out.name}.mcap"))  # checked early: the longest name that will be written
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise BagError(f"{out}: cannot be written: {error.strerror}; choose another name") from error
@@ -120,7 +123,7 @@ def replay(
     front_end = FrontEnd(parameters.replace({"queue": "all"}))
     front_end.matcher.warm_up()
     with ExitStack() as stack:
-        # The last to be entered is the first to end: all are finished, then the bag is moved to its place, then files.
+        # The stack unwinds in reverse: all outputs are finished, then the bag is moved to its place, then the files.
         text, page_file, file = (
             None if path is None else stack.enter_context(_whole_or_not(path)) for path in (poses, page, rerun)
         )
@@ -180,7 +183,7 @@ def _outputs(parameters: Parameters, wanted: set[str]) -> dict[str, str]:
 
 
 def _check_place(file: Path, bag: Path, out: Path) -> None:
-    """Refuse a file in the place of something else, before the work rather than after it."""
+    """Raise BagError if a file would replace something else. It is checked before the work, not after it."""
     place = file.resolve()
     if place == out.resolve():
         raise BagError(f"{file}: is to hold the bag, so it cannot be a file too; choose another name for one of them")
@@ -190,7 +193,7 @@ def _check_place(file: Path, bag: Path, out: Path) -> None:
         raise BagError(f"{file}: is a folder; give the name of a file")
     if (place.name == "metadata.yaml" and place.exists()) or is_recording(place):
         raise BagError(f"{file}: belongs to a bag; choose another name")
-    if place.exists() and not place.is_file():  # /dev/null would become a file, and be one for all of the machine
+    if place.exists() and not place.is_file():  # /dev/null would become a regular file for the whole machine
         raise BagError(f"{file}: is a device or a pipe, which cannot be replaced; give the name of a file")
 
 
@@ -204,21 +207,21 @@ def _process(
     watchers: Sequence[HtmlReport | RerunRecording | ReadoutSearch],
 ) -> Report:
     report = Report(cameras)
-    recorded: list[int] = []  # when the images of the first camera were, nanoseconds
+    recorded: list[int] = []  # record times of the first camera's images, nanoseconds
     images = 0
     waiting: deque[_Waiting] = deque()
-    at_hand = 0  # when the frame at hand was recorded
+    at_hand = 0  # record time of the frame that is processed, nanoseconds
 
     def publish(topic: str, message: Any) -> None:
         writer.write(f"/{topic.lstrip('/')}", message, at_hand)
 
     sides = {camera.image: side for side, camera in enumerate(cameras)}
     pipeline = Pipeline(front_end, list(sides), publish, wanted.__contains__, report, new_message)
-    infos: dict[str, list[int]] = {}  # one topic may be given for both cameras
+    infos: dict[str, list[int]] = {}  # sides by topic: both cameras may share one topic
     for side, camera in enumerate(cameras):
         if camera.camera_info:
             infos.setdefault(camera.camera_info, []).append(side)
-            # Images that were recorded before the first calibration have that one.
+            # Images that were recorded before the first calibration use that one.
             first = next(read_messages(bag, {camera.camera_info: [CAMERA_INFO_TYPE]}, []), None)
             if first is None:
                 report.faults.append(
@@ -231,7 +234,7 @@ def _process(
         odd: list[str] = []
         for record in read_messages(bag, {_TF_STATIC: [TF_TYPE]}, odd):
             pipeline.transforms.update(record.message)
-        # What is odd about the whole bag, reading the images tells.
+        # Remarks about the whole bag come when the images are read, so only those about this topic are kept.
         report.remarks += [remark for remark in odd if remark.startswith(f"{_TF_STATIC}: ")]
     masks: dict[str, list[int]] = {}
     for side, camera in enumerate(cameras):
@@ -240,11 +243,11 @@ def _process(
     pipeline.masks.expected = [side for sides_of_mask in masks.values() for side in sides_of_mask]
 
     def process(now: int | None) -> None:
-        """Process the frames that are complete, or have waited for long; all of them where now is None."""
+        """Process the frames that are complete or have waited long enough; all frames if `now` is None."""
         nonlocal at_hand
         while waiting and (
             now is None
-            or abs(now - waiting[0].recorded_at) > PATIENCE * 1e9  # the recorder's clock may go back
+            or abs(now - waiting[0].recorded_at) > PATIENCE * 1e9  # abs, because the recorder's clock may go back
             or len(waiting) > _MOST_WAITING
             or pipeline.complete(waiting[0].images)
         ):
@@ -261,7 +264,7 @@ def _process(
     looked: int | None = None
 
     def listen(until: int) -> None:
-        """Let the recorder's clock go on: a camera of a pair that has fallen silent is told of, as by the node."""
+        """Advance the recorder's clock. As in the node, a pose reports a camera of a pair that has fallen silent."""
         nonlocal looked, at_hand
         if looked is None or until < looked:
             looked = until
@@ -281,7 +284,7 @@ def _process(
         **dict.fromkeys(sides, IMAGE_TYPES),
     }
     started = time.perf_counter()
-    # disable=None: no bar where stderr is no terminal
+    # disable=None: no progress bar if stderr is not a terminal
     with tqdm(total=cameras[0].num_images, desc="frames", unit="frame", disable=None, leave=False) as bar:
         for topic, _, recorded_at, message in read_messages(bag, wanted_types, report.remarks):
             listen(recorded_at)
@@ -312,9 +315,10 @@ def _process(
 
 
 def _period(stamps: list[int]) -> float:
-    """Mean time between images, recorded at these nanoseconds, seconds; 0 of one. Pauses of the recording do not count.
+    """Mean time between images in seconds, from their record times in nanoseconds; 0 for a single image.
 
-    Images may have been recorded in bursts: most of the steps are then shorter.
+    Pauses of the recording do not count. A pause is measured against the 90th percentile of the steps, because images
+    may have been recorded in bursts: most steps are then shorter than the usual one.
     """
     steps = np.sort(np.abs(np.diff(stamps)))
     if not len(steps):
@@ -325,23 +329,23 @@ def _period(stamps: list[int]) -> float:
 
 @contextmanager
 def _whole_or_not(path: Path) -> Iterator[Path]:
-    """A place to write a file or folder that moves to `path` when all went well, and otherwise leaves no trace.
+    """Give a temporary path for a file or folder. It is moved to `path` on success, and otherwise leaves no trace.
 
-    Where `path` is a link, the file that it names is written.
+    If `path` is a link, the file that it points to is replaced.
     """
     target = path.resolve()
-    folder = target.parent / f".kpmatch.{secrets.token_hex(8)}"  # the name itself may be as long as names can be
+    folder = target.parent / f".kpmatch.{secrets.token_hex(8)}"  # the name itself may already have the largest length
     place = folder / path.name
     try:
-        folder.mkdir(mode=0o700)  # in here, so that it is removed where a signal comes at once
+        folder.mkdir(mode=0o700)  # inside the try, so that it is removed if a signal comes at once
         yield place
         os.replace(place, target)
-    except BagError as error:  # it names the place that nobody knows
+    except BagError as error:  # its text names the temporary path, which the user does not know
         raise type(error)(str(error).replace(str(place), str(path))) from error
-    except OSError as error:  # a disk that is full does not say of which file
+    except OSError as error:  # a full disk does not report the file
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR) and target.exists():
             raise BagError(f"{path}: was made by another program while this one ran; choose another name") from error
-        if str(folder) in map(str, (error.filename, error.filename2)):  # nobody knows it
+        if str(folder) in map(str, (error.filename, error.filename2)):  # the user does not know the temporary folder
             raise OutputError(f"{path}: cannot be written to {target.parent}: {error.strerror}") from error
         if error.filename is not None:
             raise

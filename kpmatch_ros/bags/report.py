@@ -1,4 +1,4 @@
-"""The figures of a replay, for people and for programs."""
+"""Collects the figures of a replay, as text for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ from kpmatch_ros.geometry.pose import PoseStatus
 __all__ = ["Report"]
 
 
-_BARREN = 0.2  # part of the frames with hardly a match that is worth a word
+_BARREN = 0.2  # fraction of frames with hardly a match above which the report says so
 
 
 @dataclass
 class Report:
-    """What a replay did.
+    """The figures of a replay.
 
-    It hears of a pipeline's events, see :class:`kpmatch_ros.events.Events`.
+    It receives a pipeline's events, see :class:`kpmatch_ros.events.Events`.
 
     Attributes:
-        cameras: one, or the left and the right one.
+        cameras: one camera, or the left and the right one.
         size: width and height of the last image, pixels.
         latencies: of each frame, from its (last) message to its results in the bag, milliseconds.
-        keypoints: of each frame.
-        matches, inliers: of each pair of frames. Without calibration nothing is known of inliers, and they have none.
-        stereo_matches, stereo_inliers: of each pair of images, likewise.
-        poses: how many poses have which status.
-        rejections: how many frames could not be used, by reason.
-        refusals: how many frames had a calibration that could not be used, by reason.
-        stamp_faults: how many images have a stamp that is zero or repeats.
-        mask_faults: how many images have no mask, one that cannot be used, or one that hides everything;
-            and how many masks were let go.
-        doubts: how many frames have something about them that is hardly meant so, by kind.
-        interruptions: how many frames could not follow the one before, by reason: time jumped, or the frame_id changed.
-        barren: how many frames have too few keypoints or matches for a pose.
-        without_partner: of a stereo pair, how many images on each topic found no partner. A frame is a pair.
-        faults: what was wrong, in words: the first of each kind.
-        first_rejection: why the first frame that was rejected could not be used; empty where none was.
-        remarks: what is odd about the bag that was read, in words, as numbers of messages that its metadata does not
-            declare.
+        keypoints: number for each frame.
+        matches, inliers: numbers for each pair of frames. A pair without calibration has no entry in `inliers`.
+        stereo_matches, stereo_inliers: numbers for each stereo pair of images, likewise.
+        poses: number of poses by status.
+        rejections: number of frames that could not be used, by reason.
+        refusals: number of frames whose calibration could not be used, by reason.
+        stamp_faults: number of images whose stamp is zero or repeated, by fault and topic.
+        mask_faults: number of images without a mask, with an unusable mask, or with a mask that hides everything, and
+            number of masks that were dropped, by fault and topic.
+        doubts: number of frames with a suspicious property that is probably not intended, by kind.
+        interruptions: number of frames that could not follow the previous one, by reason: time jumped, or the frame_id
+            changed.
+        barren: number of frames with too few keypoints or matches for a pose.
+        without_partner: in stereo, number of images without a partner, by topic. A frame is a pair of images.
+        faults: what was wrong, in words: the first case of each kind.
+        first_rejection: why the first rejected frame could not be used; empty if none was rejected.
+        remarks: what is odd about the bag that was read, in words, such as message counts that differ from its
+            metadata.
         recorded: time from the first to the last image, seconds.
-        period: mean time from one image of a camera to the next as they were recorded, without pauses, seconds; 0 of
-            one image.
+        period: mean time between two recorded images of a camera, without pauses, seconds; 0 for a single image.
         elapsed: time that the replay took, seconds.
-        breaks: of the chain of poses.
-        chain_doubts: how many steps of this chain are the likelier of two motions.
-        odometry_breaks: of the chain of odometry; None where it was not written.
-        readout: the search for the parameter `readout_time`; None where it was not wanted.
+        breaks: number of breaks in the chain of poses.
+        chain_doubts: number of steps in this chain that use the likelier of two motions.
+        odometry_breaks: number of breaks in the odometry; None if no odometry was written.
+        readout: the search for the parameter `readout_time`; None if it was not requested.
     """
 
     cameras: tuple[CameraTopics, ...]
@@ -88,7 +88,7 @@ class Report:
     _unpaired_because: dict[str, str] = field(default_factory=dict)  # the last explanation, by topic
 
     def processed(self, result: Result, milliseconds: float) -> None:
-        """A frame went all the way."""
+        """Count a frame that was fully processed."""
         self.size = result.frame.features.size
         self.latencies.append(milliseconds)
         self.keypoints.append(len(result.frame.keypoints))
@@ -102,51 +102,52 @@ class Report:
                 self.inliers.append(result.pair.num_inliers)
 
     def rejected(self, reason: str, explanation: str) -> None:
-        """A frame could not be used."""
+        """Count a frame that could not be used."""
         self.first_rejection = self.first_rejection or explanation
         self._fault(self.rejections, reason, explanation)
 
     def calibration_refused(self, reason: str, explanation: str) -> None:
-        """A frame was processed without its calibration, which could not be used."""
+        """Count a frame that was processed without its calibration, because the calibration could not be used."""
         self._fault(self.refusals, reason, explanation)
 
     def doubted(self, kind: str, explanation: str) -> None:
-        """Something about a frame is hardly meant so."""
+        """Count a frame with a suspicious property that is probably not intended."""
         self._fault(self.doubts, kind, explanation)
 
     def interrupted(self, explanation: str) -> None:
-        """A frame could not follow the one before. A pose with its own status says so too."""
-        self._fault(self.interruptions, re.split(r"[\d']", explanation)[0].strip(), explanation)  # up to its values
+        """Count a frame that could not follow the previous one. A pose with a status for this says so too."""
+        # The reason is the text before its values.
+        self._fault(self.interruptions, re.split(r"[\d']", explanation)[0].strip(), explanation)
 
     def stamp_fault(self, fault: str, topic: str, explanation: str) -> None:
-        """An image's stamp says nothing of its time."""
+        """Count an image whose stamp is not its time."""
         self._fault(self.stamp_faults, f"{fault} on {topic}", explanation)
 
     def mask_fault(self, fault: str, topic: str, explanation: str) -> None:
-        """An image was processed without its mask, its mask is odd, or masks meet no image."""
+        """Count an image processed without its mask, an image with an odd mask, or masks without an image."""
         self._fault(self.mask_faults, f"{fault} on {topic}", explanation)
 
     def matched(self, fault: str) -> None:
-        """A frame was matched; the fault says why next to nothing came of it."""
+        """Count a matched frame as barren if `fault` says why it has too few keypoints or matches."""
         if fault:
             self.barren += 1
             self._barren_because = fault
 
     def unpaired(self, topic: str, images: int, explanation: str) -> None:
-        """Images of one camera of a stereo pair found no partner."""
+        """Count images of one camera of a stereo pair that found no partner."""
         self.without_partner[topic] += images
         self._unpaired_because[topic] = explanation
 
     def pose(self, status: PoseStatus) -> None:
-        """A pose was written."""
+        """Count a pose that was written."""
         self.poses[status.name] += 1
 
     def odometry(self, breaks: int, explanation: str) -> None:
-        """A pose was added to the odometry, whose chain broke so many times."""
+        """Note the number of breaks in the odometry so far."""
         self.odometry_breaks = breaks
 
     def finish(self) -> None:
-        """Name what only the end of the bag tells."""
+        """Add the faults that are known only at the end of the bag."""
         if self.barren > _BARREN * len(self.latencies):
             self.faults.append(
                 f"{self.barren} of {len(self.latencies)} frames have hardly a match; of the last of them: "
@@ -161,7 +162,7 @@ class Report:
             self.faults.append(explanation)
 
     def figures(self) -> dict[str, Any]:
-        """All of it as JSON can hold it; a median of nothing is null."""
+        """The figures as a dict for JSON; a median without values is None (null)."""
         names = ("image",) if len(self.cameras) == 1 else ("left", "right")
         infos = ("camera_info",) if len(self.cameras) == 1 else ("left_info", "right_info")
         figures = {
@@ -197,7 +198,7 @@ class Report:
         return figures
 
     def rows(self) -> list[tuple[str, str]]:
-        """The figures in words, with their names."""
+        """The figures in words, each with its name."""
         figures = self.figures()
 
         def counts(counter: Counter[str]) -> str:

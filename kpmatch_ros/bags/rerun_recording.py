@@ -1,4 +1,4 @@
-"""A replay as a recording for the Rerun viewer: trajectory, images with their matches, and figures per frame."""
+"""Writes a replay as a recording for the Rerun viewer: trajectory, images with their matches, figures per frame."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ __all__ = ["RerunRecording"]
 
 _MOST_IMAGES = 1000
 _IMAGES_BYTES = 25_000_000  # of all JPEGs
-_IMAGE_BYTES = 60_000  # of one
+_IMAGE_BYTES = 60_000  # of one JPEG
 _WIDTHS = (640, 480, 320, 240)  # pixels, tried in this order
 _KEYPOINT, _INLIER, _OUTLIER = (170, 178, 189), (47, 158, 110), (209, 73, 91)  # RGB
-_MATCH = (59, 130, 196)  # of which nothing is known
+_MATCH = (59, 130, 196)  # a match that may be an inlier or an outlier: there is no calibration
 _SERIES = {"matches": _MATCH, "inliers": _INLIER, "rotation": (155, 93, 229), "latency": (224, 112, 58)}
 _MATCHES, _AT, _PATH, _STATUS = "image/matches", "world/camera", "world/path", "figures/status"
 
 
 class _Picture(NamedTuple):
-    """An image and what is drawn on it, until it is known which images are kept."""
+    """An image and what is drawn on it. It is kept until the end, when the images to write are known."""
 
     frame: int
     stamp: int
     jpeg: Jpeg
-    keypoints: np.ndarray  # (N, 2) in units of the image's size
-    matches: np.ndarray  # (M, 2, 2) likewise, where each was in the reference and where it is
-    colours: np.ndarray  # (M, 3) of the matches
+    keypoints: np.ndarray  # (N, 2) as fractions of the image's width and height
+    matches: np.ndarray  # (M, 2, 2) likewise: for each match the point in the reference and the point in this image
+    colours: np.ndarray  # (M, 3) RGB of the matches
 
 
 class RerunRecording:
-    """Writes what a replay does into a file for Rerun, as a context manager.
+    """Context manager that writes the results of a replay into a file for Rerun.
 
-    The timelines are `stamp`, the images' time, and `frame`, which counts them. Positions and rotations are in the
-    first camera's optical frame. Figures and poses are written as they come; the images, the path and the table follow
-    with :meth:`finish`.
+    The timelines are `stamp`, the time of the images, and `frame`, their number. Positions and rotations are in the
+    first camera's optical frame. Figures and poses are written at once. :meth:`finish` writes the images, the path and
+    the table.
 
     Args:
         path: of the file.
@@ -50,7 +50,7 @@ class RerunRecording:
         metric: whether the poses are in metres.
 
     Raises:
-        BagError: when rerun-sdk is not installed.
+        BagError: rerun-sdk is not installed.
     """
 
     def __init__(self, path: Path, title: str, metric: bool) -> None:
@@ -61,7 +61,7 @@ class RerunRecording:
         self._rerun = rerun
         self._pictures = EvenlyChosen[_Picture](_MOST_IMAGES)
         self._trajectory = Trajectory()
-        self._paths: list[list[np.ndarray]] = []  # a chain of positions each, (3,)
+        self._paths: list[list[np.ndarray]] = []  # positions (3,), one list for each part of the chain
         self._frames = 0
         self._stream = rerun.RecordingStream("kpmatch_ros")
         self._stream.set_log_time_enabled(False)
@@ -78,7 +78,7 @@ class RerunRecording:
 
     @staticmethod
     def check_installed() -> None:
-        """Raise BagError when rerun-sdk is not installed."""
+        """Raise BagError if rerun-sdk is not installed."""
         if importlib.util.find_spec("rerun") is None:
             raise BagError("--rerun: the file needs rerun-sdk, which is not installed: pip install rerun-sdk")
 
@@ -89,16 +89,16 @@ class RerunRecording:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self._stream.flush()  # raises where not all can be written
+            self._stream.flush()  # raises if not everything can be written
         self._stream.disconnect()
 
     def add(self, result: Result, milliseconds: float) -> None:
-        """The next frame, and what it took from its message to its results."""
+        """Add the next frame, with its latency from the message to the results."""
         breaks, before = self._trajectory.breaks, self._trajectory.position
         self._trajectory.add(result.frame, result.pair)
         self._at(self._frames, result.frame.stamp)
         if not self._paths or self._trajectory.breaks > breaks:
-            self._paths.append([before])  # the chain goes on from there
+            self._paths.append([before])  # the next part of the chain begins there
         self._pictures.add(lambda: self._picture(result))
         self._frames += 1
         if self._frames == 1 and result.pair is None:
@@ -115,10 +115,10 @@ class RerunRecording:
             self._add_pose()
 
     def finish(self, rows: list[tuple[str, str]], faults: list[str]) -> None:
-        """The images, the path, and the table.
+        """Write the images, the path and the table.
 
         Args:
-            rows: the table: names and texts.
+            rows: of the table, each a name and a text.
             faults: what went wrong, in words.
         """
         rerun = self._rerun
@@ -144,7 +144,7 @@ class RerunRecording:
     def _picture(self, result: Result) -> _Picture:
         frame, pair = result.frame, result.pair
         size = np.array(frame.image.shape[1::-1], np.float32)
-        # Where there are no matches, none are written: those of the frame before would stay.
+        # Without matches an empty list is written, because the viewer would keep those of the previous frame.
         ends = np.zeros((0, 2, 2)) if pair is None else np.stack([pair.reference_points, pair.points], axis=1)
         colours = np.full((len(ends), 3), _MATCH, np.uint8)
         if pair is not None and pair.inliers is not None:
@@ -164,7 +164,7 @@ class RerunRecording:
 
 
 def _layout(views: Any) -> Any:
-    """How the viewer shows it."""
+    """The layout of the viewer: images, trajectory and table above, the plots below."""
     return views.Blueprint(
         views.Vertical(
             views.Horizontal(

@@ -1,7 +1,7 @@
-"""The sqlite3 files of rosbag2: read, also what a killed recorder left in the write-ahead log, and written.
+"""Reads and writes the sqlite3 files of rosbag2, and reads what a killed recorder left in the write-ahead log.
 
-Of a damaged file the messages are read that can be: where the index by time is whole, all but those on damaged pages;
-where it is not, those that stand in the table before the first damage.
+From a damaged file, as many messages as possible are read. If the index by time is intact, these are all messages
+except those on damaged pages. If it is not, these are the messages in the table before the first damage.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from kpmatch_ros.bags.storage import Channel, Definition, in_seconds, reason_of
 __all__ = ["MAGIC", "SqliteFile", "SqliteWriter"]
 
 MAGIC = b"SQLite format 3\0"
-_FIRST = (-(2**63), -(2**63))  # a time and a row before any
+_FIRST = (-(2**63), -(2**63))  # a time and a row before all messages
 _FORMATS = {"ros2msg": "msg", "ros2idl": "idl"}
 
 
 def _quoted(path: Path) -> str:
-    """A path as SQLite's addresses have it. Its bytes need not be UTF-8.
+    """A path as it is written in SQLite's file URIs. Its bytes need not be UTF-8.
 
-    The first two slashes say that no machine is named: SQLite takes a path for one that itself begins with two.
+    The two leading slashes stand for an empty host. Without them, SQLite would take the start of a path that itself
+    starts with two slashes for a host.
     """
     return f"//{quote(os.fsencode(path.absolute()))}"
 
 
 class SqliteWriter(Sqlite3Writer):
-    """Writes the .db3 file of a bag in a folder of any name: rosbags gives SQLite an address that is not quoted."""
+    """Writes the .db3 file of a bag in a folder of any name. rosbags gives SQLite a URI that is not quoted."""
 
     def __init__(self, path: Path, compression: CompressionMode) -> None:
         super().__init__(Path(_quoted(path)), compression)
@@ -44,29 +45,30 @@ class SqliteWriter(Sqlite3Writer):
 
 
 class SqliteFile:
-    """A .db3 file. It is open only while it is read, and only read: nothing is written beside it either.
+    """A .db3 file. It is open only while it is read. Nothing is written to it or beside it.
 
     Attributes:
         channels: by id.
-        counts: how many messages each channel has, or where the file is damaged, how many could be counted.
-        unfinished, damage: as a StorageFile's.
+        counts: number of messages of each channel; in a damaged file, of those that could be counted.
+        unfinished, damage: see :class:`kpmatch_ros.bags.storage.StorageFile`.
 
     Raises:
-        sqlite3.Error, ValueError: it is no such file, or so damaged or cut short that no message can be read.
+        sqlite3.Error, ValueError: it is not a .db3 file, or it is so damaged or cut short that no message can be read.
     """
 
     def __init__(self, path: Path) -> None:
         log = path.with_name(path.name + "-wal")
         left = log.is_file() and log.stat().st_size > 0
-        # A recorder that was killed leaves its last messages in the log. To read it, SQLite wants an index of it in
-        # shared memory, a file beside the bag. With an exclusive lock it keeps that to itself, and with the file system
-        # layer "unix-none" the lock is none: the medium may be read-only. Without a log nothing needs a lock.
+        # A killed recorder leaves its last messages in the write-ahead log. To read the log, SQLite needs an index in
+        # shared memory, which is a file beside the bag. With an exclusive lock, it keeps the index in its own memory
+        # instead. The VFS "unix-none" makes the lock a no-op, so that the medium may be read-only. Without a log, no
+        # lock is needed.
         access = "mode=ro&vfs=unix-none" if left else "immutable=1"
         self._address, self._with_log = f"file:{_quoted(path)}?{access}", left
         self.unfinished = ""
         self.damage: list[str] = []
         self._last: int | None = None  # time of the last message that was read
-        missing = 0 if left else _missing_bytes(path)  # those that are in the log are not missing
+        missing = 0 if left else _missing_bytes(path)  # with a log, the last pages may be in it
         self._cut = missing > 0
         if missing:
             self.damage.append(f"it was cut short: its last {missing} bytes are missing")
@@ -75,12 +77,12 @@ class SqliteFile:
             self.counts = self._count(database)
 
     def messages(self, ids: Collection[int]) -> Iterator[tuple[int, int, bytes]]:
-        """The messages of some channels in the order of recording: channel, nanoseconds, content."""
+        """Yield the messages of some channels in the order of recording: channel, nanoseconds, content."""
         self._last = None
         left_out = 0
         with closing(self._opened()) as database:
-            # Contents are fetched one by one. Where there is no index by time, as some tools write none, SQLite sorts
-            # what it is asked for in a temporary file, which would be as large as the bag.
+            # Contents are fetched one by one. Some tools write no index by time. SQLite then sorts the result of the
+            # query in a temporary file, which would be as large as the bag if the result had the contents.
             for time, row, channel in self._in_order(database, ids):
                 try:
                     content = _content(database, row)
@@ -97,7 +99,7 @@ class SqliteFile:
                 yield channel, time, content
 
     def _count(self, database: sqlite3.Connection) -> Counter[int]:
-        """How many messages each channel has that can be found."""
+        """The number of messages that can be found, by channel."""
         try:
             with _damage():
                 return Counter(dict(database.execute("SELECT topic_id, COUNT(*) FROM messages GROUP BY topic_id")))
@@ -113,7 +115,7 @@ class SqliteFile:
             return Counter({channel: count for channel, count in found.items() if channel is not None})
 
     def _in_order(self, database: sqlite3.Connection, ids: Collection[int]) -> Iterator[tuple[int, int, int | None]]:
-        """Time, row and channel of messages in the order of recording; no channel where that cannot be read."""
+        """Yield time, row and channel of messages in the order of recording; the channel is None if unreadable."""
         last = _FIRST
         if not self._cut:
             marks = ", ".join("?" for _ in ids)
@@ -134,11 +136,11 @@ class SqliteFile:
     def _around_damage(
         self, database: sqlite3.Connection, last: tuple[int, int], tell: Callable[[str, Exception], None]
     ) -> Iterator[tuple[int, int, int | None]]:
-        """Time, row and channel of all messages behind one, where a part of the table or of its index is damaged."""
+        """Yield time, row and channel of all messages after `last`, if the table or its index by time is damaged."""
         if not self._cut:
             try:
                 with _damage():
-                    # The index by time has all that this asks for, so that no page of the table is looked at.
+                    # The index by time answers this query alone, so SQLite reads no page of the table.
                     for time, row in database.execute(
                         "SELECT timestamp, rowid FROM messages WHERE (timestamp, rowid) > (?, ?) "
                         "ORDER BY timestamp, rowid",
@@ -156,7 +158,7 @@ class SqliteFile:
                 rows.append(row)
                 if isinstance(time, int) and (time, row) > last:
                     rest.append((time, row, channel))
-        if self._cut:  # what is missing of the last message that can be read is zeros to SQLite
+        if self._cut:  # SQLite reads missing bytes of the last message as zeros: drop incomplete messages
             while rows and not _is_readable(database, rows.pop()):
                 pass
             rest = [found for found in rest if rows and found[1] <= rows[-1]]
@@ -174,7 +176,7 @@ class SqliteFile:
         try:
             if self._with_log:
                 database.execute("PRAGMA locking_mode=EXCLUSIVE")
-            if self._cut:  # or SQLite refuses a file that is shorter than it says
+            if self._cut:  # otherwise SQLite refuses a file that is shorter than its header says
                 database.execute("PRAGMA writable_schema=ON")
         except BaseException:
             database.close()
@@ -208,7 +210,7 @@ class _DamageError(ValueError):
 
 @contextmanager
 def _damage() -> Iterator[None]:
-    """Tell damage of the file from a fault of the machine: a disk that fails, say, or has no place to sort in."""
+    """Raise _DamageError for damage in the file, but not for faults of the machine, such as a full or failing disk."""
     try:
         yield
     except sqlite3.OperationalError:
@@ -218,9 +220,9 @@ def _damage() -> Iterator[None]:
 
 
 def _in_table(database: sqlite3.Connection) -> Iterator[tuple[int, int, int]]:
-    """Time, row and channel of the messages as they stand in the table. Raises _DamageError where it is damaged.
+    """Yield time, row and channel of the messages in the order of the table. Raises _DamageError at damage.
 
-    They are asked for one by one: sqlite3 steps ahead, so that a query for all loses the one before the damage.
+    Each message has its own query: sqlite3 steps ahead, so one query for all would lose the message before the damage.
     """
     last = -(2**63)
     while True:
@@ -236,7 +238,7 @@ def _in_table(database: sqlite3.Connection) -> Iterator[tuple[int, int, int]]:
 
 
 def _channel(database: sqlite3.Connection, row: int) -> int | None:
-    """The channel of a message, if it can be read."""
+    """The channel of a message; None if it cannot be read."""
     with suppress(_DamageError), _damage():
         found = database.execute("SELECT topic_id FROM messages WHERE rowid = ?", (row,)).fetchone()
         return found[0] if found else None
@@ -260,10 +262,10 @@ def _is_readable(database: sqlite3.Connection, row: int) -> bool:
 
 
 def _missing_bytes(path: Path) -> int:
-    """How much shorter a file is than its header says, in bytes; 0 where that says nothing (sqlite.org/fileformat)."""
+    """By how many bytes a file is shorter than its header says; 0 if the header is invalid (sqlite.org/fileformat)."""
     with path.open("rb") as file:
         header, size = file.read(100), file.seek(0, 2)
-    if len(header) < 100 or header[24:28] != header[92:96]:  # not written by the last that changed the file
+    if len(header) < 100 or header[24:28] != header[92:96]:  # the last change of the file did not update the page count
         return 0
     page_size, pages = int.from_bytes(header[16:18], "big"), int.from_bytes(header[28:32], "big")
     return max(pages * (65536 if page_size == 1 else page_size) - size, 0)

@@ -1,4 +1,4 @@
-"""What the files of a bag have in common."""
+"""Types and functions that the storage formats of bags (MCAP and sqlite3) share."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ __all__ = [
 ]
 
 LARGEST = 1 << 30
-"""Bytes that a message or a chunk has at most once decompressed. A few kilobytes can become any number of them."""
+"""Largest size of a decompressed message or chunk, bytes. Without it, a few kilobytes could expand without limit."""
 
 
 class Definition(NamedTuple):
     """A message definition as a bag holds it."""
 
-    form: str  # "msg", "idl", or "" where there is none
+    form: str  # "msg", "idl", or "" if there is none
     content: bytes
 
 
@@ -51,9 +51,9 @@ class StorageFile(Protocol):
 
     Attributes:
         channels: by id.
-        counts: messages by channel.
-        unfinished: in words, up to where there is a recording that its recorder did not finish; empty where it did.
-        damage: in words, what cannot be read, and where. Reading may add to it.
+        counts: number of messages by channel.
+        unfinished: if the recorder did not finish the file, up to where it goes, in words; otherwise empty.
+        damage: what cannot be read, and where, in words. Reading may add to it.
     """
 
     channels: dict[int, Channel]
@@ -62,22 +62,22 @@ class StorageFile(Protocol):
     damage: list[str]
 
     def messages(self, ids: Collection[int]) -> Iterator[tuple[int, int, bytes]]:
-        """The messages of some channels in the order of recording: channel, nanoseconds, content."""
+        """Yield the messages of some channels in the order of recording: channel, nanoseconds, content."""
 
 
 def in_seconds(stamp: int) -> str:
-    """A time in nanoseconds, in words."""
+    """A time in nanoseconds as a text in seconds."""
     return f"{stamp // 10**9}.{stamp % 10**9:09d} s"
 
 
 def reason_of(error: Exception) -> str:
-    """What an error of any parser says, on one line."""
+    """The message of any parser's error, on one line."""
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return f"{reason} is missing" if isinstance(error, KeyError) else reason
 
 
 def type_name(spelling: str) -> str:
-    """A type as ROS 2 spells it, such as sensor_msgs/msg/Image.
+    """A type's name as ROS 2 spells it, such as sensor_msgs/msg/Image.
 
     Other recorders write sensor_msgs/Image, as in ROS 1, or sensor_msgs::msg::dds_::Image_, as in DDS.
     """
@@ -89,12 +89,12 @@ def type_name(spelling: str) -> str:
 
 
 def from_zstd(content: bytes) -> bytes:
-    """What was compressed. Raises ValueError where it is too large or cut short, and zstd's own errors."""
+    """Decompress zstd frames. Raises ValueError if the result is too large or the input cut short; or zstd's errors."""
     return _decompressed(content, zstd.ZstdDecompressor)
 
 
 def from_lz4(content: bytes) -> bytes:
-    """What was compressed. Raises ValueError where it is too large or cut short, and lz4's own errors."""
+    """Decompress lz4 frames. Raises ValueError if the result is too large or the input cut short; or lz4's errors."""
     from lz4.frame import LZ4FrameDecompressor
 
     return _decompressed(content, LZ4FrameDecompressor)
@@ -102,7 +102,7 @@ def from_lz4(content: bytes) -> bytes:
 
 def _decompressed(content: bytes, make: Callable[[], Any]) -> bytes:
     found = b""
-    while content:  # frame by frame
+    while content:  # one compressed frame after the other
         decompressor = make()
         found += decompressor.decompress(content, LARGEST + 1 - len(found))
         if len(found) > LARGEST:

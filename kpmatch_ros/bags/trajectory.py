@@ -1,4 +1,4 @@
-"""Relative poses chained to a trajectory, in a text file."""
+"""Chains relative poses to a trajectory, and writes it to a text file."""
 
 from __future__ import annotations
 
@@ -14,43 +14,44 @@ __all__ = ["Trajectory"]
 
 
 class Trajectory:
-    """Relative poses chained, as lines of a TUM file: seconds, x y z, quaternion x y z w of the camera in the world.
+    """Chains relative poses, and writes lines of a TUM file: seconds, position x y z, quaternion x y z w.
 
-    The world is the first camera's optical frame, in stereo the left camera's. Its unit is the metre, and a camera that
-    creeps is followed as by :class:`kpmatch_ros.odometry.Odometry`. From one camera, each translation has length one:
-    its direction is right, and its scale is arbitrary from pair to pair.
+    Each line is a pose of the camera in the world. The world is the optical frame of the first frame's camera, in
+    stereo of its left camera. In stereo, the unit is the metre, and a camera that creeps is followed as by
+    :class:`kpmatch_ros.odometry.Odometry`. With one camera, each translation has length one: its direction is right,
+    but its scale is arbitrary and differs from pair to pair.
 
-    A frame whose pose is not known for certain has no line. Where one camera's pose is AMBIGUOUS, the chain goes on by
-    the likelier motion, and a comment says so. A frame whose reference has no pose breaks the chain: a comment says so,
-    and the chain goes on from the last known pose.
+    A frame without a certain pose has no line. If the pose of a single camera is AMBIGUOUS, the chain goes on with the
+    likelier motion, and a comment in the file says so. A frame whose reference has no pose breaks the chain. A comment
+    says so, and the chain goes on from the last known pose.
 
     Args:
-        stream: of the file; None where the poses alone are wanted.
+        stream: of the file; None if nothing is to be written.
 
     Attributes:
-        breaks: how many times the chain broke.
-        doubts: how many of its steps are the likelier of two motions.
+        breaks: number of breaks in the chain.
+        doubts: number of steps that use the likelier of two motions.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.breaks = self.doubts = 0
         self._stream = stream
-        self._known: dict[int, Place] = {}  # by the frames' numbers
+        self._known: dict[int, Place] = {}  # by frame number
         self._last = Place.of(OdometryPose(np.eye(3), np.zeros(3), np.zeros((6, 6)), 0))
         self._write("# timestamp tx ty tz qx qy qz qw: pose of the camera in the first camera's optical frame")
 
     @property
     def position(self) -> np.ndarray:
-        """(3,) of the last camera whose pose is known, in the world."""
+        """Position (3,) in the world of the camera at the last frame with a line in the file."""
         return self._last.pose.position
 
     @property
     def pose(self) -> tuple[Rotation, np.ndarray]:
-        """Rotation and position (3,) of that camera: x_world = rotation x_camera + position."""
+        """Rotation and position (3,) of the camera at that frame: x_world = rotation x_camera + position."""
         return Rotation.from_matrix(self._last.pose.rotation), self.position
 
     def add(self, frame: Frame, pair: Pair | None) -> None:
-        """The next frame, and its pair with the reference."""
+        """Add the next frame, and its pair with the reference; None if it has no reference."""
         if pair is None:
             if not self._known:
                 self._continue(frame, self._last)

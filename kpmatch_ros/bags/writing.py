@@ -1,4 +1,4 @@
-"""New bags."""
+"""Writes new bags."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["BagWriter"]
 
 @contextmanager
 def _written(path: Path) -> Iterator[None]:
-    """Turn any error of the writers into a BagError."""
+    """Turn any error of the writers into a BagError; those of the disk into an OutputError."""
     try:
         with explained(path, "cannot be written"):
             yield
@@ -36,19 +36,17 @@ class _Writer(Writer):
 
 
 class BagWriter:
-    """Writes a bag, which is a folder.
-
-    It is a context manager. An exception removes the bag that was begun.
+    """Context manager that writes a bag, which is a folder. If an exception is raised inside it, the bag is removed.
 
     Args:
         path: of the folder, which must not exist yet.
-        storage: of the messages.
-        overwrite: replace the folder if it is a bag's, and holds nothing else.
-        notes: for whoever reads metadata.yaml, its custom_data.
+        storage: format of the files.
+        overwrite: replace the folder if it holds a bag and nothing else.
+        notes: custom_data for the bag's metadata.yaml.
 
     Raises:
-        OutputError: there is no place for it.
-        BagError: when the folder cannot be written for another reason.
+        OutputError: the folder cannot be written, for example because the disk is full.
+        BagError: the folder cannot be written for another reason.
     """
 
     def __init__(
@@ -75,14 +73,14 @@ class BagWriter:
             self._writer.open()
 
     def declare(self, topic: str, type_name: str) -> None:
-        """Add a topic, which a bag without messages on it has, too."""
+        """Add a topic. It is in the bag even if no message is written to it."""
         if (topic, type_name) not in self._connections:
             with _written(self.path):
                 new = self._writer.add_connection(topic, type_name, typestore=typestore())
             self._connections[topic, type_name] = new
 
     def write(self, topic: str, message: Any, stamp: int) -> None:
-        """Add a message of rosbags' typestore, recorded at `stamp`, nanoseconds."""
+        """Add a message of :func:`typestore`, with the record time `stamp` in nanoseconds."""
         type_name = message.__msgtype__
         data = typestore().serialize_cdr(message, type_name)
         self.declare(topic, type_name)
@@ -90,14 +88,14 @@ class BagWriter:
             self._writer.write(self._connections[topic, type_name], int(stamp), data)
 
     def close(self) -> None:
-        """Finish the bag. Its metadata is written only now."""
+        """Finish the bag. Only this writes its metadata."""
         with _written(self.path):
             storage = self._writer.storage
             file = None if storage is None else storage.path
             try:
                 self._writer.close()
             except BaseException:
-                if storage is not None:  # a file that stays open keeps its space on a disk that is full
+                if storage is not None:  # close the file: an open one keeps its space on a full disk
                     with suppress(Exception):
                         storage.abort()
                 raise

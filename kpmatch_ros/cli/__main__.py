@@ -1,4 +1,4 @@
-"""`python -m kpmatch_ros.cli` is the kpmatch command too."""
+"""Lets `python -m kpmatch_ros.cli` run the kpmatch command."""
 
 import sys
 

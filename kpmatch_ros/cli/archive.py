@@ -1,4 +1,4 @@
-"""kpmatch archive: folders of bags in, the same folders with what the node would publish out, and one table."""
+"""kpmatch archive: replays all bags below a folder, and writes the node's messages for each bag and one table."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _archive(options: argparse.Namespace) -> int:
             jobs = jobs_for(bags, source, out, unfinished)
             rows = {job.name: row for job in jobs if (row := finished_row(job)) is not None}
             before = len(rows)
-            # What a process died of comes last: a run that dies of it again has done the others.
+            # Bags that killed a process come last: if one kills the process again, the others are done.
             to_do = sorted((job for job in jobs if job.name not in rows), key=lambda job: job.begun)
 
             def write() -> list[Path]:
@@ -129,23 +129,23 @@ def _archive(options: argparse.Namespace) -> int:
 
 
 def _end_early(waiting: str, write: Callable[[], list[Path]]) -> str:
-    """Write the table of a run that does not reach its end, and say what it lacks."""
+    """Write the table of a run that is stopped early. Returns a text that says what the table lacks."""
     try:
         text = f"{' and '.join(map(str, write()))} without them"
-    except OSError as error:  # the disk that is full
+    except OSError as error:  # for example a full disk, which may be why the run stops
         text = f"the table cannot be written: {error.strerror or error}; one of an earlier run may be there"
     return f"{waiting} are not done yet, the same command goes on with them; {text}"
 
 
 def _run(options: argparse.Namespace, jobs: list[Job], settings: Settings, rows: dict[str, Row]) -> None:
-    """Replay bags, and name those that cannot be."""
+    """Replay bags, add their rows to `rows`, and print the message of each bag that is not done."""
     from tqdm import tqdm
 
     def say(text: str) -> None:
         tqdm.write(f"{options.name}: {text}", file=sys.stderr)
 
     total = len(rows) + len(jobs)
-    # disable=None: no bar where stderr is no terminal
+    # disable=None: no progress bar if stderr is not a terminal
     with (
         tqdm(total=total, initial=len(rows), desc="bags", unit="bag", disable=None, leave=False) as bar,
         closing(_replayed(options, jobs, settings, say)) as results,

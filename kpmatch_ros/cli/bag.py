@@ -1,4 +1,4 @@
-"""kpmatch bag: a bag in, a bag with what the node would publish out."""
+"""kpmatch bag: replays a bag, and writes a bag with the messages that the node would publish."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kpmatch_ros.tables import format_table
 
 __all__ = ["add_bag", "add_replay_options", "chosen_topics", "replay_parameters"]
 
-# Those that say, besides, how frames follow one another and what the images are.
+# The matching parameters, and those for sequences of frames, for images and for odometry.
 BAG_OPTIONS = (
     *MATCHING_OPTIONS,
     "reference",
@@ -99,7 +99,7 @@ def add_bag(commands: Any) -> None:
 
 
 def add_replay_options(parser: Parser) -> None:
-    """The options that say what is replayed and how, for one bag or for many."""
+    """Add the options that say what is replayed and how. `kpmatch bag` and `kpmatch archive` share them."""
     parser.add_argument(
         "--image", metavar="TOPIC", help="images, compressed or not; not needed where the bag has one such topic"
     )
@@ -144,7 +144,7 @@ def _bag(options: argparse.Namespace) -> int:
     check_outputs(outputs, [options.params], parameters)
     try:
         cameras = choose_cameras(source, parameters.mode, chosen_topics(options, parameters))
-        # PyTorch takes seconds to load: what cannot be read is refused before.
+        # Imported here, because PyTorch takes seconds to load: a bag that cannot be read is refused before that.
         from kpmatch_ros.bags.replay import replay
 
         report = replay(
@@ -164,11 +164,11 @@ def _bag(options: argparse.Namespace) -> int:
 
 
 def replay_parameters(options: argparse.Namespace) -> Parameters:
-    """The parameters that the options and the parameter file give.
+    """The parameters from the options and the parameter file.
 
     Raises:
-        CommandError: when an option belongs to the other mode.
-        ParameterError: when a value is not allowed, or the file is none.
+        CommandError: an option belongs to the other mode.
+        ParameterError: a value is not allowed, or the file is not a parameter file.
     """
     from kpmatch_ros.parameter_file import read_parameter_file
 
@@ -190,13 +190,13 @@ def replay_parameters(options: argparse.Namespace) -> Parameters:
 
 
 def chosen_topics(options: argparse.Namespace, parameters: Parameters) -> dict[str, str | None]:
-    """The topics that the options name, of the mode's names."""
+    """The topics that the options name, by the names of the mode's options; None for options that are not given."""
     names = STEREO_TOPICS if parameters.mode == "stereo" else MONO_TOPICS
     return {name: vars(options)[name] for name in names}
 
 
 def _check_topic_options(given: dict[str, Any], mode: str) -> None:
-    """Topics of one mode say nothing in the other."""
+    """Raise CommandError if a topic option of the other mode is given: it would have no effect."""
     foreign, own = (STEREO_TOPICS, "--image") if mode == "mono" else (MONO_TOPICS, "--left and --right")
     for name in foreign:
         if given[name] is not None:

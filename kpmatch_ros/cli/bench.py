@@ -1,4 +1,4 @@
-"""kpmatch bench: how long each step takes on this machine."""
+"""kpmatch bench: measures how long each step takes on this machine."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class Request:
     """What to measure: every combination of devices, precisions, sizes and numbers of keypoints.
 
     Attributes:
-        parameters: of the matcher, but for those below.
+        parameters: of the matcher, except those below.
         devices: values of the parameter ``device``.
         precisions: values of the parameter ``precision``.
         keypoints: values of the parameter ``max_keypoints``.
-        sizes: (width, height) in pixels that the images are brought to; the images' own where empty.
-        repeats: measurements of each.
-        images: a folder of pictures, in the order of their names; None for another source.
-        bag: a bag with images; without both, those of the demo bag are taken.
-        topic: of the images in the bag; guessed where it is empty.
-        against: names from :data:`PEERS`.
-        peer_precisions: the number formats of these, each measured.
-        json: file to write everything to.
-        plot: file to draw time against keypoints in.
+        sizes: (width, height) in pixels to which the images are resized; if empty, the size of the first image.
+        repeats: number of measurements of each combination.
+        images: a folder of pictures, used in the order of their names; None for another source.
+        bag: a bag with images. Without `images` and `bag`, the images of the demo bag are used.
+        topic: of the images in the bag; if empty, the bag must have only one image topic.
+        against: other implementations, names from :data:`PEERS`.
+        peer_precisions: number formats in which each of them is measured.
+        json: file for all figures; None for no file.
+        plot: file for a plot of time against keypoints; None for no plot.
     """
 
     parameters: Parameters = field(default_factory=Parameters)
@@ -119,14 +119,15 @@ def add_bench(commands: Any) -> None:
             help=f"{declaration(name).description} (default auto)",
         )
     for name in _BENCH_OPTIONS:
-        add_parameter(group, declaration(name), argparse.SUPPRESS)  # or the profile could not tell it from one given
+        # SUPPRESS, so that the profile can distinguish a default from a value that the user gave.
+        add_parameter(group, declaration(name), argparse.SUPPRESS)
 
 
 _BENCH_OPTIONS = [name for name in MATCHING_OPTIONS if name not in ("device", "precision", "max_keypoints", "resize")]
 
 
 def _list_of(name: str) -> Any:
-    """Values of a parameter with commas between them."""
+    """A converter for argparse: a parameter's values, separated by commas."""
     item = declaration(name)
 
     def parse(text: str) -> list[Any]:

@@ -1,6 +1,6 @@
-"""The measuring of kpmatch bench.
+"""Makes the measurements of kpmatch bench.
 
-Wall time is what a robot waits for. Processor time is what the work costs; on a busy machine it varies far less.
+Wall time is the time that a robot waits. Processor time is the cost of the work; on a busy machine it varies far less.
 """
 
 from __future__ import annotations
@@ -49,28 +49,28 @@ Image = NDArray[np.uint8]
 
 
 class Lap(NamedTuple):
-    """What some work took, in milliseconds of time and of all processors' time."""
+    """Wall time and processor time (of all threads) that some work took, milliseconds."""
 
     wall: float
     cpu: float
 
     def less(self, other: Lap) -> Lap:
-        """Without a part of it."""
+        """The time without that of a part."""
         return Lap(self.wall - other.wall, self.cpu - other.cpu)
 
 
 class Film(NamedTuple):
-    """A sequence of images, and the calibration of a camera that makes images of the first one's size."""
+    """A sequence of images, and the calibration of a camera for the size of the first image; None if not known."""
 
     images: list[Image]
     camera: Camera | None
 
     def resized(self, size: tuple[int, int]) -> Film:
-        """With each image brought to a size (width, height)."""
+        """The sequence with each image resized to (width, height), and the calibration scaled accordingly."""
         images = [resized(image, size) for image in self.images]
         if self.camera is None or (self.camera.width, self.camera.height) == size:
             return Film(images, self.camera)
-        # The middle of the first pixel is (0, 0), its corner half a pixel before.
+        # Scaling keeps the corner of the image in place, which is at (-0.5, -0.5): pixel (0, 0) has its centre at 0.
         half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
         scale = np.diag([size[0] / self.camera.width, size[1] / self.camera.height, 1.0])
         matrix = np.linalg.inv(half) @ scale @ half @ self.camera.matrix
@@ -78,23 +78,23 @@ class Film(NamedTuple):
 
 
 class Served(NamedTuple):
-    """What another implementation did for a pair of images."""
+    """The result of another implementation for a pair of images."""
 
     lap: Lap
     matches: int
-    reference: Lap | None  # the share of describing the reference image; None where features cannot be kept
+    reference: Lap | None  # share for extracting the reference image's features; None if they cannot be kept
 
 
 def run_bench(request: Request) -> None:
-    """Measure, print tables, write what was asked for.
+    """Measure, print the tables, and write the files of the request.
 
     Raises:
-        CommandError: when the request cannot be met.
-        ParameterError: when a parameter has a value it may not have.
-        WeightsError: when the weights are missing or damaged.
+        CommandError: the request cannot be met.
+        ParameterError: a parameter has a value that is not allowed.
+        WeightsError: the weights are missing or damaged.
     """
     _check_files(request)
-    publish = _publisher()  # before anything is printed: loading ROS may restart the process
+    publish = _publisher()  # before anything is printed, because loading ROS may restart the process
     settings = _settings(request)
     films = _films(request)
     rows: list[Row] = []
@@ -119,7 +119,10 @@ def run_bench(request: Request) -> None:
 
 
 def _settings(request: Request) -> list[Parameters]:
-    """The combinations of device and precision that there are."""
+    """The parameters for each combination of device and precision that this machine supports.
+
+    Others are reported on stderr. If there is no supported combination, ParameterError is raised.
+    """
     settings, refused = [], []
     for device, precision in itertools.product(request.devices, request.precisions):
         try:
@@ -136,7 +139,7 @@ def _settings(request: Request) -> list[Parameters]:
 
 
 def _check_files(request: Request) -> None:
-    """Before the work rather than after it."""
+    """Check the output files before the work, not after it. Raises CommandError."""
     for option, path in (("--json", request.json), ("--plot", request.plot)):
         if path is not None and not path.resolve().parent.is_dir():
             raise CommandError(f"{option} {path}: there is no folder {path.parent}")
@@ -155,7 +158,11 @@ def _check_files(request: Request) -> None:
 
 
 def _films(request: Request) -> list[Film]:
-    """The sequence of images in each size; stderr tells of images that are not of the size that was not asked for."""
+    """The sequence of images in each size.
+
+    Without requested sizes, all images get the size of the first one. Images that are resized for this are reported on
+    stderr.
+    """
     count = request.repeats + 1
     if request.images is not None:
         film = Film(_pictures(request.images, count), None)
@@ -215,7 +222,7 @@ def _recorded(bag: Path, topic: str, count: int, rectified: bool) -> Film:
 
 
 def _calibration(info: Any, size: tuple[int, int], rectified: bool) -> Camera | None:
-    """The camera that a camera_info tells of; None, and why on stderr, where it is no calibration of such images."""
+    """The camera of a camera_info; None, with the reason on stderr, if it is not a calibration for these images."""
     try:
         camera = Camera.from_camera_info(info, rectified=rectified)
         camera.check_size(*size)
@@ -226,7 +233,7 @@ def _calibration(info: Any, size: tuple[int, int], rectified: bool) -> Camera | 
 
 
 def forth_and_back(film: Sequence[Image]) -> Iterator[Image]:
-    """For ever, without a jump."""
+    """Yield the images for ever, forwards and backwards in turn, so that the sequence never jumps."""
     yield film[0]
     while True:
         yield from film[1:]
@@ -246,7 +253,7 @@ Publish = Callable[[Any, FeatureMatcher], Any]
 
 
 def _publisher() -> Publish | None:
-    """What makes a pair's messages and serialises them; None without ROS, and where importing it would end this."""
+    """The function that makes a pair's messages and serialises them; None if ROS is missing or cannot be imported."""
     try:
         ask_ros("messages")
     except ProcessEndedError as error:
@@ -272,7 +279,7 @@ def _measure(
     def match_still() -> int:
         return len(matcher.match(matcher.extract(first), matcher.extract(second)).numpy())
 
-    match_still()  # the first run is never like the others
+    match_still()  # warm-up: the first run always takes longer
     for peer in peers:
         peer.max_keypoints(count)
         _serve(peer, first, second)
@@ -287,12 +294,12 @@ def _measure(
             else:
                 served.append(_serve(peer, first, second))
 
-    # Peers give points as detected, and follow none.
+    # The other implementations neither refine points nor track them.
     parameters = parameters.replace({"refine": parameters.refine and not peers})
     front_end = FrontEnd(parameters, matcher)
     stages: dict[str, list[float]] = {name: [] for name in STAGES}
     frame_laps: list[Lap] = []
-    without_pose: list[Lap] = []  # as others, who estimate none; it is computed on one thread
+    without_pose: list[Lap] = []  # for the comparison: others estimate no pose. It runs on one thread: wall = CPU time
     pairs: list[Pair] = []
     peer_frames: list[list[Served]] = [[] for _ in peers]
     images = forth_and_back(film.images)
@@ -313,7 +320,7 @@ def _measure(
             stages["pose"].append(pair.pose_ms)
             if publish is not None:
                 if i == 0:
-                    publish(pair, matcher)  # which loads the messages' types
+                    publish(pair, matcher)  # warm-up: loads the message types
                 stages["publish"].append(_timed(lambda: publish(pair, matcher))[1].wall)  # noqa: B023
             for name, work in _small_stages(matcher, image, stamp):
                 stages[name].append(_timed(work)[1].wall)
@@ -353,7 +360,10 @@ def _measure(
 
 
 def in_turn(workers: Sequence[Any], results: Sequence[Any], turn: int) -> list[tuple[Any, Any]]:
-    """Who goes first changes every turn: what warms or cools the machine is the same for all."""
+    """Pairs of worker and result, in reverse order every other turn.
+
+    So heating and cooling of the machine affect all workers alike.
+    """
     order = list(zip(workers, results))
     return order if turn % 2 == 0 else order[::-1]
 
@@ -384,24 +394,24 @@ def _compare(peer: str, work: str, served: list[Served], theirs: list[Lap], ours
 
 
 def _forget_peak_memory(device: torch.device) -> bool:
-    """Whether the process's peak can be told from now on."""
+    """Reset the counters of peak memory. Returns whether the peak of the process can be measured (only on Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is counted from here
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak of the resident memory
     except OSError:
         return False
     return True
 
 
 def _peak_memory() -> float:
-    """Of the process, MB, where :func:`_forget_peak_memory` found Linux."""
+    """Peak memory of the process in MB. It needs Linux: call it only if :func:`_forget_peak_memory` returned True."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1.024e-3 for line in lines if line.startswith("VmHWM:"))
 
 
 def describe_machine(devices: set[str]) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Hardware and software on which the figures depend."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "processor": processor_name(),
@@ -419,7 +429,7 @@ def describe_machine(devices: set[str]) -> dict[str, Any]:
 
 
 def _make_peer(name: str, matcher: FeatureMatcher, dtype: torch.dtype) -> Any:
-    """One of `benchmarks/peers.py`, a plug-in that only the source checkout has."""
+    """An implementation from `benchmarks/peers.py`, a plug-in that only the source checkout has."""
     try:
         peers = importlib.import_module("benchmarks.peers")
     except ImportError as error:
@@ -438,7 +448,7 @@ def _make_peer(name: str, matcher: FeatureMatcher, dtype: torch.dtype) -> Any:
 
 
 def _serve(peer: Any, image0: Image, image1: Image) -> Served:
-    """A pair of images, from pixels to matches on the host."""
+    """Match a pair of images with another implementation, from pixels to matches in host memory."""
     reference, describing = _timed(lambda: peer.describe(image0))
     matches, matching = _timed(lambda: peer.match(reference, image1))
     both = Lap(describing.wall + matching.wall, describing.cpu + matching.cpu)

@@ -1,4 +1,4 @@
-"""What kpmatch bench found: its figures, their table and their drawing."""
+"""The figures of kpmatch bench, their table and their plot."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["STAGES", "Comparison", "Row", "Spread", "draw", "report"]
 
 STAGES = ("decode", "convert", "upload", "extract", "match", "pose", "publish")
 
-_SHOWN = ("extractor", "matcher", "device", "precision", "max_keypoints", "refine")  # elsewhere in the table
+_SHOWN = ("extractor", "matcher", "device", "precision", "max_keypoints", "refine")  # shown elsewhere in the report
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of several values and the quartiles around it."""
+    """The median of several values, and the lower and upper quartile."""
 
     median: float
     lower: float
@@ -28,7 +28,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+        """The spread of at least one value."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
@@ -37,16 +37,16 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Another implementation beside this one. Ratios are its time over ours, larger than 1 where we are faster.
+    """Another implementation compared with this package. Ratios are its time over ours: above 1 if we are faster.
 
     Attributes:
-        peer: its name and version.
+        peer: name and version of the other implementation.
         work: "pair", "sequence" or "sequence, features kept".
-        wall: its time, milliseconds.
-        cpu: its processors' time, milliseconds.
-        matches: how many it found, on average.
-        wall_ratio: of two measurements made one after the other.
-        cpu_ratio: the same of processor time.
+        wall: its wall time, milliseconds.
+        cpu: its processor time, milliseconds.
+        matches: mean number of matches that it found.
+        wall_ratio: ratio of wall times, each from two measurements made one after the other.
+        cpu_ratio: the same for processor time.
     """
 
     peer: str
@@ -60,28 +60,28 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured with one setting; times in milliseconds.
+    """The measurements with one setting; times in milliseconds.
 
     Attributes:
-        extractor: the network, as the parameter names it.
-        matcher: the same.
-        parameters: of a frame, by name: those that are not the defaults.
-        device: where.
+        extractor: the network, as in the parameter.
+        matcher: the network, as in the parameter.
+        parameters: of the frames of the sequence, by name: those that differ from the defaults.
+        device: name of the GPU, or cpu.
         precision: number format.
         width: of the images, pixels.
-        height: the same.
-        calibrated: the camera's calibration is known; or else one was made up for the pose.
-        max_keypoints: as asked for.
-        keypoints: found in an image, on average.
-        matches: of a pair in the sequence, on average.
-        layers: that the matcher ran, on average.
-        stages: wall time by the name of the stage; ``upload`` is a part of ``extract``.
+        height: of the images, pixels.
+        calibrated: whether the camera's calibration is known; otherwise the pose was computed with an invented one.
+        max_keypoints: as requested.
+        keypoints: mean number found in an image.
+        matches: mean number for a pair of the sequence.
+        layers: mean number that the matcher ran.
+        stages: wall time by stage; ``upload`` is a part of ``extract``.
         frame: wall time of a frame of the sequence, from the pixels to the pose; its reference's features are cached.
-        frame_cpu: processor time of the same.
+        frame_cpu: processor time of the same work.
         pair: wall time of a still pair, both images extracted and matched.
-        pair_cpu: processor time of the same.
-        resident_mb: most memory that the process had meanwhile; None where others ran in it, or it cannot be told.
-        gpu_mb: most memory allocated on the GPU; None on the processor.
+        pair_cpu: processor time of the same work.
+        resident_mb: peak memory of the process, MB; None if other implementations ran in it or it cannot be measured.
+        gpu_mb: peak memory allocated on the GPU, MB; None on the processor.
         comparisons: with other implementations.
     """
 
@@ -153,7 +153,7 @@ def report(rows: list[Row], machine: dict[str, Any], with_ros: bool) -> str:
 
 
 def _setting(row: Row) -> str:
-    """The networks, and what else all rows have that is not the default and has no column."""
+    """The networks, and the parameters that differ from the defaults and have no column in the table."""
     others = [
         f"{name} {str(value).lower() if isinstance(value, bool) else value}"
         for name, value in row.parameters.items()
@@ -177,7 +177,7 @@ def _ratio(spread: Spread) -> str:
 
 
 def draw(path: Path, rows: list[Row], machine: dict[str, Any]) -> None:
-    """Time of a frame against keypoints, a line for each setting and implementation."""
+    """Plot the time of a frame against the number of keypoints, with a line for each setting and implementation."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
@@ -197,7 +197,7 @@ def draw(path: Path, rows: list[Row], machine: dict[str, Any]) -> None:
     for label, points in lines.items():
         axes.plot(*zip(*sorted(set(points))), marker="o", label=label, linestyle="-" if "kpmatch" in label else "--")
     ticks = sorted({round(row.keypoints) for row in rows})
-    if ticks[0] > 0:  # a logarithm has no place for images without a keypoint
+    if ticks[0] > 0:  # images without keypoints cannot be shown on a logarithmic axis
         axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])

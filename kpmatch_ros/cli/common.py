@@ -1,4 +1,4 @@
-"""What the commands share: their errors, their options, tables and pictures."""
+"""Functions that the commands share: errors, options, checks of files, and pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kpmatch_ros.parameters import Declaration, ParameterError, Parameters, decl
 from kpmatch_ros.shell import in_shell
 from kpmatch_ros.source_files import files_read, overwritten
 
-# PyTorch and OpenCV take seconds to import. Only the commands that need them import them, so that --help is instant.
+# PyTorch and OpenCV take seconds to import. Only commands that need them import them, so that --help answers at once.
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -42,7 +42,7 @@ __all__ = [
     "write_picture",
 ]
 
-# The parameters that say how two images are matched; the others are the node's alone.
+# The parameters that define how two images are matched. The others are for sequences of frames and for the node.
 MATCHING_OPTIONS = (
     "profile",
     "extractor",
@@ -68,21 +68,21 @@ MATCHING_OPTIONS = (
 
 
 class CommandError(Exception):
-    """A command cannot use what it was given. The user sees the text unchanged."""
+    """A command cannot use its input or options. The user sees the text unchanged."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the usage is a --help away."""
+    """Argument parser that reports an error in one line and refers to --help, instead of printing the usage."""
 
     def __init__(self, **options: Any) -> None:
-        # Abbreviations would change their meaning with every option added.
+        # No abbreviations: a new option could change what they mean.
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does; what is left over is refused by the command whose option it would be, not by `kpmatch`."""
+        """Parse as argparse does, but let the command itself refuse unknown arguments, instead of `kpmatch`."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            # `--max_keypoints` is how a parameter is spelt everywhere but here.
+            # Everywhere else the parameter is spelt max_keypoints, so users may write `--max_keypoints`.
             hint = meant(unknown[0].partition("=")[0], self._option_string_actions) if unknown[0][0] == "-" else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return found, unknown
@@ -103,13 +103,13 @@ def add_command(commands: Any, name: str, run: Any, summary: str, description: s
 
 
 def tell_of_idle(parameters: Parameters, command: str) -> None:
-    """Tell the user of a command which of the parameters given play no part."""
+    """Print on stderr which of the given parameters have no effect."""
     for text in parameters.idle():
         print(f"{command}: {text}", file=sys.stderr)
 
 
 def add_parameter(group: Any, item: Declaration, default: Any) -> None:
-    """An option of the parameter's name; `default` is what it is where the option is not given."""
+    """Add an option with the parameter's name. `default` is its value if the option is not given."""
 
     def value(text: str) -> Any:
         try:
@@ -139,7 +139,7 @@ def add_parameter(group: Any, item: Declaration, default: Any) -> None:
 
 
 def add_parameters(parser: Parser, title: str, names: Sequence[str]) -> None:
-    """Options of these parameters' names, in a group of their own. Those not given are not among the results."""
+    """Add options with these parameters' names in a group of their own. Options not given have no attribute."""
     group = parser.add_argument_group(title, "the matcher node's parameters of the same names")
     for item in map(declaration, names):
         add_parameter(group, item, argparse.SUPPRESS)
@@ -160,7 +160,7 @@ def comma_separated(*counts: int) -> Any:
 
 
 def image_size(text: str) -> tuple[int, int]:
-    """Width and height in pixels."""
+    """Parse a size such as 640x480: width and height in pixels."""
     found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 640x480")
@@ -168,8 +168,8 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def utf8_path(text: str) -> Path:
-    """A file that a library writes which takes no other names."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):  # Python's for bytes that are not UTF-8
+    """Parse the path of a file that is written by a library that takes only UTF-8 names."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # Python's surrogates for bytes that are not UTF-8
         raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8; choose another name")
     return Path(text)
 
@@ -184,15 +184,15 @@ def whole_number(least: int) -> Any:
 
 
 def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path | None], parameters: Parameters) -> None:
-    """Refuse to write over what a command reads, before the work rather than after it.
+    """Refuse to overwrite what a command reads. Call it before the work, not after it.
 
     Args:
-        outputs: the files to write, by the options that name them; an empty option where none does.
+        outputs: the files to write, by the options that name them; the option is empty if no option names the file.
         inputs: the files and folders to read.
-        parameters: they may name more of them, weights and masks.
+        parameters: they may name more inputs: weights and masks.
 
     Raises:
-        CommandError: an output is an input, or lies in one, by whatever name; or two outputs are one file.
+        CommandError: an output is an input or inside one, also through links; or two outputs are the same file.
     """
     sources = [*(path for path in inputs if path is not None), *files_read(parameters)]
     taken: dict[str, Path] = {}
@@ -212,11 +212,11 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path | No
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """The picture in a file: uint8, grey (H, W) or RGB (H, W, 3), upright where its EXIF data says how it was held.
+    """Read a picture file: uint8, grey (H, W) or RGB (H, W, 3), turned upright according to its EXIF data.
 
     Raises:
-        CommandError: when there is no whole picture in it.
-        OSError: when it cannot be read.
+        CommandError: the file holds no complete picture.
+        OSError: the file cannot be read.
     """
     import cv2
     import numpy as np
@@ -224,7 +224,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     from kpmatch_ros.imaging.images import ImageError, check_header, whole_file
 
     data = path.read_bytes()
-    whole = whole_file(data)  # OpenCV 4.6 fills in what a JPEG cut short lacks
+    whole = whole_file(data)  # OpenCV 4.6 would accept a truncated JPEG and fill in what is missing
     pixels = None
     if whole:
         try:
@@ -234,7 +234,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         with quiet_stderr():
             try:
                 pixels = cv2.imdecode(np.frombuffer(whole, np.uint8), cv2.IMREAD_ANYCOLOR)
-            except cv2.error:  # a size beyond OpenCV's limit, a codec that is switched off
+            except cv2.error:  # for example a size beyond OpenCV's limit, or a codec that is switched off
                 pixels = None
     if pixels is None:
         reason = "is empty" if not data else "is no image that OpenCV reads" if whole else "is cut short"
@@ -243,7 +243,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 
 
 def resized(picture: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The picture, grey or RGB, brought to a size (width, height) in pixels; itself where it has that already."""
+    """The picture, grey or RGB, resized to (width, height) in pixels; the picture itself if it has that size."""
     import cv2
     import numpy as np
 
@@ -255,23 +255,24 @@ def resized(picture: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uin
 
 
 def can_write_picture(path: Path) -> bool:
-    """Whether the ending of a file's name says a format that OpenCV writes."""
+    """Whether the extension of a file's name is a format that OpenCV writes."""
     import cv2
 
     try:
         return path.suffix.isascii() and bool(cv2.haveImageWriter(f"picture{path.suffix}"))
-    except cv2.error:  # there is no ending
+    except cv2.error:  # there is no extension
         return False
 
 
 def write_picture(path: Path, picture: NDArray[np.uint8]) -> None:
-    """Write RGB pixels (H, W, 3) in the format that the file's ending says.
+    """Write RGB pixels (H, W, 3) in the format of the file's extension.
 
-    OpenCV only encodes: given a name that is not UTF-8, OpenCV 5 ends the process (a segmentation fault).
+    OpenCV only encodes the picture; it does not write the file, because OpenCV 5 crashes (segmentation fault) on a file
+    name that is not UTF-8.
 
     Raises:
-        OSError: when the file cannot be written.
-        CommandError: when the picture has no such format, as it is too large for it.
+        OSError: the file cannot be written.
+        CommandError: the format cannot hold the picture, for example because the picture is too large.
     """
     import cv2
 
@@ -284,7 +285,7 @@ def write_picture(path: Path, picture: NDArray[np.uint8]) -> None:
 
 @contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Silence the image libraries, which write to the process's stderr themselves."""
+    """Discard what image libraries write directly to the stderr of the process."""
     sys.stderr.flush()
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

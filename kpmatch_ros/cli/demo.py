@@ -1,4 +1,4 @@
-"""kpmatch demo: the real node, in a process of its own, on a camera bag whose true motion is known."""
+"""kpmatch demo: runs the real node, in its own process, on a camera bag with ground-truth poses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["add_demo"]
 
 _PICTURES, _BEST_PAIR, _LOG = ("frame0.png", "frame1.png"), "matches.png", "node.log"  # beside the bag
-_FIRST_DOMAIN_PORT = 32768  # whoever holds port 32768 + N uses ROS domain N: the convention of ROS's domain_coordinator
+_FIRST_DOMAIN_PORT = 32768  # a process that holds port 32768 + N uses domain N: convention of ROS's domain_coordinator
 
 
 def add_demo(commands: Any) -> None:
@@ -59,14 +59,15 @@ def _demo(options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Step:
-    """What the node said of one pair of frames, beside the truth.
+    """The node's result for one pair of frames, compared with the ground truth.
 
     Attributes:
-        matches: its MatchArray.
-        pose: its RelativePose.
-        latency: from publishing the image to having both messages, milliseconds.
-        rotation_error: degrees; None where the node gave no rotation.
-        direction_error: of the translation, degrees; None where the node gave none.
+        matches: the node's MatchArray.
+        pose: the node's RelativePose.
+        latency: from publishing the image to having received both messages, milliseconds.
+        rotation_error: degrees; None if the node gave no rotation.
+        direction_error: of the translation's direction, degrees; None if the estimated or true translation is zero, or
+            if the node gave no pose.
     """
 
     matches: Any
@@ -77,25 +78,25 @@ class Step:
 
     @property
     def num_matches(self) -> int:
-        """Matches between the two frames."""
+        """Number of matches between the two frames."""
         return len(self.matches.scores)
 
     @property
     def inlier_ratio(self) -> float:
-        """Share of the matches that agree with the pose."""
+        """Fraction of the matches that are inliers of the pose."""
         return self.pose.num_inliers / self.num_matches if self.num_matches else 0.0
 
 
 def run_demo(out: Path, frames: int) -> None:
-    """Run the node on the demo bag, print how well it did, save a picture.
+    """Run the node on the demo bag, print its errors against the ground truth, and save a picture of the matches.
 
     Args:
-        out: folder for the bag, the picture and the node's log; made where it is missing.
-        frames: images in the bag, at least two.
+        out: folder for the bag, the pictures and the node's log; it is created if it is missing.
+        frames: number of images in the bag, at least two.
 
     Raises:
-        CommandError: when ROS 2 or the messages are missing, something else is in the place of what the demo writes, or
-            the node fails.
+        CommandError: ROS 2 or the messages are missing, something else is in the place of the demo's files, or the node
+            fails.
     """
     _load_ros()
     from kpmatch_ros.bags.demo import IMAGE_TOPIC, INFO_TOPIC
@@ -103,7 +104,7 @@ def run_demo(out: Path, frames: int) -> None:
 
     started = time.monotonic()
     _make_room(out)
-    bag = _unpack(out, frames)  # first, as it shows the next demo whose the other files are
+    bag = _unpack(out, frames)  # first, because the bag shows the next demo that the other files are a demo's too
     with _ros_domain() as domain, _node_process(domain, out / _LOG) as node:
         recorded, truth = _read_bag(bag)
         print("waiting for the node ...", file=sys.stderr)
@@ -114,7 +115,7 @@ def run_demo(out: Path, frames: int) -> None:
 
 
 def _load_ros() -> None:
-    """Import what needs ROS and the messages. Raises CommandError where that fails."""
+    """Import the modules that need ROS and the messages. Raises CommandError if that fails."""
     try:
         import kpmatch_ros.ros.player  # noqa: F401
     except ImportError as error:
@@ -131,10 +132,11 @@ def _load_ros() -> None:
 
 
 def _make_room(folder: Path) -> None:
-    """Make the folder, and remove what an earlier demo left in it, but for the bag.
+    """Create the folder, and remove what an earlier demo left in it, except the bag.
 
     Raises:
-        CommandError: there is something of these names that nothing shows to be the demo's: a recording, say.
+        CommandError: something with one of these names is there, such as a recording, and nothing shows that a demo
+            made it.
     """
     from kpmatch_ros.bags.demo import is_demo_bag
     from kpmatch_ros.bags.recording import BagError, own_files
@@ -157,7 +159,7 @@ def _make_room(folder: Path) -> None:
 
 
 def _unpack(folder: Path, frames: int) -> Path:
-    """The demo's frames as a bag, and the first two as picture files."""
+    """Write the demo's frames as a bag, and the first two as picture files. Returns the bag's path."""
     from kpmatch_ros.bags import BagError
     from kpmatch_ros.bags.demo import demo_frames, unpack_demo_bag
 
@@ -176,7 +178,7 @@ def _unpack(folder: Path, frames: int) -> Path:
 
 @contextlib.contextmanager
 def _ros_domain() -> Iterator[int]:
-    """A ROS domain that nobody else on this machine uses, and talk that stays on this machine."""
+    """Reserve a ROS domain that no other process on this machine uses, and restrict discovery to this machine."""
     domains = [domain for domain in range(1, 101) if str(domain) != os.environ.get("ROS_DOMAIN_ID")]
     random.shuffle(domains)
     for domain in domains:
@@ -186,7 +188,7 @@ def _ros_domain() -> Iterator[int]:
             except OSError:
                 continue
             os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
-            if os.environ.get("ROS_DISTRO") == "humble":  # which does not know the range yet; later ones warn of this
+            if os.environ.get("ROS_DISTRO") == "humble":  # it does not know the range; later versions warn about this
                 os.environ["ROS_LOCALHOST_ONLY"] = "1"
             yield domain
             return
@@ -194,14 +196,14 @@ def _ros_domain() -> Iterator[int]:
 
 
 class _Node:
-    """The matcher's process and what it has printed."""
+    """The process of the matcher node, and its log."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
         self._process = process
         self._log = log
 
     def check(self) -> None:
-        """Raise CommandError when it has ended, or said that it cannot work."""
+        """Raise CommandError if the process has ended or has logged an error."""
         lines = self._log.read_text(errors="replace").splitlines()
         complaints = [line for line in lines if "[ERROR]" in line or "[FATAL]" in line]
         if self._process.poll() is not None or complaints:
@@ -211,7 +213,7 @@ class _Node:
 
 @contextlib.contextmanager
 def _node_process(domain: int, log: Path) -> Iterator[_Node]:
-    """Start the matcher node, and end it whatever happens here."""
+    """Start the matcher node, and end it when the context is left, also after an exception."""
     from kpmatch_ros.bags.demo import IMAGE_TOPIC, INFO_TOPIC
 
     command = [
@@ -237,7 +239,7 @@ def _node_process(domain: int, log: Path) -> Iterator[_Node]:
 
 
 def _executable() -> list[str]:
-    """The installed executable, run by the Python that runs this, whatever its first line says."""
+    """The command that starts the node: the installed executable with this Python, whatever its first line says."""
     from ament_index_python.packages import PackageNotFoundError, get_package_prefix
 
     with contextlib.suppress(PackageNotFoundError):
@@ -251,7 +253,7 @@ def _executable() -> list[str]:
 
 
 def _read_bag(bag: Path) -> tuple[list[RecordedFrame], dict[int, Pose]]:
-    """Each frame as recorded, and the camera's true poses by their stamps."""
+    """The recorded frames, serialised, and the camera's ground-truth poses by stamp."""
     from kpmatch_ros.bags import read_ground_truth
     from kpmatch_ros.bags.demo import IMAGE_TOPIC, INFO_TOPIC
     from kpmatch_ros.bags.recording import Recording
@@ -262,14 +264,14 @@ def _read_bag(bag: Path) -> tuple[list[RecordedFrame], dict[int, Pose]]:
     recorded = {IMAGE_TOPIC: images, INFO_TOPIC: infos}
     with contextlib.closing(Recording(bag)) as recording:
         for raw in recording.messages(recorded):
-            recorded[raw.topic][raw.stamp] = raw.content()  # recorded when its image was taken
+            recorded[raw.topic][raw.stamp] = raw.content()  # the record time is the stamp of the image
     stamps, poses = read_ground_truth(bag)
     frames = [RecordedFrame(stamp, infos[stamp], images[stamp]) for stamp in sorted(images)]
     return frames, dict(zip(stamps.tolist(), poses))
 
 
 def _compare(answers: Answers, truth: dict[int, Pose]) -> list[Step]:
-    """What the node said of each pair, in order."""
+    """The node's result for each pair of consecutive frames, in order."""
     stamps = sorted(truth)
     return [
         Step(
@@ -283,7 +285,10 @@ def _compare(answers: Answers, truth: dict[int, Pose]) -> list[Step]:
 
 
 def _errors(pose: Any, reference: Pose, current: Pose) -> tuple[float | None, float | None]:
-    """Angles between a RelativePose and the truth, degrees: of the rotation and of the translation's direction."""
+    """Errors of a RelativePose against the ground truth, degrees: of the rotation and of the translation's direction.
+
+    An error is None if there is nothing to compare: no pose, or a translation of zero.
+    """
     import numpy as np
     from scipy.spatial.transform import Rotation
 
@@ -297,16 +302,16 @@ def _errors(pose: Any, reference: Pose, current: Pose) -> tuple[float | None, fl
     rotation_error = float(np.degrees((found_turn.inv() * Rotation.from_matrix(turned)).magnitude()))
     if not found.any() or not moved.any():
         return rotation_error, None
-    # From sine and cosine: the arc cosine alone is coarse near zero.
+    # arctan2 of sine and cosine, because the arc cosine is inaccurate near zero.
     angle = np.arctan2(np.linalg.norm(np.cross(found, moved)), found @ moved)
     return rotation_error, float(np.degrees(angle))
 
 
-# What is shown
+# Output
 
 
 def _save_best_picture(path: Path, steps: list[Step], pictures: dict[int, Any]) -> Path | None:
-    """The node's picture of a pair with many good matches and visible motion."""
+    """Save the node's picture of a pair with many inliers and visible motion. Returns its path, or None without one."""
     from kpmatch_ros.imaging.images import to_array
     from kpmatch_ros.ros.player import nanoseconds
 

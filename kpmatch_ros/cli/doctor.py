@@ -1,4 +1,4 @@
-"""What works on this machine, what does not, and what to do about it."""
+"""kpmatch doctor: checks what works on this machine, and says what to do about each fault."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def _doctor(options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's.
+    """The result of one check, printed as one line.
 
     Attributes:
-        level: OK; WARN where something is missing that not everybody needs; FAIL where something is at fault.
-        subject: what was looked at.
+        level: OK; WARN if something is missing that not everybody needs; FAIL if something is at fault.
+        subject: what was checked.
         text: what was found.
-        remedy: what to do; empty where there is nothing to do.
+        remedy: what the user should do; empty if nothing.
     """
 
     level: str
@@ -72,7 +72,7 @@ class Finding:
 
 
 def run_doctor() -> bool:
-    """Print every finding at once, and return whether none is a fault."""
+    """Print each finding as soon as it is known, and return whether none of them is a fault."""
     marks = {OK: "\033[32m OK \033[0m", WARN: "\033[33mWARN\033[0m", FAIL: "\033[31mFAIL\033[0m"}
     if not sys.stdout.isatty():
         marks = {OK: " OK ", WARN: "WARN", FAIL: "FAIL"}
@@ -93,23 +93,23 @@ def run_doctor() -> bool:
 
 
 def _next_step(findings: list[Finding]) -> str:
-    """What to do now: mend the first fault, or use what works."""
+    """The next step for the user: repair the first fault, or use what works."""
     again = in_shell("kpmatch doctor")
     for finding in findings:
         if finding.level == FAIL:
             return f"mend {finding.subject} as said above, then {again}"
     if any(finding.level == OK and finding.subject == "node" for finding in findings):
         launch = "ros2 launch kpmatch_ros matcher.launch.py image:=TOPIC"
-        if shutil.which("ros2") is None:  # ROS from PyPI has no ros2
+        if shutil.which("ros2") is None:  # ROS from PyPI has no command ros2
             launch = matcher_in_shell("--ros-args -r image:=TOPIC")
         lacking = {finding.subject for finding in findings if finding.level == WARN}
-        whole = not any(each.pip in lacking for each in DEPENDENCIES)  # the demo needs all
+        whole = not any(each.pip in lacking for each in DEPENDENCIES)  # the demo needs all packages
         return f"{in_shell('kpmatch demo')}, or {launch}" if whole else launch
     return in_shell("kpmatch match A.jpg B.jpg")
 
 
 def examine() -> Iterator[Finding]:
-    """All findings. A check that fails itself is a finding, too."""
+    """Yield all findings. A check that raises an exception becomes a finding too."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         check_package,
         check_dependencies,
@@ -125,7 +125,7 @@ def examine() -> Iterator[Finding]:
     for check in checks:
         try:
             yield from check()
-        except Exception as error:  # noqa: BLE001 (whatever is broken here must not hide what comes after)
+        except Exception as error:  # noqa: BLE001 (a broken check must not hide the results of the next ones)
             text = f"{type(error).__name__}: {_first_line(error)}"
             remedy = ""
             if isinstance(error, ImportError):
@@ -138,7 +138,7 @@ def _first_line(error: object) -> str:
 
 
 def check_package() -> Iterator[Finding]:
-    """Where the package and Python are."""
+    """Check the installed package and Python."""
     place = Path(kpmatch_ros.__file__).parent
     yield Finding(OK, "kpmatch_ros", f"{kpmatch_ros.__version__} at {place}")
     text = f"{platform.python_version()} at {sys.executable}"
@@ -151,11 +151,11 @@ def check_package() -> Iterator[Finding]:
         yield Finding(OK, "Python", text)
 
 
-_LOOKED_AT = ("cv2", "scipy", "torch", "rosbags.image")  # by checks of their own
+_LOOKED_AT = ("cv2", "scipy", "torch", "rosbags.image")  # modules that have checks of their own
 
 
 def check_dependencies() -> Iterator[Finding]:
-    """The packages that have nothing else to be checked but that they are there."""
+    """Check that the other packages can be imported; nothing else about them is checked."""
     lacking = False
     for each in DEPENDENCIES:
         if each.module in _LOOKED_AT:
@@ -174,16 +174,16 @@ def check_dependencies() -> Iterator[Finding]:
 
 
 def _remedy(error: Exception, module: str) -> str:
-    """What to do about a module that cannot be imported: it lacks another one, or is to be installed itself."""
+    """The remedy for a module that cannot be imported: install it, or another module that it needs."""
     named = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
     return numpy_clash(module) or how_to_get(named or module) or how_to_get(module)
 
 
 def check_opencv() -> Iterator[Finding]:
-    """OpenCV: whether it is there and reads what it writes."""
+    """Check that OpenCV can be imported and can read the images that it writes."""
     try:
         import cv2
-    except Exception as error:  # noqa: BLE001 (ImportError, and what a clash of NumPy versions raises)
+    except Exception as error:  # noqa: BLE001 (ImportError, and other errors if NumPy has the wrong version)
         yield Finding(FAIL, "OpenCV", _first_line(error), _remedy(error, "cv2"))
         return
     import numpy as np
@@ -204,7 +204,7 @@ def check_opencv() -> Iterator[Finding]:
 
 
 def check_scipy() -> Iterator[Finding]:
-    """SciPy, which a NumPy that it was not built for breaks as it does OpenCV."""
+    """Check that SciPy can be imported. Like OpenCV, it fails with a NumPy for which it was not built."""
     try:
         import scipy.optimize
         import scipy.spatial.transform
@@ -215,19 +215,19 @@ def check_scipy() -> Iterator[Finding]:
 
 
 def check_geometry() -> Iterator[Finding]:
-    """Whether the compiled part of the geometry is in use."""
+    """Check whether the compiled part of the geometry is in use."""
     try:
         from kpmatch_ros.geometry import compiled
-    except Exception:  # noqa: BLE001 (as for OpenCV, which has said so)
+    except Exception:  # noqa: BLE001 (as for OpenCV, whose check has reported it)
         return
     yield _compiled_part("geometry", compiled, "NumPy")
 
 
 def check_compiled_networks() -> Iterator[Finding]:
-    """Whether the compiled part of the networks is in use on the processor."""
+    """Check whether the compiled part of the networks is in use on the processor."""
     try:
         from kpmatch_ros.models import compiled
-    except Exception:  # noqa: BLE001 (as for PyTorch, of which it is said)
+    except Exception:  # noqa: BLE001 (as for PyTorch, whose check reports it)
         return
     if compiled.transforms() and not compiled.available():
         parts = "SuperPoint and LightGlue" if compiled.in_float32() else "SuperPoint"
@@ -238,7 +238,7 @@ def check_compiled_networks() -> Iterator[Finding]:
 
 
 def _compiled_part(subject: str, compiled: Any, instead: str, where: str = "") -> Finding:
-    """Whether the library of a module is in use, or else what computes in its place."""
+    """A finding that says whether a module's compiled library is in use, or what is used instead."""
     if compiled.available():
         return Finding(OK, subject, f"compiled, {compiled.LIBRARY.name}{where}")
     if compiled.LIBRARY.exists():
@@ -247,10 +247,10 @@ def _compiled_part(subject: str, compiled: Any, instead: str, where: str = "") -
 
 
 def check_pytorch() -> Iterator[Finding]:
-    """PyTorch, the GPU and what `auto` chooses."""
+    """Check PyTorch, the GPU, and the device and precision that `auto` chooses."""
     try:
         import torch
-    except Exception as error:  # noqa: BLE001 (ImportError, and OSError for libraries that it does not find)
+    except Exception as error:  # noqa: BLE001 (ImportError, and OSError for missing shared libraries)
         yield Finding(FAIL, "PyTorch", f"{_first_line(error)} ({sys.executable})", _remedy(error, "torch"))
         return
     from kpmatch_ros.runtime.device import choose_device, choose_precision, format_name
@@ -271,8 +271,8 @@ def check_pytorch() -> Iterator[Finding]:
 
 
 def check_gpu(torch: Any) -> Finding:
-    """Whether there is a GPU, and whether PyTorch computes on it."""
-    signs = ("/dev/nvidia0", "/dev/nvhost-gpu")  # of a PC's and of a Jetson's
+    """Check whether there is a GPU, and whether PyTorch can compute on it."""
+    signs = ("/dev/nvidia0", "/dev/nvhost-gpu")  # device files of a PC's GPU and of a Jetson's
     present = any(Path(sign).exists() for sign in signs) or shutil.which("nvidia-smi") is not None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -296,13 +296,13 @@ def check_gpu(torch: Any) -> Finding:
 
 
 def check_weights() -> Iterator[Finding]:
-    """The weights that are here, and the default ones."""
+    """Check the weights that are on this machine, and the default ones."""
     defaults = Parameters()
     for item in weights.REGISTRY.values():
         wanted = item.name in (defaults.extractor, defaults.matcher)
         here = weights.presence(item)
         if here.word == "no" and not wanted:
-            continue  # to be fetched by who wants them: kpmatch weights list
+            continue  # optional weights: `kpmatch weights list` shows them
         if here.fault:
             yield Finding(FAIL, "weights", here.fault, here.remedy)
         else:
@@ -312,7 +312,7 @@ def check_weights() -> Iterator[Finding]:
 
 
 def check_networks() -> Iterator[Finding]:
-    """The default networks on a small picture: finds what imports and versions do not show."""
+    """Run the default networks on a small picture. This finds faults that imports and versions do not show."""
     import time
 
     import numpy as np
@@ -339,7 +339,7 @@ def check_networks() -> Iterator[Finding]:
 
 
 def check_ros() -> Iterator[Finding]:
-    """ROS 2, its middleware, the messages, the image converter and the node's executable."""
+    """Check ROS 2, its middleware, the messages, the image converter and the node's executable."""
     ended = ""
     try:
         answers = ask_ros()
@@ -376,7 +376,7 @@ def check_ros() -> Iterator[Finding]:
 
 
 def _without_chosen_middleware() -> dict[str, Any] | None:
-    """The answers without RMW_IMPLEMENTATION; None where it is not set, or no middleware loads without it either."""
+    """The answers without RMW_IMPLEMENTATION; None if it is not set, or if no middleware loads without it either."""
     if "RMW_IMPLEMENTATION" not in os.environ:
         return None
     try:
@@ -436,7 +436,10 @@ _NODE_NEEDS = ("rclpy", "kpmatch_ros.msg", *(each.module for each in DEPENDENCIE
 
 
 def _executable(answers: dict[str, Any]) -> Finding:
-    """`ros2 run` starts the node with the Python of its first line, whatever environment has PyTorch."""
+    """Check the Python that `ros2 run` starts the node with.
+
+    It is the Python in the executable's first line, which may not be the one that has PyTorch.
+    """
     prefix = answers["installed"].get("value")
     script = Path(prefix or "", "lib", "kpmatch_ros", "matcher")
     if prefix is None or not script.is_file():

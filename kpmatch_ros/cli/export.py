@@ -1,4 +1,4 @@
-"""kpmatch export: the networks as ONNX graphs, compared with PyTorch before anybody uses them."""
+"""kpmatch export: writes the networks as ONNX graphs, and compares their results with PyTorch's."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_export"]
 
-# Those that play a part: the others say how PyTorch computes, or what the layers may skip.
+# The parameters that affect the graphs. The others say how PyTorch computes, or what the layers may skip.
 _OPTIONS = (
     "profile",
     "extractor",
@@ -48,8 +48,8 @@ _OPTIONS = (
 )
 
 _FILES = ("extractor.onnx", "matcher.onnx", "export.json")
-_LEAST_SHARE = 0.99  # of the matches, that PyTorch and ONNX Runtime have in common
-_FRAMES = 3  # of the demo bag
+_LEAST_SHARE = 0.99  # fraction of the matches that PyTorch and ONNX Runtime must have in common
+_FRAMES = 3  # frames of the demo bag for the comparison
 
 
 def add_export(commands: Any) -> None:
@@ -90,7 +90,7 @@ def _export(options: argparse.Namespace) -> int:
     is_there = target.is_dir()
     if os.path.lexists(target) and not (is_there and not any(target.iterdir())):
         raise CommandError(f"{target} exists already: name another folder, or remove it")
-    pictures = [read_image(path) for path in options.images or ()]  # before the work rather than after it
+    pictures = [read_image(path) for path in options.images or ()]  # before the work, so that faults show at once
 
     from kpmatch_ros.feature_matcher import FeatureMatcher
     from kpmatch_ros.models.export import ExportError, check_exportable
@@ -98,19 +98,19 @@ def _export(options: argparse.Namespace) -> int:
     chosen = {name: value for name, value in vars(options).items() if name in _OPTIONS}
     if options.keypoints is not None:
         chosen["max_keypoints"] = options.keypoints
-    # What PyTorch computes for the comparison: as the graphs do, all layers in float32.
+    # For the comparison, PyTorch computes as the graphs do: all layers, in float32.
     as_graphs = {"device": "cpu", "precision": "float32", "depth_confidence": -1.0, "width_confidence": -1.0}
     parameters = Parameters.given({**chosen, **as_graphs})
     networks = FeatureMatcher(parameters)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         check_exportable(networks.extractor, networks.matcher)
-        # Whole or not at all: a folder that is there can be used.
+        # The files are written to a temporary folder first, so that the target is complete or not there at all.
         with tempfile.TemporaryDirectory(dir=target if is_there else target.parent, prefix=".kpmatch.") as folder:
             parity, said = _write(Path(folder, "out"), networks, options, pictures)
             if not is_there:
                 os.replace(Path(folder, "out"), target)
-            else:  # filled, as it may be a link, a mount, or where somebody is
+            else:  # fill the folder instead of replacing it: it may be a link, a mount or a working directory
                 for name in _FILES:
                     os.replace(Path(folder, "out", name), target / name)
     except ExportError as error:
@@ -135,7 +135,11 @@ def _export(options: argparse.Namespace) -> int:
 def _write(
     folder: Path, networks: FeatureMatcher, options: argparse.Namespace, pictures: list[NDArray[np.uint8]]
 ) -> tuple[Parity | None, str]:
-    """Write all files; the comparison, and what to say of it or of why there is none that was asked for."""
+    """Write all files.
+
+    Returns:
+        the comparison with PyTorch, or None; and a text about it, or why it is missing although it was requested.
+    """
     import torch
 
     from kpmatch_ros.models.export import OPSET, export_extractor, export_matcher

@@ -1,6 +1,7 @@
 """The `kpmatch` command.
 
-Exit status 0 on success and 2 on bad usage or input, with one line on stderr that says what was wrong.
+Its exit status is 0 on success, 130 if it is stopped, and 2 on any error. An error is one line on stderr that says what
+is wrong.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ from kpmatch_ros.weights import WeightsError
 
 __all__ = ["main"]
 
-_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # they do not say of which file
+_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # errors that may come without a file name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
     Args:
-        arguments: the words after `kpmatch`; those of this process where not given.
+        arguments: the words after `kpmatch`; those of this process if not given.
     """
     prepare_streams()
     configure_process()
     parser = _build_parser()
-    if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next; see docs/command_line.md
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions; see docs/command_line.md
         import argcomplete
 
         argcomplete.autocomplete(parser)
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status: int = options.run(options)
             sys.stdout.flush()
             return status
-    except BrokenPipeError:  # the reader, `head` say, had enough
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = f"the output cannot be written: {error.strerror}"
         print(f"{options.name}: {' '.join(text.split())}", file=sys.stderr)
         return 2
-    except Exception as error:  # a fault of this program, memory that ran out, a module that is not installed
+    except Exception as error:  # a bug, too little memory, or a module that is not installed
         if os.environ.get("KPMATCH_TRACEBACK"):
             raise
         if isinstance(error, ImportError) and not (error.name or "").startswith("kpmatch_ros"):
@@ -89,11 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _signals_as_ctrl_c() -> Iterator[None]:
-    """What a command began is undone or ended in its `finally`s, whichever way it is stopped.
+    """Raise KeyboardInterrupt on SIGTERM and SIGHUP too, so that each command cleans up in its `finally` blocks.
 
-    SIGHUP comes where a terminal is closed or a connection to another machine ends. With `nohup` it is ignored.
+    SIGHUP is sent when a terminal is closed or a connection to another machine ends. With `nohup` it stays ignored.
     """
-    if threading.current_thread() is not threading.main_thread():  # nobody else may handle signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
         yield
         return
 
@@ -112,7 +113,7 @@ def _signals_as_ctrl_c() -> Iterator[None]:
 
 
 def _join_negative_values(arguments: Sequence[str]) -> list[str]:
-    """Write `--distortion -0.2,0.1,0,0` as `--distortion=-0.2,0.1,0,0`: argparse would take the value for an option."""
+    """Join `--distortion -0.2,0.1,0,0` to `--distortion=-0.2,0.1,0,0`: argparse would take the value for an option."""
     joined: list[str] = []
     for word in arguments:
         if re.match(r"-[\d.]", word) and joined and re.fullmatch(r"--[a-z][a-z0-9-]*", joined[-1]):

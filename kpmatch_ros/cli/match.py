@@ -1,4 +1,4 @@
-"""kpmatch match: two image files."""
+"""kpmatch match: matches two image files."""
 
 from __future__ import annotations
 
@@ -132,14 +132,14 @@ def _match(options: argparse.Namespace) -> int:
 
 
 def _next_command(options: argparse.Namespace) -> str:
-    """What to try after this: the same with the pose, or else a recording."""
+    """The command to suggest next: the same with the relative pose, or if that was given, a recording."""
     if options.intrinsics is None:
         return f"{in_shell(f'kpmatch {shlex.join(options.words)} --intrinsics FX,FY,CX,CY')}  (the relative pose too)"
     return f"{in_shell('kpmatch bag BAG OUT --report report.html')}  (the same for a recording)"
 
 
 def _fitting(parameters: Parameters, images: dict[Path, NDArray[np.uint8]], command: str) -> Parameters:
-    """The parameters, with a `resize` that the networks take where an image is too large for them; stderr says so."""
+    """The parameters. If an image is too large for the networks, `resize` is set to fit, and stderr says so."""
     from kpmatch_ros.feature_matcher import LARGEST_IMAGE
     from kpmatch_ros.imaging.colour import resized_size
 
@@ -152,7 +152,7 @@ def _fitting(parameters: Parameters, images: dict[Path, NDArray[np.uint8]], comm
     refused = [path for path, size in sizes.items() if too_large(size, parameters.resize)]
     if not refused:
         return parameters
-    # `resize` holds for both images, and enlarges too.
+    # Both images get the same `resize`, and it enlarges smaller images too: search the largest value that fits both.
     most = int(declaration("resize").maximum or 0)
     longest = next(each for each in range(most, 0, -1) if not any(too_large(size, each) for size in sizes.values()))
     for path in refused:
@@ -187,7 +187,7 @@ def _camera(
 
 
 def _report(pair: Pair, parameters: Parameters, milliseconds: float) -> dict[str, Any]:
-    """What --json prints."""
+    """The JSON object that --json prints."""
     pose = pair.pose
     return {
         "points0": pair.reference_points.tolist(),
@@ -211,7 +211,7 @@ def _report(pair: Pair, parameters: Parameters, milliseconds: float) -> dict[str
 
 
 def _summary(pair: Pair, parameters: Parameters, milliseconds: float) -> str:
-    """What is printed for people."""
+    """The text that is printed without --json."""
     sizes = (pair.reference.features.size, pair.current.features.size)
     lines = [
         f"images     {' and '.join(f'{width} x {height}' for width, height in sizes)}",
@@ -245,7 +245,7 @@ def _pose_of(pair: Pair) -> list[str]:
 
 
 def _check_picture_file(path: Path) -> None:
-    """Before the work rather than after it."""
+    """Check the picture's path before the work, not after it. Raises CommandError."""
     if not can_write_picture(path):
         raise CommandError(f"--save {path}: pictures are written as .png or .jpg")
     if not path.resolve().parent.is_dir():

@@ -1,4 +1,4 @@
-"""What the commands ask about ROS before they import it."""
+"""Lets the commands find out about ROS in another process, before they import it."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ _TIMEOUT = 60.0  # seconds
 
 
 class ProcessEndedError(Exception):
-    """Importing ROS ended the process that did it, or it never answered; the text says how."""
+    """The process that imported ROS ended or did not answer. The text says how."""
 
 
 def ask_ros(*questions: str, without: str = "") -> dict[str, Any]:
-    """Ask a process of its own: importing rclpy may replace the process or, with libraries that clash, end it.
+    """Answer questions about ROS in a separate process.
+
+    Importing rclpy may replace the process, or end it if libraries are incompatible.
 
     Args:
-        questions: some of those of ``ros/questions.py``; all where none is named.
-        without: a variable of the environment that the process does not get.
+        questions: names of questions in ``ros/questions.py``; all questions if none is given.
+        without: an environment variable that the process does not get.
 
     Returns:
-        for each question its ``value``, or the ``error`` and its ``type``.
+        for each question its ``value``, or its ``error`` and the ``type`` of the error.
 
     Raises:
-        ProcessEndedError: there is no answer.
+        ProcessEndedError: the process ended or did not answer in time.
     """
     environment = {name: value for name, value in os.environ.items() if name != without}
     try:

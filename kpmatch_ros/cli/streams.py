@@ -1,4 +1,4 @@
-"""The standard streams of a command: closed ones, full ones, and texts that they cannot hold."""
+"""Prepares the standard streams of a command for closed and broken streams, and for texts that cannot be encoded."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _STREAMS = ("stdin", "stdout", "stderr")
 
 
 def prepare_streams() -> None:
-    """Open those that are closed, on nothing, and let those for texts take any text.
+    """Open closed standard streams on /dev/null, let stdout and stderr take any text, and ignore errors of stderr.
 
-    The next file to be opened would get the number of a closed one: what a library writes to stderr would be written
-    into a bag. A file's name need not be UTF-8, and a terminal need not show every letter: what cannot be encoded is
-    escaped.
+    Without this, the next file that is opened would get the number of a closed stream, so that a library's output to
+    stderr would end up in a bag. File names need not be UTF-8, and a terminal may not support every character:
+    characters that cannot be encoded are escaped.
     """
     for descriptor, name in enumerate(_STREAMS):
         try:
@@ -28,7 +28,7 @@ def prepare_streams() -> None:
             if null != descriptor:
                 os.dup2(null, descriptor)
                 os.close(null)
-            os.set_inheritable(descriptor, True)  # as those of a shell are
+            os.set_inheritable(descriptor, True)  # like the streams that a shell provides
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(descriptor, "r" if descriptor == 0 else "w", closefd=False))
     for stream in (sys.stdout, sys.stderr):
@@ -39,7 +39,7 @@ def prepare_streams() -> None:
 
 
 class _Unheard:
-    """A stream that nobody may read any longer: what is said of the work must not end it."""
+    """A text stream that ignores OSErrors: a message about the work must not end the work if nobody can read it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

