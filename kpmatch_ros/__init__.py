@@ -1,6 +1,6 @@
 """Learned feature matching for ROS 2: SuperPoint with LightGlue on camera frames.
 
-This package without its node runs on machines without ROS::
+Everything except the node also runs on machines without ROS::
 
     from kpmatch_ros import FeatureMatcher
 
@@ -49,7 +49,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # Subscribers that import only kpmatch_ros.msg must not pay for, or need, PyTorch.
+    # Imported on demand: subscribers that import only kpmatch_ros.msg must not load or need PyTorch.
     if name in _HOME:
         from importlib import import_module
 

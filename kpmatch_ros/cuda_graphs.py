@@ -1,10 +1,10 @@
-"""CUDA graphs: the networks' work recorded once for fixed shapes, and started by one call from then on.
+"""CUDA graphs: the networks' work is recorded once for fixed shapes, and then started with a single call.
 
-A GPU runs LightGlue's 1,400 kernels in less time than the host needs to start them one by one. A recording starts them
-all. It reads and writes memory at fixed places. Therefore inputs are copied to where it reads, numbers of keypoints are
-rounded up to one of :data:`SIZES`, and masks mark the padding.
+A GPU runs LightGlue's 1,400 kernels in less time than the host needs to launch them one by one. A recording launches
+all of them. It reads and writes memory at fixed addresses. Therefore the inputs are copied to these addresses, numbers
+of keypoints are rounded up to one of :data:`SIZES`, and masks mark the padding.
 
-Where something cannot be recorded, the networks run as they do without recordings, and one warning says so.
+If something cannot be recorded, the networks run without recordings, with one warning.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ __all__ = ["SIZES", "CudaGraphs", "Recording", "batch_is_small", "places_for"]
 
 SIZES = (256, 512, 768, 1024, 1536, 2048, 3072, 4096)  # numbers of keypoints that recordings are made for
 
-_KEPT = 12  # recordings of different shapes; the one used least recently goes first
-_PAIRS = 4  # a larger batch keeps a GPU busy without recordings
+_KEPT = 12  # largest number of recordings; the least recently used one is discarded first
+_PAIRS = 4  # a larger batch keeps a GPU busy even without recordings
 
 Outputs = tuple[Tensor, ...]
 
@@ -41,18 +41,18 @@ class Recorder(Protocol):
     """Something that can record work and repeat it."""
 
     def record(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-        """Record the work of a function on tensors of fixed places.
+        """Record the work of a function on tensors at fixed addresses.
 
         Returns:
-            what repeats the work, and the tensors that hold its results after each repetition.
+            A function that repeats the work, and the tensors that hold its results after each repetition.
 
         Raises:
-            RuntimeError: when the work cannot be recorded.
+            RuntimeError: if the work cannot be recorded.
         """
 
 
 class Recording:
-    """Records with CUDA graphs. All recordings of one object share memory, so only one may run at a time.
+    """Records with CUDA graphs. All recordings of an instance share memory, so only one of them may run at a time.
 
     Args:
         device: the GPU.
@@ -66,25 +66,25 @@ class Recording:
     def record(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         """As :meth:`Recorder.record`."""
         graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads, such as those that receive images, may use the GPU meanwhile.
+        # thread_local: other threads, such as those that receive images, may use the GPU during the capture.
         options: Any = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         with torch.cuda.device(self.device), torch.cuda.graph(graph, **options):
             outputs = work()
         return graph.replay, outputs
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Recording, (self.device,)  # a copy has a stream and a pool of its own
+        return Recording, (self.device,)  # a copy gets its own stream and memory pool
 
 
 class CudaGraphs:
-    """Runs networks by recordings of their work.
+    """Runs networks with recordings of their work.
 
     Args:
-        recorder: what records; a :class:`Recording` for a GPU.
+        recorder: makes the recordings; a :class:`Recording` for a GPU.
 
     Attributes:
-        enabled: false runs everything without recordings. It becomes false when a recording fails.
-        failure: why a recording failed; empty where none did.
+        enabled: whether recordings are used. It becomes false when a recording fails.
+        failure: reason why a recording failed; empty if none failed.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -92,49 +92,49 @@ class CudaGraphs:
         self.failure = ""
         self._recorder = recorder
         self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
-        self._lock = threading.RLock()  # a recording that fails clears all of them while it holds the lock
+        self._lock = threading.RLock()  # reentrant: a failed recording calls clear() while it holds the lock
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy has no recordings: they are of the weights of the original.
+        # A copy has no recordings, because recordings use the weights of the original at their addresses.
         return CudaGraphs, (self._recorder,), {"enabled": self.enabled, "failure": self.failure}
 
     @classmethod
     def for_device(cls, device: torch.device) -> CudaGraphs | None:
-        """For a GPU; None for a processor, where recordings gain nothing."""
+        """Return an instance for a GPU; None for a CPU, where recordings bring no gain."""
         return cls(Recording(device)) if device.type == "cuda" else None
 
     def __len__(self) -> int:
-        """How many shapes there are recordings for."""
+        """Return the number of shapes with recordings."""
         return len(self._recorded)
 
     def clear(self) -> None:
-        """Forget all recordings, and with them their memory."""
+        """Discard all recordings and release their memory."""
         with self._lock:
             self._recorded.clear()
             if isinstance(self._recorder, Recording):
-                self._recorder = Recording(self._recorder.device)  # a pool that was given up cannot be used again
+                self._recorder = Recording(self._recorder.device)  # a released memory pool cannot be used again
 
     @torch.inference_mode()
     def run(self, network: nn.Module, *inputs: Any) -> Any:
-        """What ``network(*inputs)`` gives, by a recording where one can be made.
+        """Return the result of ``network(*inputs)``, from a recording if possible.
 
         Args:
-            network: an extractor or a matcher of :mod:`kpmatch_ros.models`. Its weights must stay where they are: a
-            conversion to another precision moves them, and needs :meth:`clear`.
-            inputs: as the network takes them.
+            network: an extractor or a matcher of :mod:`kpmatch_ros.models`. Its weights must stay at their addresses: a
+                conversion to another precision moves them and requires :meth:`clear`.
+            inputs: the network's inputs.
         """
         found = self._use(network, inputs, lambda recorded: recorded(*inputs))
         return network(*inputs) if found is None else found
 
     @torch.inference_mode()
     def record(self, network: nn.Module, *inputs: Any) -> None:
-        """Record now all that :meth:`run` may need for such inputs, whatever they hold; arguments as there."""
+        """Record in advance everything that :meth:`run` may need for inputs of these shapes. Arguments as for run."""
         self._use(network, inputs, lambda recorded: recorded.record_all())
 
     def _use(self, network: nn.Module, inputs: Sequence[Any], use: Callable[[Any], Any]) -> Any:
-        """What ``use`` makes of the recording for these inputs; None where there can be none."""
+        """Return the result of ``use`` for the recording of these inputs; None if they cannot be recorded."""
         with self._lock:
-            if not self.enabled:  # asked under the lock: a recording may have failed while this thread waited for it
+            if not self.enabled:  # checked under the lock: a recording may have failed while this thread was waiting
                 return None
             try:
                 recorded = self._find(network, inputs)
@@ -148,14 +148,14 @@ class CudaGraphs:
                 return None
 
     def _find(self, network: nn.Module, inputs: Sequence[Any]) -> _Recorded | None:
-        """The recording for these inputs; None where the network or its inputs are of a kind that is not recorded."""
-        # A recording runs no Python: nothing would be seen of what it repeats.
+        """Return the recording for these inputs; None if this kind of network or input is not recorded."""
+        # A recording runs no Python code, so a trace would not see the network's operations.
         if getattr(network, "is_traced", False):
             return None
         if isinstance(network, Extractor):
-            image, *masks = inputs  # with or without the mask of where keypoints may be
+            image, *masks = inputs  # with or without a mask of allowed pixels
             if network.max_keypoints < 0:
-                return None  # the number of keypoints is not known before
+                return None  # the number of keypoints is not known in advance
             key: Hashable = (
                 *_identity(network, image),
                 *(getattr(network, name) for name in ("max_keypoints", "keypoint_threshold", "nms_radius", "border")),
@@ -167,12 +167,12 @@ class CudaGraphs:
             image0, image1 = inputs
             counts = image0.num_keypoints, image1.num_keypoints
             size = places_for(max(counts))
-            # Masks of a single pair are not expected, and the pairs of a batch come one by one.
+            # Only single pairs without masks are recorded: small batches are passed pair by pair, without masks.
             has_mask = image0.mask is not None or image1.mask is not None
             if len(image0.keypoints) > 1 or has_mask or min(counts) == 0 or size is None:
                 return None
             if isinstance(network, SuperGlue) and (image0.scores is None or image1.scores is None):
-                return None  # the network says what is missing
+                return None  # the network itself raises the error about the missing scores
             padded = counts != (size, size)
             kind: Any = _RecordedLightGlue if isinstance(network, LightGlue) else _RecordedSuperGlue
             confidence = getattr(network, "depth_confidence", -1.0)
@@ -190,8 +190,8 @@ class CudaGraphs:
         return self._recorded[key]
 
     def _record(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-        # Once without recording: libraries choose their algorithms then, which is not allowed while recording. What is
-        # wrong with the work itself shows here, as it would without recordings.
+        # Run once without recording. Libraries choose their algorithms in this run, which a capture does not allow.
+        # Errors of the work itself are raised here, as without recordings.
         work()
         try:
             return self._recorder.record(work)
@@ -204,12 +204,12 @@ class _CannotRecord(Exception):
 
 
 def places_for(count: int) -> int | None:
-    """The smallest of :data:`SIZES` that holds so many keypoints; None where none does."""
+    """Return the smallest of :data:`SIZES` that is at least ``count``; None if all are smaller."""
     return next((size for size in SIZES if size >= count), None)
 
 
 def batch_is_small(pairs: int) -> bool:
-    """Whether so many pairs are matched faster one by one, by recordings, than together without."""
+    """Whether a batch is matched faster pair by pair with recordings than as one batch without them."""
     return pairs <= _PAIRS
 
 
@@ -221,17 +221,17 @@ Record = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 
 
 class _Recorded:
-    """A network for inputs of one shape. Calling it gives what the network gives."""
+    """A recorded network for inputs of one shape. A call returns the network's result."""
 
     def __call__(self, *inputs: Any) -> Any:
         raise NotImplementedError
 
     def record_all(self) -> None:
-        """Record what is otherwise recorded when it is first needed; here all is from the beginning."""
+        """Record everything that is otherwise recorded on first use. This base class has nothing of that kind."""
 
 
 class _RecordedExtractor(_Recorded):
-    """An extractor for images of one shape, with masks or without."""
+    """A recorded extractor for images of one shape, with or without masks."""
 
     def __init__(self, network: Extractor, inputs: Sequence[Tensor], record: Record) -> None:
         self._places = [tensor.clone() for tensor in inputs]
@@ -245,12 +245,12 @@ class _RecordedExtractor(_Recorded):
 
 
 class _Places:
-    """Where recordings read an image's features: ``size`` places for keypoints.
+    """The memory from which recordings read an image's features, with ``size`` places for keypoints.
 
     Args:
         example: features of one image.
         size: number of places.
-        padded: whether some of them may stay empty, which a mask tells.
+        padded: whether some places may be empty. A mask then marks the filled ones.
     """
 
     def __init__(self, example: ImageFeatures, size: int, padded: bool) -> None:
@@ -269,7 +269,7 @@ class _Places:
         self.fill(example)
 
     def fill(self, image: ImageFeatures) -> None:
-        """Take over an image's features."""
+        """Copy an image's features into the places."""
         count, places = image.num_keypoints, self.features
         places.keypoints[:, :count].copy_(image.keypoints)
         places.descriptors[:, :count].copy_(image.descriptors)
@@ -278,7 +278,7 @@ class _Places:
             self._scores[:, :count].copy_(image.scores)
         if places.mask is not None and count != self._filled:
             torch.lt(self._index, count, out=places.mask)
-            # What is left over there could be infinite, and a product of it with a weight of zero NaN.
+            # Old values in the padding could be infinite, and their product with a weight of zero would be NaN.
             places.keypoints[:, count:].zero_()
             places.descriptors[:, count:].zero_()
             self._scores[:, count:].zero_()
@@ -286,12 +286,12 @@ class _Places:
 
 
 def _unpadded(found: Sequence[Tensor], count0: int, count1: int) -> Assignment:
-    """A copy of a recording's assignment for the keypoints that there are."""
+    """Return a copy of a recording's assignment, without the padding."""
     return Assignment(*(tensor.clone() for tensor in Assignment(*found).first(count0, count1)))
 
 
 class _RecordedSuperGlue(_Recorded):
-    """SuperGlue for one number of places: its layers are recorded, the optimal transport runs as it always does."""
+    """SuperGlue for one number of places. Its layers are recorded; the optimal transport runs without a recording."""
 
     def __init__(
         self, network: SuperGlue, image0: ImageFeatures, image1: ImageFeatures, size: int, padded: bool, record: Record
@@ -314,12 +314,12 @@ class _RecordedSuperGlue(_Recorded):
 class _RecordedLightGlue(_Recorded):
     """LightGlue for one number of places.
 
-    Without early stopping there is one recording. With it there is one for each layer and one for the assignment after
-    each layer, made when first needed. All of these read and write the points' states at the same two places in turn:
-    what a layer found is still there after the next one ran ahead. These places lie outside of the memory that
-    recordings share.
+    Without early stopping there is one recording. With early stopping there is one for each layer and one for the
+    assignment after each layer, made on first use. All of these read and write the points' states in two buffers in
+    turn. So the output of a layer is still available after the next layer has run ahead. The buffers lie outside of the
+    memory that recordings share.
 
-    No points are dropped: their number would change from layer to layer.
+    Points are not pruned, because their number would change from layer to layer.
     """
 
     def __init__(
@@ -366,12 +366,12 @@ class _RecordedLightGlue(_Recorded):
         return found
 
     def _run_layers(self) -> int:
-        """Run layers until the points are sure; how many it took."""
+        """Run layers until early stopping applies, and return the number of layers that count."""
         last = len(self._network.transformer_layers)
         enough: OnItsWay | None = None
         for layer in range(last):
             self._run_layer(layer)
-            # The GPU has the next layer to do while the host asks about this one.
+            # The GPU already runs this layer while the host reads the stopping decision of the previous layer.
             if enough:
                 return layer
             if layer < last - 1:
@@ -388,8 +388,8 @@ class _RecordedLightGlue(_Recorded):
         return [self._network.encode(places.features) for places in self._places]
 
     def _points(self, place: int) -> list[Points]:
-        """The points with the states at one of the two places."""
-        index = torch.zeros(0, dtype=torch.int64, device=self._device)  # of points that are dropped
+        """Return the points with the states in one of the two buffers."""
+        index = torch.zeros(0, dtype=torch.int64, device=self._device)  # no point is pruned
         return [
             Points(x, rotation, places.features.mask, index, index)
             for x, rotation, places in zip(self._states[place], self._rotations, self._places)

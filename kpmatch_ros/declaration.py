@@ -1,4 +1,4 @@
-"""What a parameter is: its type, default, what is allowed, and in words."""
+"""Declaration of a parameter: type, default, allowed values and description."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class ParameterError(ValueError):
 
 @dataclass(frozen=True)
 class Declaration:
-    """One parameter without its value: type, default, what is allowed, description.
+    """Declares one parameter: type, default, allowed values and description.
 
-    `special` is a value outside of the range that is allowed too. `needs` names another parameter, and the value
-    without which this one plays no part.
+    `special` is an allowed value outside of the range. `needs` is the name of another parameter, and the value that it
+    must have so that this parameter has an effect.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Declaration:
 
     @property
     def constraint(self) -> str:
-        """The allowed values in words; empty where any value of the type is allowed."""
+        """The allowed values as text; empty if any value of the type is allowed."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
         if self.minimum is not None and self.maximum is not None:
@@ -55,15 +55,15 @@ class Declaration:
     def check(self, value: Any) -> Any:
         """Return ``value`` as the parameter's type, or raise :class:`ParameterError`.
 
-        NumPy's numbers are numbers, and a path is text.
+        NumPy numbers are accepted as numbers, and path objects as text.
         """
-        if self.type in (int, float) and type(value) is not bool:  # isinstance takes True for a number
+        if self.type in (int, float) and type(value) is not bool:  # True is an instance of Integral
             if isinstance(value, numbers.Integral):
                 value = int(value)
             if self.type is float and isinstance(value, numbers.Real):
                 with suppress(OverflowError):  # beyond 1.8e308
                     value = float(value)
-        if value is False and "off" in self.choices:  # as YAML reads it without quotes
+        if value is False and "off" in self.choices:  # YAML reads `off` without quotes as False
             value = "off"
         if self.type is str and isinstance(value, os.PathLike):
             value = os.fspath(value)
@@ -99,7 +99,7 @@ def parameter(
     dynamic: bool = False,
     needs: tuple[str, Any] | None = None,
 ) -> Any:
-    """A field of :class:`kpmatch_ros.parameters.Parameters`; arguments as of :class:`Declaration`."""
+    """Return a field of :class:`kpmatch_ros.parameters.Parameters`. The arguments are those of :class:`Declaration`."""
     return field(
         default=default,
         metadata=dict(

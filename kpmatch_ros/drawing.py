@@ -16,15 +16,15 @@ __all__ = ["caption", "draw_matches", "draw_pair"]
 
 Image = NDArray[np.uint8]
 
-_SHIFT = 4  # OpenCV's drawing functions take fixed-point coordinates: 1/16 pixel
-_LEVELS = 24  # colours in use: lines of one colour are drawn in a single call
+_SHIFT = 4  # fractional bits of the coordinates for OpenCV's drawing functions: 1/16 pixel
+_LEVELS = 24  # number of colours; all lines of one colour are drawn in a single call
 _BACKGROUND = 20
-_MOST_LINES = 80  # of inliers, and half as many of outliers
+_MOST_LINES = 80  # lines of inliers; outliers get half as many
 _LINE_OPACITY = 0.6
 _OUTLIER_OPACITY = 0.3
 _DIM = 0.85
 _SATURATION = 0.7
-_OUTLIER = (255, 64, 72)  # red stands apart from every colour of the map below
+_OUTLIER = (255, 64, 72)  # red differs clearly from all colours of the score
 _TEXT = (240, 240, 240)
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
@@ -38,27 +38,26 @@ def draw_matches(
     inliers: ArrayLike | None = None,
     text: str = "",
 ) -> Image:
-    """Draw two images side by side and their matches as lines between them.
+    """Draw two images side by side, with their matches as lines.
 
-    A match is a dot in each image and a line between them in the colour of its score, from violet (0) over blue to
-    light green (1). The best scores are on top. Outliers are red crosses with thin red lines, below the others.
-    Hundreds of lines would hide the images: of many matches only some have a line, evenly chosen.
+    A match is a dot in each image and a line between the dots, in the colour of its score: from violet (0) over blue to
+    light green (1). The best scores are on top. Outliers are red crosses with thin red lines, below the inliers.
+    Hundreds of lines would hide the images, so if there are many matches, only an even selection has lines.
 
     Args:
-        image0: the left picture, uint8, (H, W) grey or (H, W, 3) RGB; views with any strides will do.
+        image0: the left picture, uint8, (H, W) grey or (H, W, 3) RGB, with any strides.
         image1: the right picture; it may have another size.
         points0: (M, 2) x, y in pixels of image0; the centre of the top-left pixel is (0, 0).
-        points1: (M, 2) in pixels of image1.
+        points1: (M, 2) x, y in pixels of image1.
         scores: (M,) in [0, 1].
-        inliers: (M,) which matches agree with the estimated geometry; None where nothing was estimated, and no match
-            is marked as an outlier.
-        text: one line, written over the lower edge.
+        inliers: (M,) which matches agree with the estimated geometry. With None, no match is drawn as an outlier.
+        text: one line of text, written over the lower edge.
 
     Returns:
         (max(H0, H1), W0 + W1 + gap, 3) uint8 RGB.
 
     Raises:
-        ValueError: when an image is not as described, or the arrays differ in length.
+        ValueError: if an image has a wrong shape or type, or the arrays differ in length.
     """
     canvas, offset = _side_by_side(image0, image1)
     ends0 = np.asarray(points0, np.float64).reshape(-1, 2)
@@ -79,14 +78,14 @@ def draw_matches(
 
 
 def draw_pair(pair: Pair, text: str = "") -> Image:
-    """As :func:`draw_matches`, of a frame and its reference, which is on the left."""
+    """Draw the matches of a pair with :func:`draw_matches`, the reference frame on the left."""
     return draw_matches(
         pair.reference.image, pair.current.image, pair.reference_points, pair.points, pair.scores, pair.inliers, text
     )
 
 
 def _side_by_side(image0: Image, image1: Image) -> tuple[Image, int]:
-    """Both images on one canvas, and where the second one begins."""
+    """Return both images on one canvas, and the x offset of the second image."""
     for name, image in (("image0", image0), ("image1", image1)):
         shaped = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
         if image.dtype != np.uint8 or not shaped or 0 in image.shape:
@@ -104,7 +103,7 @@ def _side_by_side(image0: Image, image1: Image) -> tuple[Image, int]:
 
 
 def _dimmed(image: Image) -> Image:
-    """RGB, a little darker and greyer than the image, so that the colours of the matches stand out."""
+    """Return the image as RGB, slightly darker and less saturated, so that the colours of the matches stand out."""
     if image.ndim == 2:
         grey = np.ascontiguousarray(image)
         return np.asarray(cv2.cvtColor(cv2.convertScaleAbs(grey, alpha=_DIM), cv2.COLOR_GRAY2RGB))
@@ -130,7 +129,7 @@ def _draw_outliers(canvas: Image, segments: NDArray[np.int32]) -> None:
 def _draw_inliers(canvas: Image, segments: NDArray[np.int32], scores: NDArray[np.float64]) -> None:
     if not len(segments):
         return
-    order = np.argsort(np.nan_to_num(scores), kind="stable")  # the best last, on top
+    order = np.argsort(np.nan_to_num(scores), kind="stable")  # the best scores last, so they are on top
     segments = segments[order]
     levels = np.clip(np.rint(np.nan_to_num(scores[order]) * (_LEVELS - 1)), 0, _LEVELS - 1).astype(int)
     with_line = _some(len(segments), _MOST_LINES)
@@ -141,7 +140,7 @@ def _draw_inliers(canvas: Image, segments: NDArray[np.int32], scores: NDArray[np
         lines = segments[chosen & with_line]
         cv2.polylines(layer, list(lines), False, colour, max(1, round(scale)), cv2.LINE_AA, _SHIFT)
     cv2.addWeighted(layer, _LINE_OPACITY, canvas, 1 - _LINE_OPACITY, 0, dst=canvas)
-    # A line from a point to itself is a dot: one call for all of them, unlike circles. First the dark rims.
+    # A line from a point to itself draws a dot. Unlike circles, all lines take a single call. The dark rims come first.
     rims = np.repeat(segments.reshape(-1, 1, 2), 2, axis=1)
     cv2.polylines(canvas, list(rims), False, (0, 0, 0), round(5 * scale), cv2.LINE_8, _SHIFT)
     for colour, chosen in groups:
@@ -150,7 +149,7 @@ def _draw_inliers(canvas: Image, segments: NDArray[np.int32], scores: NDArray[np
 
 
 def _some(count: int, most: int) -> NDArray[np.bool_]:
-    """At most ``most`` of so many, evenly spread."""
+    """Return (count,) bool that selects at most ``most`` items, evenly spread."""
     step = max(1.0, count / most)
     chosen = np.zeros(count, bool)
     chosen[np.arange(0, count, step).astype(int)] = True
@@ -158,13 +157,19 @@ def _some(count: int, most: int) -> NDArray[np.bool_]:
 
 
 def _scale_of(canvas: Image) -> float:
-    """1 for two VGA images side by side, larger for larger pictures, which are seen from further away."""
+    """Return the scale of lines and text: 1 for two VGA images side by side, larger for larger pictures.
+
+    Larger pictures are usually viewed at a smaller scale.
+    """
     return max(1.0, canvas.shape[1] / 1300)
 
 
 @lru_cache(maxsize=1)
 def _colours() -> Image:
-    """(levels, 3) RGB, violet to light green: lightness grows evenly (CIE L*a*b*), and no hue is near the outliers'."""
+    """Return the colours of the score, (levels, 3) RGB from violet to light green.
+
+    Lightness grows linearly (CIE L*a*b*), and no hue is close to the red of the outliers.
+    """
     share = np.linspace(0, 1, _LEVELS)
     hue = np.radians(305 - 180 * share)
     lab = np.stack([42 + 52 * share, 64 * np.cos(hue), 64 * np.sin(hue)], axis=-1)[None].astype(np.float32)
@@ -172,7 +177,10 @@ def _colours() -> Image:
 
 
 def _draw_text(canvas: Image, text: str) -> None:
-    """Write a line of text on a shaded band at the lower edge, as large as fits, beside the key if there is room."""
+    """Write a line of text on a shaded band at the lower edge, and a key of the scores' colours if there is room.
+
+    The text shrinks to fit.
+    """
     height, width = canvas.shape[:2]
     scale = _scale_of(canvas)
     margin = round(6 * scale)
@@ -198,13 +206,13 @@ def _draw_text(canvas: Image, text: str) -> None:
 
 
 def _extent(text: str, size: float) -> tuple[int, int, int]:
-    """Width, height above and below the baseline, pixels."""
+    """Return width, height above the baseline and height below it, pixels."""
     (width, ascent), descent = cv2.getTextSize(text, _FONT, size, 1)
     return width, ascent, descent
 
 
 def caption(pair: Pair) -> str:
-    """The line of figures below a picture of matches."""
+    """Return the line of figures for a picture of matches."""
     figures = [f"{len(pair.indices)} matches"]
     if pair.pose.status is not PoseStatus.NO_CALIBRATION:
         figures.append(f"{pair.num_inliers} inliers")

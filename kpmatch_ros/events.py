@@ -1,4 +1,4 @@
-"""What a pipeline reports besides its messages."""
+"""The interface through which a pipeline reports events."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["Events"]
 
 
 class Events(Protocol):
-    """What a pipeline reports besides its messages.
+    """Receives a pipeline's reports.
 
-    Explanations are for the user. Reasons are short and stable: they name counters.
+    Explanations are texts for the user. Reasons, kinds and faults are short and stable, because they name counters.
     """
 
     def rejected(self, reason: str, explanation: str) -> None:
@@ -22,25 +22,25 @@ class Events(Protocol):
         """A frame was processed without its calibration, which could not be used."""
 
     def doubted(self, kind: str, explanation: str) -> None:
-        """A frame was processed, but something about it is hardly meant so. The kind is short and stable."""
+        """A frame was processed, but something about it is suspicious."""
 
     def interrupted(self, explanation: str) -> None:
-        """The frames' times jumped. Features and tracks were forgotten."""
+        """A frame could not continue the sequence. Features and tracks were discarded."""
 
     def unpaired(self, topic: str, images: int, explanation: str) -> None:
-        """Images of one camera of a stereo pair found no partner."""
+        """Images of one camera of a stereo pair have no partner."""
 
     def stamp_fault(self, fault: str, topic: str, explanation: str) -> None:
-        """An image's stamp says nothing of its time. The fault is "zero stamps" or "repeated stamps"."""
+        """The stamp of an image is not its time. The fault is "zero stamps" or "repeated stamps"."""
 
     def mask_fault(self, fault: str, topic: str, explanation: str) -> None:
-        """An image was processed without its mask, its mask is odd, or masks meet no image. The fault is stable."""
+        """An image was processed without a mask, its mask is useless, or a mask has no image."""
 
     def pose(self, status: PoseStatus) -> None:
         """A pose was published."""
 
     def matched(self, fault: str) -> None:
-        """A frame was matched. The fault says why next to nothing came of it; it is empty where that is not so."""
+        """A frame was matched. A non-empty fault says why there are too few keypoints or matches."""
 
     def odometry(self, breaks: int, explanation: str) -> None:
-        """A pose was added to the odometry, whose chain broke so many times. The explanation is for a new break."""
+        """A pose was added to the odometry, whose chain has broken ``breaks`` times. The text explains a new break."""

@@ -1,4 +1,4 @@
-"""Extracts features of images and matches them: the networks behind one plain interface. No ROS in here."""
+"""One interface to the networks that extract and match features. Does not depend on ROS."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Matcher = LightGlue | SuperGlue | NearestNeighbour
 _EXTRACTORS: dict[str, type[Extractor]] = {kind.MODEL_TYPE: kind for kind in (SuperPoint, ALIKED, DISK, XFeat)}
 _MATCHERS: dict[str, type[LightGlue | SuperGlue]] = {kind.MODEL_TYPE: kind for kind in (LightGlue, SuperGlue)}
 
-# Parameters that are settled when the networks are loaded.
+# Parameters that are fixed once the networks are loaded.
 _LOADED = ("profile", "extractor", "matcher", "backend", "providers", "device", "precision", "threads")
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as OpenCV and the authors of SuperPoint convert colour to grey
@@ -51,27 +51,27 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as OpenCV and the authors of Supe
 class FeatureMatcher:
     """Extracts and matches features.
 
-    Several threads may use one. It can be copied and pickled. After a fork, OpenMP's threads are missing and PyTorch
-    waits for them without end: where more than one thread has computed, begin processes by "spawn".
+    Several threads may share an instance. It can be copied and pickled. If PyTorch has computed with more than one
+    thread, start processes with "spawn": after a fork, OpenMP's threads are missing and PyTorch waits for them forever.
 
     Args:
-        parameters: a set of parameters; the defaults where not given.
+        parameters: a parameter set; the defaults if not given.
         options: single parameters by name (see :class:`kpmatch_ros.parameters.Parameters`), such as ``extractor``,
             ``matcher``, ``device``, ``precision`` and ``max_keypoints``.
 
     Attributes:
-        parameters: those in force.
-        device: where the networks are.
+        parameters: the parameters in force.
+        device: device of the networks.
         dtype: number format of the networks.
-        luma: (3,) weights of red, green and blue in grey, on the device.
-        repeated_in_float32: how many images and pairs were computed again in float32, as half precision overflowed.
-        graphs: recordings of the networks' work for a GPU; None for a processor. ``graphs.enabled = False`` does
-            without. With recordings, and up to 4,096 keypoints in an image, ``width_confidence`` has no effect.
+        luma: (3,) weights of red, green and blue for the conversion to grey, on the device.
+        repeated_in_float32: number of images and pairs recomputed in float32 because half precision overflowed.
+        graphs: CUDA graphs of the networks; None on a CPU. ``graphs.enabled = False`` turns them off. With CUDA
+            graphs, ``width_confidence`` has no effect on images with up to 4,096 keypoints.
         onnx: the networks in ONNX Runtime; None with the backend torch.
 
     Raises:
-        ParameterError: when a parameter has a value it may not have, or the device or the backend is not there.
-        WeightsError: when weights are missing or damaged, or extractor and matcher do not belong together.
+        ParameterError: if a parameter value is not allowed, or the device or the backend is not available.
+        WeightsError: if weights are missing or damaged, or the extractor and the matcher are not compatible.
     """
 
     def __init__(self, parameters: Parameters | None = None, **options: Any) -> None:
@@ -91,11 +91,11 @@ class FeatureMatcher:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> FeatureMatcher:
-        """From a Hugging Face LightGlue or SuperGlue folder, or its name on the hub: it holds its detector too."""
+        """Load extractor and matcher from one Hugging Face LightGlue or SuperGlue folder, or its name on the hub."""
         return cls(extractor=str(folder), matcher=str(folder), **options)
 
     def configure(self, parameters: Parameters) -> None:
-        """Take over the parameters that may change while running. Those of what is loaded stay as they are."""
+        """Apply the parameters that may change at run time. Parameters that are fixed at loading keep their values."""
         loaded = {name: getattr(self.parameters, name) for name in _LOADED}
         if any(getattr(parameters, name) != value for name, value in loaded.items()):
             parameters = parameters.replace(loaded)
@@ -115,11 +115,11 @@ class FeatureMatcher:
 
     @property
     def keypoint_resolution(self) -> float:
-        """Distance of neighbouring positions that keypoints can have, pixels of the image seen; 0 without a grid."""
+        """Spacing of the positions that keypoints can have, pixels of the network's input image; 0 without a grid."""
         return self.extractor.RESOLUTION
 
     def confidences(self) -> dict[str, str]:
-        """What ``depth_confidence`` and ``width_confidence`` do here, in words: not everything heeds them."""
+        """Describe what ``depth_confidence`` and ``width_confidence`` do in this configuration, by parameter name."""
         found = {}
         for name in ("depth_confidence", "width_confidence"):
             value, above = getattr(self.parameters, name), 0
@@ -139,16 +139,17 @@ class FeatureMatcher:
         return found
 
     def extract(self, image: np.ndarray | Tensor, mask: np.ndarray | Tensor | None = None) -> Features:
-        """Find and describe the keypoints of an image.
+        """Detect the keypoints of an image and compute their descriptors.
 
         Args:
             image: uint8 grey (H, W) or RGB (H, W, 3).
-            mask: uint8 or bool (H', W'), 0 where no keypoint may be. One of another size is scaled to the image. The
-                parameters `mask` and `mask_right` are the front end's, and play no part here.
+            mask: uint8 or bool (H', W'), 0 where no keypoint may be. A mask of another size is scaled to the image. The
+                parameters `mask` and `mask_right` apply in the front end only, not here.
 
         Raises:
-            ValueError: when image or mask have another shape or type of pixels, or none; ImageError: they are too many.
-            TypeError: when image or mask are no arrays.
+            ValueError: if image or mask have a wrong shape or pixel type, or no pixels.
+            ImageError: if the image has too many pixels. It is a subclass of ValueError.
+            TypeError: if image or mask are not arrays.
         """
         return self.extract_batch([image], [mask])[0]
 
@@ -156,14 +157,14 @@ class FeatureMatcher:
     def extract_batch(
         self, images: Sequence[np.ndarray | Tensor], masks: Sequence[np.ndarray | Tensor | None] | None = None
     ) -> list[Features]:
-        """Find and describe the keypoints of several images; those of one size go through the network together.
+        """Extract features of several images. Images of the same size go through the network as one batch.
 
         Args:
             images: as for :meth:`extract`, of any sizes.
-            masks: one for each image, as for :meth:`extract`; None where there is none.
+            masks: one mask per image, as for :meth:`extract`; None for no mask.
 
         Raises:
-            ValueError: as :meth:`extract`, or when there are not as many masks as images.
+            ValueError: for the reasons of :meth:`extract`, or if the numbers of masks and images differ.
         """
         received = [_pixels(image) for image in images]
         masks = [None] * len(received) if masks is None else masks
@@ -174,7 +175,7 @@ class FeatureMatcher:
         found: dict[int, Features] = {}
         for i, mask in enumerate(allowed):
             if mask is not None and not mask.any():
-                found[i] = self._no_features(received[i])  # the networks would find nothing
+                found[i] = self._no_features(received[i])  # saves a network run that would detect nothing
         for shape in {image.shape for image in seen}:
             group = [i for i, image in enumerate(seen) if image.shape == shape and i not in found]
             if not group:
@@ -183,7 +184,7 @@ class FeatureMatcher:
             if any(allowed[i] is not None for i in group):
                 inputs.append(torch.stack([self._upload_mask(allowed[i], shape[-2:]) for i in group]))
             detected = self._run(self.extractor, *inputs)
-            counts = torch.stack([each.mask.sum() for each in detected]).tolist()  # what a GPU has to be waited for
+            counts = torch.stack([each.mask.sum() for each in detected]).tolist()  # the only wait for a GPU
             for i, count, each in zip(group, counts, detected):
                 keypoints, scores, descriptors = (values[0] for values in each[:3])
                 height, width = received[i].shape[:2]
@@ -203,24 +204,25 @@ class FeatureMatcher:
         """Match the features of two images.
 
         Args:
-            features0: of the reference image, as :meth:`extract` gives them (or their ``numpy()``).
-            features1: of the current image.
+            features0: features of the reference image, from :meth:`extract` (or their ``numpy()``).
+            features1: features of the current image.
 
         Raises:
-            ValueError, TypeError: when they are of another size than the matcher takes, or no Features.
+            ValueError: if the matcher takes descriptors of another size, or the arrays of the features do not fit.
+            TypeError: if an argument is not of type Features.
         """
         return self.match_batch([features0], [features1])[0]
 
     @torch.inference_mode()
     def match_batch(self, features0: Sequence[Features], features1: Sequence[Features]) -> list[Matches]:
-        """Match several pairs of images at once.
+        """Match the features of several pairs of images.
 
         Args:
-            features0: of the reference images.
-            features1: of the current images, one for each.
+            features0: features of the reference images.
+            features1: features of the current images, one for each reference image.
 
         Raises:
-            ValueError: when there are not as many of these as of those, or as :meth:`match`.
+            ValueError: if the two numbers of images differ, or for the reasons of :meth:`match`.
         """
         if len(features0) != len(features1):
             raise ValueError(f"there are {len(features0)} reference images and {len(features1)} current ones")
@@ -233,14 +235,15 @@ class FeatureMatcher:
         return [_without_padding(pair, len(f0), len(f1)) for pair, f0, f1 in zip(found, features0, features1)]
 
     def warm_up(self, width: int = 640, height: int = 480) -> None:
-        """Run every network once, so that the first frame takes no longer than the others.
+        """Run every network once, so that the first frame takes no longer than later frames.
 
-        With recordings (:attr:`graphs`), make all that frames of this size may need: of as many images as the parameter
-        `mode` describes together, and for all numbers of keypoints up to `max_keypoints`.
+        With CUDA graphs (:attr:`graphs`), this records all graphs that frames of this size may need: for one image or
+        a stereo pair, as the parameter `mode` says, and for all numbers of keypoints up to `max_keypoints`.
 
         Args:
-            width: of the images, pixels.
-            height: the same. Where `resize` makes the images too large for the networks, they are lower.
+            width: width of the images, pixels.
+            height: height of the images, pixels. It is reduced if `resize` would make the images too large for the
+                networks.
         """
         random = np.random.default_rng(0)
         while height > 1 and math.prod(resized_size(width, height, self.parameters.resize)) > LARGEST_IMAGE:
@@ -262,16 +265,16 @@ class FeatureMatcher:
                 self.graphs.record(self.matcher, self._batch([features]), self._batch([features]))
 
     def _counts_to_warm_up(self) -> list[int]:
-        """Numbers of keypoints: one of each for which there are recordings, and one alone without recordings."""
+        """Return the numbers of keypoints to warm up with: one per recorded size, or only one without CUDA graphs."""
         most = min(self.parameters.max_keypoints, SIZES[-1])
         if self.graphs is None or not self.graphs.enabled:
             return [min(SIZES[0], most)]
-        # One less than a number of places: images mostly have fewer keypoints than there are places for. What has
-        # exactly as many needs no padding, and is likely for the largest number alone.
+        # One less than each recorded size, because images usually have fewer keypoints and need padding. An exact fit
+        # needs no padding and so has its own recording. It is likely only for max_keypoints.
         return sorted({most, *(min(size - 1, most) for size in SIZES)})
 
     def _run(self, network: Any, *inputs: Any) -> list[Any]:
-        """What a network finds for each image or pair of a batch; in float32 where half precision overflowed."""
+        """Run a network on a batch, and return one result per item; in float32 where half precision overflowed."""
         if self.onnx is not None:
             found = self.onnx.run(network, *inputs)
         else:
@@ -282,8 +285,8 @@ class FeatureMatcher:
         unsound = [i for i, sound in enumerate(found.are_sound().tolist()) if not sound]
         if unsound:
             self.repeated_in_float32 += len(unsound)
-            # A copy: recordings need its weights where they are, and another thread may be running it. It is not kept,
-            # or it would have to follow what is set on the network; overflows are rare.
+            # Convert a copy: CUDA graphs need the weights at their addresses, and another thread may be running the
+            # network. The copy is not cached, because it would have to follow later settings, and overflows are rare.
             in_float32 = copy.deepcopy(network).float()
             for i in unsound:
                 each[i] = in_float32(*(_item(given, i) for given in inputs))
@@ -291,19 +294,19 @@ class FeatureMatcher:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if isinstance(self.matcher, LightGlue):  # what was compiled may not run where a copy is loaded
+        if isinstance(self.matcher, LightGlue):  # the compiled layers may not run on the machine that loads the copy
             self.matcher.round_up = self._rounds_up(self.matcher)
             self.matcher.prune_above = _pruned_above(self.device, self.dtype, self.matcher.is_compiled)
 
     def _rounds_up(self, network: Any) -> bool:
-        # There oneDNN compiles its products for each number of points, and keeps what it compiled.
+        # In this case oneDNN compiles its matrix products for each number of points and caches them.
         by_onednn = not (isinstance(network, LightGlue) and network.is_compiled)
         return self.device.type == "cpu" and self.dtype == torch.bfloat16 and by_onednn
 
     def _to_precision(self, network: Any) -> Any:
         network.round_up = self._rounds_up(network)
         if not isinstance(network, (LightGlue, SuperGlue)):
-            # How convolutions run fastest on processors and tensor cores alike.
+            # The memory format in which convolutions run fastest, on CPUs and on tensor cores.
             network.to(memory_format=torch.channels_last)
             in_float32 = self.device.type == "cpu" and self.dtype == torch.float32
             if in_float32 and isinstance(network, SuperPoint) and _transform_pays():
@@ -311,7 +314,7 @@ class FeatureMatcher:
         return network.to_precision(self.dtype)
 
     def _resize(self, pixels: np.ndarray) -> np.ndarray:
-        """The image as the extractor sees it."""
+        """Return the image at the size of the extractor's input."""
         seen = resize(pixels, self.parameters.resize)
         height, width = seen.shape[:2]
         if height * width > LARGEST_IMAGE:
@@ -323,11 +326,11 @@ class FeatureMatcher:
         return seen
 
     def upload(self, pixels: np.ndarray) -> Tensor:
-        """uint8 pixels to an image (1, C, H, W) in [0, 1] on the device, in colour where the extractor sees colour."""
+        """Convert uint8 pixels to (1, C, H, W) in [0, 1] on the device. Colour is kept if the extractor uses it."""
         pixels, blue_first = in_memory_order(pixels)
         if self.device.type == "cpu" and pixels.ndim == 3 and self.extractor.CHANNELS == 1:
             return torch.from_numpy(grey_levels(pixels, blue_first))[None, None]
-        if min(pixels.strides) < 0 or not pixels.flags.writeable:  # torch takes neither
+        if min(pixels.strides) < 0 or not pixels.flags.writeable:  # torch.from_numpy supports neither
             pixels = pixels.copy()
         image = self._send(torch.from_numpy(pixels)).float().div_(255)
         if image.ndim == 2:
@@ -337,16 +340,16 @@ class FeatureMatcher:
         return (image @ (self.luma.flip(0) if blue_first else self.luma))[None, None]
 
     def _upload_mask(self, mask: np.ndarray | None, shape: Sequence[int]) -> Tensor:
-        """A mask of an image for the shape (H, W) in which the extractor sees it, on the device."""
+        """Return a mask scaled to the extractor's input shape (H, W), on the device; all true without a mask."""
         height, width = shape
         if mask is None:
             return torch.ones(height, width, dtype=torch.bool, device=self.device)
         return self._send(torch.from_numpy(np.array(shrink_or_enlarge(mask, width, height))))
 
     def _send(self, host: Tensor) -> Tensor:
-        """A tensor of the host's on the device; nobody waits for the copy."""
+        """Copy a tensor from the host to the device, without waiting for the copy."""
         if self.device.type == "cuda":
-            host = host.pin_memory()  # or else the copy would be waited for
+            host = host.pin_memory()  # a copy from pageable memory would block
         return host.to(self.device, non_blocking=True)
 
     def _no_features(self, pixels: np.ndarray) -> Features:
@@ -355,7 +358,7 @@ class FeatureMatcher:
         return Features(none.keypoints[0], none.scores[0], none.descriptors[0], size)
 
     def _batch(self, features: Sequence[Features]) -> ImageFeatures:
-        """Features of several images, padded to the same number; without a mask where none needed padding."""
+        """Stack the features of several images, padded to the same number. A single image has no mask."""
         expected = getattr(self.matcher, "input_dim", None)
         given = [on_device(item, self.device, expected, self.parameters.matcher) for item in features]
 
@@ -419,15 +422,19 @@ class FeatureMatcher:
 
 
 def _transform_pays() -> bool:
-    """Whether NNPACK's convolutions take least: compiled ones take less, with AMX oneDNN's (docs/performance.md)."""
+    """Whether NNPACK's convolutions are the fastest. Compiled ones are faster, and so are oneDNN's with AMX.
+
+    docs/performance.md has the measurements.
+    """
     return can_transform() and not (transforms() or has_amx())
 
 
 def _pruned_above(device: torch.device, dtype: torch.dtype, compiled: bool) -> int:
-    """Keypoints of an image. With fewer, looking for points to drop takes more time than it saves.
+    """Return the number of keypoints per image above which pruning saves more time than it costs.
 
-    docs/performance.md has the measurements. For a GPU it is cvg/LightGlue's pruning_keypoint_thresholds, with flash
-    attention. By PyTorch, AMX multiplies bfloat16 nearly as fast beside what dropping costs: no gain was found at 1024.
+    docs/performance.md has the measurements. The value for a GPU is cvg/LightGlue's pruning_keypoint_thresholds with
+    flash attention. The same value holds for PyTorch's bfloat16 with AMX: its products are so fast that pruning gained
+    nothing at 1024 keypoints.
     """
     if compiled and dtype == torch.bfloat16:
         return 128
@@ -437,14 +444,14 @@ def _pruned_above(device: torch.device, dtype: torch.dtype, compiled: bool) -> i
 
 
 def _item(batch: Any, i: int) -> Any:
-    """Item i of a batch, as a batch of one: of a tensor, or of a named tuple of tensors."""
+    """Return item i of a batch (a tensor, or a named tuple of tensors) as a batch of one."""
     if isinstance(batch, Tensor):
         return batch[i : i + 1]
     return type(batch)(*(None if values is None else values[i : i + 1] for values in batch))
 
 
 def _without_padding(pair: Assignment, count0: int, count1: int) -> Matches:
-    """The matches of a pair with so many keypoints; where there are none, no layer counts, though a batch ran them."""
+    """Return the matches of a pair without its padding. Without keypoints in an image, the number of layers is 0."""
     if count0 == 0 or count1 == 0:
         assignment = Assignment.empty(1, count0, count1, pair.layers.device)
     else:
@@ -459,7 +466,7 @@ def _without_padding(pair: Assignment, count0: int, count1: int) -> Matches:
 
 
 def _allowed(mask: np.ndarray | Tensor | None, pixels: np.ndarray) -> np.ndarray | None:
-    """Where in an image keypoints may be, (H, W) bool; None for everywhere."""
+    """Return where in an image keypoints may be, (H, W) bool; None for everywhere."""
     return None if mask is None else fit(_array(mask, "mask"), pixels.shape[1], pixels.shape[0])
 
 

@@ -1,4 +1,4 @@
-"""Features of an image and matches of two, on any device. No ROS in here."""
+"""Features of an image and matches between two images, on any device. Does not depend on ROS."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Features:
     """Keypoints of one image and their descriptors.
 
     Attributes:
-        keypoints: (N, 2) float32 x, y in pixels of the image given; the centre of the top-left pixel is (0, 0).
+        keypoints: (N, 2) float32 x, y in pixels of the original image; the centre of the top-left pixel is (0, 0).
         scores: (N,) float32 detection scores, best first.
         descriptors: (N, D) float32 unit vectors.
         size: width and height of the image, pixels.
@@ -35,7 +35,7 @@ class Features:
         return len(self.keypoints)
 
     def numpy(self) -> Features:
-        """The same with NumPy arrays."""
+        """Return a copy with NumPy arrays."""
         keypoints, scores, descriptors = all_to_numpy(self.keypoints, self.scores, self.descriptors)
         return replace(self, keypoints=keypoints, scores=scores, descriptors=descriptors)
 
@@ -47,9 +47,9 @@ class Matches:
     Attributes:
         indices: (M, 2) int64, indices into the features of image 0 and of image 1.
         scores: (M,) float32 in [0, 1].
-        layers: transformer layers run before the matcher was sure; 0 where that has no meaning.
-        assignment: for every keypoint of both images its match or none, its score, and after how many layers it was
-            pruned; of a batch of one pair.
+        layers: number of transformer layers run before the matcher stopped; 0 for a matcher without layers.
+        assignment: for every keypoint of both images: its match or none, its score, and the number of layers after
+            which it was pruned. A batch of one pair.
     """
 
     indices: Array
@@ -61,18 +61,18 @@ class Matches:
         return len(self.indices)
 
     def numpy(self) -> Matches:
-        """The same with NumPy arrays."""
+        """Return a copy with NumPy arrays, also in the assignment."""
         indices, scores, *assignment = all_to_numpy(self.indices, self.scores, *self.assignment)
         return replace(self, indices=indices, scores=scores, assignment=Assignment(*assignment))  # type: ignore[arg-type]
 
 
 def to_numpy(array: Array) -> np.ndarray:
-    """The array itself, or a tensor's content from any device."""
+    """Return a NumPy array as it is, or a tensor on any device as a NumPy array."""
     return array.cpu().numpy() if isinstance(array, Tensor) else array
 
 
 def all_to_numpy(*arrays: Array) -> list[np.ndarray]:
-    """As :func:`to_numpy`; a GPU is waited for once."""
+    """Apply :func:`to_numpy` to several arrays, with a single wait for each GPU."""
     begun = [array.to("cpu", non_blocking=True) if isinstance(array, Tensor) else array for array in arrays]
     for device in {array.device for array in arrays if isinstance(array, Tensor) and array.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
@@ -80,16 +80,18 @@ def all_to_numpy(*arrays: Array) -> list[np.ndarray]:
 
 
 def on_device(features: Features, device: torch.device, descriptor_size: int | None, matcher: str) -> Features:
-    """The features as the networks take them: tensors of float32, whatever their memory was like.
+    """Return the features as float32 tensors on a device, as the networks take them.
 
     Args:
-        features: of one image, as the extractor gave them, or as somebody kept them.
-        device: where they go.
-        descriptor_size: that the matcher takes; None for any.
-        matcher: its name, for the user.
+        features: features of one image, from the extractor or from storage.
+        device: the target device.
+        descriptor_size: descriptor length that the matcher takes; None for any.
+        matcher: name of the matcher, for error texts.
 
     Raises:
-        ValueError, TypeError: they are of another size than the matcher takes, disagree in number, or are no Features.
+        ValueError: if the descriptors have another length, the numbers of keypoints, scores and descriptors differ, or
+            the image size is not positive.
+        TypeError: if ``features`` is not of type Features.
     """
     if not isinstance(features, Features):
         raise TypeError(f"there is a {type(features).__name__} to match; match takes Features, as extract gives them")

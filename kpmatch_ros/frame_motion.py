@@ -1,4 +1,4 @@
-"""How the camera moved between two frames, by the points that were found in both."""
+"""Estimates the camera motion between two frames from the points found in both."""
 
 from __future__ import annotations
 
@@ -27,21 +27,23 @@ from kpmatch_ros.tracking.tracks import Links
 
 __all__ = ["FrameMotion"]
 
-_LIKE_TIMES = 2.5  # ratio of the times of two pairs, at most, whose motions are alike: one frame may be passed over
+# Largest ratio of the intervals of two pairs for which the last motion is a prior: one dropped frame is allowed.
+_LIKE_TIMES = 2.5
 
 
 class FrameMotion:
-    """Estimates motions between frames, and knows the last one that was sure."""
+    """Estimates motions between frames, and remembers the last reliable one as a prior."""
 
     def __init__(self) -> None:
-        self._last: tuple[Frame, int, Motion] | None = None  # where it ended, nanoseconds; if it is sure
+        # The last motion if its status is OK: its end frame, its duration in nanoseconds, and the motion.
+        self._last: tuple[Frame, int, Motion] | None = None
 
     def forget(self) -> None:
-        """Forget the last motion."""
+        """Discard the last motion."""
         self._last = None
 
     def remember(self, pair: Pair) -> None:
-        """Take the motion of a pair for the last one. Its current frame is the next one's reference."""
+        """Remember the motion of a pair as the last one. Its current frame becomes the reference of the next pair."""
         self._last = None
         if pair.pose.status is PoseStatus.OK:
             motion = Motion(pair.pose.rotation, pair.pose.translation)
@@ -50,18 +52,18 @@ class FrameMotion:
     def estimate(
         self, reference: Frame, current: Frame, links: Links, parameters: Parameters, resolution: float
     ) -> RelativePose:
-        """How the camera moved between two frames; in metres with stereo frames.
+        """Estimate the camera motion between two frames, in metres for stereo frames.
 
-        Points that are not refined yet (the parameter `refine`) are refined for this alone, where they can be. Of one
-        camera, refined points decide alone where they are many: surroundings that are found speak for a match. Each
-        weighs by how exactly it was found.
+        With the parameter `refine` off, the points are refined here for the pose alone, where possible. With one
+        camera and many refined points, only the refined points decide, because a successful refinement is evidence for
+        a match. Each refined point is weighted by its standard deviation.
 
         Args:
             reference: the first frame.
-            current: the second one.
-            links: their matches.
-            parameters: those in force.
-            resolution: pixels of the current image between neighbouring positions that the extractor can give.
+            current: the second frame.
+            links: the matches between them.
+            parameters: the parameters in force.
+            resolution: spacing of the positions that the extractor can output, pixels of the current image.
         """
         exact = links if parameters.refine else _refined(reference, current, links, resolution)
         right0, right1 = reference.right, current.right
@@ -92,14 +94,14 @@ class FrameMotion:
         if exact is not links:
             right_points0 = refine(reference.normalized, right0.normalized, points0, right_points0, resolution)
             right_points1 = refine(current.normalized, right1.normalized, points1, right_points1, resolution)
-            sigmas = np.ones(len(points0))  # with those that are known the covariance would be too small
-        # Given where the right points are found from the left ones.
+            sigmas = np.ones(len(points0))  # with the known sigmas the covariance would be too small
+        # sigmas are passed only where the right points were found from the left ones and share their errors.
         return estimate_stereo_motion(
             points0, right_points0, points1, right_points1, right0.camera, right1.camera, sigmas=sigmas, **options
         )
 
     def _prior(self, reference: Frame, current: Frame) -> Motion | None:
-        """The motion before, if it ended where this one begins and took about as long."""
+        """Return the previous motion, scaled to this interval, if it ended at the reference and took about as long."""
         if self._last is None:
             return None
         end, before, motion = self._last
@@ -113,7 +115,7 @@ class FrameMotion:
 
 
 def _refined(reference: Frame, current: Frame, links: Links, resolution: float) -> Links:
-    """The links with refined points, NaN where that was not possible; without calibration as they were."""
+    """Refine the points of the links, NaN where that is not possible. Without calibration, return them unchanged."""
     if reference.camera is None or current.camera is None:
         return links
     images = reference.normalized, current.normalized
@@ -124,6 +126,6 @@ def _refined(reference: Frame, current: Frame, links: Links, resolution: float) 
 
 
 def _readout(reference: Frame, current: Frame, readout_time: float) -> float:
-    """Which part of the time between two frames reading one takes, seconds; 0 where stamps deny it."""
+    """Return the readout time as a fraction of the interval between two frames; 0 if the interval is not longer."""
     interval = 1e-9 * abs(current.stamp - reference.stamp)
     return readout_time / interval if readout_time < interval else 0.0

@@ -1,4 +1,4 @@
-"""Frames, and pairs of them that were matched: what the front end registers and gives. No ROS in here."""
+"""Frames and matched pairs of frames: the front end's input and output types. Does not depend on ROS."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class RightImage:
-    """What a stereo frame keeps of its right image.
+    """The data of the right image that a stereo frame keeps.
 
     Attributes:
-        camera: the calibration of both cameras; None where there is none, or where the matches contradict it.
-        left_points: (N, 2) float32 where the left image's keypoints are, refined where tracks are at them.
-        points: (N, 2) float32 the same points in the right image, NaN where there is no match.
-        normalized: the right image as :func:`kpmatch_ros.geometry.refinement.normalize_contrast` gives it.
+        camera: calibration of both cameras; None if there is none or the matches contradict it.
+        left_points: (N, 2) float32 positions of the left image's keypoints, pixels; refined for keypoints with a track.
+        points: (N, 2) float32 the same points in the right image, NaN for a point without a match.
+        normalized: the right image after :func:`kpmatch_ros.geometry.refinement.normalize_contrast`.
     """
 
     camera: StereoCamera | None
@@ -48,11 +48,11 @@ class RightImage:
     normalized: np.ndarray
 
     def beside(self, indices: np.ndarray, points: np.ndarray) -> np.ndarray:
-        """(M, 2) float32 where points (M, 2) of the left image are in the right one; NaN where that is not known.
+        """Return the positions (M, 2) float32 of left points in the right image; NaN for an unknown position.
 
         Args:
-            indices: (M,) the left image's keypoints, or NOT_DETECTED.
-            points: (M, 2) pixels at those keypoints, or near them.
+            indices: (M,) indices of the left image's keypoints, or NOT_DETECTED.
+            points: (M, 2) left pixels at these keypoints, or near them.
         """
         found = np.full(points.shape, np.nan, np.float32)
         known = indices != NOT_DETECTED
@@ -62,21 +62,21 @@ class RightImage:
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One image and what is kept of it for as long as it serves as the reference.
+    """One image with its features, and all data needed while it is the current or the reference frame.
 
     Attributes:
-        number: of the frame, counted from the front end's beginning; a right image has that of its left one. Stamps may
-            repeat, or be zero: what is known of a frame is kept under its number.
+        number: number of the frame, counted by the front end; left and right image have the same. It identifies a
+            frame, because stamps may repeat or be zero.
         stamp: time of the image, nanoseconds.
-        image: the pixels as they were given, not a copy: uint8 grey (H, W) or RGB (H, W, 3).
-        frame_id: the camera's optical frame.
-        camera: its calibration; None where there is none.
-        features: on the device.
+        image: the pixels as given, not a copy: uint8 grey (H, W) or RGB (H, W, 3).
+        frame_id: name of the camera's optical frame.
+        camera: calibration; None without calibration.
+        features: the features, on the device.
         keypoints: (N, 2) float32 keypoints of the features, on the host.
-        track_ids: (N,) uint64 the track of each keypoint; 0 until it is first matched.
-        extract_ms: what finding and describing the keypoints took, milliseconds.
-        right: of a left image, its right image; None for one camera.
-        mask: (H, W) bool, false where nothing is to be detected; None where everything may be.
+        track_ids: (N,) uint64 track of each keypoint; 0 until the keypoint is first matched.
+        extract_ms: time of the feature extraction, milliseconds.
+        right: data of the right image, for the left image of a stereo pair; None for one camera.
+        mask: (H, W) bool, false where no keypoint may be detected; None without a mask.
     """
 
     number: int
@@ -92,7 +92,7 @@ class Frame:
     mask: np.ndarray | None = None
 
     def with_right(self, right: RightImage) -> Frame:
-        """The frame with its right image, and with what was made of it before."""
+        """Return a copy with data of the right image, and with the cached properties of this frame."""
         frame = replace(self, right=right)
         for name in ("normalized", "gradients", "descriptors"):
             if name in self.__dict__:
@@ -101,43 +101,43 @@ class Frame:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether a pose can be had of it: with a right image, in metres."""
+        """Whether the calibration allows a pose: for a stereo frame, a metric pose."""
         return self.camera is not None and (self.right is None or self.right.camera is not None)
 
     @cached_property
     def normalized(self) -> np.ndarray:
-        """The image as :func:`kpmatch_ros.geometry.refinement.normalize_contrast` gives it, made once for all pairs."""
+        """The image after :func:`kpmatch_ros.geometry.refinement.normalize_contrast`, computed once for all pairs."""
         return normalize_contrast(self.image)
 
     @cached_property
     def gradients(self) -> np.ndarray:
-        """(2, 2) as :func:`kpmatch_ros.geometry.blur.gradient_energy` gives them."""
+        """(2, 2) result of :func:`kpmatch_ros.geometry.blur.gradient_energy`."""
         return gradient_energy(self.normalized)
 
     @cached_property
     def descriptors(self) -> np.ndarray:
-        """(N, D) descriptors of the features, brought to the host once for all pairs."""
+        """(N, D) descriptors of the features, copied to the host once for all pairs."""
         return to_numpy(self.features.descriptors)
 
 
 @dataclass(frozen=True, eq=False)
 class ImagePair:
-    """Two images that were matched: M matches, parallel arrays.
+    """Two matched images with M matches, as parallel arrays.
 
     Attributes:
-        reference: the reference frame, or the left image's.
-        current: the frame just registered, or the right image's.
-        indices: (M, 2) int64 indices into the features of reference and current, NOT_DETECTED where a track is no
+        reference: the reference frame; in a stereo pair the left image's frame.
+        current: the frame just registered; in a stereo pair the right image's frame.
+        indices: (M, 2) int64 indices into the features of reference and current; NOT_DETECTED if a track is not at a
             keypoint of the image.
         reference_points: (M, 2) float32 pixels in the reference image.
         points: (M, 2) float32 pixels in the current image.
-        sigmas: (M,) float32 standard deviation of a coordinate of points, pixels.
+        sigmas: (M,) float32 standard deviation of a coordinate of ``points``, pixels.
         scores: (M,) float32 in [0, 1].
-        layers: transformer layers run.
-        inliers: (M,) bool which matches agree with the geometry; None where none was estimated or is known.
-        num_inliers: how many do.
-        reset: the first pair after the cache was emptied.
-        match_ms: what matching took, milliseconds.
+        layers: number of transformer layers run.
+        inliers: (M,) bool which matches agree with the geometry; None if no geometry was estimated or is known.
+        num_inliers: number of inliers.
+        reset: whether this is the first pair after a reset.
+        match_ms: time of the matching, milliseconds.
     """
 
     reference: Frame
@@ -161,20 +161,20 @@ class ImagePair:
 
     @property
     def inlier_ratio(self) -> float:
-        """Share of the matches that agree with the geometry; 0 where none was estimated."""
+        """Fraction of the matches that agree with the geometry; 0 if no geometry was estimated."""
         return self.num_inliers / len(self.indices) if len(self.indices) else 0.0
 
 
 @dataclass(frozen=True, eq=False)
 class Pair(ImagePair):
-    """A frame matched with its reference.
+    """A frame matched with its reference frame.
 
     Attributes:
-        track_ids: (M,) uint64.
-        pose: of the current camera in the reference camera's frame.
-        pose_ms: what the pose took, and settling the tracks by it, milliseconds.
-        smeared: which image, 0 the reference or 1 the current one, is blurred so much more than the other that nothing
-            tells where points are, and there is no pose; None for neither.
+        track_ids: (M,) uint64 track of each match.
+        pose: pose of the current camera in the reference camera's frame.
+        pose_ms: time of the pose estimation and of settling the tracks, milliseconds.
+        smeared: the image, 0 for the reference and 1 for the current one, that is blurred so much more than the other
+            that point positions are unknown and there is no pose; None if neither is.
     """
 
     track_ids: np.ndarray
@@ -193,21 +193,21 @@ class Pair(ImagePair):
 
 @dataclass(frozen=True, eq=False)
 class StereoPair(ImagePair):
-    """A left image, the reference, matched with its right image.
+    """A left image (``reference``) matched with its right image (``current``).
 
     Attributes:
-        agreement: which matches agree with the calibration, and whether it can be right.
+        agreement: which matches agree with the calibration, and whether the calibration can be correct.
     """
 
     agreement: StereoAgreement
 
     def only(self, shown: np.ndarray) -> StereoPair:
-        """The matches that a mask (M,) bool names; the agreement is that of all."""
+        """Return the matches selected by a mask (M,) bool. The agreement is left as it is."""
         names = "indices", "reference_points", "points", "sigmas", "scores"
         return replace(self, **{name: getattr(self, name)[shown] for name in names})
 
     def tracked(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-        """(M, 2) float32 the left points by the tracks of their frame, and (M,) bool which ones that moves."""
+        """Return the left points (M, 2) float32 at the tracks of a pair's current frame, and (M,) bool which moved."""
         places = np.full_like(self.reference.keypoints, np.nan)
         known = pair.indices[:, 1] != NOT_DETECTED
         places[pair.indices[known, 1]] = pair.points[known]
@@ -227,12 +227,12 @@ class StereoPair(ImagePair):
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What came of one frame.
+    """The result of registering one frame.
 
     Attributes:
-        frame: the image, or the left one.
-        pair: the frame with its reference; None for the first frame after a reset.
-        stereo: the left image with the right one; None for one camera.
+        frame: the frame; for a stereo pair the left image's.
+        pair: the frame matched with its reference; None for the first frame after a reset.
+        stereo: the left image matched with the right one; None for one camera.
     """
 
     frame: Frame
@@ -241,20 +241,20 @@ class Result:
 
     @property
     def frames(self) -> list[Frame]:
-        """The frame, and in stereo that of the right image."""
+        """The frame, and for a stereo pair the right image's frame."""
         return [self.frame] if self.stereo is None else [self.frame, self.stereo.current]
 
 
 @dataclass(frozen=True, eq=False)
 class GivenFrame:
-    """What somebody gave to be registered, with NumPy arrays and whole numbers.
+    """The checked arguments of a frame to register, with NumPy arrays and Python integers.
 
     Attributes:
-        images: one, or the left and the right one.
-        stamps: of each image, nanoseconds.
-        cameras: calibration of each image's camera; None where there is none.
-        frame_ids: of each image.
-        masks: of each image; None where there is none.
+        images: one image, or the left and the right image.
+        stamps: stamp of each image, nanoseconds.
+        cameras: calibration of each image's camera; None without calibration.
+        frame_ids: name of each image's optical frame.
+        masks: mask of each image; None without a mask.
     """
 
     images: list[Any]
@@ -265,7 +265,7 @@ class GivenFrame:
 
     @classmethod
     def of(cls, images: Any, stamps: Any, camera: Any, frame_ids: Any, masks: Any) -> GivenFrame:
-        """From the arguments of :meth:`kpmatch_ros.front_end.FrontEnd.register`, which says what it raises."""
+        """Check the arguments of :meth:`kpmatch_ros.front_end.FrontEnd.register`, whose docstring lists the errors."""
         images = _one_each("images", images, 1, to_numpy)
         stamps = _one_each("stamps", stamps, len(images), _stamp, most=len(images))
         frame_ids = _one_each("frame_ids", frame_ids, len(images), _frame_id)
@@ -283,11 +283,11 @@ class GivenFrame:
 
 
 def two_of_each(cameras: Any, stamps: Any, frame_ids: Any) -> tuple[list[Camera | None], list[int], list[str]]:
-    """The calibrations, stamps and names of two images, checked.
+    """Check the calibrations, stamps and frame names of two images, and return them as lists.
 
     Raises:
-        TypeError: one of the three is no list, or what is in it is of another type.
-        ValueError: there are not two.
+        TypeError: if an argument is not a list, or one of its items has a wrong type.
+        ValueError: if an argument does not have two items.
     """
     return (
         _one_each("cameras", cameras, 2, check_camera),
@@ -297,7 +297,7 @@ def two_of_each(cameras: Any, stamps: Any, frame_ids: Any) -> tuple[list[Camera 
 
 
 def _one_each(name: str, given: Any, least: int, check: Callable[[Any], Any], most: int = 2) -> list[Any]:
-    """What was given for each image, checked one by one. More than the images is for a camera that has none."""
+    """Check the items given per image, and return them as a list. Items beyond the number of images are allowed."""
     try:
         found = None if isinstance(given, str) else list(given)
     except TypeError:

@@ -1,4 +1,4 @@
-"""Frame after frame: features, matches with the reference, tracks and relative pose. No ROS in here."""
+"""The front end: computes features, matches, tracks and a relative pose for each frame. Does not depend on ROS."""
 
 from __future__ import annotations
 
@@ -36,32 +36,32 @@ from kpmatch_ros.tracking.tracks import (
 
 __all__ = ["FrontEnd"]
 
-_KEPT_VIEWS = 4  # left and right, of reference and current frame
+_KEPT_VIEWS = 4  # left and right views of the reference frame and of the current frame
 
 
 class FrontEnd:
-    """Registers frame after frame of one camera, or of a stereo pair of cameras.
+    """Registers successive frames of one camera or of a stereo pair.
 
-    Each image is described once: it serves as current first, and as reference later.
+    Features are extracted once per image. A frame is first the current frame, and may later serve as the reference.
 
     Args:
-        parameters: those of the matcher, or the defaults, where not given. Some may change between two frames, see
-            :meth:`configure`.
-        matcher: the networks, which take over the parameters that may change; loaded where not given.
+        parameters: parameter set. Defaults to the parameters of ``matcher``, or to the default parameters if there is
+            no matcher either. Some parameters may change between two frames, see :meth:`configure`.
+        matcher: the networks. They take over the dynamic parameters of ``parameters``. Loaded here if not given.
 
     Raises:
-        ParameterError: when a mask cannot be read, or as :class:`FeatureMatcher`.
-        WeightsError: as :class:`FeatureMatcher`.
+        ParameterError: if a mask cannot be read, or for the reasons of :class:`FeatureMatcher`.
+        WeightsError: for the reasons of :class:`FeatureMatcher`.
 
     Attributes:
-        parameters: those in force.
+        parameters: the parameters in force.
         matcher: the networks.
-        reference: the frame that the next one is matched with; None after a reset.
+        reference: the frame that the next frame is matched with; None after a reset.
     """
 
     def __init__(self, parameters: Parameters | None = None, matcher: FeatureMatcher | None = None) -> None:
         self.parameters = parameters or (Parameters() if matcher is None else matcher.parameters)
-        self._masks = load_masks(self.parameters)  # of the left and the right camera
+        self._masks = load_masks(self.parameters)  # for the left and the right camera
         self.matcher = matcher or FeatureMatcher(self.parameters)
         self.matcher.configure(self.parameters)
         self.parameters = self.matcher.parameters
@@ -69,7 +69,8 @@ class FrontEnd:
         self._last_stamp: int | None = None
         self._last_frame_ids: tuple[str, ...] = ()
         self._next_number = 0
-        self._most_kept = self.parameters.max_keypoints  # the largest until now: features kept from then are asked for
+        # The largest max_keypoints so far: match_features must accept features stored before the limit was lowered.
+        self._most_kept = self.parameters.max_keypoints
         self._motion = FrameMotion()
         self._tracks = Tracks(self.parameters.max_keypoints, self.parameters.lost_tracks)
         self._views: tuple[View, ...] = ()
@@ -77,7 +78,7 @@ class FrontEnd:
         self._fresh = True
 
     def configure(self, parameters: Parameters) -> None:
-        """Take over the parameters that may change between two frames."""
+        """Apply the parameters that may change between two frames."""
         if parameters.refine != self.parameters.refine:
             self._begin_tracks()
         self.matcher.configure(parameters)
@@ -86,7 +87,7 @@ class FrontEnd:
         self._most_kept = max(self._most_kept, parameters.max_keypoints)
 
     def reset(self) -> None:
-        """Forget the cached features and the tracks: the next frame has no pair."""
+        """Discard the cached features and the tracks. The next frame then has no pair."""
         self.reference = self._last_stamp = None
         self._motion.forget()
         self._choice.reset()
@@ -94,7 +95,7 @@ class FrontEnd:
         self._views = ()
 
     def _begin_tracks(self) -> None:
-        """Tracks begin again, those of the reference as well."""
+        """Discard all tracks, including those of the reference frame."""
         self._tracks.reset()
         self._fresh = True
         if self.reference is not None:
@@ -108,24 +109,26 @@ class FrontEnd:
         frame_ids: Sequence[str] = ("", ""),
         masks: Sequence[np.ndarray | None] = (None, None),
     ) -> Result:
-        """Match a frame with the reference and estimate how the camera moved in between.
+        """Match a frame with the reference frame and estimate the camera motion between the two.
 
         Args:
-            images: one, or the left and the right one, uint8 grey (H, W) or RGB (H, W, 3), as NumPy arrays or tensors.
-                Two of one size go through the network together.
-            stamps: time of each image, whole nanoseconds.
-            camera: calibration of the camera, or of the pair. Without one, poses have the status NO_CALIBRATION.
+            images: one image, or the left and the right image: uint8 grey (H, W) or RGB (H, W, 3), NumPy arrays or
+                tensors. Two images of the same size go through the network as one batch.
+            stamps: time of each image, integer nanoseconds.
+            camera: calibration of the camera or of the stereo pair. Without it, poses have the status NO_CALIBRATION.
             frame_ids: names of the cameras' optical frames.
-            masks: of each image, uint8 or bool, 0 where nothing is to be detected; None where there is none. They hold
-                besides those of the parameters `mask` and `mask_right`. One of another size is scaled to the image.
+            masks: one mask per image, uint8 or bool, 0 where no keypoint may be detected; None for no mask. The masks
+                of the parameters `mask` and `mask_right` apply in addition. A mask of another size is scaled to the
+                image.
 
         Raises:
-            ValueError: when there are more than two images, or the stamps, calibration, masks or names are not of as
-                many, or a mask has another shape or type; or as :meth:`FeatureMatcher.extract`.
-            TypeError: when an image is no array, or a stamp, the calibration or the names are of another type.
+            ValueError: if there are more than two images; if the stamps, calibration, masks or names do not fit the
+                number of images; if a mask has a wrong shape or type; or for the reasons of
+                :meth:`FeatureMatcher.extract`.
+            TypeError: if an image is not an array, or a stamp, the calibration or a name has a wrong type.
         """
         given = GivenFrame.of(images, stamps, camera, frame_ids, masks)
-        described = self._describe(given)  # first: an image that is refused changes nothing
+        described = self._describe(given)  # before any state changes: a rejected image must have no effect
         if self.interruption(given.stamps[0], given.frame_ids):
             self.reset()
         self._last_stamp, self._last_frame_ids = given.stamps[0], given.frame_ids
@@ -141,12 +144,12 @@ class FrontEnd:
         return Result(current, pair, stereo)
 
     def register_frame(self, image: np.ndarray, stamp: int, camera: Camera | None = None) -> tuple[Frame, Pair | None]:
-        """Register an image of one camera: short for :meth:`register`, of which it gives frame and pair."""
+        """Register an image of one camera, and return the frame and the pair of :meth:`register`'s result."""
         result = self.register([image], [stamp], camera)
         return result.frame, result.pair
 
     def _link(self, current: Frame) -> _Linked | None:
-        """Find the reference's points in the current frame; None without a reference."""
+        """Find the reference frame's points in the current frame. Returns None if there is no reference."""
         if self.reference is None:
             return None
         indices, scores, layers, match_ms = self._match(self.reference, current)
@@ -157,10 +160,10 @@ class FrontEnd:
         return _Linked(links, layers, match_ms + _milliseconds_since(started))
 
     def _finish(self, current: Frame, linked: _Linked | None) -> Pair | None:
-        """Estimate the pose of the current frame, and decide if it becomes the reference."""
+        """Estimate the pose of the current frame, and decide whether it becomes the reference."""
         reference, self.reference = self.reference, self.reference or current
         if reference is None or linked is None:
-            self._view(current)  # now: the next image may come in the memory of this one
+            self._view(current)  # computed now, because the next image may overwrite this image's memory
             return None
         links, started = linked.links, time.perf_counter()
         smeared = smeared_image(reference.gradients, current.gradients)
@@ -195,17 +198,17 @@ class FrontEnd:
         )
         self._fresh = False
         if self._choice.takes(pair, self.parameters):
-            self.reference, view = current, self._view(current)  # now, as for the first one
+            self.reference, view = current, self._view(current)  # computed now, as for the first frame
             if self.parameters.refine:
                 agree = pair.inliers if pair.pose.status.is_certain else None
                 self._tracks.advance(view, agree if smeared is None else none)
             self._motion.remember(pair)
-        elif pair.pose.status.is_certain:  # beside a keyframe: how the camera moved before it is long ago
+        elif pair.pose.status.is_certain:  # the reference stays: the motion that ended at it is too old for a prior
             self._motion.forget()
         return pair
 
     def _view(self, frame: Frame) -> View:
-        """What tracks need of a frame; kept, since each is asked for four times, as current and as reference."""
+        """Return the data of a frame that tracking needs. It is cached: four calls use it, as current and reference."""
         for view in self._views:
             if view.normalized is frame.normalized:
                 return view
@@ -215,7 +218,7 @@ class FrontEnd:
         return view
 
     def _link_keypoints(self, reference: Frame, current: Frame, indices: np.ndarray, scores: np.ndarray) -> Links:
-        """The matches of the matcher as they are, with keypoints as detected."""
+        """Return the network's matches as links, with the keypoints as detected (not refined)."""
         return Links(
             indices=indices,
             reference_points=reference.keypoints[indices[:, 0]],
@@ -230,7 +233,7 @@ class FrontEnd:
     def _match_sides(
         self, left: Frame, right: Frame, camera: StereoCamera | None, linked: _Linked | None
     ) -> StereoPair:
-        """Match left with right, and keep with the left frame what a pose in metres needs of the right one."""
+        """Match the left with the right image, and store in the left frame what a metric pose needs of the right."""
         indices, scores, layers, match_ms = self._match(left, right)
         left_points, right_points = left.keypoints.copy(), np.full_like(left.keypoints, np.nan)
         if linked is not None:
@@ -265,7 +268,7 @@ class FrontEnd:
         )
 
     def _check_sides(self, left: np.ndarray, right: np.ndarray, camera: StereoCamera | None) -> StereoAgreement:
-        """Which matches of pixels (M, 2) of the left and the right image agree with the calibration."""
+        """Check which matches of left and right pixels, each (M, 2), agree with the calibration."""
         return check_stereo_matches(
             left,
             right,
@@ -275,7 +278,10 @@ class FrontEnd:
         )
 
     def _rejoin(self, stereo: StereoPair, pair: Pair, camera: StereoCamera | None) -> StereoPair:
-        """The stereo matches with the left points of the frame's tracks, of which the motion has found some anew."""
+        """Return the stereo matches with the left points at the settled tracks, and refine the right points there.
+
+        :meth:`Tracks.settle` may move or recover tracks after left and right were matched.
+        """
         left, moved = stereo.tracked(pair)
         if not moved.any():
             return stereo
@@ -287,10 +293,10 @@ class FrontEnd:
         return replace(stereo, agreement=self._check_sides(stereo.reference_points, stereo.points, camera))
 
     def _match(self, reference: Frame, current: Frame) -> tuple[np.ndarray, np.ndarray, int, float]:
-        """Indices, scores, layers, and milliseconds."""
+        """Return match indices, scores, number of layers run, and milliseconds taken."""
         started = time.perf_counter()
         matches = self.matcher.match(reference.features, current.features)
-        indices, scores = to_numpy(matches.indices), to_numpy(matches.scores)  # alone: the rest stays on the device
+        indices, scores = to_numpy(matches.indices), to_numpy(matches.scores)  # the assignment stays on the device
         return indices, scores, matches.layers, _milliseconds_since(started)
 
     def match_features(
@@ -301,22 +307,22 @@ class FrontEnd:
         stamps: Sequence[int] = (0, 0),
         frame_ids: Sequence[str] = ("", ""),
     ) -> Pair:
-        """Match features that were kept of two images: for loop closure and relocalisation.
+        """Match stored features of two images, for loop closure and relocalisation.
 
-        The frames that are registered, and their tracks, do not notice. Without images no point is refined, and there
+        This changes neither the reference frame nor the tracks. Points cannot be refined without the images, and there
         are no tracks: `track_ids` is empty.
 
         Args:
             reference: the features of image 0.
             current: the features of image 1.
-            cameras: the calibration of each; without one the pose has the status NO_CALIBRATION.
+            cameras: calibration of each image. Without both, the pose has the status NO_CALIBRATION.
             stamps: time of each image, nanoseconds.
             frame_ids: names of the cameras' optical frames.
 
         Raises:
-            FeatureError: features or calibration cannot be used. It is a ValueError.
-            ValueError: calibrations, stamps or names are not two.
-            TypeError: a calibration is no camera, or a stamp or a name is of another type.
+            FeatureError: if features or calibration cannot be used. It is a subclass of ValueError.
+            ValueError: if there are not two calibrations, two stamps and two names.
+            TypeError: if a calibration is not a camera, or a stamp or a name has a wrong type.
         """
         cameras, stamps, frame_ids = two_of_each(cameras, stamps, frame_ids)
         frames = []
@@ -349,14 +355,14 @@ class FrontEnd:
         )
 
     def interruption(self, stamp: int, frame_ids: Sequence[str], overtaken: int = 0) -> str:
-        """Why a frame cannot follow the last one, in words; empty where it can.
+        """Explain why a frame cannot continue the sequence. Returns an empty text if it can.
 
-        Time went back, the gap is too long, or the images are another camera's.
+        Reasons: the stamp went back, the gap to the last frame exceeds `max_gap`, or a frame_id changed.
 
         Args:
-            stamp: of the frame, nanoseconds.
-            frame_ids: of its images.
-            overtaken: how many frames that came since the last one are left out, for the words.
+            stamp: time of the frame, nanoseconds.
+            frame_ids: names of the optical frames of its images.
+            overtaken: number of frames dropped since the last one; used in the text only.
         """
         if self._last_stamp is None:
             return ""
@@ -381,7 +387,7 @@ class FrontEnd:
             for image, always, now in zip(given.images, self._masks, given.masks)
         ]
         found = self.matcher.extract_batch(given.images, allowed)
-        keypoints = [to_numpy(features.keypoints) for features in found]  # also waits for the device
+        keypoints = [to_numpy(features.keypoints) for features in found]  # waits for the device, so the timing is right
         self._next_number += 1
         extract_ms = _milliseconds_since(started) / len(found)
         return [
@@ -403,7 +409,7 @@ class FrontEnd:
         ]
 
     def _continue_tracks(self, reference: Frame, current: Frame, indices: np.ndarray) -> np.ndarray:
-        """Hand the tracks of matched reference keypoints on to the current ones, and begin new ones."""
+        """Copy the track ids of matched reference keypoints to the current keypoints, with new ids where none exist."""
         ids = reference.track_ids[indices[:, 0]]
         new = ids == 0
         ids[new] = self._tracks.new_ids(int(new.sum()))
@@ -412,21 +418,21 @@ class FrontEnd:
         return ids
 
     def estimate_pose(self, reference: Frame, current: Frame, links: Links) -> RelativePose:
-        """How the camera moved between two frames; in metres with stereo frames.
+        """Estimate the camera motion between two frames, in metres for stereo frames.
 
         See :meth:`kpmatch_ros.frame_motion.FrameMotion.estimate`.
         """
         return self._motion.estimate(reference, current, links, self.parameters, self._keypoint_resolution(current))
 
     def _keypoint_resolution(self, frame: Frame) -> float:
-        """Pixels of the image received between neighbouring positions that the extractor can give."""
+        """Return the spacing of the positions that the extractor can output, in pixels of the original image."""
         seen = self.parameters.resize
         return self.matcher.keypoint_resolution * (max(frame.features.size) / seen if seen else 1.0)
 
 
 @dataclass(frozen=True, eq=False)
 class _Linked:
-    """The points of the reference in the current frame, and what finding them took."""
+    """The reference frame's points in the current frame, with the layers and milliseconds that finding them took."""
 
     links: Links
     layers: int

@@ -1,4 +1,4 @@
-"""Features that somebody kept, and that come without their image: checked, and as a frame. No ROS in here."""
+"""Checks stored features that come without their image, and makes a frame of them. Does not depend on ROS."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from kpmatch_ros.imaging.images import MAX_SIDE
 
 __all__ = ["FeatureError", "check_features", "frame_without_image"]
 
-_UNIT = 0.05  # a descriptor's length is 1 within this
+_UNIT = 0.05  # tolerance of a descriptor's length, which should be 1
 
 
 class FeatureError(ValueError):
-    """Features that cannot be matched. The text names them, and says what is wrong and what to do."""
+    """Features that cannot be matched. The text names them and says what is wrong and what to do."""
 
 
 def check_features(features: Features, name: str, descriptor_size: int, most: int) -> Features:
-    """The features with NumPy arrays.
+    """Check stored features, and return them with NumPy arrays.
 
     Args:
-        features: of one image, on any device.
-        name: of the features, for the user.
+        features: features of one image, on any device.
+        name: name of the features, for error texts.
         descriptor_size: length of the extractor's descriptors.
-        most: keypoints.
+        most: largest allowed number of keypoints.
 
     Raises:
-        FeatureError: they are none, or not the extractor's, or hold what no image has.
+        FeatureError: if there are no features or too many, they are not from this extractor, or a value is impossible,
+            such as NaN or a point outside of the image.
     """
     found = features.numpy()
     count, (width, height) = len(found.keypoints), found.size
@@ -67,10 +68,10 @@ def check_features(features: Features, name: str, descriptor_size: int, most: in
 
 
 def frame_without_image(features: Features, name: str, camera: Camera | None, stamp: int, frame_id: str) -> Frame:
-    """A frame of features whose image is not there any more.
+    """Make a frame of stored features, without an image.
 
     Raises:
-        FeatureError: the calibration is for images of another size.
+        FeatureError: if the calibration is for images of another size.
     """
     if camera is not None:
         try:

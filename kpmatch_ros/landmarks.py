@@ -1,4 +1,4 @@
-"""Landmarks: where the points of a stereo pair are, in metres. No ROS in here."""
+"""Landmarks: positions of the points of a stereo pair, in metres. Does not depend on ROS."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from kpmatch_ros.tracking.tracks import NOT_DETECTED
 
 __all__ = ["Landmarks", "landmarks_of", "triangulate"]
 
-_FROM_INFINITY = 3.0  # standard deviations of the inverse depth: a point nearer to infinity has no place
+_FROM_INFINITY = 3.0  # a point has a position if its inverse depth exceeds this many of its standard deviations
 
 
 @dataclass(frozen=True, eq=False)
 class Landmarks:
-    """L points of a scene, parallel arrays.
+    """L points of a scene, as parallel arrays.
 
     Attributes:
-        points: (L, 3) float32 metres, in the left camera's optical frame.
-        track_ids: (L,) uint64 the track of each, 0 where it has none yet.
+        points: (L, 3) float32 positions in the left camera's optical frame, metres.
+        track_ids: (L,) uint64 track of each point; 0 if it has none yet.
         sigmas: (L,) float32 standard deviation along the ray from the left camera, metres.
-        colours: (L, 3) uint8 red, green, blue in the left image.
+        colours: (L, 3) uint8 red, green, blue, from the left image.
     """
 
     points: np.ndarray
@@ -34,9 +34,9 @@ class Landmarks:
 
 
 def landmarks_of(result: Result) -> Landmarks:
-    """The landmarks of a stereo frame: of the matches that agree with the calibration, those with a depth.
+    """Return the landmarks of a stereo frame: the matches that agree with the calibration and have a finite depth.
 
-    There is none without a usable calibration.
+    Without a usable calibration there are none.
     """
     stereo, right = result.stereo, result.frame.right
     camera = None if right is None else right.camera
@@ -66,18 +66,18 @@ def landmarks_of(result: Result) -> Landmarks:
 def triangulate(
     left: np.ndarray, right: np.ndarray, pixel_sigmas: np.ndarray, camera: StereoCamera
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where matched points are.
+    """Triangulate matched points.
 
     Args:
         left: (M, 2) pixels in the left image as received.
         right: (M, 2) pixels of the same points in the right image.
-        pixel_sigmas: (M,) standard deviation of a coordinate of ``right`` against ``left``, pixels.
-        camera: the calibration.
+        pixel_sigmas: (M,) standard deviation of a coordinate of ``right`` relative to ``left``, pixels.
+        camera: calibration of the stereo pair.
 
     Returns:
         (M, 3) float32 points in the left camera's optical frame, metres, and (M,) float32 standard deviations along
-        their rays, metres. Both are NaN for a point that is behind the cameras, or cannot be told from one that is
-        infinitely far.
+        their rays, metres. Both are NaN for a point that is behind the cameras or cannot be distinguished from a point
+        at infinity.
     """
     found = StereoPoints.of(np.asarray(left, np.float64), np.asarray(right, np.float64), camera)
     x, y, inverse_depth = found.points

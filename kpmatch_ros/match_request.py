@@ -1,4 +1,4 @@
-"""Answers requests to match features that the caller kept: the service match_features. No ROS in here."""
+"""Answers requests of the service match_features, to match stored features. Does not depend on ROS."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["answer", "refuse"]
 
 
 def answer(front_end: FrontEnd, request: Any, response: Any, new: messages.NewMessage = messages.ros_message) -> Any:
-    """Fill the response of kpmatch_ros/srv/MatchFeatures: with matches and pose, or with the reason why not.
+    """Fill the response of kpmatch_ros/srv/MatchFeatures with matches and pose, or with the reason for a refusal.
 
     Args:
-        front_end: matches. Its frames and tracks stay as they are.
-        request: of the service.
-        response: is filled and returned.
-        new: makes messages, see :mod:`kpmatch_ros.messages`.
+        front_end: does the matching. Its frames and tracks do not change.
+        request: the service request.
+        response: the response to fill and return.
+        new: creates messages, see :mod:`kpmatch_ros.messages`.
     """
     parameters = front_end.parameters
     both = [
@@ -51,7 +51,7 @@ def answer(front_end: FrontEnd, request: Any, response: Any, new: messages.NewMe
 
 
 def refuse(request: Any, response: Any, reason: str, new: messages.NewMessage = messages.ros_message) -> Any:
-    """Fill the response with the reason why there is no more in it: no matches, and a pose of the status FAILED."""
+    """Fill the response with the reason for a refusal, no matches, and a pose with the status FAILED."""
     headers = request.features.header, request.reference_features.header
     response.success, response.message = False, reason
     response.matches = new(
@@ -65,7 +65,11 @@ def refuse(request: Any, response: Any, reason: str, new: messages.NewMessage = 
 
 
 def _features(name: str, message: Any, extractor: str) -> Features:
-    """The features in a kpmatch_ros/FeatureArray."""
+    """Return the features in a kpmatch_ros/FeatureArray.
+
+    Raises:
+        FeatureError: if they are from another extractor, or an array has a wrong length.
+    """
     if message.extractor != extractor:
         raise FeatureError(
             f"{name}: they are of the extractor {message.extractor!r:.80}, and this node has {extractor!r}: only "
@@ -90,7 +94,11 @@ def _features(name: str, message: Any, extractor: str) -> Features:
 
 
 def _camera(name: str, info: Any, rectified: bool) -> Camera | None:
-    """The camera of a sensor_msgs/CameraInfo; None where it is empty, which a focal length of 0 says."""
+    """Return the camera of a sensor_msgs/CameraInfo; None if it is empty, that is, its focal length is 0.
+
+    Raises:
+        FeatureError: if the calibration cannot be used.
+    """
     if info.k[0] == info.p[0] == 0.0:
         return None
     try:

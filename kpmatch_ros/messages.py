@@ -1,11 +1,11 @@
-"""Results to messages: of rclpy for the node, of rosbags for bags.
+"""Converts results to messages: rclpy messages for the node, rosbags messages for bags.
 
-Each function here fills the fields of a message and leaves its making to `new`, called as
+Each function here fills the fields of a message. The message object is created by the argument `new`, called as
 
     new("std_msgs/msg/Header", stamp=stamp, frame_id="camera")
 
-with NumPy arrays for the fields that are arrays. `new` is `ros_message`, the default, or `new_message` of
-`kpmatch_ros.bags`, which needs no ROS. ROS is imported when the first of its messages is made.
+with NumPy arrays for array fields. `new` is `ros_message`, the default, or `new_message` of `kpmatch_ros.bags`, which
+does not need ROS. ROS is imported when the first rclpy message is created.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ __all__ = [
 
 NewMessage = Callable[..., Any]
 
-# The fields of `landmarks` as they lie in memory, little-endian; with the types of sensor_msgs/PointField and counts.
+# Memory layout of a point of the topic `landmarks`, little-endian, and datatypes of sensor_msgs/PointField.
 _LANDMARK = np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("track_id", "<u8"), ("sigma", "<f4"), ("rgb", "<u4")])
 _FLOAT32, _UINT32 = 7, 6
 _NOT_DETECTED = 2**32 - 1  # MatchArray.NOT_DETECTED
-_LAST = 2**31 * 10**9 - 1  # nanoseconds that a builtin_interfaces/Time holds at most
-_UNKNOWN = 1e9  # variance of a velocity that nobody estimated
-_TYPECODES = {"u1": "B", "u4": "I", "u8": "Q", "f4": "f"}  # of rclpy's arrays, by NumPy's types
+_LAST = 2**31 * 10**9 - 1  # largest time that a builtin_interfaces/Time can hold, nanoseconds
+_UNKNOWN = 1e9  # variance of an unknown velocity
+_TYPECODES = {"u1": "B", "u4": "I", "u8": "Q", "f4": "f"}  # type codes of array.array, by NumPy type
 
 
 class Pairing(IntEnum):
-    """What was matched with what: the constants of msg/MatchArray."""
+    """The kind of a pair of images. The values are the constants of msg/MatchArray."""
 
     CONSECUTIVE = 0
     STEREO = 1
@@ -63,11 +63,11 @@ class Pairing(IntEnum):
 
 
 def ros_message(type_name: str, **fields: Any) -> Any:
-    """A message of rclpy, such as "std_msgs/msg/Header", with these fields. Needs ROS and the built message."""
+    """Create an rclpy message, such as "std_msgs/msg/Header", with these fields. Needs ROS and the built message."""
     message_class, kinds = _ros_class(type_name)
     for name, value in fields.items():
         if isinstance(value, np.ndarray) and kinds[name].startswith("sequence"):
-            # rclpy takes over an array.array whole, but assigns a NumPy array element by element.
+            # rclpy adopts an array.array as a whole, but copies a NumPy array element by element.
             fields[name] = array(_TYPECODES[value.dtype.str[1:]])
             fields[name].frombytes(value.data.cast("B") if value.size else b"")
     return message_class(**fields)
@@ -75,29 +75,29 @@ def ros_message(type_name: str, **fields: Any) -> Any:
 
 @functools.cache
 def _ros_class(type_name: str) -> tuple[Callable[..., Any], dict[str, str]]:
-    """The class of a message and the types of its fields."""
+    """Return the class of a message and the types of its fields."""
     module, name = type_name.rsplit("/", 1)
     message_class = getattr(import_module(module.replace("/", ".")), name)
     return message_class, message_class.get_fields_and_field_types()
 
 
 def nanoseconds(stamp: Any) -> int:
-    """A builtin_interfaces/Time as one number, which another one can hold.
+    """Return a builtin_interfaces/Time in nanoseconds, limited to the largest time that a message can hold.
 
-    `nanosec` may be a second and more, which is not allowed. At the end of time another message could not hold the sum.
+    The limit is needed because an invalid message may have a `nanosec` of one second or more.
     """
     return min(int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec), _LAST)
 
 
 def header_of(frame: Frame, new: NewMessage = ros_message) -> Any:
-    """std_msgs/Header: stamp and frame id of the image a frame was made from."""
+    """Return a std_msgs/Header with stamp and frame id of the frame's image."""
     seconds, nanosec = divmod(frame.stamp, 1_000_000_000)
     time = new("builtin_interfaces/msg/Time", sec=seconds, nanosec=nanosec)
     return new("std_msgs/msg/Header", stamp=time, frame_id=frame.frame_id)
 
 
 def match_array(pair: ImagePair, pairing: int, extractor: str, matcher: str, new: NewMessage = ros_message) -> Any:
-    """kpmatch_ros/MatchArray: the matches of a pair of frames, or of a left and a right image."""
+    """Return a kpmatch_ros/MatchArray with the matches of a pair of frames, or of a left and a right image."""
     current, reference = pair.current, pair.reference
     width, height = current.features.size
     reference_width, reference_height = reference.features.size
@@ -130,7 +130,7 @@ def match_array(pair: ImagePair, pairing: int, extractor: str, matcher: str, new
 
 
 def relative_pose(pair: Pair, new: NewMessage = ros_message) -> Any:
-    """kpmatch_ros/RelativePose: the pose of the current camera in the reference camera's frame."""
+    """Return a kpmatch_ros/RelativePose: the pose of the current camera in the reference camera's frame."""
     pose = pair.pose
     return new(
         "kpmatch_ros/msg/RelativePose",
@@ -146,7 +146,7 @@ def relative_pose(pair: Pair, new: NewMessage = ros_message) -> Any:
 
 
 def interruption(header: Any, new: NewMessage = ros_message) -> Any:
-    """kpmatch_ros/RelativePose of an image that has nothing to be matched with, from its std_msgs/Header."""
+    """Return a kpmatch_ros/RelativePose for an image that has nothing to be matched with, from its std_msgs/Header."""
     return new(
         "kpmatch_ros/msg/RelativePose",
         header=header,
@@ -156,16 +156,16 @@ def interruption(header: Any, new: NewMessage = ros_message) -> Any:
 
 
 def no_pose(header: Any, reference: Any, new: NewMessage = ros_message) -> Any:
-    """kpmatch_ros/RelativePose of two images, by their std_msgs/Header, that could not be matched at all."""
+    """Return a kpmatch_ros/RelativePose for two images that could not be matched, from their std_msgs/Header."""
     pose = interruption(header, new)
     pose.reference, pose.status = reference, int(PoseStatus.FAILED)
     return pose
 
 
 def odometry(frame: Frame, pose: OdometryPose, odom_frame: str, child_frame: str, new: NewMessage = ros_message) -> Any:
-    """nav_msgs/Odometry: the pose and, in its own axes, the velocity of the child frame.
+    """Return a nav_msgs/Odometry with the pose of the child frame, and its velocity in its own axes.
 
-    Each chain has an odometry frame of its own, lest one be taken for another's continuation.
+    Each chain has its own odometry frame, so that a new chain cannot be mistaken for a continuation.
     """
     header = header_of(frame, new)
     header.frame_id = f"{odom_frame}_{pose.chain}" if pose.chain else odom_frame
@@ -192,7 +192,7 @@ def _twist_message(twist: Twist | None, new: NewMessage) -> Any:
 
 
 def transform_of(message: Any, new: NewMessage = ros_message) -> Any:
-    """geometry_msgs/TransformStamped of an Odometry: its child frame below the odometry frame."""
+    """Return the geometry_msgs/TransformStamped of an Odometry, from the odometry frame to its child frame."""
     position = message.pose.pose.position
     return new(
         "geometry_msgs/msg/TransformStamped",
@@ -219,7 +219,7 @@ def _pose_message(rotation: np.ndarray, translation: np.ndarray, covariance: np.
 
 
 def feature_array(frame: Frame, extractor: str, new: NewMessage = ros_message) -> Any:
-    """kpmatch_ros/FeatureArray: the keypoints and descriptors of a frame."""
+    """Return a kpmatch_ros/FeatureArray with the keypoints and descriptors of a frame."""
     features = frame.features.numpy()
     width, height = features.size
     return new(
@@ -236,7 +236,7 @@ def feature_array(frame: Frame, extractor: str, new: NewMessage = ros_message) -
 
 
 def image_message(pixels: np.ndarray, header: Any, new: NewMessage = ros_message) -> Any:
-    """sensor_msgs/Image: an RGB picture (H, W, 3) as ``rgb8``."""
+    """Return a sensor_msgs/Image with an RGB picture (H, W, 3) as ``rgb8``."""
     height, width = pixels.shape[:2]
     return new(
         "sensor_msgs/msg/Image",
@@ -250,7 +250,7 @@ def image_message(pixels: np.ndarray, header: Any, new: NewMessage = ros_message
 
 
 def point_cloud(landmarks: Landmarks, header: Any, new: NewMessage = ros_message) -> Any:
-    """sensor_msgs/PointCloud2 of landmarks: x y z, track_id (two uint32: low, high), sigma, rgb."""
+    """Return a sensor_msgs/PointCloud2 of landmarks: x y z, track_id (two uint32: low, high), sigma, rgb."""
     cloud = np.zeros(len(landmarks.points), _LANDMARK)
     cloud["x"], cloud["y"], cloud["z"] = landmarks.points.T
     cloud["track_id"], cloud["sigma"] = landmarks.track_ids, landmarks.sigmas
@@ -261,7 +261,7 @@ def point_cloud(landmarks: Landmarks, header: Any, new: NewMessage = ros_message
             "sensor_msgs/msg/PointField",
             name=name,
             offset=place[1],
-            datatype=_UINT32 if name == "track_id" else _FLOAT32,  # rgb too: readers look at its bits
+            datatype=_UINT32 if name == "track_id" else _FLOAT32,  # rgb is float32, too: readers use its bits
             count=2 if name == "track_id" else 1,
         )
         for name, place in (_LANDMARK.fields or {}).items()
@@ -282,7 +282,7 @@ def point_cloud(landmarks: Landmarks, header: Any, new: NewMessage = ros_message
 
 
 def _indices(values: np.ndarray) -> np.ndarray:
-    """(M,) uint32 of indices into features, with the message's constant for NOT_DETECTED."""
+    """Return indices into features as (M,) uint32, with the message's constant for NOT_DETECTED."""
     return np.where(values == NOT_DETECTED, _NOT_DETECTED, values).astype(np.uint32)
 
 

@@ -1,4 +1,4 @@
-"""Chains relative poses in metres: where the camera is, and how sure that is. No ROS in here."""
+"""Odometry: chains metric relative poses into poses of the camera, with covariances. Does not depend on ROS."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from kpmatch_ros.parameters import ParameterError, Parameters
 
 __all__ = ["Odometry", "OdometryPose", "Place", "Twist", "check_odometry", "compose", "frame_fault", "of_base"]
 
-# An odometry frame has x forward, y left and z up (REP-103), seen from the first camera. The camera's own frame is an
-# optical one: z forward, x right.
+# An odometry frame has x forward, y left and z up (REP-103), relative to the first camera. The camera's own frame is an
+# optical frame: z forward, x right.
 _FIRST_CAMERA = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
 
-_TOLD = float(chdtri(3, FALSE_ALARM_RATE))  # of a squared translation, in units of its covariance: it is not zero
+_TOLD = float(chdtri(3, FALSE_ALARM_RATE))  # squared Mahalanobis length from which a translation counts as not zero
 
 
 @dataclass(frozen=True, eq=False)
 class Twist:
-    """Mean velocity of the camera, or of the robot's base, since the frame before, in its own axes.
+    """Mean velocity of the camera or of the robot's base since the previous frame, in its own axes.
 
     Attributes:
         velocity: (6,) float64, metres per second along the axes, then radians per second about them.
-        covariance: (6, 6) float64 of these.
-        seconds: since the frame before.
+        covariance: (6, 6) float64 covariance of ``velocity``.
+        seconds: time since the previous frame.
     """
 
     velocity: np.ndarray
@@ -42,17 +42,17 @@ class Twist:
 class OdometryPose:
     """Pose of the camera's optical frame in an odometry frame: x_odom = rotation x_camera + position.
 
-    Or that of the robot's base, see :func:`of_base`.
+    With :func:`of_base` it is the pose of the robot's base.
 
     Attributes:
         rotation: (3, 3) float64.
         position: (3,) float64, metres.
         covariance: (6, 6) float64, position then rotation about the odometry frame's axes, w in
             R_true = exp([w]x) rotation, as in geometry_msgs/PoseWithCovariance.
-        chain: how many times the chain of poses broke before. Poses of two chains cannot be compared: each chain has
-            an odometry frame of its own, and its first camera is the origin.
-        twist: velocity since the last frame with a pose in the chain; None where there is none but an older keyframe,
-            or where its stamp is not earlier.
+        chain: number of breaks of the chain so far. Poses of different chains cannot be compared: each chain has its
+            own odometry frame, whose origin is the chain's first camera.
+        twist: velocity since the last frame with a pose in the chain; None if the only such frame is an older keyframe,
+            or its stamp is not earlier.
     """
 
     rotation: np.ndarray
@@ -63,10 +63,10 @@ class OdometryPose:
 
 
 def compose(pose: OdometryPose, step: RelativePose) -> OdometryPose:
-    """The pose after a step from it.
+    """Return the pose after a step from ``pose``.
 
-    Errors of pose and step are taken to be independent. The covariance is right to first order, for errors that are
-    added to a position and multiplied to a rotation from the left (adjoint of SE(3); Barfoot and Furgale, IEEE
+    The errors of pose and step are assumed to be independent. The covariance is correct to first order, for errors that
+    are added to a position and multiplied to a rotation from the left (adjoint of SE(3); Barfoot and Furgale, IEEE
     Transactions on Robotics 2014).
     """
     moved = pose.rotation @ step.translation
@@ -77,16 +77,16 @@ def compose(pose: OdometryPose, step: RelativePose) -> OdometryPose:
 
 
 def of_base(pose: OdometryPose, camera: Placed) -> OdometryPose:
-    """The pose and velocity of a robot's base, whose camera has this odometry.
+    """Convert the camera's odometry to pose and velocity of the robot's base.
 
-    The odometry frame then begins where the base is at first, with the base's axes, instead of the camera's.
+    The origin of the odometry frame is then the first pose of the base, with the base's axes, instead of the camera's.
 
     Args:
-        pose: of the camera, in an odometry frame that begins at the first camera.
-        camera: its pose in the base's frame, which does not change.
+        pose: pose of the camera, in an odometry frame with the first camera as origin.
+        camera: constant pose of the camera in the base's frame.
     """
-    turn = camera.rotation @ _FIRST_CAMERA.T  # the first camera's odometry frame, seen from the base
-    base = -camera.rotation.T @ camera.position  # the base, seen from the camera
+    turn = camera.rotation @ _FIRST_CAMERA.T  # the first camera's odometry frame in the base's axes
+    base = -camera.rotation.T @ camera.position  # the base's position in the camera's frame
     rotation = turn @ pose.rotation @ camera.rotation.T
     arm = turn @ pose.rotation @ base
     position = turn @ pose.position + camera.position + arm
@@ -94,7 +94,7 @@ def of_base(pose: OdometryPose, camera: Placed) -> OdometryPose:
     twist = pose.twist
     if twist is not None:
         linear, angular = np.split(twist.velocity, 2)
-        before = Rotation.from_rotvec(-twist.seconds * angular).apply(base)  # as far as it turned with the camera
+        before = Rotation.from_rotvec(-twist.seconds * angular).apply(base)  # the arm at the start, before the rotation
         velocity = np.concatenate([linear + (base - before) / twist.seconds, angular])
         into = np.kron(np.eye(2), camera.rotation)
         moved = into @ _at_the_end_of(base)
@@ -103,7 +103,7 @@ def of_base(pose: OdometryPose, camera: Placed) -> OdometryPose:
 
 
 def _at_the_end_of(arm: np.ndarray) -> np.ndarray:
-    """(6, 6): a small motion, translation then rotation, at the end of a rigid arm, from that at its beginning."""
+    """Return (6, 6) that maps a small motion (translation, rotation) at the start of a rigid arm to that at its end."""
     carried = np.eye(6)
     carried[:3, 3:] = -cross_matrix(arm)
     return carried
@@ -111,12 +111,12 @@ def _at_the_end_of(arm: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """The pose of a frame in a chain, and the translations on the way that none of the pairs could tell from zero.
+    """The pose of a frame in a chain, and the sum of the translations that no pair could distinguish from zero.
 
     Attributes:
-        pose: of the frame, without them.
-        unseen: (6,) what they come to at the frame, in the order of the pose's covariance.
-        spread: (6, 6) covariance of that.
+        pose: pose of the frame, without these translations.
+        unseen: (6,) the accumulated small motions at the frame, in the order of the pose's covariance.
+        spread: (6, 6) covariance of ``unseen``.
     """
 
     pose: OdometryPose
@@ -125,14 +125,15 @@ class Place:
 
     @classmethod
     def of(cls, pose: OdometryPose) -> Place:
-        """A pose of which nothing is unseen."""
+        """Return the place of a pose without unseen motion."""
         return cls(pose, np.zeros(6), np.zeros((6, 6)))
 
     def after(self, step: RelativePose) -> Place:
-        """Where a step leads from there.
+        """Return the place after a step.
 
-        A camera that creeps moves too little to be seen in any pair, and far in many. What all of them come to is
-        tested as each pair is, and taken into the pose where it is not zero.
+        A slowly moving camera moves too little to be detected in any single pair, but far over many pairs. So the sum
+        of these small motions is tested like the motion of a pair. Once its translation is significant, the sum is
+        added to the pose.
         """
         pose = compose(self.pose, step)
         turned = np.kron(np.eye(2), self.pose.rotation)
@@ -152,27 +153,29 @@ class Place:
 class Odometry:
     """Chains the poses of pairs.
 
-    A pair continues the chain where the pose of its reference is known: the frame before, or a keyframe. It is not
-    known after a reset, or where that frame had no pose. Then the chain breaks, and the reference begins a new one.
+    A pair continues the chain if the pose of its reference (the previous frame or a keyframe) is known. It is not known
+    after a reset, or if the reference frame had no pose. Then the chain breaks, and the reference starts a new chain.
 
-    A camera that stands keeps its place. Where it creeps, by less than any pair can tell, its place follows by steps.
+    A standing camera keeps its position. If a camera moves more slowly than any pair can detect, its position follows
+    in steps.
 
     Attributes:
-        breaks: how many times the chain broke.
+        breaks: number of breaks of the chain.
     """
 
     def __init__(self) -> None:
         self.breaks = 0
-        self._known: dict[int, Place] = {}  # by the frame's number
+        self._known: dict[int, Place] = {}  # by number of the frame
         self._begun = False
-        self._last: tuple[int, int, OdometryPose, np.ndarray] | None = None  # the frame before: number, stamp, step
+        # The previous frame: its number, its stamp, its pose, and the covariance of its step.
+        self._last: tuple[int, int, OdometryPose, np.ndarray] | None = None
 
     def forget(self) -> None:
-        """Forget where the frames are, so that the next pose breaks the chain."""
+        """Discard the poses of the frames, so that the next pose breaks the chain."""
         self._known = {}
 
     def add(self, pair: Pair) -> OdometryPose | None:
-        """The pose of the pair's current frame; None where the pair has no pose in metres."""
+        """Add a pair, and return the pose of its current frame; None if the pair has no metric pose."""
         pose, reference = pair.pose, pair.reference.number
         origin = self._known.get(reference)
         if not pose.status.is_certain or not pose.metric:
@@ -185,17 +188,19 @@ class Odometry:
             self._last = None
         place = origin.after(pose)
         self._known = {reference: origin, pair.current.number: place}
-        # What was unseen came about in many frames: it is no velocity of the last one. A twist is what was measured,
-        # also where that may be zero: a filter that takes many such zeros for measurements never learns of a creep.
+        # The accumulated unseen motion arose over many frames, so it is not part of the last frame's velocity. The
+        # twist is the measured motion even if it is not significant: a filter that fuses many zeros as measurements
+        # would never detect a slow motion.
         if pose.estimate is not None:
             pose = replace(pose, rotation=pose.estimate.rotation, translation=pose.estimate.position)
         return replace(place.pose, twist=self._twist(pair, origin.pose, compose(origin.pose, pose)))
 
     def _twist(self, pair: Pair, origin: OdometryPose, current: OdometryPose) -> Twist | None:
-        """The velocity since the frame before.
+        """Return the velocity since the previous frame.
 
-        That frame is the reference, or another one that was matched with the same keyframe. Then the errors of both
-        steps are taken to be independent. A keyframe by itself may be old: it tells where the camera is, not how fast.
+        The previous frame is the reference, or another frame that was matched with the same keyframe. In the second
+        case the errors of both steps are assumed to be independent. If there is only a keyframe that may be old, there
+        is no velocity.
         """
         is_old = self._last is None and pair.current.number != pair.reference.number + 1
         stamp, before, earlier = pair.reference.stamp, origin, np.zeros((6, 6))
@@ -208,7 +213,7 @@ class Odometry:
         way = current.position - before.position
         moved = current.rotation.T @ way
         turned = current.rotation.T @ Rotation.from_matrix(current.rotation @ before.rotation.T).as_rotvec()
-        # The current camera sees the way in its own axes, which err as its rotation does.
+        # The displacement is expressed in the current camera's axes, so it also has the errors of their rotation.
         seen = _at_the_end_of(-origin.rotation.T @ way)
         spread = seen @ pair.pose.covariance @ seen.T + earlier
         into = np.kron(np.eye(2), pair.pose.rotation.T)  # from the reference's axes to the current camera's
@@ -216,12 +221,12 @@ class Odometry:
 
 
 def frame_fault(child: str, frame: str, transforms: StaticTransforms | None = None) -> str:
-    """Why TF cannot place one frame in the other, in words; empty where it can.
+    """Explain why TF cannot place ``child`` in ``frame``. Returns an empty text if it can.
 
     Args:
-        child: the frame that odometry places.
-        frame: the one that it is placed in.
-        transforms: what /tf_static says; None where TF is left alone.
+        child: child frame of the odometry.
+        frame: the odometry frame.
+        transforms: the transforms of /tf_static; None if nothing is published into TF.
     """
     if not frame_name(child):
         return (
@@ -248,10 +253,10 @@ def frame_fault(child: str, frame: str, transforms: StaticTransforms | None = No
 
 
 def check_odometry(parameters: Parameters) -> None:
-    """Refuse odometry of one camera, before its networks are loaded.
+    """Check, before the networks are loaded, that odometry is not requested for one camera.
 
     Raises:
-        ParameterError: when it is asked for.
+        ParameterError: if it is.
     """
     if parameters.publish_odometry and parameters.mode != "stereo":
         raise ParameterError("publish_odometry needs mode stereo: the poses of one camera are without metres")

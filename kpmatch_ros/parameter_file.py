@@ -1,4 +1,4 @@
-"""ROS 2 parameter files, such as config/matcher.yaml, without ROS."""
+"""Reads ROS 2 parameter files, such as config/matcher.yaml. Does not depend on ROS."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["applies", "read_parameter_file", "read_sections", "unknown_keys", "u
 
 # Parameters that every node has. `qos_overrides` may also be nested.
 _FOREIGN = re.compile(r"use_sim_time|start_type_description_service|qos_overrides(\..*)?")
-# Names of the node's topics, where parameters are given: other packages take topics as parameters.
+# Names of the node's topics. Users may give them as parameters, because other packages take topics as parameters.
 _TOPIC = re.compile(r"(left_|right_|left/|right/)?(image|camera_info|mask)(_topic|_raw)?")
 
-# How rcl_yaml_param_parser reads what stands without quotes.
+# How rcl_yaml_param_parser reads values without quotes.
 _TRUE = re.compile("y|Y|yes|Yes|YES|true|True|TRUE|on|On|ON")
 _FALSE = re.compile("n|N|no|No|NO|false|False|FALSE|off|Off|OFF")
 _INTEGER = re.compile("[-+]?(0x[0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)")
@@ -27,14 +27,14 @@ _NUMBER = re.compile(r"[-+]?((\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|\.?inf|\.?nan)", r
 
 
 def read_sections(path: Path) -> list[tuple[str, Any]]:
-    """The sections of a parameter file: the name of the node that each is for, and what its ros__parameters holds.
+    """Return the sections of a parameter file: each section's node name, and the content of its ros__parameters.
 
-    The name may be a pattern, and may be nested by namespace. A section may stand twice, and values are those that ROS
-    makes of their spelling (rcl_yaml_param_parser), which are not YAML's everywhere.
+    The node name may be a pattern, and the file may nest it by namespace. A section may occur twice. Values have the
+    types that ROS reads (rcl_yaml_param_parser), which differ from YAML's in some cases.
 
     Raises:
-        ParameterError: when the file is no YAML.
-        OSError: when it cannot be read.
+        ParameterError: if the file is not a YAML file.
+        OSError: if the file cannot be read.
     """
     try:
         return list(_sections(yaml.compose(path.read_text(), _Loader)))
@@ -46,7 +46,7 @@ def read_sections(path: Path) -> list[tuple[str, Any]]:
 
 class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """As a node does, take no alias, which could stand for any amount of memory."""
+        """Refuse aliases, as ROS nodes do: an alias could expand to any amount of memory."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"ROS takes no alias,{str(self.peek_event().start_mark).rstrip()}")
         return super().compose_node(parent, index)
@@ -57,13 +57,13 @@ def _sections(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         if key.value == "ros__parameters":
             yield path, _value(value)
         else:
-            name = str(key.value).strip("/")  # of the root, nothing is left
+            name = str(key.value).strip("/")  # empty for the root namespace
             yield from _sections(value, f"{path}/{name}" if name else path)
 
 
 def _value(node: yaml.Node) -> Any:
     if isinstance(node, yaml.MappingNode):
-        return {str(key.value): _value(value) for key, value in node.value}  # as with ROS, the last of a name counts
+        return {str(key.value): _value(value) for key, value in node.value}  # the last value of a name wins, as in ROS
     if isinstance(node, yaml.SequenceNode):
         return [_value(item) for item in node.value]
     assert isinstance(node, yaml.ScalarNode)
@@ -82,29 +82,29 @@ def _value(node: yaml.Node) -> Any:
 
 
 def applies(section: str, node_name: str) -> bool:
-    """Whether a node takes its parameters from a section.
+    """Whether a section applies to a node.
 
-    In a section's name * stands for one part of the node's name, and ** for any number of parts.
+    In a section's name, * matches one part of the node's name, and ** any number of parts.
     """
     pattern = re.escape(section).replace(r"/\*\*", r"(/\w+)*").replace(r"/\*", r"/\w+")
     return re.fullmatch(pattern, node_name) is not None
 
 
 def unknown_keys(values: Any) -> list[str]:
-    """The keys below one ros__parameters that are parameters neither of the matcher nor of every node."""
+    """Return the keys below a ros__parameters that are parameters neither of the matcher nor of all nodes."""
     known = {item.name for item in declarations()}
     keys = [str(key) for key in values] if isinstance(values, dict) else []
     return [key for key in keys if key not in known and not _FOREIGN.fullmatch(key)]
 
 
 def without_effect(names: Iterable[str]) -> list[str]:
-    """What to say of each name that is no parameter of the matcher nor of every node, with the nearest that is."""
+    """Return a text for each name that is not a parameter of the matcher or of all nodes, with the most similar one."""
     unknown = unknown_keys(dict.fromkeys(names))
     return [f"the parameter {name!r} does not exist and has no effect{_instead(name)}" for name in unknown]
 
 
 def _instead(name: str) -> str:
-    """What was meant by a name, as the end of a sentence; empty where nobody knows."""
+    """Suggest what was meant by an unknown name, as the end of a sentence; empty without a suggestion."""
     topic = _TOPIC.fullmatch(name)
     if topic is None:
         return meant(name, [item.name for item in declarations()])
@@ -113,11 +113,11 @@ def _instead(name: str) -> str:
 
 
 def unused_files(arguments: Sequence[str], node_name: str) -> list[str]:
-    """What to say of each parameter file among ROS's arguments that has no section for a node: ROS says nothing.
+    """Return a warning for each parameter file in the arguments that has no section for a node. ROS gives none.
 
     Args:
-        arguments: of the process.
-        node_name: of the node, with its namespace.
+        arguments: the arguments of the process.
+        node_name: name of the node with its namespace.
     """
     said = []
     for word, path in zip(arguments, arguments[1:]):
@@ -126,7 +126,7 @@ def unused_files(arguments: Sequence[str], node_name: str) -> list[str]:
         try:
             found = [section for section, _ in read_sections(Path(path))]
         except (OSError, ParameterError):
-            continue  # ROS judges it
+            continue  # ROS itself reports an unreadable file
         if not any(applies(section, node_name) for section in found):
             said.append(
                 f"{path} has no section for {node_name}, so nothing in it has an effect; it has "
@@ -138,17 +138,17 @@ def unused_files(arguments: Sequence[str], node_name: str) -> list[str]:
 def read_parameter_file(
     path: Path, warn: Callable[[str], object] = str, options: Mapping[str, Any] = MappingProxyType({})
 ) -> Parameters:
-    """The parameters that a file gives the node /matcher, with the defaults for those that it leaves out.
+    """Return the parameters that a file sets for the node /matcher, with the defaults for all others.
 
     Args:
-        path: of the file.
-        warn: hears of each name in the file that is no parameter. It may be another node's, in a section for all.
-        options: values that stand above those in the file, by the parameters' names.
+        path: path of the file.
+        warn: called with a text for each unknown name. In a section for all nodes it may be another node's parameter.
+        options: values by parameter name that take precedence over the file.
 
     Raises:
-        ParameterError: when the file is no parameter file or has no section for the node, or when a parameter in it
-            has a value that is not allowed.
-        OSError: when the file cannot be read.
+        ParameterError: if the file is not a parameter file, has no section for the node, or contains a value that is
+            not allowed.
+        OSError: if the file cannot be read.
     """
     found = read_sections(path)
     own = [values for section, values in found if applies(section, "/matcher")]

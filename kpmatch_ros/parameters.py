@@ -1,7 +1,7 @@
-"""Every parameter of the package, declared once.
+"""The single declaration of all parameters.
 
 The node's ROS parameters, ``config/matcher.yaml``, the table in ``docs/parameters.md``, the options of the ``kpmatch``
-command and the keyword arguments of :class:`kpmatch_ros.FeatureMatcher` all come from the fields of
+command and the keyword arguments of :class:`kpmatch_ros.FeatureMatcher` are all generated from the fields of
 :class:`Parameters`.
 """
 
@@ -34,22 +34,22 @@ PROFILES: Mapping[str, Mapping[str, Any]] = {
         "extractor": "superpoint-open-fast",
         "matcher": "lightglue-superpoint-open-fast",
         "max_keypoints": 512,
-        "depth_confidence": 0.9,  # where the camera moves little, two layers do in place of three and a half
+        "depth_confidence": 0.9,  # with small camera motion, 2 layers are enough, instead of 3.5
     },
 }
-"""What each profile chooses in place of the defaults, by the parameters' names."""
+"""For each profile, the values that replace the defaults, by parameter name."""
 
 _PROVIDER = "(tensorrt|cuda|openvino|cpu)"
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """One checked, immutable set of all parameters.
+    """A checked, immutable set of all parameters.
 
-    `profile` is only a name here: :meth:`given` sets what it chooses.
+    `profile` is only a name here: :meth:`given` applies the values of the profile.
 
     Raises:
-        ParameterError: when a value, or a combination of values, is not allowed.
+        ParameterError: if a value, or a combination of values, is not allowed.
     """
 
     mode: str = _parameter(
@@ -327,7 +327,7 @@ class Parameters:
                 f"base_frame and odom_frame are both {self.odom_frame!r}: TF places a frame in another"
             )
         if self.backend == "onnxruntime":
-            # TensorRT alone is told to compute in another number format than the graphs'.
+            # Only TensorRT can be told to compute in another number format than that of the ONNX graphs.
             precisions = ("auto", "float32", *(["float16"] if "tensorrt" in self.providers else []))
             for name, taken in (("device", ("auto", "cpu")), ("precision", precisions)):
                 if getattr(self, name) not in taken:
@@ -337,7 +337,7 @@ class Parameters:
 
     @classmethod
     def given(cls, values: Mapping[str, Any]) -> Parameters:
-        """The parameters with these values set by hand: the others are those of the profile, or the defaults.
+        """Return the parameters with these values. All others are set by the profile or have their defaults.
 
         Raises:
             ParameterError: for a name that is not a parameter or a value that is not allowed.
@@ -345,7 +345,7 @@ class Parameters:
         return cls().replace({**profile_values(values.get("profile", "accurate")), **values})
 
     def replace(self, changes: Mapping[str, Any]) -> Parameters:
-        """A copy with ``changes`` applied and everything checked again.
+        """Return a copy with ``changes`` applied. All parameters are checked again.
 
         Raises:
             ParameterError: for a name that is not a parameter or a value that is not allowed.
@@ -355,7 +355,7 @@ class Parameters:
         return dataclasses.replace(self, **changes)
 
     def idle(self) -> list[str]:
-        """The values that play no part because of another parameter, in words; not those that nobody chose."""
+        """Return a text for each value without effect because of another parameter. Default values are not reported."""
         found = []
         chosen = profile_values(self.profile)
         if chosen and all(getattr(self, name) != value for name, value in chosen.items()):
@@ -374,13 +374,13 @@ class Parameters:
 
 
 def profile_values(profile: Any) -> Mapping[str, Any]:
-    """What a profile chooses, by the parameters' names; nothing where there is no such profile."""
+    """Return the values of a profile by parameter name; empty if there is no such profile."""
     return PROFILES.get(profile, {}) if isinstance(profile, str) else {}
 
 
 @cache
 def declarations() -> tuple[Declaration, ...]:
-    """The declarations of all parameters, in the order of their fields."""
+    """Return the declarations of all parameters, in the order of the fields."""
     return tuple(
         Declaration(name=item.name, default=item.default, **item.metadata)  # type: ignore[arg-type]
         for item in dataclasses.fields(Parameters)
@@ -388,10 +388,10 @@ def declarations() -> tuple[Declaration, ...]:
 
 
 def declaration(name: str) -> Declaration:
-    """The declaration of the parameter ``name``.
+    """Return the declaration of the parameter ``name``.
 
     Raises:
-        ParameterError: when there is no such parameter.
+        ParameterError: if there is no such parameter.
     """
     for candidate in declarations():
         if candidate.name == name:
@@ -401,10 +401,10 @@ def declaration(name: str) -> Declaration:
 
 
 def meant(name: str, names: Iterable[str]) -> str:
-    """ ", did you mean …?" with the name most like one that does not exist; empty where none is alike.
+    """Return ", did you mean …?" with the known name most similar to an unknown one; empty if none is similar.
 
-    What stands before a full stop is a group, as other programs nest their parameters. It does not count. Nor do case,
-    and dashes in place of underscores.
+    The comparison ignores case, and treats dashes as underscores. It also ignores everything before a full stop,
+    because other programs group their parameters in this way.
     """
 
     def plain(text: str) -> str:

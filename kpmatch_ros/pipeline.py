@@ -1,6 +1,6 @@
-"""Messages of cameras in, messages with matches and poses out. No ROS in here.
+"""The pipeline: turns camera messages into messages with matches and poses. Does not depend on ROS.
 
-The node feeds a :class:`Pipeline` from its subscriptions and a replay from a file. Both take the same messages out.
+The node feeds a :class:`Pipeline` from its subscriptions. A replay feeds it from a file and gets the same output.
 """
 
 from __future__ import annotations
@@ -32,49 +32,50 @@ from kpmatch_ros.sync.stereo_sync import StereoSynchroniser
 
 __all__ = ["PATIENCE", "WAITING_MEMORY", "Pipeline"]
 
-# Images of one camera that wait for the other's at most, by the parameter `queue`: all keeps what a busy bag sends.
+# Largest number of images of one camera that wait for the other camera's image, by the parameter `queue`. With `all`
+# the buffer must hold what a bag with many images sends at once.
 _WAITING = {"latest": 10, "all": 100}
-_UNPAIRED_MEMORY = 5 * 10**8  # bytes that they have at most: 80 colour images of 1920 x 1080
-_MASKS = {"latest": 30, "all": None}  # masks of a camera that wait for their image at most
-_MASK_BYTES = 1000  # of a mask's message besides its data
+_UNPAIRED_MEMORY = 5 * 10**8  # bytes: limit of these waiting images, 80 colour images of 1920 x 1080
+_MASKS = {"latest": 30, "all": None}  # largest number of masks of one camera that wait for their image
+_MASK_BYTES = 1000  # size of a mask message without its data
 WAITING_MEMORY = 2 * 10**9
-"""Bytes of the images that wait to be processed at most, and of the masks that wait for theirs, where none is to be
-lost (`queue: all`): 2,170 colour images of 640 x 480, or 320 of 1920 x 1080. A robot's computer has 4 GB or more."""
+"""Bytes: limit of the images that wait to be processed, and of the masks that wait for their image, where none should
+be lost (`queue: all`). This is 2,170 colour images of 640 x 480, or 320 of 1920 x 1080. A robot's computer has 4 GB or
+more."""
 _INFO_MEMORY = {"latest": 10**7, "all": WAITING_MEMORY // 10}  # one camera's infos: 100,000, images of 20 kB each
 PATIENCE = 1.0
-"""Seconds that an image waits for its mask and its camera_info at most where every frame is processed (`queue: all`,
-bags): by then a later one has mostly shown that it does not come, so that the time plays no part and all is the same
-every time."""
-# Seconds after which a pose tells of an image without a partner. Where every frame is processed, a reliable publisher
-# may still be sending the partner again, and no pose shall depend on how long that takes.
+"""Seconds that an image waits at most for its mask and its camera_info where every frame is processed (`queue: all`,
+bags). Usually a later mask or camera_info arrives before that and proves that the expected one is missing. So the
+result does not depend on timing, and every replay gives the same output."""
+# Seconds after which a pose reports an image without a partner. Where every frame is processed, a reliable publisher
+# may still be resending the partner, and no pose should depend on how long that takes.
 _ALONE_AFTER = {"latest": 0.5, "all": 5.0}
-_ALONE_INTERVAL = 1.0  # seconds between two such poses
+_ALONE_INTERVAL = 1.0  # least seconds between two such poses
 
 
 class Pipeline:
-    """Turns the messages of a camera, or of a stereo pair, into the node's output messages.
+    """Turns the messages of a camera or of a stereo pair into the node's output messages.
 
     One thread may receive (:meth:`add_image`, :meth:`add_info`, :meth:`add_mask`, :meth:`watch`, :meth:`configure`,
-    :meth:`request_reset`) while another processes.
+    :meth:`request_reset`) while another thread processes.
 
     Args:
         front_end: registers the images.
-        topics: of the images, for the user: one, or left and right.
-        publish: takes a topic without a leading slash (but /tf) and its message.
-        wanted: whether anybody wants the messages of a topic that is made on demand: features, landmarks, match_image,
-            /tf.
-        events: hears of what goes wrong.
-        new: makes messages, see :mod:`kpmatch_ros.messages`.
-        odometry: chains the poses where `publish_odometry` is set. One that chained others goes on counting.
+        topics: the image topics, used in texts for the user: one, or left and right.
+        publish: called with a topic and its message. The topic has no leading slash, except /tf.
+        wanted: whether the messages of an on-demand topic have a subscriber: features, landmarks, match_image, /tf.
+        events: receives reports of everything that goes wrong.
+        new: creates messages, see :mod:`kpmatch_ros.messages`.
+        odometry: chains the poses if `publish_odometry` is set. An object that was used before continues its count.
 
     Attributes:
         front_end: as given.
-        calibration: that of the images.
-        synchroniser: puts left and right images together.
-        masks: puts images and their masks together.
+        calibration: the camera_infos, assigned to the images.
+        synchroniser: pairs left and right images.
+        masks: pairs images and their masks.
 
     Raises:
-        ParameterError: when odometry is asked of one camera.
+        ParameterError: if odometry is requested for one camera.
     """
 
     def __init__(
@@ -96,17 +97,17 @@ class Pipeline:
         self._new = new
         chain = (odometry or Odometry()) if parameters.publish_odometry else None
         self._results = ResultPublisher(publish, wanted, events, new, chain)
-        self._parameters = parameters  # those that the next frame is processed with
+        self._parameters = parameters  # for the next frame
         self._reset_requested = threading.Event()
         self.synchroniser: StereoSynchroniser[Any]
         self.masks: MaskSynchroniser[Any]
-        self._stamps: list[int | None]  # of the last image on each topic
-        self._told_alone: Any = None  # the last image without a partner that a pose told of
+        self._stamps: list[int | None]  # stamp of the last image on each topic
+        self._told_alone: Any = None  # the last image without a partner that a pose has reported
         self._found_alone_at = -float("inf")  # seconds
         self.restart()
 
     def restart(self) -> None:
-        """Begin as if nothing had been received, but for the calibration and the count of odometry's breaks."""
+        """Discard everything received, except the calibration and the count of odometry breaks."""
         parameters = self._parameters
         self.front_end.reset()
         tolerance = round(parameters.sync_tolerance * 1e9)
@@ -120,31 +121,35 @@ class Pipeline:
 
     @property
     def transforms(self) -> StaticTransforms:
-        """To be updated with every message on /tf_static, where there is odometry."""
+        """The static transforms. With odometry, the caller updates them with every message on /tf_static."""
         return self._results.transforms
 
     @property
     def odometry_breaks(self) -> int | None:
-        """How many times the chain of odometry broke; None where there is no odometry."""
+        """Number of breaks in the odometry chain; None without odometry."""
         return self._results.odometry_breaks
 
     # Receiving
 
     def configure(self, parameters: Parameters) -> None:
-        """Process the next frame with these parameters."""
+        """Use these parameters from the next frame on."""
         self._parameters = parameters
 
     def request_reset(self) -> None:
-        """Forget features and tracks before the next frame."""
+        """Discard features and tracks before the next frame is processed."""
         self._reset_requested.set()
 
     def add_image(self, side: int, message: Any, arrived: int | None = None) -> tuple[Any, ...] | None:
-        """The frame that an image completes, for :meth:`process`: the image itself, or with its partner, left first.
+        """Add an image, and return the frame that it completes, for :meth:`process`.
 
         Args:
-            side: 0 for the camera or the left one, 1 for the right one.
+            side: 0 for a single or the left camera, 1 for the right camera.
             message: the image.
-            arrived: when it was received or recorded, nanoseconds of any clock; now where not given.
+            arrived: time of reception or recording, nanoseconds of any clock; the current time if not given.
+
+        Returns:
+            The image alone for one camera. For a stereo pair, the left and the right image, or None while the partner
+            is missing.
         """
         stamp = messages.nanoseconds(message.header.stamp)
         self._check_stamp(side, stamp)
@@ -157,27 +162,27 @@ class Pipeline:
         return frame
 
     def add_info(self, side: int, message: Any) -> None:
-        """Take over a camera_info of camera 0 or 1, which may come before its image or after it."""
+        """Add a camera_info of camera 0 or 1. It may arrive before or after its image."""
         self.calibration.update(side, messages.nanoseconds(message.header.stamp), message)
 
     def add_mask(self, side: int, message: Any) -> None:
-        """Take over the mask of an image of camera 0 or 1, which may come before the image or after it."""
+        """Add the mask of an image of camera 0 or 1. It may arrive before or after the image."""
         size = len(message.data) + _MASK_BYTES
         let_go = self.masks.put(side, messages.nanoseconds(message.header.stamp), message, size)
-        if self._parameters.queue == "all":  # otherwise old ones make way for new ones all the time
+        if self._parameters.queue == "all":  # with `latest`, new masks displace old ones as a matter of course
             for _ in range(let_go):
                 self._events.mask_fault("masks let go", self._topics[side], self._too_many_masks(side))
 
     def complete(self, received: Sequence[Any]) -> bool:
-        """Whether the masks and the camera_infos of a frame's image messages are there, or can no longer come."""
+        """Whether each mask and camera_info of a frame's images has arrived, or can no longer arrive."""
         stamps = _stamps(received)
         return self.masks.complete(stamps) and self.calibration.complete(stamps)
 
     def wait(self, received: Sequence[Any], waited: float) -> None:
-        """Wait until a frame is complete: at most `sync_tolerance`, or with `queue: all` a second.
+        """Wait until a frame is complete: at most `sync_tolerance`, or :data:`PATIENCE` with `queue: all`.
 
         Args:
-            received: a frame's image messages.
+            received: the image messages of the frame.
             waited: seconds since the frame arrived.
         """
         parameters = self._parameters
@@ -187,7 +192,7 @@ class Pipeline:
         self.calibration.wait(stamps, patience - waited - (time.monotonic() - begun))
 
     def _check_stamp(self, side: int, stamp: int) -> None:
-        """Name an image whose stamp is zero, or that of the image before."""
+        """Report an image whose stamp is zero or equal to the previous image's stamp."""
         topic, before = self._topics[side], self._stamps[side]
         self._stamps[side] = stamp
         remedy = "tracks and poses are right all the same, but their times are not; have the driver stamp each image"
@@ -200,20 +205,27 @@ class Pipeline:
             self._events.stamp_fault("repeated stamps", topic, explanation)
 
     def finish(self) -> None:
-        """Report the images that still wait for a partner when nothing more will come."""
+        """Report the images that still wait for a partner. To be called at the end of the input."""
         self._report_unpaired(self.synchroniser.waiting)
 
     def watch(self, now: float) -> Any:
-        """Let time pass: to be called every tenth of a second or so, with the seconds of any clock.
+        """Check for a silent camera of a stereo pair. To be called about ten times a second.
 
-        Where one camera has fallen silent, this is the other one's newest image, at most once a second, until
-        :meth:`interrupt` has told of it: nobody shall wait for a pose that cannot come. Otherwise it is None.
+        A subscriber should not wait for a pose that cannot come. So while one camera is silent, this returns the other
+        camera's newest image, for :meth:`interrupt`.
+
+        Args:
+            now: seconds of any clock.
+
+        Returns:
+            The image without a partner, at most once a second and until :meth:`interrupt` has reported it; None
+            otherwise.
         """
         self.synchroniser.wait(now)
         for side in range(len(self._topics)):
             silent = self.synchroniser.silent(side, _ALONE_AFTER[self._parameters.queue])
             alone = self.synchroniser.newest(1 - side)
-            due = silent and abs(now - self._found_alone_at) >= _ALONE_INTERVAL  # a clock may go back
+            due = silent and abs(now - self._found_alone_at) >= _ALONE_INTERVAL  # abs: a clock may jump back
             if due and alone is not None and alone is not self._told_alone:
                 self._found_alone_at = now
                 return alone
@@ -222,17 +234,17 @@ class Pipeline:
     # Processing
 
     def interrupt(self, alone: Any) -> None:
-        """Tell of an image from :meth:`watch`, after the frames that came before it: it has no partner, and no pose."""
-        if alone is not self._told_alone:  # it may be found once more before it is told of
+        """Publish that an image from :meth:`watch` has no partner and no pose. Call it after all earlier frames."""
+        if alone is not self._told_alone:  # watch may return an image again before it is reported
             self._told_alone = alone
             self._results.publish_interruption(alone.header)
 
     def process(self, received: Sequence[Any], overtaken: int = 0) -> Result | None:
-        """Process a frame and publish what comes of it; None where its images cannot be used.
+        """Process a frame and publish the results. Returns None if its images cannot be used.
 
         Args:
-            received: a frame's image messages, from :meth:`add_image`.
-            overtaken: how many frames that came since the last one are left out.
+            received: the image messages of the frame, from :meth:`add_image`.
+            overtaken: number of frames dropped since the last one.
         """
         self._follow_parameters()
         if self._reset_requested.is_set():
@@ -261,7 +273,7 @@ class Pipeline:
         return result
 
     def match_features(self, request: Any, response: Any) -> Any:
-        """Answer a request of the service match_features. The frames do not notice."""
+        """Answer a request of the service match_features. This does not affect the frames."""
         self._follow_parameters()
         return match_request.answer(self.front_end, request, response, self._new)
 
@@ -285,7 +297,7 @@ class Pipeline:
     def _pixels(self, side: int, message: Any) -> np.ndarray:
         stretch = self._stretches[side]
         stretch.enabled, stretch.used = self.front_end.parameters.stretch == "auto", None
-        # Without resize an image goes to the networks as it is: what they do not take need not be decoded.
+        # Without resize the networks get the full image. An image too large for them need not be decoded.
         largest = LARGEST_FILE if self.front_end.parameters.resize else LARGEST_IMAGE
         try:
             return to_array(message, largest, scale=stretch.to_8_bits)
@@ -293,7 +305,7 @@ class Pipeline:
             raise ImageError(error.reason, f"{self._topics[side]}: {error}") from None
 
     def _mask(self, side: int, stamp: int) -> tuple[np.ndarray | None, tuple[str, str] | None]:
-        """The mask that came for an image, 0 where nothing is to be detected; and a fault where none of use did."""
+        """Return the mask of an image (0 where no keypoint may be detected), and a fault if there is no usable mask."""
         message, topic = self.masks.take(side, stamp), self._topics[side]
         if message is None:
             return None, ("no mask", self._missing_mask(side)) if side in self.masks.expected else None
@@ -306,7 +318,7 @@ class Pipeline:
             return None, ("unusable mask", explanation)
 
     def _missing_mask(self, side: int) -> str:
-        """Why an image has no mask, in words."""
+        """Explain why an image has no mask."""
         offset, why = self.masks.offset[side], ""
         if self.masks.came_late[side]:
             why = "; masks come after their images have gone on: set sync_tolerance to how much later they come"
@@ -336,7 +348,7 @@ class Pipeline:
                 self._events.mask_fault("mask hides everything", topic, explanation)
 
     def _check_yield(self, result: Result) -> None:
-        """Report how a frame looks that gives too few keypoints or matches for a pose, or none that tells anything."""
+        """Report blurred frames, and frames with too few keypoints or matches for a pose, with the likely reason."""
         if result.pair is not None and result.pair.smeared is not None:
             self._events.doubted(
                 "blur",

@@ -1,4 +1,4 @@
-"""Which frames become the reference that the next ones are matched with."""
+"""Chooses the frames that become the reference for matching later frames."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from kpmatch_ros.parameters import Parameters
 __all__ = ["ReferenceChoice"]
 
 
-_REFERENCE = 0  # of a pair's images
+_REFERENCE = 0  # value of Pair.smeared for the reference image
 
 
 class ReferenceChoice:
-    """Decides of frame after frame whether it becomes the reference, by the parameter `reference`."""
+    """Decides for each frame whether it becomes the reference, by the parameter `reference`."""
 
     def __init__(self) -> None:
-        self._shown_at: int | None = None  # the last frame in which there was something to see, nanoseconds
-        self._is_lost = False  # the frame before
+        self._shown_at: int | None = None  # stamp of the last frame with enough keypoints, nanoseconds
+        self._is_lost = False  # whether the previous frame could not be placed
 
     def reset(self) -> None:
-        """Forget the frames so far."""
+        """Discard the state."""
         self._shown_at = None
         self._is_lost = False
 
     def takes(self, pair: Pair, parameters: Parameters) -> bool:
-        """Whether the current frame of a pair becomes the reference. To be asked of every pair, in order."""
+        """Whether the current frame of a pair becomes the reference. To be called for every pair, in order."""
         was_lost, self._is_lost = self._is_lost, _is_lost(pair)
         if self._shows_nothing(pair, parameters):
             return False
         if pair.current.is_calibrated and not pair.reference.is_calibrated:
-            return True  # with the reference of before no frame would have a pose
+            return True  # with an uncalibrated reference, no later frame would have a pose
         if pair.smeared == _REFERENCE:
             return True
         if self._is_lost and not was_lost:
-            return False  # a blurred or covered image, or a bad pair of them: the next one may go on where it could not
+            return False  # the image may be blurred or covered: the next one may match the present reference again
         if parameters.reference == "previous" or len(pair.indices) < parameters.keyframe_min_matches:
             return True
         if pair.pose.status.has_pose:
@@ -45,9 +45,9 @@ class ReferenceChoice:
         return parallax > parameters.keyframe_max_parallax
 
     def _shows_nothing(self, pair: Pair, parameters: Parameters) -> bool:
-        """Whether the current image is dark, covered or blank, so that matching goes on better with the reference.
+        """Whether the current image has too few keypoints (dark, covered or blank), so the reference should stay.
 
-        The reference stays for as long as a gap between frames may be.
+        It stays for at most `max_gap`.
         """
         if len(pair.current.keypoints) >= min(parameters.min_inliers, len(pair.reference.keypoints)):
             self._shown_at = pair.current.stamp
@@ -57,5 +57,5 @@ class ReferenceChoice:
 
 
 def _is_lost(pair: Pair) -> bool:
-    """Whether nothing places the current frame beside its reference, which could be placed."""
+    """Whether the current frame could not be placed relative to its reference, although it should be possible."""
     return pair.smeared is not None or (pair.reference.is_calibrated and not pair.pose.is_placed)

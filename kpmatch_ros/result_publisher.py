@@ -1,4 +1,4 @@
-"""What came of frames, as messages."""
+"""Publishes the results of frames as messages."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ __all__ = ["ResultPublisher"]
 
 
 class ResultPublisher:
-    """Publishes what came of frames: features, matches, poses, odometry, landmarks, pictures.
+    """Publishes the results of frames: features, matches, poses, odometry, landmarks, pictures.
 
     Args:
-        publish: takes a topic without a leading slash (but /tf) and its message.
-        wanted: whether anybody wants the messages of a topic that is made on demand: features, landmarks, match_image,
-            /tf.
-        events: hears of poses and of what is odd about the odometry.
-        new: makes messages, see :mod:`kpmatch_ros.messages`.
-        odometry: chains the poses; None publishes no odometry.
+        publish: called with a topic and its message. The topic has no leading slash, except /tf.
+        wanted: whether the messages of an on-demand topic have a subscriber: features, landmarks, match_image, /tf.
+        events: receives reports of poses and of problems with the odometry.
+        new: creates messages, see :mod:`kpmatch_ros.messages`.
+        odometry: chains the poses; None for no odometry.
 
     Attributes:
-        transforms: to be updated with every message on /tf_static, where there is odometry.
+        transforms: the static transforms. With odometry, the caller updates them with every message on /tf_static.
     """
 
     def __init__(
@@ -50,16 +49,16 @@ class ResultPublisher:
 
     @property
     def odometry_breaks(self) -> int | None:
-        """How many times the chain of odometry broke; None where there is no odometry."""
+        """Number of breaks in the odometry chain; None without odometry."""
         return None if self._odometry is None else self._odometry.breaks
 
     def restart(self) -> None:
-        """Begin a new chain of odometry. Its breaks are counted on."""
+        """Start a new odometry chain. The count of breaks continues."""
         if self._odometry is not None:
             self._odometry.forget()
 
     def publish(self, result: Result, parameters: Parameters) -> None:
-        """Publish all that came of a frame, which was processed with these parameters."""
+        """Publish all results of a frame. ``parameters`` are those it was processed with."""
         if self._wanted("features"):
             for frame in result.frames:
                 self._publish("features", messages.feature_array(frame, parameters.extractor, self._new))
@@ -82,7 +81,7 @@ class ResultPublisher:
             self._publish("match_image", messages.image_message(picture, header, self._new))
 
     def publish_interruption(self, header: Any) -> None:
-        """Tell those who wait for the pose of an image that it has none."""
+        """Publish a pose with the status INTERRUPTED, so that no subscriber waits for the pose of this image."""
         self._publish("relative_pose", messages.interruption(header, self._new))
         self._events.pose(PoseStatus.INTERRUPTED)
 
@@ -94,7 +93,7 @@ class ResultPublisher:
         camera = None
         if parameters.base_frame:
             camera = self.transforms.pose(child, parameters.base_frame)
-            if camera is None:  # no chain begins before it can be published
+            if camera is None:  # no chain starts before it can be published
                 self._events.doubted(
                     "base_frame",
                     f"no odometry: /tf_static does not join base_frame {parameters.base_frame} and the camera's frame "

@@ -1,4 +1,4 @@
-"""How this package's programs are called from a shell."""
+"""Shell commands of this package's programs, for messages to the user."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["in_shell", "matcher_in_shell"]
 
 
 def in_shell(command: str) -> str:
-    """A command such as ``kpmatch doctor`` as it works in a fresh shell, copied from a message.
+    """Return a command such as ``kpmatch doctor`` in a form that works when copied into a new shell.
 
-    In a checkout the programs are found by way of ``tools/with_ros``, which names itself in ``KPMATCH_PREFIX``.
+    In a source checkout the programs run through ``tools/with_ros``, which sets ``KPMATCH_PREFIX`` to its own path.
     """
     return f"{shlex.quote(os.environ['KPMATCH_PREFIX'])} {command}" if os.environ.get("KPMATCH_PREFIX") else command
 
 
 def matcher_in_shell(arguments: str) -> str:
-    """The node as a shell without ``ros2`` starts it: by its name where the path has it, otherwise by its place.
+    """Return the command that starts the node without ``ros2``: its name if PATH has it, otherwise its full path.
 
-    A sourced workspace has no program but ``kpmatch`` on the path; ``ros2 run`` finds the node's.
+    A sourced workspace has only ``kpmatch`` on PATH. The node's program is where ``ros2 run`` looks for it.
     """
     program = "matcher"
     if shutil.which(program) is None:

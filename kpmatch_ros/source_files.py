@@ -1,4 +1,4 @@
-"""The files that something is read from, which nothing is to be written over."""
+"""Protects input files: finds the files that a command reads and must not overwrite."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from kpmatch_ros.weights import REGISTRY
 
 __all__ = ["files_read", "named_files", "overwritten"]
 
-_OF_WEIGHTS = ("extractor", "matcher")  # parameters that name what is registered, or files
-_OF_FILES = (*_OF_WEIGHTS, "mask", "mask_right")  # parameters that may name files
-_IN_WEIGHTS = ("config.json", "model.safetensors", "pytorch_model.bin")  # what is read of a folder of weights
+_OF_WEIGHTS = ("extractor", "matcher")  # parameters that hold a registered name or a file
+_OF_FILES = (*_OF_WEIGHTS, "mask", "mask_right")  # parameters that may hold a file
+_IN_WEIGHTS = ("config.json", "model.safetensors", "pytorch_model.bin")  # files read from a folder of weights
 
 
 def named_files(parameters: Parameters) -> dict[str, Path]:
-    """The files and folders that parameters name and that exist, by parameter.
+    """Return the existing files and folders that the parameters name, by parameter.
 
-    What is registered is none, whatever lies here.
+    A registered name never counts as a file, even if a file with that name exists.
     """
     found = {}
     for name in _OF_FILES:
@@ -30,27 +30,26 @@ def named_files(parameters: Parameters) -> dict[str, Path]:
             path = Path(text).expanduser()
             if path.exists():
                 found[name] = path
-        except (OSError, RuntimeError, ValueError):  # a name that is too long, ~nobody, a zero byte
+        except (OSError, RuntimeError, ValueError):  # for example, a name too long, ~unknown_user, a null byte
             continue
     return found
 
 
 def files_read(parameters: Parameters) -> list[Path]:
-    """The files that parameters name, and those that are read of the folders that they name."""
+    """Return the files that the parameters name, and the files that are read from the folders they name."""
     named = named_files(parameters).values()
     return [file for path in named for file in ([path / name for name in _IN_WEIGHTS] if path.is_dir() else [path])]
 
 
 def overwritten(place: Path, sources: Iterable[Path]) -> Path | None:
-    """The source that a file written to that place would change; None where there is none.
+    """Return the source that writing to ``place`` would change; None if there is none.
 
-    All that lies in a folder belongs to it. Names are compared by what they lead to: symbolic and hard links hide no
-    source.
+    A source that is a folder includes everything in it. Symbolic and hard links are followed.
     """
     real = place.resolve()
     try:
         there = real.stat()
-    except OSError:  # nothing yet
+    except OSError:  # the place does not exist yet
         there = None
     for source in sources:
         target = source.resolve()

@@ -1,4 +1,4 @@
-"""Tables of text."""
+"""Formats tables as text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["format_table"]
 
 
 def format_table(rows: Iterable[Sequence[str]], right: Container[int] = ()) -> str:
-    """Rows of text in columns as wide as their longest entry, those numbered in ``right`` flush right."""
+    """Return rows of text as a table with aligned columns. The columns with an index in ``right`` are right-aligned."""
     rows = [list(row) for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []

@@ -1,7 +1,7 @@
 """Starts the matcher node: ros2 launch kpmatch_ros matcher.launch.py image:=/camera/image_raw.
 
-`--show-args` lists the arguments. Every parameter of the node is one, made from its declaration, and empty by default:
-the parameter file decides. A name that is none is refused.
+`--show-args` lists the arguments. Every parameter of the node has an argument, generated from its declaration. It is
+empty by default, so the parameter file decides. Unknown arguments are refused.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from kpmatch_ros.parameters import Declaration, ParameterError, declarations, me
 
 FILE = Path(__file__).name
 DEFAULTS = Path(get_package_share_directory("kpmatch_ros"), "config", "matcher.yaml")
-# The launch file that starts this one twice, and its own arguments.
+# The launch file that includes this one twice, and the arguments that only it has.
 TWO_CAMERAS = "two_cameras.launch.py"
 TWO_CAMERAS_OWN = ("first", "second")
-# Prefixes of the arguments and of the topics that they name, and what they are for.
+# For each camera: prefix of the arguments, prefix of the topics, and description.
 CAMERAS = (
     ("", "", "the camera (mode mono)"),
     ("left_", "left/", "the left camera (mode stereo)"),
     ("right_", "right/", "the right camera (mode stereo)"),
 )
-# True and False too: a launch file that includes this one may hand on str(True).
+# With True and False, because a launch file that includes this one may pass str(True).
 BOOLEANS = ["true", "false", "True", "False"]
-# Arguments that launch and launch_ros read themselves, and what launch_ros keeps among them.
+# Arguments of launch and launch_ros themselves, and values that launch_ros stores among the arguments.
 LAUNCHS_OWN = {
     "emulate_tty",
     "global_params",
@@ -53,7 +53,7 @@ LAUNCHS_OWN = {
 
 
 def topic_arguments(argument: str, topic: str, camera: str) -> list[DeclareLaunchArgument]:
-    """The launch arguments for one camera's topics."""
+    """Return the launch arguments for one camera's topics."""
     return [
         DeclareLaunchArgument(
             f"{argument}image",
@@ -74,7 +74,7 @@ def topic_arguments(argument: str, topic: str, camera: str) -> list[DeclareLaunc
 
 
 def parameter_argument(item: Declaration) -> DeclareLaunchArgument:
-    """The launch argument for one parameter of the node."""
+    """Return the launch argument for one parameter of the node."""
     choices = BOOLEANS if item.type is bool else list(item.choices)
     notes = ", ".join(note for note in ("" if item.choices else item.constraint, item.unit) if note)
     return DeclareLaunchArgument(
@@ -86,7 +86,7 @@ def parameter_argument(item: Declaration) -> DeclareLaunchArgument:
 
 
 def arguments() -> list[DeclareLaunchArgument]:
-    """All arguments of this file."""
+    """Return all arguments of this file."""
     return [
         *(argument for camera in CAMERAS for argument in topic_arguments(*camera)),
         DeclareLaunchArgument("namespace", default_value="", description="namespace of the node and its topics"),
@@ -137,9 +137,9 @@ def is_true(text: str) -> bool:
 
 
 def launched() -> str:
-    """The launch file of these two that the command line names, by package or by path.
+    """Return which of this package's two launch files the command line names, by package or by path.
 
-    Empty where that is another one, which includes them, be it of the same name.
+    Returns an empty text if the command line names another launch file that includes them, even with the same name.
     """
     folder = Path(__file__).resolve().parent
     for before, word in pairwise(sys.argv):
@@ -150,10 +150,13 @@ def launched() -> str:
 
 
 def refuse_unknown_arguments(given: Mapping[str, str]) -> None:
-    """Name an argument that no argument is: launch takes any, in silence.
+    """Refuse unknown arguments. launch itself silently accepts any.
 
-    Where a launch file of others includes this one, its own arguments are among those given. Then only one that looks
-    like one of this file's is named, and the launch goes on.
+    If another package's launch file includes this one, its own arguments are also in ``given``. Then there is only a
+    warning, for a name that is similar to an argument of this file, and the launch continues.
+
+    Raises:
+        RuntimeError: for an unknown argument, if the command line names one of this package's launch files.
     """
     file = launched()
     known = [*(argument.name for argument in arguments()), *(() if file == FILE else TWO_CAMERAS_OWN)]
@@ -167,16 +170,16 @@ def refuse_unknown_arguments(given: Mapping[str, str]) -> None:
 
 
 def read_params_file(path: Path, node_name: str) -> list[tuple[str, Any]]:
-    """The sections of a parameter file that apply to the node, in the order in which ROS applies them.
+    """Return the sections of a parameter file that apply to the node, in the order in which ROS applies them.
 
-    What ROS would ignore in silence is named: no section for the node, and keys that are no parameters. A key in a
-    section of the node's own stops the launch. A section with a pattern, such as /**, may hold the parameters of other
-    nodes: there, a key that looks like a parameter of this node is warned of.
+    This reports what ROS would silently ignore: a file without a section for the node, and unknown parameters. An
+    unknown parameter in the node's own section stops the launch. A section with a pattern, such as /**, may contain
+    other nodes' parameters. There, an unknown parameter only causes a warning, if it is similar to one of this node's.
 
     Raises:
-        RuntimeError: for a file that is not there or is no YAML, and for a key that is no parameter.
+        RuntimeError: if the file does not exist or is not YAML, or for an unknown parameter in the node's own section.
     """
-    if not path.is_file():  # launch_ros only warns, and the node would run with other values than asked for
+    if not path.is_file():  # launch_ros would only warn, and the node would run without the requested values
         raise RuntimeError(
             f"params_file: there is no file {path.absolute()}; give the path of a YAML file of parameters"
         )
@@ -185,7 +188,7 @@ def read_params_file(path: Path, node_name: str) -> list[tuple[str, Any]]:
     except ParameterError as error:
         raise RuntimeError(f"params_file: {error}") from error
     own = [(section, values) for section, values in found if applies(section, node_name)]
-    if not own:  # ROS says nothing and takes the defaults
+    if not own:  # ROS would silently use the defaults
         get_logger(FILE).warning(
             f"params_file: {path} has no section for {node_name}, so nothing in it applies; it has "
             f"{', '.join(section for section, _ in found) or 'no section with ros__parameters'}; name the section "
@@ -204,7 +207,7 @@ def read_params_file(path: Path, node_name: str) -> list[tuple[str, Any]]:
 
 
 def merged(sections: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """What sections of parameter files come to: the last one that has a parameter counts, as in ROS."""
+    """Merge sections of parameter files. The last section that has a parameter wins, as in ROS."""
     found: dict[str, Any] = {}
     for _, values in sections:
         found |= values if isinstance(values, dict) else {}
@@ -212,13 +215,14 @@ def merged(sections: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parameters_around(context: LaunchContext, node_name: str) -> dict[str, Any]:
-    """The node's parameters that SetParameter and SetParametersFromFile set around this file, and no argument does.
+    """Return the node's parameters that SetParameter and SetParametersFromFile of an including launch file set.
 
-    launch_ros keeps them under global_params, a pair or a file each, and hands them to a node before its own files.
+    Parameters that an argument sets are left out. launch_ros stores these parameters under global_params, each as a
+    pair or a file. It passes them to a node before the node's own files.
 
     Raises:
-        RuntimeError: for a file that is no YAML, and for a value that is not allowed.
-        OSError: for a file that cannot be read.
+        RuntimeError: if a file is not YAML, or a value is not allowed.
+        OSError: if a file cannot be read.
     """
     given = context.launch_configurations
     found: dict[str, Any] = {}
@@ -233,14 +237,15 @@ def parameters_around(context: LaunchContext, node_name: str) -> dict[str, Any]:
 
 
 def write_params_file(values: Mapping[str, Any], sections: Iterable[str]) -> str:
-    """Write a parameter file that holds the values in each of the sections, and return its path.
+    """Write a parameter file with the values in each of the sections, and return its path.
 
-    ROS merges parameter files by section: a section that an earlier file has keeps its place, and later ones win. So
-    what is to win over a file stands in each section of it that applies.
+    ROS merges parameter files by section. A section of an earlier file keeps its position, and later sections win. So
+    to override a file, the values must be in each of its sections that apply to the node.
     """
-    # ROS takes matcher and /matcher for two sections of one node.
+    # For ROS, matcher and /matcher are different sections, and both apply to the node.
     spellings = [spelling for section in sections for spelling in (section, section.lstrip("/"))]
-    # JSON is YAML with all strings in quotes. launch_ros writes 1e5 and y without, which are a number and true to ROS.
+    # JSON is YAML with quotes around all strings. launch_ros writes 1e5 and y without quotes, and ROS reads these texts
+    # as a number and as true.
     text = json.dumps({section: {"ros__parameters": values} for section in spellings}, ensure_ascii=False)
     with tempfile.NamedTemporaryFile("wb", prefix="launch_params_", suffix=".yaml", delete=False) as file:
         file.write(text.encode(errors="surrogateescape"))
@@ -248,10 +253,10 @@ def write_params_file(values: Mapping[str, Any], sections: Iterable[str]) -> str
 
 
 def value_of(name: str, kind: type, text: str) -> Any:
-    """What an argument's text says, as a type.
+    """Convert an argument's text to bool, int or float, or to text.
 
     Raises:
-        RuntimeError: where it is no number.
+        RuntimeError: if the text is not a number.
     """
     try:
         return is_true(text) if kind is bool else kind(text)
@@ -261,10 +266,10 @@ def value_of(name: str, kind: type, text: str) -> Any:
 
 
 def counting(around: Mapping[str, Any], params_file: Path, in_file: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the parameters set around this file that count, by name.
+    """Return those parameters from :func:`parameters_around` that apply, by name.
 
-    All of them count over the packaged defaults, which nobody asked for. In launch_ros a node's own file counts over
-    them, and says nothing: that is warned of.
+    If the user gave no params_file, all of them apply: they override the packaged defaults. Otherwise the file silently
+    overrides them, as in launch_ros, and this warns about each difference.
     """
     if params_file == DEFAULTS:
         return dict(around)
@@ -277,10 +282,10 @@ def counting(around: Mapping[str, Any], params_file: Path, in_file: Mapping[str,
 
 
 def parameter_value(item: Declaration, text: str) -> Any:
-    """What an argument's text says, as the parameter's type.
+    """Convert an argument's text to the parameter's type, and check it.
 
     Raises:
-        RuntimeError: where it is none, or is not allowed.
+        RuntimeError: if the text has another type, or the value is not allowed.
     """
     try:
         return item.check(value_of(item.name, item.type, text))
@@ -289,17 +294,17 @@ def parameter_value(item: Declaration, text: str) -> Any:
 
 
 def image_topics(given: Mapping[str, str], mode: str, transport: str) -> tuple[dict[str, str], str]:
-    """The image topic of each camera, by argument, and the transport that those of the mode name.
+    """Return each camera's image topic by argument prefix, and the image_transport that follows from the topics.
 
-    Theirs come without /compressed.
+    The suffix /compressed is removed from the topics of the cameras that the mode uses.
 
     Args:
         given: the launch arguments.
         mode: mono or stereo.
-        transport: what was asked for; empty where nothing was.
+        transport: the requested image_transport; empty if none was requested.
 
     Raises:
-        RuntimeError: where one topic is compressed and another is not, or image_transport says otherwise.
+        RuntimeError: if only one of two topics is compressed, or the topics contradict image_transport.
     """
     topics = {argument: given[f"{argument}image"] for argument, _, _ in CAMERAS}
     used = {argument: topic for argument, topic in topics.items() if bool(argument) == (mode == "stereo")}
@@ -315,7 +320,7 @@ def image_topics(given: Mapping[str, str], mode: str, transport: str) -> tuple[d
 
 
 def start(context: LaunchContext) -> list[Node]:
-    """The node's action, with the values that the arguments were given, and rviz2's."""
+    """Return the action that starts the node with the given arguments, and the action for rviz2 if requested."""
     given = context.launch_configurations
     refuse_unknown_arguments(given)
 
@@ -324,7 +329,7 @@ def start(context: LaunchContext) -> list[Node]:
     node_name = f"{namespace.rstrip('/')}/matcher"
     own = read_params_file(params_file, node_name)
 
-    # As ROS does: an argument, or else the last section that has the parameter, or else the default.
+    # The precedence is that of ROS: the argument, then the last section that has the parameter, then the default.
     in_file = merged(own)
     overrides = counting(parameters_around(context, node_name), params_file, in_file)
     defaults = {item.name: item.default for item in declarations()}
@@ -348,7 +353,7 @@ def start(context: LaunchContext) -> list[Node]:
 
     respawn = is_true(given["respawn"])
     retries = value_of("respawn_max_retries", int, given["respawn_max_retries"])
-    # Not an argument of Humble's launch: given only where it is asked for.
+    # Humble's launch does not have this argument, so it is passed only if requested.
     limit = {"respawn_max_retries": retries} if respawn and retries >= 0 else {}
     required = is_true(given["required"]) if given["required"] else bool(launched())
     ends = 0
@@ -360,10 +365,10 @@ def start(context: LaunchContext) -> list[Node]:
         if required and event.returncode and not again and not context.is_shutdown:
             raise RuntimeError(f"{node_name} ended with status {event.returncode}")
 
-    # The level of the node's own logger: at debug, rcl and the middleware write several lines per message.
+    # Sets the level of the node's own logger only: at debug, rcl and the middleware log several lines per message.
     logger = node_name.strip("/").replace("/", ".")
 
-    # A LifecycleNode rather than a Node, so that a launch file that includes this one can wait for its states
+    # A LifecycleNode action, so that a launch file that includes this one can wait for the node's states
     # (OnStateTransition) and change them (ChangeState).
     matcher = LifecycleNode(
         package="kpmatch_ros",
@@ -374,7 +379,7 @@ def start(context: LaunchContext) -> list[Node]:
         remappings=remappings,
         ros_arguments=["--log-level", f"{logger}:={given['log_level']}"],
         output="screen",
-        emulate_tty=sys.stdout.isatty(),  # colours, but not into a container's log
+        emulate_tty=sys.stdout.isatty(),  # coloured output on a terminal, but not in a container's log
         respawn=respawn,
         respawn_delay=2.0,
         on_exit=ended,
@@ -384,10 +389,10 @@ def start(context: LaunchContext) -> list[Node]:
 
 
 def rviz(namespace: str) -> Node:
-    """rviz2 with the package's configuration, whose topics are relative to the namespace.
+    """Return the action for rviz2 with the package's configuration, whose topics are relative to the namespace.
 
     Raises:
-        RuntimeError: where it is not installed.
+        RuntimeError: if rviz2 is not installed.
     """
     try:
         get_package_prefix("rviz2")
@@ -398,5 +403,5 @@ def rviz(namespace: str) -> Node:
 
 
 def generate_launch_description() -> LaunchDescription:
-    """The arguments and the nodes."""
+    """Return the arguments and the nodes."""
     return LaunchDescription([*arguments(), OpaqueFunction(function=start)])

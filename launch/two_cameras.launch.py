@@ -1,7 +1,7 @@
-"""Two matchers, one for each camera: ros2 launch kpmatch_ros two_cameras.launch.py first:=front second:=rear.
+"""Starts one matcher for each of two cameras: ros2 launch kpmatch_ros two_cameras.launch.py first:=front second:=rear.
 
-Each node has its camera's namespace, and reads image_raw and camera_info there. All other arguments of
-matcher.launch.py, such as max_keypoints:=512, hold for both. A name that is no argument is refused there.
+Each node runs in its camera's namespace, and subscribes to image_raw and camera_info there. All other arguments of
+matcher.launch.py, such as max_keypoints:=512, apply to both nodes. That file refuses unknown arguments.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import PushRosNamespace
 
 MATCHER = str(Path(__file__).with_name("matcher.launch.py"))
-# By name: the default, and what it is. matcher.launch.py knows first and second as TWO_CAMERAS_OWN.
+# By name: default and description. matcher.launch.py lists first and second in TWO_CAMERAS_OWN.
 ARGUMENTS = {
     "first": ("front", "namespace of the first camera"),
     "second": ("rear", "namespace of the second camera"),
@@ -25,7 +25,7 @@ ARGUMENTS = {
 
 
 def matcher(camera: str) -> GroupAction:
-    """One camera's node. The group keeps its namespace from the other's."""
+    """Return the actions that start one camera's node. The group limits the namespace to this node."""
     source = PythonLaunchDescriptionSource(MATCHER)
     arguments = {"namespace": LaunchConfiguration(camera)}
     return GroupAction(
@@ -37,7 +37,7 @@ def matcher(camera: str) -> GroupAction:
 
 
 def generate_launch_description() -> LaunchDescription:
-    """The arguments and the two nodes."""
+    """Return the arguments and the two nodes."""
     return LaunchDescription(
         [
             *(

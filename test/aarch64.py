@@ -1,7 +1,7 @@
-"""Runs the compiled part's tests for aarch64 on any machine: `make aarch64`.
+"""Runs the tests of the compiled part for aarch64 on any machine: `make aarch64`.
 
-The sources are compiled by Clang as Zig brings it, and run by the Unicorn emulator in this process, on this process's
-memory. What PyTorch and NumPy do runs as it is. How long a processor of ARM takes is not told.
+Zig's Clang compiles the sources. The Unicorn emulator runs them inside this process, on this process's memory. PyTorch
+and NumPy run natively. The run time says nothing about an ARM processor.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from unicorn import arm64_const as registers
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("test_compiled.py", "test_compiled_two_view.py", "test_compiled_tracks.py", "test_compiled_transform.py")
-FOLDER = "KPMATCH_AARCH64"  # an environment variable: where the libraries are
+FOLDER = "KPMATCH_AARCH64"  # environment variable with the folder of the libraries
 
 PAGE = 1 << 12
-SHARED = 1 << 20  # bytes that are shared at a time: thousands of small pieces take the emulator minutes
-LIBRARY, CALLS, CALLS_SIZE = 0x10000000, 0x8000000, 0x10000  # where the emulator has the library, and what it calls
-BACK = CALLS + CALLS_SIZE - 16  # to where a function returns
+SHARED = 1 << 20  # bytes that are mapped at a time: with thousands of small mappings the emulator takes minutes
+LIBRARY, CALLS, CALLS_SIZE = 0x10000000, 0x8000000, 0x10000  # emulator addresses of the library and of its imports
+BACK = CALLS + CALLS_SIZE - 16  # return address of the called functions
 STACK = 32 << 20
 RELATIVE, OF_SYMBOLS = 1027, (257, 1025, 1026)  # relocations: ELF for the ARM 64-bit Architecture
-TRY_AGAIN = 11  # EAGAIN: the system starts no more threads
+TRY_AGAIN = 11  # EAGAIN: the system cannot start another thread
 WHOLE = (1 << 64) - 1
 
 
 def double(bits: int) -> float:
-    """The number in a register of 64 bits."""
+    """Return the double in a 64-bit register."""
     return float(struct.unpack("<d", struct.pack("<Q", bits))[0])
 
 
 def bits(number: float, kind: Any) -> int:
-    """What a register holds of a double or a float."""
+    """Return the register content for a double or a float."""
     if kind is ctypes.c_double:
         return int(struct.unpack("<Q", struct.pack("<d", number))[0])
     return int(struct.unpack("<I", struct.pack("<f", number))[0])
@@ -55,8 +55,8 @@ class EmulatedLibrary:
     """A library for aarch64, called as ctypes calls one for this machine.
 
     Args:
-        path: of the library.
-        functions: the types of what each of its functions returns and takes.
+        path: path of the library.
+        functions: result type and argument types of each function.
     """
 
     def __init__(self, path: Path, functions: Mapping[str, tuple[Any, Sequence[Any]]]) -> None:
@@ -65,7 +65,7 @@ class EmulatedLibrary:
         self._called: list[str] = []
         self._functions: dict[str, int] = {}
         self._load(path)
-        enabled = self._read("CPACR_EL1") | 3 << 20  # floating point
+        enabled = self._read("CPACR_EL1") | 3 << 20  # enables floating point
         self._write("CPACR_EL1", enabled)
         self._stack = ctypes.create_string_buffer(STACK)
         self._emulator.hook_add(unicorn.UC_HOOK_MEM_UNMAPPED, self._share)
@@ -115,8 +115,8 @@ class EmulatedLibrary:
         self._emulator.mem_write(LIBRARY + relocation["r_offset"], struct.pack("<Q", target))
 
     def _share(self, emulator: Any, access: int, address: int, size: int, value: int, data: Any) -> bool:
-        """Let the emulator see some of this process's memory, at its own address."""
-        for extent in (SHARED, PAGE):  # a page where some of what is around it is seen already
+        """Map some of this process's memory into the emulator, at the same address."""
+        for extent in (SHARED, PAGE):  # a single page if part of the larger area is already mapped
             place = address // extent * extent
             with contextlib.suppress(unicorn.UcError):
                 emulator.mem_map_ptr(place, extent, unicorn.UC_PROT_ALL, place)
@@ -124,13 +124,13 @@ class EmulatedLibrary:
         return False
 
     def _answer(self, emulator: Any, address: int, size: int, data: Any) -> None:
-        """Do what the library calls of the system's libraries."""
+        """Perform a call from the library to a system library."""
         name = self._called[(address - CALLS) // 16]
         x0, x1, x2 = (self._read(f"X{i}") for i in range(3))
         if name == "memset":
             ctypes.memset(x0, x1 & 0xFF, x2)
         elif name in ("memcpy", "memmove"):
-            is_constant = LIBRARY <= x1 < self._end  # what it holds itself; all else is this process's
+            is_constant = LIBRARY <= x1 < self._end  # inside the emulated library; everything else is this process's
             source = bytes(self._emulator.mem_read(x1, x2)) if is_constant else ctypes.string_at(x1, x2)
             ctypes.memmove(x0, source, x2)
         elif name == "pthread_create":
@@ -147,7 +147,10 @@ class EmulatedLibrary:
         self._write("PC", self._read("X30"))
 
     def _call(self, name: str, arguments: Sequence[Any]) -> Any:
-        """By the procedure call standard: eight integers and eight numbers in registers, the others on the stack."""
+        """Call a function of the library by the AArch64 procedure call standard.
+
+        Eight integers and eight floating-point numbers go into registers, the other arguments onto the stack.
+        """
         result, types = self._types.get(name, (ctypes.c_int, ()))
         integers, numbers = [], 0
         for kind, argument in zip(types, arguments):
@@ -175,13 +178,13 @@ class EmulatedLibrary:
 
 
 def pytest_load_initial_conftests() -> None:
-    """As a plugin of pytest, before the package is imported: it opens the libraries for aarch64 in place of its own."""
+    """Make the package open the libraries for aarch64 instead of its own. This plugin runs before it is imported."""
     from kpmatch_ros.runtime import compiled_library
 
     opened = compiled_library.open_library
 
     def open_library(path: Path, version: int, functions: Any, instead: str) -> Any:
-        if ROOT not in path.resolve().parents:  # a test's own
+        if ROOT not in path.resolve().parents:  # a library that a test has built
             return opened(path, version, functions, instead)
         library = EmulatedLibrary(Path(os.environ[FOLDER], path.parent.name, path.name), functions)
         assert library.kpmatch_version() == version
@@ -191,7 +194,7 @@ def pytest_load_initial_conftests() -> None:
 
 
 def main() -> int:
-    """Compile as pip does, and run the tests."""
+    """Compile the library as pip does, run the tests, and return the exit status."""
     with tempfile.TemporaryDirectory() as folder:
         compiler = f"{sys.executable} -m ziglang cc -target aarch64-linux-gnu"
         build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", f"{folder}/temp"]

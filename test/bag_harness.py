@@ -1,4 +1,4 @@
-"""What the tests of `kpmatch bag` and `kpmatch archive` share."""
+"""Helpers for the tests of `kpmatch bag` and `kpmatch archive`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def stamps(count: int, period: int = 100_000_000) -> list[int]:
 
 
 def refused(result: tuple[int, str, str]) -> str:
-    """The one line with which the command refused what it was given."""
+    """Check that the command refused its arguments, and return the one line of its error text."""
     status, out, err = result
     assert status == 2 and out == ""
     assert err.endswith("\n") and err.count("\n") == 1 and err.startswith("kpmatch bag: ")
@@ -40,7 +40,7 @@ def by_topic(path: Path) -> dict[str, list[Any]]:
 
 
 def table(out: Path) -> dict[str, dict[str, str]]:
-    """What `kpmatch archive` wrote of each bag."""
+    """Return the table that `kpmatch archive` wrote, with one row per bag."""
     with (out / "archive.csv").open(newline="") as file:
         return {row["bag"]: row for row in csv.DictReader(file)}
 
@@ -50,9 +50,9 @@ def header_stamp(message: Any) -> int:
 
 
 def bag_command(*words: Any) -> None:
-    """Run `kpmatch bag` as a process like the node's, to the last bit.
+    """Run `kpmatch bag` in a process that gives bit-identical results to the node's process.
 
-    All its libraries use one thread. It is the installed program: what is run from the checkout has no compiled part.
+    All libraries use one thread. This runs the installed program, because the source checkout has no compiled part.
     """
     command = ["kpmatch", "bag", *map(str, words)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -60,7 +60,7 @@ def bag_command(*words: Any) -> None:
 
 
 def differences(ours: list[Any], theirs: list[Any]) -> list[str]:
-    """Where two lists of messages differ, and by how much where that is a number."""
+    """Return the fields in which two lists of messages differ, with the largest difference for numbers."""
     found = [] if len(ours) == len(theirs) else [f"{len(ours)} and {len(theirs)} messages"]
     for number, (one, other) in enumerate(zip(ours, theirs)):
         for field in one.get_fields_and_field_types():

@@ -1,7 +1,7 @@
-"""A robot with /tf_static beside the node, for test_base_frame.py, which runs this where tf2_msgs is built.
+"""Runs a robot with /tf_static together with the node, for test_base_frame.py, in an environment with tf2_msgs.
 
-Prints as JSON what the node said before it knew where the camera is, and of a publisher that it cannot hear; and what
-it published once it did.
+Prints a JSON object: the node's diagnostics before it knew the camera's transform, its diagnostics about an
+incompatible publisher, and what it published afterwards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from node_harness import NodeUnderTest, running_node
 
 
 def play(node: NodeUnderTest, bag: Path, peers: dict[str, Any], seconds: int) -> None:
-    """The bag's cameras, so many seconds later."""
+    """Publish the bag's images and calibrations, with stamps shifted by ``seconds``."""
     kinds = {"image_rect": Image, "camera_info": CameraInfo}
     with AnyReader([bag]) as reader:
         for connection, _, raw in reader.messages():
@@ -74,7 +74,7 @@ def main(bag: Path, folder: Path) -> None:
         node.wait_for(lambda: publisher.get_subscription_count(), "the node to hear /tf_static")
         replays = itertools.count(1)
 
-        def is_placed() -> bool:  # the first images may come before the node has /tf_static
+        def is_placed() -> bool:  # repeated, because the first images may arrive before the node has /tf_static
             play(node, bag, peers, next(replays))
             node.spin(1.0)
             return bool(odometry and transforms)

@@ -1,4 +1,4 @@
-"""The compiled part of the geometry for its tests: beside NumPy, and built from its sources."""
+"""Helpers for tests of the compiled geometry: calls to the NumPy version, and builds from the sources."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ with_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is 
 
 
 def with_numpy(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """What a function returns where the compiled part is not built."""
+    """Call a function as if the compiled part were not built, and return its result."""
     with pytest.MonkeyPatch.context() as patch, np.errstate(invalid="ignore"):
         patch.setattr(compiled, "available", lambda: False)
         return call(*arguments, **options)
 
 
 def build(library: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Build the library from its sources by the compiler that is there."""
+    """Build the library from its sources with the system's compiler."""
     files = [each for each in SOURCES if each.suffix == ".c"]
     words = ["cc", "-std=c99", *options, "-shared", "-fPIC", "-o", library, *files, "-lm"]
     return subprocess.run(words, capture_output=True, text=True)

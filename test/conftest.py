@@ -1,4 +1,4 @@
-"""What several test files need: recorded data, textured images, random weights that behave like trained ones."""
+"""Shared fixtures: recorded data, textured images, and random weights that behave like trained weights."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Workers share the cores. Threads that wait for each other spin, and take another worker's core.
+# The test workers share the cores. Waiting threads spin, and would take another worker's core.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# Messages check what is put into their fields, as they always do in ROS 2 Humble.
+# Messages check the values assigned to their fields, as they always do in ROS 2 Humble.
 os.environ.setdefault("ROS_PYTHON_CHECK_FIELDS", "1")
 
 import cv2
@@ -40,15 +40,15 @@ SaveFolder = Callable[..., Path]
 RecordDifference = Callable[[str, float], None]
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts and interrupts.
+    # Background jobs of a shell ignore SIGINT. Processes that a test starts and interrupts would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-torch.set_num_threads(1)  # small networks gain nothing from more, and where other work shares the cores lose a lot
+torch.set_num_threads(1)  # small networks gain nothing from more threads, and lose a lot if the cores are shared
 
 _DIFFERENCE = "largest difference: "
 
-# The files that take longest, from some two minutes down to a quarter of one. They come first: a worker takes a whole
-# file (pyproject.toml), and with one of these left for the end it would be alone with it.
+# The slowest test files, from about two minutes down to a quarter of a minute. They run first: a worker takes a whole
+# file (pyproject.toml), so a slow file at the end would keep one worker busy while the others are idle.
 _LONGEST = [
     *("replay", "endurance", "node", "stereo_node", "gpu", "training", "stereo_sequence", "project", "precision"),
     *("bag_command", "bag_command_stereo", "stereo_slam", "base_frame", "archive", "mutations", "estimators", "fuzz"),
@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def recorded_data() -> Path:
-    """The folder of recorded bags and image pairs that KPMATCH_DATA names. Without it their tests are skipped."""
+    """The folder of recorded bags and image pairs, from KPMATCH_DATA. Without this variable the tests are skipped."""
     folder = os.environ.get("KPMATCH_DATA")
     if not folder:
         pytest.skip("there is no recorded data: KPMATCH_DATA names its folder")
@@ -73,7 +73,7 @@ def recorded_data() -> Path:
 
 @pytest.fixture(scope="module", params=["compiled", "NumPy"])
 def geometry(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test of a file that uses this runs with the compiled part of the geometry, and without it."""
+    """Runs every test of a file twice: with the compiled part of the geometry, and with NumPy."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "NumPy":
             patch.setattr(compiled, "available", lambda: False)
@@ -84,9 +84,9 @@ def geometry(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def kpmatch(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """kpmatch(words...): exit status, stdout and stderr of the command."""
+    """kpmatch(words...) runs the command and returns exit status, stdout and stderr."""
 
-    from kpmatch_ros.cli import main  # it needs what reads bags, which a machine with a GPU may lack
+    from kpmatch_ros.cli import main  # needs the bag libraries, which may be missing on a machine for GPU tests
 
     def run(*words: Any) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -102,7 +102,7 @@ def kpmatch(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
 
 @pytest.fixture(scope="session")
 def texture() -> Texture:
-    """texture(height, width, seed): a uint8 grey image with structure of several sizes everywhere."""
+    """texture(height, width, seed) returns a uint8 grey image with structure at several scales everywhere."""
 
     def make(height: int, width: int, seed: int) -> NDArray[np.uint8]:
         random = np.random.default_rng(seed)
@@ -118,22 +118,22 @@ def texture() -> Texture:
 
 @pytest.fixture(scope="session")
 def views(texture: Texture) -> list[NDArray[np.uint8]]:
-    """Twelve small images of a textured plane that moves by."""
+    """Twelve small images of a moving textured plane."""
     wide = texture(150, 240, 5)
     return [np.ascontiguousarray(wide[i : i + 120, 4 * i : 4 * i + 160]) for i in range(12)]
 
 
 @pytest.fixture(scope="session")
 def walk() -> list[NDArray[np.uint8]]:
-    """RGB images 320 x 240 that a camera takes one after the other: those of the demo bag."""
-    from kpmatch_ros.bags.demo import demo_frames  # as above
+    """The sequence of RGB images of the demo bag, 320 x 240."""
+    from kpmatch_ros.bags.demo import demo_frames  # needs the bag libraries, too
 
     return [cv2.resize(frame.image, (320, 240), interpolation=cv2.INTER_AREA) for frame in demo_frames(12)]
 
 
 @pytest.fixture(scope="module")
 def warped(texture: Texture) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float64]]:
-    """Two images, and the homography from the first to the second."""
+    """Two images, and the homography that maps the first to the second."""
     homography = np.array([[0.97, 0.05, 6.0], [-0.04, 0.98, 9.0], [8e-5, -4e-5, 1.0]])
     picture = cv2.GaussianBlur(texture(180, 240, 3), (0, 0), 1)
     return picture, cv2.warpPerspective(picture, homography, (240, 180)), homography
@@ -141,7 +141,7 @@ def warped(texture: Texture) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDAr
 
 @pytest.fixture(scope="module")
 def pictures(texture: Texture, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with three views of a texture and a file that is no picture."""
+    """A folder with three views of a texture, and a file that is not a picture."""
     folder = tmp_path_factory.mktemp("pictures")
     wide = texture(100, 140, 5)
     for i in range(3):
@@ -152,7 +152,7 @@ def pictures(texture: Texture, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="session")
 def picture(texture: Texture) -> Callable[..., Tensor]:
-    """picture(height, width, seed=0): a colourful (3, H, W) image in [0, 1]."""
+    """picture(height, width, seed=0) returns a colourful (3, H, W) image in [0, 1]."""
 
     def make(height: int, width: int, seed: int = 0) -> Tensor:
         channels = [texture(height, width, 10 * seed + i) for i in range(3)]
@@ -163,7 +163,7 @@ def picture(texture: Texture) -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def fetched() -> Callable[[str], Path]:
-    """fetched(name): the file of registered weights, fetched if need be; the test is skipped where that cannot be."""
+    """fetched(name) returns the file of registered weights, downloaded if necessary, or skips the test on failure."""
 
     def fetch(name: str) -> Path:
         try:
@@ -176,10 +176,10 @@ def fetched() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def randomise_superpoint(texture: Texture) -> Randomise:
-    """randomise_superpoint(model, seed): random weights with scores that differ and descriptors that tell apart.
+    """randomise_superpoint(model, seed) sets random weights with varied scores and distinctive descriptors.
 
-    Plain random weights give flat scores and nearly equal descriptors. So every convolution is scaled until its outputs
-    on a textured image have mean 0 and a given spread in each channel, as batch normalisation would have done.
+    Plain random weights give flat scores and nearly equal descriptors. So every convolution is scaled such that its
+    outputs on a textured image have mean 0 and a given spread in each channel, as with batch normalisation.
     """
 
     def randomise(model: nn.Module, seed: int) -> None:
@@ -215,10 +215,10 @@ def randomise_superpoint(texture: Texture) -> Randomise:
 
 @pytest.fixture(scope="session")
 def randomise_lightglue() -> Randomise:
-    """randomise_lightglue(model, seed): random weights that match alike descriptors, grow sure, and reject some points.
+    """randomise_lightglue(model, seed) sets random weights that match similar descriptors.
 
-    Attention is peaked, so that errors in it show; every layer is surer than the one before, so that early stopping
-    happens after some of them; matchability differs from point to point, so that some are pruned.
+    Attention is peaked, so that errors in it are visible. Confidence grows from layer to layer, so that early stopping
+    occurs after a few layers. Matchability differs between points, so that some points are pruned.
     """
     spreads = {
         "projector": lambda fan: 1.0,
@@ -228,7 +228,7 @@ def randomise_lightglue() -> Randomise:
         "v_proj": lambda fan: 1 / math.sqrt(fan),
         "o_proj": lambda fan: 1 / math.sqrt(fan),
         "fc1": lambda fan: 1 / math.sqrt(fan),
-        "fc2": lambda fan: 0.2 / fan,  # states change by little from layer to layer, else matches would be chance
+        "fc2": lambda fan: 0.2 / fan,  # small changes of the states per layer, otherwise matches would be random
         "final_projection": lambda fan: 24 / math.sqrt(fan),
         "matchability": lambda fan: 3.0,
         "token": lambda fan: 3.0,
@@ -259,7 +259,7 @@ def randomise_lightglue() -> Randomise:
 
 @pytest.fixture(scope="session")
 def randomise_superglue() -> Randomise:
-    """randomise_superglue(model, seed): random weights under which alike descriptors match, and every layer counts."""
+    """randomise_superglue(model, seed) sets random weights: similar descriptors match, and every layer matters."""
 
     def randomise(model: nn.Module, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -279,7 +279,7 @@ def randomise_superglue() -> Randomise:
                 normal(module.bias, 0.1)
             if isinstance(module, nn.Linear):
                 size = module.in_features
-                last = re.search(r"(encoder|mlp)\.\d+$", name) is not None  # of a perceptron: small
+                last = re.search(r"(encoder|mlp)\.\d+$", name) is not None  # last layer of a perceptron: small weights
                 normal(module.weight, (0.15 if last else 1.0) / math.sqrt(size))
                 normal(module.bias, 0.02 if last else 0.1)
             if name.endswith("final_proj"):
@@ -309,19 +309,19 @@ SMALL_SUPERGLUE: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def small_superpoint() -> dict[str, Any]:
-    """The configuration of a SuperPoint of the usual shape, but quick."""
+    """The configuration of a small, fast SuperPoint with the usual structure."""
     return dict(SMALL_SUPERPOINT)
 
 
 @pytest.fixture(scope="session")
 def small_lightglue() -> dict[str, Any]:
-    """The configuration of a LightGlue for its descriptors."""
+    """The configuration of a LightGlue for the descriptors of small_superpoint."""
     return dict(SMALL_LIGHTGLUE)
 
 
 @pytest.fixture(scope="session")
 def small_superglue() -> dict[str, Any]:
-    """The configuration of a SuperGlue for its descriptors."""
+    """The configuration of a SuperGlue for the descriptors of small_superpoint."""
     return dict(SMALL_SUPERGLUE)
 
 
@@ -332,9 +332,9 @@ def random_folder(
     randomise_lightglue: Randomise,
     randomise_superglue: Randomise,
 ) -> SaveFolder:
-    """random_folder(seed=0, superpoint={}, lightglue={}, superglue=None): a folder with a matcher and its detector.
+    """random_folder(seed=0, superpoint={}, lightglue={}, superglue=None) makes a folder with matcher and detector.
 
-    The matcher is a LightGlue, or a SuperGlue where its configuration is given.
+    The matcher is a SuperGlue if its configuration is given, otherwise a LightGlue.
     """
 
     def save(
@@ -368,7 +368,7 @@ def random_folder(
 
 @pytest.fixture(scope="session")
 def lightglue(small_lightglue: dict[str, Any], randomise_lightglue: Randomise) -> Callable[..., LightGlue]:
-    """lightglue(seed=0, **config): a small one with random weights."""
+    """lightglue(seed=0, **config) returns a small LightGlue with random weights."""
 
     def make(seed: int = 0, **config: Any) -> LightGlue:
         model = LightGlue(**{**small_lightglue, "input_dim": 64, **config})
@@ -380,7 +380,7 @@ def lightglue(small_lightglue: dict[str, Any], randomise_lightglue: Randomise) -
 
 @pytest.fixture(scope="session")
 def superglue(small_superglue: dict[str, Any], randomise_superglue: Randomise) -> Callable[..., SuperGlue]:
-    """superglue(seed=0, **config): a small one with random weights."""
+    """superglue(seed=0, **config) returns a small SuperGlue with random weights."""
 
     def make(seed: int = 0, **config: Any) -> SuperGlue:
         model = SuperGlue(**{**small_superglue, **config})
@@ -392,7 +392,7 @@ def superglue(small_superglue: dict[str, Any], randomise_superglue: Randomise) -
 
 @pytest.fixture(scope="session")
 def cpp_programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the C++ programs, built as a project of its own that knows only CMAKE_PREFIX_PATH."""
+    """The folder of the C++ programs, built as a separate project that gets only CMAKE_PREFIX_PATH."""
     for tool in ("cmake", os.environ.get("CXX", "c++")):
         if shutil.which(tool) is None:
             pytest.fail(f"{tool} is missing: the C++ programs cannot be built; try `apt-get install cmake g++`")
@@ -408,14 +408,14 @@ def cpp_programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of all workers: with a lock, the first one builds, and the others wait and find it done."""
+    """Return a folder shared by all workers. With a lock, the first worker builds in it while the others wait."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The courtyard takes seconds to build: one worker does it for all, and for the processes that they start."""
+    """Shares the rendered courtyard, which takes seconds to build, with all workers and the processes they start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KPMATCH_SCENES", str(shared_folder(tmp_path_factory)))
         yield
@@ -423,7 +423,7 @@ def shared_scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tf2_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment variables of a process that has tf2_msgs/TFMessage, which ROS on PyPI lacks."""
+    """The environment variables of a process with tf2_msgs/TFMessage, which ROS on PyPI lacks."""
     base = shared_folder(tmp_path_factory)
     package, install = base / "tf2" / "tf2_msgs", base / "tf2" / "install" / "tf2_msgs"
     with (base / "tf2.lock").open("w") as lock:
@@ -453,12 +453,12 @@ def tf2_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture
 def record_difference(record_property: Callable[[str, object], None]) -> RecordDifference:
-    """record_difference(what, value): shown at the end of the run, the largest of all tests."""
+    """record_difference(what, value) records a difference. The end of the run shows the largest one of all tests."""
     return lambda what, value: record_property(_DIFFERENCE + what, float(value))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """A table of how far results are from the reference implementation."""
+    """Print a table of the largest differences between results and the reference implementations."""
     found: dict[str, list[float]] = defaultdict(list)
     for report in terminalreporter.getreports("passed"):
         for name, value in getattr(report, "user_properties", []):
@@ -473,7 +473,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture(params=[1, 3])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """As many threads as PyTorch, and what is compiled, compute with."""
+    """The number of threads that PyTorch and the compiled part use in the test."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

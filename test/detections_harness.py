@@ -1,4 +1,4 @@
-"""What tests of extractors share: keypoints by their place, and a batch beside each of its images alone."""
+"""Helpers for tests of extractors: keypoints by position, and the comparison of a batch with its single images."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kpmatch_ros.models.detections import Detections
 __all__ = ["Found", "as_found", "assert_a_batch_gives_what_each_gives_alone"]
 
 Found = dict[tuple[float, float], tuple[float, Tensor]]
-"""Score and descriptor of the keypoints of an image, by x and y."""
+"""Score and descriptor of an image's keypoints, by x and y."""
 
 
 def as_found(detections: Detections) -> list[Found]:
-    """The keypoints of each image, without padding."""
+    """Return the keypoints of each image, without padding."""
     return [
         {tuple(p): (s, d) for p, s, d in zip(points[mask].tolist(), scores[mask].tolist(), descriptors[mask])}
         for points, scores, descriptors, mask in zip(*detections[:4])
@@ -27,7 +27,7 @@ def as_found(detections: Detections) -> list[Found]:
 def assert_a_batch_gives_what_each_gives_alone(
     model: Callable[[Tensor], Detections], images: Tensor, tolerance: float
 ) -> None:
-    """Images (B, C, H, W) with different numbers of keypoints; padding is zero."""
+    """Check images (B, C, H, W) with different numbers of keypoints, and that the padding is zero."""
     together = model(images)
     assert len(set(together.mask.sum(dim=1).tolist())) > 1
     for image, found in zip(images, as_found(together)):

@@ -1,7 +1,7 @@
-"""Starts the matcher from a process that has loaded PyTorch already: loading it takes most of a node's start.
+"""Starts the matcher from a process that has already loaded PyTorch, which takes most of a node's start-up time.
 
-The process that forks is this file, run as a program. It loads what a node loads, but for ROS, whose libraries start
-threads; each node then is a process of its own, which runs the matcher's own program from its first line.
+The forking process runs this file as a program. It loads the node's modules except ROS, whose libraries start threads.
+Each node is then a separate process, which runs the matcher's own program from its first line.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_PAUSE = 0.01  # seconds between two looks at a process that shall end
+_PAUSE = 0.01  # seconds between two checks whether a process has ended
 
 _server: subprocess.Popen[str] | None = None
 
 
 def _python(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that decide which modules are found, and how they are loaded."""
+    """Return the variables that decide which modules Python finds and how it loads them."""
     return {name: value for name, value in environment.items() if name.startswith("PYTHON")}
 
 
@@ -34,7 +34,7 @@ _MODULES = _python(os.environ)  # before a test changes them
 
 
 class ForkedProcess:
-    """A process that the server forked, with what :class:`subprocess.Popen` has and the tests use."""
+    """A process forked by the server, with those methods of :class:`subprocess.Popen` that the tests use."""
 
     def __init__(self, server: subprocess.Popen[str], request: dict[str, Any]) -> None:
         self._server = server
@@ -63,16 +63,16 @@ class ForkedProcess:
 
 
 def start(arguments: list[str], environment: dict[str, str], log: Path) -> ForkedProcess | None:
-    """The matcher with arguments and variables; what it prints is added to the log.
+    """Start the matcher with arguments and environment variables. Its output is appended to the log.
 
-    None where it would load other modules than the server has.
+    Returns None if the environment would load other modules than those of the server.
     """
     global _server
     if _python(environment) != _MODULES:
         return None
     if _server is None:
         command = [sys.executable, __file__]
-        # Whatever the user's environment says: OpenBLAS starts its threads when it is loaded, and a fork loses them.
+        # Overrides the user's environment: OpenBLAS starts its threads when it is loaded, and a fork loses them.
         alone = {**environment, "OPENBLAS_NUM_THREADS": "1"}
         _server = subprocess.Popen(command, env=alone, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         atexit.register(_end, _server)
@@ -89,7 +89,7 @@ def _ask(server: subprocess.Popen[str], request: dict[str, Any]) -> Any:
 
 
 def _end(server: subprocess.Popen[str]) -> None:
-    """Tell the server that there are no more requests, and see it end."""
+    """Close the server's input, which ends it, and wait for its end."""
     assert server.stdin is not None and server.stdout is not None
     server.stdin.close()
     server.stdout.close()
@@ -97,7 +97,7 @@ def _end(server: subprocess.Popen[str]) -> None:
 
 
 def _serve(program: str) -> None:
-    """Fork a process for each request, or say with which status one has ended, until there are no more requests."""
+    """Answer requests until there are no more: fork a process, or report the exit status of one."""
     for line in sys.stdin:
         request = json.loads(line)
         if "ended" in request:
@@ -123,17 +123,17 @@ def _become(program: str, arguments: list[str], variables: dict[str, str], log: 
 
 
 if __name__ == "__main__":
-    faulthandler.enable()  # a node that crashes says where in its log
+    faulthandler.enable()  # a crash of a node leaves a traceback in its log
     from kpmatch_ros.process import configure_process
 
     configure_process()
     import kpmatch_ros.pipeline  # noqa: F401  (with PyTorch, OpenCV and SciPy)
 
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose the other threads"
-    gc.freeze()  # a node that looks for garbage among all that is loaded here copies it, half a second's work
+    gc.freeze()  # a garbage collection in a node would copy the pages of all loaded objects, which takes half a second
     matcher = shutil.which("matcher")
     assert matcher is not None, "the matcher is not installed: make build"
     _serve(matcher)
-    if sys.argv[0] == matcher:  # a forked process, which goes on here; it ends as the program does
+    if sys.argv[0] == matcher:  # a forked process continues here, and ends as the program does
         sys.path[0] = str(Path(matcher).parent)
         runpy.run_path(matcher, run_name="__main__")

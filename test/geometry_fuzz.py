@@ -1,7 +1,7 @@
-"""Random and hostile arguments for what is compiled of the geometry.
+"""Fuzz tests of the compiled geometry, with random and invalid arguments.
 
-As a program: CASES of them, with those of two_view_fuzz.py, for a LIBRARY that sanitizers watch. No pytest and nothing
-but the geometry in here: it runs beside a library that is built to stop where C defines nothing.
+As a program with the arguments CASES and LIBRARY, it runs so many cases, with those of two_view_fuzz.py, on a library
+built with sanitizers. It imports only the geometry, and not pytest, because that library stops at undefined behaviour.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ NUMBERS = [np.nan, np.inf, -np.inf, 1e308, -1e308, 5e-324, 1e160, -1e160, -1e6, 
 
 
 def beside_forbidden_memory(values: np.ndarray, before: bool) -> np.ndarray:
-    """A copy of the values just before or after a page of memory that ends the process which reads it."""
+    """Return a copy of the values adjacent to a protected memory page: after it with ``before``, otherwise before it.
+
+    A process that reads the protected page ends.
+    """
     page = mmap.PAGESIZE
     size = -(-max(values.nbytes, 1) // page) * page
     memory = mmap.mmap(-1, size + 2 * page)
@@ -40,7 +43,7 @@ def beside_forbidden_memory(values: np.ndarray, before: bool) -> np.ndarray:
 
 
 def laid_out(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """The same values in another layout, byte order or precision, or where C would not expect them."""
+    """Return the same values with another memory layout, byte order, precision or alignment, or read-only."""
     kind = random.integers(7)
     if kind == 0:
         return np.asfortranarray(values)
@@ -62,7 +65,7 @@ def laid_out(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def patches_to_find(random: np.random.Generator, least: int) -> tuple[np.ndarray, ...]:
-    """Patches, an image with sides of so many pixels at least, where to begin, and shapes, as align takes them."""
+    """Return arguments for align: patches, an image with sides of at least ``least`` pixels, start points, shapes."""
     height, width = random.integers(least, random.choice([16, 60, 160]), 2)
     noise = random.integers(0, 256, (height, width)).astype(np.uint8)
     image = signed(cv2.GaussianBlur(noise, (0, 0), random.choice([0.8, 1.5, 3.0]))) if noise.size else signed(noise)
@@ -75,14 +78,14 @@ def patches_to_find(random: np.random.Generator, least: int) -> tuple[np.ndarray
 
 
 def spoil(values: np.ndarray, rows: np.ndarray, random: np.random.Generator) -> None:
-    """Put what no image gives into some of the rows."""
+    """Put values that cannot come from an image into some of the rows."""
     chosen = values[rows]
     spoilt = random.random(chosen.shape) < random.choice([0.05, 0.5])
     values[rows] = np.where(spoilt, random.choice(PIXELS, chosen.shape), chosen)
 
 
 def check_alignment(found: Alignment, image: np.ndarray) -> None:
-    """What is good can be used, and nothing but true and false says so."""
+    """Check that good results are usable, and that the flags contain only the bytes of true and false."""
     good = found.good
     assert good.dtype == bool and np.isin(good.view(np.uint8), (0, 1)).all()
     assert inside(found.points[good], image.shape[0] / 2, image.shape[1] / 2).all()
@@ -90,7 +93,7 @@ def check_alignment(found: Alignment, image: np.ndarray) -> None:
 
 
 def align_spoilt_patches(random: np.random.Generator) -> None:
-    """Whatever is wrong with some patches, the others are found as without them, and all that is given stays."""
+    """Check that invalid patches do not change the results of the others, and that the arguments do not change."""
     patches, image, start, shapes = patches_to_find(random, 0)
     shifts = int(random.integers(0, 4))
     image = beside_forbidden_memory(image, before=random.random() < 0.5)
@@ -108,7 +111,7 @@ def align_spoilt_patches(random: np.random.Generator) -> None:
 
 
 def undistort_hostile_points(random: np.random.Generator) -> None:
-    """A lens with any coefficients gives directions that it shows at these points, the right way up, or NaN."""
+    """Check undistortion with arbitrary coefficients: it returns directions that project to the points, or NaN."""
     coefficients = random.normal(0, 0.3, int(random.choice([4, 5, 8]))) * 10.0 ** random.integers(-3, 9)
     points = random.normal(0, random.choice([1e-5, 0.5, 5.0]), (int(random.integers(0, 60)), 2))
     if random.random() < 0.5:
@@ -121,7 +124,7 @@ def undistort_hostile_points(random: np.random.Generator) -> None:
     assert np.isnan(directions[~solved]).all() and np.isnan(inverses[~solved]).all()
     assert (np.abs(directions[solved]) < 50).all() and (np.trace(inverses[solved], axis1=1, axis2=2) > 0).all()
     shown = distort(directions[solved], "rational_polynomial", coefficients)
-    # Newton's method ends at 1e-10. The rest is how NumPy and C round where the lens enlarges much.
+    # Newton's method stops at 1e-10. The rest is the rounding of NumPy and C where the lens has a large magnification.
     steep = 1 / np.abs(inverses[solved]).max(axis=(1, 2), initial=1e-300)[:, None]
     assert (np.abs(shown - points[solved]) < 2e-10 + 1e-12 * steep).all()
 

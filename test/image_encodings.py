@@ -1,4 +1,4 @@
-"""Image messages of every encoding, written by hand from pictures of known colour."""
+"""Builds image messages of every encoding from pictures with known colours."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sensor_msgs.msg import CompressedImage, Image
 from kpmatch_ros.imaging.images import ImageError, to_array
 
 Array = NDArray[Any]
-PATCH = 8  # pixels; even, so that no patch shares its chroma with its neighbour
+PATCH = 8  # pixels; even, so that neighbouring patches do not share chroma
 ROSBAGS = get_typestore(Stores.ROS2_JAZZY).types
 CONVERTERS = [name for name in ("cv_bridge", "rosbags.image") if importlib.util.find_spec(name)]
 
-# Encodings whose pixels are samples in a row: dtype, and per sample the channel of RGB (3: alpha), or grey.
+# Encodings with consecutive samples per pixel: dtype, and for each sample the channel of RGB (3: alpha), or grey.
 PIXELS: dict[str, tuple[str, list[int] | str]] = {
     "mono8": ("u1", "grey"),
     "mono16": ("u2", "grey"),
@@ -61,37 +61,37 @@ NO_PICTURE |= {f"{depth}C2" for depth in ("8U", "16U", "32F", "64F")}
 
 
 def noise(height: int = 16, width: int = 24) -> Array:
-    """RGB, every pixel another colour."""
+    """Return an RGB picture in which every pixel has another colour."""
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def patches() -> Array:
-    """RGB, squares of one colour each: what Bayer and shared chroma can keep."""
+    """Return an RGB picture of squares with one colour each, which Bayer patterns and shared chroma preserve."""
     return noise(3, 4).repeat(PATCH, axis=0).repeat(PATCH, axis=1)
 
 
 def inside_patches(picture: Array) -> Array:
-    """The pixels whose neighbours have their colour."""
+    """Return the pixels whose neighbours have the same colour."""
     rows, columns = (np.arange(length) % PATCH for length in picture.shape[:2])
     return picture[(rows > 0) & (rows < PATCH - 1)][:, (columns > 0) & (columns < PATCH - 1)]
 
 
 def deepen(values: Array, dtype: str) -> Array:
-    """8-bit values as samples of another depth that stand for the same brightness."""
-    if dtype == "u2":  # within what rounds to the same 8 bits
+    """Convert 8-bit values to samples of another depth with the same brightness."""
+    if dtype == "u2":  # with noise that rounds to the same 8-bit value
         jitter = np.random.default_rng(1).integers(-128, 129, values.shape)
         return np.asarray(np.clip(values.astype(int) * 257 + jitter, 0, 65535), "u2")
     return values if dtype == "u1" else np.asarray(values / 255, dtype)
 
 
 def yuv(rgb: Array) -> Array:
-    """BT.601, limited range: Y in [16, 235], U and V in [16, 240]."""
+    """Convert RGB to YUV, BT.601 with limited range: Y in [16, 235], U and V in [16, 240]."""
     matrix = np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]])
     return np.asarray(np.rint(rgb / 255 @ matrix.T + (16, 128, 128)), np.uint8)
 
 
 def planes(encoding: str, rgb: Array) -> list[Array]:
-    """The image as one or two planes of samples, (rows, samples in a row) each."""
+    """Return the image as one or two planes of samples, each (rows, samples per row)."""
     height, width = rgb.shape[:2]
     if encoding in PIXELS:
         dtype, order = PIXELS[encoding]
@@ -116,11 +116,11 @@ def planes(encoding: str, rgb: Array) -> list[Array]:
 
 
 def image(encoding: str, rgb: Array, *, big: bool = False, padding: int = 0, kind: str = "rclpy") -> Any:
-    """The message: every row followed by `padding` bytes of rubbish."""
+    """Return the message, in which `padding` meaningless bytes follow each row."""
     data, steps = b"", list[int]()
     for plane in planes(encoding, rgb):
         ordered = plane.astype(plane.dtype.newbyteorder(">" if big else "<"))
-        extra = padding * (2 if encoding == "nv24" and steps else 1)  # its chroma rows are two luma rows long
+        extra = padding * (2 if encoding == "nv24" and steps else 1)  # a chroma row of nv24 is as long as two luma rows
         steps.append(ordered.shape[1] * ordered.itemsize + extra)
         data += b"".join(row.tobytes() + b"\xa5" * extra for row in ordered)
     fields: dict[str, Any] = {
@@ -148,7 +148,7 @@ def encode(extension: str, rgb: Array) -> bytes:
 
 
 def refused(message: Any, reason: str) -> str:
-    """The error's text; its reason is checked."""
+    """Check that a message is rejected with this reason, and return the error text."""
     with pytest.raises(ImageError) as error:
         to_array(message)
     assert error.value.reason == reason

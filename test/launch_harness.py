@@ -1,7 +1,7 @@
-"""Performs the package's launch files for tests.
+"""Runs the package's launch files in tests.
 
-To see what the node is told, /bin/true runs in its place (launch's own `launch-prefix`) and its command line is given
-to rclpy, which reads it as it does in the node.
+The program `true` runs instead of the node (with launch's `launch-prefix`). The node's command line is then passed to
+rclpy, which reads it as in the node.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHARE = Path(get_package_share_directory("kpmatch_ros"))
 
 @pytest.fixture(autouse=True)
 def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A ROS domain of its own, and a folder for the logs and parameter files that launch writes and leaves."""
+    """A separate ROS domain, and a folder for the logs and parameter files that launch leaves behind."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("ROS_LOG_DIR", str(tmp_path))
     launch.logging.reset()
@@ -49,7 +49,7 @@ def run(*entities: LaunchDescriptionEntity) -> int:
 
 
 class Told:
-    """A node of the name that the launch file gives, as it comes out of the command line that it gives."""
+    """The node's name, parameters and topics that result from a launch file's command line."""
 
     def __init__(self, *around: LaunchDescriptionEntity, **arguments: str) -> None:
         started: list[list[str]] = []
@@ -79,9 +79,9 @@ class Told:
 
 
 def launched(*words: str, file: str = "matcher.launch.py") -> tuple[int, str]:
-    """The exit status and the log of a launch file with these arguments; the command line names the file.
+    """Run a launch file as the command line would, and return its exit status and log.
 
-    It is one of the package's, or a path.
+    ``file`` is the name of one of the package's launch files, or an absolute path.
     """
     arguments = dict(word.split(":=") for word in words)
     with pytest.MonkeyPatch.context() as patch:

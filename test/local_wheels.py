@@ -1,4 +1,4 @@
-"""Wheels on this machine that pip finds in place of an index."""
+"""Makes local wheels that pip finds instead of those of a package index."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 def make_wheel(folder: Path, content: bytes, member: str = "tiny_weights/net.pth", compressed: bool = False) -> Path:
-    """A wheel tiny-weights 1.0 that would stop everything if it were imported or installed."""
+    """Make a wheel tiny-weights 1.0 that would make the test fail if it were imported or installed."""
     folder.mkdir(exist_ok=True)
     path, info = folder / "tiny_weights-1.0-py3-none-any.whl", "tiny_weights-1.0.dist-info"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as wheel:
@@ -23,7 +23,7 @@ def make_wheel(folder: Path, content: bytes, member: str = "tiny_weights/net.pth
 
 
 def use_index(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Let the wheels of a folder be all that pip knows."""
+    """Make pip find only the wheels of a folder."""
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     for name, value in {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder)}.items():

@@ -1,4 +1,4 @@
-"""Runs the real node as its own process and talks to it over DDS, as a robot's other nodes would."""
+"""Runs the real node in its own process and talks to it over DDS, like the other nodes of a robot."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from kpmatch_ros.msg import FeatureArray, MatchArray, RelativePose
 
 Process = subprocess.Popen[str] | forked.ForkedProcess
 PARAMETERS = {"device": "cpu", "precision": "float32", "queue": "all"}
-SMALL = {"profile": "fast", "max_keypoints": 64}  # where the networks play no part
+SMALL = {"profile": "fast", "max_keypoints": 64}  # for tests that do not depend on the networks
 
-_PATIENCE = 1.0  # seconds after which a question is asked again
-_ARRIVAL = 60.0  # seconds that a message may take
+_PATIENCE = 1.0  # seconds after which a request is repeated
+_ARRIVAL = 60.0  # longest time in seconds until a message arrives
 
 
 def stamp_of(header: Header) -> float:
-    """Seconds of a header's stamp."""
+    """Return a header's stamp in seconds."""
     return float(header.stamp.sec + 1e-9 * header.stamp.nanosec)
 
 
@@ -46,10 +46,10 @@ def _without_header(info: CameraInfo) -> CameraInfo:
 
 
 class NodeUnderTest:
-    """A matcher process and a peer that publishes to it and keeps what it sends."""
+    """A matcher process, and a peer node that publishes to it and stores the messages it sends."""
 
     def __init__(self, start: Callable[[], Process], node: Any, executor: Any, log: Path, calibrated: bool) -> None:
-        self.namespace: str = node.get_namespace()  # of both
+        self.namespace: str = node.get_namespace()  # of both nodes
         self._start = start
         self.process = start()
         self.node = node
@@ -67,34 +67,34 @@ class NodeUnderTest:
         self.node.create_subscription(DiagnosticArray, "/diagnostics", self._take_diagnostics, 10)
         self.images = self.node.create_publisher(Image, "image", QoSProfile(depth=1000))
         self._clients: dict[str, Any] = {}
-        self._calibration: tuple[CameraInfo, ...] = ()  # that was sent last
-        # The node waits for the calibration that somebody offers: only those who send one offer it.
+        self._calibration: tuple[CameraInfo, ...] = ()  # the last calibration sent
+        # If there is a publisher of camera_info, the node waits for it. So only tests that send one create a publisher.
         self.infos = (
             self.node.create_publisher(CameraInfo, "camera_info", QoSProfile(depth=1000)) if calibrated else None
         )
 
     def subscribe(self, kind: type, topic: str, callback: Callable[[Any], None]) -> Any:
-        """Receive from the node without losing anything."""
+        """Subscribe to a topic of the node, with a queue deep enough to lose nothing."""
         return self.node.create_subscription(kind, topic, callback, QoSProfile(depth=1000))
 
     def _take_diagnostics(self, message: DiagnosticArray) -> None:
-        """Keep what the node under test says, and nothing of another node on the machine."""
+        """Store the diagnostics of the node under test, but not those of other nodes on the machine."""
         if message.status[0].name.startswith(f"{self.namespace.lstrip('/')}/"):
             self.diagnostics.append(message)
 
     @property
     def log(self) -> str:
-        """What the node has printed: nothing where its process has not begun yet."""
+        """What the node has printed; empty before its process has started."""
         return self._log.read_text() if self._log.exists() else ""
 
     def spin(self, seconds: float = 0.05) -> None:
-        """Receive for a while."""
+        """Receive messages for this time."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             self._executor.spin_once(timeout_sec=left)
 
     def wait_for(self, condition: Callable[[], Any], what: str, timeout: float = 120.0) -> None:
-        """Receive until a condition holds."""
+        """Receive messages until a condition holds. Fails if the node ends or the time is over."""
         end = time.monotonic() + timeout
         while not condition():
             assert self.process.poll() is None, f"{self._ending()} while the test waited for {what}:\n{self.log}"
@@ -102,13 +102,13 @@ class NodeUnderTest:
             self._executor.spin_once(timeout_sec=0.05)
 
     def _ending(self) -> str:
-        """How the node's process ended."""
+        """Describe how the node's process ended."""
         status = self.process.returncode
         how = f"by the signal {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
         return f"the node ended {how}"
 
     def _last_words(self) -> str:
-        """What the node printed, and its last diagnostics."""
+        """Return what the node printed, and its last diagnostics."""
         if not self.diagnostics:
             return f"{self.log}\nno diagnostics"
         said = self.diagnostics[-1]
@@ -121,7 +121,7 @@ class NodeUnderTest:
         return any(offer.node_namespace == self.namespace for offer in offers)
 
     def wait_until_connected(self) -> None:
-        """Wait until the node is active: it subscribes, and its publications are known here."""
+        """Wait until the node is active: it has subscribed, and the peer has discovered its publishers."""
 
         def connected() -> bool:
             ours = all(one.get_subscription_count() for one in (self.images, self.infos) if one is not None)
@@ -132,11 +132,12 @@ class NodeUnderTest:
         self.wait_until_known()
 
     def wait_until_known(self, name: str = "matcher") -> None:
-        """Wait until a node, the matcher or another one, knows the peer's publishers, subscriptions and clients.
+        """Wait until the matcher or another node has discovered the peer's publishers, subscriptions and clients.
 
-        What it publishes from then on arrives. That this side knows of it says nothing of the other side. Discovery
-        tells of a participant's endpoints in the order in which they were made: who answers the newest of all clients
-        knows of everything before it. An answer to a client that is not known yet is lost, so it is asked again.
+        Messages that it publishes from then on arrive. Discovery may complete on this side before the other side.
+        Endpoints of a participant are discovered in the order of their creation. So a node that answers the newest
+        client has discovered everything created before. An answer to an undiscovered client is lost, so the request is
+        repeated.
         """
         client = self.node.create_client(GetParameterTypes, f"{name}/get_parameter_types")
         try:
@@ -155,15 +156,15 @@ class NodeUnderTest:
             self.node.destroy_client(client)
 
     def wait_until_gone(self) -> None:
-        """Wait until this side knows that the node, which was deactivated, subscribes no more.
+        """Wait until this side has discovered that the deactivated node has unsubscribed.
 
-        Before that, what is told of the subscriptions of the next activation may still be said of the ones before.
+        Before that, the subscriptions seen here may be the old ones instead of those of the next activation.
         """
         publishers = [one for one in (self.images, self.infos) if one is not None]
         self.wait_for(lambda: not any(one.get_subscription_count() for one in publishers), "the node to unsubscribe")
 
     def call(self, kind: type, name: str, request: Any) -> Any:
-        """The answer of one of the node's services. The request is sent once, when the answer cannot be lost."""
+        """Call a service of the node and return its answer. The request is sent once the answer cannot be lost."""
         client = self._clients.get(name)
         if client is None:
             client = self._clients[name] = self.node.create_client(kind, name)
@@ -174,18 +175,18 @@ class NodeUnderTest:
         return future.result()
 
     def calibrate(self, *infos: tuple[Any, CameraInfo]) -> None:
-        """Publish calibrations, each with its publisher, and where they are new wait until the node has taken them.
+        """Publish calibrations, each with its publisher. If they are new, wait until the node has processed them.
 
-        An image that follows at once may overtake it: a topic's messages come in order, those of two topics do not. The
-        node waits for a while, on a busy machine not long enough, and goes by the one that it has.
+        An image that is sent immediately afterwards may arrive first, because order is guaranteed only within a topic.
+        The node waits for a calibration, but on a busy machine not long enough, and then uses the previous one.
         """
         for publisher, info in infos:
             publisher.publish(info)
         calibration = tuple(_without_header(info) for _, info in infos)
         if calibration != self._calibration:
-            for publisher, _ in infos:  # where a reliable message has to be sent again, later ones may overtake it
+            for publisher, _ in infos:  # later messages may overtake a reliable message that has to be sent again
                 assert publisher.wait_for_all_acked(Duration(seconds=_ARRIVAL)), "a calibration did not arrive"
-            self.wait_until_known()  # it answers after it has taken what came before the question
+            self.wait_until_known()  # the node answers after it has processed what arrived before the request
             self._calibration = calibration
 
     def send(self, image: Image, info: CameraInfo | None = None) -> None:
@@ -195,12 +196,12 @@ class NodeUnderTest:
         self.images.publish(image)
 
     def figures(self) -> dict[str, str]:
-        """The newest diagnostics; none before the first."""
+        """Return the values of the newest diagnostics; empty before the first message."""
         values = self.diagnostics[-1].status[0].values if self.diagnostics else []
         return {item.key: item.value for item in values}
 
     def wait_for_news(self) -> DiagnosticArray:
-        """Wait for diagnostics of a time after now, and return the first: earlier ones may still be on their way."""
+        """Wait for diagnostics with a stamp after now, and return the first. Older messages may still arrive."""
         now = time.time()
 
         def later() -> list[DiagnosticArray]:
@@ -210,11 +211,11 @@ class NodeUnderTest:
         return later()[0]
 
     def message(self) -> str:
-        """What the newest diagnostics say; nothing before the first."""
+        """Return the text of the newest diagnostics; empty before the first message."""
         return self.diagnostics[-1].status[0].message if self.diagnostics else ""
 
     def wait_for_figure(self, key: str, value: str, timeout: float = 120.0) -> dict[str, str]:
-        """Wait until the diagnostics show a value, and return all of them."""
+        """Wait until the diagnostics show a value, and return all values."""
         self.wait_for(
             lambda: self.diagnostics and self.figures().get(key) == value,
             f"diagnostics to show {key} = {value}",
@@ -223,7 +224,7 @@ class NodeUnderTest:
         return self.figures()
 
     def restart(self, sent: signal.Signals) -> None:
-        """End the node by a signal and start it again; this side keeps its publishers and subscriptions."""
+        """End the node with a signal and start it again. This side keeps its publishers and subscriptions."""
         self.process.send_signal(sent)
         self.process.wait(timeout=30)
         self.process = self._start()
@@ -233,11 +234,11 @@ class NodeUnderTest:
         self.process.send_signal(sent)
         status = self.process.wait(timeout=30)
         if status != 0:
-            print(self.log)  # pytest shows it where that was not to be
+            print(self.log)  # pytest shows it if the test fails
         return status
 
     def end(self) -> None:
-        """End the node if it still runs. It is asked first: a kill may damage the memory that both processes share."""
+        """End the node if it still runs. Starts with SIGINT, because SIGKILL may corrupt DDS's shared memory."""
         try:
             self.process.send_signal(signal.SIGINT)
             self.process.wait(timeout=10)
@@ -255,19 +256,19 @@ def running_node(
     fork: bool = True,
     **parameters: Any,
 ) -> Iterator[NodeUnderTest]:
-    """Start the node in a ROS domain and a namespace of its own.
+    """Start the node in a separate ROS domain and namespace.
 
-    A domain keeps apart what takes part in the choice of domains. Another node on the machine may be in the same one:
-    its topics and services have other names.
+    The domain separates tests that choose their domains together. Another node on the machine may use the same domain,
+    so the namespace gives topics and services unique names.
 
     Args:
-        tmp_path: for the logs.
+        tmp_path: folder for the logs.
         arguments: ROS arguments of the node.
-        calibrated: whether camera_info is offered to the node.
-        discovery_range: as ROS_AUTOMATIC_DISCOVERY_RANGE.
-        fork: whether the node may be forked from a process that has loaded PyTorch (forked.py), which saves seconds. A
-            node that starts from nothing has other seeds of Python's and NumPy's random numbers than the one before.
-        parameters: of the node. The topics in the names of quality of service overrides are those without a namespace.
+        calibrated: whether the peer has a publisher of camera_info.
+        discovery_range: value of ROS_AUTOMATIC_DISCOVERY_RANGE.
+        fork: whether the node may be forked from a process that has loaded PyTorch (forked.py), which saves seconds.
+            Only a node that is not forked has new seeds for the random numbers of Python and NumPy.
+        parameters: parameters of the node. The topics in names of QoS overrides have no namespace.
     """
     namespace = f"/test_{uuid.uuid4().hex[:12]}"
     with domain_id() as domain:

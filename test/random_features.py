@@ -1,4 +1,4 @@
-"""Features of no image, for tests of what computes with them."""
+"""Random features, for tests of code that computes with features."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["random_features"]
 
 
 def random_features(descriptor_size: int, count: int = 20) -> ImageFeatures:
-    """So many points of an image of 100 x 100 pixels, with unit vectors for descriptors; the same ones every time."""
+    """Return ``count`` points of an image of 100 x 100 pixels, with unit descriptors. Each call returns the same."""
     random = torch.Generator().manual_seed(0)
     return ImageFeatures(
         torch.rand(1, count, 2, generator=random) * 100,

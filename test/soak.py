@@ -37,16 +37,16 @@ from kpmatch_ros.runtime.processor import BFLOAT16, processor_features
 from node_harness import NodeUnderTest, running_node
 from simulation.bags import write_demo_bag
 
-SLACK = 0.15  # seconds beside inference: the pose, publishing, and the way here
-WARM_UP = 0.3  # part of the run after which what the node holds has to stay as it is
-FRAMES = 12  # after which memory is looked at
+SLACK = 0.15  # seconds allowed besides the inference: pose, publishing and transport
+WARM_UP = 0.3  # part of the run after which the node's memory, threads and files must not grow
+FRAMES = 12  # number of frames after each of which memory is measured
 PARAMETERS = {"max_keypoints": 1024, "reference": "previous", "filter_threshold": 0.1, "depth_confidence": 0.95}
-ODDITIES = 24  # broken images, and others of all sizes, to choose from
+ODDITIES = 24  # number of invalid images and images of all sizes to choose from
 SUBSCRIPTIONS = ((Image, "match_image"), (FeatureArray, "features"), (MatchArray, "matches"))
 
 
 class Camera:
-    """Plays the images and calibrations of a camera, or of a stereo pair, in a loop, at stamps that go on, or jump."""
+    """Plays images and calibrations of a camera or a stereo pair in a loop. The stamps continue, or jump."""
 
     def __init__(self, node: NodeUnderTest, sides: list[list[tuple[Image, CameraInfo]]]) -> None:
         topics = ["left/", "right/"] if len(sides) == 2 else [""]
@@ -75,12 +75,12 @@ def nanoseconds(stamp: Any) -> int:
 
 
 def inference(matches: MatchArray) -> float:
-    """What a message's image and pair cost, seconds."""
+    """Return the time that a message's feature extraction and matching took, seconds."""
     return float(matches.extract_ms + matches.match_ms) / 1e3
 
 
 def read_bag(path: Path, topic: str) -> list[tuple[Image, CameraInfo]]:
-    """The images of a topic with their calibrations, as rclpy's messages."""
+    """Return the images of a topic with their calibrations, as rclpy messages."""
     info_topic = f"{topic.rsplit('/', 1)[0]}/camera_info"
     store = typestore()
     images, infos = [], []
@@ -93,7 +93,7 @@ def read_bag(path: Path, topic: str) -> list[tuple[Image, CameraInfo]]:
 
 @dataclass
 class Soak:
-    """The run: what is done to the node, and what is seen of it."""
+    """A run: sends everything to the node and records the observations."""
 
     node: NodeUnderTest
     camera: Camera
@@ -114,18 +114,18 @@ class Soak:
     _seen: int = 0
 
     def __post_init__(self) -> None:
-        # Few enough that each comes before memory is noted: what is compiled for a size of image is kept.
+        # Few enough that each occurs before memory is noted, because code compiled for an image size stays in memory.
         self._images = [random_image(self.rng) for _ in range(ODDITIES)]
         self.node.subscribe(MatchArray, "matches", self._note_arrival)
-        # Everything once, as far as it takes memory that stays taken; from then on memory has to stay as it is.
+        # Everything that takes memory permanently happens once at the start. From then on memory must not grow.
         self._rehearsal = [self.send_the_largest, *(self.subscribe,) * len(SUBSCRIPTIONS), *self._kinds()]
 
     def _note_arrival(self, matches: MatchArray) -> None:
-        """When a result comes, and not when this program next looks at what has come."""
+        """Record the time when a result arrives, which is earlier than the time when this program checks it."""
         self._arrived[nanoseconds(matches.header.stamp)] = time.monotonic()
 
     def send_oddities(self, pause: float) -> None:
-        """Each of the odd images once, to all sides at the same stamp, as otherwise no pair would hold it."""
+        """Send each of the odd images once, to all cameras with the same stamp, because otherwise they form no pair."""
         for image in self._images:
             self.send_oddity(image)
             self.node.spin(pause)
@@ -136,7 +136,7 @@ class Soak:
             publisher.publish(stamped(image, stamp, frame))
 
     def measure_processing(self, frames: int = 12) -> float:
-        """Seconds that a frame takes, one sent after the other."""
+        """Return the seconds that a frame takes if each is sent after the result of the one before."""
         started = 0.0
         for i in range(frames):
             if i == 2:
@@ -152,7 +152,7 @@ class Soak:
         return (time.monotonic() - started) / (frames - 2)
 
     def run(self, seconds: float, processing: float, interval: float, report: Callable[[float], None]) -> None:
-        """Send a frame every ``interval`` seconds, faults among them, and call ``report`` once a minute."""
+        """Send a frame every ``interval`` seconds, some of them faulty, and call ``report`` once a minute."""
         started = due = time.monotonic()
         next_event, next_report = started + 5, started + 60
         while (now := time.monotonic()) < started + seconds:
@@ -176,7 +176,7 @@ class Soak:
         self.note_memory(processing)
 
     def send_something(self) -> None:
-        """A frame, or now and then something broken."""
+        """Send a frame, or occasionally something invalid."""
         kind = self.rng.random()
         if kind < 0.03:
             self.send_oddity(self._random_image())
@@ -192,11 +192,11 @@ class Soak:
         return self._images[int(self.rng.integers(0, len(self._images)))]
 
     def look(self) -> None:
-        """Check what has come."""
+        """Check the messages that have arrived."""
         for matches in self.node.stereo_matches:
             self._stereo_costs[nanoseconds(matches.header.stamp)] = inference(matches)
         for matches in self.node.matches:
-            # A stereo frame is two images and two pairs.
+            # A stereo frame has two images and two pairs.
             cost = inference(matches) + self._stereo_costs.pop(nanoseconds(matches.header.stamp), 0.0)
             stamp = nanoseconds(matches.header.stamp)
             sent, arrived = self.camera.sent.get(stamp), self._arrived.pop(stamp, None)
@@ -225,7 +225,7 @@ class Soak:
         self._seen = len(self.node.diagnostics)
 
     def do_something_else(self) -> None:
-        """One of the things that happen between frames."""
+        """Perform one of the events that happen between frames."""
         kinds = self._kinds()
         event = self._rehearsal.pop(0) if self._rehearsal else kinds[int(self.rng.integers(0, len(kinds)))]
         self.events[event.__name__.replace("_", " ")] += 1
@@ -304,10 +304,10 @@ class Soak:
         self.make(Transition.TRANSITION_ACTIVATE)
 
     def note_memory(self, processing: float) -> None:
-        """What the node holds between frames, and while it is inactive: neither must grow.
+        """Record the node's memory between frames and while it is inactive. Neither may grow.
 
-        Always with the same parameters: with half as many keypoints it works in less memory. Within a frame memory
-        comes and goes by a third, so the least counts of several looks, each after a frame of its own.
+        The parameters are always the same, because half as many keypoints take less memory. During a frame the memory
+        varies by a third. So the smallest of several measurements counts, each after another frame.
         """
         self.set_parameters(*PARAMETERS.items())
         held = []
@@ -322,11 +322,11 @@ class Soak:
         self.make(Transition.TRANSITION_ACTIVATE)
 
     def memory(self) -> float:
-        """MB that the node holds."""
+        """Return the node's memory in MB."""
         return Resources(self.node.process.pid).memory / 1e6
 
     def make(self, transition: int) -> None:
-        """A step of the node's lifecycle."""
+        """Perform a lifecycle transition of the node."""
         request = ChangeState.Request(transition=Transition(id=transition))
         if not self.call(ChangeState, "matcher/change_state", request).success:
             self.faults.append(f"transition {transition} failed")
@@ -357,7 +357,7 @@ def main() -> int:
 
 
 def run_soak(options: argparse.Namespace, precision: str) -> int:
-    """A run in one precision; the exit status."""
+    """Perform a run in one precision, and return the exit status."""
     print(f"precision {precision}")
     parameters = {"precision": precision, **dict(item.split("=", 1) for item in options.parameter)}
     with tempfile.TemporaryDirectory() as folder:
@@ -374,7 +374,7 @@ def run_soak(options: argparse.Namespace, precision: str) -> int:
 
 
 def soak(node: NodeUnderTest, camera: Camera, options: argparse.Namespace) -> int:
-    """Run, print the table and the verdict."""
+    """Perform a run, print the table and the verdict, and return the exit status."""
     run = Soak(node, camera, np.random.default_rng(options.seed))
     node.wait_for(lambda: node.node.count_publishers("matches"), "the node to come up")
     node.wait_for(lambda: all(publisher.get_subscription_count() for publisher in camera.images), "its subscriptions")

@@ -1,4 +1,4 @@
-"""Stereo matches of scenes with a known motion, and what holds for any stereo pose."""
+"""Simulated stereo matches of scenes with a known motion, and checks that hold for any stereo pose."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LENSES = {
 
 
 def pair(lens: str = "none") -> StereoCamera:
-    """Not quite parallel cameras: only the right calibration fits them."""
+    """Return a stereo pair whose cameras are not quite parallel, so that only the correct calibration fits."""
     camera = Camera(WIDTH, HEIGHT, MATRIX, LENSES[lens][0], np.array(LENSES[lens][1]))
     rotation = np.eye(3) if lens == "none" else cv2.Rodrigues(np.array([0.01, -0.02, 0.015]))[0]
     return StereoCamera(
@@ -39,7 +39,7 @@ def pair(lens: str = "none") -> StereoCamera:
 
 
 def project(camera: Camera, points: np.ndarray) -> np.ndarray:
-    """OpenCV's forward model, (N, 3) to pixels (N, 2)."""
+    """Project points (N, 3) to pixels (N, 2) with OpenCV's forward model."""
     coefficients = camera.distortion if camera.distortion.size else np.zeros(4)
     if camera.distortion_model == "equidistant":
         found = cv2.fisheye.projectPoints(points[:, None], np.zeros(3), np.zeros(3), camera.matrix, coefficients)
@@ -50,21 +50,21 @@ def project(camera: Camera, points: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scene:
-    """Random points before a stereo pair that moves by `translation`, metres, and turns by `rotation`."""
+    """Random points in front of a stereo pair that moves by `translation`, metres, and turns by `rotation`."""
 
     rotation: tuple[float, float, float] = (0.02, -0.04, 0.01)
     translation: tuple[float, float, float] = (0.05, -0.02, 0.2)
     depth: tuple[float, float] = (2.0, 10.0)  # uniform in 1 / depth
     noise: float = 0.0  # pixels
-    shared: float = 0.0  # pixels, times a point's share: an error that its left and its right pixel have in common
-    own: float = 0.0  # pixels: an error of the right pixel alone
-    unmatched: float = 0.2  # part of the points that a right image lacks, in each frame
-    outliers: float = 0.0  # part of the matches over time that is anywhere
+    shared: float = 0.0  # pixels, times the point's share: common error of the left and the right pixel
+    own: float = 0.0  # pixels: error of the right pixel alone
+    unmatched: float = 0.2  # fraction of the points without a match in the right image, per frame
+    outliers: float = 0.0  # fraction of the matches over time that are at a random position
     rounded: bool = False  # keypoints are whole pixels
     lens: str = "none"
 
     def pixels(self, count: int, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """left0, right0, left1, right1, each (count, 2), and which are right (count,)."""
+        """Return [left0, right0, left1, right1], each (count, 2), and which matches are correct (count,)."""
         random, camera = np.random.default_rng(seed), pair(self.lens)
         turn = cv2.Rodrigues(np.array(self.rotation, dtype=np.float64))[0]
         found: list[np.ndarray] = []
@@ -95,7 +95,7 @@ class Scene:
 
     @staticmethod
     def shares(count: int) -> np.ndarray:
-        """(count,) how large the shared errors of points are, from a quarter to four times the usual one."""
+        """Return (count,) factors of the points' shared errors, from 1/4 to 4."""
         return np.asarray(2.0 ** np.linspace(-2, 2, count))
 
     def estimate(self, count: int = 200, seed: int = 0, **options: Any) -> RelativePose:
@@ -107,12 +107,12 @@ class Scene:
         return pose
 
     def error(self, pose: RelativePose) -> np.ndarray:
-        """(6,) metres and radians, in the order of the covariance."""
+        """Return the error of a pose, (6,) metres and radians, in the order of the covariance."""
         turn = cv2.Rodrigues(np.array(self.rotation, dtype=np.float64))[0] @ pose.rotation.T
         return np.concatenate([self.translation - pose.translation, cv2.Rodrigues(turn)[0].ravel()])
 
     def consistency(self, trials: int, count: int = 100, **options: Any) -> np.ndarray:
-        """(trials,) errors squared in units of the covariance: chi-square with 6 degrees of freedom, if it is right."""
+        """Return squared Mahalanobis errors (trials,). With a correct covariance they are chi-square with 6 degrees."""
         found = []
         for seed in range(trials):
             pose = self.estimate(count, seed, **options)
@@ -123,7 +123,7 @@ class Scene:
 
 
 def check(pose: RelativePose, count: int) -> None:
-    """What holds for any pose."""
+    """Check the properties of any pose."""
     assert all(np.isfinite(number).all() for number in (pose.rotation, pose.translation, pose.covariance))
     np.testing.assert_allclose(pose.rotation @ pose.rotation.T, np.eye(3), atol=1e-9)
     np.testing.assert_allclose(pose.covariance, pose.covariance.T, atol=1e-12)

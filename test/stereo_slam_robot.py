@@ -1,6 +1,7 @@
-"""Raw stereo cameras before the matcher and examples/stereo_slam, for test_stereo_slam.py, where tf2_msgs is built.
+"""Runs raw stereo cameras with the matcher and examples/stereo_slam, for test_stereo_slam.py, with tf2_msgs.
 
-The lenses distort, and each camera is turned from the rectified pair. Prints as JSON the path and TF that came.
+The lenses have distortion, and each camera is rotated against the rectified pair. Prints the received path and TF as
+JSON.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def calibration(side: str) -> CameraInfo:
 
 
 def view(side: str, x: float) -> np.ndarray:
-    """The two walls of test_stereo_node.py, as the raw camera of a side sees them, the left one at `x`."""
+    """Return the image of test_stereo_node.py's two walls from one side's raw camera, with the left camera at `x`."""
     info = calibration(side)
     k, r, p = (np.reshape(values, shape) for values, shape in ((info.k, (3, 3)), (info.r, (3, 3)), (info.p, (3, 4))))
     grid = np.stack(np.meshgrid(np.arange(WIDTH), np.arange(HEIGHT)), axis=-1).reshape(-1, 1, 2).astype(np.float64)
@@ -96,7 +97,7 @@ def main(folder: Path) -> None:
                 node.wait_for(lambda: len(node.poses) == frame, "the matcher")
 
             sent = 0
-            # Messages to a back-end, or from it, before they know each other are lost.
+            # Messages to or from the back-end are lost until both sides have discovered each other.
             while not paths or not transforms:
                 send(sent, PLACES[0])
                 node.spin(0.5)

@@ -1,4 +1,4 @@
-"""For test_stereo_slam.py: a camera that walks among known points, and what a matcher would say of them."""
+"""Simulates a camera among known points and a matcher's messages about them, for test_stereo_slam.py."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def camera_info(side: str) -> CameraInfo:
 
 
 def true_pose(frame: int) -> Any:
-    """A camera that walks forward and sways, in the first one's frame."""
+    """Return the pose of a camera that moves forward and sways, in the first camera's frame."""
     turn = gtsam.Rot3.Ypr(0.0, 0.05 * np.sin(frame / 3), 0.03 * np.sin(frame / 2))
     return gtsam.Pose3(turn, np.array([0.03 * frame, 0.0, 0.1 * frame]))
 
 
 class World:
-    """Points before a camera, and the messages of a matcher that tracks them all.
+    """Points in front of a camera, and the messages of a matcher that tracks all of them.
 
-    Every third track is carried: it is no keypoint, so it has no match in the right image. Every eighth one slips.
+    Every third track is not at a keypoint, so it has no match in the right image. Every eighth track drifts.
     """
 
     def __init__(self) -> None:
@@ -47,11 +47,11 @@ class World:
         self.points = np.c_[self.random.uniform(-3, 3, (120, 2)), self.random.uniform(5, 12, 120)]
         self.slip = self.random.normal(0, 2, (120, 2)) * (np.arange(120) % 8 == 0)[:, None]
         self.indices = np.where(np.arange(120) % 3 == 0, NOT_DETECTED, np.arange(120))
-        self.aside = 0.0  # pixels from a track to the left point of its keypoint's stereo match
+        self.aside = 0.0  # pixels between a track and the left point of its keypoint's stereo match
         self.seen: dict[int, np.ndarray] = {}
 
     def pixels(self, frame: int) -> np.ndarray:
-        """(120, 3) x and y in the left image, and x in the right one."""
+        """Return (120, 3): x and y in the left image, and x in the right image."""
         if frame not in self.seen:
             inside = np.array([true_pose(frame).transformTo(point) for point in self.points])
             left = inside[:, :2] / inside[:, 2:] * FOCAL + CENTRE + frame * self.slip
@@ -77,7 +77,7 @@ class World:
     def pair(
         self, reference: int, frame: int, status: int = OK, reset: bool = False, first_id: int = 1
     ) -> dict[str, SimpleNamespace]:
-        """matches and relative_pose; the pose is off by some millimetres and milliradians."""
+        """Return matches and relative_pose. The pose has a random error with standard deviations 2 mrad and 10 mm."""
         error = self.random.normal(0, 1, 6) * np.repeat([0.002, 0.01], 3)
         motion = true_pose(reference).between(true_pose(frame)).compose(gtsam.Pose3.Expmap(error))
         turn, place = motion.rotation().toQuaternion(), motion.translation()
@@ -116,7 +116,7 @@ def feed(slam: StereoSlam, world: World, reference: int, frame: int, **pair: Any
 
 
 def errors(slam: StereoSlam) -> np.ndarray:
-    """(N,) metres between each frame's true place and the one found, both seen from the first camera."""
+    """Return the position errors (N,) of the frames in metres, with both trajectories in the first camera's frame."""
     poses, numbers = slam.poses(), [stamp // 10**9 for stamp in slam.stamps]
     moved = [poses[0].between(pose) for pose in poses]
     true = [true_pose(numbers[0]).between(true_pose(number)) for number in numbers]

@@ -1,6 +1,6 @@
-"""Random and hostile arguments for what is compiled of tracks: their structure, optical flow, and cutting patches.
+"""Fuzz tests of the compiled functions for tracks (structure, optical flow, cutting patches).
 
-No pytest and nothing but the geometry in here: it runs beside a library that is built to stop where C defines nothing.
+This imports only the geometry, and not pytest, because it runs with a library built to stop at undefined behaviour.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from kpmatch_ros.geometry import compiled, flow
 from kpmatch_ros.geometry.patches import cut, signed
 from kpmatch_ros.geometry.structure import FRAMES, Window, motion_equations, place, triangulate
 
-# None, a few, and as many as fill the blocks that C takes them in, or nearly.
+# No tracks, a few, and numbers that fill the blocks of the C code exactly or nearly.
 COUNTS = (0, 1, 2, 7, 63, 64, 65, 200)
 NUMBERS = [np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45, 1e20, 0.0, 2.0**31, -(2.0**31)]
 
 
 def scene_of(random: np.random.Generator) -> tuple[Window, np.ndarray, np.ndarray]:
-    """Cameras, and points (3, T) of the last but one: x/z, y/z and 1/z; and their sights (F, 5, T) float32."""
+    """Return cameras, points (3, T) as x/z, y/z, 1/z of the last camera but one, and sights (F, 5, T) float32."""
     frames, count = int(random.integers(2, FRAMES + 2)), int(random.choice(COUNTS))
     steps = random.normal(0, random.choice([0.0, 0.1, 1.0]), (frames, 3))
     steps[-2] = 0
@@ -34,7 +34,7 @@ def scene_of(random: np.random.Generator) -> tuple[Window, np.ndarray, np.ndarra
 
 
 def views_of(random: np.random.Generator) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, np.ndarray]:
-    """The pyramids of two images of any size, points (T, 2) in the first one, and near where they are in the second."""
+    """Return pyramids of two images of any size, points (T, 2) in the first, and approximate points in the second."""
     height, width = random.integers(1, random.choice([30, 100, 300]), 2)
     noise = random.integers(0, 256, (height + 8, width + 8)).astype(np.uint8)
     scene = cv2.normalize(
@@ -49,13 +49,13 @@ def views_of(random: np.random.Generator) -> tuple[list[np.ndarray], list[np.nda
 
 
 def spoil(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A copy with numbers that no image gives."""
+    """Return a copy with some values that cannot come from an image."""
     spoilt = random.random(values.shape) < random.choice([0.0, 0.02, 0.5])
     return np.where(spoilt, random.choice(NUMBERS, values.shape), values).astype(values.dtype)
 
 
 def call_with_hostile_tracks(random: np.random.Generator) -> None:
-    """Whatever is wrong with some tracks, the others get what they get without them."""
+    """Check that invalid tracks do not change the results of the others."""
     cameras, landmarks, seen = scene_of(random)
     hostile = spoil(landmarks, random), spoil(seen, random)
     sound = [(now == before) | (np.isnan(now) & np.isnan(before)) for now, before in zip(hostile, (landmarks, seen))]

@@ -1,4 +1,4 @@
-"""Makes the scripts of training/ importable: to be imported before them. Without the folder, tests are skipped."""
+"""Makes the scripts of training/ importable. Import this module first. Without that folder, the tests are skipped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ sys.path.insert(0, str(TRAINING))
 
 
 def photographs(folder: Path, texture: Callable[[int, int, int], np.ndarray], name: str, count: int = 3) -> None:
-    """A shard of pictures large enough to take views of."""
+    """Write a shard with pictures that are large enough to take views from."""
     import shards
 
     folder.mkdir(exist_ok=True)

@@ -1,6 +1,6 @@
-"""Random and hostile arguments for what is compiled of two_view*.py.
+"""Fuzz tests of the compiled functions of two_view*.py.
 
-No pytest and nothing but the geometry in here: it runs beside a library that is built to stop where C defines nothing.
+This imports only the geometry, and not pytest, because it runs with a library built to stop at undefined behaviour.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kpmatch_ros.geometry.two_view_errors import (
 from kpmatch_ros.geometry.two_view_fit import Noise, minimise, motion_covariances, rotation_covariance
 from kpmatch_ros.geometry.two_view_profile import profile_directions, refine_turns
 
-# None, a few, and as many as fill the blocks that C takes them in, or nearly.
+# No matches, a few, and numbers that fill the blocks of the C code exactly or nearly.
 COUNTS = (0, 1, 2, 3, 7, 20, 100, 127, 128, 129, 255, 256, 257, 400)
 NUMBERS = [np.nan, np.inf, -np.inf, 1e308, -1e308, 5e-324, 1e160, -1e-160, 1e6, 0.0]
 
@@ -38,14 +38,14 @@ def rotation_of(random: np.random.Generator, size: float) -> np.ndarray:
 
 
 def motion_of(random: np.random.Generator) -> Motion:
-    """Any translation, often along an axis, and a rotation that may be none or a large one."""
+    """Return a motion with any translation, often along an axis, and a rotation that may be zero or large."""
     translation = random.normal(0, 1, 3) if random.random() < 0.8 else np.eye(3)[random.integers(3)]
     turn = rotation_of(random, random.choice([0.0, 0.03, 1.0]))
     return Motion(turn, translation * random.choice([-1, 1]) / np.linalg.norm(translation))
 
 
 def matches_of(random: np.random.Generator, motion: Motion, count: int) -> Matches:
-    """Some of the matches are right, with noise or without, others anywhere; and some are behind a camera."""
+    """Return matches: some correct, with or without noise, some at random positions, and some behind a camera."""
     focal = random.choice([2.0, 400.0])
     columns = np.ones((4, 3, count))
     columns[0, :2] = random.normal(0, random.choice([0.1, 0.5, 3.0]), (2, count))
@@ -62,13 +62,13 @@ def matches_of(random: np.random.Generator, motion: Motion, count: int) -> Match
 
 
 def spoil(columns: np.ndarray, random: np.random.Generator, numbers: list[float]) -> None:
-    """Put what no image gives into some of the columns."""
+    """Put values that cannot come from an image into some of the columns."""
     spoilt = random.random(columns.shape) < random.choice([0.3, 1.0]) / max(columns.size, 1)
     columns[spoilt] = random.choice(numbers, int(spoilt.sum()))
 
 
 def outcome(call: Callable[..., Any], *arguments: Any) -> Any:
-    """What it returns, or the error for singular equations."""
+    """Return the result of a call, or its error for singular equations."""
     with np.errstate(all="ignore"):
         try:
             return call(*arguments)
@@ -77,7 +77,7 @@ def outcome(call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def calls_of(random: np.random.Generator, numbers: list[float]) -> list[tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Functions of two_view*.py that call C, with arguments; some of them hold these numbers."""
+    """Return functions of two_view*.py that call C, with arguments, some of which contain these numbers."""
     motion = motion_of(random)
     matches = matches_of(random, motion, int(random.choice(COUNTS)))
     if numbers and random.random() < 0.7:
@@ -103,7 +103,7 @@ def calls_of(random: np.random.Generator, numbers: list[float]) -> list[tuple[Ca
 
 
 def call_with_hostile_matches(random: np.random.Generator) -> None:
-    """Whatever is in the matches, they stay, and the answer is the same again, wherever they are in memory."""
+    """Check that arguments do not change, and that results do not depend on their place in memory."""
     calls = calls_of(random, NUMBERS)
     matches, turns = calls[0][1][:2]
     noise = Noise(1.0, 0.0)

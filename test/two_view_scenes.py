@@ -1,4 +1,4 @@
-"""Matches of two views of a random scene, whose motion is known."""
+"""Simulated matches of two views of a random scene with a known motion."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ class Scene:
     rotation: tuple[float, float, float] = (0.05, -0.08, 0.03)  # rotation vector
     translation: tuple[float, float, float] = (0.25, -0.05, 0.1)
     depth: tuple[float, float] = (2.0, 10.0)  # uniform in 1 / depth
-    far: float = 0.0  # part of the points that is ten kilometres away
+    far: float = 0.0  # fraction of the points that are 10 km away
     plane: bool = False
     camera0: Camera = CAMERA
     camera1: Camera = CAMERA
     noise: float = 0.0  # pixels
-    outliers: float = 0.0  # part of the matches that is anywhere in the current image
+    outliers: float = 0.0  # fraction of the matches at a random position in the current image
     rounded: bool = False  # keypoints are whole pixels
 
     def matches(self, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pixels (count, 2) in the reference and the current image, and which (count,) matches are right."""
+        """Return pixels (count, 2) in the reference and the current image, and which matches are correct (count,)."""
         random = np.random.default_rng(seed)
         found: list[np.ndarray] = []
         while sum(map(len, found)) < count:
@@ -90,19 +90,19 @@ class Scene:
         return pose
 
     def error(self, pose: RelativePose) -> np.ndarray:
-        """(6,) of the translation's direction, and of the rotation about the reference frame's axes."""
+        """Return the error (6,) of the translation's direction and of the rotation about the reference's axes."""
         direction = np.array(self.translation) / (np.linalg.norm(self.translation) or 1)
         turned = cv2.Rodrigues(np.array(self.rotation, dtype=np.float64))[0] @ pose.rotation.T
-        turn = Rotation.from_matrix(turned).as_rotvec()  # OpenCV gives zero for angles below 0.0006 degrees
+        turn = Rotation.from_matrix(turned).as_rotvec()  # OpenCV's Rodrigues returns 0 for angles below 0.0006 degrees
         return np.concatenate([direction - pose.translation, turn])
 
 
 def project(camera: Camera, points: np.ndarray) -> np.ndarray:
-    """OpenCV's forward model, (N, 3) to pixels (N, 2); far outside the image for what is behind the camera."""
+    """Project points (N, 3) to pixels (N, 2) with OpenCV, and points behind the camera far outside the image."""
     ahead = points[:, 2] > 0.05
     pixels = np.full((len(points), 2), -1e6)
     if ahead.any():
-        # The rational models are lenses only near the image.
+        # The rational models behave like a lens only near the image.
         rays = points[ahead] / points[ahead, 2:]
         if camera.distortion_model == "equidistant":
             found, _ = cv2.fisheye.projectPoints(
@@ -118,7 +118,7 @@ def project(camera: Camera, points: np.ndarray) -> np.ndarray:
 
 
 def check(pose: RelativePose, count: int) -> None:
-    """What holds for any pose."""
+    """Check the properties of any pose."""
     numbers = (pose.rotation, pose.translation, pose.covariance, pose.median_parallax)
     assert all(np.isfinite(number).all() for number in numbers)
     assert (pose.rotation.shape, pose.translation.shape, pose.covariance.shape) == ((3, 3), (3,), (6, 6))
@@ -141,7 +141,7 @@ def check(pose: RelativePose, count: int) -> None:
 
 
 def degrees(error: np.ndarray) -> tuple[float, float]:
-    """Of the rotation and of the translation's direction, from Scene.error."""
+    """Return the errors of the rotation and of the translation's direction in degrees, from Scene.error."""
     return math.degrees(np.linalg.norm(error[3:])), math.degrees(2 * math.asin(min(1, np.linalg.norm(error[:3]) / 2)))
 
 

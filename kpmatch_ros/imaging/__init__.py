@@ -1,1 +1,1 @@
-"""Images and masks: decoding, checking, contrast and colour. Nothing here knows of networks."""
+"""Images and masks: decoding, checking, contrast and colour. Does not depend on the networks."""

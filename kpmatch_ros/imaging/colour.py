@@ -1,4 +1,4 @@
-"""Colour images whose channels lie in memory the other way round, and grey ones made of them."""
+"""Converts colour images to grey and resizes them, without copying images whose channels are reversed in memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Image = NDArray[np.uint8]
 
 
 def in_memory_order(image: Image) -> tuple[Image, bool]:
-    """The pixels as they lie in memory, and whether blue comes first: what OpenCV takes as it is.
+    """Return the pixels in their order in memory, which OpenCV takes without a copy, and whether blue comes first.
 
-    RGB of a camera that sends BGR is a view with a negative stride. Whatever wants it in a row, as all of OpenCV does,
-    has NumPy copy it value by value: 2 ms for 640x480 and 66 ms for 3840x2160, many times what is done with it.
+    The RGB image of a camera that sends BGR is a view with a negative stride. OpenCV needs contiguous pixels, and NumPy
+    makes them value by value: 2 ms for 640x480 and 66 ms for 3840x2160, many times as long as the operation itself.
 
     Args:
         image: uint8 grey (H, W) or RGB (H, W, 3).
@@ -25,7 +25,7 @@ def in_memory_order(image: Image) -> tuple[Image, bool]:
 
 
 def to_grey(image: Image) -> Image:
-    """Grey (H, W) of an image, uint8 grey (H, W) or RGB (H, W, 3), by OpenCV's weights; the image itself if grey."""
+    """Convert a uint8 image, RGB (H, W, 3), to grey (H, W) with OpenCV's weights. A grey image is returned as it is."""
     if image.ndim == 2:
         return image
     pixels, blue_first = in_memory_order(image)
@@ -33,7 +33,7 @@ def to_grey(image: Image) -> Image:
 
 
 def grey_levels(pixels: Image, blue_first: bool) -> NDArray[np.float32]:
-    """Grey (H, W) between 0 and 1, not rounded, of the colours (H, W, 3) that :func:`in_memory_order` gives."""
+    """Convert the colours (H, W, 3) from :func:`in_memory_order` to grey (H, W) in [0, 1], without rounding."""
     code = cv2.COLOR_BGR2GRAY if blue_first else cv2.COLOR_RGB2GRAY
     grey: NDArray[np.float32] = np.asarray(cv2.cvtColor(pixels.astype(np.float32), code))
     grey /= 255
@@ -41,13 +41,16 @@ def grey_levels(pixels: Image, blue_first: bool) -> NDArray[np.float32]:
 
 
 def resized_size(width: int, height: int, longest: int) -> tuple[int, int]:
-    """Width and height, pixels, that :func:`resize` gives an image of this size."""
+    """Return width and height, pixels, of an image of this size after :func:`resize`."""
     scale = longest / max(height, width) if longest else 1.0
     return max(round(width * scale), 1), max(round(height * scale), 1)
 
 
 def resize(pixels: Image, longest: int) -> Image:
-    """The image with a longest side of so many pixels; 0 keeps its size. Down by area averaging, up bilinearly."""
+    """Resize an image to a longest side of ``longest`` pixels; 0 keeps the size.
+
+    Shrinks by area averaging, enlarges bilinearly.
+    """
     height, width = pixels.shape[:2]
     size = resized_size(width, height, longest)
     if size == (width, height):

@@ -1,7 +1,7 @@
-"""16-bit images that use a small part of their range, and what a picture without keypoints looks like. No ROS in here.
+"""Stretches 16-bit images to 8 bits, and describes images without contrast. Does not depend on ROS.
 
-Thermal cameras and 12-bit sensors fill a small part of 16 bits: divided by 257, such an image is nearly black. A
-:class:`Stretch` maps the part in use to 8 bits. Its limits follow the images slowly, so that the brightness does not
+Thermal cameras and 12-bit sensors use a small part of the 16-bit range. Divided by 257, such an image is nearly black.
+A :class:`Stretch` maps the part in use to 8 bits. Its limits follow the images slowly, so that the brightness does not
 jump from frame to frame.
 """
 
@@ -15,35 +15,37 @@ from kpmatch_ros.imaging.colour import to_grey
 __all__ = ["Stretch", "appearance"]
 
 _FULL = 65535
-_SMALL_PART = 0.25  # of the range of 16 bits: images that use less are stretched
-_LEAST_SPAN = 128.0  # values that become the whole of 8 bits at least, lest noise become a picture
-_FOLLOWED = 0.1  # part of the way to a new image's limits that the limits go with each image
-_LARGEST_STEP = 0.02  # of the span between the limits, by which each of them goes at most
-_OUTSIDE = 0.1  # part of the pixels beyond the limits with which these begin anew: a thermal camera calibrated itself
-_SAMPLES = 20_000  # pixels that the percentiles are taken from
+_SMALL_PART = 0.25  # images that use a smaller part of the 16-bit range than this are stretched
+_LEAST_SPAN = 128.0  # smallest range of values that is mapped to 8 bits, so that noise is not amplified to a picture
+_FOLLOWED = 0.1  # with each image, the limits move this part of the way to the image's own limits
+_LARGEST_STEP = 0.02  # largest move of a limit per image, as part of the span between the limits
+# With more than this part of the pixels outside of the limits, the limits are set again. This happens after a thermal
+# camera has calibrated itself.
+_OUTSIDE = 0.1
+_SAMPLES = 20_000  # number of pixels for the percentiles
 _PERCENTILES = (0.5, 99.5)  # robust against defective pixels and a lamp
 
 _DARK, _BRIGHT, _FLAT, _FAINT = 12, 243, 4, 40  # of 255
 
 
 class Stretch:
-    """Turns the 16-bit images of one camera into 8 bits.
+    """Converts the 16-bit images of one camera to 8 bits.
 
     Attributes:
-        enabled: whether images are stretched; those that follow are not, where it is False.
-        used: part of the 16-bit range that the last image used, in [0, 1]; None where it was not of 16 bits.
+        enabled: whether the following images are stretched.
+        used: part of the 16-bit range that the last image used, in [0, 1]; None if it was not a 16-bit image.
     """
 
     def __init__(self) -> None:
         self.enabled = True
         self.used: float | None = None
-        self._limits: tuple[float, float] | None = None  # None: images are not stretched
+        self._limits: tuple[float, float] | None = None  # None while images are not stretched
 
     def to_8_bits(self, pixels: NDArray[np.uint16]) -> NDArray[np.uint8]:
-        """8-bit pixels of the same shape.
+        """Convert an image to 8-bit pixels of the same shape.
 
-        The values between two percentiles of the images so far become 0 to 255, where they are less than a quarter of
-        the range. Otherwise a value is divided by 257.
+        The values between two percentiles, smoothed over the images so far, are mapped to 0 to 255 if they span less
+        than a quarter of the range. Otherwise values are divided by 257.
 
         Args:
             pixels: (H, W, channels) uint16.
@@ -71,7 +73,7 @@ class Stretch:
 
 
 def scaled(pixels: NDArray[np.uint16], low: float, high: float) -> NDArray[np.uint8]:
-    """8-bit pixels: ``low`` and what is below becomes 0, ``high`` and what is above 255, rounded between."""
+    """Map values linearly to 8 bits, rounded: ``low`` and below to 0, ``high`` and above to 255."""
     gain = 255.0 / (high - low)
     table = np.clip(np.round((np.arange(_FULL + 1) - low) * gain), 0, 255).astype(np.uint8)
     result: NDArray[np.uint8] = table[pixels]
@@ -79,11 +81,12 @@ def scaled(pixels: NDArray[np.uint16], low: float, high: float) -> NDArray[np.ui
 
 
 def appearance(image: NDArray[np.uint8], used: float | None = None) -> str:
-    """What a picture looks like in which nothing is found, in words; empty where it has contrast.
+    """Describe an image in which hardly anything was detected. Returns an empty text for an 8-bit image with contrast.
 
     Args:
-        image: grey (H, W) or RGB (H, W, 3).
-        used: part of the 16-bit range that the image used before it became 8 bits; None where it had 8 bits.
+        image: uint8 grey (H, W) or RGB (H, W, 3).
+        used: part of the 16-bit range that the original image used; None if it was an 8-bit image. The text names it,
+            also for an image with contrast.
     """
     every = max(1, int(np.sqrt(image.shape[0] * image.shape[1] / _SAMPLES)))
     sample = to_grey(image[::every, ::every])

@@ -1,7 +1,7 @@
-"""What an image file says of itself, read before anything is decoded.
+"""Reads the headers of image files before anything is decoded.
 
-A file of a few hundred bytes can claim a billion pixels, and a decoder takes the memory for them. So the size is read
-from the header first. A header is data from a stranger: whatever it holds, these functions return.
+A file of a few hundred bytes can declare a billion pixels, and a decoder allocates the memory for them. So the size is
+read from the header first. Headers are untrusted data: these functions never raise, whatever the bytes are.
 
 Sources: ITU-T T.81 annex B (JPEG), PNG 3rd edition 5.4 and 11.2.1, RFC 9649 (WebP), TIFF 6.0 section 2,
 BITMAPINFOHEADER, Netpbm's pgm(5), ISO 15444-1 annex I (JPEG 2000).
@@ -19,41 +19,41 @@ JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
 # JPEG markers (the byte after 0xff).
 _START_OF_SCAN, _END = 0xDA, 0xD9
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # hold the size; the others are tables and extensions
-# Within compressed data 0xff is followed by 0, a restart marker or, to fill, 0xff. Decoders pass over
-# these elsewhere too.
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # these contain the size; the others are tables and extensions
+# In compressed data, 0xff is followed by 0, by a restart marker, or by 0xff as a fill byte. Decoders also skip these
+# elsewhere.
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 
 
 def image_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height in pixels that a file's header declares; None where the format or its header is not known.
+    """Return width and height in pixels as declared in a file's header; None for an unknown format or header.
 
-    JPEG, PNG, WebP, TIFF, BMP, GIF, JPEG 2000 and Netpbm are known.
+    Known formats are JPEG, PNG, WebP, TIFF, BMP, GIF, JPEG 2000 and Netpbm.
     """
     try:
         return _size(data)
-    except (struct.error, IndexError, ValueError, OverflowError):  # cut short within the header, or damaged
+    except (struct.error, IndexError, ValueError, OverflowError):  # the header is truncated or damaged
         return None
 
 
 def jpeg_end(data: bytes) -> int | None:
-    """Where a JPEG ends: the number of its bytes up to and with its end marker; None where it has no end.
+    """Return the length of a JPEG in bytes, including its end marker; None if it has no end marker.
 
-    What follows is another file (the video of a motion photo), padding, or the rest of an older frame in a buffer.
+    Bytes after it are another file (the video of a motion photo), padding, or the rest of an older frame in a buffer.
     """
     return next((position for marker, position in _jpeg_markers(data) if marker == _END), None)
 
 
 def jpeg_scans(data: bytes) -> int:
-    """How many scans a JPEG has: one, or some ten if it is progressive. Each is a pass over the whole image."""
+    """Return the number of scans of a JPEG: one, or about ten if progressive. Each is a pass over the whole image."""
     return sum(marker == _START_OF_SCAN for marker, _ in _jpeg_markers(data))
 
 
 def png_picture(data: bytes) -> bytes | None:
-    """A PNG of the chunks alone that make its picture and its orientation; None where it is cut short.
+    """Return a PNG with only the chunks that define its picture and orientation; None if it is truncated.
 
-    OpenCV 5.0 takes as much memory as the length of a chunk declares, and reading an animation it fails by a
-    segmentation fault where the first picture is damaged. Text and colour profiles may be compressed without limit.
+    OpenCV 5.0 allocates as much memory as a chunk's length declares. For an animation with a damaged first picture, it
+    crashes with a segmentation fault. Compressed texts and colour profiles may expand without limit.
     """
     chunks, position = [data[:8]], 8
     while position + 12 <= len(data):
@@ -62,7 +62,7 @@ def png_picture(data: bytes) -> bytes | None:
         position += 12 + length
         if position > len(data):
             return None
-        if kind[:1].isupper() or kind == b"eXIf":  # critical, in the standard's words
+        if kind[:1].isupper() or kind == b"eXIf":  # upper case marks what the standard calls a critical chunk
             chunks.append(data[begin:position])
         if kind == b"IEND":
             return b"".join(chunks)
@@ -70,10 +70,10 @@ def png_picture(data: bytes) -> bytes | None:
 
 
 def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """The markers of a JPEG in their order, each with the position behind it, up to that of its end.
+    """Yield the markers of a JPEG in order, each with the position after it, up to and including the end marker.
 
-    What stands between two segments and is no marker is passed over, as by libjpeg: or else a stray byte would hide
-    the size from us, and not from the decoder.
+    Bytes between two segments that are not a marker are skipped, as libjpeg does. Otherwise a stray byte would hide the
+    size from this check, but not from the decoder.
     """
     position = 2
     while (found := _MARKER.search(data, position)) is not None:
@@ -109,7 +109,7 @@ def _size(data: bytes) -> tuple[int, int] | None:
     if data[4:8] == b"jP  ":
         height, width = struct.unpack_from(">II", data, data.index(b"ihdr", 0, 4096) + 4)
         return width, height
-    if data[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000 without a container
+    if data[:4] == b"\xff\x4f\xff\x51":  # a JPEG 2000 codestream without a container
         right, bottom, left, top = struct.unpack_from(">4I", data, 8)
         return right - left, bottom - top
     found = re.match(rb"P[1-6fF](?:\s+|#[^\n]*\n)+(\d{1,18})(?:\s+|#[^\n]*\n)+(\d{1,18})\s", data[:4096])

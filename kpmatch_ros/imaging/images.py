@@ -1,24 +1,24 @@
-"""ROS image messages as NumPy arrays.
+"""Converts ROS image messages to NumPy arrays.
 
-`to_array` takes a `sensor_msgs/Image` or a `sensor_msgs/CompressedImage`, from rclpy or from rosbags, and gives 8-bit
-grey or RGB pixels. ROS need not be installed.
+`to_array` converts a `sensor_msgs/Image` or a `sensor_msgs/CompressedImage`, from rclpy or from rosbags, to 8-bit grey
+or RGB pixels. ROS need not be installed.
 
-What an encoding means, where `sensor_msgs/image_encodings` leaves it open:
+Where `sensor_msgs/image_encodings` leaves the meaning of an encoding open, these rules apply:
 
 - `mono8`, `rgb8`, `bgr8`, `rgba8`, `bgra8` and the types `8UC1`, `8UC3`, `8UC4` are not copied: the pixels are a view
-  of the message's data. Alpha is left out.
-- A type that names no colours (`8UC3`, `16UC4`, `32FC3`) is blue first, as in OpenCV and RViz; one channel is grey.
-  (cv_bridge leaves it open: it refuses to convert these to colours or `mono8`.)
-- 16 bits become 8 as value / 257, rounded, so 65535 becomes 255, or as a `scale` says. One picture's own range is no
-  scale: the brightness would jump between frames. The parameter `stretch` follows the range over time, for cameras that
-  leave the upper bits empty (12 bits in `mono16`).
-- Floats are a picture if every value is in [0, 1], which becomes [0, 255]. Others (depth in metres, NaN) are refused.
-- Bayer and YUV are converted by the ROS 2 `cv_bridge` where that works, by `rosbags-image` otherwise; YUV is BT.601 of
-  limited range, as in OpenCV. In `nv12`, `nv21` and `nv24` the chroma rows follow the `height` rows of luma; they are
-  `step` bytes apart too, in `nv24` twice that.
-- Types of two channels, signed types and 32-bit integers hold no picture and are refused.
+  of the message's data. Alpha is dropped.
+- A type without colour names (`8UC3`, `16UC4`, `32FC3`) has blue first, as in OpenCV and RViz; one channel is grey.
+  (cv_bridge does not decide: it refuses to convert these to colours or `mono8`.)
+- 16-bit values are divided by 257 and rounded, so 65535 becomes 255, or converted by `scale`. The range of a single
+  picture is not used, because the brightness would jump between frames. The parameter `stretch` follows the range over
+  time, for cameras that leave the upper bits empty (12 bits in `mono16`).
+- A float image must have all values in [0, 1], which become [0, 255]. Others (depth in metres, NaN) are rejected.
+- Bayer and YUV are converted by the ROS 2 `cv_bridge` if it works, otherwise by `rosbags-image`. YUV is BT.601 with
+  limited range, as in OpenCV. In `nv12`, `nv21` and `nv24` the chroma rows follow the `height` rows of luma. Their
+  distance is also `step` bytes, in `nv24` twice that.
+- Types with two channels, signed types and 32-bit integers are not pictures and are rejected.
 
-The last row may lack its padding, as in a window of a larger image; data after the image is ignored.
+The last row may lack its padding, as in a region of a larger image. Data after the image is ignored.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from numpy.typing import NDArray
 
 from kpmatch_ros.imaging.image_headers import JPEG, PNG, image_size, jpeg_end, jpeg_scans, png_picture
 
-MAX_SIDE = 32766  # pixels: src/geometry.c takes no longer images, and OpenCV hardly any
-LARGEST_FILE = 8192 * 8192  # pixels of an image: `resize` keeps no more, and in colour they take 0.2 GB
-_MOST_SCANS = 100  # of a progressive JPEG: encoders make some ten, and each costs a pass over the whole image
+MAX_SIDE = 32766  # pixels: the limit of src/geometry.c, and of most of OpenCV
+LARGEST_FILE = 8192 * 8192  # pixels: the largest image after `resize`; in colour it takes 0.2 GB
+_MOST_SCANS = 100  # scans of a progressive JPEG: encoders write about ten, and each costs a pass over the whole image
 
 
 class ImageError(ValueError):
     """An image message that cannot be used.
 
     Attributes:
-        reason: what was wrong, as a short, stable key for counters: "encoding" (unknown, no picture, or no converter
-            installed), "size" (width or height), "step", "data" (too short, or not bytes), "decode" (compressed data
-            that is broken or of another format) or "value" (floats outside [0, 1]).
+        reason: a short stable key for counters: "encoding" (unknown, not a picture, or no converter installed), "size"
+            (width or height), "step", "data" (too short, or not bytes), "decode" (compressed data that is damaged or of
+            another format) or "value" (floats outside [0, 1]).
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -56,14 +56,14 @@ class ImageError(ValueError):
 
 
 class Layout(NamedTuple):
-    """How the samples of an encoding lie in memory."""
+    """The memory layout of an encoding's samples."""
 
-    dtype: str  # of one sample, without byte order
+    dtype: str  # type of a sample, without byte order
     channels: int  # samples per pixel in the first plane
     colour: str  # a key of _CHANNELS, an 8-bit encoding that both converters know, or one with a chroma plane
 
 
-# The channels that make the picture.
+# The channels of the picture, without alpha and in RGB order.
 _CHANNELS: dict[str, Any] = {"grey": np.s_[..., 0], "rgb": np.s_[..., :3], "bgr": np.s_[..., 2::-1]}
 
 
@@ -80,7 +80,7 @@ def _layouts() -> dict[str, Layout]:
         layouts[depth] = layouts[depth + "C1"] = Layout(dtype, 1, "grey")
         layouts[depth + "C3"] = Layout(dtype, 3, "bgr")
         layouts[depth + "C4"] = Layout(dtype, 4, "bgr")
-    # cv_bridge knows the packed YUV encodings by their deprecated names only.
+    # cv_bridge knows the packed YUV encodings only by their deprecated names.
     layouts["uyvy"] = layouts["yuv422"] = Layout("u1", 2, "yuv422")
     layouts["yuyv"] = layouts["yuv422_yuy2"] = Layout("u1", 2, "yuv422_yuy2")
     for name in ("nv12", "nv21", "nv24"):
@@ -95,23 +95,24 @@ Scale = Callable[[NDArray[np.uint16]], NDArray[np.uint8]]
 
 
 def to_array(message: Any, largest: int = LARGEST_FILE, scale: Scale | None = None) -> NDArray[np.uint8]:
-    """The pixels of an image message, as 8-bit grey or RGB.
+    """Return the pixels of an image message, as 8-bit grey or RGB.
 
     Args:
-        message: a `sensor_msgs/Image`, or a `sensor_msgs/CompressedImage` holding JPEG or PNG. Anything with their
-            fields will do, `data` being bytes, `array.array` or a NumPy array. A compressed image has the colours that
-            its file declares; its `format` is read only to refuse depth and to recognise Bayer mosaics kept as grey.
-        largest: pixels of an image. One that has more, or whose header declares more, is not looked at.
-        scale: makes 8 bits of 16, (H, W, channels), as :class:`kpmatch_ros.imaging.contrast.Stretch` does;
-            a division by 257 where not given.
+        message: a `sensor_msgs/Image`, or a `sensor_msgs/CompressedImage` with JPEG or PNG data. Any object with the
+            same fields works, with `data` as bytes, `array.array` or a NumPy array. The colours of a compressed image
+            are those that its file declares. Its `format` is used only to reject depth and to recognise Bayer mosaics
+            that are stored as grey.
+        largest: largest number of pixels. An image that has or declares more is rejected before it is decoded.
+        scale: converts 16-bit to 8-bit pixels, (H, W, channels), as :class:`kpmatch_ros.imaging.contrast.Stretch` does.
+            Default: division by 257.
 
     Returns:
-        uint8, (H, W) where the message is grey, else (H, W, 3) in RGB order. Often a view of `message.data`: do not
-        write to it, and expect it to be read-only, to have padded rows, and where blue came first a negative last
-        stride, which `torch.from_numpy` takes only after `np.ascontiguousarray`.
+        uint8, (H, W) for a grey message, otherwise (H, W, 3) in RGB order. It is often a view of `message.data`: do not
+        write to it. It may be read-only and have padded rows. If blue came first, its last stride is negative, which
+        `torch.from_numpy` accepts only after `np.ascontiguousarray`.
 
     Raises:
-        ImageError: where the content of the message is no picture.
+        ImageError: if the content of the message is not a valid picture.
     """
     if hasattr(message, "format"):
         return _decompress(message, largest, scale)
@@ -146,13 +147,14 @@ def to_array(message: Any, largest: int = LARGEST_FILE, scale: Scale | None = No
 
     pixels = plane(0, height, step, layout.channels)
     if layout.colour in ("nv12", "nv21"):
-        # YUYV whose rows share their chroma in pairs: one path for all of YUV, and the same with both converters.
+        # Convert to YUYV, with each chroma row used for two rows. So all YUV formats take the same path, and both
+        # converters give the same result.
         chroma = plane(step * height, (height + 1) // 2, step, 1)
         if layout.colour == "nv21":  # V comes first
             chroma = chroma.reshape(-1, width // 2, 2)[..., ::-1].reshape(chroma.shape)
         return _convert(np.concatenate([pixels, np.repeat(chroma, 2, axis=0)[:height]], axis=2), "yuv422_yuy2", what)
     if layout.colour == "nv24":
-        # YUYV with every pixel doubled.
+        # Convert to YUYV with every pixel doubled.
         chroma = plane(step * height, height, 2 * step, 2)
         doubled = np.concatenate([pixels, chroma[..., :1], pixels, chroma[..., 1:]], axis=2)
         return _convert(doubled.reshape(height, 2 * width, 2), "yuv422_yuy2", what)[:, ::2]
@@ -160,13 +162,13 @@ def to_array(message: Any, largest: int = LARGEST_FILE, scale: Scale | None = No
 
 
 def check_header(data: bytes, what: str, largest: int = LARGEST_FILE) -> None:
-    """Check what the header of a JPEG, PNG or other image file declares, before it is decoded.
+    """Check the header of a JPEG, PNG or other image file before the file is decoded.
 
-    A file of another format whose header is not understood passes: the decoder judges it.
+    A file of another format with an unknown header passes the check. The decoder accepts or rejects it.
 
     Raises:
-        ImageError: it has no pixels or more than `largest` ("size"); or its header does not say how many, or it would
-            take a thousand times as long as other files ("decode").
+        ImageError: with the reason "size", if the image has no pixels or more than `largest`. With the reason "decode",
+            if the header declares no size, or decoding would take a thousand times as long as usual.
     """
     declared = image_size(data)
     if declared is None:
@@ -185,13 +187,10 @@ def check_header(data: bytes, what: str, largest: int = LARGEST_FILE) -> None:
 
 
 def whole_file(data: bytes) -> bytes:
-    """What a decoder needs of an image file.
+    """Return the bytes of an image file that a decoder needs; empty if the file is truncated.
 
-    A JPEG is given without what follows its end: the video of a motion photo, padding, or the rest of an older frame. A
-    PNG is given without animation, texts and profiles; files of other formats as they are.
-
-    Returns:
-        Its bytes; empty where it is cut short.
+    For a JPEG, everything after its end is removed: the video of a motion photo, padding, or the rest of an older
+    frame. For a PNG, animation, texts and profiles are removed. Files of other formats are returned unchanged.
     """
     if data.startswith(PNG):
         return png_picture(data) or b""
@@ -200,7 +199,7 @@ def whole_file(data: bytes) -> bytes:
     end = jpeg_end(data)
     if end is not None:
         return data[:end]
-    # Damaged data may hold what looks like a marker. After the last start of scan no true one but the end follows.
+    # Damaged data may contain bytes that look like a marker. After the last start of scan, only the end marker is real.
     return data if data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda") else b""
 
 
@@ -212,8 +211,8 @@ def _decompress(message: Any, largest: int, scale: Scale | None) -> NDArray[np.u
             "encoding", f"{what}: holds depth, not a picture: subscribe to the camera's grey or colour image"
         )
     data = _bytes(message.data, what).tobytes()
-    # OpenCV 4 fills what a truncated JPEG lacks with grey. Decoders of rarer formats stay out of reach of what arrives
-    # over the network.
+    # OpenCV 4 fills the missing part of a truncated JPEG with grey, so completeness is checked here. Other formats are
+    # rejected, so that data from the network never reaches the decoders of rarer formats.
     if not data.startswith((JPEG, PNG)):
         raise ImageError("decode", f"{what}: its {len(data)} bytes are neither JPEG nor PNG: publish one of these")
     whole = whole_file(data)
@@ -222,7 +221,7 @@ def _decompress(message: Any, largest: int, scale: Scale | None) -> NDArray[np.u
     flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         pixels = cv2.imdecode(np.frombuffer(whole, np.uint8), flags) if whole else None
-    except cv2.error:  # what OpenCV itself refuses
+    except cv2.error:  # OpenCV itself rejects the data
         pixels = None
     if pixels is None:
         raise ImageError(
@@ -232,7 +231,7 @@ def _decompress(message: Any, largest: int, scale: Scale | None) -> NDArray[np.u
         )
     if pixels.ndim == 3:
         return _picture(pixels, "bgr", what, scale)
-    # Without a converted encoding behind "compressed", Bayer images are sent as the mosaic.
+    # If the format names no converted encoding after "compressed", a Bayer image is sent as its mosaic.
     layout = LAYOUTS.get(encoding)
     colour = layout.colour if layout and layout.colour.startswith("bayer") else "grey"
     _check_size(pixels.shape[1], pixels.shape[0], colour, what)
@@ -258,12 +257,12 @@ def _check_size(width: int, height: int, colour: str, what: str) -> None:
         raise ImageError("size", f"{what}: width and height must be from 1 to {MAX_SIDE}: correct the publisher")
     if colour in ("yuv422", "yuv422_yuy2", "nv12", "nv21") and width % 2:
         raise ImageError("size", f"{what}: two neighbours share a colour, so the width must be even")
-    if colour.startswith("bayer") and min(width, height) < 3:  # OpenCV gives black
+    if colour.startswith("bayer") and min(width, height) < 3:  # OpenCV would return black
         raise ImageError("size", f"{what}: a Bayer mosaic needs at least 3 x 3 pixels")
 
 
 def _check_pixels(pixels: int, largest: int, what: str) -> None:
-    """Refuse an image, before several times as much memory is taken for what is made of it."""
+    """Reject an image that is too large, because later steps take several times its memory."""
     if pixels > largest:
         raise ImageError(
             "size",
@@ -272,14 +271,14 @@ def _check_pixels(pixels: int, largest: int, what: str) -> None:
 
 
 def _picture(pixels: NDArray[Any], colour: str, what: str, scale: Scale | None) -> NDArray[np.uint8]:
-    """Grey or RGB from (H, W, channels) of any depth and byte order."""
+    """Convert pixels (H, W, channels) of any depth and byte order to 8-bit grey or RGB."""
     if pixels.dtype.itemsize > 1:
         pixels = np.require(pixels, pixels.dtype.newbyteorder("="), ("C", "A"))
         if pixels.dtype.kind == "f":
             visible = pixels[_CHANNELS[colour]]
             with np.errstate(invalid="ignore"):
                 low, high = visible.min(), visible.max()
-            if not (low > -0.5 / 255 and high < 1 + 0.5 / 255):  # what rounds to [0, 255]; not NaN
+            if not (low > -0.5 / 255 and high < 1 + 0.5 / 255):  # values that round to [0, 255]; false for NaN
                 raise ImageError(
                     "value",
                     f"{what}: floats from {low:g} to {high:g}, but only [0, 1] is a picture: "
@@ -292,14 +291,17 @@ def _picture(pixels: NDArray[Any], colour: str, what: str, scale: Scale | None) 
             pixels = cv2.convertScaleAbs(pixels, alpha=factor).reshape(pixels.shape)
     if colour not in _CHANNELS:
         return _convert(pixels, colour, what)
-    if pixels.shape[2] == 4:  # three of four values would be copied one by one whenever they are wanted in a row
+    if pixels.shape[2] == 4:  # a view of three of four channels would be copied value by value in later steps
         pixels = cv2.cvtColor(pixels, cv2.COLOR_BGRA2BGR)
     picture: NDArray[np.uint8] = pixels[_CHANNELS[colour]]
     return picture
 
 
 def _convert(pixels: NDArray[np.uint8], encoding: str, what: str) -> NDArray[np.uint8]:
-    """RGB from 8-bit Bayer or packed YUV; padding, byte order and 16 bits, where the converters differ, are gone."""
+    """Convert 8-bit Bayer or packed YUV to RGB. Padding, byte order and 16 bits are handled before.
+
+    The available converters differ in these.
+    """
     convert, faults = converter()
     if convert is None:
         raise ImageError(
@@ -313,16 +315,16 @@ def _convert(pixels: NDArray[np.uint8], encoding: str, what: str) -> NDArray[np.
 
 @functools.cache
 def converter() -> tuple[Callable[[Any, str], Any] | None, str]:
-    """The first converter that works, and why those before it do not.
+    """Return the first converter that works, and the reasons why those before it do not.
 
-    A converter is a function of a message and the encoding wanted.
+    A converter is a function of a message and the desired encoding.
     """
     faults = []
     for load in (_cv_bridge, _rosbags_image):
         try:
             convert = load()
-            # PyPI's cv-bridge, a port of ROS 1's, does not know this encoding; a cv_bridge that was built for another
-            # NumPy fails on any.
+            # This test conversion detects PyPI's cv-bridge, a port from ROS 1 that does not know this encoding, and a
+            # cv_bridge that was built for another NumPy version, which fails with any encoding.
             convert(_message(np.zeros((1, 2, 2), np.uint8), "yuv422_yuy2"), "rgb8")
         except Exception as error:  # noqa: BLE001 (the next one may work)
             faults.append(f"{load.__name__[1:]}: {error!r}")

@@ -1,6 +1,6 @@
-"""Masks: where in an image nothing is to be detected, as on the robot's own body. No ROS in here.
+"""Masks exclude image areas from detection, such as the robot's own body. Does not depend on ROS.
 
-A mask is 0 (or false) where nothing is to be detected, and has any size: it is scaled to the image.
+A mask is 0 (or false) where no keypoint may be detected. It may have any size and is scaled to the image.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from kpmatch_ros.parameters import ParameterError, Parameters
 
 __all__ = ["both", "fit", "load_masks", "shrink_or_enlarge"]
 
-_HALF_OF_JPEG = 128  # a JPEG's zeros are not exact: what is darker than this counts as 0
+_HALF_OF_JPEG = 128  # zeros are not exact in a JPEG, so darker pixels than this count as 0
 
 
 def load_masks(parameters: Parameters) -> list[NDArray[np.bool_] | None]:
-    """The masks of the parameters `mask` and `mask_right`, (H, W) bool; None where there is none.
+    """Load the masks of the parameters `mask` and `mask_right`, (H, W) bool; None for a parameter that is not set.
 
     Raises:
-        ParameterError: when a file cannot be read, or is no image, or there is a right mask without a right camera.
+        ParameterError: if a file cannot be read or is not an image, or `mask_right` is set for one camera.
     """
     if parameters.mask_right and parameters.mode != "stereo":
         raise ParameterError(
@@ -38,7 +38,7 @@ def load_masks(parameters: Parameters) -> list[NDArray[np.bool_] | None]:
 def _read(name: str, path: str) -> NDArray[np.bool_]:
     try:
         data = Path(path).expanduser().read_bytes()
-    except (OSError, ValueError, RuntimeError) as error:  # no such file; a name that cannot be one; no home
+    except (OSError, ValueError, RuntimeError) as error:  # no such file; an invalid name; an unknown home folder
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ParameterError(f"{name} is {path!r}, which cannot be read: {reason}; give an image file") from None
     jpeg = data.startswith(JPEG)
@@ -61,10 +61,10 @@ def _read(name: str, path: str) -> NDArray[np.bool_]:
 
 
 def fit(mask: np.ndarray, width: int, height: int) -> NDArray[np.bool_]:
-    """A mask scaled to an image: of each pixel of the image the nearest one of the mask. (height, width) bool.
+    """Scale a mask to an image by nearest neighbour, and return it as (height, width) bool.
 
     Raises:
-        ValueError: when it is no mask.
+        ValueError: if the mask has a wrong shape or type.
     """
     if mask.ndim != 2 or mask.dtype not in (np.uint8, np.bool_) or mask.size == 0:
         raise ValueError(
@@ -74,21 +74,21 @@ def fit(mask: np.ndarray, width: int, height: int) -> NDArray[np.bool_]:
     allowed = mask if mask.dtype == np.bool_ else mask != 0
     if allowed.shape == (height, width):
         return allowed
-    # EXACT takes the nearest of the pixels' centres. INTER_NEAREST would shift the mask by up to half a pixel of it.
+    # INTER_NEAREST_EXACT uses pixel centres. INTER_NEAREST would shift the mask by up to half a mask pixel.
     scaled = cv2.resize(allowed.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
     return np.asarray(scaled, np.bool_)
 
 
 def both(*masks: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
-    """Where every one of these masks of one size allows keypoints; None where there is no mask."""
+    """Combine masks of the same size: true where all of them are true. Returns None if no mask is given."""
     given = [mask for mask in masks if mask is not None]
     return np.logical_and.reduce(given) if len(given) > 1 else given[0] if given else None
 
 
 def shrink_or_enlarge(mask: NDArray[np.bool_], width: int, height: int) -> NDArray[np.bool_]:
-    """A mask (H, W) of an image for the size in which the extractor sees it: (height, width).
+    """Scale a mask (H, W) from the image's size to the extractor's input size, (height, width).
 
-    A pixel stays allowed where all of the pixels that it covers are: what is detected there is never under the mask.
+    A pixel is allowed only if all pixels that it covers are allowed. So no keypoint lies in a masked area.
     """
     if mask.shape == (height, width):
         return mask

@@ -1,4 +1,4 @@
-"""What the node says of itself on /diagnostics and in its log."""
+"""The node's reports on /diagnostics and in its log."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from kpmatch_ros.weights import REGISTRY
 
 __all__ = ["Condition", "Diagnostics", "LoggingMonitor", "in_short", "log_weights", "next_step"]
 
-_LONGEST = 600  # characters of one problem
-_MOST_PROBLEMS = 6  # in one message
-# What a node that is not active waits for.
+_LONGEST = 600  # characters for one problem
+_MOST_PROBLEMS = 6  # problems in one message
+# The next step for a node that is not active.
 _NEXT = {
     "unconfigured": "configure and activate the node to have it process images",
     "configuring": "loading the networks",
     "inactive": "activate the node to have it process images",
     "finalized": "it processes no more images; start it again",
 }
-_LOG_INTERVAL = 5.0  # seconds between two lines of one kind of warning that every frame may bring
+_LOG_INTERVAL = 5.0  # seconds between two log lines of one kind of warning that may occur with every frame
 
 
 @dataclass
 class Condition:
-    """How the node is at present.
+    """The present condition of the node.
 
     Attributes:
-        state: of the lifecycle.
-        fault: why the last transition failed; empty where it did not.
-        hardware: the image topics.
-        problems: what is wrong while the node is active.
-        matcher: the networks, where they are loaded.
+        state: lifecycle state.
+        fault: reason why the last transition failed; empty if it succeeded.
+        hardware: the cameras, by their image topics.
+        problems: the problems of an active node.
+        matcher: the networks; None until they are loaded.
     """
 
     state: str
@@ -49,12 +49,12 @@ class Condition:
 
 
 class Diagnostics:
-    """Publishes diagnostics once a second, and at once where something new is wrong.
+    """Publishes diagnostics once a second, and immediately when a new problem occurs.
 
     Args:
-        node: publishes.
-        monitor: has the figures.
-        condition: asks how the node is.
+        node: creates the publisher.
+        monitor: provides the figures.
+        condition: called for the present condition of the node.
     """
 
     def __init__(self, node: LifecycleNode, monitor: Monitor, condition: Callable[[], Condition]) -> None:
@@ -66,13 +66,13 @@ class Diagnostics:
         self._told_early = False
 
     def every_second(self) -> None:
-        """Publish the message that comes in any case."""
+        """Publish the regular message."""
         stamp = self._now()
         self._publish(stamp, self._condition())
         self._told_early = False
 
     def watch(self) -> None:
-        """Publish where something new is wrong, at most once between two of the steady messages."""
+        """Publish if there is a new kind of problem, at most once between two regular messages."""
         if self._told_early:
             return
         stamp, condition = self._now(), self._condition()
@@ -81,7 +81,7 @@ class Diagnostics:
             self._publish(stamp, condition)
 
     def _now(self) -> Any:
-        """The stamp of what is found from here on: what was wrong before it is in the message."""
+        """Return the current time. Taken before the condition, so a message includes all problems up to its stamp."""
         return self._node.get_clock().now().to_msg()
 
     def _publish(self, stamp: Any, condition: Condition) -> None:
@@ -103,12 +103,12 @@ class Diagnostics:
 
 
 class LoggingMonitor(Monitor):
-    """A monitor that also writes warnings to the node's log."""
+    """A monitor that also writes warnings into the node's log."""
 
     def __init__(self, logger: Any) -> None:
         super().__init__()
         self._logger = logger
-        self._doubts: set[str] = set()  # kinds that were logged: diagnostics repeat them
+        self._doubts: set[str] = set()  # kinds logged so far; each is logged once, and diagnostics repeat it
 
     def rejected(self, reason: str, explanation: str) -> None:
         super().rejected(reason, explanation)
@@ -130,12 +130,12 @@ class LoggingMonitor(Monitor):
 
     def interrupted(self, explanation: str) -> None:
         super().interrupted(explanation)
-        # Two cameras on one topic interrupt one another with every frame.
+        # Two cameras on one topic interrupt each other with every frame.
         self._logger.warning(explanation, throttle_duration_sec=_LOG_INTERVAL)
 
 
 def log_weights(logger: Any, matcher: FeatureMatcher) -> None:
-    """Write which weights were loaded, their terms, and where they run."""
+    """Log the loaded weights, their licence terms, and the device that they run on."""
     for role in ("extractor", "matcher"):
         name = getattr(matcher.parameters, role)
         if name in REGISTRY:
@@ -152,12 +152,12 @@ def log_weights(logger: Any, matcher: FeatureMatcher) -> None:
 
 
 def next_step(state: str) -> str:
-    """The state of a node that is not active, and what to do to have it process images."""
+    """Return the state of a node that is not active, and what to do so that it processes images."""
     return f"{state}: {_NEXT[state]}"
 
 
 def _assess(condition: Condition, is_fed: bool) -> tuple[bytes, str]:
-    """Level and text of the status, by whether frames arrive."""
+    """Return level and text of the status. ``is_fed`` says whether frames arrive."""
     if condition.fault:
         return DiagnosticStatus.ERROR, _cut(condition.fault)
     if condition.state != "active":
@@ -168,7 +168,7 @@ def _assess(condition: Condition, is_fed: bool) -> tuple[bytes, str]:
 
 
 def in_short(problems: list[Problem]) -> str:
-    """One sentence for each kind of problem, each of bounded length, and not too many of them."""
+    """Return one sentence per kind of problem, limited in length and in number."""
     sentences = {problem.kind: problem.explanation for problem in problems}
     told = list(dict.fromkeys(_cut(" ".join(text.split())) for text in sentences.values()))
     left_out = [f"and {len(told) - _MOST_PROBLEMS} other problems"] if len(told) > _MOST_PROBLEMS else []

@@ -1,20 +1,20 @@
-"""The numbers of ROS domains, without ROS."""
+"""Checks the number of a ROS domain. Does not depend on ROS."""
 
 from __future__ import annotations
 
 __all__ = ["domain_fault"]
 
-_HIGHEST = 232  # above it, the numbers of DDS's ports are above 65535
+_HIGHEST = 232  # higher domains would need DDS port numbers above 65535
 
 
 def domain_fault(domain: int, middleware: str) -> str:
-    """Why no node can start in a domain; empty where one can.
+    """Explain why no node can start in a domain. Returns an empty text if a node can start.
 
-    ROS takes any number, and Fast DDS ends the process where the first node is made.
+    ROS accepts any number, but Fast DDS then ends the process when the first node is created.
 
     Args:
-        domain: its number.
-        middleware: the name of the RMW implementation. Zenoh's has no such limit.
+        domain: number of the domain.
+        middleware: name of the RMW implementation. Zenoh has no such limit.
     """
     if domain <= _HIGHEST or "zenoh" in middleware:
         return ""

@@ -1,4 +1,4 @@
-"""Hands frames from the subscriptions, which must return at once, to the thread that does the work."""
+"""Hands frames from the subscription callbacks, which must return at once, to the inference thread."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ __all__ = ["Inbox", "Left"]
 Item = TypeVar("Item")
 Request = TypeVar("Request")
 
-_MOST_REQUESTS = 16  # that wait
+_MOST_REQUESTS = 16  # waiting requests
 
 
 class Left(NamedTuple, Generic[Request]):
-    """What still waited when an inbox was closed."""
+    """The items and requests that were waiting when an inbox was closed. Items are only counted."""
 
     items: int
     requests: list[Request]
 
 
 class Inbox(Generic[Item, Request]):
-    """Hands items from one thread to another, in order, and requests between them.
+    """Hands items from one thread to another in order, with requests in between.
 
-    Where both wait, items and requests take turns: a request waits for one item at most, beside other requests, and no
-    more than one request comes between two items.
+    If both are waiting, items and requests alternate. So a request waits for at most one item (and for earlier
+    requests), and at most one request is taken between two items.
 
     One item may wait behind all others, see :meth:`put_last`.
 
     Args:
-        latest: keep only the newest item. Those that still wait when it arrives are dropped.
-        memory: how many bytes the items have at most, but for the newest one. The oldest are dropped.
+        latest: keep only the newest item. A new item displaces those that still wait.
+        memory: largest total size of the waiting items, bytes. The oldest items are dropped; the newest one always
+            stays.
 
     Attributes:
-        overtaken: how many items were dropped between the last one that was taken and the one before.
+        overtaken: number of items dropped between the item taken last and the one before it.
     """
 
     def __init__(self, latest: bool, memory: int) -> None:
@@ -42,7 +43,7 @@ class Inbox(Generic[Item, Request]):
         self._memory = memory
         self.overtaken = 0
         self._dropped = 0  # since the last item was taken
-        self._items: deque[tuple[Item, int]] = deque()  # with their bytes
+        self._items: deque[tuple[Item, int]] = deque()  # each with its size in bytes
         self._held = 0  # bytes
         self._last: Item | None = None
         self._requests: deque[Request] = deque()
@@ -51,7 +52,7 @@ class Inbox(Generic[Item, Request]):
         self._closed = False
 
     def put(self, item: Item, size: int) -> int:
-        """Add an item of so many bytes, and return how many were dropped: older ones, or this one once it is closed."""
+        """Add an item of ``size`` bytes, and return the number of items dropped: older ones, or this one if closed."""
         with self._changed:
             if self._closed:
                 return 1
@@ -67,14 +68,14 @@ class Inbox(Generic[Item, Request]):
             return dropped
 
     def put_last(self, item: Item) -> None:
-        """Add an item that is taken once no other waits, if none is put until then. It replaces one that waits so."""
+        """Add an item that is taken when no other waits. A later item discards it; a later call replaces it."""
         with self._changed:
             if not self._closed:
                 self._last = item
                 self._changed.notify()
 
     def ask(self, request: Request) -> bool:
-        """Add a request; false where the inbox is closed, or too many wait."""
+        """Add a request. Returns false if the inbox is closed or too many requests wait."""
         with self._changed:
             if self._closed or len(self._requests) >= _MOST_REQUESTS:
                 return False
@@ -83,7 +84,7 @@ class Inbox(Generic[Item, Request]):
             return True
 
     def take(self) -> Item | Request | None:
-        """Wait for the next item or request; None once the inbox is closed."""
+        """Wait for the next item or request and return it; None once the inbox is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._has_item or self._requests or self._closed)
             if self._closed:
@@ -105,7 +106,7 @@ class Inbox(Generic[Item, Request]):
         return bool(self._items) or self._last is not None
 
     def close(self) -> Left[Request]:
-        """Wake the thread that waits, refuse whatever comes, and return what was still waiting."""
+        """Close the inbox: wake the waiting thread, refuse new items and requests, and return what was waiting."""
         with self._changed:
             self._closed = True
             left = Left(len(self._items), list(self._requests))

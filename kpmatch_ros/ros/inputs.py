@@ -1,4 +1,4 @@
-"""The node's subscriptions: images and their calibration, of one camera or of a stereo pair."""
+"""The node's subscriptions: images, calibrations and masks of one camera or of a stereo pair."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from kpmatch_ros.sync.stereo_sync import StereoSynchroniser
 
 __all__ = ["Inputs"]
 
-# Without an image for so many seconds, or for so many of the camera's usual intervals, which are seconds at most.
+# A camera counts as silent after three of its usual intervals, but not before 2 s and not later than 60 s.
 _SILENT_AFTER, _SILENT_INTERVALS, _SILENT_AT_MOST = 2.0, 3.0, 60.0
-# Seconds that the very first frame waits for a camera_info that somebody publishes. A replay (queue: all) has the time.
+# Seconds that the first frame waits for a camera_info if there is a publisher. A replay (queue: all) can wait longer.
 _CALIBRATION_WAIT = {"latest": 1.0, "all": 10.0}
 
-# By the type that images are received as: the other one, and the image_transport that it takes.
+# For the type of the image subscription: the other image type, and the image_transport that receives it.
 _OTHER_TRANSPORT = {
     "sensor_msgs/msg/Image": ("sensor_msgs/msg/CompressedImage", "compressed"),
     "sensor_msgs/msg/CompressedImage": ("sensor_msgs/msg/Image", "raw"),
@@ -41,7 +41,7 @@ _OTHER_TRANSPORT = {
 
 @dataclass
 class _Camera:
-    """One camera's topics, resolved, and the subscriptions to them."""
+    """The resolved topics of one camera, and the subscriptions to them."""
 
     name: str  # the image topic without /compressed
     image_topic: str
@@ -50,40 +50,40 @@ class _Camera:
     image: Any = None
     info: Any = None
     mask: Any = None
-    latched_info: Any = None  # where there is a publisher that sends it once
+    latched_info: Any = None  # only if a publisher sends the camera_info once (transient_local)
     calibrated: bool = False
-    informed: bool = False  # calibrated since the node was activated
-    arrived: float | None = None  # the last image since the node was activated, monotonic seconds
+    informed: bool = False  # whether a camera_info arrived since the node was activated
+    arrived: float | None = None  # arrival of the last image since the node was activated, monotonic seconds
     intervals: deque[float] = field(default_factory=lambda: deque(maxlen=10))  # seconds between the last images
 
     @property
     def topics(self) -> dict[str, str]:
-        """What is subscribed to: the names of its attributes, each with the topic."""
+        """The topics of the subscriptions, by the names of the attributes above."""
         return {"image": self.image_topic, "info": self.info_topic, "mask": self.mask_topic}
 
     @property
     def silent_after(self) -> float:
-        """Seconds without an image that are worth a warning: some cameras send one in ten seconds."""
+        """Seconds without an image before a warning. They depend on the rate: some cameras send one image in 10 s."""
         usual = statistics.median(self.intervals) if self.intervals else 0.0
         return max(_SILENT_AFTER, min(_SILENT_INTERVALS * usual, _SILENT_AT_MOST))
 
     def receive(self, now: float) -> None:
-        """An image arrived."""
+        """Record the arrival of an image."""
         if self.arrived is not None:
             self.intervals.append(now - self.arrived)
         self.arrived = now
 
 
 class Inputs:
-    """Subscribes to the cameras, and says why nothing arrives.
+    """Subscribes to the cameras, and explains why no messages arrive.
 
     Args:
-        node: subscribes.
-        parameters: mode, queue and image_transport are used.
-        take_image: is called with every image, and with 0 (one camera, or the left one) or 1 (the right one).
-        take_info: is called likewise with every camera_info.
-        take_mask: is called likewise with every mask.
-        take_transforms: is called with every message on /tf_static, where there is odometry.
+        node: creates the subscriptions.
+        parameters: mode, queue, image_transport and publish_odometry are used.
+        take_image: called with the side, 0 (single or left camera) or 1 (right camera), and an image.
+        take_info: called with the side and a camera_info.
+        take_mask: called with the side and a mask.
+        take_transforms: called with every message on /tf_static; with odometry only.
     """
 
     def __init__(
@@ -102,24 +102,24 @@ class Inputs:
         self._transforms: Any = None  # the subscription to /tf_static
         self._compressed = parameters.image_transport == "compressed"
         self._cameras = []
-        # What rclpy is asked for, by topic: it remaps that name, so a topic's own name would be remapped twice, and
-        # cameras that are swapped by remapping swapped back.
+        # The names to pass to rclpy, by resolved topic. rclpy remaps the name that it gets. With the resolved topic it
+        # would remap twice, and cameras that were swapped by remapping would be swapped back.
         self._asked: dict[str, str] = {}
         for prefix in _prefixes(parameters):
             asked = f"{prefix}image"
             name = image = node.resolve_topic_name(asked)
-            if self._compressed and image.endswith("/compressed"):  # the topic itself was given
+            if self._compressed and image.endswith("/compressed"):  # the user named the compressed topic itself
                 name = image.removesuffix("/compressed")
             elif self._compressed:
                 asked = f"{image}/compressed"
-                image = node.resolve_topic_name(asked)  # it may be remapped too
+                image = node.resolve_topic_name(asked)  # this name may be remapped, too
             info, mask = (node.resolve_topic_name(f"{prefix}{other}") for other in ("camera_info", "mask"))
             self._asked |= {image: asked, info: f"{prefix}camera_info", mask: f"{prefix}mask"}
             self._cameras.append(_Camera(name, image, info, mask))
         self._static = node.resolve_topic_name("/tf_static")
         self._asked[self._static] = "/tf_static"
-        self._best_effort: set[str] = set()  # topics whose publishers offer no more
-        self._warned: set[str] = set()  # of what is said of publishers
+        self._best_effort: set[str] = set()  # topics whose publishers offer only best effort
+        self._warned: set[str] = set()  # texts that were logged
         self._senders = Senders()
         self._subscribed_at = 0.0
         self._calibrated = threading.Event()
@@ -131,10 +131,10 @@ class Inputs:
 
     @property
     def names(self) -> dict[str, str]:
-        """The topics before they are remapped, each with what it holds."""
+        """The topic names before remapping, each with its content, for :func:`check_topics`."""
         held: dict[str, str] = {}
         for prefix in _prefixes(self._parameters):
-            # One mask may do for two cameras. What else two cameras send is of two kinds.
+            # Two cameras may share a mask topic, but neither image nor camera_info topics.
             held |= {f"{prefix}image": f"{prefix}image", f"{prefix}camera_info": f"{prefix}camera_info"}
             held[f"{prefix}mask"] = "mask"
         return held
@@ -145,13 +145,13 @@ class Inputs:
         return " and ".join(camera.name for camera in self._cameras)
 
     def subscribe(self) -> None:
-        """Begin to receive: best effort, as drivers send, or with queue 'all' reliably, so that nothing is lost."""
+        """Create the subscriptions: best effort, as drivers publish, or reliable with queue 'all', to lose nothing."""
         self._best_effort.clear()
         self._warned.clear()
         self._subscribed_at = time.monotonic()
         self._calibrated.clear()
         for camera in self._cameras:
-            camera.informed, camera.arrived = False, None  # the driver may be another one by now
+            camera.informed, camera.arrived = False, None  # the driver may have changed since
         try:
             self._create()
         except BaseException:
@@ -159,12 +159,12 @@ class Inputs:
             raise
 
     def end(self) -> None:
-        """Receive no more, and have nobody wait for a calibration."""
+        """Unsubscribe, and release the thread that may be waiting for a calibration."""
         self.unsubscribe()
         self._calibrated.set()
 
     def unsubscribe(self) -> None:
-        """Receive no more."""
+        """Destroy the subscriptions."""
         if self._transforms is not None:
             self._node.destroy_subscription(self._transforms)
             self._transforms = None
@@ -175,7 +175,10 @@ class Inputs:
             camera.image = camera.info = camera.latched_info = camera.mask = None
 
     def adapt(self) -> None:
-        """Subscribe best effort where a publisher offers no more, or warn of it: to be called now and then."""
+        """Fall back to best effort where a publisher offers no more, and warn about QoS mismatches.
+
+        To be called periodically. Only subscriptions that queue 'all' made reliable fall back.
+        """
         for side, camera in enumerate(self._cameras):
             for what, topic in camera.topics.items():
                 policy, _ = self._disagreement(topic, getattr(camera, what))
@@ -200,11 +203,11 @@ class Inputs:
             self._node.get_logger().warning(text)
 
     def hear_latched(self) -> None:
-        """Hear a calibration that its publisher sends once, maybe before this node came: to be called now and then.
+        """Subscribe to calibrations that are published only once, maybe before this node started.
 
-        A latched message reaches only those who ask for it (durability transient_local), and they hear no other
-        publisher. So this is a subscription of its own, where there is such a publisher. It stays: a driver that is
-        started again sends another calibration, once too.
+        To be called periodically. A latched message reaches only subscriptions with durability transient_local, and
+        these receive nothing from publishers that are volatile. So there is an additional subscription if such a
+        publisher exists. The subscription stays, because a restarted driver sends its calibration only once again.
         """
         for side, camera in enumerate(self._cameras):
             if camera.info is None or camera.latched_info is not None:
@@ -220,7 +223,7 @@ class Inputs:
                 )
 
     def wait_for_calibration(self) -> None:
-        """Wait once for the first calibration, if somebody publishes it; called by the thread that processes."""
+        """Wait once for the first calibration, if all camera_infos have publishers. For the inference thread."""
         if not self._calibrated.is_set() and all(
             self._node.count_publishers(camera.info_topic) for camera in self._cameras
         ):
@@ -229,14 +232,14 @@ class Inputs:
 
     @property
     def masked(self) -> list[int]:
-        """The cameras, 0 or 1, whose masks somebody publishes."""
+        """The cameras, 0 or 1, whose mask topic has a publisher."""
         return [side for side, camera in enumerate(self._cameras) if self._node.count_publishers(camera.mask_topic)]
 
     def problems(self, synchroniser: StereoSynchroniser[Any]) -> list[Problem]:
-        """Why nothing arrives on a topic.
+        """Return the problems of the inputs: silent topics, QoS mismatches, wrong types, mixed publishers.
 
         Args:
-            synchroniser: knows of a stereo pair's cameras which one has fallen silent.
+            synchroniser: knows which camera of a stereo pair is silent.
         """
         found = self._unheard_transforms()
         now = time.monotonic()
@@ -244,7 +247,7 @@ class Inputs:
         for side, camera in enumerate(self._cameras):
             if camera.image is None:
                 continue
-            unheard: dict[str, bool] = {}  # whether there are publishers, but none that the subscription can hear
+            unheard: dict[str, bool] = {}  # whether there are publishers, but all with incompatible QoS
             for what, topic in camera.topics.items():
                 policy, unheard[what] = self._disagreement(topic, getattr(camera, what))
                 if policy and not self._lowers(policy):
@@ -288,7 +291,7 @@ class Inputs:
         return Problem(f"silent: {topic}", f"no image on {topic} for {silent:.1f} s{meanwhile}: {why}")
 
     def _wrong_publishers(self, topic: str, wanted: str) -> str:
-        """Why nobody can be heard on a topic: nobody publishes it, or something else is published; empty otherwise."""
+        """Explain that a topic has no publisher of the wanted type, and what to do. Empty if it has one."""
         types = {offer.topic_type for offer in self._offers(topic)}
         if wanted in types:
             return ""
@@ -308,7 +311,7 @@ class Inputs:
         return "nobody publishes it"
 
     def _nearest(self, topic: str, kind: str, ending: str = "") -> str:
-        """The topic of the nearest name on which another node publishes a type; empty where there is none."""
+        """Return the topic with the most similar name on which another node publishes a type; empty if none exists."""
         own = self._node.get_fully_qualified_name()
         published = [
             name
@@ -317,7 +320,7 @@ class Inputs:
             and name != topic
             and name.endswith(ending)
             and (
-                # rclpy remaps the name that it is asked for publishers. It does not where it counts them.
+                # get_publishers_info_by_topic remaps the name that it gets; count_publishers does not.
                 self._node.count_publishers(name)
                 if self._node.resolve_topic_name(name) != name
                 else any(
@@ -329,7 +332,7 @@ class Inputs:
         return next(iter(difflib.get_close_matches(topic, published, n=1, cutoff=0.0)), "")
 
     def _mixed(self, topic: str, wanted: str, what: str) -> list[Problem]:
-        """Several publishers of images or calibrations on one topic: two cameras cannot be told apart there."""
+        """Report several publishers of images or calibrations on one topic, which cannot be told apart."""
         names = self._senders.on(topic, [offer for offer in self._offers(topic) if offer.topic_type == wanted])
         if len(names) < 2:
             return []
@@ -337,23 +340,23 @@ class Inputs:
         return [Problem(f"publishers: {topic}", text)]
 
     def _offers(self, topic: str) -> list[Any]:
-        """Those who publish on one of the topics, of any type."""
-        return self._node.get_publishers_info_by_topic(self._asked[topic])  # it remaps, too
+        """Return the publishers on one of the topics, of any type."""
+        return self._node.get_publishers_info_by_topic(self._asked[topic])  # rclpy remaps this name, too
 
     def _disagreement(self, topic: str, subscription: Any) -> tuple[str, bool]:
-        """The policy on which a publisher disagrees with a subscription; and whether all do, so that nothing comes."""
+        """Return the QoS policy of the first incompatible publisher, and whether all publishers are incompatible."""
         wanted = _type_name(subscription.msg_type)
         offers = [offer for offer in self._offers(topic) if offer.topic_type == wanted]
         policies = [mismatch(offer.qos_profile, subscription.qos_profile) for offer in offers]
         return next(filter(None, policies), ""), bool(policies) and all(policies)
 
     def _unheard_transforms(self) -> list[Problem]:
-        """A publisher of /tf_static that the subscription cannot hear, where there is one."""
+        """Report an incompatible publisher of /tf_static, if there is one."""
         policy, _ = ("", False) if self._transforms is None else self._disagreement(self._static, self._transforms)
         return [Problem(f"QoS: {self._static}", self._unheard(self._static, policy))] if policy else []
 
     def _lowers(self, policy: str) -> bool:
-        """Whether a disagreement ends by itself: what the node chose to be reliable becomes best effort."""
+        """Whether :meth:`adapt` resolves a mismatch, by making a subscription of queue 'all' best effort."""
         return policy == "reliability" and self._parameters.queue == "all"
 
     def _unheard(self, topic: str, policy: str) -> str:
@@ -388,7 +391,7 @@ class Inputs:
         camera = self._cameras[side]
         topic = camera.topics[what]
         receive, least = {
-            # The partner of a stereo pair's image may come some images later.
+            # In a stereo pair, several images may arrive before the partner of the first one.
             "image": (self._receive_image, 1 if len(self._cameras) == 1 else 5),
             "info": (self._receive_info, 10),
             "mask": (self._take_mask, 5),
@@ -422,25 +425,25 @@ class Inputs:
 
 
 def _prefixes(parameters: Parameters) -> tuple[str, ...]:
-    """What the names of each camera's topics begin with."""
+    """Return the prefix of each camera's topic names."""
     return ("left/", "right/") if parameters.mode == "stereo" else ("",)
 
 
 def _other_users_of_shared_memory() -> list[str]:
-    """The other users with files of Fast DDS in shared memory; none where this process has nothing there itself.
+    """Return the ids of other users with Fast DDS files in shared memory; none if this process does not use any.
 
-    A file of Fast DDS can be written by its owner alone, so nothing passes between two users, or from root to another
-    one. A file may be left of a process that is gone.
+    Only the owner can write to a Fast DDS file, so no message passes between two users, or from root to another user.
+    A file may be left over from a process that has ended.
     """
     try:
         if "/dev/shm/fast" not in Path("/proc/self/maps").read_text():
             return []
         owners = {found.stat().st_uid for found in Path("/dev/shm").glob("fast*_*")}
-    except OSError:  # another system, or a file that went away meanwhile: told of a second later
+    except OSError:  # not Linux, or a file was deleted meanwhile: the next message, a second later, tries again
         return []
     return [str(owner) for owner in sorted(owners - {os.getuid()})]
 
 
 def _type_name(kind: type) -> str:
-    """A message class's name as the graph has it."""
+    """Return the type name of a message class, as in the ROS graph."""
     return f"{kind.__module__.partition('.')[0]}/msg/{kind.__name__}"

@@ -1,4 +1,4 @@
-"""The matcher node as a process."""
+"""Runs the matcher node as a process."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ __all__ = ["main"]
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the node until it is told to stop. 0 on a clean end, 1 where it could not start."""
+    """Run the node until it is asked to stop. Returns the exit status: 0 after a clean end, 1 if it could not start."""
     arguments = sys.argv if args is None else args
     try:
         own = remove_ros_args(arguments)[args is None :]
         if own:
             return answer_to(own)
         rclpy.init(args=args)
-    except RuntimeError as error:  # such as a parameter file that is not there, or is none
+    except RuntimeError as error:  # for example, a parameter file that does not exist or is not one
         print(f"matcher: {why_ros_cannot_start(error)}", file=sys.stderr)
         return 1
     if fault := domain_fault(rclpy.get_default_context().get_domain_id(), rclpy.get_rmw_implementation_identifier()):
@@ -49,7 +49,7 @@ def main(args: list[str] | None = None) -> int:
     node = None
     status = 0
     try:
-        from kpmatch_ros.ros.node import MatcherNode  # with PyTorch, which takes seconds: after what ROS refuses
+        from kpmatch_ros.ros.node import MatcherNode  # loads PyTorch, which takes seconds: only after ROS has started
 
         node = MatcherNode()
         for text in unused_files(arguments, node.get_fully_qualified_name()):
@@ -70,14 +70,14 @@ def main(args: list[str] | None = None) -> int:
     except Exception:
         if not told_to_end():
             raise
-        # Told to end in the middle of the executor's work, which then meets objects that are gone.
+        # The process was asked to end while the executor was working on objects that no longer exist.
     finally:
         ignore_signals()
         if node is not None:
             node.end()
         shut_down()
         if any(thread.name.startswith(THREAD_NAME) for thread in threading.enumerate()):
-            # A network is still at work on the last frame, or loading. Nothing can interrupt it but the process's end.
+            # A network is still processing the last frame, or loading. Only the end of the process can interrupt it.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
@@ -85,6 +85,6 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _start(node: MatcherNode) -> bool:
-    """Configure and activate, and return whether both went well."""
+    """Configure and activate the node, and return whether both succeeded."""
     success = TransitionCallbackReturn.SUCCESS
     return bool(node.trigger_configure() == success and node.trigger_activate() == success)

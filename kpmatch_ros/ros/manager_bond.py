@@ -1,4 +1,4 @@
-"""The bond by which nav2's lifecycle manager notices that the node is gone. It needs bondpy, or there is none."""
+"""The bond with which nav2's lifecycle manager detects that the node has died. Without bondpy there is no bond."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ except ImportError:  # a ROS package of its own (ros-…-bondpy)
 __all__ = ["ManagerBond"]
 
 _TOPIC = "bond"
-_TIMEOUT = 4.0  # seconds without a heartbeat after which a bond is broken, as with nav2's own nodes
-_FAREWELL = Duration(seconds=0.5)  # that the bond's last message has to arrive
+_TIMEOUT = 4.0  # seconds without a heartbeat after which the bond is broken; the value of nav2's own nodes
+_FAREWELL = Duration(seconds=0.5)  # longest wait for the arrival of the bond's last message
 
 
 class ManagerBond:
-    """One end of a bond, as nav2's own nodes have it: on the topic `bond`, under the node's name, while it is active.
+    """The node's side of a bond, on the topic `bond` and with the node's name as id, as in nav2's own nodes.
+
+    The bond exists while the node is active.
 
     Args:
         node: the lifecycle node.
@@ -31,7 +33,7 @@ class ManagerBond:
         self._bond: Any = None
 
     def form(self, period: float) -> None:
-        """Begin to send heartbeats, one in so many seconds; none where the period is 0."""
+        """Start to send heartbeats, one every ``period`` seconds. With a period of 0 there is no bond."""
         if not period or self._bond is not None:
             return
         log = self._node.get_logger()
@@ -44,16 +46,16 @@ class ManagerBond:
         self._bond.start()
 
     def release(self) -> None:
-        """Break the bond, if there is one, and tell the manager."""
+        """Break the bond, if there is one, and notify the manager."""
         bond, self._bond = self._bond, None
         if bond is not None:
             try:
                 bond.shutdown()
-                bond.pub.wait_for_all_acked(_FAREWELL)  # with the publisher, what has not arrived is gone
+                bond.pub.wait_for_all_acked(_FAREWELL)  # destroying the publisher discards undelivered messages
             except (InvalidHandle, RuntimeError):
                 if self._node.context.ok():
-                    raise  # else the process was told to end, nothing can be sent, and the manager misses heartbeats
-            self._node.destroy_subscription(bond.sub)  # bondpy leaves it with the node
+                    raise  # otherwise the context is shut down: nothing can be sent, and the manager's timeout applies
+            self._node.destroy_subscription(bond.sub)  # bondpy does not destroy subscription and publisher
             self._node.destroy_publisher(bond.pub)
 
     def _on_broken(self) -> None:

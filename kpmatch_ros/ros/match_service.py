@@ -1,4 +1,4 @@
-"""The service match_features: requests go to the thread that runs the networks, and the executor goes on meanwhile."""
+"""The service match_features: the inference thread answers the requests, and the executor continues meanwhile."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class MatchRequest:
     """A request that waits for its answer.
 
     Args:
-        request: of the service.
-        response: is filled.
-        answered: gets the response.
-        logger: of the node.
+        request: the service request.
+        response: the response to fill.
+        answered: a future that receives the response.
+        logger: the node's logger.
     """
 
     def __init__(self, request: Any, response: Any, answered: Any, logger: Any) -> None:
@@ -34,7 +34,10 @@ class MatchRequest:
         self._logger = logger
 
     def answer(self, pipeline: Pipeline) -> str:
-        """Match the features, whatever they are; why they cannot be matched, or nothing. On the inference thread."""
+        """Match the features and answer. Returns the reason for a refusal, or an empty text. Never raises Exception.
+
+        Runs on the inference thread.
+        """
         try:
             response = pipeline.match_features(self._request, self._response)
         except Exception as error:  # noqa: BLE001  (one bad request must not end the node)
@@ -48,26 +51,26 @@ class MatchRequest:
         return str(response.message)
 
     def refuse(self, reason: str) -> str:
-        """Answer with the reason why not, and return it."""
+        """Answer with a refusal and its reason, and return the reason."""
         self._answered.set_result(refuse(self._request, self._response, reason))
         return reason
 
 
 def offer_match_features(node: LifecycleNode, ask: Callable[[MatchRequest], str]) -> None:
-    """Offer the service.
+    """Create the service.
 
     Args:
-        node: offers it.
-        ask: hands a request to the inference thread. What it returns is why it cannot; empty where it can.
+        node: the node that offers the service.
+        ask: hands a request to the inference thread. It returns the reason for a refusal, or an empty text.
     """
 
     async def serve(request: Any, response: Any) -> Any:
         answered = Future(executor=node.executor)
-        answered.add_done_callback(lambda done: None)  # it wakes the executor, which then goes on here
+        answered.add_done_callback(lambda done: None)  # any callback makes the executor resume this coroutine
         waiting = MatchRequest(request, response, answered, node.get_logger())
         if reason := ask(waiting):
             waiting.refuse(reason)
         return await answered
 
-    # A group of its own, and reentrant: while a request waits, no other callback of its group would run.
+    # A separate reentrant group: while a request waits, no other callback of a mutually exclusive group would run.
     node.create_service(MatchFeatures, "match_features", serve, callback_group=ReentrantCallbackGroup())

@@ -1,4 +1,4 @@
-"""Counts what the node does: frames, rates, latencies, and what went wrong lately. No ROS in here."""
+"""Counts frames and measures rates and latencies, and remembers recent problems. Does not depend on ROS."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from kpmatch_ros.geometry.pose import PoseStatus
 __all__ = ["Monitor", "Problem"]
 
 
-_BARREN_AFTER = 1.0  # seconds of frames without a match that are worth a warning
+_BARREN_AFTER = 1.0  # seconds of frames with hardly any match before a warning
 
 
 class Problem(NamedTuple):
-    """Something that is wrong."""
+    """A problem to report."""
 
     kind: str  # a stable name
-    explanation: str  # for the user; its figures may change
+    explanation: str  # text for the user; its figures may change from call to call
 
 
 class Monitor:
-    """Counts frames and remembers the last seconds. Safe to use from several threads.
+    """Counts frames and remembers the last seconds. Thread-safe.
 
-    Every frame received ends up in exactly one of processed, dropped and rejected, or is still waiting.
+    Every received frame is counted as exactly one of processed, dropped and rejected, unless it is still waiting.
 
     Args:
-        window: seconds that rates and percentiles cover.
-        clock: monotonic time in seconds.
+        window: period that rates, percentiles and problems cover, seconds.
+        clock: returns monotonic time, seconds.
     """
 
     def __init__(self, window: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -48,8 +48,8 @@ class Monitor:
         self._interruptions = 0
         self._odometry_breaks: int | None
         self._answered: Counter[str] = Counter()
-        self._barren: tuple[float, float, str] | None  # since when, last seen, why
-        # By kind, when it was last so: every frame may bring one, and explanations may be long.
+        self._barren: tuple[float, float, str] | None  # begin and end of a period without matches, and the reason
+        # By kind, only the last one with its time: every frame may cause a problem, and explanations may be long.
         self._failures: dict[str, tuple[float, Problem]] = {}
         self._arrivals: deque[float] = deque()
         self._latencies: deque[tuple[float, float]] = deque()
@@ -58,107 +58,107 @@ class Monitor:
         self.configured()
 
     def configured(self) -> None:
-        """A pipeline was made: what is known of the last pair was another one's. Counters go on."""
+        """Record that a new pipeline was created. Discards the values of the old one's last pair; counters continue."""
         with self._lock:
             self._last = dict.fromkeys(("keypoints", "matches", "inlier ratio", "layers"), "")
             self._odometry_breaks = None
             self._barren = None
 
     def received(self) -> None:
-        """A frame arrived."""
+        """Count a frame that arrived."""
         with self._lock:
             self._received += 1
             self._arrivals.append(self._clock())
 
     @property
     def is_fed(self) -> bool:
-        """Whether a frame has arrived in the last seconds, so many as `window`."""
+        """Whether a frame has arrived within the last `window` seconds."""
         with self._lock:
             return bool(self._arrivals) and self._arrivals[-1] >= self._clock() - self._window
 
     def dropped(self, frames: int = 1) -> None:
-        """Frames were overtaken by a newer one, or left behind when the node stopped."""
+        """Count frames that were displaced by a newer one or left over when the node stopped."""
         with self._lock:
             self._dropped += frames
 
     def overflowed(self, frames: int, explanation: str) -> None:
-        """Frames were dropped though all are wanted, as too many wait."""
+        """Count frames that were dropped with queue 'all', because too many were waiting."""
         with self._lock:
             self._dropped += frames
             self._fail("queue full", explanation)
 
     def rejected(self, reason: str, explanation: str) -> None:
-        """A frame could not be used.
+        """Count a frame that could not be used.
 
         Args:
-            reason: short and stable, it names the counter.
-            explanation: for the user.
+            reason: short stable text that names the counter.
+            explanation: text for the user.
         """
         with self._lock:
             self._rejected += 1
             self._count(f"rejected: {reason}", explanation)
 
     def calibration_refused(self, reason: str, explanation: str) -> None:
-        """A frame was processed without its calibration, which could not be used."""
+        """Count a frame that was processed without its calibration, which could not be used."""
         with self._lock:
             self._count(f"camera_info refused: {reason}", explanation)
 
     def interrupted(self, explanation: str) -> None:
-        """The frames' times jumped. Features and tracks were forgotten."""
+        """Count an interruption of the sequence, after which features and tracks were discarded."""
         with self._lock:
             self._interruptions += 1
             self._fail("interruption", explanation)
 
     def pose(self, status: PoseStatus) -> None:
-        """A pose was published."""
+        """Count a published pose by its status."""
         with self._lock:
             self._statuses[status.name] += 1
 
     def unpaired(self, topic: str, images: int, explanation: str) -> None:
-        """Images of one camera of a stereo pair found no partner. They do not count as frames."""
+        """Count images of a stereo pair's camera that found no partner. They do not count as frames."""
         with self._lock:
             self._count(f"unpaired: {topic}", explanation, images)
 
     def stamp_fault(self, fault: str, topic: str, explanation: str) -> None:
-        """An image's stamp says nothing of its time."""
+        """Count an image whose stamp is not its time (zero or repeated)."""
         with self._lock:
             self._count(f"{fault}: {topic}", explanation)
 
     def doubted(self, kind: str, explanation: str) -> None:
-        """Something about a frame is hardly meant so."""
+        """Record that something about a frame is suspicious."""
         with self._lock:
             self._fail(kind, explanation)
 
     def mask_fault(self, fault: str, topic: str, explanation: str) -> None:
-        """An image was processed without its mask, its mask is odd, or masks meet no image."""
+        """Count an image without a mask or with a useless mask, or a mask without an image."""
         with self._lock:
             self._count(f"{fault}: {topic}", explanation)
 
     def message_lost(self, topic: str, explanation: str) -> None:
-        """A message could not be taken: one of rclpy's own, as on /clock, or by a fault of this program."""
+        """Count a message whose callback failed: in rclpy's own subscriptions, as to /clock, or in this program."""
         with self._lock:
             self._count(f"messages left out: {topic}", explanation)
 
     def matched(self, fault: str) -> None:
-        """A frame was matched; the fault says why next to nothing came of it."""
+        """Record that a frame was matched. A non-empty fault says why there are too few keypoints or matches."""
         with self._lock:
             now = self._clock()
             self._barren = (now if self._barren is None else self._barren[0], now, fault) if fault else None
 
     def odometry(self, breaks: int, explanation: str) -> None:
-        """A pose was added to the odometry, whose chain broke so many times. The explanation is for a new break."""
+        """Record the number of breaks in the odometry chain after a pose was added, and explain a new break."""
         with self._lock:
             if breaks > (self._odometry_breaks or 0):
                 self._fail("odometry break", explanation)
             self._odometry_breaks = breaks
 
     def answered(self, refusal: str) -> None:
-        """A request to match features was answered; the refusal says why it cannot be used, and is empty otherwise."""
+        """Count an answered request to match features. A non-empty refusal is the reason why it was refused."""
         with self._lock:
             self._answered["refused" if refusal else "answered"] += 1
 
     def processed(self, latency_ms: float, result: Result) -> None:
-        """A frame went all the way, in ``latency_ms`` from arrival to publication."""
+        """Count a processed frame, with its latency from arrival to publication."""
         with self._lock:
             if result.stereo is not None:
                 self._last["stereo matches"] = str(len(result.stereo.indices))
@@ -172,7 +172,7 @@ class Monitor:
                 self._last["layers"] = str(result.pair.layers)
 
     def problems(self) -> list[Problem]:
-        """What went wrong in the last seconds, of each kind the newest."""
+        """Return the problems of the last `window` seconds, the newest of each kind."""
         with self._lock:
             self._forget()
             found = {kind: problem for kind, (_, problem) in self._failures.items()}
@@ -184,7 +184,7 @@ class Monitor:
             return list(found.values())
 
     def values(self) -> dict[str, str]:
-        """All figures, ready to be shown."""
+        """Return all figures as text, by name."""
         with self._lock:
             self._forget()
             latencies = [latency for _, latency in self._latencies]
@@ -228,5 +228,8 @@ class Monitor:
 
 
 def _inlier_ratio(pair: ImagePair) -> str:
-    """Empty where nothing is known of inliers, as without calibration: a ratio of 0 would say that all are wrong."""
+    """Return the inlier ratio, or an empty text if inliers are unknown, as without calibration.
+
+    A ratio of 0 would claim that all matches are wrong.
+    """
     return "" if pair.inliers is None else f"{pair.inlier_ratio:.3f}"

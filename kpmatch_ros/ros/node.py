@@ -1,4 +1,4 @@
-"""The matcher node: a lifecycle around the pipeline, which it feeds from subscriptions."""
+"""The matcher node: a lifecycle node that feeds the pipeline from its subscriptions."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from kpmatch_ros.runtime.device import is_out_of_memory, release_memory, trim_he
 
 __all__ = ["MatcherNode"]
 
-_WATCH_PERIOD = 0.1  # seconds after which at the latest something new that is wrong is noticed
-_LAST_FRAME_WAIT = 1.0  # seconds that the frame at hand has to finish when the process is told to end
-# Seconds after which memory is given back to the system. The networks' buffers leave the heap with holes: a node held
-# 510 MB in place of 340. It takes 10 ms, after a frame is published.
+_WATCH_PERIOD = 0.1  # seconds between two checks for new problems
+_LAST_FRAME_WAIT = 1.0  # seconds that the current frame has to finish when the process is asked to end
+# Seconds between two returns of free memory to the system. The networks' buffers fragment the heap: without this a node
+# held 510 MB instead of 340 MB. A return takes 10 ms, after a frame is published.
 _TRIM_INTERVAL = 1.0
 _TO_UNCONFIGURED = {
     "active": "deactivate it and clean it up first (ros2 lifecycle set)",
@@ -58,23 +58,23 @@ Answer = TypeVar("Answer")
 class _Received(NamedTuple):
     """A frame that waits to be processed."""
 
-    images: tuple[Any, ...]  # messages: one, or left and right
+    images: tuple[Any, ...]  # image messages: one, or left and right
     arrived: float  # monotonic seconds
 
 
 class _Alone(NamedTuple):
-    """An image whose partner does not come."""
+    """An image without a partner, because the other camera of the stereo pair is silent."""
 
-    image: Any  # message
+    image: Any  # image message
 
 
 class MatcherNode(LifecycleNode):
-    """Images and calibration in; matches, relative poses and diagnostics out.
+    """Subscribes to images and calibration, and publishes matches, relative poses and diagnostics.
 
-    Callbacks only store what arrives. A thread of its own loads the networks, runs them, and publishes.
+    Callbacks only store incoming messages. A separate thread loads the networks, runs them and publishes the results.
 
     Attributes:
-        fault: why the last transition failed; empty where it did not.
+        fault: reason why the last transition failed; empty if it succeeded.
         monitor: counts what the node does.
     """
 
@@ -90,7 +90,8 @@ class MatcherNode(LifecycleNode):
     def _set_up(self) -> None:
         self._parameters_in_force = declare_parameters(self)
         self.add_on_set_parameters_callback(self._check_parameters)
-        # rclpy ignores what nobody declares. A name like one of ours is taken for a slip; others may be another node's.
+        # rclpy silently ignores undeclared parameters. A name similar to one of this node's is reported as a typing
+        # error. Other names may belong to another node.
         self._slips = [
             Problem(f"parameter: {text}", text)
             for text in without_effect(getattr(self, "_parameter_overrides", {}))
@@ -105,34 +106,34 @@ class MatcherNode(LifecycleNode):
         self._inputs = self._make_inputs()
         self._outputs: Outputs | None = None
         self._pipeline: Pipeline | None = None
-        self._odometry = Odometry()  # its frames are numbered for as long as the node lives
+        self._odometry = Odometry()  # one for the node's lifetime: its frames are numbered across configurations
         self._inference: ThreadPoolExecutor | None = None
         self._inbox: Inbox[_Received | _Alone, MatchRequest] | None = None
         self._bond = ManagerBond(self)
 
         self._diagnostics = Diagnostics(self, self.monitor, self._condition)
-        # Wall time: diagnostics go on while a bag's clock stands still.
+        # Steady time, so that diagnostics continue while a bag is paused and simulated time stands still.
         steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._timers = [
             self.create_timer(1.0, survives(self._every_second, self), clock=steady),
             self.create_timer(_WATCH_PERIOD, survives(self._watch, self), clock=steady),
         ]
-        # In every state: a request that waits has its answer after the transition that ends its wait.
+        # Services exist in every state: a waiting request is answered after the transition that ends its wait.
         self.create_service(Trigger, "reset", self._reset)
         offer_match_features(self, self._ask)
-        for service in self.services:  # those of the lifecycle do not come by create_service
+        for service in self.services:  # rclpy does not create the lifecycle services through create_service
             if service not in self._guarded_services:
                 service.callback = self._guarded(service.callback)
 
     def create_service(self, srv_type: Any, srv_name: str, callback: Any, **options: Any) -> Any:
-        """Offer a service that survives its requests, see :func:`kpmatch_ros.ros.service_guard.guarded`."""
+        """Create a service that no request can bring down, see :func:`kpmatch_ros.ros.service_guard.guarded`."""
         options.setdefault("qos_profile", SERVICE_QOS)
         service = super().create_service(srv_type, srv_name, self._guarded(callback), **options)
         self._guarded_services.append(service)
         return service
 
     def describe_parameter(self, name: str) -> Any:
-        """The descriptor with the type declared: rclpy leaves that of the last value there, be it refused."""
+        """Return the descriptor with the declared type. rclpy leaves the last value's type there, even if rejected."""
         descriptor = super().describe_parameter(name)
         descriptor.type = parameter_type(name, descriptor.type)
         return descriptor
@@ -141,7 +142,7 @@ class MatcherNode(LifecycleNode):
         return guarded(callback, self.get_logger, self.has_parameter)
 
     def create_subscription(self, msg_type: Any, topic: str, callback: Any, *arguments: Any, **options: Any) -> Any:
-        """Subscribe so that no message ends the node, be the subscription rclpy's own, as that to /clock."""
+        """Subscribe such that no message can end the node. This includes rclpy's own subscriptions, as to /clock."""
 
         def lost(error: Exception) -> None:
             why = f"{type(error).__name__}: {error}"
@@ -160,7 +161,7 @@ class MatcherNode(LifecycleNode):
 
     @explained
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Load the weights, run the networks once, offer the topics."""
+        """Load the weights, run the networks once, and create the publishers."""
         parameters = self._parameters_in_force
         check_odometry(parameters)
         for text in parameters.idle():
@@ -184,7 +185,7 @@ class MatcherNode(LifecycleNode):
             )
             self.monitor.configured()
         except BaseException:
-            self._release(patience=0.0)  # nothing interrupts the networks' loading
+            self._release(patience=0.0)  # do not wait: loading the networks cannot be interrupted
             raise
         self._state = "inactive"
         log_weights(self.get_logger(), front_end.matcher)
@@ -196,11 +197,11 @@ class MatcherNode(LifecycleNode):
         assert self._pipeline is not None and self._inference is not None
         self._pipeline.restart()
         self._inputs.subscribe()
-        super().on_activate(state)  # the publishers, before the first frame's results
+        super().on_activate(state)  # activates the publishers, before the first frame's results
         self._inbox = Inbox(self._parameters_in_force.queue == "latest", WAITING_MEMORY)
         self._inference.submit(self._process_frames, self._inbox, self._pipeline)
         try:
-            if not self._parameters_in_force.autostart:  # a node that starts itself has no manager
+            if not self._parameters_in_force.autostart:  # with autostart there is no lifecycle manager
                 self._bond.form(self._parameters_in_force.bond_heartbeat_period)
         except BaseException:
             self._stop_processing()
@@ -212,7 +213,7 @@ class MatcherNode(LifecycleNode):
 
     @explained
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Unsubscribe, let the frame at hand finish, and give the memory back that only frames need."""
+        """Unsubscribe, let the current frame finish, and release the memory that only frames need."""
         assert self._pipeline is not None
         self._bond.release()
         self._stop_processing()
@@ -223,34 +224,34 @@ class MatcherNode(LifecycleNode):
 
     @explained
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Let go of the networks and the topics."""
+        """Release the networks and the topics."""
         self._release()
         return super().on_cleanup(state)
 
     @explained
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """The end, from any state."""
+        """Release everything, from any state."""
         self._release()
         self._state = "finalized"
         return super().on_shutdown(state)
 
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Back to unconfigured, from where the node can be configured again."""
+        """Release everything and return to unconfigured, so that the node can be configured again."""
         self._release()
         return TransitionCallbackReturn.SUCCESS
 
     def destroy_node(self) -> None:
-        """Leave the graph, and end the middleware's threads, which may crash where its libraries are unloaded first."""
+        """Leave the graph and end the middleware's threads, which may crash if its libraries are unloaded first."""
         super().destroy_node()
-        self.__dict__.pop("_state_machine", None)  # rclpy leaves it, with a publisher that holds the node
+        self.__dict__.pop("_state_machine", None)  # rclpy keeps it, and its publisher keeps the node alive
 
     def end(self) -> None:
-        """Let go of everything, without waiting for long: the process is about to end."""
+        """Release everything before the process ends, with only a short wait for the current frame."""
         self._release(_LAST_FRAME_WAIT)
         self.destroy_node()
 
     def _release(self, patience: float | None = None) -> None:
-        """Let go of the networks and the topics; ``patience`` in seconds limits the wait for the frame at hand."""
+        """Release the networks and the topics. ``patience`` limits the wait for the current frame, in seconds."""
         self._bond.release()
         self._stop_processing(patience)
         if self._inference is not None:
@@ -273,13 +274,13 @@ class MatcherNode(LifecycleNode):
             for request in left.requests:
                 request.refuse("the node was deactivated while the request waited")
             assert self._inference is not None
-            wait([self._inference.submit(lambda: None)], patience)  # the frame at hand is done
+            wait([self._inference.submit(lambda: None)], patience)  # runs after the current frame
 
     def _wait_for(self, future: Future[Answer]) -> Answer:
-        """The result, unless the process is told to end in the meantime. Diagnostics go on."""
-        told = -1.0  # before any time: it is told at once, however short the wait
+        """Wait for a future and return its result, unless the process is asked to end. Diagnostics continue."""
+        told = -1.0  # earlier than any time: the first message is published at once, however short the wait
         while self.context.ok():
-            if time.monotonic() >= told + 1.0:  # the executor, whose timers would do it, is waiting in here
+            if time.monotonic() >= told + 1.0:  # the executor is blocked in here, so its timers do not run
                 told = time.monotonic()
                 self._diagnostics.every_second()
             if wait([future], 0.1).done:
@@ -314,7 +315,7 @@ class MatcherNode(LifecycleNode):
             self._pipeline.add_mask(side, message)
 
     def _ask(self, request: MatchRequest) -> str:
-        """Hand a request to the inference thread; why it cannot be, or nothing."""
+        """Hand a request to the inference thread. Returns the reason for a refusal, or an empty text."""
         inbox = self._inbox
         if inbox is None:
             return f"the node is {next_step(self._state)}"
@@ -334,7 +335,7 @@ class MatcherNode(LifecycleNode):
         return response
 
     def _check_parameters(self, changes: list[Parameter]) -> SetParametersResult:
-        """Accept a change when the whole set that results from it is allowed; it takes effect with the next frame."""
+        """Accept a change if the resulting parameter set is allowed. It takes effect with the next frame."""
         known = {item.name: item for item in declarations()}
         values = {change.name: change.value for change in changes if change.name in known}
         in_force = self._parameters_in_force
@@ -380,7 +381,7 @@ class MatcherNode(LifecycleNode):
                     self.monitor.processed((time.monotonic() - received.arrived) * 1e3, result)
             except Exception as error:  # noqa: BLE001  (one bad frame must not end the node)
                 if not self.context.ok():
-                    return  # told to end while a frame was under way: there is nobody left to publish to
+                    return  # asked to end during a frame: the error comes from publishing after the shutdown
                 pipeline.front_end.reset()
                 if is_out_of_memory(error):
                     release_memory()
@@ -393,7 +394,7 @@ class MatcherNode(LifecycleNode):
                 trim_heap()
                 trimmed = time.monotonic()
 
-    # What is said of it
+    # Diagnostics
 
     def _every_second(self) -> None:
         if self._state == "active":
@@ -405,7 +406,7 @@ class MatcherNode(LifecycleNode):
             self._inputs.hear_latched()
             alone = self._pipeline.watch(time.monotonic())
             if alone is not None and self._inbox is not None:
-                self._inbox.put_last(_Alone(alone))  # by the thread that processes, as it publishes frames before it
+                self._inbox.put_last(_Alone(alone))  # the inference thread reports it, after the frames before it
         self._diagnostics.watch()
 
     def _condition(self) -> Condition:

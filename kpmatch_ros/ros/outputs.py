@@ -19,19 +19,19 @@ from kpmatch_ros.ros.tf import INSTALL, TFMessage
 
 __all__ = ["Outputs", "output_names"]
 
-_ON_DEMAND = ("features", "landmarks", "match_image")  # made only while somebody subscribes
-# A replay may be faster than a subscriber for a while: with queue 'all' nothing is to be lost then.
+_ON_DEMAND = ("features", "landmarks", "match_image")  # published only while there is a subscriber
+# With queue 'all', a replay may be faster than a subscriber for a while, and no message should be lost.
 _DEPTH = {"latest": 10, "all": 1000}
-_LARGE_DEPTH = {"latest": 2, "all": 100}  # features take a megabyte a frame
+_LARGE_DEPTH = {"latest": 2, "all": 100}  # for example, the features of a frame take 1 MB
 
 
 class Outputs:
-    """Offers the output topics and publishes on them."""
+    """Creates the publishers of the output topics, and publishes on them."""
 
     def __init__(self, node: LifecycleNode, parameters: Parameters) -> None:
         self._node = node
         self._senders = Senders()
-        self._refused: dict[str, str] = {}  # subscribers that ask for another quality of service, by topic
+        self._refused: dict[str, str] = {}  # by topic: text about a subscriber with incompatible QoS
         if parameters.publish_odometry and parameters.publish_tf and TFMessage is None:
             node.get_logger().warning(f"odometry is published, but not into TF: {INSTALL}", once=True)
         self._publishers: dict[str, Any] = {}
@@ -54,33 +54,33 @@ class Outputs:
         )
 
     def publish(self, topic: str, message: Any) -> None:
-        """Publish a message of a pipeline."""
+        """Publish a message from the pipeline."""
         self._publishers[topic].publish(message)
 
     def wanted(self, topic: str) -> bool:
-        """Whether the messages of a topic are to be made at all."""
+        """Whether the messages of a topic are needed."""
         publisher = self._publishers.get(topic)
         return publisher is not None and (topic not in _ON_DEMAND or publisher.get_subscription_count() > 0)
 
     def problems(self) -> list[Problem]:
-        """Subscribers that receive nothing because they ask for another quality of service."""
+        """Return the problems of the outputs: subscribers with incompatible QoS, and topics with another publisher."""
         found = []
         for publisher in self._publishers.values():
             topic = publisher.topic_name
             refused = self._refused.get(topic)
             if refused and self._node.count_subscribers(topic) > publisher.get_subscription_count():
-                found.append(Problem(f"QoS: {topic}", refused))  # it is still there
+                found.append(Problem(f"QoS: {topic}", refused))  # the incompatible subscriber still exists
         return found + self._shared()
 
     def _shared(self) -> list[Problem]:
-        """Topics on which another node publishes too, as one that was started twice."""
+        """Report topics on which another node publishes too, for example because the node was started twice."""
         own = self._node.get_fully_qualified_name()
         topics, names = [], []
         for name in self._publishers:
             topic = self._node.resolve_topic_name(name)
             if name == "/tf" or self._node.count_publishers(topic) < 2:
                 continue
-            publishers = self._senders.on(topic, self._node.get_publishers_info_by_topic(name))  # it remaps
+            publishers = self._senders.on(topic, self._node.get_publishers_info_by_topic(name))  # rclpy remaps the name
             if len(publishers) > 1 and own in publishers:
                 topics.append(topic)
                 publishers.remove(own)
@@ -95,7 +95,7 @@ class Outputs:
         return [Problem("publishers: outputs", text)]
 
     def destroy(self) -> None:
-        """Withdraw the topics."""
+        """Destroy the publishers."""
         for publisher in self._publishers.values():
             self._node.destroy_lifecycle_publisher(publisher)
         self._publishers = {}
@@ -111,7 +111,7 @@ class Outputs:
 
 
 def _kinds(parameters: Parameters) -> dict[str, tuple[Any, int]]:
-    """Type and depth of each topic that is published with these parameters."""
+    """Return message type and queue depth of each topic that is published with these parameters."""
     depth, large = _DEPTH[parameters.queue], _LARGE_DEPTH[parameters.queue]
     kinds: dict[str, tuple[Any, int]] = {
         "matches": (MatchArray, depth),
@@ -130,5 +130,5 @@ def _kinds(parameters: Parameters) -> dict[str, tuple[Any, int]]:
 
 
 def output_names(parameters: Parameters) -> dict[str, str]:
-    """The topics before they are remapped, each with what it holds."""
+    """Return the topic names before remapping, each with its content, for :func:`check_topics`."""
     return {name: name for name in _kinds(parameters)}

@@ -1,4 +1,4 @@
-"""The parameters as ROS declares and describes them."""
+"""Declares the parameters in ROS, and makes their descriptors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _TYPES = {
 
 
 def declare_parameters(node: LifecycleNode) -> Parameters:
-    """Declare every parameter and return the values that the node was started with.
+    """Declare all parameters, and return the values that the node was started with.
 
     Raises:
-        ParameterError: when a value, or a combination of values, is not allowed.
+        ParameterError: if a value, or a combination of values, is not allowed.
     """
     items = {item.name: item for item in declarations()}
     profile = items["profile"]
@@ -33,20 +33,20 @@ def declare_parameters(node: LifecycleNode) -> Parameters:
 
 
 def parameter_descriptor(item: Declaration) -> ParameterDescriptor:
-    """What `ros2 param describe` shows of a parameter."""
+    """Return the descriptor of a parameter, as `ros2 param describe` shows it."""
     constraints = [item.constraint] if item.choices or item.special is not None else []
     if not item.dynamic:
         constraints += [f"takes effect when the node {'starts' if item.name == 'profile' else 'is configured'}"]
     descriptor = ParameterDescriptor(
         description=f"{item.description}{f' [{item.unit}]' if item.unit else ''}",
         additional_constraints="; ".join(constraints),
-        # To ROS a whole number in a file is an integer, and off is false. Declaration.check takes them for a float and
-        # for a choice, and checks the rest.
+        # ROS reads a whole number in a file as an integer and `off` as false. Declaration.check converts these to a
+        # float and to a choice, and rejects other types.
         dynamic_typing=item.type is float or "off" in item.choices,
     )
     low, high = item.minimum, item.maximum
     if low is not None and high is not None:
-        low = low if item.special is None else min(low, item.special)  # what lies between, Declaration.check refuses
+        low = low if item.special is None else min(low, item.special)  # Declaration.check refuses values in between
         if item.type is int:
             descriptor.integer_range = [IntegerRange(from_value=int(low), to_value=int(high), step=1)]
         else:
@@ -55,5 +55,5 @@ def parameter_descriptor(item: Declaration) -> ParameterDescriptor:
 
 
 def parameter_type(name: str, otherwise: int) -> int:
-    """The type, of rcl_interfaces/ParameterType, that a parameter was declared with; another node's is as given."""
+    """Return a parameter's declared rcl_interfaces/ParameterType, or ``otherwise`` if it is not one of this node's."""
     return next((_TYPES[item.type] for item in declarations() if item.name == name), otherwise)

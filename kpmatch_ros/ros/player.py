@@ -1,4 +1,4 @@
-"""Sends a camera's recording to a matcher node, and receives its answers: what `kpmatch demo` does over DDS."""
+"""Plays a recording to a matcher node over DDS and collects what the node publishes. Used by `kpmatch demo`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = ["Answers", "RecordedFrame", "nanoseconds", "play", "send"]
 
 _START_TIMEOUT = 120.0  # seconds for the node to load its networks and subscribe
 _FRAME_TIMEOUT = 60.0  # seconds for the results of one frame
-_PATIENCE = 1.0  # seconds after which the node is asked again
+_PATIENCE = 1.0  # seconds after which the request to the node is repeated
 
 
 class RecordedFrame(NamedTuple):
-    """An image and its calibration as serialised messages."""
+    """An image and its calibration, as serialised messages."""
 
     stamp: int  # nanoseconds
     camera_info: bytes
@@ -36,13 +36,13 @@ class RecordedFrame(NamedTuple):
 
 @dataclass
 class Answers:
-    """What a node published, by the stamp of the image.
+    """The messages that a node published, by the stamp of the image in nanoseconds.
 
     Attributes:
-        matches: its MatchArrays.
-        poses: its RelativePoses.
-        pictures: its match images.
-        latencies: milliseconds from publishing an image to having its matches and its pose.
+        matches: MatchArray messages.
+        poses: RelativePose messages.
+        pictures: match images.
+        latencies: milliseconds from publishing an image to receiving both its matches and its pose.
     """
 
     matches: dict[int, MatchArray] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Answers:
 
 
 class _Participant:
-    """A ROS node of its own in the domain of the node under test."""
+    """A ROS node with its own context, in the domain of the matcher node."""
 
     def __init__(self, name: str, domain: int) -> None:
         self._context = rclpy.Context()
@@ -65,11 +65,11 @@ class _Participant:
         self._executor.add_node(self.node)
 
     def spin(self) -> None:
-        """Receive for a moment."""
+        """Handle one callback, or wait 20 ms for one."""
         self._executor.spin_once(timeout_sec=0.02)
 
     def close(self) -> None:
-        """Leave the domain."""
+        """Destroy the node and shut its context down."""
         self._executor.shutdown()
         self.node.destroy_node()
         rclpy.shutdown(context=self._context)
@@ -80,18 +80,17 @@ def play(
 ) -> Answers:
     """Publish frame by frame, and collect what the node publishes.
 
-    Each frame is sent when the results of the one before have arrived. So the latency is that of a frame, not of a
-    queue.
+    Each frame is sent only after the results of the previous one have arrived. So the latencies contain no queueing.
 
     Args:
-        frames: in the order of their stamps.
-        image_topic: where the node expects the images.
-        info_topic: where it expects their calibration.
+        frames: frames in the order of their stamps.
+        image_topic: the node's image topic.
+        info_topic: the node's camera_info topic.
         domain: the node's ROS domain.
-        check: called while waiting; raises an exception when the node has failed.
+        check: called while waiting; raises an exception if the node has failed.
 
     Raises:
-        TimeoutError: when the node does not come up or does not answer.
+        TimeoutError: if the node does not start or does not answer.
     """
     source, listener = _Participant("demo_camera", domain), _Participant("demo_listener", domain)
     try:
@@ -121,8 +120,9 @@ def play(
             )
 
         wait_for(connected, "the node to come up", _START_TIMEOUT)
-        # What the node publishes before it knows the listener is lost. Whoever answers knows of all that the listener
-        # has made before it asked; an answer to one that is not known yet is lost too, so it is asked again.
+        # Messages that the node publishes before it has discovered the listener's subscriptions are lost. An answer to
+        # a service request proves that it has discovered everything that the listener created before the request. An
+        # answer may be lost for the same reason, so the request is repeated.
         client = listener.node.create_client(GetParameterTypes, "matcher/get_parameter_types")
         asked: list[tuple[float, Any]] = []
 
@@ -132,7 +132,7 @@ def play(
             return any(answer.done() for _, answer in asked)
 
         wait_for(known, "the node to know who listens", _START_TIMEOUT)
-        # disable=None: no bar where stderr is no terminal
+        # disable=None: no progress bar if stderr is not a terminal
         for number, frame in enumerate(tqdm(frames, desc="frames", unit="frame", disable=None, leave=False)):
             sent = send(frame, infos, images)
             if number:
@@ -151,10 +151,10 @@ def play(
 
 
 def send(frame: RecordedFrame, infos: Any, images: Any) -> float:
-    """Publish a frame, its calibration first, and return when its image was sent, in monotonic seconds.
+    """Publish a frame, its calibration first, and return the time when its image was sent, in monotonic seconds.
 
-    On a busy machine a calibration that was published right before its image was seen to arrive up to three seconds
-    later. So the image waits until the calibration has arrived. Nobody waits for one who is gone.
+    The image is sent after the calibration has been acknowledged. On a busy machine, a calibration published right
+    before its image was seen to arrive up to three seconds after it. A subscriber that has disappeared causes no wait.
     """
     infos.publish(frame.camera_info)
     infos.wait_for_all_acked(Duration(seconds=_FRAME_TIMEOUT))
@@ -168,5 +168,5 @@ def _keep_in(received: dict[int, Any]) -> Callable[[Any], None]:
 
 
 def nanoseconds(stamp: Any) -> int:
-    """A builtin_interfaces/Time as one number."""
+    """Return a builtin_interfaces/Time in nanoseconds."""
     return int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)

@@ -1,4 +1,4 @@
-"""Quality of service: of services, what users may override, and how a mismatch is told."""
+"""Quality of service (QoS): the profile of services, what users may override, and how to report a mismatch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = [
 
 Entity = TypeVar("Entity")
 
-# rclpy's default lacks durability, which two sides can disagree on too.
+# rclpy's default set lacks durability, which can be incompatible as well.
 _OVERRIDABLE = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY, QoSPolicyKind.DURABILITY)
 
 SERVICE_QOS = QoSProfile(
@@ -48,45 +48,49 @@ SERVICE_QOS = QoSProfile(
     reliability=qos_profile_services_default.reliability,
     durability=qos_profile_services_default.durability,
 )
-"""Of a service that many clients may ask at once. An executor takes one request at a time, and the middleware drops
-those for which it has no room: they are never answered. ROS has room for ten."""
+"""QoS of a service that many clients may call at once. The executor takes one request at a time. The middleware drops
+requests beyond the depth, and these are never answered. ROS's default depth is 10."""
 
 
 def mismatch(offered: QoSProfile, requested: QoSProfile) -> str:
-    """The policy by which the middleware keeps a publisher's messages from a subscription; empty where it does not."""
+    """Return the QoS policy that makes a publisher incompatible with a subscription; empty if they are compatible."""
     if qos_check_compatible(offered, requested)[0] != QoSCompatibility.ERROR:
         return ""
     asks_for_more = requested.reliability == ReliabilityPolicy.RELIABLE != offered.reliability
-    # The node's subscriptions ask for nothing else: neither a deadline nor liveliness.
+    # Only these two can mismatch: the node's subscriptions request neither a deadline nor liveliness.
     return "reliability" if asks_for_more else "durability"
 
 
 def overridable() -> QoSOverridingOptions:
-    """Lets parameters such as qos_overrides./image.subscription.reliability change the quality of service."""
+    """Return options that let parameters such as qos_overrides./image.subscription.reliability change the QoS."""
     return QoSOverridingOptions(_OVERRIDABLE)
 
 
 def undeclare_overrides(node: Node) -> None:
-    """Undeclare the parameters that :func:`overridable` made, once the topics are withdrawn.
+    """Undeclare the parameters that :func:`overridable` created, after the topics are destroyed.
 
-    rclpy declares them with the quality of service that it is asked for first, and takes their values for the user's
-    when a topic is offered again. What the user gave is there again when they are declared anew.
+    rclpy declares them with the QoS of the first publisher or subscription. When the topic is created again, rclpy
+    would take these values for the user's. The user's own values apply again when the parameters are declared again.
     """
     for rest in node.get_parameters_by_prefix("qos_overrides"):
         name = f"qos_overrides.{rest}"
-        node.describe_parameter(name).read_only = False  # rclpy undeclares no other ones
+        node.describe_parameter(name).read_only = False  # rclpy refuses to undeclare a read-only parameter
         node.undeclare_parameter(name)
 
 
 def with_events(create: Callable[..., Entity], *arguments: Any, event_callbacks: Any, **options: Any) -> Entity:
-    """A publisher or subscription, without event callbacks where the middleware has no such events.
+    """Create a publisher or subscription, without event callbacks if the middleware does not support them.
 
-    rclpy of Humble raises there, and the node could not be activated. Later ones leave the events out themselves.
+    In that case rclpy of Humble raises an exception, so the node could not be activated. Later releases ignore
+    unsupported events.
 
     Args:
-        create: of a node, such as create_subscription.
-        arguments, options: for it.
-        event_callbacks: for it.
+        create: a method of a node, such as create_subscription.
+        arguments, options: passed to ``create``.
+        event_callbacks: passed to ``create``.
+
+    Raises:
+        ParameterError: if a qos_overrides parameter of the topic has a wrong value.
     """
     try:
         return create(*arguments, event_callbacks=event_callbacks, **options)
@@ -94,7 +98,7 @@ def with_events(create: Callable[..., Entity], *arguments: Any, event_callbacks:
         none = type(event_callbacks)(use_default_callbacks=False)
         return create(*arguments, event_callbacks=none, **options)
     except (InvalidParameterTypeException, RuntimeError, TypeError) as error:
-        # Of a value that none of them knows, the middleware says only that something is invalid.
+        # For an unknown policy value, the middleware says only that something is invalid, without the parameter.
         node: Any = getattr(create, "__self__", None)
         given = f"qos_overrides.{node.resolve_topic_name(arguments[1])}." if isinstance(node, Node) else "?"
         overridden = any(name.startswith(given) for name in getattr(node, "_parameter_overrides", {}))
@@ -107,12 +111,12 @@ def with_events(create: Callable[..., Entity], *arguments: Any, event_callbacks:
 
 
 def policy_of(event: Any) -> str:
-    """The policy on which two sides disagree."""
+    """Return the incompatible policy of a QoS event."""
     return QoSPolicyKind(int(event.last_policy_kind)).name.lower()
 
 
 def or_override(topic: str, entity: str, policy: str) -> str:
-    """The parameter of this node that mends a mismatch, as the end of a sentence; empty where none does."""
+    """Name this node's parameter that resolves a mismatch, as the end of a sentence; empty if there is none."""
     if QoSPolicyKind[policy.upper()] not in _OVERRIDABLE:
         return ""
     return f", or this node's parameter qos_overrides.{topic}.{entity}.{policy}"

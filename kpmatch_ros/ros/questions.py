@@ -1,7 +1,7 @@
-"""What the commands ask about ROS (all of it, or what the arguments name), printed as one JSON object.
+"""Answers the commands' questions about ROS (all, or those named as arguments) as one JSON object on stdout.
 
-A program of its own: importing rclpy may replace the process, or end it where libraries clash. Each answer is a value
-or the error that the question raised.
+This is a separate program, because importing rclpy may replace the process, or end it if libraries clash. Each answer
+is a value or the error that the question raised.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# This file's folder is not where packages are. Neither is the working folder: a source checkout there would stand in
-# for the installed package.
+# Python puts the folder of this file or the working folder on the path. The first holds no packages. A source checkout
+# in the second would hide the installed package.
 sys.path = [path for path in sys.path if path and Path(path).resolve() != Path(__file__).resolve().parent]
 
 
 def rclpy_file() -> str:
-    """Where rclpy is."""
+    """Return the file of rclpy."""
     import rclpy
 
     return str(rclpy.__file__)
 
 
 def middleware() -> str:
-    """The name of the RMW implementation that loads."""
+    """Return the name of the RMW implementation that loads."""
     from rclpy.utilities import get_rmw_implementation_identifier
 
     return str(get_rmw_implementation_identifier())
 
 
 def start() -> int:
-    """The domain that ROS starts in, as in a node's process: it needs a folder for its logs, above all."""
+    """Initialise ROS as a node's process does, and return the domain. This fails without a folder for logs."""
     import rclpy
 
     context = rclpy.Context()
@@ -43,14 +43,14 @@ def start() -> int:
 
 
 def package() -> str:
-    """Where this package is."""
+    """Return the file of this package."""
     import kpmatch_ros
 
     return str(kpmatch_ros.__file__)
 
 
 def messages() -> str:
-    """Where the package's messages are. Each type is serialised and read again."""
+    """Return the file of the package's messages, after a test that serialises and reads each type."""
     from rclpy.serialization import deserialize_message, serialize_message
 
     import kpmatch_ros.msg
@@ -63,14 +63,14 @@ def messages() -> str:
 
 
 def installed() -> str:
-    """The prefix that this package is installed under."""
+    """Return the prefix under which this package is installed."""
     from ament_index_python.packages import get_package_prefix
 
     return str(get_package_prefix("kpmatch_ros"))
 
 
 def converter() -> tuple[str, str]:
-    """The module that converts Bayer and YUV images, and why others do not."""
+    """Return the name of the module that converts Bayer and YUV images, and why other modules cannot."""
     from kpmatch_ros.imaging.images import converter
 
     convert, faults = converter()
@@ -78,7 +78,7 @@ def converter() -> tuple[str, str]:
 
 
 def answer(question: Callable[[], Any]) -> dict[str, Any]:
-    """The value, or the error as text and by its type's name."""
+    """Return a question's value, or its error as text together with the type's name."""
     try:
         return {"value": question()}
     except BaseException as error:  # noqa: BLE001 (libraries that clash raise anything, SystemExit too)

@@ -1,4 +1,4 @@
-"""Who sends on a topic, by what ROS's graph says of its publishers."""
+"""Finds the nodes that publish on a topic, from the ROS graph."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 __all__ = ["Senders", "full_name", "listed"]
 
-# Seconds for which the graph may still hold the publishers of a process that was killed: Fast DDS's lease is 20 s.
+# Seconds for which the graph may still contain the publishers of a killed process: Fast DDS's lease is 20 s.
 _LEASE = 25.0
-_UNKNOWN = "_NODE_NAME_UNKNOWN_"  # what rmw calls a node whose publisher it knows already, but not its name
+_UNKNOWN = "_NODE_NAME_UNKNOWN_"  # rmw's placeholder while it has discovered a publisher but not its node's name
 
 
 def full_name(offer: Any) -> str:
-    """The full name of the node that a publisher belongs to; empty where the graph does not know it, or not yet.
+    """Return the full name of a publisher's node; empty if the graph does not know it (yet).
 
     Args:
         offer: the publisher, as rclpy's TopicEndpointInfo.
@@ -24,29 +24,30 @@ def full_name(offer: Any) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The names of senders for the user, each of them once."""
+    """Return the names of senders as text for the user, without duplicates."""
     return ", ".join(sorted({name or "one whose name is not known" for name in names}))
 
 
 class Senders:
-    """Tells the senders on a topic from publishers that are left in the graph.
+    """Distinguishes the senders on a topic from stale publishers in the graph.
 
-    A driver that was killed and started again has two publishers of one name until DDS's lease of the first ends. So
-    nodes of different names are told apart at once, and several publishers of one name, or of none, only once they
-    have stood for longer than a lease.
+    A driver that was killed and restarted has two publishers with the same name until the first one's DDS lease ends.
+    So nodes with different names count as different senders at once. Several publishers with the same name, or without
+    one, count only after they have existed for longer than a lease.
     """
 
     def __init__(self) -> None:
-        self._since: dict[str, dict[tuple[Any, ...], float]] = {}  # by topic, then by publisher; monotonic seconds
+        # By topic, then by publisher: when it was first seen, monotonic seconds.
+        self._since: dict[str, dict[tuple[Any, ...], float]] = {}
 
     def on(self, topic: str, offers: Sequence[Any]) -> list[str]:
-        """The full names of the nodes that send on a topic, one for each sender; empty where a name is not known.
+        """Return the full names of the nodes that send on a topic, one per sender; an empty name if it is not known.
 
-        To be called now and then: publishers are known from the first call that is given them.
+        To be called periodically: a publisher's age counts from the first call that lists it.
 
         Args:
-            topic: its name.
-            offers: all that publish on it, as rclpy's TopicEndpointInfo.
+            topic: name of the topic.
+            offers: all publishers on it, as rclpy's TopicEndpointInfo.
         """
         now, before = time.monotonic(), self._since.get(topic, {})
         keys = [(full_name(offer), *offer.endpoint_gid) for offer in offers]

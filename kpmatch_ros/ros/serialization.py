@@ -1,4 +1,4 @@
-"""A pair's messages as they go to DDS: `kpmatch bench` measures what that costs."""
+"""Serialises the messages of a pair as for DDS. `kpmatch bench` measures the time this takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["serialize_pair"]
 
 
 def serialize_pair(pair: Pair, extractor: str, matcher: str) -> tuple[bytes, bytes]:
-    """The MatchArray and the RelativePose of a pair, filled in and serialised."""
+    """Return the MatchArray and the RelativePose of a pair, serialised."""
     return (
         serialize_message(messages.match_array(pair, 0, extractor, matcher)),
         serialize_message(messages.relative_pose(pair)),

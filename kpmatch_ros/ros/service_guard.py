@@ -1,4 +1,4 @@
-"""Services that no request can take the node down with."""
+"""Guards services and callbacks, so that no request or message can end the node."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from kpmatch_ros.parameters import declarations, meant
 
 __all__ = ["guarded", "survives"]
 
-# Entries of one request. The node has some hundred parameters, and rclpy takes 0.1 ms and more for each entry.
+# Most entries in one request. The node has about a hundred parameters, and rclpy takes at least 0.1 ms for each entry.
 _MOST_ENTRIES = 1000
-# Fields that hold a list in the requests of the parameter services.
+# The list fields in the requests of the parameter services.
 _LISTS = ("names", "prefixes", "parameters")
 _LOG_INTERVAL = 5.0  # seconds between two tracebacks
 _PARAMETER_TYPES = frozenset(kind.value for kind in Parameter.Type)
@@ -30,14 +30,15 @@ ServiceCallback = Callable[[Any, Any], Any]
 def survives(
     callback: Callable[..., Any], node: Node, tell: Callable[[Exception], None] | None = None
 ) -> Callable[..., Any]:
-    """A callback whose exception is logged: rclpy would let it end the node.
+    """Wrap a callback so that its exceptions are logged. In rclpy an exception would end the node.
 
-    What fails after the context was shut down fails for that: a signal may come while a callback publishes.
+    Errors after the shutdown of the context are ignored, because the shutdown causes them: a signal may arrive while a
+    callback is publishing.
 
     Args:
-        callback: of a subscription or a timer.
-        node: has the context and the logger.
-        tell: is called with the exception.
+        callback: callback of a subscription or a timer.
+        node: provides the context and the logger.
+        tell: called with the exception.
     """
 
     @functools.wraps(callback)
@@ -50,7 +51,7 @@ def survives(
             if not node.context.ok():
                 return None
             text = f"a callback failed:\n{traceback.format_exc()}"
-            # /clock may come a thousand times a second.
+            # Throttled: messages on /clock may arrive a thousand times a second.
             node.get_logger().error(text, throttle_duration_sec=_LOG_INTERVAL)
             if tell is not None:
                 tell(error)
@@ -62,17 +63,17 @@ def survives(
 def guarded(
     callback: ServiceCallback, logger: Callable[[], Any], is_parameter: Callable[[str], bool]
 ) -> ServiceCallback:
-    """A service that answers every request: what its callback raises becomes a refusal.
+    """Wrap a service callback so that every request is answered: an exception becomes a refusal.
 
-    rclpy lets exceptions of a service end the executor, and so the node: a lifecycle transition that is not allowed,
-    given by its id, raises (ros2/rclpy#1209), and so does a parameter of an unknown type. A request with too many
-    entries is refused before it is worked on, as nothing else runs meanwhile. A parameter that is none is named with
-    the nearest one, where rclpy names nothing.
+    In rclpy an exception of a service callback ends the executor and so the node. For example, an invalid lifecycle
+    transition given by its id raises one (ros2/rclpy#1209), and so does a parameter of an unknown type. A request with
+    too many entries is refused at once, because nothing else runs while it is processed. The refusal of an unknown
+    parameter names the most similar parameter; rclpy names none.
 
     Args:
-        callback: fills a response; or a coroutine function, which the executor awaits.
-        logger: gives the node's logger.
-        is_parameter: whether the node has a parameter of a name.
+        callback: fills a response. It may be a coroutine function, which the executor awaits.
+        logger: returns the node's logger.
+        is_parameter: whether the node has a parameter with a given name.
     """
 
     def refused(request: Any, response: Any, error: Exception) -> Any:
@@ -114,7 +115,7 @@ def _answer_one_by_one(
     logger: Callable[[], Any],
     is_parameter: Callable[[str], bool],
 ) -> Any:
-    """Set parameters one by one, so that a bad one does not keep the others from being set and answered."""
+    """Set parameters one by one, so that one invalid parameter does not prevent setting and answering the others."""
     parameters, results = list(request.parameters), []
     for parameter in parameters:
         reason = _unknown([parameter], is_parameter)
@@ -156,7 +157,7 @@ def _unknown(parameters: Any, is_parameter: Callable[[str], bool]) -> str:
 
 
 def _refusal(kind: type, request: Any, reason: str) -> Any:
-    """A response that refuses a request, with the reason where its type has a place for it."""
+    """Return a response that refuses a request. It contains the reason if its type has a field for it."""
     response = kind()
     if hasattr(response, "results"):
         response.results = [SetParametersResult(successful=False, reason=reason)] * len(request.parameters)

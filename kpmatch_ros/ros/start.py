@@ -1,4 +1,4 @@
-"""Starting ROS in a process, and ending it."""
+"""Starts and ends ROS in a process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kpmatch_ros.shell import matcher_in_shell
 __all__ = ["THREAD_NAME", "answer_to", "ignore_signals", "shut_down", "told_to_end", "why_ros_cannot_start"]
 
 THREAD_NAME = "inference"
-"""Of the thread that runs the networks."""
+"""Name prefix of the thread that runs the networks."""
 
 _USAGE = """\
 usage: matcher --ros-args [-r image:=TOPIC] [-r camera_info:=TOPIC] [-p PARAMETER:=VALUE] [--params-file FILE]
@@ -25,18 +25,21 @@ Matches the images of a camera. All arguments are ROS's own, and stand after --r
 docs/topics.md lists the topics, docs/parameters.md the parameters.
 """
 
-_HEARING = 1.0  # seconds that a thread of rclpy may take to shut ROS down after a signal
+_HEARING = 1.0  # seconds that rclpy's signal thread may take to shut ROS down
 
 
 def why_ros_cannot_start(error: Exception) -> str:
-    """What `rclpy.init` raised, with what to do about it where that is known."""
-    if "log directory" in str(error):  # as of a service without a home, or with one that it may not write to
+    """Explain an exception of `rclpy.init`, with a remedy if one is known."""
+    if "log directory" in str(error):  # for example, a system service without a writable home folder
         return f"ROS cannot start: {error}; set ROS_LOG_DIR to a folder that this user may write to"
     return f"ROS cannot start with these arguments: {error}"
 
 
 def answer_to(words: Sequence[str]) -> int:
-    """Print the usage, or what is wrong with words that are not ROS's, of which the node takes none: exit status."""
+    """Answer arguments that are not ROS arguments, and return the exit status.
+
+    The node takes only ROS arguments. Prints the usage for --help, otherwise an error text.
+    """
     if words[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0
@@ -52,9 +55,10 @@ def answer_to(words: Sequence[str]) -> int:
 
 
 def told_to_end() -> bool:
-    """Whether ROS is shut down in this process, or about to be, as after Ctrl-C: then what fails, fails for that.
+    """Whether ROS is shut down in this process, or about to be, as after Ctrl-C. Then the shutdown explains an error.
 
-    A signal is heard by a thread of rclpy, and by Python, whose interrupt may come sooner and as another exception.
+    Both a thread of rclpy and Python handle a signal. Python may be first, and its interrupt may surface as another
+    exception. So this waits up to a second for rclpy.
     """
     end = time.monotonic() + _HEARING
     while rclpy.ok() and time.monotonic() < end:
@@ -63,9 +67,9 @@ def told_to_end() -> bool:
 
 
 def ignore_signals() -> None:
-    """Ignore what tells to end, as ending is under way: a second Ctrl-C must not break into it, nor the first one.
+    """Ignore SIGINT and SIGTERM while the process ends, so that no Ctrl-C interrupts the clean-up.
 
-    rclpy may be told of a signal before Python is. Python's interrupt then comes with the next call, which is this one.
+    rclpy may handle a signal before Python does. Python then raises its interrupt in the next call, which is this one.
     """
     for sent in (signal.SIGINT, signal.SIGTERM):
         with suppress(KeyboardInterrupt):
@@ -74,7 +78,7 @@ def ignore_signals() -> None:
 
 
 def shut_down() -> None:
-    """Shut ROS down. `rclpy.try_shutdown` fails where a signal does so at the same time (ros2/rclpy#1352)."""
+    """Shut ROS down, and retry once: `rclpy.try_shutdown` fails during a shutdown by a signal (ros2/rclpy#1352)."""
     try:
         rclpy.try_shutdown()
     except RuntimeError:

@@ -1,10 +1,10 @@
-"""The messages of TF, where this ROS has them."""
+"""The message type of TF; None if tf2_msgs is not installed."""
 
 from __future__ import annotations
 
 try:
     from tf2_msgs.msg import TFMessage
-except ImportError:  # a minimal ROS does not
+except ImportError:  # a minimal ROS installation
     TFMessage = None
 
 __all__ = ["INSTALL", "TFMessage"]

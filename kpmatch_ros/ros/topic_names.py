@@ -1,4 +1,4 @@
-"""Topics of one node that were remapped onto one another."""
+"""Detects topics of one node that were remapped to the same name."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ __all__ = ["check_topics"]
 
 
 def check_topics(names: Mapping[str, str], resolve: Callable[[str], str]) -> None:
-    """Refuse two topics that are one. The middleware says of it that the allocator is invalid, or nothing at all.
+    """Check that no two topics with different content have the same name after remapping.
+
+    The middleware reports this as an invalid allocator, or not at all.
 
     Args:
-        names: of the topics, as they are before they are remapped, each with what it holds. Two that hold the same may
-            be one topic.
-        resolve: gives the topic of a name.
+        names: topic names before remapping, each with its content. Topics with the same content may share a name.
+        resolve: returns the topic for a name, after remapping.
 
     Raises:
-        ParameterError: two are one topic.
+        ParameterError: if two topics with different content are the same.
     """
     taken: dict[str, tuple[str, str]] = {}
     for name, holds in names.items():

@@ -1,4 +1,4 @@
-"""Transitions of a lifecycle node that say why they fail."""
+"""Makes the transitions of a lifecycle node report why they fail."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Transition = Callable[[Any, LifecycleState], TransitionCallbackReturn]
 
 
 class Faulty(Protocol):
-    """A node that keeps why its last transition failed."""
+    """A node that stores why its last transition failed."""
 
     fault: str
     context: Any
@@ -29,9 +29,10 @@ class Faulty(Protocol):
 
 
 def explained(callback: Transition) -> Transition:
-    """Make a transition that raises fail and say why: rclpy would swallow the exception.
+    """Wrap a transition so that an exception makes it fail with a logged reason. rclpy would swallow the exception.
 
-    What fails after the context was shut down fails for that, and is no fault: a signal may come at any time.
+    Errors after the shutdown of the context are not reported, because the shutdown causes them: a signal may arrive at
+    any time.
     """
 
     @functools.wraps(callback)
@@ -40,7 +41,7 @@ def explained(callback: Transition) -> Transition:
         try:
             return callback(self, state)
         except ExternalShutdownException:
-            return TransitionCallbackReturn.FAILURE  # told to end meanwhile
+            return TransitionCallbackReturn.FAILURE  # the process was asked to end meanwhile
         except (ParameterError, WeightsError) as error:
             self.fault = str(error)
             self.get_logger().error(f"{callback.__name__} failed: {error}")
