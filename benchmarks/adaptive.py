@@ -1,9 +1,10 @@
-"""Whether stopping early and dropping points pay: processor time of matching, by precision and number of keypoints.
+"""Do early stopping and point pruning save time? Processor time of matching, by precision and number of keypoints.
 
     OMP_NUM_THREADS=1 tools/with_ros python benchmarks/adaptive.py --bag BAG --keypoints 64 128 256 512 1024
 
-Each pair is matched with all layers, with dropping, with stopping, and with both, in turn, so that what else the
-machine does is the same for all. The time is the mean of the pairs, the layers in brackets too.
+Each pair is matched with all layers, with pruning, with stopping, and with both, in turn, so that other load on the
+machine affects all of them equally. The figures are the mean time of the pairs and, in brackets, their mean number of
+layers.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Does one camera's pose know how good it is where blur changes from frame to frame?
+"""Is the covariance of one camera's pose consistent if the blur changes from frame to frame?
 
     tools/with_ros python benchmarks/blur.py                 # 320x240 pixels, three courtyards
     tools/with_ros python benchmarks/blur.py --full          # 640x480
 
-A walk through the synthetic courtyard goes through the front end with the default parameters and 400 keypoints (1,024
-with --full). Frames are blurred along a line, as by a camera that turns while the shutter is open: over so many pixels
-in turn, along the rows, along the columns, or in a direction of its own for each frame. Blur is even on both sides of a
-point: where it is does not change. The blur is made here, not by geometry/blur.py, which is to find it.
+The front end processes a walk through the synthetic courtyard with the default parameters and 400 keypoints (1,024 with
+--full). Frames have motion blur along a line, like those of a camera that rotates during the exposure. The lengths in
+pixels are used in turn, along the rows, along the columns, or in a random direction for each frame. The blur is
+symmetric, so that it does not move points. It is created by this script, not by geometry/blur.py, which has to detect
+it.
 """
 
 from __future__ import annotations

@@ -1,19 +1,20 @@
-"""How good and how fast estimators of the relative pose are, on the same matches.
+"""Accuracy and speed of estimators of the relative pose, on the same matches.
 
     tools/with_ros python benchmarks/estimators.py --data FOLDER      # image pairs with ground truth, then scenes
-    tools/with_ros python benchmarks/estimators.py                    # scenes made here alone
+    tools/with_ros python benchmarks/estimators.py                    # only simulated scenes
 
 FOLDER holds image pairs and `pairs_with_gt.txt`, a line for each: image0 image1 rot0 rot1 K0(9) K1(9) T_0to1(16),
 row-major, K for the images' size. They are matched once, with this package's default weights or others (--extractor,
---matcher), and all estimators get the same matches, in several orders (--orders): RANSAC depends on it, and a few
-pairs alone would be a matter of luck.
+--matcher). All estimators get the same matches, in several orders (--orders), because the result of RANSAC depends on
+the order, and the results of only a few pairs would depend on chance.
 
-The error of a pose is the larger of two angles: that of the rotation, and that between the translations' directions, of
-which the sign counts. A pose that is not given is 180 degrees off. AUC at x degrees: the area below the curve of the
-share of poses by their error, from 0 to x, over x.
+The error of a pose is the larger of two angles: that of the rotation, and that between the directions of the
+translations, including their sign. A missing pose has an error of 180 degrees. AUC at x degrees is the area under the
+curve of the share of poses by their error, from 0 to x, divided by x.
 
-Compared: OpenCV's findEssentialMat with plain RANSAC and with three of the USAC family, each with recoverPose after it;
-PoseLib, where it is installed (pip install poselib); and kpmatch_ros.geometry.two_view.estimate_relative_pose.
+It compares OpenCV's findEssentialMat with plain RANSAC and with three methods of the USAC family, each followed by
+recoverPose; PoseLib, if it is installed (pip install poselib); and
+kpmatch_ros.geometry.two_view.estimate_relative_pose.
 """
 
 from __future__ import annotations

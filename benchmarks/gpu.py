@@ -1,4 +1,4 @@
-"""The package on a GPU: the tests that need one, then how fast it is, beside others where they can be imported.
+"""Run the tests that need a GPU, then measure the package's speed there, compared with other installed implementations.
 
     make gpu                                          # with the environment of make env, on any machine
     make gpu PYTHON=python3 OUT=results               # that has PyTorch, OpenCV, SciPy, safetensors, psutil, pytest

@@ -1,17 +1,17 @@
-"""Does the covariance of a rotation hold what a translation too small to be seen does to it?
+"""Does a rotation's covariance include the effect of a translation that is too small to be observed?
 
     tools/with_ros python benchmarks/hidden_translation.py                 # rendered, the truth is known
     tools/with_ros python benchmarks/hidden_translation.py --bag FOLDER    # and a recording of a standing stereo pair
 
 One camera, the status NO_TRANSLATION, default parameters. NEES is e' C^-1 e of the rotation's error e and its
-covariance C: 3 on average, 2.37 in the middle where the covariance is right.
+covariance C. Its mean is 3 and its median 2.37 if the covariance is correct.
 
-Rendered: a camera in the courtyard steps by so many millimetres in any direction and turns by some hundredths of a
-degree. Turns: it turns by 2 to 6 degrees and does not step.
+Rendered: a camera in the courtyard moves by the given millimetres in any direction and rotates by a few hundredths of a
+degree. Turns: it rotates by 2 to 6 degrees without translation.
 
-The recording: the rotations by the left and by the right camera alone are compared, in one frame, and C is the sum of
-both covariances. The camera infos hold the rectification. Frames n apart are every n-th frame, beginning with each of
-the first n.
+The recording: the rotations estimated by the left and by the right camera alone are compared in one frame, and C is the
+sum of both covariances. The rectification comes from the camera infos. Frames n apart are every n-th frame, starting
+with each of the first n.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Are poses as good through a fisheye lens or a rational one as through a usual one, and does the covariance tell?
+"""Are poses with fisheye and rational lenses as accurate as with common lenses, and is the covariance consistent?
 
     tools/with_ros python benchmarks/lenses.py             # 8 pairs of each lens; on one core some ten minutes
     tools/with_ros python benchmarks/lenses.py --lenses pinhole fisheye-190 --frames 3
 
-A walk through the synthetic courtyard as cameras of 640 x 480 pixels with these lenses see it: six pinhole images, the
-sides of a cube twice as fine as the lens, are resampled along four rays a pixel, also those from behind the camera,
-and the mean is taken. So no lens gives softer images than another one. Every film goes through the front end with the
-default parameters. NEES is e' C^-1 e of the error e of a pose, with 5 degrees of freedom, and its
-covariance C: 5 on average where the covariance is right.
+A walk through the synthetic courtyard, with cameras of 640 x 480 pixels with these lenses. Six pinhole images, the
+sides of a cube with twice the lens's resolution, are resampled along four rays per pixel, including rays from behind
+the camera, and averaged. All lenses therefore give equally sharp images. The front end processes every film with the
+default parameters. NEES is e' C^-1 e of the error e of a pose, with 5 degrees of freedom, and its covariance C. Its
+mean is 5 if the covariance is correct.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What the node itself costs a frame: from an image's arrival to its published results, less the front end's work.
+"""The node's own time per frame: from the arrival of an image to the published results, without the front end's work.
 
     OMP_NUM_THREADS=1 tools/with_ros python benchmarks/node_overhead.py              # 640x480, 1024 keypoints
     OMP_NUM_THREADS=1 tools/with_ros python benchmarks/node_overhead.py --features   # somebody subscribes to `features`
 
-The real node runs in this process; a second process plays a camera to it over DDS and subscribes to what it sends. The
-front end's work is extracting, matching and the pose. What is left is measured in two parts: making the message of what
-DDS delivers (rclpy's work, before the node hears of it), and the node's own: the way to the inference thread, pixels,
-calibration, the messages' making and publishing.
+The real node runs in this process. A second process simulates a camera over DDS and subscribes to the node's messages.
+The front end's work is extraction, matching and the pose. The rest is measured in two parts: deserialising the message
+that DDS delivers (rclpy's work, before the node is called), and the node's own work: the transfer to the inference
+thread, pixels, calibration, creating and publishing the messages.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""How exact is one camera's pose, and does its covariance know? With and without each match's own standard deviation.
+"""How accurate and consistent is one camera's pose, with and without a standard deviation for each match?
 
     tools/with_ros python benchmarks/one_camera.py           # six courtyards: on one core some ten minutes
     tools/with_ros python benchmarks/one_camera.py --seeds 7 --steps 1 --frames 5
 
 A walk through synthetic courtyards, with the demo's camera (640 x 480, lens distortion), noise of 2 grey levels and
 default parameters; every frame, every second one and so on. Each pose is estimated twice from the same matches. NEES is
-e' C^-1 e of the error e of a pose, with 5 degrees of freedom, and its covariance C: 5 on average where the covariance
-is right. The method was chosen on --seeds 1 2 3 4 5 6 --start 14; the default seeds had no part in it.
+e' C^-1 e of the error e of a pose, with 5 degrees of freedom, and its covariance C. Its mean is 5 if the covariance is
+correct. The method was chosen on --seeds 1 2 3 4 5 6 --start 14; the default seeds were not used for it.
 """
 
 from __future__ import annotations

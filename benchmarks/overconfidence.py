@@ -1,25 +1,25 @@
-"""How often is a relative pose wrong and says that it is sure?
+"""How often is a relative pose wrong although it claims to be reliable?
 
     tools/with_ros python benchmarks/overconfidence.py            # planes and bodies, seconds
     tools/with_ros python benchmarks/overconfidence.py --walks    # and the rendered walk, with one and with two cameras
 
-A pose is wrong and sure if its status is OK, its error is above five of its own standard deviations, and above half a
+A pose is "wrong and sure" if its status is OK and its error exceeds five of its own standard deviations and also half a
 degree of rotation or five degrees of the translation's direction. With two cameras, five degrees are 9 % of the
 distance.
 
 Planes: 300 points of a tilted plane, 640 x 480 pixels, 0.1 to 0.5 pixels of noise, 10 % wrong matches. Bodies: 600
-matches of a scene of 2 to 10 metres depth, 0.1 pixels of noise, 10 % wrong matches; what lies in the lower part of the
-picture is the robot's own body, which moves with the camera.
+matches of a scene of 2 to 10 metres depth, 0.1 pixels of noise, 10 % wrong matches; the lower part of the image shows
+the robot's own body, which moves with the camera.
 
-Movers: 500 matches of such a scene, 0.3 pixels of noise, 10 % wrong; the camera stands or turns, and one round thing
-or three, each so large a part of the picture, move by 1.5 to 30 pixels and grow or shrink by up to a tenth. Any
-translation is wrong.
+Movers: 500 matches of such a scene, 0.3 pixels of noise, 10 % wrong matches; the camera stands or rotates. One or three
+round objects, each covering the given share of the image, move by 1.5 to 30 pixels and grow or shrink by up to a tenth.
+Any translation is wrong.
 
 Weak: 40 to 160 matches of whole or nearly whole pixels (0.4 to 1.2 pixels of noise, half of the pairs with the tails of
-Student's distribution of three degrees of freedom) and 10 to 35 % wrong ones, half of these near the right place; wide
-baselines, turns of 3 to 35 degrees. The scene is a floor and a box on it, a small part of the picture, two planes, or a
-plane with a few points before it. Coarse keypoints: a floor and a box, with a noise of 1.5 to 4 pixels, above the
-largest error of an inlier.
+Student's distribution of three degrees of freedom) and 10 to 35 % wrong ones, half of them near the true position; wide
+baselines, rotations of 3 to 35 degrees. The scene is a floor and a box on it, a small part of the image, two planes, or
+a plane with a few points in front of it. Coarse keypoints: a floor and a box, with a noise of 1.5 to 4 pixels, above
+the inlier threshold.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""One camera whose rows are read one after the other: how wrong are its poses, and what is `readout_time` worth?
+"""How wrong are the poses of a rolling-shutter camera, and how much does `readout_time` improve them?
 
     tools/with_ros python benchmarks/rolling_shutter.py            # some fifteen minutes on one core
     tools/with_ros python benchmarks/rolling_shutter.py --seeds 7 --frames 5 --readouts 0.3
 
 A walk through synthetic courtyards, with the demo's camera (640 x 480, lens distortion) and noise of 2 grey levels, on
-a path that bends by 11 degrees and turns by up to 3 degrees each 25 cm. Reading an image takes so large a part of the
-interval between two frames. Bands of four rows are rendered from where the camera is when their middle is read. Poses
-are estimated from the same matches, as of a global shutter and with the readout told. The true motion is that between
-the middle rows. NEES is e' C^-1 e of the error e of a pose and its covariance C: 5 on average where it is right.
+a path that bends by 11 degrees and rotates by up to 3 degrees every 25 cm. A readout is given as a share of the
+interval between two frames. Bands of four rows are rendered from the camera's pose when their middle is read. Poses are
+estimated twice from the same matches: as for a global shutter, and with the readout time. The true motion is that
+between the middle rows. NEES is e' C^-1 e of the error e of a pose and its covariance C. Its mean is 5 if C is correct.
 """
 
 from __future__ import annotations

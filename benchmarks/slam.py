@@ -1,15 +1,15 @@
-"""How good is a back-end on the topics? The example's, on two rounds through the courtyard, beside exact poses.
+"""How accurate is a back-end on the topics? The example's, on two rounds through the courtyard, with exact poses.
 
     tools/with_ros python benchmarks/slam.py --cache ../cache         # on a processor half an hour the first time
     tools/with_ros python benchmarks/slam.py --cache ../cache --hard  # the same at dusk, see dusk.py
 
-The images and the matcher's messages are kept in the cache folder, by the code and the settings that made them: 211
-stereo frames of 480x360, 14 cm apart, noise of 2 grey levels, baseline 12 cm. Needs GTSAM, evo and matplotlib. The
-absolute trajectory error is evo's, after a rigid alignment, as a root mean square.
+The images and the matcher's messages are cached by the code and the settings that created them: 211 stereo frames of
+480x360, 14 cm apart, noise of 2 grey levels, baseline 12 cm. It needs GTSAM, evo and matplotlib. The absolute
+trajectory error is evo's RMS error after a rigid alignment.
 
 KLT is OpenCV's pyramidal optical flow (window 21, 4 levels, forward-backward check of 1 pixel) from frame to frame and
-from left to right. It begins at the same keypoints, wherever there is no track within 8 pixels. Its motion is estimated
-by the package's own estimator.
+from left to right. It starts at the same keypoints, where there is no track within 8 pixels. Its motion is estimated by
+the package's own estimator.
 """
 
 from __future__ import annotations

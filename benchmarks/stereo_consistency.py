@@ -1,16 +1,16 @@
-"""Are stereo poses as good as their covariance says? Errors and NEES on the package's own stereo walk.
+"""Are stereo poses as accurate as their covariance says? Errors and NEES on the package's own stereo walk.
 
     tools/with_ros python benchmarks/stereo_consistency.py  # 200 pairs; on a processor it takes half an hour
     tools/with_ros python benchmarks/stereo_consistency.py --seeds 10 --frames 11
 
-A walk through the synthetic courtyard is cut into as many parts as there are seeds, each with another courtyard. Every
-part goes through the front end with the default parameters. NEES, the normalised estimation error squared, is
-e' C^-1 e of the error e of a pose, 6 numbers, and its covariance C: 6 on average where the covariance is right, within
-bounds that chi-square gives (Bar-Shalom, Li and Kirubarajan, Estimation with Applications to Tracking and Navigation,
-2001, 5.4.2), if errors of one pair are independent of the next one's. Whether they are shows in the NEES of the
-odometry of each part, which chains them.
+A walk through the synthetic courtyard is cut into as many parts as there are seeds, each with another courtyard. The
+front end processes every part with the default parameters. NEES, the normalised estimation error squared, is e' C^-1 e
+of the error e of a pose, 6 numbers, and its covariance C. If the covariance is correct and the errors of successive
+pairs are independent, its mean is 6, within bounds from chi-square (Bar-Shalom, Li and Kirubarajan, Estimation with
+Applications to Tracking and Navigation, 2001, 5.4.2). The NEES of each part's odometry, which chains the poses, shows
+whether they are independent.
 
-Constants were chosen on --seeds 1 2 3 4 5 6 7 8 9 --frames 33 --start 200; the default seeds had no part in it.
+Constants were chosen on --seeds 1 2 3 4 5 6 7 8 9 --frames 33 --start 200; the default seeds were not used for it.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""How long do tracks live, and how far off are they? The package's beside optical flow's, against exact geometry.
+"""How long do tracks live, and how accurate are they? The package and optical flow, compared with exact geometry.
 
     tools/with_ros python benchmarks/tracks.py  # on a processor some minutes
     tools/with_ros python benchmarks/tracks.py --sequences walk third
 
 A camera walks through the synthetic courtyard. The points are the keypoints of the first frame. KLT is OpenCV's
 pyramidal optical flow (Lucas and Kanade; window 21, 4 levels, forward-backward check of 1 pixel) from the same points.
-Printed by age, of the points that are visible: how many are alive, how many are alive and within 3 pixels of where they
-should be, and the median and 90 % error of those alive.
+The table has a row for each age. It gives the shares of visible points that are alive, and that are alive and within 3
+pixels of their true position, and the median and 90 % error of those alive.
 
 Sequences: walk, 640x480 with noise of 2 grey levels; third, every third frame of it; exposure, whose brightness falls
 to 60 % at the third frame; blur, whose frames from the third on are blurred over 9 pixels; gap, with five black frames
-after the third; back, every third frame to the fifth one and back again. Beside an edge of the depth a point may lie on
-either surface.
+after the third; back, every third frame to the fifth one and back again. Beside a depth edge a point may be on either
+surface.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Make a LightGlue's scores mean what they say: of matches with a score of 0.8, 80 % are right.
+"""Calibrate a LightGlue's scores: 80 % of the matches with a score of 0.8 are correct.
 
     python training/calibrate.py --weights runs/export --validation SHARDS --nms-radius 2 OUT
 
-Two numbers are fitted for each layer's assignment: by how much similarities are scaled, and what is added to the logit
-of every point's matchability. Both are folded into the weights (``final_projection``, the bias of ``matchability``),
-so that nothing that reads the weights needs to know. They are fitted to views that the training watches and does not
-learn from, photographs and rooms alike; a held-out group plays no part.
+Two numbers are fitted for each layer's assignment: a scale of the similarities, and a shift of the logit of every
+point's matchability. Both are folded into the weights (``final_projection``, the bias of ``matchability``), so that
+programs that read the weights need not know of them. They are fitted to the training's validation views, photographs
+and rooms. The held-out groups are not used.
 
-Layers before the last are fitted to the points that are sure there: with those alone LightGlue stops so early.
+Layers before the last are fitted only to points that are confident there, because LightGlue stops early only with
+those.
 """
 
 from __future__ import annotations

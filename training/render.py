@@ -1,12 +1,12 @@
-"""Render views of furnished rooms: albedo, normals and depth, without light and without noise.
+"""Render views of furnished rooms: albedo, normals and depth, without lighting and noise.
 
-Rooms are folders with a Mitsuba ``scene.xml`` in metres or another unit, y upwards. Every material counts as matt in
-its own colour, panes of glass are left out. Views come in clusters: one from a random place in the room, the others
-from places around which look at the same spot. What every pair of a cluster has in common is worked out from depth.
+A room is a folder with a Mitsuba ``scene.xml``, in metres or another unit, y upwards. Every material is diffuse in its
+own colour, and panes of glass are omitted. Views come in clusters: one from a random position in the room, and others
+from positions around it that look at the same point. The overlap of every pair of a cluster is computed from depth.
 
     python training/render.py --sources FOLDER --out FOLDER --clusters 300
 
-Mitsuba 3 (PyPI ``mitsuba``) and an LLVM library are needed. A second call goes on where the first one ended.
+It needs Mitsuba 3 (PyPI ``mitsuba``) and an LLVM library. A second call continues where the first one ended.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python training/train.py points --shards SHARDS --out RUN --minutes 10
     python training/train.py matching --shards SHARDS --out RUN --minutes 10
 
-``points`` trains SuperPoint, ``matching`` the LightGlue that belongs to it; each trains the full pair and the fast one
-side by side on the same views, which cost as much to make as a small network costs to train. A run goes on from what
-its folder holds, or begins with the weights of ``--start``.
+``points`` trains SuperPoint, ``matching`` its LightGlue. Each trains the full and the fast network together on the same
+views, because creating the views costs as much as training a small network. A run continues from the checkpoint in its
+folder, or starts with the weights of ``--start``.
 """
 
 from __future__ import annotations
