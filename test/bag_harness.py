@@ -1,4 +1,4 @@
-"""Helpers for the tests of `kpmatch bag` and `kpmatch archive`."""
+"""Shared functions for tests of `kpmatch bag` and `kpmatch archive`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Helpers for tests of the compiled geometry: calls to the NumPy version, and builds from the sources."""
+"""Shared functions for tests of the compiled geometry: calls to the NumPy version, and builds from the sources."""
 
 from __future__ import annotations
 

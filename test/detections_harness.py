@@ -1,4 +1,4 @@
-"""Helpers for tests of extractors: keypoints by position, and the comparison of a batch with its single images."""
+"""Shared functions for tests of extractors: keypoints by position, and a batch compared with its single images."""
 
 from __future__ import annotations
 

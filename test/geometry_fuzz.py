@@ -1,7 +1,8 @@
 """Fuzz tests of the compiled geometry, with random and invalid arguments.
 
-As a program with the arguments CASES and LIBRARY, it runs so many cases, with those of two_view_fuzz.py, on a library
-built with sanitizers. It imports only the geometry, and not pytest, because that library stops at undefined behaviour.
+As a program with the arguments CASES and LIBRARY, it runs this number of cases, with those of two_view_fuzz.py and
+track_fuzz.py, on a library built with sanitizers. It imports only the geometry, and not pytest, because that library
+stops at undefined behaviour.
 """
 
 from __future__ import annotations

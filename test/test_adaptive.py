@@ -1,4 +1,4 @@
-"""The benchmark of stopping and dropping prints a line for each precision and number of keypoints."""
+"""Tests that the benchmark of early stopping and pruning prints a line for each precision and number of keypoints."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""ALIKED computes what its paper and the authors' files define, on random weights and, where there are any, real ones.
+"""Tests that ALIKED computes what its paper and its authors' files define, with random and with real weights.
 
-The reference is written out densely in this file: batch norms, deformable convolutions by their definition, all
-features of all pixels. Real weights are looked for in the folder that KPMATCH_TEST_WEIGHTS names (``aliked-n16.pth``,
-``aliked_lightglue.pth`` and so on), `kornia` is another reference where it is installed.
+The reference implementation in this file is dense: batch norms, deformable convolutions by definition, and the
+features of all pixels. Real weights are read from the folder in KPMATCH_TEST_WEIGHTS (``aliked-n16.pth``,
+``aliked_lightglue.pth`` and so on). `kornia` is a second reference if it is installed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CHANNELS, DIM, SAMPLES = [4, 8, 8, 16], 16, 5
 
 
 def bilinear(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Samples (C, ...) of a map x (C, H, W), zero outside of it."""
+    """Sample a map x (C, H, W) at points, and return (C, ...). The map is zero outside."""
     total = torch.zeros(())
     for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
         r, c = rows.floor() + row, columns.floor() + column
@@ -48,7 +48,7 @@ def bilinear(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def deformable_convolution(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
-    """By definition, of x (C, H, W): tap k looks ``offsets[2 k]`` rows and ``offsets[2 k + 1]`` columns further."""
+    """Convolve x (C, H, W) by definition: tap k is moved by ``offsets[2 k]`` rows and ``offsets[2 k + 1]`` columns."""
     rows, columns = torch.meshgrid(torch.arange(x.shape[1]), torch.arange(x.shape[2]), indexing="ij")
     total = torch.zeros(())
     for k in range(9):
@@ -58,7 +58,7 @@ def deformable_convolution(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor
 
 
 def dense_maps(tensors: Tensors, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of the scores (H, W) and unit features (C, H, W) of every pixel of an image (3, H, W)."""
+    """Return score logits (H, W) and unit features (C, H, W) of all pixels of an image (3, H, W)."""
     rows, columns = (-size % 32 for size in image.shape[1:])
     top, left = rows // 2, columns // 2
     x = F.pad(image[None], (left, columns - left, top, rows - top), mode="replicate")
@@ -93,7 +93,7 @@ def dense_maps(tensors: Tensors, image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def refined(scores: Tensor, row: int, column: int) -> tuple[float, float]:
-    """The centre x, y of the scores in a window of 5 x 5, weighted by exp(score / 0.1)."""
+    """Return the centre x, y of a 5 x 5 window, weighted by exp(score / 0.1)."""
     window = F.pad(scores, (2, 2, 2, 2))[row : row + 5, column : column + 5].double()
     weights = torch.exp(window / 0.1)
     steps = torch.arange(-2, 3)
@@ -104,7 +104,7 @@ def refined(scores: Tensor, row: int, column: int) -> tuple[float, float]:
 
 
 def description(tensors: Tensors, features: Tensor, x: float, y: float) -> Tensor:
-    """The descriptor of a keypoint."""
+    """Return the descriptor of a keypoint."""
     height, width = features.shape[1:]
     top, left = (min(max(math.floor(at) - 1, 0), size - 4) for at, size in ((y, height), (x, width)))
     patch = features[None, :, top : top + 3, left : left + 3]
@@ -120,7 +120,7 @@ def description(tensors: Tensors, features: Tensor, x: float, y: float) -> Tenso
 def reference(
     tensors: Tensors, image: Tensor, threshold: float, border: int
 ) -> list[tuple[float, float, float, Tensor]]:
-    """x, y, score and descriptor of every keypoint of an image (3, H, W)."""
+    """Return x, y, score and descriptor of all keypoints of an image (3, H, W)."""
     logits, features = dense_maps(tensors, image)
     scores = logits.sigmoid()
     peaks = suppress_non_maxima(scores[None], 2)[0]
@@ -137,7 +137,7 @@ def reference(
 
 
 def random_tensors(seed: int, picture: Tensor) -> Tensors:
-    """Tensors named as in the authors' files, scaled so that scores and positions vary over the picture."""
+    """Return tensors named as in the authors' files, scaled so that scores and positions vary over the picture."""
     generator = torch.Generator().manual_seed(seed)
     tensors: Tensors = {}
 
@@ -174,7 +174,7 @@ def random_tensors(seed: int, picture: Tensor) -> Tensors:
     add("desc_head.offset_conv.2.weight", 2 * SAMPLES, 2 * SAMPLES, 1, 1, gain=4.0)
     add("desc_head.offset_conv.2.bias", 2 * SAMPLES)
     add("desc_head.sf_conv.weight", DIM, DIM, 1, 1, gain=3.0)
-    # The last layer is linear and has no bias: of two random ones, a combination gives logits of mean 0 and spread 2.
+    # The last layer is linear without a bias: a combination of two random layers gives logits of mean 0 and spread 2.
     mean = dense_maps(tensors, picture)[0].mean()
     other = torch.randn(1, 4, 3, 3, generator=generator)
     other_mean = dense_maps({**tensors, "score_head.6.weight": other}, picture)[0].mean()
@@ -185,7 +185,7 @@ def random_tensors(seed: int, picture: Tensor) -> Tensors:
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory, picture: Callable[..., Tensor]) -> Ours:
-    """ours(seed=0, **options): an ALIKED with random weights, loaded from a file as the authors' are."""
+    """ours(seed=0, **options) returns an ALIKED with random weights, loaded from a file in the authors' format."""
 
     def make(seed: int = 0, **options: Any) -> ALIKED:
         path = tmp_path_factory.mktemp("aliked") / "aliked.pth"
@@ -249,7 +249,7 @@ def test_features_where_asked_for_are_those_of_the_whole_map() -> None:
     for i in range(2):
         x, y = pixels[i].long().T
         assert torch.allclose(features.at(pixels)[i], crop[i, :, y, x].T, atol=1e-4)
-    positions = torch.rand(2, 200, 2) * torch.tensor([110.0, 80.0]) - 12  # some of them outside
+    positions = torch.rand(2, 200, 2) * torch.tensor([110.0, 80.0]) - 12  # some positions lie outside of the image
     sampled = features.between(positions)
     for i in range(2):
         x, y = positions[i].T
@@ -314,7 +314,7 @@ def test_no_keypoint_is_read_out_nearer_to_the_sides_than_the_border_chosen(
     ours: Ours, picture: Callable[..., Tensor], border: int
 ) -> None:
     model = ours(keypoint_threshold=0.02)
-    model.nms_radius, model.border = 0, border  # every pixel, some of which move outwards
+    model.nms_radius, model.border = 0, border  # every pixel is a keypoint, and some move outwards
     keypoints = model(picture(64, 96)[None]).keypoints[0]
     assert keypoints.min() == border and (keypoints <= torch.tensor([95.0, 63.0]) - border).all()
 
@@ -388,7 +388,7 @@ def test_real_weights_find_what_kornia_finds(fetched: Callable[[str], Path], pic
     feature = pytest.importorskip("kornia.feature")
     theirs = feature.ALIKED(model_name="aliked-n16", detection_threshold=0.05).eval()
     stored = torch.load(fetched("aliked-n16"), map_location="cpu", weights_only=True)
-    theirs.load_state_dict(stored, strict=False)  # it lacks a constant
+    theirs.load_state_dict(stored, strict=False)  # the file lacks a constant
     ours = ALIKED.from_pretrained("aliked-n16", keypoint_threshold=0.05)
     image = picture(203, 317)[None]
     with torch.inference_mode():
@@ -396,7 +396,7 @@ def test_real_weights_find_what_kornia_finds(fetched: Callable[[str], Path], pic
     found = ours(image)
     gaps = (expected.keypoints[:, None] - found.keypoints[0][None]).norm(dim=-1)
     distances, nearest = gaps.min(dim=1)
-    # As the authors' code, ours also finds maxima among what is suppressed only by what is itself suppressed.
+    # Like the authors' code, ours also finds maxima that only suppressed pixels suppress.
     assert 50 < expected.n <= found.mask.sum() < 1.3 * expected.n
     same = distances < 1e-3
     assert same.float().mean() > 0.995
@@ -405,7 +405,7 @@ def test_real_weights_find_what_kornia_finds(fetched: Callable[[str], Path], pic
 
 
 def normalised(points: Tensor, calibration: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Homogeneous directions of pixels of images of 640 x 480 that were 1296 x 968 when they were calibrated."""
+    """Return homogeneous directions of pixels in 640 x 480 images, for a calibration of 1296 x 968 images."""
     scale = np.array([640 / 1296, 480 / 968])
     pixels = (points.double().numpy() + 0.5) / scale - 0.5
     homogeneous = np.column_stack([pixels, np.ones(len(pixels))])
@@ -413,7 +413,7 @@ def normalised(points: Tensor, calibration: NDArray[np.float64]) -> NDArray[np.f
 
 
 def count_correct(points: list[Tensor], numbers: NDArray[np.float64]) -> int:
-    """Matches with a symmetric epipolar distance under 5e-4 to the true pose."""
+    """Count the matches with a symmetric epipolar distance below 5e-4 for the true pose."""
     first, second = (normalised(p, k.reshape(3, 3)) for p, k in zip(points, (numbers[:9], numbers[9:18])))
     pose = numbers[18:].reshape(4, 4)
     x, y, z = pose[:3, 3]
@@ -441,5 +441,5 @@ def test_real_weights_match_recorded_images_as_well_as_the_authors_code(
             found.append(matcher.extract(image[..., ::-1]))
         matches = matcher.match(*found)
         correct += count_correct([each.keypoints[matches.indices[:, i]] for i, each in enumerate(found)], numbers)
-    # 397 with the authors' ALIKED and LightGlue (torch 2.13, float32) on the same images.
+    # The authors' ALIKED and LightGlue (torch 2.13, float32) give 397 on the same images.
     assert correct == pytest.approx(397, rel=0.02)

@@ -1,4 +1,4 @@
-"""kpmatch archive: every bag once and whole, whatever is broken and whoever dies, and a table that holds them all."""
+"""Tests of kpmatch archive: every bag once and complete, in spite of broken bags and killed processes."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from simulation.bags import write_camera_bag
 
 @pytest.fixture
 def run(kpmatch: Run) -> Run:
-    """run(words...): exit status, stdout and stderr of `kpmatch archive`."""
+    """run(words...) runs `kpmatch archive` and returns exit status, stdout and stderr."""
     return functools.partial(kpmatch, "archive")
 
 
 @pytest.fixture
 def bags(views: list[NDArray[np.uint8]], tmp_path: Path) -> Path:
-    """Two good bags, one of which is a bare file, and two broken ones."""
+    """Two valid bags, one of which is a single file, and two broken ones."""
     folder = tmp_path / "in"
     for name in ("monday/a", "c", "cut", "other"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -110,14 +110,14 @@ def test_a_bag_that_is_done_is_not_done_again_and_one_that_is_mended_is(
     second = table(out)
     assert second["cut"]["state"] == "done" and not (out / ".unfinished").exists()
     for name in ("c.mcap", "monday/a"):
-        assert second[name] == first[name]  # its seconds too
+        assert second[name] == first[name]  # including its times
 
 
 def test_a_run_does_not_go_on_with_other_settings(run: Run, bags: Path, tmp_path: Path) -> None:
     assert run(bags, tmp_path / "out", *QUICK)[0] == 0
     status, _, error = run(bags, tmp_path / "out", *QUICK, "--border", 9)
     assert status == 2 and "was begun with border -1, now it is 9" in error and len(error.splitlines()) == 1
-    assert run(bags, tmp_path / "out", *QUICK, "--threads", 1)[0] == 0  # decides on rounding alone
+    assert run(bags, tmp_path / "out", *QUICK, "--threads", 1)[0] == 0  # the number of threads affects only rounding
 
 
 @pytest.mark.parametrize("name", ["archive.csv", "archive.json"])
@@ -186,15 +186,15 @@ def test_bags_are_found_in_every_form_that_recorders_leave(tmp_path: Path) -> No
         "a/metadata.yaml", "a/x_0.db3",  # a bag
         "b/b_0.mcap", "b/b_1.mcap",  # a recorder that was killed
         "c/one.mcap", "c/two.db3", "c/old.bag", "c/note.txt",  # bare files
-        "d/metadata.yaml", "d/e/e_0.mcap.zstd",  # metadata of something else
-        "i/three.mcap.zstd", "i/four.db3.zstd", "i/log.zstd",  # compressed as a whole
+        "d/metadata.yaml", "d/e/e_0.mcap.zstd",  # the metadata of something else
+        "i/three.mcap.zstd", "i/four.db3.zstd", "i/log.zstd",  # files that are compressed as a whole
         ".trash/f.mcap",
     ):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "g").symlink_to(tmp_path)
     (tmp_path / "h").mkdir()
-    (tmp_path / "h" / "metadata.yaml").symlink_to("/no/such/disk/metadata.yaml")  # what cannot be read is to be named
+    (tmp_path / "h" / "metadata.yaml").symlink_to("/no/such/disk/metadata.yaml")  # unreadable metadata must be reported
     found = [str(path.relative_to(tmp_path)) for path in find_bags(tmp_path)]
     packed = ["i/four.db3.zstd", "i/three.mcap.zstd"]
     assert found == ["a", "b", "c/old.bag", "c/one.mcap", "c/two.db3", "d/e", "h", *packed]
@@ -264,7 +264,7 @@ def test_what_is_not_installed_is_named(run: Run, bags: Path, tmp_path: Path, mo
     assert status == 0 and "archive.parquet needs pyarrow" in printed and len(table(tmp_path / "out")) == 4
 
 
-@pytest.mark.timeout(600)  # Ray begins three times: 18 s where nothing else runs, minutes on a busy machine
+@pytest.mark.timeout(600)  # Ray starts three times: 18 s on an idle machine, minutes on a busy one
 def test_a_worker_that_is_killed_costs_nothing_but_time(
     views: list[NDArray[np.uint8]], bags: Path, tmp_path: Path
 ) -> None:
@@ -299,7 +299,7 @@ def test_a_bag_for_which_memory_runs_out_is_not_tried_for_ever(views: list[NDArr
     pytest.importorskip("ray")
     (tmp_path / "in").mkdir()
     write_camera_bag(tmp_path / "in" / "drive", views[:3], stamps(3), demo_camera(*SIZE))
-    short = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "50"}  # no task has enough
+    short = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "50"}  # no task has enough memory
     with on_ray(tmp_path / "in", tmp_path / "out", **short, RAY_task_oom_retry_delay_base_ms="10") as process:
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and f"{tmp_path / 'in' / 'drive'}: its machine ran out of memory" in errors, errors
@@ -323,7 +323,7 @@ def test_bags_in_hand_when_a_run_is_stopped_count_no_attempt(views: list[NDArray
 
 @contextmanager
 def on_ray(bags: Path, out: Path, **environment: str) -> Iterator[psutil.Popen]:
-    """`kpmatch archive` on two workers of this machine; it is stopped where the test ends before it."""
+    """Run `kpmatch archive` on two workers of this machine, and stop it if the test ends first."""
     command = [sys.executable, "-m", "kpmatch_ros.cli", "archive", bags, out, *QUICK,
                "--ray", "local", "--cpus-per-bag", max(1, (os.cpu_count() or 2) // 2)]  # fmt: skip
     process = psutil.Popen(
@@ -359,7 +359,7 @@ def test_a_full_disk_is_no_fault_of_the_bags(
 
     def fill(self: BagWriter, topic: str, message: Any, stamp: int) -> None:
         written.append(topic)
-        if len(written) == 6:  # in the second bag
+        if len(written) == 6:  # while it writes the second bag
             monkeypatch.setattr(self, "_writer", Full())
         write(self, topic, message, stamp)
 
@@ -375,7 +375,7 @@ def test_a_full_disk_is_no_fault_of_the_bags(
 
 
 class Full:
-    """A writer of bags on a disk that is full."""
+    """A bag writer on a full disk."""
 
     def add_connection(self, *_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -401,7 +401,7 @@ def test_no_result_comes_to_stand_among_the_recordings(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     folder = tmp_path / "day"
-    for name in ("day/drive", "drive"):  # the first would become day/drive, which is the second
+    for name in ("day/drive", "drive"):  # the first would be named day/drive, which is the name of the second
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_camera_bag(folder / name, views[:3], stamps(3), demo_camera(*SIZE))
     status, printed, error = run(folder, tmp_path, *QUICK)

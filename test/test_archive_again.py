@@ -1,4 +1,4 @@
-"""kpmatch archive taken up again: what is done is not done again, and nothing else is taken for it."""
+"""Tests that kpmatch archive resumes: it repeats no finished bag, and takes no changed bag for a finished one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from simulation.bags import write_camera_bag
 
 @pytest.fixture
 def run(kpmatch: Run) -> Run:
-    """run(words...): exit status, stdout and stderr of `kpmatch archive`."""
+    """run(words...) runs `kpmatch archive` and returns exit status, stdout and stderr."""
     return functools.partial(kpmatch, "archive")
 
 
@@ -60,7 +60,7 @@ def test_results_of_another_bag_of_that_name_are_not_taken_for_this_ones(
     status, _, errors = run(tmp_path / "two", tmp_path / "out", *QUICK)
     assert status == 2 and f"{tmp_path / 'out' / 'drive'}: was made from another bag than {tmp_path / 'two'}" in errors
     assert table(tmp_path / "out")["drive"]["state"] == "failed"
-    (tmp_path / "one").rename(tmp_path / "moved")  # is the same bag
+    (tmp_path / "one").rename(tmp_path / "moved")  # a moved bag is the same bag
     assert "1 done (1 of them before)" in run(tmp_path / "moved", tmp_path / "out", *QUICK)[1]
     shutil.rmtree(tmp_path / "out" / "drive")
     assert run(tmp_path / "two", tmp_path / "out", *QUICK)[0] == 0
@@ -100,7 +100,7 @@ def test_a_bag_is_another_one_where_more_files_of_it_are_read_or_its_log_is_anot
     database = killed / "killed.db3"
     recorder = sqlite3.connect(database)
     recorder.execute("PRAGMA journal_mode=WAL")
-    for kept in (1, 2):  # a message less each time, in the log alone
+    for kept in (1, 2):  # each step deletes one message, recorded only in the write-ahead log
         recorder.execute("DELETE FROM messages WHERE id = ?", (kept,))
         recorder.commit()
         shutil.copy(f"{database}-wal", tmp_path / f"{kept}-wal")
@@ -109,7 +109,7 @@ def test_a_bag_is_another_one_where_more_files_of_it_are_read_or_its_log_is_anot
     (killed / "metadata.yaml").unlink()
 
     def left(log: int) -> None:
-        """What a recorder leaves that was killed."""
+        """Restore the files that a killed recorder leaves."""
         shutil.copy(tmp_path / "db3", database)
         shutil.copy(tmp_path / f"{log}-wal", f"{database}-wal")
 
@@ -123,7 +123,7 @@ def test_a_bag_is_another_one_where_more_files_of_it_are_read_or_its_log_is_anot
     assert run(tmp_path / "in", tmp_path / "out", *QUICK)[0] == 2
     rows = table(tmp_path / "out")
     assert {name: (row["state"], row["frames"]) for name, row in rows.items()} == {
-        "split": ("failed", ""), "killed": ("done", "2")  # what was not finished may go on
+        "split": ("failed", ""), "killed": ("done", "2")  # an unfinished bag may be continued
     }  # fmt: skip
     assert f"{tmp_path / 'out' / 'split'}: was made from another bag" in rows["split"]["message"]
 
@@ -205,7 +205,7 @@ def test_a_bag_that_kills_its_process_is_done_last_and_passed_over_after_four_at
     assert done.returncode == 2 and "1 of 2 bags failed" in done.stderr
     assert f"{tmp_path / 'in' / 'deadly'}: is passed over, because 4 processes died" in done.stderr
     assert {name: row["state"] for name, row in table(out).items()} == {"deadly": "failed", "good": "done"}
-    assert run(tmp_path / "in", out, *QUICK)[0] == 0  # where memory is enough
+    assert run(tmp_path / "in", out, *QUICK)[0] == 0  # with enough memory
     assert table(out)["deadly"]["state"] == "done" and not (out / ".attempts").exists()
 
 

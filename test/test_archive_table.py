@@ -1,4 +1,4 @@
-"""What the table of kpmatch archive says of each bag."""
+"""Tests of the content of kpmatch archive's table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from simulation.bags import write_camera_bag
 
 @pytest.fixture
 def run(kpmatch: Run) -> Run:
-    """run(words...): exit status, stdout and stderr of `kpmatch archive`."""
+    """run(words...) runs `kpmatch archive` and returns exit status, stdout and stderr."""
     return functools.partial(kpmatch, "archive")
 
 
@@ -57,7 +57,7 @@ def test_a_bag_whose_images_are_in_what_is_damaged_is_broken_and_not_unsuitable(
         bag.write("/info", camera_info_message(demo_camera(*SIZE), stamps(1)[0], "eye"), stamps(1)[0])
     (drive / "metadata.yaml").unlink()
     (drive / "drive.mcap").unlink()
-    (drive / "drive_0.mcap").write_bytes(b"garbage")  # it held the images
+    (drive / "drive_0.mcap").write_bytes(b"garbage")  # this file held the images
     shutil.copy(tmp_path / "other" / "other.mcap", drive / "drive_1.mcap")
     assert run(tmp_path / "in", tmp_path / "out", *QUICK)[0] == 2
     row = table(tmp_path / "out")["drive"]
@@ -73,7 +73,7 @@ def test_a_row_says_what_an_evaluation_asks_and_what_computed_it(
     assert (row["device"], row["precision"], row["threads"]) == ("cpu", "float32", "1")
     assert float(row["recorded"]) == 0.2 and row["status_ok"] == "2" and row["rejected"] == "0"
     assert 0 < float(row["latency_p50"]) <= float(row["latency_p95"]) < 1000 * float(row["seconds"])
-    assert (row["breaks"], row["odometry_breaks"], row["unpaired"]) == ("0", "", "")  # odometry nobody asked for
+    assert (row["breaks"], row["odometry_breaks"], row["unpaired"]) == ("0", "", "")  # odometry was not requested
 
 
 def test_a_row_of_a_stereo_pair_counts_the_images_without_a_partner(

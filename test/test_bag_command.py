@@ -1,4 +1,4 @@
-"""kpmatch bag: the bag it writes is what the node publishes, and whatever is wrong with a bag is said in a line."""
+"""Tests of kpmatch bag: its output equals what the node publishes, and each problem of a bag takes one line."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ from simulation.bags import write_camera_bag, write_demo_bag
 
 @pytest.fixture
 def run(kpmatch: Run) -> Run:
-    """run(words...): exit status, stdout and stderr of `kpmatch bag`."""
+    """run(words...) runs `kpmatch bag` and returns exit status, stdout and stderr."""
     return functools.partial(kpmatch, "bag")
 
 
 @pytest.fixture(scope="module")
 def views(texture: Any) -> list[NDArray[np.uint8]]:
-    """Six images of a textured plane that moves by."""
+    """Six images of a moving textured plane."""
     wide = texture(150, 240, 5)
     return [np.ascontiguousarray(wide[i : i + SIZE[1], 4 * i : 4 * i + SIZE[0]]) for i in range(6)]
 
@@ -101,7 +101,7 @@ def test_the_bag_holds_what_the_node_publishes_bit_for_bit(tmp_path: Path) -> No
         for connection, _, raw in reader.messages():
             written[connection.topic].append(deserialize_message(bytes(raw), kinds[connection.topic]))
     for message in [*node.matches, *written["/matches"]]:
-        message.extract_ms = message.match_ms = 0.0  # what it cost is the only thing that differs
+        message.extract_ms = message.match_ms = 0.0  # only the measured times differ
     assert len(node.matches[0].scores) > 50
     for topic, published in (("/features", node.features), ("/matches", node.matches), ("/relative_pose", node.poses)):
         assert differences(written[topic], published) == [], topic
@@ -128,7 +128,7 @@ def test_messages_have_the_stamps_of_their_images_and_are_recorded_when_these_we
 def test_a_frame_after_a_jump_in_time_has_no_pair_and_its_pose_says_so(
     run: Run, views: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
-    times = [FIRST + tenth * 100_000_000 for tenth in (50, 51, 0, 1, 30, 31)]  # back, and a gap
+    times = [FIRST + tenth * 100_000_000 for tenth in (50, 51, 0, 1, 30, 31)]  # the time goes back, then has a gap
     with BagWriter(tmp_path / "in") as bag:
         for recorded_at, stamp, view in zip(stamps(6), times, views):
             bag.write("/eye/image", image_message(view, stamp, "eye", "mono8"), recorded_at)
@@ -172,7 +172,7 @@ def test_compressed_images_are_matched_too(run: Run, views: list[NDArray[np.uint
     for name in ("in", "raw"):
         assert run(tmp_path / name, tmp_path / f"out_{name}", *QUICK)[0] == 0
         found.append([record.message.points for record in by_topic(tmp_path / f"out_{name}")["/matches"]])
-    # Colours are added up in another order: the fractions of a pixel differ in the last digits.
+    # Colours are summed in another order, so the subpixel positions differ in the last digits.
     assert all(len(one) == len(other) and np.allclose(one, other, atol=1e-3) for one, other in zip(*found))
     assert len(found[0][0]) > 20
 
@@ -211,7 +211,7 @@ def test_images_that_cannot_be_used_are_counted_and_the_run_goes_on(
     status, out, err = run(tmp_path / "in", tmp_path / "out", *QUICK, "--json")
     figures = json.loads(out)
     assert status == 0 and figures["frames"] == 3 and figures["rejected"] == {"encoding": 1, "data": 2}
-    assert "mono7" in err and err.count("an image was rejected") == 2  # each reason once
+    assert "mono7" in err and err.count("an image was rejected") == 2  # each reason is reported once
     matches = by_topic(tmp_path / "out")["/matches"]
     assert [header_stamp(record.message) for record in matches] == [stamps(6)[1], stamps(6)[5]]
 
@@ -230,7 +230,7 @@ def test_a_calibration_for_another_size_gives_no_pose_and_says_so(
 
 
 def detected(matches: Any) -> NDArray[np.float32]:
-    """The points (M, 2) that are keypoints of the current image: not those that were carried there."""
+    """Return the points (M, 2) at keypoints of the current image, without those of other tracks."""
     return np.reshape(matches.points, (-1, 2))[np.array(matches.indices) != matches.NOT_DETECTED]
 
 
@@ -348,7 +348,7 @@ def test_without_calibration_there_are_matches_and_no_poses(
     write_camera_bag(tmp_path / "in", views, stamps(6), None)
     status, out, err = run(tmp_path / "in", tmp_path / "out", *QUICK)
     assert status == 0 and "no camera_info beside /camera/image_raw" in err and "NO_CALIBRATION 5" in out
-    assert ["inliers", "-"] in [line.split() for line in out.splitlines()]  # of which nothing is known: not none
+    assert ["inliers", "-"] in [line.split() for line in out.splitlines()]  # the number of inliers is unknown, not 0
 
 
 def test_what_one_image_tells_nothing_of_is_no_number(run: Run, views: list[NDArray[np.uint8]], tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_poses_are_chained_from_the_first_camera(run: Run, tmp_path: Path) -> No
     for row, (rotation, position) in zip(rows, chain):
         assert row[1:4] == pytest.approx(position, abs=1e-6)
         assert (Rotation.from_quat(row[4:]).inv() * rotation).magnitude() < 1e-6
-    # And the third camera is where it truly is in the first one's frame, but for the scale.
+    # The third camera is at its true position in the first one's frame, except for the scale.
     turned, moved = relative_motion(truth[0], truth[2])
     assert np.degrees((Rotation.from_quat(rows[2, 4:]).inv() * Rotation.from_matrix(turned)).magnitude()) < 1.5
     assert rows[2, 1:4] @ moved > 0.97 * np.linalg.norm(rows[2, 1:4]) * np.linalg.norm(moved)
@@ -397,7 +397,7 @@ def test_frames_that_cannot_be_related_break_the_chain_visibly(
 ) -> None:
     blank = np.full_like(views[0], 128)
     write_camera_bag(tmp_path / "in", [*views[:3], blank, blank, *views[3:]], stamps(8), demo_camera(*SIZE))
-    enough = ("--max-keypoints", "512", "--keypoint-threshold", "0.0005")  # for poses that are not ambiguous
+    enough = ("--max-keypoints", "512", "--keypoint-threshold", "0.0005")  # so that poses are not ambiguous
     status, out, _ = run(tmp_path / "in", tmp_path / "out", *QUICK, *enough, "--poses", tmp_path / "poses.txt")
     poses = [record.message for record in by_topic(tmp_path / "out")["/relative_pose"]]
     known = [FIRST, *(header_stamp(pose) for pose in poses if pose.status in (pose.OK, pose.NO_TRANSLATION))]
@@ -407,7 +407,7 @@ def test_frames_that_cannot_be_related_break_the_chain_visibly(
     lines = (tmp_path / "poses.txt").read_text().splitlines()
     broken = [number for number, line in enumerate(lines) if line.startswith("# broken")]
     assert status == 0 and broken == [4] and "broken 1 time:" in out
-    # The chain goes on from the last known pose, as if the camera had not moved in between.
+    # The chain continues at the last known pose, as if the camera had not moved in between.
     step = poses[5].pose.pose
     q, p = step.orientation, step.position
     last = Rotation.from_quat(rows[2, 4:])
@@ -469,12 +469,12 @@ def test_being_stopped_leaves_no_half_bag_behind(
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     end = time.monotonic() + 60
-    while not list(tmp_path.glob(".kpmatch.*/out/*")):  # until it is writing
+    while not list(tmp_path.glob(".kpmatch.*/out/*")):  # until the command is writing
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
     process.send_signal(sent)
     _, err = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT)  # to a shell, both are 130
+    assert process.returncode in (130, -signal.SIGINT)  # a shell reports both as 130
     assert err == "kpmatch bag: stopped\n"
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 

@@ -1,4 +1,4 @@
-"""kpmatch bag on a stereo pair of cameras."""
+"""Tests of kpmatch bag with a stereo pair."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from simulation.bags import write_demo_bag
 
 @pytest.fixture
 def run(kpmatch: Run) -> Run:
-    """run(words...): exit status, stdout and stderr of `kpmatch bag`."""
+    """run(words...) runs `kpmatch bag` and returns exit status, stdout and stderr."""
     return functools.partial(kpmatch, "bag")
 
 
@@ -33,7 +33,7 @@ STEREO = (*QUICK, "--mode", "stereo", "--rectified")
 
 @pytest.fixture(scope="module")
 def stereo_bag(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five frames of the courtyard with a baseline of half a metre, which makes up for images that small."""
+    """Five frames of the courtyard. The baseline of 0.5 m compensates for the small images."""
     path = tmp_path_factory.mktemp("stereo") / "in"
     write_demo_bag(path, num_frames=5, size=(320, 240), baseline=0.5, encoding="mono8")
     return path
@@ -41,7 +41,7 @@ def stereo_bag(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def walked(stereo_bag: Path) -> Path:
-    """The folder with `out` and `poses.txt` that the command made of it."""
+    """The folder with the command's output `out` and `poses.txt` for this bag."""
     folder = stereo_bag.parent
     words = ["--left", "/left/image_rect", "--right", "/right/image_rect", "--rectified", "--publish-odometry",
              "--device", "cpu", "--precision", "float32", "--max-keypoints", "512", "--features"]  # fmt: skip
@@ -50,7 +50,7 @@ def walked(stereo_bag: Path) -> Path:
 
 
 def altered(source: Path, target: Path, change: Callable[[int, Any], Any]) -> Path:
-    """A bag whose records went through `change`, called with the number among its topic's; None leaves one out."""
+    """Write a bag with all records after `change`, called with the number within the topic. None drops the record."""
     numbers: dict[str, int] = {}
     with BagWriter(target) as bag:
         for record in read_messages(source):
@@ -106,8 +106,8 @@ def test_the_stereo_bag_holds_what_the_node_publishes_bit_for_bit(
              "/odometry": odometry, "/features": node.features}  # fmt: skip
     for messages in (found, written):
         for message in [*messages["/matches"], *messages["/stereo_matches"]]:
-            message.extract_ms = message.match_ms = 0.0  # what it cost is the only thing that differs
-    for topic in ("/features", "/stereo_matches", "/matches", "/relative_pose", "/odometry"):  # from cause to effect
+            message.extract_ms = message.match_ms = 0.0  # only the measured times differ
+    for topic in ("/features", "/stereo_matches", "/matches", "/relative_pose", "/odometry"):  # causes first
         assert differences(written[topic], found[topic]) == [], topic
     assert {pose.status for pose in node.poses} == {RelativePose.OK} and len(node.stereo_matches[0].scores) > 50
 
@@ -122,7 +122,7 @@ def test_stereo_poses_are_written_in_metres(stereo_bag: Path, walked: Path) -> N
     assert np.degrees((Rotation.from_quat(rows[4, 4:]).inv() * Rotation.from_matrix(turned)).magnitude()) < 0.3
     found = by_topic(walked / "out")
     assert all(record.message.metric for record in found["/relative_pose"])
-    # Odometry, whose frame has x forward, ends as far from where it began; TF says the same.
+    # The odometry, with x forward, ends at the same distance from its start, and TF agrees.
     last, (transform,) = found["/odometry"][-1].message, found["/tf"][-1].message.transforms
     position, translation = last.pose.pose.position, transform.transform.translation
     x, y, z = rows[4, 1:4]
@@ -149,7 +149,7 @@ def test_images_without_a_partner_are_counted_and_named(run: Run, stereo_bag: Pa
 
 
 def test_a_camera_that_falls_silent_is_told_of_as_by_the_node(run: Run, stereo_bag: Path, tmp_path: Path) -> None:
-    """From the third frame on only left images come, ten a second, for 8 s: a pose tells of it from 5 s on."""
+    """From the third frame on only left images arrive, ten per second, for 8 s. A pose reports it from 5 s on."""
     counts = {"/left/image_rect": 0, "/right/image_rect": 0}
     with BagWriter(tmp_path / "silent") as bag:
         for topic, _, recorded, message in read_messages(stereo_bag):

@@ -1,4 +1,4 @@
-"""What a bag that `kpmatch bag` writes says of itself, how fast it is said to have been made, and what it leaves."""
+"""Tests of the metadata of `kpmatch bag`'s output bag, its reported speed, and the files that it leaves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIZE = (160, 120)
 
 @pytest.fixture
 def run(kpmatch: Run) -> Run:
-    """run(words...): exit status, stdout and stderr of `kpmatch bag`."""
+    """run(words...) runs `kpmatch bag` and returns exit status, stdout and stderr."""
     return functools.partial(kpmatch, "bag")
 
 
@@ -82,13 +82,13 @@ def test_a_topic_without_a_message_is_in_the_bag_with_its_type(
 def test_a_pause_of_the_recording_or_bursts_do_not_make_the_replay_faster(
     run: Run, image: NDArray[np.uint8], tmp_path: Path
 ) -> None:
-    """Ten frames a second: all in a row, with a hundred seconds between the second and the third, and by threes."""
+    """Ten frames per second: evenly, with a pause of 100 s between the second and the third, and in bursts of three."""
     row = np.arange(9) * 10**8
     recorded = {"row": row, "pause": row + 100 * 10**9 * (np.arange(9) > 1), "bursts": row // (3 * 10**8) * 3 * 10**8}
     for name, times in recorded.items():
         write_camera_bag(tmp_path / name, [image] * 9, (FIRST + times).tolist(), demo_camera(*SIZE))
         figures = json.loads(run(tmp_path / name, tmp_path / f"{name}.out", *QUICK, "--json")[1])
-        wanted = figures["rate"] * (0.075 if name == "bursts" else 0.1)  # the last burst has no step after it
+        wanted = figures["rate"] * (0.075 if name == "bursts" else 0.1)  # the last burst is not followed by an interval
         assert figures["times_real_time"] == pytest.approx(wanted, abs=0.002, rel=0.01)
 
 
@@ -96,7 +96,7 @@ def test_a_pause_of_the_recording_or_bursts_do_not_make_the_replay_faster(
 def test_a_bag_that_cannot_be_finished_keeps_no_space(
     image: NDArray[np.uint8], tmp_path: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that is removed while it is open keeps its place on a disk that is full."""
+    """An open file that is deleted still occupies space on a full disk."""
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,4 +1,4 @@
-"""Bags without ROS: what is written is read back, real recordings are read, and broken bags are explained."""
+"""Tests of bags without ROS: written data is read back, real recordings are read, and broken bags are explained."""
 
 from __future__ import annotations
 
@@ -142,14 +142,14 @@ def test_the_message_definitions_are_those_that_ros_was_built_with() -> None:
 
 
 def test_any_rosbag2_reader_reads_what_is_written(bag: Path, images: list[NDArray[np.uint8]]) -> None:
-    with AnyReader([bag]) as reader:  # checks the definitions' hashes too
+    with AnyReader([bag]) as reader:  # also checks the hashes of the definitions
         connections = [c for c in reader.connections if c.topic == "/camera/image_raw"]
         read = [reader.deserialize(raw, c.msgtype) for c, _, raw in reader.messages(connections)]
     assert [message.data.tobytes() for message in read] == [image.tobytes() for image in images]  # type: ignore[attr-defined]
 
 
 def test_humble_can_play_the_bag(bag: Path) -> None:
-    """Its reader knows metadata in which quality of service is text; later versions made it a list."""
+    """Humble's reader needs the quality of service in the metadata as text; later versions made it a list."""
     text = (bag / "metadata.yaml").read_text()
     assert "version: 8" in text and "offered_qos_profiles: ''" in text
 
@@ -194,7 +194,7 @@ def test_recordings_are_read(recorded_data: Path) -> None:
     (topic,) = image_topics(walk)
     assert topic.name == "/camera/image_raw"
     assert len(list(read_messages(walk, [topic.name]))) == topic.num_messages
-    assert len(read_all(storage_file(walk))) == sum(t.num_messages for t in bag_topics(walk))  # the bare file
+    assert len(read_all(storage_file(walk))) == sum(t.num_messages for t in bag_topics(walk))  # the single file
 
 
 def write_raw(
@@ -203,7 +203,7 @@ def write_raw(
     storage: StoragePlugin = StoragePlugin.SQLITE3,
     compression: CompressionMode = CompressionMode.NONE,
 ) -> None:
-    """A bag with a message of each type, whose definitions are given."""
+    """Write a bag with a message of each type with the given definitions."""
     store = get_typestore(Stores.ROS2_HUMBLE)
     writer = Writer(path, version=8, storage_plugin=storage)
     writer.set_compression(compression, CompressionFormat.ZSTD)
@@ -278,7 +278,7 @@ def test_a_topic_that_cannot_be_decoded_does_not_hinder_the_others(tmp_path: Pat
         read_all(tmp_path / "bag")
 
 
-# what is no bag, or a broken one
+# invalid and broken bags
 
 
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
@@ -459,7 +459,7 @@ def test_a_bag_whose_writing_fails_leaves_nothing_behind(tmp_path: Path, images:
         BagWriter(tmp_path / "file" / "bag")
 
 
-# the demo's bag
+# the demo bag
 
 
 def test_the_demo_bag_holds_pictures_calibration_and_truth_and_is_the_same_every_time(tmp_path: Path) -> None:

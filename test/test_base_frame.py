@@ -1,4 +1,4 @@
-"""Odometry of a robot's base: /tf_static tells where the camera is on it, in the node and in `kpmatch bag` alike."""
+"""Tests of odometry of a robot's base with the camera's transform from /tf_static, in the node and `kpmatch bag`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from kpmatch_ros.pipeline import Pipeline
 from node_harness import running_node
 from simulation.bags import write_demo_bag
 
-# A camera 0.3 m before the base's origin, 0.1 m left of it and 0.5 m above, turned to the left by 30 degrees.
+# A camera 0.3 m in front of the base's origin, 0.1 m to its left and 0.5 m above it, turned to the left by 30 degrees.
 OPTICAL = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
 MOUNT = Pose(Rotation.from_euler("z", 30, degrees=True).as_matrix() @ OPTICAL, np.array([0.3, 0.1, 0.5]))
 
@@ -91,7 +91,7 @@ def test_circles_end_and_what_is_no_transform_is_passed_over() -> None:
     lost = transform("base_link", "camera", MOUNT._replace(position=np.array([0, np.nan, 0])))
     tree.update(SimpleNamespace(transforms=[broken, lost, transform("", "camera", MOUNT)]))
     assert tree.pose("camera", "base_link") is None
-    for w, taken in ((0.4, False), (2.1, False), (0.6, True), (1.9, True)):  # lengths; rounded numbers have not quite 1
+    for w, taken in ((0.4, False), (2.1, False), (0.6, True), (1.9, True)):  # quaternion lengths: rounding changes them
         scaled = transform("robot", f"length {w}", Pose(np.eye(3), np.zeros(3)))
         scaled.transform.rotation.w = w
         tree.update(SimpleNamespace(transforms=[broken, scaled]))
@@ -114,9 +114,9 @@ def test_tf_gets_no_second_parent_and_no_circle() -> None:
 
 
 def test_the_odometry_frame_begins_where_the_base_is() -> None:
-    """The base drives 0.5 m forward and turns left, twice; the camera sees it from where it is."""
+    """The base drives 0.5 m forward and turns left, twice. The camera is mounted on it."""
     forward = Pose(Rotation.from_euler("z", 0.2).as_matrix(), np.array([0.5, 0.0, 0.0]))
-    # The camera's step: from its next frame to its own, by way of the base's.
+    # The camera's step, from its next frame to the current one, through the base's frames.
     turn = MOUNT.rotation.T @ forward.rotation @ MOUNT.rotation
     moved = MOUNT.rotation.T @ (forward.rotation @ MOUNT.position + forward.position - MOUNT.position)
     step = RelativePose(PoseStatus.OK, turn, moved, 1e-4 * np.eye(6), True, 100, 90, 5.0, None)
@@ -131,7 +131,7 @@ def test_the_odometry_frame_begins_where_the_base_is() -> None:
     np.testing.assert_allclose(found[0].rotation, forward.rotation, atol=1e-9)
     np.testing.assert_allclose(found[0].position, forward.position, atol=1e-9)
     np.testing.assert_allclose(found[1].position, forward.position + forward.rotation @ forward.position, atol=1e-9)
-    for each in found:  # the twist is in the base's own axes: 0.5 m and 0.2 rad in a tenth of a second
+    for each in found:  # the twist is in the base's own axes: 0.5 m and 0.2 rad in 0.1 s
         assert each.twist is not None
         np.testing.assert_allclose(each.twist.velocity[3:], [0, 0, 2.0], atol=1e-9)
         np.testing.assert_allclose(each.twist.velocity[:3], forward.rotation.T @ [5.0, 0, 0], atol=1e-9)
@@ -174,7 +174,7 @@ def test_the_covariance_and_the_twists_are_those_of_the_base() -> None:
 
 @pytest.fixture(scope="module")
 def robot_bag(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stereo walk of two frames, recorded with the robot's /tf_static."""
+    """A stereo sequence of two frames, recorded with the robot's /tf_static."""
     folder = tmp_path_factory.mktemp("robot")
     write_demo_bag(folder / "plain", num_frames=2, size=(320, 240), baseline=0.5, encoding="mono8")
     static = new_message("tf2_msgs/msg/TFMessage", transforms=[transform("base_link", "left_optical_frame", MOUNT)])
@@ -182,7 +182,7 @@ def robot_bag(tmp_path_factory: pytest.TempPathFactory) -> Path:
         records = list(read_messages(folder / "plain"))
         for topic, _, stamp, message in records:
             writer.write(topic, message, stamp)
-        writer.write("/tf_static", static, records[-1].stamp)  # after the images: it counts all the same
+        writer.write("/tf_static", static, records[-1].stamp)  # after the images: it is used all the same
     return folder / "in"
 
 
@@ -220,7 +220,7 @@ def test_a_base_that_tf_static_does_not_know_is_named(kpmatch: Any, robot_bag: P
 def test_a_frame_that_cannot_be_placed_is_named_and_stays_out_of_tf(
     kpmatch: Any, robot_bag: Path, tmp_path: Path, frame: str
 ) -> None:
-    """The images have no frame_id, or that of the odometry."""
+    """The images have no frame_id, or the odometry frame's name."""
     with BagWriter(tmp_path / "in", "mcap") as writer:
         for topic, _, stamp, message in read_messages(robot_bag):
             if topic.endswith("image_rect"):
@@ -238,7 +238,7 @@ def test_a_frame_that_cannot_be_placed_is_named_and_stays_out_of_tf(
 def test_a_frame_that_has_a_parent_in_tf_is_named_and_gets_no_second_one(
     kpmatch: Any, robot_bag: Path, tmp_path: Path
 ) -> None:
-    """A driver joins the camera's optical frame to its body, and base_link is below base_footprint."""
+    """A driver connects the camera's optical frame to its body, and base_link is a child of base_footprint."""
     said = {}
     for base in ("", "base_link", "base_footprint"):
         with BagWriter(tmp_path / f"in{base}", "mcap") as writer:
@@ -273,7 +273,7 @@ def test_no_chain_of_poses_begins_and_breaks_before_the_place_is_known(robot_bag
     )  # fmt: skip
 
     def play() -> list[str]:
-        """The frames of the odometry that comes of the bag, after a reset."""
+        """Return the frames of the odometry for the bag, after a reset."""
         found.clear()
         pipeline.request_reset()
         for topic, _, _, message in read_messages(robot_bag):

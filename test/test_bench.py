@@ -1,4 +1,4 @@
-"""kpmatch bench: what is measured, compared, written and refused. Times are not judged: they are the machine's."""
+"""Tests of kpmatch bench: measurements, comparisons, output and refusals. The measured times are not checked."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ SMALL = ["--keypoints", "40", "--repeats", "2", "--device", "cpu", "--precision"
 
 @pytest.fixture
 def run(kpmatch: Run) -> Run:
-    """run(words...): exit status, stdout and stderr of `kpmatch bench`."""
+    """run(words...) runs `kpmatch bench` and returns exit status, stdout and stderr."""
     return functools.partial(kpmatch, "bench")
 
 
 @pytest.fixture(scope="module")
 def folder(random_folder: Callable[..., Path]) -> Path:
-    """Weights of small networks."""
+    """A folder with weights of small networks."""
     return random_folder()
 
 
@@ -122,7 +122,7 @@ def test_transformers_finds_the_same_matches_with_the_same_weights(
     pytest.importorskip("transformers")
     file = tmp_path / "speed.json"
     words = ["--images", pictures, "--keypoints", "150", "--repeats", "2", "--device", "cpu", "--precision", "float32"]
-    # A keypoint near the border is the only one on which they do not agree.
+    # The two differ only in keypoints near the border.
     status, out, _ = run(*words, "--border", 0, *stopping, "--against", "transformers", "--json", file)
     assert status == 0
     (row,) = json.loads(file.read_text())["rows"]
@@ -132,14 +132,14 @@ def test_transformers_finds_the_same_matches_with_the_same_weights(
         assert abs(one["matches"] - row["matches"]) < 0.1 * row["matches"]
         assert 0 < one["wall_ratio"]["lower"] <= one["wall_ratio"]["median"] <= one["wall_ratio"]["upper"]
         assert one["cpu_ratio"]["median"] > 0
-    assert row["resident_mb"] is None  # not of this package alone
+    assert row["resident_mb"] is None  # the value is not of this package alone
     assert "theirs over ours" in out
 
 
 def test_the_authors_package_is_given_the_weights_under_its_names(
     run: Run, folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their package is on no registry: one of the same interface, made of the networks here, stands in its place."""
+    """The package is not on a registry, so a substitute with the same interface uses the networks of this package."""
     given: dict[str, Any] = {}
 
     class TheirSuperPoint(torch.nn.Module):
@@ -167,7 +167,7 @@ def test_the_authors_package_is_given_the_weights_under_its_names(
             self.register_buffer("nothing", torch.zeros(1))
 
         def load_state_dict(self, tensors: Any, strict: bool = True, assign: bool = False) -> Any:
-            assert not strict  # theirs holds a table beside the weights
+            assert not strict  # their file has an additional table besides the weights
             given["lightglue"] = tensors
             torch.save(tensors, tmp_path / "lightglue.pth")
             self.network = LightGlue.from_pretrained(tmp_path / "lightglue.pth")
@@ -186,7 +186,7 @@ def test_the_authors_package_is_given_the_weights_under_its_names(
     monkeypatch.setitem(sys.modules, "lightglue", package)
     file = tmp_path / "speed.json"
     words = ["--images", pictures, "--keypoints", "150", "--repeats", "2", "--device", "cpu", "--precision", "float32"]
-    words += ["--no-subpixel"]  # theirs finds whole pixels
+    words += ["--no-subpixel"]  # theirs finds whole pixels only
     status, _, err = run(*words, "--against", "lightglue", "--json", file)
     assert status == 0, err
     (row,) = json.loads(file.read_text())["rows"]
@@ -212,7 +212,7 @@ def test_weights_that_the_authors_package_cannot_hold_are_refused(
 def test_xfeat_is_run_as_its_authors_have_it(
     run: Run, folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their wheel is not installed for the tests: one of the same interface stands in its place."""
+    """The wheel is not installed for the tests, so a package with the same interface replaces it."""
 
     class TheirXFeat(torch.nn.Module):
         def detectAndCompute(self, x: torch.Tensor, top_k: int) -> list[dict[str, torch.Tensor]]:
@@ -239,7 +239,7 @@ def test_xfeat_is_run_as_its_authors_have_it(
     assert run(*words, "--json", file)[0] == 0
     rows = json.loads(file.read_text())["rows"]
     assert [row["precision"] for row in rows] == ["float32", "bfloat16"]
-    for row in rows:  # at equal precision, and as users run them
+    for row in rows:  # at equal precision, and with the settings that users have
         assert [one["peer"] for one in row["comparisons"]] == ["XFeat+LighterGlue float32"] * 3
         assert all(one["matches"] == 17 for one in row["comparisons"])
     status, _, err = run(*words, "--peer-precision", "float32,bfloat16")

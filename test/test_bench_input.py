@@ -1,4 +1,4 @@
-"""kpmatch bench: the images and the calibration that it measures with, and the files that it leaves alone."""
+"""Tests of kpmatch bench: its images and calibration, and the files that it must not overwrite."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SMALL = ["--keypoints", "40", "--repeats", "2", "--device", "cpu", "--precision"
 
 @pytest.fixture
 def run(kpmatch: Run) -> Run:
-    """run(words...): exit status, stdout and stderr of `kpmatch bench`."""
+    """run(words...) runs `kpmatch bench` and returns exit status, stdout and stderr."""
     return functools.partial(kpmatch, "bench")
 
 
 @pytest.fixture(scope="module")
 def folder(random_folder: Callable[..., Path]) -> Path:
-    """Weights of small networks."""
+    """A folder with weights of small networks."""
     return random_folder()
 
 
@@ -70,7 +70,7 @@ def test_a_smaller_film_has_the_calibration_of_a_smaller_camera() -> None:
     assert Film(images, camera).resized((640, 480)).camera is camera
     smaller = Film(images, camera).resized((320, 120))
     assert smaller.images[0].shape == (120, 320) and smaller.camera is not None
-    ahead = np.array([[0.1, 0.2], [-0.3, 0.1]])  # x/z, y/z
+    ahead = np.array([[0.1, 0.2], [-0.3, 0.1]])  # as x/z, y/z
     expected = (camera.project(ahead) + 0.5) * [0.5, 0.25] - 0.5
     np.testing.assert_allclose(smaller.camera.project(ahead), expected, atol=1e-6)
     assert Film(images, None).resized((320, 120)).camera is None
@@ -79,7 +79,7 @@ def test_a_smaller_film_has_the_calibration_of_a_smaller_camera() -> None:
 def test_every_image_is_brought_to_the_size_asked_for_or_else_to_that_of_the_first(
     run: Run, folder: Path, texture: Any, tmp_path: Path
 ) -> None:
-    large = np.asarray(cv2.resize(texture(96, 80, 5), (4000, 3000)))  # the networks take no such image
+    large = np.asarray(cv2.resize(texture(96, 80, 5), (4000, 3000)))  # too large for the networks
     cv2.imwrite(str(tmp_path / "0.png"), texture(80, 96, 5))
     cv2.imwrite(str(tmp_path / "1.png"), texture(96, 80, 5))
     cv2.imwrite(str(tmp_path / "2.png"), large)

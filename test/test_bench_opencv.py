@@ -1,4 +1,4 @@
-"""kpmatch bench --against opencv: the networks in OpenCV's DNN module find what they find in PyTorch."""
+"""Tests of kpmatch bench --against opencv: OpenCV's DNN module gives the same results as PyTorch."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def made_with() -> Any:
 
 @pytest.fixture
 def views(texture: Any) -> list[np.ndarray]:
-    """Three grey views of a texture, neither square nor of whole cells."""
+    """Three grey views of a texture, not square and not a multiple of the cell size."""
     wide = texture(140, 180, 5)
     return [np.ascontiguousarray(wide[5 * i : 5 * i + 100, 7 * i : 7 * i + 134]) for i in range(3)]
 
 
 def positions(points0: Any, points1: Any, indices: Any) -> np.ndarray:
-    """Where matches (M, 2) are in both images: (M, 4)."""
+    """Return the positions of matches (M, 2) in both images as (M, 4)."""
     return np.hstack([np.asarray(points0)[indices[:, 0]], np.asarray(points1)[indices[:, 1]]])
 
 
 def shared(some: np.ndarray, others: np.ndarray) -> float:
-    """The share of all rows that are in both within a twentieth of a pixel."""
+    """Return the fraction of all rows that are in both arrays, within 0.05 pixels."""
     both = int((np.abs(some[:, None] - others).max(axis=2).min(axis=1) < 0.05).sum())
     return both / (len(some) + len(others) - both)
 
@@ -62,7 +62,7 @@ def test_the_matches_are_those_of_this_package(views: list[np.ndarray]) -> None:
         got = positions(theirs[i].points, theirs[j].points, peer.pairs(theirs[i], theirs[j]))
         assert shared(expected, got) >= 0.98
     assert peer.match(theirs[0], views[1]) == len(peer.pairs(theirs[0], theirs[1]))
-    # As many as are asked for from now on, in images of another size; and none in one without any.
+    # A changed number of keypoints, for images of another size and for one without keypoints.
     matcher.configure(matcher.parameters.replace({"max_keypoints": 30}))
     peer.max_keypoints(30)
     few = matcher.extract(views[0][:64]).numpy()

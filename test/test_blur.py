@@ -1,4 +1,4 @@
-"""Where one image is sharp and the other blurred, the sharp one is blurred alike before patches are compared."""
+"""Tests that a sharp image is blurred like the other image before patches are compared."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def scene(texture: Texture) -> Image:
 
 
 def seen(scene: Image, shift: int, kernel: NDArray[np.float32] | None = None, seed: int = 0) -> Image:
-    """The scene, further to the left by the shift, with blur and then noise."""
+    """Return the scene, moved to the left by the shift, with blur and then noise."""
     image: NDArray[Any] = scene.astype(np.float32)
     if kernel is not None:
         image = cv2.filter2D(image, -1, kernel)
@@ -52,7 +52,7 @@ def corners(image: Image) -> NDArray[np.float32]:
 
 
 def misplaced(found: Alignment, points: NDArray[np.float32]) -> float:
-    """Median error of the patches that are found, pixels."""
+    """Return the median error of the patches that are found, pixels."""
     assert found.good.mean() > 0.85
     return float(np.median(np.linalg.norm(found.points - points + (SHIFT, 0), axis=1)[found.good]))
 
@@ -140,7 +140,7 @@ def test_an_image_that_is_out_of_focus_flat_or_shows_another_place_is_not_smeare
 
 
 def test_a_blank_or_dark_image_is_not_smeared_whatever_the_direction_of_the_scenes_gradients(scene: Image) -> None:
-    """Contrast is normalised: noise is made as strong as a scene."""
+    """Contrast is normalised, so the noise becomes as strong as a scene."""
     tall = gradient_energy(cv2.resize(seen(scene, 0), (SIZE, 3 * SIZE), interpolation=cv2.INTER_CUBIC))
     random = np.random.default_rng(0)
     covered = [np.zeros((SIZE, SIZE)), np.full((SIZE, SIZE), 128.0)]
@@ -158,22 +158,22 @@ def test_the_smallest_images_are_not_smeared(size: tuple[int, int]) -> None:
     assert all(energy.shape == (2, 2) for energy in energies) and smeared_image(*energies) is None
 
 
-A, S = 1, 61  # pixels of a frame's blur
+A, S = 1, 61  # blur of a frame, pixels
 
 
 @pytest.mark.parametrize("refine", [True, False])
 @pytest.mark.parametrize(
     ("blurs", "statuses", "references"),
     [
-        ((A, S, A, A), "SOO", (0, 0, 2)),  # one is passed over
-        ((A, S, S, A, A), "SSSO", (0, 0, 2, 3)),  # behind two, a sharp frame has nothing to be matched with
-        ((S, A, A), "SO", (0, 1)),  # a smeared reference gives way at once
+        ((A, S, A, A), "SOO", (0, 0, 2)),  # one frame is skipped
+        ((A, S, S, A, A), "SSSO", (0, 0, 2, 3)),  # after two smeared frames, a sharp frame finds no usable reference
+        ((S, A, A), "SO", (0, 1)),  # a smeared reference is replaced at once
     ],
 )
 def test_smeared_frames_have_no_pose_and_sharp_ones_are_matched_with_sharp_ones(
     blurs: tuple[int, ...], statuses: str, references: tuple[int, ...], refine: bool
 ) -> None:
-    """S: TOO_FEW_MATCHES, as one of the two images is smeared; O: OK."""
+    """S means TOO_FEW_MATCHES, because one of the two images is smeared; O means OK."""
     frames = list(demo_frames(len(blurs)))
     camera = Camera.from_camera_info(frames[0].camera_info, rectified=False)
     front_end = FrontEnd(Parameters(device="cpu", profile="fast", refine=refine))
@@ -254,4 +254,4 @@ def test_tracks_stay_exact_through_blur_and_keep_their_first_patch(scene: Image)
         assert (errors(links, number) < 4 * links.sigmas).mean() > 0.9
     assert min(shares) > 0.8
     assert max(medians[1:3]) < 0.2
-    assert medians[4] < 0.06  # sharp again: as exact as by the first patch, which errors of the steps did not reach
+    assert medians[4] < 0.06  # sharp again: as exact as with the first patch, without the errors of the steps

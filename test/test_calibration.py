@@ -1,4 +1,4 @@
-"""Each image has its own calibration, and what is odd about one is said: a baseline, a topic's name."""
+"""Tests that each image gets its own calibration, and that suspicious baselines and topic names are reported."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ def test_a_name_that_contradicts_the_parameter_is_named(topic: str, rectified: b
     ("topic", "rectified", "distortion"),
     [
         ("/camera/image_rect", True, LENS),
-        ("/camera/image_rect", False, ()),  # without distortion K and P are the same
+        ("/camera/image_rect", False, ()),  # without distortion K and P are equal
         ("/camera/image_raw", False, LENS),
         ("/camera/image_raw", True, ()),
         ("/camera/image", False, LENS),
         ("/camera/image", True, LENS),
-        ("/directory/correct/image", False, LENS),  # "rect" is no word of its own
+        ("/directory/correct/image", False, LENS),  # "rect" is only part of a word
         ("/straw_cam/image", True, LENS),
     ],
 )
@@ -89,7 +89,7 @@ def test_what_fits_or_says_nothing_is_passed_over(topic: str, rectified: bool, d
 
 
 def with_matrix(focal: float, cx: float, cy: float, model: str = "plumb_bob", distortion: Any = LENS) -> Any:
-    """The camera_info of 640x480 pixels, with numbers that may be those of another image or lens."""
+    """Return the camera_info of a 640x480 image, with values that may belong to another image or lens."""
     message = info()
     message.k = message.k * 0 + [focal, 0, cx, 0, focal, cy, 0, 0, 1]
     message.p = message.p * 0 + [focal, 0, cx, 0, 0, focal, cy, 0, 0, 0, 1, 0]
@@ -107,7 +107,7 @@ def test_a_matrix_of_another_resolution_is_named(scale: float, size: str, rectif
 
 
 def test_a_matrix_of_an_image_of_another_shape_is_named() -> None:
-    ((kind, explanation),) = doubts(["/camera/image"], False, with_matrix(900, 640, 360))  # of 1280x720
+    ((kind, explanation),) = doubts(["/camera/image"], False, with_matrix(900, 640, 360))  # values of a 1280x720 image
     assert kind == "principal point on /camera/image" and "(640, 360)" in explanation
 
 
@@ -211,7 +211,7 @@ def test_the_bag_command_says_so_in_its_table_and_on_stderr(kpmatch: Any, tmp_pa
     assert "the cameras are 500 m apart" in err
 
 
-# A calibration for each image
+# One calibration for each image
 
 
 def zoomed(focal: float) -> Any:
@@ -231,7 +231,7 @@ def test_an_image_has_the_calibration_of_its_own_stamp_or_else_the_one_before_it
     assert focal(calibration, 10, 20, 30) == [500, 600, 700]
     assert focal(calibration, 25, 40) == [600, 700], "what came while the image waited is of later ones"
     assert focal(calibration, 0) == [700], "none is before it: its stamp says nothing"
-    calibration.update(0, 10, zoomed(550.0))  # a bag begins again
+    calibration.update(0, 10, zoomed(550.0))  # a bag starts again
     assert focal(calibration, 10, 20, 15) == [550, 600, 550]
     for stamp in range(100, 300):
         calibration.update(0, stamp, zoomed(800.0))
@@ -276,7 +276,7 @@ def test_calibrations_have_only_so_many_bytes() -> None:
     long.distortion_model = "plumb_bob"
     calibration = Calibration(["image"], False, MEMORY)
     calibration.update(0, 0, zoomed(500.0))
-    for stamp in (1, 1, 1):  # one of the same stamp takes its place
+    for stamp in (1, 1, 1):  # a calibration with the same stamp replaces the old one
         calibration.update(0, stamp, long)
     assert focal(calibration, 0) == [500]
     calibration.update(0, 2, long)
@@ -314,7 +314,7 @@ def test_an_image_waits_for_a_calibration_that_comes_with_each_image_and_for_no_
     calibration.wait([20], 60.0)
     assert time.monotonic() - begun < 30 and focal(calibration, 20) == [600]
     sender.join()
-    calibration.wait([30], 0.05)  # it was lost
+    calibration.wait([30], 0.05)  # the message was lost
     calibration.camera_for([SIZE], [30], [])
     assert calibration.complete([40]), "that of the image before has not come either"
     calibration.update(0, 50, zoomed(700.0))
@@ -328,7 +328,7 @@ def test_an_image_waits_for_a_calibration_that_comes_with_each_image_and_for_no_
 
 @pytest.fixture(scope="module")
 def changing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A camera whose images become larger after the third one, each recorded before its calibration."""
+    """A camera whose images grow after the third one. Each image is recorded before its calibration."""
     folder = tmp_path_factory.mktemp("changing")
     write_demo_bag(folder / "walk", num_frames=6, size=(160, 120), encoding="mono8")
     with BagWriter(folder / "bag", "mcap") as writer:
@@ -361,7 +361,7 @@ def test_frames_that_wait_keep_their_calibrations_in_the_node(changing: Path, tm
     ):
         node.wait_until_connected()
         assert node.infos is not None
-        for connection, _, raw in reader.messages():  # at once: most of them wait
+        for connection, _, raw in reader.messages():  # all at once, so most of them have to wait
             (node.images if connection.topic == "/camera/image_raw" else node.infos).publish(bytes(raw))
         node.wait_for(lambda: len(node.poses) == 5, "every pair")
         assert 1 not in [pose.status for pose in node.poses], "one is NO_CALIBRATION"

@@ -1,4 +1,4 @@
-"""Scores are calibrated, and trained weights exported with the settings that they had."""
+"""Tests that scores are calibrated, and that trained weights are exported with their settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def made_up(seed: int, scale: float, shift: float, count: int = 1500) -> calibrate.Evidence:
-    """Matches that are right as often as scores say whose similarities and logits were changed by that much."""
+    """Make matches that are correct as often as their scores say, after a change of similarities and logits."""
     draw = torch.Generator().manual_seed(seed)
     rows = torch.randn(count, 40, generator=draw)
     rows[:, 0] = 3 + 3 * torch.rand(count, generator=draw)
@@ -69,7 +69,7 @@ def test_folded_weights_give_the_scores_of_the_map(random_folder: SaveFolder, te
     expected = calibrate.log_scores([before], torch.tensor(change.scale), torch.tensor(change.shift))[kept]
     found = calibrate.log_scores([after], torch.tensor(1.0), torch.tensor(0.0))
     both = [after.chosen.tolist().index(before.chosen[i].tolist()) for i in kept]
-    torch.testing.assert_close(found[both], expected, atol=0.03, rtol=0.02)  # similarities are kept in float16
+    torch.testing.assert_close(found[both], expected, atol=0.03, rtol=0.02)  # similarities are stored in float16
 
 
 def test_calibrated_weights_are_written_where_the_package_reads_them_with_the_settings_that_they_had(

@@ -1,4 +1,4 @@
-"""Calibration: what camera_info means for the image received, and directions from pixels through real lenses."""
+"""Tests of the calibration: what camera_info means for the received image, and directions of pixels for real lenses."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("geometry")
 K = (458.654, 0.0, 367.215, 0.0, 457.296, 248.375, 0.0, 0.0, 1.0)
 P = (436.2, 0.0, 364.4, -48.0, 0.0, 436.2, 256.9, 0.0, 0.0, 0.0, 1.0, 0.0)
 
-# Lenses as real calibrations have them: name, model, coefficients, focal length, width, height, and the part of the
-# image in which the model is a lens at all.
+# Lenses as in real calibrations: name, model, coefficients, focal length, width, height, and the part of the image in
+# which the model behaves like a lens.
 LENSES = [
     ("drone", "plumb_bob", (-0.28340811, 0.07395907, 0.00019359, 1.76e-05, 0.0), 458.0, 752, 480, 1.0),
     ("four coefficients", "plumb_bob", (-0.28, 0.07, 0.0002, -0.0001), 458.0, 752, 480, 1.0),
@@ -43,7 +43,7 @@ LENSES = [
 
 
 def camera_info(**changes: Any) -> SimpleNamespace:
-    """A sensor_msgs/CameraInfo of ROS 2 with these fields changed."""
+    """Return a ROS 2 sensor_msgs/CameraInfo with these fields changed."""
     roi = SimpleNamespace(x_offset=0, y_offset=0, width=0, height=0, do_rectify=False)
     values: dict[str, Any] = dict(
         width=752,
@@ -74,7 +74,7 @@ def pixel_grid(camera: Camera, step: int = 16) -> np.ndarray:
 
 
 def project(camera: Camera, normalised: np.ndarray) -> np.ndarray:
-    """OpenCV's forward model."""
+    """Project with OpenCV's forward model."""
     rays = np.column_stack([normalised, np.ones(len(normalised))])[:, None]
     model = cv2.fisheye if camera.distortion_model == "equidistant" else cv2
     pixels, _ = model.projectPoints(rays, np.zeros(3), np.zeros(3), camera.matrix, camera.distortion)
@@ -82,7 +82,7 @@ def project(camera: Camera, normalised: np.ndarray) -> np.ndarray:
 
 
 def lens_image(model: str, coefficients: tuple[float, ...], tangents: np.ndarray) -> np.ndarray:
-    """OpenCV's radius in the image of directions in the plane y = 0, in focal lengths."""
+    """Return OpenCV's radius in the image of directions in the plane y = 0, in focal lengths."""
     camera = SimpleNamespace(distortion_model=model, matrix=np.eye(3), distortion=np.array(coefficients))
     return project(camera, np.column_stack([tangents, np.zeros_like(tangents)]))[:, 0]  # type: ignore[arg-type]
 
@@ -148,7 +148,7 @@ def test_skew_is_honoured() -> None:
 def test_directions_up_to_the_fold_of_a_lens_that_shows_edges_larger_are_found(
     coefficients: tuple[float, ...],
 ) -> None:
-    """Its pixels lie further out than the fold, where searches began that found no way back."""
+    """The pixels lie outside of the fold. An earlier search started there and did not converge."""
     camera = lens("plumb_bob", coefficients, 275, 640, 480)
     radius, angle = np.meshgrid(np.linspace(0, 0.97, 60), np.linspace(0, 2 * np.pi, 40))
     radius *= fold(camera.distortion_model, camera.distortion.tobytes())
@@ -184,11 +184,11 @@ def test_a_lens_model_that_grows_again_beyond_its_fold_has_no_directions_there(
     focal = 200.0
     image = lens_image(model, coefficients, np.linspace(0, fold, 400))
     assert (np.diff(image) > 0).all()
-    # Most of the image is within the fold: Camera would refuse the lens otherwise.
+    # Most of the image lies inside the fold, because Camera would refuse the lens otherwise.
     camera = Camera(200, 140, np.array([[focal, 0, 100], [0, focal, 70], [0, 0, 1]]), model, np.array(coefficients))
     inside = camera.normalise(np.column_stack([100 + focal * image[:-5], np.full(395, 70.0)]))
     np.testing.assert_allclose(inside[:, 0], np.linspace(0, fold, 400)[:-5], atol=0.002)
-    # The model shows directions beyond the fold at these pixels.
+    # At these pixels the model shows directions beyond the fold.
     further = np.linspace(image[-1] + 2 / focal, 2.0, 200)
     assert np.isnan(camera.normalise(np.column_stack([100 + focal * further, np.full(200, 70.0)]))).all()
     outside = camera.project(np.column_stack([np.linspace(1.02 * fold, 20, 200), np.zeros(200)]))
@@ -336,7 +336,7 @@ def test_the_lens_does_not_matter_for_rectified_images() -> None:
     assert Camera.from_camera_info(info, rectified=True).distortion.size == 0
 
 
-# What is refused, and how
+# Refusals and their texts
 
 
 def test_an_uncalibrated_camera_is_named_so() -> None:
@@ -387,10 +387,10 @@ def test_an_unknown_lens_model_is_refused_naming_the_known_ones(model: str, coef
         dict(k=[math.nan, *K[1:]]),
         dict(k=[*K[:2], math.inf, *K[3:]]),
         dict(k=[-458.0, *K[1:]]),
-        dict(k=[3.6, *K[1:]]),  # millimetres
-        dict(k=[0.61, 0, 0.49, 0, 0.95, 0.52, 0, 0, 1]),  # parts of the image's size
+        dict(k=[3.6, *K[1:]]),  # in millimetres
+        dict(k=[0.61, 0, 0.49, 0, 0.95, 0.52, 0, 0, 1]),  # as fractions of the image size
         dict(k=[1e9, *K[1:]]),
-        dict(k=np.reshape(K, (3, 3)).T.ravel()),  # column by column
+        dict(k=np.reshape(K, (3, 3)).T.ravel()),  # in column order
         dict(k=list(K[:8])),
         dict(d=[math.nan, 0, 0, 0, 0]),
         dict(d=[0.1, 0.2, 0.3]),
@@ -408,7 +408,7 @@ def test_a_camera_made_by_hand_is_checked_too() -> None:
         Camera(640, 480, np.eye(4))
 
 
-# The same lens in other words
+# The same lens in other representations
 
 
 @pytest.mark.parametrize(
@@ -452,7 +452,7 @@ def test_any_model_without_distortion_is_none(model: str, coefficients: tuple[fl
     assert np.isfinite(camera.normalise(pixel_grid(camera))).all()
 
 
-# Lenses that no camera has
+# Impossible lenses
 
 
 @pytest.mark.parametrize(
@@ -465,7 +465,7 @@ def test_any_model_without_distortion_is_none(model: str, coefficients: tuple[fl
         ("rational_polynomial", (0.36, -2.48, 1.49, 0.48, -2.65, 6e-4, -3e-4, 1.57), 610.0),
         ("equidistant", (-0.5, 0.0, 0.0, 0.0), 200.0),
         ("equidistant", (0.02, -0.9, 0.1, 0.0), 250.0),
-        # These fold over twice, so that the scene is turned by half a turn in nearly all of the image.
+        # These fold over twice, so the scene is rotated by 180 degrees in nearly all of the image.
         ("plumb_bob", (-1e6, 0.0, 0.0, 0.0), 300.0),
         ("equidistant", (-1e6, 0.0, 0.0, 0.0), 200.0),
     ],

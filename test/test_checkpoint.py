@@ -1,4 +1,4 @@
-"""What a file of weights holds is told from the names of its tensors, whoever wrote it."""
+"""Tests that the content of a weights file is recognised by its tensors' names, in every format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kpmatch command: what it prints, what it writes, and how it refuses."""
+"""Tests of the kpmatch command: its output, the files it writes, and its refusals."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from kpmatch_ros import FeatureMatcher
 from kpmatch_ros.cli.common import MATCHING_OPTIONS, read_image
 from kpmatch_ros.parameters import declaration, declarations
 
-SHIFT = (7, 3)  # pixels that image B is to the left of and above image A
+SHIFT = (7, 3)  # image B lies this many pixels to the left of and above image A
 CAMERA = ["--intrinsics", "300,300,160,120"]
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def run(kpmatch: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """run(words...): exit status, stdout and stderr of the command, in a folder of its own."""
+    """run(words...) runs the command in a separate folder, and returns exit status, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     return kpmatch
 
 
 @pytest.fixture(scope="module")
 def pictures(texture: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two image files: the same texture, moved by SHIFT."""
+    """Two image files with the same texture, shifted by SHIFT."""
     folder = tmp_path_factory.mktemp("pictures")
     wide = texture(260, 340, 5)
     paths = folder / "a.png", folder / "b.png"
@@ -45,7 +45,7 @@ def pictures(texture: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 def refused(result: tuple[int, str, str]) -> str:
-    """The one line with which a command refused what it was given."""
+    """Check that the command refused its arguments, and return the one line of its error text."""
     status, out, err = result
     assert status == 2 and out == ""
     assert err.endswith("\n") and err.count("\n") == 1 and "Traceback" not in err
@@ -128,7 +128,7 @@ def test_the_matches_are_drawn_into_a_file(run: Run, pictures: tuple[Path, Path]
     status, _, _ = run("match", *pictures, "--device", "cpu", "--save", tmp_path / "drawn.png")
     drawn = cv2.imread(str(tmp_path / "drawn.png"))
     assert status == 0 and drawn.shape[0] == 240 and drawn.shape[1] > 640
-    assert drawn.std(axis=2).max() > 40  # the images are grey, the lines are not
+    assert drawn.std(axis=2).max() > 40  # the images are grey, but the lines are coloured
 
 
 @pytest.mark.parametrize("links", ["none", "symbolic", "hard"])
@@ -138,7 +138,7 @@ def test_an_image_is_never_drawn_over(
 ) -> None:
     own = [Path(shutil.copy(picture, tmp_path)) for picture in pictures]
     content = own[number].read_bytes()
-    # Without --save, the picture goes where a link may be.
+    # Without --save, the picture's default path may be a link.
     drawn, words = tmp_path / "a_b_matches.png", []
     if links == "symbolic":
         drawn.symlink_to(own[number].name)
@@ -254,7 +254,7 @@ def test_a_damaged_image_is_refused_in_one_line(
 ) -> None:
     path = tmp_path / name
     path.write_bytes(change(encoded(texture(240, 320, 5), path.suffix)))
-    # As its own process: the image libraries write to stderr themselves.
+    # As a separate process, because the image libraries write to stderr themselves.
     command = [sys.executable, "-m", "kpmatch_ros.cli", "match", str(pictures[0]), str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     line = refused((done.returncode, done.stdout, done.stderr))
@@ -317,7 +317,7 @@ def test_a_photograph_is_turned_upright_as_its_exif_data_says(
 
 
 def kpmatch(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    # From another folder: in a checkout, python -m would take the package there instead of the installed one.
+    # From another folder: in a source checkout, python -m would use the package there instead of the installed one.
     command = [sys.executable, "-m", "kpmatch_ros.cli", *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
 

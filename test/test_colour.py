@@ -1,4 +1,4 @@
-"""Colour images as cameras send them become grey, smaller and tensors without being copied value by value."""
+"""Tests that colour images are converted to grey, resized and uploaded without a copy value by value."""
 
 from __future__ import annotations
 

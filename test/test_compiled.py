@@ -1,4 +1,4 @@
-"""The compiled part of the geometry gives what NumPy gives, and nothing is lost where it is not there."""
+"""Tests that the compiled geometry gives NumPy's results, and that everything works without it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIZE = (320, 240)
 
 
 def interpolation_step() -> float:
-    """Pixels between the places at which this OpenCV interpolates: a 32nd in version 4, none in version 5."""
+    """Return the step of OpenCV's interpolation in pixels: 1/32 in version 4, none in version 5."""
     ramp = np.tile(np.arange(8, dtype=np.float32), (8, 1))
     place = np.full((1, 1), 3 + 1 / 128, np.float32)
     seen = cv2.remap(ramp, place, np.full_like(place, 3), cv2.INTER_LINEAR)
@@ -39,28 +39,28 @@ def interpolation_step() -> float:
 
 @pytest.fixture(scope="module")
 def film(walk: list[np.ndarray]) -> list[np.ndarray]:
-    """Two images of a walk, one after the other."""
+    """Two consecutive images of the demo sequence."""
     return [signed(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)) for image in walk[:2]]
 
 
 def compare(ours: Alignment, numpys: Alignment, at_least: int) -> None:
-    """Both find the same patches, so many at least, at the same places."""
+    """Check that both find the same patches at the same places, and at least ``at_least`` of them."""
     step = interpolation_step()
-    assert (ours.good == numpys.good).mean() > (0.98 if step else 0.998)  # one at a limit may fall on either side
+    assert (ours.good == numpys.good).mean() > (0.98 if step else 0.998)  # a patch at a limit may differ
     good = ours.good & numpys.good
     assert good.sum() >= at_least
     for name, values in vars(numpys).items():
         mine = getattr(ours, name)
         assert mine.dtype == values.dtype and mine.shape == values.shape
         assert np.array_equal(np.isnan(mine), np.isnan(values)), name
-    # OpenCV 4 sees each pixel up to half a step from its place. Where a patch is much deformed, iterations carry that
-    # further: of them all, one in ten may be beyond. And one that has just settled for one may go on for the other.
+    # OpenCV 4 samples each pixel up to half a step from its position. For strongly deformed patches, the iterations
+    # amplify that: one in ten may differ by more. One version may also stop iterating before the other does.
     share, loose = (90, step) if step else (99, 0.0)
     assert np.abs(ours.points - numpys.points)[good].max() < 0.02 or step
     for name, tolerance in (("points", 1e-3 + loose), ("shapes", 1e-4 + loose / 2), ("likeness", 1e-3 + loose / 2)):
         difference = np.abs(getattr(ours, name) - getattr(numpys, name))[good]
         assert np.percentile(difference, share) < tolerance, name
-    # The differences of large sums of squares.
+    # The sigmas result from differences of large sums of squares.
     difference = np.abs(ours.sigmas / numpys.sigmas - 1)[good]
     assert np.percentile(difference, share) < 0.03 + 4 * loose
 
@@ -71,12 +71,12 @@ def compare(ours: Alignment, numpys: Alignment, at_least: int) -> None:
 def test_patches_are_found_as_numpy_finds_them(film: list[np.ndarray], shifts: int, deformed: float) -> None:
     random = np.random.default_rng(shifts)
     corners = cv2.goodFeaturesToTrack((film[0][::2, ::2] + 128).astype(np.uint8), 300, 0.01, 5)[:, 0]
-    anywhere = random.uniform(-10, np.array(SIZE) + 10, (1200, 2))  # with the borders, and what is outside
+    anywhere = random.uniform(-10, np.array(SIZE) + 10, (1200, 2))  # including the borders and points outside
     points = np.concatenate([corners, anywhere]).astype(np.float32)
     patches = cut(film[0], points)
     start = points + random.normal(0, 0.7, points.shape).astype(np.float32)
     shapes = no_change(len(points)) + random.normal(0, deformed, (len(points), 2, 2)).astype(np.float32)
-    for image, at_least in zip(film, (10, 3)):  # the second has moved: few are found from there, some by chance
+    for image, at_least in zip(film, (10, 3)):  # the second image has moved: few patches are found, some by chance
         arguments = patches, image, start, shapes, shifts
         compare(align(*arguments), with_numpy(align, *arguments), at_least)
 
@@ -84,7 +84,7 @@ def test_patches_are_found_as_numpy_finds_them(film: list[np.ndarray], shifts: i
 @needed
 def test_patches_at_the_border_are_found_as_numpy_finds_them(film: list[np.ndarray]) -> None:
     width, height = SIZE
-    side = np.arange(-2.1, 12, 0.75, dtype=np.float32)  # none at a limit
+    side = np.arange(-2.1, 12, 0.75, dtype=np.float32)  # no value at a limit
     near, along = (grid.ravel() for grid in np.meshgrid(side, np.arange(20, height - 20, 20, dtype=np.float32)))
     for points in ((near, along), (width - 1 - near, along), (along, near), (along, height - 1 - near)):
         places = np.stack(points, axis=1)
@@ -101,7 +101,7 @@ def test_points_and_shapes_that_are_no_numbers_are_not_found(film: list[np.ndarr
     arguments = patches, film[0], points, shapes, 1
     found, expected = align(*arguments), with_numpy(align, *arguments)
     assert found.good.tolist() == expected.good.tolist() == [True, *6 * [False], True]
-    # What is left of the others need not agree, but for a point that is no number.
+    # The other fields of failed patches may differ, except for points that are NaN.
     np.testing.assert_array_equal(np.isnan(found.points[:3]), np.isnan(expected.points[:3]))
 
 
@@ -154,7 +154,7 @@ def test_an_image_longer_than_the_node_takes_is_refused_and_none_shorter() -> No
         there = points if width > height else points[:, ::-1]
         assert align(cut(image, there), image, there, no_change(2)).good.all()
     patches = cut(image, points[:, ::-1])
-    # Of the second one's size, where its rows are counted in float32, C read behind its end.
+    # With the second size, whose number of rows is not exact in float32, the C code once read past the end.
     for shape in ((40, 2 * MAX_SIDE + 1), (2**25 + 7, 4)):
         with pytest.raises(ValueError, match="has a side of more than 32766"):
             align(patches, np.broadcast_to(np.float32(0), shape), points, no_change(2))
@@ -163,7 +163,7 @@ def test_an_image_longer_than_the_node_takes_is_refused_and_none_shorter() -> No
 LENSES = [
     ("plumb_bob", (-0.28340811, 0.07395907, 0.00019359, 1.76e-05)),
     ("plumb_bob", (-0.35, 0.12, 0.001, -0.001, -0.02)),
-    ("plumb_bob", (-0.4, 0.0, 0.0, 0.0, 0.0)),  # folds over within the image
+    ("plumb_bob", (-0.4, 0.0, 0.0, 0.0, 0.0)),  # folds over inside the image
     ("plumb_bob", (0.3, 0.1, 0.002, 0.001, 0.0)),
     ("rational_polynomial", (0.48, -2.65, 6e-4, -3e-4, 1.57, 0.36, -2.48, 1.49)),
 ]
@@ -178,7 +178,7 @@ def test_a_lens_is_undone_as_numpy_undoes_it(model: str, coefficients: tuple[flo
         arguments = points, model, np.array(coefficients)
         for ours, numpys in zip(undistort(*arguments), with_numpy(undistort, *arguments)):
             assert ours.shape == numpys.shape and ours.dtype == numpys.dtype
-            # Rounding of doubles; of the jacobian at a fold, whose determinant is nearly zero, more remains.
+            # Rounding of doubles. It is larger for the jacobian at a fold, whose determinant is nearly zero.
             np.testing.assert_allclose(ours, numpys, rtol=1e-8, atol=1e-12)
 
 
@@ -190,7 +190,7 @@ def test_any_lens_gives_directions_that_it_shows_the_right_way_up(call: Callable
 
 @with_compiler
 def test_nothing_that_c_leaves_undefined_is_done_whatever_is_given(tmp_path: Path) -> None:
-    # A program of its own, which is ended where it overflows, or reads what is not aligned or not its own.
+    # A separate program, which ends on an overflow or on an unaligned or foreign memory access.
     package = tmp_path / "kpmatch_ros"
     installed = Path(kpmatch_ros.__file__).parent
     for folder in ("geometry", "imaging", "runtime"):
@@ -206,7 +206,7 @@ def test_nothing_that_c_leaves_undefined_is_done_whatever_is_given(tmp_path: Pat
     assert not ran.returncode, ran.stderr
 
 
-# Whether it is there
+# Availability
 
 
 def test_the_build_has_put_the_library_beside_the_modules() -> None:
@@ -282,10 +282,10 @@ def test_the_doctor_says_whether_it_is_in_use() -> None:
 
 @needed
 def test_the_library_does_not_change_how_the_process_rounds(tmp_path: Path) -> None:
-    # A library linked with -ffast-math has a constructor that flushes small numbers to zero, of the whole process.
+    # A library linked with -ffast-math has a constructor that flushes denormal numbers to zero in the whole process.
     question = (
         "import numpy as np, kpmatch_ros.geometry.compiled as c; assert c.available(); print(np.float32(1e-40) / 2)"
     )
-    # Elsewhere, where Python does not find the checkout before what was built from it.
+    # In another folder, so that Python finds the installed package and not the source checkout.
     ran = subprocess.run([sys.executable, "-c", question], cwd=tmp_path, capture_output=True, text=True)
     assert not ran.returncode and float(ran.stdout) > 0, ran.stderr

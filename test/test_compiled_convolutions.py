@@ -1,4 +1,4 @@
-"""SuperPoint's convolutions as src/superpoint.c computes them are those of PyTorch's operators."""
+"""Tests that SuperPoint's convolutions in src/superpoint.c give the results of PyTorch's operators."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES = [(1, 1), (2, 3), (8, 32), (9, 33), (16, 31), (21, 70), (40, 64)]  # heig
 
 
 def convolution(inputs: int, outputs: int, seed: int) -> nn.Conv2d:
-    """With weights that bfloat16 can hold."""
+    """Return a convolution with weights that bfloat16 can represent."""
     torch.manual_seed(seed)
     made = nn.Conv2d(inputs, outputs, 3, padding=1).requires_grad_(False)
     made.weight.copy_(made.weight.bfloat16())
@@ -34,7 +34,7 @@ def image(*shape: int) -> Tensor:
 
 
 def reference(x: Tensor, convolutions: list[nn.Conv2d], pooling: bool) -> Tensor:
-    """In float32, with what goes from one convolution to the next rounded."""
+    """Compute in float32, with the values between two convolutions rounded."""
     for each in convolutions:
         x = F.relu(F.conv2d(x.float(), each.weight, each.bias, padding=1)).bfloat16()
     return F.max_pool2d(x.float(), 2).bfloat16() if pooling else x
@@ -55,7 +55,7 @@ def test_they_are_those_of_pytorch(
     x = image(2, channels[0], *size)
     found, expected = computed(x).float(), reference(x, convolutions, pooling).float()
     assert found.shape == expected.shape
-    # Sums in another order round otherwise now and then, by a 256th at the most, and then so does the next convolution.
+    # Sums in another order occasionally round differently, by at most 1/256, and then so does the next convolution.
     assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
     assert ((found - expected).abs() > 0.004 * expected.abs() + 1e-3).float().mean() < 0.02
 
@@ -93,7 +93,7 @@ def extractor_of(precision: str) -> FeatureMatcher:
 
 
 def shared(a: FeatureMatcher, b: FeatureMatcher, view: np.ndarray) -> float:
-    """The share of the keypoints of one that the other finds within half a pixel."""
+    """Return the fraction of one's keypoints that the other finds within half a pixel."""
     first, second = (np.asarray(each.extract(view).keypoints) for each in (a, b))
     return float((np.linalg.norm(first[:, None] - second[None], axis=2).min(axis=1) < 0.5).mean())
 

@@ -1,4 +1,4 @@
-"""LightGlue's layers as src/lightglue*.c compute them are those of PyTorch's operators, and no less exact."""
+"""Tests that LightGlue's layers in src/lightglue*.c give the results of PyTorch's operators, with the same accuracy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KINDS = {"tiles": (torch.bfloat16, True), "vectors": (torch.bfloat16, False), "f
 
 @pytest.fixture(params=KINDS)
 def made(request: pytest.FixtureRequest) -> partial[compiled.CompiledLayer]:
-    """What makes a compiled layer of one of PyTorch's."""
+    """A function that makes a compiled layer of a PyTorch layer."""
     dtype, tiles = KINDS[request.param]
     skip_without(dtype)
     return partial(compiled.CompiledLayer, dtype=dtype, tiles=tiles)
@@ -47,7 +47,7 @@ def made(request: pytest.FixtureRequest) -> partial[compiled.CompiledLayer]:
 
 @pytest.fixture(params=["bfloat16", "float32"])
 def precision(request: pytest.FixtureRequest) -> str:
-    """One in which the layers are compiled."""
+    """A precision in which the layers are compiled."""
     skip_without(getattr(torch, request.param))
     return str(request.param)
 
@@ -62,7 +62,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @torch.no_grad()
 def layer_of(size: int, heads: int, shared: bool = True, scale: float = 1.0, seed: int = 0) -> TransformerLayer:
-    """A layer with random weights, rounded to bfloat16, in float32."""
+    """Return a layer in float32 with random weights that are rounded to bfloat16."""
     torch.manual_seed(seed)
     layer = TransformerLayer(size, heads, heads, True, "gelu").requires_grad_(False).eval()
     for name, values in layer.named_parameters():
@@ -91,7 +91,7 @@ def both(layer: TransformerLayer, counts: tuple[int, int]) -> tuple[Points, Poin
 
 
 def error(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> float:
-    """The largest share of an image's states by which they differ."""
+    """Return the largest relative difference of an image's states."""
     return max(float((a - b).norm() / b.norm()) for a, b in zip(found, exact))
 
 
@@ -133,7 +133,7 @@ def test_what_is_no_number_stays_none(made: partial[compiled.CompiledLayer]) -> 
     layer = layer_of(64, 2)
     points = both(layer, (50, 40))
     points[0].x[0, 7, 3] = torch.nan
-    assert all(each.isnan().all() for each in made(layer)(*points))  # all listen to all, within an image and across
+    assert all(each.isnan().all() for each in made(layer)(*points))  # every point attends to all points of both images
 
 
 def test_padding_takes_no_part_wherever_it_is(made: partial[compiled.CompiledLayer]) -> None:
@@ -153,7 +153,7 @@ def test_padding_takes_no_part_wherever_it_is(made: partial[compiled.CompiledLay
         for points, states, mask, expected in zip(padded, new, real, alone):
             assert torch.equal(states[b, mask], expected[0])
             assert torch.equal(states[b, ~mask], points.x[b, ~mask])
-    assert torch.equal(new[1][2], padded[1].x[2])  # nothing to listen to
+    assert torch.equal(new[1][2], padded[1].x[2])  # there is nothing to attend to
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def pairs(matcher: FeatureMatcher, walk: list[np.ndarray]) -> set[tuple[int, int
     return set(map(tuple, np.asarray(found.indices).tolist()))
 
 
-# Where rounding lets one stop a layer before the other, more matches differ.
+# If rounding makes one version stop a layer earlier, more matches differ.
 @pytest.mark.parametrize(
     ("confidences", "least"), [({}, 0.97), ({"depth_confidence": 0.95, "width_confidence": 0.99}, 0.9)]
 )
@@ -266,7 +266,7 @@ def test_what_pytorch_has_to_see_is_left_to_it(monkeypatch: pytest.MonkeyPatch) 
     assert not compiled.takes(numbers)
 
 
-# Whether it is there
+# Availability
 
 
 @pytest.mark.skipif(not compiled.transforms(), reason=MISSING)

@@ -1,4 +1,4 @@
-"""What src/scores.c ends the networks with is what PyTorch's operators give."""
+"""Tests that the final stage of the networks in src/scores.c gives the results of PyTorch's operators."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_of_equal_partners_the_first_is_the_best() -> None:
 
 def test_similarities_that_are_no_numbers_have_no_score() -> None:
     best0, best1, most0 = compiled.best_pairs(torch.full((20, 20), torch.nan), torch.zeros(20), torch.zeros(20))
-    assert most0.isnan().all()  # FeatureMatcher then computes once more, in float32
+    assert most0.isnan().all()  # FeatureMatcher then repeats the computation in float32
     assert ((best0 >= 0) & (best0 < 20) & (best1 >= 0) & (best1 < 20)).all()
 
 

@@ -1,4 +1,4 @@
-"""What is compiled of tracks gives what NumPy and OpenCV give."""
+"""Tests that the compiled functions for tracks give the results of NumPy and OpenCV."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from kpmatch_ros.tracking.track_set import apart, attach, first_of_each_place
 
 
 def close(ours: Any, numpys: Any, tolerance: float) -> None:
-    """Both are alike, but for this part of the largest number of each array."""
+    """Check that both agree within this fraction of the largest number of each array."""
     ours, numpys = np.asarray(ours), np.asarray(numpys)
     assert ours.shape == numpys.shape
     largest = np.abs(numpys).max(initial=0)
-    # Of a flat patch nothing is left but the rounding of 128 grey levels, which fused multiplications do otherwise.
+    # In a flat patch only the rounding of 128 grey levels remains, which differs with fused multiplications.
     np.testing.assert_allclose(ours, numpys, rtol=tolerance, atol=tolerance * largest if largest else 1e-4)
 
 
@@ -34,9 +34,9 @@ def test_points_of_a_scene_are_placed_as_numpy_places_them() -> None:
         expected = random.uniform(0, 0.3, landmarks.shape[1]), random.uniform(0, 1, landmarks.shape[1])
         for arguments in ((cameras, seen, -2), (cameras, seen, -2, *expected)):
             for ours, numpys in zip(triangulate(*arguments), with_numpy(triangulate, *arguments)):
-                # Where nothing but a standing camera's noise tells of a depth, less than all of it is sure.
+                # If the camera stands, only noise determines a depth, so the results agree less closely.
                 close(ours, numpys, 1e-3)
-        # Of float32's rounding a small determinant leaves little: of 1/z times the noise of a ray.
+        # With a small determinant the rounding of float32 is relatively large: of 1/z times the noise of a ray.
         ours, numpys = (call(place, cameras, landmarks, seen, 1e-3) for call in (lambda f, *a: f(*a), with_numpy))
         assert np.array_equal(ours.freedom, numpys.freedom)
         close(ours.squares, numpys.squares, 1e-3)
@@ -57,7 +57,7 @@ def test_a_structure_is_that_of_numpy() -> None:
     for seed in range(50):
         cameras, _, seen = scene_of(np.random.default_rng(seed))
         if seen.shape[2] < 20 or len(seen) < 4 or not cameras.translations.any():
-            continue  # two frames do not tell how long a translation is
+            continue  # two frames do not determine the length of a translation
         window = Window(cameras.rotations[:-1], cameras.translations[:-1])
         motion = cameras.rotations[-1].T, -cameras.rotations[-1].T @ cameras.translations[-1]
         ours, numpys = Structure.of(window, seen, motion, 1e-3), with_numpy(Structure.of, window, seen, motion, 1e-3)
@@ -86,7 +86,7 @@ def test_optical_flow_is_that_of_opencv() -> None:
             assert ours.dtype == opencvs.dtype and ours.shape == opencvs.shape
             steps.append(np.abs(ours - opencvs).ravel())
     assert sum(map(len, steps[2::3])) > 1000
-    # Sums of integers in another order: what ends a step sooner or later ends within two hundredths of a pixel.
+    # Sums of integers in another order: the iteration may stop earlier or later, within 0.02 pixels.
     each = np.concatenate(steps)
     assert np.median(each) < 1e-5 and np.percentile(each, 99.5) < 2e-3 and (each > 0.03).mean() < 2e-3
 
@@ -109,12 +109,12 @@ def test_patches_are_cut_as_numpy_cuts_them() -> None:
         ours, numpys = cut(signed(image), points), with_numpy(cut, signed(image), points)
         assert ours.dtype == numpys.dtype and ours.shape == numpys.shape
         ends = np.cumsum([0, 85, 85, 85, 85, 85, 36, 6, 6, 2, 6, 6, 1, 4, 2, 2, 1])
-        for begin, end in zip(ends, ends[1:]):  # each kind of number has its own size
+        for begin, end in zip(ends, ends[1:]):  # each kind of number has its own magnitude
             close(ours[:, begin:end], numpys[:, begin:end], 2e-3)
 
 
 def scattered(random: np.random.Generator, count: int) -> np.ndarray:
-    """Points (N, 2), half of them on a grid."""
+    """Return points (N, 2), half of them on a grid."""
     points = random.uniform(0, random.choice([8.0, 200.0]), (count, 2))
     points[::2] = points[::2].round()
     return points.astype(np.float32)
@@ -131,7 +131,7 @@ def test_what_is_near_is_what_trees_find() -> None:
         detected = np.where(random.random(len(points)) < 0.3, random.integers(0, len(others), len(points)), -1)
         ours, trees = attach(points, detected, others), with_numpy(attach, points, detected, others)
         nearest = [np.linalg.norm(points - others[each], axis=1)[each >= 0] for each in (ours, trees)]
-        assert np.array_equal(*nearest) or len(np.unique(others, axis=0)) < len(others)  # which of two at one place
+        assert np.array_equal(*nearest) or len(np.unique(others, axis=0)) < len(others)  # if two are at one place
         ids = random.integers(0, 40, len(points)).astype(np.uint64)
         scores = random.integers(0, 4, len(points)).astype(np.float32)
         ours, trees = (call(first_of_each_place, points, ids, scores) for call in (lambda f, *a: f(*a), with_numpy))

@@ -1,4 +1,4 @@
-"""SuperPoint's convolutions in float32 as src/transformed.c computes them, and its scores, are those of PyTorch."""
+"""Tests that SuperPoint's float32 convolutions in src/transformed.c and its scores are those of PyTorch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXTRACTORS = ("superpoint-open", "superpoint-open-fast")
 
 @pytest.fixture(params=[16, 8, 4])
 def vectors(request: pytest.FixtureRequest) -> Iterator[int]:
-    """As on a processor with vectors of so many numbers."""
+    """Simulates a processor with vectors of this many numbers."""
     library = compiled.open_library(compiled.LIBRARY)
     assert library is not None
     if library.kpmatch_vectors(request.param) != request.param:
@@ -98,7 +98,7 @@ def test_an_image_is_described_as_by_pytorch(
     walk: list[np.ndarray], extractor: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = walk[0][:235, :307]
-    monkeypatch.setattr(compiled, "_support", 0)  # as on a processor without tiles
+    monkeypatch.setattr(compiled, "_support", 0)  # simulates a processor without tiles
     found = matcher_of(extractor, precision)
     assert isinstance(found.extractor, SuperPoint) and found.extractor.dtype == torch.float32
     assert all(block.compiled is not None for block in found.extractor.encoder.conv_blocks)
@@ -108,7 +108,7 @@ def test_an_image_is_described_as_by_pytorch(
     assert isinstance(plain.extractor, SuperPoint)
     assert all(block.compiled is None for block in plain.extractor.encoder.conv_blocks)
     theirs = plain.extract(image).numpy()
-    # The order of two keypoints with nearly the same score is rounding's.
+    # Rounding decides the order of two keypoints with nearly equal scores.
     places = {tuple(place): i for i, place in enumerate(np.round(theirs.keypoints, 1).tolist())}
     same = [(i, places.get(tuple(place))) for i, place in enumerate(np.round(ours.keypoints, 1).tolist())]
     pairs = np.array([(i, j) for i, j in same if j is not None])

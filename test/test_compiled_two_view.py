@@ -1,4 +1,4 @@
-"""What is compiled of the motion of two views gives what NumPy gives."""
+"""Tests that the compiled two-view motion gives NumPy's results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kpmatch_ros.geometry.two_view_profile import profile_directions, refine_tur
 
 
 def compare(ours: Any, numpys: Any, tolerance: float, what: object = "") -> None:
-    """Both are alike, but for this part of the largest number in each array."""
+    """Check that both agree within this fraction of the largest number in each array."""
     if isinstance(numpys, np.ndarray | float):
         ours, numpys = np.asarray(ours), np.asarray(numpys)
         assert ours.shape == numpys.shape and ours.dtype == numpys.dtype, what
@@ -58,7 +58,7 @@ def test_a_covariance_is_that_of_numpy() -> None:
         matches, noise = matches_of(random, motion, 100), Noise(1.0, 0.5)
         for call, of in ((motion_covariances, motion), (rotation_covariance, motion.rotation)):
             ours, numpys = call(matches, of, noise), with_numpy(call, matches, of, noise)
-            compare(ours, numpys, 1e-4, (seed, call))  # second derivatives, by differences
+            compare(ours, numpys, 1e-4, (seed, call))  # second derivatives by finite differences
 
 
 @needed
@@ -100,7 +100,7 @@ def test_a_direction_without_matches_is_where_it_was() -> None:
 
 @needed
 def test_equations_without_a_solution_are_the_same_error() -> None:
-    # So small a threshold leaves the trust at zero, and no match tells of the rotation.
+    # With such a small threshold the trust remains zero, and no match constrains the rotation.
     nothing, shift = (
         matches_of(np.random.default_rng(0), motion_of(np.random.default_rng(0)), 0),
         np.array([[0, 0, 1.0]]),

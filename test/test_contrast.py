@@ -1,4 +1,4 @@
-"""16-bit images of little range, pictures in which nothing is found, and what is said of them."""
+"""Tests of 16-bit images with a small range, of images without keypoints, and of the reports about both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kpmatch_ros.weights import WeightsError
 
 
 def thermal(view: np.ndarray, span: int = 600, level: int = 7000) -> np.ndarray:
-    """A 14-bit image of a scene: a small part of 16 bits, and two defective pixels."""
+    """Return a 14-bit image of a scene that uses a small part of the 16-bit range, with two defective pixels."""
     image = level + np.round(view.astype(float) / 255 * span).astype(np.uint16)
     image[3, 3], image[5, 9] = 0, 65535
     return image.astype(np.uint16)
@@ -59,7 +59,7 @@ def test_the_brightness_follows_slowly_and_begins_anew_after_a_jump(views: list[
     stretch = Stretch()
     before = stretch.to_8_bits(thermal(views[0])[..., None])
     lamp = thermal(views[0])
-    lamp[:10, :20] = 12000  # 1 % of the pixels: a percentile of the frame alone would darken all the rest
+    lamp[:10, :20] = 12000  # 1 % of the pixels: a percentile of the frame alone would darken everything else
     after = stretch.to_8_bits(lamp[..., None])
     assert abs(float(np.median(before)) - float(np.median(after))) < 25
     jumped = stretch.to_8_bits(thermal(views[0], level=9000)[..., None])
@@ -92,7 +92,7 @@ def test_a_picture_without_keypoints_is_described(pixels: np.ndarray, used: floa
 
 
 class Listening(Monitor):
-    """A monitor on a clock of its own that a pipeline can report to."""
+    """A monitor with its own clock, to which a pipeline can report."""
 
     def __init__(self) -> None:
         self.now = 0.0

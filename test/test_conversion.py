@@ -1,4 +1,4 @@
-"""All five networks, from their authors' files to folders and files of ours and of `transformers`, and back."""
+"""Tests of all five networks, converted from their authors' files to our formats and to `transformers`', and back."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def authors_file(
     randomise_lightglue: Any,
     randomise_superglue: Any,
 ) -> AuthorsFile:
-    """authors_file(model, input_dim=64): a small network with random weights as its authors store it."""
+    """authors_file(model, input_dim=64) writes a small network with random weights in its authors' format."""
 
     def make(model: str, input_dim: int = 64) -> Path:
         path = tmp_path_factory.mktemp("authors") / f"{model}.pth"
@@ -155,7 +155,7 @@ def test_a_superglue_that_transformers_saved_is_described_and_converted(
 def test_a_lightglue_with_the_authors_disk_inside_is_described_and_converted(
     authors_file: AuthorsFile, tmp_path: Path
 ) -> None:
-    # As on the hub, where the detector is another library's module inside the matcher.
+    # As on the hub, where the detector belongs to another library's module inside the matcher.
     folder, size = tmp_path / "folder", DISK.from_pretrained(authors_file("disk")).descriptor_size
     convert(authors_file("lightglue", size), folder, authors_file("disk"))
     both = load_file(folder / "model.safetensors")

@@ -1,6 +1,6 @@
-"""What a C++ front-end reads: a program of its own finds the package with CMake and reads the bytes sent over DDS.
+"""Tests of what a C++ front end reads: a separate program finds the package with CMake and reads bytes sent over DDS.
 
-The program, cpp/read_message.cpp, refuses a message that breaks the contract and prints any other as JSON.
+The program, cpp/read_message.cpp, refuses a message that violates the contract, and prints any other message as JSON.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def program(cpp_programs: Path) -> Program:
 
 
 def read(program: Program, kind: type, message: bytes) -> dict[str, Any]:
-    """The fields as C++ sees them, of a message that keeps the contract."""
+    """Return the fields of a valid message as C++ reads them."""
     done = program(kind, message)
     assert (done.returncode, done.stderr) == (0, "")
     fields: dict[str, Any] = json.loads(done.stdout)
@@ -56,7 +56,7 @@ def read(program: Program, kind: type, message: bytes) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A message as dicts, lists, numbers and text: what its JSON must say."""
+    """Convert a message to dicts, lists, numbers and text, as in the expected JSON."""
     if hasattr(value, "get_fields_and_field_types"):
         return {name: plain(getattr(value, name)) for name in value.get_fields_and_field_types()}
     return value.tolist() if isinstance(value, array | np.ndarray) else value
@@ -64,10 +64,10 @@ def plain(value: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def over_dds() -> Iterator[Callable[[Any], bytes]]:
-    """Publish a message, and return the bytes that a subscriber receives."""
+    """Publishes a message and returns the bytes that a subscriber receives."""
     context = rclpy.Context()
     numbers = itertools.count()
-    # A subscriber that is matched late still receives the message.
+    # A subscriber that is matched late receives the message, too.
     qos = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
     with domain_id() as domain, pytest.MonkeyPatch.context() as environment:
         environment.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
@@ -96,7 +96,7 @@ def over_dds() -> Iterator[Callable[[Any], bytes]]:
         rclpy.shutdown(context=context)
 
 
-# Messages of random contents that keep the contract
+# Messages with random contents that keep the contract
 
 
 def flat(typecode: str, values: np.ndarray[Any, Any]) -> array[Any]:
@@ -108,7 +108,7 @@ def float32(rng: np.random.Generator) -> float:
 
 
 def text(rng: np.random.Generator) -> str:
-    """Some text, now and then none, with what JSON escapes and with characters of one to four bytes in UTF-8."""
+    """Return text, sometimes empty, with characters that JSON escapes and characters of 1 to 4 bytes in UTF-8."""
     return "".join(rng.choice(list('az/_ "\\\n\t\x01é左🤖'), rng.integers(0, 12)))
 
 
@@ -122,7 +122,7 @@ def pixels(rng: np.random.Generator, count: int, width: int, height: int) -> arr
 
 
 def some_carried(rng: np.random.Generator, indices: np.ndarray) -> array[Any]:
-    """Indices of keypoints, every fourth one or so NOT_DETECTED, but for the first two."""
+    """Return keypoint indices, about every fourth of which is NOT_DETECTED, except for the first two."""
     carried = (rng.uniform(size=len(indices)) < 0.25) & (np.arange(len(indices)) > 1)
     return flat("I", np.where(carried, MatchArray.NOT_DETECTED, indices))
 
@@ -355,7 +355,7 @@ def test_cpp_reads_what_the_node_sends(
 ) -> None:
     topics = {"matches": MatchArray, "relative_pose": RelativePose, "features": FeatureArray}
     raw: dict[str, list[bytes]] = {topic: [] for topic in topics}
-    # Two windows of one picture: a point at p in the first is at p - (9, 5) in the second.
+    # Two windows of one picture: a point at p in the first window is at p - (9, 5) in the second.
     picture = texture(280, 360, 0)
     reference_image, image = picture[:240, :320], picture[5:245, 9:329]
     with running_node(tmp_path, calibrated=False, max_keypoints=512) as peer:
@@ -366,7 +366,7 @@ def test_cpp_reads_what_the_node_sends(
         peer.send(mono8(reference_image, 1))
         peer.send(mono8(image, 2))
         received = {"matches": peer.matches, "relative_pose": peer.poses, "features": peer.features}
-        expected = {"matches": 1, "relative_pose": 1, "features": 2}  # of two frames, hence one pair
+        expected = {"matches": 1, "relative_pose": 1, "features": 2}  # two frames, but only one pair
 
         def arrived() -> bool:
             return all(len(raw[topic]) >= count <= len(received[topic]) for topic, count in expected.items())
@@ -391,7 +391,7 @@ def test_cpp_reads_what_the_node_sends(
     reference, current = (read(program, FeatureArray, message) for message in raw["features"])
     assert reference["header"] == matches["reference"]
     assert current["header"] == matches["header"]
-    # The indices of the matches point into the features: the pixels near which the points are.
+    # The match indices point to the features, at the pixels near which the points are.
     for features, points, indices in (
         (current, matches["points"], matches["indices"]),
         (reference, matches["reference_points"], matches["reference_indices"]),

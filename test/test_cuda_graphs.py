@@ -1,6 +1,6 @@
-"""Recordings of the networks' work: what warming up makes, and what a failure leaves. test_gpu.py has their results.
+"""Tests of CUDA graphs: what the warm-up records, and the state after a failure. test_gpu.py checks their results.
 
-On the processor they are imitated (benchmarks.imitation.Imitation).
+On a CPU they are imitated (benchmarks.imitation.Imitation).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def make(random_folder: Callable[..., Path]) -> Make:
-    """make(options...): small networks with random weights, which drop no points."""
+    """make(options...) returns small networks with random weights, without pruning."""
 
     def build(superglue: bool = False, **options: Any) -> FeatureMatcher:
         folder = random_folder(superglue={} if superglue else None)
@@ -42,7 +42,7 @@ def make(random_folder: Callable[..., Path]) -> Make:
 
 
 class Counting:
-    """Records, and counts how often."""
+    """Records, and counts the recordings."""
 
     def __init__(self, device: torch.device) -> None:
         self.count = 0
@@ -54,7 +54,7 @@ class Counting:
 
 
 def random_features(matcher: FeatureMatcher, count: int, seed: int) -> Features:
-    """Of images 128 x 96."""
+    """Return random features of a 128 x 96 image."""
     random = np.random.default_rng(seed)
     descriptors = random.normal(size=(count, matcher.extractor.descriptor_size))
     descriptors /= np.linalg.norm(descriptors, axis=1, keepdims=True)
@@ -67,7 +67,7 @@ def random_features(matcher: FeatureMatcher, count: int, seed: int) -> Features:
     [
         ({"max_keypoints": 300, "depth_confidence": -1.0}, 1),
         ({"max_keypoints": 700, "depth_confidence": 0.7}, 3),
-        ({"max_keypoints": 512, "depth_confidence": 0.7}, 3),  # in the largest number of places nothing is padded
+        ({"max_keypoints": 512, "depth_confidence": 0.7}, 3),  # with the largest number of places there is no padding
         ({"max_keypoints": 100, "depth_confidence": 0.7, "mode": "stereo"}, 2),
         ({"max_keypoints": 300, "superglue": True}, 1),
     ],
@@ -85,13 +85,13 @@ def test_after_warming_up_no_frame_is_recorded(
     most = options["max_keypoints"]
     run = set()
     for places in SIZES:
-        if places - 255 <= most:  # of the places for so many keypoints, all are asked for or some
+        if places - 255 <= most:  # if the limit reaches these places, all or some of them are needed
             for count0, count1 in ((places - 1, places - 1), (places - 9, 1), (3, places - 200), (places, places)):
                 if places == count0 != most:
                     continue
                 pair = random_features(matcher, min(count0, most), 1), random_features(matcher, min(count1, most), 2)
                 run.update((matcher.match(*pair).layers, matcher.match(pair[0], pair[0]).layers))
-    assert len(run) >= layers  # what stops early stops after different numbers of layers
+    assert len(run) >= layers  # early stopping ends after different numbers of layers
     matcher.extract_batch([texture(96, 128, seed) for seed in range(2 if matcher.parameters.mode == "stereo" else 1)])
     assert recorder.count == recorded
 
@@ -99,7 +99,7 @@ def test_after_warming_up_no_frame_is_recorded(
 def test_after_warming_up_with_a_mask_an_image_with_one_is_not_recorded(
     make: Make, device: torch.device, texture: Any, tmp_path: Path
 ) -> None:
-    matcher = make(device=str(device), max_keypoints=100, mask=str(tmp_path / "body.png"))  # the front end reads it
+    matcher = make(device=str(device), max_keypoints=100, mask=str(tmp_path / "body.png"))  # read by the front end
     recorder = Counting(device)
     matcher.graphs = CudaGraphs(recorder)
     matcher.warm_up(128, 96)
@@ -119,7 +119,7 @@ def test_without_recordings_warming_up_matches_once(make: Make) -> None:
 
 
 class Failing:
-    """Fails to record, and first lets other threads come that want to as well."""
+    """Fails to record, after it has let other waiting threads run."""
 
     def __init__(self, others: list[threading.Thread]) -> None:
         self.count = 0

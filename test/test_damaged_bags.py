@@ -1,4 +1,4 @@
-"""Bags that were not finished, or are damaged: what can be read is read, and a remark says what is missing."""
+"""Tests of unfinished and damaged bags: everything readable is read, and a remark reports what is missing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CHUNK, DATA_END, FOOTER, MESSAGE = 6, 15, 2, 5
 
 
 def records(content: bytes) -> list[tuple[int, int, int]]:
-    """Code, begin and end of each record of an MCAP."""
+    """Return code, begin and end of each record of an MCAP file."""
     found, place = [], len(MAGIC)
     while place < len(content) - len(MAGIC):
         code, length = struct.unpack_from("<BQ", content, place)
@@ -62,13 +62,13 @@ def overwrite(path: Path, place: int, content: bytes) -> None:
 
 
 def read(path: Path) -> tuple[list[int], str]:
-    """The stamps of the images that can be read, and the remarks."""
+    """Return the stamps of the readable images, and the remarks."""
     remarks: list[str] = []
     stamps = [found.stamp for found in read_messages(path, [TOPIC], remarks)]
     return stamps, "\n".join(remarks)
 
 
-# a recorder that was killed, or lost power
+# a recorder that was killed or lost power
 
 
 @pytest.mark.parametrize("parts", [{}, {"compression": "zstd"}, {"message_indexes": False}, {"outside": 1}])
@@ -153,7 +153,7 @@ def test_a_damaged_chunk_costs_its_own_messages_alone(kpmatch: Run, tmp_path: Pa
 def test_messages_before_damage_inside_a_chunk_that_is_not_compressed_are_kept(tmp_path: Path, summary: bool) -> None:
     path = write_mcap(tmp_path / "bag.mcap", chunks=2, summary=summary)
     begin, end = places(path, CHUNK)[1]
-    overwrite(path, end - len(raw_image(7)) - 22 - 9, b"\xff" * 9)  # the head of its last message
+    overwrite(path, end - len(raw_image(7)) - 22 - 9, b"\xff" * 9)  # the header of its last message
     stamps, remarks = read(path)
     assert stamps == STAMPS[:7]
     said = (
@@ -163,7 +163,7 @@ def test_messages_before_damage_inside_a_chunk_that_is_not_compressed_are_kept(t
 
 
 def test_where_a_chunks_length_is_lost_the_index_says_where_the_next_one_is(tmp_path: Path) -> None:
-    path = write_mcap(tmp_path / "bag.mcap", chunks=4, statistics=False)  # so that the file is scanned
+    path = write_mcap(tmp_path / "bag.mcap", chunks=4, statistics=False)  # without statistics the file is scanned
     begin, _ = places(path, CHUNK)[2]
     overwrite(path, begin, bytes(200))
     stamps, remarks = read(path)
@@ -226,7 +226,7 @@ def test_a_bag_of_nothing_but_damaged_chunks_is_refused(kpmatch: Run, tmp_path: 
 
 @pytest.fixture
 def database(tmp_path: Path) -> Path:
-    """A bag of forty images in one sqlite3 file of some 800 kB."""
+    """A bag with forty images in one sqlite3 file of about 800 kB."""
     with BagWriter(tmp_path / "bag", "sqlite3") as bag:
         for number in range(40):
             stamp = STAMPS[0] + number * 10**8
@@ -266,7 +266,7 @@ def test_wherever_a_database_was_cut_what_is_read_is_what_was_recorded(database:
 
 @pytest.mark.parametrize("page", range(0, 190, 7))
 def test_no_lost_page_of_a_database_goes_unsaid(database: Path, page: int) -> None:
-    """Its own pages are checked; a last page of an image has nothing that could be."""
+    """The database's own pages are checked. The last page of an image contains nothing that can be checked."""
     stamps = stamps_of(database)
     size = database.stat().st_size
     overwrite(database, page * size // 190 // 4096 * 4096, b"\xff" * 4096)
@@ -288,7 +288,7 @@ def test_a_database_that_cannot_be_opened_has_the_remedy_of_a_database(database:
 
 @pytest.fixture
 def strings(tmp_path: Path) -> Path:
-    """A message on a topic of its own, then two thousand small ones on /a, in a database without overflow pages."""
+    """A message on a topic of its own, then 2,000 small messages on /a, in a database without overflow pages."""
     store = typestore()
     with Writer(tmp_path / "small", version=8, storage_plugin=StoragePlugin.SQLITE3) as writer:
         sparse, many = (writer.add_connection(name, STRING, typestore=store) for name in ("/tf_static_like", "/a"))
@@ -299,7 +299,7 @@ def strings(tmp_path: Path) -> Path:
 
 
 def lose_a_leaf(path: Path) -> set[int]:
-    """Lose the page of the table of messages a third of the way in; the numbers of the messages on it."""
+    """Overwrite the page one third into the table of messages, and return the numbers of the lost messages."""
     content = path.read_bytes()
     (size,) = struct.unpack_from(">H", content, 16)
     pages = (content[page : page + size] for page in range(0, len(content), size))
@@ -332,7 +332,7 @@ def test_where_a_database_has_no_index_all_before_the_lost_page_is_read(strings:
 
 
 def failing(function: Callable[..., Any], fault: Exception, place: int) -> Callable[..., Any]:
-    """A function that raises at one of its calls."""
+    """Return a function that raises an exception at one of its calls."""
     calls = itertools.count()
 
     def call(*args: Any) -> Any:
@@ -364,12 +364,12 @@ def test_a_disk_that_fails_is_no_damage_of_a_database(strings: Path, monkeypatch
             numbers(strings, "/a", [])
 
 
-# files of one bag
+# several files of one bag
 
 
 @pytest.fixture(params=["mcap", "sqlite3"])
 def split(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A bag in twelve files, two images each, without metadata.yaml."""
+    """A bag in twelve files with two images each, without metadata.yaml."""
     (tmp_path / "drive").mkdir()
     for number in range(12):
         stamps = [STAMPS[0] + (2 * number + each) * 10**8 for each in range(2)]
@@ -391,7 +391,7 @@ def test_numbered_files_without_metadata_are_one_bag(kpmatch: Run, split: Path, 
     assert stamps == [STAMPS[0] + number * 10**8 for number in range(24)]
     first, last = file_of(split, 0).name, file_of(split, 11).name
     assert remarks == f"there is no metadata.yaml: read as one bag were 12 files, {first} to {last}"
-    file_of(split, 0).unlink()  # a recorder with little space removes its oldest
+    file_of(split, 0).unlink()  # a recorder that is short of space deletes its oldest file
     assert len(read(split)[0]) == 22
     status, out, _ = kpmatch("bag", split, tmp_path / "out", *QUICK)
     assert status == 0 and "frames     22 of" in out and "there is no metadata.yaml" in out
@@ -483,7 +483,7 @@ def test_reading_a_topic_costs_nothing_of_the_contents_of_others(tmp_path: Path)
     content = path.read_bytes()
     end = places(path, DATA_END)[0][0]
     large = 1 << 28
-    with path.open("r+b") as file:  # with holes, which take no place
+    with path.open("r+b") as file:  # with holes, which take no disk space
         file.truncate(end)
         file.seek(end)
         for number in range(4):

@@ -1,4 +1,4 @@
-"""Matches whose surroundings are found decide a pose where they are many; what the others say is judged by it."""
+"""Tests that many refined matches decide a pose, and that the other matches are judged by it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_parallax_is_that_of_all_inliers() -> None:
 
 
 def test_what_agrees_with_a_translation_that_is_not_believed_is_doubted_whether_it_decides_or_not() -> None:
-    """The camera turns, and something in one place of the picture moves: as in test_moving_things."""
+    """The camera turns, and something in one part of the picture moves, as in test_moving_things."""
     scene = Scene(translation=(0.0, 0.0, 0.0), noise=0.1)
     points0, points1, _ = scene.matches(400, 0)
     inside = (np.abs(points0 - (320, 240)) < (60, 60)).all(axis=1)
@@ -123,7 +123,7 @@ def test_few_refined_matches_decide_nothing_alone() -> None:
 
 @pytest.mark.parametrize("refine", [False, True])
 def test_a_front_end_takes_the_motion_of_the_surroundings_that_it_finds(refine: bool) -> None:
-    """Two thirds of the matches are wrong, and agree on another motion. Their surroundings are not alike."""
+    """Two thirds of the matches are wrong and agree on another motion, but their surroundings differ."""
     frames = list(demo_frames(2))
     camera = Camera.from_camera_info(frames[0].camera_info, rectified=False)
     matcher = FeatureMatcher(matcher="nearest", device="cpu", precision="float32", max_keypoints=300, refine=refine)
@@ -149,7 +149,7 @@ def test_a_front_end_takes_the_motion_of_the_surroundings_that_it_finds(refine: 
     assert np.abs(pose.rotation - truth.rotation).max() < 2e-3
     assert pose.inliers[:60].mean() > 0.8 and pose.inliers[60:].mean() < 0.1
 
-    # A robot's own body is found in every image, and its matches stand still.
+    # A robot's own body is found in every image, and its matches do not move.
     body = np.flatnonzero(pair.inliers)[:60]
     still = pair.reference_points[body]
     with_body = replace(
@@ -163,6 +163,6 @@ def test_a_front_end_takes_the_motion_of_the_surroundings_that_it_finds(refine: 
         assert pose.inliers[60:].mean() > 0.9 and not pose.inliers[:60].any()
 
     few = replace(links, refined=links.refined & (np.arange(180) < 20))
-    if refine:  # those of 20 do not tell, so all do
+    if refine:  # 20 refined matches are too few to decide, so all matches do
         pose = front_end.estimate_pose(pair.reference, pair.current, few)
         assert np.abs(pose.rotation - truth.rotation).max() > 2e-2

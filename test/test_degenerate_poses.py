@@ -1,4 +1,4 @@
-"""Matches that leave the motion free, and hostile ones: a pose, or the reason why there is none, and never an error."""
+"""Tests with degenerate and invalid matches: there is a pose or a reason why there is none, but never an error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STEP = np.array([0.1, -0.05, 0.12])
 
 
 def seen(points: np.ndarray, camera: StereoCamera) -> list[np.ndarray]:
-    """left0, right0, left1, right1 of points (n, 3), with whatever is behind a camera."""
+    """Return left0, right0, left1, right1 of points (n, 3), including points behind a camera."""
     current = (points - STEP) @ TURN
     found = []
     for left in (points, current):
@@ -62,7 +62,7 @@ def test_the_points_of_one_line_through_the_image_still_give_a_stereo_motion_whe
 
 
 def test_copies_of_a_match_count_as_one() -> None:
-    # Five points leave ten motions, or their noise decides. Twelve times the same five are no more certain.
+    # Five points allow ten motions, or their noise decides. Twelve copies of the same five are not more certain.
     five = np.random.default_rng(0).uniform((-1, -1, 3), (1, 1, 6), (5, 3))
     images = [np.tile(pixels, (12, 1)) for pixels in seen(five, pair())]
     poses = [
@@ -76,7 +76,7 @@ def test_copies_of_a_match_count_as_one() -> None:
 def test_a_pose_is_the_same_with_copies_of_its_matches() -> None:
     random = np.random.default_rng(1)
     order = random.permutation(np.arange(200) % 120)
-    first = np.sort(np.unique(order, return_index=True)[1])  # the order in which they come decides nothing
+    first = np.sort(np.unique(order, return_index=True)[1])  # the order of the matches must not matter
 
     def same(one: RelativePose, other: RelativePose) -> None:
         assert one.status is other.status is PoseStatus.OK
@@ -100,7 +100,7 @@ def test_a_pose_is_the_same_with_copies_of_its_matches() -> None:
 
 
 def test_points_that_another_frame_sees_as_one_give_no_motion() -> None:
-    # From far enough away, any points are seen as one. P3P finds a place 1e13 metres away.
+    # From far enough away, all points appear as one. P3P finds a position 1e13 metres away.
     for seed in range(10):
         left0, right0, left1, _ = stereo_scenes.Scene(unmatched=0.0).pixels(60, seed)[0]
         one = left1[:1] + np.random.default_rng(seed).normal(0, 1e-3, (60, 2))
@@ -110,12 +110,12 @@ def test_points_that_another_frame_sees_as_one_give_no_motion() -> None:
 
 
 def test_a_point_at_a_cameras_centre_is_not_ahead_of_it() -> None:
-    # The right camera is before the left one: what the left one sees at its principal point goes through the right one.
+    # The right camera is in front of the left camera: the left camera's principal ray passes through the right camera.
     camera = StereoCamera(CAMERA, CAMERA, np.eye(3), np.array([0.0, 0.0, -0.1]))
     right = np.random.default_rng(0).uniform((0, 0), (640, 480), (60, 2))
     points = StereoPoints.of(np.tile([[320.0, 240.0]], (60, 1)), right, camera)
     assert not points.deep.any() and np.abs(points.covariances).max() < 1
-    # The current camera is where one of the points is, but for rounding.
+    # The current camera is at one of the points, except for rounding.
     left0, right0, left1, right1 = stereo_scenes.Scene(unmatched=0.0).pixels(60, 0)[0]
     source, target = StereoPoints.of(left0, right0, pair()), StereoPoints.of(left1, right1, pair())
     for i in range(60):
@@ -125,7 +125,7 @@ def test_a_point_at_a_cameras_centre_is_not_ahead_of_it() -> None:
 
 
 def test_a_plane_through_points_of_one_line_has_no_second_motion() -> None:
-    # x + y = -1: what keeps the equations of a plane regular cancels.
+    # x + y = -1: the term that regularises the equations of a plane cancels.
     pixels = CAMERA.project(np.tile([[-0.5, -0.5]], (20, 1)))
     matches, _ = normalise_matches(pixels, pixels + 1.0, CAMERA, CAMERA)
     for motion in plane_motions(matches, Motion(np.eye(3), np.array([1.0, 0.0, 0.0])), 1.0):
@@ -133,7 +133,7 @@ def test_a_plane_through_points_of_one_line_has_no_second_motion() -> None:
 
 
 def test_the_motions_of_a_plane_that_goes_nearly_through_a_camera_are_rotations() -> None:
-    # There OpenCV's lose their digits.
+    # OpenCV's function loses precision in this case.
     random, found = np.random.default_rng(0), 0
     for _ in range(50):
         direction = random.normal(size=3)
@@ -171,11 +171,11 @@ def test_half_of_the_matches_are_within_the_cutoff_where_one_condition_leaves_no
     assert pose.status is PoseStatus.NO_TRANSLATION and pose.covariance[5, 5] > 0
 
 
-# Any of it together
+# Combinations of all of these
 
 
 def hostile_scene(random: np.random.Generator) -> tuple[StereoCamera, list[np.ndarray]]:
-    """A pair of two lenses and any baseline and focal length; points anywhere; pixels that are spoilt in places."""
+    """Return a stereo pair with two lenses and any geometry, with points anywhere and invalid pixels."""
     lenses = list(stereo_scenes.LENSES.values())
     focal = 640 * random.choice([0.8, 0.8, 900.0])
     matrix = np.array([[focal, 0, 320], [0, focal, 240], [0, 0, 1]])

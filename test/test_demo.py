@@ -1,4 +1,4 @@
-"""kpmatch demo: the whole job over DDS, as a user starts it."""
+"""Tests of kpmatch demo: the complete demonstration over DDS, as a user starts it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ FRAMES = 4
 
 
 def test_the_demo_shows_figures_close_to_the_truth_and_leaves_a_picture_the_bag_and_a_log(tmp_path: Path) -> None:
-    # One test for all of it, because it starts a node.
+    # A single test for everything, because it starts a node.
     command = [sys.executable, "-m", "kpmatch_ros.cli", "demo", "--out", "the demo", "--frames", str(FRAMES)]
-    # What an earlier one left is replaced.
+    # The output of an earlier run is replaced.
     unpack_demo_bag(tmp_path / "the demo" / "bag", 2)
     for name in ("frame0.png", "node.log"):
         (tmp_path / "the demo" / name).write_text("old")
@@ -72,7 +72,7 @@ def test_the_node_ends_with_the_demo(tmp_path: Path) -> None:
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    # To a shell both are 130. Python ends by the signal itself where it came while a module was being imported.
+    # A shell reports both as 130. Python ends by the signal itself if it arrives during the import of a module.
     assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in err
     assert not any(Path(f"/proc/{node}").exists() for node in nodes)
 
@@ -84,7 +84,7 @@ def test_without_ros_or_messages_it_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, module: str, said: str
 ) -> None:
     monkeypatch.delitem(sys.modules, "kpmatch_ros.ros.player", raising=False)
-    monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    monkeypatch.setitem(sys.modules, module, None)  # makes the import fail
     assert main(["demo", "--out", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert said in err and "make demo" in err and err.count("\n") == 1
@@ -95,7 +95,7 @@ def test_where_ros_may_not_write_a_log_it_says_what_to_set(tmp_path: Path) -> No
     pytest.importorskip("rclpy")
     done = subprocess.run(
         [sys.executable, "-m", "kpmatch_ros.cli", "demo", "--out", "out", "--frames", "2"],
-        env={**os.environ, "ROS_LOG_DIR": "/proc/log"},  # where not even root makes a folder
+        env={**os.environ, "ROS_LOG_DIR": "/proc/log"},  # a place where not even root can create a folder
         capture_output=True, text=True, check=False, cwd=tmp_path, timeout=280,
     )  # fmt: skip
     assert done.returncode == 2 and "/proc/log" in done.stderr and "set ROS_LOG_DIR" in done.stderr

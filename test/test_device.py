@@ -1,4 +1,4 @@
-"""Where the networks run, in which precision and with how many threads, and the memory that they take."""
+"""Tests of the networks' device, precision, number of threads and memory."""
 
 from __future__ import annotations
 
@@ -117,5 +117,5 @@ def test_memory_stays_flat_over_many_frames(random_folder: Callable[..., Path], 
         current = matcher.extract(images[frame % 5])
         assert len(matcher.match(previous, current)) > 0
         previous = current
-    # 200 frames' features and matches are 10 MB at least; the heap of a process that ran other tests moves by 2.
+    # The features and matches of 200 frames take at least 10 MB. The heap after other tests varies by 2 MB.
     assert resident_memory() - before < 5e6

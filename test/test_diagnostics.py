@@ -1,4 +1,4 @@
-"""When diagnostics come, and how much the publishers keep for a subscriber that is slow. Without DDS."""
+"""Tests of the times of diagnostics messages, and of the publishers' queue depths for slow subscribers, without DDS."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kpmatch_ros.ros.senders import Senders, listed
 
 
 class FakeNode:
-    """What publishes: it keeps the messages, and the quality of service of each topic; a clock that goes on."""
+    """Publishes for the diagnostics: stores the messages and each topic's quality of service, and has a clock."""
 
     def __init__(self) -> None:
         self.said: list[Any] = []
@@ -122,6 +122,6 @@ def test_a_publisher_whose_nodes_name_is_not_known_yet_is_no_sender_of_another_n
 def test_a_replay_waits_for_a_subscriber_that_is_held_up(queue: str, least: int) -> None:
     node = FakeNode()
     Outputs(node, Parameters(queue=queue, mode="stereo", publish_odometry=True, device="cpu"))  # type: ignore[arg-type]
-    del node.depths["match_image"]  # for the eye: the newest will do
+    del node.depths["match_image"]  # a picture for viewing: only the newest matters
     assert {"features", "landmarks", "matches", "stereo_matches", "relative_pose", "odometry"} <= set(node.depths)
     assert min(node.depths.values()) >= least, node.depths

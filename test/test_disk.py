@@ -1,8 +1,8 @@
-"""DISK computes what its paper and the authors' file define, on random weights and on real ones where there are some.
+"""Tests that DISK computes what its paper and its authors' file define, with random and with real weights.
 
-The reference is written out in this file: every convolution everywhere, library instance norms, loops for maxima. Real
-weights are looked for in the folder that KPMATCH_TEST_WEIGHTS names (``disk-depth-save.pth``, ``disk_lightglue.pth``),
-`kornia` is another reference where it is installed.
+The reference implementation in this file computes every convolution everywhere, with library instance norms and loops
+for maxima. Real weights are read from the folder in KPMATCH_TEST_WEIGHTS (``disk-depth-save.pth``,
+``disk_lightglue.pth``). `kornia` is a second reference if it is installed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DOWN, UP, DIM = [4, 6, 8, 8, 8], [8, 8, 8, 9], 8
 
 
 def dense_output(tensors: Tensors, image: Tensor) -> Tensor:
-    """(descriptor + 1, H, W) of every pixel of an image (3, H, W)."""
+    """Return (descriptor + 1, H, W) for all pixels of an image (3, H, W)."""
     height, width = image.shape[1:]
     x = F.pad(image[None], (0, -width % 16, 0, -height % 16))
 
@@ -56,7 +56,7 @@ def dense_output(tensors: Tensors, image: Tensor) -> Tensor:
 
 
 def reference(tensors: Tensors, image: Tensor, border: int) -> dict[tuple[int, int], tuple[float, Tensor]]:
-    """Score and descriptor of the keypoints of an image (3, H, W), by x and y."""
+    """Return score and descriptor of the keypoints of an image (3, H, W), by x and y."""
     output = dense_output(tensors, image)
     heat = output[-1]
     found = {}
@@ -69,7 +69,7 @@ def reference(tensors: Tensors, image: Tensor, border: int) -> dict[tuple[int, i
 
 
 def random_tensors(seed: int) -> Tensors:
-    """Tensors named as in the authors' file."""
+    """Return tensors named as in the authors' file."""
     generator = torch.Generator().manual_seed(seed)
     tensors: Tensors = {}
 
@@ -89,7 +89,7 @@ def random_tensors(seed: int) -> Tensors:
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Ours:
-    """ours(seed=0, **options): a DISK with random weights, loaded from a file as the authors' is."""
+    """ours(seed=0, **options) returns a DISK with random weights, loaded from a file in the authors' format."""
 
     def make(seed: int = 0, **options: Any) -> DISK:
         path = tmp_path_factory.mktemp("disk") / "depth-save.pth"
@@ -157,7 +157,7 @@ def test_an_image_smaller_than_the_network_halves_it_is_looked_at(ours: Ours) ->
 
 def test_an_image_of_one_colour_has_no_keypoints(ours: Ours) -> None:
     model = ours(border_removal_distance=0, keypoint_threshold=-100.0)
-    model.head.score.weight.zero_()  # all pixels the same, at the border too
+    model.head.score.weight.zero_()  # all pixels are equal, also at the border
     found = model(torch.full((2, 3, 32, 48), 0.5))
     assert [tuple(each.shape) for each in found] == [(2, 0, 2), (2, 0), (2, 0, DIM), (2, 0), (2,)]
 
@@ -267,7 +267,7 @@ def test_real_weights_find_what_kornia_finds(
     points = [tuple(point) for point in expected.keypoints.int().tolist()]
     assert len(points) > 100 and len(found) == len(points)
     common = found.keys() & set(points)
-    assert len(common) >= 0.995 * len(points)  # at the last place two may be as good
+    assert len(common) >= 0.995 * len(points)  # two keypoints may be equally good for the last place
     for point, score, descriptor in zip(points, expected.detection_scores.tolist(), expected.descriptors):
         if point in common:
             assert found[point][0] == pytest.approx(score, abs=1e-4 * abs(score) + 1e-2)

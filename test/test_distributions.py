@@ -1,4 +1,4 @@
-"""What other distributions of ROS 2 do differently, as far as it can be shown on this one (docs/distributions.md)."""
+"""Tests of differences between ROS 2 distributions, as far as they can be shown on this one (docs/distributions.md)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def node() -> Iterator[Any]:
-    """A node in a domain of its own."""
+    """A node in a separate domain."""
     with domain_id() as domain:
         context = rclpy.Context()
         rclpy.init(args=[], context=context, domain_id=domain)
@@ -46,7 +46,7 @@ def test_a_middleware_without_events_costs_the_events_and_not_the_node(
         monkeypatch.setattr(kind, "create_event_handlers", create_event_handlers)
     heard = qos.SubscriptionEventCallbacks(incompatible_qos=print, use_default_callbacks=False)
     offered = qos.PublisherEventCallbacks(incompatible_qos=print, use_default_callbacks=False)
-    for _ in range(2):  # the parameters with which users override are declared by the first
+    for _ in range(2):  # the first pass declares the parameters for overrides
         subscription = qos.with_events(
             node.create_subscription, Image, "image", print, 1,
             event_callbacks=heard, qos_overriding_options=qos.overridable(),
@@ -70,7 +70,7 @@ def test_humbles_name_of_the_module_with_the_events_is_known(monkeypatch: pytest
     for name in ("PublisherEventCallbacks", "SubscriptionEventCallbacks", "UnsupportedEventTypeError"):
         setattr(humbles, name, type(name, (Exception,), {}))
     monkeypatch.setitem(sys.modules, "rclpy.qos_event", humbles)
-    monkeypatch.setitem(sys.modules, "rclpy.event_handler", None)  # importing it raises ImportError
+    monkeypatch.setitem(sys.modules, "rclpy.event_handler", None)  # makes the import raise ImportError
     spec = importlib.util.spec_from_file_location("qos_on_humble", qos.__file__)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -79,7 +79,7 @@ def test_humbles_name_of_the_module_with_the_events_is_known(monkeypatch: pytest
 
 
 def test_the_second_environment_differs_from_the_first_in_nothing_but_ros() -> None:
-    """The versions are those of requirements-dev.txt, and of ROS only known packages are missing."""
+    """It has the versions of requirements-dev.txt, and only known ROS packages are missing."""
     lines = (ROOT / "requirements-kilted.txt").read_text().splitlines()
     assert "-c requirements-dev.txt" in lines
     pinned = [line for line in lines if "==" in line]

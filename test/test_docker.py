@@ -1,4 +1,4 @@
-"""What the containers do, as far as it shows without Docker."""
+"""Tests of the containers, as far as they can be tested without Docker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LAUNCH = ["launch", "kpmatch_ros", "matcher.launch.py"]
 
 
 def asked_of_ros2(folder: Path, namespace: str | None, *words: str) -> tuple[int, list[str]]:
-    """The entry point's exit status, and what it asked of a `ros2` that says the node is active."""
+    """Return the entry point's exit status, and the commands that it gave to a `ros2` which reports an active node."""
     script = (ROOT / "docker" / "entrypoint.sh").read_text().replace("/workspace", str(folder))
     (folder / "install").mkdir()
     (folder / "install" / "local_setup.bash").touch()
@@ -51,9 +51,9 @@ def test_the_health_check_finds_a_node_without_a_namespace(tmp_path: Path) -> No
 
 
 def test_docker_leaves_out_what_git_leaves_out() -> None:
-    """Environments and builds of other distributions are gigabytes, and are built for this machine."""
+    """Environments and builds of other distributions take gigabytes, and are built for this machine."""
     ignored = re.findall(r"^([^#\n]+?)/?$", (ROOT / ".gitignore").read_text(), re.MULTILINE)
-    # Git's patterns hold in every folder unless they begin with a slash, Docker's only where they say so.
+    # Git's patterns apply in every folder unless they begin with a slash. Docker's patterns need `**/` for that.
     in_dockers_spelling = {name[1:] if name[0] == "/" else f"**/{name}" for name in ignored}
     assert len(ignored) > 10
     assert in_dockers_spelling <= set((ROOT / ".dockerignore").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""What kpmatch doctor finds, on this machine and on ones with faults."""
+"""Tests of kpmatch doctor's findings, on this machine and on machines with faults."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def findings(check: Any) -> dict[str, Finding]:
-    """What one check finds, by subject; the last where there are several of one subject."""
+    """Return the findings of a check by subject; the last one if a subject has several."""
     return {finding.subject: finding for finding in check()}
 
 
 def run(tmp_path: Path, **environment: str | None) -> subprocess.CompletedProcess[str]:
-    """The command as its own process, from a folder without a package, with some environment variables changed."""
+    """Run the command as a separate process in a folder without a package, with changed environment variables."""
     changed = {**os.environ, **environment}
     command = [sys.executable, "-m", "kpmatch_ros.cli", "doctor"]
     variables = {name: value for name, value in changed.items() if value is not None}
@@ -64,7 +64,7 @@ def test_where_everything_is_built_everything_is_well(tmp_path: Path) -> None:
 def test_where_ros_is_missing_the_rest_is_still_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kpmatch: Callable[..., tuple[int, str, str]]
 ) -> None:
-    # This module hides the real one, as in a Python without ROS. The doctor asks for it in a process of its own.
+    # This module hides the real one, as in a Python without ROS. The doctor imports it in a separate process.
     (tmp_path / "rclpy.py").write_text("raise ModuleNotFoundError(\"No module named 'rclpy'\", name='rclpy')")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     status, out, _ = kpmatch("doctor")
@@ -91,12 +91,12 @@ def test_a_middleware_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch
     found = findings(doctor.check_ros)
     assert found["middleware"].level == FAIL and "rmw_no_such_thing" in found["middleware"].text
     assert "unset RMW_IMPLEMENTATION" in found["middleware"].remedy
-    # The rest is looked at without it.
+    # The other checks run without it.
     assert [found[subject].level for subject in ("ROS 2", "messages", "node")] == [OK, OK, OK]
 
 
 def test_a_folder_for_logs_that_cannot_be_made_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ROS_LOG_DIR", "/proc/log")  # where not even root makes a folder
+    monkeypatch.setenv("ROS_LOG_DIR", "/proc/log")  # a place where not even root can create a folder
     (finding,) = (each for each in doctor.check_ros() if each.level == FAIL)
     assert "ROS cannot start" in finding.text and "/proc/log" in finding.text and "ROS_LOG_DIR" in finding.remedy
 
@@ -105,7 +105,7 @@ def test_a_domain_that_dds_does_not_have_is_a_fault(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("ROS_DOMAIN_ID", "300")
     (finding,) = (each for each in doctor.check_ros() if each.level == FAIL)
     assert "ROS_DOMAIN_ID is 300" in finding.text and finding.remedy == "set ROS_DOMAIN_ID to one of these"
-    monkeypatch.setenv("ROS_DOMAIN_ID", "-1")  # rcl takes it for its default
+    monkeypatch.setenv("ROS_DOMAIN_ID", "-1")  # rcl's value for the default
     found = findings(doctor.check_ros)
     assert "start" not in found and found["ROS 2"].text.endswith("domain 0")
 
@@ -144,7 +144,7 @@ def test_messages_of_another_version_are_a_fault(monkeypatch: pytest.MonkeyPatch
 def test_a_node_that_ros2_run_starts_with_a_python_without_pytorch_is_a_fault(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    bare = tmp_path / "python3"  # first on the path, as the system's Python is where no environment is activated
+    bare = tmp_path / "python3"  # first on PATH, like the system's Python if no virtual environment is active
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
     bare.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")

@@ -1,4 +1,4 @@
-"""The pages say what the code does: their links lead somewhere, and their commands, options and names exist."""
+"""Tests that the documentation agrees with the code: its links work, and its commands, options and names exist."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def text_of(page: str) -> str:
 
 
 def prose(page: Path) -> str:
-    """A page without its blocks of code."""
+    """Return a page without its code blocks."""
     return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives a page's headings."""
+    """Return the anchors that GitHub creates for a page's headings."""
     headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def shell_lines() -> Iterator[tuple[str, str]]:
-    """Each command of the pages' blocks of shell, without its comment, with the name of its page."""
+    """Yield each command of the pages' shell blocks, without its comment, with the name of the page."""
     for page in PAGES:
         for block in re.findall(r"^```(?:sh)?\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
             for line in re.sub(r"\\\n", " ", block).splitlines():
@@ -50,7 +50,7 @@ def shell_lines() -> Iterator[tuple[str, str]]:
 
 
 def cells(page: str) -> list[list[str]]:
-    """The cells of the rows of a page's tables."""
+    """Return the cells of all table rows of a page."""
     return [line.strip("| ").split(" | ") for line in text_of(page).splitlines() if line.startswith("|")]
 
 

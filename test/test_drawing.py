@@ -1,4 +1,4 @@
-"""What a picture of matches shows."""
+"""Tests of pictures of matches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def draw(points0=(), points1=(), scores=(), inliers=None, text="", image0=GREY, 
 
 
 def changed(picture, blank):
-    """Where two pictures differ."""
+    """Return where two pictures differ."""
     return (picture.astype(int) != blank).any(axis=2)
 
 
@@ -33,7 +33,7 @@ def test_both_images_stand_side_by_side_as_rgb():
 def test_images_of_different_sizes_keep_their_pixels_at_the_top():
     picture = draw(image0=np.full((100, 320), 90, np.uint8), image1=np.full((240, 64), 200, np.uint8))
     assert picture.shape[0] == 240
-    assert picture[50, 10].min() > picture[150, 10].max()  # nothing but background below the lower one
+    assert picture[50, 10].min() > picture[150, 10].max()  # below the lower one there is only background
     assert (picture[:, -64:] == picture[0, -1]).all()
 
 
@@ -72,7 +72,7 @@ def test_a_match_joins_its_two_points():
     offset = offset_of_image1(picture)
     columns = np.flatnonzero(changed(picture, blank)[60])
     assert abs(columns.min() - 40) <= 3 and abs(columns.max() - (offset + 280)) <= 3
-    assert len(columns) == columns.max() - columns.min() + 1  # without a break
+    assert len(columns) == columns.max() - columns.min() + 1  # without a gap
     assert not changed(picture, blank)[:50].any() and not changed(picture, blank)[70:].any()
 
 
@@ -132,7 +132,7 @@ def test_of_many_matches_all_have_their_points_and_some_a_line(inliers):
     marked = changed(draw(points, points, np.ones(500), inliers), draw())
     assert marked[points[:, 1].astype(int), points[:, 0].astype(int)].all()
     between = marked[np.arange(10, 220)[:, None], np.arange(12, 320, 12) + 4]
-    assert 0.01 < between.mean() < 0.4  # the images stay visible
+    assert 0.01 < between.mean() < 0.4  # the images remain visible
 
 
 def test_points_outside_the_images_are_cut_off():
@@ -149,7 +149,7 @@ def test_the_line_of_figures_stands_on_a_shaded_band_below():
     rows = np.flatnonzero(changed(picture, blank).any(axis=1))
     assert rows.max() == 239 and 12 <= len(rows) <= 30
     band = picture[rows.min() :]
-    assert np.median(band) < blank[0, 0, 0] / 2 and band.max() > 200  # bright letters on dark
+    assert np.median(band) < blank[0, 0, 0] / 2 and band.max() > 200  # bright letters on a dark band
 
 
 @pytest.mark.parametrize("width", [8, 40, 120, 320, 1400])

@@ -1,4 +1,4 @@
-"""What a robot does to a node over days, in a minute: cycles, signals at bad moments, kills, changes under load."""
+"""Tests what a robot does to a node in days, within a minute: cycles, signals, kills, and changes under load."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sensor_msgs.msg import Image
 from node_harness import NodeUnderTest, running_node, stamp_of
 
 WIDTH, HEIGHT = 128, 96
-KILLS = 8  # at moments chosen at random
+KILLS = 8  # at random moments
 
 
 @pytest.fixture
 def frames(texture: Any) -> list[Image]:
-    """A camera that moves 8 pixels a frame over a wall."""
+    """Images of a camera that moves past a wall by 8 pixels per frame."""
     picture = texture(HEIGHT, WIDTH + 8 * 20, 3)
     views = [np.ascontiguousarray(picture[:, 8 * i : 8 * i + WIDTH]) for i in range(20)]
     return [Image(encoding="mono8", width=WIDTH, height=HEIGHT, step=WIDTH, data=view.tobytes()) for view in views]
@@ -42,12 +42,12 @@ def change_state(node: NodeUnderTest, transition: int) -> None:
 
 
 class Resources:
-    """What a process holds at present."""
+    """The resources that a process holds at present."""
 
     def __init__(self, process: int) -> None:
         holder = psutil.Process(process)
-        # Parts of libraries, which are read when first needed and given back when memory is short, do not count.
-        # psutil does not tell them from shared memory, which does count.
+        # Library pages do not count, because they are read on demand and released when memory is short. psutil cannot
+        # distinguish them from shared memory, which does count.
         status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
         self.memory = 1024 * sum(int(status[kind].split()[0]) for kind in ("RssAnon", "RssShmem"))
         self.threads = holder.num_threads()
@@ -65,7 +65,7 @@ def test_two_hundred_lifecycle_cycles_leave_nothing_behind(
         Transition.TRANSITION_DEACTIVATE,
         Transition.TRANSITION_CLEANUP,
     )
-    # With resize, the images to warm up with are as small as the camera's.
+    # With resize, the images for the warm-up are as small as the camera's.
     network = {"extractor": folder, "matcher": folder, "max_keypoints": 60, "resize": WIDTH}
     with running_node(tmp_path, calibrated=False, autostart=False, **network) as node:
         held = []
@@ -81,7 +81,7 @@ def test_two_hundred_lifecycle_cycles_leave_nothing_behind(
                     node.wait_for(lambda: len(node.matches) == 2, "two pairs")
             held.append(Resources(node.process.pid))
         assert (held[-1].threads, held[-1].files) == (held[60].threads, held[60].files)
-        # What the allocator keeps for a while differs by 20 MB from cycle to cycle: the least of many tells a leak.
+        # Memory cached by the allocator varies by 20 MB from cycle to cycle. The minimum of many cycles reveals a leak.
         early, late = (min(each.memory for each in some) for some in (held[60:100], held[160:]))
         assert late - early < 10e6
         node.wait_for(lambda: node.node.count_publishers("matches") == 0, "the topics to go")
@@ -98,8 +98,8 @@ def test_an_inactive_node_gives_back_the_memory_that_frames_take(tmp_path: Path,
             node.send(stamped(picture, 1.0 + 0.1 * i))
         node.wait_for(lambda: len(node.matches) == 2, "two pairs")
         change_state(node, Transition.TRANSITION_DEACTIVATE)
-        # Frames take some 40 MB more than what the node holds before the first. Not compared with what it held while
-        # active: there it gives memory back too, now and then.
+        # Frames take about 40 MB in addition to the memory before the first frame. This is not compared with the memory
+        # of the active node, because an active node also returns memory from time to time.
         assert Resources(node.process.pid).memory < before
         node.wait_until_gone()
         change_state(node, Transition.TRANSITION_ACTIVATE)
@@ -111,7 +111,7 @@ def test_an_inactive_node_gives_back_the_memory_that_frames_take(tmp_path: Path,
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_the_node_ends_cleanly_in_the_middle_of_inference(tmp_path: Path, sent: signal.Signals, texture: Any) -> None:
-    # Large enough to take several seconds: the end must not wait for it.
+    # Large enough for several seconds of processing: the end must not wait for it.
     pixels = texture(1440, 1920, 1)
     large = Image(encoding="mono8", width=1920, height=1440, step=1920, data=pixels.tobytes())
     with running_node(tmp_path, calibrated=False, max_keypoints=4096) as node:
@@ -121,7 +121,7 @@ def test_the_node_ends_cleanly_in_the_middle_of_inference(tmp_path: Path, sent: 
         node.process.send_signal(sent)
         started = time.monotonic()
         assert node.process.wait(timeout=30) == 0, node.log
-        assert time.monotonic() - started < 2 + 3  # 2 s of its own, and what a busy machine adds
+        assert time.monotonic() - started < 2 + 3  # 2 s of its own, and 3 s for a busy machine
         assert "Traceback" not in node.log and "terminate" not in node.log
 
 
@@ -141,18 +141,18 @@ def test_ctrl_c_twice_while_the_weights_load_ends_the_node_without_a_fuss(tmp_pa
 def test_a_killed_node_publishes_again_once_started_and_subscribers_stay(
     tmp_path: Path, random_folder: Callable[..., Path], frames: list[Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Over UDP: Fast DDS's shared memory does not survive every kill (docs/diagnostics.md), whatever the node does. With
-    # LOCALHOST, rmw_fastrtps takes shared memory too, whatever the environment says.
+    # Over UDP, because Fast DDS's shared memory does not survive every kill (docs/diagnostics.md). With LOCALHOST,
+    # rmw_fastrtps uses shared memory regardless of the environment variable.
     monkeypatch.setenv("FASTDDS_BUILTIN_TRANSPORTS", "UDPv4")
-    monkeypatch.setenv("ROS_STATIC_PEERS", "127.0.0.1")  # where no multicast leaves the machine
+    monkeypatch.setenv("ROS_STATIC_PEERS", "127.0.0.1")  # for machines on which multicast does not work
     folder = str(random_folder())
     random = np.random.default_rng(5)
-    # With resize, the images to warm up with are as small as the camera's.
+    # With resize, the images for the warm-up are as small as the camera's.
     network = {"extractor": folder, "matcher": folder, "max_keypoints": 60, "resize": WIDTH}
     with running_node(tmp_path, calibrated=False, discovery_range="SUBNET", queue="latest", **network) as node:
         seconds = 0.0
         for restart in range(KILLS + 1):
-            # The killed node's last matches may come late: what it had begun is older than what is sent from now on.
+            # Late matches of the killed node may still arrive. They have older stamps than the images sent from now on.
             since = seconds
 
             def frame_is_matched(since: float = since) -> bool:
@@ -176,7 +176,7 @@ def test_parameters_that_change_at_random_under_load_are_all_or_nothing(
 ) -> None:
     folder = str(random_folder())
     random = np.random.default_rng(11)
-    # Values of each, good ones first, and how many are good.
+    # Values of each parameter, with the valid ones first, and the number of valid ones.
     values: dict[str, tuple[list[Any], int]] = {
         "max_keypoints": ([20, 60, 100, 0, -3, 99999], 3),
         "keypoint_threshold": ([-1.0, 0.0, 0.2, 1.5, float("nan")], 3),
@@ -186,7 +186,7 @@ def test_parameters_that_change_at_random_under_load_are_all_or_nothing(
         "reference": (["previous", "keyframe", "next", ""], 2),
         "keyframe_min_matches": ([1, 50, 0], 2),
         "max_reprojection_error": ([0.5, 3.0, 0.0], 2),
-        "nms_radius": ([3], 0),  # not while it runs
+        "nms_radius": ([3], 0),  # cannot change at run time
         "min_inliers": ([6, 15, "many"], 2),
     }
     with running_node(tmp_path, calibrated=False, extractor=folder, matcher=folder) as node:
@@ -208,7 +208,7 @@ def test_parameters_that_change_at_random_under_load_are_all_or_nothing(
             limits.append(limit if good else limits[-1])
         node.wait_for_figure("frames waiting", "0")
         node.wait_for(lambda: len(node.matches) == number - 1, "every pair")
-        # A refused set leaves everything as it was, so no frame ever had another number of keypoints than accepted.
+        # A refused set changes nothing, so no frame has a number of keypoints that was not accepted.
         for matches in node.matches:
             assert matches.num_keypoints <= max(limits)
         node.send(stamped(frames[0], 500.0))

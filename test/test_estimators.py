@@ -1,4 +1,4 @@
-"""benchmarks/estimators.py: what it measures is right, and this package's estimator is not below OpenCV's RANSAC."""
+"""Tests of benchmarks/estimators.py, and that this package's estimator is not worse than OpenCV's RANSAC."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def test_on_pairs_with_wide_baselines_the_poses_are_not_below_plain_ransac(recor
     pairs = list(estimators.read_pairs(recorded_data / "scannet_pairs", resize=640, device="cpu", precision="float32"))
     assert len(pairs) == 7
     ours = areas("kpmatch_ros", [pair.shuffled(seed) for pair in pairs for seed in range(3)])
-    plain = areas("OpenCV RANSAC", [pair.shuffled(0) for pair in pairs])  # a second of processor time for each pair
-    # Together; each by itself differs by some thousandths with the order of the matches.
+    plain = areas("OpenCV RANSAC", [pair.shuffled(0) for pair in pairs])  # takes 1 s of CPU time per pair
+    # The sums are compared, because each value varies by some thousandths with the order of the matches.
     assert sum(ours) >= sum(plain) and all(one > other - 0.01 for one, other in zip(ours, plain)), (ours, plain)
     assert ours[2] > 0.4
 

@@ -1,4 +1,4 @@
-"""The evaluation's truths are true and its figures what they say."""
+"""Tests that the evaluation's ground truth and figures are correct."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ MATRIX = np.array([[150.0, 0, 79.5], [0, 150, 59.5], [0, 0, 1]])
 
 
 def plane(normal: tuple[float, float, float], distance: float) -> np.ndarray:
-    """Depth (120, 160) of the plane normal x = distance in a camera of MATRIX."""
+    """Return the depth (120, 160) of the plane normal x = distance for a camera with MATRIX."""
     x, y = np.meshgrid(np.arange(160.0), np.arange(120.0))
     rays = np.stack([x, y, np.ones_like(x)], axis=-1) @ np.linalg.inv(MATRIX).T
     return distance / (rays @ np.array(normal))
 
 
 def pose(shift: tuple[float, float, float], turn: float = 0.05) -> np.ndarray:
-    """(4, 4) from camera 0 to camera 1."""
+    """Return the pose (4, 4) from camera 0 to camera 1."""
     motion = np.eye(4)
     motion[:3, :3] = cv2.Rodrigues(np.array([0.0, turn, 0.02]))[0]
     motion[:3, 3] = shift
@@ -50,7 +50,7 @@ def pose(shift: tuple[float, float, float], turn: float = 0.05) -> np.ndarray:
 
 
 def seen_by_sift(pair: evaluation_pairs.Pair) -> np.ndarray:
-    """Errors of SIFT's matches: where images and truth agree most of them are small."""
+    """Return the errors of SIFT matches. If images and ground truth agree, most of them are small."""
     found = Sift(500)(*pair.images)
     assert len(found.points0) > 20
     return pair.truth.errors(found.points0, found.points1)
@@ -71,7 +71,7 @@ def test_a_match_is_judged_by_the_depth_of_its_surface() -> None:
     points1 = project(homography, points0)
     np.testing.assert_allclose(truth.errors(points0, points1), 0, atol=1e-3)
     np.testing.assert_allclose(truth.errors(points0, points1 + (3, 4)), 5, atol=1e-3)
-    # Something nearer stands before the plane in image 1; of what image 0 does not know nothing is said.
+    # In image 1 a nearer surface hides the plane. Where the depth in image 0 is unknown, there is no error.
     hidden = ByDepth((plane(normal, distance), np.full_like(depth1, 1.0)), (MATRIX, MATRIX), motion)
     assert np.isinf(hidden.errors(points0, points1)).all()
     unknown = ByDepth((np.zeros_like(depth1), depth1), (MATRIX, MATRIX), motion)
@@ -80,7 +80,7 @@ def test_a_match_is_judged_by_the_depth_of_its_surface() -> None:
 
 def test_a_point_on_an_edge_may_lie_on_either_surface() -> None:
     depth0, depth1 = np.full((120, 160), 4.0), np.full((120, 160), 4.0)
-    depth0[:, :80], depth1[:, :65] = 2.0, 2.0  # an edge at x = 79.5, seen from 0.2 m to the right at x = 64.5
+    depth0[:, :80], depth1[:, :65] = 2.0, 2.0  # an edge at x = 79.5, seen at x = 64.5 from 0.2 m to the right
     motion = np.eye(4)
     motion[0, 3] = -0.2
     truth = ByDepth((depth0, depth1), (MATRIX, MATRIX), motion)
@@ -92,7 +92,7 @@ def test_a_point_on_an_edge_may_lie_on_either_surface() -> None:
 
 
 def test_standard_deviations_are_those_of_the_cameras_pixels() -> None:
-    """Image 1 is shown at half the size of its camera's, and moved."""
+    """Image 1 is shown at half the size of its camera, and shifted."""
     points, sigmas = np.array([[10.0, 20.0], [300.0, 100.0]]), np.array([0.1, 0.5])
     camera, cut = Camera(*SIZE, MATRIX), np.array([[2.0, 0, 7], [0, 2, -3], [0, 0, 1]])
     whole = Motion(np.eye(3), np.ones(3), (camera, camera))
@@ -102,7 +102,7 @@ def test_standard_deviations_are_those_of_the_cameras_pixels() -> None:
 
 
 def test_the_likelier_of_two_motions_counts_as_a_pose() -> None:
-    """Of a plane seen sideways, as the other estimators of the table give one motion too."""
+    """For an oblique plane only one motion counts, because the other estimators in the table also return one."""
     rng = np.random.default_rng(0)
     camera = Camera(*SIZE, MATRIX)
     normal = np.array([0.0, np.sin(0.6), np.cos(0.6)])
@@ -134,7 +134,7 @@ def test_matches_of_a_known_motion_lie_on_epipolar_lines_and_give_its_pose() -> 
     assert np.isinf(pose_errors(truth, points0[:4], points1[:4], 0.0, 3)).all()
     wrong = Motion(motion[:3, :3], np.array([0.0, 0.3, -0.3]), (camera, camera))
     assert pose_errors(wrong, points0, points1, 0.0, 2).min() > 30
-    # What was matched are turned and scaled cuts of the cameras' images.
+    # The matched images are rotated and scaled crops of the cameras' images.
     cut = np.array([[0.8, -0.6, 40], [0.6, 0.8, -20], [0, 0, 1]])
     cuts = Motion(motion[:3, :3], motion[:3, 3], (camera, camera), (np.linalg.inv(cut), np.eye(3)))
     np.testing.assert_allclose(cuts.errors(project(cut, points0), points1), 0, atol=1e-6)
@@ -164,7 +164,7 @@ def test_views_of_photographs_are_where_their_homography_says(tmp_path: Path, te
     for pair in light:
         assert pair.images[0].shape == (480, 640)
         assert np.median(seen_by_sift(pair)) < 0.5
-    # By default what is there: photographs, and the same degraded.
+    # The default is everything available: photographs, and the same ones degraded.
     every = list(evaluation_pairs.groups(tmp_path, None))
     assert [pair.group for pair in every] == 3 * ["photographs"] + 3 * ["degraded"]
     assert np.array_equal(every[0].truth.homography, every[3].truth.homography)  # type: ignore[attr-defined]
@@ -203,10 +203,10 @@ def test_poses_of_the_church_door_are_those_of_colmap(tmp_path: Path, texture: T
 
 
 def rooms(path: Path, texture: Texture, clusters: int, views: int) -> shards.Rooms:
-    """A shard of a wall, seen by cameras that move to the right from view to view."""
+    """Write a shard of a wall, seen by cameras that move to the right from view to view."""
     image, encoded = texture(120, 320, 0), []
     for i in range(views):
-        cut = np.ascontiguousarray(image[:, 15 * i : 15 * i + 160])  # 0.2 m, 2 m before the wall
+        cut = np.ascontiguousarray(image[:, 15 * i : 15 * i + 160])  # 0.2 m, 2 m in front of the wall
         normals = np.tile([0.0, 0, -1], (120, 160, 1))
         encoded.append(shards.encode_view(cut, None, normals, plane((0.0, 0.0, 1.0), 2.0)))
     count = views * clusters
@@ -364,7 +364,7 @@ def test_calibration_compares_scores_with_what_is_right() -> None:
 
 
 class Counting:
-    """A matcher that knows the truth and counts how often it is asked."""
+    """A matcher that knows the truth and counts its calls."""
 
     name, key, resolution = "counting", "counting", 0.0
 
@@ -441,11 +441,11 @@ def test_poses_of_another_estimator_are_not_taken_from_the_cache(
     evaluate.evaluate([matcher], iter([pair]), cache)
     poses = cache.result(matcher, pair).poses
     assert poses is not None and len(poses) == 3
-    assert matcher.asked == 1  # its matches are of the same code
+    assert matcher.asked == 1  # its cached matches are still valid
 
 
 class Rounded:
-    """Knows where points are after a shift of two pixels and a half, and says whole pixels."""
+    """Knows the positions after a shift of 2.5 pixels, and rounds them to whole pixels."""
 
     name, key, resolution = "rounded", "rounded", 1.0
 

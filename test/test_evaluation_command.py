@@ -1,4 +1,4 @@
-"""training/evaluate.py as a command: what it compares, writes and refuses."""
+"""Tests of the command training/evaluate.py: its comparisons, its output and its refusals."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_results_are_written_under_the_whole_name_that_was_asked_for(tmp_path: P
 
 
 def refusal(words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """What the command says; it writes nothing over what was there."""
+    """Return the error text of the command, which overwrites nothing."""
     (folder / "results.md").write_text("before")
     with pytest.raises(SystemExit) as ended:
         evaluate.main([*words, "--data", str(folder), "--cache", str(folder / "c"), "--out", str(folder / "results")])

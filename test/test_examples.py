@@ -1,4 +1,4 @@
-"""The example programs run beside a node."""
+"""Tests that the example programs run with a node."""
 
 from __future__ import annotations
 

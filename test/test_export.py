@@ -1,4 +1,4 @@
-"""kpmatch export: the graphs give what the networks give, and the command says what it wrote or why it did not."""
+"""Tests of kpmatch export: the graphs give the networks' results, and the command reports its output or its refusal."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ Matcher = LightGlue | SuperGlue
 
 WIDTH, HEIGHT = 128, 96
 PLACES = 40
-# Exporting takes a while for each operation in a graph.
+# Few layers, because the export takes time for each operation of a graph.
 FEW_LAYERS = {"num_hidden_layers": 2}
 FEW_STEPS = {"gnn_layers_types": ["self", "cross"], "sinkhorn_iterations": 5}
 
 
 @pytest.fixture
 def run(kpmatch: Run) -> Run:
-    """run(words...): exit status, stdout and stderr of `kpmatch export`."""
+    """run(words...) runs `kpmatch export` and returns exit status, stdout and stderr."""
     return functools.partial(kpmatch, "export")
 
 
@@ -59,7 +59,7 @@ def extractor(weights: str) -> SuperPoint:
 
 @pytest.fixture(scope="module")
 def views(texture: Any) -> list[Tensor]:
-    """Three images (1, 1, H, W) of a texture that moves by."""
+    """Three images (1, 1, H, W) of a moving texture."""
     wide = torch.from_numpy(texture(HEIGHT, WIDTH + 16, 3)).float() / 255
     return [wide[None, None, :, 8 * i : 8 * i + WIDTH] for i in range(3)]
 
@@ -79,7 +79,7 @@ def matcher(request: pytest.FixtureRequest, lightglue: Any, superglue: Any) -> M
 def sessions(
     request: pytest.FixtureRequest, extractor: SuperPoint, matcher: Matcher, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Session, Session, bool]:
-    """Sessions of both graphs, and whether numbers and sizes are free."""
+    """Return sessions of both graphs, and whether counts and sizes are dynamic."""
     folder, dynamic = tmp_path_factory.mktemp("onnx"), request.param == "dynamic"
     dense = export_extractor(extractor, folder / "e.onnx", (WIDTH, HEIGHT), dynamic)
     match = export_matcher(matcher, folder / "m.onnx", PLACES, dynamic)
@@ -87,7 +87,7 @@ def sessions(
 
 
 def features(images: int, count: int, size: int, seed: int) -> ImageFeatures:
-    """Random features with scores and a mask of all."""
+    """Return random features with scores and a mask that is true everywhere."""
     random = torch.Generator().manual_seed(seed)
     return ImageFeatures(
         keypoints=torch.rand(images, count, 2, generator=random) * torch.tensor([WIDTH, HEIGHT]),
@@ -104,7 +104,7 @@ def inputs(matcher: Matcher, image: ImageFeatures) -> list[Tensor]:
 
 
 def pair(matcher: Matcher, count0: int, count1: int, images: int = 1) -> tuple[ImageFeatures, ImageFeatures]:
-    """Features of which the first ones have near twins in the other image."""
+    """Return features of two images, where the first ones have similar counterparts in the other image."""
     image0 = features(images, count0, matcher.input_dim, 1)
     image1 = features(images, count1, matcher.input_dim, 2)
     common = min(count0, count1) * 3 // 4
@@ -300,7 +300,7 @@ def test_what_the_backend_cannot_is_refused(weights: str, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def words(weights: str, views: list[Tensor], tmp_path: Path) -> list[Any]:
-    """Options for small networks and images."""
+    """Return options for small networks and images."""
     for i, view in enumerate(views[:2]):
         cv2.imwrite(str(tmp_path / f"{i}.png"), (view[0, 0].numpy() * 255).round().astype(np.uint8))
     return [
@@ -316,7 +316,7 @@ def test_the_command_writes_checks_and_describes(run: Run, words: list[Any], tmp
     assert (status, errors) == (0, "")
     assert "100.00 % of" in printed
     assert sorted(path.name for path in out.iterdir()) == ["export.json", "extractor.onnx", "matcher.onnx"]
-    assert [path.name for path in out.parent.iterdir()] == ["onnx"]  # nothing temporary is left
+    assert [path.name for path in out.parent.iterdir()] == ["onnx"]  # no temporary files are left
     said = json.loads((out / "export.json").read_text())
     assert said["opset"] == OPSET and said["parity"]["share"] == 1 and said["matcher"]["filter_threshold"] == 0.01
     for name in ("extractor", "matcher"):

@@ -1,4 +1,4 @@
-"""From images to matches with the shipped weights: every image gives valid features, in the image's own pixels."""
+"""Tests from images to matches with the packaged weights: features are valid, in pixels of the original image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kpmatch_ros.imaging.images import ImageError
 Image = NDArray[np.uint8]
 
 
-# A threshold low enough for hundreds of keypoints in small images.
+# The threshold is low enough for hundreds of keypoints in small images.
 PARAMETERS = Parameters(device="cpu", precision="float32", max_keypoints=300, keypoint_threshold=0.0005)
 
 
@@ -31,7 +31,7 @@ def loaded() -> FeatureMatcher:
 
 @pytest.fixture
 def matcher(loaded: FeatureMatcher) -> FeatureMatcher:
-    """With PARAMETERS, whatever the test before did to it."""
+    """The matcher with PARAMETERS, regardless of the test before."""
     loaded.configure(PARAMETERS)
     return loaded
 
@@ -53,7 +53,7 @@ def assert_valid(features: Features, width: int, height: int) -> None:
     for array in (found.keypoints, found.scores, found.descriptors):
         assert np.isfinite(array).all()
     assert features.size == (width, height)
-    assert (found.keypoints >= -0.5).all()  # the image's area; enlarged, it is seen in fractions of a pixel
+    assert (found.keypoints >= -0.5).all()  # the image's area; in an enlarged image, positions are fractions of a pixel
     assert (found.keypoints <= (width - 0.5, height - 0.5)).all()
     assert (np.diff(found.scores) <= 0).all()
     np.testing.assert_allclose(np.linalg.norm(found.descriptors, axis=1), 1, atol=1e-5)
@@ -172,7 +172,7 @@ def test_bfloat16_keeps_most_matches(
 def test_grey_as_colour_gives_the_same_features(matcher: FeatureMatcher, warped: Any) -> None:
     expected = matcher.extract(warped[0]).numpy()
     found = matcher.extract(np.repeat(warped[0][..., None], 3, axis=2)).numpy()
-    # Keypoints whose scores differ by rounding alone may come in another order.
+    # Keypoints with nearly equal scores may have another order, because of rounding.
     order, order_found = (np.lexsort(each.keypoints.round(1).T) for each in (expected, found))
     np.testing.assert_allclose(found.keypoints[order_found], expected.keypoints[order], atol=1e-3)
     np.testing.assert_allclose(found.scores[order_found], expected.scores[order], atol=1e-4)
@@ -181,7 +181,7 @@ def test_grey_as_colour_gives_the_same_features(matcher: FeatureMatcher, warped:
 
 @pytest.fixture(scope="module")
 def colour(texture: Any) -> Image:
-    """An RGB image whose channels differ."""
+    """An RGB image with different channels."""
     return np.dstack([texture(96, 128, seed) for seed in (4, 5, 6)])
 
 
@@ -200,7 +200,7 @@ def test_colour_is_weighted_as_by_opencv(matcher: FeatureMatcher, colour: Image)
 
 
 def layouts(colour: Image) -> dict[str, Image]:
-    """The same RGB image as the views that image messages give."""
+    """Return the same RGB image in the memory layouts of image messages."""
     alpha = np.dstack([colour, np.full_like(colour[..., :1], 99)])
     padded = np.zeros((96, 150, 3), np.uint8)
     padded[:, :128] = colour
@@ -236,7 +236,7 @@ def test_how_an_image_lies_in_memory_plays_no_part(
     assert len(expected.keypoints) > 50
     np.testing.assert_allclose(found.keypoints, expected.keypoints, atol=1e-4)
     np.testing.assert_allclose(found.descriptors, expected.descriptors, atol=1e-4)
-    assert np.array_equal(image, layouts(colour)[layout])  # and it is left as it was
+    assert np.array_equal(image, layouts(colour)[layout])  # and the image is not changed
 
 
 def test_a_tensor_will_do_for_an_image(matcher: FeatureMatcher, warped: Any) -> None:
@@ -269,7 +269,7 @@ def test_what_is_no_image_is_refused(matcher: FeatureMatcher, image: NDArray[Any
 def test_what_is_no_array_is_refused_with_what_makes_one(matcher: FeatureMatcher, warped: Any, given: Any) -> None:
     with pytest.raises(TypeError, match=r"the image is a \w+; .* numpy\.asarray\(image\.convert\('RGB'\)\)"):
         matcher.extract(given)
-    if given is not None:  # which is no mask
+    if given is not None:  # an invalid mask
         with pytest.raises(TypeError, match=r"the mask is a \w+; .* numpy\.asarray\(mask\.convert\('L'\)\)"):
             matcher.extract(warped[0], given)
     with pytest.raises(TypeError, match="match takes Features, as extract gives them"):
@@ -304,7 +304,7 @@ def test_images_of_any_size_and_content_give_valid_features_that_can_be_matched(
 
 
 def test_a_covered_camera_gives_next_to_no_matches(matcher: FeatureMatcher, warped: Any) -> None:
-    # With the threshold that is published with the weights.
+    # With the threshold published with the weights.
     matcher.configure(PARAMETERS.replace({"keypoint_threshold": -1.0}))
     picture, random = matcher.extract(warped[0]), np.random.default_rng(0)
     dark = [matcher.extract(random.normal(20, noise, (180, 240)).round().astype(np.uint8)) for noise in (0, 0, 1, 1)]
@@ -330,7 +330,7 @@ def test_an_enlarged_image_gives_keypoints_in_the_pixels_of_the_one_received(
 def test_resized_keypoints_are_centres_of_the_pixels_that_were_seen(matcher: FeatureMatcher, texture: Any) -> None:
     picture = texture(96, 128, 8)
     expected = matcher.extract(picture).numpy()
-    # Each pixel of the picture as a block of 3 x 3: seen at a third of its size, it is the picture again.
+    # Each pixel of the picture becomes a block of 3 x 3. At a third of the size, the result is the picture again.
     matcher.configure(PARAMETERS.replace({"resize": 128}))
     found = matcher.extract(np.kron(picture, np.ones((3, 3), np.uint8))).numpy()
     assert found.size == (384, 288)
@@ -461,7 +461,7 @@ def test_warming_up_changes_nothing(matcher: FeatureMatcher) -> None:
 
 def test_warming_up_takes_the_largest_size_that_images_may_be_brought_to() -> None:
     matcher = FeatureMatcher(device="cpu", profile="fast", max_keypoints=64, resize=3341)
-    matcher.warm_up()  # 640x480 would be 3341x2506 pixels, which are too many
+    matcher.warm_up()  # 640x480 would become 3341x2506 pixels, which is too large
     with pytest.raises(ImageError, match="3341 x 2506 pixels is too large"):
         matcher.extract(np.zeros((480, 640), np.uint8))
 

@@ -1,4 +1,4 @@
-"""What a new user meets first: a picture without options, help in the order of importance, completion, what is next."""
+"""Tests of a new user's first steps: a picture without options, the order of the help, completion, and next steps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_match_without_options_says_where_the_picture_is_and_what_is_next(kpmatc
     assert (status, err) == (0, "")
     assert out.splitlines()[-2].split(None, 1) == ["picture", "left hand_right_matches.png"]
     again = f"kpmatch match 'left hand.png' right.png {' '.join(FAST)} --intrinsics FX,FY,CX,CY"
-    assert again in out.splitlines()[-1]  # the pose of these matches, and not of other networks' ones
+    assert again in out.splitlines()[-1]  # the command for the pose of these matches, with the same networks
     assert cv2.imread(str(folder / "left hand_right_matches.png")).shape[0] == 120
 
 

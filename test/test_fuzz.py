@@ -1,6 +1,6 @@
-"""Broken, odd and valid messages by the thousand: none ends the node, publishes NaN, or costs a good frame after it.
+"""Sends thousands of broken, odd and valid messages: none may end the node, produce NaN, or spoil a later good frame.
 
-MESSAGES are sent, in every run the same ones. The variable KPMATCH_FUZZ names a larger number: 10,000 take a minute.
+Every run sends the same MESSAGES. KPMATCH_FUZZ sets a larger number; 10,000 messages take a minute.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from kpmatch_ros.msg import MatchArray, RelativePose
 from node_harness import NodeUnderTest, running_node
 
 MESSAGES = int(os.environ.get("KPMATCH_FUZZ", "2000"))
-BATCH = 250  # between two checks that a good frame is processed
+BATCH = 250  # number of messages between two checks that a valid frame is processed
 
-# Every name in sensor_msgs/image_encodings, and what no camera should ever send.
+# All names in sensor_msgs/image_encodings, and some that no camera should send.
 ENCODINGS = [
     *(f"{kind}C{channels}" for kind in ("8U", "8S", "16U", "16S", "32S", "32F", "64F") for channels in (1, 2, 3, 4)),
     *(f"{colour}{bits}" for colour in ("mono", "rgb", "bgr", "rgba", "bgra") for bits in (8, 16)),
@@ -52,7 +52,7 @@ def random_frame(rng: np.random.Generator) -> str:
 
 
 def random_image(rng: np.random.Generator) -> Image:
-    """An image message. Anything in it may be wrong, and often nothing is."""
+    """Return an image message. Any part of it may be wrong, but often nothing is."""
     encoding = str(rng.choice(ENCODINGS))
     width, height = (int(side) for side in rng.choice(SIDES, 2))
     layout = LAYOUTS.get(encoding)
@@ -77,7 +77,7 @@ def random_image(rng: np.random.Generator) -> Image:
 
 
 def random_bytes(rng: np.random.Generator, size: int, dtype: str) -> bytes:
-    """Noise, one value throughout, or floats that are a picture, or none."""
+    """Return noise, a constant, or floats that are a valid or an invalid picture."""
     if dtype.startswith("f") and rng.random() < 0.8:
         values = rng.random(size // np.dtype(dtype).itemsize + 1).astype(dtype)
         if rng.random() < 0.5:
@@ -117,14 +117,14 @@ def calibration() -> CameraInfo:
 
 
 def good_images(texture: Any) -> list[Image]:
-    """Two views, the second 16 pixels further right and 8 further down."""
+    """Two views, the second shifted by 16 pixels to the right and 8 down."""
     picture = texture(HEIGHT + 8, WIDTH + 16, 7)
     views = [picture[:HEIGHT, :WIDTH], np.ascontiguousarray(picture[8:, 16:])]
     return [Image(encoding="mono8", width=WIDTH, height=HEIGHT, step=WIDTH, data=view.tobytes()) for view in views]
 
 
 def assert_nothing_but_numbers(matches: list[MatchArray], poses: list[RelativePose]) -> None:
-    """Everything published is finite, and its arrays belong together."""
+    """Check that all published values are finite, and that the arrays of a message fit together."""
     for message in matches:
         count = len(message.scores)
         assert len(message.points) == len(message.reference_points) == 2 * count
@@ -159,7 +159,7 @@ def assert_good_frames_are_processed(node: NodeUnderTest, images: list[Image], s
 
 
 def figures_add_up(node: NodeUnderTest) -> None:
-    """In every diagnostics message each frame received is accounted for once."""
+    """Check that each diagnostics message accounts for each received frame once."""
     for array in node.diagnostics:
         counts = {item.key: int(item.value) for item in array.status[0].values if item.key.startswith("frames ")}
         parts = ("processed", "dropped", "rejected", "waiting")
@@ -199,7 +199,7 @@ def test_thousands_of_messages_of_any_kind_do_no_harm(
 
 
 def unusable_calibrations() -> dict[str, CameraInfo]:
-    """One for each reason to refuse a camera's calibration."""
+    """Return one calibration for each reason of a refusal."""
     infos = {reason: calibration() for reason in ("uncalibrated", "size", "model", "value")}
     infos["uncalibrated"].k = [0.0] * 9
     infos["size"].width = 2 * WIDTH
@@ -234,7 +234,7 @@ def test_each_reason_to_refuse_a_calibration_is_counted_and_costs_no_frame(
 
 
 def compressed(rng: np.random.Generator, texture: Any) -> Iterator[CompressedImage]:
-    """JPEG and PNG files, whole and broken in any way, under right and wrong names."""
+    """Yield JPEG and PNG files, valid and broken in any way, with correct and wrong names."""
     for number in range(400):
         pixels = texture(64, 64, number % 5)[: int(rng.choice([1, 8, 33, 64])), : int(rng.choice([1, 8, 33, 64]))]
         extension = str(rng.choice([".jpg", ".png"]))

@@ -1,4 +1,4 @@
-"""Relative pose of two views: right within what the noise allows, honest about how sure it is, and never an error."""
+"""Tests of the two-view relative pose: correct within the noise, with a realistic covariance, and never an error."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ def test_parallax_is_what_is_left_of_the_motion_without_the_rotation() -> None:
 
 
 def test_a_rotation_that_parallax_may_have_turned_is_less_sure() -> None:
-    """Some pixels of parallax may be matches that slipped along their edges: the status is NO_TRANSLATION."""
+    """Some pixels of parallax may come from matches that slipped along edges, so the status is NO_TRANSLATION."""
     errors, doubted = [], 0
     for seed in range(20):
         scene = Scene(translation=(0.02, 0, 0), noise=0.3, outliers=0.1)
         pose = scene.estimate(150, seed, keypoint_resolution=0.0)
         if pose.doubted is not None:
-            # Of what a translation explains, and a turn alone does not, no more than chance is wrong.
+            # Of the matches that only a translation explains, no more are wrong than by chance.
             assert pose.status is PoseStatus.NO_TRANSLATION
             assert not (pose.doubted & pose.inliers).any() and (pose.inliers | pose.doubted).sum() > 0.85 * 150
             doubted += pose.doubted.sum()
         error = scene.error(pose)[3:]
         errors.append(error @ np.linalg.solve(pose.covariance[3:, 3:], error))
     assert doubted > 0
-    assert np.mean(errors) < 8  # 3 of a chi-square, 70 where the covariance is that of the rotation's fit alone
+    assert np.mean(errors) < 8  # 3 for a chi-square distribution, 70 with the covariance of the rotation's fit alone
 
 
 @pytest.mark.parametrize("degrees_apart", [60, 120, 180])
@@ -100,7 +100,7 @@ def test_the_two_images_may_come_from_different_cameras(cameras: tuple[Camera, C
         dict(outliers=0.5),
         dict(outliers=0.3, translation=(0.02, 0.01, 0.3)),  # forward
         dict(outliers=0.3, translation=(0.0, 0.01, -0.3)),  # backward
-        dict(outliers=0.3, rotation=(0.2, 0.5, 0.1), translation=(-1.0, 0.1, 0.3)),  # round something
+        dict(outliers=0.3, rotation=(0.2, 0.5, 0.1), translation=(-1.0, 0.1, 0.3)),  # around an object
         dict(outliers=0.3, noise=0, rounded=True),
         dict(outliers=0.3, camera0=FISHEYE, camera1=FISHEYE),
     ],
@@ -132,7 +132,7 @@ def test_the_inliers_are_the_right_matches() -> None:
 
 
 def test_the_reprojection_error_is_in_pixels_of_the_image_even_at_the_edge_of_a_fisheye() -> None:
-    # Seventy degrees off the axis a pixel covers eight times the normalised coordinates that it covers at the centre.
+    # At 70 degrees off the axis, a pixel covers eight times as many normalised coordinates as at the centre.
     scene = Scene(camera0=FISHEYE, camera1=FISHEYE, noise=0.3)
     points0, _, _ = scene.matches(400, 0)
     edge = np.linalg.norm(FISHEYE.normalise(points0), axis=1) > math.tan(math.radians(55))
@@ -143,12 +143,12 @@ def test_the_reprojection_error_is_in_pixels_of_the_image_even_at_the_edge_of_a_
 def test_matches_behind_the_cameras_are_outliers() -> None:
     scene = Scene(rotation=(0, 0, 0), translation=(0.3, 0, 0))
     points0, points1, _ = scene.matches(100, 0)
-    points1[:20, 0] = points0[:20, 0] + 20  # on their epipolar lines, on the far side of infinity
+    points1[:20, 0] = points0[:20, 0] + 20  # on their epipolar lines, but beyond infinity
     inliers = estimate_relative_pose(points0, points1, CAMERA, CAMERA).inliers
     assert inliers is not None and not inliers[:20].any() and inliers[20:].all()
 
 
-# Translation or none
+# Translation or no translation
 
 
 TURN = Scene(rotation=(0.03, -0.06, 0.02), translation=(0, 0, 0))
@@ -160,7 +160,7 @@ TURN = Scene(rotation=(0.03, -0.06, 0.02), translation=(0, 0, 0))
         (replace(TURN, noise=0.3), 0.0),
         (replace(TURN, noise=0.4, outliers=0.3), 1.0),
         (replace(TURN, rounded=True, outliers=0.6), 1.0),
-        (replace(TURN, rounded=True, rotation=(0.0, 0.0006, 0.0)), 1.0),  # a third of a pixel, in one direction
+        (replace(TURN, rounded=True, rotation=(0.0, 0.0006, 0.0)), 1.0),  # 1/3 pixel in one direction
         (replace(TURN, noise=0.3, rounded=True, rotation=(0, 0, 0), outliers=0.1), 1.0),  # a standing camera
         (replace(TURN, noise=0.3, camera0=pinhole(600, 1280, 720), camera1=pinhole(600, 1280, 720), outliers=0.5), 1.0),
     ],
@@ -175,12 +175,12 @@ def test_turning_and_standing_cameras_get_a_translation_no_more_often_than_state
         assert pose.status in (PoseStatus.OK, PoseStatus.NO_TRANSLATION)
         alarms += pose.status is PoseStatus.OK
         errors.append(degrees(scene.error(pose))[0])
-    assert alarms <= 1  # at the stated rate of 1e-3, less than one is expected of the 360 trials of all cases
+    assert alarms <= 1  # at the stated rate of 1e-3, less than one is expected in the 360 trials of all cases
     assert np.median(errors) < 0.05 and max(errors) < 0.15
 
 
 def test_the_small_parallax_test_alone_keeps_its_false_alarm_rate() -> None:
-    # With alpha a hundred times larger, the rate can be seen: the 5 % test must fire in 5 % of trials at the most.
+    # With an alpha a hundred times larger the rate is measurable: the 5 % test must fire in at most 5 % of trials.
     fired, trials = 0, 150
     for seed in range(trials):
         points0, points1, _ = replace(TURN, noise=0.3).matches(60, seed)
@@ -197,11 +197,11 @@ def test_keypoints_that_did_not_move_at_all_are_a_standing_camera() -> None:
     check(pose, 200)
     assert pose.status is PoseStatus.NO_TRANSLATION and pose.num_inliers == 200 and pose.median_parallax == 0
     np.testing.assert_allclose(pose.rotation, np.eye(3), atol=1e-9)
-    assert 0 < pose.covariance[3, 3] < math.radians(0.1) ** 2  # rounding hides a little rotation
+    assert 0 < pose.covariance[3, 3] < math.radians(0.1) ** 2  # rounding hides a small rotation
 
 
 def test_keypoints_that_jitter_along_edges_are_no_translation() -> None:
-    # As measured with the default weights where most edges are horizontal: 0.75 pixels along, 0.5 pixels across.
+    # As measured with the default weights in a scene of mostly horizontal edges: 0.75 pixels along, 0.5 pixels across.
     for seed in range(20):
         points0, points1, _ = replace(TURN, outliers=0.1).matches(300, seed)
         points1 += np.random.default_rng(seed).normal(0, 1, points1.shape) * (0.75, 0.5)
@@ -211,7 +211,7 @@ def test_keypoints_that_jitter_along_edges_are_no_translation() -> None:
 
 
 def test_a_small_parallax_is_told_from_noise_where_there_are_matches_enough() -> None:
-    # A few centimetres between frames: 2 to 6 pixels, most of which a rotation can take up.
+    # A few centimetres between frames: 2 to 6 pixels, most of which a rotation can explain.
     scene = Scene(rotation=(0.01, -0.01, 0.02), translation=(0.04, 0.01, 0.01), noise=0.5, outliers=0.3)
     found = [scene.estimate(600, seed) for seed in range(10)]
     assert all(pose.status is PoseStatus.OK for pose in found)
@@ -219,7 +219,7 @@ def test_a_small_parallax_is_told_from_noise_where_there_are_matches_enough() ->
 
 
 def test_keypoints_that_slip_along_edges_are_no_translation() -> None:
-    # In a room full of horizontal edges one keypoint in ten of a standing camera is a few pixels further along.
+    # In a room with many horizontal edges, 10 % of a standing camera's keypoints move by a few pixels along an edge.
     random = np.random.default_rng(1)
     for _ in range(20):
         points0 = random.integers(0, 480, (600, 2)).astype(np.float64)
@@ -236,7 +236,7 @@ def test_keypoints_that_slip_along_edges_are_no_translation() -> None:
 @pytest.mark.parametrize(
     "scene",
     [
-        Scene(translation=(0.02, 0, 0), rounded=True, outliers=0.2),  # 2.5 pixels of displacement in all
+        Scene(translation=(0.02, 0, 0), rounded=True, outliers=0.2),  # 2.5 pixels of displacement in total
         Scene(translation=(0, 0, 0.06), rounded=True, outliers=0.2),
         Scene(translation=(0.05, 0, 0), noise=0.5, outliers=0.3),
     ],
@@ -266,12 +266,12 @@ def test_without_translation_its_covariance_is_that_of_any_direction() -> None:
 
 
 def normalised_errors(scene: Scene, count: int, trials: int) -> np.ndarray:
-    """Squared errors in units of the covariance, chi-square distributed if it is right."""
+    """Return squared errors in units of the covariance. They are chi-square distributed if it is correct."""
     values = []
     for seed in range(trials):
         pose = scene.estimate(count, seed)
         error = scene.error(pose)
-        if pose.status is PoseStatus.OK:  # rank five: a unit vector does not vary along itself
+        if pose.status is PoseStatus.OK:  # rank five, because a unit vector cannot vary along itself
             values.append(error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error)
         else:
             values.append(error[3:] @ np.linalg.solve(pose.covariance[3:, 3:], error[3:]))
@@ -304,7 +304,7 @@ def test_the_covariance_of_a_rotation_alone_is_that_of_its_errors() -> None:
 )
 def test_the_covariance_stays_about_right_in_harder_cases(change: dict[str, Any]) -> None:
     values = normalised_errors(replace(Scene(noise=0.5), **change), 200, 40)
-    assert 2.5 < np.median(values) < 7.5  # 4.35 of a chi-square distribution
+    assert 2.5 < np.median(values) < 7.5  # 4.35 for a chi-square distribution
     assert np.mean(values > chi2.ppf(0.999, 5)) < 0.15
 
 
@@ -321,7 +321,7 @@ def test_whole_pixels_are_no_more_certain_than_rounding_allows() -> None:
     assert fine.covariance[3, 3] > 0
 
 
-# The same answer
+# Reproducibility
 
 
 def test_the_same_matches_give_the_same_pose_from_any_thread() -> None:

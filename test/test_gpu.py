@@ -1,7 +1,7 @@
-"""The package on a GPU: what it finds there, how much memory it takes, and what it does when there is too little.
+"""Tests of the package on a GPU: its results, the memory it takes, and its behaviour when memory is exhausted.
 
-Each test also runs on the processor, where recordings are imitated (benchmarks.imitation.Imitation). So a machine
-without a GPU runs all of this code but the recording itself. `make gpu` runs this file and the benchmark.
+Each test also runs on the CPU, where CUDA graphs are imitated (benchmarks.imitation.Imitation). So a machine without a
+GPU runs all of this code except the recording itself. `make gpu` runs this file and the benchmark.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Make = Callable[..., FeatureMatcher]
 HAS_GPU = torch.cuda.is_available()
 ON_GPU = pytest.mark.skipif(not HAS_GPU, reason="PyTorch sees no GPU; the same test ran on the processor")
 
-# float16 has no stand-in: the package refuses it on a processor.
+# float16 cannot be tested on a CPU, because the package refuses it there.
 WAYS = [
     pytest.param(("cpu", "float32"), id="cpu-float32"),
     pytest.param(("cpu", "bfloat16"), id="cpu-bfloat16"),
@@ -65,9 +65,9 @@ def small(random_folder: Callable[..., Path]) -> dict[str, str]:
 
 @pytest.fixture
 def make(small: dict[str, str]) -> Make:
-    """make(device, precision, recorded=True, random="", options...): the shipped networks, all layers by default.
+    """make(device, precision, recorded=True, random="", options...) returns the packaged networks, with all layers.
 
-    ``random`` is "lightglue" or "superglue": small networks with random weights in their place.
+    ``random`` is "lightglue" or "superglue" for small networks with random weights instead.
     """
 
     def build(
@@ -87,18 +87,18 @@ def make(small: dict[str, str]) -> Make:
 
 @pytest.fixture(scope="module")
 def film(texture: Any) -> list[Image]:
-    """Images 96 x 128 that a camera takes which moves to the right."""
+    """Images 96 x 128 of a camera that moves to the right."""
     picture = cv2.GaussianBlur(texture(96, 192, 5), (0, 0), 1)
     return [np.ascontiguousarray(picture[:, 3 * i : 3 * i + 128]) for i in range(20)]
 
 
 def graphs_for(device: torch.device) -> CudaGraphs:
-    """Recordings, imitated ones on a processor."""
+    """Return CUDA graphs, imitated on a CPU."""
     return CudaGraphs.for_device(device) or CudaGraphs(Imitation())
 
 
 def with_recordings(matcher: FeatureMatcher, recorded: bool = True) -> FeatureMatcher:
-    """The matcher with recordings, imitated ones on a processor, or without."""
+    """Return the matcher with CUDA graphs (imitated on a CPU) or without."""
     if not recorded:
         matcher.graphs = None
     elif matcher.graphs is None:
@@ -112,19 +112,19 @@ def match(matcher: FeatureMatcher, image0: Image, image1: Image) -> tuple[Featur
 
 
 def share_in_common(first: Matches, second: Matches) -> float:
-    """Of the matches of either, those of both; 1 where there are none."""
+    """Return the number of common matches as a fraction of all matches of both; 1 if there are none."""
     ours, theirs = (set(map(tuple, np.asarray(matches.indices).tolist())) for matches in (first, second))
     return len(ours & theirs) / len(ours | theirs) if ours | theirs else 1.0
 
 
 def share_of_keypoints(first: Features, second: Features, pixels: float) -> float:
-    """Of the first one's keypoints, those with one of the second's so near."""
+    """Return the fraction of the first keypoints with one of the second keypoints within this distance."""
     distances = np.linalg.norm(np.asarray(first.keypoints)[:, None] - np.asarray(second.keypoints)[None], axis=2)
     return float((distances.min(axis=1) < pixels).mean())
 
 
 def enliven(model: nn.Module, seed: int) -> nn.Module:
-    """Random weights that keep the spread of what passes through them."""
+    """Set random weights that preserve the spread of the activations."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -133,7 +133,7 @@ def enliven(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-# The same as on the processor
+# Same results as on the CPU
 
 
 def test_it_finds_what_the_processor_finds(warped: Any, way: tuple[str, str]) -> None:
@@ -147,7 +147,7 @@ def test_it_finds_what_the_processor_finds(warped: Any, way: tuple[str, str]) ->
     seen = cv2.perspectiveTransform(np.float64(features0.keypoints)[matches.indices[:, 0]][None], warped[2])[0]
     distances = np.linalg.norm(seen - np.asarray(features1.keypoints)[matches.indices[:, 1]], axis=1)
     assert (distances < 3).mean() > 0.9
-    # What was kept on the host matches as well.
+    # Features stored on the host can be matched, too.
     again = ours.match(features0, features1).numpy()
     assert share_in_common(again, matches) > 0.99
 
@@ -166,8 +166,8 @@ def test_extractors_find_what_they_find_on_the_processor(
     found = graphs_for(torch.device(way[0])).run(moved.to_precision(dtype), image.to(way[0]))
     assert found.mask.all() and torch.isfinite(found.descriptors).all()
     near = torch.cdist(found.keypoints.float().cpu(), expected.keypoints).amin(dim=2) < 1.5
-    # Random weights give scores that differ little. Half precision, and the TensorFloat-32 of a GPU's convolutions,
-    # rank other keypoints among the best.
+    # Random weights give scores that differ little. With half precision, or the TensorFloat-32 of a GPU's convolutions,
+    # other keypoints are among the best.
     assert near.float().mean() > {("cpu", "float32"): 0.9, ("cuda", "float32"): 0.7}.get(way, 0.4)
 
 
@@ -183,7 +183,7 @@ def test_matchers_match_as_on_the_processor(make: Make, film: list[Image], way: 
     assert share_in_common(found, expected) > (0.99 if way[1] == "float32" else 0.8)
 
 
-# Recordings give what the networks give
+# Same results with CUDA graphs
 
 
 @pytest.mark.parametrize("kind", [SuperPoint, ALIKED, DISK, XFeat])
@@ -219,7 +219,7 @@ def test_recorded_matchers_match_the_same(
 
 
 def random_features(count: int, size: int, seed: int) -> Features:
-    """Of images 640 x 480. The descriptors of equal places are alike, whatever the seed."""
+    """Return features of 640 x 480 images. Descriptors at the same index are similar for all seeds."""
     random = np.random.default_rng(7)
     keypoints, descriptors = random.random((1024, 2)) * (640, 480), random.normal(size=(1024, size))
     descriptors += 0.1 * np.random.default_rng(seed).normal(size=descriptors.shape)
@@ -269,7 +269,7 @@ def test_the_matches_of_a_sequence(make: Make, way: tuple[str, str], film: list[
     matchers = [make(*way, recorded=recorded, depth_confidence=confidence) for recorded in (True, False)]
     fronts = [FrontEnd(matcher.parameters, matcher) for matcher in matchers]
     shares, layers = [], []
-    frames = 8 if way[0] == "cuda" else 3  # what imitates recordings computes everything twice
+    frames = 8 if way[0] == "cuda" else 3  # the imitation computes everything twice
     for i, image in enumerate(film[:frames]):
         pairs = [front.register_frame(image, i * 100_000_000)[1] for front in fronts]
         if None not in pairs and i > 0:
@@ -297,7 +297,7 @@ def test_a_stereo_pair(make: Make, way: tuple[str, str], film: list[Image]) -> N
 
 
 @pytest.mark.parametrize("confidence", [-1.0, 0.6])
-@pytest.mark.parametrize("pairs", [2, 6])  # by recordings one by one, and together
+@pytest.mark.parametrize("pairs", [2, 6])  # as recordings pair by pair, and as one batch
 def test_pairs_of_a_batch_match_as_by_themselves(
     make: Make, way: tuple[str, str], film: list[Image], pairs: int, confidence: float
 ) -> None:
@@ -316,7 +316,7 @@ def test_pairs_of_a_batch_match_as_by_themselves(
     if way[1] == "float32":
         assert min(shares) >= 0.99
     else:
-        assert np.mean(shares) >= 0.7  # one of the images has 12 keypoints: a single match is a large share of its own
+        assert np.mean(shares) >= 0.7  # an image has 12 keypoints, so a single match is a large fraction
 
 
 def test_images_without_a_keypoint_and_those_after_them(make: Make, way: tuple[str, str], film: list[Image]) -> None:
@@ -352,11 +352,11 @@ def test_an_easy_pair_takes_fewer_layers_than_a_hard_one(device: torch.device, w
     assert matcher.match(easy, easy).layers < matcher.match(easy, other).layers
 
 
-# What may go wrong
+# Failures
 
 
 class Refusing:
-    """Records nothing."""
+    """Refuses every recording."""
 
     def record(self, work: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
@@ -398,17 +398,17 @@ assert len(matcher.match(found, found)) == len(found) > 10
 
 @ON_GPU
 def test_a_network_that_asks_the_host_cannot_be_recorded_and_runs_as_before() -> None:
-    # In a process of its own: PyTorch does not wholly recover from a recording that CUDA broke off.
+    # In a separate process, because PyTorch does not fully recover from a recording that CUDA aborted.
     done = subprocess.run([sys.executable, "-c", ASKING], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
 @contextmanager
 def exhausted_memory(matcher: FeatureMatcher) -> Iterator[None]:
-    """The matcher's device has no more memory than it uses now."""
+    """Limits the matcher's device to the memory that it uses now."""
     if matcher.device.type == "cuda":
         release_memory()
-        device = torch.cuda.current_device()  # a device without a number is refused here
+        device = torch.cuda.current_device()  # this function refuses a device without an index
         total = torch.cuda.get_device_properties(device).total_memory
         used = torch.cuda.memory_reserved(device)
         torch.cuda.set_per_process_memory_fraction((used + 32e6) / total, device)
@@ -434,7 +434,7 @@ def test_too_little_memory_is_told_apart_and_survived(
 ) -> None:
     matcher = make(device)
     before = match(matcher, *film[:2])[2]
-    large = texture(1000, 1400, 0) if device.type == "cuda" else texture(200, 280, 0)  # there, exhaustion is imitated
+    large = texture(1000, 1400, 0) if device.type == "cuda" else texture(200, 280, 0)  # on a CPU it is imitated
     with exhausted_memory(matcher):
         with pytest.raises(RuntimeError) as error:
             matcher.extract(large)
@@ -451,7 +451,7 @@ def test_memory_stays_flat(make: Make, device: torch.device, film: list[Image]) 
     frames, used = (1000 if on_gpu else 12), []
     for i in range(frames):
         image = film[(i if i // len(film) % 2 == 0 else -1 - i) % len(film)]
-        # Numbers of keypoints and sizes of images change, as they do on a robot.
+        # Numbers of keypoints and image sizes change, as on a robot.
         matcher.configure(matcher.parameters.replace({"max_keypoints": (60, 80, 100)[i % 3]}))
         front.register_frame(image if i % 50 else image[:88], i * 100_000_000)
         if i in (frames // 2, frames - 1):
@@ -461,7 +461,7 @@ def test_memory_stays_flat(make: Make, device: torch.device, film: list[Image]) 
 
 
 def memory_in_use(device: torch.device) -> float:
-    """Bytes that PyTorch holds of a GPU; 0 for a processor, whose memory test_feature_matcher.py looks at."""
+    """Return the GPU memory that PyTorch holds, bytes; 0 for a CPU, whose memory test_feature_matcher.py checks."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return float(torch.cuda.memory_reserved(device))

@@ -1,7 +1,7 @@
-"""What a GPU would be asked for, checked without one.
+"""Tests of the work for a GPU, without a GPU.
 
-Tensors of PyTorch's device ``meta`` have no values: whatever asks for one fails there, as does whatever mixes devices.
-On a GPU each such question makes the host wait until all that was begun before it is done.
+Tensors on PyTorch's device ``meta`` have no values. Reading a value fails there, and so does mixing devices. On a GPU
+each read makes the host wait for all pending work.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ POINTS = 50
 
 
 def features(padded: bool) -> ImageFeatures:
-    """What a matcher takes of one image."""
+    """Return a matcher's input for one image."""
     return ImageFeatures(
         torch.zeros(1, POINTS, 2, device=META),
         torch.zeros(1, POINTS, 128, device=META),
@@ -40,7 +40,7 @@ def features(padded: bool) -> ImageFeatures:
 
 
 def inputs(kind: type[SuperPoint | ALIKED | DISK | XFeat], batch: int, masked: bool) -> list[Tensor]:
-    """What an extractor takes."""
+    """Return an extractor's input."""
     masks = [torch.ones(batch, 96, 128, dtype=torch.bool, device=META)] if masked else []
     return [torch.zeros(batch, kind.CHANNELS, 96, 128, device=META), *masks]
 
@@ -86,12 +86,12 @@ def test_of_an_image_only_its_bytes_travel(image: np.ndarray) -> None:
     assert matcher.upload(image).shape == (1, 1, 96, 128)
 
 
-# What may not happen while the work is recorded (kpmatch_ros.cuda_graphs)
+# Operations that are not allowed during a recording (kpmatch_ros.cuda_graphs)
 
 
 @pytest.fixture
 def nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors cannot be made of Python's numbers, nor of arrays: a recording would refuse the copy."""
+    """Forbids tensors from Python numbers or arrays, because a recording would refuse the copy."""
 
     def refuse(*args: Any, **options: Any) -> Any:
         raise AssertionError("a tensor is made of what lies on the host")
@@ -130,7 +130,7 @@ def test_matchers_can_be_recorded(nothing_from_the_host: None, matcher: Any, cou
     ]
     matcher = matcher.to(META)
     if isinstance(matcher, SuperGlue):
-        matcher.sinkhorn_iterations = 1  # more of them look at how far they came, outside of the recording
+        matcher.sinkhorn_iterations = 1  # with more iterations it reads its progress, outside of the recording
     found = CudaGraphs(Imitation()).run(matcher, *images)
     assert found.matches0.shape == (1, counts[0]) and found.matches1.shape == (1, counts[1])
 
@@ -155,11 +155,11 @@ def test_a_matcher_with_recordings_can_be_copied_and_the_copy_records_anew(again
     np.testing.assert_array_equal(copied.extract(image).numpy().keypoints, expected.keypoints)
 
 
-# What recordings are not made for
+# Cases without recordings
 
 
 class Frozen:
-    """As a GPU's recordings: to repeat the work runs no Python."""
+    """Like a GPU's recordings: a repetition runs no Python code."""
 
     def record(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
         outputs = tuple(output.clone() for output in work())

@@ -1,4 +1,4 @@
-"""Where half precision overflows, single precision computes; where an image shows nothing, nothing has overflowed."""
+"""Tests that float32 replaces half precision after an overflow, and that an image without content is no overflow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kpmatch_ros.models import ALIKED, DISK, SuperPoint, XFeat
 
 Image = NDArray[np.uint8]
 
-# A threshold low enough for hundreds of keypoints in small images.
+# The threshold is low enough for hundreds of keypoints in small images.
 PARAMETERS = Parameters(device="cpu", precision="float32", max_keypoints=300, keypoint_threshold=0.0005)
 
 
@@ -52,7 +52,7 @@ def test_what_half_precision_cannot_represent_is_computed_again_in_single(
         broken = "descriptors" if hasattr(output, "descriptors") else "scores0"
         return output._replace(**{broken: torch.full_like(getattr(output, broken), torch.nan)})
 
-    # On a processor without tiles for bfloat16, SuperPoint stays in float32.
+    # On a CPU without bfloat16 tiles, SuperPoint stays in float32.
     formats = [network.dtype for network in (half.extractor, half.matcher)]  # type: ignore[union-attr]
     half.extractor.register_forward_hook(overflow)
     half.matcher.register_forward_hook(overflow)  # type: ignore[union-attr]
@@ -64,9 +64,9 @@ def test_what_half_precision_cannot_represent_is_computed_again_in_single(
     assert formats[1] == torch.bfloat16
     assert [half.extractor.dtype, half.matcher.dtype] == formats  # type: ignore[union-attr]
     reference = single.match(*(single.extract(image) for image in views))
-    # The weights were rounded, the arithmetic was not.
+    # The weights were rounded, but the arithmetic was float32.
     assert abs(len(matches) - len(reference)) < 0.1 * len(reference)
-    # What computes again follows the parameters.
+    # The repeated computation follows the parameters.
     half.configure(PARAMETERS.replace({"max_keypoints": 20, "filter_threshold": 0.9}))
     fewer = [half.extract(image) for image in views]
     assert [len(each) for each in fewer] == [20, 20]
@@ -92,7 +92,7 @@ def test_what_computes_again_follows_what_is_set_on_the_networks(
 
 
 def test_an_image_that_shows_nothing_has_not_overflowed(half: FeatureMatcher, views: tuple[Image, Image]) -> None:
-    half.configure(PARAMETERS.replace({"keypoint_threshold": -1.0}))  # that of the weights
+    half.configure(PARAMETERS.replace({"keypoint_threshold": -1.0}))  # the threshold of the weights
     black = np.zeros_like(views[0])
     expected = half.extract_batch([views[0], views[1]])[0]
     good, nothing = half.extract_batch([views[0], black])
@@ -112,7 +112,7 @@ def test_of_several_images_only_those_that_overflowed_are_computed_again(
         if module.dtype != torch.bfloat16:
             return output
         spoilt = output.mask.clone()
-        spoilt[1] = False  # NaN is above no threshold
+        spoilt[1] = False  # NaN exceeds no threshold
         return output._replace(mask=spoilt, finite=torch.tensor([True, False]))
 
     half.extractor.register_forward_hook(overflow)
@@ -128,7 +128,7 @@ def test_of_several_pairs_only_those_that_overflowed_are_computed_again(
     half.configure(half.parameters.replace({"depth_confidence": -1.0, "width_confidence": -1.0}))
     features = [half.extract(image) for image in views]
     all_of = features[1]
-    few = Features(all_of.keypoints[:100], all_of.scores[:100], all_of.descriptors[:100], all_of.size)  # with padding
+    few = Features(all_of.keypoints[:100], all_of.scores[:100], all_of.descriptors[:100], all_of.size)  # has padding
     pairs = [features[0], features[0]], [features[1], few]
     expected = half.match_batch(*pairs)
 

@@ -1,4 +1,4 @@
-"""A translation too small to be seen turns the rotation that is estimated without it, and the covariance says so."""
+"""Tests that the covariance includes the rotation error caused by a translation that is too small to be detected."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from kpmatch_ros.geometry.two_view_fit import Noise
 from kpmatch_ros.geometry.two_view_hidden import hidden_translation_covariance
 
 Array = NDArray[np.float64]
-NOISE = 0.04  # pixels: of refined points
+NOISE = 0.04  # pixels: noise of refined points
 
 
 def matches_of_surfaces(seed: int, length: float) -> tuple[Array, Array, Array]:
-    """Matches (600, 2) of 24 surfaces, each as likely from 2 m to infinity, by inverse depth, and the rotation (3, 3).
+    """Return matches (600, 2) of 24 surfaces and the rotation (3, 3). Inverse depths are uniform from infinity to 2 m.
 
-    The camera moves by so many metres, in any direction, and turns by some hundredths of a degree.
+    The camera moves by ``length`` metres in any direction, and turns by some hundredths of a degree.
     """
     random = np.random.default_rng(seed)
     points0 = random.uniform((0, 0), (CAMERA.width, CAMERA.height), (600, 2))
@@ -38,7 +38,7 @@ def matches_of_surfaces(seed: int, length: float) -> tuple[Array, Array, Array]:
 
 
 def squared_errors(length: float, trials: int) -> Array:
-    """Of the rotations without translation, in units of the covariance: of mean 3 if it is right."""
+    """Return squared rotation errors of poses without translation, in units of the covariance; mean 3 if correct."""
     values = []
     for seed in range(trials):
         points0, points1, truth = matches_of_surfaces(seed, length)
@@ -52,14 +52,14 @@ def squared_errors(length: float, trials: int) -> Array:
 
 
 def test_the_covariance_holds_what_a_translation_too_small_to_be_seen_does_to_the_rotation() -> None:
-    # Up to 0.1 and 0.2 pixels of parallax. By the noise alone, the squared errors are 219 and 588.
+    # Up to 0.1 and 0.2 pixels of parallax. With the noise alone, the squared errors would be 219 and 588.
     for length in (0.0004, 0.0008):
         values = squared_errors(length, 30)
         assert np.mean(values) < chi2.ppf(0.999, 3 * len(values)) / len(values)
 
 
 def test_a_translation_that_residuals_hardly_tell_is_allowed_for_in_part() -> None:
-    # Up to 0.05 pixels of parallax: 63 by the noise alone. Where the residuals happen to tell nothing, so it stays.
+    # Up to 0.05 pixels of parallax: 63 with the noise alone. It stays so if the residuals happen to show nothing.
     values = squared_errors(0.0002, 30)
     assert np.median(values) < 6 and np.mean(values) < 30
 
@@ -71,7 +71,7 @@ def test_the_covariance_of_a_camera_that_only_turns_stays_that_of_its_errors() -
 
 
 def test_noise_is_seldom_taken_for_a_translation() -> None:
-    # Akaike's criterion takes one parameter too many in 16 % of trials, and in half of these for a variance above zero.
+    # Akaike's criterion takes a superfluous parameter in 16 % of trials, half of these with a variance above zero.
     found, trials = 0, 100
     for seed in range(trials):
         points0, points1, _ = Scene(rotation=(0, 0, 0), translation=(0, 0, 0), noise=NOISE).matches(200, seed)
@@ -97,4 +97,4 @@ def test_the_left_and_the_right_camera_of_a_standing_drone_turn_alike_within_the
     for poses in both:
         assert [pose.status for pose in poses] == [PoseStatus.NO_TRANSLATION] * 6
     values = [difference(poses, [rectify for _, _, rectify in sides]) for poses in zip(*both)]
-    assert np.mean(values) < chi2.ppf(0.999, 3 * 6) / 6  # 7.1; of 11 pairs, by the noise alone 16
+    assert np.mean(values) < chi2.ppf(0.999, 3 * 6) / 6  # 7.1; with the noise alone 16, for 11 pairs

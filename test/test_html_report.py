@@ -1,4 +1,4 @@
-"""The page that `kpmatch bag --report` writes."""
+"""Tests of the page that `kpmatch bag --report` writes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ FAST = ("--resize", "160", "--max-keypoints", "128", "--device", "cpu")
 
 
 def result(number: int, status: PoseStatus = PoseStatus.OK) -> Any:
-    """A frame of noise, which JPEG compresses worst, and its pair with the one before.
+    """Return a frame of noise, which JPEG compresses worst, and its pair with the previous frame.
 
-    The first has none, nor has one that is INTERRUPTED.
+    The first frame has no pair, and a frame that is INTERRUPTED has none either.
     """
     random = np.random.default_rng(number)
     image = random.integers(0, 256, (240, 320, 3), dtype=np.uint8)
@@ -80,7 +80,7 @@ def test_many_points_are_not_drawn_as_vectors(tmp_path: Path) -> None:
     for _ in range(5001):
         report.add(made, 12.5)
     report.write(tmp_path / "page.html", "drive", [], [])
-    own = (tmp_path / "page.html").read_text().rpartition("<script>")[2]  # behind plotly's
+    own = (tmp_path / "page.html").read_text().rpartition("<script>")[2]  # the page's own script, after plotly's
     assert '"type":"scatter"' not in own and own.count('"type":"scattergl"') == 6
 
 
@@ -96,7 +96,7 @@ def test_of_any_number_of_things_at_least_half_the_most_are_chosen_evenly() -> N
 def test_texts_are_escaped_and_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
     page = page_of(tmp_path / "page.html", 3, {2: PoseStatus.FAILED})
     assert "a &lt;drive&gt;" in page and "one &lt;image&gt; was lost" in page and "a <drive>" not in page
-    own = page.replace(page[page.index("<script>") : page.rindex("<script>")], "")  # without plotly
+    own = page.replace(page[page.index("<script>") : page.rindex("<script>")], "")  # without plotly's script
     assert not re.search(r"https?://|@[A-Z]+@", own)
     assert '"FAILED"' in own and "#d1495b" in own
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page[: page.index("<script>")])
@@ -110,12 +110,12 @@ def test_of_an_ambiguous_pose_the_page_shows_the_rotation_but_no_position(tmp_pa
     for text, shown in ((certain, [0, 1, 2, 3]), (page, [0, 1, 3]), (lost, [0, 1, 3])):
         (names,) = re.findall(r'"text":(\["frame 0"[^]]*\])', text)
         assert json.loads(names) == [f"frame {number}" for number in shown]
-    # Without a value Plotly has null: FAILED has one, for its rotation.
+    # Plotly uses null for a missing value. FAILED has one, for its rotation.
     assert certain.count("null") == page.count("null") == lost.count("null") - 1
 
 
 def trace(page: str, name: str) -> tuple[list[Any], list[Any]]:
-    """The x and y of a plot's line."""
+    """Return the x and y values of a plot's line."""
     (found,) = re.findall(rf'"name":"{name}","x":(\[[^]]*\]),"y":(\[[^]]*\])', page)
     return json.loads(found[0]), json.loads(found[1])
 
@@ -157,7 +157,7 @@ def test_frames_without_a_time_stand_beside_one_another(tmp_path: Path) -> None:
 
 
 def page_that_goes_back(path: Path) -> str:
-    """The last two of its frames have the stamps of others."""
+    """Write a page of a bag in which the last two frames repeat earlier stamps."""
     report = HtmlReport(metric=True)
     for number, seconds in enumerate((0, 1, 2, 1, 2)):
         given = result(number)
@@ -173,7 +173,7 @@ def test_no_line_leads_back_in_time(tmp_path: Path) -> None:
 
 
 def shown_by_chromium(page: Path, profile: Path) -> str:
-    """The page's DOM when its script is done."""
+    """Return the page's DOM after its script has finished."""
     return subprocess.run(
         ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
          "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=10000", "--dump-dom", page.as_uri()],
@@ -201,11 +201,11 @@ def test_the_page_opens_in_a_browser_without_a_network(
     page = tmp_path / "page.html"
     status, printed, _ = kpmatch("bag", DEMO, tmp_path / "out", "--report", page, *FAST)
     assert status == 0 and page.stat().st_size < 10_000_000
-    for row in printed.splitlines():  # the table of the terminal, whose last line only names the bag
+    for row in printed.splitlines():  # the rows of the terminal's table, whose last row only names the bag
         assert row.split(None, 1)[0] == "bag" or row.split(None, 1)[1] in page.read_text()
     shown = shown_by_chromium(page, tmp_path / "profile")
     body = re.search(r"<body[^>]*>", shown)
-    assert body and 'data-ready="11"' in body[0] and 'data-shown="0"' in body[0]  # the script went to its end
+    assert body and 'data-ready="11"' in body[0] and 'data-shown="0"' in body[0]  # the script has run to its end
     assert shown.count('class="main-svg"') >= 2
     assert re.search(r'id="caption">0\.\d+ s, frame 1: \d+ matches', shown)
 

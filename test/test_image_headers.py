@@ -1,4 +1,4 @@
-"""Sizes are read from headers before decoding, and a decoder sees of a file its picture alone."""
+"""Tests that sizes are read from headers before decoding, and that a decoder gets only the picture's part of a file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def encoded(extension: str, width: int = 41, height: int = 30, *options: int) ->
 
 
 def claiming(data: bytes, width: int, height: int) -> bytes:
-    """A JPEG or PNG whose header declares another size."""
+    """Return a JPEG or PNG whose header declares another size."""
     if data[:1] == b"\x89":
         return data[:16] + struct.pack(">II", width, height) + data[24:]
     place = data.index(b"\xff\xc0") + 5
@@ -48,7 +48,7 @@ WRITTEN = [".png", ".jpg", ".webp", ".tiff", ".bmp", ".pgm", ".jp2"]
 def test_the_size_is_that_which_the_decoder_finds(extension: str, size: tuple[int, int]) -> None:
     if not cv2.haveImageWriter("x" + extension):
         pytest.skip(f"this OpenCV writes no {extension}")
-    # JPEG 2000 wants whole tiles, and a .pgm is grey.
+    # OpenCV's JPEG 2000 needs whole tiles.
     width, height = (size[0] + 64, size[1] + 64) if extension == ".jp2" else size
     pixels = np.zeros((height, width), np.uint8)
     assert image_size(bytes(cv2.imencode(extension, pixels)[1])) == (width, height)
@@ -174,7 +174,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def animated(other: bytes) -> bytes:
-    """A PNG of 8 x 8 white pixels, and of an animation whose second picture is as given."""
+    """Return a PNG of 8 x 8 white pixels, with an animation whose second picture has the given data."""
     header, white = struct.pack(">IIBBBBB", 8, 8, 8, 6, 0, 0, 0), zlib.compress(8 * (b"\0" + 32 * b"\xff"))
     pictures = [
         chunk(b"acTL", struct.pack(">II", 2, 0)),
@@ -194,7 +194,7 @@ def test_a_png_whose_animation_is_damaged_does_not_end_the_process() -> None:
         "import sys\nfrom types import SimpleNamespace\nfrom kpmatch_ros.imaging.images import to_array\n"
         "print(to_array(SimpleNamespace(format='png', data=sys.stdin.buffer.read())).min())"
     )
-    damaged = animated(8 * (b"\x63" + bytes(32)))  # there is no filter 0x63: OpenCV 5.0 fails by a segmentation fault
+    damaged = animated(8 * (b"\x63" + bytes(32)))  # without a filter 0x63: OpenCV 5.0 crashes (SIGSEGV)
     done = subprocess.run([sys.executable, "-c", code], input=damaged, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, b"255\n")
 

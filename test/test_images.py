@@ -1,4 +1,4 @@
-"""Every encoding, written here by hand from pictures of known colour, read back by to_array."""
+"""Tests that to_array reads every encoding of images that were built from known colours."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ from kpmatch_ros.imaging.images import ImageError, to_array
 
 @pytest.fixture(params=CONVERTERS)
 def converter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Only this converter can be imported."""
+    """Makes only this converter importable."""
     for other in CONVERTERS:
         if other != request.param:
             monkeypatch.setitem(sys.modules, other, None)
     images.converter.cache_clear()
     convert, faults = images.converter()
     if convert is None and request.param == "cv_bridge":
-        pytest.skip(faults)  # the ROS 1 port, say
+        pytest.skip(faults)  # for example, for the ROS 1 port
     yield request.param
     images.converter.cache_clear()
 
@@ -85,7 +85,7 @@ def test_yuv_gives_its_colours(converter: str, encoding: str, big: bool, padding
     picture = noise(15, 23) if encoding == "nv24" else patches()
     result = to_array(image(encoding, picture, big=big, padding=padding))
     assert result.dtype == np.uint8
-    np.testing.assert_allclose(result.astype(int), picture, atol=3)  # Y, U and V are rounded, over a shorter range
+    np.testing.assert_allclose(result.astype(int), picture, atol=3)  # Y, U and V are rounded and have a smaller range
 
 
 @pytest.mark.parametrize("encoding", ["nv12", "nv21"])
@@ -275,7 +275,7 @@ def test_a_mosaic_compressed_as_grey_is_developed(converter: str, encoding: str)
 
 
 def test_a_jpegs_orientation_tag_leaves_the_pixels_where_the_camera_has_them() -> None:
-    # Exif, big-endian: one entry, tag 0x112 (orientation), one short of value 6 (turned by 90 degrees).
+    # Exif, big-endian: one entry with tag 0x112 (orientation), one short with value 6 (rotated by 90 degrees).
     exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
     data = encode(".jpg", noise(16, 24))
     tagged = data[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + data[2:]

@@ -1,4 +1,4 @@
-"""What is said where Python lacks a module, as in the README's recipe for a robot when a step of it was left out."""
+"""Tests of the messages about missing Python modules, for example after a skipped step of the README's robot recipe."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def system_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """This Python as if it were a system's, which belongs to the packages of the distribution."""
+    """This Python as a system's Python, whose packages belong to the distribution."""
     (tmp_path / "EXTERNALLY-MANAGED").touch()
     monkeypatch.setattr(sys, "prefix", sys.base_prefix)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
@@ -33,7 +33,7 @@ def system_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty virtual environment that this Python takes for its own, and a folder of modules outside of it."""
+    """An empty virtual environment that this Python considers its own, and a folder of modules outside of it."""
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
     (tmp_path / "venv" / "lib").mkdir(parents=True)
     (tmp_path / "system").mkdir()
@@ -71,9 +71,9 @@ def test_the_dependencies_are_those_that_pip_and_rosdep_install() -> None:
     [
         (["system/cv2.py", "system/numpy.py"], False),
         (["system/cv2.py", "system/numpy.py", "venv/lib/numpy.py"], True),
-        (["system/cv2.py", "venv/lib/numpy.py"], False),  # no other NumPy would be left
+        (["system/cv2.py", "venv/lib/numpy.py"], False),  # no other NumPy would remain
         (["venv/lib/cv2.py", "system/numpy.py", "venv/lib/numpy.py"], False),
-        (["system/numpy.py", "venv/lib/numpy.py"], False),  # there is no OpenCV at all
+        (["system/numpy.py", "venv/lib/numpy.py"], False),  # OpenCV is missing
     ],
 )
 def test_a_numpy_of_the_environment_that_hides_the_systems_is_to_be_removed(
@@ -88,7 +88,7 @@ def test_an_environment_that_hides_the_systems_packages_from_ros_is_a_fault(envi
     configuration = environment / "venv" / "pyvenv.cfg"
     configuration.write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
     (environment / "system" / "numpy.py").touch()
-    assert interpreter.unseen_packages() == []  # without ROS it is as good as another
+    assert interpreter.unseen_packages() == []  # without ROS it does not need those packages
     (environment / "system" / "rclpy.py").touch()
     importlib.invalidate_caches()
     assert interpreter.unseen_packages() == ["cv2", "psutil", "scipy", "tqdm", "yaml"]
@@ -101,7 +101,7 @@ def test_an_environment_that_hides_the_systems_packages_from_ros_is_a_fault(envi
 def test_without_the_environment_the_node_and_the_commands_say_so_in_one_line(tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     venv.create(bare, system_site_packages=False, symlinks=True)
-    for name in ("rclpy", "cv2", "numpy", "scipy", "psutil", "yaml"):  # what apt has installed; PyTorch is not there
+    for name in ("rclpy", "cv2", "numpy", "scipy", "psutil", "yaml"):  # as installed by apt, without PyTorch
         (tmp_path / f"{name}.py").touch()
     places = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PATH": os.environ["PATH"]}
     for arguments in (

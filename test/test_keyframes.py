@@ -1,4 +1,4 @@
-"""When a frame becomes the new keyframe, and what the checks of its tracks leave of a pose."""
+"""Tests of the choice of a new keyframe, and of the effect that track checks have on a pose."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CAMERA = Camera(*SIZE, np.array([[500.0, 0, 320], [0, 500.0, 240], [0, 0, 1]]))
 
 
 class InOrder:
-    """Stands in for the networks: points of images in the order in which these come, matched one by one."""
+    """Replaces the networks: returns points for the images in their order, and matches them by index."""
 
     keypoint_resolution = 1.0
 
@@ -33,12 +33,12 @@ class InOrder:
         self.parameters = parameters
 
     def extract_batch(self, images: Any, masks: Any) -> list[Features]:
-        """The points of the next image."""
+        """Return the points of the next image."""
         points = next(self._points).astype(np.float32)
         return [Features(points, np.ones(len(points)), np.full((len(points), 4), 0.5), SIZE)]
 
     def match(self, reference: Features, current: Features) -> Any:
-        """All of them."""
+        """Match all points."""
         count = min(len(reference.keypoints), len(current.keypoints))
         indices = np.repeat(np.arange(count)[:, None], 2, axis=1)
         return SimpleNamespace(indices=indices, scores=np.ones(count, np.float32), layers=0)
@@ -63,7 +63,7 @@ def test_a_keyframe_gives_way_where_the_matches_moved_far_with_a_pose_or_without
     front_end = FrontEnd(parameters, cast(FeatureMatcher, InOrder(before, after, after)))
     nothing = np.zeros(SIZE[::-1], np.uint8)
     front_end.register_frame(nothing, 0, CAMERA)
-    if status is not PoseStatus.OK:  # the first of them is passed over
+    if status is not PoseStatus.OK:  # the first such frame is skipped
         front_end.register_frame(nothing, 5 * 10**7, CAMERA)
     frame, pair = front_end.register_frame(nothing, 10**8, CAMERA)
     assert pair is not None and pair.pose.status is status
@@ -95,7 +95,7 @@ NOTHING = np.zeros(SIZE[::-1], np.uint8)
 
 
 def keyframes(points: list[np.ndarray], **changes: Any) -> FrontEnd:
-    """A front end with a keyframe, whose images have these points."""
+    """Return a front end with a keyframe, whose images have these points."""
     values = {"reference": "keyframe", "keyframe_min_matches": 10, "refine": False, **changes}
     return FrontEnd(Parameters(**values), cast(FeatureMatcher, InOrder(*points)))
 
@@ -109,13 +109,13 @@ def test_a_keyframe_without_calibration_gives_way_to_a_frame_that_has_one() -> N
 
 
 def statuses_and_references(seconds: list[float], points: list[np.ndarray], **changes: Any) -> list[tuple[str, int]]:
-    """What becomes of frames that have these points: each one's status, and the number of its reference."""
+    """Return for each frame with these points its status and the number of its reference."""
     front_end = keyframes(points, **{"reference": "previous", **changes})
     pairs = [front_end.register_frame(NOTHING, round(second * 1e9), CAMERA)[1] for second in seconds]
     return [(pair.pose.status.name, pair.reference.number) for pair in pairs if pair is not None]
 
 
-OTHER = np.random.default_rng(3).uniform((5, 5), (630, 470), (60, 2))  # of another place, or of nothing
+OTHER = np.random.default_rng(3).uniform((5, 5), (630, 470), (60, 2))  # points of another place, or false detections
 
 
 def test_one_frame_without_a_pose_is_passed_over() -> None:
@@ -134,7 +134,7 @@ def test_the_motion_before_is_known_past_a_frame_that_is_passed_over_but_not_bes
     def walk(points: list[np.ndarray], **changes: Any) -> list[bool]:
         priors.clear()
         front_end = keyframes(points, **{"reference": "previous", **changes})
-        for number in range(len(points)):  # 30 Hz: twice the time of a frame is not exactly twice as many nanoseconds
+        for number in range(len(points)):  # at 30 Hz, twice the interval is not exactly twice the nanoseconds
             front_end.register_frame(NOTHING, round(number * 1e9 / 30), CAMERA)
         return list(priors)
 
@@ -154,7 +154,7 @@ def test_the_motion_before_is_known_past_a_frame_that_is_passed_over_but_not_bes
 def test_dark_frames_take_the_keyframes_place_once_nothing_was_seen_for_a_gap() -> None:
     front_end = keyframes(3 * [PIXELS] + 4 * [PIXELS[:0]], max_gap=5.0)
     stays = []
-    for second in (0, 3, 6, 6.5, 9, 10.9, 11.1):  # dark from 6.5 on, when the keyframe is older than max_gap
+    for second in (0, 3, 6, 6.5, 9, 10.9, 11.1):  # dark from 6.5 s on, until the keyframe is older than max_gap
         front_end.register_frame(NOTHING, round(second * 1e9), CAMERA)
         assert front_end.reference is not None
         stays.append(front_end.reference.stamp == 0)

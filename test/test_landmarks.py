@@ -1,4 +1,4 @@
-"""Landmarks are where the points are, within what they say, under the ids of their tracks."""
+"""Tests that landmarks are at the true positions within their sigmas, with the ids of their tracks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from simulation import camera_path, demo_camera
 from simulation.bags import build_scene, write_demo_bag
 
 CAMERA = Camera(640, 480, np.array([[500.0, 0, 319.5], [0, 500.0, 239.5], [0, 0, 1]]))
-# Turned a little, as cameras are that were not rectified.
+# Rotated a little, as cameras are before rectification.
 RIG = StereoCamera(
     CAMERA, CAMERA, Rotation.from_rotvec([0.01, -0.02, 0.015]).as_matrix(), np.array([-0.2, 0.004, 0.01])
 )
@@ -27,7 +27,7 @@ LANDMARK = np.dtype([("xyz", "<f4", 3), ("track_id", "<u8"), ("sigma", "<f4"), (
 
 
 def seen(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The pixels of points (M, 3) of the left frame in both images."""
+    """Return the pixels of points (M, 3) in the left camera's frame, in both images."""
     images = [points, points @ RIG.rotation.T + RIG.translation]
     left, right = ((image @ CAMERA.matrix.T)[:, :2] / image[:, 2:] for image in images)
     return left, right
@@ -44,7 +44,7 @@ def test_points_seen_exactly_are_found_exactly() -> None:
     found, sigmas = triangulate(*seen(points), np.full(200, 0.1), RIG)
     assert found == pytest.approx(points, rel=1e-4)
     assert found.dtype == sigmas.dtype == np.float32
-    # A disparity d of 0.1 pixels in f b / z: the error of the depth is z^2 / (f b) 0.1.
+    # For a disparity error of 0.1 pixels in d = f b / z, the error of the depth is 0.1 z^2 / (f b).
     distance = np.linalg.norm(points, axis=1)
     assert sigmas == pytest.approx(distance * points[:, 2] / (500 * 0.2) * 0.1, rel=0.05)
 
@@ -97,7 +97,7 @@ def bag(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(kpmatch: Run) -> Run:
-    """run(words...): exit status, stdout and stderr of `kpmatch bag`."""
+    """run(words...) runs `kpmatch bag` and returns exit status, stdout and stderr."""
     return functools.partial(kpmatch, "bag")
 
 
@@ -111,7 +111,7 @@ def points_of(message: Any) -> np.ndarray:
 
 
 def distances_by_index(matches: Any, stereo: Any) -> np.ndarray:
-    """How far a frame's tracks (M,) are from the left points of its stereo matches of the same indices, pixels."""
+    """Return the distances (M,) between a frame's tracks and the stereo matches' left points, pixels, by index."""
     detected = np.isin(matches.indices, stereo.reference_indices)
     rows = {index: row for row, index in enumerate(np.array(stereo.reference_indices).tolist())}
     rows_of = [rows[index] for index in np.array(matches.indices)[detected].tolist()]

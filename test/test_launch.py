@@ -1,6 +1,6 @@
-"""What `ros2 launch kpmatch_ros matcher.launch.py` does with its arguments.
+"""Tests of `ros2 launch kpmatch_ros matcher.launch.py` and its arguments.
 
-The launch file is performed for real, see launch_harness.py.
+The launch file is really run, see launch_harness.py.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def test_an_argument_that_is_given_overrides_the_parameter_file(params_file: Pat
 @pytest.mark.parametrize("before", ["/robot/matcher", "robot/matcher", "/**", "/robot/*"])
 @pytest.mark.parametrize("last", ["/**", "/robot/matcher", "/robot:\n  matcher"])
 def test_an_argument_wins_wherever_the_file_has_the_parameter(params_file: Path, before: str, last: str) -> None:
-    """ROS merges the sections of all files, and the last section wins, which may be the parameter file's."""
+    """ROS merges the sections of all files. The last section wins, and that may be the parameter file's."""
     values = "{device: 'cuda:1', use_sim_time: false, qos_overrides: {/image: {subscription: {depth: 7}}}}"
     params_file.write_text(
         f"{before}: {{ros__parameters: {{queue: all}}}}\n/other: {{ros__parameters: {{x: 1}}}}\n"
@@ -374,7 +374,7 @@ def test_topics_may_begin_with_a_tilde() -> None:
 
 
 def exit_status(*words: str) -> tuple[int, int]:
-    """The launch's status, and how often the node was started, with weights that do not exist."""
+    """Launch with weights that do not exist, and return the exit status and how often the node was started."""
     starts: list[object] = []
     note = OnProcessStart(on_start=lambda event, _context: starts.append(event))
     arguments = dict(word.split(":=") for word in ("extractor:=/no/such/weights", "device:=cpu", *words))
@@ -401,7 +401,7 @@ def test_the_launch_file_is_read_without_loading_torch(tmp_path: Path) -> None:
 
 
 def wait_for_state(node_name: str, label: str, ended: threading.Event) -> str:
-    """The node's lifecycle state once it is `label`, or the last one seen before the process ended."""
+    """Return the node's lifecycle state once it is `label`, or the last state before the process ended."""
     context = rclpy.Context()
     rclpy.init(context=context)
     seen = "no node"
@@ -424,7 +424,7 @@ def wait_for_state(node_name: str, label: str, ended: threading.Event) -> str:
 
 def test_the_launched_node_becomes_active_and_ends_cleanly() -> None:
     service = LaunchService(noninteractive=True)
-    namespace = f"test_{uuid.uuid4().hex[:12]}"  # no other node on the machine answers for this one
+    namespace = f"test_{uuid.uuid4().hex[:12]}"  # so that no other node on the machine answers
     exit_codes: list[int] = []
     ended = threading.Event()
     note = OnProcessExit(on_exit=lambda event, _context: exit_codes.append(event.returncode))

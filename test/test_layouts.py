@@ -1,4 +1,4 @@
-"""rviz/matcher.rviz and foxglove/matcher.json show topics that exist, as what they are."""
+"""Tests that rviz/matcher.rviz and foxglove/matcher.json show existing topics with the right types."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-# What each display of RViz, and each panel of Foxglove that shows whole messages, takes.
+# The message types of the RViz displays, and of the Foxglove panels that show whole messages.
 RVIZ = {
     "rviz_default_plugins/Image": "sensor_msgs/Image",
     "rviz_default_plugins/Odometry": "nav_msgs/Odometry",
@@ -28,7 +28,7 @@ FOXGLOVE = {
 
 @pytest.fixture(scope="module")
 def topics() -> dict[str, str]:
-    """The types of the topics that the node publishes, from docs/topics.md."""
+    """Return the types of the topics that the node publishes, from docs/topics.md."""
     rows = re.findall(r"^\| `(\S+)` \(out\) \| `(\S+)`", (ROOT / "docs" / "topics.md").read_text(), re.MULTILINE)
     found = {name.lstrip("/"): kind for name, kind in rows}
     assert found["matches"] == "kpmatch_ros/MatchArray"

@@ -1,7 +1,7 @@
-"""Poses of cameras whose lenses are not the usual ones: through the real node, `kpmatch bag`, and beyond 90 degrees.
+"""Tests of poses for unusual lenses: in the real node, in `kpmatch bag`, and beyond 90 degrees.
 
-The images are those of the demo, whose motion is known, shown as another lens would have shown them. That a Camera's
-directions are those of OpenCV's lens models is proved in test_camera.py.
+The images are those of the demo, with known motion, as seen through another lens. test_camera.py shows that a Camera's
+directions agree with OpenCV's lens models.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TILTED = (-0.2, 0.1, 6e-4, 3e-4, 0.0, 0.3, 0.1, 0.0, 0.01, -0.01, 0.008, 0.002, 
 
 
 class Lens(NamedTuple):
-    """A camera of `size` pixels, of which `region` (x, y, width, height) is read out, `binning` pixels as one."""
+    """A camera with `size` pixels. It outputs `region` (x, y, width, height), with `binning` pixels combined."""
 
     model: str
     coefficients: tuple[float, ...]
@@ -38,20 +38,20 @@ class Lens(NamedTuple):
     binning: int = 1
 
     def camera(self) -> Camera:
-        """Of all pixels."""
+        """Return the camera of all pixels."""
         width, height = self.size
         matrix = np.array([[self.focal, 0, 0.49 * width], [0, 1.01 * self.focal, 0.51 * height], [0, 0, 1]])
         return Camera(width, height, matrix, self.model, np.array(self.coefficients))
 
     def show(self, frame: DemoFrame) -> np.ndarray:
-        """The grey image of the demo's frame through this lens."""
+        """Return the grey image of the demo's frame through this lens."""
         left, top, width, height = self.region if any(self.region) else (0, 0, *self.size)
         x, y = np.meshgrid(np.arange(left, left + width, self.binning), np.arange(top, top + height, self.binning))
         rays = self.camera().normalise(np.column_stack([x.ravel(), y.ravel()]))
         return resample(frame, np.column_stack([rays, np.ones(len(rays))]), x.shape)
 
     def info(self, stamp: int) -> CameraInfo:
-        """Its message of ROS."""
+        """Return its CameraInfo."""
         left, top, width, height = self.region
         message = CameraInfo(width=self.size[0], height=self.size[1], distortion_model=self.model)
         message.d, message.k = list(self.coefficients), self.camera().matrix.ravel().tolist()
@@ -61,7 +61,7 @@ class Lens(NamedTuple):
         return message
 
 
-# Within the demo's field of view: the images have no black corners.
+# All within the demo's field of view, so the images have no black corners.
 LENSES = [
     Lens("equidistant", (-0.1, 0.02, 0.01, 0.0), 350.0),
     Lens("rational_polynomial", (-0.2, 0.1, 6e-4, -3e-4, 0.0, 0.4, 0.2, 0.1), 400.0),
@@ -72,7 +72,7 @@ LENSES = [
 
 
 def resample(frame: DemoFrame, rays: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """What the demo's camera saw along rays (N, 3)."""
+    """Return what the demo's camera sees along rays (N, 3)."""
     matrix = np.reshape(frame.camera_info.k, (3, 3))
     pixels, _ = cv2.projectPoints(rays, np.zeros(3), np.zeros(3), matrix, np.asarray(frame.camera_info.d))
     pixels = np.asarray(pixels).reshape(*shape, 2).astype(np.float32)
@@ -82,7 +82,7 @@ def resample(frame: DemoFrame, rays: np.ndarray, shape: tuple[int, ...]) -> np.n
 
 
 def nees(message: Any, before: DemoFrame, after: DemoFrame, turn: np.ndarray) -> float:
-    """Of a RelativePose of one camera, 5 on average, that sees the world turned by `turn`; its errors are small."""
+    """Return the NEES (mean 5) of a RelativePose, for a camera whose world is rotated by `turn` and small errors."""
     motion, pose = relative_motion(before.pose, after.pose), message.pose.pose
     found = Rotation.from_quat([getattr(pose.orientation, axis) for axis in "xyzw"])
     direction = turn @ motion.position / np.linalg.norm(motion.position)
@@ -95,11 +95,11 @@ def nees(message: Any, before: DemoFrame, after: DemoFrame, turn: np.ndarray) ->
 
 
 def test_the_node_gives_true_poses_through_fisheye_and_rational_lenses_binning_and_regions(tmp_path: Path) -> None:
-    frames, count = list(demo_frames(len(LENSES))), len(LENSES) - 1  # a pair has two lenses
+    frames, count = list(demo_frames(len(LENSES))), len(LENSES) - 1  # the two images of a pair have different lenses
     with running_node(tmp_path, max_keypoints=384) as node:
         node.wait_until_connected()
         infos = [lens.info(frame.stamp) for frame, lens in zip(frames, LENSES)]
-        node.calibrate(*((node.infos, info) for info in infos))  # each image has that of its own stamp
+        node.calibrate(*((node.infos, info) for info in infos))  # one calibration per image, with the image's stamp
         for frame, lens, info in zip(frames, LENSES, infos):
             pixels = lens.show(frame)
             image = Image(height=pixels.shape[0], width=pixels.shape[1], encoding="mono8", step=pixels.shape[1])
@@ -139,7 +139,7 @@ def test_what_a_fisheye_lens_sees_beyond_90_degrees_is_left_out_of_the_pose(seed
     camera = Camera(640, 480, np.array([[150.0, 0, 320], [0, 150.0, 240], [0, 0, 1]]), "equidistant", coefficients)
 
     def show(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels (N, 2) of points all round the camera, and their angles to the axis."""
+        """Return pixels (N, 2) of points all around the camera, and their angles to the axis."""
         angle = np.arctan2(np.hypot(points[:, 0], points[:, 1]), points[:, 2])
         radius = 150 * angle * (1 + (angle[:, None] ** [2, 4, 6, 8]) @ coefficients)
         return (320, 240) + radius[:, None] * points[:, :2] / np.hypot(points[:, :1], points[:, 1:2]), angle
@@ -152,7 +152,7 @@ def test_what_a_fisheye_lens_sees_beyond_90_degrees_is_left_out_of_the_pose(seed
     pose = estimate_relative_pose(
         *(pixels[seen] + random.normal(0, 0.2, (seen.sum(), 2)) for pixels in (pixels0, pixels1)), camera, camera
     )
-    beyond = np.maximum(angles0, angles1)[seen] > np.radians(89.5)  # more than the noise from 89
+    beyond = np.maximum(angles0, angles1)[seen] > np.radians(89.5)  # further from 89 degrees than the noise
     assert beyond.sum() > 200 and pose.inliers is not None
     assert pose.status is PoseStatus.OK
     assert not pose.inliers[beyond].any() and pose.inliers[~beyond].mean() > 0.95

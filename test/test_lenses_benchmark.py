@@ -1,4 +1,4 @@
-"""benchmarks/lenses.py: images of all lenses are as sharp as their pixels can be, and no sharper."""
+"""Tests of benchmarks/lenses.py: images of all lenses are as sharp as their pixels allow, and no sharper."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HERE = Pose(np.eye(3), np.zeros(3))
 
 
 class Waves:
-    """A scene at infinity: brightness is a wave of the angle to the right, of so many radians."""
+    """A scene at infinity, whose brightness is a wave of the horizontal angle with this length in radians."""
 
     def __init__(self, length: float) -> None:
         self.length = length
@@ -31,7 +31,7 @@ class Waves:
 @pytest.mark.parametrize("lens", ["pinhole", "fisheye-144", "fisheye-190"])
 @pytest.mark.parametrize("pixels, least, most", [(1.25, 0.0, 0.4), (3.0, 0.7, 0.95), (12.0, 0.95, 1.03)])
 def test_a_pixel_shows_the_mean_of_what_it_sees(lens: str, pixels: float, least: float, most: float) -> None:
-    """Of a wave as long as that many pixels, the contrast left is |sin(a) / a| with a = pi / pixels: .23, .83, .99."""
+    """For a wavelength of `pixels`, the contrast is |sin(a) / a| with a = pi / pixels: .23, .83, .99."""
     focal, model, coefficients = LENSES[lens]
     matrix = np.array([[focal, 0, 79.5], [0, focal, 59.5], [0, 0, 1]])
     camera = Camera(160, 120, matrix, model, np.array(coefficients))

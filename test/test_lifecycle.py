@@ -1,4 +1,4 @@
-"""Transitions of the node: what fails leaves nothing behind, and none waits for what cannot come."""
+"""Tests of the node's transitions: a failed one leaves nothing behind, and none waits for an impossible event."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from kpmatch_ros.srv import MatchFeatures
 
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 SMALL = {"autostart": False, "device": "cpu", "precision": "float32", "max_keypoints": 64}
-LIMIT = 60.0  # seconds within which a transition that does not hang is over
+LIMIT = 60.0  # time limit for a transition that does not hang, seconds
 
 MakeNode = Callable[..., MatcherNode]
 
 
 @pytest.fixture
 def executor() -> Iterator[SingleThreadedExecutor]:
-    """In a domain of its own."""
+    """An executor in a separate domain."""
     context = rclpy.Context()
     with domain_id() as domain:
         rclpy.init(context=context, domain_id=domain)
@@ -50,7 +50,7 @@ def executor() -> Iterator[SingleThreadedExecutor]:
 
 @pytest.fixture
 def make_node(executor: SingleThreadedExecutor) -> Iterator[MakeNode]:
-    """make_node(override="qos_overrides...:=...", **parameters): the node, in this process."""
+    """make_node(override="qos_overrides...:=...", **parameters) makes the node in this process."""
     made = []
 
     def make(override: str = "", **parameters: Any) -> MatcherNode:
@@ -67,7 +67,7 @@ def make_node(executor: SingleThreadedExecutor) -> Iterator[MakeNode]:
 
 
 def spin_until(executor: SingleThreadedExecutor, condition: Callable[[], Any]) -> None:
-    """Receive until a condition holds."""
+    """Handle callbacks until a condition holds."""
     for _ in range(int(LIMIT / 0.1)):
         if condition():
             return
@@ -76,7 +76,7 @@ def spin_until(executor: SingleThreadedExecutor, condition: Callable[[], Any]) -
 
 
 def told(node: MatcherNode) -> str:
-    """What is wrong, as the diagnostics say it."""
+    """Return the problems that the diagnostics report."""
     return "; ".join(problem.explanation for problem in node._condition().problems)  # noqa: SLF001
 
 
@@ -87,7 +87,7 @@ def picture(nanoseconds: int = 0) -> Image:
 
 
 def finished(work: Callable[[], Any]) -> Any:
-    """The result of some work; the test fails where it hangs."""
+    """Return the result of some work, and fail if it hangs."""
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
     thread.start()
@@ -108,7 +108,7 @@ def test_a_node_that_has_ended_or_cannot_start_is_gone_from_the_graph_while_the_
         spin_until(executor, lambda: "matcher" in peer.get_node_names())
         held[0].end()
     except ParameterError as error:
-        held.append(error)  # whose traceback holds the node
+        held.append(error)  # its traceback keeps the node alive
     spin_until(executor, lambda: "matcher" not in peer.get_node_names())
     peer.destroy_node()
     assert isinstance(held[0], MatcherNode if precision == "float32" else ParameterError)
@@ -181,7 +181,7 @@ def test_many_clients_that_ask_before_the_node_comes_to_it_are_all_answered(
     make_node()
     peer = rclpy.create_node("peer", context=executor.context)
     executor.add_node(peer)
-    deep = QoSProfile(depth=100)  # a client hears the answers to all of them
+    deep = QoSProfile(depth=100)  # a client receives the answers to all of them
     clients = [peer.create_client(kind, name, qos_profile=deep) for _ in range(3)]
     spin_until(executor, lambda: all(client.service_is_ready() for client in clients))
     answers = [client.call_async(kind.Request()) for client in clients for _ in range(15)]
@@ -210,11 +210,11 @@ def test_a_node_that_is_shut_down_refuses_the_requests_that_wait(
     spin_until(executor, lambda: match.service_is_ready() and change.service_is_ready())
     answers = [match.call_async(MatchFeatures.Request()) for _ in range(3)]
     spin_until(executor, begun.is_set)
-    for _ in range(20):  # the other requests arrive
+    for _ in range(20):  # so that the other requests arrive
         executor.spin_once(timeout_sec=0.05)
     shutdown = ChangeState.Request()
     shutdown.transition.label = "shutdown"
-    threading.Timer(1.0, end.set).start()  # the transition waits for the match at hand
+    threading.Timer(1.0, end.set).start()  # the transition waits for the present match
     change.call_async(shutdown)
     spin_until(executor, lambda: all(answer.done() for answer in answers))
     assert [answer.result().message for answer in answers[1:]] == 2 * [
@@ -228,7 +228,7 @@ def test_deactivation_does_not_wait_for_a_calibration(
     waits = threading.Event()
 
     class Patient(threading.Event):
-        """Does not give up waiting."""
+        """Never stops waiting."""
 
         def wait(self, timeout: float | None = None) -> bool:
             waits.set()
@@ -240,7 +240,7 @@ def test_deactivation_does_not_wait_for_a_calibration(
     peer = rclpy.create_node("peer", context=executor.context)
     executor.add_node(peer)
     images = peer.create_publisher(Image, "image", QoSProfile(depth=10))
-    infos = peer.create_publisher(CameraInfo, "camera_info", QoSProfile(depth=10))  # and sends none
+    infos = peer.create_publisher(CameraInfo, "camera_info", QoSProfile(depth=10))  # publishes nothing
     spin_until(executor, lambda: images.get_subscription_count() and infos.get_subscription_count())
     images.publish(Image(width=64, height=64, encoding="mono8", step=64, data=bytes(64 * 64)))
     spin_until(executor, waits.is_set)
@@ -275,7 +275,7 @@ def test_an_override_that_the_middleware_refuses_is_named(make_node: MakeNode, v
 def test_the_quality_of_service_follows_the_queue_that_is_set_between_two_configurations(
     make_node: MakeNode, executor: SingleThreadedExecutor, first: str, second: str
 ) -> None:
-    """rclpy would keep that of the first one, and take it for the user's."""
+    """rclpy would keep the QoS of the first configuration, and treat it as the user's."""
     expected = {"latest": ("best_effort", 10, 1), "all": ("reliable", 1000, 1000)}
     override = "qos_overrides./camera_info.subscription.depth"
     node = make_node(f"{override}:=7", matcher="nearest", queue=first)

@@ -1,4 +1,4 @@
-"""LightGlue stops early, prunes, takes batches and padding, and loads its authors' files; weights are random."""
+"""Tests of LightGlue with random weights: early stopping, pruning, batches, padding, and its authors' files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kpmatch_ros.models.lightglue_layers import Attention
 Modes = dict[str, float]
 
 FIXED: Modes = {"depth_confidence": -1.0, "width_confidence": -1.0}
-ADAPTIVE: Modes = {"depth_confidence": 0.5, "width_confidence": 0.8}  # stops and prunes with random weights
+ADAPTIVE: Modes = {"depth_confidence": 0.5, "width_confidence": 0.8}  # with random weights, this stops early and prunes
 
 
 def test_the_confidences_and_the_threshold_come_from_the_configuration(
@@ -32,7 +32,7 @@ def test_the_confidences_and_the_threshold_come_from_the_configuration(
 
 
 def scene(count0: int, count1: int, seed: int = 0, size: int = 64) -> tuple[ImageFeatures, ImageFeatures]:
-    """Two images: the second has the first one's first points, moved."""
+    """Return two images. The second has the first one's first points, moved."""
     random = torch.Generator().manual_seed(seed)
     count = max(count0, count1)
     keypoints = torch.rand(1, count, 2, generator=random) * torch.tensor([200.0, 150.0])
@@ -123,7 +123,7 @@ def test_the_states_of_the_last_layer_give_the_matches(lightglue: Callable[..., 
 
 
 def run(model: LightGlue, ahead: bool, above: int = 0) -> Assignment:
-    """Of 50 points an image, in the way of a GPU where ``ahead``."""
+    """Match 50 points per image, as on a GPU if ``ahead``."""
     model.run_ahead, model.prune_above = ahead, above
     return model(*scene(50, 50))
 
@@ -162,7 +162,7 @@ def test_points_are_dropped_only_from_images_with_more_than_so_many(lightglue: C
     last = len(model.transformer_layers)
     assert (run(model, ahead=True, above=50).layers0 == last).all()
     assert (run(model, ahead=True, above=49).layers0 < last).any()
-    model.prune_above = 60  # each image for itself, as by the authors
+    model.prune_above = 60  # each image separately, as in the authors' code
     for counts in ((50, 70), (70, 50)):
         found = model(*scene(*counts))
         for count, layers in zip(counts, (found.layers0, found.layers1)):
@@ -238,7 +238,7 @@ def test_a_fused_network_matches_as_before_with_fewer_products(
     lightglue: Callable[..., LightGlue], modes: Modes, config: dict[str, Any], shared: bool
 ) -> None:
     model = lightglue(**modes, **config)
-    shared &= "num_key_value_heads" not in config  # queries are more than keys there
+    shared &= "num_key_value_heads" not in config  # in that case there are more queries than keys
     if shared:
         for layer in model.transformer_layers:
             layer.cross_attention.k_proj.load_state_dict(layer.cross_attention.q_proj.state_dict())
@@ -251,7 +251,7 @@ def test_a_fused_network_matches_as_before_with_fewer_products(
     assert torch.allclose(found.scores0, expected.scores0, rtol=0, atol=1e-4)
     layers = int(expected.layers)
     assert before - linear_layers_run(model, inputs) == 12 * layers
-    assert torch.equal(model.fuse()(*inputs).scores0, found.scores0)  # twice is once
+    assert torch.equal(model.fuse()(*inputs).scores0, found.scores0)  # fusing twice changes nothing
 
 
 @pytest.mark.parametrize("pairs", [1, 2])
@@ -285,7 +285,7 @@ def test_images_with_different_numbers_of_points_are_no_batch(lightglue: Callabl
 
 
 def linear_layers_run(model: LightGlue, inputs: tuple[ImageFeatures, ImageFeatures]) -> int:
-    """How often a linear layer is applied to match these."""
+    """Count the linear layers that run to match these."""
     runs = []
     layers = {module for module in model.modules() if isinstance(module, torch.nn.Linear)}
     hooks = [layer.register_forward_hook(lambda *_: runs.append(1)) for layer in layers]
@@ -296,10 +296,10 @@ def linear_layers_run(model: LightGlue, inputs: tuple[ImageFeatures, ImageFeatur
 
 
 def authors_names(model: LightGlue, old: bool) -> dict[str, Tensor]:
-    """The tensors under the names of cvg/LightGlue; ``old`` as in its first release.
+    """Return the tensors with the names of cvg/LightGlue; with ``old``, those of its first release.
 
-    There cross-attention has one projection for queries and keys, and self-attention one for queries, keys and values,
-    which stand next to each other for each channel.
+    There, cross-attention has one projection for queries and keys. Self-attention has one for queries, keys and values,
+    which are adjacent for each channel.
     """
     mine = model.state_dict()
     layers = len(model.transformer_layers)
@@ -376,7 +376,7 @@ def test_self_attention_in_bfloat16_is_that_of_float32(count: int, masked: bool,
     torch.manual_seed(0)
     attention = Attention(64, heads=4, key_value_heads=2, bias=True).requires_grad_(False)
     attention.by_hand = by_hand
-    x = torch.randn(2, count, 64).bfloat16().float()  # of 1100 points, a head is worked on in two parts
+    x = torch.randn(2, count, 64).bfloat16().float()  # with 1100 points, a head is processed in two parts
     rotation = torch.polar(torch.ones(2, 1, count, 8), torch.rand(2, 1, count, 8))
     mask = torch.rand(2, count) < 0.7 if masked else None
     if mask is not None:

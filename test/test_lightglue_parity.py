@@ -1,6 +1,6 @@
-"""LightGlue finds the matches that `transformers` and kornia find, with the same weights.
+"""Tests that LightGlue finds the same matches as `transformers` and kornia with the same weights.
 
-Weights are random unless said; `transformers` saves them and this package loads its folder.
+Weights are random unless stated otherwise. `transformers` saves them and this package loads its folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kpmatch_ros.models import LightGlue, SuperPoint, trace
 from kpmatch_ros.models.assignment import Assignment, ImageFeatures
 from kpmatch_ros.models.convert import convert
 
-Networks = tuple[Any, Any, Any]  # of transformers, and a SuperPoint and a LightGlue of ours
+Networks = tuple[Any, Any, Any]  # transformers' model, and this package's SuperPoint and LightGlue
 Pair = Callable[..., Networks]
 RecordDifference = Callable[[str, float], None]
 
@@ -38,7 +38,7 @@ def pair(
     randomise_superpoint: Callable[[Any, int], None],
     randomise_lightglue: Callable[[Any, int], None],
 ) -> Pair:
-    """pair(seed, modes, superpoint={}, **config): the same weights in `transformers`' LightGlue and in ours."""
+    """pair(seed, modes, superpoint={}, **config) returns `transformers`' LightGlue and ours with the same weights."""
     transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
     made: dict[str, Networks] = {}
@@ -64,7 +64,7 @@ def pair(
 
 
 def with_modes(networks: Networks, modes: Modes) -> Networks:
-    """The networks, stopping and pruning as told."""
+    """Return the networks with early stopping and pruning set by ``modes``."""
     for name, value in modes.items():
         setattr(networks[0], name, value)
         setattr(networks[2], name, value)
@@ -72,13 +72,13 @@ def with_modes(networks: Networks, modes: Modes) -> Networks:
 
 
 def two_views(texture: Any, height: int, width: int, seed: int) -> Tensor:
-    """(2, 1, height, width): the second view is 16 pixels further right, and 8 further down."""
+    """Return (2, 1, height, width). The second view is shifted by 16 pixels to the right and 8 down."""
     picture = texture(height + 8, width + 16, 100 + seed)
     return torch.from_numpy(np.stack([picture[:height, :width], picture[8:, 16:]])).float()[:, None] / 255
 
 
 def run_ours(detector: SuperPoint, matcher: LightGlue, images: Tensor) -> tuple[list[Tensor], Assignment]:
-    """The keypoints of images (2 B, 1, H, W), and the assignment of the B pairs, with padding."""
+    """Return the keypoints of images (2 B, 1, H, W), and the assignment of the B pairs, with padding."""
     found = detector(images)
     size = torch.tensor([[images.shape[3], images.shape[2]]]).expand(len(images) // 2, 2)
     features = [
@@ -94,7 +94,7 @@ Numbers = dict[tuple[int, ...], float]
 
 
 class Result:
-    """What was found for one pair, by pixels instead of indices, so that the keypoints' order plays no part."""
+    """The result for one pair, by pixels instead of indices, so that the order of keypoints does not matter."""
 
     def __init__(self, points: list[Tensor], matches: list[Tensor], scores: list[Tensor], layers: list[Tensor]) -> None:
         pixels = [[tuple(point) for point in each.round().int().tolist()] for each in points]
@@ -107,7 +107,7 @@ class Result:
 
 
 def as_results(points: list[Tensor], found: Assignment) -> list[Result]:
-    """Of each pair in turn."""
+    """Return the result of each pair."""
     return [
         Result(
             points[2 * b : 2 * b + 2],
@@ -120,7 +120,7 @@ def as_results(points: list[Tensor], found: Assignment) -> list[Result]:
 
 
 def their_results(model: Any, images: Tensor) -> list[Result]:
-    """`transformers`' of each pair in turn."""
+    """Return `transformers`' result of each pair."""
     with torch.inference_mode():
         output = model(images.unflatten(0, (-1, 2)).repeat(1, 1, 3, 1, 1))
     pairs, _, count = output.mask.shape
@@ -132,7 +132,7 @@ def their_results(model: Any, images: Tensor) -> list[Result]:
         result = Result(points, list(matches[b]), list(scores[b]), list(output.prune[b]))
         kept = [int((output.prune[b, i] == output.prune[b].max()).sum()) for i in range(2)]
         if kept[0] != kept[1]:
-            # It writes the padding of pruned pairs to index -1, over what belongs to the image's last keypoint.
+            # It writes the padding of pruned pairs to index -1, over the values of the image's last keypoint.
             for i in range(2):
                 if len(points[i]) == count:
                     last = tuple(points[i][-1].round().int().tolist())
@@ -143,7 +143,7 @@ def their_results(model: Any, images: Tensor) -> list[Result]:
 
 
 def assert_equal(found: Result, expected: Result, record_difference: RecordDifference) -> None:
-    """At least 99.9 % of the same matches, scores within 1e-3, the same pruning."""
+    """Check that at least 99.9 % of the matches agree, the scores within 1e-3, and that the pruning is the same."""
     for i in range(2):
         assert found.layers[i] == expected.layers[i]
         compared = expected.scores[i].keys()
@@ -151,7 +151,7 @@ def assert_equal(found: Result, expected: Result, record_difference: RecordDiffe
         theirs = expected.matches[i]
         either = ours.items() | theirs.items()
         same = len(ours.items() & theirs.items()) / len(either) if either else 1.0
-        # A score is 0 where a point is not the best of its best: among unlikely pairs, rounding may decide that.
+        # A score is 0 unless both points are each other's best. For unlikely pairs, rounding may decide that.
         scores = [(found.scores[i][point], expected.scores[i][point]) for point in compared]
         both = [(score, reference) for score, reference in scores if score > 0 and reference > 0]
         assert len(both) >= sum(reference > 0 for _, reference in scores) - 2
@@ -200,7 +200,7 @@ def test_stops_without_pruning_as_transformers_does(
     pair: Pair, texture: Any, record_difference: RecordDifference, seed: int
 ) -> None:
     theirs, detector, matcher = pair(seed, {"depth_confidence": 0.5, "width_confidence": 1.0})
-    matcher.width_confidence = -1.0  # transformers fails there, but with 1 it prunes only what is surely unmatchable
+    matcher.width_confidence = -1.0  # -1 fails in transformers; 1 prunes only what is unmatchable
     images = two_views(texture, 96, 128, seed)
     points, assignment = run_ours(detector, matcher, images)
     assert 1 < assignment.layers < 5
@@ -213,7 +213,7 @@ def test_prunes_without_stopping_as_transformers_does(
 ) -> None:
     theirs, detector, matcher = pair(seed, {"depth_confidence": 1.0, "width_confidence": 0.8})
     matcher.depth_confidence = -1.0
-    # transformers fails there; with 1 it never stops, and where every point is sure, matchability alone decides.
+    # transformers fails with -1. With 1 it never stops, and if all points are confident, only matchability decides.
     theirs = copy.deepcopy(theirs)
     for layer in theirs.token_confidence:
         layer.token.weight.data.zero_()
@@ -251,7 +251,7 @@ def test_follows_every_option_of_the_configuration_as_transformers_does(
     for modes in (FIXED, ADAPTIVE):
         theirs, *ours = pair(6, modes, **config)
         if config.get("num_hidden_layers") == 1 and modes == ADAPTIVE:
-            continue  # transformers fails there
+            continue  # transformers fails in this case
         (expected,) = their_results(theirs, images)
         assert len(expected.matches[0]) > 5
         assert_equal(as_results(*run_ours(*ours, images))[0], expected, record_difference)
@@ -291,7 +291,7 @@ def test_batches_of_pairs_match_as_in_transformers(
 def test_pairs_of_a_batch_match_as_each_alone(
     pair: Pair, three_pairs: Tensor, record_difference: RecordDifference, modes: Modes
 ) -> None:
-    # (transformers returns the pairs of a batch in the order in which they stopped.)
+    # transformers returns the pairs of a batch in the order in which they stopped.
     theirs, *ours = pair(18, modes)
     points, assignment = run_ours(*ours, three_pairs)
     for b, found in enumerate(as_results(points, assignment)):
@@ -316,17 +316,17 @@ def test_a_single_keypoint_matches_a_single_keypoint_as_in_transformers(
 
 @pytest.fixture(scope="module", params=[f"lightglue-superpoint-open{suffix}" for suffix in ("", "-small", "-fast")])
 def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Networks:
-    """The weights inside the package, in `transformers` and here, at all four borders."""
+    """The packaged weights, in `transformers` and here, without a border."""
     transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
     folder = weights.find(request.param).path
-    if weights.find(request.param).layers:  # the file itself holds more
+    if weights.find(request.param).layers:  # the file has more layers than these weights use
         folder = tmp_path_factory.mktemp("small") / request.param
         convert(request.param, folder)
     theirs = transformers.LightGlueForKeypointMatching.from_pretrained(folder, dtype=torch.float32).eval()
-    theirs.keypoint_detector.keypoint_decoder.border_removal_distance = 0  # it has another idea of borders than ours
+    theirs.keypoint_detector.keypoint_decoder.border_removal_distance = 0  # it defines borders differently
     theirs.keypoint_detector.keypoint_decoder.max_keypoints = 400
-    # Theirs finds whole pixels.
+    # Theirs finds whole pixels only.
     options = {"border_removal_distance": 0, "max_keypoints": 400, "subpixel": False}
     detector = SuperPoint.from_pretrained(weights.find(request.param).extractor, **options)
     return theirs, detector, LightGlue.from_pretrained(request.param)
@@ -361,7 +361,7 @@ def compare_shipped(networks: Networks, images: np.ndarray, record_difference: R
 
 
 def in_kornia(model: LightGlue) -> Any:
-    """kornia's LightGlue with the weights, under the names of the authors."""
+    """Return kornia's LightGlue with the weights, under the authors' names."""
     feature = pytest.importorskip("kornia.feature")
     config = model.config
     theirs = feature.LightGlue(
@@ -405,7 +405,7 @@ def test_matches_as_kornia_does(
     ours = lightglue(seed=count0, **config, **modes)
     for layer in ours.transformer_layers:
         layer.cross_attention.k_proj.load_state_dict(layer.cross_attention.q_proj.state_dict())
-    # All inside the image, which kornia demands.
+    # kornia requires that all points lie inside the image.
     inputs = [each._replace(keypoints=0.9 * each.keypoints) for each in scene(count0, count1, size=ours.input_dim)]
     images = [
         {"keypoints": each.keypoints, "descriptors": each.descriptors, "image_size": each.size.float()}
@@ -419,7 +419,7 @@ def test_matches_as_kornia_does(
     for i in range(2):
         matches, scores = found[i], found[2 + i]
         same = float((matches == expected[f"matches{i}"]).float().mean())
-        # Where there is no match, kornia gives the score of the pairs that are no mutual best as 0 too.
+        # For points without a match, kornia also returns a score of 0 if a pair is not mutually best.
         difference = float((scores - expected[f"matching_scores{i}"]).abs().max())
         record_difference("LightGlue and kornia's, share of matches that differ", 1 - same)
         record_difference("LightGlue and kornia's, matching scores", difference)
@@ -434,7 +434,7 @@ def test_hidden_states_and_attention_maps_are_those_of_transformers(
 ) -> None:
     theirs, _, ours = pair(0, FIXED)
     inputs = scene(40, 40)
-    monkeypatch.setattr(theirs.config, "_attn_implementation", "eager")  # the fast one keeps no maps
+    monkeypatch.setattr(theirs.config, "_attn_implementation", "eager")  # the fast one has no attention maps
     with torch.inference_mode():
         *_, states, attentions = theirs._match_image_pair(  # noqa: SLF001 - its forward pass takes images alone
             torch.stack([each.keypoints for each in inputs], dim=1),
@@ -448,7 +448,7 @@ def test_hidden_states_and_attention_maps_are_those_of_transformers(
     with trace(ours) as recorded:
         ours(*inputs)
     layers = len(ours.transformer_layers)
-    # Of seven states a layer, ours are the one that enters the first, and those after self- and cross-attention.
+    # Of seven states per layer, ours are the input of the first layer, and those after self- and cross-attention.
     expected = [states[0], *(states[7 * layer + k] for layer in range(layers) for k in (1, 4))]
     assert len(recorded.hidden_states) == 2 * len(expected) == 2 * (1 + 2 * layers)
     assert len(recorded.attentions) == 2 * len(attentions) == 4 * layers

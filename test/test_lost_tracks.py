@@ -1,4 +1,4 @@
-"""Lost tracks are found again where the motion puts them, as far as the tracks found by their descriptors agree."""
+"""Tests that lost tracks are found again where the motion predicts them, if the tracks found by descriptors agree."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kpmatch_ros.tracking.tracks import NOT_DETECTED, View
 
 SIZE, FOCAL, COUNT, DETECTED = 240, 200.0, 80, 30
 CAMERA = Camera(SIZE, SIZE, np.array([[FOCAL, 0, SIZE / 2], [0, FOCAL, SIZE / 2], [0, 0, 1]]), "", np.zeros(0))
-AWAY = np.array([[0.0, 0, 0], [3, 1, -2], [0, 0, 0]])  # of three cameras without a turn; the last one is to be set
+AWAY = np.array([[0.0, 0, 0], [3, 1, -2], [0, 0, 0]])  # of three cameras without rotation; the last one is set later
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def image(texture: Callable[[int, int, int], NDArray[np.uint8]]) -> NDArray[np.u
 
 
 def lost_tracks(image: NDArray[np.uint8], off: NDArray[np.float64]) -> tuple[TrackSet, Templates, View]:
-    """Tracks that the motion puts so far (COUNT, 2) off, and an image in which the first ones are keypoints."""
+    """Return tracks that the motion predicts with errors (COUNT, 2), and a view with the first ones as keypoints."""
     side = np.arange(20, SIZE - 19, 20, dtype=np.float32)
     points = np.random.default_rng(0).permutation(np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2))[:COUNT]
     descriptors = np.random.default_rng(1).normal(size=(COUNT, 128)).astype(np.float32)
@@ -54,7 +54,7 @@ def scene(cameras: Window, scaled: bool = True) -> Structure:
 
 
 def recall(tracks: TrackSet, templates: Templates, view: View, camera: Camera | None, room: int = 1000) -> TrackSet:
-    """What is found of the tracks, after a move to the right by 0.5 and back again."""
+    """Return the tracks that are found after a move to the right by 0.5 and back."""
     lost = LostTracks()
     lost.remember(tracks, COUNT)
     for step in (0.5, -0.5):
@@ -82,7 +82,7 @@ def test_lost_tracks_are_found_where_the_motion_puts_them_without_a_keypoint(
 def test_what_looks_alike_elsewhere_is_no_lost_track_though_all_move_alike(
     image: NDArray[np.uint8], off: float
 ) -> None:
-    """As the windows of a facade, all of which are where their neighbours say: one window further."""
+    """Like the windows of a facade, all of which are consistent with a shift by one window."""
     far = off * np.hypot(SIZE, SIZE)
     tracks, templates, view = lost_tracks(image, np.tile([far, 0.0], (COUNT, 1)))
     assert len(recall(tracks, templates, view, CAMERA)) == 0

@@ -1,4 +1,4 @@
-"""The bond for nav2's lifecycle manager: with a stand-in for bondpy, and where it is installed with the real one."""
+"""Tests of the bond with nav2's lifecycle manager, with a substitute for bondpy, and with the real one if installed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kpmatch_ros.ros import manager_bond
 from kpmatch_ros.ros.manager_bond import ManagerBond
 from node_harness import SMALL, NodeUnderTest, running_node
 
-# As bondpy's Bond is called, but for the messages, whose package is bond's own.
+# It has the interface of bondpy's Bond, but not its messages, which are in the package bond.
 STAND_IN = """
 from std_msgs.msg import String
 
@@ -48,7 +48,7 @@ class Bond:
 
 
 def change(node: NodeUnderTest, transition: str) -> None:
-    """What a lifecycle manager asks of the node."""
+    """Request a transition, as a lifecycle manager does."""
     request = ChangeState.Request()
     request.transition.label = transition
     assert node.call(ChangeState, "matcher/change_state", request).success, node.log
@@ -56,7 +56,7 @@ def change(node: NodeUnderTest, transition: str) -> None:
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the node find a bondpy of its own."""
+    """Makes the node find the substitute for bondpy."""
     package = tmp_path / "modules" / "bondpy"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -95,7 +95,7 @@ def test_a_node_that_starts_itself_has_none(tmp_path: Path) -> None:
 
 
 class FakeNode:
-    """What a bond asks of its node."""
+    """The part of a node that a bond uses."""
 
     def __init__(self) -> None:
         self.said: list[str] = []

@@ -1,4 +1,4 @@
-"""The node with masks: files, and a topic that another node publishes."""
+"""Tests of the node with masks from files and from a topic."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_masks_from_a_topic_and_a_file_hold_and_what_is_missing_is_counted(tmp_p
         third, numbers = left_third(HEIGHT, WIDTH), itertools.count()
 
         def points(mask: np.ndarray | None) -> np.ndarray:
-            """What is detected in the next frame, whose mask comes after it."""
+            """Return the keypoints of the next frame. Its mask is sent after it."""
             number, frames = next(numbers), len(features) + 1
             node.send(image(textured(4 * number), 100 + number))
             node.spin(0.05)
@@ -41,7 +41,8 @@ def test_masks_from_a_topic_and_a_file_hold_and_what_is_missing_is_counted(tmp_p
             node.wait_for(lambda: len(features) == frames, "the frame")
             return np.array(features[-1].points).reshape(-1, 2)
 
-        # On a busy machine a mask may come a second late, and its frame goes on without: such a frame is tried again.
+        # On a busy machine a mask may arrive a second late, and its frame is processed without it. Then the frame is
+        # repeated.
         unmasked = 0
         for mask in (third, third, None, 0 * third):
             for _ in range(5):
@@ -69,7 +70,7 @@ def test_a_mask_file_that_is_not_there_is_refused_when_the_node_configures(tmp_p
 
 
 def test_masks_that_stay_away_hold_up_no_frame_for_longer_than_sync_tolerance(tmp_path: Path) -> None:
-    # Best effort, a frame may be lost.
+    # With best effort, a frame may be lost.
     reliable = {"qos_overrides./image.subscription.reliability": "reliable"}
     with running_node(tmp_path, calibrated=False, queue="latest", sync_tolerance=0.05, **FAST, **reliable) as node:
         node.subscribe(FeatureArray, "features", node.features.append)
@@ -78,7 +79,7 @@ def test_masks_that_stay_away_hold_up_no_frame_for_longer_than_sync_tolerance(tm
         node.wait_for(masks.get_subscription_count, "the subscription to masks")
         for number in range(1, 6):
             node.send(image(textured(4 * number), 100 + number))
-            # Not its matches: the first frame has none, and a second one that comes at once may take its place.
+            # Waiting for matches would not work: the first frame has none, and a second frame may displace it.
             node.wait_for(lambda: len(node.features) == number, "the frame")  # noqa: B023
         figures = node.wait_for_figure("frames processed", "5")
         assert figures[f"no mask: {node.namespace}/image"] == "5"

@@ -1,4 +1,4 @@
-"""Masks that come as messages: an image has its own, waits for it no longer than it may, and says if it has none."""
+"""Tests of masks as messages: each image gets its own mask, or is processed after a limited wait, with a report."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sync(tolerance: int = 10 * MS, cameras: int = 1, *masks: int) -> MaskSynchro
     return made
 
 
-# Which mask is an image's
+# The assignment of masks to images
 
 
 def test_the_mask_of_equal_stamp_is_taken_and_else_the_nearest_within_the_tolerance() -> None:
@@ -71,7 +71,7 @@ def test_when_time_goes_back_the_masks_of_before_are_forgotten() -> None:
     assert masks.take(0, 5100 * MS) == "5100"
     masks.put(0, 1000 * MS, "again")
     assert masks.take(0, 1000 * MS) == "again"
-    assert not masks.complete([1100 * MS])  # its mask may still come
+    assert not masks.complete([1100 * MS])  # its mask may still arrive
 
 
 def test_masks_of_a_time_that_goes_back_may_come_before_the_last_images_of_the_time_before() -> None:
@@ -93,7 +93,7 @@ def test_one_mask_whose_stamp_is_far_off_takes_no_image_its_own(far: int) -> Non
     masks = sync(10 * MS, 1, 1000)
     assert masks.take(0, 1000 * MS) == "1000"
     masks.put(0, far * MS, "far")
-    for stamp in range(1100, 1500, 100):  # each mask comes after its image
+    for stamp in range(1100, 1500, 100):  # each mask arrives after its image
         assert not masks.complete([stamp * MS])
         masks.put(0, stamp * MS, str(stamp))
         assert masks.complete([stamp * MS]) and masks.take(0, stamp * MS) == str(stamp)
@@ -103,7 +103,7 @@ def test_one_mask_whose_stamp_is_far_off_takes_no_image_its_own(far: int) -> Non
 @pytest.mark.parametrize("place", [0, 2])
 def test_one_image_whose_stamp_is_far_off_costs_no_other_image_its_mask(far: int, place: int) -> None:
     stamps = list(range(1000, 1500, 100))
-    masks = sync(10 * MS, 1, *stamps)  # they are there before their images
+    masks = sync(10 * MS, 1, *stamps)  # they arrive before their images
     images = [*stamps[:place], far, *stamps[place:]]
     assert [masks.take(0, stamp * MS) for stamp in images] == [None if each == far else str(each) for each in images]
 
@@ -111,7 +111,7 @@ def test_one_image_whose_stamp_is_far_off_costs_no_other_image_its_mask(far: int
 def test_an_image_does_not_take_the_mask_of_the_first_one_for_its_own() -> None:
     masks = sync(100 * MS, 1, 0)
     assert masks.take(0, 0) == "0"
-    assert not masks.complete([33 * MS])  # though no two masks have told their period
+    assert not masks.complete([33 * MS])  # although the period of the masks is not known yet
 
 
 def test_the_shortest_of_some_steps_is_a_streams_period_where_masks_or_images_are_lost() -> None:
@@ -125,12 +125,12 @@ def test_the_shortest_of_some_steps_is_a_streams_period_where_masks_or_images_ar
 
 
 def test_the_shortest_of_nine_steps_is_a_streams_period() -> None:
-    lossy = sync(1000 * MS, 1, 0, 100, 400, 700, 1000)  # of 10 Hz, where two of three are lost
+    lossy = sync(1000 * MS, 1, 0, 100, 400, 700, 1000)  # at 10 Hz, with two of three lost
     assert [lossy.take(0, stamp * MS) for stamp in (0, 100, 400, 700, 1000)] == ["0", "100", "400", "700", "1000"]
     lossy.put(0, 1400 * MS, "1400")
     assert lossy.take(0, 1300 * MS) is None
     slowing = sync(100 * MS, 1)
-    stamps = [0, 20, 40, 60, *range(260, 2260, 200)]  # a camera that is set from 50 Hz to 5 Hz
+    stamps = [0, 20, 40, 60, *range(260, 2260, 200)]  # a camera whose rate changes from 50 Hz to 5 Hz
     for stamp in stamps:
         slowing.put(0, stamp * MS, str(stamp))
         assert slowing.take(0, stamp * MS) == str(stamp)
@@ -198,8 +198,8 @@ def test_waiting_masks_have_only_so_many_bytes() -> None:
     masks: MaskSynchroniser[int] = MaskSynchroniser(2, MS, 30, 100)
     sizes = (40, 40, 20, 70, 500, 10)
     let_go = [masks.put(0, number * 100 * MS, number, size) for number, size in enumerate(sizes)]
-    assert let_go == [0, 0, 0, 2, 2, 1]  # the newest stays, whatever its size
-    assert masks.put(1, 0, 0, 100) == 0  # another camera's
+    assert let_go == [0, 0, 0, 2, 2, 1]  # the newest always stays, regardless of its size
+    assert masks.put(1, 0, 0, 100) == 0  # the other camera's mask
     assert [masks.take(0, number * 100 * MS) for number in range(len(sizes))] == [None] * 5 + [5]
 
 
@@ -246,7 +246,7 @@ def test_an_image_does_not_wait_where_masks_are_past_it() -> None:
     assert masks.complete([100 * MS])
     masks = sync(10 * MS)
     assert masks.take(0, 5000 * MS) is None
-    for stamp in (1000, 1100):  # time went back
+    for stamp in (1000, 1100):  # time goes back
         masks.put(0, stamp * MS, str(stamp))
     assert masks.complete([1050 * MS])
 
@@ -317,7 +317,7 @@ def test_masks_that_are_let_go_are_named_where_every_frame_is_processed(
 ) -> None:
     monkeypatch.setattr(pipeline_module, "WAITING_MEMORY", 100_000)
     pipeline, heard = make("image", queue=queue)
-    for number in range(100):  # of no image, and with next to no data: a message has 1,000 bytes besides
+    for number in range(100):  # masks without an image and with hardly any data, but a message counts 1,000 bytes more
         pipeline.add_mask(0, mask_message(FIRST + number * MS, np.ones((7, 7), np.uint8)))
     assert [report[:2] for report in heard.reports] == [("masks let go", "image")] * named
     assert not named or "more than 0.0001 GB of masks for image wait" in heard.reports[0][2]
@@ -326,7 +326,7 @@ def test_masks_that_are_let_go_are_named_where_every_frame_is_processed(
 def test_masks_that_meet_no_image_have_only_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline_module, "WAITING_MEMORY", 22_000)
     pipeline, heard = make("left", "right", queue="all")
-    for side in (0, 1):  # half of it for each camera
+    for side in (0, 1):  # each camera has half of the memory
         for number in range(12):
             pipeline.add_mask(side, mask_message(FIRST + number * MS, np.ones((10, 10), np.uint8)))
     assert [report[:2] for report in heard.reports] == [("masks let go", "left")] * 2 + [("masks let go", "right")] * 2
@@ -382,7 +382,7 @@ def test_each_camera_of_a_pair_has_its_own_masks() -> None:
 
 @pytest.fixture
 def run(kpmatch: Run) -> Run:
-    """run(words...): exit status, stdout and stderr of `kpmatch bag`."""
+    """run(words...) runs `kpmatch bag` and returns exit status, stdout and stderr."""
     return functools.partial(kpmatch, "bag")
 
 
@@ -395,7 +395,7 @@ def views(texture: Any) -> Images:
 def write(
     path: Path, views: Images, late: int, masked: Callable[[int], bool] = lambda i: True, name: str = "mask"
 ) -> Path:
-    """A bag with masks that are recorded so many nanoseconds after their images."""
+    """Write a bag whose masks are recorded ``late`` nanoseconds after their images."""
     records: list[tuple[int, str, Any]] = []
     for i, (stamp, view) in enumerate(zip(stamps(len(views)), views)):
         records.append((stamp, "/camera/image_raw", image_message(view, stamp, "camera", "mono8")))
@@ -409,7 +409,7 @@ def write(
 
 
 def written(path: Path) -> list[tuple[str, int, Any]]:
-    """What a bag holds, but for what it cost."""
+    """Return the content of a bag, without the measured times."""
     found = []
     for topic, records in by_topic(path).items():
         for record in records:
@@ -434,7 +434,7 @@ def test_a_bags_masks_hide_their_part_whenever_they_were_recorded(run: Run, view
 
 
 def test_a_bags_masks_may_be_recorded_long_before_their_images(run: Run, views: Images, tmp_path: Path) -> None:
-    source = write(tmp_path / "in", views * 8, -10_000 * MS)  # all of them before the first image
+    source = write(tmp_path / "in", views * 8, -10_000 * MS)  # all masks come before the first image
     status, printed, err = run(source, tmp_path / "out", *QUICK, "--json")
     assert (status, err, json.loads(printed)["masks"]) == (0, "", {})
 
@@ -466,7 +466,7 @@ def test_a_mask_may_be_a_file(run: Run, views: Images, tmp_path: Path) -> None:
         source, tmp_path / "out", *QUICK, "--features", "--json", "--mask", tmp_path / "mask.png"
     )
     assert (status, err, json.loads(printed)["masks"]) == (0, "", {})
-    for record in by_topic(tmp_path / "out")["/features"]:  # both hold
+    for record in by_topic(tmp_path / "out")["/features"]:  # both masks apply
         points = record.message.points.reshape(-1, 2)
         assert len(points) > 10 and under(np.minimum(mask, left_third(HEIGHT, WIDTH)), points) == 0
 

@@ -1,4 +1,4 @@
-"""Masks: nothing is detected under them, others take the place of what would have been, and poses are right."""
+"""Tests that nothing is detected under masks, that other keypoints replace hidden ones, and that poses are correct."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FINE = Parameters(device="cpu", precision="float32", matcher="nearest", keypoint
 
 
 def left_third(height: int = HEIGHT, width: int = WIDTH) -> Image:
-    """A mask with a ragged edge, 0 in the left third."""
+    """Return a mask that is 0 in the left third, with a ragged edge."""
     mask = np.full((height, width), 255, np.uint8)
     for row in range(height):
         mask[row, : width // 3 + row % 3] = 0
@@ -41,7 +41,7 @@ def left_third(height: int = HEIGHT, width: int = WIDTH) -> Image:
 
 
 def under(mask: Array, keypoints: Array | Tensor) -> int:
-    """How many keypoints a mask hides."""
+    """Return the number of keypoints under a mask."""
     x, y = np.rint(np.asarray(keypoints)).astype(int).T
     return int((mask[y.clip(0, mask.shape[0] - 1), x.clip(0, mask.shape[1] - 1)] == 0).sum())
 
@@ -61,7 +61,7 @@ def matcher() -> FeatureMatcher:
 
 @pytest.fixture(params=["superpoint", "superpoint subpixel", "aliked", "disk", "xfeat"])
 def extractor(request: pytest.FixtureRequest, small_superpoint: dict[str, Any], randomise_superpoint: Any) -> Any:
-    """Every kind, with random weights that find keypoints everywhere."""
+    """An extractor of each kind, with random weights that find keypoints everywhere."""
     torch.manual_seed(0)
     if request.param == "aliked":
         return ALIKED(keypoint_threshold=0.0)
@@ -79,7 +79,7 @@ def test_masked_keypoints_are_left_out_and_the_others_stay(extractor: Any, pictu
     everywhere, elsewhere = extractor(image), extractor(image, torch.from_numpy(mask != 0)[None])
     assert under(mask, everywhere.keypoints[0]) > 20
     assert elsewhere.mask.sum() > 50 and under(mask, elsewhere.keypoints[0][elsewhere.mask[0]]) == 0
-    clear = cv2.erode(mask, np.ones((13, 13), np.uint8))  # what is read out to a fraction of a pixel may differ beside
+    clear = cv2.erode(mask, np.ones((13, 13), np.uint8))  # next to the mask, subpixel positions may differ
     expected = [tuple(p) for p in everywhere.keypoints[0].tolist() if under(clear, np.array([p])) == 0]
     found = {tuple(p) for p in elsewhere.keypoints[0].tolist()}
     assert len(expected) > 50 and found >= set(expected)
@@ -99,10 +99,10 @@ def test_recordings_follow_every_mask(extractor: Any, picture: Image) -> None:
     for inputs in ((image,), (image, third), (image, ~third), (image,), (image, third)):
         for found, expected in zip(graphs.run(extractor, *inputs), extractor(*inputs)):
             assert torch.equal(found, expected)
-    assert len(graphs) == 2  # with a mask, and without
+    assert len(graphs) == 2  # one with a mask, and one without
 
 
-# Images and masks of any size
+# Images and masks of all sizes
 
 
 @pytest.mark.parametrize("resize", [0, 61, 100, 333])
@@ -125,7 +125,7 @@ def test_of_two_images_that_are_described_together_each_has_its_mask(matcher: Fe
     mask, other = left_third(), np.ascontiguousarray(picture[:, ::-1])
     first, second = matcher.extract_batch([picture, other], [None, mask])
     for found, alone in ((first, matcher.extract(picture)), (second, matcher.extract(other, mask != 0))):
-        # Not one by one: nearly equal scores may change places.
+        # Sorted, because keypoints with nearly equal scores may change places.
         columns = [np.sort(np.asarray(features.keypoints), axis=0) for features in (found, alone)]
         assert np.allclose(*columns, atol=0.01)
     assert under(mask, second.keypoints) == 0 < under(mask, first.keypoints)
@@ -191,7 +191,7 @@ def test_both_cameras_have_a_mask_and_one_given_with_the_images_holds_too(
 def test_no_right_point_is_refined_into_the_mask_or_out_of_the_image(matcher: FeatureMatcher, picture: Image) -> None:
     front_end, columns = FrontEnd(FINE.replace({"mode": "stereo"}), matcher), np.arange(WIDTH)
     right = np.roll(picture, -1, axis=1)
-    stripes = np.where(columns % 6 < 3, 0, 255)[None].repeat(HEIGHT, 0).astype(np.uint8)  # a point has 1.5 pixels to go
+    stripes = np.where(columns % 6 < 3, 0, 255)[None].repeat(HEIGHT, 0).astype(np.uint8)  # a point can move 1.5 pixels
     for stamp in range(3):
         stereo = front_end.register([picture, right], [stamp, stamp], masks=[None, stripes]).stereo
         assert stereo is not None and len(stereo.points) > 10 and under(stripes, stereo.points) == 0
@@ -238,7 +238,7 @@ def test_masks_of_a_time_that_went_back_are_found_though_none_was_found_before()
     assert [masks.take(0, stamp) for stamp in again] == list(range(8))
 
 
-# Poses with a robot's own body in the picture
+# Poses with a robot's own body in the image
 
 
 @pytest.mark.parametrize("part", [0.33, 0.4, 0.55])
@@ -252,7 +252,7 @@ def test_matches_beside_a_masked_body_give_right_poses(part: float) -> None:
 
 @pytest.fixture(scope="module")
 def walk() -> tuple[list[Image], Any]:
-    """Two images on the walk through the courtyard, and the motion between them."""
+    """Two images of the walk through the courtyard, and the motion between them."""
     poses = camera_path(23)[19:23:3]
     views = build_scene(0).film(poses, demo_camera(distorted=False), noise=2.0)
     return [cv2.cvtColor(view.image, cv2.COLOR_RGB2GRAY) for view in views], relative_motion(*poses)

@@ -1,4 +1,4 @@
-"""Matching features that were kept: as two frames would be, or refused with the reason; and frames do not notice."""
+"""Tests that stored features match as two frames do, or are refused with a reason, without an effect on the frames."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def front_end(matcher: FeatureMatcher) -> FrontEnd:
 
 @pytest.fixture(scope="module")
 def images(texture: Callable[..., Image]) -> list[Image]:
-    """Two views of a textured plane, moved by 9 pixels."""
+    """Two views of a textured plane, shifted by 9 pixels."""
     wide = texture(HEIGHT, WIDTH + 20, 4)
     return [np.ascontiguousarray(wide[:, x : x + WIDTH]) for x in (0, 9)]
 
@@ -139,7 +139,7 @@ def test_features_that_cannot_be_used_are_refused_with_the_reason(
 def test_features_that_were_kept_are_matched_after_max_keypoints_is_lowered(
     matcher: FeatureMatcher, features: list[Features]
 ) -> None:
-    """A robot that sheds load keeps its map."""
+    """A robot that lowers its load keeps its map."""
     front_end = FrontEnd(PARAMETERS, matcher)
     before = front_end.match_features(*features)
     front_end.configure(PARAMETERS.replace({"max_keypoints": 50}))
@@ -160,7 +160,7 @@ def test_a_calibration_of_another_size_is_refused(front_end: FrontEnd, features:
 
 
 def request_for(features: list[Features], camera: Camera | None = CAMERA) -> Any:
-    """A request of the service."""
+    """Return a request of the service."""
     arrays = [
         feature_array(frame_of(item, number), PARAMETERS.extractor, new_message) for number, item in enumerate(features)
     ]

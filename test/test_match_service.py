@@ -1,4 +1,4 @@
-"""The service match_features of the node: Python and C++ clients, bad requests, and frames that keep coming."""
+"""Tests of the node's service match_features: Python and C++ clients, bad requests, and continuous frames."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kpmatch_ros.ros.inbox import Inbox
 from kpmatch_ros.srv import MatchFeatures
 from node_harness import NodeUnderTest, running_node
 
-# Frames and requests take turns
+# Frames and requests alternate
 
 
 def taken(inbox: Inbox[str, int], count: int) -> list[str | int | None]:
@@ -41,7 +41,7 @@ def test_under_overload_a_request_waits_for_one_frame_at_most() -> None:
         assert inbox.take() == f"frame {2 * number}"
         inbox.put("overtaken", 1)
         assert inbox.put(f"frame {2 * number + 1}", 1) == 1
-        inbox.ask(number)  # while frames keep coming
+        inbox.ask(number)  # while frames keep arriving
         assert taken(inbox, 2) == [number, f"frame {2 * number + 1}"]
 
 
@@ -103,14 +103,14 @@ def test_what_is_to_be_last_is_gone_where_a_frame_comes_before_it_is_taken_or_th
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeUnderTest]:
-    reliable = {"qos_overrides./image.subscription.reliability": "reliable"}  # best effort, a frame may be lost
+    reliable = {"qos_overrides./image.subscription.reliability": "reliable"}  # with best effort, a frame may be lost
     with running_node(tmp_path_factory.mktemp("node"), queue="latest", **FAST, **reliable) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
 def features(node: NodeUnderTest) -> list[FeatureArray]:
-    """Of two frames."""
+    """Return the features of two frames."""
     node.subscribe(FeatureArray, "features", node.features.append)
     node.wait_until_connected()
     node.wait_for(lambda: node.node.count_subscribers("features"), "the subscription")
@@ -187,7 +187,7 @@ def test_a_cpp_client_gets_the_same(
     read = subprocess.run(
         [str(cpp_programs / "read_message"), "MatchArray"], input=files[2].read_bytes(), capture_output=True
     )
-    assert (read.returncode, read.stderr) == (0, b"")  # it keeps the contract
+    assert (read.returncode, read.stderr) == (0, b"")  # the message keeps the contract
 
     broken = FeatureArray(extractor=features[1].extractor, width=WIDTH, height=HEIGHT, descriptor_size=128)
     files[1].write_bytes(serialize_message(broken))
@@ -233,7 +233,7 @@ def test_requests_of_any_kind_do_no_harm(node: NodeUnderTest, features: list[Fea
 
 
 def answers(node: NodeUnderTest) -> tuple[int, int]:
-    """How many requests the node says that it answered, and how many it refused."""
+    """Return how many requests the node reports as answered and as refused."""
     figures = node.figures()
     return int(figures.get("match_features answered", 0)), int(figures.get("match_features refused", 0))
 
@@ -259,7 +259,7 @@ def test_under_overload_a_call_is_answered_within_two_frames(node: NodeUnderTest
 
 
 def flood(node: NodeUnderTest, second: float) -> bool:
-    """More frames than the node can take."""
+    """Send more frames than the node can process."""
     node.images.publish(image(textured(0), second))
     node.spin(0.005)
     return True

@@ -1,4 +1,4 @@
-"""A pose by each match's own standard deviation."""
+"""Tests of poses with a standard deviation for each match."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TRUTH = Motion(
 
 
 def matches(seed: int, common: float = 0.0, outliers: float = 0.1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Points of both images, a third of them exact, and the standard deviations that are told; ``common`` is not."""
+    """Return points of both images, a third of them exact, and sigmas that do not include the ``common`` error."""
     points0, points1, _ = Scene(outliers=outliers).matches(COUNT, seed)
     sigmas = np.where(np.arange(COUNT) % 3 == 0, EXACT, COARSE)
     random = np.random.default_rng(seed)
@@ -58,11 +58,11 @@ def test_exact_matches_count_for_more_and_the_covariance_says_so() -> None:
         error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error
         for error, pose in zip(errors(weighed), weighed)
     ]
-    assert 3.5 < np.mean(nees) < 6.5  # 5 where the covariance is right
+    assert 3.5 < np.mean(nees) < 6.5  # 5 if the covariance is correct
 
 
 def test_errors_that_standard_deviations_do_not_tell_lose_no_match_and_nothing_of_the_pose() -> None:
-    """As those of a calibration or a rolling shutter: ten times what the exact ones are said to have."""
+    """For example errors of a calibration or a rolling shutter: ten times the stated sigma of the exact points."""
     scenes = [matches(seed, common=0.3) for seed in range(40)]
     weighed = [estimate(*points, sigmas=sigmas) for *points, sigmas in scenes]
     alike = [estimate(*points) for *points, _ in scenes]
@@ -72,27 +72,27 @@ def test_errors_that_standard_deviations_do_not_tell_lose_no_match_and_nothing_o
 
 def test_an_inlier_is_within_the_reprojection_error_whatever_is_said_of_it() -> None:
     points0, points1, sigmas = matches(0, outliers=0.0)
-    points1[:30:3] += (0.0, 0.8)  # exact ones, by what is said of them
+    points1[:30:3] += (0.0, 0.8)  # points that count as exact
     pose = estimate(points0, points1, sigmas=sigmas)
     assert pose.inliers is not None and pose.inliers[:30:3].all()
 
 
 def test_what_is_made_of_standard_deviations_is_the_noise_of_the_residuals() -> None:
-    """Of each match one point errs; Sampson's distance is that of noise in both."""
+    """Only one point of each match has an error, but Sampson's distance assumes noise in both."""
     points0, points1, sigmas = matches(0, outliers=0.0)
     problem = problem_of(points0, points1, sigmas)
     weighed = weigh(problem, TRUTH)
     residuals = np.abs(epipolar_residuals(weighed.matches, TRUTH))
     exact, coarse = (np.median(residuals[sigmas == sigma]) for sigma in (EXACT, COARSE))
-    assert exact == pytest.approx(coarse, rel=0.3)  # in pixels of their own
+    assert exact == pytest.approx(coarse, rel=0.3)  # in scaled pixels
     assert (residuals < weighed.inlier_threshold).mean() > 0.99
     assert weighed.inlier_threshold == pytest.approx(
         COARSE / np.sqrt(2) / 0.3, rel=0.02
-    )  # in those of the middle match
+    )  # in the pixels of the middle match
 
 
 def test_matches_are_as_far_apart_as_before_whatever_they_weigh() -> None:
-    """Errors of neighbours are taken together within 32 pixels."""
+    """Errors of neighbours within 32 pixels are treated as common."""
     problem = problem_of(*matches(0))
     weighed = weigh(problem, TRUTH)
     assert weighed.matches.scales is not None

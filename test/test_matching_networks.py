@@ -1,4 +1,4 @@
-"""Every kind of extractor and matcher behind the one interface: SuperGlue, ALIKED, DISK, XFeat, nearest neighbours."""
+"""Tests of every kind of extractor and matcher through the same interface: SuperGlue, ALIKED, DISK, XFeat, nearest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Image = NDArray[np.uint8]
 
 @pytest.fixture(scope="module")
 def colour(texture: Any) -> Image:
-    """An RGB image whose channels differ."""
+    """An RGB image with different channels."""
     return np.dstack([texture(96, 128, seed) for seed in (4, 5, 6)])
 
 
@@ -35,12 +35,12 @@ def same(first: Features, second: Features) -> bool:
 
 
 def same_matches(found: Matches, expected: Matches) -> bool:
-    """The same pairs with the same scores, but for rounding."""
+    """Check for the same pairs with the same scores, except for rounding."""
     return torch.equal(found.indices, expected.indices) and torch.allclose(found.scores, expected.scores, atol=1e-4)
 
 
 def two_views(texture: Any) -> tuple[Image, Image]:
-    """The second 16 pixels further right and 8 further down."""
+    """Two views, the second shifted by 16 pixels to the right and 8 down."""
     picture = texture(104, 144, 7)
     return picture[:96, :128], picture[8:, 16:]
 
@@ -54,7 +54,7 @@ def test_superglue_matches_cached_features_as_lightglue_does(random_folder: Call
     assert matches.layers == 4
     moved = features[0].keypoints[matches.indices[:, 0]] - features[1].keypoints[matches.indices[:, 1]]
     assert ((moved - torch.tensor([16.0, 8.0])).norm(dim=1) < 2).sum() > 20
-    # The detection scores have their say in SuperGlue.
+    # SuperGlue uses the detection scores.
     other = replace(features[0], scores=features[0].scores.flip(0))
     assert not same_matches(matcher.match(other, features[1]), matches)
     strict = matcher.parameters.replace({"filter_threshold": float(matches.scores.median())})
@@ -64,7 +64,7 @@ def test_superglue_matches_cached_features_as_lightglue_does(random_folder: Call
 
 @pytest.fixture(scope="module")
 def colour_extractor(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """colour_extractor(name): a folder with a random ALIKED, DISK or XFeat."""
+    """colour_extractor(name) returns a folder with a random ALIKED, DISK or XFeat."""
 
     def make(name: str) -> Path:
         torch.manual_seed(0)
@@ -147,7 +147,7 @@ def test_pairs_match_as_a_batch_as_each_alone(random_folder: Callable[..., Path]
     for pair, matches in zip(pairs, found, strict=True):
         alone = matcher.match(*pair)
         assert same_matches(matches, alone)
-        assert matches.layers == alone.layers  # 0 where an image has no keypoint
+        assert matches.layers == alone.layers  # 0 if an image has no keypoint
         assert torch.equal(matches.assignment.layers0, alone.assignment.layers0)
         assert [tensor.shape for tensor in matches.assignment] == [tensor.shape for tensor in alone.assignment]
     assert len(found[0]) > 20 and len(found[2]) == 0

@@ -1,4 +1,4 @@
-"""What is started, remapped or mixed wrongly: the real node over DDS says so, or bears it."""
+"""Tests that the real node reports or tolerates nodes that are started, remapped or mixed wrongly."""
 
 from __future__ import annotations
 

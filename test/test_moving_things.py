@@ -1,4 +1,4 @@
-"""What moves by itself before the camera is not taken for the camera's own motion."""
+"""Tests that the motion of an object in the image is not taken for the camera's motion."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def estimate(points0: np.ndarray, points1: np.ndarray) -> RelativePose:
 
 
 def turn_squared(pose: RelativePose, truth: np.ndarray) -> float:
-    """The squared error of the rotation over its covariance: 3 in the mean."""
+    """Return the squared error of the rotation in units of its covariance, with mean 3."""
     error = cv2.Rodrigues(truth @ pose.rotation.T)[0].ravel()
     return float(error @ np.linalg.solve(pose.covariance[3:, 3:], error))
 
@@ -70,11 +70,11 @@ def test_a_rotation_is_that_of_the_scene_and_not_one_between_the_scene_and_a_thi
         random = np.random.default_rng(seed)
         middle, angle = random.uniform((130, 100), (510, 380)), random.uniform(0, 2 * math.pi)
         thing = np.argsort(np.linalg.norm(points0 - middle, axis=1))[:100]
-        points1[thing] += 1.5 * np.array([math.cos(angle), math.sin(angle)])  # a rotation in between is near to all
+        points1[thing] += 1.5 * np.array([math.cos(angle), math.sin(angle)])  # a rotation in between fits all nearly
         pose = estimate(points0, points1)
         assert pose.status is PoseStatus.NO_TRANSLATION
         errors.append(math.degrees(np.linalg.norm(cv2.Rodrigues(truth @ pose.rotation.T)[0])))
-    assert max(errors) < 0.008  # 0.07 pixels; the one in between is up to 0.02 degrees off
+    assert max(errors) < 0.008  # 0.07 pixels; the rotation in between is up to 0.02 degrees off
 
 
 def test_few_matches_on_a_thing_are_rarely_taken_for_a_near_one() -> None:
@@ -89,7 +89,7 @@ def test_few_matches_on_a_thing_are_rarely_taken_for_a_near_one() -> None:
         points1[thing] += 4 * np.array([math.cos(angle), math.sin(angle)])
         pose = estimate_relative_pose(points0, points1, camera, camera, keypoint_resolution=1 / 32)
         moved += pose.status is PoseStatus.OK
-    assert moved <= 10  # 20 where the rotation is one between the two
+    assert moved <= 10  # 20 if the rotation is one between the two
 
 
 def test_a_camera_that_moves_does_so_whatever_else_moves() -> None:
@@ -104,7 +104,7 @@ def test_a_camera_that_moves_does_so_whatever_else_moves() -> None:
 
 def test_one_near_thing_before_a_far_background_may_be_what_moves() -> None:
     near = Scene(depth=(2.0, 4.0), noise=0.3)
-    far = Scene(depth=(60.0, 60.1), noise=0.3)  # moves by two pixels, alike everywhere: as a rotation by 0.25 degrees
+    far = Scene(depth=(60.0, 60.1), noise=0.3)  # moves by two pixels everywhere, like a rotation by 0.25 degrees
     truth = cv2.Rodrigues(np.array(far.rotation))[0]
     statuses = []
     for seed in range(10):
@@ -115,7 +115,7 @@ def test_one_near_thing_before_a_far_background_may_be_what_moves() -> None:
         statuses.append(pose.status)
         assert turn_squared(pose, truth) < 20
     assert statuses.count(PoseStatus.NO_TRANSLATION) >= 5
-    assert set(statuses) <= {PoseStatus.OK, PoseStatus.NO_TRANSLATION}  # and the covariance covers both
+    assert set(statuses) <= {PoseStatus.OK, PoseStatus.NO_TRANSLATION}  # the covariance covers both
 
 
 def test_what_has_most_of_the_matches_is_the_scene() -> None:
@@ -154,7 +154,7 @@ def test_few_matches_of_small_images_tell_a_translation_by_how_near_they_are_to_
     squares = [
         error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error for pose, error in zip(sure, errors)
     ]
-    assert np.mean(squares) < 6.5  # 5 is right
+    assert np.mean(squares) < 6.5  # 5 is correct
 
 
 def test_few_matches_that_are_wrong_by_a_few_pixels_are_no_translation() -> None:

@@ -1,7 +1,7 @@
-"""Files damaged at random: `kpmatch` ends with status 0, or 2 and one line, never with a traceback.
+"""Tests with randomly damaged files: `kpmatch` ends with status 0, or with 2 and one line, but never with a traceback.
 
-MUTATIONS files of bags, images, calibrations and parameters are damaged, in every run the same ones. The variable
-KPMATCH_MUTATIONS names a larger number: 2,000 take some two minutes.
+Every run damages the same MUTATIONS files of bags, images, calibrations and parameters. KPMATCH_MUTATIONS sets a larger
+number; 2,000 take about two minutes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MUTATIONS = int(os.environ.get("KPMATCH_MUTATIONS", "270"))
 KINDS = ("mcap", "sqlite3", "metadata", "png", "jpeg", "webp", "tiff", "calibration", "parameters")
 SIZE = (48, 32)
 CONFIGURATION = Path(__file__).resolve().parents[1] / "config" / "matcher.yaml"
-# What makes parsers stumble: in place of bytes, and in place of values in text.
+# Replacements that often break parsers: for bytes, and for values in text.
 BYTES = [
     b"\0",
     b"\xff",
@@ -64,7 +64,7 @@ VALUES = [
 
 
 def mutated(content: bytes, random: np.random.Generator, text: bool) -> bytes:
-    """Content with one to four things changed: bytes flipped, cut, doubled, swapped or replaced; values in text."""
+    """Return the content with one to four changes: bytes flipped, cut, doubled, swapped or replaced; values in text."""
     for _ in range(int(random.integers(1, 5))):
         kind = int(random.integers(0, 9 if text else 6))
         at, other = sorted(int(place) for place in random.integers(0, len(content) + 1, 2))
@@ -100,7 +100,7 @@ def pictures() -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Whole files of every kind."""
+    """A folder with valid files of every kind."""
     folder = tmp_path_factory.mktemp("seeds")
     for storage in ("mcap", "sqlite3"):
         with BagWriter(folder / storage, storage) as bag:  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Changing:
-    """Writes a damaged file of a kind and gives the words of a command that reads it."""
+    """Writes a damaged file of some kind, and returns the arguments of a command that reads it."""
 
     def __init__(self, seeds: Path, work: Path) -> None:
         self.seeds, self.work = seeds, work
@@ -136,7 +136,7 @@ class Changing:
         if kind == "parameters":
             file = self.work / "params.yaml"
             file.write_bytes(mutated((self.seeds / "params.yaml").read_bytes(), random, True))
-            # What the file says of the networks and their size is overridden: this is about reading it.
+            # Overrides the file's choice of networks and image size, because this tests only the reading.
             return ["bag", self.seeds / "mcap", self.work / "out", "--params", file, *QUICK, "--extractor",
                     "superpoint-open", "--mode", "mono", "--resize", "0"]  # fmt: skip
         file = self.work / f"picture.{kind}"
@@ -144,7 +144,7 @@ class Changing:
         return ["match", file, self.seeds / "picture.png", *QUICK, "--json"]
 
     def calibrated_at_random(self, random: np.random.Generator) -> Path:
-        """A bag whose calibration holds numbers that nobody calibrates."""
+        """Return a bag whose calibration contains impossible numbers."""
         numbers = [0.0, 1.0, -1.0, 1e300, -1e-300, float("nan"), float("inf"), -0.3, 0.1, 48.0]
         models = ["plumb_bob", "rational_polynomial", "equidistant", "fisheye", "none", "", "ß"]
         with BagWriter(self.work / "bag") as bag:
@@ -171,8 +171,8 @@ class Changing:
 def test_no_damaged_file_ends_a_command_with_a_traceback(
     kpmatch: Run, seeds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("KPMATCH_TRACEBACK", "1")  # what would be one line for the user is an exception here
-    # One set of networks for all runs: loading them and warming them up takes most of a run's time.
+    monkeypatch.setenv("KPMATCH_TRACEBACK", "1")  # errors of one line become exceptions
+    # All runs share one set of networks, because loading and warming up would take most of the time.
     parameters = Parameters(device="cpu", precision="float32", matcher="nearest", max_keypoints=256)
     networks = feature_matcher.FeatureMatcher(parameters)
     monkeypatch.setattr(networks, "warm_up", lambda: None)
@@ -191,13 +191,13 @@ def test_no_damaged_file_ends_a_command_with_a_traceback(
         assert status in (0, 2), f"mutation {number} of kind {kind}: {err}"
         assert "Traceback" not in err
         if status == 2:
-            lines = err.splitlines()  # warnings, such as of a parameter that does not exist, and the reason
+            lines = err.splitlines()  # warnings, for example of unknown parameters, and the reason
             assert lines and all(line.startswith("kpmatch ") for line in lines), f"mutation {number} of {kind}: {err}"
             assert not (work / "out").exists()
         ends[kind, status] += 1
         shutil.rmtree(work)
     print(dict(ends))
-    # Mutations that all end one way would test little.
+    # If all mutations ended in the same way, the test would prove little.
     for status in (0, 2):
         assert sum(count for (_, end), count in ends.items() if end == status) > MUTATIONS / 20, ends
 

@@ -1,4 +1,4 @@
-"""A narrow LightGlue made of a wide one says what the wide one says, as far as its channels hold it."""
+"""Tests that a narrow LightGlue made from a wide one gives the same result, as far as its channels allow."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def wide(randomise_lightglue: Any) -> LightGlue:
 
 
 def batch(seed: int) -> lightglue_loss.Batch:
-    """Two pairs of 200 points: those of the second image lie and look nearly as those of the first."""
+    """Return two pairs of 200 points. Positions and descriptors of the second image are similar to the first's."""
     draw = torch.Generator().manual_seed(seed)
     points = torch.rand(2, 200, 2, generator=draw) * 100
     descriptors = nn.functional.normalize(torch.randn(2, 200, 32, generator=draw), dim=-1)
@@ -65,7 +65,7 @@ def test_one_as_wide_as_descriptors_begins_with_them_and_says_nearly_the_same(wi
     seen = batch(2)
     states, wide_states = (lightglue_loss.encoded(model, seen)[0].x for model in (made.model, wide))
     assert torch.equal(states, seen.descriptors[0])
-    # The descriptors' weakest directions, beside which the wide one's layers have stronger ones, are given up.
+    # The descriptors' weakest directions are dropped if the wide network's layers have stronger ones.
     assert (made.coordinates.of(wide_states) - states).norm() < 0.25 * states.norm()
     theirs, ours = (lightglue_loss.opinion(model, seen).matches.float() for model in (wide, made.model))
     same = theirs.argmax(dim=2) == ours.argmax(dim=2)
@@ -104,7 +104,7 @@ def test_what_is_kept_is_not_taken_for_another_width_or_for_that_of_another_teac
     with pytest.raises(ValueError, match=r"narrow\.pt has 32 channels of another teacher"):
         load_narrow(file, wide, 32, torch.device("cpu"))
     state = torch.load(file, weights_only=True)
-    del state["wide"]  # as before teachers were noted
+    del state["wide"]  # as in old files, which do not name the teacher
     torch.save(state, file)
     assert load_narrow(file, wide, 32, torch.device("cpu")).model.config["descriptor_dim"] == 32
 

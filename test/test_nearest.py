@@ -1,4 +1,4 @@
-"""Mutual nearest neighbours are those that a search through all pairs finds."""
+"""Tests that mutual nearest neighbours agree with a search through all pairs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def unit_vectors(count: int, seed: int, size: int = 16) -> Tensor:
 
 
 def descriptors(count0: int, count1: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Many descriptors of image 1 are disturbed ones of image 0, in another order."""
+    """Return descriptors. Many of image 1 are disturbed versions of those of image 0, in another order."""
     first = unit_vectors(count0, seed)
     noise = torch.cat([unit_vectors(count0, seed + 1), unit_vectors(count1, seed + 2)])
     second = torch.nn.functional.normalize(torch.cat([first, torch.zeros(count1, 16)]) + 0.7 * noise, dim=-1)[:count1]
@@ -28,7 +28,7 @@ def descriptors(count0: int, count1: int, seed: int = 0) -> tuple[Tensor, Tensor
 def match(
     model: NearestNeighbour, first: Tensor, second: Tensor, mask0: Tensor | None = None, mask1: Tensor | None = None
 ) -> Assignment:
-    """Descriptors (N0, D) and (N1, D), or batches of them."""
+    """Return descriptors (N0, D) and (N1, D), or batches of them."""
     if first.ndim == 2:
         first, second = first[None], second[None]
     size = torch.tensor([[640, 480]]).expand(len(first), 2)
@@ -41,7 +41,7 @@ def match(
 def brute_force(
     first: NDArray[np.float32], second: NDArray[np.float32], ratio: float, threshold: float
 ) -> tuple[list[int], list[float]]:
-    """For each row of ``first`` its match and score, by plain loops over Euclidean distances."""
+    """Return match and score for each row of ``first``, by plain loops over Euclidean distances."""
 
     def nearest(vector: NDArray[np.float32], others: NDArray[np.float32]) -> tuple[int, bool]:
         distances = np.linalg.norm(others - vector, axis=1)
@@ -104,7 +104,7 @@ def test_equal_descriptors_score_one_and_opposite_ones_never_match() -> None:
 def test_pairs_of_a_batch_match_as_each_alone(ratio: float) -> None:
     pairs = [descriptors(*counts, seed=counts[0]) for counts in [(30, 20), (1, 25), (25, 1), (4, 30), (1, 1)]]
     first, second = (torch.nn.utils.rnn.pad_sequence(list(each), batch_first=True) for each in zip(*pairs))
-    # What padding holds must not matter: here it is what matches best.
+    # The content of padding must not matter. Here it would be the best match.
     mask0, mask1 = (each.abs().sum(-1) > 0 for each in (first, second))
     best = first[0, 0].clone()
     first[~mask0], second[~mask1] = best, best

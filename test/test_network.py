@@ -1,4 +1,4 @@
-"""A network interface goes away and returns, under a node that runs: in a network of its own, of one interface."""
+"""Tests that the node survives when a network interface goes down and up, in a network namespace with one interface."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_node_goes_on_once_the_network_is_back(tmp_path: Path) -> None:
         subprocess.run([*ALONE, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("this system lends no network of one's own (unshare)")
-    environment = {**os.environ, "FASTDDS_BUILTIN_TRANSPORTS": "UDPv4"}  # shared memory would not notice
+    environment = {**os.environ, "FASTDDS_BUILTIN_TRANSPORTS": "UDPv4"}  # shared memory would not notice it
     command = [*ALONE, sys.executable, __file__, str(tmp_path)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -30,7 +30,7 @@ def test_a_node_goes_on_once_the_network_is_back(tmp_path: Path) -> None:
 
 
 def switch(on: bool) -> None:
-    """The loopback interface up or down."""
+    """Switch the loopback interface up or down."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         request = struct.pack("16sH14x", b"lo", 0)
         flags = struct.unpack("16sH14x", fcntl.ioctl(control, GET_FLAGS, request))[1]
@@ -55,7 +55,7 @@ def main(folder: Path) -> None:
         return bool(node.matches)
 
     switch(True)
-    # With LOCALHOST, rmw_fastrtps takes shared memory too, whatever the environment says.
+    # With LOCALHOST, rmw_fastrtps uses shared memory regardless of the environment variable.
     parameters = {"profile": "fast", "matcher": "nearest", "max_keypoints": 60, "max_gap": 1e6}
     with running_node(folder, calibrated=False, discovery_range="SUBNET", **parameters) as node:
         node.wait_for(lambda: send(node), "a pair", timeout=120)

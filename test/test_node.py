@@ -1,4 +1,4 @@
-"""The node as a robot sees it: its own process, real DDS, good input and bad."""
+"""Tests of the node as a robot sees it: in its own process, over real DDS, with good and bad input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FAST = {"profile": "fast", "max_keypoints": 256}
 
 
 def textured(shift: int = 0) -> np.ndarray:
-    """A picture full of corners, moved to the left by ``shift`` pixels."""
+    """Return a picture full of corners, shifted to the left by ``shift`` pixels."""
     rng = np.random.default_rng(7)
     picture = np.full((HEIGHT, WIDTH + 200), 128, np.uint8)
     for _ in range(400):
@@ -42,7 +42,7 @@ def textured(shift: int = 0) -> np.ndarray:
 
 
 def image(pixels: np.ndarray, seconds: float, encoding: str = "mono8") -> Image:
-    """An image message as a camera driver fills it."""
+    """Return an image message as a camera driver fills it."""
     message = Image(encoding=encoding, height=pixels.shape[0], width=pixels.shape[1])
     message.step = pixels.strides[0]
     message.data = pixels.tobytes()
@@ -65,7 +65,7 @@ def calibration(seconds: float, focal: float = 300.0) -> CameraInfo:
 
 
 def send_frames(node: NodeUnderTest, count: int, start: float = 100.0, calibrated: bool = True) -> None:
-    """A camera that looks at a wall and moves sideways, 4 pixels a frame."""
+    """Send the images of a camera that moves sideways along a wall, by 4 pixels per frame."""
     for i in range(count):
         seconds = start + 0.1 * i
         node.send(image(textured(4 * i), seconds), calibration(seconds) if calibrated else None)
@@ -115,7 +115,7 @@ def test_every_pair_of_frames_gives_one_match_array_and_one_pose(tmp_path: Path)
             assert len(set(matches.track_ids)) == len(matches.sigmas) == count
             assert 1 <= matches.layers <= 9
             assert (matches.extractor, matches.matcher) == ("superpoint-open", "lightglue-superpoint-open")
-            # What was published as features of a frame is what the next pair refers to: nothing was described twice.
+            # The next pair refers to the published features of a frame, so features are extracted only once.
             for own, points, indices in (
                 (features[i], matches.reference_points, matches.reference_indices),
                 (features[i + 1], matches.points, matches.indices),
@@ -138,7 +138,7 @@ def test_every_pair_of_frames_gives_one_match_array_and_one_pose(tmp_path: Path)
                 if track in survivors
             ]
         )
-        # But for a wrong match now and then, which a track follows.
+        # Except for occasional wrong matches, which a track follows.
         assert (np.abs(moved + 16) < 6).mean() > 0.95, "a track is the same point of the scene throughout"
         assert node.stop() == 0
 
@@ -147,7 +147,7 @@ def test_superglue_serves_as_the_matcher_too(tmp_path: Path, random_folder: Call
     folder = str(random_folder(superglue={}))
     with running_node(tmp_path, calibrated=False, extractor=folder, matcher=folder, **FAST) as node:
         node.wait_until_connected()
-        for i in range(3):  # whole cells further, as random weights see no others alike
+        for i in range(3):  # by whole cells, because random weights match nothing else
             node.send(image(textured(16 * i), 100.0 + i))
         node.wait_for(lambda: len(node.matches) == 2, "two pairs")
         for matches in node.matches:
@@ -179,7 +179,7 @@ def test_bad_input_is_counted_named_and_followed_by_good_frames(tmp_path: Path) 
         send_frames(node, 3, start=60.1)
         node.wait_for(lambda: len(node.poses) == 3, "the good frames")
         assert node.poses[0].status == RelativePose.NO_CALIBRATION, "the reference had no calibration"
-        # A wall, which is a plane, seen through 4 pixels of motion: how the camera moved is not for this test to say.
+        # For 4 pixels of motion and a planar wall, this test makes no assumption about the pose.
         known = (RelativePose.OK, RelativePose.NO_TRANSLATION, RelativePose.AMBIGUOUS)
         assert all(pose.status in known for pose in node.poses[1:])
         figures = node.wait_for_figure("frames processed", "4")
@@ -248,14 +248,14 @@ def test_reset_a_jump_back_and_a_long_gap_begin_the_tracks_anew(tmp_path: Path) 
 
 
 def test_only_the_newest_frame_is_processed_unless_all_are_wanted(tmp_path: Path) -> None:
-    # Reliably, so that what does not come out was dropped by the node and not on the way.
+    # Reliable, so that missing frames were dropped by the node and not during transport.
     reliable = {"qos_overrides./image.subscription.reliability": "reliable"}
     with running_node(tmp_path, queue="latest", **reliable, **FAST) as node:
         node.wait_until_connected()
         views = [image(textured(i), 10.0) for i in range(60)]
         newest = 10.0
 
-        def dropped() -> bool:  # a node that was held up finds only the newest on the topic, and has nothing to drop
+        def dropped() -> bool:  # a node that was delayed finds only the newest image and drops nothing
             nonlocal newest
             for view in views:
                 newest += 0.01
@@ -282,7 +282,7 @@ def test_a_node_that_is_too_slow_for_max_gap_says_why_it_has_no_poses(tmp_path: 
         seconds = itertools.count(10.0, 0.1)
 
         def said() -> bool:
-            for _ in range(5):  # at once: a fast machine keeps up with frames that come one by one
+            for _ in range(5):  # all at once, because a fast machine keeps up with single frames
                 node.send(image(textured(), next(seconds)))
             node.spin(0.05)
             return "more than max_gap, and frames that came meanwhile were dropped" in node.message()
@@ -293,7 +293,7 @@ def test_a_node_that_is_too_slow_for_max_gap_says_why_it_has_no_poses(tmp_path: 
 
 
 def test_frames_that_wait_have_only_so_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "bin" / "matcher"  # in place of the real one, with room for five images
+    program = tmp_path / "bin" / "matcher"  # replaces the real program, with room for five images
     program.parent.mkdir()
     program.write_text(
         f"#!{sys.executable}\nimport sys\nfrom kpmatch_ros.process import configure_process\nconfigure_process()\n"
@@ -303,7 +303,7 @@ def test_frames_that_wait_have_only_so_many_bytes(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     with running_node(tmp_path, queue="all", fork=False, **FAST) as node:
         node.wait_until_connected()
-        for number in range(20):  # the first waits for a calibration, the others for it
+        for number in range(20):  # the first frame waits for a calibration, and the others wait for the first
             node.send(image(textured(number), 10.0 + 0.05 * number))
         node.wait_for(lambda: "dropped though queue is all" in node.message(), "the dropped frames to be named")
         assert "Play the bag slower" in node.message() and "queue to latest" in node.message()
@@ -447,7 +447,7 @@ def test_simulated_time_that_stands_still_stops_nothing(tmp_path: Path) -> None:
 
 
 def test_a_frame_that_needs_more_memory_than_there_is_is_given_up_and_the_next_one_matched(tmp_path: Path) -> None:
-    with running_node(tmp_path, max_keypoints=256) as node:  # the fast networks get by with what is left
+    with running_node(tmp_path, max_keypoints=256) as node:  # the memory left would suffice for the fast networks
         node.wait_until_connected()
         send_frames(node, 2)
         node.wait_for(lambda: len(node.matches) == 1, "a pair")

@@ -1,4 +1,4 @@
-"""How the matcher's process ends where it cannot start: a supervisor must not take a silent node for a living one."""
+"""Tests that the matcher's process ends if it cannot start, so that a supervisor notices."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_what_stands_before_ros_args_is_not_taken_in_silence(words: list[str], s
 
 
 def test_a_node_that_may_not_write_a_log_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ROS_LOG_DIR", "/proc/log")  # where not even root makes a folder
+    monkeypatch.setenv("ROS_LOG_DIR", "/proc/log")  # a place where not even root can create a folder
     done = ended(monkeypatch)
     assert done.returncode == 1 and "with these arguments" not in done.stderr
     assert "/proc/log" in done.stderr and "set ROS_LOG_DIR to a folder that" in done.stderr
@@ -93,7 +93,7 @@ def test_a_node_that_may_not_write_a_log_says_what_to_set(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("domain", ["233", "4294967296"])
 def test_a_domain_that_dds_does_not_have_is_named_in_a_line(domain: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fast DDS ends the process, with its own words, when the first node is made."""
+    """Fast DDS ends the process with its own text when the first node is created."""
     monkeypatch.setenv("ROS_DOMAIN_ID", domain)
     done = subprocess.run([sys.executable, MATCHER], capture_output=True, text=True, timeout=120)
     said = f"matcher: ROS_DOMAIN_ID is {domain}, and rmw_fastrtps_cpp has domains 0 to 232; set it to one of these\n"
@@ -107,14 +107,14 @@ def test_a_middleware_without_dds_has_any_domain() -> None:
 
 def test_a_signal_that_shuts_ros_down_at_the_same_time_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     def race(context: rclpy.Context) -> None:
-        monkeypatch.undo()  # it happens once
-        context.shutdown()  # as rclpy's thread that hears of signals does
+        monkeypatch.undo()  # only once
+        context.shutdown()  # as rclpy's signal thread does
         context.shutdown()
 
     with domain_id() as domain:
         context = rclpy.Context()
         rclpy.init(context=context, domain_id=domain)
-        with pytest.raises(RuntimeError):  # of Jazzy an RCLError
+        with pytest.raises(RuntimeError):  # RCLError in Jazzy
             race(context)
         monkeypatch.setattr(rclpy.Context, "try_shutdown", race)
         rclpy.init(domain_id=domain)
@@ -186,7 +186,7 @@ def test_a_transition_that_a_signal_breaks_into_is_no_fault(capfd: pytest.Captur
 
 @pytest.mark.parametrize("while_loading", [True, False])
 def test_ctrl_c_twice_before_ros_listens_ends_the_node_without_a_fuss(while_loading: bool, tmp_path: Path) -> None:
-    package = tmp_path / "kpmatch_ros"  # in place of the real one: the first Ctrl-C comes in it, the second at the end
+    package = tmp_path / "kpmatch_ros"  # replaces the real one: the first Ctrl-C comes in it, the second at the end
     (package / "ros").mkdir(parents=True)
     again = "import atexit, os, signal\natexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
     stopped = "    raise KeyboardInterrupt\n"
@@ -201,7 +201,7 @@ def test_ctrl_c_twice_before_ros_listens_ends_the_node_without_a_fuss(while_load
 
 
 def ended(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The node's process, which cannot start with these arguments of ROS."""
+    """Run the node's process with ROS arguments with which it cannot start."""
     with domain_id() as domain:
         monkeypatch.setenv("ROS_DOMAIN_ID", str(domain))
         return subprocess.run(

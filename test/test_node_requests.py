@@ -1,4 +1,4 @@
-"""Requests that the node's services must refuse, and outlive: the real node over DDS."""
+"""Tests of requests that the node's services must refuse and survive, with the real node over DDS."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MANY = 20_000
 
 
 def ask(node: NodeUnderTest, kind: type, name: str, request: Any) -> Any:
-    """The answer of one of the node's services."""
+    """Return the answer of one of the node's services."""
     return node.call(kind, f"matcher/{name}", request)
 
 
@@ -42,7 +42,7 @@ def typed(name: str, kind: int) -> ParameterMessage:
 def test_a_transition_that_is_not_allowed_is_refused_by_id_as_by_label(tmp_path: Path) -> None:
     with running_node(tmp_path, matcher="nearest", **SMALL) as node:
         node.wait_until_connected()
-        for number in (1, 2, 3, 10, 50, 99, 255):  # configure, cleanup and activate are other states' transitions
+        for number in (1, 2, 3, 10, 50, 99, 255):  # configure, cleanup and activate are transitions of other states
             request = ChangeState.Request()
             request.transition.id = number
             assert not ask(node, ChangeState, "change_state", request).success
@@ -71,7 +71,7 @@ def test_parameters_of_unknown_types_and_endless_lists_are_refused(tmp_path: Pat
         request = SetParameters.Request(parameters=[typed("threads", 0), typed("no_such", 2)])
         results = ask(node, SetParameters, "set_parameters", request).results
         assert [result.successful for result in results] == [False, False]
-        # A name that is none is said, with the nearest.
+        # The refusal of an unknown name suggests the most similar one.
         parameters = [good, Parameter("max_keypoint", value=5).to_parameter_msg()]
         request = SetParameters.Request(parameters=parameters)
         results = ask(node, SetParameters, "set_parameters", request).results
@@ -81,7 +81,7 @@ def test_parameters_of_unknown_types_and_endless_lists_are_refused(tmp_path: Pat
         result = ask(node, SetParametersAtomically, "set_parameters_atomically", request).result
         assert not result.successful and "'max_keypoint', did you mean max_keypoints?" in result.reason
 
-        # An endless list is refused before its entries are looked at: rclpy takes 0.1 ms and more for each.
+        # A very long list is refused before its entries are processed: rclpy takes at least 0.1 ms for each.
         names, entries = ["threads"] * MANY, [good] * MANY
         request = SetParameters.Request(parameters=entries)
         results = ask(node, SetParameters, "set_parameters", request).results

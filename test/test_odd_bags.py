@@ -1,4 +1,4 @@
-"""Bags with something odd in them: `kpmatch bag` uses what is good, and says what it left out."""
+"""Tests of unusual bags: `kpmatch bag` uses everything valid, and reports what it left out."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def frames(texture: Any) -> list[Any]:
 
 
 def write(path: Path, *records: tuple[str, str, int, Any]) -> Path:
-    """A bag of records: topic, type, time, and message or its bytes."""
+    """Write a bag of records: topic, type, time, and message or its bytes."""
     connections: dict[tuple[str, str], Any] = {}
     with Writer(path, version=8, storage_plugin=StoragePlugin.MCAP) as writer:
         for topic, kind, stamp, message in records:
@@ -216,7 +216,7 @@ def write_frames(frames: list[Any], path: Path) -> None:
 def test_what_is_no_file_is_not_replaced_by_one(frames: list[Any], tmp_path: Path, kpmatch: Run, option: str) -> None:
     write_frames(frames, tmp_path / "in")
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "link").symlink_to(tmp_path / "pipe")  # as /dev/stdout is a link to one
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")  # as /dev/stdout links to a pipe
     for name in ("pipe", "link"):
         line = refused(kpmatch("bag", tmp_path / "in", tmp_path / "out", option, tmp_path / name, *QUICK))
         assert f"{tmp_path / name}: is a device or a pipe" in line

@@ -1,4 +1,4 @@
-"""Chained poses: where the camera is, an uncertainty that grows as the errors do, and breaks that show."""
+"""Tests of chained poses: the camera's pose, a covariance that grows like the errors, and visible breaks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kpmatch_ros.odometry import Odometry, OdometryPose, compose
 
 TURN, STEP = np.array([0.02, -0.3, 0.01]), np.array([0.1, 0.02, 0.5])
 SPREAD = np.diag([0.01, 0.02, 0.03, 0.004, 0.006, 0.002])
-SPREAD[0, 4] = 0.003  # position and rotation of a step depend on one another
+SPREAD[0, 4] = 0.003  # position and rotation of a step are correlated
 
 
 def step(translation: np.ndarray = STEP, turn: np.ndarray = TURN, status: PoseStatus = PoseStatus.OK) -> RelativePose:
@@ -77,9 +77,9 @@ def test_the_uncertainty_grows_also_while_standing() -> None:
 
 
 def chain(scene: Scene, steps: int = 25) -> tuple[list[PoseStatus], OdometryPose]:
-    """A stereo pair of cameras that moves alike from each frame to the next one.
+    """Chain the poses of a stereo pair that has the same motion in every step.
 
-    Wherever odometry is, the poses of a replay are there too, but for the axes of their frame.
+    Wherever odometry has a pose, a replay has the same one, except for the axes of the frame.
     """
     odometry, trajectory, statuses = Odometry(), Trajectory(), []
     for i in range(1, steps + 1):
@@ -113,7 +113,7 @@ def test_a_camera_that_stands_keeps_its_place() -> None:
 
 
 def test_what_was_unseen_turns_with_the_camera_and_a_twist_shows_its_own_step() -> None:
-    """The camera creeps unseen, walks on for a metre, and creeps on until it shows."""
+    """The camera moves slowly and undetected, then by a metre, and then slowly until the motion is detected."""
     still, creep = np.eye(3), np.array([0.0, 0.0, 0.004])
     spread = np.diag([1e-6] * 3 + [1e-8] * 3)
     unseen = RelativePose(
@@ -131,7 +131,7 @@ def test_what_was_unseen_turns_with_the_camera_and_a_twist_shows_its_own_step() 
     assert first is not None and second is not None and third is not None and third.twist is not None
     assert not first.position.any()
     np.testing.assert_allclose(second.position, [0, -1, 0])
-    # The turn by 1e-4 about the camera's y axis before the walk puts the walk's end 0.1 mm back.
+    # The rotation by 1e-4 about the camera's y axis before the large motion moves its end back by 0.1 mm.
     np.testing.assert_allclose(third.position, [0.006 - 1e-4, -1, 0], atol=1e-8)
     np.testing.assert_allclose(third.twist.velocity, [*creep, 0, 1e-4, 0], atol=1e-6)
     assert np.trace(third.covariance) > np.trace(second.covariance)
@@ -139,7 +139,7 @@ def test_what_was_unseen_turns_with_the_camera_and_a_twist_shows_its_own_step() 
 
 @pytest.mark.parametrize(("metric", "breaks", "steps"), [(False, 0, 4), (True, 1, 3)])
 def test_one_cameras_chain_goes_on_by_the_likelier_motion_and_says_so(metric: bool, breaks: int, steps: int) -> None:
-    """A frame that is AMBIGUOUS is the next one's reference. Of a stereo pair it is none, unless it is the second."""
+    """A frame that is AMBIGUOUS becomes the next reference. For a stereo pair this is so only for a second one."""
     stream, turn = io.StringIO(), np.array([0, np.radians(10), 0])
     trajectory = Trajectory(stream)
     trajectory.add(pair(0, 1).reference, None)
@@ -171,7 +171,7 @@ def test_tracks_that_begin_again_break_no_chain_of_frames_that_are_known() -> No
 
 
 def test_twists_of_a_creeping_camera_average_to_its_velocity() -> None:
-    """Each by itself may be zero; together they tell, with the covariances that they say."""
+    """Each twist may be zero within its covariance, but their average is not."""
     moved, odometry, twists = np.array([0, 0, 0.2e-3]), Odometry(), []
     scene = Scene(rotation=(0, 0, 0), translation=tuple(moved), noise=0.1)
     for i in range(1, 61):
@@ -226,11 +226,11 @@ def test_there_is_a_pose_where_two_motions_are_alike_but_none_to_chain() -> None
 
 
 def test_the_twist_is_the_motion_since_the_frame_before_also_with_a_keyframe() -> None:
-    """Half a metre forward and 0.3 rad about y a frame, ten frames a second; in the camera's own frame."""
+    """0.5 m forward and 0.3 rad about y per frame, at ten frames per second, in the camera's own frame."""
 
     def at(reference: int, current: int, count: int) -> Any:
         turn = np.array([0, 0.03 * count, 0])
-        # The steps of a screw along its own axes: every frame moves alike, seen from itself.
+        # The steps of a screw motion along its own axes: the relative motion is the same for all frames.
         moved, rotation = np.zeros(3), np.eye(3)
         for _ in range(count):
             moved = moved + rotation @ np.array([0, 0, 0.5])
@@ -251,12 +251,12 @@ def test_the_twist_is_the_motion_since_the_frame_before_also_with_a_keyframe() -
 
 
 def test_the_twists_covariance_is_what_errors_of_the_poses_make_of_it() -> None:
-    """Two metres a frame: a rotation's error turns the velocity aside, in the camera's own axes."""
+    """2 m per frame: a rotation error changes the direction of the velocity in the camera's own axes."""
     generator, draws = np.random.default_rng(0), 1000
     first, second = np.array([0.1, 0, 2.0]), np.array([0.3, 0, 4.0])
 
     def twist(reference: int, errors: np.ndarray) -> Any:
-        """Of a chain of two steps (reference 2), or two steps from one keyframe (reference 1)."""
+        """Return the twist of a chain of two steps (reference 2), or of two steps from one keyframe (reference 1)."""
         odometry = Odometry()
         ways = [(1, 2, first, 0.03), (reference, 3, first if reference == 2 else second, 0.03 * (3 - reference))]
         for (before, after, way, angle), error in zip(ways, errors):
@@ -273,7 +273,7 @@ def test_the_twists_covariance_is_what_errors_of_the_poses_make_of_it() -> None:
         drawn = generator.normal(size=(draws, 2, 6)) @ SPREAD.T
         off = np.array([twist(reference, errors).velocity - told.velocity for errors in drawn])
         squares = np.einsum("ni,ij,nj->n", off, np.linalg.inv(told.covariance), off)
-        assert squares.mean() == pytest.approx(6, abs=5 * np.sqrt(12 / draws))  # chi-squared of 6, five sigma
+        assert squares.mean() == pytest.approx(6, abs=5 * np.sqrt(12 / draws))  # chi-square with mean 6, five sigma
 
 
 def test_without_time_between_two_frames_there_is_no_twist() -> None:
@@ -294,7 +294,7 @@ def test_the_velocity_is_that_since_the_last_pose_not_since_an_old_keyframe() ->
     assert odometry.add(at(3, 4.1, keyframe, LOST)) is None
     moved = odometry.add(at(4, 4.2, keyframe, step(np.array([0, 0, 0.2]), np.zeros(3))))
     assert moved is not None and moved.twist is not None
-    np.testing.assert_allclose(moved.twist.velocity[:3], [0, 0, 1.0], atol=1e-9)  # 0.2 m in 0.2 s, and not in 4.2
+    np.testing.assert_allclose(moved.twist.velocity[:3], [0, 0, 1.0], atol=1e-9)  # 0.2 m in 0.2 s, not in 4.2 s
 
 
 def test_a_chain_that_begins_at_an_old_keyframe_has_a_place_and_no_velocity_yet() -> None:

@@ -1,6 +1,6 @@
-"""The parameter providers: what is there is taken in the order of wish, what is missing is said; TensorRT's options.
+"""Tests of the parameter providers: available ones are used in their order, missing ones reported; TensorRT's options.
 
-ONNX Runtime as it is installed for the tests has the processor alone. Others are imitated.
+The ONNX Runtime of the tests has only the CPU provider. Others are imitated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 from kpmatch_ros.models.onnx_providers import PROVIDERS  # noqa: E402
 
 OPTIONS: dict[str, Any] = {"keypoint_threshold": 0.0, "filter_threshold": 0.01, "max_keypoints": 60, "threads": 1}
-SMALLER = {"num_hidden_layers": 1}  # graphs are made in less time
+SMALLER = {"num_hidden_layers": 1}  # so that graphs are made faster
 VERSION = onnxruntime.__version__
 
 
@@ -44,11 +44,11 @@ def load(folder: Path, providers: str, **options: Any) -> FeatureMatcher:
 
 
 class Sessions:
-    """An imitated ONNX Runtime.
+    """An imitation of ONNX Runtime.
 
     Attributes:
-        providers: those that each session was asked for, with their options.
-        runs: how often each session was run.
+        providers: the requested providers of each session, with their options.
+        runs: the number of runs of each session.
     """
 
     def __init__(self, built_in: list[str], starting: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,13 +74,13 @@ class Sessions:
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """TensorRT's folder is not the user's."""
+    """Replaces the user's folder for TensorRT."""
     monkeypatch.setenv("KPMATCH_WEIGHTS", str(tmp_path))
 
 
 @pytest.fixture
 def sessions(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str], list[str]], Sessions]:
-    """sessions(built_in, starting): imitate an ONNX Runtime with these providers, of which some start."""
+    """sessions(built_in, starting) imitates an ONNX Runtime with these providers, some of which can start."""
     return lambda built_in, starting: Sessions(built_in, starting, monkeypatch)
 
 
@@ -113,7 +113,7 @@ def test_what_is_built_in_and_does_not_start_is_said(weights: Path, sessions: An
     ):
         matcher = load(weights, "tensorrt,cuda,cpu", precision="float16")
     assert matcher.onnx is not None and matcher.onnx.providers == ["cuda", "cpu"]
-    for providers in imitated.providers:  # ONNX Runtime gives what the first cannot do to the next
+    for providers in imitated.providers:  # ONNX Runtime passes to the next provider what the first one cannot do
         assert [name for name, _ in providers] == [PROVIDERS[name] for name in ("tensorrt", "cuda", "cpu")]
 
 
@@ -127,7 +127,7 @@ def test_tensorrt_is_told_its_folder_its_shapes_and_its_number_format(
     options = [dict(providers)["TensorrtExecutionProvider"] for providers in imitated.providers]
     assert [each["trt_fp16_enable"] for each in options] == [False, False, True, True, False, False]
     folders = [Path(each["trt_engine_cache_path"]) for each in options]
-    # Of one graph and its weights alone: TensorRT finds an engine by the names in its graph.
+    # Each folder is for one graph with its weights, because TensorRT finds an engine by the names in its graph.
     assert folders[:2] == folders[2:4] and len(set(folders)) == 4
     assert all(folder.is_dir() and tmp_path in folder.parents for folder in folders)
     for i, names in enumerate((["image"], ["keypoints0", "descriptors0", "mask0", "size0", "keypoints1"])):
@@ -145,10 +145,10 @@ def test_what_an_engine_does_not_take_is_left_to_pytorch(weights: Path, images: 
     imitated = sessions(["tensorrt", "cpu"], ["tensorrt", "cpu"])
     matcher = load(weights, "tensorrt")
     first, second, small = (matcher.extract(image) for image in (*images, images[0][:56, :80]))
-    assert imitated.runs == [2, 0] and len(small) > 5  # that image has less than 64 rows
+    assert imitated.runs == [2, 0] and len(small) > 5  # that image has fewer than 64 rows
     assert len(matcher.match(first, second)) > 5
     assert imitated.runs == [2, 1]
-    more = torch.arange(4100) % len(first)  # than 4096 keypoints
+    more = torch.arange(4100) % len(first)  # more than 4096 keypoints
     many = replace(first, **{name: getattr(first, name)[more] for name in ("keypoints", "scores", "descriptors")})
     matcher.match(many, second)
     assert imitated.runs == [2, 1]

@@ -1,4 +1,4 @@
-"""A camera's process of another user, as in a container: Fast DDS's shared memory brings nothing of it."""
+"""Tests with another user's camera process, as in a container, which Fast DDS's shared memory does not transport."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pytest
 
 from node_harness import NodeUnderTest, running_node
 
-USER = 54321  # nobody's on this machine, so what is in shared memory under it is this test's
+USER = 54321  # does not exist on this machine, so its files in shared memory are from this test
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can start a process of another user")
 
 
 @contextmanager
 def camera_of_another_user(node: NodeUnderTest, environment: dict[str, str]) -> Iterator[None]:
-    """Publishes images to the node."""
+    """Publish images to the node as another user."""
     words = [str(node.node.context.get_domain_id()), node.namespace]
     camera = subprocess.Popen(
         [sys.executable, __file__, *words], stdin=subprocess.PIPE, env={**os.environ, **environment}
@@ -36,7 +36,7 @@ def camera_of_another_user(node: NodeUnderTest, environment: dict[str, str]) -> 
 
 
 def test_another_users_camera_is_named_and_is_heard_over_udp(tmp_path: Path) -> None:
-    # With LOCALHOST, rmw_fastrtps takes shared memory whatever the environment says.
+    # With LOCALHOST, rmw_fastrtps uses shared memory regardless of the environment.
     parameters = {"profile": "fast", "matcher": "nearest", "max_keypoints": 60}
     with running_node(tmp_path, calibrated=False, discovery_range="SUBNET", **parameters) as node:
         node.node.destroy_publisher(node.images)
@@ -56,9 +56,9 @@ def main(domain: int, namespace: str) -> None:
     from sensor_msgs.msg import Image
 
     def publish(seconds: float) -> None:
-        """Until then, or until the input ends."""
+        """Publish for this time, or until the input ends."""
         context = rclpy.Context()
-        # The other user may write no log where root does.
+        # The other user cannot write logs to root's folder.
         rclpy.init(args=["--ros-args", "--disable-external-lib-logs"], context=context, domain_id=domain)
         node = rclpy.create_node("camera", namespace=namespace, context=context)
         images = node.create_publisher(Image, "image", 10)
@@ -68,7 +68,7 @@ def main(domain: int, namespace: str) -> None:
         node.destroy_node()
         rclpy.shutdown(context=context)
 
-    publish(0.0)  # loads all libraries, which the other user may not be allowed to read
+    publish(0.0)  # loads all libraries, because the other user may not be allowed to read them
     os.setgroups([])
     os.setgid(USER)
     os.setuid(USER)

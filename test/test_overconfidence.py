@@ -1,4 +1,4 @@
-"""Poses that are wrong do not say that they are sure: planes, a robot's own body, and what tells two motions apart."""
+"""Tests that wrong poses do not claim to be certain: planes, a robot's own body, and the choice between two motions."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_plane_seen_sideways_is_certain_by_what_lies_in_front() -> None:
 
 
 def test_of_a_plane_in_a_strip_of_an_image_the_covariance_is_as_long_as_the_matches_leave_the_motion_free() -> None:
-    # As the epipolar lines turn along the likelihood's ridge, the noise alone makes wrong motions likelier by far.
+    # Along the likelihood's ridge the epipolar lines rotate, and noise alone makes wrong motions far more likely.
     strip = pinhole(400.0, 640, 160)
     scene = Scene(plane=True, camera0=strip, camera1=strip, noise=0.3, outliers=0.1)
     nees, lengths = [], []
@@ -82,14 +82,14 @@ def test_of_a_plane_in_a_strip_of_an_image_the_covariance_is_as_long_as_the_matc
             nees.append(error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error)
             lengths.append(degrees(error)[1] / math.degrees(math.sqrt(np.trace(pose.covariance[:3, :3]))))
     assert len(nees) >= 18 and max(nees) < 25
-    assert np.median(lengths) > 0.3  # not much longer than it has to be
+    assert np.median(lengths) > 0.3  # not much longer than necessary
 
 
 def test_points_off_the_plane_decide() -> None:
     for seed in range(6):
         problem = plane(30, "towards", seed)
         scene = Scene(depth=(2, 4), rotation=(0.0, 0.0, 0.0), translation=(0, 0, 0)).matches(60, seed)[0]
-        # A fifth of the points stands out of the plane, by up to half of its distance.
+        # A fifth of the points lie off the plane, by up to half of its distance.
         random = np.random.default_rng(seed)
         rays = np.column_stack([CAMERA.normalise(scene), np.ones(60)])
         seen = (rays * random.uniform(0.5, 1.0, (60, 1)) - problem.truth.position) @ problem.truth.rotation
@@ -108,13 +108,13 @@ def test_the_motion_before_decides_for_the_right_one_and_for_no_other() -> None:
         near = truth.moved(np.array([0.005, -0.005, 0.01, 0.02, 0.02]))
         outcome = judge(with_prior(problem, near), problem.truth)
         assert outcome.status is PoseStatus.OK and outcome.rotation < 1 and outcome.direction < 5
-        # A motion like neither of the two tells nothing.
+        # A motion that is similar to neither of the two has no influence.
         far = truth.moved(np.array([1.0, 1.0, -1.0, 0.0, 0.0]))
         assert with_prior(problem, far).status is PoseStatus.AMBIGUOUS
 
 
 def test_a_right_rival_is_refuted_no_more_often_than_stated() -> None:
-    # With a bound of 5 %, the rate can be seen: the test is that of Vuong, whose statistic is normal.
+    # With a bound of 5 %, the rate is measurable: this is Vuong's test, whose statistic is normally distributed.
     scores = []
     for seed in range(60):
         problem = plane(40, "towards", seed)
@@ -144,7 +144,7 @@ def test_what_moves_with_the_camera_does_not_mislead_it(part: float) -> None:
         assert not outcome.wrong_and_sure
         assert outcome.status in (PoseStatus.OK, PoseStatus.AMBIGUOUS)
         assert outcome.status is PoseStatus.OK or part >= 0.5
-        assert outcome.rotation < 0.1 and outcome.direction < 1  # the true motion, in either case
+        assert outcome.rotation < 0.1 and outcome.direction < 1  # the true motion, in both cases
 
 
 def test_matches_on_the_body_are_outliers() -> None:
@@ -169,7 +169,7 @@ def test_far_points_that_hardly_move_are_no_body() -> None:
         assert pose.status is PoseStatus.OK and pose.num_inliers > 380
 
 
-# What covers two motions
+# Covariances that include two motions
 
 
 def test_a_covariance_covers_another_motion_by_its_distance() -> None:
@@ -186,19 +186,19 @@ def test_two_motions_like_the_one_before_stay_undecided() -> None:
     assert decide_by_prior([distant, one], one) is one
 
 
-# Scenes that constrain the motion little
+# Scenes that constrain the motion weakly
 
 
 @pytest.mark.parametrize("kind", WEAK)
 def test_where_the_scene_tells_little_a_pose_says_so(kind: str) -> None:
-    # Before other maxima of the likelihood were searched for, 5 % of the small areas were wrong and sure, and 20 % of
+    # Without the search for other maxima of the likelihood, 5 % of the small areas were wrong and certain, and 20 % of
     # the pairs with coarse keypoints.
     problems = [weak(kind, seed) for seed in range(12)]
     outcomes = [judge(problem.estimate(), problem.truth) for problem in problems]
     assert not any(outcome.wrong_and_sure for outcome in outcomes)
     sure = [outcome.nees for outcome in outcomes if outcome.status is PoseStatus.OK]
-    assert len(sure) >= 3 or kind == "coarse keypoints"  # of these, most are AMBIGUOUS
-    assert not sure or np.median(sure) < 9  # 4.35 of a chi-square distribution with five degrees of freedom
+    assert len(sure) >= 3 or kind == "coarse keypoints"  # most of these are AMBIGUOUS
+    assert not sure or np.median(sure) < 9  # 4.35 for a chi-square distribution with five degrees of freedom
 
 
 def test_the_profile_finds_the_motion_from_a_rotation_that_is_five_degrees_off() -> None:
@@ -210,7 +210,7 @@ def test_the_profile_finds_the_motion_from_a_rotation_that_is_five_degrees_off()
         off = cv2.Rodrigues(np.array(scene.rotation) + np.array([0.05, 0.05, -0.05]))[0]
         found = profile_directions(matches, [off], 1.0, 0.5)
         angles = [math.degrees(math.acos(motion.translation @ direction)) for motion in found]
-        assert angles[0] < 20  # the likeliest is one of the directions next to it, and has the right sign
+        assert angles[0] < 20  # the likeliest is one of the directions next to the true one, with the right sign
         assert 2 <= len(found) <= 5
         for motion in found:
             np.testing.assert_allclose(motion.rotation @ motion.rotation.T, np.eye(3), atol=1e-9)
@@ -219,7 +219,7 @@ def test_the_profile_finds_the_motion_from_a_rotation_that_is_five_degrees_off()
 
 
 def test_on_a_bent_ridge_of_the_likelihood_the_covariance_is_as_long_as_the_ridge() -> None:
-    # With the NEES by the curvature at its top alone.
+    # The last number is the NEES with the covariance from the curvature at the maximum alone.
     for kind, seed, before in (("small area", 48, 457), ("small area", 24, 34), ("plane and a few points", 40, 289)):
         problem = weak(kind, seed)
         outcome = judge(problem.estimate(), problem.truth)
@@ -235,7 +235,7 @@ def test_where_the_geometry_is_good_the_likelihood_gives_the_covariance_of_its_c
         matches, _ = normalise_matches(points0, points1, CAMERA, CAMERA)
         motion = Motion(pose.rotation, pose.translation)
         _, wide = profile_covariance(matches, motion, pose.covariance, 1.0, 0.5, 1.0)
-        # Nowhere smaller, and hardly larger.
+        # In no direction smaller, and hardly larger.
         extra = np.linalg.eigvalsh(wide - pose.covariance)
         assert extra[0] > -1e-6 * extra[-1] - 1e-15
         assert (wide.diagonal() < 1.6 * pose.covariance.diagonal()).all()
@@ -252,7 +252,7 @@ def test_only_where_the_geometry_is_weak_the_likelihood_widens_the_covariance_th
         wide, near = widen(matches, Fit(Motion(pose.rotation, pose.translation), matches), covariances, noise)
         assert (wide is covariances.shared) != weak_geometry
         assert (near is covariances.shared) != weak_geometry
-        if weak_geometry:  # no smaller than what the matches tell of their own errors, in any direction
+        if weak_geometry:  # in no direction smaller than the matches' own errors allow
             assert np.linalg.eigvalsh(wide - covariances.shared)[0] > -1e-12
             assert (wide.diagonal() > 3 * covariances.shared.diagonal()).any()
 
@@ -284,7 +284,7 @@ def test_keypoints_much_coarser_than_the_inlier_threshold_are_rarely_sure() -> N
 
 
 def _two_groups(first: int, second: int, scattered: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Matches of two motions, and others anywhere."""
+    """Return the matches of two motions, and others at random positions."""
     one, two = Scene(noise=0.2), Scene(rotation=(-0.1, 0.15, 0.0), translation=(-0.2, 0.1, 0.3), noise=0.2)
     scenes = [(one, first), (two, second), (Scene(outliers=1.0), scattered)]
     groups = [scene.matches(count, seed + count) for scene, count in scenes if count]
@@ -332,7 +332,7 @@ def test_a_rival_within_the_noise_is_told_from_one_that_is_not() -> None:
     close, distant = (chosen.moved(np.full(5, step)) for step in (1e-5, 0.01))
     rivals = [rival_of(matches, chosen, other, 1.0, 0.3, 1.0) for other in (close, distant)]
     assert rivals[0].is_within_noise and not rivals[1].is_within_noise
-    # Ten matches that err together tell no more than one.
+    # Ten matches with a common error are worth only one match.
     assert rival_of(matches, chosen, distant, 1.0, 0.3, 10.0).difference == pytest.approx(rivals[1].difference / 10)
 
 
@@ -340,7 +340,7 @@ def test_a_rival_within_the_noise_is_told_from_one_that_is_not() -> None:
 
 
 class Told:
-    """Stands for the networks: gives the keypoints and the matches that it is told."""
+    """Replaces the networks: returns given keypoints and matches."""
 
     keypoint_resolution = 1.0
 
@@ -362,7 +362,7 @@ class Told:
 
 @pytest.mark.parametrize("motion_prior", [True, False])
 def test_the_front_end_hands_on_the_motion_before_unless_it_is_told_not_to(motion_prior: bool) -> None:
-    # Two pairs with one motion: of a scene with depth, which is certain, and of a plane, which is not by itself.
+    # Two pairs with the same motion: of a scene with depth, which is certain, and of a plane, which alone is not.
     wall = plane(30, "towards", 1)
     shift, turn = 5 * wall.truth.position, cv2.Rodrigues(wall.truth.rotation)[0].ravel()
     scene = Scene(rotation=tuple(turn), translation=tuple(shift), camera0=CAMERA, camera1=CAMERA, noise=0.2)
@@ -372,7 +372,7 @@ def test_the_front_end_hands_on_the_motion_before_unless_it_is_told_not_to(motio
         np.vstack([between, wall.points0]),
         np.vstack([np.zeros_like(between), wall.points1]),
     ]
-    grey = np.full((CAMERA.height, CAMERA.width), 128, np.uint8)  # nothing to refine
+    grey = np.full((CAMERA.height, CAMERA.width), 128, np.uint8)  # without anything to refine
     told = Told(frames, [range(200), range(200, 500)])
     front_end = FrontEnd(Parameters(device="cpu", motion_prior=motion_prior), cast(FeatureMatcher, told))
     pairs = [front_end.register([grey], [10**8 * number], CAMERA).pair for number in range(3)]
@@ -399,7 +399,7 @@ def test_of_few_matches_no_wrong_one_takes_the_pose_along() -> None:
         if pose.status is PoseStatus.OK:
             turn = cv2.Rodrigues(truth.rotation @ pose.rotation.T)[0].ravel()
             error = np.concatenate([direction - pose.translation, turn])
-            assert error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error < 100  # 5 is right
+            assert error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error < 100  # 5 is correct
             sure += 1
     assert sure > 100
 
@@ -421,7 +421,7 @@ def test_few_matches_are_not_sure_where_all_of_them_tell_of_another_motion_if_no
 
 @pytest.mark.parametrize("seed", [5, 46])
 def test_two_motions_that_are_certain_each_by_its_own_noise_are_ambiguous(seed: int) -> None:
-    """Few matches agree closely on the one, more of them less closely on the other: 8 and 19 degrees off, OK."""
+    """Few matches agree closely with the one, more match the other less closely. Both would be OK, 8 and 19° off."""
     problem = weak("coarse keypoints", seed)
     pose = problem.estimate()
     assert pose.status is PoseStatus.AMBIGUOUS

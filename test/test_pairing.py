@@ -1,4 +1,4 @@
-"""Left and right images find each other by their stamps, and those that do not are counted."""
+"""Tests that left and right images are paired by their stamps, and that images without a partner are counted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LEFT, RIGHT = 0, 1
 
 
 def feed(synchroniser: StereoSynchroniser[str], *events: tuple[int, float]) -> list[tuple[str, str]]:
-    """Sides and stamps, milliseconds, in order of arrival; the pairs by their stamps."""
+    """Feed sides and stamps (milliseconds) in order of arrival, and return the stamps of the pairs."""
     found = [synchroniser.put(side, round(stamp * MS), f"{'LR'[side]}{stamp:g}") for side, stamp in events]
     return [pair for pair in found if pair]
 
@@ -38,7 +38,7 @@ def test_without_tolerance_only_equal_stamps_are() -> None:
 
 
 def test_an_image_does_not_take_the_partner_of_the_next_one() -> None:
-    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)  # at 200 Hz this is two images wide
+    synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)  # at 200 Hz twice the interval
     found = feed(synchroniser, (LEFT, 0), (RIGHT, 0), (LEFT, 5), (RIGHT, 10), (LEFT, 10), (LEFT, 15), (RIGHT, 15))
     assert found == [("L0", "R0"), ("L10", "R10"), ("L15", "R15")]
     assert synchroniser.unpaired == [1, 0]
@@ -65,9 +65,9 @@ def test_images_that_wait_have_only_so_many_bytes() -> None:
     sizes = (40, 40, 20, 70, 500, 10)
     for number, size in enumerate(sizes):
         assert synchroniser.put(LEFT, 100 * number * MS, number, size=size) is None
-    assert synchroniser.put(RIGHT, 1000 * MS, 0, size=100) is None  # another camera's
+    assert synchroniser.put(RIGHT, 1000 * MS, 0, size=100) is None  # the other camera's image
     assert synchroniser.unpaired == [6, 0], "the right one is past all of them"
-    for number, (size, unpaired) in enumerate(zip(sizes, (0, 0, 0, 2, 4, 5))):  # the newest stays, whatever its size
+    for number, (size, unpaired) in enumerate(zip(sizes, (0, 0, 0, 2, 4, 5))):  # the newest always stays
         assert synchroniser.put(LEFT, (2000 + 100 * number) * MS, number, size=size) is None
         assert synchroniser.unpaired[LEFT] == 6 + unpaired
     assert synchroniser.put(RIGHT, 2500 * MS, 50) == (5, 50)
@@ -77,7 +77,7 @@ def test_images_that_wait_have_only_so_many_bytes() -> None:
 def test_a_side_is_silent_once_an_image_of_the_other_went_without_for_half_a_second(late: int) -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     for tenth in range(200):
-        if tenth % 50 == 0:  # one image in 5 s, the late one 0.2 s after the other; the last other one stays alone
+        if tenth % 50 == 0:  # one image in 5 s, the late one 0.2 s after the other; the last one has no partner
             synchroniser.put(1 - late, 100 * tenth * MS, "")
         if tenth % 50 == 2 and tenth < 150:
             synchroniser.put(late, 100 * (tenth - 2) * MS, "")
@@ -90,14 +90,14 @@ def test_a_side_is_silent_once_an_image_of_the_other_went_without_for_half_a_sec
 
 def test_a_lost_image_of_a_slow_camera_does_not_make_it_silent_for_good() -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
-    for tenth in range(100):  # one image a second, the right one after the left one; the third left one is lost
+    for tenth in range(100):  # one image a second, the right one after the left one; the third left image is lost
         number = tenth // 10
         if tenth % 10 == 0 and number != 2:
             synchroniser.put(LEFT, 1000 * number * MS, "")
         if tenth % 10 == 0:
             synchroniser.put(RIGHT, 1000 * number * MS, "")
         synchroniser.wait(7.0 + 0.1 * tenth)
-        if tenth != 24:  # half a second later, but for rounding
+        if tenth != 24:  # 0.5 s later, except for rounding
             assert synchroniser.silent(LEFT) == (25 <= tenth < 30) and not synchroniser.silent(RIGHT)
 
 
@@ -113,7 +113,7 @@ def test_a_side_is_not_silent_because_nobody_was_listening() -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 10, 10**9)
     synchroniser.wait(1.0)
     synchroniser.put(LEFT, 0, "")
-    synchroniser.wait(5.0)  # the process was held up; the right image lies ready
+    synchroniser.wait(5.0)  # the process was delayed, and the right image is waiting
     assert not synchroniser.silent(RIGHT)
     for tenth in range(5):
         synchroniser.wait(5.1 + 0.1 * tenth)
@@ -152,7 +152,7 @@ def test_streams_whose_stamps_do_not_fit_are_unpaired_one_image_later() -> None:
 @pytest.mark.parametrize("side", [LEFT, RIGHT])
 def test_one_stamp_that_is_far_off_costs_no_other_pair(stamp: float, side: int) -> None:
     synchroniser: StereoSynchroniser[str] = StereoSynchroniser(10 * MS, 100, 10**9)
-    early, late = 1 - side, side  # that one comes 150 ms after the other
+    early, late = 1 - side, side  # the late side comes 150 ms after the other
     events = [(50 * i, early, 1000 + 50 * i) for i in range(20)] + [
         (50 * i + 150, late, 1003 + 50 * i) for i in range(20)
     ]

@@ -1,4 +1,4 @@
-"""Every parameter is declared once, and no wrong value gets past its declaration."""
+"""Tests that every parameter has one declaration, and that the declaration rejects all wrong values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kpmatch_ros.parameters import (
 
 CONFIGURATION = Path(__file__).resolve().parents[1] / "config" / "matcher.yaml"
 
-# What users write into their launch files; those with a star may change while the node runs.
+# These names are used in launch files. Those with a star may change while the node runs.
 CONTRACT = (
     "mode extractor matcher device precision max_keypoints* keypoint_threshold* nms_radius border resize "
     "filter_threshold* depth_confidence* width_confidence* reference* keyframe_min_matches* keyframe_max_parallax* "
@@ -55,7 +55,7 @@ def wrong_values(item: Declaration) -> list[Any]:
         wrong += ["wrong", "", item.choices[0].upper(), item.choices[0] + " "]
     if item.pattern:
         wrong += ["wrong value", f"{item.default} ", f"{item.default}\n"]
-        wrong += [""] if item.default else []  # what is empty by default may be empty
+        wrong += [""] if item.default else []  # a parameter with an empty default may be empty
     return wrong
 
 
@@ -143,12 +143,12 @@ def test_the_configuration_file_sets_every_parameter_to_its_default() -> None:
     parsed = yaml.safe_load(CONFIGURATION.read_text())
     assert list(parsed) == ["/**"]
     values = parsed["/**"]["ros__parameters"]
-    # What a profile chooses would be set by hand if it stood there.
+    # Parameters that a profile sets must not be in the file, because they would override the profile.
     named = [item for item in declarations() if item.name not in {*PROFILES["fast"]}]
     assert list(values) == [item.name for item in named]
     for item in named:
         assert values[item.name] == item.default
-        assert type(values[item.name]) is item.type  # 1 in place of 1.0 would be another type to ROS
+        assert type(values[item.name]) is item.type  # ROS reads 1 and 1.0 as different types
     assert Parameters(**values) == Parameters()
 
 
@@ -201,7 +201,7 @@ def test_values_are_those_that_a_node_makes_of_their_spelling(tmp_path: Path) ->
         rclpy.shutdown(context=context)
     ((_, values),) = read_sections(file)
     found = dict(zip(SPELLINGS, values.values()))
-    # by their text, as nan is not nan, nor is True 1
+    # compared as text, because nan is not equal to nan, but True is equal to 1
     assert {text: repr(value) for text, value in found.items()} == {
         text: repr(value) for text, value in expected.items()
     }

@@ -1,4 +1,4 @@
-"""Patches of a surface that comes nearer: found where they are, with the size that they have."""
+"""Tests that patches of an approaching surface are found at the true position and size."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pytest
 from kpmatch_ros.geometry.patches import align, cut, no_change, signed
 from kpmatch_ros.geometry.refinement import normalize_contrast
 
-SIDE, FINE = 240, 6  # pixels of an image, and points of the surface to a pixel
+SIDE, FINE = 240, 6  # pixels of an image, and samples of the surface per pixel
 MIDDLE = (SIDE - 1) / 2
 
 
 def picture(scale: float, seed: int = 0, shift: float = 0.0) -> np.ndarray:
-    """A surface with fine texture seen so many times larger, by pixels that average over their area; uint8.
+    """Return uint8 pixels of a surface with fine texture at this scale, each averaged over the pixel's area.
 
-    It may be shifted by so many pixels along x.
+    ``shift`` moves it along x, pixels.
     """
     surface = np.random.default_rng(seed).standard_normal((SIDE, SIDE)).astype(np.float32)
     surface = cv2.GaussianBlur(surface, (0, 0), 1.2) * 4 + cv2.GaussianBlur(surface, (0, 0), 4) * 12
@@ -34,7 +34,7 @@ def picture(scale: float, seed: int = 0, shift: float = 0.0) -> np.ndarray:
 
 
 def corners(image: np.ndarray) -> np.ndarray:
-    """(N, 2) float32 pixels around which there is something to see."""
+    """Return pixels (N, 2) float32 with texture around them."""
     found = cv2.goodFeaturesToTrack(image[50:-50, 50:-50], 200, 0.05, 4)
     return found[:, 0] + np.float32(50)
 
@@ -51,25 +51,25 @@ def test_a_surface_seen_larger_or_smaller_is_not_taken_for_less_so(scale: float,
         assert found.good.mean() > 0.9
         errors.append(found.points[found.good] - expected[found.good])
         grown.append(np.sqrt(np.linalg.det(found.shapes[found.good])) / scale - 1)
-    # Without allowance for blur and for the window of the contrast: -0.0019 and 0.0051, and 0.051 and 0.091 pixels.
+    # Without corrections for blur and for the contrast's window: -0.0019 and 0.0051, and 0.051 and 0.091 pixels.
     assert abs(np.median(np.concatenate(grown))) < 0.0015
     assert np.sqrt((np.concatenate(errors) ** 2).mean()) < largest
 
 
 @pytest.mark.parametrize("shift", [0.125, 0.25, 0.4])
 def test_a_motion_of_less_than_a_pixel_is_found_as_large_as_it_is(shift: float) -> None:
-    # Linear interpolation of the image's own pixels takes it for 10, 6 and 2 % more here.
+    # Linear interpolation of the image's own pixels would give 10, 6 and 2 % more here.
     moved = []
     for seed in range(3):
         image0, image1 = picture(1.0, seed), picture(1.0, seed, shift)
-        points = corners(image0)  # on whole pixels, all of them
+        points = corners(image0)  # all at whole pixels
         found = align(cut(signed(image0), points), signed(image1), points, no_change(len(points)))
         moved.append((found.points - points)[found.good])
     assert np.median(np.concatenate(moved), axis=0) == pytest.approx([shift, 0], abs=0.005)
 
 
 def test_what_an_edge_does_not_tell_of_its_deformation_is_left_as_it_was() -> None:
-    # Steps that fit the noise add up if nothing holds their sum: to 0.1 after ten of them.
+    # Steps that fit the noise accumulate unless their sum is limited: to 0.1 after ten steps.
     stripes = 128 + 40 * np.sin(np.arange(400) / 5) * np.ones((400, 1))
     image0, image1 = (
         signed(
@@ -82,14 +82,14 @@ def test_what_an_edge_does_not_tell_of_its_deformation_is_left_as_it_was() -> No
     grid = np.arange(20, 380, 20, dtype=np.float32)
     points = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
     found = align(cut(image0, points), image1, points + np.float32([0.3, 0]), no_change(len(points)))
-    assert found.good.mean() > 0.7  # nothing tells how far along the edge a point is: some go too far
+    assert found.good.mean() > 0.7  # positions along the edge are undetermined, so some points move too far
     along_the_edge = found.shapes[:, 1] - (0, 1)
     assert along_the_edge.std() < 0.02
 
 
 @pytest.mark.parametrize("depth", [1, 4, 5])
 def test_a_patch_cut_at_the_border_goes_where_its_point_goes(depth: int) -> None:
-    # With grey in place of what is beyond the image it goes 0.3 to 0.6 pixels less, or is not found: 8 to 65 % are not.
+    # With grey beyond the image, it would move 0.3 to 0.6 pixels less, and 8 to 65 % would not be found.
     whole, margin = picture(1.0), 20
     part = whole[margin:-margin, margin:-margin]
     last = part.shape[0] - 1
@@ -144,7 +144,7 @@ pytestmark = pytest.mark.usefixtures("geometry")
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not count threads' turns")
 def test_one_thread_computes_patches_whatever_blas_may_take() -> None:
-    # Threads of OpenBLAS wait for each other by spinning: on a busy machine they take many times what they compute.
+    # OpenBLAS threads wait by spinning: on a busy machine they take many times the computing time.
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment["OPENBLAS_NUM_THREADS"] = "4"
     ran = subprocess.run([sys.executable, "-c", _OTHER_THREADS], env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""`pip install .` builds the compiled part where there is a C compiler, and does without it where there is none."""
+"""Tests that `pip install .` builds the compiled part with a C compiler, and works without one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ASK = (
 
 
 def install(folder: Path, compiler: str) -> str:
-    """Whether the installed package has its compiled parts, and can open them."""
+    """Install, and return whether the package has its compiled parts and can open them."""
     source, place = folder / "source", folder / "place"
     for name in PARTS:
         source.mkdir(exist_ok=True)

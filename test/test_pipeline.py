@@ -1,4 +1,4 @@
-"""The flow that the node and `kpmatch bag` share, where neither DDS nor a file is needed to show it."""
+"""Tests of the data flow that the node and `kpmatch bag` share, without DDS or files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECOND = 1_000_000_000
 
 
 class FrontEndStub:
-    """Takes the place of the networks: keeps its parameters and finds nothing."""
+    """Replaces the front end with its networks: stores its parameters and finds nothing."""
 
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters
@@ -48,7 +48,7 @@ class FrontEndStub:
 
 
 class Heard:
-    """Keeps what a pipeline publishes and reports."""
+    """Stores everything that a pipeline publishes and reports."""
 
     def __init__(self) -> None:
         self.messages: list[tuple[str, Any]] = []
@@ -101,9 +101,9 @@ def image(stamp: int, frame: str = "camera") -> Any:
 
 
 def interrupted_at(step: int, work: Callable[[], Any], meanwhile: Callable[[], None]) -> bool:
-    """Do the work, and something else before its bytecode instruction of that number; False where it has fewer.
+    """Do the work, with something else before its bytecode instruction number ``step``. False if it has fewer.
 
-    This is what another thread can do at that point. Instructions of the pipeline's own code are counted.
+    Another thread could do this at that point. Only instructions of the pipeline's own code count.
     """
     passed = 0
 
@@ -180,7 +180,7 @@ def test_an_image_that_is_rejected_is_not_said_to_be_processed_without_its_mask(
     pipeline, heard = make("image")
     pipeline.masks.expected = [0]
     if mask:
-        pipeline.add_mask(0, image_message(np.zeros((8, 8, 3), np.uint8), SECOND, "camera", "rgb8"))  # which is none
+        pipeline.add_mask(0, image_message(np.zeros((8, 8, 3), np.uint8), SECOND, "camera", "rgb8"))  # not a valid mask
     message = image(SECOND)
     message.encoding = "32SC1"
     assert pipeline.process([message]) is None
@@ -204,7 +204,7 @@ def test_a_fault_that_is_raised_for_frame_after_frame_does_not_grow() -> None:
 
 
 def watch(pipeline: Pipeline, now: float) -> None:
-    """Let time pass for a pipeline that has nothing else to do."""
+    """Let time pass for an idle pipeline."""
     alone = pipeline.watch(now)
     if alone is not None:
         pipeline.interrupt(alone)
@@ -279,7 +279,7 @@ def test_images_whose_stamps_say_nothing_are_reported_by_topic() -> None:
         pipeline.add_image(0, image(stamp))
     pipeline.add_image(1, image(0))
 
-    def about_stamps() -> list[tuple[str, str, str]]:  # on a slow machine images wait too long meanwhile: also reported
+    def about_stamps() -> list[tuple[str, str, str]]:  # on a slow machine there may be reports of late images, too
         return [report for report in heard.reports if "stamps" in report[0]]
 
     assert [report[:2] for report in about_stamps()] == [
@@ -353,7 +353,7 @@ def test_an_interruption_is_told_of_once_however_many_images_are_refused(monkeyp
     assert [report[0] for report in heard.reports] == ["rejected", "rejected", "interrupted"]
 
 
-# Beginning again
+# Restarting
 
 
 def test_a_pipeline_that_begins_again_knows_only_the_calibration_of_before() -> None:
@@ -370,7 +370,7 @@ def test_a_pipeline_that_begins_again_knows_only_the_calibration_of_before() -> 
     assert pipeline.add_image(0, left) is not None
     assert heard.reports == [], "no stamp is that of an image of before"
     assert pipeline.masks.take(0, SECOND) is None
-    assert pipeline.calibration.camera_for([(8, 8)] * 2, [SECOND] * 2, []) is None  # the right one's is missing
+    assert pipeline.calibration.camera_for([(8, 8)] * 2, [SECOND] * 2, []) is None  # the right camera_info is missing
     pipeline.add_info(1, camera_info_message(Camera(8, 8, np.eye(3)), SECOND, "camera", 0.1))
     assert pipeline.calibration.camera_for([(8, 8)] * 2, [SECOND] * 2, []) is not None
 

@@ -1,6 +1,6 @@
-"""Half precision is not bought with matches: bfloat16 finds again what float32 finds, with the shipped weights.
+"""Tests that half precision costs no matches: bfloat16 finds float32's matches, with the packaged weights.
 
-Processors without bfloat16 compute the same in software, slowly: the images are few and small.
+CPUs without bfloat16 compute it in software, slowly, so the images are few and small.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from kpmatch_ros.models import SuperPoint
 Image = NDArray[np.uint8]
 Pair = tuple[Image, Image]
 SIZE = (240, 180)
-MANY: dict[str, Any] = {"max_keypoints": 384, "keypoint_threshold": 0.003}  # in images as small as that
+MANY: dict[str, Any] = {"max_keypoints": 384, "keypoint_threshold": 0.003}  # in such small images
 
 
 EVERY_LAYER: dict[str, Any] = {"depth_confidence": -1.0, "width_confidence": -1.0}
 
 
 def in_both(**parameters: Any) -> tuple[FeatureMatcher, FeatureMatcher]:
-    """In float32 and in bfloat16."""
+    """Return a matcher in float32 and one in bfloat16."""
     both = [FeatureMatcher(device="cpu", precision=name, **MANY, **parameters) for name in ("float32", "bfloat16")]
     return both[0], both[1]
 
 
 @pytest.fixture(scope="module")
 def matchers() -> tuple[FeatureMatcher, FeatureMatcher]:
-    """In float32 and in bfloat16, with all layers and points: where matching may stop is another question."""
-    return in_both(nms_radius=2, **EVERY_LAYER)  # more keypoints than by the published one
+    """Matchers in float32 and in bfloat16, with all layers and points. Early stopping has its own tests."""
+    return in_both(nms_radius=2, **EVERY_LAYER)  # more keypoints than with the published radius
 
 
 @pytest.fixture(scope="module")
 def adaptive_matchers() -> tuple[FeatureMatcher, FeatureMatcher]:
-    """In float32 and in bfloat16, with the default confidences."""
+    """Matchers in float32 and in bfloat16, with the default confidences."""
     return in_both()
 
 
 @pytest.fixture(scope="module")
 def synthetic(walk: list[Image]) -> list[Pair]:
-    # Many: rounding moves the number of matches of a single pair by some 3 % either way, of four by 1.5 %.
+    # Many pairs: rounding changes the number of matches of a single pair by about 3 %, of four pairs by 1.5 %.
     images = [cv2.resize(image, SIZE, interpolation=cv2.INTER_AREA) for image in walk]
     return list(zip(images, images[1:]))
 
@@ -62,14 +62,14 @@ def recorded(recorded_data: Path) -> list[Pair]:
 
 
 class Described(NamedTuple):
-    """Pairs of consecutive frames of a camera.
+    """Pairs of consecutive frames of a camera, with features in both precisions.
 
     Attributes:
-        images: of each pair.
-        exact: described in float32.
-        half: described in bfloat16.
-        found_again: the share of the matches, at least, that is to be found in bfloat16 from the images on.
-        same: that is to be the same, at least, given the same features.
+        images: the images of each pair.
+        exact: features in float32.
+        half: features in bfloat16.
+        found_again: smallest fraction of the float32 matches that bfloat16 finds, starting from the images.
+        same: smallest fraction of equal matches, given the same features.
     """
 
     images: list[Pair]
@@ -79,8 +79,8 @@ class Described(NamedTuple):
     same: float
 
 
-# Rounding decides which of many weak keypoints are the best: 1 to 2 % are others. Of the synthetic pairs 0.97 are found
-# again, with the first convolution in bfloat16 0.95.
+# Rounding decides which of many weak keypoints are among the best: 1 to 2 % differ. For synthetic pairs the fraction
+# is 0.97, and 0.95 with the first convolution in bfloat16.
 @pytest.fixture(scope="module", params=[("synthetic", 0.957, 0.96), ("recorded", 0.93, 0.95)], ids=lambda each: each[0])
 def described(request: pytest.FixtureRequest, matchers: tuple[FeatureMatcher, FeatureMatcher]) -> Described:
     name, *bounds = request.param
@@ -90,20 +90,20 @@ def described(request: pytest.FixtureRequest, matchers: tuple[FeatureMatcher, Fe
 
 
 def extracted(matcher: FeatureMatcher, pairs: list[Pair]) -> list[tuple[Features, Features]]:
-    """Both images' features; an image of two pairs is described once."""
+    """Return the features of both images of each pair. Features of an image in two pairs are extracted once."""
     images = {id(image): image for pair in pairs for image in pair}
     features = {name: matcher.extract(image) for name, image in images.items()}
     return [(features[id(first)], features[id(second)]) for first, second in pairs]
 
 
 def matched_points(features: Sequence[Features], matches: Matches) -> NDArray[np.float64]:
-    """(M, 4) x, y in the one and x, y in the other image."""
+    """Return matches (M, 4): x, y in the first and x, y in the second image."""
     points = [np.asarray(each.keypoints, np.float64) for each in features]
     return np.hstack([points[i][np.asarray(matches.indices)[:, i]] for i in range(2)])
 
 
 def found_again(points: NDArray[np.float64], others: NDArray[np.float64], pixels: float) -> int:
-    """How many of the matches are among the others, each end within so many pixels."""
+    """Count the matches that are also among the others, with both ends within ``pixels``."""
     return int((np.abs(points[:, None] - others[None]).max(axis=2).min(axis=1, initial=np.inf) <= pixels).sum())
 
 

@@ -1,4 +1,4 @@
-"""What the node's and the command's processes set before they load PyTorch, as PyTorch's OpenMP reads it."""
+"""Tests of the settings that the node's and the command's processes make before PyTorch and its OpenMP are loaded."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 
 from kpmatch_ros.process import configure_process
 
-SPINS = "GOMP_SPINCOUNT = "  # as GCC's OpenMP displays it
+SPINS = "GOMP_SPINCOUNT = "  # the output of GCC's OpenMP
 
-MAPPED = Path("/proc/self/maps")  # what this process has loaded, PyTorch's OpenMP among it
+MAPPED = Path("/proc/self/maps")  # the libraries loaded in this process, with PyTorch's OpenMP
 pytestmark = pytest.mark.skipif(
     not (torch.backends.openmp.is_available() and MAPPED.exists() and "libgomp" in MAPPED.read_text()),
     reason="PyTorch has another OpenMP than GCC's",
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def said_by_openmp(program: str, *words: str) -> str:
-    """The number of rounds that threads wait spinning, in a process of the program."""
+    """Return the number of spinning rounds of waiting threads, in a process of the program."""
     path = shutil.which(program)
     if path is None:
         pytest.skip(f"{program} is not installed: make build")
@@ -62,7 +62,7 @@ def test_what_the_environment_sets_stays(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_process_ends_without_a_look_for_garbage_among_what_it_has_loaded() -> None:
     code = (
-        "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count()))\n"  # called after those that follow
+        "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count()))\n"  # runs after later ones
         "from kpmatch_ros.process import configure_process; configure_process(); import numpy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

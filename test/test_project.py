@@ -1,4 +1,4 @@
-"""What the repository promises of itself: checked code, and documents that follow from their sources."""
+"""Tests of the repository itself: checked code, and documents that agree with their sources."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_imports_keep_the_contracts_of_pyproject() -> None:
 def test_no_file_is_over_500_lines() -> None:
     files = [path for folder in ("kpmatch_ros", "simulation", "test") for path in (ROOT / folder).rglob("*.py")]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
-    lengths.pop("test/test_training.py", None)  # follows training/, which has its own plan
+    lengths.pop("test/test_training.py", None)  # has the size of training/, which is handled separately
     assert not {name: length for name, length in lengths.items() if length > 500}
 
 
@@ -51,7 +51,7 @@ def test_no_line_of_the_c_sources_is_longer_than_pythons_may_be() -> None:
 
 
 def test_no_test_imports_private_names() -> None:
-    """Attributes are ruff's to see (SLF001)."""
+    """ruff checks attributes (SLF001)."""
     private = re.compile(r"^\s*from (?:kpmatch_ros|simulation|benchmarks)\S* import [^#\n]*\b_\w", re.MULTILINE)
     assert not [path.name for path in (ROOT / "test").glob("*.py") if private.search(path.read_text())]
 
@@ -75,7 +75,7 @@ def test_the_readme_is_for_deciding_and_starting() -> None:
 
 
 def test_nobody_is_told_to_install_the_package_from_pypi() -> None:
-    """It is not there: who types that installs nothing, or what somebody else puts there by that name."""
+    """It is not on PyPI. Such a command would fail, or install a foreign package with that name."""
     files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "kpmatch_ros").rglob("*.py")]
     assert not [str(path) for path in files if re.search(r"pip install [^\n`]*kpmatch_ros", path.read_text())]
 

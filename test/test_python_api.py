@@ -1,4 +1,4 @@
-"""The Python API in programs of others: features from files and messages, images of torch, one network for several."""
+"""Tests of the Python API in other programs: stored features, torch images, and one network for several users."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def matcher() -> FeatureMatcher:
 
 @pytest.fixture(scope="module")
 def images(texture: Callable[..., Image]) -> list[Image]:
-    """Two views of a textured plane, moved by 9 pixels."""
+    """Two views of a textured plane, shifted by 9 pixels."""
     wide = texture(HEIGHT, WIDTH + 20, 4)
     return [np.ascontiguousarray(wide[:, x : x + WIDTH]) for x in (0, 9)]
 
@@ -50,7 +50,7 @@ def expected(matcher: FeatureMatcher, features: list[Features]) -> Matches:
     return matcher.match(*features).numpy()
 
 
-# Features that somebody kept
+# Stored features
 
 
 def arrays(features: Features, change: Callable[[Any], Any]) -> Features:
@@ -63,7 +63,7 @@ def arrays(features: Features, change: Callable[[Any], Any]) -> Features:
 
 
 def read_only(array: Any) -> Any:
-    return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)  # as of a message, or of a file
+    return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)  # read-only, as from a message or a file
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_an_image_that_is_refused_changes_nothing(matcher: FeatureMatcher, image
     front_end = FrontEnd(PARAMETERS, matcher)
     front_end.register([images[0]], [0], CAMERA)
     with pytest.raises(ValueError, match="float64"):
-        front_end.register([images[1] / 255], [10**12], CAMERA)  # of a time much later
+        front_end.register([images[1] / 255], [10**12], CAMERA)  # with a much later stamp
     pair = front_end.register([images[1]], [10**8], CAMERA).pair
     assert pair is not None and np.array_equal(pair.points, plain.points)
 
@@ -166,7 +166,7 @@ def test_stamps_of_numpy_are_whole_numbers(matcher: FeatureMatcher, images: list
     assert registered(front_end, images, stamps) is not None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert front_end.register([images[0]], [stamps[0]]).pair is None  # time went back
+        assert front_end.register([images[0]], [stamps[0]]).pair is None  # the time goes back
 
 
 @pytest.mark.parametrize(

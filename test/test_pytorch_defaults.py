@@ -1,4 +1,4 @@
-"""The number format and the device that a program chose in PyTorch for its own tensors change nothing here."""
+"""Tests that a program's default dtype and device in PyTorch have no effect on this package."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_results_do_not_depend_on_pytorchs_defaults(
     fetched(options["extractor"])
     matcher = loaded(options)
     expected = results(matcher, texture)
-    assert len(expected[6]) > 0  # matches
+    assert len(expected[6]) > 0  # the matches
     for dtype in (torch.float64, torch.float16):
         torch.set_default_dtype(dtype)
         assert_same(results(matcher, texture), expected)

@@ -1,4 +1,4 @@
-"""A recording tells how long its camera takes to read an image, if the camera turns."""
+"""Tests that a recording reveals the readout time of its camera if the camera rotates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kpmatch_ros.parameters import Parameters
 
 @dataclass(frozen=True)
 class Look(Ride):
-    """A camera that is carried along and looks around, by so many radians, from a time on."""
+    """A moving camera that starts to look around, by this angle in radians, at some time."""
 
     around: float = 0.3
     start: float = 0.0
@@ -39,7 +39,7 @@ class Look(Ride):
 def search(
     readout: float, around: float, pairs: int = 15, status: PoseStatus = PoseStatus.OK, interval: float = 0.1
 ) -> Readout | None:
-    """What is found in a ride whose images are read in so many seconds, looking around by so many radians."""
+    """Return the result for a ride with this readout time in seconds, looking around by this angle in radians."""
     found = ReadoutSearch(Parameters())
     frames = [
         SimpleNamespace(stamp=round(1e9 * interval * number), camera=Ride().camera) for number in range(pairs + 1)

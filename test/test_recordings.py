@@ -1,4 +1,4 @@
-"""Bags of killed recorders, other tools and poor metadata: nothing is lost without a word."""
+"""Tests of bags from killed recorders, from other tools and with poor metadata: every loss is reported."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TOPIC = "/camera/image_raw"
 
 
 def picture(number: int = 0) -> np.ndarray:
-    """Part of one scene, moved from number to number."""
+    """Return a part of one scene, shifted with the number."""
     return np.random.default_rng(5).integers(0, 256, (120, 240), dtype=np.uint8)[:, 4 * number : 160 + 4 * number]
 
 
@@ -93,10 +93,10 @@ def write_mcap(
     compression: str = "",
     definition: str = "",
 ) -> Path:
-    """Eight images in an MCAP, with more or less of an index.
+    """Write eight images to an MCAP file with a more or less complete index.
 
-    `foreign` channels: topic, encoding, schema's content. `outside`: chunks whose messages stand outside any chunk.
-    `schemas`: first, last or absent, in the summary. `too_long`: bytes by which the index has chunks longer.
+    `foreign` channels: topic, encoding, content of the schema. `outside`: chunks whose messages lie outside any chunk.
+    `schemas`: first, last or absent, in the summary. `too_long`: bytes by which the index overstates chunk lengths.
     `compression`: of the chunks, zstd or none.
     """
     schema_of_images = record(3, struct.pack("<H", 1) + text(kind) + text(schema_encoding) + text(definition))
@@ -213,7 +213,7 @@ def test_an_index_that_declares_more_than_there_is_is_said_to(kpmatch: Run, tmp_
 
 @pytest.fixture
 def killed(tmp_path: Path) -> Path:
-    """A bag whose recorder was killed: its last four frames are in the write-ahead log alone."""
+    """A bag of a killed recorder: its last four frames are only in the write-ahead log."""
     camera = demo_camera(160, 120)
     with BagWriter(tmp_path / "bag", "sqlite3") as bag:
         for number, stamp in enumerate(STAMPS):
@@ -240,7 +240,7 @@ def killed(tmp_path: Path) -> Path:
 def test_what_a_killed_recorder_left_in_the_log_is_read_and_nothing_is_written(
     killed: Path, bare: bool, shared_memory: bool
 ) -> None:
-    if shared_memory:  # the recorder leaves this too
+    if shared_memory:  # the recorder also leaves this file
         (killed / "killed_0.db3-shm").write_bytes(bytes(32768))
     before = {path.name: path.read_bytes() for path in killed.iterdir()}
     path = killed / "killed_0.db3" if bare else killed
@@ -381,7 +381,7 @@ def test_a_file_that_is_named_twice_is_read_once(bag: Path) -> None:
 
 
 def test_calibration_that_is_declared_and_not_there_is_said_to_be(kpmatch: Run, tmp_path: Path) -> None:
-    """The index declares camera_info on a channel, and no chunk holds a message of it."""
+    """The index declares a channel for camera_info, but no chunk contains a message of it."""
     path = write_mcap(tmp_path / "bag.mcap")
     content = path.read_bytes()
     start = content.rindex(record(11, b"")[:1] + struct.pack("<Q", 42 + 4 + 10))

@@ -1,4 +1,4 @@
-"""Matches between images that are far apart, by angle or by distance, are refined too, as their neighbours move."""
+"""Tests that matches between images with a large change of angle or scale are refined, guided by their neighbours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZE = (320, 240)
 
 
 def turned(degrees: float, scale: float, slant: float) -> np.ndarray:
-    """(3, 3) homography about the middle of an image: turned, enlarged, and slanting away to one side."""
+    """Return a homography (3, 3) about the image's centre: rotation, scale, and a slant to one side."""
     middle = np.array([[1, 0, -SIZE[0] / 2], [0, 1, -SIZE[1] / 2], [0, 0, 1]])
     cosine, sine = scale * np.cos(np.radians(degrees)), scale * np.sin(np.radians(degrees))
     turn = np.array([[cosine, -sine, 0], [sine, cosine, 0], [slant, 0, 1]])
@@ -31,7 +31,7 @@ def project(homography: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def rough_matches(image: np.ndarray, homography: np.ndarray, wrong: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Corners of an image, and where a detector sees them in the other one: off by a pixel, some anywhere."""
+    """Return corners of an image and their noisy detections in the other: 1 pixel off, some at random positions."""
     draw = np.random.default_rng(0)
     points0 = cv2.goodFeaturesToTrack(image, 400, 0.01, 6)[:, 0].astype(np.float64)
     points1 = project(homography, points0) + draw.uniform(-1, 1, points0.shape)

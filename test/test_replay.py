@@ -1,4 +1,4 @@
-"""Bags through the node process over real DDS: counts, stamps, tracks, repeatability, and poses against the truth."""
+"""Tests that replay bags through the node over DDS: counts, stamps, tracks, repeatability, and errors of poses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from simulation.bags import write_demo_bag
 
 
 def replay(node: NodeUnderTest, bag: Path, image_topic: str, info_topic: str, most: int | None = None) -> int:
-    """Publish a bag's images, so many at most, and calibrations as they were recorded; the number of images."""
+    """Publish at most ``most`` of a bag's images, and the calibrations, as recorded. Returns the number of images."""
     frames = 0
     with AnyReader([bag]) as reader:
         connections = [c for c in reader.connections if c.topic in (image_topic, info_topic)]
@@ -35,7 +35,7 @@ def replay(node: NodeUnderTest, bag: Path, image_topic: str, info_topic: str, mo
 def run(
     tmp_path: Path, bag: Path, image_topic: str, info_topic: str, most: int | None = None, **parameters: Any
 ) -> NodeUnderTest:
-    """A replay with every frame, or the first ones, its messages collected; the node has ended when this returns."""
+    """Replay all frames or the first ones, and return the node with its messages. It has ended by then."""
     with running_node(tmp_path, **parameters) as node:
         node.wait_until_connected()
         frames = replay(node, bag, image_topic, info_topic, most)
@@ -57,7 +57,7 @@ def rotation_of(pose: RelativePose) -> Rotation:
 
 
 def check_messages(node: NodeUnderTest) -> None:
-    """What holds for every message, whatever the bag."""
+    """Check the properties of every message of any bag."""
     before: MatchArray | None = None
     for matches, pose in zip(node.matches, node.poses):
         count = len(matches.scores)
@@ -98,7 +98,7 @@ def demo_bag(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def truth(bag: Path) -> dict[int, tuple[Rotation, np.ndarray]]:
-    """Pose of the camera in the world by stamp."""
+    """Return the pose of the camera in the world, by stamp."""
     poses = {}
     with AnyReader([bag]) as reader:
         connections = [c for c in reader.connections if c.topic == GROUND_TRUTH]
@@ -163,13 +163,13 @@ def test_onnxruntime_replays_the_matches_of_pytorch(tmp_path: Path, demo_bag: Pa
 def test_a_replay_of_every_frame_gives_the_same_messages_every_time(tmp_path: Path, demo_bag: Path) -> None:
     def content(node: NodeUnderTest) -> list[str]:
         for matches in node.matches:
-            matches.extract_ms = matches.match_ms = 0.0  # what it cost is the only thing that differs
+            matches.extract_ms = matches.match_ms = 0.0  # only the measured times differ
         return [repr(message) for message in [*node.matches, *node.poses]]
 
     runs = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        # Each started from nothing: forked nodes would have the same random numbers.
+        # Without forking, because forked nodes would have the same random numbers.
         topics = ("/camera/image_raw", "/camera/camera_info")
         node = run(tmp_path / name, demo_bag, *topics, 4, fork=False, max_keypoints=512)
         runs.append(content(node))

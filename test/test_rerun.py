@@ -1,4 +1,4 @@
-"""The recording that `kpmatch bag --rerun` writes, read back by Rerun's own reader."""
+"""Tests of the recording that `kpmatch bag --rerun` writes, read with Rerun's own reader."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ else:
 
 
 def rows_of(file: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each entity in the order of frames, and first those without a time."""
+    """Return the rows of each entity in the order of frames. Rows without a time come first."""
     from rerun.chunk import RrdReader
 
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -41,17 +41,17 @@ def rows_of(file: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def values(rows: list[dict[str, Any]], name: str) -> list[Any]:
-    """What a column holds, row by row; an empty list where it is empty."""
+    """Return the values of a column by row; an empty list for an empty value."""
     return [row[name] for row in rows if row.get(name) is not None]
 
 
 def times(rows: list[dict[str, Any]]) -> list[int]:
-    """Nanoseconds of the rows that have a time."""
+    """Return the nanoseconds of the rows that have a time."""
     return [int(np.datetime64(row["stamp"], "ns").astype(np.int64)) for row in rows if "stamp" in row]
 
 
 def picture(row: dict[str, Any]) -> np.ndarray:
-    """The image of a row."""
+    """Return the image of a row."""
     (blob,) = row["EncodedImage:blob"]
     return cv2.imdecode(np.frombuffer(bytes(blob), np.uint8), cv2.IMREAD_UNCHANGED)
 
@@ -74,13 +74,13 @@ def test_the_recording_holds_what_the_bag_holds(kpmatch: Callable[..., tuple[int
         np.testing.assert_allclose([row["Scalars:scalars"][0] for row in series], expected, atol=1e-4)
     assert all(row["Scalars:scalars"][0] > 0 for row in rows["/figures/latency"] if "stamp" in row)
     assert values(rows["/figures/status"], "StateChange:state") == [["OK"]] * 11
-    # The trajectory: as the TUM file has it, and as one line.
+    # The trajectory: as in the TUM file, and as one line.
     chained = np.array([line.split()[1:4] for line in poses.read_text().splitlines() if line[0] != "#"], float)
     places = [row["Transform3D:translation"][0] for row in rows["/world/camera"]]
     np.testing.assert_allclose(places, chained[1:], atol=1e-5)
     (line,) = rows["/world/path"][0]["LineStrips3D:strips"]
     np.testing.assert_allclose(line, chained, atol=1e-5)
-    # The pictures: one a frame, with keypoints and matches where they are in the smaller picture.
+    # The pictures: one per frame, with keypoints and matches at positions in the smaller picture.
     assert len(rows["/image"]) == 12 and len(rows["/image/keypoints"]) == 12 and len(rows["/image/matches"]) == 12
     assert picture(rows["/image"][-1]).shape == (480, 640, 3)
     ends = np.array(rows["/image/matches"][-1]["LineStrips2D:strips"])

@@ -1,4 +1,4 @@
-"""Images whose rows are read one after the other: told how long that takes, poses are as of images read at once."""
+"""Tests of a rolling shutter: with the readout time, poses are like those of images read at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ READOUT = 0.3
 
 @dataclass(frozen=True)
 class Ride:
-    """A camera that moves on a parabola, in intervals between images."""
+    """A camera that moves on a parabola. The unit of time is the interval between images."""
 
     turn: tuple[float, float, float] = (0.01, 0.03, -0.01)
     way: tuple[float, float, float] = (0.06, 0.0, 0.03)
@@ -34,19 +34,19 @@ class Ride:
     camera: Camera = field(default=CAMERA)
 
     def pose(self, time: np.ndarray) -> tuple[Rotation, np.ndarray]:
-        """Of the camera in its frame at time 0."""
+        """Return the pose in the camera's frame at time 0."""
         bent = time * (time - 1) / 2
         turn = np.outer(time, self.turn) + np.outer(bent, self.turn_changes)
         return Rotation.from_rotvec(turn), np.outer(time, self.way) + np.outer(bent, self.way_changes)
 
     def motion(self, start: float) -> Motion:
-        """From a time to one interval later."""
+        """Return the motion from a time to one interval later."""
         (first, last), (begin, end) = self.pose(np.array([start, start + 1.0]))
         way = first.inv().apply(end - begin)
         return Motion((first.inv() * last).as_matrix(), way / max(np.linalg.norm(way), 1e-12))
 
     def sees(self, points: np.ndarray, start: float, readout: float) -> np.ndarray:
-        """Pixels (n, 2) of points (n, 3) whose row is read when they are in it."""
+        """Return the pixels (n, 2) of points (n, 3) at the time when their row is read."""
         rows = np.full(len(points), self.camera.height / 2)
         for _ in range(20):
             rotations, positions = self.pose(start + readout * ((rows + 0.5) / self.camera.height - 0.5))
@@ -66,7 +66,7 @@ class Ride:
 
 
 def errors(pose: RelativePose, truth: Motion) -> tuple[float, float, float]:
-    """Of rotation and direction, degrees, and e' C^-1 e."""
+    """Return the errors of rotation and direction, degrees, and e' C^-1 e."""
     turn = Rotation.from_matrix(pose.rotation @ truth.rotation.T).as_rotvec()
     error = np.concatenate([pose.translation - truth.translation, turn])
     nees = error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error
@@ -100,7 +100,7 @@ def test_with_the_motion_before_a_pose_is_that_of_images_read_at_once(ride: Ride
 
 
 def test_without_the_motion_before_the_camera_is_taken_to_go_on_as_it_does() -> None:
-    # Seen from itself: a robot that drives a curve. On this parabola it drifts by a little.
+    # The motion is constant in the camera's frame, as for a robot in a curve. On the parabola it changes slightly.
     ride = Ride(way_changes=tuple(np.cross(STRAIGHT.turn, STRAIGHT.way)))
     found = np.array([errors(estimate(ride, seed, readout=READOUT), ride.motion(0)) for seed in range(8)])
     assert np.median(found[:, 2]) < 9

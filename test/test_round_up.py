@@ -1,6 +1,6 @@
-"""Few different numbers of points: the results stay, and memory stays where oneDNN compiles for each number.
+"""Tests of the rounding of the number of points: results do not change, and memory does not grow.
 
-In bfloat16 on a processor it keeps some 2 MB for every number of points that it has seen.
+For bfloat16 on a CPU, oneDNN stores about 2 MB for every number of points that it has seen.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def test_there_are_few_numbers_of_points() -> None:
 
 
 def pair(count0: int, count1: int, size: int, seed: int = 0) -> tuple[ImageFeatures, ImageFeatures]:
-    """Two images: the second has the first one's first points, moved."""
+    """Return two images. The second has the first one's first points, moved."""
     random = torch.Generator().manual_seed(seed)
     count = max(count0, count1)
     keypoints = torch.rand(1, count, 2, generator=random) * torch.tensor([200.0, 150.0])
@@ -113,7 +113,7 @@ def test_extractors_find_the_same(kind: type[ALIKED | DISK | XFeat], texture: An
     image = torch.from_numpy(texture(96, 128, 3)).float()[None, None] / 255
     model.keypoint_threshold, model.border = 0.0, 2
     every = model(image)
-    # So that few of those it could find are left.
+    # So that only few of the possible keypoints remain.
     model.keypoint_threshold = float(every.scores[0].sort(descending=True).values[80])
     model.max_keypoints = 1000
     expected = model(image)
@@ -202,6 +202,6 @@ def test_memory_in_bfloat16_stays_within_a_tenth_of_what_all_layers_take() -> No
 
     _, all_layers, _ = measure("all layers", "2")
     _, adaptive, dropped = measure("adaptive", "30")
-    if not has_amx():  # where points are dropped
+    if not has_amx():  # on these processors points are pruned
         assert dropped > 100
     assert adaptive < 1.1 * all_layers

@@ -1,4 +1,4 @@
-"""Training data comes out of a shard as it went in."""
+"""Tests that training data is read from a shard as it was written."""
 
 from __future__ import annotations
 
@@ -117,13 +117,13 @@ def test_views_that_come_later_go_into_further_shards(
     assert len(rooms) > 1 and len(first) < 60_000
     names = [name for room in rooms for name in room.names]
     assert len(names) == len(set(names)) == 30 and not any("_0003_" in name for name in names)
-    assert sum(len(room.pairs) for room in rooms) == 14  # one sees too little of the same
+    assert sum(len(room.pairs) for room in rooms) == 14  # one view has too little in common with the others
     for room in rooms:
         assert (room.cluster[room.pairs[:, 0]] == room.cluster[room.pairs[:, 1]]).all()
     pack.pack_evaluation(views, tmp_path / "rooms_heldout.npz")
     held_out = shards.read_rooms(tmp_path / "rooms_heldout.npz")
     assert held_out.depth.shape == (2, 60, 80)
-    assert np.abs(held_out.images[0].astype(float) - held_out.images[1]).max() > 5  # not the same light
+    assert np.abs(held_out.images[0].astype(float) - held_out.images[1]).max() > 5  # the light differs
 
 
 def test_places_are_numbered_alike_whenever_their_files_were_copied(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_what_a_camera_in_a_box_sees_is_where_it_should_be(texture: Texture, tmp
     assert view["depth"][479, 320] == pytest.approx(0.6 / ((479 - 239.5) / 500), rel=1e-3)  # the floor is below
     np.testing.assert_allclose(shards.decode_normals(view["normals"])[240, 320], [0, 0, -1], atol=0.01)
     assert np.unique(view["grey"]).tolist() == [int(shards.srgb(np.array(0.2)))]
-    # What another camera sees of the same place is the same, papered or not.
+    # Two cameras see the same colours at the same place, with or without wallpaper.
     scene.paper(np.random.default_rng(1), [texture(64, 64, 0)])
     scene.illuminate(np.random.default_rng(2))
     other = render.look(np.array([0.2, 0.7, 0.8]), np.array([0.1, 0.05, 1.0]), 0.2, 450.0)

@@ -1,4 +1,4 @@
-"""Errors that matches share: a pose allows for those of neighbours, and blur makes none that all share."""
+"""Tests of errors that matches share: a pose allows for those of neighbours, and blur causes none that all share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCENE = Scene(noise=0.05)
 
 
 def shared_errors(points: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Errors (n, 2) that points share with those in the same square of 24 pixels."""
+    """Return errors (n, 2) that all points in the same square of 24 pixels share."""
     squares = random.normal(0, 0.25, (20, 27, 2))
     column, row = (points / 24).astype(int).T
     return np.asarray(squares[row, column])
@@ -32,7 +32,7 @@ def test_a_pose_is_no_surer_than_errors_that_neighbours_share_allow() -> None:
         error = SCENE.error(pose)
         error[:3] -= (error[:3] @ pose.translation) * pose.translation
         nees.append(error @ np.linalg.pinv(pose.covariance, rcond=1e-9, hermitian=True) @ error)
-    assert 3.5 < np.mean(nees) < 8.0  # of 5; 11 if each is taken to err by itself
+    assert 3.5 < np.mean(nees) < 8.0  # 5 is correct; 11 if the errors are treated as independent
 
 
 def test_a_blurred_image_does_not_keep_points_where_the_search_began() -> None:

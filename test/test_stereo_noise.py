@@ -1,4 +1,4 @@
-"""Stereo points whose right pixels were found from the left ones: these share an error, and are not equally good."""
+"""Tests of stereo points whose right pixels were found from the left ones, so they share errors of different size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kpmatch_ros.geometry.stereo_motion import estimate_stereo_motion
 
 
 def errors(scene: Scene, trials: int, **options: object) -> np.ndarray:
-    """(trials, 2) errors of the translation, metres, and of the rotation, radians."""
+    """Return the errors (trials, 2) of the translation, metres, and of the rotation, radians."""
     found = [scene.error(scene.estimate(200, seed, **options)) for seed in range(trials)]
     return np.array([(np.linalg.norm(error[:3]), np.linalg.norm(error[3:])) for error in found])
 
@@ -24,7 +24,7 @@ def test_the_covariance_is_that_of_errors_that_left_and_right_share(own: float) 
     low, high = chi2.ppf([0.001, 0.999], 6 * trials) / trials
     values = scene.consistency(trials, count, sigmas=Scene.shares(count))
     assert low < values.mean() < high
-    # Taken for independent and all alike, they make a worse pose, and its covariance tells.
+    # If they are treated as independent and equal, the pose is worse, and its covariance reflects that.
     assert low < scene.consistency(trials, count).mean() < high
 
 
@@ -33,13 +33,13 @@ def test_with_few_points_of_which_one_sets_a_direction_the_covariance_is_not_too
     poses = [scene.estimate(count, seed, sigmas=Scene.shares(count), min_inliers=8) for seed in range(150)]
     errors = np.array([scene.error(pose) for pose in poses])
     values = [error @ np.linalg.solve(pose.covariance, error) for error, pose in zip(errors, poses)]
-    assert 4.5 < np.mean(values) < 7.0  # 6 is right
+    assert 4.5 < np.mean(values) < 7.0  # 6 is correct
 
 
 def test_a_match_is_left_out_with_all_of_its_directions() -> None:
     random = np.random.default_rng(3)
     arms = random.normal(0, 0.05, (6, 3, 40))
-    arms[:, 0, 7] = 0.9 * np.eye(6)[2]  # sets one direction almost by itself
+    arms[:, 0, 7] = 0.9 * np.eye(6)[2]  # determines one direction almost alone
     pulls, weights, slopes = random.normal(0, 0.1, (6, 40)), random.uniform(0.3, 1, 40), -random.uniform(0, 0.2, 40)
     found = left_out(pulls, arms, weights, slopes)
     for i in range(40):
@@ -70,7 +70,7 @@ def test_a_shared_error_moves_the_point_and_leaves_its_depth() -> None:
     np.testing.assert_allclose(moved.points[2], exact.points[2], rtol=1e-6)
     np.testing.assert_allclose(moved.squares, 0, atol=1e-12)
     assert np.abs(exact.covariances[2, :2]).max() < 1e-12
-    # An error of the right pixel across the epipolar line is its own: the point is where the left one sees it.
+    # An error of the right pixel across the epipolar line is independent: the left pixel determines the point.
     apart = StereoPoints.of(left, right + (0.0, 0.5), camera, np.ones(50))
     np.testing.assert_allclose(apart.points[:2], exact.points[:2], atol=1e-12)
     np.testing.assert_allclose(np.sqrt(apart.squares), 0.5, rtol=1e-6)

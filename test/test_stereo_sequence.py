@@ -1,4 +1,4 @@
-"""Stereo frames through the networks: matches of left and right, matches over time, and motion in metres."""
+"""Tests of stereo frames through the networks: matches of left and right, matches over time, and metric motion."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Registered = list[tuple[StereoPair, "Pair | None"]]
 
 
 def register(bag: Path, **parameters: Any) -> Registered:
-    """A bag of a rectified stereo pair through the front end."""
+    """Register a bag of a rectified stereo pair in the front end."""
     front_end = FrontEnd(Parameters(device="cpu", precision="float32", rectified=True, **parameters))
     found: dict[str, list[Any]] = {}
     for topic, _, _, message in read_messages(bag):
@@ -174,7 +174,7 @@ def test_a_standing_drone_stands_and_its_stereo_matches_lie_on_opencvs_epipolar_
 
 
 def textured(shift: float, gain: float = 1.0, offset: float = 0.0) -> np.ndarray:
-    """A blurred pattern moved to the right by `shift` pixels, the same at any fraction of a pixel."""
+    """Return a blurred pattern shifted to the right by `shift` pixels, exact for any fraction of a pixel."""
     random = np.random.default_rng(3)
     x, y = np.meshgrid(np.arange(160.0) - shift, np.arange(120.0))
     waves = random.uniform(-0.8, 0.8, (40, 2))
@@ -195,7 +195,7 @@ def test_whole_pixel_matches_become_exact_in_any_light(gain: float, offset: floa
 def test_a_slanting_surface_is_matched_as_exactly_as_one_seen_straight() -> None:
     random = np.random.default_rng(0)
     image = textured(0)
-    slant = np.array([[1.06, 0.12, -9.3], [0.0, 1.03, -2.6]])  # stretched and sheared by another view
+    slant = np.array([[1.06, 0.12, -9.3], [0.0, 1.03, -2.6]])  # stretched and sheared as from another viewpoint
     seen = cv2.warpAffine(image, slant, image.shape[::-1], flags=cv2.INTER_CUBIC)
     points0 = np.round(random.uniform(20, 100, (60, 2)))
     expected = points0 @ slant[:, :2].T + slant[:, 2]

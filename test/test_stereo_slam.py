@@ -1,4 +1,4 @@
-"""The example examples/stereo_slam: its back-end on points whose geometry is known, and its node over DDS."""
+"""Tests of the example examples/stereo_slam: its back-end with known points, and its node over DDS."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_frame_without_a_pose_and_one_lost_on_the_way_are_found_by_their_track
     slam, world = new_slam(), World()
     slam.add("stereo_matches", world.stereo(0))
     for frame in range(1, 10):
-        if frame != 6:  # nothing comes of this one; the next frame's messages have it as their reference
+        if frame != 6:  # no messages for this frame, but it is the reference of the next one
             feed(slam, world, frame - 1, frame, status=FAILED if frame == 4 else OK)
     assert len(slam.stamps) == 9 and errors(slam).max() < 0.02
 
@@ -114,17 +114,17 @@ def test_a_right_point_that_belongs_to_another_left_point_is_left_out(
     monkeypatch.setattr(slam.smoother, "add_frame", watch)
     for frame in range(1, 4):
         feed(slam, world, frame - 1, frame)
-    for observations in seen[1:]:  # the first frame has no stereo matches here
+    for observations in seen[1:]:  # the first frame here has no stereo matches
         assert np.isfinite(observations.right_x).sum() == (0 if aside else (world.indices != NOT_DETECTED).sum())
 
 
 @pytest.mark.parametrize("right", ["right", "left"])
 def test_a_keyframes_disparities_are_those_of_its_stereo_matches(right: str) -> None:
-    """Its keypoints are as detected, whole pixels; the stereo matches are where the tracks are."""
+    """Its keypoints are as detected, at whole pixels. The stereo matches are at the tracks."""
     world, calibration = World(), (camera_info("left"), camera_info("right"))
     slam = StereoSlam(*calibration, rectified=True, keyframes=Keyframes(step=0.05, least_path=0.0))
     for frame in range(1, 3):
-        # Both cameras of a rectified pair may have one frame_id: the left one's features come first.
+        # Both cameras of a rectified pair may have the same frame_id: the left camera's features come first.
         for frame_id, columns in (("left", [0, 1]), (right, [2, 1])):
             points = np.round(world.pixels(frame)[:, columns]).ravel()
             slam.add("features", SimpleNamespace(header=header(frame, frame_id), points=points))
@@ -150,7 +150,7 @@ def test_the_page_on_front_ends_makes_the_factor_that_a_relative_pose_says() -> 
     code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "BetweenFactorPose3" in block)
     names: dict[str, Any] = {"gtsam": gtsam, "np": np, "message": message, "reference": 1, "current": 2}
     exec(code, names)
-    error = spread @ random.normal(size=6)  # as messages.md has it: t + dt, and exp(w) R
+    error = spread @ random.normal(size=6)  # as in messages.md: t + dt, and exp(w) R
     true = gtsam.Pose3(gtsam.Rot3((Rotation.from_rotvec(error[3:]) * turn).as_matrix()), moved + error[:3])
     values = gtsam.Values()
     values.insert(1, gtsam.Pose3())
@@ -181,7 +181,7 @@ def test_after_a_reset_only_a_guess_joins_the_frames() -> None:
 @pytest.mark.parametrize("first", [0, 20])
 @pytest.mark.parametrize("reset", [True, False])
 def test_after_stamps_went_back_the_frames_are_taken_as_a_new_walk(first: int, reset: bool) -> None:
-    """A bag is looped, or a clock set back. The first pair of the new walk may be lost, and its reset with it."""
+    """A bag is looped, or a clock is set back. The first pair afterwards may be lost, and its reset with it."""
     slam, world = new_slam(), World()
     slam.add("stereo_matches", world.stereo(first))
     for frame in range(first + 1, first + 13):
@@ -199,7 +199,7 @@ def test_after_stamps_went_back_the_frames_are_taken_as_a_new_walk(first: int, r
 
 
 def test_after_stamps_went_back_nothing_of_before_is_taken_for_what_comes() -> None:
-    """Stereo matches and features with the stamps of the new walk wait there still."""
+    """Stereo matches and features with stamps of the new sequence are still waiting there."""
     world, keyframes = World(), Keyframes(step=0.05)
     slam = StereoSlam(camera_info("left"), camera_info("right"), rectified=True, keyframes=keyframes)
 
@@ -223,7 +223,7 @@ def test_after_stamps_went_back_nothing_of_before_is_taken_for_what_comes() -> N
 
 
 def test_an_image_whose_partner_came_late_has_its_own_pose() -> None:
-    """The node told of it as INTERRUPTED before."""
+    """The node has reported it as INTERRUPTED before."""
     slam, world = new_slam(), World()
     slam.add("stereo_matches", world.stereo(0))
     feed(slam, world, 0, 1)
@@ -236,7 +236,7 @@ def test_an_image_whose_partner_came_late_has_its_own_pose() -> None:
 
 @pytest.mark.parametrize("told", ["", "/left", "left"])
 def test_the_left_cameras_features_are_those_in_the_frame_of_the_matches(told: str) -> None:
-    """The camera_info may name another frame, or none. Where the left one's are lost, the right one's are not taken."""
+    """The camera_info may have another frame or none. Lost left features are not replaced by the right ones."""
     info, world = camera_info("left"), World()
     info.header.frame_id = told
     keyframes = Keyframes(step=0.05, least_path=0.0)
@@ -254,7 +254,7 @@ def test_the_left_cameras_features_are_those_in_the_frame_of_the_matches(told: s
 @pytest.mark.parametrize("rectified", [True, False])
 @pytest.mark.parametrize("crop", ["binning", "region of interest", "principal points"])
 def test_binning_and_region_of_interest_are_those_of_the_images(rectified: bool, crop: str) -> None:
-    """The images are half as large as the calibration, by binning or as a part; or the two cameras' centres differ."""
+    """The images have half the calibration's size, by binning or cropping, or the principal points differ."""
     random = np.random.default_rng(1)
     inside = np.c_[random.uniform(-1, 1, (50, 2)), random.uniform(4, 9, 50)]
     infos = [camera_info(side) for side in ("left", "right")]
@@ -314,7 +314,7 @@ def test_two_keyframes_give_a_loop_in_metres_and_matches_at_random_give_none() -
     world.slip *= 0.0
     calibration = Calibration(FOCAL, FOCAL, *CENTRE, BASELINE)
     pairs, scores = np.c_[np.arange(120), np.arange(120)], np.ones(120)
-    pairs[:10, 1] = np.roll(pairs[:10, 1], 1)  # wrong ones
+    pairs[:10, 1] = np.roll(pairs[:10, 1], 1)  # wrong matches
     loop = align(keyframe(world, 0), keyframe(world, 8), pairs, scores, calibration)
     assert loop is not None and loop.num_inliers >= 100
     error = gtsam.Pose3.Logmap(loop.pose.between(true_pose(0).between(true_pose(8))))
@@ -352,7 +352,7 @@ def test_a_loop_takes_the_drift_out_of_all_poses_and_a_wrong_one_gives_way() -> 
 
 
 def test_the_node_follows_a_camera_and_closes_a_loop_over_dds(tmp_path: Path) -> None:
-    """To the right and back again: the matcher's own topics, and its service."""
+    """A motion to the right and back, with the matcher's own topics and its service."""
     places = [0.06 * step for step in (0, 1, 2, 3, 2, 1, 0)]
     with rig(tmp_path) as camera:
         node, picture, log = camera.node, tmp_path / "trajectory.png", tmp_path / "slam.log"
@@ -371,7 +371,7 @@ def test_the_node_follows_a_camera_and_closes_a_loop_over_dds(tmp_path: Path) ->
             node.wait_for(lambda: node.node.count_subscribers("features"), "the back-end to want features")
             node.wait_for(truth.get_subscription_count, "the back-end to want the truth")
             sent = 0
-            while not paths:  # the matcher's messages to a back-end that it does not know of yet are lost
+            while not paths:  # the matcher's messages are lost until it has discovered the back-end
                 camera.send(10 + 0.1 * sent, places[0])
                 node.wait_for(lambda count=sent: len(node.poses) == count, "the matcher")
                 node.spin(0.5)
@@ -391,13 +391,13 @@ def test_the_node_follows_a_camera_and_closes_a_loop_over_dds(tmp_path: Path) ->
     assert paths[-1].header.frame_id == "map"
     steps = paths[-1].poses[-len(places) :]
     found = np.array([[p.x, p.y, p.z] for p in (step.pose.position for step in steps)])
-    # To the camera's right is minus y of a frame whose x points forward.
+    # The camera's right is -y in a frame with x forward.
     np.testing.assert_allclose(found, [[0, -x, 0] for x in places], atol=0.006)
     assert slam.returncode == 0 and picture.stat().st_size > 10_000, log.read_text()
 
 
 def test_a_calibration_that_was_sent_once_is_heard_and_one_that_is_missing_is_named() -> None:
-    """A latched camera_info (durability transient_local) of the left camera, before the back-end came, and no other."""
+    """There is a latched camera_info (durability transient_local) only of the left camera, from before the back-end."""
     context = rclpy.Context()
     with domain_id() as domain:
         rclpy.init(context=context, domain_id=domain)
@@ -420,7 +420,7 @@ def test_a_calibration_that_was_sent_once_is_heard_and_one_that_is_missing_is_na
 
 
 def test_raw_cameras_give_a_path_and_tf_over_dds(tf2_environment: dict[str, str], tmp_path: Path) -> None:
-    """The lenses distort, and the cameras are turned: the path is the left camera's own, and TF agrees with it."""
+    """With lens distortion and rotated cameras, the path is that of the left camera, and TF agrees with it."""
     robot = Path(__file__).with_name("stereo_slam_robot.py")
     done = subprocess.run(
         [sys.executable, robot, tmp_path], env=tf2_environment, capture_output=True, text=True, timeout=200
@@ -430,14 +430,14 @@ def test_raw_cameras_give_a_path_and_tf_over_dds(tf2_environment: dict[str, str]
     assert found["frame"] == "map"
     path = np.array(found["path"])
     np.testing.assert_allclose(path[:, 0], path[0, 0] + 0.1 * np.arange(len(PLACES)), atol=1e-6)
-    # The pair moves along the rectified x axis, which the raw camera sees turned; the map's x is the raw camera's z.
+    # The pair moves along the rectified x axis, which is rotated for the raw camera. The map's x is the raw camera's z.
     along = Rotation.from_rotvec(TURNS["left"]).inv().apply([1.0, 0, 0])
     optical = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
     np.testing.assert_allclose(path[:, 1:4], np.outer(PLACES, optical @ along), atol=0.006)
     turns = Rotation.from_quat(path[:, 4:])
     assert np.degrees((turns[0].inv() * turns).magnitude()).max() < 0.3
     np.testing.assert_allclose(turns[0].as_matrix(), optical, atol=1e-3)
-    # TF: with each frame map to odom, and odom to the camera.
+    # TF per frame: from map to odom, and from odom to the camera.
     assert [link[:2] for link in found["tf"]] == [["map", "odom"], ["odom", "left_optical"]] * (len(found["tf"]) // 2)
     (correction, drifted) = (np.array([link[2:] for link in found["tf"][side::2]]) for side in (0, 1))
     np.testing.assert_allclose(drifted[:, 0], path[1:, 0], atol=1e-6)

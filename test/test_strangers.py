@@ -1,4 +1,4 @@
-"""Weights, names and machines from strangers: refused in a sentence, in little memory, without a traceback."""
+"""Tests of foreign weights, names and machines: refused in one sentence, with little memory and without a traceback."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def changed(folder: Path, target: Path, part: str = "", **config: Any) -> Path:
-    """A copy of a folder of weights whose configuration, or the `part` of it, says something else."""
+    """Copy a folder of weights with changes in its configuration, or in `part` of it."""
     target.mkdir()
     (target / "model.safetensors").symlink_to(folder / "model.safetensors")
     read = json.loads((folder / "config.json").read_text())
@@ -204,8 +204,8 @@ def test_a_user_without_home_and_passwd_entry_can_match(tmp_path: Path) -> None:
 def test_kpmatch_match_scales_a_too_large_image_down_and_says_so(
     kpmatch: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # the picture goes there
-    monkeypatch.setattr("kpmatch_ros.feature_matcher.LARGEST_IMAGE", 100_000)  # as many would take a minute
+    monkeypatch.chdir(tmp_path)  # the picture is written there
+    monkeypatch.setattr("kpmatch_ros.feature_matcher.LARGEST_IMAGE", 100_000)  # otherwise this would take a minute
     small = np.random.default_rng(0).integers(0, 256, (30, 40), dtype=np.uint8)
     cv2.imwrite(str(tmp_path / "large.jpg"), cv2.resize(small, (600, 400)))
     cv2.imwrite(str(tmp_path / "small.png"), cv2.resize(small, (300, 200)))

@@ -1,4 +1,4 @@
-"""The commands where a standard stream is closed or full, where the terminal goes away, and where names are odd."""
+"""Tests of the commands with closed or full standard streams, with a closed terminal, and with unusual names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def bag(texture: Any, tmp_path: Path) -> Path:
 
 
 def closing(*descriptors: int) -> Callable[[], None]:
-    """What a shell does for `<&-`, `>&-` and `2>&-`."""
+    """Return a function that does what a shell does for `<&-`, `>&-` and `2>&-`."""
     return lambda: [os.close(descriptor) for descriptor in descriptors] and None
 
 

@@ -1,4 +1,4 @@
-"""One point of a standing scene explains where a track was over several frames, or the track has moved elsewhere."""
+"""Tests that one point of a static scene explains a track over several frames, or that the track has moved."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def turn(angle: float) -> Array:
 
 
 def walk(frames: int, count: int, seed: int = 0) -> tuple[list[tuple[Array, Array]], Array]:
-    """Poses of cameras (x_world = R x + p), and where they see points: (F, 2, T) x/z and y/z with noise."""
+    """Return poses of cameras (x_world = R x + p), and rays of points: (F, 2, T) x/z and y/z with noise."""
     rng = np.random.default_rng(seed)
     points = np.stack([rng.uniform(-4, 4, count), rng.uniform(-3, 3, count), rng.uniform(4, 20, count)])
     poses = [(turn(0.01 * i), np.array([0.15 * i, 0.02 * i, 0.05 * i])) for i in range(frames)]
@@ -30,14 +30,14 @@ def walk(frames: int, count: int, seed: int = 0) -> tuple[list[tuple[Array, Arra
 
 
 def even(rays: Array) -> Array:
-    """Sights (F, 5, T) of a camera whose pixels are alike everywhere."""
+    """Return the sights (F, 5, T) of a camera whose pixels all have the same angular size."""
     frames, _, count = rays.shape
     factors = np.broadcast_to(np.array([1.0, 0.0, 1.0], rays.dtype)[:, None], (frames, 3, count))
     return np.concatenate([rays, factors], axis=1)
 
 
 def follow(poses: list[tuple[Array, Array]], rays: Array, unit: bool = True) -> Structure:
-    """The structure by all frames, each added to the ones before; of two views a motion has no length."""
+    """Return the structure from all frames, added one by one. Two views do not determine the length of a motion."""
     window, scene = Window.start(), None
     for i in range(1, len(poses)):
         (rotation0, position0), (rotation1, position1) = poses[i - 1 : i + 1]
@@ -52,7 +52,7 @@ def follow(poses: list[tuple[Array, Array]], rays: Array, unit: bool = True) -> 
 
 @pytest.mark.parametrize("frames", [3, 6, FRAMES + 4])
 def test_few_points_that_stand_still_are_contradicted(frames: int) -> None:
-    scenes = [follow(*walk(frames, 1000, seed)) for seed in range(6)]  # in each, errors of the motion are common to all
+    scenes = [follow(*walk(frames, 1000, seed)) for seed in range(6)]  # all points of a scene share its motion's errors
     assert all((scene.freedom == 2 * min(frames, FRAMES + 1) - 3).all() for scene in scenes)
     for rate in (0.05, 1e-2):
         assert 0.5 * rate < np.mean([scene.contradicts(rate).mean() for scene in scenes]) < 1.5 * rate
@@ -114,9 +114,9 @@ def test_a_standing_camera_contradicts_nothing() -> None:
 
 
 def with_a_rest(rest: int, late: float) -> tuple[Array, Array]:
-    """Ten cameras in a row, so many more where the last of them is, and five on the way back; and sights of points.
+    """Return ten positions of cameras, ``rest`` more at the last one, and five on the way back, and sights of points.
 
-    Of the points, a part comes into view late: at any time of all.
+    The fraction ``late`` of the points comes into view at a random time.
     """
     rng, count = np.random.default_rng(rest), 400
     ways = np.array([0.15 * i for i in (*range(10), *[9] * rest, *range(8, 3, -1))])
@@ -133,7 +133,7 @@ def with_a_rest(rest: int, late: float) -> tuple[Array, Array]:
 @pytest.mark.parametrize("rest", [0, 3, 12, 60])
 @pytest.mark.parametrize("metric", [False, True])
 def test_a_camera_that_rests_keeps_the_unit_of_its_way(metric: bool, rest: int, late: float) -> None:
-    """The frames before the rest tell of depths. What is seen meanwhile is noise."""
+    """The frames before the rest determine depths. What is seen during the rest is noise."""
     positions, seen = with_a_rest(rest, late)
     window, columns, scaled, steps = Window.start(), np.array([0]), [], []
     for i, step in enumerate(np.diff(positions, axis=0), start=1):
@@ -149,7 +149,7 @@ def test_a_camera_that_rests_keeps_the_unit_of_its_way(metric: bool, rest: int, 
         window = scene.cameras.advance(gone)
         columns = np.delete(columns, [gone] if len(columns) > FRAMES else [])
     assert len(window) == FRAMES
-    assert all(scaled[1:]) and scaled[0] == metric  # of two views a motion has no length
+    assert all(scaled[1:]) and scaled[0] == metric  # two views do not determine the length of a motion
     assert np.array(steps) == pytest.approx(np.full(len(steps), steps[0]), rel=0.05)
 
 
@@ -162,7 +162,7 @@ def test_a_camera_that_only_turned_since_it_saw_other_points_has_metres_or_no_un
     local = np.array([turn(0.02 * i).T @ (points - [[way], [0], [0]]) for i, way in enumerate(ways)])
     rays = local[:, :2] / local[:, 2:] + rng.normal(0, NOISE, (len(ways), 2, count))
     first = np.arange(count) < count // 2
-    rays[9:, :, first] = rays[:8, :, ~first] = np.nan  # in frame 8, where it turns first, all are seen
+    rays[9:, :, first] = rays[:8, :, ~first] = np.nan  # in frame 8, at the turning point, all are visible
     window, columns = Window.start(), np.array([0])
     for i, step in enumerate(np.diff(ways), start=1):
         columns = np.append(columns, i)
@@ -192,7 +192,7 @@ def test_tracks_that_were_anywhere_before_are_contradicted_and_leave_the_motion_
     contradicted = scene.contradicts(1e-3)
     assert contradicted[:20].all() and contradicted[20:].mean() < 0.03
     for ours, theirs in zip(scene.cameras, without.cameras):
-        np.testing.assert_allclose(ours, theirs, atol=2e-3)  # of up to four metres
+        np.testing.assert_allclose(ours, theirs, atol=2e-3)  # for values up to 4 m
 
 
 @pytest.mark.parametrize("error", [0.05, 0.3])

@@ -1,6 +1,6 @@
-"""SuperGlue finds the matches that `transformers` finds with the same weights, from either family of files.
+"""Tests that SuperGlue finds `transformers`' matches with the same weights, from both file formats.
 
-Weights are random, scaled so that descriptors decide and the layers in between have a say.
+Weights are random, scaled such that descriptors decide and all layers have an effect.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kpmatch_ros.models import SuperPoint, trace
 from kpmatch_ros.models.assignment import Assignment, ImageFeatures
 from kpmatch_ros.models.superglue import SuperGlue, normalise_keypoints
 
-Pair = Callable[..., tuple[Any, SuperGlue]]  # of transformers and ours
+Pair = Callable[..., tuple[Any, SuperGlue]]  # transformers' and ours
 RecordDifference = Callable[[str, float], None]
 Inputs = tuple[ImageFeatures, ImageFeatures]
 
@@ -35,7 +35,7 @@ def pair(
     small_superglue: dict[str, Any],
     randomise_superglue: Callable[[Any, int], None],
 ) -> Pair:
-    """pair(seed, **config): the same weights in `transformers`' SuperGlue and in ours."""
+    """pair(seed, **config) returns `transformers`' SuperGlue and ours with the same weights."""
     transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
     made: dict[str, tuple[Any, SuperGlue]] = {}
@@ -60,7 +60,7 @@ def pair(
 
 
 def features(seed: int, count0: int, count1: int, dim: int = 64) -> Inputs:
-    """Two images of the same points, as far as their numbers allow, in another order, some alike and some less so."""
+    """Return two images of mostly the same points in another order, with descriptors of different similarity."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:
@@ -84,7 +84,7 @@ def image(keypoints: Tensor, descriptors: Tensor, scores: Tensor, mask: Tensor |
 
 
 def pad(features: ImageFeatures, count: int) -> ImageFeatures:
-    """To ``count`` points, with numbers that would show if they were used, and the mask that says so."""
+    """Pad to ``count`` points with values that would show if they were used, and add the mask."""
 
     def padded(tensor: Tensor) -> Tensor:
         return torch.cat([tensor, torch.full((1, count - tensor.shape[1], *tensor.shape[2:]), 7.0)], dim=1)
@@ -94,7 +94,7 @@ def pad(features: ImageFeatures, count: int) -> ImageFeatures:
 
 
 def run_theirs(model: Any, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
-    """`transformers`' matches and scores of both images; it takes as many keypoints in both, so one may be padded."""
+    """Return `transformers`' matches and scores. It needs equal numbers of keypoints, so one image may be padded."""
     counts = [each.num_keypoints for each in inputs]
     padded = [pad(each, max(counts)) for each in inputs]
     keypoints, descriptors, scores, mask = (
@@ -110,10 +110,10 @@ def run_theirs(model: Any, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
 
 @pytest.fixture
 def transport_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`transformers` lets padding take part in optimal transport, with a weight of 1 each, which a dustbin takes.
+    """In `transformers`, padding takes part in optimal transport, with a weight of 1 each, and a dustbin absorbs it.
 
-    That changes nothing where Sinkhorn's algorithm has converged, but it converges another way. To compare step by
-    step, its own function is given the real keypoints alone, as the authors' code gives them.
+    This has no effect once Sinkhorn's algorithm has converged, but the steps differ. For a comparison of the steps, its
+    function gets only the real keypoints, as in the authors' code.
     """
     modeling = pytest.importorskip("transformers.models.superglue.modeling_superglue")
     original = modeling.log_optimal_transport
@@ -139,7 +139,7 @@ def assert_equal(
     record_difference: RecordDifference | None = None,
     note: str = "",
 ) -> None:
-    """At least 99.9 % of the same matches, scores within 1e-3, for a batch of one."""
+    """Check that at least 99.9 % of the matches agree, and scores within 1e-3, for a batch of one."""
     for ours, our_scores, theirs, their_scores in zip(found[:2], found[2:4], matches, scores):
         same = float((ours[0] == theirs).float().mean())
         # `transformers` sets scores below the threshold to zero.
@@ -228,7 +228,7 @@ def test_images_match_through_the_detector_of_the_same_folder_as_in_transformers
     theirs.save_pretrained(tmp_path)
     picture = texture(104, 144, 7)
     views = [picture[:96, :128], picture[8:, 16:], texture(96, 128, 8), texture(96, 128, 9)]
-    images = torch.from_numpy(np.stack(views)).float()[:, None] / 255  # two pairs, with different numbers of keypoints
+    images = torch.from_numpy(np.stack(views)).float()[:, None] / 255  # two pairs with different numbers of keypoints
     with torch.inference_mode():
         expected = theirs(images.unflatten(0, (2, 2)).repeat(1, 1, 3, 1, 1))
     found = SuperPoint.from_pretrained(tmp_path)(images)
@@ -242,7 +242,7 @@ def test_images_match_through_the_detector_of_the_same_folder_as_in_transformers
     assert len({int(count) for count in found.mask.sum(dim=1)}) > 1
     for b in range(2):
         for i in range(2):
-            # Their keypoints come in another order: compare by pixel.
+            # Their keypoints have another order, so compare by pixel.
             points = [(expected.keypoints[b, k] * size[0]).round().int().tolist() for k in range(2)]
             real = expected.mask[b, i].bool()
             mine = [found.keypoints[2 * b + k].round().int().tolist() for k in range(2)]
@@ -277,7 +277,7 @@ def test_hidden_states_and_attention_maps_are_those_of_transformers(
         )
     with trace(ours) as recorded:
         ours(*inputs)
-    # Theirs are what each layer adds, with the perceptrons' inner layers; ours are the sums.
+    # Theirs are the increments of each layer, including the perceptrons' inner layers; ours are the sums.
     encoder = len(ours.config["keypoint_encoder_sizes"]) + 1
     expected = [states[encoder]]
     expected += [state for state in states[encoder + 1 : -1] if state.shape[-2] == size]
@@ -307,7 +307,7 @@ def test_no_keypoints_give_no_matches_as_in_transformers(pair: Pair) -> None:
 
 
 def padded_batch(*pairs: Inputs) -> Inputs:
-    """Pairs in one batch, with at least three points of padding an image."""
+    """Return pairs as one batch, with at least three points of padding per image."""
 
     def batch(images: Sequence[ImageFeatures]) -> ImageFeatures:
         padded = [pad(each, max(each.num_keypoints for each in images) + 3) for each in images]

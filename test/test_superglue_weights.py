@@ -1,4 +1,4 @@
-"""SuperGlue's weights: from its authors' files too, and refused where they do not fit."""
+"""Tests of SuperGlue's weights: also from its authors' files, and refused if they do not fit."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from kpmatch_ros.weights import WeightsError
 
 
 def authors_file(tensors: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
-    """A Hugging Face SuperGlue's tensors as Magic Leap's code names and arranges them."""
+    """Rename and rearrange a Hugging Face SuperGlue's tensors as in Magic Leap's code."""
 
     def spread(tensor: Tensor, dim: int) -> Tensor:
-        """Channel c of head h from place h * size + c to place c * heads + h."""
+        """Move channel c of head h from index h * size + c to index c * heads + h."""
         size = tensor.shape[dim] // heads
         return tensor.index_select(dim, torch.tensor([h * size + c for c in range(size) for h in range(heads)]))
 
@@ -79,7 +79,7 @@ def test_attention_is_that_of_the_authors_arrangement(superglue: Callable[..., S
 
 @pytest.fixture
 def folder(random_folder: Callable[..., Path]) -> Path:
-    """A Hugging Face folder of weights."""
+    """A Hugging Face folder with weights."""
     return random_folder(superglue={})
 
 

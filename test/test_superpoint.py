@@ -1,4 +1,5 @@
-"""SuperPoint finds and describes the keypoints that the reference implementations find.
+"""Tests that SuperPoint finds the same keypoints and descriptors as the reference implementations.
+
 Weights are random; `transformers` saves them and this package loads its folder.
 """
 
@@ -30,7 +31,7 @@ def pair(
     small_superpoint: dict[str, Any],
     randomise_superpoint: Callable[[Any, int], None],
 ) -> Pair:
-    """pair(seed, **config): the same random weights in `transformers`' SuperPoint and in this package's."""
+    """pair(seed, **config) returns `transformers`' SuperPoint and ours with the same random weights."""
     transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
 
@@ -50,7 +51,7 @@ def pair(
 def ours(
     small_superpoint: dict[str, Any], randomise_superpoint: Callable[[Any, int], None]
 ) -> Callable[..., SuperPoint]:
-    """ours(**config): a SuperPoint with random weights."""
+    """ours(**config) returns a SuperPoint with random weights."""
 
     def make(**config: Any) -> SuperPoint:
         model = SuperPoint(**{**small_superpoint, **config})
@@ -65,7 +66,7 @@ def batch(*images: np.ndarray) -> Tensor:
 
 
 def run_theirs(model: Any, images: Tensor) -> list[Found]:
-    """Of each image: pixel to score and descriptor."""
+    """Return score and descriptor by pixel, for each image."""
     with torch.inference_mode():
         output = model(images.repeat(1, 3, 1, 1))
     size = torch.tensor([images.shape[3], images.shape[2]])
@@ -118,8 +119,8 @@ def test_the_fast_weights_find_and_describe_what_they_do_in_transformers(texture
     transformers = pytest.importorskip("transformers")
     folder = resolve("superpoint-open-fast")
     theirs = transformers.LightGlueForKeypointMatching.from_pretrained(folder, dtype=torch.float32).keypoint_detector
-    theirs.eval().keypoint_decoder.border_removal_distance = 0  # it has another idea of borders than ours
-    options = {"border_removal_distance": 0, "subpixel": False}  # theirs finds whole pixels
+    theirs.eval().keypoint_decoder.border_removal_distance = 0  # it defines borders differently
+    options = {"border_removal_distance": 0, "subpixel": False}  # theirs finds whole pixels only
     ours = SuperPoint.from_pretrained("superpoint-open-fast", **options)
     image = batch(texture(240, 320, 3))
     (expected,) = run_theirs(theirs, image)
@@ -171,7 +172,7 @@ def test_follows_every_option_of_the_configuration_as_transformers_does(
 
 
 def test_removes_keypoints_at_all_four_borders(pair: Pair, texture: Any, record_difference: Any) -> None:
-    # transformers removes those at the right and bottom only from pixels that are 8 times further out.
+    # At the right and bottom, transformers removes keypoints only at a distance that is 8 times further out.
     theirs, ours = pair(3, border_removal_distance=7)
     image = batch(texture(97, 123, 13))
     (expected,) = run_theirs(theirs, image)
@@ -266,7 +267,7 @@ def test_descriptors_at_keypoints_are_those_of_the_whole_map(
     height: int,
     width: int,
 ) -> None:
-    monkeypatch.setattr(superpoint, "WINDOWS", 50)  # more cells than that are worked on in parts
+    monkeypatch.setattr(superpoint, "WINDOWS", 50)  # more cells than this are processed in parts
     model = ours().to(memory_format=layout)
     features = torch.randn(2, model.encoder.conv_blocks[-1].channels, height // 8, width // 8).to(memory_format=layout)
     size = torch.tensor([width // 8 * 8 - 1.0, height // 8 * 8 - 1.0])
@@ -295,7 +296,7 @@ def test_the_first_convolution_in_bfloat16_is_as_exact_as_in_float32(
     image = batch(texture(97, 75, 1), texture(97, 75, 2)) + 3.0  # far from zero, where bfloat16 has steps of 0.016
     precise = block.conv_a(image)
     found = superpoint.PartsConvolution(block.conv_a)(superpoint.in_parts(image))
-    # Each is the number in bfloat16 that is next to it, or nearly: the borders are no worse.
+    # Each value is the nearest bfloat16 number, or almost: the borders are not less accurate.
     assert found.dtype == torch.bfloat16
     error = (found.float() - precise).abs()
     assert (error <= precise.abs() * 2**-8 + 1e-4).all()
@@ -350,7 +351,7 @@ def test_a_picture_moved_by_a_cell_gives_the_same_keypoints_moved(
     model, picture = ours(), texture(200, 200, 9)
     (first,) = as_found(model(batch(picture[:192, :176])))
     (second,) = as_found(model(batch(picture[8:200, 16:192])))
-    inside = {(x, y) for x, y in first if 70 <= x < 120 and 62 <= y < 130}  # out of reach of the borders
+    inside = {(x, y) for x, y in first if 70 <= x < 120 and 62 <= y < 130}  # not influenced by the borders
     assert len(inside) > 10
     for x, y in inside:
         assert second[x - 16, y - 8][0] == pytest.approx(first[x, y][0], abs=1e-4)
@@ -410,7 +411,7 @@ def test_half_precision_finds_most_keypoints_and_scores_them_in_single(
 
 
 def authors_names(model: SuperPoint) -> dict[str, Tensor]:
-    """The tensors under the names of Magic Leap's superpoint_v1.pth."""
+    """Return the tensors with the names in Magic Leap's superpoint_v1.pth."""
     heads = {"score_a": "Pa", "score_b": "Pb", "descriptor_a": "Da", "descriptor_b": "Db"}
     tensors = {}
     for name, tensor in model.state_dict().items():

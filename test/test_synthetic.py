@@ -1,4 +1,4 @@
-"""The synthetic courtyard: exact geometry, the same bytes every time, and pictures a matcher can work with."""
+"""Tests of the synthetic courtyard: exact geometry, reproducible bytes, and pictures that can be matched."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def lens() -> Camera:
 
 @pytest.fixture(scope="module")
 def walk(scene: Scene, lens: Camera) -> list[View]:
-    """The first frames of the default path, without noise."""
+    """Return the first frames of the default path, without noise."""
     return list(scene.film(camera_path(7), lens))
 
 
 def project(camera: Camera, points: Array) -> Array:
-    """Pixels (N, 2) of points (N, 3) in the camera's frame, by OpenCV."""
+    """Project points (N, 3) in the camera's frame to pixels (N, 2) with OpenCV."""
     pixels, _ = cv2.projectPoints(points[:, None], np.zeros(3), np.zeros(3), camera.matrix, camera.distortion)
     return pixels.reshape(-1, 2)
 
 
 def seen_points(view: View) -> tuple[Array, NDArray[np.bool_]]:
-    """Camera coordinates (H, W, 3) of what each pixel shows, and where that is not the sky."""
+    """Return camera coordinates (H, W, 3) of each pixel's point, and a mask of the pixels that are not sky."""
     height, width = view.depth.shape
     y, x = np.mgrid[0:height, 0:width]
     rays = view.camera.normalise(np.stack([x.ravel(), y.ravel()], axis=1))
@@ -56,7 +56,7 @@ def in_world(view: View) -> tuple[Array, NDArray[np.bool_]]:
 
 
 def angle(rotation: Array) -> float:
-    """Degrees."""
+    """Return the angle in degrees."""
     return float(np.degrees(np.linalg.norm(cv2.Rodrigues(rotation)[0])))
 
 
@@ -82,7 +82,7 @@ def test_looking_down_every_pixel_shows_a_point_of_the_ground(scene: Scene, dist
 
 @pytest.mark.parametrize("distorted", [False, True])
 def test_the_corner_of_the_house_is_where_the_camera_model_puts_it(scene: Scene, distorted: bool) -> None:
-    """Pixel (0, 0) is the centre of the top-left pixel: half a pixel off would show here."""
+    """Pixel (0, 0) is the centre of the top-left pixel. An offset of half a pixel would make this test fail."""
     camera = demo_camera(distorted=distorted)
     pose = look((4.5, -2.0, 1.6), 0.12, -0.25, 0.15)
     view = scene.render(*pose, camera)
@@ -90,13 +90,13 @@ def test_the_corner_of_the_house_is_where_the_camera_model_puts_it(scene: Scene,
     edge = np.stack([np.full_like(height, 11.0), np.full_like(height, -3.4), height], axis=1)
     u, v = project(camera, (edge - pose.position) @ pose.rotation).T
     points, finite = in_world(view)
-    front = finite & (np.abs(points[..., 0] - 11.0) < 1e-3) & (points[..., 1] > -3.5)  # of the house: left of the edge
+    front = finite & (np.abs(points[..., 0] - 11.0) < 1e-3) & (points[..., 1] > -3.5)  # left of the house's edge
     errors = []
     for row in range(int(np.ceil(v.min())), int(v.max())):
         last = np.flatnonzero(front[row]).max()
         errors.append(last + 0.5 - np.interp(row, v[::-1], u[::-1]))
     assert len(errors) > 100
-    assert np.abs(errors).max() < 0.52  # a pixel belongs to the front when its centre does
+    assert np.abs(errors).max() < 0.52  # a pixel belongs to the front if its centre does
     assert abs(np.mean(errors)) < 0.05
 
 
@@ -117,8 +117,8 @@ def test_what_one_view_sees_the_other_sees_at_the_same_place_depth_and_colour(
     assert shown.mean() > 0.5
     assert np.median(np.abs(excess)) < 1e-4  # cv2.remap of OpenCV 4 rounds to 1/32 of a pixel
     assert (np.abs(excess) < 1e-3).mean() > 0.9
-    assert (excess < -1e-2).mean() < 0.03  # nearer than what is seen there: only where an edge is interpolated
-    # The images fit together without any shift left between them.
+    assert (excess < -1e-2).mean() < 0.03  # nearer than the surface there: only where an edge is interpolated
+    # The images fit together without a remaining shift.
     same = np.zeros(finite.shape, np.uint8)
     same[shown] = np.abs(excess) < 1e-3
     same = cv2.erode(same, np.ones((5, 5))) > 0
@@ -170,7 +170,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_stones(scene:
     other = Scene(seed=1).render(*pose, camera, noise=2.0, noise_seed=7)
     assert np.array_equal(first.image, again.image) and np.array_equal(first.depth, again.depth)
     assert np.abs(first.image.astype(int) - other.image).mean() > 5
-    assert (first.depth == other.depth).mean() > 0.8  # what stands where is the same, but for leaves and hills
+    assert (first.depth == other.depth).mean() > 0.8  # the geometry is the same, except for leaves and hills
 
 
 def test_a_scene_that_another_process_built_gives_the_same_bytes(scene: Scene) -> None:

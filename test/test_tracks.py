@@ -1,4 +1,4 @@
-"""Tracks are followed to a fraction of a pixel, end where their first patch does not fit, and are found again."""
+"""Tests that tracks are followed with subpixel accuracy, end if their first patch does not fit, and are found again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def grid(spacing: int = 20) -> NDArray[np.float32]:
 
 
 def view(picture: NDArray[np.uint8], shift: int, keypoints: NDArray[np.float32] | None = None) -> View:
-    """The picture from a place: its points are `shift` pixels further left than in the view from 0."""
+    """Return the picture from a place: its points are `shift` pixels further left than in the view from 0."""
     points = np.zeros((0, 2), np.float32) if keypoints is None else keypoints
     image = np.ascontiguousarray(picture[50 : 50 + SIZE, 50 + shift : 50 + shift + SIZE])
     return View(normalize_contrast(image), points, np.eye(len(points), 128, dtype=np.float32), 1.0)
@@ -64,11 +64,11 @@ def test_a_pair_of_images_errs_by_what_finding_the_patch_in_both_errs(picture: N
     points, tracks = grid(), Tracks(100, 0)
     first, second, third = view(picture, 0, points), view(picture, 3), view(picture, 6)
     new = tracks.follow(first, second, *NO_MATCHES)
-    np.testing.assert_allclose(new.pair_sigmas, new.sigmas, rtol=1e-5)  # the patch is of the first image
+    np.testing.assert_allclose(new.pair_sigmas, new.sigmas, rtol=1e-5)  # the patch is from the first image
     tracks.advance(second, None)
     old = tracks.follow(second, third, *NO_MATCHES)
     both = np.hypot(new.sigmas[np.isin(new.track_ids, old.track_ids)], old.sigmas)
-    assert (old.pair_sigmas < 1.001 * both).all()  # less where the image before tells more than the first patch
+    assert (old.pair_sigmas < 1.001 * both).all()  # less if the previous image contributes more than the first patch
     assert np.isclose(old.pair_sigmas, both, rtol=1e-3).mean() > 0.9
 
 
@@ -94,7 +94,7 @@ def test_there_are_no_more_tracks_than_the_limit_from_the_frame_on_when_it_is_lo
     tracks.limit = 10
     after = tracks.follow(views[1], views[2], *NO_MATCHES)
     assert len(before.points) > 10 == len(after.points)
-    assert np.isin(after.track_ids, before.track_ids).all()  # rather than new ones
+    assert np.isin(after.track_ids, before.track_ids).all()  # instead of new ones
 
 
 def test_a_track_that_no_longer_looks_alike_ends(picture: NDArray[np.uint8], texture: Texture) -> None:
@@ -108,7 +108,7 @@ def test_a_track_that_no_longer_looks_alike_ends(picture: NDArray[np.uint8], tex
         assert {tuple(point) for point in links.reference_points} >= {tuple(point) for point in points[left]}
         found += (links.reference_points[:, 0] > SIZE // 2 + 8).sum()
         right += (points[:, 0] > SIZE // 2 + 8).sum()
-    assert found < 0.08 * right  # places that look alike by chance
+    assert found < 0.08 * right  # places that look similar by chance
 
 
 def test_a_lost_track_is_found_again_under_its_old_id(picture: NDArray[np.uint8]) -> None:
@@ -187,7 +187,7 @@ def test_tracks_that_are_found_again_do_not_exceed_the_limit(picture: NDArray[np
     parts[1] = replace(parts[1], descriptors=np.eye(len(points), 128, dtype=np.float32)[25:])
     both = view(picture, 0, points)
     tracks.follow(parts[0], parts[1], *NO_MATCHES)
-    tracks.advance(parts[1], np.arange(25) < 20)  # five are lost; ten begin
+    tracks.advance(parts[1], np.arange(25) < 20)  # five are lost, and ten begin
     assert len(tracks.follow(parts[1], both, *NO_MATCHES).points) == 30
     tracks.advance(both, None)
     assert len(tracks.follow(both, both, *NO_MATCHES).points) == 30
@@ -204,7 +204,7 @@ def test_what_tracks_looked_like_is_forgotten_with_them(picture: NDArray[np.uint
         if number % 40 == 39:
             taken.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
-    assert taken[1] - taken[0] < 500_000  # bytes; forty times 25 new tracks of 1.2 kB each would be over twice as much
+    assert taken[1] - taken[0] < 500_000  # bytes; forty times 25 new tracks of 1.2 kB each would be twice as much
 
 
 @pytest.mark.parametrize("alike", [0.9, 0.2])
@@ -212,7 +212,7 @@ def test_keypoints_stand_in_for_tracks_only_where_the_images_differ_too_much_for
     picture: NDArray[np.uint8], texture: Texture, alike: float
 ) -> None:
     points = grid()
-    changed = np.flatnonzero(points[:, 0] > alike * SIZE)  # what lies there looks like something else now
+    changed = np.flatnonzero(points[:, 0] > alike * SIZE)  # the image has changed there
     first, now = view(picture, 0, points), view(picture, 0, points)
     image = now.normalized.copy()
     image[:, round(alike * SIZE) - 8 :] = normalize_contrast(texture(SIZE, SIZE, 11))[:, round(alike * SIZE) - 8 :]
@@ -239,7 +239,7 @@ def test_the_number_of_tracks_is_bounded_and_new_ones_begin_where_there_are_none
     assert len(links.points) == 40
     new = links.track_ids > 30
     cells = {(int(x) // 40, int(y) // 40) for x, y in links.points[new]}
-    assert new.sum() == 10 and len(cells) == 8  # all that are free
+    assert new.sum() == 10 and len(cells) == 8  # all free cells
     assert (links.points[new][:, 0 if across else 1] > 70).all()
 
 
@@ -256,7 +256,7 @@ def test_in_a_scene_that_slowly_changes_tracks_go_on_by_the_frame_before(
         spreads.append(np.median(links.sigmas))
         steps.append(np.median(links.pair_sigmas))
     assert len(links.points) >= 0.95 * len(points) and links.refined.all() and links.track_ids.max() == len(points)
-    # The errors of the steps add up. A new patch adds 0.3 pixels; flow, which would be the only way without, 0.7.
+    # The errors of the steps accumulate. A new patch adds 0.3 pixels; flow, the only alternative, would add 0.7.
     assert spreads[0] < 0.1 < spreads[3] < 0.6 and spreads[-1] < 1.0
     assert max(steps) < 0.5 * spreads[-1] and links.pair_sigmas.min() > 0
 
@@ -277,7 +277,7 @@ def test_the_same_images_give_the_same_tracks(picture: NDArray[np.uint8]) -> Non
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_a_camera_that_only_turns_knows_where_lost_tracks_are(picture: NDArray[np.uint8], calibrated: bool) -> None:
-    # All depths are alike then: none is told from infinity.
+    # In this case all depths are equal, and none differs from infinity.
     tracks, start = Tracks(200, 200), view(picture, 0, np.random.default_rng(0).permutation(grid(10))[:60])
     lower, camera = start.keypoints[:, 1] >= 60, CAMERA if calibrated else None
     detected = np.flatnonzero(~lower | (np.arange(60) % 2 == 0))
@@ -357,13 +357,13 @@ CAMERA = Camera(SIZE, SIZE, np.array([[200.0, 0, SIZE / 2], [0, 200.0, SIZE / 2]
 
 
 def sideways(count: int, status: PoseStatus = PoseStatus.OK) -> RelativePose:
-    """A motion to the right, that all links agree with."""
+    """Return a motion to the right with which all links agree."""
     inliers = np.ones(count, bool)
     return RelativePose(status, np.eye(3), np.array([1.0, 0, 0]), np.zeros((6, 6)), False, count, count, 0.0, inliers)
 
 
 def with_patch(picture: NDArray[np.uint8], texture: Texture, shift: int, patch_shift: int) -> View:
-    """The picture from a place, and a piece of something else before it, which is further left by `patch_shift`."""
+    """Return the picture from a place, with a patch in front of it that is further left by `patch_shift`."""
     image = np.ascontiguousarray(picture[50 : 50 + SIZE, 50 + shift : 50 + shift + SIZE])
     image[60:101, 100 - patch_shift : 141 - patch_shift] = texture(41, 41, 5)
     return View(normalize_contrast(image), np.zeros((0, 2), np.float32), np.zeros((0, 128), np.float32), 1.0)
@@ -372,9 +372,9 @@ def with_patch(picture: NDArray[np.uint8], texture: Texture, shift: int, patch_s
 def walk_with_patch(
     picture: NDArray[np.uint8], texture: Texture, shifts: list[int], cameras: tuple[Camera | None, Camera | None]
 ) -> tuple[list[Links], Tracks, NDArray[np.uint64]]:
-    """Each frame's links, and the tracks of the piece, which has these shifts while the picture moves by 2 a frame.
+    """Return the links of each frame, and the tracks on the patch, which has ``shifts``. The picture moves 2 per frame.
 
-    What is not on the piece has no matches. The pieces' keypoints are matched in all frames but the last.
+    Points that are not on the patch have no matches. The patch's keypoints are matched in all frames but the last.
     """
     points, tracks = np.concatenate([grid(), np.float32([[115, 75], [125, 85], [115, 85], [125, 75]])]), Tracks(100, 0)
     on_piece = np.arange(len(points) - 4, len(points))
@@ -433,7 +433,7 @@ def test_a_track_that_its_neighbours_lead_astray_is_found_by_its_depth(
 
 
 def test_where_a_lost_track_is_found_none_stays_that_contradicts_the_motion(picture: NDArray[np.uint8]) -> None:
-    scene, (there, elsewhere) = picture.copy(), np.float32([[75, 75], [115, 95]])  # which look alike
+    scene, (there, elsewhere) = picture.copy(), np.float32([[75, 75], [115, 95]])  # two places that look alike
     for x, y in np.int64([there, elsewhere]):
         scene[y + 40 : y + 61, x + 40 : x + 61] = picture[:21, :21]
     tracks = Tracks(100, 0)
@@ -444,7 +444,7 @@ def test_where_a_lost_track_is_found_none_stays_that_contradicts_the_motion(pict
     links = tracks.follow(first, second, *NO_MATCHES)
     links, _ = tracks.settle(second, (CAMERA, CAMERA), links, sideways(len(links.points)))
     tracks.advance(second, None)
-    # The matcher takes the one, which is hidden by now, for the other, and this one for something else.
+    # The matcher confuses the first one, which is now hidden, with the other, and the other with something else.
     links = tracks.follow(second, third, np.array([[0, 1], [1, 0]]), np.full(2, 0.9, np.float32))
     agree = np.linalg.norm(links.points - links.reference_points + (2, 0), axis=1) < 1
     assert np.count_nonzero(~agree) == 2
@@ -457,7 +457,7 @@ def test_where_a_lost_track_is_found_none_stays_that_contradicts_the_motion(pict
 def test_what_agrees_with_a_translation_that_is_not_believed_goes_on(
     picture: NDArray[np.uint8], texture: Texture
 ) -> None:
-    """The camera is said to stand. Of four points that move before it, two agree with a translation."""
+    """The pose says that the camera stands. Of four points that move in front of it, two agree with a translation."""
     piece = np.float32([[115, 75], [125, 85], [115, 85], [125, 75]])
     beside = grid()[(grid()[:, 0] < 80) | (grid()[:, 1] < 50) | (grid()[:, 1] > 110)]
     points, tracks, ids = np.concatenate([piece, beside]), Tracks(100, 0), list[NDArray[np.uint64]]()

@@ -1,4 +1,4 @@
-"""benchmarks/tracks.py: the places that it takes for true, and what it counts."""
+"""Tests of benchmarks/tracks.py: its true positions and its counts."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def anywhere(count: int = 50) -> np.ndarray:
 
 
 def exact(points: np.ndarray, depth: np.ndarray) -> np.ndarray:
-    """Where points (N, 2) at depths (N,) are after STEP."""
+    """Return the positions of points (N, 2) at depths (N,) after STEP."""
     world = np.c_[(points - (159.5, 119.5)) / 300, np.ones(len(points))] * depth[:, None] - STEP
     return np.asarray(world[:, :2] / world[:, 2:] * 300 + (159.5, 119.5))
 
 
 def test_a_point_of_a_slanted_plane_has_one_true_place() -> None:
-    normal = np.array([0.05, 0.3, 0.2])  # 1 / depth = normal . ray: a floor that comes near below
+    normal = np.array([0.05, 0.3, 0.2])  # 1 / depth = normal . ray: a floor whose lower part is near
     view, after = (seen(1 / (rays() @ normal), position) for position in (np.zeros(3), STEP))
     points = anywhere()
     own = 1 / (np.c_[(points - (159.5, 119.5)) / 300, np.ones(len(points))] @ normal)
@@ -56,7 +56,7 @@ def test_a_point_of_a_slanted_plane_has_one_true_place() -> None:
 
 def test_beside_an_edge_of_the_depth_a_point_may_lie_on_either_surface() -> None:
     depth = np.where(rays()[..., 0] < 0, 2.0, 5.0)
-    points = np.array([[158.5, 100.0], [160.5, 60.0]])  # a pixel to either side
+    points = np.array([[158.5, 100.0], [160.5, 60.0]])  # one pixel to either side
     places, _ = project(points, seen(depth, np.zeros(3)), seen(depth, STEP), CAMERA)
     for surface in (2.0, 5.0):
         true = exact(points, np.full(2, surface))

@@ -1,4 +1,4 @@
-"""The trainings see views whose geometry is true, learn what their losses say, and go on where they were stopped."""
+"""Tests that training views have correct geometry, that losses teach what they should, and that training resumes."""
 
 from __future__ import annotations
 
@@ -49,26 +49,26 @@ def draw(seed: int = 0) -> torch.Generator:
 
 
 def grid(step: int = 1, size: tuple[int, int] = SIZE) -> torch.Tensor:
-    """The pixels (1, N, 2) of a view."""
+    """Return the pixels (1, N, 2) of a view."""
     x, y = torch.arange(0.0, size[0], step), torch.arange(0.0, size[1], step)
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).view(1, -1, 2)
 
 
 def sampled(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Bilinear samples (B, N) of images (B, 1, H, W)."""
+    """Return bilinear samples (B, N) of images (B, 1, H, W)."""
     limits = points.new_tensor(image.shape[:1:-1]) - 1
     return nn.functional.grid_sample(image, (points / limits * 2 - 1)[:, None], align_corners=True)[:, 0, 0]
 
 
 def named(template: str, count: int, watched: bool = False) -> list[str]:
-    """Names of things to train on, or that are only watched."""
+    """Return names of training or (``watched``) validation images."""
     names = (template.format(i) for i in itertools.count())
     return list(itertools.islice((n for n in names if (zlib.crc32(n.encode()) % 20 == 0) == watched), count))
 
 
 @pytest.fixture(scope="module")
 def folder(texture: Texture, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards: 21 photographs, and a wall with a board before it, seen by three cameras."""
+    """Shards of 21 photographs, and of a wall with a board in front of it, seen by three cameras."""
     path = tmp_path_factory.mktemp("shards")
     pictures = [shards.encode_grey(texture(240, 320, i)) for i in range(21)]
     shards.write_photos(path / "photos_0.npz", pictures, named("photo_{}", 20) + named("photo_{}", 1, watched=True))
@@ -97,7 +97,7 @@ def folder(texture: Texture, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def room(texture: Texture, matrix: np.ndarray, shift: float) -> tuple[np.ndarray, None, np.ndarray, np.ndarray]:
-    """Albedo (240, 320), light, normals and depth (120, 160): a wall 4 m away, a board 2 m away right of x = 0.5 m."""
+    """Return albedo (240, 320), light, normals and depth (120, 160): a wall at 4 m, and at x > 0.5 m a board at 2 m."""
     wall = texture(480, 960, 5)
 
     def look(columns: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -153,7 +153,7 @@ def test_places_in_a_room_follow_depth_and_know_what_is_hidden(folder: Path) -> 
         rooms.camera_size,
         rooms.camera_size,
     )
-    # On the wall, on the board, on the wall behind where the second camera sees the board, out of its sight.
+    # Points on the wall, on the board, on the wall where the board hides it from camera 2, and out of its view.
     points = torch.tensor([[[120.0, 100.0], [260.0, 60.0], [200.0, 120.0], [20.0, 120.0]]])
     places, states = geometry.places(points, 0)
     assert states.tolist() == [[VISIBLE, VISIBLE, HIDDEN, HIDDEN]]
@@ -178,7 +178,7 @@ def test_two_views_of_a_room_show_the_same_surface_at_each_others_places(folder:
             found.append(float(torch.corrcoef(torch.stack(values))[0, 1]))
         return float(np.mean(found))
 
-    assert agreement(0.0) > 0.8  # light may differ
+    assert agreement(0.0) > 0.8  # the light may differ
     assert agreement(0.0) > agreement(2.0) + 0.02
 
 
@@ -189,7 +189,7 @@ def test_places_are_as_true_along_the_border_as_elsewhere() -> None:
     poses[1, 0, 0, 3] = moved
 
     def inverse(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """That of the depth of a slanted wall."""
+        """Return the inverse depth of a slanted wall."""
         return 0.2 + 0.001 * x + 0.0005 * y
 
     depth = (1 / inverse(x, y))[None, None]
@@ -211,7 +211,7 @@ def test_one_photograph_and_one_place_of_a_room_in_twenty_are_only_watched_whate
     assert 60 < chosen.sum() < 140
     assert views.watched_of(["one_more", *names])[1:].tolist() == chosen.tolist()
     few = named("photo_{}", 3)
-    assert views.watched_of(few).sum() == 1  # something is watched always
+    assert views.watched_of(few).sum() == 1  # there is always a validation image
 
 
 def test_a_shard_without_a_view_of_a_room_is_as_none(folder: Path, tmp_path: Path) -> None:
@@ -238,21 +238,21 @@ def test_degrading_changes_images_as_strongly_as_told_and_always_alike(texture: 
 
 def test_degrading_moves_nothing_anywhere_in_an_image() -> None:
     width, height = SIZE
-    x, y = grid()[0].T.view(2, 1, 1, height, width)  # an image of its own coordinates says what was moved whereto
+    x, y = grid()[0].T.view(2, 1, 1, height, width)  # its own coordinates, to show where content moves
     places = torch.cat([x, y])
     inner = (slice(None), slice(None), slice(8, -8), slice(8, -8))
     for seed in range(40):
         for part in (degradation.coarser(draw(seed), places), degradation.blurred(draw(seed), places, torch.ones(2))):
             assert (part - places)[inner].abs().max() < 0.1
     coded = degradation.jpeg(places / 255, torch.full((2, 1, 1, 1), 100.0)) * 255
-    assert (coded - places).view(2, 1, -1, 8, width // 8, 8).mean(dim=(3, 5)).abs().max() < 0.1  # of blocks of 8 x 8
+    assert (coded - places).view(2, 1, -1, 8, width // 8, 8).mean(dim=(3, 5)).abs().max() < 0.1  # means of 8 x 8 blocks
 
 
 # --- SuperPoint ---
 
 
 def peaks(points: torch.Tensor) -> torch.Tensor:
-    """Maps (B, 120, 160) with a bump around each of the points (B, N, 2)."""
+    """Return maps (B, 120, 160) with a peak around each of the points (B, N, 2)."""
     distance = (grid()[:, :, None] - points[:, None]).square().sum(dim=-1)
     return (0.6 * (-distance / (2 * 0.7**2)).exp()).amax(dim=2).view(-1, 120, 160)
 
@@ -301,7 +301,7 @@ def test_the_reprojections_loss_is_the_distance_and_pulls_points_together() -> N
     assert loss.item() == pytest.approx(1.0, abs=0.01)
     loss.backward()
     assert first.grad is not None
-    assert (first.grad[0, 0] < 0).all()  # downhill is right and down, to the partner
+    assert (first.grad[0, 0] < 0).all()  # the descent direction is right and down, towards the partner
 
 
 def test_own_points_are_read_out_to_a_fraction_of_a_pixel() -> None:
@@ -353,7 +353,7 @@ def test_points_whose_true_match_is_out_of_a_networks_reach_are_alone(randomise_
     model = LightGlue(input_dim=64, descriptor_dim=64, num_hidden_layers=3)
     randomise_lightglue(model, 0)
     batch = matching_batch(model, torch.arange(20).expand(2, -1).roll(1, dims=1).clone())
-    batch.partners[:, ::2] = torch.arange(0, 20, 2)  # every second one is what the descriptors say
+    batch.partners[:, ::2] = torch.arange(0, 20, 2)  # every second partner agrees with the descriptors
     opinion = lightglue_loss.opinion(model, batch)
     said = opinion.matches.gather(2, batch.partners[..., None])[..., 0]
     found = lightglue_loss.within_reach(opinion, batch, 0.01)
@@ -372,7 +372,7 @@ def test_points_whose_true_match_is_out_of_a_networks_reach_are_alone(randomise_
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks that learn in seconds."""
+    """Networks that train within seconds."""
     sizes = {"encoder_hidden_sizes": [8, 8, 16, 16], "decoder_hidden_size": 16, "descriptor_decoder_dim": 32}
     monkeypatch.setattr(train, "SUPERPOINTS", {"full": sizes, "fast": {**sizes, "decoder_hidden_size": 8}})
     glue = {"input_dim": 32, "descriptor_dim": 32, "num_hidden_layers": 2}
@@ -381,7 +381,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, out: Path, kind: str, *options: str) -> list[dict[str, Any]]:
-    """Train; the log's lines."""
+    """Train, and return the lines of the log."""
     common = ["--shards", folder, "--out", out, "--batch", 2, "--size", *SIZE, "--log-every", 1,
               "--watch-views", 2, "--device", "cpu"]  # fmt: skip
     train.main([kind, *map(str, common), "--precision", "float32", *options])
@@ -389,7 +389,7 @@ def run(folder: Path, out: Path, kind: str, *options: str) -> list[dict[str, Any
 
 
 def steps(log: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
-    """The losses by step, without times."""
+    """Return the losses by step, without times."""
     return {
         line["step"]: {key: value for key, value in line.items() if key not in ("seconds", "progress")}
         for line in log
@@ -461,7 +461,7 @@ def test_a_training_leaves_small_numbers_as_it_found_them() -> None:
 
 
 class Scale(nn.Linear):
-    """A network that learns at once."""
+    """A network that learns immediately."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size, size)
@@ -469,7 +469,7 @@ class Scale(nn.Linear):
 
 
 def learnt(out: Path, names: list[str], size: int, steps: int, hurdle: Callable[[int], float] = lambda step: 1) -> None:
-    """A training of such networks, or what is left of it; a step's loss is taken so many times."""
+    """Train such networks, or resume a training. Each step's loss is multiplied by ``hurdle(step)``."""
     students = [loop.Student(name, Scale(size), 1e-2) for name in names]
     words = ["--shards", "none", "--out", str(out), "--steps", str(steps), "--device", "cpu"]
     parser = argparse.ArgumentParser()
@@ -505,7 +505,7 @@ def test_where_memory_is_too_small_for_one_pair_a_training_ends_and_can_go_on(tm
     with pytest.raises(torch.OutOfMemoryError, match="too large"):
         learnt(tmp_path, ["full"], 2, 9, short_of_memory)
     assert not list(tmp_path.glob("*.weights.pt"))
-    # Two pairs a step did not fit, nor did one at the step after that, which is to be done again.
+    # A batch of two pairs did not fit, and then a single pair did not fit at the next step, which has to be repeated.
     assert torch.load(tmp_path / "points.pt", weights_only=True)["step"] == 4
     learnt(tmp_path, ["full"], 2, 9)
     assert (tmp_path / "points.weights.pt").exists()
@@ -568,7 +568,7 @@ def test_a_rate_that_is_given_is_that_of_the_training(folder: Path, tmp_path: Pa
 
 
 def points_file(folder: Path, **other: dict[str, Any]) -> Path:
-    """A points.weights.pt of random networks, in which those that are named have another configuration."""
+    """Write a points.weights.pt of random networks, with another configuration for the named ones."""
     models = {name: SuperPoint(**{**config, **other.get(name, {})}) for name, config in train.SUPERPOINTS.items()}
     for model in models.values():
         for number, (_, tensor) in enumerate(sorted(model.state_dict().items())):
@@ -587,7 +587,7 @@ def test_of_a_teacher_for_points_the_detector_alone_counts(folder: Path, tmp_pat
 
     fits = losses("fits")
     assert losses("wide", full={"descriptor_decoder_dim": 64}) == fits
-    assert losses("large", full={"decoder_hidden_size": 32}) != fits  # it is looked at
+    assert losses("large", full={"decoder_hidden_size": 32}) != fits  # this part of the configuration is checked
 
 
 @pytest.mark.usefixtures("small")
@@ -636,7 +636,7 @@ def test_the_script_for_a_gpu_trains_both_from_tiny_shards(
 
 
 def commands_of_the_script_for_a_gpu(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """What it would call Python with."""
+    """Return the Python calls that the script would make."""
     words = [*GPU_RUN, "--shards", "shards", "--out", "run", *options]
     return subprocess.run(words, cwd=folder, env={**os.environ, "PYTHON": "echo"}, capture_output=True, text=True)
 
@@ -661,10 +661,10 @@ def test_the_script_for_a_gpu_says_what_it_needs(tmp_path: Path) -> None:
 
 
 def test_clusters_of_a_room_are_counted_from_the_first_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("drjit", "mitsuba"):  # what renders is not installed
+    for name in ("drjit", "mitsuba"):  # the renderer is not installed
         monkeypatch.setitem(sys.modules, name, MagicMock())
     render = importlib.import_module("render")
-    sys.modules.pop("render")  # the next one who imports it is to see what is installed
+    sys.modules.pop("render")  # so that the next import uses the installed modules
     rooms = [render.Room("hall", "hall"), render.Room("bath", "bath", held_out=True)]
     for held_out, room in ((False, rooms[0]), (True, rooms[1])):
         assert render.numbered(rooms, held_out, 100, 3) == [(100, room), (101, room), (102, room)]
@@ -689,7 +689,7 @@ def test_what_is_exported_is_what_the_package_and_transformers_load(
         depth_confidence=-1.0,
         width_confidence=-1.0,
         border=superpoint.border,
-        subpixel=False,  # theirs finds whole pixels
+        subpixel=False,  # theirs finds whole pixels only
     )
     features0, features1 = ours.extract(image0), ours.extract(image1)
     matches = ours.match(features0, features1)
@@ -725,7 +725,7 @@ def test_what_does_not_belong_together_is_not_exported(tmp_path: Path, small_sup
 
 @pytest.fixture
 def teacher(small: None, tmp_path: Path, randomise_superpoint: Any, randomise_lightglue: Any) -> Path:
-    """A folder of a pair to learn from, of which the small networks have descriptors of the same size."""
+    """A folder with a teacher pair whose descriptors have the size of the small networks' ones."""
     superpoint, lightglue = SuperPoint(**train.SUPERPOINTS["full"]), LightGlue(**train.LIGHTGLUES["full"])
     randomise_superpoint(superpoint, 1)
     randomise_lightglue(lightglue, 1)
@@ -734,7 +734,7 @@ def teacher(small: None, tmp_path: Path, randomise_superpoint: Any, randomise_li
 
 
 def distilled(folder: Path, teacher: Path, out: Path, kind: str, *options: str) -> dict[int, dict[str, float]]:
-    """Distil; the losses by step."""
+    """Distil, and return the losses by step."""
     common = ["--shards", folder, "--out", out, "--teacher", teacher, "--batch", 2, "--size", *SIZE, "--log-every", 1]
     few = ["--batches", 3, "--watch-views", 1, "--keypoints", 128, "--layers", 1, "--device", "cpu"]
     distil.main([kind, *map(str, common + few), "--precision", "float32", *options])
@@ -742,7 +742,7 @@ def distilled(folder: Path, teacher: Path, out: Path, kind: str, *options: str) 
 
 
 def test_what_is_watched_is_the_same_in_every_run(folder: Path) -> None:
-    """Whatever its seed and how many pairs are a step: so that runs compare."""
+    """For any seed and batch size, so that runs can be compared."""
     _, watched = views.load(folder, CPU)
     seen = []
     for seed, batch in ((0, 1), (3, 7)):
@@ -788,7 +788,7 @@ def test_a_narrow_matcher_is_trained_on_from_the_weights_of_another_run(
 ) -> None:
     narrow = LightGlue(input_dim=32, descriptor_dim=16, num_attention_heads=2, num_hidden_layers=2)
     randomise_lightglue(narrow, 2)
-    for layer in narrow.transformer_layers:  # one projection for queries and keys, as trained networks have
+    for layer in narrow.transformer_layers:  # one projection for queries and keys, as in trained networks
         layer.cross_attention.k_proj.load_state_dict(layer.cross_attention.q_proj.state_dict())
     state = {"config": narrow.config, "tensors": {name: t.half() for name, t in narrow.state_dict().items()}}
     torch.save({"fast": state}, tmp_path / "start.weights.pt")

@@ -1,4 +1,4 @@
-"""Convolutions through a transform: the same results as any other convolution's, within rounding."""
+"""Tests that convolutions through a transform give the results of ordinary convolutions, except for rounding."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_an_image_is_described_as_by_plain_convolutions(
     plain = FeatureMatcher(extractor=extractor, device="cpu", precision="float32", matcher="nearest")
     assert not any(isinstance(layer, TransformedConv2d) for layer in plain.extractor.modules())
     theirs = plain.extract(image).numpy()
-    # The order of two keypoints with nearly the same score is rounding's.
+    # Rounding decides the order of two keypoints with nearly equal scores.
     places = {tuple(place): i for i, place in enumerate(np.round(theirs.keypoints, 1).tolist())}
     same = [(i, places.get(tuple(place))) for i, place in enumerate(np.round(ours.keypoints, 1).tolist())]
     pairs = np.array([(i, j) for i, j in same if j is not None])
@@ -103,7 +103,7 @@ def test_an_image_is_described_as_by_plain_convolutions(
 def test_a_processor_with_wide_units_computes_without_it(monkeypatch: pytest.MonkeyPatch, widest: str) -> None:
     monkeypatch.setattr(compiled, "_library", None)
     monkeypatch.setattr(processor, "_all_features", lambda: frozenset({"avx512_bf16", "amx_bf16"}))
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: widest)  # what PyTorch may use of it
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: widest)  # the instruction set for PyTorch
     extractor = FeatureMatcher(device="cpu", precision="float32", matcher="nearest").extractor
     transformed = any(isinstance(layer, TransformedConv2d) for layer in extractor.modules())
     assert transformed == (widest == "AVX2")

@@ -1,4 +1,4 @@
-"""Optimal transport: Sinkhorn's algorithm as SuperGlue runs it."""
+"""Tests of optimal transport: Sinkhorn's algorithm as SuperGlue uses it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kpmatch_ros.models.superglue import sinkhorn, transport
 
 
 def plain_sinkhorn(matrix: Any, rows: Any, columns: Any, iterations: int) -> Any:
-    """In float64 and with logarithms throughout: the logarithm of the scaled matrix."""
+    """Return the logarithm of the scaled matrix, computed with logarithms in float64."""
     u, v = np.zeros_like(rows), np.zeros_like(columns)
     for _ in range(iterations):
         u = rows - logsumexp(matrix + v[None], axis=1)
@@ -47,7 +47,7 @@ def test_sinkhorn_scales_as_with_logarithms_in_double(
 
 @pytest.mark.parametrize("trusted", [True, False])
 def test_sinkhorn_is_right_whether_it_trusts_products_or_not(monkeypatch: pytest.MonkeyPatch, trusted: bool) -> None:
-    # Rows compete for one column, each with e^100 times the claim of the one before: it takes iterations to settle.
+    # Rows compete for one column, each with e^100 times the weight of the previous one, so this needs iterations.
     matrix = np.stack([np.arange(6) * 100.0, np.zeros(6)], axis=1)
     rows, columns = np.zeros(6), np.log([3.0, 3.0])
     if not trusted:
@@ -68,8 +68,8 @@ def test_a_transport_plan_gives_every_point_away_once() -> None:
     assert (plan.sum(dim=1) <= 1 + 1e-4).all() and (plan.sum(dim=2) <= 1 + 1e-4).all()
     assert (plan[1, 12:] == 0).all() and (plan[1, :, 9:] == 0).all()
     generous = transport(similarity, torch.tensor(-20.0), 200, mask0, mask1).exp()
-    assert generous[0].sum(dim=1) == pytest.approx(torch.ones(20).numpy(), abs=1e-2)  # nothing goes into the dustbin
-    assert transport(similarity, torch.tensor(50.0), 200).exp().max() < 1e-3  # everything does
+    assert generous[0].sum(dim=1) == pytest.approx(torch.ones(20).numpy(), abs=1e-2)  # nothing goes to the dustbin
+    assert transport(similarity, torch.tensor(50.0), 200).exp().max() < 1e-3  # everything goes to the dustbin
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 17, 100])

@@ -1,4 +1,4 @@
-"""What `ros2 launch kpmatch_ros two_cameras.launch.py` does with its arguments."""
+"""Tests of `ros2 launch kpmatch_ros two_cameras.launch.py` and its arguments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_two_cameras_have_a_node_each_and_share_the_other_arguments() -> None:
 
 
 def two_cameras(*around: LaunchDescriptionEntity, **arguments: str) -> list[list[str]]:
-    """The command lines of the nodes of two_cameras.launch.py."""
+    """Return the command lines of the nodes of two_cameras.launch.py."""
     commands: list[list[str]] = []
     note = OnProcessStart(on_start=lambda event, _context: commands.append(event.cmd))
     two = include("two_cameras.launch.py", **arguments, **{"launch-prefix": "true"})

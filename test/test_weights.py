@@ -1,4 +1,4 @@
-"""Weights are what they claim to be, or are refused with what to do about it."""
+"""Tests that invalid weights are refused with a remedy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def good_folder(random_folder: SaveFolder) -> Path:
 
 @pytest.fixture
 def folder(good_folder: Path, tmp_path: Path) -> Path:
-    """A copy to spoil of a Hugging Face folder with a LightGlue and its detector."""
+    """A copy of a Hugging Face folder with a LightGlue and its detector, for changes."""
     return Path(shutil.copytree(good_folder, tmp_path / "folder"))
 
 
@@ -202,7 +202,7 @@ def test_a_web_page_saved_as_weights_is_refused(tmp_path: Path, name: str) -> No
 
 
 class _Command:
-    """Unpickled carelessly, it creates a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -225,7 +225,7 @@ def test_code_inside_a_file_is_refused_and_does_not_run(tmp_path: Path, zipped: 
     assert not marker.exists()
     with contextlib.suppress(Exception):
         torch.load(path, weights_only=False)
-    assert marker.exists()  # or the file was harmless and nothing was tested
+    assert marker.exists()  # otherwise the file was harmless and the test proved nothing
 
 
 def test_dictionaries_without_end_are_refused(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_tensors_that_are_no_plain_numbers_are_named(
 
 
 def test_shapes_are_compared_before_anything_is_copied(tmp_path: Path) -> None:
-    # Four views of one tensor, each as large as it: their copies would take four times its memory.
+    # Many tensors share the memory of one: copies would take several times its memory.
     numbers = torch.zeros(64 << 20, dtype=torch.uint8)
     names = [f"{name}.{kind}" for name in ("conv1a", "convPa", "convDa", "convDb") for kind in ("weight", "bias")]
     torch.save(dict.fromkeys(names, numbers), tmp_path / "some.pth")
@@ -327,7 +327,7 @@ def test_a_registered_matcher_wants_the_extractor_it_was_made_for(monkeypatch: p
 def test_an_extractor_of_another_kind_is_refused_though_its_descriptors_have_the_size(
     network: Any, random_folder: SaveFolder, tmp_path: Path
 ) -> None:
-    """Descriptors of 128 numbers are SuperPoint's here, DISK's and ALIKED's."""
+    """In this test SuperPoint has descriptors of 128 numbers, as have DISK and ALIKED."""
     file = tmp_path / "other.safetensors"
     save_file(network().state_dict(), file)
     of_a_superpoint = random_folder(superpoint={"descriptor_decoder_dim": 128})
@@ -343,7 +343,7 @@ def test_the_fast_extractor_has_the_matchers_of_the_one_that_taught_it() -> None
     for suffix in ("", "-small"):
         assert REGISTRY[f"lightglue-superpoint-open{suffix}"].fits("superpoint-open-fast")
     assert not REGISTRY["lightglue-superpoint-open"].fits("aliked-n16")
-    assert not REGISTRY["lightglue-superpoint-open-fast"].fits("superpoint-open")  # it knows the fast one's alone
+    assert not REGISTRY["lightglue-superpoint-open-fast"].fits("superpoint-open")  # it knows only the fast one
 
 
 def test_the_small_matcher_matches_with_the_first_layers_of_the_large_one() -> None:

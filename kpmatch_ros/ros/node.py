@@ -381,7 +381,7 @@ class MatcherNode(LifecycleNode):
                     self.monitor.processed((time.monotonic() - received.arrived) * 1e3, result)
             except Exception as error:  # noqa: BLE001  (one bad frame must not end the node)
                 if not self.context.ok():
-                    return  # asked to end during a frame: the error comes from publishing after the shutdown
+                    return  # asked to end during a frame: nothing can be published any more
                 pipeline.front_end.reset()
                 if is_out_of_memory(error):
                     release_memory()
