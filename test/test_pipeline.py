@@ -121,6 +121,7 @@ def interrupted_at(step: int, work: Callable[[], Any], meanwhile: Callable[[], N
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 reports instructions only if a frame asks before settrace
     sys.settrace(trace)
     try:
         work()
