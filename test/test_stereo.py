@@ -117,7 +117,7 @@ def test_a_calibration_of_no_use_is_refused_with_the_reason(
 
 
 def test_raw_images_need_a_rotation_to_be_rectified() -> None:
-    with pytest.raises(CalibrationError, match="R of the right camera_info is no rotation"):
+    with pytest.raises(CalibrationError, match="R of the right camera_info is not a rotation matrix"):
         StereoCamera.from_camera_infos(*infos(r=[0.0] * 9), rectified=False)
 
 

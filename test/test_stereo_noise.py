@@ -79,5 +79,5 @@ def test_a_shared_error_moves_the_point_and_leaves_its_depth() -> None:
 @pytest.mark.parametrize("sigmas", [np.ones(19), np.zeros(20), np.full(20, np.nan), np.ones((20, 2))])
 def test_standard_deviations_that_are_none_are_refused(sigmas: np.ndarray) -> None:
     images, _ = Scene().pixels(20, 0)
-    with pytest.raises(ValueError, match="sigmas must be 20 positive numbers"):
+    with pytest.raises(ValueError, match="sigmas must be 20 positive finite numbers; got shape"):
         estimate_stereo_motion(*images, pair(), pair(), sigmas=sigmas)

@@ -88,8 +88,8 @@ def known_distortion(model: str, distortion: np.ndarray) -> tuple[str, np.ndarra
         known = ", ".join(_COEFFICIENTS)
         raise CalibrationError(
             "model",
-            f"distortion model {model!r:.80} with {distortion.size} coefficients: the known ones are {known}. Give the "
-            "calibration in one of these, or use rectified images",
+            f"distortion model {model!r:.80} with {distortion.size} coefficients is not supported; the supported "
+            f"models are {known}. Convert the calibration to one of these, or use rectified images",
         )
     sizes = _COEFFICIENTS[name]
     if distortion.size in sizes:

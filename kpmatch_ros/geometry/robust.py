@@ -75,7 +75,7 @@ def check_options(max_reprojection_error: float, keypoint_resolution: float) -> 
     if not 0 < max_reprojection_error < math.inf:
         raise ValueError(f"max_reprojection_error must be a positive number of pixels, not {max_reprojection_error}")
     if not 0 <= keypoint_resolution < math.inf:
-        raise ValueError(f"keypoint_resolution must be a number of pixels from 0 up, not {keypoint_resolution}")
+        raise ValueError(f"keypoint_resolution must be a finite number of pixels, 0 or more, not {keypoint_resolution}")
 
 
 def check_sigmas(sigmas: np.ndarray, count: int) -> np.ndarray:
@@ -86,7 +86,8 @@ def check_sigmas(sigmas: np.ndarray, count: int) -> np.ndarray:
     """
     sigmas = np.asarray(sigmas, dtype=np.float64)
     if sigmas.shape != (count,) or not ((sigmas > 0) & np.isfinite(sigmas)).all():
-        raise ValueError(f"sigmas must be {count} positive numbers, not {sigmas.shape} from {sigmas.min(initial=0)} up")
+        values = f", values from {sigmas.min():g} to {sigmas.max():g}" if sigmas.size else ""
+        raise ValueError(f"sigmas must be {count} positive finite numbers; got shape {sigmas.shape}{values}")
     return sigmas
 
 
