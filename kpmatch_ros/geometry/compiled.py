@@ -355,14 +355,16 @@ def hessian(
 
 
 def refine_turns(
-    columns: np.ndarray, turns: np.ndarray, shifts: np.ndarray, cutoffs: Sequence[float], trust: float
+    columns: np.ndarray, turns: np.ndarray, shifts: np.ndarray, cutoffs: Sequence[float], prior_information: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """The result of two_view_profile.refine_turns, with cutoffs in pixels."""
     columns, steps, motions = _matches(columns), np.array(cutoffs, float), len(turns)
     turns, shifts = _copied(turns, np.float64, motions, 3, 3), _given(shifts, np.float64, motions, 3)
     residuals = np.empty((motions, columns.shape[2]))
     matches = columns.shape[2], columns
-    if not _library.kpmatch_refine_turns(*matches, len(steps), steps, trust, motions, turns, shifts, residuals):
+    if not _library.kpmatch_refine_turns(
+        *matches, len(steps), steps, prior_information, motions, turns, shifts, residuals
+    ):
         raise np.linalg.LinAlgError("Singular matrix")
     return turns, residuals
 

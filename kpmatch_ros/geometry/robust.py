@@ -11,8 +11,8 @@ from kpmatch_ros.geometry.camera import Camera
 
 __all__ = [
     "FALSE_ALARM_RATE",
-    "LOOSELY",
-    "MANY_WRONG",
+    "LOOSE",
+    "ENOUGH_INLIERS",
     "SMALLEST_CURVATURE",
     "SMALLEST_SAMPLE",
     "TINY",
@@ -37,10 +37,10 @@ FALSE_ALARM_RATE = 1e-3
 SMALLEST_SAMPLE = 8
 """Smallest number of matches for an estimate: five or six degrees of freedom, and some more to estimate the noise."""
 
-MANY_WRONG = 0.5
+ENOUGH_INLIERS = 0.5
 """Part of the matches: if fewer agree, other motions are searched for."""
 
-LOOSELY = 2.0
+LOOSE = 2.0
 """Threshold, in inlier thresholds, for matches that may agree on another motion."""
 
 TUKEY = 4.685
@@ -215,7 +215,7 @@ def is_other_motion(agreeing: np.ndarray, shared: np.ndarray, chance: float, sam
     in groups, each with its own motion.
 
     Args:
-        agreeing: (n,) bool, which of these matches are within LOOSELY thresholds of the other motion.
+        agreeing: (n,) bool, which of these matches are within LOOSE thresholds of the other motion.
         shared: (m,) bool, which of the first motion's inliers are within them too. If most are, it is the same motion,
             found again because the noise exceeds the threshold.
         chance: probability that a wrong match is within them.

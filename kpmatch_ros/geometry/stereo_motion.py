@@ -11,9 +11,9 @@ from scipy.special import fdtrc
 from kpmatch_ros.geometry.camera import BEHIND
 from kpmatch_ros.geometry.pose import Pose, PoseStatus, RelativePose
 from kpmatch_ros.geometry.robust import (
+    ENOUGH_INLIERS,
     FALSE_ALARM_RATE,
-    LOOSELY,
-    MANY_WRONG,
+    LOOSE,
     SMALLEST_CURVATURE,
     SMALLEST_SAMPLE,
     TINY,
@@ -26,7 +26,7 @@ from kpmatch_ros.geometry.robust import (
     log_false_alarms,
     without_copies,
 )
-from kpmatch_ros.geometry.sandwich import left_out, student_factor, whitening_axes
+from kpmatch_ros.geometry.sandwich import leave_one_out, student_factor, whitening_axes
 from kpmatch_ros.geometry.stereo_camera import StereoCamera, check_stereo_camera
 from kpmatch_ros.geometry.stereo_errors import StereoPoints, as_pixels
 from kpmatch_ros.geometry.stereo_fit import SEARCH_THRESHOLD, SETTLED, Fit, FramePair, Start, normal_equations
@@ -39,11 +39,11 @@ _SEARCH_ITERATIONS = 1000
 
 _CERTAIN = 30.0  # standard deviations from zero beyond which a translation needs no test
 
-_ALIKE = 6  # matches: weight of the covariance under equal errors
+_EQUAL_ERRORS_WEIGHT = 6  # matches: weight of the covariance under equal errors
 
 # Errors that the given standard deviations do not include, equal for all points, in medians of these deviations. For
 # matches rendered at 160 x 120 pixels, those with a third of the median deviation had twice the stated error.
-_UNTOLD = 0.5
+_UNMODELLED = 0.5
 
 _BENT = 0.1  # error of a point's depth, relative to the depth
 _WEAK = 1e-6  # information, in squared pixels, which keeps the covariance finite
@@ -216,18 +216,18 @@ def _other_motion(
     resolution: float,
 ) -> Motion | None:
     """The motion that many of the other matches agree on, if fewer than half are inliers; otherwise None."""
-    if inliers.mean() >= MANY_WRONG:  # the usual case
+    if inliers.mean() >= ENOUGH_INLIERS:  # the usual case
         return None
     still = lengths(rotation_residuals(_matches(frames, np.arange(len(inliers))), np.eye(3))) < inlier_threshold
     scene = (
         inliers | ~still if still.sum() <= inliers.sum() else np.ones(len(inliers), bool)
     )  # without the robot's own body
-    if inliers[scene].mean() >= MANY_WRONG:
+    if inliers[scene].mean() >= ENOUGH_INLIERS:
         return None
     rest = [frame.select(np.flatnonzero(scene & ~inliers)) for frame in frames]
     if (rest[0].deep | rest[1].deep).sum() < SMALLEST_SAMPLE:
         return None
-    threshold = LOOSELY * inlier_threshold
+    threshold = LOOSE * inlier_threshold
     other = FramePair.of(rest[0], rest[1])
     fit = other.fit(_search(other, cameras, threshold), threshold, resolution)
     agreeing = _agrees(rest, other, fit, threshold)
@@ -304,32 +304,33 @@ def _covariance(pair: FramePair, fit: Fit, resolution: float) -> tuple[np.ndarra
     jacobian, residuals = fit.left.jacobian[..., used], fit.left.residuals[:, used]
     moved = (residuals**2).sum(axis=0)
     freedom = max(int(conditions.sum()) - 6, 1)
-    spread = float(((1 - share) ** 4 * moved).sum()) / freedom
-    bends = (1 - share) ** 2 - 4 * moved / (fit.cutoffs[used] * conditions) * (1 - share)
-    curvature = max(float((conditions * bends).sum()) / max(conditions.sum(), 1), SMALLEST_CURVATURE)
+    observed = float(((1 - share) ** 4 * moved).sum()) / freedom
+    loss_curvatures = (1 - share) ** 2 - 4 * moved / (fit.cutoffs[used] * conditions) * (1 - share)
+    curvature = max(float((conditions * loss_curvatures).sum()) / max(conditions.sum(), 1), SMALLEST_CURVATURE)
     # The left and right image round a point's row in the same way, so two residuals are one with twice the variance.
     rounding = resolution**2 / 6
-    variance = max(spread / curvature**2, TINY)
+    variance = max(observed / curvature**2, TINY)
 
-    weights, slopes = (1 - share) ** 2, -4 * (1 - share) / fit.cutoffs[used]  # of the loss, and of its weight
+    weights, weight_slopes = (1 - share) ** 2, -4 * (1 - share) / fit.cutoffs[used]  # of the loss, and of its weight
     gradients = (jacobian * residuals).sum(axis=1)
-    hessian = (jacobian * weights).reshape(6, -1) @ jacobian.reshape(6, -1).T + (gradients * slopes) @ gradients.T
+    hessian = (jacobian * weights).reshape(6, -1) @ jacobian.reshape(6, -1).T
+    hessian += (gradients * weight_slopes) @ gradients.T
     # The jacobian by the translation is a multiple of the inverse depth. Therefore a product of two contains the square
     # of the estimated inverse depth, including its noise. Without this correction, the noise of a far point's depth
     # would count as depth.
     noise = fit.left.slopes[..., used].transpose(1, 0, 2)
-    noise_bends = max(variance, rounding) * bends * fit.left.depth_variances[used]
-    hessian[:3, :3] -= (noise * noise_bends).reshape(3, -1) @ noise.reshape(3, -1).T
+    noise_curvatures = max(variance, rounding) * loss_curvatures * fit.left.depth_variances[used]
+    hessian[:3, :3] -= (noise * noise_curvatures).reshape(3, -1) @ noise.reshape(3, -1).T
     axes, curvatures = whitening_axes(normal_equations(fit.left, used.astype(np.float64))[0], hessian, _WEAK)
     axes = axes / np.sqrt(curvatures)  # in these axes, the whole Hessian is the identity
-    arms, pulls = np.einsum("ij,ikn->jkn", axes, jacobian), axes.T @ gradients
-    pulls = left_out(pulls, arms, weights, slopes)
-    scatter = max(rounding / variance, 1.0) * student_factor(pulls) * pulls @ pulls.T
+    whitened = np.einsum("ij,ikn->jkn", axes, jacobian)
+    gradients = leave_one_out(axes.T @ gradients, whitened, weights, weight_slopes)
+    scatter = max(rounding / variance, 1.0) * student_factor(gradients) * gradients @ gradients.T
     # Few matches count as if all errors were equal, because vanishing or few gradients do not determine all directions.
-    alike, count = max(spread / curvature, rounding, TINY), len(share)
-    scatter = (count * scatter + _ALIKE * alike * np.eye(6)) / (count + _ALIKE)
+    equal_variance, count = max(observed / curvature, rounding, TINY), len(share)
+    scatter = (count * scatter + _EQUAL_ERRORS_WEIGHT * equal_variance * np.eye(6)) / (count + _EQUAL_ERRORS_WEIGHT)
     covariance = axes @ scatter @ axes.T
-    return (covariance + covariance.T) / 2, alike, freedom
+    return (covariance + covariance.T) / 2, equal_variance, freedom
 
 
 def _unexplained(jacobian: np.ndarray, residuals: np.ndarray) -> float:
@@ -399,6 +400,6 @@ def _search(pair: FramePair, cameras: tuple[StereoCamera, StereoCamera], inlier_
 
 
 def _relative(sigmas: np.ndarray, count: int) -> np.ndarray:
-    """Standard deviations (count,) relative to their median, with _UNTOLD added in quadrature."""
+    """Standard deviations (count,) relative to their median, with _UNMODELLED added in quadrature."""
     sigmas = check_sigmas(sigmas, count)
-    return np.sqrt(((sigmas / np.median(sigmas)) ** 2 + _UNTOLD**2) / (1 + _UNTOLD**2)) if count else sigmas
+    return np.sqrt(((sigmas / np.median(sigmas)) ** 2 + _UNMODELLED**2) / (1 + _UNMODELLED**2)) if count else sigmas

@@ -57,8 +57,8 @@ class Rival(NamedTuple):
     difference: float
 
     @property
-    def is_alike(self) -> bool:
-        """Whether the matches do not refute it.
+    def is_consistent(self) -> bool:
+        """Whether the matches are consistent with it too: they do not refute it.
 
         A correct rival is refuted with a probability of at most FALSE_ALARM_RATE.
         """
@@ -135,7 +135,7 @@ def _triples(count: int) -> np.ndarray:
 def _as_rotation(matrix: np.ndarray) -> np.ndarray | None:
     """The rotation closest to a result of OpenCV; None if it is not close to a rotation.
 
-    If the camera hardly moves or is close to the plane, OpenCV's result may have lost its precision.
+    If the camera moves very little or is close to the plane, OpenCV's result may have lost its precision.
     """
     error = np.abs(matrix @ matrix.T - np.eye(3)).max()
     if error < _ORTHONORMAL and np.linalg.det(matrix) > 0:

@@ -14,9 +14,9 @@ from scipy.special import chdtri
 from kpmatch_ros.geometry.camera import Camera, check_camera
 from kpmatch_ros.geometry.pose import PoseStatus, RelativePose
 from kpmatch_ros.geometry.robust import (
+    ENOUGH_INLIERS,
     FALSE_ALARM_RATE,
-    LOOSELY,
-    MANY_WRONG,
+    LOOSE,
     SMALLEST_SAMPLE,
     check_options,
     check_sigmas,
@@ -244,7 +244,7 @@ def _estimate_by(decisive: np.ndarray, problem: Problem) -> Solution:
         inliers[~decisive] = lengths(rotation_residuals(others, motion.rotation)) < threshold
     if doubted is not None and unbelieved is not None:
         doubted[~decisive] = agrees(others, unbelieved, threshold) & ~inliers[~decisive]
-    if inliers.mean() < MANY_WRONG:
+    if inliers.mean() < ENOUGH_INLIERS:
         solution = _check_rest(deciding, solution)
     return solution._replace(inliers=inliers, doubted=doubted)
 
@@ -322,7 +322,7 @@ def _decide(problem: Problem, fit: Fit, rotation: np.ndarray) -> Solution:
     moving = agrees(matches, fit.motion, inlier_threshold)
     noise = Noise(inlier_threshold, problem.resolution, design_effect(moving, problem.independent_points))
     covariances = _motion_covariances(fit, noise)
-    decided, rivals = decide(matches, fit, covariances.alike, rotation, noise, problem.prior)
+    decided, rivals = decide(matches, fit, covariances.equal_errors, rotation, noise, problem.prior)
     if decided is not fit:
         fit, covariances = decided, _motion_covariances(decided, noise)
     inliers = agrees(problem.matches, fit.motion, problem.inlier_threshold)
@@ -353,7 +353,7 @@ def _check_noise(problem: Problem, solution: Solution) -> Solution:
     if solution.motion is None or solution.inliers is None or solution.status not in agreed:
         return solution
     matches, threshold = problem.matches, problem.inlier_threshold
-    if solution.inliers.mean() > MANY_WRONG or problem.deviation(solution.motion) < _SHARP * threshold:
+    if solution.inliers.mean() > ENOUGH_INLIERS or problem.deviation(solution.motion) < _SHARP * threshold:
         return solution
     anywhere = threshold / problem.chance  # range of a wrong match's distance from its epipolar line, pixels
     deviations = threshold * _DEVIATIONS[:, None]
@@ -402,13 +402,13 @@ def _check_rest(problem: Problem, solution: Solution) -> Solution:
     """
     if solution.status is not PoseStatus.OK or solution.motion is None or solution.inliers is None:
         return solution
-    if solution.inliers.mean() >= MANY_WRONG:  # the usual case
+    if solution.inliers.mean() >= ENOUGH_INLIERS:  # the usual case
         return solution
     still = lengths(rotation_residuals(problem.matches, np.eye(3))) < problem.inlier_threshold
     scene = solution.inliers | ~still  # without the robot's own body
-    if solution.inliers[scene].mean() >= MANY_WRONG:
+    if solution.inliers[scene].mean() >= ENOUGH_INLIERS:
         return solution
-    rest = problem.select(scene & ~solution.inliers).with_threshold(LOOSELY)
+    rest = problem.select(scene & ~solution.inliers).with_threshold(LOOSE)
     candidates = search_motions(rest.matches, rest.inlier_threshold, rest.normalised_threshold, 1)
     other = best_candidate(rest.matches, candidates, rest.inlier_threshold)
     if other is None:

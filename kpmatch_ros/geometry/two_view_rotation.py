@@ -55,10 +55,10 @@ _SLIPS = 1 / 3
 # in a uniform distribution.
 _UNEQUAL = 2.0
 # One object may move independently. It covers at most this part of the width that the matches cover.
-_THING = 2 / 3
+_OBJECT_WIDTH = 2 / 3
 # The scene itself moves if the rotation explains few matches outside this object: fewer than this part of the number
 # that the motion explains.
-_LITTLE = 1 / 4
+_ROTATING_PART = 1 / 4
 _CERTAIN = 1e-12  # a false-alarm rate
 # The matches outside the object must support a translation too: with this part of the log false-alarm rate.
 _REMAINING = 1 / 3
@@ -75,7 +75,7 @@ _INDEPENDENT_DIRECTIONS = 50
 _WIDE = 4.0
 _NARROWER = (2.0, 1.0, 0.5)
 
-_EVERYTHING = 1e9  # pixels: a cutoff beyond all residuals
+_NO_CUTOFF = 1e9  # pixels: a cutoff beyond all residuals
 
 _VERY_ROUGHLY = 1e-2  # relative change of the cost, for fits that are refined later
 _NEARLY = 1e-5  # relative change of the cost, small enough for a test
@@ -143,7 +143,7 @@ def has_certain_parallax(
     """
     if not _are_along_lines(matches, motion, rotation, turning, noise, _CERTAIN):
         return False
-    rest = _without_one_thing(matches, motion, rotation, noise)
+    rest = _without_one_object(matches, motion, rotation, noise)
     rotation = fit_rotation_roughly(matches.select(rest), [rotation], noise.inlier_threshold)
     turning = lengths(rotation_residuals(matches, rotation)) < noise.inlier_threshold
     return _is_scene(matches, motion, turning, rest, noise) or _are_along_lines(
@@ -171,15 +171,15 @@ def find_parallax(
     rate = FALSE_ALARM_RATE / 2
     if not translates(np.ones(len(matches), dtype=bool), rate):
         return Parallax.NONE
-    rest = _without_one_thing(matches, motion, rotation, noise)
+    rest = _without_one_object(matches, motion, rotation, noise)
     if _is_scene(matches, motion, turning, rest, noise) or translates(rest, rate**_REMAINING):
         return Parallax.EVERYWHERE
     return Parallax.IN_ONE_PLACE
 
 
 def _is_scene(matches: Matches, motion: Motion, turning: np.ndarray, rest: np.ndarray, noise: Noise) -> bool:
-    """Whether the scene supports the motion, and not one object: hardly any of the `rest` (n,) only rotates."""
-    return bool((turning & rest).sum() < _LITTLE * agrees(matches, motion, noise.inlier_threshold).sum())
+    """Whether the scene supports the motion, and not one object: few of the `rest` (n,) only rotate."""
+    return bool((turning & rest).sum() < _ROTATING_PART * agrees(matches, motion, noise.inlier_threshold).sum())
 
 
 def _are_along_lines(
@@ -251,7 +251,7 @@ def may_have_parallax(matches: Matches, motion: Motion, rotation: np.ndarray, mo
     return small_parallax_chance(matches.select(near), motion, rotation, noise) < FALSE_ALARM_RATE
 
 
-def _without_one_thing(matches: Matches, motion: Motion, rotation: np.ndarray, noise: Noise) -> np.ndarray:
+def _without_one_object(matches: Matches, motion: Motion, rotation: np.ndarray, noise: Noise) -> np.ndarray:
     """Mask (n,) of the matches outside the part of the image's width that supports a translation most.
 
     If the camera stands still or only rotates, an object that moves independently looks like a close object in front of
@@ -265,7 +265,7 @@ def _without_one_thing(matches: Matches, motion: Motion, rotation: np.ndarray, n
     order = np.argsort(places)
     ordered = places[order]
     sums = np.append(0.0, np.cumsum((turned**2 - moved**2)[order]))
-    ends = np.searchsorted(ordered, ordered + _THING * (ordered[-1] - ordered[0]), side="right")
+    ends = np.searchsorted(ordered, ordered + _OBJECT_WIDTH * (ordered[-1] - ordered[0]), side="right")
     first = int((sums[ends] - sums[:-1]).argmax())
     rest = np.ones(len(matches), dtype=bool)
     rest[order[first : ends[first]]] = False
@@ -283,12 +283,12 @@ def small_parallax_chance(matches: Matches, motion: Motion, rotation: np.ndarray
     count = len(matches)
     if count < SMALLEST_SAMPLE:
         return 1.0
-    turned = minimise(Model.ROTATION, matches, Motion(rotation, np.zeros(3)), _EVERYTHING, 5).rotation
+    turned = minimise(Model.ROTATION, matches, Motion(rotation, np.zeros(3)), _NO_CUTOFF, 5).rotation
     total = float((rotation_residuals(matches, turned) ** 2).sum())
     # To first order, the translation is the direction closest to the planes of all pairs of rays.
     normals = np.cross(turned @ matches.rays1, matches.rays0, axis=0)
     starts = (motion, Motion(turned, np.linalg.eigh(normals @ normals.T)[1][:, 0]))
-    fits = [minimise(Model.EPIPOLAR, matches, start, _EVERYTHING, 10, _NEARLY) for start in starts]
+    fits = [minimise(Model.EPIPOLAR, matches, start, _NO_CUTOFF, 10, _NEARLY) for start in starts]
     across = min(float((epipolar_residuals(matches, fit) ** 2).sum()) for fit in fits)
     variance = across / (count - 5)
     jitter = max(variance - noise.resolution**2 / 12, 0.0)
