@@ -133,7 +133,7 @@ def test_what_is_no_number_stays_none(made: partial[compiled.CompiledLayer]) -> 
     layer = layer_of(64, 2)
     points = both(layer, (50, 40))
     points[0].x[0, 7, 3] = torch.nan
-    assert all(each.isnan().all() for each in made(layer)(*points))  # all listen to all, within an image and across
+    assert all(each.isnan().all() for each in made(layer)(*points))  # each attends to all, within an image and across
 
 
 def test_padding_takes_no_part_wherever_it_is(made: partial[compiled.CompiledLayer]) -> None:
@@ -153,7 +153,7 @@ def test_padding_takes_no_part_wherever_it_is(made: partial[compiled.CompiledLay
         for points, states, mask, expected in zip(padded, new, real, alone):
             assert torch.equal(states[b, mask], expected[0])
             assert torch.equal(states[b, ~mask], points.x[b, ~mask])
-    assert torch.equal(new[1][2], padded[1].x[2])  # nothing to listen to
+    assert torch.equal(new[1][2], padded[1].x[2])  # nothing to attend to
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""Motions that explain the same matches equally well, and tests that tell them apart.
+"""Motions that explain the same matches equally well, and tests that distinguish them.
 
 The points of one plane have two motions (Malis and Vargas, INRIA RR-6303, 2007). Both fit the epipolar constraint of
 every point. Points off the plane, points that one of the motions places behind a camera, and the prior (the motion of
-the preceding pair) can tell which one is right.
+the preceding pair) can show which one is correct.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def rival_of(
         for motion in (chosen, other)
     )
     difference = own - others
-    # If the rival is right, the matches that it leaves unexplained are wrong. They agree with the chosen motion by
+    # If the rival is correct, the matches that it leaves unexplained are wrong. They agree with the chosen motion by
     # chance, and do not measure the variation of the others. One such match is allowed for.
     refuting = (difference > _REFUTING) & (others < _UNEXPLAINED)
     usual = difference[~refuting]

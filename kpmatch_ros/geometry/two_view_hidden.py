@@ -1,10 +1,10 @@
 """Effect of a translation, too small to be detected, on a rotation that is estimated without it.
 
-If the matches cannot tell a translation from zero, only the rotation is fitted. A translation of a millimetre moves the
-points of a room by a tenth of a pixel and more, and the rotation follows most of this parallax. The rotation's
-covariance from the noise of the keypoints, some thousandths of a pixel for a thousand matches, does not include this
-error. The residuals show it: near points move and far points do not, and the rotation cannot follow this. This part
-stays in the residuals, and is similar for matches close to each other.
+If the matches cannot distinguish a translation from zero, only the rotation is fitted. A translation of a millimetre
+moves the points of a room by a tenth of a pixel and more, and the rotation follows most of this parallax. The
+rotation's covariance from the noise of the keypoints, some thousandths of a pixel for a thousand matches, does not
+include this error. The residuals show it: near points move and far points do not, and the rotation cannot follow this.
+This part stays in the residuals, and is similar for matches close to each other.
 """
 
 from __future__ import annotations

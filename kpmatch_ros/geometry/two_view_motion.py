@@ -184,7 +184,7 @@ def widen(matches: Matches, fit: Fit, covariances: Covariances, noise: Noise) ->
     determine together, is then a lower bound.
 
     Returns:
-        the covariance, and the covariance of the likelihood near the fit only, which tells which other motions belong
+        the covariance, and the covariance of the likelihood near the fit only, which shows which other motions belong
         to the same maximum.
     """
     threshold = noise.inlier_threshold

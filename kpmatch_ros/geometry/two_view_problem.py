@@ -69,15 +69,16 @@ class Problem(NamedTuple):
 class Solution(NamedTuple):
     """Result of a problem: status, motion (None without a pose), covariance, and inliers (n,) (None if not estimated).
 
-    If a translation was rejected, `unbelieved` is that motion, and `doubted` (n,) the matches that agree with it.
+    If a translation was rejected, `rejected` is that motion, and `undecided` (n,) are the matches that agree with it
+    but are not inliers.
     """
 
     status: PoseStatus
     motion: Motion | None = None
     covariance: np.ndarray = np.zeros((6, 6))
     inliers: np.ndarray | None = None
-    doubted: np.ndarray | None = None
-    unbelieved: Motion | None = None
+    undecided: np.ndarray | None = None
+    rejected: Motion | None = None
 
 
 def spread_out(mask: np.ndarray | None, chosen: np.ndarray) -> np.ndarray | None:

@@ -21,7 +21,7 @@ _DIRECTIONS = 60  # over half a sphere: 15 degrees apart
 _CUTOFFS = (8.0, 4.0, 2.0, 2.0, 2.0)  # cutoffs of Tukey's loss in successive steps, in inlier thresholds
 _SMALLEST = 0.01  # smallest deviation, in inlier thresholds
 _MOST_MOTIONS = 5  # that profile_directions returns
-_BAND = 10.0  # inlier thresholds: range of wrong matches; a narrow band would understate what correct matches tell
+_BAND = 10.0  # inlier thresholds: range of wrong matches; a narrow one would understate the weight of correct matches
 _STEPS = (15, 5)  # directions along the ridge and across it
 _REACH = (8.0, 3.0)  # standard deviations, first reach of the grid
 # The reach is doubled if the likelihood is not low at the end: three standard deviations are 4.5 of its logarithm. For
@@ -72,7 +72,7 @@ def profile_covariance(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Covariances (6, 6) of a motion from the likelihood around it, at least as large as that from its curvature.
 
-    If the geometry is weak, the likelihood is a long, curved ridge. Its curvature at the top does not tell its length.
+    If the geometry is weak, the likelihood is a long, curved ridge. Its curvature at the top does not show its length.
     This function refines the rotation on a grid of directions around the motion's. It returns the second moments about
     the motion, weighted by the likelihood.
 
@@ -174,7 +174,7 @@ def _informative_part(
     """Part (k,), 0.1 to 1, of a log-likelihood difference that counts, between each of k motions and the last one.
 
     From one motion to the other, a residual changes for two reasons: the position of the match, and the keypoints'
-    noise along the epipolar line, because this line turns. The first change tells the motions apart, and its expected
+    noise along the epipolar line, because this line turns. The first change distinguishes the motions, and its expected
     square is twice the difference. The second change lowers the correct motion's log-likelihood, by the ratio of both
     changes to the first. For a plane in a strip of an image, 640 x 160 pixels with 0.3 pixels of noise, noise is 85 %
     of the change along the likelihood's ridge. For a plane that fills 640 x 480 pixels, it is 8 %.

@@ -41,7 +41,7 @@ __all__ = [
     "fit_rotation_roughly",
     "has_certain_parallax",
     "may_have_parallax",
-    "small_parallax_chance",
+    "small_parallax_p_value",
 ]
 
 TYPICAL = 3.0
@@ -94,8 +94,8 @@ class Parallax(enum.Enum):
 def fit_rotation(matches: Matches, starts: list[np.ndarray], inlier_threshold: float, resolution: float) -> np.ndarray:
     """The rotation (3, 3) that brings most matches within the inlier threshold, starting from the best of `starts`.
 
-    If two objects rotate differently, a rotation in between is close to many matches and right for none. Therefore the
-    fit is repeated with smaller and smaller cutoffs, and the likeliest result is taken.
+    If two objects rotate differently, a rotation in between is close to many matches and correct for none. Therefore
+    the fit is repeated with smaller and smaller cutoffs, and the likeliest result is taken.
     """
     motion = Motion(fit_rotation_roughly(matches, starts, inlier_threshold), np.zeros(3))
     fits = [motion]
@@ -135,24 +135,24 @@ def fit_rotation_roughly(matches: Matches, starts: list[np.ndarray], inlier_thre
 
 
 def has_certain_parallax(
-    matches: Matches, motion: Motion, rotation: np.ndarray, turning: np.ndarray, noise: Noise
+    matches: Matches, motion: Motion, rotation: np.ndarray, rotation_inliers: np.ndarray, noise: Noise
 ) -> bool:
     """Whether even a roughly fitted rotation leaves so much parallax that a better rotation is not needed.
 
     The arguments are those of find_parallax.
     """
-    if not _are_along_lines(matches, motion, rotation, turning, noise, _CERTAIN):
+    if not _are_along_lines(matches, motion, rotation, rotation_inliers, noise, _CERTAIN):
         return False
     rest = _without_one_object(matches, motion, rotation, noise)
     rotation = fit_rotation_roughly(matches.select(rest), [rotation], noise.inlier_threshold)
-    turning = lengths(rotation_residuals(matches, rotation)) < noise.inlier_threshold
-    return _is_scene(matches, motion, turning, rest, noise) or _are_along_lines(
-        matches.select(rest), motion, rotation, turning[rest], noise, _CERTAIN**_REMAINING
+    rotation_inliers = lengths(rotation_residuals(matches, rotation)) < noise.inlier_threshold
+    return _is_scene(matches, motion, rotation_inliers, rest, noise) or _are_along_lines(
+        matches.select(rest), motion, rotation, rotation_inliers[rest], noise, _CERTAIN**_REMAINING
     )
 
 
 def find_parallax(
-    matches: Matches, motion: Motion, rotation: np.ndarray, turning: np.ndarray, noise: Noise
+    matches: Matches, motion: Motion, rotation: np.ndarray, rotation_inliers: np.ndarray, noise: Noise
 ) -> Parallax:
     """Where a translation explains matches that a rotation does not.
 
@@ -160,33 +160,34 @@ def find_parallax(
         matches: n matches.
         motion: the best motion with a translation.
         rotation: (3, 3), the rotation that explains most matches.
-        turning: (n,) bool, the matches that this rotation explains.
+        rotation_inliers: (n,) bool, the matches that this rotation explains.
         noise: of the keypoints.
     """
 
     def translates(among: np.ndarray, rate: float) -> bool:
-        chosen = matches.select(among), motion, rotation, turning[among], noise, rate
+        chosen = matches.select(among), motion, rotation, rotation_inliers[among], noise, rate
         return _are_along_lines(*chosen) or _have_small_parallax(*chosen)
 
     rate = FALSE_ALARM_RATE / 2
     if not translates(np.ones(len(matches), dtype=bool), rate):
         return Parallax.NONE
     rest = _without_one_object(matches, motion, rotation, noise)
-    if _is_scene(matches, motion, turning, rest, noise) or translates(rest, rate**_REMAINING):
+    if _is_scene(matches, motion, rotation_inliers, rest, noise) or translates(rest, rate**_REMAINING):
         return Parallax.EVERYWHERE
     return Parallax.IN_ONE_PLACE
 
 
-def _is_scene(matches: Matches, motion: Motion, turning: np.ndarray, rest: np.ndarray, noise: Noise) -> bool:
+def _is_scene(matches: Matches, motion: Motion, rotation_inliers: np.ndarray, rest: np.ndarray, noise: Noise) -> bool:
     """Whether the scene supports the motion, and not one object: few of the `rest` (n,) only rotate."""
-    return bool((turning & rest).sum() < _ROTATING_PART * agrees(matches, motion, noise.inlier_threshold).sum())
+    motion_inliers = agrees(matches, motion, noise.inlier_threshold)
+    return bool((rotation_inliers & rest).sum() < _ROTATING_PART * motion_inliers.sum())
 
 
 def _are_along_lines(
     matches: Matches,
     motion: Motion,
     rotation: np.ndarray,
-    turning: np.ndarray,
+    rotation_inliers: np.ndarray,
     noise: Noise,
     false_alarm_rate: float,
 ) -> bool:
@@ -199,21 +200,21 @@ def _are_along_lines(
     inlier threshold and with narrower ones (Moisan and Stival, IJCV 2004), each with its share of the false alarms.
     Rounding moves matches in two directions only, so no line is narrower than the resolution.
     """
-    others, threshold = matches.select(~turning), noise.inlier_threshold
+    others, threshold = matches.select(~rotation_inliers), noise.inlier_threshold
     distance = lengths(rotation_residuals(others, rotation))
 
-    def chance(width: float) -> float:
+    def log_rate(width: float) -> float:
         """Log false-alarm rate with lines of this half-width, pixels."""
         # Probability that a residual of this length, in a random direction, ends near a half-line.
         chances = _UNEQUAL * np.arcsin(np.minimum(width / np.maximum(distance, TINY), 1)) / math.pi
         along = agrees(others, motion, width)
         slipped = np.flatnonzero(along & (distance < _LONGEST_SLIP * threshold))
         counted = np.ones(len(others), dtype=bool)
-        counted[slipped[np.argsort(-distance[slipped])][: int(_SLIPS * turning.sum())]] = False
+        counted[slipped[np.argsort(-distance[slipped])][: int(_SLIPS * rotation_inliers.sum())]] = False
         return log_false_alarms(along[counted], np.minimum(chances, 1)[counted], 2)
 
     return any(
-        chance(part * threshold) < math.log(share * false_alarm_rate)
+        log_rate(part * threshold) < math.log(share * false_alarm_rate)
         for part, share in _WIDTHS.items()
         if part == 1 or part * threshold > noise.resolution
     )
@@ -223,18 +224,20 @@ def _have_small_parallax(
     matches: Matches,
     motion: Motion,
     rotation: np.ndarray,
-    turning: np.ndarray,
+    rotation_inliers: np.ndarray,
     noise: Noise,
     false_alarm_rate: float,
 ) -> bool:
     """Whether the F-test with the matches that the rotation explains, without the noise's tails, finds parallax."""
     residuals = rotation_residuals(matches, rotation)
     deviation = tukey_cutoff(residuals, noise.inlier_threshold, noise.resolution) / TUKEY
-    typical = turning & (lengths(residuals) < TYPICAL * deviation)
-    return small_parallax_chance(matches.select(typical), motion, rotation, noise) < false_alarm_rate
+    typical = rotation_inliers & (lengths(residuals) < TYPICAL * deviation)
+    return small_parallax_p_value(matches.select(typical), motion, rotation, noise) < false_alarm_rate
 
 
-def may_have_parallax(matches: Matches, motion: Motion, rotation: np.ndarray, moving: np.ndarray, noise: Noise) -> bool:
+def may_have_parallax(
+    matches: Matches, motion: Motion, rotation: np.ndarray, motion_inliers: np.ndarray, noise: Noise
+) -> bool:
     """Whether a motion explains more than noise does, under the assumption that no match has slipped along its edge.
 
     Slipped matches look like parallax of a few pixels. If the parallax is real but a pure rotation is reported, the
@@ -244,11 +247,11 @@ def may_have_parallax(matches: Matches, motion: Motion, rotation: np.ndarray, mo
         matches: n matches.
         motion: the best motion with a translation.
         rotation: (3, 3), the rotation that explains most matches.
-        moving: (n,) bool, the matches that the motion explains.
+        motion_inliers: (n,) bool, the matches that the motion explains.
         noise: of the keypoints.
     """
-    near = moving & (lengths(rotation_residuals(matches, rotation)) < _LONGEST_SLIP * noise.inlier_threshold)
-    return small_parallax_chance(matches.select(near), motion, rotation, noise) < FALSE_ALARM_RATE
+    near = motion_inliers & (lengths(rotation_residuals(matches, rotation)) < _LONGEST_SLIP * noise.inlier_threshold)
+    return small_parallax_p_value(matches.select(near), motion, rotation, noise) < FALSE_ALARM_RATE
 
 
 def _without_one_object(matches: Matches, motion: Motion, rotation: np.ndarray, noise: Noise) -> np.ndarray:
@@ -272,7 +275,7 @@ def _without_one_object(matches: Matches, motion: Motion, rotation: np.ndarray, 
     return rest
 
 
-def small_parallax_chance(matches: Matches, motion: Motion, rotation: np.ndarray, noise: Noise) -> float:
+def small_parallax_p_value(matches: Matches, motion: Motion, rotation: np.ndarray, noise: Noise) -> float:
     """Probability of such residuals along the epipolar lines under noise with the variance of those across the lines.
 
     This is the F-test of nested models: least squares with a rotation (two conditions per match, three parameters) and
