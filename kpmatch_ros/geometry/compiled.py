@@ -222,13 +222,17 @@ def largest_elsewhere(numbers: np.ndarray, points: np.ndarray, places: np.ndarra
 
 
 def triangulate(
-    cameras: Window, sights: np.ndarray, reference: int, prior: np.ndarray | float, information: np.ndarray | float
+    cameras: Window,
+    sights: np.ndarray,
+    reference: int,
+    prior: np.ndarray | float,
+    prior_information: np.ndarray | float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """1/z, the last row of the result of structure.triangulate, and its information."""
     frames, count, seen = _seen(cameras, sights)
     if not -frames <= reference < frames:
         raise ValueError(f"reference frame {reference} is out of range for {frames} frames")
-    expected = [_given(np.broadcast_to(each, count), np.float32, count) for each in (prior, information)]
+    expected = [_given(np.broadcast_to(each, count), np.float32, count) for each in (prior, prior_information)]
     results = np.empty(count, np.float32), np.empty(count, np.float32)
     _library.kpmatch_triangulate(frames, count, *seen, reference % frames, *expected, *results)
     return results
